@@ -1,0 +1,1 @@
+"""Which way of fine-tuning fits, what it costs and what it brings."""

@@ -1,0 +1,59 @@
+"""How the commands speak: one sentence for a user's mistake, quiet libraries, no telemetry."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import typer
+
+from peftbench.errors import OutputError, PeftbenchError, EngineError
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+
+@contextmanager
+def guarded(report: Callable[[dict[str, object]], None] | None = None) -> Iterator[None]:
+    """Turn a user's mistake into one sentence on standard error and its own exit code, without a traceback.
+
+    ``report`` is told of the refusal, for whoever reads standard output.
+    """
+    try:
+        yield
+    except PeftbenchError as error:
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or isinstance(error, (EngineError, OutputError)):  # the others are the same on every rank
+            prefix = "" if rank == "0" else f"[rank {rank}] "
+            print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
+        if report is not None:
+            report({"outcome": "refused", "error": str(error), "exit_code": error.exit_code})
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written; run the same command again", file=sys.stderr, flush=True)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def quiet_libraries() -> None:
+    """No telemetry, no progress bars where nobody looks, and only what a user can act on in the log."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    os.environ.setdefault("DSTACK_LOG_LEVEL", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    import datasets
+    import transformers
+
+    datasets.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()
+    if sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()  # its bars are for shards that load in a blink
+    else:
+        datasets.disable_progress_bars()
+        transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)

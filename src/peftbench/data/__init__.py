@@ -1,0 +1,1 @@
+"""From text to batches: sources, the docstring corpus, encoding, batches."""

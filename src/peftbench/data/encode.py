@@ -1,0 +1,139 @@
+"""From an article and its summary to token ids.
+
+A sequence is ``[start] article separator summary end``. The separator and ``" " + summary`` are encoded apart, so that
+the prompt of a generation is tokenised exactly as in training: with a byte-level BPE the space belongs to the next word.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from peftbench.errors import OutOfRangeError, SequenceTooShortError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+_FORMAT = 1  # part of the cache's key: raise it when encoding changes
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How long a sequence may be and what stands between its parts."""
+
+    max_tokens: int
+    """Longest sequence in real tokens."""
+    separator: str
+    new_tokens: int
+    """Room kept for the summary when a prompt is made for generation, in tokens."""
+
+    @classmethod
+    def fit(
+        cls, *, separator: str, max_tokens: int | None, new_tokens: int, positions: int | None, virtual_tokens: int
+    ) -> Layout:
+        """The layout for a model with ``positions`` positions, of which a method takes ``virtual_tokens``.
+
+        Raises:
+            OutOfRangeError: real and virtual tokens together exceed the model's positions.
+        """
+        room = None if positions is None else positions - virtual_tokens
+        if max_tokens is None and room is None:
+            raise OutOfRangeError("the model's config gives no number of positions; set data.max_tokens")
+        longest = room if max_tokens is None else max_tokens
+        assert longest is not None
+        if room is not None and longest > room:
+            raise OutOfRangeError(
+                f"data.max_tokens={longest} and {virtual_tokens} virtual tokens exceed the model's {positions} positions; "
+                f"set data.max_tokens={room} or less, in every run that is to be compared"
+            )
+        if new_tokens >= longest:
+            raise SequenceTooShortError(
+                f"evaluate.max_new_tokens={new_tokens} leaves no room for an article in {longest} tokens; "
+                f"lower it, or raise data.max_tokens"
+            )
+        return cls(longest, separator, new_tokens)
+
+
+class Encoder:
+    """Encodes examples with one tokenizer under one layout."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, layout: Layout) -> None:
+        self.tokenizer = tokenizer
+        self.layout = layout
+        self.end = _end_token(tokenizer)
+        # What the tokenizer puts before every text of its own accord: a start token for Llama, nothing for GPT-2.
+        self.start = [token for token in tokenizer("")["input_ids"] if token != self.end]
+        self.separator = self._ids(layout.separator)
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def prompt(self, article: str, room: int | None = None) -> list[int]:
+        """Start, article and separator, with ``room`` tokens (default: the layout's ``new_tokens``) left for a summary."""
+        room = self.layout.new_tokens if room is None else room
+        return self._prompt(self._ids(article), room)
+
+    def _prompt(self, article: list[int], room: int) -> list[int]:
+        space = max(0, self.layout.max_tokens - room - len(self.start) - len(self.separator))
+        return [*self.start, *article[:space], *self.separator]
+
+    def example(self, article: str, summary: str) -> dict[str, Any]:
+        """``input_ids`` of the whole sequence and ``prompt_tokens``, the number before the first labelled one.
+
+        Only the article is ever shortened. ``needed`` is what the sequence would take with one token of article.
+        """
+        target = [*self._ids(" " + summary.strip()), self.end]
+        prompt = self._prompt(self._ids(article), len(target))
+        needed = len(self.start) + 1 + len(self.separator) + len(target)
+        return {"input_ids": [*prompt, *target], "prompt_tokens": len(prompt), "needed": needed}
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ``ids`` up to the first end token."""
+        ids = ids[: ids.index(self.end)] if self.end in ids else ids
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return text.strip()
+
+    def encode(self, dataset: Dataset, split: str, too_long: str) -> tuple[Dataset, int]:
+        """Encode a whole split, cached and with a progress bar; returns it and the number of examples dropped.
+
+        Raises:
+            SequenceTooShortError: an example leaves no room for its article and ``too_long`` is not "drop".
+        """
+        # Tokenizers do not hash alike from one process to the next, so the cache is keyed by what they do.
+        key = json.dumps(
+            [_FORMAT, dataset._fingerprint, asdict(self.layout), self.end, self.start, fingerprint(self.tokenizer)]
+        )
+        encoded = dataset.map(
+            lambda row: self.example(row["article"], row["summary"]),
+            desc=f"encoding {split}",
+            new_fingerprint=hashlib.blake2b(key.encode(), digest_size=16).hexdigest(),
+        )
+        longest = self.layout.max_tokens
+        fits = [index for index, needed in enumerate(encoded["needed"]) if needed <= longest]
+        if len(fits) < len(encoded) and (too_long != "drop" or not fits):
+            worst = max(range(len(encoded)), key=lambda index: encoded[index]["needed"])
+            row = encoded[worst]
+            raise SequenceTooShortError(
+                f"{len(encoded) - len(fits)} of {len(encoded)} examples of the {split} split do not fit {longest} tokens "
+                f"with separator, summary and end token ({row['id']} needs {row['needed']}); raise data.max_tokens, "
+                "or set data.too_long=drop"
+            )
+        return (encoded if len(fits) == len(encoded) else encoded.select(fits)), len(encoded) - len(fits)
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of what a tokenizer does: its vocabulary, merges, normalisation and special tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.blake2b((state + str(tokenizer.special_tokens_map)).encode(), digest_size=16).hexdigest()
+
+
+def _end_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise OutOfRangeError(f"the tokenizer {tokenizer.name_or_path!r} has no end token; use one that has")
+    return int(end)

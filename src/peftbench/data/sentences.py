@@ -1,0 +1,21 @@
+"""Sentences, as ROUGE-Lsum and the lead baseline need them."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from nltk.tokenize.punkt import PunktSentenceTokenizer
+
+
+def split_sentences(text: str) -> list[str]:
+    """Sentences of ``text``; a line break always ends one.
+
+    Punkt (Kiss and Strunk 2006) with its rules alone: the trained parameters would have to be downloaded.
+    """
+    lines = (line.strip() for line in text.splitlines())
+    return [sentence for line in lines if line for sentence in _splitter().tokenize(line)]
+
+
+@cache
+def _splitter() -> PunktSentenceTokenizer:
+    return PunktSentenceTokenizer()

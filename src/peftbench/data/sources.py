@@ -1,0 +1,223 @@
+"""Where examples come from. Every source gives the same thing: columns ``id``, ``article`` and ``summary``."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
+
+from pydantic import Field, field_validator
+
+from peftbench.errors import (
+    DataError,
+    DataNotFoundError,
+    EmptySplitError,
+    HubUnreachableError,
+    MissingColumnError,
+    nearest,
+)
+from peftbench.part import Part
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+COLUMNS = ("id", "article", "summary")
+
+
+class Source(Part):
+    """What all sources have in common."""
+
+    kind: str
+    """Which source."""
+
+    @abstractmethod
+    def load(self, split: str) -> Dataset:
+        """All examples of ``split`` (train, validation or test), as strings in the columns of ``COLUMNS``.
+
+        Raises:
+            DataNotFoundError, HubUnreachableError, MissingColumnError, EmptySplitError: as their names say.
+        """
+
+    @abstractmethod
+    def identity(self) -> str:
+        """What exactly was loaded, for the record: a revision or a hash of the content."""
+
+
+class Docstrings(Source):
+    """Summary lines from the rest of their docstrings: the offline default."""
+
+    kind: Literal["docstrings"] = "docstrings"
+    """Which source."""
+
+    def load(self, split: str) -> Dataset:
+        from peftbench.data.docstrings import pair_files
+
+        paths, _ = pair_files()
+        dataset = _load_files("json", paths[split])
+        return _columns(dataset, {"id": "where", "article": "article", "summary": "summary"}, split, str(paths[split]))
+
+    def identity(self) -> str:
+        from peftbench.data.docstrings import pair_files
+
+        return pair_files()[1]
+
+
+class Files(Source):
+    """Local files, one a split."""
+
+    kind: Literal["files"] = "files"
+    """Which source."""
+    train: str
+    """File of the training split: .jsonl, .csv or .parquet; paths are relative to where the command runs."""
+    validation: str | None = None
+    """File of the validation split."""
+    test: str | None = None
+    """File of the test split."""
+    article: str = "article"
+    """Column with the text to summarise."""
+    summary: str = "summary"
+    """Column with the summary."""
+    id: str | None = None
+    """Column that names an example; null numbers them."""
+
+    FORMATS: ClassVar[dict[str, str]] = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+    @field_validator("train", "validation", "test")
+    @classmethod
+    def _known_format(cls, value: str | None) -> str | None:
+        if value is not None and Path(value).suffix not in cls.FORMATS:
+            raise ValueError(f"must name a file ending in {', '.join(cls.FORMATS)}, not {value!r}")
+        return value
+
+    def load(self, split: str) -> Dataset:
+        path = self._path(split)
+        dataset = _load_files(self.FORMATS[path.suffix], path)
+        return _columns(dataset, {"id": self.id, "article": self.article, "summary": self.summary}, split, str(path))
+
+    def identity(self) -> str:
+        digest = hashlib.blake2b(digest_size=16)
+        for name in (self.train, self.validation, self.test):
+            if name is not None and Path(name).is_file():
+                digest.update(Path(name).read_bytes())
+        return digest.hexdigest()
+
+    def _path(self, split: str) -> Path:
+        name = getattr(self, split)
+        if name is None:
+            raise EmptySplitError(f"the {split} split is needed and data.source.{split} names no file; set it")
+        path = Path(name)
+        if not path.is_file():
+            raise DataNotFoundError(
+                f"data.source.{split}={name!r} is not there (looked at {path.absolute()}); give the path of a local file"
+            )
+        return path
+
+
+class Hub(Source):
+    """A data set on the Hugging Face hub, or a local copy of its repository."""
+
+    kind: Literal["hub"] = "hub"
+    """Which source."""
+    path: str = "abisee/cnn_dailymail"
+    """The data set's name on the hub, or the folder of a local copy."""
+    config: str | None = "3.0.0"
+    """Its configuration."""
+    revision: str | None = None
+    """Branch, tag or commit; the commit that was loaded is recorded."""
+    article: str = "article"
+    """Column with the text to summarise."""
+    summary: str = "highlights"
+    """Column with the summary."""
+    id: str | None = "id"
+    """Column that names an example; null numbers them."""
+
+    def load(self, split: str) -> Dataset:
+        from datasets import load_dataset
+
+        try:
+            dataset: Dataset = load_dataset(self.path, self.config, split=split, revision=self.revision)
+        except Exception as error:
+            raise self._explained(error, split) from error
+        return _columns(dataset, {"id": self.id, "article": self.article, "summary": self.summary}, split, self.path)
+
+    def identity(self) -> str:
+        """The commit on the hub, or ``local:`` and the folder."""
+        if Path(self.path).exists():
+            return f"local:{self.path}"
+        from datasets import load_dataset_builder
+
+        try:
+            builder = load_dataset_builder(self.path, self.config, revision=self.revision)
+        except Exception as error:
+            raise self._explained(error, "train") from error
+        return str(builder.hash)
+
+    def _explained(self, error: Exception, split: str) -> DataError:
+        """``datasets`` raises many kinds of error; a user has only three things to know."""
+        wanted = f"{self.path} (config {self.config}, split {split}, revision {self.revision or 'main'})"
+        local = "to use a local copy, set data.source.path to its folder, or data.source.kind=files with its files"
+        chain = _chain(error)
+        if any(isinstance(link, (ConnectionError, TimeoutError)) or _is_network_error(link) for link in chain):
+            return HubUnreachableError(f"the hub did not answer for {wanted} and no copy is in the cache", local)
+        if isinstance(error, ValueError) and "split" in str(error).lower():
+            return EmptySplitError(f"{wanted} is not there: {error}")
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return DataNotFoundError(f"could not load {wanted} from a folder, the hub or the cache: {first}", local)
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    found: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in found:
+        found.append(link)
+        link = link.__cause__ or link.__context__
+    return found
+
+
+def _is_network_error(error: BaseException) -> bool:
+    """Whether an HTTP client could not connect, whichever client the hub library uses today."""
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)) or bool(
+        names & {"ConnectError", "ConnectTimeout", "TransportError", "NetworkError", "ProxyError", "MaxRetryError"}
+    )
+
+
+def _load_files(builder: str, path: Path) -> Dataset:
+    """One file as a data set, through ``datasets`` and its cache."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    if path.stat().st_size == 0:
+        raise EmptySplitError(f"{path} is empty; give a file with at least one example")
+    try:
+        return load_dataset(builder, data_files={"only": str(path)}, split="only")  # type: ignore[return-value]
+    except (DatasetGenerationError, ValueError, OSError) as error:
+        last = _chain(error)[-1]
+        raise DataError(f"{path} cannot be read as {builder}: {str(last).splitlines()[0] if str(last) else last!r}") from error
+
+
+def _columns(dataset: Dataset, names: dict[str, str | None], split: str, where: str) -> Dataset:
+    """The three columns under their own names and as text; the others are dropped."""
+    for name in names.values():
+        if name is not None and name not in dataset.column_names:
+            raise MissingColumnError(
+                f"the {split} split of {where} has no column {name!r}; {nearest(name, dataset.column_names)}"
+            )
+    if len(dataset) == 0:
+        raise EmptySplitError(f"the {split} split of {where} has no examples; give one that has")
+
+    def renamed(row: dict[str, Any], index: int) -> dict[str, str]:
+        return {column: str(index if name is None else row[name]) for column, name in names.items()}
+
+    return dataset.map(renamed, with_indices=True, remove_columns=dataset.column_names, desc=f"reading {split}")
+
+
+SOURCES: dict[str, type[Source]] = {"docstrings": Docstrings, "files": Files, "hub": Hub}
+
+if TYPE_CHECKING:
+    AnySource = Source
+else:
+    AnySource = Annotated[Union[tuple(SOURCES.values())], Field(discriminator="kind")]

@@ -1,0 +1,1 @@
+"""What happens: bind to the machine, build from the recipe, run the one loop."""

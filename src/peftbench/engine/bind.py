@@ -1,0 +1,82 @@
+"""Binds a recipe to the machine it runs on, through accelerate, and checks that what started is what was asked for."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+
+from peftbench.errors import EngineError, PrecisionError
+from peftbench.record import Device
+
+if TYPE_CHECKING:
+    from peftbench.recipe import Recipe
+
+_ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+def bind(recipe: Recipe, folder: Path) -> Accelerator:
+    """The accelerator for this recipe: its precision and trackers, and the launcher's processes and device.
+
+    Raises:
+        PrecisionError: the device does not have the recipe's precision.
+        EngineError: the world that formed is not the one the launcher asked for.
+    """
+    cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
+    _check_precision(recipe.train.precision, cpu)
+    accelerator = Accelerator(
+        mixed_precision=_ACCELERATE_PRECISION[recipe.train.precision],
+        log_with=list(recipe.trackers) or None,
+        project_dir=str(folder),
+        # Without it, processes on CPU train apart from each other with no error.
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if cpu and _asked_world_size() > 1 else None,
+    )
+    _check_world(accelerator)
+    return accelerator
+
+
+def _asked_world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _check_precision(precision: str, cpu: bool) -> None:
+    if precision == "fp16" and cpu:
+        raise PrecisionError("train.precision=fp16 needs a GPU and this run is on CPU; use bf16 or fp32")
+    if precision == "bf16" and not cpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name()
+        raise PrecisionError(f"train.precision=bf16 is not there on {name}, which would emulate it; use fp16 or fp32")
+
+
+def _check_world(accelerator: Accelerator) -> None:
+    asked = _asked_world_size()
+    if accelerator.num_processes != asked:
+        raise EngineError(
+            f"the launcher started {asked} processes and {accelerator.num_processes} formed one world "
+            f"({accelerator.distributed_type}); check the accelerate config file"
+        )
+    # A world that only claims to be one would add up to something else.
+    if asked > 1 and int(accelerator.reduce(torch.ones(1, device=accelerator.device)).item()) != asked:
+        raise EngineError(f"{asked} processes were started but do not talk to each other; check the accelerate config file")
+
+
+def device_of(accelerator: Accelerator) -> Device:
+    """What the run is on, for the record."""
+    processes = accelerator.num_processes
+    if accelerator.device.type == "cuda":
+        properties = torch.cuda.get_device_properties(accelerator.device)
+        return Device(kind="cuda", name=properties.name, processes=processes, memory_bytes=properties.total_memory)
+    return Device(kind=accelerator.device.type, name=_processor_name(), processes=processes)
+
+
+def _processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or "unknown")

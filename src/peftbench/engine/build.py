@@ -1,0 +1,138 @@
+"""From a recipe to what the loop runs: model, batches, optimizer, schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from accelerate.utils import set_seed
+from transformers import get_scheduler
+
+from peftbench.data.batches import Batches, Collator
+from peftbench.data.encode import Encoder, Layout
+from peftbench.errors import EmptySplitError
+from peftbench.models import Base, load
+from peftbench.record import Parameters
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+    from datasets import Dataset
+    from torch import nn
+
+    from peftbench.recipe import Recipe
+
+_SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split, subsampled and encoded."""
+
+    dataset: Dataset
+    dropped: int
+
+
+@dataclass(frozen=True)
+class Built:
+    """Everything a run needs; ``model`` is what the engine prepared, ``bare_model`` what the method made."""
+
+    base: Base
+    encoder: Encoder
+    parameters: Parameters
+    bare_model: nn.Module
+    held_out: Split
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """What the loop drives."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    batches: Batches
+    steps: int
+    dropped: int
+
+
+def read_split(recipe: Recipe, split: str) -> Dataset:
+    """The recipe's seeded subsample of a split, not yet encoded.
+
+    Raises:
+        EmptySplitError: fewer examples than the recipe draws.
+    """
+    dataset = recipe.data.source.load(split)
+    wanted: int | None = getattr(recipe.data, split)
+    if wanted is None:
+        return dataset
+    if wanted > len(dataset):
+        raise EmptySplitError(
+            f"data.{split}={wanted} asks for more than the {len(dataset)} examples of the {split} split; "
+            f"set it to {len(dataset)} or less, or to null for all"
+        )
+    return dataset.shuffle(seed=recipe.data.seed).select(range(wanted))
+
+
+def encoded_split(recipe: Recipe, encoder: Encoder, split: str) -> Split:
+    """The recipe's subsample of a split, encoded."""
+    return Split(*encoder.encode(read_split(recipe, split), split, recipe.data.too_long))
+
+
+def make_encoder(recipe: Recipe, base: Base) -> Encoder:
+    """The encoder for this base and this method's virtual tokens."""
+    layout = Layout.fit(
+        separator=recipe.data.separator,
+        max_tokens=recipe.data.max_tokens,
+        new_tokens=recipe.evaluate.max_new_tokens,
+        positions=base.positions,
+        virtual_tokens=recipe.method.virtual_tokens,
+    )
+    return Encoder(base.tokenizer, layout)
+
+
+def build(recipe: Recipe, accelerator: Accelerator) -> Built:
+    """Load the base, apply the method, encode the held-out split.
+
+    Raises:
+        PeftbenchError: any mistake of the recipe's that shows only now.
+    """
+    set_seed(recipe.train.seed)
+    base = load(recipe.model)
+    encoder = make_encoder(recipe, base)
+    with accelerator.main_process_first():  # one process reads and encodes, the others find its cache
+        held_out = encoded_split(recipe, encoder, recipe.evaluate.split)
+    set_seed(recipe.train.seed)  # a method's new weights depend on the seed alone, not on how the base was made
+    total = sum(parameter.numel() for parameter in base.model.parameters())
+    model = recipe.method.apply(base.model, base.tokenizer)
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    if recipe.train.gradient_checkpointing and recipe.method.trains and not recipe.method.trunk_frozen:
+        base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.to(accelerator.device)
+    return Built(base, encoder, Parameters(total=total, trainable=trainable), model, held_out)
+
+
+def make_trainer(recipe: Recipe, built: Built, accelerator: Accelerator) -> Trainer:
+    """Batches, optimizer and schedule, prepared by the engine."""
+    with accelerator.main_process_first():
+        train = encoded_split(recipe, built.encoder, "train")
+    collator = Collator(
+        pad_token=built.encoder.end,
+        virtual_tokens=recipe.method.virtual_tokens,
+        pad_to=recipe.data.max_tokens if recipe.data.padding == "max_tokens" else None,
+        as_published=recipe.data.as_published,
+    )
+    knobs = recipe.train
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    batches = Batches(
+        train.dataset, collator, knobs.global_batch, knobs.micro_batch, recipe.data.seed, rank, world_size
+    )
+    steps = batches.steps(knobs.steps, knobs.epochs)
+    bare = recipe.optimizer.build(p for p in built.bare_model.parameters() if p.requires_grad)
+    model, optimizer = accelerator.prepare(built.bare_model, bare)
+    # Not prepared: accelerate steps a prepared schedule once per process, and ours counts optimizer steps.
+    schedule = get_scheduler(
+        _SCHEDULES[recipe.schedule.kind], bare, num_warmup_steps=recipe.schedule.warmup_steps, num_training_steps=steps
+    )
+    set_seed(knobs.seed, device_specific=True)  # dropout differs between ranks
+    return Trainer(model, optimizer, schedule, batches, steps, train.dropped)

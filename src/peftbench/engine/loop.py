@@ -1,0 +1,92 @@
+"""The one loop: every method and every engine passes through it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm.auto import tqdm
+
+from peftbench.data.batches import GlobalBatch, TokenCounts
+from peftbench.engine.loss import summed_loss
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from peftbench.engine.build import Trainer
+    from peftbench.profiler.probe import Probe
+
+
+class Diverged(Exception):
+    """The loss of ``step`` (counted from 1) is not a finite number."""
+
+    def __init__(self, step: int, loss: float) -> None:
+        super().__init__(f"the loss of step {step} is {loss}")
+        self.step = step
+
+
+@dataclass
+class Progress:
+    """What training has done so far; kept up to date, so that it outlives whatever ends the loop."""
+
+    losses: list[float] = field(default_factory=list)
+    counts: TokenCounts = TokenCounts()
+
+    @property
+    def steps(self) -> int:
+        """Finished optimizer steps."""
+        return len(self.losses)
+
+
+def train_step(accelerator: Accelerator, trainer: Trainer, batch: GlobalBatch, max_grad_norm: float | None) -> float:
+    """One optimizer step; returns the mean loss over the labelled tokens of the whole global batch, in nats."""
+    # Engines average gradients over processes; the loss wants their sum over the tokens of all of them.
+    scale = accelerator.num_processes / batch.counts.labelled
+    total = torch.zeros((), device=accelerator.device)
+    last = len(batch.micro_batches) - 1
+    for index, micro_batch in enumerate(batch.micro_batches):
+        with nullcontext() if index == last else accelerator.no_sync(trainer.model):
+            loss = summed_loss(trainer.model, micro_batch.to(accelerator.device))
+            accelerator.backward(loss * scale)
+        total += loss.detach()
+    if max_grad_norm is not None:
+        accelerator.clip_grad_norm_(trainer.model.parameters(), max_grad_norm)
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad()
+    if not accelerator.optimizer_step_was_skipped:  # fp16's loss scaler found an overflow and takes the step back
+        trainer.schedule.step()
+    return accelerator.reduce(total).item() / batch.counts.labelled  # the step's one synchronisation
+
+
+def train(
+    accelerator: Accelerator,
+    trainer: Trainer,
+    probe: Probe,
+    progress: Progress,
+    *,
+    max_grad_norm: float | None,
+    on_step: Callable[[int, dict[str, float]], None],
+) -> None:
+    """Run all steps. ``on_step`` is told (step, what was measured), outside the step's clock.
+
+    Raises:
+        Diverged: a loss is not finite; ``progress`` holds every step before it.
+    """
+    bar = tqdm(total=trainer.steps, desc="training", unit="step", disable=None if accelerator.is_main_process else True)
+    with bar:
+        for batch in itertools.islice(trainer.batches, trainer.steps):
+            with probe.step():
+                loss = train_step(accelerator, trainer, batch, max_grad_norm)
+            if not math.isfinite(loss):
+                raise Diverged(progress.steps + 1, loss)
+            progress.losses.append(loss)
+            progress.counts += batch.counts
+            with probe.paused():
+                on_step(progress.steps, {"loss": loss, "learning_rate": trainer.schedule.get_last_lr()[0]})
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.update()

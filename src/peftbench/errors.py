@@ -1,0 +1,136 @@
+"""What can go wrong by a user's hand, and the exit code of each.
+
+::
+
+    PeftbenchError                     1
+    ├── RecipeError                   10   a recipe that cannot be meant
+    │   ├── UnknownKeyError           11   a key or a name that does not exist; names the nearest
+    │   ├── WrongTypeError            12   a value of the wrong type
+    │   ├── OutOfRangeError           13   a value outside what is allowed, or two that contradict each other
+    │   └── MissingFileError          14   a file named on the command line or in a recipe is not there
+    ├── DataError                     20
+    │   ├── DataNotFoundError         21   a data set that is not there; says what was tried
+    │   ├── EmptySplitError           22
+    │   ├── MissingColumnError        23   names the nearest column
+    │   ├── SequenceTooShortError     24   no room for prompt plus summary
+    │   └── HubUnreachableError       25   the hub did not answer (models too)
+    ├── ModelError                    30
+    │   ├── ModelNotFoundError        31   a base that is not there; says what was tried
+    │   ├── TargetModulesError        32   target modules that match nothing
+    │   └── UnsupportedModelError     33   an architecture a method cannot handle
+    ├── EngineError                   40   the engine that started is not the one asked for
+    │   └── PrecisionError            41   a precision this device does not have
+    ├── OutputError                   50   a place that cannot be written
+    │   └── DiskFullError             51
+    └── RecordError                   60   a record that cannot be read
+
+A run that started and did not end well is no exception but an outcome, with an exit code of its own
+(``peftbench.record.EXIT_CODES``). Each message is one sentence: what was given, what is allowed, what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PeftbenchError(Exception):
+    """A mistake that one sentence explains. ``hint``, where there is one, says what to do next."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.hint}" if self.hint else self.message
+
+
+class RecipeError(PeftbenchError):
+    exit_code = 10
+
+
+class UnknownKeyError(RecipeError):
+    exit_code = 11
+
+
+class WrongTypeError(RecipeError):
+    exit_code = 12
+
+
+class OutOfRangeError(RecipeError):
+    exit_code = 13
+
+
+class MissingFileError(RecipeError):
+    exit_code = 14
+
+
+class DataError(PeftbenchError):
+    exit_code = 20
+
+
+class DataNotFoundError(DataError):
+    exit_code = 21
+
+
+class EmptySplitError(DataError):
+    exit_code = 22
+
+
+class MissingColumnError(DataError):
+    exit_code = 23
+
+
+class SequenceTooShortError(DataError):
+    exit_code = 24
+
+
+class HubUnreachableError(DataError):
+    exit_code = 25
+
+
+class ModelError(PeftbenchError):
+    exit_code = 30
+
+
+class ModelNotFoundError(ModelError):
+    exit_code = 31
+
+
+class TargetModulesError(ModelError):
+    exit_code = 32
+
+
+class UnsupportedModelError(ModelError):
+    exit_code = 33
+
+
+class EngineError(PeftbenchError):
+    exit_code = 40
+
+
+class PrecisionError(EngineError):
+    exit_code = 41
+
+
+class OutputError(PeftbenchError):
+    exit_code = 50
+
+
+class DiskFullError(OutputError):
+    exit_code = 51
+
+
+class RecordError(PeftbenchError):
+    exit_code = 60
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """``did you mean 'x'? (allowed: x, y, z)``, or the allowed names alone where none is near."""
+    names = list(allowed)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    listed = ", ".join(names)
+    return f"did you mean {close[0]!r}? (allowed: {listed})" if close else f"allowed: {listed}"

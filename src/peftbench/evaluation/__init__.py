@@ -1,0 +1,1 @@
+"""How good: held-out loss, generated summaries, ROUGE, baselines, intervals."""

@@ -1,0 +1,133 @@
+"""Held-out loss and generated summaries, each example counted once on any number of processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+
+from peftbench.data.batches import Collator
+from peftbench.engine.loss import logits, summed_loss
+from peftbench.evaluation.rouge import rouge
+from peftbench.record import Quality, Sample
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from datasets import Dataset
+    from torch import nn
+
+    from peftbench.data.encode import Encoder
+    from peftbench.recipe import Evaluate, Recipe
+
+_SAMPLE_CHARS = 600  # of an article, in the record
+
+
+class Evaluation:
+    """Evaluates one model on one encoded split."""
+
+    def __init__(self, accelerator: Accelerator, model: nn.Module, encoder: Encoder, dataset: Dataset, recipe: Recipe):
+        self.accelerator = accelerator
+        self.model = model
+        self.encoder = encoder
+        self.dataset = dataset
+        self.knobs: Evaluate = recipe.evaluate
+        self.collator = Collator(pad_token=encoder.end, virtual_tokens=recipe.method.virtual_tokens)
+
+    def _mine(self, description: str) -> Iterator[list[dict[str, Any]]]:
+        """This rank's share of the examples, in batches of like lengths. Ranks may have unequal numbers of batches."""
+        order = sorted(range(len(self.dataset)), key=lambda index: len(self.dataset[index]["input_ids"]))
+        mine = order[self.accelerator.process_index :: self.accelerator.num_processes]
+        starts = range(0, len(mine), self.knobs.batch)
+        for start in tqdm(starts, desc=description, disable=None if self.accelerator.is_main_process else True):
+            indices = mine[start : start + self.knobs.batch]
+            yield [{**self.dataset[index], "index": index} for index in indices]
+
+    @torch.inference_mode()
+    def loss(self) -> float:
+        """Mean cross-entropy over summary and end tokens of the whole split, in nats."""
+        self.model.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
+        for rows in self._mine("held-out loss"):
+            batch = self._collate(rows)
+            total[0] += summed_loss(self.model, batch.to(self.accelerator.device))
+            total[1] += self.collator.count(batch).labelled
+        summed, labelled = self.accelerator.reduce(total).tolist()
+        return float(summed / labelled)
+
+    @torch.inference_mode()
+    def teacher_forced(self) -> list[str]:
+        """The most likely token at each summary position, given the reference before it, in the split's order."""
+        self.model.eval()
+        texts: list[tuple[int, str]] = []
+        for rows in self._mine("teacher-forced argmax"):
+            batch = self._collate(rows)
+            best = logits(self.model, batch.to(self.accelerator.device)).argmax(-1).cpu()
+            for row, tokens in zip(rows, best, strict=True):
+                start, stop = row["prompt_tokens"] - 1, len(row["input_ids"]) - 1
+                texts.append((row["index"], self.encoder.decode(tokens[start:stop].tolist())))
+        return self._in_order(texts)
+
+    @torch.inference_mode()
+    def summaries(self) -> list[str]:
+        """Generated summaries, in the split's order: greedy or by beams, with cached keys and values."""
+        self.model.eval()
+        texts: list[tuple[int, str]] = []
+        for rows in self._mine("generating"):
+            prompts = [self.encoder.prompt(row["article"]) for row in rows]
+            width = max(map(len, prompts))
+            padding = [[self.encoder.end] * (width - len(prompt)) for prompt in prompts]
+            ids = torch.tensor([pad + prompt for pad, prompt in zip(padding, prompts, strict=True)])
+            mask = torch.tensor([[0] * len(pad) + [1] * (width - len(pad)) for pad in padding])
+            with self.accelerator.autocast():
+                output = self.model.generate(  # type: ignore[operator]
+                    input_ids=ids.to(self.accelerator.device), attention_mask=mask.to(self.accelerator.device),
+                    max_new_tokens=self.knobs.max_new_tokens, do_sample=False, num_beams=self.knobs.beams,
+                    use_cache=True, eos_token_id=self.encoder.end, pad_token_id=self.encoder.end,
+                )  # fmt: skip
+            new = output[:, width:].tolist()
+            texts += [(row["index"], self.encoder.decode(tokens)) for row, tokens in zip(rows, new, strict=True)]
+        return self._in_order(texts)
+
+    def quality(self) -> Quality:
+        """Everything the recipe asks to be measured."""
+        loss = self.loss()
+        forced = self.teacher_forced() if self.knobs.teacher_forced else None
+        return quality_of(
+            self.knobs, self.dataset, self.summaries() if self.knobs.generate else None, loss=loss, forced=forced
+        )
+
+    def _collate(self, rows: list[dict[str, Any]]) -> Any:
+        return self.collator.collate([row["input_ids"] for row in rows], [row["prompt_tokens"] for row in rows])
+
+    def _in_order(self, texts: list[tuple[int, str]]) -> list[str]:
+        gathered = gather_object(texts) if self.accelerator.num_processes > 1 else texts
+        return [text for _, text in sorted(gathered)]
+
+
+def quality_of(
+    knobs: Evaluate,
+    dataset: Dataset,
+    generated: Sequence[str] | None,
+    *,
+    loss: float | None = None,
+    forced: Sequence[str] | None = None,
+) -> Quality:
+    """Scores of generated texts against the split's summaries, in its order, and the samples to keep."""
+    references = dataset["summary"]
+    kept = zip(dataset["id"], dataset["article"], references, generated or (), strict=False)
+    return Quality(
+        split=knobs.split,
+        examples=len(dataset),
+        loss=loss,
+        perplexity=math.exp(loss) if loss is not None and loss < 700 else None,
+        rouge=rouge(generated, references, knobs.resamples) if generated is not None else None,
+        teacher_forced_argmax_rouge=rouge(forced, references, knobs.resamples) if forced is not None else None,
+        samples=tuple(
+            Sample(id=id, article=article[:_SAMPLE_CHARS], reference=reference, generated=text)
+            for (id, article, reference, text), _ in zip(kept, range(knobs.samples), strict=False)
+        ),
+    )

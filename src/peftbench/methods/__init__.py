@@ -1,0 +1,34 @@
+"""Methods of fine-tuning: one file and one row each."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Union
+
+from pydantic import Field
+
+from peftbench.methods.base import Method
+from peftbench.methods.baselines import Lead, ZeroShot
+from peftbench.methods.full import Full
+from peftbench.methods.last_layer import LastLayer
+from peftbench.methods.lora import Lora
+from peftbench.methods.prompt_tuning import PromptTuning
+
+METHODS: dict[str, type[Method]] = {
+    "full": Full,
+    "last_layer": LastLayer,
+    "lora": Lora,
+    "prompt_tuning": PromptTuning,
+}
+
+BASELINES: dict[str, type[Method]] = {
+    "zero_shot": ZeroShot,
+    "lead": Lead,
+}
+
+KINDS = METHODS | BASELINES
+"""Every name that ``method.kind`` may have."""
+
+if TYPE_CHECKING:
+    AnyMethod = Method
+else:
+    AnyMethod = Annotated[Union[tuple(KINDS.values())], Field(discriminator="kind")]

@@ -1,0 +1,72 @@
+"""The Method protocol: what is trained, and what a method must be able to say about it.
+
+A method is a frozen part of the recipe (its knobs) that can be applied to a base. Whatever is special about one method
+is a method of its class; nothing outside this folder asks which one it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from peftbench.part import Part
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Method(Part):
+    """What is trained. Subclasses give ``kind`` a literal, so that a recipe can name them."""
+
+    trains: ClassVar[bool] = True
+    """Whether there is anything to train; False for baselines."""
+    needs_model: ClassVar[bool] = True
+    """Whether it uses the base at all; False for baselines that only copy text."""
+
+    kind: str
+    """Which method."""
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Positions a sequence gains in front of its real tokens."""
+        return 0
+
+    @property
+    def trunk_frozen(self) -> bool:
+        """Whether no gradient is needed below the output head, so that the backward pass ends there."""
+        return False
+
+    def trainable_parameters(self, base: PreTrainedModel) -> int:
+        """How many parameters this method trains on ``base`` (before :meth:`apply`), in closed form from its shapes.
+
+        ``base`` may be on the meta device.
+        """
+        raise TypeError(f"{type(self).__name__} trains nothing")
+
+    def apply(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+        """Turn ``base`` into the model to train: ``requires_grad`` is set on exactly what is trained, in float32.
+
+        Raises:
+            ModelError: the method cannot handle this architecture, or its target modules match nothing.
+        """
+        raise TypeError(f"{type(self).__name__} trains nothing")
+
+    def set_training(self, model: nn.Module) -> None:
+        """Put the applied model into the mode it is trained in."""
+        model.train()
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write what was trained to ``folder`` in its ecosystem's format, safetensors only."""
+        model.save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]
+
+    def extract(self, article: str) -> str | None:
+        """The summary, where a baseline copies it from the article without a model; None otherwise."""
+        return None
+
+
+def freeze(parameters: Iterable[nn.Parameter]) -> None:
+    """No gradient for any of ``parameters``."""
+    for parameter in parameters:
+        parameter.requires_grad_(False)

@@ -1,0 +1,45 @@
+"""Baselines: what there is without training. They are rows of the comparison, not methods of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from peftbench.methods.base import Method, freeze
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class ZeroShot(Method):
+    """The base as it is."""
+
+    trains: ClassVar[bool] = False
+
+    kind: Literal["zero_shot"] = "zero_shot"
+    """Which method."""
+
+    def trainable_parameters(self, base: PreTrainedModel) -> int:
+        return 0
+
+    def apply(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        freeze(base.parameters())
+        return base
+
+
+class Lead(Method):
+    """The first sentences of the article, the strongest simple baseline on news (See et al. 2017 use three)."""
+
+    trains: ClassVar[bool] = False
+    needs_model: ClassVar[bool] = False
+
+    kind: Literal["lead"] = "lead"
+    """Which method."""
+    sentences: int = Field(default=3, gt=0)
+    """How many sentences to take."""
+
+    def extract(self, article: str) -> str:
+        from peftbench.data.sentences import split_sentences
+
+        return " ".join(split_sentences(article)[: self.sentences])

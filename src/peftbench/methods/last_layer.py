@@ -1,0 +1,86 @@
+"""Last-layer tuning: the output head, in three readings.
+
+A causal language model's head is usually tied to its input embedding, so "train only the last layer" has two honest
+readings and one that was published.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from peftbench.errors import UnsupportedModelError
+from peftbench.methods.base import Method, freeze
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BLOCKS_OF_GPT2 = "transformer.h."
+
+
+class LastLayer(Method):
+    """Train the output head."""
+
+    kind: Literal["last_layer"] = "last_layer"
+    """Which method."""
+    head: Literal["untied", "tied", "as_published"] = "untied"
+    """untied: an own copy of the head, trunk frozen; tied: the matrix shared with the embedding, through which gradients
+    reach all blocks; as_published: freeze only names with "transformer.h.", as the published study did."""
+
+    @property
+    def trunk_frozen(self) -> bool:
+        return self.head == "untied"
+
+    def trainable_parameters(self, base: PreTrainedModel) -> int:
+        """Vocabulary times width (and the head's bias); as_published: everything outside the blocks."""
+        if self.head == "as_published":
+            return sum(p.numel() for name, p in base.named_parameters() if BLOCKS_OF_GPT2 not in name)
+        return sum(parameter.numel() for parameter in _head(base).parameters())
+
+    def apply(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        if self.head == "as_published":
+            return _freeze_blocks_only(base)
+        tied = _head(base).weight is base.get_input_embeddings().weight
+        freeze(base.parameters())
+        if self.head == "untied":
+            _untie(base)
+        elif not tied:
+            raise UnsupportedModelError(
+                f"method.head=tied needs a model that ties its head to its embedding, and {base.config.model_type} "
+                f"from {base.name_or_path!r} does not; use method.head=untied"
+            )
+        for parameter in _head(base).parameters():
+            parameter.requires_grad_(True)
+        return base
+
+    def set_training(self, model: nn.Module) -> None:
+        # No dropout in a frozen trunk: its features are the same in every epoch, as at evaluation.
+        model.train(not self.trunk_frozen)
+
+
+def _head(base: PreTrainedModel) -> nn.Linear:
+    head = base.get_output_embeddings()
+    if head is None:
+        raise UnsupportedModelError(f"{base.config.model_type} has no output head to train; use another method")
+    return head  # type: ignore[no-any-return]
+
+
+def _untie(base: PreTrainedModel) -> None:
+    """Give the head its own copy of its weight, in this model and in what is saved of it."""
+    from torch import nn
+
+    head = _head(base)
+    head.weight = nn.Parameter(head.weight.detach().clone())
+    base.config.tie_word_embeddings = False
+    base.all_tied_weights_keys = {}
+
+
+def _freeze_blocks_only(base: PreTrainedModel) -> PreTrainedModel:
+    blocks = [parameter for name, parameter in base.named_parameters() if BLOCKS_OF_GPT2 in name]
+    if not blocks:
+        raise UnsupportedModelError(
+            f"method.head=as_published freezes names with {BLOCKS_OF_GPT2!r}, and {base.config.model_type} has none; "
+            "use a GPT-2 model or method.head=untied"
+        )
+    freeze(blocks)
+    return base

@@ -1,0 +1,106 @@
+"""LoRA (Hu et al. 2021, arXiv:2106.09685) through peft: a low-rank update beside chosen matrices."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from peftbench.errors import TargetModulesError, UnsupportedModelError, nearest
+from peftbench.methods.base import Method
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Lora(Method):
+    """Train a low-rank update of chosen matrices."""
+
+    kind: Literal["lora"] = "lora"
+    """Which method."""
+    r: int = Field(default=16, gt=0)
+    """Rank of the update."""
+    alpha: float = Field(default=32.0, gt=0)
+    """The update is scaled by alpha / r (alpha / sqrt(r) with use_rslora)."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the update's input."""
+    target_modules: tuple[str, ...] | str | None = None
+    """Names of the modules to adapt (endings, or one regular expression); null takes peft's choice for the architecture."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which of the base's biases to train as well."""
+    use_dora: bool = False
+    """Train each output's magnitude apart from its direction (DoRA, Liu et al. 2024)."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r), which keeps high ranks stable (rsLoRA, Kalajdzievski 2023)."""
+
+    def trainable_parameters(self, base: PreTrainedModel) -> int:
+        """r (in + out) for each adapted matrix, its outputs once more with DoRA, and the biases asked for."""
+        count = 0
+        adapted = self._adapted(base)
+        for _, module in adapted:
+            features_in, features_out = _features(module)
+            count += self.r * (features_in + features_out) + self.use_dora * features_out
+            count += module.bias.numel() if self.bias == "lora_only" and module.bias is not None else 0  # type: ignore
+        if self.bias == "all":
+            count += sum(p.numel() for name, p in base.named_parameters() if name.endswith("bias"))
+        return count
+
+    def apply(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+        from peft import LoraConfig, get_peft_model
+        from transformers.pytorch_utils import Conv1D
+
+        adapted = self._adapted(base)
+        config = LoraConfig(
+            task_type="CAUSAL_LM", r=self.r, lora_alpha=self.alpha, lora_dropout=self.dropout, bias=self.bias,  # type: ignore[arg-type]
+            target_modules=list(self._targets(base)) if not isinstance(self.target_modules, str) else self.target_modules,
+            use_dora=self.use_dora, use_rslora=self.use_rslora,
+            # Conv1D keeps its weight as (in, out), the transpose of a Linear's.
+            fan_in_fan_out=all(isinstance(module, Conv1D) for _, module in adapted),
+        )  # fmt: skip
+        return get_peft_model(base, config)
+
+    def _targets(self, base: PreTrainedModel) -> tuple[str, ...] | str:
+        from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+
+        if self.target_modules is not None:
+            return self.target_modules
+        default = DEFAULTS.get(base.config.model_type)
+        if default is None:
+            raise UnsupportedModelError(
+                f"peft has no default LoRA target modules for {base.config.model_type!r}; set method.target_modules"
+            )
+        return default if isinstance(default, str) else tuple(default)
+
+    def _adapted(self, base: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+        """The modules that will be adapted, by peft's rule: a full match of the expression, or a name's ending."""
+        targets = self._targets(base)
+        if isinstance(targets, str):
+            found = [(name, module) for name, module in base.named_modules() if re.fullmatch(targets, name)]
+        else:
+            found = [(n, m) for n, m in base.named_modules() if any(n == t or n.endswith(f".{t}") for t in targets)]
+        found = [(name, module) for name, module in found if hasattr(module, "weight") and module.weight.ndim == 2]
+        if not found:
+            asked = targets if isinstance(targets, str) else ", ".join(targets)
+            leaves = sorted({n.rsplit(".", 1)[-1] for n, m in base.named_modules() if _is_matrix(m)})
+            raise TargetModulesError(
+                f"method.target_modules {asked!r} matches no matrix of {base.config.model_type}; "
+                f"{nearest(asked, leaves)}"
+            )
+        return found
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def _features(module: nn.Module) -> tuple[int, int]:
+    """(in, out) of a Linear, Conv1D or Embedding."""
+    from torch import nn
+
+    rows, columns = module.weight.shape  # type: ignore[union-attr,misc]
+    return (columns, rows) if isinstance(module, nn.Linear) else (rows, columns)  # type: ignore[return-value]

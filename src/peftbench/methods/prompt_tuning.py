@@ -1,0 +1,51 @@
+"""Prompt tuning (Lester et al. 2021, arXiv:2104.08691) through peft: trained vectors in front of every sequence."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, model_validator
+
+from peftbench.methods.base import Method
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class PromptTuning(Method):
+    """Train soft tokens in front of every sequence."""
+
+    kind: Literal["prompt_tuning"] = "prompt_tuning"
+    """Which method."""
+    tokens: int = Field(default=20, gt=0)
+    """Number of soft tokens; they take positions of the model."""
+    init: Literal["random", "text", "vocabulary"] = "random"
+    """Start from noise, from the embeddings of init_text, or from embeddings drawn from the vocabulary."""
+    init_text: str | None = None
+    """The text to start from with init: text; repeated or cut to the number of tokens."""
+
+    @model_validator(mode="after")
+    def _text_where_needed(self) -> PromptTuning:
+        if (self.init == "text") != bool(self.init_text):
+            raise ValueError("init_text goes with init: text, and init: text needs it")
+        return self
+
+    @property
+    def virtual_tokens(self) -> int:
+        return self.tokens
+
+    def trainable_parameters(self, base: PreTrainedModel) -> int:
+        """Tokens times the width of the embedding."""
+        return self.tokens * int(base.get_input_embeddings().weight.shape[1])
+
+    def apply(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+        from peft import PromptTuningConfig, get_peft_model
+
+        init = {"random": "RANDOM", "text": "TEXT", "vocabulary": "SAMPLE_VOCAB"}[self.init]
+        text = {"prompt_tuning_init_text": self.init_text, "tokenizer_name_or_path": tokenizer.name_or_path}
+        config = PromptTuningConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=self.tokens, prompt_tuning_init=init,  # type: ignore[arg-type]
+            **(text if self.init == "text" else {}),
+        )  # fmt: skip
+        return get_peft_model(base, config)

@@ -1,0 +1,144 @@
+"""The base every method starts from: a hub name, a local folder, the shipped one, or an architecture with random weights."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peftbench import shipped
+from peftbench.errors import HubUnreachableError, ModelNotFoundError, OutOfRangeError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from peftbench.recipe import Model
+
+_POSITION_KEYS = ("max_position_embeddings", "n_positions")
+_DROPOUT_KEYS = (
+    "resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout", "hidden_dropout", "dropout", "activation_dropout",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded base, its tokenizer and what exactly was loaded."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    identity: str
+
+    @property
+    def positions(self) -> int | None:
+        """How many positions the model has, None where its config does not say."""
+        return positions(self.model.config)
+
+
+def positions(config: PreTrainedConfig) -> int | None:
+    """How many positions a model has, None where its config does not say."""
+    return next((int(getattr(config, key)) for key in _POSITION_KEYS if getattr(config, key, None)), None)
+
+
+def load_config(knobs: Model) -> PreTrainedConfig:
+    """The base's config, with the recipe's dropout written in."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(
+            _location(knobs), revision=knobs.revision, trust_remote_code=knobs.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise _explained(knobs, "config", error) from error
+    if knobs.dropout is not None:
+        found = [key for key in _DROPOUT_KEYS if hasattr(config, key)]
+        if not found and knobs.dropout > 0:
+            raise OutOfRangeError(f"{config.model_type} has no dropout to set to {knobs.dropout}; leave model.dropout null")
+        for key in found:
+            setattr(config, key, knobs.dropout)
+    return config  # type: ignore[no-any-return]
+
+
+def load_tokenizer(knobs: Model) -> PreTrainedTokenizerBase:
+    """The base's tokenizer."""
+    from transformers import AutoTokenizer
+
+    place = knobs.tokenizer or _location(knobs)
+    try:
+        return AutoTokenizer.from_pretrained(  # type: ignore[no-any-return]
+            place, revision=None if knobs.tokenizer else knobs.revision, trust_remote_code=knobs.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise _explained(knobs, "tokenizer", error) from error
+
+
+def load(knobs: Model) -> Base:
+    """Config, weights (in float32) and tokenizer of the base.
+
+    Raises:
+        ModelNotFoundError: nothing usable under that name; says what was tried.
+        HubUnreachableError: the hub did not answer and the cache has no copy.
+        UnsupportedModelError: the attention implementation asked for is not there.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(knobs)
+    tokenizer = load_tokenizer(knobs)
+    config.use_cache = False  # a cache of keys and values is memory lost in training; generation asks for its own
+    common = {"trust_remote_code": knobs.trust_remote_code, "attn_implementation": knobs.attention, "dtype": torch.float32}
+    try:
+        if knobs.init == "random":
+            model = AutoModelForCausalLM.from_config(config, **common)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                _location(knobs), config=config, revision=knobs.revision, use_safetensors=True, **common
+            )
+    except ImportError as error:
+        raise UnsupportedModelError(f"model.attention={knobs.attention} is not there: {_first_line(error)}") from error
+    except (OSError, ValueError) as error:
+        raise _explained(knobs, "weights", error) from error
+    if model.generation_config.pad_token_id is None:
+        model.generation_config.pad_token_id = tokenizer.eos_token_id
+    return Base(model, tokenizer, identity(model, knobs))
+
+
+def identity(model: PreTrainedModel, knobs: Model) -> str:
+    """What was loaded: the hub's commit, the hash of a folder's weights, or that the weights are random."""
+    if knobs.init == "random":
+        return "random weights"
+    commit = getattr(model.config, "_commit_hash", None)
+    if commit:
+        return f"commit {commit}"
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(Path(_location(knobs)).glob("*.safetensors")):
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return f"blake2b {digest.hexdigest()}"
+
+
+def _location(knobs: Model) -> str:
+    return str(shipped.FOLDER) if knobs.path == shipped.NAME else knobs.path
+
+
+def _explained(knobs: Model, what: str, error: Exception) -> ModelNotFoundError | HubUnreachableError:
+    """One sentence for what transformers says in many: what was tried, and how to point to a local copy."""
+    local = "set model.path to the folder of a local copy (config.json, model.safetensors and tokenizer files)"
+    place = knobs.tokenizer if what == "tokenizer" and knobs.tokenizer else _location(knobs)
+    if Path(place).is_dir():
+        if what == "weights":
+            hint = "put model.safetensors there, or set model.init=random for the architecture alone"
+            return ModelNotFoundError(f"the folder {place} holds no usable weights: {_first_line(error)}", hint)
+        return ModelNotFoundError(f"the folder {place} holds no usable {what}: {_first_line(error)}", local)
+    text = str(error).lower()
+    if "couldn't connect" in text or "offline" in text or "connection" in text:
+        return HubUnreachableError(
+            f"the hub did not answer for the {what} of {place!r}, and neither a folder of that name nor a cached copy is there",
+            local,
+        )
+    return ModelNotFoundError(f"no {what} for {place!r} (tried a folder, the cache and the hub): {_first_line(error)}", local)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".")[:200] if str(error).strip() else type(error).__name__

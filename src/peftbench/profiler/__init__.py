@@ -1,0 +1,1 @@
+"""The instruments. The Probe owns every clock, device synchronisation and peak reset."""

@@ -1,0 +1,176 @@
+"""Recipe: everything that may change a number, typed and frozen. YAML goes in and comes out.
+
+Any knob of the project is found here, in a method's file (``methods/``), a source's file (``data/sources.py``) or an
+optimizer's class (``optim.py``), with its unit and its meaning. Accelerate and DeepSpeed files say where a run happens,
+never what is computed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from peftbench.data.sources import AnySource
+from peftbench.methods import AnyMethod
+from peftbench.optim import AdamW, AnyOptimizer
+from peftbench.part import Part
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Split = Literal["validation", "test"]
+
+
+class Model(Part):
+    """The base every method starts from."""
+
+    path: str = "shipped"
+    """A folder, a model's name on the hub, or "shipped" for the small base that comes with peftbench."""
+    tokenizer: str | None = None
+    """Folder or hub name of the tokenizer, where it does not lie with the model."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub; the commit that was loaded is recorded."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """Whether to load weights, or to build the architecture alone with random ones (said so in the record)."""
+    dropout: float | None = Field(default=None, ge=0, lt=1)
+    """Probability of every dropout in the base; null keeps what its config says."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation, as transformers names them; one that is not there is refused."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Only for a source you trust."""
+
+
+class Data(Part):
+    """Which examples, and how they become tokens."""
+
+    source: AnySource
+    """Where the examples come from: docstrings, files or hub."""
+    train: int | None = Field(default=None, gt=0)
+    """Examples drawn (seeded) from the training split; null takes all."""
+    validation: int | None = Field(default=None, gt=0)
+    """Examples drawn from the validation split; null takes all."""
+    test: int | None = Field(default=None, gt=0)
+    """Examples drawn from the test split; null takes all."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the subsample and of the order of batches."""
+    max_tokens: int | None = Field(default=None, gt=0)
+    """Longest sequence in real tokens, virtual ones not counted; null takes what the model's positions leave."""
+    separator: str = "\nTL;DR:"
+    """Between article and summary. Must not end in a space, which belongs to the next word's token."""
+    too_long: Literal["refuse", "drop"] = "refuse"
+    """What to do with an example whose summary leaves no room for any article; drops are counted in the record."""
+    padding: Literal["longest", "max_tokens"] = "longest"
+    """Pad a micro-batch to its longest sequence, or every one to max_tokens."""
+    as_published: bool = False
+    """Label every token, padding too, in batches not grouped by length, as the published study did."""
+
+    @field_validator("separator")
+    @classmethod
+    def _no_trailing_space(cls, value: str) -> str:
+        if not value or value != value.rstrip(" "):
+            raise ValueError("must be a text that does not end in a space")
+        return value
+
+    @model_validator(mode="after")
+    def _padded_to_something(self) -> Data:
+        if self.padding == "max_tokens" and self.max_tokens is None:
+            raise ValueError("padding to max_tokens needs data.max_tokens")
+        return self
+
+
+class Schedule(Part):
+    """The learning rate over the steps."""
+
+    kind: Literal["linear", "cosine", "constant"] = "linear"
+    """Decay after warm-up: linearly to zero, along a half cosine to zero, or none."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which the rate rises linearly from zero."""
+
+
+class Train(Part):
+    """How long, how much at once and how exactly."""
+
+    steps: int | None = Field(default=None, gt=0)
+    """Optimizer steps; give this or epochs."""
+    epochs: float | None = Field(default=None, gt=0)
+    """Passes over the training examples; steps are this times examples over global_batch, rounded up."""
+    global_batch: int = Field(default=16, gt=0)
+    """Examples in one optimizer step, over all processes and micro-batches."""
+    micro_batch: int | None = Field(default=None, gt=0)
+    """Most examples in one forward pass of one process; null means no accumulation."""
+    precision: Precision = "fp32"
+    """Arithmetic of forward and backward pass; trained weights stay in float32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    """Clip the global gradient norm to this; null does not clip."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of new weights and of dropout."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Train:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("needs exactly one of train.steps and train.epochs")
+        return self
+
+
+class Evaluate(Part):
+    """What is measured after training, outside its clock."""
+
+    split: Split = "test"
+    """Which held-out split."""
+    batch: int = Field(default=16, gt=0)
+    """Examples at once in evaluation and generation, per process."""
+    generate: bool = True
+    """Write summaries (greedy, or by beams) and score them with ROUGE."""
+    max_new_tokens: int = Field(default=64, gt=0)
+    """Longest generated summary, in tokens."""
+    beams: int = Field(default=1, gt=0)
+    """Beams of the search; 1 is greedy."""
+    teacher_forced: bool = False
+    """Also give the study's ROUGE on teacher-forced argmax, under that name."""
+    resamples: int = Field(default=1000, ge=100)
+    """Bootstrap resamples behind each 95 % interval."""
+    samples: int = Field(default=5, ge=0)
+    """Generated summaries kept in the record, with article and reference."""
+
+
+class Recipe(Part):
+    """One run. The same recipe gives the same numbers on any engine and process count, up to rounding."""
+
+    name: str
+    """Name of the run and of its folder: letters, digits and . _ = + -"""
+    output_dir: str = "runs"
+    """Folder for runs; the record is written to <output_dir>/<name>/record.json."""
+    model: Model = Model()
+    """The base every method starts from."""
+    method: AnyMethod
+    """What is trained."""
+    data: Data
+    """Which examples, and how they become tokens."""
+    optimizer: AnyOptimizer = AdamW()
+    """What turns gradients into steps."""
+    schedule: Schedule = Schedule()
+    """The learning rate over the steps."""
+    train: Train
+    """How long, how much at once and how exactly."""
+    evaluate: Evaluate = Evaluate()
+    """What is measured after training, outside its clock."""
+    save_model: bool = True
+    """Keep what was trained, in its ecosystem's format, in <output_dir>/<name>/model."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "swanlab"], ...] = ()
+    """Live trackers, through accelerate; none by default."""
+
+    @field_validator("name")
+    @classmethod
+    def _folder_name(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=+-]*", value):
+            raise ValueError("must start with a letter or digit and hold only letters, digits and . _ = + -")
+        return value
+
+    def fingerprint(self) -> str:
+        """Hash of every knob that may change a number; where the run is written and shown is left out."""
+        knobs = self.model_dump(mode="json", exclude={"name", "output_dir", "save_model", "trackers"})
+        return hashlib.blake2b(json.dumps(knobs, sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -1,0 +1,200 @@
+"""RunRecord: what is kept of a run, and the only thing a report is made from. Needs no torch.
+
+Sizes are bytes and times seconds. What is not known is None, never a guess.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from peftbench.errors import RecordError
+from peftbench.files import write_atomically
+
+SCHEMA_VERSION = 1
+FILE = "record.json"
+
+OutcomeKind = Literal["ok", "oom", "diverged", "preempted", "failed"]
+
+EXIT_CODES: dict[str, int] = {"ok": 0, "oom": 70, "diverged": 71, "preempted": 72, "failed": 73}
+"""Exit code of a run that started, by its outcome."""
+
+FINAL = frozenset({"ok", "oom", "diverged"})
+"""Outcomes that are results: a suite does not repeat them."""
+
+
+class _Kept(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Outcome(_Kept):
+    """How a run ended. An out-of-memory is a result too."""
+
+    kind: OutcomeKind
+    step: int | None = None
+    """Optimizer step (counted from 1) at which it ended, where it did not end well."""
+    phase: str | None = None
+    requested_bytes: int | None = None
+    """What an out-of-memory asked for."""
+    error: str | None = None
+
+
+class Interval(_Kept):
+    """A mean and its 95 % bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class Sample(_Kept):
+    """One generated summary."""
+
+    id: str
+    article: str
+    reference: str
+    generated: str
+
+
+class Quality(_Kept):
+    """How good the trained model is on held-out examples."""
+
+    split: str
+    examples: int
+    loss: float | None = None
+    """Mean cross-entropy on summary and end tokens, in nats."""
+    perplexity: float | None = None
+    rouge: dict[str, Interval] | None = None
+    """F-measures (0 to 100) of generated summaries: rouge1, rouge2, rougeL, rougeLsum."""
+    teacher_forced_argmax_rouge: dict[str, Interval] | None = None
+    """The published study's figure: the reference is shown token by token. Not comparable with ``rouge``."""
+    samples: tuple[Sample, ...] = ()
+
+
+class Tokens(_Kept):
+    """Tokens trained on, over all ranks: four kinds that must not be mixed."""
+
+    real: int
+    padded: int
+    labelled: int
+    virtual: int
+
+
+class Parameters(_Kept):
+    """Scalars of the model: all of them once, and the trained ones."""
+
+    total: int
+    trainable: int
+
+
+class Device(_Kept):
+    """Where a run happened."""
+
+    kind: str
+    name: str
+    processes: int
+    memory_bytes: int | None = None
+
+
+class Engine(_Kept):
+    """What really ran: read back from the engine, not from the recipe."""
+
+    kind: str
+    mixed_precision: str
+    optimizer: str
+    micro_batch: int
+    accumulation: int
+    threads: int
+
+
+class Memory(_Kept):
+    """Peak bytes of one phase, maximum over ranks."""
+
+    allocated_bytes: int | None = None
+    reserved_bytes: int | None = None
+    resident_bytes: int | None = None
+
+
+class Flops(_Kept):
+    """Floating-point operations of the training: three numbers that must not share a column."""
+
+    required: int | None = None
+    executed: int | None = None
+    six_n: int | None = None
+
+
+class RunRecord(_Kept):
+    """Everything kept of one run."""
+
+    schema_version: Literal[1] = 1
+    name: str
+    started_at: str
+    """ISO 8601, UTC."""
+    recipe: dict[str, Any]
+    recipe_fingerprint: str
+    outcome: Outcome
+    device: Device
+    versions: dict[str, str]
+    git: str | None = None
+    """Commit of the checkout that ran, with "+changes" where it had any."""
+    engine: Engine | None = None
+    parameters: Parameters | None = None
+    model_identity: str | None = None
+    data_identity: str | None = None
+    examples: dict[str, int] = {}
+    """Examples used, by split."""
+    dropped: dict[str, int] = {}
+    """Examples left out because their summary left no room for an article, by split."""
+    tokens: Tokens | None = None
+    steps: int = 0
+    losses: tuple[float, ...] = ()
+    """Training loss of each step: mean over the labelled tokens of the whole global batch, in nats."""
+    step_seconds: tuple[float, ...] = ()
+    phase_seconds: dict[str, float] = {}
+    memory: dict[str, Memory] = {}
+    flops: Flops = Flops()
+    energy_joules: float | None = None
+    quality: Quality | None = None
+    notes: tuple[str, ...] = ()
+    """What was used instead of what was asked for, and what else a reader must know."""
+
+    def write(self, folder: Path) -> Path:
+        """Write to ``folder``/record.json, whole or not at all, and return the path."""
+        path = folder / FILE
+        write_atomically(path, self.model_dump_json(indent=2) + "\n")
+        return path
+
+    @property
+    def train_seconds(self) -> float | None:
+        """Seconds of the training phase alone."""
+        return self.phase_seconds.get("train")
+
+
+def read_record(path: Path) -> RunRecord:
+    """Read one record.
+
+    Raises:
+        RecordError: the file is not a record of this schema.
+    """
+    try:
+        return RunRecord.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise RecordError(f"{path} is not a record of schema {SCHEMA_VERSION}: {where}: {first['msg']}") from error
+    except OSError as error:
+        raise RecordError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def read_records(folder: Path) -> list[RunRecord]:
+    """All records below ``folder``, by path.
+
+    Raises:
+        RecordError: there are none.
+    """
+    records = [read_record(path) for path in sorted(folder.rglob(FILE))]
+    if not records:
+        raise RecordError(f"no {FILE} below {folder}; give the folder that a run or a suite wrote to")
+    return records

@@ -1,0 +1,219 @@
+"""One run, from recipe to record: preflight, build, train, evaluate, and an outcome whatever happens."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import re
+import subprocess
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from peftbench.data.docstrings import DISTRIBUTION
+from peftbench.engine.bind import bind, device_of
+from peftbench.engine.build import Built, Trainer, build, make_trainer, read_split
+from peftbench.engine.loop import Diverged, Progress, train
+from peftbench.errors import PeftbenchError
+from peftbench.evaluation.measure import Evaluation, quality_of
+from peftbench.files import write_error
+from peftbench.profiler.probe import Probe
+from peftbench.record import Engine, Outcome, Quality, RunRecord, Tokens
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from peftbench.recipe import Recipe
+
+_VERSIONS = ("peftbench", "torch", "accelerate", "transformers", "peft", "datasets", "evaluate", "tokenizers")
+
+
+class Run:
+    """One run. What is known is kept on it as it becomes known, so that any end leaves a full record."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.folder = Path(recipe.output_dir) / recipe.name
+        _check_writable(self.folder)
+        self.accelerator: Accelerator = bind(recipe, self.folder)
+        self.probe = Probe(self.accelerator.device)
+        self.progress = Progress()
+        self.started_at = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        self.built: Built | None = None
+        self.trainer: Trainer | None = None
+        self.quality: Quality | None = None
+        self.examples: dict[str, int] = {}
+        self.dropped: dict[str, int] = {}
+        self.notes: list[str] = []
+
+    def execute(self) -> tuple[RunRecord, Path]:
+        """Run to an outcome and write the record; returns both.
+
+        Raises:
+            PeftbenchError: the recipe cannot be run; nothing was written.
+            Exception: a fault of the program, after a record with outcome ``failed`` was written.
+        """
+        try:
+            outcome, fault = self._outcome(), None
+        except PeftbenchError:
+            raise
+        except Exception as error:
+            outcome, fault = Outcome(kind="failed", **self._where(), error=f"{type(error).__name__}: {error}"), error
+        record = self._record(outcome)
+        path = self.folder / "record.json"
+        if self.accelerator.is_main_process:
+            path = record.write(self.folder)
+        if fault is not None:
+            raise fault
+        self.accelerator.end_training()
+        return record, path
+
+    def _outcome(self) -> Outcome:
+        try:
+            self._work()
+        except Diverged as error:
+            return Outcome(kind="diverged", step=error.step, phase="train", error=str(error))
+        except torch.OutOfMemoryError as error:
+            return Outcome(kind="oom", **self._where(), requested_bytes=_requested_bytes(error), error=_first_line(error))
+        except RuntimeError as error:
+            if "DefaultCPUAllocator: can't allocate memory" not in str(error):
+                raise
+            return Outcome(kind="oom", **self._where(), requested_bytes=_requested_bytes(error), error=_first_line(error))
+        except KeyboardInterrupt:
+            return Outcome(kind="preempted", **self._where(), error="interrupted")
+        return Outcome(kind="ok")
+
+    def _work(self) -> None:
+        if not self.recipe.method.needs_model:
+            with self.probe.phase("generate"):
+                self.quality = self._extracted()
+            return
+        with self.probe.phase("build"):
+            built = self.built = build(self.recipe, self.accelerator)
+            self._count(self.recipe.evaluate.split, len(built.held_out.dataset), built.held_out.dropped)
+        if self.recipe.method.trains:
+            self._train(built)
+        with self.probe.phase("evaluate"):
+            evaluation = Evaluation(
+                self.accelerator, built.bare_model, built.encoder, built.held_out.dataset, self.recipe
+            )
+            self.quality = evaluation.quality()
+        if self.recipe.method.trains and self.recipe.save_model:
+            with self.probe.phase("save"):
+                self._save(built)
+
+    def _train(self, built: Built) -> None:
+        with self.probe.phase("build"):
+            trainer = self.trainer = make_trainer(self.recipe, built, self.accelerator)
+            self._count("train", len(trainer.batches.dataset), trainer.dropped)
+        if self.recipe.trackers:
+            self.accelerator.init_trackers(DISTRIBUTION, config={"recipe": self.recipe.model_dump_json()})
+        self.recipe.method.set_training(built.bare_model)
+        with self.probe.phase("train"):
+            train(
+                self.accelerator, trainer, self.probe, self.progress,
+                max_grad_norm=self.recipe.train.max_grad_norm,
+                on_step=lambda step, values: self.accelerator.log(values, step=step),
+            )  # fmt: skip
+
+    def _extracted(self) -> Quality:
+        """Quality of a baseline that copies its summary from the article."""
+        dataset = read_split(self.recipe, self.recipe.evaluate.split)
+        self._count(self.recipe.evaluate.split, len(dataset), 0)
+        texts = [self.recipe.method.extract(article) or "" for article in dataset["article"]]
+        return quality_of(self.recipe.evaluate, dataset, texts)
+
+    def _save(self, built: Built) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        folder = self.folder / "model"
+        try:
+            self.recipe.method.save(built.bare_model, folder)
+            built.base.tokenizer.save_pretrained(folder)
+        except OSError as error:
+            raise write_error(folder, error) from error
+
+    def _count(self, split: str, examples: int, dropped: int) -> None:
+        self.examples[split] = examples
+        self.dropped[split] = dropped
+
+    def _where(self) -> dict[str, Any]:
+        in_training = self.probe.current_phase == "train"
+        return {"phase": self.probe.current_phase, "step": self.progress.steps + 1 if in_training else None}
+
+    def _record(self, outcome: Outcome) -> RunRecord:
+        counts = self.progress.counts
+        return RunRecord(
+            name=self.recipe.name,
+            started_at=self.started_at,
+            recipe=self.recipe.model_dump(mode="json"),
+            recipe_fingerprint=self.recipe.fingerprint(),
+            outcome=outcome,
+            device=device_of(self.accelerator),
+            versions={name: metadata.version(name) for name in _VERSIONS},
+            git=_git_state(),
+            engine=self._engine(),
+            parameters=self.built.parameters if self.built else None,
+            model_identity=self.built.base.identity if self.built else None,
+            data_identity=self.recipe.data.source.identity() if self.examples else None,
+            examples=self.examples,
+            dropped=self.dropped,
+            tokens=Tokens(**vars(counts)) if self.trainer else None,
+            steps=self.progress.steps,
+            losses=tuple(self.progress.losses),
+            step_seconds=tuple(self.probe.step_seconds),
+            phase_seconds=dict(self.probe.phase_seconds),
+            quality=self.quality,
+            notes=tuple(self.notes),
+        )
+
+    def _engine(self) -> Engine | None:
+        if self.trainer is None:
+            return None
+        share = self.recipe.train.global_batch // self.accelerator.num_processes
+        optimizer = getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)
+        return Engine(
+            kind=str(self.accelerator.distributed_type.value),
+            mixed_precision=str(self.accelerator.mixed_precision),
+            optimizer=f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
+            micro_batch=min(self.recipe.train.micro_batch or share, share),
+            accumulation=self.trainer.batches.accumulation,
+            threads=torch.get_num_threads(),
+        )
+
+
+def _check_writable(folder: Path) -> None:
+    """Find out before the work that its result can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise write_error(folder, error) from error
+
+
+def _requested_bytes(error: BaseException) -> int | None:
+    """What an allocator says it was asked for: CUDA's "Tried to allocate 2.00 GiB", the CPU's "allocate N bytes"."""
+    if exact := re.search(r"allocate (\d+) bytes", str(error)):
+        return int(exact.group(1))
+    if rounded := re.search(r"Tried to allocate ([\d.]+) ([KMG])iB", str(error)):
+        return int(float(rounded.group(1)) * 1024 ** (" KMG".index(rounded.group(2))))
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _git_state() -> str | None:
+    """Commit of the checkout this package runs from, None where it is installed from elsewhere."""
+    here = Path(__file__).resolve().parent
+    command = ["git", "-C", os.fspath(here), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None if found.returncode == 0 else None

@@ -1,0 +1,10 @@
+"""The base that comes with the package: a small GPT-2 that needs no hub. ``pretrain.py`` is how it was made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+NAME = "shipped"
+"""What a recipe writes as ``model.path`` to start from this base."""
+
+FOLDER = Path(__file__).parent / "tiny_gpt2"

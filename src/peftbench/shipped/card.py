@@ -1,0 +1,68 @@
+"""The shipped base's model card, written from what the training run recorded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tabulate import tabulate
+
+
+@dataclass
+class Training:
+    """What a pretraining run was asked for and what it saw."""
+
+    command: str
+    steps: int
+    batch_rows: int
+    row_tokens: int
+    learning_rate: float
+    seed: int
+    parameters: int
+    documents: int
+    corpus_tokens: int
+    corpus_fingerprint: str
+    python: str
+    torch: str
+    seconds: float = 0.0
+    curve: list[tuple[int, float, float]] = field(default_factory=list)
+
+
+_CARD = """---
+license: apache-2.0
+language: en
+tags: [gpt2, docstrings]
+---
+# The base shipped with peftbench
+
+A GPT-2 of 4 layers and 256 units ({parameters:,} parameters, float16) with its own byte-level BPE of 4,096 pieces. It
+exists so that methods of fine-tuning can be compared without a hub, a GPU or a download; it is of no other use.
+
+- **Data**: {documents:,} distinct docstrings of the Python standard library and of peftbench's run-time dependencies,
+  {corpus_tokens:,} tokens; the held-out packages (networkx, nltk) were not read. The text belongs to its authors and is
+  under their packages' open-source licences. Fingerprint of the corpus' pairs: `{corpus_fingerprint}`.
+- **Training**: {steps:,} steps of {batch_rows} x {row_tokens} tokens ({tokens:,} tokens, {epochs:.1f} epochs) in
+  {minutes:.0f} minutes on CPU; Muon for the matrices in the blocks, AdamW for the rest, peak learning rate
+  {learning_rate}, seed {seed}; Python {python}, torch {torch}.
+- **Command**: `{command}`
+- **Limits**: knows the shape of docstrings and little else. Do not use it to write any.
+
+## Loss
+
+Mean next-token cross-entropy in nats: over the training rows since the line before, and on documents of the
+validation package. All points are in `loss_curve.json`.
+
+{table}
+"""
+
+
+def model_card(run: Training) -> str:
+    """The card in Markdown; about a dozen points of the loss curve are shown."""
+    every = max(1, len(run.curve) // 12)
+    points = run.curve[every - 1 :: every]
+    if run.curve and points[-1] != run.curve[-1]:
+        points.append(run.curve[-1])
+    table = tabulate(points, headers=["step", "training loss", "held-out loss"], tablefmt="github", floatfmt=".3f")
+    tokens = run.steps * run.batch_rows * run.row_tokens
+    return _CARD.format(
+        **vars(run), tokens=tokens, epochs=tokens / run.corpus_tokens, minutes=run.seconds / 60, table=table
+    )

@@ -1,0 +1,69 @@
+"""The entry point of one run: ``launch/train.py`` and ``python -m peftbench.train``."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peftbench.config import explained, load_recipe
+from peftbench.console import guarded, quiet_libraries
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that speaks for all, before any engine has started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@app.command()
+def train(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Knobs to change, as train.steps=100.")
+    ] = None,
+    config: Annotated[
+        list[Path] | None, typer.Option("--config", help="A recipe; several are merged from left to right.")
+    ] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the resolved recipe with each knob's meaning, and stop.")
+    ] = False,
+) -> None:
+    """Run one recipe and write its record.
+
+    The last line on standard output is one JSON object: the outcome, and the path of the record. Logs and progress go to
+    standard error. Start several processes with "accelerate launch --config_file accel_configs/cpu2.yaml".
+    """
+    with guarded(report=report):
+        recipe = load_recipe(config or [], overrides or [])
+        if print_config:
+            print(explained(recipe), end="")
+            return
+        quiet_libraries()
+        from peftbench.run import Run
+
+        record, path = Run(recipe).execute()
+        outcome = record.outcome
+        report({"outcome": outcome.kind, "record": str(path), "name": record.name, "error": outcome.error})
+        from peftbench.record import EXIT_CODES
+
+        raise typer.Exit(EXIT_CODES[outcome.kind])
+
+
+def report(result: dict[str, object]) -> None:
+    """The last line on standard output, from one process."""
+    if is_main_process():
+        print(json.dumps({key: value for key, value in result.items() if value is not None}), flush=True)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
