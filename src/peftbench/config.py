@@ -50,7 +50,7 @@ def load_recipe(files: Sequence[Path], overrides: Sequence[str] = ()) -> Recipe:
 def merged(files: Sequence[Path], overrides: Sequence[str] = ()) -> dict[str, Any]:
     """``files`` and ``overrides`` merged from left to right, not yet validated."""
     parts = [part for path in files for part in read_yaml(path)]
-    return _plain(OmegaConf.merge(*parts, _dotlist(overrides)))
+    return plain(OmegaConf.merge(*parts, _dotlist(overrides)))
 
 
 def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> Iterator[DictConfig]:
@@ -83,7 +83,8 @@ def _dotlist(overrides: Sequence[str]) -> DictConfig:
         raise RecipeError(f"cannot read the overrides {' '.join(overrides)}: {_one_line(error)}") from error
 
 
-def _plain(config: Any) -> dict[str, Any]:
+def plain(config: object) -> dict[str, Any]:
+    """Keys and values of an OmegaConf container, interpolations resolved."""
     try:
         return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
@@ -104,7 +105,9 @@ def validate(values: Mapping[str, Any]) -> Recipe:
         found = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
         _explain(dict(found[0]), Recipe)
     except TypeError as error:  # a YAML date, say
-        raise WrongTypeError(f"the recipe holds a value that is neither text, number, switch nor list: {error}") from error
+        raise WrongTypeError(
+            f"the recipe holds a value that is neither text, number, switch nor list: {error}"
+        ) from error
 
 
 def _explain(error: dict[str, Any], root: type[Part]) -> NoReturn:
@@ -116,6 +119,8 @@ def _explain(error: dict[str, Any], root: type[Part]) -> NoReturn:
     if kind == "union_tag_invalid":
         tag = str(error["ctx"]["tag"])
         raise UnknownKeyError(f"there is no {path} of kind {tag!r}", nearest(tag, table))
+    if kind == "union_tag_not_found" and not isinstance(given, dict):
+        raise WrongTypeError(f"{path}={given!r} has the wrong type; it must be a group of knobs")
     if kind == "union_tag_not_found":
         raise RecipeError(f"{path}.kind is missing", f"allowed: {', '.join(table)}")
     if kind == "missing":
@@ -126,7 +131,9 @@ def _explain(error: dict[str, Any], root: type[Part]) -> NoReturn:
     reason = message.removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("Input ")
     if kind.startswith(_OUT_OF_RANGE):
         shown = "" if isinstance(given, dict) else f"={given!r}"
-        raise OutOfRangeError(f"{path}{shown}: {reason}" if kind == "value_error" else f"{path}{shown} must be {reason}")
+        raise OutOfRangeError(
+            f"{path}{shown}: {reason}" if kind == "value_error" else f"{path}{shown} must be {reason}"
+        )
     raise WrongTypeError(f"{path}={given!r} has the wrong type; it must be {reason}")
 
 
@@ -146,8 +153,7 @@ def _place(location: Sequence[str | int], root: type[Part]) -> tuple[str, list[s
         if group is not None and str(key) in group.model_fields:
             fields = list(group.model_fields)
             annotation = group.model_fields[str(key)].annotation
-            is_part = isinstance(annotation, type) and issubclass(annotation, Part)
-            group = annotation if is_part else None
+            group = annotation if isinstance(annotation, type) and issubclass(annotation, Part) else None
             fields = list(group.model_fields) if group is not None and key != location[-1] else fields
     return ".".join(path) or "the recipe", fields, list(table)
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import typer
 
-from peftbench.errors import OutputError, PeftbenchError, EngineError
+from peftbench.errors import EngineError, OutputError, PeftbenchError
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""

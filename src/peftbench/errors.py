@@ -49,82 +49,122 @@ class PeftbenchError(Exception):
 
 
 class RecipeError(PeftbenchError):
+    """A recipe that cannot be meant."""
+
     exit_code = 10
 
 
 class UnknownKeyError(RecipeError):
+    """A key or a name that does not exist."""
+
     exit_code = 11
 
 
 class WrongTypeError(RecipeError):
+    """A value of the wrong type."""
+
     exit_code = 12
 
 
 class OutOfRangeError(RecipeError):
+    """A value outside what is allowed, or two that contradict each other."""
+
     exit_code = 13
 
 
 class MissingFileError(RecipeError):
+    """A file named on the command line or in a recipe is not there."""
+
     exit_code = 14
 
 
 class DataError(PeftbenchError):
+    """Examples that cannot be used."""
+
     exit_code = 20
 
 
 class DataNotFoundError(DataError):
+    """A data set that is not there."""
+
     exit_code = 21
 
 
 class EmptySplitError(DataError):
+    """A split without examples, or without enough of them."""
+
     exit_code = 22
 
 
 class MissingColumnError(DataError):
+    """A column that a data set does not have."""
+
     exit_code = 23
 
 
 class SequenceTooShortError(DataError):
+    """No room for prompt plus summary."""
+
     exit_code = 24
 
 
 class HubUnreachableError(DataError):
+    """The hub did not answer."""
+
     exit_code = 25
 
 
 class ModelError(PeftbenchError):
+    """A base that cannot be used."""
+
     exit_code = 30
 
 
 class ModelNotFoundError(ModelError):
+    """A base that is not there."""
+
     exit_code = 31
 
 
 class TargetModulesError(ModelError):
+    """Target modules that match nothing."""
+
     exit_code = 32
 
 
 class UnsupportedModelError(ModelError):
+    """An architecture that a method or a knob cannot handle."""
+
     exit_code = 33
 
 
 class EngineError(PeftbenchError):
+    """The engine that started is not the one asked for."""
+
     exit_code = 40
 
 
 class PrecisionError(EngineError):
+    """A precision that this device does not have."""
+
     exit_code = 41
 
 
 class OutputError(PeftbenchError):
+    """A place that cannot be written."""
+
     exit_code = 50
 
 
 class DiskFullError(OutputError):
+    """No space left, or the quota is used up."""
+
     exit_code = 51
 
 
 class RecordError(PeftbenchError):
+    """A record that cannot be read."""
+
     exit_code = 60
 
 

@@ -1,4 +1,4 @@
-"""The base every method starts from: a hub name, a local folder, the shipped one, or an architecture with random weights."""
+"""The base every method starts from: of the hub, a local folder, the shipped one, or an architecture alone."""
 
 from __future__ import annotations
 
@@ -53,7 +53,9 @@ def load_config(knobs: Model) -> PreTrainedConfig:
     if knobs.dropout is not None:
         found = [key for key in _DROPOUT_KEYS if hasattr(config, key)]
         if not found and knobs.dropout > 0:
-            raise OutOfRangeError(f"{config.model_type} has no dropout to set to {knobs.dropout}; leave model.dropout null")
+            raise OutOfRangeError(
+                f"{config.model_type} has no dropout to set to {knobs.dropout}; leave model.dropout null"
+            )
         for key in found:
             setattr(config, key, knobs.dropout)
     return config  # type: ignore[no-any-return]
@@ -86,7 +88,11 @@ def load(knobs: Model) -> Base:
     config = load_config(knobs)
     tokenizer = load_tokenizer(knobs)
     config.use_cache = False  # a cache of keys and values is memory lost in training; generation asks for its own
-    common = {"trust_remote_code": knobs.trust_remote_code, "attn_implementation": knobs.attention, "dtype": torch.float32}
+    common = {
+        "trust_remote_code": knobs.trust_remote_code,
+        "attn_implementation": knobs.attention,
+        "dtype": torch.float32,
+    }
     try:
         if knobs.init == "random":
             model = AutoModelForCausalLM.from_config(config, **common)
@@ -134,10 +140,13 @@ def _explained(knobs: Model, what: str, error: Exception) -> ModelNotFoundError 
     text = str(error).lower()
     if "couldn't connect" in text or "offline" in text or "connection" in text:
         return HubUnreachableError(
-            f"the hub did not answer for the {what} of {place!r}, and neither a folder of that name nor a cached copy is there",
+            f"the hub did not answer for the {what} of {place!r}, "
+            "and neither a folder of that name nor a cached copy is there",
             local,
         )
-    return ModelNotFoundError(f"no {what} for {place!r} (tried a folder, the cache and the hub): {_first_line(error)}", local)
+    return ModelNotFoundError(
+        f"no {what} for {place!r} (tried a folder, the cache and the hub): {_first_line(error)}", local
+    )
 
 
 def _first_line(error: Exception) -> str:

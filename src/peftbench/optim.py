@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Literal, Union
 
-from pydantic import BeforeValidator, Field
+from pydantic import Discriminator, Field, Tag
 
 from peftbench.part import Part
 
@@ -71,6 +71,8 @@ if TYPE_CHECKING:
 else:
     # Knobs given without a kind are those of the default optimizer.
     AnyOptimizer = Annotated[
-        Annotated[Union[tuple(OPTIMIZERS.values())], Field(discriminator="kind")],
-        BeforeValidator(lambda knobs: {"kind": "adamw"} | knobs if isinstance(knobs, dict) else knobs),
+        Union[tuple(Annotated[optimizer, Tag(kind)] for kind, optimizer in OPTIMIZERS.items())],
+        Discriminator(
+            lambda knobs: knobs.get("kind", "adamw") if isinstance(knobs, dict) else getattr(knobs, "kind", None)
+        ),
     ]

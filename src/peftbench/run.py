@@ -16,7 +16,7 @@ import torch
 from peftbench.data.docstrings import DISTRIBUTION
 from peftbench.engine.bind import bind, device_of
 from peftbench.engine.build import Built, Trainer, build, make_trainer, read_split
-from peftbench.engine.loop import Diverged, Progress, train
+from peftbench.engine.loop import DivergedError, Progress, train
 from peftbench.errors import PeftbenchError
 from peftbench.evaluation.measure import Evaluation, quality_of
 from peftbench.files import write_error
@@ -41,7 +41,7 @@ class Run:
         self.accelerator: Accelerator = bind(recipe, self.folder)
         self.probe = Probe(self.accelerator.device)
         self.progress = Progress()
-        self.started_at = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        self.started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.built: Built | None = None
         self.trainer: Trainer | None = None
         self.quality: Quality | None = None
@@ -74,14 +74,18 @@ class Run:
     def _outcome(self) -> Outcome:
         try:
             self._work()
-        except Diverged as error:
+        except DivergedError as error:
             return Outcome(kind="diverged", step=error.step, phase="train", error=str(error))
         except torch.OutOfMemoryError as error:
-            return Outcome(kind="oom", **self._where(), requested_bytes=_requested_bytes(error), error=_first_line(error))
+            return Outcome(
+                kind="oom", **self._where(), requested_bytes=_requested_bytes(error), error=_first_line(error)
+            )
         except RuntimeError as error:
             if "DefaultCPUAllocator: can't allocate memory" not in str(error):
                 raise
-            return Outcome(kind="oom", **self._where(), requested_bytes=_requested_bytes(error), error=_first_line(error))
+            return Outcome(
+                kind="oom", **self._where(), requested_bytes=_requested_bytes(error), error=_first_line(error)
+            )
         except KeyboardInterrupt:
             return Outcome(kind="preempted", **self._where(), error="interrupted")
         return Outcome(kind="ok")

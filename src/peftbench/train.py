@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -35,8 +34,8 @@ def train(
 ) -> None:
     """Run one recipe and write its record.
 
-    The last line on standard output is one JSON object: the outcome, and the path of the record. Logs and progress go to
-    standard error. Start several processes with "accelerate launch --config_file accel_configs/cpu2.yaml".
+    The last line on standard output is one JSON object: the outcome, and the path of the record. Logs and progress go
+    to standard error. Start several processes with "accelerate launch --config_file accel_configs/cpu2.yaml".
     """
     with guarded(report=report):
         recipe = load_recipe(config or [], overrides or [])
@@ -66,4 +65,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,12 +1,13 @@
 """Batches: one seeded order for every method, micro-batches of like lengths, and exact token counts.
 
-A global batch is a plain random draw, whatever the number of processes; only inside it are examples sorted by length and
-cut into micro-batches, so grouping saves padding and changes no gradient. All ranks know the whole plan, so the number
-of labelled tokens of a global batch needs no communication.
+A global batch is a plain random draw, whatever the number of processes; only inside it are examples sorted by length
+and cut into micro-batches, so grouping saves padding and changes no gradient. All ranks know the whole plan, so the
+number of labelled tokens of a global batch needs no communication.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -53,7 +54,9 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """A copy on ``device``."""
-        return MicroBatch(*(t.to(device, non_blocking=True) for t in (self.input_ids, self.attention_mask, self.labels)))
+        return MicroBatch(
+            *(t.to(device, non_blocking=True) for t in (self.input_ids, self.attention_mask, self.labels))
+        )
 
 
 @dataclass(frozen=True)
@@ -156,5 +159,5 @@ class Batches:
 def _cut(examples: list[tuple[list[int], int]], parts: int) -> Iterator[list[tuple[list[int], int]]]:
     """``parts`` runs of neighbours, their sizes as equal as can be."""
     bounds = [index * len(examples) // parts for index in range(parts + 1)]
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in itertools.pairwise(bounds):
         yield examples[start:stop]

@@ -1,7 +1,7 @@
 """From an article and its summary to token ids.
 
 A sequence is ``[start] article separator summary end``. The separator and ``" " + summary`` are encoded apart, so that
-the prompt of a generation is tokenised exactly as in training: with a byte-level BPE the space belongs to the next word.
+the prompt of a generation is tokenised exactly as in training: with a byte-level BPE the space is the next word's.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Layout:
         assert longest is not None
         if room is not None and longest > room:
             raise OutOfRangeError(
-                f"data.max_tokens={longest} and {virtual_tokens} virtual tokens exceed the model's {positions} positions; "
-                f"set data.max_tokens={room} or less, in every run that is to be compared"
+                f"data.max_tokens={longest} and {virtual_tokens} virtual tokens exceed the model's {positions} "
+                f"positions; set data.max_tokens={room} or less, in every run that is to be compared"
             )
         if new_tokens >= longest:
             raise SequenceTooShortError(
@@ -73,7 +73,7 @@ class Encoder:
         return ids
 
     def prompt(self, article: str, room: int | None = None) -> list[int]:
-        """Start, article and separator, with ``room`` tokens (default: the layout's ``new_tokens``) left for a summary."""
+        """Start, article and separator, leaving ``room`` tokens (by default ``layout.new_tokens``) for a summary."""
         room = self.layout.new_tokens if room is None else room
         return self._prompt(self._ids(article), room)
 
@@ -94,8 +94,7 @@ class Encoder:
     def decode(self, ids: list[int]) -> str:
         """Text of ``ids`` up to the first end token."""
         ids = ids[: ids.index(self.end)] if self.end in ids else ids
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return text.strip()
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     def encode(self, dataset: Dataset, split: str, too_long: str) -> tuple[Dataset, int]:
         """Encode a whole split, cached and with a progress bar; returns it and the number of examples dropped.
@@ -118,9 +117,9 @@ class Encoder:
             worst = max(range(len(encoded)), key=lambda index: encoded[index]["needed"])
             row = encoded[worst]
             raise SequenceTooShortError(
-                f"{len(encoded) - len(fits)} of {len(encoded)} examples of the {split} split do not fit {longest} tokens "
-                f"with separator, summary and end token ({row['id']} needs {row['needed']}); raise data.max_tokens, "
-                "or set data.too_long=drop"
+                f"{len(encoded) - len(fits)} of {len(encoded)} examples of the {split} split do not fit {longest} "
+                f"tokens with separator, summary and end token ({row['id']} needs {row['needed']}); "
+                "raise data.max_tokens, or set data.too_long=drop"
             )
         return (encoded if len(fits) == len(encoded) else encoded.select(fits)), len(encoded) - len(fits)
 

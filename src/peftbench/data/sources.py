@@ -109,7 +109,8 @@ class Files(Source):
         path = Path(name)
         if not path.is_file():
             raise DataNotFoundError(
-                f"data.source.{split}={name!r} is not there (looked at {path.absolute()}); give the path of a local file"
+                f"data.source.{split}={name!r} is not there (looked at {path.absolute()}); "
+                "give the path of a local file"
             )
         return path
 
@@ -196,7 +197,9 @@ def _load_files(builder: str, path: Path) -> Dataset:
         return load_dataset(builder, data_files={"only": str(path)}, split="only")  # type: ignore[return-value]
     except (DatasetGenerationError, ValueError, OSError) as error:
         last = _chain(error)[-1]
-        raise DataError(f"{path} cannot be read as {builder}: {str(last).splitlines()[0] if str(last) else last!r}") from error
+        raise DataError(
+            f"{path} cannot be read as {builder}: {str(last).splitlines()[0] if str(last) else last!r}"
+        ) from error
 
 
 def _columns(dataset: Dataset, names: dict[str, str | None], split: str, where: str) -> Dataset:

@@ -61,7 +61,9 @@ def _check_world(accelerator: Accelerator) -> None:
         )
     # A world that only claims to be one would add up to something else.
     if asked > 1 and int(accelerator.reduce(torch.ones(1, device=accelerator.device)).item()) != asked:
-        raise EngineError(f"{asked} processes were started but do not talk to each other; check the accelerate config file")
+        raise EngineError(
+            f"{asked} processes were started but do not talk to each other; check the accelerate config file"
+        )
 
 
 def device_of(accelerator: Accelerator) -> Device:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from peftbench.profiler.probe import Probe
 
 
-class Diverged(Exception):
+class DivergedError(Exception):
     """The loss of ``step`` (counted from 1) is not a finite number."""
 
     def __init__(self, step: int, loss: float) -> None:
@@ -35,7 +35,7 @@ class Progress:
     """What training has done so far; kept up to date, so that it outlives whatever ends the loop."""
 
     losses: list[float] = field(default_factory=list)
-    counts: TokenCounts = TokenCounts()
+    counts: TokenCounts = field(default_factory=TokenCounts)
 
     @property
     def steps(self) -> int:
@@ -60,7 +60,7 @@ def train_step(accelerator: Accelerator, trainer: Trainer, batch: GlobalBatch, m
     trainer.optimizer.zero_grad()
     if not accelerator.optimizer_step_was_skipped:  # fp16's loss scaler found an overflow and takes the step back
         trainer.schedule.step()
-    return accelerator.reduce(total).item() / batch.counts.labelled  # the step's one synchronisation
+    return float(accelerator.reduce(total).item()) / batch.counts.labelled  # the step's one synchronisation
 
 
 def train(
@@ -75,7 +75,7 @@ def train(
     """Run all steps. ``on_step`` is told (step, what was measured), outside the step's clock.
 
     Raises:
-        Diverged: a loss is not finite; ``progress`` holds every step before it.
+        DivergedError: a loss is not finite; ``progress`` holds every step before it.
     """
     bar = tqdm(total=trainer.steps, desc="training", unit="step", disable=None if accelerator.is_main_process else True)
     with bar:
@@ -83,10 +83,10 @@ def train(
             with probe.step():
                 loss = train_step(accelerator, trainer, batch, max_grad_norm)
             if not math.isfinite(loss):
-                raise Diverged(progress.steps + 1, loss)
+                raise DivergedError(progress.steps + 1, loss)
             progress.losses.append(loss)
             progress.counts += batch.counts
             with probe.paused():
-                on_step(progress.steps, {"loss": loss, "learning_rate": trainer.schedule.get_last_lr()[0]})
+                on_step(progress.steps, {"loss": loss, "learning_rate": float(trainer.schedule.get_last_lr()[0])})
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update()

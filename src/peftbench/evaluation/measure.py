@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from peftbench.data.batches import Collator
+from peftbench.data.batches import Collator, MicroBatch
 from peftbench.engine.loss import logits, summed_loss
 from peftbench.evaluation.rouge import rouge
 from peftbench.record import Quality, Sample
@@ -29,11 +29,14 @@ _SAMPLE_CHARS = 600  # of an article, in the record
 class Evaluation:
     """Evaluates one model on one encoded split."""
 
-    def __init__(self, accelerator: Accelerator, model: nn.Module, encoder: Encoder, dataset: Dataset, recipe: Recipe):
+    def __init__(
+        self, accelerator: Accelerator, model: nn.Module, encoder: Encoder, dataset: Dataset, recipe: Recipe
+    ) -> None:
         self.accelerator = accelerator
         self.model = model
         self.encoder = encoder
         self.dataset = dataset
+        self.method = recipe.method
         self.knobs: Evaluate = recipe.evaluate
         self.collator = Collator(pad_token=encoder.end, virtual_tokens=recipe.method.virtual_tokens)
 
@@ -83,12 +86,11 @@ class Evaluation:
             ids = torch.tensor([pad + prompt for pad, prompt in zip(padding, prompts, strict=True)])
             mask = torch.tensor([[0] * len(pad) + [1] * (width - len(pad)) for pad in padding])
             with self.accelerator.autocast():
-                output = self.model.generate(  # type: ignore[operator]
-                    input_ids=ids.to(self.accelerator.device), attention_mask=mask.to(self.accelerator.device),
+                new = self.method.generate(
+                    self.model, ids.to(self.accelerator.device), mask.to(self.accelerator.device),
                     max_new_tokens=self.knobs.max_new_tokens, do_sample=False, num_beams=self.knobs.beams,
                     use_cache=True, eos_token_id=self.encoder.end, pad_token_id=self.encoder.end,
-                )  # fmt: skip
-            new = output[:, width:].tolist()
+                ).tolist()  # fmt: skip
             texts += [(row["index"], self.encoder.decode(tokens)) for row, tokens in zip(rows, new, strict=True)]
         return self._in_order(texts)
 
@@ -100,7 +102,7 @@ class Evaluation:
             self.knobs, self.dataset, self.summaries() if self.knobs.generate else None, loss=loss, forced=forced
         )
 
-    def _collate(self, rows: list[dict[str, Any]]) -> Any:
+    def _collate(self, rows: list[dict[str, Any]]) -> MicroBatch:
         return self.collator.collate([row["input_ids"] for row in rows], [row["prompt_tokens"] for row in rows])
 
     def _in_order(self, texts: list[tuple[int, str]]) -> list[str]:

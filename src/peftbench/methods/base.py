@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from peftbench.part import Part
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -56,6 +57,18 @@ class Method(Part):
     def set_training(self, model: nn.Module) -> None:
         """Put the applied model into the mode it is trained in."""
         model.train()
+
+    def generate(
+        self, model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, **knobs: Any
+    ) -> torch.Tensor:
+        """New tokens (rows, at most ``max_new_tokens``) after prompts padded at the left.
+
+        ``knobs`` are those of transformers' ``generate``.
+        """
+        output: torch.Tensor = model.generate(  # type: ignore[operator]
+            input_ids=input_ids, attention_mask=attention_mask, **knobs
+        )
+        return output[:, input_ids.shape[1] :]
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write what was trained to ``folder`` in its ecosystem's format, safetensors only."""

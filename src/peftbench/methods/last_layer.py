@@ -24,8 +24,8 @@ class LastLayer(Method):
     kind: Literal["last_layer"] = "last_layer"
     """Which method."""
     head: Literal["untied", "tied", "as_published"] = "untied"
-    """untied: an own copy of the head, trunk frozen; tied: the matrix shared with the embedding, through which gradients
-    reach all blocks; as_published: freeze only names with "transformer.h.", as the published study did."""
+    """untied: an own copy of the head, trunk frozen; tied: the matrix shared with the embedding, gradients reach all
+    blocks; as_published: freeze only names with "transformer.h.", as the published study did."""
 
     @property
     def trunk_frozen(self) -> bool:

@@ -27,7 +27,7 @@ class Lora(Method):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the update's input."""
     target_modules: tuple[str, ...] | str | None = None
-    """Names of the modules to adapt (endings, or one regular expression); null takes peft's choice for the architecture."""
+    """Names of the modules to adapt (endings, or one regular expression); null takes peft's choice."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which of the base's biases to train as well."""
     use_dora: bool = False
@@ -36,7 +36,7 @@ class Lora(Method):
     """Scale by alpha / sqrt(r), which keeps high ranks stable (rsLoRA, Kalajdzievski 2023)."""
 
     def trainable_parameters(self, base: PreTrainedModel) -> int:
-        """r (in + out) for each adapted matrix, its outputs once more with DoRA, and the biases asked for."""
+        """R (in + out) for each adapted matrix, its outputs once more with DoRA, and the biases asked for."""
         count = 0
         adapted = self._adapted(base)
         for _, module in adapted:
@@ -52,9 +52,10 @@ class Lora(Method):
         from transformers.pytorch_utils import Conv1D
 
         adapted = self._adapted(base)
+        targets = self._targets(base)
         config = LoraConfig(
             task_type="CAUSAL_LM", r=self.r, lora_alpha=self.alpha, lora_dropout=self.dropout, bias=self.bias,  # type: ignore[arg-type]
-            target_modules=list(self._targets(base)) if not isinstance(self.target_modules, str) else self.target_modules,
+            target_modules=targets if isinstance(targets, str) else list(targets),
             use_dora=self.use_dora, use_rslora=self.use_rslora,
             # Conv1D keeps its weight as (in, out), the transpose of a Linear's.
             fan_in_fan_out=all(isinstance(module, Conv1D) for _, module in adapted),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
 from peftbench.methods.base import Method
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -37,7 +38,7 @@ class PromptTuning(Method):
 
     def trainable_parameters(self, base: PreTrainedModel) -> int:
         """Tokens times the width of the embedding."""
-        return self.tokens * int(base.get_input_embeddings().weight.shape[1])
+        return self.tokens * int(base.get_input_embeddings().weight.shape[1])  # type: ignore[index,union-attr]
 
     def apply(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
         from peft import PromptTuningConfig, get_peft_model
@@ -49,3 +50,19 @@ class PromptTuning(Method):
             **(text if self.init == "text" else {}),
         )  # fmt: skip
         return get_peft_model(base, config)
+
+    def generate(
+        self, model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, **knobs: Any
+    ) -> torch.Tensor:
+        # peft would put the soft tokens before the padding and drop the position ids, so that a prompt's distance from
+        # them, and with it the text, would depend on its neighbours in the batch. They belong right before the prompt.
+        import torch
+
+        base: PreTrainedModel = model.get_base_model()  # type: ignore[operator]
+        soft: torch.Tensor = model.get_prompt(len(input_ids))  # type: ignore[operator]
+        embedded = base.get_input_embeddings()(input_ids)
+        mask = torch.cat((attention_mask.new_ones(soft.shape[:2]), attention_mask), dim=1)
+        mask, order = mask.sort(dim=1, stable=True)  # padding to the front, all else in the order it had
+        embeddings = torch.cat((soft.to(embedded.dtype), embedded), dim=1).take_along_dim(order[:, :, None], dim=1)
+        # Given embeddings alone, it returns the new tokens alone.
+        return base.generate(inputs_embeds=embeddings, attention_mask=mask, **knobs)  # type: ignore[operator]

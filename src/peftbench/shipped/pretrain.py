@@ -2,9 +2,9 @@
 
     python -m peftbench.shipped.pretrain --out FOLDER
 
-makes the tokenizer, the weights (float16, safetensors) and the model card. Matrices are trained with Muon and everything
-else with AdamW, because a CPU's hour buys few tokens and Muon needs the fewest of them (Jordan et al. 2024; learning
-rates matched to AdamW's as in Moonshot's "Muon is scalable for LLM training", 2025).
+makes the tokenizer, the weights (float16, safetensors) and the model card. Matrices are trained with Muon and
+everything else with AdamW, because a CPU's hour buys few tokens and Muon needs the fewest of them (Jordan et al. 2024;
+learning rates matched to AdamW's as in Moonshot's "Muon is scalable for LLM training", 2025).
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def new_model(end_token_id: int) -> GPT2LMHeadModel:
 
 def optimizers(model: GPT2LMHeadModel, learning_rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for embeddings, biases and norms."""
-    inner = [p for n, p in model.named_parameters() if p.ndim == 2 and "transformer.h." in n]
+    inner: list[torch.nn.Parameter] = [p for n, p in model.named_parameters() if p.ndim == 2 and "transformer.h." in n]
     rest = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "transformer.h." in n)]
     return [
         torch.optim.Muon(inner, lr=learning_rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),

@@ -11,9 +11,10 @@ from rouge_score import rouge_scorer
 KINDS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
-class RougeMetric(evaluate.Metric):
+class RougeMetric(evaluate.Metric):  # type: ignore[misc]
     """``compute(predictions=..., references=...)`` gives, for each kind of ROUGE, a list of one F-measure (0 to 1) an
-    example. For rougeLsum, sentences are separated by line breaks."""
+    example. For rougeLsum, sentences are separated by line breaks.
+    """
 
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")
@@ -25,5 +26,7 @@ class RougeMetric(evaluate.Metric):
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, list[float]]:
         scorer = rouge_scorer.RougeScorer(KINDS, use_stemmer=True)
-        scores = [scorer.score(reference, prediction) for reference, prediction in zip(references, predictions)]
+        scores = [
+            scorer.score(reference, prediction) for reference, prediction in zip(references, predictions, strict=True)
+        ]
         return {kind: [score[kind].fmeasure for score in scores] for kind in KINDS}

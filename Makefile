@@ -1,0 +1,37 @@
+# Everything runs in .venv, made on first use from pyproject.toml under constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+# Nothing is asked of a hub: the demo and the tests are offline.
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: demo test test-all lint readme clean
+
+demo: .venv/installed
+	$(BIN)/peftbench compare recipes/demo/suite.yaml
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+test-all: .venv/installed
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# The figures in README.md and docs/ come from committed records, never from a keyboard.
+readme: .venv/installed
+	$(BIN)/peftbench report docs/results/demo --into README.md --block demo
+	$(BIN)/peftbench report docs/results/demo_seeds --into docs/results/README.md --block seeds
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "peftbench needs Python 3.11 or newer; run make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,tensorboard]"
+	touch $@
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,103 @@
+"""The command line: compare, report, show."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from peftbench.console import INTERRUPTED, guarded
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Which way of fine-tuning a causal language model fits your GPU, what it costs and what it brings.",
+)  # fmt: skip
+
+Overrides = Annotated[
+    Optional[list[str]], typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Knobs to change, as train.steps=100.")
+]
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+@app.command()
+def compare(
+    suite: Annotated[Path, typer.Argument(help="A suite: recipes, and knobs to vary.")],
+    overrides: Overrides = None,
+    out: Annotated[Optional[Path], typer.Option(help="Folder for the runs; default: what the recipes say.")] = None,
+    accelerate: Annotated[
+        Optional[Path], typer.Option(help="Accelerate config file, as accel_configs/cpu2.yaml; default: the suite's.")
+    ] = None,
+) -> None:
+    """Run every recipe of a suite in a fresh process and print the comparison. Finished runs are skipped."""
+    from peftbench.errors import MissingFileError
+    from peftbench.record import FILE, read_record
+    from peftbench.report.table import print_table, write_report
+    from peftbench.suite.expand import accelerate_config, expand
+    from peftbench.suite.local import run_suite
+
+    with guarded():
+        recipes = expand(suite, overrides or [], out)
+        launcher = accelerate or accelerate_config(suite)
+        if launcher is not None and not launcher.is_file():
+            raise MissingFileError(f"there is no accelerate config {launcher}", "accel_configs/ has some")
+        try:
+            results = run_suite(recipes, launcher, _say)
+        except KeyboardInterrupt:
+            _say("interrupted: finished runs are kept; run the same command again to go on with the others")
+            raise typer.Exit(INTERRUPTED) from None
+        paths = [Path(recipe.output_dir) / recipe.name / FILE for recipe in recipes]
+        records = [read_record(path) for path in paths if path.is_file()]
+        bad = [result for result in results if not result.well]
+        if records:
+            print_table(records, suite.parent.name)
+            print(f"report: {write_report(records, Path(recipes[0].output_dir), suite.parent.name)}")
+        for result in bad:
+            _say(f"{result.name}: {result.outcome}" + (f": {result.error}" if result.error else ""))
+        if bad:
+            raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder that a run or a suite wrote to.")],
+    into: Annotated[
+        Optional[Path], typer.Option(help="Markdown file whose block named by --block is replaced by the table.")
+    ] = None,
+    block: Annotated[str, typer.Option(help="The block: between <!-- report:NAME --> and its end.")] = "table",
+) -> None:
+    """Make the tables again, from the records below a folder."""
+    from peftbench.record import read_records
+    from peftbench.report.table import insert_table, print_table, write_report
+
+    with guarded():
+        records = read_records(folder)
+        if into is not None:
+            insert_table(records, into, block)
+            return
+        print_table(records, folder.resolve().name)
+        print(f"report: {write_report(records, folder, folder.resolve().name)}")
+
+
+@app.command()
+def show(
+    recipe: Annotated[
+        list[str],
+        typer.Argument(metavar="RECIPE.yaml [KEY.SUB=VALUE]...", help="Files and changes, from left to right."),
+    ],
+) -> None:
+    """Print the resolved recipe with each knob's one-line meaning."""
+    from peftbench.config import explained, load_recipe
+
+    with guarded():
+        files = [Path(word) for word in recipe if "=" not in word]
+        print(explained(load_recipe(files, [word for word in recipe if "=" in word])), end="")
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

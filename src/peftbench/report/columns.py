@@ -1,0 +1,113 @@
+"""The columns of the comparison: what each shows, in plain text and as a raw value, and what it means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from peftbench.record import Interval, RunRecord
+
+UNKNOWN = "unknown"
+Raw = str | int | float | None
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column. ``raw`` gives a record's values by CSV name (units in names); ``text`` shows them to a person."""
+
+    title: str
+    meaning: str
+    raw: Callable[[RunRecord], dict[str, Raw]]
+    text: Callable[[RunRecord], str]
+    optional: bool = False
+    """Shown only where some record has a value."""
+
+
+def method_label(record: RunRecord) -> str:
+    """The run's name, and its method where the name does not say it."""
+    kind = str(record.recipe["method"]["kind"])
+    return record.name if kind in record.name else f"{record.name} ({kind})"
+
+
+def _count(value: int | None) -> str:
+    return UNKNOWN if value is None else f"{value:,}"
+
+
+def _trained(record: RunRecord) -> int | None:
+    return record.parameters.trainable if record.parameters else None
+
+
+def _share(record: RunRecord) -> float | None:
+    return record.parameters.trainable / record.parameters.total if record.parameters else None
+
+
+def _seconds(record: RunRecord) -> str:
+    seconds = record.train_seconds
+    return "–" if seconds is None else f"{seconds:.1f}"
+
+
+def _loss(record: RunRecord) -> float | None:
+    return record.quality.loss if record.quality else None
+
+
+def _rouge(kind: str, title: str, *, forced: bool = False) -> Column:
+    name = f"teacher_forced_argmax_{kind}" if forced else kind
+
+    def found(record: RunRecord) -> Interval | None:
+        if record.quality is None:
+            return None
+        scores = record.quality.teacher_forced_argmax_rouge if forced else record.quality.rouge
+        return (scores or {}).get(kind)
+
+    def raw(record: RunRecord) -> dict[str, Raw]:
+        score = found(record)
+        values = (score.mean, score.low, score.high) if score else (None, None, None)
+        return dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
+
+    def text(record: RunRecord) -> str:
+        score = found(record)
+        return f"{score.mean:.1f} ({score.low:.1f}–{score.high:.1f})" if score else "–"
+
+    meaning = (
+        "with the reference shown token by token; the published study's figure" if forced else "of generated summaries"
+    )
+    return Column(
+        title, f"{kind} F-measure {meaning}, percent, 95 % bootstrap interval over examples", raw, text, forced
+    )
+
+
+def _outcome(record: RunRecord) -> str:
+    outcome = record.outcome
+    return outcome.kind + (f" at step {outcome.step}" if outcome.step is not None else "")
+
+
+COLUMNS: tuple[Column, ...] = (
+    Column(
+        "run", "name of the run, and its method",
+        lambda r: {"run": r.name, "method": r.recipe["method"]["kind"]},
+        method_label,
+    ),
+    Column(
+        "trained", "scalars that training changes",
+        lambda r: {"trained_parameters": _trained(r)},
+        lambda r: "–" if _trained(r) is None else _count(_trained(r)),
+    ),
+    Column(
+        "share", "trained parameters, of the base's",
+        lambda r: {"trained_share": _share(r)},
+        lambda r: "–" if (share := _share(r)) is None else f"{share:.2%}",
+    ),
+    Column(
+        "held-out loss", "mean cross-entropy on summary and end tokens of held-out examples, nats; lower is better",
+        lambda r: {"held_out_loss": _loss(r)},
+        lambda r: "–" if (loss := _loss(r)) is None else f"{loss:.3f}",
+    ),
+    _rouge("rouge1", "ROUGE-1"),
+    _rouge("rouge2", "ROUGE-2"),
+    _rouge("rougeL", "ROUGE-L"),
+    _rouge("rougeLsum", "ROUGE-Lsum"),
+    _rouge("rougeL", "ROUGE-L, teacher-forced argmax", forced=True),
+    Column("training s", "seconds of training steps alone, no loading, encoding or evaluation",
+           lambda r: {"training_seconds": r.train_seconds}, _seconds),
+    Column("outcome", "how the run ended", lambda r: {"outcome": r.outcome.kind}, _outcome),
+)  # fmt: skip

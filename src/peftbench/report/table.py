@@ -1,0 +1,190 @@
+"""The comparison table, for the terminal, in Markdown and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from tabulate import tabulate
+
+from peftbench.errors import RecordError
+from peftbench.files import write_atomically
+from peftbench.record import RunRecord
+from peftbench.report.columns import COLUMNS, Column, method_label
+
+_NARROW = 132  # columns of a console that is not a terminal
+_SEEDS = (("train", "seed"), ("data", "seed"))
+
+
+def ordered(records: Sequence[RunRecord]) -> list[RunRecord]:
+    """Baselines first, then by trained parameters, then by name."""
+    return sorted(records, key=lambda r: (r.parameters.trainable if r.parameters else -1, r.name))
+
+
+def shown(records: Sequence[RunRecord]) -> list[Column]:
+    """The columns that these records fill."""
+    return [
+        column for column in COLUMNS
+        if not column.optional or any(v is not None for record in records for v in column.raw(record).values())
+    ]  # fmt: skip
+
+
+def print_table(records: Sequence[RunRecord], title: str, console: Console | None = None) -> None:
+    """Print the comparison, and what differs between seeds where several were run."""
+    console = console or Console()
+    if not console.is_terminal:
+        console = Console(file=console.file, width=_NARROW)
+    columns, rows = shown(records), ordered(records)
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column.title, justify="left" if index in (0, len(columns) - 1) else "right", overflow="fold")
+    for record in rows:
+        # The interval goes below the mean, which keeps the table within a terminal.
+        table.add_row(*(column.text(record).replace(" (", "\n(") for column in columns))
+    console.print(table)
+    for note in notes(rows):
+        console.print(f"note: {note}", markup=False, highlight=False)
+    if over_seeds(rows):
+        console.print(tabulate(over_seeds(rows), headers="keys", tablefmt="simple"), markup=False, highlight=False)
+
+
+def notes(records: Sequence[RunRecord]) -> list[str]:
+    """What a reader must know beside the figures: what was unequal, what was used instead, what was noticed."""
+    found = [f"{record.name}: {note}" for record in records for note in record.notes]
+    trained = [record for record in records if record.tokens is not None and record.outcome.kind == "ok"]
+    compared = {json.dumps(_protocol(record)) for record in trained}
+    if len(compared) > 1:
+        found.append(
+            "these runs differ in more than their method: batches, steps, examples or lengths are not the same"
+        )
+    return found
+
+
+def _protocol(record: RunRecord) -> list[object]:
+    """What must be equal for a comparison to be one of methods."""
+    recipe = record.recipe
+    return [
+        record.data_identity, record.model_identity, record.examples, record.steps, recipe["train"]["global_batch"],
+        recipe["data"]["max_tokens"], recipe["data"]["as_published"], record.tokens and record.tokens.labelled,
+        record.tokens and record.tokens.real, recipe["train"]["precision"],
+    ]  # fmt: skip
+
+
+def over_seeds(records: Sequence[RunRecord]) -> list[dict[str, str]]:
+    """One row for runs that differ in their seeds alone: mean and standard deviation of loss and ROUGE-L."""
+    groups: dict[str, list[RunRecord]] = {}
+    for record in records:
+        recipe = json.loads(json.dumps(record.recipe))
+        for group, key in _SEEDS:
+            recipe[group][key] = None
+        groups.setdefault(json.dumps({**recipe, "name": None, "output_dir": None}, sort_keys=True), []).append(record)
+    rows = []
+    for same in groups.values():
+        good = [record.quality for record in same if record.quality is not None]
+        if len(good) > 1:
+            losses = [quality.loss for quality in good if quality.loss is not None]
+            rouges = [quality.rouge["rougeL"].mean for quality in good if quality.rouge]
+            rows.append({
+                "method": str(same[0].recipe["method"]["kind"]), "seeds": str(len(good)),
+                "held-out loss": _spread(losses, 3), "ROUGE-L": _spread(rouges, 1),
+            })  # fmt: skip
+    return rows
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    if len(values) < 2:
+        return "–"
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def markdown_table(records: Sequence[RunRecord]) -> str:
+    """The comparison as a Markdown table."""
+    columns = shown(records)
+    cells = [[column.text(record).replace("|", "\\|") for column in columns] for record in ordered(records)]
+    align = ["left", *["right"] * (len(columns) - 2), "left"]
+    return tabulate(cells, headers=[c.title for c in columns], tablefmt="github", colalign=align, disable_numparse=True)
+
+
+def csv_table(records: Sequence[RunRecord]) -> str:
+    """Every column's raw values, full precision, optional ones included; empty where unknown."""
+    rows = [{k: v for column in COLUMNS for k, v in column.raw(record).items()} for record in ordered(records)]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def markdown_report(records: Sequence[RunRecord], title: str) -> str:
+    """The whole report: table, notes, what the columns mean, what was compared, sample summaries."""
+    rows = ordered(records)
+    parts = [f"# {title}", markdown_table(records)]
+    if seeds := over_seeds(rows):
+        parts += ["## Over seeds", tabulate(seeds, headers="keys", tablefmt="github", disable_numparse=True)]
+    if found := notes(rows):
+        parts += ["## Notes", "\n".join(f"- {note}" for note in found)]
+    parts += ["## Columns", "\n".join(f"- **{column.title}**: {column.meaning}" for column in shown(records))]
+    parts += ["## Where and with what", "\n".join(_origin(records))]
+    if samples := _samples(rows):
+        parts += ["## The same example, by every run", *samples]
+    return "\n\n".join(parts) + "\n"
+
+
+def _origin(records: Sequence[RunRecord]) -> list[str]:
+    lines = {
+        f"- {r.device.name} ({r.device.kind}, {r.device.processes} process{'es' * (r.device.processes > 1)}), "
+        f"torch {r.versions.get('torch', 'unknown')}, transformers {r.versions.get('transformers', 'unknown')}, "
+        f"peft {r.versions.get('peft', 'unknown')}; data {r.data_identity}; examples {r.examples}"
+        for r in records
+    }  # fmt: skip
+    return sorted(lines)
+
+
+def _samples(records: Sequence[RunRecord]) -> list[str]:
+    with_samples = [record for record in records if record.quality and record.quality.samples]
+    if not with_samples:
+        return []
+    first = with_samples[0].quality.samples[0]  # type: ignore[union-attr]
+    lines = [["reference", first.reference]]
+    for record in with_samples:
+        same = [sample for sample in record.quality.samples if sample.id == first.id]  # type: ignore[union-attr]
+        lines += [[method_label(record), sample.generated] for sample in same]
+    quoted = "\n".join(f"> {line}" for line in first.article.splitlines())
+    cells = [[name, " ".join(text.split()).replace("|", "\\|")] for name, text in lines]
+    return [f"`{first.id}`", quoted, tabulate(cells, headers=["run", "summary"], tablefmt="github")]
+
+
+def write_report(records: Sequence[RunRecord], folder: Path, title: str) -> Path:
+    """Write report.md and report.csv to ``folder``; returns the first's path."""
+    path = folder / "report.md"
+    write_atomically(path, markdown_report(records, title))
+    write_atomically(folder / "report.csv", csv_table(records))
+    return path
+
+
+def insert_table(records: Sequence[RunRecord], file: Path, block: str) -> None:
+    """Replace what stands in ``file`` between the markers of ``block`` by the table, so that no figure is typed.
+
+    Raises:
+        RecordError: the file has no such markers.
+    """
+    begin, end = f"<!-- report:{block} -->", f"<!-- end of report:{block} -->"
+    try:
+        text = file.read_text(encoding="utf-8")
+        before, rest = text.split(begin, 1)
+        _, after = rest.split(end, 1)
+    except (OSError, ValueError) as error:
+        raise RecordError(
+            f"{file} has no place for the table; put the lines {begin} and {end} where it shall go"
+        ) from error
+    rows = ordered(records)
+    tables = [markdown_table(records)]
+    if seeds := over_seeds(rows):
+        tables = [tabulate(seeds, headers="keys", tablefmt="github", disable_numparse=True)]
+    write_atomically(file, f"{before}{begin}\n\n" + "\n\n".join(tables) + f"\n\n{end}{after}")

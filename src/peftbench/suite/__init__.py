@@ -1,0 +1,1 @@
+"""Several runs: recipes times axes, each in a fresh process."""

@@ -1,0 +1,98 @@
+"""From a suite file to its runs: recipes times axes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from peftbench.config import merged, plain, read_yaml, validate
+from peftbench.errors import MissingFileError, RecipeError, UnknownKeyError, nearest
+from peftbench.part import Part
+from peftbench.recipe import Recipe
+
+
+class Suite(Part):
+    """A comparison: which recipes, changed how, launched by what."""
+
+    name: str
+    """Name of the suite."""
+    recipes: tuple[str, ...] = Field(min_length=1)
+    """Recipe files, relative to the suite's own."""
+    overrides: tuple[str, ...] = ()
+    """key.sub=value for every recipe."""
+    axes: dict[str, tuple[Any, ...]] = Field(default={})
+    """Knobs to vary, as {train.seed: [0, 1, 2]}; every recipe runs with every combination."""
+    accelerate: str | None = None
+    """Accelerate config file, relative to the suite's own; null runs one process without a launcher."""
+
+
+def read_suite(path: Path) -> Suite:
+    """The suite of a file.
+
+    Raises:
+        RecipeError: it is no suite; its subclasses say why.
+    """
+    values: dict[str, Any] = {}
+    for part in read_yaml(path):
+        values |= plain(part)
+    try:
+        return Suite.model_validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        found = error.errors()[0]
+        key = ".".join(map(str, found["loc"]))
+        if found["type"] == "extra_forbidden":
+            hint = nearest(key, Suite.model_fields)
+            raise UnknownKeyError(f"{path} is no suite: there is no key {key!r}", hint) from error
+        raise RecipeError(f"{path} is no suite: {key}: {found['msg']}") from error
+
+
+def expand(path: Path, overrides: Sequence[str] = (), out: Path | None = None) -> list[Recipe]:
+    """Every run of the suite in ``path``, each a valid recipe with a name of its own.
+
+    Raises:
+        RecipeError: a recipe is not valid, or two runs have one name; nothing has run yet.
+    """
+    suite = read_suite(path)
+    recipes: list[Recipe] = []
+    for name in suite.recipes:
+        file = path.parent / name
+        for point in _points(suite.axes):
+            changes = [f"{key}={json.dumps(value)}" for key, value in point]
+            place = [f"output_dir={json.dumps(str(out))}"] if out is not None else []
+            values = merged([file], [*suite.overrides, *changes, *overrides, *place])
+            values["name"] = "-".join([str(values.get("name", file.stem)), *(_label(k, v) for k, v in point)])
+            recipes.append(validate(values))
+    names = [recipe.name for recipe in recipes]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise RecipeError(f"several runs of {path} are named {', '.join(twice)}; give each recipe a name of its own")
+    return recipes
+
+
+def accelerate_config(path: Path) -> Path | None:
+    """The accelerate config file that the suite in ``path`` names, None where it names none.
+
+    Raises:
+        MissingFileError: it is not there.
+    """
+    named = read_suite(path).accelerate
+    if named is None:
+        return None
+    found = path.parent / named
+    if not found.is_file():
+        raise MissingFileError(f"{path} names the accelerate config {named}, and there is no {found}")
+    return found
+
+
+def _points(axes: dict[str, tuple[Any, ...]]) -> Iterator[tuple[tuple[str, Any], ...]]:
+    yield from itertools.product(*([(key, value) for value in values] for key, values in axes.items()))
+
+
+def _label(key: str, value: object) -> str:
+    """``seed=1`` of the axis ``train.seed``; what a folder's name cannot hold becomes an underscore."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return f"{key.rsplit('.', 1)[-1]}=" + "".join(c if c.isalnum() or c in "._+-" else "_" for c in text)

@@ -1,0 +1,110 @@
+"""Runs of a suite on this machine, one after another, each in a fresh process through the one entry point."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from peftbench.config import explained
+from peftbench.errors import RecordError
+from peftbench.files import write_atomically
+from peftbench.recipe import Recipe
+from peftbench.record import FILE, FINAL, read_record
+
+ENTRY_POINT = "peftbench.train"
+_GRACE_SECONDS = 30  # for a run that was interrupted to write its record
+
+
+@dataclass(frozen=True)
+class Result:
+    """How one run of a suite ended: its outcome, or "skipped", "refused" or "crashed", and why where not well."""
+
+    name: str
+    outcome: str
+    error: str | None = None
+
+    @property
+    def well(self) -> bool:
+        """Whether there is a result, an out-of-memory included."""
+        return self.outcome in FINAL or self.outcome == "skipped"
+
+
+def finished(recipe: Recipe) -> bool:
+    """Whether this very recipe has a result already; one that was changed since has not."""
+    try:
+        record = read_record(Path(recipe.output_dir) / recipe.name / FILE)
+    except RecordError:
+        return False
+    return record.recipe_fingerprint == recipe.fingerprint() and record.outcome.kind in FINAL
+
+
+def run_suite(recipes: Sequence[Recipe], accelerate: Path | None, say: Callable[[str], None]) -> list[Result]:
+    """Run what is not finished; ``say`` is told what happens, a line at a time.
+
+    Raises:
+        KeyboardInterrupt: after the run in progress was asked to stop, and did.
+    """
+    results: list[Result] = []
+    for number, recipe in enumerate(recipes, 1):
+        place = f"[{number}/{len(recipes)}] {recipe.name}"
+        if finished(recipe):
+            say(f"{place}: finished before, skipped")
+            results.append(Result(recipe.name, "skipped"))
+            continue
+        say(f"{place}: running")
+        result = run_one(recipe, accelerate)
+        say(f"{place}: {result.outcome}" + (f" ({result.error})" if result.error else ""))
+        results.append(result)
+    return results
+
+
+def run_one(recipe: Recipe, accelerate: Path | None) -> Result:
+    """One run in a process of its own. Its recipe is written beside its record, so that it can be run again by hand."""
+    folder = Path(recipe.output_dir) / recipe.name
+    recipe_file = folder / "recipe.yaml"
+    write_atomically(recipe_file, explained(recipe))
+    launcher = [sys.executable]
+    if accelerate is not None:
+        launcher += ["-m", "accelerate.commands.launch", "--quiet", "--config_file", str(accelerate)]
+    command = [*launcher, "-m", ENTRY_POINT, "--config", str(recipe_file)]
+    log = folder / "log.txt"
+    # A person watches the bars; anyone else finds what was said in the run's folder.
+    with (Path(os.devnull) if sys.stderr.isatty() else log).open("wb") as file:
+        errors = None if sys.stderr.isatty() else file
+        # In a session of its own, so that Ctrl-C reaches the run once, from here.
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True)
+        try:
+            output, _ = process.communicate()
+        except KeyboardInterrupt:
+            _stop(process)
+            raise
+    return _result(recipe.name, output, process.returncode, None if errors is None else log)
+
+
+def _result(name: str, output: str, code: int, log: Path | None) -> Result:
+    lines = output.strip().splitlines()
+    with suppress(IndexError, ValueError, KeyError, TypeError):
+        last = json.loads(lines[-1])
+        return Result(name, str(last["outcome"]), last.get("error"))
+    where = f"; see {log}" if log else ""
+    reason = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    return Result(name, "crashed", f"it {reason} without a result{where}")
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    """Interrupt a run and all its processes; kill what does not listen."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGINT)
+    try:
+        process.communicate(timeout=_GRACE_SECONDS)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()

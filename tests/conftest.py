@@ -1,0 +1,308 @@
+"""What all tests share: an own cache, small bases with random weights, a small corpus, and recipes over them.
+
+Nothing here needs the network or a file outside the repository. Tests of larger shared data take the ``shared_data``
+fixture, which skips them where that data is absent.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+# Before any library of the hub is imported, since each reads its environment once: a cache of this run's own, so that
+# no test passes by what an earlier run left behind, and no hub, so that none passes by the network.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="peftbench-tests-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import copy
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import nn
+
+from peftbench import shipped
+from peftbench.data.sources import Files
+from peftbench.methods.base import Method
+from peftbench.recipe import Data, Evaluate, Model, Recipe, Train
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from peftbench.data.batches import MicroBatch
+    from peftbench.record import RunRecord
+
+torch.set_num_threads(1)
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+POSITIONS = 64
+"""Positions of every small base: short enough to be filled to the last one."""
+
+
+def pytest_unconfigure() -> None:
+    """Leave no cache behind."""
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def one_process_is_one_run() -> Iterator[None]:
+    """accelerate keeps its state for the process, and a process is one run; here it is one test."""
+    forget_accelerators()
+    yield
+    forget_accelerators()
+
+
+def forget_accelerators() -> None:
+    """Let the next accelerator be another one."""
+    if "accelerate" in sys.modules:  # a test that never used it need not import it either
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is bound in this test is bound to the CPU, on a machine with a GPU too."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+
+@pytest.fixture
+def accelerator() -> Accelerator:
+    """One process on CPU in float32."""
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=True, mixed_precision="no")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Public data too large for the repository, kept beside it."""
+    folder = REPOSITORY.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("the shared data is not beside this checkout (../shared/data)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerBase:
+    """The shipped base's tokenizer, of which tests use only that its ids are below its vocabulary's size."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(shipped.FOLDER)  # type: ignore[no-any-return]
+
+
+# --- small bases -----------------------------------------------------------------------------------------------------
+
+
+def gpt2_config(**changes: Any) -> PreTrainedConfig:
+    """A GPT-2 of two layers that ties its head, as all GPT-2 do.
+
+    Its weights are drawn wide, or a frozen trunk under a frozen head could lower no loss by more than a hair.
+    """
+    from transformers import GPT2Config
+
+    values: dict[str, Any] = {
+        "vocab_size": 4096, "n_positions": POSITIONS, "n_embd": 64, "n_layer": 2, "n_head": 4, "initializer_range": 0.2,
+        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0,
+    }  # fmt: skip
+    return GPT2Config(**values | changes)
+
+
+def llama_config(**changes: Any) -> PreTrainedConfig:
+    """A Llama of two layers with grouped keys and values."""
+    from transformers import LlamaConfig
+
+    values: dict[str, Any] = {
+        "vocab_size": 4096, "max_position_embeddings": POSITIONS, "hidden_size": 64, "intermediate_size": 96,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2,
+        "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None,
+    }  # fmt: skip
+    return LlamaConfig(**values | changes)
+
+
+ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
+    "gpt2_tied": gpt2_config,
+    "llama_tied": lambda: llama_config(tie_word_embeddings=True),
+    "llama_untied": lambda: llama_config(tie_word_embeddings=False),
+}
+"""One of each kind that methods must tell apart: Conv1D or Linear, learnt or rotary positions, tied or untied head."""
+
+
+def random_base(config: PreTrainedConfig) -> PreTrainedModel:
+    """A base of that architecture with the same random weights every time, set up as ``peftbench.models.load`` does."""
+    from transformers import AutoModelForCausalLM
+
+    config.use_cache = False
+    torch.manual_seed(11)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    # Biases start at zero and gains at one, where a wrong sign or a missing term could hide.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.generation_config.pad_token_id = config.eos_token_id
+    return model  # type: ignore[no-any-return]
+
+
+def meta_base(config: PreTrainedConfig) -> PreTrainedModel:
+    """The architecture without any weights."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="session")
+def fresh_base() -> Callable[[str], PreTrainedModel]:
+    """Given the name of an architecture, a new copy of its base, always with the same weights."""
+    made: dict[str, PreTrainedModel] = {}
+
+    def copied(architecture: str) -> PreTrainedModel:
+        if architecture not in made:
+            made[architecture] = random_base(ARCHITECTURES[architecture]())
+        return copy.deepcopy(made[architecture])
+
+    return copied
+
+
+@pytest.fixture(scope="session")
+def base_folder(
+    fresh_base: Callable[[str], PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str], Path]:
+    """Given the name of an architecture, a folder with its base and tokenizer, as a recipe's ``model.path`` wants it."""
+    made: dict[str, Path] = {}
+
+    def saved(architecture: str) -> Path:
+        if architecture not in made:
+            folder = made[architecture] = tmp_path_factory.mktemp(architecture)
+            fresh_base(architecture).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        return made[architecture]
+
+    return saved
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+LENGTHS_AND_PROMPTS = ((9, 6), (14, 5), (20, 19), (26, 12))
+"""Tokens of each row of ``micro_batch``, and how many of them are prompt: labelled tokens are 3, 9, 1 and 14."""
+
+
+def rows(lengths_and_prompts: Sequence[tuple[int, int]], seed: int = 5) -> list[dict[str, Any]]:
+    """Encoded examples of these lengths with random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {"input_ids": torch.randint(1, 4096, (length,), generator=generator).tolist(), "prompt_tokens": prompt}
+        for length, prompt in lengths_and_prompts
+    ]
+
+
+def micro_batch(lengths_and_prompts: Sequence[tuple[int, int]] = LENGTHS_AND_PROMPTS, seed: int = 5) -> MicroBatch:
+    """Random tokens in rows of unequal length, padded at the right."""
+    from peftbench.data.batches import Collator
+
+    made = rows(lengths_and_prompts, seed)
+    return Collator(pad_token=0).collate([row["input_ids"] for row in made], [row["prompt_tokens"] for row in made])
+
+
+def labelled(batch: MicroBatch) -> int:
+    """Tokens of ``batch`` that enter the loss."""
+    from peftbench.data.batches import Collator
+
+    return Collator(pad_token=0).count(batch).labelled
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that require a gradient; a tied one once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+# --- corpus and recipes ----------------------------------------------------------------------------------------------
+
+_WORDS = (
+    "harbour council vote bridge river storm school engine market doctor garden winter signal budget minister train "
+    "village forest museum player record season island camera student teacher morning evening letter answer"
+).split()  # fmt: skip
+
+
+def examples(count: int, seed: int) -> list[dict[str, str]]:
+    """Articles of 4 to 30 words with summaries of 1 to 5."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def text(low: int, high: int) -> str:
+        size = int(torch.randint(low, high + 1, (), generator=generator))
+        return " ".join(_WORDS[int(i)] for i in torch.randint(len(_WORDS), (size,), generator=generator))
+
+    return [{"id": f"{seed}-{i}", "article": text(4, 30), "summary": text(1, 5)} for i in range(count)]
+
+
+def write_corpus(folder: Path, splits: dict[str, list[dict[str, str]]]) -> Files:
+    """``splits`` as files, and the source that reads them."""
+    for split, written in splits.items():
+        lines = [json.dumps(example) + "\n" for example in written]
+        (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+    places = {split: str(folder / f"{split}.jsonl") for split in splits}
+    return Files(id="id", **places)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """A few dozen examples in three splits."""
+    splits = {"train": examples(24, seed=1), "validation": examples(8, seed=2), "test": examples(8, seed=3)}
+    return write_corpus(tmp_path_factory.mktemp("corpus"), splits)
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Makes recipes over the small bases and the small corpus, and runs them."""
+
+    base_folder: Callable[[str], Path]
+    source: Files
+    output: Path
+
+    def recipe(
+        self,
+        method: Method,
+        *,
+        architecture: str = "gpt2_tied",
+        model: dict[str, Any] | None = None,
+        data: dict[str, Any] | None = None,
+        train: dict[str, Any] | None = None,
+        evaluate: dict[str, Any] | None = None,
+        **parts: Any,
+    ) -> Recipe:
+        """A short run of ``method``; what is given replaces single knobs, or whole parts by name."""
+        knobs_of_model = {"path": str(self.base_folder(architecture))} | (model or {})
+        knobs_of_data = {"source": self.source, "max_tokens": 48, "separator": " TL;DR:"} | (data or {})
+        knobs_of_train = {"steps": 3, "global_batch": 6} | (train or {})
+        knobs_of_evaluate = {"generate": False, "max_new_tokens": 8, "resamples": 100} | (evaluate or {})
+        values: dict[str, Any] = {
+            "name": "run", "output_dir": str(self.output), "save_model": False, "method": method,
+            "model": Model(**knobs_of_model), "data": Data(**knobs_of_data), "train": Train(**knobs_of_train),
+            "evaluate": Evaluate(**knobs_of_evaluate),
+        }  # fmt: skip
+        return Recipe(**values | parts)
+
+    def run(self, recipe: Recipe) -> RunRecord:
+        """The record of a run of ``recipe``, as in a process of its own."""
+        from peftbench.run import Run
+
+        forget_accelerators()
+        record, _ = Run(recipe).execute()
+        return record
+
+
+@pytest.fixture
+def workshop(base_folder: Callable[[str], Path], corpus: Files, tmp_path: Path, on_cpu: None) -> Workshop:
+    """Recipes over small bases, run on CPU."""
+    return Workshop(base_folder, corpus, tmp_path)
