@@ -30,13 +30,18 @@ from torch import nn
 from peftbench import shipped
 from peftbench.data.sources import Files
 from peftbench.methods.base import Method
+from peftbench.methods.full import Full
+from peftbench.methods.last_layer import LastLayer
+from peftbench.methods.lora import Lora
+from peftbench.methods.prompt_tuning import PromptTuning
 from peftbench.recipe import Data, Evaluate, Model, Recipe, Train
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from peftbench.data.batches import MicroBatch
+    from peftbench.data.batches import GlobalBatch, MicroBatch
+    from peftbench.engine.build import Trainer
     from peftbench.record import RunRecord
 
 torch.set_num_threads(1)
@@ -53,7 +58,7 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(autouse=True)
 def one_process_is_one_run() -> Iterator[None]:
-    """accelerate keeps its state for the process, and a process is one run; here it is one test."""
+    """Accelerate keeps its state for the process, and a process is one run; here it is one test."""
     forget_accelerators()
     yield
     forget_accelerators()
@@ -131,9 +136,10 @@ def llama_config(**changes: Any) -> PreTrainedConfig:
 ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
     "gpt2_tied": gpt2_config,
     "llama_tied": lambda: llama_config(tie_word_embeddings=True),
-    "llama_untied": lambda: llama_config(tie_word_embeddings=False),
+    "llama_untied": lambda: llama_config(tie_word_embeddings=False, attention_bias=True),
 }
-"""One of each kind that methods must tell apart: Conv1D or Linear, learnt or rotary positions, tied or untied head."""
+"""One of each kind that methods must tell apart: Conv1D or Linear, learnt or rotary positions, tied or untied head,
+with biases or without."""
 
 
 def random_base(config: PreTrainedConfig) -> PreTrainedModel:
@@ -150,6 +156,20 @@ def random_base(config: PreTrainedConfig) -> PreTrainedModel:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     model.generation_config.pad_token_id = config.eos_token_id
     return model  # type: ignore[no-any-return]
+
+
+def embeddings_of(model: PreTrainedModel) -> torch.Tensor:
+    """The input embedding's matrix."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return weight
+
+
+def head_of(model: PreTrainedModel) -> torch.Tensor:
+    """The output head's matrix."""
+    weight = model.get_output_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return weight
 
 
 def meta_base(config: PreTrainedConfig) -> PreTrainedModel:
@@ -179,7 +199,7 @@ def base_folder(
     tokenizer: PreTrainedTokenizerBase,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[str], Path]:
-    """Given the name of an architecture, a folder with its base and tokenizer, as a recipe's ``model.path`` wants it."""
+    """Given the name of an architecture, a folder with its base and tokenizer, for a recipe's ``model.path``."""
     made: dict[str, Path] = {}
 
     def saved(architecture: str) -> Path:
@@ -190,6 +210,23 @@ def base_folder(
         return made[architecture]
 
     return saved
+
+
+# --- methods ---------------------------------------------------------------------------------------------------------
+
+ONE_OF_EACH: dict[str, Method] = {
+    "full": Full(),
+    "last_layer": LastLayer(),
+    "lora": Lora(r=4),
+    "prompt_tuning": PromptTuning(tokens=5),
+}
+"""Every method once, as plain as can be; the conformance battery proves that none is missing."""
+
+every_method = pytest.mark.parametrize("method", ONE_OF_EACH.values(), ids=ONE_OF_EACH)
+"""Runs a test for every method, for what does not depend on a method's variants."""
+
+every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
+"""Runs a test for every small architecture."""
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
@@ -227,12 +264,35 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def trainer_of(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> Trainer:
+    """What the loop drives, around a model and an optimizer at a constant rate, with batches of ``rows``."""
+    from datasets import Dataset
+    from transformers import get_scheduler
+
+    from peftbench.data.batches import Batches, Collator
+    from peftbench.engine.build import Trainer
+
+    batches = Batches(Dataset.from_list(rows(LENGTHS_AND_PROMPTS)), Collator(pad_token=0), 4, None, seed=0)
+    schedule = get_scheduler("constant", optimizer)
+    prepared, wrapped = accelerator.prepare(model, optimizer)
+    return Trainer(prepared, wrapped, schedule, batches, steps=1, dropped=0)
+
+
+def one_batch(*parts: MicroBatch) -> GlobalBatch:
+    """The global batch of these micro-batches, on the only process."""
+    from peftbench.data.batches import Collator, GlobalBatch, TokenCounts
+
+    counts = TokenCounts()
+    for part in parts:
+        counts += Collator(pad_token=0).count(part)
+    return GlobalBatch(parts, counts)
+
+
 # --- corpus and recipes ----------------------------------------------------------------------------------------------
 
-_WORDS = (
-    "harbour council vote bridge river storm school engine market doctor garden winter signal budget minister train "
-    "village forest museum player record season island camera student teacher morning evening letter answer"
-).split()  # fmt: skip
+_TEXT = """harbour council vote bridge river storm school engine market doctor garden winter signal budget minister
+train village forest museum player record season island camera student teacher morning evening letter answer"""
+_WORDS = _TEXT.split()
 
 
 def examples(count: int, seed: int) -> list[dict[str, str]]:

@@ -49,8 +49,20 @@ def load_recipe(files: Sequence[Path], overrides: Sequence[str] = ()) -> Recipe:
 
 def merged(files: Sequence[Path], overrides: Sequence[str] = ()) -> dict[str, Any]:
     """``files`` and ``overrides`` merged from left to right, not yet validated."""
-    parts = [part for path in files for part in read_yaml(path)]
-    return plain(OmegaConf.merge(*parts, _dotlist(overrides)))
+    result = OmegaConf.create({})
+    for part in [*(part for path in files for part in read_yaml(path)), _dotlist(overrides)]:
+        _forget_other_kinds(result, part)
+        result = OmegaConf.merge(result, part)  # type: ignore[assignment]
+    return plain(result)
+
+
+def _forget_other_kinds(earlier: DictConfig, later: DictConfig) -> None:
+    """Where ``later`` changes a group's kind, drop from ``earlier`` the knobs that the new kind does not have."""
+    for place, table in (("method", KINDS), ("data.source", SOURCES), ("optimizer", OPTIMIZERS)):
+        group, new = OmegaConf.select(earlier, place), OmegaConf.select(later, f"{place}.kind")
+        if isinstance(group, DictConfig) and new in table and group.get("kind") not in (None, new):
+            for key in [key for key in group if key not in table[new].model_fields]:
+                del group[key]
 
 
 def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> Iterator[DictConfig]:
@@ -174,6 +186,9 @@ def _explained(part: Part, depth: int) -> Iterator[str]:
         else:
             plain = list(value) if isinstance(value, tuple) else value
             text = yaml.safe_dump(plain, default_flow_style=True, width=10**6, allow_unicode=True).removesuffix("...\n")
+            # Line breaks, and texts like 1e3, which OmegaConf alone takes for numbers, need JSON's quotes.
+            if "\n" in text.strip() or OmegaConf.to_container(OmegaConf.create(f"x: {text}")) != {"x": plain}:
+                text = json.dumps(plain, ensure_ascii=False)
             yield f"{margin}{name}: {text.strip()}  # {meaning}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -47,9 +48,13 @@ def quiet_libraries() -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     import datasets
+    import huggingface_hub
     import transformers
 
-    datasets.logging.set_verbosity_error()
+    # A retry, a file that does not parse: what these report on the way ends in one sentence of ours.
+    huggingface_hub.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of a faster kernel whenever it is imported
     transformers.logging.set_verbosity_error()
     if sys.stderr.isatty():
         transformers.logging.disable_progress_bar()  # its bars are for shards that load in a blink

@@ -38,10 +38,12 @@ def write_atomically(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
-    except OSError as error:
+    except BaseException as error:  # an interrupt and a text that has no encoding must leave nothing behind either
         if temporary is not None:
             temporary.unlink(missing_ok=True)
-        raise write_error(path, error) from error
+        if isinstance(error, OSError):
+            raise write_error(path, error) from error
+        raise
 
 
 def write_error(path: Path, error: OSError) -> OutputError:

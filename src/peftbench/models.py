@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peftbench import shipped
 from peftbench.errors import HubUnreachableError, ModelNotFoundError, OutOfRangeError, UnsupportedModelError
@@ -70,7 +70,7 @@ def load_tokenizer(knobs: Model) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(  # type: ignore[no-any-return]
             place, revision=None if knobs.tokenizer else knobs.revision, trust_remote_code=knobs.trust_remote_code
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise _explained(knobs, "tokenizer", error) from error
 
 
@@ -80,14 +80,22 @@ def load(knobs: Model) -> Base:
     Raises:
         ModelNotFoundError: nothing usable under that name; says what was tried.
         HubUnreachableError: the hub did not answer and the cache has no copy.
-        UnsupportedModelError: the attention implementation asked for is not there.
+        UnsupportedModelError: the attention implementation asked for is not there, or it is no causal language model.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
     config = load_config(knobs)
     tokenizer = load_tokenizer(knobs)
     config.use_cache = False  # a cache of keys and values is memory lost in training; generation asks for its own
+    model = _load_model(knobs, config)
+    if model.generation_config.pad_token_id is None:
+        model.generation_config.pad_token_id = tokenizer.eos_token_id
+    return Base(model, tokenizer, identity(model, knobs))
+
+
+def _load_model(knobs: Model, config: PreTrainedConfig) -> PreTrainedModel:
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
     common = {
         "trust_remote_code": knobs.trust_remote_code,
         "attn_implementation": knobs.attention,
@@ -95,18 +103,27 @@ def load(knobs: Model) -> Base:
     }
     try:
         if knobs.init == "random":
-            model = AutoModelForCausalLM.from_config(config, **common)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(
-                _location(knobs), config=config, revision=knobs.revision, use_safetensors=True, **common
-            )
+            return AutoModelForCausalLM.from_config(config, **common)  # type: ignore[no-any-return]
+        loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
+            _location(knobs), config=config, revision=knobs.revision, use_safetensors=True,
+            output_loading_info=True, **common,
+        )  # fmt: skip
+        model, report = loaded
+        if missing := sorted(report["missing_keys"]):  # transformers would warn and make them up
+            raise ValueError(f"{len(missing)} of its tensors are missing ({', '.join(missing[:3])})")
     except ImportError as error:
         raise UnsupportedModelError(f"model.attention={knobs.attention} is not there: {_first_line(error)}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
+        if "Unrecognized configuration class" in str(error):
+            raise UnsupportedModelError(
+                f"{config.model_type} is no causal language model; set model.path to one that is"
+            ) from error
         raise _explained(knobs, "weights", error) from error
-    if model.generation_config.pad_token_id is None:
-        model.generation_config.pad_token_id = tokenizer.eos_token_id
-    return Base(model, tokenizer, identity(model, knobs))
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise _explained(knobs, "weights", ValueError("their shapes are not those of config.json")) from error
+    return model
 
 
 def identity(model: PreTrainedModel, knobs: Model) -> str:

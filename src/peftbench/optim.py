@@ -43,8 +43,14 @@ class AdamW(Optimizer):
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         import torch
 
+        trained = list(parameters)
         return torch.optim.AdamW(
-            parameters, lr=self.learning_rate, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
+            trained,
+            lr=self.learning_rate,
+            betas=self.betas,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            fused=all(parameter.is_cuda for parameter in trained) or None,
         )
 
 

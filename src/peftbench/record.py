@@ -26,7 +26,8 @@ FINAL = frozenset({"ok", "oom", "diverged"})
 
 
 class _Kept(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # JSON has no NaN or infinity; as null they could not be read back where a number must be.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class Outcome(_Kept):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 from importlib import metadata
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from peftbench.data.docstrings import DISTRIBUTION
 from peftbench.engine.bind import bind, device_of
@@ -37,8 +40,12 @@ class Run:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.folder = Path(recipe.output_dir) / recipe.name
-        _check_writable(self.folder)
-        self.accelerator: Accelerator = bind(recipe, self.folder)
+        self._made = _check_writable(self.folder)
+        try:
+            self.accelerator: Accelerator = bind(recipe, self.folder)
+        except PeftbenchError:
+            self._leave_nothing()
+            raise
         self.probe = Probe(self.accelerator.device)
         self.progress = Progress()
         self.started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -57,6 +64,13 @@ class Run:
             Exception: a fault of the program, after a record with outcome ``failed`` was written.
         """
         try:
+            return self._execute()
+        except PeftbenchError:
+            self._leave_nothing()
+            raise
+
+    def _execute(self) -> tuple[RunRecord, Path]:
+        try:
             outcome, fault = self._outcome(), None
         except PeftbenchError:
             raise
@@ -70,6 +84,12 @@ class Run:
             raise fault
         self.accelerator.end_training()
         return record, path
+
+    def _leave_nothing(self) -> None:
+        """Take back the folders made for a run that is refused, where nothing lies in them."""
+        for folder in self._made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
     def _outcome(self) -> Outcome:
         try:
@@ -137,8 +157,9 @@ class Run:
         try:
             self.recipe.method.save(built.bare_model, folder)
             built.base.tokenizer.save_pretrained(folder)
-        except OSError as error:
-            raise write_error(folder, error) from error
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(folder, ignore_errors=True)  # a model is whole or not there
+            raise write_error(folder, _as_os_error(error)) from error
 
     def _count(self, split: str, examples: int, dropped: int) -> None:
         self.examples[split] = examples
@@ -189,14 +210,24 @@ class Run:
         )
 
 
-def _check_writable(folder: Path) -> None:
-    """Find out before the work that its result can be written."""
+def _as_os_error(error: OSError | SafetensorError) -> OSError:
+    """What a failed save says to the system; safetensors has an exception of its own, with the number in its text."""
+    if isinstance(error, OSError):
+        return error
+    number = re.search(r"os error (\d+)", str(error))
+    return OSError(int(number.group(1)), os.strerror(int(number.group(1)))) if number else OSError(str(error))
+
+
+def _check_writable(folder: Path) -> list[Path]:
+    """Find out before the work that its result can be written; returns the folders made for it, innermost first."""
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise write_error(folder, error) from error
+    return made
 
 
 def _requested_bytes(error: BaseException) -> int | None:

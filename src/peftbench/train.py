@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,8 @@ import typer
 
 from peftbench.config import explained, load_recipe
 from peftbench.console import guarded, quiet_libraries
+from peftbench.errors import PeftbenchError
+from peftbench.record import EXIT_CODES, FILE, Outcome
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -40,16 +43,24 @@ def train(
     with guarded(report=report):
         recipe = load_recipe(config or [], overrides or [])
         if print_config:
-            print(explained(recipe), end="")
+            if is_main_process():
+                print(explained(recipe), end="")
             return
         quiet_libraries()
         from peftbench.run import Run
 
-        record, path = Run(recipe).execute()
-        outcome = record.outcome
-        report({"outcome": outcome.kind, "record": str(path), "name": record.name, "error": outcome.error})
-        from peftbench.record import EXIT_CODES
-
+        run = Run(recipe)
+        try:
+            record, _ = run.execute()
+        except PeftbenchError:
+            raise
+        except Exception as error:  # a fault of the program: whoever reads its traceback can mend it
+            traceback.print_exc()
+            outcome = Outcome(kind="failed", error=f"{type(error).__name__}: {error}")
+        else:
+            outcome = record.outcome
+        place = str(run.folder / FILE)
+        report({"outcome": outcome.kind, "record": place, "name": recipe.name, "error": outcome.error})
         raise typer.Exit(EXIT_CODES[outcome.kind])
 
 

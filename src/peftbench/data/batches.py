@@ -126,7 +126,10 @@ class Batches:
 
     def steps(self, steps: int | None, epochs: float | None) -> int:
         """Optimizer steps of a run that is given in steps or in epochs."""
-        return steps if steps is not None else math.ceil(len(self.dataset) * (epochs or 0) / self.global_batch)
+        if steps is not None:
+            return steps
+        # Rounded first: 1.1 epochs of 100 examples are 110, not the 110.00000000000001 of floating point.
+        return math.ceil(round(len(self.dataset) * (epochs or 0) / self.global_batch, 6))
 
     def order(self) -> Iterator[int]:
         """Indices of examples without end: one seeded permutation after another."""

@@ -20,7 +20,7 @@ from filelock import FileLock
 from tqdm.auto import tqdm
 
 from peftbench.data.harvest import Docstring, Pair, closure, harvest, letters, pair, sources
-from peftbench.files import cache_dir, write_atomically
+from peftbench.files import cache_dir, write_atomically, write_error
 
 DISTRIBUTION = "peftbench"
 # Self-contained libraries of different kinds, present under every platform's markers; all others are trained on.
@@ -90,7 +90,10 @@ def pair_files() -> tuple[dict[str, Path], str]:
     folder = cache_dir() / f"docstrings-{environment_key()}"
     paths = {split: folder / f"{split}.jsonl" for split in SPLITS}
     fingerprint = folder / "fingerprint"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(folder, error) from error
     with FileLock(folder / "lock"):
         if not fingerprint.exists():
             corpus = read_corpus()

@@ -64,9 +64,21 @@ class Encoder:
         self.tokenizer = tokenizer
         self.layout = layout
         self.end = _end_token(tokenizer)
-        # What the tokenizer puts before every text of its own accord: a start token for Llama, nothing for GPT-2.
-        self.start = [token for token in tokenizer("")["input_ids"] if token != self.end]
+        self.start = self._start()
         self.separator = self._ids(layout.separator)
+        taken = len(self.start) + len(self.separator)
+        if layout.new_tokens + taken >= layout.max_tokens:
+            raise SequenceTooShortError(
+                f"evaluate.max_new_tokens={layout.new_tokens} and {taken} tokens of separator leave no room "
+                f"for an article in {layout.max_tokens} tokens; lower it, or raise data.max_tokens"
+            )
+
+    def _start(self) -> list[int]:
+        """What the tokenizer puts before every text of its own accord: a start token for Llama, nothing for GPT-2."""
+        # By position, not by id: a start token may be the end token as well, as in OPT.
+        whole, text = self.tokenizer("a", verbose=False)["input_ids"], self._ids("a")
+        places = (place for place in range(len(whole)) if whole[place : place + len(text)] == text)
+        return list(whole[: next(places, 0)])
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

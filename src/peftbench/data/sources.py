@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 COLUMNS = ("id", "article", "summary")
+_NO_ROWS = ("corresponds to no data", "BatchSize must be greater than 0")  # how ``datasets`` says so
 
 
 class Source(Part):
@@ -197,6 +198,8 @@ def _load_files(builder: str, path: Path) -> Dataset:
         return load_dataset(builder, data_files={"only": str(path)}, split="only")  # type: ignore[return-value]
     except (DatasetGenerationError, ValueError, OSError) as error:
         last = _chain(error)[-1]
+        if any(words in str(last) for words in _NO_ROWS):
+            raise EmptySplitError(f"{path} has no examples; give a file with at least one") from error
         raise DataError(
             f"{path} cannot be read as {builder}: {str(last).splitlines()[0] if str(last) else last!r}"
         ) from error
@@ -213,6 +216,11 @@ def _columns(dataset: Dataset, names: dict[str, str | None], split: str, where: 
         raise EmptySplitError(f"the {split} split of {where} has no examples; give one that has")
 
     def renamed(row: dict[str, Any], index: int) -> dict[str, str]:
+        for name in names.values():
+            if name is not None and row[name] is None:  # which as text would be the word None
+                raise DataError(
+                    f"example {index} of the {split} split of {where} has no {name}; fill it in or leave it out"
+                )
         return {column: str(index if name is None else row[name]) for column, name in names.items()}
 
     return dataset.map(renamed, with_indices=True, remove_columns=dataset.column_names, desc=f"reading {split}")

@@ -80,6 +80,7 @@ def train(
     bar = tqdm(total=trainer.steps, desc="training", unit="step", disable=None if accelerator.is_main_process else True)
     with bar:
         for batch in itertools.islice(trainer.batches, trainer.steps):
+            learning_rate = float(trainer.schedule.get_last_lr()[0])
             with probe.step():
                 loss = train_step(accelerator, trainer, batch, max_grad_norm)
             if not math.isfinite(loss):
@@ -87,6 +88,6 @@ def train(
             progress.losses.append(loss)
             progress.counts += batch.counts
             with probe.paused():
-                on_step(progress.steps, {"loss": loss, "learning_rate": float(trainer.schedule.get_last_lr()[0])})
+                on_step(progress.steps, {"loss": loss, "learning_rate": learning_rate})
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update()

@@ -56,7 +56,8 @@ class Evaluation:
         total = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
         for rows in self._mine("held-out loss"):
             batch = self._collate(rows)
-            total[0] += summed_loss(self.model, batch.to(self.accelerator.device))
+            with self.accelerator.autocast():  # a model that was not trained is not prepared to do so itself
+                total[0] += summed_loss(self.model, batch.to(self.accelerator.device))
             total[1] += self.collator.count(batch).labelled
         summed, labelled = self.accelerator.reduce(total).tolist()
         return float(summed / labelled)
@@ -68,7 +69,8 @@ class Evaluation:
         texts: list[tuple[int, str]] = []
         for rows in self._mine("teacher-forced argmax"):
             batch = self._collate(rows)
-            best = logits(self.model, batch.to(self.accelerator.device)).argmax(-1).cpu()
+            with self.accelerator.autocast():
+                best = logits(self.model, batch.to(self.accelerator.device)).argmax(-1).cpu()
             for row, tokens in zip(rows, best, strict=True):
                 start, stop = row["prompt_tokens"] - 1, len(row["input_ids"]) - 1
                 texts.append((row["index"], self.encoder.decode(tokens[start:stop].tolist())))

@@ -24,8 +24,7 @@ class LastLayer(Method):
     kind: Literal["last_layer"] = "last_layer"
     """Which method."""
     head: Literal["untied", "tied", "as_published"] = "untied"
-    """untied: an own copy of the head, trunk frozen; tied: the matrix shared with the embedding, gradients reach all
-    blocks; as_published: freeze only names with "transformer.h.", as the published study did."""
+    """untied (own copy, trunk frozen), tied (shared with the embedding) or as_published (all but "transformer.h.")."""
 
     @property
     def trunk_frozen(self) -> bool:

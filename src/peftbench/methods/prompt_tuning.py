@@ -65,4 +65,5 @@ class PromptTuning(Method):
         mask, order = mask.sort(dim=1, stable=True)  # padding to the front, all else in the order it had
         embeddings = torch.cat((soft.to(embedded.dtype), embedded), dim=1).take_along_dim(order[:, :, None], dim=1)
         # Given embeddings alone, it returns the new tokens alone.
-        return base.generate(inputs_embeds=embeddings, attention_mask=mask, **knobs)  # type: ignore[operator]
+        new: torch.Tensor = base.generate(inputs_embeds=embeddings, attention_mask=mask, **knobs)  # type: ignore[operator]
+        return new

@@ -43,7 +43,8 @@ def read_suite(path: Path) -> Suite:
     try:
         return Suite.model_validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
-        found = error.errors()[0]
+        # An unknown key explains what is missing beside it; so it goes first.
+        found = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
         key = ".".join(map(str, found["loc"]))
         if found["type"] == "extra_forbidden":
             hint = nearest(key, Suite.model_fields)

@@ -1,0 +1,121 @@
+"""Which methods meet which architectures. A new row of ``METHODS`` needs a row here, and then passes every test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from torch import nn
+
+from peftbench.methods.base import Method
+from peftbench.methods.full import Full
+from peftbench.methods.last_layer import LastLayer
+from peftbench.methods.lora import Lora
+from peftbench.methods.prompt_tuning import PromptTuning
+from tests.conftest import ARCHITECTURES, trained
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from peftbench.data.batches import MicroBatch
+
+VARIANTS: dict[str, dict[str, Method]] = {
+    "full": {"full": Full()},
+    "last_layer": {
+        "head_untied": LastLayer(),
+        "head_tied": LastLayer(head="tied"),
+        "head_as_published": LastLayer(head="as_published"),
+    },
+    "lora": {
+        "lora": Lora(r=4, alpha=6),
+        "lora_dropout": Lora(r=4, alpha=6, dropout=0.1),
+        "lora_dora": Lora(r=4, alpha=6, use_dora=True),
+        "lora_rslora": Lora(r=4, alpha=6, use_rslora=True),
+        "lora_bias_all": Lora(r=4, alpha=6, bias="all"),
+        "lora_bias_lora_only": Lora(r=4, alpha=6, bias="lora_only"),
+        # One expression for matrices that widen and matrices that narrow, in both architectures.
+        "lora_expression": Lora(r=4, alpha=6, target_modules=r".*\.(c_attn|c_fc|q_proj|up_proj|mlp\.c_proj|down_proj)"),
+    },
+    "prompt_tuning": {
+        "prompt_random": PromptTuning(tokens=5),
+        "prompt_text": PromptTuning(tokens=5, init="text", init_text="Summarise the article above in one sentence."),
+        "prompt_vocabulary": PromptTuning(tokens=5, init="vocabulary"),
+    },
+}
+"""Each kind's variants that differ in what is trained or how it starts."""
+
+REFUSED = frozenset(
+    {
+        ("head_tied", "llama_untied"),
+        ("head_as_published", "llama_tied"),
+        ("head_as_published", "llama_untied"),
+    }
+)
+"""Pairs of variant and architecture that a method refuses."""
+
+RATES = {"full": 3e-3, "last_layer": 3e-2, "lora": 2e-2, "prompt_tuning": 0.3}
+"""Learning rates at which each kind fits one batch soon."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One variant of one method on one architecture."""
+
+    variant: str
+    method: Method
+    architecture: str
+
+    def __str__(self) -> str:
+        return f"{self.variant}-{self.architecture}"
+
+
+CASES = [
+    Case(variant, method, architecture)
+    for variants in VARIANTS.values()
+    for variant, method in variants.items()
+    for architecture in ARCHITECTURES
+    if (variant, architecture) not in REFUSED
+]
+
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+"""Runs a test for every method, variant and architecture."""
+
+
+@dataclass
+class Bench:
+    """A method applied to a small base."""
+
+    case: Case
+    base: PreTrainedModel
+    model: nn.Module
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """A new optimizer over what is trained. No weight decay: without a gradient nothing moves."""
+        return torch.optim.AdamW(trained(self.model).values(), lr=RATES[self.case.method.kind], weight_decay=0.0)
+
+    def everything(self) -> dict[str, torch.Tensor]:
+        """Every parameter and buffer by name, a tied one once."""
+        return dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+
+    @torch.no_grad()
+    def logits(self, batch: MicroBatch) -> torch.Tensor:
+        """Logits at the real positions, as at evaluation."""
+        from peftbench.engine.loss import logits
+
+        self.model.eval()
+        return logits(self.model, batch)
+
+
+MakeBench = Callable[[Case], Bench]
+
+
+def bench_of(case: Case, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Bench:
+    """``case``'s method applied to ``base``, in training mode."""
+    torch.manual_seed(3)
+    model = case.method.apply(base, tokenizer)
+    case.method.set_training(model)
+    return Bench(case, base, model)

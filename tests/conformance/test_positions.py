@@ -1,0 +1,69 @@
+"""No method, virtual tokens and all, runs over the positions of a model; every one may use them to the last."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from peftbench.data.encode import Layout
+from peftbench.engine.loss import logits, summed_loss
+from peftbench.errors import OutOfRangeError
+from tests.conformance.battery import CASES, Case, MakeBench, every_case
+from tests.conftest import POSITIONS, micro_batch
+
+NEW_TOKENS = 6
+
+
+def _layout(case: Case, max_tokens: int | None) -> Layout:
+    return Layout.fit(
+        separator=" TL;DR:", max_tokens=max_tokens, new_tokens=NEW_TOKENS, positions=POSITIONS,
+        virtual_tokens=case.method.virtual_tokens,
+    )  # fmt: skip
+
+
+def test_some_method_has_virtual_tokens() -> None:
+    """The tests below meet methods with virtual tokens and methods without."""
+    assert {case.method.virtual_tokens > 0 for case in CASES} == {True, False}
+
+
+@every_case
+def test_layout_leaves_room_for_virtual_tokens(case: Case) -> None:
+    """Left to itself a layout takes what virtual tokens leave; one token more is refused with both numbers."""
+    room = POSITIONS - case.method.virtual_tokens
+    assert _layout(case, None).max_tokens == room
+    assert _layout(case, room).max_tokens == room
+    with pytest.raises(OutOfRangeError, match=rf"max_tokens={room + 1} .*{POSITIONS} positions.*max_tokens={room} "):
+        _layout(case, room + 1)
+
+
+@every_case
+def test_longest_sequence_is_trained_on(case: Case, make_bench: MakeBench) -> None:
+    """A sequence that fills the model to its last position has a loss, and logits at its real positions alone."""
+    room = _layout(case, None).max_tokens
+    bench = make_bench(case)
+    batch = micro_batch([(room, 4), (9, 3)])
+    assert torch.isfinite(summed_loss(bench.model, batch))
+    assert logits(bench.model, batch).shape == (2, room, 4096)
+
+
+@every_case
+def test_longest_prompt_is_generated_from(case: Case, make_bench: MakeBench) -> None:
+    """A prompt that leaves room for the new tokens alone is continued to the model's last position."""
+    bench = make_bench(case)
+    bench.model.eval()
+    width = _layout(case, None).max_tokens - NEW_TOKENS
+    ids = torch.randint(1, 4096, (2, width), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, : width // 2] = 0
+    new = case.method.generate(
+        bench.model, ids, mask, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, use_cache=True,
+        eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    assert new.shape == (2, NEW_TOKENS)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.architecture == "gpt2_tied"], ids=str)
+def test_one_token_more_would_overrun(case: Case, make_bench: MakeBench) -> None:
+    """With learnt positions one token more has none left, so the tests above do reach the last one."""
+    with pytest.raises(IndexError):
+        summed_loss(make_bench(case).model, micro_batch([(_layout(case, None).max_tokens + 1, 4)]))

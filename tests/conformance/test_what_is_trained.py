@@ -1,0 +1,83 @@
+"""Every method trains exactly what it says, and says how much that is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from peftbench.engine.loop import train_step
+from peftbench.engine.loss import summed_loss
+from peftbench.methods import METHODS
+from tests.conformance.battery import CASES, RATES, REFUSED, VARIANTS, Case, MakeBench, every_case
+from tests.conftest import ARCHITECTURES, ONE_OF_EACH, meta_base, micro_batch, one_batch, trained, trainer_of
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def test_battery_covers_every_method() -> None:
+    """The battery has a row for every method, each row meets every architecture that it does not refuse."""
+    assert METHODS
+    assert ARCHITECTURES
+    assert set(VARIANTS) == set(METHODS) == set(RATES) == {case.method.kind for case in CASES}
+    assert {kind: type(method) for kind, method in ONE_OF_EACH.items()} == METHODS  # what other tests run through
+    assert all(variants for variants in VARIANTS.values())
+    assert all(type(m) is METHODS[kind] for kind, variants in VARIANTS.items() for m in variants.values())
+    variants = [variant for kind in VARIANTS.values() for variant in kind]
+    assert len(CASES) == len(variants) * len(ARCHITECTURES) - len(REFUSED)
+
+
+@every_case
+def test_trains_exactly_what_it_says(case: Case, make_bench: MakeBench, accelerator: Accelerator) -> None:
+    """After optimizer steps, every tensor that requires a gradient has changed, and all others are the same bits."""
+    bench = make_bench(case)
+    trainer = trainer_of(accelerator, bench.model, bench.optimizer)
+    before = {name: tensor.detach().clone() for name, tensor in bench.everything().items()}
+    # Two steps: at the first, LoRA's one factor is zero and gives the other no gradient.
+    for _ in range(2):
+        train_step(accelerator, trainer, one_batch(micro_batch()), max_grad_norm=1.0)
+    changed = {name for name, tensor in bench.everything().items() if not torch.equal(tensor, before[name])}
+    assert changed == set(trained(bench.model))
+    assert changed
+
+
+@every_case
+def test_trainable_count_is_the_closed_form(case: Case, make_bench: MakeBench) -> None:
+    """The closed form, from shapes without weights, equals the number of scalars that require a gradient."""
+    counted = sum(parameter.numel() for parameter in trained(make_bench(case).model).values())
+    assert counted == case.method.trainable_parameters(meta_base(ARCHITECTURES[case.architecture]()))
+    assert counted > 0
+
+
+@every_case
+def test_trained_weights_are_float32(case: Case, make_bench: MakeBench) -> None:
+    """What an optimizer steps is in float32."""
+    assert {parameter.dtype for parameter in trained(make_bench(case).model).values()} == {torch.float32}
+
+
+@every_case
+def test_loss_depends_on_what_is_trained_and_on_nothing_else(case: Case, make_bench: MakeBench) -> None:
+    """The leaves of the loss's graph are the trained parameters: none is left out, and nothing is kept for others."""
+    bench = make_bench(case)
+    loss = summed_loss(bench.model, micro_batch())
+    leaves, todo, seen = set(), [loss.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaves |= {id(node.variable)} if hasattr(node, "variable") else set()
+        todo += [parent for parent, _ in node.next_functions]
+    assert leaves == {id(parameter) for parameter in trained(bench.model).values()}
+
+
+@every_case
+def test_trunk_frozen_says_where_the_backward_pass_ends(case: Case, make_bench: MakeBench) -> None:
+    """The head's input has no gradient where the method says that its trunk is frozen, and one where it does not."""
+    bench = make_bench(case)
+    needs_gradient: list[bool] = []
+    head = bench.base.get_output_embeddings()
+    head.register_forward_pre_hook(lambda _, inputs: needs_gradient.append(inputs[0].requires_grad))
+    summed_loss(bench.model, micro_batch())
+    assert needs_gradient == [not case.method.trunk_frozen]

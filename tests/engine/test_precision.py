@@ -1,0 +1,82 @@
+"""A precision that is not there is refused, and one that is touches no trained weight."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from peftbench.engine.bind import bind
+from peftbench.engine.build import build, make_trainer
+from peftbench.engine.loop import Progress, train, train_step
+from peftbench.errors import EngineError, PrecisionError
+from peftbench.methods.base import Method
+from peftbench.methods.full import Full
+from peftbench.profiler.probe import Probe
+from tests.conftest import Workshop, every_method, forget_accelerators, trained
+
+
+def test_fp16_on_cpu_is_refused(workshop: Workshop) -> None:
+    """fp16 needs a GPU: on CPU a run does not start, and the error names what would work."""
+    with pytest.raises(PrecisionError, match=r"fp16 needs a GPU.*use bf16 or fp32"):
+        bind(workshop.recipe(Full(), train={"precision": "fp16"}), workshop.output)
+
+
+def test_emulated_bf16_is_refused(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU that would only emulate bf16 a run does not start, and the error names the GPU."""
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Old GPU")
+    with pytest.raises(PrecisionError, match=r"bf16 is not there on Old GPU.*use fp16 or fp32"):
+        bind(workshop.recipe(Full(), train={"precision": "bf16"}), workshop.output)
+
+
+def test_a_world_that_did_not_form_is_refused(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a launcher says two processes and one has come up, the run does not start."""
+    recipe = workshop.recipe(Full())
+    bind(recipe, workshop.output)  # the process's state is now that of a world of one
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(EngineError, match="started 2 processes and 1 formed one world"):
+        bind(recipe, workshop.output)
+
+
+@every_method
+def test_bf16_keeps_trained_weights_in_float32(method: Method, workshop: Workshop) -> None:
+    """Under bf16 the forward pass is in bfloat16; weights, gradients and the optimizer's states stay in float32."""
+    recipe = workshop.recipe(method, train={"precision": "bf16", "steps": 2})
+    accelerator = bind(recipe, workshop.output)
+    built = build(recipe, accelerator)
+    trainer = make_trainer(recipe, built, accelerator)
+    method.set_training(built.bare_model)
+    computed: set[torch.dtype] = set()
+    head = built.base.model.get_output_embeddings()
+    head.register_forward_hook(lambda _, __, output: computed.add(output.dtype))
+    progress = Progress()
+    train(accelerator, trainer, Probe(accelerator.device), progress, max_grad_norm=1.0, on_step=lambda *_: None)
+    assert computed == {torch.bfloat16}
+    assert progress.steps == 2
+    assert {parameter.dtype for parameter in built.bare_model.parameters()} == {torch.float32}
+    states = trainer.optimizer.optimizer.state  # type: ignore[attr-defined]
+    assert len(states) == len(trained(built.bare_model)) > 0
+    assert {state["exp_avg"].dtype for state in states.values()} == {torch.float32}
+
+
+def test_bf16_is_near_fp32_and_not_the_same(workshop: Workshop) -> None:
+    """The first loss under bf16 is that of float32 but for rounding."""
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        forget_accelerators()
+        recipe = workshop.recipe(Full(), train={"precision": precision})
+        accelerator = bind(recipe, workshop.output)
+        trainer = make_trainer(recipe, build(recipe, accelerator), accelerator)
+        losses[precision] = train_step(accelerator, trainer, next(iter(trainer.batches)), max_grad_norm=None)
+    assert losses["bf16"] != losses["fp32"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
+
+
+def test_a_base_in_half_precision_is_trained_in_float32(workshop: Workshop) -> None:
+    """Weights saved in fp16, as the shipped base's are, are loaded in float32 before anything is trained."""
+    recipe = workshop.recipe(Full(), model={"path": "shipped"})
+    accelerator = bind(recipe, workshop.output)
+    model = build(recipe, accelerator).bare_model
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}

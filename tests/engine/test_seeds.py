@@ -1,0 +1,79 @@
+"""The same recipe gives the same numbers; methods are compared on the same examples in the same order."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from peftbench.engine.bind import bind
+from peftbench.engine.build import build, make_trainer
+from peftbench.methods import METHODS
+from peftbench.methods.base import Method
+from peftbench.methods.full import Full
+from peftbench.methods.lora import Lora
+from peftbench.methods.prompt_tuning import PromptTuning
+from tests.conftest import ONE_OF_EACH, Workshop, every_method, forget_accelerators
+
+if TYPE_CHECKING:
+    from peftbench.data.batches import GlobalBatch
+
+
+@every_method
+def test_the_same_recipe_twice(method: Method, workshop: Workshop) -> None:
+    """Run twice, a recipe gives the same losses and the same held-out loss to the last bit, dropout and all."""
+    recipe = workshop.recipe(method, model={"dropout": 0.1}, train={"steps": 4, "micro_batch": 4})
+    first, second = workshop.run(recipe), workshop.run(recipe)
+    assert first.losses == second.losses
+    assert len(first.losses) == 4
+    assert first.quality is not None
+    assert second.quality is not None
+    assert first.quality.loss == second.quality.loss
+
+
+@pytest.mark.parametrize(
+    ("method", "change"),
+    [
+        (Full(), {"data": {"seed": 1}}),  # another order of examples
+        (Full(), {"train": {"seed": 1}, "model": {"dropout": 0.1}}),  # other dropout
+        (Lora(r=4), {"train": {"seed": 1}}),  # another start
+        (PromptTuning(tokens=5), {"train": {"seed": 1}}),
+    ],
+    ids=["order", "dropout", "lora", "prompt_tuning"],
+)
+def test_another_seed(method: Method, change: dict[str, Any], workshop: Workshop) -> None:
+    """Another seed of the data changes their order, another seed of training new weights and dropout."""
+    plain = workshop.recipe(method, model=change.get("model"))
+    first, second = workshop.run(plain), workshop.run(workshop.recipe(method, **change))
+    assert first.losses != second.losses
+
+
+def test_seed_of_training_changes_no_order(workshop: Workshop) -> None:
+    """Without dropout or new weights nothing depends on the seed of training."""
+    first, second = (workshop.run(workshop.recipe(Full(), train={"seed": seed})) for seed in (0, 1))
+    assert first.losses == second.losses
+
+
+def test_order_is_the_same_for_every_method(workshop: Workshop) -> None:
+    """Every method is shown the same tokens with the same labels in the same order, and only virtual ones are added."""
+    seen: dict[str, list[GlobalBatch]] = {}
+    for method in ONE_OF_EACH.values():
+        forget_accelerators()
+        recipe = workshop.recipe(method, train={"micro_batch": 4})
+        accelerator = bind(recipe, workshop.output)
+        batches = iter(make_trainer(recipe, build(recipe, accelerator), accelerator).batches)
+        seen[method.kind] = [next(batches) for _ in range(6)]  # more than one pass over the examples
+    reference = seen.pop("full")
+    assert len(seen) == len(METHODS) - 1
+    assert not torch.equal(reference[0].micro_batches[0].input_ids, reference[4].micro_batches[0].input_ids)
+    for kind, batches_of_kind in seen.items():
+        for theirs, ours in zip(reference, batches_of_kind, strict=True):
+            for their_part, our_part in zip(theirs.micro_batches, ours.micro_batches, strict=True):
+                assert torch.equal(their_part.input_ids, our_part.input_ids)
+                assert torch.equal(their_part.labels, our_part.labels)
+                assert torch.equal(their_part.attention_mask, our_part.attention_mask)
+            assert (theirs.counts.real, theirs.counts.padded, theirs.counts.labelled) == (
+                ours.counts.real, ours.counts.padded, ours.counts.labelled,
+            )  # fmt: skip
+            assert (ours.counts.virtual > 0) == (kind == "prompt_tuning")

@@ -1,0 +1,140 @@
+"""Held-out loss, teacher-forced argmax, and what is put together from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from datasets import Dataset
+
+from peftbench.data.encode import Encoder
+from peftbench.engine.loop import train_step
+from peftbench.evaluation.measure import Evaluation
+from peftbench.methods.base import Method
+from peftbench.methods.baselines import ZeroShot
+from peftbench.methods.full import Full
+from tests.conftest import (
+    Workshop,
+    every_architecture,
+    every_method,
+    forget_accelerators,
+    one_batch,
+    trained,
+    trainer_of,
+)
+from tests.evaluation.conftest import Applied, MakeEvaluation
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel
+
+Fresh = Callable[[str], "PreTrainedModel"]
+
+
+@every_method
+@every_architecture
+def test_loss_by_hand(
+    architecture: str,
+    method: Method,
+    applied: Applied,
+    evaluation: MakeEvaluation,
+    encoded: Dataset,
+) -> None:
+    """The held-out loss is the mean over all summary and end tokens of minus their log-probability.
+
+    It does not depend on the batch, and is not the mean over examples.
+    """
+    model = applied(method, architecture).eval()
+    sums, counts = [], []
+    for row in encoded:
+        ids = torch.tensor([row["input_ids"]])
+        with torch.no_grad():
+            scores = model(input_ids=ids).logits[0, -ids.shape[1] :].double().log_softmax(-1)
+        targets = range(row["prompt_tokens"], ids.shape[1])
+        sums.append(-sum(scores[position - 1, ids[0, position]].item() for position in targets))
+        counts.append(len(targets))
+    by_hand = sum(sums) / sum(counts)
+    for batch in (1, 3, 16):
+        assert evaluation(method, model, batch=batch).loss() == pytest.approx(by_hand, rel=1e-5)
+    mean_of_means = sum(total / count for total, count in zip(sums, counts, strict=True)) / len(counts)
+    assert mean_of_means != pytest.approx(by_hand, rel=1e-4)
+
+
+def test_a_memorised_example_is_found_again(
+    fresh_base: Fresh,
+    accelerator: Accelerator,
+    encoder: Encoder,
+    encoded: Dataset,
+    evaluation: MakeEvaluation,
+) -> None:
+    """Once examples are known by heart, teacher-forced argmax gives each summary back, in the split's order.
+
+    The most likely token at a position must be read one before the token itself, or nothing of this holds.
+    """
+    model = fresh_base("gpt2_tied")
+    measured = evaluation(Full(), model, batch=4, max_new_tokens=20)
+    known = list(encoded["summary"])
+    assert measured.teacher_forced() != known
+    batch = measured.collator.collate(encoded["input_ids"], encoded["prompt_tokens"])
+    trainer = trainer_of(accelerator, model, torch.optim.AdamW(trained(model).values(), lr=3e-3))
+    model.train()
+    for _ in range(60):
+        loss = train_step(accelerator, trainer, one_batch(batch), max_grad_norm=1.0)
+    assert loss < 0.1
+    assert measured.teacher_forced() == known
+    # Generated, too, where the article was short enough to be whole in the prompt with room for new tokens.
+    whole = [encoder.prompt(row["article"]) == row["input_ids"][: row["prompt_tokens"]] for row in encoded]
+    pairs = [pair for pair, kept in zip(zip(measured.summaries(), known, strict=True), whole, strict=True) if kept]
+    assert len(pairs) >= 3
+    assert [generated for generated, _ in pairs] == [summary for _, summary in pairs]
+
+
+def test_quality_is_put_together(applied: Applied, evaluation: MakeEvaluation, encoded: Dataset) -> None:
+    """A quality says of how many examples it is, keeps as many samples as asked for, each with its own reference."""
+    model = applied(ZeroShot(), "gpt2_tied")
+    measured = evaluation(ZeroShot(), model, samples=3, teacher_forced=True)
+    quality = measured.quality()
+    assert (quality.split, quality.examples) == ("test", 7)
+    assert quality.loss == measured.loss()
+    assert quality.loss is not None
+    assert quality.perplexity == pytest.approx(math.exp(quality.loss))
+    assert quality.rouge is not None
+    assert quality.teacher_forced_argmax_rouge is not None
+    assert set(quality.rouge) == set(quality.teacher_forced_argmax_rouge) == {"rouge1", "rouge2", "rougeL", "rougeLsum"}
+    assert [sample.id for sample in quality.samples] == list(encoded["id"])[:3]
+    assert [sample.reference for sample in quality.samples] == list(encoded["summary"])[:3]
+    assert [sample.generated for sample in quality.samples] == measured.summaries()[:3]
+
+
+def test_only_what_is_asked_for(applied: Applied, evaluation: MakeEvaluation) -> None:
+    """Without generation there is a loss and no ROUGE, and no figure of the study's under any name."""
+    model = applied(ZeroShot(), "gpt2_tied")
+    quality = evaluation(ZeroShot(), model, generate=False).quality()
+    assert quality.loss is not None
+    assert quality.rouge is None
+    assert quality.teacher_forced_argmax_rouge is None
+    assert quality.samples == ()
+
+
+def test_precision_is_the_same_with_and_without_training(
+    fresh_base: Fresh, encoder: Encoder, encoded: Dataset, workshop: Workshop
+) -> None:
+    """A base that was never prepared for training is evaluated in the recipe's precision, as a trained one is."""
+    from accelerate import Accelerator
+
+    losses = {}
+    for prepared in (False, True):
+        for precision in ("no", "bf16"):
+            forget_accelerators()
+            accelerator = Accelerator(cpu=True, mixed_precision=precision)
+            model = fresh_base("gpt2_tied")
+            if prepared:
+                accelerator.prepare(model)
+            measured = Evaluation(accelerator, model, encoder, encoded, workshop.recipe(ZeroShot()))
+            losses[prepared, precision] = (measured.loss(), measured.teacher_forced())
+    assert losses[False, "no"] == losses[True, "no"]
+    assert losses[False, "bf16"] == losses[True, "bf16"]
+    assert losses[True, "bf16"][0] != losses[True, "no"][0]

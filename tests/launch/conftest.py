@@ -1,0 +1,68 @@
+"""Runs the entry point as a user does: in a process of its own, from a folder of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+LAUNCH = Path(__file__).resolve().parents[2] / "launch" / "train.py"
+ROWS = [
+    {
+        "article": f"The council met on day {number}. It voted on the bridge. " * 12,
+        "summary": f"The council votes on day {number} on a bridge.",
+    }
+    for number in range(8)
+]
+RECIPE = {
+    "name": "run",
+    "output_dir": "out",
+    "model": {"path": "shipped"},
+    "method": {"kind": "lora"},
+    "data": {"source": {"kind": "files", "train": "rows.jsonl", "test": "rows.jsonl"}, "max_tokens": 128},
+    "train": {"steps": 1, "global_batch": 4},
+    "evaluate": {"generate": False, "max_new_tokens": 8, "resamples": 100},
+}
+
+
+@pytest.fixture(scope="session")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Environment of the launched processes: caches of their own, one thread, no GPU, and no hub."""
+    folder = tmp_path_factory.mktemp("caches")
+    return os.environ | {
+        "HF_HOME": str(folder / "huggingface"),
+        "PEFTBENCH_CACHE": str(folder / "peftbench"),
+        "HF_HUB_OFFLINE": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Path:
+    """The folder that commands run in, with a recipe that can be run and the examples it names."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE), encoding="utf-8")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def launch(workplace: Path, caches: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Given the arguments, what ``python launch/train.py`` did; ``env`` adds to the environment."""
+
+    def launched(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(LAUNCH), *arguments]
+        return subprocess.run(
+            command, cwd=workplace, env=caches | (env or {}), capture_output=True, text=True, timeout=280, check=False
+        )
+
+    return launched

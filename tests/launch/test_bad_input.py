@@ -1,0 +1,180 @@
+"""Every mistake a user can make, made for real: one sentence, an exit code of its own, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from _pytest.mark import ParameterSet
+
+from peftbench.errors import (
+    DataError,
+    DataNotFoundError,
+    DiskFullError,
+    EmptySplitError,
+    HubUnreachableError,
+    MissingColumnError,
+    MissingFileError,
+    ModelNotFoundError,
+    OutOfRangeError,
+    OutputError,
+    PeftbenchError,
+    PrecisionError,
+    RecipeError,
+    SequenceTooShortError,
+    TargetModulesError,
+    UnknownKeyError,
+    WrongTypeError,
+)
+from tests.disks import mounted
+
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+Mistake = tuple[str, type[PeftbenchError], str]
+
+# Told before torch is loaded: overrides, what they are, and a part of the sentence.
+EARLY: list[Mistake] = [
+    ("train.gobal_batch=4", UnknownKeyError, "no knob 'train.gobal_batch'; did you mean 'global_batch'?"),
+    ("method.kind=lorra", UnknownKeyError, "no method of kind 'lorra'; did you mean 'lora'?"),
+    ("train.steps=ten", WrongTypeError, "train.steps='ten' has the wrong type"),
+    ("train.steps=0", OutOfRangeError, "train.steps=0 must be greater than 0"),
+    ("train.epochs=1", OutOfRangeError, "exactly one of train.steps and train.epochs"),
+    ("data.separator='TL;DR: '", OutOfRangeError, "must be a text that does not end in a space"),
+    ("--config nothing.yaml", MissingFileError, "there is no file nothing.yaml"),
+    ("--config rows.jsonl", RecipeError, "rows.jsonl is not valid YAML"),
+    ("steps", RecipeError, "'steps' is no override; write key.sub=value"),
+]
+# Told by what is read: the lead baseline needs examples and no model.
+DATA: list[Mistake] = [
+    ("data.source.test=empty.jsonl", EmptySplitError, "empty.jsonl is empty"),
+    ("data.source.summary=sumary", MissingColumnError, "has no column 'sumary'; did you mean 'summary'?"),
+    ("data.source.kind=hub", HubUnreachableError, "the hub did not answer for abisee/cnn_dailymail"),
+]
+MORE_DATA: list[Mistake] = [
+    ("data.source.test=nothing.jsonl", DataNotFoundError, "data.source.test='nothing.jsonl' is not there"),
+    ("data.source.test=broken.jsonl", DataError, "broken.jsonl cannot be read as json"),
+    ("data.test=9", EmptySplitError, "data.test=9 asks for more than the 8 examples of the test split"),
+]
+# Told by the model and what is made of it.
+MODEL: list[Mistake] = [
+    ("model.path=./no/such/base", ModelNotFoundError, "no config for './no/such/base' (tried a folder, the cache and"),
+    ("data.max_tokens=16", SequenceTooShortError, "8 of 8 examples of the test split do not fit 16 tokens"),
+    ("method.target_modules=[c_atn]", TargetModulesError, "'c_atn' matches no matrix of gpt2; did you mean 'c_attn'?"),
+]
+MORE_MODEL: list[Mistake] = [
+    ("model.path=no-such-base", HubUnreachableError, "the hub did not answer for the config of 'no-such-base'"),
+    ("train.precision=fp16", PrecisionError, "train.precision=fp16 needs a GPU"),
+]
+
+
+def cases(quick: list[Mistake], more: list[Mistake] | None = None) -> list[ParameterSet]:
+    """Parameters of a test: each of these takes a process and the import of torch, so some wait for the slow suite."""
+    return [
+        *(pytest.param(*mistake, id=mistake[0]) for mistake in quick),
+        *(pytest.param(*mistake, id=mistake[0], marks=pytest.mark.slow) for mistake in more or []),
+    ]
+
+
+def check(done: subprocess.CompletedProcess[str], kind: type[PeftbenchError], sentence: str) -> None:
+    """A refusal as it must be: its own exit code, one sentence for people and one line of JSON for programs."""
+    assert done.returncode == kind.exit_code, done.stderr
+    assert "Traceback" not in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert sentence in errors[0]
+    assert done.stderr == errors[0] + "\n", "something else was said beside the sentence"
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert last == {"outcome": "refused", "error": errors[0].removeprefix("error: "), "exit_code": kind.exit_code}
+
+
+def test_there_are_mistakes_to_make() -> None:
+    """The lists are not empty, and their mistakes are of many kinds."""
+    assert len(EARLY) >= 9
+    assert len(DATA) >= 3
+    assert len(MODEL) >= 3
+    assert len({kind for _, kind, _ in EARLY + DATA + MODEL}) >= 11
+
+
+@pytest.mark.parametrize(("arguments", "kind", "sentence"), cases(EARLY))
+def test_a_mistake_in_the_recipe(
+    arguments: str, kind: type[PeftbenchError], sentence: str, launch: Launch, workplace: Path
+) -> None:
+    """A recipe that cannot be meant is refused before anything is made."""
+    given = arguments.split(" ") if arguments.startswith("--") else ["--config", "recipe.yaml", arguments]
+    check(launch(*given), kind, sentence)
+    assert not (workplace / "out").exists()
+
+
+@pytest.mark.parametrize(("override", "kind", "sentence"), cases(DATA, MORE_DATA))
+def test_examples_that_cannot_be_used(
+    override: str, kind: type[PeftbenchError], sentence: str, launch: Launch, workplace: Path
+) -> None:
+    """Examples that are not there, empty, broken or of other columns are refused, and no run folder is left."""
+    (workplace / "empty.jsonl").write_text("", encoding="utf-8")
+    (workplace / "broken.jsonl").write_text('{"article": "a", "summary": "b"}\n{"article": \n', encoding="utf-8")
+    check(launch("--config", "recipe.yaml", "method.kind=lead", override), kind, sentence)
+    assert not (workplace / "out").exists()
+
+
+@pytest.mark.parametrize(("override", "kind", "sentence"), cases(MODEL, MORE_MODEL))
+def test_a_base_that_cannot_be_used(
+    override: str, kind: type[PeftbenchError], sentence: str, launch: Launch, workplace: Path
+) -> None:
+    """A base, a length, a target or a precision that cannot be is refused, and no run folder is left."""
+    check(launch("--config", "recipe.yaml", override), kind, sentence)
+    assert not (workplace / "out").exists()
+
+
+def test_an_output_folder_below_a_file(launch: Launch, workplace: Path) -> None:
+    """A place that cannot be made is told before the work, and the file in its way is untouched."""
+    check(launch("--config", "recipe.yaml", "output_dir=rows.jsonl"), OutputError, "cannot write rows.jsonl/run: ")
+    assert (workplace / "rows.jsonl").read_text(encoding="utf-8").startswith("{")
+
+
+@pytest.mark.slow
+def test_an_output_folder_on_a_read_only_disk(launch: Launch, workplace: Path) -> None:
+    """A disk that nobody may write to is told before the work."""
+    with mounted(workplace / "disk", "ro"):
+        done = launch("--config", "recipe.yaml", "output_dir=disk")
+        check(done, OutputError, "cannot write disk/run: Read-only file system")
+
+
+def test_a_disk_that_fills_up_with_the_record(launch: Launch, workplace: Path) -> None:
+    """A disk with no room for the record is told as full, and neither half a record nor an empty folder is left."""
+    with mounted(workplace / "disk", "size=4k") as disk:
+        done = launch("--config", "recipe.yaml", "output_dir=disk", "method.kind=lead")
+        check(done, DiskFullError, "the disk is full: disk/run/record.json could not be written")
+        assert list(disk.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_with_the_model(launch: Launch, workplace: Path) -> None:
+    """A disk with no room for the trained model is told as full, and half a model is not left for a whole one."""
+    with mounted(workplace / "disk", "size=64k") as disk:
+        done = launch("--config", "recipe.yaml", "output_dir=disk", "method.r=64")
+        check(done, DiskFullError, "the disk is full: disk/run/model could not be written")
+        assert not list(disk.rglob("*.safetensors"))
+        assert not list(disk.rglob("record.json"))
+
+
+@pytest.mark.slow
+def test_a_run_that_was_there_before_is_left_alone(launch: Launch, workplace: Path) -> None:
+    """A refused run takes back only the folders it made: what lay in its place stays."""
+    kept = workplace / "out" / "run" / "record.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("an earlier record", encoding="utf-8")
+    check(launch("--config", "recipe.yaml", "train.precision=fp16"), PrecisionError, "fp16 needs a GPU")
+    assert kept.read_text(encoding="utf-8") == "an earlier record"
+
+
+@pytest.mark.slow
+def test_a_hub_that_does_not_answer(launch: Launch, workplace: Path) -> None:
+    """A hub that really refuses every connection is told in the same sentence, within the library's own retries."""
+    # Port 9 discards: nothing listens there, so each of the library's tries is refused at once.
+    unreachable = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = launch("--config", "recipe.yaml", "method.kind=lead", "data.source.kind=hub", env=unreachable)
+    check(done, HubUnreachableError, "the hub did not answer for abisee/cnn_dailymail")
+    done = launch("--config", "recipe.yaml", "model.path=no-such-base", env=unreachable)
+    check(done, HubUnreachableError, "the hub did not answer for the config of 'no-such-base'")
+    assert not (workplace / "out").exists()

@@ -1,0 +1,138 @@
+"""``peftbench compare`` and ``accelerate launch``, as a user starts them: real processes, really interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CONFIG = REPOSITORY / "accel_configs" / "cpu2.yaml"
+SUITE = "name: s\nrecipes: [recipe.yaml]\naxes: {method.r: [1, 2]}\n"
+
+
+def peftbench(*arguments: str) -> list[str]:
+    """The command line of ``peftbench``, from this environment."""
+    return [sys.executable, "-c", "from peftbench.cli import main; main()", *arguments]
+
+
+def run(command: list[str], folder: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """A command run to its end in ``folder``."""
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=280, check=False)
+
+
+def record_of(folder: Path, name: str) -> dict[str, Any]:
+    """What a run kept."""
+    found: dict[str, Any] = json.loads((folder / "out" / name / "record.json").read_text(encoding="utf-8"))
+    return found
+
+
+def test_compare_skips_what_is_finished_and_not_what_changed(workplace: Path, caches: dict[str, str]) -> None:
+    """Started again, a suite repeats no finished run; a changed recipe is another run and is run again."""
+    (workplace / "suite.yaml").write_text(SUITE)
+    first = run(peftbench("compare", "suite.yaml"), workplace, caches)
+    assert first.returncode == 0, first.stderr
+    assert "run-r=1" in first.stdout
+    assert first.stdout.splitlines()[-1] == "report: out/report.md"
+    started = {name: record_of(workplace, name)["started_at"] for name in ("run-r=1", "run-r=2")}
+    recipe = yaml.safe_load((workplace / "recipe.yaml").read_text()) | {
+        "evaluate": {"max_new_tokens": 9, "generate": False}
+    }
+    again = run(peftbench("compare", "suite.yaml"), workplace, caches)
+    assert again.stderr.count("skipped") == 2
+    assert {name: record_of(workplace, name)["started_at"] for name in started} == started
+    (workplace / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (workplace / "suite.yaml").write_text(SUITE.replace("[1, 2]", "[1]"))
+    changed = run(peftbench("compare", "suite.yaml"), workplace, caches)
+    assert changed.returncode == 0, changed.stderr
+    assert "skipped" not in changed.stderr
+    assert record_of(workplace, "run-r=1")["recipe"]["evaluate"]["max_new_tokens"] == 9
+    reported = run(peftbench("report", "out"), workplace, caches)
+    assert reported.returncode == 0, reported.stderr
+    assert "run-r=1" in reported.stdout
+
+
+def test_interrupted_compare_says_how_to_go_on(workplace: Path, caches: dict[str, str]) -> None:
+    """Ctrl-C in the second run keeps the first, leaves no process behind, and says what to do."""
+    (workplace / "suite.yaml").write_text(SUITE)
+    command = peftbench("compare", "suite.yaml", "train.steps=2")
+    long = peftbench("compare", "suite.yaml", "train.steps=100000")
+    assert run(peftbench("compare", "suite.yaml", "train.steps=2", "--out", "out"), workplace, caches).returncode == 0
+    process = subprocess.Popen(
+        long, cwd=workplace, env=caches, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    log = workplace / "out" / "run-r=1" / "log.txt"
+    log.unlink()
+    deadline = time.monotonic() + 120
+    while not log.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(12)  # into the run: its imports alone take seconds
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    assert "run the same command again" in said
+    assert "Traceback" not in said
+    assert subprocess.run(["pgrep", "-f", str(workplace)], capture_output=True, check=False).returncode == 1
+    (workplace / "suite.yaml").write_text(SUITE)
+    finished = run(command, workplace, caches)
+    assert finished.returncode == 0, finished.stderr
+    assert "[2/2] run-r=2: finished before, skipped" in finished.stderr
+
+
+@pytest.mark.multiprocess
+def test_two_processes_agree_with_one(workplace: Path, caches: dict[str, str]) -> None:
+    """The same recipe on one and on two processes: same losses to 1e-4, same evaluation, each example counted once."""
+    changes = ["train.steps=4", "train.micro_batch=1", "evaluate.generate=true", "evaluate.batch=3"]
+    one = run(
+        [sys.executable, str(REPOSITORY / "launch" / "train.py"), "--config", "recipe.yaml", *changes, "name=one"],
+        workplace, caches,
+    )  # fmt: skip
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(CONFIG),
+        "--main_process_port",
+        "0",
+    ]
+    two = run(
+        [*launcher, str(REPOSITORY / "launch" / "train.py"), "--config", "recipe.yaml", *changes, "name=two"],
+        workplace, caches,
+    )  # fmt: skip
+    assert one.returncode == 0, one.stderr
+    assert two.returncode == 0, two.stderr
+    assert json.loads(two.stdout.strip().splitlines()[-1])["outcome"] == "ok"
+    single, double = record_of(workplace, "one"), record_of(workplace, "two")
+    assert double["device"]["processes"] == 2
+    assert (single["engine"]["accumulation"], double["engine"]["accumulation"]) == (4, 2)
+    assert len(single["losses"]) == 4
+    assert single["losses"] == pytest.approx(double["losses"], abs=1e-4)
+    assert single["tokens"] == double["tokens"]
+    assert single["quality"]["loss"] == pytest.approx(double["quality"]["loss"], abs=1e-4)
+    assert single["quality"]["rouge"] == double["quality"]["rouge"]
+    assert single["quality"]["samples"] == double["quality"]["samples"]
+
+
+@pytest.mark.multiprocess
+def test_a_global_batch_that_cannot_be_shared_is_refused(workplace: Path, caches: dict[str, str]) -> None:
+    """Three examples a step cannot be shared by two processes: refused in one sentence, and nothing is written."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(CONFIG)]
+    script = str(REPOSITORY / "launch" / "train.py")
+    done = run(
+        [*launcher, "--main_process_port", "0", script, "--config", "recipe.yaml", "train.global_batch=3"],
+        workplace, caches,
+    )  # fmt: skip
+    assert done.returncode != 0
+    last = json.loads(done.stdout.strip().splitlines()[-1])
+    assert (last["outcome"], last["exit_code"]) == ("refused", 13)
+    assert "cannot be shared by 2 processes" in last["error"]
+    assert not (workplace / "out" / "run" / "record.json").exists()

@@ -1,0 +1,161 @@
+"""The tables, from records alone."""
+
+from __future__ import annotations
+
+import csv
+import io
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from peftbench.errors import RecordError
+from peftbench.record import Device, Interval, Outcome, Parameters, Quality, RunRecord, Sample, Tokens
+from peftbench.report.columns import COLUMNS
+from peftbench.report.table import (
+    csv_table,
+    insert_table,
+    markdown_report,
+    markdown_table,
+    notes,
+    ordered,
+    over_seeds,
+    print_table,
+)
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def record(name: str, kind: str, trainable: int | None, **changes: Any) -> RunRecord:
+    """A record with known figures."""
+    recipe = {
+        "name": name,
+        "output_dir": "runs",
+        "method": {"kind": kind},
+        "train": {"seed": changes.pop("seed", 0), "global_batch": changes.pop("global_batch", 16), "precision": "fp32"},
+        "data": {"seed": 0, "max_tokens": 64, "as_published": False},
+    }
+    score = Interval(mean=31.25, low=30.0, high=32.5)
+    quality = Quality(
+        split="test", examples=3, loss=changes.pop("loss", 3.25), perplexity=25.8,
+        rouge=dict.fromkeys(("rouge1", "rouge2", "rougeL", "rougeLsum"), score),
+        samples=(Sample(id="a", article="one\ntwo", reference="ref | x", generated=f"by {name}"),),
+    )  # fmt: skip
+    values: dict[str, Any] = {
+        "name": name, "started_at": "2026-01-01T00:00:00+00:00", "recipe": recipe, "recipe_fingerprint": "f",
+        "outcome": Outcome(kind="ok"), "device": Device(kind="cpu", name="a CPU", processes=1), "versions": {},
+        "parameters": Parameters(total=1000, trainable=trainable) if trainable is not None else None,
+        "tokens": Tokens(real=1, padded=2, labelled=1, virtual=0), "steps": 5, "quality": quality,
+        "phase_seconds": {"train": 12.5},
+    }  # fmt: skip
+    return RunRecord(**(values | changes))
+
+
+def test_a_report_needs_no_torch() -> None:
+    """Importing the report brings in neither torch nor any library of models."""
+    code = (
+        "import sys, peftbench.report.table, peftbench.record; "
+        "sys.exit(bool({'torch', 'transformers', 'accelerate', 'datasets', 'peft'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_order_of_rows() -> None:
+    """Baselines come first, then methods by trained parameters."""
+    rows = [record("b", "full", 1000), record("a", "lora", 10), record("c", "zero_shot", 0), record("d", "lead", None)]
+    assert [row.name for row in ordered(rows)] == ["d", "c", "a", "b"]
+
+
+def test_cells_of_known_figures() -> None:
+    """A table shows each figure where its column says, and a dash for what is not known."""
+    text = markdown_table([record("mine", "lora", 10), record("lead_1", "lead", None, phase_seconds={}, tokens=None)])
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    score = "31.2 (30.0–32.5)"
+    assert lines[2] == ["lead_1", "–", "–", "3.250", score, score, score, score, "–", "ok"]
+    assert lines[3] == ["mine (lora)", "10", "1.00%", "3.250", score, score, score, score, "12.5", "ok"]
+
+
+def test_every_column_has_a_meaning_and_own_csv_names() -> None:
+    """Columns explain themselves, and no two of them write the same CSV field."""
+    names = [name for column in COLUMNS for name in column.raw(record("x", "full", 1))]
+    assert len(COLUMNS) > 8
+    assert all(column.meaning for column in COLUMNS)
+    assert len(names) == len(set(names))
+
+
+def test_teacher_forced_rouge_has_a_column_of_its_own() -> None:
+    """The study's figure never shares a column with ROUGE of generated summaries, and shows only where it was asked."""
+    plain = record("a", "full", 1)
+    forced = {"rougeL": Interval(mean=77.0, low=76.0, high=78.0)}
+    assert plain.quality is not None
+    with_forced = record(
+        "b", "full", 1, quality=plain.quality.model_copy(update={"teacher_forced_argmax_rouge": forced})
+    )
+    assert "teacher-forced" not in markdown_table([plain])
+    table = markdown_table([plain, with_forced])
+    assert "ROUGE-L, teacher-forced argmax" in table
+    assert "77.0 (76.0–78.0)" in table
+    assert "31.2 (30.0–32.5)" in table
+
+
+def test_csv_keeps_full_precision() -> None:
+    """The CSV holds raw values with units in their names, and nothing for what is unknown."""
+    (row,) = csv.DictReader(io.StringIO(csv_table([record("a", "lora", 10, loss=1 / 3)])))
+    assert float(row["held_out_loss"]) == 1 / 3
+    assert (row["trained_share"], row["rougeL_low"], row["training_seconds"]) == ("0.01", "30.0", "12.5")
+    assert row["teacher_forced_argmax_rougeL"] == ""
+
+
+def test_unequal_runs_are_said_to_be_unequal() -> None:
+    """A table of runs with different batches carries a note; one of equal runs does not."""
+    equal = [record("a", "full", 1000), record("b", "lora", 10)]
+    assert notes(equal) == []
+    assert "more than their method" in notes([*equal, record("c", "lora", 10, global_batch=2)])[0]
+
+
+def test_an_out_of_memory_is_a_row() -> None:
+    """A run that did not fit is a row with its step, not an absence."""
+    outcome = Outcome(kind="oom", step=1, phase="train", requested_bytes=2**30)
+    assert "oom at step 1" in markdown_table([record("a", "full", 1000, outcome=outcome, quality=None)])
+
+
+def test_over_seeds_groups_what_differs_in_seeds_alone() -> None:
+    """Mean and standard deviation over three seeds; a run of another recipe is not mixed in."""
+    rows = [record(f"a{s}", "lora", 10, seed=s, loss=loss) for s, loss in enumerate((1.0, 2.0, 3.0))]
+    (row,) = over_seeds([*rows, record("b", "full", 1000)])
+    assert (row["method"], row["seeds"], row["held-out loss"]) == ("lora", "3", "2.000 ± 1.000")
+
+
+def test_the_terminal_table_shows_every_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """What is printed without a terminal has every run and every title, unwrapped enough to be read."""
+    print_table([record("first", "full", 1000), record("second", "lora", 10)], "title", Console(force_terminal=False))
+    printed = capsys.readouterr().out
+    assert "first" in printed
+    assert "second (lora)" in printed
+    assert "ROUGE-Lsum" in printed
+
+
+def test_the_report_shows_the_same_example_by_every_run() -> None:
+    """The report puts every run's summary of one example side by side; a pipe cannot break its table."""
+    text = markdown_report([record("a", "full", 1000), record("b", "lora", 10)], "T")
+    assert "by a" in text
+    assert "by b" in text
+    assert "ref \\| x" in text
+
+
+def test_tables_go_between_their_markers_only(tmp_path: Path) -> None:
+    """Inserting a table replaces the block and nothing else; doing it again changes nothing."""
+    file = tmp_path / "page.md"
+    file.write_text("before\n<!-- report:x -->\nold\n<!-- end of report:x -->\nafter\n")
+    insert_table([record("a", "full", 1000)], file, "x")
+    once = file.read_text()
+    insert_table([record("a", "full", 1000)], file, "x")
+    assert file.read_text() == once
+    assert once.startswith("before\n")
+    assert once.endswith("after\n")
+    assert "old" not in once
+    with pytest.raises(RecordError, match="no place for the table"):
+        insert_table([record("a", "full", 1000)], file, "y")

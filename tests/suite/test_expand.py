@@ -1,0 +1,108 @@
+"""From a suite file to its runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from peftbench.errors import MissingFileError, RecipeError, UnknownKeyError
+from peftbench.suite.expand import accelerate_config, expand
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SUITES = sorted(
+    path for path in (REPOSITORY / "recipes").rglob("*.yaml") if "\nrecipes:" in path.read_text(encoding="utf-8")
+)
+COMMON = """
+data: {source: {kind: docstrings}}
+train: {steps: 2}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with two recipes over one parent."""
+    (tmp_path / "common.yaml").write_text(COMMON)
+    for name in ("full", "lora"):
+        (tmp_path / f"{name}.yaml").write_text(f"extends: common.yaml\nname: {name}\nmethod: {{kind: {name}}}\n")
+    return tmp_path
+
+
+def suite(folder: Path, text: str) -> Path:
+    """A suite file beside the recipes."""
+    path = folder / "suite.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_there_are_shipped_suites() -> None:
+    """The search for shipped suites finds the demo's, the study's and the fair one's."""
+    assert {path.parent.name for path in SUITES} >= {"demo", "study", "gpt2_cnn_dm"}
+
+
+@pytest.mark.parametrize("path", SUITES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_shipped_suite_expands(path: Path) -> None:
+    """Every suite that is shipped is a list of valid recipes with names of their own."""
+    names = [recipe.name for recipe in expand(path)]
+    assert names
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("path", [p for p in SUITES if p.parent.name == "gpt2_cnn_dm"], ids=lambda path: path.stem)
+def test_the_fair_suite_differs_in_method_and_learning_rate_alone(path: Path) -> None:
+    """One fair protocol: what two runs do not share is their name, their method and their learning rate."""
+    dumps = [recipe.model_dump(mode="json") for recipe in expand(path)]
+    for dump in dumps:
+        dump.pop("name")
+        dump.pop("method")
+        dump["optimizer"].pop("learning_rate")
+    assert len(dumps) > 3
+    assert all(dump == dumps[0] for dump in dumps)
+
+
+def test_recipes_times_axes(folder: Path) -> None:
+    """Every recipe runs with every combination of the axes, under a name that says which."""
+    path = suite(folder, "name: s\nrecipes: [full.yaml, lora.yaml]\naxes: {train.seed: [0, 1], data.seed: [5]}\n")
+    recipes = expand(path)
+    assert [r.name for r in recipes] == [f"{m}-seed={s}-seed=5" for m in ("full", "lora") for s in (0, 1)]
+    assert [(r.train.seed, r.data.seed) for r in recipes] == [(0, 5), (1, 5)] * 2
+
+
+def test_the_command_line_has_the_last_word(folder: Path) -> None:
+    """Overrides of the command line win over the suite's, and --out over all."""
+    path = suite(folder, "name: s\nrecipes: [full.yaml]\noverrides: [train.steps=3, output_dir=a]\n")
+    (recipe,) = expand(path, ["train.steps=4"], Path("b c"))
+    assert (recipe.train.steps, recipe.output_dir) == (4, "b c")
+
+
+def test_two_runs_of_one_name_are_refused(folder: Path) -> None:
+    """Two runs that would write to one folder are refused before any has run."""
+    with pytest.raises(RecipeError, match="are named full"):
+        expand(suite(folder, "name: s\nrecipes: [full.yaml, full.yaml]\n"))
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "words"),
+    [
+        ("name: s\nrecipe: [full.yaml]\n", UnknownKeyError, "did you mean 'recipes'"),
+        ("name: s\nrecipes: []\n", RecipeError, "recipes"),
+        ("name: s\nrecipes: [ful.yaml]\n", MissingFileError, "did you mean 'full.yaml'"),
+        ("name: s\nrecipes: [full.yaml]\naxes: {train.sed: [1]}\n", UnknownKeyError, "did you mean 'seed'"),
+        ("name: s\nrecipes: full.yaml\n", RecipeError, "recipes"),
+    ],
+)
+def test_bad_suites(folder: Path, text: str, error: type[RecipeError], words: str) -> None:
+    """A suite that cannot be meant is refused in a sentence that names the nearest thing."""
+    with pytest.raises(error, match=words):
+        expand(suite(folder, text))
+
+
+def test_accelerate_config_lies_beside_the_suite(folder: Path) -> None:
+    """An accelerate file is relative to the suite, none is None, and one that is not there is refused."""
+    (folder / "cpu.yaml").write_text("use_cpu: true\n")
+    assert accelerate_config(suite(folder, "name: s\nrecipes: [full.yaml]\n")) is None
+    assert (
+        accelerate_config(suite(folder, "name: s\nrecipes: [full.yaml]\naccelerate: cpu.yaml\n")) == folder / "cpu.yaml"
+    )
+    with pytest.raises(MissingFileError, match=r"gpu\.yaml"):
+        accelerate_config(suite(folder, "name: s\nrecipes: [full.yaml]\naccelerate: gpu.yaml\n"))

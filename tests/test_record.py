@@ -1,0 +1,192 @@
+"""A record is written, read back the same, and refused in one sentence where it is none."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from peftbench.errors import OutputError, RecordError
+from peftbench.record import (
+    EXIT_CODES,
+    FILE,
+    FINAL,
+    SCHEMA_VERSION,
+    Device,
+    Engine,
+    Flops,
+    Interval,
+    Memory,
+    Outcome,
+    OutcomeKind,
+    Parameters,
+    Quality,
+    RunRecord,
+    Sample,
+    Tokens,
+    read_record,
+    read_records,
+)
+
+
+def record(**values: Any) -> RunRecord:
+    """A record with no more than it must have, and ``values``."""
+    least: dict[str, Any] = {
+        "name": "run", "started_at": "2026-01-02T03:04:05+00:00", "recipe": {"name": "run"},
+        "recipe_fingerprint": "0123456789abcdef", "outcome": Outcome(kind="ok"),
+        "device": Device(kind="cpu", name="a processor", processes=1), "versions": {"torch": "2"},
+    }  # fmt: skip
+    return RunRecord(**least | values)
+
+
+def full_record() -> RunRecord:
+    """A record with every field set."""
+    interval = Interval(mean=2.0, low=1.0, high=3.0)
+    return record(
+        outcome=Outcome(kind="oom", step=3, phase="train", requested_bytes=2**31, error="out of memory"),
+        device=Device(kind="cuda", name="a card", processes=2, memory_bytes=2**34),
+        git="abc+changes",
+        engine=Engine(
+            kind="MULTI_CPU", mixed_precision="bf16", optimizer="AdamW", micro_batch=2, accumulation=4, threads=1
+        ),
+        parameters=Parameters(total=10, trainable=1),
+        model_identity="blake2b 00", data_identity="11", examples={"train": 8}, dropped={"train": 1},
+        tokens=Tokens(real=5, padded=8, labelled=2, virtual=1), steps=2, losses=(2.5, 1 / 3), step_seconds=(0.1, 0.2),
+        phase_seconds={"train": 1.5}, memory={"train": Memory(allocated_bytes=1, reserved_bytes=2, resident_bytes=3)},
+        flops=Flops(required=1, executed=2, six_n=3), energy_joules=4.5,
+        quality=Quality(
+            split="test", examples=2, loss=1.0, perplexity=math.e, rouge={"rouge1": interval},
+            teacher_forced_argmax_rouge={"rougeL": interval},
+            samples=(Sample(id="1", article="é", reference="b", generated="c"),),
+        ),
+        notes=("a note",),
+    )  # fmt: skip
+
+
+def test_the_full_record_is_full() -> None:
+    """Every field of a record is set in the one that the next test writes and reads."""
+    unset = set(RunRecord.model_fields) - full_record().model_fields_set - {"schema_version"}
+    assert not unset
+
+
+@pytest.mark.parametrize("written", [record(), full_record()], ids=["least", "full"])
+def test_reads_back_the_same(written: RunRecord, tmp_path: Path) -> None:
+    """What is written is what is read, to the last digit, and the file is plain JSON."""
+    path = written.write(tmp_path / "new" / "folder")
+    assert path == tmp_path / "new" / "folder" / FILE
+    assert read_record(path) == written
+    assert json.loads(path.read_text(encoding="utf-8"))["schema_version"] == SCHEMA_VERSION
+
+
+def test_what_is_not_known_is_none() -> None:
+    """A record that was told nothing of a measurement says None, never zero."""
+    bare = record()
+    unknown = [bare.git, bare.engine, bare.parameters, bare.tokens, bare.energy_joules, bare.quality]
+    assert unknown == [None] * len(unknown)
+    assert bare.train_seconds is None
+    assert bare.flops == Flops(required=None, executed=None, six_n=None)
+
+
+def test_numbers_that_json_lacks_survive(tmp_path: Path) -> None:
+    """A loss that is no number and an infinite perplexity read back as such, from JSON that any parser takes."""
+    quality = Quality(split="test", examples=1, loss=800.0, perplexity=math.inf)
+    path = record(losses=(1.0, math.nan, -math.inf), quality=quality).write(tmp_path)
+
+    def refused(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    json.loads(path.read_text(encoding="utf-8"), parse_constant=refused)
+    again = read_record(path)
+    assert again.losses[0] == 1.0
+    assert math.isnan(again.losses[1])
+    assert again.losses[2] == -math.inf
+    assert again.quality is not None
+    assert again.quality.perplexity == math.inf
+
+
+def test_training_seconds_are_those_of_the_training_phase() -> None:
+    """Time spent to build and to evaluate is not training time."""
+    assert record(phase_seconds={"build": 5.0, "train": 1.5, "evaluate": 7.0}).train_seconds == 1.5
+
+
+def test_every_outcome_has_an_exit_code() -> None:
+    """Each outcome has a code of its own, 0 is ok, and what a suite does not repeat are outcomes."""
+    assert set(EXIT_CODES) == set(get_args(OutcomeKind))
+    assert len(set(EXIT_CODES.values())) == len(EXIT_CODES)
+    assert EXIT_CODES["ok"] == 0
+    assert set(EXIT_CODES) > FINAL
+
+
+def changed(**values: Any) -> str:
+    """A record's JSON with some values replaced."""
+    return json.dumps(record().model_dump(mode="json") | values)
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("", "the file"),
+        ("{not json", "the file"),
+        ("[]", "the file"),
+        (changed(schema_version=SCHEMA_VERSION + 1), "schema_version"),
+        (changed(a_field_of_tomorrow=1), "a_field_of_tomorrow"),
+        (changed(outcome={"kind": "splendid"}), "outcome.kind"),
+        (changed(device=None), "device"),
+        (changed(losses=[1.0, None]), "losses.1"),
+    ],
+)
+def test_what_is_no_record_is_refused(text: str, where: str, tmp_path: Path) -> None:
+    """A file of another schema, or of none, is refused in one line that names the file and the place in it."""
+    path = tmp_path / FILE
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(RecordError) as caught:
+        read_record(path)
+    assert str(path) in str(caught.value)
+    assert f": {where}: " in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_record_that_is_not_there(tmp_path: Path) -> None:
+    """A missing file, or a folder in its place, is a RecordError with the path."""
+    for path in (tmp_path / "nothing.json", tmp_path):
+        with pytest.raises(RecordError, match="cannot be read"):
+            read_record(path)
+
+
+def test_records_are_found_below_a_folder_in_order(tmp_path: Path) -> None:
+    """All records below a folder are read, by path, and other files are left alone."""
+    for name in ("b", "a", "c/deep"):
+        record(name=name.replace("/", "-")).write(tmp_path / name)
+    (tmp_path / "a" / "other.json").write_text("{}", encoding="utf-8")
+    assert [found.name for found in read_records(tmp_path)] == ["a", "b", "c-deep"]
+
+
+def test_a_folder_without_records_is_refused(tmp_path: Path) -> None:
+    """No record at all is an error, not an empty report."""
+    with pytest.raises(RecordError, match=r"no record\.json below"):
+        read_records(tmp_path)
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    """A record below a file is an OutputError."""
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(OutputError):
+        record().write(tmp_path / "file")
+
+
+def test_a_record_is_frozen() -> None:
+    """Nothing changes a record after it was made."""
+    with pytest.raises(ValueError, match="frozen"):
+        record().name = "other"  # type: ignore[misc]
+
+
+def test_reading_records_needs_no_torch() -> None:
+    """A report is made where there is no torch: neither the module nor what it imports loads it."""
+    code = "import sys, peftbench.record; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
