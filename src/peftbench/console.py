@@ -42,8 +42,6 @@ def quiet_libraries() -> None:
     """No telemetry, no progress bars where nobody looks, and only what a user can act on in the log."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("DS_LOG_LEVEL", "error")
-    os.environ.setdefault("DSTACK_LOG_LEVEL", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -55,10 +53,10 @@ def quiet_libraries() -> None:
     huggingface_hub.logging.set_verbosity_error()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of a faster kernel whenever it is imported
+    # Sets its own level when it is imported, and would say of every machine without a GPU that it has none.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     transformers.logging.set_verbosity_error()
-    if sys.stderr.isatty():
-        transformers.logging.disable_progress_bar()  # its bars are for shards that load in a blink
-    else:
+    transformers.logging.disable_progress_bar()  # its bars are for shards that load in a blink
+    if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-        transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)

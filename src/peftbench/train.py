@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +16,9 @@ from peftbench.config import explained, load_recipe
 from peftbench.console import guarded, quiet_libraries
 from peftbench.errors import PeftbenchError
 from peftbench.record import EXIT_CODES, FILE, Outcome
+
+if TYPE_CHECKING:
+    from peftbench.recipe import Recipe
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -46,22 +51,30 @@ def train(
             if is_main_process():
                 print(explained(recipe), end="")
             return
+        outcome, record = run(recipe)
+        report({"outcome": outcome.kind, "record": str(record), "name": recipe.name, "error": outcome.error})
+        raise typer.Exit(EXIT_CODES[outcome.kind])
+
+
+def run(recipe: Recipe) -> tuple[Outcome, Path]:
+    """Run ``recipe``; returns the outcome and the record's path. Whatever libraries print goes to standard error.
+
+    Raises:
+        PeftbenchError: the recipe cannot be run; nothing was written.
+    """
+    with contextlib.redirect_stdout(sys.stderr):
         quiet_libraries()
         from peftbench.run import Run
 
-        run = Run(recipe)
+        started = Run(recipe)
+        place = started.folder / FILE
         try:
-            record, _ = run.execute()
+            return started.execute()[0].outcome, place
         except PeftbenchError:
             raise
         except Exception as error:  # a fault of the program: whoever reads its traceback can mend it
             traceback.print_exc()
-            outcome = Outcome(kind="failed", error=f"{type(error).__name__}: {error}")
-        else:
-            outcome = record.outcome
-        place = str(run.folder / FILE)
-        report({"outcome": outcome.kind, "record": place, "name": recipe.name, "error": outcome.error})
-        raise typer.Exit(EXIT_CODES[outcome.kind])
+            return Outcome(kind="failed", error=f"{type(error).__name__}: {error}"), place
 
 
 def report(result: dict[str, object]) -> None:

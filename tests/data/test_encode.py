@@ -30,12 +30,17 @@ def layout(max_tokens: int = 128, new_tokens: int = 16, separator: str = SEPARAT
     return Layout(max_tokens, separator, new_tokens)
 
 
-def word_tokenizer(start: str | None = None, end: str = "<e>", after: bool = False) -> PreTrainedTokenizerBase:
-    """A tokenizer of words that puts ``start`` before every text of its own accord, and ``end`` after it if asked."""
+def word_tokenizer(
+    start: str | None = None, end: str = "<e>", after: bool = False, a: str = "a"
+) -> PreTrainedTokenizerBase:
+    """A tokenizer of words that puts ``start`` before every text of its own accord, and ``end`` after it if asked.
+
+    ``a`` is its word with the id 3.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    words = [UNKNOWN, "<e>", "<s>", "a", "bb", "cc", "=", ">"]
+    words = [UNKNOWN, "<e>", "<s>", a, "bb", "cc", "=", ">"]
     backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
     template = f"{start + ' ' if start else ''}$A{' ' + end if after else ''}"
@@ -367,7 +372,7 @@ def test_another_tokenizer_is_encoded_anew(
 ) -> None:
     """What one tokenizer encoded is not taken for another's, though they have the same class."""
     Counting(tokenizer, layout()).encode(dataset, "train", "refuse")
-    for other in (word_tokenizer(), word_tokenizer(start="<s>")):
+    for other in (word_tokenizer(), word_tokenizer(a="The"), word_tokenizer(start="<s>")):
         calls()
         encoded, _ = Counting(other, layout()).encode(dataset, "train", "refuse")
         assert calls() == 3

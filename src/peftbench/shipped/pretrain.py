@@ -133,7 +133,7 @@ def save(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, run: Traini
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder to write the model, its tokenizer and its card to.")],
-    steps: Annotated[int, typer.Option(help="Optimizer steps; 100 take about a minute and a half on 2 cores.")] = 3200,
+    steps: Annotated[int, typer.Option(help="Optimizer steps; 100 take about a minute and a half on 2 cores.")] = 3600,
     batch_rows: Annotated[int, typer.Option(help="Rows of 512 tokens in a batch.")] = 16,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of both optimizers.")] = 2e-3,
     seed: Annotated[int, typer.Option(help="Seed of initialisation and data order.")] = 0,
