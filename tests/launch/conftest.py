@@ -39,7 +39,6 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "HF_HOME": str(folder / "huggingface"),
         "PEFTBENCH_CACHE": str(folder / "peftbench"),
         "HF_HUB_OFFLINE": "1",
-        "ACCELERATE_USE_CPU": "true",
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
     }

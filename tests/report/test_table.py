@@ -129,13 +129,31 @@ def test_over_seeds_groups_what_differs_in_seeds_alone() -> None:
     assert (row["method"], row["seeds"], row["held-out loss"]) == ("lora", "3", "2.000 ± 1.000")
 
 
-def test_the_terminal_table_shows_every_run(capsys: pytest.CaptureFixture[str]) -> None:
-    """What is printed without a terminal has every run and every title, unwrapped enough to be read."""
-    print_table([record("first", "full", 1000), record("second", "lora", 10)], "title", Console(force_terminal=False))
+def test_the_table_without_a_terminal_shows_every_run_and_column(capsys: pytest.CaptureFixture[str]) -> None:
+    """What is printed without a terminal has every run and every column, unwrapped enough to be read."""
+    rows = [record("first", "full", 1000), record("second", "lora", 10)]
+    print_table(rows, "title", Console(force_terminal=False))
     printed = capsys.readouterr().out
-    assert "first" in printed
+    assert "first (full)" in printed
     assert "second (lora)" in printed
-    assert "ROUGE-Lsum" in printed
+    assert all(title in printed for title in ("ROUGE-1", "ROUGE-2", "ROUGE-L", "ROUGE-Lsum"))
+    assert "no room" not in printed
+
+
+def test_a_narrow_terminal_leaves_columns_out_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    """On 80 columns every run is on one line, ROUGE-L stays, and what had no room is named."""
+    gpt2 = {name: Parameters(total=124_439_808, trainable=n) for name, n in (("full", 124_439_808), ("tuned", 15_360))}
+    rows = [
+        record("full", "full", 1, parameters=gpt2["full"]),
+        record("prompt_tuning", "prompt_tuning", 1, parameters=gpt2["tuned"]),
+    ]
+    print_table(rows, "title", Console(force_terminal=True, width=80, color_system=None))
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "124,439,808" in printed
+    assert "prompt_tuning" in printed
+    assert "ROUGE-L" in printed.split("no room")[0]
+    assert "(no room here for ROUGE-1, ROUGE-2, ROUGE-Lsum: see the report)" in printed
 
 
 def test_the_report_shows_the_same_example_by_every_run() -> None:

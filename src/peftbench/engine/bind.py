@@ -29,11 +29,13 @@ def bind(recipe: Recipe, folder: Path) -> Accelerator:
     """
     cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
     _check_precision(recipe.train.precision, cpu)
+    _check_launch()
     accelerator = Accelerator(
+        cpu=cpu,
         mixed_precision=_ACCELERATE_PRECISION[recipe.train.precision],
         log_with=list(recipe.trackers) or None,
         project_dir=str(folder),
-        # Without it, processes on CPU train apart from each other with no error.
+        # Without either, processes on CPU train apart from each other with no error.
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if cpu and _asked_world_size() > 1 else None,
     )
     _check_world(accelerator)
@@ -42,6 +44,16 @@ def bind(recipe: Recipe, folder: Path) -> Accelerator:
 
 def _asked_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _check_launch() -> None:
+    # Where an accelerate file asks for several processes in a way that its launcher cannot start (MULTI_CPU without
+    # mpirun, say), the launcher starts one, which has an address to meet the others at and no rank.
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise EngineError(
+            "accelerate was asked for several processes and started one; give its config file distributed_type: "
+            "MULTI_GPU, as accel_configs/cpu2.yaml and ddp.yaml do"
+        )
 
 
 def _check_precision(precision: str, cpu: bool) -> None:

@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from tabulate import tabulate
@@ -36,22 +37,47 @@ def shown(records: Sequence[RunRecord]) -> list[Column]:
 
 
 def print_table(records: Sequence[RunRecord], title: str, console: Console | None = None) -> None:
-    """Print the comparison, and what differs between seeds where several were run."""
+    """Print the comparison, and what differs between seeds where several were run.
+
+    Columns that a narrow terminal has no room for are left to the report, which is said.
+    """
     console = console or Console()
     if not console.is_terminal:
         console = Console(file=console.file, width=_NARROW)
-    columns, rows = shown(records), ordered(records)
-    table = Table(title=title, title_justify="left", header_style="bold")
-    for index, column in enumerate(columns):
-        table.add_column(column.title, justify="left" if index in (0, len(columns) - 1) else "right", overflow="fold")
-    for record in rows:
-        # The interval goes below the mean, which keeps the table within a terminal.
-        table.add_row(*(column.text(record).replace(" (", "\n(") for column in columns))
-    console.print(table)
+    rows, columns, left_out = ordered(records), shown(records), list[str]()
+    while _width(console, _terminal_table(rows, columns, title)) > console.width:
+        # An interval is widest; the last ROUGE goes first and ROUGE-L, with whatever is most asked for, stays.
+        spare = [column for column in columns if column.title.startswith("ROUGE") and column.title != "ROUGE-L"]
+        if not spare:
+            break
+        columns.remove(spare[-1])
+        left_out.insert(0, spare[-1].title)
+    console.print(_terminal_table(rows, columns, title))
+    if left_out:
+        console.print(f"(no room here for {', '.join(left_out)}: see the report)", markup=False, highlight=False)
     for note in notes(rows):
         console.print(f"note: {note}", markup=False, highlight=False)
     if over_seeds(rows):
         console.print(tabulate(over_seeds(rows), headers="keys", tablefmt="simple"), markup=False, highlight=False)
+
+
+def _width(console: Console, table: Table) -> int:
+    """What a table would take, in characters, if nothing in it had to be folded."""
+    return console.measure(table, options=console.options.update_width(10 * _NARROW)).maximum
+
+
+def _terminal_table(rows: Sequence[RunRecord], columns: Sequence[Column], title: str) -> Table:
+    table = Table(
+        title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+    )
+    for index, column in enumerate(columns):
+        edge = index in (0, len(columns) - 1)
+        table.add_column(column.title.replace(" ", "\n"), justify="left" if edge else "right", overflow="fold")
+    for record in rows:
+        name, *figures = (column.text(record) for column in columns)
+        # The interval goes below the mean, which keeps the table within a terminal.
+        table.add_row(name, *(figure.replace(" (", "\n(") for figure in figures))
+    return table
 
 
 def notes(records: Sequence[RunRecord]) -> list[str]:
