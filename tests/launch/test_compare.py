@@ -136,3 +136,16 @@ def test_a_global_batch_that_cannot_be_shared_is_refused(workplace: Path, caches
     assert (last["outcome"], last["exit_code"]) == ("refused", 13)
     assert "cannot be shared by 2 processes" in last["error"]
     assert not (workplace / "out" / "run" / "record.json").exists()
+
+
+@pytest.mark.multiprocess
+def test_one_process_where_several_were_asked_for_is_refused(workplace: Path, caches: dict[str, str]) -> None:
+    """Accelerate answers MULTI_CPU without mpirun with one process and no word; that run is refused."""
+    config = yaml.safe_load(CONFIG.read_text(encoding="utf-8")) | {"distributed_type": "MULTI_CPU", "gpu_ids": "all"}
+    (workplace / "mpi.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", "mpi.yaml"]
+    done = run([*launcher, str(REPOSITORY / "launch" / "train.py"), "--config", "recipe.yaml"], workplace, caches)
+    last = json.loads(done.stdout.strip().splitlines()[-1])
+    assert (last["outcome"], last["exit_code"]) == ("refused", 40)
+    assert "asked for several processes and started one" in last["error"]
+    assert not (workplace / "out").exists()

@@ -72,7 +72,11 @@ def _rouge(kind: str, title: str, *, forced: bool = False) -> Column:
         "with the reference shown token by token; the published study's figure" if forced else "of generated summaries"
     )
     return Column(
-        title, f"{kind} F-measure {meaning}, percent, 95 % bootstrap interval over examples", raw, text, forced
+        title,
+        f"{kind} F-measure {meaning}, percent, 95 % bootstrap interval over examples",
+        raw,
+        text,
+        optional=True,
     )
 
 

@@ -19,7 +19,7 @@ from peftbench.files import write_atomically
 from peftbench.record import RunRecord
 from peftbench.report.columns import COLUMNS, Column, method_label
 
-_NARROW = 132  # columns of a console that is not a terminal
+_ENDLESS = 10_000  # characters: more than any table takes
 _SEEDS = (("train", "seed"), ("data", "seed"))
 
 
@@ -42,9 +42,9 @@ def print_table(records: Sequence[RunRecord], title: str, console: Console | Non
     Columns that a narrow terminal has no room for are left to the report, which is said.
     """
     console = console or Console()
-    if not console.is_terminal:
-        console = Console(file=console.file, width=_NARROW)
     rows, columns, left_out = ordered(records), shown(records), list[str]()
+    if not console.is_terminal:  # a file or a pipe has room
+        console = Console(file=console.file, width=_width(console, _terminal_table(rows, columns, title)))
     while _width(console, _terminal_table(rows, columns, title)) > console.width:
         # An interval is widest; the last ROUGE goes first and ROUGE-L, with whatever is most asked for, stays.
         spare = [column for column in columns if column.title.startswith("ROUGE") and column.title != "ROUGE-L"]
@@ -63,7 +63,7 @@ def print_table(records: Sequence[RunRecord], title: str, console: Console | Non
 
 def _width(console: Console, table: Table) -> int:
     """What a table would take, in characters, if nothing in it had to be folded."""
-    return console.measure(table, options=console.options.update_width(10 * _NARROW)).maximum
+    return console.measure(table, options=console.options.update_width(_ENDLESS)).maximum
 
 
 def _terminal_table(rows: Sequence[RunRecord], columns: Sequence[Column], title: str) -> Table:

@@ -1,0 +1,32 @@
+"""What tests of recipes share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+LEAST = {
+    "name": "run",
+    "method": {"kind": "lora"},
+    "data": {"source": {"kind": "docstrings"}},
+    "train": {"steps": 10},
+}
+
+
+def write(path: Path, values: dict[str, Any] | str) -> Path:
+    """A YAML file of ``values``, or of text as it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(values if isinstance(values, str) else yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def least(tmp_path: Path) -> Path:
+    """A file with no more than a recipe must say."""
+    return write(tmp_path / "least.yaml", LEAST)
+
+
+# --- merging ---------------------------------------------------------------------------------------------------------
