@@ -69,15 +69,24 @@ def report(
         Optional[Path], typer.Option(help="Markdown file whose block named by --block is replaced by the table.")
     ] = None,
     block: Annotated[str, typer.Option(help="The block: between <!-- report:NAME --> and its end.")] = "table",
+    by: Annotated[
+        Optional[str], typer.Option(help="Show held-out loss by this knob's values, as optimizer.learning_rate.")
+    ] = None,
 ) -> None:
     """Make the tables again, from the records below a folder."""
+    from tabulate import tabulate
+
     from peftbench.record import read_records
+    from peftbench.report.groups import by_knob
     from peftbench.report.table import insert_table, print_table, write_report
 
     with guarded():
         records = read_records(folder)
         if into is not None:
-            insert_table(records, into, block)
+            insert_table(records, into, block, by)
+            return
+        if by is not None:
+            print(tabulate(by_knob(records, by), headers="keys", disable_numparse=True))
             return
         print_table(records, folder.resolve().name)
         print(f"report: {write_report(records, folder, folder.resolve().name)}")

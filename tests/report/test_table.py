@@ -7,13 +7,12 @@ import io
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
 
 from peftbench.errors import RecordError
-from peftbench.record import Device, Interval, Outcome, Parameters, Quality, RunRecord, Sample, Tokens
+from peftbench.record import Interval, Outcome, Parameters
 from peftbench.report.columns import COLUMNS
 from peftbench.report.table import (
     csv_table,
@@ -22,36 +21,11 @@ from peftbench.report.table import (
     markdown_table,
     notes,
     ordered,
-    over_seeds,
     print_table,
 )
+from tests.report.records import record
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-def record(name: str, kind: str, trainable: int | None, **changes: Any) -> RunRecord:
-    """A record with known figures."""
-    recipe = {
-        "name": name,
-        "output_dir": "runs",
-        "method": {"kind": kind},
-        "train": {"seed": changes.pop("seed", 0), "global_batch": changes.pop("global_batch", 16), "precision": "fp32"},
-        "data": {"seed": 0, "max_tokens": 64, "as_published": False},
-    }
-    score = Interval(mean=31.25, low=30.0, high=32.5)
-    quality = Quality(
-        split="test", examples=3, loss=changes.pop("loss", 3.25), perplexity=25.8,
-        rouge=dict.fromkeys(("rouge1", "rouge2", "rougeL", "rougeLsum"), score),
-        samples=(Sample(id="a", article="one\ntwo", reference="ref | x", generated=f"by {name}"),),
-    )  # fmt: skip
-    values: dict[str, Any] = {
-        "name": name, "started_at": "2026-01-01T00:00:00+00:00", "recipe": recipe, "recipe_fingerprint": "f",
-        "outcome": Outcome(kind="ok"), "device": Device(kind="cpu", name="a CPU", processes=1), "versions": {},
-        "parameters": Parameters(total=1000, trainable=trainable) if trainable is not None else None,
-        "tokens": Tokens(real=1, padded=2, labelled=1, virtual=0), "steps": 5, "quality": quality,
-        "phase_seconds": {"train": 12.5},
-    }  # fmt: skip
-    return RunRecord(**(values | changes))
 
 
 def test_a_report_needs_no_torch() -> None:
@@ -120,13 +94,6 @@ def test_an_out_of_memory_is_a_row() -> None:
     """A run that did not fit is a row with its step, not an absence."""
     outcome = Outcome(kind="oom", step=1, phase="train", requested_bytes=2**30)
     assert "oom at step 1" in markdown_table([record("a", "full", 1000, outcome=outcome, quality=None)])
-
-
-def test_over_seeds_groups_what_differs_in_seeds_alone() -> None:
-    """Mean and standard deviation over three seeds; a run of another recipe is not mixed in."""
-    rows = [record(f"a{s}", "lora", 10, seed=s, loss=loss) for s, loss in enumerate((1.0, 2.0, 3.0))]
-    (row,) = over_seeds([*rows, record("b", "full", 1000)])
-    assert (row["method"], row["seeds"], row["held-out loss"]) == ("lora", "3", "2.000 ± 1.000")
 
 
 def test_the_table_without_a_terminal_shows_every_run_and_column(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,9 +17,9 @@ from peftbench.errors import RecordError
 from peftbench.files import write_atomically
 from peftbench.record import RunRecord
 from peftbench.report.columns import COLUMNS, Column, method_label
+from peftbench.report.groups import by_knob, over_seeds
 
 _ENDLESS = 10_000  # characters: more than any table takes
-_SEEDS = (("train", "seed"), ("data", "seed"))
 
 
 def ordered(records: Sequence[RunRecord]) -> list[RunRecord]:
@@ -102,33 +101,6 @@ def _protocol(record: RunRecord) -> list[object]:
     ]  # fmt: skip
 
 
-def over_seeds(records: Sequence[RunRecord]) -> list[dict[str, str]]:
-    """One row for runs that differ in their seeds alone: mean and standard deviation of loss and ROUGE-L."""
-    groups: dict[str, list[RunRecord]] = {}
-    for record in records:
-        recipe = json.loads(json.dumps(record.recipe))
-        for group, key in _SEEDS:
-            recipe[group][key] = None
-        groups.setdefault(json.dumps({**recipe, "name": None, "output_dir": None}, sort_keys=True), []).append(record)
-    rows = []
-    for same in groups.values():
-        good = [record.quality for record in same if record.quality is not None]
-        if len(good) > 1:
-            losses = [quality.loss for quality in good if quality.loss is not None]
-            rouges = [quality.rouge["rougeL"].mean for quality in good if quality.rouge]
-            rows.append({
-                "method": str(same[0].recipe["method"]["kind"]), "seeds": str(len(good)),
-                "held-out loss": _spread(losses, 3), "ROUGE-L": _spread(rouges, 1),
-            })  # fmt: skip
-    return rows
-
-
-def _spread(values: Sequence[float], digits: int) -> str:
-    if len(values) < 2:
-        return "–"
-    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
-
-
 def markdown_table(records: Sequence[RunRecord]) -> str:
     """The comparison as a Markdown table."""
     columns = shown(records)
@@ -152,7 +124,7 @@ def markdown_report(records: Sequence[RunRecord], title: str) -> str:
     rows = ordered(records)
     parts = [f"# {title}", markdown_table(records)]
     if seeds := over_seeds(rows):
-        parts += ["## Over seeds", tabulate(seeds, headers="keys", tablefmt="github", disable_numparse=True)]
+        parts += ["## Over seeds", _github(seeds)]
     if found := notes(rows):
         parts += ["## Notes", "\n".join(f"- {note}" for note in found)]
     parts += ["## Columns", "\n".join(f"- **{column.title}**: {column.meaning}" for column in shown(records))]
@@ -194,11 +166,14 @@ def write_report(records: Sequence[RunRecord], folder: Path, title: str) -> Path
     return path
 
 
-def insert_table(records: Sequence[RunRecord], file: Path, block: str) -> None:
+def insert_table(records: Sequence[RunRecord], file: Path, block: str, knob: str | None = None) -> None:
     """Replace what stands in ``file`` between the markers of ``block`` by the table, so that no figure is typed.
+
+    With ``knob`` it is the table of the loss by that knob; with runs of several seeds, the one over seeds.
 
     Raises:
         RecordError: the file has no such markers.
+        UnknownKeyError: the recipes have no such knob.
     """
     begin, end = f"<!-- report:{block} -->", f"<!-- end of report:{block} -->"
     try:
@@ -209,8 +184,10 @@ def insert_table(records: Sequence[RunRecord], file: Path, block: str) -> None:
         raise RecordError(
             f"{file} has no place for the table; put the lines {begin} and {end} where it shall go"
         ) from error
-    rows = ordered(records)
-    tables = [markdown_table(records)]
-    if seeds := over_seeds(rows):
-        tables = [tabulate(seeds, headers="keys", tablefmt="github", disable_numparse=True)]
-    write_atomically(file, f"{before}{begin}\n\n" + "\n\n".join(tables) + f"\n\n{end}{after}")
+    grouped = by_knob(records, knob) if knob else over_seeds(ordered(records))
+    table = _github(grouped) if grouped else markdown_table(records)
+    write_atomically(file, f"{before}{begin}\n\n{table}\n\n{end}{after}")
+
+
+def _github(rows: Sequence[dict[str, str]]) -> str:
+    return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)

@@ -1,0 +1,35 @@
+"""Runs side by side."""
+
+from __future__ import annotations
+
+import pytest
+
+from peftbench.errors import UnknownKeyError
+from peftbench.record import Outcome
+from peftbench.report.groups import by_knob, over_seeds
+from tests.report.records import record
+
+
+def test_over_seeds_groups_what_differs_in_seeds_alone() -> None:
+    """Mean and standard deviation over three seeds; a run of another recipe is not mixed in."""
+    rows = [record(f"a{s}", "lora", 10, seed=s, loss=loss) for s, loss in enumerate((1.0, 2.0, 3.0))]
+    (row,) = over_seeds([*rows, record("b", "full", 1000)])
+    assert (row["method"], row["seeds"], row["held-out loss"]) == ("lora", "3", "2.000 ± 1.000")
+
+
+def test_by_knob_is_a_row_a_method_and_a_column_a_value() -> None:
+    """Each loss stands under its value, the lowest is bold, and a run without one shows how it ended."""
+    rows = [record(f"l{batch}", "lora", 10, global_batch=batch, loss=loss) for batch, loss in ((16, 2.0), (2, 1.5))]
+    rows += [record("f2", "full", 1000, global_batch=2, loss=1.0)]
+    rows += [record("f16", "full", 1000, global_batch=16, quality=None, outcome=Outcome(kind="diverged", step=3))]
+    assert by_knob(rows, "train.global_batch") == [
+        {"method": "lora", "2": "**1.500**", "16": "2.000"},
+        {"method": "full", "2": "**1.000**", "16": "diverged"},
+    ]
+
+
+@pytest.mark.parametrize("knob", ["train.globel_batch", "train.seed.x", "nothing"])
+def test_a_knob_that_no_run_has(knob: str) -> None:
+    """A misspelt knob is told in one sentence."""
+    with pytest.raises(UnknownKeyError, match=knob):
+        by_knob([record("a", "lora", 10)], knob)

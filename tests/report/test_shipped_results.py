@@ -1,0 +1,87 @@
+"""The figures in README and docs: made from the committed records, by runs of the shipped recipes."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peftbench.record import FILE, RunRecord, read_records
+from peftbench.report.table import insert_table
+from peftbench.suite.expand import expand
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+LINES = re.findall(
+    r"report (\S+) --into (\S+) --block (\S+)(?: --by (\S+))?", (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+)
+SUITES = {"demo": "suite.yaml", "demo_seeds": "seeds.yaml", "demo_rates": "rates.yaml"}
+
+
+def test_every_block_is_made_by_make_readme() -> None:
+    """The blocks in the pages are those that the Makefile fills, and there are some."""
+    pages = [REPOSITORY / "README.md", *(REPOSITORY / "docs").rglob("*.md")]
+    blocks = {
+        (str(page.relative_to(REPOSITORY)), block)
+        for page in pages
+        for block in re.findall(r"<!-- report:(\S+) -->", page.read_text(encoding="utf-8"))
+    }
+    assert len(blocks) >= 3
+    assert blocks == {(file, block) for _, file, block, _ in LINES}
+
+
+@pytest.mark.parametrize(("folder", "file", "block", "by"), LINES, ids=[line[2] for line in LINES])
+def test_a_page_shows_what_its_records_say(folder: str, file: str, block: str, by: str, tmp_path: Path) -> None:
+    """Making a block again from its records changes nothing: no figure was typed, and none is old."""
+    page = Path(shutil.copy(REPOSITORY / file, tmp_path))
+    insert_table(read_records(REPOSITORY / folder), page, block, by or None)
+    assert page.read_text(encoding="utf-8") == (REPOSITORY / file).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_the_records_are_of_the_shipped_suite(name: str) -> None:
+    """Every run of the suite has its record, asked for what the recipe asks for now, ended well, from a clean checkout."""
+    records = {record.name: record for record in read_records(REPOSITORY / "docs" / "results" / name)}
+    recipes = {recipe.name: recipe for recipe in expand(REPOSITORY / "recipes" / "demo" / SUITES[name])}
+    assert set(records) == set(recipes)
+    for run, record in records.items():
+        assert unlike(record.recipe, recipes[run].model_dump(mode="json")) == []
+        assert record.outcome.kind == "ok"
+        assert record.git
+        assert "+changes" not in record.git
+
+
+def unlike(recorded: dict[str, Any], now: dict[str, Any], place: str = "") -> list[str]:
+    """Knobs of a record that the recipe of today sets otherwise; ones that came later are not in the record."""
+    found = []
+    for key, value in recorded.items():
+        if isinstance(value, dict):
+            found += unlike(value, now[key], f"{place}{key}.")
+        elif value != now[key]:
+            found.append(f"{place}{key}")
+    return found
+
+
+def test_the_demo_means_something() -> None:
+    """Full fine-tuning clearly beats the untrained base on held-out loss and, intervals apart, on ROUGE-L."""
+    records = {r.name: r for r in read_records(REPOSITORY / "docs" / "results" / "demo")}
+    full, base = quality(records["full"]), quality(records["zero_shot"])
+    assert full[0] < base[0] - 0.2
+    assert full[1][0] > base[1][1]
+
+
+def quality(record: RunRecord) -> tuple[float, tuple[float, float]]:
+    """Loss, and the ends of ROUGE-L's interval."""
+    assert record.quality is not None
+    assert record.quality.loss is not None
+    assert record.quality.rouge is not None
+    score = record.quality.rouge["rougeL"]
+    return record.quality.loss, (score.low, score.high)
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "docs" / "results").rglob(FILE)), ids=lambda p: p.parent.name)
+def test_no_record_names_a_place_on_the_machine_it_ran_on(path: Path) -> None:
+    """Records that are published hold no absolute path."""
+    assert not re.search(r'": "/', path.read_text(encoding="utf-8"))
