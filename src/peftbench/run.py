@@ -60,7 +60,8 @@ class Run:
         """Run to an outcome and write the record; returns both.
 
         Raises:
-            PeftbenchError: the recipe cannot be run; nothing was written.
+            PeftbenchError: the recipe cannot be run and nothing was written; or, once steps were trained, what they
+                gave cannot be kept, after a record with outcome ``failed`` was written.
             Exception: a fault of the program, after a record with outcome ``failed`` was written.
         """
         try:
@@ -71,9 +72,13 @@ class Run:
 
     def _execute(self) -> tuple[RunRecord, Path]:
         try:
-            outcome, fault = self._outcome(), None
-        except PeftbenchError:
-            raise
+            fault: Exception | None = None
+            outcome = self._outcome()
+        except PeftbenchError as error:
+            if not self.progress.steps:
+                raise
+            # A disk that fills up with the model, say, must not cost what hours of training have measured.
+            outcome, fault = Outcome(kind="failed", **self._where(), error=str(error)), error
         except Exception as error:
             outcome, fault = Outcome(kind="failed", **self._where(), error=f"{type(error).__name__}: {error}"), error
         record = self._record(outcome)

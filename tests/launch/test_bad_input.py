@@ -150,11 +150,15 @@ def test_a_disk_that_fills_up_with_the_record(launch: Launch, workplace: Path) -
 
 
 def test_a_disk_that_fills_up_with_the_model(launch: Launch, workplace: Path) -> None:
-    """A disk with no room for the trained model is told as full, and half a model is not left for a whole one."""
+    """A disk with no room for the trained model is told as full; no half model is left, and what was measured is kept."""
     with mounted(workplace / "disk", "size=64k") as disk:
         done = launch("--config", "recipe.yaml", "output_dir=disk", "method.r=64")
         check(done, DiskFullError, "the disk is full: disk/run/model could not be written")
-        assert list(disk.iterdir()) == []
+        assert list(disk.rglob("*.*")) == [disk / "run" / "record.json"]
+        record = json.loads((disk / "run" / "record.json").read_text(encoding="utf-8"))
+        assert (record["outcome"]["kind"], record["outcome"]["phase"]) == ("failed", "save")
+        assert len(record["losses"]) == 1
+        assert record["quality"]["loss"] > 0
 
 
 @pytest.mark.slow
