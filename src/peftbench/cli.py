@@ -35,13 +35,13 @@ def compare(
 ) -> None:
     """Run every recipe of a suite in a fresh process and print the comparison. Finished runs are skipped."""
     from peftbench.errors import MissingFileError
-    from peftbench.record import FILE, read_record
     from peftbench.report.table import print_table, write_report
-    from peftbench.suite.expand import accelerate_config, expand
-    from peftbench.suite.local import run_suite
+    from peftbench.suite.expand import accelerate_config, expand, read_suite
+    from peftbench.suite.local import record_of, run_suite
 
     with guarded():
         recipes = expand(suite, overrides or [], out)
+        title = read_suite(suite).name
         launcher = accelerate or accelerate_config(suite)
         if launcher is not None and not launcher.is_file():
             raise MissingFileError(f"there is no accelerate config {launcher}", "accel_configs/ has some")
@@ -50,12 +50,11 @@ def compare(
         except KeyboardInterrupt:
             _say("interrupted: finished runs are kept; run the same command again to go on with the others")
             raise typer.Exit(INTERRUPTED) from None
-        paths = [Path(recipe.output_dir) / recipe.name / FILE for recipe in recipes]
-        records = [read_record(path) for path in paths if path.is_file()]
+        records = [record for recipe in recipes if (record := record_of(recipe)) is not None]
         bad = [result for result in results if not result.well]
         if records:
-            print_table(records, suite.parent.name)
-            print(f"report: {write_report(records, Path(recipes[0].output_dir), suite.parent.name)}")
+            print_table(records, title)
+            print(f"report: {write_report(records, Path(recipes[0].output_dir), title)}")
         for result in bad:
             _say(f"{result.name}: {result.outcome}" + (f": {result.error}" if result.error else ""))
         if bad:
@@ -103,8 +102,8 @@ def show(
     from peftbench.config import explained, load_recipe
 
     with guarded():
-        files = [Path(word) for word in recipe if "=" not in word]
-        print(explained(load_recipe(files, [word for word in recipe if "=" in word])), end="")
+        changes = [word for word in recipe if "=" in word and not Path(word).is_file()]  # a run's folder may hold a "="
+        print(explained(load_recipe([Path(word) for word in recipe if word not in changes], changes)), end="")
 
 
 def main() -> None:

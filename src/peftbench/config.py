@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
@@ -32,6 +32,7 @@ from peftbench.recipe import Recipe
 
 EXTENDS = "extends"
 _TABLES: dict[str, Mapping[str, type[Part]]] = {"method": KINDS, "source": SOURCES, "optimizer": OPTIMIZERS}
+_OUR_WORDS = {"a valid array": "a list", "an object": "a group of knobs", "a valid tuple": "a list"}
 _OUT_OF_RANGE = ("greater_than", "less_than", "too_short", "too_long", "finite_number", "value_error", "literal_error")
 
 
@@ -60,7 +61,8 @@ def _forget_other_kinds(earlier: DictConfig, later: DictConfig) -> None:
     """Where ``later`` changes a group's kind, drop from ``earlier`` the knobs that the new kind does not have."""
     for place, table in (("method", KINDS), ("data.source", SOURCES), ("optimizer", OPTIMIZERS)):
         group, new = OmegaConf.select(earlier, place), OmegaConf.select(later, f"{place}.kind")
-        if isinstance(group, DictConfig) and new in table and group.get("kind") not in (None, new):
+        known = isinstance(new, str) and new in table
+        if known and isinstance(group, DictConfig) and group.get("kind") not in (None, new):
             for key in [key for key in group if key not in table[new].model_fields]:
                 del group[key]
 
@@ -80,7 +82,10 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> Iterator[DictConfig]:
     if not isinstance(loaded, DictConfig):
         raise RecipeError(f"{path} must hold keys and values at its top, not a list")
     parents = loaded.pop(EXTENDS, [])
-    for parent in [parents] if isinstance(parents, str) else parents:
+    parents = [parents] if isinstance(parents, str) else parents
+    if not isinstance(parents, (list, ListConfig)) or not all(isinstance(parent, str) for parent in parents):
+        raise WrongTypeError(f"extends in {path} must be the path of a file or a list of them")
+    for parent in parents:
         yield from read_yaml(path.parent / parent, (*seen, path.resolve()))
     yield loaded
 
@@ -141,6 +146,7 @@ def _explain(error: dict[str, Any], root: type[Part]) -> NoReturn:
         names = [name.strip(" '") for name in str(error["ctx"]["expected"]).replace(" or ", ", ").split(",")]
         raise OutOfRangeError(f"{path}={given!r} is not one of its values", nearest(given, names))
     reason = message.removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("Input ")
+    reason = _OUR_WORDS.get(reason, reason)
     if kind.startswith(_OUT_OF_RANGE):
         shown = "" if isinstance(given, dict) else f"={given!r}"
         raise OutOfRangeError(
@@ -160,6 +166,8 @@ def _place(location: Sequence[str | int], root: type[Part]) -> tuple[str, list[s
             group = table[key]  # the discriminator's value, which is not part of the path
             fields = list(group.model_fields)
             continue
+        if group is None and path and isinstance(key, str) and key not in fields:
+            continue  # a branch of a union, as "tuple[str, ...]"
         path.append(str(key))
         table = _TABLES.get(str(key), {})
         if group is not None and str(key) in group.model_fields:
@@ -184,12 +192,24 @@ def _explained(part: Part, depth: int) -> Iterator[str]:
             yield f"{margin}{name}:  # {meaning}"
             yield from _explained(value, depth + 1)
         else:
-            plain = list(value) if isinstance(value, tuple) else value
-            text = yaml.safe_dump(plain, default_flow_style=True, width=10**6, allow_unicode=True).removesuffix("...\n")
-            # Line breaks, and texts like 1e3, which OmegaConf alone takes for numbers, need JSON's quotes.
-            if "\n" in text.strip() or OmegaConf.to_container(OmegaConf.create(f"x: {text}")) != {"x": plain}:
-                text = json.dumps(plain, ensure_ascii=False)
-            yield f"{margin}{name}: {text.strip()}  # {meaning}"
+            yield f"{margin}{name}: {in_yaml(list(value) if isinstance(value, tuple) else value)}  # {meaning}"
+
+
+def in_yaml(value: object) -> str:
+    """``value`` on one line of YAML that OmegaConf reads back as it is, ``${`` and all."""
+    text = yaml.safe_dump(_literal(value), default_flow_style=True, width=10**6, allow_unicode=True)
+    text = text.removesuffix("...\n").strip()
+    # Line breaks, and texts like 1e3, which OmegaConf alone takes for numbers, need JSON's quotes.
+    if "\n" in text or OmegaConf.to_container(OmegaConf.create(f"x: {text}"), resolve=True) != {"x": value}:
+        text = json.dumps(_literal(value), ensure_ascii=False)
+    return text
+
+
+def _literal(value: object) -> object:
+    """``value`` with OmegaConf's interpolations escaped."""
+    if isinstance(value, list):
+        return [_literal(item) for item in value]
+    return value.replace("${", "\\${") if isinstance(value, str) else value
 
 
 def _one_line(error: BaseException) -> str:

@@ -12,6 +12,8 @@ import platformdirs
 from peftbench.errors import DiskFullError, OutputError
 
 CACHE_VARIABLE = "PEFTBENCH_CACHE"
+NOT_WRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM})
+"""Numbers of the system's errors that speak of the place written to, not of what was read."""
 
 
 def cache_dir() -> Path:

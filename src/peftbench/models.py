@@ -82,9 +82,10 @@ def load(knobs: Model) -> Base:
         HubUnreachableError: the hub did not answer and the cache has no copy.
         UnsupportedModelError: the attention implementation asked for is not there, or it is no causal language model.
     """
+    if knobs.revision is not None and Path(_location(knobs)).is_dir():
+        raise OutOfRangeError(f"model.revision={knobs.revision!r} is of the hub, and {_location(knobs)} is a folder")
     config = load_config(knobs)
     tokenizer = load_tokenizer(knobs)
-    config.use_cache = False  # a cache of keys and values is memory lost in training; generation asks for its own
     model = _load_model(knobs, config)
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.eos_token_id

@@ -53,8 +53,8 @@ class Data(Part):
     """Examples drawn from the validation split; null takes all."""
     test: int | None = Field(default=None, gt=0)
     """Examples drawn from the test split; null takes all."""
-    seed: int = Field(default=0, ge=0)
-    """Seed of the subsample and of the order of batches."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Seed of the subsample: which examples are drawn."""
     max_tokens: int | None = Field(default=None, gt=0)
     """Longest sequence in real tokens, virtual ones not counted; null takes what the model's positions leave."""
     separator: str = "\nTL;DR:"
@@ -106,8 +106,8 @@ class Train(Part):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Clip the global gradient norm to this; null does not clip."""
-    seed: int = Field(default=0, ge=0)
-    """Seed of new weights and of dropout."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Seed of new weights, of the order of batches and of dropout; the same order for every method."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Train:

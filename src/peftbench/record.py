@@ -150,6 +150,8 @@ class RunRecord(_Kept):
     """Examples left out because their summary left no room for an article, by split."""
     tokens: Tokens | None = None
     steps: int = 0
+    skipped_steps: int = 0
+    """Steps among them that fp16's loss scaler took back, because a gradient overflowed."""
     losses: tuple[float, ...] = ()
     """Training loss of each step: mean over the labelled tokens of the whole global batch, in nats."""
     step_seconds: tuple[float, ...] = ()

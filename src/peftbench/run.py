@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import os
 import re
 import shutil
@@ -17,9 +18,10 @@ import torch
 from safetensors import SafetensorError
 
 from peftbench.data.docstrings import DISTRIBUTION
-from peftbench.engine.bind import bind, device_of
+from peftbench.engine.bind import bind, device_of, notes
 from peftbench.engine.build import Built, Trainer, build, make_trainer, read_split
 from peftbench.engine.loop import DivergedError, Progress, train
+from peftbench.engine.ranks import main_process_first
 from peftbench.errors import PeftbenchError
 from peftbench.evaluation.measure import Evaluation, quality_of
 from peftbench.files import write_error
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
     from peftbench.recipe import Recipe
 
+MODEL = "model"
+"""Folder, within a run's, of what was trained."""
 _VERSIONS = ("peftbench", "torch", "accelerate", "transformers", "peft", "datasets", "evaluate", "tokenizers")
 
 
@@ -43,7 +47,7 @@ class Run:
         self._made = _check_writable(self.folder)
         try:
             self.accelerator: Accelerator = bind(recipe, self.folder)
-        except PeftbenchError:
+        except BaseException:
             self._leave_nothing()
             raise
         self.probe = Probe(self.accelerator.device)
@@ -54,7 +58,8 @@ class Run:
         self.quality: Quality | None = None
         self.examples: dict[str, int] = {}
         self.dropped: dict[str, int] = {}
-        self.notes: list[str] = []
+        self.data_identity: str | None = None
+        self.notes = notes(self.accelerator)
 
     def execute(self) -> tuple[RunRecord, Path]:
         """Run to an outcome and write the record; returns both.
@@ -100,7 +105,7 @@ class Run:
         try:
             self._work()
         except DivergedError as error:
-            return Outcome(kind="diverged", step=error.step, phase="train", error=str(error))
+            return Outcome(kind="diverged", step=error.step, phase=self.probe.current_phase, error=str(error))
         except torch.OutOfMemoryError as error:
             return Outcome(
                 kind="oom", **self._where(), requested_bytes=_requested_bytes(error), error=_first_line(error)
@@ -116,20 +121,29 @@ class Run:
         return Outcome(kind="ok")
 
     def _work(self) -> None:
+        # Before the work: afterwards the hub may be gone, or the files may be others.
+        self.data_identity = main_process_first(self.accelerator, self.recipe.data.source.identity)
         if not self.recipe.method.needs_model:
+            self._forget_model()
             with self.probe.phase("generate"):
                 self.quality = self._extracted()
             return
         with self.probe.phase("build"):
             built = self.built = build(self.recipe, self.accelerator)
+            self.notes += built.notes
             self._count(self.recipe.evaluate.split, len(built.held_out.dataset), built.held_out.dropped)
         if self.recipe.method.trains:
             self._train(built)
+        else:
+            self._forget_model()
         with self.probe.phase("evaluate"):
             evaluation = Evaluation(
                 self.accelerator, built.bare_model, built.encoder, built.held_out.dataset, self.recipe
             )
             self.quality = evaluation.quality()
+            if not math.isfinite(self.quality.loss or 0.0):
+                steps = self.progress.steps
+                raise DivergedError(steps, f"the held-out loss after step {steps} is {self.quality.loss}")
         if self.recipe.method.trains and self.recipe.save_model:
             with self.probe.phase("save"):
                 self._save(built)
@@ -138,6 +152,7 @@ class Run:
         with self.probe.phase("build"):
             trainer = self.trainer = make_trainer(self.recipe, built, self.accelerator)
             self._count("train", len(trainer.batches.dataset), trainer.dropped)
+        self._forget_model()
         if self.recipe.trackers:
             self.accelerator.init_trackers(DISTRIBUTION, config={"recipe": self.recipe.model_dump_json()})
         self.recipe.method.set_training(built.bare_model)
@@ -150,7 +165,7 @@ class Run:
 
     def _extracted(self) -> Quality:
         """Quality of a baseline that copies its summary from the article."""
-        dataset = read_split(self.recipe, self.recipe.evaluate.split)
+        dataset = main_process_first(self.accelerator, lambda: read_split(self.recipe, self.recipe.evaluate.split))
         self._count(self.recipe.evaluate.split, len(dataset), 0)
         texts = [self.recipe.method.extract(article) or "" for article in dataset["article"]]
         return quality_of(self.recipe.evaluate, dataset, texts)
@@ -158,13 +173,22 @@ class Run:
     def _save(self, built: Built) -> None:
         if not self.accelerator.is_main_process:
             return
-        folder = self.folder / "model"
+        folder, unfinished = self.folder / MODEL, self.folder / f".{MODEL}.unfinished"
         try:
-            self.recipe.method.save(built.bare_model, folder)
-            built.base.tokenizer.save_pretrained(folder)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(folder, ignore_errors=True)  # a model is whole or not there
-            raise write_error(folder, _as_os_error(error)) from error
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+            self.recipe.method.save(built.bare_model, unfinished)
+            built.base.tokenizer.save_pretrained(unfinished)
+            unfinished.rename(folder)
+        except BaseException as error:  # a model is whole or not there, after an interrupt too
+            shutil.rmtree(unfinished, ignore_errors=True)
+            if isinstance(error, (OSError, SafetensorError)):
+                raise write_error(folder, _as_os_error(error)) from error
+            raise
+
+    def _forget_model(self) -> None:
+        """Take away what an earlier run of this name left, which would not be what the new record speaks of."""
+        if self.accelerator.is_main_process:
+            shutil.rmtree(self.folder / MODEL, ignore_errors=True)
 
     def _count(self, split: str, examples: int, dropped: int) -> None:
         self.examples[split] = examples
@@ -188,11 +212,12 @@ class Run:
             engine=self._engine(),
             parameters=self.built.parameters if self.built else None,
             model_identity=self.built.base.identity if self.built else None,
-            data_identity=self.recipe.data.source.identity() if self.examples else None,
+            data_identity=self.data_identity,
             examples=self.examples,
             dropped=self.dropped,
             tokens=Tokens(**vars(counts)) if self.trainer else None,
             steps=self.progress.steps,
+            skipped_steps=self.progress.skipped,
             losses=tuple(self.progress.losses),
             step_seconds=tuple(self.probe.step_seconds),
             phase_seconds=dict(self.probe.phase_seconds),

@@ -52,7 +52,10 @@ def train(
                 print(explained(recipe), end="")
             return
         outcome, record = run(recipe)
-        report({"outcome": outcome.kind, "record": str(record), "name": recipe.name, "error": outcome.error})
+        report({
+            "outcome": outcome.kind, "record": str(record) if record.is_file() else None,
+            "name": recipe.name, "error": outcome.error,
+        })  # fmt: skip
         raise typer.Exit(EXIT_CODES[outcome.kind])
 
 
@@ -66,10 +69,9 @@ def run(recipe: Recipe) -> tuple[Outcome, Path]:
         quiet_libraries()
         from peftbench.run import Run
 
-        started = Run(recipe)
-        place = started.folder / FILE
+        place = Path(recipe.output_dir) / recipe.name / FILE
         try:
-            return started.execute()[0].outcome, place
+            return Run(recipe).execute()[0].outcome, place
         except PeftbenchError:
             raise
         except Exception as error:  # a fault of the program: whoever reads its traceback can mend it

@@ -45,7 +45,7 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture
-def workplace(tmp_path: Path) -> Path:
+def project(tmp_path: Path) -> Path:
     """The folder that commands run in, with a recipe that can be run and the examples it names."""
     folder = tmp_path / "work"
     folder.mkdir()
@@ -55,13 +55,13 @@ def workplace(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def launch(workplace: Path, caches: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+def launch(project: Path, caches: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Given the arguments, what ``python launch/train.py`` did; ``env`` adds to the environment."""
 
     def launched(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(LAUNCH), *arguments]
         return subprocess.run(
-            command, cwd=workplace, env=caches | (env or {}), capture_output=True, text=True, timeout=280, check=False
+            command, cwd=project, env=caches | (env or {}), capture_output=True, text=True, timeout=280, check=False
         )
 
     return launched

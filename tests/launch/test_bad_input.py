@@ -99,59 +99,59 @@ def test_there_are_mistakes_to_make() -> None:
 
 @pytest.mark.parametrize(("arguments", "kind", "sentence"), cases(EARLY))
 def test_a_mistake_in_the_recipe(
-    arguments: str, kind: type[PeftbenchError], sentence: str, launch: Launch, workplace: Path
+    arguments: str, kind: type[PeftbenchError], sentence: str, launch: Launch, project: Path
 ) -> None:
     """A recipe that cannot be meant is refused before anything is made."""
     given = arguments.split(" ") if arguments.startswith("--") else ["--config", "recipe.yaml", arguments]
     check(launch(*given), kind, sentence)
-    assert not (workplace / "out").exists()
+    assert not (project / "out").exists()
 
 
 @pytest.mark.parametrize(("override", "kind", "sentence"), cases(DATA, MORE_DATA))
 def test_examples_that_cannot_be_used(
-    override: str, kind: type[PeftbenchError], sentence: str, launch: Launch, workplace: Path
+    override: str, kind: type[PeftbenchError], sentence: str, launch: Launch, project: Path
 ) -> None:
     """Examples that are not there, empty, broken or of other columns are refused, and no run folder is left."""
-    (workplace / "empty.jsonl").write_text("", encoding="utf-8")
-    (workplace / "broken.jsonl").write_text('{"article": "a", "summary": "b"}\n{"article": \n', encoding="utf-8")
+    (project / "empty.jsonl").write_text("", encoding="utf-8")
+    (project / "broken.jsonl").write_text('{"article": "a", "summary": "b"}\n{"article": \n', encoding="utf-8")
     check(launch("--config", "recipe.yaml", "method.kind=lead", override), kind, sentence)
-    assert not (workplace / "out").exists()
+    assert not (project / "out").exists()
 
 
 @pytest.mark.parametrize(("override", "kind", "sentence"), cases(MODEL, MORE_MODEL))
 def test_a_base_that_cannot_be_used(
-    override: str, kind: type[PeftbenchError], sentence: str, launch: Launch, workplace: Path
+    override: str, kind: type[PeftbenchError], sentence: str, launch: Launch, project: Path
 ) -> None:
     """A base, a length, a target or a precision that cannot be is refused, and no run folder is left."""
     check(launch("--config", "recipe.yaml", override), kind, sentence)
-    assert not (workplace / "out").exists()
+    assert not (project / "out").exists()
 
 
-def test_an_output_folder_below_a_file(launch: Launch, workplace: Path) -> None:
+def test_an_output_folder_below_a_file(launch: Launch, project: Path) -> None:
     """A place that cannot be made is told before the work, and the file in its way is untouched."""
     check(launch("--config", "recipe.yaml", "output_dir=rows.jsonl"), OutputError, "cannot write rows.jsonl/run: ")
-    assert (workplace / "rows.jsonl").read_text(encoding="utf-8").startswith("{")
+    assert (project / "rows.jsonl").read_text(encoding="utf-8").startswith("{")
 
 
 @pytest.mark.slow
-def test_an_output_folder_on_a_read_only_disk(launch: Launch, workplace: Path) -> None:
+def test_an_output_folder_on_a_read_only_disk(launch: Launch, project: Path) -> None:
     """A disk that nobody may write to is told before the work."""
-    with mounted(workplace / "disk", "ro"):
+    with mounted(project / "disk", "ro"):
         done = launch("--config", "recipe.yaml", "output_dir=disk")
         check(done, OutputError, "cannot write disk/run: Read-only file system")
 
 
-def test_a_disk_that_fills_up_with_the_record(launch: Launch, workplace: Path) -> None:
+def test_a_disk_that_fills_up_with_the_record(launch: Launch, project: Path) -> None:
     """A disk with no room for the record is told as full, and neither half a record nor an empty folder is left."""
-    with mounted(workplace / "disk", "size=4k") as disk:
+    with mounted(project / "disk", "size=4k") as disk:
         done = launch("--config", "recipe.yaml", "output_dir=disk", "method.kind=lead")
         check(done, DiskFullError, "the disk is full: disk/run/record.json could not be written")
         assert list(disk.iterdir()) == []
 
 
-def test_a_disk_that_fills_up_with_the_model(launch: Launch, workplace: Path) -> None:
-    """A disk with no room for the trained model is told as full; no half model is left, and what was measured is kept."""
-    with mounted(workplace / "disk", "size=64k") as disk:
+def test_a_disk_that_fills_up_with_the_model(launch: Launch, project: Path) -> None:
+    """A disk with no room for the trained model is told as full; no half model is left and the record is kept."""
+    with mounted(project / "disk", "size=64k") as disk:
         done = launch("--config", "recipe.yaml", "output_dir=disk", "method.r=64")
         check(done, DiskFullError, "the disk is full: disk/run/model could not be written")
         assert list(disk.rglob("*.*")) == [disk / "run" / "record.json"]
@@ -162,9 +162,9 @@ def test_a_disk_that_fills_up_with_the_model(launch: Launch, workplace: Path) ->
 
 
 @pytest.mark.slow
-def test_a_run_that_was_there_before_is_left_alone(launch: Launch, workplace: Path) -> None:
+def test_a_run_that_was_there_before_is_left_alone(launch: Launch, project: Path) -> None:
     """A refused run takes back only the folders it made: what lay in its place stays."""
-    kept = workplace / "out" / "run" / "record.json"
+    kept = project / "out" / "run" / "record.json"
     kept.parent.mkdir(parents=True)
     kept.write_text("an earlier record", encoding="utf-8")
     check(launch("--config", "recipe.yaml", "train.precision=fp16"), PrecisionError, "fp16 needs a GPU")
@@ -172,7 +172,7 @@ def test_a_run_that_was_there_before_is_left_alone(launch: Launch, workplace: Pa
 
 
 @pytest.mark.slow
-def test_a_hub_that_does_not_answer(launch: Launch, workplace: Path) -> None:
+def test_a_hub_that_does_not_answer(launch: Launch, project: Path) -> None:
     """A hub that really refuses every connection is told in the same sentence, within the library's own retries."""
     # Port 9 discards: nothing listens there, so each of the library's tries is refused at once.
     unreachable = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
@@ -180,4 +180,4 @@ def test_a_hub_that_does_not_answer(launch: Launch, workplace: Path) -> None:
     check(done, HubUnreachableError, "the hub did not answer for abisee/cnn_dailymail")
     done = launch("--config", "recipe.yaml", "model.path=no-such-base", env=unreachable)
     check(done, HubUnreachableError, "the hub did not answer for the config of 'no-such-base'")
-    assert not (workplace / "out").exists()
+    assert not (project / "out").exists()

@@ -35,41 +35,39 @@ def record_of(folder: Path, name: str) -> dict[str, Any]:
     return found
 
 
-def test_compare_skips_what_is_finished_and_not_what_changed(workplace: Path, caches: dict[str, str]) -> None:
+def test_compare_skips_what_is_finished_and_not_what_changed(project: Path, caches: dict[str, str]) -> None:
     """Started again, a suite repeats no finished run; a changed recipe is another run and is run again."""
-    (workplace / "suite.yaml").write_text(SUITE)
-    first = run(peftbench("compare", "suite.yaml"), workplace, caches)
+    (project / "suite.yaml").write_text(SUITE)
+    first = run(peftbench("compare", "suite.yaml"), project, caches)
     assert first.returncode == 0, first.stderr
     assert "run-r=1" in first.stdout
     assert first.stdout.splitlines()[-1] == "report: out/report.md"
-    started = {name: record_of(workplace, name)["started_at"] for name in ("run-r=1", "run-r=2")}
-    recipe = yaml.safe_load((workplace / "recipe.yaml").read_text()) | {
+    started = {name: record_of(project, name)["started_at"] for name in ("run-r=1", "run-r=2")}
+    recipe = yaml.safe_load((project / "recipe.yaml").read_text()) | {
         "evaluate": {"max_new_tokens": 9, "generate": False}
     }
-    again = run(peftbench("compare", "suite.yaml"), workplace, caches)
+    again = run(peftbench("compare", "suite.yaml"), project, caches)
     assert again.stderr.count("skipped") == 2
-    assert {name: record_of(workplace, name)["started_at"] for name in started} == started
-    (workplace / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    (workplace / "suite.yaml").write_text(SUITE.replace("[1, 2]", "[1]"))
-    changed = run(peftbench("compare", "suite.yaml"), workplace, caches)
+    assert {name: record_of(project, name)["started_at"] for name in started} == started
+    (project / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (project / "suite.yaml").write_text(SUITE.replace("[1, 2]", "[1]"))
+    changed = run(peftbench("compare", "suite.yaml"), project, caches)
     assert changed.returncode == 0, changed.stderr
     assert "skipped" not in changed.stderr
-    assert record_of(workplace, "run-r=1")["recipe"]["evaluate"]["max_new_tokens"] == 9
-    reported = run(peftbench("report", "out"), workplace, caches)
+    assert record_of(project, "run-r=1")["recipe"]["evaluate"]["max_new_tokens"] == 9
+    reported = run(peftbench("report", "out"), project, caches)
     assert reported.returncode == 0, reported.stderr
     assert "run-r=1" in reported.stdout
 
 
-def test_interrupted_compare_says_how_to_go_on(workplace: Path, caches: dict[str, str]) -> None:
+def test_interrupted_compare_says_how_to_go_on(project: Path, caches: dict[str, str]) -> None:
     """Ctrl-C in the second run keeps the first, leaves no process behind, and says what to do."""
-    (workplace / "suite.yaml").write_text(SUITE)
+    (project / "suite.yaml").write_text(SUITE)
     command = peftbench("compare", "suite.yaml", "train.steps=2")
     long = peftbench("compare", "suite.yaml", "train.steps=100000")
-    assert run(peftbench("compare", "suite.yaml", "train.steps=2", "--out", "out"), workplace, caches).returncode == 0
-    process = subprocess.Popen(
-        long, cwd=workplace, env=caches, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    log = workplace / "out" / "run-r=1" / "log.txt"
+    assert run(peftbench("compare", "suite.yaml", "train.steps=2", "--out", "out"), project, caches).returncode == 0
+    process = subprocess.Popen(long, cwd=project, env=caches, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    log = project / "out" / "run-r=1" / "log.txt"
     log.unlink()
     deadline = time.monotonic() + 120
     while not log.exists() and time.monotonic() < deadline:
@@ -80,20 +78,20 @@ def test_interrupted_compare_says_how_to_go_on(workplace: Path, caches: dict[str
     assert process.returncode == 130, said
     assert "run the same command again" in said
     assert "Traceback" not in said
-    assert subprocess.run(["pgrep", "-f", str(workplace)], capture_output=True, check=False).returncode == 1
-    (workplace / "suite.yaml").write_text(SUITE)
-    finished = run(command, workplace, caches)
+    assert subprocess.run(["pgrep", "-f", str(project)], capture_output=True, check=False).returncode == 1
+    (project / "suite.yaml").write_text(SUITE)
+    finished = run(command, project, caches)
     assert finished.returncode == 0, finished.stderr
     assert "[2/2] run-r=2: finished before, skipped" in finished.stderr
 
 
 @pytest.mark.multiprocess
-def test_two_processes_agree_with_one(workplace: Path, caches: dict[str, str]) -> None:
+def test_two_processes_agree_with_one(project: Path, caches: dict[str, str]) -> None:
     """The same recipe on one and on two processes: same losses to 1e-4, same evaluation, each example counted once."""
     changes = ["train.steps=4", "train.micro_batch=1", "evaluate.generate=true", "evaluate.batch=3"]
     one = run(
         [sys.executable, str(REPOSITORY / "launch" / "train.py"), "--config", "recipe.yaml", *changes, "name=one"],
-        workplace, caches,
+        project, caches,
     )  # fmt: skip
     launcher = [
         sys.executable,
@@ -106,12 +104,12 @@ def test_two_processes_agree_with_one(workplace: Path, caches: dict[str, str]) -
     ]
     two = run(
         [*launcher, str(REPOSITORY / "launch" / "train.py"), "--config", "recipe.yaml", *changes, "name=two"],
-        workplace, caches,
+        project, caches,
     )  # fmt: skip
     assert one.returncode == 0, one.stderr
     assert two.returncode == 0, two.stderr
     assert json.loads(two.stdout.strip().splitlines()[-1])["outcome"] == "ok"
-    single, double = record_of(workplace, "one"), record_of(workplace, "two")
+    single, double = record_of(project, "one"), record_of(project, "two")
     assert double["device"]["processes"] == 2
     assert (single["engine"]["accumulation"], double["engine"]["accumulation"]) == (4, 2)
     assert len(single["losses"]) == 4
@@ -123,29 +121,29 @@ def test_two_processes_agree_with_one(workplace: Path, caches: dict[str, str]) -
 
 
 @pytest.mark.multiprocess
-def test_a_global_batch_that_cannot_be_shared_is_refused(workplace: Path, caches: dict[str, str]) -> None:
+def test_a_global_batch_that_cannot_be_shared_is_refused(project: Path, caches: dict[str, str]) -> None:
     """Three examples a step cannot be shared by two processes: refused in one sentence, and nothing is written."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(CONFIG)]
     script = str(REPOSITORY / "launch" / "train.py")
     done = run(
         [*launcher, "--main_process_port", "0", script, "--config", "recipe.yaml", "train.global_batch=3"],
-        workplace, caches,
+        project, caches,
     )  # fmt: skip
     assert done.returncode != 0
     last = json.loads(done.stdout.strip().splitlines()[-1])
     assert (last["outcome"], last["exit_code"]) == ("refused", 13)
     assert "cannot be shared by 2 processes" in last["error"]
-    assert not (workplace / "out" / "run" / "record.json").exists()
+    assert not (project / "out" / "run" / "record.json").exists()
 
 
 @pytest.mark.multiprocess
-def test_one_process_where_several_were_asked_for_is_refused(workplace: Path, caches: dict[str, str]) -> None:
+def test_one_process_where_several_were_asked_for_is_refused(project: Path, caches: dict[str, str]) -> None:
     """Accelerate answers MULTI_CPU without mpirun with one process and no word; that run is refused."""
     config = yaml.safe_load(CONFIG.read_text(encoding="utf-8")) | {"distributed_type": "MULTI_CPU", "gpu_ids": "all"}
-    (workplace / "mpi.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    (project / "mpi.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", "mpi.yaml"]
-    done = run([*launcher, str(REPOSITORY / "launch" / "train.py"), "--config", "recipe.yaml"], workplace, caches)
+    done = run([*launcher, str(REPOSITORY / "launch" / "train.py"), "--config", "recipe.yaml"], project, caches)
     last = json.loads(done.stdout.strip().splitlines()[-1])
     assert (last["outcome"], last["exit_code"]) == ("refused", 40)
     assert "asked for several processes and started one" in last["error"]
-    assert not (workplace / "out").exists()
+    assert not (project / "out").exists()

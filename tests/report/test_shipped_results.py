@@ -42,7 +42,7 @@ def test_a_page_shows_what_its_records_say(folder: str, file: str, block: str, b
 
 @pytest.mark.parametrize("name", SUITES)
 def test_the_records_are_of_the_shipped_suite(name: str) -> None:
-    """Every run of the suite has its record, asked for what the recipe asks for now, ended well, from a clean checkout."""
+    """Every run of the suite has its record, of what the recipe asks for now, ended well, from a clean checkout."""
     records = {record.name: record for record in read_records(REPOSITORY / "docs" / "results" / name)}
     recipes = {recipe.name: recipe for recipe in expand(REPOSITORY / "recipes" / "demo" / SUITES[name])}
     assert set(records) == set(recipes)

@@ -129,7 +129,7 @@ class Batches:
         if steps is not None:
             return steps
         # Rounded first: 1.1 epochs of 100 examples are 110, not the 110.00000000000001 of floating point.
-        return math.ceil(round(len(self.dataset) * (epochs or 0) / self.global_batch, 6))
+        return max(1, math.ceil(round(len(self.dataset) * (epochs or 0) / self.global_batch, 6)))
 
     def order(self) -> Iterator[int]:
         """Indices of examples without end: one seeded permutation after another."""

@@ -90,11 +90,15 @@ def pair_files() -> tuple[dict[str, Path], str]:
     folder = cache_dir() / f"docstrings-{environment_key()}"
     paths = {split: folder / f"{split}.jsonl" for split in SPLITS}
     fingerprint = folder / "fingerprint"
+    if fingerprint.exists():  # complete, since it is written last; a cache that cannot be written can be read
+        return paths, fingerprint.read_text(encoding="utf-8")
+    lock = FileLock(folder / "lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
     except OSError as error:
         raise write_error(folder, error) from error
-    with FileLock(folder / "lock"):
+    with lock:
         if not fingerprint.exists():
             corpus = read_corpus()
             for split, path in paths.items():

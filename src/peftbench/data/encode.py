@@ -2,6 +2,7 @@
 
 A sequence is ``[start] article separator summary end``. The separator and ``" " + summary`` are encoded apart, so that
 the prompt of a generation is tokenised exactly as in training: with a byte-level BPE the space is the next word's.
+(A SentencePiece tokenizer adds that space itself.)
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from peftbench.data.sources import cache_of
 from peftbench.errors import OutOfRangeError, SequenceTooShortError
+from peftbench.files import write_error
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-_FORMAT = 1  # part of the cache's key: raise it when encoding changes
+_FORMAT = 2  # part of the cache's key: raise it when encoding changes
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,11 @@ class Layout:
             raise OutOfRangeError("the model's config gives no number of positions; set data.max_tokens")
         longest = room if max_tokens is None else max_tokens
         assert longest is not None
+        if room is not None and room <= new_tokens:
+            raise OutOfRangeError(
+                f"{virtual_tokens} virtual tokens leave {max(room, 0)} of the model's {positions} positions, and "
+                f"evaluate.max_new_tokens={new_tokens} needs more; use fewer virtual tokens"
+            )
         if room is not None and longest > room:
             raise OutOfRangeError(
                 f"data.max_tokens={longest} and {virtual_tokens} virtual tokens exceed the model's {positions} "
@@ -66,6 +74,8 @@ class Encoder:
         self.end = _end_token(tokenizer)
         self.start = self._start()
         self.separator = self._ids(layout.separator)
+        # With a byte-level BPE the space before a word is part of its token; SentencePiece puts one there by itself.
+        self._space = "" if str(tokenizer.convert_ids_to_tokens(self._ids("a"))[0]).startswith("\u2581") else " "
         taken = len(self.start) + len(self.separator)
         if layout.new_tokens + taken >= layout.max_tokens:
             raise SequenceTooShortError(
@@ -98,7 +108,7 @@ class Encoder:
 
         Only the article is ever shortened. ``needed`` is what the sequence would take with one token of article.
         """
-        target = [*self._ids(" " + summary.strip()), self.end]
+        target = [*self._ids(self._space + summary.strip()), self.end]
         prompt = self._prompt(self._ids(article), len(target))
         needed = len(self.start) + 1 + len(self.separator) + len(target)
         return {"input_ids": [*prompt, *target], "prompt_tokens": len(prompt), "needed": needed}
@@ -118,11 +128,14 @@ class Encoder:
         key = json.dumps(
             [_FORMAT, dataset._fingerprint, asdict(self.layout), self.end, self.start, fingerprint(self.tokenizer)]
         )
-        encoded = dataset.map(
-            lambda row: self.example(row["article"], row["summary"]),
-            desc=f"encoding {split}",
-            new_fingerprint=hashlib.blake2b(key.encode(), digest_size=16).hexdigest(),
-        )
+        try:
+            encoded = dataset.map(
+                lambda row: self.example(row["article"], row["summary"]),
+                desc=f"encoding {split}",
+                new_fingerprint=hashlib.blake2b(key.encode(), digest_size=16).hexdigest(),
+            )
+        except OSError as error:
+            raise write_error(cache_of(dataset), error) from error
         longest = self.layout.max_tokens
         fits = [index for index, needed in enumerate(encoded["needed"]) if needed <= longest]
         if len(fits) < len(encoded) and (too_long != "drop" or not fits):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 
 from nltk.tokenize.punkt import PunktSentenceTokenizer
@@ -14,6 +15,12 @@ def split_sentences(text: str) -> list[str]:
     """
     lines = (line.strip() for line in text.splitlines())
     return [sentence for line in lines if line for sentence in _splitter().tokenize(line)]
+
+
+def prose_sentences(text: str) -> list[str]:
+    """Sentences of running text: a blank line ends one, a line break is only where the line was full."""
+    paragraphs = (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text))
+    return [sentence for paragraph in paragraphs if paragraph for sentence in _splitter().tokenize(paragraph)]
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from abc import abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
@@ -17,6 +18,7 @@ from peftbench.errors import (
     MissingColumnError,
     nearest,
 )
+from peftbench.files import NOT_WRITABLE, write_error
 from peftbench.part import Part
 
 if TYPE_CHECKING:
@@ -28,6 +30,9 @@ _NO_ROWS = ("corresponds to no data", "BatchSize must be greater than 0")  # how
 
 class Source(Part):
     """What all sources have in common."""
+
+    changes_in_place: ClassVar[bool] = True
+    """Whether other content may come to lie behind the same recipe, and :meth:`identity` tells so without a network."""
 
     kind: str
     """Which source."""
@@ -100,7 +105,7 @@ class Files(Source):
         digest = hashlib.blake2b(digest_size=16)
         for name in (self.train, self.validation, self.test):
             if name is not None and Path(name).is_file():
-                digest.update(Path(name).read_bytes())
+                _hash_file(digest, Path(name))
         return digest.hexdigest()
 
     def _path(self, split: str) -> Path:
@@ -118,6 +123,8 @@ class Files(Source):
 
 class Hub(Source):
     """A data set on the Hugging Face hub, or a local copy of its repository."""
+
+    changes_in_place: ClassVar[bool] = False
 
     kind: Literal["hub"] = "hub"
     """Which source."""
@@ -144,9 +151,14 @@ class Hub(Source):
         return _columns(dataset, {"id": self.id, "article": self.article, "summary": self.summary}, split, self.path)
 
     def identity(self) -> str:
-        """The commit on the hub, or ``local:`` and the folder."""
-        if Path(self.path).exists():
-            return f"local:{self.path}"
+        """The commit on the hub; for a local copy the hash of its files."""
+        folder = Path(self.path)
+        if folder.exists():
+            digest = hashlib.blake2b(digest_size=16)
+            for path in sorted(folder.rglob("*") if folder.is_dir() else [folder]):
+                if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
+                    _hash_file(digest, path)
+            return digest.hexdigest()
         from datasets import load_dataset_builder
 
         try:
@@ -166,6 +178,17 @@ class Hub(Source):
             return EmptySplitError(f"{wanted} is not there: {error}")
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return DataNotFoundError(f"could not load {wanted} from a folder, the hub or the cache: {first}", local)
+
+
+def _hash_file(digest: hashlib.blake2b, path: Path) -> None:
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+
+
+def cache_of(dataset: Dataset) -> Path:
+    """Where ``datasets`` writes what it makes of ``dataset``."""
+    return Path(dataset.cache_files[0]["filename"]).parent if dataset.cache_files else Path(tempfile.gettempdir())
 
 
 def _chain(error: BaseException) -> list[BaseException]:
@@ -190,6 +213,7 @@ def _is_network_error(error: BaseException) -> bool:
 def _load_files(builder: str, path: Path) -> Dataset:
     """One file as a data set, through ``datasets`` and its cache."""
     from datasets import load_dataset
+    from datasets.config import HF_DATASETS_CACHE
     from datasets.exceptions import DatasetGenerationError
 
     if path.stat().st_size == 0:
@@ -198,6 +222,8 @@ def _load_files(builder: str, path: Path) -> Dataset:
         return load_dataset(builder, data_files={"only": str(path)}, split="only")  # type: ignore[return-value]
     except (DatasetGenerationError, ValueError, OSError) as error:
         last = _chain(error)[-1]
+        if isinstance(last, OSError) and last.errno in NOT_WRITABLE:
+            raise write_error(Path(last.filename or HF_DATASETS_CACHE), last) from error
         if any(words in str(last) for words in _NO_ROWS):
             raise EmptySplitError(f"{path} has no examples; give a file with at least one") from error
         raise DataError(
@@ -207,6 +233,8 @@ def _load_files(builder: str, path: Path) -> Dataset:
 
 def _columns(dataset: Dataset, names: dict[str, str | None], split: str, where: str) -> Dataset:
     """The three columns under their own names and as text; the others are dropped."""
+    from datasets import Features, Value
+
     for name in names.values():
         if name is not None and name not in dataset.column_names:
             raise MissingColumnError(
@@ -216,14 +244,26 @@ def _columns(dataset: Dataset, names: dict[str, str | None], split: str, where: 
         raise EmptySplitError(f"the {split} split of {where} has no examples; give one that has")
 
     def renamed(row: dict[str, Any], index: int) -> dict[str, str]:
-        for name in names.values():
-            if name is not None and row[name] is None:  # which as text would be the word None
+        for column, name in names.items():
+            if name is None:
+                continue
+            if isinstance(row[name], (list, dict)):
+                raise DataError(f"column {name!r} of the {split} split of {where} holds no text; use one that does")
+            # A missing value would become the word None.
+            if row[name] is None or (column != "id" and not str(row[name]).strip()):
                 raise DataError(
                     f"example {index} of the {split} split of {where} has no {name}; fill it in or leave it out"
                 )
         return {column: str(index if name is None else row[name]) for column, name in names.items()}
 
-    return dataset.map(renamed, with_indices=True, remove_columns=dataset.column_names, desc=f"reading {split}")
+    # Told the types: it would turn text back into what a column of that name held before.
+    text = Features({column: Value("string") for column in COLUMNS})
+    try:
+        return dataset.map(
+            renamed, with_indices=True, remove_columns=dataset.column_names, features=text, desc=f"reading {split}"
+        )
+    except OSError as error:
+        raise write_error(cache_of(dataset), error) from error
 
 
 SOURCES: dict[str, type[Source]] = {"docstrings": Docstrings, "files": Files, "hub": Hub}

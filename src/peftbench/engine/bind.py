@@ -25,11 +25,12 @@ def bind(recipe: Recipe, folder: Path) -> Accelerator:
 
     Raises:
         PrecisionError: the device does not have the recipe's precision.
-        EngineError: the world that formed is not the one the launcher asked for.
+        EngineError: what started is not what the recipe and the launcher asked for.
     """
-    cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
+    cpu = not torch.cuda.is_available() or _cpu_asked_for()
     _check_precision(recipe.train.precision, cpu)
-    _check_launch()
+    _check_launch(cpu)
+    _check_trackers(recipe.trackers)
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=_ACCELERATE_PRECISION[recipe.train.precision],
@@ -42,17 +43,44 @@ def bind(recipe: Recipe, folder: Path) -> Accelerator:
     return accelerator
 
 
+def notes(accelerator: Accelerator) -> list[str]:
+    """What a reader must know of where a run happened."""
+    if accelerator.device.type == "cpu" and os.environ.get("ACCELERATE_USE_CPU") and not _cpu_asked_for():
+        return ["no GPU was found; it ran on CPU"]
+    return []
+
+
+def _cpu_asked_for() -> bool:
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
+
+
 def _asked_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _check_launch() -> None:
+def _check_trackers(asked: tuple[str, ...]) -> None:
+    from accelerate.tracking import get_available_trackers
+
+    there = {str(getattr(name, "value", name)) for name in get_available_trackers()}
+    if missing := [name for name in asked if name not in there]:  # accelerate would go on without
+        raise EngineError(
+            f"the trackers {', '.join(missing)} are not installed; install what is missing, or leave them out"
+        )
+
+
+def _check_launch(cpu: bool) -> None:
     # Where an accelerate file asks for several processes in a way that its launcher cannot start (MULTI_CPU without
     # mpirun, say), the launcher starts one, which has an address to meet the others at and no rank.
     if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         raise EngineError(
             "accelerate was asked for several processes and started one; give its config file distributed_type: "
             "MULTI_GPU, as accel_configs/cpu2.yaml and ddp.yaml do"
+        )
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "unset") in {"", "-1", "-1,-1"}
+    if cpu and _asked_world_size() > 1 and not hidden and not _cpu_asked_for():
+        raise EngineError(
+            f"{_asked_world_size()} processes were started for GPUs and there is no GPU; "
+            "for several processes on CPU use accel_configs/cpu2.yaml"
         )
 
 
@@ -70,6 +98,11 @@ def _check_world(accelerator: Accelerator) -> None:
         raise EngineError(
             f"the launcher started {asked} processes and {accelerator.num_processes} formed one world "
             f"({accelerator.distributed_type}); check the accelerate config file"
+        )
+    if accelerator.gradient_accumulation_steps != 1:  # it would divide every loss by it once more
+        raise EngineError(
+            f"accelerate was told to accumulate {accelerator.gradient_accumulation_steps} times, and the recipe owns "
+            "that: set train.global_batch and train.micro_batch, and unset ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
         )
     # A world that only claims to be one would add up to something else.
     if asked > 1 and int(accelerator.reduce(torch.ones(1, device=accelerator.device)).item()) != asked:

@@ -10,6 +10,7 @@ from transformers import get_scheduler
 
 from peftbench.data.batches import Batches, Collator
 from peftbench.data.encode import Encoder, Layout
+from peftbench.engine.ranks import main_process_first
 from peftbench.errors import EmptySplitError
 from peftbench.models import Base, load
 from peftbench.record import Parameters
@@ -42,6 +43,7 @@ class Built:
     parameters: Parameters
     bare_model: nn.Module
     held_out: Split
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -100,22 +102,23 @@ def build(recipe: Recipe, accelerator: Accelerator) -> Built:
     set_seed(recipe.train.seed)
     base = load(recipe.model)
     encoder = make_encoder(recipe, base)
-    with accelerator.main_process_first():  # one process reads and encodes, the others find its cache
-        held_out = encoded_split(recipe, encoder, recipe.evaluate.split)
+    held_out = main_process_first(accelerator, lambda: encoded_split(recipe, encoder, recipe.evaluate.split))
     set_seed(recipe.train.seed)  # a method's new weights depend on the seed alone, not on how the base was made
     total = sum(parameter.numel() for parameter in base.model.parameters())
     model = recipe.method.apply(base.model, base.tokenizer)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    if recipe.train.gradient_checkpointing and recipe.method.trains and not recipe.method.trunk_frozen:
+    notes = []
+    if recipe.train.gradient_checkpointing and recipe.method.trains and recipe.method.trunk_frozen:
+        notes.append("gradient checkpointing was left out: nothing below the head is differentiated")
+    elif recipe.train.gradient_checkpointing and recipe.method.trains:
         base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.to(accelerator.device)
-    return Built(base, encoder, Parameters(total=total, trainable=trainable), model, held_out)
+    return Built(base, encoder, Parameters(total=total, trainable=trainable), model, held_out, tuple(notes))
 
 
 def make_trainer(recipe: Recipe, built: Built, accelerator: Accelerator) -> Trainer:
     """Batches, optimizer and schedule, prepared by the engine."""
-    with accelerator.main_process_first():
-        train = encoded_split(recipe, built.encoder, "train")
+    train = main_process_first(accelerator, lambda: encoded_split(recipe, built.encoder, "train"))
     collator = Collator(
         pad_token=built.encoder.end,
         virtual_tokens=recipe.method.virtual_tokens,
@@ -124,9 +127,7 @@ def make_trainer(recipe: Recipe, built: Built, accelerator: Accelerator) -> Trai
     )
     knobs = recipe.train
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    batches = Batches(
-        train.dataset, collator, knobs.global_batch, knobs.micro_batch, recipe.data.seed, rank, world_size
-    )
+    batches = Batches(train.dataset, collator, knobs.global_batch, knobs.micro_batch, knobs.seed, rank, world_size)
     steps = batches.steps(knobs.steps, knobs.epochs)
     bare = recipe.optimizer.build(p for p in built.bare_model.parameters() if p.requires_grad)
     model, optimizer = accelerator.prepare(built.bare_model, bare)

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 class DivergedError(Exception):
-    """The loss of ``step`` (counted from 1) is not a finite number."""
+    """A loss is not a finite number, at or after ``step`` (counted from 1)."""
 
-    def __init__(self, step: int, loss: float) -> None:
-        super().__init__(f"the loss of step {step} is {loss}")
+    def __init__(self, step: int, message: str) -> None:
+        super().__init__(message)
         self.step = step
 
 
@@ -36,6 +36,8 @@ class Progress:
 
     losses: list[float] = field(default_factory=list)
     counts: TokenCounts = field(default_factory=TokenCounts)
+    skipped: int = 0
+    """Steps that fp16's loss scaler took back, because a gradient overflowed."""
 
     @property
     def steps(self) -> int:
@@ -84,8 +86,9 @@ def train(
             with probe.step():
                 loss = train_step(accelerator, trainer, batch, max_grad_norm)
             if not math.isfinite(loss):
-                raise DivergedError(progress.steps + 1, loss)
+                raise DivergedError(progress.steps + 1, f"the loss of step {progress.steps + 1} is {loss}")
             progress.losses.append(loss)
+            progress.skipped += bool(accelerator.optimizer_step_was_skipped)
             progress.counts += batch.counts
             with probe.paused():
                 on_step(progress.steps, {"loss": loss, "learning_rate": learning_rate})

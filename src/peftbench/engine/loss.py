@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def logits(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
     """Logits at the real positions, (rows, longest, vocabulary); those of virtual tokens in front are cut off."""
-    output: torch.Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    output: torch.Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
     return output[:, -batch.input_ids.shape[1] :]
 
 

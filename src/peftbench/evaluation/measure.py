@@ -42,7 +42,8 @@ class Evaluation:
 
     def _mine(self, description: str) -> Iterator[list[dict[str, Any]]]:
         """This rank's share of the examples, in batches of like lengths. Ranks may have unequal numbers of batches."""
-        order = sorted(range(len(self.dataset)), key=lambda index: len(self.dataset[index]["input_ids"]))
+        lengths = [len(ids) for ids in self.dataset["input_ids"]]
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
         mine = order[self.accelerator.process_index :: self.accelerator.num_processes]
         starts = range(0, len(mine), self.knobs.batch)
         for start in tqdm(starts, desc=description, disable=None if self.accelerator.is_main_process else True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from peftbench.errors import TargetModulesError, UnsupportedModelError, nearest
 from peftbench.methods.base import Method
@@ -13,6 +13,10 @@ from peftbench.methods.base import Method
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+ALL_LINEAR = "all-linear"
+"""What peft calls every matrix but the output head."""
 
 
 class Lora(Method):
@@ -27,13 +31,25 @@ class Lora(Method):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the update's input."""
     target_modules: tuple[str, ...] | str | None = None
-    """Names of the modules to adapt (endings, or one regular expression); null takes peft's choice."""
+    """Endings of modules' names, one regular expression, or all-linear; null takes peft's choice."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which of the base's biases to train as well."""
     use_dora: bool = False
     """Train each output's magnitude apart from its direction (DoRA, Liu et al. 2024)."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r), which keeps high ranks stable (rsLoRA, Kalajdzievski 2023)."""
+
+    @field_validator("target_modules")
+    @classmethod
+    def _readable(cls, value: tuple[str, ...] | str | None) -> tuple[str, ...] | str | None:
+        if value in ((), ""):
+            raise ValueError("must name at least one module, or be null")
+        if isinstance(value, str):
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"is no regular expression ({error}); write [{value}] for endings of names") from error
+        return value
 
     def trainable_parameters(self, base: PreTrainedModel) -> int:
         """R (in + out) for each adapted matrix, its outputs once more with DoRA, and the biases asked for."""
@@ -77,19 +93,50 @@ class Lora(Method):
     def _adapted(self, base: PreTrainedModel) -> list[tuple[str, nn.Module]]:
         """The modules that will be adapted, by peft's rule: a full match of the expression, or a name's ending."""
         targets = self._targets(base)
-        if isinstance(targets, str):
-            found = [(name, module) for name, module in base.named_modules() if re.fullmatch(targets, name)]
-        else:
-            found = [(n, m) for n, m in base.named_modules() if any(n == t or n.endswith(f".{t}") for t in targets)]
-        found = [(name, module) for name, module in found if hasattr(module, "weight") and module.weight.ndim == 2]
+        if targets == ALL_LINEAR:
+            head = base.get_output_embeddings()
+            return [(name, m) for name, m in base.named_modules() if _is_matrix(m) and m is not head]
+        named = [(name, module) for name, module in base.named_modules() if name]
+        found: dict[str, nn.Module] = {}
+        for target in [targets] if isinstance(targets, str) else targets:
+            matches = _full_match if isinstance(targets, str) else _ending
+            matched = {name: module for name, module in named if matches(target, name)}
+            if unfit := [name for name, module in matched.items() if not _is_adaptable(module)]:
+                raise TargetModulesError(
+                    f"method.target_modules {target!r} matches {unfit[0]}, which has no matrix to adapt; "
+                    f"name modules that have: {', '.join(_leaves(base))}"
+                )
+            if not matched and self.target_modules is not None:
+                ending = isinstance(targets, str) and any(_ending(target, name) for name, _ in named)
+                hint = f"write [{target}] for a name's ending" if ending else nearest(target, _leaves(base))
+                raise TargetModulesError(
+                    f"method.target_modules {target!r} matches no matrix of {base.config.model_type}; {hint}"
+                )
+            found |= matched
         if not found:
-            asked = targets if isinstance(targets, str) else ", ".join(targets)
-            leaves = sorted({n.rsplit(".", 1)[-1] for n, m in base.named_modules() if _is_matrix(m)})
-            raise TargetModulesError(
-                f"method.target_modules {asked!r} matches no matrix of {base.config.model_type}; "
-                f"{nearest(asked, leaves)}"
+            raise UnsupportedModelError(
+                f"peft's default LoRA targets {targets!r} match nothing in this {base.config.model_type}; "
+                "set method.target_modules"
             )
-        return found
+        return list(found.items())
+
+
+def _full_match(pattern: str, name: str) -> bool:
+    return re.fullmatch(pattern, name) is not None
+
+
+def _ending(ending: str, name: str) -> bool:
+    return name == ending or name.endswith(f".{ending}")
+
+
+def _leaves(base: PreTrainedModel) -> list[str]:
+    return sorted({name.rsplit(".", 1)[-1] for name, module in base.named_modules() if _is_matrix(module)})
+
+
+def _is_adaptable(module: nn.Module) -> bool:
+    from torch import nn
+
+    return _is_matrix(module) or isinstance(module, nn.Embedding)
 
 
 def _is_matrix(module: nn.Module) -> bool:

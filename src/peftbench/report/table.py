@@ -88,6 +88,9 @@ def notes(records: Sequence[RunRecord]) -> list[str]:
         found.append(
             "these runs differ in more than their method: batches, steps, examples or lengths are not the same"
         )
+    judged = {(r.quality.split, r.quality.examples, r.data_identity) for r in records if r.quality is not None}
+    if len(judged) > 1:
+        found.append("these runs were not evaluated on the same examples")
     return found
 
 

@@ -6,11 +6,11 @@ import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
-from peftbench.config import merged, plain, read_yaml, validate
+from peftbench.config import in_yaml, merged, plain, read_yaml, validate
 from peftbench.errors import MissingFileError, RecipeError, UnknownKeyError, nearest
 from peftbench.part import Part
 from peftbench.recipe import Recipe
@@ -25,7 +25,7 @@ class Suite(Part):
     """Recipe files, relative to the suite's own."""
     overrides: tuple[str, ...] = ()
     """key.sub=value for every recipe."""
-    axes: dict[str, tuple[Any, ...]] = Field(default={})
+    axes: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(default={})
     """Knobs to vary, as {train.seed: [0, 1, 2]}; every recipe runs with every combination."""
     accelerate: str | None = None
     """Accelerate config file, relative to the suite's own; null runs one process without a launcher."""
@@ -64,7 +64,7 @@ def expand(path: Path, overrides: Sequence[str] = (), out: Path | None = None) -
         file = path.parent / name
         for point in _points(suite.axes):
             changes = [f"{key}={json.dumps(value)}" for key, value in point]
-            place = [f"output_dir={json.dumps(str(out))}"] if out is not None else []
+            place = [f"output_dir={in_yaml(str(out))}"] if out is not None else []
             values = merged([file], [*suite.overrides, *changes, *overrides, *place])
             values["name"] = "-".join([str(values.get("name", file.stem)), *(_label(k, v) for k, v in point)])
             recipes.append(validate(values))

@@ -16,7 +16,7 @@ from peftbench.config import explained
 from peftbench.errors import RecordError
 from peftbench.files import write_atomically
 from peftbench.recipe import Recipe
-from peftbench.record import FILE, FINAL, read_record
+from peftbench.record import FILE, FINAL, RunRecord, read_record
 
 ENTRY_POINT = "peftbench.train"
 _GRACE_SECONDS = 30  # for a run that was interrupted to write its record
@@ -36,13 +36,22 @@ class Result:
         return self.outcome in FINAL or self.outcome == "skipped"
 
 
-def finished(recipe: Recipe) -> bool:
-    """Whether this very recipe has a result already; one that was changed since has not."""
+def record_of(recipe: Recipe) -> RunRecord | None:
+    """The record of this very recipe; one of a recipe that was changed since, or that cannot be read, is none."""
     try:
         record = read_record(Path(recipe.output_dir) / recipe.name / FILE)
     except RecordError:
+        return None
+    return record if record.recipe_fingerprint == recipe.fingerprint() else None
+
+
+def finished(recipe: Recipe) -> bool:
+    """Whether this very recipe has a result already, on the examples that lie there now."""
+    record = record_of(recipe)
+    if record is None or record.outcome.kind not in FINAL:
         return False
-    return record.recipe_fingerprint == recipe.fingerprint() and record.outcome.kind in FINAL
+    source = recipe.data.source
+    return not source.changes_in_place or record.data_identity == source.identity()
 
 
 def run_suite(recipes: Sequence[Recipe], accelerate: Path | None, say: Callable[[str], None]) -> list[Result]:

@@ -1,0 +1,34 @@
+"""What ranks do one after another, and refuse together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+from accelerate.utils import broadcast_object_list
+
+from peftbench.errors import PeftbenchError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+T = TypeVar("T")
+
+
+def main_process_first(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """``work`` on the main process, then on the others, which find what it left in caches.
+
+    Raises:
+        PeftbenchError: the main process cannot do it; every rank raises the same, and none waits for another.
+    """
+    refusal: PeftbenchError | None = None
+    if accelerator.is_main_process:
+        try:
+            result = work()
+        except PeftbenchError as error:
+            refusal = error
+    if accelerator.num_processes > 1:
+        (refusal,) = broadcast_object_list([refusal])
+    if refusal is not None:
+        raise refusal
+    return result if accelerator.is_main_process else work()
