@@ -65,6 +65,7 @@ def full_record() -> RunRecord:
             samples=(Sample(id="1", article="é", reference="b", generated="c"),),
         ),
         notes=("a note",),
+        skipped_steps=1,
     )  # fmt: skip
 
 

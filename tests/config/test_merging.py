@@ -198,6 +198,14 @@ def test_reading_a_recipe_needs_no_torch(least: Path) -> None:
     assert found.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("value", ["a ${b} c", "${data.seed}", "${", "1e3", "null", "a: b", "two\nlines", "#", "é '\""])
+def test_any_text_reads_back(value: str, tmp_path: Path) -> None:
+    """What looks like an interpolation, a number or a comment is the text it is, once it was written."""
+    recipe = load_recipe([write(tmp_path / "least.yaml", LEAST)]).model_copy(update={"output_dir": value})
+    again = load_recipe([write(tmp_path / "explained.yaml", explained(recipe))])
+    assert again.output_dir == value
+
+
 def test_merged_is_not_yet_validated(tmp_path: Path) -> None:
     """Files that say only part of a recipe can be merged and looked at."""
     part = write(tmp_path / "part.yaml", {"train": {"steps": 5}})

@@ -38,11 +38,15 @@ MISTAKES: list[tuple[str, type[RecipeError], str]] = [
     ("save_model='yes'", WrongTypeError, "save_model='yes' has the wrong type"),
     ("optimizer.learning_rate=fast", WrongTypeError, "optimizer.learning_rate='fast' has the wrong type"),
     ("name=1", WrongTypeError, "name=1 has the wrong type"),
-    ("train=5", WrongTypeError, "train=5 has the wrong type"),
+    ("train=5", WrongTypeError, "train=5 has the wrong type; it must be a group of knobs"),
+    ("method.target_modules=5", WrongTypeError, "method.target_modules=5 has the wrong type; it must be a list"),
+    ("method.kind=[a]", UnknownKeyError, "there is no method of kind"),
     ("model.path=[a]", WrongTypeError, "model.path=['a'] has the wrong type"),
     ("method.r=four", WrongTypeError, "method.r='four' has the wrong type"),
     # Out of range.
     ("train.steps=0", OutOfRangeError, "train.steps=0 must be greater than 0"),
+    ("train.seed=4294967296", OutOfRangeError, "train.seed=4294967296 must be less than 4294967296"),
+    ("method.target_modules='c_attn('", OutOfRangeError, "method.target_modules='c_attn(': is no regular expression"),
     ("train.global_batch=-1", OutOfRangeError, "train.global_batch=-1 must be greater than 0"),
     ("model.dropout=1.0", OutOfRangeError, "model.dropout=1.0 must be less than 1"),
     ("optimizer.learning_rate=0.0", OutOfRangeError, "optimizer.learning_rate=0.0 must be greater than 0"),
@@ -82,6 +86,13 @@ def test_what_a_recipe_must_say(missing: str) -> None:
     """A recipe without its name, method, data or length is refused by the path that is missing."""
     with pytest.raises(RecipeError, match=f"^{missing} is missing; a recipe must say it$"):
         validate({key: value for key, value in LEAST.items() if key != missing})
+
+
+@pytest.mark.parametrize("extends", ["5", "", "[5]", "{a: b}"])
+def test_extends_that_names_no_file(extends: str, tmp_path: Path) -> None:
+    """What a recipe builds on is a path or a list of paths."""
+    with pytest.raises(WrongTypeError, match=r"extends in .* must be the path of a file or a list"):
+        load_recipe([write(tmp_path / "a.yaml", f"extends: {extends}\nname: a\n")])
 
 
 def test_a_group_without_its_kind() -> None:

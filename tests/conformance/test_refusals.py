@@ -40,6 +40,33 @@ def test_refused_pairs(
         method.apply(fresh_base(architecture), tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("targets", "sentence"),
+    [
+        (("c_attn", "q_porj"), "'q_porj' matches no matrix"),  # one that is there does not hide one that is not
+        (("c_attn", "ln_1"), "'ln_1' matches transformer.h.0.ln_1, which has no matrix to adapt"),
+        ("c_attn", r"'c_attn' matches no matrix of gpt2; write \[c_attn\] for a name's ending"),
+        (r".*\.attn", "matches transformer.h.0.attn, which has no matrix"),
+    ],
+)
+def test_each_target_must_be_a_matrix(
+    targets: tuple[str, ...] | str,
+    sentence: str,
+    fresh_base: Callable[[str], PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Every name that a person wrote must be found, and be something that LoRA can adapt."""
+    with pytest.raises(TargetModulesError, match=sentence):
+        Lora(target_modules=targets).apply(fresh_base("gpt2_tied"), tokenizer)
+
+
+@pytest.mark.parametrize("targets", ["c_attn(", "", ()])
+def test_targets_that_are_no_names(targets: tuple[str, ...] | str) -> None:
+    """An expression that cannot be compiled, or no name at all, is told before anything is loaded."""
+    with pytest.raises(ValueError, match=r"no regular expression|at least one module"):
+        Lora(target_modules=targets)
+
+
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 @pytest.mark.parametrize("targets", [("c_atn", "q_prj"), r".*\.atention\..*", "all-linears"])
 def test_target_modules_that_match_nothing(

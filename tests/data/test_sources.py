@@ -57,9 +57,30 @@ def test_rows_without_an_id_are_numbered(write_rows: WriteRows) -> None:
     assert [row["id"] for row in rows_of(Files(train=write_rows("rows.jsonl", ROWS)))] == ["0", "1"]
 
 
-def test_numbers_become_text(write_rows: WriteRows) -> None:
-    """A column of numbers can be an id."""
-    assert [row["id"] for row in rows_of(Files(train=write_rows("rows.jsonl", ROWS), id="other"))] == ["1", "2"]
+@pytest.mark.parametrize("column", ["id", "article", "summary"])
+def test_numbers_become_text(column: str, write_rows: WriteRows) -> None:
+    """A column of numbers is text, whether or not it is called what it becomes."""
+    rows = [{"id": "a", "article": "text", "summary": "s", column: number} for number in (1, 2)]
+    source = Files(train=write_rows("rows.jsonl", rows), id="id")
+    assert [row[column] for row in rows_of(source)] == ["1", "2"]
+    renamed = [{"id": "a", "article": "text", "summary": "s", "other": number} for number in (1, 2)]
+    source = Files(**({"train": write_rows("renamed.jsonl", renamed), "id": "id"} | {column: "other"}))
+    assert [row[column] for row in rows_of(source)] == ["1", "2"]
+
+
+def test_lists_are_no_text(write_rows: WriteRows) -> None:
+    """A column of lists is refused, and not made into the text of a list."""
+    rows = [{"article": ["a", "b"], "summary": "s"}]
+    with pytest.raises(DataError, match=r"column 'article' of the train split of .* holds no text"):
+        Files(train=write_rows("rows.jsonl", rows)).load("train")
+
+
+@pytest.mark.parametrize("column", ["article", "summary"])
+def test_blank_text_is_missing(column: str, write_rows: WriteRows) -> None:
+    """An example with nothing to read or nothing to write is refused by its number."""
+    rows = [{"article": "a", "summary": "s"}, {"article": "a", "summary": "s", column: " \n"}]
+    with pytest.raises(DataError, match=rf"example 1 of the train split of .* has no {column}"):
+        Files(train=write_rows("rows.jsonl", rows)).load("train")
 
 
 def test_each_split_has_its_own_file(write_rows: WriteRows) -> None:
@@ -208,7 +229,10 @@ def test_a_folder_takes_the_place_of_the_hub(tmp_path: Path) -> None:
         assert rows_of(source, split) == [
             {"id": f"{split}-{n}", "article": f"{split} {n}", "summary": f"h{n}"} for n in range(2)
         ]
-    assert str(tmp_path / "copy") in source.identity()
+    before = source.identity()
+    file = next(path for path in sorted((tmp_path / "copy").rglob("*")) if path.is_file())
+    file.write_text(file.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    assert source.identity() != before
 
 
 @pytest.mark.parametrize("config", ["1.0.0", "3.0.0"])

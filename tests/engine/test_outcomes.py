@@ -14,10 +14,13 @@ from torch import nn
 
 import peftbench.engine.loop
 from peftbench.data.batches import MicroBatch
+from peftbench.data.sources import Files
 from peftbench.engine.loss import summed_loss
 from peftbench.methods.base import Method
 from peftbench.methods.baselines import Lead, ZeroShot
 from peftbench.methods.full import Full
+from peftbench.methods.last_layer import LastLayer
+from peftbench.methods.lora import Lora
 from peftbench.optim import SGD
 from peftbench.record import read_record
 from peftbench.run import Run
@@ -88,6 +91,75 @@ def test_a_learning_rate_too_high_is_a_divergence(workshop: Workshop) -> None:
     assert 2 <= record.outcome.step <= 8
     assert record.steps == record.outcome.step - 1
     assert read_record(workshop.output / "run" / "record.json") == record
+
+
+def test_a_model_that_evaluates_to_no_number_diverged(workshop: Workshop) -> None:
+    """Where the last step ruins the model, no later loss shows it: the held-out one does."""
+    recipe = workshop.recipe(
+        Full(), optimizer=SGD(learning_rate=1e30), train={"steps": 1, "max_grad_norm": None}, save_model=True
+    )
+    record = workshop.run(recipe)
+    assert (record.outcome.kind, record.outcome.phase, record.outcome.step) == ("diverged", "evaluate", 1)
+    assert record.steps == 1
+    assert not (workshop.output / "run" / "model").exists()
+    assert read_record(workshop.output / "run" / "record.json").outcome == record.outcome
+
+
+def test_another_run_of_the_name_leaves_no_model_of_the_first(workshop: Workshop) -> None:
+    """A run's model folder holds what that run saved: nothing of another method, nothing at all after a divergence."""
+    folder = workshop.output / "run" / "model"
+    workshop.run(workshop.recipe(Full(), save_model=True))
+    assert (folder / "model.safetensors").exists()
+    workshop.run(workshop.recipe(Lora(r=2), save_model=True))
+    assert (folder / "adapter_model.safetensors").exists()
+    assert not (folder / "model.safetensors").exists()
+    diverging = workshop.recipe(
+        Full(), optimizer=SGD(learning_rate=1e30), train={"steps": 8, "max_grad_norm": None}, save_model=True
+    )
+    assert workshop.run(diverging).outcome.kind == "diverged"
+    assert not folder.exists()
+
+
+def test_an_interrupt_while_saving_leaves_no_half_model(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model is whole or not there, and no unfinished folder stays."""
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", interrupt)
+    record = workshop.run(workshop.recipe(Lora(r=2), save_model=True))
+    assert (record.outcome.kind, record.outcome.phase) == ("preempted", "save")
+    assert [path.name for path in (workshop.output / "run").iterdir()] == ["record.json"]
+
+
+def test_identity_is_of_what_was_trained_on(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The identity of the examples is taken before training: a source that is gone afterwards costs no record."""
+    before = workshop.source.identity()
+
+    def gone(_: torch.Tensor) -> torch.Tensor:
+        monkeypatch.setattr(Files, "identity", lambda _: pytest.fail("asked for once more"))
+        return torch.ones((), requires_grad=True)
+
+    monkeypatch.setattr(peftbench.engine.loop, "summed_loss", _from_call(1, gone))
+    assert workshop.run(workshop.recipe(Full())).data_identity == before
+
+
+def test_steps_that_the_loss_scaler_took_back_are_counted(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step whose gradients overflowed in fp16 is a step without an update: counted, and the schedule waits for it."""
+    from accelerate import Accelerator
+
+    skipped = iter([True, True, False, False] + [False] * 20)  # asked twice a step
+    monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", property(lambda _: next(skipped)))
+    record = workshop.run(workshop.recipe(Full(), train={"steps": 3}))
+    assert (record.steps, record.skipped_steps) == (3, 1)
+
+
+def test_checkpointing_of_a_frozen_trunk_is_left_out_and_said(workshop: Workshop) -> None:
+    """What would cost memory instead of saving it is not done, and the record says so; elsewhere nothing is said."""
+    wanted = {"gradient_checkpointing": True}
+    (note,) = workshop.run(workshop.recipe(LastLayer(), train=wanted)).notes
+    assert "gradient checkpointing was left out" in note
+    assert workshop.run(workshop.recipe(Lora(r=2), train=wanted)).notes == ()
 
 
 @pytest.mark.parametrize(

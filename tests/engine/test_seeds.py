@@ -12,6 +12,7 @@ from peftbench.engine.build import build, make_trainer
 from peftbench.methods import METHODS
 from peftbench.methods.base import Method
 from peftbench.methods.full import Full
+from peftbench.methods.last_layer import LastLayer
 from peftbench.methods.lora import Lora
 from peftbench.methods.prompt_tuning import PromptTuning
 from tests.conftest import ONE_OF_EACH, Workshop, every_method, forget_accelerators
@@ -35,23 +36,34 @@ def test_the_same_recipe_twice(method: Method, workshop: Workshop) -> None:
 @pytest.mark.parametrize(
     ("method", "change"),
     [
-        (Full(), {"data": {"seed": 1}}),  # another order of examples
-        (Full(), {"train": {"seed": 1}, "model": {"dropout": 0.1}}),  # other dropout
+        (Full(), {"train": {"seed": 1}}),  # another order of examples
+        (LastLayer(), {"train": {"seed": 1}}),
         (Lora(r=4), {"train": {"seed": 1}}),  # another start
         (PromptTuning(tokens=5), {"train": {"seed": 1}}),
     ],
-    ids=["order", "dropout", "lora", "prompt_tuning"],
+    ids=["full", "last_layer", "lora", "prompt_tuning"],
 )
 def test_another_seed(method: Method, change: dict[str, Any], workshop: Workshop) -> None:
-    """Another seed of the data changes their order, another seed of training new weights and dropout."""
+    """Another seed of training is another run for every method: another order, other new weights."""
     plain = workshop.recipe(method, model=change.get("model"))
     first, second = workshop.run(plain), workshop.run(workshop.recipe(method, **change))
     assert first.losses != second.losses
 
 
-def test_seed_of_training_changes_no_order(workshop: Workshop) -> None:
-    """Without dropout or new weights nothing depends on the seed of training."""
-    first, second = (workshop.run(workshop.recipe(Full(), train={"seed": seed})) for seed in (0, 1))
+def test_seed_of_dropout(workshop: Workshop) -> None:
+    """With the same examples in every step, whatever their order, another seed still changes what dropout drops."""
+
+    def loss(dropout: float, seed: int) -> float:
+        knobs = {"global_batch": 24, "steps": 1, "seed": seed}  # all examples there are
+        return workshop.run(workshop.recipe(Full(), model={"dropout": dropout}, train=knobs)).losses[0]
+
+    assert loss(0.0, 0) == pytest.approx(loss(0.0, 1), abs=1e-5)
+    assert abs(loss(0.1, 0) - loss(0.1, 1)) > 1e-4
+
+
+def test_seed_of_data_changes_no_order(workshop: Workshop) -> None:
+    """Where all examples are taken, nothing depends on the seed that draws them."""
+    first, second = (workshop.run(workshop.recipe(Full(), data={"seed": seed})) for seed in (0, 1))
     assert first.losses == second.losses
 
 

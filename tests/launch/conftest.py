@@ -14,9 +14,9 @@ import yaml
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch" / "train.py"
 ROWS = [
-    {
-        "article": f"The council met on day {number}. It voted on the bridge. " * 12,
-        "summary": f"The council votes on day {number} on a bridge.",
+    {  # of unlike lengths, on both sides: equal ones would hide a mean of means
+        "article": f"The council met on day {number}. It voted on the bridge. " * (2 + number % 5),
+        "summary": f"The council votes on day {number} on a bridge." + " And on a road." * (number % 3),
     }
     for number in range(8)
 ]

@@ -61,28 +61,59 @@ def test_compare_skips_what_is_finished_and_not_what_changed(project: Path, cach
 
 
 def test_interrupted_compare_says_how_to_go_on(project: Path, caches: dict[str, str]) -> None:
-    """Ctrl-C in the second run keeps the first, leaves no process behind, and says what to do."""
-    (project / "suite.yaml").write_text(SUITE)
-    command = peftbench("compare", "suite.yaml", "train.steps=2")
-    long = peftbench("compare", "suite.yaml", "train.steps=100000")
-    assert run(peftbench("compare", "suite.yaml", "train.steps=2", "--out", "out"), project, caches).returncode == 0
-    process = subprocess.Popen(long, cwd=project, env=caches, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    log = project / "out" / "run-r=1" / "log.txt"
-    log.unlink()
-    deadline = time.monotonic() + 120
-    while not log.exists() and time.monotonic() < deadline:
+    """Ctrl-C in the second run keeps the first, records where the second was, leaves no process and says what to do."""
+    (project / "suite.yaml").write_text("name: s\nrecipes: [recipe.yaml]\naxes: {train.steps: [2, 100000]}\n")
+    command = peftbench("compare", "suite.yaml", "trackers=[tensorboard]")
+    process = subprocess.Popen(
+        command, cwd=project, env=caches, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    second = project / "out" / "run-steps=100000"
+    deadline = time.monotonic() + 200
+    while not list(second.rglob("events.out.*")) and time.monotonic() < deadline:  # its training has begun
         time.sleep(0.2)
-    time.sleep(12)  # into the run: its imports alone take seconds
+    time.sleep(2)
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 130, said
     assert "run the same command again" in said
     assert "Traceback" not in said
     assert subprocess.run(["pgrep", "-f", str(project)], capture_output=True, check=False).returncode == 1
-    (project / "suite.yaml").write_text(SUITE)
+    assert record_of(project, "run-steps=2")["outcome"]["kind"] == "ok"
+    interrupted = record_of(project, "run-steps=100000")
+    assert (interrupted["outcome"]["kind"], interrupted["outcome"]["phase"]) == ("preempted", "train")
+    assert len(interrupted["losses"]) == interrupted["outcome"]["step"] - 1 > 0
+    (project / "suite.yaml").write_text("name: s\nrecipes: [recipe.yaml]\naxes: {train.steps: [2]}\n")
     finished = run(command, project, caches)
     assert finished.returncode == 0, finished.stderr
-    assert "[2/2] run-r=2: finished before, skipped" in finished.stderr
+    assert "[1/1] run-steps=2: finished before, skipped" in finished.stderr
+
+
+def test_compare_shows_no_result_of_another_recipe(project: Path, caches: dict[str, str]) -> None:
+    """A run that is refused now has no row, though an earlier recipe of its name left a record."""
+    (project / "suite.yaml").write_text("name: mine\nrecipes: [recipe.yaml]\n")
+    first = run(peftbench("compare", "suite.yaml", "method.kind=lead"), project, caches)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.splitlines()[0].strip() == "mine"
+    assert "lead" in first.stdout
+    second = run(peftbench("compare", "suite.yaml", "method.kind=lead", "evaluate.split=validation"), project, caches)
+    assert second.returncode == 1
+    assert "run: refused" in second.stderr
+    assert "lead" not in second.stdout
+
+
+@pytest.mark.multiprocess
+def test_bad_data_is_refused_once_by_all_processes(project: Path, caches: dict[str, str]) -> None:
+    """What the main process finds wrong ends every process in one sentence; none waits, none has a fault of its own."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIG)]
+    script = str(REPOSITORY / "launch" / "train.py")
+    done = run(
+        [*launcher, "--main_process_port", "0", script, "--config", "recipe.yaml", "data.source.test=nothing.jsonl"],
+        project, caches,
+    )  # fmt: skip
+    assert json.loads(done.stdout.strip().splitlines()[-1])["exit_code"] == 21
+    ours = done.stderr.split("torch/distributed/elastic")[0]
+    assert ours.count("error: ") == 1
+    assert "Traceback" not in ours
 
 
 @pytest.mark.multiprocess

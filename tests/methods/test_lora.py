@@ -99,6 +99,7 @@ def test_names_choose_by_their_endings(
         "names": Lora(r=2, target_modules=("attn.c_proj",)),
         "expression": Lora(r=2, target_modules=r"transformer\.h\.1\..*c_fc"),
         "null": Lora(r=2),
+        "all": Lora(r=2, target_modules="all-linear"),
     }
     found = {
         key: {name.split(".lora_")[0].removeprefix("base_model.model.transformer.") for name in trained(model)}
@@ -109,6 +110,9 @@ def test_names_choose_by_their_endings(
         "names": {"h.0.attn.c_proj", "h.1.attn.c_proj"},
         "expression": {"h.1.mlp.c_fc"},
         "null": {"h.0.attn.c_attn", "h.1.attn.c_attn"},
+        "all": {
+            f"h.{block}.{name}" for block in (0, 1) for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+        },
     }
 
 

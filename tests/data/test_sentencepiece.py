@@ -1,0 +1,26 @@
+"""Tokenizers that put a space before every text by themselves, as SentencePiece does."""
+
+from __future__ import annotations
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from peftbench.data.encode import Encoder, Layout
+
+SPACE = "\u2581"
+
+
+def test_no_second_space_before_the_summary() -> None:
+    """The summary's first word is the token that it is anywhere else, with one space before it."""
+    special = {"eos_token": "<e>", "unk_token": "<u>"}
+    pieces = ["<u>", "<e>", SPACE, f"{SPACE}a", f"{SPACE}b", "a", "b", ":", f"{SPACE}:"]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token=special["unk_token"]))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    inner.decoder = decoders.Metaspace(prepend_scheme="always")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, **special)
+    encoder = Encoder(tokenizer, Layout(32, ":", 4))
+    example = encoder.example("a b", "b a")
+    said = tokenizer.convert_ids_to_tokens(example["input_ids"])
+    assert said == [f"{SPACE}a", f"{SPACE}b", f"{SPACE}:", f"{SPACE}b", f"{SPACE}a", "<e>"]
+    assert encoder.decode(example["input_ids"][example["prompt_tokens"] :]) == "b a"

@@ -1,0 +1,44 @@
+"""What started is what was asked for, or nothing starts."""
+
+from __future__ import annotations
+
+import pytest
+
+from peftbench.engine.bind import bind, notes
+from peftbench.errors import EngineError
+from peftbench.methods.full import Full
+from tests.conftest import Workshop
+
+
+def test_a_tracker_that_is_not_installed(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate would warn and go on without; a person who asked to watch would see nothing."""
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
+    with pytest.raises(EngineError, match="the trackers tensorboard are not installed"):
+        bind(workshop.recipe(Full(), trackers=("tensorboard",)), workshop.output)
+
+
+def test_accumulation_from_outside(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An accumulation set in the environment would divide every gradient once more."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(EngineError, match="accumulate 4 times, and the recipe owns that"):
+        bind(workshop.recipe(Full()), workshop.output)
+
+
+def test_processes_for_gpus_on_a_machine_without(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several processes that were to have a GPU each do not silently share a CPU."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(EngineError, match="2 processes were started for GPUs and there is no GPU"):
+        bind(workshop.recipe(Full()), workshop.output)
+
+
+@pytest.mark.parametrize(("asked", "said"), [("False", 1), ("True", 0)])
+def test_a_gpu_that_was_not_found_is_said(
+    asked: str, said: int, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process on a machine without a GPU runs on its CPU; where that was not asked for, the record says so."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", asked)
+    assert len(notes(bind(workshop.recipe(Full()), workshop.output))) == said
