@@ -119,11 +119,14 @@ class Memory(_Kept):
 
 
 class Flops(_Kept):
-    """Floating-point operations of the training: three numbers that must not share a column."""
+    """Floating-point operations of all training steps and ranks: three numbers that must not share a column."""
 
     required: int | None = None
+    """What the method's mathematics needs: real tokens, causal pairs, the head at labels, nothing computed twice."""
     executed: int | None = None
+    """What was computed: padding, all pairs, the head everywhere, and what is computed twice."""
     six_n: int | None = None
+    """The convention: six for each parameter outside the embeddings and token, padding included, frozen or not."""
 
 
 class RunRecord(_Kept):

@@ -26,7 +26,7 @@ from peftbench.errors import PeftbenchError
 from peftbench.evaluation.measure import Evaluation, quality_of
 from peftbench.files import write_error
 from peftbench.profiler.probe import Probe
-from peftbench.record import Engine, Outcome, Quality, RunRecord, Tokens
+from peftbench.record import Engine, Flops, Outcome, Quality, RunRecord, Tokens
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -152,6 +152,7 @@ class Run:
         with self.probe.phase("build"):
             trainer = self.trainer = make_trainer(self.recipe, built, self.accelerator)
             self._count("train", len(trainer.batches.dataset), trainer.dropped)
+            self.notes += [trainer.uncounted] if trainer.uncounted else []
         self._forget_model()
         if self.recipe.trackers:
             self.accelerator.init_trackers(DISTRIBUTION, config={"recipe": self.recipe.model_dump_json()})
@@ -221,8 +222,20 @@ class Run:
             losses=tuple(self.progress.losses),
             step_seconds=tuple(self.probe.step_seconds),
             phase_seconds=dict(self.probe.phase_seconds),
+            flops=self._flops(),
             quality=self.quality,
             notes=tuple(self.notes),
+        )
+
+    def _flops(self) -> Flops:
+        if self.built is None or self.trainer is None:
+            return Flops()
+        cost, done = self.trainer.cost, self.progress
+        parameters = self.built.base.model.num_parameters(exclude_embeddings=True)
+        return Flops(
+            required=cost.required(done.required) if cost else None,
+            executed=cost.executed(done.executed) if cost else None,
+            six_n=6 * parameters * done.counts.padded,
         )
 
     def _engine(self) -> Engine | None:

@@ -22,6 +22,7 @@ from peftbench.methods.full import Full
 from peftbench.methods.last_layer import LastLayer
 from peftbench.methods.lora import Lora
 from peftbench.optim import SGD
+from peftbench.profiler.flops import counter
 from peftbench.record import read_record
 from peftbench.run import Run
 from tests.conftest import Workshop, every_architecture, every_method
@@ -245,3 +246,35 @@ def test_what_is_kept_can_be_used_by_itself(
     assert torch.isfinite(loaded(input_ids=torch.tensor([ids])).logits).all()
     assert "save" in record.phase_seconds
     assert is_adapter == (json.dumps(method.kind) in ('"lora"', '"prompt_tuning"'))
+
+
+@every_architecture
+@every_method
+def test_flops_of_a_run_are_those_of_its_steps(method: Method, architecture: str, workshop: Workshop) -> None:
+    """Executed FLOPs in the record are what torch counts in the very same training; fewer are required."""
+    recipe = workshop.recipe(method, architecture=architecture, train={"micro_batch": 4})
+    plain = workshop.run(recipe)
+    seen: list[int] = []
+    true_step = peftbench.engine.loop.train_step
+
+    def counted_step(*given: Any) -> float:
+        with counter() as count:
+            loss: float = true_step(*given)
+        seen.append(count.get_total_flops())
+        return loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peftbench.engine.loop, "train_step", counted_step)
+        assert workshop.run(recipe).losses == pytest.approx(plain.losses, abs=1e-4)
+    assert len(seen) == 3
+    assert plain.flops.executed == sum(seen) > 0
+    assert plain.flops.required is not None
+    assert 0 < plain.flops.required < plain.flops.executed
+    assert plain.flops.six_n is not None
+
+
+def test_what_cannot_be_counted_is_unknown(workshop: Workshop) -> None:
+    """FLOPs that are not known are None in the record, and a note says why."""
+    record = workshop.run(workshop.recipe(Lora(r=2, use_dora=True)))
+    assert (record.flops.required, record.flops.executed) == (None, None)
+    assert any("FLOPs are not known" in note for note in record.notes)

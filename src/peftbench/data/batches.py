@@ -45,6 +45,26 @@ class TokenCounts:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What is computed for sequences, summed over them: all that FLOPs depend on beside the model."""
+
+    positions: int = 0
+    """Through the trunk, virtual tokens included."""
+    pairs: int = 0
+    """Of query and key."""
+    head_positions: int = 0
+    """Through the output head."""
+    columns: int = 0
+    """Width of each micro-batch, once: what rotary embeddings are computed for."""
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.positions + other.positions, self.pairs + other.pairs,
+            self.head_positions + other.head_positions, self.columns + other.columns,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """Rows of one forward pass, padded at the right: three integer tensors of shape (rows, longest)."""
 
@@ -65,6 +85,12 @@ class GlobalBatch:
 
     micro_batches: tuple[MicroBatch, ...]
     counts: TokenCounts
+    required: Work = Work()
+    """What training on these examples needs."""
+    executed: Work = Work()
+    """What computing them padded takes."""
+    executed_here: Work = Work()
+    """This rank's part of it."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +123,17 @@ class Collator:
         rows, width = batch.input_ids.shape
         labelled = int((batch.labels[:, 1:] != IGNORED).sum())
         return TokenCounts(int(batch.attention_mask.sum()), rows * width, labelled, rows * self.virtual_tokens)
+
+    def required(self, batch: MicroBatch) -> Work:
+        """Real and virtual tokens, each attending to itself and what is before it; the head at labels."""
+        lengths = [length + self.virtual_tokens for length in batch.attention_mask.sum(dim=1).tolist()]
+        pairs = sum(length * (length + 1) // 2 for length in lengths)
+        return Work(sum(lengths), pairs, self.count(batch).labelled)
+
+    def executed(self, batch: MicroBatch) -> Work:
+        """Every position of the padded rectangle, all pairs, and the head everywhere."""
+        rows, width = batch.input_ids.shape[0], batch.input_ids.shape[1] + self.virtual_tokens
+        return Work(rows * width, rows * width**2, rows * width, width)
 
 
 @dataclass(frozen=True)
@@ -149,14 +186,17 @@ class Batches:
         if not self.collator.as_published:
             examples.sort(key=lambda example: len(example[0]))
         mine: list[MicroBatch] = []
-        counts = TokenCounts()
+        counts, required, executed, here = TokenCounts(), Work(), Work(), Work()
         # Neighbours in length go to the ranks of one micro-step, so that no rank waits for another.
         for index, part in enumerate(_cut(examples, self.accumulation * self.world_size)):
             micro_batch = self.collator.collate(*zip(*part, strict=True))
             counts += self.collator.count(micro_batch)
+            required += self.collator.required(micro_batch)
+            executed += self.collator.executed(micro_batch)
             if index % self.world_size == self.rank:
                 mine.append(micro_batch)
-        return GlobalBatch(tuple(mine), counts)
+                here += self.collator.executed(micro_batch)
+        return GlobalBatch(tuple(mine), counts, required, executed, here)
 
 
 def _cut(examples: list[tuple[list[int], int]], parts: int) -> Iterator[list[tuple[list[int], int]]]:

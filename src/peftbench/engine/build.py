@@ -13,6 +13,7 @@ from peftbench.data.encode import Encoder, Layout
 from peftbench.engine.ranks import main_process_first
 from peftbench.errors import EmptySplitError
 from peftbench.models import Base, load
+from peftbench.profiler.flops import Cost, UncountableError, cost
 from peftbench.record import Parameters
 
 if TYPE_CHECKING:
@@ -56,6 +57,9 @@ class Trainer:
     batches: Batches
     steps: int
     dropped: int
+    cost: Cost | None = None
+    """FLOPs of the model, None where it computes something of unknown cost; why is in ``uncounted``."""
+    uncounted: str | None = None
 
 
 def read_split(recipe: Recipe, split: str) -> Dataset:
@@ -119,6 +123,7 @@ def build(recipe: Recipe, accelerator: Accelerator) -> Built:
 def make_trainer(recipe: Recipe, built: Built, accelerator: Accelerator) -> Trainer:
     """Batches, optimizer and schedule, prepared by the engine."""
     train = main_process_first(accelerator, lambda: encoded_split(recipe, built.encoder, "train"))
+    cost, uncounted = _cost(recipe, built)
     collator = Collator(
         pad_token=built.encoder.end,
         virtual_tokens=recipe.method.virtual_tokens,
@@ -136,4 +141,17 @@ def make_trainer(recipe: Recipe, built: Built, accelerator: Accelerator) -> Trai
         _SCHEDULES[recipe.schedule.kind], bare, num_warmup_steps=recipe.schedule.warmup_steps, num_training_steps=steps
     )
     set_seed(knobs.seed, device_specific=True)  # dropout differs between ranks
-    return Trainer(model, optimizer, schedule, batches, steps, train.dropped)
+    return Trainer(model, optimizer, schedule, batches, steps, train.dropped, cost, uncounted)
+
+
+def _cost(recipe: Recipe, built: Built) -> tuple[Cost | None, str | None]:
+    """FLOPs of the bare model in the mode it is trained in, or why they are not known."""
+    method = recipe.method
+    method.set_training(built.bare_model)
+    checkpointing = recipe.train.gradient_checkpointing and not method.trunk_frozen
+    try:
+        return cost(
+            built.bare_model, built.base.model, virtual_tokens=method.virtual_tokens, checkpointing=checkpointing
+        ), None  # fmt: skip
+    except UncountableError as error:
+        return None, f"FLOPs are not known: {error}"

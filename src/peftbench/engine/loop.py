@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm.auto import tqdm
 
-from peftbench.data.batches import GlobalBatch, TokenCounts
+from peftbench.data.batches import GlobalBatch, TokenCounts, Work
 from peftbench.engine.loss import summed_loss
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ class Progress:
 
     losses: list[float] = field(default_factory=list)
     counts: TokenCounts = field(default_factory=TokenCounts)
+    required: Work = field(default_factory=Work)
+    executed: Work = field(default_factory=Work)
     skipped: int = 0
     """Steps that fp16's loss scaler took back, because a gradient overflowed."""
 
@@ -90,6 +92,8 @@ def train(
             progress.losses.append(loss)
             progress.skipped += bool(accelerator.optimizer_step_was_skipped)
             progress.counts += batch.counts
+            progress.required += batch.required
+            progress.executed += batch.executed
             with probe.paused():
                 on_step(progress.steps, {"loss": loss, "learning_rate": learning_rate})
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)

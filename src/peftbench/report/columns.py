@@ -113,5 +113,12 @@ COLUMNS: tuple[Column, ...] = (
     _rouge("rougeL", "ROUGE-L, teacher-forced argmax", forced=True),
     Column("training s", "seconds of training steps alone, no loading, encoding or evaluation",
            lambda r: {"training_seconds": r.train_seconds}, _seconds),
+    Column(
+        "required TFLOP", "floating-point operations that training needed, in 10^12: real tokens, causal attention, the "
+        "output head at labels, a backward pass only where the method needs one",
+        lambda r: {"required_flops": r.flops.required, "executed_flops": r.flops.executed, "six_n_flops": r.flops.six_n},
+        lambda r: "–" if r.flops.required is None else f"{r.flops.required / 1e12:.3g}",
+        optional=True,
+    ),
     Column("outcome", "how the run ended", lambda r: {"outcome": r.outcome.kind}, _outcome),
 )  # fmt: skip

@@ -1,0 +1,229 @@
+"""FLOPs: what a step requires, and what it executes, in closed form. A multiplication and an addition are two.
+
+A model's matrix products are listed once, from a forward pass of a few tokens: what each costs for one position (or for
+one pair of query and key), whether its weight is trained, and whether a gradient must reach its input, which autograd
+itself says and which holds for any length. Backward, a product costs its forward once more for each of its two operands
+that needs a gradient. Both figures follow from that list by multiplication:
+
+- **required**: real and virtual tokens only, the causal half of attention, the head at labelled positions, nothing
+  recomputed: what the mathematics of the method needs, whatever the implementation.
+- **executed**: every padded position, all pairs, the head everywhere, and what is computed twice: by gradient
+  checkpointing, and by fused attention, whose backward pass is five products and not four (Dao et al. 2022,
+  arXiv:2205.14135, algorithm 4).
+
+Two FLOPs for each weight and token: Kaplan et al. 2020, arXiv:2001.08361. Attention is counted and recomputation is not
+part of what is required: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, appendix B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from peftbench.data.batches import Work
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+Per = Literal["position", "pair", "head", "column"]
+_TOKENS = 3  # of the pass that lists products
+
+
+@dataclass(frozen=True)
+class Product:
+    """One matrix product of a forward pass, in FLOPs for one unit of ``per``."""
+
+    forward: int
+    backward: int
+    executed_backward: int
+    per: Per
+    block: int | None = None
+    """Number of the block (from 0) that gradient checkpointing computes again, None outside of blocks."""
+
+    def times(self, work: Work) -> int:
+        """How often ``work`` has the unit."""
+        return {
+            "position": work.positions, "pair": work.pairs, "head": work.head_positions, "column": work.columns,
+        }[self.per]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A model's FLOPs, forward and backward, under one method."""
+
+    products: tuple[Product, ...]
+    recomputed: tuple[Product, ...] = ()
+    """What gradient checkpointing computes once more."""
+
+    def required(self, work: Work) -> int:
+        """FLOPs that training on ``work`` needs: real positions, causal pairs, labelled head positions."""
+        return sum((p.forward + p.backward) * p.times(work) for p in self.products if p.per != "column")
+
+    def executed(self, work: Work) -> int:
+        """FLOPs that ``work`` takes: every padded position, all pairs, every head position."""
+        once = sum((p.forward + p.executed_backward) * p.times(work) for p in self.products)
+        return once + sum(p.forward * p.times(work) for p in self.recomputed)
+
+
+class UncountableError(Exception):
+    """A model computes something whose FLOPs are not known here."""
+
+
+def cost(model: nn.Module, base: PreTrainedModel, *, virtual_tokens: int, checkpointing: bool) -> Cost:
+    """List the products of ``model``, which a method made from ``base``, in one forward pass of a few tokens.
+
+    Raises:
+        UncountableError: it has products of a kind that is not known here.
+    """
+    trace = _Trace(base, _TOKENS + virtual_tokens)
+    tokens = torch.zeros((1, _TOKENS), dtype=torch.long, device=next(model.parameters()).device)
+    with torch.enable_grad(), _blocks_of(base, trace), trace:
+        model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+    return Cost(tuple(trace.products()), tuple(trace.recomputed()) if checkpointing else ())
+
+
+@contextmanager
+def _blocks_of(base: PreTrainedModel, trace: _Trace) -> Iterator[None]:
+    """Tell ``trace`` which block is computed."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    def entered(number: int) -> Any:
+        return lambda *_: setattr(trace, "block", number)
+
+    blocks = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
+    handles = [block.register_forward_pre_hook(entered(number)) for number, block in enumerate(blocks)]
+    handles += [block.register_forward_hook(lambda *_: setattr(trace, "block", None)) for block in blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# Functions that keep nothing for the backward pass: only what comes before the last one that does is computed again.
+_KEEP_NOTHING = {
+    "add", "add_", "__add__", "__iadd__", "__radd__", "__get__", "view", "reshape", "transpose", "permute",
+    "contiguous", "size", "dim", "split", "unsqueeze", "expand", "to", "detach", "is_floating_point", "requires_grad_",
+}  # fmt: skip
+_UNKNOWN = {"einsum", "conv1d", "conv2d", "bilinear", "tensordot", "mv", "dot", "multi_head_attention_forward"}
+
+
+class _Trace(TorchFunctionMode):
+    """Sees every function of torch that is called, and notes the products."""
+
+    def __init__(self, base: PreTrainedModel, width: int) -> None:
+        super().__init__()
+        head = base.get_output_embeddings()
+        self.head = None if head is None else head.weight
+        self.width = width
+        self.block: int | None = None
+        self._seen: list[tuple[int | None, list[Product]]] = []
+        """(block, its products) of every function that keeps something for the backward pass or is a product."""
+
+    def products(self) -> Iterator[Product]:
+        """Every product of the pass."""
+        for _, products in self._seen:
+            yield from products
+
+    def recomputed(self) -> Iterator[Product]:
+        """What checkpointing computes again: in each block, products before the last function that keeps anything."""
+        if all(block is None for block, _ in self._seen):
+            raise UncountableError("gradient checkpointing of a model without blocks that transformers knows")
+        last = {block: index for index, (block, _) in enumerate(self._seen)}
+        for index, (block, products) in enumerate(self._seen):
+            needed = any(p.backward for b, found in self._seen if b == block for p in found)
+            if block is not None and needed and index < last[block]:
+                yield from products
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        found = self._products(func, name, args, kwargs)
+        if found or (self.block is not None and not _keeps_nothing(name, args, kwargs)):
+            self._seen.append((self.block, found))
+        return func(*args, **kwargs)
+
+    def _products(self, func: Any, name: str, args: Any, kwargs: Any) -> list[Product]:
+        if func is functional.linear:
+            return [self._linear(args[0], args[1], args[1].shape[1])]
+        if name == "addmm":
+            return [self._linear(args[1], args[2], args[2].shape[0])]
+        if func is functional.scaled_dot_product_attention:
+            query, key, value = args[:3]
+            return [self._attention(query, key, value, kwargs.get("dropout_p", 0.0))]
+        if name in {"matmul", "__matmul__", "bmm"}:
+            return [self._matmul(args[0], args[1])]
+        if name in _UNKNOWN:
+            raise UncountableError(f"{name} is no product that is known here")
+        return []
+
+    def _linear(self, inputs: torch.Tensor, weight: torch.Tensor, width: int) -> Product:
+        if inputs.numel() // width != self.width:
+            raise UncountableError("a product over something else than the positions of a sequence")
+        per: Per = "head" if weight is self.head else "position"
+        backward = 2 * weight.numel() * (inputs.requires_grad + weight.requires_grad)
+        return Product(2 * weight.numel(), backward, backward, per, self.block)
+
+    def _attention(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float) -> Product:
+        scores, mix = 2 * query.shape[1] * query.shape[-1], 2 * query.shape[1] * value.shape[-1]
+        probabilities = query.requires_grad or key.requires_grad
+        backward = scores * (query.requires_grad + key.requires_grad) + mix * (probabilities + value.requires_grad)
+        fused = 2 * (scores + mix) + scores if backward else 0  # the scores once more, then four products
+        # With dropout of probabilities, attention on CPU is not fused (torch's sdp_utils_cpp.cpp).
+        executed = backward if query.device.type == "cpu" and dropout > 0 else fused
+        return Product(scores + mix, backward, executed, "pair", self.block)
+
+    def _matmul(self, left: torch.Tensor, right: torch.Tensor) -> Product:
+        gradients = left.requires_grad + right.requires_grad
+        if right.dim() == 2:
+            return self._linear(left, right, right.shape[0])
+        *_, rows, inner = left.shape
+        total = 2 * left.numel() * right.shape[-1]
+        if inner == 1 and not gradients:  # angles of rotary embeddings: positions times frequencies
+            return Product(total // self.width, 0, 0, "column", self.block)
+        if rows != self.width or self.width not in (inner, right.shape[-1]):
+            raise UncountableError("a product over something else than the positions of a sequence")
+        flops = total // (left.shape[0] * self.width**2)
+        return Product(flops, flops * gradients, flops * gradients, "pair", self.block)
+
+
+def _keeps_nothing(name: str, args: Any, kwargs: Any) -> bool:
+    """Whether a function leaves nothing for the backward pass."""
+    if name in {"mul", "__mul__", "__rmul__"}:  # by a number
+        return not all(isinstance(factor, torch.Tensor) for factor in args[:2])
+    if name == "dropout":
+        probability = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
+        training = kwargs.get("training", args[2] if len(args) > 2 else True)
+        return probability == 0 or not training
+    return name in _KEEP_NOTHING
+
+
+def counter() -> FlopCounterMode:
+    """Torch's counter of what is really dispatched, told of the kernels that it would count as nothing."""
+    aten = torch.ops.aten
+    return FlopCounterMode(
+        display=False,
+        custom_mapping={
+            aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
+            aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
+        },
+    )
+
+
+def _cpu_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    rows, heads, queries, width = query
+    return int(2 * rows * heads * queries * key[2] * (width + value[3]))
+
+
+def _cpu_attention_backward(_grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    rows, heads, queries, width = query
+    # Scores once more, their gradient to query and key; and to the probabilities and the value.
+    return int(2 * rows * heads * queries * key[2] * (3 * width + 2 * value[3]))

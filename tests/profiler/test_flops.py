@@ -1,0 +1,172 @@
+"""FLOPs: the closed form against torch's own count of what is dispatched, to the last integer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from peftbench.data.batches import Collator, Work
+from peftbench.methods.base import Method
+from peftbench.methods.full import Full
+from peftbench.methods.last_layer import LastLayer
+from peftbench.methods.lora import Lora
+from peftbench.methods.prompt_tuning import PromptTuning
+from peftbench.profiler.flops import UncountableError, cost, counter
+from tests.conformance.battery import REFUSED, VARIANTS
+from tests.conftest import ARCHITECTURES, every_architecture
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ROWS, WIDTH = 3, 16
+EVERY = {name: method for variants in VARIANTS.values() for name, method in variants.items() if "dora" not in name}
+
+
+def padded(method: Method, rows: int = ROWS, width: int = WIDTH) -> Work:
+    """All positions of a full rectangle."""
+    width += method.virtual_tokens
+    return Work(rows * width, rows * width**2, rows * width, width)
+
+
+def counted(model: nn.Module, device: str = "cpu") -> int:
+    """FLOPs that torch sees dispatched in one forward and backward pass."""
+    ids = torch.zeros((ROWS, WIDTH), dtype=torch.long, device=device)
+    mask = None if device == "meta" else torch.ones_like(ids)
+    with counter() as seen:
+        model(input_ids=ids, attention_mask=mask, use_cache=False).logits.sum().backward()
+    return int(seen.get_total_flops())
+
+
+def with_dropout(base: PreTrainedModel, probability: float) -> PreTrainedModel:
+    """Every dropout of ``base`` at ``probability``, that of attention included."""
+    for module in base.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = probability
+    return base
+
+
+def test_there_is_something_to_count() -> None:
+    """Every variant of every method is in the list."""
+    assert {method.kind for method in EVERY.values()} == set(VARIANTS)
+
+
+@every_architecture
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("variant", EVERY)
+def test_the_closed_form_is_what_is_counted(  # noqa: PLR0917
+    variant: str,
+    checkpointing: bool,
+    dropout: float,
+    architecture: str,
+    fresh_base: Callable[[str], PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Executed FLOPs in closed form are those dispatched on CPU, recomputation and fused attention included."""
+    method = EVERY[variant]
+    if (variant, architecture) in REFUSED or (checkpointing and method.trunk_frozen):
+        pytest.skip("a pair that is refused, or checkpointing that is left out")
+    base = with_dropout(fresh_base(architecture), dropout)
+    model = method.apply(base, tokenizer).train()
+    if checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    found = cost(model, base, virtual_tokens=method.virtual_tokens, checkpointing=checkpointing)
+    assert found.executed(padded(method)) == counted(model)
+
+
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+@pytest.mark.parametrize("variant", EVERY)
+def test_the_closed_form_is_what_is_counted_on_meta(
+    variant: str,
+    architecture: str,
+    fresh_base: Callable[[str], PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same without any arithmetic, with attention in separate products, as the meta device computes it."""
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda *_, **__: None)
+    method = EVERY[variant]
+    if (variant, architecture) in REFUSED:
+        pytest.skip("a pair that is refused")
+    base = with_dropout(fresh_base(architecture), 0.0)
+    base.set_attn_implementation("eager")
+    model = method.apply(base, tokenizer).train()
+    found = cost(model, base, virtual_tokens=method.virtual_tokens, checkpointing=False)
+    assert found.executed(padded(method)) == counted(model.to("meta"), "meta")
+
+
+def test_gpt2_small_by_hand(tokenizer: PreTrainedTokenizerBase) -> None:
+    """GPT-2 small, 6 x 1,024, each method, against the formulas one writes on paper."""
+    layers, width, vocabulary, rows, length = 12, 768, 50257, 6, 1024
+    blocks = 24 * layers * width**2  # a position
+    head = 2 * width * vocabulary
+    by_hand = {}
+    for virtual in (0, 20):
+        tokens = rows * (length + virtual)
+        attention = 4 * tokens * (length + virtual) * width * layers
+        rank = 8
+        low = 2 * tokens * layers * 4 * width * rank
+        first = 2 * tokens * (3 * width**2 + width * rank)  # no gradient of the first block's input
+        by_hand[virtual] = {
+            "full": 3 * blocks * tokens + 7 * attention // 2 + 3 * head * tokens,
+            "last_layer": blocks * tokens + attention + 2 * head * tokens,
+            "prompt_tuning": 2 * blocks * tokens + 7 * attention // 2 + 2 * head * tokens,
+            "lora": 2 * blocks * tokens + 7 * attention // 2 + 2 * head * tokens + 3 * low - first,
+        }
+    assert {k: round(v / 1e12, 3) for k, v in by_hand[0].items() if k != "prompt_tuning"} == {
+        "full": 5.366, "last_layer": 2.224, "lora": 3.837,
+    }  # fmt: skip
+    for method in (Full(), LastLayer(), PromptTuning(tokens=20), Lora(r=8)):
+        base = GPT2LMHeadModel(GPT2Config(n_positions=length + 20, attn_pdrop=0.0))
+        found = cost(method.apply(base, tokenizer), base, virtual_tokens=method.virtual_tokens, checkpointing=False)
+        expected = by_hand[method.virtual_tokens][method.kind]
+        assert found.executed(padded(method, rows, length)) == expected
+
+
+def test_required_leaves_out_what_need_not_be(
+    fresh_base: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Padding, pairs that look ahead, unlabelled head positions and recomputation are executed and not required."""
+    base = fresh_base("gpt2_tied")
+    model = Full().apply(base, tokenizer)
+    plain = cost(model, base, virtual_tokens=0, checkpointing=False)
+    again = cost(model, base, virtual_tokens=0, checkpointing=True)
+    collator = Collator(pad_token=0)
+    alone = collator.collate([[1] * 9], [6])
+    with_padding = Collator(pad_token=0, pad_to=30).collate([[1] * 9], [6])
+    assert collator.required(alone) == Work(positions=9, pairs=45, head_positions=3)
+    assert collator.required(with_padding) == collator.required(alone)
+    assert collator.executed(with_padding) == Work(30, 900, 30, 30)
+    assert plain.required(collator.required(alone)) == again.required(collator.required(alone))
+    assert plain.executed(collator.executed(alone)) < again.executed(collator.executed(alone))
+    assert plain.required(collator.required(alone)) < plain.executed(collator.executed(alone))
+
+
+def test_virtual_tokens_are_work() -> None:
+    """Soft tokens are positions that attend and are attended to, required and executed."""
+    collator = Collator(pad_token=0, virtual_tokens=5)
+    batch = collator.collate([[1] * 9, [1] * 4], [6, 2])
+    assert collator.required(batch) == Work(14 + 9, 14 * 15 // 2 + 9 * 10 // 2, 3 + 2)
+    assert collator.executed(batch) == Work(28, 2 * 14**2, 28, 14)
+
+
+def test_a_product_of_known_size() -> None:
+    """The counter sees the two FLOPs of every multiplication and addition of a matrix product."""
+    with counter() as seen:
+        torch.ones(3, 5) @ torch.ones(5, 7)
+    assert seen.get_total_flops() == 2 * 3 * 5 * 7
+
+
+def test_what_is_not_known_is_not_guessed(
+    fresh_base: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """DoRA multiplies weights with each other, whose count does not grow with positions: refused, not miscounted."""
+    base = fresh_base("gpt2_tied")
+    model = Lora(r=4, use_dora=True).apply(base, tokenizer)
+    with pytest.raises(UncountableError, match="over something else than the positions"):
+        cost(model, base, virtual_tokens=0, checkpointing=False)
