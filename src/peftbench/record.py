@@ -111,11 +111,16 @@ class Engine(_Kept):
 
 
 class Memory(_Kept):
-    """Peak bytes of one phase, maximum over ranks."""
+    """Peak bytes of one phase."""
 
     allocated_bytes: int | None = None
+    """In tensors, on the GPU."""
     reserved_bytes: int | None = None
+    """Held by torch's allocator for tensors, on the GPU."""
     resident_bytes: int | None = None
+    """Resident set size of the process."""
+    resident_baseline_bytes: int | None = None
+    """What of it was resident when the phase began."""
 
 
 class Flops(_Kept):
@@ -160,6 +165,7 @@ class RunRecord(_Kept):
     step_seconds: tuple[float, ...] = ()
     phase_seconds: dict[str, float] = {}
     memory: dict[str, Memory] = {}
+    """By phase; the maximum over ranks where there are several."""
     flops: Flops = Flops()
     energy_joules: float | None = None
     quality: Quality | None = None

@@ -222,6 +222,7 @@ class Run:
             losses=tuple(self.progress.losses),
             step_seconds=tuple(self.probe.step_seconds),
             phase_seconds=dict(self.probe.phase_seconds),
+            memory=dict(self.probe.memory),
             flops=self._flops(),
             quality=self.quality,
             notes=tuple(self.notes),

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from peftbench.errors import RecordError
-from peftbench.record import Interval, Outcome, Parameters
+from peftbench.record import Flops, Interval, Memory, Outcome, Parameters
 from peftbench.report.columns import COLUMNS
 from peftbench.report.table import (
     csv_table,
@@ -58,6 +58,22 @@ def test_every_column_has_a_meaning_and_own_csv_names() -> None:
     assert len(COLUMNS) > 8
     assert all(column.meaning for column in COLUMNS)
     assert len(names) == len(set(names))
+
+
+def test_memory_and_flops_have_columns_where_they_are_known() -> None:
+    """Training's own peak is shown: in tensors on a GPU, beyond the baseline on CPU; unknown leaves the column out."""
+    on_gpu = record("a", "full", 1, memory={"train": Memory(allocated_bytes=3 * 2**20, reserved_bytes=9 * 2**20)})
+    on_cpu = record("b", "full", 1, memory={
+        "train": Memory(resident_bytes=700 * 2**20, resident_baseline_bytes=600 * 2**20),
+        "evaluate": Memory(resident_bytes=900 * 2**20, resident_baseline_bytes=600 * 2**20),
+    }, flops=Flops(required=25 * 10**11, executed=3 * 10**12, six_n=9))  # fmt: skip
+    rows = {row["run"]: row for row in csv.DictReader(io.StringIO(csv_table([on_gpu, on_cpu])))}
+    assert (rows["a"]["train_peak_bytes"], rows["b"]["train_peak_bytes"]) == (str(3 * 2**20), str(100 * 2**20))
+    assert (rows["a"]["required_flops"], rows["b"]["required_flops"]) == ("", "2500000000000")
+    table = markdown_table([on_gpu, on_cpu])
+    assert "| 100 |" in " ".join(table.split())
+    assert "2.5 |" in table
+    assert "peak MiB" not in markdown_table([record("c", "full", 1)])
 
 
 def test_teacher_forced_rouge_has_a_column_of_its_own() -> None:
@@ -120,7 +136,7 @@ def test_a_narrow_terminal_leaves_columns_out_and_says_so(capsys: pytest.Capture
     assert "124,439,808" in printed
     assert "prompt_tuning" in printed
     assert "ROUGE-L" in printed.split("no room")[0]
-    assert "(no room here for ROUGE-1, ROUGE-2, ROUGE-Lsum: see the report)" in printed
+    assert "(no room here for ROUGE-Lsum, ROUGE-2, ROUGE-1: see the report)" in printed
 
 
 def test_the_report_shows_the_same_example_by_every_run() -> None:

@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from peftbench.profiler.memory import larger, meter_for
+from peftbench.record import Memory
+
 
 @dataclass
 class Probe:
@@ -20,14 +23,20 @@ class Probe:
     device: torch.device
     phase_seconds: dict[str, float] = field(default_factory=dict)
     step_seconds: list[float] = field(default_factory=list)
+    memory: dict[str, Memory] = field(default_factory=dict)
+    """Peaks of each phase."""
     current_phase: str | None = None
     _paused_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.meter = meter_for(self.device)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """A part of the run; entered again, its seconds add up. What raises inside is measured until then."""
         outer, paused = self.current_phase, self._paused_seconds
         self.current_phase = name
+        self.meter.start()
         start = self._now()
         try:
             yield
@@ -35,6 +44,7 @@ class Probe:
         finally:
             seconds = self._now() - start - (self._paused_seconds - paused)
             self.phase_seconds[name] = self.phase_seconds.get(name, 0.0) + seconds
+            self.memory[name] = larger(self.memory.get(name), self.meter.read())
 
     @contextmanager
     def step(self) -> Iterator[None]:

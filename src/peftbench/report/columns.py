@@ -46,6 +46,15 @@ def _seconds(record: RunRecord) -> str:
     return "–" if seconds is None else f"{seconds:.1f}"
 
 
+def _peak(record: RunRecord) -> int | None:
+    memory = record.memory.get("train")
+    if memory is None or memory.allocated_bytes is not None:
+        return memory.allocated_bytes if memory else None
+    if memory.resident_bytes is None or memory.resident_baseline_bytes is None:
+        return None
+    return memory.resident_bytes - memory.resident_baseline_bytes
+
+
 def _loss(record: RunRecord) -> float | None:
     return record.quality.loss if record.quality else None
 
@@ -85,6 +94,9 @@ def _outcome(record: RunRecord) -> str:
     return outcome.kind + (f" at step {outcome.step}" if outcome.step is not None else "")
 
 
+FIRST_TO_GO = ("ROUGE-Lsum", "ROUGE-2", "ROUGE-1", "share", "required TFLOP", "trained")
+"""Columns that a narrow terminal goes without, in this order; they are in the report."""
+
 COLUMNS: tuple[Column, ...] = (
     Column(
         "run", "name of the run, and its method",
@@ -114,9 +126,16 @@ COLUMNS: tuple[Column, ...] = (
     Column("training s", "seconds of training steps alone, no loading, encoding or evaluation",
            lambda r: {"training_seconds": r.train_seconds}, _seconds),
     Column(
-        "required TFLOP", "floating-point operations that training needed, in 10^12: real tokens, causal attention, the "
-        "output head at labels, a backward pass only where the method needs one",
-        lambda r: {"required_flops": r.flops.required, "executed_flops": r.flops.executed, "six_n_flops": r.flops.six_n},
+        "peak MiB", "most memory while training: in tensors on the GPU; on CPU resident memory beyond what the process "
+        "had when training began",
+        lambda r: {"train_peak_bytes": _peak(r)},
+        lambda r: "–" if (peak := _peak(r)) is None else f"{peak / 2**20:,.0f}",
+        optional=True,
+    ),
+    Column(
+        "required TFLOP", "floating-point operations that training needed, in 10^12: real tokens, causal attention, "
+        "the output head at labels, a backward pass only where the method needs one",
+        lambda r: {f"{kind}_flops": getattr(r.flops, kind) for kind in ("required", "executed", "six_n")},
         lambda r: "–" if r.flops.required is None else f"{r.flops.required / 1e12:.3g}",
         optional=True,
     ),

@@ -16,7 +16,7 @@ from tabulate import tabulate
 from peftbench.errors import RecordError
 from peftbench.files import write_atomically
 from peftbench.record import RunRecord
-from peftbench.report.columns import COLUMNS, Column, method_label
+from peftbench.report.columns import COLUMNS, FIRST_TO_GO, Column, method_label
 from peftbench.report.groups import by_knob, over_seeds
 
 _ENDLESS = 10_000  # characters: more than any table takes
@@ -45,12 +45,11 @@ def print_table(records: Sequence[RunRecord], title: str, console: Console | Non
     if not console.is_terminal:  # a file or a pipe has room
         console = Console(file=console.file, width=_width(console, _terminal_table(rows, columns, title)))
     while _width(console, _terminal_table(rows, columns, title)) > console.width:
-        # An interval is widest; the last ROUGE goes first and ROUGE-L, with whatever is most asked for, stays.
-        spare = [column for column in columns if column.title.startswith("ROUGE") and column.title != "ROUGE-L"]
+        spare = [column for title in FIRST_TO_GO for column in columns if column.title == title]
         if not spare:
             break
-        columns.remove(spare[-1])
-        left_out.insert(0, spare[-1].title)
+        columns.remove(spare[0])
+        left_out.append(spare[0].title)
     console.print(_terminal_table(rows, columns, title))
     if left_out:
         console.print(f"(no room here for {', '.join(left_out)}: see the report)", markup=False, highlight=False)

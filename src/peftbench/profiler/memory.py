@@ -1,0 +1,95 @@
+"""Peak memory of a stretch of a run, exact and without polling."""
+
+from __future__ import annotations
+
+import ctypes
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from peftbench.record import Memory
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_RESET_PEAK = "5"  # proc_pid_clear_refs(5): sets the peak resident set size to the current one
+
+
+class Meter(Protocol):
+    """Measures from each ``start`` to the ``read`` after it."""
+
+    def start(self) -> None:
+        """Forget the peak so far."""
+
+    def read(self) -> Memory:
+        """Peaks since ``start``, in bytes."""
+
+
+class CudaMeter:
+    """Peaks of torch's caching allocator on one device: bytes in tensors, and bytes held for them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def start(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def read(self) -> Memory:
+        return Memory(
+            allocated_bytes=torch.cuda.max_memory_allocated(self.device),
+            reserved_bytes=torch.cuda.max_memory_reserved(self.device),
+        )
+
+
+class ProcessMeter:
+    """Peak resident set size of this process, and what was resident at the start (None off Linux)."""
+
+    def __init__(self) -> None:
+        self._baseline: int | None = None
+
+    def start(self) -> None:
+        _give_back_freed_pages()
+        try:
+            _CLEAR_REFS.write_text(_RESET_PEAK, encoding="ascii")
+        except OSError:  # not Linux, or not allowed
+            self._baseline = None
+        else:
+            self._baseline = _status("VmRSS")
+
+    def read(self) -> Memory:
+        if self._baseline is None:
+            return Memory()
+        return Memory(resident_bytes=_status("VmHWM"), resident_baseline_bytes=self._baseline)
+
+
+def meter_for(device: torch.device) -> Meter:
+    """The meter of a device's memory."""
+    return CudaMeter(device) if device.type == "cuda" else ProcessMeter()
+
+
+def larger(first: Memory | None, second: Memory) -> Memory:
+    """The larger peak of two stretches, field by field; the baseline is that of the larger resident peak."""
+    if first is None:
+        return second
+    resident = max(first, second, key=lambda memory: memory.resident_bytes or -1)
+    return resident.model_copy(
+        update={
+            name: max((v for m in (first, second) if (v := getattr(m, name)) is not None), default=None)
+            for name in ("allocated_bytes", "reserved_bytes")
+        }
+    )
+
+
+def _status(key: str) -> int | None:
+    """A figure of /proc/self/status in bytes; the file speaks of kibibytes and calls them kB."""
+    for line in _STATUS.read_text(encoding="ascii", errors="replace").splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _give_back_freed_pages() -> None:
+    """Let glibc return what is free, so that a peak starts from what is in use."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

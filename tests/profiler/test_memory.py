@@ -1,0 +1,124 @@
+"""Peaks of known size, each in the phase it belongs to."""
+
+from __future__ import annotations
+
+import mmap
+
+import pytest
+import torch
+
+from peftbench.profiler.memory import CudaMeter, Meter, ProcessMeter, larger, meter_for
+from peftbench.profiler.probe import Probe
+from peftbench.record import Memory
+
+MIB = 2**20
+SLACK = 4 * MIB
+"""What an interpreter may allocate beside: the kernel counts resident pages of the whole process."""
+
+
+def touch(size: int) -> None:
+    """Make ``size`` bytes resident, and give them back."""
+    with mmap.mmap(-1, size) as pages:
+        for start in range(0, size, mmap.PAGESIZE):
+            pages[start] = 1
+
+
+def grown(memory: Memory) -> int:
+    """Peak beyond what was resident at the start."""
+    if memory.resident_bytes is None or memory.resident_baseline_bytes is None:
+        pytest.skip("this kernel does not tell a process its peak")
+    return memory.resident_bytes - memory.resident_baseline_bytes
+
+
+@pytest.mark.parametrize("size", [64 * MIB, 256 * MIB])
+def test_a_peak_of_known_size(size: int) -> None:
+    """What was resident for a moment is the peak, though it is gone when the peak is read."""
+    meter = ProcessMeter()
+    meter.start()
+    touch(size)
+    assert grown(meter.read()) == pytest.approx(size, abs=SLACK)
+
+
+def test_a_tensor_of_known_size() -> None:
+    """A tensor counts with its bytes."""
+    meter = ProcessMeter()
+    meter.start()
+    held = torch.ones(32 * MIB)
+    peak = grown(meter.read())
+    assert peak == pytest.approx(held.numel() * held.element_size(), abs=SLACK)
+
+
+def test_a_phase_forgets_the_peak_before_it() -> None:
+    """A large allocation during evaluation does not show in training before or after it, nor in a phase between."""
+    probe = Probe(torch.device("cpu"))
+    for phase, size in (("train", 64), ("evaluate", 512), ("save", 1)):
+        with probe.phase(phase):
+            touch(size * MIB)
+    assert grown(probe.memory["train"]) == pytest.approx(64 * MIB, abs=SLACK)
+    assert grown(probe.memory["evaluate"]) == pytest.approx(512 * MIB, abs=SLACK)
+    assert grown(probe.memory["save"]) == pytest.approx(1 * MIB, abs=SLACK)
+
+
+def test_a_phase_entered_twice_keeps_the_larger_peak() -> None:
+    """The peak of a phase is that of all its stretches."""
+    probe = Probe(torch.device("cpu"))
+    for size in (16, 128, 32):
+        with probe.phase("build"):
+            touch(size * MIB)
+    assert grown(probe.memory["build"]) == pytest.approx(128 * MIB, abs=SLACK)
+
+
+def test_a_phase_that_raises_keeps_its_peak() -> None:
+    """An out-of-memory is when the peak matters most."""
+    probe = Probe(torch.device("cpu"))
+
+    def fail() -> None:
+        with probe.phase("train"):
+            touch(64 * MIB)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert grown(probe.memory["train"]) == pytest.approx(64 * MIB, abs=SLACK)
+
+
+def test_where_the_kernel_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not known is None, never a guess."""
+
+    class Refused:
+        def write_text(self, *_: object, **__: object) -> None:
+            raise PermissionError
+
+    monkeypatch.setattr("peftbench.profiler.memory._CLEAR_REFS", Refused())
+    meter = ProcessMeter()
+    meter.start()
+    assert meter.read() == Memory()
+
+
+def test_larger_takes_each_field_of_the_larger() -> None:
+    """Peaks of the GPU are compared one by one; a resident peak goes with its own baseline."""
+    first = Memory(allocated_bytes=5, reserved_bytes=8, resident_bytes=20, resident_baseline_bytes=1)
+    second = Memory(allocated_bytes=7, reserved_bytes=6, resident_bytes=10, resident_baseline_bytes=9)
+    expected = Memory(allocated_bytes=7, reserved_bytes=8, resident_bytes=20, resident_baseline_bytes=1)
+    assert larger(first, second) == larger(second, first) == expected
+    assert larger(None, second) == second
+    assert larger(Memory(), Memory()) == Memory()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_tensor_of_known_size_on_cuda() -> None:
+    """A tensor counts with its bytes, also when it is gone; what was before it counts as held."""
+    device = torch.device("cuda", 0)
+    meter: Meter = meter_for(device)
+    assert isinstance(meter, CudaMeter)
+    torch.cuda.empty_cache()
+    meter.start()
+    before = meter.read().allocated_bytes
+    held = torch.ones(32 * MIB, device=device)
+    del held
+    after = meter.read()
+    assert before is not None
+    assert after.allocated_bytes == before + 128 * MIB
+    assert after.reserved_bytes is not None
+    assert after.reserved_bytes >= after.allocated_bytes
