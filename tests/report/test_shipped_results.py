@@ -72,6 +72,18 @@ def test_the_demo_means_something() -> None:
     assert full[1][0] > base[1][1]
 
 
+def test_the_order_of_methods_holds_over_seeds() -> None:
+    """By held-out loss the four methods come in one order, whatever the seed, and all before the untrained base."""
+    losses: dict[int, dict[str, float]] = {}
+    for record in read_records(REPOSITORY / "docs" / "results" / "demo_seeds"):
+        losses.setdefault(record.recipe["train"]["seed"], {})[record.recipe["method"]["kind"]] = quality(record)[0]
+    orders = {tuple(sorted(by_method, key=by_method.__getitem__)) for by_method in losses.values()}
+    assert len(losses) == 3
+    assert orders == {("full", "lora", "prompt_tuning", "last_layer")}
+    base = {r.name: r for r in read_records(REPOSITORY / "docs" / "results" / "demo")}["zero_shot"]
+    assert max(max(by_method.values()) for by_method in losses.values()) < quality(base)[0]
+
+
 def quality(record: RunRecord) -> tuple[float, tuple[float, float]]:
     """Loss, and the ends of ROUGE-L's interval."""
     assert record.quality is not None

@@ -82,8 +82,10 @@ def notes(records: Sequence[RunRecord]) -> list[str]:
     """What a reader must know beside the figures: what was unequal, what was used instead, what was noticed."""
     found = [f"{record.name}: {note}" for record in records for note in record.notes]
     trained = [record for record in records if record.tokens is not None and record.outcome.kind == "ok"]
-    compared = {json.dumps(_protocol(record)) for record in trained}
-    if len(compared) > 1:
+    seen: dict[str, set[str]] = {}  # the tokens that runs of one seed were shown
+    for record in trained:
+        seen.setdefault(json.dumps(_seeds(record)), set()).add(json.dumps(_tokens(record)))
+    if len({json.dumps(_protocol(record)) for record in trained}) > 1 or any(len(shown) > 1 for shown in seen.values()):
         found.append(
             "these runs differ in more than their method: batches, steps, examples or lengths are not the same"
         )
@@ -98,9 +100,17 @@ def _protocol(record: RunRecord) -> list[object]:
     recipe = record.recipe
     return [
         record.data_identity, record.model_identity, record.examples, record.steps, recipe["train"]["global_batch"],
-        recipe["data"]["max_tokens"], recipe["data"]["as_published"], record.tokens and record.tokens.labelled,
-        record.tokens and record.tokens.real, recipe["train"]["precision"],
+        recipe["data"]["max_tokens"], recipe["data"]["as_published"], recipe["train"]["precision"],
     ]  # fmt: skip
+
+
+def _seeds(record: RunRecord) -> list[object]:
+    return [record.recipe["train"]["seed"], record.recipe["data"]["seed"]]
+
+
+def _tokens(record: RunRecord) -> list[int]:
+    """What else must be equal where the order of examples is."""
+    return [record.tokens.real, record.tokens.labelled] if record.tokens else []
 
 
 def markdown_table(records: Sequence[RunRecord]) -> str:
