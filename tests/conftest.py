@@ -34,7 +34,7 @@ from peftbench.methods.full import Full
 from peftbench.methods.last_layer import LastLayer
 from peftbench.methods.lora import Lora
 from peftbench.methods.prompt_tuning import PromptTuning
-from peftbench.recipe import Data, Evaluate, Model, Recipe, Train
+from peftbench.recipe import Data, Evaluate, Model, Profile, Recipe, Train
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -349,7 +349,7 @@ class Workshop:
         values: dict[str, Any] = {
             "name": "run", "output_dir": str(self.output), "save_model": False, "method": method,
             "model": Model(**knobs_of_model), "data": Data(**knobs_of_data), "train": Train(**knobs_of_train),
-            "evaluate": Evaluate(**knobs_of_evaluate),
+            "evaluate": Evaluate(**knobs_of_evaluate), "profile": Profile(warmup_steps=0),
         }  # fmt: skip
         return Recipe(**values | parts)
 

@@ -28,7 +28,9 @@ from peftbench.record import (
     Quality,
     RunRecord,
     Sample,
+    Throughput,
     Tokens,
+    TokensPerSecond,
     read_record,
     read_records,
 )
@@ -66,6 +68,12 @@ def full_record() -> RunRecord:
         ),
         notes=("a note",),
         skipped_steps=1,
+        warmup_steps=1,
+        memory_by_rank=({"train": Memory(allocated_bytes=1)}, {"train": Memory(allocated_bytes=2)}),
+        throughput=Throughput(
+            steps=3, step_seconds_median=0.5, step_seconds_p10=0.4, step_seconds_p90=0.6, samples_per_second=8.0,
+            tokens_per_second=TokensPerSecond(real=1.0, padded=2.0, labelled=0.5, virtual=0.0), data_share=0.1,
+        ),
     )  # fmt: skip
 
 

@@ -94,14 +94,20 @@ def report(
 @app.command()
 def show(
     recipe: Annotated[
-        list[str],
+        Optional[list[str]],
         typer.Argument(metavar="RECIPE.yaml [KEY.SUB=VALUE]...", help="Files and changes, from left to right."),
-    ],
+    ] = None,
+    glossary: Annotated[bool, typer.Option("--glossary", help="Print what each column of the tables means.")] = False,
 ) -> None:
-    """Print the resolved recipe with each knob's one-line meaning."""
+    """Print the resolved recipe with each knob's one-line meaning, or the tables' glossary."""
     from peftbench.config import explained, load_recipe
+    from peftbench.report.columns import COLUMNS
 
+    recipe = recipe or []
     with guarded():
+        if glossary:
+            print("\n".join(f"{column.title}: {column.meaning}" for column in COLUMNS))
+            return
         changes = [word for word in recipe if "=" in word and not Path(word).is_file()]  # a run's folder may hold a "="
         print(explained(load_recipe([Path(word) for word in recipe if word not in changes], changes)), end="")
 

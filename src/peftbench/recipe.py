@@ -137,6 +137,13 @@ class Evaluate(Part):
     """Generated summaries kept in the record, with article and reference."""
 
 
+class Profile(Part):
+    """How the run is measured."""
+
+    warmup_steps: int = Field(default=5, ge=0)
+    """First steps of the training that are in no figure of time, throughput or memory."""
+
+
 class Recipe(Part):
     """One run. The same recipe gives the same numbers on any engine and process count, up to rounding."""
 
@@ -158,6 +165,8 @@ class Recipe(Part):
     """How long, how much at once and how exactly."""
     evaluate: Evaluate = Evaluate()
     """What is measured after training, outside its clock."""
+    profile: Profile = Profile()
+    """How the run is measured."""
     save_model: bool = True
     """Keep what was trained, in its ecosystem's format, in <output_dir>/<name>/model."""
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "swanlab"], ...] = ()

@@ -120,7 +120,29 @@ class Memory(_Kept):
     resident_bytes: int | None = None
     """Resident set size of the process."""
     resident_baseline_bytes: int | None = None
-    """What of it was resident when the phase began."""
+    """What of it was resident before anything was loaded."""
+
+
+class TokensPerSecond(_Kept):
+    """The four kinds of tokens, per second, over all ranks."""
+
+    real: float
+    padded: float
+    labelled: float
+    virtual: float
+
+
+class Throughput(_Kept):
+    """Speed of the timed steps, those after warm-up."""
+
+    steps: int
+    step_seconds_median: float
+    step_seconds_p10: float
+    step_seconds_p90: float
+    samples_per_second: float
+    tokens_per_second: TokensPerSecond
+    data_share: float
+    """Part of the time that went to making batches and not to steps."""
 
 
 class Flops(_Kept):
@@ -163,9 +185,15 @@ class RunRecord(_Kept):
     losses: tuple[float, ...] = ()
     """Training loss of each step: mean over the labelled tokens of the whole global batch, in nats."""
     step_seconds: tuple[float, ...] = ()
+    """Of every step, the warm-up's too."""
+    warmup_steps: int = 0
+    """How many of the first steps are in no figure."""
     phase_seconds: dict[str, float] = {}
+    throughput: Throughput | None = None
     memory: dict[str, Memory] = {}
-    """By phase; the maximum over ranks where there are several."""
+    """By phase; the maximum over ranks where there are several (of the main one, where the run did not end well)."""
+    memory_by_rank: tuple[dict[str, Memory], ...] = ()
+    """Each rank's own, until the end of evaluation."""
     flops: Flops = Flops()
     energy_joules: float | None = None
     quality: Quality | None = None
@@ -180,7 +208,7 @@ class RunRecord(_Kept):
 
     @property
     def train_seconds(self) -> float | None:
-        """Seconds of the training phase alone."""
+        """Seconds of the training phase alone, warm-up steps left out."""
         return self.phase_seconds.get("train")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import math
 import os
 import re
@@ -21,12 +22,14 @@ from peftbench.data.docstrings import DISTRIBUTION
 from peftbench.engine.bind import bind, device_of, notes
 from peftbench.engine.build import Built, Trainer, build, make_trainer, read_split
 from peftbench.engine.loop import DivergedError, Progress, train
-from peftbench.engine.ranks import main_process_first
+from peftbench.engine.ranks import gathered, main_process_first
 from peftbench.errors import PeftbenchError
 from peftbench.evaluation.measure import Evaluation, quality_of
 from peftbench.files import write_error
+from peftbench.profiler.memory import largest
 from peftbench.profiler.probe import Probe
-from peftbench.record import Engine, Flops, Outcome, Quality, RunRecord, Tokens
+from peftbench.profiler.throughput import throughput
+from peftbench.record import Engine, Flops, Memory, Outcome, Quality, RunRecord, Throughput, Tokens
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -59,6 +62,7 @@ class Run:
         self.examples: dict[str, int] = {}
         self.dropped: dict[str, int] = {}
         self.data_identity: str | None = None
+        self.memory_by_rank: list[dict[str, Memory]] = []
         self.notes = notes(self.accelerator)
 
     def execute(self) -> tuple[RunRecord, Path]:
@@ -144,6 +148,7 @@ class Run:
             if not math.isfinite(self.quality.loss or 0.0):
                 steps = self.progress.steps
                 raise DivergedError(steps, f"the held-out loss after step {steps} is {self.quality.loss}")
+        self.memory_by_rank = gathered(self.accelerator, dict(self.probe.memory))
         if self.recipe.method.trains and self.recipe.save_model:
             with self.probe.phase("save"):
                 self._save(built)
@@ -157,7 +162,7 @@ class Run:
         if self.recipe.trackers:
             self.accelerator.init_trackers(DISTRIBUTION, config={"recipe": self.recipe.model_dump_json()})
         self.recipe.method.set_training(built.bare_model)
-        with self.probe.phase("train"):
+        with self.probe.training(self.recipe.profile.warmup_steps):
             train(
                 self.accelerator, trainer, self.probe, self.progress,
                 max_grad_norm=self.recipe.train.max_grad_norm,
@@ -196,7 +201,7 @@ class Run:
         self.dropped[split] = dropped
 
     def _where(self) -> dict[str, Any]:
-        in_training = self.probe.current_phase == "train"
+        in_training = self.probe.current_phase in {"warmup", "train"}
         return {"phase": self.probe.current_phase, "step": self.progress.steps + 1 if in_training else None}
 
     def _record(self, outcome: Outcome) -> RunRecord:
@@ -221,12 +226,24 @@ class Run:
             skipped_steps=self.progress.skipped,
             losses=tuple(self.progress.losses),
             step_seconds=tuple(self.probe.step_seconds),
+            warmup_steps=min(self.recipe.profile.warmup_steps, self.progress.steps),
             phase_seconds=dict(self.probe.phase_seconds),
-            memory=dict(self.probe.memory),
+            throughput=self._throughput(),
+            memory=functools.reduce(largest, self.memory_by_rank, dict(self.probe.memory)),
+            memory_by_rank=tuple(self.memory_by_rank),
             flops=self._flops(),
             quality=self.quality,
             notes=tuple(self.notes),
         )
+
+    def _throughput(self) -> Throughput | None:
+        warmup, train_seconds = self.recipe.profile.warmup_steps, self.probe.phase_seconds.get("train")
+        if train_seconds is None:
+            return None
+        return throughput(
+            self.probe.step_seconds[warmup : self.progress.steps], self.progress.step_counts[warmup:],
+            train_seconds=train_seconds, global_batch=self.recipe.train.global_batch,
+        )  # fmt: skip
 
     def _flops(self) -> Flops:
         if self.built is None or self.trainer is None:

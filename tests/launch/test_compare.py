@@ -149,6 +149,10 @@ def test_two_processes_agree_with_one(project: Path, caches: dict[str, str]) -> 
     assert single["quality"]["loss"] == pytest.approx(double["quality"]["loss"], abs=1e-4)
     assert single["quality"]["rouge"] == double["quality"]["rouge"]
     assert single["quality"]["samples"] == double["quality"]["samples"]
+    assert single["flops"]["required"] == double["flops"]["required"] > 0
+    by_rank = [rank["evaluate"]["resident_bytes"] for rank in double["memory_by_rank"]]
+    assert len(by_rank) == 2
+    assert double["memory"]["evaluate"]["resident_bytes"] == max(by_rank) > 0
 
 
 @pytest.mark.multiprocess

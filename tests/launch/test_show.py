@@ -8,7 +8,15 @@ import yaml
 from typer.testing import CliRunner
 
 from peftbench.cli import app
+from peftbench.report.columns import COLUMNS
 from tests.launch.conftest import RECIPE
+
+
+def test_the_glossary_defines_every_column() -> None:
+    """Each column's title is followed by its meaning, on a line."""
+    shown = CliRunner().invoke(app, ["show", "--glossary"])
+    assert shown.exit_code == 0, shown.output
+    assert shown.output.splitlines() == [f"{column.title}: {column.meaning}" for column in COLUMNS]
 
 
 def test_a_file_is_a_file_whatever_its_name(tmp_path: Path) -> None:

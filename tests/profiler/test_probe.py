@@ -141,3 +141,50 @@ def test_current_phase(probe: Probe) -> None:
             assert probe.current_phase == "evaluate"
         assert probe.current_phase == "train"
     assert probe.current_phase is None
+
+
+def test_warm_up_is_a_phase_of_its_own(probe: Probe, clock: Clock) -> None:
+    """The first steps, and what is between them, are in the warm-up's seconds and not in the training's."""
+    with probe.training(warmup_steps=2):
+        for seconds in (10, 20, 1, 2, 3):
+            clock.sleep(0.5)  # a batch is made
+            with probe.step():
+                clock.sleep(seconds)
+    assert probe.phase_seconds == {"warmup": 31.0, "train": 7.5}
+    assert probe.step_seconds == [10, 20, 1, 2, 3]
+
+
+def test_no_warm_up(probe: Probe, clock: Clock) -> None:
+    """With no warm-up steps everything is training."""
+    with probe.training(warmup_steps=0), probe.step():
+        clock.sleep(3)
+    assert probe.phase_seconds == {"train": 3}
+
+
+def test_all_warm_up(probe: Probe, clock: Clock) -> None:
+    """With fewer steps than warm-up has, nothing is training, and no figure is made of nothing."""
+    for steps in (1, 2):
+        with probe.training(warmup_steps=2):
+            for _ in range(steps):
+                with probe.step():
+                    clock.sleep(3)
+    assert probe.phase_seconds == {"warmup": 9}
+    assert "train" not in probe.memory
+
+
+@pytest.mark.parametrize(("fails_at", "phase"), [(1, "warmup"), (3, "train")])
+def test_a_step_that_raises_names_its_phase(fails_at: int, phase: str, probe: Probe, clock: Clock) -> None:
+    """What ends the loop is in the phase it happened in, with the seconds until then."""
+
+    def run() -> None:
+        with probe.training(warmup_steps=2):
+            for number in range(5):
+                with probe.step():
+                    clock.sleep(1)
+                    if number == fails_at:
+                        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run()
+    assert probe.current_phase == phase
+    assert sum(probe.phase_seconds.values()) == fails_at + 1

@@ -35,11 +35,17 @@ class Progress:
     """What training has done so far; kept up to date, so that it outlives whatever ends the loop."""
 
     losses: list[float] = field(default_factory=list)
-    counts: TokenCounts = field(default_factory=TokenCounts)
+    step_counts: list[TokenCounts] = field(default_factory=list)
+    """Tokens of each step, over all ranks."""
     required: Work = field(default_factory=Work)
     executed: Work = field(default_factory=Work)
     skipped: int = 0
     """Steps that fp16's loss scaler took back, because a gradient overflowed."""
+
+    @property
+    def counts(self) -> TokenCounts:
+        """Tokens of all steps."""
+        return sum(self.step_counts, TokenCounts())
 
     @property
     def steps(self) -> int:
@@ -91,7 +97,7 @@ def train(
                 raise DivergedError(progress.steps + 1, f"the loss of step {progress.steps + 1} is {loss}")
             progress.losses.append(loss)
             progress.skipped += bool(accelerator.optimizer_step_was_skipped)
-            progress.counts += batch.counts
+            progress.step_counts.append(batch.counts)
             progress.required += batch.required
             progress.executed += batch.executed
             with probe.paused():

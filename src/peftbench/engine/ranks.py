@@ -1,11 +1,11 @@
-"""What ranks do one after another, and refuse together."""
+"""What ranks do one after another, refuse together, and know of each other."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from peftbench.errors import PeftbenchError
 
@@ -32,3 +32,9 @@ def main_process_first(accelerator: Accelerator, work: Callable[[], T]) -> T:
     if refusal is not None:
         raise refusal
     return result if accelerator.is_main_process else work()
+
+
+def gathered(accelerator: Accelerator, value: T) -> list[T]:
+    """What each rank has, by rank."""
+    found: list[T] = gather_object([value]) if accelerator.num_processes > 1 else [value]
+    return found

@@ -43,22 +43,23 @@ class CudaMeter:
 
 
 class ProcessMeter:
-    """Peak resident set size of this process, and what was resident at the start (None off Linux)."""
+    """Peak resident set size of this process, and what was resident when the meter was made (None off Linux)."""
 
     def __init__(self) -> None:
-        self._baseline: int | None = None
+        _give_back_freed_pages()
+        self._baseline = _status("VmRSS")
+        self._told = False
 
     def start(self) -> None:
         _give_back_freed_pages()
         try:
             _CLEAR_REFS.write_text(_RESET_PEAK, encoding="ascii")
+            self._told = True
         except OSError:  # not Linux, or not allowed
-            self._baseline = None
-        else:
-            self._baseline = _status("VmRSS")
+            self._told = False
 
     def read(self) -> Memory:
-        if self._baseline is None:
+        if not self._told:
             return Memory()
         return Memory(resident_bytes=_status("VmHWM"), resident_baseline_bytes=self._baseline)
 
@@ -69,7 +70,7 @@ def meter_for(device: torch.device) -> Meter:
 
 
 def larger(first: Memory | None, second: Memory) -> Memory:
-    """The larger peak of two stretches, field by field; the baseline is that of the larger resident peak."""
+    """The larger peaks of two stretches, field by field."""
     if first is None:
         return second
     resident = max(first, second, key=lambda memory: memory.resident_bytes or -1)
@@ -81,9 +82,18 @@ def larger(first: Memory | None, second: Memory) -> Memory:
     )
 
 
+def largest(first: dict[str, Memory], second: dict[str, Memory]) -> dict[str, Memory]:
+    """The larger peaks of two processes, phase by phase."""
+    return first | {phase: larger(first.get(phase), memory) for phase, memory in second.items()}
+
+
 def _status(key: str) -> int | None:
     """A figure of /proc/self/status in bytes; the file speaks of kibibytes and calls them kB."""
-    for line in _STATUS.read_text(encoding="ascii", errors="replace").splitlines():
+    try:
+        lines = _STATUS.read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:  # not Linux
+        return None
+    for line in lines:
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
     return None

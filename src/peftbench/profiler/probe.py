@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -27,6 +27,8 @@ class Probe:
     """Peaks of each phase."""
     current_phase: str | None = None
     _paused_seconds: float = 0.0
+    _warmup_left: int = 0
+    _training: ExitStack = field(default_factory=ExitStack)
 
     def __post_init__(self) -> None:
         self.meter = meter_for(self.device)
@@ -47,12 +49,29 @@ class Probe:
             self.memory[name] = larger(self.memory.get(name), self.meter.read())
 
     @contextmanager
+    def training(self, warmup_steps: int) -> Iterator[None]:
+        """The training loop: its first steps are the phase ``warmup``, in no other figure; the rest is ``train``."""
+        self._warmup_left = warmup_steps
+        try:
+            with self._training:
+                self._training.enter_context(self.phase("warmup" if warmup_steps else "train"))
+                yield
+        finally:
+            if self._warmup_left >= 0:  # no step was timed: there is nothing to say of training
+                self.phase_seconds.pop("train", None)
+                self.memory.pop("train", None)
+
+    @contextmanager
     def step(self) -> Iterator[None]:
         """One optimizer step; its end waits for the device."""
+        self._warmup_left -= 1
         paused = self._paused_seconds
         start = self._now()
         yield
         self.step_seconds.append(self._now() - start - (self._paused_seconds - paused))
+        if self._warmup_left == 0:
+            self._training.close()
+            self._training.enter_context(self.phase("train"))
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from peftbench.record import Interval, RunRecord
+from peftbench.record import Interval, RunRecord, TokensPerSecond
 
 UNKNOWN = "unknown"
 Raw = str | int | float | None
@@ -44,6 +44,10 @@ def _share(record: RunRecord) -> float | None:
 def _seconds(record: RunRecord) -> str:
     seconds = record.train_seconds
     return "–" if seconds is None else f"{seconds:.1f}"
+
+
+def _speed(record: RunRecord, kind: str) -> float | None:
+    return getattr(record.throughput.tokens_per_second, kind) if record.throughput else None
 
 
 def _peak(record: RunRecord) -> int | None:
@@ -94,7 +98,7 @@ def _outcome(record: RunRecord) -> str:
     return outcome.kind + (f" at step {outcome.step}" if outcome.step is not None else "")
 
 
-FIRST_TO_GO = ("ROUGE-Lsum", "ROUGE-2", "ROUGE-1", "share", "required TFLOP", "trained")
+FIRST_TO_GO = ("ROUGE-Lsum", "ROUGE-2", "ROUGE-1", "share", "required TFLOP", "trained", "tokens/s")
 """Columns that a narrow terminal goes without, in this order; they are in the report."""
 
 COLUMNS: tuple[Column, ...] = (
@@ -123,11 +127,17 @@ COLUMNS: tuple[Column, ...] = (
     _rouge("rougeL", "ROUGE-L"),
     _rouge("rougeLsum", "ROUGE-Lsum"),
     _rouge("rougeL", "ROUGE-L, teacher-forced argmax", forced=True),
-    Column("training s", "seconds of training steps alone, no loading, encoding or evaluation",
+    Column("training s", "seconds of training, no loading, encoding or evaluation, and without the warm-up steps",
            lambda r: {"training_seconds": r.train_seconds}, _seconds),
     Column(
+        "tokens/s", "real tokens (no padding, no virtual ones) trained on per second, over all processes",
+        lambda r: {f"{kind}_tokens_per_second": _speed(r, kind) for kind in TokensPerSecond.model_fields},
+        lambda r: "–" if (speed := _speed(r, "real")) is None else f"{speed:,.0f}",
+        optional=True,
+    ),
+    Column(
         "peak MiB", "most memory while training: in tensors on the GPU; on CPU resident memory beyond what the process "
-        "had when training began",
+        "had before anything was loaded",
         lambda r: {"train_peak_bytes": _peak(r)},
         lambda r: "–" if (peak := _peak(r)) is None else f"{peak / 2**20:,.0f}",
         optional=True,

@@ -1,0 +1,37 @@
+"""Throughput, from what was timed after warm-up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy
+
+from peftbench.record import Throughput, TokensPerSecond
+
+if TYPE_CHECKING:
+    from peftbench.data.batches import TokenCounts
+
+
+def throughput(
+    step_seconds: Sequence[float], counts: Sequence[TokenCounts], *, train_seconds: float, global_batch: int
+) -> Throughput | None:
+    """Figures of the timed steps: their seconds, and their tokens over all ranks, per second of the whole phase.
+
+    The phase is longer than its steps by what it takes to make their batches. None where no step was timed.
+    """
+    if not step_seconds:
+        return None
+    low, median, high = (float(value) for value in numpy.quantile(step_seconds, (0.1, 0.5, 0.9)))
+    return Throughput(
+        steps=len(step_seconds),
+        step_seconds_median=median,
+        step_seconds_p10=low,
+        step_seconds_p90=high,
+        samples_per_second=global_batch * len(step_seconds) / train_seconds,
+        tokens_per_second=TokensPerSecond(**{
+            kind: sum(getattr(count, kind) for count in counts) / train_seconds
+            for kind in TokensPerSecond.model_fields
+        }),
+        data_share=max(0.0, 1 - sum(step_seconds) / train_seconds),
+    )  # fmt: skip
