@@ -18,6 +18,7 @@ from peftbench.files import write_atomically
 from peftbench.record import RunRecord
 from peftbench.report.columns import COLUMNS, FIRST_TO_GO, Column, method_label
 from peftbench.report.groups import by_knob, over_seeds
+from peftbench.report.plausibility import implausible
 
 _ENDLESS = 10_000  # characters: more than any table takes
 
@@ -92,7 +93,7 @@ def notes(records: Sequence[RunRecord]) -> list[str]:
     judged = {(r.quality.split, r.quality.examples, r.data_identity) for r in records if r.quality is not None}
     if len(judged) > 1:
         found.append("these runs were not evaluated on the same examples")
-    return found
+    return [*found, *implausible(records)]
 
 
 def _protocol(record: RunRecord) -> list[object]:

@@ -1,0 +1,72 @@
+"""What the Probe itself takes of a step: its calls alone, many times, against the median step of given records.
+
+Run: python benchmarks/probe_overhead/measure.py docs/results/demo
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+
+from peftbench.profiler.probe import Probe
+from peftbench.record import read_records
+
+CALLS = 10_000
+REPEATS = 7
+
+
+def seconds_a_step(device: torch.device) -> list[float]:
+    """Seconds that one step and the pause after it spend in the Probe, once for each repeat."""
+    found = []
+    for _ in range(REPEATS):
+        probe = Probe(device)
+        start = time.perf_counter()
+        for _ in range(CALLS):
+            with probe.step():
+                pass
+            with probe.paused():
+                pass
+        found.append((time.perf_counter() - start) / CALLS)
+    return found
+
+
+def seconds_a_phase(device: torch.device) -> list[float]:
+    """Seconds that entering and leaving one phase takes, with the reset and the reading of its peak."""
+    found = []
+    for _ in range(REPEATS):
+        probe = Probe(device)
+        start = time.perf_counter()
+        for _ in range(100):
+            with probe.phase("train"):
+                pass
+        found.append((time.perf_counter() - start) / 100)
+    return found
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("records", type=Path, help="Folder with records of runs on this kind of machine.")
+    folder = parser.parse_args().records
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    step, phase = statistics.median(seconds_a_step(device)), statistics.median(seconds_a_phase(device))
+    print(f"on {device}: {step * 1e6:.2f} us a step, {phase * 1e6:.0f} us a phase (medians of {REPEATS})\n")
+    rows = [
+        {
+            "run": record.name,
+            "median step, ms": f"{statistics.median(record.step_seconds) * 1e3:.1f}",
+            "Probe, of a step": f"{step / statistics.median(record.step_seconds):.5%}",
+        }
+        for record in read_records(folder)
+        if record.step_seconds
+    ]
+    print(tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True))
+
+
+if __name__ == "__main__":
+    main()

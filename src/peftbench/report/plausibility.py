@@ -1,0 +1,41 @@
+"""What cannot be: figures of a table that contradict arithmetic, so that something was not measured as it should be."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+from peftbench.record import RunRecord
+
+TOLERANCE = 1.15
+"""How far above its ceiling a ratio of times may lie, for noise and for kernels that run at unlike speeds."""
+
+
+def implausible(records: Sequence[RunRecord]) -> Iterator[str]:
+    """A sentence for each pair of runs whose times differ by more than what they computed does.
+
+    On one device a step that computes a third of the FLOPs can at best take a third of the time: whatever else a step
+    does (optimizer, launches, batches) only brings times closer. A larger ratio is an error of measurement, or another
+    load on the machine.
+    """
+    timed = [r for r in records if r.throughput and r.flops.executed and r.steps]
+    for slow, fast in itertools.permutations(timed, 2):
+        if slow.device != fast.device or slow.engine != fast.engine:
+            continue
+        times = _step_seconds(slow) / _step_seconds(fast)
+        ceiling = _step_flops(slow) / _step_flops(fast)
+        if ceiling >= 1 and times > TOLERANCE * ceiling:
+            yield (
+                f"a step of {slow.name} took {times:.2f} times as long as one of {fast.name} and computed only "
+                f"{ceiling:.2f} times as much: one of them was not measured undisturbed"
+            )
+
+
+def _step_seconds(record: RunRecord) -> float:
+    assert record.throughput is not None
+    return record.throughput.step_seconds_median
+
+
+def _step_flops(record: RunRecord) -> float:
+    assert record.flops.executed is not None
+    return record.flops.executed / record.steps
