@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from peftbench.data.batches import GlobalBatch, MicroBatch
-    from peftbench.engine.build import Trainer
+    from peftbench.engine.build import Built, Trainer
     from peftbench.record import RunRecord
 
 torch.set_num_threads(1)
@@ -320,6 +320,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Files:
     """A few dozen examples in three splits."""
     splits = {"train": examples(24, seed=1), "validation": examples(8, seed=2), "test": examples(8, seed=3)}
     return write_corpus(tmp_path_factory.mktemp("corpus"), splits)
+
+
+def built_from(recipe: Recipe, accelerator: Accelerator) -> Built:
+    """What a run builds, from the base that it loads."""
+    from peftbench.engine.build import build, load_base
+
+    return build(recipe, load_base(recipe), accelerator)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from peftbench.record import (
     FILE,
     FINAL,
     SCHEMA_VERSION,
+    Compute,
     Device,
     Engine,
     Flops,
@@ -68,6 +69,9 @@ def full_record() -> RunRecord:
         ),
         notes=("a note",),
         skipped_steps=1,
+        compute=Compute(
+            required_per_second=1e9, executed_per_second=2e9, peak_per_second=4e9, achievable_per_second=3e9
+        ),
         warmup_steps=1,
         memory_by_rank=({"train": Memory(allocated_bytes=1)}, {"train": Memory(allocated_bytes=2)}),
         throughput=Throughput(
@@ -199,3 +203,11 @@ def test_reading_records_needs_no_torch() -> None:
     code = "import sys, peftbench.record; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_utilisation_is_of_a_known_whole() -> None:
+    """Each share is of its own whole, and unknown where a part of it is."""
+    known = Compute(required_per_second=1.0, executed_per_second=2.0, peak_per_second=8.0, achievable_per_second=4.0)
+    assert (known.mfu, known.hfu, known.of_achievable) == (0.125, 0.25, 0.25)
+    unknown = Compute(required_per_second=1.0)
+    assert (unknown.mfu, unknown.hfu, unknown.of_achievable) == (None, None, None)

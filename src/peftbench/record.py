@@ -156,6 +156,36 @@ class Flops(_Kept):
     """The convention: six for each parameter outside the embeddings and token, padding included, frozen or not."""
 
 
+class Compute(_Kept):
+    """FLOP/s of the timed steps and of what they ran on, over all ranks."""
+
+    required_per_second: float | None = None
+    executed_per_second: float | None = None
+    peak_per_second: float | None = None
+    """By the maker's data sheet at the precision used; None for a device that is not in the table."""
+    achievable_per_second: float | None = None
+    """Of a large matrix product, measured on every rank at once when the run ended."""
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs utilisation: required, of the peak (Chowdhery et al. 2022, appendix B)."""
+        return _share(self.required_per_second, self.peak_per_second)
+
+    @property
+    def hfu(self) -> float | None:
+        """Hardware FLOPs utilisation: executed, of the peak."""
+        return _share(self.executed_per_second, self.peak_per_second)
+
+    @property
+    def of_achievable(self) -> float | None:
+        """Required, of what a matrix product achieves."""
+        return _share(self.required_per_second, self.achievable_per_second)
+
+
+def _share(part: float | None, whole: float | None) -> float | None:
+    return None if part is None or whole is None else part / whole
+
+
 class RunRecord(_Kept):
     """Everything kept of one run."""
 
@@ -195,6 +225,7 @@ class RunRecord(_Kept):
     memory_by_rank: tuple[dict[str, Memory], ...] = ()
     """Each rank's own, until the end of evaluation."""
     flops: Flops = Flops()
+    compute: Compute = Compute()
     energy_joules: float | None = None
     quality: Quality | None = None
     notes: tuple[str, ...] = ()

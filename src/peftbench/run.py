@@ -20,16 +20,17 @@ from safetensors import SafetensorError
 
 from peftbench.data.docstrings import DISTRIBUTION
 from peftbench.engine.bind import bind, device_of, notes
-from peftbench.engine.build import Built, Trainer, build, make_trainer, read_split
+from peftbench.engine.build import Built, Trainer, build, load_base, make_trainer, read_split
 from peftbench.engine.loop import DivergedError, Progress, train
 from peftbench.engine.ranks import gathered, main_process_first
 from peftbench.errors import PeftbenchError
 from peftbench.evaluation.measure import Evaluation, quality_of
 from peftbench.files import write_error
+from peftbench.profiler.devices import achievable_flops, peak_flops
 from peftbench.profiler.memory import largest
 from peftbench.profiler.probe import Probe
 from peftbench.profiler.throughput import throughput
-from peftbench.record import Engine, Flops, Memory, Outcome, Quality, RunRecord, Throughput, Tokens
+from peftbench.record import Compute, Engine, Flops, Memory, Outcome, Quality, RunRecord, Throughput, Tokens
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -62,6 +63,7 @@ class Run:
         self.examples: dict[str, int] = {}
         self.dropped: dict[str, int] = {}
         self.data_identity: str | None = None
+        self.achievable: float | None = None
         self.memory_by_rank: list[dict[str, Memory]] = []
         self.notes = notes(self.accelerator)
 
@@ -109,7 +111,9 @@ class Run:
         try:
             self._work()
         except DivergedError as error:
-            return Outcome(kind="diverged", step=error.step, phase=self.probe.current_phase, error=str(error))
+            # Outside of a phase it was the evaluation that found it.
+            phase = self.probe.current_phase or "evaluate"
+            return Outcome(kind="diverged", step=error.step, phase=phase, error=str(error))
         except torch.OutOfMemoryError as error:
             return Outcome(
                 kind="oom", **self._where(), requested_bytes=_requested_bytes(error), error=_first_line(error)
@@ -132,22 +136,25 @@ class Run:
             with self.probe.phase("generate"):
                 self.quality = self._extracted()
             return
+        with self.probe.phase("load"):
+            base = load_base(self.recipe)
         with self.probe.phase("build"):
-            built = self.built = build(self.recipe, self.accelerator)
+            built = self.built = build(self.recipe, base, self.accelerator)
             self.notes += built.notes
             self._count(self.recipe.evaluate.split, len(built.held_out.dataset), built.held_out.dropped)
         if self.recipe.method.trains:
             self._train(built)
         else:
             self._forget_model()
-        with self.probe.phase("evaluate"):
-            evaluation = Evaluation(
-                self.accelerator, built.bare_model, built.encoder, built.held_out.dataset, self.recipe
-            )
-            self.quality = evaluation.quality()
-            if not math.isfinite(self.quality.loss or 0.0):
-                steps = self.progress.steps
-                raise DivergedError(steps, f"the held-out loss after step {steps} is {self.quality.loss}")
+        evaluation = Evaluation(self.accelerator, built.bare_model, built.encoder, built.held_out.dataset, self.recipe)
+        self.quality = evaluation.quality(self.probe)
+        if not math.isfinite(self.quality.loss or 0.0):
+            steps = self.progress.steps
+            raise DivergedError(steps, f"the held-out loss after step {steps} is {self.quality.loss}")
+        if self.recipe.method.trains:
+            mine = achievable_flops(self.accelerator.device, self.recipe.train.precision)
+            every = [flops for flops in gathered(self.accelerator, mine) if flops is not None]
+            self.achievable = sum(every) if len(every) == self.accelerator.num_processes else None
         self.memory_by_rank = gathered(self.accelerator, dict(self.probe.memory))
         if self.recipe.method.trains and self.recipe.save_model:
             with self.probe.phase("save"):
@@ -232,6 +239,7 @@ class Run:
             memory=functools.reduce(largest, self.memory_by_rank, dict(self.probe.memory)),
             memory_by_rank=tuple(self.memory_by_rank),
             flops=self._flops(),
+            compute=self._compute(),
             quality=self.quality,
             notes=tuple(self.notes),
         )
@@ -251,9 +259,22 @@ class Run:
         cost, done = self.trainer.cost, self.progress
         parameters = self.built.base.model.num_parameters(exclude_embeddings=True)
         return Flops(
-            required=cost.required(done.required) if cost else None,
-            executed=cost.executed(done.executed) if cost else None,
+            required=sum(map(cost.required, done.step_required)) if cost else None,
+            executed=sum(map(cost.executed, done.step_executed)) if cost else None,
             six_n=6 * parameters * done.counts.padded,
+        )
+
+    def _compute(self) -> Compute:
+        warmup, seconds = self.recipe.profile.warmup_steps, self.probe.phase_seconds.get("train")
+        if self.trainer is None or self.trainer.cost is None or not seconds:
+            return Compute()
+        cost, done, processes = self.trainer.cost, self.progress, self.accelerator.num_processes
+        peak = peak_flops(device_of(self.accelerator).name, self.recipe.train.precision)
+        return Compute(
+            required_per_second=sum(map(cost.required, done.step_required[warmup:])) / seconds,
+            executed_per_second=sum(map(cost.executed, done.step_executed[warmup:])) / seconds,
+            peak_per_second=None if peak is None else peak * processes,
+            achievable_per_second=self.achievable,
         )
 
     def _engine(self) -> Engine | None:

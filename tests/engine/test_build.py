@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from peftbench.engine.bind import bind
-from peftbench.engine.build import build, make_trainer, read_split
+from peftbench.engine.build import make_trainer, read_split
 from peftbench.errors import EmptySplitError, OutOfRangeError, SequenceTooShortError
 from peftbench.methods.base import Method
 from peftbench.methods.full import Full
 from peftbench.methods.prompt_tuning import PromptTuning
-from tests.conftest import POSITIONS, Workshop, every_method
+from tests.conftest import POSITIONS, Workshop, built_from, every_method
 
 
 @every_method
@@ -21,7 +21,7 @@ def test_checkpointing_where_there_is_something_to_recompute(method: Method, wor
         recipe = workshop.recipe(method, train={"gradient_checkpointing": switch}, model={"dropout": 0.1})
         losses[switch] = workshop.run(recipe).losses
     assert losses[True] == pytest.approx(losses[False], rel=1e-5)
-    built = build(recipe, bind(recipe, workshop.output))
+    built = built_from(recipe, bind(recipe, workshop.output))
     assert built.base.model.is_gradient_checkpointing is not method.trunk_frozen
 
 
@@ -29,7 +29,7 @@ def test_checkpointing_where_there_is_something_to_recompute(method: Method, wor
 def test_parameters_of_the_record(method: Method, workshop: Workshop) -> None:
     """The record counts the base's scalars once, tied ones too, and the trained ones by the closed form."""
     recipe = workshop.recipe(method)
-    built = build(recipe, bind(recipe, workshop.output))
+    built = built_from(recipe, bind(recipe, workshop.output))
     assert built.parameters.trainable == sum(p.numel() for p in built.bare_model.parameters() if p.requires_grad)
     # Embedding, positions, two blocks of 12 h^2 + 13 h, the last norm.
     assert built.parameters.total == 4096 * 64 + 64 * 64 + 2 * (12 * 64**2 + 13 * 64) + 2 * 64
@@ -55,16 +55,16 @@ def test_virtual_tokens_take_positions(workshop: Workshop) -> None:
     """A recipe that fits the model without virtual tokens is refused with them, and says what would fit."""
     fits = workshop.recipe(Full(), data={"max_tokens": POSITIONS})
     accelerator = bind(fits, workshop.output)
-    assert build(fits, accelerator).encoder.layout.max_tokens == POSITIONS
+    assert built_from(fits, accelerator).encoder.layout.max_tokens == POSITIONS
     with pytest.raises(OutOfRangeError, match=f"set data.max_tokens={POSITIONS - 5} or less"):
-        build(workshop.recipe(PromptTuning(tokens=5), data={"max_tokens": POSITIONS}), accelerator)
+        built_from(workshop.recipe(PromptTuning(tokens=5), data={"max_tokens": POSITIONS}), accelerator)
 
 
 def test_no_room_for_an_article(workshop: Workshop) -> None:
     """A limit that leaves no room for an article is refused before anything is trained."""
     recipe = workshop.recipe(Full(), data={"max_tokens": 10}, evaluate={"max_new_tokens": 8})
     with pytest.raises(SequenceTooShortError):
-        build(recipe, bind(recipe, workshop.output))
+        built_from(recipe, bind(recipe, workshop.output))
 
 
 def test_padding_to_a_fixed_width(workshop: Workshop) -> None:
@@ -72,7 +72,7 @@ def test_padding_to_a_fixed_width(workshop: Workshop) -> None:
     for padding in ("max_tokens", "longest"):
         recipe = workshop.recipe(Full(), data={"padding": padding})
         accelerator = bind(recipe, workshop.output)
-        batch = next(iter(make_trainer(recipe, build(recipe, accelerator), accelerator).batches))
+        batch = next(iter(make_trainer(recipe, built_from(recipe, accelerator), accelerator).batches))
         (part,) = batch.micro_batches
         longest = int(part.attention_mask.sum(dim=1).max())
         assert part.input_ids.shape[1] == (48 if padding == "max_tokens" else longest)

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from peftbench.engine.bind import bind
-from peftbench.engine.build import build, make_trainer
+from peftbench.engine.build import make_trainer
 from peftbench.engine.loop import Progress, train, train_step
 from peftbench.errors import EngineError, PrecisionError
 from peftbench.methods.base import Method
 from peftbench.methods.full import Full
 from peftbench.profiler.probe import Probe
-from tests.conftest import Workshop, every_method, forget_accelerators, trained
+from tests.conftest import Workshop, built_from, every_method, forget_accelerators, trained
 
 
 def test_fp16_on_cpu_is_refused(workshop: Workshop) -> None:
@@ -45,7 +45,7 @@ def test_bf16_keeps_trained_weights_in_float32(method: Method, workshop: Worksho
     """Under bf16 the forward pass is in bfloat16; weights, gradients and the optimizer's states stay in float32."""
     recipe = workshop.recipe(method, train={"precision": "bf16", "steps": 2})
     accelerator = bind(recipe, workshop.output)
-    built = build(recipe, accelerator)
+    built = built_from(recipe, accelerator)
     trainer = make_trainer(recipe, built, accelerator)
     method.set_training(built.bare_model)
     computed: set[torch.dtype] = set()
@@ -68,7 +68,7 @@ def test_bf16_is_near_fp32_and_not_the_same(workshop: Workshop) -> None:
         forget_accelerators()
         recipe = workshop.recipe(Full(), train={"precision": precision})
         accelerator = bind(recipe, workshop.output)
-        trainer = make_trainer(recipe, build(recipe, accelerator), accelerator)
+        trainer = make_trainer(recipe, built_from(recipe, accelerator), accelerator)
         losses[precision] = train_step(accelerator, trainer, next(iter(trainer.batches)), max_grad_norm=None)
     assert losses["bf16"] != losses["fp32"]
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
@@ -78,5 +78,5 @@ def test_a_base_in_half_precision_is_trained_in_float32(workshop: Workshop) -> N
     """Weights saved in fp16, as the shipped base's are, are loaded in float32 before anything is trained."""
     recipe = workshop.recipe(Full(), model={"path": "shipped"})
     accelerator = bind(recipe, workshop.output)
-    model = build(recipe, accelerator).bare_model
+    model = built_from(recipe, accelerator).bare_model
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}

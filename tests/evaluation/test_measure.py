@@ -16,6 +16,7 @@ from peftbench.evaluation.measure import Evaluation
 from peftbench.methods.base import Method
 from peftbench.methods.baselines import ZeroShot
 from peftbench.methods.full import Full
+from peftbench.profiler.probe import Probe
 from tests.conftest import (
     Workshop,
     every_architecture,
@@ -96,7 +97,7 @@ def test_quality_is_put_together(applied: Applied, evaluation: MakeEvaluation, e
     """A quality says of how many examples it is, keeps as many samples as asked for, each with its own reference."""
     model = applied(ZeroShot(), "gpt2_tied")
     measured = evaluation(ZeroShot(), model, samples=3, teacher_forced=True)
-    quality = measured.quality()
+    quality = measured.quality(Probe(torch.device("cpu")))
     assert (quality.split, quality.examples) == ("test", 7)
     assert quality.loss == measured.loss()
     assert quality.loss is not None
@@ -112,7 +113,7 @@ def test_quality_is_put_together(applied: Applied, evaluation: MakeEvaluation, e
 def test_only_what_is_asked_for(applied: Applied, evaluation: MakeEvaluation) -> None:
     """Without generation there is a loss and no ROUGE, and no figure of the study's under any name."""
     model = applied(ZeroShot(), "gpt2_tied")
-    quality = evaluation(ZeroShot(), model, generate=False).quality()
+    quality = evaluation(ZeroShot(), model, generate=False).quality(Probe(torch.device("cpu")))
     assert quality.loss is not None
     assert quality.rouge is None
     assert quality.teacher_forced_argmax_rouge is None

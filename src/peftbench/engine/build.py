@@ -97,14 +97,22 @@ def make_encoder(recipe: Recipe, base: Base) -> Encoder:
     return Encoder(base.tokenizer, layout)
 
 
-def build(recipe: Recipe, accelerator: Accelerator) -> Built:
-    """Load the base, apply the method, encode the held-out split.
+def load_base(recipe: Recipe) -> Base:
+    """The recipe's base; where its weights are random, they depend on ``train.seed``.
+
+    Raises:
+        ModelError, HubUnreachableError: it is not there, or cannot be used.
+    """
+    set_seed(recipe.train.seed)
+    return load(recipe.model)
+
+
+def build(recipe: Recipe, base: Base, accelerator: Accelerator) -> Built:
+    """Encode the held-out split and apply the method to ``base``.
 
     Raises:
         PeftbenchError: any mistake of the recipe's that shows only now.
     """
-    set_seed(recipe.train.seed)
-    base = load(recipe.model)
     encoder = make_encoder(recipe, base)
     held_out = main_process_first(accelerator, lambda: encoded_split(recipe, encoder, recipe.evaluate.split))
     set_seed(recipe.train.seed)  # a method's new weights depend on the seed alone, not on how the base was made

@@ -37,8 +37,9 @@ class Progress:
     losses: list[float] = field(default_factory=list)
     step_counts: list[TokenCounts] = field(default_factory=list)
     """Tokens of each step, over all ranks."""
-    required: Work = field(default_factory=Work)
-    executed: Work = field(default_factory=Work)
+    step_required: list[Work] = field(default_factory=list)
+    step_executed: list[Work] = field(default_factory=list)
+    """What each step needed and what it computed, over all ranks."""
     skipped: int = 0
     """Steps that fp16's loss scaler took back, because a gradient overflowed."""
 
@@ -98,8 +99,8 @@ def train(
             progress.losses.append(loss)
             progress.skipped += bool(accelerator.optimizer_step_was_skipped)
             progress.step_counts.append(batch.counts)
-            progress.required += batch.required
-            progress.executed += batch.executed
+            progress.step_required.append(batch.required)
+            progress.step_executed.append(batch.executed)
             with probe.paused():
                 on_step(progress.steps, {"loss": loss, "learning_rate": learning_rate})
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from peftbench.data.encode import Encoder
+    from peftbench.profiler.probe import Probe
     from peftbench.recipe import Evaluate, Recipe
 
 _SAMPLE_CHARS = 600  # of an article, in the record
@@ -97,13 +98,16 @@ class Evaluation:
             texts += [(row["index"], self.encoder.decode(tokens)) for row, tokens in zip(rows, new, strict=True)]
         return self._in_order(texts)
 
-    def quality(self) -> Quality:
-        """Everything the recipe asks to be measured."""
-        loss = self.loss()
-        forced = self.teacher_forced() if self.knobs.teacher_forced else None
-        return quality_of(
-            self.knobs, self.dataset, self.summaries() if self.knobs.generate else None, loss=loss, forced=forced
-        )
+    def quality(self, probe: Probe) -> Quality:
+        """Everything the recipe asks to be measured; a model whose loss is no number is not asked to write."""
+        with probe.phase("evaluate"):
+            loss = self.loss()
+            forced = self.teacher_forced() if self.knobs.teacher_forced else None
+        generated = None
+        if self.knobs.generate and math.isfinite(loss):
+            with probe.phase("generate"):
+                generated = self.summaries()
+        return quality_of(self.knobs, self.dataset, generated, loss=loss, forced=forced)
 
     def _collate(self, rows: list[dict[str, Any]]) -> MicroBatch:
         return self.collator.collate([row["input_ids"] for row in rows], [row["prompt_tokens"] for row in rows])

@@ -98,7 +98,17 @@ def _outcome(record: RunRecord) -> str:
     return outcome.kind + (f" at step {outcome.step}" if outcome.step is not None else "")
 
 
-FIRST_TO_GO = ("ROUGE-Lsum", "ROUGE-2", "ROUGE-1", "share", "required TFLOP", "trained", "tokens/s")
+FIRST_TO_GO = (
+    "ROUGE-Lsum",
+    "ROUGE-2",
+    "ROUGE-1",
+    "share",
+    "required TFLOP",
+    "of achievable",
+    "MFU",
+    "trained",
+    "tokens/s",
+)
 """Columns that a narrow terminal goes without, in this order; they are in the report."""
 
 COLUMNS: tuple[Column, ...] = (
@@ -147,6 +157,18 @@ COLUMNS: tuple[Column, ...] = (
         "the output head at labels, a backward pass only where the method needs one",
         lambda r: {f"{kind}_flops": getattr(r.flops, kind) for kind in ("required", "executed", "six_n")},
         lambda r: "–" if r.flops.required is None else f"{r.flops.required / 1e12:.3g}",
+        optional=True,
+    ),
+    Column(
+        "MFU", "model FLOPs utilisation: required FLOPs a second, of the device's peak by its maker's data sheet",
+        lambda r: {"mfu": r.compute.mfu, "hfu": r.compute.hfu},
+        lambda r: "–" if r.compute.mfu is None else f"{r.compute.mfu:.1%}",
+        optional=True,
+    ),
+    Column(
+        "of achievable", "required FLOPs a second, of what a large matrix product then achieved on the device",
+        lambda r: {"of_achievable": r.compute.of_achievable},
+        lambda r: "–" if r.compute.of_achievable is None else f"{r.compute.of_achievable:.1%}",
         optional=True,
     ),
     Column("outcome", "how the run ended", lambda r: {"outcome": r.outcome.kind}, _outcome),

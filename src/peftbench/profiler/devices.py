@@ -1,0 +1,59 @@
+"""What a device could compute: by its maker's data sheet, and by a short matrix product measured on it."""
+
+from __future__ import annotations
+
+import time
+from typing import Literal
+
+import torch
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+PEAK_FLOPS: dict[str, dict[str, float]] = {
+    # Dense, with accumulation in fp32. fp32 is that of the ordinary cores, since torch leaves TF32 off.
+    "Tesla T4": {"fp32": 8.1e12, "fp16": 65e12},
+    "Tesla V100-SXM2": {"fp32": 15.7e12, "fp16": 125e12},
+    "NVIDIA A100": {"fp32": 19.5e12, "fp16": 312e12, "bf16": 312e12},
+    "NVIDIA H100 80GB HBM3": {"fp32": 66.9e12, "fp16": 989.4e12, "bf16": 989.4e12},
+    "NVIDIA H200": {"fp32": 66.9e12, "fp16": 989.4e12, "bf16": 989.4e12},
+}
+"""FLOP/s by the beginning of torch's name of a device. Sources, all NVIDIA's: T4, V100 (2020) and A100 (2021) data sheets,
+H100 Tensor Core GPU architecture white paper (SXM5), H200 data sheet (2024)."""
+
+_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_SIZE = {"cuda": 8192, "cpu": 1024}
+_SECONDS = 0.1
+
+
+def peak_flops(name: str, precision: str) -> float | None:
+    """The data sheet's FLOP/s of the device called ``name``, None where it is not in the table."""
+    found = [peaks for beginning, peaks in PEAK_FLOPS.items() if name.startswith(beginning)]
+    return found[0].get(precision) if found else None
+
+
+def achievable_flops(device: torch.device, precision: str) -> float | None:
+    """FLOP/s of square matrix products on ``device`` now: the best of as many as fit a tenth of a second.
+
+    None where the device has no memory left for them.
+    """
+    size = _SIZE.get(device.type, 1024)
+    try:
+        left, right, _ = (torch.ones((size, size), dtype=_TYPES[precision], device=device) for _ in range(3))
+    except torch.OutOfMemoryError:  # the run itself went well and left no room
+        return None
+    best, deadline = 0.0, time.perf_counter() + _SECONDS
+    torch.mm(left, right)  # kernels are chosen
+    while True:
+        _wait(device)
+        start = time.perf_counter()
+        torch.mm(left, right)
+        _wait(device)
+        end = time.perf_counter()
+        best = max(best, 2 * size**3 / (end - start))
+        if end > deadline:
+            return best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

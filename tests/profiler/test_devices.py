@@ -1,0 +1,44 @@
+"""What a device could compute."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from peftbench.profiler.devices import PEAK_FLOPS, achievable_flops, peak_flops
+
+
+def test_a_known_device() -> None:
+    """Names are torch's, which may go on after what the table has."""
+    assert peak_flops("NVIDIA A100-SXM4-40GB", "bf16") == 312e12
+    assert peak_flops("NVIDIA H200", "fp32") == 66.9e12
+    assert peak_flops("Tesla T4", "fp16") == 65e12
+
+
+@pytest.mark.parametrize(("name", "precision"), [("AMD EPYC", "fp32"), ("Tesla T4", "bf16"), ("", "fp32")])
+def test_what_is_not_in_the_table_is_unknown(name: str, precision: str) -> None:
+    """An unknown device, or a precision that a device does not have, is None and no other device's figure."""
+    assert peak_flops(name, precision) is None
+
+
+def test_no_name_begins_another() -> None:
+    """One device has one row."""
+    assert len(PEAK_FLOPS) >= 5
+    assert not [(a, b) for a in PEAK_FLOPS for b in PEAK_FLOPS if a != b and a.startswith(b)]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_achievable_is_what_a_product_takes(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product of 1,024 x 1,024 that takes half a second is 2 x 1,024^3 operations in half a second."""
+    clock = [0.0]
+
+    def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        assert left.shape == right.shape == (1024, 1024)
+        clock[0] += 0.5
+        return left
+
+    monkeypatch.setattr(torch, "mm", product)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    assert achievable_flops(torch.device("cpu"), precision) == 2 * 1024**3 / 0.5
