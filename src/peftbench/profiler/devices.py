@@ -17,8 +17,11 @@ PEAK_FLOPS: dict[str, dict[str, float]] = {
     "NVIDIA H100 80GB HBM3": {"fp32": 66.9e12, "fp16": 989.4e12, "bf16": 989.4e12},
     "NVIDIA H200": {"fp32": 66.9e12, "fp16": 989.4e12, "bf16": 989.4e12},
 }
-"""FLOP/s by the beginning of torch's name of a device. Sources, all NVIDIA's: data sheets of T4, V100 (2020), A100 (2021)
-and H200 (2024), and the H100 Tensor Core GPU architecture white paper (SXM5)."""
+"""FLOP/s by the beginning of torch's name of a device.
+
+Sources, all NVIDIA's: data sheets of T4, V100 (2020), A100 (2021) and H200 (2024), and the H100 Tensor Core GPU
+architecture white paper (SXM5).
+"""
 
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SIZE = {"cuda": 8192, "cpu": 1024}
