@@ -63,6 +63,7 @@ class Run:
         self.examples: dict[str, int] = {}
         self.dropped: dict[str, int] = {}
         self.data_identity: str | None = None
+        self.recorded = False
         self.achievable: float | None = None
         self.memory_by_rank: list[dict[str, Memory]] = []
         self.notes = notes(self.accelerator)
@@ -96,6 +97,7 @@ class Run:
         path = self.folder / "record.json"
         if self.accelerator.is_main_process:
             path = record.write(self.folder)
+            self.recorded = True
         if fault is not None:
             raise fault
         self.accelerator.end_training()
@@ -232,14 +234,14 @@ class Run:
             steps=self.progress.steps,
             skipped_steps=self.progress.skipped,
             losses=tuple(self.progress.losses),
-            step_seconds=tuple(self.probe.step_seconds),
+            step_seconds=tuple(self.probe.step_seconds[: self.progress.steps]),
             warmup_steps=min(self.recipe.profile.warmup_steps, self.progress.steps),
             phase_seconds=dict(self.probe.phase_seconds),
-            throughput=self._throughput(),
+            throughput=self._throughput() if outcome.kind == "ok" else None,
             memory=functools.reduce(largest, self.memory_by_rank, dict(self.probe.memory)),
             memory_by_rank=tuple(self.memory_by_rank),
             flops=self._flops(),
-            compute=self._compute(),
+            compute=self._compute() if outcome.kind == "ok" else Compute(),
             quality=self.quality,
             notes=tuple(self.notes),
         )
@@ -257,11 +259,10 @@ class Run:
         if self.built is None or self.trainer is None:
             return Flops()
         cost, done = self.trainer.cost, self.progress
-        parameters = self.built.base.model.num_parameters(exclude_embeddings=True)
         return Flops(
             required=sum(map(cost.required, done.step_required)) if cost else None,
             executed=sum(map(cost.executed, done.step_executed)) if cost else None,
-            six_n=6 * parameters * done.counts.padded,
+            six_n=6 * self.built.six_n_parameters * done.counts.padded,
         )
 
     def _compute(self) -> Compute:

@@ -51,16 +51,16 @@ def train(
             if is_main_process():
                 print(explained(recipe), end="")
             return
-        outcome, record = run(recipe)
+        outcome, record, code = run(recipe)
         report({
             "outcome": outcome.kind, "record": str(record) if record.is_file() else None,
             "name": recipe.name, "error": outcome.error,
         })  # fmt: skip
-        raise typer.Exit(EXIT_CODES[outcome.kind])
+        raise typer.Exit(code)
 
 
-def run(recipe: Recipe) -> tuple[Outcome, Path]:
-    """Run ``recipe``; returns the outcome and the record's path. Whatever libraries print goes to standard error.
+def run(recipe: Recipe) -> tuple[Outcome, Path, int]:
+    """Run ``recipe``; returns the outcome, the record's path and the exit code. What libraries print goes to stderr.
 
     Raises:
         PeftbenchError: the recipe cannot be run; nothing was written.
@@ -70,13 +70,19 @@ def run(recipe: Recipe) -> tuple[Outcome, Path]:
         from peftbench.run import Run
 
         place = Path(recipe.output_dir) / recipe.name / FILE
+        started: Run | None = None
         try:
-            return Run(recipe).execute()[0].outcome, place
-        except PeftbenchError:
-            raise
+            started = Run(recipe)
+            outcome = started.execute()[0].outcome
+        except PeftbenchError as error:
+            if started is None or not started.recorded:
+                raise
+            print(f"error: {error}", file=sys.stderr, flush=True)  # what was measured is kept
+            return Outcome(kind="failed", error=str(error)), place, error.exit_code
         except Exception as error:  # a fault of the program: whoever reads its traceback can mend it
             traceback.print_exc()
-            return Outcome(kind="failed", error=f"{type(error).__name__}: {error}"), place
+            return Outcome(kind="failed", error=f"{type(error).__name__}: {error}"), place, EXIT_CODES["failed"]
+        return outcome, place, EXIT_CODES[outcome.kind]
 
 
 def report(result: dict[str, object]) -> None:

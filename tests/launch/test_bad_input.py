@@ -153,7 +153,11 @@ def test_a_disk_that_fills_up_with_the_model(launch: Launch, project: Path) -> N
     """A disk with no room for the trained model is told as full; no half model is left and the record is kept."""
     with mounted(project / "disk", "size=64k") as disk:
         done = launch("--config", "recipe.yaml", "output_dir=disk", "method.r=64")
-        check(done, DiskFullError, "the disk is full: disk/run/model could not be written")
+        assert done.returncode == DiskFullError.exit_code
+        (sentence,) = done.stderr.splitlines()
+        assert sentence.startswith("error: the disk is full: disk/run/model could not be written")
+        last = json.loads(done.stdout.splitlines()[-1])
+        assert (last["outcome"], last["record"]) == ("failed", "disk/run/record.json")
         assert list(disk.rglob("*.*")) == [disk / "run" / "record.json"]
         record = json.loads((disk / "run" / "record.json").read_text(encoding="utf-8"))
         assert (record["outcome"]["kind"], record["outcome"]["phase"]) == ("failed", "save")

@@ -17,7 +17,16 @@ def test_a_known_device() -> None:
     assert peak_flops("Tesla T4", "fp16") == 65e12
 
 
-@pytest.mark.parametrize(("name", "precision"), [("AMD EPYC", "fp32"), ("Tesla T4", "bf16"), ("", "fp32")])
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        ("AMD EPYC", "fp32"),
+        ("Tesla T4", "bf16"),
+        ("", "fp32"),
+        ("NVIDIA H200 NVL", "bf16"),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16"),
+    ],
+)
 def test_what_is_not_in_the_table_is_unknown(name: str, precision: str) -> None:
     """An unknown device, or a precision that a device does not have, is None and no other device's figure."""
     assert peak_flops(name, precision) is None
@@ -34,11 +43,21 @@ def test_achievable_is_what_a_product_takes(precision: str, monkeypatch: pytest.
     """A product of 1,024 x 1,024 that takes half a second is 2 x 1,024^3 operations in half a second."""
     clock = [0.0]
 
-    def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    def product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         assert left.shape == right.shape == (1024, 1024)
         clock[0] += 0.5
-        return left
+        return out
 
     monkeypatch.setattr(torch, "mm", product)
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     assert achievable_flops(torch.device("cpu"), precision) == 2 * 1024**3 / 0.5
+
+
+def test_no_room_for_the_product_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that went well and filled the device does not fail by its last measurement."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(torch, "ones", fail)
+    assert achievable_flops(torch.device("cpu"), "fp32") is None

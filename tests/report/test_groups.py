@@ -33,3 +33,13 @@ def test_a_knob_that_no_run_has(knob: str) -> None:
     """A misspelt knob is told in one sentence."""
     with pytest.raises(UnknownKeyError, match=knob):
         by_knob([record("a", "lora", 10)], knob)
+
+
+def test_a_loss_that_is_no_number_is_no_figure() -> None:
+    """A diverged run neither breaks the mean over seeds nor wins a search; its outcome stands in its place."""
+    bad = record("a2", "lora", 10, seed=2, loss=float("nan"), outcome=Outcome(kind="diverged", step=5))
+    rows = [record(f"a{s}", "lora", 10, seed=s, loss=loss) for s, loss in enumerate((1.0, 2.0))]
+    (over,) = over_seeds([bad, *rows])
+    assert over["held-out loss"] == "1.500 ± 0.707"
+    (by,) = by_knob([bad, *rows], "train.seed")
+    assert by == {"method": "lora", "0": "**1.000**", "1": "2.000", "2": "diverged"}

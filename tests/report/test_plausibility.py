@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from peftbench.record import Device, Flops, RunRecord, Throughput, TokensPerSecond
+from peftbench.record import Device, Flops, Parameters, RunRecord, Throughput, TokensPerSecond
 from peftbench.report.plausibility import implausible
 from peftbench.report.table import notes
 from tests.report.records import record
@@ -49,3 +49,9 @@ def test_other_devices_are_not_compared() -> None:
 def test_what_is_not_known_is_not_judged() -> None:
     """Runs without figures are left out."""
     assert list(implausible([record("a", "full", 1), timed("lora", 1.0, 100)])) == []
+
+
+def test_who_trains_more_may_take_longer() -> None:
+    """Optimizer and exchange of gradients are not in FLOPs: full fine-tuning is not accused by a method that trains less."""
+    slow = timed("full", 3.0, 200).model_copy(update={"parameters": Parameters(total=1000, trainable=1000)})
+    assert list(implausible([slow, timed("lora", 1.0, 100)])) == []

@@ -144,7 +144,7 @@ class Encoder:
             raise SequenceTooShortError(
                 f"{len(encoded) - len(fits)} of {len(encoded)} examples of the {split} split do not fit {longest} "
                 f"tokens with separator, summary and end token ({row['id']} needs {row['needed']}); "
-                "raise data.max_tokens, or set data.too_long=drop"
+                "raise data.max_tokens" + (", or set data.too_long=drop" if too_long != "drop" else "")
             )
         return (encoded if len(fits) == len(encoded) else encoded.select(fits)), len(encoded) - len(fits)
 

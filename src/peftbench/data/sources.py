@@ -31,11 +31,13 @@ _NO_ROWS = ("corresponds to no data", "BatchSize must be greater than 0")  # how
 class Source(Part):
     """What all sources have in common."""
 
-    changes_in_place: ClassVar[bool] = True
-    """Whether other content may come to lie behind the same recipe, and :meth:`identity` tells so without a network."""
-
     kind: str
     """Which source."""
+
+    @property
+    def changes_in_place(self) -> bool:
+        """Whether other content may come to lie behind the same recipe, and ``identity`` tells so without a network."""
+        return True
 
     @abstractmethod
     def load(self, split: str) -> Dataset:
@@ -124,8 +126,6 @@ class Files(Source):
 class Hub(Source):
     """A data set on the Hugging Face hub, or a local copy of its repository."""
 
-    changes_in_place: ClassVar[bool] = False
-
     kind: Literal["hub"] = "hub"
     """Which source."""
     path: str = "abisee/cnn_dailymail"
@@ -140,6 +140,10 @@ class Hub(Source):
     """Column with the summary."""
     id: str | None = "id"
     """Column that names an example; null numbers them."""
+
+    @property
+    def changes_in_place(self) -> bool:
+        return Path(self.path).exists()
 
     def load(self, split: str) -> Dataset:
         from datasets import load_dataset
@@ -181,9 +185,12 @@ class Hub(Source):
 
 
 def _hash_file(digest: hashlib.blake2b, path: Path) -> None:
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def cache_of(dataset: Dataset) -> Path:

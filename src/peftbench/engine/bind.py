@@ -71,7 +71,8 @@ def _check_trackers(asked: tuple[str, ...]) -> None:
 def _check_launch(cpu: bool) -> None:
     # Where an accelerate file asks for several processes in a way that its launcher cannot start (MULTI_CPU without
     # mpirun, say), the launcher starts one, which has an address to meet the others at and no rank.
-    if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "WORLD_SIZE" not in os.environ
+    if launched and "MASTER_ADDR" in os.environ and not _parent_has("MASTER_ADDR"):
         raise EngineError(
             "accelerate was asked for several processes and started one; give its config file distributed_type: "
             "MULTI_GPU, as accel_configs/cpu2.yaml and ddp.yaml do"
@@ -82,6 +83,15 @@ def _check_launch(cpu: bool) -> None:
             f"{_asked_world_size()} processes were started for GPUs and there is no GPU; "
             "for several processes on CPU use accel_configs/cpu2.yaml"
         )
+
+
+def _parent_has(variable: str) -> bool:
+    """Whether the process that started this one was given the variable, so that it did not set it itself."""
+    try:
+        given = Path(f"/proc/{os.getppid()}/environ").read_bytes()
+    except OSError:  # not Linux: no accusation without evidence
+        return True
+    return any(entry.startswith(f"{variable}=".encode()) for entry in given.split(b"\0"))
 
 
 def _check_precision(precision: str, cpu: bool) -> None:

@@ -13,7 +13,7 @@ from peftbench.data.encode import Encoder, Layout
 from peftbench.engine.ranks import main_process_first
 from peftbench.errors import EmptySplitError
 from peftbench.models import Base, load
-from peftbench.profiler.flops import Cost, UncountableError, cost
+from peftbench.profiler.flops import Cost, cost
 from peftbench.record import Parameters
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ class Built:
     bare_model: nn.Module
     held_out: Split
     notes: tuple[str, ...]
+    six_n_parameters: int
+    """Parameters of the base outside its embeddings."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ def build(recipe: Recipe, base: Base, accelerator: Accelerator) -> Built:
     encoder = make_encoder(recipe, base)
     held_out = main_process_first(accelerator, lambda: encoded_split(recipe, encoder, recipe.evaluate.split))
     set_seed(recipe.train.seed)  # a method's new weights depend on the seed alone, not on how the base was made
+    six_n_parameters = base.model.num_parameters(exclude_embeddings=True)
     total = sum(parameter.numel() for parameter in base.model.parameters())
     model = recipe.method.apply(base.model, base.tokenizer)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -125,13 +128,14 @@ def build(recipe: Recipe, base: Base, accelerator: Accelerator) -> Built:
     elif recipe.train.gradient_checkpointing and recipe.method.trains:
         base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.to(accelerator.device)
-    return Built(base, encoder, Parameters(total=total, trainable=trainable), model, held_out, tuple(notes))
+    parameters = Parameters(total=total, trainable=trainable)
+    return Built(base, encoder, parameters, model, held_out, tuple(notes), six_n_parameters)
 
 
 def make_trainer(recipe: Recipe, built: Built, accelerator: Accelerator) -> Trainer:
     """Batches, optimizer and schedule, prepared by the engine."""
     train = main_process_first(accelerator, lambda: encoded_split(recipe, built.encoder, "train"))
-    cost, uncounted = _cost(recipe, built)
+    cost, uncounted = _cost(recipe, built, accelerator)
     collator = Collator(
         pad_token=built.encoder.end,
         virtual_tokens=recipe.method.virtual_tokens,
@@ -152,14 +156,15 @@ def make_trainer(recipe: Recipe, built: Built, accelerator: Accelerator) -> Trai
     return Trainer(model, optimizer, schedule, batches, steps, train.dropped, cost, uncounted)
 
 
-def _cost(recipe: Recipe, built: Built) -> tuple[Cost | None, str | None]:
+def _cost(recipe: Recipe, built: Built, accelerator: Accelerator) -> tuple[Cost | None, str | None]:
     """FLOPs of the bare model in the mode it is trained in, or why they are not known."""
     method = recipe.method
     method.set_training(built.bare_model)
     checkpointing = recipe.train.gradient_checkpointing and not method.trunk_frozen
+    model, base = built.bare_model, built.base.model
     try:
-        return cost(
-            built.bare_model, built.base.model, virtual_tokens=method.virtual_tokens, checkpointing=checkpointing
-        ), None  # fmt: skip
-    except UncountableError as error:
-        return None, f"FLOPs are not known: {error}"
+        with accelerator.autocast():
+            found = cost(model, base, virtual_tokens=method.virtual_tokens, checkpointing=checkpointing)
+    except Exception as error:  # an instrument must not end a run
+        return None, f"FLOPs are not known: {error or type(error).__name__}"
+    return found, None

@@ -17,7 +17,7 @@ PEAK_FLOPS: dict[str, dict[str, float]] = {
     "NVIDIA H100 80GB HBM3": {"fp32": 66.9e12, "fp16": 989.4e12, "bf16": 989.4e12},
     "NVIDIA H200": {"fp32": 66.9e12, "fp16": 989.4e12, "bf16": 989.4e12},
 }
-"""FLOP/s by the beginning of torch's name of a device.
+"""FLOP/s by torch's name of a device, up to a hyphen.
 
 Sources, all NVIDIA's: data sheets of T4, V100 (2020), A100 (2021) and H200 (2024), and the H100 Tensor Core GPU
 architecture white paper (SXM5).
@@ -30,7 +30,9 @@ _SECONDS = 0.1
 
 def peak_flops(name: str, precision: str) -> float | None:
     """The data sheet's FLOP/s of the device called ``name``, None where it is not in the table."""
-    found = [peaks for beginning, peaks in PEAK_FLOPS.items() if name.startswith(beginning)]
+    if " MIG " in name:  # a slice of a device
+        return None
+    found = [peaks for beginning, peaks in PEAK_FLOPS.items() if name == beginning or name.startswith(f"{beginning}-")]
     return found[0].get(precision) if found else None
 
 
@@ -41,18 +43,21 @@ def achievable_flops(device: torch.device, precision: str) -> float | None:
     """
     size = _SIZE.get(device.type, 1024)
     try:
-        left, right, _ = (torch.ones((size, size), dtype=_TYPES[precision], device=device) for _ in range(3))
-    except torch.OutOfMemoryError:  # the run itself went well and left no room
+        return _best(device, *(torch.ones((size, size), dtype=_TYPES[precision], device=device) for _ in range(3)))
+    except RuntimeError:  # out of memory, in one of its forms: the run itself went well and left no room
         return None
+
+
+def _best(device: torch.device, left: torch.Tensor, right: torch.Tensor, product: torch.Tensor) -> float:
     best, deadline = 0.0, time.perf_counter() + _SECONDS
-    torch.mm(left, right)  # kernels are chosen
+    torch.mm(left, right, out=product)  # kernels are chosen
     while True:
         _wait(device)
         start = time.perf_counter()
-        torch.mm(left, right)
+        torch.mm(left, right, out=product)
         _wait(device)
         end = time.perf_counter()
-        best = max(best, 2 * size**3 / (end - start))
+        best = max(best, 2 * len(left) ** 3 / (end - start))
         if end > deadline:
             return best
 

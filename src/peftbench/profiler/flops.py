@@ -83,6 +83,8 @@ def cost(model: nn.Module, base: PreTrainedModel, *, virtual_tokens: int, checkp
     Raises:
         UncountableError: it has products of a kind that is not known here.
     """
+    if base.config._attn_implementation not in {"sdpa", "eager"}:
+        raise UncountableError(f"attention as {base.config._attn_implementation}")
     trace = _Trace(base, _TOKENS + virtual_tokens)
     tokens = torch.zeros((1, _TOKENS), dtype=torch.long, device=next(model.parameters()).device)
     with torch.enable_grad(), _blocks_of(base, trace), trace:
@@ -113,7 +115,16 @@ _KEEP_NOTHING = {
     "add", "add_", "__add__", "__iadd__", "__radd__", "__get__", "view", "reshape", "transpose", "permute",
     "contiguous", "size", "dim", "split", "unsqueeze", "expand", "to", "detach", "is_floating_point", "requires_grad_",
 }  # fmt: skip
-_UNKNOWN = {"einsum", "conv1d", "conv2d", "bilinear", "tensordot", "mv", "dot", "multi_head_attention_forward"}
+_UNKNOWN = {
+    "einsum", "bilinear", "tensordot", "mv", "addmv", "dot", "inner", "outer", "ger", "addr", "vdot", "multi_dot",
+    "chain_matmul", "multi_head_attention_forward", "cdist",
+}  # fmt: skip
+
+
+def _is_unknown_product(func: Any, name: str) -> bool:
+    """Whether a function is a product that is not known here, by what torch calls such; kernels of others all are."""
+    foreign = isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)) and "aten" not in str(func)
+    return foreign or name in _UNKNOWN or name.endswith("mm") or name.startswith("conv") or "attention" in name
 
 
 class _Trace(TorchFunctionMode):
@@ -159,9 +170,9 @@ class _Trace(TorchFunctionMode):
         if func is functional.scaled_dot_product_attention:
             query, key, value = args[:3]
             return [self._attention(query, key, value, kwargs.get("dropout_p", 0.0))]
-        if name in {"matmul", "__matmul__", "bmm"}:
+        if name in {"matmul", "__matmul__", "mm", "bmm"}:
             return [self._matmul(args[0], args[1])]
-        if name in _UNKNOWN:
+        if _is_unknown_product(func, name):
             raise UncountableError(f"{name} is no product that is known here")
         return []
 

@@ -153,7 +153,7 @@ COLUMNS: tuple[Column, ...] = (
         optional=True,
     ),
     Column(
-        "required TFLOP", "floating-point operations that training needed, in 10^12: real tokens, causal attention, "
+        "required TFLOP", "floating-point operations that all steps needed, in 10^12: real tokens, causal attention, "
         "the output head at labels, a backward pass only where the method needs one",
         lambda r: {f"{kind}_flops": getattr(r.flops, kind) for kind in ("required", "executed", "six_n")},
         lambda r: "–" if r.flops.required is None else f"{r.flops.required / 1e12:.3g}",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from peftbench.errors import UnknownKeyError
 from peftbench.record import RunRecord
@@ -20,7 +21,7 @@ def over_seeds(records: Sequence[RunRecord]) -> list[dict[str, str]]:
     for same in _alike(records, _SEEDS):
         good = [record.quality for record in same if record.quality is not None]
         if len(good) > 1:
-            losses = [quality.loss for quality in good if quality.loss is not None]
+            losses = [quality.loss for quality in good if _finite(quality.loss)]
             rouges = [quality.rouge["rougeL"].mean for quality in good if quality.rouge]
             rows.append({
                 "method": str(same[0].recipe["method"]["kind"]), "seeds": str(len(good)),
@@ -38,7 +39,7 @@ def by_knob(records: Sequence[RunRecord], knob: str) -> list[dict[str, str]]:
     values = sorted({_value(r.recipe, knob) for r in records}, key=lambda value: (isinstance(value, str), value))
     rows = []
     for same in _alike(records, (knob,)):
-        losses = {_value(r.recipe, knob): r.quality.loss for r in same if r.quality and r.quality.loss is not None}
+        losses = {_value(r.recipe, knob): r.quality.loss for r in same if r.quality and _finite(r.quality.loss)}
         ends = {_value(r.recipe, knob): r.outcome.kind for r in same}
         best = min(losses, key=lambda value: losses[value]) if losses else None
         cells = {value: f"{losses[value]:.3f}" if value in losses else ends.get(value, "–") for value in values}
@@ -47,6 +48,10 @@ def by_knob(records: Sequence[RunRecord], knob: str) -> list[dict[str, str]]:
             | {str(value): f"**{cell}**" if value == best else cell for value, cell in cells.items()}
         )
     return rows
+
+
+def _finite(loss: float | None) -> TypeGuard[float]:
+    return loss is not None and math.isfinite(loss)
 
 
 def _alike(records: Sequence[RunRecord], knobs: Sequence[str]) -> list[list[RunRecord]]:

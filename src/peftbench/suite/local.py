@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peftbench.config import explained
-from peftbench.errors import RecordError
+from peftbench.errors import PeftbenchError, RecordError
 from peftbench.files import write_atomically
 from peftbench.recipe import Recipe
 from peftbench.record import FILE, FINAL, RunRecord, read_record
@@ -51,7 +51,10 @@ def finished(recipe: Recipe) -> bool:
     if record is None or record.outcome.kind not in FINAL:
         return False
     source = recipe.data.source
-    return not source.changes_in_place or record.data_identity == source.identity()
+    try:
+        return not source.changes_in_place or record.data_identity == source.identity()
+    except PeftbenchError:  # the run will say why
+        return False
 
 
 def run_suite(recipes: Sequence[Recipe], accelerate: Path | None, say: Callable[[str], None]) -> list[Result]:
