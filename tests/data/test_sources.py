@@ -75,6 +75,19 @@ def test_lists_are_no_text(write_rows: WriteRows) -> None:
         Files(train=write_rows("rows.jsonl", rows)).load("train")
 
 
+def test_a_file_that_gives_nothing_when_read(tmp_path: Path) -> None:
+    """What is a file and gives nothing is told by its path, not by a traceback."""
+    (tmp_path / "rows.jsonl").symlink_to("/proc/self/mem")
+    with pytest.raises(DataError, match=r"rows\.jsonl cannot be read"):
+        Files(train=str(tmp_path / "rows.jsonl")).identity()
+
+
+def test_a_local_copy_changes_in_place(tmp_path: Path) -> None:
+    """A folder in the place of the hub's data set may change; the hub's own is asked for by its commit."""
+    assert Hub(path=str(tmp_path)).changes_in_place
+    assert not Hub().changes_in_place
+
+
 @pytest.mark.parametrize("column", ["article", "summary"])
 def test_blank_text_is_missing(column: str, write_rows: WriteRows) -> None:
     """An example with nothing to read or nothing to write is refused by its number."""

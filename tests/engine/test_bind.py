@@ -42,3 +42,14 @@ def test_a_gpu_that_was_not_found_is_said(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setenv("ACCELERATE_USE_CPU", asked)
     assert len(notes(bind(workshop.recipe(Full()), workshop.output))) == said
+
+
+def test_an_address_from_outside_is_no_sign_of_a_failed_launch(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a cluster the address may be exported for every job; only what the launcher itself set tells of several."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr("peftbench.engine.bind._parent_has", lambda variable: variable == "MASTER_ADDR")
+    assert bind(workshop.recipe(Full()), workshop.output).num_processes == 1

@@ -17,16 +17,16 @@ def test_a_known_device() -> None:
     assert peak_flops("Tesla T4", "fp16") == 65e12
 
 
-@pytest.mark.parametrize(
-    ("name", "precision"),
-    [
-        ("AMD EPYC", "fp32"),
-        ("Tesla T4", "bf16"),
-        ("", "fp32"),
-        ("NVIDIA H200 NVL", "bf16"),
-        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16"),
-    ],
-)
+UNKNOWN = [
+    ("AMD EPYC", "fp32"),
+    ("Tesla T4", "bf16"),
+    ("", "fp32"),
+    ("NVIDIA H200 NVL", "bf16"),
+    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16"),
+]
+
+
+@pytest.mark.parametrize(("name", "precision"), UNKNOWN)
 def test_what_is_not_in_the_table_is_unknown(name: str, precision: str) -> None:
     """An unknown device, or a precision that a device does not have, is None and no other device's figure."""
     assert peak_flops(name, precision) is None

@@ -176,12 +176,12 @@ def test_products_that_are_not_known_are_not_left_out(tokenizer: PreTrainedToken
     """BLOOM multiplies with baddbmm and Mixtral in groups: unknown, and not as if they were nothing."""
     from transformers import BloomConfig, BloomForCausalLM, MixtralConfig, MixtralForCausalLM
 
-    tiny = {"hidden_size": 32, "vocab_size": 64}
     mixtral = MixtralConfig(
-        **tiny, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4,
-        num_local_experts=2, pad_token_id=None,
+        hidden_size=32, vocab_size=64, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=4, num_local_experts=2, pad_token_id=None,
     )  # fmt: skip
-    for base in (BloomForCausalLM(BloomConfig(**tiny, n_layer=1, n_head=4)), MixtralForCausalLM(mixtral)):
+    bloom = BloomConfig(hidden_size=32, vocab_size=64, n_layer=1, n_head=4)
+    for base in (BloomForCausalLM(bloom), MixtralForCausalLM(mixtral)):
         model = Full().apply(base, tokenizer)
         with pytest.raises(UncountableError):
             cost(model, base, virtual_tokens=0, checkpointing=False)

@@ -52,6 +52,6 @@ def test_what_is_not_known_is_not_judged() -> None:
 
 
 def test_who_trains_more_may_take_longer() -> None:
-    """Optimizer and exchange of gradients are not in FLOPs: full fine-tuning is not accused by a method that trains less."""
+    """Optimizer and exchange of gradients are not in FLOPs: full fine-tuning is not accused."""
     slow = timed("full", 3.0, 200).model_copy(update={"parameters": Parameters(total=1000, trainable=1000)})
     assert list(implausible([slow, timed("lora", 1.0, 100)])) == []
