@@ -53,14 +53,16 @@ def train(
             return
         outcome, record, code = run(recipe)
         report({
-            "outcome": outcome.kind, "record": str(record) if record.is_file() else None,
+            "outcome": outcome.kind, "record": None if record is None else str(record),
             "name": recipe.name, "error": outcome.error,
         })  # fmt: skip
         raise typer.Exit(code)
 
 
-def run(recipe: Recipe) -> tuple[Outcome, Path, int]:
-    """Run ``recipe``; returns the outcome, the record's path and the exit code. What libraries print goes to stderr.
+def run(recipe: Recipe) -> tuple[Outcome, Path | None, int]:
+    """Run ``recipe``; returns the outcome, the path of the record written and the exit code.
+
+    Whatever libraries print goes to standard error.
 
     Raises:
         PeftbenchError: the recipe cannot be run; nothing was written.
@@ -81,7 +83,8 @@ def run(recipe: Recipe) -> tuple[Outcome, Path, int]:
             return Outcome(kind="failed", error=str(error)), place, error.exit_code
         except Exception as error:  # a fault of the program: whoever reads its traceback can mend it
             traceback.print_exc()
-            return Outcome(kind="failed", error=f"{type(error).__name__}: {error}"), place, EXIT_CODES["failed"]
+            kept = place if started is not None and started.recorded else None
+            return Outcome(kind="failed", error=f"{type(error).__name__}: {error}"), kept, EXIT_CODES["failed"]
         return outcome, place, EXIT_CODES[outcome.kind]
 
 

@@ -23,6 +23,7 @@ from peftbench.methods.last_layer import LastLayer
 from peftbench.methods.lora import Lora
 from peftbench.optim import SGD
 from peftbench.profiler.flops import counter
+from peftbench.recipe import Profile
 from peftbench.record import read_record
 from peftbench.run import Run
 from tests.conftest import Workshop, every_architecture, every_method
@@ -278,3 +279,25 @@ def test_what_cannot_be_counted_is_unknown(workshop: Workshop) -> None:
     record = workshop.run(workshop.recipe(Lora(r=2, use_dora=True)))
     assert (record.flops.required, record.flops.executed) == (None, None)
     assert any("FLOPs are not known" in note for note in record.notes)
+
+
+def test_warm_up_is_in_no_figure(workshop: Workshop) -> None:
+    """Of five steps the first two train like the others, and time, tokens and FLOP/s are those of the last three."""
+    recipe = workshop.recipe(Full(), train={"steps": 5}, profile=Profile(warmup_steps=2))
+    record, plain = workshop.run(recipe), workshop.run(workshop.recipe(Full(), train={"steps": 5}))
+    first = workshop.run(workshop.recipe(Full(), train={"steps": 2}))
+    assert record.losses == plain.losses
+    assert (record.warmup_steps, len(record.step_seconds)) == (2, 5)
+    assert {"warmup", "train"} <= set(record.phase_seconds)
+    assert record.throughput is not None
+    assert record.throughput.steps == 3
+    seconds = record.phase_seconds["train"]
+    assert seconds >= sum(record.step_seconds[2:])
+    assert plain.tokens is not None
+    assert first.tokens is not None
+    assert plain.flops.required is not None
+    assert first.flops.required is not None
+    tokens, flops = record.throughput.tokens_per_second.real, record.compute.required_per_second
+    assert tokens * seconds == pytest.approx(plain.tokens.real - first.tokens.real)
+    assert flops is not None
+    assert flops * seconds == pytest.approx(plain.flops.required - first.flops.required)

@@ -77,7 +77,7 @@ def _check_launch(cpu: bool) -> None:
             "accelerate was asked for several processes and started one; give its config file distributed_type: "
             "MULTI_GPU, as accel_configs/cpu2.yaml and ddp.yaml do"
         )
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "unset") in {"", "-1", "-1,-1"}
+    hidden = set(os.environ.get("CUDA_VISIBLE_DEVICES", "all").split(",")) <= {"", "-1"}
     if cpu and _asked_world_size() > 1 and not hidden and not _cpu_asked_for():
         raise EngineError(
             f"{_asked_world_size()} processes were started for GPUs and there is no GPU; "

@@ -45,6 +45,8 @@ class Built:
     bare_model: nn.Module
     held_out: Split
     notes: tuple[str, ...]
+    checkpointing: bool
+    """Whether activations are computed again in the backward pass."""
     six_n_parameters: int
     """Parameters of the base outside its embeddings."""
 
@@ -123,13 +125,15 @@ def build(recipe: Recipe, base: Base, accelerator: Accelerator) -> Built:
     model = recipe.method.apply(base.model, base.tokenizer)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     notes = []
-    if recipe.train.gradient_checkpointing and recipe.method.trains and recipe.method.trunk_frozen:
+    wanted = recipe.train.gradient_checkpointing and recipe.method.trains
+    checkpointing = wanted and not recipe.method.trunk_frozen
+    if wanted and not checkpointing:
         notes.append("gradient checkpointing was left out: nothing below the head is differentiated")
-    elif recipe.train.gradient_checkpointing and recipe.method.trains:
+    if checkpointing:
         base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.to(accelerator.device)
     parameters = Parameters(total=total, trainable=trainable)
-    return Built(base, encoder, parameters, model, held_out, tuple(notes), six_n_parameters)
+    return Built(base, encoder, parameters, model, held_out, tuple(notes), checkpointing, six_n_parameters)
 
 
 def make_trainer(recipe: Recipe, built: Built, accelerator: Accelerator) -> Trainer:
@@ -160,11 +164,10 @@ def _cost(recipe: Recipe, built: Built, accelerator: Accelerator) -> tuple[Cost 
     """FLOPs of the bare model in the mode it is trained in, or why they are not known."""
     method = recipe.method
     method.set_training(built.bare_model)
-    checkpointing = recipe.train.gradient_checkpointing and not method.trunk_frozen
     model, base = built.bare_model, built.base.model
     try:
         with accelerator.autocast():
-            found = cost(model, base, virtual_tokens=method.virtual_tokens, checkpointing=checkpointing)
+            found = cost(model, base, virtual_tokens=method.virtual_tokens, checkpointing=built.checkpointing)
     except Exception as error:  # an instrument must not end a run
         return None, f"FLOPs are not known: {error or type(error).__name__}"
     return found, None
