@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from peftbench.data.encode import Encoder, Layout
@@ -16,8 +16,10 @@ def test_no_second_space_before_the_summary() -> None:
     pieces = ["<u>", "<e>", SPACE, f"{SPACE}a", f"{SPACE}b", "a", "b", ":", f"{SPACE}:"]
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token=special["unk_token"]))
-    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    inner.decoder = decoders.Metaspace(prepend_scheme="always")
+    # As Llama's: a space is put before the text whatever it begins with, so that one given too would be a second.
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+    inner.pre_tokenizer = pre_tokenizers.Split(SPACE, "merged_with_next")
+    inner.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.Fuse()])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, **special)
     encoder = Encoder(tokenizer, Layout(32, ":", 4))
     example = encoder.example("a b", "b a")
