@@ -142,6 +142,18 @@ class Profile(Part):
 
     warmup_steps: int = Field(default=5, ge=0)
     """First steps of the training that are in no figure of time, throughput or memory."""
+    breakdown: bool = False
+    """Record who holds the memory at its peak (weights, gradients, activations ...), in the last warm-up step."""
+    price_per_hour: float | None = Field(default=None, gt=0)
+    """What one device costs an hour, in any currency; null shows no price."""
+
+    @model_validator(mode="after")
+    def _a_step_for_the_breakdown(self) -> Profile:
+        if self.breakdown and self.warmup_steps < 2:
+            raise ValueError(
+                "a breakdown needs warmup_steps of 2 or more: it is made in the last, when optimizer states are there"
+            )
+        return self
 
 
 class Recipe(Part):
@@ -181,5 +193,6 @@ class Recipe(Part):
 
     def fingerprint(self) -> str:
         """Hash of every knob that may change a number; where the run is written and shown is left out."""
-        knobs = self.model_dump(mode="json", exclude={"name", "output_dir", "save_model", "trackers"})
+        shown = {"name": True, "output_dir": True, "save_model": True, "trackers": True}
+        knobs = self.model_dump(mode="json", exclude=shown | {"profile": {"price_per_hour"}})
         return hashlib.blake2b(json.dumps(knobs, sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -37,8 +37,12 @@ class Outcome(_Kept):
     step: int | None = None
     """Optimizer step (counted from 1) at which it ended, where it did not end well."""
     phase: str | None = None
+    part: str | None = None
+    """Of the step: forward, backward or optimizer."""
     requested_bytes: int | None = None
     """What an out-of-memory asked for."""
+    snapshot: str | None = None
+    """File beside the record with the GPU allocator's state when it refused, for pytorch.org/memory_viz."""
     error: str | None = None
 
 
@@ -111,16 +115,64 @@ class Engine(_Kept):
 
 
 class Memory(_Kept):
-    """Peak bytes of one phase."""
+    """Peak bytes of one phase, or of one part of its steps."""
 
     allocated_bytes: int | None = None
     """In tensors, on the GPU."""
     reserved_bytes: int | None = None
     """Held by torch's allocator for tensors, on the GPU."""
+    unusable_bytes: int | None = None
+    """Most bytes lost to fragmentation: free pieces of blocks that other tensors keep from being given back."""
+    allocation_retries: int | None = None
+    """How often the allocator found nothing free, emptied its cache and asked the GPU again."""
+    process_bytes: int | None = None
+    """Used by this process on the GPU at the end of the phase, by NVML: torch's, and what libraries hold beside."""
     resident_bytes: int | None = None
     """Resident set size of the process."""
     resident_baseline_bytes: int | None = None
     """What of it was resident before anything was loaded."""
+
+
+class StateBytes(_Kept):
+    """What a method must keep from step to step, by the sizes of its tensors, of one rank."""
+
+    weights: int
+    """Parameters and buffers."""
+    gradients: int
+    """One for each trained scalar, in the type it is trained in."""
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        """All three."""
+        return self.weights + self.gradients + self.optimizer
+
+
+class Breakdown(_Kept):
+    """Who held the memory when most of it was held, in one step outside of all other figures."""
+
+    step: int
+    rows: int
+    """Of each micro-batch, at most."""
+    width: int
+    """Positions of the widest micro-batch, virtual tokens not counted."""
+    peak_bytes: int
+    """Most bytes in storages at once."""
+    bytes_by_kind: dict[str, int]
+    """At the peak: weights, weight_copies, gradients, optimizer_state, activations, logits, temporaries."""
+    operation: str
+    """Whose result made it the peak."""
+    part: str | None
+    """Of the step: forward, backward or optimizer."""
+
+
+class CountedStep(_Kept):
+    """FLOPs of one real step, over all ranks: counted as torch dispatched them, and in closed form."""
+
+    step: int
+    counted: int
+    closed_form: int | None
+    """None where the model computes something of unknown cost."""
 
 
 class TokensPerSecond(_Kept):
@@ -154,6 +206,8 @@ class Flops(_Kept):
     """What was computed: padding, all pairs, the head everywhere, and what is computed twice."""
     six_n: int | None = None
     """The convention: six for each parameter outside the embeddings and token, padding included, frozen or not."""
+    counted_step: CountedStep | None = None
+    """The check of ``executed`` on a warm-up step; None where there was none."""
 
 
 class Compute(_Kept):
@@ -224,9 +278,16 @@ class RunRecord(_Kept):
     """By phase; the maximum over ranks where there are several (of the main one, where the run did not end well)."""
     memory_by_rank: tuple[dict[str, Memory], ...] = ()
     """Each rank's own, until the end of evaluation."""
+    step_memory: dict[str, Memory] = {}
+    """By part of the timed steps (forward, backward, optimizer), where device and engine let them be told apart."""
+    context_bytes: int | None = None
+    """What the process took of the GPU before it held a tensor, by NVML."""
+    state_bytes: StateBytes | None = None
+    breakdown: Breakdown | None = None
     flops: Flops = Flops()
     compute: Compute = Compute()
     energy_joules: float | None = None
+    """Of the training phase: of all GPUs (NVML), or of the processors (RAPL) where it ran on them."""
     quality: Quality | None = None
     notes: tuple[str, ...] = ()
     """What was used instead of what was asked for, and what else a reader must know."""
@@ -238,9 +299,26 @@ class RunRecord(_Kept):
         return path
 
     @property
+    def joules_per_1000_samples(self) -> float | None:
+        """Energy of the training phase, by the samples of its steps."""
+        if self.energy_joules is None or self.throughput is None:
+            return None
+        return 1000 * self.energy_joules / (self.throughput.steps * int(self.recipe["train"]["global_batch"]))
+
+    @property
     def train_seconds(self) -> float | None:
         """Seconds of the training phase alone, warm-up steps left out."""
         return self.phase_seconds.get("train")
+
+
+def train_peak_bytes(record: RunRecord) -> int | None:
+    """Peak of the training phase: in tensors on a GPU; on CPU resident beyond what was before anything was loaded."""
+    memory = record.memory.get("train")
+    if memory is None or memory.allocated_bytes is not None:
+        return memory.allocated_bytes if memory else None
+    if memory.resident_bytes is None or memory.resident_baseline_bytes is None:
+        return None
+    return memory.resident_bytes - memory.resident_baseline_bytes
 
 
 def read_record(path: Path) -> RunRecord:

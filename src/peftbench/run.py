@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import functools
 import math
 import os
 import re
 import shutil
-import subprocess
 import tempfile
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,18 +16,21 @@ import torch
 from safetensors import SafetensorError
 
 from peftbench.data.docstrings import DISTRIBUTION
-from peftbench.engine.bind import bind, device_of, notes
+from peftbench.engine.bind import bind, notes
 from peftbench.engine.build import Built, Trainer, build, load_base, make_trainer, read_split
 from peftbench.engine.loop import DivergedError, Progress, train
-from peftbench.engine.ranks import gathered, main_process_first
+from peftbench.engine.ranks import main_process_first
 from peftbench.errors import PeftbenchError
 from peftbench.evaluation.measure import Evaluation, quality_of
 from peftbench.files import write_error
-from peftbench.profiler.devices import achievable_flops, peak_flops
-from peftbench.profiler.memory import largest
+from peftbench.profiler.devices import achievable_flops
+from peftbench.profiler.energy import energy_meter
+from peftbench.profiler.inspection import Inspection, inspection
 from peftbench.profiler.probe import Probe
-from peftbench.profiler.throughput import throughput
-from peftbench.record import Compute, Engine, Flops, Memory, Outcome, Quality, RunRecord, Throughput, Tokens
+from peftbench.profiler.snapshot import FILE as SNAPSHOT
+from peftbench.profiler.snapshot import keep_on_out_of_memory
+from peftbench.record import Outcome, Quality, RunRecord
+from peftbench.recording import Together, recorded
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 MODEL = "model"
 """Folder, within a run's, of what was trained."""
-_VERSIONS = ("peftbench", "torch", "accelerate", "transformers", "peft", "datasets", "evaluate", "tokenizers")
 
 
 class Run:
@@ -54,7 +53,8 @@ class Run:
         except BaseException:
             self._leave_nothing()
             raise
-        self.probe = Probe(self.accelerator.device)
+        device = self.accelerator.device
+        self.probe = Probe(device, energy_meter(device, counts=self.accelerator.is_local_main_process))
         self.progress = Progress()
         self.started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.built: Built | None = None
@@ -64,8 +64,8 @@ class Run:
         self.dropped: dict[str, int] = {}
         self.data_identity: str | None = None
         self.recorded = False
-        self.achievable: float | None = None
-        self.memory_by_rank: list[dict[str, Memory]] = []
+        self.inspection: Inspection | None = None
+        self.together: Together | None = None
         self.notes = notes(self.accelerator)
 
     def execute(self) -> tuple[RunRecord, Path]:
@@ -93,7 +93,7 @@ class Run:
             outcome, fault = Outcome(kind="failed", **self._where(), error=str(error)), error
         except Exception as error:
             outcome, fault = Outcome(kind="failed", **self._where(), error=f"{type(error).__name__}: {error}"), error
-        record = self._record(outcome)
+        record = recorded(self, outcome)
         path = self.folder / "record.json"
         if self.accelerator.is_main_process:
             path = record.write(self.folder)
@@ -117,22 +117,25 @@ class Run:
             phase = self.probe.current_phase or "evaluate"
             return Outcome(kind="diverged", step=error.step, phase=phase, error=str(error))
         except torch.OutOfMemoryError as error:
-            return Outcome(
-                kind="oom", **self._where(), requested_bytes=_requested_bytes(error), error=_first_line(error)
-            )
+            return self._out_of_memory(error)
         except RuntimeError as error:
             if "DefaultCPUAllocator: can't allocate memory" not in str(error):
                 raise
-            return Outcome(
-                kind="oom", **self._where(), requested_bytes=_requested_bytes(error), error=_first_line(error)
-            )
+            return self._out_of_memory(error)
         except KeyboardInterrupt:
             return Outcome(kind="preempted", **self._where(), error="interrupted")
         return Outcome(kind="ok")
 
+    def _out_of_memory(self, error: RuntimeError) -> Outcome:
+        return Outcome(
+            kind="oom", **self._where(), requested_bytes=_requested_bytes(error), error=_first_line(error),
+            snapshot=SNAPSHOT if (self.folder / SNAPSHOT).exists() else None,
+        )  # fmt: skip
+
     def _work(self) -> None:
         # Before the work: afterwards the hub may be gone, or the files may be others.
         self.data_identity = main_process_first(self.accelerator, self.recipe.data.source.identity)
+        self._keep_snapshot()
         if not self.recipe.method.needs_model:
             self._forget_model()
             with self.probe.phase("generate"):
@@ -153,14 +156,19 @@ class Run:
         if not math.isfinite(self.quality.loss or 0.0):
             steps = self.progress.steps
             raise DivergedError(steps, f"the held-out loss after step {steps} is {self.quality.loss}")
-        if self.recipe.method.trains:
-            mine = achievable_flops(self.accelerator.device, self.recipe.train.precision)
-            every = [flops for flops in gathered(self.accelerator, mine) if flops is not None]
-            self.achievable = sum(every) if len(every) == self.accelerator.num_processes else None
-        self.memory_by_rank = gathered(self.accelerator, dict(self.probe.memory))
+        trains, device = self.recipe.method.trains, self.accelerator.device
+        self.together = Together.of(self, achievable_flops(device, self.recipe.train.precision) if trains else None)
         if self.recipe.method.trains and self.recipe.save_model:
             with self.probe.phase("save"):
                 self._save(built)
+
+    def _keep_snapshot(self) -> None:
+        """Have an out-of-memory of the GPU show who held it; one of an earlier run of this name is taken away."""
+        rank = self.accelerator.process_index
+        path = self.folder / (SNAPSHOT if rank == 0 else f"rank{rank}_{SNAPSHOT}")
+        path.unlink(missing_ok=True)
+        if self.accelerator.device.type == "cuda":
+            keep_on_out_of_memory(path)
 
     def _train(self, built: Built) -> None:
         with self.probe.phase("build"):
@@ -171,7 +179,13 @@ class Run:
         if self.recipe.trackers:
             self.accelerator.init_trackers(DISTRIBUTION, config={"recipe": self.recipe.model_dump_json()})
         self.recipe.method.set_training(built.bare_model)
-        with self.probe.training(self.recipe.profile.warmup_steps):
+        knobs = self.recipe.profile
+        looking = self.inspection = inspection(
+            built.bare_model, trainer.optimizer, device=self.accelerator.device,
+            vocabulary=built.base.model.config.vocab_size, part=lambda: self.probe.current_part,
+            count_flops=trainer.counter_sees_all, breakdown_step=knobs.warmup_steps if knobs.breakdown else None,
+        )  # fmt: skip
+        with self.probe.training(knobs.warmup_steps, looking.step):
             train(
                 self.accelerator, trainer, self.probe, self.progress,
                 max_grad_norm=self.recipe.train.max_grad_norm,
@@ -211,86 +225,8 @@ class Run:
 
     def _where(self) -> dict[str, Any]:
         in_training = self.probe.current_phase in {"warmup", "train"}
-        return {"phase": self.probe.current_phase, "step": self.progress.steps + 1 if in_training else None}
-
-    def _record(self, outcome: Outcome) -> RunRecord:
-        counts = self.progress.counts
-        return RunRecord(
-            name=self.recipe.name,
-            started_at=self.started_at,
-            recipe=self.recipe.model_dump(mode="json"),
-            recipe_fingerprint=self.recipe.fingerprint(),
-            outcome=outcome,
-            device=device_of(self.accelerator),
-            versions={name: metadata.version(name) for name in _VERSIONS},
-            git=_git_state(),
-            engine=self._engine(),
-            parameters=self.built.parameters if self.built else None,
-            model_identity=self.built.base.identity if self.built else None,
-            data_identity=self.data_identity,
-            examples=self.examples,
-            dropped=self.dropped,
-            tokens=Tokens(**vars(counts)) if self.trainer else None,
-            steps=self.progress.steps,
-            skipped_steps=self.progress.skipped,
-            losses=tuple(self.progress.losses),
-            step_seconds=tuple(self.probe.step_seconds[: self.progress.steps]),
-            warmup_steps=min(self.recipe.profile.warmup_steps, self.progress.steps),
-            phase_seconds=dict(self.probe.phase_seconds),
-            throughput=self._throughput() if outcome.kind == "ok" else None,
-            memory=functools.reduce(largest, self.memory_by_rank, dict(self.probe.memory)),
-            memory_by_rank=tuple(self.memory_by_rank),
-            flops=self._flops(),
-            compute=self._compute() if outcome.kind == "ok" else Compute(),
-            quality=self.quality,
-            notes=tuple(self.notes),
-        )
-
-    def _throughput(self) -> Throughput | None:
-        warmup, train_seconds = self.recipe.profile.warmup_steps, self.probe.phase_seconds.get("train")
-        if train_seconds is None:
-            return None
-        return throughput(
-            self.probe.step_seconds[warmup : self.progress.steps], self.progress.step_counts[warmup:],
-            train_seconds=train_seconds, global_batch=self.recipe.train.global_batch,
-        )  # fmt: skip
-
-    def _flops(self) -> Flops:
-        if self.built is None or self.trainer is None:
-            return Flops()
-        cost, done = self.trainer.cost, self.progress
-        return Flops(
-            required=sum(map(cost.required, done.step_required)) if cost else None,
-            executed=sum(map(cost.executed, done.step_executed)) if cost else None,
-            six_n=6 * self.built.six_n_parameters * done.counts.padded,
-        )
-
-    def _compute(self) -> Compute:
-        warmup, seconds = self.recipe.profile.warmup_steps, self.probe.phase_seconds.get("train")
-        if self.trainer is None or self.trainer.cost is None or not seconds:
-            return Compute()
-        cost, done, processes = self.trainer.cost, self.progress, self.accelerator.num_processes
-        peak = peak_flops(device_of(self.accelerator).name, self.recipe.train.precision)
-        return Compute(
-            required_per_second=sum(map(cost.required, done.step_required[warmup:])) / seconds,
-            executed_per_second=sum(map(cost.executed, done.step_executed[warmup:])) / seconds,
-            peak_per_second=None if peak is None else peak * processes,
-            achievable_per_second=self.achievable,
-        )
-
-    def _engine(self) -> Engine | None:
-        if self.trainer is None:
-            return None
-        share = self.recipe.train.global_batch // self.accelerator.num_processes
-        optimizer = getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)
-        return Engine(
-            kind=str(self.accelerator.distributed_type.value),
-            mixed_precision=str(self.accelerator.mixed_precision),
-            optimizer=f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
-            micro_batch=min(self.recipe.train.micro_batch or share, share),
-            accumulation=self.trainer.batches.accumulation,
-            threads=torch.get_num_threads(),
-        )
+        step, part = (self.progress.steps + 1, self.probe.current_part) if in_training else (None, None)
+        return {"phase": self.probe.current_phase, "step": step, "part": part}
 
 
 def _as_os_error(error: OSError | SafetensorError) -> OSError:
@@ -324,14 +260,3 @@ def _requested_bytes(error: BaseException) -> int | None:
 
 def _first_line(error: BaseException) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def _git_state() -> str | None:
-    """Commit of the checkout this package runs from, None where it is installed from elsewhere."""
-    here = Path(__file__).resolve().parent
-    command = ["git", "-C", os.fspath(here), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() or None if found.returncode == 0 else None

@@ -34,17 +34,17 @@ def grown(memory: Memory) -> int:
 def test_a_peak_of_known_size(size: int) -> None:
     """What was resident for a moment is the peak, though it is gone when the peak is read."""
     meter = ProcessMeter()
-    meter.start()
+    meter.lap()
     touch(size)
-    assert grown(meter.read()) == pytest.approx(size, abs=SLACK)
+    assert grown(meter.lap()) == pytest.approx(size, abs=SLACK)
 
 
 def test_a_tensor_of_known_size() -> None:
     """A tensor counts with its bytes."""
     meter = ProcessMeter()
-    meter.start()
+    meter.lap()
     held = torch.ones(32 * MIB)
-    peak = grown(meter.read())
+    peak = grown(meter.lap())
     assert peak == pytest.approx(held.numel() * held.element_size(), abs=SLACK)
 
 
@@ -91,8 +91,8 @@ def test_where_the_kernel_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr("peftbench.profiler.memory._CLEAR_REFS", Refused())
     meter = ProcessMeter()
-    meter.start()
-    assert meter.read() == Memory()
+    meter.lap()
+    assert meter.lap() == Memory()
 
 
 def test_larger_takes_each_field_of_the_larger() -> None:
@@ -113,11 +113,11 @@ def test_a_tensor_of_known_size_on_cuda() -> None:
     meter: Meter = meter_for(device)
     assert isinstance(meter, CudaMeter)
     torch.cuda.empty_cache()
-    meter.start()
-    before = meter.read().allocated_bytes
+    meter.lap()
+    before = meter.lap().allocated_bytes
     held = torch.ones(32 * MIB, device=device)
     del held
-    after = meter.read()
+    after = meter.lap()
     assert before is not None
     assert after.allocated_bytes == before + 128 * MIB
     assert after.reserved_bytes is not None

@@ -89,8 +89,12 @@ class GlobalBatch:
     """What training on these examples needs."""
     executed: Work = Work()
     """What computing them padded takes."""
-    executed_here: Work = Work()
-    """This rank's part of it."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Most rows and most positions (padded, virtual ones not counted) of this rank's micro-batches."""
+        shapes = [micro_batch.input_ids.shape for micro_batch in self.micro_batches]
+        return max(rows for rows, _ in shapes), max(width for _, width in shapes)
 
 
 @dataclass(frozen=True)
@@ -186,7 +190,7 @@ class Batches:
         if not self.collator.as_published:
             examples.sort(key=lambda example: len(example[0]))
         mine: list[MicroBatch] = []
-        counts, required, executed, here = TokenCounts(), Work(), Work(), Work()
+        counts, required, executed = TokenCounts(), Work(), Work()
         # Neighbours in length go to the ranks of one micro-step, so that no rank waits for another.
         for index, part in enumerate(_cut(examples, self.accumulation * self.world_size)):
             micro_batch = self.collator.collate(*zip(*part, strict=True))
@@ -195,8 +199,7 @@ class Batches:
             executed += self.collator.executed(micro_batch)
             if index % self.world_size == self.rank:
                 mine.append(micro_batch)
-                here += self.collator.executed(micro_batch)
-        return GlobalBatch(tuple(mine), counts, required, executed, here)
+        return GlobalBatch(tuple(mine), counts, required, executed)
 
 
 def _cut(examples: list[tuple[list[int], int]], parts: int) -> Iterator[list[tuple[list[int], int]]]:

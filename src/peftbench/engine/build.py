@@ -13,7 +13,7 @@ from peftbench.data.encode import Encoder, Layout
 from peftbench.engine.ranks import main_process_first
 from peftbench.errors import EmptySplitError
 from peftbench.models import Base, load
-from peftbench.profiler.flops import Cost, cost
+from peftbench.profiler.flops import Cost, UnevenError, cost
 from peftbench.record import Parameters
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ class Trainer:
     cost: Cost | None = None
     """FLOPs of the model, None where it computes something of unknown cost; why is in ``uncounted``."""
     uncounted: str | None = None
+    counter_sees_all: bool = True
+    """Whether torch's counter knows every product that is computed."""
 
 
 def read_split(recipe: Recipe, split: str) -> Dataset:
@@ -139,7 +141,7 @@ def build(recipe: Recipe, base: Base, accelerator: Accelerator) -> Built:
 def make_trainer(recipe: Recipe, built: Built, accelerator: Accelerator) -> Trainer:
     """Batches, optimizer and schedule, prepared by the engine."""
     train = main_process_first(accelerator, lambda: encoded_split(recipe, built.encoder, "train"))
-    cost, uncounted = _cost(recipe, built, accelerator)
+    cost, uncounted, seen = _cost(recipe, built, accelerator)
     collator = Collator(
         pad_token=built.encoder.end,
         virtual_tokens=recipe.method.virtual_tokens,
@@ -157,11 +159,11 @@ def make_trainer(recipe: Recipe, built: Built, accelerator: Accelerator) -> Trai
         _SCHEDULES[recipe.schedule.kind], bare, num_warmup_steps=recipe.schedule.warmup_steps, num_training_steps=steps
     )
     set_seed(knobs.seed, device_specific=True)  # dropout differs between ranks
-    return Trainer(model, optimizer, schedule, batches, steps, train.dropped, cost, uncounted)
+    return Trainer(model, optimizer, schedule, batches, steps, train.dropped, cost, uncounted, seen)
 
 
-def _cost(recipe: Recipe, built: Built, accelerator: Accelerator) -> tuple[Cost | None, str | None]:
-    """FLOPs of the bare model in the mode it is trained in, or why they are not known."""
+def _cost(recipe: Recipe, built: Built, accelerator: Accelerator) -> tuple[Cost | None, str | None, bool]:
+    """FLOPs of the bare model in the mode it is trained in, or why they are not known; and whether they are counted."""
     method = recipe.method
     method.set_training(built.bare_model)
     model, base = built.bare_model, built.base.model
@@ -169,5 +171,5 @@ def _cost(recipe: Recipe, built: Built, accelerator: Accelerator) -> tuple[Cost 
         with accelerator.autocast():
             found = cost(model, base, virtual_tokens=method.virtual_tokens, checkpointing=built.checkpointing)
     except Exception as error:  # an instrument must not end a run
-        return None, f"FLOPs are not known: {error or type(error).__name__}"
-    return found, None
+        return None, f"FLOPs are not known: {error or type(error).__name__}", isinstance(error, UnevenError)
+    return found, None, True

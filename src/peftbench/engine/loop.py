@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -40,6 +40,8 @@ class Progress:
     step_required: list[Work] = field(default_factory=list)
     step_executed: list[Work] = field(default_factory=list)
     """What each step needed and what it computed, over all ranks."""
+    step_shapes: list[tuple[int, int]] = field(default_factory=list)
+    """Most rows and most real positions of this rank's micro-batches, by step."""
     skipped: int = 0
     """Steps that fp16's loss scaler took back, because a gradient overflowed."""
 
@@ -54,7 +56,18 @@ class Progress:
         return len(self.losses)
 
 
-def train_step(accelerator: Accelerator, trainer: Trainer, batch: GlobalBatch, max_grad_norm: float | None) -> float:
+def unmeasured(_part: str) -> AbstractContextManager[None]:
+    """A part of a step that nobody looks at."""
+    return nullcontext()
+
+
+def train_step(
+    accelerator: Accelerator,
+    trainer: Trainer,
+    batch: GlobalBatch,
+    max_grad_norm: float | None,
+    part: Callable[[str], AbstractContextManager[None]] = unmeasured,
+) -> float:
     """One optimizer step; returns the mean loss over the labelled tokens of the whole global batch, in nats."""
     # Engines average gradients over processes; the loss wants their sum over the tokens of all of them.
     scale = accelerator.num_processes / batch.counts.labelled
@@ -62,13 +75,16 @@ def train_step(accelerator: Accelerator, trainer: Trainer, batch: GlobalBatch, m
     last = len(batch.micro_batches) - 1
     for index, micro_batch in enumerate(batch.micro_batches):
         with nullcontext() if index == last else accelerator.no_sync(trainer.model):
-            loss = summed_loss(trainer.model, micro_batch.to(accelerator.device))
-            accelerator.backward(loss * scale)
+            with part("forward"):
+                loss = summed_loss(trainer.model, micro_batch.to(accelerator.device))
+            with part("backward"):
+                accelerator.backward(loss * scale)
         total += loss.detach()
-    if max_grad_norm is not None:
-        accelerator.clip_grad_norm_(trainer.model.parameters(), max_grad_norm)
-    trainer.optimizer.step()
-    trainer.optimizer.zero_grad()
+    with part("optimizer"):
+        if max_grad_norm is not None:
+            accelerator.clip_grad_norm_(trainer.model.parameters(), max_grad_norm)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
     if not accelerator.optimizer_step_was_skipped:  # fp16's loss scaler found an overflow and takes the step back
         trainer.schedule.step()
     return float(accelerator.reduce(total).item()) / batch.counts.labelled  # the step's one synchronisation
@@ -93,7 +109,7 @@ def train(
         for batch in itertools.islice(trainer.batches, trainer.steps):
             learning_rate = float(trainer.schedule.get_last_lr()[0])
             with probe.step():
-                loss = train_step(accelerator, trainer, batch, max_grad_norm)
+                loss = train_step(accelerator, trainer, batch, max_grad_norm, probe.part)
             if not math.isfinite(loss):
                 raise DivergedError(progress.steps + 1, f"the loss of step {progress.steps + 1} is {loss}")
             progress.losses.append(loss)
@@ -101,6 +117,7 @@ def train(
             progress.step_counts.append(batch.counts)
             progress.step_required.append(batch.required)
             progress.step_executed.append(batch.executed)
+            progress.step_shapes.append(batch.shape)
             with probe.paused():
                 on_step(progress.steps, {"loss": loss, "learning_rate": learning_rate})
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)

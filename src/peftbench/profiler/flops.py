@@ -17,6 +17,8 @@ part of what is required: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, append
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,17 +79,28 @@ class UncountableError(Exception):
     """A model computes something whose FLOPs are not known here."""
 
 
+class UnevenError(UncountableError):
+    """A product that does not grow with the positions: no closed form here, but torch's counter sees it."""
+
+    def __init__(self) -> None:
+        super().__init__("a product over something else than the positions of a sequence")
+
+
+_COUNTED_ATTENTION = frozenset({"sdpa", "eager"})
+"""Attention whose kernels are torch's own, with formulas in :func:`counter`."""
+
+
 def cost(model: nn.Module, base: PreTrainedModel, *, virtual_tokens: int, checkpointing: bool) -> Cost:
     """List the products of ``model``, which a method made from ``base``, in one forward pass of a few tokens.
 
     Raises:
         UncountableError: it has products of a kind that is not known here.
     """
-    if base.config._attn_implementation not in {"sdpa", "eager"}:
+    if base.config._attn_implementation not in _COUNTED_ATTENTION:
         raise UncountableError(f"attention as {base.config._attn_implementation}")
     trace = _Trace(base, _TOKENS + virtual_tokens)
     tokens = torch.zeros((1, _TOKENS), dtype=torch.long, device=next(model.parameters()).device)
-    with torch.enable_grad(), _blocks_of(base, trace), trace:
+    with torch.enable_grad(), _blocks_of(base, trace), _quantised_layers_of(base, trace), trace:
         model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
     return Cost(tuple(trace.products()), tuple(trace.recomputed()) if checkpointing else ())
 
@@ -103,6 +116,28 @@ def _blocks_of(base: PreTrainedModel, trace: _Trace) -> Iterator[None]:
     blocks = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
     handles = [block.register_forward_pre_hook(entered(number)) for number, block in enumerate(blocks)]
     handles += [block.register_forward_hook(lambda *_: setattr(trace, "block", None)) for block in blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _quantised_layers_of(base: PreTrainedModel, trace: _Trace) -> Iterator[None]:
+    """Note the products of bitsandbytes' layers as one each: inside are kernels that differ between devices."""
+    from torch import nn
+
+    def entered(layer: Any, inputs: Any) -> None:
+        trace.note_quantised(inputs[0], layer.in_features, layer.out_features)
+        trace.muted = True
+
+    def left(*_: Any) -> None:
+        trace.muted = False
+
+    layers = [m for m in base.modules() if isinstance(m, nn.Linear) and type(m).__module__.startswith("bitsandbytes.")]
+    handles = [layer.register_forward_pre_hook(entered) for layer in layers]
+    handles += [layer.register_forward_hook(left) for layer in layers]
     try:
         yield
     finally:
@@ -136,6 +171,8 @@ class _Trace(TorchFunctionMode):
         self.head = None if head is None else head.weight
         self.width = width
         self.block: int | None = None
+        self.muted = False
+        """Whether what is called belongs to a product that is noted already."""
         self._seen: list[tuple[int | None, list[Product]]] = []
         """(block, its products) of every function that keeps something for the backward pass or is a product."""
 
@@ -156,11 +193,21 @@ class _Trace(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.muted:
+            return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         found = self._products(func, name, args, kwargs)
         if found or (self.block is not None and not _keeps_nothing(name, args, kwargs)):
             self._seen.append((self.block, found))
         return func(*args, **kwargs)
+
+    def note_quantised(self, inputs: torch.Tensor, width_in: int, width_out: int) -> None:
+        """A product with a quantised weight, which is never trained and keeps nothing that autograd knows of."""
+        if inputs.numel() // width_in != self.width:
+            raise UnevenError
+        forward = 2 * width_in * width_out
+        backward = forward * inputs.requires_grad
+        self._seen.append((self.block, [Product(forward, backward, backward, "position", self.block)]))
 
     def _products(self, func: Any, name: str, args: Any, kwargs: Any) -> list[Product]:
         if func is functional.linear:
@@ -178,7 +225,7 @@ class _Trace(TorchFunctionMode):
 
     def _linear(self, inputs: torch.Tensor, weight: torch.Tensor, width: int) -> Product:
         if inputs.numel() // width != self.width:
-            raise UncountableError("a product over something else than the positions of a sequence")
+            raise UnevenError
         per: Per = "head" if weight is self.head else "position"
         backward = 2 * weight.numel() * (inputs.requires_grad + weight.requires_grad)
         return Product(2 * weight.numel(), backward, backward, per, self.block)
@@ -201,7 +248,7 @@ class _Trace(TorchFunctionMode):
         if inner == 1 and not gradients:  # angles of rotary embeddings: positions times frequencies
             return Product(total // self.width, 0, 0, "column", self.block)
         if rows != self.width or self.width not in (inner, right.shape[-1]):
-            raise UncountableError("a product over something else than the positions of a sequence")
+            raise UnevenError
         flops = total // (left.shape[0] * self.width**2)
         return Product(flops, flops * gradients, flops * gradients, "pair", self.block)
 
@@ -220,13 +267,31 @@ def _keeps_nothing(name: str, args: Any, kwargs: Any) -> bool:
 def counter() -> FlopCounterMode:
     """Torch's counter of what is really dispatched, told of the kernels that it would count as nothing."""
     aten = torch.ops.aten
-    return FlopCounterMode(
-        display=False,
-        custom_mapping={
-            aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
-            aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
-        },
-    )
+    formulas: dict[Any, Any] = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
+    }
+    if "bitsandbytes" in sys.modules:  # its kernels are torch's to call once it was imported
+        kernels = torch.ops.bitsandbytes
+        formulas |= dict.fromkeys((kernels.gemm_4bit, kernels.gemv_4bit), _packed_product)
+        formulas |= dict.fromkeys((kernels.int8_linear_matmul, kernels.int8_scaled_mm), _int8_product)
+        formulas[kernels.int8_mixed_scaled_mm] = _mixed_int8_product
+    return FlopCounterMode(display=False, custom_mapping=formulas)
+
+
+def _int8_product(inputs: Any, weight: Any, *_: Any, **__: Any) -> int:
+    """Of inputs (..., in) with weights (out, in); all arguments are shapes."""
+    return int(2 * math.prod(inputs) * weight[0])
+
+
+def _packed_product(inputs: Any, _packed: Any, weight: Any, *_: Any, **__: Any) -> int:
+    """Of inputs (..., in) with four-bit weights that unpacked are (out, in)."""
+    return _int8_product(inputs, weight)
+
+
+def _mixed_int8_product(_inputs: Any, quantised: Any, weight: Any, *_: Any, **__: Any) -> int:
+    """Of quantised inputs (..., in) with weights (out, in). The few columns that stay in 16 bits are not known here."""
+    return _int8_product(quantised, weight)
 
 
 def _cpu_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:

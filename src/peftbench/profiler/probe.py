@@ -6,29 +6,49 @@ Three clocks are kept apart: each phase's, each step's, and what was paused and 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 
+from peftbench.profiler.energy import EnergyMeter, NoEnergy
 from peftbench.profiler.memory import larger, meter_for
 from peftbench.record import Memory
 
 
+def _nobody_looks(_step: int) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+@dataclass
+class _Scope:
+    """A stretch that is being measured; one may lie within another."""
+
+    peak: Memory | None = None
+
+
 @dataclass
 class Probe:
-    """Measures a run. The loop calls ``phase``, ``step`` and ``paused``, and never looks at a clock itself."""
+    """Measures a run. The loop calls ``step``, ``part`` and ``paused``, and never looks at a clock itself."""
 
     device: torch.device
+    energy: EnergyMeter = field(default_factory=NoEnergy)
     phase_seconds: dict[str, float] = field(default_factory=dict)
+    phase_joules: dict[str, float] = field(default_factory=dict)
+    """Energy of each phase, pauses included, where it is known."""
     step_seconds: list[float] = field(default_factory=list)
     memory: dict[str, Memory] = field(default_factory=dict)
     """Peaks of each phase."""
+    step_memory: dict[str, Memory] = field(default_factory=dict)
+    """Peaks of each part of the steps after warm-up; empty where parts are not told apart."""
     current_phase: str | None = None
+    current_part: str | None = None
     _paused_seconds: float = 0.0
     _warmup_left: int = 0
     _training: ExitStack = field(default_factory=ExitStack)
+    _inspect: Callable[[int], AbstractContextManager[None]] = _nobody_looks
+    _open: list[_Scope] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.meter = meter_for(self.device)
@@ -38,20 +58,30 @@ class Probe:
         """A part of the run; entered again, its seconds add up. What raises inside is measured until then."""
         outer, paused = self.current_phase, self._paused_seconds
         self.current_phase = name
-        self.meter.start()
-        start = self._now()
-        try:
-            yield
-            self.current_phase = outer  # on an error the phase stays, so that the outcome can name it
-        finally:
-            seconds = self._now() - start - (self._paused_seconds - paused)
-            self.phase_seconds[name] = self.phase_seconds.get(name, 0.0) + seconds
-            self.memory[name] = larger(self.memory.get(name), self.meter.read())
+        joules = self.energy.joules()
+        with self._peak_of(name, self.memory):
+            start = self._now()
+            try:
+                yield
+                self.current_phase = outer  # on an error the phase stays, so that the outcome can name it
+            finally:
+                seconds = self._now() - start - (self._paused_seconds - paused)
+                self.phase_seconds[name] = self.phase_seconds.get(name, 0.0) + seconds
+                if joules is not None and (now := self.energy.joules()) is not None:
+                    self.phase_joules[name] = self.phase_joules.get(name, 0.0) + now - joules
+        held = self.meter.process_bytes()
+        self.memory[name] = larger(self.memory[name], Memory(process_bytes=held))
 
     @contextmanager
-    def training(self, warmup_steps: int) -> Iterator[None]:
-        """The training loop: its first steps are the phase ``warmup``, in no other figure; the rest is ``train``."""
+    def training(
+        self, warmup_steps: int, inspect: Callable[[int], AbstractContextManager[None]] = _nobody_looks
+    ) -> Iterator[None]:
+        """The training loop: its first steps are the phase ``warmup``, in no other figure; the rest is ``train``.
+
+        Given its number (from 1), ``inspect`` puts instruments around a warm-up step that may slow it down.
+        """
         self._warmup_left = warmup_steps
+        self._inspect = inspect
         try:
             with self._training:
                 self._training.enter_context(self.phase("warmup" if warmup_steps else "train"))
@@ -59,19 +89,33 @@ class Probe:
         finally:
             if self._warmup_left >= 0:  # no step was timed: there is nothing to say of training
                 self.phase_seconds.pop("train", None)
+                self.phase_joules.pop("train", None)
                 self.memory.pop("train", None)
+                self.step_memory.clear()
 
     @contextmanager
     def step(self) -> Iterator[None]:
         """One optimizer step; its end waits for the device."""
+        warmup = self._warmup_left > 0
         self._warmup_left -= 1
         paused = self._paused_seconds
         start = self._now()
-        yield
+        with self._inspect(len(self.step_seconds) + 1) if warmup else nullcontext():
+            yield
         self.step_seconds.append(self._now() - start - (self._paused_seconds - paused))
+        self.energy.keep_up()
         if self._warmup_left == 0:
             self._training.close()
+            self.step_memory.clear()
             self._training.enter_context(self.phase("train"))
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """A part of a step: ``forward``, ``backward`` or ``optimizer``. It has a peak where the device can tell."""
+        self.current_part = name
+        with self._peak_of(name, self.step_memory) if self.meter.every_part else nullcontext():
+            yield
+        self.current_part = None  # on an error it stays, so that the outcome can name it
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -81,6 +125,24 @@ class Probe:
             yield
         finally:
             self._paused_seconds += self._now() - start
+
+    @contextmanager
+    def _peak_of(self, name: str, kept: dict[str, Memory]) -> Iterator[None]:
+        """Keep the peak of a stretch, also if it raises; what it peaks at counts for the stretches around it too."""
+        scope = _Scope()
+        self._lap()
+        self._open.append(scope)
+        try:
+            yield
+        finally:
+            self._lap()
+            self._open.remove(scope)
+            kept[name] = larger(kept.get(name), scope.peak or Memory())
+
+    def _lap(self) -> None:
+        lap = self.meter.lap()
+        for scope in self._open:
+            scope.peak = larger(scope.peak, lap)
 
     def _now(self) -> float:
         if self.device.type == "cuda":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from peftbench.record import Interval, RunRecord, TokensPerSecond
+from peftbench.record import Interval, RunRecord, TokensPerSecond, train_peak_bytes
 
 UNKNOWN = "unknown"
 Raw = str | int | float | None
@@ -48,15 +48,6 @@ def _seconds(record: RunRecord) -> str:
 
 def _speed(record: RunRecord, kind: str) -> float | None:
     return getattr(record.throughput.tokens_per_second, kind) if record.throughput else None
-
-
-def _peak(record: RunRecord) -> int | None:
-    memory = record.memory.get("train")
-    if memory is None or memory.allocated_bytes is not None:
-        return memory.allocated_bytes if memory else None
-    if memory.resident_bytes is None or memory.resident_baseline_bytes is None:
-        return None
-    return memory.resident_bytes - memory.resident_baseline_bytes
 
 
 def _loss(record: RunRecord) -> float | None:
@@ -148,8 +139,8 @@ COLUMNS: tuple[Column, ...] = (
     Column(
         "peak MiB", "most memory while training: in tensors on the GPU; on CPU resident memory beyond what the process "
         "had before anything was loaded",
-        lambda r: {"train_peak_bytes": _peak(r)},
-        lambda r: "–" if (peak := _peak(r)) is None else f"{peak / 2**20:,.0f}",
+        lambda r: {"train_peak_bytes": train_peak_bytes(r)},
+        lambda r: "–" if (peak := train_peak_bytes(r)) is None else f"{peak / 2**20:,.0f}",
         optional=True,
     ),
     Column(

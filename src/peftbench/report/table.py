@@ -15,10 +15,10 @@ from tabulate import tabulate
 
 from peftbench.errors import RecordError
 from peftbench.files import write_atomically
+from peftbench.plausibility import implausible
 from peftbench.record import RunRecord
 from peftbench.report.columns import COLUMNS, FIRST_TO_GO, Column, method_label
 from peftbench.report.groups import by_knob, over_seeds
-from peftbench.report.plausibility import implausible
 
 _ENDLESS = 10_000  # characters: more than any table takes
 

@@ -42,7 +42,10 @@ def record_of(recipe: Recipe) -> RunRecord | None:
         record = read_record(Path(recipe.output_dir) / recipe.name / FILE)
     except RecordError:
         return None
-    return record if record.recipe_fingerprint == recipe.fingerprint() else None
+    if record.recipe_fingerprint != recipe.fingerprint():
+        return None
+    # What no number depends on (a price, say) may have changed since, and is shown as it is now.
+    return record.model_copy(update={"recipe": recipe.model_dump(mode="json")})
 
 
 def finished(recipe: Recipe) -> bool:

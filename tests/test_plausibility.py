@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from peftbench.plausibility import implausible
 from peftbench.record import Device, Flops, Parameters, RunRecord, Throughput, TokensPerSecond
-from peftbench.report.plausibility import implausible
 from peftbench.report.table import notes
 from tests.report.records import record
 

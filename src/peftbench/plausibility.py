@@ -5,10 +5,29 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
-from peftbench.record import RunRecord
+from peftbench.record import RunRecord, train_peak_bytes
 
 TOLERANCE = 1.15
 """How far above its ceiling a ratio of times may lie, for noise and for kernels that run at unlike speeds."""
+
+
+def implausible_alone(record: RunRecord) -> Iterator[str]:
+    """A sentence for each figure of one run that cannot be, whatever it is compared with."""
+    peak, states = train_peak_bytes(record), record.state_bytes
+    if peak is not None and states is not None and peak < states.total:
+        yield (
+            f"the peak of the training, {peak:,} bytes, is below what it must have held: weights {states.weights:,}, "
+            f"gradients {states.gradients:,} and optimizer states {states.optimizer:,}"
+        )
+    executed, able = record.compute.executed_per_second, record.compute.peak_per_second
+    if executed is not None and able is not None and executed > able:
+        yield f"{executed:.3g} FLOP/s were computed on a device that by its data sheet can do {able:.3g}"
+    step = record.flops.counted_step
+    if step is not None and step.closed_form is not None and step.counted != step.closed_form:
+        yield (
+            f"step {step.step} executed {step.counted:,} FLOPs by torch's count and {step.closed_form:,} in closed "
+            "form, which misses something: the FLOPs of this run are not exact"
+        )
 
 
 def implausible(records: Sequence[RunRecord]) -> Iterator[str]:

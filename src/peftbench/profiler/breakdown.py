@@ -1,0 +1,172 @@
+"""Who holds the memory at its peak: every storage that torch makes is booked, with what it is for.
+
+A ``TorchDispatchMode`` sees each operation's results, below autograd and in the backward pass too. A storage is booked
+when it first comes out of an operation, and leaves the book when torch releases it. What it is for shows by what
+happens to it, which may be later; so the book is read when the step is over.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+Kind = Literal["weights", "weight_copies", "gradients", "optimizer_state", "activations", "logits", "temporaries"]
+KINDS: tuple[Kind, ...] = (
+    "weights", "weight_copies", "gradients", "optimizer_state", "activations", "logits", "temporaries",
+)  # fmt: skip
+
+
+@dataclass
+class _Storage:
+    """One storage: its size, and what it is for as far as that is known."""
+
+    bytes: int
+    kind: Kind = "temporaries"
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The moment when most bytes were held."""
+
+    bytes: int
+    by_kind: dict[str, int]
+    operation: str
+    part: str | None
+
+
+class Breakdown(TorchDispatchMode):
+    """Books the storages of one step of training.
+
+    - weights: parameters and buffers; weight_copies: those that autocast casts them into.
+    - gradients: what ends in a parameter's ``grad``.
+    - optimizer_state: what the optimizer keeps.
+    - logits: of the vocabulary's width, from the head's output to its gradient.
+    - activations: made in the forward pass, or in its recomputation, and still there when the backward pass goes on.
+    - temporaries: all others.
+
+    What kernels allocate and release within one operation is not seen.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, vocabulary: int, part: Callable[[], str | None]
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.model = model
+        self.optimizer = optimizer
+        self.vocabulary = vocabulary
+        self.part = part
+        self._held: dict[int, _Storage] = {}
+        self._watches: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._book: list[tuple[_Storage, int, str, str | None]] = []
+        """(storage, +1 or -1, operation, part of the step), in the order of time."""
+        self._made_forward: dict[int, _Storage] = {}
+        self._hooks: list[Any] = []
+        self._operation = ""
+
+    def peak(self) -> Peak:
+        """The largest sum of the book."""
+        by_kind: dict[str, int] = dict.fromkeys(KINDS, 0)
+        best = Peak(0, dict(by_kind), "", None)
+        total = 0
+        for storage, sign, operation, part in self._book:
+            by_kind[storage.kind] += sign * storage.bytes
+            total += sign * storage.bytes
+            if total > best.bytes:
+                best = Peak(total, dict(by_kind), operation, part)
+        return best
+
+    def __enter__(self) -> Breakdown:
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            self._see(tensor, "weights")
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                self._see(parameter.grad, "gradients")
+            if parameter.requires_grad:
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(self._is_gradient))
+        self._see_optimizer_state()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, where)  # type: ignore[no-untyped-call]
+        self._see_optimizer_state()
+        for hook in self._hooks:
+            hook.remove()
+        self._watches.clear()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._operation = str(func)
+        backward = torch._C._current_graph_task_id() != -1
+        if backward and not torch.is_grad_enabled():  # an operation of the backward pass, and not of a recomputation
+            self._keep_for_backward()
+        result = func(*args, **(kwargs or {}))
+        copied = self._copies_a_weight(func, args)
+        forward = self.part() == "forward" or (backward and torch.is_grad_enabled())
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._see_result(tensor, copied=copied, forward=forward)
+        return result
+
+    def _see_result(self, tensor: torch.Tensor, *, copied: bool, forward: bool) -> None:
+        storage = self._see(tensor, "weight_copies" if copied else "temporaries")
+        if storage is None:
+            return
+        if storage.kind == "temporaries" and tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary:
+            storage.kind = "logits"
+        if forward and storage.kind == "temporaries":
+            self._made_forward[id(storage)] = storage
+
+    def _copies_a_weight(self, func: Any, args: Any) -> bool:
+        if func is not torch.ops.aten._to_copy.default:
+            return False
+        source = self._held.get(args[0].untyped_storage()._cdata)
+        return source is not None and source.kind == "weights"
+
+    def _keep_for_backward(self) -> None:
+        for storage in self._made_forward.values():
+            if storage.kind == "temporaries":
+                storage.kind = "activations"
+        self._made_forward.clear()
+
+    def _is_gradient(self, parameter: torch.Tensor) -> None:
+        if parameter.grad is not None:
+            self._see(parameter.grad, "gradients")
+
+    def _see_optimizer_state(self) -> None:
+        for state in self.optimizer.state.values():
+            for tensor in tree_leaves(state):
+                if isinstance(tensor, torch.Tensor):
+                    self._see(tensor, "optimizer_state")
+
+    def _see(self, tensor: torch.Tensor, kind: Kind) -> _Storage | None:
+        """The booked storage of ``tensor``, new or known; a known one takes over a kind that says more."""
+        try:
+            storage = tensor.untyped_storage()
+        except (NotImplementedError, RuntimeError):  # a tensor without one of its own
+            return None
+        key = storage._cdata
+        booked = self._held.get(key)
+        if booked is None:
+            booked = self._held[key] = _Storage(storage.nbytes(), kind)
+            self._book.append((booked, 1, self._operation, self.part()))
+            self._watches[key] = weakref.ref(storage, partial(self._released, key))
+        elif kind in {"gradients", "optimizer_state"}:
+            booked.kind = kind
+        return booked
+
+    def _released(self, key: int, _: object) -> None:
+        storage = self._held.pop(key)
+        self._watches.pop(key, None)
+        self._made_forward.pop(id(storage), None)
+        self._book.append((storage, -1, self._operation, self.part()))

@@ -1,0 +1,33 @@
+"""The state of the GPU's allocator at the moment it refuses: what a person opens to see who held the memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+FILE = "oom_snapshot.pickle"
+"""Beside the record. It is written and never read here; https://pytorch.org/memory_viz shows it in a browser."""
+_ENTRIES = 100_000
+
+
+def keep_on_out_of_memory(path: Path) -> None:
+    """Let every refusal of the CUDA allocator of this process write its state to ``path``, before anything is freed."""
+
+    def refused(_device: int, _asked: int, _of_device: int, _free: int) -> None:
+        with suppress(Exception):  # a full disk must not hide the out-of-memory
+            torch.cuda.memory._dump_snapshot(str(path))
+
+    torch._C._cuda_attachOutOfMemoryObserver(refused)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def with_history() -> Iterator[None]:
+    """Note where each allocation comes from, which a snapshot then shows. It slows Python down."""
+    torch.cuda.memory._record_memory_history(stacks="python", max_entries=_ENTRIES)
+    try:
+        yield
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)

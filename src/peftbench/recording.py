@@ -1,0 +1,196 @@
+"""From what a run knows, whatever ended it, to its record."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from peftbench.engine.bind import device_of
+from peftbench.engine.ranks import gathered
+from peftbench.plausibility import implausible_alone
+from peftbench.profiler.devices import peak_flops
+from peftbench.profiler.inspection import COUNTED_STEP
+from peftbench.profiler.memory import largest, state_bytes
+from peftbench.profiler.throughput import throughput
+from peftbench.record import (
+    Breakdown,
+    Compute,
+    CountedStep,
+    Engine,
+    Flops,
+    Memory,
+    Outcome,
+    RunRecord,
+    StateBytes,
+    Throughput,
+    Tokens,
+)
+
+if TYPE_CHECKING:
+    from peftbench.run import Run
+
+N = TypeVar("N", int, float)
+_VERSIONS = ("peftbench", "torch", "accelerate", "transformers", "peft", "datasets", "evaluate", "tokenizers")
+
+
+@dataclass(frozen=True)
+class Together:
+    """What all ranks have measured, once they have come to the end of the work."""
+
+    memory: tuple[dict[str, Memory], ...] = ()
+    step_memory: tuple[dict[str, Memory], ...] = ()
+    counted_flops: int | None = None
+    energy_joules: float | None = None
+    achievable_per_second: float | None = None
+
+    @classmethod
+    def of(cls, run: Run, achievable: float | None = None) -> Together:
+        """Ask every rank; each must come here."""
+        probe, looked = run.probe, run.inspection
+        counted = looked.flops.get_total_flops() if looked and looked.flops and run.progress.steps else None
+        joules = probe.phase_joules.get("train")
+        mine = (dict(probe.memory), dict(probe.step_memory), counted, joules, achievable)
+        memory, step_memory, every_count, every_joule, every_achievable = zip(
+            *gathered(run.accelerator, mine), strict=True
+        )
+        return cls(memory, step_memory, _sum(every_count), _sum(every_joule), _sum(every_achievable))
+
+
+def _sum(values: Sequence[N | None]) -> N | None:
+    """Of what all ranks know; None where one does not."""
+    known = [value for value in values if value is not None]
+    return sum(known[1:], known[0]) if len(known) == len(values) else None
+
+
+def recorded(run: Run, outcome: Outcome) -> RunRecord:
+    """The record of ``run`` as it stands, with a note for each figure that cannot be."""
+    progress, probe = run.progress, run.probe
+    # Where a rank did not come to the end, nobody may wait for it.
+    together = run.together or (Together.of(run) if run.accelerator.num_processes == 1 else Together())
+    ended_well = outcome.kind == "ok"
+    record = RunRecord(
+        name=run.recipe.name,
+        started_at=run.started_at,
+        recipe=run.recipe.model_dump(mode="json"),
+        recipe_fingerprint=run.recipe.fingerprint(),
+        outcome=outcome,
+        device=device_of(run.accelerator),
+        versions={name: metadata.version(name) for name in _VERSIONS},
+        git=_git_state(),
+        engine=_engine(run),
+        parameters=run.built.parameters if run.built else None,
+        model_identity=run.built.base.identity if run.built else None,
+        data_identity=run.data_identity,
+        examples=run.examples,
+        dropped=run.dropped,
+        tokens=Tokens(**vars(progress.counts)) if run.trainer else None,
+        steps=progress.steps,
+        skipped_steps=progress.skipped,
+        losses=tuple(progress.losses),
+        step_seconds=tuple(probe.step_seconds[: progress.steps]),
+        warmup_steps=min(run.recipe.profile.warmup_steps, progress.steps),
+        phase_seconds=dict(probe.phase_seconds),
+        throughput=_throughput(run) if ended_well else None,
+        memory=functools.reduce(largest, together.memory, dict(probe.memory)),
+        memory_by_rank=together.memory,
+        step_memory=functools.reduce(largest, together.step_memory, dict(probe.step_memory)),
+        context_bytes=probe.meter.context_bytes,
+        state_bytes=_state_bytes(run),
+        breakdown=_breakdown(run),
+        flops=_flops(run, together.counted_flops),
+        compute=_compute(run, together.achievable_per_second) if ended_well else Compute(),
+        energy_joules=together.energy_joules if ended_well else None,
+        quality=run.quality,
+    )
+    return record.model_copy(update={"notes": (*run.notes, *implausible_alone(record))})
+
+
+def _throughput(run: Run) -> Throughput | None:
+    warmup, train_seconds = run.recipe.profile.warmup_steps, run.probe.phase_seconds.get("train")
+    if train_seconds is None:
+        return None
+    return throughput(
+        run.probe.step_seconds[warmup : run.progress.steps], run.progress.step_counts[warmup:],
+        train_seconds=train_seconds, global_batch=run.recipe.train.global_batch,
+    )  # fmt: skip
+
+
+def _state_bytes(run: Run) -> StateBytes | None:
+    if run.built is None or run.trainer is None or not run.progress.steps:
+        return None
+    return state_bytes(run.built.bare_model, run.trainer.optimizer)
+
+
+def _breakdown(run: Run) -> Breakdown | None:
+    step = run.recipe.profile.warmup_steps
+    if run.inspection is None or run.inspection.breakdown is None or run.progress.steps < step:
+        return None
+    peak, (rows, width) = run.inspection.breakdown.peak(), run.progress.step_shapes[step - 1]
+    return Breakdown(
+        step=step, rows=rows, width=width, peak_bytes=peak.bytes, bytes_by_kind=peak.by_kind,
+        operation=peak.operation, part=peak.part,
+    )  # fmt: skip
+
+
+def _flops(run: Run, counted: int | None) -> Flops:
+    if run.built is None or run.trainer is None:
+        return Flops()
+    cost, done = run.trainer.cost, run.progress
+    checked = None
+    if counted is not None:
+        closed_form = cost.executed(done.step_executed[COUNTED_STEP - 1]) if cost else None
+        checked = CountedStep(step=COUNTED_STEP, counted=counted, closed_form=closed_form)
+    return Flops(
+        required=sum(map(cost.required, done.step_required)) if cost else None,
+        executed=sum(map(cost.executed, done.step_executed)) if cost else None,
+        six_n=6 * run.built.six_n_parameters * done.counts.padded,
+        counted_step=checked,
+    )
+
+
+def _compute(run: Run, achievable: float | None) -> Compute:
+    warmup, seconds = run.recipe.profile.warmup_steps, run.probe.phase_seconds.get("train")
+    if run.trainer is None or run.trainer.cost is None or not seconds:
+        return Compute()
+    cost, done, processes = run.trainer.cost, run.progress, run.accelerator.num_processes
+    peak = peak_flops(device_of(run.accelerator).name, run.recipe.train.precision)
+    return Compute(
+        required_per_second=sum(map(cost.required, done.step_required[warmup:])) / seconds,
+        executed_per_second=sum(map(cost.executed, done.step_executed[warmup:])) / seconds,
+        peak_per_second=None if peak is None else peak * processes,
+        achievable_per_second=achievable,
+    )
+
+
+def _engine(run: Run) -> Engine | None:
+    if run.trainer is None:
+        return None
+    share = run.recipe.train.global_batch // run.accelerator.num_processes
+    optimizer = getattr(run.trainer.optimizer, "optimizer", run.trainer.optimizer)
+    return Engine(
+        kind=str(run.accelerator.distributed_type.value),
+        mixed_precision=str(run.accelerator.mixed_precision),
+        optimizer=f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
+        micro_batch=min(run.recipe.train.micro_batch or share, share),
+        accumulation=run.trainer.batches.accumulation,
+        threads=torch.get_num_threads(),
+    )
+
+
+def _git_state() -> str | None:
+    """Commit of the checkout this package runs from, None where it is installed from elsewhere."""
+    here = Path(__file__).resolve().parent
+    command = ["git", "-C", os.fspath(here), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None if found.returncode == 0 else None
