@@ -4,8 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from peftbench.plausibility import implausible
-from peftbench.record import Device, Flops, Parameters, RunRecord, Throughput, TokensPerSecond
+from peftbench.plausibility import RESIDENT_SLACK, implausible, implausible_alone
+from peftbench.record import (
+    Compute,
+    CountedStep,
+    Device,
+    Flops,
+    Memory,
+    Parameters,
+    RunRecord,
+    StateBytes,
+    Throughput,
+    TokensPerSecond,
+)
 from peftbench.report.table import notes
 from tests.report.records import record
 
@@ -55,3 +66,43 @@ def test_who_trains_more_may_take_longer() -> None:
     """Optimizer and exchange of gradients are not in FLOPs: full fine-tuning is not accused."""
     slow = timed("full", 3.0, 200).model_copy(update={"parameters": Parameters(total=1000, trainable=1000)})
     assert list(implausible([slow, timed("lora", 1.0, 100)])) == []
+
+
+CARD = Device(kind="cuda", name="a card", processes=1)
+STATES = StateBytes(weights=100, gradients=20, optimizer=40)
+
+
+def test_a_peak_below_what_must_be_held() -> None:
+    """Weights, gradients and states lie in memory all at once when the optimizer steps."""
+    low, enough = (
+        record("a", "full", 1, device=CARD, state_bytes=STATES, memory={"train": Memory(allocated_bytes=peak)})
+        for peak in (159, 160)
+    )
+    (sentence,) = implausible_alone(low)
+    assert "159 bytes, is below what it must have held: weights 100, gradients 20 and optimizer states 40" in sentence
+    assert list(implausible_alone(enough)) == []
+
+
+def test_a_resident_peak_has_slack() -> None:
+    """On CPU a process may have given back something it held at its baseline; more than that cannot be."""
+    states = StateBytes(weights=RESIDENT_SLACK, gradients=10, optimizer=0)
+    for peak, said in ((9, 1), (10, 0)):
+        memory = Memory(resident_bytes=1000 + peak, resident_baseline_bytes=1000)
+        assert (
+            len(list(implausible_alone(record("a", "full", 1, state_bytes=states, memory={"train": memory})))) == said
+        )
+
+
+def test_faster_than_the_device() -> None:
+    """More FLOP/s than the data sheet has were not computed, or not in that time."""
+    for executed, said in ((101.0, 1), (100.0, 0)):
+        run = record("a", "full", 1, compute=Compute(executed_per_second=executed, peak_per_second=100.0))
+        assert len(list(implausible_alone(run))) == said
+    assert list(implausible_alone(record("a", "full", 1, compute=Compute(executed_per_second=1e30)))) == []
+
+
+def test_a_count_that_is_not_the_closed_form() -> None:
+    """Where torch counts something else, the closed form misses something."""
+    for closed_form, said in ((7, 1), (8, 0), (None, 0)):
+        step = CountedStep(step=1, counted=8, closed_form=closed_form)
+        assert len(list(implausible_alone(record("a", "full", 1, flops=Flops(counted_step=step))))) == said

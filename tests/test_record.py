@@ -17,7 +17,9 @@ from peftbench.record import (
     FILE,
     FINAL,
     SCHEMA_VERSION,
+    Breakdown,
     Compute,
+    CountedStep,
     Device,
     Engine,
     Flops,
@@ -29,6 +31,7 @@ from peftbench.record import (
     Quality,
     RunRecord,
     Sample,
+    StateBytes,
     Throughput,
     Tokens,
     TokensPerSecond,
@@ -51,7 +54,10 @@ def full_record() -> RunRecord:
     """A record with every field set."""
     interval = Interval(mean=2.0, low=1.0, high=3.0)
     return record(
-        outcome=Outcome(kind="oom", step=3, phase="train", requested_bytes=2**31, error="out of memory"),
+        outcome=Outcome(
+            kind="oom", step=3, phase="train", part="backward", requested_bytes=2**31, error="out of memory",
+            snapshot="oom_snapshot.pickle",
+        ),
         device=Device(kind="cuda", name="a card", processes=2, memory_bytes=2**34),
         git="abc+changes",
         engine=Engine(
@@ -61,7 +67,13 @@ def full_record() -> RunRecord:
         model_identity="blake2b 00", data_identity="11", examples={"train": 8}, dropped={"train": 1},
         tokens=Tokens(real=5, padded=8, labelled=2, virtual=1), steps=2, losses=(2.5, 1 / 3), step_seconds=(0.1, 0.2),
         phase_seconds={"train": 1.5}, memory={"train": Memory(allocated_bytes=1, reserved_bytes=2, resident_bytes=3)},
-        flops=Flops(required=1, executed=2, six_n=3), energy_joules=4.5,
+        flops=Flops(required=1, executed=2, six_n=3, counted_step=CountedStep(step=1, counted=2, closed_form=2)),
+        step_memory={"forward": Memory(allocated_bytes=1, unusable_bytes=1, allocation_retries=0, process_bytes=9)},
+        context_bytes=7, state_bytes=StateBytes(weights=1, gradients=2, optimizer=3),
+        breakdown=Breakdown(
+            step=5, rows=2, width=8, peak_bytes=10, bytes_by_kind={"weights": 10}, operation="aten.mm", part="forward"
+        ),
+        energy_joules=4.5,
         quality=Quality(
             split="test", examples=2, loss=1.0, perplexity=math.e, rouge={"rouge1": interval},
             teacher_forced_argmax_rouge={"rougeL": interval},
@@ -211,3 +223,15 @@ def test_utilisation_is_of_a_known_whole() -> None:
     assert (known.mfu, known.hfu, known.of_achievable) == (0.125, 0.25, 0.25)
     unknown = Compute(required_per_second=1.0)
     assert (unknown.mfu, unknown.hfu, unknown.of_achievable) == (None, None, None)
+
+
+def test_what_a_run_cost() -> None:
+    """9 J over 3 timed steps of 4 samples are 750 J a thousand; 1.5 s on 2 devices at 12 an hour are 0.01."""
+    recipe = {"train": {"global_batch": 4}, "profile": {"price_per_hour": 12.0}}
+    known = full_record().model_copy(update={"energy_joules": 9.0, "recipe": recipe})
+    assert known.joules_per_1000_samples == 750
+    assert known.training_price == pytest.approx(0.01)
+    assert known.priced(24.0).training_price == pytest.approx(0.02)
+    assert record().joules_per_1000_samples is None
+    assert record().training_price is None
+    assert record(phase_seconds={"train": 1.5}).training_price is None

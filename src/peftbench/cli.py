@@ -71,6 +71,9 @@ def report(
     by: Annotated[
         Optional[str], typer.Option(help="Show held-out loss by this knob's values, as optimizer.learning_rate.")
     ] = None,
+    price_per_hour: Annotated[
+        Optional[float], typer.Option(min=0.0, help="What one device costs an hour, instead of what the recipes say.")
+    ] = None,
 ) -> None:
     """Make the tables again, from the records below a folder."""
     from tabulate import tabulate
@@ -81,6 +84,8 @@ def report(
 
     with guarded():
         records = read_records(folder)
+        if price_per_hour is not None:
+            records = [record.priced(price_per_hour) for record in records]
         if into is not None:
             insert_table(records, into, block, by)
             return

@@ -298,12 +298,23 @@ class RunRecord(_Kept):
         write_atomically(path, self.model_dump_json(indent=2) + "\n")
         return path
 
+    def priced(self, price_per_hour: float) -> RunRecord:
+        """The same with another price of a device's hour."""
+        profile = self.recipe.get("profile", {}) | {"price_per_hour": price_per_hour}
+        return self.model_copy(update={"recipe": self.recipe | {"profile": profile}})
+
     @property
     def joules_per_1000_samples(self) -> float | None:
         """Energy of the training phase, by the samples of its steps."""
         if self.energy_joules is None or self.throughput is None:
             return None
         return 1000 * self.energy_joules / (self.throughput.steps * int(self.recipe["train"]["global_batch"]))
+
+    @property
+    def training_price(self) -> float | None:
+        """Of the training phase on all devices, in the currency of the recipe's ``profile.price_per_hour``."""
+        hourly, seconds = self.recipe.get("profile", {}).get("price_per_hour"), self.train_seconds
+        return None if hourly is None or seconds is None else hourly * self.device.processes * seconds / 3600
 
     @property
     def train_seconds(self) -> float | None:

@@ -55,7 +55,7 @@ class Together:
     def of(cls, run: Run, achievable: float | None = None) -> Together:
         """Ask every rank; each must come here."""
         probe, looked = run.probe, run.inspection
-        counted = looked.flops.get_total_flops() if looked and looked.flops and run.progress.steps else None
+        counted = looked.flops.total if looked and looked.flops and run.progress.steps else None
         joules = probe.phase_joules.get("train")
         mine = (dict(probe.memory), dict(probe.step_memory), counted, joules, achievable)
         memory, step_memory, every_count, every_joule, every_achievable = zip(

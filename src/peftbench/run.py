@@ -183,7 +183,8 @@ class Run:
         looking = self.inspection = inspection(
             built.bare_model, trainer.optimizer, device=self.accelerator.device,
             vocabulary=built.base.model.config.vocab_size, part=lambda: self.probe.current_part,
-            count_flops=trainer.counter_sees_all, breakdown_step=knobs.warmup_steps if knobs.breakdown else None,
+            count_flops=trainer.counter_sees_all and knobs.warmup_steps > 0,
+            breakdown_step=knobs.warmup_steps if knobs.breakdown else None,
         )  # fmt: skip
         with self.probe.training(knobs.warmup_steps, looking.step):
             train(

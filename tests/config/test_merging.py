@@ -172,9 +172,16 @@ def test_an_optimizer_without_a_kind_is_the_default_one(least: Path) -> None:
 def test_the_fingerprint_is_of_what_may_change_a_number(least: Path) -> None:
     """Where a run is written and shown does not change the fingerprint; any other knob does."""
     before = load_recipe([least]).fingerprint()
-    elsewhere = ["name=other", "output_dir=there", "save_model=false", "trackers=[tensorboard]"]
+    elsewhere = [
+        "name=other",
+        "output_dir=there",
+        "save_model=false",
+        "trackers=[tensorboard]",
+        "profile.price_per_hour=2",
+    ]
     assert load_recipe([least], elsewhere).fingerprint() == before
-    changes = ("train.seed=1", "method.r=8", "optimizer.learning_rate=1e-3", "data.train=5", "model.dropout=0.0")
+    changes = ("train.seed=1", "method.r=8", "optimizer.learning_rate=1e-3", "data.train=5", "model.dropout=0.0",
+               "profile.warmup_steps=6", "profile.breakdown=true")  # fmt: skip
     changed = {load_recipe([least], [change]).fingerprint() for change in changes}
     assert len(changed) == len(changes)
     assert before not in changed

@@ -56,6 +56,7 @@ MISTAKES: list[tuple[str, type[RecipeError], str]] = [
     ("train.precision=bf6", OutOfRangeError, "train.precision='bf6' is not one of its values; did you mean 'bf16'?"),
     ("evaluate.split=train", OutOfRangeError, "evaluate.split='train' is not one of its values; allowed: validation"),
     ("trackers=[tensorbord]", OutOfRangeError, "trackers.0='tensorbord' is not one of its values; did you mean"),
+    ("profile.price_per_hour=0", OutOfRangeError, "profile.price_per_hour=0 must be greater than 0"),
     ("name=../elsewhere", OutOfRangeError, "name='../elsewhere': must start with a letter or digit"),
     ("data.separator='TL;DR: '", OutOfRangeError, "data.separator='TL;DR: ': must be a text that does not end in"),
     ("data.separator=''", OutOfRangeError, "data.separator='': must be a text"),
@@ -168,3 +169,11 @@ def test_an_override_that_is_no_yaml(least: Path) -> None:
     """An override whose value cannot be read is refused, not passed on as text."""
     with pytest.raises(RecipeError, match="cannot read the overrides"):
         load_recipe([least], ["method.target_modules=[a"])
+
+
+def test_a_breakdown_needs_a_step_of_its_own(least: Path) -> None:
+    """It is made in the last warm-up step, and in the first there are no optimizer states yet."""
+    for steps in (0, 1):
+        with pytest.raises(OutOfRangeError, match="a breakdown needs warmup_steps of 2 or more"):
+            load_recipe([least], ["profile.breakdown=true", f"profile.warmup_steps={steps}"])
+    assert load_recipe([least], ["profile.breakdown=true", "profile.warmup_steps=2"]).profile.breakdown

@@ -16,15 +16,24 @@ from peftbench.methods.full import Full
 from peftbench.methods.last_layer import LastLayer
 from peftbench.methods.lora import Lora
 from peftbench.methods.prompt_tuning import PromptTuning
-from peftbench.profiler.flops import UncountableError, cost, counter
+from peftbench.profiler.counter import FlopCounter
+from peftbench.profiler.flops import UncountableError, cost
 from tests.conformance.battery import REFUSED, VARIANTS
-from tests.conftest import ARCHITECTURES, every_architecture
+from tests.conftest import ARCHITECTURES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ROWS, WIDTH = 3, 16
 EVERY = {name: method for variants in VARIANTS.values() for name, method in variants.items() if "dora" not in name}
+
+PAIRS = [(variant, name) for variant in EVERY for name in ARCHITECTURES if (variant, name) not in REFUSED]
+CASES = [
+    (variant, architecture, checkpointing)
+    for variant, architecture in PAIRS
+    for checkpointing in (False, True)
+    if not (checkpointing and EVERY[variant].trunk_frozen)  # it is left out there
+]
 
 
 def padded(method: Method, rows: int = ROWS, width: int = WIDTH) -> Work:
@@ -37,9 +46,10 @@ def counted(model: nn.Module, device: str = "cpu") -> int:
     """FLOPs that torch sees dispatched in one forward and backward pass."""
     ids = torch.zeros((ROWS, WIDTH), dtype=torch.long, device=device)
     mask = None if device == "meta" else torch.ones_like(ids)
-    with counter() as seen:
+    with FlopCounter() as seen:
         model(input_ids=ids, attention_mask=mask, use_cache=False).logits.sum().backward()
-    return int(seen.get_total_flops())
+    total: int = seen.total
+    return total
 
 
 def with_dropout(base: PreTrainedModel, probability: float) -> PreTrainedModel:
@@ -53,24 +63,23 @@ def with_dropout(base: PreTrainedModel, probability: float) -> PreTrainedModel:
 def test_there_is_something_to_count() -> None:
     """Every variant of every method is in the list."""
     assert {method.kind for method in EVERY.values()} == set(VARIANTS)
+    assert {architecture for _, architecture in PAIRS} == set(ARCHITECTURES)
+    assert {EVERY[variant].kind for variant, _, checkpointing in CASES if checkpointing} == set(VARIANTS)
+    assert any(EVERY[variant].trunk_frozen for variant, _ in PAIRS)
 
 
-@every_architecture
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize("variant", EVERY)
+@pytest.mark.parametrize(("variant", "architecture", "checkpointing"), CASES)
 def test_the_closed_form_is_what_is_counted(  # noqa: PLR0917
     variant: str,
+    architecture: str,
     checkpointing: bool,
     dropout: float,
-    architecture: str,
     fresh_base: Callable[[str], PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Executed FLOPs in closed form are those dispatched on CPU, recomputation and fused attention included."""
     method = EVERY[variant]
-    if (variant, architecture) in REFUSED or (checkpointing and method.trunk_frozen):
-        pytest.skip("a pair that is refused, or checkpointing that is left out")
     base = with_dropout(fresh_base(architecture), dropout)
     model = method.apply(base, tokenizer).train()
     if checkpointing:
@@ -79,8 +88,7 @@ def test_the_closed_form_is_what_is_counted(  # noqa: PLR0917
     assert found.executed(padded(method)) == counted(model)
 
 
-@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
-@pytest.mark.parametrize("variant", EVERY)
+@pytest.mark.parametrize(("variant", "architecture"), PAIRS)
 def test_the_closed_form_is_what_is_counted_on_meta(
     variant: str,
     architecture: str,
@@ -91,8 +99,6 @@ def test_the_closed_form_is_what_is_counted_on_meta(
     """The same without any arithmetic, with attention in separate products, as the meta device computes it."""
     monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda *_, **__: None)
     method = EVERY[variant]
-    if (variant, architecture) in REFUSED:
-        pytest.skip("a pair that is refused")
     base = with_dropout(fresh_base(architecture), 0.0)
     base.set_attn_implementation("eager")
     model = method.apply(base, tokenizer).train()
@@ -157,9 +163,9 @@ def test_virtual_tokens_are_work() -> None:
 
 def test_a_product_of_known_size() -> None:
     """The counter sees the two FLOPs of every multiplication and addition of a matrix product."""
-    with counter() as seen:
+    with FlopCounter() as seen:
         torch.ones(3, 5) @ torch.ones(5, 7)
-    assert seen.get_total_flops() == 2 * 3 * 5 * 7
+    assert seen.total == 2 * 3 * 5 * 7
 
 
 def test_what_is_not_known_is_not_guessed(

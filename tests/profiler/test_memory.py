@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import mmap
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from peftbench.profiler.memory import CudaMeter, Meter, ProcessMeter, larger, meter_for
+from peftbench.profiler.memory import CudaMeter, Meter, ProcessMeter, larger, meter_for, state_bytes
+from peftbench.profiler.nvml import Gpu
 from peftbench.profiler.probe import Probe
-from peftbench.record import Memory
+from peftbench.record import Memory, StateBytes
 
 MIB = 2**20
 SLACK = 4 * MIB
@@ -105,6 +109,50 @@ def test_larger_takes_each_field_of_the_larger() -> None:
     assert larger(Memory(), Memory()) == Memory()
 
 
+def test_retries_add_up() -> None:
+    """How often something happened in two stretches is its number in the first and in the second."""
+    first, second = Memory(allocation_retries=2, process_bytes=9), Memory(allocation_retries=3, unusable_bytes=4)
+    assert larger(first, second) == Memory(allocation_retries=5, process_bytes=9, unusable_bytes=4)
+
+
+def test_what_torch_s_counters_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peaks are read by their names and reset, retries are those since the lap before."""
+    told: dict[str, Any] = {
+        "allocated_bytes": {"all": {"peak": 10, "current": 1}}, "reserved_bytes": {"all": {"peak": 20, "current": 2}},
+        "inactive_split_bytes": {"all": {"peak": 5, "current": 3}}, "num_alloc_retries": 4,
+    }  # fmt: skip
+    resets: list[object] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 30)
+    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda _: told)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", resets.append)
+    monkeypatch.setattr(Gpu, "of", classmethod(lambda *_: SimpleNamespace(process_bytes=lambda: 500)))
+    meter = CudaMeter(torch.device("cuda", 0))
+    assert (meter.context_bytes, meter.process_bytes(), len(resets)) == (470, 500, 1)
+    told["num_alloc_retries"] = 6
+    expected = Memory(allocated_bytes=10, reserved_bytes=20, unusable_bytes=5, allocation_retries=2)
+    assert meter.lap() == expected
+    assert meter.lap() == expected.model_copy(update={"allocation_retries": 0})
+    assert len(resets) == 3
+
+
+def test_states_of_known_size() -> None:
+    """A tied weight counts once, a frozen one has no gradient, AdamW keeps two numbers a trained scalar and a count."""
+    model = nn.Module()
+    model.first, model.second = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+    model.tied, model.frozen = nn.Linear(8, 8, bias=False), nn.Linear(8, 4, bias=False)
+    model.tied.weight = model.first.weight
+    model.frozen.weight.requires_grad_(False)
+    model.register_buffer("mask", torch.ones(10, dtype=torch.bool))
+    optimizer = torch.optim.AdamW(parameter for parameter in model.parameters() if parameter.requires_grad)
+    assert state_bytes(model, optimizer) == StateBytes(weights=4 * (64 + 64 + 32) + 10, gradients=512, optimizer=0)
+    sum(parameter.sum() for parameter in model.parameters()).backward()  # type: ignore[union-attr]
+    optimizer.step()
+    found = state_bytes(model, optimizer)
+    assert found.optimizer == 2 * 512 + 2 * 4
+    assert found.total == found.weights + found.gradients + found.optimizer == 650 + 512 + 1032
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_tensor_of_known_size_on_cuda() -> None:
@@ -122,3 +170,20 @@ def test_a_tensor_of_known_size_on_cuda() -> None:
     assert after.allocated_bytes == before + 128 * MIB
     assert after.reserved_bytes is not None
     assert after.reserved_bytes >= after.allocated_bytes
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_parts_of_known_size_on_cuda() -> None:
+    """Tensors of known size land in the part that made them, on a real allocator."""
+    device = torch.device("cuda", 0)
+    torch.cuda.empty_cache()
+    probe = Probe(device)
+    before = torch.cuda.memory_allocated(device)
+    with probe.training(warmup_steps=0), probe.step():
+        for part, size in (("forward", 64), ("backward", 128), ("optimizer", 32)):
+            with probe.part(part):
+                torch.ones(size * MIB, dtype=torch.uint8, device=device)
+    found = {part: memory.allocated_bytes for part, memory in probe.step_memory.items()}
+    assert found == {"forward": before + 64 * MIB, "backward": before + 128 * MIB, "optimizer": before + 32 * MIB}
+    assert probe.memory["train"].allocated_bytes == before + 128 * MIB

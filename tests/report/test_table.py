@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from peftbench.errors import RecordError
-from peftbench.record import Flops, Interval, Memory, Outcome, Parameters
+from peftbench.record import Compute, Flops, Interval, Memory, Outcome, Parameters, Throughput, TokensPerSecond
 from peftbench.report.columns import COLUMNS
 from peftbench.report.table import (
     csv_table,
@@ -160,3 +160,23 @@ def test_tables_go_between_their_markers_only(tmp_path: Path) -> None:
     assert "old" not in once
     with pytest.raises(RecordError, match="no place for the table"):
         insert_table([record("a", "full", 1000)], file, "y")
+
+
+def test_what_is_unknown_is_said() -> None:
+    """A column that nothing fills is not there, and a line says why."""
+    speed = Throughput(
+        steps=5, step_seconds_median=1, step_seconds_p10=1, step_seconds_p90=1, samples_per_second=1.0, data_share=0,
+        tokens_per_second=TokensPerSecond(real=1, padded=1, labelled=1, virtual=0),
+    )  # fmt: skip
+    unknown, known = record("a", "full", 1, throughput=speed), record(
+        "b", "lora", 1, throughput=speed, energy_joules=40.0, compute=Compute(peak_per_second=1e9)
+    )  # fmt: skip
+    mfu, energy = notes([unknown])
+    assert mfu == "MFU is unknown: the data sheet's FLOP/s of a CPU at fp32 are not in the table"
+    assert energy == "energy is unknown: neither NVML nor RAPL tells it here"
+    assert notes([known]) == []
+    assert "J/1,000 samples" not in markdown_table([unknown])
+    table = markdown_table([known.priced(3600.0)])
+    cells = {k.strip(): v.strip() for k, v in zip(*(line.split("|") for line in table.splitlines()[::2]), strict=True)}
+    assert cells["J/1,000 samples"] == "500"
+    assert float(cells["price"]) == 12  # of 12.5 seconds, to two digits

@@ -17,8 +17,6 @@ part of what is required: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, append
 
 from __future__ import annotations
 
-import math
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +25,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from peftbench.data.batches import Work
 
@@ -87,7 +84,7 @@ class UnevenError(UncountableError):
 
 
 _COUNTED_ATTENTION = frozenset({"sdpa", "eager"})
-"""Attention whose kernels are torch's own, with formulas in :func:`counter`."""
+"""Attention whose kernels are torch's own, with formulas in ``counter.py``."""
 
 
 def cost(model: nn.Module, base: PreTrainedModel, *, virtual_tokens: int, checkpointing: bool) -> Cost:
@@ -262,44 +259,3 @@ def _keeps_nothing(name: str, args: Any, kwargs: Any) -> bool:
         training = kwargs.get("training", args[2] if len(args) > 2 else True)
         return probability == 0 or not training
     return name in _KEEP_NOTHING
-
-
-def counter() -> FlopCounterMode:
-    """Torch's counter of what is really dispatched, told of the kernels that it would count as nothing."""
-    aten = torch.ops.aten
-    formulas: dict[Any, Any] = {
-        aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
-    }
-    if "bitsandbytes" in sys.modules:  # its kernels are torch's to call once it was imported
-        kernels = torch.ops.bitsandbytes
-        formulas |= dict.fromkeys((kernels.gemm_4bit, kernels.gemv_4bit), _packed_product)
-        formulas |= dict.fromkeys((kernels.int8_linear_matmul, kernels.int8_scaled_mm), _int8_product)
-        formulas[kernels.int8_mixed_scaled_mm] = _mixed_int8_product
-    return FlopCounterMode(display=False, custom_mapping=formulas)
-
-
-def _int8_product(inputs: Any, weight: Any, *_: Any, **__: Any) -> int:
-    """Of inputs (..., in) with weights (out, in); all arguments are shapes."""
-    return int(2 * math.prod(inputs) * weight[0])
-
-
-def _packed_product(inputs: Any, _packed: Any, weight: Any, *_: Any, **__: Any) -> int:
-    """Of inputs (..., in) with four-bit weights that unpacked are (out, in)."""
-    return _int8_product(inputs, weight)
-
-
-def _mixed_int8_product(_inputs: Any, quantised: Any, weight: Any, *_: Any, **__: Any) -> int:
-    """Of quantised inputs (..., in) with weights (out, in). The few columns that stay in 16 bits are not known here."""
-    return _int8_product(quantised, weight)
-
-
-def _cpu_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    rows, heads, queries, width = query
-    return int(2 * rows * heads * queries * key[2] * (width + value[3]))
-
-
-def _cpu_attention_backward(_grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    rows, heads, queries, width = query
-    # Scores once more, their gradient to query and key; and to the probabilities and the value.
-    return int(2 * rows * heads * queries * key[2] * (3 * width + 2 * value[3]))

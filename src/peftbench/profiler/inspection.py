@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from peftbench.profiler.breakdown import Breakdown
-from peftbench.profiler.flops import counter
+from peftbench.profiler.counter import FlopCounter
 from peftbench.profiler.snapshot import with_history
 
 COUNTED_STEP = 1
@@ -24,7 +23,7 @@ class Inspection:
 
     history: bool
     """Whether the GPU's allocator notes where allocations come from, for the snapshot of an out-of-memory."""
-    flops: FlopCounterMode | None = None
+    flops: FlopCounter | None = None
     breakdown: Breakdown | None = None
     breakdown_step: int | None = None
 
@@ -53,4 +52,4 @@ def inspection(
 ) -> Inspection:
     """The instruments of a run on ``device``; ``part`` tells which part of the step is being done."""
     book = Breakdown(model, optimizer, vocabulary, part) if breakdown_step is not None else None
-    return Inspection(device.type == "cuda", counter() if count_flops else None, book, breakdown_step)
+    return Inspection(device.type == "cuda", FlopCounter() if count_flops else None, book, breakdown_step)

@@ -21,7 +21,7 @@ def _nobody_looks(_step: int) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-@dataclass
+@dataclass(eq=False)
 class _Scope:
     """A stretch that is being measured; one may lie within another."""
 

@@ -93,7 +93,20 @@ def notes(records: Sequence[RunRecord]) -> list[str]:
     judged = {(r.quality.split, r.quality.examples, r.data_identity) for r in records if r.quality is not None}
     if len(judged) > 1:
         found.append("these runs were not evaluated on the same examples")
-    return [*found, *implausible(records)]
+    return [*found, *implausible(records), *_unknown(trained)]
+
+
+def _unknown(trained: Sequence[RunRecord]) -> list[str]:
+    """Which figures have no column because nothing here tells them."""
+    measured = [record for record in trained if record.throughput is not None]
+    found = {
+        f"MFU is unknown: the data sheet's FLOP/s of {record.device.name or 'this device'} at "
+        f"{record.recipe['train']['precision']} are not in the table"
+        for record in measured if record.compute.peak_per_second is None
+    }  # fmt: skip
+    if any(record.energy_joules is None for record in measured):
+        found.add("energy is unknown: neither NVML nor RAPL tells it here")
+    return sorted(found)
 
 
 def _protocol(record: RunRecord) -> list[object]:

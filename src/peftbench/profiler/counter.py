@@ -1,0 +1,73 @@
+"""FLOPs as they are really dispatched: torch's formulas for its kernels, and those for kernels it does not know.
+
+Torch's own ``FlopCounterMode`` also takes operations apart that have no formula (the derivative of SiLU, say), and then
+rounds otherwise than without it. An instrument must not change what it measures, so this one only looks.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, shape_wrapper
+
+
+class FlopCounter(TorchDispatchMode):
+    """Counts the FLOPs of every matrix product dispatched within, backward passes and recomputation included."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+        self._formulas = flop_registry | {kernel: shape_wrapper(formula) for kernel, formula in _unknown_to_torch()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        formula = self._formulas.get(func._overloadpacket)
+        if formula is not None:
+            self.total += int(formula(*args, **kwargs, out_val=result))
+        return result
+
+
+def _unknown_to_torch() -> list[tuple[Any, Any]]:
+    """Kernels that torch would count as nothing, with formulas over the shapes of their arguments."""
+    aten = torch.ops.aten
+    known: list[tuple[Any, Any]] = [
+        (aten._scaled_dot_product_flash_attention_for_cpu, _cpu_attention),
+        (aten._scaled_dot_product_flash_attention_for_cpu_backward, _cpu_attention_backward),
+    ]
+    if "bitsandbytes" in sys.modules:  # its kernels are torch's to call once it was imported
+        kernels = torch.ops.bitsandbytes
+        known += [(kernels.gemm_4bit, _packed_product), (kernels.gemv_4bit, _packed_product)]
+        known += [(kernels.int8_linear_matmul, _int8_product), (kernels.int8_scaled_mm, _int8_product)]
+        known += [(kernels.int8_mixed_scaled_mm, _mixed_int8_product)]
+    return known
+
+
+def _int8_product(inputs: Any, weight: Any, *_: Any, **__: Any) -> int:
+    """Of inputs (..., in) with weights (out, in); all arguments are shapes."""
+    return int(2 * math.prod(inputs) * weight[0])
+
+
+def _packed_product(inputs: Any, _packed: Any, weight: Any, *_: Any, **__: Any) -> int:
+    """Of inputs (..., in) with four-bit weights that unpacked are (out, in)."""
+    return _int8_product(inputs, weight)
+
+
+def _mixed_int8_product(_inputs: Any, quantised: Any, weight: Any, *_: Any, **__: Any) -> int:
+    """Of quantised inputs (..., in) with weights (out, in). The few columns that stay in 16 bits are not known here."""
+    return _int8_product(quantised, weight)
+
+
+def _cpu_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    rows, heads, queries, width = query
+    return int(2 * rows * heads * queries * key[2] * (width + value[3]))
+
+
+def _cpu_attention_backward(_grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    rows, heads, queries, width = query
+    # Scores once more, their gradient to query and key; and to the probabilities and the value.
+    return int(2 * rows * heads * queries * key[2] * (3 * width + 2 * value[3]))
