@@ -275,7 +275,7 @@ def trainer_of(accelerator: Accelerator, model: nn.Module, optimizer: torch.opti
     batches = Batches(Dataset.from_list(rows(LENGTHS_AND_PROMPTS)), Collator(pad_token=0), 4, None, seed=0)
     schedule = get_scheduler("constant", optimizer)
     prepared, wrapped = accelerator.prepare(model, optimizer)
-    return Trainer(prepared, wrapped, schedule, batches, steps=1, dropped=0)
+    return Trainer(prepared, wrapped, schedule, batches, steps=1)
 
 
 def one_batch(*parts: MicroBatch) -> GlobalBatch:
@@ -327,6 +327,16 @@ def built_from(recipe: Recipe, accelerator: Accelerator) -> Built:
     from peftbench.engine.build import build, load_base
 
     return build(recipe, load_base(recipe), accelerator)
+
+
+def trainer_from(recipe: Recipe, accelerator: Accelerator, built: Built | None = None) -> Trainer:
+    """What a run's loop drives, over the recipe's examples."""
+    from peftbench.engine.build import encoded_split, make_encoder, make_trainer
+
+    built = built or built_from(recipe, accelerator)
+    encoder = make_encoder(recipe, built.base)
+    examples = encoded_split(recipe, encoder, "train", accelerator).dataset
+    return make_trainer(recipe, built, examples, encoder.end, accelerator)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,16 @@ from safetensors import SafetensorError
 
 from peftbench.data.docstrings import DISTRIBUTION
 from peftbench.engine.bind import bind, notes
-from peftbench.engine.build import Built, Trainer, build, load_base, make_trainer, read_split
+from peftbench.engine.build import (
+    Built,
+    Trainer,
+    build,
+    encoded_split,
+    load_base,
+    make_encoder,
+    make_trainer,
+    read_split,
+)
 from peftbench.engine.loop import DivergedError, Progress, train
 from peftbench.engine.ranks import main_process_first
 from peftbench.errors import PeftbenchError
@@ -34,7 +43,11 @@ from peftbench.recording import Together, recorded
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from datasets import Dataset
 
+    from peftbench.data.batches import Rows
+    from peftbench.data.encode import Encoder
+    from peftbench.models import Base
     from peftbench.recipe import Recipe
 
 MODEL = "model"
@@ -144,14 +157,16 @@ class Run:
         with self.probe.phase("load"):
             base = load_base(self.recipe)
         with self.probe.phase("build"):
-            built = self.built = build(self.recipe, base, self.accelerator)
-            self.notes += built.notes
-            self._count(self.recipe.evaluate.split, len(built.held_out.dataset), built.held_out.dropped)
+            encoder = make_encoder(self.recipe, base)
+            held_out = self._encoded(encoder, self.recipe.evaluate.split)
+            built = self._build(base)
         if self.recipe.method.trains:
-            self._train(built)
+            with self.probe.phase("build"):
+                examples = self._encoded(encoder, "train")
+            self._train(built, examples, encoder.end)
         else:
             self._forget_model()
-        evaluation = Evaluation(self.accelerator, built.bare_model, built.encoder, built.held_out.dataset, self.recipe)
+        evaluation = Evaluation(self.accelerator, built.bare_model, encoder, held_out, self.recipe)
         self.quality = evaluation.quality(self.probe)
         if not math.isfinite(self.quality.loss or 0.0):
             steps = self.progress.steps
@@ -170,10 +185,19 @@ class Run:
         if self.accelerator.device.type == "cuda":
             keep_on_out_of_memory(path)
 
-    def _train(self, built: Built) -> None:
+    def _build(self, base: Base) -> Built:
+        built = self.built = build(self.recipe, base, self.accelerator)
+        self.notes += built.notes
+        return built
+
+    def _encoded(self, encoder: Encoder, split: str) -> Dataset:
+        found = encoded_split(self.recipe, encoder, split, self.accelerator)
+        self._count(split, len(found.dataset), found.dropped)
+        return found.dataset
+
+    def _train(self, built: Built, examples: Rows, pad_token: int) -> None:
         with self.probe.phase("build"):
-            trainer = self.trainer = make_trainer(self.recipe, built, self.accelerator)
-            self._count("train", len(trainer.batches.dataset), trainer.dropped)
+            trainer = self.trainer = make_trainer(self.recipe, built, examples, pad_token, self.accelerator)
             self.notes += [trainer.uncounted] if trainer.uncounted else []
         self._forget_model()
         if self.recipe.trackers:

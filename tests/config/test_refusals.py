@@ -100,7 +100,9 @@ def test_a_group_without_its_kind() -> None:
     """A method or a source without a kind is refused with the kinds there are."""
     with pytest.raises(RecipeError, match=r"^method\.kind is missing; allowed: full, .*lora"):
         validate(LEAST | {"method": {"r": 4}})
-    with pytest.raises(RecipeError, match=r"^data\.source\.kind is missing; allowed: docstrings, files, hub$"):
+    with pytest.raises(
+        RecipeError, match=r"^data\.source\.kind is missing; allowed: docstrings, files, hub, synthetic$"
+    ):
         validate(LEAST | {"data": {"source": {}}})
 
 

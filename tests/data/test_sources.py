@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from peftbench.data.sources import COLUMNS, Files, Hub, Source
+from peftbench.data.source import COLUMNS, Source
+from peftbench.data.sources import Files, Hub
 from peftbench.errors import (
     DataError,
     DataNotFoundError,

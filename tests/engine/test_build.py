@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from peftbench.engine.bind import bind
-from peftbench.engine.build import make_trainer, read_split
+from peftbench.engine.build import encoded_split, load_base, make_encoder, read_split
 from peftbench.errors import EmptySplitError, OutOfRangeError, SequenceTooShortError
 from peftbench.methods.base import Method
 from peftbench.methods.full import Full
 from peftbench.methods.prompt_tuning import PromptTuning
-from tests.conftest import POSITIONS, Workshop, built_from, every_method
+from tests.conftest import POSITIONS, Workshop, built_from, every_method, trainer_from
 
 
 @every_method
@@ -54,17 +54,16 @@ def test_more_examples_than_there_are(workshop: Workshop) -> None:
 def test_virtual_tokens_take_positions(workshop: Workshop) -> None:
     """A recipe that fits the model without virtual tokens is refused with them, and says what would fit."""
     fits = workshop.recipe(Full(), data={"max_tokens": POSITIONS})
-    accelerator = bind(fits, workshop.output)
-    assert built_from(fits, accelerator).encoder.layout.max_tokens == POSITIONS
+    assert make_encoder(fits, load_base(fits)).layout.max_tokens == POSITIONS
     with pytest.raises(OutOfRangeError, match=f"set data.max_tokens={POSITIONS - 5} or less"):
-        built_from(workshop.recipe(PromptTuning(tokens=5), data={"max_tokens": POSITIONS}), accelerator)
+        make_encoder(workshop.recipe(PromptTuning(tokens=5), data={"max_tokens": POSITIONS}), load_base(fits))
 
 
 def test_no_room_for_an_article(workshop: Workshop) -> None:
     """A limit that leaves no room for an article is refused before anything is trained."""
     recipe = workshop.recipe(Full(), data={"max_tokens": 10}, evaluate={"max_new_tokens": 8})
     with pytest.raises(SequenceTooShortError):
-        built_from(recipe, bind(recipe, workshop.output))
+        encoded_split(recipe, make_encoder(recipe, load_base(recipe)), "train", bind(recipe, workshop.output))
 
 
 def test_padding_to_a_fixed_width(workshop: Workshop) -> None:
@@ -72,7 +71,7 @@ def test_padding_to_a_fixed_width(workshop: Workshop) -> None:
     for padding in ("max_tokens", "longest"):
         recipe = workshop.recipe(Full(), data={"padding": padding})
         accelerator = bind(recipe, workshop.output)
-        batch = next(iter(make_trainer(recipe, built_from(recipe, accelerator), accelerator).batches))
+        batch = next(iter(trainer_from(recipe, accelerator).batches))
         (part,) = batch.micro_batches
         longest = int(part.attention_mask.sum(dim=1).max())
         assert part.input_ids.shape[1] == (48 if padding == "max_tokens" else longest)

@@ -6,13 +6,12 @@ import pytest
 import torch
 
 from peftbench.engine.bind import bind
-from peftbench.engine.build import make_trainer
 from peftbench.engine.loop import Progress, train, train_step
 from peftbench.errors import EngineError, PrecisionError
 from peftbench.methods.base import Method
 from peftbench.methods.full import Full
 from peftbench.profiler.probe import Probe
-from tests.conftest import Workshop, built_from, every_method, forget_accelerators, trained
+from tests.conftest import Workshop, built_from, every_method, forget_accelerators, trained, trainer_from
 
 
 def test_fp16_on_cpu_is_refused(workshop: Workshop) -> None:
@@ -46,7 +45,7 @@ def test_bf16_keeps_trained_weights_in_float32(method: Method, workshop: Worksho
     recipe = workshop.recipe(method, train={"precision": "bf16", "steps": 2})
     accelerator = bind(recipe, workshop.output)
     built = built_from(recipe, accelerator)
-    trainer = make_trainer(recipe, built, accelerator)
+    trainer = trainer_from(recipe, accelerator, built)
     method.set_training(built.bare_model)
     computed: set[torch.dtype] = set()
     head = built.base.model.get_output_embeddings()
@@ -68,7 +67,7 @@ def test_bf16_is_near_fp32_and_not_the_same(workshop: Workshop) -> None:
         forget_accelerators()
         recipe = workshop.recipe(Full(), train={"precision": precision})
         accelerator = bind(recipe, workshop.output)
-        trainer = make_trainer(recipe, built_from(recipe, accelerator), accelerator)
+        trainer = trainer_from(recipe, accelerator)
         losses[precision] = train_step(accelerator, trainer, next(iter(trainer.batches)), max_grad_norm=None)
     assert losses["bf16"] != losses["fp32"]
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)

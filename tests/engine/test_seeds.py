@@ -8,14 +8,13 @@ import pytest
 import torch
 
 from peftbench.engine.bind import bind
-from peftbench.engine.build import make_trainer
 from peftbench.methods import METHODS
 from peftbench.methods.base import Method
 from peftbench.methods.full import Full
 from peftbench.methods.last_layer import LastLayer
 from peftbench.methods.lora import Lora
 from peftbench.methods.prompt_tuning import PromptTuning
-from tests.conftest import ONE_OF_EACH, Workshop, built_from, every_method, forget_accelerators
+from tests.conftest import ONE_OF_EACH, Workshop, every_method, forget_accelerators, trainer_from
 
 if TYPE_CHECKING:
     from peftbench.data.batches import GlobalBatch
@@ -74,7 +73,7 @@ def test_order_is_the_same_for_every_method(workshop: Workshop) -> None:
         forget_accelerators()
         recipe = workshop.recipe(method, train={"micro_batch": 4})
         accelerator = bind(recipe, workshop.output)
-        batches = iter(make_trainer(recipe, built_from(recipe, accelerator), accelerator).batches)
+        batches = iter(trainer_from(recipe, accelerator).batches)
         seen[method.kind] = [next(batches) for _ in range(6)]  # more than one pass over the examples
     reference = seen.pop("full")
     assert len(seen) == len(METHODS) - 1

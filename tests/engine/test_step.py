@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from peftbench.engine.bind import bind
-from peftbench.engine.build import Trainer, make_trainer
+from peftbench.engine.build import Trainer
 from peftbench.engine.loop import Progress, train, train_step
 from peftbench.methods.full import Full
 from peftbench.methods.lora import Lora
 from peftbench.optim import SGD, AdamW
 from peftbench.profiler.probe import Probe
 from peftbench.recipe import Schedule
-from tests.conftest import Workshop, built_from, micro_batch, one_batch, trained, trainer_of
+from tests.conftest import Workshop, micro_batch, one_batch, trained, trainer_from, trainer_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -58,7 +58,7 @@ def test_step_returns_the_loss_before_it(
 def _trainer(workshop: Workshop, **parts: Any) -> tuple[Accelerator, Trainer]:
     recipe = workshop.recipe(Lora(r=2), train={"steps": 10}, **parts)
     accelerator = bind(recipe, workshop.output)
-    return accelerator, make_trainer(recipe, built_from(recipe, accelerator), accelerator)
+    return accelerator, trainer_from(recipe, accelerator)
 
 
 def _rate_by_hand(kind: str, warmup: int, steps: int, step: int) -> float:
@@ -122,4 +122,4 @@ def test_steps_from_epochs(workshop: Workshop) -> None:
     """A length in epochs is in steps what covers the examples, rounded up: 24 examples, 1.5 epochs, 10 a step."""
     recipe = workshop.recipe(Full(), train={"steps": None, "epochs": 1.5, "global_batch": 10})
     accelerator = bind(recipe, workshop.output)
-    assert make_trainer(recipe, built_from(recipe, accelerator), accelerator).steps == 4
+    assert trainer_from(recipe, accelerator).steps == 4

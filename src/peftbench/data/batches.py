@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 
 from peftbench.errors import OutOfRangeError
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 IGNORED = -100
 """Label of a position that is not to be predicted, as torch's cross-entropy ignores it."""
@@ -140,11 +137,20 @@ class Collator:
         return Work(rows * width, rows * width**2, rows * width, width)
 
 
+class Rows(Protocol):
+    """Encoded examples: a :class:`datasets.Dataset` with these two columns, or anything that answers alike."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, indices: list[int], /) -> Mapping[str, Sequence[Any]]:
+        """``input_ids`` (lists of token ids) and ``prompt_tokens`` (how many of each are not labelled)."""
+
+
 @dataclass(frozen=True)
 class Batches:
     """The global batches of a run, in order, as one rank sees them."""
 
-    dataset: Dataset
+    dataset: Rows
     collator: Collator
     global_batch: int
     micro_batch: int | None

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from abc import abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import Field, field_validator
 
+from peftbench.data.source import COLUMNS, Source
+from peftbench.data.synthetic import Synthetic
 from peftbench.errors import (
     DataError,
     DataNotFoundError,
@@ -19,37 +20,11 @@ from peftbench.errors import (
     nearest,
 )
 from peftbench.files import NOT_WRITABLE, write_error
-from peftbench.part import Part
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-COLUMNS = ("id", "article", "summary")
 _NO_ROWS = ("corresponds to no data", "BatchSize must be greater than 0")  # how ``datasets`` says so
-
-
-class Source(Part):
-    """What all sources have in common."""
-
-    kind: str
-    """Which source."""
-
-    @property
-    def changes_in_place(self) -> bool:
-        """Whether other content may come to lie behind the same recipe, and ``identity`` tells so without a network."""
-        return True
-
-    @abstractmethod
-    def load(self, split: str) -> Dataset:
-        """All examples of ``split`` (train, validation or test), as strings in the columns of ``COLUMNS``.
-
-        Raises:
-            DataNotFoundError, HubUnreachableError, MissingColumnError, EmptySplitError: as their names say.
-        """
-
-    @abstractmethod
-    def identity(self) -> str:
-        """What exactly was loaded, for the record: a revision or a hash of the content."""
 
 
 class Docstrings(Source):
@@ -273,7 +248,7 @@ def _columns(dataset: Dataset, names: dict[str, str | None], split: str, where: 
         raise write_error(cache_of(dataset), error) from error
 
 
-SOURCES: dict[str, type[Source]] = {"docstrings": Docstrings, "files": Files, "hub": Hub}
+SOURCES: dict[str, type[Source]] = {"docstrings": Docstrings, "files": Files, "hub": Hub, "synthetic": Synthetic}
 
 if TYPE_CHECKING:
     AnySource = Source

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from accelerate.utils import set_seed
 from transformers import get_scheduler
 
-from peftbench.data.batches import Batches, Collator
+from peftbench.data.batches import Batches, Collator, Rows
 from peftbench.data.encode import Encoder, Layout
 from peftbench.engine.ranks import main_process_first
 from peftbench.errors import EmptySplitError
@@ -37,13 +37,11 @@ class Split:
 
 @dataclass(frozen=True)
 class Built:
-    """Everything a run needs; ``model`` is what the engine prepared, ``bare_model`` what the method made."""
+    """A base with a method applied to it, before any engine has it."""
 
     base: Base
-    encoder: Encoder
     parameters: Parameters
     bare_model: nn.Module
-    held_out: Split
     notes: tuple[str, ...]
     checkpointing: bool
     """Whether activations are computed again in the backward pass."""
@@ -60,7 +58,6 @@ class Trainer:
     schedule: torch.optim.lr_scheduler.LRScheduler
     batches: Batches
     steps: int
-    dropped: int
     cost: Cost | None = None
     """FLOPs of the model, None where it computes something of unknown cost; why is in ``uncounted``."""
     uncounted: str | None = None
@@ -86,9 +83,13 @@ def read_split(recipe: Recipe, split: str) -> Dataset:
     return dataset.shuffle(seed=recipe.data.seed).select(range(wanted))
 
 
-def encoded_split(recipe: Recipe, encoder: Encoder, split: str) -> Split:
-    """The recipe's subsample of a split, encoded."""
-    return Split(*encoder.encode(read_split(recipe, split), split, recipe.data.too_long))
+def encoded_split(recipe: Recipe, encoder: Encoder, split: str, accelerator: Accelerator) -> Split:
+    """The recipe's subsample of a split, encoded by one rank for all."""
+
+    def encoded() -> Split:
+        return Split(*encoder.encode(read_split(recipe, split), split, recipe.data.too_long))
+
+    return main_process_first(accelerator, encoded)
 
 
 def make_encoder(recipe: Recipe, base: Base) -> Encoder:
@@ -114,13 +115,11 @@ def load_base(recipe: Recipe) -> Base:
 
 
 def build(recipe: Recipe, base: Base, accelerator: Accelerator) -> Built:
-    """Encode the held-out split and apply the method to ``base``.
+    """Apply the method to ``base``.
 
     Raises:
         PeftbenchError: any mistake of the recipe's that shows only now.
     """
-    encoder = make_encoder(recipe, base)
-    held_out = main_process_first(accelerator, lambda: encoded_split(recipe, encoder, recipe.evaluate.split))
     set_seed(recipe.train.seed)  # a method's new weights depend on the seed alone, not on how the base was made
     six_n_parameters = base.model.num_parameters(exclude_embeddings=True)
     total = sum(parameter.numel() for parameter in base.model.parameters())
@@ -135,22 +134,21 @@ def build(recipe: Recipe, base: Base, accelerator: Accelerator) -> Built:
         base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.to(accelerator.device)
     parameters = Parameters(total=total, trainable=trainable)
-    return Built(base, encoder, parameters, model, held_out, tuple(notes), checkpointing, six_n_parameters)
+    return Built(base, parameters, model, tuple(notes), checkpointing, six_n_parameters)
 
 
-def make_trainer(recipe: Recipe, built: Built, accelerator: Accelerator) -> Trainer:
-    """Batches, optimizer and schedule, prepared by the engine."""
-    train = main_process_first(accelerator, lambda: encoded_split(recipe, built.encoder, "train"))
+def make_trainer(recipe: Recipe, built: Built, train: Rows, pad_token: int, accelerator: Accelerator) -> Trainer:
+    """Batches of the encoded examples ``train``, optimizer and schedule, prepared by the engine."""
     cost, uncounted, seen = _cost(recipe, built, accelerator)
     collator = Collator(
-        pad_token=built.encoder.end,
+        pad_token=pad_token,
         virtual_tokens=recipe.method.virtual_tokens,
         pad_to=recipe.data.max_tokens if recipe.data.padding == "max_tokens" else None,
         as_published=recipe.data.as_published,
     )
     knobs = recipe.train
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    batches = Batches(train.dataset, collator, knobs.global_batch, knobs.micro_batch, knobs.seed, rank, world_size)
+    batches = Batches(train, collator, knobs.global_batch, knobs.micro_batch, knobs.seed, rank, world_size)
     steps = batches.steps(knobs.steps, knobs.epochs)
     bare = recipe.optimizer.build(p for p in built.bare_model.parameters() if p.requires_grad)
     model, optimizer = accelerator.prepare(built.bare_model, bare)
@@ -159,7 +157,7 @@ def make_trainer(recipe: Recipe, built: Built, accelerator: Accelerator) -> Trai
         _SCHEDULES[recipe.schedule.kind], bare, num_warmup_steps=recipe.schedule.warmup_steps, num_training_steps=steps
     )
     set_seed(knobs.seed, device_specific=True)  # dropout differs between ranks
-    return Trainer(model, optimizer, schedule, batches, steps, train.dropped, cost, uncounted, seen)
+    return Trainer(model, optimizer, schedule, batches, steps, cost, uncounted, seen)
 
 
 def _cost(recipe: Recipe, built: Built, accelerator: Accelerator) -> tuple[Cost | None, str | None, bool]:
