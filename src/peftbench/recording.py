@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import subprocess
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from peftbench.run import Run
 
 N = TypeVar("N", int, float)
-_VERSIONS = ("peftbench", "torch", "accelerate", "transformers", "peft", "datasets", "evaluate", "tokenizers")
+_LIBRARIES = ("peftbench", "torch", "accelerate", "transformers", "peft", "datasets", "evaluate", "tokenizers")
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def recorded(run: Run, outcome: Outcome) -> RunRecord:
         recipe_fingerprint=run.recipe.fingerprint(),
         outcome=outcome,
         device=device_of(run.accelerator),
-        versions={name: metadata.version(name) for name in _VERSIONS},
+        versions=_versions(),
         git=_git_state(),
         engine=_engine(run),
         parameters=run.built.parameters if run.built else None,
@@ -183,6 +184,15 @@ def _engine(run: Run) -> Engine | None:
         accumulation=run.trainer.batches.accumulation,
         threads=torch.get_num_threads(),
     )
+
+
+def _versions() -> dict[str, str]:
+    """Of what a number may depend on, where it is installed."""
+    found = {}
+    for name in _LIBRARIES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def _git_state() -> str | None:

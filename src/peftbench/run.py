@@ -171,11 +171,15 @@ class Run:
         if not math.isfinite(self.quality.loss or 0.0):
             steps = self.progress.steps
             raise DivergedError(steps, f"the held-out loss after step {steps} is {self.quality.loss}")
-        trains, device = self.recipe.method.trains, self.accelerator.device
-        self.together = Together.of(self, achievable_flops(device, self.recipe.train.precision) if trains else None)
+        self._come_together()
         if self.recipe.method.trains and self.recipe.save_model:
             with self.probe.phase("save"):
                 self._save(built)
+
+    def _come_together(self) -> None:
+        """At the end of the work, when all ranks are there: what the device can do, and what each has measured."""
+        trains, device = self.recipe.method.trains, self.accelerator.device
+        self.together = Together.of(self, achievable_flops(device, self.recipe.train.precision) if trains else None)
 
     def _keep_snapshot(self) -> None:
         """Have an out-of-memory of the GPU show who held it; one of an earlier run of this name is taken away."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy
-from scipy.stats import bootstrap
 
 from peftbench.record import Interval
 
@@ -15,6 +14,8 @@ def mean_interval(values: Sequence[float], resamples: int, seed: int = 0) -> Int
 
     Equal values have an interval of no width. ``values`` must not be empty.
     """
+    from scipy.stats import bootstrap
+
     sample = numpy.asarray(values, dtype=float)
     mean = float(sample.mean())
     if len(sample) == 1 or numpy.ptp(sample) == 0:

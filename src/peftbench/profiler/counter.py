@@ -39,7 +39,7 @@ def _unknown_to_torch() -> list[tuple[Any, Any]]:
         (aten._scaled_dot_product_flash_attention_for_cpu, _cpu_attention),
         (aten._scaled_dot_product_flash_attention_for_cpu_backward, _cpu_attention_backward),
     ]
-    if "bitsandbytes" in sys.modules:  # its kernels are torch's to call once it was imported
+    if sys.modules.get("bitsandbytes") is not None:  # its kernels are torch's to call once it was imported
         kernels = torch.ops.bitsandbytes
         known += [(kernels.gemm_4bit, _packed_product), (kernels.gemv_4bit, _packed_product)]
         known += [(kernels.int8_linear_matmul, _int8_product), (kernels.int8_scaled_mm, _int8_product)]

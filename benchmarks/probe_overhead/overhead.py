@@ -1,6 +1,6 @@
 """What the Probe itself takes of a step: its calls alone, many times, against the median step of given records.
 
-Run: python benchmarks/probe_overhead/measure.py docs/results/demo
+Run: python benchmarks/probe_overhead/overhead.py docs/results/demo
 """
 
 from __future__ import annotations
@@ -18,17 +18,20 @@ from peftbench.record import read_records
 
 CALLS = 10_000
 REPEATS = 7
+PARTS = ("forward", "backward", "optimizer")
 
 
 def seconds_a_step(device: torch.device) -> list[float]:
-    """Seconds that one step and the pause after it spend in the Probe, once for each repeat."""
+    """Seconds that one step of one micro-batch and the pause after it spend in the Probe, once for each repeat."""
     found = []
     for _ in range(REPEATS):
         probe = Probe(device)
         start = time.perf_counter()
         for _ in range(CALLS):
             with probe.step():
-                pass
+                for part in PARTS:
+                    with probe.part(part):
+                        pass
             with probe.paused():
                 pass
         found.append((time.perf_counter() - start) / CALLS)

@@ -1,0 +1,78 @@
+"""The GPU script, on a tiny model: every case, without data, hub or most of the libraries."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from peftbench.methods import METHODS
+from peftbench.record import read_records
+from tests.conftest import REPOSITORY
+
+SCRIPT = REPOSITORY / "benchmarks" / "gpu" / "measure.py"
+ABSENT = (
+    "datasets", "evaluate", "deepspeed", "bitsandbytes", "nltk", "omegaconf", "rouge_score", "scipy", "tabulate",
+    "rich", "typer", "pandas", "pyarrow",
+)  # fmt: skip
+WITHOUT = (
+    f"import runpy, sys; sys.modules.update(dict.fromkeys({ABSENT!r})); "
+    f"sys.argv[0] = {str(SCRIPT)!r}; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+)
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The script with what a machine need not have hidden from it, on CPU."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return [sys.executable, "-c", WITHOUT]
+
+
+def test_every_case_is_measured_once(call: list[str], tmp_path: Path) -> None:
+    """Four methods in two precisions, with and without checkpointing; the next call finds all records there."""
+    out = [*call, "--tiny", "--out", str(tmp_path)]
+    first = subprocess.run(out, check=True, capture_output=True, text=True)
+    records = {record.name: record for record in read_records(tmp_path)}
+    checkpointed = len(METHODS) - 1  # not the one whose trunk is frozen
+    assert len(records) == 2 * (len(METHODS) + checkpointed) == len(first.stdout.splitlines())
+    assert {record.recipe["method"]["kind"] for record in records.values()} == set(METHODS)
+    for record in records.values():
+        assert (record.outcome.kind, record.notes) == ("ok", ())
+        step = record.flops.counted_step
+        assert step is not None
+        assert 0 < step.counted == step.closed_form
+        assert record.throughput is not None
+        assert record.throughput.steps == 4
+        assert record.breakdown is not None
+        assert record.state_bytes is not None
+        assert record.breakdown.peak_bytes > record.state_bytes.total
+    assert len({record.tokens.real for record in records.values() if record.tokens}) == 1
+    plain, again = records["tiny_full_fp32"].flops, records["tiny_full_fp32_checkpointing"].flops
+    assert plain.required == again.required
+    assert plain.executed is not None
+    assert again.executed is not None
+    assert plain.executed < again.executed
+    assert "FLOPs as counted" in first.stdout
+    second = subprocess.run(out, check=True, capture_output=True, text=True)
+    assert [line.split(": ")[1] for line in second.stdout.splitlines()] == ["has a record"] * len(records)
+
+
+def test_no_time_left(call: list[str], tmp_path: Path) -> None:
+    """A call whose time is over says what it left."""
+    done = subprocess.run(
+        [*call, "--tiny", "--minutes", "0", "--out", str(tmp_path)], check=True, capture_output=True, text=True
+    )
+    assert done.stdout == "no time for the other 14 cases; the same call goes on with them\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_gpu(call: list[str]) -> None:
+    """In full size it does not go on to run for days on a CPU."""
+    if Path("/dev/nvidia0").exists():
+        pytest.skip("there is a GPU here")
+    done = subprocess.run(call, check=False, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "there is no CUDA device; give --tiny for a try on CPU" in done.stderr
