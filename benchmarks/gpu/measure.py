@@ -47,7 +47,7 @@ SOFT_TOKENS = 20
 class Size:
     """A model, and what it is shown."""
 
-    config: dict[str, int]
+    config: dict[str, Any]
     source: Synthetic
     rows: int
     width: int

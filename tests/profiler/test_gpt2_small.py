@@ -1,0 +1,66 @@
+"""GPT-2 small on real articles: what each method executes, beside the others, is what one writes on paper."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+from peftbench.data.sources import Files
+from peftbench.methods.base import Method
+from peftbench.methods.full import Full
+from peftbench.methods.last_layer import LastLayer
+from peftbench.methods.lora import Lora
+from peftbench.methods.prompt_tuning import PromptTuning
+from peftbench.recipe import Profile
+from tests.conftest import Workshop
+
+RANK, SOFT, REAL = 8, 20, 108
+LAYERS, WIDTH, VOCABULARY = 12, 768, 50257
+METHODS: tuple[Method, ...] = (Full(), LastLayer(), Lora(r=RANK), PromptTuning(tokens=SOFT))
+
+
+def on_paper(kind: str, length: int) -> Fraction:
+    """FLOPs of one sequence, forward and backward, with fused attention's fifth backward product."""
+    blocks = 24 * LAYERS * WIDTH**2 * length
+    attention = Fraction(7, 2) * 4 * length * length * WIDTH * LAYERS
+    head = 2 * length * WIDTH * VOCABULARY
+    low = 2 * length * LAYERS * 4 * WIDTH * RANK
+    first = 2 * length * (3 * WIDTH**2 + WIDTH * RANK)  # nobody trains what the first block is given
+    return {
+        "full": 3 * blocks + attention + 3 * head,
+        "last_layer": blocks + attention * Fraction(2, 7) + 2 * head,
+        "prompt_tuning": 2 * blocks + attention + 2 * head,
+        "lora": 2 * blocks + attention + 2 * head + 3 * low - first,
+    }[kind]
+
+
+@pytest.mark.slow
+def test_ratios_between_methods(shared_data: Path, workshop: Workshop) -> None:
+    """Two steps of each method on real CNN/DailyMail: FLOPs as counted, and their ratios as on paper, exactly."""
+    news = shared_data / "cnn_dailymail"
+    source = Files(
+        train=str(news / "train.jsonl"), test=str(news / "test.jsonl"), summary="highlights", id="id"
+    )  # fmt: skip
+    executed = {}
+    for method in METHODS:
+        record = workshop.run(
+            workshop.recipe(
+                method, model={"path": str(shared_data / "gpt2"), "init": "random", "dropout": 0.0},
+                data={"source": source, "train": 8, "test": 1, "max_tokens": REAL, "padding": "max_tokens",
+                      "too_long": "drop"},
+                train={"steps": 2, "global_batch": 2, "micro_batch": 1}, profile=Profile(warmup_steps=1),
+            )
+        )  # fmt: skip
+        step = record.flops.counted_step
+        assert step is not None
+        assert step.counted == step.closed_form
+        assert record.flops.executed == 2 * step.counted
+        executed[method.kind] = record.flops.executed
+    lengths = {method.kind: REAL + method.virtual_tokens for method in METHODS}
+    for kind, flops in executed.items():
+        expected = on_paper(kind, lengths[kind]) / on_paper("full", REAL)
+        assert Fraction(flops, executed["full"]) == expected
+        assert flops == 4 * on_paper(kind, lengths[kind])
+    assert len(executed) == 4
