@@ -50,7 +50,8 @@ def implausible(records: Sequence[RunRecord]) -> Iterator[str]:
         if ceiling >= 1 and times > TOLERANCE * ceiling:
             yield (
                 f"a step of {slow.name} took {times:.2f} times as long as one of {fast.name} and computed only "
-                f"{ceiling:.2f} times as much: one of them may not have been measured undisturbed"
+                f"{ceiling:.2f} times as much: either one of them was disturbed, or its time is not in matrix products "
+                "(dropout and other element-wise work, on a CPU above all)"
             )
 
 
