@@ -36,7 +36,7 @@ def test_a_ratio_above_its_ceiling() -> None:
     """Twice the work in three times the time cannot be; the table says so."""
     records = [timed("full", 3.0, 200), timed("lora", 1.0, 100)]
     (sentence,) = implausible(records)
-    assert "a step of full took 3.00 times as long as one of lora and computed only 2.00 times as much" in sentence
+    assert "a step of full took 3.00 times as long as of lora and computed only 2.00 times as much" in sentence
     assert sentence in notes(records)
 
 
@@ -60,6 +60,23 @@ def test_other_devices_are_not_compared() -> None:
 def test_what_is_not_known_is_not_judged() -> None:
     """Runs without figures are left out."""
     assert list(implausible([record("a", "full", 1), timed("lora", 1.0, 100)])) == []
+
+
+def test_passes_are_judged_where_the_slower_trains_more() -> None:
+    """Full fine-tuning has the larger optimizer, so forward and backward alone are held against their ceiling."""
+    fast = timed("lora", 1.0, 100).model_copy(update={"part_seconds": {"forward": 0.4, "backward": 0.6}})
+    for backward, said in ((2.2, 1), (1.6, 0)):
+        slow = timed("full", 9.0, 200).model_copy(
+            update={
+                "parameters": Parameters(total=1000, trainable=1000),
+                "part_seconds": {"forward": 0.4, "backward": backward, "optimizer": 6.0},
+            }
+        )
+        found = list(implausible([slow, fast]))
+        assert len(found) == said
+        assert not found or found[0].startswith("forward and backward of full took 2.60 times")
+        two = [run.model_copy(update={"device": Device(kind="cpu", name="a CPU", processes=2)}) for run in (slow, fast)]
+        assert list(implausible(two)) == []  # gradients are exchanged within the backward pass
 
 
 def test_who_trains_more_may_take_longer() -> None:

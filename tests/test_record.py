@@ -37,6 +37,7 @@ from peftbench.record import (
     TokensPerSecond,
     read_record,
     read_records,
+    train_peak_bytes,
 )
 
 
@@ -68,7 +69,12 @@ def full_record() -> RunRecord:
         tokens=Tokens(real=5, padded=8, labelled=2, virtual=1), steps=2, losses=(2.5, 1 / 3), step_seconds=(0.1, 0.2),
         phase_seconds={"train": 1.5}, memory={"train": Memory(allocated_bytes=1, reserved_bytes=2, resident_bytes=3)},
         flops=Flops(required=1, executed=2, six_n=3, counted_step=CountedStep(step=1, counted=2, closed_form=2)),
-        step_memory={"forward": Memory(allocated_bytes=1, unusable_bytes=1, allocation_retries=0, process_bytes=9)},
+        step_memory={
+            "forward": Memory(
+                allocated_bytes=1, inactive_split_bytes=1, allocation_retries=0, process_bytes=9
+            ),
+        },
+        step_memory_by_rank=({"forward": Memory(allocated_bytes=1)},), part_seconds={"forward": 0.5},
         context_bytes=7, state_bytes=StateBytes(weights=1, gradients=2, optimizer=3),
         breakdown=Breakdown(
             step=5, rows=2, width=8, peak_bytes=10, bytes_by_kind={"weights": 10}, operation="aten.mm", part="forward"
@@ -232,6 +238,22 @@ def test_what_a_run_cost() -> None:
     assert known.joules_per_1000_samples == 750
     assert known.training_price == pytest.approx(0.01)
     assert known.priced(24.0).training_price == pytest.approx(0.02)
+    on_cpu = known.model_copy(update={"device": Device(kind="cpu", name="a processor", processes=2)})
+    assert on_cpu.training_price == pytest.approx(0.005)  # two processes share one machine
     assert record().joules_per_1000_samples is None
     assert record().training_price is None
     assert record(phase_seconds={"train": 1.5}).training_price is None
+
+
+def test_the_peak_of_a_run_that_was_refused_memory_in_warm_up() -> None:
+    """What it reached is its peak; of a run that ended well, warm-up is in no figure."""
+    memory = {"warmup": Memory(allocated_bytes=7)}
+    assert train_peak_bytes(record(outcome=Outcome(kind="oom", phase="warmup"), memory=memory)) == 7
+    assert train_peak_bytes(record(memory=memory)) is None
+
+
+def test_fragmentation() -> None:
+    """Of 100 bytes held, 75 were in tensors at most."""
+    assert Memory(allocated_bytes=75, reserved_bytes=100).fragmentation == 0.25
+    assert Memory(allocated_bytes=0, reserved_bytes=0).fragmentation is None
+    assert Memory(resident_bytes=3).fragmentation is None

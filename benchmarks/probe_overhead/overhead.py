@@ -13,28 +13,47 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
+from peftbench.profiler.energy import energy_meter
+from peftbench.profiler.memory import Meter
 from peftbench.profiler.probe import Probe
-from peftbench.record import read_records
+from peftbench.record import Memory, read_records
 
 CALLS = 10_000
 REPEATS = 7
 PARTS = ("forward", "backward", "optimizer")
 
 
-def seconds_a_step(device: torch.device) -> list[float]:
-    """Seconds that one step of one micro-batch and the pause after it spend in the Probe, once for each repeat."""
+class StandIn:
+    """A meter that reads at every part as a GPU's does, and finds always the same."""
+
+    every_part = True
+    context_bytes: int | None = None
+
+    def lap(self) -> Memory:
+        """What CudaMeter makes of the allocator's counters."""
+        return Memory(allocated_bytes=1, reserved_bytes=2, inactive_split_bytes=3, allocation_retries=0)
+
+    def process_bytes(self) -> int | None:
+        """Not asked within a phase."""
+        return None
+
+
+def seconds_a_step(device: torch.device, meter: Meter | None = None) -> list[float]:
+    """Seconds that one timed step of one micro-batch and the pause after it spend in the Probe, once a repeat."""
     found = []
     for _ in range(REPEATS):
-        probe = Probe(device)
-        start = time.perf_counter()
-        for _ in range(CALLS):
-            with probe.step():
-                for part in PARTS:
-                    with probe.part(part):
-                        pass
-            with probe.paused():
-                pass
-        found.append((time.perf_counter() - start) / CALLS)
+        probe = Probe(device, energy_meter(device))
+        probe.meter = meter or probe.meter
+        with probe.training(warmup_steps=0):
+            start = time.perf_counter()
+            for _ in range(CALLS):
+                with probe.step():
+                    for part in PARTS:
+                        with probe.part(part):
+                            pass
+                with probe.paused():
+                    pass
+            found.append((time.perf_counter() - start) / CALLS)
     return found
 
 
@@ -58,7 +77,9 @@ def main() -> None:
     folder = parser.parse_args().records
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     step, phase = statistics.median(seconds_a_step(device)), statistics.median(seconds_a_phase(device))
-    print(f"on {device}: {step * 1e6:.2f} us a step, {phase * 1e6:.0f} us a phase (medians of {REPEATS})\n")
+    print(f"on {device}: {step * 1e6:.2f} us a step, {phase * 1e6:.0f} us a phase (medians of {REPEATS})")
+    parts = statistics.median(seconds_a_step(device, StandIn()))
+    print(f"with a peak for every part, the reading itself left out: {parts * 1e6:.2f} us a step\n")
     rows = [
         {
             "run": record.name,

@@ -38,18 +38,23 @@ def implausible(records: Sequence[RunRecord]) -> Iterator[str]:
     """A sentence for each pair of runs whose times differ by more than what they computed does.
 
     On one device a step that computes a third of the FLOPs can hardly take less than a third of the time. What else a
-    step does beside (the optimizer, the exchange of gradients) grows with the parameters trained, so only pairs whose
-    slower run trains no more of them are judged. A larger ratio speaks of another load on the machine or of an error.
+    step does beside (the optimizer, the exchange of gradients) grows with the parameters trained, so where the slower
+    run trains more of them its forward and backward passes alone are judged. A larger ratio speaks of another load on
+    the machine, of time outside matrix products, or of an error.
     """
     timed = [r for r in records if r.throughput and r.flops.executed and r.steps]
     for slow, fast in itertools.permutations(timed, 2):
-        if slow.device != fast.device or slow.engine != fast.engine or _trained(slow) > _trained(fast):
+        if slow.device != fast.device or slow.engine != fast.engine:
             continue
-        times = _step_seconds(slow) / _step_seconds(fast)
+        more = _trained(slow) > _trained(fast)
+        seconds, what = (_passes_seconds, "forward and backward") if more else (_step_seconds, "a step")
+        if not seconds(slow) or not seconds(fast):
+            continue
+        times = seconds(slow) / seconds(fast)
         ceiling = _step_flops(slow) / _step_flops(fast)
         if ceiling >= 1 and times > TOLERANCE * ceiling:
             yield (
-                f"a step of {slow.name} took {times:.2f} times as long as one of {fast.name} and computed only "
+                f"{what} of {slow.name} took {times:.2f} times as long as of {fast.name} and computed only "
                 f"{ceiling:.2f} times as much: either one of them was disturbed, or its time is not in matrix products "
                 "(dropout and other element-wise work, on a CPU above all)"
             )
@@ -57,6 +62,12 @@ def implausible(records: Sequence[RunRecord]) -> Iterator[str]:
 
 def _trained(record: RunRecord) -> int:
     return record.parameters.trainable if record.parameters else 0
+
+
+def _passes_seconds(record: RunRecord) -> float:
+    """Of the forward and backward pass alone, 0 where they are not known or exchange gradients between processes."""
+    parts = record.part_seconds
+    return parts.get("forward", 0.0) + parts.get("backward", 0.0) if record.device.processes == 1 else 0.0
 
 
 def _step_seconds(record: RunRecord) -> float:

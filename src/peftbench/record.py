@@ -120,9 +120,9 @@ class Memory(_Kept):
     allocated_bytes: int | None = None
     """In tensors, on the GPU."""
     reserved_bytes: int | None = None
-    """Held by torch's allocator for tensors, on the GPU."""
-    unusable_bytes: int | None = None
-    """Most bytes lost to fragmentation: free pieces of blocks that other tensors keep from being given back."""
+    """Held by torch's allocator for tensors, on the GPU; what earlier phases left in its cache counts."""
+    inactive_split_bytes: int | None = None
+    """Most bytes in free pieces of split blocks: for tensors that fit, and not to be given back to the GPU."""
     allocation_retries: int | None = None
     """How often the allocator found nothing free, emptied its cache and asked the GPU again."""
     process_bytes: int | None = None
@@ -131,6 +131,13 @@ class Memory(_Kept):
     """Resident set size of the process."""
     resident_baseline_bytes: int | None = None
     """What of it was resident before anything was loaded."""
+
+    @property
+    def fragmentation(self) -> float | None:
+        """Share of the reserved peak that tensors never filled at once: fragments, rounding, earlier phases' cache."""
+        if self.allocated_bytes is None or not self.reserved_bytes:
+            return None
+        return 1 - self.allocated_bytes / self.reserved_bytes
 
 
 class StateBytes(_Kept):
@@ -278,10 +285,15 @@ class RunRecord(_Kept):
     """By phase; the maximum over ranks where there are several (of the main one, where the run did not end well)."""
     memory_by_rank: tuple[dict[str, Memory], ...] = ()
     """Each rank's own, until the end of evaluation."""
+    step_memory_by_rank: tuple[dict[str, Memory], ...] = ()
     step_memory: dict[str, Memory] = {}
-    """By part of the timed steps (forward, backward, optimizer), where device and engine let them be told apart."""
+    """By part of the timed steps (forward, backward, optimizer), where device and engine let them be told apart; of
+    the warm-up's where the run did not get further."""
+    part_seconds: dict[str, float] = {}
+    """By part, median over warm-up steps but the first and those that were inspected; the device was waited for."""
     context_bytes: int | None = None
-    """What the process took of the GPU before it held a tensor, by NVML."""
+    """What the process took of the GPU before it held the model, by NVML: its context, and with several processes
+    what they talk through. The most over ranks."""
     state_bytes: StateBytes | None = None
     breakdown: Breakdown | None = None
     flops: Flops = Flops()
@@ -314,7 +326,8 @@ class RunRecord(_Kept):
     def training_price(self) -> float | None:
         """Of the training phase on all devices, in the currency of the recipe's ``profile.price_per_hour``."""
         hourly, seconds = self.recipe.get("profile", {}).get("price_per_hour"), self.train_seconds
-        return None if hourly is None or seconds is None else hourly * self.device.processes * seconds / 3600
+        devices = self.device.processes if self.device.kind == "cuda" else 1  # processes on CPU share it
+        return None if hourly is None or seconds is None else hourly * devices * seconds / 3600
 
     @property
     def train_seconds(self) -> float | None:
@@ -325,6 +338,8 @@ class RunRecord(_Kept):
 def train_peak_bytes(record: RunRecord) -> int | None:
     """Peak of the training phase: in tensors on a GPU; on CPU resident beyond what was before anything was loaded."""
     memory = record.memory.get("train")
+    if memory is None and record.outcome.kind == "oom":  # what it reached before it was refused more
+        memory = record.memory.get("warmup")
     if memory is None or memory.allocated_bytes is not None:
         return memory.allocated_bytes if memory else None
     if memory.resident_bytes is None or memory.resident_baseline_bytes is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import subprocess
 from collections.abc import Sequence
@@ -48,6 +47,7 @@ class Together:
 
     memory: tuple[dict[str, Memory], ...] = ()
     step_memory: tuple[dict[str, Memory], ...] = ()
+    context_bytes: int | None = None
     counted_flops: int | None = None
     energy_joules: float | None = None
     achievable_per_second: float | None = None
@@ -58,11 +58,12 @@ class Together:
         probe, looked = run.probe, run.inspection
         counted = looked.flops.total if looked and looked.flops and run.progress.steps else None
         joules = probe.phase_joules.get("train")
-        mine = (dict(probe.memory), dict(probe.step_memory), counted, joules, achievable)
-        memory, step_memory, every_count, every_joule, every_achievable = zip(
+        mine = (dict(probe.memory), dict(probe.step_memory), probe.meter.context_bytes, counted, joules, achievable)
+        memory, step_memory, contexts, every_count, every_joule, every_achievable = zip(
             *gathered(run.accelerator, mine), strict=True
         )
-        return cls(memory, step_memory, _sum(every_count), _sum(every_joule), _sum(every_achievable))
+        context = max((size for size in contexts if size is not None), default=None)
+        return cls(memory, step_memory, context, _sum(every_count), _sum(every_joule), _sum(every_achievable))
 
 
 def _sum(values: Sequence[N | None]) -> N | None:
@@ -100,10 +101,12 @@ def recorded(run: Run, outcome: Outcome) -> RunRecord:
         warmup_steps=min(run.recipe.profile.warmup_steps, progress.steps),
         phase_seconds=dict(probe.phase_seconds),
         throughput=_throughput(run) if ended_well else None,
-        memory=functools.reduce(largest, together.memory, dict(probe.memory)),
+        memory=dict(probe.memory) | largest(together.memory),
         memory_by_rank=together.memory,
-        step_memory=functools.reduce(largest, together.step_memory, dict(probe.step_memory)),
-        context_bytes=probe.meter.context_bytes,
+        step_memory=dict(probe.step_memory) | largest(together.step_memory),
+        step_memory_by_rank=together.step_memory,
+        part_seconds=probe.part_seconds(),
+        context_bytes=together.context_bytes,
         state_bytes=_state_bytes(run),
         breakdown=_breakdown(run),
         flops=_flops(run, together.counted_flops),

@@ -50,6 +50,11 @@ if TYPE_CHECKING:
     from peftbench.models import Base
     from peftbench.recipe import Recipe
 
+_REFUSED = (
+    "DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)  # fmt: skip
+"""How memory is refused outside of torch's CUDA allocator, which has an exception of its own."""
 MODEL = "model"
 """Folder, within a run's, of what was trained."""
 
@@ -132,11 +137,12 @@ class Run:
         except torch.OutOfMemoryError as error:
             return self._out_of_memory(error)
         except RuntimeError as error:
-            if "DefaultCPUAllocator: can't allocate memory" not in str(error):
+            if not any(words in str(error) for words in _REFUSED):
                 raise
             return self._out_of_memory(error)
         except KeyboardInterrupt:
             return Outcome(kind="preempted", **self._where(), error="interrupted")
+        (self.folder / SNAPSHOT).unlink(missing_ok=True)  # of a refusal that something lived with
         return Outcome(kind="ok")
 
     def _out_of_memory(self, error: RuntimeError) -> Outcome:
@@ -187,7 +193,10 @@ class Run:
         path = self.folder / (SNAPSHOT if rank == 0 else f"rank{rank}_{SNAPSHOT}")
         path.unlink(missing_ok=True)
         if self.accelerator.device.type == "cuda":
-            keep_on_out_of_memory(path)
+            try:
+                keep_on_out_of_memory(path)
+            except RuntimeError as error:
+                self.notes.append(f"an out-of-memory would leave no snapshot: {error}")
 
     def _build(self, base: Base) -> Built:
         built = self.built = build(self.recipe, base, self.accelerator)

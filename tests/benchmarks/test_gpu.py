@@ -17,18 +17,33 @@ ABSENT = (
     "datasets", "evaluate", "deepspeed", "bitsandbytes", "nltk", "omegaconf", "rouge_score", "scipy", "tabulate",
     "rich", "typer", "pandas", "pyarrow",
 )  # fmt: skip
-WITHOUT = (
-    f"import runpy, sys; sys.modules.update(dict.fromkeys({ABSENT!r})); "
-    f"sys.argv[0] = {str(SCRIPT)!r}; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
-)
+HIDE = f"import sys; sys.modules.update(dict.fromkeys({ABSENT!r}))"
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The script with what a machine need not have hidden from it, on CPU."""
+def call(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The script with what a machine need not have hidden from it and its processes, on CPU."""
+    hidden = tmp_path_factory.mktemp("hidden")
+    (hidden / "sitecustomize.py").write_text(HIDE, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(hidden), prepend=":")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    return [sys.executable, "-c", WITHOUT]
+    return [sys.executable, str(SCRIPT)]
+
+
+def test_the_script_itself_starts_no_cuda() -> None:
+    """The process that starts the cases imports nothing that could hold a part of the GPU beside them."""
+    code = (
+        f"import runpy, sys; runpy.run_path({str(SCRIPT)!r}); "
+        "sys.exit(bool({'torch', 'transformers', 'bitsandbytes', 'peftbench'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_is_hidden_is_hidden(call: list[str]) -> None:
+    """The other tests prove something: a library that is named absent cannot be imported."""
+    done = subprocess.run([call[0], "-c", "import datasets"], check=False, capture_output=True, text=True)
+    assert "halted; None in sys.modules" in done.stderr
 
 
 def test_every_case_is_measured_once(call: list[str], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from peftbench.engine.bind import bind
 from peftbench.engine.build import encoded_split, load_base, make_encoder, read_split
@@ -75,3 +76,12 @@ def test_padding_to_a_fixed_width(workshop: Workshop) -> None:
         (part,) = batch.micro_batches
         longest = int(part.attention_mask.sum(dim=1).max())
         assert part.input_ids.shape[1] == (48 if padding == "max_tokens" else longest)
+
+
+@every_method
+def test_six_n_is_what_hf_trainer_reports(method: Method, workshop: Workshop) -> None:
+    """Six for each parameter that transformers counts on the model as the method left it, and token."""
+    recipe = workshop.recipe(method)
+    built = built_from(recipe, bind(recipe, workshop.output))
+    by_transformers = built.base.model.floating_point_ops({"input_ids": torch.zeros(3, 7, dtype=torch.long)})
+    assert 6 * built.six_n_parameters * 3 * 7 == by_transformers

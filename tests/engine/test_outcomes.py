@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from peftbench.methods.lora import Lora
 from peftbench.optim import SGD
 from peftbench.profiler.counter import FlopCounter
 from peftbench.recipe import Profile
-from peftbench.record import read_record
+from peftbench.record import Memory, read_record
 from peftbench.run import Run
 from tests.conftest import Workshop, every_architecture, every_method
 
@@ -168,6 +169,8 @@ def test_checkpointing_of_a_frozen_trunk_is_left_out_and_said(workshop: Workshop
     ("error", "asked"),
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has"), 3 * 2**29),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), None),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), None),
         (
             RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 77 bytes."),
             77,
@@ -356,3 +359,41 @@ def test_a_run_too_short_for_its_breakdown_has_none(workshop: Workshop) -> None:
     record = workshop.run(workshop.recipe(Full(), profile=Profile(warmup_steps=5, breakdown=True), train={"steps": 2}))
     assert record.breakdown is None
     assert record.outcome.kind == "ok"
+
+
+@dataclass
+class GpuLike:
+    """A meter as a GPU's: a peak for every part, and retries that must be counted once."""
+
+    every_part: bool = True
+    context_bytes: int | None = 11
+    laps: int = 0
+
+    def lap(self) -> Memory:
+        """One retry each time it is read."""
+        self.laps += 1
+        return Memory(allocated_bytes=10**9, reserved_bytes=2 * 10**9, inactive_split_bytes=5, allocation_retries=1)
+
+    def process_bytes(self) -> int | None:
+        """What the driver says."""
+        return 3 * 10**9
+
+
+def test_a_gpu_s_figures_in_a_record(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts, context, the driver's figure and every retry once, from the meter to the record."""
+    monkeypatch.setattr("peftbench.profiler.probe.meter_for", lambda _: GpuLike())
+    record = workshop.run(
+        workshop.recipe(Full(), train={"steps": 5, "micro_batch": 3}, profile=Profile(warmup_steps=2))
+    )
+    assert set(record.step_memory) == {"forward", "backward", "optimizer"}
+    steps, micro_batches = 3, 2
+    retries = {part: memory.allocation_retries for part, memory in record.step_memory.items()}
+    assert retries == {"forward": steps * micro_batches, "backward": steps * micro_batches, "optimizer": steps}
+    assert record.memory_by_rank == ({phase: record.memory[phase] for phase in record.memory_by_rank[0]},)
+    assert record.step_memory_by_rank == (record.step_memory,)
+    train = record.memory["train"]
+    # Once when each part ends, when each pause begins (that after the last warm-up step too) and when the phase ends.
+    assert train.allocation_retries == steps * (2 * micro_batches + 1) + (steps + 1) + 1
+    assert (train.allocated_bytes, train.process_bytes, record.context_bytes) == (10**9, 3 * 10**9, 11)
+    assert train.fragmentation == 0.5
+    assert set(record.part_seconds) == {"forward", "backward", "optimizer"}

@@ -35,7 +35,8 @@ def test_what_is_not_in_the_table_is_unknown(name: str, precision: str) -> None:
 def test_no_name_begins_another() -> None:
     """One device has one row."""
     assert len(PEAK_FLOPS) >= 5
-    assert not [(a, b) for a in PEAK_FLOPS for b in PEAK_FLOPS if a != b and a.startswith(b)]
+    assert not [(a, b) for a in PEAK_FLOPS for b in PEAK_FLOPS if a != b and a.startswith(f"{b}-")]
+    assert peak_flops("NVIDIA A100-SXM4-80GB", "bf16") != peak_flops("NVIDIA A10", "bf16")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -59,5 +60,5 @@ def test_no_room_for_the_product_is_unknown(monkeypatch: pytest.MonkeyPatch) -> 
     def fail(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(torch, "ones", fail)
+    monkeypatch.setattr(torch, "rand", fail)
     assert achievable_flops(torch.device("cpu"), "fp32") is None

@@ -73,6 +73,7 @@ def test_a_counter_is_looked_at_before_it_runs_over_twice(powercap: Powercap, mo
         now[0] = at
         powercap.show("intel-rapl:0", shown)
         meter.keep_up()
+        assert (meter._microjoules == 0) == (at == 30)  # not yet looked at
     assert meter._microjoules == 800_000 + (300_000 - 800_000) % (RANGE + 1)
 
 
@@ -82,6 +83,9 @@ def test_where_the_processors_do_not_tell(tmp_path: Path, powercap: Powercap) ->
     meter = energy_meter(CPU, powercap=powercap.folder)
     (powercap.folder / "intel-rapl:0" / "energy_uj").unlink()
     assert meter.joules() is None
+    powercap.show("intel-rapl:0", 5)
+    assert meter.joules() is None  # what was counted meanwhile is lost, and less than all is no answer
+    (powercap.folder / "intel-rapl:0" / "energy_uj").write_text("")
     assert energy_meter(CPU, powercap=powercap.folder) == NoEnergy()
     assert NoEnergy().joules() is None
 

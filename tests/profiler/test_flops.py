@@ -88,10 +88,11 @@ def test_the_closed_form_is_what_is_counted(  # noqa: PLR0917
     assert found.executed(padded(method)) == counted(model)
 
 
-@pytest.mark.parametrize(("variant", "architecture"), PAIRS)
-def test_the_closed_form_is_what_is_counted_on_meta(
+@pytest.mark.parametrize(("variant", "architecture", "checkpointing"), CASES)
+def test_the_closed_form_is_what_is_counted_on_meta(  # noqa: PLR0917
     variant: str,
     architecture: str,
+    checkpointing: bool,
     fresh_base: Callable[[str], PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
     monkeypatch: pytest.MonkeyPatch,
@@ -102,7 +103,9 @@ def test_the_closed_form_is_what_is_counted_on_meta(
     base = with_dropout(fresh_base(architecture), 0.0)
     base.set_attn_implementation("eager")
     model = method.apply(base, tokenizer).train()
-    found = cost(model, base, virtual_tokens=method.virtual_tokens, checkpointing=False)
+    if checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    found = cost(model, base, virtual_tokens=method.virtual_tokens, checkpointing=checkpointing)
     assert found.executed(padded(method)) == counted(model.to("meta"), "meta")
 
 

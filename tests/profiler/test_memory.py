@@ -10,7 +10,16 @@ import pytest
 import torch
 from torch import nn
 
-from peftbench.profiler.memory import CudaMeter, Meter, ProcessMeter, larger, meter_for, state_bytes
+from peftbench.profiler.memory import (
+    CudaMeter,
+    Meter,
+    ProcessMeter,
+    _context_bytes,
+    larger,
+    largest,
+    meter_for,
+    state_bytes,
+)
 from peftbench.profiler.nvml import Gpu
 from peftbench.profiler.probe import Probe
 from peftbench.record import Memory, StateBytes
@@ -55,7 +64,7 @@ def test_a_tensor_of_known_size() -> None:
 def test_a_phase_forgets_the_peak_before_it() -> None:
     """A large allocation during evaluation does not show in training before or after it, nor in a phase between."""
     probe = Probe(torch.device("cpu"))
-    for phase, size in (("train", 64), ("evaluate", 512), ("save", 1)):
+    for phase, size in (("build", 256), ("train", 64), ("evaluate", 512), ("train", 32), ("save", 1)):
         with probe.phase(phase):
             touch(size * MIB)
     assert grown(probe.memory["train"]) == pytest.approx(64 * MIB, abs=SLACK)
@@ -111,8 +120,18 @@ def test_larger_takes_each_field_of_the_larger() -> None:
 
 def test_retries_add_up() -> None:
     """How often something happened in two stretches is its number in the first and in the second."""
-    first, second = Memory(allocation_retries=2, process_bytes=9), Memory(allocation_retries=3, unusable_bytes=4)
-    assert larger(first, second) == Memory(allocation_retries=5, process_bytes=9, unusable_bytes=4)
+    first, second = Memory(allocation_retries=2, process_bytes=9), Memory(allocation_retries=3, inactive_split_bytes=4)
+    assert larger(first, second) == Memory(allocation_retries=5, process_bytes=9, inactive_split_bytes=4)
+
+
+def test_over_ranks_the_largest_counts() -> None:
+    """Each figure's largest over ranks, phase by phase; what happened on one rank is not added to another's."""
+    first = {"train": Memory(allocated_bytes=5, allocation_retries=2), "save": Memory(allocated_bytes=1)}
+    second = {"train": Memory(allocated_bytes=4, reserved_bytes=9, allocation_retries=3)}
+    expected = {"train": Memory(allocated_bytes=5, reserved_bytes=9, allocation_retries=3), "save": first["save"]}
+    assert largest([first, second]) == largest([second, first]) == expected
+    assert largest([first]) == first
+    assert largest([]) == {}
 
 
 def test_what_torch_s_counters_say(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,13 +146,21 @@ def test_what_torch_s_counters_say(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda _: told)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", resets.append)
     monkeypatch.setattr(Gpu, "of", classmethod(lambda *_: SimpleNamespace(process_bytes=lambda: 500)))
+    _context_bytes.cache_clear()
     meter = CudaMeter(torch.device("cuda", 0))
     assert (meter.context_bytes, meter.process_bytes(), len(resets)) == (470, 500, 1)
     told["num_alloc_retries"] = 6
-    expected = Memory(allocated_bytes=10, reserved_bytes=20, unusable_bytes=5, allocation_retries=2)
+    expected = Memory(allocated_bytes=10, reserved_bytes=20, inactive_split_bytes=5, allocation_retries=2)
     assert meter.lap() == expected
     assert meter.lap() == expected.model_copy(update={"allocation_retries": 0})
     assert len(resets) == 3
+    del told["inactive_split_bytes"], told["num_alloc_retries"]
+    assert meter.lap() == Memory(allocated_bytes=10, reserved_bytes=20)  # what is not told is not zero
+    told["num_alloc_retries"] = 7
+    in_use = [900]
+    monkeypatch.setattr(Gpu, "of", classmethod(lambda *_: SimpleNamespace(process_bytes=in_use.pop)))
+    assert CudaMeter(torch.device("cuda", 0)).context_bytes == 470  # as it was when it was first asked
+    _context_bytes.cache_clear()
 
 
 def test_states_of_known_size() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -288,6 +288,36 @@ def test_a_part_that_raises_keeps_its_peak_and_is_named() -> None:
         raise ZeroDivisionError
     assert probe.current_part == "backward"
     assert probe.current_phase == "train"
+    assert peaks(probe.step_memory) == {"backward": 4}
+    assert peaks(probe.memory) == {"train": 4}
+
+
+def test_an_error_in_warm_up_keeps_the_peaks_of_its_parts() -> None:
+    """Most runs that do not fit end there: what they reached, by part and by the driver's word, is what is wanted."""
+    counters = Counters()
+    probe = measured(counters)
+    with suppress(ZeroDivisionError), probe.training(warmup_steps=2), probe.step():
+        with probe.part("forward"):
+            counters.reach(3)
+        with probe.part("backward"):
+            counters.reach(4)
+            raise ZeroDivisionError
+    assert peaks(probe.step_memory) == {"forward": 3, "backward": 4}
+    assert peaks(probe.memory) == {"warmup": 4}
+    assert probe.memory["warmup"].process_bytes == 70
+
+
+def test_what_is_paused_peaks_in_nothing() -> None:
+    """An evaluation in the middle of training shows in no peak of the training, before or after it."""
+    counters = Counters()
+    probe = measured(counters)
+    with probe.training(warmup_steps=0):
+        step_of(probe, counters, 5, 6, 2)
+        with probe.paused():
+            counters.reach(99)
+        step_of(probe, counters, 4, 3, 1)
+    assert peaks(probe.memory) == {"train": 6}
+    assert peaks(probe.step_memory) == {"forward": 5, "backward": 6, "optimizer": 2}
 
 
 def test_where_all_was_warm_up_parts_have_no_peaks() -> None:
@@ -350,13 +380,18 @@ def test_unknown_energy_is_no_figure() -> None:
 class Looker:
     """An instrument that remembers what it looked at."""
 
+    looks_at: tuple[int, ...] = (1, 2)
     steps: list[int] = field(default_factory=list)
     left: int = 0
 
-    @contextmanager
-    def step(self, number: int) -> Iterator[None]:
-        """Look at a step."""
+    def step(self, number: int) -> AbstractContextManager[None] | None:
+        """Look at a step, or not."""
         self.steps.append(number)
+        return self.look() if number in self.looks_at else None
+
+    @contextmanager
+    def look(self) -> Iterator[None]:
+        """Around a step."""
         yield
         self.left += 1
 
@@ -372,3 +407,16 @@ def test_only_warm_up_steps_are_inspected(probe: Probe) -> None:
     with probe.training(warmup_steps=0, inspect=looker.step), probe.step():
         pass
     assert looker.steps == [1, 2]
+
+
+def test_parts_are_timed_in_warm_up_steps_that_nobody_looks_at(probe: Probe, clock: Clock) -> None:
+    """The median of each part's seconds, micro-batches added up; not of the first step, nor of one slowed down."""
+    looker = Looker(looks_at=(3,))
+    with probe.training(warmup_steps=5, inspect=looker.step):
+        for seconds in (100, 1, 50, 2, 9, 70):
+            with probe.step():
+                for part in ("forward", "backward", "forward", "optimizer"):
+                    with probe.part(part):
+                        clock.sleep(seconds)
+    assert probe.part_seconds() == {"forward": 4, "backward": 2, "optimizer": 2}
+    assert Probe(torch.device("cpu")).part_seconds() == {}

@@ -162,8 +162,14 @@ def test_tables_go_between_their_markers_only(tmp_path: Path) -> None:
         insert_table([record("a", "full", 1000)], file, "y")
 
 
+def row(table: str) -> dict[str, str]:
+    """The cells of a Markdown table's only row, by title."""
+    head, _, cells = table.splitlines()
+    return {k.strip(): v.strip() for k, v in zip(head.split("|"), cells.split("|"), strict=True)}
+
+
 def test_what_is_unknown_is_said() -> None:
-    """A column that nothing fills is not there, and a line says why."""
+    """A figure that nothing tells is unknown, and a line says why; where nothing was trained there is no column."""
     speed = Throughput(
         steps=5, step_seconds_median=1, step_seconds_p10=1, step_seconds_p90=1, samples_per_second=1.0, data_share=0,
         tokens_per_second=TokensPerSecond(real=1, padded=1, labelled=1, virtual=0),
@@ -175,8 +181,10 @@ def test_what_is_unknown_is_said() -> None:
     assert mfu == "MFU is unknown: the data sheet's FLOP/s of a CPU at fp32 are not in the table"
     assert energy == "energy is unknown: neither NVML nor RAPL tells it here"
     assert notes([known]) == []
-    assert "J/1,000 samples" not in markdown_table([unknown])
+    cells = row(markdown_table([unknown]))
+    assert (cells["MFU"], cells["J/1,000 samples"]) == ("unknown", "unknown")
+    assert "MFU" not in row(markdown_table([record("lead", "lead", None, tokens=None)]))
     table = markdown_table([known.priced(3600.0)])
-    cells = {k.strip(): v.strip() for k, v in zip(*(line.split("|") for line in table.splitlines()[::2]), strict=True)}
+    cells = row(table)
     assert cells["J/1,000 samples"] == "500"
     assert float(cells["price"]) == 12  # of 12.5 seconds, to two digits

@@ -46,7 +46,7 @@ class Built:
     checkpointing: bool
     """Whether activations are computed again in the backward pass."""
     six_n_parameters: int
-    """Parameters of the base outside its embeddings."""
+    """Parameters outside embeddings, those a method put into the base included."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,6 @@ def build(recipe: Recipe, base: Base, accelerator: Accelerator) -> Built:
         PeftbenchError: any mistake of the recipe's that shows only now.
     """
     set_seed(recipe.train.seed)  # a method's new weights depend on the seed alone, not on how the base was made
-    six_n_parameters = base.model.num_parameters(exclude_embeddings=True)
     total = sum(parameter.numel() for parameter in base.model.parameters())
     model = recipe.method.apply(base.model, base.tokenizer)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -134,6 +133,8 @@ def build(recipe: Recipe, base: Base, accelerator: Accelerator) -> Built:
         base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.to(accelerator.device)
     parameters = Parameters(total=total, trainable=trainable)
+    # With what the method put into the base, as HF Trainer counts.
+    six_n_parameters = base.model.num_parameters(exclude_embeddings=True)
     return Built(base, parameters, model, tuple(notes), checkpointing, six_n_parameters)
 
 

@@ -120,5 +120,5 @@ def train(
             progress.step_shapes.append(batch.shape)
             with probe.paused():
                 on_step(progress.steps, {"loss": loss, "learning_rate": learning_rate})
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            bar.update()
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                bar.update()

@@ -40,10 +40,12 @@ def _unknown_to_torch() -> list[tuple[Any, Any]]:
         (aten._scaled_dot_product_flash_attention_for_cpu_backward, _cpu_attention_backward),
     ]
     if sys.modules.get("bitsandbytes") is not None:  # its kernels are torch's to call once it was imported
-        kernels = torch.ops.bitsandbytes
-        known += [(kernels.gemm_4bit, _packed_product), (kernels.gemv_4bit, _packed_product)]
-        known += [(kernels.int8_linear_matmul, _int8_product), (kernels.int8_scaled_mm, _int8_product)]
-        known += [(kernels.int8_mixed_scaled_mm, _mixed_int8_product)]
+        formulas = {
+            "gemm_4bit": _packed_product, "gemv_4bit": _packed_product, "int8_linear_matmul": _int8_product,
+            "int8_scaled_mm": _int8_product, "int8_mixed_scaled_mm": _mixed_int8_product,
+        }  # fmt: skip
+        kernels = torch.ops.bitsandbytes  # another version may lack one
+        known += [(getattr(kernels, name), formula) for name, formula in formulas.items() if hasattr(kernels, name)]
     return known
 
 

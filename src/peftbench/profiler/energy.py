@@ -63,14 +63,18 @@ class ProcessorEnergy:
     """Of all processors of this machine, whatever else runs on them."""
 
     packages: list[_Package]
-    _microjoules: int = 0
+    _microjoules: int | None = 0
+    """None once a counter could not be read: what it counted meanwhile is lost."""
     _looked: float = field(default_factory=time.monotonic)
 
     def joules(self) -> float | None:
         self._looked = time.monotonic()
+        if self._microjoules is None:
+            return None
         try:
             self._microjoules += sum(package.since_last() for package in self.packages)
-        except OSError:
+        except (OSError, ValueError):
+            self._microjoules = None
             return None
         return self._microjoules / 1e6
 

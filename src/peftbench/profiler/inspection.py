@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,9 @@ from peftbench.profiler.snapshot import with_history
 
 COUNTED_STEP = 1
 """Whose FLOPs are counted."""
+HISTORY_STEPS = 2
+"""First steps whose allocations are noted: in the second the optimizer's states are there, and most that fits once fits
+then."""
 
 
 @dataclass
@@ -22,22 +25,29 @@ class Inspection:
     """What looks at the warm-up steps of one run."""
 
     history: bool
-    """Whether the GPU's allocator notes where allocations come from, for the snapshot of an out-of-memory."""
+    """Whether the allocator notes where allocations come from, for the snapshot of an out-of-memory."""
     flops: FlopCounter | None = None
     breakdown: Breakdown | None = None
     breakdown_step: int | None = None
 
-    @contextmanager
-    def step(self, number: int) -> Iterator[None]:
-        """Look at step ``number``, counted from 1."""
-        with ExitStack() as stack:
-            if self.history:
-                stack.enter_context(with_history())
-            if self.flops is not None and number == COUNTED_STEP:
-                stack.enter_context(self.flops)
-            if self.breakdown is not None and number == self.breakdown_step:
-                stack.enter_context(self.breakdown)
-            yield
+    def step(self, number: int) -> AbstractContextManager[None] | None:
+        """What looks at step ``number``, counted from 1; None where nothing does."""
+        looking: list[AbstractContextManager[object]] = []
+        if self.history and number <= HISTORY_STEPS:
+            looking.append(with_history())
+        if self.flops is not None and number == COUNTED_STEP:
+            looking.append(self.flops)
+        if self.breakdown is not None and number == self.breakdown_step:
+            looking.append(self.breakdown)
+        return _all(looking) if looking else None
+
+
+@contextmanager
+def _all(contexts: list[AbstractContextManager[object]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
 
 
 def inspection(
@@ -52,4 +62,5 @@ def inspection(
 ) -> Inspection:
     """The instruments of a run on ``device``; ``part`` tells which part of the step is being done."""
     book = Breakdown(model, optimizer, vocabulary, part) if breakdown_step is not None else None
-    return Inspection(device.type == "cuda", FlopCounter() if count_flops else None, book, breakdown_step)
+    history = device.type == "cuda" and torch.cuda.get_allocator_backend() == "native"
+    return Inspection(history, FlopCounter() if count_flops else None, book, breakdown_step)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -12,6 +14,7 @@ import torch
 from peftbench.profiler.nvml import Gpu
 from peftbench.record import Memory, StateBytes
 
+_PEAKS = ("allocated_bytes", "reserved_bytes", "inactive_split_bytes", "process_bytes")
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # proc_pid_clear_refs(5): sets the peak resident set size to the current one
@@ -39,33 +42,38 @@ class CudaMeter:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.context_bytes: int | None = None
-        torch.cuda.synchronize(device)  # the context is made here, if it was not before
+        self.context_bytes: int | None = _context_bytes(device)
         self.gpu = Gpu.of(device)
-        in_use = self.process_bytes()
-        if in_use is not None:
-            self.context_bytes = in_use - torch.cuda.memory_reserved(device)
-        self._retries = 0
+        self._retries: int | None = None
         self.lap()
 
     def lap(self) -> Memory:
         # The flat form of the same figures takes ten times as long to make.
         told = torch.cuda.memory_stats_as_nested_dict(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        retries, self._retries = told.get("num_alloc_retries", 0) - self._retries, told.get("num_alloc_retries", 0)
+        before, self._retries = self._retries, told.get("num_alloc_retries")
         return Memory(
             allocated_bytes=_peak(told, "allocated_bytes"),
             reserved_bytes=_peak(told, "reserved_bytes"),
-            unusable_bytes=_peak(told, "inactive_split_bytes"),
-            allocation_retries=retries,
+            inactive_split_bytes=_peak(told, "inactive_split_bytes"),
+            allocation_retries=None if before is None or self._retries is None else self._retries - before,
         )
 
     def process_bytes(self) -> int | None:
         return self.gpu.process_bytes() if self.gpu else None
 
 
-def _peak(told: dict[str, dict[str, dict[str, int]]], what: str) -> int:
-    return told[what]["all"]["peak"] if what in told else 0
+@cache
+def _context_bytes(device: torch.device) -> int | None:
+    """What this process holds of the GPU beside torch's tensors, when it is first asked."""
+    torch.cuda.synchronize(device)  # the context is made here, if it was not before
+    gpu = Gpu.of(device)
+    in_use = gpu.process_bytes() if gpu else None
+    return None if in_use is None else in_use - torch.cuda.memory_reserved(device)
+
+
+def _peak(told: dict[str, dict[str, dict[str, int]]], what: str) -> int | None:
+    return told[what]["all"]["peak"] if what in told else None
 
 
 class ProcessMeter:
@@ -105,21 +113,37 @@ def larger(first: Memory | None, second: Memory) -> Memory:
     """The larger peaks of two stretches, field by field; retries add up."""
     if first is None:
         return second
+    if _adds_nothing(first, second):  # as most do, and this is asked at every part of a step
+        return first
     resident = max(first, second, key=lambda memory: memory.resident_bytes or -1)
-    peaks = ("allocated_bytes", "reserved_bytes", "unusable_bytes", "process_bytes")
     retries = [memory.allocation_retries for memory in (first, second) if memory.allocation_retries is not None]
     return resident.model_copy(
         update={
             name: max((v for m in (first, second) if (v := getattr(m, name)) is not None), default=None)
-            for name in peaks
+            for name in _PEAKS
         }
         | {"allocation_retries": sum(retries) if retries else None}
     )
 
 
-def largest(first: dict[str, Memory], second: dict[str, Memory]) -> dict[str, Memory]:
-    """The larger peaks of two processes, phase by phase."""
-    return first | {phase: larger(first.get(phase), memory) for phase, memory in second.items()}
+def _adds_nothing(first: Memory, second: Memory) -> bool:
+    if second.allocation_retries or (second.allocation_retries == 0 and first.allocation_retries is None):
+        return False
+    for name in (*_PEAKS, "resident_bytes"):
+        value, most = getattr(second, name), getattr(first, name)
+        if value is not None and (most is None or value > most):
+            return False
+    return True
+
+
+def largest(ranks: Sequence[dict[str, Memory]]) -> dict[str, Memory]:
+    """The largest of each figure over ranks, phase by phase."""
+    found: dict[str, Memory] = {}
+    for phase, memory in (item for rank in ranks for item in rank.items()):
+        most = larger(found.get(phase), memory)
+        retries = [m.allocation_retries for m in (found.get(phase, memory), memory) if m.allocation_retries is not None]
+        found[phase] = most.model_copy(update={"allocation_retries": max(retries, default=None)})
+    return found
 
 
 def state_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> StateBytes:

@@ -5,6 +5,7 @@ Three clocks are kept apart: each phase's, each step's, and what was paused and 
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -17,8 +18,8 @@ from peftbench.profiler.memory import larger, meter_for
 from peftbench.record import Memory
 
 
-def _nobody_looks(_step: int) -> AbstractContextManager[None]:
-    return nullcontext()
+def _nobody_looks(_step: int) -> None:
+    return None
 
 
 @dataclass(eq=False)
@@ -41,13 +42,17 @@ class Probe:
     memory: dict[str, Memory] = field(default_factory=dict)
     """Peaks of each phase."""
     step_memory: dict[str, Memory] = field(default_factory=dict)
-    """Peaks of each part of the steps after warm-up; empty where parts are not told apart."""
+    """Peaks of each part of the steps after warm-up, or of the warm-up where training ended in it; empty where parts
+    are not told apart."""
     current_phase: str | None = None
     current_part: str | None = None
     _paused_seconds: float = 0.0
     _warmup_left: int = 0
     _training: ExitStack = field(default_factory=ExitStack)
-    _inspect: Callable[[int], AbstractContextManager[None]] = _nobody_looks
+    _inspect: Callable[[int], AbstractContextManager[None] | None] = _nobody_looks
+    _parts: dict[str, float] | None = None
+    """Seconds of the parts of a step whose parts are timed, None in all others."""
+    _timed_parts: list[dict[str, float]] = field(default_factory=list)
     _open: list[_Scope] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -69,16 +74,17 @@ class Probe:
                 self.phase_seconds[name] = self.phase_seconds.get(name, 0.0) + seconds
                 if joules is not None and (now := self.energy.joules()) is not None:
                     self.phase_joules[name] = self.phase_joules.get(name, 0.0) + now - joules
-        held = self.meter.process_bytes()
-        self.memory[name] = larger(self.memory[name], Memory(process_bytes=held))
+                held = Memory(process_bytes=self.meter.process_bytes())
+                self.memory[name] = larger(self.memory.get(name), held)
 
     @contextmanager
     def training(
-        self, warmup_steps: int, inspect: Callable[[int], AbstractContextManager[None]] = _nobody_looks
+        self, warmup_steps: int, inspect: Callable[[int], AbstractContextManager[None] | None] = _nobody_looks
     ) -> Iterator[None]:
         """The training loop: its first steps are the phase ``warmup``, in no other figure; the rest is ``train``.
 
-        Given its number (from 1), ``inspect`` puts instruments around a warm-up step that may slow it down.
+        Given its number (from 1), ``inspect`` puts instruments around a warm-up step that may slow it down; where it
+        puts none, the parts of the step are timed, but for the first.
         """
         self._warmup_left = warmup_steps
         self._inspect = inspect
@@ -86,23 +92,28 @@ class Probe:
             with self._training:
                 self._training.enter_context(self.phase("warmup" if warmup_steps else "train"))
                 yield
+            if self._warmup_left >= 0:  # an error keeps the peaks of the parts it ended in
+                self.step_memory.clear()
         finally:
             if self._warmup_left >= 0:  # no step was timed: there is nothing to say of training
                 self.phase_seconds.pop("train", None)
                 self.phase_joules.pop("train", None)
                 self.memory.pop("train", None)
-                self.step_memory.clear()
 
     @contextmanager
     def step(self) -> Iterator[None]:
         """One optimizer step; its end waits for the device."""
-        warmup = self._warmup_left > 0
+        number, warmup = len(self.step_seconds) + 1, self._warmup_left > 0
         self._warmup_left -= 1
+        looks = self._inspect(number) if warmup else None
+        self._parts = {} if warmup and looks is None and number > 1 else None
         paused = self._paused_seconds
         start = self._now()
-        with self._inspect(len(self.step_seconds) + 1) if warmup else nullcontext():
+        with looks or nullcontext():
             yield
         self.step_seconds.append(self._now() - start - (self._paused_seconds - paused))
+        if self._parts:
+            self._timed_parts.append(self._parts)
         self.energy.keep_up()
         if self._warmup_left == 0:
             self._training.close()
@@ -111,19 +122,40 @@ class Probe:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """A part of a step: ``forward``, ``backward`` or ``optimizer``. It has a peak where the device can tell."""
+        """A part of a step: ``forward``, ``backward`` or ``optimizer``. It has a peak where the device can tell.
+
+        A peak is since the part before ended, so that each costs one reading.
+        """
         self.current_part = name
-        with self._peak_of(name, self.step_memory) if self.meter.every_part else nullcontext():
+        start = self._now() if self._parts is not None else 0.0
+        try:
             yield
-        self.current_part = None  # on an error it stays, so that the outcome can name it
+            self.current_part = None  # on an error it stays, so that the outcome can name it
+        finally:
+            if self._parts is not None:
+                self._parts[name] = self._parts.get(name, 0.0) + self._now() - start
+            if self.meter.every_part:
+                self.step_memory[name] = larger(self.step_memory.get(name), self._lap())
+
+    def part_seconds(self) -> dict[str, float]:
+        """Median seconds of each part, over the warm-up steps whose parts were timed."""
+        names = dict.fromkeys(name for parts in self._timed_parts for name in parts)
+        return {name: statistics.median(parts.get(name, 0.0) for parts in self._timed_parts) for name in names}
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Something that is neither part of the phase nor of the step around it."""
+        """Something that is neither part of the phase nor of the step around it.
+
+        Its peak is in none either where readings are cheap; on CPU it is in the phase's.
+        """
         start = self._now()
+        if self.meter.every_part:
+            self._lap()
         try:
             yield
         finally:
+            if self.meter.every_part:
+                self.meter.lap()
             self._paused_seconds += self._now() - start
 
     @contextmanager
@@ -137,12 +169,14 @@ class Probe:
         finally:
             self._lap()
             self._open.remove(scope)
-            kept[name] = larger(kept.get(name), scope.peak or Memory())
+            if scope.peak is not None:
+                kept[name] = larger(kept.get(name), scope.peak)
 
-    def _lap(self) -> None:
+    def _lap(self) -> Memory:
         lap = self.meter.lap()
         for scope in self._open:
             scope.peak = larger(scope.peak, lap)
+        return lap
 
     def _now(self) -> float:
         if self.device.type == "cuda":

@@ -14,7 +14,13 @@ _ENTRIES = 100_000
 
 
 def keep_on_out_of_memory(path: Path) -> None:
-    """Let every refusal of the CUDA allocator of this process write its state to ``path``, before anything is freed."""
+    """Let every refusal of the CUDA allocator of this process write its state to ``path``, before anything is freed.
+
+    Raises:
+        RuntimeError: the allocator is another than torch's own, which has no state to show.
+    """
+    if torch.cuda.get_allocator_backend() != "native":
+        raise RuntimeError(f"the allocator {torch.cuda.get_allocator_backend()} has no snapshot")
 
     def refused(_device: int, _asked: int, _of_device: int, _free: int) -> None:
         with suppress(Exception):  # a full disk must not hide the out-of-memory

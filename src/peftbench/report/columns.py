@@ -50,6 +50,11 @@ def _speed(record: RunRecord, kind: str) -> float | None:
     return getattr(record.throughput.tokens_per_second, kind) if record.throughput else None
 
 
+def _measured(record: RunRecord, text: str | None) -> str:
+    """A figure of the timed steps: unknown where there are such steps and nothing tells it."""
+    return text or (UNKNOWN if record.throughput else "–")
+
+
 def _loss(record: RunRecord) -> float | None:
     return record.quality.loss if record.quality else None
 
@@ -155,7 +160,7 @@ COLUMNS: tuple[Column, ...] = (
     Column(
         "MFU", "model FLOPs utilisation: required FLOPs a second, of the device's peak by its maker's data sheet",
         lambda r: {"mfu": r.compute.mfu, "hfu": r.compute.hfu},
-        lambda r: "–" if r.compute.mfu is None else f"{r.compute.mfu:.1%}",
+        lambda r: _measured(r, None if r.compute.mfu is None else f"{r.compute.mfu:.1%}"),
         optional=True,
     ),
     Column(
@@ -168,7 +173,7 @@ COLUMNS: tuple[Column, ...] = (
         "J/1,000 samples", "joules of the training phase by 1,000 samples: of the GPUs' boards (NVML), or of the "
         "processors (RAPL) where it ran on them, whatever else ran there",
         lambda r: {"training_joules": r.energy_joules, "joules_per_1000_samples": r.joules_per_1000_samples},
-        lambda r: "–" if (joules := r.joules_per_1000_samples) is None else f"{joules:,.3g}",
+        lambda r: _measured(r, None if (j := r.joules_per_1000_samples) is None else f"{j:,.3g}"),
         optional=True,
     ),
     Column(

@@ -32,7 +32,7 @@ def shown(records: Sequence[RunRecord]) -> list[Column]:
     """The columns that these records fill."""
     return [
         column for column in COLUMNS
-        if not column.optional or any(v is not None for record in records for v in column.raw(record).values())
+        if not column.optional or any(column.text(record) != "–" for record in records)
     ]  # fmt: skip
 
 

@@ -1,0 +1,194 @@
+"""One case of measure.py, in a process that runs nothing else: CUDA starts here and ends here.
+
+Run: python benchmarks/gpu/case.py [--tiny] (--names | --out FOLDER NAME)
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import logging as transformers_logging
+
+from peftbench.data.synthetic import Synthetic
+from peftbench.errors import PeftbenchError
+from peftbench.methods import METHODS
+from peftbench.models import Base, load_tokenizer
+from peftbench.recipe import Data, Evaluate, Model, Profile, Recipe, Train
+from peftbench.record import FILE, FINAL, RunRecord, read_record, train_peak_bytes
+from peftbench.run import Run
+
+SOFT_TOKENS = 20
+NO_DEVICE = 2
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model, and what it is shown."""
+
+    config: dict[str, Any]
+    source: Synthetic
+    rows: int
+    width: int
+    """Real tokens of each row; soft ones come on top, within the model's positions."""
+    warmup_steps: int
+    steps: int
+
+
+CNN_DAILYMAIL = Synthetic(examples=256)
+SIZES = {
+    "gpt2": Size({}, CNN_DAILYMAIL, 6, 1024 - SOFT_TOKENS, 5, 15),
+    "gpt2-medium": Size({"n_layer": 24, "n_embd": 1024, "n_head": 16}, CNN_DAILYMAIL, 6, 1024 - SOFT_TOKENS, 5, 15),
+}
+TINY = {
+    "tiny": Size(
+        {"n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 512, "n_positions": 64, "bos_token_id": 0,
+         "eos_token_id": 0},
+        Synthetic(examples=24, article_tokens=(9, 60), summary_tokens=(3, 9)), 4, 64 - SOFT_TOKENS, 2, 4,
+    ),
+}  # fmt: skip
+
+
+class RandomTokens:
+    """Encoded examples of the source's lengths; a row too long loses the end of its article."""
+
+    def __init__(self, size: Size, vocabulary: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.prompts: list[int] = []
+        self.ids: list[list[int]] = []
+        for article, summary in size.source.lengths("train"):
+            prompt = min(article, size.width - summary)
+            self.prompts.append(prompt)
+            self.ids.append(torch.randint(vocabulary, (prompt + summary,), generator=generator).tolist())
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, indices: list[int], /) -> Mapping[str, Sequence[Any]]:
+        return {"input_ids": [self.ids[i] for i in indices], "prompt_tokens": [self.prompts[i] for i in indices]}
+
+
+class ArchitectureRun(Run):
+    """A run of an architecture over random tokens: trained and measured like any other, and not evaluated."""
+
+    def __init__(self, recipe: Recipe, size: Size) -> None:
+        super().__init__(recipe)
+        self.size = size
+
+    def _work(self) -> None:
+        self.data_identity = self.size.source.identity()
+        self._keep_snapshot()
+        with self.probe.phase("load"):
+            base = self._architecture()
+        with self.probe.phase("build"):
+            built = self._build(base)
+        examples = RandomTokens(self.size, base.model.config.vocab_size)
+        self._count("train", len(examples), 0)
+        self._train(built, examples, pad_token=0)
+        self._come_together()
+
+    def _architecture(self) -> Base:
+        torch.manual_seed(self.recipe.train.seed)
+        with self.accelerator.device:
+            model = AutoModelForCausalLM.from_config(
+                GPT2Config(**self.size.config), dtype=torch.float32, attn_implementation="sdpa"
+            )
+        return Base(model, load_tokenizer(Model()), "random weights")
+
+
+def recipes(sizes: Mapping[str, Size], folder: str) -> Iterator[tuple[Recipe, Size]]:
+    """Every case; checkpointing a frozen trunk is none, since it is left out there."""
+    knobs: dict[str, dict[str, Any]] = {"prompt_tuning": {"tokens": SOFT_TOKENS}}
+    methods = [kind(**knobs.get(name, {})) for name, kind in METHODS.items()]
+    cases = itertools.product(sizes.items(), ("bf16", "fp32"), (False, True), methods)
+    for (model, size), precision, checkpointing, method in cases:
+        if checkpointing and method.trunk_frozen:
+            continue
+        yield Recipe(
+            name=f"{model}_{method.kind}_{precision}" + "_checkpointing" * checkpointing,
+            output_dir=folder,
+            model=Model(path=model, init="random"),
+            method=method,
+            data=Data(source=size.source, max_tokens=size.width, padding="max_tokens"),
+            train=Train(
+                steps=size.warmup_steps + size.steps, global_batch=size.rows, precision=precision,
+                gradient_checkpointing=checkpointing,
+            ),
+            evaluate=Evaluate(generate=False),
+            profile=Profile(warmup_steps=size.warmup_steps, breakdown=True),
+            save_model=False,
+        ), size  # fmt: skip
+
+
+def device_name() -> str:
+    """Torch's name of the device, fit for a folder."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")
+
+
+def measure(sizes: Mapping[str, Size], out: Path, name: str) -> None:
+    """Run one case and print a line about it."""
+    recipe, size = next(case for case in recipes(sizes, str(out / device_name())) if case[0].name == name)
+    path = out / device_name() / recipe.name / FILE
+    if path.exists() and read_record(path).outcome.kind in FINAL:
+        print(f"{recipe.name}: has a record", flush=True)
+        return
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            record, _ = ArchitectureRun(recipe, size).execute()
+            said = described(record)
+        except PeftbenchError as error:
+            said = f"refused: {error}"
+    print(f"{recipe.name}: {said}", flush=True)
+
+
+def described(record: RunRecord) -> str:
+    """A record in one line."""
+    if record.throughput is None:
+        return f"{record.outcome.kind} in {record.outcome.phase}, {record.outcome.part}: {record.outcome.error}"
+    peak, speed = train_peak_bytes(record), record.throughput
+    step = record.flops.counted_step
+    counted = step is not None and step.counted == step.closed_form
+    mfu = "unknown" if record.compute.mfu is None else f"{record.compute.mfu:.1%}"
+    return (
+        f"{speed.step_seconds_median * 1e3:,.1f} ms a step, {speed.tokens_per_second.real:,.0f} real tokens/s, "
+        f"peak {peak or 0:,} bytes, MFU {mfu}, "
+        f"FLOPs {'as counted' if counted else 'NOT as counted'}"
+    )
+
+
+def main() -> int:
+    """Name the cases, or measure one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="The cases of the tiny model.")
+    parser.add_argument("--names", action="store_true", help="Print the names of all cases.")
+    parser.add_argument("--out", type=Path, help="Folder for records.")
+    parser.add_argument("name", nargs="?", help="The case to measure.")
+    given = parser.parse_args()
+    sizes = TINY if given.tiny else SIZES
+    if given.names:
+        print("\n".join(recipe.name for recipe, _ in recipes(sizes, "")))
+        return 0
+    if not given.tiny and not torch.cuda.is_available():
+        print("there is no CUDA device; give --tiny for a try on CPU", file=sys.stderr)
+        return NO_DEVICE
+    measure(sizes, given.out, given.name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
