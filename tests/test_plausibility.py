@@ -47,9 +47,21 @@ def test_a_ratio_that_can_be(seconds: float) -> None:
 
 
 def test_more_work_in_less_time() -> None:
-    """Less work cannot take longer than more."""
-    (sentence,) = implausible([timed("full", 1.0, 200), timed("lora", 1.5, 201)])
-    assert "a step of lora took 1.50 times as long" in sentence
+    """Less work cannot take longer than more, however much less it is; as long, it may: a launch costs what it does."""
+    for flops in (201, 100, 10):
+        (sentence,) = implausible([timed("full", 1.0, 200), timed("lora", 1.5, flops)])
+        assert "a step of lora took 1.50 times as long" in sentence
+    assert list(implausible([timed("full", 1.0, 200), timed("lora", 1.1, 10)])) == []
+
+
+@pytest.mark.parametrize("unlike", [{"seed": 1}, {"global_batch": 8}])
+def test_other_batches_are_not_compared(unlike: dict[str, int]) -> None:
+    """Rows of other lengths take another time: only the same steps say something of each other."""
+    slow, fast = timed("full", 3.0, 200), timed("lora", 1.0, 100)
+    other = fast.recipe | {"train": fast.recipe["train"] | unlike}
+    assert list(implausible([slow, fast.model_copy(update={"recipe": other})])) == []
+    assert list(implausible([slow, fast.model_copy(update={"steps": 6})])) == []
+    assert len(list(implausible([slow, fast]))) == 1
 
 
 def test_other_devices_are_not_compared() -> None:
@@ -64,12 +76,14 @@ def test_what_is_not_known_is_not_judged() -> None:
 
 def test_passes_are_judged_where_the_slower_trains_more() -> None:
     """Full fine-tuning has the larger optimizer, so forward and backward alone are held against their ceiling."""
-    fast = timed("lora", 1.0, 100).model_copy(update={"part_seconds": {"forward": 0.4, "backward": 0.6}})
+    passes = {"part_seconds": {"forward": 0.4, "backward": 0.6}, "timed_steps": (2, 3, 4)}
+    fast = timed("lora", 1.0, 100).model_copy(update=passes)
     for backward, said in ((2.2, 1), (1.6, 0)):
         slow = timed("full", 9.0, 200).model_copy(
             update={
                 "parameters": Parameters(total=1000, trainable=1000),
                 "part_seconds": {"forward": 0.4, "backward": backward, "optimizer": 6.0},
+                "timed_steps": (2, 3, 4),
             }
         )
         found = list(implausible([slow, fast]))
@@ -77,6 +91,9 @@ def test_passes_are_judged_where_the_slower_trains_more() -> None:
         assert not found or found[0].startswith("forward and backward of full took 2.60 times")
         two = [run.model_copy(update={"device": Device(kind="cpu", name="a CPU", processes=2)}) for run in (slow, fast)]
         assert list(implausible(two)) == []  # gradients are exchanged within the backward pass
+        few = [run.model_copy(update={"timed_steps": (2, 3)}) for run in (slow, fast)]
+        assert list(implausible(few)) == []  # two steps have no median
+        assert list(implausible([slow, fast.model_copy(update={"timed_steps": (3, 4, 5)})])) == []
 
 
 def test_who_trains_more_may_take_longer() -> None:

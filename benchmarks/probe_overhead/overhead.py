@@ -34,8 +34,11 @@ class StandIn:
         return Memory(allocated_bytes=1, reserved_bytes=2, inactive_split_bytes=3, allocation_retries=0)
 
     def process_bytes(self) -> int | None:
-        """Not asked within a phase."""
+        """Asked at the end of a phase, which is not timed here."""
         return None
+
+    def forget(self) -> None:
+        """Asked at the start of a phase."""
 
 
 def seconds_a_step(device: torch.device, meter: Meter | None = None) -> list[float]:

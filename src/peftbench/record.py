@@ -291,6 +291,8 @@ class RunRecord(_Kept):
     the warm-up's where the run did not get further."""
     part_seconds: dict[str, float] = {}
     """By part, median over warm-up steps but the first and those that were inspected; the device was waited for."""
+    timed_steps: tuple[int, ...] = ()
+    """Which steps those were, counted from 1."""
     context_bytes: int | None = None
     """What the process took of the GPU before it held the model, by NVML: its context, and with several processes
     what they talk through. The most over ranks."""

@@ -106,7 +106,9 @@ def recorded(run: Run, outcome: Outcome) -> RunRecord:
         step_memory=dict(probe.step_memory) | largest(together.step_memory),
         step_memory_by_rank=together.step_memory,
         part_seconds=probe.part_seconds(),
-        context_bytes=together.context_bytes,
+        timed_steps=tuple(probe.timed_steps),
+        # Of this rank alone where the others did not come to the end.
+        context_bytes=together.context_bytes if together.memory else probe.meter.context_bytes,
         state_bytes=_state_bytes(run),
         breakdown=_breakdown(run),
         flops=_flops(run, together.counted_flops),

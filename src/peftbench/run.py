@@ -37,7 +37,7 @@ from peftbench.profiler.energy import energy_meter
 from peftbench.profiler.inspection import Inspection, inspection
 from peftbench.profiler.probe import Probe
 from peftbench.profiler.snapshot import FILE as SNAPSHOT
-from peftbench.profiler.snapshot import keep_on_out_of_memory
+from peftbench.profiler.snapshot import keep, keep_on_out_of_memory
 from peftbench.record import Outcome, Quality, RunRecord
 from peftbench.recording import Together, recorded
 
@@ -71,7 +71,8 @@ class Run:
         except BaseException:
             self._leave_nothing()
             raise
-        device = self.accelerator.device
+        rank, device = self.accelerator.process_index, self.accelerator.device
+        self._snapshot = self.folder / (SNAPSHOT if rank == 0 else f"rank{rank}_{SNAPSHOT}")
         self.probe = Probe(device, energy_meter(device, counts=self.accelerator.is_local_main_process))
         self.progress = Progress()
         self.started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -111,6 +112,8 @@ class Run:
             outcome, fault = Outcome(kind="failed", **self._where(), error=str(error)), error
         except Exception as error:
             outcome, fault = Outcome(kind="failed", **self._where(), error=f"{type(error).__name__}: {error}"), error
+        if outcome.kind != "oom":
+            self._forget_snapshot()  # of a refusal that something lived with
         record = recorded(self, outcome)
         path = self.folder / "record.json"
         if self.accelerator.is_main_process:
@@ -142,13 +145,14 @@ class Run:
             return self._out_of_memory(error)
         except KeyboardInterrupt:
             return Outcome(kind="preempted", **self._where(), error="interrupted")
-        (self.folder / SNAPSHOT).unlink(missing_ok=True)  # of a refusal that something lived with
         return Outcome(kind="ok")
 
     def _out_of_memory(self, error: RuntimeError) -> Outcome:
+        if self.accelerator.device.type == "cuda" and not isinstance(error, torch.OutOfMemoryError):
+            keep(self._snapshot)  # it was not the allocator that refused, and so nobody has looked
         return Outcome(
             kind="oom", **self._where(), requested_bytes=_requested_bytes(error), error=_first_line(error),
-            snapshot=SNAPSHOT if (self.folder / SNAPSHOT).exists() else None,
+            snapshot=self._snapshot.name if self._snapshot.exists() else None,
         )  # fmt: skip
 
     def _work(self) -> None:
@@ -189,14 +193,16 @@ class Run:
 
     def _keep_snapshot(self) -> None:
         """Have an out-of-memory of the GPU show who held it; one of an earlier run of this name is taken away."""
-        rank = self.accelerator.process_index
-        path = self.folder / (SNAPSHOT if rank == 0 else f"rank{rank}_{SNAPSHOT}")
-        path.unlink(missing_ok=True)
+        self._forget_snapshot()
         if self.accelerator.device.type == "cuda":
             try:
-                keep_on_out_of_memory(path)
-            except RuntimeError as error:
+                keep_on_out_of_memory(self._snapshot)
+            except (RuntimeError, AttributeError, TypeError) as error:  # torch's own, and free to change
                 self.notes.append(f"an out-of-memory would leave no snapshot: {error}")
+
+    def _forget_snapshot(self) -> None:
+        with contextlib.suppress(OSError):
+            self._snapshot.unlink(missing_ok=True)
 
     def _build(self, base: Base) -> Built:
         built = self.built = build(self.recipe, base, self.accelerator)

@@ -15,7 +15,7 @@ from tests.conftest import REPOSITORY
 SCRIPT = REPOSITORY / "benchmarks" / "gpu" / "measure.py"
 ABSENT = (
     "datasets", "evaluate", "deepspeed", "bitsandbytes", "nltk", "omegaconf", "rouge_score", "scipy", "tabulate",
-    "rich", "typer", "pandas", "pyarrow",
+    "rich", "typer", "pandas", "pyarrow", "pynvml",
 )  # fmt: skip
 HIDE = f"import sys; sys.modules.update(dict.fromkeys({ABSENT!r}))"
 
@@ -82,6 +82,25 @@ def test_no_time_left(call: list[str], tmp_path: Path) -> None:
     )
     assert done.stdout == "no time for the other 14 cases; the same call goes on with them\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_missing_is_said(call: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without a library that is needed hears of it, and not of a process that returned 1."""
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['pydantic'] = None", encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    done = subprocess.run([*call, "--tiny"], check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "import of pydantic halted" in done.stderr
+
+
+def test_a_record_of_another_version_is_made_again(call: list[str], tmp_path: Path) -> None:
+    """What cannot be read is no record, and does not stand in its case's way for ever."""
+    folder = tmp_path / "cpu" / "tiny_full_bf16"
+    folder.mkdir(parents=True)
+    (folder / "record.json").write_text('{"schema_version": 0}', encoding="utf-8")
+    case = [call[0], str(SCRIPT.with_name("case.py")), "--tiny", "--out", str(tmp_path), "tiny_full_bf16"]
+    subprocess.run(case, check=True, capture_output=True)
+    assert read_records(folder)[0].outcome.kind == "ok"
 
 
 def test_without_a_gpu(call: list[str]) -> None:

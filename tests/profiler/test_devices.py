@@ -15,6 +15,7 @@ def test_a_known_device() -> None:
     assert peak_flops("NVIDIA A100-SXM4-40GB", "bf16") == 312e12
     assert peak_flops("NVIDIA H200", "fp32") == 66.9e12
     assert peak_flops("Tesla T4", "fp16") == 65e12
+    assert peak_flops("NVIDIA A100 80GB PCIe", "bf16") == peak_flops("NVIDIA A100-PCIE-40GB", "bf16") == 312e12
 
 
 UNKNOWN = [

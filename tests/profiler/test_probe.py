@@ -203,6 +203,7 @@ class Counters:
     context_bytes: int | None = 5
     peak: int = 0
     held: int | None = 70
+    reserved: int = 0
 
     def lap(self) -> Memory:
         """The peak since the lap before."""
@@ -212,6 +213,10 @@ class Counters:
     def process_bytes(self) -> int | None:
         """What the driver says."""
         return self.held
+
+    def forget(self) -> None:
+        """Give back what is reserved and not held."""
+        self.reserved = 0
 
     def reach(self, allocated: int) -> None:
         """Let something that large be there for a moment."""
@@ -244,6 +249,22 @@ def test_what_lies_within_counts_for_what_lies_around() -> None:
         counters.reach(1)
     assert peaks(probe.memory) == {"outer": 7, "inner": 7, "later": 1}
     assert {memory.process_bytes for memory in probe.memory.values()} == {70}
+
+
+def test_reserved_memory_is_given_back_between_phases_but_not_before_training() -> None:
+    """What warm-up has reserved is what training goes on with; an evaluation does not show training's cache."""
+    counters = Counters()
+    probe = measured(counters)
+    found: list[int] = []
+    counters.reserved = 9
+    with probe.training(warmup_steps=1):
+        for reserved in (5, 6):
+            with probe.step():
+                found.append(counters.reserved)
+                counters.reserved = reserved
+    with probe.phase("evaluate"):
+        found.append(counters.reserved)
+    assert found == [0, 5, 0]
 
 
 def step_of(probe: Probe, counters: Counters, forward: int, backward: int, optimizer: int) -> None:
@@ -419,4 +440,5 @@ def test_parts_are_timed_in_warm_up_steps_that_nobody_looks_at(probe: Probe, clo
                     with probe.part(part):
                         clock.sleep(seconds)
     assert probe.part_seconds() == {"forward": 4, "backward": 2, "optimizer": 2}
+    assert list(probe.timed_steps) == [2, 4, 5]
     assert Probe(torch.device("cpu")).part_seconds() == {}

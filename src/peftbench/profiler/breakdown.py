@@ -130,7 +130,8 @@ class Breakdown(TorchDispatchMode):
     def _copies_a_weight(self, func: Any, args: Any) -> bool:
         if func is not torch.ops.aten._to_copy.default:
             return False
-        source = self._held.get(args[0].untyped_storage()._cdata)
+        storage = _storage(args[0])
+        source = self._held.get(storage._cdata) if storage is not None else None
         return source is not None and source.kind == "weights"
 
     def _keep_for_backward(self) -> None:
@@ -151,9 +152,8 @@ class Breakdown(TorchDispatchMode):
 
     def _see(self, tensor: torch.Tensor, kind: Kind) -> _Storage | None:
         """The booked storage of ``tensor``, new or known; a known one takes over a kind that says more."""
-        try:
-            storage = tensor.untyped_storage()
-        except (NotImplementedError, RuntimeError):  # a tensor without one of its own
+        storage = _storage(tensor)
+        if storage is None:
             return None
         key = storage._cdata
         booked = self._held.get(key)
@@ -170,3 +170,11 @@ class Breakdown(TorchDispatchMode):
         self._watches.pop(key, None)
         self._made_forward.pop(id(storage), None)
         self._book.append((storage, -1, self._operation, self.part()))
+
+
+def _storage(tensor: torch.Tensor) -> torch.UntypedStorage | None:
+    """Where the tensor's elements lie, None where it has no storage of its own (a wrapper of others)."""
+    try:
+        return tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):
+        return None

@@ -20,15 +20,19 @@ class FlopCounter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.total = 0
+        self.total: int | None = 0
+        """None once a kernel was given what its formula does not know."""
         self._formulas = flop_registry | {kernel: shape_wrapper(formula) for kernel, formula in _unknown_to_torch()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         formula = self._formulas.get(func._overloadpacket)
-        if formula is not None:
-            self.total += int(formula(*args, **kwargs, out_val=result))
+        if formula is not None and self.total is not None:
+            try:
+                self.total += int(formula(*args, **kwargs, out_val=result))
+            except Exception:  # of a version or a shape that is not known here; the step must go on
+                self.total = None
         return result
 
 

@@ -25,13 +25,17 @@ PEAK_FLOPS: dict[str, dict[str, float]] = {
     "NVIDIA GeForce RTX 4090": {"fp32": 82.6e12, "fp16": 165.2e12, "bf16": 165.2e12},
     "NVIDIA H100 PCIe": {"fp32": 51.2e12, "fp16": 756e12, "bf16": 756e12},
     "NVIDIA A100": {"fp32": 19.5e12, "fp16": 312e12, "bf16": 312e12},
+    "NVIDIA A100 80GB PCIe": {"fp32": 19.5e12, "fp16": 312e12, "bf16": 312e12},
+    "NVIDIA H100 NVL": {"fp32": 60e12, "fp16": 835.5e12, "bf16": 835.5e12},
+    "NVIDIA GH200 480GB": {"fp32": 67e12, "fp16": 989.4e12, "bf16": 989.4e12},
     "NVIDIA H100 80GB HBM3": {"fp32": 66.9e12, "fp16": 989.4e12, "bf16": 989.4e12},
     "NVIDIA H200": {"fp32": 66.9e12, "fp16": 989.4e12, "bf16": 989.4e12},
 }
 """FLOP/s by torch's name of a device, up to a hyphen.
 
 Sources, all NVIDIA's: data sheets of T4, V100 (2020), A10, A30, A40, A100 (2021), L4, L40S, RTX A6000 (half of the
-figure with sparsity) and H200 (2024); the architecture white papers of H100 (SXM5 and PCIe), GA102 (RTX 3090) and Ada
+figure with sparsity) H200, H100 NVL and GH200 (2024; half of the
+figures with sparsity); the architecture white papers of H100 (SXM5 and PCIe), GA102 (RTX 3090) and Ada
 (RTX 4080, 4090; fp16 with accumulation in fp32).
 """
 

@@ -34,6 +34,9 @@ class Meter(Protocol):
     def process_bytes(self) -> int | None:
         """What the process holds of the device now."""
 
+    def forget(self) -> None:
+        """Give back what is held for no tensor, so that a later peak is of what comes later."""
+
 
 class CudaMeter:
     """Peaks of torch's caching allocator on one device, which its own counters know at no cost to the device."""
@@ -61,6 +64,9 @@ class CudaMeter:
 
     def process_bytes(self) -> int | None:
         return self.gpu.process_bytes() if self.gpu else None
+
+    def forget(self) -> None:
+        torch.cuda.empty_cache()
 
 
 @cache
@@ -102,6 +108,9 @@ class ProcessMeter:
 
     def process_bytes(self) -> int | None:
         return None
+
+    def forget(self) -> None:
+        """Each lap gives freed pages back already."""
 
 
 def meter_for(device: torch.device) -> Meter:

@@ -10,8 +10,12 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-import pynvml
 import torch
+
+try:
+    import pynvml
+except ImportError:  # it comes with peftbench, and what it would tell is unknown without it
+    pynvml = None
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,8 @@ class Gpu:
     @classmethod
     def of(cls, device: torch.device) -> Gpu | None:
         """The GPU that torch calls ``device``, None where there is no driver or it does not know it."""
+        if pynvml is None:
+            return None
         try:
             pynvml.nvmlInit()
             # By its name for life: the driver's order of devices need not be torch's.

@@ -52,7 +52,8 @@ class Probe:
     _inspect: Callable[[int], AbstractContextManager[None] | None] = _nobody_looks
     _parts: dict[str, float] | None = None
     """Seconds of the parts of a step whose parts are timed, None in all others."""
-    _timed_parts: list[dict[str, float]] = field(default_factory=list)
+    timed_steps: dict[int, dict[str, float]] = field(default_factory=dict)
+    """Seconds of each part, by number of step, of the warm-up steps whose parts were timed."""
     _open: list[_Scope] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -64,6 +65,8 @@ class Probe:
         outer, paused = self.current_phase, self._paused_seconds
         self.current_phase = name
         joules = self.energy.joules()
+        if outer is None and name != "train":  # what is reserved for the phases before belongs to them
+            self.meter.forget()
         with self._peak_of(name, self.memory):
             start = self._now()
             try:
@@ -88,6 +91,7 @@ class Probe:
         """
         self._warmup_left = warmup_steps
         self._inspect = inspect
+        self.meter.forget()  # once: what warm-up reserves is what training goes on with
         try:
             with self._training:
                 self._training.enter_context(self.phase("warmup" if warmup_steps else "train"))
@@ -113,7 +117,7 @@ class Probe:
             yield
         self.step_seconds.append(self._now() - start - (self._paused_seconds - paused))
         if self._parts:
-            self._timed_parts.append(self._parts)
+            self.timed_steps[number] = self._parts
         self.energy.keep_up()
         if self._warmup_left == 0:
             self._training.close()
@@ -139,8 +143,9 @@ class Probe:
 
     def part_seconds(self) -> dict[str, float]:
         """Median seconds of each part, over the warm-up steps whose parts were timed."""
-        names = dict.fromkeys(name for parts in self._timed_parts for name in parts)
-        return {name: statistics.median(parts.get(name, 0.0) for parts in self._timed_parts) for name in names}
+        timed = self.timed_steps.values()
+        names = dict.fromkeys(name for parts in timed for name in parts)
+        return {name: statistics.median(parts.get(name, 0.0) for parts in timed) for name in names}
 
     @contextmanager
     def paused(self) -> Iterator[None]:

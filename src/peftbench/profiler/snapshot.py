@@ -23,17 +23,24 @@ def keep_on_out_of_memory(path: Path) -> None:
         raise RuntimeError(f"the allocator {torch.cuda.get_allocator_backend()} has no snapshot")
 
     def refused(_device: int, _asked: int, _of_device: int, _free: int) -> None:
-        with suppress(Exception):  # a full disk must not hide the out-of-memory
-            torch.cuda.memory._dump_snapshot(str(path))
+        keep(path)
 
     torch._C._cuda_attachOutOfMemoryObserver(refused)  # type: ignore[attr-defined]
+
+
+def keep(path: Path) -> None:
+    """Write the state of the CUDA allocator of this process to ``path``, if that can be done."""
+    with suppress(Exception):  # a full disk must not hide the out-of-memory
+        torch.cuda.memory._dump_snapshot(str(path))
 
 
 @contextmanager
 def with_history() -> Iterator[None]:
     """Note where each allocation comes from, which a snapshot then shows. It slows Python down."""
-    torch.cuda.memory._record_memory_history(stacks="python", max_entries=_ENTRIES)
+    with suppress(RuntimeError, TypeError, AttributeError):  # torch's own, and free to change
+        torch.cuda.memory._record_memory_history(stacks="python", max_entries=_ENTRIES)
     try:
         yield
     finally:
-        torch.cuda.memory._record_memory_history(enabled=None)
+        with suppress(RuntimeError, TypeError, AttributeError):
+            torch.cuda.memory._record_memory_history(enabled=None)

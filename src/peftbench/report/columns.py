@@ -20,7 +20,7 @@ class Column:
     raw: Callable[[RunRecord], dict[str, Raw]]
     text: Callable[[RunRecord], str]
     optional: bool = False
-    """Shown only where some record has a value."""
+    """Shown only where some record has a value to show, "unknown" included."""
 
 
 def method_label(record: RunRecord) -> str:
@@ -89,6 +89,16 @@ def _rouge(kind: str, title: str, *, forced: bool = False) -> Column:
     )
 
 
+def _allocator(record: RunRecord) -> dict[str, Raw]:
+    """What a GPU's allocator made of the training, unknown on CPU."""
+    memory = record.memory.get("train")
+    return {
+        "train_reserved_bytes": memory.reserved_bytes if memory else None,
+        "train_fragmentation": memory.fragmentation if memory else None,
+        "train_allocation_retries": memory.allocation_retries if memory else None,
+    }
+
+
 def _outcome(record: RunRecord) -> str:
     outcome = record.outcome
     return outcome.kind + (f" at step {outcome.step}" if outcome.step is not None else "")
@@ -146,7 +156,7 @@ COLUMNS: tuple[Column, ...] = (
     Column(
         "peak MiB", "most memory while training: in tensors on the GPU; on CPU resident memory beyond what the process "
         "had before anything was loaded",
-        lambda r: {"train_peak_bytes": train_peak_bytes(r)},
+        lambda r: {"train_peak_bytes": train_peak_bytes(r)} | _allocator(r),
         lambda r: "–" if (peak := train_peak_bytes(r)) is None else f"{peak / 2**20:,.0f}",
         optional=True,
     ),
@@ -171,7 +181,7 @@ COLUMNS: tuple[Column, ...] = (
     ),
     Column(
         "J/1,000 samples", "joules of the training phase by 1,000 samples: of the GPUs' boards (NVML), or of the "
-        "processors (RAPL) where it ran on them, whatever else ran there",
+        "processors (RAPL) where it ran on them, whatever else ran there; pauses (trackers) included",
         lambda r: {"training_joules": r.energy_joules, "joules_per_1000_samples": r.joules_per_1000_samples},
         lambda r: _measured(r, None if (j := r.joules_per_1000_samples) is None else f"{j:,.3g}"),
         optional=True,

@@ -97,7 +97,7 @@ def notes(records: Sequence[RunRecord]) -> list[str]:
 
 
 def _unknown(trained: Sequence[RunRecord]) -> list[str]:
-    """Which figures have no column because nothing here tells them."""
+    """Why figures are unknown that nothing here tells."""
     measured = [record for record in trained if record.throughput is not None]
     found = {
         f"MFU is unknown: the data sheet's FLOP/s of {record.device.name or 'this device'} at "
