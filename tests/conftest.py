@@ -324,19 +324,23 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 def built_from(recipe: Recipe, accelerator: Accelerator) -> Built:
     """What a run builds, from the base that it loads."""
+    from peftbench.engine.bind import Bound
     from peftbench.engine.build import build, load_base
+    from peftbench.engine.engines import SINGLE
 
-    return build(recipe, load_base(recipe), accelerator)
+    return build(recipe, load_base(recipe), Bound(accelerator, SINGLE))
 
 
 def trainer_from(recipe: Recipe, accelerator: Accelerator, built: Built | None = None) -> Trainer:
     """What a run's loop drives, over the recipe's examples."""
+    from peftbench.engine.bind import Bound
     from peftbench.engine.build import encoded_split, make_encoder, make_trainer
+    from peftbench.engine.engines import SINGLE
 
     built = built or built_from(recipe, accelerator)
     encoder = make_encoder(recipe, built.base)
     examples = encoded_split(recipe, encoder, "train", accelerator).dataset
-    return make_trainer(recipe, built, examples, encoder.end, accelerator)
+    return make_trainer(recipe, built, examples, encoder.end, Bound(accelerator, SINGLE))
 
 
 @dataclass(frozen=True)

@@ -104,9 +104,15 @@ class Device(_Kept):
 
 
 class Engine(_Kept):
-    """What really ran: read back from the engine, not from the recipe."""
+    """What really ran: read back from the engine, and compared with the recipe before the first step."""
 
+    name: str | None = None
+    """single, ddp, zero1 ... fsdp2."""
     kind: str
+    """As accelerate names it."""
+    model: str | None = None
+    """Class that the model came to be of."""
+    max_grad_norm: float | None = None
     mixed_precision: str
     optimizer: str
     micro_batch: int
@@ -148,10 +154,13 @@ class StateBytes(_Kept):
     gradients: int
     """One for each trained scalar, in the type it is trained in."""
     optimizer: int
+    """States, and under ZeRO the copies in float32 that are stepped."""
+    offloaded: int = 0
+    """Of the optimizer's, what lies elsewhere than on the device, and is not counted there."""
 
     @property
     def total(self) -> int:
-        """All three."""
+        """Weights, gradients and optimizer states on the device."""
         return self.weights + self.gradients + self.optimizer
 
 
@@ -297,6 +306,8 @@ class RunRecord(_Kept):
     """What the process took of the GPU before it held the model, by NVML: its context, and with several processes
     what they talk through. The most over ranks."""
     state_bytes: StateBytes | None = None
+    """The most over ranks."""
+    state_bytes_by_rank: tuple[StateBytes, ...] = ()
     breakdown: Breakdown | None = None
     flops: Flops = Flops()
     compute: Compute = Compute()

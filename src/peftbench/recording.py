@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from peftbench.engine.bind import device_of
+from peftbench.engine.deepspeed import wrapped
 from peftbench.engine.ranks import gathered
+from peftbench.engine.sharding import state_bytes
 from peftbench.plausibility import implausible_alone
 from peftbench.profiler.devices import peak_flops
 from peftbench.profiler.inspection import COUNTED_STEP
-from peftbench.profiler.memory import largest, state_bytes
+from peftbench.profiler.memory import largest
 from peftbench.profiler.throughput import throughput
 from peftbench.record import (
     Breakdown,
@@ -51,6 +53,7 @@ class Together:
     counted_flops: int | None = None
     energy_joules: float | None = None
     achievable_per_second: float | None = None
+    state_bytes: tuple[StateBytes, ...] = ()
 
     @classmethod
     def of(cls, run: Run, achievable: float | None = None) -> Together:
@@ -58,12 +61,18 @@ class Together:
         probe, looked = run.probe, run.inspection
         counted = looked.flops.total if looked and looked.flops and run.progress.steps else None
         joules = probe.phase_joules.get("train")
-        mine = (dict(probe.memory), dict(probe.step_memory), probe.meter.context_bytes, counted, joules, achievable)
-        memory, step_memory, contexts, every_count, every_joule, every_achievable = zip(
+        mine = (
+            dict(probe.memory), dict(probe.step_memory), probe.meter.context_bytes, counted, joules, achievable,
+            _state_bytes(run),
+        )  # fmt: skip
+        memory, step_memory, contexts, every_count, every_joule, every_achievable, states = zip(
             *gathered(run.accelerator, mine), strict=True
         )
         context = max((size for size in contexts if size is not None), default=None)
-        return cls(memory, step_memory, context, _sum(every_count), _sum(every_joule), _sum(every_achievable))
+        return cls(
+            memory, step_memory, context, _sum(every_count), _sum(every_joule), _sum(every_achievable),
+            tuple(state for state in states if state is not None),
+        )  # fmt: skip
 
 
 def _sum(values: Sequence[N | None]) -> N | None:
@@ -109,7 +118,8 @@ def recorded(run: Run, outcome: Outcome) -> RunRecord:
         timed_steps=tuple(probe.timed_steps),
         # Of this rank alone where the others did not come to the end.
         context_bytes=together.context_bytes if together.memory else probe.meter.context_bytes,
-        state_bytes=_state_bytes(run),
+        state_bytes=max(together.state_bytes, key=lambda states: states.total, default=None),
+        state_bytes_by_rank=together.state_bytes,
         breakdown=_breakdown(run),
         flops=_flops(run, together.counted_flops),
         compute=_compute(run, together.achievable_per_second) if ended_well else Compute(),
@@ -132,7 +142,7 @@ def _throughput(run: Run) -> Throughput | None:
 def _state_bytes(run: Run) -> StateBytes | None:
     if run.built is None or run.trainer is None or not run.progress.steps:
         return None
-    return state_bytes(run.built.bare_model, run.trainer.optimizer)
+    return state_bytes(run.engine, run.built.bare_model, run.trainer.optimizer)
 
 
 def _breakdown(run: Run) -> Breakdown | None:
@@ -179,14 +189,16 @@ def _compute(run: Run, achievable: float | None) -> Compute:
 def _engine(run: Run) -> Engine | None:
     if run.trainer is None:
         return None
-    share = run.recipe.train.global_batch // run.accelerator.num_processes
-    optimizer = getattr(run.trainer.optimizer, "optimizer", run.trainer.optimizer)
+    optimizer = list(wrapped(run.trainer.optimizer))[-1]
     return Engine(
+        name=run.engine.name,
+        model=type(run.trainer.model).__qualname__,
         kind=str(run.accelerator.distributed_type.value),
         mixed_precision=str(run.accelerator.mixed_precision),
+        max_grad_norm=run.recipe.train.max_grad_norm,
         optimizer=f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
-        micro_batch=min(run.recipe.train.micro_batch or share, share),
-        accumulation=run.trainer.batches.accumulation,
+        micro_batch=run.trainer.batches.largest_micro_batch,
+        accumulation=run.accelerator.gradient_accumulation_steps,
         threads=torch.get_num_threads(),
     )
 

@@ -29,6 +29,7 @@ from peftbench.engine.build import (
 )
 from peftbench.engine.loop import DivergedError, Progress, train
 from peftbench.engine.ranks import main_process_first
+from peftbench.engine.sharding import bring_home
 from peftbench.errors import PeftbenchError
 from peftbench.evaluation.measure import Evaluation, quality_of
 from peftbench.files import write_error
@@ -67,10 +68,12 @@ class Run:
         self.folder = Path(recipe.output_dir) / recipe.name
         self._made = _check_writable(self.folder)
         try:
-            self.accelerator: Accelerator = bind(recipe, self.folder)
+            self.bound = bind(recipe, self.folder)
         except BaseException:
             self._leave_nothing()
             raise
+        self.accelerator: Accelerator = self.bound.accelerator
+        self.engine = self.bound.engine
         rank, device = self.accelerator.process_index, self.accelerator.device
         self._snapshot = self.folder / (SNAPSHOT if rank == 0 else f"rank{rank}_{SNAPSHOT}")
         self.probe = Probe(device, energy_meter(device, counts=self.accelerator.is_local_main_process))
@@ -176,7 +179,8 @@ class Run:
             self._train(built, examples, encoder.end)
         else:
             self._forget_model()
-        evaluation = Evaluation(self.accelerator, built.bare_model, encoder, held_out, self.recipe)
+        sharded = self.engine.shards_weights and self.recipe.method.trains
+        evaluation = Evaluation(self.accelerator, built.bare_model, encoder, held_out, self.recipe, in_step=sharded)
         self.quality = evaluation.quality(self.probe)
         if not math.isfinite(self.quality.loss or 0.0):
             steps = self.progress.steps
@@ -205,7 +209,7 @@ class Run:
             self._snapshot.unlink(missing_ok=True)
 
     def _build(self, base: Base) -> Built:
-        built = self.built = build(self.recipe, base, self.accelerator)
+        built = self.built = build(self.recipe, base, self.bound)
         self.notes += built.notes
         return built
 
@@ -216,7 +220,7 @@ class Run:
 
     def _train(self, built: Built, examples: Rows, pad_token: int) -> None:
         with self.probe.phase("build"):
-            trainer = self.trainer = make_trainer(self.recipe, built, examples, pad_token, self.accelerator)
+            trainer = self.trainer = make_trainer(self.recipe, built, examples, pad_token, self.bound)
             self.notes += [trainer.uncounted] if trainer.uncounted else []
         self._forget_model()
         if self.recipe.trackers:
@@ -244,6 +248,7 @@ class Run:
         return quality_of(self.recipe.evaluate, dataset, texts)
 
     def _save(self, built: Built) -> None:
+        bring_home(self.engine, built.bare_model, here=self.accelerator.is_main_process)
         if not self.accelerator.is_main_process:
             return
         folder, unfinished = self.folder / MODEL, self.folder / f".{MODEL}.unfinished"

@@ -41,7 +41,7 @@ def test_a_gpu_that_was_not_found_is_said(
     """One process on a machine without a GPU runs on its CPU; where that was not asked for, the record says so."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setenv("ACCELERATE_USE_CPU", asked)
-    assert len(notes(bind(workshop.recipe(Full()), workshop.output))) == said
+    assert len(notes(bind(workshop.recipe(Full()), workshop.output).accelerator)) == said
 
 
 def test_an_address_from_outside_is_no_sign_of_a_failed_launch(
@@ -52,4 +52,4 @@ def test_an_address_from_outside_is_no_sign_of_a_failed_launch(
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr("peftbench.engine.bind._parent_has", lambda variable: variable == "MASTER_ADDR")
-    assert bind(workshop.recipe(Full()), workshop.output).num_processes == 1
+    assert bind(workshop.recipe(Full()), workshop.output).accelerator.num_processes == 1

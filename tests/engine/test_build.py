@@ -25,7 +25,7 @@ def test_checkpointing_where_there_is_something_to_recompute(method: Method, wor
         recipe = workshop.recipe(method, train={"gradient_checkpointing": switch}, model={"dropout": 0.1})
         losses[switch] = workshop.run(recipe).losses
     assert losses[True] == pytest.approx(losses[False], rel=1e-5)
-    built = built_from(recipe, bind(recipe, workshop.output))
+    built = built_from(recipe, bind(recipe, workshop.output).accelerator)
     assert built.base.model.is_gradient_checkpointing is not method.trunk_frozen
 
 
@@ -33,7 +33,7 @@ def test_checkpointing_where_there_is_something_to_recompute(method: Method, wor
 def test_parameters_of_the_record(method: Method, workshop: Workshop) -> None:
     """The record counts the base's scalars once, tied ones too, and the trained ones by the closed form."""
     recipe = workshop.recipe(method)
-    built = built_from(recipe, bind(recipe, workshop.output))
+    built = built_from(recipe, bind(recipe, workshop.output).accelerator)
     assert built.parameters.trainable == sum(p.numel() for p in built.bare_model.parameters() if p.requires_grad)
     # Embedding, positions, two blocks of 12 h^2 + 13 h, the last norm.
     assert built.parameters.total == 4096 * 64 + 64 * 64 + 2 * (12 * 64**2 + 13 * 64) + 2 * 64
@@ -67,14 +67,16 @@ def test_no_room_for_an_article(workshop: Workshop) -> None:
     """A limit that leaves no room for an article is refused before anything is trained."""
     recipe = workshop.recipe(Full(), data={"max_tokens": 10}, evaluate={"max_new_tokens": 8})
     with pytest.raises(SequenceTooShortError):
-        encoded_split(recipe, make_encoder(recipe, load_base(recipe)), "train", bind(recipe, workshop.output))
+        encoded_split(
+            recipe, make_encoder(recipe, load_base(recipe)), "train", bind(recipe, workshop.output).accelerator
+        )
 
 
 def test_padding_to_a_fixed_width(workshop: Workshop) -> None:
     """Padded to max_tokens, every micro-batch has that width; padded to the longest, none is wider than it must be."""
     for padding in ("max_tokens", "longest"):
         recipe = workshop.recipe(Full(), data={"padding": padding})
-        accelerator = bind(recipe, workshop.output)
+        accelerator = bind(recipe, workshop.output).accelerator
         batch = next(iter(trainer_from(recipe, accelerator).batches))
         (part,) = batch.micro_batches
         longest = int(part.attention_mask.sum(dim=1).max())
@@ -85,7 +87,7 @@ def test_padding_to_a_fixed_width(workshop: Workshop) -> None:
 def test_six_n_is_what_hf_trainer_reports(method: Method, workshop: Workshop) -> None:
     """The very figure that HF Trainer gives for the model as the method left it."""
     recipe = workshop.recipe(method)
-    built = built_from(recipe, bind(recipe, workshop.output))
+    built = built_from(recipe, bind(recipe, workshop.output).accelerator)
     inputs = {"input_ids": torch.zeros(3, 7, dtype=torch.long)}
     by_trainer = Trainer.floating_point_ops(SimpleNamespace(model=built.bare_model), inputs)  # type: ignore[arg-type]
     assert 6 * built.six_n_parameters * 3 * 7 == by_trainer > 0

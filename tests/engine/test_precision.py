@@ -43,7 +43,7 @@ def test_a_world_that_did_not_form_is_refused(workshop: Workshop, monkeypatch: p
 def test_bf16_keeps_trained_weights_in_float32(method: Method, workshop: Workshop) -> None:
     """Under bf16 the forward pass is in bfloat16; weights, gradients and the optimizer's states stay in float32."""
     recipe = workshop.recipe(method, train={"precision": "bf16", "steps": 2})
-    accelerator = bind(recipe, workshop.output)
+    accelerator = bind(recipe, workshop.output).accelerator
     built = built_from(recipe, accelerator)
     trainer = trainer_from(recipe, accelerator, built)
     method.set_training(built.bare_model)
@@ -66,7 +66,7 @@ def test_bf16_is_near_fp32_and_not_the_same(workshop: Workshop) -> None:
     for precision in ("fp32", "bf16"):
         forget_accelerators()
         recipe = workshop.recipe(Full(), train={"precision": precision})
-        accelerator = bind(recipe, workshop.output)
+        accelerator = bind(recipe, workshop.output).accelerator
         trainer = trainer_from(recipe, accelerator)
         losses[precision] = train_step(accelerator, trainer, next(iter(trainer.batches)), max_grad_norm=None)
     assert losses["bf16"] != losses["fp32"]
@@ -76,6 +76,6 @@ def test_bf16_is_near_fp32_and_not_the_same(workshop: Workshop) -> None:
 def test_a_base_in_half_precision_is_trained_in_float32(workshop: Workshop) -> None:
     """Weights saved in fp16, as the shipped base's are, are loaded in float32 before anything is trained."""
     recipe = workshop.recipe(Full(), model={"path": "shipped"})
-    accelerator = bind(recipe, workshop.output)
+    accelerator = bind(recipe, workshop.output).accelerator
     model = built_from(recipe, accelerator).bare_model
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}

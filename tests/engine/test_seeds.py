@@ -72,7 +72,7 @@ def test_order_is_the_same_for_every_method(workshop: Workshop) -> None:
     for method in ONE_OF_EACH.values():
         forget_accelerators()
         recipe = workshop.recipe(method, train={"micro_batch": 4})
-        accelerator = bind(recipe, workshop.output)
+        accelerator = bind(recipe, workshop.output).accelerator
         batches = iter(trainer_from(recipe, accelerator).batches)
         seen[method.kind] = [next(batches) for _ in range(6)]  # more than one pass over the examples
     reference = seen.pop("full")

@@ -57,7 +57,7 @@ def test_step_returns_the_loss_before_it(
 
 def _trainer(workshop: Workshop, **parts: Any) -> tuple[Accelerator, Trainer]:
     recipe = workshop.recipe(Lora(r=2), train={"steps": 10}, **parts)
-    accelerator = bind(recipe, workshop.output)
+    accelerator = bind(recipe, workshop.output).accelerator
     return accelerator, trainer_from(recipe, accelerator)
 
 
@@ -121,5 +121,5 @@ def test_train_tells_every_step_and_counts_every_token(workshop: Workshop) -> No
 def test_steps_from_epochs(workshop: Workshop) -> None:
     """A length in epochs is in steps what covers the examples, rounded up: 24 examples, 1.5 epochs, 10 a step."""
     recipe = workshop.recipe(Full(), train={"steps": None, "epochs": 1.5, "global_batch": 10})
-    accelerator = bind(recipe, workshop.output)
+    accelerator = bind(recipe, workshop.output).accelerator
     assert trainer_from(recipe, accelerator).steps == 4

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from peftbench.engine.engines import SINGLE
+from peftbench.engine.sharding import state_bytes
 from peftbench.profiler.memory import (
     CudaMeter,
     Meter,
@@ -18,7 +20,6 @@ from peftbench.profiler.memory import (
     larger,
     largest,
     meter_for,
-    state_bytes,
 )
 from peftbench.profiler.nvml import Gpu
 from peftbench.profiler.probe import Probe
@@ -172,10 +173,12 @@ def test_states_of_known_size() -> None:
     model.frozen.weight.requires_grad_(False)
     model.register_buffer("mask", torch.ones(10, dtype=torch.bool))
     optimizer = torch.optim.AdamW(parameter for parameter in model.parameters() if parameter.requires_grad)
-    assert state_bytes(model, optimizer) == StateBytes(weights=4 * (64 + 64 + 32) + 10, gradients=512, optimizer=0)
+    assert state_bytes(SINGLE, model, optimizer) == StateBytes(
+        weights=4 * (64 + 64 + 32) + 10, gradients=512, optimizer=0
+    )
     sum(parameter.sum() for parameter in model.parameters()).backward()  # type: ignore[union-attr]
     optimizer.step()
-    found = state_bytes(model, optimizer)
+    found = state_bytes(SINGLE, model, optimizer)
     assert found.optimizer == 2 * 512 + 2 * 4
     assert found.total == found.weights + found.gradients + found.optimizer == 650 + 512 + 1032
 

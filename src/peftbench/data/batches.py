@@ -168,8 +168,12 @@ class Batches:
     @property
     def accumulation(self) -> int:
         """Micro-batches a rank runs for one step."""
-        share = self.global_batch // self.world_size
-        return math.ceil(share / min(self.micro_batch or share, share))
+        return division(self.global_batch, self.micro_batch, self.world_size)[0]
+
+    @property
+    def largest_micro_batch(self) -> int:
+        """Most examples in one of them."""
+        return division(self.global_batch, self.micro_batch, self.world_size)[1]
 
     def steps(self, steps: int | None, epochs: float | None) -> int:
         """Optimizer steps of a run that is given in steps or in epochs."""
@@ -206,6 +210,13 @@ class Batches:
             if index % self.world_size == self.rank:
                 mine.append(micro_batch)
         return GlobalBatch(tuple(mine), counts, required, executed)
+
+
+def division(global_batch: int, micro_batch: int | None, world_size: int) -> tuple[int, int]:
+    """How a process does its share of a step: in how many micro-batches, and of how many examples at most."""
+    share = max(1, global_batch // world_size)
+    accumulation = math.ceil(share / min(micro_batch or share, share))
+    return accumulation, math.ceil(share / accumulation)
 
 
 def _cut(examples: list[tuple[list[int], int]], parts: int) -> Iterator[list[tuple[list[int], int]]]:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import platform
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs
 
+from peftbench.data.batches import division
+from peftbench.engine import deepspeed
+from peftbench.engine.engines import DDP, SINGLE, EngineKind, asked_engine
 from peftbench.errors import EngineError, PrecisionError
 from peftbench.record import Device
 
@@ -20,8 +25,16 @@ if TYPE_CHECKING:
 _ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
-def bind(recipe: Recipe, folder: Path) -> Accelerator:
-    """The accelerator for this recipe: its precision and trackers, and the launcher's processes and device.
+@dataclass(frozen=True)
+class Bound:
+    """An accelerator, and the engine that it drives."""
+
+    accelerator: Accelerator
+    engine: EngineKind
+
+
+def bind(recipe: Recipe, folder: Path) -> Bound:
+    """The accelerator for this recipe: its numbers, and the launcher's engine, processes and device.
 
     Raises:
         PrecisionError: the device does not have the recipe's precision.
@@ -29,23 +42,48 @@ def bind(recipe: Recipe, folder: Path) -> Accelerator:
     """
     cpu = not torch.cuda.is_available() or _cpu_asked_for()
     _check_precision(recipe.train.precision, cpu)
-    _check_launch(cpu)
     _check_trackers(recipe.trackers)
+    processes = _asked_world_size()
+    accumulation, micro_batch = division(recipe.train.global_batch, recipe.train.micro_batch, processes)
+    _check_accumulation(accumulation)
+    plugin = None
+    if deepspeed.asked_for():
+        plugin = deepspeed.plugin(
+            micro_batch=micro_batch, accumulation=accumulation, processes=processes,
+            max_grad_norm=recipe.train.max_grad_norm, scratch=folder / "offload",
+        )  # fmt: skip
+    engine = asked_engine(plugin.deepspeed_config if plugin else None)
+    _check_launch(cpu, engine)
+    if cpu and engine.fsdp:
+        _fsdp_on_cpu()
     accelerator = Accelerator(
-        cpu=cpu,
+        # With cpu=True accelerate replaces DeepSpeed by DDP and FSDP by nothing, without a word.
+        cpu=cpu and engine in (SINGLE, DDP),
         mixed_precision=_ACCELERATE_PRECISION[recipe.train.precision],
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
+        deepspeed_plugins=plugin,
         log_with=list(recipe.trackers) or None,
         project_dir=str(folder),
-        # Without either, processes on CPU train apart from each other with no error.
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if cpu and _asked_world_size() > 1 else None,
+        # Without it, processes on CPU train apart from each other with no error.
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if cpu and (processes > 1 or plugin) else None,
     )
-    _check_world(accelerator)
-    return accelerator
+    if plugin:
+        deepspeed.after_start()
+    _check_world(accelerator, engine)
+    return Bound(accelerator, engine)
+
+
+def _fsdp_on_cpu() -> None:
+    """Have accelerate run fully_shard on CPU, where it knows of FSDP on accelerators alone; torch runs it there too."""
+    state = PartialState(cpu=True, backend="gloo")
+    if state.distributed_type == DistributedType.MULTI_CPU:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
 def notes(accelerator: Accelerator) -> list[str]:
     """What a reader must know of where a run happened."""
-    if accelerator.device.type == "cpu" and os.environ.get("ACCELERATE_USE_CPU") and not _cpu_asked_for():
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # a script run by itself has asked for nothing
+    if accelerator.device.type == "cpu" and launched and not _cpu_asked_for():
         return ["no GPU was found; it ran on CPU"]
     return []
 
@@ -68,7 +106,16 @@ def _check_trackers(asked: tuple[str, ...]) -> None:
         )
 
 
-def _check_launch(cpu: bool) -> None:
+def _check_accumulation(accumulation: int) -> None:
+    told = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if told not in {"1", str(accumulation)}:
+        raise EngineError(
+            f"accelerate was told to accumulate {told} times, and the recipe owns that: set train.global_batch and "
+            "train.micro_batch, and unset ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
+        )
+
+
+def _check_launch(cpu: bool, engine: EngineKind) -> None:
     # Where an accelerate file asks for several processes in a way that its launcher cannot start (MULTI_CPU without
     # mpirun, say), the launcher starts one, which has an address to meet the others at and no rank.
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "WORLD_SIZE" not in os.environ
@@ -77,6 +124,8 @@ def _check_launch(cpu: bool) -> None:
             "accelerate was asked for several processes and started one; give its config file distributed_type: "
             "MULTI_GPU, as accel_configs/cpu2.yaml and ddp.yaml do"
         )
+    if engine not in (SINGLE, DDP):
+        return  # DeepSpeed and FSDP run on CPU from the same files, and the record says so
     hidden = set(os.environ.get("CUDA_VISIBLE_DEVICES", "all").split(",")) <= {"", "-1"}
     if cpu and _asked_world_size() > 1 and not hidden and not _cpu_asked_for():
         raise EngineError(
@@ -102,23 +151,64 @@ def _check_precision(precision: str, cpu: bool) -> None:
         raise PrecisionError(f"train.precision=bf16 is not there on {name}, which would emulate it; use fp16 or fp32")
 
 
-def _check_world(accelerator: Accelerator) -> None:
+def _check_world(accelerator: Accelerator, engine: EngineKind) -> None:
     asked = _asked_world_size()
     if accelerator.num_processes != asked:
         raise EngineError(
             f"the launcher started {asked} processes and {accelerator.num_processes} formed one world "
             f"({accelerator.distributed_type}); check the accelerate config file"
         )
-    if accelerator.gradient_accumulation_steps != 1:  # it would divide every loss by it once more
-        raise EngineError(
-            f"accelerate was told to accumulate {accelerator.gradient_accumulation_steps} times, and the recipe owns "
-            "that: set train.global_batch and train.micro_batch, and unset ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
-        )
+    started = accelerator.distributed_type
+    if engine.deepspeed != (started == DistributedType.DEEPSPEED) or engine.fsdp != accelerator.is_fsdp2:
+        raise EngineError(f"{engine.name} was asked for and accelerate started {started}; check its config file")
     # A world that only claims to be one would add up to something else.
     if asked > 1 and int(accelerator.reduce(torch.ones(1, device=accelerator.device)).item()) != asked:
         raise EngineError(
             f"{asked} processes were started but do not talk to each other; check the accelerate config file"
         )
+
+
+def check_started(recipe: Recipe, bound: Bound, model: object, optimizer: object, bare: torch.optim.Optimizer) -> None:
+    """Compare what the engine made of the recipe with the recipe, before the first step.
+
+    Raises:
+        EngineError: any difference, each named.
+    """
+    accelerator, engine = bound.accelerator, bound.engine
+    processes = accelerator.num_processes
+    accumulation, micro_batch = division(recipe.train.global_batch, recipe.train.micro_batch, processes)
+    asked: dict[str, object] = {"accumulation": accumulation, "optimizer": _name(bare)}
+    found: dict[str, object] = {
+        "accumulation": accelerator.gradient_accumulation_steps,
+        "optimizer": _name(list(deepspeed.wrapped(optimizer))[-1]),
+    }
+    if engine.deepspeed:
+        asked |= deepspeed.asked(
+            engine, micro_batch=micro_batch, accumulation=accumulation, processes=processes,
+            max_grad_norm=recipe.train.max_grad_norm, precision=recipe.train.precision,
+        )  # fmt: skip
+        found |= deepspeed.effective(model)
+    else:
+        asked |= {"engine": {"fsdp2": "FSDPModule", "ddp": "DistributedDataParallel"}.get(engine.name, "no wrapper")}
+        asked |= {"precision": _ACCELERATE_PRECISION[recipe.train.precision]}
+        found |= {"engine": _wrapper(model), "precision": str(accelerator.mixed_precision)}
+    unlike = [f"{key} {found[key]!r} instead of {asked[key]!r}" for key in asked if found[key] != asked[key]]
+    if unlike:
+        raise EngineError(f"{engine.name} did not start as the recipe asks: {', '.join(unlike)}")
+
+
+def _name(thing: object) -> str:
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"
+
+
+def _wrapper(model: object) -> str:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.nn.parallel import DistributedDataParallel
+
+    for kind in (FSDPModule, DistributedDataParallel):
+        if isinstance(model, kind):
+            return kind.__name__
+    return "no wrapper"
 
 
 def device_of(accelerator: Accelerator) -> Device:

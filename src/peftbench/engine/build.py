@@ -10,6 +10,7 @@ from transformers import get_scheduler
 
 from peftbench.data.batches import Batches, Collator, Rows
 from peftbench.data.encode import Encoder, Layout
+from peftbench.engine.bind import Bound, check_started
 from peftbench.engine.ranks import main_process_first
 from peftbench.errors import EmptySplitError
 from peftbench.models import Base, load
@@ -63,6 +64,8 @@ class Trainer:
     uncounted: str | None = None
     counter_sees_all: bool = True
     """Whether torch's counter knows every product that is computed."""
+    backward_part: str = "backward"
+    """What the backward pass is called; DeepSpeed steps the optimizer in it, and the two cannot be told apart."""
 
 
 def read_split(recipe: Recipe, split: str) -> Dataset:
@@ -114,7 +117,7 @@ def load_base(recipe: Recipe) -> Base:
     return load(recipe.model)
 
 
-def build(recipe: Recipe, base: Base, accelerator: Accelerator) -> Built:
+def build(recipe: Recipe, base: Base, bound: Bound) -> Built:
     """Apply the method to ``base``.
 
     Raises:
@@ -131,15 +134,21 @@ def build(recipe: Recipe, base: Base, accelerator: Accelerator) -> Built:
         notes.append("gradient checkpointing was left out: nothing below the head is differentiated")
     if checkpointing:
         base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.to(accelerator.device)
+    if not (bound.engine.shards_weights and recipe.method.trains):  # those come to the device part by part
+        model.to(bound.accelerator.device)
     parameters = Parameters(total=total, trainable=trainable)
     # With what the method put into the base, as HF Trainer counts.
     six_n_parameters = base.model.num_parameters(exclude_embeddings=True)
     return Built(base, parameters, model, tuple(notes), checkpointing, six_n_parameters)
 
 
-def make_trainer(recipe: Recipe, built: Built, train: Rows, pad_token: int, accelerator: Accelerator) -> Trainer:
-    """Batches of the encoded examples ``train``, optimizer and schedule, prepared by the engine."""
+def make_trainer(recipe: Recipe, built: Built, train: Rows, pad_token: int, bound: Bound) -> Trainer:
+    """Batches of the encoded examples ``train``, optimizer and schedule, prepared by the engine.
+
+    Raises:
+        EngineError: the engine did not start as the recipe asks.
+    """
+    accelerator = bound.accelerator
     cost, uncounted, seen = _cost(recipe, built, accelerator)
     collator = Collator(
         pad_token=pad_token,
@@ -153,12 +162,14 @@ def make_trainer(recipe: Recipe, built: Built, train: Rows, pad_token: int, acce
     steps = batches.steps(knobs.steps, knobs.epochs)
     bare = recipe.optimizer.build(p for p in built.bare_model.parameters() if p.requires_grad)
     model, optimizer = accelerator.prepare(built.bare_model, bare)
+    check_started(recipe, bound, model, optimizer, bare)
     # Not prepared: accelerate steps a prepared schedule once per process, and ours counts optimizer steps.
     schedule = get_scheduler(
         _SCHEDULES[recipe.schedule.kind], bare, num_warmup_steps=recipe.schedule.warmup_steps, num_training_steps=steps
     )
     set_seed(knobs.seed, device_specific=True)  # dropout differs between ranks
-    return Trainer(model, optimizer, schedule, batches, steps, cost, uncounted, seen)
+    backward = "backward_and_optimizer" if bound.engine.deepspeed else "backward"
+    return Trainer(model, optimizer, schedule, batches, steps, cost, uncounted, seen, backward)
 
 
 def _cost(recipe: Recipe, built: Built, accelerator: Accelerator) -> tuple[Cost | None, str | None, bool]:

@@ -69,15 +69,15 @@ def train_step(
     part: Callable[[str], AbstractContextManager[None]] = unmeasured,
 ) -> float:
     """One optimizer step; returns the mean loss over the labelled tokens of the whole global batch, in nats."""
-    # Engines average gradients over processes; the loss wants their sum over the tokens of all of them.
-    scale = accelerator.num_processes / batch.counts.labelled
+    # Engines average gradients over processes, and accelerate over micro-batches; the loss wants their sum over the
+    # tokens of all of them.
+    scale = accelerator.num_processes * accelerator.gradient_accumulation_steps / batch.counts.labelled
     total = torch.zeros((), device=accelerator.device)
-    last = len(batch.micro_batches) - 1
-    for index, micro_batch in enumerate(batch.micro_batches):
-        with nullcontext() if index == last else accelerator.no_sync(trainer.model):
+    for micro_batch in batch.micro_batches:
+        with accelerator.accumulate(trainer.model):
             with part("forward"):
                 loss = summed_loss(trainer.model, micro_batch.to(accelerator.device))
-            with part("backward"):
+            with part(trainer.backward_part):
                 accelerator.backward(loss * scale)
         total += loss.detach()
     with part("optimizer"):

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from peftbench.data.batches import Collator, MicroBatch
 from peftbench.engine.loss import logits, summed_loss
+from peftbench.engine.sharding import whole_at_root
 from peftbench.evaluation.rouge import rouge
 from peftbench.record import Quality, Sample
 
@@ -31,71 +32,88 @@ class Evaluation:
     """Evaluates one model on one encoded split."""
 
     def __init__(
-        self, accelerator: Accelerator, model: nn.Module, encoder: Encoder, dataset: Dataset, recipe: Recipe
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        encoder: Encoder,
+        dataset: Dataset,
+        recipe: Recipe,
+        *,
+        in_step: bool = False,
     ) -> None:
+        """``in_step``: processes share the weights out, so that each must run the model as often as all others."""
         self.accelerator = accelerator
         self.model = model
         self.encoder = encoder
         self.dataset = dataset
         self.method = recipe.method
         self.knobs: Evaluate = recipe.evaluate
+        self.in_step = in_step
         self.collator = Collator(pad_token=encoder.end, virtual_tokens=recipe.method.virtual_tokens)
 
-    def _mine(self, description: str) -> Iterator[list[dict[str, Any]]]:
-        """This rank's share of the examples, in batches of like lengths. Ranks may have unequal numbers of batches."""
+    def _mine(self, description: str) -> Iterator[tuple[list[dict[str, Any]], bool]]:
+        """This rank's share of the examples, in batches of like lengths, and whether they count.
+
+        Ranks may have unequal numbers of batches; in step, those that have fewer repeat one that does not count.
+        """
         lengths = [len(ids) for ids in self.dataset["input_ids"]]
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
         mine = order[self.accelerator.process_index :: self.accelerator.num_processes]
-        starts = range(0, len(mine), self.knobs.batch)
+        longest = math.ceil(len(order) / self.accelerator.num_processes) if self.in_step else len(mine)
+        starts = range(0, longest, self.knobs.batch)
         for start in tqdm(starts, desc=description, disable=None if self.accelerator.is_main_process else True):
             indices = mine[start : start + self.knobs.batch]
-            yield [{**self.dataset[index], "index": index} for index in indices]
+            yield [{**self.dataset[index], "index": index} for index in indices or order[:1]], bool(indices)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # and not inference_mode, in which shared weights cannot be gathered
     def loss(self) -> float:
         """Mean cross-entropy over summary and end tokens of the whole split, in nats."""
         self.model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
-        for rows in self._mine("held-out loss"):
+        for rows, count in self._mine("held-out loss"):
             batch = self._collate(rows)
             with self.accelerator.autocast():  # a model that was not trained is not prepared to do so itself
-                total[0] += summed_loss(self.model, batch.to(self.accelerator.device))
-            total[1] += self.collator.count(batch).labelled
-        summed, labelled = self.accelerator.reduce(total).tolist()
-        return float(summed / labelled)
+                summed = summed_loss(self.model, batch.to(self.accelerator.device))
+            if count:
+                total[0] += summed
+                total[1] += self.collator.count(batch).labelled
+        losses, labelled = self.accelerator.reduce(total).tolist()
+        return float(losses / labelled)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # and not inference_mode, in which shared weights cannot be gathered
     def teacher_forced(self) -> list[str]:
         """The most likely token at each summary position, given the reference before it, in the split's order."""
         self.model.eval()
         texts: list[tuple[int, str]] = []
-        for rows in self._mine("teacher-forced argmax"):
+        for rows, count in self._mine("teacher-forced argmax"):
             batch = self._collate(rows)
             with self.accelerator.autocast():
                 best = logits(self.model, batch.to(self.accelerator.device)).argmax(-1).cpu()
-            for row, tokens in zip(rows, best, strict=True):
+            for row, tokens in zip(rows if count else (), best if count else (), strict=True):
                 start, stop = row["prompt_tokens"] - 1, len(row["input_ids"]) - 1
                 texts.append((row["index"], self.encoder.decode(tokens[start:stop].tolist())))
         return self._in_order(texts)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # and not inference_mode, in which shared weights cannot be gathered
     def summaries(self) -> list[str]:
         """Generated summaries, in the split's order: greedy or by beams, with cached keys and values."""
         self.model.eval()
         texts: list[tuple[int, str]] = []
-        for rows in self._mine("generating"):
+        for rows, count in self._mine("generating"):
             prompts = [self.encoder.prompt(row["article"]) for row in rows]
             width = max(map(len, prompts))
             padding = [[self.encoder.end] * (width - len(prompt)) for prompt in prompts]
             ids = torch.tensor([pad + prompt for pad, prompt in zip(padding, prompts, strict=True)])
             mask = torch.tensor([[0] * len(pad) + [1] * (width - len(pad)) for pad in padding])
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), whole_at_root(self.model):
                 new = self.method.generate(
                     self.model, ids.to(self.accelerator.device), mask.to(self.accelerator.device),
                     max_new_tokens=self.knobs.max_new_tokens, do_sample=False, num_beams=self.knobs.beams,
                     use_cache=True, eos_token_id=self.encoder.end, pad_token_id=self.encoder.end,
+                    synced_gpus=self.in_step,
                 ).tolist()  # fmt: skip
-            texts += [(row["index"], self.encoder.decode(tokens)) for row, tokens in zip(rows, new, strict=True)]
+            if count:
+                texts += [(row["index"], self.encoder.decode(tokens)) for row, tokens in zip(rows, new, strict=True)]
         return self._in_order(texts)
 
     def quality(self, probe: Probe) -> Quality:

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from peftbench.profiler.nvml import Gpu
-from peftbench.record import Memory, StateBytes
+from peftbench.record import Memory
 
 _PEAKS = ("allocated_bytes", "reserved_bytes", "inactive_split_bytes", "process_bytes")
 _STATUS = Path("/proc/self/status")
@@ -155,19 +155,8 @@ def largest(ranks: Sequence[dict[str, Memory]]) -> dict[str, Memory]:
     return found
 
 
-def state_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> StateBytes:
-    """Bytes of what is kept from step to step: each storage once, and a gradient for each trained parameter."""
-    held = [*model.parameters(), *model.buffers()]
-    states = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-    trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
-    return StateBytes(
-        weights=_distinct_bytes(held),
-        gradients=sum(parameter.numel() * parameter.element_size() for parameter in trained),
-        optimizer=_distinct_bytes(states),
-    )
-
-
-def _distinct_bytes(tensors: list[torch.Tensor]) -> int:
+def distinct_bytes(tensors: list[torch.Tensor]) -> int:
+    """Bytes of the storages of ``tensors``, each once."""
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
     return sum(storage.nbytes() for storage in storages.values())
 

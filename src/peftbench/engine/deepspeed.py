@@ -1,0 +1,186 @@
+"""The only file that knows DeepSpeed's keys: a recipe's numbers are written in, and what came of them is read back."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftbench.engine.engines import EngineKind
+from peftbench.errors import EngineError, MissingFileError
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate.utils import DeepSpeedPlugin
+    from torch import nn
+
+AUTO = "auto"
+_FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
+_OF_THE_RECIPE = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "bf16.enabled", "fp16.enabled",
+)  # fmt: skip
+"""Keys whose values the recipe owns."""
+_NOT_IN_A_FILE = ("optimizer", "scheduler", "activation_checkpointing")
+"""Sections that would do what the recipe says another way."""
+
+
+def asked_for() -> bool:
+    """Whether the launcher asked for DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+
+
+def plugin(
+    *, micro_batch: int, accumulation: int, processes: int, max_grad_norm: float | None, scratch: Path
+) -> DeepSpeedPlugin:
+    """Accelerate's plugin for the launcher's DeepSpeed file, with the recipe's numbers in it.
+
+    ``micro_batch`` is the largest of a process; DeepSpeed itself only reports by it. ``scratch`` is where states go
+    that are offloaded to a disk.
+
+    Raises:
+        MissingFileError, EngineError: the file is not there, or sets what the recipe owns.
+    """
+    _check_file()
+    from accelerate.utils import DeepSpeedPlugin
+
+    # Each process loads the base whole, as under every other engine, and gives its part away afterwards: weights that
+    # are drawn in parts are other weights, and methods could not be applied to them.
+    made = DeepSpeedPlugin(zero3_init_flag=False)
+    config = made.deepspeed_config
+    for key in _NOT_IN_A_FILE:
+        if key in config:
+            raise EngineError(f"the DeepSpeed file has {key!r}, which is the recipe's to say; take it out")
+    for key in _OF_THE_RECIPE:
+        if (found := _value(config, key)) not in (None, AUTO):
+            raise EngineError(f'the DeepSpeed file sets {key} to {found!r}, which is the recipe\'s; write "auto" there')
+    config["train_micro_batch_size_per_gpu"] = micro_batch
+    config["gradient_accumulation_steps"] = accumulation
+    config["train_batch_size"] = micro_batch * accumulation * processes
+    config["gradient_clipping"] = max_grad_norm or 0.0  # left alone, accelerate makes it 1
+    for part in ("offload_optimizer", "offload_param"):
+        offload = config.get("zero_optimization", {}).get(part)
+        if offload and offload.get("nvme_path") == AUTO:
+            offload["nvme_path"] = str(scratch)
+    return made
+
+
+def _check_file() -> None:
+    named = os.environ.get(_FILE)
+    if not named:
+        raise EngineError(
+            "DeepSpeed was asked for without a file; use accel_configs/zero2.yaml or another that names one, or "
+            "--deepspeed_config_file ds_configs/zero2.json"
+        )
+    try:
+        json.loads(Path(named).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MissingFileError(
+            f"there is no DeepSpeed file {named}", "its path is read from the folder you are in: run from the project's"
+        ) from error
+    except ValueError as error:
+        raise EngineError(f"the DeepSpeed file {named} is not JSON: {error}") from error
+
+
+def _value(config: Mapping[str, Any], key: str) -> Any:
+    found: Any = config
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found
+
+
+def after_start() -> None:
+    """Let transformers load models as it does without DeepSpeed; accelerate tells it otherwise at stage 3."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+
+
+def effective(engine: Any) -> dict[str, object]:
+    """What a started DeepSpeedEngine says of itself, in the recipe's words."""
+    return {
+        "engine": type(engine).__name__,
+        "zero_stage": int(engine.zero_optimization_stage()),
+        "offload_optimizer": _device_of(engine.zero_offload_optimizer()),
+        "offload_parameters": _device_of(engine.zero_offload_param()),
+        "max_grad_norm": float(engine.gradient_clipping()) or None,
+        "accumulation": int(engine.gradient_accumulation_steps()),
+        "micro_batch": int(engine.train_micro_batch_size_per_gpu()),
+        "precision": "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32",
+        "processes": int(engine.dp_world_size),
+    }
+
+
+def asked(
+    kind: EngineKind,
+    *,
+    micro_batch: int,
+    accumulation: int,
+    processes: int,
+    max_grad_norm: float | None,
+    precision: str,
+) -> dict[str, object]:
+    """What :func:`effective` must say."""
+    return {
+        "engine": "DeepSpeedEngine",
+        "zero_stage": kind.zero_stage,
+        "offload_optimizer": kind.offload_optimizer,
+        "offload_parameters": kind.offload_parameters,
+        "max_grad_norm": max_grad_norm,
+        "accumulation": accumulation,
+        "micro_batch": micro_batch,
+        "precision": precision,
+        "processes": processes,
+    }
+
+
+def _device_of(offload: Any) -> str:
+    device = getattr(offload, "device", None)
+    return str(getattr(device, "value", device) or "none")
+
+
+def wrapped(optimizer: Any) -> Iterator[Any]:
+    """An optimizer and what it wraps, from accelerate's wrapper by ZeRO's to the one that steps."""
+    yield optimizer
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+        yield optimizer
+
+
+def master_weights(optimizer: Any) -> list[torch.Tensor]:
+    """This process's copies in float32 of what is trained, which ZeRO's optimizer steps; none under other engines."""
+    for layer in wrapped(optimizer):
+        for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
+            if hasattr(layer, name):
+                return list(getattr(layer, name))
+    return []
+
+
+def whole(parameter: nn.Parameter) -> torch.Tensor:
+    """A parameter on the CPU, put together from all processes, of which each must come here: the copy in float32 where
+    it is trained.
+    """
+    from deepspeed import zero
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    trained = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+    if trained is not None:
+        made: torch.Tensor = trained.detach().cpu().reshape(shape_of(parameter))
+        return made
+    with zero.GatheredParameters([parameter]):
+        gathered: torch.Tensor = parameter.detach().cpu().clone()
+    return gathered
+
+
+def shape_of(parameter: nn.Parameter) -> torch.Size:
+    """The shape of the whole parameter."""
+    return getattr(parameter, "ds_shape", parameter.shape)  # type: ignore[no-any-return]
+
+
+def held_bytes(parameter: nn.Parameter) -> int:
+    """Bytes of a parameter that this process holds between its uses."""
+    part = getattr(parameter, "ds_tensor", None)
+    held = parameter if part is None or parameter.numel() else part
+    return int(held.numel() * held.element_size())

@@ -1,0 +1,107 @@
+"""Weights of which each process holds a part: made whole where something needs them whole, and counted as they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from peftbench.engine import deepspeed
+from peftbench.profiler.memory import distinct_bytes
+from peftbench.record import StateBytes
+
+if TYPE_CHECKING:
+    from peftbench.engine.engines import EngineKind
+
+
+@contextmanager
+def whole_at_root(model: nn.Module) -> Iterator[None]:
+    """Hold whole what belongs to no layer (embeddings, soft tokens), for code that goes past the model's own forward.
+
+    torch's fully_shard gathers it when the outermost module is called, which generation does not do where a method has
+    wrapped the base; layers are gathered by hooks of their own. Under other engines there is nothing to do.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    model.unshard()
+    try:
+        yield
+    finally:
+        model.reshard()
+
+
+def bring_home(engine: EngineKind, model: nn.Module, *, here: bool) -> None:
+    """Make every weight of ``model`` whole again on the CPU of the processes where ``here``, for saving.
+
+    What was trained comes in float32, as the optimizer has it. Each process must come here; the model is not to be
+    trained afterwards.
+    """
+    if not (engine.deepspeed or engine.fsdp):
+        return
+    _share_out(model)
+    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            places.setdefault(parameter, []).append((module, name))  # a tied one has several
+    for parameter, holders in places.items():
+        weight = _whole(engine, parameter)
+        if here:
+            made = nn.Parameter(weight, requires_grad=parameter.requires_grad)
+            for module, name in holders:
+                module._parameters[name] = made
+
+
+def _share_out(model: nn.Module) -> None:
+    """Let go of what fully_shard holds whole since the last forward pass."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@torch.no_grad()
+def _whole(engine: EngineKind, parameter: nn.Parameter) -> torch.Tensor:
+    if engine.deepspeed:
+        return deepspeed.whole(parameter)
+    return parameter.full_tensor().cpu()  # type: ignore[attr-defined,no-any-return]
+
+
+def state_bytes(engine: EngineKind, model: nn.Module, optimizer: torch.optim.Optimizer) -> StateBytes:
+    """What this process keeps from step to step, by the sizes of its tensors, where it holds parts by theirs."""
+    _share_out(model)
+    masters = deepspeed.master_weights(optimizer)
+    steps = list(deepspeed.wrapped(optimizer))[-1]
+    states = [_local(value) for state in steps.state.values() for value in state.values() if torch.is_tensor(value)]
+    states += masters
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = sum(_local(parameter).numel() * parameter.element_size() for parameter in trained)
+    if masters:  # from stage 2 on gradients are shared out as the states are
+        whole = sum(deepspeed.shape_of(p).numel() * p.element_size() for p in trained)
+        part = sum(master.numel() for master in masters) * trained[0].element_size()
+        gradients = part if engine.zero_stage > 1 else whole
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    offloaded = [state for state in states if state.device.type != device]
+    return StateBytes(
+        weights=_weights(engine, model),
+        gradients=gradients,
+        optimizer=distinct_bytes([state for state in states if state.device.type == device]),
+        offloaded=distinct_bytes(offloaded),
+    )
+
+
+def _weights(engine: EngineKind, model: nn.Module) -> int:
+    if engine.zero_stage == 3:
+        return sum(map(deepspeed.held_bytes, model.parameters())) + distinct_bytes(list(model.buffers()))
+    return distinct_bytes([_local(tensor) for tensor in (*model.parameters(), *model.buffers())])
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a tensor that is shared out, any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[no-any-return,operator]
