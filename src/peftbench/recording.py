@@ -194,7 +194,7 @@ def _engine(run: Run) -> Engine | None:
         name=run.engine.name,
         model=type(run.trainer.model).__qualname__,
         kind=str(run.accelerator.distributed_type.value),
-        mixed_precision=str(run.accelerator.mixed_precision),
+        mixed_precision=run.bound.precision if run.engine.deepspeed else str(run.accelerator.mixed_precision),
         max_grad_norm=run.recipe.train.max_grad_norm,
         optimizer=f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
         micro_batch=run.trainer.batches.largest_micro_batch,

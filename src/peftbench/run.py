@@ -180,7 +180,7 @@ class Run:
         else:
             self._forget_model()
         sharded = self.engine.shards_weights and self.recipe.method.trains
-        evaluation = Evaluation(self.accelerator, built.bare_model, encoder, held_out, self.recipe, in_step=sharded)
+        evaluation = Evaluation(self.bound, built.bare_model, encoder, held_out, self.recipe, in_step=sharded)
         self.quality = evaluation.quality(self.probe)
         if not math.isfinite(self.quality.loss or 0.0):
             steps = self.progress.steps
@@ -248,7 +248,8 @@ class Run:
         return quality_of(self.recipe.evaluate, dataset, texts)
 
     def _save(self, built: Built) -> None:
-        bring_home(self.engine, built.bare_model, here=self.accelerator.is_main_process)
+        assert self.trainer is not None
+        bring_home(self.engine, self.trainer.model, built.bare_model, here=self.accelerator.is_main_process)
         if not self.accelerator.is_main_process:
             return
         folder, unfinished = self.folder / MODEL, self.folder / f".{MODEL}.unfinished"

@@ -11,6 +11,8 @@ from datasets import Dataset
 from torch import nn
 
 from peftbench.data.encode import Encoder, Layout
+from peftbench.engine.bind import Bound
+from peftbench.engine.engines import SINGLE
 from peftbench.evaluation.measure import Evaluation
 from peftbench.methods.base import Method
 from tests.conftest import POSITIONS, Workshop, examples
@@ -62,6 +64,6 @@ def evaluation(accelerator: Accelerator, encoder: Encoder, encoded: Dataset, wor
 
     def made(method: Method, model: nn.Module, dataset: Dataset = encoded, **knobs: Any) -> Evaluation:
         recipe = workshop.recipe(method, evaluate={"generate": True, "max_new_tokens": NEW_TOKENS, **knobs})
-        return Evaluation(accelerator, model, encoder, dataset, recipe)
+        return Evaluation(Bound(accelerator, SINGLE), model, encoder, dataset, recipe)
 
     return made

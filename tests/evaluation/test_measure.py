@@ -11,6 +11,8 @@ import torch
 from datasets import Dataset
 
 from peftbench.data.encode import Encoder
+from peftbench.engine.bind import Bound
+from peftbench.engine.engines import SINGLE
 from peftbench.engine.loop import train_step
 from peftbench.evaluation.measure import Evaluation
 from peftbench.methods.base import Method
@@ -134,7 +136,7 @@ def test_precision_is_the_same_with_and_without_training(
             model = fresh_base("gpt2_tied")
             if prepared:
                 accelerator.prepare(model)
-            measured = Evaluation(accelerator, model, encoder, encoded, workshop.recipe(ZeroShot()))
+            measured = Evaluation(Bound(accelerator, SINGLE), model, encoder, encoded, workshop.recipe(ZeroShot()))
             losses[prepared, precision] = (measured.loss(), measured.teacher_forced())
     assert losses[False, "no"] == losses[True, "no"]
     assert losses[False, "bf16"] == losses[True, "bf16"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate import Accelerator
 from accelerate.state import PartialState
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
 
 from peftbench.data.batches import division
 from peftbench.engine import deepspeed
@@ -20,7 +26,7 @@ from peftbench.errors import EngineError, PrecisionError
 from peftbench.record import Device
 
 if TYPE_CHECKING:
-    from peftbench.recipe import Recipe
+    from peftbench.recipe import Precision, Recipe
 
 _ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
@@ -31,6 +37,15 @@ class Bound:
 
     accelerator: Accelerator
     engine: EngineKind
+    precision: Precision = "fp32"
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Arithmetic in the recipe's precision, for a forward pass that the engine does not put into it itself."""
+        if not self.engine.deepspeed:
+            return self.accelerator.autocast()  # type: ignore[no-any-return]
+        # DeepSpeed's own bf16 would hold weights in bf16, which is the recipe's to say, and not the engine's.
+        device = self.accelerator.device.type
+        return torch.autocast(device, dtype=torch.bfloat16, enabled=self.precision == "bf16")
 
 
 def bind(recipe: Recipe, folder: Path) -> Bound:
@@ -54,14 +69,17 @@ def bind(recipe: Recipe, folder: Path) -> Bound:
         )  # fmt: skip
     engine = asked_engine(plugin.deepspeed_config if plugin else None)
     _check_launch(cpu, engine)
+    if engine.deepspeed and recipe.train.precision == "fp16":
+        raise PrecisionError(f"fp16 is not run under {engine.name}; use bf16 or fp32, or accel_configs/ddp.yaml")
     if cpu and engine.fsdp:
         _fsdp_on_cpu()
     accelerator = Accelerator(
         # With cpu=True accelerate replaces DeepSpeed by DDP and FSDP by nothing, without a word.
         cpu=cpu and engine in (SINGLE, DDP),
-        mixed_precision=_ACCELERATE_PRECISION[recipe.train.precision],
+        mixed_precision="no" if plugin else _ACCELERATE_PRECISION[recipe.train.precision],
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
         deepspeed_plugins=plugin,
+        fsdp_plugin=_fsdp_plugin() if engine.fsdp else None,
         log_with=list(recipe.trackers) or None,
         project_dir=str(folder),
         # Without it, processes on CPU train apart from each other with no error.
@@ -70,7 +88,14 @@ def bind(recipe: Recipe, folder: Path) -> Bound:
     if plugin:
         deepspeed.after_start()
     _check_world(accelerator, engine)
-    return Bound(accelerator, engine)
+    return Bound(accelerator, engine, recipe.train.precision)
+
+
+def _fsdp_plugin() -> FullyShardedDataParallelPlugin:
+    """As the launcher's file has it, with weights gathered as they are: accelerate would round them all to bf16."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    return FullyShardedDataParallelPlugin(mixed_precision_policy=MixedPrecisionPolicy())
 
 
 def _fsdp_on_cpu() -> None:
@@ -185,7 +210,7 @@ def check_started(recipe: Recipe, bound: Bound, model: object, optimizer: object
     if engine.deepspeed:
         asked |= deepspeed.asked(
             engine, micro_batch=micro_batch, accumulation=accumulation, processes=processes,
-            max_grad_norm=recipe.train.max_grad_norm, precision=recipe.train.precision,
+            max_grad_norm=recipe.train.max_grad_norm, weights="fp32",
         )  # fmt: skip
         found |= deepspeed.effective(model)
     else:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from accelerate.utils import set_seed
@@ -66,6 +68,8 @@ class Trainer:
     """Whether torch's counter knows every product that is computed."""
     backward_part: str = "backward"
     """What the backward pass is called; DeepSpeed steps the optimizer in it, and the two cannot be told apart."""
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+    """Puts the forward pass into the recipe's precision, where the engine does not do so itself."""
 
 
 def read_split(recipe: Recipe, split: str) -> Dataset:
@@ -149,7 +153,7 @@ def make_trainer(recipe: Recipe, built: Built, train: Rows, pad_token: int, boun
         EngineError: the engine did not start as the recipe asks.
     """
     accelerator = bound.accelerator
-    cost, uncounted, seen = _cost(recipe, built, accelerator)
+    cost, uncounted, seen = _cost(recipe, built, bound)
     collator = Collator(
         pad_token=pad_token,
         virtual_tokens=recipe.method.virtual_tokens,
@@ -168,17 +172,19 @@ def make_trainer(recipe: Recipe, built: Built, train: Rows, pad_token: int, boun
         _SCHEDULES[recipe.schedule.kind], bare, num_warmup_steps=recipe.schedule.warmup_steps, num_training_steps=steps
     )
     set_seed(knobs.seed, device_specific=True)  # dropout differs between ranks
-    backward = "backward_and_optimizer" if bound.engine.deepspeed else "backward"
-    return Trainer(model, optimizer, schedule, batches, steps, cost, uncounted, seen, backward)
+    trainer = Trainer(model, optimizer, schedule, batches, steps, cost, uncounted, seen)
+    if bound.engine.deepspeed:
+        return replace(trainer, backward_part="backward_and_optimizer", autocast=bound.autocast)
+    return trainer
 
 
-def _cost(recipe: Recipe, built: Built, accelerator: Accelerator) -> tuple[Cost | None, str | None, bool]:
+def _cost(recipe: Recipe, built: Built, bound: Bound) -> tuple[Cost | None, str | None, bool]:
     """FLOPs of the bare model in the mode it is trained in, or why they are not known; and whether they are counted."""
     method = recipe.method
     method.set_training(built.bare_model)
     model, base = built.bare_model, built.base.model
     try:
-        with accelerator.autocast():
+        with bound.autocast():
             found = cost(model, base, virtual_tokens=method.virtual_tokens, checkpointing=built.checkpointing)
     except Exception as error:  # an instrument must not end a run
         return None, f"FLOPs are not known: {error or type(error).__name__}", isinstance(error, UnevenError)

@@ -108,7 +108,7 @@ def effective(engine: Any) -> dict[str, object]:
         "max_grad_norm": float(engine.gradient_clipping()) or None,
         "accumulation": int(engine.gradient_accumulation_steps()),
         "micro_batch": int(engine.train_micro_batch_size_per_gpu()),
-        "precision": "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32",
+        "weights": "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32",
         "processes": int(engine.dp_world_size),
     }
 
@@ -120,7 +120,7 @@ def asked(
     accumulation: int,
     processes: int,
     max_grad_norm: float | None,
-    precision: str,
+    weights: str,
 ) -> dict[str, object]:
     """What :func:`effective` must say."""
     return {
@@ -131,7 +131,7 @@ def asked(
         "max_grad_norm": max_grad_norm,
         "accumulation": accumulation,
         "micro_batch": micro_batch,
-        "precision": precision,
+        "weights": weights,
         "processes": processes,
     }
 

@@ -36,8 +36,10 @@ def whole_at_root(model: nn.Module) -> Iterator[None]:
         model.reshard()
 
 
-def bring_home(engine: EngineKind, model: nn.Module, *, here: bool) -> None:
+def bring_home(engine: EngineKind, started: nn.Module, model: nn.Module, *, here: bool) -> None:
     """Make every weight of ``model`` whole again on the CPU of the processes where ``here``, for saving.
+
+    ``started`` is what the engine made of it, and ends with this.
 
     What was trained comes in float32, as the optimizer has it. Each process must come here; the model is not to be
     trained afterwards.
@@ -55,6 +57,8 @@ def bring_home(engine: EngineKind, model: nn.Module, *, here: bool) -> None:
             made = nn.Parameter(weight, requires_grad=parameter.requires_grad)
             for module, name in holders:
                 module._parameters[name] = made
+    if engine.deepspeed:
+        started.destroy()  # type: ignore[operator]  # or its hooks would look for parts
 
 
 def _share_out(model: nn.Module) -> None:

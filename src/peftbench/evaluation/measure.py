@@ -17,11 +17,11 @@ from peftbench.evaluation.rouge import rouge
 from peftbench.record import Quality, Sample
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
     from datasets import Dataset
     from torch import nn
 
     from peftbench.data.encode import Encoder
+    from peftbench.engine.bind import Bound
     from peftbench.profiler.probe import Probe
     from peftbench.recipe import Evaluate, Recipe
 
@@ -33,7 +33,7 @@ class Evaluation:
 
     def __init__(
         self,
-        accelerator: Accelerator,
+        bound: Bound,
         model: nn.Module,
         encoder: Encoder,
         dataset: Dataset,
@@ -42,7 +42,7 @@ class Evaluation:
         in_step: bool = False,
     ) -> None:
         """``in_step``: processes share the weights out, so that each must run the model as often as all others."""
-        self.accelerator = accelerator
+        self.bound, self.accelerator = bound, bound.accelerator
         self.model = model
         self.encoder = encoder
         self.dataset = dataset
@@ -72,7 +72,7 @@ class Evaluation:
         total = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
         for rows, count in self._mine("held-out loss"):
             batch = self._collate(rows)
-            with self.accelerator.autocast():  # a model that was not trained is not prepared to do so itself
+            with self.bound.autocast():  # a model that was not trained is not prepared to do so itself
                 summed = summed_loss(self.model, batch.to(self.accelerator.device))
             if count:
                 total[0] += summed
@@ -87,7 +87,7 @@ class Evaluation:
         texts: list[tuple[int, str]] = []
         for rows, count in self._mine("teacher-forced argmax"):
             batch = self._collate(rows)
-            with self.accelerator.autocast():
+            with self.bound.autocast():
                 best = logits(self.model, batch.to(self.accelerator.device)).argmax(-1).cpu()
             for row, tokens in zip(rows if count else (), best if count else (), strict=True):
                 start, stop = row["prompt_tokens"] - 1, len(row["input_ids"]) - 1
@@ -105,7 +105,7 @@ class Evaluation:
             padding = [[self.encoder.end] * (width - len(prompt)) for prompt in prompts]
             ids = torch.tensor([pad + prompt for pad, prompt in zip(padding, prompts, strict=True)])
             mask = torch.tensor([[0] * len(pad) + [1] * (width - len(pad)) for pad in padding])
-            with self.accelerator.autocast(), whole_at_root(self.model):
+            with self.bound.autocast(), whole_at_root(self.model):
                 new = self.method.generate(
                     self.model, ids.to(self.accelerator.device), mask.to(self.accelerator.device),
                     max_new_tokens=self.knobs.max_new_tokens, do_sample=False, num_beams=self.knobs.beams,
