@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from peftbench.data.batches import GlobalBatch, MicroBatch
+    from peftbench.engine.bind import Bound
     from peftbench.engine.build import Built, Trainer
     from peftbench.record import RunRecord
 
@@ -322,25 +323,30 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Files:
     return write_corpus(tmp_path_factory.mktemp("corpus"), splits)
 
 
-def built_from(recipe: Recipe, accelerator: Accelerator) -> Built:
-    """What a run builds, from the base that it loads."""
+def alone(accelerator: Accelerator) -> Bound:
+    """One process without an engine, in the accelerator's precision."""
     from peftbench.engine.bind import Bound
-    from peftbench.engine.build import build, load_base
     from peftbench.engine.engines import SINGLE
 
-    return build(recipe, load_base(recipe), Bound(accelerator, SINGLE))
+    precision = str(accelerator.mixed_precision)
+    return Bound(accelerator, SINGLE, "fp32" if precision == "no" else precision)  # type: ignore[arg-type]
+
+
+def built_from(recipe: Recipe, accelerator: Accelerator) -> Built:
+    """What a run builds, from the base that it loads."""
+    from peftbench.engine.build import build, load_base
+
+    return build(recipe, load_base(recipe), alone(accelerator))
 
 
 def trainer_from(recipe: Recipe, accelerator: Accelerator, built: Built | None = None) -> Trainer:
     """What a run's loop drives, over the recipe's examples."""
-    from peftbench.engine.bind import Bound
     from peftbench.engine.build import encoded_split, make_encoder, make_trainer
-    from peftbench.engine.engines import SINGLE
 
     built = built or built_from(recipe, accelerator)
     encoder = make_encoder(recipe, built.base)
     examples = encoded_split(recipe, encoder, "train", accelerator).dataset
-    return make_trainer(recipe, built, examples, encoder.end, Bound(accelerator, SINGLE))
+    return make_trainer(recipe, built, examples, encoder.end, alone(accelerator))
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,6 @@ import torch
 from datasets import Dataset
 
 from peftbench.data.encode import Encoder
-from peftbench.engine.bind import Bound
-from peftbench.engine.engines import SINGLE
 from peftbench.engine.loop import train_step
 from peftbench.evaluation.measure import Evaluation
 from peftbench.methods.base import Method
@@ -21,6 +19,7 @@ from peftbench.methods.full import Full
 from peftbench.profiler.probe import Probe
 from tests.conftest import (
     Workshop,
+    alone,
     every_architecture,
     every_method,
     forget_accelerators,
@@ -136,7 +135,7 @@ def test_precision_is_the_same_with_and_without_training(
             model = fresh_base("gpt2_tied")
             if prepared:
                 accelerator.prepare(model)
-            measured = Evaluation(Bound(accelerator, SINGLE), model, encoder, encoded, workshop.recipe(ZeroShot()))
+            measured = Evaluation(alone(accelerator), model, encoder, encoded, workshop.recipe(ZeroShot()))
             losses[prepared, precision] = (measured.loss(), measured.teacher_forced())
     assert losses[False, "no"] == losses[True, "no"]
     assert losses[False, "bf16"] == losses[True, "bf16"]

@@ -41,11 +41,16 @@ class Bound:
 
     def autocast(self) -> AbstractContextManager[object]:
         """Arithmetic in the recipe's precision, for a forward pass that the engine does not put into it itself."""
-        if not self.engine.deepspeed:
-            return self.accelerator.autocast()  # type: ignore[no-any-return]
-        # DeepSpeed's own bf16 would hold weights in bf16, which is the recipe's to say, and not the engine's.
-        device = self.accelerator.device.type
-        return torch.autocast(device, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        return torch.autocast(self.accelerator.device.type, dtype=dtype, enabled=dtype is not None)
+
+    @property
+    def engine_autocasts(self) -> bool:
+        """Whether accelerate puts a prepared model's forward pass into the recipe's precision.
+
+        Under DeepSpeed and fully_shard it would round the weights instead, which is the recipe's to say.
+        """
+        return not (self.engine.deepspeed or self.engine.fsdp)
 
 
 def bind(recipe: Recipe, folder: Path) -> Bound:

@@ -173,9 +173,9 @@ def make_trainer(recipe: Recipe, built: Built, train: Rows, pad_token: int, boun
     )
     set_seed(knobs.seed, device_specific=True)  # dropout differs between ranks
     trainer = Trainer(model, optimizer, schedule, batches, steps, cost, uncounted, seen)
-    if bound.engine.deepspeed:
-        return replace(trainer, backward_part="backward_and_optimizer", autocast=bound.autocast)
-    return trainer
+    if not bound.engine_autocasts:
+        trainer = replace(trainer, autocast=bound.autocast)
+    return replace(trainer, backward_part="backward_and_optimizer") if bound.engine.deepspeed else trainer
 
 
 def _cost(recipe: Recipe, built: Built, bound: Bound) -> tuple[Cost | None, str | None, bool]:
