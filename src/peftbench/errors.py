@@ -19,7 +19,9 @@
     │   ├── TargetModulesError        32   target modules that match nothing
     │   └── UnsupportedModelError     33   an architecture a method cannot handle
     ├── EngineError                   40   the engine that started is not the one asked for
-    │   └── PrecisionError            41   a precision this device does not have
+    │   ├── PrecisionError            41   a precision this device does not have
+    │   ├── CombinationError          42   a method, optimizer or precision that this engine cannot run
+    │   └── OptimizerError            43   an optimizer whose library is not there, or cannot be used here
     ├── OutputError                   50   a place that cannot be written
     │   └── DiskFullError             51
     └── RecordError                   60   a record that cannot be read
@@ -148,6 +150,18 @@ class PrecisionError(EngineError):
     """A precision that this device does not have."""
 
     exit_code = 41
+
+
+class CombinationError(EngineError):
+    """A method, optimizer or precision that the engine cannot run."""
+
+    exit_code = 42
+
+
+class OptimizerError(EngineError):
+    """An optimizer whose library is not there, or cannot be used here."""
+
+    exit_code = 43
 
 
 class OutputError(PeftbenchError):

@@ -157,6 +157,8 @@ class StateBytes(_Kept):
     """States, and under ZeRO the copies in float32 that are stepped."""
     offloaded: int = 0
     """Of the optimizer's, what lies elsewhere than on the device, and is not counted there."""
+    expected_optimizer: int | None = None
+    """What optimizer and offloaded together are in closed form; None where there is none."""
 
     @property
     def total(self) -> int:

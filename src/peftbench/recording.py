@@ -142,7 +142,7 @@ def _throughput(run: Run) -> Throughput | None:
 def _state_bytes(run: Run) -> StateBytes | None:
     if run.built is None or run.trainer is None or not run.progress.steps:
         return None
-    return state_bytes(run.engine, run.built.bare_model, run.trainer.optimizer)
+    return state_bytes(run.engine, run.built.bare_model, run.trainer.optimizer, run.recipe.optimizer)
 
 
 def _breakdown(run: Run) -> Breakdown | None:

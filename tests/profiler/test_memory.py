@@ -8,10 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-from peftbench.engine.engines import SINGLE
-from peftbench.engine.sharding import state_bytes
 from peftbench.profiler.memory import (
     CudaMeter,
     Meter,
@@ -23,7 +20,7 @@ from peftbench.profiler.memory import (
 )
 from peftbench.profiler.nvml import Gpu
 from peftbench.profiler.probe import Probe
-from peftbench.record import Memory, StateBytes
+from peftbench.record import Memory
 
 MIB = 2**20
 SLACK = 4 * MIB
@@ -162,25 +159,6 @@ def test_what_torch_s_counters_say(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Gpu, "of", classmethod(lambda *_: SimpleNamespace(process_bytes=in_use.pop)))
     assert CudaMeter(torch.device("cuda", 0)).context_bytes == 470  # as it was when it was first asked
     _context_bytes.cache_clear()
-
-
-def test_states_of_known_size() -> None:
-    """A tied weight counts once, a frozen one has no gradient, AdamW keeps two numbers a trained scalar and a count."""
-    model = nn.Module()
-    model.first, model.second = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
-    model.tied, model.frozen = nn.Linear(8, 8, bias=False), nn.Linear(8, 4, bias=False)
-    model.tied.weight = model.first.weight
-    model.frozen.weight.requires_grad_(False)
-    model.register_buffer("mask", torch.ones(10, dtype=torch.bool))
-    optimizer = torch.optim.AdamW(parameter for parameter in model.parameters() if parameter.requires_grad)
-    assert state_bytes(SINGLE, model, optimizer) == StateBytes(
-        weights=4 * (64 + 64 + 32) + 10, gradients=512, optimizer=0
-    )
-    sum(parameter.sum() for parameter in model.parameters()).backward()  # type: ignore[union-attr]
-    optimizer.step()
-    found = state_bytes(SINGLE, model, optimizer)
-    assert found.optimizer == 2 * 512 + 2 * 4
-    assert found.total == found.weights + found.gradients + found.optimizer == 650 + 512 + 1032
 
 
 @pytest.mark.gpu

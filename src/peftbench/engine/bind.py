@@ -21,6 +21,7 @@ from accelerate.utils import (
 
 from peftbench.data.batches import division
 from peftbench.engine import deepspeed
+from peftbench.engine.compatibility import Combination, check
 from peftbench.engine.engines import DDP, SINGLE, EngineKind, asked_engine
 from peftbench.errors import EngineError, PrecisionError
 from peftbench.record import Device
@@ -74,8 +75,9 @@ def bind(recipe: Recipe, folder: Path) -> Bound:
         )  # fmt: skip
     engine = asked_engine(plugin.deepspeed_config if plugin else None)
     _check_launch(cpu, engine)
-    if engine.deepspeed and recipe.train.precision == "fp16":
-        raise PrecisionError(f"fp16 is not run under {engine.name}; use bf16 or fp32, or accel_configs/ddp.yaml")
+    if recipe.method.trains:
+        asked = Combination(recipe.method.kind, engine.name, recipe.optimizer.kind, recipe.train.precision)
+        check(asked, "cpu" if cpu else "cuda")
     if cpu and engine.fsdp:
         _fsdp_on_cpu()
     accelerator = Accelerator(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from accelerate.utils import set_seed
+from torch import nn
 from transformers import get_scheduler
 
 from peftbench.data.batches import Batches, Collator, Rows
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
     from datasets import Dataset
-    from torch import nn
 
     from peftbench.recipe import Recipe
 
@@ -164,9 +164,10 @@ def make_trainer(recipe: Recipe, built: Built, train: Rows, pad_token: int, boun
     rank, world_size = accelerator.process_index, accelerator.num_processes
     batches = Batches(train, collator, knobs.global_batch, knobs.micro_batch, knobs.seed, rank, world_size)
     steps = batches.steps(knobs.steps, knobs.epochs)
-    bare = recipe.optimizer.build(p for p in built.bare_model.parameters() if p.requires_grad)
+    bare = recipe.optimizer.build(*_trained(built.bare_model))
     model, optimizer = accelerator.prepare(built.bare_model, bare)
     check_started(recipe, bound, model, optimizer, bare)
+    recipe.optimizer.started(bare)
     # Not prepared: accelerate steps a prepared schedule once per process, and ours counts optimizer steps.
     schedule = get_scheduler(
         _SCHEDULES[recipe.schedule.kind], bare, num_warmup_steps=recipe.schedule.warmup_steps, num_training_steps=steps
@@ -176,6 +177,13 @@ def make_trainer(recipe: Recipe, built: Built, train: Rows, pad_token: int, boun
     if not bound.engine_autocasts:
         trainer = replace(trainer, autocast=bound.autocast)
     return replace(trainer, backward_part="backward_and_optimizer") if bound.engine.deepspeed else trainer
+
+
+def _trained(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """What is trained, and what of it are embeddings' matrices."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    embedded = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    return trained, [parameter for parameter in trained if id(parameter) in embedded]
 
 
 def _cost(recipe: Recipe, built: Built, bound: Bound) -> tuple[Cost | None, str | None, bool]:

@@ -158,6 +158,22 @@ def master_weights(optimizer: Any) -> list[torch.Tensor]:
     return []
 
 
+def groups_of(optimizer: Any) -> list[dict[str, Any]]:
+    """Parameter groups with the tensors that the innermost optimizer steps.
+
+    ZeRO's stage 3 puts them into its groups for the time of a step alone.
+    """
+    *outer, steps = wrapped(optimizer)
+    groups = [dict(group) for group in steps.param_groups]
+    for layer in outer:
+        if hasattr(layer, "fp32_partitioned_groups_flat"):
+            for group in groups:
+                group["params"] = []
+            for index, tensor in enumerate(layer.fp32_partitioned_groups_flat):
+                groups[layer.sub_group_to_group_id[index]]["params"].append(tensor)
+    return groups
+
+
 def whole(parameter: nn.Parameter) -> torch.Tensor:
     """A parameter on the CPU, put together from all processes, of which each must come here: the copy in float32 where
     it is trained.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from peftbench.record import StateBytes
 
 if TYPE_CHECKING:
     from peftbench.engine.engines import EngineKind
+    from peftbench.optim import Optimizer
 
 
 @contextmanager
@@ -77,13 +78,15 @@ def _whole(engine: EngineKind, parameter: nn.Parameter) -> torch.Tensor:
     return parameter.full_tensor().cpu()  # type: ignore[attr-defined,no-any-return]
 
 
-def state_bytes(engine: EngineKind, model: nn.Module, optimizer: torch.optim.Optimizer) -> StateBytes:
+def state_bytes(engine: EngineKind, model: nn.Module, optimizer: torch.optim.Optimizer, kind: Optimizer) -> StateBytes:
     """What this process keeps from step to step, by the sizes of its tensors, where it holds parts by theirs."""
     _share_out(model)
     masters = deepspeed.master_weights(optimizer)
     steps = list(deepspeed.wrapped(optimizer))[-1]
-    states = [_local(value) for state in steps.state.values() for value in state.values() if torch.is_tensor(value)]
-    states += masters
+    states = [_local(tensor) for state in steps.state.values() for tensor in _tensors(state.values())] + masters
+    given = kind.state_bytes(
+        [{**group, "params": [_local(p) for p in group["params"]]} for group in steps.param_groups]
+    )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = sum(_local(parameter).numel() * parameter.element_size() for parameter in trained)
     if masters:  # from stage 2 on gradients are shared out as the states are
@@ -97,7 +100,19 @@ def state_bytes(engine: EngineKind, model: nn.Module, optimizer: torch.optim.Opt
         gradients=gradients,
         optimizer=distinct_bytes([state for state in states if state.device.type == device]),
         offloaded=distinct_bytes(offloaded),
+        expected_optimizer=None if given is None else given + distinct_bytes(masters),
     )
+
+
+def _tensors(values: Iterable[object]) -> Iterator[torch.Tensor]:
+    """Tensors among ``values``, and those that objects among them hold (a projection, say)."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+        elif hasattr(value, "__dict__"):
+            yield from _tensors(vars(value).values())
 
 
 def _weights(engine: EngineKind, model: nn.Module) -> int:

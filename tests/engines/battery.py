@@ -1,0 +1,75 @@
+"""Runs combinations of the compatibility table, one after another, in the processes that a launcher started.
+
+``python -m accelerate.commands.launch --config_file F tests/engines/battery.py FOLDER BASE DATA ENGINE NAME...``: the
+record of each lies in FOLDER/ENGINE/NAME/record.json, with what was trained; what was refused leaves a sentence there.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+from accelerate.state import PartialState
+
+from peftbench.data.sources import Files
+from peftbench.engine.compatibility import Combination
+from peftbench.methods import METHODS
+from peftbench.optim import OPTIMIZERS
+from peftbench.recipe import Data, Evaluate, Model, Profile, Recipe, Schedule, Train
+from peftbench.run import Run
+from tests.conftest import forget_accelerators
+
+STEPS = 6
+REFUSED = "refused.txt"
+KNOBS: dict[str, dict[str, object]] = {"lora": {"r": 4}, "prompt_tuning": {"tokens": 5}}
+RATES = {"sgd": 0.3, "lion": 1e-4, "lion8bit": 1e-4, "adafactor": 5e-2, "apollo": 1e-2, "galore": 1e-2}
+MORE: dict[str, dict[str, object]] = {"galore": {"rank": 8, "update_gap": 3}, "apollo": {"rank": 8, "update_gap": 3}}
+
+
+def recipe(point: Combination, base: str, data: str, folder: Path) -> Recipe:
+    """A short training with accumulation, clipping and a schedule over the small corpus."""
+    rate = RATES.get(point.optimizer, 3e-3)
+    return Recipe(
+        name=point.name,
+        output_dir=str(folder / point.engine),
+        model=Model(path=base),
+        method=METHODS[point.method](**KNOBS.get(point.method, {})),
+        data=Data(
+            source=Files(id="id", train=f"{data}/train.jsonl", validation=f"{data}/validation.jsonl",
+                         test=f"{data}/test.jsonl"),
+            max_tokens=48, separator=" TL;DR:",
+        ),
+        optimizer=OPTIMIZERS[point.optimizer](learning_rate=rate, weight_decay=0.01, **MORE.get(point.optimizer, {})),
+        schedule=Schedule(kind="linear", warmup_steps=2),
+        train=Train(steps=STEPS, global_batch=8, micro_batch=2, precision=point.precision),  # type: ignore[arg-type]
+        evaluate=Evaluate(generate=False, max_new_tokens=8, batch=3, split="validation"),
+        profile=Profile(warmup_steps=2),
+    )  # fmt: skip
+
+
+def main() -> None:
+    """Run what is named."""
+    torch.set_num_threads(1)
+    # A run ends its process's part in the group; here the next one goes on in it.
+    PartialState.destroy_process_group = lambda *_: None  # type: ignore[method-assign]
+    linear = torch.nn.functional.linear
+    folder, base, data, engine, *names = sys.argv[1:]
+    for name in names:
+        method, optimizer, precision = name.split("-")
+        point = Combination(method, engine, optimizer, precision)
+        forget_accelerators()
+        torch.nn.functional.linear = linear  # ZeRO stage 3 puts another in its place, for the life of a process
+        made = recipe(point, base, data, Path(folder))
+        try:
+            Run(made).execute()
+        except Exception:
+            place = Path(folder) / engine / name
+            place.mkdir(parents=True, exist_ok=True)
+            (place / f"{os.environ.get('RANK', '0')}-{REFUSED}").write_text(traceback.format_exc(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

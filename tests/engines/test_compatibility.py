@@ -1,0 +1,109 @@
+"""The compatibility table: what it says runs does, what it refuses is refused, and the page is made from it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from peftbench.engine.compatibility import RULES, Combination, check, combinations, markdown, refusal
+from peftbench.engine.engines import ENGINES
+from peftbench.errors import CombinationError
+from peftbench.methods import METHODS
+from peftbench.optim import OPTIMIZERS
+from peftbench.record import RunRecord, read_record
+from tests.conftest import REPOSITORY
+from tests.engines.conftest import SEVERAL, Ran, runnable
+from tests.engines.tolerances import tolerance
+
+PAGE = REPOSITORY / "docs" / "reference" / "compatibility.md"
+SLICE = [
+    point for engine in ("ddp", "zero2", "zero3", "fsdp2") for point in runnable(engine)
+    if (point.optimizer, point.precision) == ("adamw", "fp32")
+]  # fmt: skip
+ALL = [point for engine in SEVERAL for point in runnable(engine)]
+REST = [point for point in ALL if point not in SLICE]
+REFUSED = [point for point in combinations() if refusal(point, "cpu") is not None]
+
+
+def test_the_table_is_whole() -> None:
+    """Every combination is either run or refused, every engine runs each method, and no rule is idle."""
+    assert len(list(combinations())) == len(METHODS) * len(ENGINES) * len(OPTIMIZERS) * 3
+    assert {(p.engine, p.method) for p in ALL} == {(engine, method) for engine in SEVERAL for method in METHODS}
+    assert set(SLICE) < set(ALL)
+    found = {refusal(point, device) for point in combinations() for device in ("cpu", "cuda")}
+    assert found == {None, *RULES}
+
+
+@pytest.mark.parametrize("point", REFUSED, ids=lambda point: f"{point.engine}-{point.name}")
+def test_what_is_refused_is_told_why_and_what_to_do(point: Combination) -> None:
+    """One sentence with the reason and something that does run."""
+    rule = refusal(point, "cpu")
+    assert rule is not None
+    with pytest.raises(CombinationError) as raised:
+        check(point, "cpu")
+    assert rule.reason in str(raised.value)
+    assert rule.instead in str(raised.value)
+
+
+def test_the_page_is_made_from_the_table() -> None:
+    """What the page says is what the table says now: make docs."""
+    assert PAGE.read_text(encoding="utf-8") == markdown()
+
+
+def held_against_one_process(point: Combination, ran: Ran) -> None:
+    """The run ended well, its loss fell, and losses, states and weights are those of one process."""
+    record, folder = _record(ran(point.engine), point)
+    assert record.outcome.kind == "ok"
+    assert record.engine is not None
+    assert record.engine.name == point.engine
+    assert record.device.processes == 2
+    alone, reference = _record(
+        ran("single"),
+        Combination(point.method, "single", point.optimizer.replace("deepspeed_cpu_adam", "adamw"), point.precision),
+    )
+    allowed = tolerance(point)
+    assert record.losses[-1] < record.losses[0]
+    assert record.losses == pytest.approx(alone.losses, rel=allowed)
+    assert record.quality is not None
+    assert alone.quality is not None
+    assert record.quality.loss == pytest.approx(alone.quality.loss, rel=allowed)
+    assert (record.flops.required, record.tokens) == (alone.flops.required, alone.tokens)
+    for states in record.state_bytes_by_rank:
+        assert states.expected_optimizer == states.optimizer + states.offloaded
+    _same_weights(folder, reference, allowed)
+
+
+def _record(folder: Path, point: Combination) -> tuple[RunRecord, Path]:
+    place = folder / point.name
+    said = "".join(path.read_text(encoding="utf-8") for path in sorted(place.glob("*-refused.txt")))
+    assert (place / "record.json").exists(), said or f"no record: {(folder.parent / f'{point.engine}.log')}"
+    assert not said, said
+    return read_record(place / "record.json"), place
+
+
+def _same_weights(folder: Path, reference: Path, allowed: float) -> None:
+    """What was saved has the names, types and, as far as the losses have, the values that one process saves."""
+    (mine,), (theirs,) = ([*place.glob("model/*.safetensors")] for place in (folder, reference))
+    ours, single = load_file(mine), load_file(theirs)
+    assert {name: (t.shape, t.dtype) for name, t in ours.items()} == {n: (t.shape, t.dtype) for n, t in single.items()}
+    difference = math.sqrt(sum(float((ours[name] - single[name]).square().sum()) for name in single))
+    size = math.sqrt(sum(float(tensor.square().sum()) for tensor in single.values()))
+    assert difference < 20 * allowed * size
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("point", SLICE, ids=lambda point: f"{point.engine}-{point.name}")
+def test_two_processes_train_as_one(point: Combination, ran: Ran) -> None:
+    """AdamW in float32, on one engine of each kind."""
+    held_against_one_process(point, ran)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("point", REST, ids=lambda point: f"{point.engine}-{point.name}")
+def test_every_combination_that_is_said_to_run(point: Combination, ran: Ran) -> None:
+    """All others that run on CPU."""
+    held_against_one_process(point, ran)

@@ -1,0 +1,24 @@
+"""How far a run of two processes may be from one process, and why."""
+
+from __future__ import annotations
+
+from peftbench.engine.compatibility import Combination
+
+_FP32 = 2e-5
+"""Relative: sums of float32 in another order."""
+_BF16 = 5e-3
+"""Micro-batches of another shape round otherwise to bf16's eight bits."""
+_8BIT = 2e-3
+"""ZeRO cuts the vector of all values into blocks at other places, and each block has its own scale."""
+_SIGN = 5e-3
+"""Lion steps by a sign, which a rounding can turn."""
+
+
+def tolerance(combination: Combination) -> float:
+    """Largest relative difference of a training or held-out loss."""
+    allowed = _BF16 if combination.precision == "bf16" else _FP32
+    if combination.optimizer in {"adamw8bit", "paged_adamw8bit", "lion8bit"}:
+        allowed = max(allowed, _8BIT)
+    if combination.optimizer.startswith("lion"):
+        allowed = max(allowed, _SIGN)
+    return allowed
