@@ -53,8 +53,8 @@ class Optimizer(Part):
             OptimizerError: the library it comes from is not installed, or cannot be used here.
         """
 
-    def started(self, optimizer: torch.optim.Optimizer) -> None:
-        """Called once an engine has put its own tensors in place of the parameters."""
+    def started(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Called once an engine has put its own tensors in place of the parameters, with the groups of them."""
 
     @abstractmethod
     def state_bytes(self, groups: Sequence[dict[str, Any]]) -> int | None:
@@ -162,13 +162,13 @@ class _BitsAndBytes(Optimizer):
         )  # fmt: skip
         return made
 
-    def started(self, optimizer: torch.optim.Optimizer) -> None:
+    def started(self, groups: Sequence[dict[str, Any]]) -> None:
         import bitsandbytes
 
         manager = bitsandbytes.optim.GlobalOptimManager.get_instance()  # type: ignore[attr-defined]
         manager.pid2config.clear()  # by address, and the process may have had another optimizer
         manager.index2config.clear()
-        for group in optimizer.param_groups:
+        for group in groups:
             if group.get(EMBEDDINGS):
                 manager.override_config(group["params"], "optim_bits", 32)
 

@@ -13,6 +13,7 @@ from transformers import get_scheduler
 
 from peftbench.data.batches import Batches, Collator, Rows
 from peftbench.data.encode import Encoder, Layout
+from peftbench.engine import deepspeed
 from peftbench.engine.bind import Bound, check_started
 from peftbench.engine.ranks import main_process_first
 from peftbench.errors import EmptySplitError
@@ -167,7 +168,7 @@ def make_trainer(recipe: Recipe, built: Built, train: Rows, pad_token: int, boun
     bare = recipe.optimizer.build(*_trained(built.bare_model))
     model, optimizer = accelerator.prepare(built.bare_model, bare)
     check_started(recipe, bound, model, optimizer, bare)
-    recipe.optimizer.started(bare)
+    recipe.optimizer.started(deepspeed.groups_of(optimizer))
     # Not prepared: accelerate steps a prepared schedule once per process, and ours counts optimizer steps.
     schedule = get_scheduler(
         _SCHEDULES[recipe.schedule.kind], bare, num_warmup_steps=recipe.schedule.warmup_steps, num_training_steps=steps

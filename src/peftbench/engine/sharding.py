@@ -84,9 +84,8 @@ def state_bytes(engine: EngineKind, model: nn.Module, optimizer: torch.optim.Opt
     masters = deepspeed.master_weights(optimizer)
     steps = list(deepspeed.wrapped(optimizer))[-1]
     states = [_local(tensor) for state in steps.state.values() for tensor in _tensors(state.values())] + masters
-    given = kind.state_bytes(
-        [{**group, "params": [_local(p) for p in group["params"]]} for group in steps.param_groups]
-    )
+    groups = deepspeed.groups_of(optimizer)
+    given = kind.state_bytes([{**group, "params": [_local(p) for p in group["params"]]} for group in groups])
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = sum(_local(parameter).numel() * parameter.element_size() for parameter in trained)
     if masters:  # from stage 2 on gradients are shared out as the states are
