@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Nothing is asked of a hub: the demo and the tests are offline.
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-all lint readme clean
+.PHONY: demo test test-all test-engines lint readme clean
 
 demo: .venv/installed
 	$(BIN)/peftbench compare recipes/demo/suite.yaml
@@ -14,6 +14,10 @@ test: .venv/installed
 
 test-all: .venv/installed
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+# Every combination of the compatibility table that runs on CPU, in two processes each.
+test-engines: .venv/installed
+	$(BIN)/python -m pytest -m multiprocess tests/engines
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -25,6 +29,7 @@ lint: .venv/installed
 readme: .venv/installed
 	$(BIN)/peftbench report docs/results/demo --into README.md --block demo
 	$(BIN)/peftbench report docs/results/demo_seeds --into docs/results/README.md --block seeds
+	$(BIN)/python -m peftbench.engine.compatibility > docs/reference/compatibility.md
 	$(BIN)/peftbench report docs/results/demo_rates --into docs/results/README.md --block rates --by optimizer.learning_rate
 
 .venv/installed: pyproject.toml constraints.txt

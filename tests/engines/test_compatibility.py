@@ -102,6 +102,7 @@ def test_two_processes_train_as_one(point: Combination, ran: Ran) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # the first of an engine runs all of it
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("point", REST, ids=lambda point: f"{point.engine}-{point.name}")
 def test_every_combination_that_is_said_to_run(point: Combination, ran: Ran) -> None:

@@ -83,11 +83,11 @@ def state_bytes(engine: EngineKind, model: nn.Module, optimizer: torch.optim.Opt
     _share_out(model)
     masters = deepspeed.master_weights(optimizer)
     steps = list(deepspeed.wrapped(optimizer))[-1]
-    states = [_local(tensor) for state in steps.state.values() for tensor in _tensors(state.values())] + masters
+    states = [local(tensor) for state in steps.state.values() for tensor in _tensors(state.values())] + masters
     groups = deepspeed.groups_of(optimizer)
-    given = kind.state_bytes([{**group, "params": [_local(p) for p in group["params"]]} for group in groups])
+    given = kind.state_bytes([{**group, "params": [local(p) for p in group["params"]]} for group in groups])
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    gradients = sum(_local(parameter).numel() * parameter.element_size() for parameter in trained)
+    gradients = sum(local(parameter).numel() * parameter.element_size() for parameter in trained)
     if masters:  # from stage 2 on gradients are shared out as the states are
         whole = sum(deepspeed.shape_of(p).numel() * p.element_size() for p in trained)
         part = sum(master.numel() for master in masters) * trained[0].element_size()
@@ -117,9 +117,9 @@ def _tensors(values: Iterable[object]) -> Iterator[torch.Tensor]:
 def _weights(engine: EngineKind, model: nn.Module) -> int:
     if engine.zero_stage == 3:
         return sum(map(deepspeed.held_bytes, model.parameters())) + distinct_bytes(list(model.buffers()))
-    return distinct_bytes([_local(tensor) for tensor in (*model.parameters(), *model.buffers())])
+    return distinct_bytes([local(tensor) for tensor in (*model.parameters(), *model.buffers())])
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
+def local(tensor: torch.Tensor) -> torch.Tensor:
     """This process's part of a tensor that is shared out, any other tensor as it is."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[no-any-return,operator]
+    return tensor.tolocal() if hasattr(tensor, "to_local") else tensor  # type: ignore[no-any-return,operator]

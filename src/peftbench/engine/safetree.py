@@ -1,0 +1,79 @@
+"""Nested state as safetensors and JSON: what a pickle would hold, without anything that could be executed on reading.
+
+A tree is made of dictionaries (keys: text or whole numbers), lists, tuples, tensors, numbers, text, switches and None.
+Tensors that share their memory are written once and share it again when read.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+TENSORS, SKELETON = "tensors.safetensors", "skeleton.json"
+_PLAIN = (str, int, float, bool, type(None))
+
+
+def write(tree: object, folder: Path) -> None:
+    """Write ``tree`` to the new folder ``folder``.
+
+    Raises:
+        TypeError: something in it is none of what a tree is made of.
+        OSError, SafetensorError: it cannot be written.
+    """
+    folder.mkdir(parents=True)
+    tensors: dict[str, torch.Tensor] = {}
+    skeleton = _pack(tree, tensors, {})
+    save_file(tensors, folder / TENSORS)
+    (folder / SKELETON).write_text(json.dumps(skeleton), encoding="utf-8")
+
+
+def read(folder: Path, device: torch.device) -> Any:  # noqa: ANN401 — whatever was written
+    """The tree in ``folder``; what lay on a device other than the CPU comes to ``device``.
+
+    Raises:
+        OSError, SafetensorError, ValueError: it is not there or not whole.
+    """
+    tensors = load_file(folder / TENSORS)
+    skeleton = json.loads((folder / SKELETON).read_text(encoding="utf-8"))
+    return _unpack(skeleton, tensors, {}, device)
+
+
+def _pack(value: object, tensors: dict[str, torch.Tensor], seen: dict[tuple[object, ...], str]) -> object:
+    if isinstance(value, torch.Tensor):
+        found = value.detach()
+        key = (found.data_ptr(), tuple(found.shape), found.stride(), found.dtype)
+        name = seen.get(key) if found.numel() else None
+        if name is None:
+            name = seen[key] = str(len(tensors))
+            # A copy, since safetensors refuses tensors that overlap.
+            tensors[name] = found.to("cpu", copy=True).contiguous()
+        return {"tensor": name, "on_cpu": value.device.type == "cpu"}
+    if isinstance(value, dict):
+        if unfit := [key for key in value if not isinstance(key, (str, int))]:
+            raise TypeError(f"a key of a state is a {type(unfit[0]).__name__}")
+        return {"dict": [[key, _pack(below, tensors, seen)] for key, below in value.items()]}
+    if isinstance(value, (list, tuple)):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return {kind: [_pack(below, tensors, seen) for below in value]}
+    if isinstance(value, _PLAIN):
+        return value
+    raise TypeError(f"a {type(value).__name__} cannot be part of a state")
+
+
+def _unpack(value: Any, tensors: dict[str, torch.Tensor], moved: dict[str, torch.Tensor], device: torch.device) -> Any:  # noqa: ANN401
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        name = value["tensor"]
+        if name not in moved:
+            moved[name] = tensors[name] if value["on_cpu"] else tensors[name].to(device)
+        return moved[name]
+    (kind, below), *_ = value.items()
+    if kind == "dict":
+        return {key: _unpack(item, tensors, moved, device) for key, item in below}
+    items = [_unpack(item, tensors, moved, device) for item in below]
+    return items if kind == "list" else tuple(items)

@@ -1,0 +1,167 @@
+"""The state of a training between two steps: what must come back for the next step to be the one it would have been."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from peftbench.data.batches import TokenCounts, Work
+from peftbench.engine import deepspeed
+from peftbench.engine.sharding import local
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import nn
+
+    from peftbench.engine.build import Trainer
+    from peftbench.engine.loop import Progress
+
+# What an optimizer's state may hold beside tensors and numbers: by name, so that nothing else is made on reading.
+_PROJECTOR = "GaLoreProjector"
+
+
+def captured(accelerator: Accelerator, trainer: Trainer, model: nn.Module, progress: Progress) -> dict[str, Any]:
+    """This process's part of the state: weights that are trained, optimizer, schedule, scaler, random numbers, counts."""
+    groups = deepspeed.groups_of(trainer.optimizer)
+    steps = list(deepspeed.wrapped(trainer.optimizer))[-1]
+    return {
+        "weights": {name: _held(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad},
+        "masters": deepspeed.master_weights(trainer.optimizer),
+        "optimizer": [[_plain(steps.state.get(tensor, {})) for tensor in group["params"]] for group in groups],
+        "groups": [{key: value for key, value in group.items() if key != "params"} for group in groups],
+        "schedule": {key: value for key, value in trainer.schedule.state_dict().items() if not key.startswith("lr_la")},
+        "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+        "random": _random_state(),
+        "progress": _as_plain(progress),
+    }
+
+
+def restore(
+    state: dict[str, Any],
+    accelerator: Accelerator,
+    trainer: Trainer,
+    model: nn.Module,
+    progress: Progress,
+    *,
+    own_random_state: bool = True,
+) -> None:
+    """Put a captured state back, in place; ``own_random_state`` is false where it was another process's.
+
+    Raises:
+        ValueError: it does not fit this model and optimizer.
+    """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if set(trained) != set(state["weights"]):
+        raise ValueError("other weights are trained")
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            _fill(_held(parameter), state["weights"][name])
+        for master, kept in zip(deepspeed.master_weights(trainer.optimizer), state["masters"], strict=True):
+            _fill(master, kept)
+    groups = deepspeed.groups_of(trainer.optimizer)
+    steps = list(deepspeed.wrapped(trainer.optimizer))[-1]
+    for group, states, knobs in zip(groups, state["optimizer"], state["groups"], strict=True):
+        group.update(knobs)
+        for tensor, kept in zip(group["params"], states, strict=True):
+            if kept:
+                steps.state[tensor] = {key: _shared_as(value, tensor) for key, value in _restored(kept).items()}
+    for group, knobs in zip(steps.param_groups, state["groups"], strict=True):
+        group.update(knobs)
+    trainer.schedule.load_state_dict(trainer.schedule.state_dict() | state["schedule"])
+    if accelerator.scaler is not None and state["scaler"] is not None:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    if own_random_state:
+        _set_random_state(state["random"])
+    _fill_progress(progress, state["progress"])
+
+
+def _held(parameter: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a parameter."""
+    part = getattr(parameter, "ds_tensor", None)
+    return local(parameter.data) if part is None or parameter.numel() else part
+
+
+def _fill(tensor: torch.Tensor, kept: torch.Tensor) -> None:
+    if tensor.shape != kept.shape or tensor.dtype != kept.dtype:
+        raise ValueError(f"a tensor of {tuple(kept.shape)} {kept.dtype} is kept for one of {tuple(tensor.shape)}")
+    tensor.copy_(kept)
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    """One tensor's optimizer state without classes."""
+    return {key: _value(value) for key, value in state.items()}
+
+
+def _value(value: object) -> object:
+    if isinstance(value, torch.Tensor):
+        return local(value)
+    if type(value).__name__ == _PROJECTOR:
+        return {_PROJECTOR: {key: _value(below) for key, below in vars(value).items()}}
+    return value
+
+
+def _restored(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: _object(value) if isinstance(value, dict) and _PROJECTOR in value else value
+            for key, value in state.items()}  # fmt: skip
+
+
+def _object(value: dict[str, Any]) -> object:
+    from pytorch_optimizer.optimizer.utils.galore import GaLoreProjector
+
+    made = GaLoreProjector()
+    vars(made).update(value[_PROJECTOR])
+    return made
+
+
+def _shared_as(value: object, tensor: torch.Tensor) -> object:
+    """A state as the tensor that it belongs to: a part of a sharded one, where that is one and their shapes agree."""
+    if not hasattr(tensor, "to_local") or not isinstance(value, torch.Tensor) or value.dim() == 0:
+        return value
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(tensor, DTensor)
+    return DTensor.from_local(
+        value, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
+def _random_state() -> dict[str, Any]:
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss),
+                  float(gauss)],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state().clone() if torch.cuda.is_available() else None,
+    }  # fmt: skip
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    kind, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+def _as_plain(progress: Progress) -> dict[str, Any]:
+    return {
+        "losses": list(progress.losses), "skipped": progress.skipped, "shapes": list(progress.step_shapes),
+        "counts": [asdict(count) for count in progress.step_counts],
+        "required": [asdict(work) for work in progress.step_required],
+        "executed": [asdict(work) for work in progress.step_executed],
+    }  # fmt: skip
+
+
+def _fill_progress(progress: Progress, kept: dict[str, Any]) -> None:
+    progress.losses[:] = kept["losses"]
+    progress.skipped = kept["skipped"]
+    progress.step_shapes[:] = kept["shapes"]
+    progress.step_counts[:] = [TokenCounts(**count) for count in kept["counts"]]
+    progress.step_required[:] = [Work(**work) for work in kept["required"]]
+    progress.step_executed[:] = [Work(**work) for work in kept["executed"]]
