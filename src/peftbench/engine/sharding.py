@@ -122,4 +122,4 @@ def _weights(engine: EngineKind, model: nn.Module) -> int:
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This process's part of a tensor that is shared out, any other tensor as it is."""
-    return tensor.tolocal() if hasattr(tensor, "to_local") else tensor  # type: ignore[no-any-return,operator]
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[no-any-return,operator]
