@@ -21,7 +21,8 @@
     ├── EngineError                   40   the engine that started is not the one asked for
     │   ├── PrecisionError            41   a precision this device does not have
     │   ├── CombinationError          42   a method, optimizer or precision that this engine cannot run
-    │   └── OptimizerError            43   an optimizer whose library is not there, or cannot be used here
+    │   ├── OptimizerError            43   an optimizer whose library is not there, or cannot be used here
+    │   └── CheckpointError           44   a checkpoint that this engine cannot go on from
     ├── OutputError                   50   a place that cannot be written
     │   └── DiskFullError             51
     └── RecordError                   60   a record that cannot be read
@@ -162,6 +163,12 @@ class OptimizerError(EngineError):
     """An optimizer whose library is not there, or cannot be used here."""
 
     exit_code = 43
+
+
+class CheckpointError(EngineError):
+    """A checkpoint that this engine or number of processes cannot go on from."""
+
+    exit_code = 44
 
 
 class OutputError(PeftbenchError):

@@ -156,6 +156,15 @@ class Profile(Part):
         return self
 
 
+class Checkpoint(Part):
+    """What is kept while training, so that a run that was stopped goes on where it was; launch it again to do so."""
+
+    every_steps: int | None = Field(default=None, gt=0)
+    """Write the whole state of the training every so many steps; null never does."""
+    keep: int = Field(default=2, gt=0)
+    """How many of the newest are kept; all are taken away when the run has ended well."""
+
+
 class Recipe(Part):
     """One run. The same recipe gives the same numbers on any engine and process count, up to rounding."""
 
@@ -179,6 +188,8 @@ class Recipe(Part):
     """What is measured after training, outside its clock."""
     profile: Profile = Profile()
     """How the run is measured."""
+    checkpoint: Checkpoint = Checkpoint()
+    """What is kept while training, so that a run that was stopped goes on."""
     save_model: bool = True
     """Keep what was trained, in its ecosystem's format, in <output_dir>/<name>/model."""
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "swanlab"], ...] = ()
@@ -193,6 +204,6 @@ class Recipe(Part):
 
     def fingerprint(self) -> str:
         """Hash of every knob that may change a number; where the run is written and shown is left out."""
-        shown = {"name": True, "output_dir": True, "save_model": True, "trackers": True}
+        shown = {"name": True, "output_dir": True, "save_model": True, "trackers": True, "checkpoint": True}
         knobs = self.model_dump(mode="json", exclude=shown | {"profile": {"price_per_hour"}})
         return hashlib.blake2b(json.dumps(knobs, sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -290,6 +290,8 @@ class RunRecord(_Kept):
     """Of every step, the warm-up's too."""
     warmup_steps: int = 0
     """How many of the first steps are in no figure."""
+    resumed_after: tuple[int, ...] = ()
+    """Steps after which another process went on from a checkpoint; its first ones are in no figure either."""
     phase_seconds: dict[str, float] = {}
     throughput: Throughput | None = None
     memory: dict[str, Memory] = {}

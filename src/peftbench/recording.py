@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from peftbench.run import Run
 
 N = TypeVar("N", int, float)
+T = TypeVar("T")
 _LIBRARIES = ("peftbench", "torch", "accelerate", "transformers", "peft", "datasets", "evaluate", "tokenizers")
 
 
@@ -59,7 +60,7 @@ class Together:
     def of(cls, run: Run, achievable: float | None = None) -> Together:
         """Ask every rank; each must come here."""
         probe, looked = run.probe, run.inspection
-        counted = looked.flops.total if looked and looked.flops and run.progress.steps else None
+        counted = looked.flops.total if looked and looked.flops and run.progress.steps else run.kept.get("counted")
         joules = probe.phase_joules.get("train")
         mine = (
             dict(probe.memory), dict(probe.step_memory), probe.meter.context_bytes, counted, joules, achievable,
@@ -108,6 +109,7 @@ def recorded(run: Run, outcome: Outcome) -> RunRecord:
         losses=tuple(progress.losses),
         step_seconds=tuple(probe.step_seconds[: progress.steps]),
         warmup_steps=min(run.recipe.profile.warmup_steps, progress.steps),
+        resumed_after=tuple(run.resumed_after),
         phase_seconds=dict(probe.phase_seconds),
         throughput=_throughput(run) if ended_well else None,
         memory=dict(probe.memory) | largest(together.memory),
@@ -120,7 +122,7 @@ def recorded(run: Run, outcome: Outcome) -> RunRecord:
         context_bytes=together.context_bytes if together.memory else probe.meter.context_bytes,
         state_bytes=max(together.state_bytes, key=lambda states: states.total, default=None),
         state_bytes_by_rank=together.state_bytes,
-        breakdown=_breakdown(run),
+        breakdown=breakdown_of(run),
         flops=_flops(run, together.counted_flops),
         compute=_compute(run, together.achievable_per_second) if ended_well else Compute(),
         energy_joules=together.energy_joules if ended_well else None,
@@ -129,12 +131,17 @@ def recorded(run: Run, outcome: Outcome) -> RunRecord:
     return record.model_copy(update={"notes": (*run.notes, *implausible_alone(record))})
 
 
+def _timed(run: Run, of_steps: Sequence[T]) -> list[T]:
+    """What belongs to steps that are in the figures."""
+    return [value for value, timed in zip(of_steps, run.probe.timed, strict=False) if timed]
+
+
 def _throughput(run: Run) -> Throughput | None:
-    warmup, train_seconds = run.recipe.profile.warmup_steps, run.probe.phase_seconds.get("train")
+    train_seconds = run.probe.phase_seconds.get("train")
     if train_seconds is None:
         return None
     return throughput(
-        run.probe.step_seconds[warmup : run.progress.steps], run.progress.step_counts[warmup:],
+        _timed(run, run.probe.step_seconds), _timed(run, run.progress.step_counts),
         train_seconds=train_seconds, global_batch=run.recipe.train.global_batch,
     )  # fmt: skip
 
@@ -145,8 +152,11 @@ def _state_bytes(run: Run) -> StateBytes | None:
     return state_bytes(run.engine, run.built.bare_model, run.trainer.optimizer, run.recipe.optimizer)
 
 
-def _breakdown(run: Run) -> Breakdown | None:
+def breakdown_of(run: Run) -> Breakdown | None:
+    """Who held the memory at its peak, where that was looked at, by this process or one before it."""
     step = run.recipe.profile.warmup_steps
+    if kept := run.kept.get("breakdown"):
+        return Breakdown(**kept)
     if run.inspection is None or run.inspection.breakdown is None or run.progress.steps < step:
         return None
     peak, (rows, width) = run.inspection.breakdown.peak(), run.progress.step_shapes[step - 1]
@@ -173,14 +183,14 @@ def _flops(run: Run, counted: int | None) -> Flops:
 
 
 def _compute(run: Run, achievable: float | None) -> Compute:
-    warmup, seconds = run.recipe.profile.warmup_steps, run.probe.phase_seconds.get("train")
+    seconds = run.probe.phase_seconds.get("train")
     if run.trainer is None or run.trainer.cost is None or not seconds:
         return Compute()
     cost, done, processes = run.trainer.cost, run.progress, run.accelerator.num_processes
     peak = peak_flops(device_of(run.accelerator).name, run.recipe.train.precision)
     return Compute(
-        required_per_second=sum(map(cost.required, done.step_required[warmup:])) / seconds,
-        executed_per_second=sum(map(cost.executed, done.step_executed[warmup:])) / seconds,
+        required_per_second=sum(map(cost.required, _timed(run, done.step_required))) / seconds,
+        executed_per_second=sum(map(cost.executed, _timed(run, done.step_executed))) / seconds,
         peak_per_second=None if peak is None else peak * processes,
         achievable_per_second=achievable,
     )

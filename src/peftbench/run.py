@@ -27,9 +27,11 @@ from peftbench.engine.build import (
     make_trainer,
     read_split,
 )
+from peftbench.engine.checkpoint import Checkpoints, Origin
 from peftbench.engine.loop import DivergedError, Progress, train
 from peftbench.engine.ranks import main_process_first
 from peftbench.engine.sharding import bring_home
+from peftbench.engine.state import captured, restore
 from peftbench.errors import PeftbenchError
 from peftbench.evaluation.measure import Evaluation, quality_of
 from peftbench.files import write_error
@@ -40,7 +42,7 @@ from peftbench.profiler.probe import Probe
 from peftbench.profiler.snapshot import FILE as SNAPSHOT
 from peftbench.profiler.snapshot import keep, keep_on_out_of_memory
 from peftbench.record import Outcome, Quality, RunRecord
-from peftbench.recording import Together, recorded
+from peftbench.recording import Together, breakdown_of, recorded
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -88,6 +90,9 @@ class Run:
         self.recorded = False
         self.inspection: Inspection | None = None
         self.together: Together | None = None
+        self.resumed_after: list[int] = []
+        self.kept: dict[str, Any] = {}
+        """What a process before this one has found out in steps that are not done again."""
         self.notes = notes(self.accelerator)
 
     def execute(self) -> tuple[RunRecord, Path]:
@@ -189,6 +194,8 @@ class Run:
         if self.recipe.method.trains and self.recipe.save_model:
             with self.probe.phase("save"):
                 self._save(built)
+        if self.recipe.method.trains:
+            self._checkpoints(built).forget()
 
     def _come_together(self) -> None:
         """At the end of the work, when all ranks are there: what the device can do, and what each has measured."""
@@ -223,22 +230,59 @@ class Run:
             trainer = self.trainer = make_trainer(self.recipe, built, examples, pad_token, self.bound)
             self.notes += [trainer.uncounted] if trainer.uncounted else []
         self._forget_model()
+        self.recipe.method.set_training(built.bare_model)
+        checkpoints = self._checkpoints(built)
+        self._go_on(built, trainer, checkpoints)
         if self.recipe.trackers:
             self.accelerator.init_trackers(DISTRIBUTION, config={"recipe": self.recipe.model_dump_json()})
-        self.recipe.method.set_training(built.bare_model)
         knobs = self.recipe.profile
         looking = self.inspection = inspection(
             built.bare_model, trainer.optimizer, device=self.accelerator.device,
             vocabulary=built.base.model.config.vocab_size, part=lambda: self.probe.current_part,
-            count_flops=trainer.counter_sees_all and knobs.warmup_steps > 0,
-            breakdown_step=knobs.warmup_steps if knobs.breakdown else None,
+            count_flops=trainer.counter_sees_all and knobs.warmup_steps > 0 and not self.resumed_after,
+            breakdown_step=knobs.warmup_steps if knobs.breakdown and not self.resumed_after else None,
         )  # fmt: skip
         with self.probe.training(knobs.warmup_steps, looking.step):
             train(
                 self.accelerator, trainer, self.probe, self.progress,
                 max_grad_norm=self.recipe.train.max_grad_norm,
-                on_step=lambda step, values: self.accelerator.log(values, step=step),
+                on_step=lambda step, values: self._after_step(step, values, built, trainer, checkpoints),
             )  # fmt: skip
+
+    def _checkpoints(self, built: Built) -> Checkpoints:
+        origin = Origin(
+            self.recipe.fingerprint(), str(built.base.identity), str(self.data_identity), self.engine.name,
+            self.accelerator.num_processes,
+        )  # fmt: skip
+        return Checkpoints(self.accelerator, self.folder, origin, self.recipe.checkpoint.keep)
+
+    def _go_on(self, built: Built, trainer: Trainer, checkpoints: Checkpoints) -> None:
+        """Take up the newest checkpoint of this very run; those of another recipe are taken away."""
+        path = checkpoints.newest()
+        if path is None:
+            checkpoints.forget()
+            return
+        state, own = checkpoints.read(path)
+        restore(state, self.accelerator, trainer, built.bare_model, self.progress, own_random_state=own)
+        self.probe.go_on(state["probe"])
+        self.kept = state["kept"]
+        self.resumed_after = [*state["resumed_after"], self.progress.steps]
+        self.notes.append(f"it was stopped and went on after step {self.progress.steps}")
+
+    def _after_step(
+        self, step: int, values: dict[str, float], built: Built, trainer: Trainer, checkpoints: Checkpoints
+    ) -> None:
+        self.accelerator.log(values, step=step)
+        every = self.recipe.checkpoint.every_steps
+        if every and step % every == 0:
+            looked, found = self.inspection, breakdown_of(self)
+            counted = looked.flops.total if looked and looked.flops else self.kept.get("counted")
+            state = captured(self.accelerator, trainer, built.bare_model, self.progress)
+            state |= {
+                "probe": self.probe.measured(), "resumed_after": self.resumed_after,
+                "kept": {"counted": counted, "breakdown": found.model_dump() if found else None},
+            }  # fmt: skip
+            checkpoints.save(step, state)
 
     def _extracted(self) -> Quality:
         """Quality of a baseline that copies its summary from the article."""

@@ -10,20 +10,24 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.state import PartialState
 
 from peftbench.data.sources import Files
+from peftbench.engine.checkpoint import Checkpoints
 from peftbench.engine.compatibility import Combination
 from peftbench.methods import METHODS
 from peftbench.optim import OPTIMIZERS
-from peftbench.recipe import Data, Evaluate, Model, Profile, Recipe, Schedule, Train
+from peftbench.recipe import Checkpoint, Data, Evaluate, Model, Profile, Recipe, Schedule, Train
 from peftbench.run import Run
 from tests.conftest import forget_accelerators
 
 STEPS = 6
 REFUSED = "refused.txt"
+RESUMED = "-resumed"
+LINEAR = torch.nn.functional.linear
 KNOBS: dict[str, dict[str, object]] = {"lora": {"r": 4}, "prompt_tuning": {"tokens": 5}}
 RATES = {"sgd": 0.3, "lion": 1e-4, "lion8bit": 1e-4, "adafactor": 5e-2, "apollo": 1e-2, "galore": 1e-2}
 MORE: dict[str, dict[str, object]] = {"galore": {"rank": 8, "update_gap": 3}, "apollo": {"rank": 8, "update_gap": 3}}
@@ -50,21 +54,46 @@ def recipe(point: Combination, base: str, data: str, folder: Path) -> Recipe:
     )  # fmt: skip
 
 
+def stopped_and_resumed(made: Recipe) -> None:
+    """The same training once more, stopped right after a checkpoint, and then gone on with."""
+    again = made.model_copy(update={"name": f"{made.name}{RESUMED}", "checkpoint": Checkpoint(every_steps=STEPS // 2)})
+    save = Checkpoints.save
+
+    def saved_and_stopped(*given: Any) -> None:
+        save(*given)
+        raise KeyboardInterrupt
+
+    Checkpoints.save = saved_and_stopped  # type: ignore[assignment,method-assign]
+    try:
+        fresh_process()
+        record, _ = Run(again).execute()
+        assert record.outcome.kind == "preempted"
+    finally:
+        Checkpoints.save = save  # type: ignore[assignment,method-assign]
+    fresh_process()
+    Run(again).execute()
+
+
+def fresh_process() -> None:
+    """As far as one process can be another."""
+    forget_accelerators()
+    torch.nn.functional.linear = LINEAR  # ZeRO stage 3 puts another in its place, for the life of a process
+
+
 def main() -> None:
     """Run what is named."""
     torch.set_num_threads(1)
     # A run ends its process's part in the group; here the next one goes on in it.
-    PartialState.destroy_process_group = lambda *_: None  # type: ignore[method-assign]
-    linear = torch.nn.functional.linear
+    PartialState.destroy_process_group = lambda *_: None  # type: ignore[assignment,method-assign]
     folder, base, data, engine, *names = sys.argv[1:]
     for name in names:
         method, optimizer, precision = name.split("-")
         point = Combination(method, engine, optimizer, precision)
-        forget_accelerators()
-        torch.nn.functional.linear = linear  # ZeRO stage 3 puts another in its place, for the life of a process
+        fresh_process()
         made = recipe(point, base, data, Path(folder))
         try:
             Run(made).execute()
+            stopped_and_resumed(made)
         except Exception:
             place = Path(folder) / engine / name
             place.mkdir(parents=True, exist_ok=True)

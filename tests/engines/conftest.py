@@ -42,7 +42,7 @@ def launch(engine: str, points: Sequence[Combination], folder: Path, base: Path,
     }  # fmt: skip
     with (folder / f"{engine}.log").open("a", encoding="utf-8") as log:
         subprocess.run(
-            command, cwd=REPOSITORY, env=environment, check=False, stdout=log, stderr=log, timeout=30 + 15 * len(points)
+            command, cwd=REPOSITORY, env=environment, check=False, stdout=log, stderr=log, timeout=60 + 30 * len(points)
         )
 
 

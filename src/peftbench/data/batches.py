@@ -189,7 +189,11 @@ class Batches:
             yield from torch.randperm(len(self.dataset), generator=generator).tolist()
 
     def __iter__(self) -> Iterator[GlobalBatch]:
-        order = self.order()
+        return self.after(0)
+
+    def after(self, steps: int) -> Iterator[GlobalBatch]:
+        """The global batches that come after the first ``steps``."""
+        order = itertools.islice(self.order(), steps * self.global_batch, None)
         while True:
             yield self.batch([next(order) for _ in range(self.global_batch)])
 

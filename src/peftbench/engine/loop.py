@@ -99,14 +99,19 @@ def train(
     max_grad_norm: float | None,
     on_step: Callable[[int, dict[str, float]], None],
 ) -> None:
-    """Run all steps. ``on_step`` is told (step, what was measured), outside the step's clock.
+    """Run all steps that ``progress`` does not hold yet.
+
+    ``on_step`` is told (step, what was measured), outside the step's clock.
 
     Raises:
         DivergedError: a loss is not finite; ``progress`` holds every step before it.
     """
-    bar = tqdm(total=trainer.steps, desc="training", unit="step", disable=None if accelerator.is_main_process else True)
+    bar = tqdm(
+        total=trainer.steps, initial=progress.steps, desc="training", unit="step",
+        disable=None if accelerator.is_main_process else True,
+    )  # fmt: skip
     with bar:
-        for batch in itertools.islice(trainer.batches, trainer.steps):
+        for batch in itertools.islice(trainer.batches.after(progress.steps), trainer.steps - progress.steps):
             learning_rate = float(trainer.schedule.get_last_lr()[0])
             with probe.step():
                 loss = train_step(accelerator, trainer, batch, max_grad_norm, probe.part)

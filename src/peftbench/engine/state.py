@@ -25,7 +25,7 @@ _PROJECTOR = "GaLoreProjector"
 
 
 def captured(accelerator: Accelerator, trainer: Trainer, model: nn.Module, progress: Progress) -> dict[str, Any]:
-    """This process's part of the state: weights that are trained, optimizer, schedule, scaler, random numbers, counts."""
+    """This process's part of the state: trained weights, optimizer, schedule, scaler, random numbers and counts."""
     groups = deepspeed.groups_of(trainer.optimizer)
     steps = list(deepspeed.wrapped(trainer.optimizer))[-1]
     return {
@@ -80,9 +80,9 @@ def restore(
 
 
 def _held(parameter: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a parameter."""
-    part = getattr(parameter, "ds_tensor", None)
-    return local(parameter.data) if part is None or parameter.numel() else part
+    """What this process holds of a parameter for good; ZeRO's stage 3 makes the whole from the parts."""
+    part: torch.Tensor | None = getattr(parameter, "ds_tensor", None)
+    return local(parameter.data) if part is None else part
 
 
 def _fill(tensor: torch.Tensor, kept: torch.Tensor) -> None:

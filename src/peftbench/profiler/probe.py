@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -39,6 +40,8 @@ class Probe:
     phase_joules: dict[str, float] = field(default_factory=dict)
     """Energy of each phase, pauses included, where it is known."""
     step_seconds: list[float] = field(default_factory=list)
+    timed: list[bool] = field(default_factory=list)
+    """Whether each step is in the figures: those of a warm-up are not."""
     memory: dict[str, Memory] = field(default_factory=dict)
     """Peaks of each phase."""
     step_memory: dict[str, Memory] = field(default_factory=dict)
@@ -47,6 +50,9 @@ class Probe:
     current_phase: str | None = None
     current_part: str | None = None
     _paused_seconds: float = 0.0
+    _phase_start: float = 0.0
+    _phase_paused: float = 0.0
+    _parts_before: dict[str, Memory] = field(default_factory=dict)
     _warmup_left: int = 0
     _training: ExitStack = field(default_factory=ExitStack)
     _inspect: Callable[[int], AbstractContextManager[None] | None] = _nobody_looks
@@ -68,7 +74,8 @@ class Probe:
         if outer is None and name != "train":  # what is reserved for the phases before belongs to them
             self.meter.forget()
         with self._peak_of(name, self.memory):
-            start = self._now()
+            start = self._phase_start = self._now()
+            self._phase_paused = paused
             try:
                 yield
                 self.current_phase = outer  # on an error the phase stays, so that the outcome can name it
@@ -92,14 +99,16 @@ class Probe:
         self._warmup_left = warmup_steps
         self._inspect = inspect
         self.meter.forget()  # once: what warm-up reserves is what training goes on with
+        self._parts_before = dict(self.step_memory)  # of a training that this one goes on with
+        self.step_memory.clear()
         try:
             with self._training:
                 self._training.enter_context(self.phase("warmup" if warmup_steps else "train"))
                 yield
             if self._warmup_left >= 0:  # an error keeps the peaks of the parts it ended in
-                self.step_memory.clear()
+                self._forget_parts()
         finally:
-            if self._warmup_left >= 0:  # no step was timed: there is nothing to say of training
+            if not any(self.timed):  # there is nothing to say of training
                 self.phase_seconds.pop("train", None)
                 self.phase_joules.pop("train", None)
                 self.memory.pop("train", None)
@@ -116,12 +125,13 @@ class Probe:
         with looks or nullcontext():
             yield
         self.step_seconds.append(self._now() - start - (self._paused_seconds - paused))
+        self.timed.append(not warmup)
         if self._parts:
             self.timed_steps[number] = self._parts
         self.energy.keep_up()
         if self._warmup_left == 0:
             self._training.close()
-            self.step_memory.clear()
+            self._forget_parts()
             self._training.enter_context(self.phase("train"))
 
     @contextmanager
@@ -140,6 +150,36 @@ class Probe:
                 self._parts[name] = self._parts.get(name, 0.0) + self._now() - start
             if self.meter.every_part:
                 self.step_memory[name] = larger(self.step_memory.get(name), self._lap())
+
+    def _forget_parts(self) -> None:
+        """Take away the peaks of a warm-up's parts, and bring back those of steps before it."""
+        self.step_memory.clear()
+        self.step_memory.update(self._parts_before)
+
+    def measured(self) -> dict[str, Any]:
+        """All figures so far, plain, for a run that goes on in another process."""
+        seconds = self.phase_seconds
+        if self.current_phase in {"warmup", "train"}:  # which is still open
+            now = self._now() - self._phase_start - (self._paused_seconds - self._phase_paused)
+            seconds = seconds | {self.current_phase: seconds.get(self.current_phase, 0.0) + now}
+        return {
+            "phase_seconds": dict(seconds), "phase_joules": dict(self.phase_joules),
+            "step_seconds": list(self.step_seconds), "timed": list(self.timed),
+            "timed_steps": {str(step): parts for step, parts in self.timed_steps.items()},
+            "memory": {name: memory.model_dump() for name, memory in self.memory.items()},
+            "step_memory": {name: memory.model_dump() for name, memory in self.step_memory.items()},
+        }  # fmt: skip
+
+    def go_on(self, measured: dict[str, Any]) -> None:
+        """Take up figures of the process that this one goes on for; what both have is added up, or the larger peak."""
+        for mine, theirs in ((self.phase_seconds, "phase_seconds"), (self.phase_joules, "phase_joules")):
+            for name, value in measured[theirs].items():
+                mine[name] = mine.get(name, 0.0) + value
+        self.step_seconds[:], self.timed[:] = measured["step_seconds"], measured["timed"]
+        self.timed_steps.update({int(step): parts for step, parts in measured["timed_steps"].items()})
+        for peaks, kept in ((self.memory, measured["memory"]), (self.step_memory, measured["step_memory"])):
+            for name, memory in kept.items():
+                peaks[name] = larger(peaks.get(name), Memory(**memory))
 
     def part_seconds(self) -> dict[str, float]:
         """Median seconds of each part, over the warm-up steps whose parts were timed."""

@@ -1,0 +1,208 @@
+"""Checkpoints are whole or not there, and belong to one recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from peftbench.engine import checkpoint, safetree
+from peftbench.engine.checkpoint import Checkpoints, Origin
+from peftbench.engine.state import _random_state, _set_random_state
+from peftbench.errors import CheckpointError, DiskFullError
+from peftbench.methods.full import Full
+from peftbench.recipe import Checkpoint, Profile
+from tests.conftest import Workshop, every_method
+
+ORIGIN = Origin("recipe", "model", "data", "single", 1)
+
+Make = Callable[..., Checkpoints]
+
+
+@pytest.fixture
+def make(accelerator: Accelerator, tmp_path: Path) -> Make:
+    """Checkpoints of a run, with changes to where they come from."""
+
+    def made(keep: int = 2, **changes: object) -> Checkpoints:
+        return Checkpoints(accelerator, tmp_path, dataclasses.replace(ORIGIN, **changes), keep)  # type: ignore[arg-type]
+
+    return made
+
+
+def state(value: float) -> dict[str, object]:
+    """Something to keep."""
+    return {"weights": {"a": torch.full((8,), value)}, "step": value}
+
+
+def test_the_newest_few_are_kept(make: Make) -> None:
+    """The last n, and the last of them is read."""
+    kept = make(keep=2)
+    assert kept.newest() is None
+    for step in (5, 10, 100):
+        kept.save(step, state(step))
+    assert [path.name for path in kept.found()] == ["step-00000100", "step-00000010"]
+    newest = kept.newest()
+    assert newest is not None
+    found, own = kept.read(newest)
+    assert own
+    assert found["weights"]["a"].eq(100).all()
+    kept.forget()
+    assert not kept.folder.exists()
+
+
+def test_a_checkpoint_of_the_same_step_takes_its_place(make: Make) -> None:
+    """As after a run that went on from before it."""
+    kept = make()
+    kept.save(5, state(1))
+    kept.save(5, state(2))
+    (path,) = kept.found()
+    assert kept.read(path)[0]["step"] == 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "other", "missing", "meta"])
+def test_one_that_is_not_whole_is_passed_over(damage: str, make: Make) -> None:
+    """A file that is cut, changed or gone: the one before is taken."""
+    kept = make()
+    kept.save(1, state(1))
+    kept.save(2, state(2))
+    newest = kept.found()[0]
+    file = newest / "rank-0" / safetree.TENSORS
+    content = bytearray(file.read_bytes())
+    if damage == "cut":
+        file.write_bytes(content[:-3])
+    elif damage == "other":
+        content[-1] ^= 1
+        file.write_bytes(content)
+    elif damage == "missing":
+        file.unlink()
+    else:
+        (newest / "checkpoint.json").write_text("{", encoding="utf-8")
+    found = kept.newest()
+    assert found is not None
+    assert kept.read(found)[0]["step"] == 1
+
+
+def test_a_full_disk_leaves_the_one_before(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing half-written, and the last good one is there."""
+    kept = make()
+    kept.save(1, state(1))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_sync", full)
+    with pytest.raises(DiskFullError, match="step-00000002 could not be written"):
+        kept.save(2, state(2))
+    assert [path.name for path in kept.folder.iterdir()] == ["step-00000001"]
+
+
+def test_what_was_left_by_a_kill_is_no_checkpoint(make: Make) -> None:
+    """A folder that was not finished is neither read nor in the way."""
+    kept = make()
+    unfinished = kept.folder / "step-00000003.unfinished" / "rank-0"
+    safetree.write(state(3), unfinished)
+    assert kept.newest() is None
+    kept.save(3, state(4))
+    (path,) = kept.found()
+    assert kept.read(path)[0]["step"] == 4
+
+
+@pytest.mark.parametrize("what", ["recipe_fingerprint", "model_identity", "data_identity"])
+def test_of_another_recipe(what: str, make: Make) -> None:
+    """What another recipe, base or data left is not gone on with."""
+    make().save(1, state(1))
+    assert make(**{what: "another"}).newest() is None
+
+
+def test_another_number_of_processes(make: Make) -> None:
+    """Where each has everything, any number goes on; where parts are kept, it is refused in a sentence."""
+    make().save(1, state(1))
+    several = make(engine="ddp", processes=4)
+    path = several.newest()
+    assert path is not None
+    assert several.read(path)[1] is False
+    several.forget()
+    make(engine="zero2", processes=2).save(1, state(1))
+    assert make(engine="zero2", processes=2).newest() is not None
+    for changes in ({"engine": "zero2", "processes": 4}, {"engine": "zero3", "processes": 2}, {}):
+        with pytest.raises(CheckpointError, match="was made by zero2 in 2 processes"):
+            make(**changes).newest()
+
+
+def test_random_numbers_go_on() -> None:
+    """Python's, numpy's and torch's."""
+
+    def drawn() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: S311
+
+    kept = _random_state()
+    expected = drawn()
+    drawn()
+    _set_random_state(kept)
+    assert drawn() == expected
+
+
+class StoppedError(Exception):
+    """As a kill between two steps."""
+
+
+@every_method
+def test_a_run_goes_on_to_the_last_bit(method: Full, workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With dropout, accumulation and a schedule; the record says where."""
+    knobs: dict[str, Any] = {"train": {"steps": 8, "micro_batch": 4}, "model": {"dropout": 0.2}, "save_model": True}
+    undisturbed = workshop.run(workshop.recipe(method, name="undisturbed", **knobs))
+    recipe = workshop.recipe(method, name="stopped", checkpoint=Checkpoint(every_steps=3), **knobs)
+    save = Checkpoints.save
+
+    def once(self: Checkpoints, step: int, kept: dict[str, object]) -> None:
+        save(self, step, kept)
+        raise StoppedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", once)
+        with pytest.raises(StoppedError):
+            workshop.run(recipe)
+    resumed = workshop.run(recipe)
+    assert resumed.losses == undisturbed.losses
+    assert resumed.quality == undisturbed.quality
+    assert (resumed.tokens, resumed.flops, resumed.steps) == (undisturbed.tokens, undisturbed.flops, 8)
+    assert resumed.resumed_after == (3,)
+    assert "it was stopped and went on after step 3" in resumed.notes
+    assert undisturbed.resumed_after == ()
+    assert len(resumed.step_seconds) == 8
+    assert not (workshop.output / "stopped" / "checkpoints").exists()
+
+
+def test_figures_of_a_run_that_went_on(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first steps of each process are in none; counts and the breakdown of steps not done again are kept."""
+    recipe = workshop.recipe(
+        Full(),
+        train={"steps": 9},
+        profile=Profile(warmup_steps=2, breakdown=True),
+        checkpoint=Checkpoint(every_steps=4),
+    )
+    save = Checkpoints.save
+
+    def stop(self: Checkpoints, step: int, kept: dict[str, object]) -> None:
+        save(self, step, kept)
+        raise StoppedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", stop)
+        with pytest.raises(StoppedError):
+            workshop.run(recipe)
+    record = workshop.run(recipe)
+    assert record.throughput is not None
+    assert record.throughput.steps == (4 - 2) + (5 - 2)
+    assert record.flops.counted_step is not None
+    assert record.flops.counted_step.counted == record.flops.counted_step.closed_form
+    assert record.breakdown is not None
+    assert record.breakdown.step == 2
