@@ -74,6 +74,12 @@ RULES = (
         optimizers=frozenset(name for name, kind in OPTIMIZERS.items() if kind.needs_matrices),
     ),
     Rule(
+        "each process draws other random projections, and their weights drift apart",
+        "optimizer.kind=galore, or accel_configs/single_gpu.yaml",
+        engines=frozenset({"ddp"}),
+        optimizers=frozenset({"apollo"}),
+    ),
+    Rule(
         "bitsandbytes' kernels do not take torch's sharded tensors",
         "optimizer.kind=adamw, or accel_configs/zero2.yaml",
         engines=frozenset({"fsdp2"}), optimizers=_BITSANDBYTES,
