@@ -1,0 +1,125 @@
+"""Which engine was asked for, and what a DeepSpeed file may not say."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peftbench.engine import deepspeed
+from peftbench.engine.bind import bind, check_started
+from peftbench.engine.engines import DDP, ENGINES, FSDP2, SINGLE, asked_engine, engine_named
+from peftbench.errors import CombinationError, EngineError, MissingFileError
+from peftbench.methods.full import Full
+from peftbench.optim import GaLore
+from tests.conftest import REPOSITORY, Workshop
+
+ZERO2: dict[str, Any] = json.loads((REPOSITORY / "ds_configs" / "zero2.json").read_text(encoding="utf-8"))
+
+
+def test_without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process, several, or torch's fully_shard in its second version alone."""
+    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert asked_engine(None) is SINGLE
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert asked_engine(None) is DDP
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert asked_engine(None) is FSDP2
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    with pytest.raises(EngineError, match=r"use accel_configs/zero3_offload\.yaml"):
+        asked_engine(None)
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(EngineError, match="FSDP version 1 was asked for"):
+        asked_engine(None)
+
+
+def test_an_engine_that_is_not_in_the_table() -> None:
+    """ZeRO in an arrangement that nobody tests is refused, with those that there are."""
+    unknown = {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}
+    with pytest.raises(EngineError, match=r"ZeRO stage 1 with optimizer states on 'cpu'.*zero2_offload"):
+        asked_engine(unknown)
+    with pytest.raises(EngineError, match="did you mean 'zero2'"):
+        engine_named("zero-2")
+    assert engine_named("zero2") is ENGINES["zero2"]
+
+
+@pytest.fixture
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A DeepSpeed file that a launcher named."""
+    path = tmp_path / "ds.json"
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(path))
+    return path
+
+
+OWNED = [
+    ("gradient_clipping", 0.5),
+    ("gradient_accumulation_steps", 4),
+    ("train_micro_batch_size_per_gpu", 1),
+    ("train_batch_size", 8),
+    ("bf16", {"enabled": True}),
+    ("optimizer", {"type": "AdamW"}),
+    ("scheduler", {"type": "WarmupLR"}),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), OWNED, ids=[key for key, _ in OWNED])
+def test_a_file_that_says_what_the_recipe_owns(key: str, value: object, asked: Path, workshop: Workshop) -> None:
+    """One sentence, before anything has started."""
+    asked.write_text(json.dumps(ZERO2 | {key: value}), encoding="utf-8")
+    with pytest.raises(EngineError, match=f"the DeepSpeed file (sets|has) '?{key}.*the recipe's"):
+        bind(workshop.recipe(Full()), workshop.output)
+
+
+def test_a_file_that_is_not_there_or_is_none(asked: Path, workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its path depends on the folder one is in, which is said."""
+    with pytest.raises(MissingFileError, match=r"there is no DeepSpeed file .*ds\.json; its path is read from"):
+        bind(workshop.recipe(Full()), workshop.output)
+    asked.write_text("{", encoding="utf-8")
+    with pytest.raises(EngineError, match=r"ds\.json is not JSON"):
+        bind(workshop.recipe(Full()), workshop.output)
+    monkeypatch.delenv("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    with pytest.raises(EngineError, match="DeepSpeed was asked for without a file"):
+        bind(workshop.recipe(Full()), workshop.output)
+
+
+def test_what_cannot_run_is_refused_before_it_starts(asked: Path, workshop: Workshop) -> None:
+    """Before any process has spoken to another."""
+    asked.write_text(json.dumps(ZERO2), encoding="utf-8")
+    with pytest.raises(CombinationError, match=r"full with optimizer\.kind=galore in fp32 does not run on zero2"):
+        bind(workshop.recipe(Full(), optimizer=GaLore()), workshop.output)
+
+
+def test_the_recipe_s_numbers_are_written_in(asked: Path) -> None:
+    """As DeepSpeed counts them; no clipping is 0 there, and left alone it would be 1."""
+    asked.write_text(json.dumps(ZERO2), encoding="utf-8")
+    for clip, written in ((0.7, 0.7), (None, 0.0)):
+        made = deepspeed.plugin(
+            micro_batch=3, accumulation=2, processes=4, max_grad_norm=clip, scratch=Path("nowhere")
+        ).deepspeed_config
+        assert made["gradient_clipping"] == written
+        assert (made["train_micro_batch_size_per_gpu"], made["gradient_accumulation_steps"]) == (3, 2)
+        assert made["train_batch_size"] == 24
+
+
+def test_what_did_not_start_as_asked_is_refused(workshop: Workshop) -> None:
+    """Each difference is named, with both sides, before the first step."""
+    recipe = workshop.recipe(Full(), train={"micro_batch": 3})
+    bound = bind(recipe, workshop.output)
+    model = torch.nn.Linear(2, 2)
+    steps = torch.optim.AdamW(model.parameters())
+    check_started(recipe, bound, model, steps, steps)
+    bound.accelerator.gradient_accumulation_steps = 5
+    other = torch.optim.SGD(model.parameters())
+    said = r"accumulation 5 instead of 2, optimizer '.*SGD' instead of '.*AdamW'"
+    with pytest.raises(EngineError, match=said):
+        check_started(recipe, bound, model, other, steps)
+    bound.accelerator.gradient_accumulation_steps = 2
+    with pytest.raises(EngineError, match=r"fsdp2 did not start .*engine 'no wrapper' instead of 'FSDPModule'"):
+        check_started(recipe, dataclasses.replace(bound, engine=FSDP2), model, steps, steps)

@@ -1,0 +1,55 @@
+"""DeepSpeed files say how state is split and nothing that a recipe owns; each engine has its files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from peftbench.engine.deepspeed import _NOT_IN_A_FILE, _OF_THE_RECIPE, AUTO, _value
+from peftbench.engine.engines import ENGINES, asked_engine
+from tests.conftest import REPOSITORY
+
+FILES = sorted((REPOSITORY / "ds_configs").glob("*.json"))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A DeepSpeed file."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def test_the_files_are_found() -> None:
+    """One for each engine of DeepSpeed, and none more."""
+    assert {path.stem for path in FILES} == {name for name, kind in ENGINES.items() if kind.deepspeed}
+    assert len(FILES) == 6
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_value_of_the_recipe_is_auto(path: Path) -> None:
+    """Clipping, accumulation, batch sizes and precision come from the recipe; optimizer and schedule are not there."""
+    config = read(path)
+    assert {key: _value(config, key) for key in _OF_THE_RECIPE} == dict.fromkeys(_OF_THE_RECIPE, AUTO)
+    assert not set(_NOT_IN_A_FILE) & set(config)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_file_is_the_engine_of_its_name(path: Path) -> None:
+    """Stage and offload are those of the table; no file has DeepSpeed put another optimizer in the recipe's place."""
+    config = read(path)
+    kind = asked_engine(config)
+    assert kind is ENGINES[path.stem]
+    assert kind.offload_optimizer == "none" or config["zero_force_ds_cpu_optimizer"] is False
+
+
+@pytest.mark.parametrize("name", [name for name in ENGINES if name != "single"])
+def test_every_engine_has_an_accelerate_file(name: str) -> None:
+    """It is launched by the file of its name, which names the DeepSpeed file of that name."""
+    content = yaml.safe_load((REPOSITORY / "accel_configs" / f"{name}.yaml").read_text(encoding="utf-8"))
+    if ENGINES[name].deepspeed:
+        assert content["deepspeed_config"] == {
+            "deepspeed_config_file": f"ds_configs/{name}.json", "zero3_init_flag": False,
+        }  # fmt: skip

@@ -1,0 +1,68 @@
+"""kill -9 at random moments: in a step, while a checkpoint is written, between two runs. Nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.launch.test_compare import peftbench, record_of, run
+
+KILLS = 20
+STEPS = 60
+SUITE = f"""name: s
+recipes: [recipe.yaml]
+overrides: {{checkpoint.every_steps: 1, train.steps: {STEPS}, model.dropout: 0.1, data.source.test: rows.jsonl}}
+axes: {{train.seed: [0, 1]}}
+"""
+
+
+def newest(folder: Path) -> list[str]:
+    """What lies in the folders of checkpoints now, finished or not."""
+    return sorted(path.name for path in folder.glob("out/*/checkpoints/*"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_twenty_kills(project: Path, caches: dict[str, str]) -> None:
+    """Each launch goes on, and the end is that of a suite that nobody disturbed, to the last bit."""
+    seed = random.randrange(2**32)  # noqa: S311
+    print("seed of the moments:", seed)  # noqa: T201
+    moments = random.Random(seed)  # noqa: S311
+    (project / "suite.yaml").write_text(SUITE, encoding="utf-8")
+    undisturbed = run(peftbench("compare", "suite.yaml"), project, caches)
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    names = ("run-seed=0", "run-seed=1")
+    expected = {name: record_of(project, name) for name in names}
+    (project / "out").rename(project / "undisturbed")
+    unfinished = 0
+    for kill in range(KILLS):
+        process = subprocess.Popen(
+            peftbench("compare", "suite.yaml"), cwd=project, env=caches, start_new_session=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        before = newest(project)
+        if kill % 4:  # the others while it starts: between two runs, or before one has begun
+            while newest(project) == before and process.poll() is None:
+                time.sleep(0.01)
+            time.sleep(moments.uniform(0, 0.3))
+        else:
+            time.sleep(moments.uniform(0, 5))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        unfinished += any(name.endswith(".unfinished") for name in newest(project))
+    print("kills that came while a checkpoint was written:", unfinished)  # noqa: T201
+    ended = run(peftbench("compare", "suite.yaml"), project, caches)
+    assert ended.returncode == 0, ended.stderr
+    for name in names:
+        record = record_of(project, name)
+        assert record["outcome"]["kind"] == "ok"
+        assert record["losses"] == expected[name]["losses"]
+        assert record["quality"] == expected[name]["quality"]
+        assert not (project / "out" / name / "checkpoints").exists()
+    assert sum(len(record_of(project, name)["resumed_after"]) for name in names) > 0
