@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from peftbench import models, shipped
 from peftbench.errors import (
@@ -254,3 +256,48 @@ def test_architectures_of_the_tests_are_what_they_say(base_folder: Folder) -> No
         model = models.load(Model(path=str(base_folder(architecture)))).model
         shared = model.get_output_embeddings().weight is model.get_input_embeddings().weight
         assert shared is architecture.endswith("_tied")
+
+
+def test_the_fused_gelu_is_the_same_function(base_folder: Folder) -> None:
+    """One kernel in place of the formula written out: the same logits to rounding; off, to the last bit of theirs."""
+    folder = str(base_folder("gpt2_tied"))
+    ids = torch.arange(1, 40)[None]
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
+    plain = models.load(Model(path=folder, fused_gelu=False)).model
+    fused = models.load(Model(path=folder)).model
+    assert torch.equal(plain(input_ids=ids).logits, theirs)
+    assert torch.allclose(fused(input_ids=ids).logits, theirs, atol=2e-5)
+    assert not torch.equal(fused(input_ids=ids).logits, theirs)
+    kept: dict[str, int] = {}
+    for name, model in (("plain", plain), ("fused", fused)):
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):  # type: ignore[misc]
+            blocks: Any = model.transformer
+            blocks.h[0].mlp.act(torch.randn(7, 11, requires_grad=True))
+        kept[name] = sum(sizes)
+    assert kept["fused"] == 77
+    assert kept["plain"] >= 3 * 77
+    assert fused.config.activation_function == "gelu_new"  # as it will be saved
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "nf4_double", "int8"])
+@pytest.mark.parametrize("architecture", ["gpt2_tied", "llama_untied"])
+def test_a_quantised_base(quantization: Any, architecture: str, base_folder: Folder) -> None:
+    """Matrices of the blocks in a byte or half, all else in float32, and as many parameters as without."""
+    folder = str(base_folder(architecture))
+    plain, base = (models.load(Model(path=folder, quantization=q)).model for q in (None, quantization))
+    packed = [p for p in base.parameters() if p.dtype in {torch.uint8, torch.int8}]
+    per_matrix = 2 if quantization.startswith("nf4") else 1
+    matrices = sum(p.numel() for p in packed) * per_matrix
+    assert matrices == sum(
+        module.weight.numel() for name, module in plain.named_modules()  # type: ignore[union-attr,misc]
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not plain.get_output_embeddings()
+    )  # fmt: skip
+    assert {p.dtype for p in base.parameters()} - {torch.uint8, torch.int8} == {torch.float32}
+    assert base.num_parameters() == plain.num_parameters()
+
+
+def test_an_architecture_alone_is_not_quantised(base_folder: Folder) -> None:
+    """There is nothing loaded that could be."""
+    with pytest.raises(OutOfRangeError, match=r"model\.quantization is of loaded weights"):
+        models.load(Model(path=str(base_folder("gpt2_tied")), init="random", quantization="nf4"))

@@ -75,8 +75,9 @@ def full_record() -> RunRecord:
             ),
         },
         step_memory_by_rank=({"forward": Memory(allocated_bytes=1)},), part_seconds={"forward": 0.5},
-        timed_steps=(2, 3),
-        context_bytes=7, state_bytes=StateBytes(weights=1, gradients=2, optimizer=3),
+        timed_steps=(2, 3), resumed_after=(1,),
+        context_bytes=7, state_bytes=StateBytes(weights=1, gradients=2, optimizer=3, offloaded=1, expected_optimizer=4),
+        state_bytes_by_rank=(StateBytes(weights=1, gradients=2, optimizer=3),),
         breakdown=Breakdown(
             step=5, rows=2, width=8, peak_bytes=10, bytes_by_kind={"weights": 10}, operation="aten.mm", part="forward"
         ),

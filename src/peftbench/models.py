@@ -11,6 +11,7 @@ from peftbench import shipped
 from peftbench.errors import HubUnreachableError, ModelNotFoundError, OutOfRangeError, UnsupportedModelError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from peftbench.recipe import Model
@@ -74,8 +75,10 @@ def load_tokenizer(knobs: Model) -> PreTrainedTokenizerBase:
         raise _explained(knobs, "tokenizer", error) from error
 
 
-def load(knobs: Model) -> Base:
-    """Config, weights (in float32) and tokenizer of the base.
+def load(knobs: Model, arithmetic: torch.dtype | None = None) -> Base:
+    """Config, weights (in float32, or quantised) and tokenizer of the base.
+
+    ``arithmetic`` is the type that quantised weights are computed with, float32 by default.
 
     Raises:
         ModelNotFoundError: nothing usable under that name; says what was tried.
@@ -86,13 +89,43 @@ def load(knobs: Model) -> Base:
         raise OutOfRangeError(f"model.revision={knobs.revision!r} is of the hub, and {_location(knobs)} is a folder")
     config = load_config(knobs)
     tokenizer = load_tokenizer(knobs)
-    model = _load_model(knobs, config)
+    model = _load_model(knobs, config, arithmetic)
+    if knobs.fused_gelu:
+        _fuse_gelu(model)
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.eos_token_id
     return Base(model, tokenizer, identity(model, knobs))
 
 
-def _load_model(knobs: Model, config: PreTrainedConfig) -> PreTrainedModel:
+def _fuse_gelu(model: PreTrainedModel) -> None:
+    """Put torch's kernel in the place of the same function written out, which saves three tensors for each."""
+    from transformers.activations import ACT2FN, NewGELUActivation
+
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, ACT2FN["gelu_pytorch_tanh"])
+
+
+def _quantised(knobs: Model, arithmetic: torch.dtype | None) -> dict[str, Any]:
+    """What from_pretrained must be told to quantise."""
+    if knobs.quantization is None:
+        return {}
+    if knobs.init == "random":
+        raise OutOfRangeError("model.quantization is of loaded weights; leave model.init at pretrained")
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if knobs.quantization == "int8":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=arithmetic or torch.float32,
+        bnb_4bit_use_double_quant=knobs.quantization == "nf4_double",
+    )  # fmt: skip
+    return {"quantization_config": config}
+
+
+def _load_model(knobs: Model, config: PreTrainedConfig, arithmetic: torch.dtype | None) -> PreTrainedModel:
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -102,12 +135,13 @@ def _load_model(knobs: Model, config: PreTrainedConfig) -> PreTrainedModel:
         "attn_implementation": knobs.attention,
         "dtype": torch.float32,
     }
+    quantised = _quantised(knobs, arithmetic)
     try:
         if knobs.init == "random":
             return AutoModelForCausalLM.from_config(config, **common)  # type: ignore[no-any-return]
         loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
             _location(knobs), config=config, revision=knobs.revision, use_safetensors=True,
-            output_loading_info=True, **common,
+            output_loading_info=True, **quantised, **common,
         )  # fmt: skip
         model, report = loaded
         if missing := sorted(report["missing_keys"]):  # transformers would warn and make them up

@@ -62,7 +62,7 @@ def test_a_run_that_ends_well(method: Method, architecture: str, workshop: Works
     assert record.parameters is not None
     assert record.parameters.trainable > 0
     assert record.engine is not None
-    assert (record.engine.micro_batch, record.engine.accumulation) == (4, 2)
+    assert (record.engine.micro_batch, record.engine.accumulation) == (3, 2)
     assert set(record.phase_seconds) == set(record.memory) == {"load", "build", "train", "evaluate"}
     assert record.quality is not None
     assert record.quality.examples == 8

@@ -21,7 +21,7 @@ from accelerate.utils import (
 
 from peftbench.data.batches import division
 from peftbench.engine import deepspeed
-from peftbench.engine.compatibility import Combination, check
+from peftbench.engine.compatibility import Combination, check, check_base
 from peftbench.engine.engines import DDP, SINGLE, EngineKind, asked_engine
 from peftbench.errors import EngineError, PrecisionError
 from peftbench.record import Device
@@ -78,6 +78,7 @@ def bind(recipe: Recipe, folder: Path) -> Bound:
     if recipe.method.trains:
         asked = Combination(recipe.method.kind, engine.name, recipe.optimizer.kind, recipe.train.precision)
         check(asked, "cpu" if cpu else "cuda")
+        check_base(asked.method, asked.engine, recipe.model.quantization)
     if cpu and engine.fsdp:
         _fsdp_on_cpu()
     accelerator = Accelerator(
@@ -114,7 +115,8 @@ def _fsdp_on_cpu() -> None:
 
 def notes(accelerator: Accelerator) -> list[str]:
     """What a reader must know of where a run happened."""
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # a script run by itself has asked for nothing
+    # A script that is run by itself has asked for nothing.
+    launched = not {"ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU"}.isdisjoint(os.environ)
     if accelerator.device.type == "cpu" and launched and not _cpu_asked_for():
         return ["no GPU was found; it ran on CPU"]
     return []

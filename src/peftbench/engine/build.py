@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
 from accelerate.utils import set_seed
 from torch import nn
 from transformers import get_scheduler
@@ -15,6 +17,7 @@ from peftbench.data.batches import Batches, Collator, Rows
 from peftbench.data.encode import Encoder, Layout
 from peftbench.engine import deepspeed
 from peftbench.engine.bind import Bound, check_started
+from peftbench.engine.offload import ActivationOffload
 from peftbench.engine.ranks import main_process_first
 from peftbench.errors import EmptySplitError
 from peftbench.models import Base, load
@@ -22,7 +25,6 @@ from peftbench.profiler.flops import Cost, UnevenError, cost
 from peftbench.record import Parameters
 
 if TYPE_CHECKING:
-    import torch
     from accelerate import Accelerator
     from datasets import Dataset
 
@@ -71,6 +73,8 @@ class Trainer:
     """What the backward pass is called; DeepSpeed steps the optimizer in it, and the two cannot be told apart."""
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext
     """Puts the forward pass into the recipe's precision, where the engine does not do so itself."""
+    offload: Callable[[], AbstractContextManager[object]] = nullcontext
+    """Moves what the forward pass keeps for the backward pass."""
 
 
 def read_split(recipe: Recipe, split: str) -> Dataset:
@@ -119,7 +123,7 @@ def load_base(recipe: Recipe) -> Base:
         ModelError, HubUnreachableError: it is not there, or cannot be used.
     """
     set_seed(recipe.train.seed)
-    return load(recipe.model)
+    return load(recipe.model, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32)
 
 
 def build(recipe: Recipe, base: Base, bound: Bound) -> Built:
@@ -129,7 +133,7 @@ def build(recipe: Recipe, base: Base, bound: Bound) -> Built:
         PeftbenchError: any mistake of the recipe's that shows only now.
     """
     set_seed(recipe.train.seed)  # a method's new weights depend on the seed alone, not on how the base was made
-    total = sum(parameter.numel() for parameter in base.model.parameters())
+    total = base.model.num_parameters()  # which knows how many a quantised tensor holds
     model = recipe.method.apply(base.model, base.tokenizer)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     notes = []
@@ -139,6 +143,8 @@ def build(recipe: Recipe, base: Base, bound: Bound) -> Built:
         notes.append("gradient checkpointing was left out: nothing below the head is differentiated")
     if checkpointing:
         base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if recipe.train.activation_offload and bound.accelerator.device.type == "cpu":
+        notes.append("activation offload was left out: activations are in the CPU's memory anyway")
     if not (bound.engine.shards_weights and recipe.method.trains):  # those come to the device part by part
         model.to(bound.accelerator.device)
     parameters = Parameters(total=total, trainable=trainable)
@@ -177,6 +183,8 @@ def make_trainer(recipe: Recipe, built: Built, train: Rows, pad_token: int, boun
     trainer = Trainer(model, optimizer, schedule, batches, steps, cost, uncounted, seen)
     if not bound.engine_autocasts:
         trainer = replace(trainer, autocast=bound.autocast)
+    if recipe.train.activation_offload and accelerator.device.type != "cpu":
+        trainer = replace(trainer, offload=partial(ActivationOffload, list(built.bare_model.parameters())))
     return replace(trainer, backward_part="backward_and_optimizer") if bound.engine.deepspeed else trainer
 
 

@@ -9,13 +9,13 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tabulate import tabulate
-
 from peftbench.engine.engines import ENGINES
 from peftbench.errors import CombinationError
 from peftbench.methods import METHODS
 from peftbench.optim import OPTIMIZERS
 
+OVER_A_FROZEN_BASE = frozenset({"lora", "prompt_tuning"})
+"""Methods that add to the base and change nothing of it."""
 PRECISIONS = ("fp32", "bf16", "fp16")
 _ZERO = frozenset(name for name, kind in ENGINES.items() if kind.deepspeed)
 _OFFLOAD = frozenset(name for name, kind in ENGINES.items() if kind.offload_optimizer != "none")
@@ -137,6 +137,26 @@ def check(combination: Combination, device: str) -> None:
         )
 
 
+def check_base(method: str, engine: str, quantization: str | None) -> None:
+    """Refuse a quantised base before it is loaded, where it would be trained or shared out.
+
+    Raises:
+        CombinationError: it cannot run; says why, and what can.
+    """
+    if quantization is None:
+        return
+    if method not in OVER_A_FROZEN_BASE:
+        raise CombinationError(
+            f"model.quantization={quantization} holds the base in values that cannot be trained, and {method} trains "
+            f"them; use method.kind={' or '.join(sorted(OVER_A_FROZEN_BASE))}, or leave model.quantization null"
+        )
+    if ENGINES[engine].shards_weights:
+        raise CombinationError(
+            f"{engine} shares weights out in parts, and those of a quantised base belong together; use "
+            "accel_configs/ddp.yaml or zero2.yaml, or leave model.quantization null"
+        )
+
+
 def combinations(engine: str | None = None) -> Iterator[Combination]:
     """Every point of the table, or those of one engine."""
     engines = ENGINES if engine is None else (engine,)
@@ -146,6 +166,8 @@ def combinations(engine: str | None = None) -> Iterator[Combination]:
 
 def markdown() -> str:
     """The table as a page: what runs, and each refusal with its reason."""
+    from tabulate import tabulate
+
     rows = []
     notes: list[Rule] = []
     for optimizer in OPTIMIZERS:

@@ -75,7 +75,7 @@ def train_step(
     total = torch.zeros((), device=accelerator.device)
     for micro_batch in batch.micro_batches:
         with accelerator.accumulate(trainer.model):
-            with part("forward"), trainer.autocast():
+            with part("forward"), trainer.autocast(), trainer.offload():
                 loss = summed_loss(trainer.model, micro_batch.to(accelerator.device))
             with part(trainer.backward_part):
                 accelerator.backward(loss * scale)

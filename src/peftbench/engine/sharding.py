@@ -117,7 +117,10 @@ def _tensors(values: Iterable[object]) -> Iterator[torch.Tensor]:
 def _weights(engine: EngineKind, model: nn.Module) -> int:
     if engine.zero_stage == 3:
         return sum(map(deepspeed.held_bytes, model.parameters())) + distinct_bytes(list(model.buffers()))
-    return distinct_bytes([local(tensor) for tensor in (*model.parameters(), *model.buffers())])
+    held = [local(tensor) for tensor in (*model.parameters(), *model.buffers())]
+    # What turns a quantised weight back into numbers: scales, and a table.
+    held += _tensors(getattr(parameter, "quant_state", None) for parameter in model.parameters())
+    return distinct_bytes(held)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

@@ -150,5 +150,7 @@ def _features(module: nn.Module) -> tuple[int, int]:
     """(in, out) of a Linear, Conv1D or Embedding."""
     from torch import nn
 
+    if isinstance(module, nn.Linear):  # whose weight may be packed
+        return module.in_features, module.out_features
     rows, columns = module.weight.shape  # type: ignore[union-attr,misc]
-    return (columns, rows) if isinstance(module, nn.Linear) else (rows, columns)  # type: ignore[return-value]
+    return rows, columns  # type: ignore[return-value]

@@ -108,7 +108,7 @@ class Probe:
             if self._warmup_left >= 0:  # an error keeps the peaks of the parts it ended in
                 self._forget_parts()
         finally:
-            if not any(self.timed):  # there is nothing to say of training
+            if self._warmup_left >= 0 and not any(self.timed):  # there is nothing to say of training
                 self.phase_seconds.pop("train", None)
                 self.phase_joules.pop("train", None)
                 self.memory.pop("train", None)

@@ -1,0 +1,44 @@
+"""Activations kept in the CPU's memory between the forward and the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+SMALLEST = 2**20
+"""Bytes below which a tensor stays: moving it would take longer than it is worth."""
+
+
+@dataclass(frozen=True)
+class _Moved:
+    tensor: torch.Tensor
+    device: torch.device
+
+
+class ActivationOffload(saved_tensors_hooks):
+    """Moves what autograd keeps to pinned memory of the CPU, and back when the backward pass wants it.
+
+    Unlike torch's ``save_on_cpu`` it leaves alone what would stay on the device anyway: weights, and small tensors.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._kept = {parameter.untyped_storage()._cdata for parameter in parameters}
+        super().__init__(self._pack, _unpack)
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _Moved:
+        size = tensor.numel() * tensor.element_size()
+        if tensor.device.type == "cpu" or size < SMALLEST or tensor.untyped_storage()._cdata in self._kept:
+            return tensor
+        moved = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        moved.copy_(tensor, non_blocking=True)
+        return _Moved(moved, tensor.device)
+
+
+def _unpack(packed: torch.Tensor | _Moved) -> torch.Tensor:
+    if isinstance(packed, torch.Tensor):
+        return packed
+    return packed.tensor.to(packed.device, non_blocking=True)

@@ -1,0 +1,48 @@
+"""Activations in the CPU's memory: the same gradients, and nothing moved that stays anyway."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from peftbench.engine.offload import SMALLEST, ActivationOffload, _Moved
+from peftbench.methods.full import Full
+from tests.conftest import Workshop
+
+
+def test_on_cpu_nothing_moves_and_it_is_said(workshop: Workshop) -> None:
+    """There they are already; the losses are those without."""
+    plain, offloaded = (
+        workshop.run(workshop.recipe(Full(), train={"activation_offload": switch})) for switch in (False, True)
+    )
+    assert offloaded.losses == plain.losses
+    assert "activation offload was left out: activations are in the CPU's memory anyway" in offloaded.notes
+    assert plain.notes == ()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_activations_leave_the_gpu_and_gradients_are_the_same() -> None:
+    """Between the passes the GPU holds weights and small tensors alone."""
+    width = 1024
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(width, width), nn.GELU()) for _ in range(4))).cuda()
+    inputs = torch.randn(SMALLEST // width, width, device="cuda")
+    gradients, held = [], []
+    for offload in (False, True):
+        model.zero_grad()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        if offload:
+            with ActivationOffload(model.parameters()):
+                loss = model(inputs).square().mean()
+        else:
+            loss = model(inputs).square().mean()
+        held.append(torch.cuda.memory_allocated() - before)
+        loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+    assert held[1] < held[0] / 4
+    assert all(torch.equal(first, second) for first, second in zip(*gradients, strict=True))
+    hooks = ActivationOffload(model.parameters())
+    assert hooks._pack(model[0][0].weight) is model[0][0].weight  # type: ignore[index]
+    assert isinstance(hooks._pack(inputs), _Moved)

@@ -1,0 +1,49 @@
+"""Methods over a frozen base in 4 or 8 bits (QLoRA), and which are refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from peftbench.engine.bind import bind
+from peftbench.engine.compatibility import OVER_A_FROZEN_BASE, check_base
+from peftbench.engine.engines import ENGINES
+from peftbench.errors import CombinationError
+from peftbench.methods import METHODS
+from peftbench.methods.base import Method
+from tests.conftest import ONE_OF_EACH, Workshop
+
+OVER_FROZEN = {name: method for name, method in ONE_OF_EACH.items() if name in OVER_A_FROZEN_BASE}
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "nf4_double", "int8"])
+@pytest.mark.parametrize("method", OVER_FROZEN.values(), ids=OVER_FROZEN)
+def test_trains_over_a_quantised_base(method: Method, quantization: str, workshop: Workshop) -> None:
+    """The loss falls, the base takes less, FLOPs are those of the plain one and the count agrees."""
+    plain, small = (
+        workshop.run(workshop.recipe(method, model={"quantization": bits}, train={"steps": 8, "micro_batch": 3}))
+        for bits in (None, quantization)
+    )
+    assert small.outcome.kind == "ok"
+    assert min(small.losses[-2:]) < small.losses[0]
+    assert small.losses == pytest.approx(plain.losses, rel=0.05)
+    assert plain.state_bytes is not None
+    assert small.state_bytes is not None
+    assert small.state_bytes.weights < plain.state_bytes.weights
+    assert (small.parameters, small.flops.required) == (plain.parameters, plain.flops.required)
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - OVER_A_FROZEN_BASE))
+def test_what_would_train_it_is_refused(name: str, workshop: Workshop) -> None:
+    """Before it is loaded."""
+    recipe = workshop.recipe(ONE_OF_EACH[name], model={"quantization": "nf4"})
+    with pytest.raises(CombinationError, match=f"cannot be trained, and {name} trains them; use method.kind=lora"):
+        bind(recipe, workshop.output)
+
+
+@pytest.mark.parametrize("engine", [name for name, kind in ENGINES.items() if kind.shards_weights])
+def test_engines_that_would_cut_it_are_refused(engine: str) -> None:
+    """Packed values and their scales belong together."""
+    with pytest.raises(CombinationError, match="those of a quantised base belong together"):
+        check_base("lora", engine, "nf4")
+    check_base("lora", "zero2", "nf4")
+    check_base("lora", engine, None)
