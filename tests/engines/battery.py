@@ -29,7 +29,15 @@ REFUSED = "refused.txt"
 RESUMED = "-resumed"
 LINEAR = torch.nn.functional.linear
 KNOBS: dict[str, dict[str, object]] = {"lora": {"r": 4}, "prompt_tuning": {"tokens": 5}}
-RATES = {"sgd": 0.3, "lion": 1e-4, "lion8bit": 1e-4, "adafactor": 5e-2, "apollo": 1e-2, "galore": 1e-2}
+RATES = {
+    "sgd": 0.3,
+    "lion": 1e-4,
+    "lion8bit": 1e-4,
+    "adafactor": 5e-2,
+    "apollo": 1e-2,
+    "adamw_bf16": 3e-3,
+    "galore": 1e-2,
+}
 MORE: dict[str, dict[str, object]] = {"galore": {"rank": 8, "update_gap": 3}, "apollo": {"rank": 8, "update_gap": 3}}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -26,12 +27,18 @@ SLICE = [
 ]  # fmt: skip
 ALL = [point for engine in SEVERAL for point in runnable(engine)]
 REST = [point for point in ALL if point not in SLICE]
+ALONE = [
+    point for point in runnable("single")
+    if not any(refusal(dataclasses.replace(point, engine=engine), "cpu") is None for engine in SEVERAL)
+]  # fmt: skip
+"""What runs in one process only."""
 REFUSED = [point for point in combinations() if refusal(point, "cpu") is not None]
 
 
 def test_the_table_is_whole() -> None:
     """Every combination is either run or refused, every engine runs each method, and no rule is idle."""
     assert len(list(combinations())) == len(METHODS) * len(ENGINES) * len(OPTIMIZERS) * 3
+    assert {point.optimizer for point in ALONE} == {"apollo", "adamw_bf16", "adamw8bit_bf16"}
     assert {(p.engine, p.method) for p in ALL} == {(engine, method) for engine in SEVERAL for method in METHODS}
     assert set(SLICE) < set(ALL)
     found = {refusal(point, device) for point in combinations() for device in ("cpu", "cuda")}
@@ -121,3 +128,17 @@ def test_two_processes_train_as_one(point: Combination, ran: Ran) -> None:
 def test_every_combination_that_is_said_to_run(point: Combination, ran: Ran) -> None:
     """All others that run on CPU."""
     held_against_one_process(point, ran)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("point", ALONE, ids=lambda point: f"{point.engine}-{point.name}")
+def test_what_runs_in_one_process_alone(point: Combination, ran: Ran) -> None:
+    """It learns, keeps the states that it should, and goes on identically."""
+    record, folder = _record(ran("single"), point)
+    assert record.outcome.kind == "ok"
+    assert record.losses[-1] < record.losses[0]
+    assert record.state_bytes is not None
+    assert record.state_bytes.expected_optimizer == record.state_bytes.optimizer
+    _goes_on_identically(record, folder)

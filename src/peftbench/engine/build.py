@@ -143,6 +143,9 @@ def build(recipe: Recipe, base: Base, bound: Bound) -> Built:
         notes.append("gradient checkpointing was left out: nothing below the head is differentiated")
     if checkpointing:
         base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if recipe.optimizer.weights == "bf16":
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16) if parameter.requires_grad else parameter.data
     if recipe.train.activation_offload and bound.accelerator.device.type == "cpu":
         notes.append("activation offload was left out: activations are in the CPU's memory anyway")
     if not (bound.engine.shards_weights and recipe.method.trains):  # those come to the device part by part

@@ -20,6 +20,7 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 _ZERO = frozenset(name for name, kind in ENGINES.items() if kind.deepspeed)
 _OFFLOAD = frozenset(name for name, kind in ENGINES.items() if kind.offload_optimizer != "none")
 _8BIT = frozenset({"adamw8bit", "paged_adamw8bit", "lion8bit"})
+_ROUNDED = frozenset(name for name, kind in OPTIMIZERS.items() if kind.weights == "bf16")
 _BITSANDBYTES = _8BIT | {"adamw32bit", "lion"}
 
 
@@ -78,6 +79,18 @@ RULES = (
         "optimizer.kind=galore, or accel_configs/single_gpu.yaml",
         engines=frozenset({"ddp"}),
         optimizers=frozenset({"apollo"}),
+    ),
+    Rule(
+        "weights in bf16 are rounded by chance, by each process otherwise, and ZeRO steps copies in float32",
+        "optimizer.kind=adamw8bit, or accel_configs/single_gpu.yaml",
+        engines=frozenset(ENGINES) - {"single"},
+        optimizers=_ROUNDED,
+    ),
+    Rule(
+        "it holds weights in bf16, of which other arithmetic would make copies",
+        "train.precision=bf16",
+        optimizers=_ROUNDED,
+        precisions=frozenset({"fp32", "fp16"}),
     ),
     Rule(
         "bitsandbytes' kernels do not take torch's sharded tensors",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from peftbench.engine.loop import Progress
 
 # What an optimizer's state may hold beside tensors and numbers: by name, so that nothing else is made on reading.
-_PROJECTOR = "GaLoreProjector"
+_PROJECTOR, _8BIT = "GaLoreProjector", "OptimState8bit"
 
 
 def captured(accelerator: Accelerator, trainer: Trainer, model: nn.Module, progress: Progress) -> dict[str, Any]:
@@ -97,6 +97,10 @@ def _plain(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _value(value: object) -> object:
+    if type(value).__name__ == _8BIT:
+        names, (signed, dtype) = value.__tensor_flatten__()  # type: ignore[attr-defined]
+        parts = {name: getattr(value, name) for name in names}
+        return {_8BIT: parts, "signed": signed, "dtype": str(dtype).removeprefix("torch.")}
     if isinstance(value, torch.Tensor):
         return local(value)
     if type(value).__name__ == _PROJECTOR:
@@ -105,11 +109,16 @@ def _value(value: object) -> object:
 
 
 def _restored(state: dict[str, Any]) -> dict[str, Any]:
-    return {key: _object(value) if isinstance(value, dict) and _PROJECTOR in value else value
-            for key, value in state.items()}  # fmt: skip
+    return {key: _object(value) if isinstance(value, dict) else value for key, value in state.items()}
 
 
 def _object(value: dict[str, Any]) -> object:
+    if _8BIT in value:
+        from torchao.optim.subclass_8bit import OptimState8bit
+
+        dtype = getattr(torch, value["dtype"])
+        assert isinstance(dtype, torch.dtype)
+        return OptimState8bit.__tensor_unflatten__(value[_8BIT], (value["signed"], dtype))
     from pytorch_optimizer.optimizer.utils.galore import GaLoreProjector
 
     made = GaLoreProjector()

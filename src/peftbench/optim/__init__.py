@@ -1,0 +1,46 @@
+"""OPTIMIZERS: what turns gradients into steps. An optimizer sees only the parameters that require a gradient."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Union
+
+from pydantic import Discriminator, Tag
+
+from peftbench.optim.base import Optimizer
+from peftbench.optim.eightbit import AdamW8bit, AdamW32bit, Lion, Lion8bit, PagedAdamW8bit
+from peftbench.optim.lowrank import Apollo, GaLore
+from peftbench.optim.offloaded import DeepSpeedCPUAdam
+from peftbench.optim.plain import SGD, Adafactor, AdamW
+from peftbench.optim.rounded import AdamW8bitBf16, AdamWBf16
+
+__all__ = [
+    "OPTIMIZERS", "SGD", "Adafactor", "AdamW", "AdamW8bit", "AdamW8bitBf16", "AdamW32bit", "AdamWBf16", "AnyOptimizer",
+    "Apollo", "DeepSpeedCPUAdam", "GaLore", "Lion", "Lion8bit", "Optimizer", "PagedAdamW8bit",
+]  # fmt: skip
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {
+    "adamw": AdamW,
+    "sgd": SGD,
+    "adafactor": Adafactor,
+    "lion": Lion,
+    "adamw8bit": AdamW8bit,
+    "paged_adamw8bit": PagedAdamW8bit,
+    "lion8bit": Lion8bit,
+    "adamw32bit": AdamW32bit,
+    "adamw_bf16": AdamWBf16,
+    "adamw8bit_bf16": AdamW8bitBf16,
+    "deepspeed_cpu_adam": DeepSpeedCPUAdam,
+    "galore": GaLore,
+    "apollo": Apollo,
+}
+
+if TYPE_CHECKING:
+    AnyOptimizer = Optimizer
+else:
+    # Knobs given without a kind are those of the default optimizer.
+    AnyOptimizer = Annotated[
+        Union[tuple(Annotated[optimizer, Tag(kind)] for kind, optimizer in OPTIMIZERS.items())],
+        Discriminator(
+            lambda knobs: knobs.get("kind", "adamw") if isinstance(knobs, dict) else getattr(knobs, "kind", None)
+        ),
+    ]

@@ -1,0 +1,69 @@
+"""What every optimizer answers."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from peftbench.part import Part
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    Parameters = Iterable[nn.Parameter]
+
+EMBEDDINGS = "embeddings"
+"""Key of a parameter group that holds embeddings alone."""
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Optimizer(Part):
+    """What all optimizers have in common."""
+
+    needs_matrices: ClassVar[bool] = False
+    """Whether it does something else to a matrix than to the vector of its values."""
+    weights: ClassVar[Literal["fp32", "bf16"]] = "fp32"
+    """Type that the weights it steps are held in."""
+    changes_trajectory: ClassVar[str | None] = None
+    """Why its steps are no AdamW's, SGD's or Lion's but an approximation, None where they are."""
+
+    kind: str
+    """Which optimizer."""
+    learning_rate: float = Field(default=1e-4, gt=0)
+    """Peak learning rate."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay, on every trained tensor."""
+
+    @abstractmethod
+    def build(self, parameters: Parameters, embeddings: Parameters = ()) -> torch.optim.Optimizer:
+        """A torch optimizer over ``parameters``, of which ``embeddings`` are embeddings' matrices.
+
+        Raises:
+            OptimizerError: the library it comes from is not installed, or cannot be used here.
+        """
+
+    def started(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Called once an engine has put its own tensors in place of the parameters, with the groups of them."""
+
+    @abstractmethod
+    def state_bytes(self, groups: Sequence[dict[str, Any]]) -> int | None:
+        """Bytes of its states after a step over the tensors of ``groups``, in closed form; None where there is none."""
+
+
+class Betas(Optimizer):
+    """What the kin of Adam have in common."""
+
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """Decay of the first and second moment."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the denominator."""
+
+
+def sizes(groups: Sequence[dict[str, Any]]) -> list[tuple[int, bool]]:
+    """Values of each tensor, and whether it is an embedding's that is kept apart."""
+    return [(parameter.numel(), bool(group.get(EMBEDDINGS))) for group in groups for parameter in group["params"]]
