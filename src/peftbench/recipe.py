@@ -39,11 +39,9 @@ class Model(Part):
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation, as transformers names them; one that is not there is refused."""
     fused_gelu: bool = True
-    """Compute the tanh GELU of GPT-2 in one kernel, which saves a third of the activations and differs from Hugging
-    Face's by 2.4e-7; false is equal to theirs to the last bit."""
+    """GPT-2's tanh GELU in one kernel: a third of its activations, 2.4e-7 off; false is Hugging Face's to the last bit."""
     quantization: Literal["nf4", "nf4_double", "int8"] | None = None
-    """Hold the base in 4 bits (nf4, with its scales quantised too: nf4_double) or 8 (int8), through bitsandbytes, for
-    methods that leave it as it is: lora (QLoRA) and prompt_tuning."""
+    """Hold the base in 4 or 8 bits (bitsandbytes) for methods that leave it as it is: lora (QLoRA), prompt_tuning."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Only for a source you trust."""
 
