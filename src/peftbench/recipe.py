@@ -39,7 +39,7 @@ class Model(Part):
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation, as transformers names them; one that is not there is refused."""
     fused_gelu: bool = True
-    """GPT-2's tanh GELU in one kernel: a third of its activations, 2.4e-7 off; false is Hugging Face's to the last bit."""
+    """GPT-2's tanh GELU in one kernel: fewer activations, 2.4e-7 off; false is Hugging Face's to the last bit."""
     quantization: Literal["nf4", "nf4_double", "int8"] | None = None
     """Hold the base in 4 or 8 bits (bitsandbytes) for methods that leave it as it is: lora (QLoRA), prompt_tuning."""
     trust_remote_code: bool = False
