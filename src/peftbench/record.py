@@ -156,9 +156,9 @@ class StateBytes(_Kept):
     optimizer: int
     """States, and under ZeRO the copies in float32 that are stepped."""
     offloaded: int = 0
-    """Of the optimizer's, what lies elsewhere than on the device, and is not counted there."""
+    """Of all three, what lies in the CPU's memory beside a GPU, and is counted in none of them."""
     expected_optimizer: int | None = None
-    """What optimizer and offloaded together are in closed form; None where there is none."""
+    """The optimizer's bytes in closed form, wherever they lie; None where there is none."""
 
     @property
     def total(self) -> int:

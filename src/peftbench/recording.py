@@ -41,7 +41,10 @@ if TYPE_CHECKING:
 
 N = TypeVar("N", int, float)
 T = TypeVar("T")
-_LIBRARIES = ("peftbench", "torch", "accelerate", "transformers", "peft", "datasets", "evaluate", "tokenizers")
+_LIBRARIES = (
+    "peftbench", "torch", "accelerate", "transformers", "peft", "datasets", "evaluate", "tokenizers", "deepspeed",
+    "bitsandbytes", "pytorch-optimizer", "torchao",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def recorded(run: Run, outcome: Outcome) -> RunRecord:
         recipe_fingerprint=run.recipe.fingerprint(),
         outcome=outcome,
         device=device_of(run.accelerator),
-        versions=_versions(),
+        versions=versions(),
         git=_git_state(),
         engine=_engine(run),
         parameters=run.built.parameters if run.built else None,
@@ -149,7 +152,8 @@ def _throughput(run: Run) -> Throughput | None:
 def _state_bytes(run: Run) -> StateBytes | None:
     if run.built is None or run.trainer is None or not run.progress.steps:
         return None
-    return state_bytes(run.engine, run.built.bare_model, run.trainer.optimizer, run.recipe.optimizer)
+    device = run.accelerator.device.type
+    return state_bytes(run.engine, run.built.bare_model, run.trainer.optimizer, run.recipe.optimizer, device)
 
 
 def breakdown_of(run: Run) -> Breakdown | None:
@@ -213,7 +217,7 @@ def _engine(run: Run) -> Engine | None:
     )
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     """Of what a number may depend on, where it is installed."""
     found = {}
     for name in _LIBRARIES:

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 from peftbench.data.docstrings import DISTRIBUTION
-from peftbench.engine.bind import bind, notes
+from peftbench.engine.bind import SCRATCH, bind, notes
 from peftbench.engine.build import (
     Built,
     Trainer,
@@ -32,7 +32,7 @@ from peftbench.engine.loop import DivergedError, Progress, train
 from peftbench.engine.ranks import main_process_first
 from peftbench.engine.sharding import bring_home
 from peftbench.engine.state import captured, restore
-from peftbench.errors import PeftbenchError
+from peftbench.errors import CheckpointError, PeftbenchError
 from peftbench.evaluation.measure import Evaluation, quality_of
 from peftbench.files import write_error
 from peftbench.profiler.devices import achievable_flops
@@ -42,7 +42,7 @@ from peftbench.profiler.probe import Probe
 from peftbench.profiler.snapshot import FILE as SNAPSHOT
 from peftbench.profiler.snapshot import keep, keep_on_out_of_memory
 from peftbench.record import Outcome, Quality, RunRecord
-from peftbench.recording import Together, breakdown_of, recorded
+from peftbench.recording import Together, breakdown_of, recorded, versions
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -196,6 +196,8 @@ class Run:
                 self._save(built)
         if self.recipe.method.trains:
             self._checkpoints(built).forget()
+            if self.accelerator.is_main_process:
+                shutil.rmtree(self.folder / SCRATCH, ignore_errors=True)
 
     def _come_together(self) -> None:
         """At the end of the work, when all ranks are there: what the device can do, and what each has measured."""
@@ -250,23 +252,39 @@ class Run:
             )  # fmt: skip
 
     def _checkpoints(self, built: Built) -> Checkpoints:
+        found = versions()
         origin = Origin(
             self.recipe.fingerprint(), str(built.base.identity), str(self.data_identity), self.engine.name,
-            self.accelerator.num_processes,
+            self.accelerator.num_processes, self.accelerator.device.type,
+            {name: found[name] for name in ("torch", "peftbench", "bitsandbytes", "deepspeed") if name in found},
         )  # fmt: skip
         return Checkpoints(self.accelerator, self.folder, origin, self.recipe.checkpoint.keep)
 
     def _go_on(self, built: Built, trainer: Trainer, checkpoints: Checkpoints) -> None:
-        """Take up the newest checkpoint of this very run; those of another recipe are taken away."""
-        path = checkpoints.newest()
-        if path is None:
-            checkpoints.forget()
+        """Take up the newest checkpoint of this very run.
+
+        Raises:
+            CheckpointError: it cannot be.
+        """
+        found = checkpoints.newest()
+        self.notes += checkpoints.notes
+        if found is None:
             return
-        state, own = checkpoints.read(path)
-        restore(state, self.accelerator, trainer, built.bare_model, self.progress, own_random_state=own)
-        self.probe.go_on(state["probe"])
-        self.kept = state["kept"]
+        state, own = checkpoints.read(found)
+        try:
+            restore(state, self.accelerator, trainer, built.bare_model, self.progress, own_random_state=own)
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{found.path} does not fit: {error}", f"remove {found.path.parent} to begin anew"
+            ) from error
+        self.probe.go_on(state["probe"], same_place=own)
+        self.kept = state["kept"] if own else {}
         self.resumed_after = [*state["resumed_after"], self.progress.steps]
+        if not own:
+            self.notes.append(
+                f"its first {self.progress.steps} steps were made by {found.origin.processes} processes, and are in no "
+                "figure of speed, memory or energy"
+            )
         self.notes.append(f"it was stopped and went on after step {self.progress.steps}")
 
     def _after_step(
@@ -278,11 +296,12 @@ class Run:
             looked, found = self.inspection, breakdown_of(self)
             counted = looked.flops.total if looked and looked.flops else self.kept.get("counted")
             state = captured(self.accelerator, trainer, built.bare_model, self.progress)
-            state |= {
-                "probe": self.probe.measured(), "resumed_after": self.resumed_after,
-                "kept": {"counted": counted, "breakdown": found.model_dump() if found else None},
-            }  # fmt: skip
-            checkpoints.save(step, state)
+            with self.probe.aside():
+                state |= {
+                    "probe": self.probe.measured(), "resumed_after": self.resumed_after,
+                    "kept": {"counted": counted, "breakdown": found.model_dump() if found else None},
+                }  # fmt: skip
+                checkpoints.save(step, state)
 
     def _extracted(self) -> Quality:
         """Quality of a baseline that copies its summary from the article."""

@@ -22,7 +22,7 @@ from peftbench.methods.full import Full
 from peftbench.recipe import Checkpoint, Profile
 from tests.conftest import Workshop, every_method
 
-ORIGIN = Origin("recipe", "model", "data", "single", 1)
+ORIGIN = Origin("recipe", "model", "data", "single", 1, "cpu", {"torch": "1"})
 
 Make = Callable[..., Checkpoints]
 
@@ -42,6 +42,13 @@ def state(value: float) -> dict[str, object]:
     return {"weights": {"a": torch.full((8,), value)}, "step": value}
 
 
+def step_of(kept: Checkpoints) -> object:
+    """What the newest checkpoint holds."""
+    found = kept.newest()
+    assert found is not None
+    return kept.read(found)[0]["step"]
+
+
 def test_the_newest_few_are_kept(make: Make) -> None:
     """The last n, and the last of them is read."""
     kept = make(keep=2)
@@ -51,6 +58,7 @@ def test_the_newest_few_are_kept(make: Make) -> None:
     assert [path.name for path in kept.found()] == ["step-00000100", "step-00000010"]
     newest = kept.newest()
     assert newest is not None
+    assert newest.path == kept.found()[0]
     found, own = kept.read(newest)
     assert own
     assert found["weights"]["a"].eq(100).all()
@@ -63,8 +71,8 @@ def test_a_checkpoint_of_the_same_step_takes_its_place(make: Make) -> None:
     kept = make()
     kept.save(5, state(1))
     kept.save(5, state(2))
-    (path,) = kept.found()
-    assert kept.read(path)[0]["step"] == 2
+    assert len(kept.found()) == 1
+    assert step_of(kept) == 2
 
 
 @pytest.mark.parametrize("damage", ["cut", "other", "missing", "meta"])
@@ -85,9 +93,9 @@ def test_one_that_is_not_whole_is_passed_over(damage: str, make: Make) -> None:
         file.unlink()
     else:
         (newest / "checkpoint.json").write_text("{", encoding="utf-8")
-    found = kept.newest()
-    assert found is not None
-    assert kept.read(found)[0]["step"] == 1
+    assert step_of(kept) == 1
+    assert kept.notes == ["the checkpoint step-00000002 was damaged and was taken away"]
+    assert [path.name for path in kept.found()] == ["step-00000001"]
 
 
 def test_a_full_disk_leaves_the_one_before(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,29 +119,45 @@ def test_what_was_left_by_a_kill_is_no_checkpoint(make: Make) -> None:
     safetree.write(state(3), unfinished)
     assert kept.newest() is None
     kept.save(3, state(4))
-    (path,) = kept.found()
-    assert kept.read(path)[0]["step"] == 4
+    assert step_of(kept) == 4
+    assert len(list(kept.folder.iterdir())) == 1
 
 
 @pytest.mark.parametrize("what", ["recipe_fingerprint", "model_identity", "data_identity"])
 def test_of_another_recipe(what: str, make: Make) -> None:
-    """What another recipe, base or data left is not gone on with."""
+    """What another recipe, base or data left is neither gone on with nor taken away, and that is said."""
     make().save(1, state(1))
-    assert make(**{what: "another"}).newest() is None
+    other = make(**{what: "another"})
+    assert other.newest() is None
+    assert "left alone" in other.notes[0]
+    other.forget()
+    if what == "recipe_fingerprint":
+        assert step_of(make()) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"device": "cuda"}, "device cpu instead of cuda"), ({"versions": {"torch": "2"}}, "torch 1 instead of 2")],
+)
+def test_another_device_or_library(changes: dict[str, object], said: str, make: Make) -> None:
+    """States have other forms there: refused, with what was and what is."""
+    make().save(1, state(1))
+    with pytest.raises(CheckpointError, match=f"since it was made with {said}; launch it as it was, or remove"):
+        make(**changes).newest()
 
 
 def test_another_number_of_processes(make: Make) -> None:
     """Where each has everything, any number goes on; where parts are kept, it is refused in a sentence."""
     make().save(1, state(1))
     several = make(engine="ddp", processes=4)
-    path = several.newest()
-    assert path is not None
-    assert several.read(path)[1] is False
+    found = several.newest()
+    assert found is not None
+    assert several.read(found)[1] is False
     several.forget()
     make(engine="zero2", processes=2).save(1, state(1))
     assert make(engine="zero2", processes=2).newest() is not None
     for changes in ({"engine": "zero2", "processes": 4}, {"engine": "zero3", "processes": 2}, {}):
-        with pytest.raises(CheckpointError, match="was made by zero2 in 2 processes"):
+        with pytest.raises(CheckpointError, match=r"made with (engine zero2|processes 2) instead of"):
             make(**changes).newest()
 
 

@@ -20,11 +20,12 @@ def test_states_of_known_size() -> None:
     model.frozen.weight.requires_grad_(False)
     model.register_buffer("mask", torch.ones(10, dtype=torch.bool))
     optimizer = torch.optim.AdamW(parameter for parameter in model.parameters() if parameter.requires_grad)
-    assert state_bytes(SINGLE, model, optimizer, AdamW()) == StateBytes(
+    assert state_bytes(SINGLE, model, optimizer, AdamW(), "cpu") == StateBytes(
         weights=4 * (64 + 64 + 32) + 10, gradients=512, optimizer=0, expected_optimizer=2 * 512 + 2 * 4
     )
     sum(parameter.sum() for parameter in model.parameters()).backward()  # type: ignore[union-attr]
     optimizer.step()
-    found = state_bytes(SINGLE, model, optimizer, AdamW())
+    found = state_bytes(SINGLE, model, optimizer, AdamW(), "cpu")
+    assert found is not None
     assert found.optimizer == found.expected_optimizer == 2 * 512 + 2 * 4
     assert found.total == found.weights + found.gradients + found.optimizer == 650 + 512 + 1032

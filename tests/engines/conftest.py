@@ -14,6 +14,7 @@ from peftbench.data.sources import Files
 from peftbench.engine.compatibility import Combination, combinations, refusal
 from peftbench.engine.engines import ENGINES
 from tests.conftest import REPOSITORY
+from tests.engines.battery import UNTRAINED
 
 BATTERY = REPOSITORY / "tests" / "engines" / "battery.py"
 CONFIGS = {"single": "cpu", "ddp": "cpu2"}
@@ -70,6 +71,7 @@ def ran(places: tuple[Path, Path, Path], request: pytest.FixtureRequest) -> Ran:
                 names = {point.name for point in asked if point.optimizer != "deepspeed_cpu_adam"}
                 names |= {p.name.replace("deepspeed_cpu_adam", "adamw") for p in asked}
                 same = [p for p in runnable("single") if p.name in names]
+                same += [Combination(method, "single", UNTRAINED, "fp32") for method in {p.method for p in asked}]
             launch(engine, same, *places)
         return places[0] / engine
 

@@ -22,3 +22,16 @@ def tolerance(combination: Combination) -> float:
     if combination.optimizer.startswith("lion"):
         allowed = max(allowed, _SIGN)
     return allowed
+
+
+RESUMED_APART = 1e-6
+"""Relative, for two processes: what a sum in another order makes of it. One process goes on to the last bit."""
+
+
+def moved_apart(combination: Combination) -> float:
+    """How far weights may lie apart, of how far they have moved: an untrained model would be 1 apart."""
+    if combination.optimizer.startswith("lion"):
+        return 0.5
+    if combination.precision == "bf16" or "8bit" in combination.optimizer:
+        return 0.3
+    return 0.02

@@ -21,7 +21,7 @@ from accelerate.utils import (
 
 from peftbench.data.batches import division
 from peftbench.engine import deepspeed
-from peftbench.engine.compatibility import Combination, check, check_base
+from peftbench.engine.compatibility import Combination, check, check_base, check_checkpoint
 from peftbench.engine.engines import DDP, SINGLE, EngineKind, asked_engine
 from peftbench.errors import EngineError, PrecisionError
 from peftbench.record import Device
@@ -29,6 +29,8 @@ from peftbench.record import Device
 if TYPE_CHECKING:
     from peftbench.recipe import Precision, Recipe
 
+SCRATCH = "offload"
+"""Folder, within a run's, of what DeepSpeed keeps on a disk while training."""
 _ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -71,7 +73,7 @@ def bind(recipe: Recipe, folder: Path) -> Bound:
     if deepspeed.asked_for():
         plugin = deepspeed.plugin(
             micro_batch=micro_batch, accumulation=accumulation, processes=processes,
-            max_grad_norm=recipe.train.max_grad_norm, scratch=folder / "offload",
+            max_grad_norm=recipe.train.max_grad_norm, scratch=folder / SCRATCH,
         )  # fmt: skip
     engine = asked_engine(plugin.deepspeed_config if plugin else None)
     _check_launch(cpu, engine)
@@ -79,6 +81,8 @@ def bind(recipe: Recipe, folder: Path) -> Bound:
         asked = Combination(recipe.method.kind, engine.name, recipe.optimizer.kind, recipe.train.precision)
         check(asked, "cpu" if cpu else "cuda")
         check_base(asked.method, asked.engine, recipe.model.quantization)
+        if recipe.checkpoint.every_steps is not None:
+            check_checkpoint(asked.engine, asked.optimizer)
     if cpu and engine.fsdp:
         _fsdp_on_cpu()
     accelerator = Accelerator(

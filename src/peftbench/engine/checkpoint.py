@@ -1,4 +1,7 @@
-"""Checkpoints: folders that are whole or not there, the newest few of them, each with what it may be read by."""
+"""Checkpoints: folders that are whole or not there, the newest few of them, each with what it may be read by.
+
+Processes decide together: the main one chooses, and what one of them cannot do is refused by all, so that none waits.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
 from peftbench.engine import safetree
+from peftbench.engine.ranks import gathered
 from peftbench.errors import CheckpointError
 from peftbench.files import write_error
 
@@ -24,54 +29,99 @@ if TYPE_CHECKING:
 FOLDER = "checkpoints"
 _META = "checkpoint.json"
 _UNFINISHED = ".unfinished"
+_UNREADABLE = (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError)
+_UNWRITABLE = (OSError, SafetensorError, TypeError, RuntimeError, MemoryError)
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a checkpoint is of, and in how many parts."""
+    """What a checkpoint is of, and what made it."""
 
     recipe_fingerprint: str
     model_identity: str
     data_identity: str
     engine: str
     processes: int
+    device: str
+    versions: dict[str, str]
 
     @property
     def replicated(self) -> bool:
         """Whether each process has everything, so that any number of them can go on with the first one's part."""
         return self.engine in {"single", "ddp"}
 
+    def differences(self, other: Origin) -> list[str]:
+        """What keeps this one from going on with what ``other`` made, in words."""
+        found = [] if self.replicated and other.replicated else [
+            f"{what} {theirs} instead of {mine}"
+            for what, mine, theirs in (
+                ("engine", self.engine, other.engine), ("processes", self.processes, other.processes),
+            ) if mine != theirs
+        ]  # fmt: skip
+        if self.device != other.device:
+            found.append(f"device {other.device} instead of {self.device}")
+        return found + [
+            f"{name} {other.versions.get(name)} instead of {version}"
+            for name, version in self.versions.items() if other.versions.get(name) != version
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint to go on from."""
+
+    path: Path
+    origin: Origin
+
 
 class Checkpoints:
-    """The checkpoints of one run."""
+    """The checkpoints of one run, in a folder of its recipe's own."""
 
     def __init__(self, accelerator: Accelerator, run_folder: Path, origin: Origin, keep: int) -> None:
         self.accelerator, self.origin, self.keep = accelerator, origin, keep
-        self.folder = run_folder / FOLDER
+        self.folder = run_folder / FOLDER / origin.recipe_fingerprint
+        self.notes: list[str] = []
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Write this process's part; when all have, the checkpoint is there, and the oldest beyond ``keep`` are not.
 
         Raises:
-            OutputError, DiskFullError: it cannot be written; those before it stay.
+            OutputError, DiskFullError: a process cannot write; all raise, and the checkpoints before stay.
         """
         final = self.folder / f"step-{step:08d}"
         unfinished = final.with_name(f"{final.name}{_UNFINISHED}")
-        try:
+        rank = self.accelerator.process_index
+        if self.origin.replicated and rank > 0:  # the first has the rest
+            state = {"random": state["random"]}
+
+        def begin() -> None:
             if self.accelerator.is_main_process:
                 shutil.rmtree(unfinished, ignore_errors=True)
                 unfinished.mkdir(parents=True)
-            self.accelerator.wait_for_everyone()
-            safetree.write(state, unfinished / _part(self.accelerator.process_index))
-            self.accelerator.wait_for_everyone()
+
+        def finish() -> None:
             if self.accelerator.is_main_process:
                 self._finish(step, unfinished, final)
-            self.accelerator.wait_for_everyone()
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise write_error(final, error if isinstance(error, OSError) else OSError(str(error))) from error
+
+        for work in (begin, lambda: safetree.write(state, unfinished / _part(rank)), finish):
+            self._together(work, final, unfinished)
+
+    def _together(self, work: Callable[[], None], final: Path, unfinished: Path) -> None:
+        problem: tuple[int | None, str] | None = None
+        try:
+            work()
+        except _UNWRITABLE as error:
+            problem = getattr(error, "errno", None), getattr(error, "strerror", None) or str(error)
+        problems = [found for found in gathered(self.accelerator, problem) if found is not None]
+        if problems:
+            if self.accelerator.is_main_process:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise write_error(final, OSError(*problems[0]))
 
     def _finish(self, step: int, unfinished: Path, final: Path) -> None:
+        for rank in range(self.accelerator.num_processes):
+            if not (unfinished / _part(rank)).is_dir():
+                raise OSError(None, f"the part of process {rank} is not there: all processes must share this folder")
         files = {str(path.relative_to(unfinished)): _digest(path) for path in sorted(unfinished.rglob("*.*"))}
         meta = {"step": step, "origin": asdict(self.origin), "files": files}
         (unfinished / _META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
@@ -87,53 +137,83 @@ class Checkpoints:
         """Finished checkpoints, the newest first."""
         return sorted((path.parent for path in self.folder.glob(f"step-*[0-9]/{_META}")), reverse=True)
 
-    def newest(self) -> Path | None:
-        """The newest whole checkpoint of this very run, None where there is none.
+    def newest(self) -> Found | None:
+        """The newest whole checkpoint of this very run, None where there is none; what is damaged is told and removed.
 
         Raises:
-            CheckpointError: it was made by an engine or a number of processes that cannot be left.
+            CheckpointError: it was made by something that cannot be left (engine, processes, device, versions).
         """
-        for path in self.found():
-            meta = _whole(path)
-            if meta is None:
-                continue
-            origin = Origin(**meta["origin"])
-            same = (origin.recipe_fingerprint, origin.model_identity, origin.data_identity) == (
-                self.origin.recipe_fingerprint, self.origin.model_identity, self.origin.data_identity,
-            )  # fmt: skip
-            if not same:
-                continue
-            if not (origin.replicated and self.origin.replicated) and origin != self.origin:
-                raise CheckpointError(
-                    f"{path} was made by {origin.engine} in {origin.processes} processes, whose parts "
-                    f"{self.origin.engine} in {self.origin.processes} cannot take up; launch it as it was, or remove "
-                    f"{self.folder} to begin anew"
-                )
-            return path
-        return None
+        chosen: tuple[Found | None, list[str], str | None] = (None, [], None)
+        if self.accelerator.is_main_process:
+            chosen = self._chosen()
+        if self.accelerator.num_processes > 1:
+            (chosen,) = broadcast_object_list([chosen])
+        found, notes, refusal = chosen
+        self.notes += notes
+        if refusal is not None:
+            raise CheckpointError(refusal)
+        return found
 
-    def read(self, path: Path) -> tuple[dict[str, Any], bool]:
-        """This process's part of a checkpoint, and whether it is its own."""
-        own = path / _part(self.accelerator.process_index)
-        mine = own.is_dir() and json.loads((path / _META).read_text(encoding="utf-8"))["origin"] == asdict(self.origin)
-        return safetree.read(own if mine else path / _part(0), self.accelerator.device), mine
+    def _chosen(self) -> tuple[Found | None, list[str], str | None]:
+        others = [path for path in self.folder.parent.glob("*") if path.is_dir() and path != self.folder]
+        notes = [f"checkpoints of another recipe lie in {path} and were left alone" for path in sorted(others)]
+        for path in self.folder.glob(f"*{_UNFINISHED}"):
+            shutil.rmtree(path, ignore_errors=True)
+        for path in self.found():
+            origin = _whole(path)
+            if origin is None:
+                notes.append(f"the checkpoint {path.name} was damaged and was taken away")
+                shutil.rmtree(path, ignore_errors=True)
+                continue
+            if (origin.model_identity, origin.data_identity) != (self.origin.model_identity, self.origin.data_identity):
+                notes.append(f"the checkpoint {path.name} is of another base or other data, and was left alone")
+                continue
+            if differences := self.origin.differences(origin):
+                return None, notes, (
+                    f"{path} cannot be gone on with, since it was made with {', '.join(differences)}; launch it as it "
+                    f"was, or remove {self.folder} to begin anew"
+                )  # fmt: skip
+            return Found(path, origin), notes, None
+        return None, notes, None
+
+    def read(self, found: Found) -> tuple[dict[str, Any], bool]:
+        """The state of this process in a checkpoint, and whether it was this very process's.
+
+        Raises:
+            CheckpointError: a process cannot read its part; all raise.
+        """
+        rank, own = self.accelerator.process_index, found.origin == self.origin
+        state: dict[str, Any] = {}
+        problem = None
+        try:
+            first = 0 if self.origin.replicated else rank
+            state = safetree.read(found.path / _part(first), self.accelerator.device, moved=("optimizer",))
+            if own and first != rank:
+                state |= safetree.read(found.path / _part(rank), self.accelerator.device)
+        except _UNREADABLE as error:
+            problem = f"process {rank} cannot read its part of {found.path}: {error}"
+        if problems := [said for said in gathered(self.accelerator, problem) if said is not None]:
+            raise CheckpointError(problems[0], f"remove {self.folder} to begin anew")
+        return state, own
 
     def forget(self) -> None:
-        """Take all away, with what was not finished."""
+        """Take those of this recipe away, with what was not finished."""
         if self.accelerator.is_main_process:
             shutil.rmtree(self.folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # others may lie there
+                self.folder.parent.rmdir()
 
 
 def _part(rank: int) -> str:
     return f"rank-{rank}"
 
 
-def _whole(path: Path) -> dict[str, Any] | None:
-    """What a checkpoint says of itself, None where a file of it is missing or is not what was written."""
+def _whole(path: Path) -> Origin | None:
+    """Where a checkpoint is from, None where a file of it is missing or is not what was written."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         meta: dict[str, Any] = json.loads((path / _META).read_text(encoding="utf-8"))
         if all(_digest(path / name) == digest for name, digest in meta["files"].items()):
-            return meta
+            return Origin(**meta["origin"])
     return None
 
 

@@ -170,6 +170,24 @@ def check_base(method: str, engine: str, quantization: str | None) -> None:
         )
 
 
+def check_checkpoint(engine: str, optimizer: str) -> None:
+    """Refuse to write checkpoints where a training could not go on from them.
+
+    Raises:
+        CombinationError: the states lie where they are not read from.
+    """
+    if "nvme" in (ENGINES[engine].offload_optimizer, ENGINES[engine].offload_parameters):
+        raise CombinationError(
+            f"{engine} keeps states on a disk, and a checkpoint does not hold them; leave checkpoint.every_steps null, "
+            "or use accel_configs/zero3_offload.yaml"
+        )
+    if optimizer == "paged_adamw8bit":
+        raise CombinationError(
+            "states of paged_adamw8bit would come back unpaged; leave checkpoint.every_steps null, or use "
+            "optimizer.kind=adamw8bit"
+        )
+
+
 def combinations(engine: str | None = None) -> Iterator[Combination]:
     """Every point of the table, or those of one engine."""
     engines = ENGINES if engine is None else (engine,)

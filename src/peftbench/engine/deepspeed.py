@@ -23,8 +23,18 @@ _OF_THE_RECIPE = (
     "bf16.enabled", "fp16.enabled",
 )  # fmt: skip
 """Keys whose values the recipe owns."""
-_NOT_IN_A_FILE = ("optimizer", "scheduler", "activation_checkpointing")
-"""Sections that would do what the recipe says another way."""
+_OF_THE_FILE = frozenset({
+    "zero_optimization", "zero_force_ds_cpu_optimizer", "zero_allow_untested_optimizer", "aio", "bf16", "fp16",
+    "steps_per_print", "wall_clock_breakdown", "dump_state", "comms_logger", "memory_breakdown",
+})  # fmt: skip
+"""Sections that say where state lies, or what is printed; any other could change what is computed."""
+_OF_ZERO = frozenset({
+    "stage", "overlap_comm", "contiguous_gradients", "reduce_bucket_size", "allgather_bucket_size",
+    "allgather_partitions", "reduce_scatter", "round_robin_gradients", "offload_optimizer", "offload_param",
+    "sub_group_size", "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size",
+    "stage3_param_persistence_threshold", "stage3_gather_16bit_weights_on_model_save", "memory_efficient_linear",
+})  # fmt: skip
+_OF_OFFLOAD = frozenset({"device", "nvme_path", "pin_memory", "buffer_count", "buffer_size", "max_in_cpu", "fast_init"})
 
 
 def asked_for() -> bool:
@@ -50,9 +60,7 @@ def plugin(
     # are drawn in parts are other weights, and methods could not be applied to them.
     made = DeepSpeedPlugin(zero3_init_flag=False)
     config = made.deepspeed_config
-    for key in _NOT_IN_A_FILE:
-        if key in config:
-            raise EngineError(f"the DeepSpeed file has {key!r}, which is the recipe's to say; take it out")
+    _check_keys(config)
     for key in _OF_THE_RECIPE:
         if (found := _value(config, key)) not in (None, AUTO):
             raise EngineError(f'the DeepSpeed file sets {key} to {found!r}, which is the recipe\'s; write "auto" there')
@@ -65,6 +73,19 @@ def plugin(
         if offload and offload.get("nvme_path") == AUTO:
             offload["nvme_path"] = str(scratch)
     return made
+
+
+def _check_keys(config: Mapping[str, Any]) -> None:
+    zero = config.get("zero_optimization", {})
+    parts = [("", config, _OF_THE_FILE | set(_OF_THE_RECIPE)), ("zero_optimization.", zero, _OF_ZERO)]
+    parts += [(f"zero_optimization.{part}.", zero.get(part) or {}, _OF_OFFLOAD)
+              for part in ("offload_optimizer", "offload_param")]  # fmt: skip
+    for place, found, known in parts:
+        if other := sorted(set(found) - known):
+            raise EngineError(
+                f"the DeepSpeed file has {place}{other[0]}, which can change what is computed and is the recipe's to "
+                f"say; take it out (a file may have: {', '.join(sorted(known))})"
+            )
 
 
 def _check_file() -> None:

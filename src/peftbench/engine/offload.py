@@ -22,7 +22,8 @@ class _Moved:
 class ActivationOffload(saved_tensors_hooks):
     """Moves what autograd keeps to pinned memory of the CPU, and back when the backward pass wants it.
 
-    Unlike torch's ``save_on_cpu`` it leaves alone what would stay on the device anyway: weights, and small tensors.
+    Unlike torch's ``save_on_cpu`` it leaves alone weights, which stay on the device anyway, and small tensors. Copies
+    that autocast makes of weights are moved like activations.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:

@@ -31,15 +31,23 @@ def write(tree: object, folder: Path) -> None:
     (folder / SKELETON).write_text(json.dumps(skeleton), encoding="utf-8")
 
 
-def read(folder: Path, device: torch.device) -> Any:  # noqa: ANN401 — whatever was written
-    """The tree in ``folder``; what lay on a device other than the CPU comes to ``device``.
+def read(folder: Path, device: torch.device, moved: tuple[str, ...] = ()) -> Any:  # noqa: ANN401 — whatever was written
+    """The tree in ``folder``, on the CPU; below the keys ``moved``, what lay on another device comes to ``device``.
 
     Raises:
         OSError, SafetensorError, ValueError: it is not there or not whole.
     """
     tensors = load_file(folder / TENSORS)
     skeleton = json.loads((folder / SKELETON).read_text(encoding="utf-8"))
-    return _unpack(skeleton, tensors, {}, device)
+    cpu = torch.device("cpu")
+    if isinstance(skeleton, dict) and "dict" in skeleton:
+        at: dict[str, torch.Tensor] = {}
+        here: dict[str, torch.Tensor] = {}
+        return {
+            key: _unpack(below, tensors, at if key in moved else here, device if key in moved else cpu)
+            for key, below in skeleton["dict"]
+        }
+    return _unpack(skeleton, tensors, {}, cpu)
 
 
 def _pack(value: object, tensors: dict[str, torch.Tensor], seen: dict[tuple[object, ...], str]) -> object:

@@ -78,8 +78,15 @@ def _whole(engine: EngineKind, parameter: nn.Parameter) -> torch.Tensor:
     return parameter.full_tensor().cpu()  # type: ignore[attr-defined,no-any-return]
 
 
-def state_bytes(engine: EngineKind, model: nn.Module, optimizer: torch.optim.Optimizer, kind: Optimizer) -> StateBytes:
-    """What this process keeps from step to step, by the sizes of its tensors, where it holds parts by theirs."""
+def state_bytes(
+    engine: EngineKind, model: nn.Module, optimizer: torch.optim.Optimizer, kind: Optimizer, device: str
+) -> StateBytes | None:
+    """What this process keeps from step to step, by the sizes of its tensors, where it holds parts by theirs.
+
+    ``device`` is the kind of device it runs on. None where states lie on a disk, of which DeepSpeed does not tell.
+    """
+    if "nvme" in (engine.offload_optimizer, engine.offload_parameters):
+        return None
     _share_out(model)
     masters = deepspeed.master_weights(optimizer)
     steps = list(deepspeed.wrapped(optimizer))[-1]
@@ -92,13 +99,16 @@ def state_bytes(engine: EngineKind, model: nn.Module, optimizer: torch.optim.Opt
         whole = sum(deepspeed.shape_of(p).numel() * p.element_size() for p in trained)
         part = sum(master.numel() for master in masters) * trained[0].element_size()
         gradients = part if engine.zero_stage > 1 else whole
-    device = next((p.device.type for p in model.parameters()), "cpu")
-    offloaded = [state for state in states if state.device.type != device]
+    weights, weights_away = _weights(engine, model, device)
+    gradients_away = gradients if engine.offload_optimizer != "none" and device != "cpu" else 0
+    # Paged states are the GPU's, which its driver may move.
+    here = [state for state in states if state.device.type == device or getattr(state, "is_paged", False)]
+    away = distinct_bytes(states) - distinct_bytes(here)
     return StateBytes(
-        weights=_weights(engine, model),
-        gradients=gradients,
-        optimizer=distinct_bytes([state for state in states if state.device.type == device]),
-        offloaded=distinct_bytes(offloaded),
+        weights=weights,
+        gradients=gradients - gradients_away,
+        optimizer=distinct_bytes(here),
+        offloaded=weights_away + gradients_away + away,
         expected_optimizer=None if given is None else given + distinct_bytes(masters),
     )
 
@@ -116,13 +126,16 @@ def _tensors(values: Iterable[object]) -> Iterator[torch.Tensor]:
             yield from _tensors(vars(value).values())
 
 
-def _weights(engine: EngineKind, model: nn.Module) -> int:
+def _weights(engine: EngineKind, model: nn.Module, device: str) -> tuple[int, int]:
+    """Bytes of weights and buffers on the device, and elsewhere."""
     if engine.zero_stage == 3:
-        return sum(map(deepspeed.held_bytes, model.parameters())) + distinct_bytes(list(model.buffers()))
+        here = distinct_bytes(list(model.buffers()))
+        parts = sum(map(deepspeed.held_bytes, model.parameters()))
+        return (here, parts) if engine.offload_parameters != "none" and device != "cpu" else (here + parts, 0)
     held = [local(tensor) for tensor in (*model.parameters(), *model.buffers())]
     # What turns a quantised weight back into numbers: scales, and a table.
     held += _tensors(getattr(parameter, "quant_state", None) for parameter in model.parameters())
-    return distinct_bytes(held)
+    return distinct_bytes(held), 0
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

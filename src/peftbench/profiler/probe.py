@@ -27,6 +27,7 @@ def _nobody_looks(_step: int) -> None:
 class _Scope:
     """A stretch that is being measured; one may lie within another."""
 
+    name: str
     peak: Memory | None = None
 
 
@@ -52,6 +53,7 @@ class Probe:
     _paused_seconds: float = 0.0
     _phase_start: float = 0.0
     _phase_paused: float = 0.0
+    _phase_joules_start: float | None = None
     _parts_before: dict[str, Memory] = field(default_factory=dict)
     _warmup_left: int = 0
     _training: ExitStack = field(default_factory=ExitStack)
@@ -70,7 +72,7 @@ class Probe:
         """A part of the run; entered again, its seconds add up. What raises inside is measured until then."""
         outer, paused = self.current_phase, self._paused_seconds
         self.current_phase = name
-        joules = self.energy.joules()
+        joules = self._phase_joules_start = self.energy.joules()
         if outer is None and name != "train":  # what is reserved for the phases before belongs to them
             self.meter.forget()
         with self._peak_of(name, self.memory):
@@ -158,20 +160,40 @@ class Probe:
 
     def measured(self) -> dict[str, Any]:
         """All figures so far, plain, for a run that goes on in another process."""
-        seconds = self.phase_seconds
-        if self.current_phase in {"warmup", "train"}:  # which is still open
+        seconds, joules, memory = dict(self.phase_seconds), dict(self.phase_joules), dict(self.memory)
+        if (phase := self.current_phase) is not None:  # it is still open
             now = self._now() - self._phase_start - (self._paused_seconds - self._phase_paused)
-            seconds = seconds | {self.current_phase: seconds.get(self.current_phase, 0.0) + now}
+            seconds[phase] = seconds.get(phase, 0.0) + now
+            if self._phase_joules_start is not None and (drawn := self.energy.joules()) is not None:
+                joules[phase] = joules.get(phase, 0.0) + drawn - self._phase_joules_start
+        for scope in self._open:
+            if scope.peak is not None:
+                memory[scope.name] = larger(memory.get(scope.name), scope.peak)
         return {
-            "phase_seconds": dict(seconds), "phase_joules": dict(self.phase_joules),
+            "phase_seconds": seconds, "phase_joules": joules,
             "step_seconds": list(self.step_seconds), "timed": list(self.timed),
             "timed_steps": {str(step): parts for step, parts in self.timed_steps.items()},
-            "memory": {name: memory.model_dump() for name, memory in self.memory.items()},
+            "memory": {name: peak.model_dump() for name, peak in memory.items()},
             "step_memory": {name: memory.model_dump() for name, memory in self.step_memory.items()},
         }  # fmt: skip
 
-    def go_on(self, measured: dict[str, Any]) -> None:
-        """Take up figures of the process that this one goes on for; what both have is added up, or the larger peak."""
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Something whose memory is in no peak, on CPU too, and that may take long (a checkpoint, say)."""
+        self._lap()
+        try:
+            yield
+        finally:
+            self.meter.lap()
+
+    def go_on(self, measured: dict[str, Any], *, same_place: bool = True) -> None:
+        """Take up figures of the process that this one goes on for; what both have is added up, or the larger peak.
+
+        Where that was another number of processes, its figures are another's, and only its steps are taken up.
+        """
+        if not same_place:
+            self.step_seconds[:], self.timed[:] = measured["step_seconds"], [False] * len(measured["timed"])
+            return
         for mine, theirs in ((self.phase_seconds, "phase_seconds"), (self.phase_joules, "phase_joules")):
             for name, value in measured[theirs].items():
                 mine[name] = mine.get(name, 0.0) + value
@@ -206,7 +228,7 @@ class Probe:
     @contextmanager
     def _peak_of(self, name: str, kept: dict[str, Memory]) -> Iterator[None]:
         """Keep the peak of a stretch, also if it raises; what it peaks at counts for the stretches around it too."""
-        scope = _Scope()
+        scope = _Scope(name)
         self._lap()
         self._open.append(scope)
         try:
