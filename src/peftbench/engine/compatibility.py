@@ -242,8 +242,8 @@ refuses a run before it loads anything and from which the tests are made. Every 
 each cell holds for all of them: the precisions that run on a GPU. A number tells why something does not, or not on CPU.
 
 `make test-engines` trains every combination that runs on CPU, in two processes, and holds it against one process: the
-same losses and weights, to the tolerances in `tests/engines/tolerances.py`. What needs a GPU (fp16, paged states) or a
-disk for states (zero3_nvme, which needs libaio) is run where there is one.
+same losses and weights, to the tolerances in `tests/engines/tolerances.py`, and the same again when it is stopped at a
+checkpoint and goes on. No test has run what needs a GPU (fp16, paged states) or states on a disk (zero3_nvme) so far.
 
 {table}
 
