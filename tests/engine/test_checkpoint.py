@@ -16,8 +16,9 @@ from accelerate import Accelerator
 
 from peftbench.engine import checkpoint, safetree
 from peftbench.engine.checkpoint import Checkpoints, Origin
+from peftbench.engine.compatibility import check_checkpoint
 from peftbench.engine.state import _random_state, _set_random_state
-from peftbench.errors import CheckpointError, DiskFullError
+from peftbench.errors import CheckpointError, CombinationError, DiskFullError, OutputError
 from peftbench.methods.full import Full
 from peftbench.recipe import Checkpoint, Profile
 from tests.conftest import Workshop, every_method
@@ -112,6 +113,37 @@ def test_a_full_disk_leaves_the_one_before(make: Make, monkeypatch: pytest.Monke
     assert [path.name for path in kept.folder.iterdir()] == ["step-00000001"]
 
 
+def test_what_another_process_cannot_write_is_refused_by_all(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This one wrote its part and hears of the other's full disk; nothing is left of either."""
+    kept = make(engine="zero2", processes=2)
+    kept.save(1, state(1))
+    full = (errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(checkpoint, "gathered", lambda _, mine: [mine, full])
+    with pytest.raises(DiskFullError, match="step-00000002 could not be written"):
+        kept.save(2, state(2))
+    assert [path.name for path in kept.folder.iterdir()] == ["step-00000001"]
+
+
+def test_a_part_that_another_process_cannot_read(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All refuse, and none goes on alone."""
+    kept = make()
+    kept.save(1, state(1))
+    found = kept.newest()
+    assert found is not None
+    monkeypatch.setattr(checkpoint, "gathered", lambda _, mine: [mine, "process 1 cannot read its part"])
+    with pytest.raises(CheckpointError, match="process 1 cannot read its part; remove"):
+        kept.read(found)
+
+
+def test_a_part_that_is_not_there(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that do not share the folder would each have half a checkpoint."""
+    kept = make(engine="zero2", processes=2)
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    monkeypatch.setattr(checkpoint, "gathered", lambda _, mine: [mine])
+    with pytest.raises(OutputError, match="the part of process 1 is not there: all processes must share this folder"):
+        kept.save(1, state(1))
+
+
 def test_what_was_left_by_a_kill_is_no_checkpoint(make: Make) -> None:
     """A folder that was not finished is neither read nor in the way."""
     kept = make()
@@ -159,6 +191,15 @@ def test_another_number_of_processes(make: Make) -> None:
     for changes in ({"engine": "zero2", "processes": 4}, {"engine": "zero3", "processes": 2}, {}):
         with pytest.raises(CheckpointError, match=r"made with (engine zero2|processes 2) instead of"):
             make(**changes).newest()
+
+
+def test_states_that_would_not_come_back_are_refused() -> None:
+    """Before anything is loaded."""
+    with pytest.raises(CombinationError, match="zero3_nvme keeps states on a disk, and a checkpoint does not"):
+        check_checkpoint("zero3_nvme", "deepspeed_cpu_adam")
+    with pytest.raises(CombinationError, match="states of paged_adamw8bit would come back unpaged"):
+        check_checkpoint("single", "paged_adamw8bit")
+    check_checkpoint("zero3_offload", "adamw8bit")
 
 
 def test_random_numbers_go_on() -> None:

@@ -1,0 +1,48 @@
+"""A run that one process began goes on in two, and one that ZeRO began is refused elsewhere."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launch.test_compare import CONFIG, record_of, run
+
+STOP = """
+from peftbench.engine.checkpoint import Checkpoints
+from peftbench.train import main
+save = Checkpoints.save
+def saved_and_stopped(*given):
+    save(*given)
+    raise KeyboardInterrupt
+Checkpoints.save = saved_and_stopped
+main()
+"""
+ARGUMENTS = [
+    "--config", "recipe.yaml", "train.steps=8", "checkpoint.every_steps=3", "profile.warmup_steps=2",
+    "model.dropout=0.0",
+]  # fmt: skip
+
+
+@pytest.mark.multiprocess
+def test_one_process_begins_and_two_go_on(project: Path, caches: dict[str, str]) -> None:
+    """The same steps over the same examples; what one process measured is in no figure of two."""
+    undisturbed = run([sys.executable, "-m", "peftbench.train", *ARGUMENTS, "name=whole"], project, caches)
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    stopped = run([sys.executable, "-c", STOP, *ARGUMENTS], project, caches)
+    assert record_of(project, "run")["outcome"]["kind"] == "preempted", stopped.stderr
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIG), "-m", "peftbench.train"]
+    ended: subprocess.CompletedProcess[str] = run([*launch, *ARGUMENTS], project, caches)
+    assert ended.returncode == 0, ended.stderr
+    record, whole = record_of(project, "run"), record_of(project, "whole")
+    assert record["device"]["processes"] == 2
+    assert record["resumed_after"] == [3]
+    assert record["losses"] == pytest.approx(whole["losses"], rel=2e-5)
+    assert record["quality"]["loss"] == pytest.approx(whole["quality"]["loss"], rel=2e-5)
+    assert record["throughput"]["steps"] == 8 - 3 - 2
+    assert record["flops"]["counted_step"] is None
+    assert any("first 3 steps were made by 1 processes" in note for note in record["notes"])
+    for kind in ("real", "labelled"):
+        assert record["tokens"][kind] == whole["tokens"][kind]
