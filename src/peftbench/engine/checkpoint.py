@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 FOLDER = "checkpoints"
+OWN = ("random", "probe", "kept")
+"""Parts of a state that each process has of its own, where all else is alike."""
 _META = "checkpoint.json"
 _UNFINISHED = ".unfinished"
 _UNREADABLE = (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError)
@@ -92,7 +94,7 @@ class Checkpoints:
         unfinished = final.with_name(f"{final.name}{_UNFINISHED}")
         rank = self.accelerator.process_index
         if self.origin.replicated and rank > 0:  # the first has the rest
-            state = {"random": state["random"]}
+            state = {key: state[key] for key in OWN if key in state}
 
         def begin() -> None:
             if self.accelerator.is_main_process:

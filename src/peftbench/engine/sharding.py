@@ -116,7 +116,9 @@ def state_bytes(
 def _tensors(values: Iterable[object]) -> Iterator[torch.Tensor]:
     """Tensors among ``values``, and those that objects among them hold (a projection, say)."""
     for value in values:
-        if hasattr(value, "__tensor_flatten__"):  # a tensor made of others, as torchao's 8-bit states
+        if hasattr(value, "to_local"):
+            yield local(value)  # type: ignore[arg-type]
+        elif hasattr(value, "__tensor_flatten__"):  # a tensor made of others, as torchao's 8-bit states
             yield from _tensors(getattr(value, name) for name in value.__tensor_flatten__()[0])
         elif isinstance(value, torch.Tensor):
             yield value
