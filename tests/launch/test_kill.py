@@ -14,7 +14,7 @@ import pytest
 from tests.launch.test_compare import peftbench, record_of, run
 
 KILLS = 20
-STEPS = 60
+STEPS = 150
 SUITE = f"""name: s
 recipes: [recipe.yaml]
 overrides: [checkpoint.every_steps=1, train.steps={STEPS}, model.dropout=0.1]
@@ -53,6 +53,7 @@ def test_twenty_kills(project: Path, caches: dict[str, str]) -> None:
             time.sleep(moments.uniform(0, 0.3))
         else:
             time.sleep(moments.uniform(0, 5))
+        assert process.poll() is None, "the suite has ended: there are too few steps for so many kills"
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         unfinished += any(name.endswith(".unfinished") for name in newest(project))
