@@ -24,7 +24,7 @@ axes: {{train.seed: [0, 1]}}
 
 def newest(folder: Path) -> list[str]:
     """What lies in the folders of checkpoints now, finished or not."""
-    return sorted(path.name for path in folder.glob("out/*/checkpoints/*"))
+    return sorted(path.name for path in folder.glob("out/*/checkpoints/*/*"))
 
 
 @pytest.mark.slow

@@ -79,3 +79,7 @@ class Apollo(_LowRank):
 
     kind: Literal["apollo"] = "apollo"
     """Which optimizer."""
+
+    def state_bytes(self, groups: Sequence[dict[str, Any]]) -> int:
+        norms = sum(4 for group in groups if "rank" in group for _ in group["params"])  # of the step before
+        return super().state_bytes(groups) + norms

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,8 +19,10 @@ from torch.utils.flop_counter import flop_registry, shape_wrapper
 class FlopCounter(TorchDispatchMode):
     """Counts the FLOPs of every matrix product dispatched within, backward passes and recomputation included."""
 
-    def __init__(self) -> None:
+    def __init__(self, aside: Callable[[], bool] = lambda: False) -> None:
+        """``aside`` tells of what is not to be counted: products of an optimizer, say."""
         super().__init__()  # type: ignore[no-untyped-call]
+        self._aside = aside
         self.total: int | None = 0
         """None once a kernel was given what its formula does not know."""
         self._formulas = flop_registry | {kernel: shape_wrapper(formula) for kernel, formula in _unknown_to_torch()}
@@ -28,7 +31,7 @@ class FlopCounter(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         formula = self._formulas.get(func._overloadpacket)
-        if formula is not None and self.total is not None:
+        if formula is not None and self.total is not None and not self._aside():
             try:
                 self.total += int(formula(*args, **kwargs, out_val=result))
             except Exception:  # of a version or a shape that is not known here; the step must go on

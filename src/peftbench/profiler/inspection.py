@@ -63,4 +63,6 @@ def inspection(
     """The instruments of a run on ``device``; ``part`` tells which part of the step is being done."""
     book = Breakdown(model, optimizer, vocabulary, part) if breakdown_step is not None else None
     history = device.type == "cuda" and torch.cuda.get_allocator_backend() == "native"
-    return Inspection(history, FlopCounter() if count_flops else None, book, breakdown_step)
+    # Some optimizers multiply matrices too, and FLOPs are those of forward and backward pass.
+    counter = FlopCounter(lambda: part() == "optimizer") if count_flops else None
+    return Inspection(history, counter, book, breakdown_step)
