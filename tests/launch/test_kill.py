@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import random
-import signal
 import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.launch.test_compare import peftbench, record_of, run
@@ -54,7 +54,10 @@ def test_twenty_kills(project: Path, caches: dict[str, str]) -> None:
         else:
             time.sleep(moments.uniform(0, 5))
         assert process.poll() is None, "the suite has ended: there are too few steps for so many kills"
-        os.killpg(process.pid, signal.SIGKILL)
+        suite = psutil.Process(process.pid)
+        for one in (*suite.children(recursive=True), suite):  # a run is in a session of its own
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
         process.wait()
         unfinished += any(name.endswith(".unfinished") for name in newest(project))
     print("kills that came while a checkpoint was written:", unfinished)  # noqa: T201
