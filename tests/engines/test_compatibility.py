@@ -19,7 +19,7 @@ from peftbench.record import RunRecord, read_record
 from tests.conftest import REPOSITORY
 from tests.engines.battery import RESUMED, STEPS, UNTRAINED
 from tests.engines.conftest import SEVERAL, Ran, runnable
-from tests.engines.tolerances import RESUMED_APART, moved_apart, tolerance
+from tests.engines.tolerances import moved_apart, resumed_apart, tolerance
 
 PAGE = REPOSITORY / "docs" / "reference" / "compatibility.md"
 SLICE = [
@@ -84,7 +84,7 @@ def held_against_one_process(point: Combination, ran: Ran) -> None:
         assert states.expected_optimizer == states.optimizer + states.offloaded
     untrained = ran("single") / f"{point.method}-{UNTRAINED}-fp32"
     assert _distance(folder, reference) < moved_apart(point) * _distance(reference, untrained)
-    _goes_on(record, folder, RESUMED_APART)
+    _goes_on(record, folder, resumed_apart(point))
 
 
 def _goes_on(record: RunRecord, folder: Path, allowed: float) -> None:
