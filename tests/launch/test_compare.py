@@ -65,8 +65,10 @@ def test_interrupted_compare_says_how_to_go_on(project: Path, caches: dict[str, 
     (project / "suite.yaml").write_text("name: s\nrecipes: [recipe.yaml]\naxes: {train.steps: [2, 100000]}\n")
     command = peftbench("compare", "suite.yaml", "trackers=[tensorboard]")
     process = subprocess.Popen(
-        command, cwd=project, env=caches, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+        command, cwd=project, env=caches, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        # A shell has what it starts in the background ignore interrupts, these tests too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+    )  # fmt: skip
     second = project / "out" / "run-steps=100000"
     deadline = time.monotonic() + 200
     while not list(second.rglob("events.out.*")) and time.monotonic() < deadline:  # its training has begun
