@@ -53,6 +53,9 @@ def quiet_libraries() -> None:
     huggingface_hub.logging.set_verbosity_error()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of a faster kernel whenever it is imported
+    # peft imports it where it is installed, and it warns of kernels for other GPUs and of names in torch.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     # Sets its own level when it is imported, and would say of every machine without a GPU that it has none.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     transformers.logging.set_verbosity_error()
