@@ -20,7 +20,7 @@ from peftbench.engine.compatibility import check_checkpoint
 from peftbench.engine.state import _random_state, _set_random_state
 from peftbench.errors import CheckpointError, CombinationError, DiskFullError, OutputError
 from peftbench.methods.full import Full
-from peftbench.recipe import Checkpoint, Profile
+from peftbench.recipe import Checkpoint, Profile, Recipe
 from tests.conftest import Workshop, every_method
 
 ORIGIN = Origin("recipe", "model", "data", "single", 1, "cpu", {"torch": "1"})
@@ -219,22 +219,27 @@ class StoppedError(Exception):
     """As a kill between two steps."""
 
 
+def stopped_at_a_checkpoint(workshop: Workshop, recipe: Recipe) -> None:
+    """Run ``recipe`` until its first checkpoint is written."""
+    save = Checkpoints.save
+
+    def saved_and_stopped(self: Checkpoints, step: int, kept: dict[str, object]) -> None:
+        save(self, step, kept)
+        raise StoppedError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "save", saved_and_stopped)
+        with pytest.raises(StoppedError):
+            workshop.run(recipe)
+
+
 @every_method
-def test_a_run_goes_on_to_the_last_bit(method: Full, workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_goes_on_to_the_last_bit(method: Full, workshop: Workshop) -> None:
     """With dropout, accumulation and a schedule; the record says where."""
     knobs: dict[str, Any] = {"train": {"steps": 8, "micro_batch": 4}, "model": {"dropout": 0.2}, "save_model": True}
     undisturbed = workshop.run(workshop.recipe(method, name="undisturbed", **knobs))
     recipe = workshop.recipe(method, name="stopped", checkpoint=Checkpoint(every_steps=3), **knobs)
-    save = Checkpoints.save
-
-    def once(self: Checkpoints, step: int, kept: dict[str, object]) -> None:
-        save(self, step, kept)
-        raise StoppedError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", once)
-        with pytest.raises(StoppedError):
-            workshop.run(recipe)
+    stopped_at_a_checkpoint(workshop, recipe)
     resumed = workshop.run(recipe)
     assert resumed.losses == undisturbed.losses
     assert resumed.quality == undisturbed.quality
@@ -246,7 +251,7 @@ def test_a_run_goes_on_to_the_last_bit(method: Full, workshop: Workshop, monkeyp
     assert not (workshop.output / "stopped" / "checkpoints").exists()
 
 
-def test_figures_of_a_run_that_went_on(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figures_of_a_run_that_went_on(workshop: Workshop) -> None:
     """The first steps of each process are in none; counts and the breakdown of steps not done again are kept."""
     recipe = workshop.recipe(
         Full(),
@@ -254,16 +259,7 @@ def test_figures_of_a_run_that_went_on(workshop: Workshop, monkeypatch: pytest.M
         profile=Profile(warmup_steps=2, breakdown=True),
         checkpoint=Checkpoint(every_steps=4),
     )
-    save = Checkpoints.save
-
-    def stop(self: Checkpoints, step: int, kept: dict[str, object]) -> None:
-        save(self, step, kept)
-        raise StoppedError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", stop)
-        with pytest.raises(StoppedError):
-            workshop.run(recipe)
+    stopped_at_a_checkpoint(workshop, recipe)
     record = workshop.run(recipe)
     assert record.throughput is not None
     assert record.throughput.steps == (4 - 2) + (5 - 2)
