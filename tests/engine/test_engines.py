@@ -111,6 +111,29 @@ def test_the_recipe_s_numbers_are_written_in(asked: Path) -> None:
         assert made["train_batch_size"] == 24
 
 
+def test_states_on_a_disk_lie_in_the_run_s_folder(asked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both of them, and not where one happens to be; without libaio it is said what to install."""
+    config = json.loads((REPOSITORY / "ds_configs" / "zero3_nvme.json").read_text(encoding="utf-8"))
+    asked.write_text(json.dumps(config), encoding="utf-8")
+    zero = deepspeed.plugin(
+        micro_batch=1, accumulation=1, processes=1, max_grad_norm=None, scratch=Path("scratch")
+    ).deepspeed_config["zero_optimization"]
+    assert zero["offload_param"]["nvme_path"] == zero["offload_optimizer"]["nvme_path"] == "scratch"
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda *_, **__: False)
+    with pytest.raises(EngineError, match=r"libaio-dev.*or use accel_configs/zero3_offload\.yaml"):
+        deepspeed.check_disk()
+
+
+def test_a_file_without_zero(asked: Path, workshop: Workshop) -> None:
+    """Names a file that has what is missing."""
+    for content in ({"bf16": {"enabled": "auto"}}, []):
+        asked.write_text(json.dumps(content), encoding="utf-8")
+        with pytest.raises(EngineError, match=r"no section zero_optimization; ds_configs/zero2\.json has one"):
+            bind(workshop.recipe(Full()), workshop.output)
+
+
 def test_what_did_not_start_as_asked_is_refused(workshop: Workshop) -> None:
     """Each difference is named, with both sides, before the first step."""
     recipe = workshop.recipe(Full(), train={"micro_batch": 3})

@@ -18,6 +18,7 @@ from accelerate.state import PartialState
 from peftbench.data.sources import Files
 from peftbench.engine.checkpoint import Checkpoints
 from peftbench.engine.compatibility import Combination
+from peftbench.engine.engines import ENGINES
 from peftbench.methods import METHODS
 from peftbench.optim import OPTIMIZERS
 from peftbench.recipe import Checkpoint, Data, Evaluate, Model, Profile, Recipe, Schedule, Train
@@ -106,7 +107,7 @@ def main() -> None:
         made = recipe(point, base, data, Path(folder))
         try:
             Run(made).execute()
-            if optimizer != UNTRAINED:
+            if optimizer != UNTRAINED and not ENGINES[engine].on_disk:
                 stopped_and_resumed(made)
         except Exception:
             place = Path(folder) / engine / name

@@ -78,5 +78,5 @@ def ran(places: tuple[Path, Path, Path], request: pytest.FixtureRequest) -> Ran:
     return folder
 
 
-SEVERAL = [name for name in ENGINES if name not in {"single", "zero3_nvme"}]
-"""Engines of two processes that run on CPU without more."""
+SEVERAL = [name for name in ENGINES if name != "single"]
+"""Engines of two processes, all of which run on CPU."""

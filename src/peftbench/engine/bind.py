@@ -83,6 +83,8 @@ def bind(recipe: Recipe, folder: Path) -> Bound:
         check_base(asked.method, asked.engine, recipe.model.quantization)
         if recipe.checkpoint.every_steps is not None:
             check_checkpoint(asked.engine, asked.optimizer)
+    if engine.on_disk:
+        deepspeed.check_disk()
     if cpu and engine.fsdp:
         _fsdp_on_cpu()
     accelerator = Accelerator(

@@ -53,13 +53,9 @@ def plugin(
     Raises:
         MissingFileError, EngineError: the file is not there, or sets what the recipe owns.
     """
-    _check_file()
+    config = _read_file()
     from accelerate.utils import DeepSpeedPlugin
 
-    # Each process loads the base whole, as under every other engine, and gives its part away afterwards: weights that
-    # are drawn in parts are other weights, and methods could not be applied to them.
-    made = DeepSpeedPlugin(zero3_init_flag=False)
-    config = made.deepspeed_config
     _check_keys(config)
     for key in _OF_THE_RECIPE:
         if (found := _value(config, key)) not in (None, AUTO):
@@ -70,9 +66,11 @@ def plugin(
     config["gradient_clipping"] = max_grad_norm or 0.0  # left alone, accelerate makes it 1
     for part in ("offload_optimizer", "offload_param"):
         offload = config.get("zero_optimization", {}).get(part)
-        if offload and offload.get("nvme_path") == AUTO:
+        if offload and offload.get("nvme_path") == AUTO:  # left alone, accelerate makes it a folder "none"
             offload["nvme_path"] = str(scratch)
-    return made
+    # Each process loads the base whole, as under every other engine, and gives its part away afterwards: weights that
+    # are drawn in parts are other weights, and methods could not be applied to them.
+    return DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False)
 
 
 def _check_keys(config: Mapping[str, Any]) -> None:
@@ -88,7 +86,7 @@ def _check_keys(config: Mapping[str, Any]) -> None:
             )
 
 
-def _check_file() -> None:
+def _read_file() -> dict[str, Any]:
     named = os.environ.get(_FILE)
     if not named:
         raise EngineError(
@@ -96,13 +94,16 @@ def _check_file() -> None:
             "--deepspeed_config_file ds_configs/zero2.json"
         )
     try:
-        json.loads(Path(named).read_text(encoding="utf-8"))
+        config = json.loads(Path(named).read_text(encoding="utf-8"))
     except OSError as error:
         raise MissingFileError(
             f"there is no DeepSpeed file {named}", "its path is read from the folder you are in: run from the project's"
         ) from error
     except ValueError as error:
         raise EngineError(f"the DeepSpeed file {named} is not JSON: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("zero_optimization"), dict):
+        raise EngineError(f"the DeepSpeed file {named} has no section zero_optimization; ds_configs/zero2.json has one")
+    return config
 
 
 def _value(config: Mapping[str, Any], key: str) -> Any:
@@ -110,6 +111,21 @@ def _value(config: Mapping[str, Any], key: str) -> Any:
     for part in key.split("."):
         found = found.get(part) if isinstance(found, Mapping) else None
     return found
+
+
+def check_disk() -> None:
+    """Whether states can be put on a disk.
+
+    Raises:
+        EngineError: what DeepSpeed's access to disks is compiled with is not there; its own error names no remedy.
+    """
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise EngineError(
+            "DeepSpeed reads and writes disks through libaio, whose development files are not here; install them "
+            "(Debian: libaio-dev, Red Hat: libaio-devel), or use accel_configs/zero3_offload.yaml"
+        )
 
 
 def after_start() -> None:

@@ -37,6 +37,11 @@ class EngineKind:
         return self.fsdp or self.zero_stage == 3
 
     @property
+    def on_disk(self) -> bool:
+        """Whether weights or optimizer states lie on a disk."""
+        return "nvme" in (self.offload_optimizer, self.offload_parameters)
+
+    @property
     def flattens(self) -> bool:
         """Whether the optimizer sees one flat vector instead of the model's matrices."""
         return self.deepspeed

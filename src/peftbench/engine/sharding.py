@@ -85,7 +85,7 @@ def state_bytes(
 
     ``device`` is the kind of device it runs on. None where states lie on a disk, of which DeepSpeed does not tell.
     """
-    if "nvme" in (engine.offload_optimizer, engine.offload_parameters):
+    if engine.on_disk:
         return None
     _share_out(model)
     masters = deepspeed.master_weights(optimizer)
