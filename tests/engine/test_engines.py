@@ -128,7 +128,8 @@ def test_states_on_a_disk_lie_in_the_run_s_folder(asked: Path, monkeypatch: pyte
 
 def test_a_file_without_zero(asked: Path, workshop: Workshop) -> None:
     """Names a file that has what is missing."""
-    for content in ({"bf16": {"enabled": "auto"}}, []):
+    contents: tuple[object, ...] = ({"bf16": {"enabled": "auto"}}, [])
+    for content in contents:
         asked.write_text(json.dumps(content), encoding="utf-8")
         with pytest.raises(EngineError, match=r"no section zero_optimization; ds_configs/zero2\.json has one"):
             bind(workshop.recipe(Full()), workshop.output)
