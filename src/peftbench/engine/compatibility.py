@@ -75,12 +75,6 @@ RULES = (
         optimizers=frozenset(name for name, kind in OPTIMIZERS.items() if kind.needs_matrices),
     ),
     Rule(
-        "each process draws other random projections, and their weights drift apart",
-        "optimizer.kind=galore, or accel_configs/single_gpu.yaml",
-        engines=frozenset({"ddp"}),
-        optimizers=frozenset({"apollo"}),
-    ),
-    Rule(
         "weights in bf16 are rounded by chance, by each process otherwise, and ZeRO steps copies in float32",
         "optimizer.kind=adamw8bit, or accel_configs/single_gpu.yaml",
         engines=frozenset(ENGINES) - {"single"},

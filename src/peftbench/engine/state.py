@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import asdict
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +22,12 @@ if TYPE_CHECKING:
     from peftbench.engine.loop import Progress
 
 # What an optimizer's state may hold beside tensors and numbers: by name, so that nothing else is made on reading.
-_PROJECTOR, _8BIT = "GaLoreProjector", "OptimState8bit"
+_8BIT = "OptimState8bit"
+_PROJECTORS = {
+    "GaLoreProjector": "pytorch_optimizer.optimizer.utils.galore",
+    "GradientProjector": "apollo_torch.random_projector",
+}
+"""And where it is."""
 
 
 def captured(accelerator: Accelerator, trainer: Trainer, model: nn.Module, progress: Progress) -> dict[str, Any]:
@@ -103,8 +109,8 @@ def _value(value: object) -> object:
         return {_8BIT: parts, "signed": signed, "dtype": str(dtype).removeprefix("torch.")}
     if isinstance(value, torch.Tensor):
         return local(value)
-    if type(value).__name__ == _PROJECTOR:
-        return {_PROJECTOR: {key: _value(below) for key, below in vars(value).items()}}
+    if (name := type(value).__name__) in _PROJECTORS:
+        return {name: {key: _value(below) for key, below in vars(value).items()}}
     return value
 
 
@@ -119,10 +125,10 @@ def _object(value: dict[str, Any]) -> object:
         dtype = getattr(torch, value["dtype"])
         assert isinstance(dtype, torch.dtype)
         return OptimState8bit.__tensor_unflatten__(value[_8BIT], (value["signed"], dtype))
-    from pytorch_optimizer.optimizer.utils.galore import GaLoreProjector
-
-    made = GaLoreProjector()
-    vars(made).update(value[_PROJECTOR])
+    ((name, kept),) = value.items()
+    kind = getattr(import_module(_PROJECTORS[name]), name)
+    made = object.__new__(kind)
+    vars(made).update(kept)
     return made
 
 

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 
 class AdamW(Betas):
-    """AdamW (Loshchilov and Hutter 2019), torch's own, fused on CUDA."""
+    """AdamW (Loshchilov and Hutter 2019), torch's own; fused on CUDA, but under zero3 and fsdp2,
+    whose weights are not there yet when it is made.
+    """
 
     kind: Literal["adamw"] = "adamw"
     """Which optimizer."""

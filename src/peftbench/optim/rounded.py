@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from peftbench.errors import OptimizerError
-from peftbench.optim.base import Betas, sizes
+from peftbench.optim.base import EMBEDDINGS, Betas, sizes
 
 if TYPE_CHECKING:
     import torch
@@ -34,24 +35,39 @@ class _Rounded(Betas):
             import torchao.optim
         except ImportError as error:
             raise OptimizerError(f"optimizer.kind={self.kind} needs torchao; install peftbench[optimizers]") from error
-        import torch
-
         trained = list(parameters)
-        library: Any = getattr(torchao.optim, self.of_library)
-
-        class Eager(library):  # type: ignore[misc]
-            def step(self, closure: Any = None) -> Any:  # noqa: ANN401 — as torch has it
-                # On CPU compiling a step for every shape would take minutes.
-                with torch.compiler.set_stance("force_eager"):
-                    return super().step(closure)
-
-        kind = library if all(parameter.is_cuda for parameter in trained) else Eager
-        kind.__name__ = kind.__qualname__ = library.__name__
+        apart = {id(parameter) for parameter in embeddings} if self._embeddings_apart() else set()
+        groups: list[dict[str, Any]] = [{"params": [p for p in trained if id(p) not in apart]}]
+        groups += [{"params": [p for p in trained if id(p) in apart], EMBEDDINGS: True}]
+        kind = _adapted(getattr(torchao.optim, self.of_library), apart, all(parameter.is_cuda for parameter in trained))
         made: torch.optim.Optimizer = kind(
-            trained, lr=self.learning_rate, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay,
-            bf16_stochastic_round=True,
+            [group for group in groups if group["params"]], lr=self.learning_rate, betas=self.betas, eps=self.eps,
+            weight_decay=self.weight_decay, bf16_stochastic_round=True,
         )  # fmt: skip
         return made
+
+    def _embeddings_apart(self) -> bool:
+        return False
+
+
+def _adapted(library: Any, in_32_bits: set[int], compiles: bool) -> Any:  # noqa: ANN401 — classes of torchao's
+    """The library's class, with 32-bit states for the parameters of these addresses."""
+    import torch
+
+    class Adapted(library):  # type: ignore[misc]
+        def _new_buffer(self, parameter: torch.Tensor, signed: bool) -> torch.Tensor:
+            if id(parameter) in in_32_bits:
+                return torch.zeros_like(parameter, dtype=torch.float32)
+            made: torch.Tensor = super()._new_buffer(parameter, signed)
+            return made
+
+        def step(self, closure: Any = None) -> Any:  # noqa: ANN401 — as torch has it
+            # On CPU compiling a step for every shape would take minutes.
+            with nullcontext() if compiles else torch.compiler.set_stance("force_eager"):
+                return super().step(closure)
+
+    Adapted.__name__ = Adapted.__qualname__ = library.__name__
+    return Adapted
 
 
 class AdamWBf16(_Rounded):
@@ -75,10 +91,18 @@ class AdamW8bitBf16(_Rounded):
 
     kind: Literal["adamw8bit_bf16"] = "adamw8bit_bf16"
     """Which optimizer."""
+    embeddings_32bit: bool = True
+    """Keep the states of embeddings in 32 bits, as adamw8bit does; false has 8 bits everywhere."""
+
+    def _embeddings_apart(self) -> bool:
+        return self.embeddings_32bit
 
     def state_bytes(self, groups: Sequence[dict[str, Any]]) -> int:
         total = 0
-        for size, _ in sizes(groups):
+        for size, embedding in sizes(groups):
+            if embedding:
+                total += 4 + 2 * 4 * size
+                continue
             whole = size >= _SMALLEST_8BIT and size % _BLOCK == 0
             # Each state has a table of its own.
             total += 4 + 2 * (size + 4 * math.ceil(size / _BLOCK) + 4 * 256 if whole else 2 * size)

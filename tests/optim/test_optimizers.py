@@ -1,0 +1,155 @@
+"""Each optimizer of the table steps by its knobs, keeps the states that its closed form says, and names its library."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from peftbench.engine.engines import SINGLE
+from peftbench.engine.sharding import state_bytes
+from peftbench.errors import OptimizerError
+from peftbench.optim import OPTIMIZERS, AdamW8bit, AdamW8bitBf16, AdamWBf16, Optimizer
+
+KINDS: dict[str, Any] = dict(OPTIMIZERS)
+ON_CPU = sorted(set(OPTIMIZERS) - {"paged_adamw8bit"})
+MORE: dict[str, dict[str, object]] = {
+    "galore": {"rank": 8}, "apollo": {"rank": 8}, "sgd": {"momentum": 0.9},
+}  # fmt: skip
+RATE, DECAY = 1e-3, 0.1
+
+
+class Small(nn.Module):
+    """An embedding, a matrix of whole blocks, one of none, and a vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(128, 64)
+        self.large = nn.Linear(64, 128, bias=False)
+        self.odd = nn.Linear(64, 3)
+
+
+def stepped(kind: Optimizer, steps: int = 1) -> tuple[Small, list[torch.Tensor], torch.optim.Optimizer]:
+    """A model of known gradients after some steps, what it was before, and its optimizer."""
+    torch.manual_seed(1)
+    model = Small()
+    if kind.weights == "bf16":
+        model.to(torch.bfloat16)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer = kind.build(list(model.parameters()), [model.embedding.weight])
+    kind.started(optimizer.param_groups)
+    drawn = torch.Generator().manual_seed(2)
+    gradients = [torch.randn(p.shape, generator=drawn) for p in model.parameters()]
+    for _ in range(steps):
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter.grad = gradient.to(parameter.dtype)
+        optimizer.step()
+    return model, before, optimizer
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_states_are_what_the_closed_form_says(name: str) -> None:
+    """To the byte, after one step; an optimizer of 8 bits keeps less than one of 32."""
+    kind = KINDS[name](learning_rate=RATE, **MORE.get(name, {}))
+    model, _, optimizer = stepped(kind)
+    found = state_bytes(SINGLE, model, optimizer, kind, "cpu")
+    assert found is not None
+    assert found.optimizer == found.expected_optimizer > 0
+    assert ("8bit" in name) == (found.optimizer < 2 * 4 * sum(p.numel() for p in model.parameters()) * 0.75) or (
+        name in {"adafactor", "galore", "apollo", "sgd", "lion", "adamw_bf16"}  # which keep less for another reason
+    )
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw32bit", "adamw8bit", "deepspeed_cpu_adam", "adamw8bit_bf16"])
+def test_a_first_step_is_adamw_s(name: str) -> None:
+    """On paper: weights shrink by rate x decay, and move by the rate against the gradient's sign."""
+    kind = KINDS[name](learning_rate=RATE, weight_decay=DECAY)
+    model, before, _ = stepped(kind)
+    drawn = torch.Generator().manual_seed(2)
+    for parameter, old in zip(model.parameters(), before, strict=True):
+        gradient = torch.randn(parameter.shape, generator=drawn)
+        expected = old.float() * (1 - RATE * DECAY) - RATE * gradient.sign()
+        off = (parameter.detach().float() - expected).abs()
+        if kind.weights == "bf16":  # rounded to a neighbour: 8 bits of a number
+            assert (off <= expected.abs() * 2**-7 + 1e-6).all()
+        else:
+            assert float(off.median()) < 1e-7
+            assert float((off > 1e-5).float().mean()) < 0.02  # near a gradient of zero eps, or 8 bits, count
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_knobs_reach_the_library(name: str) -> None:
+    """Twice the rate is another step; decay is in force."""
+    knobs = MORE.get(name, {})
+    (slow, before, _), (fast, _, _), (decayed, _, _) = (
+        stepped(KINDS[name](learning_rate=rate, weight_decay=decay, **knobs), steps=2)
+        for rate, decay in ((1e-2, 0.0), (2e-2, 0.0), (1e-2, 0.9))
+    )
+
+    def moved(model: Small) -> float:
+        return float(sum((p.detach() - b).float().norm() for p, b in zip(model.parameters(), before, strict=True)))
+
+    assert moved(fast) > 1.2 * moved(slow)
+    size = {id(m): float(m.embedding.weight.detach().float().norm()) for m in (slow, decayed)}
+    assert size[id(decayed)] < size[id(slow)] * 0.995
+
+
+@pytest.mark.parametrize("kind", [AdamW8bit, AdamW8bitBf16], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kept", [True, False])
+def test_embeddings_keep_32_bits_unless_told_otherwise(kind: type[Any], kept: bool) -> None:
+    """By the type of their first moment; the other matrix is in 8 bits either way."""
+    model, _, optimizer = stepped(kind(learning_rate=RATE, embeddings_32bit=kept))
+    assert kind().embeddings_32bit is True
+
+    def bits(parameter: torch.Tensor) -> int:
+        state = optimizer.state[parameter]
+        moment = state.get("state1", state.get("exp_avg"))
+        if hasattr(moment, "__tensor_flatten__"):
+            moment = getattr(moment, moment.__tensor_flatten__()[0][0])
+        return int(moment.element_size()) * 8
+
+    assert bits(model.embedding.weight) == (32 if kept else 8)
+    assert bits(model.large.weight) == 8
+
+
+def test_stochastic_rounding_keeps_small_steps() -> None:
+    """Steps of a hundredth of what bf16 tells apart at 1: lost by rounding to the nearest, kept on average here."""
+    parameter = nn.Parameter(torch.ones(200, 200, dtype=torch.bfloat16))
+    rate, steps = 2**-7 / 100, 50
+    optimizer = AdamWBf16(learning_rate=rate).build([parameter])
+    for _ in range(steps):
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    moved = 1 - float(parameter.detach().float().mean())
+    assert moved == pytest.approx(rate * steps, rel=0.05)
+    assert float(torch.tensor(1.0, dtype=torch.bfloat16) - rate) == 1.0
+
+
+@pytest.mark.parametrize(("name", "rank"), [("galore", 8), ("apollo", 64)])
+def test_the_rank_of_a_step(name: str, rank: int) -> None:
+    """GaLore steps in the projected space; APOLLO scales the whole gradient, row by row."""
+    model, before, _ = stepped(KINDS[name](learning_rate=1e-2, rank=8))
+    moved = before[1] - model.large.weight.detach()
+    values = torch.linalg.svdvals(moved)
+    assert int((values > 1e-4 * values[0]).sum()) == rank
+    if name == "apollo":
+        drawn = torch.Generator().manual_seed(2)
+        gradients = [torch.randn(p.shape, generator=drawn) for p in model.parameters()]
+        scales = (moved / gradients[1]).median(dim=1, keepdim=True).values
+        assert torch.allclose(moved, scales * gradients[1], atol=1e-7)
+
+
+@pytest.mark.parametrize(("name", "library"), [
+    ("galore", "pytorch_optimizer"), ("apollo", "apollo_torch"),
+    ("adamw_bf16", "torchao.optim"), ("adamw8bit_bf16", "torchao.optim"),
+])  # fmt: skip
+def test_a_library_that_is_not_installed(name: str, library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sentence with what to install."""
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(
+        OptimizerError, match=rf"optimizer\.kind={name} needs .*install peftbench\[(optimizers|apollo)\]"
+    ):
+        KINDS[name]().build([nn.Parameter(torch.ones(2, 2))])
