@@ -39,7 +39,9 @@ def stepped(kind: Optimizer, steps: int = 1) -> tuple[Small, list[torch.Tensor],
     if kind.weights == "bf16":
         model.to(torch.bfloat16)
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    optimizer = kind.build(list(model.parameters()), [model.embedding.weight])
+    weight = model.embedding.weight
+    assert isinstance(weight, nn.Parameter)
+    optimizer = kind.build(list(model.parameters()), [weight])
     kind.started(optimizer.param_groups)
     drawn = torch.Generator().manual_seed(2)
     gradients = [torch.randn(p.shape, generator=drawn) for p in model.parameters()]
@@ -57,7 +59,8 @@ def test_states_are_what_the_closed_form_says(name: str) -> None:
     model, _, optimizer = stepped(kind)
     found = state_bytes(SINGLE, model, optimizer, kind, "cpu")
     assert found is not None
-    assert found.optimizer == found.expected_optimizer > 0
+    assert found.optimizer == found.expected_optimizer
+    assert found.optimizer > 0
     assert ("8bit" in name) == (found.optimizer < 2 * 4 * sum(p.numel() for p in model.parameters()) * 0.75) or (
         name in {"adafactor", "galore", "apollo", "sgd", "lion", "adamw_bf16"}  # which keep less for another reason
     )
