@@ -1,4 +1,4 @@
-"""A run that one process began goes on in two, and one that ZeRO began is refused elsewhere."""
+"""A run that one process began goes on in two."""
 
 from __future__ import annotations
 

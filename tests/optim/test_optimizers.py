@@ -61,9 +61,8 @@ def test_states_are_what_the_closed_form_says(name: str) -> None:
     assert found is not None
     assert found.optimizer == found.expected_optimizer
     assert found.optimizer > 0
-    assert ("8bit" in name) == (found.optimizer < 2 * 4 * sum(p.numel() for p in model.parameters()) * 0.75) or (
-        name in {"adafactor", "galore", "apollo", "sgd", "lion", "adamw_bf16"}  # which keep less for another reason
-    )
+    if "8bit" in name:  # of which the embedding's half stays in 32
+        assert found.optimizer < 0.75 * 8 * sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw32bit", "adamw8bit", "deepspeed_cpu_adam", "adamw8bit_bf16"])

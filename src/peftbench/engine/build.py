@@ -148,6 +148,8 @@ def build(recipe: Recipe, base: Base, bound: Bound) -> Built:
             parameter.data = parameter.data.to(torch.bfloat16) if parameter.requires_grad else parameter.data
     if recipe.train.activation_offload and bound.accelerator.device.type == "cpu":
         notes.append("activation offload was left out: activations are in the CPU's memory anyway")
+    if recipe.model.quantization == "int8" and recipe.train.precision != "fp16":
+        notes.append(f"the int8 base rounds what it multiplies to fp16, and not to {recipe.train.precision}")
     if not (bound.engine.shards_weights and recipe.method.trains):  # those come to the device part by part
         model.to(bound.accelerator.device)
     parameters = Parameters(total=total, trainable=trainable)
