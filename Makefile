@@ -29,8 +29,9 @@ lint: .venv/installed
 readme: .venv/installed
 	$(BIN)/peftbench report docs/results/demo --into README.md --block demo
 	$(BIN)/peftbench report docs/results/demo_seeds --into docs/results/README.md --block seeds
-	$(BIN)/python -m peftbench.engine.compatibility > docs/reference/compatibility.md
 	$(BIN)/peftbench report docs/results/demo_rates --into docs/results/README.md --block rates --by optimizer.learning_rate
+	$(BIN)/python -m peftbench.engine.compatibility_page > .compatibility.md
+	mv .compatibility.md docs/reference/compatibility.md
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "peftbench needs Python 3.11 or newer; run make PYTHON=python3.11")'

@@ -1,7 +1,7 @@
 """Recipe: everything that may change a number, typed and frozen. YAML goes in and comes out.
 
 Any knob of the project is found here, in a method's file (``methods/``), a source's file (``data/sources.py``) or an
-optimizer's class (``optim.py``), with its unit and its meaning. Accelerate and DeepSpeed files say where a run happens,
+optimizer's class (``optim/``), with its unit and its meaning. Accelerate and DeepSpeed files say where a run happens,
 never what is computed.
 """
 
@@ -105,7 +105,7 @@ class Train(Part):
     micro_batch: int | None = Field(default=None, gt=0)
     """Most examples in one forward pass of one process; null means no accumulation."""
     precision: Precision = "fp32"
-    """Arithmetic of forward and backward pass; trained weights stay in float32."""
+    """Arithmetic of forward and backward pass; trained weights stay in float32, unless the optimizer says bf16."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     activation_offload: bool = False

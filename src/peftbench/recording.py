@@ -43,7 +43,7 @@ N = TypeVar("N", int, float)
 T = TypeVar("T")
 _LIBRARIES = (
     "peftbench", "torch", "accelerate", "transformers", "peft", "datasets", "evaluate", "tokenizers", "deepspeed",
-    "bitsandbytes", "pytorch-optimizer", "torchao",
+    "bitsandbytes", "pytorch-optimizer", "apollo-torch", "torchao",
 )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ from peftbench.engine.build import (
 )
 from peftbench.engine.checkpoint import Checkpoints, Origin
 from peftbench.engine.loop import DivergedError, Progress, train
-from peftbench.engine.ranks import main_process_first
+from peftbench.engine.ranks import gathered, main_process_first
 from peftbench.engine.sharding import bring_home
 from peftbench.engine.state import captured, restore
 from peftbench.errors import CheckpointError, PeftbenchError
@@ -127,6 +127,8 @@ class Run:
         if self.accelerator.is_main_process:
             path = record.write(self.folder)
             self.recorded = True
+            if outcome.kind == "ok" and self.built is not None:
+                self._forget_checkpoints(self.built)  # not sooner: what a kill takes could not be had again
         if fault is not None:
             raise fault
         self.accelerator.end_training()
@@ -194,10 +196,6 @@ class Run:
         if self.recipe.method.trains and self.recipe.save_model:
             with self.probe.phase("save"):
                 self._save(built)
-        if self.recipe.method.trains:
-            self._checkpoints(built).forget()
-            if self.accelerator.is_main_process:
-                shutil.rmtree(self.folder / SCRATCH, ignore_errors=True)
 
     def _come_together(self) -> None:
         """At the end of the work, when all ranks are there: what the device can do, and what each has measured."""
@@ -252,13 +250,17 @@ class Run:
             )  # fmt: skip
 
     def _checkpoints(self, built: Built) -> Checkpoints:
-        found = versions()
         origin = Origin(
             self.recipe.fingerprint(), str(built.base.identity), str(self.data_identity), self.engine.name,
             self.accelerator.num_processes, self.accelerator.device.type,
-            {name: found[name] for name in ("torch", "peftbench", "bitsandbytes", "deepspeed") if name in found},
+            {name: version for name, version in versions().items() if name not in {"datasets", "evaluate"}},
         )  # fmt: skip
         return Checkpoints(self.accelerator, self.folder, origin, self.recipe.checkpoint.keep)
+
+    def _forget_checkpoints(self, built: Built) -> None:
+        if self.recipe.method.trains:
+            self._checkpoints(built).forget()
+            shutil.rmtree(self.folder / SCRATCH, ignore_errors=True)
 
     def _go_on(self, built: Built, trainer: Trainer, checkpoints: Checkpoints) -> None:
         """Take up the newest checkpoint of this very run.
@@ -271,12 +273,13 @@ class Run:
         if found is None:
             return
         state, own = checkpoints.read(found)
+        problem = None
         try:
             restore(state, self.accelerator, trainer, built.bare_model, self.progress, own_random_state=own)
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{found.path} does not fit: {error}", f"remove {found.path.parent} to begin anew"
-            ) from error
+        except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+            problem = f"{found.path} does not fit: {error}"
+        if problems := [said for said in gathered(self.accelerator, problem) if said is not None]:
+            raise CheckpointError(problems[0], f"remove {found.path.parent} to begin anew")
         self.probe.go_on(state["probe"], same_place=own)
         self.kept = state["kept"] if own else {}
         self.resumed_after = [*state["resumed_after"], self.progress.steps]

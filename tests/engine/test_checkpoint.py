@@ -16,11 +16,11 @@ from accelerate import Accelerator
 
 from peftbench.engine import checkpoint, safetree
 from peftbench.engine.checkpoint import Checkpoints, Origin
-from peftbench.engine.compatibility import check_checkpoint
 from peftbench.engine.state import _random_state, _set_random_state
-from peftbench.errors import CheckpointError, CombinationError, DiskFullError, OutputError
+from peftbench.errors import CheckpointError, DiskFullError, OutputError
 from peftbench.methods.full import Full
 from peftbench.recipe import Checkpoint, Profile, Recipe
+from peftbench.record import RunRecord
 from tests.conftest import Workshop, every_method
 
 ORIGIN = Origin("recipe", "model", "data", "single", 1, "cpu", {"torch": "1"})
@@ -159,12 +159,15 @@ def test_what_was_left_by_a_kill_is_no_checkpoint(make: Make) -> None:
 def test_of_another_recipe(what: str, make: Make) -> None:
     """What another recipe, base or data left is neither gone on with nor taken away, and that is said."""
     make().save(1, state(1))
-    other = make(**{what: "another"})
+    make().save(9, state(9))
+    other = make(keep=1, **{what: "another"})
     assert other.newest() is None
     assert "left alone" in other.notes[0]
+    other.save(5, state(5))  # an earlier step than those
+    assert step_of(other) == 5
     other.forget()
-    if what == "recipe_fingerprint":
-        assert step_of(make()) == 1
+    assert step_of(make()) == 9
+    assert len(make().found()) == 2
 
 
 @pytest.mark.parametrize(
@@ -193,13 +196,21 @@ def test_another_number_of_processes(make: Make) -> None:
             make(**changes).newest()
 
 
-def test_states_that_would_not_come_back_are_refused() -> None:
-    """Before anything is loaded."""
-    with pytest.raises(CombinationError, match="zero3_nvme keeps states on a disk, and a checkpoint does not"):
-        check_checkpoint("zero3_nvme", "deepspeed_cpu_adam")
-    with pytest.raises(CombinationError, match="states of paged_adamw8bit would come back unpaged"):
-        check_checkpoint("single", "paged_adamw8bit")
-    check_checkpoint("zero3_offload", "adamw8bit")
+def test_a_record_that_cannot_be_written_costs_no_training(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints stay until the record is there: a kill or a full disk before that costs the evaluation alone."""
+    recipe = workshop.recipe(Full(), train={"steps": 4}).model_copy(update={"checkpoint": Checkpoint(every_steps=2)})
+
+    def killed(*_: object) -> Path:
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunRecord, "write", killed)
+        with pytest.raises(SystemExit):
+            workshop.run(recipe)
+    record = workshop.run(recipe)
+    assert record.resumed_after == (4,)
+    assert len(record.losses) == 4
+    assert not (workshop.output / recipe.name / checkpoint.FOLDER).exists()
 
 
 def test_random_numbers_go_on() -> None:

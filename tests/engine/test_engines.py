@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from peftbench.engine import deepspeed
 from peftbench.engine.bind import bind, check_started
-from peftbench.engine.engines import DDP, ENGINES, FSDP2, SINGLE, asked_engine, engine_named
+from peftbench.engine.engines import DDP, FSDP2, SINGLE, asked_engine
 from peftbench.errors import CombinationError, EngineError, MissingFileError
 from peftbench.methods.full import Full
 from peftbench.optim import GaLore
@@ -44,9 +45,6 @@ def test_an_engine_that_is_not_in_the_table() -> None:
     unknown = {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}
     with pytest.raises(EngineError, match=r"ZeRO stage 1 with optimizer states on 'cpu'.*zero2_offload"):
         asked_engine(unknown)
-    with pytest.raises(EngineError, match="did you mean 'zero2'"):
-        engine_named("zero-2")
-    assert engine_named("zero2") is ENGINES["zero2"]
 
 
 @pytest.fixture
@@ -109,6 +107,50 @@ def test_the_recipe_s_numbers_are_written_in(asked: Path) -> None:
         assert made["gradient_clipping"] == written
         assert (made["train_micro_batch_size_per_gpu"], made["gradient_accumulation_steps"]) == (3, 2)
         assert made["train_batch_size"] == 24
+
+
+@pytest.mark.parametrize(("variable", "value", "said"), [
+    ("FSDP_ACTIVATION_CHECKPOINTING", "true", r"_checkpointing \(true\).*train\.gradient_checkpointing=true"),
+    ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", r"dynamo_config \(INDUCTOR\), which is no engine.*take it out"),
+    ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", r"parallelism_config \(true\)"),
+])  # fmt: skip
+def test_an_accelerate_file_that_changes_what_is_computed(
+    variable: str, value: str, said: str, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a launcher made of it is refused in a sentence."""
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(EngineError, match=said):
+        bind(workshop.recipe(Full()), workshop.output)
+    monkeypatch.setenv(variable, "false" if value == "true" else "NO")
+    bind(workshop.recipe(Full()), workshop.output)
+
+
+@pytest.mark.parametrize(("key", "value", "said"), [
+    ("stage", "two", "1, 2 or 3"),
+    ("stage", 4, "1, 2 or 3"),
+    ("offload_optimizer", "cpu", 'a section, as {"device": "cpu"}'),
+    ("reduce_bucket_size", "many", 'a number or "auto"'),
+    ("stage3_prefetch_bucket_size", [], 'a number or "auto"'),
+])  # fmt: skip
+def test_a_file_with_values_of_another_type(
+    key: str, value: object, said: str, asked: Path, workshop: Workshop
+) -> None:
+    """One sentence with what was given and what is allowed."""
+    zero = ZERO2["zero_optimization"] | {key: value}
+    asked.write_text(json.dumps(ZERO2 | {"zero_optimization": zero}), encoding="utf-8")
+    sentence = f"sets zero_optimization.{key} to {value!r}; it must be {said}"
+    with pytest.raises(EngineError, match=re.escape(sentence)):
+        bind(workshop.recipe(Full()), workshop.output)
+
+
+def test_a_compiled_model_is_not_what_was_asked_for(workshop: Workshop) -> None:
+    """Whoever compiled it."""
+    recipe = workshop.recipe(Full())
+    bound = bind(recipe, workshop.output)
+    model = torch.nn.Linear(2, 2)
+    steps = torch.optim.AdamW(model.parameters())
+    with pytest.raises(EngineError, match="engine 'OptimizedModule' instead of 'no wrapper'"):
+        check_started(recipe, bound, torch.compile(model, backend="eager"), steps, steps)
 
 
 def test_states_on_a_disk_lie_in_the_run_s_folder(asked: Path, monkeypatch: pytest.MonkeyPatch) -> None:

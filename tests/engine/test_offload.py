@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
 
-from peftbench.engine.offload import SMALLEST, ActivationOffload, _Moved
+from peftbench.engine.offload import SMALLEST, ActivationOffload, _Moved, _unpack
 from peftbench.methods.full import Full
 from tests.conftest import Workshop
 
@@ -19,6 +21,31 @@ def test_on_cpu_nothing_moves_and_it_is_said(workshop: Workshop) -> None:
     assert offloaded.losses == plain.losses
     assert "activation offload was left out: activations are in the CPU's memory anyway" in offloaded.notes
     assert plain.notes == ()
+
+
+def test_what_moves_and_what_comes_back() -> None:
+    """Activations alone: the copy is another tensor of the same values, and gradients are the same to the last bit."""
+    width = 1024
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(width, width), nn.GELU()) for _ in range(2)))
+    inputs = torch.randn(SMALLEST // width, width)
+    hooks = ActivationOffload(model.parameters(), "cpu")
+    weight = model[0][0].weight  # type: ignore[index]
+    assert hooks._pack(weight) is weight
+    assert hooks._pack(weight.t()).untyped_storage()._cdata == weight.untyped_storage()._cdata  # type: ignore[union-attr]
+    small = torch.ones(8)
+    assert hooks._pack(small) is small
+    packed = hooks._pack(inputs)
+    assert isinstance(packed, _Moved)
+    assert packed.tensor.data_ptr() != inputs.data_ptr()
+    assert torch.equal(_unpack(packed), inputs)
+    gradients = []
+    for offload in (False, True):
+        model.zero_grad()
+        with ActivationOffload(model.parameters(), "cpu") if offload else nullcontext():
+            loss = model(inputs).square().mean()
+        loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+    assert all(torch.equal(first, second) for first, second in zip(*gradients, strict=True))
 
 
 @pytest.mark.gpu

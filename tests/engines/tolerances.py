@@ -34,8 +34,6 @@ def resumed_apart(combination: Combination) -> float:
 
 def moved_apart(combination: Combination) -> float:
     """How far weights may lie apart, of how far they have moved: an untrained model would be 1 apart."""
-    if combination.optimizer.startswith("lion"):
-        return 0.5
     if combination.precision == "bf16" or "8bit" in combination.optimizer:
-        return 0.3
+        return 0.15
     return 0.02

@@ -15,6 +15,9 @@ OWNED_BY_RECIPES = {
     "gradient_clipping",
     "downcast_bf16",
     "fp8_config",
+    "fsdp_activation_checkpointing",
+    "dynamo_config",
+    "parallelism_config",
 }
 
 

@@ -21,7 +21,7 @@ from accelerate.utils import (
 
 from peftbench.data.batches import division
 from peftbench.engine import deepspeed
-from peftbench.engine.compatibility import Combination, check, check_base, check_checkpoint
+from peftbench.engine.compatibility import ACTIVATION_OFFLOAD, CHECKPOINTS, QUANTIZATION, Combination, check
 from peftbench.engine.engines import DDP, SINGLE, EngineKind, asked_engine
 from peftbench.errors import EngineError, PrecisionError
 from peftbench.record import Device
@@ -69,6 +69,7 @@ def bind(recipe: Recipe, folder: Path) -> Bound:
     processes = _asked_world_size()
     accumulation, micro_batch = division(recipe.train.global_batch, recipe.train.micro_batch, processes)
     _check_accumulation(accumulation)
+    _check_owned()
     plugin = None
     if deepspeed.asked_for():
         plugin = deepspeed.plugin(
@@ -78,11 +79,7 @@ def bind(recipe: Recipe, folder: Path) -> Bound:
     engine = asked_engine(plugin.deepspeed_config if plugin else None)
     _check_launch(cpu, engine)
     if recipe.method.trains:
-        asked = Combination(recipe.method.kind, engine.name, recipe.optimizer.kind, recipe.train.precision)
-        check(asked, "cpu" if cpu else "cuda")
-        check_base(asked.method, asked.engine, recipe.model.quantization)
-        if recipe.checkpoint.every_steps is not None:
-            check_checkpoint(asked.engine, asked.optimizer)
+        check(_combination(recipe, engine), "cpu" if cpu else "cuda")
     if engine.on_disk:
         deepspeed.check_disk()
     if cpu and engine.fsdp:
@@ -103,6 +100,16 @@ def bind(recipe: Recipe, folder: Path) -> Bound:
         deepspeed.after_start()
     _check_world(accelerator, engine)
     return Bound(accelerator, engine, recipe.train.precision)
+
+
+def _combination(recipe: Recipe, engine: EngineKind) -> Combination:
+    asked = {
+        QUANTIZATION: recipe.model.quantization is not None,
+        CHECKPOINTS: recipe.checkpoint.every_steps is not None,
+        ACTIVATION_OFFLOAD: recipe.train.activation_offload,
+    }
+    extras = frozenset(extra for extra, wanted in asked.items() if wanted)
+    return Combination(recipe.method.kind, engine.name, recipe.optimizer.kind, recipe.train.precision, extras)
 
 
 def _fsdp_plugin() -> FullyShardedDataParallelPlugin:
@@ -153,6 +160,22 @@ def _check_accumulation(accumulation: int) -> None:
             f"accelerate was told to accumulate {told} times, and the recipe owns that: set train.global_batch and "
             "train.micro_batch, and unset ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
         )
+
+
+def _check_owned() -> None:
+    """Refuse what an accelerate file may say that changes what is computed, or how much memory it takes."""
+    asked = {
+        "fsdp_activation_checkpointing": os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false"),
+        "dynamo_config": os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no"),
+        "parallelism_config": os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false"),
+    }
+    for key, value in asked.items():
+        if value.lower() not in {"false", "no", ""}:
+            instead = {"fsdp_activation_checkpointing": "set train.gradient_checkpointing=true in the recipe"}
+            raise EngineError(
+                f"the accelerate file asks for {key} ({value}), which is no engine of peftbench; take it out"
+                + (f" and {instead[key]}" if key in instead else "")
+            )
 
 
 def _check_launch(cpu: bool, engine: EngineKind) -> None:
@@ -242,10 +265,11 @@ def _name(thing: object) -> str:
 
 
 def _wrapper(model: object) -> str:
+    from torch._dynamo import OptimizedModule
     from torch.distributed.fsdp import FSDPModule
     from torch.nn.parallel import DistributedDataParallel
 
-    for kind in (FSDPModule, DistributedDataParallel):
+    for kind in (FSDPModule, DistributedDataParallel, OptimizedModule):
         if isinstance(model, kind):
             return kind.__name__
     return "no wrapper"

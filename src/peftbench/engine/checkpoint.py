@@ -48,6 +48,12 @@ class Origin:
     versions: dict[str, str]
 
     @property
+    def training(self) -> str:
+        """What is trained on what, in one word: of another recipe, base or data it is another."""
+        identity = json.dumps([self.recipe_fingerprint, self.model_identity, self.data_identity])
+        return hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
+
+    @property
     def replicated(self) -> bool:
         """Whether each process has everything, so that any number of them can go on with the first one's part."""
         return self.engine in {"single", "ddp"}
@@ -77,11 +83,11 @@ class Found:
 
 
 class Checkpoints:
-    """The checkpoints of one run, in a folder of its recipe's own."""
+    """The checkpoints of one run, in a folder of its own for each recipe, base and data."""
 
     def __init__(self, accelerator: Accelerator, run_folder: Path, origin: Origin, keep: int) -> None:
         self.accelerator, self.origin, self.keep = accelerator, origin, keep
-        self.folder = run_folder / FOLDER / origin.recipe_fingerprint
+        self.folder = run_folder / FOLDER / origin.training
         self.notes: list[str] = []
 
     def save(self, step: int, state: dict[str, Any]) -> None:
@@ -158,7 +164,9 @@ class Checkpoints:
 
     def _chosen(self) -> tuple[Found | None, list[str], str | None]:
         others = [path for path in self.folder.parent.glob("*") if path.is_dir() and path != self.folder]
-        notes = [f"checkpoints of another recipe lie in {path} and were left alone" for path in sorted(others)]
+        notes = [
+            f"checkpoints of another recipe, base or data lie in {path} and were left alone" for path in sorted(others)
+        ]
         for path in self.folder.glob(f"*{_UNFINISHED}"):
             shutil.rmtree(path, ignore_errors=True)
         for path in self.found():
@@ -166,9 +174,6 @@ class Checkpoints:
             if origin is None:
                 notes.append(f"the checkpoint {path.name} was damaged and was taken away")
                 shutil.rmtree(path, ignore_errors=True)
-                continue
-            if (origin.model_identity, origin.data_identity) != (self.origin.model_identity, self.origin.data_identity):
-                notes.append(f"the checkpoint {path.name} is of another base or other data, and was left alone")
                 continue
             if differences := self.origin.differences(origin):
                 return None, notes, (
@@ -199,7 +204,7 @@ class Checkpoints:
         return state, own
 
     def forget(self) -> None:
-        """Take those of this recipe away, with what was not finished."""
+        """Take those of this training away, with what was not finished."""
         if self.accelerator.is_main_process:
             shutil.rmtree(self.folder, ignore_errors=True)
             with contextlib.suppress(OSError):  # others may lie there

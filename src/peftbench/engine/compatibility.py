@@ -1,4 +1,5 @@
-"""Which method, optimizer and precision runs on which engine: one table, from which the tests and the docs are made.
+"""Which method, optimizer and precision runs on which engine, and with what more: one table, from which the tests and
+the docs are made.
 
 Whatever no rule refuses is run by the tests (tests/engines/), two processes where the engine spreads over several.
 """
@@ -6,8 +7,8 @@ Whatever no rule refuses is run by the tests (tests/engines/), two processes whe
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 from peftbench.engine.engines import ENGINES
 from peftbench.errors import CombinationError
@@ -17,9 +18,19 @@ from peftbench.optim import OPTIMIZERS
 OVER_A_FROZEN_BASE = frozenset({"lora", "prompt_tuning"})
 """Methods that add to the base and change nothing of it."""
 PRECISIONS = ("fp32", "bf16", "fp16")
+QUANTIZATION, CHECKPOINTS, ACTIVATION_OFFLOAD = "quantization", "checkpoints", "activation_offload"
+EXTRAS = {
+    QUANTIZATION: ("model.quantization", "null"),
+    CHECKPOINTS: ("checkpoint.every_steps", "null"),
+    ACTIVATION_OFFLOAD: ("train.activation_offload", "false"),
+}
+"""What a recipe may ask for beside the four: its knob, and the value that leaves it out."""
 _ZERO = frozenset(name for name, kind in ENGINES.items() if kind.deepspeed)
 _OFFLOAD = frozenset(name for name, kind in ENGINES.items() if kind.offload_optimizer != "none")
+_SHARDED = frozenset(name for name, kind in ENGINES.items() if kind.shards_weights)
+_ON_DISK = frozenset(name for name, kind in ENGINES.items() if kind.on_disk)
 _8BIT = frozenset({"adamw8bit", "paged_adamw8bit", "lion8bit"})
+_MATRICES = frozenset(name for name, kind in OPTIMIZERS.items() if kind.needs_matrices)
 _ROUNDED = frozenset(name for name, kind in OPTIMIZERS.items() if kind.weights == "bf16")
 _BITSANDBYTES = _8BIT | {"adamw32bit", "lion"}
 
@@ -32,10 +43,11 @@ class Combination:
     engine: str
     optimizer: str
     precision: str
+    extras: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:
-        """Of the four, fit for a folder."""
+        """Of method, optimizer and precision, fit for a folder."""
         return f"{self.method}-{self.optimizer}-{self.precision}"
 
 
@@ -44,20 +56,21 @@ class Rule:
     """What is refused. A set that is None holds everything."""
 
     reason: str
-    instead: str
-    """The nearest thing that works."""
     engines: frozenset[str] | None = None
     optimizers: frozenset[str] | None = None
     precisions: frozenset[str] | None = None
+    methods: frozenset[str] | None = None
     devices: frozenset[str] | None = None
+    extra: str | None = None
+    """Only where the recipe asks for this."""
 
     def refuses(self, combination: Combination, device: str) -> bool:
         """Whether it speaks of this combination on this kind of device."""
-        return all(
+        return (self.extra is None or self.extra in combination.extras) and all(
             allowed is None or value in allowed
             for value, allowed in (
                 (combination.engine, self.engines), (combination.optimizer, self.optimizers),
-                (combination.precision, self.precisions), (device, self.devices),
+                (combination.precision, self.precisions), (combination.method, self.methods), (device, self.devices),
             )
         )  # fmt: skip
 
@@ -65,64 +78,102 @@ class Rule:
 RULES = (
     Rule(
         "the optimizer is shown one flat vector of each process's part, and this one needs the matrices",
-        "optimizer.kind=adamw8bit, or accel_configs/ddp.yaml or single_gpu.yaml",
-        engines=_ZERO, optimizers=frozenset(name for name, kind in OPTIMIZERS.items() if kind.needs_matrices),
+        engines=_ZERO, optimizers=_MATRICES,
     ),
     Rule(
-        "each process holds some rows of a matrix, of which a projection or a row's mean is another",
-        "optimizer.kind=adamw, or accel_configs/ddp.yaml",
-        engines=frozenset({"fsdp2"}),
-        optimizers=frozenset(name for name, kind in OPTIMIZERS.items() if kind.needs_matrices),
+        "each process holds some rows of a matrix, of which a projection is another",
+        engines=frozenset({"fsdp2"}), optimizers=_MATRICES - {"adafactor"},
     ),
     Rule(
-        "weights in bf16 are rounded by chance, by each process otherwise, and ZeRO steps copies in float32",
-        "optimizer.kind=adamw8bit, or accel_configs/single_gpu.yaml",
-        engines=frozenset(ENGINES) - {"single"},
-        optimizers=_ROUNDED,
+        "torch's Adafactor has operations that its sharded tensors do not take",
+        engines=frozenset({"fsdp2"}), optimizers=frozenset({"adafactor"}),
+    ),
+    Rule(
+        "weights in bf16 are rounded by chance, by each process otherwise, and their copies would drift apart",
+        engines=frozenset({"ddp"}), optimizers=_ROUNDED,
+    ),
+    Rule(
+        "ZeRO steps copies of the weights in float32, and there would be nothing to round",
+        engines=_ZERO, optimizers=_ROUNDED,
+    ),
+    Rule(
+        "rounding by chance has not been tried over sharded tensors here",
+        engines=frozenset({"fsdp2"}), optimizers=_ROUNDED,
     ),
     Rule(
         "it holds weights in bf16, of which other arithmetic would make copies",
-        "train.precision=bf16",
-        optimizers=_ROUNDED,
-        precisions=frozenset({"fp32", "fp16"}),
+        optimizers=_ROUNDED, precisions=frozenset({"fp32", "fp16"}),
     ),
     Rule(
         "bitsandbytes' kernels do not take torch's sharded tensors",
-        "optimizer.kind=adamw, or accel_configs/zero2.yaml",
         engines=frozenset({"fsdp2"}), optimizers=_BITSANDBYTES,
     ),
     Rule(
         "DeepSpeedCPUAdam steps states in the CPU's memory, and this engine has them on the device",
-        "optimizer.kind=adamw, or accel_configs/zero2_offload.yaml",
         engines=frozenset(ENGINES) - _OFFLOAD, optimizers=frozenset({"deepspeed_cpu_adam"}),
     ),
     Rule(
         "states on a disk are read and written by DeepSpeed's own Adam",
-        "optimizer.kind=deepspeed_cpu_adam, or accel_configs/zero3_offload.yaml",
-        engines=frozenset({"zero3_nvme"}), optimizers=frozenset(OPTIMIZERS) - {"deepspeed_cpu_adam"},
+        engines=_ON_DISK, optimizers=frozenset(OPTIMIZERS) - {"deepspeed_cpu_adam"},
     ),
     Rule(
         "paged states lie in memory that a GPU's driver moves, and there is none on CPU",
-        "optimizer.kind=adamw8bit",
         optimizers=frozenset({"paged_adamw8bit"}), devices=frozenset({"cpu"}),
     ),
     Rule(
         "paged states lie in the GPU's memory or where its driver moves them, and offload puts them elsewhere",
-        "optimizer.kind=adamw8bit, or accel_configs/zero2.yaml",
         engines=_OFFLOAD, optimizers=frozenset({"paged_adamw8bit"}),
     ),
     Rule(
         "fp16 is GPU arithmetic",
-        "train.precision=bf16",
         precisions=frozenset({"fp16"}), devices=frozenset({"cpu"}),
     ),
     Rule(
         "DeepSpeed's fp16 holds weights in fp16, and the recipe's keeps them in float32",
-        "train.precision=bf16, or accel_configs/ddp.yaml",
         engines=_ZERO, precisions=frozenset({"fp16"}),
+    ),
+    Rule(
+        "a quantised base is held in values that cannot be trained, and this method trains them",
+        extra=QUANTIZATION, methods=frozenset(METHODS) - OVER_A_FROZEN_BASE,
+    ),
+    Rule(
+        "it shares weights out in parts, which has not been tried with the packed ones of a quantised base here",
+        extra=QUANTIZATION, engines=_SHARDED,
+    ),
+    Rule(
+        "states on a disk are not in a checkpoint",
+        extra=CHECKPOINTS, engines=_ON_DISK,
+    ),
+    Rule(
+        "paged states would come back from a checkpoint unpaged",
+        extra=CHECKPOINTS, optimizers=frozenset({"paged_adamw8bit"}),
+    ),
+    Rule(
+        "the backward pass needs weights put together from parts, and activation offload would move those",
+        extra=ACTIVATION_OFFLOAD, engines=_SHARDED,
     ),
 )  # fmt: skip
 """In the order in which they are asked; the first that refuses explains."""
+_LIKE = {
+    "paged_adamw8bit": ("adamw8bit",),
+    "lion8bit": ("lion",),
+    "adafactor": ("adamw8bit",),
+    "adamw_bf16": ("adamw8bit",),
+    "adamw8bit_bf16": ("adamw8bit",),
+    "galore": ("adamw8bit",),
+    "apollo": ("adamw8bit",),
+}
+"""Optimizers to try first in the place of one; for all others, and then: AdamW and its kin."""
+_KIN = ("adamw", "adamw8bit", "deepspeed_cpu_adam")
+_NEAR_ENGINES = {
+    "zero2_offload": ("zero3_offload", "zero2"),
+    "zero3": ("fsdp2",),
+    "zero3_offload": ("zero2_offload",),
+    "zero3_nvme": ("zero3_offload",),
+    "fsdp2": ("zero3",),
+}
+"""Engines to try first in the place of one; for all others, and then: the plainest."""
+_PLAIN_ENGINES = ("zero2", "zero2_offload", "zero3_offload", "ddp", "single")
 
 
 def refusal(combination: Combination, device: str) -> Rule | None:
@@ -130,127 +181,62 @@ def refusal(combination: Combination, device: str) -> Rule | None:
     return next((rule for rule in RULES if rule.refuses(combination, device)), None)
 
 
+def nearest(combination: Combination, device: str) -> list[Combination]:
+    """The nearest that run on this kind of device: one thing is another, or as few as it takes; the first of each kind.
+
+    The method stays unless nothing else helps.
+    """
+    tried = {
+        "optimizer": (*_LIKE.get(combination.optimizer, ()), *_KIN),
+        "precision": ("bf16", "fp32"),
+        "engine": (*_NEAR_ENGINES.get(combination.engine, ()), *_PLAIN_ENGINES),
+        "extras": tuple(combination.extras - {extra} for extra in sorted(combination.extras)),
+        "method": tuple(sorted(OVER_A_FROZEN_BASE)) if QUANTIZATION in combination.extras else (),
+    }
+    for changes in range(1, len(tried) + 1):
+        found = []
+        for names in itertools.combinations(tried, changes):
+            points = (
+                replace(combination, **dict(zip(names, values, strict=True)))
+                for values in itertools.product(*(tried[name] for name in names))
+            )
+            found += list(itertools.islice((p for p in points if refusal(p, device) is None), 1))
+        if found:
+            return found
+    return []
+
+
 def check(combination: Combination, device: str) -> None:
     """Refuse before anything is loaded.
 
     Raises:
-        CombinationError: it cannot run; says why, and what can.
+        CombinationError: it cannot run; says why, and the nearest that can.
     """
     rule = refusal(combination, device)
-    if rule is not None:
-        raise CombinationError(
-            f"{combination.method} with optimizer.kind={combination.optimizer} in {combination.precision} does not run "
-            f"on {combination.engine}: {rule.reason}; use {rule.instead}"
-        )
-
-
-def check_base(method: str, engine: str, quantization: str | None) -> None:
-    """Refuse a quantised base before it is loaded, where it would be trained or shared out.
-
-    Raises:
-        CombinationError: it cannot run; says why, and what can.
-    """
-    if quantization is None:
+    if rule is None:
         return
-    if method not in OVER_A_FROZEN_BASE:
-        raise CombinationError(
-            f"model.quantization={quantization} holds the base in values that cannot be trained, and {method} trains "
-            f"them; use method.kind={' or '.join(sorted(OVER_A_FROZEN_BASE))}, or leave model.quantization null"
-        )
-    if ENGINES[engine].shards_weights:
-        raise CombinationError(
-            f"{engine} shares weights out in parts, and those of a quantised base belong together; use "
-            "accel_configs/ddp.yaml or zero2.yaml, or leave model.quantization null"
-        )
+    more = f" with {EXTRAS[rule.extra][0]}" if rule.extra else ""
+    instead = ", or ".join(described(combination, point, device) for point in nearest(combination, device))
+    raise CombinationError(
+        f"{combination.method} with optimizer.kind={combination.optimizer} in {combination.precision}{more} does not "
+        f"run on {combination.engine}: {rule.reason}; use {instead}"
+    )
 
 
-def check_checkpoint(engine: str, optimizer: str) -> None:
-    """Refuse to write checkpoints where a training could not go on from them.
-
-    Raises:
-        CombinationError: the states lie where they are not read from.
-    """
-    if ENGINES[engine].on_disk:
-        raise CombinationError(
-            f"{engine} keeps states on a disk, and a checkpoint does not hold them; leave checkpoint.every_steps null, "
-            "or use accel_configs/zero3_offload.yaml"
-        )
-    if optimizer == "paged_adamw8bit":
-        raise CombinationError(
-            "states of paged_adamw8bit would come back unpaged; leave checkpoint.every_steps null, or use "
-            "optimizer.kind=adamw8bit"
-        )
+def described(asked: Combination, other: Combination, device: str) -> str:
+    """How to come from one combination to another, in the words of recipes and launches."""
+    knobs = {"method": "method.kind", "optimizer": "optimizer.kind", "precision": "train.precision"}
+    files = {"single": "single_gpu" if device == "cuda" else "cpu", "ddp": "ddp" if device == "cuda" else "cpu2"}
+    said = [f"{knob}={getattr(other, name)}" for name, knob in knobs.items()
+            if getattr(other, name) != getattr(asked, name)]  # fmt: skip
+    if other.engine != asked.engine:
+        said.append(f"accel_configs/{files.get(other.engine, other.engine)}.yaml")
+    said += ["=".join(EXTRAS[extra]) for extra in sorted(asked.extras - other.extras)]
+    return " with ".join(said)
 
 
-def combinations(engine: str | None = None) -> Iterator[Combination]:
-    """Every point of the table, or those of one engine."""
+def combinations(engine: str | None = None, extras: Iterable[str] = ()) -> Iterator[Combination]:
+    """Every point of the table, or those of one engine, with what a recipe may ask for beside."""
     engines = ENGINES if engine is None else (engine,)
     for point in itertools.product(METHODS, engines, OPTIMIZERS, PRECISIONS):
-        yield Combination(*point)
-
-
-def markdown() -> str:
-    """The table as a page: what runs, and each refusal with its reason."""
-    from tabulate import tabulate
-
-    rows = []
-    notes: list[Rule] = []
-    for optimizer in OPTIMIZERS:
-        row = {"optimizer": f"`{optimizer}`"}
-        for engine in ENGINES:
-            row[engine] = _cell(engine, optimizer, notes)
-        rows.append(row)
-    table = tabulate(rows, headers="keys", tablefmt="github")
-    reasons = "\n".join(f"{index}. {rule.reason}. Use {rule.instead}." for index, rule in enumerate(notes, start=1))
-    changed = "\n".join(
-        f"- `{name}`: {kind.changes_trajectory}." for name, kind in OPTIMIZERS.items() if kind.changes_trajectory
-    )
-    return _PAGE.format(
-        methods=", ".join(f"`{name}`" for name in METHODS), table=table, reasons=reasons, changed=changed
-    )
-
-
-def _cell(engine: str, optimizer: str, notes: list[Rule]) -> str:
-    """The precisions that run on a GPU, and numbers of the reasons why others do not, or not on CPU."""
-    runs, refused = [], []
-    for precision in PRECISIONS:
-        points = [Combination(method, engine, optimizer, precision) for method in METHODS]
-        for device in ("cuda", "cpu"):
-            rules = {refusal(point, device) for point in points}
-            assert len(rules) == 1, "a rule that tells methods apart needs a column for them"
-            rule = rules.pop()
-            if rule is None and device == "cuda":
-                runs.append(precision)
-            if rule is not None and rule not in notes:
-                notes.append(rule)
-            if rule is not None and (number := notes.index(rule) + 1) not in refused:
-                refused.append(number)
-    marks = " ".join(f"[{number}]" for number in sorted(refused))
-    return f"{' '.join(runs)} {marks}".strip()
-
-
-_PAGE = """# What runs on what
-
-Made by `python -m peftbench.engine.compatibility`, from the same table (`src/peftbench/engine/compatibility.py`) that
-refuses a run before it loads anything and from which the tests are made. Every method ({methods}) is alike in this, so
-each cell holds for all of them: the precisions that run on a GPU. A number tells why something does not, or not on CPU.
-
-`make test-engines` trains every combination that runs on CPU, in two processes, and holds it against one process: the
-same losses and weights, to the tolerances in `tests/engines/tolerances.py`, and the same again when it is stopped at a
-checkpoint and goes on. `zero3_nvme` is run where libaio's development files are, and writes no checkpoints. No test has
-run what needs a GPU (fp16, paged states) so far.
-
-{table}
-
-{reasons}
-
-## What changes what is computed
-
-All other optimizers do on every engine what they say. These approximate:
-
-{changed}
-"""
-
-
-if __name__ == "__main__":
-    print(markdown(), end="")  # noqa: T201
+        yield Combination(*point, frozenset(extras))

@@ -74,7 +74,8 @@ def plugin(
 
 
 def _check_keys(config: Mapping[str, Any]) -> None:
-    zero = config.get("zero_optimization", {})
+    zero = config["zero_optimization"]
+    _check_types(zero)
     parts = [("", config, _OF_THE_FILE | set(_OF_THE_RECIPE)), ("zero_optimization.", zero, _OF_ZERO)]
     parts += [(f"zero_optimization.{part}.", zero.get(part) or {}, _OF_OFFLOAD)
               for part in ("offload_optimizer", "offload_param")]  # fmt: skip
@@ -84,6 +85,20 @@ def _check_keys(config: Mapping[str, Any]) -> None:
                 f"the DeepSpeed file has {place}{other[0]}, which can change what is computed and is the recipe's to "
                 f"say; take it out (a file may have: {', '.join(sorted(known))})"
             )
+
+
+def _check_types(zero: Mapping[str, Any]) -> None:
+    wrong = None
+    if zero.get("stage") not in (1, 2, 3):
+        wrong = "stage", zero.get("stage"), "1, 2 or 3"
+    for part in ("offload_optimizer", "offload_param"):
+        if not isinstance(zero.get(part) or {}, Mapping):
+            wrong = part, zero[part], 'a section, as {"device": "cpu"}'
+    for key in ("reduce_bucket_size", "allgather_bucket_size", "sub_group_size", *(k for k in zero if "stage3_" in k)):
+        if key in zero and zero[key] != AUTO and not isinstance(zero[key], (int, float)):
+            wrong = key, zero[key], 'a number or "auto"'
+    if wrong:
+        raise EngineError("the DeepSpeed file sets zero_optimization.{} to {!r}; it must be {}".format(*wrong))
 
 
 def _read_file() -> dict[str, Any]:

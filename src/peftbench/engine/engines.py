@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from peftbench.errors import EngineError, nearest
+from peftbench.errors import EngineError
 
 Place = Literal["none", "cpu", "nvme"]
 
@@ -40,11 +40,6 @@ class EngineKind:
     def on_disk(self) -> bool:
         """Whether weights or optimizer states lie on a disk."""
         return "nvme" in (self.offload_optimizer, self.offload_parameters)
-
-    @property
-    def flattens(self) -> bool:
-        """Whether the optimizer sees one flat vector instead of the model's matrices."""
-        return self.deepspeed
 
 
 SINGLE, DDP, FSDP2 = EngineKind("single"), EngineKind("ddp"), EngineKind("fsdp2", fsdp=True)
@@ -92,17 +87,6 @@ def asked_engine(deepspeed_config: Mapping[str, Any] | None) -> EngineKind:
             raise EngineError("fsdp2 with offload is not run here; use accel_configs/zero3_offload.yaml")
         return FSDP2
     return DDP if int(os.environ.get("WORLD_SIZE", "1")) > 1 else SINGLE
-
-
-def engine_named(name: str) -> EngineKind:
-    """The engine of that name.
-
-    Raises:
-        EngineError: there is none; names the nearest.
-    """
-    if name not in ENGINES:
-        raise EngineError(f"there is no engine {name!r}", nearest(name, ENGINES))
-    return ENGINES[name]
 
 
 def _place(zero: Mapping[str, Any], what: str) -> Place:

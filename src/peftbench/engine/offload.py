@@ -23,18 +23,19 @@ class ActivationOffload(saved_tensors_hooks):
     """Moves what autograd keeps to pinned memory of the CPU, and back when the backward pass wants it.
 
     Unlike torch's ``save_on_cpu`` it leaves alone weights, which stay on the device anyway, and small tensors. Copies
-    that autocast makes of weights are moved like activations.
+    that autocast makes of weights are moved like activations. ``device`` is the kind of device that they leave.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], device: str = "cuda") -> None:
+        self._device = device
         self._kept = {parameter.untyped_storage()._cdata for parameter in parameters}
         super().__init__(self._pack, _unpack)
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _Moved:
         size = tensor.numel() * tensor.element_size()
-        if tensor.device.type == "cpu" or size < SMALLEST or tensor.untyped_storage()._cdata in self._kept:
+        if tensor.device.type != self._device or size < SMALLEST or tensor.untyped_storage()._cdata in self._kept:
             return tensor
-        moved = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        moved = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         moved.copy_(tensor, non_blocking=True)
         return _Moved(moved, tensor.device)
 

@@ -123,7 +123,8 @@ def _object(value: dict[str, Any]) -> object:
         from torchao.optim.subclass_8bit import OptimState8bit
 
         dtype = getattr(torch, value["dtype"])
-        assert isinstance(dtype, torch.dtype)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{value['dtype']} is no type of torch")
         return OptimState8bit.__tensor_unflatten__(value[_8BIT], (value["signed"], dtype))
     ((name, kept),) = value.items()
     kind = getattr(import_module(_PROJECTORS[name]), name)

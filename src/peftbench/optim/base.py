@@ -37,7 +37,7 @@ class Optimizer(Part):
     learning_rate: float = Field(default=1e-4, gt=0)
     """Peak learning rate."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled weight decay, on every trained tensor."""
+    """Weight decay on every trained tensor; decoupled, except SGD's."""
 
     @abstractmethod
     def build(self, parameters: Parameters, embeddings: Parameters = ()) -> torch.optim.Optimizer:
