@@ -46,6 +46,7 @@ def test_what_is_hidden_is_hidden(call: list[str]) -> None:
     assert "halted; None in sys.modules" in done.stderr
 
 
+@pytest.mark.slow  # some twenty processes, one after another
 def test_every_case_is_measured_once(call: list[str], tmp_path: Path) -> None:
     """Four methods in two precisions, with and without checkpointing; the next call finds all records there."""
     out = [*call, "--tiny", "--out", str(tmp_path)]

@@ -59,8 +59,8 @@ def places(
 @pytest.fixture(scope="session")
 def ran(places: tuple[Path, Path, Path], request: pytest.FixtureRequest) -> Ran:
     """Given the name of an engine, the folder of its runs: of all that are asked for in this session."""
-    asked = {item.callspec.params["point"] for item in request.session.items if "ran" in getattr(item, "fixturenames", ())
-             and hasattr(item, "callspec") and "point" in item.callspec.params}  # fmt: skip
+    users = (item for item in request.session.items if "ran" in getattr(item, "fixturenames", ()))
+    asked = {item.callspec.params["point"] for item in users if hasattr(item, "callspec")}
     done: set[str] = set()
 
     def folder(engine: str) -> Path:

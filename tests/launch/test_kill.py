@@ -27,6 +27,15 @@ def newest(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("out/*/checkpoints/*/*"))
 
 
+def kept(folder: Path) -> dict[str, int]:
+    """The newest finished step of each run; one more than there are where its record is written."""
+    found = {path.parents[2].name: 0 for path in folder.glob("out/*/checkpoints/*/*")}
+    for path in folder.glob("out/*/checkpoints/*/step-*[0-9]/checkpoint.json"):
+        name, step = path.parents[3].name, int(path.parent.name.removeprefix("step-"))
+        found[name] = max(found.get(name, 0), step)
+    return found | {path.parent.name: STEPS + 1 for path in folder.glob("out/*/record.json")}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_twenty_kills(project: Path, caches: dict[str, str]) -> None:
@@ -40,7 +49,7 @@ def test_twenty_kills(project: Path, caches: dict[str, str]) -> None:
     names = ("run-seed=0", "run-seed=1")
     expected = {name: record_of(project, name) for name in names}
     (project / "out").rename(project / "undisturbed")
-    unfinished = 0
+    unfinished, before_it = 0, dict[str, int]()
     for kill in range(KILLS):
         process = subprocess.Popen(
             peftbench("compare", "suite.yaml"), cwd=project, env=caches, start_new_session=True,
@@ -60,7 +69,11 @@ def test_twenty_kills(project: Path, caches: dict[str, str]) -> None:
                 one.kill()
         process.wait()
         unfinished += any(name.endswith(".unfinished") for name in newest(project))
+        held = kept(project)
+        assert all(held[name] >= step for name, step in before_it.items()), (before_it, held)
+        before_it = held
     print("kills that came while a checkpoint was written:", unfinished)  # noqa: T201
+    assert 0 < unfinished < KILLS
     ended = run(peftbench("compare", "suite.yaml"), project, caches)
     assert ended.returncode == 0, ended.stderr
     for name in names:
@@ -69,4 +82,9 @@ def test_twenty_kills(project: Path, caches: dict[str, str]) -> None:
         assert record["losses"] == expected[name]["losses"]
         assert record["quality"] == expected[name]["quality"]
         assert not (project / "out" / name / "checkpoints").exists()
-    assert sum(len(record_of(project, name)["resumed_after"]) for name in names) > 0
+    # Each went on from a later step than the launch before it, and from the step that the last kill had left.
+    for name in names:
+        after = record_of(project, name)["resumed_after"]
+        assert after == sorted(after)
+        assert before_it.get(name, STEPS + 1) in {STEPS + 1, after[-1] if after else 0}
+    assert sum(len(record_of(project, name)["resumed_after"]) for name in names) > KILLS // 4
