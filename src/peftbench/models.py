@@ -97,6 +97,22 @@ def load(knobs: Model, arithmetic: torch.dtype | None = None) -> Base:
     return Base(model, tokenizer, identity(model, knobs))
 
 
+def architecture(knobs: Model) -> Base:
+    """The base on the meta device: its config is all that is read, and its tensors have shapes and no values.
+
+    Raises:
+        ModelNotFoundError, HubUnreachableError, UnsupportedModelError: as :func:`load`.
+    """
+    import torch
+
+    config = load_config(knobs)
+    with torch.device("meta"):
+        model = _from_config(knobs, config)
+    if knobs.fused_gelu:
+        _fuse_gelu(model)
+    return Base(model, None, "an architecture without weights")  # type: ignore[arg-type]
+
+
 def _fuse_gelu(model: PreTrainedModel) -> None:
     """Put torch's kernel in the place of the same function written out, which saves three tensors for each."""
     from transformers.activations import ACT2FN, NewGELUActivation
@@ -125,20 +141,32 @@ def _quantised(knobs: Model, arithmetic: torch.dtype | None) -> dict[str, Any]:
     return {"quantization_config": config}
 
 
+def _common(knobs: Model) -> dict[str, Any]:
+    import torch
+
+    return {
+        "trust_remote_code": knobs.trust_remote_code,
+        "attn_implementation": knobs.attention,
+        "dtype": torch.float32,
+    }
+
+
+def _from_config(knobs: Model, config: PreTrainedConfig) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(config, **_common(knobs))  # type: ignore[no-any-return]
+
+
 def _load_model(knobs: Model, config: PreTrainedConfig, arithmetic: torch.dtype | None) -> PreTrainedModel:
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    common = {
-        "trust_remote_code": knobs.trust_remote_code,
-        "attn_implementation": knobs.attention,
-        "dtype": torch.float32,
-    }
+    common = _common(knobs)
     quantised = _quantised(knobs, arithmetic)
     try:
         if knobs.init == "random":
-            return AutoModelForCausalLM.from_config(config, **common)  # type: ignore[no-any-return]
+            return _from_config(knobs, config)
         loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
             _location(knobs), config=config, revision=knobs.revision, use_safetensors=True,
             output_loading_info=True, **quantised, **common,
