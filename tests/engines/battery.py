@@ -75,10 +75,10 @@ def keep_digests(folder: Path, engine: str) -> None:
     """Have every process tell, at the end of a training, the hash of its own weights, where it has them whole."""
 
     def told(kind: EngineKind, started: Any, model: torch.nn.Module, *, here: bool) -> None:
-        digest = hashlib.blake2b(digest_size=16)
-        for parameter in model.parameters():
-            digest.update(parameter.detach().contiguous().view(torch.uint8).numpy().tobytes())
         if not kind.shards_weights:
+            digest = hashlib.blake2b(digest_size=16)
+            for parameter in model.parameters():
+                digest.update(parameter.detach().contiguous().view(torch.uint8).numpy().tobytes())
             place = folder / engine / f"weights-{os.environ.get('RANK', '0')}"
             with place.open("a", encoding="utf-8") as file:
                 file.write(f"{digest.hexdigest()}\n")
