@@ -7,7 +7,7 @@ would ask the device's allocator for, in the order of time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,7 @@ class Rehearsal:
     """What a step would hold."""
 
     book: Breakdown
-    """Of the second step."""
+    """Of both steps, marked at the second."""
 
     @property
     def peak(self) -> Peak:
@@ -114,14 +114,12 @@ def rehearse(recipe: Recipe, device: DeviceKind, rows: int, width: int, micro_ba
     trainer = Trainer(model, optimizer, schedule, _no_batches(), 2)
     parts = _Parts()
     book = Breakdown(model, optimizer, base.model.config.vocab_size, lambda: parts.current)
-    for looked_at in (False, True):
-        batch = _batch(rows, width, micro_batches)
-        with ExitStack() as stack:
-            if looked_at:
-                stack.enter_context(book)
-            stack.enter_context(steering.helpers())
-            stack.enter_context(steering)
-            train_step(bound.accelerator, trainer, batch, recipe.train.max_grad_norm, parts.part)
+    # On the CPU a batch is there already, and to a GPU it is copied.
+    batches = [_batch(rows, width, micro_batches, "meta" if device == "cpu" else "cpu") for _ in range(2)]
+    with book, steering.helpers(), steering:
+        train_step(bound.accelerator, trainer, batches.pop(), recipe.train.max_grad_norm, parts.part)
+        book.mark()
+        train_step(bound.accelerator, trainer, batches.pop(), recipe.train.max_grad_norm, parts.part)
     return Rehearsal(book)
 
 
@@ -150,9 +148,9 @@ def _bring_plain_tensors(model: nn.Module) -> None:
             values.update({key: value.to("meta") for key, value in values.items() if isinstance(value, torch.Tensor)})
 
 
-def _batch(rows: int, width: int, micro_batches: int) -> GlobalBatch:
+def _batch(rows: int, width: int, micro_batches: int, device: str) -> GlobalBatch:
     def tokens() -> torch.Tensor:
-        return torch.zeros((rows, width), dtype=torch.long, device="meta")
+        return torch.zeros((rows, width), dtype=torch.long, device=device)
 
     made = tuple(MicroBatch(tokens(), tokens(), tokens()) for _ in range(micro_batches))
     return GlobalBatch(made, TokenCounts(labelled=1))

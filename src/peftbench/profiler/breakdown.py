@@ -8,7 +8,7 @@ happens to it, which may be later; so the book is read when the step is over.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -31,6 +31,21 @@ class _Storage:
 
     bytes: int
     kind: Kind = "temporaries"
+
+
+@dataclass(frozen=True)
+class Event:
+    """A storage is made or released."""
+
+    storage: int
+    """Number of the storage, from 0 in the order of time."""
+    bytes: int
+    made: bool
+    kind: Kind
+    operation: str
+    part: str | None
+    looked_at: bool
+    """Whether it came after the mark."""
 
 
 @dataclass(frozen=True)
@@ -68,19 +83,31 @@ class Breakdown(TorchDispatchMode):
         self._watches: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._book: list[tuple[_Storage, int, str, str | None]] = []
         """(storage, +1 or -1, operation, part of the step), in the order of time."""
+        self._mark = 0
         self._made_forward: dict[int, _Storage] = {}
         self._hooks: list[Any] = []
         self._operation = ""
 
+    def mark(self) -> None:
+        """Look for the peak in what comes from here on."""
+        self._mark = len(self._book)
+
+    def events(self) -> Iterator[Event]:
+        """The book, in the order of time."""
+        numbers: dict[int, int] = {}
+        for index, (storage, sign, operation, part) in enumerate(self._book):
+            number = numbers.setdefault(id(storage), len(numbers))
+            yield Event(number, storage.bytes, sign > 0, storage.kind, operation, part, index >= self._mark)
+
     def peak(self) -> Peak:
-        """The largest sum of the book."""
+        """The largest sum of the book, after its mark."""
         by_kind: dict[str, int] = dict.fromkeys(KINDS, 0)
         best = Peak(0, dict(by_kind), "", None)
         total = 0
-        for storage, sign, operation, part in self._book:
+        for index, (storage, sign, operation, part) in enumerate(self._book):
             by_kind[storage.kind] += sign * storage.bytes
             total += sign * storage.bytes
-            if total > best.bytes:
+            if total > best.bytes and index >= self._mark:
                 best = Peak(total, dict(by_kind), operation, part)
         return best
 
