@@ -91,29 +91,13 @@ def load(knobs: Model, arithmetic: torch.dtype | None = None) -> Base:
     tokenizer = load_tokenizer(knobs)
     model = _load_model(knobs, config, arithmetic)
     if knobs.fused_gelu:
-        _fuse_gelu(model)
+        fuse_gelu(model)
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.eos_token_id
     return Base(model, tokenizer, identity(model, knobs))
 
 
-def architecture(knobs: Model) -> Base:
-    """The base on the meta device: its config is all that is read, and its tensors have shapes and no values.
-
-    Raises:
-        ModelNotFoundError, HubUnreachableError, UnsupportedModelError: as :func:`load`.
-    """
-    import torch
-
-    config = load_config(knobs)
-    with torch.device("meta"):
-        model = _from_config(knobs, config)
-    if knobs.fused_gelu:
-        _fuse_gelu(model)
-    return Base(model, None, "an architecture without weights")  # type: ignore[arg-type]
-
-
-def _fuse_gelu(model: PreTrainedModel) -> None:
+def fuse_gelu(model: PreTrainedModel) -> None:
     """Put torch's kernel in the place of the same function written out, which saves three tensors for each."""
     from transformers.activations import ACT2FN, NewGELUActivation
 
@@ -151,7 +135,8 @@ def _common(knobs: Model) -> dict[str, Any]:
     }
 
 
-def _from_config(knobs: Model, config: PreTrainedConfig) -> PreTrainedModel:
+def from_config(knobs: Model, config: PreTrainedConfig) -> PreTrainedModel:
+    """The architecture, with weights that torch initialises."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_config(config, **_common(knobs))  # type: ignore[no-any-return]
@@ -166,7 +151,7 @@ def _load_model(knobs: Model, config: PreTrainedConfig, arithmetic: torch.dtype 
     quantised = _quantised(knobs, arithmetic)
     try:
         if knobs.init == "random":
-            return _from_config(knobs, config)
+            return from_config(knobs, config)
         loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
             _location(knobs), config=config, revision=knobs.revision, use_safetensors=True,
             output_loading_info=True, **quantised, **common,

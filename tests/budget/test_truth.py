@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from peftbench.budget.rehearsal import rehearse
+from peftbench.budget.rehearsal import Rehearsal
 from peftbench.methods.base import Method
 from peftbench.recipe import Profile
 from tests.conftest import Workshop, every_architecture, every_method
@@ -27,7 +27,8 @@ def test_the_peak_of_a_real_step(
     )  # fmt: skip
     found = workshop.run(recipe).breakdown
     assert found is not None
-    expected = rehearse(recipe, "cpu", 6, WIDTH, 1).peak
-    print({k: (v, found.bytes_by_kind[k]) for k, v in expected.by_kind.items()}, expected.operation, found.operation)
+    with Rehearsal(recipe, "cpu", 1) as rehearsal:
+        rehearsal.train(6, WIDTH)
+    expected = rehearsal.book.peak()
     assert expected.bytes == pytest.approx(found.peak_bytes, rel=1e-6)
     assert expected.by_kind == found.bytes_by_kind

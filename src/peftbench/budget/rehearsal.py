@@ -1,45 +1,32 @@
 """A training step on the meta device, through the very loop that trains: nothing is computed, every storage is booked.
 
-Two steps are made, and the second is looked at: there the optimizer's states are. What is booked are the bytes that torch
-would ask the device's allocator for, in the order of time.
+What is booked are the bytes that torch would ask the device's allocator for, in the order of time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from peftbench.budget.architecture import architecture
 from peftbench.budget.steering import DeviceKind, Steering
 from peftbench.data.batches import Batches, Collator, GlobalBatch, MicroBatch, TokenCounts
 from peftbench.engine.bind import Bound
 from peftbench.engine.build import Trainer, build
 from peftbench.engine.engines import SINGLE
 from peftbench.engine.loop import train_step
-from peftbench.models import architecture
-from peftbench.profiler.breakdown import Breakdown, Peak
+from peftbench.engine.loss import summed_loss
+from peftbench.profiler.breakdown import Breakdown
 
 if TYPE_CHECKING:
     from peftbench.recipe import Recipe
 
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Rehearsal:
-    """What a step would hold."""
-
-    book: Breakdown
-    """Of both steps, marked at the second."""
-
-    @property
-    def peak(self) -> Peak:
-        """The moment when most bytes are held."""
-        return self.book.peak()
 
 
 @dataclass
@@ -76,51 +63,118 @@ class _StandIn:
 class _Parts:
     """Which part of a step is being done."""
 
+    steering: Steering
     current: str | None = None
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Do ``name``."""
-        self.current = name
+        self.current, self.steering.any_number = name, name == "optimizer"
         try:
             yield
         finally:
-            self.current = None
+            self.current, self.steering.any_number = None, False
 
 
-def rehearse(recipe: Recipe, device: DeviceKind, rows: int, width: int, micro_batches: int) -> Rehearsal:
-    """The second step of ``recipe`` on one device of this kind, over ``micro_batches`` of (rows, width) tokens.
+class Rehearsal:
+    """A recipe on the meta device, steered to what one device of a kind would do; a context in which all is booked."""
 
-    Raises:
-        ModelError: the architecture is not known, or needs values that the meta device does not have.
-    """
-    bound = Bound(_StandIn(micro_batches), SINGLE, recipe.train.precision)  # type: ignore[arg-type]
-    base = architecture(recipe.model)
-    built = build(recipe, base, bound)
-    steering = Steering(device, _PRECISIONS.get(recipe.train.precision), padded=rows > 1)
-    model = built.bare_model
-    if built.checkpointing:
-        again: Callable[[], Any] = lambda: (nullcontext(), steering.again())  # noqa: E731
-        base.model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": again})
-    if device == "cpu":
-        _bring_plain_tensors(model)
-    recipe.method.set_training(model)
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = recipe.optimizer.build(trained, [p for p in trained if id(p) in embeddings])
-    recipe.optimizer.started(optimizer.param_groups)
-    _cast_forward(model, steering)
-    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    trainer = Trainer(model, optimizer, schedule, _no_batches(), 2)
-    parts = _Parts()
-    book = Breakdown(model, optimizer, base.model.config.vocab_size, lambda: parts.current)
-    # On the CPU a batch is there already, and to a GPU it is copied.
-    batches = [_batch(rows, width, micro_batches, "meta" if device == "cpu" else "cpu") for _ in range(2)]
-    with book, steering.helpers(), steering:
-        train_step(bound.accelerator, trainer, batches.pop(), recipe.train.max_grad_norm, parts.part)
-        book.mark()
-        train_step(bound.accelerator, trainer, batches.pop(), recipe.train.max_grad_norm, parts.part)
-    return Rehearsal(book)
+    def __init__(self, recipe: Recipe, device: DeviceKind, micro_batches: int, *, padded: bool = True) -> None:
+        """``micro_batches`` of a step; ``padded``: whether a batch has rows of unlike lengths.
+
+        Raises:
+            ModelError: the architecture is not known.
+        """
+        self.recipe, self.device, self.micro_batches = recipe, device, micro_batches
+        self.accelerator = _StandIn(micro_batches)
+        self.base = architecture(recipe.model, _PRECISIONS.get(recipe.train.precision, torch.float32))
+        built = build(recipe, self.base, Bound(self.accelerator, SINGLE, recipe.train.precision))  # type: ignore[arg-type]
+        self.model = built.bare_model
+        self.steering = Steering(device, _PRECISIONS.get(recipe.train.precision), padded=padded)
+        if built.checkpointing:
+            again: Callable[[], Any] = lambda: (nullcontext(), self.steering.again())  # noqa: E731
+            self.base.model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": again})
+        if device == "cpu":
+            _bring_plain_tensors(self.model)
+        self.parts = _Parts(self.steering)
+        self.optimizer = self._optimizer()
+        self.forward = self.model.forward
+        vocabulary = self.base.model.config.vocab_size
+        self.book = Breakdown(self.model, self.optimizer, vocabulary, lambda: self.parts.current)
+        self._contexts = ExitStack()
+
+    @property
+    def positions(self) -> int | None:
+        """Positions of the model, None where its config does not say."""
+        return self.base.positions
+
+    def __enter__(self) -> Rehearsal:
+        for context in (self.book, self.steering.helpers(), self.recipe.optimizer.rehearsed(), self.steering):
+            self._contexts.enter_context(context)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._contexts.close()
+
+    def train(self, rows: int, width: int) -> None:
+        """Two steps over micro-batches of (rows, width) tokens; the book is marked at the second, where states are.
+
+        Raises:
+            UnsupportedModelError: the model's code asks for a value that the meta device does not have.
+        """
+        schedule = torch.optim.lr_scheduler.ConstantLR(self.optimizer, factor=1.0)
+        trainer = Trainer(self.model, self.optimizer, schedule, _no_batches(), 2)
+        self.recipe.method.set_training(self.model)
+        _cast_forward(self.model, self.steering)
+        batches = [self._batch(rows, width, self.micro_batches) for _ in range(2)]
+        limit = self.recipe.train.max_grad_norm
+        train_step(self.accelerator, trainer, batches.pop(), limit, self.parts.part)  # type: ignore[arg-type]
+        self.book.mark()
+        train_step(self.accelerator, trainer, batches.pop(), limit, self.parts.part)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def evaluate(self, rows: int, width: int) -> None:
+        """The held-out loss of one batch."""
+        self.model.eval()
+        batch = self._batch(rows, width, 1).micro_batches[0]
+        with self.parts.part("evaluate"), self.steering.autocast():
+            summed_loss(self.model, batch.to(self.accelerator.device))
+
+    @torch.no_grad()
+    def generate(self, rows: int, width: int, new_tokens: int) -> None:
+        """The last token of the longest summaries: keys and values of all before it are there.
+
+        They are made in one pass, as those of the prompt are; with beams, ``rows`` are times those.
+        """
+        self.model.eval()
+        ids = torch.zeros((rows, width + new_tokens - 1), dtype=torch.long, device="meta")
+        self.model.forward = self.forward
+        with self.parts.part("generate"), self.steering.autocast():
+            mask = torch.ones_like(ids)
+            past = self.model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1).past_key_values
+            mask = torch.ones((rows, past.get_seq_length() + 1), dtype=torch.long, device="meta")
+            base = self.base.model
+            base(input_ids=ids[:, :1], attention_mask=mask, past_key_values=past, use_cache=True, logits_to_keep=1)
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        embeddings = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        made = self.recipe.optimizer.build(trained, [p for p in trained if id(p) in embeddings])
+        self.recipe.optimizer.started(made.param_groups)
+        if self.device == "cuda" and type(made) is torch.optim.AdamW:
+            for group in made.param_groups:  # as it is built over weights on a GPU
+                group["fused"] = True
+        return made
+
+    def _batch(self, rows: int, width: int, micro_batches: int) -> GlobalBatch:
+        # On the CPU a batch is there already, and to a GPU it is copied.
+        device = "meta" if self.device == "cpu" else "cpu"
+
+        def tokens() -> torch.Tensor:
+            return torch.zeros((rows, width), dtype=torch.long, device=device)
+
+        made = tuple(MicroBatch(tokens(), tokens(), tokens()) for _ in range(micro_batches))
+        return GlobalBatch(made, TokenCounts(labelled=1))
 
 
 def _cast_forward(model: nn.Module, steering: Steering) -> None:
@@ -146,14 +200,6 @@ def _bring_plain_tensors(model: nn.Module) -> None:
     for values in vars(model).values():
         if isinstance(values, dict):
             values.update({key: value.to("meta") for key, value in values.items() if isinstance(value, torch.Tensor)})
-
-
-def _batch(rows: int, width: int, micro_batches: int, device: str) -> GlobalBatch:
-    def tokens() -> torch.Tensor:
-        return torch.zeros((rows, width), dtype=torch.long, device=device)
-
-    made = tuple(MicroBatch(tokens(), tokens(), tokens()) for _ in range(micro_batches))
-    return GlobalBatch(made, TokenCounts(labelled=1))
 
 
 def _no_batches() -> Batches:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils import _foreach_utils
 
 from peftbench.budget.casting import LOWERED, PROMOTED, RAISED, RAISED_INSIDE
 
@@ -29,6 +30,8 @@ class Steering(TorchFunctionMode):
     def __init__(self, device: DeviceKind, precision: torch.dtype | None, *, padded: bool) -> None:
         super().__init__()
         self.device, self.precision, self.padded = device, precision, padded
+        self.any_number = False
+        """Whether a number may be made up where one is asked of a tensor: an optimizer's, which changes no size."""
         self._casts = False
         self._depth = 0
         self._copies: dict[int, torch.Tensor] = {}
@@ -61,6 +64,9 @@ class Steering(TorchFunctionMode):
         def disabled(device_type: str, enabled: bool = True, **_: Any) -> Any:
             return self.autocast(enabled=enabled) if self._casts or enabled else nullcontext()
 
+        devices = _foreach_utils._get_foreach_kernels_supported_devices
+        if self.device == "cuda":
+            _foreach_utils._get_foreach_kernels_supported_devices = lambda: [*devices(), "meta"]
         places = [module for name, module in list(sys.modules.items())
                   if name.startswith("transformers") and "maybe_autocast" in vars(module)]  # fmt: skip
         original, fast_all = generic.maybe_autocast, masking_utils.fast_all
@@ -72,6 +78,7 @@ class Steering(TorchFunctionMode):
         try:
             yield
         finally:
+            _foreach_utils._get_foreach_kernels_supported_devices = devices
             masking_utils.fast_all, masking_utils.find_packed_sequence_indices = fast_all, find
             for module in places:
                 module.maybe_autocast = original  # type: ignore[attr-defined]
@@ -83,6 +90,8 @@ class Steering(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if self._casts:
             args, kwargs = self._cast(name, args, kwargs)
+        if self.any_number and func is torch.Tensor.item and args[0].is_meta:
+            return 1.0
         if func is functional.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
         if func is functional.dropout and self.device == "cuda":
