@@ -1,6 +1,6 @@
 """How far a run of two processes may be from one process, and why: about three times what it was on the machines tried.
 
-``test_tolerances_catch_a_lost_process`` proves that each is small enough to tell when half of the gradients are missing.
+``test_tolerances_catch_a_lost_process`` proves that each is small enough to tell when half of the gradients are gone.
 """
 
 from __future__ import annotations
