@@ -37,7 +37,7 @@ def test_the_records_are_of_the_recipes() -> None:
 
 
 def test_states_are_smaller_and_losses_are_not_others() -> None:
-    """About four times where all are in 8 bits; as many bytes as the closed form says; 20 losses within a thousandth."""
+    """About four times where all are in 8 bits; bytes as the closed form says; 20 losses within a thousandth."""
     records = {record.name: record for record in read_records(FOLDER / "records")}
     states = {name: record.state_bytes for name, record in records.items()}
     assert all(found is not None and found.optimizer == found.expected_optimizer for found in states.values())
