@@ -30,7 +30,7 @@ def row(record: RunRecord, first: RunRecord) -> dict[str, str]:
         "in closed form": f"{record.state_bytes.expected_optimizer:,}",
         "smaller": f"{reference / states:.2f}x",
         **{f"loss {step}": f"{record.losses[step - 1]:.4f}" for step in SHOWN if step <= len(record.losses)},
-        "loss apart, at most": f"{apart:.2%}",
+        "loss apart, at most": f"{apart:.4%}",
         "median step": f"{seconds:.2f} s",
         "time": f"{seconds / usual:.2f}x",
     }

@@ -1,27 +1,25 @@
-"""How far a run of two processes may be from one process, and why."""
+"""How far a run of two processes may be from one process, and why: about three times what it was on the machines tried.
+
+``test_tolerances_catch_a_lost_process`` proves that each is small enough to tell when half of the gradients are gone.
+"""
 
 from __future__ import annotations
 
 from peftbench.engine.compatibility import Combination
 
-_FP32 = 2e-5
+_FP32 = 1e-5
 """Relative: sums of float32 in another order."""
-_BF16 = 5e-3
+_BF16 = 2e-3
 """Micro-batches of another shape round otherwise to bf16's eight bits."""
-_8BIT = 2e-3
+_8BIT = 1e-4
 """ZeRO cuts the vector of all values into blocks at other places, and each block has its own scale."""
-_SIGN = 5e-3
-"""Lion steps by a sign, which a rounding can turn."""
 
 
 def tolerance(combination: Combination) -> float:
     """Largest relative difference of a training or held-out loss."""
-    allowed = _BF16 if combination.precision == "bf16" else _FP32
-    if combination.optimizer in {"adamw8bit", "paged_adamw8bit", "lion8bit"}:
-        allowed = max(allowed, _8BIT)
-    if combination.optimizer.startswith("lion"):
-        allowed = max(allowed, _SIGN)
-    return allowed
+    if combination.precision == "bf16":
+        return _BF16
+    return _8BIT if "8bit" in combination.optimizer else _FP32
 
 
 def resumed_apart(combination: Combination) -> float:
@@ -34,6 +32,6 @@ def resumed_apart(combination: Combination) -> float:
 
 def moved_apart(combination: Combination) -> float:
     """How far weights may lie apart, of how far they have moved: an untrained model would be 1 apart."""
-    if combination.precision == "bf16" or "8bit" in combination.optimizer:
-        return 0.15
-    return 0.02
+    if combination.optimizer == "lion8bit":
+        return 0.15  # a sign, of what has eight bits
+    return 0.05 if combination.precision == "bf16" or "8bit" in combination.optimizer else 0.002

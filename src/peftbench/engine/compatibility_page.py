@@ -94,11 +94,11 @@ anything and from which the tests are made. All methods ({methods})
 are alike in this, so each cell holds for all of them: the precisions that run on a GPU. A number tells why something
 does not, or not on CPU; the refusal itself names the nearest that does run.
 
-`make test-engines` trains every combination that runs on CPU, in two processes where the engine has them, and holds it
-against one process: the same losses and weights, to the tolerances in `tests/engines/tolerances.py`, and the same again
-when it is stopped at a checkpoint and goes on. (Weights rounded by chance run in one process, and are held to learn and
-to go on identically.) `zero3_nvme` is run where libaio's development files are. No test has run what needs a GPU (fp16,
-paged states, activation offload) so far.
+`make test-engines` (some 20 minutes on two cores) trains every combination that runs on CPU, in two processes where the
+engine has them, and holds it against one process: the same losses and weights, to the tolerances in
+`tests/engines/tolerances.py`, and the same again when it is stopped at a checkpoint and goes on. (Weights rounded by
+chance run in one process, and are held to learn and to go on identically.) `zero3_nvme` is run where libaio's
+development files are. No test has run what needs a GPU (fp16, paged states, activation offload) so far.
 
 {table}
 
