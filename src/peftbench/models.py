@@ -143,7 +143,6 @@ def from_config(knobs: Model, config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def _load_model(knobs: Model, config: PreTrainedConfig, arithmetic: torch.dtype | None) -> PreTrainedModel:
-    import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 

@@ -94,7 +94,7 @@ def test_before_it_is_refused_the_cache_is_given_back() -> None:
 
 def test_whatever_the_order_nothing_is_lost() -> None:
     """Random requests: what is allocated is what is held, reserved is never less, and all comes back in the end."""
-    drawn = random.Random(0)
+    drawn = random.Random(0)  # noqa: S311
     made = CachingAllocator()
     held: dict[int, int] = {}
     for name in range(3000):

@@ -2,9 +2,9 @@
 
 Source: torch's c10/cuda/CUDACachingAllocator.cpp, its default settings (one stream, no expandable segments, no largest
 size to split). Requests are rounded to 512 bytes and served from the smallest free block that is large enough; what is
-left of a block is split off where that is worth it, and a block that is freed joins its free neighbours. Where no block is
-large enough a segment is taken from the driver: 2 MiB for small requests, 20 MiB for middle ones, for large ones as much as
-is asked for in whole 2 MiB. Segments are given back only when the driver has no more.
+left of a block is split off where that is worth it, and a block that is freed joins its free neighbours. Where no block
+is large enough a segment is taken from the driver: 2 MiB for small requests, 20 MiB for middle ones, for large ones as
+much as is asked for in whole 2 MiB. Segments are given back only when the driver has no more.
 """
 
 from __future__ import annotations

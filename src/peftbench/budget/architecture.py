@@ -39,7 +39,7 @@ def architecture(knobs: Model, arithmetic: torch.dtype) -> Base:
 def _pack(model: nn.Module, arithmetic: torch.dtype, *, nested: bool) -> None:
     """Put bitsandbytes' 4-bit matrices in the place of those that transformers would quantise."""
     from bitsandbytes.functional import QuantState
-    from bitsandbytes.nn import Linear4bit, Params4bit
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
     from transformers import BitsAndBytesConfig
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
     from transformers.quantizers.base import get_keys_to_not_convert

@@ -23,9 +23,9 @@ _LOSSES = frozenset({
 })  # fmt: skip
 RAISED = {
     "cuda": _LOSSES | {
-        "acos", "asin", "cosh", "erfinv", "exp", "expm1", "log", "log10", "log2", "log1p", "reciprocal", "rsqrt", "sinh",
-        "tan", "pow", "__pow__", "__rpow__", "softplus", "layer_norm", "group_norm", "cosine_similarity", "dist", "cdist",
-        "pdist", "renorm", "logsumexp", "rms_norm",
+        "acos", "asin", "cosh", "erfinv", "exp", "expm1", "log", "log10", "log2", "log1p", "reciprocal", "rsqrt",
+        "sinh", "tan", "pow", "__pow__", "__rpow__", "softplus", "layer_norm", "group_norm", "cosine_similarity",
+        "dist", "cdist", "pdist", "renorm", "logsumexp", "rms_norm",
     },
     "cpu": _LOSSES | {"prod", "quantile", "cdist", "trace", "cross_entropy", "binary_cross_entropy"},
 }  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from peftbench.budget.allocator import CachingAllocator, OutOfMemoryError
+from peftbench.budget.allocator import OutOfMemoryError
 from peftbench.budget.forecast import Moment, forecast
 from peftbench.budget.plan import Part, Plan, Verdict
 from peftbench.budget.rehearsal import Rehearsal
@@ -50,7 +50,7 @@ def estimate(recipe: Recipe, facts: DeviceFacts, device: str, budget: int | None
     return Plan(
         name=recipe.name, engine="single", device=device, calibrated=facts.calibrated, rows=rows, width=width,
         micro_batches=accumulation, parts={name: _part(moment) for name, moment in found.by_part.items()},
-        peak_part=found.peak.part or "", reserved_bytes=found.reserved_bytes, process_bytes=process,
+        peak_part=found.peak.part, reserved_bytes=found.reserved_bytes, process_bytes=process,
         budget_bytes=budget, verdict=verdict, margin_bytes=margin, notes=_notes(facts, width),
     )  # fmt: skip
 
@@ -84,13 +84,8 @@ def _verdict(events: list[Event], process: tuple[int, int], budget: int, least: 
     """Fits by the most that it may take; does not fit if even the least leaves the allocator too little."""
     if process[1] <= budget:
         return "fits"
-    allocator = CachingAllocator(capacity=budget - least)
     try:
-        for event in events:
-            if event.made:
-                allocator.allocate(event.storage, event.bytes)
-            else:
-                allocator.free(event.storage)
+        forecast(events, capacity=budget - least)
     except OutOfMemoryError:
         return "does not fit"
     return "too close to say"

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from peftbench.budget.allocator import CachingAllocator
 from peftbench.profiler.breakdown import KINDS, Event
 
+PHASES = frozenset({"evaluate", "generate"})
+"""Parts before which a run gives back what the allocator has cached, as the Probe does between phases."""
+
 
 @dataclass(frozen=True)
 class Moment:
-    """What is held at the peak of a step or of a part of it."""
+    """What is held at the peak of a part of a run."""
 
     live_bytes: int
     """Sizes of tensors."""
@@ -19,36 +22,46 @@ class Moment:
     """What the allocator gives for them: sizes in its own grain, and what it does not split off."""
     live_by_kind: dict[str, int]
     operation: str
-    part: str | None
+    part: str
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Of one process's training on one device."""
+    """Of one process's run on one device."""
 
-    peak: Moment
     by_part: dict[str, Moment]
-    """The peak of each part of a step."""
     reserved_bytes: int
-    """What the allocator takes from the driver."""
+    """The most that the allocator takes from the driver."""
+
+    @property
+    def peak(self) -> Moment:
+        """The part that holds most."""
+        return max(self.by_part.values(), key=lambda moment: moment.allocated_bytes)
 
 
-def forecast(events: Iterable[Event]) -> Forecast:
-    """Replay a book through the model of CUDA's allocator."""
-    allocator = CachingAllocator()
-    live = dict.fromkeys(KINDS, 0)
-    moments: dict[str | None, Moment] = {}
+def forecast(events: Iterable[Event], capacity: int | None = None) -> Forecast:
+    """Replay a book through the model of CUDA's allocator.
+
+    Raises:
+        OutOfMemoryError: the driver's ``capacity`` is not enough.
+    """
+    allocator = CachingAllocator(capacity)
+    live: dict[str, int] = dict.fromkeys(KINDS, 0)
+    moments: dict[str, Moment] = {}
+    phase: str | None = None
     for event in events:
+        if event.part in PHASES and event.part != phase:
+            allocator.give_back()
+            phase = event.part
         if event.made:
             allocator.allocate(event.storage, event.bytes)
         else:
             allocator.free(event.storage)
         live[event.kind] += event.bytes if event.made else -event.bytes
-        if event.made and event.looked_at:
+        if event.made and event.looked_at and event.part is not None:
             best = moments.get(event.part)
             if best is None or allocator.allocated > best.allocated_bytes:
-                total = sum(live.values())
-                moments[event.part] = Moment(total, allocator.allocated, {**live}, event.operation, event.part)
-    peak = max(moments.values(), key=lambda moment: moment.allocated_bytes)
-    by_part = {part: moment for part, moment in moments.items() if part is not None}
-    return Forecast(peak, by_part, allocator.peak_reserved)
+                moments[event.part] = Moment(
+                    sum(live.values()), allocator.allocated, {**live}, event.operation, event.part
+                )
+    return Forecast(moments, allocator.peak_reserved)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from peftbench.budget.architecture import architecture
 from peftbench.budget.steering import DeviceKind, Steering
@@ -85,8 +86,10 @@ class Rehearsal:
         Raises:
             ModelError: the architecture is not known.
         """
-        self.recipe, self.device, self.micro_batches = recipe, device, micro_batches
-        self.accelerator = _StandIn(micro_batches)
+        self.recipe, self.device = recipe, device
+        # From the second on all is as in the second, but that on the CPU their tokens were there before.
+        self.micro_batches = min(micro_batches, 2) if device == "cuda" else micro_batches
+        self.accelerator = _StandIn(self.micro_batches)
         self.base = architecture(recipe.model, _PRECISIONS.get(recipe.train.precision, torch.float32))
         built = build(recipe, self.base, Bound(self.accelerator, SINGLE, recipe.train.precision))  # type: ignore[arg-type]
         self.model = built.bare_model
@@ -173,7 +176,8 @@ class Rehearsal:
         def tokens() -> torch.Tensor:
             return torch.zeros((rows, width), dtype=torch.long, device=device)
 
-        made = tuple(MicroBatch(tokens(), tokens(), tokens()) for _ in range(micro_batches))
+        with _disable_current_modes():  # they come from elsewhere, and are booked once they are used
+            made = tuple(MicroBatch(tokens(), tokens(), tokens()) for _ in range(micro_batches))
         return GlobalBatch(made, TokenCounts(labelled=1))
 
 

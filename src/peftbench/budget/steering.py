@@ -1,25 +1,29 @@
 """Has the meta device do what another device would: autocast's casts, and the kernels that torch chooses there.
 
 The meta device computes shapes and nothing else, so a model's step runs on it in a blink and without memory. But torch
-knows no autocast for it and decomposes attention and dropout as for no device in particular. A ``TorchFunctionMode`` sees
-each call of a torch function before that and sends it where the device in question would.
+knows no autocast for it and decomposes attention and dropout as for no device in particular. A ``TorchFunctionMode``
+sees each call of a torch function before that and sends it where the device in question would.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 from torch.nn import functional
+from torch.optim import adam
 from torch.overrides import TorchFunctionMode
 from torch.utils import _foreach_utils
 
 from peftbench.budget.casting import LOWERED, PROMOTED, RAISED, RAISED_INSIDE
 
 DeviceKind = Literal["cuda", "cpu"]
+_NUMBERS = {"item": 1.0, "__float__": 1.0, "__int__": 1, "__bool__": True}
+"""What is made up where a number is asked for and any will do."""
 _FLASH_WIDTH = 256
 """Widest head of torch's flash attention on CUDA."""
 
@@ -57,31 +61,29 @@ class Steering(TorchFunctionMode):
 
     @contextmanager
     def helpers(self) -> Iterator[None]:
-        """Answer for transformers' helpers that look into tensors, which have no values here."""
+        """Answer for helpers of transformers that look into tensors, and of torch that look at their device."""
         from transformers import masking_utils
         from transformers.utils import generic
 
-        def disabled(device_type: str, enabled: bool = True, **_: Any) -> Any:
+        def autocast_or_not(device_type: str, enabled: bool = True, **_: Any) -> Any:
             return self.autocast(enabled=enabled) if self._casts or enabled else nullcontext()
 
-        devices = _foreach_utils._get_foreach_kernels_supported_devices
-        if self.device == "cuda":
-            _foreach_utils._get_foreach_kernels_supported_devices = lambda: [*devices(), "meta"]
-        places = [module for name, module in list(sys.modules.items())
-                  if name.startswith("transformers") and "maybe_autocast" in vars(module)]  # fmt: skip
-        original, fast_all = generic.maybe_autocast, masking_utils.fast_all
-        find = masking_utils.find_packed_sequence_indices
-        for module in places:
-            module.maybe_autocast = disabled  # type: ignore[attr-defined]
-        masking_utils.fast_all = lambda _: not self.padded  # type: ignore[assignment, return-value]
-        masking_utils.find_packed_sequence_indices = lambda *_: None  # type: ignore[assignment]
-        try:
+        with ExitStack() as patches:
+
+            def put(place: object, name: str, value: object) -> None:
+                patches.enter_context(patch.object(place, name, value))
+
+            original = generic.maybe_autocast
+            for module in list(sys.modules.values()):
+                if vars(module).get("maybe_autocast") is original:
+                    put(module, "maybe_autocast", autocast_or_not)
+            put(masking_utils, "fast_all", lambda _: not self.padded)
+            put(masking_utils, "find_packed_sequence_indices", lambda *_, **__: None)
+            if self.device == "cuda":
+                with_foreach = _foreach_utils._get_foreach_kernels_supported_devices()
+                put(_foreach_utils, "_get_foreach_kernels_supported_devices", lambda: [*with_foreach, "meta"])
+                put(adam, "_device_dtype_check_for_fused", lambda *_, **__: None)
             yield
-        finally:
-            _foreach_utils._get_foreach_kernels_supported_devices = devices
-            masking_utils.fast_all, masking_utils.find_packed_sequence_indices = fast_all, find
-            for module in places:
-                module.maybe_autocast = original  # type: ignore[attr-defined]
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -90,20 +92,18 @@ class Steering(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if self._casts:
             args, kwargs = self._cast(name, args, kwargs)
-        if self.any_number and func is torch.Tensor.item and args[0].is_meta:
-            return 1.0
+        if self.any_number and name in _NUMBERS and args[0].is_meta:
+            return _NUMBERS[name]
         if func is functional.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
         if func is functional.dropout and self.device == "cuda":
             return _dropout(*args, **kwargs)
         return func(*args, **kwargs)
 
-    def _cast(
-        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _cast(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         assert self.precision is not None
         if name in LOWERED[self.device]:
-            return _mapped(args, kwargs, lambda t: self._lowered(t))
+            return _mapped(args, kwargs, self._lowered)
         if name in RAISED[self.device]:
             return _mapped(args, kwargs, lambda t: t.float() if _is_low(t) else t)
         if name in RAISED_INSIDE[self.device] and args and _is_low(args[0]) and kwargs.get("dtype") is None:
@@ -123,7 +123,7 @@ class Steering(TorchFunctionMode):
             self._copies[id(tensor)] = tensor.to(self.precision)
         return self._copies[id(tensor)]
 
-    def _attention(
+    def _attention(  # noqa: PLR0917 — as torch has it
         self,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -143,7 +143,7 @@ class Steering(TorchFunctionMode):
                 attn_mask.logical_not(), float("-inf")
             )
         if self.device == "cpu":
-            if not _flash_on_cpu(query, key, value, attn_mask, dropout_p, is_causal):
+            if not _flash_on_cpu((query, key, value, attn_mask), dropout_p, is_causal):
                 return functional.scaled_dot_product_attention(
                     query, key, value, attn_mask, dropout_p, is_causal, scale=scale
                 )
@@ -168,17 +168,10 @@ class Steering(TorchFunctionMode):
         return made
 
 
-def _flash_on_cpu(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    dropout: float,
-    causal: bool,
-) -> bool:
+def _flash_on_cpu(tensors: tuple[torch.Tensor | None, ...], dropout: float, causal: bool) -> bool:
     """Asked of torch itself, with tensors of the CPU that nobody writes to, and that so take no memory."""
-    real = [None if t is None else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype) for t in (query, key, value, mask)]
-    choice = torch._fused_sdp_choice(*real, dropout, causal)  # type: ignore[arg-type]
+    real = [None if t is None else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype) for t in tensors]
+    choice = torch._fused_sdp_choice(*real, dropout, causal)  # type: ignore[arg-type, call-arg]
     return bool(choice == torch.nn.attention.SDPBackend.FLASH_ATTENTION.value)
 
 

@@ -123,7 +123,9 @@ class Apollo(_LowRank):
 
         drawn = random_projector.stable_randn
 
-        def shaped(shape: Any, seed: int, device: Any = None, dtype: Any = None) -> torch.Tensor:
+        def shaped(
+            shape: tuple[int, ...], seed: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+        ) -> torch.Tensor:
             import torch
 
             return torch.empty(shape, device=device, dtype=dtype)

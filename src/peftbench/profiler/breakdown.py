@@ -19,6 +19,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from peftbench.profiler.memory import tensors_in
+
 Kind = Literal["weights", "weight_copies", "gradients", "optimizer_state", "activations", "logits", "temporaries"]
 KINDS: tuple[Kind, ...] = (
     "weights", "weight_copies", "gradients", "optimizer_state", "activations", "logits", "temporaries",
@@ -90,6 +92,7 @@ class Breakdown(TorchDispatchMode):
 
     def mark(self) -> None:
         """Look for the peak in what comes from here on."""
+        self._see_optimizer_state()  # of which not all comes out of operations
         self._mark = len(self._book)
 
     def events(self) -> Iterator[Event]:
@@ -114,6 +117,8 @@ class Breakdown(TorchDispatchMode):
     def __enter__(self) -> Breakdown:
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             self._see(tensor, "weights")
+            for more in tensors_in([getattr(tensor, "quant_state", None)]):
+                self._see(more, "weights")
         for parameter in self.model.parameters():
             if parameter.grad is not None:
                 self._see(parameter.grad, "gradients")
@@ -172,10 +177,12 @@ class Breakdown(TorchDispatchMode):
             self._see(parameter.grad, "gradients")
 
     def _see_optimizer_state(self) -> None:
-        for state in self.optimizer.state.values():
-            for tensor in tree_leaves(state):
-                if isinstance(tensor, torch.Tensor):
-                    self._see(tensor, "optimizer_state")
+        groups = (
+            {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
+        )
+        for state in (*self.optimizer.state.values(), *groups):
+            for tensor in tensors_in(state.values()):
+                self._see(tensor, "optimizer_state")
 
     def _see(self, tensor: torch.Tensor, kind: Kind) -> _Storage | None:
         """The booked storage of ``tensor``, new or known; a known one takes over a kind that says more."""

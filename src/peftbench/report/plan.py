@@ -30,7 +30,13 @@ def plan_text(plan: Plan) -> str:
     ]
     low, high = plan.process_bytes
     lines = [
-        tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True, colalign=("left", *["right"] * (len(shown) + 2))),
+        tabulate(
+            rows,
+            headers="keys",
+            tablefmt="github",
+            disable_numparse=True,
+            colalign=("left", *["right"] * (len(shown) + 2)),
+        ),
         "",
         f"{plan.name}: {plan.micro_batches} micro-batches of {plan.rows} x {plan.width} tokens on {plan.device}",
         f"peak: {_mib(plan.peak.allocated_bytes)} MiB allocated in {plan.peak_part}, at {plan.peak.operation}; "
