@@ -1,4 +1,4 @@
-"""The command line: compare, report, show."""
+"""The command line: compare, estimate, report, show."""
 
 from __future__ import annotations
 
@@ -94,6 +94,34 @@ def report(
             return
         print_table(records, folder.resolve().name)
         print(f"report: {write_report(records, folder, folder.resolve().name)}")
+
+
+@app.command()
+def estimate(
+    changes: Overrides = None,
+    config: Annotated[
+        Optional[list[Path]], typer.Option(help="A recipe; several are merged from left to right.")
+    ] = None,
+    budget: Annotated[Optional[str], typer.Option(help="Memory to fit, as 16GiB; default: the device's.")] = None,
+    device: Annotated[Optional[str], typer.Option(help="A GPU that has a file, as t4, a10g or h100.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Say how much GPU memory a recipe would take, and whether it fits, without a GPU and without weights."""
+    from peftbench.budget.devices import UNKNOWN, device_named
+    from peftbench.budget.plan import parse_size
+    from peftbench.config import load_recipe
+    from peftbench.console import quiet_libraries
+
+    with guarded():
+        facts = device_named(device) if device else UNKNOWN
+        size = parse_size(budget) if budget else int(facts.memory) or None
+        recipe = load_recipe(config or [], changes or [])
+        quiet_libraries()
+        from peftbench.budget.estimate import estimate as estimated
+        from peftbench.report.plan import plan_text
+
+        plan = estimated(recipe, facts, device or facts.torch_name, size)
+        print(plan.model_dump_json(indent=1) if as_json else plan_text(plan))
 
 
 @app.command()

@@ -25,7 +25,10 @@
     │   └── CheckpointError           44   a checkpoint that this engine cannot go on from
     ├── OutputError                   50   a place that cannot be written
     │   └── DiskFullError             51
-    └── RecordError                   60   a record that cannot be read
+    ├── RecordError                   60   a record that cannot be read
+    └── BudgetError                   80   a budget that cannot be meant
+        ├── DeviceError               81   a device of which nothing is known
+        └── NotEstimatedError         82   a memory that is not predicted, instead of a wrong figure
 
 A run that started and did not end well is no exception but an outcome, with an exit code of its own
 (``peftbench.record.EXIT_CODES``). Each message is one sentence: what was given, what is allowed, what to do.
@@ -187,6 +190,24 @@ class RecordError(PeftbenchError):
     """A record that cannot be read."""
 
     exit_code = 60
+
+
+class BudgetError(PeftbenchError):
+    """A budget that is no size, or that nothing could fit."""
+
+    exit_code = 80
+
+
+class DeviceError(BudgetError):
+    """A device of which nothing is known."""
+
+    exit_code = 81
+
+
+class NotEstimatedError(BudgetError):
+    """A memory that is not predicted, instead of a wrong figure."""
+
+    exit_code = 82
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

@@ -91,13 +91,13 @@ def load(knobs: Model, arithmetic: torch.dtype | None = None) -> Base:
     tokenizer = load_tokenizer(knobs)
     model = _load_model(knobs, config, arithmetic)
     if knobs.fused_gelu:
-        _fuse_gelu(model)
+        fuse_gelu(model)
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.eos_token_id
     return Base(model, tokenizer, identity(model, knobs))
 
 
-def _fuse_gelu(model: PreTrainedModel) -> None:
+def fuse_gelu(model: PreTrainedModel) -> None:
     """Put torch's kernel in the place of the same function written out, which saves three tensors for each."""
     from transformers.activations import ACT2FN, NewGELUActivation
 
@@ -125,20 +125,32 @@ def _quantised(knobs: Model, arithmetic: torch.dtype | None) -> dict[str, Any]:
     return {"quantization_config": config}
 
 
-def _load_model(knobs: Model, config: PreTrainedConfig, arithmetic: torch.dtype | None) -> PreTrainedModel:
+def _common(knobs: Model) -> dict[str, Any]:
     import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
-    common = {
+    return {
         "trust_remote_code": knobs.trust_remote_code,
         "attn_implementation": knobs.attention,
         "dtype": torch.float32,
     }
+
+
+def from_config(knobs: Model, config: PreTrainedConfig) -> PreTrainedModel:
+    """The architecture, with weights that torch initialises."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(config, **_common(knobs))  # type: ignore[no-any-return]
+
+
+def _load_model(knobs: Model, config: PreTrainedConfig, arithmetic: torch.dtype | None) -> PreTrainedModel:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    common = _common(knobs)
     quantised = _quantised(knobs, arithmetic)
     try:
         if knobs.init == "random":
-            return AutoModelForCausalLM.from_config(config, **common)  # type: ignore[no-any-return]
+            return from_config(knobs, config)
         loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
             _location(knobs), config=config, revision=knobs.revision, use_safetensors=True,
             output_loading_info=True, **quantised, **common,

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate.utils import set_seed
 from torch import nn
-from transformers import get_scheduler
 
 from peftbench.data.batches import Batches, Collator, Rows
 from peftbench.data.encode import Encoder, Layout
@@ -164,6 +163,8 @@ def make_trainer(recipe: Recipe, built: Built, train: Rows, pad_token: int, boun
     Raises:
         EngineError: the engine did not start as the recipe asks.
     """
+    from transformers import get_scheduler  # which brings peft with it, and that half of all there is
+
     accelerator = bound.accelerator
     cost, uncounted, seen = _cost(recipe, built, bound)
     collator = Collator(

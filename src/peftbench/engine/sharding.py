@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from peftbench.engine import deepspeed
-from peftbench.profiler.memory import distinct_bytes
+from peftbench.profiler.memory import distinct_bytes, local, tensors_in
 from peftbench.record import StateBytes
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def state_bytes(
     _share_out(model)
     masters = deepspeed.master_weights(optimizer)
     steps = list(deepspeed.wrapped(optimizer))[-1]
-    states = [local(tensor) for state in steps.state.values() for tensor in _tensors(state.values())] + masters
+    states = [local(tensor) for state in steps.state.values() for tensor in tensors_in(state.values())] + masters
     groups = deepspeed.groups_of(optimizer)
     given = kind.state_bytes([{**group, "params": [local(p) for p in group["params"]]} for group in groups])
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -113,21 +113,6 @@ def state_bytes(
     )
 
 
-def _tensors(values: Iterable[object]) -> Iterator[torch.Tensor]:
-    """Tensors among ``values``, and those that objects among them hold (a projection, say)."""
-    for value in values:
-        if hasattr(value, "to_local"):
-            yield local(value)  # type: ignore[arg-type]
-        elif hasattr(value, "__tensor_flatten__"):  # a tensor made of others, as torchao's 8-bit states
-            yield from _tensors(getattr(value, name) for name in value.__tensor_flatten__()[0])
-        elif isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
-        elif hasattr(value, "__dict__"):
-            yield from _tensors(vars(value).values())
-
-
 def _weights(engine: EngineKind, model: nn.Module, device: str) -> tuple[int, int]:
     """Bytes of weights and buffers on the device, and elsewhere."""
     if engine.zero_stage == 3:
@@ -136,10 +121,5 @@ def _weights(engine: EngineKind, model: nn.Module, device: str) -> tuple[int, in
         return (here, parts) if engine.offload_parameters != "none" and device != "cpu" else (here + parts, 0)
     held = [local(tensor) for tensor in (*model.parameters(), *model.buffers())]
     # What turns a quantised weight back into numbers: scales, and a table.
-    held += _tensors(getattr(parameter, "quant_state", None) for parameter in model.parameters())
+    held += tensors_in(getattr(parameter, "quant_state", None) for parameter in model.parameters())
     return distinct_bytes(held), 0
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's part of a tensor that is shared out, any other tensor as it is."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[no-any-return,operator]

@@ -12,7 +12,7 @@ import torch
 
 from peftbench.data.batches import TokenCounts, Work
 from peftbench.engine import deepspeed
-from peftbench.engine.sharding import local
+from peftbench.profiler.memory import local
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

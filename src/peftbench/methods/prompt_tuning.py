@@ -44,10 +44,12 @@ class PromptTuning(Method):
         from peft import PromptTuningConfig, get_peft_model
 
         init = {"random": "RANDOM", "text": "TEXT", "vocabulary": "SAMPLE_VOCAB"}[self.init]
-        text = {"prompt_tuning_init_text": self.init_text, "tokenizer_name_or_path": tokenizer.name_or_path}
+        text: dict[str, Any] = {}
+        if self.init == "text":
+            text = {"prompt_tuning_init_text": self.init_text, "tokenizer_name_or_path": tokenizer.name_or_path}
         config = PromptTuningConfig(
             task_type="CAUSAL_LM", num_virtual_tokens=self.tokens, prompt_tuning_init=init,  # type: ignore[arg-type]
-            **(text if self.init == "text" else {}),
+            **text,
         )  # fmt: skip
         return get_peft_model(base, config)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -49,6 +50,10 @@ class Optimizer(Part):
 
     def started(self, groups: Sequence[dict[str, Any]]) -> None:
         """Called once an engine has put its own tensors in place of the parameters, with the groups of them."""
+
+    def rehearsed(self) -> AbstractContextManager[None]:
+        """Around steps on the meta device, where a library asks it for what it does not have."""
+        return nullcontext()
 
     @abstractmethod
     def state_bytes(self, groups: Sequence[dict[str, Any]]) -> int | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -115,6 +116,25 @@ class Apollo(_LowRank):
 
     def _projection(self) -> dict[str, Any]:
         return {"scale": self.scale, "scale_type": self.scale_of, "proj": "random", "proj_type": "std"}
+
+    @contextmanager
+    def rehearsed(self) -> Iterator[None]:
+        from apollo_torch import random_projector
+
+        drawn = random_projector.stable_randn
+
+        def shaped(
+            shape: tuple[int, ...], seed: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+        ) -> torch.Tensor:
+            import torch
+
+            return torch.empty(shape, device=device, dtype=dtype)
+
+        random_projector.stable_randn = shaped
+        try:
+            yield
+        finally:
+            random_projector.stable_randn = drawn
 
     def state_bytes(self, groups: Sequence[dict[str, Any]]) -> int:
         norms = sum(4 for group in groups if "rank" in group for _ in group["params"])  # of the step before

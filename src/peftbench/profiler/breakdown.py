@@ -8,7 +8,7 @@ happens to it, which may be later; so the book is read when the step is over.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from peftbench.profiler.memory import tensors_in
 
 Kind = Literal["weights", "weight_copies", "gradients", "optimizer_state", "activations", "logits", "temporaries"]
 KINDS: tuple[Kind, ...] = (
@@ -31,6 +33,21 @@ class _Storage:
 
     bytes: int
     kind: Kind = "temporaries"
+
+
+@dataclass(frozen=True)
+class Event:
+    """A storage is made or released."""
+
+    storage: int
+    """Number of the storage, from 0 in the order of time."""
+    bytes: int
+    made: bool
+    kind: Kind
+    operation: str
+    part: str | None
+    looked_at: bool
+    """Whether it came after the mark."""
 
 
 @dataclass(frozen=True)
@@ -68,25 +85,40 @@ class Breakdown(TorchDispatchMode):
         self._watches: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._book: list[tuple[_Storage, int, str, str | None]] = []
         """(storage, +1 or -1, operation, part of the step), in the order of time."""
+        self._mark = 0
         self._made_forward: dict[int, _Storage] = {}
         self._hooks: list[Any] = []
         self._operation = ""
 
+    def mark(self) -> None:
+        """Look for the peak in what comes from here on."""
+        self._see_optimizer_state()  # of which not all comes out of operations
+        self._mark = len(self._book)
+
+    def events(self) -> Iterator[Event]:
+        """The book, in the order of time."""
+        numbers: dict[int, int] = {}
+        for index, (storage, sign, operation, part) in enumerate(self._book):
+            number = numbers.setdefault(id(storage), len(numbers))
+            yield Event(number, storage.bytes, sign > 0, storage.kind, operation, part, index >= self._mark)
+
     def peak(self) -> Peak:
-        """The largest sum of the book."""
+        """The largest sum of the book, after its mark."""
         by_kind: dict[str, int] = dict.fromkeys(KINDS, 0)
         best = Peak(0, dict(by_kind), "", None)
         total = 0
-        for storage, sign, operation, part in self._book:
+        for index, (storage, sign, operation, part) in enumerate(self._book):
             by_kind[storage.kind] += sign * storage.bytes
             total += sign * storage.bytes
-            if total > best.bytes:
+            if total > best.bytes and index >= self._mark:
                 best = Peak(total, dict(by_kind), operation, part)
         return best
 
     def __enter__(self) -> Breakdown:
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             self._see(tensor, "weights")
+            for more in tensors_in([getattr(tensor, "quant_state", None)]):
+                self._see(more, "weights")
         for parameter in self.model.parameters():
             if parameter.grad is not None:
                 self._see(parameter.grad, "gradients")
@@ -145,10 +177,12 @@ class Breakdown(TorchDispatchMode):
             self._see(parameter.grad, "gradients")
 
     def _see_optimizer_state(self) -> None:
-        for state in self.optimizer.state.values():
-            for tensor in tree_leaves(state):
-                if isinstance(tensor, torch.Tensor):
-                    self._see(tensor, "optimizer_state")
+        groups = (
+            {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
+        )
+        for state in (*self.optimizer.state.values(), *groups):
+            for tensor in tensors_in(state.values()):
+                self._see(tensor, "optimizer_state")
 
     def _see(self, tensor: torch.Tensor, kind: Kind) -> _Storage | None:
         """The booked storage of ``tensor``, new or known; a known one takes over a kind that says more."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -153,6 +153,26 @@ def largest(ranks: Sequence[dict[str, Memory]]) -> dict[str, Memory]:
         retries = [m.allocation_retries for m in (found.get(phase, memory), memory) if m.allocation_retries is not None]
         found[phase] = most.model_copy(update={"allocation_retries": max(retries, default=None)})
     return found
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a tensor that is shared out, any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[no-any-return,operator]
+
+
+def tensors_in(values: Iterable[object]) -> Iterator[torch.Tensor]:
+    """Tensors among ``values``, and those that objects among them hold (a projection, say)."""
+    for value in values:
+        if hasattr(value, "to_local"):
+            yield local(value)  # type: ignore[arg-type]
+        elif hasattr(value, "__tensor_flatten__"):  # a tensor made of others, as torchao's 8-bit states
+            yield from tensors_in(getattr(value, name) for name in value.__tensor_flatten__()[0])
+        elif isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from tensors_in(value)
+        elif hasattr(value, "__dict__"):
+            yield from tensors_in(vars(value).values())
 
 
 def distinct_bytes(tensors: list[torch.Tensor]) -> int:

@@ -1,0 +1,150 @@
+"""A model of torch's caching allocator on CUDA: what it reserves from the driver for a given series of requests.
+
+Source: torch's c10/cuda/CUDACachingAllocator.cpp, its default settings (one stream, no expandable segments, no largest
+size to split). Requests are rounded to 512 bytes and served from the smallest free block that is large enough; what is
+left of a block is split off where that is worth it, and a block that is freed joins its free neighbours. Where no block
+is large enough a segment is taken from the driver: 2 MiB for small requests, 20 MiB for middle ones, for large ones as
+much as is asked for in whole 2 MiB. Segments are given back only when the driver has no more.
+"""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass, field
+
+MIB = 2**20
+GRAIN = 512
+"""All sizes are multiples of this."""
+SMALL = MIB
+"""Largest request that is served from the pool of small blocks."""
+SMALL_SEGMENT = 2 * MIB
+MIDDLE = 10 * MIB
+"""Smallest request that gets a segment of its own size."""
+MIDDLE_SEGMENT = 20 * MIB
+LARGE_GRAIN = 2 * MIB
+"""Segments of large requests are multiples of this."""
+
+
+@dataclass(eq=False)
+class _Block:
+    """A piece of a segment, with the pieces around it."""
+
+    address: int
+    size: int
+    small: bool
+    used: bool = False
+    before: _Block | None = None
+    after: _Block | None = None
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.size, self.address
+
+
+@dataclass
+class _Pool:
+    """Free blocks, the smallest first and among equals the one of the lowest address."""
+
+    blocks: list[_Block] = field(default_factory=list)
+
+    def add(self, block: _Block) -> None:
+        bisect.insort(self.blocks, block, key=lambda b: b.key)
+
+    def remove(self, block: _Block) -> None:
+        index = bisect.bisect_left(self.blocks, block.key, key=lambda b: b.key)
+        del self.blocks[index]
+
+    def take(self, size: int) -> _Block | None:
+        """The smallest block of at least ``size``, no more in the pool."""
+        index = bisect.bisect_left(self.blocks, (size, -1), key=lambda b: b.key)
+        return self.blocks.pop(index) if index < len(self.blocks) else None
+
+
+class OutOfMemoryError(Exception):
+    """The driver has no more to give."""
+
+    def __init__(self, requested_bytes: int) -> None:
+        super().__init__(f"{requested_bytes} bytes")
+        self.requested_bytes = requested_bytes
+
+
+class CachingAllocator:
+    """Replays requests; ``capacity`` is what the driver has to give, None for as much as is asked for."""
+
+    def __init__(self, capacity: int | None = None) -> None:
+        self.capacity = capacity
+        self.allocated = self.reserved = self.peak_allocated = self.peak_reserved = 0
+        self.retries = 0
+        """How often cached segments were given back because the driver had no more."""
+        self._pools = {True: _Pool(), False: _Pool()}
+        self._held: dict[int, _Block] = {}
+        self._next = 0
+
+    def allocate(self, name: int, size: int) -> None:
+        """Serve a request of ``size`` bytes, to be freed under ``name``.
+
+        Raises:
+            OutOfMemoryError: the driver has no more, even after all cached segments were given back.
+        """
+        if size == 0:
+            return
+        rounded = max(GRAIN, -(-size // GRAIN) * GRAIN)
+        small = rounded <= SMALL
+        block = self._pools[small].take(rounded) or self._segment(rounded, small)
+        left = block.size - rounded
+        if left >= GRAIN if small else left > SMALL:
+            rest = _Block(block.address + rounded, left, small, before=block, after=block.after)
+            if block.after is not None:
+                block.after.before = rest
+            block.after, block.size = rest, rounded
+            self._pools[small].add(rest)
+        block.used = True
+        self._held[name] = block
+        self.allocated += block.size
+        self.peak_allocated = max(self.peak_allocated, self.allocated)
+
+    def free(self, name: int) -> None:
+        """Take back what was served under ``name``."""
+        block = self._held.pop(name, None)
+        if block is None:  # of no bytes
+            return
+        self.allocated -= block.size
+        block.used = False
+        pool = self._pools[block.small]
+        for other in (block.before, block.after):
+            if other is not None and not other.used:
+                pool.remove(other)
+                block = _joined(*sorted((block, other), key=lambda b: b.address))
+        pool.add(block)
+
+    def give_back(self) -> None:
+        """Return every segment of which nothing is used to the driver, as ``torch.cuda.empty_cache`` does."""
+        for pool in self._pools.values():
+            whole = [block for block in pool.blocks if block.before is None and block.after is None]
+            for block in whole:
+                pool.remove(block)
+                self.reserved -= block.size
+
+    def _segment(self, size: int, small: bool) -> _Block:
+        segment = SMALL_SEGMENT if small else MIDDLE_SEGMENT
+        if not small and size >= MIDDLE:
+            segment = -(-size // LARGE_GRAIN) * LARGE_GRAIN
+        if self.capacity is not None and self.reserved + segment > self.capacity:
+            self.retries += 1
+            self.give_back()
+            if self.reserved + segment > self.capacity:
+                raise OutOfMemoryError(size)
+        self.reserved += segment
+        self.peak_reserved = max(self.peak_reserved, self.reserved)
+        made = _Block(self._next, segment, small)
+        self._next += segment
+        return made
+
+
+def _joined(first: _Block, second: _Block) -> _Block:
+    """Two neighbours as one block."""
+    first.size += second.size
+    first.after = second.after
+    if second.after is not None:
+        second.after.before = first
+    return first

@@ -1,0 +1,61 @@
+"""What only a device knows: one file each, of memory, the driver's context and the libraries' workspaces."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from importlib import resources
+
+from pydantic import BaseModel, ByteSize, ConfigDict
+
+from peftbench.errors import DeviceError, nearest
+
+
+class DeviceFacts(BaseModel):
+    """What is beside tensors on one kind of GPU. Ranges are what is known where nothing was measured."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    torch_name: str
+    """As torch.cuda.get_device_name says it."""
+    memory: ByteSize
+    """What torch says it has."""
+    memory_source: str
+    workspaces: tuple[ByteSize, ByteSize]
+    """Of cuBLAS and its kin, outside of what tensors take: at least and at most."""
+    context: tuple[ByteSize, ByteSize]
+    """Of the driver and of kernels that are loaded when they are first needed."""
+    calibrated: bool
+    """Whether workspaces and context were measured on such a device."""
+    bf16: bool
+    """Whether it has bf16 arithmetic."""
+
+
+UNKNOWN = DeviceFacts(
+    torch_name="a GPU", memory=ByteSize(0), memory_source="--budget",
+    workspaces=(ByteSize(8 << 20), ByteSize(64 << 20)), context=(ByteSize(300 << 20), ByteSize(1434 << 20)),
+    calibrated=False, bf16=True,
+)  # fmt: skip
+"""A device of which nothing is known but its memory."""
+
+
+@cache
+def devices() -> dict[str, DeviceFacts]:
+    """All that have a file, by its name."""
+    files = (path for path in resources.files(__package__).iterdir() if path.name.endswith(".json"))
+    found = {path.name.removesuffix(".json"): DeviceFacts(**json.loads(path.read_text("utf-8"))) for path in files}
+    return dict(sorted(found.items()))
+
+
+def device_named(name: str) -> DeviceFacts:
+    """The facts of the device of that name.
+
+    Raises:
+        DeviceError: there is no file for it; names the nearest.
+    """
+    if name not in devices():
+        raise DeviceError(
+            f"no device is called {name!r} here; give --budget with its memory instead, as --budget 16GiB",
+            nearest(name, devices()) or f"known: {', '.join(devices())}",
+        )
+    return devices()[name]

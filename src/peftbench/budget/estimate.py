@@ -1,0 +1,105 @@
+"""From a recipe to a plan, without a GPU and without weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from peftbench.budget.allocator import OutOfMemoryError
+from peftbench.budget.forecast import Moment, forecast
+from peftbench.budget.plan import Part, Plan, Verdict
+from peftbench.budget.rehearsal import Rehearsal
+from peftbench.data.batches import division
+from peftbench.data.encode import Layout
+from peftbench.engine.compatibility import QUANTIZATION, Combination, check
+from peftbench.errors import BudgetError, NotEstimatedError
+
+if TYPE_CHECKING:
+    from peftbench.budget.devices import DeviceFacts
+    from peftbench.profiler.breakdown import Event
+    from peftbench.recipe import Recipe
+
+
+def estimate(recipe: Recipe, facts: DeviceFacts, device: str, budget: int | None = None) -> Plan:
+    """What ``recipe`` would hold on one GPU with these ``facts``, and whether that fits ``budget`` bytes.
+
+    Raises:
+        NotEstimatedError: something in it is not predicted, and is named.
+        BudgetError: the budget is less than the weights alone.
+        PeftbenchError: the recipe itself cannot be run.
+    """
+    _check(recipe)
+    accumulation, rows = division(recipe.train.global_batch, recipe.train.micro_batch, 1)
+    with Rehearsal(recipe, "cuda", accumulation, padded=rows > 1) as rehearsal:
+        width = _width(recipe, rehearsal.positions)
+        rehearsal.train(rows, width)
+        rehearsal.evaluate(recipe.evaluate.batch, width)
+        if recipe.evaluate.generate:
+            new = recipe.evaluate.max_new_tokens
+            rehearsal.generate(recipe.evaluate.batch * recipe.evaluate.beams, width - new, new)
+    events = list(rehearsal.book.events())
+    found = forecast(events)
+    overhead = tuple(facts.workspaces[side] + facts.context[side] for side in (0, 1))
+    process = (found.reserved_bytes + overhead[0], found.reserved_bytes + overhead[1])
+    verdict, margin = None, None
+    if budget is not None:
+        weights = found.peak.live_by_kind["weights"]
+        if budget < weights:
+            raise BudgetError(f"{budget:,} bytes do not hold the {weights:,} of the weights alone; give more")
+        verdict = _verdict(events, process, budget, overhead[0])
+        margin = (budget - process[1], budget - process[0])
+    return Plan(
+        name=recipe.name, engine="single", device=device, calibrated=facts.calibrated, rows=rows, width=width,
+        micro_batches=accumulation, parts={name: _part(moment) for name, moment in found.by_part.items()},
+        peak_part=found.peak.part, reserved_bytes=found.reserved_bytes, process_bytes=process,
+        budget_bytes=budget, verdict=verdict, margin_bytes=margin, notes=_notes(facts, width),
+    )  # fmt: skip
+
+
+def _check(recipe: Recipe) -> None:
+    if not recipe.method.trains:
+        raise NotEstimatedError(f"{recipe.method.kind} trains nothing; estimate a recipe of a method that does")
+    asked = Combination(
+        recipe.method.kind, "single", recipe.optimizer.kind, recipe.train.precision,
+        frozenset({QUANTIZATION} if recipe.model.quantization else ()),
+    )  # fmt: skip
+    check(asked, "cuda")
+    if recipe.model.quantization == "int8":
+        raise NotEstimatedError("outliers of an int8 base depend on its values; use model.quantization=nf4 or null")
+    if recipe.optimizer.kind == "paged_adamw8bit":
+        raise NotEstimatedError("paged states, which the driver moves, are not predicted; use optimizer.kind=adamw8bit")
+    if recipe.train.activation_offload:
+        raise NotEstimatedError("activation offload is not predicted so far; leave train.activation_offload false")
+    if recipe.model.attention == "flash_attention_2":
+        raise NotEstimatedError("flash_attention_2 is not predicted; use model.attention=sdpa, which is near to it")
+
+
+def _width(recipe: Recipe, positions: int | None) -> int:
+    return Layout.fit(
+        separator=recipe.data.separator, max_tokens=recipe.data.max_tokens, new_tokens=recipe.evaluate.max_new_tokens,
+        positions=positions, virtual_tokens=recipe.method.virtual_tokens,
+    ).max_tokens  # fmt: skip
+
+
+def _verdict(events: list[Event], process: tuple[int, int], budget: int, least: int) -> Verdict:
+    """Fits by the most that it may take; does not fit if even the least leaves the allocator too little."""
+    if process[1] <= budget:
+        return "fits"
+    try:
+        forecast(events, capacity=budget - least)
+    except OutOfMemoryError:
+        return "does not fit"
+    return "too close to say"
+
+
+def _part(moment: Moment) -> Part:
+    return Part(
+        live_bytes=moment.live_bytes, allocated_bytes=moment.allocated_bytes,
+        live_by_kind={kind: value for kind, value in moment.live_by_kind.items() if value}, operation=moment.operation,
+    )  # fmt: skip
+
+
+def _notes(facts: DeviceFacts, width: int) -> tuple[str, ...]:
+    notes = [f"for micro-batches whose longest row has {width} tokens, as many as data.max_tokens or the model allows"]
+    if not facts.calibrated:
+        notes.append("what only the device knows (context, workspaces) was not measured on one: uncalibrated")
+    return tuple(notes)

@@ -1,0 +1,210 @@
+"""A training step on the meta device, through the very loop that trains: nothing is computed, every storage is booked.
+
+What is booked are the bytes that torch would ask the device's allocator for, in the order of time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from peftbench.budget.architecture import architecture
+from peftbench.budget.steering import DeviceKind, Steering
+from peftbench.data.batches import Batches, Collator, GlobalBatch, MicroBatch, TokenCounts
+from peftbench.engine.bind import Bound
+from peftbench.engine.build import Trainer, build
+from peftbench.engine.engines import SINGLE
+from peftbench.engine.loop import train_step
+from peftbench.engine.loss import summed_loss
+from peftbench.profiler.breakdown import Breakdown
+
+if TYPE_CHECKING:
+    from peftbench.recipe import Recipe
+
+_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class _StandIn:
+    """As much of an Accelerator as a step needs, for one process and no device."""
+
+    gradient_accumulation_steps: int
+    num_processes: int = 1
+    process_index: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("meta"))
+    scaler: None = None
+    optimizer_step_was_skipped: bool = False
+
+    def accumulate(self, _model: nn.Module) -> AbstractContextManager[None]:
+        """Nothing is held back."""
+        return nullcontext()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """As an Accelerator's, which divides by the number of micro-batches."""
+        if self.gradient_accumulation_steps > 1:
+            loss = loss / self.gradient_accumulation_steps
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def clip_grad_norm_(self, parameters: Iterator[nn.Parameter], max_norm: float) -> None:
+        """As an Accelerator's."""
+        torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+
+    def reduce(self, _tensor: torch.Tensor) -> torch.Tensor:
+        """A number, where the meta device has none."""
+        return torch.zeros(())
+
+
+@dataclass
+class _Parts:
+    """Which part of a step is being done."""
+
+    steering: Steering
+    current: str | None = None
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Do ``name``."""
+        self.current, self.steering.any_number = name, name == "optimizer"
+        try:
+            yield
+        finally:
+            self.current, self.steering.any_number = None, False
+
+
+class Rehearsal:
+    """A recipe on the meta device, steered to what one device of a kind would do; a context in which all is booked."""
+
+    def __init__(self, recipe: Recipe, device: DeviceKind, micro_batches: int, *, padded: bool = True) -> None:
+        """``micro_batches`` of a step; ``padded``: whether a batch has rows of unlike lengths.
+
+        Raises:
+            ModelError: the architecture is not known.
+        """
+        self.recipe, self.device = recipe, device
+        # From the second on all is as in the second, but that on the CPU their tokens were there before.
+        self.micro_batches = min(micro_batches, 2) if device == "cuda" else micro_batches
+        self.accelerator = _StandIn(self.micro_batches)
+        self.base = architecture(recipe.model, _PRECISIONS.get(recipe.train.precision, torch.float32))
+        built = build(recipe, self.base, Bound(self.accelerator, SINGLE, recipe.train.precision))  # type: ignore[arg-type]
+        self.model = built.bare_model
+        self.steering = Steering(device, _PRECISIONS.get(recipe.train.precision), padded=padded)
+        if built.checkpointing:
+            again: Callable[[], Any] = lambda: (nullcontext(), self.steering.again())  # noqa: E731
+            self.base.model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": again})
+        if device == "cpu":
+            _bring_plain_tensors(self.model)
+        self.parts = _Parts(self.steering)
+        self.optimizer = self._optimizer()
+        self.forward = self.model.forward
+        vocabulary = self.base.model.config.vocab_size
+        self.book = Breakdown(self.model, self.optimizer, vocabulary, lambda: self.parts.current)
+        self._contexts = ExitStack()
+
+    @property
+    def positions(self) -> int | None:
+        """Positions of the model, None where its config does not say."""
+        return self.base.positions
+
+    def __enter__(self) -> Rehearsal:
+        for context in (self.book, self.steering.helpers(), self.recipe.optimizer.rehearsed(), self.steering):
+            self._contexts.enter_context(context)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._contexts.close()
+
+    def train(self, rows: int, width: int) -> None:
+        """Two steps over micro-batches of (rows, width) tokens; the book is marked at the second, where states are.
+
+        Raises:
+            UnsupportedModelError: the model's code asks for a value that the meta device does not have.
+        """
+        schedule = torch.optim.lr_scheduler.ConstantLR(self.optimizer, factor=1.0)
+        trainer = Trainer(self.model, self.optimizer, schedule, _no_batches(), 2)
+        self.recipe.method.set_training(self.model)
+        _cast_forward(self.model, self.steering)
+        batches = [self._batch(rows, width, self.micro_batches) for _ in range(2)]
+        limit = self.recipe.train.max_grad_norm
+        train_step(self.accelerator, trainer, batches.pop(), limit, self.parts.part)  # type: ignore[arg-type]
+        self.book.mark()
+        train_step(self.accelerator, trainer, batches.pop(), limit, self.parts.part)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def evaluate(self, rows: int, width: int) -> None:
+        """The held-out loss of one batch."""
+        self.model.eval()
+        batch = self._batch(rows, width, 1).micro_batches[0]
+        with self.parts.part("evaluate"), self.steering.autocast():
+            summed_loss(self.model, batch.to(self.accelerator.device))
+
+    @torch.no_grad()
+    def generate(self, rows: int, width: int, new_tokens: int) -> None:
+        """The last token of the longest summaries: keys and values of all before it are there.
+
+        They are made in one pass, as those of the prompt are; with beams, ``rows`` are times those.
+        """
+        self.model.eval()
+        ids = torch.zeros((rows, width + new_tokens - 1), dtype=torch.long, device="meta")
+        self.model.forward = self.forward
+        with self.parts.part("generate"), self.steering.autocast():
+            mask = torch.ones_like(ids)
+            past = self.model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1).past_key_values
+            mask = torch.ones((rows, past.get_seq_length() + 1), dtype=torch.long, device="meta")
+            base = self.base.model
+            base(input_ids=ids[:, :1], attention_mask=mask, past_key_values=past, use_cache=True, logits_to_keep=1)
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        embeddings = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        made = self.recipe.optimizer.build(trained, [p for p in trained if id(p) in embeddings])
+        self.recipe.optimizer.started(made.param_groups)
+        if self.device == "cuda" and type(made) is torch.optim.AdamW:
+            for group in made.param_groups:  # as it is built over weights on a GPU
+                group["fused"] = True
+        return made
+
+    def _batch(self, rows: int, width: int, micro_batches: int) -> GlobalBatch:
+        # On the CPU a batch is there already, and to a GPU it is copied.
+        device = "meta" if self.device == "cpu" else "cpu"
+
+        def tokens() -> torch.Tensor:
+            return torch.zeros((rows, width), dtype=torch.long, device=device)
+
+        with _disable_current_modes():  # they come from elsewhere, and are booked once they are used
+            made = tuple(MicroBatch(tokens(), tokens(), tokens()) for _ in range(micro_batches))
+        return GlobalBatch(made, TokenCounts(labelled=1))
+
+
+def _cast_forward(model: nn.Module, steering: Steering) -> None:
+    """As an Accelerator prepares a model for autocast: the forward pass inside of it, its outputs in float32."""
+    from accelerate.utils import convert_outputs_to_fp32
+
+    if steering.precision is None:
+        return
+    forward = model.forward
+
+    def cast(*given: Any, **named: Any) -> Any:
+        with steering.autocast():
+            return forward(*given, **named)
+
+    model.forward = convert_outputs_to_fp32(cast)
+
+
+def _bring_plain_tensors(model: nn.Module) -> None:
+    """Put tensors that a method keeps outside of parameters and buffers on the meta device, as if they were there.
+
+    From the CPU to the CPU they are not copied; to a GPU they are, at every use.
+    """
+    for values in vars(model).values():
+        if isinstance(values, dict):
+            values.update({key: value.to("meta") for key, value in values.items() if isinstance(value, torch.Tensor)})
+
+
+def _no_batches() -> Batches:
+    return Batches([], Collator(0), 1, 1, 0)  # type: ignore[arg-type]

@@ -1,0 +1,156 @@
+"""A plan is made from a config alone, for every method and optimizer, and says fits only where it must."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peftbench.budget.devices import UNKNOWN, device_named, devices
+from peftbench.budget.estimate import estimate
+from peftbench.budget.plan import Plan, parse_size
+from peftbench.errors import BudgetError, DeviceError, NotEstimatedError
+from peftbench.methods.base import Method
+from peftbench.methods.baselines import ZeroShot
+from peftbench.methods.full import Full
+from peftbench.methods.lora import Lora
+from peftbench.optim import OPTIMIZERS
+from peftbench.recipe import Recipe
+from tests.conftest import Workshop, every_architecture, every_method
+
+MIB = 2**20
+KINDS: dict[str, Any] = dict(OPTIMIZERS)
+
+
+@pytest.fixture
+def planned(workshop: Workshop, tmp_path: Path) -> Any:
+    """Given a method and knobs, its plan, made where there is a config and nothing else."""
+
+    def made(method: Method, budget: int | None = None, architecture: str = "gpt2_tied", **parts: Any) -> Plan:
+        folder = tmp_path / "config_alone"
+        folder.mkdir(exist_ok=True)
+        config = workshop.base_folder(architecture) / "config.json"
+        (folder / "config.json").write_text(config.read_text(encoding="utf-8"), encoding="utf-8")
+        model = {"path": str(folder)} | parts.pop("model", {})
+        recipe: Recipe = workshop.recipe(method, model=model, **parts)
+        return estimate(recipe, UNKNOWN, "a GPU", budget)
+
+    return made
+
+
+@every_method
+@every_architecture
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_every_method_has_a_plan(method: Method, architecture: str, precision: str, planned: Any) -> None:
+    """With training, evaluation and generation in it; reserved is no less than allocated, nor that than live."""
+    plan = planned(
+        method, architecture=architecture, train={"precision": precision}, evaluate={"generate": True, "batch": 3}
+    )
+    assert set(plan.parts) == {"forward", "backward", "optimizer", "evaluate", "generate"}
+    for part in plan.parts.values():
+        assert 0 < part.live_bytes == sum(part.live_by_kind.values())
+        assert part.live_bytes <= part.allocated_bytes <= plan.reserved_bytes
+    assert plan.peak.allocated_bytes == max(part.allocated_bytes for part in plan.parts.values())
+    assert plan.process_bytes[0] > plan.reserved_bytes
+    assert any("uncalibrated" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - {"paged_adamw8bit", "deepspeed_cpu_adam"}))
+def test_every_optimizer_s_states(name: str, planned: Any) -> None:
+    """As many bytes as its closed form says, at the peak of its own part."""
+    kind = KINDS[name](**({"rank": 8} if name in {"galore", "apollo"} else {}))
+    precision = "bf16" if kind.weights == "bf16" else "fp32"
+    plan = planned(Full(), optimizer=kind, train={"precision": precision})
+    assert plan.parts["optimizer"].live_by_kind.get("optimizer_state", 0) > 0 or name == "sgd"
+    adamw = planned(Full()).parts["optimizer"].live_by_kind["optimizer_state"]
+    if name in {"adamw8bit", "lion", "lion8bit", "adafactor", "sgd", "adamw_bf16"}:
+        assert plan.parts["optimizer"].live_by_kind.get("optimizer_state", 0) < 0.9 * adamw
+
+
+def test_accumulation_keeps_gradients_through_the_forward_pass(planned: Any) -> None:
+    """With one micro-batch there are none in it; smaller micro-batches hold fewer activations."""
+    whole = planned(Full(), train={"global_batch": 8, "micro_batch": 8})
+    halves = planned(Full(), train={"global_batch": 8, "micro_batch": 4})
+    assert "gradients" not in whole.parts["forward"].live_by_kind
+    assert halves.parts["forward"].live_by_kind["gradients"] > 0
+    assert halves.parts["forward"].live_by_kind["activations"] < whole.parts["forward"].live_by_kind["activations"]
+    assert (halves.rows, halves.micro_batches) == (4, 2)
+
+
+def test_checkpointing_and_precision_hold_less(planned: Any) -> None:
+    """What the techniques are for."""
+    plain, again, half = (
+        planned(Full(), train={"gradient_checkpointing": on, "precision": precision}, evaluate={"batch": 1})
+        .parts["forward"]
+        .live_by_kind["activations"]
+        for on, precision in ((False, "fp32"), (True, "fp32"), (False, "bf16"))
+    )
+    assert again < 0.5 * plain
+    assert half < 0.8 * plain
+
+
+def test_the_verdict(planned: Any) -> None:
+    """Fits at the most that it may take, not at less than what is allocated, and between is too close to say."""
+    plan = planned(Full())
+    low, high = plan.process_bytes
+    said = {}
+    for budget in (high, high - 1, low, low - 40 * MIB, plan.peak.live_by_kind["weights"] + 300 * MIB):
+        made = planned(Full(), budget=budget)
+        said[budget] = made.verdict
+        assert made.margin_bytes == (budget - high, budget - low)
+    assert said[high] == "fits"
+    assert said[high - 1] == said[low] == "too close to say"
+    assert said[low - 40 * MIB] == "does not fit"
+
+
+def test_what_is_not_predicted_is_said(workshop: Workshop) -> None:
+    """And no figure is given instead."""
+    for method, changes, said in (
+        (Lora(), {"model": {"quantization": "int8"}}, "an int8 base depend on its values"),
+        (Full(), {"train": {"activation_offload": True}}, "activation offload is not predicted"),
+        (Full(), {"optimizer": OPTIMIZERS["paged_adamw8bit"](kind="paged_adamw8bit")}, "paged states"),
+        (ZeroShot(), {}, "zero_shot trains nothing"),
+    ):
+        with pytest.raises(NotEstimatedError, match=said):
+            estimate(workshop.recipe(method, **changes), UNKNOWN, "a GPU")
+
+
+def test_a_budget_below_the_weights(planned: Any) -> None:
+    """No search for what cannot be."""
+    with pytest.raises(BudgetError, match=r"1,000 bytes do not hold the .* of the weights alone"):
+        planned(Full(), budget=1000)
+
+
+@pytest.mark.parametrize(("text", "size"), [
+    ("16GiB", 16 * 2**30), ("16GB", 16 * 10**9), ("15.5 GiB", int(15.5 * 2**30)), ("1048576", 2**20),
+    ("12gib", 12 * 2**30),
+])  # fmt: skip
+def test_sizes(text: str, size: int) -> None:
+    """Binary and decimal prefixes are told apart."""
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["much", "", "16GiBs", "-3GiB", "0"])
+def test_no_sizes(text: str) -> None:
+    """One sentence, with how to write it."""
+    with pytest.raises(BudgetError, match="write it as 16GiB"):
+        parse_size(text)
+
+
+def test_devices() -> None:
+    """Each file is whole and says where its memory is from; another name gives the nearest and the way without."""
+    assert len(devices()) >= 9
+    for facts in devices().values():
+        assert 10 * 2**30 < facts.memory < 200 * 2**30
+        assert facts.memory_source
+        assert facts.context[0] <= facts.context[1]
+    with pytest.raises(DeviceError, match=r"give --budget .*did you mean 'a100-40gb'"):
+        device_named("a100-40")
+
+
+def test_json_can_be_read_again(planned: Any) -> None:
+    """As a script would."""
+    plan = planned(Full())
+    assert Plan(**json.loads(plan.model_dump_json())) == plan
