@@ -154,3 +154,17 @@ def test_json_can_be_read_again(planned: Any) -> None:
     """As a script would."""
     plan = planned(Full())
     assert Plan(**json.loads(plan.model_dump_json())) == plan
+
+
+def test_a_model_that_needs_values(planned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No figure, and the module by its name."""
+    from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
+
+    forward = GPT2MLP.forward
+
+    def looks(self: Any, hidden_states: Any) -> Any:
+        return forward(self, hidden_states) * hidden_states.mean().item()
+
+    monkeypatch.setattr(GPT2MLP, "forward", looks)
+    with pytest.raises(NotEstimatedError, match=r"transformer\.h\.0\.mlp \(gpt2\) cannot be rehearsed without values"):
+        planned(Full())

@@ -22,6 +22,7 @@ from peftbench.engine.build import Trainer, build
 from peftbench.engine.engines import SINGLE
 from peftbench.engine.loop import train_step
 from peftbench.engine.loss import summed_loss
+from peftbench.errors import NotEstimatedError
 from peftbench.profiler.breakdown import Breakdown
 
 if TYPE_CHECKING:
@@ -78,7 +79,10 @@ class _Parts:
 
 
 class Rehearsal:
-    """A recipe on the meta device, steered to what one device of a kind would do; a context in which all is booked."""
+    """A recipe on the meta device, steered to what one device of a kind would do; a context in which all is booked.
+
+    What needs values that the meta device does not have ends it with a NotEstimatedError that names the module.
+    """
 
     def __init__(self, recipe: Recipe, device: DeviceKind, micro_batches: int, *, padded: bool = True) -> None:
         """``micro_batches`` of a step; ``padded``: whether a batch has rows of unlike lengths.
@@ -105,26 +109,35 @@ class Rehearsal:
         vocabulary = self.base.model.config.vocab_size
         self.book = Breakdown(self.model, self.optimizer, vocabulary, lambda: self.parts.current)
         self._contexts = ExitStack()
+        self._inside: list[str] = []
+        for name, module in self.model.named_modules():
+            module.register_forward_pre_hook(lambda *_, entered=name: self._inside.append(entered))
+            module.register_forward_hook(self._left)
 
     @property
     def positions(self) -> int | None:
         """Positions of the model, None where its config does not say."""
         return self.base.positions
 
+    def _left(self, *_: object) -> None:
+        self._inside.pop()
+
     def __enter__(self) -> Rehearsal:
         for context in (self.book, self.steering.helpers(), self.recipe.optimizer.rehearsed(), self.steering):
             self._contexts.enter_context(context)
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
         self._contexts.close()
+        if isinstance(error, (RuntimeError, NotImplementedError)):
+            where = self._inside[-1] if self._inside else None
+            raise NotEstimatedError(
+                f"{where or 'this recipe'} ({self.base.model.config.model_type}) cannot be rehearsed without values: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
 
     def train(self, rows: int, width: int) -> None:
-        """Two steps over micro-batches of (rows, width) tokens; the book is marked at the second, where states are.
-
-        Raises:
-            UnsupportedModelError: the model's code asks for a value that the meta device does not have.
-        """
+        """Two steps over micro-batches of (rows, width) tokens; the book is marked at the second, where states are."""
         schedule = torch.optim.lr_scheduler.ConstantLR(self.optimizer, factor=1.0)
         trainer = Trainer(self.model, self.optimizer, schedule, _no_batches(), 2)
         self.recipe.method.set_training(self.model)
