@@ -1,4 +1,4 @@
-"""The command line: compare, estimate, report, show."""
+"""The command line: compare, estimate, fit, report, show."""
 
 from __future__ import annotations
 
@@ -122,6 +122,46 @@ def estimate(
 
         plan = estimated(recipe, facts, device or facts.torch_name, size)
         print(plan.model_dump_json(indent=1) if as_json else plan_text(plan))
+
+
+@app.command()
+def fit(
+    changes: Overrides = None,
+    config: Annotated[
+        Optional[list[Path]], typer.Option(help="A recipe; several are merged from left to right.")
+    ] = None,
+    budget: Annotated[Optional[str], typer.Option(help="Memory to fit, as 16GiB; default: the device's.")] = None,
+    device: Annotated[Optional[str], typer.Option(help="A GPU that has a file, as t4, a10g or h100.")] = None,
+    allow: Annotated[
+        str, typer.Option(help="Ways of saving memory to try, as checkpointing,bf16,adamw8bit; or all.")
+    ] = "checkpointing",
+) -> None:
+    """Find the largest micro-batch that fits, with each set of allowed ways of saving memory."""
+    from tqdm.auto import tqdm
+
+    from peftbench.budget.devices import UNKNOWN, device_named
+    from peftbench.budget.plan import parse_size
+    from peftbench.config import load_recipe
+    from peftbench.console import quiet_libraries
+    from peftbench.errors import BudgetError
+
+    with guarded():
+        facts = device_named(device) if device else UNKNOWN
+        size = parse_size(budget) if budget else int(facts.memory)
+        if not size:
+            raise BudgetError("what is it to fit? give --budget, as 16GiB, or --device")
+        recipe = load_recipe(config or [], changes or [])
+        quiet_libraries()
+        from peftbench.budget.search import TECHNIQUES, chosen_techniques, strategy
+        from peftbench.report.plan import strategies_text
+
+        names = [technique.name for technique in TECHNIQUES] if allow == "all" else [n for n in allow.split(",") if n]
+        sets = chosen_techniques(recipe, names)
+        bar = tqdm(sets, desc="rehearsing", unit="way", disable=None)
+        found = [strategy(recipe, chosen, facts, device or facts.torch_name, size) for chosen in bar]
+        print(strategies_text([one for one in found if one is not None], size, len(sets)))
+        if not any(found):
+            raise typer.Exit(1)
 
 
 @app.command()

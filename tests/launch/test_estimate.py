@@ -36,3 +36,22 @@ def test_what_cannot_be_meant(argument: list[str], code: int, said: str, project
     assert (done.returncode, done.stdout) == (code, "")
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_what_fits_is_printed(project: Path, caches: dict[str, str]) -> None:
+    """Each way with its largest micro-batch, and the knobs to run the first; none at all is said, with a code."""
+    done = run(
+        peftbench("fit", "--config", "recipe.yaml", "--budget", "2GiB", "--allow", "checkpointing,bf16"),
+        project,
+        caches,
+    )
+    assert done.returncode == 0, done.stderr
+    for way in ("as it is", "checkpointing", "bf16", "checkpointing + bf16"):
+        assert f"| {way} " in done.stdout
+    assert "train.micro_batch=4" in done.stdout
+    small = run(peftbench("fit", "--config", "recipe.yaml", "--budget", "64MiB"), project, caches)
+    assert small.returncode == 1
+    assert "none of the 2 ways tried fits 64 MiB" in small.stdout
+    nothing = run(peftbench("fit", "--config", "recipe.yaml"), project, caches)
+    assert (nothing.returncode, nothing.stdout) == (80, "")
+    assert "give --budget, as 16GiB, or --device" in nothing.stderr

@@ -29,8 +29,10 @@ def estimate(recipe: Recipe, facts: DeviceFacts, device: str, budget: int | None
     """
     _check(recipe)
     accumulation, rows = division(recipe.train.global_batch, recipe.train.micro_batch, 1)
-    with Rehearsal(recipe, "cuda", accumulation, padded=rows > 1) as rehearsal:
-        width = _width(recipe, rehearsal.positions)
+    rehearsal = Rehearsal(recipe, "cuda", accumulation, padded=rows > 1)
+    width = _width(recipe, rehearsal.positions)
+    flops = rehearsal.step_flops(recipe.train.global_batch, width)
+    with rehearsal:
         rehearsal.train(rows, width)
         rehearsal.evaluate(recipe.evaluate.batch, width)
         if recipe.evaluate.generate:
@@ -47,9 +49,10 @@ def estimate(recipe: Recipe, facts: DeviceFacts, device: str, budget: int | None
             raise BudgetError(f"{budget:,} bytes do not hold the {weights:,} of the weights alone; give more")
         verdict = _verdict(events, process, budget, overhead[0])
         margin = (budget - process[1], budget - process[0])
+    parts = {name: _part(moment) for name, moment in found.by_part.items()}
     return Plan(
         name=recipe.name, engine="single", device=device, calibrated=facts.calibrated, rows=rows, width=width,
-        micro_batches=accumulation, parts={name: _part(moment) for name, moment in found.by_part.items()},
+        micro_batches=accumulation, step_flops=flops, parts=parts,
         peak_part=found.peak.part, reserved_bytes=found.reserved_bytes, process_bytes=process,
         budget_bytes=budget, verdict=verdict, margin_bytes=margin, notes=_notes(facts, width),
     )  # fmt: skip

@@ -40,6 +40,8 @@ class Plan(_Answer):
     width: int
     """Real tokens of its longest row; virtual ones come on top."""
     micro_batches: int
+    step_flops: int | None
+    """Of one optimizer step, over rows that are all as long as that; None where not known."""
     parts: dict[str, Part]
     peak_part: str
     reserved_bytes: int

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from peftbench.budget.architecture import architecture
 from peftbench.budget.steering import DeviceKind, Steering
-from peftbench.data.batches import Batches, Collator, GlobalBatch, MicroBatch, TokenCounts
+from peftbench.data.batches import Batches, Collator, GlobalBatch, MicroBatch, TokenCounts, Work
 from peftbench.engine.bind import Bound
 from peftbench.engine.build import Trainer, build
 from peftbench.engine.engines import SINGLE
@@ -24,6 +24,7 @@ from peftbench.engine.loop import train_step
 from peftbench.engine.loss import summed_loss
 from peftbench.errors import NotEstimatedError
 from peftbench.profiler.breakdown import Breakdown
+from peftbench.profiler.flops import UncountableError, cost
 
 if TYPE_CHECKING:
     from peftbench.recipe import Recipe
@@ -98,6 +99,7 @@ class Rehearsal:
         built = build(recipe, self.base, Bound(self.accelerator, SINGLE, recipe.train.precision))  # type: ignore[arg-type]
         self.model = built.bare_model
         self.steering = Steering(device, _PRECISIONS.get(recipe.train.precision), padded=padded)
+        self.checkpointing = built.checkpointing
         if built.checkpointing:
             again: Callable[[], Any] = lambda: (nullcontext(), self.steering.again())  # noqa: E731
             self.base.model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": again})
@@ -147,6 +149,19 @@ class Rehearsal:
         train_step(self.accelerator, trainer, batches.pop(), limit, self.parts.part)  # type: ignore[arg-type]
         self.book.mark()
         train_step(self.accelerator, trainer, batches.pop(), limit, self.parts.part)  # type: ignore[arg-type]
+
+    def step_flops(self, rows: int, width: int) -> int | None:
+        """What one micro-batch of (rows, width) tokens takes, all padded; None where it is not known."""
+        virtual = self.recipe.method.virtual_tokens
+        tokens = width + virtual
+        work = Work(rows * tokens, rows * tokens**2, rows * tokens, tokens)
+        self.recipe.method.set_training(self.model)
+        try:
+            with self.steering.helpers():
+                found = cost(self.model, self.base.model, virtual_tokens=virtual, checkpointing=self.checkpointing)
+        except UncountableError:
+            return None
+        return found.executed(work)
 
     @torch.no_grad()
     def evaluate(self, rows: int, width: int) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from peftbench.budget.estimate import estimate
-from peftbench.errors import BudgetError
+from peftbench.errors import BudgetError, nearest
+from peftbench.optim import OPTIMIZERS
+from peftbench.profiler.devices import peak_flops
 
 if TYPE_CHECKING:
     from peftbench.budget.devices import DeviceFacts
@@ -42,8 +44,6 @@ class Technique:
         for part, change in self.changes.items():
             value = getattr(made, part)
             if part == "optimizer":
-                from peftbench.optim import OPTIMIZERS
-
                 kept = value.model_dump(exclude={"kind"}) | {k: v for k, v in change.items() if k != "kind"}
                 value = OPTIMIZERS[change["kind"]](**kept)
             else:
@@ -67,13 +67,13 @@ TECHNIQUES = (
 
 @dataclass(frozen=True)
 class Strategy:
-    """Techniques and a micro-batch that fit together."""
+    """Techniques and the largest micro-batch that fit together."""
 
     techniques: tuple[Technique, ...]
-    micro_batch: int
+    recipe: Recipe
     plan: Plan
-    relative_time: float | None
-    """Predicted, by FLOPs, of the fastest strategy's."""
+    seconds: float | None
+    """Of a step at the device's peak FLOP/s by its data sheet; good for ratios. None where not known."""
 
     @property
     def name(self) -> str:
@@ -84,15 +84,16 @@ class Strategy:
 def largest_micro_batch(recipe: Recipe, fits: Callable[[Recipe], bool]) -> Recipe | None:
     """The recipe with the largest micro-batch that ``fits``, None where not even one example does.
 
-    The global batch stays; memory grows with the micro-batch, so it is found by halving.
+    The global batch stays. Memory grows with the micro-batch, so it is found by halving.
     """
     least, most = 0, recipe.train.global_batch
+    middle = most  # often all fit
     while least < most:
-        middle = (least + most + 1) // 2
         if fits(with_micro_batch(recipe, middle)):
             least = middle
         else:
             most = middle - 1
+        middle = (least + most + 1) // 2
     return with_micro_batch(recipe, least) if least else None
 
 
@@ -101,32 +102,43 @@ def with_micro_batch(recipe: Recipe, size: int) -> Recipe:
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"micro_batch": size})})
 
 
-def strategies(
-    recipe: Recipe, facts: DeviceFacts, device: str, budget: int, allowed: Sequence[str]
-) -> Iterator[Strategy]:
-    """Every set of allowed techniques with the largest micro-batch that fits ``budget`` bytes with it.
+def chosen_techniques(recipe: Recipe, allowed: Sequence[str]) -> list[tuple[Technique, ...]]:
+    """Every set of allowed techniques that makes sense for the recipe, the smaller ones first.
 
     Raises:
         BudgetError: a technique that is not known.
     """
     known = {technique.name: technique for technique in TECHNIQUES}
     if unknown := [name for name in allowed if name not in known]:
-        raise BudgetError(f"there is no technique {unknown[0]!r} to save memory with; known: {', '.join(known)}")
+        raise BudgetError(f"there is no technique {unknown[0]!r}", nearest(unknown[0], known))
     usable = [known[name] for name in known if name in allowed and known[name].applies(recipe)]
-    for number in range(len(usable) + 1):
-        for chosen in itertools.combinations(usable, number):
-            if sum("optimizer" in technique.changes for technique in chosen) > 1:
-                continue
-            changed = recipe
-            for technique in chosen:
-                changed = technique.on(changed)
-            plans: dict[int | None, Plan] = {}
+    sets = itertools.chain.from_iterable(itertools.combinations(usable, number) for number in range(len(usable) + 1))
+    return [chosen for chosen in sets if _apart(chosen)]
 
-            def fits(asked: Recipe, plans: dict[int | None, Plan] = plans) -> bool:
-                plan = plans[asked.train.micro_batch] = estimate(asked, facts, device, budget)
-                return plan.verdict == "fits"
 
-            found = largest_micro_batch(changed, fits)
-            if found is not None and found.train.micro_batch is not None:
-                size = found.train.micro_batch
-                yield Strategy(chosen, size, plans[size], None)
+def _apart(techniques: tuple[Technique, ...]) -> bool:
+    """Whether no two of them change the same knob."""
+    knobs = [(part, key) for technique in techniques for part, change in technique.changes.items() for key in change]
+    return len(knobs) == len(set(knobs))
+
+
+def strategy(
+    recipe: Recipe, techniques: tuple[Technique, ...], facts: DeviceFacts, device: str, budget: int
+) -> Strategy | None:
+    """The largest micro-batch that fits ``budget`` bytes with these techniques, None where none does."""
+    changed = recipe
+    for technique in techniques:
+        changed = technique.on(changed)
+    plans: dict[int | None, Plan] = {}
+
+    def fits(asked: Recipe) -> bool:
+        plan = plans[asked.train.micro_batch] = estimate(asked, facts, device, budget)
+        return plan.verdict == "fits"
+
+    found = largest_micro_batch(changed, fits)
+    if found is None:
+        return None
+    plan = plans[found.train.micro_batch]
+    peak = peak_flops(facts.torch_name, found.train.precision)
+    seconds = plan.step_flops / peak if plan.step_flops and peak else None
+    return Strategy(techniques, found, plan, seconds)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
 if TYPE_CHECKING:
     from peftbench.budget.plan import Plan
+    from peftbench.budget.search import Strategy
 
 _MIB = 2**20
 _KINDS = {
@@ -46,6 +48,40 @@ def plan_text(plan: Plan) -> str:
     if plan.verdict is not None and plan.budget_bytes is not None and plan.margin_bytes is not None:
         lines.append(f"in {_mib(plan.budget_bytes)} MiB: {plan.verdict} ({_margin(*plan.margin_bytes)})")
     return "\n".join((*lines, *(f"note: {note}" for note in plan.notes)))
+
+
+def strategies_text(found: Sequence[Strategy], budget: int, tried: int) -> str:
+    """A table of what fits, the fastest by predicted time first, and how to run the first."""
+    if not found:
+        return f"none of the {tried} ways tried fits {_mib(budget)} MiB, not even with micro-batches of one example"
+    ordered = sorted(found, key=lambda s: (s.seconds or s.plan.step_flops or 0, -s.plan.rows, len(s.techniques)))
+    first = ordered[0].seconds or ordered[0].plan.step_flops
+    rows = [
+        {
+            "strategy": strategy.name,
+            "micro-batch": strategy.plan.rows,
+            "allocated, MiB": _mib(strategy.plan.peak.allocated_bytes),
+            "process at most, MiB": _mib(strategy.plan.process_bytes[1]),
+            "time": _times(strategy.seconds or strategy.plan.step_flops, first),
+            "trades": "; ".join(t.trades for t in strategy.techniques if t.trades) or "nothing",
+        }
+        for strategy in ordered
+    ]
+    best = ordered[0]
+    by = "the data sheet's FLOP/s" if best.seconds else "FLOPs alone, whatever their precision"
+    knobs = [(f"{part}.{key}", value) for technique in best.techniques
+             for part, change in technique.changes.items() for key, value in change.items()]  # fmt: skip
+    changes = [f"{knob}={str(value).lower() if isinstance(value, bool) else value}" for knob, value in knobs]
+    return "\n".join((
+        tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True), "",
+        f"time: predicted of one step by {by}, of the fastest's",
+        f"the first: {' '.join((*changes, f'train.micro_batch={best.plan.rows}'))}",
+        *(f"note: {note}" for note in best.plan.notes),
+    ))  # fmt: skip
+
+
+def _times(value: float | None, first: float | None) -> str:
+    return f"{value / first:.2f}x" if value and first else "unknown"
 
 
 def _margin(low: int, high: int) -> str:

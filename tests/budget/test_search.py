@@ -1,0 +1,103 @@
+"""The largest micro-batch is the largest, and each way of saving memory is tried once."""
+
+from __future__ import annotations
+
+import pytest
+
+from peftbench.budget.devices import UNKNOWN, device_named
+from peftbench.budget.estimate import estimate
+from peftbench.budget.search import (
+    TECHNIQUES,
+    chosen_techniques,
+    largest_micro_batch,
+    strategy,
+    with_micro_batch,
+)
+from peftbench.errors import BudgetError
+from peftbench.methods.full import Full
+from peftbench.methods.last_layer import LastLayer
+from peftbench.optim import OPTIMIZERS
+from tests.conftest import Workshop
+
+NAMES = [technique.name for technique in TECHNIQUES]
+
+
+@pytest.mark.parametrize("limit", range(14))
+def test_the_largest_is_found(limit: int, workshop: Workshop) -> None:
+    """For every limit from none to more than all; the global batch stays, and few are tried."""
+    recipe = workshop.recipe(Full(), train={"global_batch": 12})
+    tried: list[int | None] = []
+
+    def fits(asked: object) -> bool:
+        size = asked.train.micro_batch  # type: ignore[attr-defined]
+        tried.append(size)
+        return bool(size is not None and size <= limit)
+
+    found = largest_micro_batch(recipe, fits)  # type: ignore[arg-type]
+    assert len(tried) == len(set(tried)) <= 5
+    if limit == 0:
+        assert found is None
+    else:
+        assert found is not None
+        assert (found.train.micro_batch, found.train.global_batch) == (min(limit, 12), 12)
+
+
+def test_every_set_once(workshop: Workshop) -> None:
+    """No two that change the same knob, and none that changes nothing: of five, GELU is fused already."""
+    sets = chosen_techniques(workshop.recipe(Full()), NAMES)
+    assert sets[0] == ()
+    names = {tuple(technique.name for technique in chosen) for chosen in sets}
+    assert len(sets) == len(names) == 2 * (4 + 1)  # checkpointing or not, with bf16 x adamw8bit, or bf16_weights
+    frozen = chosen_techniques(workshop.recipe(LastLayer()), ["checkpointing"])
+    assert frozen == [()]
+    other = workshop.recipe(Full(), optimizer=OPTIMIZERS["sgd"](kind="sgd"))
+    assert chosen_techniques(other, ["adamw8bit"]) == [()]
+    with pytest.raises(BudgetError, match="there is no technique 'bf61'; did you mean 'bf16'"):
+        chosen_techniques(other, ["bf61"])
+
+
+def test_a_technique_changes_its_knobs_alone(workshop: Workshop) -> None:
+    """The rate and all else stay."""
+    recipe = workshop.recipe(Full(), optimizer=OPTIMIZERS["adamw"](kind="adamw", learning_rate=3e-4))
+    known = {technique.name: technique for technique in TECHNIQUES}
+    made = known["bf16_weights"].on(recipe)
+    assert (made.optimizer.kind, made.optimizer.learning_rate) == ("adamw8bit_bf16", 3e-4)
+    assert made.train.precision == "bf16"
+    assert made.model_copy(update={"optimizer": recipe.optimizer, "train": recipe.train}) == recipe
+
+
+def test_at_the_edge_one_more_does_not_fit(workshop: Workshop) -> None:
+    """The plan of the largest says fits, and that of one more does not."""
+    recipe = workshop.recipe(Full(), train={"global_batch": 8, "micro_batch": 1}, evaluate={"batch": 1})
+    budget = estimate(with_micro_batch(recipe, 4), UNKNOWN, "a GPU").process_bytes[1]
+    found = strategy(recipe, (), UNKNOWN, "a GPU", budget)
+    assert found is not None
+    assert found.plan.verdict == "fits"
+    assert found.recipe.train.global_batch == 8
+    size = found.plan.rows
+    assert size >= 4
+    if size < 8:
+        assert estimate(with_micro_batch(recipe, 8), UNKNOWN, "a GPU", budget).verdict != "fits"
+    weights = found.plan.peak.live_by_kind["weights"]
+    assert strategy(recipe, (), UNKNOWN, "a GPU", weights + 1) is None
+
+
+def test_time_is_of_flops_and_of_the_device(workshop: Workshop) -> None:
+    """Checkpointing computes more; a device's bf16 is faster than its fp32; an unknown one has no seconds."""
+    recipe = workshop.recipe(Full(), train={"global_batch": 4}, evaluate={"batch": 1})
+    known = {technique.name: technique for technique in TECHNIQUES}
+    facts = device_named("h100")
+    plain, again, half = (
+        strategy(recipe, chosen, facts, "h100", 2**34) for chosen in ((), (known["checkpointing"],), (known["bf16"],))
+    )
+    assert plain is not None
+    assert again is not None
+    assert half is not None
+    assert plain.seconds is not None
+    assert again.seconds is not None
+    assert half.seconds is not None
+    assert 1.05 < again.seconds / plain.seconds < 1.5
+    assert half.seconds < plain.seconds / 10
+    unknown = strategy(recipe, (), UNKNOWN, "a GPU", 2**34)
+    assert unknown is not None
+    assert unknown.seconds is None
