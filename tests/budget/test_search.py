@@ -73,7 +73,7 @@ def test_at_the_edge_one_more_does_not_fit(workshop: Workshop) -> None:
     found = strategy(recipe, (), UNKNOWN, "a GPU", budget)
     assert found is not None
     assert found.plan.verdict == "fits"
-    assert found.recipe.train.global_batch == 8
+    assert found.changes == (f"train.micro_batch={found.plan.rows}",)
     size = found.plan.rows
     assert size >= 4
     if size < 8:

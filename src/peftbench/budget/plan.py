@@ -60,6 +60,24 @@ class Plan(_Answer):
         return self.parts[self.peak_part]
 
 
+class Strategy(_Answer):
+    """Ways of saving memory and the largest micro-batch that fit together."""
+
+    techniques: tuple[str, ...]
+    changes: tuple[str, ...]
+    """To the recipe, as on a command line."""
+    trades: tuple[str, ...]
+    """What is another computation with them."""
+    plan: Plan
+    seconds: float | None
+    """Of a step at the device's peak FLOP/s by its data sheet; good for ratios. None where not known."""
+
+    @property
+    def name(self) -> str:
+        """For a table."""
+        return " + ".join(self.techniques) or "as it is"
+
+
 class _Size(BaseModel):
     size: ByteSize
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from peftbench.budget.estimate import estimate
+from peftbench.budget.plan import Strategy
 from peftbench.errors import BudgetError, nearest
 from peftbench.optim import OPTIMIZERS
 from peftbench.profiler.devices import peak_flops
@@ -63,22 +64,6 @@ TECHNIQUES = (
     ),
 )  # fmt: skip
 """In the order in which a person would try them."""
-
-
-@dataclass(frozen=True)
-class Strategy:
-    """Techniques and the largest micro-batch that fit together."""
-
-    techniques: tuple[Technique, ...]
-    recipe: Recipe
-    plan: Plan
-    seconds: float | None
-    """Of a step at the device's peak FLOP/s by its data sheet; good for ratios. None where not known."""
-
-    @property
-    def name(self) -> str:
-        """For a table."""
-        return " + ".join(technique.name for technique in self.techniques) or "as it is"
 
 
 def largest_micro_batch(recipe: Recipe, fits: Callable[[Recipe], bool]) -> Recipe | None:
@@ -141,4 +126,11 @@ def strategy(
     plan = plans[found.train.micro_batch]
     peak = peak_flops(facts.torch_name, found.train.precision)
     seconds = plan.step_flops / peak if plan.step_flops and peak else None
-    return Strategy(techniques, found, plan, seconds)
+    knobs = [(f"{part}.{key}", value) for technique in techniques
+             for part, change in technique.changes.items() for key, value in change.items()]  # fmt: skip
+    knobs.append(("train.micro_batch", plan.rows))
+    return Strategy(
+        techniques=tuple(technique.name for technique in techniques),
+        changes=tuple(f"{knob}={str(value).lower() if isinstance(value, bool) else value}" for knob, value in knobs),
+        trades=tuple(technique.trades for technique in techniques if technique.trades), plan=plan, seconds=seconds,
+    )  # fmt: skip

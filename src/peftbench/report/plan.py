@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 from tabulate import tabulate
 
 if TYPE_CHECKING:
-    from peftbench.budget.plan import Plan
-    from peftbench.budget.search import Strategy
+    from peftbench.budget.plan import Plan, Strategy
 
 _MIB = 2**20
 _KINDS = {
@@ -63,19 +62,16 @@ def strategies_text(found: Sequence[Strategy], budget: int, tried: int) -> str:
             "allocated, MiB": _mib(strategy.plan.peak.allocated_bytes),
             "process at most, MiB": _mib(strategy.plan.process_bytes[1]),
             "time": _times(strategy.seconds or strategy.plan.step_flops, first),
-            "trades": "; ".join(t.trades for t in strategy.techniques if t.trades) or "nothing",
+            "trades": "; ".join(strategy.trades) or "nothing",
         }
         for strategy in ordered
     ]
     best = ordered[0]
     by = "the data sheet's FLOP/s" if best.seconds else "FLOPs alone, whatever their precision"
-    knobs = [(f"{part}.{key}", value) for technique in best.techniques
-             for part, change in technique.changes.items() for key, value in change.items()]  # fmt: skip
-    changes = [f"{knob}={str(value).lower() if isinstance(value, bool) else value}" for knob, value in knobs]
     return "\n".join((
         tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True), "",
         f"time: predicted of one step by {by}, of the fastest's",
-        f"the first: {' '.join((*changes, f'train.micro_batch={best.plan.rows}'))}",
+        f"the first: {' '.join(best.changes)}",
         *(f"note: {note}" for note in best.plan.notes),
     ))  # fmt: skip
 
