@@ -159,7 +159,7 @@ class Rehearsal:
         try:
             with self.steering.helpers():
                 found = cost(self.model, self.base.model, virtual_tokens=virtual, checkpointing=self.checkpointing)
-        except UncountableError:
+        except (UncountableError, RuntimeError, NotImplementedError):  # the step itself will say what is wrong
             return None
         return found.executed(work)
 
