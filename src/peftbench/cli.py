@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from peftbench.console import INTERRUPTED, guarded
+
+if TYPE_CHECKING:
+    from peftbench.budget.devices import DeviceFacts
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -18,6 +21,10 @@ app = typer.Typer(
 Overrides = Annotated[
     Optional[list[str]], typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Knobs to change, as train.steps=100.")
 ]
+
+Configs = Annotated[Optional[list[Path]], typer.Option(help="A recipe; several are merged from left to right.")]
+Budget = Annotated[Optional[str], typer.Option(help="Memory to fit, as 16GiB; default: the device's.")]
+DeviceName = Annotated[Optional[str], typer.Option(help="A GPU that has a file, as t4, a10g or h100.")]
 
 
 def _say(line: str) -> None:
@@ -96,25 +103,29 @@ def report(
         print(f"report: {write_report(records, folder, folder.resolve().name)}")
 
 
+def _room(budget: str | None, device: str | None) -> tuple[DeviceFacts, int | None]:
+    """What is known of the device, and how many bytes there are to fit; None where neither was given."""
+    from peftbench.budget.devices import UNKNOWN, device_named
+    from peftbench.budget.plan import parse_size
+
+    facts = device_named(device) if device else UNKNOWN
+    return facts, parse_size(budget) if budget else int(facts.memory) or None
+
+
 @app.command()
 def estimate(
     changes: Overrides = None,
-    config: Annotated[
-        Optional[list[Path]], typer.Option(help="A recipe; several are merged from left to right.")
-    ] = None,
-    budget: Annotated[Optional[str], typer.Option(help="Memory to fit, as 16GiB; default: the device's.")] = None,
-    device: Annotated[Optional[str], typer.Option(help="A GPU that has a file, as t4, a10g or h100.")] = None,
+    config: Configs = None,
+    budget: Budget = None,
+    device: DeviceName = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Say how much GPU memory a recipe would take, and whether it fits, without a GPU and without weights."""
-    from peftbench.budget.devices import UNKNOWN, device_named
-    from peftbench.budget.plan import parse_size
     from peftbench.config import load_recipe
     from peftbench.console import quiet_libraries
 
     with guarded():
-        facts = device_named(device) if device else UNKNOWN
-        size = parse_size(budget) if budget else int(facts.memory) or None
+        facts, size = _room(budget, device)
         recipe = load_recipe(config or [], changes or [])
         quiet_libraries()
         from peftbench.budget.estimate import estimate as estimated
@@ -127,11 +138,9 @@ def estimate(
 @app.command()
 def fit(
     changes: Overrides = None,
-    config: Annotated[
-        Optional[list[Path]], typer.Option(help="A recipe; several are merged from left to right.")
-    ] = None,
-    budget: Annotated[Optional[str], typer.Option(help="Memory to fit, as 16GiB; default: the device's.")] = None,
-    device: Annotated[Optional[str], typer.Option(help="A GPU that has a file, as t4, a10g or h100.")] = None,
+    config: Configs = None,
+    budget: Budget = None,
+    device: DeviceName = None,
     allow: Annotated[
         str, typer.Option(help="Ways of saving memory to try, as checkpointing,bf16,adamw8bit; or all.")
     ] = "checkpointing",
@@ -139,16 +148,13 @@ def fit(
     """Find the largest micro-batch that fits, with each set of allowed ways of saving memory."""
     from tqdm.auto import tqdm
 
-    from peftbench.budget.devices import UNKNOWN, device_named
-    from peftbench.budget.plan import parse_size
     from peftbench.config import load_recipe
     from peftbench.console import quiet_libraries
     from peftbench.errors import BudgetError
 
     with guarded():
-        facts = device_named(device) if device else UNKNOWN
-        size = parse_size(budget) if budget else int(facts.memory)
-        if not size:
+        facts, size = _room(budget, device)
+        if size is None:
             raise BudgetError("what is it to fit? give --budget, as 16GiB, or --device")
         recipe = load_recipe(config or [], changes or [])
         quiet_libraries()
@@ -156,7 +162,7 @@ def fit(
         from peftbench.report.plan import strategies_text
 
         names = [technique.name for technique in TECHNIQUES] if allow == "all" else [n for n in allow.split(",") if n]
-        sets = chosen_techniques(recipe, names)
+        sets = chosen_techniques(recipe, names, facts)
         bar = tqdm(sets, desc="rehearsing", unit="way", disable=None)
         found = [strategy(recipe, chosen, facts, device or facts.torch_name, size) for chosen in bar]
         print(strategies_text([one for one in found if one is not None], size, len(sets)))

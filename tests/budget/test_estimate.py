@@ -11,7 +11,7 @@ import pytest
 from peftbench.budget.devices import UNKNOWN, device_named, devices
 from peftbench.budget.estimate import estimate
 from peftbench.budget.plan import Plan, parse_size
-from peftbench.errors import BudgetError, DeviceError, NotEstimatedError
+from peftbench.errors import BudgetError, DeviceError, NotEstimatedError, PrecisionError
 from peftbench.methods.base import Method
 from peftbench.methods.baselines import ZeroShot
 from peftbench.methods.full import Full
@@ -168,3 +168,21 @@ def test_a_model_that_needs_values(planned: Any, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(GPT2MLP, "forward", looks)
     with pytest.raises(NotEstimatedError, match=r"transformer\.h\.0\.mlp \(gpt2\) cannot be rehearsed without values"):
         planned(Full())
+
+
+def test_a_fault_of_the_program_is_not_told_as_the_model_s(planned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that is not of missing values goes on as it is."""
+    from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
+
+    def broken(self: Any, hidden_states: Any) -> Any:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(GPT2MLP, "forward", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        planned(Full())
+
+
+def test_a_device_without_the_precision(workshop: Workshop) -> None:
+    """As the run itself would be refused there."""
+    with pytest.raises(PrecisionError, match=r"bf16 is not there on Tesla T4; use fp16 or fp32"):
+        estimate(workshop.recipe(Full(), train={"precision": "bf16"}), device_named("t4"), "t4")

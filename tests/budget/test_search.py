@@ -44,16 +44,18 @@ def test_the_largest_is_found(limit: int, workshop: Workshop) -> None:
 
 def test_every_set_once(workshop: Workshop) -> None:
     """No two that change the same knob, and none that changes nothing: of five, GELU is fused already."""
-    sets = chosen_techniques(workshop.recipe(Full()), NAMES)
+    sets = chosen_techniques(workshop.recipe(Full()), NAMES, UNKNOWN)
     assert sets[0] == ()
     names = {tuple(technique.name for technique in chosen) for chosen in sets}
     assert len(sets) == len(names) == 2 * (4 + 1)  # checkpointing or not, with bf16 x adamw8bit, or bf16_weights
-    frozen = chosen_techniques(workshop.recipe(LastLayer()), ["checkpointing"])
+    frozen = chosen_techniques(workshop.recipe(LastLayer()), ["checkpointing"], UNKNOWN)
     assert frozen == [()]
     other = workshop.recipe(Full(), optimizer=OPTIMIZERS["sgd"](kind="sgd"))
-    assert chosen_techniques(other, ["adamw8bit"]) == [()]
+    assert chosen_techniques(other, ["adamw8bit"], UNKNOWN) == [()]
+    without_bf16 = chosen_techniques(workshop.recipe(Full()), NAMES, device_named("t4"))
+    assert {technique.name for chosen in without_bf16 for technique in chosen} == {"checkpointing", "adamw8bit"}
     with pytest.raises(BudgetError, match="there is no technique 'bf61'; did you mean 'bf16'"):
-        chosen_techniques(other, ["bf61"])
+        chosen_techniques(other, ["bf61"], UNKNOWN)
 
 
 def test_a_technique_changes_its_knobs_alone(workshop: Workshop) -> None:
@@ -66,20 +68,19 @@ def test_a_technique_changes_its_knobs_alone(workshop: Workshop) -> None:
     assert made.model_copy(update={"optimizer": recipe.optimizer, "train": recipe.train}) == recipe
 
 
-def test_at_the_edge_one_more_does_not_fit(workshop: Workshop) -> None:
-    """The plan of the largest says fits, and that of one more does not."""
-    recipe = workshop.recipe(Full(), train={"global_batch": 8, "micro_batch": 1}, evaluate={"batch": 1})
-    budget = estimate(with_micro_batch(recipe, 4), UNKNOWN, "a GPU").process_bytes[1]
+def test_at_the_edge(workshop: Workshop) -> None:
+    """At the bytes of the plan for 16 these are found and 32 do not fit; with one byte less not even 16."""
+    recipe = workshop.recipe(Full(), train={"global_batch": 32}, evaluate={"batch": 1})
+    budget = estimate(with_micro_batch(recipe, 16), UNKNOWN, "a GPU").process_bytes[1]
     found = strategy(recipe, (), UNKNOWN, "a GPU", budget)
     assert found is not None
-    assert found.plan.verdict == "fits"
-    assert found.changes == (f"train.micro_batch={found.plan.rows}",)
-    size = found.plan.rows
-    assert size >= 4
-    if size < 8:
-        assert estimate(with_micro_batch(recipe, 8), UNKNOWN, "a GPU", budget).verdict != "fits"
-    weights = found.plan.peak.live_by_kind["weights"]
-    assert strategy(recipe, (), UNKNOWN, "a GPU", weights + 1) is None
+    assert (found.plan.rows, found.plan.micro_batches, found.plan.verdict) == (16, 2, "fits")
+    assert found.changes == ("train.micro_batch=16",)
+    assert estimate(with_micro_batch(recipe, 32), UNKNOWN, "a GPU", budget).verdict != "fits"
+    less = strategy(recipe, (), UNKNOWN, "a GPU", budget - 1)
+    assert less is not None
+    assert less.plan.rows < 16
+    assert strategy(recipe, (), UNKNOWN, "a GPU", found.plan.peak.live_by_kind["weights"] + 1) is None
 
 
 def test_time_is_of_flops_and_of_the_device(workshop: Workshop) -> None:

@@ -12,13 +12,24 @@ from peftbench.methods.full import Full
 from peftbench.methods.lora import Lora
 from peftbench.methods.prompt_tuning import PromptTuning
 from peftbench.optim import OPTIMIZERS
-from peftbench.recipe import Profile
+from peftbench.profiler.breakdown import Peak
+from peftbench.recipe import Profile, Recipe
+from peftbench.record import Breakdown
 from tests.conftest import Workshop, every_architecture, every_method
 
 KINDS: dict[str, Any] = dict(OPTIMIZERS)
 WIDTH = 48
 SHORT = 30
 """Shorter than any example, so that no row is padded."""
+
+
+def made_and_rehearsed(recipe: Recipe, workshop: Workshop) -> tuple[Breakdown, Peak]:
+    """Of six rows at once: the peak of a step that was made, and of the rehearsed one."""
+    found = workshop.run(recipe).breakdown
+    assert found is not None
+    with Rehearsal(recipe, "cpu", 1) as rehearsal:
+        rehearsal.train(6, WIDTH)
+    return found, rehearsal.book.peak()
 
 
 @every_method
@@ -34,11 +45,7 @@ def test_the_peak_of_a_real_step(
         train={"precision": precision, "gradient_checkpointing": checkpointing, "steps": 3, "global_batch": 6},
         profile=Profile(warmup_steps=2, breakdown=True),
     )  # fmt: skip
-    found = workshop.run(recipe).breakdown
-    assert found is not None
-    with Rehearsal(recipe, "cpu", 1) as rehearsal:
-        rehearsal.train(6, WIDTH)
-    expected = rehearsal.book.peak()
+    found, expected = made_and_rehearsed(recipe, workshop)
     assert expected.bytes == pytest.approx(found.peak_bytes, rel=1e-6)
     assert expected.by_kind == found.bytes_by_kind
 
@@ -52,11 +59,7 @@ def test_over_a_packed_base(method: Method, quantization: str, workshop: Worksho
         data={"padding": "max_tokens", "max_tokens": WIDTH}, train={"steps": 3, "global_batch": 6},
         profile=Profile(warmup_steps=2, breakdown=True),
     )  # fmt: skip
-    found = workshop.run(recipe).breakdown
-    assert found is not None
-    with Rehearsal(recipe, "cpu", 1) as rehearsal:
-        rehearsal.train(6, WIDTH)
-    expected = rehearsal.book.peak()
+    found, expected = made_and_rehearsed(recipe, workshop)
     assert (expected.bytes, expected.by_kind) == (found.peak_bytes, found.bytes_by_kind)
 
 

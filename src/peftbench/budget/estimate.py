@@ -11,7 +11,7 @@ from peftbench.budget.rehearsal import Rehearsal
 from peftbench.data.batches import division
 from peftbench.data.encode import Layout
 from peftbench.engine.compatibility import QUANTIZATION, Combination, check
-from peftbench.errors import BudgetError, NotEstimatedError
+from peftbench.errors import BudgetError, NotEstimatedError, PrecisionError
 
 if TYPE_CHECKING:
     from peftbench.budget.devices import DeviceFacts
@@ -28,6 +28,8 @@ def estimate(recipe: Recipe, facts: DeviceFacts, device: str, budget: int | None
         PeftbenchError: the recipe itself cannot be run.
     """
     _check(recipe)
+    if recipe.train.precision == "bf16" and not facts.bf16:
+        raise PrecisionError(f"train.precision=bf16 is not there on {facts.torch_name}; use fp16 or fp32")
     accumulation, rows = division(recipe.train.global_batch, recipe.train.micro_batch, 1)
     rehearsal = Rehearsal(recipe, "cuda", accumulation, padded=rows > 1)
     width = _width(recipe, rehearsal.positions)

@@ -131,7 +131,15 @@ class Rehearsal:
 
     def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
         self._contexts.close()
-        if isinstance(error, (RuntimeError, NotImplementedError)):
+        self._explain(error)
+
+    def _explain(self, error: BaseException | None) -> None:
+        """Of an error that is of values which are not there; any other is a fault of the program, and goes on as it is.
+
+        Raises:
+            NotEstimatedError: with the module that asked for them.
+        """
+        if isinstance(error, (RuntimeError, NotImplementedError)) and "meta" in str(error).lower():
             where = self._inside[-1] if self._inside else None
             raise NotEstimatedError(
                 f"{where or 'this recipe'} ({self.base.model.config.model_type}) cannot be rehearsed without values: "
@@ -151,7 +159,7 @@ class Rehearsal:
         train_step(self.accelerator, trainer, batches.pop(), limit, self.parts.part)  # type: ignore[arg-type]
 
     def step_flops(self, rows: int, width: int) -> int | None:
-        """What one micro-batch of (rows, width) tokens takes, all padded; None where it is not known."""
+        """What a batch of (rows, width) tokens takes, all padded; None where it is not known."""
         virtual = self.recipe.method.virtual_tokens
         tokens = width + virtual
         work = Work(rows * tokens, rows * tokens**2, rows * tokens, tokens)
@@ -159,8 +167,11 @@ class Rehearsal:
         try:
             with self.steering.helpers():
                 found = cost(self.model, self.base.model, virtual_tokens=virtual, checkpointing=self.checkpointing)
-        except (UncountableError, RuntimeError, NotImplementedError):  # the step itself will say what is wrong
+        except UncountableError:
             return None
+        except RuntimeError as error:
+            self._explain(error)
+            raise
         return found.executed(work)
 
     @torch.no_grad()

@@ -31,8 +31,10 @@ class Technique:
     trades: str | None
     """What is another computation with it, None where only time is."""
 
-    def applies(self, recipe: Recipe) -> bool:
-        """Whether it changes anything and has a sense for the recipe's method and optimizer."""
+    def applies(self, recipe: Recipe, facts: DeviceFacts) -> bool:
+        """Whether it changes anything, has a sense for the recipe's method and optimizer, and the device has it."""
+        if self.changes.get("train", {}).get("precision") == "bf16" and not facts.bf16:
+            return False
         if self.name == "checkpointing" and recipe.method.trunk_frozen:
             return False
         if "optimizer" in self.changes and recipe.optimizer.kind != "adamw":
@@ -87,8 +89,8 @@ def with_micro_batch(recipe: Recipe, size: int) -> Recipe:
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"micro_batch": size})})
 
 
-def chosen_techniques(recipe: Recipe, allowed: Sequence[str]) -> list[tuple[Technique, ...]]:
-    """Every set of allowed techniques that makes sense for the recipe, the smaller ones first.
+def chosen_techniques(recipe: Recipe, allowed: Sequence[str], facts: DeviceFacts) -> list[tuple[Technique, ...]]:
+    """Every set of allowed techniques that makes sense for the recipe and the device, the smaller ones first.
 
     Raises:
         BudgetError: a technique that is not known.
@@ -96,7 +98,7 @@ def chosen_techniques(recipe: Recipe, allowed: Sequence[str]) -> list[tuple[Tech
     known = {technique.name: technique for technique in TECHNIQUES}
     if unknown := [name for name in allowed if name not in known]:
         raise BudgetError(f"there is no technique {unknown[0]!r}", nearest(unknown[0], known))
-    usable = [known[name] for name in known if name in allowed and known[name].applies(recipe)]
+    usable = [known[name] for name in known if name in allowed and known[name].applies(recipe, facts)]
     sets = itertools.chain.from_iterable(itertools.combinations(usable, number) for number in range(len(usable) + 1))
     return [chosen for chosen in sets if _apart(chosen)]
 
