@@ -88,7 +88,7 @@ class ArchitectureRun(Run):
 
     def _work(self) -> None:
         self.data_identity = self.size.source.identity()
-        self._keep_snapshot()
+        self.shortage.prepare(None)
         with self.probe.phase("load"):
             base = self._architecture()
         with self.probe.phase("build"):

@@ -106,7 +106,7 @@ def report(
 def _room(budget: str | None, device: str | None) -> tuple[DeviceFacts, int | None]:
     """What is known of the device, and how many bytes there are to fit; None where neither was given."""
     from peftbench.budget.devices import UNKNOWN, device_named
-    from peftbench.budget.plan import parse_size
+    from peftbench.sizes import parse_size
 
     facts = device_named(device) if device else UNKNOWN
     return facts, parse_size(budget) if budget else int(facts.memory) or None

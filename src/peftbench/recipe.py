@@ -12,12 +12,14 @@ import json
 import re
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from peftbench.data.sources import AnySource
+from peftbench.errors import BudgetError
 from peftbench.methods import AnyMethod
 from peftbench.optim import AdamW, AnyOptimizer
 from peftbench.part import Part
+from peftbench.sizes import parse_size
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Split = Literal["validation", "test"]
@@ -102,8 +104,9 @@ class Train(Part):
     """Passes over the training examples; steps are this times examples over global_batch, rounded up."""
     global_batch: int = Field(default=16, gt=0)
     """Examples in one optimizer step, over all processes and micro-batches."""
-    micro_batch: int | None = Field(default=None, gt=0)
-    """Most examples in one forward pass of one process; null means no accumulation."""
+    micro_batch: PositiveInt | Literal["auto"] | None = None
+    """Most examples in one forward pass of one process; null: no accumulation; auto: the most that is predicted to fit
+    budget.memory, or else the GPU."""
     precision: Precision = "fp32"
     """Arithmetic of forward and backward pass; trained weights stay in float32, unless the optimizer says bf16."""
     gradient_checkpointing: bool = False
@@ -120,6 +123,12 @@ class Train(Part):
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("needs exactly one of train.steps and train.epochs")
         return self
+
+    @property
+    def rows(self) -> int | None:
+        """``micro_batch`` as a number, once ``auto`` has become one."""
+        assert self.micro_batch != "auto", "a run settles it before anything is built"
+        return self.micro_batch
 
 
 class Evaluate(Part):
@@ -162,6 +171,29 @@ class Profile(Part):
         return self
 
 
+class Budget(Part):
+    """What a run must do with, where there is more."""
+
+    memory: str | None = None
+    """Hold each process to this much memory, as 16GiB, with all that it has on the GPU; on CPU beyond its libraries."""
+
+    @field_validator("memory", mode="before")
+    @classmethod
+    def _a_size(cls, value: object) -> object:
+        if not isinstance(value, (int, str)) or isinstance(value, bool):
+            return value  # which is refused for its type
+        try:
+            parse_size(str(value))
+        except BudgetError as error:
+            raise ValueError(str(error)) from error
+        return str(value)
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """``memory`` in bytes."""
+        return None if self.memory is None else parse_size(self.memory)
+
+
 class Checkpoint(Part):
     """What is kept while training, so that a run that was stopped goes on where it was; launch it again to do so."""
 
@@ -194,6 +226,8 @@ class Recipe(Part):
     """What is measured after training, outside its clock."""
     profile: Profile = Profile()
     """How the run is measured."""
+    budget: Budget = Budget()
+    """What a run must do with, where there is more."""
     checkpoint: Checkpoint = Checkpoint()
     """What is kept while training, so that a run that was stopped goes on."""
     save_model: bool = True
@@ -211,5 +245,7 @@ class Recipe(Part):
     def fingerprint(self) -> str:
         """Hash of every knob that may change a number; where the run is written and shown is left out."""
         shown = {"name": True, "output_dir": True, "save_model": True, "trackers": True, "checkpoint": True}
+        if self.budget.memory is None:  # it changes nothing, and records from before there were budgets stay valid
+            shown["budget"] = True
         knobs = self.model_dump(mode="json", exclude=shown | {"profile": {"price_per_hour"}})
         return hashlib.blake2b(json.dumps(knobs, sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -39,8 +39,17 @@ class Outcome(_Kept):
     phase: str | None = None
     part: str | None = None
     """Of the step: forward, backward or optimizer."""
+    rank: int | None = None
+    """Which process it was, where there are several."""
     requested_bytes: int | None = None
     """What an out-of-memory asked for."""
+    held_bytes: int | None = None
+    """What was held when that was refused: by torch's allocator on a GPU, on CPU by the process beyond its libraries
+    where the run had a budget."""
+    needed_bytes: int | None = None
+    """What the process is predicted to hold at its peak, at least, by ``peftbench estimate``."""
+    suggestion: str | None = None
+    """What is predicted to fit instead."""
     snapshot: str | None = None
     """File beside the record with the GPU allocator's state when it refused, for pytorch.org/memory_viz."""
     error: str | None = None

@@ -131,7 +131,7 @@ def recorded(run: Run, outcome: Outcome) -> RunRecord:
         energy_joules=together.energy_joules if ended_well else None,
         quality=run.quality,
     )
-    return record.model_copy(update={"notes": (*run.notes, *implausible_alone(record))})
+    return record.model_copy(update={"notes": (*run.notes, *run.shortage.notes, *implausible_alone(record))})
 
 
 def _timed(run: Run, of_steps: Sequence[T]) -> list[T]:

@@ -9,10 +9,10 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
 
 from peftbench.data.docstrings import DISTRIBUTION
@@ -29,6 +29,7 @@ from peftbench.engine.build import (
 )
 from peftbench.engine.checkpoint import Checkpoints, Origin
 from peftbench.engine.loop import DivergedError, Progress, train
+from peftbench.engine.peers import Peers
 from peftbench.engine.ranks import gathered, main_process_first
 from peftbench.engine.sharding import bring_home
 from peftbench.engine.state import captured, restore
@@ -38,11 +39,11 @@ from peftbench.files import write_error
 from peftbench.profiler.devices import achievable_flops
 from peftbench.profiler.energy import energy_meter
 from peftbench.profiler.inspection import Inspection, inspection
+from peftbench.profiler.memory import largest
 from peftbench.profiler.probe import Probe
-from peftbench.profiler.snapshot import FILE as SNAPSHOT
-from peftbench.profiler.snapshot import keep, keep_on_out_of_memory
-from peftbench.record import Outcome, Quality, RunRecord
+from peftbench.record import FILE, Memory, Outcome, Quality, RunRecord
 from peftbench.recording import Together, breakdown_of, recorded, versions
+from peftbench.shortage import Shortage
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -53,11 +54,6 @@ if TYPE_CHECKING:
     from peftbench.models import Base
     from peftbench.recipe import Recipe
 
-_REFUSED = (
-    "DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-)  # fmt: skip
-"""How memory is refused outside of torch's CUDA allocator, which has an exception of its own."""
 MODEL = "model"
 """Folder, within a run's, of what was trained."""
 
@@ -77,7 +73,8 @@ class Run:
         self.accelerator: Accelerator = self.bound.accelerator
         self.engine = self.bound.engine
         rank, device = self.accelerator.process_index, self.accelerator.device
-        self._snapshot = self.folder / (SNAPSHOT if rank == 0 else f"rank{rank}_{SNAPSHOT}")
+        self.shortage = Shortage(recipe, device, self.folder, rank)
+        self.peers = Peers(self.accelerator, self.folder)
         self.probe = Probe(device, energy_meter(device, counts=self.accelerator.is_local_main_process))
         self.progress = Progress()
         self.started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -88,6 +85,7 @@ class Run:
         self.dropped: dict[str, int] = {}
         self.data_identity: str | None = None
         self.recorded = False
+        self._ending = threading.Lock()
         self.inspection: Inspection | None = None
         self.together: Together | None = None
         self.resumed_after: list[int] = []
@@ -120,19 +118,46 @@ class Run:
             outcome, fault = Outcome(kind="failed", **self._where(), error=str(error)), error
         except Exception as error:
             outcome, fault = Outcome(kind="failed", **self._where(), error=f"{type(error).__name__}: {error}"), error
+        if fault is not None and (word := self.peers.heard()) is not None:  # it is of a rank that has gone
+            outcome, fault = self._told(word), None
+        with self._ending:
+            record, path = self._recorded(outcome)
+        if fault is not None:
+            raise fault
+        if outcome.kind != "oom" or not self.peers.several:  # or it would wait for a rank that has gone
+            self.accelerator.end_training()
+        return record, path
+
+    def _recorded(self, outcome: Outcome) -> tuple[RunRecord, Path]:
+        """Write the record, on the main process."""
         if outcome.kind != "oom":
-            self._forget_snapshot()  # of a refusal that something lived with
+            self.shortage.forget()
         record = recorded(self, outcome)
-        path = self.folder / "record.json"
+        path = self.folder / FILE
         if self.accelerator.is_main_process:
             path = record.write(self.folder)
             self.recorded = True
             if outcome.kind == "ok" and self.built is not None:
                 self._forget_checkpoints(self.built)  # not sooner: what a kill takes could not be had again
-        if fault is not None:
-            raise fault
-        self.accelerator.end_training()
+            self.peers.recorded()
         return record, path
+
+    def end_with(self, word: dict[str, Any]) -> tuple[Outcome, Path]:
+        """End as another rank has ended, from a thread: this one may be waiting for it for ever.
+
+        The lock is kept, so that nothing else ends the run as well.
+        """
+        self._ending.acquire()
+        self.probe.close()
+        outcome = self._told(word)
+        return outcome, self._recorded(outcome)[1]
+
+    def _told(self, word: dict[str, Any]) -> Outcome:
+        """The outcome of another rank, whose peaks are kept where they are larger."""
+        peaks = {name: Memory(**memory) for name, memory in word["memory"].items()}
+        self.probe.memory.update(largest([self.probe.memory, peaks]))
+        outcome = Outcome(**word["outcome"])
+        return self.shortage.answered(outcome) if self.accelerator.is_main_process else outcome
 
     def _leave_nothing(self) -> None:
         """Take back the folders made for a run that is refused, where nothing lies in them."""
@@ -147,28 +172,29 @@ class Run:
             # Outside of a phase it was the evaluation that found it.
             phase = self.probe.current_phase or "evaluate"
             return Outcome(kind="diverged", step=error.step, phase=phase, error=str(error))
-        except torch.OutOfMemoryError as error:
-            return self._out_of_memory(error)
-        except RuntimeError as error:
-            if not any(words in str(error) for words in _REFUSED):
+        except (RuntimeError, MemoryError, OSError) as error:
+            if not self.shortage.is_one(error):
                 raise
             return self._out_of_memory(error)
         except KeyboardInterrupt:
             return Outcome(kind="preempted", **self._where(), error="interrupted")
         return Outcome(kind="ok")
 
-    def _out_of_memory(self, error: RuntimeError) -> Outcome:
-        if self.accelerator.device.type == "cuda" and not isinstance(error, torch.OutOfMemoryError):
-            keep(self._snapshot)  # it was not the allocator that refused, and so nobody has looked
-        return Outcome(
-            kind="oom", **self._where(), requested_bytes=_requested_bytes(error), error=_first_line(error),
-            snapshot=self._snapshot.name if self._snapshot.exists() else None,
-        )  # fmt: skip
+    def _out_of_memory(self, error: BaseException) -> Outcome:
+        rank = self.accelerator.process_index if self.peers.several else None
+        outcome = self.shortage.outcome(error, self._where(), rank)
+        self.peers.tell({
+            "outcome": outcome.model_dump(),
+            "memory": {name: memory.model_dump() for name, memory in self.probe.memory.items()},
+        })  # fmt: skip
+        if not self.accelerator.is_main_process:
+            return outcome
+        return self.shortage.answered(outcome)
 
     def _work(self) -> None:
         # Before the work: afterwards the hub may be gone, or the files may be others.
         self.data_identity = main_process_first(self.accelerator, self.recipe.data.source.identity)
-        self._keep_snapshot()
+        self.shortage.prepare(self.probe.meter.context_bytes)
         if not self.recipe.method.needs_model:
             self._forget_model()
             with self.probe.phase("generate"):
@@ -201,19 +227,6 @@ class Run:
         """At the end of the work, when all ranks are there: what the device can do, and what each has measured."""
         trains, device = self.recipe.method.trains, self.accelerator.device
         self.together = Together.of(self, achievable_flops(device, self.recipe.train.precision) if trains else None)
-
-    def _keep_snapshot(self) -> None:
-        """Have an out-of-memory of the GPU show who held it; one of an earlier run of this name is taken away."""
-        self._forget_snapshot()
-        if self.accelerator.device.type == "cuda":
-            try:
-                keep_on_out_of_memory(self._snapshot)
-            except (RuntimeError, AttributeError, TypeError) as error:  # torch's own, and free to change
-                self.notes.append(f"an out-of-memory would leave no snapshot: {error}")
-
-    def _forget_snapshot(self) -> None:
-        with contextlib.suppress(OSError):
-            self._snapshot.unlink(missing_ok=True)
 
     def _build(self, base: Base) -> Built:
         built = self.built = build(self.recipe, base, self.bound)
@@ -363,16 +376,3 @@ def _check_writable(folder: Path) -> list[Path]:
     except OSError as error:
         raise write_error(folder, error) from error
     return made
-
-
-def _requested_bytes(error: BaseException) -> int | None:
-    """What an allocator says it was asked for: CUDA's "Tried to allocate 2.00 GiB", the CPU's "allocate N bytes"."""
-    if exact := re.search(r"allocate (\d+) bytes", str(error)):
-        return int(exact.group(1))
-    if rounded := re.search(r"Tried to allocate ([\d.]+) ([KMG])iB", str(error)):
-        return int(float(rounded.group(1)) * 1024 ** (" KMG".index(rounded.group(2))))
-    return None
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -7,8 +7,9 @@ import json
 import os
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import typer
 
@@ -19,6 +20,7 @@ from peftbench.record import EXIT_CODES, FILE, Outcome
 
 if TYPE_CHECKING:
     from peftbench.recipe import Recipe
+    from peftbench.run import Run
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -52,10 +54,9 @@ def train(
                 print(explained(recipe), end="")
             return
         outcome, record, code = run(recipe)
-        report({
-            "outcome": outcome.kind, "record": None if record is None else str(record),
-            "name": recipe.name, "error": outcome.error,
-        })  # fmt: skip
+        report(_last_line(recipe, outcome, record))
+        if outcome.kind == "oom" and _several():
+            _leave(code)
         raise typer.Exit(code)
 
 
@@ -75,7 +76,10 @@ def run(recipe: Recipe) -> tuple[Outcome, Path | None, int]:
         started: Run | None = None
         try:
             started = Run(recipe)
+            started.peers.watch(partial(_end_with_another, started))
             outcome = started.execute()[0].outcome
+            if outcome.kind == "oom" and not is_main_process():
+                started.peers.await_record()
         except PeftbenchError as error:
             if started is None or not started.recorded:
                 raise
@@ -88,10 +92,39 @@ def run(recipe: Recipe) -> tuple[Outcome, Path | None, int]:
         return outcome, place, EXIT_CODES[outcome.kind]
 
 
-def report(result: dict[str, object]) -> None:
+def _end_with_another(run: Run, word: dict[str, Any]) -> None:
+    """End this rank, which may wait for ever for one that has run out of memory; from a thread."""
+    if is_main_process():
+        outcome, record = run.end_with(word)
+        report(_last_line(run.recipe, outcome, record), sys.__stdout__)
+    else:
+        run.peers.await_record()
+    _leave(EXIT_CODES["oom"])
+
+
+def _several() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process without closing what binds it to others, which would wait for them."""
+    for stream in (sys.__stdout__, sys.__stderr__):
+        if stream is not None:
+            stream.flush()
+    os._exit(code)
+
+
+def _last_line(recipe: Recipe, outcome: Outcome, record: Path | None) -> dict[str, object]:
+    return {
+        "outcome": outcome.kind, "record": None if record is None else str(record), "name": recipe.name,
+        "error": outcome.error, "suggestion": outcome.suggestion,
+    }  # fmt: skip
+
+
+def report(result: dict[str, object], file: TextIO | None = None) -> None:
     """The last line on standard output, from one process."""
     if is_main_process():
-        print(json.dumps({key: value for key, value in result.items() if value is not None}), flush=True)
+        print(json.dumps({key: value for key, value in result.items() if value is not None}), flush=True, file=file)
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from peftbench.budget.devices import UNKNOWN, device_named, devices
 from peftbench.budget.estimate import estimate
-from peftbench.budget.plan import Plan, parse_size
+from peftbench.budget.plan import Plan
 from peftbench.errors import BudgetError, DeviceError, NotEstimatedError, PrecisionError
 from peftbench.methods.base import Method
 from peftbench.methods.baselines import ZeroShot
@@ -18,6 +18,7 @@ from peftbench.methods.full import Full
 from peftbench.methods.lora import Lora
 from peftbench.optim import OPTIMIZERS
 from peftbench.recipe import Recipe
+from peftbench.sizes import parse_size
 from tests.conftest import Workshop, every_architecture, every_method
 
 MIB = 2**20

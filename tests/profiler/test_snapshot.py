@@ -19,11 +19,13 @@ pytestmark = [
 def test_a_refusal_shows_who_held_the_memory(tmp_path: Path) -> None:
     """What was there when the allocator refused is in the file, with the function that made it."""
     path = tmp_path / "oom_snapshot.pickle"
-    keep_on_out_of_memory(path)
+    told: list[int] = []
+    keep_on_out_of_memory(path, lambda: told.append(torch.cuda.memory_allocated()))
     with with_history():
         held = torch.ones(64 * 2**20, dtype=torch.uint8, device="cuda")
         with pytest.raises(torch.OutOfMemoryError):
             torch.ones(2**44, dtype=torch.uint8, device="cuda")
+    assert told[0] >= held.numel()
     snapshot = pickle.loads(path.read_bytes())  # noqa: S301 — written above
     blocks = [block for segment in snapshot["segments"] for block in segment["blocks"]]
     (found,) = [block for block in blocks if block["size"] == held.numel()]

@@ -141,6 +141,41 @@ class CachingAllocator:
         return made
 
 
+class Pages:
+    """The CPU's, as a run under a budget sets it up: each block is taken from the system in pages and given back."""
+
+    PAGE = 4096
+    WHOLE = 64 * 2**10
+    """Bytes from which on a block has pages of its own; smaller ones share theirs."""
+    HEADER = 80
+    """What the C library puts before a block of its own pages that is aligned to 64 bytes, as torch's are."""
+
+    def __init__(self, capacity: int | None = None) -> None:
+        self.capacity = capacity
+        self.allocated = self.peak_reserved = 0
+        self._held: dict[int, int] = {}
+
+    def allocate(self, name: int, size: int) -> None:
+        """Take ``size`` bytes, to be freed under ``name``.
+
+        Raises:
+            OutOfMemoryError: the system has no more.
+        """
+        pages = size if size < self.WHOLE else -(-(size + self.HEADER) // self.PAGE) * self.PAGE
+        if self.capacity is not None and self.allocated + pages > self.capacity:
+            raise OutOfMemoryError(size)
+        self._held[name] = pages
+        self.allocated += pages
+        self.peak_reserved = max(self.peak_reserved, self.allocated)
+
+    def free(self, name: int) -> None:
+        """Give back what was taken under ``name``."""
+        self.allocated -= self._held.pop(name, 0)
+
+    def give_back(self) -> None:
+        """Nothing is cached."""
+
+
 def _joined(first: _Block, second: _Block) -> _Block:
     """Two neighbours as one block."""
     first.size += second.size

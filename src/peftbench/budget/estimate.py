@@ -15,6 +15,7 @@ from peftbench.errors import BudgetError, NotEstimatedError, PrecisionError
 
 if TYPE_CHECKING:
     from peftbench.budget.devices import DeviceFacts
+    from peftbench.budget.steering import DeviceKind
     from peftbench.profiler.breakdown import Event
     from peftbench.recipe import Recipe
 
@@ -27,11 +28,11 @@ def estimate(recipe: Recipe, facts: DeviceFacts, device: str, budget: int | None
         BudgetError: the budget is less than the weights alone.
         PeftbenchError: the recipe itself cannot be run.
     """
-    _check(recipe)
+    _check(recipe, facts.kind)
     if recipe.train.precision == "bf16" and not facts.bf16:
         raise PrecisionError(f"train.precision=bf16 is not there on {facts.torch_name}; use fp16 or fp32")
-    accumulation, rows = division(recipe.train.global_batch, recipe.train.micro_batch, 1)
-    rehearsal = Rehearsal(recipe, "cuda", accumulation, padded=rows > 1)
+    accumulation, rows = division(recipe.train.global_batch, recipe.train.rows, 1)
+    rehearsal = Rehearsal(recipe, facts.kind, accumulation, padded=rows > 1)
     width = _width(recipe, rehearsal.positions)
     flops = rehearsal.step_flops(recipe.train.global_batch, width)
     with rehearsal:
@@ -41,7 +42,7 @@ def estimate(recipe: Recipe, facts: DeviceFacts, device: str, budget: int | None
             new = recipe.evaluate.max_new_tokens
             rehearsal.generate(recipe.evaluate.batch * recipe.evaluate.beams, width - new, new)
     events = list(rehearsal.book.events())
-    found = forecast(events)
+    found = forecast(events, facts.kind)
     overhead = tuple(facts.workspaces[side] + facts.context[side] for side in (0, 1))
     process = (found.reserved_bytes + overhead[0], found.reserved_bytes + overhead[1])
     verdict, margin = None, None
@@ -49,7 +50,7 @@ def estimate(recipe: Recipe, facts: DeviceFacts, device: str, budget: int | None
         weights = found.peak.live_by_kind["weights"]
         if budget < weights:
             raise BudgetError(f"{budget:,} bytes do not hold the {weights:,} of the weights alone; give more")
-        verdict = _verdict(events, process, budget, overhead[0])
+        verdict = _verdict(events, process, budget - overhead[0], budget, facts.kind)
         margin = (budget - process[1], budget - process[0])
     parts = {name: _part(moment) for name, moment in found.by_part.items()}
     return Plan(
@@ -60,14 +61,19 @@ def estimate(recipe: Recipe, facts: DeviceFacts, device: str, budget: int | None
     )  # fmt: skip
 
 
-def _check(recipe: Recipe) -> None:
+def _check(recipe: Recipe, kind: DeviceKind) -> None:
     if not recipe.method.trains:
         raise NotEstimatedError(f"{recipe.method.kind} trains nothing; estimate a recipe of a method that does")
     asked = Combination(
         recipe.method.kind, "single", recipe.optimizer.kind, recipe.train.precision,
         frozenset({QUANTIZATION} if recipe.model.quantization else ()),
     )  # fmt: skip
-    check(asked, "cuda")
+    check(asked, kind)
+    if kind == "cpu" and recipe.train.precision != "fp32":
+        raise NotEstimatedError(
+            "in bf16 the CPU's kernels convert what they are given in memory of their own, which is not predicted; use "
+            "train.precision=fp32, or --device with a GPU"
+        )
     if recipe.model.quantization == "int8":
         raise NotEstimatedError("outliers of an int8 base depend on its values; use model.quantization=nf4 or null")
     if recipe.optimizer.kind == "paged_adamw8bit":
@@ -85,12 +91,12 @@ def _width(recipe: Recipe, positions: int | None) -> int:
     ).max_tokens  # fmt: skip
 
 
-def _verdict(events: list[Event], process: tuple[int, int], budget: int, least: int) -> Verdict:
-    """Fits by the most that it may take; does not fit if even the least leaves the allocator too little."""
+def _verdict(events: list[Event], process: tuple[int, int], tensors: int, budget: int, kind: DeviceKind) -> Verdict:
+    """Fits by the most that it may take; does not fit if even the least beside ``tensors`` leaves those too little."""
     if process[1] <= budget:
         return "fits"
     try:
-        forecast(events, capacity=budget - least)
+        forecast(events, kind, capacity=tensors)
     except OutOfMemoryError:
         return "does not fit"
     return "too close to say"

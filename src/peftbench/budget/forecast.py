@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from peftbench.budget.allocator import CachingAllocator
+from peftbench.budget.allocator import CachingAllocator, Pages
 from peftbench.profiler.breakdown import KINDS, Event
+
+if TYPE_CHECKING:
+    from peftbench.budget.steering import DeviceKind
 
 PHASES = frozenset({"evaluate", "generate"})
 """Parts before which a run gives back what the allocator has cached, as the Probe does between phases."""
@@ -39,13 +43,13 @@ class Forecast:
         return max(self.by_part.values(), key=lambda moment: moment.allocated_bytes)
 
 
-def forecast(events: Iterable[Event], capacity: int | None = None) -> Forecast:
-    """Replay a book through the model of CUDA's allocator.
+def forecast(events: Iterable[Event], device: DeviceKind = "cuda", capacity: int | None = None) -> Forecast:
+    """Replay a book through the model of the device's allocator.
 
     Raises:
         OutOfMemoryError: the driver's ``capacity`` is not enough.
     """
-    allocator = CachingAllocator(capacity)
+    allocator = CachingAllocator(capacity) if device == "cuda" else Pages(capacity)
     live: dict[str, int] = dict.fromkeys(KINDS, 0)
     moments: dict[str, Moment] = {}
     phase: str | None = None

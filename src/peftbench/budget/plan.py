@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, ValidationError
-
-from peftbench.errors import BudgetError
+from pydantic import BaseModel, ConfigDict
 
 Verdict = Literal["fits", "does not fit", "too close to say"]
 
@@ -78,20 +77,6 @@ class Strategy(_Answer):
         return " + ".join(self.techniques) or "as it is"
 
 
-class _Size(BaseModel):
-    size: ByteSize
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "16GiB", "16GB" (10^9), "15.5 GiB" or a plain number of bytes.
-
-    Raises:
-        BudgetError: it is no size.
-    """
-    try:
-        size = int(_Size(size=text).size)  # type: ignore[arg-type]
-    except ValidationError as error:
-        raise BudgetError(f"{text!r} is no size of memory; write it as 16GiB or 15500MiB") from error
-    if size <= 0:
-        raise BudgetError(f"a budget of {text!r} leaves no memory at all; write it as 16GiB or 15500MiB")
-    return size
+def fastest_first(found: Iterable[Strategy]) -> list[Strategy]:
+    """By predicted time, then the larger micro-batch, then the fewer techniques."""
+    return sorted(found, key=lambda s: (s.seconds or s.plan.step_flops or 0, -s.plan.rows, len(s.techniques)))

@@ -33,7 +33,7 @@ class Technique:
 
     def applies(self, recipe: Recipe, facts: DeviceFacts) -> bool:
         """Whether it changes anything, has a sense for the recipe's method and optimizer, and the device has it."""
-        if self.changes.get("train", {}).get("precision") == "bf16" and not facts.bf16:
+        if self.changes.get("train", {}).get("precision") == "bf16" and (not facts.bf16 or facts.kind == "cpu"):
             return False
         if self.name == "checkpointing" and recipe.method.trunk_frozen:
             return False
@@ -116,16 +116,16 @@ def strategy(
     changed = recipe
     for technique in techniques:
         changed = technique.on(changed)
-    plans: dict[int | None, Plan] = {}
+    plans: dict[int, Plan] = {}
 
     def fits(asked: Recipe) -> bool:
-        plan = plans[asked.train.micro_batch] = estimate(asked, facts, device, budget)
+        plan = plans[asked.train.rows or 0] = estimate(asked, facts, device, budget)
         return plan.verdict == "fits"
 
     found = largest_micro_batch(changed, fits)
     if found is None:
         return None
-    plan = plans[found.train.micro_batch]
+    plan = plans[found.train.rows or 0]
     peak = peak_flops(facts.torch_name, found.train.precision)
     seconds = plan.step_flops / peak if plan.step_flops and peak else None
     knobs = [(f"{part}.{key}", value) for technique in techniques

@@ -67,7 +67,7 @@ def bind(recipe: Recipe, folder: Path) -> Bound:
     _check_precision(recipe.train.precision, cpu)
     _check_trackers(recipe.trackers)
     processes = _asked_world_size()
-    accumulation, micro_batch = division(recipe.train.global_batch, recipe.train.micro_batch, processes)
+    accumulation, micro_batch = division(recipe.train.global_batch, recipe.train.rows, processes)
     _check_accumulation(accumulation)
     _check_owned()
     plugin = None
@@ -239,7 +239,7 @@ def check_started(recipe: Recipe, bound: Bound, model: object, optimizer: object
     """
     accelerator, engine = bound.accelerator, bound.engine
     processes = accelerator.num_processes
-    accumulation, micro_batch = division(recipe.train.global_batch, recipe.train.micro_batch, processes)
+    accumulation, micro_batch = division(recipe.train.global_batch, recipe.train.rows, processes)
     asked: dict[str, object] = {"accumulation": accumulation, "optimizer": _name(bare)}
     found: dict[str, object] = {
         "accumulation": accelerator.gradient_accumulation_steps,

@@ -175,7 +175,7 @@ def make_trainer(recipe: Recipe, built: Built, train: Rows, pad_token: int, boun
     )
     knobs = recipe.train
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    batches = Batches(train, collator, knobs.global_batch, knobs.micro_batch, knobs.seed, rank, world_size)
+    batches = Batches(train, collator, knobs.global_batch, knobs.rows, knobs.seed, rank, world_size)
     steps = batches.steps(knobs.steps, knobs.epochs)
     bare = recipe.optimizer.build(*_trained(built.bare_model))
     if accelerator.scaler is not None:

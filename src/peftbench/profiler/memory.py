@@ -90,14 +90,14 @@ class ProcessMeter:
 
     def __init__(self) -> None:
         _give_back_freed_pages()
-        self._baseline = _status("VmRSS")
+        self._baseline = status_bytes("VmRSS")
         self._told = False
         self.lap()
 
     def lap(self) -> Memory:
         peak = Memory()
         if self._told:
-            peak = Memory(resident_bytes=_status("VmHWM"), resident_baseline_bytes=self._baseline)
+            peak = Memory(resident_bytes=status_bytes("VmHWM"), resident_baseline_bytes=self._baseline)
         _give_back_freed_pages()
         try:
             _CLEAR_REFS.write_text(_RESET_PEAK, encoding="ascii")
@@ -181,7 +181,7 @@ def distinct_bytes(tensors: list[torch.Tensor]) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def _status(key: str) -> int | None:
+def status_bytes(key: str) -> int | None:
     """A figure of /proc/self/status in bytes; the file speaks of kibibytes and calls them kB."""
     try:
         lines = _STATUS.read_text(encoding="ascii", errors="replace").splitlines()

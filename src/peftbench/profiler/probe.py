@@ -177,6 +177,15 @@ class Probe:
             "step_memory": {name: memory.model_dump() for name, memory in self.step_memory.items()},
         }  # fmt: skip
 
+    def close(self) -> None:
+        """Keep what was measured of a phase that nothing will end, without waiting for the device."""
+        for scope in list(self._open):
+            scope.peak = larger(scope.peak, self.meter.lap())
+            self.memory[scope.name] = larger(self.memory.get(scope.name), scope.peak)
+        if (phase := self.current_phase) is not None:
+            seconds = time.perf_counter() - self._phase_start - (self._paused_seconds - self._phase_paused)
+            self.phase_seconds[phase] = self.phase_seconds.get(phase, 0.0) + seconds
+
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Something whose memory is in no peak, on CPU too, and that may take long (a checkpoint, say)."""

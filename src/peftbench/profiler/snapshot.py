@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -13,8 +13,10 @@ FILE = "oom_snapshot.pickle"
 _ENTRIES = 100_000
 
 
-def keep_on_out_of_memory(path: Path) -> None:
+def keep_on_out_of_memory(path: Path, told: Callable[[], None]) -> None:
     """Let every refusal of the CUDA allocator of this process write its state to ``path``, before anything is freed.
+
+    ``told`` is called then, too.
 
     Raises:
         RuntimeError: the allocator is another than torch's own, which has no state to show.
@@ -23,6 +25,7 @@ def keep_on_out_of_memory(path: Path) -> None:
         raise RuntimeError(f"the allocator {torch.cuda.get_allocator_backend()} has no snapshot")
 
     def refused(_device: int, _asked: int, _of_device: int, _free: int) -> None:
+        told()
         keep(path)
 
     torch._C._cuda_attachOutOfMemoryObserver(refused)  # type: ignore[attr-defined]

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
+from peftbench.budget.plan import fastest_first
+
 if TYPE_CHECKING:
     from peftbench.budget.plan import Plan, Strategy
 
@@ -53,7 +55,7 @@ def strategies_text(found: Sequence[Strategy], budget: int, tried: int) -> str:
     """A table of what fits, the fastest by predicted time first, and how to run the first."""
     if not found:
         return f"none of the {tried} ways tried fits {_mib(budget)} MiB, not even with micro-batches of one example"
-    ordered = sorted(found, key=lambda s: (s.seconds or s.plan.step_flops or 0, -s.plan.rows, len(s.techniques)))
+    ordered = fastest_first(found)
     first = ordered[0].seconds or ordered[0].plan.step_flops
     rows = [
         {

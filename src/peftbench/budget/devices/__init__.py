@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import cache
 from importlib import resources
+from typing import Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict
 
@@ -29,6 +30,7 @@ class DeviceFacts(BaseModel):
     """Whether workspaces and context were measured on such a device."""
     bf16: bool
     """Whether it has bf16 arithmetic."""
+    kind: Literal["cuda", "cpu"] = "cuda"
 
 
 UNKNOWN = DeviceFacts(
@@ -59,3 +61,8 @@ def device_named(name: str) -> DeviceFacts:
             nearest(name, devices()) or f"known: {', '.join(devices())}",
         )
     return devices()[name]
+
+
+def of_torch_name(name: str) -> DeviceFacts:
+    """The facts of the device that torch calls so, or what is known of any."""
+    return next((facts for facts in devices().values() if facts.torch_name == name), UNKNOWN)

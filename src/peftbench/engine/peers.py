@@ -1,0 +1,93 @@
+"""How a rank that cannot go on tells the others, which may be waiting for it and would wait for ever.
+
+It leaves word in the run's folder, and each rank has a thread that looks there.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import broadcast_object_list
+
+from peftbench.errors import OutputError
+from peftbench.files import write_atomically
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+_EVERY_SECONDS = 0.25
+_GRACE_SECONDS = 3.0
+"""For a rank that was told, to come to an end of its own: what one runs out of, all often do."""
+_WAIT_SECONDS = 600.0
+"""For the main process to ask the estimator and write its record: the launcher ends it when another has ended."""
+
+
+class Peers:
+    """The ranks of one run; with one process there is nobody to tell."""
+
+    def __init__(self, accelerator: Accelerator, folder: Path) -> None:
+        self.rank, self.several = accelerator.process_index, accelerator.num_processes > 1
+        name = [uuid.uuid4().hex]
+        if self.several:  # which is not the one of a run before this
+            name = broadcast_object_list(name)
+        if self.several and accelerator.is_main_process:  # words of a run that was killed
+            for old in folder.glob(".ended-*"):
+                _remove(old)
+        self._place = folder / f".ended-{name[0]}"
+        self._over = threading.Event()
+
+    def watch(self, when_told: Callable[[dict[str, Any]], None]) -> None:
+        """Call ``when_told`` with what another rank has told, from a thread, unless this rank ends of itself."""
+        if self.several:
+            threading.Thread(target=self._look, args=(when_told,), daemon=True).start()
+
+    def tell(self, word: dict[str, Any]) -> None:
+        """Tell all others; ``word`` is plain."""
+        if self.several:
+            with suppress(OutputError):  # they end as well, but later, when the launcher finds this one gone
+                write_atomically(self._place / f"rank{self.rank}.json", json.dumps(word))
+
+    def heard(self) -> dict[str, Any] | None:
+        """What another rank has told."""
+        paths = sorted(self._place.glob("rank*.json")) if self.several else []
+        words = [_read(path) for path in paths if path.name != f"rank{self.rank}.json"]
+        return next((word for word in words if word is not None), None)
+
+    def recorded(self) -> None:
+        """The main process has written its record, and nobody need stay for it."""
+        self._over.set()
+        _remove(self._place)
+
+    def await_record(self) -> None:
+        """Stay until the main process has written its record, or must have failed to."""
+        until = time.monotonic() + _WAIT_SECONDS
+        while self.several and self._place.exists() and time.monotonic() < until:
+            time.sleep(_EVERY_SECONDS)
+
+    def _look(self, when_told: Callable[[dict[str, Any]], None]) -> None:
+        while not self._over.wait(_EVERY_SECONDS):
+            if (word := self.heard()) is not None:
+                if not self._over.wait(_GRACE_SECONDS):
+                    when_told(word)
+                return
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    with suppress(OSError, ValueError):
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+    return None
+
+
+def _remove(folder: Path) -> None:
+    with suppress(OSError):
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()

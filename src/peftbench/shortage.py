@@ -1,0 +1,117 @@
+"""Running out of memory: held to a budget, found out, told to the other ranks, and answered."""
+
+from __future__ import annotations
+
+import errno
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from peftbench.budget.advice import Advice, Question, ask
+from peftbench.budget.cap import Cap, hold
+from peftbench.profiler.snapshot import FILE, keep, keep_on_out_of_memory
+from peftbench.record import Outcome
+
+if TYPE_CHECKING:
+    from peftbench.recipe import Recipe
+
+_REFUSED = (
+    "DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED", "std::bad_alloc", "Cannot allocate memory",
+)  # fmt: skip
+"""How memory is refused outside of torch's CUDA allocator, which has an exception of its own."""
+_REFUSED_UNDER_A_LIMIT = ("could not create a ", "could not execute a primitive", "can't start new thread")
+"""How libraries say that the system gave them no memory; without a limit these can mean other things."""
+
+
+class Shortage:
+    """The memory of one run on one rank: its limit, and what happens when it is not enough."""
+
+    def __init__(self, recipe: Recipe, device: torch.device, folder: Path, rank: int) -> None:
+        self.recipe, self.device = recipe, device
+        self.snapshot = folder / (FILE if rank == 0 else f"rank{rank}_{FILE}")
+        self.cap: Cap | None = None
+        self.notes: list[str] = []
+        self._held: int | None = None
+
+    def prepare(self, context_bytes: int | None) -> None:
+        """Hold the run to its budget, and have an out-of-memory of the GPU show who held it.
+
+        Raises:
+            BudgetError: the budget cannot be.
+        """
+        self.forget()
+        if (budget := self.recipe.budget.memory_bytes) is not None:
+            self.cap = hold(budget, self.device, context_bytes)
+        if self.device.type == "cuda":
+            try:
+                keep_on_out_of_memory(self.snapshot, self._note_held)
+            except (RuntimeError, AttributeError, TypeError) as error:  # torch's own, and free to change
+                self.notes.append(f"an out-of-memory would leave no snapshot: {error}")
+
+    def forget(self) -> None:
+        """Take away the snapshot of an earlier run of this name, or of a refusal that something lived with."""
+        with suppress(OSError):
+            self.snapshot.unlink(missing_ok=True)
+
+    def is_one(self, error: BaseException) -> bool:
+        """Whether ``error`` says that there was no memory."""
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            return True
+        if isinstance(error, OSError):
+            return error.errno == errno.ENOMEM
+        words = (*_REFUSED, *(_REFUSED_UNDER_A_LIMIT if self.cap else ()))
+        return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+    def outcome(self, error: BaseException, where: dict[str, Any], rank: int | None) -> Outcome:
+        """An out-of-memory; ``rank`` where there are several. Its limit is lifted, so that it can be told."""
+        held = self._held
+        if self.cap is not None:
+            # The exception's frames hold on to most of what was there when it was raised.
+            held = self.cap.held_bytes() if held is None else held
+            self.cap.lift()
+        if self.device.type == "cuda" and not isinstance(error, torch.OutOfMemoryError):
+            keep(self.snapshot)  # it was not the allocator that refused, and so nobody has looked
+        return Outcome(
+            kind="oom", **where, rank=rank, requested_bytes=_requested_bytes(error), held_bytes=held,
+            error=_first_line(error), snapshot=self.snapshot.name if self.snapshot.exists() else None,
+        )  # fmt: skip
+
+    def answered(self, outcome: Outcome) -> Outcome:
+        """With what the estimator says that it would have needed, and what would fit instead."""
+        advice = self._advice()
+        if advice is None:
+            return outcome
+        if advice.problem:
+            self.notes.append(f"no suggestion: {advice.problem}")
+        return outcome.model_copy(update={"needed_bytes": advice.needed_bytes, "suggestion": advice.suggestion})
+
+    def _advice(self) -> Advice | None:
+        budget = self.recipe.budget.memory_bytes
+        if self.device.type == "cuda":
+            properties = torch.cuda.get_device_properties(self.device)
+            return ask(
+                Question(recipe=self.recipe, budget_bytes=budget or properties.total_memory, device=properties.name)
+            )
+        if budget is None:  # it is the machine that had no more, and who knows why
+            return None
+        return ask(Question(recipe=self.recipe, budget_bytes=budget, device="cpu"))
+
+    def _note_held(self) -> None:
+        self._held = int(torch.cuda.memory_allocated(self.device))
+
+
+def _requested_bytes(error: BaseException) -> int | None:
+    """What an allocator says it was asked for: CUDA's "Tried to allocate 2.00 GiB", the CPU's "allocate N bytes"."""
+    if exact := re.search(r"allocate (\d+) bytes", str(error)):
+        return int(exact.group(1))
+    if rounded := re.search(r"Tried to allocate ([\d.]+) ([KMG])iB", str(error)):
+        return int(float(rounded.group(1)) * 1024 ** (" KMG".index(rounded.group(2))))
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
