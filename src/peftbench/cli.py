@@ -144,29 +144,48 @@ def fit(
     allow: Annotated[
         str, typer.Option(help="Ways of saving memory to try, as checkpointing,bf16,adamw8bit; or all.")
     ] = "checkpointing",
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Run the first answer and the next larger micro-batch here."),
+    ] = False,
+    family: Annotated[
+        Optional[str],
+        typer.Option("--largest-model", metavar="FAMILY", help="Find the largest of gpt2, llama3 or qwen2.5."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")] = False,
 ) -> None:
     """Find the largest micro-batch that fits, with each set of allowed ways of saving memory."""
-    from tqdm.auto import tqdm
-
+    from peftbench.budget.plan import Fit
     from peftbench.config import load_recipe
     from peftbench.console import quiet_libraries
-    from peftbench.errors import BudgetError
+    from peftbench.errors import BudgetError, OutOfRangeError
 
     with guarded():
         facts, size = _room(budget, device)
         if size is None:
             raise BudgetError("what is it to fit? give --budget, as 16GiB, or --device")
+        if verify and family is not None:
+            raise OutOfRangeError("--verify runs the recipe's own model; leave --largest-model out")
         recipe = load_recipe(config or [], changes or [])
         quiet_libraries()
-        from peftbench.budget.search import TECHNIQUES, chosen_techniques, strategy
-        from peftbench.report.plan import strategies_text
+        from peftbench.budget.search import Room, as_found, largest_model, micro_batches, strategies
+        from peftbench.report.plan import fit_text
+        from peftbench.suite.verify import check_here, prove
 
-        names = [technique.name for technique in TECHNIQUES] if allow == "all" else [n for n in allow.split(",") if n]
-        sets = chosen_techniques(recipe, names, facts)
-        bar = tqdm(sets, desc="rehearsing", unit="way", disable=None)
-        found = [strategy(recipe, chosen, facts, device or facts.torch_name, size) for chosen in bar]
-        print(strategies_text([one for one in found if one is not None], size, len(sets)))
-        if not any(found):
+        if verify:
+            check_here(facts)
+        room = Room(facts, device or facts.torch_name, size)
+        if family is not None:
+            answer = Fit(budget_bytes=size, models=largest_model(recipe, family, allow, room))
+        else:
+            answer = Fit(budget_bytes=size, strategies=strategies(recipe, allow, room))
+        if verify and answer.strategies:
+            first = answer.strategies[0]
+            chosen = as_found(recipe, first)
+            proof = prove(chosen, first.plan.width, micro_batches(chosen), size, accelerate=None, say=_say)
+            answer = answer.model_copy(update={"proof": proof})
+        print(answer.model_dump_json(indent=1) if as_json else fit_text(answer))
+        if not answer.fits:
             raise typer.Exit(1)
 
 

@@ -28,7 +28,8 @@
     ├── RecordError                   60   a record that cannot be read
     └── BudgetError                   80   a budget that cannot be meant
         ├── DeviceError               81   a device of which nothing is known
-        └── NotEstimatedError         82   a memory that is not predicted, instead of a wrong figure
+        ├── NotEstimatedError         82   a memory that is not predicted, instead of a wrong figure
+        └── NoRoomError               83   a budget below the weights alone
 
 A run that started and did not end well is no exception but an outcome, with an exit code of its own
 (``peftbench.record.EXIT_CODES``). Each message is one sentence: what was given, what is allowed, what to do.
@@ -208,6 +209,12 @@ class NotEstimatedError(BudgetError):
     """A memory that is not predicted, instead of a wrong figure."""
 
     exit_code = 82
+
+
+class NoRoomError(BudgetError):
+    """A budget below the weights alone."""
+
+    exit_code = 83
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

@@ -118,6 +118,13 @@ class Train(Part):
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of new weights, of the order of batches and of dropout; the same order for every method."""
 
+    @field_validator("micro_batch", mode="before")
+    @classmethod
+    def _a_number_or_auto(cls, value: object) -> object:
+        if isinstance(value, str) and value != "auto":
+            raise ValueError("must be a number of examples, auto or null")
+        return value
+
     @model_validator(mode="after")
     def _one_length(self) -> Train:
         if (self.steps is None) == (self.epochs is None):

@@ -94,8 +94,8 @@ def recorded(run: Run, outcome: Outcome) -> RunRecord:
     record = RunRecord(
         name=run.recipe.name,
         started_at=run.started_at,
-        recipe=run.recipe.model_dump(mode="json"),
-        recipe_fingerprint=run.recipe.fingerprint(),
+        recipe=run.asked.model_dump(mode="json"),
+        recipe_fingerprint=run.asked.fingerprint(),
         outcome=outcome,
         device=device_of(run.accelerator),
         versions=versions(),

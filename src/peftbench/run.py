@@ -43,7 +43,7 @@ from peftbench.profiler.memory import largest
 from peftbench.profiler.probe import Probe
 from peftbench.record import FILE, Memory, Outcome, Quality, RunRecord
 from peftbench.recording import Together, breakdown_of, recorded, versions
-from peftbench.shortage import Shortage
+from peftbench.shortage import Shortage, settle
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -62,18 +62,20 @@ class Run:
     """One run. What is known is kept on it as it becomes known, so that any end leaves a full record."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+        self.asked = recipe
+        """As it was given, where ``recipe`` has what was settled for it."""
+        self.recipe, settlement = settle(recipe)
         self.folder = Path(recipe.output_dir) / recipe.name
         self._made = _check_writable(self.folder)
         try:
-            self.bound = bind(recipe, self.folder)
+            self.bound = bind(self.recipe, self.folder)
         except BaseException:
             self._leave_nothing()
             raise
         self.accelerator: Accelerator = self.bound.accelerator
         self.engine = self.bound.engine
         rank, device = self.accelerator.process_index, self.accelerator.device
-        self.shortage = Shortage(recipe, device, self.folder, rank)
+        self.shortage = Shortage(self.recipe, device, self.folder, rank)
         self.peers = Peers(self.accelerator, self.folder)
         self.probe = Probe(device, energy_meter(device, counts=self.accelerator.is_local_main_process))
         self.progress = Progress()
@@ -91,7 +93,7 @@ class Run:
         self.resumed_after: list[int] = []
         self.kept: dict[str, Any] = {}
         """What a process before this one has found out in steps that are not done again."""
-        self.notes = notes(self.accelerator)
+        self.notes = [*notes(self.accelerator), *([settlement] if settlement else [])]
 
     def execute(self) -> tuple[RunRecord, Path]:
         """Run to an outcome and write the record; returns both.
@@ -264,7 +266,7 @@ class Run:
 
     def _checkpoints(self, built: Built) -> Checkpoints:
         origin = Origin(
-            self.recipe.fingerprint(), str(built.base.identity), str(self.data_identity), self.engine.name,
+            self.asked.fingerprint(), str(built.base.identity), str(self.data_identity), self.engine.name,
             self.accelerator.num_processes, self.accelerator.device.type,
             {name: version for name, version in versions().items() if name not in {"datasets", "evaluate"}},
         )  # fmt: skip

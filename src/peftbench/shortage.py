@@ -12,6 +12,9 @@ import torch
 
 from peftbench.budget.advice import Advice, Question, ask
 from peftbench.budget.cap import Cap, hold
+from peftbench.budget.devices import device_named, of_torch_name
+from peftbench.budget.search import Room, settled
+from peftbench.engine.bind import on_cpu
 from peftbench.profiler.snapshot import FILE, keep, keep_on_out_of_memory
 from peftbench.record import Outcome
 
@@ -25,6 +28,22 @@ _REFUSED = (
 """How memory is refused outside of torch's CUDA allocator, which has an exception of its own."""
 _REFUSED_UNDER_A_LIMIT = ("could not create a ", "could not execute a primitive", "can't start new thread")
 """How libraries say that the system gave them no memory; without a limit these can mean other things."""
+
+
+def settle(recipe: Recipe) -> tuple[Recipe, str | None]:
+    """The recipe with a number for ``train.micro_batch=auto``, and a note of it; before anything is started.
+
+    Raises:
+        BudgetError: it is not known what is to fit, or how much it would take.
+    """
+    if recipe.train.micro_batch != "auto":
+        return recipe, None
+    budget = recipe.budget.memory_bytes
+    if on_cpu():
+        return settled(recipe, None if budget is None else Room(device_named("cpu"), "cpu", budget))
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    room = Room(of_torch_name(properties.name), properties.name, budget or properties.total_memory)
+    return settled(recipe, room)
 
 
 class Shortage:

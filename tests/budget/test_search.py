@@ -8,6 +8,7 @@ from peftbench.budget.devices import UNKNOWN, device_named
 from peftbench.budget.estimate import estimate
 from peftbench.budget.search import (
     TECHNIQUES,
+    Room,
     chosen_techniques,
     largest_micro_batch,
     strategy,
@@ -72,15 +73,15 @@ def test_at_the_edge(workshop: Workshop) -> None:
     """At the bytes of the plan for 16 these are found and 32 do not fit; with one byte less not even 16."""
     recipe = workshop.recipe(Full(), train={"global_batch": 32}, evaluate={"batch": 1})
     budget = estimate(with_micro_batch(recipe, 16), UNKNOWN, "a GPU").process_bytes[1]
-    found = strategy(recipe, (), UNKNOWN, "a GPU", budget)
+    found = strategy(recipe, (), Room(UNKNOWN, "a GPU", budget))
     assert found is not None
     assert (found.plan.rows, found.plan.micro_batches, found.plan.verdict) == (16, 2, "fits")
     assert found.changes == ("train.micro_batch=16",)
     assert estimate(with_micro_batch(recipe, 32), UNKNOWN, "a GPU", budget).verdict != "fits"
-    less = strategy(recipe, (), UNKNOWN, "a GPU", budget - 1)
+    less = strategy(recipe, (), Room(UNKNOWN, "a GPU", budget - 1))
     assert less is not None
     assert less.plan.rows < 16
-    assert strategy(recipe, (), UNKNOWN, "a GPU", found.plan.peak.live_by_kind["weights"] + 1) is None
+    assert strategy(recipe, (), Room(UNKNOWN, "a GPU", found.plan.peak.live_by_kind["weights"] + 1)) is None
 
 
 def test_time_is_of_flops_and_of_the_device(workshop: Workshop) -> None:
@@ -89,7 +90,8 @@ def test_time_is_of_flops_and_of_the_device(workshop: Workshop) -> None:
     known = {technique.name: technique for technique in TECHNIQUES}
     facts = device_named("h100")
     plain, again, half = (
-        strategy(recipe, chosen, facts, "h100", 2**34) for chosen in ((), (known["checkpointing"],), (known["bf16"],))
+        strategy(recipe, chosen, Room(facts, "h100", 2**34))
+        for chosen in ((), (known["checkpointing"],), (known["bf16"],))
     )
     assert plain is not None
     assert again is not None
@@ -99,6 +101,6 @@ def test_time_is_of_flops_and_of_the_device(workshop: Workshop) -> None:
     assert half.seconds is not None
     assert 1.05 < again.seconds / plain.seconds < 1.5
     assert half.seconds < plain.seconds / 10
-    unknown = strategy(recipe, (), UNKNOWN, "a GPU", 2**34)
+    unknown = strategy(recipe, (), Room(UNKNOWN, "a GPU", 2**34))
     assert unknown is not None
     assert unknown.seconds is None

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from peftbench.budget.devices import device_named, of_torch_name
-from peftbench.budget.plan import fastest_first
 from peftbench.console import quiet_libraries
 from peftbench.errors import BudgetError, PeftbenchError
 from peftbench.recipe import Recipe
@@ -67,7 +66,7 @@ def ask(question: Question) -> Advice:
 def answer(question: Question) -> Advice:
     """What the recipe needs, and the fastest change that is predicted to fit; one that trades nothing, if there is."""
     from peftbench.budget.estimate import estimate
-    from peftbench.budget.search import TECHNIQUES, chosen_techniques, strategy
+    from peftbench.budget.search import TECHNIQUES, Room, strategies
 
     recipe, budget = question.recipe, question.budget_bytes
     facts = device_named("cpu") if question.device == "cpu" else of_torch_name(question.device)
@@ -75,16 +74,13 @@ def answer(question: Question) -> Advice:
         needed = estimate(recipe, facts, question.device).process_bytes[0]
     except PeftbenchError as error:
         return Advice(problem=str(error))
-    free = [technique.name for technique in TECHNIQUES if technique.trades is None]
-    for names in (free, [technique.name for technique in TECHNIQUES]):
+    free = ",".join(technique.name for technique in TECHNIQUES if technique.trades is None)
+    for allowed in (free, "all"):
         try:
-            found = [
-                strategy(recipe, chosen, facts, question.device, budget)
-                for chosen in chosen_techniques(recipe, names, facts)
-            ]
+            fitting = strategies(recipe, allowed, Room(facts, question.device, budget))
         except BudgetError as error:  # not even the weights have room
             return Advice(needed_bytes=needed, suggestion=f"nothing that was tried would fit: {error}")
-        if fitting := fastest_first([one for one in found if one is not None]):
+        if fitting:
             return Advice(needed_bytes=needed, suggestion=_suggested(fitting[0]))
     return Advice(needed_bytes=needed, suggestion="no smaller micro-batch and no technique of peftbench fit would fit")
 

@@ -11,7 +11,7 @@ from peftbench.budget.rehearsal import Rehearsal
 from peftbench.data.batches import division
 from peftbench.data.encode import Layout
 from peftbench.engine.compatibility import QUANTIZATION, Combination, check
-from peftbench.errors import BudgetError, NotEstimatedError, PrecisionError
+from peftbench.errors import NoRoomError, NotEstimatedError, PrecisionError
 
 if TYPE_CHECKING:
     from peftbench.budget.devices import DeviceFacts
@@ -25,7 +25,7 @@ def estimate(recipe: Recipe, facts: DeviceFacts, device: str, budget: int | None
 
     Raises:
         NotEstimatedError: something in it is not predicted, and is named.
-        BudgetError: the budget is less than the weights alone.
+        NoRoomError: the budget is less than the weights alone.
         PeftbenchError: the recipe itself cannot be run.
     """
     _check(recipe, facts.kind)
@@ -49,7 +49,7 @@ def estimate(recipe: Recipe, facts: DeviceFacts, device: str, budget: int | None
     if budget is not None:
         weights = found.peak.live_by_kind["weights"]
         if budget < weights:
-            raise BudgetError(f"{budget:,} bytes do not hold the {weights:,} of the weights alone; give more")
+            raise NoRoomError(f"{budget:,} bytes do not hold the {weights:,} of the weights alone; give more")
         verdict = _verdict(events, process, budget - overhead[0], budget, facts.kind)
         margin = (budget - process[1], budget - process[0])
     parts = {name: _part(moment) for name, moment in found.by_part.items()}

@@ -77,6 +77,39 @@ class Strategy(_Answer):
         return " + ".join(self.techniques) or "as it is"
 
 
+class ModelFit(_Answer):
+    """One model of a family, and the fastest way in which it fits; none where it does not."""
+
+    name: str
+    parameters: int
+    strategy: Strategy | None
+
+
+class Proof(_Answer):
+    """What runs under the budget have shown of the first answer."""
+
+    predicted: int
+    """The micro-batch that the search found."""
+    outcomes: dict[int, str]
+    """How each run ended, by its micro-batch, in the order in which they were run."""
+    largest: int | None
+    """The largest micro-batch that ran; None where not even one example did."""
+
+
+class Fit(_Answer):
+    """What fits: strategies, the fastest first; or models of a family, the largest first."""
+
+    budget_bytes: int
+    strategies: tuple[Strategy, ...] = ()
+    models: tuple[ModelFit, ...] = ()
+    proof: Proof | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether anything does."""
+        return bool(self.strategies) or any(model.strategy for model in self.models)
+
+
 def fastest_first(found: Iterable[Strategy]) -> list[Strategy]:
     """By predicted time, then the larger micro-batch, then the fewer techniques."""
     return sorted(found, key=lambda s: (s.seconds or s.plan.step_flops or 0, -s.plan.rows, len(s.techniques)))

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tqdm.auto import tqdm
+
 from peftbench.budget.estimate import estimate
-from peftbench.budget.plan import Strategy
-from peftbench.errors import BudgetError, nearest
+from peftbench.budget.families import family_named, with_member
+from peftbench.budget.plan import ModelFit, Strategy, fastest_first
+from peftbench.data.batches import division
+from peftbench.errors import BudgetError, NoRoomError, nearest
 from peftbench.optim import OPTIMIZERS
 from peftbench.profiler.devices import peak_flops
 
@@ -19,6 +23,20 @@ if TYPE_CHECKING:
     from peftbench.recipe import Recipe
 
 Change = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Room:
+    """What is to be fitted: so many bytes of a device."""
+
+    facts: DeviceFacts
+    device: str
+    """As the user calls it."""
+    budget: int
+
+    def plan(self, recipe: Recipe) -> Plan:
+        """What ``recipe`` would hold there; raises as :func:`peftbench.budget.estimate.estimate`."""
+        return estimate(recipe, self.facts, self.device, self.budget)
 
 
 @dataclass(frozen=True)
@@ -68,20 +86,59 @@ TECHNIQUES = (
 """In the order in which a person would try them."""
 
 
+def micro_batches(recipe: Recipe) -> list[int]:
+    """Every size of micro-batch that a process can have, from one example to all of them at once.
+
+    Two limits that cut a step into as many parts are one size.
+    """
+    limits = range(1, recipe.train.global_batch + 1)
+    return sorted({division(recipe.train.global_batch, limit, 1)[1] for limit in limits})
+
+
 def largest_micro_batch(recipe: Recipe, fits: Callable[[Recipe], bool]) -> Recipe | None:
     """The recipe with the largest micro-batch that ``fits``, None where not even one example does.
 
-    The global batch stays. Memory grows with the micro-batch, so it is found by halving.
+    The global batch stays. Memory grows with the micro-batch, so it is found by halving, and the next larger one is
+    among those that were found not to fit.
     """
-    least, most = 0, recipe.train.global_batch
+    sizes = micro_batches(recipe)
+    least, most = -1, len(sizes) - 1
     middle = most  # often all fit
     while least < most:
-        if fits(with_micro_batch(recipe, middle)):
+        if fits(with_micro_batch(recipe, sizes[middle])):
             least = middle
         else:
             most = middle - 1
         middle = (least + most + 1) // 2
-    return with_micro_batch(recipe, least) if least else None
+    return with_micro_batch(recipe, sizes[least]) if least >= 0 else None
+
+
+def settled(recipe: Recipe, room: Room | None) -> tuple[Recipe, str | None]:
+    """The recipe with a number for ``train.micro_batch=auto``, the most that fits ``room``, and a note of it.
+
+    Where not even one example is predicted to fit it is one: the run will tell.
+
+    Raises:
+        BudgetError: it is not known what is to fit.
+        NotEstimatedError: something in the recipe is not predicted.
+    """
+    if recipe.train.micro_batch != "auto":
+        return recipe, None
+    if not recipe.method.trains:
+        return with_micro_batch(recipe, 1), None
+    if room is None:
+        raise BudgetError(
+            "train.micro_batch=auto needs to know what is to fit; set budget.memory, as budget.memory=8GiB, or run it "
+            "on a GPU"
+        )
+    found = largest_micro_batch(recipe, lambda asked: room.plan(asked).verdict == "fits")
+    if found is None:
+        return with_micro_batch(recipe, 1), "not even one example at once is predicted to fit; it was tried with one"
+    rows = found.train.rows
+    return (
+        found,
+        f"train.micro_batch=auto became {rows}, the most that is predicted to fit {room.budget / 2**20:,.0f} MiB",
+    )
 
 
 def with_micro_batch(recipe: Recipe, size: int) -> Recipe:
@@ -109,24 +166,68 @@ def _apart(techniques: tuple[Technique, ...]) -> bool:
     return len(knobs) == len(set(knobs))
 
 
-def strategy(
-    recipe: Recipe, techniques: tuple[Technique, ...], facts: DeviceFacts, device: str, budget: int
-) -> Strategy | None:
-    """The largest micro-batch that fits ``budget`` bytes with these techniques, None where none does."""
-    changed = recipe
+def with_techniques(recipe: Recipe, techniques: Iterable[Technique]) -> Recipe:
+    """The recipe with all of them."""
     for technique in techniques:
-        changed = technique.on(changed)
+        recipe = technique.on(recipe)
+    return recipe
+
+
+def as_found(recipe: Recipe, found: Strategy) -> Recipe:
+    """The recipe as a strategy would run it."""
+    known = {technique.name: technique for technique in TECHNIQUES}
+    return with_micro_batch(with_techniques(recipe, [known[name] for name in found.techniques]), found.plan.rows)
+
+
+def strategies(recipe: Recipe, allow: str, room: Room) -> list[Strategy]:
+    """What fits of every set of the techniques named in ``allow`` ("all", or names with commas), the fastest first.
+
+    Raises:
+        BudgetError: a technique that is not known, or a budget below the weights alone.
+        NotEstimatedError: something in the recipe is not predicted.
+    """
+    names = [technique.name for technique in TECHNIQUES] if allow == "all" else [n for n in allow.split(",") if n]
+    sets = chosen_techniques(recipe, names, room.facts)
+    bar = tqdm(sets, desc="rehearsing", unit="way", disable=None, leave=False)
+    found = [strategy(recipe, chosen, room) for chosen in bar]
+    return fastest_first([one for one in found if one is not None])
+
+
+def largest_model(recipe: Recipe, family: str, allow: str, room: Room) -> tuple[ModelFit, ...]:
+    """The recipe over the models of a family, from the largest to the first that fits.
+
+    Raises:
+        BudgetError: a family or a technique that is not known.
+        NotEstimatedError, ModelError: the recipe is not predicted, or its method does not suit the family.
+    """
+    tried: list[ModelFit] = []
+    known = family_named(family)
+    for member in reversed(known.members):
+        with with_member(recipe, known, member) as made:
+            try:
+                found = strategies(made, allow, room)
+            except NoRoomError:
+                found = []
+        tried.append(ModelFit(name=member.name, parameters=member.parameters, strategy=found[0] if found else None))
+        if found:
+            break
+    return tuple(tried)
+
+
+def strategy(recipe: Recipe, techniques: tuple[Technique, ...], room: Room) -> Strategy | None:
+    """The largest micro-batch that fits ``room`` with these techniques, None where none does."""
+    changed = with_techniques(recipe, techniques)
     plans: dict[int, Plan] = {}
 
     def fits(asked: Recipe) -> bool:
-        plan = plans[asked.train.rows or 0] = estimate(asked, facts, device, budget)
+        plan = plans[asked.train.rows or 0] = room.plan(asked)
         return plan.verdict == "fits"
 
     found = largest_micro_batch(changed, fits)
     if found is None:
         return None
     plan = plans[found.train.rows or 0]
-    peak = peak_flops(facts.torch_name, found.train.precision)
+    peak = peak_flops(room.facts.torch_name, found.train.precision)
     seconds = plan.step_flops / peak if plan.step_flops and peak else None
     knobs = [(f"{part}.{key}", value) for technique in techniques
              for part, change in technique.changes.items() for key, value in change.items()]  # fmt: skip

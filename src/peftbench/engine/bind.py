@@ -63,7 +63,7 @@ def bind(recipe: Recipe, folder: Path) -> Bound:
         PrecisionError: the device does not have the recipe's precision.
         EngineError: what started is not what the recipe and the launcher asked for.
     """
-    cpu = not torch.cuda.is_available() or _cpu_asked_for()
+    cpu = on_cpu()
     _check_precision(recipe.train.precision, cpu)
     _check_trackers(recipe.trackers)
     processes = _asked_world_size()
@@ -133,6 +133,11 @@ def notes(accelerator: Accelerator) -> list[str]:
     if accelerator.device.type == "cpu" and launched and not _cpu_asked_for():
         return ["no GPU was found; it ran on CPU"]
     return []
+
+
+def on_cpu() -> bool:
+    """Whether a run is on the CPU: where there is no GPU, or the launcher says so."""
+    return not torch.cuda.is_available() or _cpu_asked_for()
 
 
 def _cpu_asked_for() -> bool:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
-from peftbench.budget.plan import fastest_first
-
 if TYPE_CHECKING:
-    from peftbench.budget.plan import Plan, Strategy
+    from peftbench.budget.plan import Fit, Plan, Proof
 
 _MIB = 2**20
 _KINDS = {
@@ -51,12 +48,13 @@ def plan_text(plan: Plan) -> str:
     return "\n".join((*lines, *(f"note: {note}" for note in plan.notes)))
 
 
-def strategies_text(found: Sequence[Strategy], budget: int, tried: int) -> str:
+def fit_text(fit: Fit) -> str:
     """A table of what fits, the fastest by predicted time first, and how to run the first."""
-    if not found:
-        return f"none of the {tried} ways tried fits {_mib(budget)} MiB, not even with micro-batches of one example"
-    ordered = fastest_first(found)
-    first = ordered[0].seconds or ordered[0].plan.step_flops
+    if fit.models:
+        return _models_text(fit)
+    if not fit.strategies:
+        return f"nothing that was tried fits {_mib(fit.budget_bytes)} MiB, not even with micro-batches of one example"
+    first = fit.strategies[0].seconds or fit.strategies[0].plan.step_flops
     rows = [
         {
             "strategy": strategy.name,
@@ -66,16 +64,39 @@ def strategies_text(found: Sequence[Strategy], budget: int, tried: int) -> str:
             "time": _times(strategy.seconds or strategy.plan.step_flops, first),
             "trades": "; ".join(strategy.trades) or "nothing",
         }
-        for strategy in ordered
+        for strategy in fit.strategies
     ]
-    best = ordered[0]
+    best = fit.strategies[0]
     by = "the data sheet's FLOP/s" if best.seconds else "FLOPs alone, whatever their precision"
     return "\n".join((
         tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True), "",
         f"time: predicted of one step by {by}, of the fastest's",
         f"the first: {' '.join(best.changes)}",
+        *([_proof_text(fit.proof)] if fit.proof else []),
         *(f"note: {note}" for note in best.plan.notes),
     ))  # fmt: skip
+
+
+def _models_text(fit: Fit) -> str:
+    """A table of a family's models, from the largest to the first that fits."""
+    rows = [
+        {
+            "model": model.name,
+            "parameters": f"{model.parameters:,}",
+            f"in {_mib(fit.budget_bytes)} MiB": "fits" if model.strategy else "does not fit",
+            "with": " ".join(model.strategy.changes) if model.strategy else "",
+            "process at most, MiB": _mib(model.strategy.plan.process_bytes[1]) if model.strategy else "",
+        }
+        for model in fit.models
+    ]
+    notes = [f"note: {note}" for model in fit.models if model.strategy for note in model.strategy.plan.notes]
+    return "\n".join((tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True), "", *notes))
+
+
+def _proof_text(proof: Proof) -> str:
+    ran = "; ".join(f"{size} {'ran' if kind == 'ok' else 'was out of memory'}" for size, kind in proof.outcomes.items())
+    found = f"{proof.largest} is the largest that runs" if proof.largest else "not even one example runs"
+    return f"verified under the budget: micro-batch {ran}; predicted {proof.predicted}, and {found}"
 
 
 def _times(value: float | None, first: float | None) -> str:

@@ -1,0 +1,70 @@
+"""Families of models, by the numbers that their published configs differ in: what is known without a hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
+
+from peftbench.errors import BudgetError, nearest
+
+if TYPE_CHECKING:
+    from peftbench.recipe import Recipe
+
+
+class Member(BaseModel):
+    """One model of a family."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    """On the hub."""
+    parameters: int
+    """As published; a tied head is counted once."""
+    config: dict[str, Any]
+    """As its config.json has them."""
+
+
+class Family(BaseModel):
+    """Models of one architecture, the smallest first."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    config: dict[str, Any]
+    """What all have in common."""
+    members: tuple[Member, ...]
+
+
+@cache
+def families() -> dict[str, Family]:
+    """All that have a file, by its name."""
+    files = (path for path in resources.files(__package__).iterdir() if path.name.endswith(".json"))
+    found = {path.name.removesuffix(".json"): Family(**json.loads(path.read_text("utf-8"))) for path in files}
+    return dict(sorted(found.items()))
+
+
+def family_named(name: str) -> Family:
+    """The family of that name.
+
+    Raises:
+        BudgetError: there is no file for it; names the nearest.
+    """
+    if name not in families():
+        raise BudgetError(f"no family of models is called {name!r} here", nearest(name, families()))
+    return families()[name]
+
+
+@contextmanager
+def with_member(recipe: Recipe, family: Family, member: Member) -> Iterator[Recipe]:
+    """The recipe over another base, of which there is a config and nothing else."""
+    with TemporaryDirectory(prefix="peftbench-") as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(family.config | member.config), encoding="utf-8")
+        model = recipe.model.model_copy(update={"path": folder, "revision": None, "init": "random"})
+        yield recipe.model_copy(update={"model": model})

@@ -1,0 +1,106 @@
+"""Proves an answer of the search by running it: the largest micro-batch that fits, and the next one, which does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from peftbench.budget.devices import UNKNOWN, DeviceFacts
+from peftbench.budget.plan import Proof
+from peftbench.errors import BudgetError
+from peftbench.recipe import Budget, Checkpoint, Profile, Recipe
+from peftbench.record import FILE, RunRecord, read_record
+from peftbench.suite.local import run_one
+
+_STEPS = 3
+"""In the second the optimizer's states are there, and the third is as any other."""
+
+
+def check_here(facts: DeviceFacts) -> None:
+    """Whether this machine has the device of the answer, so that it can be proved.
+
+    Raises:
+        BudgetError: it has another.
+    """
+    import torch
+
+    here = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    if facts.torch_name != here and not (facts is UNKNOWN and here != "CPU"):
+        instead = "give --device cpu" if here == "CPU" else "leave --device out"
+        raise BudgetError(
+            f"--verify runs the answer on this machine, which has {here} and no {facts.torch_name}; {instead}"
+        )
+
+
+def prove(
+    recipe: Recipe,
+    width: int,
+    sizes: Sequence[int],
+    budget: int,
+    *,
+    accelerate: Path | None,
+    say: Callable[[str], None],
+) -> Proof:
+    """Run ``recipe``, whose micro-batch was found to fit, and the next larger one of ``sizes``, under ``budget`` bytes.
+
+    Where the first does not run, smaller ones are, and where the second does, larger ones, until the edge is found.
+    Each run takes three steps, of rows that all have ``width`` tokens, and one batch of evaluation.
+
+    Raises:
+        BudgetError: a run ended neither well nor out of memory, which proves nothing.
+    """
+    outcomes: dict[int, str] = {}
+
+    def runs(index: int) -> bool:
+        record = _run(recipe, width, sizes[index], budget, accelerate)
+        outcomes[sizes[index]] = record.outcome.kind
+        say(_told(sizes[index], record))
+        return record.outcome.kind == "ok"
+
+    predicted = recipe.train.rows or sizes[-1]
+    index = sizes.index(predicted)
+    if runs(index):
+        while index + 1 < len(sizes) and runs(index + 1):
+            index += 1
+    else:
+        index -= 1
+        while index >= 0 and not runs(index):
+            index -= 1
+    return Proof(predicted=predicted, outcomes=outcomes, largest=sizes[index] if index >= 0 else None)
+
+
+def _run(recipe: Recipe, width: int, size: int, budget: int, accelerate: Path | None) -> RunRecord:
+    with TemporaryDirectory(prefix="peftbench-") as folder:
+        result = run_one(_short(recipe, width, size, budget, folder), accelerate)
+        if result.outcome not in {"ok", "oom"}:
+            raise BudgetError(
+                f"a run with micro-batches of {size} proves nothing, for it ended as {result.outcome}: {result.error}"
+            )
+        return read_record(Path(folder) / recipe.name / FILE)
+
+
+def _short(recipe: Recipe, width: int, size: int, budget: int, folder: str) -> Recipe:
+    split, batch = recipe.evaluate.split, recipe.evaluate.batch
+    examples = min(getattr(recipe.data, split) or batch, batch)
+    changes = {
+        "train": {"steps": _STEPS, "epochs": None, "micro_batch": size},
+        "data": {"padding": "max_tokens", "max_tokens": width, split: examples},
+        "evaluate": {"samples": 0},
+    }
+    parts = {name: getattr(recipe, name).model_copy(update=change) for name, change in changes.items()}
+    return recipe.model_copy(
+        update=parts | {
+            "budget": Budget(memory=str(budget)), "profile": Profile(warmup_steps=1), "checkpoint": Checkpoint(),
+            "trackers": (), "save_model": False, "output_dir": folder,
+        }
+    )  # fmt: skip
+
+
+def _told(size: int, record: RunRecord) -> str:
+    outcome = record.outcome
+    if outcome.kind == "ok":
+        return f"micro-batch {size}: ran"
+    where = f"step {outcome.step}, {outcome.part}" if outcome.step else str(outcome.phase)
+    asked = f", where it asked for {outcome.requested_bytes:,} bytes more" if outcome.requested_bytes else ""
+    return f"micro-batch {size}: out of memory in {where}{asked}"
