@@ -8,6 +8,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 
 demo: .venv/installed
 	$(BIN)/peftbench compare recipes/demo/suite.yaml
+	$(BIN)/peftbench compare recipes/demo/budget.yaml
 
 test: .venv/installed
 	$(BIN)/python -m pytest

@@ -88,7 +88,7 @@ class ArchitectureRun(Run):
 
     def _work(self) -> None:
         self.data_identity = self.size.source.identity()
-        self.shortage.prepare(None)
+        self.shortage.prepare(self.probe.meter)
         with self.probe.phase("load"):
             base = self._architecture()
         with self.probe.phase("build"):

@@ -37,6 +37,9 @@ class StandIn:
         """Asked at the end of a phase, which is not timed here."""
         return None
 
+    def start_here(self) -> None:
+        """Nothing was held before."""
+
     def forget(self) -> None:
         """Asked at the start of a phase."""
 

@@ -196,7 +196,7 @@ class Run:
     def _work(self) -> None:
         # Before the work: afterwards the hub may be gone, or the files may be others.
         self.data_identity = main_process_first(self.accelerator, self.recipe.data.source.identity)
-        self.shortage.prepare(self.probe.meter.context_bytes)
+        self.shortage.prepare(self.probe.meter)
         if not self.recipe.method.needs_model:
             self._forget_model()
             with self.probe.phase("generate"):

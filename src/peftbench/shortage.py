@@ -19,6 +19,7 @@ from peftbench.profiler.snapshot import FILE, keep, keep_on_out_of_memory
 from peftbench.record import Outcome
 
 if TYPE_CHECKING:
+    from peftbench.profiler.memory import Meter
     from peftbench.recipe import Recipe
 
 _REFUSED = (
@@ -56,15 +57,18 @@ class Shortage:
         self.notes: list[str] = []
         self._held: int | None = None
 
-    def prepare(self, context_bytes: int | None) -> None:
+    def prepare(self, meter: Meter) -> None:
         """Hold the run to its budget, and have an out-of-memory of the GPU show who held it.
+
+        Under a budget ``meter`` counts from here on, as the budget does.
 
         Raises:
             BudgetError: the budget cannot be.
         """
         self.forget()
         if (budget := self.recipe.budget.memory_bytes) is not None:
-            self.cap = hold(budget, self.device, context_bytes)
+            self.cap = hold(budget, self.device, meter.context_bytes)
+            meter.start_here()
         if self.device.type == "cuda":
             try:
                 keep_on_out_of_memory(self.snapshot, self._note_held)

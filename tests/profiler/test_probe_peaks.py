@@ -34,6 +34,9 @@ class Counters:
         """Give back what is reserved and not held."""
         self.reserved = 0
 
+    def start_here(self) -> None:
+        """Nothing was held before."""
+
     def reach(self, allocated: int) -> None:
         """Let something that large be there for a moment."""
         self.peak = max(self.peak, allocated)

@@ -37,6 +37,9 @@ class Meter(Protocol):
     def forget(self) -> None:
         """Give back what is held for no tensor, so that a later peak is of what comes later."""
 
+    def start_here(self) -> None:
+        """Count what the process holds now, before anything is loaded, to itself and not to the run."""
+
 
 class CudaMeter:
     """Peaks of torch's caching allocator on one device, which its own counters know at no cost to the device."""
@@ -68,6 +71,9 @@ class CudaMeter:
     def forget(self) -> None:
         torch.cuda.empty_cache()
 
+    def start_here(self) -> None:
+        """Tensors are counted from none on."""
+
 
 @cache
 def _context_bytes(device: torch.device) -> int | None:
@@ -89,9 +95,13 @@ class ProcessMeter:
     context_bytes: int | None = None
 
     def __init__(self) -> None:
+        self._baseline: int | None = None
+        self._told = False
+        self.start_here()
+
+    def start_here(self) -> None:
         _give_back_freed_pages()
         self._baseline = status_bytes("VmRSS")
-        self._told = False
         self.lap()
 
     def lap(self) -> Memory:

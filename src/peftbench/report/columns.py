@@ -161,6 +161,16 @@ COLUMNS: tuple[Column, ...] = (
         optional=True,
     ),
     Column(
+        "needs MiB", "of a run that was out of memory: what its process is predicted to hold at its peak, at least, "
+        "by peftbench estimate",
+        lambda r: {
+            "needed_bytes": r.outcome.needed_bytes, "held_bytes": r.outcome.held_bytes,
+            "requested_bytes": r.outcome.requested_bytes,
+        },
+        lambda r: "–" if (needed := r.outcome.needed_bytes) is None else f"{needed / 2**20:,.0f}",
+        optional=True,
+    ),
+    Column(
         "required TFLOP", "floating-point operations that all steps needed, in 10^12: real tokens, causal attention, "
         "the output head at labels, a backward pass only where the method needs one",
         lambda r: {f"{kind}_flops": getattr(r.flops, kind) for kind in ("required", "executed", "six_n")},

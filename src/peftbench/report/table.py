@@ -16,7 +16,7 @@ from tabulate import tabulate
 from peftbench.errors import RecordError
 from peftbench.files import write_atomically
 from peftbench.plausibility import implausible
-from peftbench.record import RunRecord
+from peftbench.record import Outcome, RunRecord
 from peftbench.report.columns import COLUMNS, FIRST_TO_GO, Column, method_label
 from peftbench.report.groups import by_knob, over_seeds
 
@@ -81,7 +81,8 @@ def _terminal_table(rows: Sequence[RunRecord], columns: Sequence[Column], title:
 
 def notes(records: Sequence[RunRecord]) -> list[str]:
     """What a reader must know beside the figures: what was unequal, what was used instead, what was noticed."""
-    found = [f"{record.name}: {note}" for record in records for note in record.notes]
+    found = [f"{record.name}: {_shortage(record.outcome)}" for record in records if record.outcome.kind == "oom"]
+    found += [f"{record.name}: {note}" for record in records for note in record.notes]
     trained = [record for record in records if record.tokens is not None and record.outcome.kind == "ok"]
     seen: dict[str, set[str]] = {}  # the tokens that runs of one seed were shown
     for record in trained:
@@ -94,6 +95,18 @@ def notes(records: Sequence[RunRecord]) -> list[str]:
     if len(judged) > 1:
         found.append("these runs were not evaluated on the same examples")
     return [*found, *implausible(records), *_unknown(trained)]
+
+
+def _shortage(outcome: Outcome) -> str:
+    """Where a run was out of memory, by how much, and what would fit."""
+    where = f"in {outcome.part or outcome.phase}" + (f" of step {outcome.step}" if outcome.step else "")
+    asked = [
+        f"{what} {size:,} bytes"
+        for what, size in (("asked for", outcome.requested_bytes), ("held", outcome.held_bytes))
+        if size is not None
+    ]
+    told = f"out of memory {where}" + (f", where it {' and '.join(asked)}" if asked else "")
+    return told + (f"; {outcome.suggestion}" if outcome.suggestion else "")
 
 
 def _unknown(trained: Sequence[RunRecord]) -> list[str]:
