@@ -143,6 +143,23 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
 with biases or without."""
 
 
+def qwen3_config(**changes: Any) -> PreTrainedConfig:
+    """A Qwen3 of two layers, which normalises queries and keys, with heads wider than their share."""
+    from transformers import Qwen3Config
+
+    values: dict[str, Any] = {
+        "vocab_size": 4096, "max_position_embeddings": POSITIONS, "hidden_size": 64, "intermediate_size": 96,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+        "initializer_range": 0.2, "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 0,
+        "pad_token_id": None,
+    }  # fmt: skip
+    return Qwen3Config(**values | changes)
+
+
+FAMILIES = ARCHITECTURES | {"qwen3": qwen3_config}
+"""With one more, for what must hold of any causal language model and not of the kinds that methods tell apart."""
+
+
 def random_base(config: PreTrainedConfig) -> PreTrainedModel:
     """A base of that architecture with the same random weights every time, set up as ``peftbench.models.load`` does."""
     from transformers import AutoModelForCausalLM
@@ -188,7 +205,7 @@ def fresh_base() -> Callable[[str], PreTrainedModel]:
 
     def copied(architecture: str) -> PreTrainedModel:
         if architecture not in made:
-            made[architecture] = random_base(ARCHITECTURES[architecture]())
+            made[architecture] = random_base(FAMILIES[architecture]())
         return copy.deepcopy(made[architecture])
 
     return copied

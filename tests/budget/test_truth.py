@@ -15,7 +15,7 @@ from peftbench.optim import OPTIMIZERS
 from peftbench.profiler.breakdown import Peak
 from peftbench.recipe import Profile, Recipe
 from peftbench.record import Breakdown
-from tests.conftest import Workshop, every_architecture, every_method
+from tests.conftest import FAMILIES, Workshop, every_method
 
 KINDS: dict[str, Any] = dict(OPTIMIZERS)
 WIDTH = 48
@@ -33,7 +33,7 @@ def made_and_rehearsed(recipe: Recipe, workshop: Workshop) -> tuple[Breakdown, P
 
 
 @every_method
-@every_architecture
+@pytest.mark.parametrize("architecture", FAMILIES)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_peak_of_a_real_step(

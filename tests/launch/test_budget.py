@@ -161,6 +161,7 @@ def test_auto_is_what_fits(full: Path, launch: Callable[..., subprocess.Complete
     )
 
 
+@pytest.mark.slow
 def test_the_edge_is_proved_by_running_it(full: Path, project: Path, caches: dict[str, str]) -> None:
     """The answer runs under the budget, and the next larger micro-batch is out of memory."""
     done = run(
