@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from peftbench.budget.families import with_config_at_hand
 from peftbench.models import Base, from_config, fuse_gelu, load_config
 
 if TYPE_CHECKING:
@@ -26,9 +27,8 @@ def architecture(knobs: Model, arithmetic: torch.dtype) -> Base:
     Raises:
         ModelNotFoundError, HubUnreachableError, UnsupportedModelError: as ``load``.
     """
-    config = load_config(knobs)
-    with torch.device("meta"):
-        model = from_config(knobs, config)
+    with with_config_at_hand(knobs) as at_hand, torch.device("meta"):
+        model = from_config(at_hand, load_config(at_hand))
     if knobs.fused_gelu:
         fuse_gelu(model)
     if knobs.quantization is not None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from peftbench.budget.estimate import estimate
-from peftbench.budget.families import family_named, with_member
+from peftbench.budget.families import family_named
 from peftbench.budget.plan import ModelFit, Strategy, fastest_first
 from peftbench.data.batches import division
 from peftbench.errors import BudgetError, NoRoomError, nearest
@@ -201,13 +201,12 @@ def largest_model(recipe: Recipe, family: str, allow: str, room: Room) -> tuple[
         NotEstimatedError, ModelError: the recipe is not predicted, or its method does not suit the family.
     """
     tried: list[ModelFit] = []
-    known = family_named(family)
-    for member in reversed(known.members):
-        with with_member(recipe, known, member) as made:
-            try:
-                found = strategies(made, allow, room)
-            except NoRoomError:
-                found = []
+    for member in reversed(family_named(family).members):
+        model = recipe.model.model_copy(update={"path": member.name, "revision": None})
+        try:
+            found = strategies(recipe.model_copy(update={"model": model}), allow, room)
+        except NoRoomError:
+            found = []
         tried.append(ModelFit(name=member.name, parameters=member.parameters, strategy=found[0] if found else None))
         if found:
             break

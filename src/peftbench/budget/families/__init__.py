@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from peftbench.errors import BudgetError, nearest
 
 if TYPE_CHECKING:
-    from peftbench.recipe import Recipe
+    from peftbench.recipe import Model
 
 
 class Member(BaseModel):
@@ -62,9 +62,22 @@ def family_named(name: str) -> Family:
 
 
 @contextmanager
-def with_member(recipe: Recipe, family: Family, member: Member) -> Iterator[Recipe]:
-    """The recipe over another base, of which there is a config and nothing else."""
+def with_config_at_hand(model: Model) -> Iterator[Model]:
+    """``model`` from a folder with its config, where it is one of a family; any other as it is.
+
+    No hub is asked, unless a revision is: configs of published models do not change.
+    """
+    found = next((pair for pair in _members() if pair[1].name == model.path), None)
+    if found is None or model.revision is not None or Path(model.path).exists():
+        yield model
+        return
+    family, member = found
     with TemporaryDirectory(prefix="peftbench-") as folder:
         (Path(folder) / "config.json").write_text(json.dumps(family.config | member.config), encoding="utf-8")
-        model = recipe.model.model_copy(update={"path": folder, "revision": None, "init": "random"})
-        yield recipe.model_copy(update={"model": model})
+        yield model.model_copy(update={"path": folder})
+
+
+def _members() -> Iterator[tuple[Family, Member]]:
+    for family in families().values():
+        for member in family.members:
+            yield family, member
