@@ -45,13 +45,13 @@ def quiet_libraries() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    import datasets
+    # It reads this when it is imported, which takes half a second and not every command needs.
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")
     import huggingface_hub
     import transformers
 
     # A retry, a file that does not parse: what these report on the way ends in one sentence of ours.
     huggingface_hub.logging.set_verbosity_error()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of a faster kernel whenever it is imported
     # peft imports it where it is installed, and it warns of kernels for other GPUs and of names in torch.
     for name in ("torchao", "torch.utils._pytree"):
@@ -60,6 +60,4 @@ def quiet_libraries() -> None:
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()  # its bars are for shards that load in a blink
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning)
