@@ -7,57 +7,26 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import logging
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from cases import Size, cases
 from transformers import AutoModelForCausalLM, GPT2Config
 from transformers import logging as transformers_logging
 
-from peftbench.data.synthetic import Synthetic
 from peftbench.errors import PeftbenchError, RecordError
-from peftbench.methods import METHODS
-from peftbench.models import Base, load_tokenizer
-from peftbench.recipe import Data, Evaluate, Model, Profile, Recipe, Train
+from peftbench.models import Base, fuse_gelu, load_tokenizer
+from peftbench.recipe import Model, Recipe
 from peftbench.record import FILE, FINAL, RunRecord, read_record, train_peak_bytes
 from peftbench.run import Run
 
-SOFT_TOKENS = 20
 NO_DEVICE = 2
-
-
-@dataclass(frozen=True)
-class Size:
-    """A model, and what it is shown."""
-
-    config: dict[str, Any]
-    source: Synthetic
-    rows: int
-    width: int
-    """Real tokens of each row; soft ones come on top, within the model's positions."""
-    warmup_steps: int
-    steps: int
-
-
-CNN_DAILYMAIL = Synthetic(examples=256)
-SIZES = {
-    "gpt2": Size({}, CNN_DAILYMAIL, 6, 1024 - SOFT_TOKENS, 6, 15),
-    "gpt2-medium": Size({"n_layer": 24, "n_embd": 1024, "n_head": 16}, CNN_DAILYMAIL, 6, 1024 - SOFT_TOKENS, 6, 15),
-}
-TINY = {
-    "tiny": Size(
-        {"n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 512, "n_positions": 64, "bos_token_id": 0,
-         "eos_token_id": 0},
-        Synthetic(examples=24, article_tokens=(9, 60), summary_tokens=(3, 9)), 4, 64 - SOFT_TOKENS, 2, 4,
-    ),
-}  # fmt: skip
 
 
 class RandomTokens:
@@ -104,31 +73,9 @@ class ArchitectureRun(Run):
             model = AutoModelForCausalLM.from_config(
                 GPT2Config(**self.size.config), dtype=torch.float32, attn_implementation="sdpa"
             )
+        if self.recipe.model.fused_gelu:
+            fuse_gelu(model)
         return Base(model, load_tokenizer(Model()), "random weights")
-
-
-def recipes(sizes: Mapping[str, Size], folder: str) -> Iterator[tuple[Recipe, Size]]:
-    """Every case; checkpointing a frozen trunk is none, since it is left out there."""
-    knobs: dict[str, dict[str, Any]] = {"prompt_tuning": {"tokens": SOFT_TOKENS}}
-    methods = [kind(**knobs.get(name, {})) for name, kind in METHODS.items()]
-    cases = itertools.product(sizes.items(), ("bf16", "fp32"), (False, True), methods)
-    for (model, size), precision, checkpointing, method in cases:
-        if checkpointing and method.trunk_frozen:
-            continue
-        yield Recipe(
-            name=f"{model}_{method.kind}_{precision}" + "_checkpointing" * checkpointing,
-            output_dir=folder,
-            model=Model(path=model, init="random"),
-            method=method,
-            data=Data(source=size.source, max_tokens=size.width, padding="max_tokens"),
-            train=Train(
-                steps=size.warmup_steps + size.steps, global_batch=size.rows, precision=precision,
-                gradient_checkpointing=checkpointing,
-            ),
-            evaluate=Evaluate(generate=False),
-            profile=Profile(warmup_steps=size.warmup_steps, breakdown=True),
-            save_model=False,
-        ), size  # fmt: skip
 
 
 def device_name() -> str:
@@ -137,9 +84,9 @@ def device_name() -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")
 
 
-def measure(sizes: Mapping[str, Size], out: Path, name: str) -> None:
+def measure(out: Path, name: str, *, tiny: bool) -> None:
     """Run one case and print a line about it."""
-    recipe, size = next(case for case in recipes(sizes, str(out / device_name())) if case[0].name == name)
+    recipe, size = next(case for case in cases(tiny=tiny, folder=str(out / device_name())) if case[0].name == name)
     if _has_record(out / device_name() / recipe.name / FILE):
         print(f"{recipe.name}: has a record", flush=True)
         return
@@ -185,14 +132,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="Folder for records.")
     parser.add_argument("name", nargs="?", help="The case to measure.")
     given = parser.parse_args()
-    sizes = TINY if given.tiny else SIZES
     if given.names:
-        print("\n".join(recipe.name for recipe, _ in recipes(sizes, "")))
+        print("\n".join(recipe.name for recipe, _ in cases(tiny=given.tiny)))
         return 0
     if not given.tiny and not torch.cuda.is_available():
         print("there is no CUDA device; give --tiny for a try on CPU", file=sys.stderr)
         return NO_DEVICE
-    measure(sizes, given.out, given.name)
+    measure(given.out, given.name, tiny=given.tiny)
     return 0
 
 

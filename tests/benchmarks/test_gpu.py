@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,12 @@ def test_every_case_is_measured_once(call: list[str], tmp_path: Path) -> None:
     assert again.executed is not None
     assert plain.executed < again.executed
     assert "FLOPs as counted" in first.stdout
+    predicted = subprocess.run(
+        [call[0], str(SCRIPT.with_name("predict.py")), "--tiny", str(tmp_path)],
+        check=True, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""},
+    )  # fmt: skip
+    assert predicted.stdout.count("| tensors |") == len(records)
+    assert "tensors: off by 0.000% in the median, 0.000% at worst" in predicted.stdout
     second = subprocess.run(out, check=True, capture_output=True, text=True)
     assert [line.split(": ")[1] for line in second.stdout.splitlines()] == ["has a record"] * len(records)
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from peftbench.budget.devices import device_named, of_torch_name
-from peftbench.console import quiet_libraries
 from peftbench.errors import BudgetError, PeftbenchError
 from peftbench.recipe import Recipe
 
@@ -93,6 +92,8 @@ def _suggested(strategy: Strategy) -> str:
 
 def main() -> None:
     """Answer the question on standard input."""
+    from peftbench.console import quiet_libraries  # which a run that asks need not be able to import
+
     question = Question.model_validate_json(sys.stdin.read())
     quiet_libraries()
     print(answer(question).model_dump_json(), flush=True)

@@ -1,0 +1,115 @@
+"""What measure.py measures: models, and the recipes over them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from peftbench.data.synthetic import Synthetic
+from peftbench.methods import METHODS
+from peftbench.methods.full import Full
+from peftbench.optim import OPTIMIZERS
+from peftbench.recipe import Budget, Data, Evaluate, Model, Profile, Recipe, Train
+
+SOFT_TOKENS = 20
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model, and what it is shown."""
+
+    config: dict[str, Any]
+    source: Synthetic
+    rows: int
+    width: int
+    """Real tokens of each row; soft ones come on top, within the model's positions."""
+    warmup_steps: int
+    steps: int
+
+
+CNN_DAILYMAIL = Synthetic(examples=256)
+SIZES = {
+    "gpt2": Size({}, CNN_DAILYMAIL, 6, 1024 - SOFT_TOKENS, 6, 15),
+    "gpt2-medium": Size({"n_layer": 24, "n_embd": 1024, "n_head": 16}, CNN_DAILYMAIL, 6, 1024 - SOFT_TOKENS, 6, 15),
+}
+TINY = {
+    "tiny": Size(
+        {"n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 512, "n_positions": 64, "bos_token_id": 0,
+         "eos_token_id": 0},
+        Synthetic(examples=24, article_tokens=(9, 60), summary_tokens=(3, 9)), 4, 64 - SOFT_TOKENS, 2, 4,
+    ),
+}  # fmt: skip
+LADDER = {
+    "gpt2": SIZES["gpt2"],
+    "gpt2-medium": SIZES["gpt2-medium"],
+    "gpt2-large": Size({"n_layer": 36, "n_embd": 1280, "n_head": 20}, CNN_DAILYMAIL, 6, 1024 - SOFT_TOKENS, 6, 15),
+    "gpt2-xl": Size({"n_layer": 48, "n_embd": 1600, "n_head": 25}, CNN_DAILYMAIL, 6, 1024 - SOFT_TOKENS, 6, 15),
+}
+CARD = "16GiB"
+"""What the ladder's runs are held to."""
+STEPS: dict[str, dict[str, Any]] = {
+    "fp32": {"precision": "fp32", "fused_gelu": False, "optimizer": "adamw", "checkpointing": False},
+    "bf16": {"precision": "bf16"},
+    "fused_gelu": {"fused_gelu": True},
+    "adamw8bit": {"optimizer": "adamw8bit"},
+    "checkpointing": {"checkpointing": True},
+    "bf16_weights": {"optimizer": "adamw8bit_bf16"},
+}
+"""Each changes the one before it, as recipes/budget16 does."""
+
+
+def of_methods(sizes: Mapping[str, Size], folder: str) -> Iterator[tuple[Recipe, Size]]:
+    """Every method in both precisions; checkpointing a frozen trunk is none, since it is left out there."""
+    knobs: dict[str, dict[str, Any]] = {"prompt_tuning": {"tokens": SOFT_TOKENS}}
+    methods = [kind(**knobs.get(name, {})) for name, kind in METHODS.items()]
+    cases = itertools.product(sizes.items(), ("bf16", "fp32"), (False, True), methods)
+    for (model, size), precision, checkpointing, method in cases:
+        if checkpointing and method.trunk_frozen:
+            continue
+        yield Recipe(
+            name=f"{model}_{method.kind}_{precision}" + "_checkpointing" * checkpointing,
+            output_dir=folder,
+            model=Model(path=model, init="random"),
+            method=method,
+            data=Data(source=size.source, max_tokens=size.width, padding="max_tokens"),
+            train=Train(
+                steps=size.warmup_steps + size.steps, global_batch=size.rows, precision=precision,
+                gradient_checkpointing=checkpointing,
+            ),
+            evaluate=Evaluate(generate=False),
+            profile=Profile(warmup_steps=size.warmup_steps, breakdown=True),
+            save_model=False,
+        ), size  # fmt: skip
+
+
+def of_the_ladder(sizes: Mapping[str, Size], folder: str) -> Iterator[tuple[Recipe, Size]]:
+    """Full fine-tuning with less and less memory, each step on every size, in a card's memory."""
+    for model, size in sizes.items():
+        knobs: dict[str, Any] = {}
+        for index, (step, change) in enumerate(STEPS.items()):
+            knobs = knobs | change
+            yield Recipe(
+                name=f"{model}_{index}_{step}",
+                output_dir=folder,
+                model=Model(path=model, init="random", fused_gelu=knobs["fused_gelu"]),
+                method=Full(),
+                data=Data(source=size.source, max_tokens=size.width, padding="max_tokens"),
+                optimizer=OPTIMIZERS[knobs["optimizer"]](kind=knobs["optimizer"]),
+                train=Train(
+                    steps=size.warmup_steps + size.steps, global_batch=size.rows, precision=knobs["precision"],
+                    gradient_checkpointing=knobs["checkpointing"],
+                ),
+                evaluate=Evaluate(generate=False),
+                profile=Profile(warmup_steps=size.warmup_steps),
+                budget=Budget(memory=CARD),
+                save_model=False,
+            ), size  # fmt: skip
+
+
+def cases(*, tiny: bool, folder: str = "") -> Iterator[tuple[Recipe, Size]]:
+    """All of them: the methods first, then the ladder, which needs a card."""
+    yield from of_methods(TINY if tiny else SIZES, folder)
+    if not tiny:
+        yield from of_the_ladder(LADDER, folder)
