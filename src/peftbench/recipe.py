@@ -105,8 +105,7 @@ class Train(Part):
     global_batch: int = Field(default=16, gt=0)
     """Examples in one optimizer step, over all processes and micro-batches."""
     micro_batch: PositiveInt | Literal["auto"] | None = None
-    """Most examples in one forward pass of one process; null: no accumulation; auto: the most that is predicted to fit
-    budget.memory, or else the GPU."""
+    """Most examples in one forward pass of one process; null: all; auto: the most predicted to fit budget or GPU."""
     precision: Precision = "fp32"
     """Arithmetic of forward and backward pass; trained weights stay in float32, unless the optimizer says bf16."""
     gradient_checkpointing: bool = False

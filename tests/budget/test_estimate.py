@@ -143,7 +143,9 @@ def test_no_sizes(text: str) -> None:
 def test_devices() -> None:
     """Each file is whole and says where its memory is from; another name gives the nearest and the way without."""
     assert len(devices()) >= 9
-    for facts in devices().values():
+    gpus = [facts for facts in devices().values() if facts.kind == "cuda"]
+    assert len(gpus) == len(devices()) - 1
+    for facts in gpus:
         assert 10 * 2**30 < facts.memory < 200 * 2**30
         assert facts.memory_source
         assert facts.context[0] <= facts.context[1]

@@ -9,8 +9,10 @@ from peftbench.budget.estimate import estimate
 from peftbench.budget.search import (
     TECHNIQUES,
     Room,
+    as_found,
     chosen_techniques,
-    largest_micro_batch,
+    largest,
+    micro_batches,
     strategy,
     with_micro_batch,
 )
@@ -23,24 +25,33 @@ from tests.conftest import Workshop
 NAMES = [technique.name for technique in TECHNIQUES]
 
 
+SIZES = [1, 2, 3, 4, 6, 12]
+
+
 @pytest.mark.parametrize("limit", range(14))
-def test_the_largest_is_found(limit: int, workshop: Workshop) -> None:
-    """For every limit from none to more than all; the global batch stays, and few are tried."""
-    recipe = workshop.recipe(Full(), train={"global_batch": 12})
-    tried: list[int | None] = []
+def test_the_largest_is_found(limit: int) -> None:
+    """For every limit from none to more than all, with few tries."""
+    tried: list[int] = []
 
-    def fits(asked: object) -> bool:
-        size = asked.train.micro_batch  # type: ignore[attr-defined]
+    def holds(size: int) -> bool:
         tried.append(size)
-        return bool(size is not None and size <= limit)
+        return size <= limit
 
-    found = largest_micro_batch(recipe, fits)  # type: ignore[arg-type]
-    assert len(tried) == len(set(tried)) <= 5
-    if limit == 0:
-        assert found is None
-    else:
-        assert found is not None
-        assert (found.train.micro_batch, found.train.global_batch) == (min(limit, 12), 12)
+    found = largest(SIZES, holds, lambda size: size <= limit)
+    assert found == max((size for size in SIZES if size <= limit), default=None)
+    assert len(tried) == len(set(tried)) <= 4
+
+
+@pytest.mark.parametrize("fitting", [set(), {1}, {4}, {1, 2, 4}, {1, 2, 3, 4, 6}, {2, 6}])
+def test_fragments_hide_no_larger_size(fitting: set[int]) -> None:
+    """Where tensors of up to 6 have room, the largest that the allocator fits is found, whatever smaller ones do."""
+    assert largest(SIZES, lambda size: size <= 6, fitting.__contains__) == max(fitting, default=None)
+
+
+def test_sizes_are_those_that_a_process_can_have(workshop: Workshop) -> None:
+    """Each number of micro-batches is one size; all in all they are never more than the global batch."""
+    assert micro_batches(workshop.recipe(Full(), train={"global_batch": 12})) == SIZES
+    assert micro_batches(workshop.recipe(Full(), train={"global_batch": 7})) == [1, 2, 3, 4, 7]
 
 
 def test_every_set_once(workshop: Workshop) -> None:
@@ -104,3 +115,15 @@ def test_time_is_of_flops_and_of_the_device(workshop: Workshop) -> None:
     unknown = strategy(recipe, (), Room(UNKNOWN, "a GPU", 2**34))
     assert unknown is not None
     assert unknown.seconds is None
+
+
+def test_a_batch_of_evaluation_that_does_not_fit_is_halved(workshop: Workshop) -> None:
+    """Where evaluation is what takes most, its batch goes down and training's does not; the changes say so."""
+    recipe = workshop.recipe(Full(), train={"global_batch": 2}, evaluate={"batch": 64})
+    whole = estimate(recipe, UNKNOWN, "a GPU")
+    assert whole.peak_part == "evaluate"
+    half = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"batch": 32})})
+    found = strategy(recipe, (), Room(UNKNOWN, "a GPU", estimate(half, UNKNOWN, "a GPU").process_bytes[1]))
+    assert found is not None
+    assert found.changes == ("train.micro_batch=2", "evaluate.batch=32")
+    assert as_found(recipe, found).evaluate.batch == 32

@@ -55,7 +55,7 @@ def estimate(recipe: Recipe, facts: DeviceFacts, device: str, budget: int | None
     parts = {name: _part(moment) for name, moment in found.by_part.items()}
     return Plan(
         name=recipe.name, engine="single", device=device, calibrated=facts.calibrated, rows=rows, width=width,
-        micro_batches=accumulation, step_flops=flops, parts=parts,
+        micro_batches=accumulation, evaluation_rows=recipe.evaluate.batch, step_flops=flops, parts=parts,
         peak_part=found.peak.part, reserved_bytes=found.reserved_bytes, process_bytes=process,
         budget_bytes=budget, verdict=verdict, margin_bytes=margin, notes=_notes(facts, width),
     )  # fmt: skip

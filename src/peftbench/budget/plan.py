@@ -39,6 +39,8 @@ class Plan(_Answer):
     width: int
     """Real tokens of its longest row; virtual ones come on top."""
     micro_batches: int
+    evaluation_rows: int
+    """Examples at once in evaluation."""
     step_flops: int | None
     """Of one optimizer step, over rows that are all as long as that; None where not known."""
     parts: dict[str, Part]

@@ -95,22 +95,60 @@ def micro_batches(recipe: Recipe) -> list[int]:
     return sorted({division(recipe.train.global_batch, limit, 1)[1] for limit in limits})
 
 
-def largest_micro_batch(recipe: Recipe, fits: Callable[[Recipe], bool]) -> Recipe | None:
-    """The recipe with the largest micro-batch that ``fits``, None where not even one example does.
+def largest(sizes: Sequence[int], holds: Callable[[int], bool], fits: Callable[[int], bool]) -> int | None:
+    """The largest of ``sizes`` (the smallest first) that ``fits``, None where none does.
 
-    The global batch stays. Memory grows with the micro-batch, so it is found by halving, and the next larger one is
-    among those that were found not to fit.
+    What tensors take grows with the size, and so where they have no room (``holds``) is found by halving. What the
+    allocator takes for them does not: fragments of one size may be more than those of a larger one. So from there on
+    the sizes are tried one by one, downwards.
     """
-    sizes = micro_batches(recipe)
-    least, most = -1, len(sizes) - 1
-    middle = most  # often all fit
+    least, most = 0, len(sizes)
+    middle = most - 1  # often all fit
     while least < most:
-        if fits(with_micro_batch(recipe, sizes[middle])):
-            least = middle
+        if holds(sizes[middle]):
+            least = middle + 1
         else:
-            most = middle - 1
-        middle = (least + most + 1) // 2
-    return with_micro_batch(recipe, sizes[least]) if least >= 0 else None
+            most = middle
+        middle = (least + most) // 2
+    return next((size for size in reversed(sizes[:least]) if fits(size)), None)
+
+
+def evaluation_batch(recipe: Recipe, room: Room) -> int | None:
+    """The recipe's batch of evaluation, halved until it fits beside a training that takes one example at a time."""
+    batch = recipe.evaluate.batch
+    while batch:
+        if room.plan(with_evaluation_batch(with_micro_batch(recipe, 1), batch)).verdict == "fits":
+            return batch
+        batch //= 2
+    return None
+
+
+def best_plan(recipe: Recipe, room: Room) -> Plan | None:
+    """The plan of the largest micro-batch that fits, None where not even one example does.
+
+    The global batch stays. Where evaluation would not fit, its batch is halved until it does.
+
+    Raises:
+        NoRoomError: there is none for the weights alone.
+        NotEstimatedError: something in the recipe is not predicted.
+    """
+    batch = evaluation_batch(recipe, room)
+    if batch is None:
+        return None
+    recipe = with_evaluation_batch(recipe, batch)
+    plans: dict[int, Plan] = {}
+
+    def plan(size: int) -> Plan:
+        if size not in plans:
+            plans[size] = room.plan(with_micro_batch(recipe, size))
+        return plans[size]
+
+    def holds(size: int) -> bool:
+        made = plan(size)
+        return made.peak.allocated_bytes + made.process_bytes[0] - made.reserved_bytes <= room.budget
+
+    found = largest(micro_batches(recipe), holds, lambda size: plan(size).verdict == "fits")
+    return None if found is None else plans[found]
 
 
 def settled(recipe: Recipe, room: Room | None) -> tuple[Recipe, str | None]:
@@ -131,14 +169,19 @@ def settled(recipe: Recipe, room: Room | None) -> tuple[Recipe, str | None]:
             "train.micro_batch=auto needs to know what is to fit; set budget.memory, as budget.memory=8GiB, or run it "
             "on a GPU"
         )
-    found = largest_micro_batch(recipe, lambda asked: room.plan(asked).verdict == "fits")
-    if found is None:
+    plan = best_plan(recipe, room)
+    if plan is None:
         return with_micro_batch(recipe, 1), "not even one example at once is predicted to fit; it was tried with one"
-    rows = found.train.rows
-    return (
-        found,
-        f"train.micro_batch=auto became {rows}, the most that is predicted to fit {room.budget / 2**20:,.0f} MiB",
-    )
+    size = f"{room.budget / 2**20:,.0f} MiB"
+    note = f"train.micro_batch=auto became {plan.rows}, the most that is predicted to fit {size}"
+    if plan.evaluation_rows != recipe.evaluate.batch:
+        note += f", with evaluate.batch={plan.evaluation_rows}"
+    return with_evaluation_batch(with_micro_batch(recipe, plan.rows), plan.evaluation_rows), note
+
+
+def with_evaluation_batch(recipe: Recipe, size: int) -> Recipe:
+    """The recipe with ``size`` examples at once in evaluation, on which no result depends."""
+    return recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"batch": size})})
 
 
 def with_micro_batch(recipe: Recipe, size: int) -> Recipe:
@@ -176,7 +219,8 @@ def with_techniques(recipe: Recipe, techniques: Iterable[Technique]) -> Recipe:
 def as_found(recipe: Recipe, found: Strategy) -> Recipe:
     """The recipe as a strategy would run it."""
     known = {technique.name: technique for technique in TECHNIQUES}
-    return with_micro_batch(with_techniques(recipe, [known[name] for name in found.techniques]), found.plan.rows)
+    changed = with_techniques(recipe, [known[name] for name in found.techniques])
+    return with_evaluation_batch(with_micro_batch(changed, found.plan.rows), found.plan.evaluation_rows)
 
 
 def strategies(recipe: Recipe, allow: str, room: Room) -> list[Strategy]:
@@ -216,21 +260,16 @@ def largest_model(recipe: Recipe, family: str, allow: str, room: Room) -> tuple[
 def strategy(recipe: Recipe, techniques: tuple[Technique, ...], room: Room) -> Strategy | None:
     """The largest micro-batch that fits ``room`` with these techniques, None where none does."""
     changed = with_techniques(recipe, techniques)
-    plans: dict[int, Plan] = {}
-
-    def fits(asked: Recipe) -> bool:
-        plan = plans[asked.train.rows or 0] = room.plan(asked)
-        return plan.verdict == "fits"
-
-    found = largest_micro_batch(changed, fits)
-    if found is None:
+    plan = best_plan(changed, room)
+    if plan is None:
         return None
-    plan = plans[found.train.rows or 0]
-    peak = peak_flops(room.facts.torch_name, found.train.precision)
+    peak = peak_flops(room.facts.torch_name, changed.train.precision)
     seconds = plan.step_flops / peak if plan.step_flops and peak else None
     knobs = [(f"{part}.{key}", value) for technique in techniques
              for part, change in technique.changes.items() for key, value in change.items()]  # fmt: skip
     knobs.append(("train.micro_batch", plan.rows))
+    if plan.evaluation_rows != recipe.evaluate.batch:
+        knobs.append(("evaluate.batch", plan.evaluation_rows))
     return Strategy(
         techniques=tuple(technique.name for technique in techniques),
         changes=tuple(f"{knob}={str(value).lower() if isinstance(value, bool) else value}" for knob, value in knobs),
