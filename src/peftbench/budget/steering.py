@@ -40,6 +40,11 @@ class Steering(TorchFunctionMode):
         self._depth = 0
         self._copies: dict[int, torch.Tensor] = {}
 
+    @property
+    def casts(self) -> bool:
+        """Whether autocast is on."""
+        return self._casts
+
     @contextmanager
     def autocast(self, *, enabled: bool = True) -> Iterator[None]:
         """As ``torch.autocast`` on the device: copies of weights are kept until the outermost block is left."""
