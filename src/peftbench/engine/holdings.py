@@ -30,9 +30,12 @@ _OF_ZERO: dict[str, Kind] = {
 
 def holdings(started: nn.Module, model: nn.Module, optimizer: torch.optim.Optimizer) -> Holdings:
     """Of what an engine made of ``model`` (``started``) and of the optimizer (``optimizer``), between two steps."""
-    found = Holdings(steps=list(deepspeed.wrapped(optimizer))[-1])
-    for layer in deepspeed.wrapped(optimizer):
-        found.tensors += _of_zero(layer)
+    layers = list(deepspeed.wrapped(optimizer))
+
+    def of_zero() -> list[tuple[Kind, torch.Tensor]]:
+        return [held for layer in layers for held in _of_zero(layer)]
+
+    found = Holdings(of_zero(), steps=layers[-1], anew=of_zero)
     for parameter in model.parameters():
         if (part := getattr(parameter, "ds_tensor", None)) is not None:
             found.tensors.append(("weights", part))

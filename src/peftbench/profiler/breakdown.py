@@ -8,7 +8,7 @@ happens to it, which may be later; so the book is read when the step is over.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -52,6 +52,8 @@ class Holdings:
     """Of what no tensor of Python's stands for."""
     steps: torch.optim.Optimizer | None = None
     """The optimizer that steps, within all that wraps it."""
+    anew: Callable[[], Iterable[tuple[Kind, torch.Tensor]]] = tuple
+    """Asked when something is sent: what an engine keeps that it makes anew in each step."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ class Breakdown(TorchDispatchMode):
         self._hooks: list[Any] = []
         self._patches = ExitStack()
         self._operation = ""
+        self._anew = Holdings().anew
 
     def mark(self) -> None:
         """Look for the peak in what comes from here on."""
@@ -146,6 +149,7 @@ class Breakdown(TorchDispatchMode):
 
     def __enter__(self) -> Breakdown:
         held = self.holdings()
+        self._anew = held.anew
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             self._see(local(tensor), "weights")
             for more in tensors_in([getattr(tensor, "quant_state", None)]):
@@ -209,6 +213,8 @@ class Breakdown(TorchDispatchMode):
             for tensor in tree_leaves(args):
                 if isinstance(tensor, torch.Tensor):
                     self._takes_over(tensor, "buckets", {"temporaries", "gradients", "activations"})
+            for kind, tensor in self._anew():
+                self._takes_over(tensor, kind, {"temporaries"})
         for tensor in args:
             if isinstance(tensor, nn.Parameter):
                 self._takes_over(tensor, "gathered_weights", {"temporaries", "buckets", "activations"})
