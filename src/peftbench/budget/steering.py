@@ -140,17 +140,14 @@ class Steering(TorchFunctionMode):
         enable_gqa: bool = False,
     ) -> torch.Tensor:
         kernels = torch.ops.aten
-        if enable_gqa:
-            shares = query.shape[1] // key.shape[1]
-            key, value = key.repeat_interleave(shares, 1), value.repeat_interleave(shares, 1)
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(
                 attn_mask.logical_not(), float("-inf")
             )
         if self.device == "cpu":
-            if not _flash_on_cpu((query, key, value, attn_mask), dropout_p, is_causal):
+            if not _flash_on_cpu((query, key, value, attn_mask), dropout_p, is_causal, grouped=enable_gqa):
                 return functional.scaled_dot_product_attention(
-                    query, key, value, attn_mask, dropout_p, is_causal, scale=scale
+                    query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
                 )
             made: torch.Tensor = kernels._scaled_dot_product_flash_attention_for_cpu(
                 query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
@@ -164,6 +161,9 @@ class Steering(TorchFunctionMode):
                 query, key, value = (functional.pad(t, (0, pad)) for t in (query, key, value))
             made = kernels._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
             return made[..., :width] if pad else made
+        if enable_gqa:  # which flash attention does by itself
+            shares = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(shares, 1), value.repeat_interleave(shares, 1)
         if attn_mask is not None:
             attn_mask = _additive(attn_mask, query)
         training = any(t.requires_grad for t in (query, key, value))
@@ -173,10 +173,10 @@ class Steering(TorchFunctionMode):
         return made
 
 
-def _flash_on_cpu(tensors: tuple[torch.Tensor | None, ...], dropout: float, causal: bool) -> bool:
+def _flash_on_cpu(tensors: tuple[torch.Tensor | None, ...], dropout: float, causal: bool, *, grouped: bool) -> bool:
     """Asked of torch itself, with tensors of the CPU that nobody writes to, and that so take no memory."""
     real = [None if t is None else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype) for t in tensors]
-    choice = torch._fused_sdp_choice(*real, dropout, causal)  # type: ignore[arg-type, call-arg]
+    choice = torch._fused_sdp_choice(*real, dropout, causal, enable_gqa=grouped)  # type: ignore[arg-type, call-arg]
     return bool(choice == torch.nn.attention.SDPBackend.FLASH_ATTENTION.value)
 
 
@@ -218,4 +218,6 @@ def _mapped(
             return type(value)(one(below) for below in value)
         return value
 
-    return tuple(one(value) for value in args), {key: one(value) for key, value in kwargs.items()}
+    # From the last to the first, as the compiler has it in torch's builds: the backward pass goes in that order too.
+    changed = [one(value) for value in reversed(args)]
+    return tuple(reversed(changed)), {key: one(value) for key, value in kwargs.items()}
