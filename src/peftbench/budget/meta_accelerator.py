@@ -42,17 +42,17 @@ class MetaAccelerator(CPU_Accelerator):  # type: ignore[misc]
 
     @property
     def Stream(self) -> Any:
-        return torch.cpu.Stream
+        return _Stream
 
     @property
     def Event(self) -> Any:
         return _Event
 
     def current_stream(self, device_index: int | None = None) -> Any:
-        return torch.cpu.current_stream()
+        return _Stream()
 
     def default_stream(self, device_index: int | None = None) -> Any:
-        return torch.cpu.current_stream()
+        return _Stream()
 
     def on_accelerator(self, tensor: torch.Tensor) -> bool:
         return tensor.is_meta
@@ -65,6 +65,26 @@ class MetaAccelerator(CPU_Accelerator):  # type: ignore[misc]
 
     def create_op_builder(self, op_name: str) -> Any:
         return None  # nothing is compiled
+
+
+class _Stream:
+    """All is done when a call returns."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        """Nothing is waited for."""
+
+    def wait_stream(self, _: object) -> None:
+        """Nothing is waited for."""
+
+    def wait_event(self, _: object) -> None:
+        """Nothing is waited for."""
+
+    def record_event(self, *_: object) -> _Event:
+        """What has happened."""
+        return _Event()
 
 
 class _Event:

@@ -168,6 +168,7 @@ class Rehearsal:
         self.book = Breakdown(
             self.model, optimizer, self.base.model.config.vocab_size, lambda: self.parts.current,
             lambda: Holdings() if self.world.alone else holdings(started, self.model, optimizer),
+            device="meta" if self.device == "cuda" else None,  # what lies in the CPU's memory is another's
         )  # fmt: skip
         self._contexts.enter_context(self.book)
 
@@ -241,7 +242,8 @@ class Rehearsal:
         self.model.eval()
         ids = torch.zeros((rows, width + new_tokens - 1), dtype=torch.long, device="meta")
         self.model.forward = self.forward
-        with self.parts.part("generate"), self.steering.autocast(), whole_at_root(self.model):
+        whole = whole_at_root(self.model) if self.world.engine.fsdp else nullcontext()
+        with self.parts.part("generate"), self.steering.autocast(), whole:
             mask = torch.ones_like(ids)
             past = self.model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1).past_key_values
             mask = torch.ones((rows, past.get_seq_length() + 1), dtype=torch.long, device="meta")

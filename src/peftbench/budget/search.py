@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftbench.budget.estimate import estimate
 from peftbench.budget.plan import Strategy
+from peftbench.budget.world import ALONE, World
 from peftbench.errors import BudgetError, nearest
 from peftbench.optim import OPTIMIZERS
 from peftbench.profiler.devices import peak_flops
@@ -110,7 +111,12 @@ def _apart(techniques: tuple[Technique, ...]) -> bool:
 
 
 def strategy(
-    recipe: Recipe, techniques: tuple[Technique, ...], facts: DeviceFacts, device: str, budget: int
+    recipe: Recipe,
+    techniques: tuple[Technique, ...],
+    facts: DeviceFacts,
+    device: str,
+    budget: int,
+    world: World = ALONE,
 ) -> Strategy | None:
     """The largest micro-batch that fits ``budget`` bytes with these techniques, None where none does."""
     changed = recipe
@@ -119,7 +125,7 @@ def strategy(
     plans: dict[int | None, Plan] = {}
 
     def fits(asked: Recipe) -> bool:
-        plan = plans[asked.train.micro_batch] = estimate(asked, facts, device, budget)
+        plan = plans[asked.train.micro_batch] = estimate(asked, facts, device, budget, world)
         return plan.verdict == "fits"
 
     found = largest_micro_batch(changed, fits)

@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 from torch import distributed
 
-from peftbench.budget.world import World
+from peftbench.budget.world import World, quiet
 from peftbench.engine.bind import Bound, launched_engine, start
 from peftbench.engine.engines import DDP
 from peftbench.errors import NotEstimatedError
@@ -41,7 +41,9 @@ def staged(recipe: Recipe, world: World, steering: Steering, values: MadeUpValue
     if distributed.is_initialized():
         raise NotEstimatedError("a plan of several processes cannot be made in one of several; make it before them")
     with ExitStack() as changes:
-        changes.enter_context(_environment(world))
+        changes.enter_context(quiet())
+        changes.enter_context(world.environment())
+        changes.enter_context(patch.dict(os.environ, {"ACCELERATE_TORCH_DEVICE": "meta"}))
         changes.enter_context(_accelerate_set_aside())
         changes.enter_context(_fake_group(world.processes))
         changes.enter_context(_without_values(world))
@@ -55,16 +57,6 @@ def staged(recipe: Recipe, world: World, steering: Steering, values: MadeUpValue
         # A number, where the meta device has none.
         changes.enter_context(patch.object(bound.accelerator, "reduce", lambda _: torch.zeros(())))
         yield bound
-
-
-def _environment(world: World) -> Any:
-    """What a launcher gives to its first process."""
-    told = {
-        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world.processes), "LOCAL_WORLD_SIZE": str(world.processes),
-        "MASTER_ADDR": "localhost", "MASTER_PORT": "0", "ACCELERATE_TORCH_DEVICE": "meta",
-    }  # fmt: skip
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "FSDP_"))}
-    return patch.dict(os.environ, kept | told | dict(world.launcher), clear=True)
 
 
 @contextmanager

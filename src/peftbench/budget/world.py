@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+from unittest.mock import patch
 
+from peftbench.data.batches import check_share
+from peftbench.engine.bind import launched_engine
 from peftbench.engine.engines import SINGLE, EngineKind
 from peftbench.errors import EngineError, MissingFileError
 
+if TYPE_CHECKING:
+    from peftbench.recipe import Recipe
+
 _TOLD = ("ACCELERATE_", "FSDP_")
 """Beginnings of the variables by which accelerate's launcher tells its processes what its file says."""
+_OF_A_PLACE = frozenset({"ACCELERATE_USE_CPU"})
+"""Those that speak of the machine it was started on; a plan is of a GPU."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +41,48 @@ class World:
         """Whether it is one process without an engine."""
         return self.engine == SINGLE
 
+    def environment(self) -> AbstractContextManager[object]:
+        """What the launcher gives to its first process, in the place of what this one was given."""
+        told = {
+            "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(self.processes),
+            "LOCAL_WORLD_SIZE": str(self.processes), "MASTER_ADDR": "localhost", "MASTER_PORT": "0",
+            "OMP_NUM_THREADS": "1",  # or accelerate would set the threads of this process
+        }  # fmt: skip
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(_TOLD)}
+        return patch.dict(os.environ, kept | told | dict(self.launcher), clear=True)
+
 
 ALONE = World()
 
 
-def launched(path: Path, processes: int | None = None) -> tuple[int, dict[str, str]]:
+def world_of(path: Path, processes: int | None, recipe: Recipe) -> World:
+    """The processes that ``accelerate launch --config_file path`` starts for ``recipe``.
+
+    Raises:
+        MissingFileError, EngineError: there is no such file, accelerate refuses it, or it asks for no known engine.
+    """
+    with quiet():
+        started, launcher = _launched(path, processes)
+        with World(processes=started, launcher=launcher).environment():
+            engine, _ = launched_engine(recipe, Path(), started)
+    check_share(recipe.train.global_batch, started)
+    return World(engine, started, launcher)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """What libraries tell a training's log: not here. DeepSpeed would write it to the output."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stdout(sys.stderr), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _launched(path: Path, processes: int | None = None) -> tuple[int, dict[str, str]]:
     """How many processes ``accelerate launch --config_file path`` starts, and what it tells them.
 
     Raises:
@@ -54,4 +105,5 @@ def launched(path: Path, processes: int | None = None) -> tuple[int, dict[str, s
             environment = prepare_multi_gpu_env(asked)
     except (ValueError, TypeError, KeyError, AttributeError, ConnectionError) as error:
         raise EngineError(f"accelerate cannot launch from {path}: {str(error).splitlines()[0]}") from error
-    return int(asked.num_processes), {key: value for key, value in environment.items() if key.startswith(_TOLD)}
+    told = {key: value for key, value in environment.items() if key.startswith(_TOLD) and key not in _OF_A_PLACE}
+    return int(asked.num_processes), told

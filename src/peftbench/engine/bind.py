@@ -71,7 +71,6 @@ def bind(recipe: Recipe, folder: Path) -> Bound:
     processes = asked_world_size()
     accumulation, _ = division(recipe.train.global_batch, recipe.train.micro_batch, processes)
     _check_accumulation(accumulation)
-    _check_owned()
     engine, plugin = launched_engine(recipe, folder, processes)
     _check_launch(cpu, engine)
     if recipe.method.trains:
@@ -89,6 +88,7 @@ def launched_engine(recipe: Recipe, folder: Path, processes: int) -> tuple[Engin
     Raises:
         EngineError, MissingFileError: it is no engine of the table, or a file sets what the recipe owns.
     """
+    _check_owned()
     plugin = None
     if deepspeed.asked_for():
         accumulation, micro_batch = division(recipe.train.global_batch, recipe.train.micro_batch, processes)

@@ -68,7 +68,9 @@ def _borrowed(model: nn.Module) -> Iterator[nn.Parameter]:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             for group in module._get_fsdp_state()._fsdp_param_groups:
-                yield from (whole for p in group.fsdp_params if (whole := getattr(p, "_unsharded_param", None)) is not None)
+                yield from (
+                    whole for p in group.fsdp_params if (whole := getattr(p, "_unsharded_param", None)) is not None
+                )
 
 
 def _buckets_of_ddp(started: nn.Module) -> Iterator[tuple[Kind, int]]:

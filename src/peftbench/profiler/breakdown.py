@@ -102,14 +102,18 @@ class Breakdown(TorchDispatchMode):
         vocabulary: int,
         part: Callable[[], str | None],
         holdings: Callable[[], Holdings] = Holdings,
+        device: str | None = None,
     ) -> None:
-        """``holdings`` are asked for when it begins to look."""
+        """``holdings`` are asked for when it begins to look. ``device`` is the kind whose memory is booked, None for
+        every kind.
+        """
         super().__init__()  # type: ignore[no-untyped-call]
         self.model = model
         self.optimizer = optimizer
         self.vocabulary = vocabulary
         self.part = part
         self.holdings = holdings
+        self.device = device
         self._held: dict[int, _Storage] = {}
         self._watches: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._book: list[tuple[_Storage, int, str, str | None]] = []
@@ -214,7 +218,7 @@ class Breakdown(TorchDispatchMode):
                 if isinstance(tensor, torch.Tensor):
                     self._takes_over(tensor, "buckets", {"temporaries", "gradients", "activations"})
             for kind, tensor in self._anew():
-                self._takes_over(tensor, kind, {"temporaries"})
+                self._takes_over(tensor, kind, {"temporaries", "gradients"})
         for tensor in args:
             if isinstance(tensor, nn.Parameter):
                 self._takes_over(tensor, "gathered_weights", {"temporaries", "buckets", "activations"})
@@ -248,6 +252,9 @@ class Breakdown(TorchDispatchMode):
                 if parameter.grad is not None:
                     self._see(local(parameter.grad), "gradients")
 
+    def _elsewhere(self, storage: torch.UntypedStorage) -> bool:
+        return self.device is not None and storage.device.type != self.device
+
     def _see_optimizer_state(self) -> None:
         groups = (
             {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
@@ -259,7 +266,7 @@ class Breakdown(TorchDispatchMode):
     def _see(self, tensor: torch.Tensor, kind: Kind) -> _Storage | None:
         """The booked storage of ``tensor``, new or known; a known one takes over a kind that says more."""
         storage = _storage(tensor)
-        if storage is None:
+        if storage is None or self._elsewhere(storage):
             return None
         key = storage._cdata
         booked = self._held.get(key)
@@ -283,6 +290,8 @@ class Breakdown(TorchDispatchMode):
 
     def _resized(self, storage: torch.UntypedStorage) -> None:
         """One that is given memory or gives it back and stays: to the book it is another one, for the same."""
+        if self._elsewhere(storage):
+            return
         key = storage._cdata
         before = self._held.pop(key, None)
         if before is None:

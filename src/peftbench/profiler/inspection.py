@@ -62,7 +62,11 @@ def inspection(
     holdings: Callable[[], Holdings] = Holdings,
 ) -> Inspection:
     """The instruments of a run on ``device``; ``part`` tells which part of the step is being done."""
-    book = Breakdown(model, optimizer, vocabulary, part, holdings) if breakdown_step is not None else None
+    book = (
+        Breakdown(model, optimizer, vocabulary, part, holdings, None if device.type == "cpu" else device.type)
+        if breakdown_step is not None
+        else None
+    )
     history = device.type == "cuda" and torch.cuda.get_allocator_backend() == "native"
     # Some optimizers multiply matrices too, and FLOPs are those of forward and backward pass.
     counter = FlopCounter(lambda: part() == "optimizer") if count_flops else None

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 _MIB = 2**20
 _KINDS = {
-    "weights": "weights", "weight_copies": "autocast copies", "gradients": "gradients", "optimizer_state": "states",
-    "activations": "activations", "logits": "logits", "temporaries": "temporaries",
+    "weights": "weights", "gathered_weights": "gathered weights", "weight_copies": "autocast copies",
+    "gradients": "gradients", "buckets": "buckets", "optimizer_state": "states", "activations": "activations", "logits": "logits", "temporaries": "temporaries",
 }  # fmt: skip
 
 
@@ -39,7 +39,7 @@ def plan_text(plan: Plan) -> str:
             colalign=("left", *["right"] * (len(shown) + 2)),
         ),
         "",
-        f"{plan.name}: {plan.micro_batches} micro-batches of {plan.rows} x {plan.width} tokens on {plan.device}",
+        f"{plan.name}: {plan.micro_batches} micro-batches of {plan.rows} x {plan.width} tokens on {plan.device}{_of_several(plan)}",
         f"peak: {_mib(plan.peak.allocated_bytes)} MiB allocated in {plan.peak_part}, at {plan.peak.operation}; "
         f"{_mib(plan.reserved_bytes)} MiB reserved",
         f"process: {_mib(low)} to {_mib(high)} MiB, with the driver's context and the libraries' workspaces",
@@ -74,6 +74,10 @@ def strategies_text(found: Sequence[Strategy], budget: int, tried: int) -> str:
         f"the first: {' '.join(best.changes)}",
         *(f"note: {note}" for note in best.plan.notes),
     ))  # fmt: skip
+
+
+def _of_several(plan: Plan) -> str:
+    return f", {plan.engine}, per process, of {plan.processes}" if plan.engine != "single" else ""
 
 
 def _times(value: float | None, first: float | None) -> str:
