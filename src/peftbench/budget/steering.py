@@ -8,6 +8,7 @@ sees each call of a torch function before that and sends it where the device in 
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
@@ -38,7 +39,7 @@ class Steering(TorchFunctionMode):
         """Whether a number may be made up where one is asked of a tensor: an optimizer's, which changes no size."""
         self._casts = False
         self._depth = 0
-        self._copies: dict[int, torch.Tensor] = {}
+        self._copies: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor]] = {}
 
     @property
     def casts(self) -> bool:
@@ -124,9 +125,10 @@ class Steering(TorchFunctionMode):
             return tensor
         if not (tensor.is_leaf and tensor.requires_grad and tensor.dtype == torch.float32):
             return tensor.to(self.precision)
-        if id(tensor) not in self._copies:  # autocast keeps the copies of what is trained
-            self._copies[id(tensor)] = tensor.to(self.precision)
-        return self._copies[id(tensor)]
+        kept = self._copies.get(id(tensor))  # autocast keeps the copies of what is trained
+        if kept is None or kept[0]() is not tensor:  # or of what was there before it, by that number
+            kept = self._copies[id(tensor)] = weakref.ref(tensor), tensor.to(self.precision)
+        return kept[1]
 
     def _attention(  # noqa: PLR0917 — as torch has it
         self,

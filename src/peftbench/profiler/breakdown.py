@@ -244,7 +244,7 @@ class Breakdown(TorchDispatchMode):
 
     def _is_gradient(self, parameter: torch.Tensor) -> None:
         if parameter.grad is not None:
-            self._see(parameter.grad, "gradients")
+            self._see(local(parameter.grad), "gradients")
 
     def _see_gradients(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         for group in optimizer.param_groups:
@@ -311,6 +311,8 @@ class Breakdown(TorchDispatchMode):
 
 def _storage(tensor: torch.Tensor) -> torch.UntypedStorage | None:
     """Where the tensor's elements lie, None where it has no storage of its own (a wrapper of others)."""
+    if hasattr(tensor, "to_local"):  # whose own is a name for the whole, which is nowhere
+        return None
     try:
         return tensor.untyped_storage()
     except (NotImplementedError, RuntimeError):
