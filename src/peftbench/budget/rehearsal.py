@@ -134,8 +134,9 @@ class Rehearsal:
     def __enter__(self) -> Rehearsal:
         try:
             self._start()
-        except BaseException:
+        except BaseException as error:
             self._contexts.close()
+            self._explain(error)
             raise
         for context in (self.steering.helpers(), self.recipe.optimizer.rehearsed(), self.steering):
             self._contexts.enter_context(context)
@@ -182,6 +183,11 @@ class Rehearsal:
         Raises:
             NotEstimatedError: with the module that asked for them.
         """
+        if isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error):
+            raise NotEstimatedError(
+                f"this machine has too few addresses for what {self.world.engine.name} keeps in the CPU's memory; ask "
+                "one with more memory"
+            ) from error
         if isinstance(error, (RuntimeError, NotImplementedError)) and "meta" in str(error).lower():
             where = self._inside[-1] if self._inside else None
             raise NotEstimatedError(
