@@ -129,7 +129,7 @@ def _world(launcher: Path | None, processes: int | None, recipe: Recipe) -> Worl
 
 
 @app.command()
-def estimate(
+def estimate(  # noqa: PLR0917 — options
     changes: Overrides = None,
     config: Configs = None,
     budget: Budget = None,
@@ -155,7 +155,7 @@ def estimate(
 
 
 @app.command()
-def fit(
+def fit(  # noqa: PLR0917 — options
     changes: Overrides = None,
     config: Configs = None,
     budget: Budget = None,
@@ -186,7 +186,7 @@ def fit(
         sets = chosen_techniques(recipe, names, facts)
         world = _world(accelerate, processes, recipe)
         bar = tqdm(sets, desc="rehearsing", unit="way", disable=None)
-        found = [strategy(recipe, chosen, facts, device or facts.torch_name, size, world) for chosen in bar]
+        found = [strategy(recipe, chosen, facts, device or facts.torch_name, size, world=world) for chosen in bar]
         print(strategies_text([one for one in found if one is not None], size, len(sets)))
         if not any(found):
             raise typer.Exit(1)

@@ -114,7 +114,7 @@ def recipes(
 @pytest.fixture(scope="module")
 def held(launcher: Given, recipes: Callable[[str, Case], Recipe], request: pytest.FixtureRequest) -> Any:
     """Given an engine and a case, what its first process held; all that this session asks for run in one launch."""
-    users = [item for item in request.session.items if "held" in getattr(item, "fixturenames", ())]
+    users: list[Any] = [item for item in request.session.items if "held" in getattr(item, "fixturenames", ())]
     done: set[str] = set()
 
     def breakdown(engine: str, case: Case) -> Breakdown:
@@ -161,13 +161,13 @@ def rehearsed(recipe: Recipe, accelerate: Path) -> Peak:
     world = world_of(accelerate, PROCESSES, recipe)
     accumulation, rows = division(recipe.train.global_batch, recipe.train.micro_batch, PROCESSES)
     with Rehearsal(recipe, "cpu", accumulation, padded=recipe.data.max_tokens == WIDTH, world=world) as rehearsal:
-        rehearsal.train(rows, recipe.data.max_tokens)
+        rehearsal.train(rows, recipe.data.max_tokens or 0)
     return rehearsal.book.peak()
 
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(("engine", "case"), POINTS)
-def test_the_peak_of_one_of_several_processes(
+def test_the_peak_of_one_of_several_processes(  # noqa: PLR0917 — fixtures
     engine: str, case: Case, held: Any, launcher: Given, recipes: Callable[[str, Case], Recipe],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip

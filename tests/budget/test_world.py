@@ -27,6 +27,7 @@ from peftbench.recipe import Recipe
 from peftbench.report.plan import plan_text
 from tests.conftest import REPOSITORY, Workshop, every_method
 
+KINDS: dict[str, Any] = dict(OPTIMIZERS)
 PLANNED = [name for name in ENGINES if name not in {"single", "zero3_nvme"}]
 
 
@@ -103,9 +104,9 @@ def test_a_plan_leaves_no_trace(planned: Any, workshop: Workshop) -> None:
 def test_refusals(planned: Any, workshop: Workshop, tmp_path: Path) -> None:
     """A sentence, and no figure."""
     with pytest.raises(NotEstimatedError, match="what zero3_nvme keeps on a disk"):
-        planned("zero3_nvme", Full(), optimizer=OPTIMIZERS["deepspeed_cpu_adam"](kind="deepspeed_cpu_adam"))
+        planned("zero3_nvme", Full(), optimizer=KINDS["deepspeed_cpu_adam"]())
     with pytest.raises(CombinationError, match="needs the matrices"):
-        planned("zero2", Full(), optimizer=OPTIMIZERS["galore"](kind="galore", rank=8))
+        planned("zero2", Full(), optimizer=KINDS["galore"](rank=8))
     with pytest.raises(OutOfRangeError, match="cannot be shared by 5 processes"):
         planned("ddp", Full(), 5)
     recipe = workshop.recipe(Full())

@@ -75,6 +75,8 @@ def _check(recipe: Recipe, engine: EngineKind) -> None:
         raise NotEstimatedError("outliers of an int8 base depend on its values; use model.quantization=nf4 or null")
     if recipe.optimizer.kind == "paged_adamw8bit":
         raise NotEstimatedError("paged states, which the driver moves, are not predicted; use optimizer.kind=adamw8bit")
+    if recipe.optimizer.kind == "deepspeed_cpu_adam":
+        raise NotEstimatedError("deepspeed_cpu_adam would be compiled and steps for real; use optimizer.kind=adamw")
     if recipe.train.activation_offload:
         raise NotEstimatedError("activation offload is not predicted so far; leave train.activation_offload false")
     if recipe.model.attention == "flash_attention_2":

@@ -119,7 +119,7 @@ def meta_accelerator(steering: Steering) -> Iterator[None]:
 
     def autocast_there(device_type: str, *given: Any, enabled: bool = True, **named: Any) -> Any:
         if device_type != "meta":
-            return autocast(device_type, *given, enabled=enabled, **named)
+            return autocast(device_type, *given, **(named | {"enabled": enabled}))
         return steering.again() if enabled else nullcontext()
 
     with (

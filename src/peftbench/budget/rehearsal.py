@@ -168,7 +168,7 @@ class Rehearsal:
         started, optimizer = self.trainer.model, self.trainer.optimizer
         self.book = Breakdown(
             self.model, optimizer, self.base.model.config.vocab_size, lambda: self.parts.current,
-            lambda: Holdings() if self.world.alone else holdings(started, self.model, optimizer),
+            holdings=lambda: Holdings() if self.world.alone else holdings(started, self.model, optimizer),
             device="meta" if self.device == "cuda" else None,  # what lies in the CPU's memory is another's
         )  # fmt: skip
         self._contexts.enter_context(self.book)

@@ -111,13 +111,9 @@ def _apart(techniques: tuple[Technique, ...]) -> bool:
 
 
 def strategy(
-    recipe: Recipe,
-    techniques: tuple[Technique, ...],
-    facts: DeviceFacts,
-    device: str,
-    budget: int,
+    recipe: Recipe, techniques: tuple[Technique, ...], facts: DeviceFacts, device: str, budget: int, *,
     world: World = ALONE,
-) -> Strategy | None:
+) -> Strategy | None:  # fmt: skip
     """The largest micro-batch that fits ``budget`` bytes with these techniques, None where none does."""
     changed = recipe
     for technique in techniques:

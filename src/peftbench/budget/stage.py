@@ -22,7 +22,7 @@ from peftbench.engine.engines import DDP
 from peftbench.errors import NotEstimatedError
 
 if TYPE_CHECKING:
-    from torch.distributed import GradBucket
+    from torch._C._distributed_c10d import GradBucket
 
     from peftbench.budget.steering import Steering
     from peftbench.budget.values import MadeUpValues
@@ -121,7 +121,7 @@ def _without_values(world: World) -> Iterator[None]:
 
 def _address(tensor: torch.Tensor) -> int:
     """One for each storage, by which accelerate knows a weight again; on the meta device all are 0."""
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _sent(bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:

@@ -178,7 +178,7 @@ class Steering(TorchFunctionMode):
 def _flash_on_cpu(tensors: tuple[torch.Tensor | None, ...], dropout: float, causal: bool, *, grouped: bool) -> bool:
     """Asked of torch itself, with tensors of the CPU that nobody writes to, and that so take no memory."""
     real = [None if t is None else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype) for t in tensors]
-    choice = torch._fused_sdp_choice(*real, dropout, causal, enable_gqa=grouped)  # type: ignore[arg-type, call-arg]
+    choice = torch._fused_sdp_choice(*real, dropout, causal, enable_gqa=grouped)  # type: ignore[arg-type, call-arg, misc]
     return bool(choice == torch.nn.attention.SDPBackend.FLASH_ATTENTION.value)
 
 

@@ -36,11 +36,11 @@ class MadeUpValues(TorchDispatchMode):
             return False if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
         if func is _ATEN.copy_.default and args[1].is_meta and not args[0].is_meta:
             return args[0]
-        if func is _ATEN._to_copy.default and args[0].is_meta and kwargs.get("device") == torch.device("cpu"):
-            return torch.empty_like(args[0], device="cpu", dtype=kwargs.get("dtype"))
-        if func in _FILLED and kwargs.get("device") == torch.device("cpu"):
-            shape = args[0]
-            return torch.empty(shape, **kwargs) if math.prod(shape) >= _SMALL else func(*args, **kwargs)
+        if kwargs.get("device") == torch.device("cpu"):
+            if func is _ATEN._to_copy.default and args[0].is_meta:
+                return torch.empty_like(args[0], device="cpu", dtype=kwargs.get("dtype"))
+            if func in _FILLED and math.prod(args[0]) >= _SMALL:
+                func, args = _ATEN.empty.memory_format, args[:1]
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if any(_large_on_cpu(tensor) for tensor in tensors) and not any(tensor.is_meta for tensor in tensors):
             return _unwritten(func, args, kwargs)

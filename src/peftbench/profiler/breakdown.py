@@ -101,6 +101,7 @@ class Breakdown(TorchDispatchMode):
         optimizer: torch.optim.Optimizer,
         vocabulary: int,
         part: Callable[[], str | None],
+        *,
         holdings: Callable[[], Holdings] = Holdings,
         device: str | None = None,
     ) -> None:
@@ -212,7 +213,7 @@ class Breakdown(TorchDispatchMode):
             self._made_forward[id(storage)] = storage
 
     def _see_use(self, func: Any, args: Any) -> None:
-        """What is computed with as a weight and is none that is held, is borrowed; what is sent or comes is a bucket."""
+        """What is computed with as a weight and is none that is held, is borrowed; what is sent is a bucket."""
         if func.namespace == "c10d":
             for tensor in tree_leaves(args):
                 if isinstance(tensor, torch.Tensor):

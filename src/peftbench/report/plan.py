@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 _MIB = 2**20
 _KINDS = {
     "weights": "weights", "gathered_weights": "gathered weights", "weight_copies": "autocast copies",
-    "gradients": "gradients", "buckets": "buckets", "optimizer_state": "states", "activations": "activations", "logits": "logits", "temporaries": "temporaries",
+    "gradients": "gradients", "buckets": "buckets", "optimizer_state": "states",
+    "activations": "activations", "logits": "logits", "temporaries": "temporaries",
 }  # fmt: skip
 
 
@@ -39,7 +40,8 @@ def plan_text(plan: Plan) -> str:
             colalign=("left", *["right"] * (len(shown) + 2)),
         ),
         "",
-        f"{plan.name}: {plan.micro_batches} micro-batches of {plan.rows} x {plan.width} tokens on {plan.device}{_of_several(plan)}",
+        f"{plan.name}: {plan.micro_batches} micro-batches of {plan.rows} x {plan.width} tokens on {plan.device}"
+        + _of_several(plan),
         f"peak: {_mib(plan.peak.allocated_bytes)} MiB allocated in {plan.peak_part}, at {plan.peak.operation}; "
         f"{_mib(plan.reserved_bytes)} MiB reserved",
         f"process: {_mib(low)} to {_mib(high)} MiB, with the driver's context and the libraries' workspaces",
