@@ -113,9 +113,10 @@ def test_refusals(planned: Any, workshop: Workshop, tmp_path: Path) -> None:
     with pytest.raises(MissingFileError, match="there is no accelerate config"):
         world_of(tmp_path / "none.yaml", None, recipe)
     strange = tmp_path / "strange.yaml"
-    strange.write_text("distributed_type: MULTI_GPU\ncompute_environment: LOCAL_MACHINE\nnum_processes: 1\n")
-    with pytest.raises(EngineError, match="accelerate cannot launch from"):
-        world_of(strange, None, recipe)
+    for text in ("distributed_type: NONSENSE\ncompute_environment: LOCAL_MACHINE\n", "a: [", "- a list\n"):
+        strange.write_text(text, encoding="utf-8")
+        with pytest.raises(EngineError, match="accelerate cannot launch from"):
+            world_of(strange, None, recipe)
 
 
 def test_one_process_of_a_file_is_single(workshop: Workshop) -> None:

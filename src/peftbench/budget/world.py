@@ -92,6 +92,7 @@ def _launched(path: Path, processes: int | None = None) -> tuple[int, dict[str, 
         raise MissingFileError(f"there is no accelerate config {path}", "accel_configs/ has some")
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+    from yaml import YAMLError
 
     # The port is of no use here; 0 is any that is free.
     words = ["--config_file", str(path), "--main_process_port", "0", "--num_cpu_threads_per_process", "1"]
@@ -103,7 +104,7 @@ def _launched(path: Path, processes: int | None = None) -> tuple[int, dict[str, 
             _, environment = prepare_deepspeed_cmd_env(asked)
         else:
             environment = prepare_multi_gpu_env(asked)
-    except (ValueError, TypeError, KeyError, AttributeError, ConnectionError) as error:
+    except (YAMLError, ValueError, TypeError, KeyError, AttributeError, ConnectionError) as error:
         raise EngineError(f"accelerate cannot launch from {path}: {str(error).splitlines()[0]}") from error
     told = {key: value for key, value in environment.items() if key.startswith(_TOLD) and key not in _OF_A_PLACE}
     return int(asked.num_processes), told
