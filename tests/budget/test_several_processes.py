@@ -130,6 +130,11 @@ def held(launcher: Given, recipes: Callable[[str, Case], Recipe], request: pytes
             assert record.tokens is not None
             assert record.tokens.real == record.tokens.padded
         assert record.breakdown is not None
+        assert record.state_bytes is not None
+        kinds = record.breakdown.bytes_by_kind
+        # Counted by other means, at the end of the run; by then ZeRO's third stage has weights whole from evaluation.
+        assert kinds["optimizer_state"] == record.state_bytes.optimizer
+        assert kinds["weights"] == record.state_bytes.weights or engine == "zero3"
         return record.breakdown
 
     return breakdown

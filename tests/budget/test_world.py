@@ -66,6 +66,9 @@ def test_what_is_shared_out(planned: Any) -> None:
         for engine in PLANNED
         for processes in (2, 4)
     }  # fmt: skip
+    values = held["ddp", 2]["weights"] / 4
+    for engine, copies in (("zero1", 3), ("zero2", 3), ("zero3", 3), ("fsdp2", 2)):  # two moments, and a float32 copy
+        assert held[engine, 2]["optimizer_state"] == pytest.approx(copies * 4 * values / 2, rel=0.01)
     shared = {"zero1", "zero2", "zero3", "fsdp2"}
     for engine in shared:
         ratio = held[engine, 4]["optimizer_state"] / held[engine, 2]["optimizer_state"]
