@@ -12,6 +12,8 @@ from peftbench.console import INTERRUPTED, guarded
 
 if TYPE_CHECKING:
     from peftbench.budget.devices import DeviceFacts
+    from peftbench.budget.world import World
+    from peftbench.recipe import Recipe
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -25,6 +27,10 @@ Overrides = Annotated[
 Configs = Annotated[Optional[list[Path]], typer.Option(help="A recipe; several are merged from left to right.")]
 Budget = Annotated[Optional[str], typer.Option(help="Memory to fit, as 16GiB; default: the device's.")]
 DeviceName = Annotated[Optional[str], typer.Option(help="A GPU that has a file, as t4, a10g or h100.")]
+Launcher = Annotated[
+    Optional[Path], typer.Option("--accelerate", help="Accelerate config file: the plan is of one of its processes.")
+]
+Processes = Annotated[Optional[int], typer.Option(min=1, help="How many there are; default: what the file says.")]
 
 
 def _say(line: str) -> None:
@@ -112,12 +118,24 @@ def _room(budget: str | None, device: str | None) -> tuple[DeviceFacts, int | No
     return facts, parse_size(budget) if budget else int(facts.memory) or None
 
 
+def _world(launcher: Path | None, processes: int | None, recipe: Recipe) -> World:
+    """The processes that a plan is of."""
+    from peftbench.budget.world import ALONE, world_of
+    from peftbench.errors import BudgetError
+
+    if launcher is None and processes is not None:
+        raise BudgetError("--processes needs an engine that spreads a training over them; give --accelerate too")
+    return ALONE if launcher is None else world_of(launcher, processes, recipe)
+
+
 @app.command()
 def estimate(
     changes: Overrides = None,
     config: Configs = None,
     budget: Budget = None,
     device: DeviceName = None,
+    accelerate: Launcher = None,
+    processes: Processes = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Say how much GPU memory a recipe would take, and whether it fits, without a GPU and without weights."""
@@ -131,7 +149,8 @@ def estimate(
         from peftbench.budget.estimate import estimate as estimated
         from peftbench.report.plan import plan_text
 
-        plan = estimated(recipe, facts, device or facts.torch_name, size)
+        world = _world(accelerate, processes, recipe)
+        plan = estimated(recipe, facts, device or facts.torch_name, size, world)
         print(plan.model_dump_json(indent=1) if as_json else plan_text(plan))
 
 
@@ -141,6 +160,8 @@ def fit(
     config: Configs = None,
     budget: Budget = None,
     device: DeviceName = None,
+    accelerate: Launcher = None,
+    processes: Processes = None,
     allow: Annotated[
         str, typer.Option(help="Ways of saving memory to try, as checkpointing,bf16,adamw8bit; or all.")
     ] = "checkpointing",
@@ -174,7 +195,7 @@ def fit(
 
         if verify:
             check_here(facts)
-        room = Room(facts, device or facts.torch_name, size)
+        room = Room(facts, device or facts.torch_name, size, _world(accelerate, processes, recipe))
         if family is not None:
             answer = Fit(budget_bytes=size, models=largest_model(recipe, family, allow, room))
         else:
@@ -182,7 +203,14 @@ def fit(
         if verify and answer.strategies:
             first = answer.strategies[0]
             chosen = as_found(recipe, first)
-            proof = prove(chosen, first.plan.width, micro_batches(chosen), size, accelerate=None, say=_say)
+            proof = prove(
+                chosen,
+                first.plan.width,
+                micro_batches(chosen, room.world.processes),
+                size,
+                accelerate=accelerate,
+                say=_say,
+            )
             answer = answer.model_copy(update={"proof": proof})
         print(answer.model_dump_json(indent=1) if as_json else fit_text(answer))
         if not answer.fits:

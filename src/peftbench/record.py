@@ -186,11 +186,13 @@ class Breakdown(_Kept):
     peak_bytes: int
     """Most bytes in storages at once."""
     bytes_by_kind: dict[str, int]
-    """At the peak: weights, weight_copies, gradients, optimizer_state, activations, logits, temporaries."""
+    """At the peak: weights, gathered_weights, weight_copies, gradients, buckets, optimizer_state, activations, logits,
+    temporaries; of the first process.
+    """
     operation: str
     """Whose result made it the peak."""
     part: str | None
-    """Of the step: forward, backward or optimizer."""
+    """Of the step: forward, backward or optimizer; under DeepSpeed the last two are one."""
 
 
 class CountedStep(_Kept):

@@ -28,6 +28,7 @@ from peftbench.engine.build import (
     read_split,
 )
 from peftbench.engine.checkpoint import Checkpoints, Origin
+from peftbench.engine.holdings import holdings
 from peftbench.engine.loop import DivergedError, Progress, train
 from peftbench.engine.peers import Peers
 from peftbench.engine.ranks import gathered, main_process_first
@@ -256,6 +257,7 @@ class Run:
             vocabulary=built.base.model.config.vocab_size, part=lambda: self.probe.current_part,
             count_flops=trainer.counter_sees_all and knobs.warmup_steps > 0 and not self.resumed_after,
             breakdown_step=knobs.warmup_steps if knobs.breakdown and not self.resumed_after else None,
+            holdings=lambda: holdings(trainer.model, built.bare_model, trainer.optimizer),
         )  # fmt: skip
         with self.probe.training(knobs.warmup_steps, looking.step):
             train(

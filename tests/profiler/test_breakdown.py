@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
 from peftbench.methods.base import Method
-from peftbench.profiler.breakdown import KINDS, Breakdown
+from peftbench.profiler.breakdown import KINDS, Breakdown, Holdings
 from tests.conftest import every_architecture, every_method, micro_batch, trained
 
 if TYPE_CHECKING:
@@ -192,5 +192,42 @@ def test_the_peak_is_that_of_torch_s_allocator(  # noqa: PLR0917
 def test_every_kind_is_named() -> None:
     """A reader finds each kind in the class's description."""
     described: Any = Breakdown.__doc__
-    assert len(KINDS) == 7
+    assert len(KINDS) == 9
     assert [kind for kind in KINDS if kind not in described] == []
+
+
+def test_a_storage_that_gives_its_memory_back_and_stays() -> None:
+    """As fully_shard's whole weights do: what they are for is known again when they come back."""
+    model = nn.Linear(WIDTH, OUT)
+    whole = nn.Parameter(torch.zeros(VOCABULARY))
+    storage, size = whole.untyped_storage(), VOCABULARY * FLOAT
+    storage.resize_(0)
+    book = Breakdown(
+        model, torch.optim.SGD(model.parameters()), VOCABULARY, lambda: "forward",
+        holdings=lambda: Holdings(borrowed=[whole]),
+    )  # fmt: skip
+    with book:
+        for _ in range(2):
+            storage.resize_(size)
+            whole * 2
+            storage.resize_(0)
+    sizes = [(event.bytes, event.made, event.kind) for event in book.events() if event.bytes == size]
+    lives = [(made, kind) for _, made, kind in sizes if kind == "gathered_weights"]
+    assert lives == [(True, "gathered_weights"), (False, "gathered_weights")] * 2
+    assert book.peak().by_kind["gathered_weights"] == size
+    assert "resized" not in torch.UntypedStorage.resize_.__qualname__
+
+
+def test_what_an_engine_holds_and_what_lies_elsewhere() -> None:
+    """Tensors in the kind it gives them, bytes of which there is no tensor, and nothing of another device."""
+    model = nn.Linear(WIDTH, OUT)
+    master, away = torch.zeros(ROWS), torch.empty(ROWS, device="meta")
+    held = Holdings([("optimizer_state", master), ("weights", away)], bytes=[("buckets", 12345)])
+    book = Breakdown(
+        model, torch.optim.SGD(model.parameters()), VOCABULARY, lambda: "forward", holdings=lambda: held, device="cpu"
+    )
+    with book:
+        model(torch.zeros(1, WIDTH))
+    kinds = book.peak().by_kind
+    assert (kinds["buckets"], kinds["optimizer_state"]) == (12345, ROWS * FLOAT)
+    assert kinds["weights"] == bytes_of(*model.parameters())

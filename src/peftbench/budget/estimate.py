@@ -8,33 +8,38 @@ from peftbench.budget.allocator import OutOfMemoryError
 from peftbench.budget.forecast import Moment, forecast
 from peftbench.budget.plan import Part, Plan, Verdict
 from peftbench.budget.rehearsal import Rehearsal
+from peftbench.budget.world import ALONE, World
 from peftbench.data.batches import division
 from peftbench.data.encode import Layout
-from peftbench.engine.compatibility import QUANTIZATION, Combination, check
+from peftbench.engine.bind import combination
+from peftbench.engine.compatibility import check
 from peftbench.errors import NoRoomError, NotEstimatedError, PrecisionError
 
 if TYPE_CHECKING:
     from peftbench.budget.devices import DeviceFacts
     from peftbench.budget.steering import DeviceKind
+    from peftbench.engine.engines import EngineKind
     from peftbench.profiler.breakdown import Event
     from peftbench.recipe import Recipe
 
 
-def estimate(recipe: Recipe, facts: DeviceFacts, device: str, budget: int | None = None) -> Plan:
+def estimate(recipe: Recipe, facts: DeviceFacts, device: str, budget: int | None = None, world: World = ALONE) -> Plan:
     """What ``recipe`` would hold on one GPU with these ``facts``, and whether that fits ``budget`` bytes.
+
+    With several processes, each on a GPU of its own, it is what the first of them holds.
 
     Raises:
         NotEstimatedError: something in it is not predicted, and is named.
         NoRoomError: the budget is less than the weights alone.
         PeftbenchError: the recipe itself cannot be run.
     """
-    _check(recipe, facts.kind)
+    _check(recipe, world.engine, facts.kind)
     if recipe.train.precision == "bf16" and not facts.bf16:
         raise PrecisionError(f"train.precision=bf16 is not there on {facts.torch_name}; use fp16 or fp32")
-    accumulation, rows = division(recipe.train.global_batch, recipe.train.rows, 1)
-    rehearsal = Rehearsal(recipe, facts.kind, accumulation, padded=rows > 1)
+    accumulation, rows = division(recipe.train.global_batch, recipe.train.rows, world.processes)
+    rehearsal = Rehearsal(recipe, facts.kind, accumulation, padded=rows > 1, world=world)
     width = _width(recipe, rehearsal.positions)
-    flops = rehearsal.step_flops(recipe.train.global_batch, width)
+    flops = rehearsal.step_flops(max(1, recipe.train.global_batch // world.processes), width)
     with rehearsal:
         rehearsal.train(rows, width)
         rehearsal.evaluate(recipe.evaluate.batch, width)
@@ -54,21 +59,20 @@ def estimate(recipe: Recipe, facts: DeviceFacts, device: str, budget: int | None
         margin = (budget - process[1], budget - process[0])
     parts = {name: _part(moment) for name, moment in found.by_part.items()}
     return Plan(
-        name=recipe.name, engine="single", device=device, calibrated=facts.calibrated, rows=rows, width=width,
-        micro_batches=accumulation, evaluation_rows=recipe.evaluate.batch, step_flops=flops, parts=parts,
+        name=recipe.name, engine=world.engine.name, processes=world.processes, device=device,
+        calibrated=facts.calibrated, rows=rows, width=width, micro_batches=accumulation,
+        evaluation_rows=recipe.evaluate.batch, step_flops=flops, parts=parts,
         peak_part=found.peak.part, reserved_bytes=found.reserved_bytes, process_bytes=process,
         budget_bytes=budget, verdict=verdict, margin_bytes=margin, notes=_notes(facts, width),
     )  # fmt: skip
 
 
-def _check(recipe: Recipe, kind: DeviceKind) -> None:
+def _check(recipe: Recipe, engine: EngineKind, kind: DeviceKind) -> None:
     if not recipe.method.trains:
         raise NotEstimatedError(f"{recipe.method.kind} trains nothing; estimate a recipe of a method that does")
-    asked = Combination(
-        recipe.method.kind, "single", recipe.optimizer.kind, recipe.train.precision,
-        frozenset({QUANTIZATION} if recipe.model.quantization else ()),
-    )  # fmt: skip
-    check(asked, kind)
+    check(combination(recipe, engine), kind)
+    if engine.on_disk:
+        raise NotEstimatedError(f"what {engine.name} keeps on a disk, and brings, is not predicted; use zero3_offload")
     if kind == "cpu" and recipe.train.precision != "fp32":
         raise NotEstimatedError(
             "in bf16 the CPU's kernels convert what they are given in memory of their own, which is not predicted; use "
@@ -78,6 +82,8 @@ def _check(recipe: Recipe, kind: DeviceKind) -> None:
         raise NotEstimatedError("outliers of an int8 base depend on its values; use model.quantization=nf4 or null")
     if recipe.optimizer.kind == "paged_adamw8bit":
         raise NotEstimatedError("paged states, which the driver moves, are not predicted; use optimizer.kind=adamw8bit")
+    if recipe.optimizer.kind == "deepspeed_cpu_adam":
+        raise NotEstimatedError("deepspeed_cpu_adam would be compiled and steps for real; use optimizer.kind=adamw")
     if recipe.train.activation_offload:
         raise NotEstimatedError("activation offload is not predicted so far; leave train.activation_offload false")
     if recipe.model.attention == "flash_attention_2":

@@ -15,7 +15,10 @@ class _Answer(BaseModel):
 
 
 class Part(_Answer):
-    """The peak of one part of a run: forward, backward, optimizer, evaluate, generate."""
+    """The peak of one part of a run: forward, backward, optimizer, evaluate, generate.
+
+    Under DeepSpeed, which steps in the backward pass, that and the optimizer are one.
+    """
 
     live_bytes: int
     """Sizes of the tensors that are there."""
@@ -27,10 +30,11 @@ class Part(_Answer):
 
 
 class Plan(_Answer):
-    """What a recipe would hold on one device of a kind, in one process."""
+    """What a recipe would hold on one device of a kind, in the first of its processes."""
 
     name: str
     engine: str
+    processes: int = 1
     device: str
     calibrated: bool
     """Whether what only the device knows was measured on one."""
@@ -42,7 +46,7 @@ class Plan(_Answer):
     evaluation_rows: int
     """Examples at once in evaluation."""
     step_flops: int | None
-    """Of one optimizer step, over rows that are all as long as that; None where not known."""
+    """Of one optimizer step of one process, over rows that are all as long as that; None where not known."""
     parts: dict[str, Part]
     peak_part: str
     reserved_bytes: int

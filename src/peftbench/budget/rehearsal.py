@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,14 +17,19 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from peftbench.budget.architecture import architecture
 from peftbench.budget.steering import DeviceKind, Steering
-from peftbench.data.batches import Batches, Collator, GlobalBatch, MicroBatch, TokenCounts, Work
+from peftbench.budget.values import MadeUpValues
+from peftbench.budget.world import ALONE, World
+from peftbench.data.batches import Batches, Collator, GlobalBatch, MicroBatch, TokenCounts, Work, division
 from peftbench.engine.bind import Bound
-from peftbench.engine.build import Trainer, build
-from peftbench.engine.engines import SINGLE
+from peftbench.engine.build import Trainer, build, prepare
+from peftbench.engine.deepspeed import wrapped
+from peftbench.engine.engines import DDP
+from peftbench.engine.holdings import holdings
 from peftbench.engine.loop import train_step
 from peftbench.engine.loss import summed_loss
+from peftbench.engine.sharding import whole_at_root
 from peftbench.errors import NotEstimatedError
-from peftbench.profiler.breakdown import Breakdown
+from peftbench.profiler.breakdown import Breakdown, Holdings
 from peftbench.profiler.flops import UncountableError, cost
 
 if TYPE_CHECKING:
@@ -67,16 +73,18 @@ class _Parts:
     """Which part of a step is being done."""
 
     steering: Steering
+    values: MadeUpValues = field(default_factory=MadeUpValues)
     current: str | None = None
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Do ``name``."""
         self.current, self.steering.any_number = name, name == "optimizer"
+        self.values.on = name not in {"forward", "evaluate", "generate"}
         try:
             yield
         finally:
-            self.current, self.steering.any_number = None, False
+            self.current, self.steering.any_number, self.values.on = None, False, True
 
 
 class Rehearsal:
@@ -85,18 +93,20 @@ class Rehearsal:
     What needs values that the meta device does not have ends it with a NotEstimatedError that names the module.
     """
 
-    def __init__(self, recipe: Recipe, device: DeviceKind, micro_batches: int, *, padded: bool = True) -> None:
-        """``micro_batches`` of a step; ``padded``: whether a batch has rows of unlike lengths.
+    def __init__(
+        self, recipe: Recipe, device: DeviceKind, micro_batches: int, *, padded: bool = True, world: World = ALONE
+    ) -> None:
+        """``micro_batches`` of a step of one process; ``padded``: whether a batch has rows of unlike lengths.
 
         Raises:
             ModelError: the architecture is not known.
         """
-        self.recipe, self.device = recipe, device
+        self.recipe, self.device, self.world = recipe, device, world
         # From the second on all is as in the second, but that on the CPU their tokens were there before.
         self.micro_batches = min(micro_batches, 2) if device == "cuda" else micro_batches
-        self.accelerator = _StandIn(self.micro_batches)
+        self.accelerator: Any = _StandIn(self.micro_batches)
         self.base = architecture(recipe.model, _PRECISIONS.get(recipe.train.precision, torch.float32))
-        built = build(recipe, self.base, Bound(self.accelerator, SINGLE, recipe.train.precision))  # type: ignore[arg-type]
+        built = build(recipe, self.base, Bound(self.accelerator, world.engine, recipe.train.precision))  # type: ignore[arg-type]
         self.model = built.bare_model
         self.steering = Steering(device, _PRECISIONS.get(recipe.train.precision), padded=padded)
         self.checkpointing = built.checkpointing
@@ -106,10 +116,7 @@ class Rehearsal:
         if device == "cpu":
             _bring_plain_tensors(self.model)
         self.parts = _Parts(self.steering)
-        self.optimizer = self._optimizer()
         self.forward = self.model.forward
-        vocabulary = self.base.model.config.vocab_size
-        self.book = Breakdown(self.model, self.optimizer, vocabulary, lambda: self.parts.current)
         self._contexts = ExitStack()
         self._inside: list[str] = []
         for name, module in self.model.named_modules():
@@ -125,9 +132,46 @@ class Rehearsal:
         self._inside.pop()
 
     def __enter__(self) -> Rehearsal:
-        for context in (self.book, self.steering.helpers(), self.recipe.optimizer.rehearsed(), self.steering):
+        try:
+            self._start()
+        except BaseException as error:
+            self._contexts.close()
+            self._explain(error)
+            raise
+        for context in (self.steering.helpers(), self.recipe.optimizer.rehearsed(), self.steering):
             self._contexts.enter_context(context)
         return self
+
+    def _start(self) -> None:
+        """Put the model into its engine's hands."""
+        schedule = partial(torch.optim.lr_scheduler.ConstantLR, factor=1.0)
+        if self.world.alone:
+            optimizer = self._optimizer()
+            self.trainer = Trainer(self.model, optimizer, schedule(optimizer), _no_batches(), 2)
+            self._look()
+            return
+        from peftbench.budget.stage import staged
+
+        asked = _of_one_step(self.recipe, self.micro_batches, self.world.processes)
+        bound = self._contexts.enter_context(staged(asked, self.world, self.steering, self.parts.values))
+        self.accelerator = bound.accelerator
+        started, optimizer, bare = prepare(asked, self.model, bound)
+        self._fuse(list(wrapped(optimizer))[-1])
+        self.trainer = Trainer(started, optimizer, schedule(bare), _no_batches(), 3)
+        if not bound.engine_autocasts:
+            self.trainer = replace(self.trainer, autocast=self.steering.autocast)
+        if bound.engine.deepspeed:
+            self.trainer = replace(self.trainer, backward_part="backward_and_optimizer")
+
+    def _look(self) -> None:
+        """Book from here on."""
+        started, optimizer = self.trainer.model, self.trainer.optimizer
+        self.book = Breakdown(
+            self.model, optimizer, self.base.model.config.vocab_size, lambda: self.parts.current,
+            holdings=lambda: Holdings() if self.world.alone else holdings(started, self.model, optimizer),
+            device="meta" if self.device == "cuda" else None,  # what lies in the CPU's memory is another's
+        )  # fmt: skip
+        self._contexts.enter_context(self.book)
 
     def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
         self._contexts.close()
@@ -139,6 +183,11 @@ class Rehearsal:
         Raises:
             NotEstimatedError: with the module that asked for them.
         """
+        if isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error):
+            raise NotEstimatedError(
+                f"this machine has too few addresses for what {self.world.engine.name} keeps in the CPU's memory; ask "
+                "one with more memory"
+            ) from error
         if isinstance(error, (RuntimeError, NotImplementedError)) and "meta" in str(error).lower():
             where = self._inside[-1] if self._inside else None
             raise NotEstimatedError(
@@ -147,16 +196,24 @@ class Rehearsal:
             ) from error
 
     def train(self, rows: int, width: int) -> None:
-        """Two steps over micro-batches of (rows, width) tokens; the book is marked at the second, where states are."""
-        schedule = torch.optim.lr_scheduler.ConstantLR(self.optimizer, factor=1.0)
-        trainer = Trainer(self.model, self.optimizer, schedule, _no_batches(), 2)
+        """Two steps over micro-batches of (rows, width) tokens; the book is marked at the second, where states are.
+
+        An engine of several processes makes one before them: in its first step it makes plans and buffers.
+        """
         self.recipe.method.set_training(self.model)
-        _cast_forward(self.model, self.steering)
-        batches = [self._batch(rows, width, self.micro_batches) for _ in range(2)]
-        limit = self.recipe.train.max_grad_norm
-        train_step(self.accelerator, trainer, batches.pop(), limit, self.parts.part)  # type: ignore[arg-type]
+        if self.world.alone or self.world.engine == DDP:
+            _cast_forward(self.model, self.steering)
+        batches = [self._batch(rows, width, self.micro_batches) for _ in range(self.trainer.steps)]
+        if not self.world.alone:
+            self._step(batches.pop())
+            self._look()
+        self._step(batches.pop())
         self.book.mark()
-        train_step(self.accelerator, trainer, batches.pop(), limit, self.parts.part)  # type: ignore[arg-type]
+        self._step(batches.pop())
+
+    def _step(self, batch: GlobalBatch) -> None:
+        limit = self.recipe.train.max_grad_norm
+        train_step(self.accelerator, self.trainer, batch, limit, self.parts.part)  # type: ignore[arg-type]
 
     def step_flops(self, rows: int, width: int) -> int | None:
         """What a batch of (rows, width) tokens takes, all padded; None where it is not known."""
@@ -191,7 +248,8 @@ class Rehearsal:
         self.model.eval()
         ids = torch.zeros((rows, width + new_tokens - 1), dtype=torch.long, device="meta")
         self.model.forward = self.forward
-        with self.parts.part("generate"), self.steering.autocast():
+        whole = whole_at_root(self.model) if self.world.engine.fsdp else nullcontext()
+        with self.parts.part("generate"), self.steering.autocast(), whole:
             mask = torch.ones_like(ids)
             past = self.model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1).past_key_values
             mask = torch.ones((rows, past.get_seq_length() + 1), dtype=torch.long, device="meta")
@@ -203,14 +261,19 @@ class Rehearsal:
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         made = self.recipe.optimizer.build(trained, [p for p in trained if id(p) in embeddings])
         self.recipe.optimizer.started(made.param_groups)
-        if self.device == "cuda" and type(made) is torch.optim.AdamW:
-            for group in made.param_groups:  # as it is built over weights on a GPU
-                group["fused"] = True
+        self._fuse(made)
         return made
 
+    def _fuse(self, optimizer: torch.optim.Optimizer) -> None:
+        """As an optimizer is that is built over weights on a GPU."""
+        if self.device == "cuda" and type(optimizer) is torch.optim.AdamW and not self.world.engine.shards_weights:
+            for group in optimizer.param_groups:
+                group["fused"] = True
+
     def _batch(self, rows: int, width: int, micro_batches: int) -> GlobalBatch:
-        # On the CPU a batch is there already, and to a GPU it is copied.
-        device = "meta" if self.device == "cpu" else "cpu"
+        # On the CPU a batch is there already, but to DDP and fully_shard, who call it "cpu:0"; to a GPU it is copied.
+        there = self.device == "cpu" and (self.world.alone or self.world.engine.deepspeed)
+        device = "meta" if there else "cpu"
 
         def tokens() -> torch.Tensor:
             return torch.zeros((rows, width), dtype=torch.long, device=device)
@@ -243,6 +306,16 @@ def _bring_plain_tensors(model: nn.Module) -> None:
     for values in vars(model).values():
         if isinstance(values, dict):
             values.update({key: value.to("meta") for key, value in values.items() if isinstance(value, torch.Tensor)})
+
+
+def _of_one_step(recipe: Recipe, micro_batches: int, processes: int) -> Recipe:
+    """The recipe with no more than these micro-batches in a step, as an engine is told.
+
+    Casts are steered, so it hears of no precision.
+    """
+    _, rows = division(recipe.train.global_batch, recipe.train.rows, processes)
+    numbers = {"global_batch": rows * micro_batches * processes, "micro_batch": rows, "precision": "fp32"}
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=numbers), "trackers": ()})
 
 
 def _no_batches() -> Batches:

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from peftbench.budget.estimate import estimate
 from peftbench.budget.families import family_named
 from peftbench.budget.plan import ModelFit, Strategy, fastest_first
+from peftbench.budget.world import ALONE, World
 from peftbench.data.batches import division
 from peftbench.errors import BudgetError, NoRoomError, nearest
 from peftbench.optim import OPTIMIZERS
@@ -33,10 +34,12 @@ class Room:
     device: str
     """As the user calls it."""
     budget: int
+    """Of each process."""
+    world: World = ALONE
 
     def plan(self, recipe: Recipe) -> Plan:
         """What ``recipe`` would hold there; raises as :func:`peftbench.budget.estimate.estimate`."""
-        return estimate(recipe, self.facts, self.device, self.budget)
+        return estimate(recipe, self.facts, self.device, self.budget, self.world)
 
 
 @dataclass(frozen=True)
@@ -86,13 +89,13 @@ TECHNIQUES = (
 """In the order in which a person would try them."""
 
 
-def micro_batches(recipe: Recipe) -> list[int]:
-    """Every size of micro-batch that a process can have, from one example to all of them at once.
+def micro_batches(recipe: Recipe, processes: int = 1) -> list[int]:
+    """Every size of micro-batch that one of ``processes`` can have, from one example to all of them at once.
 
     Two limits that cut a step into as many parts are one size.
     """
     limits = range(1, recipe.train.global_batch + 1)
-    return sorted({division(recipe.train.global_batch, limit, 1)[1] for limit in limits})
+    return sorted({division(recipe.train.global_batch, limit, processes)[1] for limit in limits})
 
 
 def largest(sizes: Sequence[int], holds: Callable[[int], bool], fits: Callable[[int], bool]) -> int | None:
@@ -147,7 +150,7 @@ def best_plan(recipe: Recipe, room: Room) -> Plan | None:
         made = plan(size)
         return made.peak.allocated_bytes + made.process_bytes[0] - made.reserved_bytes <= room.budget
 
-    found = largest(micro_batches(recipe), holds, lambda size: plan(size).verdict == "fits")
+    found = largest(micro_batches(recipe, room.world.processes), holds, lambda size: plan(size).verdict == "fits")
     return None if found is None else plans[found]
 
 

@@ -8,6 +8,7 @@ sees each call of a torch function before that and sends it where the device in 
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
@@ -38,7 +39,12 @@ class Steering(TorchFunctionMode):
         """Whether a number may be made up where one is asked of a tensor: an optimizer's, which changes no size."""
         self._casts = False
         self._depth = 0
-        self._copies: dict[int, torch.Tensor] = {}
+        self._copies: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor]] = {}
+
+    @property
+    def casts(self) -> bool:
+        """Whether autocast is on."""
+        return self._casts
 
     @contextmanager
     def autocast(self, *, enabled: bool = True) -> Iterator[None]:
@@ -119,9 +125,10 @@ class Steering(TorchFunctionMode):
             return tensor
         if not (tensor.is_leaf and tensor.requires_grad and tensor.dtype == torch.float32):
             return tensor.to(self.precision)
-        if id(tensor) not in self._copies:  # autocast keeps the copies of what is trained
-            self._copies[id(tensor)] = tensor.to(self.precision)
-        return self._copies[id(tensor)]
+        kept = self._copies.get(id(tensor))  # autocast keeps the copies of what is trained
+        if kept is None or kept[0]() is not tensor:  # or of what was there before it, by that number
+            kept = self._copies[id(tensor)] = weakref.ref(tensor), tensor.to(self.precision)
+        return kept[1]
 
     def _attention(  # noqa: PLR0917 — as torch has it
         self,
@@ -135,17 +142,14 @@ class Steering(TorchFunctionMode):
         enable_gqa: bool = False,
     ) -> torch.Tensor:
         kernels = torch.ops.aten
-        if enable_gqa:
-            shares = query.shape[1] // key.shape[1]
-            key, value = key.repeat_interleave(shares, 1), value.repeat_interleave(shares, 1)
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(
                 attn_mask.logical_not(), float("-inf")
             )
         if self.device == "cpu":
-            if not _flash_on_cpu((query, key, value, attn_mask), dropout_p, is_causal):
+            if not _flash_on_cpu((query, key, value, attn_mask), dropout_p, is_causal, grouped=enable_gqa):
                 return functional.scaled_dot_product_attention(
-                    query, key, value, attn_mask, dropout_p, is_causal, scale=scale
+                    query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
                 )
             made: torch.Tensor = kernels._scaled_dot_product_flash_attention_for_cpu(
                 query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
@@ -159,6 +163,9 @@ class Steering(TorchFunctionMode):
                 query, key, value = (functional.pad(t, (0, pad)) for t in (query, key, value))
             made = kernels._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
             return made[..., :width] if pad else made
+        if enable_gqa:  # which flash attention does by itself
+            shares = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(shares, 1), value.repeat_interleave(shares, 1)
         if attn_mask is not None:
             attn_mask = _additive(attn_mask, query)
         training = any(t.requires_grad for t in (query, key, value))
@@ -168,10 +175,10 @@ class Steering(TorchFunctionMode):
         return made
 
 
-def _flash_on_cpu(tensors: tuple[torch.Tensor | None, ...], dropout: float, causal: bool) -> bool:
+def _flash_on_cpu(tensors: tuple[torch.Tensor | None, ...], dropout: float, causal: bool, *, grouped: bool) -> bool:
     """Asked of torch itself, with tensors of the CPU that nobody writes to, and that so take no memory."""
     real = [None if t is None else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype) for t in tensors]
-    choice = torch._fused_sdp_choice(*real, dropout, causal)  # type: ignore[arg-type, call-arg]
+    choice = torch._fused_sdp_choice(*real, dropout, causal, enable_gqa=grouped)  # type: ignore[arg-type, call-arg, misc]
     return bool(choice == torch.nn.attention.SDPBackend.FLASH_ATTENTION.value)
 
 
@@ -213,4 +220,6 @@ def _mapped(
             return type(value)(one(below) for below in value)
         return value
 
-    return tuple(one(value) for value in args), {key: one(value) for key, value in kwargs.items()}
+    # From the last to the first, as the compiler has it in torch's builds: the backward pass goes in that order too.
+    changed = [one(value) for value in reversed(args)]
+    return tuple(reversed(changed)), {key: one(value) for key, value in kwargs.items()}

@@ -159,11 +159,7 @@ class Batches:
     world_size: int = 1
 
     def __post_init__(self) -> None:
-        if self.global_batch % self.world_size:
-            raise OutOfRangeError(
-                f"train.global_batch={self.global_batch} cannot be shared by {self.world_size} processes; "
-                f"use a multiple of {self.world_size}, or another number of processes"
-            )
+        check_share(self.global_batch, self.world_size)
 
     @property
     def accumulation(self) -> int:
@@ -214,6 +210,19 @@ class Batches:
             if index % self.world_size == self.rank:
                 mine.append(micro_batch)
         return GlobalBatch(tuple(mine), counts, required, executed)
+
+
+def check_share(global_batch: int, world_size: int) -> None:
+    """Whether every process can have as many examples of a step as the others.
+
+    Raises:
+        OutOfRangeError: it cannot.
+    """
+    if global_batch % world_size:
+        raise OutOfRangeError(
+            f"train.global_batch={global_batch} cannot be shared by {world_size} processes; "
+            f"use a multiple of {world_size}, or another number of processes"
+        )
 
 
 def division(global_batch: int, micro_batch: int | None, world_size: int) -> tuple[int, int]:

@@ -27,6 +27,8 @@ from peftbench.errors import EngineError, PrecisionError
 from peftbench.record import Device
 
 if TYPE_CHECKING:
+    from accelerate.utils import DeepSpeedPlugin
+
     from peftbench.recipe import Precision, Recipe
 
 SCRATCH = "offload"
@@ -66,22 +68,41 @@ def bind(recipe: Recipe, folder: Path) -> Bound:
     cpu = on_cpu()
     _check_precision(recipe.train.precision, cpu)
     _check_trackers(recipe.trackers)
-    processes = _asked_world_size()
-    accumulation, micro_batch = division(recipe.train.global_batch, recipe.train.rows, processes)
+    processes = asked_world_size()
+    accumulation, _ = division(recipe.train.global_batch, recipe.train.rows, processes)
     _check_accumulation(accumulation)
+    engine, plugin = launched_engine(recipe, folder, processes)
+    _check_launch(cpu, engine)
+    if recipe.method.trains:
+        check(combination(recipe, engine), "cpu" if cpu else "cuda")
+    if engine.on_disk:
+        deepspeed.check_disk()
+    bound = start(recipe, folder, engine, plugin, cpu=cpu)
+    _check_world(bound.accelerator, engine)
+    return bound
+
+
+def launched_engine(recipe: Recipe, folder: Path, processes: int) -> tuple[EngineKind, DeepSpeedPlugin | None]:
+    """What the launcher's environment asks for, with accelerate's plugin where it is DeepSpeed.
+
+    Raises:
+        EngineError, MissingFileError: it is no engine of the table, or a file sets what the recipe owns.
+    """
     _check_owned()
     plugin = None
     if deepspeed.asked_for():
+        accumulation, micro_batch = division(recipe.train.global_batch, recipe.train.rows, processes)
         plugin = deepspeed.plugin(
             micro_batch=micro_batch, accumulation=accumulation, processes=processes,
             max_grad_norm=recipe.train.max_grad_norm, scratch=folder / SCRATCH,
         )  # fmt: skip
-    engine = asked_engine(plugin.deepspeed_config if plugin else None)
-    _check_launch(cpu, engine)
-    if recipe.method.trains:
-        check(_combination(recipe, engine), "cpu" if cpu else "cuda")
-    if engine.on_disk:
-        deepspeed.check_disk()
+    return asked_engine(plugin.deepspeed_config if plugin else None), plugin
+
+
+def start(recipe: Recipe, folder: Path, engine: EngineKind, plugin: DeepSpeedPlugin | None, *, cpu: bool) -> Bound:
+    """The accelerator that drives ``engine``, in the processes that are there."""
+    processes = asked_world_size()
+    accumulation, _ = division(recipe.train.global_batch, recipe.train.rows, processes)
     if cpu and engine.fsdp:
         _fsdp_on_cpu()
     accelerator = Accelerator(
@@ -98,11 +119,11 @@ def bind(recipe: Recipe, folder: Path) -> Bound:
     )
     if plugin:
         deepspeed.after_start()
-    _check_world(accelerator, engine)
     return Bound(accelerator, engine, recipe.train.precision)
 
 
-def _combination(recipe: Recipe, engine: EngineKind) -> Combination:
+def combination(recipe: Recipe, engine: EngineKind) -> Combination:
+    """What the table of what runs on what is asked."""
     asked = {
         QUANTIZATION: recipe.model.quantization is not None,
         CHECKPOINTS: recipe.checkpoint.every_steps is not None,
@@ -144,7 +165,8 @@ def _cpu_asked_for() -> bool:
     return os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
 
 
-def _asked_world_size() -> int:
+def asked_world_size() -> int:
+    """Processes that the launcher started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -195,9 +217,9 @@ def _check_launch(cpu: bool, engine: EngineKind) -> None:
     if engine not in (SINGLE, DDP):
         return  # DeepSpeed and FSDP run on CPU from the same files, and the record says so
     hidden = set(os.environ.get("CUDA_VISIBLE_DEVICES", "all").split(",")) <= {"", "-1"}
-    if cpu and _asked_world_size() > 1 and not hidden and not _cpu_asked_for():
+    if cpu and asked_world_size() > 1 and not hidden and not _cpu_asked_for():
         raise EngineError(
-            f"{_asked_world_size()} processes were started for GPUs and there is no GPU; "
+            f"{asked_world_size()} processes were started for GPUs and there is no GPU; "
             "for several processes on CPU use accel_configs/cpu2.yaml"
         )
 
@@ -220,7 +242,7 @@ def _check_precision(precision: str, cpu: bool) -> None:
 
 
 def _check_world(accelerator: Accelerator, engine: EngineKind) -> None:
-    asked = _asked_world_size()
+    asked = asked_world_size()
     if accelerator.num_processes != asked:
         raise EngineError(
             f"the launcher started {asked} processes and {accelerator.num_processes} formed one world "

@@ -177,12 +177,7 @@ def make_trainer(recipe: Recipe, built: Built, train: Rows, pad_token: int, boun
     rank, world_size = accelerator.process_index, accelerator.num_processes
     batches = Batches(train, collator, knobs.global_batch, knobs.rows, knobs.seed, rank, world_size)
     steps = batches.steps(knobs.steps, knobs.epochs)
-    bare = recipe.optimizer.build(*_trained(built.bare_model))
-    if accelerator.scaler is not None:
-        _let_the_scaler_skip(bare)
-    model, optimizer = accelerator.prepare(built.bare_model, bare)
-    check_started(recipe, bound, model, optimizer, bare)
-    recipe.optimizer.started(deepspeed.groups_of(optimizer))
+    model, optimizer, bare = prepare(recipe, built.bare_model, bound)
     # Not prepared: accelerate steps a prepared schedule once per process, and ours counts optimizer steps.
     schedule = get_scheduler(
         _SCHEDULES[recipe.schedule.kind], bare, num_warmup_steps=recipe.schedule.warmup_steps, num_training_steps=steps
@@ -194,6 +189,24 @@ def make_trainer(recipe: Recipe, built: Built, train: Rows, pad_token: int, boun
     if recipe.train.activation_offload and accelerator.device.type != "cpu":
         trainer = replace(trainer, offload=partial(ActivationOffload, list(built.bare_model.parameters())))
     return replace(trainer, backward_part="backward_and_optimizer") if bound.engine.deepspeed else trainer
+
+
+def prepare(
+    recipe: Recipe, bare_model: nn.Module, bound: Bound
+) -> tuple[nn.Module, torch.optim.Optimizer, torch.optim.Optimizer]:
+    """What the engine makes of a model and of its optimizer, and the optimizer before.
+
+    Raises:
+        EngineError: the engine did not start as the recipe asks.
+    """
+    accelerator = bound.accelerator
+    bare = recipe.optimizer.build(*_trained(bare_model))
+    if accelerator.scaler is not None:
+        _let_the_scaler_skip(bare)
+    model, optimizer = accelerator.prepare(bare_model, bare)
+    check_started(recipe, bound, model, optimizer, bare)
+    recipe.optimizer.started(deepspeed.groups_of(optimizer))
+    return model, optimizer, bare
 
 
 def _let_the_scaler_skip(optimizer: torch.optim.Optimizer) -> None:

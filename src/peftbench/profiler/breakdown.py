@@ -8,22 +8,28 @@ happens to it, which may be later; so the book is read when the step is over.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from peftbench.profiler.memory import tensors_in
+from peftbench.profiler.memory import local, tensors_in
 
-Kind = Literal["weights", "weight_copies", "gradients", "optimizer_state", "activations", "logits", "temporaries"]
+Kind = Literal[
+    "weights", "gathered_weights", "weight_copies", "gradients", "buckets", "optimizer_state", "activations", "logits",
+    "temporaries",
+]  # fmt: skip
 KINDS: tuple[Kind, ...] = (
-    "weights", "weight_copies", "gradients", "optimizer_state", "activations", "logits", "temporaries",
+    "weights", "gathered_weights", "weight_copies", "gradients", "buckets", "optimizer_state", "activations", "logits",
+    "temporaries",
 )  # fmt: skip
 
 
@@ -33,6 +39,21 @@ class _Storage:
 
     bytes: int
     kind: Kind = "temporaries"
+
+
+@dataclass
+class Holdings:
+    """What an engine keeps beside a model's parameters, between two steps."""
+
+    tensors: list[tuple[Kind, torch.Tensor]] = field(default_factory=list)
+    borrowed: list[nn.Parameter] = field(default_factory=list)
+    """Parameters that are whole for a layer's time; their gradients are whole too."""
+    bytes: list[tuple[Kind, int]] = field(default_factory=list)
+    """Of what no tensor of Python's stands for."""
+    steps: torch.optim.Optimizer | None = None
+    """The optimizer that steps, within all that wraps it."""
+    anew: Callable[[], Iterable[tuple[Kind, torch.Tensor]]] = tuple
+    """Asked when something is sent: what an engine keeps that it makes anew in each step."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +84,10 @@ class Peak:
 class Breakdown(TorchDispatchMode):
     """Books the storages of one step of training.
 
-    - weights: parameters and buffers; weight_copies: those that autocast casts them into.
-    - gradients: what ends in a parameter's ``grad``.
-    - optimizer_state: what the optimizer keeps.
+    - weights: parameters and buffers, of which a process may hold a part; gathered_weights: whole ones that it borrows
+      for the time of a layer; weight_copies: those that autocast casts them into.
+    - gradients: what ends in a parameter's ``grad``; buckets: what is sent to other processes or comes from them.
+    - optimizer_state: what the optimizer keeps, float32 copies of the weights that it steps included.
     - logits: of the vocabulary's width, from the head's output to its gradient.
     - activations: made in the forward pass, or in its recomputation, and still there when the backward pass goes on.
     - temporaries: all others.
@@ -74,13 +96,25 @@ class Breakdown(TorchDispatchMode):
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, vocabulary: int, part: Callable[[], str | None]
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        vocabulary: int,
+        part: Callable[[], str | None],
+        *,
+        holdings: Callable[[], Holdings] = Holdings,
+        device: str | None = None,
     ) -> None:
+        """``holdings`` are asked for when it begins to look. ``device`` is the kind whose memory is booked, None for
+        every kind.
+        """
         super().__init__()  # type: ignore[no-untyped-call]
         self.model = model
         self.optimizer = optimizer
         self.vocabulary = vocabulary
         self.part = part
+        self.holdings = holdings
+        self.device = device
         self._held: dict[int, _Storage] = {}
         self._watches: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._book: list[tuple[_Storage, int, str, str | None]] = []
@@ -88,11 +122,15 @@ class Breakdown(TorchDispatchMode):
         self._mark = 0
         self._made_forward: dict[int, _Storage] = {}
         self._hooks: list[Any] = []
+        self._patches = ExitStack()
         self._operation = ""
+        self._anew = Holdings().anew
 
     def mark(self) -> None:
         """Look for the peak in what comes from here on."""
         self._see_optimizer_state()  # of which not all comes out of operations
+        for tensor in self.model.parameters():  # those that stay whole, which an engine may have made anew
+            self._takes_over(local(tensor), "weights", {"gathered_weights", "temporaries", "buckets"})
         self._mark = len(self._book)
 
     def events(self) -> Iterator[Event]:
@@ -115,16 +153,27 @@ class Breakdown(TorchDispatchMode):
         return best
 
     def __enter__(self) -> Breakdown:
+        held = self.holdings()
+        self._anew = held.anew
         for tensor in (*self.model.parameters(), *self.model.buffers()):
-            self._see(tensor, "weights")
+            self._see(local(tensor), "weights")
             for more in tensors_in([getattr(tensor, "quant_state", None)]):
                 self._see(more, "weights")
-        for parameter in self.model.parameters():
+        for kind, tensor in held.tensors:
+            self._see(tensor, kind)
+        for kind, size in held.bytes:
+            self._book.append((_Storage(size, kind), 1, self._operation, self.part()))
+        for parameter in (*self.model.parameters(), *held.borrowed):
             if parameter.grad is not None:
-                self._see(parameter.grad, "gradients")
+                self._see(local(parameter.grad), "gradients")
             if parameter.requires_grad:
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(self._is_gradient))
+        if held.steps is not None:
+            self._hooks.append(held.steps.register_step_pre_hook(self._see_gradients))
         self._see_optimizer_state()
+        for parameter in held.borrowed:
+            self._see(parameter, "gathered_weights")
+        self._patches.enter_context(patch.object(torch.UntypedStorage, "resize_", self._resizing()))
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -132,16 +181,20 @@ class Breakdown(TorchDispatchMode):
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         super().__exit__(kind, error, where)  # type: ignore[no-untyped-call]
+        self._patches.close()
         self._see_optimizer_state()
         for hook in self._hooks:
             hook.remove()
         self._watches.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(hasattr(kind, "to_local") for kind in types):  # first what it comes to on this process's part
+            return NotImplemented
         self._operation = str(func)
         backward = torch._C._current_graph_task_id() != -1
         if backward and not torch.is_grad_enabled():  # an operation of the backward pass, and not of a recomputation
             self._keep_for_backward()
+        self._see_use(func, args)
         result = func(*args, **(kwargs or {}))
         copied = self._copies_a_weight(func, args)
         forward = self.part() == "forward" or (backward and torch.is_grad_enabled())
@@ -159,12 +212,30 @@ class Breakdown(TorchDispatchMode):
         if forward and storage.kind == "temporaries":
             self._made_forward[id(storage)] = storage
 
+    def _see_use(self, func: Any, args: Any) -> None:
+        """What is computed with as a weight and is none that is held, is borrowed; what is sent is a bucket."""
+        if func.namespace == "c10d":
+            for tensor in tree_leaves(args):
+                if isinstance(tensor, torch.Tensor):
+                    self._takes_over(tensor, "buckets", {"temporaries", "gradients", "activations"})
+            for kind, tensor in self._anew():
+                self._takes_over(tensor, kind, {"temporaries", "gradients"})
+        for tensor in args:
+            if isinstance(tensor, nn.Parameter):
+                self._takes_over(tensor, "gathered_weights", {"temporaries", "buckets", "activations"})
+
+    def _takes_over(self, tensor: torch.Tensor, kind: Kind, before: set[Kind]) -> None:
+        storage = _storage(tensor)
+        booked = self._held.get(storage._cdata) if storage is not None else None
+        if booked is not None and booked.kind in before:
+            booked.kind = kind
+
     def _copies_a_weight(self, func: Any, args: Any) -> bool:
         if func is not torch.ops.aten._to_copy.default:
             return False
         storage = _storage(args[0])
         source = self._held.get(storage._cdata) if storage is not None else None
-        return source is not None and source.kind == "weights"
+        return source is not None and source.kind in {"weights", "gathered_weights"}
 
     def _keep_for_backward(self) -> None:
         for storage in self._made_forward.values():
@@ -174,7 +245,16 @@ class Breakdown(TorchDispatchMode):
 
     def _is_gradient(self, parameter: torch.Tensor) -> None:
         if parameter.grad is not None:
-            self._see(parameter.grad, "gradients")
+            self._see(local(parameter.grad), "gradients")
+
+    def _see_gradients(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._see(local(parameter.grad), "gradients")
+
+    def _elsewhere(self, storage: torch.UntypedStorage) -> bool:
+        return self.device is not None and storage.device.type != self.device
 
     def _see_optimizer_state(self) -> None:
         groups = (
@@ -187,7 +267,7 @@ class Breakdown(TorchDispatchMode):
     def _see(self, tensor: torch.Tensor, kind: Kind) -> _Storage | None:
         """The booked storage of ``tensor``, new or known; a known one takes over a kind that says more."""
         storage = _storage(tensor)
-        if storage is None:
+        if storage is None or self._elsewhere(storage):
             return None
         key = storage._cdata
         booked = self._held.get(key)
@@ -199,6 +279,30 @@ class Breakdown(TorchDispatchMode):
             booked.kind = kind
         return booked
 
+    def _resizing(self) -> Callable[[torch.UntypedStorage, int], Any]:
+        resize = torch.UntypedStorage.resize_
+
+        def resized(storage: torch.UntypedStorage, size: int) -> Any:
+            result = resize(storage, size)
+            self._resized(storage)
+            return result
+
+        return resized
+
+    def _resized(self, storage: torch.UntypedStorage) -> None:
+        """One that is given memory or gives it back and stays: to the book it is another one, for the same."""
+        if self._elsewhere(storage):
+            return
+        key = storage._cdata
+        before = self._held.pop(key, None)
+        if before is None:
+            self._watches[key] = weakref.ref(storage, partial(self._released, key))
+        else:
+            self._made_forward.pop(id(before), None)
+            self._book.append((before, -1, self._operation, self.part()))
+        after = self._held[key] = _Storage(storage.nbytes(), before.kind if before else "temporaries")
+        self._book.append((after, 1, self._operation, self.part()))
+
     def _released(self, key: int, _: object) -> None:
         storage = self._held.pop(key)
         self._watches.pop(key, None)
@@ -208,6 +312,8 @@ class Breakdown(TorchDispatchMode):
 
 def _storage(tensor: torch.Tensor) -> torch.UntypedStorage | None:
     """Where the tensor's elements lie, None where it has no storage of its own (a wrapper of others)."""
+    if hasattr(tensor, "to_local"):  # whose own is a name for the whole, which is nowhere
+        return None
     try:
         return tensor.untyped_storage()
     except (NotImplementedError, RuntimeError):

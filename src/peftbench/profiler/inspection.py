@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from peftbench.profiler.breakdown import Breakdown
+from peftbench.profiler.breakdown import Breakdown, Holdings
 from peftbench.profiler.counter import FlopCounter
 from peftbench.profiler.snapshot import with_history
 
@@ -59,9 +59,13 @@ def inspection(
     part: Callable[[], str | None],
     count_flops: bool,
     breakdown_step: int | None,
+    holdings: Callable[[], Holdings] = Holdings,
 ) -> Inspection:
     """The instruments of a run on ``device``; ``part`` tells which part of the step is being done."""
-    book = Breakdown(model, optimizer, vocabulary, part) if breakdown_step is not None else None
+    book = None
+    if breakdown_step is not None:
+        there = None if device.type == "cpu" else device.type
+        book = Breakdown(model, optimizer, vocabulary, part, holdings=holdings, device=there)
     history = device.type == "cuda" and torch.cuda.get_allocator_backend() == "native"
     # Some optimizers multiply matrices too, and FLOPs are those of forward and backward pass.
     counter = FlopCounter(lambda: part() == "optimizer") if count_flops else None

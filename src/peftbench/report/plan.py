@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
 _MIB = 2**20
 _KINDS = {
-    "weights": "weights", "weight_copies": "autocast copies", "gradients": "gradients", "optimizer_state": "states",
+    "weights": "weights", "gathered_weights": "gathered weights", "weight_copies": "autocast copies",
+    "gradients": "gradients", "buckets": "buckets", "optimizer_state": "states",
     "activations": "activations", "logits": "logits", "temporaries": "temporaries",
 }  # fmt: skip
 
@@ -38,7 +39,8 @@ def plan_text(plan: Plan) -> str:
             colalign=("left", *["right"] * (len(shown) + 2)),
         ),
         "",
-        f"{plan.name}: {plan.micro_batches} micro-batches of {plan.rows} x {plan.width} tokens on {plan.device}",
+        f"{plan.name}: {plan.micro_batches} micro-batches of {plan.rows} x {plan.width} tokens on {plan.device}"
+        + _of_several(plan),
         f"peak: {_mib(plan.peak.allocated_bytes)} MiB allocated in {plan.peak_part}, at {plan.peak.operation}; "
         f"{_mib(plan.reserved_bytes)} MiB reserved",
         f"process: {_mib(low)} to {_mib(high)} MiB, with the driver's context and the libraries' workspaces",
@@ -97,6 +99,10 @@ def _proof_text(proof: Proof) -> str:
     ran = "; ".join(f"{size} {'ran' if kind == 'ok' else 'was out of memory'}" for size, kind in proof.outcomes.items())
     found = f"{proof.largest} is the largest that runs" if proof.largest else "not even one example runs"
     return f"verified under the budget: micro-batch {ran}; predicted {proof.predicted}, and {found}"
+
+
+def _of_several(plan: Plan) -> str:
+    return f", {plan.engine}, per process, of {plan.processes}" if plan.engine != "single" else ""
 
 
 def _times(value: float | None, first: float | None) -> str:
