@@ -44,10 +44,9 @@ class Outcome(_Kept):
     requested_bytes: int | None = None
     """What an out-of-memory asked for."""
     held_bytes: int | None = None
-    """What was held when that was refused: by torch's allocator on a GPU, on CPU by the process beyond its libraries
-    where the run had a budget."""
+    """What was held when that was refused: by torch's allocator on a GPU, of the budget on CPU."""
     needed_bytes: int | None = None
-    """What the process is predicted to hold at its peak, at least, by ``peftbench estimate``."""
+    """What the process is predicted to hold at its peak, at least."""
     suggestion: str | None = None
     """What is predicted to fit instead."""
     snapshot: str | None = None

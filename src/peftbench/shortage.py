@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from peftbench.budget.advice import Advice, Question, ask
+from peftbench.budget.advice import Advice, Question, ask, settle_there
 from peftbench.budget.cap import Cap, hold
-from peftbench.budget.devices import device_named, of_torch_name
-from peftbench.budget.search import Room, settled
+from peftbench.budget.search import with_evaluation_batch, with_micro_batch
 from peftbench.engine.bind import on_cpu
+from peftbench.errors import BudgetError
 from peftbench.profiler.snapshot import FILE, keep, keep_on_out_of_memory
 from peftbench.record import Outcome
 
@@ -39,12 +39,21 @@ def settle(recipe: Recipe) -> tuple[Recipe, str | None]:
     """
     if recipe.train.micro_batch != "auto":
         return recipe, None
-    budget = recipe.budget.memory_bytes
-    if on_cpu():
-        return settled(recipe, None if budget is None else Room(device_named("cpu"), "cpu", budget))
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    room = Room(of_torch_name(properties.name), properties.name, budget or properties.total_memory)
-    return settled(recipe, room)
+    if not recipe.method.trains:
+        return with_micro_batch(recipe, 1), None
+    budget, device = recipe.budget.memory_bytes, "cpu"
+    if not on_cpu():
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        budget, device = budget or properties.total_memory, properties.name
+    if budget is None:
+        raise BudgetError(
+            "train.micro_batch=auto needs to know what is to fit; set budget.memory, as budget.memory=8GiB, or run it "
+            "on a GPU"
+        )
+    found = settle_there(Question.here(recipe, budget, device))
+    if found.problem is not None:
+        raise BudgetError(f"train.micro_batch=auto cannot be settled: {found.problem}")
+    return with_evaluation_batch(with_micro_batch(recipe, found.micro_batch), found.evaluation_batch), found.note
 
 
 class Shortage:
@@ -113,15 +122,12 @@ class Shortage:
         return outcome.model_copy(update={"needed_bytes": advice.needed_bytes, "suggestion": advice.suggestion})
 
     def _advice(self) -> Advice | None:
-        budget = self.recipe.budget.memory_bytes
+        budget, device = self.recipe.budget.memory_bytes, "cpu"
         if self.device.type == "cuda":
             properties = torch.cuda.get_device_properties(self.device)
-            return ask(
-                Question(recipe=self.recipe, budget_bytes=budget or properties.total_memory, device=properties.name)
-            )
-        if budget is None:  # it is the machine that had no more, and who knows why
-            return None
-        return ask(Question(recipe=self.recipe, budget_bytes=budget, device="cpu"))
+            budget, device = budget or properties.total_memory, properties.name
+        # Without a budget on CPU it is the machine that had no more, and who knows why.
+        return None if budget is None else ask(Question.here(self.recipe, budget, device))
 
     def _note_held(self) -> None:
         self._held = int(torch.cuda.memory_allocated(self.device))

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from peftbench.budget.devices import device_named, of_torch_name
-from peftbench.errors import BudgetError, PeftbenchError
+from peftbench.budget.search import TECHNIQUES, Room, settled, strategies, with_micro_batch
+from peftbench.budget.world import told, world_told
+from peftbench.errors import NoRoomError, PeftbenchError
 from peftbench.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -26,13 +28,31 @@ _LAUNCHER = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "MASTER_", "RANK", "LOCAL_
 
 
 class Question(BaseModel):
-    """A recipe, the bytes that it may take, and the device by torch's name for it."""
+    """A recipe, the bytes that each of its processes may take, and where it runs."""
 
     model_config = ConfigDict(frozen=True)
 
     recipe: Recipe
     budget_bytes: int
     device: str
+    """By torch's name for it, or cpu."""
+    processes: int = 1
+    launcher: dict[str, str] = {}
+    """What each process was told by its launcher."""
+
+    @classmethod
+    def here(cls, recipe: Recipe, budget_bytes: int, device: str) -> Question:
+        """With the launcher that started this process."""
+        return cls(
+            recipe=recipe, budget_bytes=budget_bytes, device=device, launcher=told(os.environ),
+            processes=int(os.environ.get("WORLD_SIZE", "1")),
+        )  # fmt: skip
+
+    def room(self) -> Room:
+        """What is to be fitted."""
+        facts = device_named("cpu") if self.device == "cpu" else of_torch_name(self.device)
+        world = world_told(self.processes, self.launcher, with_micro_batch(self.recipe, 1))
+        return Room(facts, self.device, self.budget_bytes, world)
 
 
 class Advice(BaseModel):
@@ -47,41 +67,77 @@ class Advice(BaseModel):
     """Why there is no answer."""
 
 
+class Settlement(BaseModel):
+    """What ``train.micro_batch=auto`` becomes."""
+
+    model_config = ConfigDict(frozen=True)
+
+    micro_batch: int = 1
+    evaluation_batch: int = 1
+    note: str | None = None
+    problem: str | None = None
+
+
 def ask(question: Question) -> Advice:
-    """Ask, and wait for the answer for some minutes at most; it never raises, for what asks has a record to write."""
+    """Ask what would have fitted, and wait some minutes for it at most; what asks has a record to write."""
+    said = _asked(question, "advice")
+    try:
+        return Advice.model_validate_json(said)
+    except ValidationError:
+        return Advice(problem="the estimator gave no answer")
+
+
+def settle_there(question: Question) -> Settlement:
+    """Ask what ``train.micro_batch=auto`` becomes."""
+    said = _asked(question, "settle")
+    try:
+        return Settlement.model_validate_json(said)
+    except ValidationError:
+        return Settlement(problem="the estimator gave no answer; set train.micro_batch to a number")
+
+
+def _asked(question: Question, what: str) -> str:
+    """The last line of an estimator in a process of its own; empty where there is none."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(_LAUNCHER)}
     environment["CUDA_VISIBLE_DEVICES"] = ""
-    command = [sys.executable, "-m", __name__]
     try:
         done = subprocess.run(
-            command, input=question.model_dump_json(), capture_output=True, text=True, timeout=_SECONDS, check=False,
-            env=environment,
+            [sys.executable, "-m", __name__, what], input=question.model_dump_json(), capture_output=True, text=True,
+            timeout=_SECONDS, check=False, env=environment,
         )  # fmt: skip
-        return Advice.model_validate_json(done.stdout.strip().splitlines()[-1])
-    except (OSError, subprocess.TimeoutExpired, IndexError, ValidationError) as error:
-        return Advice(problem=f"the estimator gave no answer ({type(error).__name__})")
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return (done.stdout.strip().splitlines() or [""])[-1]
 
 
 def answer(question: Question) -> Advice:
     """What the recipe needs, and the fastest change that is predicted to fit; one that trades nothing, if there is."""
     from peftbench.budget.estimate import estimate
-    from peftbench.budget.search import TECHNIQUES, Room, strategies
 
-    recipe, budget = question.recipe, question.budget_bytes
-    facts = device_named("cpu") if question.device == "cpu" else of_torch_name(question.device)
+    recipe = question.recipe
     try:
-        needed = estimate(recipe, facts, question.device).process_bytes[0]
+        room = question.room()
+        needed = estimate(recipe, room.facts, room.device, world=room.world).process_bytes[0]
     except PeftbenchError as error:
         return Advice(problem=str(error))
     free = ",".join(technique.name for technique in TECHNIQUES if technique.trades is None)
     for allowed in (free, "all"):
         try:
-            fitting = strategies(recipe, allowed, Room(facts, question.device, budget))
-        except BudgetError as error:  # not even the weights have room
+            fitting = strategies(recipe, allowed, room)
+        except NoRoomError as error:
             return Advice(needed_bytes=needed, suggestion=f"nothing that was tried would fit: {error}")
         if fitting:
             return Advice(needed_bytes=needed, suggestion=_suggested(fitting[0]))
     return Advice(needed_bytes=needed, suggestion="no smaller micro-batch and no technique of peftbench fit would fit")
+
+
+def settlement(question: Question) -> Settlement:
+    """What ``train.micro_batch=auto`` becomes, or why it cannot be said."""
+    try:
+        recipe, note = settled(question.recipe, question.room())
+    except PeftbenchError as error:
+        return Settlement(problem=str(error))
+    return Settlement(micro_batch=recipe.train.rows or 1, evaluation_batch=recipe.evaluate.batch, note=note)
 
 
 def _suggested(strategy: Strategy) -> str:
@@ -91,12 +147,13 @@ def _suggested(strategy: Strategy) -> str:
 
 
 def main() -> None:
-    """Answer the question on standard input."""
+    """Answer the question on standard input: what would fit ("advice"), or what auto becomes ("settle")."""
     from peftbench.console import quiet_libraries  # which a run that asks need not be able to import
 
     question = Question.model_validate_json(sys.stdin.read())
     quiet_libraries()
-    print(answer(question).model_dump_json(), flush=True)
+    said: BaseModel = settlement(question) if sys.argv[1] == "settle" else answer(question)
+    print(said.model_dump_json(), flush=True)
 
 
 if __name__ == "__main__":

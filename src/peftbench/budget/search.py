@@ -154,25 +154,18 @@ def best_plan(recipe: Recipe, room: Room) -> Plan | None:
     return None if found is None else plans[found]
 
 
-def settled(recipe: Recipe, room: Room | None) -> tuple[Recipe, str | None]:
+def settled(recipe: Recipe, room: Room) -> tuple[Recipe, str]:
     """The recipe with a number for ``train.micro_batch=auto``, the most that fits ``room``, and a note of it.
 
     Where not even one example is predicted to fit it is one: the run will tell.
 
     Raises:
-        BudgetError: it is not known what is to fit.
         NotEstimatedError: something in the recipe is not predicted.
     """
-    if recipe.train.micro_batch != "auto":
-        return recipe, None
-    if not recipe.method.trains:
-        return with_micro_batch(recipe, 1), None
-    if room is None:
-        raise BudgetError(
-            "train.micro_batch=auto needs to know what is to fit; set budget.memory, as budget.memory=8GiB, or run it "
-            "on a GPU"
-        )
-    plan = best_plan(recipe, room)
+    try:
+        plan = best_plan(recipe, room)
+    except NoRoomError:
+        plan = None
     if plan is None:
         return with_micro_batch(recipe, 1), "not even one example at once is predicted to fit; it was tried with one"
     size = f"{room.budget / 2**20:,.0f} MiB"

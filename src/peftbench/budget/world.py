@@ -63,10 +63,24 @@ def world_of(path: Path, processes: int | None, recipe: Recipe) -> World:
     """
     with quiet():
         started, launcher = _launched(path, processes)
-        with World(processes=started, launcher=launcher).environment():
-            engine, _ = launched_engine(recipe, Path(), started)
-    check_share(recipe.train.global_batch, started)
-    return World(engine, started, launcher)
+    return world_told(started, launcher, recipe)
+
+
+def world_told(processes: int, launcher: Mapping[str, str], recipe: Recipe) -> World:
+    """The processes that a launcher starts for ``recipe``, by what it tells each.
+
+    Raises:
+        EngineError: it asks for no known engine.
+    """
+    with quiet(), World(processes=processes, launcher=launcher).environment():
+        engine, _ = launched_engine(recipe, Path(), processes)
+    check_share(recipe.train.global_batch, processes)
+    return World(engine, processes, launcher)
+
+
+def told(environment: Mapping[str, str]) -> dict[str, str]:
+    """What a launcher has told a process, of all that is in its environment."""
+    return {key: value for key, value in environment.items() if key.startswith(_TOLD) and key not in _OF_A_PLACE}
 
 
 @contextmanager
@@ -106,5 +120,4 @@ def _launched(path: Path, processes: int | None = None) -> tuple[int, dict[str, 
             environment = prepare_multi_gpu_env(asked)
     except (YAMLError, ValueError, TypeError, KeyError, AttributeError, ConnectionError) as error:
         raise EngineError(f"accelerate cannot launch from {path}: {str(error).splitlines()[0]}") from error
-    told = {key: value for key, value in environment.items() if key.startswith(_TOLD) and key not in _OF_A_PLACE}
-    return int(asked.num_processes), told
+    return int(asked.num_processes), told(environment)
