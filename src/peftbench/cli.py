@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
@@ -118,6 +119,19 @@ def _room(budget: str | None, device: str | None) -> tuple[DeviceFacts, int | No
     return facts, parse_size(budget) if budget else int(facts.memory) or None
 
 
+def _budget(given: str | None, size: int | None, recipe: Recipe) -> int | None:
+    """What a recipe is to fit: what the command says, else what the recipe does, else what the device has."""
+    return size if given else recipe.budget.memory_bytes or size
+
+
+def _needed(size: int | None) -> int:
+    from peftbench.errors import BudgetError
+
+    if size is None:
+        raise BudgetError("what is it to fit? give --budget, as 16GiB, or --device")
+    return size
+
+
 def _world(launcher: Path | None, processes: int | None, recipe: Recipe) -> World:
     """The processes that a plan is of."""
     from peftbench.budget.world import ALONE, world_of
@@ -132,26 +146,50 @@ def _world(launcher: Path | None, processes: int | None, recipe: Recipe) -> Worl
 def estimate(
     changes: Overrides = None,
     config: Configs = None,
+    suite: Annotated[Optional[Path], typer.Option(help="Instead of a recipe: a line for every run of a suite.")] = None,
     budget: Budget = None,
     device: DeviceName = None,
     accelerate: Launcher = None,
     processes: Processes = None,
+    into: Annotated[Optional[Path], typer.Option(help="Markdown file with a block to replace by it.")] = None,
+    block: Annotated[str, typer.Option(help="The block: between <!-- report:NAME --> and its end.")] = "plan",
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Say how much GPU memory a recipe would take, and whether it fits, without a GPU and without weights."""
     from peftbench.config import load_recipe
     from peftbench.console import quiet_libraries
+    from peftbench.errors import BudgetError
+    from peftbench.suite.expand import expand
 
     with guarded():
         facts, size = _room(budget, device)
-        recipe = load_recipe(config or [], changes or [])
+        if suite is not None and config:
+            raise BudgetError("--suite says which recipes it is of; leave --config out")
+        recipes = [load_recipe(config or [], changes or [])] if suite is None else expand(suite, changes or [])
         quiet_libraries()
-        from peftbench.budget.estimate import estimate as estimated
-        from peftbench.report.plan import plan_text
+        from tqdm.auto import tqdm
 
-        world = _world(accelerate, processes, recipe)
-        plan = estimated(recipe, facts, device or facts.torch_name, size, world)
-        print(plan.model_dump_json(indent=1) if as_json else plan_text(plan))
+        from peftbench.budget.estimate import estimate as estimated
+        from peftbench.budget.search import Room, planned
+        from peftbench.report.plan import plan_text, plans_text
+        from peftbench.report.table import insert_block
+
+        name = device or facts.torch_name
+        if suite is None:
+            recipe = recipes[0]
+            world = _world(accelerate, processes, recipe)
+            plan = estimated(recipe, facts, name, _budget(budget, size, recipe), world)
+            made = plan.model_dump_json(indent=1) if as_json else plan_text(plan)
+        else:
+            plans = []
+            for recipe in tqdm(recipes, desc="rehearsing", unit="run", disable=None):
+                room = Room(facts, name, _needed(_budget(budget, size, recipe)), _world(accelerate, processes, recipe))
+                plans.append(planned(recipe, room))
+            made = json.dumps([plan.model_dump() for plan in plans], indent=1) if as_json else plans_text(plans)
+        if into is not None:
+            insert_block(made, into, block)
+        else:
+            print(made)
 
 
 @app.command()
@@ -179,15 +217,14 @@ def fit(
     from peftbench.budget.plan import Fit
     from peftbench.config import load_recipe
     from peftbench.console import quiet_libraries
-    from peftbench.errors import BudgetError, OutOfRangeError
+    from peftbench.errors import OutOfRangeError
 
     with guarded():
         facts, size = _room(budget, device)
-        if size is None:
-            raise BudgetError("what is it to fit? give --budget, as 16GiB, or --device")
         if verify and family is not None:
             raise OutOfRangeError("--verify runs the recipe's own model; leave --largest-model out")
         recipe = load_recipe(config or [], changes or [])
+        size = _needed(_budget(budget, size, recipe))
         quiet_libraries()
         from peftbench.budget.search import Room, as_found, largest_model, micro_batches, strategies
         from peftbench.report.plan import fit_text

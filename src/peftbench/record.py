@@ -305,20 +305,18 @@ class RunRecord(_Kept):
     phase_seconds: dict[str, float] = {}
     throughput: Throughput | None = None
     memory: dict[str, Memory] = {}
-    """By phase; the maximum over ranks where there are several (of the main one, where the run did not end well)."""
+    """By phase; the most over ranks, or, where the run did not end well, of the main one and one out of memory."""
     memory_by_rank: tuple[dict[str, Memory], ...] = ()
     """Each rank's own, until the end of evaluation."""
     step_memory_by_rank: tuple[dict[str, Memory], ...] = ()
     step_memory: dict[str, Memory] = {}
-    """By part of the timed steps (forward, backward, optimizer), where device and engine let them be told apart; of
-    the warm-up's where the run did not get further."""
+    """By part of the timed steps (of the warm-up's where there are none), where they can be told apart."""
     part_seconds: dict[str, float] = {}
     """By part, median over warm-up steps but the first and those that were inspected; the device was waited for."""
     timed_steps: tuple[int, ...] = ()
     """Which steps those were, counted from 1."""
     context_bytes: int | None = None
-    """What the process took of the GPU before it held the model, by NVML: its context, and with several processes
-    what they talk through. The most over ranks."""
+    """What the process took of the GPU before it held the model, by NVML; with several, what they talk through too."""
     state_bytes: StateBytes | None = None
     """The most over ranks."""
     state_bytes_by_rank: tuple[StateBytes, ...] = ()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 LINES = re.findall(
     r"report (\S+) --into (\S+) --block (\S+)(?: --by (\S+))?", (REPOSITORY / "Makefile").read_text(encoding="utf-8")
 )
+PLANS = re.findall(
+    r"peftbench estimate (.+) --into (\S+) --block (\S+)", (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+)
 SUITES = {"demo": "suite.yaml", "demo_seeds": "seeds.yaml", "demo_rates": "rates.yaml"}
 
 
@@ -28,8 +33,20 @@ def test_every_block_is_made_by_make_readme() -> None:
         for page in pages
         for block in re.findall(r"<!-- report:(\S+) -->", page.read_text(encoding="utf-8"))
     }
-    assert len(blocks) >= 3
-    assert blocks == {(file, block) for _, file, block, _ in LINES}
+    assert len(blocks) >= 5
+    assert blocks == {(file, block) for _, file, block, _ in LINES} | {(file, block) for _, file, block in PLANS}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "file", "block"),
+    [pytest.param(*plan, id=plan[2], marks=[pytest.mark.slow] * ("--suite" in plan[0])) for plan in PLANS],
+)
+def test_a_page_shows_what_is_planned_now(arguments: str, file: str, block: str, tmp_path: Path) -> None:
+    """Making a block again by the estimator changes nothing."""
+    page = Path(shutil.copy(REPOSITORY / file, tmp_path))
+    command = ["-c", "from peftbench.cli import main; main()", "estimate", *arguments.split(), "--into", str(page)]
+    subprocess.run([sys.executable, *command, "--block", block], check=True, cwd=REPOSITORY, timeout=280)
+    assert page.read_text(encoding="utf-8") == (REPOSITORY / file).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(("folder", "file", "block", "by"), LINES, ids=[line[2] for line in LINES])

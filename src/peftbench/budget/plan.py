@@ -65,6 +65,13 @@ class Plan(_Answer):
         return self.parts[self.peak_part]
 
 
+class NoPlan(_Answer):
+    """A run of a suite that is not predicted, and why."""
+
+    name: str
+    reason: str
+
+
 class Strategy(_Answer):
     """Ways of saving memory and the largest micro-batch that fit together."""
 

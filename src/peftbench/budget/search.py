@@ -11,10 +11,10 @@ from tqdm.auto import tqdm
 
 from peftbench.budget.estimate import estimate
 from peftbench.budget.families import family_named
-from peftbench.budget.plan import ModelFit, Strategy, fastest_first
+from peftbench.budget.plan import ModelFit, NoPlan, Strategy, fastest_first
 from peftbench.budget.world import ALONE, World
 from peftbench.data.batches import division
-from peftbench.errors import BudgetError, NoRoomError, nearest
+from peftbench.errors import BudgetError, NoRoomError, PeftbenchError, nearest
 from peftbench.optim import OPTIMIZERS
 from peftbench.profiler.devices import peak_flops
 
@@ -114,6 +114,20 @@ def largest(sizes: Sequence[int], holds: Callable[[int], bool], fits: Callable[[
             most = middle
         middle = (least + most) // 2
     return next((size for size in reversed(sizes[:least]) if fits(size)), None)
+
+
+def planned(recipe: Recipe, room: Room) -> Plan | NoPlan:
+    """The plan of one run of a suite; where the weights alone have no room it says so, and where there is none, why."""
+    try:
+        return room.plan(recipe)
+    except NoRoomError:
+        plan = estimate(recipe, room.facts, room.device, world=room.world)
+        low, high = plan.process_bytes
+        margin = room.budget - high, room.budget - low
+        said = {"budget_bytes": room.budget, "verdict": "does not fit", "margin_bytes": margin}
+        return plan.model_copy(update=said)
+    except PeftbenchError as error:
+        return NoPlan(name=recipe.name, reason=str(error))
 
 
 def evaluation_batch(recipe: Recipe, room: Room) -> int | None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
+from peftbench.budget.plan import NoPlan, Plan
+
 if TYPE_CHECKING:
-    from peftbench.budget.plan import Fit, Plan, Proof
+    from peftbench.budget.plan import Fit, Proof
 
 _MIB = 2**20
 _KINDS = {
@@ -48,6 +51,28 @@ def plan_text(plan: Plan) -> str:
     if plan.verdict is not None and plan.budget_bytes is not None and plan.margin_bytes is not None:
         lines.append(f"in {_mib(plan.budget_bytes)} MiB: {plan.verdict} ({_margin(*plan.margin_bytes)})")
     return "\n".join((*lines, *(f"note: {note}" for note in plan.notes)))
+
+
+def plans_text(plans: Sequence[Plan | NoPlan]) -> str:
+    """A table of a suite's runs by who holds their peaks, and a sentence for each that is not predicted."""
+    made = [plan for plan in plans if isinstance(plan, Plan)]
+    shown = [kind for kind in _KINDS if any(kind in plan.peak.live_by_kind for plan in made)]
+    rows = [
+        {
+            "MiB at its peak": plan.name,
+            "in": plan.peak_part,
+            **{_KINDS[kind]: _mib(plan.peak.live_by_kind.get(kind, 0)) for kind in shown},
+            "live": _mib(plan.peak.live_bytes),
+            "reserved": _mib(plan.reserved_bytes),
+            "process": f"{_mib(plan.process_bytes[0])} to {_mib(plan.process_bytes[1])}",
+            **({f"in {_mib(plan.budget_bytes)} MiB": plan.verdict} if plan.budget_bytes is not None else {}),
+        }
+        for plan in made
+    ]
+    notes = dict.fromkeys(note for plan in made for note in plan.notes)
+    left_out = [f"{plan.name}: {plan.reason}" for plan in plans if isinstance(plan, NoPlan)]
+    table = tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+    return "\n".join((table, "", *(f"note: {note}" for note in (*left_out, *notes))))
 
 
 def fit_text(fit: Fit) -> str:

@@ -214,6 +214,16 @@ def insert_table(records: Sequence[RunRecord], file: Path, block: str, knob: str
         RecordError: the file has no such markers.
         UnknownKeyError: the recipes have no such knob.
     """
+    grouped = by_knob(records, knob) if knob else over_seeds(ordered(records))
+    insert_block(_github(grouped) if grouped else markdown_table(records), file, block)
+
+
+def insert_block(made: str, file: Path, block: str) -> None:
+    """Replace what stands in ``file`` between the markers of ``block`` by what was made.
+
+    Raises:
+        RecordError: the file has no such markers.
+    """
     begin, end = f"<!-- report:{block} -->", f"<!-- end of report:{block} -->"
     try:
         text = file.read_text(encoding="utf-8")
@@ -223,9 +233,7 @@ def insert_table(records: Sequence[RunRecord], file: Path, block: str, knob: str
         raise RecordError(
             f"{file} has no place for the table; put the lines {begin} and {end} where it shall go"
         ) from error
-    grouped = by_knob(records, knob) if knob else over_seeds(ordered(records))
-    table = _github(grouped) if grouped else markdown_table(records)
-    write_atomically(file, f"{before}{begin}\n\n{table}\n\n{end}{after}")
+    write_atomically(file, f"{before}{begin}\n\n{made}\n\n{end}{after}")
 
 
 def _github(rows: Sequence[dict[str, str]]) -> str:
