@@ -29,6 +29,7 @@ lint: .venv/installed
 # The figures in README.md and docs/ come from committed records, never from a keyboard.
 readme: .venv/installed
 	$(BIN)/peftbench report docs/results/demo --into README.md --block demo
+	$(BIN)/peftbench report docs/results/demo_budget --into README.md --block budget
 	$(BIN)/peftbench report docs/results/demo_seeds --into docs/results/README.md --block seeds
 	$(BIN)/peftbench report docs/results/demo_rates --into docs/results/README.md --block rates --by optimizer.learning_rate
 	$(BIN)/peftbench estimate --config recipes/gpt2_cnn_dm/full.yaml train.precision=fp32 --device t4 --into docs/concepts/memory.md --block plan

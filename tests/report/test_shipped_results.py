@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from peftbench.record import FILE, RunRecord, read_records
+from peftbench.record import FILE, RunRecord, read_records, train_peak_bytes
 from peftbench.report.table import insert_table
 from peftbench.suite.expand import expand
 
@@ -22,7 +22,7 @@ LINES = re.findall(
 PLANS = re.findall(
     r"peftbench estimate (.+) --into (\S+) --block (\S+)", (REPOSITORY / "Makefile").read_text(encoding="utf-8")
 )
-SUITES = {"demo": "suite.yaml", "demo_seeds": "seeds.yaml", "demo_rates": "rates.yaml"}
+SUITES = {"demo": "suite.yaml", "demo_budget": "budget.yaml", "demo_seeds": "seeds.yaml", "demo_rates": "rates.yaml"}
 
 
 def test_every_block_is_made_by_make_readme() -> None:
@@ -65,7 +65,7 @@ def test_the_records_are_of_the_shipped_suite(name: str) -> None:
     assert set(records) == set(recipes)
     for run, record in records.items():
         assert unlike(record.recipe, recipes[run].model_dump(mode="json")) == []
-        assert record.outcome.kind == "ok"
+        assert record.outcome.kind == ("oom" if (name, run) == ("demo_budget", "full") else "ok")
         assert record.git
         assert "+changes" not in record.git
 
@@ -87,6 +87,20 @@ def test_the_demo_means_something() -> None:
     full, base = quality(records["full"]), quality(records["zero_shot"])
     assert full[0] < base[0] - 0.2
     assert full[1][0] > base[1][1]
+
+
+def test_the_budget_tells_its_story() -> None:
+    """Full fine-tuning would have needed more than there was, and says what would fit; the others stay inside."""
+    records = {r.name: r for r in read_records(REPOSITORY / "docs" / "results" / "demo_budget")}
+    budget = 128 * 2**20
+    outcome = records["full"].outcome
+    assert outcome.requested_bytes is not None
+    assert outcome.held_bytes is not None
+    assert outcome.held_bytes <= budget < outcome.held_bytes + outcome.requested_bytes + 2**20
+    assert outcome.suggestion is not None
+    assert "is predicted to fit" in outcome.suggestion
+    peaks = {name: train_peak_bytes(record) for name, record in records.items()}
+    assert 0 < (peaks["lora"] or 0) < (peaks["full_in_8bit"] or 0) < budget
 
 
 def test_the_order_of_methods_holds_over_seeds() -> None:
