@@ -34,7 +34,12 @@ def test_a_word_reaches_the_others_and_not_oneself(rank: Any) -> None:
     first, second = rank(0), rank(1)
     heard: dict[str, list[Any]] = {"first": [], "second": []}
     called = threading.Event()
-    first.watch(lambda word: (heard["first"].append(word), called.set()))
+
+    def hear(word: dict[str, Any]) -> None:
+        heard["first"].append(word)
+        called.set()
+
+    first.watch(hear)
     second.watch(heard["second"].append)
     second.tell(WORD)
     assert called.wait(5)
