@@ -48,7 +48,11 @@ def estimate(recipe: Recipe, facts: DeviceFacts, device: str, budget: int | None
             rehearsal.generate(recipe.evaluate.batch * recipe.evaluate.beams, width - new, new)
     events = list(rehearsal.book.events())
     found = forecast(events, facts.kind)
-    overhead = tuple(facts.workspaces[side] + facts.context[side] for side in (0, 1))
+    context, workspaces = (
+        (int(facts.context[0]), int(facts.context[1])),
+        (int(facts.workspaces[0]), int(facts.workspaces[1])),
+    )
+    overhead = (context[0] + workspaces[0], context[1] + workspaces[1])
     process = (found.reserved_bytes + overhead[0], found.reserved_bytes + overhead[1])
     verdict, margin = None, None
     if budget is not None:
@@ -63,6 +67,7 @@ def estimate(recipe: Recipe, facts: DeviceFacts, device: str, budget: int | None
         calibrated=facts.calibrated, rows=rows, width=width, micro_batches=accumulation,
         evaluation_rows=recipe.evaluate.batch, step_flops=flops, parts=parts,
         peak_part=found.peak.part, reserved_bytes=found.reserved_bytes, process_bytes=process,
+        context_bytes=context, workspaces_bytes=workspaces,
         budget_bytes=budget, verdict=verdict, margin_bytes=margin, notes=_notes(facts, width),
     )  # fmt: skip
 

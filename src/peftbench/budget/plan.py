@@ -51,8 +51,12 @@ class Plan(_Answer):
     peak_part: str
     reserved_bytes: int
     """What the allocator takes from the driver."""
+    context_bytes: tuple[int, int]
+    """Of the driver and of kernels that are loaded: at least and at most."""
+    workspaces_bytes: tuple[int, int]
+    """Of cuBLAS and its kin, at least and at most."""
     process_bytes: tuple[int, int]
-    """With context and workspaces: at least and at most."""
+    """Of all three, at least and at most."""
     budget_bytes: int | None
     verdict: Verdict | None
     margin_bytes: tuple[int, int] | None

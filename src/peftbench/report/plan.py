@@ -46,7 +46,8 @@ def plan_text(plan: Plan) -> str:
         + _of_several(plan),
         f"peak: {_mib(plan.peak.allocated_bytes)} MiB allocated in {plan.peak_part}, at {plan.peak.operation}; "
         f"{_mib(plan.reserved_bytes)} MiB reserved",
-        f"process: {_mib(low)} to {_mib(high)} MiB, with the driver's context and the libraries' workspaces",
+        f"process: {_mib(low)} to {_mib(high)} MiB, with the context ({_range(plan.context_bytes)}) and the libraries' "
+        f"workspaces ({_range(plan.workspaces_bytes)})",
     ]
     if plan.verdict is not None and plan.budget_bytes is not None and plan.margin_bytes is not None:
         lines.append(f"in {_mib(plan.budget_bytes)} MiB: {plan.verdict} ({_margin(*plan.margin_bytes)})")
@@ -124,6 +125,10 @@ def _proof_text(proof: Proof) -> str:
     ran = "; ".join(f"{size} {'ran' if kind == 'ok' else 'was out of memory'}" for size, kind in proof.outcomes.items())
     found = f"{proof.largest} is the largest that runs" if proof.largest else "not even one example runs"
     return f"verified under the budget: micro-batch {ran}; predicted {proof.predicted}, and {found}"
+
+
+def _range(sizes: tuple[int, int]) -> str:
+    return f"{_mib(sizes[0])} to {_mib(sizes[1])}"
 
 
 def _of_several(plan: Plan) -> str:
