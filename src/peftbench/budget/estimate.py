@@ -48,10 +48,7 @@ def estimate(recipe: Recipe, facts: DeviceFacts, device: str, budget: int | None
             rehearsal.generate(recipe.evaluate.batch * recipe.evaluate.beams, width - new, new)
     events = list(rehearsal.book.events())
     found = forecast(events, facts.kind)
-    context, workspaces = (
-        (int(facts.context[0]), int(facts.context[1])),
-        (int(facts.workspaces[0]), int(facts.workspaces[1])),
-    )
+    context, workspaces = _plain(facts.context), _plain(facts.workspaces)
     overhead = (context[0] + workspaces[0], context[1] + workspaces[1])
     process = (found.reserved_bytes + overhead[0], found.reserved_bytes + overhead[1])
     verdict, margin = None, None
@@ -70,6 +67,11 @@ def estimate(recipe: Recipe, facts: DeviceFacts, device: str, budget: int | None
         context_bytes=context, workspaces_bytes=workspaces,
         budget_bytes=budget, verdict=verdict, margin_bytes=margin, notes=_notes(facts, width),
     )  # fmt: skip
+
+
+def _plain(sizes: tuple[int, int]) -> tuple[int, int]:
+    """Numbers, which JSON has, of pydantic's sizes."""
+    return int(sizes[0]), int(sizes[1])
 
 
 def _check(recipe: Recipe, engine: EngineKind, kind: DeviceKind) -> None:
