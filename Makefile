@@ -10,8 +10,9 @@ demo: .venv/installed
 	$(BIN)/peftbench compare recipes/demo/suite.yaml
 	$(BIN)/peftbench compare recipes/demo/budget.yaml
 
+# Two at once: most of a test is one process with one thread.
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-all: .venv/installed
 	$(BIN)/python -m pytest -m "slow or not slow"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -110,18 +111,22 @@ def report(
         print(f"report: {write_report(records, folder, folder.resolve().name)}")
 
 
-def _room(budget: str | None, device: str | None) -> tuple[DeviceFacts, int | None]:
-    """What is known of the device, and how many bytes there are to fit; None where neither was given."""
+def _facts(device: str | None) -> DeviceFacts:
     from peftbench.budget.devices import UNKNOWN, device_named
+
+    return device_named(device) if device else UNKNOWN
+
+
+def _budget(given: str | None, facts: DeviceFacts, recipe: Recipe) -> int | None:
+    """What a recipe is to fit: what the command says, else what the recipe does, else what the device has."""
+    from peftbench.errors import BudgetError
     from peftbench.sizes import parse_size
 
-    facts = device_named(device) if device else UNKNOWN
-    return facts, parse_size(budget) if budget else int(facts.memory) or None
-
-
-def _budget(given: str | None, size: int | None, recipe: Recipe) -> int | None:
-    """What a recipe is to fit: what the command says, else what the recipe does, else what the device has."""
-    return size if given else recipe.budget.memory_bytes or size
+    there = int(facts.memory)
+    size = recipe.budget.memory_bytes if given is None else parse_size(given)
+    if size is not None and there and size > there:
+        raise BudgetError(f"a budget of {size:,} bytes is more than the {there:,} of {facts.torch_name}; give less")
+    return size or there or None
 
 
 def _needed(size: int | None) -> int:
@@ -134,12 +139,14 @@ def _needed(size: int | None) -> int:
 
 def _world(launcher: Path | None, processes: int | None, recipe: Recipe) -> World:
     """The processes that a plan is of."""
+    from peftbench.budget.search import with_micro_batch
     from peftbench.budget.world import ALONE, world_of
     from peftbench.errors import BudgetError
 
     if launcher is None and processes is not None:
         raise BudgetError("--processes needs an engine that spreads a training over them; give --accelerate too")
-    return ALONE if launcher is None else world_of(launcher, processes, recipe)
+    # Of which size a micro-batch is may be what is asked, and says nothing of where it runs.
+    return ALONE if launcher is None else world_of(launcher, processes, with_micro_batch(recipe, 1))
 
 
 @app.command()
@@ -159,32 +166,31 @@ def estimate(
     from peftbench.config import load_recipe
     from peftbench.console import quiet_libraries
     from peftbench.errors import BudgetError
-    from peftbench.suite.expand import expand
+    from peftbench.suite.expand import accelerate_config, expand
 
     with guarded():
-        facts, size = _room(budget, device)
+        facts = _facts(device)
         if suite is not None and config:
             raise BudgetError("--suite says which recipes it is of; leave --config out")
         recipes = [load_recipe(config or [], changes or [])] if suite is None else expand(suite, changes or [])
+        accelerate = accelerate or (accelerate_config(suite) if suite else None)
         quiet_libraries()
         from tqdm.auto import tqdm
 
-        from peftbench.budget.estimate import estimate as estimated
-        from peftbench.budget.search import Room, planned
+        from peftbench.budget.search import Room, plan_of
         from peftbench.report.plan import plan_text, plans_text
         from peftbench.report.table import insert_block
 
-        name = device or facts.torch_name
+        def room(recipe: Recipe) -> Room:
+            size = _budget(budget, facts, recipe)
+            return Room(facts, device or facts.torch_name, size, _world(accelerate, processes, recipe))
+
         if suite is None:
-            recipe = recipes[0]
-            world = _world(accelerate, processes, recipe)
-            plan = estimated(recipe, facts, name, _budget(budget, size, recipe), world)
+            plan = room(recipes[0]).plan(recipes[0])
             made = plan.model_dump_json(indent=1) if as_json else plan_text(plan)
         else:
-            plans = []
-            for recipe in tqdm(recipes, desc="rehearsing", unit="run", disable=None):
-                room = Room(facts, name, _needed(_budget(budget, size, recipe)), _world(accelerate, processes, recipe))
-                plans.append(planned(recipe, room))
+            bar = tqdm(recipes, desc="rehearsing", unit="run", disable=None)
+            plans = [plan_of(recipe, partial(room, recipe)) for recipe in bar]
             made = json.dumps([plan.model_dump() for plan in plans], indent=1) if as_json else plans_text(plans)
         if into is not None:
             insert_block(made, into, block)
@@ -220,14 +226,15 @@ def fit(
     from peftbench.errors import OutOfRangeError
 
     with guarded():
-        facts, size = _room(budget, device)
+        facts = _facts(device)
         if verify and family is not None:
             raise OutOfRangeError("--verify runs the recipe's own model; leave --largest-model out")
         recipe = load_recipe(config or [], changes or [])
-        size = _needed(_budget(budget, size, recipe))
+        size = _needed(_budget(budget, facts, recipe))
         quiet_libraries()
         from peftbench.budget.search import Room, as_found, largest_model, micro_batches, strategies
         from peftbench.report.plan import fit_text
+        from peftbench.suite.local import run_one
         from peftbench.suite.verify import check_here, prove
 
         if verify:
@@ -245,7 +252,7 @@ def fit(
                 first.plan.width,
                 micro_batches(chosen, room.world.processes),
                 size,
-                accelerate=accelerate,
+                launch=partial(run_one, accelerate=accelerate, processes=processes),
                 say=_say,
             )
             answer = answer.model_copy(update={"proof": proof})

@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import tempfile
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +87,6 @@ class Run:
         self.dropped: dict[str, int] = {}
         self.data_identity: str | None = None
         self.recorded = False
-        self._ending = threading.Lock()
         self.inspection: Inspection | None = None
         self.together: Together | None = None
         self.resumed_after: list[int] = []
@@ -121,10 +119,10 @@ class Run:
             outcome, fault = Outcome(kind="failed", **self._where(), error=str(error)), error
         except Exception as error:
             outcome, fault = Outcome(kind="failed", **self._where(), error=f"{type(error).__name__}: {error}"), error
+        self.peers.claim()
         if fault is not None and (word := self.peers.heard()) is not None:  # it is of a rank that has gone
             outcome, fault = self._told(word), None
-        with self._ending:
-            record, path = self._recorded(outcome)
+        record, path = self._recorded(outcome)
         if fault is not None:
             raise fault
         if outcome.kind != "oom" or not self.peers.several:  # or it would wait for a rank that has gone
@@ -133,34 +131,36 @@ class Run:
 
     def _recorded(self, outcome: Outcome) -> tuple[RunRecord, Path]:
         """Write the record, on the main process."""
-        if outcome.kind != "oom":
-            self.shortage.forget()
-        record = recorded(self, outcome)
-        path = self.folder / FILE
-        if self.accelerator.is_main_process:
-            path = record.write(self.folder)
-            self.recorded = True
-            if outcome.kind == "ok" and self.built is not None:
-                self._forget_checkpoints(self.built)  # not sooner: what a kill takes could not be had again
-            self.peers.recorded()
+        main = self.accelerator.is_main_process
+        try:
+            if outcome.kind == "oom" and main:
+                outcome = self.shortage.answered(outcome)
+            if outcome.kind != "oom":
+                self.shortage.forget()
+            record, path = recorded(self, outcome), self.folder / FILE
+            if main:
+                path = record.write(self.folder)
+                self.recorded = True
+                if outcome.kind == "ok" and self.built is not None:
+                    self._forget_checkpoints(self.built)  # not sooner: what a kill takes could not be had again
+        finally:
+            if main:
+                self.peers.recorded()
         return record, path
 
     def end_with(self, word: dict[str, Any]) -> tuple[Outcome, Path]:
-        """End as another rank has ended, from a thread: this one may be waiting for it for ever.
-
-        The lock is kept, so that nothing else ends the run as well.
-        """
-        self._ending.acquire()
+        """End as another rank has ended, from a thread: this one may be waiting for it for ever."""
+        self.peers.claim()
+        self.shortage.lift()  # or there may be no memory to tell it with
         self.probe.close()
-        outcome = self._told(word)
-        return outcome, self._recorded(outcome)[1]
+        record, path = self._recorded(self._told(word))
+        return record.outcome, path
 
     def _told(self, word: dict[str, Any]) -> Outcome:
         """The outcome of another rank, whose peaks are kept where they are larger."""
         peaks = {name: Memory(**memory) for name, memory in word["memory"].items()}
         self.probe.memory.update(largest([self.probe.memory, peaks]))
-        outcome = Outcome(**word["outcome"])
-        return self.shortage.answered(outcome) if self.accelerator.is_main_process else outcome
+        return Outcome(**word["outcome"])
 
     def _leave_nothing(self) -> None:
         """Take back the folders made for a run that is refused, where nothing lies in them."""
@@ -190,9 +190,7 @@ class Run:
             "outcome": outcome.model_dump(),
             "memory": {name: memory.model_dump() for name, memory in self.probe.memory.items()},
         })  # fmt: skip
-        if not self.accelerator.is_main_process:
-            return outcome
-        return self.shortage.answered(outcome)
+        return outcome
 
     def _work(self) -> None:
         # Before the work: afterwards the hub may be gone, or the files may be others.

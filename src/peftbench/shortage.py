@@ -112,6 +112,11 @@ class Shortage:
             error=_first_line(error), snapshot=self.snapshot.name if self.snapshot.exists() else None,
         )  # fmt: skip
 
+    def lift(self) -> None:
+        """Hold the run to its budget no more."""
+        if self.cap is not None:
+            self.cap.lift()
+
     def answered(self, outcome: Outcome) -> Outcome:
         """With what the estimator says that it would have needed, and what would fit instead."""
         advice = self._advice()

@@ -94,12 +94,21 @@ def run(recipe: Recipe) -> tuple[Outcome, Path | None, int]:
 
 def _end_with_another(run: Run, word: dict[str, Any]) -> None:
     """End this rank, which may wait for ever for one that has run out of memory; from a thread."""
-    if is_main_process():
-        outcome, record = run.end_with(word)
-        report(_last_line(run.recipe, outcome, record), sys.__stdout__)
-    else:
-        run.peers.await_record()
-    _leave(EXIT_CODES["oom"])
+    code = EXIT_CODES["oom"]
+    try:
+        if is_main_process():
+            outcome, record = run.end_with(word)
+            report(_last_line(run.recipe, outcome, record), sys.__stdout__)
+        else:
+            run.peers.await_record()
+    except BaseException as error:  # whatever it is, the process must end, for others wait for it
+        traceback.print_exc()
+        report(
+            {"outcome": "failed", "name": run.recipe.name, "error": f"{type(error).__name__}: {error}"}, sys.__stdout__
+        )
+        code = EXIT_CODES["failed"]
+    finally:
+        _leave(code)
 
 
 def _several() -> bool:

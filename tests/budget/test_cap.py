@@ -69,12 +69,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return fractions
 
 
-@pytest.mark.parametrize("context", [None, 400 * MIB])
+@pytest.mark.parametrize("context", [None, 400 * MIB, 2048 * MIB])
 def test_the_allocator_is_held_on_cuda(context: int | None, gpu: list[float]) -> None:
-    """To the budget less workspaces and the context: the one measured, else the largest known of such a device."""
+    """To the budget less workspaces and the context, the larger of what was measured and what is known."""
     facts, device = device_named("t4"), torch.device("cuda", 0)
     held = hold(8 * 2**30, device, context)
-    beside = (context or int(facts.context[1])) + int(facts.workspaces[1])
+    beside = max(context or 0, int(facts.context[1])) + int(facts.workspaces[1])
     assert held.tensors_bytes == 8 * 2**30 - beside
     assert gpu == [held.tensors_bytes / int(facts.memory)]
     assert int(gpu[0] * int(facts.memory)) in {held.tensors_bytes, held.tensors_bytes - 1}
@@ -93,6 +93,8 @@ def test_budgets_that_cannot_be(gpu: list[float], monkeypatch: pytest.MonkeyPatc
     assert gpu == []
     with pytest.raises(BudgetError, match="of this machine; give less"):
         hold(2**50, torch.device("cpu"), None)
+    with pytest.raises(BudgetError, match="that a process on CPU takes beside its tensors; give more"):
+        hold(2 * MIB, torch.device("cpu"), None)
     monkeypatch.setattr(cap, "status_bytes", lambda _: None)
     with pytest.raises(BudgetError, match="on Linux alone; take it out"):
         hold(2**30, torch.device("cpu"), None)

@@ -80,24 +80,24 @@ class Settlement(BaseModel):
 
 def ask(question: Question) -> Advice:
     """Ask what would have fitted, and wait some minutes for it at most; what asks has a record to write."""
-    said = _asked(question, "advice")
+    said, problem = _asked(question, "advice")
     try:
         return Advice.model_validate_json(said)
     except ValidationError:
-        return Advice(problem="the estimator gave no answer")
+        return Advice(problem=problem)
 
 
 def settle_there(question: Question) -> Settlement:
     """Ask what ``train.micro_batch=auto`` becomes."""
-    said = _asked(question, "settle")
+    said, problem = _asked(question, "settle")
     try:
         return Settlement.model_validate_json(said)
     except ValidationError:
-        return Settlement(problem="the estimator gave no answer; set train.micro_batch to a number")
+        return Settlement(problem=f"{problem}; set train.micro_batch to a number")
 
 
-def _asked(question: Question, what: str) -> str:
-    """The last line of an estimator in a process of its own; empty where there is none."""
+def _asked(question: Question, what: str) -> tuple[str, str]:
+    """The last line of an estimator in a process of its own, and why there may be none."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(_LAUNCHER)}
     environment["CUDA_VISIBLE_DEVICES"] = ""
     try:
@@ -105,9 +105,16 @@ def _asked(question: Question, what: str) -> str:
             [sys.executable, "-m", __name__, what], input=question.model_dump_json(), capture_output=True, text=True,
             timeout=_SECONDS, check=False, env=environment,
         )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return (done.stdout.strip().splitlines() or [""])[-1]
+    except OSError as error:
+        return "", f"the estimator could not be started: {error}"
+    except subprocess.TimeoutExpired as late:  # what it has said by then is what the recipe needs
+        said = late.stdout or b""
+        return _last(said if isinstance(said, str) else said.decode()), f"the estimator took over {_SECONDS} seconds"
+    return _last(done.stdout), f"the estimator gave no answer: {_last(done.stderr) or done.returncode}"
+
+
+def _last(text: str) -> str:
+    return (text.strip().splitlines() or [""])[-1]
 
 
 def answer(question: Question) -> Advice:
@@ -120,12 +127,15 @@ def answer(question: Question) -> Advice:
         needed = estimate(recipe, room.facts, room.device, world=room.world).process_bytes[0]
     except PeftbenchError as error:
         return Advice(problem=str(error))
+    print(Advice(needed_bytes=needed).model_dump_json(), flush=True)  # should the search take too long
     free = ",".join(technique.name for technique in TECHNIQUES if technique.trades is None)
     for allowed in (free, "all"):
         try:
             fitting = strategies(recipe, allowed, room)
         except NoRoomError as error:
             return Advice(needed_bytes=needed, suggestion=f"nothing that was tried would fit: {error}")
+        except PeftbenchError as error:
+            return Advice(needed_bytes=needed, problem=str(error))
         if fitting:
             return Advice(needed_bytes=needed, suggestion=_suggested(fitting[0]))
     return Advice(needed_bytes=needed, suggestion="no smaller micro-batch and no technique of peftbench fit would fit")

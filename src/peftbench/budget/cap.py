@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from peftbench.budget.allocator import Pages
-from peftbench.budget.devices import of_torch_name
+from peftbench.budget.devices import device_named, of_torch_name
 from peftbench.errors import BudgetError
 from peftbench.profiler.memory import status_bytes
 
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
+
+
+_LEAST = int(device_named("cpu").workspaces[0])
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,8 @@ def _hold_on_cuda(budget_bytes: int, device: torch.device, context_bytes: int | 
     properties = torch.cuda.get_device_properties(device)
     _check_device(budget_bytes, properties.total_memory, properties.name)
     facts = of_torch_name(properties.name)
-    # What was measured here, where it can be, and the most that is known of such a device where not.
-    beside = (facts.context[1] if context_bytes is None else context_bytes) + facts.workspaces[1]
+    # What was measured is of before the first kernel, and kernels are loaded as they are needed.
+    beside = max(facts.context[1], context_bytes or 0) + facts.workspaces[1]
     tensors = budget_bytes - beside
     if tensors <= 0:
         raise BudgetError(
@@ -79,6 +82,11 @@ def _hold_on_cpu(budget_bytes: int) -> Cap:
     if total is None or status_bytes("VmData") is None:
         raise BudgetError("budget.memory holds a run on CPU to a budget on Linux alone; take it out")
     _check_device(budget_bytes, total, "this machine")
+    if budget_bytes < _LEAST:
+        raise BudgetError(
+            f"budget.memory={budget_bytes:,} bytes is less than the {_LEAST:,} that a process on CPU takes beside its "
+            "tensors; give more"
+        )
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # the stacks of transformers' threads count as data, however empty
     _import_libraries()
     _give_blocks_back()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -128,5 +129,18 @@ class Fit(_Answer):
 
 
 def fastest_first(found: Iterable[Strategy]) -> list[Strategy]:
-    """By predicted time, then the larger micro-batch, then the fewer techniques."""
-    return sorted(found, key=lambda s: (s.seconds or s.plan.step_flops or 0, -s.plan.rows, len(s.techniques)))
+    """By predicted time, then the larger micro-batch, then the fewer techniques; the last are those of unknown time."""
+    strategies = list(found)
+    taken = times(strategies)
+    order = sorted(
+        range(len(strategies)),
+        key=lambda i: (taken[i] or math.inf, -strategies[i].plan.rows, len(strategies[i].techniques)),
+    )
+    return [strategies[i] for i in order]
+
+
+def times(strategies: Sequence[Strategy]) -> list[float | None]:
+    """What each takes: seconds where all have them, else FLOPs, for one is not compared with the other."""
+    if all(strategy.seconds is not None for strategy in strategies):
+        return [strategy.seconds for strategy in strategies]
+    return [strategy.plan.step_flops for strategy in strategies]

@@ -235,6 +235,7 @@ class Rehearsal:
     def evaluate(self, rows: int, width: int) -> None:
         """The held-out loss of one batch."""
         self.model.eval()
+        self.steering.padded = rows > 1
         batch = self._batch(rows, width, 1).micro_batches[0]
         with self.parts.part("evaluate"), self.steering.autocast():
             summed_loss(self.model, batch.to(self.accelerator.device))
@@ -246,6 +247,7 @@ class Rehearsal:
         They are made in one pass, as those of the prompt are; with beams, ``rows`` are times those.
         """
         self.model.eval()
+        self.steering.padded = rows > 1
         ids = torch.zeros((rows, width + new_tokens - 1), dtype=torch.long, device="meta")
         self.model.forward = self.forward
         whole = whole_at_root(self.model) if self.world.engine.fsdp else nullcontext()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
@@ -14,7 +14,7 @@ from peftbench.budget.families import family_named
 from peftbench.budget.plan import ModelFit, NoPlan, Strategy, fastest_first
 from peftbench.budget.world import ALONE, World
 from peftbench.data.batches import division
-from peftbench.errors import BudgetError, NoRoomError, PeftbenchError, nearest
+from peftbench.errors import BudgetError, CombinationError, NoRoomError, OptimizerError, PeftbenchError, nearest
 from peftbench.optim import OPTIMIZERS
 from peftbench.profiler.devices import peak_flops
 
@@ -33,12 +33,25 @@ class Room:
     facts: DeviceFacts
     device: str
     """As the user calls it."""
-    budget: int
-    """Of each process."""
+    budget: int | None
+    """Of each process; None where it is only asked what is needed."""
     world: World = ALONE
+
+    @property
+    def needed(self) -> int:
+        """The budget of a search, which has one.
+
+        Raises:
+            BudgetError: it has none.
+        """
+        if self.budget is None:
+            raise BudgetError("what is it to fit? give --budget, as 16GiB, or --device")
+        return self.budget
 
     def plan(self, recipe: Recipe) -> Plan:
         """What ``recipe`` would hold there; raises as :func:`peftbench.budget.estimate.estimate`."""
+        if recipe.train.micro_batch == "auto":
+            recipe, _ = settled(recipe, self)
         return estimate(recipe, self.facts, self.device, self.budget, self.world)
 
 
@@ -116,16 +129,17 @@ def largest(sizes: Sequence[int], holds: Callable[[int], bool], fits: Callable[[
     return next((size for size in reversed(sizes[:least]) if fits(size)), None)
 
 
-def planned(recipe: Recipe, room: Room) -> Plan | NoPlan:
+def plan_of(recipe: Recipe, room: Callable[[], Room]) -> Plan | NoPlan:
     """The plan of one run of a suite; where the weights alone have no room it says so, and where there is none, why."""
     try:
-        return room.plan(recipe)
-    except NoRoomError:
-        plan = estimate(recipe, room.facts, room.device, world=room.world)
-        low, high = plan.process_bytes
-        margin = room.budget - high, room.budget - low
-        said = {"budget_bytes": room.budget, "verdict": "does not fit", "margin_bytes": margin}
-        return plan.model_copy(update=said)
+        there = room()
+        try:
+            return there.plan(recipe)
+        except NoRoomError:
+            plan = replace(there, budget=None).plan(recipe)
+            budget, (low, high) = there.needed, plan.process_bytes
+            said = {"budget_bytes": budget, "verdict": "does not fit", "margin_bytes": (budget - high, budget - low)}
+            return plan.model_copy(update=said)
     except PeftbenchError as error:
         return NoPlan(name=recipe.name, reason=str(error))
 
@@ -162,7 +176,7 @@ def best_plan(recipe: Recipe, room: Room) -> Plan | None:
 
     def holds(size: int) -> bool:
         made = plan(size)
-        return made.peak.allocated_bytes + made.process_bytes[0] - made.reserved_bytes <= room.budget
+        return made.peak.allocated_bytes + made.process_bytes[0] - made.reserved_bytes <= room.needed
 
     found = largest(micro_batches(recipe, room.world.processes), holds, lambda size: plan(size).verdict == "fits")
     return None if found is None else plans[found]
@@ -174,15 +188,16 @@ def settled(recipe: Recipe, room: Room) -> tuple[Recipe, str]:
     Where not even one example is predicted to fit it is one: the run will tell.
 
     Raises:
+        BudgetError: it is not known what is to fit.
         NotEstimatedError: something in the recipe is not predicted.
     """
+    size = f"{room.needed / 2**20:,.0f} MiB"
     try:
         plan = best_plan(recipe, room)
     except NoRoomError:
         plan = None
     if plan is None:
         return with_micro_batch(recipe, 1), "not even one example at once is predicted to fit; it was tried with one"
-    size = f"{room.budget / 2**20:,.0f} MiB"
     note = f"train.micro_batch=auto became {plan.rows}, the most that is predicted to fit {size}"
     if plan.evaluation_rows != recipe.evaluate.batch:
         note += f", with evaluate.batch={plan.evaluation_rows}"
@@ -243,7 +258,13 @@ def strategies(recipe: Recipe, allow: str, room: Room) -> list[Strategy]:
     names = [technique.name for technique in TECHNIQUES] if allow == "all" else [n for n in allow.split(",") if n]
     sets = chosen_techniques(recipe, names, room.facts)
     bar = tqdm(sets, desc="rehearsing", unit="way", disable=None, leave=False)
-    found = [strategy(recipe, chosen, room) for chosen in bar]
+    found = []
+    for chosen in bar:
+        try:
+            found.append(strategy(recipe, chosen, room))
+        except (CombinationError, OptimizerError):  # a technique that this engine has not, or no library for
+            if not chosen:  # it is the recipe itself
+                raise
     return fastest_first([one for one in found if one is not None])
 
 

@@ -7,6 +7,7 @@ nothing. All of that is state of the process, and is put back at the end.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -81,11 +82,12 @@ def _fake_group(processes: int) -> Iterator[None]:
     """A process group of which this process is the first and the others are not there."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
-    try:
-        yield
-    finally:
-        distributed.destroy_process_group()
+    with patch.object(sys, "excepthook", sys.excepthook):  # which torch wraps, to say the rank
+        distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
+        try:
+            yield
+        finally:
+            distributed.destroy_process_group()
 
 
 @contextmanager

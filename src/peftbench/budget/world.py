@@ -118,6 +118,6 @@ def _launched(path: Path, processes: int | None = None) -> tuple[int, dict[str, 
             _, environment = prepare_deepspeed_cmd_env(asked)
         else:
             environment = prepare_multi_gpu_env(asked)
+        return int(asked.num_processes), told(environment)
     except (YAMLError, ValueError, TypeError, KeyError, AttributeError, ConnectionError) as error:
         raise EngineError(f"accelerate cannot launch from {path}: {str(error).splitlines()[0]}") from error
-    return int(asked.num_processes), told(environment)

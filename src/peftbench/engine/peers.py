@@ -42,11 +42,17 @@ class Peers:
                 _remove(old)
         self._place = folder / f".ended-{name[0]}"
         self._over = threading.Event()
+        self._ending = threading.Lock()
 
     def watch(self, when_told: Callable[[dict[str, Any]], None]) -> None:
         """Call ``when_told`` with what another rank has told, from a thread, unless this rank ends of itself."""
         if self.several:
             threading.Thread(target=self._look, args=(when_told,), daemon=True).start()
+
+    def claim(self) -> None:
+        """Be the one thread that ends this rank; any other that comes waits here until the process is gone."""
+        if not self._ending.acquire(blocking=False):
+            threading.Event().wait()
 
     def tell(self, word: dict[str, Any]) -> None:
         """Tell all others; ``word`` is plain."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
-from peftbench.budget.plan import NoPlan, Plan
+from peftbench.budget.plan import NoPlan, Plan, times
 
 if TYPE_CHECKING:
     from peftbench.budget.plan import Fit, Proof
@@ -82,17 +82,17 @@ def fit_text(fit: Fit) -> str:
         return _models_text(fit)
     if not fit.strategies:
         return f"nothing that was tried fits {_mib(fit.budget_bytes)} MiB, not even with micro-batches of one example"
-    first = fit.strategies[0].seconds or fit.strategies[0].plan.step_flops
+    taken = times(fit.strategies)
     rows = [
         {
             "strategy": strategy.name,
             "micro-batch": strategy.plan.rows,
             "allocated, MiB": _mib(strategy.plan.peak.allocated_bytes),
             "process at most, MiB": _mib(strategy.plan.process_bytes[1]),
-            "time": _times(strategy.seconds or strategy.plan.step_flops, first),
+            "time": _times(seconds, taken[0]),
             "trades": "; ".join(strategy.trades) or "nothing",
         }
-        for strategy in fit.strategies
+        for strategy, seconds in zip(fit.strategies, taken, strict=True)
     ]
     best = fit.strategies[0]
     by = "the data sheet's FLOP/s" if best.seconds else "FLOPs alone, whatever their precision"

@@ -80,14 +80,18 @@ def run_suite(recipes: Sequence[Recipe], accelerate: Path | None, say: Callable[
     return results
 
 
-def run_one(recipe: Recipe, accelerate: Path | None) -> Result:
-    """One run in a process of its own. Its recipe is written beside its record, so that it can be run again by hand."""
+def run_one(recipe: Recipe, accelerate: Path | None, processes: int | None = None) -> Result:
+    """One run in a process of its own, or in as many as the accelerate file or ``processes`` says.
+
+    Its recipe is written beside its record, so that it can be run again by hand.
+    """
     folder = Path(recipe.output_dir) / recipe.name
     recipe_file = folder / "recipe.yaml"
     write_atomically(recipe_file, explained(recipe))
     launcher = [sys.executable]
     if accelerate is not None:
         launcher += ["-m", "accelerate.commands.launch", "--quiet", "--config_file", str(accelerate)]
+        launcher += ["--num_processes", str(processes)] if processes is not None else []
     command = [*launcher, "-m", ENTRY_POINT, "--config", str(recipe_file)]
     log = folder / "log.txt"
     # A person watches the bars; anyone else finds what was said in the run's folder.

@@ -11,7 +11,7 @@ from peftbench.budget.plan import Proof
 from peftbench.errors import BudgetError
 from peftbench.recipe import Budget, Checkpoint, Profile, Recipe
 from peftbench.record import FILE, RunRecord, read_record
-from peftbench.suite.local import run_one
+from peftbench.suite.local import Result
 
 _STEPS = 3
 """In the second the optimizer's states are there, and the third is as any other."""
@@ -29,7 +29,7 @@ def check_here(facts: DeviceFacts) -> None:
     if facts.torch_name != here and not (facts is UNKNOWN and here != "CPU"):
         instead = "give --device cpu" if here == "CPU" else "leave --device out"
         raise BudgetError(
-            f"--verify runs the answer on this machine, which has {here} and no {facts.torch_name}; {instead}"
+            f"--verify runs the answer here, on {here}, and the answer is for {facts.torch_name}; {instead}"
         )
 
 
@@ -39,10 +39,12 @@ def prove(
     sizes: Sequence[int],
     budget: int,
     *,
-    accelerate: Path | None,
+    launch: Callable[[Recipe], Result],
     say: Callable[[str], None],
 ) -> Proof:
     """Run ``recipe``, whose micro-batch was found to fit, and the next larger one of ``sizes``, under ``budget`` bytes.
+
+    ``launch`` runs a recipe.
 
     Where the first does not run, smaller ones are, and where the second does, larger ones, until the edge is found.
     Each run takes three steps, of rows that all have ``width`` tokens, and one batch of evaluation.
@@ -53,7 +55,7 @@ def prove(
     outcomes: dict[int, str] = {}
 
     def runs(index: int) -> bool:
-        record = _run(recipe, width, sizes[index], budget, accelerate)
+        record = _run(recipe, width, sizes[index], budget, launch)
         outcomes[sizes[index]] = record.outcome.kind
         say(_told(sizes[index], record))
         return record.outcome.kind == "ok"
@@ -70,9 +72,9 @@ def prove(
     return Proof(predicted=predicted, outcomes=outcomes, largest=sizes[index] if index >= 0 else None)
 
 
-def _run(recipe: Recipe, width: int, size: int, budget: int, accelerate: Path | None) -> RunRecord:
+def _run(recipe: Recipe, width: int, size: int, budget: int, launch: Callable[[Recipe], Result]) -> RunRecord:
     with TemporaryDirectory(prefix="peftbench-") as folder:
-        result = run_one(_short(recipe, width, size, budget, folder), accelerate)
+        result = launch(_short(recipe, width, size, budget, folder))
         if result.outcome not in {"ok", "oom"}:
             raise BudgetError(
                 f"a run with micro-batches of {size} proves nothing, for it ended as {result.outcome}: {result.error}"
