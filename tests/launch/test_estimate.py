@@ -28,7 +28,7 @@ def test_a_plan_is_printed(project: Path, caches: dict[str, str]) -> None:
 @pytest.mark.parametrize(("argument", "code", "said"), [
     (["--budget", "much"], 80, "'much' is no size of memory; write it as 16GiB"),
     (["--device", "t5"], 81, "did you mean 't4'?"),
-    (["train.activation_offload=true"], 82, "activation offload is not predicted"),
+    (["model.quantization=int8"], 82, "outliers of an int8 base depend on its values"),
     (["--budget", "80GiB", "--device", "t4"], 80, "is more than the"),
     (["budget.memory=16GiB", "--device", "t4"], 80, "is more than the"),
     (["--budget", ""], 80, "'' is no size of memory"),

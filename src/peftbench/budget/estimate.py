@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from peftbench.budget.allocator import OutOfMemoryError
-from peftbench.budget.forecast import Moment, forecast
+from peftbench.budget.forecast import Forecast, Moment, forecast
 from peftbench.budget.plan import Part, Plan, Verdict
 from peftbench.budget.rehearsal import Rehearsal
 from peftbench.budget.world import ALONE, World
@@ -14,6 +14,7 @@ from peftbench.data.encode import Layout
 from peftbench.engine.bind import combination
 from peftbench.engine.compatibility import check
 from peftbench.errors import NoRoomError, NotEstimatedError, PrecisionError
+from peftbench.optim.eightbit import AdamW8bit
 
 if TYPE_CHECKING:
     from peftbench.budget.devices import DeviceFacts
@@ -37,7 +38,7 @@ def estimate(recipe: Recipe, facts: DeviceFacts, device: str, budget: int | None
     if recipe.train.precision == "bf16" and not facts.bf16:
         raise PrecisionError(f"train.precision=bf16 is not there on {facts.torch_name}; use fp16 or fp32")
     accumulation, rows = division(recipe.train.global_batch, recipe.train.rows, world.processes)
-    rehearsal = Rehearsal(recipe, facts.kind, accumulation, padded=rows > 1, world=world)
+    rehearsal = Rehearsal(_unpaged(recipe), facts.kind, accumulation, padded=rows > 1, world=world)
     width = _width(recipe, rehearsal.positions)
     flops = rehearsal.step_flops(max(1, recipe.train.global_batch // world.processes), width)
     with rehearsal:
@@ -50,13 +51,14 @@ def estimate(recipe: Recipe, facts: DeviceFacts, device: str, budget: int | None
     found = forecast(events, facts.kind)
     context, workspaces = _plain(facts.context), _plain(facts.workspaces)
     overhead = (context[0] + workspaces[0], context[1] + workspaces[1])
-    process = (found.reserved_bytes + overhead[0], found.reserved_bytes + overhead[1])
+    away = _pages(recipe, found)
+    process = (found.reserved_bytes - away + overhead[0], found.reserved_bytes + overhead[1])
     verdict, margin = None, None
     if budget is not None:
         weights = found.peak.live_by_kind["weights"]
         if budget < weights:
             raise NoRoomError(f"{budget:,} bytes do not hold the {weights:,} of the weights alone; give more")
-        verdict = _verdict(events, process, budget - overhead[0], budget, facts.kind)
+        verdict = _verdict(events, process, budget - overhead[0] + away, budget, facts.kind)
         margin = (budget - process[1], budget - process[0])
     parts = {name: _part(moment) for name, moment in found.by_part.items()}
     return Plan(
@@ -65,8 +67,22 @@ def estimate(recipe: Recipe, facts: DeviceFacts, device: str, budget: int | None
         evaluation_rows=recipe.evaluate.batch, step_flops=flops, parts=parts,
         peak_part=found.peak.part, reserved_bytes=found.reserved_bytes, process_bytes=process,
         context_bytes=context, workspaces_bytes=workspaces,
-        budget_bytes=budget, verdict=verdict, margin_bytes=margin, notes=_notes(facts, width),
+        budget_bytes=budget, verdict=verdict, margin_bytes=margin, notes=_notes(facts, width, away),
     )  # fmt: skip
+
+
+def _unpaged(recipe: Recipe) -> Recipe:
+    """The recipe with states that the driver does not move, and that are as large."""
+    if recipe.optimizer.kind != "paged_adamw8bit":
+        return recipe
+    return recipe.model_copy(update={"optimizer": AdamW8bit(**recipe.optimizer.model_dump(exclude={"kind"}))})
+
+
+def _pages(recipe: Recipe, found: Forecast) -> int:
+    """Bytes that the driver can move to the CPU's memory."""
+    if recipe.optimizer.kind != "paged_adamw8bit":
+        return 0
+    return max(moment.live_by_kind["optimizer_state"] for moment in found.by_part.values())
 
 
 def _plain(sizes: tuple[int, int]) -> tuple[int, int]:
@@ -87,12 +103,8 @@ def _check(recipe: Recipe, engine: EngineKind, kind: DeviceKind) -> None:
         )
     if recipe.model.quantization == "int8":
         raise NotEstimatedError("outliers of an int8 base depend on its values; use model.quantization=nf4 or null")
-    if recipe.optimizer.kind == "paged_adamw8bit":
-        raise NotEstimatedError("paged states, which the driver moves, are not predicted; use optimizer.kind=adamw8bit")
     if recipe.optimizer.kind == "deepspeed_cpu_adam":
         raise NotEstimatedError("deepspeed_cpu_adam would be compiled and steps for real; use optimizer.kind=adamw")
-    if recipe.train.activation_offload:
-        raise NotEstimatedError("activation offload is not predicted so far; leave train.activation_offload false")
     if recipe.model.attention == "flash_attention_2":
         raise NotEstimatedError("flash_attention_2 is not predicted; use model.attention=sdpa, which is near to it")
 
@@ -122,8 +134,10 @@ def _part(moment: Moment) -> Part:
     )  # fmt: skip
 
 
-def _notes(facts: DeviceFacts, width: int) -> tuple[str, ...]:
+def _notes(facts: DeviceFacts, width: int, away: int) -> tuple[str, ...]:
     notes = [f"for micro-batches whose longest row has {width} tokens, as many as data.max_tokens or the model allows"]
+    if away:
+        notes.append(f"the driver moves {away:,} bytes of states to the CPU's memory where there is no room")
     if not facts.calibrated:
         notes.append("what only the device knows (context, workspaces) was not measured on one: uncalibrated")
     return tuple(notes)

@@ -27,6 +27,7 @@ from peftbench.engine.engines import DDP
 from peftbench.engine.holdings import holdings
 from peftbench.engine.loop import train_step
 from peftbench.engine.loss import summed_loss
+from peftbench.engine.offload import ActivationOffload
 from peftbench.engine.sharding import whole_at_root
 from peftbench.errors import NotEstimatedError
 from peftbench.profiler.breakdown import Breakdown, Holdings
@@ -146,8 +147,10 @@ class Rehearsal:
         """Put the model into its engine's hands."""
         schedule = partial(torch.optim.lr_scheduler.ConstantLR, factor=1.0)
         if self.world.alone:
+            if self._offloads:  # what is kept in the CPU's memory is never written
+                self._contexts.enter_context(self.parts.values)
             optimizer = self._optimizer()
-            self.trainer = Trainer(self.model, optimizer, schedule(optimizer), _no_batches(), 2)
+            self.trainer = self._offloading(Trainer(self.model, optimizer, schedule(optimizer), _no_batches(), 2))
             self._look()
             return
         from peftbench.budget.stage import staged
@@ -162,6 +165,17 @@ class Rehearsal:
             self.trainer = replace(self.trainer, autocast=self.steering.autocast)
         if bound.engine.deepspeed:
             self.trainer = replace(self.trainer, backward_part="backward_and_optimizer")
+        self.trainer = self._offloading(self.trainer)
+
+    @property
+    def _offloads(self) -> bool:
+        """Whether activations go to the CPU's memory; on the CPU they are there."""
+        return self.recipe.train.activation_offload and self.device == "cuda"
+
+    def _offloading(self, trainer: Trainer) -> Trainer:
+        if not self._offloads:
+            return trainer
+        return replace(trainer, offload=partial(ActivationOffload, list(self.model.parameters()), "meta"))
 
     def _look(self) -> None:
         """Book from here on."""
