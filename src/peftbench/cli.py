@@ -27,8 +27,8 @@ Overrides = Annotated[
 ]
 
 Configs = Annotated[Optional[list[Path]], typer.Option(help="A recipe; several are merged from left to right.")]
-Budget = Annotated[Optional[str], typer.Option(help="Memory to fit, as 16GiB; default: the device's.")]
-DeviceName = Annotated[Optional[str], typer.Option(help="A GPU that has a file, as t4, a10g or h100.")]
+Budget = Annotated[Optional[str], typer.Option(help="Memory to fit, as 16GiB; default: budget.memory or the GPU's.")]
+DeviceName = Annotated[Optional[str], typer.Option(help="A GPU that has a file, as t4, a10g or h100; or cpu.")]
 Launcher = Annotated[
     Optional[Path], typer.Option("--accelerate", help="Accelerate config file: the plan is of one of its processes.")
 ]
