@@ -232,7 +232,7 @@ def fit(
         recipe = load_recipe(config or [], changes or [])
         size = _needed(_budget(budget, facts, recipe))
         quiet_libraries()
-        from peftbench.budget.search import Room, as_found, largest_model, micro_batches, strategies
+        from peftbench.budget.search import Room, largest_model, strategies
         from peftbench.report.plan import fit_text
         from peftbench.suite.local import run_one
         from peftbench.suite.verify import check_here, prove
@@ -245,16 +245,8 @@ def fit(
         else:
             answer = Fit(budget_bytes=size, strategies=strategies(recipe, allow, room))
         if verify and answer.strategies:
-            first = answer.strategies[0]
-            chosen = as_found(recipe, first)
-            proof = prove(
-                chosen,
-                first.plan.width,
-                micro_batches(chosen, room.world.processes),
-                size,
-                launch=partial(run_one, accelerate=accelerate, processes=processes),
-                say=_say,
-            )
+            launch = partial(run_one, accelerate=accelerate, processes=processes)
+            proof = prove(recipe, answer.strategies[0], room, launch=launch, say=_say)
             answer = answer.model_copy(update={"proof": proof})
         print(answer.model_dump_json(indent=1) if as_json else fit_text(answer))
         if not answer.fits:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from peftbench.budget.devices import UNKNOWN, DeviceFacts
-from peftbench.budget.plan import Proof
+from peftbench.budget.plan import Proof, Strategy
+from peftbench.budget.search import Room, as_found, micro_batches
 from peftbench.errors import BudgetError
 from peftbench.recipe import Budget, Checkpoint, Profile, Recipe
 from peftbench.record import FILE, RunRecord, read_record
@@ -34,33 +35,27 @@ def check_here(facts: DeviceFacts) -> None:
 
 
 def prove(
-    recipe: Recipe,
-    width: int,
-    sizes: Sequence[int],
-    budget: int,
-    *,
-    launch: Callable[[Recipe], Result],
-    say: Callable[[str], None],
+    recipe: Recipe, found: Strategy, room: Room, *, launch: Callable[[Recipe], Result], say: Callable[[str], None]
 ) -> Proof:
-    """Run ``recipe``, whose micro-batch was found to fit, and the next larger one of ``sizes``, under ``budget`` bytes.
-
-    ``launch`` runs a recipe.
+    """Run what was found for ``recipe``, and the next larger micro-batch, under the budget of ``room``.
 
     Where the first does not run, smaller ones are, and where the second does, larger ones, until the edge is found.
-    Each run takes three steps, of rows that all have ``width`` tokens, and one batch of evaluation.
+    Each run takes three steps of rows as long as can be, and one batch of evaluation; ``launch`` runs one.
 
     Raises:
         BudgetError: a run ended neither well nor out of memory, which proves nothing.
     """
+    chosen, predicted = as_found(recipe, found), found.plan.rows
+    sizes = micro_batches(chosen, room.world.processes)
     outcomes: dict[int, str] = {}
 
     def runs(index: int) -> bool:
-        record = _run(recipe, width, sizes[index], budget, launch)
+        with TemporaryDirectory(prefix="peftbench-") as folder:
+            record = _run(_short(chosen, found.plan.width, sizes[index], room.needed, folder), launch)
         outcomes[sizes[index]] = record.outcome.kind
         say(_told(sizes[index], record))
         return record.outcome.kind == "ok"
 
-    predicted = recipe.train.rows or sizes[-1]
     index = sizes.index(predicted)
     if runs(index):
         while index + 1 < len(sizes) and runs(index + 1):
@@ -72,14 +67,14 @@ def prove(
     return Proof(predicted=predicted, outcomes=outcomes, largest=sizes[index] if index >= 0 else None)
 
 
-def _run(recipe: Recipe, width: int, size: int, budget: int, launch: Callable[[Recipe], Result]) -> RunRecord:
-    with TemporaryDirectory(prefix="peftbench-") as folder:
-        result = launch(_short(recipe, width, size, budget, folder))
-        if result.outcome not in {"ok", "oom"}:
-            raise BudgetError(
-                f"a run with micro-batches of {size} proves nothing, for it ended as {result.outcome}: {result.error}"
-            )
-        return read_record(Path(folder) / recipe.name / FILE)
+def _run(recipe: Recipe, launch: Callable[[Recipe], Result]) -> RunRecord:
+    result = launch(recipe)
+    if result.outcome not in {"ok", "oom"}:
+        size = recipe.train.rows
+        raise BudgetError(
+            f"a run with micro-batches of {size} proves nothing, for it ended as {result.outcome}: {result.error}"
+        )
+    return read_record(Path(recipe.output_dir) / recipe.name / FILE)
 
 
 def _short(recipe: Recipe, width: int, size: int, budget: int, folder: str) -> Recipe:

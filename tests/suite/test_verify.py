@@ -1,0 +1,77 @@
+"""The edge is looked for from what was predicted, whichever way it was wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from peftbench.budget.devices import UNKNOWN, device_named
+from peftbench.budget.plan import Proof
+from peftbench.budget.search import Room, strategy
+from peftbench.errors import BudgetError
+from peftbench.methods.full import Full
+from peftbench.recipe import Recipe
+from peftbench.record import Device, Outcome, RunRecord
+from peftbench.suite.local import Result
+from peftbench.suite.verify import check_here, prove
+from tests.conftest import Workshop
+
+BUDGET = 2**31
+
+
+def proved(workshop: Workshop, fits: int) -> tuple[Proof, list[str], list[Recipe]]:
+    """Of a device on which up to ``fits`` rows fit, where four were predicted of twelve."""
+    recipe = workshop.recipe(Full(), train={"global_batch": 12}, evaluate={"batch": 2})
+    room = Room(UNKNOWN, "a GPU", BUDGET)
+    found = strategy(recipe, (), room)
+    assert found is not None
+    found = found.model_copy(update={"plan": found.plan.model_copy(update={"rows": 4})})
+    said: list[str] = []
+    ran: list[Recipe] = []
+
+    def launch(asked: Recipe) -> Result:
+        ran.append(asked)
+        kind = "ok" if (asked.train.rows or 0) <= fits else "oom"
+        RunRecord(
+            name=asked.name, started_at="", recipe={}, recipe_fingerprint="", versions={},
+            device=Device(kind="cpu", name="", processes=1),
+            outcome=Outcome(kind=kind, step=2, part="forward", requested_bytes=7),  # type: ignore[arg-type]
+        ).write(Path(asked.output_dir) / asked.name)  # fmt: skip
+        return Result(asked.name, kind)
+
+    return prove(recipe, found, room, launch=launch, say=said.append), said, ran
+
+
+@pytest.mark.parametrize(("fits", "tried"), [
+    (4, [4, 6]), (6, [4, 6, 12]), (12, [4, 6, 12]), (3, [4, 3]), (1, [4, 3, 2, 1]), (0, [4, 3, 2, 1]),
+])  # fmt: skip
+def test_the_edge_is_found(fits: int, tried: list[int], workshop: Workshop) -> None:
+    """Upwards while it runs, downwards until it does; each size once, and the answer is what ran."""
+    proof, said, ran = proved(workshop, fits)
+    assert list(proof.outcomes) == tried == [recipe.train.rows for recipe in ran]
+    assert proof.largest == (fits or None)
+    assert proof.predicted == 4
+    assert len(said) == len(tried)
+    for recipe in ran:
+        assert (recipe.train.steps, recipe.train.global_batch, recipe.data.padding) == (3, 12, "max_tokens")
+        assert recipe.budget.memory_bytes == BUDGET
+        assert not Path(recipe.output_dir).exists()
+
+
+def test_a_run_that_fails_proves_nothing(workshop: Workshop) -> None:
+    """It is no edge, and the answer is not given."""
+    recipe = workshop.recipe(Full(), train={"global_batch": 2}, evaluate={"batch": 1})
+    room = Room(UNKNOWN, "a GPU", BUDGET)
+    found = strategy(recipe, (), room)
+    assert found is not None
+    with pytest.raises(BudgetError, match="micro-batches of 2 proves nothing, for it ended as failed: no such"):
+        prove(recipe, found, room, launch=lambda asked: Result(asked.name, "failed", "no such"), say=print)
+
+
+def test_an_answer_is_proved_on_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine without a GPU that is the CPU."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    check_here(device_named("cpu"))
+    with pytest.raises(BudgetError, match="here, on CPU, and the answer is for Tesla T4; give --device cpu"):
+        check_here(device_named("t4"))
