@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from functools import partial
@@ -166,6 +167,7 @@ def estimate(
     from peftbench.config import load_recipe
     from peftbench.console import quiet_libraries
     from peftbench.errors import BudgetError
+    from peftbench.imports import quick_imports
     from peftbench.suite.expand import accelerate_config, expand
 
     with guarded():
@@ -174,12 +176,14 @@ def estimate(
             raise BudgetError("--suite says which recipes it is of; leave --config out")
         recipes = [load_recipe(config or [], changes or [])] if suite is None else expand(suite, changes or [])
         accelerate = accelerate or (accelerate_config(suite) if suite else None)
-        quiet_libraries()
-        from tqdm.auto import tqdm
+        with quick_imports():
+            quiet_libraries()
+            from tqdm.auto import tqdm
 
-        from peftbench.budget.search import Room, plan_of
-        from peftbench.report.plan import plan_text, plans_text
-        from peftbench.report.table import insert_block
+            from peftbench.budget.search import Room, plan_of
+            from peftbench.report.plan import plan_text, plans_text
+            from peftbench.report.table import insert_block
+        gc.freeze()  # what is imported stays, and is not looked through again when the process ends
 
         def room(recipe: Recipe) -> Room:
             size = _budget(budget, facts, recipe)

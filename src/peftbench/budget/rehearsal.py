@@ -30,6 +30,7 @@ from peftbench.engine.loss import summed_loss
 from peftbench.engine.offload import ActivationOffload
 from peftbench.engine.sharding import whole_at_root
 from peftbench.errors import NotEstimatedError
+from peftbench.imports import quick_imports
 from peftbench.profiler.breakdown import Breakdown, Holdings
 from peftbench.profiler.flops import UncountableError, cost
 
@@ -106,8 +107,10 @@ class Rehearsal:
         # From the second on all is as in the second, but that on the CPU their tokens were there before.
         self.micro_batches = min(micro_batches, 2) if device == "cuda" else micro_batches
         self.accelerator: Any = _StandIn(self.micro_batches)
-        self.base = architecture(recipe.model, _PRECISIONS.get(recipe.train.precision, torch.float32))
-        built = build(recipe, self.base, Bound(self.accelerator, world.engine, recipe.train.precision))  # type: ignore[arg-type]
+        bound = Bound(self.accelerator, world.engine, recipe.train.precision)
+        with quick_imports():  # of the architecture's code, and of the method's library
+            self.base = architecture(recipe.model, _PRECISIONS.get(recipe.train.precision, torch.float32))
+            built = build(recipe, self.base, bound)
         self.model = built.bare_model
         self.steering = Steering(device, _PRECISIONS.get(recipe.train.precision), padded=padded)
         self.checkpointing = built.checkpointing
