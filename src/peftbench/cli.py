@@ -130,14 +130,6 @@ def _budget(given: str | None, facts: DeviceFacts, recipe: Recipe) -> int | None
     return size or there or None
 
 
-def _needed(size: int | None) -> int:
-    from peftbench.errors import BudgetError
-
-    if size is None:
-        raise BudgetError("what is it to fit? give --budget, as 16GiB, or --device")
-    return size
-
-
 def _world(launcher: Path | None, processes: int | None, recipe: Recipe) -> World:
     """The processes that a plan is of."""
     from peftbench.budget.search import with_micro_batch
@@ -234,7 +226,6 @@ def fit(
         if verify and family is not None:
             raise OutOfRangeError("--verify runs the recipe's own model; leave --largest-model out")
         recipe = load_recipe(config or [], changes or [])
-        size = _needed(_budget(budget, facts, recipe))
         quiet_libraries()
         from peftbench.budget.search import Room, largest_model, strategies
         from peftbench.report.plan import fit_text
@@ -243,11 +234,12 @@ def fit(
 
         if verify:
             check_here(facts)
+        size = _budget(budget, facts, recipe)
         room = Room(facts, device or facts.torch_name, size, _world(accelerate, processes, recipe))
         if family is not None:
-            answer = Fit(budget_bytes=size, models=largest_model(recipe, family, allow, room))
+            answer = Fit(budget_bytes=room.needed, models=largest_model(recipe, family, allow, room))
         else:
-            answer = Fit(budget_bytes=size, strategies=strategies(recipe, allow, room))
+            answer = Fit(budget_bytes=room.needed, strategies=strategies(recipe, allow, room))
         if verify and answer.strategies:
             launch = partial(run_one, accelerate=accelerate, processes=processes)
             proof = prove(recipe, answer.strategies[0], room, launch=launch, say=_say)

@@ -133,7 +133,7 @@ def _launched_as(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("FSDP_VERSION", "2")
 
 
-def held_against_one_process(point: Combination, ran: Ran) -> None:
+def assert_held_against_one_process(point: Combination, ran: Ran) -> None:
     """The run ended well, its loss fell, and losses, states and weights are those of one process."""
     if ENGINES[point.engine].on_disk:
         _skip_without_libaio()
@@ -222,7 +222,7 @@ def _size(folder: Path) -> float:
 @pytest.mark.parametrize("point", SLICE, ids=lambda point: f"{point.engine}-{point.name}")
 def test_two_processes_train_as_one(point: Combination, ran: Ran) -> None:
     """AdamW in float32, on one engine of each kind."""
-    held_against_one_process(point, ran)
+    assert_held_against_one_process(point, ran)
 
 
 @pytest.mark.slow
@@ -231,7 +231,7 @@ def test_two_processes_train_as_one(point: Combination, ran: Ran) -> None:
 @pytest.mark.parametrize("point", REST, ids=lambda point: f"{point.engine}-{point.name}")
 def test_every_combination_that_is_said_to_run(point: Combination, ran: Ran) -> None:
     """All others that run on CPU."""
-    held_against_one_process(point, ran)
+    assert_held_against_one_process(point, ran)
 
 
 @pytest.mark.slow

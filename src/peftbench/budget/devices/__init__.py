@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from functools import cache
-from importlib import resources
 from typing import Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict
 
+from peftbench.budget.shelves import on_shelf
 from peftbench.errors import DeviceError, nearest
 
 
@@ -44,9 +43,7 @@ UNKNOWN = DeviceFacts(
 @cache
 def devices() -> dict[str, DeviceFacts]:
     """All that have a file, by its name."""
-    files = (path for path in resources.files(__package__).iterdir() if path.name.endswith(".json"))
-    found = {path.name.removesuffix(".json"): DeviceFacts(**json.loads(path.read_text("utf-8"))) for path in files}
-    return dict(sorted(found.items()))
+    return on_shelf(__package__, DeviceFacts)
 
 
 def device_named(name: str) -> DeviceFacts:

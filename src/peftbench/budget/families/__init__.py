@@ -6,13 +6,13 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
+from peftbench.budget.shelves import on_shelf
 from peftbench.errors import BudgetError, nearest
 
 if TYPE_CHECKING:
@@ -45,9 +45,7 @@ class Family(BaseModel):
 @cache
 def families() -> dict[str, Family]:
     """All that have a file, by its name."""
-    files = (path for path in resources.files(__package__).iterdir() if path.name.endswith(".json"))
-    found = {path.name.removesuffix(".json"): Family(**json.loads(path.read_text("utf-8"))) for path in files}
-    return dict(sorted(found.items()))
+    return on_shelf(__package__, Family)
 
 
 def family_named(name: str) -> Family:
