@@ -54,8 +54,23 @@ def test_a_rank_that_ends_in_its_grace_is_left_alone(rank: Any) -> None:
     called = threading.Event()
     first.watch(lambda _: called.set())
     second.tell(WORD)
+    assert not called.wait(0.1)  # by now it has heard, and waits
     first.recorded()
     assert not called.wait(0.6)
+
+
+def test_one_thread_ends_a_rank(rank: Any) -> None:
+    """Whoever claims it first goes on, and another is held until the process is gone."""
+    first = rank(0)
+    first.claim()
+    ended = threading.Event()
+
+    def end() -> None:
+        first.claim()
+        ended.set()
+
+    threading.Thread(target=end, daemon=True).start()
+    assert not ended.wait(0.3)
 
 
 def test_nobody_waits_once_the_record_is_there(rank: Any, tmp_path: Path) -> None:
