@@ -72,7 +72,7 @@ def test_packed_rows_are_padded_ones(  # noqa: PLR0917
     fresh_base: Fresh,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Documents in torch's kernel for unlike lengths, against transformers' mask over padding, in the same arithmetic."""
+    """Documents in torch's kernel for unlike lengths, against transformers' mask over padding."""
     if kernel == "liger":
         pytest.importorskip("liger_kernel")
     torch.manual_seed(3)

@@ -211,7 +211,8 @@ def with_evaluation_batch(recipe: Recipe, size: int) -> Recipe:
 
 def with_micro_batch(recipe: Recipe, size: int) -> Recipe:
     """The recipe with micro-batches of ``size`` examples."""
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"micro_batch": size})})
+    rows = {"micro_batch": size, "micro_tokens": None}
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=rows)})
 
 
 def chosen_techniques(recipe: Recipe, allowed: Sequence[str], facts: DeviceFacts) -> list[tuple[Technique, ...]]:
