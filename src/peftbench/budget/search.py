@@ -90,6 +90,7 @@ class Technique:
 
 
 TECHNIQUES = (
+    Technique("labelled_logits", {"train": {"logits": "labelled"}}, None),
     Technique("checkpointing", {"train": {"gradient_checkpointing": True}}, None),
     Technique("fused_gelu", {"model": {"fused_gelu": True}}, "the last digit of GELU (2.4e-7)"),
     Technique("bf16", {"train": {"precision": "bf16"}}, "arithmetic in bf16"),
