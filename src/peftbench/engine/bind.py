@@ -21,7 +21,16 @@ from accelerate.utils import (
 
 from peftbench.data.batches import division
 from peftbench.engine import deepspeed
-from peftbench.engine.compatibility import ACTIVATION_OFFLOAD, CHECKPOINTS, QUANTIZATION, Combination, check
+from peftbench.engine.compatibility import (
+    ACTIVATION_OFFLOAD,
+    CHECKPOINTS,
+    COMPILE,
+    LIGER,
+    MICRO_TOKENS,
+    QUANTIZATION,
+    Combination,
+    check,
+)
 from peftbench.engine.engines import DDP, SINGLE, EngineKind, asked_engine
 from peftbench.errors import EngineError, PrecisionError
 from peftbench.record import Device
@@ -128,6 +137,9 @@ def combination(recipe: Recipe, engine: EngineKind) -> Combination:
         QUANTIZATION: recipe.model.quantization is not None,
         CHECKPOINTS: recipe.checkpoint.every_steps is not None,
         ACTIVATION_OFFLOAD: recipe.train.activation_offload,
+        MICRO_TOKENS: recipe.train.micro_tokens is not None,
+        COMPILE: recipe.train.compile,
+        LIGER: recipe.train.cross_entropy == "liger",
     }
     extras = frozenset(extra for extra, wanted in asked.items() if wanted)
     return Combination(recipe.method.kind, engine.name, recipe.optimizer.kind, recipe.train.precision, extras)
@@ -267,6 +279,8 @@ def check_started(recipe: Recipe, bound: Bound, model: object, optimizer: object
     accelerator, engine = bound.accelerator, bound.engine
     processes = accelerator.num_processes
     accumulation, micro_batch = division(recipe.train.global_batch, recipe.train.rows, processes)
+    if recipe.train.micro_tokens is not None:  # it was found out from the examples, and told the accelerator
+        accumulation = accelerator.gradient_accumulation_steps
     asked: dict[str, object] = {"accumulation": accumulation, "optimizer": _name(bare)}
     found: dict[str, object] = {
         "accumulation": accelerator.gradient_accumulation_steps,

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm.auto import tqdm
 
-from peftbench.data.batches import GlobalBatch, TokenCounts, Work
-from peftbench.engine.loss import summed_loss
+from peftbench.data.batches import GlobalBatch
+from peftbench.data.collate import TokenCounts, Work
+from peftbench.engine.prefetch import ahead
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -76,7 +77,7 @@ def train_step(
     for micro_batch in batch.micro_batches:
         with accelerator.accumulate(trainer.model):
             with part("forward"), trainer.autocast(), trainer.offload():
-                loss = summed_loss(trainer.model, micro_batch.to(accelerator.device))
+                loss = trainer.loss(trainer.model, micro_batch.to(accelerator.device))
             with part(trainer.backward_part):
                 accelerator.backward(loss * scale)
         total += loss.detach()
@@ -111,7 +112,8 @@ def train(
         disable=None if accelerator.is_main_process else True,
     )  # fmt: skip
     with bar:
-        for batch in itertools.islice(trainer.batches.after(progress.steps), trainer.steps - progress.steps):
+        left = itertools.islice(trainer.batches.after(progress.steps), trainer.steps - progress.steps)
+        for batch in ahead(left, accelerator.device):
             learning_rate = float(trainer.schedule.get_last_lr()[0])
             with probe.step():
                 loss = train_step(accelerator, trainer, batch, max_grad_norm, probe.part)
