@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -44,7 +44,7 @@ def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="Where it runs.")
     for name, field in Spec.model_fields.items():
         if name != "device":
-            kind = field.annotation if field.annotation in (int, float) else str
+            kind: Callable[[str], object] = {int: int, float: float}.get(field.annotation, str)  # type: ignore[arg-type]
             parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=field.description)
     parser.add_argument("--out", type=Path, help="Folder for records; default: records/DEVICE beside this file.")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="Begin no measurement after this many.")

@@ -88,7 +88,7 @@ def _import_all(job: Job) -> None:
     else:
         import peers  # noqa: F401
     if job.arm in NEEDS_TRL:
-        from trl import SFTTrainer  # noqa: F401
+        import trl.trainer.sft_trainer  # noqa: F401
 
 
 def _record(job: Job, trained: Trained, identity: str, started: str, held: int) -> Measured:
@@ -175,7 +175,7 @@ def main() -> int:
             forget()
     except PeftbenchError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        return int(error.exit_code)
     return 0
 
 

@@ -63,7 +63,8 @@ class StepClock:
 
 
 def _between(first: float | torch.cuda.Event, second: float | torch.cuda.Event) -> float:
-    if isinstance(first, torch.cuda.Event):
-        return float(first.elapsed_time(second)) / 1000
-    assert not isinstance(second, torch.cuda.Event)
-    return second - first
+    if isinstance(first, float) or isinstance(second, float):
+        assert isinstance(first, float)
+        assert isinstance(second, float)
+        return second - first
+    return float(first.elapsed_time(second)) / 1000

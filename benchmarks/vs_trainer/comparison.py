@@ -41,6 +41,8 @@ def problems(records: Sequence[Measured]) -> list[str]:
                         f"{where}: losses up to {apart(theirs, ours):.2%} from peftbench's, "
                         f"and {tolerance(arm, theirs.spec):.2%} is allowed"
                     )
+                if theirs.required_flops not in {None, ours.required_flops}:
+                    found.append(f"{where}: it would require other FLOPs than peftbench's steps")
                 if theirs.trainable_parameters != ours.trainable_parameters:
                     found.append(f"{where}: it trains {theirs.trainable_parameters:,} parameters, not peftbench's")
     return found
@@ -106,8 +108,9 @@ def _origin(records: Sequence[Measured]) -> list[str]:
         spec, versions = record.spec, record.versions
         named = ", ".join(f"{name} {versions[name]}" for name in _SHOWN if name in versions)
         found.add(
-            f"{record.device_name} ({record.device_kind}, {record.threads} threads), {spec.precision}, {spec.batch} "
-            f"examples a step, {spec.steps} timed steps after {record.warmup_steps} of warm-up, dropout {spec.dropout}; "
+            f"{record.device_name} ({record.device_kind}, {record.threads} threads), {spec.precision}, "
+            f"{spec.batch} examples a step, {spec.steps} timed steps after {record.warmup_steps} of warm-up, "
+            f"dropout {spec.dropout}; "
             f"{named}; data {record.data_identity[:8]}, base {record.model_identity.split()[-1][:8]}"
         )
     repeats = len({record.repeat for record in records})

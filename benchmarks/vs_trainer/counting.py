@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch.utils.flop_counter import shape_wrapper
@@ -19,5 +19,5 @@ class PeerCounter(FlopCounter):
         self._formulas |= {aten.addmm: shape_wrapper(_addmm), aten.addmm_: shape_wrapper(_addmm)}
 
 
-def _addmm(_into: Any, left: Any, right: Any, *_: Any, **__: Any) -> int:
+def _addmm(_into: object, left: Sequence[int], right: Sequence[int], *_: object, **__: object) -> int:
     return int(2 * left[0] * left[1] * right[1])

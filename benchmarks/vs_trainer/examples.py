@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from spec import Job
 
-from peftbench.data.batches import Batches, Collator, Work
+from peftbench.data.batches import Batches
+from peftbench.data.collate import Collator, Work
 from peftbench.data.encode import Encoder, Layout
 from peftbench.errors import DataError, EmptySplitError, MissingColumnError
 from peftbench.recipe import Data
@@ -59,8 +60,9 @@ class Examples:
     def required(self, index: int, virtual_tokens: int) -> Work:
         """What a step needs: real and virtual positions, causal pairs, the head at labels."""
         lengths = [len(ids) + virtual_tokens for ids, _ in self.step(index)]
+        pairs = sum(length * (length + 1) // 2 for length in lengths)
         return Work(
-            sum(lengths), sum(length * (length + 1) // 2 for length in lengths), self.labelled_tokens()[index]
+            positions=sum(lengths), pairs=pairs, causal_pairs=pairs, labelled=self.labelled_tokens()[index]
         )  # fmt: skip
 
 

@@ -41,7 +41,7 @@ class TimedRun(Run):
         self._count("train", len(self.rows), 0)
         self._train(built, self.rows, pad_token=self.end)
 
-    def _after_step(self, *args: Any, **kwargs: Any) -> None:
+    def _after_step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         super()._after_step(*args, **kwargs)
         self.clock.step_ended()
 

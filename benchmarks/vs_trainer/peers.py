@@ -24,14 +24,15 @@ from transformers import (
     TrainingArguments,
     default_data_collator,
 )
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils.import_utils import is_flash_attn_2_available
 
-from peftbench.data.batches import IGNORED
 from peftbench.profiler.memory import Meter
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+IGNORED = -100
+"""Label of a position that is not to be predicted, as transformers has it."""
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 
@@ -47,7 +48,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers' class has n
     """Real and labelled ones of each micro-batch that was collated."""
     counter: PeerCounter = field(default_factory=PeerCounter)
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:
+    def on_step_end(self, *_: object, **__: object) -> None:
         self.clock.step_ended()
 
     def looking(self) -> AbstractContextManager[object]:
@@ -83,7 +84,7 @@ class Watched:
 
     watch: Watch
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: ANN401
         """The trainer's own."""
         with self.watch.looking():
             loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
@@ -143,7 +144,8 @@ def _shared(job: Job, folder: str) -> dict[str, Any]:
     """The arguments of all peers."""
     spec = job.spec
     return {
-        "output_dir": folder, "max_steps": spec.total_steps(job.case), "seed": spec.seed, "use_cpu": spec.device == "cpu",
+        "output_dir": folder, "use_cpu": spec.device == "cpu", "seed": spec.seed,
+        "max_steps": spec.total_steps(job.case),
         "learning_rate": spec.learning_rate, "weight_decay": spec.weight_decay, "max_grad_norm": spec.max_grad_norm,
         "lr_scheduler_type": "linear", "warmup_steps": 0, "train_sampling_strategy": "sequential",
         "report_to": "none", "logging_strategy": "no", "save_strategy": "no", "eval_strategy": "no",
@@ -183,13 +185,15 @@ def _hf(job: Job, model: Applied, arguments: dict[str, Any], rows: Dataset) -> A
 
 def _trl(job: Job, model: Applied, arguments: dict[str, Any], rows: Dataset) -> Any:  # noqa: ANN401
     """TRL's SFTTrainer, over rows that are token ids already."""
-    from trl import SFTConfig, SFTTrainer
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 
     class WatchedSFTTrainer(Watched, SFTTrainer):  # type: ignore[misc]
         """TRL's."""
 
     return WatchedSFTTrainer(
-        model=model.model, args=SFTConfig(**arguments), train_dataset=rows, processing_class=model.base.tokenizer
+        model=model.model,  # type: ignore[arg-type]  # a method says no more than that it is a module
+        args=SFTConfig(**arguments), train_dataset=rows, processing_class=model.base.tokenizer,
     )  # fmt: skip
 
 

@@ -133,7 +133,7 @@ def method_knobs(case: str, spec: Spec) -> dict[str, Any]:
 
 def own_knobs(case: str) -> dict[str, Any]:
     """What peftbench's arm sets in the recipe's ``train`` beyond what all arms share: nothing, its defaults."""
-    # PLACE OF THE TRUNK CACHE: once the recipe has train.trunk_cache, last_layer_epoch2 sets it here, and no other case.
+    # PLACE OF THE TRUNK CACHE: last_layer_epoch2, and no other case, sets train.trunk_cache here once recipes have it.
     return {}
 
 
@@ -151,10 +151,11 @@ def peer_settings(arm: str, spec: Spec, *, flattens: bool) -> dict[str, Any]:
         "bf16": spec.precision == "bf16", "optim": "adamw_torch_fused", "gradient_checkpointing": False,
         "logging_nan_inf_filter": False,  # which would wait for the device in every micro-batch
     }  # fmt: skip
-    return {
+    arms: dict[str, dict[str, Any]] = {
         "hf_study": whole | {"fp16": spec.device == "cuda", "optim": "adamw_torch"},
         "hf_best": best,
         "trl_default": whole,
         # Sequences fit, so nothing is cut; TRL takes them flattened only where it is told not to cut.
         "trl_best": best | {"padding_free": flattens, "max_length": None},
-    }[arm]
+    }
+    return arms[arm]

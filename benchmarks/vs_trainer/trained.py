@@ -53,7 +53,8 @@ class Applied:
         """Its products, None where they are not known."""
         try:
             return cost(
-                self.model, self.base.model, virtual_tokens=self.method.virtual_tokens, checkpointing=False
+                self.model, self.base.model, virtual_tokens=self.method.virtual_tokens, checkpointing=False,
+                head_everywhere=False,  # of what is required it changes nothing, and all else is counted
             )  # fmt: skip
         except UncountableError:
             return None
