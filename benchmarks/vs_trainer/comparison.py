@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 
@@ -22,7 +23,8 @@ def of_pair(records: Sequence[Measured], case: str, arm: str) -> list[tuple[Meas
 
 def apart(first: Measured, second: Measured) -> float:
     """How far two trainings' losses are from each other, relatively, at most."""
-    return max(abs(mine / its - 1) for mine, its in zip(first.losses, second.losses, strict=True))
+    found = [abs(mine / its - 1) for mine, its in zip(first.losses, second.losses, strict=True)]
+    return max(found, key=lambda value: math.inf if math.isnan(value) else value)
 
 
 def problems(records: Sequence[Measured]) -> list[str]:
