@@ -47,7 +47,7 @@ def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
             kind: Callable[[str], object] = {int: int, float: float}.get(field.annotation, str)  # type: ignore[arg-type]
             parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=field.description)
     parser.add_argument("--out", type=Path, help="Folder for records; default: records/DEVICE beside this file.")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="Begin no measurement after this many.")
+    parser.add_argument("--minutes", type=float, help="Begin no measurement after this many.")
     parser.add_argument(
         "--together", action="store_true",
         help="On a GPU, all measurements in one process, to save starts: torch's peaks are reset between them.",
@@ -165,14 +165,16 @@ def measure(given: argparse.Namespace) -> Path:
             raise PeftbenchError(f"the base could not be made (exit code {code})")
         failed = []
         for index, part in enumerate([left] if given.together and left else [[job] for job in left]):
-            if time.monotonic() - started > given.minutes * 60:
+            seconds = None if given.minutes is None else given.minutes * 60 - (time.monotonic() - started)
+            if seconds is not None and seconds < 0:
                 print(f"no time for the other {len(left) - index}; the same call goes on with them", flush=True)
                 break
-            file.write_text(json.dumps([job.model_dump(mode="json") for job in part]), encoding="utf-8")
+            asked = {"jobs": [job.model_dump(mode="json") for job in part], "seconds": seconds}
+            file.write_text(json.dumps(asked), encoding="utf-8")
             if called(["measure", str(file)], spec):
-                failed.append(f"{part[0].case}, {part[0].arm}, repeat {part[0].repeat}")
+                failed.append("one" if given.together else f"{part[0].case}, {part[0].arm}, repeat {part[0].repeat}")
     if failed:
-        raise PeftbenchError(f"{len(failed)} failed and have no record: {'; '.join(failed)}")
+        raise PeftbenchError(f"not measured to the end: {'; '.join(failed)}; the same call goes on with what is left")
     return out
 
 

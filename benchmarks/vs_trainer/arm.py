@@ -23,7 +23,9 @@ import json
 import logging
 import subprocess
 import sys
+import time
 import warnings
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -43,6 +45,8 @@ from peftbench.recipe import Model
 from peftbench.recording import versions
 
 MIB = 2**20
+LEFT = 16 * MIB
+"""What an arm may leave to the next one in its process without a note."""
 
 
 def prepare(config: Path, out: Path, seed: int) -> None:
@@ -95,7 +99,7 @@ def _record(job: Job, trained: Trained, identity: str, started: str, held: int) 
     from accelerate import Accelerator
 
     device = device_of(Accelerator())  # whose state is the arm's own
-    notes = [*trained.notes, *([f"{held:,} bytes were held before anything was loaded"] if held else [])]
+    notes = [*trained.notes, *([f"{held:,} bytes were held by arms before"] if held > LEFT else [])]
     spec = job.spec
     return Measured(
         case=job.case, arm=job.arm, repeat=job.repeat, spec=spec, settings=trained.settings, notes=tuple(notes),
@@ -138,6 +142,20 @@ def described(measured: Measured) -> str:
     )
 
 
+def measure_all(jobs: Sequence[Job], seconds: float | None) -> None:
+    """One after another, each with its record; none is begun after so many seconds."""
+    started = time.monotonic()
+    for index, job in enumerate(jobs):
+        if seconds is not None and time.monotonic() - started > seconds:
+            print(f"no time for the other {len(jobs) - index}; the same call goes on with them", flush=True)
+            return
+        with contextlib.redirect_stdout(sys.stderr):
+            measured = measure(job)
+        write_atomically(Path(job.out), measured.model_dump_json(indent=1) + "\n")
+        print(described(measured), flush=True)
+        forget()
+
+
 def forget() -> None:
     """Leave nothing of an arm to the next one in this process."""
     from accelerate.state import AcceleratorState, GradientState
@@ -146,6 +164,8 @@ def forget() -> None:
     GradientState._reset_state()
     gc.collect()
     if torch.cuda.is_available():
+        with contextlib.suppress(AttributeError):  # torch's own, and free to change
+            torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
 
 
@@ -166,13 +186,8 @@ def main() -> int:
         if sys.argv[1] == "prepare":
             prepare(Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))
             return 0
-        for entry in json.loads(Path(sys.argv[2]).read_text(encoding="utf-8")):
-            job = Job.model_validate(entry)
-            with contextlib.redirect_stdout(sys.stderr):
-                measured = measure(job)
-            write_atomically(Path(job.out), measured.model_dump_json(indent=1) + "\n")
-            print(described(measured), flush=True)
-            forget()
+        asked = json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
+        measure_all([Job.model_validate(entry) for entry in asked["jobs"]], asked["seconds"])
     except PeftbenchError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return int(error.exit_code)
