@@ -67,7 +67,8 @@ def agree(records: dict[tuple[str, str], dict[str, object]], case: str, arms: tu
     ours = records[case, "peftbench"]
     losses = ours["losses"]
     assert isinstance(losses, list)
-    assert losses[-1] < losses[0] - 0.01  # steps were taken: losses would tell if they were others
+    if case == "full":  # whose steps are long enough to be seen through the differences between batches
+        assert losses[-1] < losses[0] - 0.01
     for arm in arms:
         theirs = records[case, arm]
         for same in ("real_tokens", "labelled_tokens", "trainable_parameters", "required_flops", "data_identity"):
