@@ -1,0 +1,198 @@
+"""One process, one arm: trains, measures and writes one record. ``__main__.py`` starts it.
+
+Run: python benchmarks/vs_trainer/arm.py prepare CONFIG_FOLDER OUT SEED
+     python benchmarks/vs_trainer/arm.py measure JOBS.json
+It needs torch, transformers, accelerate, peft and datasets (trl in its arms), and of peftbench's other requirements
+pydantic and platformdirs alone.
+"""
+
+from __future__ import annotations
+
+import os
+
+# Before any library of the hub is imported, since each reads its environment once.
+os.environ |= {
+    "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+}  # fmt: skip
+
+import contextlib
+import datetime
+import gc
+import json
+import logging
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from examples import read_examples
+from measured import Measured
+from spec import NEEDS_TRL, OURS, Job
+from trained import COUNTED_STEP, Trained
+from transformers import logging as transformers_logging
+
+from peftbench.engine.bind import device_of
+from peftbench.errors import PeftbenchError
+from peftbench.files import write_atomically
+from peftbench.models import from_config, load_config, load_tokenizer, positions
+from peftbench.profiler.memory import Meter, meter_for
+from peftbench.recipe import Model
+from peftbench.recording import versions
+
+MIB = 2**20
+LEFT = 16 * MIB
+"""What an arm may leave to the next one in its process without a note."""
+
+
+def prepare(config: Path, out: Path, seed: int) -> None:
+    """Save the base that all arms start from: the architecture with seeded random weights, and its tokenizer."""
+    knobs = Model(path=str(config))
+    tokenizer = load_tokenizer(knobs)
+    torch.manual_seed(seed)
+    from_config(knobs, load_config(knobs)).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def measure(job: Job) -> Measured:
+    """Train one arm, in a process whose memory so far belongs to libraries alone."""
+    torch.set_num_threads(job.spec.threads)
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    _import_all(job)
+    # A second process-wide baseline for peftbench, whose Run has its own right after this one.
+    meter: Meter = meter_for(torch.device(job.spec.device))
+    held = torch.cuda.memory_allocated() if job.spec.device == "cuda" else 0
+    knobs = Model(path=job.base)
+    room = positions(load_config(knobs))
+    if room is None:
+        raise PeftbenchError("the model's config gives no number of positions; use one that does")
+    examples = read_examples(job, load_tokenizer(knobs), room)
+    if job.arm == OURS:
+        import ours
+
+        trained = ours.run(job, examples, room)
+    else:
+        import peers
+
+        trained = peers.run(job, examples, room, meter)
+    return _record(job, trained, examples.identity, started, held)
+
+
+def _import_all(job: Job) -> None:
+    """Import what the arm will use, so that no library is counted as memory of the training."""
+    import peft  # noqa: F401
+    import transformers.models.gpt2.modeling_gpt2  # noqa: F401
+
+    if job.arm == OURS:
+        import ours  # noqa: F401
+    else:
+        import peers  # noqa: F401
+    if job.arm in NEEDS_TRL:
+        import trl.trainer.sft_trainer  # noqa: F401
+
+
+def _record(job: Job, trained: Trained, identity: str, started: str, held: int) -> Measured:
+    from accelerate import Accelerator
+
+    device = device_of(Accelerator())  # whose state is the arm's own
+    notes = [*trained.notes, *([f"{held:,} bytes were held by arms before"] if held > LEFT else [])]
+    spec = job.spec
+    return Measured(
+        case=job.case, arm=job.arm, repeat=job.repeat, spec=spec, settings=trained.settings, notes=tuple(notes),
+        started_at=started, device_kind=device.kind, device_name=device.name, threads=torch.get_num_threads(),
+        versions=versions() | _trl_version(), git=_git_state(), data_identity=identity,
+        model_identity=trained.model_identity, trainable_parameters=trained.trainable_parameters,
+        warmup_steps=spec.warmup_steps(job.case), losses=trained.losses, step_seconds=trained.step_seconds,
+        train_seconds=trained.seconds, real_tokens=trained.real_tokens, labelled_tokens=trained.labelled_tokens,
+        memory=trained.memory, counted_step=COUNTED_STEP, required_flops=trained.required_flops,
+        executed_flops=trained.executed_flops,
+    )  # fmt: skip
+
+
+def _trl_version() -> dict[str, str]:
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return {"trl": metadata.version("trl")}
+    return {}
+
+
+def _git_state() -> str | None:
+    here = Path(__file__).resolve().parent
+    command = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)  # noqa: S603
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None if found.returncode == 0 else None
+
+
+def described(measured: Measured) -> str:
+    """A record in one line."""
+    peak = measured.peak_bytes
+    share = "unknown"
+    if measured.required_flops and measured.executed_flops:
+        share = f"{measured.required_flops / measured.executed_flops:.1%}"
+    return (
+        f"{measured.case}, {measured.arm}, repeat {measured.repeat}: {measured.tokens_per_second:,.0f} real tokens/s, "
+        f"peak {'unknown' if peak is None else f'{peak / MIB:,.0f} MiB'}, required of executed FLOPs {share}, "
+        f"last loss {measured.losses[-1]:.5f}"
+    )
+
+
+def measure_all(jobs: Sequence[Job], seconds: float | None) -> None:
+    """One after another, each with its record; none is begun after so many seconds."""
+    started = time.monotonic()
+    for index, job in enumerate(jobs):
+        if seconds is not None and time.monotonic() - started > seconds:
+            print(f"no time for the other {len(jobs) - index}; the same call goes on with them", flush=True)
+            return
+        with contextlib.redirect_stdout(sys.stderr):
+            measured = measure(job)
+        write_atomically(Path(job.out), measured.model_dump_json(indent=1) + "\n")
+        print(described(measured), flush=True)
+        forget()
+
+
+def forget() -> None:
+    """Leave nothing of an arm to the next one in this process."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    gc.collect()
+    if torch.cuda.is_available():
+        with contextlib.suppress(AttributeError):  # torch's own, and free to change
+            torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
+
+
+def _quiet() -> None:
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # Sets its own level when it is imported.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    warnings.filterwarnings("ignore")
+
+
+def main() -> int:
+    """Prepare the base, or measure."""
+    _quiet()
+    try:
+        if sys.argv[1] == "prepare":
+            prepare(Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))
+            return 0
+        asked = json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
+        measure_all([Job.model_validate(entry) for entry in asked["jobs"]], asked["seconds"])
+    except PeftbenchError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return int(error.exit_code)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""The one clock of all arms, told of the end of every step."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from peftbench.profiler.memory import Meter
+from peftbench.record import Memory
+
+
+@dataclass
+class StepClock:
+    """Seconds of the steps after warm-up, whatever happens between them, and their peak memory.
+
+    The device is waited for at the end of the warm-up and at the end of all; steps between are timed by events on it.
+    """
+
+    device: torch.device
+    warmup: int
+    total: int
+    meter: Meter | None = None
+    """None where the arm has its own."""
+    memory: Memory | None = None
+    seconds: float = 0.0
+    _ended: int = 0
+    _marks: list[float | torch.cuda.Event] = field(default_factory=list)
+    _start: float = 0.0
+
+    def step_ended(self) -> None:
+        """Called right after every optimizer step."""
+        self._ended += 1
+        if self._ended == self.warmup:
+            self._wait()
+            if self.meter is not None:
+                self.meter.lap()
+            self._start = time.perf_counter()
+        if self._ended >= self.warmup:
+            self._marks.append(self._mark())
+        if self._ended == self.total:
+            self._wait()
+            self.seconds = time.perf_counter() - self._start
+            if self.meter is not None:
+                self.memory = self.meter.lap()
+
+    @property
+    def step_seconds(self) -> tuple[float, ...]:
+        """Of each timed step."""
+        return tuple(_between(first, second) for first, second in zip(self._marks, self._marks[1:], strict=False))
+
+    def _mark(self) -> float | torch.cuda.Event:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _between(first: float | torch.cuda.Event, second: float | torch.cuda.Event) -> float:
+    if isinstance(first, float) or isinstance(second, float):
+        assert isinstance(first, float)
+        assert isinstance(second, float)
+        return second - first
+    return float(first.elapsed_time(second)) / 1000

@@ -1,0 +1,122 @@
+"""The table of a folder of records: each peer against peftbench, ratio by ratio of runs of the same repeat."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+
+from measured import Measured
+from spec import ARMS, CASES, OURS, tolerance
+from tabulate import tabulate
+
+MIB = 2**20
+UNKNOWN = "–"
+
+
+def of_pair(records: Sequence[Measured], case: str, arm: str) -> list[tuple[Measured, Measured]]:
+    """(the arm's, peftbench's) records of each repeat that has both."""
+    ours = {record.repeat: record for record in records if (record.case, record.arm) == (case, OURS)}
+    theirs = sorted((r for r in records if (r.case, r.arm) == (case, arm)), key=lambda record: record.repeat)
+    return [(record, ours[record.repeat]) for record in theirs if record.repeat in ours]
+
+
+def apart(first: Measured, second: Measured) -> float:
+    """How far two trainings' losses are from each other, relatively, at most."""
+    found = [abs(mine / its - 1) for mine, its in zip(first.losses, second.losses, strict=True)]
+    return max(found, key=lambda value: math.inf if math.isnan(value) else value)
+
+
+def problems(records: Sequence[Measured]) -> list[str]:
+    """Why what is compared here may not be: other tokens, other losses, other settings, other data."""
+    found = [f"the records are not of one {what}: {', '.join(sorted(had))}" for what, had in _unlike(records)]
+    for case in CASES:
+        for arm in ARMS:
+            for theirs, ours in of_pair(records, case, arm):
+                where = f"{case}, {arm}, repeat {theirs.repeat}"
+                if (theirs.real_tokens, theirs.labelled_tokens) != (ours.real_tokens, ours.labelled_tokens):
+                    found.append(f"{where}: its steps were not shown peftbench's tokens")
+                elif len(theirs.losses) != len(ours.losses):
+                    found.append(f"{where}: {len(theirs.losses)} steps, and {len(ours.losses)} of peftbench")
+                elif not apart(theirs, ours) <= tolerance(arm, theirs.spec):
+                    found.append(
+                        f"{where}: losses up to {apart(theirs, ours):.2%} from peftbench's, "
+                        f"and {tolerance(arm, theirs.spec):.2%} is allowed"
+                    )
+                if theirs.required_flops not in {None, ours.required_flops}:
+                    found.append(f"{where}: it would require other FLOPs than peftbench's steps")
+                if theirs.trainable_parameters != ours.trainable_parameters:
+                    found.append(f"{where}: it trains {theirs.trainable_parameters:,} parameters, not peftbench's")
+    return found
+
+
+def _unlike(records: Sequence[Measured]) -> Iterator[tuple[str, set[str]]]:
+    told: dict[str, Callable[[Measured], str]] = {
+        "device": lambda r: r.device_name,
+        "spec": lambda r: r.spec.model_dump_json(),
+        "data": lambda r: r.data_identity,
+        "base": lambda r: r.model_identity,
+        "checkout": lambda r: str(r.git),
+    }
+    for what, of in told.items():
+        if len(had := {of(record) for record in records}) > 1:
+            yield what, had
+
+
+def ratio(values: Sequence[float]) -> str:
+    """Median and spread."""
+    if not values:
+        return UNKNOWN
+    low, middle, high = min(values), statistics.median(values), max(values)
+    return f"{middle:.2f}x" if len(values) == 1 else f"{middle:.2f}x ({low:.2f}–{high:.2f})"
+
+
+def row(records: Sequence[Measured], case: str, arm: str) -> dict[str, str] | None:
+    """A line of the table, None where the arm was not measured."""
+    mine = [record for record in records if (record.case, record.arm) == (case, arm)]
+    if not mine:
+        return None
+    pairs = of_pair(records, case, arm) if arm != OURS else []
+    peaks = [record.peak_bytes for record in mine if record.peak_bytes is not None]
+    shares = [r.required_flops / r.executed_flops for r in mine if r.required_flops and r.executed_flops]
+    faster = [ours.tokens_per_second / theirs.tokens_per_second for theirs, ours in pairs]
+    smaller = [theirs.peak_bytes / ours.peak_bytes for theirs, ours in pairs if theirs.peak_bytes and ours.peak_bytes]
+    return {
+        "method": CASES[case].title,
+        "trained by": ARMS[arm],
+        "real tokens/s": f"{statistics.median(record.tokens_per_second for record in mine):,.0f}",
+        "peftbench is faster": ratio(faster),
+        "peak MiB": f"{statistics.median(peaks) / MIB:,.0f}" if peaks else UNKNOWN,
+        "peftbench takes less": ratio(smaller),
+        "required of executed FLOPs": f"{statistics.median(shares):.1%}" if shares else UNKNOWN,
+        "losses apart, at most": f"{max(apart(*pair) for pair in pairs):.1e}" if pairs else UNKNOWN,
+    }
+
+
+def table(records: Sequence[Measured]) -> str:
+    """All of it in Markdown, with where and with what it was measured below."""
+    rows = [found for case in CASES for arm in ARMS if (found := row(records, case, arm))]
+    align = ["left", "left", *["right"] * (len(rows[0]) - 2)]
+    made = tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True, colalign=align)
+    notes = sorted({f"{ARMS[record.arm]}: {note}" for record in records for note in record.notes})
+    lines = [*_origin(records), *notes, *(f"NOT COMPARABLE: {problem}" for problem in problems(records))]
+    return made + "\n\n" + "\n".join(f"- {line}" for line in lines)
+
+
+def _origin(records: Sequence[Measured]) -> list[str]:
+    """Where and with what, a line for each that differs."""
+    found = set()
+    for record in records:
+        spec, versions = record.spec, record.versions
+        named = ", ".join(f"{name} {versions[name]}" for name in _SHOWN if name in versions)
+        found.add(
+            f"{record.device_name} ({record.device_kind}, {record.threads} threads), {spec.precision}, "
+            f"{spec.batch} examples a step, {spec.steps} timed steps after {record.warmup_steps} of warm-up, "
+            f"dropout {spec.dropout}; "
+            f"{named}; data {record.data_identity[:8]}, base {record.model_identity.split()[-1][:8]}"
+        )
+    repeats = len({record.repeat for record in records})
+    return [*sorted(found), f"{repeats} repeats: medians, and of ratios the least and the most"]
+
+
+_SHOWN = ("torch", "transformers", "trl", "peft", "accelerate")

@@ -1,0 +1,108 @@
+"""The examples of all arms, encoded once each by peftbench's encoder and in peftbench's order."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spec import Job
+
+from peftbench.data.batches import Batches
+from peftbench.data.collate import Collator, Work
+from peftbench.data.encode import Encoder, Layout
+from peftbench.errors import DataError, EmptySplitError, MissingColumnError
+from peftbench.recipe import Data
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+COLUMNS = ("article", "highlights")
+SEPARATOR: str = Data.model_fields["separator"].default
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Encoded examples, and the global batches that a training draws from them."""
+
+    rows: tuple[tuple[list[int], int], ...]
+    """Token ids of each, and how many of them are not labelled."""
+    batches: tuple[tuple[int, ...], ...]
+    """Indices of the examples of each step."""
+    end: int
+    """The end token."""
+    identity: str
+    """Hash of the file."""
+
+    def dataset(self) -> Dataset:
+        """Each once, as peftbench's loop takes them."""
+        from datasets import Dataset
+
+        ids, prompts = zip(*self.rows, strict=True)
+        return Dataset.from_dict({"input_ids": list(ids), "prompt_tokens": list(prompts)})
+
+    def step(self, index: int) -> list[tuple[list[int], int]]:
+        """What a step is shown, shortest first, as peftbench has it within a global batch."""
+        return sorted((self.rows[i] for i in self.batches[index]), key=lambda row: len(row[0]))
+
+    def real_tokens(self) -> tuple[int, ...]:
+        """Of each step."""
+        return tuple(sum(len(ids) for ids, _ in self.step(index)) for index in range(len(self.batches)))
+
+    def labelled_tokens(self) -> tuple[int, ...]:
+        """Of each step."""
+        return tuple(sum(len(ids) - prompt for ids, prompt in self.step(i)) for i in range(len(self.batches)))
+
+    def required(self, index: int, virtual_tokens: int) -> Work:
+        """What a step needs: real and virtual positions, causal pairs, the head at labels."""
+        lengths = [len(ids) + virtual_tokens for ids, _ in self.step(index)]
+        pairs = sum(length * (length + 1) // 2 for length in lengths)
+        return Work(
+            positions=sum(lengths), pairs=pairs, causal_pairs=pairs, labelled=self.labelled_tokens()[index]
+        )  # fmt: skip
+
+
+def read_examples(job: Job, tokenizer: PreTrainedTokenizerBase, positions: int) -> Examples:
+    """The first examples of the file, as many as the case has.
+
+    Raises:
+        DataError: they cannot be read, or there are too few.
+    """
+    spec, path = job.spec, Path(job.train)
+    longest = positions - spec.soft_tokens  # with every method, so that all are shown the same
+    encoder = Encoder(
+        tokenizer,
+        Layout.fit(separator=SEPARATOR, max_tokens=longest, new_tokens=1, positions=positions, virtual_tokens=0),
+    )
+    rows: list[tuple[list[int], int]] = []
+    wanted = spec.examples(job.case)
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            article, summary = _pair(path, number, line)
+            encoded = encoder.example(article, summary)
+            if encoded["needed"] <= longest:
+                rows.append((list(encoded["input_ids"]), int(encoded["prompt_tokens"])))
+            if len(rows) == wanted:
+                break
+    if len(rows) < wanted:
+        raise EmptySplitError(f"{path} has {len(rows)} usable examples and {wanted} are needed; give fewer steps")
+    unordered = Examples(tuple(rows), (), encoder.end, "")
+    batches = Batches(unordered.dataset(), Collator(pad_token=encoder.end), spec.batch, None, spec.seed)
+    order = batches.order()
+    drawn = tuple(tuple(itertools.islice(order, spec.batch)) for _ in range(spec.total_steps(job.case)))
+    return Examples(tuple(rows), drawn, encoder.end, hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest())
+
+
+def _pair(path: Path, number: int, line: str) -> tuple[str, str]:
+    try:
+        row = json.loads(line)
+        article, summary = (str(row[column]) for column in COLUMNS)
+    except json.JSONDecodeError as error:
+        raise DataError(f"line {number} of {path} is no JSON ({error.msg})") from error
+    except (KeyError, TypeError) as error:
+        raise MissingColumnError(f"line {number} of {path} has not the columns {' and '.join(COLUMNS)}") from error
+    return article, summary

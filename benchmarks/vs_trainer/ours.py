@@ -1,0 +1,108 @@
+"""peftbench's arm: a recipe, its own Run and its own loop; only data and clock are the benchmark's."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import TYPE_CHECKING, Any
+
+import torch
+from clock import StepClock
+from examples import Examples
+from spec import CASES, Job, own_knobs
+from trained import COUNTED_STEP, Trained, method_of
+
+from peftbench.data.sources import Files
+from peftbench.engine.build import load_base
+from peftbench.errors import PeftbenchError
+from peftbench.optim import AdamW
+from peftbench.recipe import Data, Evaluate, Model, Profile, Recipe, Train
+from peftbench.record import RunRecord
+from peftbench.run import Run
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class TimedRun(Run):
+    """A run that is trained and measured like any other, and not evaluated."""
+
+    def __init__(self, recipe: Recipe, rows: Dataset, identity: str, end: int, clock: StepClock) -> None:
+        super().__init__(recipe)
+        self.rows, self.end, self.clock = rows, end, clock
+        self.identity_of_rows = identity
+
+    def _work(self) -> None:
+        self.data_identity = self.identity_of_rows
+        self.shortage.prepare(self.probe.meter)
+        with self.probe.phase("load"):
+            base = load_base(self.recipe)
+        with self.probe.phase("build"):
+            built = self._build(base)
+        self._count("train", len(self.rows), 0)
+        self._train(built, self.rows, pad_token=self.end)
+
+    def _after_step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        super()._after_step(*args, **kwargs)
+        self.clock.step_ended()
+
+
+def recipe_of(job: Job, folder: str, positions: int) -> Recipe:
+    """The recipe: what all arms share, and else peftbench's defaults."""
+    spec = job.spec
+    return Recipe(
+        name=CASES[job.case].method,
+        output_dir=folder,
+        model=Model(path=job.base, dropout=spec.dropout),
+        method=method_of(job),
+        data=Data(source=Files(train=job.train, summary="highlights"), max_tokens=positions - spec.soft_tokens),
+        optimizer=AdamW(learning_rate=spec.learning_rate, weight_decay=spec.weight_decay),
+        train=Train(
+            steps=spec.total_steps(job.case), global_batch=spec.batch, precision=spec.precision,
+            max_grad_norm=spec.max_grad_norm, seed=spec.seed, **own_knobs(job.case),
+        ),
+        evaluate=Evaluate(generate=False),
+        profile=Profile(warmup_steps=spec.warmup_steps(job.case)),
+        save_model=False,
+    )  # fmt: skip
+
+
+def run(job: Job, examples: Examples, positions: int) -> Trained:
+    """Train, and tell how it went.
+
+    Raises:
+        PeftbenchError: it did not end well.
+    """
+    spec = job.spec
+    clock = StepClock(torch.device(spec.device), spec.warmup_steps(job.case), spec.total_steps(job.case))
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = recipe_of(job, folder, positions)
+        done = TimedRun(recipe, examples.dataset(), examples.identity, examples.end, clock)
+        record, _ = done.execute()
+    if record.outcome.kind != "ok":
+        raise PeftbenchError(f"{job.case}, {job.arm}: {record.outcome.kind}: {record.outcome.error}")
+    shown, cost = done.progress.step_counts, done.trainer.cost if done.trainer else None
+    counted = record.flops.counted_step
+    required = cost.required(examples.required(COUNTED_STEP - 1, recipe.method.virtual_tokens)) if cost else None
+    assert record.parameters is not None
+    return Trained(
+        losses=record.losses,
+        step_seconds=clock.step_seconds,
+        seconds=clock.seconds,
+        real_tokens=tuple(counts.real for counts in shown),
+        labelled_tokens=tuple(counts.labelled for counts in shown),
+        memory=record.memory["train"],
+        required_flops=required,
+        executed_flops=counted.counted if counted else None,
+        trainable_parameters=record.parameters.trainable,
+        model_identity=str(record.model_identity),
+        settings=_without_paths(record),
+        notes=record.notes,
+    )
+
+
+def _without_paths(record: RunRecord) -> dict[str, Any]:
+    """The recipe, without where its files lie on the machine that ran it."""
+    kept = {key: value for key, value in record.recipe.items() if key not in {"output_dir", "name"}}
+    kept["model"] = {key: value for key, value in kept["model"].items() if key not in {"path", "tokenizer"}}
+    kept["data"] = {key: value for key, value in kept["data"].items() if key != "source"}
+    return kept

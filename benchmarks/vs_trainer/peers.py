@@ -1,0 +1,205 @@
+"""The arms of HF Trainer and of TRL's SFTTrainer, watched from outside: what is timed is their own step."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import torch
+from clock import StepClock
+from counting import PeerCounter
+from examples import Examples
+from spec import NEEDS_TRL, Job, peer_settings
+from trained import COUNTED_STEP, Applied, Trained, applied
+from transformers import (
+    DataCollatorForSeq2Seq,
+    DataCollatorWithFlattening,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
+from transformers.utils.import_utils import is_flash_attn_2_available
+
+from peftbench.profiler.memory import Meter
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+IGNORED = -100
+"""Label of a position that is not to be predicted, as transformers has it."""
+Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
+
+
+@dataclass(eq=False)
+class Watch(TrainerCallback):  # type: ignore[misc]  # transformers' class has no types
+    """Notes what a trainer does, and never waits for the device."""
+
+    clock: StepClock
+    accumulation: int
+    losses: list[torch.Tensor] = field(default_factory=list)
+    """Of each micro-batch, which add up to a step's: each is a sum by the labelled tokens of the whole step."""
+    tokens: list[tuple[int, int]] = field(default_factory=list)
+    """Real and labelled ones of each micro-batch that was collated."""
+    counter: PeerCounter = field(default_factory=PeerCounter)
+
+    def on_step_end(self, *_: object, **__: object) -> None:
+        self.clock.step_ended()
+
+    def looking(self) -> AbstractContextManager[object]:
+        """Counts the FLOPs of the micro-batches of one warm-up step."""
+        return self.counter if len(self.losses) // self.accumulation == COUNTED_STEP - 1 else nullcontext()
+
+    def counted(self, collate: Collate) -> Collate:
+        """A collator that notes what it is given."""
+
+        def noting(rows: list[dict[str, Any]]) -> dict[str, Any]:
+            real = sum(sum(row.get("attention_mask", [1] * len(row["input_ids"]))) for row in rows)
+            self.tokens.append((real, sum(label != IGNORED for row in rows for label in row["labels"])))
+            return collate(rows)
+
+        return noting
+
+    def step_losses(self) -> tuple[float, ...]:
+        """One for each step."""
+        return tuple(float(sum(part)) for part in _parts([loss.item() for loss in self.losses], self.accumulation))
+
+    def step_tokens(self, index: int) -> tuple[int, ...]:
+        """Real (0) or labelled (1) ones of each step; a loader may have collated a batch more than was trained on."""
+        trained = [pair[index] for pair in self.tokens[: len(self.losses)]]
+        return tuple(sum(part) for part in _parts(trained, self.accumulation))
+
+
+def _parts(values: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    return (values[start : start + size] for start in range(0, len(values), size))
+
+
+class Watched:
+    """Put in front of a trainer's class, it shows each micro-batch's loss to the watch."""
+
+    watch: Watch
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: ANN401
+        """The trainer's own."""
+        with self.watch.looking():
+            loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        self.watch.losses.append(loss)
+        return loss
+
+
+class WatchedTrainer(Watched, Trainer):
+    """HF Trainer."""
+
+
+def flattens(job: Job) -> bool:
+    """Whether this arm puts a batch into one row: with flash attention, and where peft keeps the positions."""
+    best, soft = job.arm.endswith("_best"), job.case == "prompt_tuning"  # peft drops position_ids with soft tokens
+    return best and not soft and job.spec.device == "cuda" and bool(is_flash_attn_2_available())
+
+
+def run(job: Job, examples: Examples, positions: int, meter: Meter) -> Trained:
+    """Train, and tell how it went."""
+    spec, flat = job.spec, flattens(job)
+    model = applied(job, flattens=flat)
+    cost = model.cost()
+    required = cost.required(examples.required(COUNTED_STEP - 1, model.method.virtual_tokens)) if cost else None
+    settings = peer_settings(job.arm, spec, flattens=flat)
+    width = positions - model.method.virtual_tokens
+    tokenizer = model.base.tokenizer
+    tokenizer.pad_token = tokenizer.eos_token
+    total = spec.total_steps(job.case)
+    clock = StepClock(torch.device(spec.device), spec.warmup_steps(job.case), total, meter)
+    watch = Watch(clock, settings["gradient_accumulation_steps"])
+    with tempfile.TemporaryDirectory() as folder:
+        make = _trl if job.arm in NEEDS_TRL else _hf
+        trainer = make(job, model, _shared(job, folder) | settings, _rows(job, examples, width))
+        trainer.watch = watch
+        trainer.data_collator = watch.counted(trainer.data_collator)
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(watch)
+        trainer.train()
+    assert clock.memory is not None
+    return Trained(
+        losses=watch.step_losses(),
+        step_seconds=clock.step_seconds,
+        seconds=clock.seconds,
+        real_tokens=watch.step_tokens(0),
+        labelled_tokens=watch.step_tokens(1),
+        memory=clock.memory,
+        required_flops=required,
+        executed_flops=None if flat else watch.counter.total,  # torch's counter does not know flash-attn's kernels
+        trainable_parameters=model.trainable_parameters,
+        model_identity=model.base.identity,
+        settings=settings,
+        notes=tuple(_notes(job, flat)),
+    )
+
+
+def _shared(job: Job, folder: str) -> dict[str, Any]:
+    """The arguments of all peers."""
+    spec = job.spec
+    return {
+        "output_dir": folder, "use_cpu": spec.device == "cpu", "seed": spec.seed,
+        "max_steps": spec.total_steps(job.case),
+        "learning_rate": spec.learning_rate, "weight_decay": spec.weight_decay, "max_grad_norm": spec.max_grad_norm,
+        "lr_scheduler_type": "linear", "warmup_steps": 0, "train_sampling_strategy": "sequential",
+        "report_to": "none", "logging_strategy": "no", "save_strategy": "no", "eval_strategy": "no",
+        "disable_tqdm": True,
+    }  # fmt: skip
+
+
+def _rows(job: Job, examples: Examples, width: int) -> Dataset:
+    """All steps' examples in order, labelled at their summaries."""
+    from datasets import Dataset
+
+    columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+    padded = job.arm == "hf_study"
+    if padded:
+        columns["attention_mask"] = []
+    for ids, prompt in (row for index in range(len(examples.batches)) for row in examples.step(index)):
+        rest = width - len(ids) if padded else 0
+        columns["input_ids"].append([*ids, *[examples.end] * rest])
+        columns["labels"].append([*[IGNORED] * prompt, *ids[prompt:], *[IGNORED] * rest])
+        if padded:
+            columns["attention_mask"].append([1] * len(ids) + [0] * rest)
+    return Dataset.from_dict(columns)
+
+
+def _hf(job: Job, model: Applied, arguments: dict[str, Any], rows: Dataset) -> Any:  # noqa: ANN401
+    """HF Trainer; every row padded in the study's arm, the longest of a batch at best."""
+    if job.arm == "hf_study":
+        collate: Any = default_data_collator
+    elif flattens(job):
+        collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    else:
+        collate = DataCollatorForSeq2Seq(model.base.tokenizer, label_pad_token_id=IGNORED)
+    return WatchedTrainer(
+        model=model.model, args=TrainingArguments(**arguments), train_dataset=rows, data_collator=collate
+    )  # fmt: skip
+
+
+def _trl(job: Job, model: Applied, arguments: dict[str, Any], rows: Dataset) -> Any:  # noqa: ANN401
+    """TRL's SFTTrainer, over rows that are token ids already."""
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    class WatchedSFTTrainer(Watched, SFTTrainer):  # type: ignore[misc]
+        """TRL's."""
+
+    return WatchedSFTTrainer(
+        model=model.model,  # type: ignore[arg-type]  # a method says no more than that it is a module
+        args=SFTConfig(**arguments), train_dataset=rows, processing_class=model.base.tokenizer,
+    )  # fmt: skip
+
+
+def _notes(job: Job, flat: bool) -> Iterator[str]:
+    if job.arm in NEEDS_TRL:
+        yield f"trl {metadata.version('trl')}"
+    if job.arm.endswith("_best") and not flat:
+        why = "peft drops the positions of a flattened batch" if job.case == "prompt_tuning" else "no flash-attn here"
+        yield f"padded, not flattened: {why}"
