@@ -14,7 +14,10 @@ from tests.conftest import Workshop
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [Full(), Lora(r=4)], ids=lambda method: method.kind)
 def test_losses_are_those_of_blocks_that_are_not(method: Method, workshop: Workshop) -> None:
-    """In float32, to six digits; FLOPs are in closed form alone, since the counter does not see into what is compiled."""
+    """In float32, to six digits; FLOPs are in closed form alone: the counter does not see into what is compiled."""
+    from torch._dynamo.utils import counters
+
+    counters.clear()
     plain, compiled = (
         workshop.run(
             workshop.recipe(
@@ -28,4 +31,4 @@ def test_losses_are_those_of_blocks_that_are_not(method: Method, workshop: Works
     assert compiled.flops.executed == plain.flops.executed
     assert plain.flops.counted_step is not None
     assert compiled.flops.counted_step is None
-    assert compiled.step_seconds[0] > 3 * plain.step_seconds[0]  # it was compiled in the warm-up
+    assert counters["stats"]["unique_graphs"] > 0
