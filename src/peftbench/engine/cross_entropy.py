@@ -104,6 +104,8 @@ def _liger() -> SummedCrossEntropy:
         hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
     ) -> torch.Tensor:
         dtype = _arithmetic(hidden)
+        if weight.requires_grad and not hidden.requires_grad:  # over a frozen trunk it would give no gradient at all
+            hidden = hidden.detach().requires_grad_()
         lowered = None if bias is None else bias.to(dtype)
         found: torch.Tensor = loss(weight.to(dtype), hidden.to(dtype), targets, lowered)
         return found.float()
