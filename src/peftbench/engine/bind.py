@@ -21,7 +21,14 @@ from accelerate.utils import (
 
 from peftbench.data.batches import division
 from peftbench.engine import deepspeed
-from peftbench.engine.compatibility import ACTIVATION_OFFLOAD, CHECKPOINTS, QUANTIZATION, Combination, check
+from peftbench.engine.compatibility import (
+    ACTIVATION_OFFLOAD,
+    CHECKPOINTS,
+    QUANTIZATION,
+    TRUNK_CACHE,
+    Combination,
+    check,
+)
 from peftbench.engine.engines import DDP, SINGLE, EngineKind, asked_engine
 from peftbench.errors import EngineError, PrecisionError
 from peftbench.record import Device
@@ -75,6 +82,8 @@ def bind(recipe: Recipe, folder: Path) -> Bound:
     _check_launch(cpu, engine)
     if recipe.method.trains:
         check(combination(recipe, engine), "cpu" if cpu else "cuda")
+    if recipe.train.trunk_cache is not None:
+        _check_one_machine(processes)
     if engine.on_disk:
         deepspeed.check_disk()
     bound = start(recipe, folder, engine, plugin, cpu=cpu)
@@ -128,6 +137,7 @@ def combination(recipe: Recipe, engine: EngineKind) -> Combination:
         QUANTIZATION: recipe.model.quantization is not None,
         CHECKPOINTS: recipe.checkpoint.every_steps is not None,
         ACTIVATION_OFFLOAD: recipe.train.activation_offload,
+        TRUNK_CACHE: recipe.train.trunk_cache is not None,
     }
     extras = frozenset(extra for extra, wanted in asked.items() if wanted)
     return Combination(recipe.method.kind, engine.name, recipe.optimizer.kind, recipe.train.precision, extras)
@@ -186,6 +196,15 @@ def _check_accumulation(accumulation: int) -> None:
         raise EngineError(
             f"accelerate was told to accumulate {told} times, and the recipe owns that: set train.global_batch and "
             "train.micro_batch, and unset ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
+        )
+
+
+def _check_one_machine(processes: int) -> None:
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    if here != processes:
+        raise EngineError(
+            f"train.trunk_cache is a file that all {processes} processes map, and {here} of them are on this machine; "
+            "launch them on one, or set train.trunk_cache=null"
         )
 
 
