@@ -40,9 +40,11 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from peftbench.data.batches import GlobalBatch, MicroBatch
+    from peftbench.data.batches import GlobalBatch
+    from peftbench.data.collate import MicroBatch
     from peftbench.engine.bind import Bound
     from peftbench.engine.build import Built, Trainer
+    from peftbench.engine.loss import Loss
     from peftbench.record import RunRecord
 
 torch.set_num_threads(1)
@@ -262,19 +264,62 @@ def rows(lengths_and_prompts: Sequence[tuple[int, int]], seed: int = 5) -> list[
     ]
 
 
-def micro_batch(lengths_and_prompts: Sequence[tuple[int, int]] = LENGTHS_AND_PROMPTS, seed: int = 5) -> MicroBatch:
+def micro_batch(
+    lengths_and_prompts: Sequence[tuple[int, int]] = LENGTHS_AND_PROMPTS, seed: int = 5, virtual: int = 0
+) -> MicroBatch:
     """Random tokens in rows of unequal length, padded at the right."""
-    from peftbench.data.batches import Collator
+    from peftbench.data.collate import Collator
 
     made = rows(lengths_and_prompts, seed)
-    return Collator(pad_token=0).collate([row["input_ids"] for row in made], [row["prompt_tokens"] for row in made])
+    return Collator(0, virtual).collate([row["input_ids"] for row in made], [row["prompt_tokens"] for row in made])
+
+
+def packed(
+    lengths_and_prompts: Sequence[tuple[int, int]] = LENGTHS_AND_PROMPTS, seed: int = 5, virtual: int = 0
+) -> MicroBatch:
+    """The same examples one after another in a single row."""
+    from peftbench.data.collate import Packer
+
+    made = rows(lengths_and_prompts, seed)
+    return Packer(0, virtual).collate([row["input_ids"] for row in made], [row["prompt_tokens"] for row in made])
 
 
 def labelled(batch: MicroBatch) -> int:
     """Tokens of ``batch`` that enter the loss."""
-    from peftbench.data.batches import Collator
+    return len(batch.targets)
 
-    return Collator(pad_token=0).count(batch).labelled
+
+def logits(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
+    """Logits over all real positions and padding, as transformers computes them: (rows, width, vocabulary)."""
+    mask = torch.arange(batch.input_ids.shape[1]) < torch.tensor(batch.lengths)[:, None]
+    output: torch.Tensor = model(input_ids=batch.input_ids, attention_mask=mask.long(), use_cache=False).logits
+    return output[:, -batch.input_ids.shape[1] :]
+
+
+def labels_of(batch: MicroBatch, virtual_tokens: int = 0) -> torch.Tensor:
+    """The labels of padded rows as transformers takes them, -100 where there is none: (rows, width)."""
+    rows_of_labels = torch.full((batch.input_ids.shape[0], batch.input_ids.shape[1] + virtual_tokens), -100)
+    rows_of_labels.view(-1)[batch.predictors + 1] = batch.targets
+    return rows_of_labels[:, virtual_tokens:]
+
+
+def base_of(model: nn.Module) -> PreTrainedModel:
+    """What a method was applied to."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[return-value,operator]
+
+
+def loss_for(model: nn.Module, **knobs: bool) -> Loss:
+    """How a run computes the loss of that model."""
+    from peftbench.engine.loss import loss_of
+
+    return loss_of(base_of(model), **knobs)[0]
+
+
+def summed_loss(model: nn.Module, batch: MicroBatch, **knobs: bool) -> torch.Tensor:
+    """The loss of a micro-batch as a run computes it."""
+    loss = loss_for(model, **knobs)
+    with loss.in_use():
+        return loss(model, batch)
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -287,18 +332,20 @@ def trainer_of(accelerator: Accelerator, model: nn.Module, optimizer: torch.opti
     from datasets import Dataset
     from transformers import get_scheduler
 
-    from peftbench.data.batches import Batches, Collator
+    from peftbench.data.batches import Batches
+    from peftbench.data.collate import Collator
     from peftbench.engine.build import Trainer
 
     batches = Batches(Dataset.from_list(rows(LENGTHS_AND_PROMPTS)), Collator(pad_token=0), 4, None, seed=0)
     schedule = get_scheduler("constant", optimizer)
     prepared, wrapped = accelerator.prepare(model, optimizer)
-    return Trainer(prepared, wrapped, schedule, batches, steps=1)
+    return Trainer(prepared, loss_for(model), wrapped, schedule, batches, steps=1)
 
 
 def one_batch(*parts: MicroBatch) -> GlobalBatch:
     """The global batch of these micro-batches, on the only process."""
-    from peftbench.data.batches import Collator, GlobalBatch, TokenCounts
+    from peftbench.data.batches import GlobalBatch
+    from peftbench.data.collate import Collator, TokenCounts
 
     counts = TokenCounts()
     for part in parts:

@@ -67,8 +67,9 @@ class Data(Part):
     """Between article and summary. Must not end in a space, which belongs to the next word's token."""
     too_long: Literal["refuse", "drop"] = "refuse"
     """What to do with an example whose summary leaves no room for any article; drops are counted in the record."""
-    padding: Literal["longest", "max_tokens"] = "longest"
-    """Pad a micro-batch to its longest sequence, or every one to max_tokens."""
+    padding: Literal["auto", "none", "longest", "max_tokens"] = "auto"
+    """none: examples share a row and none sees another; longest: pad to the micro-batch's longest; max_tokens: to that;
+    auto: none, where the model's attention can, or longest."""
     as_published: bool = False
     """Label every token, padding too, in batches not grouped by length, as the published study did."""
 
@@ -83,6 +84,8 @@ class Data(Part):
     def _padded_to_something(self) -> Data:
         if self.padding == "max_tokens" and self.max_tokens is None:
             raise ValueError("padding to max_tokens needs data.max_tokens")
+        if self.as_published and self.padding == "none":
+            raise ValueError("as_published labels padding, and padding: none has none; use longest or max_tokens")
         return self
 
 
@@ -108,6 +111,8 @@ class Train(Part):
     """Most examples in one forward pass of one process; null: all; auto: the most predicted to fit budget or GPU."""
     precision: Precision = "fp32"
     """Arithmetic of forward and backward pass; trained weights stay in float32, unless the optimizer says bf16."""
+    logits: Literal["labelled", "all"] = "labelled"
+    """Positions that the output head computes in training: those that predict a labelled token, or all; same loss."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     activation_offload: bool = False

@@ -214,7 +214,7 @@ class Run:
         else:
             self._forget_model()
         sharded = self.engine.shards_weights and self.recipe.method.trains
-        evaluation = Evaluation(self.bound, built.bare_model, encoder, held_out, self.recipe, in_step=sharded)
+        evaluation = Evaluation(self.bound, built, encoder, held_out, self.recipe, in_step=sharded)
         self.quality = evaluation.quality(self.probe)
         if not math.isfinite(self.quality.loss or 0.0):
             steps = self.progress.steps
@@ -257,7 +257,7 @@ class Run:
             breakdown_step=knobs.warmup_steps if knobs.breakdown and not self.resumed_after else None,
             holdings=lambda: holdings(trainer.model, built.bare_model, trainer.optimizer),
         )  # fmt: skip
-        with self.probe.training(knobs.warmup_steps, looking.step):
+        with trainer.loss.in_use(), self.probe.training(knobs.warmup_steps, looking.step):
             train(
                 self.accelerator, trainer, self.probe, self.progress,
                 max_grad_norm=self.recipe.train.max_grad_norm,

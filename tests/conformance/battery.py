@@ -20,7 +20,7 @@ from tests.conftest import ARCHITECTURES, trained
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from peftbench.data.batches import MicroBatch
+    from peftbench.data.collate import MicroBatch
 
 VARIANTS: dict[str, dict[str, Method]] = {
     "full": {"full": Full()},
@@ -104,7 +104,7 @@ class Bench:
     @torch.no_grad()
     def logits(self, batch: MicroBatch) -> torch.Tensor:
         """Logits at the real positions, as at evaluation."""
-        from peftbench.engine.loss import logits
+        from tests.conftest import logits
 
         self.model.eval()
         return logits(self.model, batch)

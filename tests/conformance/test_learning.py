@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from peftbench.engine.loop import train_step
-from peftbench.engine.loss import summed_loss
 from tests.conformance.battery import Bench, Case, MakeBench, every_case
-from tests.conftest import micro_batch, one_batch, trained, trainer_of
+from tests.conftest import micro_batch, one_batch, summed_loss, trained, trainer_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

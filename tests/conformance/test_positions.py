@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from peftbench.data.encode import Layout
-from peftbench.engine.loss import logits, summed_loss
 from peftbench.errors import OutOfRangeError
 from tests.conformance.battery import CASES, Case, MakeBench, every_case
-from tests.conftest import POSITIONS, micro_batch
+from tests.conftest import POSITIONS, logits, micro_batch, summed_loss
 
 NEW_TOKENS = 6
 

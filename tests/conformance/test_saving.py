@@ -12,9 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from peftbench.engine.loop import train_step
-from peftbench.engine.loss import logits
 from tests.conformance.battery import Case, MakeBench, every_case
-from tests.conftest import ARCHITECTURES, meta_base, micro_batch, one_batch, trainer_of
+from tests.conftest import ARCHITECTURES, logits, meta_base, micro_batch, one_batch, trainer_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

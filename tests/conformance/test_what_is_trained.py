@@ -7,10 +7,18 @@ from typing import TYPE_CHECKING
 import torch
 
 from peftbench.engine.loop import train_step
-from peftbench.engine.loss import summed_loss
 from peftbench.methods import METHODS
 from tests.conformance.battery import CASES, RATES, REFUSED, VARIANTS, Case, MakeBench, every_case
-from tests.conftest import ARCHITECTURES, ONE_OF_EACH, meta_base, micro_batch, one_batch, trained, trainer_of
+from tests.conftest import (
+    ARCHITECTURES,
+    ONE_OF_EACH,
+    meta_base,
+    micro_batch,
+    one_batch,
+    summed_loss,
+    trained,
+    trainer_of,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from peftbench.data.batches import IGNORED, Batches, Collator, GlobalBatch, MicroBatch, TokenCounts
+from peftbench.data.batches import Batches, GlobalBatch
+from peftbench.data.collate import Collator, MicroBatch, TokenCounts
 from peftbench.errors import OutOfRangeError
 
 if TYPE_CHECKING:

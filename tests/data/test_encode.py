@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from peftbench.data.batches import IGNORED, Collator
+from peftbench.data.collate import Collator
 from peftbench.data.encode import Encoder, Layout, fingerprint
 from peftbench.data.sources import Files
 from peftbench.errors import OutOfRangeError, SequenceTooShortError

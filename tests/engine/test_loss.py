@@ -10,13 +10,23 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from peftbench.data.batches import IGNORED, Batches, Collator
+from peftbench.data.batches import Batches
+from peftbench.data.collate import Collator
 from peftbench.engine.loop import train_step
-from peftbench.engine.loss import logits, summed_loss
 from peftbench.methods.base import Method
 from peftbench.methods.full import Full
 from peftbench.methods.prompt_tuning import PromptTuning
-from tests.conftest import every_architecture, every_method, labelled, micro_batch, rows, trained, trainer_of
+from tests.conftest import (
+    every_architecture,
+    every_method,
+    labelled,
+    logits,
+    micro_batch,
+    rows,
+    summed_loss,
+    trained,
+    trainer_of,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -13,9 +13,8 @@ import torch
 from torch import nn
 
 import peftbench.engine.loop
-from peftbench.data.batches import MicroBatch
+from peftbench.data.collate import MicroBatch
 from peftbench.data.sources import Files
-from peftbench.engine.loss import summed_loss
 from peftbench.methods.base import Method
 from peftbench.methods.baselines import Lead, ZeroShot
 from peftbench.methods.full import Full
@@ -24,7 +23,7 @@ from peftbench.methods.lora import Lora
 from peftbench.optim import SGD
 from peftbench.record import read_record
 from peftbench.run import Run
-from tests.conftest import Workshop, every_architecture, every_method
+from tests.conftest import Workshop, every_architecture, every_method, summed_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

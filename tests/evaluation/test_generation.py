@@ -12,10 +12,9 @@ from torch import nn
 
 from peftbench.data.encode import Encoder
 from peftbench.engine.loop import train_step
-from peftbench.engine.loss import logits
 from peftbench.methods.base import Method
 from tests.conformance.battery import Bench, Case, bench_of, every_case
-from tests.conftest import every_architecture, every_method, micro_batch, one_batch, trainer_of
+from tests.conftest import every_architecture, every_method, logits, micro_batch, one_batch, trainer_of
 from tests.evaluation.conftest import NEW_TOKENS, MakeEvaluation
 
 if TYPE_CHECKING:

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from peftbench.engine.loss import logits
 from peftbench.methods import BASELINES, KINDS, METHODS
 from peftbench.methods.baselines import Lead, ZeroShot
 from peftbench.methods.full import Full
-from tests.conftest import micro_batch, trained
+from tests.conftest import logits, micro_batch, trained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

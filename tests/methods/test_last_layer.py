@@ -12,16 +12,17 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from peftbench.engine.loop import train_step
-from peftbench.engine.loss import logits, summed_loss
 from peftbench.methods.last_layer import LastLayer
 from tests.conftest import (
     embeddings_of,
     every_architecture,
     gpt2_config,
     head_of,
+    logits,
     micro_batch,
     one_batch,
     random_base,
+    summed_loss,
     trained,
     trainer_of,
 )

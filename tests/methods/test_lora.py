@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 from peftbench.engine.loop import train_step
-from peftbench.engine.loss import logits
 from peftbench.errors import UnsupportedModelError
 from peftbench.methods.lora import Lora
-from tests.conftest import every_architecture, micro_batch, one_batch, trained, trainer_of
+from tests.conftest import every_architecture, logits, micro_batch, one_batch, trained, trainer_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

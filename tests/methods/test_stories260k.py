@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from peftbench.data.batches import Collator
+from peftbench.data.collate import Collator
 from peftbench.engine.loop import train_step
 from peftbench.methods import METHODS
 from peftbench.methods.base import Method

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from peftbench.data.batches import TokenCounts
+from peftbench.data.collate import TokenCounts
 from peftbench.profiler.throughput import throughput
 from peftbench.record import TokensPerSecond
 

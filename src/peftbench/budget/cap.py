@@ -59,6 +59,7 @@ def hold(budget_bytes: int, device: torch.device, context_bytes: int | None) -> 
 
 
 def _hold_on_cuda(budget_bytes: int, device: torch.device, context_bytes: int | None) -> Cap:
+    device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     properties = torch.cuda.get_device_properties(device)
     _check_device(budget_bytes, properties.total_memory, properties.name)
     facts = of_torch_name(properties.name)

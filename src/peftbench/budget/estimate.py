@@ -40,10 +40,11 @@ def estimate(recipe: Recipe, facts: DeviceFacts, device: str, budget: int | None
     accumulation, rows = division(recipe.train.global_batch, recipe.train.rows, world.processes)
     rehearsal = Rehearsal(_unpaged(recipe), facts.kind, accumulation, padded=rows > 1, world=world)
     width = _width(recipe, rehearsal.positions)
-    flops = rehearsal.step_flops(max(1, recipe.train.global_batch // world.processes), width)
+    labels = min(recipe.evaluate.max_new_tokens, width - 1)
+    flops = rehearsal.step_flops(max(1, recipe.train.global_batch // world.processes), width, labels)
     with rehearsal:
-        rehearsal.train(rows, width)
-        rehearsal.evaluate(recipe.evaluate.batch, width)
+        rehearsal.train(rows, width, labels)
+        rehearsal.evaluate(recipe.evaluate.batch, width, labels)
         if recipe.evaluate.generate:
             new = recipe.evaluate.max_new_tokens
             rehearsal.generate(recipe.evaluate.batch * recipe.evaluate.beams, width - new, new)
@@ -67,7 +68,7 @@ def estimate(recipe: Recipe, facts: DeviceFacts, device: str, budget: int | None
         evaluation_rows=recipe.evaluate.batch, step_flops=flops, parts=parts,
         peak_part=found.peak.part, reserved_bytes=found.reserved_bytes, process_bytes=process,
         context_bytes=context, workspaces_bytes=workspaces,
-        budget_bytes=budget, verdict=verdict, margin_bytes=margin, notes=_notes(facts, width, away),
+        budget_bytes=budget, verdict=verdict, margin_bytes=margin, notes=_notes(facts, width, labels, away),
     )  # fmt: skip
 
 
@@ -134,8 +135,11 @@ def _part(moment: Moment) -> Part:
     )  # fmt: skip
 
 
-def _notes(facts: DeviceFacts, width: int, away: int) -> tuple[str, ...]:
-    notes = [f"for micro-batches whose longest row has {width} tokens, as many as data.max_tokens or the model allows"]
+def _notes(facts: DeviceFacts, width: int, labels: int, away: int) -> tuple[str, ...]:
+    notes = [
+        f"for rows of {width} tokens, as many as data.max_tokens or the model allows, with {labels} of them labelled, "
+        "as many as evaluate.max_new_tokens makes"
+    ]
     if away:
         notes.append(f"the driver moves {away:,} bytes of states to the CPU's memory where there is no room")
     if not facts.calibrated:

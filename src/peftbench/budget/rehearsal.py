@@ -19,14 +19,14 @@ from peftbench.budget.architecture import architecture
 from peftbench.budget.steering import DeviceKind, Steering
 from peftbench.budget.values import MadeUpValues
 from peftbench.budget.world import ALONE, World
-from peftbench.data.batches import Batches, Collator, GlobalBatch, MicroBatch, TokenCounts, Work, division
+from peftbench.data.batches import Batches, GlobalBatch, division
+from peftbench.data.collate import Collator, MicroBatch, TokenCounts
 from peftbench.engine.bind import Bound
-from peftbench.engine.build import Trainer, build, prepare
+from peftbench.engine.build import Trainer, build, make_collator, prepare
 from peftbench.engine.deepspeed import wrapped
 from peftbench.engine.engines import DDP
 from peftbench.engine.holdings import holdings
 from peftbench.engine.loop import train_step
-from peftbench.engine.loss import summed_loss
 from peftbench.engine.offload import ActivationOffload
 from peftbench.engine.sharding import whole_at_root
 from peftbench.errors import NotEstimatedError
@@ -108,11 +108,13 @@ class Rehearsal:
         self.micro_batches = min(micro_batches, 2) if device == "cuda" else micro_batches
         self.accelerator: Any = _StandIn(self.micro_batches)
         bound = Bound(self.accelerator, world.engine, recipe.train.precision)
+        self.steering = Steering(device, _PRECISIONS.get(recipe.train.precision), padded=padded)
         with quick_imports():  # of the architecture's code, and of the method's library
             self.base = architecture(recipe.model, _PRECISIONS.get(recipe.train.precision, torch.float32))
-            built = build(recipe, self.base, bound)
-        self.model = built.bare_model
-        self.steering = Steering(device, _PRECISIONS.get(recipe.train.precision), padded=padded)
+            with self.steering.helpers():
+                built = build(recipe, self.base, bound)
+        self.model, self.loss = built.bare_model, built.loss
+        self.collator = make_collator(recipe, built.loss, pad_token=0)
         self.checkpointing = built.checkpointing
         if built.checkpointing:
             again: Callable[[], Any] = lambda: (nullcontext(), self.steering.again())  # noqa: E731
@@ -153,7 +155,9 @@ class Rehearsal:
             if self._offloads:  # what is kept in the CPU's memory is never written
                 self._contexts.enter_context(self.parts.values)
             optimizer = self._optimizer()
-            self.trainer = self._offloading(Trainer(self.model, optimizer, schedule(optimizer), _no_batches(), 2))
+            self.trainer = self._offloading(
+                Trainer(self.model, self.loss, optimizer, schedule(optimizer), _no_batches(), 2)
+            )
             self._look()
             return
         from peftbench.budget.stage import staged
@@ -163,7 +167,7 @@ class Rehearsal:
         self.accelerator = bound.accelerator
         started, optimizer, bare = prepare(asked, self.model, bound)
         self._fuse(list(wrapped(optimizer))[-1])
-        self.trainer = Trainer(started, optimizer, schedule(bare), _no_batches(), 3)
+        self.trainer = Trainer(started, self.loss, optimizer, schedule(bare), _no_batches(), 3)
         if not bound.engine_autocasts:
             self.trainer = replace(self.trainer, autocast=self.steering.autocast)
         if bound.engine.deepspeed:
@@ -212,35 +216,39 @@ class Rehearsal:
                 f"{str(error).splitlines()[0]}"
             ) from error
 
-    def train(self, rows: int, width: int) -> None:
+    def train(self, rows: int, width: int, labels: int) -> None:
         """Two steps over micro-batches of (rows, width) tokens; the book is marked at the second, where states are.
+
+        The last ``labels`` tokens of each row are labelled, or all of them where the recipe says so.
 
         An engine of several processes makes one before them: in its first step it makes plans and buffers.
         """
         self.recipe.method.set_training(self.model)
         if self.world.alone or self.world.engine == DDP:
             _cast_forward(self.model, self.steering)
-        batches = [self._batch(rows, width, self.micro_batches) for _ in range(self.trainer.steps)]
-        if not self.world.alone:
+        batches = [self._batch(rows, width, labels, self.micro_batches) for _ in range(self.trainer.steps)]
+        with self.loss.in_use():
+            if not self.world.alone:
+                self._step(batches.pop())
+                self._look()
             self._step(batches.pop())
-            self._look()
-        self._step(batches.pop())
-        self.book.mark()
-        self._step(batches.pop())
+            self.book.mark()
+            self._step(batches.pop())
 
     def _step(self, batch: GlobalBatch) -> None:
         limit = self.recipe.train.max_grad_norm
         train_step(self.accelerator, self.trainer, batch, limit, self.parts.part)  # type: ignore[arg-type]
 
-    def step_flops(self, rows: int, width: int) -> int | None:
-        """What a batch of (rows, width) tokens takes, all padded; None where it is not known."""
-        virtual = self.recipe.method.virtual_tokens
-        tokens = width + virtual
-        work = Work(rows * tokens, rows * tokens**2, rows * tokens, tokens)
+    def step_flops(self, rows: int, width: int, labels: int) -> int | None:
+        """What a batch of (rows, width) tokens takes; None where it is not known."""
+        work = self.collator.executed(self._micro_batch(rows, width, labels))
         self.recipe.method.set_training(self.model)
         try:
-            with self.steering.helpers():
-                found = cost(self.model, self.base.model, virtual_tokens=virtual, checkpointing=self.checkpointing)
+            with self.steering.helpers(), self.loss.in_use():
+                found = cost(
+                    self.model, self.base.model, virtual_tokens=self.recipe.method.virtual_tokens,
+                    checkpointing=self.checkpointing, head_everywhere=self.loss.everywhere,
+                )  # fmt: skip
         except UncountableError:
             return None
         except RuntimeError as error:
@@ -249,13 +257,13 @@ class Rehearsal:
         return found.executed(work)
 
     @torch.no_grad()
-    def evaluate(self, rows: int, width: int) -> None:
+    def evaluate(self, rows: int, width: int, labels: int) -> None:
         """The held-out loss of one batch."""
         self.model.eval()
         self.steering.padded = rows > 1
-        batch = self._batch(rows, width, 1).micro_batches[0]
-        with self.parts.part("evaluate"), self.steering.autocast():
-            summed_loss(self.model, batch.to(self.accelerator.device))
+        batch = self._batch(rows, width, labels, 1).micro_batches[0]
+        with self.parts.part("evaluate"), self.steering.autocast(), self.loss.in_use():
+            self.loss(self.model, batch.to(self.accelerator.device))
 
     @torch.no_grad()
     def generate(self, rows: int, width: int, new_tokens: int) -> None:
@@ -289,17 +297,16 @@ class Rehearsal:
             for group in optimizer.param_groups:
                 group["fused"] = True
 
-    def _batch(self, rows: int, width: int, micro_batches: int) -> GlobalBatch:
+    def _batch(self, rows: int, width: int, labels: int, micro_batches: int) -> GlobalBatch:
+        made = tuple(self._micro_batch(rows, width, labels) for _ in range(micro_batches))
+        return GlobalBatch(made, TokenCounts(labelled=1))
+
+    def _micro_batch(self, rows: int, width: int, labels: int) -> MicroBatch:
         # On the CPU a batch is there already, but to DDP and fully_shard, who call it "cpu:0"; to a GPU it is copied.
         there = self.device == "cpu" and (self.world.alone or self.world.engine.deepspeed)
-        device = "meta" if there else "cpu"
-
-        def tokens() -> torch.Tensor:
-            return torch.zeros((rows, width), dtype=torch.long, device=device)
-
         with _disable_current_modes():  # they come from elsewhere, and are booked once they are used
-            made = tuple(MicroBatch(tokens(), tokens(), tokens()) for _ in range(micro_batches))
-        return GlobalBatch(made, TokenCounts(labelled=1))
+            made = self.collator.collate([[0] * width] * rows, [width - labels] * rows)
+            return made.map(lambda tensor: tensor.to("meta")) if there else made
 
 
 def _cast_forward(model: nn.Module, steering: Steering) -> None:

@@ -7,73 +7,19 @@ number of labelled tokens of a global batch needs no communication.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 
+from peftbench.data.collate import Collator, MicroBatch, TokenCounts, Work
 from peftbench.errors import OutOfRangeError
 
-IGNORED = -100
-"""Label of a position that is not to be predicted, as torch's cross-entropy ignores it."""
-
-
-@dataclass(frozen=True)
-class TokenCounts:
-    """Tokens of a batch, four kinds that must not be mixed."""
-
-    real: int = 0
-    """Tokens of articles, separators, summaries and ends."""
-    padded: int = 0
-    """Positions computed: real tokens and padding, virtual ones not counted."""
-    labelled: int = 0
-    """Positions that enter the loss."""
-    virtual: int = 0
-    """Soft tokens a method puts before the sequences."""
-
-    def __add__(self, other: TokenCounts) -> TokenCounts:
-        return TokenCounts(
-            self.real + other.real, self.padded + other.padded,
-            self.labelled + other.labelled, self.virtual + other.virtual,
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Work:
-    """What is computed for sequences, summed over them: all that FLOPs depend on beside the model."""
-
-    positions: int = 0
-    """Through the trunk, virtual tokens included."""
-    pairs: int = 0
-    """Of query and key."""
-    head_positions: int = 0
-    """Through the output head."""
-    columns: int = 0
-    """Width of each micro-batch, once: what rotary embeddings are computed for."""
-
-    def __add__(self, other: Work) -> Work:
-        return Work(
-            self.positions + other.positions, self.pairs + other.pairs,
-            self.head_positions + other.head_positions, self.columns + other.columns,
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Rows of one forward pass, padded at the right: three integer tensors of shape (rows, longest)."""
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    labels: torch.Tensor
-
-    def to(self, device: torch.device) -> MicroBatch:
-        """A copy on ``device``."""
-        return MicroBatch(
-            *(t.to(device, non_blocking=True) for t in (self.input_ids, self.attention_mask, self.labels))
-        )
+_READ = 1000  # examples at a time, where only their lengths are wanted
 
 
 @dataclass(frozen=True)
@@ -82,10 +28,10 @@ class GlobalBatch:
 
     micro_batches: tuple[MicroBatch, ...]
     counts: TokenCounts
-    required: Work = Work()
+    required: Work = field(default_factory=Work)
     """What training on these examples needs."""
-    executed: Work = Work()
-    """What computing them padded takes."""
+    executed: Work = field(default_factory=Work)
+    """What computing them takes, padding included."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -93,48 +39,9 @@ class GlobalBatch:
         shapes = [micro_batch.input_ids.shape for micro_batch in self.micro_batches]
         return max(rows for rows, _ in shapes), max(width for _, width in shapes)
 
-
-@dataclass(frozen=True)
-class Collator:
-    """Pads encoded examples into a micro-batch."""
-
-    pad_token: int
-    virtual_tokens: int = 0
-    pad_to: int | None = None
-    """Width of every micro-batch; None pads to the longest row."""
-    as_published: bool = False
-    """Label every position, padding too."""
-
-    def collate(self, rows: Sequence[Sequence[int]], prompts: Sequence[int]) -> MicroBatch:
-        """``rows`` of token ids and the number of unlabelled ones at the start of each."""
-        width = self.pad_to or max(map(len, rows))
-        input_ids = torch.full((len(rows), width), self.pad_token)
-        attention_mask = torch.zeros((len(rows), width), dtype=torch.long)
-        labels = torch.full((len(rows), width), IGNORED)
-        for index, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
-            ids = torch.as_tensor(row)
-            input_ids[index, : len(ids)] = ids
-            attention_mask[index, : len(ids)] = 1
-            # By position, not by id: where the pad token is the end token, the end must still be learnt.
-            labels[index, prompt : len(ids)] = ids[prompt:]
-        return MicroBatch(input_ids, attention_mask, input_ids.clone() if self.as_published else labels)
-
-    def count(self, batch: MicroBatch) -> TokenCounts:
-        """Exact counts of one micro-batch. The first position of a row is never predicted."""
-        rows, width = batch.input_ids.shape
-        labelled = int((batch.labels[:, 1:] != IGNORED).sum())
-        return TokenCounts(int(batch.attention_mask.sum()), rows * width, labelled, rows * self.virtual_tokens)
-
-    def required(self, batch: MicroBatch) -> Work:
-        """Real and virtual tokens, each attending to itself and what is before it; the head at labels."""
-        lengths = [length + self.virtual_tokens for length in batch.attention_mask.sum(dim=1).tolist()]
-        pairs = sum(length * (length + 1) // 2 for length in lengths)
-        return Work(sum(lengths), pairs, self.count(batch).labelled)
-
-    def executed(self, batch: MicroBatch) -> Work:
-        """Every position of the padded rectangle, all pairs, and the head everywhere."""
-        rows, width = batch.input_ids.shape[0], batch.input_ids.shape[1] + self.virtual_tokens
-        return Work(rows * width, rows * width**2, rows * width, width)
+    def pinned(self) -> GlobalBatch:
+        """The same in memory that a GPU can fetch it from while it computes."""
+        return replace(self, micro_batches=tuple(micro_batch.pinned() for micro_batch in self.micro_batches))
 
 
 class Rows(Protocol):
@@ -157,6 +64,8 @@ class Batches:
     seed: int
     rank: int = 0
     world_size: int = 1
+    micro_batches: int | None = None
+    """Micro-batches of a rank in one step, cut to be of equal size in tokens; None cuts by ``micro_batch`` examples."""
 
     def __post_init__(self) -> None:
         check_share(self.global_batch, self.world_size)
@@ -164,12 +73,34 @@ class Batches:
     @property
     def accumulation(self) -> int:
         """Micro-batches a rank runs for one step."""
-        return division(self.global_batch, self.micro_batch, self.world_size)[0]
+        return self.micro_batches or division(self.global_batch, self.micro_batch, self.world_size)[0]
 
     @property
-    def largest_micro_batch(self) -> int:
-        """Most examples in one of them."""
-        return division(self.global_batch, self.micro_batch, self.world_size)[1]
+    def largest_micro_batch(self) -> int | None:
+        """Most examples in one of them, None where tokens say how many."""
+        return None if self.micro_batches else division(self.global_batch, self.micro_batch, self.world_size)[1]
+
+    def within(self, tokens: int, steps: int) -> Batches:
+        """The same, cut into as few micro-batches as keep each to ``tokens`` positions, in all of so many steps.
+
+        Raises:
+            OutOfRangeError: one example alone is longer.
+        """
+        lengths = [
+            len(ids)
+            for start in range(0, len(self.dataset), _READ)
+            for ids in self.dataset[list(range(start, min(start + _READ, len(self.dataset))))]["input_ids"]
+        ]
+        if (longest := self.collator.positions([max(lengths)])) > tokens:
+            raise OutOfRangeError(
+                f"train.micro_tokens={tokens} is less than the {longest} positions of the longest example alone; "
+                f"set it to {longest} or more, or lower data.max_tokens"
+            )
+        order, most = self.order(), 1
+        for _ in range(steps):
+            drawn = sorted(lengths[next(order)] for _ in range(self.global_batch))
+            most = max(most, math.ceil(len(_runs(drawn, self.collator.positions, tokens)) / self.world_size))
+        return replace(self, micro_batches=min(most, self.global_batch // self.world_size))
 
     def steps(self, steps: int | None, epochs: float | None) -> int:
         """Optimizer steps of a run that is given in steps or in epochs."""
@@ -196,20 +127,27 @@ class Batches:
     def batch(self, indices: Sequence[int]) -> GlobalBatch:
         """The global batch of these examples."""
         rows = self.dataset[list(indices)]
-        examples = list(zip(rows["input_ids"], rows["prompt_tokens"], strict=True))
+        examples = list(zip(rows["input_ids"], rows["prompt_tokens"], indices, strict=True))
         if not self.collator.as_published:
             examples.sort(key=lambda example: len(example[0]))
         mine: list[MicroBatch] = []
         counts, required, executed = TokenCounts(), Work(), Work()
         # Neighbours in length go to the ranks of one micro-step, so that no rank waits for another.
-        for index, part in enumerate(_cut(examples, self.accumulation * self.world_size)):
-            micro_batch = self.collator.collate(*zip(*part, strict=True))
+        for index, (start, stop) in enumerate(self._cut([len(ids) for ids, _, _ in examples])):
+            micro_batch = self.collator.collate(*zip(*examples[start:stop], strict=True))
             counts += self.collator.count(micro_batch)
             required += self.collator.required(micro_batch)
             executed += self.collator.executed(micro_batch)
             if index % self.world_size == self.rank:
                 mine.append(micro_batch)
         return GlobalBatch(tuple(mine), counts, required, executed)
+
+    def _cut(self, lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Runs of neighbours, as equal as can be: in tokens where those say how many there are, or in examples."""
+        parts = self.accumulation * self.world_size
+        if self.micro_batches:
+            return _evenly(lengths, self.collator.positions, parts)
+        return itertools.pairwise(index * len(lengths) // parts for index in range(parts + 1))
 
 
 def check_share(global_batch: int, world_size: int) -> None:
@@ -232,8 +170,27 @@ def division(global_batch: int, micro_batch: int | None, world_size: int) -> tup
     return accumulation, math.ceil(share / accumulation)
 
 
-def _cut(examples: list[tuple[list[int], int]], parts: int) -> Iterator[list[tuple[list[int], int]]]:
-    """``parts`` runs of neighbours, their sizes as equal as can be."""
-    bounds = [index * len(examples) // parts for index in range(parts + 1)]
-    for start, stop in itertools.pairwise(bounds):
-        yield examples[start:stop]
+Positions = Callable[[Sequence[int]], int]
+"""What a micro-batch of such lengths is computed over; more for every example added."""
+
+
+def _runs(lengths: Sequence[int], positions: Positions, limit: int) -> list[tuple[int, int]]:
+    """The fewest runs of neighbours of at most ``limit`` positions each, as (start, stop)."""
+    runs, start = [], 0
+    for stop in range(1, len(lengths) + 1):
+        if stop == len(lengths) or positions(lengths[start : stop + 1]) > limit:
+            runs.append((start, stop))
+            start = stop
+    return runs
+
+
+def _evenly(lengths: Sequence[int], positions: Positions, parts: int) -> Iterator[tuple[int, int]]:
+    """``parts`` runs of neighbours, the largest of which has as few positions as can be."""
+    low, high = max(positions([length]) for length in lengths), positions(lengths)
+    limit = bisect.bisect_left(range(low, high), True, key=lambda limit: len(_runs(lengths, positions, limit)) <= parts)
+    runs = _runs(lengths, positions, low + limit)
+    while len(runs) < parts:  # a run that is split is no larger
+        start, stop = max(runs, key=lambda run: run[1] - run[0])
+        runs.remove((start, stop))
+        runs += [(start, (start + stop) // 2), ((start + stop) // 2, stop)]
+    return iter(sorted(runs))

@@ -12,13 +12,15 @@ import torch
 from accelerate.utils import set_seed
 from torch import nn
 
-from peftbench.data.batches import Batches, Collator, Rows
+from peftbench.data.batches import Batches, Rows
+from peftbench.data.collate import Collator, Packer
 from peftbench.data.encode import Encoder, Layout
 from peftbench.engine import deepspeed
 from peftbench.engine.bind import Bound, check_started
+from peftbench.engine.loss import Loss, loss_of
 from peftbench.engine.offload import ActivationOffload
 from peftbench.engine.ranks import main_process_first
-from peftbench.errors import EmptySplitError
+from peftbench.errors import EmptySplitError, OutOfRangeError
 from peftbench.models import Base, load
 from peftbench.profiler.flops import Cost, UnevenError, cost
 from peftbench.record import Parameters
@@ -52,6 +54,7 @@ class Built:
     """Whether activations are computed again in the backward pass."""
     six_n_parameters: int
     """Parameters outside embeddings, those a method put into the base included."""
+    loss: Loss
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Trainer:
     """What the loop drives."""
 
     model: nn.Module
+    loss: Loss
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     batches: Batches
@@ -152,9 +156,11 @@ def build(recipe: Recipe, base: Base, bound: Bound) -> Built:
     if not (bound.engine.shards_weights and recipe.method.trains):  # those come to the device part by part
         model.to(bound.accelerator.device)
     parameters = Parameters(total=total, trainable=trainable)
+    loss, unspared = loss_of(base.model, labelled=recipe.train.logits == "labelled", masked=recipe.data.as_published)
+    notes += unspared
     # With what the method put into the base, as HF Trainer counts.
     six_n_parameters = base.model.num_parameters(exclude_embeddings=True)
-    return Built(base, parameters, model, tuple(notes), checkpointing, six_n_parameters)
+    return Built(base, parameters, model, tuple(notes), checkpointing, six_n_parameters, loss)
 
 
 def make_trainer(recipe: Recipe, built: Built, train: Rows, pad_token: int, bound: Bound) -> Trainer:
@@ -167,12 +173,7 @@ def make_trainer(recipe: Recipe, built: Built, train: Rows, pad_token: int, boun
 
     accelerator = bound.accelerator
     cost, uncounted, seen = _cost(recipe, built, bound)
-    collator = Collator(
-        pad_token=pad_token,
-        virtual_tokens=recipe.method.virtual_tokens,
-        pad_to=recipe.data.max_tokens if recipe.data.padding == "max_tokens" else None,
-        as_published=recipe.data.as_published,
-    )
+    collator = make_collator(recipe, built.loss, pad_token)
     knobs = recipe.train
     rank, world_size = accelerator.process_index, accelerator.num_processes
     batches = Batches(train, collator, knobs.global_batch, knobs.rows, knobs.seed, rank, world_size)
@@ -183,12 +184,30 @@ def make_trainer(recipe: Recipe, built: Built, train: Rows, pad_token: int, boun
         _SCHEDULES[recipe.schedule.kind], bare, num_warmup_steps=recipe.schedule.warmup_steps, num_training_steps=steps
     )
     set_seed(knobs.seed, device_specific=True)  # dropout differs between ranks
-    trainer = Trainer(model, optimizer, schedule, batches, steps, cost, uncounted, seen)
+    trainer = Trainer(model, built.loss, optimizer, schedule, batches, steps, cost, uncounted, seen)
     if not bound.engine_autocasts:
         trainer = replace(trainer, autocast=bound.autocast)
     if recipe.train.activation_offload and accelerator.device.type != "cpu":
         trainer = replace(trainer, offload=partial(ActivationOffload, list(built.bare_model.parameters())))
     return replace(trainer, backward_part="backward_and_optimizer") if bound.engine.deepspeed else trainer
+
+
+def make_collator(recipe: Recipe, loss: Loss, pad_token: int) -> Collator:
+    """What makes micro-batches of the recipe's examples.
+
+    Raises:
+        OutOfRangeError: they are to share rows without padding, and the model cannot tell them apart.
+    """
+    padding, virtual = recipe.data.padding, recipe.method.virtual_tokens
+    if padding == "none" and loss.masked:
+        raise OutOfRangeError(
+            f"data.padding=none puts examples into one row, and this model would look from one into another: "
+            f"{loss.unmasked}; set data.padding=longest"
+        )
+    if padding == "none" or (padding == "auto" and not loss.masked):
+        return Packer(pad_token, virtual)
+    pad_to = recipe.data.max_tokens if padding == "max_tokens" else None
+    return Collator(pad_token, virtual, pad_to, as_published=recipe.data.as_published)
 
 
 def prepare(
@@ -230,8 +249,11 @@ def _cost(recipe: Recipe, built: Built, bound: Bound) -> tuple[Cost | None, str 
     method.set_training(built.bare_model)
     model, base = built.bare_model, built.base.model
     try:
-        with bound.autocast():
-            found = cost(model, base, virtual_tokens=method.virtual_tokens, checkpointing=built.checkpointing)
+        with bound.autocast(), built.loss.in_use():
+            found = cost(
+                model, base, virtual_tokens=method.virtual_tokens, checkpointing=built.checkpointing,
+                head_everywhere=built.loss.everywhere,
+            )  # fmt: skip
     except Exception as error:  # an instrument must not end a run
         return None, f"FLOPs are not known: {error or type(error).__name__}", isinstance(error, UnevenError)
     return found, None, True

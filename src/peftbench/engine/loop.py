@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm.auto import tqdm
 
-from peftbench.data.batches import GlobalBatch, TokenCounts, Work
-from peftbench.engine.loss import summed_loss
+from peftbench.data.batches import GlobalBatch
+from peftbench.data.collate import TokenCounts, Work
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -76,7 +76,7 @@ def train_step(
     for micro_batch in batch.micro_batches:
         with accelerator.accumulate(trainer.model):
             with part("forward"), trainer.autocast(), trainer.offload():
-                loss = summed_loss(trainer.model, micro_batch.to(accelerator.device))
+                loss = trainer.loss(trainer.model, micro_batch.to(accelerator.device))
             with part(trainer.backward_part):
                 accelerator.backward(loss * scale)
         total += loss.detach()

@@ -1,32 +1,149 @@
-"""The loss: cross-entropy summed over labelled tokens, to be divided by their number in the whole global batch."""
+"""The loss: cross-entropy summed over labelled tokens, to be divided by their number in the whole global batch.
+
+A sum and not a mean: micro-batches differ in labelled tokens, and the mean of their means is not the mean over all.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 
-from peftbench.data.batches import IGNORED
+from peftbench.engine import attention
+from peftbench.engine.cross_entropy import summed_cross_entropy
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
+    from transformers import PreTrainedModel
 
-    from peftbench.data.batches import MicroBatch
-
-
-def logits(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
-    """Logits at the real positions, (rows, longest, vocabulary); those of virtual tokens in front are cut off."""
-    output: torch.Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-    return output[:, -batch.input_ids.shape[1] :]
+    from peftbench.data.collate import MicroBatch
 
 
-def summed_loss(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
-    """Sum of the cross-entropies (nats, float32) of every labelled token given what stands before it.
+class Loss:
+    """Computes the logits of all positions, and looks at those that are labelled."""
 
-    A sum and not a mean: micro-batches differ in labelled tokens, and the mean of their means is not the mean over all.
+    everywhere: ClassVar[bool] = True
+    """Whether the head computes all positions."""
+
+    def __init__(self, base: PreTrainedModel, *, masked: bool = False) -> None:
+        """``masked``: leave attention as transformers does it."""
+        self.base = base
+        self.unmasked = None if masked else attention.why_not(base)
+        """Why attention is as transformers does it, None where it needs no mask."""
+        self.masked = masked or self.unmasked is not None
+
+    def in_use(self) -> AbstractContextManager[None]:
+        """Within it losses are computed, and all of their backward passes."""
+        return nullcontext() if self.masked else attention.without_masks(self.base)
+
+    def logits(self, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
+        """Logits that predict the labelled tokens: (labelled, vocabulary)."""
+        everything: torch.Tensor = model(**batch.inputs, use_cache=False).logits
+        return everything.flatten(0, 1)[batch.predictors]
+
+    def __call__(self, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
+        """Sum of the cross-entropies (nats, float32) of every labelled token given what stands before it."""
+        return cross_entropy(self.logits(model, batch).float(), batch.targets, reduction="sum")
+
+
+class LabelledLoss(Loss):
+    """Shows the head those hidden states alone that predict a labelled token.
+
+    The head's forward pass is replaced, within whatever wrappers the model has; where nothing follows it, it gives the
+    loss itself, so that the logits of many labels are never all there.
     """
-    predicted = logits(model, batch)[:, :-1]
-    return cross_entropy(
-        predicted.flatten(0, 1).float(), batch.labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+
+    everywhere = False
+
+    def __init__(self, base: PreTrainedModel, head: nn.Module, *, is_last: bool, masked: bool = False) -> None:
+        """``is_last``: what the head returns is what the model does."""
+        super().__init__(base, masked=masked)
+        self.head = head
+        self.is_last = is_last and type(head) is nn.Linear
+        self._asked: _Asked | None = None
+        self._forward = head.forward
+        head.forward = partial(_at_labels, self)
+
+    def logits(self, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
+        with self._asking(_Asked(batch.predictors)):
+            found: torch.Tensor = model(**batch.inputs, use_cache=False).logits
+        return found.flatten(0, 1)
+
+    def __call__(self, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
+        if not self.is_last:
+            return super().__call__(model, batch)
+        with self._asking(_Asked(batch.predictors, batch.targets)):
+            summed: torch.Tensor = model(**batch.inputs, use_cache=False).logits
+        return summed
+
+    @contextmanager
+    def _asking(self, asked: _Asked) -> Iterator[None]:
+        self._asked = asked
+        try:
+            yield
+        finally:
+            self._asked = None
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What the head is to compute: logits at ``predictors``, or the loss of ``targets`` there."""
+
+    predictors: torch.Tensor
+    targets: torch.Tensor | None = None
+
+
+def _at_labels(loss: LabelledLoss, hidden: torch.Tensor, *given: Any, **named: Any) -> torch.Tensor:
+    """A head's forward pass: (rows, positions, width) in; (1, labelled, vocabulary) or a loss out."""
+    asked = loss._asked
+    if asked is None:  # a generation's
+        return loss._forward(hidden, *given, **named)  # type: ignore[no-any-return]
+    labelled = hidden.flatten(0, 1).index_select(0, asked.predictors)
+    if asked.targets is None:
+        return loss._forward(labelled[None], *given, **named)  # type: ignore[no-any-return]
+    bias: torch.Tensor | None = loss.head.bias  # type: ignore[assignment]
+    return summed_cross_entropy(labelled, loss.head.weight, bias, asked.targets)  # type: ignore[arg-type]
+
+
+def loss_of(base: PreTrainedModel, *, labelled: bool = True, masked: bool = False) -> tuple[Loss, tuple[str, ...]]:
+    """The loss of a base with a method applied to it, and notes on what it could not spare.
+
+    ``labelled``: spare the head all positions without a label; ``masked``: leave attention as transformers does it.
+    """
+    head = base.get_output_embeddings() if labelled else None
+    of_head, of_model = _outputs(base, head) if head is not None else (None, None)
+    loss: Loss
+    if head is not None and of_head is not None:
+        loss = LabelledLoss(base, head, is_last=of_head is of_model, masked=masked)
+    else:
+        loss = Loss(base, masked=masked)
+    notes = []
+    if labelled and loss.everywhere:
+        notes.append(f"the head of {base.config.model_type} was not found; logits are computed at every position")
+    if loss.unmasked:
+        notes.append(f"attention is as transformers does it, padded and with masks: {loss.unmasked}")
+    return loss, tuple(notes)
+
+
+@torch.no_grad()
+def _outputs(base: PreTrainedModel, head: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """What the head and what the model return for one token: the same, unless logits are capped, say, or scaled.
+
+    Of the head it is None where its weight is used without its being called.
+    """
+    kept: list[torch.Tensor] = []
+    handle = head.register_forward_hook(lambda _module, _given, output: kept.append(output))
+    training = base.training
+    base.eval()
+    try:
+        ids = torch.zeros((1, 1), dtype=torch.long, device=base.device)
+        returned: torch.Tensor = base(input_ids=ids, use_cache=False).logits
+    finally:
+        handle.remove()
+        base.train(training)
+    return (kept[-1] if kept else None), returned

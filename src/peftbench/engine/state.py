@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from peftbench.data.batches import TokenCounts, Work
+from peftbench.data.collate import TokenCounts, Work
 from peftbench.engine import deepspeed
 from peftbench.profiler.memory import local
 

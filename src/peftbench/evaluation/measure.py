@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from peftbench.data.batches import Collator, MicroBatch
-from peftbench.engine.loss import logits, summed_loss
+from peftbench.engine.build import make_collator
 from peftbench.engine.sharding import whole_at_root
 from peftbench.evaluation.rouge import rouge
 from peftbench.record import Quality, Sample
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from torch import nn
 
+    from peftbench.data.collate import MicroBatch
     from peftbench.data.encode import Encoder
     from peftbench.engine.bind import Bound
+    from peftbench.engine.build import Built
     from peftbench.profiler.probe import Probe
     from peftbench.recipe import Evaluate, Recipe
 
@@ -34,7 +35,7 @@ class Evaluation:
     def __init__(
         self,
         bound: Bound,
-        model: nn.Module,
+        built: Built,
         encoder: Encoder,
         dataset: Dataset,
         recipe: Recipe,
@@ -43,13 +44,14 @@ class Evaluation:
     ) -> None:
         """``in_step``: processes share the weights out, so that each must run the model as often as all others."""
         self.bound, self.accelerator = bound, bound.accelerator
-        self.model = model
+        self.model, self.loss_at = built.bare_model, built.loss
         self.encoder = encoder
         self.dataset = dataset
         self.method = recipe.method
         self.knobs: Evaluate = recipe.evaluate
         self.in_step = in_step
-        self.collator = Collator(pad_token=encoder.end, virtual_tokens=recipe.method.virtual_tokens)
+        # Whatever the training's labels and widths, here they are those of the summaries.
+        self.collator = replace(make_collator(recipe, built.loss, encoder.end), as_published=False, pad_to=None)
 
     def _mine(self, description: str) -> Iterator[tuple[list[dict[str, Any]], bool]]:
         """This rank's share of the examples, in batches of like lengths, and whether they count.
@@ -72,11 +74,12 @@ class Evaluation:
         total = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
         for rows, count in self._mine("held-out loss"):
             batch = self._collate(rows)
-            with self.bound.autocast():  # a model that was not trained is not prepared to do so itself
-                summed = summed_loss(self.model, batch.to(self.accelerator.device))
+            # A model that was not trained is not prepared to do so itself.
+            with self.bound.autocast(), self.loss_at.in_use():
+                summed = self.loss_at(self.model, batch.to(self.accelerator.device))
             if count:
                 total[0] += summed
-                total[1] += self.collator.count(batch).labelled
+                total[1] += len(batch.targets)
         losses, labelled = self.accelerator.reduce(total).tolist()
         return float(losses / labelled)
 
@@ -87,11 +90,11 @@ class Evaluation:
         texts: list[tuple[int, str]] = []
         for rows, count in self._mine("teacher-forced argmax"):
             batch = self._collate(rows)
-            with self.bound.autocast():
-                best = logits(self.model, batch.to(self.accelerator.device)).argmax(-1).cpu()
-            for row, tokens in zip(rows if count else (), best if count else (), strict=True):
-                start, stop = row["prompt_tokens"] - 1, len(row["input_ids"]) - 1
-                texts.append((row["index"], self.encoder.decode(tokens[start:stop].tolist())))
+            with self.bound.autocast(), self.loss_at.in_use():
+                best = self.loss_at.logits(self.model, batch.to(self.accelerator.device)).argmax(-1).cpu()
+            labelled = [len(row["input_ids"]) - row["prompt_tokens"] for row in rows]
+            for row, tokens in zip(rows if count else (), best.split(labelled) if count else (), strict=True):
+                texts.append((row["index"], self.encoder.decode(tokens.tolist())))
         return self._in_order(texts)
 
     @torch.no_grad()  # and not inference_mode, in which shared weights cannot be gathered

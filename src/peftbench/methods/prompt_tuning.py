@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
@@ -51,7 +53,9 @@ class PromptTuning(Method):
             task_type="CAUSAL_LM", num_virtual_tokens=self.tokens, prompt_tuning_init=init,  # type: ignore[arg-type]
             **text,
         )  # fmt: skip
-        return get_peft_model(base, config)
+        model = get_peft_model(base, config)
+        model.forward = partial(_forward, model, model.forward)  # type: ignore[method-assign]
+        return model
 
     def generate(
         self, model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, **knobs: Any
@@ -69,3 +73,18 @@ class PromptTuning(Method):
         # Given embeddings alone, it returns the new tokens alone.
         new: torch.Tensor = base.generate(inputs_embeds=embeddings, attention_mask=mask, **knobs)  # type: ignore[operator]
         return new
+
+
+def _forward(
+    model: Any, as_peft_has_it: Callable[..., Any], *, virtual: torch.Tensor | None = None, **given: Any
+) -> Any:
+    """A forward pass in which each document of a row has its own soft tokens, at ``virtual`` (documents x tokens,).
+
+    peft knows of one place for them, before the first token of a row; without ``virtual`` they stand there.
+    """
+    if virtual is None:
+        return as_peft_has_it(**given)
+    base: PreTrainedModel = model.get_base_model()
+    embedded = base.get_input_embeddings()(given.pop("input_ids"))
+    soft = model.get_prompt(len(virtual) // model.active_peft_config.num_virtual_tokens)
+    return base(inputs_embeds=embedded.index_copy(1, virtual, soft.to(embedded.dtype).flatten(0, 1)[None]), **given)

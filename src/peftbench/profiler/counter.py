@@ -30,13 +30,33 @@ class FlopCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        formula = self._formulas.get(func._overloadpacket)
-        if formula is not None and self.total is not None and not self._aside():
+        if self.total is not None and not self._aside():
             try:
-                self.total += int(formula(*args, **kwargs, out_val=result))
+                self.total += self._flops(func, args, kwargs, result)
             except Exception:  # of a version or a shape that is not known here; the step must go on
                 self.total = None
         return result
+
+    def _flops(self, func: Any, args: Any, kwargs: Any, result: Any) -> int:
+        """Of one kernel, 0 where it multiplies no matrices."""
+        formula = self._formulas.get(func._overloadpacket)
+        if func.namespace != "torch_attn" and formula is None:
+            return 0
+        given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+        if func.namespace == "torch_attn":
+            return _of_documents(given)
+        flops = int(formula(*args, **kwargs, out_val=result))  # type: ignore[misc]
+        # Formulas count all pairs; a causal kernel skips those above the diagonal.
+        queries, keys = (given["query"].shape[-2], given["key"].shape[-2]) if given.get("is_causal") else (0, None)
+        return flops * (queries + 1) // (2 * queries) if queries == keys else flops
+
+
+def _of_documents(given: dict[str, Any]) -> int:
+    """Attention over documents of unlike lengths, causal: query, key and value are (positions, heads, width)."""
+    pairs = sum(length * (length + 1) // 2 for length in given["cu_seq_q"].diff().tolist())
+    (_, heads, width), mixed = given["query"].shape, given["value"].shape[-1]
+    products = 3 * width + 2 * mixed if "grad_out" in given else width + mixed
+    return int(2 * heads * pairs * products)
 
 
 def _unknown_to_torch() -> list[tuple[Any, Any]]:

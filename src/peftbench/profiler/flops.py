@@ -7,9 +7,12 @@ that needs a gradient. Both figures follow from that list by multiplication:
 
 - **required**: real and virtual tokens only, the causal half of attention, the head at labelled positions, nothing
   recomputed: what the mathematics of the method needs, whatever the implementation.
-- **executed**: every padded position, all pairs, the head everywhere, and what is computed twice: by gradient
-  checkpointing, and by fused attention, whose backward pass is five products and not four (Dao et al. 2022,
-  arXiv:2205.14135, algorithm 4).
+- **executed**: every padded position, the head wherever it is computed, all pairs where a kernel does not skip those
+  that are masked, and what is computed twice: by gradient checkpointing, and by fused attention, whose backward pass is
+  five products and not four (Dao et al. 2022, arXiv:2205.14135, algorithm 4).
+
+Of a kernel that skips what is causally masked the lower triangle is counted, as its authors do (Dao 2023,
+arXiv:2307.08691, section 4.1); blocks on the diagonal, which it computes whole, are not.
 
 Two FLOPs for each weight and token: Kaplan et al. 2020, arXiv:2001.08361. Attention is counted and recomputation is not
 part of what is required: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, appendix B.
@@ -26,13 +29,13 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from peftbench.data.batches import Work
+from peftbench.data.collate import Work
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-Per = Literal["position", "pair", "head", "column"]
+Per = Literal["position", "pair", "causal_pair", "label", "column"]
 _TOKENS = 3  # of the pass that lists products
 
 
@@ -46,12 +49,16 @@ class Product:
     per: Per
     block: int | None = None
     """Number of the block (from 0) that gradient checkpointing computes again, None outside of blocks."""
+    required_per: Per | None = None
+    """The unit by which it is required, where more is computed."""
 
-    def times(self, work: Work) -> int:
-        """How often ``work`` has the unit."""
-        return {
-            "position": work.positions, "pair": work.pairs, "head": work.head_positions, "column": work.columns,
-        }[self.per]  # fmt: skip
+
+def _times(per: Per, work: Work) -> int:
+    """How often ``work`` has the unit."""
+    return {
+        "position": work.positions, "pair": work.pairs, "causal_pair": work.causal_pairs, "label": work.labelled,
+        "column": work.columns,
+    }[per]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,13 +70,16 @@ class Cost:
     """What gradient checkpointing computes once more."""
 
     def required(self, work: Work) -> int:
-        """FLOPs that training on ``work`` needs: real positions, causal pairs, labelled head positions."""
-        return sum((p.forward + p.backward) * p.times(work) for p in self.products if p.per != "column")
+        """FLOPs that training on ``work`` needs: real positions, causal pairs, the head at labels."""
+        return sum(
+            (p.forward + p.backward) * _times(p.required_per or p.per, work)
+            for p in self.products if p.per != "column"
+        )  # fmt: skip
 
     def executed(self, work: Work) -> int:
-        """FLOPs that ``work`` takes: every padded position, all pairs, every head position."""
-        once = sum((p.forward + p.executed_backward) * p.times(work) for p in self.products)
-        return once + sum(p.forward * p.times(work) for p in self.recomputed)
+        """FLOPs that ``work`` takes."""
+        once = sum((p.forward + p.executed_backward) * _times(p.per, work) for p in self.products)
+        return once + sum(p.forward * _times(p.per, work) for p in self.recomputed)
 
 
 class UncountableError(Exception):
@@ -83,22 +93,26 @@ class UnevenError(UncountableError):
         super().__init__("a product over something else than the positions of a sequence")
 
 
-_COUNTED_ATTENTION = frozenset({"sdpa", "eager"})
+_COUNTED_ATTENTION = frozenset({"sdpa", "eager", "peftbench_causal"})
 """Attention whose kernels are torch's own, with formulas in ``counter.py``."""
 
 
-def cost(model: nn.Module, base: PreTrainedModel, *, virtual_tokens: int, checkpointing: bool) -> Cost:
+def cost(
+    model: nn.Module, base: PreTrainedModel, *, virtual_tokens: int, checkpointing: bool, head_everywhere: bool
+) -> Cost:
     """List the products of ``model``, which a method made from ``base``, in one forward pass of a few tokens.
+
+    ``head_everywhere``: in training the head computes all positions, and not the labelled ones alone.
 
     Raises:
         UncountableError: it has products of a kind that is not known here.
     """
     if base.config._attn_implementation not in _COUNTED_ATTENTION:
         raise UncountableError(f"attention as {base.config._attn_implementation}")
-    trace = _Trace(base, _TOKENS + virtual_tokens)
+    trace = _Trace(base, _TOKENS + virtual_tokens, head_per="position" if head_everywhere else "label")
     tokens = torch.zeros((1, _TOKENS), dtype=torch.long, device=next(model.parameters()).device)
     with torch.enable_grad(), _blocks_of(base, trace), _quantised_layers_of(base, trace), trace:
-        model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+        model(input_ids=tokens, use_cache=False)
     return Cost(tuple(trace.products()), tuple(trace.recomputed()) if checkpointing else ())
 
 
@@ -162,8 +176,9 @@ def _is_unknown_product(func: Any, name: str) -> bool:
 class _Trace(TorchFunctionMode):
     """Sees every function of torch that is called, and notes the products."""
 
-    def __init__(self, base: PreTrainedModel, width: int) -> None:
+    def __init__(self, base: PreTrainedModel, width: int, head_per: Per) -> None:
         super().__init__()
+        self.head_per = head_per
         head = base.get_output_embeddings()
         self.head = None if head is None else head.weight
         self.width = width
@@ -213,7 +228,7 @@ class _Trace(TorchFunctionMode):
             return [self._linear(args[1], args[2], args[2].shape[0])]
         if func is functional.scaled_dot_product_attention:
             query, key, value = args[:3]
-            return [self._attention(query, key, value, kwargs.get("dropout_p", 0.0))]
+            return [self._attention(query, key, value, kwargs.get("dropout_p", 0.0), kwargs.get("is_causal", False))]
         if name in {"matmul", "__matmul__", "mm", "bmm"}:
             return [self._matmul(args[0], args[1])]
         if _is_unknown_product(func, name):
@@ -223,18 +238,22 @@ class _Trace(TorchFunctionMode):
     def _linear(self, inputs: torch.Tensor, weight: torch.Tensor, width: int) -> Product:
         if inputs.numel() // width != self.width:
             raise UnevenError
-        per: Per = "head" if weight is self.head else "position"
+        is_head = weight is self.head
         backward = 2 * weight.numel() * (inputs.requires_grad + weight.requires_grad)
-        return Product(2 * weight.numel(), backward, backward, per, self.block)
+        per = self.head_per if is_head else "position"
+        return Product(2 * weight.numel(), backward, backward, per, self.block, "label" if is_head else None)
 
-    def _attention(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float) -> Product:
+    def _attention(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float, causal: bool
+    ) -> Product:
         scores, mix = 2 * query.shape[1] * query.shape[-1], 2 * query.shape[1] * value.shape[-1]
         probabilities = query.requires_grad or key.requires_grad
         backward = scores * (query.requires_grad + key.requires_grad) + mix * (probabilities + value.requires_grad)
         fused = 2 * (scores + mix) + scores if backward else 0  # the scores once more, then four products
         # With dropout of probabilities, attention on CPU is not fused (torch's sdp_utils_cpp.cpp).
-        executed = backward if query.device.type == "cpu" and dropout > 0 else fused
-        return Product(scores + mix, backward, executed, "pair", self.block)
+        plain = query.device.type == "cpu" and dropout > 0
+        per: Per = "causal_pair" if causal and not plain else "pair"
+        return Product(scores + mix, backward, backward if plain else fused, per, self.block, "causal_pair")
 
     def _matmul(self, left: torch.Tensor, right: torch.Tensor) -> Product:
         gradients = left.requires_grad + right.requires_grad
@@ -247,7 +266,7 @@ class _Trace(TorchFunctionMode):
         if rows != self.width or self.width not in (inner, right.shape[-1]):
             raise UnevenError
         flops = total // (left.shape[0] * self.width**2)
-        return Product(flops, flops * gradients, flops * gradients, "pair", self.block)
+        return Product(flops, flops * gradients, flops * gradients, "pair", self.block, "causal_pair")
 
 
 def _keeps_nothing(name: str, args: Any, kwargs: Any) -> bool:

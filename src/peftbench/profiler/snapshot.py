@@ -28,7 +28,7 @@ def keep_on_out_of_memory(path: Path, told: Callable[[], None]) -> None:
         told()
         keep(path)
 
-    torch._C._cuda_attachOutOfMemoryObserver(refused)  # type: ignore[attr-defined]
+    torch._C._cuda_attach_out_of_memory_observer(refused)  # type: ignore[attr-defined]
 
 
 def keep(path: Path) -> None:

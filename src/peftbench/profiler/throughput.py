@@ -10,7 +10,7 @@ import numpy
 from peftbench.record import Throughput, TokensPerSecond
 
 if TYPE_CHECKING:
-    from peftbench.data.batches import TokenCounts
+    from peftbench.data.collate import TokenCounts
 
 
 def throughput(

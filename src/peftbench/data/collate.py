@@ -1,0 +1,229 @@
+"""From encoded examples to what one forward pass is given, and exact counts of its tokens and its work.
+
+Padding stands at the right, after all that a causal model may look at, so no mask is needed for it: what is computed
+there is thrown away and changes nothing before it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Tokens of a batch, four kinds that must not be mixed."""
+
+    real: int = 0
+    """Tokens of articles, separators, summaries and ends."""
+    padded: int = 0
+    """Positions computed: real tokens and padding, virtual ones not counted."""
+    labelled: int = 0
+    """Positions that enter the loss."""
+    virtual: int = 0
+    """Soft tokens a method puts before the sequences."""
+
+    def __add__(self, other: TokenCounts) -> TokenCounts:
+        return TokenCounts(
+            self.real + other.real, self.padded + other.padded,
+            self.labelled + other.labelled, self.virtual + other.virtual,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is computed for sequences, summed over them: all that FLOPs depend on beside the model."""
+
+    positions: int = 0
+    """Through the trunk, virtual tokens included."""
+    pairs: int = 0
+    """Of query and key, for kernels that compute all of them."""
+    causal_pairs: int = 0
+    """The same for kernels that skip keys after their query."""
+    labelled: int = 0
+    """Positions that enter the loss."""
+    columns: int = 0
+    """Width of each micro-batch, once: what rotary embeddings are computed for."""
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.positions + other.positions, self.pairs + other.pairs, self.causal_pairs + other.causal_pairs,
+            self.labelled + other.labelled, self.columns + other.columns,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Sequences that share one row, each of which attends to itself alone."""
+
+    lengths: tuple[int, ...]
+    """Positions of each, virtual tokens included."""
+    bounds: torch.Tensor
+    """Where each begins and the last ends: (documents + 1,), int32."""
+    position_ids: torch.Tensor
+    """Counted from 0 in each: (1, positions)."""
+    virtual: torch.Tensor
+    """Places of soft tokens in the row: (documents x virtual tokens,)."""
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], virtual_tokens: int = 0, device: torch.device | None = None) -> Documents:
+        """Documents of that many positions each."""
+        starts = [0, *itertools.accumulate(lengths)]
+        places = [torch.arange(start, start + virtual_tokens) for start in starts[:-1]]
+        return cls(
+            tuple(lengths),
+            torch.tensor(starts, dtype=torch.int32).to(device),
+            torch.cat([torch.arange(length) for length in lengths])[None].to(device),
+            torch.cat(places).to(device),
+        )
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Documents:
+        """The same with ``function`` of each tensor."""
+        return replace(
+            self, bounds=function(self.bounds), position_ids=function(self.position_ids), virtual=function(self.virtual)
+        )
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass is given: rows padded at the right, or documents one after another in a single row."""
+
+    input_ids: torch.Tensor
+    """(rows, width); where documents share a row, with a place for each soft token."""
+    predictors: torch.Tensor
+    """Where each labelled token is predicted: (labelled,), places in the flattened rows, virtual tokens counted."""
+    targets: torch.Tensor
+    """The labelled tokens: (labelled,), row by row."""
+    lengths: tuple[int, ...]
+    """Real tokens of each example."""
+    examples: tuple[int, ...] = ()
+    """Which they are, as indices into their dataset, in the order of ``lengths``."""
+    attention_mask: torch.Tensor | None = None
+    """(rows, width), where padding enters the loss and may not be looked at."""
+    documents: Documents | None = None
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Arguments of the model's forward pass."""
+        if self.documents is None:
+            return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        given = {"input_ids": self.input_ids, "position_ids": self.documents.position_ids, "documents": self.documents}
+        return given | ({"virtual": self.documents.virtual} if len(self.documents.virtual) else {})
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
+        """The same with ``function`` of each tensor."""
+        return replace(
+            self, input_ids=function(self.input_ids), predictors=function(self.predictors),
+            targets=function(self.targets),
+            attention_mask=None if self.attention_mask is None else function(self.attention_mask),
+            documents=None if self.documents is None else self.documents.map(function),
+        )  # fmt: skip
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """A copy on ``device``, not waited for where it comes from pinned memory."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> MicroBatch:
+        """A copy in memory that a GPU can fetch it from while it computes."""
+        return self.map(torch.Tensor.pin_memory)
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pads encoded examples into a micro-batch."""
+
+    pad_token: int
+    virtual_tokens: int = 0
+    pad_to: int | None = None
+    """Width of every micro-batch; None pads to the longest row."""
+    as_published: bool = False
+    """Label every position, padding too."""
+
+    def positions(self, lengths: Sequence[int]) -> int:
+        """What a micro-batch of these lengths is computed over, virtual tokens included."""
+        return len(lengths) * ((self.pad_to or max(lengths)) + self.virtual_tokens)
+
+    def collate(
+        self, rows: Sequence[Sequence[int]], prompts: Sequence[int], examples: Sequence[int] = ()
+    ) -> MicroBatch:
+        """``rows`` of token ids and the number of unlabelled ones at the start of each."""
+        width = self.pad_to or max(map(len, rows))
+        input_ids = torch.full((len(rows), width), self.pad_token)
+        for index, row in enumerate(rows):
+            input_ids[index, : len(row)] = torch.as_tensor(row)
+        # By position, not by id: where the pad token is the end token, the end must still be learnt. A row's first
+        # token is never predicted.
+        ends = [width if self.as_published else len(row) for row in rows]
+        first = [1 if self.as_published else max(1, prompt) for prompt in prompts]
+        places = [torch.arange(start, end) for start, end in zip(first, ends, strict=True)]
+        stride = width + self.virtual_tokens
+        predictors = [index * stride + self.virtual_tokens + place - 1 for index, place in enumerate(places)]
+        targets = [input_ids[index, place] for index, place in enumerate(places)]
+        lengths = tuple(map(len, rows))
+        mask = torch.arange(width) < torch.tensor(lengths)[:, None] if self.as_published else None
+        return MicroBatch(
+            input_ids, torch.cat(predictors), torch.cat(targets), lengths, tuple(examples),
+            None if mask is None else mask.long(),
+        )  # fmt: skip
+
+    def count(self, batch: MicroBatch) -> TokenCounts:
+        """Exact counts of one micro-batch. The first position of a row is never predicted."""
+        rows = len(batch.lengths)
+        return TokenCounts(sum(batch.lengths), batch.input_ids.numel(), len(batch.targets), rows * self.virtual_tokens)
+
+    def required(self, batch: MicroBatch) -> Work:
+        """Real and virtual tokens, each attending to itself and what is before it; the head at labels."""
+        return self._of_documents(batch)
+
+    def executed(self, batch: MicroBatch) -> Work:
+        """Every position of the padded rectangle."""
+        rows, width = batch.input_ids.shape[0], batch.input_ids.shape[1] + self.virtual_tokens
+        padded = batch.attention_mask is not None and len({*batch.lengths, batch.input_ids.shape[1]}) > 1
+        pairs = rows * width**2  # and a mask is what keeps a kernel from skipping any
+        causal = pairs if padded else rows * _triangle(width)
+        return Work(rows * width, pairs, causal, len(batch.targets), width)
+
+    def _of_documents(self, batch: MicroBatch) -> Work:
+        lengths = [length + self.virtual_tokens for length in batch.lengths]
+        total, causal = sum(lengths), sum(map(_triangle, lengths))
+        return Work(total, sum(length**2 for length in lengths), causal, len(batch.targets), total)
+
+
+@dataclass(frozen=True)
+class Packer(Collator):
+    """Puts encoded examples one after another into a single row: nothing is padded, and none sees another."""
+
+    def positions(self, lengths: Sequence[int]) -> int:
+        return sum(lengths) + len(lengths) * self.virtual_tokens
+
+    def collate(
+        self, rows: Sequence[Sequence[int]], prompts: Sequence[int], examples: Sequence[int] = ()
+    ) -> MicroBatch:
+        virtual = [self.pad_token] * self.virtual_tokens
+        documents = Documents.of([len(row) + self.virtual_tokens for row in rows], self.virtual_tokens)
+        input_ids = torch.cat([torch.as_tensor([*virtual, *row]) for row in rows])
+        places = [
+            int(start) + self.virtual_tokens + torch.arange(max(1, prompt), len(row))
+            for start, row, prompt in zip(documents.bounds, rows, prompts, strict=False)
+        ]
+        labelled = torch.cat(places)
+        return MicroBatch(
+            input_ids[None], labelled - 1, input_ids[labelled], tuple(map(len, rows)), tuple(examples),
+            documents=documents,
+        )  # fmt: skip
+
+    def count(self, batch: MicroBatch) -> TokenCounts:
+        return replace(super().count(batch), padded=sum(batch.lengths))
+
+    def executed(self, batch: MicroBatch) -> Work:
+        """What is required, for there is nothing else."""
+        return self._of_documents(batch)
+
+
+def _triangle(length: int) -> int:
+    """Pairs of each position with itself and those before it."""
+    return length * (length + 1) // 2
