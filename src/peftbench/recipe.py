@@ -264,10 +264,11 @@ class Recipe(Part):
                 f"train.trunk_cache={self.train.trunk_cache} keeps what a frozen trunk gives, and this "
                 f"{self.method.kind} has none; use last_layer with method.head=untied, or set train.trunk_cache=null"
             )
-        if self.data.as_published:
+        if self.data.as_published or self.train.logits == "all":
+            other = "data.as_published=true labels padding" if self.data.as_published else "train.logits=all wants more"
             raise ValueError(
-                "train.trunk_cache keeps the labelled positions of each example, and data.as_published labels padding, "
-                "which is another in each batch; set one of the two to its default"
+                f"train.trunk_cache keeps hidden states of each example's labelled positions, and {other}; set one of "
+                "the two to its default"
             )
         return self
 

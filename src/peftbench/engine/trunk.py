@@ -8,6 +8,7 @@ changes them finds another folder.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import mmap
@@ -21,7 +22,7 @@ from typing import Any, Literal
 import torch
 from filelock import FileLock
 
-from peftbench.errors import DiskFullError
+from peftbench.errors import DiskFullError, OutputError
 from peftbench.files import CACHE_VARIABLE, cache_dir, write_atomically, write_error
 
 Stored = Literal["fp32", "bf16"]
@@ -119,18 +120,15 @@ class TrunkStore:
     def seal(self) -> None:
         """Have the system write all to the disk, where all is there: then it is good after a crash of the machine too.
 
-        Raises:
-            OutputError: it cannot be written.
+        Where that fails, it is good until then.
         """
         sealed = self.folder / _SEALED
         if sealed.exists() or not bool(self._flags.all()):
             return
-        try:
+        with contextlib.suppress(OSError, OutputError):
             self._map.flush()
             self._flags_map.flush()
-        except OSError as error:
-            raise write_error(self.folder, error) from error
-        write_atomically(sealed, "")
+            write_atomically(sealed, "")
 
     def _let_go(self) -> None:
         """Take what was touched out of this process's memory (not of the system's cache), or its peak would hold it."""

@@ -22,8 +22,13 @@ _WHERE_FROM = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 """What a config says of its model's origin and not of its function; versions are told apart below."""
 
 
-def identity_of(recipe: Recipe, base: PreTrainedModel, examples: str, device: torch.device) -> dict[str, Any]:
-    """Of a recipe's frozen trunk over examples of which ``examples`` is the hash: each thing by its name."""
+def identity_of(
+    recipe: Recipe, base: PreTrainedModel, examples: str, device: torch.device, *, masked: bool
+) -> dict[str, Any]:
+    """Of a recipe's frozen trunk over examples of which ``examples`` is the hash: each thing by its name.
+
+    ``masked``: whether attention is transformers' own.
+    """
     config = {key: value for key, value in base.config.to_diff_dict().items() if key not in _WHERE_FROM}
     return {
         "architecture": type(base).__qualname__,
@@ -32,6 +37,7 @@ def identity_of(recipe: Recipe, base: PreTrainedModel, examples: str, device: to
         "examples": examples,
         "precision": recipe.train.precision,
         "attention": recipe.model.attention,
+        "masked": masked,
         "fused_gelu": recipe.model.fused_gelu,
         "quantization": recipe.model.quantization,
         "stored": recipe.train.trunk_cache,
