@@ -109,10 +109,17 @@ class Train(Part):
     """Examples in one optimizer step, over all processes and micro-batches."""
     micro_batch: PositiveInt | Literal["auto"] | None = None
     """Most examples in one forward pass of one process; null: all; auto: the most predicted to fit budget or GPU."""
+    micro_tokens: int | None = Field(default=None, gt=0)
+    """Most tokens in one forward pass of one process, padding and virtual ones included, instead of micro_batch: a step
+    has as few micro-batches as keep to it, cut to be of like size."""
     precision: Precision = "fp32"
     """Arithmetic of forward and backward pass; trained weights stay in float32, unless the optimizer says bf16."""
     logits: Literal["labelled", "all"] = "labelled"
     """Positions that the output head computes in training: those that predict a labelled token, or all; same loss."""
+    cross_entropy: Literal["torch", "liger"] = "torch"
+    """What computes the loss from hidden states: torch, in chunks; or Liger Kernel, on CUDA, if it is installed."""
+    compile: bool = False
+    """Compile each block with torch.compile; the first steps take minutes: give profile.warmup_steps enough of them."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     activation_offload: bool = False
@@ -135,6 +142,8 @@ class Train(Part):
     def _one_length(self) -> Train:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("needs exactly one of train.steps and train.epochs")
+        if self.micro_tokens is not None and self.micro_batch is not None:
+            raise ValueError("takes micro_batch or micro_tokens, and not both")
         return self
 
     @property

@@ -123,7 +123,8 @@ class Engine(_Kept):
     max_grad_norm: float | None = None
     mixed_precision: str
     optimizer: str
-    micro_batch: int
+    micro_batch: int | None
+    """Most examples; None where a number of tokens was asked for."""
     accumulation: int
     threads: int
 

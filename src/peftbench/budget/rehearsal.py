@@ -292,8 +292,8 @@ class Rehearsal:
         return made
 
     def _fuse(self, optimizer: torch.optim.Optimizer) -> None:
-        """As an optimizer is that is built over weights on a GPU."""
-        if self.device == "cuda" and type(optimizer) is torch.optim.AdamW and not self.world.engine.shards_weights:
+        """As an optimizer is that is built over weights which are there."""
+        if type(optimizer) is torch.optim.AdamW:
             for group in optimizer.param_groups:
                 group["fused"] = True
 

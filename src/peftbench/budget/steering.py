@@ -90,7 +90,7 @@ class Steering(TorchFunctionMode):
             if self.device == "cuda":
                 with_foreach = _foreach_utils._get_foreach_kernels_supported_devices()
                 put(_foreach_utils, "_get_foreach_kernels_supported_devices", lambda: [*with_foreach, "meta"])
-                put(adam, "_device_dtype_check_for_fused", lambda *_, **__: None)
+            put(adam, "_device_dtype_check_for_fused", lambda *_, **__: None)
             yield
 
     def __torch_function__(

@@ -62,6 +62,8 @@ class Documents:
 
     lengths: tuple[int, ...]
     """Positions of each, virtual tokens included."""
+    longest: int
+    """The most of them."""
     bounds: torch.Tensor
     """Where each begins and the last ends: (documents + 1,), int32."""
     position_ids: torch.Tensor
@@ -76,6 +78,7 @@ class Documents:
         places = [torch.arange(start, start + virtual_tokens) for start in starts[:-1]]
         return cls(
             tuple(lengths),
+            max(lengths),
             torch.tensor(starts, dtype=torch.int32).to(device),
             torch.cat([torch.arange(length) for length in lengths])[None].to(device),
             torch.cat(places).to(device),

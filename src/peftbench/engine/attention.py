@@ -62,7 +62,7 @@ def _unlike_lengths(
     if groups > 1:
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    bounds, longest, causal = documents.bounds, max(documents.lengths), (-1, 0)
+    bounds, longest, causal = documents.bounds, documents.longest, (-1, 0)
     mixed = varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scaling, window_size=causal)
     return mixed[None], None  # type: ignore[call-overload]
 

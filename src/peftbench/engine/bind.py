@@ -24,6 +24,9 @@ from peftbench.engine import deepspeed
 from peftbench.engine.compatibility import (
     ACTIVATION_OFFLOAD,
     CHECKPOINTS,
+    COMPILE,
+    LIGER,
+    MICRO_TOKENS,
     QUANTIZATION,
     TRUNK_CACHE,
     Combination,
@@ -137,6 +140,9 @@ def combination(recipe: Recipe, engine: EngineKind) -> Combination:
         QUANTIZATION: recipe.model.quantization is not None,
         CHECKPOINTS: recipe.checkpoint.every_steps is not None,
         ACTIVATION_OFFLOAD: recipe.train.activation_offload,
+        MICRO_TOKENS: recipe.train.micro_tokens is not None,
+        COMPILE: recipe.train.compile,
+        LIGER: recipe.train.cross_entropy == "liger",
         TRUNK_CACHE: recipe.train.trunk_cache is not None,
     }
     extras = frozenset(extra for extra, wanted in asked.items() if wanted)
@@ -286,6 +292,8 @@ def check_started(recipe: Recipe, bound: Bound, model: object, optimizer: object
     accelerator, engine = bound.accelerator, bound.engine
     processes = accelerator.num_processes
     accumulation, micro_batch = division(recipe.train.global_batch, recipe.train.rows, processes)
+    if recipe.train.micro_tokens is not None:  # it was found out from the examples, and told the accelerator
+        accumulation = accelerator.gradient_accumulation_steps
     asked: dict[str, object] = {"accumulation": accumulation, "optimizer": _name(bare)}
     found: dict[str, object] = {
         "accumulation": accelerator.gradient_accumulation_steps,

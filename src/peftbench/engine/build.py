@@ -29,6 +29,7 @@ from peftbench.record import Parameters
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from datasets import Dataset
+    from transformers import PreTrainedModel
 
     from peftbench.engine.trunk import TrunkStore
     from peftbench.recipe import Recipe
@@ -162,7 +163,10 @@ def build(recipe: Recipe, base: Base, bound: Bound) -> Built:
     if not (bound.engine.shards_weights and recipe.method.trains):  # those come to the device part by part
         model.to(bound.accelerator.device)
     parameters = Parameters(total=total, trainable=trainable)
-    loss, unspared = loss_of(base.model, labelled=recipe.train.logits == "labelled", masked=recipe.data.as_published)
+    loss, unspared = loss_of(
+        base.model, labelled=recipe.train.logits == "labelled", masked=recipe.data.as_published,
+        kernel=recipe.train.cross_entropy,
+    )  # fmt: skip
     notes += unspared
     # With what the method put into the base, as HF Trainer counts.
     six_n_parameters = base.model.num_parameters(exclude_embeddings=True)
@@ -184,7 +188,12 @@ def make_trainer(recipe: Recipe, built: Built, train: Rows, pad_token: int, boun
     rank, world_size = accelerator.process_index, accelerator.num_processes
     batches = Batches(train, collator, knobs.global_batch, knobs.rows, knobs.seed, rank, world_size)
     steps = batches.steps(knobs.steps, knobs.epochs)
+    if knobs.micro_tokens is not None:
+        batches = batches.within(knobs.micro_tokens, steps)
+        accelerator.gradient_accumulation_steps = batches.accumulation
     kept = keep_trunk(recipe, built.base.model, built.loss, batches, accelerator) if knobs.trunk_cache else None
+    if knobs.compile:
+        _compile_blocks(built.base.model)
     model, optimizer, bare = prepare(recipe, built.bare_model, bound)
     # Not prepared: accelerate steps a prepared schedule once per process, and ours counts optimizer steps.
     schedule = get_scheduler(
@@ -199,6 +208,15 @@ def make_trainer(recipe: Recipe, built: Built, train: Rows, pad_token: int, boun
     if recipe.train.activation_offload and accelerator.device.type != "cpu":
         trainer = replace(trainer, offload=partial(ActivationOffload, list(built.bare_model.parameters())))
     return replace(trainer, backward_part="backward_and_optimizer") if bound.engine.deepspeed else trainer
+
+
+def _compile_blocks(base: PreTrainedModel) -> None:
+    """Compile each block by itself: they are alike, so that one is compiled for all."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    for module in base.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.compile(dynamic=True)
 
 
 def make_collator(recipe: Recipe, loss: Loss, pad_token: int) -> Collator:
@@ -265,4 +283,4 @@ def _cost(recipe: Recipe, built: Built, bound: Bound) -> tuple[Cost | None, str 
             )  # fmt: skip
     except Exception as error:  # an instrument must not end a run
         return None, f"FLOPs are not known: {error or type(error).__name__}", isinstance(error, UnevenError)
-    return found, None, True
+    return found, None, not recipe.train.compile  # the counter does not see into what is compiled

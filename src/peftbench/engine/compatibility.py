@@ -19,11 +19,15 @@ OVER_A_FROZEN_BASE = frozenset({"lora", "prompt_tuning"})
 """Methods that add to the base and change nothing of it."""
 PRECISIONS = ("fp32", "bf16", "fp16")
 QUANTIZATION, CHECKPOINTS, ACTIVATION_OFFLOAD = "quantization", "checkpoints", "activation_offload"
+MICRO_TOKENS, COMPILE, LIGER = "micro_tokens", "compile", "liger"
 TRUNK_CACHE = "trunk_cache"
 EXTRAS = {
     QUANTIZATION: ("model.quantization", "null"),
     CHECKPOINTS: ("checkpoint.every_steps", "null"),
     ACTIVATION_OFFLOAD: ("train.activation_offload", "false"),
+    MICRO_TOKENS: ("train.micro_tokens", "null"),
+    COMPILE: ("train.compile", "false"),
+    LIGER: ("train.cross_entropy", "torch"),
     TRUNK_CACHE: ("train.trunk_cache", "null"),
 }
 """What a recipe may ask for beside the four: its knob, and the value that leaves it out."""
@@ -125,6 +129,18 @@ RULES = (
     Rule(
         "paged states lie in the GPU's memory or where its driver moves them, and offload puts them elsewhere",
         engines=_OFFLOAD, optimizers=frozenset({"paged_adamw8bit"}),
+    ),
+    Rule(
+        "DeepSpeed is told how many micro-batches a step has before the examples are read",
+        engines=_ZERO, extra=MICRO_TOKENS,
+    ),
+    Rule(
+        "blocks that are compiled have not been tried in the hands of this engine here",
+        engines=frozenset(ENGINES) - {"single", "ddp"}, extra=COMPILE,
+    ),
+    Rule(
+        "Liger's kernels are for CUDA",
+        devices=frozenset({"cpu"}), extra=LIGER,
     ),
     Rule(
         "fp16 is GPU arithmetic",

@@ -7,10 +7,13 @@ twice (as in Hsu et al. 2024, Liger Kernel, arXiv:2410.10989; here in plain torc
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch.nn import functional
+
+from peftbench.errors import EngineError
 
 CHUNK_LOGITS = 2**25
 """Most logits held at once: 128 MiB in float32, and as much for their gradient."""
@@ -76,3 +79,36 @@ class _Chunked(torch.autograd.Function):
         scaled = [None if gradient is None else gradient.mul_(incoming[0]) for gradient in ctx.gradients]
         ctx.gradients = ()
         return (*scaled, None, None, None)
+
+
+SummedCrossEntropy = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor], torch.Tensor]
+"""As :func:`summed_cross_entropy`."""
+Kernel = Literal["torch", "liger"]
+
+
+def _liger() -> SummedCrossEntropy:
+    """Liger Kernel's.
+
+    Raises:
+        EngineError: it is not installed.
+    """
+    try:
+        from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+    except ImportError as error:
+        raise EngineError(
+            f"train.cross_entropy=liger needs Liger Kernel ({error}); pip install liger-kernel, or use torch"
+        ) from error
+    loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
+
+    def summed(
+        hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+    ) -> torch.Tensor:
+        dtype = _arithmetic(hidden)
+        lowered = None if bias is None else bias.to(dtype)
+        found: torch.Tensor = loss(weight.to(dtype), hidden.to(dtype), targets, lowered)
+        return found.float()
+
+    return summed
+
+
+KERNELS: dict[Kernel, Callable[[], SummedCrossEntropy]] = {"torch": lambda: summed_cross_entropy, "liger": _liger}

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from peftbench.data.batches import GlobalBatch
 from peftbench.data.collate import TokenCounts, Work
+from peftbench.engine.prefetch import ahead
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -111,7 +112,8 @@ def train(
         disable=None if accelerator.is_main_process else True,
     )  # fmt: skip
     with bar:
-        for batch in itertools.islice(trainer.batches.after(progress.steps), trainer.steps - progress.steps):
+        left = itertools.islice(trainer.batches.after(progress.steps), trainer.steps - progress.steps)
+        for batch in ahead(left, accelerator.device):
             learning_rate = float(trainer.schedule.get_last_lr()[0])
             with probe.step():
                 loss = train_step(accelerator, trainer, batch, max_grad_norm, probe.part)

@@ -16,7 +16,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from peftbench.engine import attention
-from peftbench.engine.cross_entropy import summed_cross_entropy
+from peftbench.engine.cross_entropy import KERNELS, Kernel
+from peftbench.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,10 +61,12 @@ class LabelledLoss(Loss):
 
     everywhere = False
 
-    def __init__(self, base: PreTrainedModel, head: nn.Module, *, is_last: bool, masked: bool = False) -> None:
-        """``is_last``: what the head returns is what the model does."""
+    def __init__(
+        self, base: PreTrainedModel, head: nn.Module, *, is_last: bool, masked: bool = False, kernel: Kernel = "torch"
+    ) -> None:
+        """``is_last``: what the head returns is what the model does. ``kernel`` computes the loss then."""
         super().__init__(base, masked=masked)
-        self.head = head
+        self.head, self.summed = head, KERNELS[kernel]()
         self.is_last = is_last and type(head) is nn.Linear
         self._asked: _Asked | None = None
         self._forward = head.forward
@@ -107,21 +110,31 @@ def _at_labels(loss: LabelledLoss, hidden: torch.Tensor, *given: Any, **named: A
     if asked.targets is None:
         return loss._forward(labelled[None], *given, **named)  # type: ignore[no-any-return]
     bias: torch.Tensor | None = loss.head.bias  # type: ignore[assignment]
-    return summed_cross_entropy(labelled, loss.head.weight, bias, asked.targets)  # type: ignore[arg-type]
+    return loss.summed(labelled, loss.head.weight, bias, asked.targets)  # type: ignore[arg-type]
 
 
-def loss_of(base: PreTrainedModel, *, labelled: bool = True, masked: bool = False) -> tuple[Loss, tuple[str, ...]]:
+def loss_of(
+    base: PreTrainedModel, *, labelled: bool = True, masked: bool = False, kernel: Kernel = "torch"
+) -> tuple[Loss, tuple[str, ...]]:
     """The loss of a base with a method applied to it, and notes on what it could not spare.
 
     ``labelled``: spare the head all positions without a label; ``masked``: leave attention as transformers does it.
+
+    Raises:
+        UnsupportedModelError: another kernel than torch's is asked for, and the loss is not the head's to compute.
     """
     head = base.get_output_embeddings() if labelled else None
     of_head, of_model = _outputs(base, head) if head is not None else (None, None)
     loss: Loss
     if head is not None and of_head is not None:
-        loss = LabelledLoss(base, head, is_last=of_head is of_model, masked=masked)
+        loss = LabelledLoss(base, head, is_last=of_head is of_model, masked=masked, kernel=kernel)
     else:
         loss = Loss(base, masked=masked)
+    if kernel != "torch" and not (isinstance(loss, LabelledLoss) and loss.is_last):
+        raise UnsupportedModelError(
+            f"train.cross_entropy={kernel} needs train.logits=labelled and a model that returns what its linear head "
+            f"does; {base.config.model_type} is computed otherwise here; use train.cross_entropy=torch"
+        )
     notes = []
     if labelled and loss.everywhere:
         notes.append(f"the head of {base.config.model_type} was not found; logits are computed at every position")

@@ -39,6 +39,7 @@ def identity_of(
         "attention": recipe.model.attention,
         "masked": masked,
         "fused_gelu": recipe.model.fused_gelu,
+        "compile": recipe.train.compile,
         "quantization": recipe.model.quantization,
         "stored": recipe.train.trunk_cache,
         "device": device.type,  # whose kernels round in another order

@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from peftbench.optim.base import Parameters
 
 
+_FUSED = frozenset({"cpu", "cuda"})
+"""Devices on which torch steps all of AdamW in one kernel."""
+
+
 class AdamW(Betas):
-    """AdamW (Loshchilov and Hutter 2019), torch's own; fused on CUDA, but under zero3 and fsdp2,
-    whose weights are not there yet when it is made.
-    """
+    """AdamW (Loshchilov and Hutter 2019), torch's own, in one kernel."""
 
     kind: Literal["adamw"] = "adamw"
     """Which optimizer."""
@@ -34,7 +36,7 @@ class AdamW(Betas):
             betas=self.betas,
             eps=self.eps,
             weight_decay=self.weight_decay,
-            fused=all(parameter.is_cuda for parameter in trained) or None,
+            fused=all(parameter.device.type in _FUSED for parameter in trained) or None,
         )
 
     def state_bytes(self, groups: Sequence[dict[str, Any]]) -> int:
