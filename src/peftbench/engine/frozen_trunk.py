@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from peftbench.data.batches import Batches, GlobalBatch
 from peftbench.data.collate import MicroBatch, Work
-from peftbench.engine.loss import LabelledLoss, Loss
+from peftbench.engine.loss import LabelledLoss, Loss, select
 from peftbench.engine.ranks import from_main
 from peftbench.engine.trunk import DTYPES, Layout, TrunkStore, open_store, sentence
 from peftbench.engine.trunk_identity import identity_of, read_examples
@@ -36,8 +36,8 @@ class TrunkLoss(Loss):
 
     The whole model is called either way, in whatever wrappers an engine has put it, so that gradients are averaged as
     always and what a model does with its logits is done. In its middle the trunk's forward pass is replaced, which then
-    gives what it gave for one token, and the head's, which then is given the stored states. States that are computed
-    are rounded to the stored type too, so that a step's loss does not depend on where they came from.
+    gives what it gave for one token, and the head is given the stored states. States that are computed are rounded to
+    the stored type too, so that a step's loss does not depend on where they came from.
     """
 
     everywhere = False
@@ -50,9 +50,9 @@ class TrunkLoss(Loss):
         with torch.no_grad():
             token = torch.zeros((1, 1), dtype=torch.long, device=inner.base.device)
             self._of_one_token = trunk(input_ids=token, use_cache=False)
-        self._trunk, self._head = trunk.forward, inner.head.forward
+        self._trunk = trunk.forward
         trunk.forward = self._at_trunk
-        inner.head.forward = self._at_head
+        inner.select = self._select
 
     def logits(self, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
         return self.inner.logits(model, batch)
@@ -67,8 +67,7 @@ class TrunkLoss(Loss):
             states = read.to(device, non_blocking=True).float()
         self._step = _Step(batch, states)
         try:
-            every = torch.arange(len(batch.targets), device=device)  # the head is given the labelled positions alone
-            return self.inner(model, replace(batch, predictors=every))
+            return self.inner(model, batch)
         finally:
             self._step = None
 
@@ -77,15 +76,14 @@ class TrunkLoss(Loss):
             return self._of_one_token
         return self._trunk(*given, **named)
 
-    def _at_head(self, hidden: torch.Tensor, *given: Any, **named: Any) -> Any:
+    def _select(self, hidden: torch.Tensor, predictors: torch.Tensor) -> torch.Tensor:
         if self._step is None:
-            return self._head(hidden, *given, **named)
-        states, batch = self._step.states, self._step.batch
-        if states is None:
-            computed = hidden.flatten(0, 1).index_select(0, batch.predictors)
-            self.store.write(batch.examples, computed)
-            states = computed.to(DTYPES[self.store.layout.stored]).float()
-        return self._head(states[None], *given, **named)
+            return select(hidden, predictors)
+        if self._step.states is not None:
+            return self._step.states
+        computed = select(hidden, predictors)
+        self.store.write(self._step.batch.examples, computed)
+        return computed.to(DTYPES[self.store.layout.stored]).float()
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from peftbench.data.batches import Rows
     from peftbench.recipe import Recipe
 
-_BLOCK = 4096  # examples hashed at once
+_BLOCK = 1000  # examples hashed at once
 _WHERE_FROM = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 """What a config says of its model's origin and not of its function; versions are told apart below."""
 
