@@ -50,8 +50,15 @@ LADDER = {
 CARD = "16GiB"
 """What the ladder's runs are held to."""
 STEPS: dict[str, dict[str, Any]] = {
-    "fp32": {"precision": "fp32", "fused_gelu": False, "optimizer": "adamw", "checkpointing": False},
+    "fp32": {
+        "precision": "fp32",
+        "logits": "all",
+        "fused_gelu": False,
+        "optimizer": "adamw",
+        "checkpointing": False,
+    },
     "bf16": {"precision": "bf16"},
+    "labelled_logits": {"logits": "labelled"},
     "fused_gelu": {"fused_gelu": True},
     "adamw8bit": {"optimizer": "adamw8bit"},
     "checkpointing": {"checkpointing": True},
@@ -99,7 +106,7 @@ def of_the_ladder(sizes: Mapping[str, Size], folder: str) -> Iterator[tuple[Reci
                 optimizer=OPTIMIZERS[knobs["optimizer"]](kind=knobs["optimizer"]),
                 train=Train(
                     steps=size.warmup_steps + size.steps, global_batch=size.rows, precision=knobs["precision"],
-                    gradient_checkpointing=knobs["checkpointing"],
+                    gradient_checkpointing=knobs["checkpointing"], logits=knobs["logits"],
                 ),
                 evaluate=Evaluate(generate=False),
                 profile=Profile(warmup_steps=size.warmup_steps),

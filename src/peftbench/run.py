@@ -255,6 +255,7 @@ class Run:
             vocabulary=built.base.model.config.vocab_size, part=lambda: self.probe.current_part,
             count_flops=trainer.counter_sees_all and knobs.warmup_steps > 0 and not self.resumed_after,
             breakdown_step=knobs.warmup_steps if knobs.breakdown and not self.resumed_after else None,
+            checkpointing=built.checkpointing,
             holdings=lambda: holdings(trainer.model, built.bare_model, trainer.optimizer),
         )  # fmt: skip
         with trainer.loss.in_use(), self.probe.training(knobs.warmup_steps, looking.step):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-from peftbench.data.batches import Batches, GlobalBatch
-from peftbench.data.collate import Collator, MicroBatch, TokenCounts
+from peftbench.data.batches import Batches, GlobalBatch, _evenly
+from peftbench.data.collate import Collator, MicroBatch, Packer, TokenCounts
 from peftbench.errors import OutOfRangeError
 
 if TYPE_CHECKING:
@@ -288,3 +289,65 @@ def test_as_published_batches_are_not_sorted(dataset: Dataset) -> None:
     order = list(itertools.islice(made.order(), 8))
     assert examples(first(made, 1)[0]) == order
     assert [length(index) for index in order] != sorted(length(index) for index in order)
+
+
+# --- under a budget of tokens ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("collator", [Collator(PAD), Packer(PAD), Packer(PAD, 4)], ids=["padded", "packed", "virtual"])
+@pytest.mark.parametrize(("global_batch", "world_size"), [(8, 1), (8, 2), (40, 4), (6, 3)])
+@pytest.mark.parametrize("tokens", [17, 26, 60, 10_000])
+def test_micro_batches_keep_to_a_number_of_tokens(
+    tokens: int, global_batch: int, world_size: int, collator: Collator, dataset: Dataset
+) -> None:
+    """In every step of a run, on every rank, with as few micro-batches as do; the steps see the same examples."""
+    steps = 9
+    within = [
+        batches(dataset, global_batch, None, collator=collator, rank=rank, world_size=world_size).within(tokens, steps)
+        for rank in range(world_size)
+    ]
+    plain = [first(batches(dataset, global_batch, 1, collator=collator), steps)][0]
+    most, sizes = 0, []
+    for step in range(steps):
+        ranks = [first(made, steps)[step] for made in within]
+        parts = [part for batch in ranks for part in batch.micro_batches]
+        assert {len(batch.micro_batches) for batch in ranks} == {within[0].accumulation}
+        sizes += [collator.positions(part.lengths) for part in parts]
+        assert sorted(index for part in parts for index in part.examples) == sorted(
+            index for part in plain[step].micro_batches for index in part.examples
+        )
+        assert {(b.counts.real, b.counts.labelled, b.required) for b in ranks} == {
+            (plain[step].counts.real, plain[step].counts.labelled, plain[step].required)
+        }
+        drawn = sorted(length for part in parts for length in part.lengths)
+        most = max(most, math.ceil(fewest(drawn, collator, tokens) / world_size))
+    assert max(sizes) <= tokens
+    assert within[0].accumulation == most
+
+
+def fewest(lengths: list[int], collator: Collator, tokens: int) -> int:
+    """How few runs of neighbours keep to ``tokens``, by trying every first run."""
+    if not lengths:
+        return 0
+    fitting = [size for size in range(1, len(lengths) + 1) if collator.positions(lengths[:size]) <= tokens]
+    return 1 + fewest(lengths[max(fitting) :], collator, tokens)
+
+
+def test_parts_under_a_number_of_tokens_are_of_like_size() -> None:
+    """Of all ways to cut seven examples into three runs, none has a smaller largest part."""
+    lengths = [3, 4, 5, 9, 10, 11, 20]
+    for collator in (Collator(PAD), Packer(PAD)):
+        ways = [(0, one, two, 7) for one in range(1, 6) for two in range(one + 1, 7)]
+        best = min(
+            max(collator.positions(lengths[start:stop]) for start, stop in itertools.pairwise(way)) for way in ways
+        )
+        cut = list(_evenly(lengths, collator.positions, 3))
+        assert [start for start, _ in cut] == [0, *(stop for _, stop in cut[:-1])]
+        assert cut[-1][1] == 7
+        assert max(collator.positions(lengths[start:stop]) for start, stop in cut) == best
+
+
+def test_a_budget_below_the_longest_example_is_refused(dataset: Dataset) -> None:
+    """It names what the longest takes, virtual tokens included."""
+    with pytest.raises(OutOfRangeError, match="less than the 17 positions of the longest example"):
+        batches(dataset, collator=Packer(PAD, 4)).within(16, 1)

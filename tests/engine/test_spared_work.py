@@ -56,7 +56,9 @@ def _assert_equal(
     assert found[1].keys() == expected[1].keys()
     for name, gradient in expected[1].items():
         scale = gradient.abs().max().item()
-        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=2e-5 * scale, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found[1][name], gradient, rtol=1e-4, atol=2e-5 * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @every_method
@@ -64,7 +66,7 @@ def _assert_equal(
 @pytest.mark.parametrize("chunk", [2**25, 3 * 4096], ids=["whole", "chunks"])
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
 def test_loss_and_gradients_are_those_of_all_positions(
-    packing: bool,  # noqa: FBT001
+    packing: bool,
     chunk: int,
     architecture: str,
     method: Method,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from peftbench.budget.allocator import OutOfMemoryError
+from peftbench.budget.families import with_config_at_hand
 from peftbench.budget.forecast import Forecast, Moment, forecast
 from peftbench.budget.plan import Part, Plan, Verdict
 from peftbench.budget.rehearsal import Rehearsal
@@ -14,6 +16,7 @@ from peftbench.data.encode import Layout
 from peftbench.engine.bind import combination
 from peftbench.engine.compatibility import check
 from peftbench.errors import NoRoomError, NotEstimatedError, PrecisionError
+from peftbench.models import load_config, positions
 from peftbench.optim.eightbit import AdamW8bit
 
 if TYPE_CHECKING:
@@ -37,7 +40,7 @@ def estimate(recipe: Recipe, facts: DeviceFacts, device: str, budget: int | None
     _check(recipe, world.engine, facts.kind)
     if recipe.train.precision == "bf16" and not facts.bf16:
         raise PrecisionError(f"train.precision=bf16 is not there on {facts.torch_name}; use fp16 or fp32")
-    accumulation, rows = division(recipe.train.global_batch, recipe.train.rows, world.processes)
+    accumulation, rows = division(recipe.train.global_batch, _rows(recipe), world.processes)
     rehearsal = Rehearsal(_unpaged(recipe), facts.kind, accumulation, padded=rows > 1, world=world)
     width = _width(recipe, rehearsal.positions)
     labels = min(recipe.evaluate.max_new_tokens, width - 1)
@@ -108,6 +111,15 @@ def _check(recipe: Recipe, engine: EngineKind, kind: DeviceKind) -> None:
         raise NotEstimatedError("deepspeed_cpu_adam would be compiled and steps for real; use optimizer.kind=adamw")
     if recipe.model.attention == "flash_attention_2":
         raise NotEstimatedError("flash_attention_2 is not predicted; use model.attention=sdpa, which is near to it")
+
+
+def _rows(recipe: Recipe) -> int | None:
+    """Most rows of a micro-batch; where it is given in tokens, as many of the longest as are not less than those."""
+    if recipe.train.micro_tokens is None:
+        return recipe.train.rows
+    with with_config_at_hand(recipe.model) as at_hand:
+        width = _width(recipe, positions(load_config(at_hand))) + recipe.method.virtual_tokens
+    return math.ceil(recipe.train.micro_tokens / width)
 
 
 def _width(recipe: Recipe, positions: int | None) -> int:

@@ -90,6 +90,7 @@ class Technique:
 
 
 TECHNIQUES = (
+    Technique("labelled_logits", {"train": {"logits": "labelled"}}, None),
     Technique("checkpointing", {"train": {"gradient_checkpointing": True}}, None),
     Technique("fused_gelu", {"model": {"fused_gelu": True}}, "the last digit of GELU (2.4e-7)"),
     Technique("bf16", {"train": {"precision": "bf16"}}, "arithmetic in bf16"),
@@ -211,7 +212,8 @@ def with_evaluation_batch(recipe: Recipe, size: int) -> Recipe:
 
 def with_micro_batch(recipe: Recipe, size: int) -> Recipe:
     """The recipe with micro-batches of ``size`` examples."""
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"micro_batch": size})})
+    rows = {"micro_batch": size, "micro_tokens": None}
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=rows)})
 
 
 def chosen_techniques(recipe: Recipe, allowed: Sequence[str], facts: DeviceFacts) -> list[tuple[Technique, ...]]:

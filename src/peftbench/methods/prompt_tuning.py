@@ -82,9 +82,13 @@ def _forward(
 
     peft knows of one place for them, before the first token of a row; without ``virtual`` they stand there.
     """
+    import torch
+
     if virtual is None:
         return as_peft_has_it(**given)
     base: PreTrainedModel = model.get_base_model()
     embedded = base.get_input_embeddings()(given.pop("input_ids"))
-    soft = model.get_prompt(len(virtual) // model.active_peft_config.num_virtual_tokens)
-    return base(inputs_embeds=embedded.index_copy(1, virtual, soft.to(embedded.dtype).flatten(0, 1)[None]), **given)
+    # As peft's get_prompt, which would fetch their numbers from the CPU's memory each time, and wait for the GPU.
+    tokens = torch.arange(model.active_peft_config.num_virtual_tokens, device=virtual.device)
+    soft = model.prompt_encoder[model.active_adapter](tokens.repeat(len(virtual) // len(tokens)))
+    return base(inputs_embeds=embedded.index_copy(1, virtual, soft.to(embedded.dtype)[None]), **given)

@@ -59,6 +59,7 @@ def inspection(
     part: Callable[[], str | None],
     count_flops: bool,
     breakdown_step: int | None,
+    checkpointing: bool = False,
     holdings: Callable[[], Holdings] = Holdings,
 ) -> Inspection:
     """The instruments of a run on ``device``; ``part`` tells which part of the step is being done."""
@@ -66,7 +67,9 @@ def inspection(
     if breakdown_step is not None:
         there = None if device.type == "cpu" else device.type
         book = Breakdown(model, optimizer, vocabulary, part, holdings=holdings, device=there)
-    history = device.type == "cuda" and torch.cuda.get_allocator_backend() == "native"
+    # Where checkpointing stops computing again, by an exception, torch 2.11 cannot look at Python's stack: the backward
+    # pass would end with a SystemError.
+    history = device.type == "cuda" and torch.cuda.get_allocator_backend() == "native" and not checkpointing
     # Some optimizers multiply matrices too, and FLOPs are those of forward and backward pass.
     counter = FlopCounter(lambda: part() == "optimizer") if count_flops else None
     return Inspection(history, counter, book, breakdown_step)
