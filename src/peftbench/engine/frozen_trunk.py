@@ -147,6 +147,10 @@ def keep_trunk(recipe: Recipe, base: PreTrainedModel, loss: Loss, batches: Batch
             "train.trunk_cache=null"
         )
 
+    trunk: nn.Module = base.base_model
+    assert not trunk.training, "a frozen trunk gives the same in every epoch, and dropout would not"
+    assert not any(parameter.requires_grad for parameter in trunk.parameters()), "nor would weights that are trained"
+
     def announce(said: str) -> None:
         tqdm.write(said, file=sys.stderr)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+import numpy
 import torch
 
 if TYPE_CHECKING:
@@ -75,4 +76,4 @@ def read_examples(rows: Rows) -> tuple[str, torch.Tensor]:
 
 
 def _bytes(numbers: Iterable[int]) -> memoryview:
-    return torch.tensor(list(numbers), dtype=torch.int64).numpy().data
+    return numpy.fromiter(numbers, dtype=numpy.int64).data
