@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +16,11 @@ from safetensors.torch import load_file
 from peftbench.engine.bind import bind
 from peftbench.engine.checkpoint import Checkpoints
 from peftbench.engine.frozen_trunk import TrunkBatches, TrunkLoss
-from peftbench.engine.loss import loss_of
+from peftbench.engine.loss import LabelledLoss, loss_of
 from peftbench.engine.trunk import Layout, Stored, open_store
-from peftbench.engine.trunk_identity import hash_of_trunk, identity_of, read_examples
 from peftbench.errors import DiskFullError, UnsupportedModelError
 from peftbench.files import CACHE_VARIABLE
 from peftbench.methods.last_layer import LastLayer
-from peftbench.models import load
 from peftbench.optim import AdamW
 from peftbench.recipe import Checkpoint, Profile, Recipe
 from peftbench.record import RunRecord
@@ -35,10 +33,10 @@ from tests.conftest import (
     forget_accelerators,
     micro_batch,
     packed,
-    rows,
     trainer_from,
 )
 from tests.disks import mounted
+from tests.engine.test_on_gpu import without_waiting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -196,6 +194,44 @@ def test_an_epoch_that_ends_within_a_step(workshop: Workshop, monkeypatch: pytes
     assert calls[15:] == [True] * 15
 
 
+def test_micro_batches_under_a_number_of_tokens(workshop: Workshop) -> None:
+    """They are cut as without a store."""
+    train = {"micro_batch": None, "micro_tokens": 120}
+    plain, kept = (workshop.run(recipe(workshop, f"{stored}", stored, train=train)) for stored in (None, "fp32"))
+    assert plain.engine is not None
+    assert plain.engine.accumulation > 1
+    assert_alike(workshop, kept, plain, 1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
+def test_stored_states_reach_a_gpu_without_waiting(
+    dtype: torch.dtype | None, fresh_base: Callable[[str], PreTrainedModel]
+) -> None:
+    """The loss and the head's gradient are those of states that were computed, and the host waits for nothing."""
+    base = fresh_base("gpt2_tied").eval().cuda()
+    LastLayer().apply(base, None)  # type: ignore[arg-type]
+    loss, _ = loss_of(base)
+    assert isinstance(loss, LabelledLoss)
+    layout = Layout(torch.tensor([length - prompt for length, prompt in LENGTHS_AND_PROMPTS]), 64, "fp32")
+    over = TrunkLoss(loss, open_store({}, layout, lambda _: None))
+    head = base.get_output_embeddings().weight
+    found = []
+    for trunk, waits in (("computed", True), ("kept", True), ("stored", True), ("stored", False)):
+        batch = _marked(packed(), trunk).to(torch.device("cuda"))
+        torch.cuda.synchronize()
+        base.zero_grad()
+        with nullcontext() if waits else without_waiting(), over.in_use():
+            with torch.autocast("cuda", dtype=dtype, enabled=dtype is not None):
+                summed = over(base, batch)
+            summed.backward()  # type: ignore[no-untyped-call]
+        found.append((summed.item(), head.grad.clone()))
+    for value, gradient in found[1:]:
+        assert value == pytest.approx(found[0][0], rel=1e-6)
+        torch.testing.assert_close(gradient, found[0][1], rtol=1e-5, atol=1e-6)
+
+
 def stopped(made: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run it until after its first checkpoint."""
     save = Checkpoints.save
@@ -306,82 +342,3 @@ def test_a_full_disk_ends_a_run_before_it_starts(
             workshop.run(recipe(workshop, "run", "fp32"))
         assert not list(disk.iterdir())
     assert not (workshop.output / "run").exists()
-
-
-# --- the name of a store ---------------------------------------------------------------------------------------------
-
-
-def identity(
-    workshop: Workshop, examples: str = "e", device: str = "cpu", *, masked: bool = False, **parts: Any
-) -> Any:
-    """Of a recipe's trunk, loaded anew."""
-    made = recipe(workshop, "run", parts.pop("stored", "fp32"), **parts)
-    base = load(made.model).model
-    LastLayer().apply(base, None)  # type: ignore[arg-type]
-    return identity_of(made, base, examples, torch.device(device), masked=masked)
-
-
-def test_where_a_trunk_came_from_does_not_matter(workshop: Workshop, tmp_path: Path) -> None:
-    """A copy in another folder, another rate, seed, schedule or length: the same states."""
-    mine = identity(workshop)
-    shutil.copytree(workshop.base_folder("gpt2_tied"), tmp_path / "copy")
-    assert identity(workshop, model={"path": str(tmp_path / "copy")}) == mine
-    assert identity(workshop, optimizer=AdamW(learning_rate=0.5), train={"seed": 3, "epochs": 1}) == mine
-
-
-def test_whatever_changes_states_changes_the_name(workshop: Workshop) -> None:
-    """One thing at a time, each of which gives another."""
-    mine = identity(workshop)
-    others = [
-        identity(workshop, **parts)
-        for parts in (
-            {"architecture": "llama_tied"}, {"train": {"precision": "bf16"}}, {"model": {"attention": "eager"}},
-            {"model": {"fused_gelu": False}}, {"stored": "bf16"}, {"examples": "f"}, {"device": "cuda"},
-            {"masked": True}, {"train": {"compile": True}},
-        )
-    ]  # fmt: skip
-    assert mine not in others
-    assert len({repr(other) for other in others}) == len(others)
-
-
-def test_every_frozen_tensor_is_in_the_hash_and_the_head_is_not(fresh_base: Callable[[str], PreTrainedModel]) -> None:
-    """One value of one parameter or buffer is enough; what training moves is nothing to the trunk."""
-    for architecture in FAMILIES:
-        base = fresh_base(architecture)
-        LastLayer().apply(base, None)  # type: ignore[arg-type]
-        before = hash_of_trunk(base)
-        head = base.get_output_embeddings().weight
-        tensors = [*base.parameters(), *base.buffers()]
-        assert len(tensors) > 10
-        with torch.no_grad():
-            for tensor in tensors:
-                kept = tensor.clone()
-                tensor.view(-1)[-1] += 1
-                assert (hash_of_trunk(base) == before) is (tensor is head)
-                tensor.copy_(kept)
-        assert hash_of_trunk(base) == before
-
-
-def test_examples_are_hashed_whole_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Token by token and in their order, however they are read; a row's first token is never predicted."""
-    from datasets import Dataset
-
-    made = [*rows(LENGTHS_AND_PROMPTS), {"input_ids": [5, 6, 7], "prompt_tokens": 0}]
-
-    def read(examples: list[dict[str, Any]]) -> tuple[str, list[int]]:
-        digest, counts = read_examples(Dataset.from_list(examples))
-        return digest, counts.tolist()
-
-    digest, counts = read(made)
-    assert counts == [3, 9, 1, 14, 2]
-    others = [
-        read([*made[:4], {"input_ids": [5, 6, 8], "prompt_tokens": 0}]),
-        read([*made[:4], {"input_ids": [5, 6, 7], "prompt_tokens": 1}]),
-        read([*made[1:], made[0]]),
-        read(made[:4]),
-        read([*made[:4], {"input_ids": [5, 6], "prompt_tokens": 0}, {"input_ids": [7], "prompt_tokens": 0}]),
-    ]
-    assert digest not in {other for other, _ in others}
-    assert len({other for other, _ in others}) == 5
-    monkeypatch.setattr("peftbench.engine.trunk_identity._BLOCK", 2)
-    assert read(made)[1] == counts
