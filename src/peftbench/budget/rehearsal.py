@@ -341,7 +341,8 @@ def _of_one_step(recipe: Recipe, micro_batches: int, processes: int) -> Recipe:
     """
     _, rows = division(recipe.train.global_batch, recipe.train.rows, processes)
     numbers = {
-        "global_batch": rows * micro_batches * processes, "micro_batch": rows, "micro_tokens": None, "precision": "fp32",
+        "global_batch": rows * micro_batches * processes, "micro_batch": rows, "micro_tokens": None,
+        "precision": "fp32",
     }  # fmt: skip
     return recipe.model_copy(update={"train": recipe.train.model_copy(update=numbers), "trackers": ()})
 

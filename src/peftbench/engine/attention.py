@@ -8,7 +8,7 @@ dropout or in float32, which that does not have, each document goes to torch's s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from peftbench.data.collate import Documents
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Attention = Callable[..., tuple[torch.Tensor, None]]
 NAME = "peftbench_causal"
 """As transformers' configs name an attention implementation; one without masks of its own is given none."""
 _HARMLESS = frozenset({
@@ -68,11 +69,11 @@ def _unlike_lengths(
 
 
 @contextmanager
-def without_masks(base: PreTrainedModel) -> Iterator[None]:
+def without_masks(base: PreTrainedModel, attend: Attention = causal_attention) -> Iterator[None]:
     """Let ``base`` attend so; what it computes again in a backward pass must lie within."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    ALL_ATTENTION_FUNCTIONS.register(NAME, causal_attention)
+    ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
     configs: dict[int, Any] = {id(m.config): m.config for m in base.modules() if hasattr(m, "config")}
     before = {key: config._attn_implementation for key, config in configs.items()}
     try:
@@ -90,8 +91,6 @@ def why_not(base: PreTrainedModel) -> str | None:
 
     It is found out in a forward pass over two documents of one token.
     """
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
     if base.config._attn_implementation != "sdpa":
         return f"its attention is {base.config._attn_implementation}"
     told: list[dict[str, Any]] = []
@@ -104,14 +103,12 @@ def why_not(base: PreTrainedModel) -> str | None:
     documents = Documents.of([1, 1], device=base.device)
     base.eval()
     try:
-        with without_masks(base):
-            ALL_ATTENTION_FUNCTIONS.register(NAME, listening)
+        with without_masks(base, listening):
             ids = torch.zeros((1, 2), dtype=torch.long, device=base.device)
             base(input_ids=ids, position_ids=documents.position_ids, documents=documents, use_cache=False)
     except (TypeError, ValueError, KeyError, NotImplementedError) as error:
         return f"it cannot be told of documents ({str(error).splitlines()[0][:100]})"
     finally:
-        ALL_ATTENTION_FUNCTIONS.register(NAME, causal_attention)
         base.train(training)
     if len(told) != base.config.num_hidden_layers or any(named.get("documents") is None for named in told):
         return "not all of its layers attend through transformers' interface"

@@ -193,7 +193,7 @@ def make_trainer(recipe: Recipe, built: Built, train: Rows, pad_token: int, boun
         accelerator.gradient_accumulation_steps = batches.accumulation
     kept = keep_trunk(recipe, built.base.model, built.loss, batches, accelerator) if knobs.trunk_cache else None
     if knobs.compile:
-        _compile_blocks(built.base.model)
+        _compile_blocks(built.base.model, built.loss)
     model, optimizer, bare = prepare(recipe, built.bare_model, bound)
     # Not prepared: accelerate steps a prepared schedule once per process, and ours counts optimizer steps.
     schedule = get_scheduler(
@@ -210,10 +210,14 @@ def make_trainer(recipe: Recipe, built: Built, train: Rows, pad_token: int, boun
     return replace(trainer, backward_part="backward_and_optimizer") if bound.engine.deepspeed else trainer
 
 
-def _compile_blocks(base: PreTrainedModel) -> None:
-    """Compile each block by itself: they are alike, so that one is compiled for all."""
+def _compile_blocks(base: PreTrainedModel, loss: Loss) -> None:
+    """Compile each block by itself: they are alike, so that one is compiled for all.
+
+    Attention is left out. It is a kernel already, and would be compiled anew for documents of other lengths.
+    """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
+    loss.attend = torch.compiler.disable(loss.attend)
     for module in base.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.compile(dynamic=True)

@@ -37,10 +37,12 @@ class Loss:
         self.unmasked = None if masked else attention.why_not(base)
         """Why attention is as transformers does it, None where it needs no mask."""
         self.masked = masked or self.unmasked is not None
+        self.attend: attention.Attention = attention.causal_attention
+        """How it attends where there is no mask."""
 
     def in_use(self) -> AbstractContextManager[None]:
         """Within it losses are computed, and all of their backward passes."""
-        return nullcontext() if self.masked else attention.without_masks(self.base)
+        return nullcontext() if self.masked else attention.without_masks(self.base, self.attend)
 
     def logits(self, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
         """Logits that predict the labelled tokens: (labelled, vocabulary)."""

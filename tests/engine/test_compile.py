@@ -1,0 +1,31 @@
+"""Compiled blocks compute what they did before."""
+
+from __future__ import annotations
+
+import pytest
+
+from peftbench.methods.base import Method
+from peftbench.methods.full import Full
+from peftbench.methods.lora import Lora
+from peftbench.recipe import Profile
+from tests.conftest import Workshop
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [Full(), Lora(r=4)], ids=lambda method: method.kind)
+def test_losses_are_those_of_blocks_that_are_not(method: Method, workshop: Workshop) -> None:
+    """In float32, to six digits; FLOPs are in closed form alone, since the counter does not see into what is compiled."""
+    plain, compiled = (
+        workshop.run(
+            workshop.recipe(
+                method, name=f"compile-{compiled}", train={"compile": compiled, "steps": 5},
+                profile=Profile(warmup_steps=1),
+            )
+        )
+        for compiled in (False, True)
+    )  # fmt: skip
+    assert compiled.losses == pytest.approx(plain.losses, rel=1e-6)
+    assert compiled.flops.executed == plain.flops.executed
+    assert plain.flops.counted_step is not None
+    assert compiled.flops.counted_step is None
+    assert compiled.step_seconds[0] > 3 * plain.step_seconds[0]  # it was compiled in the warm-up
