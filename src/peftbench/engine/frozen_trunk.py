@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,9 @@ class TrunkLoss(Loss):
         self._trunk = trunk.forward
         trunk.forward = self._at_trunk
         inner.select = self._select
+
+    def in_use(self) -> AbstractContextManager[None]:
+        return self.inner.in_use()
 
     def logits(self, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
         return self.inner.logits(model, batch)
