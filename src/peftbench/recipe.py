@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
@@ -124,6 +124,8 @@ class Train(Part):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     activation_offload: bool = False
     """Keep activations in the CPU's memory until the backward pass: much less GPU memory, as slow as the bus is."""
+    trunk_cache: Literal["fp32", "bf16"] | None = None
+    """Keep a frozen trunk's hidden states on disk in this type, and compute them in the first epoch alone."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Clip the global gradient norm to this; null does not clip."""
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -262,10 +264,30 @@ class Recipe(Part):
             raise ValueError("must start with a letter or digit and hold only letters, digits and . _ = + -")
         return value
 
+    @model_validator(mode="after")
+    def _a_trunk_that_stays_as_it_is(self) -> Recipe:
+        if self.train.trunk_cache is None:
+            return self
+        if not self.method.trunk_frozen:
+            raise ValueError(
+                f"train.trunk_cache={self.train.trunk_cache} keeps what a frozen trunk gives, and this "
+                f"{self.method.kind} has none; use last_layer with method.head=untied, or set train.trunk_cache=null"
+            )
+        if self.data.as_published or self.train.logits == "all":
+            other = "data.as_published=true labels padding" if self.data.as_published else "train.logits=all wants more"
+            raise ValueError(
+                f"train.trunk_cache keeps hidden states of each example's labelled positions, and {other}; set one of "
+                "the two to its default"
+            )
+        return self
+
     def fingerprint(self) -> str:
         """Hash of every knob that may change a number; where the run is written and shown is left out."""
-        shown = {"name": True, "output_dir": True, "save_model": True, "trackers": True, "checkpoint": True}
-        if self.budget.memory is None:  # it changes nothing, and records from before there were budgets stay valid
+        shown: dict[str, Any] = dict.fromkeys(("name", "output_dir", "save_model", "trackers", "checkpoint"), True)
+        # What is left at null changes nothing, and records from before there was such a knob stay valid.
+        if self.budget.memory is None:
             shown["budget"] = True
+        if self.train.trunk_cache is None:
+            shown["train"] = {"trunk_cache"}
         knobs = self.model_dump(mode="json", exclude=shown | {"profile": {"price_per_hour"}})
         return hashlib.blake2b(json.dumps(knobs, sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -242,7 +242,7 @@ class Run:
     def _train(self, built: Built, examples: Rows, pad_token: int) -> None:
         with self.probe.phase("build"):
             trainer = self.trainer = make_trainer(self.recipe, built, examples, pad_token, self.bound)
-            self.notes += [trainer.uncounted] if trainer.uncounted else []
+            self.notes += [*trainer.notes, *([trainer.uncounted] if trainer.uncounted else [])]
         self._forget_model()
         self.recipe.method.set_training(built.bare_model)
         checkpoints = self._checkpoints(built)
@@ -264,6 +264,8 @@ class Run:
                 max_grad_norm=self.recipe.train.max_grad_norm,
                 on_step=lambda step, values: self._after_step(step, values, built, trainer, checkpoints),
             )  # fmt: skip
+        if trainer.store is not None and self.accelerator.is_main_process:
+            trainer.store.seal()
 
     def _checkpoints(self, built: Built) -> Checkpoints:
         origin = Origin(

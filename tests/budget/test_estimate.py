@@ -45,6 +45,16 @@ def planned(workshop: Workshop, tmp_path: Path) -> Any:
     return made
 
 
+def test_a_trunk_cache_is_planned_as_if_it_were_empty(planned: Any) -> None:
+    """The first epoch takes the most, and the plan says that it is that."""
+    plain, kept = (planned(LastLayer(), train={"trunk_cache": stored}) for stored in (None, "bf16"))
+    assert kept.parts == plain.parts
+    assert kept.process_bytes == plain.process_bytes
+    assert set(kept.notes) - set(plain.notes) == {
+        "for steps that compute the trunk; those that read its states from the trunk cache take less"
+    }
+
+
 @every_method
 @every_architecture
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

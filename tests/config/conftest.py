@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-LEAST = {
+LEAST: dict[str, Any] = {
     "name": "run",
     "method": {"kind": "lora"},
     "data": {"source": {"kind": "docstrings"}},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,6 +65,8 @@ MISTAKES: list[tuple[str, type[RecipeError], str]] = [
     ("train.epochs=2", OutOfRangeError, "train: needs exactly one of train.steps and train.epochs"),
     ("train.steps=null", OutOfRangeError, "train: needs exactly one of train.steps and train.epochs"),
     ("data.padding=max_tokens", OutOfRangeError, "data: padding to max_tokens needs data.max_tokens"),
+    ("train.trunk_cache=fp32", OutOfRangeError, "a frozen trunk gives, and this lora has none; use last_layer with"),
+    ("train.trunk_cache=fp16", OutOfRangeError, "train.trunk_cache='fp16' is not one of its values"),
 ]
 
 
@@ -104,6 +107,25 @@ def test_a_group_without_its_kind() -> None:
         RecipeError, match=r"^data\.source\.kind is missing; allowed: docstrings, files, hub, synthetic$"
     ):
         validate(LEAST | {"data": {"source": {}}})
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"method": {"kind": "last_layer", "head": "tied"}}, "this last_layer has none; use last_layer with"),
+        ({"method": {"kind": "zero_shot"}}, "this zero_shot has none"),
+        ({"data": LEAST["data"] | {"as_published": True}}, "data.as_published=true labels padding; set one of the two"),
+        ({"train": {"steps": 1, "trunk_cache": "bf16", "logits": "all"}}, "and train.logits=all wants more; set"),
+    ],
+    ids=["head", "baseline", "as_published", "logits"],
+)  # fmt: skip
+def test_a_trunk_that_cannot_be_kept(knobs: dict[str, Any], message: str) -> None:
+    """Only what is the same in every epoch can be, and it is told before anything is loaded."""
+    values = LEAST | {"method": {"kind": "last_layer"}, "train": {"steps": 1, "trunk_cache": "bf16"}}
+    assert validate(values).train.trunk_cache == "bf16"
+    with pytest.raises(OutOfRangeError) as caught:
+        validate(values | knobs)
+    assert message in str(caught.value)
 
 
 def test_an_unknown_key_goes_before_what_it_explains() -> None:

@@ -51,6 +51,15 @@ def test_trains_exactly_what_it_says(case: Case, make_bench: MakeBench, accelera
 
 
 @every_case
+def test_a_trunk_that_is_said_to_be_frozen_is(case: Case, make_bench: MakeBench) -> None:
+    """Nothing in it is trained or dropped out, so what it gives can be kept; any other gets a gradient."""
+    trunk = make_bench(case).base.base_model
+    trained_there = any(parameter.requires_grad for parameter in trunk.parameters())
+    dropping = any(module.training for module in trunk.modules())
+    assert case.method.trunk_frozen is not (trained_there or dropping)
+
+
+@every_case
 def test_trainable_count_is_the_closed_form(case: Case, make_bench: MakeBench) -> None:
     """The closed form, from shapes without weights, equals the number of scalars that require a gradient."""
     counted = sum(parameter.numel() for parameter in trained(make_bench(case).model).values())

@@ -7,6 +7,7 @@ import pytest
 from peftbench.engine.bind import bind, notes
 from peftbench.errors import EngineError
 from peftbench.methods.full import Full
+from peftbench.methods.last_layer import LastLayer
 from tests.conftest import Workshop
 
 
@@ -22,6 +23,15 @@ def test_accumulation_from_outside(workshop: Workshop, monkeypatch: pytest.Monke
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     with pytest.raises(EngineError, match="accumulate 4 times, and the recipe owns that"):
         bind(workshop.recipe(Full()), workshop.output)
+
+
+def test_a_trunk_cache_of_several_machines(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mapped file is one machine's; processes on two are told so before they have met."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    train = {"trunk_cache": "fp32", "global_batch": 8}
+    with pytest.raises(EngineError, match="that all 4 processes map, and 2 of them are on this machine"):
+        bind(workshop.recipe(LastLayer(), train=train), workshop.output)
 
 
 def test_processes_for_gpus_on_a_machine_without(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,7 @@ def estimate(recipe: Recipe, facts: DeviceFacts, device: str, budget: int | None
         evaluation_rows=recipe.evaluate.batch, step_flops=flops, parts=parts,
         peak_part=found.peak.part, reserved_bytes=found.reserved_bytes, process_bytes=process,
         context_bytes=context, workspaces_bytes=workspaces,
-        budget_bytes=budget, verdict=verdict, margin_bytes=margin, notes=_notes(facts, width, labels, away),
+        budget_bytes=budget, verdict=verdict, margin_bytes=margin, notes=_notes(recipe, facts, width, labels, away),
     )  # fmt: skip
 
 
@@ -147,13 +147,15 @@ def _part(moment: Moment) -> Part:
     )  # fmt: skip
 
 
-def _notes(facts: DeviceFacts, width: int, labels: int, away: int) -> tuple[str, ...]:
+def _notes(recipe: Recipe, facts: DeviceFacts, width: int, labels: int, away: int) -> tuple[str, ...]:
     notes = [
         f"for rows of {width} tokens, as many as data.max_tokens or the model allows, with {labels} of them labelled, "
         "as many as evaluate.max_new_tokens makes"
     ]
     if away:
         notes.append(f"the driver moves {away:,} bytes of states to the CPU's memory where there is no room")
+    if recipe.train.trunk_cache is not None:
+        notes.append("for steps that compute the trunk; those that read its states from the trunk cache take less")
     if not facts.calibrated:
         notes.append("what only the device knows (context, workspaces) was not measured on one: uncalibrated")
     return tuple(notes)

@@ -134,13 +134,21 @@ class Batches:
         counts, required, executed = TokenCounts(), Work(), Work()
         # Neighbours in length go to the ranks of one micro-step, so that no rank waits for another.
         for index, (start, stop) in enumerate(self._cut([len(ids) for ids, _, _ in examples])):
-            micro_batch = self.collator.collate(*zip(*examples[start:stop], strict=True))
+            micro_batch = self.collate(examples[start:stop])
             counts += self.collator.count(micro_batch)
             required += self.collator.required(micro_batch)
-            executed += self.collator.executed(micro_batch)
+            executed += self.executed(micro_batch)
             if index % self.world_size == self.rank:
                 mine.append(micro_batch)
         return GlobalBatch(tuple(mine), counts, required, executed)
+
+    def collate(self, examples: Sequence[tuple[Sequence[int], int, int]]) -> MicroBatch:
+        """A micro-batch of examples, each as token ids, prompt tokens and index."""
+        return self.collator.collate(*zip(*examples, strict=True))
+
+    def executed(self, micro_batch: MicroBatch) -> Work:
+        """What computing it takes."""
+        return self.collator.executed(micro_batch)
 
     def _cut(self, lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
         """Runs of neighbours, as equal as can be: in tokens where those say how many there are, or in examples."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -108,6 +108,8 @@ class MicroBatch:
     attention_mask: torch.Tensor | None = None
     """(rows, width), where padding enters the loss and may not be looked at."""
     documents: Documents | None = None
+    trunk: Literal["computed", "kept", "stored"] = "computed"
+    """What becomes of the hidden states: computed and forgotten, computed and kept in a store, or taken from there."""
 
     @property
     def inputs(self) -> dict[str, Any]:

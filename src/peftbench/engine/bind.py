@@ -28,6 +28,7 @@ from peftbench.engine.compatibility import (
     LIGER,
     MICRO_TOKENS,
     QUANTIZATION,
+    TRUNK_CACHE,
     Combination,
     check,
 )
@@ -84,6 +85,8 @@ def bind(recipe: Recipe, folder: Path) -> Bound:
     _check_launch(cpu, engine)
     if recipe.method.trains:
         check(combination(recipe, engine), "cpu" if cpu else "cuda")
+    if recipe.train.trunk_cache is not None:
+        _check_one_machine(processes)
     if engine.on_disk:
         deepspeed.check_disk()
     bound = start(recipe, folder, engine, plugin, cpu=cpu)
@@ -140,6 +143,7 @@ def combination(recipe: Recipe, engine: EngineKind) -> Combination:
         MICRO_TOKENS: recipe.train.micro_tokens is not None,
         COMPILE: recipe.train.compile,
         LIGER: recipe.train.cross_entropy == "liger",
+        TRUNK_CACHE: recipe.train.trunk_cache is not None,
     }
     extras = frozenset(extra for extra, wanted in asked.items() if wanted)
     return Combination(recipe.method.kind, engine.name, recipe.optimizer.kind, recipe.train.precision, extras)
@@ -198,6 +202,15 @@ def _check_accumulation(accumulation: int) -> None:
         raise EngineError(
             f"accelerate was told to accumulate {told} times, and the recipe owns that: set train.global_batch and "
             "train.micro_batch, and unset ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
+        )
+
+
+def _check_one_machine(processes: int) -> None:
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    if here != processes:
+        raise EngineError(
+            f"train.trunk_cache is a file that all {processes} processes map, and {here} of them are on this machine; "
+            "launch them on one, or set train.trunk_cache=null"
         )
 
 

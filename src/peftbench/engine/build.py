@@ -17,6 +17,7 @@ from peftbench.data.collate import Collator, Packer
 from peftbench.data.encode import Encoder, Layout
 from peftbench.engine import deepspeed
 from peftbench.engine.bind import Bound, check_started
+from peftbench.engine.frozen_trunk import keep_trunk
 from peftbench.engine.loss import Loss, loss_of
 from peftbench.engine.offload import ActivationOffload
 from peftbench.engine.ranks import main_process_first
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel
 
+    from peftbench.engine.trunk import TrunkStore
     from peftbench.recipe import Recipe
 
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
@@ -79,6 +81,10 @@ class Trainer:
     """Puts the forward pass into the recipe's precision, where the engine does not do so itself."""
     offload: Callable[[], AbstractContextManager[object]] = nullcontext
     """Moves what the forward pass keeps for the backward pass."""
+    store: TrunkStore | None = None
+    """Of the hidden states of a frozen trunk."""
+    notes: tuple[str, ...] = ()
+    """What a reader of the record must know."""
 
 
 def read_split(recipe: Recipe, split: str) -> Dataset:
@@ -185,6 +191,7 @@ def make_trainer(recipe: Recipe, built: Built, train: Rows, pad_token: int, boun
     if knobs.micro_tokens is not None:
         batches = batches.within(knobs.micro_tokens, steps)
         accelerator.gradient_accumulation_steps = batches.accumulation
+    kept = keep_trunk(recipe, built.base.model, built.loss, batches, accelerator) if knobs.trunk_cache else None
     if knobs.compile:
         _compile_blocks(built.base.model, built.loss)
     model, optimizer, bare = prepare(recipe, built.bare_model, bound)
@@ -194,6 +201,8 @@ def make_trainer(recipe: Recipe, built: Built, train: Rows, pad_token: int, boun
     )
     set_seed(knobs.seed, device_specific=True)  # dropout differs between ranks
     trainer = Trainer(model, built.loss, optimizer, schedule, batches, steps, cost, uncounted, seen)
+    if kept is not None:
+        trainer = replace(trainer, loss=kept.loss, batches=kept.batches, store=kept.loss.store, notes=kept.notes)
     if not bound.engine_autocasts:
         trainer = replace(trainer, autocast=bound.autocast)
     if recipe.train.activation_offload and accelerator.device.type != "cpu":

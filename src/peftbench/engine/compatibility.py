@@ -20,6 +20,7 @@ OVER_A_FROZEN_BASE = frozenset({"lora", "prompt_tuning"})
 PRECISIONS = ("fp32", "bf16", "fp16")
 QUANTIZATION, CHECKPOINTS, ACTIVATION_OFFLOAD = "quantization", "checkpoints", "activation_offload"
 MICRO_TOKENS, COMPILE, LIGER = "micro_tokens", "compile", "liger"
+TRUNK_CACHE = "trunk_cache"
 EXTRAS = {
     QUANTIZATION: ("model.quantization", "null"),
     CHECKPOINTS: ("checkpoint.every_steps", "null"),
@@ -27,6 +28,7 @@ EXTRAS = {
     MICRO_TOKENS: ("train.micro_tokens", "null"),
     COMPILE: ("train.compile", "false"),
     LIGER: ("train.cross_entropy", "torch"),
+    TRUNK_CACHE: ("train.trunk_cache", "null"),
 }
 """What a recipe may ask for beside the four: its knob, and the value that leaves it out."""
 _ZERO = frozenset(name for name, kind in ENGINES.items() if kind.deepspeed)
@@ -167,6 +169,10 @@ RULES = (
     Rule(
         "the backward pass needs weights put together from parts, and activation offload would move those",
         extra=ACTIVATION_OFFLOAD, engines=_SHARDED,
+    ),
+    Rule(
+        "all processes must put the trunk's weights together at once, and those that read its states would not",
+        extra=TRUNK_CACHE, engines=_SHARDED,
     ),
 )  # fmt: skip
 """In the order in which they are asked; the first that refuses explains."""

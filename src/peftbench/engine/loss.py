@@ -5,7 +5,7 @@ A sum and not a mean: micro-batches differ in labelled tokens, and the mean of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -70,6 +70,8 @@ class LabelledLoss(Loss):
         super().__init__(base, masked=masked)
         self.head, self.summed = head, KERNELS[kernel]()
         self.is_last = is_last and type(head) is nn.Linear
+        self.select: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = select
+        """What the head is given of the hidden states (rows, width, hidden size), for those of ``predictors``."""
         self._asked: _Asked | None = None
         self._forward = head.forward
         head.forward = partial(_at_labels, self)
@@ -103,12 +105,17 @@ class _Asked:
     targets: torch.Tensor | None = None
 
 
+def select(hidden: torch.Tensor, predictors: torch.Tensor) -> torch.Tensor:
+    """Hidden states at ``predictors``: (labelled, hidden size)."""
+    return hidden.flatten(0, 1).index_select(0, predictors)
+
+
 def _at_labels(loss: LabelledLoss, hidden: torch.Tensor, *given: Any, **named: Any) -> torch.Tensor:
     """A head's forward pass: (rows, positions, width) in; (1, labelled, vocabulary) or a loss out."""
     asked = loss._asked
     if asked is None:  # a generation's
         return loss._forward(hidden, *given, **named)  # type: ignore[no-any-return]
-    labelled = hidden.flatten(0, 1).index_select(0, asked.predictors)
+    labelled = loss.select(hidden, asked.predictors)
     if asked.targets is None:
         return loss._forward(labelled[None], *given, **named)  # type: ignore[no-any-return]
     bias: torch.Tensor | None = loss.head.bias  # type: ignore[assignment]

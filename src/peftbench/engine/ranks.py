@@ -34,6 +34,25 @@ def main_process_first(accelerator: Accelerator, work: Callable[[], T]) -> T:
     return result if accelerator.is_main_process else work()
 
 
+def from_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """What ``work`` gives on the main process, on all of them.
+
+    Raises:
+        PeftbenchError: the main process cannot do it; every rank raises the same.
+    """
+    result: T | PeftbenchError | None = None
+    if accelerator.is_main_process:
+        try:
+            result = work()
+        except PeftbenchError as error:
+            result = error
+    if accelerator.num_processes > 1:
+        (result,) = broadcast_object_list([result])
+    if isinstance(result, PeftbenchError):
+        raise result
+    return result  # type: ignore[return-value]
+
+
 def gathered(accelerator: Accelerator, value: T) -> list[T]:
     """What each rank has, by rank."""
     found: list[T] = gather_object([value]) if accelerator.num_processes > 1 else [value]

@@ -36,7 +36,11 @@ class Method(Part):
 
     @property
     def trunk_frozen(self) -> bool:
-        """Whether no gradient is needed below the output head, so that the backward pass ends there."""
+        """Whether all below the output head stays as it is, without dropout and in every step.
+
+        No gradient is needed there, so the backward pass ends at the head; and what the trunk gives for an example is
+        the same in every epoch, so it can be computed once (``train.trunk_cache``).
+        """
         return False
 
     def trainable_parameters(self, base: PreTrainedModel) -> int:
