@@ -112,7 +112,7 @@ class Device(_Kept):
 
 
 class Engine(_Kept):
-    """What really ran: read back from the engine, and compared with the recipe before the first step."""
+    """What really ran, compared with the recipe before the first step; micro_batch is None where tokens say its size."""
 
     name: str | None = None
     """single, ddp, zero1 ... fsdp2."""
@@ -124,7 +124,6 @@ class Engine(_Kept):
     mixed_precision: str
     optimizer: str
     micro_batch: int | None
-    """Most examples; None where a number of tokens was asked for."""
     accumulation: int
     threads: int
 
