@@ -289,10 +289,14 @@ def labelled(batch: MicroBatch) -> int:
     return len(batch.targets)
 
 
+def mask_of(batch: MicroBatch) -> torch.Tensor:
+    """Which positions of padded rows are real, as transformers is told: (rows, width)."""
+    return (torch.arange(batch.input_ids.shape[1]) < torch.tensor(batch.lengths)[:, None]).long()
+
+
 def logits(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
     """Logits over all real positions and padding, as transformers computes them: (rows, width, vocabulary)."""
-    mask = torch.arange(batch.input_ids.shape[1]) < torch.tensor(batch.lengths)[:, None]
-    output: torch.Tensor = model(input_ids=batch.input_ids, attention_mask=mask.long(), use_cache=False).logits
+    output: torch.Tensor = model(input_ids=batch.input_ids, attention_mask=mask_of(batch), use_cache=False).logits
     return output[:, -batch.input_ids.shape[1] :]
 
 
