@@ -307,6 +307,21 @@ def labels_of(batch: MicroBatch, virtual_tokens: int = 0) -> torch.Tensor:
     return rows_of_labels[:, virtual_tokens:]
 
 
+def shown(batch: MicroBatch, virtual_tokens: int) -> list[tuple[list[int], list[int]]]:
+    """Tokens of each example and their labels, -100 where there is none, in padded rows or in documents of one."""
+    if batch.documents is None:
+        ids, labels = list(batch.input_ids), list(labels_of(batch, virtual_tokens))
+    else:
+        flat = torch.full((batch.input_ids.shape[1],), -100)
+        flat[batch.predictors + 1] = batch.targets
+        real = torch.ones_like(flat, dtype=torch.bool).index_fill(0, batch.documents.virtual, False)
+        ids, labels = (list(values[real].split(batch.lengths)) for values in (batch.input_ids[0], flat))
+    return [
+        (row[:length].tolist(), labelled_[:length].tolist())
+        for row, labelled_, length in zip(ids, labels, batch.lengths, strict=True)
+    ]
+
+
 def base_of(model: nn.Module) -> PreTrainedModel:
     """What a method was applied to."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[return-value,operator]
@@ -329,6 +344,15 @@ def summed_loss(model: nn.Module, batch: MicroBatch, **knobs: bool) -> torch.Ten
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters that require a gradient; a tied one once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def built_around(model: nn.Module) -> Built:
+    """As much of what a run builds as an evaluation needs."""
+    from peftbench.engine.build import Built
+    from peftbench.record import Parameters
+
+    base: Any = None
+    return Built(base, Parameters(total=0, trainable=0), model, (), False, 0, loss_for(model))
 
 
 def trainer_of(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> Trainer:

@@ -37,7 +37,7 @@ def test_saved_and_loaded_is_the_same_model(
     case.method.set_training(bench.model)
     trainer = trainer_of(accelerator, bench.model, bench.optimizer)
     for _ in range(2):
-        train_step(accelerator, trainer, one_batch(micro_batch()), max_grad_norm=1.0)
+        train_step(accelerator, trainer, one_batch(micro_batch(virtual=case.method.virtual_tokens)), max_grad_norm=1.0)
     expected = bench.logits(micro_batch())
     assert not torch.equal(expected, untrained)
 

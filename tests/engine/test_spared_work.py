@@ -1,4 +1,4 @@
-"""What is not computed changes nothing: labelled positions alone, chunks, and packed rows give the same loss and gradients."""
+"""What is not computed changes nothing: labelled positions alone, chunks and packed rows give the same gradients."""
 
 from __future__ import annotations
 
@@ -56,15 +56,16 @@ def _assert_equal(
     assert found[1].keys() == expected[1].keys()
     for name, gradient in expected[1].items():
         scale = gradient.abs().max().item()
-        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=2e-5 * scale, msg=lambda m, n=name: f"{n}: {m}")
+        close = torch.isclose(found[1][name], gradient, rtol=1e-4, atol=2e-5 * scale)
+        assert close.all(), f"{name}: {(found[1][name] - gradient).abs().max().item()} of {scale}"
 
 
 @every_method
 @every_family
 @pytest.mark.parametrize("chunk", [2**25, 3 * 4096], ids=["whole", "chunks"])
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
-def test_loss_and_gradients_are_those_of_all_positions(
-    packing: bool,  # noqa: FBT001
+def test_loss_and_gradients_are_those_of_all_positions(  # noqa: PLR0917
+    packing: bool,
     chunk: int,
     architecture: str,
     method: Method,
