@@ -35,10 +35,11 @@ from peftbench.methods.last_layer import LastLayer
 from peftbench.methods.lora import Lora
 from peftbench.methods.prompt_tuning import PromptTuning
 from peftbench.recipe import Data, Evaluate, Model, Profile, Recipe, Train
+from tests.bases import ARCHITECTURES, FAMILIES, random_base
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from peftbench.data.batches import GlobalBatch
     from peftbench.data.collate import MicroBatch
@@ -50,8 +51,6 @@ if TYPE_CHECKING:
 torch.set_num_threads(1)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-POSITIONS = 64
-"""Positions of every small base: short enough to be filled to the last one."""
 
 
 def pytest_unconfigure() -> None:
@@ -108,96 +107,6 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 # --- small bases -----------------------------------------------------------------------------------------------------
-
-
-def gpt2_config(**changes: Any) -> PreTrainedConfig:
-    """A GPT-2 of two layers that ties its head, as all GPT-2 do.
-
-    Its weights are drawn wide, or a frozen trunk under a frozen head could lower no loss by more than a hair.
-    """
-    from transformers import GPT2Config
-
-    values: dict[str, Any] = {
-        "vocab_size": 4096, "n_positions": POSITIONS, "n_embd": 64, "n_layer": 2, "n_head": 4, "initializer_range": 0.2,
-        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0,
-    }  # fmt: skip
-    return GPT2Config(**values | changes)
-
-
-def llama_config(**changes: Any) -> PreTrainedConfig:
-    """A Llama of two layers with grouped keys and values."""
-    from transformers import LlamaConfig
-
-    values: dict[str, Any] = {
-        "vocab_size": 4096, "max_position_embeddings": POSITIONS, "hidden_size": 64, "intermediate_size": 96,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2,
-        "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None,
-    }  # fmt: skip
-    return LlamaConfig(**values | changes)
-
-
-ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
-    "gpt2_tied": gpt2_config,
-    "llama_tied": lambda: llama_config(tie_word_embeddings=True),
-    "llama_untied": lambda: llama_config(tie_word_embeddings=False, attention_bias=True),
-}
-"""One of each kind that methods must tell apart: Conv1D or Linear, learnt or rotary positions, tied or untied head,
-with biases or without."""
-
-
-def qwen3_config(**changes: Any) -> PreTrainedConfig:
-    """A Qwen3 of two layers, which normalises queries and keys, with heads wider than their share."""
-    from transformers import Qwen3Config
-
-    values: dict[str, Any] = {
-        "vocab_size": 4096, "max_position_embeddings": POSITIONS, "hidden_size": 64, "intermediate_size": 96,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
-        "initializer_range": 0.2, "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 0,
-        "pad_token_id": None,
-    }  # fmt: skip
-    return Qwen3Config(**values | changes)
-
-
-FAMILIES = ARCHITECTURES | {"qwen3": qwen3_config}
-"""With one more, for what must hold of any causal language model and not of the kinds that methods tell apart."""
-
-
-def random_base(config: PreTrainedConfig) -> PreTrainedModel:
-    """A base of that architecture with the same random weights every time, set up as ``peftbench.models.load`` does."""
-    from transformers import AutoModelForCausalLM
-
-    config.use_cache = False
-    torch.manual_seed(11)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    # Biases start at zero and gains at one, where a wrong sign or a missing term could hide.
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(torch.randn_like(parameter) * 0.05)
-    model.generation_config.pad_token_id = config.eos_token_id
-    return model  # type: ignore[no-any-return]
-
-
-def embeddings_of(model: PreTrainedModel) -> torch.Tensor:
-    """The input embedding's matrix."""
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, torch.Tensor)
-    return weight
-
-
-def head_of(model: PreTrainedModel) -> torch.Tensor:
-    """The output head's matrix."""
-    weight = model.get_output_embeddings().weight
-    assert isinstance(weight, torch.Tensor)
-    return weight
-
-
-def meta_base(config: PreTrainedConfig) -> PreTrainedModel:
-    """The architecture without any weights."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="session")
@@ -289,10 +198,14 @@ def labelled(batch: MicroBatch) -> int:
     return len(batch.targets)
 
 
+def mask_of(batch: MicroBatch) -> torch.Tensor:
+    """Which positions of padded rows are real, as transformers is told: (rows, width)."""
+    return (torch.arange(batch.input_ids.shape[1]) < torch.tensor(batch.lengths)[:, None]).long()
+
+
 def logits(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
     """Logits over all real positions and padding, as transformers computes them: (rows, width, vocabulary)."""
-    mask = torch.arange(batch.input_ids.shape[1]) < torch.tensor(batch.lengths)[:, None]
-    output: torch.Tensor = model(input_ids=batch.input_ids, attention_mask=mask.long(), use_cache=False).logits
+    output: torch.Tensor = model(input_ids=batch.input_ids, attention_mask=mask_of(batch), use_cache=False).logits
     return output[:, -batch.input_ids.shape[1] :]
 
 
@@ -303,19 +216,34 @@ def labels_of(batch: MicroBatch, virtual_tokens: int = 0) -> torch.Tensor:
     return rows_of_labels[:, virtual_tokens:]
 
 
+def shown(batch: MicroBatch, virtual_tokens: int) -> list[tuple[list[int], list[int]]]:
+    """Tokens of each example and their labels, -100 where there is none, in padded rows or in documents of one."""
+    if batch.documents is None:
+        ids, labels = list(batch.input_ids), list(labels_of(batch, virtual_tokens))
+    else:
+        flat = torch.full((batch.input_ids.shape[1],), -100)
+        flat[batch.predictors + 1] = batch.targets
+        real = torch.ones_like(flat, dtype=torch.bool).index_fill(0, batch.documents.virtual, False)
+        ids, labels = (list(values[real].split(batch.lengths)) for values in (batch.input_ids[0], flat))
+    return [
+        (row[:length].tolist(), labelled_[:length].tolist())
+        for row, labelled_, length in zip(ids, labels, batch.lengths, strict=True)
+    ]
+
+
 def base_of(model: nn.Module) -> PreTrainedModel:
     """What a method was applied to."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[return-value,operator]
 
 
-def loss_for(model: nn.Module, **knobs: bool) -> Loss:
+def loss_for(model: nn.Module, **knobs: Any) -> Loss:
     """How a run computes the loss of that model."""
     from peftbench.engine.loss import loss_of
 
     return loss_of(base_of(model), **knobs)[0]
 
 
-def summed_loss(model: nn.Module, batch: MicroBatch, **knobs: bool) -> torch.Tensor:
+def summed_loss(model: nn.Module, batch: MicroBatch, **knobs: Any) -> torch.Tensor:
     """The loss of a micro-batch as a run computes it."""
     loss = loss_for(model, **knobs)
     with loss.in_use():
@@ -325,6 +253,15 @@ def summed_loss(model: nn.Module, batch: MicroBatch, **knobs: bool) -> torch.Ten
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters that require a gradient; a tied one once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def built_around(model: nn.Module) -> Built:
+    """As much of what a run builds as an evaluation needs."""
+    from peftbench.engine.build import Built
+    from peftbench.record import Parameters
+
+    base: Any = None
+    return Built(base, Parameters(total=0, trainable=0), model, (), False, 0, loss_for(model))
 
 
 def trainer_of(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> Trainer:

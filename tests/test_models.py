@@ -23,7 +23,8 @@ from peftbench.errors import (
     UnsupportedModelError,
 )
 from peftbench.recipe import Model
-from tests.conftest import ARCHITECTURES, POSITIONS, every_architecture, gpt2_config, llama_config
+from tests.bases import ARCHITECTURES, POSITIONS, gpt2_config, llama_config
+from tests.conftest import every_architecture
 
 Folder = Callable[[str], Path]
 

@@ -42,7 +42,8 @@ def rehearsed(recipe: Recipe, record: RunRecord) -> tuple[Rehearsal, Forecast]:
     """The training of a case, whose rows all have one width."""
     kind: DeviceKind = "cuda" if record.device.kind == "cuda" else "cpu"
     with Rehearsal(recipe, kind, 1) as rehearsal:
-        rehearsal.train(recipe.train.global_batch, recipe.data.max_tokens or 0)
+        width = recipe.data.max_tokens or 0
+        rehearsal.train(recipe.train.global_batch, width, min(recipe.evaluate.max_new_tokens, width - 1))
     return rehearsal, forecast(list(rehearsal.book.events()), kind)
 
 

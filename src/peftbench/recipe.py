@@ -68,8 +68,7 @@ class Data(Part):
     too_long: Literal["refuse", "drop"] = "refuse"
     """What to do with an example whose summary leaves no room for any article; drops are counted in the record."""
     padding: Literal["auto", "none", "longest", "max_tokens"] = "auto"
-    """none: examples share a row and none sees another; longest: pad to the micro-batch's longest; max_tokens: to that;
-    auto: none, where the model's attention can, or longest."""
+    """none: examples share a row and see no other; longest, max_tokens: pad to those; auto: none where it can be."""
     as_published: bool = False
     """Label every token, padding too, in batches not grouped by length, as the published study did."""
 

@@ -112,7 +112,7 @@ class Device(_Kept):
 
 
 class Engine(_Kept):
-    """What really ran, compared with the recipe before the first step; micro_batch is None where tokens say its size."""
+    """What really ran, compared with the recipe before the first step. micro_batch is None where tokens say it."""
 
     name: str | None = None
     """single, ddp, zero1 ... fsdp2."""

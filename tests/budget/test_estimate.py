@@ -80,7 +80,7 @@ def test_every_optimizer_s_states(name: str, workshop: Workshop) -> None:
         Full(), optimizer=kind, train={"precision": "bf16" if kind.weights == "bf16" else "fp32", "global_batch": 2}
     )
     with Rehearsal(recipe, "cuda", 1) as rehearsal:
-        rehearsal.train(2, 16)
+        rehearsal.train(2, 16, 4)
         groups = rehearsal.trainer.optimizer.param_groups
     held = forecast(rehearsal.book.events()).by_part["optimizer"].live_by_kind["optimizer_state"]
     steps = 4 * sum(len(group["params"]) for group in groups)
@@ -251,10 +251,10 @@ def test_gpt2_small_as_it_was_traced_before(method: str, precision: str, worksho
     }[method]  # fmt: skip
     recipe = workshop.recipe(
         kind, model={"path": "openai-community/gpt2", "fused_gelu": False},
-        train={"precision": precision, "global_batch": 6},
+        train={"precision": precision, "global_batch": 6, "logits": "all"}, data={"padding": "longest"},
     )  # fmt: skip
     with Rehearsal(recipe, "cuda", 1) as rehearsal:
-        rehearsal.train(6, 1024)
+        rehearsal.train(6, 1024, 1023)
     assert rehearsal.book.peak().bytes / MIB == pytest.approx(PUBLISHED[method, precision], rel=0.01)
 
 

@@ -21,7 +21,8 @@ from peftbench.methods.full import Full
 from peftbench.methods.lora import Lora
 from peftbench.profiler.breakdown import Peak
 from peftbench.recipe import Data, Evaluate, Model, Profile, Recipe, Train
-from peftbench.record import Breakdown, read_record
+from peftbench.record import RunRecord, read_record
+from tests.budget.conftest import labels_a_row
 from tests.conftest import REPOSITORY
 
 PROCESSES = 2
@@ -106,11 +107,16 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> Given:
 
 @pytest.fixture(scope="module")
 def recipes(
-    base_folder: Callable[[str], Path], corpus: Files, tmp_path_factory: pytest.TempPathFactory
+    base_folder: Callable[[str], Path], sources: dict[str, Files], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, Case], Recipe]:
     """Given an engine and a case, its recipe."""
     output = tmp_path_factory.mktemp("several")
-    return lambda engine, case: case.recipe(str(base_folder(case.architecture)), corpus, output / engine)
+
+    def made(engine: str, case: Case) -> Recipe:
+        source = sources["none" if case.micro_batch else "max_tokens"]
+        return case.recipe(str(base_folder(case.architecture)), source, output / engine)
+
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +125,7 @@ def held(launcher: Given, recipes: Callable[[str, Case], Recipe], request: pytes
     users: list[Any] = [item for item in request.session.items if "held" in getattr(item, "fixturenames", ())]
     done: set[str] = set()
 
-    def breakdown(engine: str, case: Case) -> Breakdown:
+    def recorded(engine: str, case: Case) -> RunRecord:
         asked = [item.callspec.params["case"] for item in users if item.callspec.params["engine"] == engine]
         if engine not in done:
             done.add(engine)
@@ -137,9 +143,9 @@ def held(launcher: Given, recipes: Callable[[str, Case], Recipe], request: pytes
         # Counted by other means, at the end of the run; by then ZeRO's third stage has weights whole from evaluation.
         assert kinds["optimizer_state"] == record.state_bytes.optimizer
         assert kinds["weights"] == record.state_bytes.weights or engine == "zero3"
-        return record.breakdown
+        return record
 
-    return breakdown
+    return recorded
 
 
 def runs(recipe: Recipe) -> list[Recipe]:
@@ -168,12 +174,12 @@ def launch(accelerate: Path, recipes: list[Recipe]) -> None:
         subprocess.run(command, cwd=REPOSITORY, env=environment, check=False, stdout=log, stderr=log, timeout=240)
 
 
-def rehearsed(recipe: Recipe, accelerate: Path) -> Peak:
+def rehearsed(recipe: Recipe, accelerate: Path, labels: int) -> Peak:
     """The peak of the same step, of which nothing was computed."""
     world = world_of(accelerate, PROCESSES, recipe)
     accumulation, rows = division(recipe.train.global_batch, recipe.train.rows, PROCESSES)
     with Rehearsal(recipe, "cpu", accumulation, padded=recipe.data.max_tokens == WIDTH, world=world) as rehearsal:
-        rehearsal.train(rows, recipe.data.max_tokens or 0)
+        rehearsal.train(rows, recipe.data.max_tokens or 0, labels)
     return rehearsal.book.peak()
 
 
@@ -185,7 +191,10 @@ def test_the_peak_of_one_of_several_processes(  # noqa: PLR0917 — fixtures
 ) -> None:  # fmt: skip
     """Parts of weights and states, buckets, gathered weights and all else: each as where it was really made."""
     monkeypatch.chdir(REPOSITORY)  # from which accelerate files name DeepSpeed's
-    expected, found = rehearsed(recipes(engine, case), launcher(engine)), held(engine, case)
+    record: RunRecord = held(engine, case)
+    recipe, found = recipes(engine, case), record.breakdown
+    assert found is not None
+    expected = rehearsed(recipe, launcher(engine), labels_a_row(record, recipe.train.global_batch))
     assert (expected.operation, expected.part) == (found.operation, found.part)
     assert expected.bytes == pytest.approx(found.peak_bytes, rel=0, abs=SCALARS)
     assert expected.by_kind == pytest.approx(found.bytes_by_kind, rel=0, abs=SCALARS)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from peftbench.budget.rehearsal import Rehearsal
+from peftbench.data.sources import Files
 from peftbench.methods.base import Method
 from peftbench.methods.full import Full
 from peftbench.methods.lora import Lora
@@ -15,7 +16,9 @@ from peftbench.optim import OPTIMIZERS
 from peftbench.profiler.breakdown import Peak
 from peftbench.recipe import Profile, Recipe
 from peftbench.record import Breakdown
-from tests.conftest import FAMILIES, Workshop, every_method
+from tests.bases import FAMILIES
+from tests.budget.conftest import labels_a_row
+from tests.conftest import Workshop, every_method
 
 KINDS: dict[str, Any] = dict(OPTIMIZERS)
 WIDTH = 48
@@ -25,10 +28,14 @@ SHORT = 30
 
 def made_and_rehearsed(recipe: Recipe, workshop: Workshop) -> tuple[Breakdown, Peak]:
     """Of six rows at once: the peak of a step that was made, and of the rehearsed one."""
-    found = workshop.run(recipe).breakdown
+    record = workshop.run(recipe)
+    found = record.breakdown
     assert found is not None
+    assert record.tokens is not None
+    assert record.tokens.padded == 6 * WIDTH * record.steps
+    assert (record.tokens.real == record.tokens.padded) == (recipe.data.padding == "none")
     with Rehearsal(recipe, "cpu", 1) as rehearsal:
-        rehearsal.train(6, WIDTH)
+        rehearsal.train(6, WIDTH, labels_a_row(record, 6))
     return found, rehearsal.book.peak()
 
 
@@ -36,12 +43,20 @@ def made_and_rehearsed(recipe: Recipe, workshop: Workshop) -> tuple[Breakdown, P
 @pytest.mark.parametrize("architecture", FAMILIES)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_peak_of_a_real_step(
-    method: Method, architecture: str, precision: str, checkpointing: bool, workshop: Workshop
+@pytest.mark.parametrize("padding", ["max_tokens", "none"])
+def test_the_peak_of_a_real_step(  # noqa: PLR0917
+    method: Method,
+    architecture: str,
+    precision: str,
+    checkpointing: bool,
+    padding: str,
+    workshop: Workshop,
+    sources: dict[str, Files],
 ) -> None:
     """Weights, gradients, states, activations, logits and temporaries: each as in the step that was really made."""
     recipe = workshop.recipe(
-        method, architecture=architecture, data={"padding": "max_tokens", "max_tokens": WIDTH},
+        method, architecture=architecture,
+        data={"padding": padding, "max_tokens": WIDTH, "source": sources[padding]},
         train={"precision": precision, "gradient_checkpointing": checkpointing, "steps": 3, "global_batch": 6},
         profile=Profile(warmup_steps=2, breakdown=True),
     )  # fmt: skip
@@ -52,11 +67,12 @@ def test_the_peak_of_a_real_step(
 
 @pytest.mark.parametrize("quantization", ["nf4", "nf4_double"])
 @pytest.mark.parametrize("method", [Lora(r=4), PromptTuning(tokens=5)], ids=["lora", "prompt_tuning"])
-def test_over_a_packed_base(method: Method, quantization: str, workshop: Workshop) -> None:
+def test_over_a_packed_base(method: Method, quantization: str, workshop: Workshop, sources: dict[str, Files]) -> None:
     """Four bits a weight, their scales, and what is unpacked in the backward pass."""
     recipe = workshop.recipe(
         method, model={"quantization": quantization},
-        data={"padding": "max_tokens", "max_tokens": WIDTH}, train={"steps": 3, "global_batch": 6},
+        data={"padding": "max_tokens", "max_tokens": WIDTH, "source": sources["max_tokens"]},
+        train={"steps": 3, "global_batch": 6},
         profile=Profile(warmup_steps=2, breakdown=True),
     )  # fmt: skip
     found, expected = made_and_rehearsed(recipe, workshop)
@@ -64,11 +80,12 @@ def test_over_a_packed_base(method: Method, quantization: str, workshop: Worksho
 
 
 @pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - {"paged_adamw8bit", "deepspeed_cpu_adam"}))
-def test_every_optimizer(name: str, workshop: Workshop) -> None:
+def test_every_optimizer(name: str, workshop: Workshop, sources: dict[str, Files]) -> None:
     """States and what a step makes beside them, with accumulation, so that gradients are there at the peak."""
     kind = KINDS[name](**({"rank": 8} if name in {"galore", "apollo"} else {}))
     recipe = workshop.recipe(
-        Full(), optimizer=kind, data={"padding": "max_tokens", "max_tokens": SHORT, "too_long": "drop"},
+        Full(), optimizer=kind,
+        data={"padding": "max_tokens", "max_tokens": SHORT, "too_long": "drop", "source": sources["none"]},
         train={"steps": 3, "global_batch": 6, "micro_batch": 2, "precision": "bf16"},
         profile=Profile(warmup_steps=2, breakdown=True),
     )  # fmt: skip
@@ -78,7 +95,7 @@ def test_every_optimizer(name: str, workshop: Workshop) -> None:
     assert record.tokens is not None
     assert record.tokens.real == record.tokens.padded
     with Rehearsal(recipe, "cpu", 3, padded=False) as rehearsal:
-        rehearsal.train(2, SHORT)
+        rehearsal.train(2, SHORT, labels_a_row(record, 6))
     expected = rehearsal.book.peak()
     # torchao's scalars on the CPU live a little longer than there: 16 bytes of them.
     assert expected.by_kind == pytest.approx(found.bytes_by_kind, rel=1e-6, abs=16)

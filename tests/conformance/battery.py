@@ -15,7 +15,8 @@ from peftbench.methods.full import Full
 from peftbench.methods.last_layer import LastLayer
 from peftbench.methods.lora import Lora
 from peftbench.methods.prompt_tuning import PromptTuning
-from tests.conftest import ARCHITECTURES, trained
+from tests.bases import ARCHITECTURES
+from tests.conftest import trained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -9,10 +9,12 @@ import torch
 
 from peftbench.engine.loop import train_step
 from tests.conformance.battery import Bench, Case, MakeBench, every_case
-from tests.conftest import micro_batch, one_batch, summed_loss, trained, trainer_of
+from tests.conftest import loss_for, micro_batch, one_batch, trained, trainer_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from peftbench.engine.loss import Loss
 
 
 @every_case
@@ -20,15 +22,16 @@ def test_fits_one_batch(case: Case, make_bench: MakeBench, accelerator: Accelera
     """Seen again and again, the loss of one batch falls by more than a third."""
     bench = make_bench(case)
     trainer = trainer_of(accelerator, bench.model, bench.optimizer)
-    batch = one_batch(micro_batch())
+    batch = one_batch(micro_batch(virtual=case.method.virtual_tokens))
     losses = [train_step(accelerator, trainer, batch, max_grad_norm=1.0) for _ in range(40)]
     assert losses[-1] < losses[0] * 2 / 3
 
 
-def _loss_and_gradients(bench: Bench) -> tuple[float, dict[str, torch.Tensor]]:
+def _loss_and_gradients(bench: Bench, computed: Loss) -> tuple[float, dict[str, torch.Tensor]]:
     torch.manual_seed(7)  # for LoRA's dropout
-    loss = summed_loss(bench.model, micro_batch())
-    loss.backward()  # type: ignore[no-untyped-call]
+    with computed.in_use():
+        loss = computed(bench.model, micro_batch(virtual=bench.case.method.virtual_tokens))
+        loss.backward()  # type: ignore[no-untyped-call]
     gradients = {name: parameter.grad for name, parameter in trained(bench.model).items()}
     return loss.item(), {name: gradient for name, gradient in gradients.items() if gradient is not None}
 
@@ -39,10 +42,11 @@ def test_checkpointing_changes_no_number(case: Case, make_bench: MakeBench) -> N
     plain, checkpointed = make_bench(case), make_bench(case)
     checkpointed.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     attention = next(m for name, m in checkpointed.base.named_modules() if name.endswith((".attn", ".self_attn")))
+    losses = loss_for(plain.model), loss_for(checkpointed.model)  # which calls the model itself, to find out how
     calls: list[int] = []
     attention.register_forward_pre_hook(lambda *_: calls.append(1))
-    loss, gradients = _loss_and_gradients(plain)
-    loss_again, gradients_again = _loss_and_gradients(checkpointed)
+    loss, gradients = _loss_and_gradients(plain, losses[0])
+    loss_again, gradients_again = _loss_and_gradients(checkpointed, losses[1])
     assert loss_again == pytest.approx(loss, rel=1e-6)
     assert gradients.keys() == gradients_again.keys() == trained(plain.model).keys()
     for name, gradient in gradients.items():

@@ -7,8 +7,9 @@ import torch
 
 from peftbench.data.encode import Layout
 from peftbench.errors import OutOfRangeError
+from tests.bases import POSITIONS
 from tests.conformance.battery import CASES, Case, MakeBench, every_case
-from tests.conftest import POSITIONS, logits, micro_batch, summed_loss
+from tests.conftest import logits, micro_batch, summed_loss
 
 NEW_TOKENS = 6
 
@@ -40,7 +41,7 @@ def test_longest_sequence_is_trained_on(case: Case, make_bench: MakeBench) -> No
     """A sequence that fills the model to its last position has a loss, and logits at its real positions alone."""
     room = _layout(case, None).max_tokens
     bench = make_bench(case)
-    batch = micro_batch([(room, 4), (9, 3)])
+    batch = micro_batch([(room, 4), (9, 3)], virtual=case.method.virtual_tokens)
     assert torch.isfinite(summed_loss(bench.model, batch))
     assert logits(bench.model, batch).shape == (2, room, 4096)
 
@@ -65,4 +66,7 @@ def test_longest_prompt_is_generated_from(case: Case, make_bench: MakeBench) -> 
 def test_one_token_more_would_overrun(case: Case, make_bench: MakeBench) -> None:
     """With learnt positions one token more has none left, so the tests above do reach the last one."""
     with pytest.raises(IndexError):
-        summed_loss(make_bench(case).model, micro_batch([(_layout(case, None).max_tokens + 1, 4)]))
+        summed_loss(
+            make_bench(case).model,
+            micro_batch([(_layout(case, None).max_tokens + 1, 4)], virtual=case.method.virtual_tokens),
+        )

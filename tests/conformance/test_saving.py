@@ -12,8 +12,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from peftbench.engine.loop import train_step
+from tests.bases import ARCHITECTURES, meta_base
 from tests.conformance.battery import Case, MakeBench, every_case
-from tests.conftest import ARCHITECTURES, logits, meta_base, micro_batch, one_batch, trainer_of
+from tests.conftest import logits, micro_batch, one_batch, trainer_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -37,7 +38,7 @@ def test_saved_and_loaded_is_the_same_model(
     case.method.set_training(bench.model)
     trainer = trainer_of(accelerator, bench.model, bench.optimizer)
     for _ in range(2):
-        train_step(accelerator, trainer, one_batch(micro_batch()), max_grad_norm=1.0)
+        train_step(accelerator, trainer, one_batch(micro_batch(virtual=case.method.virtual_tokens)), max_grad_norm=1.0)
     expected = bench.logits(micro_batch())
     assert not torch.equal(expected, untrained)
 

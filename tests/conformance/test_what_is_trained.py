@@ -8,17 +8,9 @@ import torch
 
 from peftbench.engine.loop import train_step
 from peftbench.methods import METHODS
+from tests.bases import ARCHITECTURES, meta_base
 from tests.conformance.battery import CASES, RATES, REFUSED, VARIANTS, Case, MakeBench, every_case
-from tests.conftest import (
-    ARCHITECTURES,
-    ONE_OF_EACH,
-    meta_base,
-    micro_batch,
-    one_batch,
-    summed_loss,
-    trained,
-    trainer_of,
-)
+from tests.conftest import ONE_OF_EACH, loss_for, micro_batch, one_batch, summed_loss, trained, trainer_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -44,7 +36,7 @@ def test_trains_exactly_what_it_says(case: Case, make_bench: MakeBench, accelera
     before = {name: tensor.detach().clone() for name, tensor in bench.everything().items()}
     # Two steps: at the first, LoRA's one factor is zero and gives the other no gradient.
     for _ in range(2):
-        train_step(accelerator, trainer, one_batch(micro_batch()), max_grad_norm=1.0)
+        train_step(accelerator, trainer, one_batch(micro_batch(virtual=case.method.virtual_tokens)), max_grad_norm=1.0)
     changed = {name for name, tensor in bench.everything().items() if not torch.equal(tensor, before[name])}
     assert changed == set(trained(bench.model))
     assert changed
@@ -77,7 +69,7 @@ def test_trained_weights_are_float32(case: Case, make_bench: MakeBench) -> None:
 def test_loss_depends_on_what_is_trained_and_on_nothing_else(case: Case, make_bench: MakeBench) -> None:
     """The leaves of the loss's graph are the trained parameters: none is left out, and nothing is kept for others."""
     bench = make_bench(case)
-    loss = summed_loss(bench.model, micro_batch())
+    loss = summed_loss(bench.model, micro_batch(virtual=case.method.virtual_tokens))
     leaves, todo, seen = set(), [loss.grad_fn], set()
     while todo:
         node = todo.pop()
@@ -93,8 +85,9 @@ def test_loss_depends_on_what_is_trained_and_on_nothing_else(case: Case, make_be
 def test_trunk_frozen_says_where_the_backward_pass_ends(case: Case, make_bench: MakeBench) -> None:
     """The head's input has no gradient where the method says that its trunk is frozen, and one where it does not."""
     bench = make_bench(case)
+    loss = loss_for(bench.model)
     needs_gradient: list[bool] = []
     head = bench.base.get_output_embeddings()
     head.register_forward_pre_hook(lambda _, inputs: needs_gradient.append(inputs[0].requires_grad))
-    summed_loss(bench.model, micro_batch())
+    loss(bench.model, micro_batch(virtual=case.method.virtual_tokens))
     assert needs_gradient == [not case.method.trunk_frozen]

@@ -13,6 +13,7 @@ import torch
 from peftbench.data.batches import Batches, GlobalBatch, _evenly
 from peftbench.data.collate import Collator, MicroBatch, Packer, TokenCounts
 from peftbench.errors import OutOfRangeError
+from tests.conftest import labels_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -235,9 +236,12 @@ def test_counts_by_hand() -> None:
     collator = Collator(PAD, virtual_tokens=4)
     batch = collator.collate([[11, 12, 13, 14, 15], [21, 22, 23]], [2, 1])
     assert batch.input_ids.tolist() == [[11, 12, 13, 14, 15], [21, 22, 23, PAD, PAD]]
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
-    no = IGNORED
-    assert batch.labels.tolist() == [[no, no, 13, 14, 15], [no, 22, 23, no, no]]
+    assert batch.attention_mask is None  # what is at the right of a token it never looks at
+    assert batch.lengths == (5, 3)
+    no = -100
+    assert labels_of(batch, virtual_tokens=4).tolist() == [[no, no, 13, 14, 15], [no, 22, 23, no, no]]
+    assert batch.predictors.tolist() == [4 + 1, 4 + 2, 4 + 3, 9 + 4 + 0, 9 + 4 + 1]
+    assert batch.targets.tolist() == [13, 14, 15, 22, 23]
     counts = collator.count(batch)
     assert counts == TokenCounts(real=8, padded=10, labelled=5, virtual=8)
     assert counts + TokenCounts(1, 2, 3, 4) == TokenCounts(9, 12, 8, 12)
@@ -254,7 +258,9 @@ def test_padding_to_a_width() -> None:
     narrow, wide = Collator(PAD), Collator(PAD, pad_to=9)
     examples_ = ([[11, 12, 13], [21, 22]], [1, 1])
     batch = wide.collate(*examples_)
-    assert batch.input_ids.shape == batch.labels.shape == batch.attention_mask.shape == (2, 9)
+    assert batch.input_ids.shape == labels_of(batch).shape == (2, 9)
+    assert batch.input_ids[:, 3:].eq(PAD).all()
+    assert batch.lengths == (3, 2)
     counts, expected = wide.count(batch), narrow.count(narrow.collate(*examples_))
     assert (counts.real, counts.labelled, counts.padded) == (expected.real, expected.labelled, 18)
 
@@ -276,11 +282,14 @@ def test_as_published_every_position_is_labelled() -> None:
     """The study's batches label prompts and padding too, and the count says so."""
     collator = Collator(PAD, pad_to=6, as_published=True)
     batch = collator.collate([[11, 12, 13], [21, 22]], [1, 1])
-    assert torch.equal(batch.labels, batch.input_ids)
-    assert batch.attention_mask.sum() == 5
+    labels = labels_of(batch)
+    assert torch.equal(labels[:, 1:], batch.input_ids[:, 1:])
+    assert labels[:, 0].eq(-100).all()  # before which there is nothing to predict it from
+    assert batch.attention_mask is not None
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0]]
     assert collator.count(batch) == TokenCounts(real=5, padded=12, labelled=10, virtual=0)
-    batch.labels[0, 0] = IGNORED
-    assert batch.input_ids[0, 0] == 11  # labels are a copy
+    batch.targets[0] = 99
+    assert batch.input_ids[0, 1] == 12  # labels are a copy
 
 
 def test_as_published_batches_are_not_sorted(dataset: Dataset) -> None:

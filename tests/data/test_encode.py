@@ -13,6 +13,7 @@ from peftbench.data.encode import Encoder, Layout, fingerprint
 from peftbench.data.sources import Files
 from peftbench.errors import OutOfRangeError, SequenceTooShortError
 from peftbench.recipe import Data
+from tests.conftest import labels_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -91,11 +92,11 @@ def test_summary_and_end_token_are_labelled_even_where_pad_is_end(encoder: Encod
     batch = collator.collate([short["input_ids"], long["input_ids"]], [short["prompt_tokens"], long["prompt_tokens"]])
     for row, made in enumerate((short, long)):
         length, prompt = len(made["input_ids"]), made["prompt_tokens"]
-        labels = batch.labels[row].tolist()
-        assert labels[:prompt] == [IGNORED] * prompt
+        labels = labels_of(batch)[row].tolist()
+        assert labels[:prompt] == [-100] * prompt
         assert labels[prompt:length] == made["input_ids"][prompt:]
         assert labels[length - 1] == encoder.end
-        assert labels[length:] == [IGNORED] * (len(labels) - length)
+        assert labels[length:] == [-100] * (len(labels) - length)
     assert batch.input_ids[0, -1] == encoder.end  # the short row is padded with the very id that is labelled
 
 

@@ -14,7 +14,8 @@ from peftbench.errors import EmptySplitError, OutOfRangeError, SequenceTooShortE
 from peftbench.methods.base import Method
 from peftbench.methods.full import Full
 from peftbench.methods.prompt_tuning import PromptTuning
-from tests.conftest import POSITIONS, Workshop, built_from, every_method, trainer_from
+from tests.bases import POSITIONS
+from tests.conftest import Workshop, built_from, every_method, trainer_from
 
 
 @every_method
@@ -73,14 +74,22 @@ def test_no_room_for_an_article(workshop: Workshop) -> None:
 
 
 def test_padding_to_a_fixed_width(workshop: Workshop) -> None:
-    """Padded to max_tokens, every micro-batch has that width; padded to the longest, none is wider than it must be."""
-    for padding in ("max_tokens", "longest"):
+    """Padded to max_tokens, every micro-batch has that width; padded to the longest, none is wider than it must be.
+
+    Without padding all its examples share one row that holds nothing else; that is what is done where nothing is said.
+    """
+    for padding in ("max_tokens", "longest", "none", "auto"):
         recipe = workshop.recipe(Full(), data={"padding": padding})
         accelerator = bind(recipe, workshop.output).accelerator
         batch = next(iter(trainer_from(recipe, accelerator).batches))
         (part,) = batch.micro_batches
-        longest = int(part.attention_mask.sum(dim=1).max())
-        assert part.input_ids.shape[1] == (48 if padding == "max_tokens" else longest)
+        assert len(part.lengths) == 6
+        assert len(set(part.lengths)) > 1
+        if padding in {"none", "auto"}:
+            assert part.input_ids.shape == (1, sum(part.lengths))
+            assert batch.counts.padded == batch.counts.real == sum(part.lengths)
+        else:
+            assert part.input_ids.shape == (6, 48 if padding == "max_tokens" else max(part.lengths))
 
 
 @every_method

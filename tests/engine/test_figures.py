@@ -41,7 +41,9 @@ def test_flops_of_a_run_are_those_of_its_steps(method: Method, architecture: str
     assert len(seen) == 3
     assert plain.flops.executed == sum(count or 0 for count in seen) > 0
     assert plain.flops.required is not None
-    assert 0 < plain.flops.required < plain.flops.executed
+    # Nothing is padded; attention's scores are computed once more in its backward pass, where it has one.
+    assert (plain.flops.required < plain.flops.executed) is not method.trunk_frozen
+    assert 0 < plain.flops.required <= plain.flops.executed
     assert plain.flops.six_n is not None
 
 
@@ -112,7 +114,7 @@ def test_who_held_the_memory(method: Method, workshop: Workshop) -> None:
     assert found is not None
     assert states is not None
     assert record.parameters is not None
-    assert (found.step, found.rows) == (2, 6)
+    assert (found.step, found.rows) == (2, 1)  # in which all six examples are
     assert sum(found.bytes_by_kind.values()) == found.peak_bytes > states.weights
     assert found.bytes_by_kind["weights"] == states.weights >= 4 * record.parameters.total
     assert states.gradients == 4 * record.parameters.trainable

@@ -25,8 +25,8 @@ from peftbench.optim import AdamW
 from peftbench.recipe import Checkpoint, Profile, Recipe
 from peftbench.record import RunRecord
 from peftbench.run import Run
+from tests.bases import FAMILIES
 from tests.conftest import (
-    FAMILIES,
     LENGTHS_AND_PROMPTS,
     Workshop,
     built_from,

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-import peftbench.engine.loop
 from peftbench.data.collate import MicroBatch
 from peftbench.data.sources import Files
+from peftbench.engine.loss import LabelledLoss
 from peftbench.methods.base import Method
 from peftbench.methods.baselines import Lead, ZeroShot
 from peftbench.methods.full import Full
@@ -23,22 +23,23 @@ from peftbench.methods.lora import Lora
 from peftbench.optim import SGD
 from peftbench.record import read_record
 from peftbench.run import Run
-from tests.conftest import Workshop, every_architecture, every_method, summed_loss
+from tests.conftest import Workshop, every_architecture, every_method
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-BadLoss = Callable[[nn.Module, MicroBatch], torch.Tensor]
+BadLoss = Callable[[LabelledLoss, nn.Module, MicroBatch], torch.Tensor]
 
 
 def _from_call(number: int, then: Callable[[torch.Tensor], torch.Tensor]) -> BadLoss:
     """The true loss until a call, and from then on what ``then`` makes of it."""
     calls: list[int] = []
+    computed = LabelledLoss.__call__
 
-    def loss(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
+    def loss(self: LabelledLoss, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
         calls.append(1)
-        true = summed_loss(model, batch)
+        true = computed(self, model, batch)
         return true if len(calls) < number else then(true)
 
     return loss
@@ -71,7 +72,7 @@ def test_a_loss_that_is_no_number_is_a_divergence(
     value: float, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The record of a run whose loss is not finite names that step and keeps every step before it."""
-    monkeypatch.setattr(peftbench.engine.loop, "summed_loss", _from_call(3, lambda loss: loss * value))
+    monkeypatch.setattr(LabelledLoss, "__call__", _from_call(3, lambda loss: loss * value))
     record = workshop.run(workshop.recipe(Full(), train={"steps": 5}))
     assert record.outcome.kind == "diverged"
     assert record.outcome.step == 3
@@ -139,7 +140,7 @@ def test_identity_is_of_what_was_trained_on(workshop: Workshop, monkeypatch: pyt
         monkeypatch.setattr(Files, "identity", lambda _: pytest.fail("asked for once more"))
         return torch.ones((), requires_grad=True)
 
-    monkeypatch.setattr(peftbench.engine.loop, "summed_loss", _from_call(1, gone))
+    monkeypatch.setattr(LabelledLoss, "__call__", _from_call(1, gone))
     assert workshop.run(workshop.recipe(Full())).data_identity == before
 
 
@@ -181,7 +182,7 @@ def test_running_out_of_memory_is_a_result(
     def fail(_: torch.Tensor) -> torch.Tensor:
         raise error
 
-    monkeypatch.setattr(peftbench.engine.loop, "summed_loss", _from_call(2, fail))
+    monkeypatch.setattr(LabelledLoss, "__call__", _from_call(2, fail))
     record = workshop.run(workshop.recipe(Full()))
     assert record.outcome.kind == "oom"
     assert (record.outcome.phase, record.outcome.step, record.outcome.requested_bytes) == ("train", 2, asked)
@@ -194,7 +195,7 @@ def test_a_fault_is_recorded_and_raised(workshop: Workshop, monkeypatch: pytest.
     def fail(_: torch.Tensor) -> torch.Tensor:
         raise ZeroDivisionError("a fault")
 
-    monkeypatch.setattr(peftbench.engine.loop, "summed_loss", _from_call(2, fail))
+    monkeypatch.setattr(LabelledLoss, "__call__", _from_call(2, fail))
     with pytest.raises(ZeroDivisionError):
         Run(workshop.recipe(Full())).execute()
     record = read_record(workshop.output / "run" / "record.json")
@@ -209,7 +210,7 @@ def test_an_interrupted_run_is_recorded(workshop: Workshop, monkeypatch: pytest.
     def interrupt(_: torch.Tensor) -> torch.Tensor:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(peftbench.engine.loop, "summed_loss", _from_call(3, interrupt))
+    monkeypatch.setattr(LabelledLoss, "__call__", _from_call(3, interrupt))
     record = workshop.run(workshop.recipe(Full()))
     assert (record.outcome.kind, record.outcome.phase, record.outcome.step) == ("preempted", "train", 3)
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from peftbench.engine.bind import bind
 from peftbench.engine.loop import Progress, train, train_step
@@ -12,6 +16,25 @@ from peftbench.methods.base import Method
 from peftbench.methods.full import Full
 from peftbench.profiler.probe import Probe
 from tests.conftest import Workshop, built_from, every_method, forget_accelerators, trained, trainer_from
+
+
+class Products(TorchFunctionMode):
+    """Notes what types products with weights have, those of the vocabulary's width too, and the losses of them."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.seen: set[torch.dtype] = set()
+        self.logits: set[torch.dtype] = set()
+        self.losses: set[torch.dtype] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in {functional.linear, torch.addmm}:
+            (self.logits if result.shape[-1] == self.vocabulary else self.seen).add(result.dtype)
+        if func is functional.cross_entropy:
+            self.losses.add(result.dtype)
+        return result
 
 
 def test_fp16_on_cpu_is_refused(workshop: Workshop) -> None:
@@ -47,12 +70,13 @@ def test_bf16_keeps_trained_weights_in_float32(method: Method, workshop: Worksho
     built = built_from(recipe, accelerator)
     trainer = trainer_from(recipe, accelerator, built)
     method.set_training(built.bare_model)
-    computed: set[torch.dtype] = set()
-    head = built.base.model.get_output_embeddings()
-    head.register_forward_hook(lambda _, __, output: computed.add(output.dtype))
+    products = Products(built.base.model.config.vocab_size)
     progress = Progress()
-    train(accelerator, trainer, Probe(accelerator.device), progress, max_grad_norm=1.0, on_step=lambda *_: None)
-    assert computed == {torch.bfloat16}
+    with trainer.loss.in_use(), products:
+        train(accelerator, trainer, Probe(accelerator.device), progress, max_grad_norm=1.0, on_step=lambda *_: None)
+    assert products.seen == {torch.bfloat16}
+    assert products.logits == {torch.bfloat16}
+    assert products.losses == {torch.float32}
     assert progress.steps == 2
     assert {parameter.dtype for parameter in built.bare_model.parameters()} == {torch.float32}
     states = trainer.optimizer.optimizer.state  # type: ignore[attr-defined]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from peftbench.engine.bind import bind
+from peftbench.engine.build import load_base
 from peftbench.engine.compatibility import OVER_A_FROZEN_BASE
+from peftbench.engine.loss import LabelledLoss, loss_of
 from peftbench.errors import CombinationError
 from peftbench.methods import METHODS
 from peftbench.methods.base import Method
@@ -31,6 +34,22 @@ def test_trains_over_a_quantised_base(method: Method, quantization: str, worksho
     rounds = any("the int8 base rounds what it multiplies to fp16" in note for note in small.notes)
     assert rounds == (quantization == "int8")
     assert (small.parameters, small.flops.required) == (plain.parameters, plain.flops.required)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_what_is_found_out_of_a_base_leaves_no_trace(quantization: str, workshop: Workshop) -> None:
+    """Its losses are probed in forward passes: weights stay as they are packed, and no layer has chosen its type."""
+    base = load_base(workshop.recipe(ONE_OF_EACH["lora"], model={"quantization": quantization})).model
+    base.get_submodule(next(name for name, _ in base.named_modules() if name.endswith("mlp"))).train()
+    before = [dict(vars(module)) for module in base.modules()]
+    weights = [(parameter, parameter.data_ptr(), parameter.detach().clone()) for parameter in base.parameters()]
+    loss, _ = loss_of(base)
+    assert isinstance(loss, LabelledLoss)
+    vars(loss.head).pop("forward")
+    for module, attributes in zip(base.modules(), before, strict=True):
+        assert vars(module).keys() == attributes.keys()
+        assert all(vars(module)[name] is value for name, value in attributes.items())
+    assert all(weight.data_ptr() == place and torch.equal(weight, copy) for weight, place, copy in weights)
 
 
 @pytest.mark.parametrize("name", sorted(set(METHODS) - OVER_A_FROZEN_BASE))

@@ -14,7 +14,8 @@ from peftbench.engine.trunk_identity import hash_of_trunk, identity_of, read_exa
 from peftbench.methods.last_layer import LastLayer
 from peftbench.models import load
 from peftbench.optim import AdamW
-from tests.conftest import FAMILIES, LENGTHS_AND_PROMPTS, Workshop, rows
+from tests.bases import FAMILIES
+from tests.conftest import LENGTHS_AND_PROMPTS, Workshop, rows
 from tests.engine.test_frozen_trunk import recipe
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from torch import nn
 from peftbench.data.encode import Encoder, Layout
 from peftbench.evaluation.measure import Evaluation
 from peftbench.methods.base import Method
-from tests.conftest import POSITIONS, Workshop, alone, examples
+from tests.bases import POSITIONS
+from tests.conftest import Workshop, alone, built_around, examples
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -62,6 +63,6 @@ def evaluation(accelerator: Accelerator, encoder: Encoder, encoded: Dataset, wor
 
     def made(method: Method, model: nn.Module, dataset: Dataset = encoded, **knobs: Any) -> Evaluation:
         recipe = workshop.recipe(method, evaluate={"generate": True, "max_new_tokens": NEW_TOKENS, **knobs})
-        return Evaluation(alone(accelerator), model, encoder, dataset, recipe)
+        return Evaluation(alone(accelerator), built_around(model), encoder, dataset, recipe)
 
     return made

@@ -32,7 +32,9 @@ def moved_bench(
         bench = bench_of(case, fresh_base(case.architecture), tokenizer)
         trainer = trainer_of(accelerator, bench.model, bench.optimizer)
         for _ in range(3):
-            train_step(accelerator, trainer, one_batch(micro_batch()), max_grad_norm=1.0)
+            train_step(
+                accelerator, trainer, one_batch(micro_batch(virtual=case.method.virtual_tokens)), max_grad_norm=1.0
+            )
         return bench
 
     return made

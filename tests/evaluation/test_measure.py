@@ -20,6 +20,7 @@ from peftbench.profiler.probe import Probe
 from tests.conftest import (
     Workshop,
     alone,
+    built_around,
     every_architecture,
     every_method,
     forget_accelerators,
@@ -135,7 +136,9 @@ def test_precision_is_the_same_with_and_without_training(
             model = fresh_base("gpt2_tied")
             if prepared:
                 accelerator.prepare(model)
-            measured = Evaluation(alone(accelerator), model, encoder, encoded, workshop.recipe(ZeroShot()))
+            measured = Evaluation(
+                alone(accelerator), built_around(model), encoder, encoded, workshop.recipe(ZeroShot())
+            )
             losses[prepared, precision] = (measured.loss(), measured.teacher_forced())
     assert losses[False, "no"] == losses[True, "no"]
     assert losses[False, "bf16"] == losses[True, "bf16"]

@@ -154,6 +154,7 @@ def test_auto_is_what_fits(full: Path, launch: Callable[..., subprocess.Complete
     record = read_record(project / "out" / "run" / "record.json")
     assert record.recipe["train"]["micro_batch"] == "auto"
     assert record.engine is not None
+    assert record.engine.micro_batch is not None
     assert 1 <= record.engine.micro_batch < 4
     assert record.engine.micro_batch * record.engine.accumulation >= 4
     (note,) = record.notes

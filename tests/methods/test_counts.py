@@ -14,7 +14,8 @@ from peftbench.methods.full import Full
 from peftbench.methods.last_layer import LastLayer
 from peftbench.methods.lora import Lora
 from peftbench.methods.prompt_tuning import PromptTuning
-from tests.conftest import meta_base, trained
+from tests.bases import meta_base
+from tests.conftest import trained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase

@@ -13,19 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from peftbench.engine.loop import train_step
 from peftbench.methods.last_layer import LastLayer
-from tests.conftest import (
-    embeddings_of,
-    every_architecture,
-    gpt2_config,
-    head_of,
-    logits,
-    micro_batch,
-    one_batch,
-    random_base,
-    summed_loss,
-    trained,
-    trainer_of,
-)
+from tests.bases import embeddings_of, gpt2_config, head_of, random_base
+from tests.conftest import every_architecture, logits, micro_batch, one_batch, summed_loss, trained, trainer_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -10,7 +10,8 @@ import torch
 from pydantic import ValidationError
 
 from peftbench.methods.prompt_tuning import PromptTuning
-from tests.conftest import embeddings_of, every_architecture, trained
+from tests.bases import embeddings_of
+from tests.conftest import every_architecture, trained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -57,7 +57,7 @@ def test_one_step_on_a_trained_model(method: Method, expected: int, stories: Bas
     assert sum(parameter.numel() for parameter in trained(model).values()) == expected
     text = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
     ids = stories.tokenizer(text)["input_ids"]
-    batch = one_batch(Collator(pad_token=0).collate([ids], [1]))
+    batch = one_batch(Collator(0, method.virtual_tokens).collate([ids], [1]))
     trainer = trainer_of(accelerator, model, torch.optim.SGD(trained(model).values(), lr=0.01))
     before = train_step(accelerator, trainer, batch, max_grad_norm=1.0)
     after = train_step(accelerator, trainer, batch, max_grad_norm=1.0)

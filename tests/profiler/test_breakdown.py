@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from peftbench.methods.base import Method
 from peftbench.profiler.breakdown import KINDS, Breakdown, Holdings
-from tests.conftest import every_architecture, every_method, micro_batch, trained
+from tests.conftest import every_architecture, every_method, labels_of, mask_of, micro_batch, trained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -168,19 +168,20 @@ def test_the_peak_is_that_of_torch_s_allocator(  # noqa: PLR0917
     model = method.apply(base, tokenizer).train()
     if checkpointing and not method.trunk_frozen:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    batch = micro_batch([(40, 5)] * 6)
+    batch = micro_batch([(40, 5)] * 6, virtual=method.virtual_tokens)
+    mask, labels = mask_of(batch), labels_of(batch, method.virtual_tokens)
 
     def loss(module: nn.Module) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            logits = module(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-        return functional.cross_entropy(logits[:, -40:-1].flatten(0, 1).float(), batch.labels[:, 1:].flatten())
+            logits = module(input_ids=batch.input_ids, attention_mask=mask, use_cache=False).logits
+        return functional.cross_entropy(logits[:, -40:-1].flatten(0, 1).float(), labels[:, 1:].flatten())
 
     step = Step(model, loss)
     step()
     states = [t for state in step.optimizer.state.values() for t in state.values()]
     held = [t.untyped_storage() for t in (*model.parameters(), *model.buffers(), *states)]
     kept = {storage._cdata: storage.nbytes() for storage in held}
-    inputs = bytes_of(batch.input_ids, batch.attention_mask, batch.labels)
+    inputs = bytes_of(batch.input_ids, mask, labels)
     peak = step.booked(base.config.vocab_size).peak()
     assert peak.bytes == pytest.approx(allocated_peak(step, sum(kept.values()) + inputs), rel=0.01)
     assert sum(peak.by_kind.values()) == peak.bytes

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from peftbench.data.collate import Collator, Work
+from peftbench.data.collate import Collator, Packer, Work
 from peftbench.methods.base import Method
 from peftbench.methods.full import Full
 from peftbench.methods.last_layer import LastLayer
@@ -18,8 +18,8 @@ from peftbench.methods.lora import Lora
 from peftbench.methods.prompt_tuning import PromptTuning
 from peftbench.profiler.counter import FlopCounter
 from peftbench.profiler.flops import UncountableError, cost
+from tests.bases import ARCHITECTURES
 from tests.conformance.battery import REFUSED, VARIANTS
-from tests.conftest import ARCHITECTURES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,10 +36,10 @@ CASES = [
 ]
 
 
-def padded(method: Method, rows: int = ROWS, width: int = WIDTH) -> Work:
-    """All positions of a full rectangle."""
+def full_rectangle(method: Method, rows: int = ROWS, width: int = WIDTH) -> Work:
+    """All positions, each labelled, as where the head computes everything."""
     width += method.virtual_tokens
-    return Work(rows * width, rows * width**2, rows * width, width)
+    return Work(rows * width, rows * width**2, rows * width * (width + 1) // 2, rows * width, width)
 
 
 def counted(model: nn.Module, device: str = "cpu") -> int:
@@ -85,8 +85,8 @@ def test_the_closed_form_is_what_is_counted(  # noqa: PLR0917
     model = method.apply(base, tokenizer).train()
     if checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    found = cost(model, base, virtual_tokens=method.virtual_tokens, checkpointing=checkpointing)
-    assert found.executed(padded(method)) == counted(model)
+    found = cost(model, base, virtual_tokens=method.virtual_tokens, checkpointing=checkpointing, head_everywhere=True)
+    assert found.executed(full_rectangle(method)) == counted(model)
 
 
 @pytest.mark.parametrize(("variant", "architecture", "checkpointing"), CASES)
@@ -106,8 +106,8 @@ def test_the_closed_form_is_what_is_counted_on_meta(  # noqa: PLR0917
     model = method.apply(base, tokenizer).train()
     if checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    found = cost(model, base, virtual_tokens=method.virtual_tokens, checkpointing=checkpointing)
-    assert found.executed(padded(method)) == counted(model.to("meta"), "meta")
+    found = cost(model, base, virtual_tokens=method.virtual_tokens, checkpointing=checkpointing, head_everywhere=True)
+    assert found.executed(full_rectangle(method)) == counted(model.to("meta"), "meta")
 
 
 def test_gpt2_small_by_hand(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -118,7 +118,7 @@ def test_gpt2_small_by_hand(tokenizer: PreTrainedTokenizerBase) -> None:
     by_hand = {}
     for virtual in (0, 20):
         tokens = rows * (length + virtual)
-        attention = 4 * tokens * (length + virtual) * width * layers
+        attention = 4 * rows * (length + virtual) * (length + virtual + 1) // 2 * width * layers
         rank = 8
         low = 2 * tokens * layers * 4 * width * rank
         first = 2 * tokens * (3 * width**2 + width * rank)  # no gradient of the first block's input
@@ -129,13 +129,16 @@ def test_gpt2_small_by_hand(tokenizer: PreTrainedTokenizerBase) -> None:
             "lora": 2 * blocks * tokens + 7 * attention // 2 + 2 * head * tokens + 3 * low - first,
         }
     assert {k: round(v / 1e12, 3) for k, v in by_hand[0].items() if k != "prompt_tuning"} == {
-        "full": 5.366, "last_layer": 2.224, "lora": 3.837,
+        "full": 4.96, "last_layer": 2.108, "lora": 3.431,
     }  # fmt: skip
     for method in (Full(), LastLayer(), PromptTuning(tokens=20), Lora(r=8)):
         base = GPT2LMHeadModel(GPT2Config(n_positions=length + 20, attn_pdrop=0.0))
-        found = cost(method.apply(base, tokenizer), base, virtual_tokens=method.virtual_tokens, checkpointing=False)
+        model = method.apply(base, tokenizer)
+        found = cost(
+            model, base, virtual_tokens=method.virtual_tokens, checkpointing=False, head_everywhere=True
+        )  # fmt: skip
         expected = by_hand[method.virtual_tokens][method.kind]
-        assert found.executed(padded(method, rows, length)) == expected
+        assert found.executed(full_rectangle(method, rows, length)) == expected
 
 
 def test_required_leaves_out_what_need_not_be(
@@ -144,25 +147,41 @@ def test_required_leaves_out_what_need_not_be(
     """Padding, pairs that look ahead, unlabelled head positions and recomputation are executed and not required."""
     base = fresh_base("gpt2_tied")
     model = Full().apply(base, tokenizer)
-    plain = cost(model, base, virtual_tokens=0, checkpointing=False)
-    again = cost(model, base, virtual_tokens=0, checkpointing=True)
+    plain = cost(model, base, virtual_tokens=0, checkpointing=False, head_everywhere=False)
+    again = cost(model, base, virtual_tokens=0, checkpointing=True, head_everywhere=False)
     collator = Collator(pad_token=0)
     alone = collator.collate([[1] * 9], [6])
     with_padding = Collator(pad_token=0, pad_to=30).collate([[1] * 9], [6])
-    assert collator.required(alone) == Work(positions=9, pairs=45, head_positions=3)
+    assert collator.required(alone) == Work(positions=9, pairs=81, causal_pairs=45, labelled=3, columns=9)
     assert collator.required(with_padding) == collator.required(alone)
-    assert collator.executed(with_padding) == Work(30, 900, 30, 30)
-    assert plain.required(collator.required(alone)) == again.required(collator.required(alone))
-    assert plain.executed(collator.executed(alone)) < again.executed(collator.executed(alone))
-    assert plain.required(collator.required(alone)) < plain.executed(collator.executed(alone))
+    assert collator.executed(with_padding) == Work(30, 900, 465, 3, 30)
+    everywhere = cost(model, base, virtual_tokens=0, checkpointing=False, head_everywhere=True)
+    needed, made = collator.required(alone), collator.executed(with_padding)
+    assert plain.required(needed) == again.required(needed) == everywhere.required(needed)
+    assert plain.required(needed) < plain.executed(collator.executed(alone)) < plain.executed(made)
+    assert plain.executed(made) < again.executed(made)
+    # The head, forward and backward, at the 27 positions that predict no label.
+    assert everywhere.executed(made) - plain.executed(made) == 27 * 6 * 64 * 4096
 
 
 def test_virtual_tokens_are_work() -> None:
     """Soft tokens are positions that attend and are attended to, required and executed."""
     collator = Collator(pad_token=0, virtual_tokens=5)
     batch = collator.collate([[1] * 9, [1] * 4], [6, 2])
-    assert collator.required(batch) == Work(14 + 9, 14 * 15 // 2 + 9 * 10 // 2, 3 + 2)
-    assert collator.executed(batch) == Work(28, 2 * 14**2, 28, 14)
+    needed = Work(14 + 9, 14**2 + 9**2, 14 * 15 // 2 + 9 * 10 // 2, 3 + 2, 14 + 9)
+    assert collator.required(batch) == needed
+    assert collator.executed(batch) == Work(28, 2 * 14**2, 2 * 14 * 15 // 2, 3 + 2, 14)
+    packer = Packer(pad_token=0, virtual_tokens=5)
+    row = packer.collate([[1] * 9, [1] * 4], [6, 2])
+    assert packer.required(row) == packer.executed(row) == needed
+
+
+def test_a_mask_is_what_keeps_a_kernel_from_skipping() -> None:
+    """Where padding may not be looked at all pairs are computed; without any padding no mask is left."""
+    collator = Collator(pad_token=0, as_published=True)
+    batch, whole = collator.collate([[1] * 9, [1] * 4], [6, 2]), collator.collate([[1] * 9, [1] * 9], [6, 2])
+    assert collator.executed(batch) == Work(18, 2 * 81, 2 * 81, 2 * 8, 9)
+    assert collator.executed(whole) == Work(18, 2 * 81, 2 * 45, 2 * 8, 9)
 
 
 def test_a_product_of_known_size() -> None:
@@ -179,7 +198,7 @@ def test_what_is_not_known_is_not_guessed(
     base = fresh_base("gpt2_tied")
     model = Lora(r=4, use_dora=True).apply(base, tokenizer)
     with pytest.raises(UncountableError, match="over something else than the positions"):
-        cost(model, base, virtual_tokens=0, checkpointing=False)
+        cost(model, base, virtual_tokens=0, checkpointing=False, head_everywhere=False)
 
 
 def test_products_that_are_not_known_are_not_left_out(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -194,7 +213,7 @@ def test_products_that_are_not_known_are_not_left_out(tokenizer: PreTrainedToken
     for base in (BloomForCausalLM(bloom), MixtralForCausalLM(mixtral)):
         model = Full().apply(base, tokenizer)
         with pytest.raises(UncountableError):
-            cost(model, base, virtual_tokens=0, checkpointing=False)
+            cost(model, base, virtual_tokens=0, checkpointing=False, head_everywhere=False)
 
 
 def test_a_formula_that_fails_ends_no_step(monkeypatch: pytest.MonkeyPatch) -> None:

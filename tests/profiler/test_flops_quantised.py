@@ -16,7 +16,7 @@ from peftbench.methods.prompt_tuning import PromptTuning
 from peftbench.profiler.counter import FlopCounter
 from peftbench.profiler.flops import cost
 from tests.conftest import every_architecture
-from tests.profiler.test_flops import counted, padded
+from tests.profiler.test_flops import counted, full_rectangle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -64,8 +64,10 @@ def test_the_closed_form_is_what_is_counted(  # noqa: PLR0917
         model = method.apply(base, tokenizer).train()
         if checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        closed_form = cost(model, base, virtual_tokens=method.virtual_tokens, checkpointing=checkpointing)
-        assert closed_form.executed(padded(method)) == counted(model)
+        closed_form = cost(
+            model, base, virtual_tokens=method.virtual_tokens, checkpointing=checkpointing, head_everywhere=True
+        )  # fmt: skip
+        assert closed_form.executed(full_rectangle(method)) == counted(model)
         found.append(counted(model))
     assert found[0] == found[1] or checkpointing  # what is computed again ends with what keeps something, which differs
     assert found[0] <= found[1]

@@ -104,6 +104,7 @@ class Rehearsal:
             ModelError: the architecture is not known.
         """
         self.recipe, self.device, self.world = recipe, device, world
+        self._inside: list[str] = []
         # From the second on all is as in the second, but that on the CPU their tokens were there before.
         self.micro_batches = min(micro_batches, 2) if device == "cuda" else micro_batches
         self.accelerator: Any = _StandIn(self.micro_batches)
@@ -111,7 +112,7 @@ class Rehearsal:
         self.steering = Steering(device, _PRECISIONS.get(recipe.train.precision), padded=padded)
         with quick_imports():  # of the architecture's code, and of the method's library
             self.base = architecture(recipe.model, _PRECISIONS.get(recipe.train.precision, torch.float32))
-            with self.steering.helpers():
+            with self._watched(), self.steering.helpers():
                 built = build(recipe, self.base, bound)
         self.model, self.loss = built.bare_model, built.loss
         self.collator = make_collator(recipe, built.loss, pad_token=0)
@@ -124,15 +125,34 @@ class Rehearsal:
         self.parts = _Parts(self.steering)
         self.forward = self.model.forward
         self._contexts = ExitStack()
-        self._inside: list[str] = []
-        for name, module in self.model.named_modules():
-            module.register_forward_pre_hook(lambda *_, entered=name: self._inside.append(entered))
-            module.register_forward_hook(self._left)
+        self._watch(self.model)
 
     @property
     def positions(self) -> int | None:
         """Positions of the model, None where its config does not say."""
         return self.base.positions
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """While a method is applied to the base, whose loss is found out in forward passes."""
+        hooks = self._watch(self.base.model)
+        try:
+            yield
+        except BaseException as error:
+            self._explain(error)
+            raise
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self._inside.clear()
+
+    def _watch(self, model: nn.Module) -> list[Any]:
+        """Know which module computes."""
+        hooks: list[Any] = []
+        for name, module in model.named_modules():
+            hooks.append(module.register_forward_pre_hook(lambda *_, entered=name: self._inside.append(entered)))
+            hooks.append(module.register_forward_hook(self._left))
+        return hooks
 
     def _left(self, *_: object) -> None:
         self._inside.pop()

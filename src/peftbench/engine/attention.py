@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from peftbench.data.collate import Documents
+from peftbench.engine.trial import trial
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -99,17 +100,13 @@ def why_not(base: PreTrainedModel) -> str | None:
         told.append(named)
         return causal_attention(*given, **named)
 
-    training = base.training
     documents = Documents.of([1, 1], device=base.device)
-    base.eval()
     try:
-        with without_masks(base, listening):
+        with trial(base), without_masks(base, listening):
             ids = torch.zeros((1, 2), dtype=torch.long, device=base.device)
             base(input_ids=ids, position_ids=documents.position_ids, documents=documents, use_cache=False)
     except (TypeError, ValueError, KeyError, NotImplementedError) as error:
         return f"it cannot be told of documents ({str(error).splitlines()[0][:100]})"
-    finally:
-        base.train(training)
     if len(told) != base.config.num_hidden_layers or any(named.get("documents") is None for named in told):
         return "not all of its layers attend through transformers' interface"
     extra = {name for named in told for name, value in named.items() if value is not None and name not in _HARMLESS}

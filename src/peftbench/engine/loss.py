@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from peftbench.engine import attention
 from peftbench.engine.cross_entropy import KERNELS, Kernel
+from peftbench.engine.trial import trial
 from peftbench.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -160,12 +161,10 @@ def _outputs(base: PreTrainedModel, head: nn.Module) -> tuple[torch.Tensor | Non
     """
     kept: list[torch.Tensor] = []
     handle = head.register_forward_hook(lambda _module, _given, output: kept.append(output))
-    training = base.training
-    base.eval()
     try:
-        ids = torch.zeros((1, 1), dtype=torch.long, device=base.device)
-        returned: torch.Tensor = base(input_ids=ids, use_cache=False).logits
+        with trial(base):
+            ids = torch.zeros((1, 1), dtype=torch.long, device=base.device)
+            returned: torch.Tensor = base(input_ids=ids, use_cache=False).logits
     finally:
         handle.remove()
-        base.train(training)
     return (kept[-1] if kept else None), returned

@@ -1,0 +1,134 @@
+"""FLOPs of the losses that are trained on: the closed form against torch's own count, and how little is wasted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from peftbench.data.collate import Collator, MicroBatch, Packer, Work
+from peftbench.engine import cross_entropy
+from peftbench.engine.loss import LabelledLoss, Loss
+from peftbench.methods.base import Method
+from peftbench.profiler.counter import FlopCounter
+from peftbench.profiler.flops import Cost, cost
+from tests.conftest import LENGTHS_AND_PROMPTS, every_method, loss_for, rows
+from tests.profiler.test_flops import CASES, EVERY, with_dropout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+EVEN = ((20, 6), (20, 19), (20, 4))
+"""Rows of one length, so that nothing is padded."""
+
+
+def collated(collator: Collator, lengths_and_prompts: tuple[tuple[int, int], ...]) -> MicroBatch:
+    """Random rows of these lengths in one micro-batch."""
+    made = rows(lengths_and_prompts)
+    return collator.collate([row["input_ids"] for row in made], [row["prompt_tokens"] for row in made])
+
+
+def counted(model: nn.Module, loss: Loss, batch: MicroBatch) -> int | None:
+    """FLOPs that torch sees dispatched for a loss and its gradients."""
+    with loss.in_use(), FlopCounter() as seen:
+        loss(model, batch).backward()  # type: ignore[no-untyped-call]
+    total: int | None = seen.total
+    return total
+
+
+def closed_form(model: nn.Module, base: PreTrainedModel, loss: Loss, **knobs: Any) -> Cost:
+    """As a run asks for it."""
+    with loss.in_use():
+        return cost(model, base, head_everywhere=loss.everywhere, **knobs)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize(("variant", "architecture", "checkpointing"), CASES)
+def test_the_closed_form_of_a_loss_is_what_is_counted(  # noqa: PLR0917
+    variant: str,
+    architecture: str,
+    checkpointing: bool,
+    dropout: float,
+    fresh_base: Callable[[str], PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Padded and packed, whole and in chunks, over rows of unlike and of like lengths: to the last integer."""
+    method = EVERY[variant]
+    base = with_dropout(fresh_base(architecture), dropout)
+    model = method.apply(base, tokenizer)
+    method.set_training(model)
+    if checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    loss = loss_for(model)
+    assert isinstance(loss, LabelledLoss)
+    assert not loss.masked
+    found = closed_form(model, base, loss, virtual_tokens=method.virtual_tokens, checkpointing=checkpointing)
+    virtual = method.virtual_tokens
+    for collator in (Collator(0, virtual), Collator(0, virtual, pad_to=30), Packer(0, virtual)):
+        for lengths in (LENGTHS_AND_PROMPTS, EVEN):
+            batch = collated(collator, lengths)
+            for chunk in (2**25, 3 * 4096):
+                monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", chunk)
+                assert found.executed(collator.executed(batch)) == counted(model, loss, batch)
+            assert found.required(collator.required(batch)) <= found.executed(collator.executed(batch))
+
+
+@every_method
+@pytest.mark.parametrize("architecture", ["gpt2_tied", "llama_untied"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_what_is_not_spared_is_counted(
+    attention: str,
+    architecture: str,
+    method: Method,
+    fresh_base: Callable[[str], PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """The head everywhere, labels as published with a mask, and eager attention, which skips nothing."""
+    base = with_dropout(fresh_base(architecture), 0.0)
+    base.set_attn_implementation(attention)
+    model = method.apply(base, tokenizer)
+    method.set_training(model)
+    virtual = method.virtual_tokens
+    for knobs in ({"labelled": False}, {"masked": True}, {"labelled": False, "masked": True}):
+        loss = loss_for(model, **knobs)
+        found = closed_form(model, base, loss, virtual_tokens=virtual, checkpointing=False)
+        for collator in (Collator(0, virtual), Collator(0, virtual, as_published=True)):
+            for lengths in (LENGTHS_AND_PROMPTS, EVEN):
+                if collator.as_published and not loss.masked:
+                    continue
+                batch = collated(collator, lengths)
+                assert found.executed(collator.executed(batch)) == counted(model, loss, batch)
+
+
+def news(count: int) -> list[tuple[int, int]]:
+    """Lengths of examples and of their prompts as in CNN/DailyMail: about 840 tokens with 60 labels."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.normal(840.0, 200.0, (count,), generator=generator).clamp(200, 1000).int().tolist()
+    labels = torch.normal(60.0, 20.0, (count,), generator=generator).clamp(10, 150).int().tolist()
+    return [(length, length - summary) for length, summary in zip(lengths, labels, strict=True)]
+
+
+@every_method
+def test_little_is_executed_that_is_not_required(method: Method, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Of GPT-2 small over packed news within 3 %: attention's scores once more, and nothing else."""
+    base = GPT2LMHeadModel(GPT2Config(attn_pdrop=0.0))
+    model = method.apply(base, tokenizer)
+    method.set_training(model)
+    loss = loss_for(model)
+    found = closed_form(model, base, loss, virtual_tokens=method.virtual_tokens, checkpointing=False)
+    packer = Packer(0, method.virtual_tokens)
+    needed, made = Work(), Work()
+    for start in range(0, 48, 6):
+        batch = collated(packer, tuple(news(48)[start : start + 6]))
+        needed, made = needed + packer.required(batch), made + packer.executed(batch)
+    assert 800 < needed.positions / 48 - method.virtual_tokens < 880
+    assert 50 < needed.labelled / 48 < 70
+    assert needed == made
+    again = 12 * 2 * 768 * needed.causal_pairs * (not method.trunk_frozen)
+    assert found.executed(made) - found.required(needed) == again
+    assert found.executed(made) / found.required(needed) < 1.03
