@@ -58,7 +58,7 @@ def recipe_of(job: Job, folder: str, positions: int) -> Recipe:
         optimizer=AdamW(learning_rate=spec.learning_rate, weight_decay=spec.weight_decay),
         train=Train(
             steps=spec.total_steps(job.case), global_batch=spec.batch, precision=spec.precision,
-            max_grad_norm=spec.max_grad_norm, seed=spec.seed, **own_knobs(job.case),
+            max_grad_norm=spec.max_grad_norm, seed=spec.seed, **own_knobs(job.case, spec),
         ),
         evaluate=Evaluate(generate=False),
         profile=Profile(warmup_steps=spec.warmup_steps(job.case)),
