@@ -13,6 +13,7 @@ import argparse
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -137,9 +138,10 @@ def has_record(job: Job) -> bool:
         return False
 
 
-def called(words: Sequence[str], spec: Spec) -> int:
-    """Run arm.py and return its exit code."""
+def called(words: Sequence[str], spec: Spec, scratch: str) -> int:
+    """Run arm.py, with an empty cache for what a trunk gives, and return its exit code."""
     environment = os.environ | {"OMP_NUM_THREADS": str(spec.threads), "MKL_NUM_THREADS": str(spec.threads)}
+    environment["PEFTBENCH_CACHE"] = str(Path(scratch) / "cache")
     if spec.device == "cpu":
         environment |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run([sys.executable, str(HERE / "arm.py"), *words], check=False, env=environment)  # noqa: S603
@@ -161,7 +163,7 @@ def measure(given: argparse.Namespace) -> Path:
     with TemporaryDirectory() as scratch:
         base, file = Path(scratch) / "base", Path(scratch) / "jobs.json"
         left = [job for job in jobs(given, spec, str(base), out) if not has_record(job)]
-        if left and (code := called(["prepare", str(given.model), str(base), str(spec.seed)], spec)):
+        if left and (code := called(["prepare", str(given.model), str(base), str(spec.seed)], spec, scratch)):
             raise PeftbenchError(f"the base could not be made (exit code {code})")
         failed = []
         for index, part in enumerate([left] if given.together and left else [[job] for job in left]):
@@ -170,8 +172,9 @@ def measure(given: argparse.Namespace) -> Path:
                 print(f"no time for the other {len(left) - index}; the same call goes on with them", flush=True)
                 break
             asked = {"jobs": [job.model_dump(mode="json") for job in part], "seconds": seconds}
+            shutil.rmtree(Path(scratch) / "cache", ignore_errors=True)  # of the repeat before
             file.write_text(json.dumps(asked), encoding="utf-8")
-            if called(["measure", str(file)], spec):
+            if called(["measure", str(file)], spec, scratch):
                 failed.append("one" if given.together else f"{part[0].case}, {part[0].arm}, repeat {part[0].repeat}")
     if failed:
         raise PeftbenchError(f"not measured to the end: {'; '.join(failed)}; the same call goes on with what is left")

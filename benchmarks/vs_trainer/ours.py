@@ -14,6 +14,7 @@ from trained import COUNTED_STEP, Trained, method_of
 from peftbench.data.sources import Files
 from peftbench.engine.build import load_base
 from peftbench.errors import PeftbenchError
+from peftbench.files import cache_dir
 from peftbench.optim import AdamW
 from peftbench.recipe import Data, Evaluate, Model, Profile, Recipe, Train
 from peftbench.record import RunRecord
@@ -58,7 +59,7 @@ def recipe_of(job: Job, folder: str, positions: int) -> Recipe:
         optimizer=AdamW(learning_rate=spec.learning_rate, weight_decay=spec.weight_decay),
         train=Train(
             steps=spec.total_steps(job.case), global_batch=spec.batch, precision=spec.precision,
-            max_grad_norm=spec.max_grad_norm, seed=spec.seed, **own_knobs(job.case),
+            max_grad_norm=spec.max_grad_norm, seed=spec.seed, **own_knobs(job.case, spec),
         ),
         evaluate=Evaluate(generate=False),
         profile=Profile(warmup_steps=spec.warmup_steps(job.case)),
@@ -96,7 +97,7 @@ def run(job: Job, examples: Examples, positions: int) -> Trained:
         trainable_parameters=record.parameters.trainable,
         model_identity=str(record.model_identity),
         settings=_without_paths(record),
-        notes=record.notes,
+        notes=tuple(note.replace(str(cache_dir()), "$PEFTBENCH_CACHE") for note in record.notes),
     )
 
 

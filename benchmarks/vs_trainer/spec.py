@@ -131,10 +131,10 @@ def method_knobs(case: str, spec: Spec) -> dict[str, Any]:
     return {"kind": method} | ({"tokens": spec.soft_tokens} if method == "prompt_tuning" else {})
 
 
-def own_knobs(case: str) -> dict[str, Any]:
-    """What peftbench's arm sets in the recipe's ``train`` beyond what all arms share: nothing, its defaults."""
-    # PLACE OF THE TRUNK CACHE: last_layer_epoch2, and no other case, sets train.trunk_cache here once recipes have it.
-    return {}
+def own_knobs(case: str, spec: Spec) -> dict[str, Any]:
+    """What peftbench's arm sets in the recipe's ``train`` beyond what all arms share; all else is its defaults."""
+    # A frozen trunk's hidden states are computed in the first epoch alone, and read in those that are timed.
+    return {"trunk_cache": spec.precision} if CASES[case].later_epoch else {}
 
 
 def peer_settings(arm: str, spec: Spec, *, flattens: bool) -> dict[str, Any]:

@@ -123,6 +123,10 @@ def test_all_arms_are_one_training_with_every_method(given: list[str], tmp_path:
         assert isinstance(executed, int)
         assert isinstance(required, int)
         assert 0 < required <= executed, (record["case"], record["arm"])
+    notes = json.dumps(records["last_layer_epoch2", "peftbench"]["notes"])
+    assert "hidden states" in notes
+    assert "those of 0 of" in notes  # and not those of another arm or repeat
+    assert str(Path.home()) not in notes
     again = records["last_layer_epoch2", "peftbench"]["real_tokens"]
     assert isinstance(again, list)
     assert sum(again[:2]) == sum(again[2:])  # two steps an epoch, over the same examples
