@@ -11,12 +11,10 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from cases import Size, cases
+from cases import RandomTokens, Size, cases
 from transformers import AutoModelForCausalLM, GPT2Config
 from transformers import logging as transformers_logging
 
@@ -27,25 +25,6 @@ from peftbench.record import FILE, FINAL, RunRecord, read_record, train_peak_byt
 from peftbench.run import Run
 
 NO_DEVICE = 2
-
-
-class RandomTokens:
-    """Encoded examples of the source's lengths; a row too long loses the end of its article."""
-
-    def __init__(self, size: Size, vocabulary: int) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.prompts: list[int] = []
-        self.ids: list[list[int]] = []
-        for article, summary in size.source.lengths("train"):
-            prompt = min(article, size.width - summary)
-            self.prompts.append(prompt)
-            self.ids.append(torch.randint(vocabulary, (prompt + summary,), generator=generator).tolist())
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, indices: list[int], /) -> Mapping[str, Sequence[Any]]:
-        return {"input_ids": [self.ids[i] for i in indices], "prompt_tokens": [self.prompts[i] for i in indices]}
 
 
 class ArchitectureRun(Run):

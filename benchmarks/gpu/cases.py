@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from peftbench.data.synthetic import Synthetic
 from peftbench.methods import METHODS
@@ -27,6 +29,25 @@ class Size:
     """Real tokens of each row; soft ones come on top, within the model's positions."""
     warmup_steps: int
     steps: int
+
+
+class RandomTokens:
+    """Encoded examples of the source's lengths; a row too long loses the end of its article."""
+
+    def __init__(self, size: Size, vocabulary: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.prompts: list[int] = []
+        self.ids: list[list[int]] = []
+        for article, summary in size.source.lengths("train"):
+            prompt = min(article, size.width - summary)
+            self.prompts.append(prompt)
+            self.ids.append(torch.randint(vocabulary, (prompt + summary,), generator=generator).tolist())
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, indices: list[int], /) -> Mapping[str, Sequence[Any]]:
+        return {"input_ids": [self.ids[i] for i in indices], "prompt_tokens": [self.prompts[i] for i in indices]}
 
 
 CNN_DAILYMAIL = Synthetic(examples=256)

@@ -6,6 +6,7 @@ Run: python benchmarks/gpu/predict.py benchmarks/gpu/records/NVIDIA-H100-80GB-HB
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from cases import CARD, Size, cases
+from cases import CARD, RandomTokens, Size, cases
 from tabulate import tabulate
 from transformers import GPT2Config
 
@@ -22,6 +23,8 @@ from peftbench.budget.estimate import estimate
 from peftbench.budget.forecast import Forecast, forecast
 from peftbench.budget.rehearsal import Rehearsal
 from peftbench.budget.steering import DeviceKind
+from peftbench.data.batches import Batches
+from peftbench.data.collate import Collator
 from peftbench.errors import NoRoomError
 from peftbench.recipe import Recipe
 from peftbench.record import RunRecord, read_records
@@ -38,20 +41,31 @@ def with_config(recipe: Recipe, size: Size) -> Iterator[Recipe]:
         yield recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": folder})})
 
 
-def rehearsed(recipe: Recipe, record: RunRecord) -> tuple[Rehearsal, Forecast]:
+def labels_by_step(recipe: Recipe, size: Size) -> list[list[int]]:
+    """Labelled tokens of each row of each step's micro-batch: as many as its example's summary and end have."""
+    tokens = RandomTokens(size, vocabulary=2)
+    batches = Batches(tokens, Collator(0), recipe.train.global_batch, None, recipe.train.seed)
+    made = itertools.islice(batches, recipe.train.steps or 0)
+    return [
+        [len(tokens.ids[i]) - tokens.prompts[i] for i in batch.micro_batches[0].examples] for batch in made
+    ]  # fmt: skip
+
+
+def rehearsed(recipe: Recipe, record: RunRecord, labels: list[int]) -> tuple[Rehearsal, Forecast]:
     """The training of a case, whose rows all have one width."""
     kind: DeviceKind = "cuda" if record.device.kind == "cuda" else "cpu"
     with Rehearsal(recipe, kind, 1) as rehearsal:
-        width = recipe.data.max_tokens or 0
-        rehearsal.train(recipe.train.global_batch, width, min(recipe.evaluate.max_new_tokens, width - 1))
+        rehearsal.train(recipe.train.global_batch, recipe.data.max_tokens or 0, labels)
     return rehearsal, forecast(list(rehearsal.book.events()), kind)
 
 
-def compared(recipe: Recipe, record: RunRecord) -> Iterator[tuple[str, int, int]]:
+def compared(recipe: Recipe, size: Size, record: RunRecord) -> Iterator[tuple[str, int, int]]:
     """(what, measured, predicted) of a run that ended well: bytes of tensors, allocated by part, reserved."""
-    rehearsal, found = rehearsed(recipe, record)
+    labels = labels_by_step(recipe, size)
     if record.breakdown is not None:
+        rehearsal, _ = rehearsed(recipe, record, labels[record.breakdown.step - 1])
         yield "tensors", record.breakdown.peak_bytes, rehearsal.book.peak().bytes
+    _, found = rehearsed(recipe, record, max(labels[record.warmup_steps :], key=sum))
     for part, moment in found.by_part.items():
         measured = record.step_memory.get(part)
         if measured is not None and measured.allocated_bytes is not None:
@@ -91,7 +105,7 @@ def main() -> int:
             if recipe.budget.memory is not None:
                 verdicts.append(verdict(recipe, record))
                 continue
-            for what, measured, predicted in compared(recipe, record) if record.outcome.kind == "ok" else ():
+            for what, measured, predicted in compared(recipe, size, record) if record.outcome.kind == "ok" else ():
                 error = predicted / measured - 1
                 off.setdefault(what.split(",")[0], []).append(abs(error))
                 rows.append({"run": record.name, "bytes": what, "measured": f"{measured:,}",

@@ -5,7 +5,7 @@ What is booked are the bytes that torch would ask the device's allocator for, in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -37,6 +37,7 @@ from peftbench.profiler.flops import UncountableError, cost
 if TYPE_CHECKING:
     from peftbench.recipe import Recipe
 
+Labels = int | Sequence[int]
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -236,10 +237,11 @@ class Rehearsal:
                 f"{str(error).splitlines()[0]}"
             ) from error
 
-    def train(self, rows: int, width: int, labels: int) -> None:
+    def train(self, rows: int, width: int, labels: Labels) -> None:
         """Two steps over micro-batches of (rows, width) tokens; the book is marked at the second, where states are.
 
-        The last ``labels`` tokens of each row are labelled, or all of them where the recipe says so.
+        The last ``labels`` tokens of each row are labelled, as many of each or a number for each, or all of them where
+        the recipe says so.
 
         An engine of several processes makes one before them: in its first step it makes plans and buffers.
         """
@@ -317,15 +319,16 @@ class Rehearsal:
             for group in optimizer.param_groups:
                 group["fused"] = True
 
-    def _batch(self, rows: int, width: int, labels: int, micro_batches: int) -> GlobalBatch:
+    def _batch(self, rows: int, width: int, labels: Labels, micro_batches: int) -> GlobalBatch:
         made = tuple(self._micro_batch(rows, width, labels) for _ in range(micro_batches))
         return GlobalBatch(made, TokenCounts(labelled=1))
 
-    def _micro_batch(self, rows: int, width: int, labels: int) -> MicroBatch:
+    def _micro_batch(self, rows: int, width: int, labels: Labels) -> MicroBatch:
+        of_rows = [labels] * rows if isinstance(labels, int) else labels
         # On the CPU a batch is there already, but to DDP and fully_shard, who call it "cpu:0"; to a GPU it is copied.
         there = self.device == "cpu" and (self.world.alone or self.world.engine.deepspeed)
         with _disable_current_modes():  # they come from elsewhere, and are booked once they are used
-            made = self.collator.collate([[0] * width] * rows, [width - labels] * rows)
+            made = self.collator.collate([[0] * width] * rows, [width - count for count in of_rows])
             return made.map(lambda tensor: tensor.to("meta")) if there else made
 
 
