@@ -208,9 +208,9 @@ class Packer(Collator):
     def collate(
         self, rows: Sequence[Sequence[int]], prompts: Sequence[int], examples: Sequence[int] = ()
     ) -> MicroBatch:
-        virtual = [self.pad_token] * self.virtual_tokens
+        virtual = [torch.full((self.virtual_tokens,), self.pad_token)] if self.virtual_tokens else []
         documents = Documents.of([len(row) + self.virtual_tokens for row in rows], self.virtual_tokens)
-        input_ids = torch.cat([torch.as_tensor([*virtual, *row]) for row in rows])
+        input_ids = torch.cat([part for row in rows for part in (*virtual, torch.as_tensor(row, dtype=torch.long))])
         places = [
             int(start) + self.virtual_tokens + torch.arange(max(1, prompt), len(row))
             for start, row, prompt in zip(documents.bounds, rows, prompts, strict=False)

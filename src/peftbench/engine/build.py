@@ -186,7 +186,7 @@ def make_trainer(recipe: Recipe, built: Built, train: Rows, pad_token: int, boun
     collator = make_collator(recipe, built.loss, pad_token)
     knobs = recipe.train
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    batches = Batches(train, collator, knobs.global_batch, knobs.rows, knobs.seed, rank, world_size)
+    batches = Batches(_in_arrays(train), collator, knobs.global_batch, knobs.rows, knobs.seed, rank, world_size)
     steps = batches.steps(knobs.steps, knobs.epochs)
     if knobs.micro_tokens is not None:
         batches = batches.within(knobs.micro_tokens, steps)
@@ -221,6 +221,13 @@ def _compile_blocks(base: PreTrainedModel, loss: Loss) -> None:
     for module in base.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.compile(dynamic=True)
+
+
+def _in_arrays(examples: Rows) -> Rows:
+    """Encoded examples as arrays, which become tensors as they are; lists of numbers take several times as long."""
+    from datasets import Dataset
+
+    return examples.with_format("numpy") if isinstance(examples, Dataset) else examples
 
 
 def make_collator(recipe: Recipe, loss: Loss, pad_token: int) -> Collator:
