@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -61,9 +62,10 @@ def pytest_unconfigure() -> None:
 @pytest.fixture(autouse=True)
 def one_process_is_one_run() -> Iterator[None]:
     """Accelerate keeps its state for the process, and a process is one run; here it is one test."""
-    forget_accelerators()
-    yield
-    forget_accelerators()
+    with patch.dict(os.environ):  # engines write their rank into it
+        forget_accelerators()
+        yield
+        forget_accelerators()
 
 
 def forget_accelerators() -> None:

@@ -97,8 +97,8 @@ class Spec(Part):
 
 DEFAULTS: dict[Kind, dict[str, Any]] = {
     "cpu": {},
-    # A GPU is best used by the whole batch at once. Every step has another shape, and until torch's allocator has blocks
-    # for them a step takes twice its time.
+    # A GPU is best used by the whole batch at once. Every step has another shape, and until torch's allocator has
+    # blocks for them a step takes twice its time.
     "cuda": {"batch": 16, "micro_batch": 16, "warmup": 8, "steps": 10},
 }
 REPEATS = 3

@@ -109,8 +109,7 @@ class Train(Part):
     micro_batch: PositiveInt | Literal["auto"] | None = None
     """Most examples in one forward pass of one process; null: all; auto: the most predicted to fit budget or GPU."""
     micro_tokens: int | None = Field(default=None, gt=0)
-    """Most tokens in one forward pass of one process, padding and virtual ones included, instead of micro_batch: a step
-    has as few micro-batches as keep to it, cut to be of like size."""
+    """Most tokens in one forward pass (padding, virtual), instead of micro_batch; as few passes as keep to it."""
     precision: Precision = "fp32"
     """Arithmetic of forward and backward pass; trained weights stay in float32, unless the optimizer says bf16."""
     logits: Literal["labelled", "all"] = "labelled"

@@ -225,9 +225,8 @@ def _compile_blocks(base: PreTrainedModel, loss: Loss) -> None:
 
 def _in_arrays(examples: Rows) -> Rows:
     """Encoded examples as arrays, which become tensors as they are; lists of numbers take several times as long."""
-    from datasets import Dataset
-
-    return examples.with_format("numpy") if isinstance(examples, Dataset) else examples
+    with_format = getattr(examples, "with_format", None)  # a Dataset's
+    return examples if with_format is None else with_format("numpy")  # type: ignore[no-any-return]
 
 
 def make_collator(recipe: Recipe, loss: Loss, pad_token: int) -> Collator:
