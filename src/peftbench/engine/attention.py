@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from peftbench.data.collate import Documents
-from peftbench.engine.trial import trial
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,11 +22,6 @@ if TYPE_CHECKING:
 Attention = Callable[..., tuple[torch.Tensor, None]]
 NAME = "peftbench_causal"
 """As transformers' configs name an attention implementation; one without masks of its own is given none."""
-_HARMLESS = frozenset({
-    "dropout", "scaling", "is_causal", "documents", "position_ids", "position_embeddings", "cache_position",
-    "use_cache", "output_attentions", "layer_idx",
-})  # fmt: skip
-"""What a layer may tell its attention without changing which keys a query looks at."""
 
 
 def causal_attention(
@@ -47,12 +41,20 @@ def causal_attention(
 
     if documents is None:
         return sdpa_attention_forward(module, query, key, value, None, dropout, scaling, True)
-    if query.is_cuda and not dropout and query.dtype in {torch.float16, torch.bfloat16}:
+    if not dropout and _has_kernel(query):
         return _unlike_lengths(query, key, value, documents, scaling)
     lengths = documents.lengths
     parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
     mixed = [sdpa_attention_forward(module, q, k, v, None, dropout, scaling, True)[0] for q, k, v in parts]
     return torch.cat(mixed, dim=1), None
+
+
+def _has_kernel(query: torch.Tensor) -> bool:
+    """Whether torch's kernel for unlike lengths takes it: in 16 bits, on Ampere or newer, heads of up to 256."""
+    if not query.is_cuda or query.dtype not in {torch.float16, torch.bfloat16}:
+        return False
+    width = query.shape[-1]
+    return width % 8 == 0 and width <= 256 and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def _unlike_lengths(
@@ -84,30 +86,3 @@ def without_masks(base: PreTrainedModel, attend: Attention = causal_attention) -
     finally:
         for key, config in configs.items():
             config._attn_implementation = before[key]
-
-
-@torch.no_grad()
-def why_not(base: PreTrainedModel) -> str | None:
-    """Why a base cannot attend so, None where it can: every layer must ask for nothing but causal attention.
-
-    It is found out in a forward pass over two documents of one token.
-    """
-    if base.config._attn_implementation != "sdpa":
-        return f"its attention is {base.config._attn_implementation}"
-    told: list[dict[str, Any]] = []
-
-    def listening(*given: Any, **named: Any) -> tuple[torch.Tensor, None]:
-        told.append(named)
-        return causal_attention(*given, **named)
-
-    documents = Documents.of([1, 1], device=base.device)
-    try:
-        with trial(base), without_masks(base, listening):
-            ids = torch.zeros((1, 2), dtype=torch.long, device=base.device)
-            base(input_ids=ids, position_ids=documents.position_ids, documents=documents, use_cache=False)
-    except (TypeError, ValueError, KeyError, NotImplementedError) as error:
-        return f"it cannot be told of documents ({str(error).splitlines()[0][:100]})"
-    if len(told) != base.config.num_hidden_layers or any(named.get("documents") is None for named in told):
-        return "not all of its layers attend through transformers' interface"
-    extra = {name for named in told for name, value in named.items() if value is not None and name not in _HARMLESS}
-    return f"its layers ask their attention for {', '.join(sorted(extra))}" if extra else None

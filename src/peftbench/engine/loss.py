@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from peftbench.engine import attention
 from peftbench.engine.cross_entropy import KERNELS, Kernel
 from peftbench.engine.trial import trial
+from peftbench.engine.unmasked import why_not
 from peftbench.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Loss:
     def __init__(self, base: PreTrainedModel, *, masked: bool = False) -> None:
         """``masked``: leave attention as transformers does it."""
         self.base = base
-        self.unmasked = None if masked else attention.why_not(base)
+        self.unmasked = None if masked else why_not(base)
         """Why attention is as transformers does it, None where it needs no mask."""
         self.masked = masked or self.unmasked is not None
         self.attend: attention.Attention = attention.causal_attention
