@@ -26,6 +26,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -63,8 +64,9 @@ def measure(job: Job) -> Measured:
     torch.set_num_threads(job.spec.threads)
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     _import_all(job)
-    # A second process-wide baseline for peftbench, whose Run has its own right after this one.
     meter: Meter = meter_for(torch.device(job.spec.device))
+    # Of every arm, and not the one that peftbench's Run takes when it begins: tokenizer and examples are there by then.
+    baseline = meter.lap().resident_baseline_bytes
     held = torch.cuda.memory_allocated() if job.spec.device == "cuda" else 0
     knobs = Model(path=job.base)
     room = positions(load_config(knobs))
@@ -79,11 +81,13 @@ def measure(job: Job) -> Measured:
         import peers
 
         trained = peers.run(job, examples, room, meter)
-    return _record(job, trained, examples.identity, started, held)
+    memory = trained.memory.model_copy(update={"resident_baseline_bytes": baseline})
+    return _record(job, replace(trained, memory=memory), examples.identity, started, held)
 
 
 def _import_all(job: Job) -> None:
     """Import what the arm will use, so that no library is counted as memory of the training."""
+    import datasets  # noqa: F401
     import peft  # noqa: F401
     import transformers.models.gpt2.modeling_gpt2  # noqa: F401
 
@@ -91,6 +95,9 @@ def _import_all(job: Job) -> None:
         import ours  # noqa: F401
     else:
         import peers  # noqa: F401
+
+        with contextlib.suppress(ImportError):  # accelerate looks whether it has such a model, where it is installed
+            import deepspeed  # noqa: F401
     if job.arm in NEEDS_TRL:
         import trl.trainer.sft_trainer  # noqa: F401
 

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 
 from measured import Measured
-from spec import ARMS, CASES, OURS, tolerance
+from spec import ARMS, CASES, OURS, STUDY, TARGETS, Target, tolerance
 from tabulate import tabulate
 
 MIB = 2**20
@@ -40,8 +40,8 @@ def problems(records: Sequence[Measured]) -> list[str]:
                     found.append(f"{where}: {len(theirs.losses)} steps, and {len(ours.losses)} of peftbench")
                 elif not apart(theirs, ours) <= tolerance(arm, theirs.spec):
                     found.append(
-                        f"{where}: losses up to {apart(theirs, ours):.2%} from peftbench's, "
-                        f"and {tolerance(arm, theirs.spec):.2%} is allowed"
+                        f"{where}: losses up to {apart(theirs, ours):.3%} from peftbench's, "
+                        f"and {tolerance(arm, theirs.spec):.3%} is allowed"
                     )
                 if theirs.required_flops not in {None, ours.required_flops}:
                     found.append(f"{where}: it would require other FLOPs than peftbench's steps")
@@ -93,6 +93,55 @@ def row(records: Sequence[Measured], case: str, arm: str) -> dict[str, str] | No
     }
 
 
+def fastest_other(records: Sequence[Measured], case: str) -> str | None:
+    """The arm beside peftbench's with the most real tokens per second, by medians; None where there is no other."""
+    speeds = {
+        arm: statistics.median(theirs.tokens_per_second for theirs, _ in pairs)
+        for arm in ARMS if arm != OURS and (pairs := of_pair(records, case, arm))
+    }  # fmt: skip
+    return max(speeds, key=lambda arm: speeds[arm], default=None)
+
+
+def reached(records: Sequence[Measured], target: Target, arm: str) -> list[float]:
+    """How many times as fast as this arm peftbench is, or how many times its peak it takes, repeat by repeat."""
+    pairs = of_pair(records, target.case, arm)
+    if target.what == "speed":
+        return [ours.tokens_per_second / theirs.tokens_per_second for theirs, ours in pairs]
+    return [ours.peak_bytes / theirs.peak_bytes for theirs, ours in pairs if theirs.peak_bytes and ours.peak_bytes]
+
+
+def met(target: Target, wanted: float, values: Sequence[float]) -> str:
+    """Whether the median, as measured and not as it is rounded, is on the target's side."""
+    if not values:
+        return UNKNOWN
+    middle = statistics.median(values)
+    return "yes" if (middle >= wanted if target.what == "speed" else middle <= wanted) else "no"
+
+
+def to_reach(records: Sequence[Measured]) -> str:
+    """Each target of the cases that were measured, what was reached of it, and whether that is enough."""
+    rows = []
+    for target in TARGETS:
+        best = fastest_other(records, target.case)
+        for arm, wanted, whose in ((STUDY, target.study, ""), (best, target.best, "the best other arm: ")):
+            if best is None or arm is None:
+                continue
+            values = reached(records, target, arm)
+            speed = target.what == "speed"
+            rows.append({
+                "to reach": f"{'speed' if speed else 'peak memory'}, {CASES[target.case].title}",
+                "beside": whose + ARMS[arm],
+                "target": f"{'at least' if speed else 'at most'} {wanted:.2f}x",
+                "reached": ratio(values),
+                "met": met(target, wanted, values),
+            })  # fmt: skip
+    if not rows:
+        return ""
+    align = ["left", "left", "right", "right", "left"]
+    made = tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True, colalign=align)
+    return f"{made}\n\n(The best other arm is the fastest one, by real tokens/s; peak memory is held against its peak.)"
+
+
 def table(records: Sequence[Measured]) -> str:
     """All of it in Markdown, with where and with what it was measured below."""
     rows = [found for case in CASES for arm in ARMS if (found := row(records, case, arm))]
@@ -100,7 +149,8 @@ def table(records: Sequence[Measured]) -> str:
     made = tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True, colalign=align)
     notes = sorted({f"{ARMS[record.arm]}: {note}" for record in records for note in record.notes})
     lines = [*_origin(records), *notes, *(f"NOT COMPARABLE: {problem}" for problem in problems(records))]
-    return made + "\n\n" + "\n".join(f"- {line}" for line in lines)
+    parts = [made, to_reach(records), "\n".join(f"- {line}" for line in lines)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _origin(records: Sequence[Measured]) -> list[str]:

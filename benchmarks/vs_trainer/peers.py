@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+import numpy
 import torch
 from clock import StepClock
 from counting import PeerCounter
@@ -59,8 +60,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers' class has n
         """A collator that notes what it is given."""
 
         def noting(rows: list[dict[str, Any]]) -> dict[str, Any]:
-            real = sum(sum(row.get("attention_mask", [1] * len(row["input_ids"]))) for row in rows)
-            self.tokens.append((real, sum(label != IGNORED for row in rows for label in row["labels"])))
+            real = sum(sum(row["attention_mask"]) if "attention_mask" in row else len(row["input_ids"]) for row in rows)
+            self.tokens.append((real, sum(_labelled(row["labels"]) for row in rows)))
             return collate(rows)
 
         return noting
@@ -77,6 +78,12 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers' class has n
 
 def _parts(values: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     return (values[start : start + size] for start in range(0, len(values), size))
+
+
+def _labelled(labels: list[int] | numpy.ndarray) -> int:
+    """How many are to be predicted; told fast, since it is told within a timed step."""
+    ignored = labels.count(IGNORED) if isinstance(labels, list) else numpy.count_nonzero(labels == IGNORED)
+    return len(labels) - int(ignored)
 
 
 class Watched:
@@ -154,7 +161,11 @@ def _shared(job: Job, folder: str) -> dict[str, Any]:
 
 
 def _rows(job: Job, examples: Examples, width: int) -> Dataset:
-    """All steps' examples in order, labelled at their summaries."""
+    """All steps' examples in order, labelled at their summaries.
+
+    TRL's best has them as arrays, which its collator makes tensors of sooner than of lists (as peftbench's does). HF
+    Trainer's collators make lists of arrays first, and are slower with them.
+    """
     from datasets import Dataset
 
     columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
@@ -167,7 +178,8 @@ def _rows(job: Job, examples: Examples, width: int) -> Dataset:
         columns["labels"].append([*[IGNORED] * prompt, *ids[prompt:], *[IGNORED] * rest])
         if padded:
             columns["attention_mask"].append([1] * len(ids) + [0] * rest)
-    return Dataset.from_dict(columns)
+    rows = Dataset.from_dict(columns)
+    return rows.with_format("numpy") if job.arm == "trl_best" else rows
 
 
 def _hf(job: Job, model: Applied, arguments: dict[str, Any], rows: Dataset) -> Any:  # noqa: ANN401

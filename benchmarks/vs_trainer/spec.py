@@ -31,8 +31,9 @@ CASES = {
 }
 
 OURS = "peftbench"
+STUDY = "hf_study"
 ARMS = {
-    "hf_study": "HF Trainer as the study ran it",
+    STUDY: "HF Trainer as the study ran it",
     "hf_best": "HF Trainer, its best flags",
     "trl_default": "TRL SFTTrainer, its defaults",
     "trl_best": "TRL SFTTrainer, its best settings",
@@ -40,9 +41,30 @@ ARMS = {
 }
 NEEDS_TRL = frozenset({"trl_default", "trl_best"})
 
-ROUNDING = 1e-4
+
+class Target(Part):
+    """What peftbench is to reach with a case."""
+
+    case: str
+    what: Literal["speed", "peak"]
+    study: float
+    """Beside HF Trainer as the study ran it: its speed times this, or its peak times this at most."""
+    best: float
+    """The same beside the best other arm, which is the fastest by real tokens per second."""
+
+
+TARGETS = (
+    Target(case="full", what="speed", study=2.5, best=1.4),
+    Target(case="lora", what="speed", study=2.5, best=1.4),
+    Target(case="prompt_tuning", what="speed", study=2.5, best=1.4),
+    Target(case="last_layer", what="speed", study=3.0, best=1.8),
+    Target(case="last_layer_epoch2", what="speed", study=20.0, best=12.0),
+    Target(case="full", what="peak", study=0.45, best=0.7),
+)
+
+ROUNDING = 1e-5
 """Most that a loss may be off, relatively, between two arms in fp32: sums in another order, over all steps."""
-LOW_PRECISION = 1e-2
+LOW_PRECISION = 1e-3
 """The same where an arm multiplies in 16 bits."""
 
 

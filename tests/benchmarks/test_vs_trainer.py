@@ -74,7 +74,7 @@ def agree(records: dict[tuple[str, str], dict[str, object]], case: str, arms: tu
         for same in ("real_tokens", "labelled_tokens", "trainable_parameters", "required_flops", "data_identity"):
             assert theirs[same] == ours[same], (case, arm, same)
         # TRL's default multiplies in bf16 whatever the others do.
-        assert theirs["losses"] == pytest.approx(losses, rel=1e-2 if arm == "trl_default" else 1e-5), (case, arm)
+        assert theirs["losses"] == pytest.approx(losses, rel=1e-3 if arm == "trl_default" else 1e-5), (case, arm)
 
 
 @pytest.mark.timeout(240)
@@ -130,7 +130,9 @@ def test_all_arms_are_one_training_with_every_method(given: list[str], tmp_path:
     again = records["last_layer_epoch2", "peftbench"]["real_tokens"]
     assert isinstance(again, list)
     assert sum(again[:2]) == sum(again[2:])  # two steps an epoch, over the same examples
-    assert len([line for line in done.stdout.splitlines() if line.startswith("| ")]) == 1 + len(CASES) * len(ARMS)
+    methods, targets = (part.splitlines() for part in done.stdout.split("\n\n")[:2])
+    assert len(methods) == 2 + len(CASES) * len(ARMS)
+    assert len(targets) == 2 + 2 * (len(CASES) + 1)
 
 
 def record(arm: str, repeat: int, **changes: object) -> dict[str, object]:
@@ -175,10 +177,68 @@ def test_a_ratio_is_of_a_pair(tmp_path: Path) -> None:
     assert "3.00x (2.00–4.00)" in page.read_text(encoding="utf-8")
 
 
+def test_what_was_to_be_reached(tmp_path: Path) -> None:
+    """Beside the study's arm and the fastest other one, by medians that are not rounded; memory beside the same."""
+    mib = 2**20
+
+    def measured_in(case: str, arm: str, seconds: float, peak: int) -> dict[str, object]:
+        memory = {"resident_bytes": (100 + peak) * mib, "resident_baseline_bytes": 100 * mib}
+        return record(arm, 1, case=case, train_seconds=seconds, memory=memory)
+
+    folder = written(
+        tmp_path / "records",
+        *(measured_in("full", arm, *figures) for arm, figures in {
+            "hf_study": (10.0, 100), "hf_best": (7.0, 5), "trl_best": (5.58, 60), "peftbench": (4.0, 45),
+        }.items()),
+        *(measured_in("last_layer_epoch2", arm, *figures) for arm, figures in {
+            "hf_best": (12.0, 1), "peftbench": (1.0, 1),
+        }.items()),
+    )  # fmt: skip
+    done = call("--report", str(folder))
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.split("\n\n")[1].splitlines()[2:]]
+    study, best = "HF Trainer as the study ran it", "the best other arm: TRL SFTTrainer, its best settings"
+    later = "speed, last layer, from the second epoch on"
+    assert rows == [
+        ["speed, full", study, "at least 2.50x", "2.50x", "yes"],
+        ["speed, full", best, "at least 1.40x", "1.40x", "no"],  # 1.395 is shown as 1.40 and is less
+        [later, study, "at least 20.00x", "–", "–"],
+        [later, "the best other arm: HF Trainer, its best flags", "at least 12.00x", "12.00x", "yes"],
+        ["peak memory, full", study, "at most 0.45x", "0.45x", "yes"],
+        ["peak memory, full", best, "at most 0.70x", "0.75x", "no"],
+    ]
+
+
+def test_all_arms_count_memory_from_one_point(given: list[str], tmp_path: Path) -> None:
+    """What is loaded with the examples is in the peak of peftbench's arm too, whose own baseline is a later one."""
+    base, held = tmp_path / "base", 256 * 2**20
+    code = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(FOLDER)!r})
+import arm
+from spec import Job, Spec
+arm.prepare(Path({given[3]!r}), Path({str(base)!r}), 0)
+read = arm.read_examples
+def heavy(*given):
+    global ballast
+    ballast = b"x" * {held}
+    return read(*given)
+arm.read_examples = heavy
+spec = Spec(precision="fp32", soft_tokens=4, warmup=1, steps=1)
+told = dict(spec=spec, case="full", repeat=1, train={given[1] + "/train.jsonl"!r}, base={str(base)!r}, out="")
+print(arm.measure(Job(arm="peftbench", **told)).peak_bytes)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) > held
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"losses": [3.0, 2.1]}, "losses up to 5.00% from peftbench's"),
+        ({"losses": [3.0, 2.1]}, "losses up to 5.000% from peftbench's, and 0.100% is allowed"),
+        ({"losses": [3.0, 2.003]}, "losses up to 0.150% from peftbench's"),
         ({"losses": [float("nan"), 2.0]}, "losses up to nan%"),
         ({"real_tokens": [49, 100]}, "its steps were not shown peftbench's tokens"),
         ({"labelled_tokens": [5, 11]}, "its steps were not shown peftbench's tokens"),
