@@ -279,6 +279,14 @@ class Recipe(Part):
             )
         return self
 
+    @model_validator(mode="after")
+    def _tokens_of_sorted_rows(self) -> Recipe:
+        if self.data.as_published and self.train.micro_tokens is not None:
+            raise ValueError(
+                "data.as_published takes examples as they are drawn; give train.micro_batch, not micro_tokens"
+            )
+        return self
+
     def fingerprint(self) -> str:
         """Hash of every knob that may change a number; where the run is written and shown is left out."""
         shown: dict[str, Any] = dict.fromkeys(("name", "output_dir", "save_model", "trackers", "checkpoint"), True)

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from peftbench.recipe import Recipe
 
 
+LEAST_LABELS = 64
+"""Labelled tokens of a row, where summaries are generated shorter: those to learn from may be longer."""
+
+
 def estimate(recipe: Recipe, facts: DeviceFacts, device: str, budget: int | None = None, world: World = ALONE) -> Plan:
     """What ``recipe`` would hold on one GPU with these ``facts``, and whether that fits ``budget`` bytes.
 
@@ -43,7 +47,7 @@ def estimate(recipe: Recipe, facts: DeviceFacts, device: str, budget: int | None
     accumulation, rows = division(recipe.train.global_batch, _rows(recipe), world.processes)
     rehearsal = Rehearsal(_unpaged(recipe), facts.kind, accumulation, padded=rows > 1, world=world)
     width = _width(recipe, rehearsal.positions)
-    labels = min(recipe.evaluate.max_new_tokens, width - 1)
+    labels = min(max(recipe.evaluate.max_new_tokens, LEAST_LABELS), width - 1)
     flops = rehearsal.step_flops(max(1, recipe.train.global_batch // world.processes), width, labels)
     with rehearsal:
         rehearsal.train(rows, width, labels)
@@ -150,7 +154,7 @@ def _part(moment: Moment) -> Part:
 def _notes(recipe: Recipe, facts: DeviceFacts, width: int, labels: int, away: int) -> tuple[str, ...]:
     notes = [
         f"for rows of {width} tokens, as many as data.max_tokens or the model allows, with {labels} of them labelled, "
-        "as many as evaluate.max_new_tokens makes"
+        f"as many as evaluate.max_new_tokens makes, and no fewer than {LEAST_LABELS}"
     ]
     if away:
         notes.append(f"the driver moves {away:,} bytes of states to the CPU's memory where there is no room")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import itertools
 from collections.abc import Iterable
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -33,6 +35,7 @@ def identity_of(
     config = {key: value for key, value in base.config.to_diff_dict().items() if key not in _WHERE_FROM}
     return {
         "architecture": type(base).__qualname__,
+        "code": hashlib.blake2b(Path(inspect.getfile(type(base))).read_bytes(), digest_size=16).hexdigest(),
         "config": hashlib.blake2b(repr(sorted(config.items())).encode(), digest_size=16).hexdigest(),
         "weights": hash_of_trunk(base),
         "examples": examples,
