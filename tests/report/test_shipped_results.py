@@ -100,7 +100,7 @@ def test_the_demo_means_something() -> None:
 def test_the_budget_tells_its_story() -> None:
     """Full fine-tuning would have needed more than there was, and says what would fit; the others stay inside."""
     records = {r.name: r for r in read_records(REPOSITORY / "docs" / "results" / "demo_budget")}
-    budget = 128 * 2**20
+    budget = 112 * 2**20
     outcome = records["full"].outcome
     assert outcome.requested_bytes is not None
     assert outcome.held_bytes is not None
