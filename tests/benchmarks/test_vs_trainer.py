@@ -329,3 +329,13 @@ def test_without_trl(given: list[str], tmp_path: Path, monkeypatch: pytest.Monke
     done = call(*given, "--device", "cpu", "--minutes", "-1", "--out", str(tmp_path / "records"))
     assert "left out, since trl is not installed: trl_default, trl_best" in done.stderr
     assert "no time for the other 45" in done.stdout
+
+
+@pytest.mark.parametrize(("records", "block"), [("cpu_bf16", "vs_trainer"), ("cuda_bf16", "vs_trainer_gpu")])
+def test_the_readme_shows_the_committed_records(records: str, block: str, tmp_path: Path) -> None:
+    """Making a block again from its records changes nothing."""
+    page = tmp_path / "README.md"
+    page.write_bytes((FOLDER / "README.md").read_bytes())
+    done = call("--report", str(FOLDER / "records" / records), "--into", str(page), "--block", block)
+    assert done.returncode == 0, done.stderr
+    assert page.read_bytes() == (FOLDER / "README.md").read_bytes()

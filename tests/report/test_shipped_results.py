@@ -17,7 +17,8 @@ from peftbench.suite.expand import expand
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LINES = re.findall(
-    r"report (\S+) --into (\S+) --block (\S+)(?: --by (\S+))?", (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    r"peftbench report (\S+) --into (\S+) --block (\S+)(?: --by (\S+))?",
+    (REPOSITORY / "Makefile").read_text(encoding="utf-8"),
 )
 PLANS = re.findall(
     r"peftbench estimate (.+) --into (\S+) --block (\S+)", (REPOSITORY / "Makefile").read_text(encoding="utf-8")
