@@ -8,14 +8,22 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Self
 
 import torch
 
 
 @dataclass(frozen=True)
-class TokenCounts:
+class _Summed:
+    """Adds up field by field."""
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class TokenCounts(_Summed):
     """Tokens of a batch, four kinds that must not be mixed."""
 
     real: int = 0
@@ -27,15 +35,9 @@ class TokenCounts:
     virtual: int = 0
     """Soft tokens a method puts before the sequences."""
 
-    def __add__(self, other: TokenCounts) -> TokenCounts:
-        return TokenCounts(
-            self.real + other.real, self.padded + other.padded,
-            self.labelled + other.labelled, self.virtual + other.virtual,
-        )  # fmt: skip
-
 
 @dataclass(frozen=True)
-class Work:
+class Work(_Summed):
     """What is computed for sequences, summed over them: all that FLOPs depend on beside the model."""
 
     positions: int = 0
@@ -48,12 +50,6 @@ class Work:
     """Positions that enter the loss."""
     columns: int = 0
     """Width of each micro-batch, once: what rotary embeddings are computed for."""
-
-    def __add__(self, other: Work) -> Work:
-        return Work(
-            self.positions + other.positions, self.pairs + other.pairs, self.causal_pairs + other.causal_pairs,
-            self.labelled + other.labelled, self.columns + other.columns,
-        )  # fmt: skip
 
 
 @dataclass(frozen=True)

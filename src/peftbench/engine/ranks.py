@@ -21,17 +21,9 @@ def main_process_first(accelerator: Accelerator, work: Callable[[], T]) -> T:
     Raises:
         PeftbenchError: the main process cannot do it; every rank raises the same, and none waits for another.
     """
-    refusal: PeftbenchError | None = None
-    if accelerator.is_main_process:
-        try:
-            result = work()
-        except PeftbenchError as error:
-            refusal = error
-    if accelerator.num_processes > 1:
-        (refusal,) = broadcast_object_list([refusal])
-    if refusal is not None:
-        raise refusal
-    return result if accelerator.is_main_process else work()
+    made: list[T] = []
+    from_main(accelerator, lambda: made.append(work()))  # whose result may be too much to send
+    return made[0] if accelerator.is_main_process else work()
 
 
 def from_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
