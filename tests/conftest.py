@@ -162,11 +162,12 @@ every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
 # --- batches ---------------------------------------------------------------------------------------------------------
 
+Lengths = Sequence[tuple[int, int]]
 LENGTHS_AND_PROMPTS = ((9, 6), (14, 5), (20, 19), (26, 12))
 """Tokens of each row of ``micro_batch``, and how many of them are prompt: labelled tokens are 3, 9, 1 and 14."""
 
 
-def rows(lengths_and_prompts: Sequence[tuple[int, int]], seed: int = 5) -> list[dict[str, Any]]:
+def rows(lengths_and_prompts: Lengths, seed: int = 5) -> list[dict[str, Any]]:
     """Encoded examples of these lengths with random tokens."""
     generator = torch.Generator().manual_seed(seed)
     return [
@@ -175,9 +176,7 @@ def rows(lengths_and_prompts: Sequence[tuple[int, int]], seed: int = 5) -> list[
     ]
 
 
-def micro_batch(
-    lengths_and_prompts: Sequence[tuple[int, int]] = LENGTHS_AND_PROMPTS, seed: int = 5, virtual: int = 0
-) -> MicroBatch:
+def micro_batch(lengths_and_prompts: Lengths = LENGTHS_AND_PROMPTS, seed: int = 5, virtual: int = 0) -> MicroBatch:
     """Random tokens in rows of unequal length, padded at the right."""
     from peftbench.data.collate import Collator
 
@@ -186,13 +185,13 @@ def micro_batch(
 
 
 def packed(
-    lengths_and_prompts: Sequence[tuple[int, int]] = LENGTHS_AND_PROMPTS, seed: int = 5, virtual: int = 0
+    lengths_and_prompts: Lengths = LENGTHS_AND_PROMPTS, seed: int = 5, virtual: int = 0, multiple: int = 1
 ) -> MicroBatch:
     """The same examples one after another in a single row."""
     from peftbench.data.collate import Packer
 
-    made = rows(lengths_and_prompts, seed)
-    return Packer(0, virtual).collate([row["input_ids"] for row in made], [row["prompt_tokens"] for row in made])
+    made, packer = rows(lengths_and_prompts, seed), Packer(0, virtual, multiple=multiple)
+    return packer.collate([row["input_ids"] for row in made], [row["prompt_tokens"] for row in made])
 
 
 def labelled(batch: MicroBatch) -> int:
@@ -226,6 +225,7 @@ def shown(batch: MicroBatch, virtual_tokens: int) -> list[tuple[list[int], list[
         flat = torch.full((batch.input_ids.shape[1],), -100)
         flat[batch.predictors + 1] = batch.targets
         real = torch.ones_like(flat, dtype=torch.bool).index_fill(0, batch.documents.virtual, False)
+        real[sum(batch.documents.lengths[: len(batch.lengths)]) :] = False
         ids, labels = (list(values[real].split(batch.lengths)) for values in (batch.input_ids[0], flat))
     return [
         (row[:length].tolist(), labelled_[:length].tolist())

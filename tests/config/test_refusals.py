@@ -65,6 +65,8 @@ MISTAKES: list[tuple[str, type[RecipeError], str]] = [
     ("train.epochs=2", OutOfRangeError, "train: needs exactly one of train.steps and train.epochs"),
     ("train.steps=null", OutOfRangeError, "train: needs exactly one of train.steps and train.epochs"),
     ("data.padding=max_tokens", OutOfRangeError, "data: padding to max_tokens needs data.max_tokens"),
+    ("data={padding: max_tokens, max_tokens: 9, pad_to_multiple_of: 8}", OutOfRangeError, "makes all rows one width"),
+    ("data.pad_to_multiple_of=0", OutOfRangeError, "greater than 0"),
     ("train.trunk_cache=fp32", OutOfRangeError, "a frozen trunk gives, and this lora has none; use last_layer with"),
     ("train.trunk_cache=fp16", OutOfRangeError, "train.trunk_cache='fp16' is not one of its values"),
 ]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from peftbench.data.batches import Batches, GlobalBatch, _evenly
-from peftbench.data.collate import Collator, MicroBatch, Packer, TokenCounts
+from peftbench.data.collate import Collator, MicroBatch, Packer, TokenCounts, Work
 from peftbench.errors import OutOfRangeError
 from tests.conftest import labels_of
 
@@ -300,12 +300,42 @@ def test_as_published_batches_are_not_sorted(dataset: Dataset) -> None:
     assert [length(index) for index in order] != sorted(length(index) for index in order)
 
 
+def test_rows_of_a_multiple() -> None:
+    """Soft tokens are part of what is a multiple, padding has none, and no row is longer than the model's positions."""
+    padder, packer = Collator(PAD, 4, multiple=8), Packer(PAD, 4, multiple=8)
+    rows, prompts = [[5] * 7, [6] * 9], [3, 4]
+    padded, packed = padder.collate(rows, prompts), packer.collate(rows, prompts)
+    assert padded.input_ids.shape == (2, 12)
+    assert padder.positions([7, 9]) == 2 * 16
+    assert packed.input_ids.tolist() == [[PAD] * 4 + [5] * 7 + [PAD] * 4 + [6] * 9]
+    assert packer.positions([7, 9]) == 24
+    three = packer.collate([*rows, [7]], [*prompts, 1])
+    assert three.documents is not None
+    assert three.documents.lengths == (11, 13, 5, 3)
+    assert three.documents.virtual.tolist() == [0, 1, 2, 3, 11, 12, 13, 14, 24, 25, 26, 27]
+    assert three.documents.position_ids[0, -3:].tolist() == [0, 1, 2]
+    assert three.lengths == (7, 9, 1)
+    assert three.input_ids.shape[1] == packer.positions([7, 9, 1]) == 32
+    assert packer.count(three) == TokenCounts(17, 20, 9, 12)
+    assert packer.required(three) == Work(29, 11**2 + 13**2 + 5**2, 66 + 91 + 15, 9, 29)
+    assert packer.executed(three) == Work(32, 11**2 + 13**2 + 5**2 + 3**2, 66 + 91 + 15 + 6, 9, 32)
+    short = Collator(PAD, 4, multiple=8, most=14)
+    assert short.collate(rows, prompts).input_ids.shape == (2, 10)
+    assert short.positions([7, 9]) == 2 * 14
+
+
 # --- under a budget of tokens ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("collator", [Collator(PAD), Packer(PAD), Packer(PAD, 4)], ids=["padded", "packed", "virtual"])
+CUT = {
+    "padded": Collator(PAD), "packed": Packer(PAD), "virtual": Packer(PAD, 4), "padded_to_a_multiple":
+    Collator(PAD, multiple=4), "packed_to_a_multiple": Packer(PAD, 4, multiple=8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("collator", CUT.values(), ids=CUT)
 @pytest.mark.parametrize(("global_batch", "world_size"), [(8, 1), (8, 2), (40, 4), (6, 3)])
-@pytest.mark.parametrize("tokens", [17, 26, 60, 10_000])
+@pytest.mark.parametrize("tokens", [24, 26, 60, 10_000])
 def test_micro_batches_keep_to_a_number_of_tokens(
     tokens: int, global_batch: int, world_size: int, collator: Collator, dataset: Dataset
 ) -> None:

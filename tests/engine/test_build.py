@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from pydantic import ValidationError
 from transformers import Trainer
 
 from peftbench.engine.bind import bind
@@ -90,6 +91,15 @@ def test_padding_to_a_fixed_width(workshop: Workshop) -> None:
             assert batch.counts.padded == batch.counts.real == sum(part.lengths)
         else:
             assert part.input_ids.shape == (6, 48 if padding == "max_tokens" else max(part.lengths))
+
+
+def test_a_multiple_of_more_than_there_is(workshop: Workshop) -> None:
+    """Rows cannot be padded beyond the model's positions."""
+    recipe = workshop.recipe(Full(), data={"pad_to_multiple_of": POSITIONS + 1})
+    with pytest.raises(OutOfRangeError, match=f"is more than the {POSITIONS} positions of the model; set {POSITIONS}"):
+        trainer_from(recipe, bind(recipe, workshop.output).accelerator)
+    with pytest.raises(ValidationError, match="pad_to_multiple_of would change the loss; leave it at 1"):
+        workshop.recipe(Full(), data={"pad_to_multiple_of": 8, "as_published": True})
 
 
 @every_method

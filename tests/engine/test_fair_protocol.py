@@ -25,6 +25,8 @@ Setting = dict[str, dict[str, Any]]
 
 SETTINGS: dict[str, Setting] = {
     "packed": {"data": {"padding": "none"}},
+    "packed to a multiple": {"data": {"padding": "none", "pad_to_multiple_of": 32}},
+    "padded to a multiple": {"data": {"padding": "longest", "pad_to_multiple_of": 16}, "train": {"micro_batch": 2}},
     "padded to the longest": {"data": {"padding": "longest"}, "train": {"micro_batch": 2}},
     "padded to max_tokens": {"data": {"padding": "max_tokens"}},
     "logits everywhere": {"train": {"logits": "all"}},

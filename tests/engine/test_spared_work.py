@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import nn
 
-from peftbench.data.collate import MicroBatch
+from peftbench.data.collate import Documents, MicroBatch
 from peftbench.engine import cross_entropy
+from peftbench.engine.attention import causal_attention
 from peftbench.engine.loss import LabelledLoss, Loss, loss_of
 from peftbench.methods.base import Method
 from tests.bases import FAMILIES
@@ -64,9 +66,9 @@ def _assert_equal(
 @every_method
 @every_family
 @pytest.mark.parametrize("chunk", [2**25, 3 * 4096], ids=["whole", "chunks"])
-@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("multiple", [None, 1, 32], ids=["padded", "packed", "packed to a multiple"])
 def test_loss_and_gradients_are_those_of_all_positions(  # noqa: PLR0917
-    packing: bool,
+    multiple: int | None,
     chunk: int,
     architecture: str,
     method: Method,
@@ -84,7 +86,11 @@ def test_loss_and_gradients_are_those_of_all_positions(  # noqa: PLR0917
     assert loss.is_last
     assert not loss.masked
     monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", chunk)
-    spared = packed(virtual=method.virtual_tokens) if packing else batch
+    spared = packed(virtual=method.virtual_tokens, multiple=multiple) if multiple else batch
+    if multiple == 32:
+        assert spared.input_ids.shape[1] == 32 * math.ceil(
+            packed(virtual=method.virtual_tokens).input_ids.shape[1] / 32
+        )
     _assert_equal(_loss_and_gradients(model, loss, spared), expected)
 
 
@@ -106,6 +112,30 @@ def test_no_document_looks_into_another(
     with torch.no_grad(), loss.in_use():
         before, after = (loss.logits(model, shown).split(labels) for shown in (batch, other))
     assert [torch.equal(one, two) for one, two in zip(before, after, strict=True)] == [True, False, True, True]
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("share_a_row", [True, False])
+def test_a_cpu_attends_in_float32(share_a_row: bool, precision: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast too; what comes in and what goes out are in 16 bits, and no further off than those are."""
+    given: list[torch.dtype] = []
+    original = nn.functional.scaled_dot_product_attention
+
+    def listening(query: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
+        given.append(query.dtype)
+        return original(query, *others, **named)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", listening)
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, 4, 12, 16).to(precision)
+    documents = Documents.of([5, 7]) if share_a_row else None
+    layer = nn.Module()
+    with torch.autocast("cpu", precision):
+        low, _ = causal_attention(layer, query, key, value, None, documents=documents)
+    assert set(given) == {torch.float32}
+    assert low.dtype == precision
+    high, _ = causal_attention(layer, query.float(), key.float(), value.float(), None, documents=documents)
+    assert torch.equal(low, high.to(precision))
 
 
 @every_family

@@ -69,7 +69,9 @@ def test_the_closed_form_of_a_loss_is_what_is_counted(  # noqa: PLR0917
     assert not loss.masked
     found = closed_form(model, base, loss, virtual_tokens=method.virtual_tokens, checkpointing=checkpointing)
     virtual = method.virtual_tokens
-    for collator in (Collator(0, virtual), Collator(0, virtual, pad_to=30), Packer(0, virtual)):
+    for collator in (
+        Collator(0, virtual), Collator(0, virtual, pad_to=30), Packer(0, virtual), Packer(0, virtual, multiple=64)
+    ):  # fmt: skip
         for lengths in (LENGTHS_AND_PROMPTS, EVEN):
             batch = collated(collator, lengths)
             for chunk in (2**25, 3 * 4096):

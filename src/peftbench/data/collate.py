@@ -68,10 +68,14 @@ class Documents:
     """Places of soft tokens in the row: (documents x virtual tokens,)."""
 
     @classmethod
-    def of(cls, lengths: Sequence[int], virtual_tokens: int = 0, device: torch.device | None = None) -> Documents:
-        """Documents of that many positions each."""
+    def of(
+        cls, lengths: Sequence[int], virtual_tokens: int = 0, device: torch.device | None = None, *, padding: int = 0
+    ) -> Documents:
+        """Documents of that many positions each, and one of padding after them, which has no soft tokens."""
+        begins = [0, *itertools.accumulate(lengths)][:-1]
+        places = [torch.arange(start, start + virtual_tokens) for start in begins]
+        lengths = [*lengths, padding] if padding else lengths
         starts = [0, *itertools.accumulate(lengths)]
-        places = [torch.arange(start, start + virtual_tokens) for start in starts[:-1]]
         return cls(
             tuple(lengths),
             max(lengths),
@@ -143,16 +147,31 @@ class Collator:
     """Width of every micro-batch; None pads to the longest row."""
     as_published: bool = False
     """Label every position, padding too."""
+    multiple: int = 1
+    """Rows are padded to a multiple of so many positions, so that fewer sizes occur."""
+    most: int | None = None
+    """Positions of the model, which no multiple exceeds; None knows of no end."""
 
     def positions(self, lengths: Sequence[int]) -> int:
         """What a micro-batch of these lengths is computed over, virtual tokens included."""
-        return len(lengths) * ((self.pad_to or max(lengths)) + self.virtual_tokens)
+        return len(lengths) * (self._width(max(lengths)) + self.virtual_tokens)
+
+    def _width(self, longest: int) -> int:
+        """Of rows the longest of which has so many tokens, virtual ones not counted."""
+        if self.pad_to:
+            return self.pad_to
+        width = longest + self._short_by(longest + self.virtual_tokens)
+        return width if self.most is None else max(longest, min(width, self.most - self.virtual_tokens))
+
+    def _short_by(self, positions: int) -> int:
+        """What so many positions lack of a multiple."""
+        return -positions % self.multiple
 
     def collate(
         self, rows: Sequence[Sequence[int]], prompts: Sequence[int], examples: Sequence[int] = ()
     ) -> MicroBatch:
         """``rows`` of token ids and the number of unlabelled ones at the start of each."""
-        width = self.pad_to or max(map(len, rows))
+        width = self._width(max(map(len, rows)))
         input_ids = torch.full((len(rows), width), self.pad_token)
         for index, row in enumerate(rows):
             input_ids[index, : len(row)] = torch.as_tensor(row)
@@ -178,7 +197,7 @@ class Collator:
 
     def required(self, batch: MicroBatch) -> Work:
         """Real and virtual tokens, each attending to itself and what is before it; the head at labels."""
-        return self._of_documents(batch)
+        return self._of_lengths(batch, [length + self.virtual_tokens for length in batch.lengths])
 
     def executed(self, batch: MicroBatch) -> Work:
         """Every position of the padded rectangle."""
@@ -188,25 +207,28 @@ class Collator:
         causal = pairs if padded else rows * _triangle(width)
         return Work(rows * width, pairs, causal, len(batch.targets), width)
 
-    def _of_documents(self, batch: MicroBatch) -> Work:
-        lengths = [length + self.virtual_tokens for length in batch.lengths]
+    def _of_lengths(self, batch: MicroBatch, lengths: Sequence[int]) -> Work:
         total, causal = sum(lengths), sum(map(_triangle, lengths))
         return Work(total, sum(length**2 for length in lengths), causal, len(batch.targets), total)
 
 
 @dataclass(frozen=True)
 class Packer(Collator):
-    """Puts encoded examples one after another into a single row: nothing is padded, and none sees another."""
+    """Puts encoded examples one after another into a single row, where none sees another: padded is that row alone."""
 
     def positions(self, lengths: Sequence[int]) -> int:
-        return sum(lengths) + len(lengths) * self.virtual_tokens
+        taken = sum(lengths) + len(lengths) * self.virtual_tokens
+        return taken + self._short_by(taken)
 
     def collate(
         self, rows: Sequence[Sequence[int]], prompts: Sequence[int], examples: Sequence[int] = ()
     ) -> MicroBatch:
         virtual = [torch.full((self.virtual_tokens,), self.pad_token)] if self.virtual_tokens else []
-        documents = Documents.of([len(row) + self.virtual_tokens for row in rows], self.virtual_tokens)
-        input_ids = torch.cat([part for row in rows for part in (*virtual, torch.as_tensor(row, dtype=torch.long))])
+        lengths = [len(row) + self.virtual_tokens for row in rows]
+        padding = self._short_by(sum(lengths))
+        documents = Documents.of(lengths, self.virtual_tokens, padding=padding)
+        parts = [part for row in rows for part in (*virtual, torch.as_tensor(row, dtype=torch.long))]
+        input_ids = torch.cat([*parts, torch.full((padding,), self.pad_token)])
         places = [
             int(start) + self.virtual_tokens + torch.arange(max(1, prompt), len(row))
             for start, row, prompt in zip(documents.bounds, rows, prompts, strict=False)
@@ -218,11 +240,13 @@ class Packer(Collator):
         )  # fmt: skip
 
     def count(self, batch: MicroBatch) -> TokenCounts:
-        return replace(super().count(batch), padded=sum(batch.lengths))
+        counts = super().count(batch)
+        return replace(counts, padded=counts.padded - counts.virtual)
 
     def executed(self, batch: MicroBatch) -> Work:
-        """What is required, for there is nothing else."""
-        return self._of_documents(batch)
+        """Every position of the row, the padding at its end among them."""
+        assert batch.documents is not None
+        return self._of_lengths(batch, batch.documents.lengths)
 
 
 def _triangle(length: int) -> int:

@@ -4,6 +4,9 @@ Padding stands at the right, where a causal model never looks from a real token,
 apart by their lengths. So no mask is ever built, and no kernel computes pairs to throw them away. On CUDA documents go
 to torch's kernel for sequences of unlike lengths (FlashAttention-2, Dao 2023, arXiv:2307.08691); elsewhere, and with
 dropout or in float32, which that does not have, each document goes to torch's scaled dot product by itself.
+
+On a CPU that is done in float32 whatever comes in: in 16 bits torch has machine code made for each new length and keeps
+it all, which comes to hundreds of megabytes (benchmarks/cpu_sizes).
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from peftbench.data.collate import Documents
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_SIXTEEN_BITS = frozenset({torch.float16, torch.bfloat16})
 Attention = Callable[..., tuple[torch.Tensor, None]]
 NAME = "peftbench_causal"
 """As transformers' configs name an attention implementation; one without masks of its own is given none."""
@@ -38,20 +42,33 @@ def causal_attention(
 ) -> tuple[torch.Tensor, None]:
     """As transformers calls it: (rows, heads, positions, width) each; returns (rows, positions, heads, width)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.utils import generic
 
+    if _in_float32(query):
+        with generic.maybe_autocast(query.device.type, enabled=False):
+            mixed, _none = causal_attention(
+                module, query.float(), key.float(), value.float(), None,
+                documents=documents, dropout=dropout, scaling=scaling,
+            )  # fmt: skip
+        return mixed.to(query.dtype), None
     if documents is None:
         return sdpa_attention_forward(module, query, key, value, None, dropout, scaling, True)
     if not dropout and _has_kernel(query):
         return _unlike_lengths(query, key, value, documents, scaling)
     lengths = documents.lengths
     parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    mixed = [sdpa_attention_forward(module, q, k, v, None, dropout, scaling, True)[0] for q, k, v in parts]
-    return torch.cat(mixed, dim=1), None
+    alone = [sdpa_attention_forward(module, q, k, v, None, dropout, scaling, True)[0] for q, k, v in parts]
+    return torch.cat(alone, dim=1), None
+
+
+def _in_float32(query: torch.Tensor) -> bool:
+    """Whether what comes in fewer bits is to be widened first."""
+    return query.device.type == "cpu" and query.dtype in _SIXTEEN_BITS
 
 
 def _has_kernel(query: torch.Tensor) -> bool:
     """Whether torch's kernel for unlike lengths takes it: in 16 bits, on Ampere or newer, heads of up to 256."""
-    if not query.is_cuda or query.dtype not in {torch.float16, torch.bfloat16}:
+    if not query.is_cuda or query.dtype not in _SIXTEEN_BITS:
         return False
     width = query.shape[-1]
     return width % 8 == 0 and width <= 256 and torch.cuda.get_device_capability(query.device) >= (8, 0)

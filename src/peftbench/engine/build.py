@@ -22,7 +22,7 @@ from peftbench.engine.loss import Loss, loss_of
 from peftbench.engine.offload import ActivationOffload
 from peftbench.engine.ranks import main_process_first
 from peftbench.errors import EmptySplitError, OutOfRangeError
-from peftbench.models import Base, load
+from peftbench.models import Base, load, positions
 from peftbench.profiler.flops import Cost, UnevenError, cost
 from peftbench.record import Parameters
 
@@ -233,18 +233,25 @@ def make_collator(recipe: Recipe, loss: Loss, pad_token: int) -> Collator:
     """What makes micro-batches of the recipe's examples.
 
     Raises:
-        OutOfRangeError: they are to share rows without padding, and the model cannot tell them apart.
+        OutOfRangeError: they are to share rows without padding, and the model cannot tell them apart, or they are to be
+            padded to a multiple of more positions than the model has.
     """
     padding, virtual = recipe.data.padding, recipe.method.virtual_tokens
+    multiple, most = recipe.data.pad_to_multiple_of, positions(loss.base.config)
+    if most is not None and multiple > most:
+        raise OutOfRangeError(
+            f"data.pad_to_multiple_of={multiple} is more than the {most} positions of the model; set {most} or less"
+        )
     if padding == "none" and loss.masked:
         raise OutOfRangeError(
             f"data.padding=none puts examples into one row, and this model would look from one into another: "
             f"{loss.unmasked}; set data.padding=longest"
         )
     if padding == "none" or (padding == "auto" and not loss.masked):
-        return Packer(pad_token, virtual)
+        return Packer(pad_token, virtual, multiple=multiple)
     pad_to = recipe.data.max_tokens if padding == "max_tokens" else None
-    return Collator(pad_token, virtual, pad_to, as_published=recipe.data.as_published)
+    published = recipe.data.as_published
+    return Collator(pad_token, virtual, pad_to, as_published=published, multiple=multiple, most=most)
 
 
 def prepare(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache
@@ -100,6 +101,7 @@ class ProcessMeter:
         self.start_here()
 
     def start_here(self) -> None:
+        gc.collect()  # or cycles of before would be counted here, and be freed in the middle of the run
         _give_back_freed_pages()
         self._baseline = status_bytes("VmRSS")
         self.lap()

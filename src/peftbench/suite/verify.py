@@ -82,7 +82,7 @@ def _short(recipe: Recipe, width: int, size: int, budget: int, folder: str) -> R
     examples = min(getattr(recipe.data, split) or batch, batch)
     changes = {
         "train": {"steps": _STEPS, "epochs": None, "micro_batch": size},
-        "data": {"padding": "max_tokens", "max_tokens": width, split: examples},
+        "data": {"padding": "max_tokens", "pad_to_multiple_of": 1, "max_tokens": width, split: examples},
         "evaluate": {"samples": 0},
     }
     parts = {name: getattr(recipe, name).model_copy(update=change) for name, change in changes.items()}

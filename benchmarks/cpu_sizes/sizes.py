@@ -1,0 +1,115 @@
+"""What a size that was not met before costs on a CPU: attention in 16 bits or in float32, rows of any length or not.
+
+Run: python benchmarks/cpu_sizes/sizes.py
+Each line is of a process of its own, in which GPT-2 small's attention or its four matrices, forward and backward, see
+rows of random lengths.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+import torch
+from tabulate import tabulate
+
+from peftbench.data.collate import Documents
+from peftbench.engine import attention
+from peftbench.profiler.memory import status_bytes
+
+MIB = 2**20
+HEADS, WIDTH = 12, 64
+SHORTEST, LONGEST = 200, 1000
+"""Of documents, and rows have two of them."""
+TIMES = 150
+Case = tuple[str, str, int]
+CASES: tuple[Case, ...] = (
+    ("attention", "16 bits", 1), ("attention", "float32", 1),
+    ("matrices", "16 bits", 1), ("matrices", "16 bits", 16), ("matrices", "16 bits", 64), ("matrices", "float32", 1),
+)  # fmt: skip
+
+
+def of_attention(kind: str) -> Callable[[int], object]:
+    """Forward and backward of two documents in a row, as the loop has it or as torch would without being told."""
+    if kind == "16 bits":
+        attention._in_float32 = _never
+    layer = torch.nn.Module()
+
+    def once(positions: int) -> None:
+        row = (1, HEADS, positions, WIDTH)
+        query, key, value = (torch.randn(row, dtype=torch.bfloat16).requires_grad_() for _ in range(3))
+        documents = Documents.of([positions // 2, positions - positions // 2])
+        attention.causal_attention(layer, query, key, value, None, documents=documents)[0].sum().backward()
+
+    return once
+
+
+def _never(query: torch.Tensor) -> bool:
+    return False
+
+
+def of_matrices(kind: str) -> Callable[[int], object]:
+    """Forward and backward of a block's four matrices."""
+    dtype = torch.bfloat16 if kind == "16 bits" else torch.float32
+    shapes = ((768, 2304), (768, 768), (768, 3072), (3072, 768))
+    layers = [torch.nn.Linear(*shape, dtype=dtype) for shape in shapes]
+
+    def once(positions: int) -> None:
+        for layer in layers:
+            row = torch.randn(1, positions, layer.in_features, dtype=dtype).requires_grad_()
+            layer(row).sum().backward()
+
+    return once
+
+
+def measure(what: str, kind: str, multiple: int) -> tuple[float, float, float]:
+    """Milliseconds of a length's first and second time (medians), and bytes that the process kept in the end."""
+    once = (of_attention if what == "attention" else of_matrices)(kind)
+    drawn, timed = torch.Generator().manual_seed(0), []
+    once(LONGEST)
+    before = _resident()
+    for _ in range(TIMES):
+        positions = 2 * int(torch.randint(SHORTEST, LONGEST + 1, (), generator=drawn))
+        positions += -positions % multiple
+        start = time.perf_counter()
+        once(positions)
+        between = time.perf_counter()
+        once(positions)
+        timed.append((between - start, time.perf_counter() - between))
+    first, second = (1000 * statistics.median(seconds) for seconds in zip(*timed, strict=True))
+    return first, second, _resident() - before
+
+
+def _resident() -> int:
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return status_bytes("VmRSS") or 0
+
+
+def main() -> None:
+    """Each case in a process of its own, and a table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2, help="of torch (2)")
+    parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    if asked.case is not None:
+        print(*measure(*CASES[asked.case]))
+        return
+    table = []
+    for index, case in enumerate(CASES):
+        command = [sys.executable, __file__, "--threads", str(asked.threads), "--case", str(index)]
+        first, second, kept = map(float, subprocess.check_output(command, text=True).split())  # noqa: S603
+        table.append([*case, f"{first:.1f}", f"{second:.1f}", f"{first / second:.2f}x", f"{kept / MIB:,.0f}"])
+    heads = ["what", "in", "rows of a multiple of", "first time, ms", "second, ms", "first / second", "kept, MiB"]
+    print(tabulate(table, headers=heads, tablefmt="github", disable_numparse=True))
+
+
+if __name__ == "__main__":
+    main()
