@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy
 import torch
 from clock import StepClock
-from counting import PeerCounter
 from examples import Examples
 from spec import NEEDS_TRL, Job, peer_settings
 from trained import COUNTED_STEP, Applied, Trained, applied
@@ -27,6 +26,7 @@ from transformers import (
 )
 from transformers.utils.import_utils import is_flash_attn_2_available
 
+from peftbench.profiler.counter import FlopCounter
 from peftbench.profiler.memory import Meter
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers' class has n
     """Of each micro-batch, which add up to a step's: each is a sum by the labelled tokens of the whole step."""
     tokens: list[tuple[int, int]] = field(default_factory=list)
     """Real and labelled ones of each micro-batch that was collated."""
-    counter: PeerCounter = field(default_factory=PeerCounter)
+    counter: FlopCounter = field(default_factory=FlopCounter)
 
     def on_step_end(self, *_: object, **__: object) -> None:
         self.clock.step_ended()

@@ -204,7 +204,7 @@ def test_generation_is_left_alone(fresh_base: Fresh) -> None:
 def test_chunks_give_the_loss_and_gradients_of_the_whole(
     frozen: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In float64, to twelve digits; where something is frozen it gets no gradient."""
+    """Inputs are in float64, and logits in float32 as always; where something is frozen it gets no gradient."""
     generator = torch.Generator().manual_seed(1)
 
     def drawn(*shape: int) -> torch.Tensor:
@@ -223,3 +223,5 @@ def test_chunks_give_the_loss_and_gradients_of_the_whole(
         assert (whole is None) == (chunked is None)
         if whole is not None and chunked is not None:
             torch.testing.assert_close(chunked, whole, rtol=1e-6, atol=1e-6)
+    with pytest.raises(RuntimeError, match="compute the loss anew"):
+        loss.backward()  # type: ignore[no-untyped-call]

@@ -189,6 +189,11 @@ def test_a_product_of_known_size() -> None:
     with FlopCounter() as seen:
         torch.ones(3, 5) @ torch.ones(5, 7)
     assert seen.total == 2 * 3 * 5 * 7
+    left, right, into = torch.ones(3, 5), torch.ones(5, 7), torch.ones(3, 7)
+    with FlopCounter() as seen:
+        torch.addmm(into, left, right, beta=2)
+        into.addmm_(left, right)
+    assert seen.total == 2 * 2 * 3 * 5 * 7
 
 
 def test_what_is_not_known_is_not_guessed(

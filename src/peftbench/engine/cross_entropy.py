@@ -75,7 +75,13 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *incoming: Any) -> Any:
-        """Times the gradient that comes in."""
+        """Times the gradient that comes in; once, for what was made in the forward pass is given away.
+
+        Raises:
+            RuntimeError: it was asked before.
+        """
+        if not ctx.gradients:
+            raise RuntimeError("the gradients of this loss were given away already; compute the loss anew")
         scaled = [None if gradient is None else gradient.mul_(incoming[0]) for gradient in ctx.gradients]
         ctx.gradients = ()
         return (*scaled, None, None, None)

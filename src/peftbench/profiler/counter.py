@@ -65,6 +65,8 @@ def _unknown_to_torch() -> list[tuple[Any, Any]]:
     known: list[tuple[Any, Any]] = [
         (aten._scaled_dot_product_flash_attention_for_cpu, _cpu_attention),
         (aten._scaled_dot_product_flash_attention_for_cpu_backward, _cpu_attention_backward),
+        (aten.addmm_, _added_product),
+        (aten.addmm, _added_product),  # torch's own takes no type to sum in
     ]
     if sys.modules.get("bitsandbytes") is not None:  # its kernels are torch's to call once it was imported
         formulas = {
@@ -74,6 +76,10 @@ def _unknown_to_torch() -> list[tuple[Any, Any]]:
         kernels = torch.ops.bitsandbytes  # another version may lack one
         known += [(getattr(kernels, name), formula) for name, formula in formulas.items() if hasattr(kernels, name)]
     return known
+
+
+def _added_product(_into: Any, left: Any, right: Any, *_: Any, **__: Any) -> int:
+    return int(2 * left[0] * left[1] * right[1])
 
 
 def _int8_product(inputs: Any, weight: Any, *_: Any, **__: Any) -> int:
