@@ -187,6 +187,12 @@ class DiskFullError(OutputError):
     exit_code = 51
 
 
+class BusyError(OutputError):
+    """A folder in which another process works."""
+
+    exit_code = 52
+
+
 class RecordError(PeftbenchError):
     """A record that cannot be read."""
 

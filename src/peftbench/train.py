@@ -17,6 +17,7 @@ from peftbench.config import explained, load_recipe
 from peftbench.console import guarded, quiet_libraries
 from peftbench.errors import PeftbenchError
 from peftbench.record import EXIT_CODES, FILE, Outcome
+from peftbench.stop import Stop, request
 
 if TYPE_CHECKING:
     from peftbench.recipe import Recipe
@@ -69,13 +70,17 @@ def run(recipe: Recipe) -> tuple[Outcome, Path | None, int]:
         PeftbenchError: the recipe cannot be run; nothing was written.
     """
     with contextlib.redirect_stdout(sys.stderr):
+        folder = Path(recipe.output_dir) / recipe.name
+        place = folder / FILE
+        stop = Stop()
+        stop.listen()
+        stop.watch(request(folder))
         quiet_libraries()
         from peftbench.run import Run
 
-        place = Path(recipe.output_dir) / recipe.name / FILE
         started: Run | None = None
         try:
-            started = Run(recipe)
+            started = Run(recipe, stop)
             started.peers.watch(partial(_end_with_another, started))
             outcome = started.execute()[0].outcome
             if outcome.kind == "oom" and not is_main_process():

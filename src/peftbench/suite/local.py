@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -13,12 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peftbench.config import explained
-from peftbench.errors import PeftbenchError, RecordError
+from peftbench.errors import BusyError, PeftbenchError, RecordError
 from peftbench.files import write_atomically
+from peftbench.lock import refuse_if_held
 from peftbench.recipe import Recipe
 from peftbench.record import FILE, FINAL, RunRecord, read_record
 
 ENTRY_POINT = "peftbench.train"
+_PDEATHSIG = 1
 _GRACE_SECONDS = 30  # for a run that was interrupted to write its record
 
 
@@ -83,9 +86,14 @@ def run_suite(recipes: Sequence[Recipe], accelerate: Path | None, say: Callable[
 def run_one(recipe: Recipe, accelerate: Path | None, processes: int | None = None) -> Result:
     """One run in a process of its own, or in as many as the accelerate file or ``processes`` says.
 
-    Its recipe is written beside its record, so that it can be run again by hand.
+    Its recipe is written beside its record, so that it can be run again by hand. If this process dies, the run is
+    asked to stop.
     """
     folder = Path(recipe.output_dir) / recipe.name
+    try:  # its own process would find out too, when what another has written is gone
+        refuse_if_held(folder)
+    except BusyError as error:
+        return Result(recipe.name, "refused", str(error))
     recipe_file = folder / "recipe.yaml"
     write_atomically(recipe_file, explained(recipe))
     launcher = [sys.executable]
@@ -98,13 +106,22 @@ def run_one(recipe: Recipe, accelerate: Path | None, processes: int | None = Non
     with (Path(os.devnull) if sys.stderr.isatty() else log).open("wb") as file:
         errors = None if sys.stderr.isatty() else file
         # In a session of its own, so that Ctrl-C reaches the run once, from here.
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True,
+            preexec_fn=_end_with_parent,  # noqa: PLW1509 — no thread of this process holds a lock
+        )  # fmt: skip
         try:
             output, _ = process.communicate()
         except KeyboardInterrupt:
             _stop(process)
             raise
     return _result(recipe.name, output, process.returncode, None if errors is None else log)
+
+
+def _end_with_parent() -> None:
+    """In the new process, on Linux: SIGTERM when the one that started it is gone (prctl(2), PR_SET_PDEATHSIG)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGTERM)
 
 
 def _result(name: str, output: str, code: int, log: Path | None) -> Result:

@@ -1,0 +1,84 @@
+"""Ends a run when it is asked to: between two steps while it trains, at once elsewhere.
+
+It is asked by a signal (Ctrl-C, SIGTERM, SIGUSR1), or by a file in its folder. A launcher stands between a job's script
+and the processes it launched, on one node or on many, and a signal that the launcher does not know ends it; a file is
+seen by all of them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+JOB_VARIABLE = "PEFTBENCH_JOB"
+"""What a job's script calls this attempt, so that a file which asked an earlier one to stop asks nothing of this."""
+_EVERY_SECONDS = 0.5
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was asked to stop, and does."""
+
+    def __init__(self, by: str) -> None:
+        super().__init__(by)
+        self.by = by
+
+
+def request(folder: Path, environment: Mapping[str, str] = os.environ) -> Path:
+    """The file that asks the run in ``folder`` to stop, once it is there."""
+    job = environment.get(JOB_VARIABLE, "")
+    return folder / f".stop{f'-{job}' if job else ''}"
+
+
+class Stop:
+    """Hears that a run is to stop."""
+
+    def __init__(self) -> None:
+        self.by: str | None = None
+        """The signal's name, None while nobody asked."""
+        self._between_steps = False
+
+    def listen(self) -> None:
+        """Hear signals from now on; in the main thread."""
+        for number in SIGNALS:
+            signal.signal(number, self._heard)
+
+    def watch(self, file: Path) -> None:
+        """Take it for SIGUSR1 when ``file`` comes to be, from a thread."""
+        threading.Thread(target=_look, args=(file,), daemon=True).start()
+
+    @contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """Within it a step is not broken off; whoever trains asks ``by`` after each. A second Ctrl-C breaks off.
+
+        Raises:
+            Interrupted: it was asked, and nobody looked any more.
+        """
+        self._between_steps = True
+        try:
+            yield
+        finally:
+            self._between_steps = False
+        if self.by is not None:
+            raise Interrupted(self.by)
+
+    def hold_off(self) -> None:
+        """Let what is left be done: a record is being written. A second Ctrl-C breaks off still."""
+        self._between_steps = True
+
+    def _heard(self, number: int, _frame: FrameType | None) -> None:
+        again, self.by = self.by is not None, signal.Signals(number).name
+        if not self._between_steps or (again and number == signal.SIGINT):
+            raise Interrupted(self.by)
+
+
+def _look(file: Path) -> None:
+    waiting = threading.Event()
+    while not file.exists():
+        waiting.wait(_EVERY_SECONDS)
+    os.kill(os.getpid(), signal.SIGUSR1)
