@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
+import time
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,9 +14,9 @@ from peftbench.engine.bind import SCRATCH
 from peftbench.engine.checkpoint import Checkpoints, Origin
 from peftbench.engine.ranks import gathered
 from peftbench.engine.state import captured, restore
-from peftbench.errors import CheckpointError
+from peftbench.errors import CheckpointError, TimeLimitError
 from peftbench.recording import breakdown_of, versions
-from peftbench.stop import Interrupted
+from peftbench.stop import LEAD_VARIABLE, Interrupted
 
 if TYPE_CHECKING:
     from peftbench.engine.build import Built, Trainer
@@ -36,6 +38,8 @@ class Continuity:
         """Steps that were there when this process began."""
         self.kept_at: int | None = None
         """Steps in the newest checkpoint, None where there is none."""
+        self.seconds = 0.0
+        """What the last one took to write."""
 
     def take_up(self, trainer: Trainer) -> None:
         """Go on from the newest checkpoint of this very run, where there is one.
@@ -78,6 +82,7 @@ class Continuity:
             self.keep(trainer)
         if by is not None:
             raise Interrupted(by)
+        self._check_time(step)
 
     def after_training(self, trainer: Trainer) -> None:
         """Keep the state before the evaluation, where many could not agree to do so in the middle of one."""
@@ -102,7 +107,9 @@ class Continuity:
                 "probe": run.probe.measured(), "resumed_after": run.resumed_after,
                 "kept": {"counted": counted, "breakdown": found.model_dump() if found else None},
             }  # fmt: skip
+            start = time.perf_counter()
             self.checkpoints.save(step, state)
+            self.seconds = time.perf_counter() - start
         self.kept_at = step
 
     def forget(self) -> None:
@@ -110,6 +117,23 @@ class Continuity:
         if self.run.recipe.method.trains:
             self.checkpoints.forget()
             shutil.rmtree(self.run.folder / SCRATCH, ignore_errors=True)
+
+    def _check_time(self, step: int) -> None:
+        """Whether a job that is told to stop so long before its end can finish a step and keep it until then.
+
+        Raises:
+            TimeLimitError: it cannot.
+        """
+        lead = os.environ.get(LEAD_VARIABLE)
+        if lead is None or step != self.began_at + 2:  # the first step is slower than all others
+            return
+        seconds = self.run.probe.step_seconds[-1] + self.seconds
+        if seconds > float(lead):
+            kept = f" and a checkpoint {self.seconds:.0f} s" if self.seconds else ""
+            raise TimeLimitError(
+                f"a step takes {self.run.probe.step_seconds[-1]:.0f} s{kept}, and the job is told to stop {lead} s "
+                f"before its end; tell it sooner, as slurm.signal=B:USR1@{2 * math.ceil(seconds)}"
+            )
 
     def _asked(self) -> str | None:
         """What asked any of the ranks to stop; all have the same answer."""

@@ -18,6 +18,8 @@ from types import FrameType
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 JOB_VARIABLE = "PEFTBENCH_JOB"
 """What a job's script calls this attempt, so that a file which asked an earlier one to stop asks nothing of this."""
+LEAD_VARIABLE = "PEFTBENCH_STOP_LEAD"
+"""Seconds before its end at which a job is told to stop."""
 _EVERY_SECONDS = 0.5
 
 

@@ -1,0 +1,107 @@
+"""From a suite or a recipe to the one job, or the array of jobs, that runs what is not finished."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from peftbench.config import in_yaml, load_recipe, read_yaml
+from peftbench.errors import SlurmError
+from peftbench.recipe import Recipe
+from peftbench.slurm.options import check_time, sbatch_options
+from peftbench.slurm.script import Job
+from peftbench.slurm.submit import LOGS, Engine, Submission, engine_named
+from peftbench.suite.expand import accelerate_config, expand, read_suite
+from peftbench.suite.local import finished
+
+
+def is_suite(path: Path) -> bool:
+    """Whether a file is a suite and no recipe.
+
+    Raises:
+        RecipeError: it cannot be read.
+    """
+    return any("recipes" in part for part in read_yaml(path))
+
+
+def jobs_of(
+    target: Path,
+    overrides: Sequence[str],
+    options: Sequence[str],
+    *,
+    out: Path | None,
+    engine: str | None,
+    nodes: int,
+    gpus_per_node: int | None,
+    at_once: int | None,
+    restarts: int,
+) -> tuple[list[Recipe], Job, Engine | None, Path]:
+    """The runs of ``target`` that have no result yet, their job, their engine, and the folder for the script.
+
+    ``options`` are for sbatch, as ``time=1:00:00``; a suite's own ``slurm`` comes before them.
+
+    Raises:
+        RecipeError, SlurmError: what was given cannot be meant; nothing was written.
+    """
+    given: dict[str, Any] = {}
+    named: Path | None = None
+    if is_suite(target):
+        suite = read_suite(target)
+        recipes, name, given, named = (
+            expand(target, overrides, out),
+            suite.name,
+            _quoted_times(suite.slurm),
+            accelerate_config(target),
+        )
+    else:
+        place = [f"output_dir={in_yaml(str(out))}"] if out is not None else []
+        recipes = [load_recipe([target], [*overrides, *place])]
+        name = recipes[0].name
+    chosen = sbatch_options(given | dict(map(_option, options)))
+    check_time(chosen)
+    launcher = engine_named(engine or str(named)) if engine or named else None
+    if launcher is None and nodes > 1:
+        raise SlurmError("--nodes wants an engine that spreads a training over machines; give --engine, as zero2")
+    left = [recipe for recipe in recipes if not finished(recipe)]
+    folders = tuple((Path(recipe.output_dir) / recipe.name).resolve() for recipe in left)
+    root = Path(recipes[0].output_dir).resolve()
+    place_of_script = root if len(recipes) > 1 else root / recipes[0].name
+    on_cpu = launcher is not None and bool(launcher.config.get("use_cpu"))
+    per_node = 1 if launcher is None else launcher.processes
+    gpus = (0 if on_cpu else per_node) if gpus_per_node is None else gpus_per_node
+    job = Job(
+        name=name, folders=folders, logs=place_of_script / LOGS, options=chosen, nodes=nodes, gpus_per_node=gpus,
+        processes_per_node=gpus or per_node, launched=launcher is not None,
+        deepspeed=launcher is not None and launcher.deepspeed is not None, at_once=at_once, restarts=restarts,
+    )  # fmt: skip
+    return left, job, launcher, place_of_script
+
+
+def _option(word: str) -> tuple[str, str | bool | None]:
+    """A name and its value, which is text as sbatch would be given it: YAML takes 1:00:00 for 3,600."""
+    name, equals, value = word.partition("=")
+    if not equals or not name:
+        raise SlurmError(f"slurm.{word} is no option; write slurm.OPTION=VALUE, as slurm.time=4:00:00")
+    words: dict[str, bool | None] = {"true": True, "false": False, "null": None}
+    return name, words.get(value, value)
+
+
+def _quoted_times(options: Mapping[str, Any]) -> dict[str, Any]:
+    for name in ("time", "time-min", "time_min"):
+        if isinstance(options.get(name), (int, float)):
+            raise SlurmError(f"the suite's slurm.{name} must be in quotes, for YAML takes 1:00:00 for 3,600")
+    return dict(options)
+
+
+def followed(submission: Submission) -> str:
+    """What a person does next."""
+    folders = submission.folders
+    place = submission.script.parent
+    return (
+        f"submitted job {submission.job}: {len(folders)} run{'s' if len(folders) > 1 else ''}, by {submission.script}\n"
+        f"follow:  peftbench status {place}\n"
+        f"logs:    {submission.logs}\n"
+        f"cancel:  scancel {submission.job}\n"
+        f"results: peftbench report {place}"
+    )

@@ -1,0 +1,147 @@
+"""How the runs below a folder stand, from their files alone; and from SLURM's queue, where there is one."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from tabulate import tabulate
+
+from peftbench.errors import MissingFileError, RecordError
+from peftbench.lock import held
+from peftbench.record import FILE, FINAL, RunRecord, read_record
+from peftbench.slurm.submit import job_of
+from peftbench.status import Status, read_status
+
+_QUEUE = ["squeue", "--noheader", "--array", "--format=%i|%T|%r"]
+_QUEUE_SECONDS = 30
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Of one run."""
+
+    name: str
+    state: str
+    """waiting, running, finished, preempted, failed or gone."""
+    step: int | None = None
+    steps: int | None = None
+    tokens_per_second: float | None = None
+    seconds_left: float | None = None
+    job: str | None = None
+    said: str = ""
+    """What explains the state."""
+
+
+def standings(folder: Path) -> list[Standing]:
+    """Every run below ``folder``, by path.
+
+    Raises:
+        MissingFileError: there is none.
+    """
+    places = sorted({path.parent for name in ("recipe.yaml", FILE) for path in folder.rglob(name)})
+    places = [place for place in places if place.name != "model" and "checkpoints" not in place.parts]
+    if not places:
+        raise MissingFileError(f"there is no run below {folder}", "give the folder that a suite wrote to")
+    queue = _queued()
+    return [_standing(place, str(place.relative_to(folder)), queue) for place in places]
+
+
+def _standing(folder: Path, name: str, queue: Mapping[str, tuple[str, str]]) -> Standing:
+    status, job = read_status(folder), job_of(folder)
+    record = None
+    with suppress(RecordError):
+        record = read_record(folder / FILE)
+    state, reason = queue.get((status.job if status else None) or job or "", ("", ""))
+    if held(folder) or (state == "RUNNING" and _newer(status, record)):
+        return _running(name, status, job)
+    if state and state != "COMPLETING" and not (record and record.outcome.kind in FINAL):
+        step = record.outcome.step if record is not None else None
+        after = f"after step {step}, " if step else ""
+        return Standing(
+            name, "waiting", job=job, said=f"{after}{reason.lower() if reason != 'None' else state.lower()}"
+        )
+    if record is not None and _newer_record(status, record):
+        return _ended(name, record, status, job)
+    if status is not None:
+        kept = f"; step {newest} is kept" if (newest := _newest_checkpoint(folder)) else ""
+        return Standing(
+            name, "gone", status.step, status.steps, job=job,
+            said=f"last seen at {status.updated_at} on {status.host}{kept}; run it again to go on",
+        )  # fmt: skip
+    return Standing(name, "waiting", job=job, said="" if job is None else f"job {job} is not in the queue")
+
+
+def _running(name: str, status: Status | None, job: str | None) -> Standing:
+    if status is None:
+        return Standing(name, "running", job=job, said="starting")
+    here = "" if status.host == socket.gethostname() else f" on {status.host}"
+    return Standing(
+        name, "running", status.step, status.steps, status.tokens_per_second, status.seconds_left,
+        status.job or job, f"{status.phase}{here}",
+    )  # fmt: skip
+
+
+def _ended(name: str, record: RunRecord, status: Status | None, job: str | None) -> Standing:
+    outcome = record.outcome
+    speed = record.throughput.tokens_per_second.real if record.throughput else None
+    state = "finished" if outcome.kind in FINAL else outcome.kind
+    said = "" if outcome.kind == "ok" else (outcome.error or outcome.kind)
+    if outcome.kind in {"oom", "diverged"}:
+        said = f"{outcome.kind}: {said}"
+    steps = status.steps if status else None
+    return Standing(name, state, record.steps, steps, speed, job=job, said=(said.splitlines() or [""])[0])
+
+
+def _newer(status: Status | None, record: RunRecord | None) -> bool:
+    """Whether a process began after the one that wrote the record."""
+    return record is None or (status is not None and status.started_at > record.started_at)
+
+
+def _newer_record(status: Status | None, record: RunRecord) -> bool:
+    return status is None or record.started_at >= status.started_at
+
+
+def _newest_checkpoint(folder: Path) -> int | None:
+    steps = [int(path.parent.name.removeprefix("step-")) for path in folder.glob("checkpoints/*/step-*[0-9]/*.json")]
+    return max(steps, default=None)
+
+
+def _queued() -> dict[str, tuple[str, str]]:
+    """State and reason of each of the user's jobs, by name; nothing where there is no SLURM that answers."""
+    if shutil.which("squeue") is None:
+        return {}
+    try:
+        told = subprocess.run([*_QUEUE, "--me"], capture_output=True, text=True, timeout=_QUEUE_SECONDS, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    rows = (line.split("|") for line in told.stdout.splitlines())
+    return {row[0]: (row[1], row[2]) for row in rows if len(row) == 3}
+
+
+def table(rows: Sequence[Standing]) -> str:
+    """A line for every run, and how many there are of each state."""
+    lines = [
+        [
+            row.name, row.state,
+            "–" if row.step is None else f"{row.step}/{row.steps if row.steps is not None else '?'}",
+            "–" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
+            "–" if row.seconds_left is None else _duration(row.seconds_left), row.job or "–", row.said,
+        ]
+        for row in rows
+    ]  # fmt: skip
+    heads = ["run", "state", "step", "tokens/s", "left", "job", ""]
+    states = [row.state for row in rows]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    return f"{tabulate(lines, headers=heads, disable_numparse=True)}\n\n{len(rows)} runs: {counts}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
