@@ -1,0 +1,120 @@
+"""A suite through a real SLURM: interrupted in every way that there is, and in the end the same as without."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.launch.conftest import RECIPE, ROWS
+from tests.slurm.cluster import Cluster, wait_until
+
+pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(1500)]
+SHORT, LONG = 6, 240
+SUITE = {"name": "survivors", "recipes": ["short.yaml", "requeued.yaml", "out_of_time.yaml", "cancelled.yaml"]}
+LEAD = 35
+"""Seconds before the end of its minute at which a job is told."""
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A suite of four recipes, one of which is done at once and three of which take a while."""
+    folder = tmp_path / "a folder with $(spaces)"
+    folder.mkdir()
+    for path in SUITE["recipes"]:
+        recipe = RECIPE | {"name": path.removesuffix(".yaml"), "output_dir": "local"}
+        recipe["train"] = {"steps": SHORT if path == "short.yaml" else LONG, "global_batch": 4}
+        (folder / path).write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    (folder / "suite.yaml").write_text(yaml.safe_dump(SUITE), encoding="utf-8")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    return folder
+
+
+def peftbench(folder: Path, environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
+    """What a command did."""
+    command = [sys.executable, "-m", "peftbench.cli", *words]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False
+    )
+
+
+def test_a_suite_comes_through(project: Path, slurm: Cluster, caches: dict[str, str]) -> None:
+    """One run is requeued by an administrator, one runs out of time, one is cancelled and submitted again."""
+    environment = caches | slurm.environment | {"OMP_NUM_THREADS": "1"}
+    undisturbed = peftbench(project, environment, "compare", "suite.yaml")
+    assert undisturbed.returncode == 0, undisturbed.stderr
+
+    words = [
+        "submit", "suite.yaml", "--out", "cluster", "--gpus-per-node", "0", "slurm.time=1",
+        f"slurm.signal=B:USR1@{LEAD}",
+    ]  # fmt: skip
+    submitted = peftbench(project, environment, *words)
+    assert submitted.returncode == 0, submitted.stderr
+    job = submitted.stdout.split()[2].rstrip(":")
+    runs = project / "cluster"
+
+    def step_of(name: str) -> int:
+        try:
+            return int(json.loads((runs / name / "status.json").read_text(encoding="utf-8"))["step"])
+        except (OSError, ValueError):
+            return 0
+
+    wait_until(lambda: step_of("requeued") > 2, 180, slurm.logs)
+    slurm.run("scontrol", "requeue", f"{job}_1")
+    wait_until(lambda: step_of("cancelled") > 2, 400, slurm.logs)
+    slurm.run("scancel", f"{job}_3")
+    slurm.await_empty(900)
+
+    standings = {row["name"]: row for row in status(project, environment)}
+    assert standings["cancelled"]["state"] == "preempted", standings
+    assert {standings[name]["state"] for name in ("short", "requeued", "out_of_time")} == {"finished"}, standings
+    assert record(runs, "out_of_time")["resumed_after"], "it was never out of time"
+    assert record(runs, "requeued")["resumed_after"], "it lost what it had"
+
+    again = peftbench(project, environment, *words)
+    assert again.returncode == 0, again.stderr
+    assert "1 run," in again.stdout
+    slurm.await_empty(600)
+    for name in (path.removesuffix(".yaml") for path in SUITE["recipes"]):
+        ours, theirs = record(project / "local", name), record(runs, name)
+        assert theirs["outcome"]["kind"] == "ok", name
+        assert theirs["losses"] == ours["losses"], name
+        assert theirs["quality"]["loss"] == ours["quality"]["loss"], name
+        assert theirs["tokens"] == ours["tokens"], name
+
+
+def record(runs: Path, name: str) -> dict[str, Any]:
+    """A run's record."""
+    found: dict[str, Any] = json.loads((runs / name / "record.json").read_text(encoding="utf-8"))
+    return found
+
+
+def status(project: Path, environment: dict[str, str]) -> list[dict[str, Any]]:
+    """How the runs stand."""
+    told = peftbench(project, environment, "status", "cluster", "--json")
+    assert told.returncode == 0, told.stderr
+    found: list[dict[str, Any]] = json.loads(told.stdout)
+    return found
+
+
+def test_a_time_in_which_nothing_can_be_done(project: Path, slurm: Cluster, caches: dict[str, str]) -> None:
+    """It is not begun anew for ever: the first attempt that came no further is the last, and says why."""
+    environment = caches | slurm.environment | {"OMP_NUM_THREADS": "1"}
+    words = ["submit", "requeued.yaml", "--out", "short", "--gpus-per-node", "0", "slurm.time=1"]
+    refused = peftbench(project, environment, *words)
+    assert refused.returncode == 91
+    assert "told to stop 120 s before its end" in refused.stderr
+    assert not (project / "short").exists()
+    submitted = peftbench(project, environment, *words, "slurm.signal=B:USR1@59")
+    assert submitted.returncode == 0, submitted.stderr
+    slurm.await_empty(300)
+    time.sleep(1)
+    said = "".join(path.read_text(encoding="utf-8") for path in (project / "short").rglob("*.log"))
+    assert "the job's time is too short" in said, said
+    assert said.count("the job's time is too short") == 1
