@@ -98,13 +98,15 @@ def run(recipe: Recipe) -> tuple[Outcome, Path | None, int]:
 
 
 def _end_with_another(run: Run, word: dict[str, Any]) -> None:
-    """End this rank, which may wait for ever for one that has run out of memory; from a thread."""
-    code = EXIT_CODES["oom"]
+    """End this rank, which may wait for ever for one that is out of memory or gone; from a thread."""
+    code = EXIT_CODES[word["outcome"]["kind"]]
     try:
         if is_main_process():
             outcome, record = run.end_with(word)
+            print(f"error: {outcome.error}", file=sys.stderr, flush=True)
             report(_last_line(run.recipe, outcome, record), sys.__stdout__)
         else:
+            print(f"error: {word['outcome']['error']}", file=sys.stderr, flush=True)
             run.peers.await_record()
     except BaseException as error:  # whatever it is, the process must end, for others wait for it
         traceback.print_exc()

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import broadcast_object_list
 
+from peftbench.engine.pulse import Pulse
 from peftbench.errors import OutputError
 from peftbench.files import write_atomically
+from peftbench.record import Outcome
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -41,6 +43,8 @@ class Peers:
             for old in folder.glob(".ended-*"):
                 _remove(old)
         self._place = folder / f".ended-{name[0]}"
+        self._pulse = Pulse(accelerator)
+        self._pulse.begin(folder / f".ended-{name[0]}-pulse")
         self._over = threading.Event()
         self._ending = threading.Lock()
 
@@ -70,6 +74,7 @@ class Peers:
         """The main process has written its record, and nobody need stay for it."""
         self._over.set()
         _remove(self._place)
+        _remove(self._place.with_name(f"{self._place.name}-pulse"))
 
     def await_record(self) -> None:
         """Stay until the main process has written its record, or must have failed to."""
@@ -79,7 +84,11 @@ class Peers:
 
     def _look(self, when_told: Callable[[dict[str, Any]], None]) -> None:
         while not self._over.wait(_EVERY_SECONDS):
-            if (word := self.heard()) is not None:
+            self._pulse.beat()
+            word, lost = self.heard(), self._pulse.lost() if self._pulse.several else None
+            if word is None and lost is not None:
+                word = {"outcome": Outcome(kind="failed", error=lost).model_dump(), "memory": {}}
+            if word is not None:
                 if not self._over.wait(_GRACE_SECONDS):
                     when_told(word)
                 return
