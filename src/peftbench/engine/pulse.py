@@ -1,6 +1,6 @@
 """How hosts of one run know of each other that they are there: each renews a file in the run's folder.
 
-A host that vanishes says nothing, and a collective waits for it until its own time is up, which must be long enough for a
+A host that vanishes says nothing, and a collective waits for it until its own time is up, which must be enough for a
 rank that loads or evaluates: half an hour. The folder is shared by all hosts anyway, for checkpoints.
 """
 
