@@ -40,6 +40,7 @@ readme: .venv/installed
 	$(BIN)/peftbench estimate --config recipes/gpt2_cnn_dm/full.yaml train.precision=fp32 --device t4 --into docs/concepts/memory.md --block plan
 	$(BIN)/peftbench estimate --suite recipes/budget16/suite.yaml --budget 16GiB --into docs/concepts/memory.md --block ladder
 	$(BIN)/python benchmarks/vs_trainer --report benchmarks/vs_trainer/records/cpu_bf16 --into benchmarks/vs_trainer/README.md
+	$(BIN)/python benchmarks/vs_trainer --report benchmarks/vs_trainer/records/cpu_bf16_four --into benchmarks/vs_trainer/README.md --block vs_trainer_four
 	$(BIN)/python benchmarks/vs_trainer --report benchmarks/vs_trainer/records/cuda_bf16 --into benchmarks/vs_trainer/README.md --block vs_trainer_gpu
 	$(BIN)/python -m peftbench.engine.compatibility_page > .compatibility.md
 	mv .compatibility.md docs/reference/compatibility.md

@@ -331,7 +331,10 @@ def test_without_trl(given: list[str], tmp_path: Path, monkeypatch: pytest.Monke
     assert "no time for the other 45" in done.stdout
 
 
-@pytest.mark.parametrize(("records", "block"), [("cpu_bf16", "vs_trainer"), ("cuda_bf16", "vs_trainer_gpu")])
+@pytest.mark.parametrize(
+    ("records", "block"),
+    [("cpu_bf16", "vs_trainer"), ("cpu_bf16_four", "vs_trainer_four"), ("cuda_bf16", "vs_trainer_gpu")],
+)
 def test_the_readme_shows_the_committed_records(records: str, block: str, tmp_path: Path) -> None:
     """Making a block again from its records changes nothing."""
     page = tmp_path / "README.md"

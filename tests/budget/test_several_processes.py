@@ -73,7 +73,7 @@ CASES = [
     )
 ]  # fmt: skip
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
-FAST = {("zero2", CASES[0]), ("fsdp2", CASES[0])}
+FAST = {("zero2", CASES[0])}
 POINTS = [
     pytest.param(
         engine, case, id=f"{engine}-{case.name}", marks=() if (engine, case) in FAST else pytest.mark.slow

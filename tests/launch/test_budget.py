@@ -119,7 +119,7 @@ def test_a_suite_goes_on_after_a_refusal(full: Path, project: Path, caches: dict
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("starved", ["0", "1", "01"])
+@pytest.mark.parametrize("starved", ["1", *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in ("0", "01"))])
 def test_no_rank_waits_for_one_that_is_out_of_memory(
     starved: str, full: Path, project: Path, caches: dict[str, str]
 ) -> None:
@@ -147,6 +147,7 @@ def test_no_rank_waits_for_one_that_is_out_of_memory(
     assert [path.name for path in (project / "out" / "run").iterdir()] == ["record.json"]
 
 
+@pytest.mark.slow
 def test_auto_is_what_fits(full: Path, launch: Callable[..., subprocess.CompletedProcess[str]], project: Path) -> None:
     """The largest micro-batch that is predicted to fit is taken and noted, and the recipe stays as it was asked."""
     done = launch("--config", str(full), "budget.memory=150MiB", "train.micro_batch=auto")

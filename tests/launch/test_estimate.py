@@ -44,6 +44,7 @@ def test_what_cannot_be_meant(argument: list[str], code: int, said: str, project
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_what_fits_is_printed(project: Path, caches: dict[str, str]) -> None:
     """Each way with its largest micro-batch, and the knobs to run the first; none at all is said, with a code."""
     done = run(

@@ -57,9 +57,7 @@ def own(caches: dict[str, str], tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize(
-    "engine", ["cpu2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero2"))]
-)
+@pytest.mark.parametrize("engine", [pytest.param(name, marks=pytest.mark.slow) for name in ("cpu2", "zero1", "zero2")])
 def test_two_processes_train_over_one_store(engine: str, project: Path, own: dict[str, str]) -> None:
     """Each reads what the other computed: losses, head and FLOPs are those of one process over the same store or none.
 

@@ -36,7 +36,8 @@ _EXACT, _ROUNDED = 1e-3, 5e-2
 def why_not(base: PreTrainedModel) -> str | None:
     """Why a base cannot attend without masks, None where it can.
 
-    On the meta device, which has no values, documents are not compared.
+    To be asked before the base is prepared for fewer bits. On the meta device, which has no values, documents are not
+    compared.
     """
     if base.config._attn_implementation != "sdpa":
         return f"its attention is {base.config._attn_implementation}"
