@@ -109,6 +109,14 @@ def test_checkpointing_and_precision_hold_less(planned: Any) -> None:
     assert half < 0.8 * plain
 
 
+def test_rows_of_a_multiple_are_planned_as_wide_as_they_come(planned: Any) -> None:
+    """48 tokens to a multiple of 32 are 64, soft tokens among them, and in a budget of tokens too."""
+    wide, plain = (planned(Full(), data=data) for data in ({"pad_to_multiple_of": 32}, {"max_tokens": 64}))
+    assert (wide.width, wide.parts) == (plain.width, plain.parts) == (64, plain.parts)
+    assert planned(PromptTuning(tokens=5), data={"pad_to_multiple_of": 32}).width == 59
+    assert planned(Full(), data={"pad_to_multiple_of": 32}, train={"micro_tokens": 128}).rows == 2
+
+
 def test_the_verdict(planned: Any) -> None:
     """Fits at the most that it may take, not at less than what is allocated, and between is too close to say."""
     plan = planned(Full())

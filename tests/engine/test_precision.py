@@ -14,6 +14,7 @@ from peftbench.engine.loop import Progress, train, train_step
 from peftbench.errors import EngineError, PrecisionError
 from peftbench.methods.base import Method
 from peftbench.methods.full import Full
+from peftbench.optim.rounded import AdamW8bitBf16, AdamWBf16
 from peftbench.profiler.probe import Probe
 from tests.conftest import Workshop, built_from, every_method, forget_accelerators, trained, trainer_from
 
@@ -103,3 +104,16 @@ def test_a_base_in_half_precision_is_trained_in_float32(workshop: Workshop) -> N
     accelerator = bind(recipe, workshop.output).accelerator
     model = built_from(recipe, accelerator).bare_model
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+@every_method
+@pytest.mark.parametrize("kind", [AdamWBf16, AdamW8bitBf16])
+def test_what_is_trained_in_bf16_over_what_is_not(
+    kind: type[AdamWBf16 | AdamW8bitBf16], method: Method, workshop: Workshop
+) -> None:
+    """A head kept in bf16 over a trunk in float32, say: what a model may do without is found out, and it trains."""
+    recipe = workshop.recipe(method, train={"precision": "bf16"}, optimizer=kind(learning_rate=1e-2))
+    record = workshop.run(recipe)
+    assert record.outcome.kind == "ok"
+    assert record.losses[-1] < record.losses[0]
+    assert not [note for note in record.notes if "attention is as transformers does it" in note]

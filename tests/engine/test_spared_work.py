@@ -116,23 +116,28 @@ def test_no_document_looks_into_another(
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("share_a_row", [True, False])
-def test_a_cpu_attends_in_float32(share_a_row: bool, precision: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under autocast too; what comes in and what goes out are in 16 bits, and no further off than those are."""
-    given: list[torch.dtype] = []
+@pytest.mark.parametrize("rotated", [False, True], ids=["as they are", "rotated"])
+def test_a_cpu_attends_in_float32(
+    rotated: bool, share_a_row: bool, precision: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under autocast too, which would narrow queries and keys that were rotated in float32; it goes out in 16 bits."""
+    given: list[tuple[torch.dtype, bool]] = []
     original = nn.functional.scaled_dot_product_attention
 
     def listening(query: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
-        given.append(query.dtype)
+        given.append((query.dtype, torch.is_autocast_enabled("cpu")))
         return original(query, *others, **named)
 
     monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", listening)
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 1, 4, 12, 16).to(precision)
+    if rotated:
+        query, key = query.float(), key.float()
     documents = Documents.of([5, 7]) if share_a_row else None
     layer = nn.Module()
     with torch.autocast("cpu", precision):
         low, _ = causal_attention(layer, query, key, value, None, documents=documents)
-    assert set(given) == {torch.float32}
+    assert set(given) == {(torch.float32, False)}
     assert low.dtype == precision
     high, _ = causal_attention(layer, query.float(), key.float(), value.float(), None, documents=documents)
     assert torch.equal(low, high.to(precision))

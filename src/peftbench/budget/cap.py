@@ -9,6 +9,7 @@ system as they are freed, or the C library's own hoard would count as the run's.
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import resource
 from contextlib import suppress
@@ -90,6 +91,7 @@ def _hold_on_cpu(budget_bytes: int) -> Cap:
         )
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # the stacks of transformers' threads count as data, however empty
     _import_libraries()
+    gc.collect()  # or cycles of before would be counted as held, and be the run's to have
     _give_blocks_back()
     before = status_bytes("VmData") or 0
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)

@@ -12,6 +12,7 @@ from peftbench.budget.plan import Part, Plan, Verdict
 from peftbench.budget.rehearsal import Rehearsal
 from peftbench.budget.world import ALONE, World
 from peftbench.data.batches import division
+from peftbench.data.collate import Collator
 from peftbench.data.encode import Layout
 from peftbench.engine.bind import combination
 from peftbench.engine.compatibility import check
@@ -127,10 +128,13 @@ def _rows(recipe: Recipe) -> int | None:
 
 
 def _width(recipe: Recipe, positions: int | None) -> int:
-    return Layout.fit(
+    """Of the longest row, padded to its multiple."""
+    virtual = recipe.method.virtual_tokens
+    longest = Layout.fit(
         separator=recipe.data.separator, max_tokens=recipe.data.max_tokens, new_tokens=recipe.evaluate.max_new_tokens,
-        positions=positions, virtual_tokens=recipe.method.virtual_tokens,
+        positions=positions, virtual_tokens=virtual,
     ).max_tokens  # fmt: skip
+    return Collator(0, virtual, multiple=recipe.data.pad_to_multiple_of, most=positions).width(longest)
 
 
 def _verdict(events: list[Event], process: tuple[int, int], tensors: int, budget: int, kind: DeviceKind) -> Verdict:

@@ -87,7 +87,7 @@ class Steering(TorchFunctionMode):
             put(masking_utils, "fast_all", lambda _: not self.padded)
             put(masking_utils, "find_packed_sequence_indices", lambda *_, **__: None)
             put(cross_entropy, "_arithmetic", lambda hidden: self.precision if self._casts else hidden.dtype)
-            put(attention, "_in_float32", lambda query: self.device == "cpu" and _is_low(query))
+            put(attention, "_in_float32", lambda query: self.device == "cpu" and (self._casts or _is_low(query)))
             if self.device == "cuda":
                 with_foreach = _foreach_utils._get_foreach_kernels_supported_devices()
                 put(_foreach_utils, "_get_foreach_kernels_supported_devices", lambda: [*with_foreach, "meta"])

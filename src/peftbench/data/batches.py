@@ -179,7 +179,7 @@ def division(global_batch: int, micro_batch: int | None, world_size: int) -> tup
 
 
 Positions = Callable[[Sequence[int]], int]
-"""What a micro-batch of such lengths is computed over; more for every example added."""
+"""What a micro-batch of such lengths is computed over; no fewer for an example added."""
 
 
 def _runs(lengths: Sequence[int], positions: Positions, limit: int) -> list[tuple[int, int]]:

@@ -154,9 +154,9 @@ class Collator:
 
     def positions(self, lengths: Sequence[int]) -> int:
         """What a micro-batch of these lengths is computed over, virtual tokens included."""
-        return len(lengths) * (self._width(max(lengths)) + self.virtual_tokens)
+        return len(lengths) * (self.width(max(lengths)) + self.virtual_tokens)
 
-    def _width(self, longest: int) -> int:
+    def width(self, longest: int) -> int:
         """Of rows the longest of which has so many tokens, virtual ones not counted."""
         if self.pad_to:
             return self.pad_to
@@ -171,7 +171,7 @@ class Collator:
         self, rows: Sequence[Sequence[int]], prompts: Sequence[int], examples: Sequence[int] = ()
     ) -> MicroBatch:
         """``rows`` of token ids and the number of unlabelled ones at the start of each."""
-        width = self._width(max(map(len, rows)))
+        width = self.width(max(map(len, rows)))
         input_ids = torch.full((len(rows), width), self.pad_token)
         for index, row in enumerate(rows):
             input_ids[index, : len(row)] = torch.as_tensor(row)

@@ -6,7 +6,8 @@ to torch's kernel for sequences of unlike lengths (FlashAttention-2, Dao 2023, a
 dropout or in float32, which that does not have, each document goes to torch's scaled dot product by itself.
 
 On a CPU that is done in float32 whatever comes in: in 16 bits torch has machine code made for each new length and keeps
-it all, which comes to hundreds of megabytes (benchmarks/cpu_sizes).
+it all, which comes to hundreds of megabytes (benchmarks/cpu_sizes). Attention that is left to transformers (generation,
+models with masks of their own) is as it was.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def causal_attention(
                 module, query.float(), key.float(), value.float(), None,
                 documents=documents, dropout=dropout, scaling=scaling,
             )  # fmt: skip
-        return mixed.to(query.dtype), None
+        return mixed.to(value.dtype), None
     if documents is None:
         return sdpa_attention_forward(module, query, key, value, None, dropout, scaling, True)
     if not dropout and _has_kernel(query):
@@ -62,8 +63,8 @@ def causal_attention(
 
 
 def _in_float32(query: torch.Tensor) -> bool:
-    """Whether what comes in fewer bits is to be widened first."""
-    return query.device.type == "cpu" and query.dtype in _SIXTEEN_BITS
+    """Whether it is to be widened: what comes in fewer bits, and rotated queries, which autocast would narrow."""
+    return query.device.type == "cpu" and (query.dtype in _SIXTEEN_BITS or torch.is_autocast_enabled("cpu"))
 
 
 def _has_kernel(query: torch.Tensor) -> bool:

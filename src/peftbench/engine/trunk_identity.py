@@ -42,6 +42,7 @@ def identity_of(
         "precision": recipe.train.precision,
         "attention": recipe.model.attention,
         "masked": masked,
+        "attends_in": "float32" if device.type == "cpu" and not masked else "precision",
         "fused_gelu": recipe.model.fused_gelu,
         "compile": recipe.train.compile,
         "quantization": recipe.model.quantization,
