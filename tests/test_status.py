@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from peftbench import status
-from peftbench.status import Teller, read_status, slurm_job
+from peftbench.status import FILE, Teller, read_status, slurm_job
 
 
 def test_it_tells_phases_at_once_and_steps_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens per second are those of the steps since the last time, and what is left is at this process's pace."""
     clock = [100.0]
-    monkeypatch.setattr(status.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr("peftbench.status.time.monotonic", lambda: clock[0])
     teller = Teller(tmp_path, tells=True)
     teller.phase("train")
     assert (read_status(tmp_path) or pytest.fail("nothing told")).phase == "train"
@@ -41,9 +40,9 @@ def test_one_of_several_tells(tmp_path: Path) -> None:
 def test_what_cannot_be_read_is_none(tmp_path: Path) -> None:
     """Half a file, or one of something else."""
     assert read_status(tmp_path) is None
-    (tmp_path / status.FILE).write_text('{"pid": ', encoding="utf-8")
+    (tmp_path / FILE).write_text('{"pid": ', encoding="utf-8")
     assert read_status(tmp_path) is None
-    (tmp_path / status.FILE).write_text("{}", encoding="utf-8")
+    (tmp_path / FILE).write_text("{}", encoding="utf-8")
     assert read_status(tmp_path) is None
 
 

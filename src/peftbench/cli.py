@@ -51,9 +51,10 @@ def compare(
 ) -> None:
     """Run every recipe of a suite in a fresh process and print the comparison. Finished runs are skipped."""
     from peftbench.errors import MissingFileError
+    from peftbench.finished import record_of
     from peftbench.report.table import print_table, write_report
     from peftbench.suite.expand import accelerate_config, expand, read_suite
-    from peftbench.suite.local import record_of, run_suite
+    from peftbench.suite.local import run_suite
 
     with guarded():
         recipes = expand(suite, overrides or [], out)
@@ -164,19 +165,21 @@ def submit(
     """Submit a suite to SLURM as one job array, or a recipe as one job. slurm.OPTION=VALUE is for sbatch."""
     from peftbench.slurm.submit import prepare
     from peftbench.slurm.submit import submit as hand_in
-    from peftbench.suite.jobs import followed, jobs_of
+    from peftbench.suite.jobs import followed, jobs_of, left_out
 
     with guarded():
         given = overrides or []
         options = [word.removeprefix("slurm.") for word in given if word.startswith("slurm.")]
-        recipes, job, launcher, place = jobs_of(
+        asked = jobs_of(
             target, [word for word in given if not word.startswith("slurm.")], options, out=out, engine=engine,
             nodes=nodes, gpus_per_node=gpus_per_node, at_once=at_once, restarts=restarts,
         )  # fmt: skip
-        if not recipes:
-            print("every run has its result already; nothing was submitted")
+        for line in left_out(asked):
+            _say(line)
+        if not asked.recipes:
+            print("nothing is left to submit")
             return
-        prepared = prepare(recipes, job, launcher, place)
+        prepared = prepare(asked.recipes, asked.job, asked.engine, asked.place)
         if dry_run:
             print(prepared.text)
             return

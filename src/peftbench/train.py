@@ -16,7 +16,8 @@ import typer
 from peftbench.config import explained, load_recipe
 from peftbench.console import guarded, quiet_libraries
 from peftbench.errors import PeftbenchError
-from peftbench.record import EXIT_CODES, FILE, Outcome
+from peftbench.finished import result_of
+from peftbench.record import EXIT_CODES, FILE, Outcome, RunRecord
 from peftbench.stop import Stop, request
 
 if TYPE_CHECKING:
@@ -39,6 +40,10 @@ def train(
     config: Annotated[
         list[Path] | None, typer.Option("--config", help="A recipe; several are merged from left to right.")
     ] = None,
+    unless_finished: Annotated[
+        bool,
+        typer.Option("--unless-finished", help="Leave a run alone that has its result: its outcome is told again."),
+    ] = False,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the resolved recipe with each knob's meaning, and stop.")
     ] = False,
@@ -54,11 +59,21 @@ def train(
             if is_main_process():
                 print(explained(recipe), end="")
             return
+        before = result_of(recipe) if unless_finished else None
+        if before is not None:
+            _say_before(recipe, before)
+            raise typer.Exit(EXIT_CODES[before.outcome.kind])
         outcome, record, code = run(recipe)
         report(_last_line(recipe, outcome, record))
         if outcome.kind == "oom" and _several():
             _leave(code)
         raise typer.Exit(code)
+
+
+def _say_before(recipe: Recipe, record: RunRecord) -> None:
+    if is_main_process():
+        print(f"{recipe.name} has its result already", file=sys.stderr, flush=True)
+    report(_last_line(recipe, record.outcome, Path(recipe.output_dir) / recipe.name / FILE))
 
 
 def run(recipe: Recipe) -> tuple[Outcome, Path | None, int]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.launch.conftest import caches as caches
 from tests.slurm.cluster import Cluster, cluster, why_not
 
 

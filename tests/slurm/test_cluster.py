@@ -38,7 +38,7 @@ def project(tmp_path: Path) -> Path:
 
 def peftbench(folder: Path, environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
     """What a command did."""
-    command = [sys.executable, "-m", "peftbench.cli", *words]
+    command = [sys.executable, "-c", "from peftbench.cli import main; main()", *words]
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False
     )

@@ -10,6 +10,7 @@ import pytest
 from peftbench.errors import RecordError, SlurmError, TimeLimitError
 from peftbench.record import EXIT_CODES, Outcome, RunRecord
 from peftbench.slurm.requeue import gained, requeue
+from peftbench.status import Teller
 from tests.test_record import record as a_record
 
 
@@ -29,6 +30,7 @@ def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     for name, value in (("SLURM_ARRAY_JOB_ID", "12"), ("SLURM_ARRAY_TASK_ID", "3"), ("SLURM_RESTART_COUNT", "2")):
         monkeypatch.setenv(name, value)
+    Teller(tmp_path, tells=True).phase("train")
     return told
 
 
@@ -56,6 +58,16 @@ def test_what_would_lead_nowhere(  # noqa: PLR0917
     made.write(tmp_path)
     with pytest.raises(error, match=said):
         requeue(tmp_path, at_most)
+    assert not scontrol.exists()
+
+
+@pytest.mark.parametrize("before", ["SLURM_RESTART_COUNT", "SLURM_ARRAY_JOB_ID"])
+def test_stopped_before_it_began(before: str, tmp_path: Path, scontrol: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies there is of an attempt before, or of another job, and is nothing that this one has gained."""
+    record(began=(6,)).write(tmp_path)
+    monkeypatch.setenv(before, "3")
+    with pytest.raises(TimeLimitError, match="told to stop before the run in .* had begun"):
+        requeue(tmp_path, at_most=9)
     assert not scontrol.exists()
 
 

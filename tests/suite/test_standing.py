@@ -10,6 +10,7 @@ import pytest
 from peftbench.errors import MissingFileError
 from peftbench.lock import Lock
 from peftbench.record import Outcome, RunRecord
+from peftbench.slurm.queue import Queued
 from peftbench.status import Status, Teller, read_status
 from peftbench.suite import standing
 from peftbench.suite.standing import Standing, standings, table
@@ -21,7 +22,7 @@ EARLY, LATE = "2026-01-01T10:00:00+00:00", "2026-01-01T11:00:00+00:00"
 @pytest.fixture(autouse=True)
 def no_queue(monkeypatch: pytest.MonkeyPatch) -> None:
     """From the files alone."""
-    monkeypatch.setattr(standing, "_queued", dict)
+    monkeypatch.setattr(standing, "queued", dict)
 
 
 def run(folder: Path, record: RunRecord | None = None, status: Status | None = None) -> Path:
@@ -90,20 +91,23 @@ def test_what_was_gone_on_with_and_died(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("queue", "state", "said"),
     [
-        ({"12_3": ("PENDING", "Resources")}, "waiting", "after step 5, resources"),
-        ({"12_3": ("REQUEUED", "None")}, "waiting", "after step 5, requeued"),
-        ({"12_3": ("RUNNING", "None")}, "running", "train on node7"),
-        ({"12_4": ("RUNNING", "None")}, "preempted", "stopped"),
+        ({"12_3": Queued("PENDING", "Resources")}, "waiting", "after step 5, resources"),
+        ({"12_3": Queued("REQUEUED", "None")}, "waiting", "after step 5, requeued"),
+        ({"12_3": Queued("RUNNING", "None")}, "running", "train on node7"),
+        ({"12_4": Queued("RUNNING", "None")}, "preempted", "stopped"),
+        ({"12_3": Queued("COMPLETING", "None")}, "preempted", "stopped"),
+        ({"13": Queued("PENDING", "Priority")}, "waiting", "after step 5, priority"),
     ],
 )
 def test_the_queue_knows_more(
-    queue: dict[str, tuple[str, str]], state: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    queue: dict[str, Queued], state: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run on another machine, whose lock cannot be seen here, and one that is to begin anew."""
     started = LATE if state == "running" else EARLY
     folder = run(tmp_path / "x", ended("preempted", "stopped"), told(started))
-    (folder / "job.json").write_text(json.dumps({"job": "12_3"}), encoding="utf-8")
-    monkeypatch.setattr(standing, "_queued", lambda: queue)
+    job = next(iter(queue)) if "13" in queue else "12_3"  # 13 is what it was submitted as after it had stopped
+    (folder / "job.json").write_text(json.dumps({"job": job}), encoding="utf-8")
+    monkeypatch.setattr(standing, "queued", lambda: queue)
     assert (one(tmp_path).state, one(tmp_path).said) == (state, said)
 
 

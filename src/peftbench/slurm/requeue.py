@@ -13,22 +13,28 @@ from pathlib import Path
 
 from peftbench.errors import PeftbenchError, SlurmError, TimeLimitError
 from peftbench.record import EXIT_CODES, FILE, FINAL, RunRecord, read_record
-from peftbench.status import slurm_job
+from peftbench.status import read_status, slurm_job
 
 
 def requeue(folder: Path, at_most: int) -> int:
     """Begin the job anew, if its run can gain by it; returns the exit code of its script.
 
     Raises:
-        SlurmError: it cannot, and why: TimeLimitError where it came no further in its time.
-        RecordError: the run left no record.
+        SlurmError: it cannot, and why.
+        TimeLimitError: it was stopped before it had begun, or came no further in its time.
+        RecordError: its record cannot be read.
     """
-    record = read_record(folder / FILE)
-    if record.outcome.kind != "preempted":
-        return 0 if record.outcome.kind in FINAL else EXIT_CODES[record.outcome.kind]
     job, restarts = slurm_job(), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     if job is None:
         raise SlurmError(f"{folder} was stopped outside of SLURM; run it again to go on")
+    if not _has_begun(folder, job, restarts):  # a record, if there is one, is of an attempt before this
+        raise TimeLimitError(
+            f"the job's time is too short: it was told to stop before the run in {folder} had begun; give a longer "
+            "slurm.time, and submit again"
+        )
+    record = read_record(folder / FILE)
+    if record.outcome.kind != "preempted":
+        return 0 if record.outcome.kind in FINAL else EXIT_CODES[record.outcome.kind]
     if not gained(record):
         raise TimeLimitError(
             f"the job's time is too short: {folder} began at step {_began_at(record)} and came no further before it "
@@ -47,6 +53,11 @@ def gained(record: RunRecord) -> bool:
     """Whether the last process of a run finished a step and kept it."""
     step = record.outcome.step
     return step is not None and step > _began_at(record) and step <= record.steps
+
+
+def _has_begun(folder: Path, job: str, restarts: int) -> bool:
+    status = read_status(folder)
+    return status is not None and (status.job, status.restarts) == (job, restarts)
 
 
 def _began_at(record: RunRecord) -> int:

@@ -104,7 +104,7 @@ def _body(job: Job) -> list[str]:
 
 def _launch(job: Job, python: str) -> list[str]:
     if not job.launched:
-        return [f'srun {python} -m peftbench.train --config "$folder/recipe.yaml" &']
+        return [f'srun {python} -m peftbench.train --unless-finished --config "$folder/recipe.yaml" &']
     several = [
         'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
         f"port=$(({_PORT} + SLURM_JOB_ID % 1000))",
@@ -118,7 +118,7 @@ def _launch(job: Job, python: str) -> list[str]:
     launch = [
         f"{python} -m accelerate.commands.launch --quiet", f'--config_file "$folder/{ACCELERATE}"',
         f"--num_processes {job.nodes * job.processes_per_node}", *(machines if job.nodes > 1 else []),
-        '-m peftbench.train --config "$folder/recipe.yaml"',
+        '-m peftbench.train --unless-finished --config "$folder/recipe.yaml"',
     ]  # fmt: skip
     if job.nodes == 1:
         return [f"srun {' '.join(launch)} &"]

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peftbench.config import explained
-from peftbench.errors import BusyError, PeftbenchError, RecordError
+from peftbench.errors import BusyError
 from peftbench.files import write_atomically
+from peftbench.finished import result_of
 from peftbench.lock import refuse_if_held
 from peftbench.recipe import Recipe
-from peftbench.record import FILE, FINAL, RunRecord, read_record
+from peftbench.record import FINAL
 
 ENTRY_POINT = "peftbench.train"
 _PDEATHSIG = 1
@@ -39,30 +40,6 @@ class Result:
         return self.outcome in FINAL or self.outcome == "skipped"
 
 
-def record_of(recipe: Recipe) -> RunRecord | None:
-    """The record of this very recipe; one of a recipe that was changed since, or that cannot be read, is none."""
-    try:
-        record = read_record(Path(recipe.output_dir) / recipe.name / FILE)
-    except RecordError:
-        return None
-    if record.recipe_fingerprint != recipe.fingerprint():
-        return None
-    # What no number depends on (a price, say) may have changed since, and is shown as it is now.
-    return record.model_copy(update={"recipe": recipe.model_dump(mode="json")})
-
-
-def finished(recipe: Recipe) -> bool:
-    """Whether this very recipe has a result already, on the examples that lie there now."""
-    record = record_of(recipe)
-    if record is None or record.outcome.kind not in FINAL:
-        return False
-    source = recipe.data.source
-    try:
-        return not source.changes_in_place or record.data_identity == source.identity()
-    except PeftbenchError:  # the run will say why
-        return False
-
-
 def run_suite(recipes: Sequence[Recipe], accelerate: Path | None, say: Callable[[str], None]) -> list[Result]:
     """Run what is not finished; ``say`` is told what happens, a line at a time.
 
@@ -72,7 +49,7 @@ def run_suite(recipes: Sequence[Recipe], accelerate: Path | None, say: Callable[
     results: list[Result] = []
     for number, recipe in enumerate(recipes, 1):
         place = f"[{number}/{len(recipes)}] {recipe.name}"
-        if finished(recipe):
+        if result_of(recipe) is not None:
             say(f"{place}: finished before, skipped")
             results.append(Result(recipe.name, "skipped"))
             continue

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 import socket
-import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,11 +13,10 @@ from tabulate import tabulate
 from peftbench.errors import MissingFileError, RecordError
 from peftbench.lock import held
 from peftbench.record import FILE, FINAL, RunRecord, read_record
+from peftbench.slurm.queue import Queued, queued
 from peftbench.slurm.submit import job_of
+from peftbench.status import FILE as STATUS
 from peftbench.status import Status, read_status
-
-_QUEUE = ["squeue", "--noheader", "--array", "--format=%i|%T|%r"]
-_QUEUE_SECONDS = 30
 
 
 @dataclass(frozen=True)
@@ -44,28 +41,27 @@ def standings(folder: Path) -> list[Standing]:
     Raises:
         MissingFileError: there is none.
     """
-    places = sorted({path.parent for name in ("recipe.yaml", FILE) for path in folder.rglob(name)})
+    places = sorted({path.parent for name in ("recipe.yaml", FILE, STATUS) for path in folder.rglob(name)})
     places = [place for place in places if place.name != "model" and "checkpoints" not in place.parts]
     if not places:
         raise MissingFileError(f"there is no run below {folder}", "give the folder that a suite wrote to")
-    queue = _queued()
+    queue = queued()
     return [_standing(place, str(place.relative_to(folder)), queue) for place in places]
 
 
-def _standing(folder: Path, name: str, queue: Mapping[str, tuple[str, str]]) -> Standing:
+def _standing(folder: Path, name: str, queue: Mapping[str, Queued]) -> Standing:
     status, job = read_status(folder), job_of(folder)
     record = None
     with suppress(RecordError):
         record = read_record(folder / FILE)
-    state, reason = queue.get((status.job if status else None) or job or "", ("", ""))
-    if held(folder) or (state == "RUNNING" and _newer(status, record)):
+    # A process may have been started by hand, or be of the job before.
+    asked = next((found for key in (job, status.job if status else None) if key and (found := queue.get(key))), None)
+    if held(folder) or (asked is not None and asked.state == "RUNNING" and _newer(status, record)):
         return _running(name, status, job)
-    if state and state != "COMPLETING" and not (record and record.outcome.kind in FINAL):
-        step = record.outcome.step if record is not None else None
-        after = f"after step {step}, " if step else ""
-        return Standing(
-            name, "waiting", job=job, said=f"{after}{reason.lower() if reason != 'None' else state.lower()}"
-        )
+    if asked is not None and asked.lasts and not (record and record.outcome.kind in FINAL):
+        after = f"after step {record.outcome.step}, " if record is not None and record.outcome.step else ""
+        why = asked.state if asked.reason == "None" else asked.reason
+        return Standing(name, "waiting", job=job, said=f"{after}{why.lower()}")
     if record is not None and _newer_record(status, record):
         return _ended(name, record, status, job)
     if status is not None:
@@ -110,18 +106,6 @@ def _newer_record(status: Status | None, record: RunRecord) -> bool:
 def _newest_checkpoint(folder: Path) -> int | None:
     steps = [int(path.parent.name.removeprefix("step-")) for path in folder.glob("checkpoints/*/step-*[0-9]/*.json")]
     return max(steps, default=None)
-
-
-def _queued() -> dict[str, tuple[str, str]]:
-    """State and reason of each of the user's jobs, by name; nothing where there is no SLURM that answers."""
-    if shutil.which("squeue") is None:
-        return {}
-    try:
-        told = subprocess.run([*_QUEUE, "--me"], capture_output=True, text=True, timeout=_QUEUE_SECONDS, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    rows = (line.split("|") for line in told.stdout.splitlines())
-    return {row[0]: (row[1], row[2]) for row in rows if len(row) == 3}
 
 
 def table(rows: Sequence[Standing]) -> str:
