@@ -6,8 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.launch.conftest import caches as caches
+from tests.launch import conftest as launching
 from tests.slurm.cluster import Cluster, cluster, why_not
+
+
+caches = launching.caches
+"""Environment of launched processes, the same fixture."""
 
 
 @pytest.fixture(scope="session")

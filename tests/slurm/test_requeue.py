@@ -66,7 +66,7 @@ def test_stopped_before_it_began(before: str, tmp_path: Path, scontrol: Path, mo
     """What lies there is of an attempt before, or of another job, and is nothing that this one has gained."""
     record(began=(6,)).write(tmp_path)
     monkeypatch.setenv(before, "3")
-    with pytest.raises(TimeLimitError, match="told to stop before the run in .* had begun"):
+    with pytest.raises(TimeLimitError, match=r"told to stop before the run in .* had begun"):
         requeue(tmp_path, at_most=9)
     assert not scontrol.exists()
 
