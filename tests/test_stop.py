@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from peftbench.files import write_atomically
 from peftbench.stop import JOB_VARIABLE, SIGNALS, Interrupted, Stop, request
 
 
@@ -69,16 +70,17 @@ def test_nobody_asked(stop: Stop) -> None:
     assert stop.by is None
 
 
-def test_a_file_asks(tmp_path: Path, stop: Stop) -> None:
-    """Soon after it is there, the process is asked as by SIGUSR1."""
-    file = tmp_path / ".stop"
+@pytest.mark.parametrize(("text", "by"), [("SIGUSR1\n", "SIGUSR1"), ("", ".stop")])
+def test_a_file_asks(text: str, by: str, tmp_path: Path, stop: Stop) -> None:
+    """Soon after it is there, the process is asked, by what the file says."""
+    file = request(tmp_path, {})
     stop.watch(file)
-    threading.Timer(0.2, file.touch).start()
+    threading.Timer(0.2, lambda: write_atomically(file, text)).start()
     until = time.monotonic() + 20
     with pytest.raises(Interrupted), stop.between_steps():  # noqa: PT012
         while stop.by is None and time.monotonic() < until:
             time.sleep(0.05)
-    assert stop.by == "SIGUSR1"
+    assert stop.by == by
 
 
 def test_another_attempts_file_asks_nothing(tmp_path: Path) -> None:

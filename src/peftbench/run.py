@@ -45,7 +45,7 @@ from peftbench.record import FILE, Memory, Outcome, Quality, RunRecord
 from peftbench.recording import Together, recorded
 from peftbench.shortage import Shortage, settle
 from peftbench.status import Teller
-from peftbench.stop import Interrupted, Stop
+from peftbench.stop import JOB_VARIABLE, Interrupted, Stop, take_back
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -74,7 +74,7 @@ class Run:
         self.lock = Lock(self.folder)
         try:
             self.bound = bind(self.recipe, self.folder)
-            from_main(self.bound.accelerator, self.lock.hold)
+            from_main(self.bound.accelerator, self._have_it)
         except BaseException:
             self._leave_nothing()
             raise
@@ -119,7 +119,14 @@ class Run:
             self._leave_nothing()
             raise
         finally:
+            if self.accelerator.is_main_process:
+                take_back(self.folder)
             self.lock.let_go()
+
+    def _have_it(self) -> None:
+        self.lock.hold()
+        if JOB_VARIABLE not in os.environ:  # else a file of this name is meant for this very attempt
+            take_back(self.folder)
 
     def _execute(self) -> tuple[RunRecord, Path]:
         try:

@@ -1,8 +1,8 @@
 """Ends a run when it is asked to: between two steps while it trains, at once elsewhere.
 
-It is asked by a signal (Ctrl-C, SIGTERM, SIGUSR1), or by a file in its folder. A launcher stands between a job's script
-and the processes it launched, on one node or on many, and a signal that the launcher does not know ends it; a file is
-seen by all of them.
+It is asked by a signal (Ctrl-C, SIGTERM, SIGUSR1), or by a file in its folder, whose text says what asked. A launcher
+stands between a job's script and the processes it launched, on one node or on many, and a signal that the launcher does
+not know ends it, one that it knows leaves them half a minute; a file is seen by all of them, and hurries nobody.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 JOB_VARIABLE = "PEFTBENCH_JOB"
-"""What a job's script calls this attempt, so that a file which asked an earlier one to stop asks nothing of this."""
+"""What an attempt is called by whoever starts it, so that a file which asked an earlier one asks nothing of it."""
 LEAD_VARIABLE = "PEFTBENCH_STOP_LEAD"
 """Seconds before its end at which a job is told to stop."""
 _EVERY_SECONDS = 0.5
@@ -37,13 +37,20 @@ def request(folder: Path, environment: Mapping[str, str] = os.environ) -> Path:
     return folder / f".stop{f'-{job}' if job else ''}"
 
 
+def take_back(folder: Path) -> None:
+    """Take away what asked a run in ``folder``, which has heard it, or is another one than was meant."""
+    with suppress(OSError):
+        request(folder).unlink()
+
+
 class Stop:
     """Hears that a run is to stop."""
 
     def __init__(self) -> None:
         self.by: str | None = None
-        """The signal's name, None while nobody asked."""
+        """The signal's name, or what the file says; None while nobody asked."""
         self._between_steps = False
+        self._written: str | None = None
 
     def listen(self) -> None:
         """Hear signals from now on; in the main thread."""
@@ -51,8 +58,8 @@ class Stop:
             signal.signal(number, self._heard)
 
     def watch(self, file: Path) -> None:
-        """Take it for SIGUSR1 when ``file`` comes to be, from a thread."""
-        threading.Thread(target=_look, args=(file,), daemon=True).start()
+        """Hear ``file`` when it comes to be, from a thread."""
+        threading.Thread(target=self._look, args=(file,), daemon=True).start()
 
     @contextmanager
     def between_steps(self) -> Iterator[None]:
@@ -74,13 +81,15 @@ class Stop:
         self._between_steps = True
 
     def _heard(self, number: int, _frame: FrameType | None) -> None:
-        again, self.by = self.by is not None, signal.Signals(number).name
+        again, self.by = self.by is not None, self._written or signal.Signals(number).name
         if not self._between_steps or (again and number == signal.SIGINT):
             raise Interrupted(self.by)
 
-
-def _look(file: Path) -> None:
-    waiting = threading.Event()
-    while not file.exists():
-        waiting.wait(_EVERY_SECONDS)
-    os.kill(os.getpid(), signal.SIGUSR1)
+    def _look(self, file: Path) -> None:
+        waiting = threading.Event()
+        while not file.exists():
+            waiting.wait(_EVERY_SECONDS)
+        with suppress(OSError, ValueError):
+            self._written = file.read_text(encoding="utf-8").strip()
+        self._written = self._written or file.name
+        os.kill(os.getpid(), signal.SIGUSR1)  # the main thread is to hear it, wherever it is

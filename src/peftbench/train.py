@@ -89,13 +89,13 @@ def run(recipe: Recipe) -> tuple[Outcome, Path | None, int]:
         place = folder / FILE
         stop = Stop()
         stop.listen()
-        stop.watch(request(folder))
         quiet_libraries()
         from peftbench.run import Run
 
         started: Run | None = None
         try:
             started = Run(recipe, stop)
+            stop.watch(request(folder))
             started.peers.watch(partial(_end_with_another, started))
             outcome = started.execute()[0].outcome
             if outcome.kind == "oom" and not is_main_process():

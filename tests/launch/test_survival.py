@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from peftbench.errors import OutputError
+from tests.disks import mounted
 from tests.launch.conftest import LAUNCH
 from tests.launch.test_compare import CONFIG, peftbench, record_of, run
 
@@ -86,10 +90,10 @@ def test_a_step_is_kept_and_gone_on_from(
     step = stopped["outcome"]["step"]
     assert stopped["outcome"]["kind"] == last["outcome"] == "preempted"
     assert 0 < step == len(stopped["losses"]) < STEPS
-    by = "SIGUSR1" if way == "file" else way
+    by = ".stop" if way == "file" else way
     assert stopped["outcome"]["error"] == f"stopped by {by}; step {step} is kept"
     assert stopped["losses"] == undisturbed["losses"][:step]
-    (project / "out" / "run" / ".stop").unlink(missing_ok=True)
+    assert not (project / "out" / "run" / ".stop").exists()
     ended = run([*ALONE, *ARGUMENTS], project, caches)
     assert ended.returncode == 0, ended.stderr
     record = record_of(project, "run")
@@ -143,6 +147,69 @@ def test_a_second_process_is_refused(project: Path, caches: dict[str, str]) -> N
     assert ended.returncode == 0, ended.stderr
 
 
+@pytest.mark.parametrize("room", [0, 65536], ids=["no room", "room for a record"])
+def test_a_full_disk_while_it_saves(
+    room: int, project: Path, caches: dict[str, str], undisturbed: dict[str, Any]
+) -> None:
+    """It ends with a sentence, what was kept before stays, and with room again the run goes on from there."""
+    with mounted(project / "small", "size=12m") as disk:
+        more = [f"output_dir={disk}", "checkpoint.every_steps=2", "checkpoint.keep=1"]
+        process = begin(ALONE, project, caches, *more)
+        kept = disk / "run" / "checkpoints"
+        until = time.monotonic() + 200
+        while not list(kept.rglob("step-*[0-9]/checkpoint.json")) and time.monotonic() < until:
+            time.sleep(0.01)
+        fill(disk / "filler", room)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == OutputError.exit_code, errors
+        assert "No space left on device" in errors
+        assert "Traceback" not in errors
+        assert len(list(kept.rglob("step-*[0-9]"))) == 1
+        if room:
+            record = json.loads((disk / "run" / "record.json").read_text(encoding="utf-8"))
+            assert record["outcome"]["kind"] == "failed"
+        (disk / "filler").unlink()
+        ended = run([*ALONE, *ARGUMENTS, *more], project, caches)
+        assert ended.returncode == 0, ended.stderr
+        record = json.loads((disk / "run" / "record.json").read_text(encoding="utf-8"))
+    assert record["resumed_after"]
+    assert record["losses"] == undisturbed["losses"]
+
+
+def fill(file: Path, room: int) -> None:
+    """Take all that a disk has but so many bytes."""
+    with file.open("wb", buffering=0) as filler, suppress(OSError):
+        while True:
+            filler.write(bytes(4096))
+    with file.open("r+b") as filler:
+        filler.truncate(max(0, file.stat().st_size - room))
+
+
+def test_a_damaged_checkpoint(project: Path, caches: dict[str, str], undisturbed: dict[str, Any]) -> None:
+    """It goes on from the one before, and says so."""
+    process = begin(ALONE, project, caches, "checkpoint.every_steps=2")
+    kept = project / "out" / "run" / "checkpoints"
+    until = time.monotonic() + 200
+    while len(list(kept.rglob("step-*[0-9]/checkpoint.json"))) < 2 and time.monotonic() < until:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    whole = [path for path in kept.rglob("step-*") if path.name.removeprefix("step-").isdigit()]
+    before, newest = sorted(whole, key=lambda path: int(path.name.removeprefix("step-")))[-2:]
+    largest = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    with largest.open("r+b") as file:
+        file.seek(largest.stat().st_size // 2)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+    ended = run([*ALONE, *ARGUMENTS, "checkpoint.every_steps=2"], project, caches)
+    assert ended.returncode == 0, ended.stderr
+    record = record_of(project, "run")
+    assert record["resumed_after"] == [int(before.name.removeprefix("step-"))]
+    assert any(newest.name in note for note in record["notes"]), record["notes"]
+    assert record["losses"] == undisturbed["losses"]
+
+
 def test_a_suite_that_is_killed_takes_its_run_along(project: Path, caches: dict[str, str]) -> None:
     """Kill -9 of compare: the run under way is told, keeps its step and ends, so that the next compare can go on."""
     (project / "suite.yaml").write_text("name: s\nrecipes: [recipe.yaml]\n", encoding="utf-8")
@@ -179,7 +246,7 @@ def test_two_processes_stop_together(way: str, project: Path, caches: dict[str, 
     assert stopped["outcome"]["kind"] == "preempted", errors
     step = stopped["outcome"]["step"]
     assert f"step {step} is kept" in stopped["outcome"]["error"]
-    (project / "out" / "run" / ".stop").unlink(missing_ok=True)
+    assert not (project / "out" / "run" / ".stop").exists()
     ended = run([*TWO, *ARGUMENTS], project, caches)
     assert ended.returncode == 0, ended.stderr
     record, expected = record_of(project, "run"), record_of(project, "whole")

@@ -9,7 +9,6 @@ import pytest
 from tests.launch import conftest as launching
 from tests.slurm.cluster import Cluster, cluster, why_not
 
-
 caches = launching.caches
 """Environment of launched processes, the same fixture."""
 

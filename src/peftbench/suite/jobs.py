@@ -78,7 +78,8 @@ def jobs_of(
     per_node = 1 if launcher is None else launcher.processes
     gpus = (0 if on_cpu else per_node) if gpus_per_node is None else gpus_per_node
     job = Job(
-        name=name, folders=tuple(map(_folder, left)), logs=place_of_script / LOGS, options=chosen, nodes=nodes, gpus_per_node=gpus,
+        name=name, folders=tuple(map(_folder, left)), logs=place_of_script / LOGS, options=chosen, nodes=nodes,
+        gpus_per_node=gpus,
         processes_per_node=gpus or per_node, launched=launcher is not None,
         deepspeed=launcher is not None and launcher.deepspeed is not None, at_once=at_once, restarts=restarts,
     )  # fmt: skip

@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -20,10 +21,10 @@ from peftbench.finished import result_of
 from peftbench.lock import refuse_if_held
 from peftbench.recipe import Recipe
 from peftbench.record import FINAL
+from peftbench.stop import JOB_VARIABLE, request
 
 ENTRY_POINT = "peftbench.train"
 _PDEATHSIG = 1
-_GRACE_SECONDS = 30  # for a run that was interrupted to write its record
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,15 @@ def run_suite(recipes: Sequence[Recipe], accelerate: Path | None, say: Callable[
             results.append(Result(recipe.name, "skipped"))
             continue
         say(f"{place}: running")
-        result = run_one(recipe, accelerate)
+        result = run_one(recipe, accelerate, say=say)
         say(f"{place}: {result.outcome}" + (f" ({result.error})" if result.error else ""))
         results.append(result)
     return results
 
 
-def run_one(recipe: Recipe, accelerate: Path | None, processes: int | None = None) -> Result:
+def run_one(
+    recipe: Recipe, accelerate: Path | None, processes: int | None = None, say: Callable[[str], None] | None = None
+) -> Result:
     """One run in a process of its own, or in as many as the accelerate file or ``processes`` says.
 
     Its recipe is written beside its record, so that it can be run again by hand. If this process dies, the run is
@@ -78,19 +81,23 @@ def run_one(recipe: Recipe, accelerate: Path | None, processes: int | None = Non
         launcher += ["-m", "accelerate.commands.launch", "--quiet", "--config_file", str(accelerate)]
         launcher += ["--num_processes", str(processes)] if processes is not None else []
     command = [*launcher, "-m", ENTRY_POINT, "--config", str(recipe_file)]
+    # What asks it to stop is meant for it alone.
+    environment = os.environ | {JOB_VARIABLE: os.environ.get(JOB_VARIABLE) or f"{socket.gethostname()}-{os.getpid()}"}
     log = folder / "log.txt"
     # A person watches the bars; anyone else finds what was said in the run's folder.
     with (Path(os.devnull) if sys.stderr.isatty() else log).open("wb") as file:
         errors = None if sys.stderr.isatty() else file
         # In a session of its own, so that Ctrl-C reaches the run once, from here.
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True,
+            command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True,
             preexec_fn=_end_with_parent,  # noqa: PLW1509 — no thread of this process holds a lock
         )  # fmt: skip
         try:
             output, _ = process.communicate()
         except KeyboardInterrupt:
-            _stop(process)
+            if say is not None:
+                say(f"{recipe.name}: is to finish its step and keep it; press Ctrl-C again to kill it")
+            _stop(process, request(folder, environment))
             raise
     return _result(recipe.name, output, process.returncode, None if errors is None else log)
 
@@ -111,13 +118,14 @@ def _result(name: str, output: str, code: int, log: Path | None) -> Result:
     return Result(name, "crashed", f"it {reason} without a result{where}")
 
 
-def _stop(process: subprocess.Popen[str]) -> None:
-    """Interrupt a run and all its processes; kill what does not listen."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGINT)
+def _stop(process: subprocess.Popen[str], file: Path) -> None:
+    """Ask a run and all its processes to stop, however long that takes; whoever is impatient has them killed."""
     try:
-        process.communicate(timeout=_GRACE_SECONDS)
-    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        write_atomically(file, "SIGINT\n")
+        process.communicate()
+    except KeyboardInterrupt:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
+    finally:
+        file.unlink(missing_ok=True)
