@@ -29,6 +29,16 @@ def test_it_tells_phases_at_once_and_steps_now_and_then(tmp_path: Path, monkeypa
     assert (read_status(tmp_path) or told).step == 30
 
 
+def test_steps_of_a_process_before(tmp_path: Path) -> None:
+    """They are told with the next phase, though this process may make none."""
+    teller = Teller(tmp_path, tells=True)
+    teller.go_on(30, 30)
+    teller.phase("evaluate")
+    told = read_status(tmp_path)
+    assert told is not None
+    assert (told.phase, told.step, told.steps) == ("evaluate", 30, 30)
+
+
 def test_one_of_several_tells(tmp_path: Path) -> None:
     """The others write nothing."""
     teller = Teller(tmp_path, tells=False)

@@ -73,6 +73,10 @@ class Teller:
         """Another phase has begun."""
         self._write(phase=name)
 
+    def go_on(self, step: int, steps: int) -> None:
+        """So many steps of so many were done by a process before; told with what comes next."""
+        self._status = self._status.model_copy(update={"step": step, "steps": steps})
+
     def step(self, step: int, steps: int, real_tokens: int) -> None:
         """So many steps of so many are done, the last of which had that many real tokens."""
         now = time.monotonic()

@@ -16,6 +16,8 @@ from pathlib import Path
 
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue")
 PACKAGES = "apt-get install --no-install-recommends -y slurm-wlm munge"
+GPUS = 4
+"""Of each node, by name alone."""
 _SECONDS = 60
 _PLACES = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
@@ -76,7 +78,7 @@ def wait_until(true: Callable[[], object], seconds: float, why: Callable[[], str
 
 @contextmanager
 def cluster() -> Iterator[Cluster]:
-    """One node, two CPUs, ports of its own."""
+    """Two nodes on this machine, each with two CPUs and what it takes for four GPUs; ports of its own."""
     folder = Path(tempfile.mkdtemp(prefix="peftbench-slurm-", dir="/tmp"))
     folder.chmod(0o755)
     with ExitStack() as daemons:
@@ -84,17 +86,19 @@ def cluster() -> Iterator[Cluster]:
         sock = _munge(folder, daemons)
         configuration = folder / "slurm.conf"
         configuration.write_text(_configuration(folder, sock), encoding="utf-8")
+        # No device belongs to them: jobs can ask for GPUs, and find none, as on a machine whose driver is gone.
+        (folder / "gres.conf").write_text(f"Name=gpu Count={GPUS}\n", encoding="utf-8")
         environment = os.environ | {"SLURM_CONF": str(configuration), "PATH": _PLACES}
         for name in list(environment):
             if name.startswith("SLURM_") and name != "SLURM_CONF":
                 del environment[name]
         found = Cluster(folder, environment)
-        for name in ("slurmctld", "slurmd"):
-            command = [str(shutil.which(name, path=_PLACES)), "-D", "-f", str(configuration)]
-            _start(command, folder / f"{name}.out.log", daemons, environment)
+        for name, *more in (["slurmctld"], *(["slurmd", "-N", node] for node in nodes())):
+            command = [str(shutil.which(name, path=_PLACES)), "-D", "-f", str(configuration), *more]
+            _start(command, folder / f"{'-'.join([name, *more[1:]])}.out.log", daemons, environment)
         wait_until(
-            lambda: "idle" in found.run("sinfo", "--noheader", "--format=%T", check=False), _SECONDS,
-            lambda: f"the node did not come up\n{found.logs()}",
+            lambda: found.run("sinfo", "--noheader", "--Node", "--format=%T", check=False).split() == ["idle"] * 2,
+            _SECONDS, lambda: f"the nodes did not come up\n{found.logs()}",
         )  # fmt: skip
         daemons.callback(_cancel, found)
         yield found
@@ -148,24 +152,33 @@ def _free_port() -> int:
         return int(found.getsockname()[1])
 
 
+def nodes() -> tuple[str, str]:
+    """Their names, which are this machine's, for processes of one run find each other by them."""
+    return socket.gethostname().split(".")[0], "localhost"
+
+
 def _configuration(folder: Path, sock: Path) -> str:
-    host = socket.gethostname().split(".")[0]
+    host = nodes()[0]
     places = {name: folder / name for name in ("state", "spool")}
     for place in places.values():
         place.mkdir()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
     return "\n".join([
         "ClusterName=peftbench", f"SlurmctldHost={host}(127.0.0.1)", "SlurmUser=root", "SlurmdUser=root",
-        f"SlurmctldPort={_free_port()}", f"SlurmdPort={_free_port()}",
+        f"SlurmctldPort={_free_port()}", "GresTypes=gpu",
         # A job that begins anew waits until what it was let in with before is out of date.
         "AuthType=auth/munge", f"AuthInfo=socket={sock},cred_expire=5", "CredType=cred/munge",
         "ProctrackType=proctrack/linuxproc", "TaskPlugin=task/none", "MpiDefault=none", "SwitchType=switch/none",
         "SelectType=select/cons_tres", "SelectTypeParameters=CR_CPU", "SchedulerType=sched/backfill",
         "JobAcctGatherType=jobacct_gather/none", "AccountingStorageType=accounting_storage/none",
         "ReturnToService=2", "JobRequeue=1", "KillWait=30", "InactiveLimit=0", "MinJobAge=300",
-        f"StateSaveLocation={places['state']}", f"SlurmdSpoolDir={places['spool']}",
-        f"SlurmctldPidFile={folder / 'slurmctld.pid'}", f"SlurmdPidFile={folder / 'slurmd.pid'}",
-        f"SlurmctldLogFile={folder / 'slurmctld.log'}", f"SlurmdLogFile={folder / 'slurmd.log'}",
-        f"NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory={memory // 2} State=UNKNOWN",
+        f"StateSaveLocation={places['state']}", f"SlurmdSpoolDir={places['spool']}/%n",
+        f"SlurmctldPidFile={folder / 'slurmctld.pid'}", f"SlurmdPidFile={folder}/slurmd-%n.pid",
+        f"SlurmctldLogFile={folder / 'slurmctld.log'}", f"SlurmdLogFile={folder}/slurmd-%n.log",
+        *(
+            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={_free_port()} CPUs=2 "
+            f"RealMemory={memory // 3} Gres=gpu:{GPUS} State=UNKNOWN"
+            for name in nodes()
+        ),
         "PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP", "",
     ])  # fmt: skip

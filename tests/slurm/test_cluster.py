@@ -41,7 +41,7 @@ def test_a_suite_comes_through(project: Path, slurm: Cluster, caches: dict[str, 
     assert undisturbed.returncode == 0, undisturbed.stderr
 
     words = [
-        "submit", "suite.yaml", "--out", "cluster", "--gpus-per-node", "0", "slurm.time=1",
+        "submit", "suite.yaml", "--out", "cluster", "--gpus-per-node", "0", "--at-once", "2", "slurm.time=1",
         f"slurm.signal=B:USR1@{LEAD}",
     ]  # fmt: skip
     submitted = peftbench(project, environment, *words)
