@@ -32,7 +32,7 @@ def test_it_tells_phases_at_once_and_steps_now_and_then(tmp_path: Path, monkeypa
 def test_steps_of_a_process_before(tmp_path: Path) -> None:
     """They are told with the next phase, though this process may make none."""
     teller = Teller(tmp_path, tells=True)
-    teller.go_on(30, 30)
+    teller.begin(30, 30)
     teller.phase("evaluate")
     told = read_status(tmp_path)
     assert told is not None

@@ -64,7 +64,6 @@ class Continuity:
         run.kept = state["kept"] if own else {}
         self.began_at = self.kept_at = run.progress.steps
         run.resumed_after = [*state["resumed_after"], self.began_at]
-        run.teller.go_on(self.began_at, trainer.steps)
         if not own:
             run.notes.append(
                 f"its first {self.began_at} steps were made by {found.origin.processes} processes, and are in no "

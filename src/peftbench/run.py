@@ -281,6 +281,7 @@ class Run:
         self.recipe.method.set_training(built.bare_model)
         self.continuity = Continuity(self, built)
         self.continuity.take_up(trainer)
+        self.teller.begin(self.continuity.began_at, trainer.steps)
         if self.recipe.trackers:
             self.accelerator.init_trackers(DISTRIBUTION, config={"recipe": self.recipe.model_dump_json()})
         knobs = self.recipe.profile

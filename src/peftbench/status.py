@@ -73,8 +73,8 @@ class Teller:
         """Another phase has begun."""
         self._write(phase=name)
 
-    def go_on(self, step: int, steps: int) -> None:
-        """So many steps of so many were done by a process before; told with what comes next."""
+    def begin(self, step: int, steps: int) -> None:
+        """Training begins, with so many steps of so many done by a process before; told with what comes next."""
         self._status = self._status.model_copy(update={"step": step, "steps": steps})
 
     def step(self, step: int, steps: int, real_tokens: int) -> None:

@@ -86,8 +86,10 @@ def cluster() -> Iterator[Cluster]:
         sock = _munge(folder, daemons)
         configuration = folder / "slurm.conf"
         configuration.write_text(_configuration(folder, sock), encoding="utf-8")
-        # No device belongs to them: jobs can ask for GPUs, and find none, as on a machine whose driver is gone.
-        (folder / "gres.conf").write_text(f"Name=gpu Count={GPUS}\n", encoding="utf-8")
+        # What stands for them is no device: jobs can ask for GPUs, and find none, as on a machine without a driver.
+        for number in range(GPUS):
+            (folder / f"gpu{number}").touch()
+        (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-{GPUS - 1}]\n", encoding="utf-8")
         environment = os.environ | {"SLURM_CONF": str(configuration), "PATH": _PLACES}
         for name in list(environment):
             if name.startswith("SLURM_") and name != "SLURM_CONF":

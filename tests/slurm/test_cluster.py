@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -87,8 +86,10 @@ def test_a_time_in_which_nothing_can_be_done(project: Path, slurm: Cluster, cach
     assert not (project / "short").exists()
     submitted = peftbench(project, environment, *words, "slurm.signal=B:USR1@59")
     assert submitted.returncode == 0, submitted.stderr
+    wait_until(lambda: "RUNNING" in slurm.queue().values(), 60, slurm.logs)
+    # As SLURM would within half a minute, but surely before its training begins.
+    slurm.run("scancel", "--batch", "--signal=USR1", submitted.stdout.split()[2].rstrip(":"))
     slurm.await_empty(300)
-    time.sleep(1)
     said = "".join(path.read_text(encoding="utf-8") for path in (project / "short").rglob("*.log"))
     assert "the job's time is too short" in said, said
     assert said.count("the job's time is too short") == 1

@@ -46,7 +46,7 @@ def test_what_came_further_begins_anew(tmp_path: Path, scontrol: Path) -> None:
     [
         (record(), 2, SlurmError, "begun anew 2 times, which is as often as it may be"),
         (record(began=(3, 7)), 9, TimeLimitError, "began at step 7 and came no further"),
-        (record(step=None, steps=0), 9, TimeLimitError, "began at step 0 and came no further"),
+        (record(step=None, steps=0), 9, TimeLimitError, "came no further than its phase None"),
         (record(step=8), 9, TimeLimitError, "came no further"),  # broken off in a step that nobody kept
     ],
     ids=["too often", "no step", "not even begun", "not kept"],

@@ -66,19 +66,23 @@ def test_every_state(tmp_path: Path) -> None:
     (kept / "checkpoint.json").touch()
     lock = Lock(run(tmp_path / "g_running", ended("preempted"), told(LATE, 7)))
     lock.hold()
+    early = run(tmp_path / "h_stopped_early", ended("preempted", "stopped by SIGTERM").model_copy(update={"steps": 0}))
+    (early / "checkpoints" / "x" / "step-00000004").mkdir(parents=True)
+    (early / "checkpoints" / "x" / "step-00000004" / "checkpoint.json").touch()
     found = {row.name[2:]: row for row in standings(tmp_path)}
     lock.let_go()
     assert {name: row.state for name, row in found.items()} == {
         "waiting": "waiting", "finished": "finished", "oom": "finished", "preempted": "preempted", "failed": "failed",
-        "gone": "gone", "running": "running",
+        "gone": "gone", "running": "running", "stopped_early": "preempted",
     }  # fmt: skip
     assert found["oom"].said == "oom: asked for too much"
     assert found["preempted"].said == "stopped by SIGUSR1; step 5 is kept"
+    assert (found["stopped_early"].step, found["stopped_early"].said) == (4, "stopped by SIGTERM; step 4 is kept")
     assert found["failed"].said == "the disk is full"
     assert "on node7; step 4 is kept; run it again to go on" in found["gone"].said
     assert (found["running"].step, found["running"].steps) == (7, 9)
     text = table(standings(tmp_path))
-    assert "7 runs: " in text
+    assert "8 runs: " in text
     assert "2 finished" in text
 
 

@@ -37,8 +37,8 @@ def requeue(folder: Path, at_most: int) -> int:
         return 0 if record.outcome.kind in FINAL else EXIT_CODES[record.outcome.kind]
     if not gained(record):
         raise TimeLimitError(
-            f"the job's time is too short: {folder} began at step {_began_at(record)} and came no further before it "
-            "was told to stop; give a longer slurm.time, and submit again"
+            f"the job's time is too short: {folder} {_where(record)} before it was told to stop; give a longer "
+            "slurm.time, and submit again"
         )
     if restarts >= at_most:
         raise SlurmError(f"job {job} was begun anew {restarts} times, which is as often as it may be; submit again")
@@ -53,6 +53,12 @@ def gained(record: RunRecord) -> bool:
     """Whether the last process of a run finished a step and kept it."""
     step = record.outcome.step
     return step is not None and step > _began_at(record) and step <= record.steps
+
+
+def _where(record: RunRecord) -> str:
+    if not record.steps:
+        return f"came no further than its phase {record.outcome.phase}"
+    return f"began at step {_began_at(record)} and came no further"
 
 
 def _has_begun(folder: Path, job: str, restarts: int) -> bool:

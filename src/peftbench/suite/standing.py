@@ -63,7 +63,7 @@ def _standing(folder: Path, name: str, queue: Mapping[str, Queued]) -> Standing:
         why = asked.state if asked.reason == "None" else asked.reason
         return Standing(name, "waiting", job=job, said=f"{after}{why.lower()}")
     if record is not None and _newer_record(status, record):
-        return _ended(name, record, status, job)
+        return _ended(folder, name, record, status, job)
     if status is not None:
         kept = f"; step {newest} is kept" if (newest := _newest_checkpoint(folder)) else ""
         return Standing(
@@ -83,15 +83,18 @@ def _running(name: str, status: Status | None, job: str | None) -> Standing:
     )  # fmt: skip
 
 
-def _ended(name: str, record: RunRecord, status: Status | None, job: str | None) -> Standing:
+def _ended(folder: Path, name: str, record: RunRecord, status: Status | None, job: str | None) -> Standing:
     outcome = record.outcome
     speed = record.throughput.tokens_per_second.real if record.throughput else None
     state = "finished" if outcome.kind in FINAL else outcome.kind
     said = "" if outcome.kind == "ok" else (outcome.error or outcome.kind)
     if outcome.kind in {"oom", "diverged"}:
         said = f"{outcome.kind}: {said}"
-    steps = status.steps if status else None
-    return Standing(name, state, record.steps, steps, speed, job=job, said=(said.splitlines() or [""])[0])
+    steps, step = status.steps if status else None, record.steps
+    kept = _newest_checkpoint(folder)
+    if state in {"preempted", "failed"} and kept is not None and kept > step:  # it ended before it had taken that up
+        step, said = kept, f"{said}; step {kept} is kept"
+    return Standing(name, state, step, steps, speed, job=job, said=(said.splitlines() or [""])[0])
 
 
 def _newer(status: Status | None, record: RunRecord | None) -> bool:
