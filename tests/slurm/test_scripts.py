@@ -16,6 +16,7 @@ from tests.slurm.suites import peftbench, record, standing
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.multiprocess, pytest.mark.timeout(900)]
 REPOSITORY = Path(__file__).resolve().parents[2]
+HOSTILE = "an out; $(touch executed) 'folder'"
 SMALL = ["--cpus-per-task=1", "--time=10"]
 """What is asked on the command line instead of what a script says: the nodes here have two CPUs."""
 
@@ -44,13 +45,13 @@ def handed_in(project: Path, slurm: Cluster, caches: dict[str, str], *words: str
     return "".join(path.read_text(encoding="utf-8") for path in sorted(project.glob("*.log")))
 
 
-def assert_ended_well(project: Path, name: str, said: str) -> dict[str, Any]:
+def assert_ended_well(project: Path, name: str, said: str, out: str = "out") -> dict[str, Any]:
     """The record of a run, for which a job has said in its log that it ended well."""
-    assert (project / "out" / name / "record.json").exists(), said
-    found = record(project / "out", name)
+    assert (project / out / name / "record.json").exists(), said
+    found = record(project / out, name)
     assert found["outcome"]["kind"] == "ok", said
     assert len(found["losses"]) == 4
-    assert not list((project / "out" / name).glob(".stop*"))
+    assert not list((project / out / name).glob(".stop*"))
     return found
 
 
@@ -62,11 +63,12 @@ def test_every_script_is_tested() -> None:
 
 def test_single_gpu(project: Path, slurm: Cluster, caches: dict[str, str]) -> None:
     """One run; handed in once more, it leaves the result alone; and a knob reaches the recipe."""
-    words = [*SMALL, "launch/slurm/single_gpu.sbatch", "first.yaml", "name=a name"]
-    assert_ended_well(project, "a name", handed_in(project, slurm, caches, *words))
-    before = record(project / "out", "a name")["started_at"]
-    assert "a name has its result already" in handed_in(project, slurm, caches, *words)
-    assert record(project / "out", "a name")["started_at"] == before
+    words = [*SMALL, "launch/slurm/single_gpu.sbatch", "first.yaml", f"output_dir={HOSTILE}"]
+    assert_ended_well(project, "first", handed_in(project, slurm, caches, *words), HOSTILE)
+    before = record(project / HOSTILE, "first")["started_at"]
+    assert "first has its result already" in handed_in(project, slurm, caches, *words)
+    assert record(project / HOSTILE, "first")["started_at"] == before
+    assert not (project / "executed").exists()
 
 
 def test_array(project: Path, slurm: Cluster, caches: dict[str, str]) -> None:
@@ -89,7 +91,7 @@ def test_several_processes(script: str, gpus: int, project: Path, slurm: Cluster
 def test_submitted_to_two_nodes(project: Path, slurm: Cluster, caches: dict[str, str]) -> None:
     """By one command; stopped by its script in the middle, it begins anew on both and is what one node makes of it."""
     environment = caches | slurm.environment
-    words = ["first.yaml", "--engine", "zero2_cpu.yaml", "train.steps=60"]
+    words = ["first.yaml", "--engine", "zero2_cpu.yaml", "train.steps=300"]
     one = peftbench(project, environment, "submit", *words, "--gpus-per-node", "0", "--out", "one")
     assert one.returncode == 0, one.stderr
     slurm.await_empty(300)
