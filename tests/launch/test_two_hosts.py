@@ -102,7 +102,7 @@ def begin(hosts: Hosts, project: Path, caches: dict[str, str], port: int, *more:
             sys.executable, "-m", "accelerate.commands.launch", "--quiet",
             "--config_file", str(project / "accelerate.yaml"), "--num_machines", "2", "--num_processes", "2",
             "--machine_rank", str(host), "--main_process_ip", ADDRESSES[0], "--main_process_port", str(port),
-            "--rdzv_backend", "c10d", "--deepspeed_multinode_launcher", "standard", str(LAUNCH),
+            "--rdzv_backend", "c10d", "--rdzv_conf", f"is_host={int(host == 0)}", "--deepspeed_multinode_launcher", "standard", str(LAUNCH),
             "--config", "recipe.yaml", *more,
         ]  # fmt: skip
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -115,6 +115,7 @@ def _launch(job: Job, python: str) -> list[str]:
     machines = [
         f"--num_machines {job.nodes}", '--machine_rank "$SLURM_NODEID"', '--main_process_ip "$head"',
         '--main_process_port "$port"', "--rdzv_backend c10d",
+        '--rdzv_conf "is_host=$((SLURM_NODEID == 0))"',  # torch would guess it from names
         *(["--deepspeed_multinode_launcher standard"] if job.deepspeed else []),
     ]  # fmt: skip
     launch = [

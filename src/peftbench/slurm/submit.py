@@ -105,7 +105,7 @@ def prepare(recipes: Sequence[Recipe], job: Job, engine: Engine | None, place: P
 
 
 def _copy_engine(engine: Engine, folder: Path) -> None:
-    config = dict(engine.config)
+    config = {**engine.config, "same_network": False}  # accelerate tells c10d where to meet only then
     if (deepspeed := engine.deepspeed) is not None:
         shutil.copyfile(deepspeed, folder / DEEPSPEED)
         config["deepspeed_config"] = {**config["deepspeed_config"], "deepspeed_config_file": str(folder / DEEPSPEED)}
