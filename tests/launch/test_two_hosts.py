@@ -23,6 +23,8 @@ from tests.launch.test_compare import REPOSITORY, record_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess, pytest.mark.timeout(900)]
 ADDRESSES = ("10.219.0.1", "10.219.0.2")
+NAMES = Path("/etc/netns")
+"""Where ip-netns(8) finds what is in /etc of a namespace alone."""
 STEPS = 12
 SECONDS = 120
 """Within which a run whose other host is gone must have ended."""
@@ -36,8 +38,10 @@ class Hosts:
     link: str
 
     def command(self, host: int, words: list[str]) -> list[str]:
-        """A command that runs on one of them."""
-        return ["ip", "netns", "exec", self.names[host], *words]
+        """A command that runs on one of them, which has its own name."""
+        name = self.names[host]
+        named = ["unshare", "--uts", "sh", "-c", f'hostname {name}; exec "$@"', "sh"]
+        return ["ip", "netns", "exec", name, *named, *words]
 
 
 def ip(*words: str) -> None:
@@ -61,15 +65,21 @@ def hosts() -> Iterator[Hosts]:
         except subprocess.CalledProcessError as error:
             pytest.skip(f"no network namespace can be made here: {error.stderr.strip()}")
         ip("link", "add", link, "netns", names[0], "type", "veth", "peer", "name", link, "netns", names[1])
+        known = "".join(f"{address} {name}\n" for name, address in zip(names, ADDRESSES, strict=True))
         for name, address in zip(names, ADDRESSES, strict=True):
+            (NAMES / name).mkdir(parents=True)
+            (NAMES / name / "hosts").write_text(f"127.0.0.1 localhost\n{known}", encoding="utf-8")
             ip("-n", name, "addr", "add", f"{address}/24", "dev", link)
             ip("-n", name, "link", "set", link, "up")
             ip("-n", name, "link", "set", "lo", "up")
         yield Hosts(names, link)
     finally:
         for name in names:
+            shutil.rmtree(NAMES / name, ignore_errors=True)
             with suppress(subprocess.CalledProcessError):
                 ip("netns", "del", name)
+        with suppress(OSError):
+            NAMES.rmdir()
 
 
 @dataclass(frozen=True)
@@ -95,15 +105,15 @@ class Two:
 
 def begin(hosts: Hosts, project: Path, caches: dict[str, str], port: int, *more: str) -> Two:
     """A run of one process on each host, with ZeRO-2, that meet at the first (c10d)."""
-    environment = caches | {"GLOO_SOCKET_IFNAME": hosts.link, "PYTHONUNBUFFERED": "1"}
+    environment = caches | {"PYTHONUNBUFFERED": "1"}
     made = []
     for host in range(2):
         words = [
             sys.executable, "-m", "accelerate.commands.launch", "--quiet",
             "--config_file", str(project / "accelerate.yaml"), "--num_machines", "2", "--num_processes", "2",
             "--machine_rank", str(host), "--main_process_ip", ADDRESSES[0], "--main_process_port", str(port),
-            "--rdzv_backend", "c10d", "--rdzv_conf", f"is_host={int(host == 0)}", "--deepspeed_multinode_launcher", "standard", str(LAUNCH),
-            "--config", "recipe.yaml", *more,
+            "--rdzv_backend", "c10d", "--rdzv_conf", f"is_host={int(host == 0)}",
+            "--deepspeed_multinode_launcher", "standard", str(LAUNCH), "--config", "recipe.yaml", *more,
         ]  # fmt: skip
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         command = hosts.command(host, words)
@@ -138,7 +148,7 @@ def test_two_hosts_are_as_one(hosts: Hosts, project: Path, caches: dict[str, str
     """The same losses; a host that vanishes ends the run in time, with a sentence, and the run goes on where it was."""
     on_one_host(project, caches)
     one = record_of(project, "one")
-    whole = begin(hosts, project, caches, 29511, "name=two").end(280)
+    whole = begin(hosts, project, caches, 29511, "name=two").end(150)
     assert record_of(project, "two")["outcome"]["kind"] == "ok", whole
     assert record_of(project, "two")["losses"] == pytest.approx(one["losses"], rel=1e-6)
 
@@ -161,7 +171,7 @@ def test_two_hosts_are_as_one(hosts: Hosts, project: Path, caches: dict[str, str
     assert "is gone: nothing was heard of its host" in said[0], said[0]
 
     ip("-n", hosts.names[1], "link", "set", hosts.link, "up")
-    ended = begin(hosts, project, caches, 29513, "name=lost").end(280)
+    ended = begin(hosts, project, caches, 29513, "name=lost").end(150)
     record = record_of(project, "lost")
     assert record["outcome"]["kind"] == "ok", ended
     assert record["resumed_after"]
