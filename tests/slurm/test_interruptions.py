@@ -89,13 +89,17 @@ class Run:
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """Eight runs: four methods with two seeds each, with dropout where there is one, and checkpoints now and then."""
-    recipe = RECIPE | {"output_dir": "local", "train": {"steps": STEPS, "global_batch": 4}}
-    recipe |= {"checkpoint": {"every_steps": 20}, "model": {"path": "shipped", "dropout": 0.1}}
+    recipe = RECIPE | {
+        "output_dir": "local",
+        "checkpoint": {"every_steps": 20},
+        "model": {"path": "shipped", "dropout": 0.1},
+    }
     names = []
     for method in METHODS:
         for seed in (1, 2):
             name = f"{method}_{seed}"
-            made = recipe | {"name": name, "seed": seed, "method": {"kind": method}}
+            train = {"steps": STEPS, "global_batch": 4, "seed": seed}
+            made = recipe | {"name": name, "train": train, "method": {"kind": method}}
             (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(made), encoding="utf-8")
             names.append(f"{name}.yaml")
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump({"name": "eight", "recipes": names}), encoding="utf-8")

@@ -58,7 +58,7 @@ def _header(job: Job) -> list[str]:
         "nodes": str(job.nodes),
         "ntasks-per-node": "1",
         **({"gpus-per-node": str(job.gpus_per_node)} if job.gpus_per_node else {}),
-        "output": str(job.logs / ("%A_%a.log" if job.array else "%j.log")),
+        "output": str(job.logs).replace("%", "%%") + ("/%A_%a.log" if job.array else "/%j.log"),
         "open-mode": "append",
         **({} if "no-requeue" in job.options else {"requeue": None}),
         "signal": SIGNAL.format(lead_seconds(job.options)),
