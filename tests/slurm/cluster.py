@@ -9,7 +9,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,12 +39,19 @@ class Cluster:
 
     def run(self, *command: str, check: bool = True) -> str:
         """What one of SLURM's commands says."""
-        done = subprocess.run(
-            list(command), env=self.environment, capture_output=True, text=True, timeout=_SECONDS, check=False
-        )
+        done = self._done(command)
         if check and done.returncode:
             raise AssertionError(f"{' '.join(command)}: {done.stderr}{done.stdout}")
         return done.stdout
+
+    def does(self, *command: str) -> bool:
+        """Whether one of SLURM's commands does what it should: a job may have ended in the moment before."""
+        return self._done(command).returncode == 0
+
+    def _done(self, command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            list(command), env=self.environment, capture_output=True, text=True, timeout=_SECONDS, check=False
+        )
 
     def queue(self) -> dict[str, str]:
         """State of each job that is not over, by name."""

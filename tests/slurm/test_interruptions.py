@@ -28,27 +28,30 @@ METHODS = ("lora", "full", "prompt_tuning", "last_layer")
 STEPS, INTERRUPTIONS, SECONDS = 260, 30, 1500
 
 
-def by_kill(_: Cluster, run: Run) -> None:
+def by_kill(_: Cluster, run: Run) -> bool:
     """As a process that the system ends for want of memory, or a node that loses its power."""
-    os.kill(run.status["pid"], signal.SIGKILL)
+    with suppress(ProcessLookupError):
+        os.kill(run.status["pid"], signal.SIGKILL)
+        return True
+    return False
 
 
-def by_term(slurm: Cluster, run: Run) -> None:
+def by_term(slurm: Cluster, run: Run) -> bool:
     """As scancel does, or whoever wants the node for another job."""
-    slurm.run("scancel", "--signal=TERM", run.status["job"])
+    return slurm.does("scancel", "--signal=TERM", run.status["job"])
 
 
-def by_usr1(slurm: Cluster, run: Run) -> None:
+def by_usr1(slurm: Cluster, run: Run) -> bool:
     """As SLURM tells the script before its time is up."""
-    slurm.run("scancel", "--batch", "--signal=USR1", run.status["job"])
+    return slurm.does("scancel", "--batch", "--signal=USR1", run.status["job"])
 
 
-def by_requeue(slurm: Cluster, run: Run) -> None:
+def by_requeue(slurm: Cluster, run: Run) -> bool:
     """As an administrator does."""
-    slurm.run("scontrol", "requeue", run.status["job"])
+    return slurm.does("scontrol", "requeue", run.status["job"])
 
 
-WAYS: dict[str, Callable[[Cluster, Run], None]] = {
+WAYS: dict[str, Callable[[Cluster, Run], bool]] = {
     "kill": by_kill, "TERM": by_term, "USR1": by_usr1, "requeue": by_requeue,
 }  # fmt: skip
 
@@ -81,8 +84,7 @@ class Run:
         """Stop it in one of the ways."""
         status = self.status
         self.told = (status["pid"], status["started_at"])
-        with suppress(ProcessLookupError):
-            WAYS[way](slurm, self)
+        if WAYS[way](slurm, self):
             self.interrupted.append(way)
 
 
