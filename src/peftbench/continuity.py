@@ -81,8 +81,8 @@ class Continuity:
         if by is not None or (every and step % every == 0):
             self.keep(trainer)
         if by is not None:
-            raise Interrupted(by)
-        self._check_time(step)
+            raise Interrupted(by, together=True)
+        self._check_time(step, trainer)
 
     def after_training(self, trainer: Trainer) -> None:
         """Keep the state before the evaluation, where many could not agree to do so in the middle of one."""
@@ -118,21 +118,22 @@ class Continuity:
             self.checkpoints.forget()
             shutil.rmtree(self.run.folder / SCRATCH, ignore_errors=True)
 
-    def _check_time(self, step: int) -> None:
+    def _check_time(self, step: int, trainer: Trainer) -> None:
         """Whether a job that is told to stop so long before its end can finish a step and keep it until then.
 
         Raises:
-            TimeLimitError: it cannot.
+            TimeLimitError: it cannot; on all ranks.
         """
         lead = os.environ.get(LEAD_VARIABLE)
         if lead is None or step != self.began_at + 2:  # the first step is slower than all others
             return
-        seconds = self.run.probe.step_seconds[-1] + self.seconds
+        self.keep(trainer)  # how long that takes is not known before
+        last = self.run.probe.step_seconds[-1]
+        seconds = max(gathered(self.run.accelerator, last + self.seconds))
         if seconds > float(lead):
-            kept = f" and a checkpoint {self.seconds:.0f} s" if self.seconds else ""
             raise TimeLimitError(
-                f"a step takes {self.run.probe.step_seconds[-1]:.0f} s{kept}, and the job is told to stop {lead} s "
-                f"before its end; tell it sooner, as slurm.signal=B:USR1@{2 * math.ceil(seconds)}"
+                f"a step takes {last:.1f} s and its checkpoint {self.seconds:.1f} s, and the job is told to stop "
+                f"{lead} s before its end; tell it sooner, as slurm.signal=B:USR1@{2 * math.ceil(seconds)}"
             )
 
     def _asked(self) -> str | None:

@@ -8,9 +8,12 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from peftbench.errors import BusyError
+from peftbench.files import write_error
 from peftbench.status import read_status
 
 _FILE = ".lock"
+_LOOK_SECONDS = 2.0
+"""Whoever looks how a run stands holds its lock for a moment."""
 
 
 class Lock:
@@ -18,26 +21,28 @@ class Lock:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._lock = FileLock(folder / _FILE)
+        self._lock = _lock(folder)
 
     def hold(self) -> None:
         """Hold it from now on.
 
         Raises:
             BusyError: another process does.
+            OutputError: the file system has no locks, or no place for one.
         """
         try:
-            self._lock.acquire(blocking=False)
+            self._lock.acquire(timeout=_LOOK_SECONDS)
         except Timeout:
             raise _busy(self.folder) from None
+        except OSError as error:
+            raise write_error(self.folder / _FILE, error) from error
 
     def let_go(self) -> None:
         """Let others have it, and leave no file in a folder in which there is nothing else."""
-        held = self._lock.is_locked
-        self._lock.release()
         with suppress(OSError):
-            if held and [path.name for path in self.folder.iterdir()] == [_FILE]:
+            if self._lock.is_locked and [path.name for path in self.folder.iterdir()] == [_FILE]:
                 (self.folder / _FILE).unlink()
+        self._lock.release()
 
 
 def refuse_if_held(folder: Path) -> None:
@@ -54,7 +59,7 @@ def held(folder: Path) -> bool:
     """Whether a process works in ``folder`` now."""
     if not (folder / _FILE).exists():
         return False
-    lock = FileLock(folder / _FILE)
+    lock = _lock(folder)
     try:
         lock.acquire(blocking=False)
     except Timeout:
@@ -63,6 +68,11 @@ def held(folder: Path) -> bool:
         return False
     lock.release()
     return False
+
+
+def _lock(folder: Path) -> FileLock:
+    # Where there is no flock(2), a marker in its place would stay for ever after a kill.
+    return FileLock(folder / _FILE, fallback_to_soft=False)
 
 
 def _busy(folder: Path) -> BusyError:

@@ -45,7 +45,7 @@ from peftbench.record import FILE, Memory, Outcome, Quality, RunRecord
 from peftbench.recording import Together, recorded
 from peftbench.shortage import Shortage, settle
 from peftbench.status import Teller
-from peftbench.stop import JOB_VARIABLE, Interrupted, Stop, take_back
+from peftbench.stop import Interrupted, Stop, request, take_back
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -116,17 +116,18 @@ class Run:
             return self._execute()
         except PeftbenchError:
             self.teller.forget()
+            if self.accelerator.is_main_process:
+                self.peers.recorded()
             self._leave_nothing()
             raise
         finally:
             if self.accelerator.is_main_process:
-                take_back(self.folder)
+                take_back(*self._requests)
             self.lock.let_go()
 
     def _have_it(self) -> None:
         self.lock.hold()
-        if JOB_VARIABLE not in os.environ:  # else a file of this name is meant for this very attempt
-            take_back(self.folder)
+        take_back(request(self.folder, {}))  # which asked a run before; an attempt with a name has a file of its own
 
     def _execute(self) -> tuple[RunRecord, Path]:
         try:
@@ -146,8 +147,13 @@ class Run:
         record, path = self._recorded(outcome)
         if fault is not None:
             raise fault
-        if outcome.kind != "oom" or not self.peers.several:  # or it would wait for a rank that has gone
+        if outcome.kind == "ok" or not self.peers.several:
             self.accelerator.end_training()
+        else:  # which would wait for a rank that has gone
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+        if not self.accelerator.is_main_process:
+            self.peers.await_record()
         return record, path
 
     def _recorded(self, outcome: Outcome) -> tuple[RunRecord, Path]:
@@ -193,6 +199,7 @@ class Run:
     def _outcome(self) -> Outcome:
         try:
             self._work()
+            self.stop.hold_off()
         except DivergedError as error:
             # Outside of a phase it was the evaluation that found it.
             phase = self.probe.current_phase or "evaluate"
@@ -205,28 +212,43 @@ class Run:
             return self._interrupted(error)
         return Outcome(kind="ok")
 
-    def _interrupted(self, error: KeyboardInterrupt) -> Outcome:
+    def _interrupted(self, interrupt: KeyboardInterrupt) -> Outcome:
         """Keep what was trained, if it is whole: between two steps it was kept, and several ranks did so before."""
-        by = error.by if isinstance(error, Interrupted) else "an interrupt"
+        self.stop.hold_off()  # two signals are usual: one of SLURM's, one that a launcher passes on
+        by = interrupt.by if isinstance(interrupt, Interrupted) else "an interrupt"
         trained = self.trainer is not None and self.progress.steps == self.trainer.steps
         if trained and self.continuity is not None and not self.peers.several:
             assert self.trainer is not None
             self.continuity.keep(self.trainer)
         where, kept = self._where(), self.continuity.kept_at if self.continuity else None
+        outcome = Outcome(kind="preempted", **where, error=f"stopped by {by}")
         if kept is not None and kept == self.progress.steps:
-            return Outcome(kind="preempted", **where | {"step": kept}, error=f"stopped by {by}; step {kept} is kept")
-        return Outcome(kind="preempted", **where, error=f"stopped by {by}")
+            error = f"{outcome.error}; step {kept} is kept"
+            outcome = Outcome(kind="preempted", **where | {"step": kept}, error=error)
+        if not (isinstance(interrupt, Interrupted) and interrupt.together):
+            self._tell(outcome)
+        return outcome
 
     def _out_of_memory(self, error: BaseException) -> Outcome:
         rank = self.accelerator.process_index if self.peers.several else None
         outcome = self.shortage.outcome(error, self._where(), rank)
+        self._tell(outcome)
+        return outcome
+
+    def _tell(self, outcome: Outcome) -> None:
+        """Tell the other ranks, which may wait for this one."""
         self.peers.tell({
             "outcome": outcome.model_dump(),
             "memory": {name: memory.model_dump() for name, memory in self.probe.memory.items()},
         })  # fmt: skip
-        return outcome
+
+    @property
+    def _requests(self) -> list[Path]:
+        """Files that ask it to stop: by anyone, and by whoever has started it."""
+        return [request(self.folder, {}), request(self.folder)]
 
     def _work(self) -> None:
+        self.stop.watch(*self._requests)
         # Before the work: afterwards the hub may be gone, or the files may be others.
         self.data_identity = main_process_first(self.accelerator, self.recipe.data.source.identity)
         self.shortage.prepare(self.probe.meter)

@@ -26,9 +26,10 @@ _EVERY_SECONDS = 0.5
 class Interrupted(KeyboardInterrupt):
     """A run was asked to stop, and does."""
 
-    def __init__(self, by: str) -> None:
+    def __init__(self, by: str, *, together: bool = False) -> None:
+        """``together``: all ranks stop here, and none need be told."""
         super().__init__(by)
-        self.by = by
+        self.by, self.together = by, together
 
 
 def request(folder: Path, environment: Mapping[str, str] = os.environ) -> Path:
@@ -37,10 +38,11 @@ def request(folder: Path, environment: Mapping[str, str] = os.environ) -> Path:
     return folder / f".stop{f'-{job}' if job else ''}"
 
 
-def take_back(folder: Path) -> None:
-    """Take away what asked a run in ``folder``, which has heard it, or is another one than was meant."""
-    with suppress(OSError):
-        request(folder).unlink()
+def take_back(*files: Path) -> None:
+    """Take away what asked a run, which has heard it, or is another one than was meant."""
+    for file in files:
+        with suppress(OSError):
+            file.unlink()
 
 
 class Stop:
@@ -49,17 +51,19 @@ class Stop:
     def __init__(self) -> None:
         self.by: str | None = None
         """The signal's name, or what the file says; None while nobody asked."""
-        self._between_steps = False
+        self._between_steps = self._listens = False
         self._written: str | None = None
 
     def listen(self) -> None:
-        """Hear signals from now on; in the main thread."""
+        """Hear signals from now on, and files that are watched; in the main thread."""
+        self._listens = True
         for number in SIGNALS:
             signal.signal(number, self._heard)
 
-    def watch(self, file: Path) -> None:
-        """Hear ``file`` when it comes to be, from a thread."""
-        threading.Thread(target=self._look, args=(file,), daemon=True).start()
+    def watch(self, *files: Path) -> None:
+        """Hear the first of ``files`` that comes to be, from a thread."""
+        if self._listens:
+            threading.Thread(target=self._look, args=files, daemon=True).start()
 
     @contextmanager
     def between_steps(self) -> Iterator[None]:
@@ -85,11 +89,18 @@ class Stop:
         if not self._between_steps or (again and number == signal.SIGINT):
             raise Interrupted(self.by)
 
-    def _look(self, file: Path) -> None:
+    def _look(self, *files: Path) -> None:
         waiting = threading.Event()
-        while not file.exists():
+        while (file := next(filter(_is_there, files), None)) is None:
             waiting.wait(_EVERY_SECONDS)
         with suppress(OSError, ValueError):
             self._written = file.read_text(encoding="utf-8").strip()
         self._written = self._written or file.name
         os.kill(os.getpid(), signal.SIGUSR1)  # the main thread is to hear it, wherever it is
+
+
+def _is_there(file: Path) -> bool:
+    try:
+        return file.exists()
+    except OSError:  # a shared file system that does not answer for a while
+        return False

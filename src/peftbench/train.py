@@ -18,7 +18,7 @@ from peftbench.console import guarded, quiet_libraries
 from peftbench.errors import PeftbenchError
 from peftbench.finished import result_of
 from peftbench.record import EXIT_CODES, FILE, Outcome, RunRecord
-from peftbench.stop import Stop, request
+from peftbench.stop import Stop
 
 if TYPE_CHECKING:
     from peftbench.recipe import Recipe
@@ -65,7 +65,7 @@ def train(
             raise typer.Exit(EXIT_CODES[before.outcome.kind])
         outcome, record, code = run(recipe)
         report(_last_line(recipe, outcome, record))
-        if outcome.kind == "oom" and _several():
+        if outcome.kind != "ok" and _several():
             _leave(code)
         raise typer.Exit(code)
 
@@ -95,11 +95,8 @@ def run(recipe: Recipe) -> tuple[Outcome, Path | None, int]:
         started: Run | None = None
         try:
             started = Run(recipe, stop)
-            stop.watch(request(folder))
             started.peers.watch(partial(_end_with_another, started))
             outcome = started.execute()[0].outcome
-            if outcome.kind == "oom" and not is_main_process():
-                started.peers.await_record()
         except PeftbenchError as error:
             if started is None or not started.recorded:
                 raise

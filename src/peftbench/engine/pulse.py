@@ -10,6 +10,7 @@ import os
 import socket
 import time
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,57 +22,68 @@ if TYPE_CHECKING:
 BEAT_SECONDS = 5.0
 LOST_SECONDS = 60.0
 """A host of which nothing was heard for so long is gone."""
+_STALLED_SECONDS = 20.0
+"""Whoever has not looked for so long was held up itself, and knows nothing of the others."""
+
+
+@dataclass
+class _Host:
+    """Another host, by the rank that leads there."""
+
+    name: str
+    last: str = ""
+    since: float = field(default_factory=time.monotonic)
 
 
 class Pulse:
     """Of this host, and those of the others. With one host there is nothing to hear."""
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        rank, host = accelerator.process_index, socket.gethostname()
-        leads = accelerator.is_local_main_process
+    def __init__(self, accelerator: Accelerator, folder: Path) -> None:
+        """All ranks at once. ``folder``, which all hosts share, holds a file for each."""
+        rank, name = accelerator.process_index, socket.gethostname()
         node = os.environ.get("GROUP_RANK", "0")  # hosts may be alike in name
-        told = gathered(accelerator, (rank, node, host, leads))
-        self._rank, self._leads = rank, leads
-        self._others = {r: name for r, other, name, leader in told if leader and other != node}
-        self._place: Path | None = None
-        self._count, self._last = 0, float("-inf")
-        self._heard: dict[int, tuple[str, float]] = {}
-
-    @property
-    def several(self) -> bool:
-        """Whether there are other hosts."""
-        return bool(self._others)
-
-    def begin(self, folder: Path) -> None:
-        """Beat in ``folder`` from now on."""
-        self._place = folder
-        now = time.monotonic()
-        self._heard = dict.fromkeys(self._others, ("", now))
+        leads = accelerator.is_local_main_process
+        told = gathered(accelerator, (rank, node, name, leads))
+        self._folder, self._rank = folder, rank
+        self._hosts = {r: _Host(called) for r, other, called, leader in told if leader and other != node}
+        self._beats = leads and bool(self._hosts)
+        self._count, self._last, self._looked = 0, float("-inf"), time.monotonic()
+        self.beat()
+        gathered(accelerator, None)  # each finds what the others wrote, and remembers no file that is not there
 
     def beat(self) -> None:
         """Say that this host is there, if it is time to."""
         now = time.monotonic()
-        if not self.several or not self._leads or self._place is None or now - self._last < BEAT_SECONDS:
+        if not self._beats or now - self._last < BEAT_SECONDS:
             return
         self._count, self._last = self._count + 1, now
         with suppress(OSError):  # a full disk is not the end; the others find out if it lasts
-            self._place.mkdir(parents=True, exist_ok=True)
-            (self._place / f"pulse{self._rank}").write_text(str(self._count), encoding="ascii")
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._path(self._rank).write_text(str(self._count), encoding="ascii")
 
     def lost(self) -> str | None:
         """Which host is gone, in words, None while all are heard of. By this host's clock alone."""
         now = time.monotonic()
-        for rank, host in self._others.items():
-            before, since = self._heard[rank]
-            found = _read(self._place, rank)
-            if found != before:
-                self._heard[rank] = found, now
-            elif now - since > LOST_SECONDS:
-                return f"process {rank} on {host} is gone: nothing was heard of its host for {LOST_SECONDS:.0f} s"
+        stalled, self._looked = now - self._looked > _STALLED_SECONDS, now
+        for rank, host in self._hosts.items():
+            found = self._read(rank)
+            if found != host.last or stalled:
+                host.last, host.since = found, now
+            elif now - host.since > LOST_SECONDS:
+                return f"process {rank} on {host.name} is gone: nothing was heard of its host for {LOST_SECONDS:.0f} s"
         return None
 
+    def end(self) -> None:
+        """Take the files away; whoever comes late may leave one, which nobody reads."""
+        with suppress(OSError):
+            for path in self._folder.iterdir():
+                path.unlink()
+            self._folder.rmdir()
 
-def _read(place: Path | None, rank: int) -> str:
-    with suppress(OSError):
-        return (place / f"pulse{rank}").read_text(encoding="ascii") if place else ""
-    return ""
+    def _path(self, rank: int) -> Path:
+        return self._folder / f"pulse{rank}"
+
+    def _read(self, rank: int) -> str:
+        with suppress(OSError):
+            return self._path(rank).read_text(encoding="ascii")
+        return ""
