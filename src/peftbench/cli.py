@@ -194,10 +194,17 @@ def status(
     """Say how every run below a folder stands: waiting, running, finished, preempted, failed or gone."""
     from dataclasses import asdict
 
+    from peftbench.errors import SlurmError
+    from peftbench.slurm.queue import Queued, queued
     from peftbench.suite.standing import standings, table
 
     with guarded():
-        rows = standings(folder)
+        queue: dict[str, Queued] = {}
+        try:
+            queue = queued()
+        except SlurmError as error:
+            _say(f"from the files alone, for {error.message}")
+        rows = standings(folder, queue)
         print(json.dumps([asdict(row) for row in rows], indent=1) if as_json else table(rows))
 
 

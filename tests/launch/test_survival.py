@@ -74,7 +74,7 @@ def by_file(project: Path, _process: subprocess.Popen[str]) -> None:
 WAYS = {name: by_signal(signal.Signals[name]) for name in ("SIGINT", "SIGTERM", "SIGUSR1")} | {"file": by_file}
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [way if way == "SIGINT" else pytest.param(way, marks=pytest.mark.slow) for way in WAYS])
 def test_a_step_is_kept_and_gone_on_from(
     way: str, project: Path, caches: dict[str, str], undisturbed: dict[str, Any]
 ) -> None:
@@ -105,16 +105,27 @@ def test_a_step_is_kept_and_gone_on_from(
     assert not (project / "out" / "run" / "checkpoints").exists()
 
 
-def test_stopped_while_it_evaluates(project: Path, caches: dict[str, str], undisturbed: dict[str, Any]) -> None:
-    """The training is kept, and only the evaluation is done again."""
-    more = ["evaluate.generate=true", "evaluate.max_new_tokens=100", "evaluate.batch=1", "model.dropout=0.0"]
-    process = begin(ALONE, project, caches, *more)
+LONG_EVALUATION = ["evaluate.generate=true", "evaluate.max_new_tokens=100", "evaluate.batch=1", "model.dropout=0.0"]
+
+
+def await_evaluation(project: Path, process: subprocess.Popen[str]) -> None:
+    """Until it generates."""
     until = time.monotonic() + 200
     status = project / "out" / "run" / "status.json"
     while time.monotonic() < until and not (status.exists() and '"generate"' in status.read_text(encoding="utf-8")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+
+
+@pytest.mark.slow
+def test_stopped_while_it_evaluates(project: Path, caches: dict[str, str]) -> None:
+    """The training is kept, and only the evaluation is done again; told twice, as SLURM and a launcher do together."""
+    more = LONG_EVALUATION
+    process = begin(ALONE, project, caches, *more)
+    await_evaluation(project, process)
+    for _ in range(20):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.005)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 72, errors
     stopped = record_of(project, "run")
@@ -147,6 +158,7 @@ def test_a_second_process_is_refused(project: Path, caches: dict[str, str]) -> N
     assert ended.returncode == 0, ended.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", [0, 65536], ids=["no room", "room for a record"])
 def test_a_full_disk_while_it_saves(
     room: int, project: Path, caches: dict[str, str], undisturbed: dict[str, Any]
@@ -185,6 +197,7 @@ def fill(file: Path, room: int) -> None:
         filler.truncate(max(0, file.stat().st_size - room))
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint(project: Path, caches: dict[str, str], undisturbed: dict[str, Any]) -> None:
     """It goes on from the one before, and says so."""
     process = begin(ALONE, project, caches, "checkpoint.every_steps=2")
@@ -210,6 +223,7 @@ def test_a_damaged_checkpoint(project: Path, caches: dict[str, str], undisturbed
     assert record["losses"] == undisturbed["losses"]
 
 
+@pytest.mark.slow
 def test_a_suite_that_is_killed_takes_its_run_along(project: Path, caches: dict[str, str]) -> None:
     """Kill -9 of compare: the run under way is told, keeps its step and ends, so that the next compare can go on."""
     (project / "suite.yaml").write_text("name: s\nrecipes: [recipe.yaml]\n", encoding="utf-8")
@@ -227,6 +241,7 @@ def test_a_suite_that_is_killed_takes_its_run_along(project: Path, caches: dict[
     assert record_of(project, "run")["outcome"]["error"].startswith("stopped by SIGTERM; step ")
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("way", ["SIGTERM", "file", "one rank"])
 def test_two_processes_stop_together(way: str, project: Path, caches: dict[str, str]) -> None:
@@ -254,6 +269,32 @@ def test_two_processes_stop_together(way: str, project: Path, caches: dict[str, 
     assert record["losses"] == pytest.approx(expected["losses"], rel=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("way", ["file", "one rank"])
+def test_two_processes_are_stopped_while_they_evaluate(way: str, project: Path, caches: dict[str, str]) -> None:
+    """Whoever hears it first tells the other, which may be waiting for it: one record, and the training is kept."""
+    more = [*LONG_EVALUATION, f"checkpoint.every_steps={STEPS}"]
+    process = begin(TWO, project, caches, *more)
+    await_evaluation(project, process)
+    pid = json.loads((project / "out" / "run" / "status.json").read_text(encoding="utf-8"))["pid"]
+    if way == "one rank":
+        (other,) = (c for c in psutil.Process(process.pid).children(recursive=True) if c.pid != pid)
+        other.send_signal(signal.SIGUSR1)
+    else:
+        WAYS[way](project, process)
+    _, errors = process.communicate(timeout=90)
+    stopped = record_of(project, "run")
+    assert (stopped["outcome"]["kind"], stopped["outcome"]["step"]) == ("preempted", STEPS), errors
+    assert not list((project / "out" / "run").glob(".ended-*"))
+    ended = run([*TWO, *ARGUMENTS, *more], project, caches)
+    assert ended.returncode == 0, ended.stderr
+    record = record_of(project, "run")
+    assert record["resumed_after"] == [STEPS]
+    assert record["losses"] == stopped["losses"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("lead", ["0.001", "600"])
 def test_a_job_that_is_told_too_late(lead: str, project: Path, caches: dict[str, str]) -> None:
     """Where a step takes longer than there is between being told and the end, it is refused as soon as that shows."""

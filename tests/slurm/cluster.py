@@ -44,13 +44,14 @@ class Cluster:
             raise AssertionError(f"{' '.join(command)}: {done.stderr}{done.stdout}")
         return done.stdout
 
-    def does(self, *command: str) -> bool:
-        """Whether one of SLURM's commands does what it should: a job may have ended in the moment before."""
-        return self._done(command).returncode == 0
+    def send(self, *command: str) -> None:
+        """One of SLURM's commands, of which the effect matters: scancel tries for minutes where a job has ended."""
+        with suppress(subprocess.TimeoutExpired):
+            self._done(command, 5)
 
-    def _done(self, command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    def _done(self, command: Sequence[str], seconds: float = _SECONDS) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            list(command), env=self.environment, capture_output=True, text=True, timeout=_SECONDS, check=False
+            list(command), env=self.environment, capture_output=True, text=True, timeout=seconds, check=False
         )
 
     def queue(self) -> dict[str, str]:

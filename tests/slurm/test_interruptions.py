@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,30 +28,28 @@ METHODS = ("lora", "full", "prompt_tuning", "last_layer")
 STEPS, INTERRUPTIONS, SECONDS = 260, 30, 1500
 
 
-def by_kill(_: Cluster, run: Run) -> bool:
+def by_kill(_: Cluster, run: Run) -> None:
     """As a process that the system ends for want of memory, or a node that loses its power."""
     with suppress(ProcessLookupError):
         os.kill(run.status["pid"], signal.SIGKILL)
-        return True
-    return False
 
 
-def by_term(slurm: Cluster, run: Run) -> bool:
+def by_term(slurm: Cluster, run: Run) -> None:
     """As scancel does, or whoever wants the node for another job."""
-    return slurm.does("scancel", "--signal=TERM", run.status["job"])
+    slurm.send("scancel", "--signal=TERM", run.status["job"])
 
 
-def by_usr1(slurm: Cluster, run: Run) -> bool:
+def by_usr1(slurm: Cluster, run: Run) -> None:
     """As SLURM tells the script before its time is up."""
-    return slurm.does("scancel", "--batch", "--signal=USR1", run.status["job"])
+    slurm.send("scancel", "--batch", "--signal=USR1", run.status["job"])
 
 
-def by_requeue(slurm: Cluster, run: Run) -> bool:
+def by_requeue(slurm: Cluster, run: Run) -> None:
     """As an administrator does."""
-    return slurm.does("scontrol", "requeue", run.status["job"])
+    slurm.send("scontrol", "requeue", run.status["job"])
 
 
-WAYS: dict[str, Callable[[Cluster, Run], bool]] = {
+WAYS: dict[str, Callable[[Cluster, Run], None]] = {
     "kill": by_kill, "TERM": by_term, "USR1": by_usr1, "requeue": by_requeue,
 }  # fmt: skip
 
@@ -61,9 +59,7 @@ class Run:
     """One of the suite, as its files tell."""
 
     folder: Path
-    interrupted: list[str] = field(default_factory=list)
-    told: tuple[int, str] = (0, "")
-    """The process that was last told to stop."""
+    interrupted: int = 0
 
     @property
     def status(self) -> dict[str, Any]:
@@ -74,18 +70,28 @@ class Run:
         return {}
 
     @property
-    def can_be_interrupted(self) -> bool:
-        """Whether a process works on it that was not told to stop before."""
-        status = self.status
-        busy = status.get("phase") in {"load", "build", "warmup", "train"}
-        return busy and (status["pid"], status["started_at"]) != self.told and Path(f"/proc/{status['pid']}").exists()
+    def ended_well(self) -> bool:
+        """Whether it has its result."""
+        with suppress(OSError, ValueError):
+            return bool(record(self.folder.parent, self.folder.name)["outcome"]["kind"] == "ok")
+        return False
 
-    def interrupt(self, way: str, slurm: Cluster) -> None:
-        """Stop it in one of the ways."""
+    def can_be_interrupted(self, way: str) -> bool:
+        """Whether a process works on it; one that has written its result is not killed before it has said so."""
+        phases = {"load", "build", "warmup", "train", *(() if way == "kill" else ("evaluate",))}
         status = self.status
-        self.told = (status["pid"], status["started_at"])
-        if WAYS[way](slurm, self):
-            self.interrupted.append(way)
+        return status.get("phase") in phases and Path(f"/proc/{status['pid']}").exists() and not self.ended_well
+
+    def interrupt(self, way: str, slurm: Cluster) -> bool:
+        """Stop it in one of the ways; whether that process is gone, and has no result."""
+        pid = self.status["pid"]
+        WAYS[way](slurm, self)
+        until = time.monotonic() + 20
+        while Path(f"/proc/{pid}").exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        gone = not Path(f"/proc/{pid}").exists() and not self.ended_well
+        self.interrupted += gone
+        return gone
 
 
 @pytest.fixture
@@ -109,35 +115,27 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def interrupt_all(runs: list[Run], slurm: Cluster, submit: Callable[[], str]) -> list[tuple[str, str, int]]:
+def interrupt_all(runs: list[Run], slurm: Cluster, submit: Callable[[], str]) -> list[tuple[str, str, str, int]]:
     """Submit, interrupt at random, submit what was ended, until all have their result; what was done to which."""
     chance = random.Random(SEED)  # noqa: S311 - nothing to keep secret
     deck = [way for way in WAYS for _ in range(INTERRUPTIONS // len(WAYS) + 1)]
     chance.shuffle(deck)
-    done: list[tuple[str, str, int]] = []
+    done: list[tuple[str, str, str, int]] = []
     until = time.monotonic() + SECONDS
-    while not all(ok(run.folder) for run in runs):
+    while not all(run.ended_well for run in runs):
         assert time.monotonic() < until, f"{done}\n{slurm.queue()}\n{slurm.logs()}"
         if not slurm.queue():
             submit()
         time.sleep(chance.uniform(0.2, 3.0))
-        open_to = [run for run in runs if run.can_be_interrupted]
+        way = deck[len(done)]
+        open_to = [run for run in runs if run.can_be_interrupted(way)]
         if not open_to or len(done) == INTERRUPTIONS:
             continue
-        run = min(open_to, key=lambda found: (len(found.interrupted), chance.random()))
-        before, way = len(run.interrupted), deck[len(done)]
-        step = run.status["step"]
-        run.interrupt(way, slurm)
-        if len(run.interrupted) > before:
-            done.append((run.folder.name, way, step))
+        run = min(open_to, key=lambda found: (found.interrupted, chance.random()))
+        phase, step = run.status["phase"], run.status["step"]
+        if run.interrupt(way, slurm):
+            done.append((run.folder.name, way, phase, step))
     return done
-
-
-def ok(folder: Path) -> bool:
-    """Whether a run has its result."""
-    with suppress(OSError, ValueError):
-        return bool(record(folder.parent, folder.name)["outcome"]["kind"] == "ok")
-    return False
 
 
 def test_thirty_interruptions(project: Path, slurm: Cluster, caches: dict[str, str]) -> None:
@@ -159,7 +157,7 @@ def test_thirty_interruptions(project: Path, slurm: Cluster, caches: dict[str, s
     slurm.await_empty(120)
     print(*done, sep="\n")  # noqa: T201 - which is shown where it fails
     assert len(done) == INTERRUPTIONS, done
-    assert set(Counter(way for _, way, _ in done)) == set(WAYS)
+    assert set(Counter(way for _, way, *_ in done)) == set(WAYS)
     for name in names:
         assert_same(record(cluster, name), record(project / "local", name))
     logs = "".join(path.read_text(encoding="utf-8") for path in (cluster / "slurm").glob("*.log"))

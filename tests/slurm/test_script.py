@@ -7,9 +7,11 @@ import shlex
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from peftbench.errors import SlurmError
 from peftbench.slurm.script import Job, script
 from tests.slurm.record import KEPT, REFRESH, SCRIPTS
 
@@ -46,7 +48,7 @@ def test_a_name_is_a_name(tmp_path: Path) -> None:
     stand_in.mkdir()
     (stand_in / "srun").write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > {shlex.quote(str(said))}\n', encoding="utf-8")
     (stand_in / "srun").chmod(0o755)
-    text = script(Job(name=NASTY, folders=(folder,), logs=tmp_path / NASTY))
+    text = script(Job(name=NASTY, folders=(folder,), logs=tmp_path / "logs"))
     environment = {"PATH": f"{stand_in}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
     done = subprocess.run(
         ["bash", "-s"], input=text, text=True, cwd=tmp_path, env=environment, capture_output=True, check=False
@@ -54,6 +56,23 @@ def test_a_name_is_a_name(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert str(folder / "recipe.yaml") in said.read_text(encoding="utf-8")
     assert not list(tmp_path.rglob("HACKED"))
+
+
+@pytest.mark.parametrize("what", ["name", "logs", "folders"])
+def test_what_no_script_can_hold(what: str, tmp_path: Path) -> None:
+    """A line's end in a name would begin a line of the script."""
+    bad = "x\ntouch HACKED #"
+    values: dict[str, Any] = {"name": "x", "logs": tmp_path, "folders": (tmp_path,)}
+    values[what] = {"name": bad, "logs": tmp_path / bad, "folders": (tmp_path / bad,)}[what]
+    with pytest.raises(SlurmError, match="a character that no job's script can"):
+        Job(**values)
+    with pytest.raises(SlurmError, match="backslash"):
+        Job(name="x", folders=(tmp_path,), logs=tmp_path / "a\\b")
+
+
+def test_a_percent_is_a_percent(tmp_path: Path) -> None:
+    """SLURM has patterns for the names of logs."""
+    assert f"--output={tmp_path}/50%%j/%j.log" in script(Job(name="x", folders=(tmp_path,), logs=tmp_path / "50%j"))
 
 
 @pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("launch/slurm/*.sbatch")), ids=lambda p: p.stem)

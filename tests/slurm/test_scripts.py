@@ -16,7 +16,7 @@ from tests.slurm.suites import peftbench, record, standing
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.multiprocess, pytest.mark.timeout(900)]
 REPOSITORY = Path(__file__).resolve().parents[2]
-HOSTILE = "an out; $(touch executed) 'folder'"
+HOSTILE = "an out 50%j; $(touch executed) 'folder'"
 SMALL = ["--cpus-per-task=1", "--time=10"]
 """What is asked on the command line instead of what a script says: the nodes here have two CPUs."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,18 +12,12 @@ from peftbench.errors import MissingFileError
 from peftbench.lock import Lock
 from peftbench.record import Outcome, RunRecord
 from peftbench.slurm.queue import Queued
+from peftbench.slurm.submitted import Submitted
 from peftbench.status import Status, Teller, read_status
-from peftbench.suite import standing
 from peftbench.suite.standing import Standing, standings, table
 from tests.test_record import record as a_record
 
 EARLY, LATE = "2026-01-01T10:00:00+00:00", "2026-01-01T11:00:00+00:00"
-
-
-@pytest.fixture(autouse=True)
-def no_queue(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the files alone."""
-    monkeypatch.setattr(standing, "queued", dict)
 
 
 def run(folder: Path, record: RunRecord | None = None, status: Status | None = None) -> Path:
@@ -49,7 +44,7 @@ def ended(kind: str, error: str | None = None, started_at: str = EARLY) -> RunRe
 
 def one(folder: Path) -> Standing:
     """How the only run stands."""
-    (found,) = standings(folder)
+    (found,) = standings(folder, {})
     return found
 
 
@@ -69,7 +64,7 @@ def test_every_state(tmp_path: Path) -> None:
     early = run(tmp_path / "h_stopped_early", ended("preempted", "stopped by SIGTERM").model_copy(update={"steps": 0}))
     (early / "checkpoints" / "x" / "step-00000004").mkdir(parents=True)
     (early / "checkpoints" / "x" / "step-00000004" / "checkpoint.json").touch()
-    found = {row.name[2:]: row for row in standings(tmp_path)}
+    found = {row.name[2:]: row for row in standings(tmp_path, {})}
     lock.let_go()
     assert {name: row.state for name, row in found.items()} == {
         "waiting": "waiting", "finished": "finished", "oom": "finished", "preempted": "preempted", "failed": "failed",
@@ -81,7 +76,7 @@ def test_every_state(tmp_path: Path) -> None:
     assert found["failed"].said == "the disk is full"
     assert "on node7; step 4 is kept; run it again to go on" in found["gone"].said
     assert (found["running"].step, found["running"].steps) == (7, 9)
-    text = table(standings(tmp_path))
+    text = table(standings(tmp_path, {}))
     assert "8 runs: " in text
     assert "2 finished" in text
 
@@ -103,22 +98,39 @@ def test_what_was_gone_on_with_and_died(tmp_path: Path) -> None:
         ({"13": Queued("PENDING", "Priority")}, "waiting", "after step 5, priority"),
     ],
 )
-def test_the_queue_knows_more(
-    queue: dict[str, Queued], state: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_queue_knows_more(queue: dict[str, Queued], state: str, said: str, tmp_path: Path) -> None:
     """A run on another machine, whose lock cannot be seen here, and one that is to begin anew."""
     started = LATE if state == "running" else EARLY
     folder = run(tmp_path / "x", ended("preempted", "stopped"), told(started))
     job = next(iter(queue)) if "13" in queue else "12_3"  # 13 is what it was submitted as after it had stopped
     (folder / "job.json").write_text(json.dumps({"job": job}), encoding="utf-8")
-    monkeypatch.setattr(standing, "queued", lambda: queue)
-    assert (one(tmp_path).state, one(tmp_path).said) == (state, said)
+    (found,) = standings(tmp_path, queue)
+    assert (found.state, found.said) == (state, said)
+
+
+def test_a_run_that_was_refused(tmp_path: Path) -> None:
+    """It leaves nothing but what its job's log says; a record that came later says more."""
+    log = tmp_path / "12.log"
+    folder = run(tmp_path / "x")
+    Submitted(job="12", log=str(log)).write(folder)
+    assert one(tmp_path).state == "waiting"
+    log.write_text('error: no\n{"outcome": "refused", "error": "there is no file rows.jsonl"}\nsrun: error\n')
+    assert (one(tmp_path).state, one(tmp_path).said) == ("failed", "there is no file rows.jsonl")
+    os.utime(log, (1, 1))
+    ended("ok").write(folder)
+    assert one(tmp_path).state == "finished"
+
+
+def test_folders_are_called_as_one_likes(tmp_path: Path) -> None:
+    """A run may be called model, and lie below a folder called checkpoints."""
+    run(tmp_path / "checkpoints" / "model", ended("ok"))
+    assert one(tmp_path / "checkpoints").name == "model"
 
 
 def test_a_folder_without_runs(tmp_path: Path) -> None:
     """It is no error of the program."""
     with pytest.raises(MissingFileError, match="there is no run below"):
-        standings(tmp_path)
+        standings(tmp_path, {})
 
 
 def test_a_teller_is_read(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import typer
 
 from peftbench.config import load_recipe
 from peftbench.console import guarded
+from peftbench.files import write_error
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -22,7 +23,10 @@ def folder(
     with guarded():
         recipe = load_recipe(config or [], overrides or [])
         place = Path(recipe.output_dir) / recipe.name
-        place.mkdir(parents=True, exist_ok=True)  # in which a file may have to be touched
+        try:
+            place.mkdir(parents=True, exist_ok=True)  # in which a file may have to be made
+        except OSError as error:
+            raise write_error(place, error) from error
         print(place)
 
 

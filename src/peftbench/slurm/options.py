@@ -12,8 +12,8 @@ SIGNAL, LEAD_SECONDS = "B:USR1@{}", 120
 """What SLURM is to send a job's script before its time is up, and how long before."""
 
 _FLAGS = frozenset({
-    "contiguous", "exclusive", "get-user-env", "hold", "no-kill", "no-requeue", "overcommit", "oversubscribe", "reboot",
-    "spread-job", "stepmgr", "use-min-nodes",
+    "contiguous", "exclusive", "get-user-env", "hold", "nice", "no-kill", "no-requeue", "oom-kill-step", "overcommit",
+    "oversubscribe", "propagate", "reboot", "spread-job", "stepmgr", "use-min-nodes",
 })  # fmt: skip
 """Those that stand alone; some of them take a value too."""
 _VALUED = frozenset({
@@ -22,8 +22,8 @@ _VALUED = frozenset({
     "deadline", "delay-boot", "dependency", "distribution", "error", "exclude", "export", "export-file", "extra",
     "extra-node-info", "gid", "gpu-bind", "gpu-freq", "gpus", "gpus-per-socket", "gpus-per-task", "gres", "gres-flags",
     "hint", "job-name", "kill-on-invalid-dep", "licenses", "mail-type", "mail-user", "mcs-label", "mem", "mem-bind",
-    "mem-per-cpu", "mem-per-gpu", "mincpus", "network", "nice", "nodefile", "nodelist", "output", "partition", "power",
-    "prefer", "priority", "profile", "propagate", "qos", "reservation", "resv-ports", "segment", "signal",
+    "mem-per-cpu", "mem-per-gpu", "mincpus", "network", "nodefile", "nodelist", "partition", "power",
+    "prefer", "priority", "profile", "qos", "reservation", "resv-ports", "segment", "signal",
     "sockets-per-node", "switches", "thread-spec", "threads-per-core", "time", "time-min", "tmp", "tres-bind",
     "tres-per-task", "uid", "wait-all-nodes", "wckey",
 })  # fmt: skip
@@ -34,6 +34,9 @@ _OWN = {
     "ntasks-per-core": "there is one on each node", "ntasks-per-socket": "there is one on each node",
     "requeue": "jobs are, or give slurm.no-requeue=true", "open-mode": "a log is gone on with",
     "chdir": "jobs run where they were submitted", "input": "nothing is read", "wrap": "the script is written",
+    "output": "logs lie in slurm/ below the runs' folder", "wait": "follow it with peftbench status",
+    "test-only": "give --dry-run", "parsable": "it is read here", "quiet": "what is said is short",
+    "verbose": "hand in the script that --dry-run writes", "ignore-pbs": "there is nothing of PBS in the script",
 }  # fmt: skip
 """Those that are set already, and how."""
 NAMES = tuple(sorted(_FLAGS | _VALUED))

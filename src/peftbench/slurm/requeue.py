@@ -6,6 +6,7 @@ Run by a job's script when the run has ended: python -m peftbench.slurm.requeue 
 from __future__ import annotations
 
 import argparse
+import datetime
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from peftbench.errors import PeftbenchError, SlurmError, TimeLimitError
 from peftbench.record import EXIT_CODES, FILE, FINAL, RunRecord, read_record
+from peftbench.slurm.submitted import Submitted, submitted
 from peftbench.status import read_status, slurm_job
 
 
@@ -21,31 +23,34 @@ def requeue(folder: Path, at_most: int) -> int:
 
     Raises:
         SlurmError: it cannot, and why.
-        TimeLimitError: it was stopped before it had begun, or came no further in its time.
+        TimeLimitError: it was stopped before it had begun, or kept nothing, or came no further in its time.
         RecordError: its record cannot be read.
     """
-    job, restarts = slurm_job(), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    job, status = slurm_job(), read_status(folder)
     if job is None:
         raise SlurmError(f"{folder} was stopped outside of SLURM; run it again to go on")
-    if not _has_begun(folder, job, restarts):  # a record, if there is one, is of an attempt before this
-        raise TimeLimitError(
-            f"the job's time is too short: it was told to stop before the run in {folder} had begun; give a longer "
-            "slurm.time, and submit again"
-        )
-    record = read_record(folder / FILE)
-    if record.outcome.kind != "preempted":
+    if status is None or (status.job, status.restarts) != (job, int(os.environ.get("SLURM_RESTART_COUNT", "0"))):
+        raise _too_short("it was told to stop before the run in {folder} had begun", folder)
+    record = _record_since(status.started_at, folder)
+    if record is not None and record.outcome.kind != "preempted":
         return 0 if record.outcome.kind in FINAL else EXIT_CODES[record.outcome.kind]
-    if not gained(record):
-        raise TimeLimitError(
-            f"the job's time is too short: {folder} {_where(record)} before it was told to stop; give a longer "
-            "slurm.time, and submit again"
+    if record is None and not _kept_since(status.started_at, folder):  # it was killed before it could write one
+        raise _too_short("{folder} was killed after it had been told to stop, and kept nothing", folder)
+    if record is not None and not gained(record):
+        raise _too_short(f"{{folder}} {_where(record)} before it was told to stop", folder)
+    before = submitted(folder)
+    if before is None or before.job != job:  # handed in by hand
+        before = Submitted(job=job)
+    if before.requeued >= at_most:
+        raise SlurmError(
+            f"job {job} has begun itself anew {before.requeued} times, which is as often as it may; submit again"
         )
-    if restarts >= at_most:
-        raise SlurmError(f"job {job} was begun anew {restarts} times, which is as often as it may be; submit again")
+    before.model_copy(update={"requeued": before.requeued + 1}).write(folder)
     done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SlurmError(f"job {job} could not be begun anew: {done.stderr.strip()}")
-    print(f"job {job} begins anew, for the {restarts + 1}. time, after step {record.outcome.step}", flush=True)
+    after = f"after step {record.outcome.step}" if record is not None else "from its newest checkpoint"
+    print(f"job {job} begins itself anew for the {before.requeued + 1}. time, {after}", flush=True)
     return EXIT_CODES["preempted"]
 
 
@@ -61,9 +66,22 @@ def _where(record: RunRecord) -> str:
     return f"began at step {_began_at(record)} and came no further"
 
 
-def _has_begun(folder: Path, job: str, restarts: int) -> bool:
-    status = read_status(folder)
-    return status is not None and (status.job, status.restarts) == (job, restarts)
+def _too_short(what: str, folder: Path) -> TimeLimitError:
+    said = what.format(folder=folder)
+    return TimeLimitError(f"the job's time is too short: {said}; give a longer slurm.time, and submit again")
+
+
+def _record_since(started_at: str, folder: Path) -> RunRecord | None:
+    """The record of the attempt that began then; one that lies there may be of an attempt before."""
+    if not (folder / FILE).exists():
+        return None
+    record = read_record(folder / FILE)
+    return record if record.started_at >= started_at else None
+
+
+def _kept_since(started_at: str, folder: Path) -> bool:
+    since = datetime.datetime.fromisoformat(started_at).timestamp()
+    return any(path.stat().st_mtime >= since for path in folder.glob("checkpoints/*/step-*[0-9]/checkpoint.json"))
 
 
 def _began_at(record: RunRecord) -> int:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from peftbench.errors import SlurmError
 from peftbench.slurm.options import SIGNAL, lead_seconds
 
 ACCELERATE, DEEPSPEED = "accelerate.yaml", "deepspeed.json"
@@ -37,6 +37,15 @@ class Job:
     restarts: int = 10
     """How often a job that was stopped for its time begins anew."""
     python: str = sys.executable
+    place: Path = field(default_factory=Path.cwd)
+    """Folder that it runs in, to which a recipe's paths are relative."""
+
+    def __post_init__(self) -> None:
+        for text in (self.name, *map(str, (*self.folders, self.logs, self.place))):
+            if any(ord(character) < ord(" ") for character in text):
+                raise SlurmError(f"{text!r} holds a character that no job's script can; give another name")
+        if "\\" in str(self.logs):  # which tells SLURM to take the % in a log's name for itself
+            raise SlurmError(f"{str(self.logs)!r} holds a backslash, which no log of SLURM's can; give another --out")
 
     @property
     def array(self) -> bool:
@@ -46,13 +55,17 @@ class Job:
 
 def script(job: Job) -> str:
     """The script as sbatch reads it; nothing in it is expanded that was given by a user."""
-    return "\n".join([*_header(job), "", *_body(job), ""])
+    lines = [
+        f"#SBATCH --{name}" + ("" if value is None else f"={_quoted(value)}") for name, value in settings(job).items()
+    ]
+    return "\n".join(["#!/bin/bash", *lines, "", *_body(job), ""])
 
 
-def _header(job: Job) -> list[str]:
+def settings(job: Job) -> dict[str, str | None]:
+    """All options of sbatch for it; None for one that stands alone."""
     last = len(job.folders) - 1
     at_once = f"%{job.at_once}" if job.at_once else ""
-    options: dict[str, str | None] = {
+    return {
         "job-name": job.name,
         **({"array": f"0-{last}{at_once}"} if job.array else {}),
         "nodes": str(job.nodes),
@@ -60,12 +73,11 @@ def _header(job: Job) -> list[str]:
         **({"gpus-per-node": str(job.gpus_per_node)} if job.gpus_per_node else {}),
         "output": str(job.logs).replace("%", "%%") + ("/%A_%a.log" if job.array else "/%j.log"),
         "open-mode": "append",
+        "chdir": str(job.place),
         **({} if "no-requeue" in job.options else {"requeue": None}),
         "signal": SIGNAL.format(lead_seconds(job.options)),
         **{name: value for name, value in job.options.items() if name != "signal"},
     }
-    lines = [f"#SBATCH --{name}" + ("" if value is None else f"={_quoted(value)}") for name, value in options.items()]
-    return ["#!/bin/bash", *lines]
 
 
 def _quoted(value: str) -> str:
@@ -90,18 +102,22 @@ def _body(job: Job) -> list[str]:
         f"export PEFTBENCH_STOP_LEAD={lead_seconds(job.options)}",
         "# srun gives a task one CPU unless it is told how many the job has for it (since SLURM 22.05).",
         '[ -z "$SLURM_CPUS_PER_TASK" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK',
+        "export SLURM_EXPORT_ENV=ALL  # whatever the job was given, its steps are given all of it",
         "told=",
         """trap 'told=1; echo SIGUSR1 >"$folder/.stop-$PEFTBENCH_JOB"' USR1""",
         "",
         *_launch(job, python),
         "run=$!",
+        'wait "$run"; code=$?',
         'while kill -0 "$run" 2>/dev/null; do wait "$run"; code=$?; done  # a signal ends a wait, and not the run',
         "",
-        "# It kept its last step: begin anew where it was stopped, but not for ever.",
         'rm -f "$folder/.stop-$PEFTBENCH_JOB"',
-        f'if [ -n "$told" ]; then exec {python} -m peftbench.slurm.requeue --at-most {job.restarts} "$folder"; fi',
+        *([] if "no-requeue" in job.options else [
+            "# It kept its last step: begin anew where it was stopped, but not for ever.",
+            f'if [ -n "$told" ]; then exec {python} -m peftbench.slurm.requeue --at-most {job.restarts} "$folder"; fi',
+        ]),
         'exit "$code"',
-    ]
+    ]  # fmt: skip
 
 
 def _launch(job: Job, python: str) -> list[str]:
@@ -113,21 +129,16 @@ def _launch(job: Job, python: str) -> list[str]:
         "export head port folder",
     ]
     machines = [
-        f"--num_machines {job.nodes}", '--machine_rank "$SLURM_NODEID"', '--main_process_ip "$head"',
+        '--machine_rank "$SLURM_NODEID"', '--main_process_ip "$head"',
         '--main_process_port "$port"', "--rdzv_backend c10d",
         '--rdzv_conf "is_host=$((SLURM_NODEID == 0))"',  # torch would guess it from names
         *(["--deepspeed_multinode_launcher standard"] if job.deepspeed else []),
     ]  # fmt: skip
     launch = [
         f"{python} -m accelerate.commands.launch --quiet", f'--config_file "$folder/{ACCELERATE}"',
-        f"--num_processes {job.nodes * job.processes_per_node}", *(machines if job.nodes > 1 else []),
+        *(machines if job.nodes > 1 else ["--main_process_port 0"]),
         '-m peftbench.train --unless-finished --config "$folder/recipe.yaml"',
     ]  # fmt: skip
     if job.nodes == 1:
         return [f"srun {' '.join(launch)} &"]
     return [*several, f"srun --kill-on-bad-exit=1 bash -c {shlex.quote('exec ' + ' '.join(launch))} &"]
-
-
-def tell(words: Sequence[str]) -> str:
-    """A command as one types it."""
-    return shlex.join(words)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,14 @@ import yaml
 
 from peftbench.config import explained
 from peftbench.errors import MissingFileError, SlurmError, nearest
-from peftbench.files import write_atomically
+from peftbench.files import write_atomically, write_error
 from peftbench.lock import refuse_if_held
 from peftbench.recipe import Recipe
-from peftbench.slurm.script import ACCELERATE, DEEPSPEED, Job, script
+from peftbench.slurm.script import ACCELERATE, DEEPSPEED, Job, script, settings
+from peftbench.slurm.submitted import Submitted
 
 SCRIPT, LOGS = "job.sbatch", "slurm"
-JOB_FILE = "job.json"
-"""In a run's folder: which job it was submitted as."""
+_KEPT = frozenset({"SLURM_CONF", "SLURM_CLUSTERS"})
 _HERE = "accel_configs"
 
 
@@ -33,6 +33,8 @@ class Submission:
     text: str
     folders: tuple[Path, ...]
     logs: Path
+    arguments: tuple[str, ...] = ()
+    """Its options, once more, for sbatch: what the environment says would come before the script's."""
     job: str | None = None
 
 
@@ -46,7 +48,10 @@ class Engine:
     @property
     def deepspeed(self) -> Path | None:
         """The DeepSpeed file that it names."""
-        named = (self.config.get("deepspeed_config") or {}).get("deepspeed_config_file")
+        inner = self.config.get("deepspeed_config") or {}
+        if not isinstance(inner, dict):
+            raise SlurmError(f"{self.path}: deepspeed_config must hold keys and values")
+        named = inner.get("deepspeed_config_file")
         if named is None:
             return None
         found = [place for place in (Path(named), self.path.resolve().parent.parent / named) if place.is_file()]
@@ -57,7 +62,11 @@ class Engine:
     @property
     def processes(self) -> int:
         """Of each machine, as the file has it."""
-        return max(1, int(self.config.get("num_processes") or 1) // int(self.config.get("num_machines") or 1))
+        try:
+            machines = int(self.config.get("num_machines") or 1)
+            return max(1, int(self.config.get("num_processes") or 1) // machines)
+        except (TypeError, ValueError):
+            raise SlurmError(f"{self.path}: num_processes and num_machines must be whole numbers") from None
 
 
 def engine_named(name: str) -> Engine:
@@ -96,18 +105,25 @@ def prepare(recipes: Sequence[Recipe], job: Job, engine: Engine | None, place: P
         absolute = recipe.model_copy(update={"output_dir": str(folder.parent)})
         write_atomically(folder / "recipe.yaml", explained(absolute))
         if engine is not None:
-            _copy_engine(engine, folder)
+            _copy_engine(engine, folder, job)
     text = script(job)
     path = place / SCRIPT
-    job.logs.mkdir(parents=True, exist_ok=True)
+    try:
+        job.logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(job.logs, error) from error
     write_atomically(path, text)
-    return Submission(path, text, job.folders, job.logs)
+    arguments = [f"--{name}" + ("" if value is None else f"={value}") for name, value in settings(job).items()]
+    return Submission(path, text, job.folders, job.logs, tuple(arguments))
 
 
-def _copy_engine(engine: Engine, folder: Path) -> None:
-    config = {**engine.config, "same_network": False}  # accelerate tells c10d where to meet only then
+def _copy_engine(engine: Engine, folder: Path, job: Job) -> None:
+    config = engine.config | {
+        "num_machines": job.nodes, "num_processes": job.nodes * job.processes_per_node,
+        "same_network": False,  # accelerate tells c10d where to meet only then
+    }  # fmt: skip
     if (deepspeed := engine.deepspeed) is not None:
-        shutil.copyfile(deepspeed, folder / DEEPSPEED)
+        write_atomically(folder / DEEPSPEED, deepspeed.read_text(encoding="utf-8"))
         config["deepspeed_config"] = {**config["deepspeed_config"], "deepspeed_config_file": str(folder / DEEPSPEED)}
     write_atomically(folder / ACCELERATE, yaml.safe_dump(config, sort_keys=False))
 
@@ -123,19 +139,18 @@ def submit(prepared: Submission) -> Submission:
             f"there is no sbatch on this machine; submit {prepared.script} where there is SLURM, or run the suite "
             "here with peftbench compare"
         )
-    done = subprocess.run(["sbatch", "--parsable", str(prepared.script)], capture_output=True, text=True, check=False)
+    # Of a job that this is submitted from nothing must travel along: a task's number, a count, a step's CPUs.
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SRUN_")) or name in _KEPT
+    }
+    done = subprocess.run(
+        ["sbatch", "--parsable", *prepared.arguments, str(prepared.script)],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
     if done.returncode:
         raise SlurmError(f"sbatch refused {prepared.script}: {' '.join(done.stderr.split())}")
     job = done.stdout.strip().split(";")[0]
     for index, folder in enumerate(prepared.folders):
         name = f"{job}_{index}" if len(prepared.folders) > 1 else job
-        write_atomically(folder / JOB_FILE, json.dumps({"job": name}) + "\n")
-    return Submission(prepared.script, prepared.text, prepared.folders, prepared.logs, job)
-
-
-def job_of(folder: Path) -> str | None:
-    """The job that a run's folder was last submitted as."""
-    try:
-        return str(json.loads((folder / JOB_FILE).read_text(encoding="utf-8"))["job"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        Submitted(job=name, log=str(prepared.logs / f"{name}.log")).write(folder)
+    return replace(prepared, job=job)

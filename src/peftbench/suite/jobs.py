@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,13 @@ from typing import Any
 from peftbench.config import in_yaml, load_recipe, read_yaml
 from peftbench.errors import SlurmError
 from peftbench.finished import result_of
+from peftbench.lock import held
 from peftbench.recipe import Recipe
 from peftbench.slurm.options import check_time, sbatch_options
 from peftbench.slurm.queue import queued
 from peftbench.slurm.script import Job
-from peftbench.slurm.submit import LOGS, Engine, Submission, engine_named, job_of
+from peftbench.slurm.submit import LOGS, Engine, Submission, engine_named
+from peftbench.slurm.submitted import submitted
 from peftbench.suite.expand import accelerate_config, expand, read_suite
 
 
@@ -40,7 +42,7 @@ class Asked:
     finished: int
     """Runs that have their result."""
     waiting: tuple[str, ...]
-    """Jobs in the queue, or under way, of runs that were submitted before."""
+    """Who has the runs that are in the queue, or under way, already."""
 
 
 def jobs_of(
@@ -70,7 +72,7 @@ def jobs_of(
         raise SlurmError("--nodes wants an engine that spreads a training over machines; give --engine, as zero2")
     unfinished = [recipe for recipe in recipes if result_of(recipe) is None]
     lasting = {key for key, found in queued().items() if found.lasts}
-    waiting = {_folder(recipe): key for recipe in unfinished if (key := job_of(_folder(recipe))) in lasting}
+    waiting = {_folder(recipe): key for recipe in unfinished if (key := _under_way(_folder(recipe), lasting))}
     left = tuple(recipe for recipe in unfinished if _folder(recipe) not in waiting)
     root = Path(recipes[0].output_dir).resolve()
     place_of_script = root if len(recipes) > 1 else root / recipes[0].name
@@ -83,8 +85,7 @@ def jobs_of(
         processes_per_node=gpus or per_node, launched=launcher is not None,
         deepspeed=launcher is not None and launcher.deepspeed is not None, at_once=at_once, restarts=restarts,
     )  # fmt: skip
-    before = tuple(str(key) for key in waiting.values())
-    return Asked(left, job, launcher, place_of_script, len(recipes) - len(unfinished), before)
+    return Asked(left, job, launcher, place_of_script, len(recipes) - len(unfinished), tuple(waiting.values()))
 
 
 def _read(
@@ -97,6 +98,13 @@ def _read(
     place = [f"output_dir={in_yaml(str(out))}"] if out is not None else []
     recipe = load_recipe([target], [*overrides, *place])
     return [recipe], recipe.name, {}, None
+
+
+def _under_way(folder: Path, queue: Set[str]) -> str | None:
+    """Whose it is already: a job's, or a process's that was started by hand."""
+    if (before := submitted(folder)) is not None and before.job in queue:
+        return f"job {before.job}"
+    return f"a process, in {folder}" if held(folder) else None
 
 
 def _folder(recipe: Recipe) -> Path:
@@ -113,7 +121,7 @@ def _option(word: str) -> tuple[str, str | bool | None]:
 
 
 def _quoted_times(options: Mapping[str, Any]) -> dict[str, Any]:
-    for name in ("time", "time-min", "time_min"):
+    for name in ("time", "time-min", "time_min", "begin", "deadline"):
         if isinstance(options.get(name), (int, float)):
             raise SlurmError(f"the suite's slurm.{name} must be in quotes, for YAML takes 1:00:00 for 3,600")
     return dict(options)
@@ -125,7 +133,7 @@ def left_out(asked: Asked) -> list[str]:
     if asked.finished:
         said.append(f"{asked.finished} {'have' if asked.finished > 1 else 'has'} a result already, left out")
     if asked.waiting:
-        said.append(f"{len(asked.waiting)} submitted before, left out: {', '.join(asked.waiting)}")
+        said.append(f"{len(asked.waiting)} under way already, left out: {', '.join(asked.waiting)}")
     return said
 
 

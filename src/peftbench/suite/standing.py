@@ -13,8 +13,8 @@ from tabulate import tabulate
 from peftbench.errors import MissingFileError, RecordError
 from peftbench.lock import held
 from peftbench.record import FILE, FINAL, RunRecord, read_record
-from peftbench.slurm.queue import Queued, queued
-from peftbench.slurm.submit import job_of
+from peftbench.slurm.queue import Queued
+from peftbench.slurm.submitted import Submitted, submitted
 from peftbench.status import FILE as STATUS
 from peftbench.status import Status, read_status
 
@@ -35,33 +35,37 @@ class Standing:
     """What explains the state."""
 
 
-def standings(folder: Path) -> list[Standing]:
-    """Every run below ``folder``, by path.
+def standings(folder: Path, queue: Mapping[str, Queued]) -> list[Standing]:
+    """Every run below ``folder``, by path; ``queue`` is what SLURM says, and may be empty.
 
     Raises:
         MissingFileError: there is none.
     """
     places = sorted({path.parent for name in ("recipe.yaml", FILE, STATUS) for path in folder.rglob(name)})
-    places = [place for place in places if place.name != "model" and "checkpoints" not in place.parts]
+    places = [place for place in places if "checkpoints" not in place.relative_to(folder).parts]
     if not places:
         raise MissingFileError(f"there is no run below {folder}", "give the folder that a suite wrote to")
-    queue = queued()
     return [_standing(place, str(place.relative_to(folder)), queue) for place in places]
 
 
 def _standing(folder: Path, name: str, queue: Mapping[str, Queued]) -> Standing:
-    status, job = read_status(folder), job_of(folder)
+    status, before = read_status(folder), submitted(folder)
+    job = before.job if before else None
     record = None
     with suppress(RecordError):
         record = read_record(folder / FILE)
     # A process may have been started by hand, or be of the job before.
     asked = next((found for key in (job, status.job if status else None) if key and (found := queue.get(key))), None)
-    if held(folder) or (asked is not None and asked.state == "RUNNING" and _newer(status, record)):
+    elsewhere = status is not None and status.host != socket.gethostname()  # where a lock may not be seen from here
+    if held(folder) or (elsewhere and asked is not None and asked.state == "RUNNING" and _newer(status, record)):
         return _running(name, status, job)
-    if asked is not None and asked.lasts and not (record and record.outcome.kind in FINAL):
+    lasts = asked is not None and asked.lasts and asked.state != "COMPLETING"
+    if asked is not None and lasts and not (record and record.outcome.kind in FINAL):
         after = f"after step {record.outcome.step}, " if record is not None and record.outcome.step else ""
-        why = asked.state if asked.reason == "None" else asked.reason
+        why = "starting" if asked.state == "RUNNING" else asked.state if asked.reason == "None" else asked.reason
         return Standing(name, "waiting", job=job, said=f"{after}{why.lower()}")
+    if before is not None and (refused := _refused(before, folder)):
+        return Standing(name, "failed", job=job, said=refused)
     if record is not None and _newer_record(status, record):
         return _ended(folder, name, record, status, job)
     if status is not None:
@@ -71,6 +75,15 @@ def _standing(folder: Path, name: str, queue: Mapping[str, Queued]) -> Standing:
             said=f"last seen at {status.updated_at} on {status.host}{kept}; run it again to go on",
         )  # fmt: skip
     return Standing(name, "waiting", job=job, said="" if job is None else f"job {job} is not in the queue")
+
+
+def _refused(job: Submitted, folder: Path) -> str | None:
+    """Why a job's run was refused, of which its log alone has word."""
+    said = job.last_words()
+    if said is None or said["outcome"] != "refused" or job.log is None:
+        return None
+    later = not (folder / FILE).exists() or Path(job.log).stat().st_mtime > (folder / FILE).stat().st_mtime
+    return str(said.get("error")) if later else None
 
 
 def _running(name: str, status: Status | None, job: str | None) -> Standing:
