@@ -45,6 +45,12 @@ def take_back(*files: Path) -> None:
             file.unlink()
 
 
+def be_deaf() -> None:
+    """Let the process end as it is about to: the interpreter would be killed by what comes while it closes."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Stop:
     """Hears that a run is to stop."""
 

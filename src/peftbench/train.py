@@ -18,7 +18,7 @@ from peftbench.console import guarded, quiet_libraries
 from peftbench.errors import PeftbenchError
 from peftbench.finished import result_of
 from peftbench.record import EXIT_CODES, FILE, Outcome, RunRecord
-from peftbench.stop import Stop
+from peftbench.stop import Stop, be_deaf
 
 if TYPE_CHECKING:
     from peftbench.recipe import Recipe
@@ -157,7 +157,10 @@ def report(result: dict[str, object], file: TextIO | None = None) -> None:
 
 def main() -> None:
     """Run the command line."""
-    app()
+    try:
+        app()
+    finally:
+        be_deaf()
 
 
 if __name__ == "__main__":

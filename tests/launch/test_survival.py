@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from peftbench.errors import OutputError
+from peftbench.errors import DiskFullError
 from tests.disks import mounted
 from tests.launch.conftest import LAUNCH
 from tests.launch.test_compare import CONFIG, peftbench, record_of, run
@@ -38,16 +38,16 @@ def begin(command: list[str], project: Path, caches: dict[str, str], *more: str)
     )  # fmt: skip
 
 
-def await_training(project: Path, process: subprocess.Popen[str], name: str = "run") -> dict[str, Any]:
-    """Until it trains; its status."""
+def await_training(project: Path, process: subprocess.Popen[str], since: int | None = None) -> dict[str, Any]:
+    """Until it trains, after a process that has left its status there; its own."""
     until = time.monotonic() + 200
     while time.monotonic() < until:
         assert process.poll() is None, process.communicate()
         try:
-            status: dict[str, Any] = json.loads((project / "out" / name / "status.json").read_text(encoding="utf-8"))
+            status: dict[str, Any] = json.loads((project / "out" / "run" / "status.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             status = {"phase": ""}
-        if status["phase"] in {"warmup", "train"}:
+        if status["phase"] in {"warmup", "train"} and status["pid"] != since:
             return status
         time.sleep(0.05)
     raise AssertionError("it did not begin to train")
@@ -140,7 +140,7 @@ def test_stopped_while_it_evaluates(project: Path, caches: dict[str, str]) -> No
 
 def test_a_second_process_is_refused(project: Path, caches: dict[str, str]) -> None:
     """In one sentence, with an exit code of its own, and the first is not disturbed; kill -9 frees the folder."""
-    process = begin(ALONE, project, caches)
+    process = begin(ALONE, project, caches, "train.steps=100000")
     status = await_training(project, process)
     second = run([*ALONE, *ARGUMENTS], project, caches)
     assert second.returncode == 52, second.stderr
@@ -154,8 +154,10 @@ def test_a_second_process_is_refused(project: Path, caches: dict[str, str]) -> N
     process.communicate()
     told = run(peftbench("status", "out"), project, caches)
     assert "gone" in told.stdout
-    ended = run([*ALONE, *ARGUMENTS], project, caches)
-    assert ended.returncode == 0, ended.stderr
+    third = begin(ALONE, project, caches, "train.steps=100000")
+    assert await_training(project, third, since=status["pid"])["pid"] == third.pid
+    third.kill()
+    third.communicate()
 
 
 @pytest.mark.slow
@@ -173,7 +175,7 @@ def test_a_full_disk_while_it_saves(
             time.sleep(0.01)
         fill(disk / "filler", room)
         _, errors = process.communicate(timeout=120)
-        assert process.returncode == OutputError.exit_code, errors
+        assert process.returncode == DiskFullError.exit_code, errors
         assert "No space left on device" in errors
         assert "Traceback" not in errors
         assert len(list(kept.rglob("step-*[0-9]"))) == 1
