@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import math
-import os
-import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -34,7 +32,7 @@ from peftbench.engine.ranks import from_main, main_process_first
 from peftbench.engine.sharding import bring_home
 from peftbench.errors import PeftbenchError
 from peftbench.evaluation.measure import Evaluation, quality_of
-from peftbench.files import write_error
+from peftbench.files import system_error, write_error
 from peftbench.lock import Lock
 from peftbench.profiler.devices import achievable_flops
 from peftbench.profiler.energy import energy_meter
@@ -355,7 +353,7 @@ class Run:
         except BaseException as error:  # a model is whole or not there, after an interrupt too
             shutil.rmtree(unfinished, ignore_errors=True)
             if isinstance(error, (OSError, SafetensorError)):
-                raise write_error(folder, _as_os_error(error)) from error
+                raise write_error(folder, system_error(error)) from error
             raise
 
     def _forget_model(self) -> None:
@@ -371,14 +369,6 @@ class Run:
         in_training = self.probe.current_phase in {"warmup", "train"}
         step, part = (self.progress.steps + 1, self.probe.current_part) if in_training else (None, None)
         return {"phase": self.probe.current_phase, "step": step, "part": part}
-
-
-def _as_os_error(error: OSError | SafetensorError) -> OSError:
-    """What a failed save says to the system; safetensors has an exception of its own, with the number in its text."""
-    if isinstance(error, OSError):
-        return error
-    number = re.search(r"os error (\d+)", str(error))
-    return OSError(int(number.group(1)), os.strerror(int(number.group(1)))) if number else OSError(str(error))
 
 
 def _check_writable(folder: Path) -> list[Path]:
