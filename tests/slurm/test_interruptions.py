@@ -76,9 +76,11 @@ class Run:
             return bool(record(self.folder.parent, self.folder.name)["outcome"]["kind"] == "ok")
         return False
 
-    def can_be_interrupted(self, way: str) -> bool:
-        """Whether a process works on it; one that has written its result is not killed before it has said so."""
-        phases = {"load", "build", "warmup", "train", *(() if way == "kill" else ("evaluate",))}
+    def can_be_interrupted(self, way: str, *, anywhere: bool) -> bool:
+        """Whether a process trains it, or loads or evaluates it; one with a result is not killed before it says so."""
+        phases = {"warmup", "train"}
+        if anywhere:
+            phases |= {"load", "build", *(() if way == "kill" else ("evaluate",))}
         status = self.status
         return status.get("phase") in phases and Path(f"/proc/{status['pid']}").exists() and not self.ended_well
 
@@ -127,8 +129,8 @@ def interrupt_all(runs: list[Run], slurm: Cluster, submit: Callable[[], str]) ->
         if not slurm.queue():
             submit()
         time.sleep(chance.uniform(0.2, 3.0))
-        way = deck[len(done)]
-        open_to = [run for run in runs if run.can_be_interrupted(way)]
+        way, anywhere = deck[len(done)], len(done) % 3 == 0
+        open_to = [run for run in runs if run.can_be_interrupted(way, anywhere=anywhere)]
         if not open_to or len(done) == INTERRUPTIONS:
             continue
         run = min(open_to, key=lambda found: (found.interrupted, chance.random()))
