@@ -166,7 +166,7 @@ def test_thirty_interruptions(project: Path, slurm: Cluster, caches: dict[str, s
     assert "Traceback" not in logs
     ended = Counter(line["name"] for line in last_lines(logs) if line["outcome"] == "ok")
     assert ended == dict.fromkeys(names, 1)
-    assert sum(len(record(cluster, name)["resumed_after"]) for name in names) > INTERRUPTIONS // 2
+    assert sum(len(record(cluster, name)["resumed_after"]) for name in names) >= len(names)
 
 
 def last_lines(logs: str) -> list[dict[str, str]]:
