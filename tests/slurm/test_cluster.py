@@ -57,7 +57,7 @@ def test_a_suite_comes_through(project: Path, slurm: Cluster, caches: dict[str, 
     wait_until(lambda: step_of("requeued") > 2, 180, slurm.logs)
     slurm.run("scontrol", "requeue", f"{job}_1")
     wait_until(lambda: step_of("cancelled") > 2, 400, slurm.logs)
-    slurm.run("scancel", f"{job}_3")
+    slurm.send("scancel", f"{job}_3")
     slurm.await_empty(900)
 
     standings = {row["name"]: row for row in standing(project, "cluster", environment)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,23 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def handed_in(project: Path, slurm: Cluster, caches: dict[str, str], *words: str) -> str:
-    """What the job of a script said, when it is over."""
+def hand_in(project: Path, slurm: Cluster, caches: dict[str, str], *words: str) -> str:
+    """Give a script to sbatch, from the project's folder; its job."""
     environment = caches | {key: value for key, value in slurm.environment.items() if key not in caches}
     environment |= {"PEFTBENCH_PYTHON": sys.executable, "SLURM_CONF": slurm.environment["SLURM_CONF"]}
     there = Cluster(slurm.folder, environment | {"PATH": slurm.environment["PATH"]})
-    there.run("sbatch", f"--chdir={project}", *words)
+    return there.run("sbatch", "--parsable", f"--chdir={project}", *words).strip()
+
+
+def handed_in(project: Path, slurm: Cluster, caches: dict[str, str], *words: str) -> str:
+    """What the job of a script said, when it is over."""
+    hand_in(project, slurm, caches, *words)
     slurm.await_empty(600)
+    return logs(project)
+
+
+def logs(project: Path) -> str:
+    """What all jobs of scripts said."""
     return "".join(path.read_text(encoding="utf-8") for path in sorted(project.glob("*.log")))
 
 
@@ -69,6 +80,26 @@ def test_single_gpu(project: Path, slurm: Cluster, caches: dict[str, str]) -> No
     assert "first has its result already" in handed_in(project, slurm, caches, *words)
     assert record(project / HOSTILE, "first")["started_at"] == before
     assert not (project / "executed").exists()
+
+
+def test_single_gpu_is_told_in_the_middle(project: Path, slurm: Cluster, caches: dict[str, str]) -> None:
+    """It keeps its step, begins itself anew, and goes on."""
+    words = [*SMALL, "launch/slurm/single_gpu.sbatch", "first.yaml", "train.steps=300"]
+    job = hand_in(project, slurm, caches, *words)
+    wait_until(lambda: step_of(project / "out" / "first") > 2, 120, slurm.logs)
+    slurm.send("scancel", "--batch", "--signal=USR1", job)
+    slurm.await_empty(300)
+    found = record(project / "out", "first")
+    assert found["outcome"]["kind"] == "ok", logs(project)
+    assert len(found["resumed_after"]) == 1
+    assert f"job {job} begins itself anew for the 1. time, after step {found['resumed_after'][0]}" in logs(project)
+
+
+def step_of(folder: Path) -> int:
+    """How far a run is."""
+    with suppress(OSError, ValueError):
+        return int(json.loads((folder / "status.json").read_text(encoding="utf-8"))["step"])
+    return 0
 
 
 def test_array(project: Path, slurm: Cluster, caches: dict[str, str]) -> None:
@@ -110,18 +141,15 @@ def test_submitted_to_two_nodes(project: Path, slurm: Cluster, caches: dict[str,
     )
     assert two.returncode == 0, two.stderr
     job = two.stdout.split()[2].rstrip(":")
-
-    def steps() -> int:
-        (row,) = standing(project, "two", environment)
-        return row["step"] or 0
-
-    wait_until(lambda: steps() > 2, 120, slurm.logs)
+    wait_until(lambda: step_of(project / "two" / "first") > 2, 120, slurm.logs)
+    (row,) = standing(project, "two", environment)
+    assert (row["state"], row["steps"]) == ("running", 300)
     assert "NumNodes=2 NumCPUs=4" in slurm.run("scontrol", "show", "job", job)
     assert "CPUs=4" in slurm.run("scontrol", "show", "step", f"{job}.0")
-    slurm.run("scancel", "--batch", "--signal=USR1", job)
+    slurm.send("scancel", "--batch", "--signal=USR1", job)
     slurm.await_empty(300)
-    logs = "".join(path.read_text(encoding="utf-8") for path in (project / "two").rglob("*.log"))
+    said = "".join(path.read_text(encoding="utf-8") for path in (project / "two").rglob("*.log"))
     ours, theirs = record(project / "one", "first"), record(project / "two", "first")
-    assert theirs["outcome"]["kind"] == "ok", logs
-    assert len(theirs["resumed_after"]) == 1, logs
+    assert theirs["outcome"]["kind"] == "ok", said
+    assert len(theirs["resumed_after"]) == 1, said
     assert theirs["losses"] == pytest.approx(ours["losses"], rel=1e-6)
