@@ -126,8 +126,9 @@ def test_an_interrupt_while_saving_leaves_no_half_model(workshop: Workshop, monk
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
+    recipe = workshop.recipe(Lora(r=2), save_model=True)  # whose base is saved, too
     monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", interrupt)
-    record = workshop.run(workshop.recipe(Lora(r=2), save_model=True))
+    record = workshop.run(recipe)
     assert (record.outcome.kind, record.outcome.phase) == ("preempted", "save")
     left = {path.name for path in (workshop.output / "run").iterdir()}
     assert left == {".lock", "checkpoints", "record.json", "status.json"}  # what was trained is kept
