@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Nothing is asked of a hub: the demo and the tests are offline.
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-all test-engines lint readme clean
+.PHONY: demo test test-all test-engines test-slurm lint readme clean
 
 demo: .venv/installed
 	$(BIN)/peftbench compare recipes/demo/suite.yaml
@@ -20,6 +20,11 @@ test-all: .venv/installed
 # Every combination of the compatibility table that runs on CPU, in two processes each.
 test-engines: .venv/installed
 	$(BIN)/python -m pytest -m multiprocess tests/engines
+
+# A real SLURM in a folder of its own, where Debian's packages for it are installed (docs/guides/slurm.md), as root; and
+# all that can befall a run, on one host and on two.
+test-slurm: .venv/installed
+	$(BIN)/python -m pytest -m "slow or not slow" tests/slurm tests/launch/test_survival.py tests/launch/test_two_hosts.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

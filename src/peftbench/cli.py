@@ -1,4 +1,4 @@
-"""The command line: compare, estimate, fit, report, show."""
+"""The command line: compare, submit, status, estimate, fit, report, show."""
 
 from __future__ import annotations
 
@@ -51,9 +51,10 @@ def compare(
 ) -> None:
     """Run every recipe of a suite in a fresh process and print the comparison. Finished runs are skipped."""
     from peftbench.errors import MissingFileError
+    from peftbench.finished import record_of
     from peftbench.report.table import print_table, write_report
     from peftbench.suite.expand import accelerate_config, expand, read_suite
-    from peftbench.suite.local import record_of, run_suite
+    from peftbench.suite.local import run_suite
 
     with guarded():
         recipes = expand(suite, overrides or [], out)
@@ -140,6 +141,71 @@ def _world(launcher: Path | None, processes: int | None, recipe: Recipe) -> Worl
         raise BudgetError("--processes needs an engine that spreads a training over them; give --accelerate too")
     # Of which size a micro-batch is may be what is asked, and says nothing of where it runs.
     return ALONE if launcher is None else world_of(launcher, processes, with_micro_batch(recipe, 1))
+
+
+@app.command()
+def submit(
+    target: Annotated[Path, typer.Argument(metavar="SUITE_OR_RECIPE", help="A suite or a recipe.")],
+    overrides: Overrides = None,
+    engine: Annotated[
+        Optional[str],
+        typer.Option(help="Of accel_configs/, as zero2, or a file; default: the suite's, or one process."),
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines of each run.")] = 1,
+    gpus_per_node: Annotated[
+        Optional[int], typer.Option(min=0, help="GPUs of each; default: what the engine's file says, or 1; 0 for CPUs.")
+    ] = None,
+    at_once: Annotated[Optional[int], typer.Option(min=1, help="Runs under way together; default: all.")] = None,
+    restarts: Annotated[int, typer.Option(min=0, help="How often a job out of time begins anew.")] = 10,
+    out: Annotated[Optional[Path], typer.Option(help="Folder for the runs; default: what the recipes say.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Write everything, print the script, submit nothing.")
+    ] = False,
+) -> None:
+    """Submit a suite to SLURM as one job array, or a recipe as one job. slurm.OPTION=VALUE is for sbatch."""
+    from peftbench.slurm.submit import prepare
+    from peftbench.slurm.submit import submit as hand_in
+    from peftbench.suite.jobs import followed, jobs_of, left_out
+
+    with guarded():
+        given = overrides or []
+        options = [word.removeprefix("slurm.") for word in given if word.startswith("slurm.")]
+        asked = jobs_of(
+            target, [word for word in given if not word.startswith("slurm.")], options, out=out, engine=engine,
+            nodes=nodes, gpus_per_node=gpus_per_node, at_once=at_once, restarts=restarts,
+        )  # fmt: skip
+        for line in left_out(asked):
+            _say(line)
+        if not asked.recipes:
+            print("nothing is left to submit")
+            return
+        prepared = prepare(asked.recipes, asked.job, asked.engine, asked.place)
+        if dry_run:
+            print(prepared.text)
+            return
+        print(followed(hand_in(prepared)))
+
+
+@app.command()
+def status(
+    folder: Annotated[Path, typer.Argument(help="Folder that a run or a suite writes to.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Say how every run below a folder stands: waiting, running, finished, preempted, failed or gone."""
+    from dataclasses import asdict
+
+    from peftbench.errors import SlurmError
+    from peftbench.slurm.queue import Queued, queued
+    from peftbench.suite.standing import standings, table
+
+    with guarded():
+        queue: dict[str, Queued] = {}
+        try:
+            queue = queued()
+        except SlurmError as error:
+            _say(f"from the files alone, for {error.message}")
+        rows = standings(folder, queue)
+        print(json.dumps([asdict(row) for row in rows], indent=1) if as_json else table(rows))
 
 
 @app.command()

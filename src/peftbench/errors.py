@@ -24,12 +24,15 @@
     │   ├── OptimizerError            43   an optimizer whose library is not there, or cannot be used here
     │   └── CheckpointError           44   a checkpoint that this engine cannot go on from
     ├── OutputError                   50   a place that cannot be written
-    │   └── DiskFullError             51
+    │   ├── DiskFullError             51
+    │   └── BusyError                 52   a folder in which another process works
     ├── RecordError                   60   a record that cannot be read
-    └── BudgetError                   80   a budget that cannot be meant
-        ├── DeviceError               81   a device of which nothing is known
-        ├── NotEstimatedError         82   a memory that is not predicted, instead of a wrong figure
-        └── NoRoomError               83   a budget below the weights alone
+    ├── BudgetError                   80   a budget that cannot be meant
+    │   ├── DeviceError               81   a device of which nothing is known
+    │   ├── NotEstimatedError         82   a memory that is not predicted, instead of a wrong figure
+    │   └── NoRoomError               83   a budget below the weights alone
+    └── SlurmError                    90   a job that SLURM cannot be given, or that would lead nowhere
+        └── TimeLimitError            91   a time that ends before a step does
 
 A run that started and did not end well is no exception but an outcome, with an exit code of its own
 (``peftbench.record.EXIT_CODES``). Each message is one sentence: what was given, what is allowed, what to do.
@@ -187,6 +190,12 @@ class DiskFullError(OutputError):
     exit_code = 51
 
 
+class BusyError(OutputError):
+    """A folder in which another process works."""
+
+    exit_code = 52
+
+
 class RecordError(PeftbenchError):
     """A record that cannot be read."""
 
@@ -215,6 +224,18 @@ class NoRoomError(BudgetError):
     """A budget below the weights alone."""
 
     exit_code = 83
+
+
+class SlurmError(PeftbenchError):
+    """A job that SLURM cannot be given, or that would lead nowhere."""
+
+    exit_code = 90
+
+
+class TimeLimitError(SlurmError):
+    """A time that ends before a step and its checkpoint do."""
+
+    exit_code = 91
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

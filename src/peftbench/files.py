@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -53,6 +54,14 @@ def write_error(path: Path, error: OSError) -> OutputError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFullError(f"the disk is full: {path} could not be written ({error.strerror})")
     return OutputError(f"cannot write {path}: {error.strerror or error}")
+
+
+def system_error(error: Exception) -> OSError:
+    """What a failed write says to the system; safetensors has an exception of its own, with the number in its text."""
+    if isinstance(error, OSError):
+        return error
+    number = re.search(r"os error (\d+)", str(error))
+    return OSError(int(number.group(1)), os.strerror(int(number.group(1)))) if number else OSError(None, str(error))
 
 
 def _umask() -> int:

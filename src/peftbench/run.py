@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import math
-import os
-import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from peftbench.continuity import Continuity
 from peftbench.data.docstrings import DISTRIBUTION
-from peftbench.engine.bind import SCRATCH, bind, notes
+from peftbench.engine.bind import bind, notes
 from peftbench.engine.build import (
     Built,
     Trainer,
@@ -26,24 +25,25 @@ from peftbench.engine.build import (
     make_trainer,
     read_split,
 )
-from peftbench.engine.checkpoint import Checkpoints, Origin
 from peftbench.engine.holdings import holdings
 from peftbench.engine.loop import DivergedError, Progress, train
 from peftbench.engine.peers import Peers
-from peftbench.engine.ranks import gathered, main_process_first
+from peftbench.engine.ranks import from_main, main_process_first
 from peftbench.engine.sharding import bring_home
-from peftbench.engine.state import captured, restore
-from peftbench.errors import CheckpointError, PeftbenchError
+from peftbench.errors import PeftbenchError
 from peftbench.evaluation.measure import Evaluation, quality_of
-from peftbench.files import write_error
+from peftbench.files import system_error, write_error
+from peftbench.lock import Lock
 from peftbench.profiler.devices import achievable_flops
 from peftbench.profiler.energy import energy_meter
 from peftbench.profiler.inspection import Inspection, inspection
 from peftbench.profiler.memory import largest
 from peftbench.profiler.probe import Probe
 from peftbench.record import FILE, Memory, Outcome, Quality, RunRecord
-from peftbench.recording import Together, breakdown_of, recorded, versions
+from peftbench.recording import Together, recorded
 from peftbench.shortage import Shortage, settle
+from peftbench.status import Teller
+from peftbench.stop import Interrupted, Stop, request, take_back
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -61,27 +61,35 @@ MODEL = "model"
 class Run:
     """One run. What is known is kept on it as it becomes known, so that any end leaves a full record."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, stop: Stop | None = None) -> None:
+        """``stop`` hears when it is to end; without one nothing asks it to."""
+        self.stop = stop or Stop()
         self.asked = recipe
         """As it was given, where ``recipe`` has what was settled for it."""
         self.recipe, settlement = settle(recipe)
         self.folder = Path(recipe.output_dir) / recipe.name
         self._made = _check_writable(self.folder)
+        self.lock = Lock(self.folder)
         try:
             self.bound = bind(self.recipe, self.folder)
+            from_main(self.bound.accelerator, self._have_it)
         except BaseException:
             self._leave_nothing()
             raise
         self.accelerator: Accelerator = self.bound.accelerator
         self.engine = self.bound.engine
+        self.teller = Teller(self.folder, tells=self.accelerator.is_main_process)
+        self.teller.phase("starting")
         rank, device = self.accelerator.process_index, self.accelerator.device
         self.shortage = Shortage(self.recipe, device, self.folder, rank)
         self.peers = Peers(self.accelerator, self.folder)
         self.probe = Probe(device, energy_meter(device, counts=self.accelerator.is_local_main_process))
+        self.probe.told = self.teller.phase
         self.progress = Progress()
         self.started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.built: Built | None = None
         self.trainer: Trainer | None = None
+        self.continuity: Continuity | None = None
         self.quality: Quality | None = None
         self.examples: dict[str, int] = {}
         self.dropped: dict[str, int] = {}
@@ -105,8 +113,19 @@ class Run:
         try:
             return self._execute()
         except PeftbenchError:
+            self.teller.forget()
+            if self.accelerator.is_main_process:
+                self.peers.recorded()
             self._leave_nothing()
             raise
+        finally:
+            if self.accelerator.is_main_process:
+                take_back(*self._requests)
+            self.lock.let_go()
+
+    def _have_it(self) -> None:
+        self.lock.hold()
+        take_back(request(self.folder, {}))  # which asked a run before; an attempt with a name has a file of its own
 
     def _execute(self) -> tuple[RunRecord, Path]:
         try:
@@ -119,14 +138,20 @@ class Run:
             outcome, fault = Outcome(kind="failed", **self._where(), error=str(error)), error
         except Exception as error:
             outcome, fault = Outcome(kind="failed", **self._where(), error=f"{type(error).__name__}: {error}"), error
+        self.stop.hold_off()
         self.peers.claim()
         if fault is not None and (word := self.peers.heard()) is not None:  # it is of a rank that has gone
             outcome, fault = self._told(word), None
         record, path = self._recorded(outcome)
         if fault is not None:
             raise fault
-        if outcome.kind != "oom" or not self.peers.several:  # or it would wait for a rank that has gone
+        if outcome.kind == "ok" or not self.peers.several:
             self.accelerator.end_training()
+        else:  # which would wait for a rank that has gone
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+        if not self.accelerator.is_main_process:
+            self.peers.await_record()
         return record, path
 
     def _recorded(self, outcome: Outcome) -> tuple[RunRecord, Path]:
@@ -141,8 +166,8 @@ class Run:
             if main:
                 path = record.write(self.folder)
                 self.recorded = True
-                if outcome.kind == "ok" and self.built is not None:
-                    self._forget_checkpoints(self.built)  # not sooner: what a kill takes could not be had again
+                if outcome.kind == "ok" and self.continuity is not None:
+                    self.continuity.forget()  # not sooner: what a kill takes could not be had again
         finally:
             if main:
                 self.peers.recorded()
@@ -164,6 +189,7 @@ class Run:
 
     def _leave_nothing(self) -> None:
         """Take back the folders made for a run that is refused, where nothing lies in them."""
+        self.lock.let_go()
         for folder in self._made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
@@ -171,6 +197,7 @@ class Run:
     def _outcome(self) -> Outcome:
         try:
             self._work()
+            self.stop.hold_off()
         except DivergedError as error:
             # Outside of a phase it was the evaluation that found it.
             phase = self.probe.current_phase or "evaluate"
@@ -179,20 +206,47 @@ class Run:
             if not self.shortage.is_one(error):
                 raise
             return self._out_of_memory(error)
-        except KeyboardInterrupt:
-            return Outcome(kind="preempted", **self._where(), error="interrupted")
+        except KeyboardInterrupt as error:
+            return self._interrupted(error)
         return Outcome(kind="ok")
+
+    def _interrupted(self, interrupt: KeyboardInterrupt) -> Outcome:
+        """Keep what was trained, if it is whole: between two steps it was kept, and several ranks did so before."""
+        self.stop.hold_off()  # two signals are usual: one of SLURM's, one that a launcher passes on
+        by = interrupt.by if isinstance(interrupt, Interrupted) else "an interrupt"
+        trained = self.trainer is not None and self.progress.steps == self.trainer.steps
+        if trained and self.continuity is not None and not self.peers.several:
+            assert self.trainer is not None
+            self.continuity.keep(self.trainer)
+        where, kept = self._where(), self.continuity.kept_at if self.continuity else None
+        outcome = Outcome(kind="preempted", **where, error=f"stopped by {by}")
+        if kept is not None and kept == self.progress.steps:
+            error = f"{outcome.error}; step {kept} is kept"
+            outcome = Outcome(kind="preempted", **where | {"step": kept}, error=error)
+        if not (isinstance(interrupt, Interrupted) and interrupt.together):
+            self._tell(outcome)
+        return outcome
 
     def _out_of_memory(self, error: BaseException) -> Outcome:
         rank = self.accelerator.process_index if self.peers.several else None
         outcome = self.shortage.outcome(error, self._where(), rank)
+        self._tell(outcome)
+        return outcome
+
+    def _tell(self, outcome: Outcome) -> None:
+        """Tell the other ranks, which may wait for this one."""
         self.peers.tell({
             "outcome": outcome.model_dump(),
             "memory": {name: memory.model_dump() for name, memory in self.probe.memory.items()},
         })  # fmt: skip
-        return outcome
+
+    @property
+    def _requests(self) -> list[Path]:
+        """Files that ask it to stop: by anyone, and by whoever has started it."""
+        return [request(self.folder, {}), request(self.folder)]
 
     def _work(self) -> None:
+        self.stop.watch(*self._requests)
         # Before the work: afterwards the hub may be gone, or the files may be others.
         self.data_identity = main_process_first(self.accelerator, self.recipe.data.source.identity)
         self.shortage.prepare(self.probe.meter)
@@ -245,8 +299,9 @@ class Run:
             self.notes += [*trainer.notes, *([trainer.uncounted] if trainer.uncounted else [])]
         self._forget_model()
         self.recipe.method.set_training(built.bare_model)
-        checkpoints = self._checkpoints(built)
-        self._go_on(built, trainer, checkpoints)
+        self.continuity = Continuity(self, built)
+        self.continuity.take_up(trainer)
+        self.teller.begin(self.continuity.began_at, trainer.steps)
         if self.recipe.trackers:
             self.accelerator.init_trackers(DISTRIBUTION, config={"recipe": self.recipe.model_dump_json()})
         knobs = self.recipe.profile
@@ -258,71 +313,24 @@ class Run:
             checkpointing=built.checkpointing,
             holdings=lambda: holdings(trainer.model, built.bare_model, trainer.optimizer),
         )  # fmt: skip
-        with trainer.loss.in_use(), self.probe.training(knobs.warmup_steps, looking.step):
+        with (
+            self.stop.between_steps(), trainer.loss.in_use(),
+            self.probe.training(knobs.warmup_steps, looking.step),
+        ):  # fmt: skip
             train(
                 self.accelerator, trainer, self.probe, self.progress,
                 max_grad_norm=self.recipe.train.max_grad_norm,
-                on_step=lambda step, values: self._after_step(step, values, built, trainer, checkpoints),
+                on_step=lambda step, values: self._after_step(step, values, trainer),
             )  # fmt: skip
+            self.continuity.after_training(trainer)
         if trainer.store is not None and self.accelerator.is_main_process:
             trainer.store.seal()
 
-    def _checkpoints(self, built: Built) -> Checkpoints:
-        origin = Origin(
-            self.asked.fingerprint(), str(built.base.identity), str(self.data_identity), self.engine.name,
-            self.accelerator.num_processes, self.accelerator.device.type,
-            {name: version for name, version in versions().items() if name not in {"datasets", "evaluate"}},
-        )  # fmt: skip
-        return Checkpoints(self.accelerator, self.folder, origin, self.recipe.checkpoint.keep)
-
-    def _forget_checkpoints(self, built: Built) -> None:
-        if self.recipe.method.trains:
-            self._checkpoints(built).forget()
-            shutil.rmtree(self.folder / SCRATCH, ignore_errors=True)
-
-    def _go_on(self, built: Built, trainer: Trainer, checkpoints: Checkpoints) -> None:
-        """Take up the newest checkpoint of this very run.
-
-        Raises:
-            CheckpointError: it cannot be.
-        """
-        found = checkpoints.newest()
-        self.notes += checkpoints.notes
-        if found is None:
-            return
-        state, own = checkpoints.read(found)
-        problem = None
-        try:
-            restore(state, self.accelerator, trainer, built.bare_model, self.progress, own_random_state=own)
-        except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-            problem = f"{found.path} does not fit: {error}"
-        if problems := [said for said in gathered(self.accelerator, problem) if said is not None]:
-            raise CheckpointError(problems[0], f"remove {found.path.parent} to begin anew")
-        self.probe.go_on(state["probe"], same_place=own)
-        self.kept = state["kept"] if own else {}
-        self.resumed_after = [*state["resumed_after"], self.progress.steps]
-        if not own:
-            self.notes.append(
-                f"its first {self.progress.steps} steps were made by {found.origin.processes} processes, and are in no "
-                "figure of speed, memory or energy"
-            )
-        self.notes.append(f"it was stopped and went on after step {self.progress.steps}")
-
-    def _after_step(
-        self, step: int, values: dict[str, float], built: Built, trainer: Trainer, checkpoints: Checkpoints
-    ) -> None:
+    def _after_step(self, step: int, values: dict[str, float], trainer: Trainer) -> None:
         self.accelerator.log(values, step=step)
-        every = self.recipe.checkpoint.every_steps
-        if every and step % every == 0:
-            looked, found = self.inspection, breakdown_of(self)
-            counted = looked.flops.total if looked and looked.flops else self.kept.get("counted")
-            state = captured(self.accelerator, trainer, built.bare_model, self.progress)
-            with self.probe.aside():
-                state |= {
-                    "probe": self.probe.measured(), "resumed_after": self.resumed_after,
-                    "kept": {"counted": counted, "breakdown": found.model_dump() if found else None},
-                }  # fmt: skip
-                checkpoints.save(step, state)
+        self.teller.step(step, trainer.steps, self.progress.step_counts[-1].real)
+        assert self.continuity is not None
+        self.continuity.after_step(step, trainer)
 
     def _extracted(self) -> Quality:
         """Quality of a baseline that copies its summary from the article."""
@@ -345,7 +353,7 @@ class Run:
         except BaseException as error:  # a model is whole or not there, after an interrupt too
             shutil.rmtree(unfinished, ignore_errors=True)
             if isinstance(error, (OSError, SafetensorError)):
-                raise write_error(folder, _as_os_error(error)) from error
+                raise write_error(folder, system_error(error)) from error
             raise
 
     def _forget_model(self) -> None:
@@ -361,14 +369,6 @@ class Run:
         in_training = self.probe.current_phase in {"warmup", "train"}
         step, part = (self.progress.steps + 1, self.probe.current_part) if in_training else (None, None)
         return {"phase": self.probe.current_phase, "step": step, "part": part}
-
-
-def _as_os_error(error: OSError | SafetensorError) -> OSError:
-    """What a failed save says to the system; safetensors has an exception of its own, with the number in its text."""
-    if isinstance(error, OSError):
-        return error
-    number = re.search(r"os error (\d+)", str(error))
-    return OSError(int(number.group(1)), os.strerror(int(number.group(1)))) if number else OSError(str(error))
 
 
 def _check_writable(folder: Path) -> list[Path]:

@@ -16,7 +16,9 @@ import typer
 from peftbench.config import explained, load_recipe
 from peftbench.console import guarded, quiet_libraries
 from peftbench.errors import PeftbenchError
-from peftbench.record import EXIT_CODES, FILE, Outcome
+from peftbench.finished import result_of
+from peftbench.record import EXIT_CODES, FILE, Outcome, RunRecord
+from peftbench.stop import Stop, be_deaf
 
 if TYPE_CHECKING:
     from peftbench.recipe import Recipe
@@ -38,6 +40,10 @@ def train(
     config: Annotated[
         list[Path] | None, typer.Option("--config", help="A recipe; several are merged from left to right.")
     ] = None,
+    unless_finished: Annotated[
+        bool,
+        typer.Option("--unless-finished", help="Leave a run alone that has its result: its outcome is told again."),
+    ] = False,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the resolved recipe with each knob's meaning, and stop.")
     ] = False,
@@ -53,11 +59,21 @@ def train(
             if is_main_process():
                 print(explained(recipe), end="")
             return
+        before = result_of(recipe) if unless_finished else None
+        if before is not None:
+            _say_before(recipe, before)
+            raise typer.Exit(EXIT_CODES[before.outcome.kind])
         outcome, record, code = run(recipe)
         report(_last_line(recipe, outcome, record))
-        if outcome.kind == "oom" and _several():
+        if outcome.kind != "ok" and _several():
             _leave(code)
         raise typer.Exit(code)
+
+
+def _say_before(recipe: Recipe, record: RunRecord) -> None:
+    if is_main_process():
+        print(f"{recipe.name} has its result already", file=sys.stderr, flush=True)
+    report(_last_line(recipe, record.outcome, Path(recipe.output_dir) / recipe.name / FILE))
 
 
 def run(recipe: Recipe) -> tuple[Outcome, Path | None, int]:
@@ -69,17 +85,18 @@ def run(recipe: Recipe) -> tuple[Outcome, Path | None, int]:
         PeftbenchError: the recipe cannot be run; nothing was written.
     """
     with contextlib.redirect_stdout(sys.stderr):
+        folder = Path(recipe.output_dir) / recipe.name
+        place = folder / FILE
+        stop = Stop()
+        stop.listen()
         quiet_libraries()
         from peftbench.run import Run
 
-        place = Path(recipe.output_dir) / recipe.name / FILE
         started: Run | None = None
         try:
-            started = Run(recipe)
+            started = Run(recipe, stop)
             started.peers.watch(partial(_end_with_another, started))
             outcome = started.execute()[0].outcome
-            if outcome.kind == "oom" and not is_main_process():
-                started.peers.await_record()
         except PeftbenchError as error:
             if started is None or not started.recorded:
                 raise
@@ -93,13 +110,15 @@ def run(recipe: Recipe) -> tuple[Outcome, Path | None, int]:
 
 
 def _end_with_another(run: Run, word: dict[str, Any]) -> None:
-    """End this rank, which may wait for ever for one that has run out of memory; from a thread."""
-    code = EXIT_CODES["oom"]
+    """End this rank, which may wait for ever for one that is out of memory or gone; from a thread."""
+    code = EXIT_CODES[word["outcome"]["kind"]]
     try:
         if is_main_process():
             outcome, record = run.end_with(word)
+            print(f"error: {outcome.error}", file=sys.stderr, flush=True)
             report(_last_line(run.recipe, outcome, record), sys.__stdout__)
         else:
+            print(f"error: {word['outcome']['error']}", file=sys.stderr, flush=True)
             run.peers.await_record()
     except BaseException as error:  # whatever it is, the process must end, for others wait for it
         traceback.print_exc()
@@ -138,7 +157,10 @@ def report(result: dict[str, object], file: TextIO | None = None) -> None:
 
 def main() -> None:
     """Run the command line."""
-    app()
+    try:
+        app()
+    finally:
+        be_deaf()
 
 
 if __name__ == "__main__":

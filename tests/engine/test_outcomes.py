@@ -121,15 +121,17 @@ def test_another_run_of_the_name_leaves_no_model_of_the_first(workshop: Workshop
 
 
 def test_an_interrupt_while_saving_leaves_no_half_model(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model is whole or not there, and no unfinished folder stays."""
+    """A model is whole or not there, no unfinished folder stays, and saving is done again from what was kept."""
 
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
+    recipe = workshop.recipe(Lora(r=2), save_model=True)  # whose base is saved, too
     monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", interrupt)
-    record = workshop.run(workshop.recipe(Lora(r=2), save_model=True))
+    record = workshop.run(recipe)
     assert (record.outcome.kind, record.outcome.phase) == ("preempted", "save")
-    assert [path.name for path in (workshop.output / "run").iterdir()] == ["record.json"]
+    left = {path.name for path in (workshop.output / "run").iterdir()}
+    assert left == {".lock", "checkpoints", "record.json", "status.json"}  # what was trained is kept
 
 
 def test_identity_is_of_what_was_trained_on(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,9 @@ WORD = {"outcome": {"kind": "oom"}}
 @pytest.fixture
 def rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Given its number, one of the ranks of a run in a folder; it looks often and gives little grace."""
-    monkeypatch.setattr(peers, "broadcast_object_list", lambda names: ["of this run"] if names else names)
+    monkeypatch.setattr(peers, "broadcast_object_list", list)
+    monkeypatch.setattr("peftbench.engine.peers.uuid.uuid4", lambda: SimpleNamespace(hex="of this run"))
+    monkeypatch.setattr(peers, "Pulse", lambda *_: SimpleNamespace(beat=int, lost=lambda: None, end=int))
     monkeypatch.setattr(peers, "_EVERY_SECONDS", 0.01)
     monkeypatch.setattr(peers, "_GRACE_SECONDS", 0.2)
 
@@ -94,6 +96,8 @@ def test_words_of_a_run_that_was_killed_are_not_heard(rank: Any, tmp_path: Path)
     (old / "rank1.json").write_text('{"outcome": {}}', encoding="utf-8")
     first = rank(0)
     assert first.heard() is None
+    assert [path.name for path in tmp_path.iterdir()] == [".ended-of this run"]
+    first.recorded()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -113,7 +117,6 @@ def test_half_a_word_is_none(rank: Any, tmp_path: Path) -> None:
     """A file that cannot be read yet is read again later."""
     first = rank(0)
     place = tmp_path / ".ended-of this run"
-    place.mkdir()
     (place / "rank1.json").write_text("{", encoding="utf-8")
     assert first.heard() is None
     (place / "rank1.json").write_text('{"a": 1}', encoding="utf-8")

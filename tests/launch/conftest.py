@@ -49,6 +49,11 @@ def project(tmp_path: Path) -> Path:
     """The folder that commands run in, with a recipe that can be run and the examples it names."""
     folder = tmp_path / "work"
     folder.mkdir()
+    return written(folder)
+
+
+def written(folder: Path) -> Path:
+    """``folder``, with a recipe that can be run and the examples it names."""
     (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE), encoding="utf-8")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
     return folder

@@ -84,7 +84,9 @@ def test_interrupted_compare_says_how_to_go_on(project: Path, caches: dict[str, 
     interrupted = record_of(project, "run-steps=100000")
     assert interrupted["outcome"]["kind"] == "preempted"
     assert interrupted["outcome"]["phase"] in {"warmup", "train"}  # a busy machine is not far after two seconds
-    assert len(interrupted["losses"]) == interrupted["outcome"]["step"] - 1
+    step = interrupted["outcome"]["step"]
+    assert interrupted["outcome"]["error"] == f"stopped by SIGINT; step {step} is kept"
+    assert len(interrupted["losses"]) == step
     (project / "suite.yaml").write_text("name: s\nrecipes: [recipe.yaml]\naxes: {train.steps: [2]}\n")
     finished = run(command, project, caches)
     assert finished.returncode == 0, finished.stderr

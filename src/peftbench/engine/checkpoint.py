@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from peftbench.engine import safetree
 from peftbench.engine.ranks import gathered
 from peftbench.errors import CheckpointError
-from peftbench.files import write_error
+from peftbench.files import system_error, write_error
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -119,8 +119,9 @@ class Checkpoints:
         try:
             work()
         except _UNWRITABLE as error:
-            problem = getattr(error, "errno", None), getattr(error, "strerror", None) or str(error)
-        problems = [found for found in gathered(self.accelerator, problem) if found is not None]
+            found = system_error(error)
+            problem = found.errno, found.strerror or str(found)
+        problems = [said for said in gathered(self.accelerator, problem) if said is not None]
         if problems:
             if self.accelerator.is_main_process:
                 shutil.rmtree(unfinished, ignore_errors=True)

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import broadcast_object_list
 
+from peftbench.engine.pulse import Pulse
 from peftbench.errors import OutputError
 from peftbench.files import write_atomically
+from peftbench.record import Outcome
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -25,8 +27,6 @@ if TYPE_CHECKING:
 _EVERY_SECONDS = 0.25
 _GRACE_SECONDS = 3.0
 """For a rank that was told, to come to an end of its own: what one runs out of, all often do."""
-_WAIT_SECONDS = 600.0
-"""For the main process to ask the estimator and write its record: the launcher ends it when another has ended."""
 
 
 class Peers:
@@ -34,13 +34,16 @@ class Peers:
 
     def __init__(self, accelerator: Accelerator, folder: Path) -> None:
         self.rank, self.several = accelerator.process_index, accelerator.num_processes > 1
-        name = [uuid.uuid4().hex]
-        if self.several:  # which is not the one of a run before this
-            name = broadcast_object_list(name)
-        if self.several and accelerator.is_main_process:  # words of a run that was killed
-            for old in folder.glob(".ended-*"):
+        name = [uuid.uuid4().hex]  # which is not the one of a run before this
+        if self.several and accelerator.is_main_process:
+            for old in folder.glob(".ended-*"):  # words of a run that was killed
                 _remove(old)
+            with suppress(OSError):
+                (folder / f".ended-{name[0]}").mkdir(parents=True)  # there until the record is
+        if self.several:
+            name = broadcast_object_list(name)
         self._place = folder / f".ended-{name[0]}"
+        self._pulse = Pulse(accelerator, folder / f".ended-{name[0]}-pulse")
         self._over = threading.Event()
         self._ending = threading.Lock()
 
@@ -70,18 +73,29 @@ class Peers:
         """The main process has written its record, and nobody need stay for it."""
         self._over.set()
         _remove(self._place)
+        self._pulse.end()
 
     def await_record(self) -> None:
-        """Stay until the main process has written its record, or must have failed to."""
-        until = time.monotonic() + _WAIT_SECONDS
-        while self.several and self._place.exists() and time.monotonic() < until:
+        """Stay until the main process has written its record, or is gone: its launcher ends it when another ends."""
+        while self.several and self._is_there() and self._pulse.lost() is None:
             time.sleep(_EVERY_SECONDS)
+
+    def _is_there(self) -> bool:
+        try:
+            return self._place.exists()
+        except OSError:  # a shared file system that does not answer for a while
+            return True
 
     def _look(self, when_told: Callable[[dict[str, Any]], None]) -> None:
         while not self._over.wait(_EVERY_SECONDS):
-            if (word := self.heard()) is not None:
-                if not self._over.wait(_GRACE_SECONDS):
-                    when_told(word)
+            self._pulse.beat()
+            word, lost = self.heard(), self._pulse.lost()
+            if word is None and lost is not None:
+                word = {"outcome": Outcome(kind="failed", error=lost).model_dump(), "memory": {}}
+            if word is None or self._ending.locked() or self._over.wait(_GRACE_SECONDS):
+                continue
+            if not self._ending.locked():  # else it comes to an end of its own
+                when_told(word)
                 return
 
 

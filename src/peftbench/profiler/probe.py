@@ -23,6 +23,10 @@ def _nobody_looks(_step: int) -> None:
     return None
 
 
+def _nobody_listens(_phase: str) -> None:
+    return None
+
+
 @dataclass(eq=False)
 class _Scope:
     """A stretch that is being measured; one may lie within another."""
@@ -63,6 +67,8 @@ class Probe:
     timed_steps: dict[int, dict[str, float]] = field(default_factory=dict)
     """Seconds of each part, by number of step, of the warm-up steps whose parts were timed."""
     _open: list[_Scope] = field(default_factory=list)
+    told: Callable[[str], None] = _nobody_listens
+    """Is told the name of each phase that begins."""
 
     def __post_init__(self) -> None:
         self.meter = meter_for(self.device)
@@ -70,6 +76,7 @@ class Probe:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """A part of the run; entered again, its seconds add up. What raises inside is measured until then."""
+        self.told(name)
         outer, paused = self.current_phase, self._paused_seconds
         self.current_phase = name
         joules = self._phase_joules_start = self.energy.joules()

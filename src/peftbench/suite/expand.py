@@ -27,6 +27,8 @@ class Suite(Part):
     """key.sub=value for every recipe."""
     axes: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(default={})
     """Knobs to vary, as {train.seed: [0, 1, 2]}; every recipe runs with every combination."""
+    slurm: dict[str, str | int | float | bool | None] = Field(default={})
+    """Options of sbatch for peftbench submit, as {partition: gpu, time: "4:00:00"}."""
     accelerate: str | None = None
     """Accelerate config file, relative to the suite's own; null runs one process without a launcher."""
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -13,13 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peftbench.config import explained
-from peftbench.errors import PeftbenchError, RecordError
+from peftbench.errors import BusyError
 from peftbench.files import write_atomically
+from peftbench.finished import result_of
+from peftbench.lock import refuse_if_held
 from peftbench.recipe import Recipe
-from peftbench.record import FILE, FINAL, RunRecord, read_record
+from peftbench.record import FINAL
+from peftbench.stop import JOB_VARIABLE, request
 
 ENTRY_POINT = "peftbench.train"
-_GRACE_SECONDS = 30  # for a run that was interrupted to write its record
+_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -36,30 +41,6 @@ class Result:
         return self.outcome in FINAL or self.outcome == "skipped"
 
 
-def record_of(recipe: Recipe) -> RunRecord | None:
-    """The record of this very recipe; one of a recipe that was changed since, or that cannot be read, is none."""
-    try:
-        record = read_record(Path(recipe.output_dir) / recipe.name / FILE)
-    except RecordError:
-        return None
-    if record.recipe_fingerprint != recipe.fingerprint():
-        return None
-    # What no number depends on (a price, say) may have changed since, and is shown as it is now.
-    return record.model_copy(update={"recipe": recipe.model_dump(mode="json")})
-
-
-def finished(recipe: Recipe) -> bool:
-    """Whether this very recipe has a result already, on the examples that lie there now."""
-    record = record_of(recipe)
-    if record is None or record.outcome.kind not in FINAL:
-        return False
-    source = recipe.data.source
-    try:
-        return not source.changes_in_place or record.data_identity == source.identity()
-    except PeftbenchError:  # the run will say why
-        return False
-
-
 def run_suite(recipes: Sequence[Recipe], accelerate: Path | None, say: Callable[[str], None]) -> list[Result]:
     """Run what is not finished; ``say`` is told what happens, a line at a time.
 
@@ -69,23 +50,30 @@ def run_suite(recipes: Sequence[Recipe], accelerate: Path | None, say: Callable[
     results: list[Result] = []
     for number, recipe in enumerate(recipes, 1):
         place = f"[{number}/{len(recipes)}] {recipe.name}"
-        if finished(recipe):
+        if result_of(recipe) is not None:
             say(f"{place}: finished before, skipped")
             results.append(Result(recipe.name, "skipped"))
             continue
         say(f"{place}: running")
-        result = run_one(recipe, accelerate)
+        result = run_one(recipe, accelerate, say=say)
         say(f"{place}: {result.outcome}" + (f" ({result.error})" if result.error else ""))
         results.append(result)
     return results
 
 
-def run_one(recipe: Recipe, accelerate: Path | None, processes: int | None = None) -> Result:
+def run_one(
+    recipe: Recipe, accelerate: Path | None, processes: int | None = None, say: Callable[[str], None] | None = None
+) -> Result:
     """One run in a process of its own, or in as many as the accelerate file or ``processes`` says.
 
-    Its recipe is written beside its record, so that it can be run again by hand.
+    Its recipe is written beside its record, so that it can be run again by hand. If this process dies, the run is
+    asked to stop.
     """
     folder = Path(recipe.output_dir) / recipe.name
+    try:  # its own process would find out too, when what another has written is gone
+        refuse_if_held(folder)
+    except BusyError as error:
+        return Result(recipe.name, "refused", str(error))
     recipe_file = folder / "recipe.yaml"
     write_atomically(recipe_file, explained(recipe))
     launcher = [sys.executable]
@@ -93,18 +81,31 @@ def run_one(recipe: Recipe, accelerate: Path | None, processes: int | None = Non
         launcher += ["-m", "accelerate.commands.launch", "--quiet", "--config_file", str(accelerate)]
         launcher += ["--num_processes", str(processes)] if processes is not None else []
     command = [*launcher, "-m", ENTRY_POINT, "--config", str(recipe_file)]
+    # What asks it to stop is meant for it alone.
+    environment = os.environ | {JOB_VARIABLE: os.environ.get(JOB_VARIABLE) or f"{socket.gethostname()}-{os.getpid()}"}
     log = folder / "log.txt"
     # A person watches the bars; anyone else finds what was said in the run's folder.
     with (Path(os.devnull) if sys.stderr.isatty() else log).open("wb") as file:
         errors = None if sys.stderr.isatty() else file
         # In a session of its own, so that Ctrl-C reaches the run once, from here.
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True,
+            preexec_fn=_end_with_parent,  # noqa: PLW1509 — no thread of this process holds a lock
+        )  # fmt: skip
         try:
             output, _ = process.communicate()
         except KeyboardInterrupt:
-            _stop(process)
+            if say is not None:
+                say(f"{recipe.name}: is to finish its step and keep it; press Ctrl-C again to kill it")
+            _stop(process, request(folder, environment))
             raise
     return _result(recipe.name, output, process.returncode, None if errors is None else log)
+
+
+def _end_with_parent() -> None:
+    """In the new process, on Linux: SIGTERM when the one that started it is gone (prctl(2), PR_SET_PDEATHSIG)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGTERM)
 
 
 def _result(name: str, output: str, code: int, log: Path | None) -> Result:
@@ -117,13 +118,14 @@ def _result(name: str, output: str, code: int, log: Path | None) -> Result:
     return Result(name, "crashed", f"it {reason} without a result{where}")
 
 
-def _stop(process: subprocess.Popen[str]) -> None:
-    """Interrupt a run and all its processes; kill what does not listen."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGINT)
+def _stop(process: subprocess.Popen[str], file: Path) -> None:
+    """Ask a run and all its processes to stop, however long that takes; whoever is impatient has them killed."""
     try:
-        process.communicate(timeout=_GRACE_SECONDS)
-    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        write_atomically(file, "SIGINT\n")
+        process.communicate()
+    except KeyboardInterrupt:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
+    finally:
+        file.unlink(missing_ok=True)

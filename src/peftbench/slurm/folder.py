@@ -1,0 +1,34 @@
+"""Prints the folder that a recipe's run writes to, for scripts: python -m peftbench.slurm.folder --config RECIPE."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from peftbench.config import load_recipe
+from peftbench.console import guarded
+from peftbench.files import write_error
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def folder(
+    overrides: Annotated[Optional[list[str]], typer.Argument(metavar="[KEY.SUB=VALUE]...")] = None,
+    config: Annotated[Optional[list[Path]], typer.Option("--config", help="A recipe.")] = None,
+) -> None:
+    """Print the folder that a recipe's run writes to."""
+    with guarded():
+        recipe = load_recipe(config or [], overrides or [])
+        place = Path(recipe.output_dir) / recipe.name
+        try:
+            place.mkdir(parents=True, exist_ok=True)  # in which a file may have to be made
+        except OSError as error:
+            raise write_error(place, error) from error
+        print(place)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,133 @@
+"""Options of sbatch(1): which there are, and which of them peftbench sets itself."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from peftbench.errors import SlurmError, TimeLimitError, nearest
+
+SIGNAL, LEAD_SECONDS = "B:USR1@{}", 120
+"""What SLURM is to send a job's script before its time is up, and how long before."""
+
+_FLAGS = frozenset({
+    "contiguous", "exclusive", "get-user-env", "hold", "nice", "no-kill", "no-requeue", "oom-kill-step", "overcommit",
+    "oversubscribe", "propagate", "reboot", "spread-job", "stepmgr", "use-min-nodes",
+})  # fmt: skip
+"""Those that stand alone; some of them take a value too."""
+_VALUED = frozenset({
+    "account", "acctg-freq", "batch", "bb", "bbf", "begin", "cluster-constraint", "clusters", "comment", "constraint",
+    "container", "container-id", "core-spec", "cores-per-socket", "cpu-freq", "cpus-per-gpu", "cpus-per-task",
+    "deadline", "delay-boot", "dependency", "distribution", "error", "exclude", "export", "export-file", "extra",
+    "extra-node-info", "gid", "gpu-bind", "gpu-freq", "gpus", "gpus-per-socket", "gpus-per-task", "gres", "gres-flags",
+    "hint", "job-name", "kill-on-invalid-dep", "licenses", "mail-type", "mail-user", "mcs-label", "mem", "mem-bind",
+    "mem-per-cpu", "mem-per-gpu", "mincpus", "network", "nodefile", "nodelist", "partition", "power",
+    "prefer", "priority", "profile", "qos", "reservation", "resv-ports", "segment", "signal",
+    "sockets-per-node", "switches", "thread-spec", "threads-per-core", "time", "time-min", "tmp", "tres-bind",
+    "tres-per-task", "uid", "wait-all-nodes", "wckey",
+})  # fmt: skip
+_OWN = {
+    "array": "one task a run; --at-once says how many run together", "nodes": "give --nodes",
+    "gpus-per-node": "give --gpus-per-node", "ntasks": "there is one on each node",
+    "ntasks-per-node": "there is one on each node", "ntasks-per-gpu": "there is one on each node",
+    "ntasks-per-core": "there is one on each node", "ntasks-per-socket": "there is one on each node",
+    "requeue": "jobs are, or give slurm.no-requeue=true", "open-mode": "a log is gone on with",
+    "chdir": "jobs run where they were submitted", "input": "nothing is read", "wrap": "the script is written",
+    "output": "logs lie in slurm/ below the runs' folder", "wait": "follow it with peftbench status",
+    "test-only": "give --dry-run", "parsable": "it is read here", "quiet": "what is said is short",
+    "verbose": "hand in the script that --dry-run writes", "ignore-pbs": "there is nothing of PBS in the script",
+}  # fmt: skip
+"""Those that are set already, and how."""
+NAMES = tuple(sorted(_FLAGS | _VALUED))
+"""All that may be given."""
+
+_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
+_OUR_SIGNAL = re.compile(r"B:(?:SIG)?USR1@(\d+)")
+
+
+def sbatch_options(given: Mapping[str, Any]) -> dict[str, str | None]:
+    """Options by name, as sbatch spells them, each with its value, or None where it stands alone.
+
+    ``given`` has them by name, with dashes or underscores; false and null leave one out.
+
+    Raises:
+        SlurmError: there is no such option, or it is not for a user to set, or its value cannot be meant.
+    """
+    found: dict[str, str | None] = {}
+    for key, value in given.items():
+        name = str(key).replace("_", "-")
+        if name in _OWN:
+            raise SlurmError(f"slurm.{key} is set by peftbench itself: {_OWN[name]}")
+        if name not in NAMES:
+            hint = nearest(name, NAMES)
+            raise SlurmError(f"sbatch has no option {name!r} that can be given as slurm.{key}", hint)
+        if value is None or value is False:
+            continue
+        found[name] = _value(name, value)
+    return found
+
+
+def _value(name: str, value: object) -> str | None:
+    if value is True:
+        if name not in _FLAGS:
+            raise SlurmError(f"slurm.{name}=true says nothing; sbatch's --{name} wants a value")
+        return None
+    if not isinstance(value, (str, int, float)):
+        raise SlurmError(f"slurm.{name} must be a text or a number, not {value!r}")
+    text = str(value)
+    if any(ord(character) < ord(" ") for character in text):
+        raise SlurmError(f"slurm.{name}={text!r} has a character that no option can hold")
+    return text
+
+
+def lead_seconds(options: Mapping[str, str | None]) -> int:
+    """How long before the end of its time a job is told.
+
+    Raises:
+        SlurmError: it would be told in another way than the one that its script hears.
+    """
+    given = options.get("signal")
+    if given is None:
+        return LEAD_SECONDS
+    if (found := _OUR_SIGNAL.fullmatch(given)) is None:
+        raise SlurmError(
+            f"slurm.signal={given!r} is not what a job's script hears; give B:USR1@SECONDS, as {SIGNAL.format(300)}"
+        )
+    return int(found[1])
+
+
+def seconds_of(time: str) -> int | None:
+    """Seconds of a time as sbatch takes it (minutes, minutes:seconds, hours:minutes:seconds, days-...), None if none.
+
+    Raises:
+        SlurmError: it is no time.
+    """
+    if time.lower() in {"infinite", "unlimited", "0"}:
+        return None
+    if (found := _TIME.fullmatch(time)) is None:
+        raise SlurmError(f"slurm.time={time!r} is no time; give minutes, hours:minutes:seconds or days-hours")
+    parts = [int(part) for part in found["parts"].split(":")]
+    if found["days"] is not None:  # days-hours[:minutes[:seconds]]
+        hours, minutes, seconds = (*parts, 0, 0)[:3]
+        return ((int(found["days"]) * 24 + hours) * 60 + minutes) * 60 + seconds
+    if len(parts) == 3:
+        hours, minutes, seconds = parts
+    else:
+        hours, (minutes, seconds) = 0, (*parts, 0)[:2]
+    return (hours * 60 + minutes) * 60 + seconds
+
+
+def check_time(options: Mapping[str, str | None]) -> None:
+    """Whether the time leaves some before the signal.
+
+    Raises:
+        TimeLimitError: the job would be told to stop before it began.
+    """
+    time, lead = options.get("time"), lead_seconds(options)
+    seconds = None if time is None else seconds_of(time)
+    if seconds is not None and seconds <= lead:
+        raise TimeLimitError(
+            f"slurm.time={time} is {seconds} s, and the job is told to stop {lead} s before its end, so that no step "
+            f"could be trained; give more, or a later signal as slurm.signal={SIGNAL.format(max(1, seconds // 4))}"
+        )

@@ -1,0 +1,105 @@
+"""What becomes of a job whose run was stopped for its time: begun anew, unless that would lead nowhere.
+
+Run by a job's script when the run has ended: python -m peftbench.slurm.requeue --at-most N FOLDER
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from peftbench.errors import PeftbenchError, SlurmError, TimeLimitError
+from peftbench.record import EXIT_CODES, FILE, FINAL, RunRecord, read_record
+from peftbench.slurm.submitted import Submitted, submitted
+from peftbench.status import read_status, slurm_job
+
+
+def requeue(folder: Path, at_most: int) -> int:
+    """Begin the job anew, if its run can gain by it; returns the exit code of its script.
+
+    Raises:
+        SlurmError: it cannot, and why.
+        TimeLimitError: it was stopped before it had begun, or kept nothing, or came no further in its time.
+        RecordError: its record cannot be read.
+    """
+    job, status = slurm_job(), read_status(folder)
+    if job is None:
+        raise SlurmError(f"{folder} was stopped outside of SLURM; run it again to go on")
+    if status is None or (status.job, status.restarts) != (job, int(os.environ.get("SLURM_RESTART_COUNT", "0"))):
+        raise _too_short("it was told to stop before the run in {folder} had begun", folder)
+    record = _record_since(status.started_at, folder)
+    if record is not None and record.outcome.kind != "preempted":
+        return 0 if record.outcome.kind in FINAL else EXIT_CODES[record.outcome.kind]
+    if record is None and not _kept_since(status.started_at, folder):  # it was killed before it could write one
+        raise _too_short("{folder} was killed after it had been told to stop, and kept nothing", folder)
+    if record is not None and not gained(record):
+        raise _too_short(f"{{folder}} {_where(record)} before it was told to stop", folder)
+    before = submitted(folder)
+    if before is None or before.job != job:  # handed in by hand
+        before = Submitted(job=job)
+    if before.requeued >= at_most:
+        raise SlurmError(
+            f"job {job} has begun itself anew {before.requeued} times, which is as often as it may; submit again"
+        )
+    before.model_copy(update={"requeued": before.requeued + 1}).write(folder)
+    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SlurmError(f"job {job} could not be begun anew: {done.stderr.strip()}")
+    after = f"after step {record.outcome.step}" if record is not None else "from its newest checkpoint"
+    print(f"job {job} begins itself anew for the {before.requeued + 1}. time, {after}", flush=True)
+    return EXIT_CODES["preempted"]
+
+
+def gained(record: RunRecord) -> bool:
+    """Whether the last process of a run finished a step and kept it."""
+    step = record.outcome.step
+    return step is not None and step > _began_at(record) and step <= record.steps
+
+
+def _where(record: RunRecord) -> str:
+    if not record.steps:
+        return f"came no further than its phase {record.outcome.phase}"
+    return f"began at step {_began_at(record)} and came no further"
+
+
+def _too_short(what: str, folder: Path) -> TimeLimitError:
+    said = what.format(folder=folder)
+    return TimeLimitError(f"the job's time is too short: {said}; give a longer slurm.time, and submit again")
+
+
+def _record_since(started_at: str, folder: Path) -> RunRecord | None:
+    """The record of the attempt that began then; one that lies there may be of an attempt before."""
+    if not (folder / FILE).exists():
+        return None
+    record = read_record(folder / FILE)
+    return record if record.started_at >= started_at else None
+
+
+def _kept_since(started_at: str, folder: Path) -> bool:
+    since = datetime.datetime.fromisoformat(started_at).timestamp()
+    return any(path.stat().st_mtime >= since for path in folder.glob("checkpoints/*/step-*[0-9]/checkpoint.json"))
+
+
+def _began_at(record: RunRecord) -> int:
+    return record.resumed_after[-1] if record.resumed_after else 0
+
+
+def main() -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--at-most", type=int, default=10)
+    asked = parser.parse_args()
+    try:
+        return requeue(asked.folder, asked.at_most)
+    except PeftbenchError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return int(error.exit_code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""Submits runs to SLURM: what they need is written into their folders first, then one job an array, or one a run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from peftbench.config import explained
+from peftbench.errors import MissingFileError, SlurmError, nearest
+from peftbench.files import write_atomically, write_error
+from peftbench.lock import refuse_if_held
+from peftbench.recipe import Recipe
+from peftbench.slurm.script import ACCELERATE, DEEPSPEED, Job, script, settings
+from peftbench.slurm.submitted import Submitted
+
+SCRIPT, LOGS = "job.sbatch", "slurm"
+_KEPT = frozenset({"SLURM_CONF", "SLURM_CLUSTERS"})
+_HERE = "accel_configs"
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What was written, and what SLURM called it."""
+
+    script: Path
+    text: str
+    folders: tuple[Path, ...]
+    logs: Path
+    arguments: tuple[str, ...] = ()
+    """Its options, once more, for sbatch: what the environment says would come before the script's."""
+    job: str | None = None
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An accelerate file, and what it says of a launch."""
+
+    path: Path
+    config: dict[str, Any]
+
+    @property
+    def deepspeed(self) -> Path | None:
+        """The DeepSpeed file that it names."""
+        inner = self.config.get("deepspeed_config") or {}
+        if not isinstance(inner, dict):
+            raise SlurmError(f"{self.path}: deepspeed_config must hold keys and values")
+        named = inner.get("deepspeed_config_file")
+        if named is None:
+            return None
+        found = [place for place in (Path(named), self.path.resolve().parent.parent / named) if place.is_file()]
+        if not found:
+            raise MissingFileError(f"{self.path} names the DeepSpeed file {named}, and there is none")
+        return found[0].resolve()
+
+    @property
+    def processes(self) -> int:
+        """Of each machine, as the file has it."""
+        try:
+            machines = int(self.config.get("num_machines") or 1)
+            return max(1, int(self.config.get("num_processes") or 1) // machines)
+        except (TypeError, ValueError):
+            raise SlurmError(f"{self.path}: num_processes and num_machines must be whole numbers") from None
+
+
+def engine_named(name: str) -> Engine:
+    """The engine of a file, or of that name in ``accel_configs/``.
+
+    Raises:
+        MissingFileError: there is none.
+    """
+    known = {path.stem: path for folder in _engine_folders() for path in sorted(folder.glob("*.yaml"))}
+    path = known.get(name) or Path(name)
+    if not path.is_file():
+        raise MissingFileError(f"there is no engine {name!r}", nearest(name, known) if known else "give a file's path")
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SlurmError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(config, dict):
+        raise SlurmError(f"{path} must hold keys and values, as accelerate config writes them")
+    return Engine(path, config)
+
+
+def _engine_folders() -> list[Path]:
+    return [folder / _HERE for folder in (Path(__file__).resolve().parents[3], Path.cwd()) if (folder / _HERE).is_dir()]
+
+
+def prepare(recipes: Sequence[Recipe], job: Job, engine: Engine | None, place: Path) -> Submission:
+    """Write everything that the runs need: resolved recipes, the engine's files, the script. Nothing is submitted.
+
+    Raises:
+        BusyError: a run is under way already.
+        OutputError: a folder cannot be written.
+    """
+    for folder in job.folders:
+        refuse_if_held(folder)
+    for recipe, folder in zip(recipes, job.folders, strict=True):
+        absolute = recipe.model_copy(update={"output_dir": str(folder.parent)})
+        write_atomically(folder / "recipe.yaml", explained(absolute))
+        if engine is not None:
+            _copy_engine(engine, folder, job)
+    text = script(job)
+    path = place / SCRIPT
+    try:
+        job.logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(job.logs, error) from error
+    write_atomically(path, text)
+    arguments = [f"--{name}" + ("" if value is None else f"={value}") for name, value in settings(job).items()]
+    return Submission(path, text, job.folders, job.logs, tuple(arguments))
+
+
+def _copy_engine(engine: Engine, folder: Path, job: Job) -> None:
+    config = engine.config | {
+        "num_machines": job.nodes, "num_processes": job.nodes * job.processes_per_node,
+        "same_network": False,  # accelerate tells c10d where to meet only then
+    }  # fmt: skip
+    if (deepspeed := engine.deepspeed) is not None:
+        write_atomically(folder / DEEPSPEED, deepspeed.read_text(encoding="utf-8"))
+        config["deepspeed_config"] = {**config["deepspeed_config"], "deepspeed_config_file": str(folder / DEEPSPEED)}
+    write_atomically(folder / ACCELERATE, yaml.safe_dump(config, sort_keys=False))
+
+
+def submit(prepared: Submission) -> Submission:
+    """Hand the script to sbatch.
+
+    Raises:
+        SlurmError: there is none, or it refused.
+    """
+    if shutil.which("sbatch") is None:
+        raise SlurmError(
+            f"there is no sbatch on this machine; submit {prepared.script} where there is SLURM, or run the suite "
+            "here with peftbench compare"
+        )
+    # Of a job that this is submitted from nothing must travel along: a task's number, a count, a step's CPUs.
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SRUN_")) or name in _KEPT
+    }
+    done = subprocess.run(
+        ["sbatch", "--parsable", *prepared.arguments, str(prepared.script)],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise SlurmError(f"sbatch refused {prepared.script}: {' '.join(done.stderr.split())}")
+    job = done.stdout.strip().split(";")[0]
+    for index, folder in enumerate(prepared.folders):
+        name = f"{job}_{index}" if len(prepared.folders) > 1 else job
+        Submitted(job=name, log=str(prepared.logs / f"{name}.log")).write(folder)
+    return replace(prepared, job=job)

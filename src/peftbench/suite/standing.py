@@ -1,0 +1,147 @@
+"""How the runs below a folder stand, from their files alone; and from SLURM's queue, where there is one."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from tabulate import tabulate
+
+from peftbench.errors import MissingFileError, RecordError
+from peftbench.lock import held
+from peftbench.record import FILE, FINAL, RunRecord, read_record
+from peftbench.slurm.queue import Queued
+from peftbench.slurm.submitted import Submitted, submitted
+from peftbench.status import FILE as STATUS
+from peftbench.status import Status, read_status
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Of one run."""
+
+    name: str
+    state: str
+    """waiting, running, finished, preempted, failed or gone."""
+    step: int | None = None
+    steps: int | None = None
+    tokens_per_second: float | None = None
+    seconds_left: float | None = None
+    job: str | None = None
+    said: str = ""
+    """What explains the state."""
+
+
+def standings(folder: Path, queue: Mapping[str, Queued]) -> list[Standing]:
+    """Every run below ``folder``, by path; ``queue`` is what SLURM says, and may be empty.
+
+    Raises:
+        MissingFileError: there is none.
+    """
+    places = sorted({path.parent for name in ("recipe.yaml", FILE, STATUS) for path in folder.rglob(name)})
+    places = [place for place in places if "checkpoints" not in place.relative_to(folder).parts]
+    if not places:
+        raise MissingFileError(f"there is no run below {folder}", "give the folder that a suite wrote to")
+    return [_standing(place, str(place.relative_to(folder)), queue) for place in places]
+
+
+def _standing(folder: Path, name: str, queue: Mapping[str, Queued]) -> Standing:
+    status, before = read_status(folder), submitted(folder)
+    job = before.job if before else None
+    record = None
+    with suppress(RecordError):
+        record = read_record(folder / FILE)
+    # A process may have been started by hand, or be of the job before.
+    asked = next((found for key in (job, status.job if status else None) if key and (found := queue.get(key))), None)
+    elsewhere = status is not None and status.host != socket.gethostname()  # where a lock may not be seen from here
+    if held(folder) or (elsewhere and asked is not None and asked.state == "RUNNING" and _newer(status, record)):
+        return _running(name, status, job)
+    lasts = asked is not None and asked.lasts and asked.state != "COMPLETING"
+    if asked is not None and lasts and not (record and record.outcome.kind in FINAL):
+        after = f"after step {record.outcome.step}, " if record is not None and record.outcome.step else ""
+        why = "starting" if asked.state == "RUNNING" else asked.state if asked.reason == "None" else asked.reason
+        return Standing(name, "waiting", job=job, said=f"{after}{why.lower()}")
+    if before is not None and (refused := _refused(before, folder)):
+        return Standing(name, "failed", job=job, said=refused)
+    if record is not None and _newer_record(status, record):
+        return _ended(folder, name, record, status, job)
+    if status is not None:
+        kept = f"; step {newest} is kept" if (newest := _newest_checkpoint(folder)) else ""
+        return Standing(
+            name, "gone", status.step, status.steps, job=job,
+            said=f"last seen at {status.updated_at} on {status.host}{kept}; run it again to go on",
+        )  # fmt: skip
+    return Standing(name, "waiting", job=job, said="" if job is None else f"job {job} is not in the queue")
+
+
+def _refused(job: Submitted, folder: Path) -> str | None:
+    """Why a job's run was refused, of which its log alone has word."""
+    said = job.last_words()
+    if said is None or said["outcome"] != "refused" or job.log is None:
+        return None
+    later = not (folder / FILE).exists() or Path(job.log).stat().st_mtime > (folder / FILE).stat().st_mtime
+    return str(said.get("error")) if later else None
+
+
+def _running(name: str, status: Status | None, job: str | None) -> Standing:
+    if status is None:
+        return Standing(name, "running", job=job, said="starting")
+    here = "" if status.host == socket.gethostname() else f" on {status.host}"
+    return Standing(
+        name, "running", status.step, status.steps, status.tokens_per_second, status.seconds_left,
+        status.job or job, f"{status.phase}{here}",
+    )  # fmt: skip
+
+
+def _ended(folder: Path, name: str, record: RunRecord, status: Status | None, job: str | None) -> Standing:
+    outcome = record.outcome
+    speed = record.throughput.tokens_per_second.real if record.throughput else None
+    state = "finished" if outcome.kind in FINAL else outcome.kind
+    said = "" if outcome.kind == "ok" else (outcome.error or outcome.kind)
+    if outcome.kind in {"oom", "diverged"}:
+        said = f"{outcome.kind}: {said}"
+    steps, step = status.steps if status else None, record.steps
+    kept = _newest_checkpoint(folder)
+    if state in {"preempted", "failed"} and kept is not None and kept > step:  # it ended before it had taken that up
+        step, said = kept, f"{said}; step {kept} is kept"
+    return Standing(name, state, step, steps, speed, job=job, said=(said.splitlines() or [""])[0])
+
+
+def _newer(status: Status | None, record: RunRecord | None) -> bool:
+    """Whether a process began after the one that wrote the record."""
+    return record is None or (status is not None and status.started_at > record.started_at)
+
+
+def _newer_record(status: Status | None, record: RunRecord) -> bool:
+    return status is None or record.started_at >= status.started_at
+
+
+def _newest_checkpoint(folder: Path) -> int | None:
+    steps = [int(path.parent.name.removeprefix("step-")) for path in folder.glob("checkpoints/*/step-*[0-9]/*.json")]
+    return max(steps, default=None)
+
+
+def table(rows: Sequence[Standing]) -> str:
+    """A line for every run, and how many there are of each state."""
+    lines = [
+        [
+            row.name, row.state,
+            "–" if row.step is None else f"{row.step}/{row.steps if row.steps is not None else '?'}",
+            "–" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
+            "–" if row.seconds_left is None else _duration(row.seconds_left), row.job or "–", row.said,
+        ]
+        for row in rows
+    ]  # fmt: skip
+    heads = ["run", "state", "step", "tokens/s", "left", "job", ""]
+    states = [row.state for row in rows]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    return f"{tabulate(lines, headers=heads, disable_numparse=True)}\n\n{len(rows)} runs: {counts}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

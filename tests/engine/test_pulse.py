@@ -1,0 +1,83 @@
+"""Hosts hear of each other, and of nobody who is only slow to be looked at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from peftbench.engine import pulse
+from peftbench.engine.pulse import BEAT_SECONDS, LOST_SECONDS, Pulse
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time, to be set."""
+    now = [1000.0]
+    monkeypatch.setattr("peftbench.engine.pulse.time.monotonic", lambda: now[0])
+    return now
+
+
+@pytest.fixture
+def hosts(tmp_path: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Given which ranks lead on which node, the pulses of all."""
+
+    def made(*nodes: str) -> list[Pulse]:
+        told = [(rank, node, f"host{node}", node not in nodes[:rank]) for rank, node in enumerate(nodes)]
+        monkeypatch.setattr(pulse, "gathered", lambda _, value: value and told)
+        found = []
+        for rank, node, _, leads in told:
+            monkeypatch.setenv("GROUP_RANK", node)
+            found.append(Pulse(SimpleNamespace(process_index=rank, is_local_main_process=leads), tmp_path / "pulse"))  # type: ignore[arg-type]
+        return found
+
+    return made
+
+
+def test_who_beats_is_there_and_who_stops_is_gone(hosts: Any, clock: list[float]) -> None:
+    """After the stated time and not before; which process and which host is said."""
+    first, second = hosts("0", "1")
+    for _ in range(40):
+        clock[0] += BEAT_SECONDS
+        first.beat()
+        second.beat()
+        assert first.lost() is None
+        assert second.lost() is None
+    for _ in range(int(LOST_SECONDS / BEAT_SECONDS)):
+        clock[0] += BEAT_SECONDS
+        first.beat()
+        assert first.lost() is None
+        assert second.lost() is None
+    clock[0] += BEAT_SECONDS
+    assert first.lost() == "process 1 on host1 is gone: nothing was heard of its host for 60 s"
+
+
+def test_whoever_was_held_up_blames_nobody(hosts: Any, clock: list[float]) -> None:
+    """A host that was suspended looks again before it says that another is gone."""
+    first, _ = hosts("0", "1")
+    assert first.lost() is None
+    clock[0] += 10 * LOST_SECONDS
+    assert first.lost() is None
+    for _ in range(int(LOST_SECONDS / BEAT_SECONDS) + 1):
+        clock[0] += BEAT_SECONDS
+        found = first.lost()
+    assert found is not None
+
+
+def test_one_file_a_host(hosts: Any, tmp_path: Path) -> None:
+    """Ranks that lead on none write none, and hear of the other hosts as well; in the end nothing is left."""
+    pulses = hosts("0", "0", "1", "1")
+    assert sorted(path.name for path in (tmp_path / "pulse").iterdir()) == ["pulse0", "pulse2"]
+    pulses[0].end()
+    assert not (tmp_path / "pulse").exists()
+
+
+def test_one_host_has_nobody_to_hear(hosts: Any, clock: list[float], tmp_path: Path) -> None:
+    """And writes nothing."""
+    first, _ = hosts("0", "0")
+    clock[0] += 100 * LOST_SECONDS
+    first.beat()
+    assert first.lost() is None
+    assert list(tmp_path.iterdir()) == []

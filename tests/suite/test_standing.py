@@ -1,0 +1,141 @@
+"""How runs stand, told from their files."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from peftbench.errors import MissingFileError
+from peftbench.lock import Lock
+from peftbench.record import Outcome, RunRecord
+from peftbench.slurm.queue import Queued
+from peftbench.slurm.submitted import Submitted
+from peftbench.status import Status, Teller, read_status
+from peftbench.suite.standing import Standing, standings, table
+from tests.test_record import record as a_record
+
+EARLY, LATE = "2026-01-01T10:00:00+00:00", "2026-01-01T11:00:00+00:00"
+
+
+def run(folder: Path, record: RunRecord | None = None, status: Status | None = None) -> Path:
+    """A run's folder."""
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").touch()
+    if record is not None:
+        record.write(folder)
+    if status is not None:
+        (folder / "status.json").write_text(status.model_dump_json(), encoding="utf-8")
+    return folder
+
+
+def told(started_at: str = EARLY, step: int = 5) -> Status:
+    """A status as a process left it."""
+    return Status(pid=1, host="node7", started_at=started_at, updated_at=started_at, phase="train", step=step, steps=9)
+
+
+def ended(kind: str, error: str | None = None, started_at: str = EARLY) -> RunRecord:
+    """A record of a run that ended so."""
+    outcome = Outcome(kind=kind, step=5, error=error)  # type: ignore[arg-type]
+    return a_record().model_copy(update={"outcome": outcome, "started_at": started_at, "steps": 5})
+
+
+def one(folder: Path) -> Standing:
+    """How the only run stands."""
+    (found,) = standings(folder, {})
+    return found
+
+
+def test_every_state(tmp_path: Path) -> None:
+    """Each from what its process left, or leaves."""
+    run(tmp_path / "a_waiting")
+    run(tmp_path / "b_finished", ended("ok"), told())
+    run(tmp_path / "c_oom", ended("oom", "asked for too much"), told())
+    run(tmp_path / "d_preempted", ended("preempted", "stopped by SIGUSR1; step 5 is kept"), told())
+    run(tmp_path / "e_failed", ended("failed", "the disk is full\nmore"), told())
+    gone = run(tmp_path / "f_gone", None, told())
+    kept = gone / "checkpoints" / "x" / "step-00000004"
+    kept.mkdir(parents=True)
+    (kept / "checkpoint.json").touch()
+    lock = Lock(run(tmp_path / "g_running", ended("preempted"), told(LATE, 7)))
+    lock.hold()
+    early = run(tmp_path / "h_stopped_early", ended("preempted", "stopped by SIGTERM").model_copy(update={"steps": 0}))
+    (early / "checkpoints" / "x" / "step-00000004").mkdir(parents=True)
+    (early / "checkpoints" / "x" / "step-00000004" / "checkpoint.json").touch()
+    found = {row.name[2:]: row for row in standings(tmp_path, {})}
+    lock.let_go()
+    assert {name: row.state for name, row in found.items()} == {
+        "waiting": "waiting", "finished": "finished", "oom": "finished", "preempted": "preempted", "failed": "failed",
+        "gone": "gone", "running": "running", "stopped_early": "preempted",
+    }  # fmt: skip
+    assert found["oom"].said == "oom: asked for too much"
+    assert found["preempted"].said == "stopped by SIGUSR1; step 5 is kept"
+    assert (found["stopped_early"].step, found["stopped_early"].said) == (4, "stopped by SIGTERM; step 4 is kept")
+    assert found["failed"].said == "the disk is full"
+    assert "on node7; step 4 is kept; run it again to go on" in found["gone"].said
+    assert (found["running"].step, found["running"].steps) == (7, 9)
+    text = table(standings(tmp_path, {}))
+    assert "8 runs: " in text
+    assert "2 finished" in text
+
+
+def test_what_was_gone_on_with_and_died(tmp_path: Path) -> None:
+    """A record of an earlier attempt does not hide that the later one is gone."""
+    run(tmp_path / "x", ended("preempted"), told(LATE))
+    assert one(tmp_path).state == "gone"
+
+
+@pytest.mark.parametrize(
+    ("queue", "state", "said"),
+    [
+        ({"12_3": Queued("PENDING", "Resources")}, "waiting", "after step 5, resources"),
+        ({"12_3": Queued("REQUEUED", "None")}, "waiting", "after step 5, requeued"),
+        ({"12_3": Queued("RUNNING", "None")}, "running", "train on node7"),
+        ({"12_4": Queued("RUNNING", "None")}, "preempted", "stopped"),
+        ({"12_3": Queued("COMPLETING", "None")}, "preempted", "stopped"),
+        ({"13": Queued("PENDING", "Priority")}, "waiting", "after step 5, priority"),
+    ],
+)
+def test_the_queue_knows_more(queue: dict[str, Queued], state: str, said: str, tmp_path: Path) -> None:
+    """A run on another machine, whose lock cannot be seen here, and one that is to begin anew."""
+    started = LATE if state == "running" else EARLY
+    folder = run(tmp_path / "x", ended("preempted", "stopped"), told(started))
+    job = next(iter(queue)) if "13" in queue else "12_3"  # 13 is what it was submitted as after it had stopped
+    (folder / "job.json").write_text(json.dumps({"job": job}), encoding="utf-8")
+    (found,) = standings(tmp_path, queue)
+    assert (found.state, found.said) == (state, said)
+
+
+def test_a_run_that_was_refused(tmp_path: Path) -> None:
+    """It leaves nothing but what its job's log says; a record that came later says more."""
+    log = tmp_path / "12.log"
+    folder = run(tmp_path / "x")
+    Submitted(job="12", log=str(log)).write(folder)
+    assert one(tmp_path).state == "waiting"
+    log.write_text('error: no\n{"outcome": "refused", "error": "there is no file rows.jsonl"}\nsrun: error\n')
+    assert (one(tmp_path).state, one(tmp_path).said) == ("failed", "there is no file rows.jsonl")
+    os.utime(log, (1, 1))
+    ended("ok").write(folder)
+    assert one(tmp_path).state == "finished"
+
+
+def test_folders_are_called_as_one_likes(tmp_path: Path) -> None:
+    """A run may be called model, and lie below a folder called checkpoints."""
+    run(tmp_path / "checkpoints" / "model", ended("ok"))
+    assert one(tmp_path / "checkpoints").name == "model"
+
+
+def test_a_folder_without_runs(tmp_path: Path) -> None:
+    """It is no error of the program."""
+    with pytest.raises(MissingFileError, match="there is no run below"):
+        standings(tmp_path, {})
+
+
+def test_a_teller_is_read(tmp_path: Path) -> None:
+    """What one process tells another reads."""
+    folder = run(tmp_path / "x")
+    Teller(folder, tells=True).phase("load")
+    assert read_status(folder) is not None
+    assert one(tmp_path).state == "gone"  # for nobody holds the folder

@@ -1,0 +1,70 @@
+"""A run's folder belongs to one process at a time, and to none that is gone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from peftbench.errors import BusyError
+from peftbench.lock import Lock, held, refuse_if_held
+from peftbench.status import Teller
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from peftbench.lock import Lock
+lock = Lock(Path(sys.argv[1])); lock.hold(); print("held", flush=True); time.sleep(100)
+"""
+
+
+def test_the_second_is_refused(tmp_path: Path) -> None:
+    """In one sentence that says who holds it; what was let go of can be held."""
+    first, second = Lock(tmp_path), Lock(tmp_path)
+    assert not held(tmp_path)
+    first.hold()
+    Teller(tmp_path, tells=True).phase("train")
+    assert held(tmp_path)
+    for refused in (second.hold, lambda: refuse_if_held(tmp_path)):
+        with pytest.raises(BusyError, match=rf"is in use by process {os.getpid()} on .*stop it first"):
+            refused()
+    first.let_go()
+    second.hold()
+    second.let_go()
+    assert not held(tmp_path)
+
+
+def test_it_dies_with_its_holder(tmp_path: Path) -> None:
+    """After kill -9 nothing is left to be cleaned up."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    assert held(tmp_path)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not held(tmp_path)
+    lock = Lock(tmp_path)
+    lock.hold()
+    lock.let_go()
+
+
+def test_a_refused_run_leaves_no_file(tmp_path: Path) -> None:
+    """A folder in which there is nothing else keeps no lock; one with a record does."""
+    lock = Lock(tmp_path)
+    lock.hold()
+    lock.let_go()
+    assert list(tmp_path.iterdir()) == []
+    lock.hold()
+    (tmp_path / "record.json").touch()
+    lock.let_go()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "record.json"]
+
+
+def test_looking_changes_nothing(tmp_path: Path) -> None:
+    """Whoever asks whether a folder is held makes no file there."""
+    assert not held(tmp_path)
+    assert list(tmp_path.iterdir()) == []
