@@ -317,4 +317,4 @@ def test_a_job_that_is_told_too_late(lead: str, project: Path, caches: dict[str,
     assert done.returncode == 91, done.stderr
     assert "the job is told to stop 0.001 s before its end; tell it sooner, as slurm.signal=B:USR1@" in done.stderr
     record = record_of(project, "run")
-    assert (record["outcome"]["kind"], len(record["losses"])) == ("failed", 2)
+    assert (record["outcome"]["kind"], len(record["losses"])) == ("failed", 3)
