@@ -22,9 +22,10 @@ test-engines: .venv/installed
 	$(BIN)/python -m pytest -m multiprocess tests/engines
 
 # A real SLURM in a folder of its own, where Debian's packages for it are installed (docs/guides/slurm.md), as root; and
-# all that can befall a run, on one host and on two.
+# all that can befall a run, on one host and on two. Beside one cluster, whose jobs wait much, one worker does the rest.
 test-slurm: .venv/installed
-	$(BIN)/python -m pytest -m "slow or not slow" tests/slurm tests/launch/test_survival.py tests/launch/test_two_hosts.py
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "slow or not slow" \
+	    tests/slurm tests/launch/test_survival.py tests/launch/test_two_hosts.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

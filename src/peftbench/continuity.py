@@ -124,11 +124,15 @@ class Continuity:
         Raises:
             TimeLimitError: it cannot; on all ranks.
         """
-        lead = os.environ.get(LEAD_VARIABLE)
-        if lead is None or step != self.began_at + 2:  # the first step is slower than all others
+        lead, done = os.environ.get(LEAD_VARIABLE), step - self.began_at
+        if lead is None:
             return
-        self.keep(trainer)  # how long that takes is not known before
-        last = self.run.probe.step_seconds[-1]
+        if done == 2:  # early, so that even a short time gains something; how long it takes is known then
+            self.keep(trainer)
+        # The first steps are slower than all others: kernels are compiled, instruments look.
+        if done != max(2, self.run.recipe.profile.warmup_steps + 1):
+            return
+        last = min(self.run.probe.step_seconds[-2:])
         seconds = max(gathered(self.run.accelerator, last + self.seconds))
         if seconds > float(lead):
             raise TimeLimitError(

@@ -113,7 +113,8 @@ class Run:
         try:
             return self._execute()
         except PeftbenchError:
-            self.teller.forget()
+            if not self.recorded:
+                self.teller.forget()
             if self.accelerator.is_main_process:
                 self.peers.recorded()
             self._leave_nothing()
@@ -140,8 +141,11 @@ class Run:
             outcome, fault = Outcome(kind="failed", **self._where(), error=f"{type(error).__name__}: {error}"), error
         self.stop.hold_off()
         self.peers.claim()
-        if fault is not None and (word := self.peers.heard()) is not None:  # it is of a rank that has gone
-            outcome, fault = self._told(word), None
+        if fault is not None:
+            if (word := self.peers.heard()) is not None:  # it is of a rank that has gone
+                outcome, fault = self._told(word), None
+            else:
+                self._tell(outcome)
         record, path = self._recorded(outcome)
         if fault is not None:
             raise fault
@@ -199,6 +203,7 @@ class Run:
             self._work()
             self.stop.hold_off()
         except DivergedError as error:
+            self.stop.hold_off()
             # Outside of a phase it was the evaluation that found it.
             phase = self.probe.current_phase or "evaluate"
             return Outcome(kind="diverged", step=error.step, phase=phase, error=str(error))
@@ -228,6 +233,7 @@ class Run:
         return outcome
 
     def _out_of_memory(self, error: BaseException) -> Outcome:
+        self.stop.hold_off()
         rank = self.accelerator.process_index if self.peers.several else None
         outcome = self.shortage.outcome(error, self._where(), rank)
         self._tell(outcome)

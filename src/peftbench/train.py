@@ -120,6 +120,10 @@ def _end_with_another(run: Run, word: dict[str, Any]) -> None:
         else:
             print(f"error: {word['outcome']['error']}", file=sys.stderr, flush=True)
             run.peers.await_record()
+    except PeftbenchError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        report({"outcome": "failed", "name": run.recipe.name, "error": str(error)}, sys.__stdout__)
+        code = error.exit_code
     except BaseException as error:  # whatever it is, the process must end, for others wait for it
         traceback.print_exc()
         report(

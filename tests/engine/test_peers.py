@@ -20,7 +20,7 @@ def rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Given its number, one of the ranks of a run in a folder; it looks often and gives little grace."""
     monkeypatch.setattr(peers, "broadcast_object_list", list)
     monkeypatch.setattr("peftbench.engine.peers.uuid.uuid4", lambda: SimpleNamespace(hex="of this run"))
-    monkeypatch.setattr(peers, "Pulse", lambda *_: SimpleNamespace(beat=int, lost=lambda: None, end=int))
+    monkeypatch.setattr(peers, "Pulse", lambda *_: SimpleNamespace(beat=int, lost=lambda *_: None, end=int))
     monkeypatch.setattr(peers, "_EVERY_SECONDS", 0.01)
     monkeypatch.setattr(peers, "_GRACE_SECONDS", 0.2)
 

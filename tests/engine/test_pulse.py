@@ -10,6 +10,7 @@ import pytest
 
 from peftbench.engine import pulse
 from peftbench.engine.pulse import BEAT_SECONDS, LOST_SECONDS, Pulse
+from peftbench.errors import OutputError
 
 
 @pytest.fixture
@@ -24,10 +25,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def hosts(tmp_path: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch) -> Any:
     """Given which ranks lead on which node, the pulses of all."""
 
-    def made(*nodes: str) -> list[Pulse]:
+    def made(*nodes: str, shared: bool = True) -> list[Pulse]:
         told = [(rank, node, f"host{node}", node not in nodes[:rank]) for rank, node in enumerate(nodes)]
-        monkeypatch.setattr(pulse, "gathered", lambda _, value: value and told)
+        monkeypatch.setattr(pulse, "gathered", lambda _, value: told if isinstance(value, tuple) else value or [])
         found = []
+        for rank, _, _, leads in told if shared and len(set(nodes)) > 1 else []:  # which beat at the same time
+            (tmp_path / "pulse").mkdir(exist_ok=True)
+            if leads:
+                (tmp_path / "pulse" / f"pulse{rank}").touch()
         for rank, node, _, leads in told:
             monkeypatch.setenv("GROUP_RANK", node)
             found.append(Pulse(SimpleNamespace(process_index=rank, is_local_main_process=leads), tmp_path / "pulse"))  # type: ignore[arg-type]
@@ -64,6 +69,23 @@ def test_whoever_was_held_up_blames_nobody(hosts: Any, clock: list[float]) -> No
         clock[0] += BEAT_SECONDS
         found = first.lost()
     assert found is not None
+
+
+def test_machines_that_share_no_folder(hosts: Any) -> None:
+    """They could not hear of each other, and would end a run that nothing is wrong with."""
+    with pytest.raises(OutputError, match="is not one folder for all machines of this run"):
+        hosts("0", "1", shared=False)
+
+
+def test_only_the_host_that_is_waited_for(hosts: Any, clock: list[float]) -> None:
+    """Whoever waits for the main process waits on where a third is gone."""
+    _, second, third = hosts("0", "1", "2")
+    for _ in range(int(LOST_SECONDS / BEAT_SECONDS) + 2):
+        clock[0] += BEAT_SECONDS
+        second.beat()
+        gone = third.lost(1), third.lost(0)
+    assert gone[0] is None
+    assert gone[1] is not None
 
 
 def test_one_file_a_host(hosts: Any, tmp_path: Path) -> None:

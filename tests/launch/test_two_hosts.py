@@ -21,7 +21,7 @@ import yaml
 from tests.launch.conftest import LAUNCH, RECIPE
 from tests.launch.test_compare import REPOSITORY, record_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.multiprocess, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.xdist_group("hosts"), pytest.mark.slow, pytest.mark.multiprocess, pytest.mark.timeout(900)]
 ADDRESSES = ("10.219.0.1", "10.219.0.2")
 NAMES = Path("/etc/netns")
 """Where ip-netns(8) finds what is in /etc of a namespace alone."""

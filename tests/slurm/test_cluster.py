@@ -12,7 +12,7 @@ from tests.launch.conftest import RECIPE, ROWS
 from tests.slurm.cluster import Cluster, wait_until
 from tests.slurm.suites import assert_same, peftbench, record, standing
 
-pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(1500)]
 SHORT, LONG = 6, 600
 SUITE = {"name": "survivors", "recipes": ["short.yaml", "requeued.yaml", "out_of_time.yaml", "cancelled.yaml"]}
 LEAD = 15

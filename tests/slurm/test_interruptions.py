@@ -21,7 +21,7 @@ from tests.launch.conftest import RECIPE, ROWS
 from tests.slurm.cluster import Cluster
 from tests.slurm.suites import assert_same, peftbench, record
 
-pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(2400)]
 SEED = int(os.environ.get("PEFTBENCH_INTERRUPTIONS", "20"))
 """Another one is another test of the same thing."""
 METHODS = ("lora", "full", "prompt_tuning", "last_layer")

@@ -114,7 +114,7 @@ def test_what_has_ended_is_left(kind: str, tmp_path: Path, scontrol: Path) -> No
     if kind == "preempted":
         return
     record(kind).write(tmp_path)
-    assert requeue(tmp_path, 9) == (0 if kind in {"ok", "oom", "diverged"} else EXIT_CODES[kind])
+    assert requeue(tmp_path, 9) == EXIT_CODES[kind]
     assert not scontrol.exists()
 
 
@@ -123,6 +123,14 @@ def test_a_record_that_cannot_be_read(tmp_path: Path, scontrol: Path) -> None:
     (tmp_path / "record.json").write_text("{", encoding="utf-8")
     with pytest.raises(RecordError):
         requeue(tmp_path, 9)
+    assert not scontrol.exists()
+
+
+@pytest.mark.parametrize("code", [0, 51, 70, 91])
+def test_it_came_to_an_end_of_its_own(code: int, tmp_path: Path, scontrol: Path) -> None:
+    """Refused, or with its result, while it was told to stop: whatever lies there, its job ends as it did."""
+    record().write(tmp_path)
+    assert requeue(tmp_path, 9, code) == code
     assert not scontrol.exists()
 
 

@@ -15,7 +15,13 @@ from tests.launch.conftest import RECIPE, ROWS
 from tests.slurm.cluster import Cluster, wait_until
 from tests.slurm.suites import peftbench, record, standing
 
-pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.multiprocess, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.xdist_group("slurm"),
+    pytest.mark.slow,
+    pytest.mark.slurm,
+    pytest.mark.multiprocess,
+    pytest.mark.timeout(900),
+]
 REPOSITORY = Path(__file__).resolve().parents[2]
 HOSTILE = "an out 50%j; $(touch executed) 'folder'"
 SMALL = ["--cpus-per-task=1", "--time=10"]

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import broadcast_object_list
 
 from peftbench.engine.pulse import Pulse
-from peftbench.errors import OutputError
-from peftbench.files import write_atomically
 from peftbench.record import Outcome
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+_UNRECORDED = "unrecorded"
+"""There until the record is."""
 _EVERY_SECONDS = 0.25
 _GRACE_SECONDS = 3.0
 """For a rank that was told, to come to an end of its own: what one runs out of, all often do."""
@@ -39,7 +39,8 @@ class Peers:
             for old in folder.glob(".ended-*"):  # words of a run that was killed
                 _remove(old)
             with suppress(OSError):
-                (folder / f".ended-{name[0]}").mkdir(parents=True)  # there until the record is
+                (folder / f".ended-{name[0]}").mkdir(parents=True)
+                (folder / f".ended-{name[0]}" / _UNRECORDED).touch()
         if self.several:
             name = broadcast_object_list(name)
         self._place = folder / f".ended-{name[0]}"
@@ -59,44 +60,54 @@ class Peers:
 
     def tell(self, word: dict[str, Any]) -> None:
         """Tell all others; ``word`` is plain."""
-        if self.several:
-            with suppress(OutputError):  # they end as well, but later, when the launcher finds this one gone
-                write_atomically(self._place / f"rank{self.rank}.json", json.dumps(word))
+        if not self.several:
+            return
+        unfinished = self._place / f".rank{self.rank}"
+        with suppress(OSError):  # they end as well, but later, when the launcher finds this one gone; or have ended
+            unfinished.write_text(json.dumps(word), encoding="utf-8")
+            unfinished.replace(self._place / f"rank{self.rank}.json")
 
     def heard(self) -> dict[str, Any] | None:
         """What another rank has told."""
-        paths = sorted(self._place.glob("rank*.json")) if self.several else []
+        paths: list[Path] = []
+        with suppress(OSError):  # it may be taken away in this moment
+            paths = sorted(self._place.glob("rank*.json")) if self.several else []
         words = [_read(path) for path in paths if path.name != f"rank{self.rank}.json"]
         return next((word for word in words if word is not None), None)
 
     def recorded(self) -> None:
         """The main process has written its record, and nobody need stay for it."""
         self._over.set()
+        with suppress(OSError):
+            (self._place / _UNRECORDED).unlink()
         _remove(self._place)
         self._pulse.end()
 
     def await_record(self) -> None:
         """Stay until the main process has written its record, or is gone: its launcher ends it when another ends."""
-        while self.several and self._is_there() and self._pulse.lost() is None:
+        while self.several and self._is_there() and self._pulse.lost(0) is None:
             time.sleep(_EVERY_SECONDS)
 
     def _is_there(self) -> bool:
         try:
-            return self._place.exists()
+            return (self._place / _UNRECORDED).exists()
         except OSError:  # a shared file system that does not answer for a while
             return True
 
     def _look(self, when_told: Callable[[dict[str, Any]], None]) -> None:
+        told = False
         while not self._over.wait(_EVERY_SECONDS):
             self._pulse.beat()
+            if told:
+                continue
             word, lost = self.heard(), self._pulse.lost()
             if word is None and lost is not None:
                 word = {"outcome": Outcome(kind="failed", error=lost).model_dump(), "memory": {}}
             if word is None or self._ending.locked() or self._over.wait(_GRACE_SECONDS):
                 continue
             if not self._ending.locked():  # else it comes to an end of its own
-                when_told(word)
-                return
+                told = True  # in another thread, for this host goes on to beat
+                threading.Thread(target=when_told, args=(word,), daemon=True).start()
 
 
 def _read(path: Path) -> dict[str, Any] | None:

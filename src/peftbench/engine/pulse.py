@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peftbench.engine.ranks import gathered
+from peftbench.errors import OutputError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -50,6 +51,11 @@ class Pulse:
         self._count, self._last, self._looked = 0, float("-inf"), time.monotonic()
         self.beat()
         gathered(accelerator, None)  # each finds what the others wrote, and remembers no file that is not there
+        unseen = [host.name for leader, host in self._hosts.items() if not self._read(leader)]
+        if any(gathered(accelerator, unseen)):
+            raise OutputError(
+                f"{folder.parent} is not one folder for all machines of this run; give one that they share"
+            )
 
     def beat(self) -> None:
         """Say that this host is there, if it is time to."""
@@ -57,15 +63,23 @@ class Pulse:
         if not self._beats or now - self._last < BEAT_SECONDS:
             return
         self._count, self._last = self._count + 1, now
-        with suppress(OSError):  # a full disk is not the end; the others find out if it lasts
+        path = self._path(self._rank)
+        with suppress(OSError):  # the others find out if it lasts
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._path(self._rank).write_text(str(self._count), encoding="ascii")
+            if not path.exists():
+                path.write_text("here", encoding="ascii")
+            os.utime(path, (self._count, self._count))  # for which there is room on a full disk
 
-    def lost(self) -> str | None:
-        """Which host is gone, in words, None while all are heard of. By this host's clock alone."""
+    def lost(self, only: int | None = None) -> str | None:
+        """Which host is gone, in words, None while all are heard of; or ``only`` that which this rank leads.
+
+        By this host's clock alone.
+        """
         now = time.monotonic()
         stalled, self._looked = now - self._looked > _STALLED_SECONDS, now
         for rank, host in self._hosts.items():
+            if only is not None and rank != only:
+                continue
             found = self._read(rank)
             if found != host.last or stalled:
                 host.last, host.since = found, now
@@ -85,5 +99,5 @@ class Pulse:
 
     def _read(self, rank: int) -> str:
         with suppress(OSError):
-            return self._path(rank).read_text(encoding="ascii")
+            return str(self._path(rank).stat().st_mtime_ns)
         return ""

@@ -12,14 +12,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+from peftbench.console import INTERRUPTED
 from peftbench.errors import PeftbenchError, SlurmError, TimeLimitError
-from peftbench.record import EXIT_CODES, FILE, FINAL, RunRecord, read_record
+from peftbench.record import EXIT_CODES, FILE, RunRecord, read_record
 from peftbench.slurm.submitted import Submitted, submitted
 from peftbench.status import read_status, slurm_job
 
+_STOPPED = frozenset({EXIT_CODES["preempted"], INTERRUPTED, 1, *range(128, 160)})
+"""Exit codes of a run that was stopped, of a launcher whose processes were, and of what a signal has ended."""
 
-def requeue(folder: Path, at_most: int) -> int:
+
+def requeue(folder: Path, at_most: int, code: int = EXIT_CODES["preempted"]) -> int:
     """Begin the job anew, if its run can gain by it; returns the exit code of its script.
+
+    ``code`` is what the run ended with.
 
     Raises:
         SlurmError: it cannot, and why.
@@ -29,11 +35,13 @@ def requeue(folder: Path, at_most: int) -> int:
     job, status = slurm_job(), read_status(folder)
     if job is None:
         raise SlurmError(f"{folder} was stopped outside of SLURM; run it again to go on")
+    if code not in _STOPPED:  # it came to an end of its own while it was told to stop
+        return code
     if status is None or (status.job, status.restarts) != (job, int(os.environ.get("SLURM_RESTART_COUNT", "0"))):
         raise _too_short("it was told to stop before the run in {folder} had begun", folder)
     record = _record_since(status.started_at, folder)
     if record is not None and record.outcome.kind != "preempted":
-        return 0 if record.outcome.kind in FINAL else EXIT_CODES[record.outcome.kind]
+        return EXIT_CODES[record.outcome.kind]
     if record is None and not _kept_since(status.started_at, folder):  # it was killed before it could write one
         raise _too_short("{folder} was killed after it had been told to stop, and kept nothing", folder)
     if record is not None and not gained(record):
@@ -45,8 +53,12 @@ def requeue(folder: Path, at_most: int) -> int:
         raise SlurmError(
             f"job {job} has begun itself anew {before.requeued} times, which is as often as it may; submit again"
         )
+    # Before: SLURM ends this very process when it does so.
     before.model_copy(update={"requeued": before.requeued + 1}).write(folder)
-    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise SlurmError(f"job {job} could not be begun anew: scontrol cannot be run ({error.strerror})") from error
     if done.returncode:
         raise SlurmError(f"job {job} could not be begun anew: {done.stderr.strip()}")
     after = f"after step {record.outcome.step}" if record is not None else "from its newest checkpoint"
@@ -93,9 +105,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--at-most", type=int, default=10)
+    parser.add_argument("--code", type=int, default=EXIT_CODES["preempted"])
     asked = parser.parse_args()
     try:
-        return requeue(asked.folder, asked.at_most)
+        return requeue(asked.folder, asked.at_most, asked.code)
     except PeftbenchError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return int(error.exit_code)

@@ -90,6 +90,7 @@ def _quoted(value: str) -> str:
 
 def _body(job: Job) -> list[str]:
     python = shlex.quote(job.python)
+    again = f'exec {python} -m peftbench.slurm.requeue --at-most {job.restarts} --code "$code" "$folder"'
     return [
         "# One folder a run, with its recipe and whatever else it needs.",
         "folders=(",
@@ -110,11 +111,12 @@ def _body(job: Job) -> list[str]:
         "run=$!",
         'wait "$run"; code=$?',
         'while kill -0 "$run" 2>/dev/null; do wait "$run"; code=$?; done  # a signal ends a wait, and not the run',
+        'wait "$run"; code=$?  # which it may have ended just before the run did',
         "",
         'rm -f "$folder/.stop-$PEFTBENCH_JOB"',
         *([] if "no-requeue" in job.options else [
             "# It kept its last step: begin anew where it was stopped, but not for ever.",
-            f'if [ -n "$told" ]; then exec {python} -m peftbench.slurm.requeue --at-most {job.restarts} "$folder"; fi',
+            f'if [ -n "$told" ]; then {again}; fi',
         ]),
         'exit "$code"',
     ]  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from peftbench.config import explained
-from peftbench.errors import MissingFileError, SlurmError, nearest
+from peftbench.errors import MissingFileError, OutputError, SlurmError, nearest
 from peftbench.files import write_atomically, write_error
 from peftbench.lock import refuse_if_held
 from peftbench.recipe import Recipe
@@ -152,5 +152,8 @@ def submit(prepared: Submission) -> Submission:
     job = done.stdout.strip().split(";")[0]
     for index, folder in enumerate(prepared.folders):
         name = f"{job}_{index}" if len(prepared.folders) > 1 else job
-        Submitted(job=name, log=str(prepared.logs / f"{name}.log")).write(folder)
+        try:
+            Submitted(job=name, log=str(prepared.logs / f"{name}.log")).write(folder)
+        except OutputError as error:
+            raise SlurmError(f"job {job} was submitted, but that cannot be noted: {error}") from error
     return replace(prepared, job=job)

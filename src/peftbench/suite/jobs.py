@@ -108,7 +108,7 @@ def _under_way(folder: Path, queue: Set[str]) -> str | None:
 
 
 def _folder(recipe: Recipe) -> Path:
-    return (Path(recipe.output_dir) / recipe.name).resolve()
+    return Path(recipe.output_dir).resolve() / recipe.name
 
 
 def _option(word: str) -> tuple[str, str | bool | None]:

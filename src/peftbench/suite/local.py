@@ -14,6 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from peftbench.config import explained
 from peftbench.errors import BusyError
 from peftbench.files import write_atomically
@@ -21,7 +23,7 @@ from peftbench.finished import result_of
 from peftbench.lock import refuse_if_held
 from peftbench.recipe import Recipe
 from peftbench.record import FINAL
-from peftbench.stop import JOB_VARIABLE, request
+from peftbench.stop import JOB_VARIABLE, request, take_back
 
 ENTRY_POINT = "peftbench.train"
 _PDEATHSIG = 1
@@ -83,6 +85,7 @@ def run_one(
     command = [*launcher, "-m", ENTRY_POINT, "--config", str(recipe_file)]
     # What asks it to stop is meant for it alone.
     environment = os.environ | {JOB_VARIABLE: os.environ.get(JOB_VARIABLE) or f"{socket.gethostname()}-{os.getpid()}"}
+    take_back(request(folder, environment))  # of another process of this number
     log = folder / "log.txt"
     # A person watches the bars; anyone else finds what was said in the run's folder.
     with (Path(os.devnull) if sys.stderr.isatty() else log).open("wb") as file:
@@ -124,8 +127,11 @@ def _stop(process: subprocess.Popen[str], file: Path) -> None:
         write_atomically(file, "SIGINT\n")
         process.communicate()
     except KeyboardInterrupt:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        with suppress(psutil.NoSuchProcess):
+            launcher = psutil.Process(process.pid)
+            for one in (*launcher.children(recursive=True), launcher):  # ranks have sessions of their own
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
         process.communicate()
     finally:
         file.unlink(missing_ok=True)

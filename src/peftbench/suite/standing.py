@@ -82,7 +82,8 @@ def _refused(job: Submitted, folder: Path) -> str | None:
     said = job.last_words()
     if said is None or said["outcome"] != "refused" or job.log is None:
         return None
-    later = not (folder / FILE).exists() or Path(job.log).stat().st_mtime > (folder / FILE).stat().st_mtime
+    told, others = Path(job.log).stat().st_mtime, [folder / FILE, folder / STATUS]
+    later = all(told > path.stat().st_mtime for path in others if path.exists())
     return str(said.get("error")) if later else None
 
 
