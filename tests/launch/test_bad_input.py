@@ -158,7 +158,7 @@ def test_a_disk_that_fills_up_with_the_model(launch: Launch, project: Path) -> N
         assert sentence.startswith("error: the disk is full: disk/run/model could not be written")
         last = json.loads(done.stdout.splitlines()[-1])
         assert (last["outcome"], last["record"]) == ("failed", "disk/run/record.json")
-        assert {path.name for path in disk.rglob("*.*")} == {".lock", "record.json"}
+        assert {path.name for path in disk.rglob("*.*")} == {".lock", "record.json", "status.json"}
         record = json.loads((disk / "run" / "record.json").read_text(encoding="utf-8"))
         assert (record["outcome"]["kind"], record["outcome"]["phase"]) == ("failed", "save")
         assert len(record["losses"]) == 1
