@@ -57,17 +57,18 @@ def await_training(project: Path, process: subprocess.Popen[str], since: int | N
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, caches: dict[str, str]) -> dict[str, Any]:
     """The record of a run that nobody stopped."""
-    folder = written(tmp_path_factory.mktemp("undisturbed"))
-    done = run([*ALONE, *ARGUMENTS], folder, caches)
-    assert done.returncode == 0, done.stderr
-    return record_of(folder, "run")
+    return by_itself(ALONE, tmp_path_factory.mktemp("undisturbed"), caches)
 
 
 @pytest.fixture(scope="module")
 def undisturbed_two(tmp_path_factory: pytest.TempPathFactory, caches: dict[str, str]) -> dict[str, Any]:
     """The same of two processes."""
-    folder = written(tmp_path_factory.mktemp("undisturbed"))
-    done = run([*TWO, *ARGUMENTS], folder, caches)
+    return by_itself(TWO, tmp_path_factory.mktemp("undisturbed"), caches)
+
+
+def by_itself(command: list[str], folder: Path, caches: dict[str, str]) -> dict[str, Any]:
+    """The record of a run to its end, in a folder of its own."""
+    done = run([*command, *ARGUMENTS], written(folder), caches)
     assert done.returncode == 0, done.stderr
     return record_of(folder, "run")
 

@@ -38,14 +38,14 @@ def requeue(folder: Path, at_most: int, code: int = EXIT_CODES["preempted"]) -> 
     if code not in _STOPPED:  # it came to an end of its own while it was told to stop
         return code
     if status is None or (status.job, status.restarts) != (job, int(os.environ.get("SLURM_RESTART_COUNT", "0"))):
-        raise _too_short("it was told to stop before the run in {folder} had begun", folder)
+        raise _too_short(f"it was told to stop before the run in {folder} had begun")
     record = _record_since(status.started_at, folder)
     if record is not None and record.outcome.kind != "preempted":
         return EXIT_CODES[record.outcome.kind]
     if record is None and not _kept_since(status.started_at, folder):  # it was killed before it could write one
-        raise _too_short("{folder} was killed after it had been told to stop, and kept nothing", folder)
+        raise _too_short(f"{folder} was killed after it had been told to stop, and kept nothing")
     if record is not None and not gained(record):
-        raise _too_short(f"{{folder}} {_where(record)} before it was told to stop", folder)
+        raise _too_short(f"{folder} {_where(record)} before it was told to stop")
     before = submitted(folder)
     if before is None or before.job != job:  # handed in by hand
         before = Submitted(job=job)
@@ -78,9 +78,8 @@ def _where(record: RunRecord) -> str:
     return f"began at step {_began_at(record)} and came no further"
 
 
-def _too_short(what: str, folder: Path) -> TimeLimitError:
-    said = what.format(folder=folder)
-    return TimeLimitError(f"the job's time is too short: {said}; give a longer slurm.time, and submit again")
+def _too_short(why: str) -> TimeLimitError:
+    return TimeLimitError(f"the job's time is too short: {why}; give a longer slurm.time, and submit again")
 
 
 def _record_since(started_at: str, folder: Path) -> RunRecord | None:
