@@ -18,6 +18,7 @@ from peftbench.record import (
     FINAL,
     SCHEMA_VERSION,
     Breakdown,
+    ByExample,
     Compute,
     CountedStep,
     Device,
@@ -67,6 +68,7 @@ def full_record() -> RunRecord:
         parameters=Parameters(total=10, trainable=1),
         model_identity="blake2b 00", data_identity="11", examples={"train": 8}, dropped={"train": 1},
         tokens=Tokens(real=5, padded=8, labelled=2, virtual=1), steps=2, losses=(2.5, 1 / 3), step_seconds=(0.1, 0.2),
+        step_tokens=(2, 3),
         phase_seconds={"train": 1.5}, memory={"train": Memory(allocated_bytes=1, reserved_bytes=2, resident_bytes=3)},
         flops=Flops(required=1, executed=2, six_n=3, counted_step=CountedStep(step=1, counted=2, closed_form=2)),
         step_memory={
@@ -86,6 +88,7 @@ def full_record() -> RunRecord:
             split="test", examples=2, loss=1.0, perplexity=math.e, rouge={"rouge1": interval},
             teacher_forced_argmax_rouge={"rougeL": interval},
             samples=(Sample(id="1", article="é", reference="b", generated="c"),),
+            by_example=ByExample(identity="22", loss=(0.1, 1 / 3), labelled=(1, 2), rouge={"rouge1": (1.5, 2.5)}),
         ),
         notes=("a note",),
         skipped_steps=1,

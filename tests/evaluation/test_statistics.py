@@ -7,7 +7,7 @@ import math
 import numpy
 import pytest
 
-from peftbench.evaluation.statistics import mean_interval
+from peftbench.evaluation.statistics import mean_interval, paired_interval, seeds_interval
 from peftbench.record import Interval
 
 
@@ -62,3 +62,46 @@ def test_the_same_every_time() -> None:
     scores = _scores(30)
     assert mean_interval(scores, resamples=200) == mean_interval(scores, resamples=200)
     assert mean_interval(scores, resamples=200) != mean_interval(scores, resamples=200, seed=1)
+
+
+def test_pairs_cancel_what_is_hard_for_both() -> None:
+    """Two methods that differ by 1 on every example, give or take little, are told apart; unpaired they are not."""
+    hard, noise = _scores(60), numpy.random.default_rng(1).normal(1.0, 0.5, 60)
+    paired = paired_interval(list(noise))
+    assert 0 < paired.low < paired.mean < paired.high
+    first = mean_interval(hard, 1000)
+    second = mean_interval([score + more for score, more in zip(hard, noise, strict=True)], 1000)
+    assert second.low < first.high
+
+
+def test_weights_make_a_ratio_of_sums() -> None:
+    """Of losses by tokens, a difference is the sum of the ones by the sum of the others, as the losses themselves are."""
+    found = paired_interval([2.0, 3.0, 4.0], [1.0, 2.0, 1.0])
+    assert found.mean == 9 / 4
+    assert found.low == 3 / 2
+    assert found.high == 4.0
+
+
+def test_more_certain_is_wider() -> None:
+    """An interval that is corrected for many comparisons is wider than one that is not, and still inside the sample."""
+    values = [score - 20 for score in _scores(60)]
+    widths = [_width(paired_interval(values, confidence=1 - 0.05 / tests)) for tests in (1, 15, 1000)]
+    assert widths[0] < widths[1] < widths[2] < max(values) - min(values)
+
+
+def test_over_seeds_by_hand() -> None:
+    """Of 1, 2 and 3: 2, give or take 4.303 (Student's t at 2 degrees of freedom) times 1 / sqrt(3)."""
+    found = seeds_interval([1.0, 2.0, 3.0])
+    assert found.mean == 2.0
+    assert found.high - 2.0 == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
+    assert 2.0 - found.low == pytest.approx(found.high - 2.0)
+    assert seeds_interval([1.5, 1.5]) == Interval(mean=1.5, low=1.5, high=1.5)
+
+
+def test_no_difference_is_found_as_often_as_it_says() -> None:
+    """Of 200 pairs of methods that do not differ, about 5 % seem to; corrected for 20 comparisons, hardly any."""
+    draws = [list(numpy.random.default_rng(seed).normal(size=60)) for seed in range(200)]
+    plain = sum(not found.low <= 0 <= found.high for found in map(paired_interval, draws))
+    corrected = [paired_interval(draw, confidence=1 - 0.05 / 20) for draw in draws]
+    assert 1 <= plain <= 24
+    assert sum(not found.low <= 0 <= found.high for found in corrected) <= 3
