@@ -75,7 +75,7 @@ def test_pairs_cancel_what_is_hard_for_both() -> None:
 
 
 def test_weights_make_a_ratio_of_sums() -> None:
-    """Of losses by tokens, a difference is the sum of the ones by the sum of the others, as the losses themselves are."""
+    """Of losses by tokens, a difference is the sum of the ones by that of the others, as a loss is."""
     found = paired_interval([2.0, 3.0, 4.0], [1.0, 2.0, 1.0])
     assert found.mean == 9 / 4
     assert found.low == 3 / 2
