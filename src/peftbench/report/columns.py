@@ -99,7 +99,8 @@ def _allocator(record: RunRecord) -> dict[str, Raw]:
     }
 
 
-def _outcome(record: RunRecord) -> str:
+def outcome_text(record: RunRecord) -> str:
+    """How a run ended, and at which step where not well."""
     outcome = record.outcome
     return outcome.kind + (f" at step {outcome.step}" if outcome.step is not None else "")
 
@@ -202,5 +203,5 @@ COLUMNS: tuple[Column, ...] = (
         lambda r: "–" if r.training_price is None else f"{r.training_price:,.2g}",
         optional=True,
     ),
-    Column("outcome", "how the run ended", lambda r: {"outcome": r.outcome.kind}, _outcome),
+    Column("outcome", "how the run ended", lambda r: {"outcome": r.outcome.kind}, outcome_text),
 )  # fmt: skip

@@ -1,0 +1,72 @@
+"""The page as one file: text escaped, scripts known by their digests, nothing fetched."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from peftbench.files import write_atomically
+from peftbench.report.page.charts import as_data
+from peftbench.report.page.content import Content
+
+_SECTIONS = {
+    "summary": "In words", "table": "The comparison", "trade-offs": "What quality costs", "memory": "Memory and speed",
+    "losses": "How the loss fell", "samples": "Examples", "protocol": "The protocol", "repeat": "How to repeat it",
+}  # fmt: skip
+
+
+def page(content: Content, downloads: Mapping[str, Mapping[str, str]]) -> str:
+    """The page's HTML; ``downloads`` are files by their kind, each with name, type and text."""
+    library, script = _library(), _own("page.js")
+    template = Environment(
+        loader=PackageLoader("peftbench.report.page", "."), autoescape=True, undefined=StrictUndefined
+    ).get_template("page.html.jinja")
+    there = _there(content)
+    return template.render(
+        page=content, specs=as_data(content.drawings), downloads=downloads,
+        sections=[(name, title) for name, title in _SECTIONS.items() if name in there],
+        # Only these two may run: a script that a model wrote would not, even if it were not escaped.
+        allowed_scripts=Markup(" ".join(map(_digest, (library, script)))),  # noqa: S704 — made of digests alone
+        library=Markup(library), script=Markup(script), style=Markup(_own("page.css")),  # noqa: S704 — files of ours
+    )  # fmt: skip
+
+
+def write_page(path: Path, content: Content, downloads: Mapping[str, Mapping[str, str]]) -> None:
+    """Write the page to ``path``, whole or not at all."""
+    write_atomically(path, page(content, downloads))
+
+
+def _there(content: Content) -> set[str]:
+    """Sections that have something to show."""
+    optional = {
+        "trade-offs": content.trade_offs, "memory": content.memory or content.speed, "losses": content.losses,
+        "samples": content.examples,
+    }  # fmt: skip
+    return {name for name in _SECTIONS if name not in optional or optional[name]}
+
+
+def _own(name: str) -> str:
+    return (files("peftbench.report.page") / name).read_text(encoding="utf-8")
+
+
+@cache
+def _library() -> str:
+    """Vega, Vega-Lite and vega-embed in one script, as vl-convert carries them."""
+    import vl_convert
+    from altair import SCHEMA_VERSION
+
+    version = re.sub(r"^v?(\d+\.\d+).*", r"\1", SCHEMA_VERSION)
+    bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=version)
+    return bundle.replace("</script", "<\\/script").replace("<!--", "<\\!--")
+
+
+def _digest(script: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"

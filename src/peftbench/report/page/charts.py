@@ -1,0 +1,202 @@
+"""The charts, in Vega-Lite by way of Altair. Colours are the page's own variables, so that they follow its theme."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import altair as alt
+
+from peftbench.report.page.series import OVER, PARTS, Row, front
+
+KIND_COLOURS = 8
+"""Variables --k0 to --k7 of the style, told apart by shape too."""
+PART_COLOURS = 12
+"""Variables --m0 to --m11 of the style."""
+SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right", "triangle-left")
+SMOOTHED = 6
+"""Points to either side that a smoothed curve is the mean of."""
+LABELLED = 12
+"""Points that have their name beside them, at most; with more of them names would cover each other."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a quality is drawn against."""
+
+    field: str
+    title: str
+
+
+COSTS = (
+    Cost("MiB", "peak memory of training, MiB"),
+    Cost("seconds", "seconds of training"),
+    Cost("TFLOP", "required TFLOP of training"),
+)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A chart, what stands under it, and what a screen reader says of it."""
+
+    name: str
+    title: str
+    caption: str
+    spec: dict[str, Any]
+
+
+def _drawing(name: str, title: str, caption: str, chart: alt.LayerChart | alt.FacetChart | alt.Chart) -> Drawing:
+    described = chart.properties(
+        width="container", description=f"{title}. {caption}",
+        autosize=alt.AutoSizeParams(type="fit-x", contains="padding"),
+    ).configure(**_theme())  # fmt: skip
+    return Drawing(name, title, caption, described.to_dict())
+
+
+def _theme() -> dict[str, Any]:
+    ink, faint = "var(--ink)", "var(--line)"
+    words = {
+        "labelColor": ink,
+        "titleColor": ink,
+        "labelFontSize": 12,
+        "titleFontSize": 12,
+        "titleFontWeight": "normal",
+    }
+    return {
+        "background": "transparent", "font": "system-ui, sans-serif", "view": {"stroke": "transparent"},
+        "axis": {**words, "gridColor": faint, "domainColor": ink, "tickColor": ink},
+        "legend": {**words, "orient": "bottom", "columns": 4, "labelLimit": 260, "symbolSize": 90},
+        "text": {"color": ink}, "rule": {"color": ink},
+    }  # fmt: skip
+
+
+def _colour(kinds: Sequence[str], shown: Sequence[str], *, legend: bool = True) -> alt.Color:
+    """A colour for each of ``kinds``, the same in every chart, and a legend of those that are ``shown``."""
+    colours = [f"var(--k{list(kinds).index(kind) % KIND_COLOURS})" for kind in shown]
+    scale = alt.Scale(domain=list(shown), range=colours)
+    return alt.Color("kind:N", title="method", scale=scale, legend=alt.Legend() if legend else None)
+
+
+def trade_off(
+    points: Sequence[Row], kinds: Sequence[str], cost: Cost, title: str, *, more_is_better: bool
+) -> Drawing | None:
+    """Quality against a cost, with intervals, and the line of those that none beats; None where nothing is known.
+
+    Points without any cost, of baselines, are lines across.
+    """
+    judged = [point for point in points if point.get("quality") is not None]
+    known = [point for point in judged if point.get(cost.field) is not None]
+    if not known:
+        return None
+    free = [point for point in judged if all(point.get(one.field) is None for one in COSTS)]
+    best = front(known, cost.field, "quality", more_is_better=more_is_better)
+    x = alt.X(f"{cost.field}:Q", title=cost.title, scale=alt.Scale(zero=False, padding=24))
+    scale = alt.Scale(zero=False, reverse=not more_is_better)
+    y = alt.Y("quality:Q", title=title, scale=scale)
+    shown = [kind for kind in kinds if any(point["kind"] == kind for point in judged)]
+    colour = _colour(kinds, shown)
+    shapes = {kind: SHAPES[index % len(SHAPES)] for index, kind in enumerate(kinds)}
+    shape = alt.Shape("kind:N", title="method", scale=alt.Scale(domain=shown, range=[shapes[kind] for kind in shown]))
+    figures = (cost.field, "quality", "low", "high")
+    tips = [alt.Tooltip("run:N"), *(alt.Tooltip(f"{name}:Q", format=",.4~g") for name in figures)]
+    base, across = alt.Chart(alt.Data(values=known)), alt.Chart(alt.Data(values=free))
+    layers: list[alt.Chart] = [
+        alt.Chart(alt.Data(values=best))
+        .mark_line(interpolate="step-after", color="var(--front)", strokeDash=[5, 4], strokeWidth=1.5)
+        .encode(x=x, y=y),
+        base.transform_filter("isValid(datum.low)")
+        .mark_rule(strokeWidth=1.5)
+        .encode(x=x, y=alt.Y("low:Q", title=title, scale=scale), y2="high:Q", color=colour),
+        base.mark_point(filled=True, size=110, opacity=1).encode(x=x, y=y, color=colour, shape=shape, tooltip=tips),
+    ]
+    if free and len(free) <= LABELLED:
+        line = across.mark_rule(strokeDash=[2, 3], strokeWidth=1.3)
+        layers.append(line.encode(y=y, color=colour, tooltip=[tips[0], tips[2]]))
+        name = across.mark_text(align="left", dx=3, dy=-6, fontSize=11)
+        layers.append(name.encode(x=alt.value(0), y=y, text="run:N"))
+    if len(known) <= LABELLED:
+        layers.append(base.mark_text(align="left", dx=9, dy=-7, fontSize=11).encode(x=x, y=y, text="run:N"))
+    said = ", ".join(str(point["run"]) for point in best[:LABELLED]) + (", …" if len(best) > LABELLED else "")
+    chart = alt.layer(*layers).properties(height=300)
+    return _drawing(f"quality-{cost.field.lower()}", f"{title} against {cost.title}", f"Pareto front: {said}.", chart)
+
+
+def memory_bars(rows: Sequence[Row], lines: Sequence[Row], caption: str) -> Drawing | None:
+    """Where the peak of each run went, stacked, and its budget."""
+    if not rows:
+        return None
+    runs = list(dict.fromkeys(str(row["run"]) for row in rows))
+    parts = [part for part in PARTS.values() if any(row["part"] == part for row in rows)]
+    colours = [f"var(--m{list(PARTS.values()).index(part) % PART_COLOURS})" for part in parts]
+    y = alt.Y("run:N", title=None, sort=runs, axis=alt.Axis(labelLimit=220))
+    bars = alt.Chart(alt.Data(values=list(rows))).mark_bar().encode(
+        x=alt.X("MiB:Q", title="MiB", stack="zero"), y=y, order=alt.Order("order:Q"),
+        color=alt.Color("part:N", title=None, sort=parts, scale=alt.Scale(domain=parts, range=colours)),
+        tooltip=[alt.Tooltip("run:N"), alt.Tooltip("part:N"), alt.Tooltip("MiB:Q", format=",.1f")],
+    )  # fmt: skip
+    layers = [bars]
+    if lines:
+        mark = alt.Chart(alt.Data(values=list(lines))).mark_tick(color="var(--budget)", thickness=3, bandSize=30)
+        tips = [alt.Tooltip("run:N"), alt.Tooltip("budget:Q", title="budget, MiB", format=",.0f")]
+        layers.append(mark.encode(x="budget:Q", y=y, tooltip=tips))
+    return _drawing("memory", "Where the memory goes", caption, alt.layer(*layers).properties(height=34 * len(runs)))
+
+
+def loss_curves(rows: Sequence[Row], kinds: Sequence[str]) -> list[Drawing]:
+    """The training loss over each of what is known of all."""
+    drawn = []
+    for over, words in OVER.items():
+        known = [row for row in rows if over in row]
+        if not known:
+            continue
+        colour = _colour(kinds, [kind for kind in kinds if any(row["kind"] == kind for row in known)])
+        x = alt.X(f"{over}:Q", title=words)
+        scale = alt.Scale(zero=False)
+        base = alt.Chart(alt.Data(values=known)).transform_window(
+            smooth="mean(loss)", frame=[-SMOOTHED, SMOOTHED], groupby=["run"], sort=[alt.SortField(over)]
+        )
+        tips = [alt.Tooltip("run:N"), alt.Tooltip(f"{over}:Q", format=",.0f"), alt.Tooltip("loss:Q", format=".3f")]
+        chart = alt.layer(
+            base.mark_line(strokeWidth=1, opacity=0.22).encode(
+                x=x, y=alt.Y("loss:Q", title="training loss, nats", scale=scale), color=colour, detail="run:N"
+            ),
+            base.mark_line(strokeWidth=1.9).encode(
+                x=x, y=alt.Y("smooth:Q", title="training loss, nats", scale=scale), color=colour, detail="run:N",
+                strokeDash=alt.StrokeDash("kind:N", legend=None), tooltip=tips,
+            ),
+        ).properties(height=260)  # fmt: skip
+        left_out = len({row["run"] for row in rows} - {row["run"] for row in known})
+        caption = f"Over {words}." + (f" {left_out} runs do not say it and are not drawn." if left_out else "")
+        drawn.append(_drawing(f"loss-{over}", f"Training loss by {over}", caption, chart))
+    return drawn
+
+
+def speeds(rows: Sequence[Row], kinds: Sequence[str]) -> Drawing | None:
+    """Real tokens a second, with the spread of the steps."""
+    if not rows:
+        return None
+    runs = list(dict.fromkeys(str(row["run"]) for row in rows))
+    y = alt.Y("run:N", title=None, sort=runs, axis=alt.Axis(labelLimit=220, grid=True))
+    base = alt.Chart(alt.Data(values=list(rows)))
+    colour = _colour(kinds, [kind for kind in kinds if any(row["kind"] == kind for row in rows)], legend=False)
+    tips = [alt.Tooltip("run:N"), *(alt.Tooltip(f"{name}:Q", format=",.0f") for name in ("speed", "slow", "fast"))]
+    title = "real tokens a second"
+    chart = alt.layer(
+        base.mark_rule(strokeWidth=6, opacity=0.45).encode(
+            x=alt.X("slow:Q", title=title), x2="fast:Q", y=y, color=colour, tooltip=tips
+        ),
+        base.mark_point(filled=True, size=90, opacity=1).encode(
+            x=alt.X("speed:Q", title=title), y=y, color=colour, tooltip=tips
+        ),
+    ).properties(height=28 * len(runs))  # fmt: skip
+    caption = (
+        "The point is the mean over all timed seconds; the bar reaches from the slow steps (the tenth that took "
+        "longest left out) to the fast ones, at the run's mean tokens a step."
+    )
+    return _drawing("speed", "Throughput and its spread", caption, chart)
+
+
+def as_data(drawings: Sequence[Drawing]) -> Mapping[str, dict[str, Any]]:
+    """Specifications by the names of the figures they go to."""
+    return {drawing.name: drawing.spec for drawing in drawings}

@@ -1,0 +1,210 @@
+"""What the page says, section by section, before it is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from peftbench.record import RunRecord, Sample, train_peak_bytes
+from peftbench.report.columns import Column, Raw, method_label, outcome_text
+from peftbench.report.page import charts, series
+from peftbench.report.page.charts import Drawing
+from peftbench.report.page.series import Row
+from peftbench.report.protocol import Knob, commands, knobs, surroundings
+from peftbench.report.table import notes, ordered, shown
+
+DRAWN = 24
+"""Runs whose curves, bars and summaries are drawn, at most; all are in the table, the trade-offs and the data."""
+
+TOLD = 60
+"""Notes that are shown, at most."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a person reads, and what a column is sorted by."""
+
+    text: str
+    value: Raw
+
+
+@dataclass(frozen=True)
+class Line:
+    """A run's row of the table."""
+
+    outcome: str
+    cells: list[Cell]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One example, with what each run made of it."""
+
+    id: str
+    article: str
+    reference: str
+    generated: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """A run that has no result yet."""
+
+    name: str
+    state: str
+    said: str
+
+
+@dataclass(frozen=True)
+class Content:
+    """All that the page shows."""
+
+    title: str
+    summary: list[str]
+    columns: list[Column]
+    lines: list[Line]
+    trade_offs: list[Drawing]
+    memory: Drawing | None
+    losses: list[Drawing]
+    speed: Drawing | None
+    examples: list[Example]
+    equal: list[Knob]
+    unequal: list[Knob]
+    notes: list[str]
+    surroundings: list[Knob]
+    repeats: dict[str, list[str]]
+    drawn: str
+    """Which runs the charts show, where it is not all."""
+    by_rouge: bool
+    """Whether quality is ROUGE-L, or the held-out loss."""
+    undrawn: list[str]
+    """Runs without a quality, and why, which a trade-off cannot show."""
+    unfinished: list[Unfinished] = field(default_factory=list)
+
+    @property
+    def better(self) -> str:
+        """Where in a trade-off the good runs lie."""
+        return "Further up and further left is better" + ("." if self.by_rouge else ": a loss falls upwards.")
+
+    @property
+    def drawings(self) -> list[Drawing]:
+        """Every chart, in the page's order."""
+        found = [*self.trade_offs, self.memory, *self.losses, self.speed]
+        return [drawing for drawing in found if drawing is not None]
+
+
+def content(
+    records: Mapping[Path, RunRecord], title: str, summary: Sequence[str], unfinished: Sequence[Unfinished] = ()
+) -> Content:
+    """What the page says of ``records``, by the paths of their files."""
+    rows = ordered(list(records.values()))
+    columns, drawn = shown(rows), chosen(rows)
+    kinds = list(dict.fromkeys(map(series.kind_of, rows)))
+    all_knobs, told = knobs(rows), notes(rows)
+    places = {id(record): path for path, record in records.items()}
+    return Content(
+        title=title,
+        summary=list(summary),
+        columns=columns,
+        lines=[_line(record, columns) for record in rows],
+        trade_offs=_trade_offs(rows, kinds),
+        memory=_memory(drawn),
+        losses=charts.loss_curves(series.curves(drawn), kinds),
+        speed=charts.speeds(series.speed(drawn), kinds),
+        examples=_examples(drawn),
+        equal=[knob for knob in all_knobs if knob.equal],
+        unequal=[knob for knob in all_knobs if not knob.equal],
+        notes=[*told[:TOLD], *([f"and {len(told) - TOLD} more, in the data"] if len(told) > TOLD else [])],
+        surroundings=surroundings(rows),
+        repeats={method_label(record): commands(record, places[id(record)]) for record in rows},
+        drawn=_said_of(drawn, rows),
+        by_rouge=any(map(series.rouge_l, rows)),
+        undrawn=_undrawn(rows),
+        unfinished=list(unfinished),
+    )
+
+
+def chosen(records: Sequence[RunRecord]) -> list[RunRecord]:
+    """The runs that are drawn: all, or the best of each method and then the best of all, in the table's order."""
+    if len(records) <= DRAWN:
+        return list(records)
+    by_quality = sorted(records, key=_rank)
+    first = {series.kind_of(record): record for record in reversed(by_quality)}
+    taken = {id(record) for record in [*first.values(), *by_quality][:DRAWN]}
+    return [record for record in records if id(record) in taken]
+
+
+def _rank(record: RunRecord) -> tuple[bool, float, float]:
+    """Smaller is better: with ROUGE-L before without, then by held-out loss."""
+    score, loss = series.rouge_l(record), record.quality.loss if record.quality else None
+    return score is None, -(score.mean if score else 0.0), float("inf") if loss is None else loss
+
+
+def _said_of(drawn: Sequence[RunRecord], records: Sequence[RunRecord]) -> str:
+    if len(drawn) == len(records):
+        return ""
+    return f"Of {len(records):,} runs {len(drawn)} are drawn here: the best of each method, then the best of all."
+
+
+def _undrawn(records: Sequence[RunRecord]) -> list[str]:
+    """Runs that have no place in a trade-off because they did not end well."""
+    bad = [f"{method_label(record)} ({outcome_text(record)})" for record in records if record.outcome.kind != "ok"]
+    return [*bad[:DRAWN], *([f"and {len(bad) - DRAWN} more"] if len(bad) > DRAWN else [])]
+
+
+def _line(record: RunRecord, columns: Sequence[Column]) -> Line:
+    # An interval goes below its mean, which keeps the table narrow.
+    cells = [
+        Cell(column.text(record).replace(" (", "\n("), next(iter(column.raw(record).values()))) for column in columns
+    ]
+    return Line(record.outcome.kind, cells)
+
+
+def _trade_offs(records: Sequence[RunRecord], kinds: Sequence[str]) -> list[Drawing]:
+    has_rouge = any(map(series.rouge_l, records))
+    points = [_point(record, rouge=has_rouge) for record in records]
+    title = "ROUGE-L" if has_rouge else "held-out loss, nats"
+    drawn = [
+        charts.trade_off(points, kinds, cost, title, more_is_better=has_rouge) for cost in charts.COSTS
+    ]  # fmt: skip
+    return [drawing for drawing in drawn if drawing is not None]
+
+
+def _point(record: RunRecord, *, rouge: bool) -> Row:
+    score, quality = series.rouge_l(record), record.quality
+    peak, flops = train_peak_bytes(record), record.flops.required
+    return {
+        "run": method_label(record), "kind": series.kind_of(record),
+        "quality": (score.mean if score else None) if rouge else series.finite(quality.loss if quality else None),
+        "low": score.low if rouge and score else None, "high": score.high if rouge and score else None,
+        "MiB": None if peak is None else peak / 2**20, "seconds": record.train_seconds,
+        "TFLOP": None if flops is None else flops / 1e12,
+    }  # fmt: skip
+
+
+def _memory(records: Sequence[RunRecord]) -> Drawing | None:
+    lines, far = series.budgets(records)
+    caption = (
+        "Peak of the training phase. Weights, gradients and optimizer states by the sizes of their tensors; the rest "
+        "of the peak is what no instrument of the run told apart (activations, logits, temporaries and, on CPU, what "
+        "libraries hold); where profile.breakdown was on, all kinds are told apart."
+    )
+    if lines:
+        caption += " The upright line is the budget."
+    if far is not None:
+        caption += f" The budget, {far / 2**20:,.0f} MiB at least, lies far beyond the right edge."
+    return charts.memory_bars(series.memory(records), lines, caption)
+
+
+def _examples(records: Sequence[RunRecord]) -> list[Example]:
+    """The examples whose summaries were kept, with those of every run; nothing is mixed that has another article."""
+    found: dict[tuple[str, str, str], dict[str, str]] = {}
+    for record in records:
+        for sample in record.quality.samples if record.quality else ():
+            found.setdefault(_key(sample), {})[method_label(record)] = sample.generated
+    return [Example(*key, generated) for key, generated in found.items()]
+
+
+def _key(sample: Sample) -> tuple[str, str, str]:
+    return sample.id, sample.article, sample.reference

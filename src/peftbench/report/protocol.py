@@ -1,0 +1,106 @@
+"""What was equal between runs and what was not, and how to repeat each."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peftbench.record import RunRecord
+
+SHOWN = 12
+"""Values of a knob that are listed, at most."""
+
+_NAMES = frozenset({"name", "output_dir"})
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One knob of the recipes, or one fact of where they ran, with its values and how many runs have each."""
+
+    name: str
+    values: dict[str, int]
+
+    @property
+    def shown(self) -> list[tuple[str, int]]:
+        """The first ``SHOWN`` values, as (value, runs)."""
+        return list(self.values.items())[:SHOWN]
+
+    @property
+    def more(self) -> int:
+        """How many values are not shown."""
+        return max(0, len(self.values) - SHOWN)
+
+    @property
+    def equal(self) -> bool:
+        """Whether it has one value in all runs."""
+        return len(self.values) == 1
+
+
+def knobs(records: Sequence[RunRecord]) -> list[Knob]:
+    """Every knob of any of the recipes (dotted), in their order; a run that has no such knob counts under "–"."""
+    flat = [dict(_flattened(record.recipe)) for record in records]
+    names = dict.fromkeys(name for one in flat for name in one if name not in _NAMES)
+    return [Knob(name, _counted([_shown(one[name]) if name in one else "–" for one in flat])) for name in names]
+
+
+def surroundings(records: Sequence[RunRecord]) -> list[Knob]:
+    """Device, engine, versions, and the fingerprints of what was trained, on what, by which commit."""
+    facts = [_facts(record) for record in records]
+    names = dict.fromkeys(name for one in facts for name in one)
+    return [Knob(name, _counted([one.get(name) or "unknown" for one in facts])) for name in names]
+
+
+def _facts(record: RunRecord) -> dict[str, str | None]:
+    device, engine = record.device, record.engine
+    memory = None if device.memory_bytes is None else f"{device.memory_bytes:,} bytes"
+    return {
+        "device": f"{device.name} ({device.kind})", "processes": str(device.processes), "device memory": memory,
+        "engine": engine.name if engine else "none",
+        "arithmetic": engine.mixed_precision if engine else "none",
+        "model": record.model_identity or "none", "data": record.data_identity,
+        "examples": json.dumps(record.examples), "evaluated on": record.quality.split if record.quality else "nothing",
+        "commit": record.git, **record.versions,
+    }  # fmt: skip
+
+
+def _counted(values: Sequence[str]) -> dict[str, int]:
+    return {value: values.count(value) for value in dict.fromkeys(values)}
+
+
+def _flattened(values: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flattened(value, f"{place}{key}.")
+        else:
+            yield place + key, value
+
+
+def _shown(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def commands(record: RunRecord, place: Path) -> list[str]:
+    """What repeats a run from its record at ``place``, in a checkout of peftbench, one command a line."""
+    lines = []
+    if record.git is not None:
+        commit, *changed = record.git.split("+")
+        lines.append(
+            f"git checkout {shlex.quote(commit)}" + ("  # and it had changes that no commit has" if changed else "")
+        )
+    lines.append("pip install -c constraints.txt -e .")
+    config = ["--config", str(place), f"output_dir={_again(record)}"]
+    engine = record.engine.name if record.engine else None
+    if engine in {None, "single"}:
+        return [*lines, shlex.join(["python", "launch/train.py", *config])]
+    file = "cpu2" if record.device.kind == "cpu" and engine == "ddp" else engine
+    launcher = ["accelerate", "launch", "--config_file", f"accel_configs/{file}.yaml"]
+    processes = ["--num_processes", str(record.device.processes)]
+    return [*lines, shlex.join([*launcher, *processes, "launch/train.py", *config])]
+
+
+def _again(record: RunRecord) -> str:
+    return f"{str(record.recipe.get('output_dir', 'runs')).rstrip('/')}_again"
