@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from peftbench.record import RunRecord, Sample, train_peak_bytes
+from peftbench.record import RunRecord, Sample
 from peftbench.report.columns import Column, Raw, method_label, outcome_text
+from peftbench.report.configurations import configurations
 from peftbench.report.page import charts, series
 from peftbench.report.page.charts import Drawing
-from peftbench.report.page.series import Row
-from peftbench.report.protocol import Knob, commands, knobs, surroundings
+from peftbench.report.knobs import Knob, commands, knobs, surroundings
 from peftbench.report.table import notes, ordered, shown
 
 DRAWN = 24
@@ -163,24 +163,10 @@ def _line(record: RunRecord, columns: Sequence[Column]) -> Line:
 
 def _trade_offs(records: Sequence[RunRecord], kinds: Sequence[str]) -> list[Drawing]:
     has_rouge = any(map(series.rouge_l, records))
-    points = [_point(record, rouge=has_rouge) for record in records]
+    points = [series.point(one, rouge=has_rouge) for one in configurations(records)]
     title = "ROUGE-L" if has_rouge else "held-out loss, nats"
-    drawn = [
-        charts.trade_off(points, kinds, cost, title, more_is_better=has_rouge) for cost in charts.COSTS
-    ]  # fmt: skip
+    drawn = [charts.trade_off(points, kinds, cost, title, more_is_better=has_rouge) for cost in charts.COSTS]
     return [drawing for drawing in drawn if drawing is not None]
-
-
-def _point(record: RunRecord, *, rouge: bool) -> Row:
-    score, quality = series.rouge_l(record), record.quality
-    peak, flops = train_peak_bytes(record), record.flops.required
-    return {
-        "run": method_label(record), "kind": series.kind_of(record),
-        "quality": (score.mean if score else None) if rouge else series.finite(quality.loss if quality else None),
-        "low": score.low if rouge and score else None, "high": score.high if rouge and score else None,
-        "MiB": None if peak is None else peak / 2**20, "seconds": record.train_seconds,
-        "TFLOP": None if flops is None else flops / 1e12,
-    }  # fmt: skip
 
 
 def _memory(records: Sequence[RunRecord]) -> Drawing | None:

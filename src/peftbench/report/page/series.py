@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 
 import numpy
 from numpy.typing import NDArray
 
 from peftbench.errors import BudgetError
+from peftbench.evaluation.statistics import seeds_interval
 from peftbench.record import Interval, RunRecord, train_peak_bytes
 from peftbench.report.columns import method_label
+from peftbench.report.configurations import Configuration
 from peftbench.sizes import parse_size
 
 Row = dict[str, str | int | float | None]
@@ -145,3 +148,23 @@ def front(points: Sequence[Row], cost: str, quality: str, *, more_is_better: boo
 def rouge_l(record: RunRecord) -> Interval | None:
     """ROUGE-L of the generated summaries."""
     return (record.quality.rouge or {}).get("rougeL") if record.quality else None
+
+
+def point(one: Configuration, *, rouge: bool) -> Row:
+    """What a configuration brought and took: means over its seeds, and the 95 % interval of its quality.
+
+    With several seeds that is over them, else over the examples; None where there is none.
+    """
+    values = one.rouge_l if rouge else one.losses
+    low, high = None, None
+    if len(values) > 1:
+        interval = seeds_interval(list(values))
+        low, high = interval.low, interval.high
+    elif rouge and one.ok and (score := rouge_l(one.ok[0])) is not None:
+        low, high = score.low, score.high
+    peak, flops = one.peak_bytes, one.required_flops
+    return {
+        "run": one.label, "kind": one.kind, "quality": statistics.fmean(values) if values else None,
+        "low": low, "high": high, "seeds": len(values), "MiB": None if peak is None else peak / 2**20,
+        "seconds": one.train_seconds, "TFLOP": None if flops is None else flops / 1e12,
+    }  # fmt: skip
