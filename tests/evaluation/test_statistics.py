@@ -76,10 +76,10 @@ def test_pairs_cancel_what_is_hard_for_both() -> None:
 
 def test_weights_make_a_ratio_of_sums() -> None:
     """Of losses by tokens, a difference is the sum of the ones by that of the others, as a loss is."""
-    found = paired_interval([2.0, 3.0, 4.0], [1.0, 2.0, 1.0])
-    assert found.mean == 9 / 4
-    assert found.low == 3 / 2
-    assert found.high == 4.0
+    assert paired_interval([2.0, 3.0, 4.0], [1.0, 2.0, 1.0]).mean == 9 / 4
+    found = paired_interval([3.0, 8.0] * 50, [2.0, 4.0] * 50)  # 1.5 and 2.0, so 11/6
+    assert found.mean == pytest.approx(11 / 6)
+    assert 1.5 < found.low < found.mean < found.high < 2.0
 
 
 def test_more_certain_is_wider() -> None:

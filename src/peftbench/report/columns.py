@@ -25,8 +25,12 @@ class Column:
 
 def method_label(record: RunRecord) -> str:
     """The run's name, and its method where the name does not say it."""
-    kind = str(record.recipe["method"]["kind"])
-    return record.name if kind in record.name else f"{record.name} ({kind})"
+    return labelled(record.name, str(record.recipe["method"]["kind"]))
+
+
+def labelled(name: str, kind: str) -> str:
+    """A name, and its method where it does not say it."""
+    return name if kind in name else f"{name} ({kind})"
 
 
 def _count(value: int | None) -> str:

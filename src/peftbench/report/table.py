@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,9 +15,11 @@ from tabulate import tabulate
 from peftbench.errors import RecordError
 from peftbench.files import write_atomically
 from peftbench.plausibility import implausible
-from peftbench.record import Outcome, RunRecord
+from peftbench.record import RunRecord
 from peftbench.report.columns import COLUMNS, FIRST_TO_GO, Column, method_label
+from peftbench.report.ends import shortage
 from peftbench.report.groups import by_knob, over_seeds
+from peftbench.report.protocol import unequal
 
 _ENDLESS = 10_000  # characters: more than any table takes
 
@@ -81,13 +82,10 @@ def _terminal_table(rows: Sequence[RunRecord], columns: Sequence[Column], title:
 
 def notes(records: Sequence[RunRecord]) -> list[str]:
     """What a reader must know beside the figures: what was unequal, what was used instead, what was noticed."""
-    found = [f"{record.name}: {_shortage(record.outcome)}" for record in records if record.outcome.kind == "oom"]
+    found = [f"{record.name}: {shortage(record.outcome)}" for record in records if record.outcome.kind == "oom"]
     found += [f"{record.name}: {note}" for record in records for note in record.notes]
     trained = [record for record in records if record.tokens is not None and record.outcome.kind == "ok"]
-    seen: dict[str, set[str]] = {}  # the tokens that runs of one seed were shown
-    for record in trained:
-        seen.setdefault(json.dumps(_seeds(record)), set()).add(json.dumps(_tokens(record)))
-    if len({json.dumps(_protocol(record)) for record in trained}) > 1 or any(len(shown) > 1 for shown in seen.values()):
+    if unequal(trained):
         found.append(
             "these runs differ in more than their method: batches, steps, examples or lengths are not the same"
         )
@@ -95,18 +93,6 @@ def notes(records: Sequence[RunRecord]) -> list[str]:
     if len(judged) > 1:
         found.append("these runs were not evaluated on the same examples")
     return [*found, *implausible(records), *_unknown(trained)]
-
-
-def _shortage(outcome: Outcome) -> str:
-    """Where a run was out of memory, by how much, and what would fit."""
-    where = f"in {outcome.part or outcome.phase}" + (f" of step {outcome.step}" if outcome.step else "")
-    asked = [
-        f"{what} {size:,} bytes"
-        for what, size in (("asked for", outcome.requested_bytes), ("held", outcome.held_bytes))
-        if size is not None
-    ]
-    told = f"out of memory {where}" + (f", where it {' and '.join(asked)}" if asked else "")
-    return told + (f"; {outcome.suggestion}" if outcome.suggestion else "")
 
 
 def _unknown(trained: Sequence[RunRecord]) -> list[str]:
@@ -120,24 +106,6 @@ def _unknown(trained: Sequence[RunRecord]) -> list[str]:
     if any(record.energy_joules is None for record in measured):
         found.add("energy is unknown: neither NVML nor RAPL tells it here")
     return sorted(found)
-
-
-def _protocol(record: RunRecord) -> list[object]:
-    """What must be equal for a comparison to be one of methods."""
-    recipe = record.recipe
-    return [
-        record.data_identity, record.model_identity, record.examples, record.steps, recipe["train"]["global_batch"],
-        recipe["data"]["max_tokens"], recipe["data"]["as_published"], recipe["train"]["precision"],
-    ]  # fmt: skip
-
-
-def _seeds(record: RunRecord) -> list[object]:
-    return [record.recipe["train"]["seed"], record.recipe["data"]["seed"]]
-
-
-def _tokens(record: RunRecord) -> list[int]:
-    """What else must be equal where the order of examples is."""
-    return [record.tokens.real, record.tokens.labelled] if record.tokens else []
 
 
 def markdown_table(records: Sequence[RunRecord]) -> str:

@@ -1,0 +1,163 @@
+"""The comparison in words, which say only what intervals support."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from decimal import ROUND_FLOOR
+
+from peftbench.record import Interval, RunRecord
+from peftbench.report.configurations import Configuration
+from peftbench.report.costs import apart, costs
+from peftbench.report.differences import LEAST_EXAMPLES, LEVEL, Compared, Difference, differences
+from peftbench.report.digits import outward, places, rounded
+from peftbench.report.ends import ends
+from peftbench.report.protocol import unequal
+from peftbench.report.scores import listed
+
+MOST_SENTENCES = 12
+"""On configurations, and on how runs ended; the table has the others."""
+
+_REFERENCE = "full"
+"""The method whose costs the others are there to spare."""
+
+
+def summary(records: Sequence[RunRecord], compared: Compared | None = None) -> list[str]:
+    """Sentences on all runs, the most important first. What no interval supports is never called a difference.
+
+    ``compared`` is what :func:`differences` made of the same records, where it was made already.
+    """
+    compared = compared or differences(records)
+    said = []
+    if unequal([run for run in records if run.tokens is not None and run.outcome.kind == "ok"]):
+        said.append(
+            "These runs differ in more than their method (batches, steps, examples or lengths are not the same), so "
+            "that no difference is put down to the method"
+        )
+    enough = compared.differences and compared.examples >= LEAST_EXAMPLES
+    said += _by_quality(compared) if enough else _by_costs(compared)
+    said += _short([end for one in compared.every for end in ends(one)])
+    return [f"{sentence}." for sentence in (*said, *compared.unpaired)]
+
+
+def _by_quality(compared: Compared) -> list[str]:
+    """Every compared configuration beside one of them, the baselines, and what the intervals are."""
+    figure, there = compared.differences[0].figure, compared.configurations
+    reference, chosen = _reference(there)
+    others = [
+        found for one in there
+        if (one.trains or not reference.trains) and (found := compared.between(one, reference)) is not None
+    ]  # fmt: skip
+    picked = {one for found in compared.differences for one in (found.first, found.second)}
+    better = "higher" if figure.higher_is_better else "lower"
+    return [
+        f"Compared by {figure.name} ({better} is better) with {reference.label}{chosen}",
+        *_short([_quality(found) + costs(found.first, reference) for found in others], len(there) - len(picked)),
+        *(_baseline(one, compared) for one in there if one in picked and reference.trains and not one.trains),
+        _intervals(compared),
+    ]
+
+
+def _reference(there: Sequence[Configuration]) -> tuple[Configuration, str]:
+    """What the others are compared with, of configurations with the best mean first, and whether the mean chose it."""
+    full = [one for one in there if one.kind == _REFERENCE]
+    if full:
+        return full[0], ", the best of its method by the same figure" if len(full) > 1 else ""
+    trained = [one for one in there if one.trains]
+    return (trained or there)[0], f", chosen as the best {'of those that train ' if trained else ''}by the same figure"
+
+
+def _quality(found: Difference) -> str:
+    """The first beside the second: which is better, or how far apart they can be at most."""
+    first, second, unit = found.first.label, found.second.label, found.figure.unit
+    interval, digits = found.interval, found.figure.digits
+    if interval.low == interval.high == 0:
+        return f"{first} scores as {second} does on every example"
+    if found.better is not None:
+        away = interval if interval.mean > 0 else Interval(mean=-interval.mean, low=-interval.high, high=-interval.low)
+        low, high = outward(away, digits)
+        which = "better" if found.better is found.first else "worse"
+        by = rounded(away.mean, max(digits, places(low)))
+        return f"{first} is {which} than {second} by {by} {unit} (interval {low} to {high})"
+    low, high = outward(interval, digits)
+    within = max((low.removeprefix("-"), high.removeprefix("-")), key=float)
+    seeds = "" if _excludes_zero(found.over_seeds) else f" over {found.seeds} seeds"
+    why = f"not significant{seeds if _excludes_zero(found.over_examples) else ''}"
+    mean, low, high = _signed(rounded(interval.mean, digits)), _signed(low), _signed(high)
+    return f"{first} is within {within} {unit} of {second} (difference {mean}, interval {low} to {high}; {why})"
+
+
+def _excludes_zero(interval: Interval | None) -> bool:
+    return interval is None or interval.low > 0 or interval.high < 0
+
+
+def _signed(text: str) -> str:
+    return f"+{text}" if float(text) > 0 else text
+
+
+def _baseline(baseline: Configuration, compared: Compared) -> str:
+    """Which of the trained configurations differ from one that trains nothing."""
+    found = [
+        between for one in compared.configurations
+        if one.trains and (between := compared.between(one, baseline)) is not None
+    ]  # fmt: skip
+    better = [one for one in found if one.better is one.first]
+    worse = [one for one in found if one.better is baseline]
+    said = [_beside(which, than) for which, than in ((better, "better"), (worse, "worse")) if which]
+    if not better:
+        every = len(found) == sum(one.trains for one in compared.every)
+        none = "No trained configuration" if every else f"None of the {len(found)} that train and were compared"
+        said.insert(0, f"{none} is better than {baseline.label} beyond chance")
+    return "; ".join(said)
+
+
+def _beside(found: Sequence[Difference], how: str) -> str:
+    """Several that differ from one in the same direction, by the least that the intervals leave of any of them."""
+    figure, than = found[0].figure, found[0].second.label
+    least = min(min(abs(one.interval.low), abs(one.interval.high)) for one in found)
+    digits = max(figure.digits, places(outward(Interval(mean=least, low=least, high=least), figure.digits)[0]))
+    which = f"{listed([one.first.label for one in found])} {'are' if len(found) > 1 else 'is'}"
+    return f"{which} {how} than {than}, by {rounded(least, digits, ROUND_FLOOR)} {figure.unit} at least"
+
+
+def _intervals(compared: Compared) -> str:
+    """What kind of intervals those are, said once."""
+    count = f"all {compared.comparisons:,} comparisons together" if compared.comparisons > 1 else "the one comparison"
+    how = "paired bootstrap" if compared.bootstrapped else "Student's t of paired differences"
+    said = (
+        f"Intervals hold with {100 * (1 - LEVEL):.3g} % for {count}: {how} over {compared.examples:,} held-out examples"
+    )
+    trained = [one for one in compared.differences if one.first.trains or one.second.trains]
+    seeds = sorted({one.seeds for one in trained})
+    if not seeds:
+        return said
+    if seeds == [1]:
+        return f"{said}, one seed each; another seed may order them otherwise"
+    over = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    return f"{said} and Student's t over {over} seeds, whichever reaches further"
+
+
+def _by_costs(compared: Compared) -> list[str]:
+    """Costs beside full fine-tuning alone, and why nothing is said of quality where it was compared."""
+    there = [one for one in compared.every if one.trains]
+    reference = next((one for one in there if one.kind == _REFERENCE), None)
+    said = []
+    if reference is not None:
+        said = _short([_beside_costs(one, reference) for one in there if one is not reference])
+    if compared.differences:
+        said.append(
+            f"Nothing is concluded about quality from {compared.examples} held-out examples: of fewer than "
+            f"{LEAST_EXAMPLES} one odd example can make a difference"
+        )
+    return said
+
+
+def _beside_costs(one: Configuration, reference: Configuration) -> str:
+    if (reason := apart(one, reference)) is not None:
+        return f"{one.label} ran {reason} than {reference.label}, so that costs are not compared"
+    return f"{one.label} is compared with {reference.label} by costs alone{costs(one, reference)}"
+
+
+def _short(said: Sequence[str], more: int = 0) -> list[str]:
+    """The first sentences, and how many others there would be."""
+    more += max(len(said) - MOST_SENTENCES, 0)
+    return [*said[:MOST_SENTENCES], *([f"And {more:,} more in the table"] if more else [])]
