@@ -81,6 +81,23 @@ def test_every_state(tmp_path: Path) -> None:
     assert "2 finished" in text
 
 
+def test_the_table(tmp_path: Path) -> None:
+    """Loss and memory in short, beside what was there; what is known of no run has no column."""
+    news = {"loss": 2.3456, "memory_bytes": 96 * 2**20, "budget_bytes": 112 * 2**20, "tokens_per_second": 18204.4}
+    lock = Lock(run(tmp_path / "a", None, told().model_copy(update=news | {"seconds_left": 41.0})))
+    lock.hold()
+    run(tmp_path / "b", ended("preempted", "stopped").model_copy(update={"losses": (3.0, 2.5), "throughput": None}))
+    rows = standings(tmp_path, {})
+    lock.let_go()
+    assert table(rows).splitlines()[:4] == [
+        "run    state      step    loss    tokens/s    memory         left",
+        "-----  ---------  ------  ------  ----------  -------------  -------  --------------",
+        "a      running    5/9     2.346   18,204      96 of 112 MiB  0:00:41  train on node7",
+        "b      preempted  5/?     2.500   –           –              –        stopped",
+    ]
+    assert (rows[0].loss, rows[0].memory_bytes, rows[0].budget_bytes) == (2.3456, 96 * 2**20, 112 * 2**20)
+
+
 def test_what_was_gone_on_with_and_died(tmp_path: Path) -> None:
     """A record of an earlier attempt does not hide that the later one is gone."""
     run(tmp_path / "x", ended("preempted"), told(LATE))

@@ -13,6 +13,7 @@ from tabulate import tabulate
 from peftbench.errors import MissingFileError, RecordError
 from peftbench.lock import held
 from peftbench.record import FILE, FINAL, RunRecord, read_record
+from peftbench.sizes import size_text
 from peftbench.slurm.queue import Queued
 from peftbench.slurm.submitted import Submitted, submitted
 from peftbench.status import FILE as STATUS
@@ -33,6 +34,11 @@ class Standing:
     job: str | None = None
     said: str = ""
     """What explains the state."""
+    loss: float | None = None
+    """Of the last step, in nats."""
+    memory_bytes: int | None = None
+    """What its main process held after the last step, as its budget counts it."""
+    budget_bytes: int | None = None
 
 
 def standings(folder: Path, queue: Mapping[str, Queued]) -> list[Standing]:
@@ -73,6 +79,7 @@ def _standing(folder: Path, name: str, queue: Mapping[str, Queued]) -> Standing:
         return Standing(
             name, "gone", status.step, status.steps, job=job,
             said=f"last seen at {status.updated_at} on {status.host}{kept}; run it again to go on",
+            loss=status.loss, memory_bytes=status.memory_bytes, budget_bytes=status.budget_bytes,
         )  # fmt: skip
     return Standing(name, "waiting", job=job, said="" if job is None else f"job {job} is not in the queue")
 
@@ -93,7 +100,7 @@ def _running(name: str, status: Status | None, job: str | None) -> Standing:
     here = "" if status.host == socket.gethostname() else f" on {status.host}"
     return Standing(
         name, "running", status.step, status.steps, status.tokens_per_second, status.seconds_left,
-        status.job or job, f"{status.phase}{here}",
+        status.job or job, f"{status.phase}{here}", status.loss, status.memory_bytes, status.budget_bytes,
     )  # fmt: skip
 
 
@@ -108,7 +115,11 @@ def _ended(folder: Path, name: str, record: RunRecord, status: Status | None, jo
     kept = _newest_checkpoint(folder)
     if state in {"preempted", "failed"} and kept is not None and kept > step:  # it ended before it had taken that up
         step, said = kept, f"{said}; step {kept} is kept"
-    return Standing(name, state, step, steps, speed, job=job, said=(said.splitlines() or [""])[0])
+    return Standing(
+        name, state, step, steps, speed, job=job, said=(said.splitlines() or [""])[0],
+        loss=record.losses[-1] if record.losses and step == record.steps else None,
+        memory_bytes=status.memory_bytes if status else None, budget_bytes=status.budget_bytes if status else None,
+    )  # fmt: skip
 
 
 def _newer(status: Status | None, record: RunRecord | None) -> bool:
@@ -126,17 +137,21 @@ def _newest_checkpoint(folder: Path) -> int | None:
 
 
 def table(rows: Sequence[Standing]) -> str:
-    """A line for every run, and how many there are of each state."""
+    """A line for every run, and how many there are of each state; without columns that say nothing of any run."""
     lines = [
         [
             row.name, row.state,
             "–" if row.step is None else f"{row.step}/{row.steps if row.steps is not None else '?'}",
+            "–" if row.loss is None else f"{row.loss:.3f}",
             "–" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
+            "–" if row.memory_bytes is None else size_text(row.memory_bytes, row.budget_bytes),
             "–" if row.seconds_left is None else _duration(row.seconds_left), row.job or "–", row.said,
         ]
         for row in rows
     ]  # fmt: skip
-    heads = ["run", "state", "step", "tokens/s", "left", "job", ""]
+    heads = ["run", "state", "step", "loss", "tokens/s", "memory", "left", "job", ""]
+    told = [column for column in range(len(heads)) if any(line[column] not in {"–", ""} for line in lines)]
+    heads, lines = [heads[column] for column in told], [[line[column] for column in told] for line in lines]
     states = [row.state for row in rows]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     return f"{tabulate(lines, headers=heads, disable_numparse=True)}\n\n{len(rows)} runs: {counts}"
