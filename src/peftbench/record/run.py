@@ -182,13 +182,18 @@ def read_record(path: Path) -> RunRecord:
         raise RecordError(f"{path} cannot be read: {error.strerror}") from error
 
 
+def find_records(folder: Path) -> dict[Path, RunRecord]:
+    """All records below ``folder`` by their files, in the order of those; empty where there are none."""
+    return {path: read_record(path) for path in sorted(folder.rglob(FILE))}
+
+
 def read_records(folder: Path) -> list[RunRecord]:
     """All records below ``folder``, by path.
 
     Raises:
         RecordError: there are none.
     """
-    records = [read_record(path) for path in sorted(folder.rglob(FILE))]
+    records = list(find_records(folder).values())
     if not records:
         raise RecordError(f"no {FILE} below {folder}; give the folder that a run or a suite wrote to")
     return records

@@ -7,13 +7,43 @@ from pathlib import Path
 
 from peftbench.files import write_atomically
 from peftbench.record import RunRecord
+from peftbench.report.differences import differences
 from peftbench.report.export import json_table, latex_table
 from peftbench.report.page.build import write_page
 from peftbench.report.page.content import Unfinished, content
 from peftbench.report.table import csv_table, markdown_report
+from peftbench.report.words import summary
 
 PAGE = "report.html"
 RESULTS = "RESULTS.md"
+
+
+def write_report(
+    records: Mapping[Path, RunRecord],
+    folder: Path,
+    title: str,
+    *,
+    html: Path | None = None,
+    unfinished: Sequence[Unfinished] = (),
+) -> Path:
+    """Write the page, RESULTS.md and the data as CSV, JSON and LaTeX to ``folder``; returns the page's path.
+
+    ``records`` are by the paths of their files, which is how the page says to repeat them. The page goes to ``html``
+    where that is given.
+
+    Raises:
+        OutputError: a file cannot be written.
+    """
+    rows = list(records.values())
+    compared = differences(rows)
+    said = summary(rows, compared)
+    data = downloads(rows, said)
+    for one in data.values():
+        write_atomically(folder / one["name"], one["text"])
+    write_atomically(folder / RESULTS, markdown_report(rows, title, said))
+    path = html or folder / PAGE
+    write_page(path, content(records, title, said, compared=compared, unfinished=unfinished), data)
+    return path
 
 
 def downloads(records: Sequence[RunRecord], summary: Sequence[str]) -> dict[str, dict[str, str]]:

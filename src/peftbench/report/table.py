@@ -126,10 +126,10 @@ def csv_table(records: Sequence[RunRecord]) -> str:
     return text.getvalue()
 
 
-def markdown_report(records: Sequence[RunRecord], title: str) -> str:
-    """The whole report: table, notes, what the columns mean, what was compared, sample summaries."""
+def markdown_report(records: Sequence[RunRecord], title: str, summary: Sequence[str]) -> str:
+    """The whole report: in words, table, notes, what the columns mean, what was compared, sample summaries."""
     rows = ordered(records)
-    parts = [f"# {title}", markdown_table(records)]
+    parts = [f"# {title}", "\n".join(f"- {sentence}" for sentence in summary), markdown_table(records)]
     if seeds := over_seeds(rows):
         parts += ["## Over seeds", _github(seeds)]
     if found := notes(rows):
@@ -163,14 +163,6 @@ def _samples(records: Sequence[RunRecord]) -> list[str]:
     quoted = "\n".join(f"> {line}" for line in first.article.splitlines())
     cells = [[name, " ".join(text.split()).replace("|", "\\|")] for name, text in lines]
     return [f"`{first.id}`", quoted, tabulate(cells, headers=["run", "summary"], tablefmt="github")]
-
-
-def write_report(records: Sequence[RunRecord], folder: Path, title: str) -> Path:
-    """Write report.md and report.csv to ``folder``; returns the first's path."""
-    path = folder / "report.md"
-    write_atomically(path, markdown_report(records, title))
-    write_atomically(folder / "report.csv", csv_table(records))
-    return path
 
 
 def insert_table(records: Sequence[RunRecord], file: Path, block: str, knob: str | None = None) -> None:

@@ -30,5 +30,7 @@ def page_of(
 ) -> Path:
     """The page of ``records``, in ``folder``."""
     path = folder / "report.html"
-    write_page(path, content(records, title, summary, unfinished), downloads(list(records.values()), summary))
+    write_page(
+        path, content(records, title, summary, unfinished=unfinished), downloads(list(records.values()), summary)
+    )
     return path

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from peftbench.record import RunRecord, Sample
 from peftbench.report.columns import Column, Raw, method_label, outcome_text
 from peftbench.report.configurations import configurations
+from peftbench.report.differences import Compared, Difference
+from peftbench.report.digits import outward, places, rounded
+from peftbench.report.knobs import Knob, commands, knobs, surroundings
 from peftbench.report.page import charts, series
 from peftbench.report.page.charts import Drawing
-from peftbench.report.knobs import Knob, commands, knobs, surroundings
 from peftbench.report.table import notes, ordered, shown
 
 DRAWN = 24
 """Runs whose curves, bars and summaries are drawn, at most; all are in the table, the trade-offs and the data."""
+
+_PAIR_DIGITS = 2
+"""Behind the point, of a difference; more where an end would else be shown as zero."""
 
 TOLD = 60
 """Notes that are shown, at most."""
@@ -57,6 +62,17 @@ class Unfinished:
 
 
 @dataclass(frozen=True)
+class Pair:
+    """A comparison of two configurations."""
+
+    first: str
+    second: str
+    difference: str
+    interval: str
+    verdict: str
+
+
+@dataclass(frozen=True)
 class Content:
     """All that the page shows."""
 
@@ -80,7 +96,10 @@ class Content:
     """Whether quality is ROUGE-L, or the held-out loss."""
     undrawn: list[str]
     """Runs without a quality, and why, which a trade-off cannot show."""
-    unfinished: list[Unfinished] = field(default_factory=list)
+    unfinished: list[Unfinished]
+    pairs: list[Pair]
+    figure: str
+    """What the pairs are compared by."""
 
     @property
     def better(self) -> str:
@@ -95,9 +114,17 @@ class Content:
 
 
 def content(
-    records: Mapping[Path, RunRecord], title: str, summary: Sequence[str], unfinished: Sequence[Unfinished] = ()
+    records: Mapping[Path, RunRecord],
+    title: str,
+    summary: Sequence[str],
+    *,
+    compared: Compared | None = None,
+    unfinished: Sequence[Unfinished] = (),
 ) -> Content:
-    """What the page says of ``records``, by the paths of their files."""
+    """What the page says of ``records``, by the paths of their files.
+
+    ``compared`` is what ``differences`` made of them, where the pairs shall be shown.
+    """
     rows = ordered(list(records.values()))
     columns, drawn = shown(rows), chosen(rows)
     kinds = list(dict.fromkeys(map(series.kind_of, rows)))
@@ -122,6 +149,8 @@ def content(
         by_rouge=any(map(series.rouge_l, rows)),
         undrawn=_undrawn(rows),
         unfinished=list(unfinished),
+        pairs=[_pair(one) for one in compared.differences] if compared else [],
+        figure=compared.figure.name if compared and compared.figure else "",
     )
 
 
@@ -151,6 +180,13 @@ def _undrawn(records: Sequence[RunRecord]) -> list[str]:
     """Runs that have no place in a trade-off because they did not end well."""
     bad = [f"{method_label(record)} ({outcome_text(record)})" for record in records if record.outcome.kind != "ok"]
     return [*bad[:DRAWN], *([f"and {len(bad) - DRAWN} more"] if len(bad) > DRAWN else [])]
+
+
+def _pair(one: Difference) -> Pair:
+    low, high = outward(one.interval, _PAIR_DIGITS)
+    verdict = f"{one.better.label} is better" if one.better else "not significant"
+    difference = rounded(one.mean, max(_PAIR_DIGITS, places(low)))
+    return Pair(one.first.label, one.second.label, difference, f"{low} to {high}", verdict)
 
 
 def _line(record: RunRecord, columns: Sequence[Column]) -> Line:
