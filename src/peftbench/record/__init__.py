@@ -28,6 +28,7 @@ from peftbench.record.run import (
     RunRecord,
     read_record,
     read_records,
+    read_records_by_path,
     train_peak_bytes,
 )
 
@@ -57,5 +58,6 @@ __all__ = [
     "TokensPerSecond",
     "read_record",
     "read_records",
+    "read_records_by_path",
     "train_peak_bytes",
 ]

@@ -188,7 +188,16 @@ def read_records(folder: Path) -> list[RunRecord]:
     Raises:
         RecordError: there are none.
     """
-    records = [read_record(path) for path in sorted(folder.rglob(FILE))]
+    return list(read_records_by_path(folder).values())
+
+
+def read_records_by_path(folder: Path) -> dict[Path, RunRecord]:
+    """All records below ``folder`` by their files, in the order of those.
+
+    Raises:
+        RecordError: there are none, or one cannot be read.
+    """
+    records = {path: read_record(path) for path in sorted(folder.rglob(FILE))}
     if not records:
         raise RecordError(f"no {FILE} below {folder}; give the folder that a run or a suite wrote to")
     return records
