@@ -80,31 +80,51 @@ def compare(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="Folder that a run or a suite wrote to.")],
+    folder: Annotated[Optional[Path], typer.Argument(help="Folder that a run or a suite wrote to.")] = None,
     into: Annotated[
         Optional[Path], typer.Option(help="Markdown file whose block named by --block is replaced by the table.")
     ] = None,
-    block: Annotated[str, typer.Option(help="The block: between <!-- report:NAME --> and its end.")] = "table",
+    block: Annotated[
+        Optional[str], typer.Option(help="The block: between <!-- report:NAME --> and its end; default: table.")
+    ] = None,
     by: Annotated[
         Optional[str], typer.Option(help="Show held-out loss by this knob's values, as optimizer.learning_rate.")
     ] = None,
     price_per_hour: Annotated[
         Optional[float], typer.Option(min=0.0, help="What one device costs an hour, instead of what the recipes say.")
     ] = None,
+    sides: Annotated[
+        Optional[tuple[Path, Path]],
+        typer.Option("--compare", metavar="A B", help="Two such folders instead, before and after, side by side."),
+    ] = None,
+    threshold: Annotated[
+        Optional[list[str]],
+        typer.Option(metavar="[FIGURE=]PERCENT", help="How much worse B may be, as 5% or rougeL=2%; default: 5%."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison of A and B as JSON.")] = False,
 ) -> None:
-    """Make the tables again, from the records below a folder."""
+    """Make the tables again, from the records below a folder; or hold two folders against each other."""
     from tabulate import tabulate
 
+    from peftbench.errors import REGRESSED
     from peftbench.record import read_records
+    from peftbench.report.command import compare_folders, one_folder
     from peftbench.report.groups import by_knob
     from peftbench.report.table import insert_table, print_table, write_report
 
     with guarded():
+        if sides is not None:
+            others = {"--into": into, "--block": block, "--by": by, "--price-per-hour": price_per_hour}
+            if fallen := compare_folders(sides, threshold or [], as_json, {"FOLDER": folder, **others}):
+                _say(fallen)
+                raise typer.Exit(REGRESSED)
+            return
+        folder = one_folder(folder, {"--threshold": threshold, "--json": as_json or None})
         records = read_records(folder)
         if price_per_hour is not None:
             records = [record.priced(price_per_hour) for record in records]
         if into is not None:
-            insert_table(records, into, block, by)
+            insert_table(records, into, block or "table", by)
             return
         if by is not None:
             print(tabulate(by_knob(records, by), headers="keys", disable_numparse=True))
