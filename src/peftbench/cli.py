@@ -52,7 +52,10 @@ def compare(
     """Run every recipe of a suite in a fresh process and print the comparison. Finished runs are skipped."""
     from peftbench.errors import MissingFileError
     from peftbench.finished import record_of
-    from peftbench.report.table import print_table, write_report
+    from peftbench.record import FILE
+    from peftbench.report.command import show_report
+    from peftbench.report.files import write_report
+    from peftbench.report.page.content import Unfinished
     from peftbench.suite.expand import accelerate_config, expand, read_suite
     from peftbench.suite.local import run_suite
 
@@ -67,11 +70,14 @@ def compare(
         except KeyboardInterrupt:
             _say("interrupted: finished runs are kept; run the same command again to go on with the others")
             raise typer.Exit(INTERRUPTED) from None
-        records = [record for recipe in recipes if (record := record_of(recipe)) is not None]
+        places = {Path(recipe.output_dir) / recipe.name / FILE: record_of(recipe) for recipe in recipes}
+        records = {path: record for path, record in places.items() if record is not None}
         bad = [result for result in results if not result.well]
         if records:
-            print_table(records, title)
-            print(f"report: {write_report(records, Path(recipes[0].output_dir), title)}")
+            there = {record.name for record in records.values()}
+            left = [Unfinished(one.name, one.outcome, one.error or "") for one in bad if one.name not in there]
+            path = write_report(records, Path(recipes[0].output_dir), title, unfinished=left)
+            show_report(path, records, title)
         for result in bad:
             _say(f"{result.name}: {result.outcome}" + (f": {result.error}" if result.error else ""))
         if bad:
@@ -80,37 +86,61 @@ def compare(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="Folder that a run or a suite wrote to.")],
+    folder: Annotated[Optional[Path], typer.Argument(help="Folder that a run or a suite wrote to.")] = None,
+    html: Annotated[
+        Optional[Path], typer.Option(help="Where the page goes; default: report.html in the folder.")
+    ] = None,
     into: Annotated[
         Optional[Path], typer.Option(help="Markdown file whose block named by --block is replaced by the table.")
     ] = None,
-    block: Annotated[str, typer.Option(help="The block: between <!-- report:NAME --> and its end.")] = "table",
+    block: Annotated[
+        Optional[str], typer.Option(help="The block: between <!-- report:NAME --> and its end; default: table.")
+    ] = None,
     by: Annotated[
         Optional[str], typer.Option(help="Show held-out loss by this knob's values, as optimizer.learning_rate.")
     ] = None,
     price_per_hour: Annotated[
         Optional[float], typer.Option(min=0.0, help="What one device costs an hour, instead of what the recipes say.")
     ] = None,
+    sides: Annotated[
+        Optional[tuple[Path, Path]],
+        typer.Option("--compare", metavar="A B", help="Two such folders instead, before and after, side by side."),
+    ] = None,
+    threshold: Annotated[
+        Optional[list[str]],
+        typer.Option(metavar="[FIGURE=]PERCENT", help="How much worse B may be, as 5% or rougeL=2%; default: 5%."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison of A and B as JSON.")] = False,
 ) -> None:
-    """Make the tables again, from the records below a folder."""
+    """Make the page and the tables, from what lies below a folder; or hold two folders against each other."""
     from tabulate import tabulate
 
-    from peftbench.record import read_records
+    from peftbench.errors import REGRESSED
+    from peftbench.report.command import compare_folders, one_folder, records_of, show_report
+    from peftbench.report.files import write_report
     from peftbench.report.groups import by_knob
-    from peftbench.report.table import insert_table, print_table, write_report
+    from peftbench.report.page.content import Unfinished
+    from peftbench.report.table import insert_table
+    from peftbench.suite.standing import unfinished
 
     with guarded():
-        records = read_records(folder)
-        if price_per_hour is not None:
-            records = [record.priced(price_per_hour) for record in records]
+        if sides is not None:
+            others = {"--into": into, "--block": block, "--by": by, "--price-per-hour": price_per_hour}
+            if fallen := compare_folders(sides, threshold or [], as_json, {"FOLDER": folder, **others}):
+                _say(fallen)
+                raise typer.Exit(REGRESSED)
+            return
+        folder = one_folder(folder, {"--threshold": threshold, "--json": as_json or None})
+        left = unfinished(folder)
+        records = records_of(folder, price_per_hour, may_be_none=bool(left) and into is None and by is None)
         if into is not None:
-            insert_table(records, into, block, by)
-            return
-        if by is not None:
-            print(tabulate(by_knob(records, by), headers="keys", disable_numparse=True))
-            return
-        print_table(records, folder.resolve().name)
-        print(f"report: {write_report(records, folder, folder.resolve().name)}")
+            insert_table(list(records.values()), into, block or "table", by)
+        elif by is not None:
+            print(tabulate(by_knob(list(records.values()), by), headers="keys", disable_numparse=True))
+        else:
+            title = folder.resolve().name
+            rows = [Unfinished(row.name, row.state, row.said) for row in left]
+            show_report(write_report(records, folder, title, html=html, unfinished=rows), records, title)
 
 
 def _facts(device: str | None) -> DeviceFacts:

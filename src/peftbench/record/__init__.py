@@ -29,6 +29,7 @@ from peftbench.record.run import (
     find_records,
     read_record,
     read_records,
+    read_records_by_path,
     train_peak_bytes,
 )
 
@@ -59,5 +60,6 @@ __all__ = [
     "find_records",
     "read_record",
     "read_records",
+    "read_records_by_path",
     "train_peak_bytes",
 ]

@@ -182,18 +182,31 @@ def read_record(path: Path) -> RunRecord:
         raise RecordError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def find_records(folder: Path) -> dict[Path, RunRecord]:
-    """All records below ``folder`` by their files, in the order of those; empty where there are none."""
-    return {path: read_record(path) for path in sorted(folder.rglob(FILE))}
-
-
 def read_records(folder: Path) -> list[RunRecord]:
     """All records below ``folder``, by path.
 
     Raises:
-        RecordError: there are none.
+        RecordError: there are none, or one cannot be read.
     """
-    records = list(find_records(folder).values())
+    return list(read_records_by_path(folder).values())
+
+
+def read_records_by_path(folder: Path) -> dict[Path, RunRecord]:
+    """All records below ``folder`` by their files, in the order of those.
+
+    Raises:
+        RecordError: there are none, or one cannot be read.
+    """
+    records = find_records(folder)
     if not records:
         raise RecordError(f"no {FILE} below {folder}; give the folder that a run or a suite wrote to")
     return records
+
+
+def find_records(folder: Path) -> dict[Path, RunRecord]:
+    """All records below ``folder`` by their files, in the order of those; empty where there are none.
+
+    Raises:
+        RecordError: one cannot be read.
+    """
+    return {path: read_record(path) for path in sorted(folder.rglob(FILE))}

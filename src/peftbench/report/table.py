@@ -45,8 +45,8 @@ def print_table(records: Sequence[RunRecord], title: str, console: Console | Non
     console = console or Console()
     rows, columns, left_out = ordered(records), shown(records), list[str]()
     if not console.is_terminal:  # a file or a pipe has room
-        console = Console(file=console.file, width=_width(console, _terminal_table(rows, columns, title)))
-    while _width(console, _terminal_table(rows, columns, title)) > console.width:
+        console = Console(file=console.file, width=natural_width(console, _terminal_table(rows, columns, title)))
+    while natural_width(console, _terminal_table(rows, columns, title)) > console.width:
         spare = [column for title in FIRST_TO_GO for column in columns if column.title == title]
         if not spare:
             break
@@ -61,7 +61,7 @@ def print_table(records: Sequence[RunRecord], title: str, console: Console | Non
         console.print(tabulate(over_seeds(rows), headers="keys", tablefmt="simple"), markup=False, highlight=False)
 
 
-def _width(console: Console, table: Table) -> int:
+def natural_width(console: Console, table: Table) -> int:
     """What a table would take, in characters, if nothing in it had to be folded."""
     return console.measure(table, options=console.options.update_width(_ENDLESS)).maximum
 
@@ -120,7 +120,7 @@ def csv_table(records: Sequence[RunRecord]) -> str:
     """Every column's raw values, full precision, optional ones included; empty where unknown."""
     rows = [{k: v for column in COLUMNS for k, v in column.raw(record).items()} for record in ordered(records)]
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

@@ -54,6 +54,15 @@ def standings(folder: Path, queue: Mapping[str, Queued]) -> list[Standing]:
     return [_standing(place, str(place.relative_to(folder)), queue) for place in places]
 
 
+def unfinished(folder: Path) -> list[Standing]:
+    """Runs below ``folder`` that have no record and may yet have one, by their files alone."""
+    try:
+        found = standings(folder, {})
+    except MissingFileError:
+        return []
+    return [one for one in found if one.state in {"waiting", "running", "gone"}]
+
+
 def _standing(folder: Path, name: str, queue: Mapping[str, Queued]) -> Standing:
     status, before = read_status(folder), submitted(folder)
     job = before.job if before else None
