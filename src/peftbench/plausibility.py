@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from peftbench.record import RunRecord, train_peak_bytes
 
@@ -46,20 +48,19 @@ def implausible(records: Sequence[RunRecord]) -> Iterator[str]:
     the machine, of time outside matrix products, or of an error. Only runs that were shown the same batches are paired,
     and passes only where the same steps of both were timed, at least ``TIMED_STEPS`` of them.
     """
-    timed = [r for r in records if r.throughput and r.flops.executed and r.steps]
-    for slow, fast in itertools.permutations(timed, 2):
-        if (slow.device, slow.engine, _batches(slow)) != (fast.device, fast.engine, _batches(fast)):
-            continue
-        more = _trained(slow) > _trained(fast)
+    like: dict[str, list[_Timed]] = {}
+    for record in records:
+        if record.throughput and record.flops.executed and record.steps:
+            like.setdefault(_conditions(record), []).append(_Timed.of(record))
+    for slow, fast in (pair for group in like.values() for pair in itertools.permutations(group, 2)):
+        more = slow.trained > fast.trained
         if more and slow.timed_steps != fast.timed_steps:
             continue
-        seconds, what = (_passes_seconds, "forward and backward") if more else (_step_seconds, "a step")
-        if not seconds(slow) or not seconds(fast):
-            continue
-        times = seconds(slow) / seconds(fast)
-        ceiling = _step_flops(slow) / _step_flops(fast)
+        times = (slow.passes / fast.passes if fast.passes else 0.0) if more else slow.step / fast.step
+        ceiling = slow.flops / fast.flops
         # Less work may take as long as more: a small kernel costs its launch.
         if times > TOLERANCE * max(ceiling, 1):
+            what = "forward and backward" if more else "a step"
             yield (
                 f"{what} of {slow.name} took {times:.2f} times as long as of {fast.name} and computed only "
                 f"{ceiling:.2f} times as much: either one of them was disturbed, or its time is not in matrix products "
@@ -67,8 +68,31 @@ def implausible(records: Sequence[RunRecord]) -> Iterator[str]:
             )
 
 
-def _trained(record: RunRecord) -> int:
-    return record.parameters.trainable if record.parameters else 0
+@dataclass(frozen=True)
+class _Timed:
+    """What is compared of a run that was timed; made once a run, since pairs are many."""
+
+    name: str
+    trained: int
+    timed_steps: tuple[int, ...]
+    step: float
+    passes: float
+    flops: float
+
+    @classmethod
+    def of(cls, record: RunRecord) -> _Timed:
+        assert record.throughput is not None
+        assert record.flops.executed is not None
+        return cls(
+            record.name, record.parameters.trainable if record.parameters else 0, record.timed_steps,
+            record.throughput.step_seconds_median, _passes_seconds(record), record.flops.executed / record.steps,
+        )  # fmt: skip
+
+
+def _conditions(record: RunRecord) -> str:
+    """On what a run was made and what it was shown, which must be the same for its times to be compared."""
+    engine = record.engine.model_dump() if record.engine else None
+    return json.dumps([record.device.model_dump(), engine, _batches(record)], sort_keys=True)
 
 
 def _passes_seconds(record: RunRecord) -> float:
@@ -85,13 +109,3 @@ def _batches(record: RunRecord) -> list[object]:
         record.data_identity, record.steps, train["seed"], train["global_batch"], train.get("micro_batch"),
         data["seed"],
     ]  # fmt: skip
-
-
-def _step_seconds(record: RunRecord) -> float:
-    assert record.throughput is not None
-    return record.throughput.step_seconds_median
-
-
-def _step_flops(record: RunRecord) -> float:
-    assert record.flops.executed is not None
-    return record.flops.executed / record.steps

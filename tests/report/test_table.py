@@ -141,7 +141,8 @@ def test_a_narrow_terminal_leaves_columns_out_and_says_so(capsys: pytest.Capture
 
 def test_the_report_shows_the_same_example_by_every_run() -> None:
     """The report puts every run's summary of one example side by side; a pipe cannot break its table."""
-    text = markdown_report([record("a", "full", 1000), record("b", "lora", 10)], "T")
+    text = markdown_report([record("a", "full", 1000), record("b", "lora", 10)], "T", ["A | sentence."])
+    assert "- A | sentence." in text
     assert "by a" in text
     assert "by b" in text
     assert "ref \\| x" in text

@@ -119,8 +119,10 @@ def markdown_table(records: Sequence[RunRecord]) -> str:
 def csv_table(records: Sequence[RunRecord]) -> str:
     """Every column's raw values, full precision, optional ones included; empty where unknown."""
     rows = [{k: v for column in COLUMNS for k, v in column.raw(record).items()} for record in ordered(records)]
+    if not rows:
+        return ""
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

@@ -46,12 +46,21 @@ class Drawing:
     spec: dict[str, Any]
 
 
-def _drawing(name: str, title: str, caption: str, chart: alt.LayerChart | alt.FacetChart | alt.Chart) -> Drawing:
+def _drawing(
+    name: str, title: str, caption: str, chart: alt.LayerChart | alt.FacetChart, data: Mapping[str, Sequence[Row]]
+) -> Drawing:
+    """``data`` are the rows by the names that the chart's layers call them; Altair checks the chart without them."""
     described = chart.properties(
         width="container", description=f"{title}. {caption}",
         autosize=alt.AutoSizeParams(type="fit-x", contains="padding"),
     ).configure(**_theme())  # fmt: skip
-    return Drawing(name, title, caption, described.to_dict())
+    rows = {named: list(values) for named, values in data.items()}
+    return Drawing(name, title, caption, described.to_dict() | {"datasets": rows})
+
+
+def _of(named: str) -> alt.Chart:
+    """A layer of the rows of that name."""
+    return alt.Chart(alt.NamedData(name=named))
 
 
 def _theme() -> dict[str, Any]:
@@ -100,9 +109,9 @@ def trade_off(
     shape = alt.Shape("kind:N", title="method", scale=alt.Scale(domain=shown, range=[shapes[kind] for kind in shown]))
     figures = (cost.field, "quality", "low", "high")
     tips = [alt.Tooltip("run:N"), *(alt.Tooltip(f"{name}:Q", format=",.4~g") for name in figures)]
-    base, across = alt.Chart(alt.Data(values=known)), alt.Chart(alt.Data(values=free))
+    base, across = _of("runs"), _of("baselines")
     layers: list[alt.Chart] = [
-        alt.Chart(alt.Data(values=best))
+        _of("front")
         .mark_line(interpolate="step-after", color="var(--front)", strokeDash=[5, 4], strokeWidth=1.5)
         .encode(x=x, y=y),
         base.transform_filter("isValid(datum.low)")
@@ -116,10 +125,18 @@ def trade_off(
         name = across.mark_text(align="left", dx=3, dy=-6, fontSize=11)
         layers.append(name.encode(x=alt.value(0), y=y, text="run:N"))
     if len(known) <= LABELLED:
-        layers.append(base.mark_text(align="left", dx=9, dy=-7, fontSize=11).encode(x=x, y=y, text="run:N"))
+        x_of, dearest = f"datum['{cost.field}']", max(float(point[cost.field] or 0) for point in known)
+        # Names go to the right of their points, and to the left where the chart ends.
+        here, there = base.transform_filter(f"{x_of} < {dearest}"), base.transform_filter(f"{x_of} >= {dearest}")
+        right = here.mark_text(align="left", dx=9, dy=-7, fontSize=11)
+        left = there.mark_text(align="right", dx=-9, dy=-7, fontSize=11)
+        layers += [right.encode(x=x, y=y, text="run:N"), left.encode(x=x, y=y, text="run:N")]
     said = ", ".join(str(point["run"]) for point in best[:LABELLED]) + (", …" if len(best) > LABELLED else "")
     chart = alt.layer(*layers).properties(height=300)
-    return _drawing(f"quality-{cost.field.lower()}", f"{title} against {cost.title}", f"Pareto front: {said}.", chart)
+    return _drawing(
+        f"quality-{cost.field.lower()}", f"{title} against {cost.title}", f"Pareto front: {said}.", chart,
+        {"runs": known, "front": best, "baselines": free},
+    )  # fmt: skip
 
 
 def memory_bars(rows: Sequence[Row], lines: Sequence[Row], caption: str) -> Drawing | None:
@@ -130,17 +147,23 @@ def memory_bars(rows: Sequence[Row], lines: Sequence[Row], caption: str) -> Draw
     parts = [part for part in PARTS.values() if any(row["part"] == part for row in rows)]
     colours = [f"var(--m{list(PARTS.values()).index(part) % PART_COLOURS})" for part in parts]
     y = alt.Y("run:N", title=None, sort=runs, axis=alt.Axis(labelLimit=220))
-    bars = alt.Chart(alt.Data(values=list(rows))).mark_bar().encode(
+    bars = _of("runs").mark_bar().encode(
         x=alt.X("MiB:Q", title="MiB", stack="zero"), y=y, order=alt.Order("order:Q"),
         color=alt.Color("part:N", title=None, sort=parts, scale=alt.Scale(domain=parts, range=colours)),
         tooltip=[alt.Tooltip("run:N"), alt.Tooltip("part:N"), alt.Tooltip("MiB:Q", format=",.1f")],
     )  # fmt: skip
     layers = [bars]
     if lines:
-        mark = alt.Chart(alt.Data(values=list(lines))).mark_tick(color="var(--budget)", thickness=3, bandSize=30)
+        mark = _of("budgets").mark_tick(color="var(--budget)", thickness=3, bandSize=30)
         tips = [alt.Tooltip("run:N"), alt.Tooltip("budget:Q", title="budget, MiB", format=",.0f")]
         layers.append(mark.encode(x="budget:Q", y=y, tooltip=tips))
-    return _drawing("memory", "Where the memory goes", caption, alt.layer(*layers).properties(height=34 * len(runs)))
+    return _drawing(
+        "memory",
+        "Where the memory goes",
+        caption,
+        alt.layer(*layers).properties(height=34 * len(runs)),
+        {"runs": rows, "budgets": lines},
+    )
 
 
 def loss_curves(rows: Sequence[Row], kinds: Sequence[str]) -> list[Drawing]:
@@ -153,7 +176,7 @@ def loss_curves(rows: Sequence[Row], kinds: Sequence[str]) -> list[Drawing]:
         colour = _colour(kinds, [kind for kind in kinds if any(row["kind"] == kind for row in known)])
         x = alt.X(f"{over}:Q", title=words)
         scale = alt.Scale(zero=False)
-        base = alt.Chart(alt.Data(values=known)).transform_window(
+        base = _of("runs").transform_window(
             smooth="mean(loss)", frame=[-SMOOTHED, SMOOTHED], groupby=["run"], sort=[alt.SortField(over)]
         )
         tips = [alt.Tooltip("run:N"), alt.Tooltip(f"{over}:Q", format=",.0f"), alt.Tooltip("loss:Q", format=".3f")]
@@ -168,7 +191,7 @@ def loss_curves(rows: Sequence[Row], kinds: Sequence[str]) -> list[Drawing]:
         ).properties(height=260)  # fmt: skip
         left_out = len({row["run"] for row in rows} - {row["run"] for row in known})
         caption = f"Over {words}." + (f" {left_out} runs do not say it and are not drawn." if left_out else "")
-        drawn.append(_drawing(f"loss-{over}", f"Training loss by {over}", caption, chart))
+        drawn.append(_drawing(f"loss-{over}", f"Training loss by {over}", caption, chart, {"runs": known}))
     return drawn
 
 
@@ -178,7 +201,7 @@ def speeds(rows: Sequence[Row], kinds: Sequence[str]) -> Drawing | None:
         return None
     runs = list(dict.fromkeys(str(row["run"]) for row in rows))
     y = alt.Y("run:N", title=None, sort=runs, axis=alt.Axis(labelLimit=220, grid=True))
-    base = alt.Chart(alt.Data(values=list(rows)))
+    base = _of("runs")
     colour = _colour(kinds, [kind for kind in kinds if any(row["kind"] == kind for row in rows)], legend=False)
     tips = [alt.Tooltip("run:N"), *(alt.Tooltip(f"{name}:Q", format=",.0f") for name in ("speed", "slow", "fast"))]
     title = "real tokens a second"
@@ -194,7 +217,7 @@ def speeds(rows: Sequence[Row], kinds: Sequence[str]) -> Drawing | None:
         "The point is the mean over all timed seconds; the bar reaches from the slow steps (the tenth that took "
         "longest left out) to the fast ones, at the run's mean tokens a step."
     )
-    return _drawing("speed", "Throughput and its spread", caption, chart)
+    return _drawing("speed", "Throughput and its spread", caption, chart, {"runs": rows})
 
 
 def as_data(drawings: Sequence[Drawing]) -> Mapping[str, dict[str, Any]]:
