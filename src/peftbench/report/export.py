@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 
 from tabulate import tabulate
 
 from peftbench.record import RunRecord
-from peftbench.report.columns import COLUMNS
+from peftbench.report.columns import COLUMNS, Raw
 from peftbench.report.table import notes, ordered, shown
 
 
@@ -21,7 +22,7 @@ def json_table(records: Sequence[RunRecord], summary: Sequence[str]) -> str:
             "notes": notes(rows),
             "columns": {column.title: column.meaning for column in COLUMNS},
             "runs": [
-                {key: value for column in COLUMNS for key, value in column.raw(record).items()}
+                {key: _known(value) for column in COLUMNS for key, value in column.raw(record).items()}
                 | {
                     "started_at": record.started_at, "device": record.device.name, "commit": record.git,
                     "recipe_fingerprint": record.recipe_fingerprint, "recipe": record.recipe,
@@ -31,6 +32,11 @@ def json_table(records: Sequence[RunRecord], summary: Sequence[str]) -> str:
         },
         indent=1,
     ) + "\n"  # fmt: skip
+
+
+def _known(value: Raw) -> Raw:
+    """None for a float that is no number, of which JSON knows nothing."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def latex_table(records: Sequence[RunRecord]) -> str:

@@ -98,45 +98,52 @@ def trade_off(
     known = [point for point in judged if point.get(cost.field) is not None]
     if not known:
         return None
-    free = [point for point in judged if all(point.get(one.field) is None for one in COSTS)]
     best = front(known, cost.field, "quality", more_is_better=more_is_better)
+    dearest = max(float(point[cost.field] or 0) for point in known)
+    named = known if len(known) <= LABELLED else []
+    free = [point for point in judged if all(point.get(one.field) is None for one in COSTS)]
+    data = {
+        "front": best, "runs": known, "intervals": [point for point in known if point.get("low") is not None],
+        "across": free if len(free) <= LABELLED else [],
+        # Names go to the right of their points, and to the left where the chart ends.
+        "right": [point for point in named if float(point[cost.field] or 0) < dearest],
+        "left": [point for point in named if float(point[cost.field] or 0) >= dearest],
+    }  # fmt: skip
+    shown = [kind for kind in kinds if any(point["kind"] == kind for point in judged)]
+    layers = _trade_off_layers(cost, title, kinds, shown, more_is_better=more_is_better)
+    chart = alt.layer(*(layer for name, made in layers.items() if data[name] for layer in made)).properties(height=300)
+    said = ", ".join(str(point["run"]) for point in best[:LABELLED]) + (", …" if len(best) > LABELLED else "")
+    where = f"{title} against {cost.title}"
+    return _drawing(f"quality-{cost.field.lower()}", where, f"Pareto front: {said}.", chart, data)
+
+
+def _trade_off_layers(
+    cost: Cost, title: str, kinds: Sequence[str], shown: Sequence[str], *, more_is_better: bool
+) -> dict[str, list[alt.Chart]]:
+    """By the name of the rows that each draws; those without rows must be left out, or Vega warns of them."""
     x = alt.X(f"{cost.field}:Q", title=cost.title, scale=alt.Scale(zero=False, padding=24))
     scale = alt.Scale(zero=False, reverse=not more_is_better)
-    y = alt.Y("quality:Q", title=title, scale=scale)
-    shown = [kind for kind in kinds if any(point["kind"] == kind for point in judged)]
+    y, low = alt.Y("quality:Q", title=title, scale=scale), alt.Y("low:Q", title=title, scale=scale)
     colour = _colour(kinds, shown)
-    shapes = {kind: SHAPES[index % len(SHAPES)] for index, kind in enumerate(kinds)}
-    shape = alt.Shape("kind:N", title="method", scale=alt.Scale(domain=shown, range=[shapes[kind] for kind in shown]))
-    figures = (cost.field, "quality", "low", "high")
+    shapes = [SHAPES[list(kinds).index(kind) % len(SHAPES)] for kind in shown]
+    shape = alt.Shape("kind:N", title="method", scale=alt.Scale(domain=list(shown), range=shapes))
+    figures = (cost.field, "quality", "low", "high", "seeds")
     tips = [alt.Tooltip("run:N"), *(alt.Tooltip(f"{name}:Q", format=",.4~g") for name in figures)]
-    base, across = _of("runs"), _of("baselines")
-    layers: list[alt.Chart] = [
-        _of("front")
-        .mark_line(interpolate="step-after", color="var(--front)", strokeDash=[5, 4], strokeWidth=1.5)
-        .encode(x=x, y=y),
-        base.transform_filter("isValid(datum.low)")
-        .mark_rule(strokeWidth=1.5)
-        .encode(x=x, y=alt.Y("low:Q", title=title, scale=scale), y2="high:Q", color=colour),
-        base.mark_point(filled=True, size=110, opacity=1).encode(x=x, y=y, color=colour, shape=shape, tooltip=tips),
-    ]
-    if free and len(free) <= LABELLED:
-        line = across.mark_rule(strokeDash=[2, 3], strokeWidth=1.3)
-        layers.append(line.encode(y=y, color=colour, tooltip=[tips[0], tips[2]]))
-        name = across.mark_text(align="left", dx=3, dy=-6, fontSize=11)
-        layers.append(name.encode(x=alt.value(0), y=y, text="run:N"))
-    if len(known) <= LABELLED:
-        x_of, dearest = f"datum['{cost.field}']", max(float(point[cost.field] or 0) for point in known)
-        # Names go to the right of their points, and to the left where the chart ends.
-        here, there = base.transform_filter(f"{x_of} < {dearest}"), base.transform_filter(f"{x_of} >= {dearest}")
-        right = here.mark_text(align="left", dx=9, dy=-7, fontSize=11)
-        left = there.mark_text(align="right", dx=-9, dy=-7, fontSize=11)
-        layers += [right.encode(x=x, y=y, text="run:N"), left.encode(x=x, y=y, text="run:N")]
-    said = ", ".join(str(point["run"]) for point in best[:LABELLED]) + (", …" if len(best) > LABELLED else "")
-    chart = alt.layer(*layers).properties(height=300)
-    return _drawing(
-        f"quality-{cost.field.lower()}", f"{title} against {cost.title}", f"Pareto front: {said}.", chart,
-        {"runs": known, "front": best, "baselines": free},
-    )  # fmt: skip
+    line = _of("front").mark_line(interpolate="step-after", color="var(--front)", strokeDash=[5, 4], strokeWidth=1.5)
+    return {
+        "front": [line.encode(x=x, y=y)],
+        "intervals": [_of("intervals").mark_rule(strokeWidth=1.5).encode(x=x, y=low, y2="high:Q", color=colour)],
+        "runs": [
+            _of("runs").mark_point(filled=True, size=110, opacity=1)
+            .encode(x=x, y=y, color=colour, shape=shape, tooltip=tips)
+        ],
+        "across": [
+            _of("across").mark_rule(strokeDash=[2, 3], strokeWidth=1.3).encode(y=y, color=colour, tooltip=tips[::2]),
+            _of("across").mark_text(align="left", dx=3, dy=-7, fontSize=11).encode(x=alt.value(0), y=y, text="run:N"),
+        ],
+        "right": [_of("right").mark_text(align="left", dx=9, dy=-7, fontSize=11).encode(x=x, y=y, text="run:N")],
+        "left": [_of("left").mark_text(align="right", dx=-9, dy=-7, fontSize=11).encode(x=x, y=y, text="run:N")],
+    }  # fmt: skip
 
 
 def memory_bars(rows: Sequence[Row], lines: Sequence[Row], caption: str) -> Drawing | None:

@@ -160,7 +160,7 @@ def chosen(records: Sequence[RunRecord]) -> list[RunRecord]:
         return list(records)
     by_quality = sorted(records, key=_rank)
     first = {series.kind_of(record): record for record in reversed(by_quality)}
-    taken = {id(record) for record in [*first.values(), *by_quality][:DRAWN]}
+    taken = list(dict.fromkeys(map(id, [*first.values(), *by_quality])))[:DRAWN]
     return [record for record in records if id(record) in taken]
 
 
@@ -199,7 +199,7 @@ def _line(record: RunRecord, columns: Sequence[Column]) -> Line:
 
 def _trade_offs(records: Sequence[RunRecord], kinds: Sequence[str]) -> list[Drawing]:
     has_rouge = any(map(series.rouge_l, records))
-    points = [series.point(one, rouge=has_rouge) for one in configurations(records)]
+    points = series.points(configurations(records), rouge=has_rouge)
     title = "ROUGE-L" if has_rouge else "held-out loss, nats"
     drawn = [charts.trade_off(points, kinds, cost, title, more_is_better=has_rouge) for cost in charts.COSTS]
     return [drawing for drawing in drawn if drawing is not None]

@@ -11,7 +11,7 @@ import numpy
 from numpy.typing import NDArray
 
 from peftbench.errors import BudgetError
-from peftbench.evaluation.statistics import seeds_interval
+from peftbench.evaluation.statistics import paired_interval, seeds_interval
 from peftbench.record import Interval, RunRecord, train_peak_bytes
 from peftbench.report.columns import method_label
 from peftbench.report.configurations import Configuration
@@ -21,6 +21,9 @@ Row = dict[str, str | int | float | None]
 
 POINTS = 200
 """Of a curve, at most: where there are more steps, a point is the mean of several."""
+
+RESAMPLED = 24
+"""Configurations whose losses' intervals are resampled, at most, since each takes a while."""
 
 OVER = {"step": "optimizer step", "tokens": "real tokens trained on", "seconds": "seconds of steps, warm-up included"}
 """What a loss is drawn over, and what the axis says."""
@@ -150,21 +153,32 @@ def rouge_l(record: RunRecord) -> Interval | None:
     return (record.quality.rouge or {}).get("rougeL") if record.quality else None
 
 
-def point(one: Configuration, *, rouge: bool) -> Row:
-    """What a configuration brought and took: means over its seeds, and the 95 % interval of its quality.
+def points(every: Sequence[Configuration], *, rouge: bool) -> list[Row]:
+    """What each configuration brought and took: means over its seeds, and the 95 % interval of its quality.
 
-    With several seeds that is over them, else over the examples; None where there is none.
+    Quality is ROUGE-L or else the held-out loss. With several seeds the interval is over them, else over examples (of a
+    loss, where there are ``RESAMPLED`` configurations or fewer); None where there is none.
     """
-    values = one.rouge_l if rouge else one.losses
-    low, high = None, None
+    made = []
+    for one in every:
+        values = one.rouge_l if rouge else one.losses
+        interval = _interval(one, values, rouge=rouge, may_resample=len(every) <= RESAMPLED)
+        peak, flops = one.peak_bytes, one.required_flops
+        made.append({
+            "run": one.label, "kind": one.kind, "quality": statistics.fmean(values) if values else None,
+            "low": interval.low if interval else None, "high": interval.high if interval else None,
+            "seeds": len(values), "MiB": None if peak is None else peak / 2**20, "seconds": one.train_seconds,
+            "TFLOP": None if flops is None else flops / 1e12,
+        })  # fmt: skip
+    return made
+
+
+def _interval(one: Configuration, values: Sequence[float], *, rouge: bool, may_resample: bool) -> Interval | None:
     if len(values) > 1:
-        interval = seeds_interval(list(values))
-        low, high = interval.low, interval.high
-    elif rouge and one.ok and (score := rouge_l(one.ok[0])) is not None:
-        low, high = score.low, score.high
-    peak, flops = one.peak_bytes, one.required_flops
-    return {
-        "run": one.label, "kind": one.kind, "quality": statistics.fmean(values) if values else None,
-        "low": low, "high": high, "seeds": len(values), "MiB": None if peak is None else peak / 2**20,
-        "seconds": one.train_seconds, "TFLOP": None if flops is None else flops / 1e12,
-    }  # fmt: skip
+        return seeds_interval(list(values))
+    if rouge:
+        return rouge_l(one.ok[0]) if values else None
+    each = one.ok[0].quality.by_example if values and one.ok[0].quality else None
+    if each is None or len(each.loss) < 2 or not may_resample:
+        return None
+    return paired_interval(each.loss, each.labelled)
