@@ -33,6 +33,9 @@ DeviceName = Annotated[Optional[str], typer.Option(help="A GPU that has a file, 
 Launcher = Annotated[
     Optional[Path], typer.Option("--accelerate", help="Accelerate config file: the plan is of one of its processes.")
 ]
+Seeds = Annotated[
+    Optional[int], typer.Option(min=1, help="Run what trains with so many seeds: its train.seed and the next ones.")
+]
 Processes = Annotated[Optional[int], typer.Option(min=1, help="How many there are; default: what the file says.")]
 
 
@@ -48,6 +51,7 @@ def compare(
     accelerate: Annotated[
         Optional[Path], typer.Option(help="Accelerate config file, as accel_configs/cpu2.yaml; default: the suite's.")
     ] = None,
+    seeds: Seeds = None,
 ) -> None:
     """Run every recipe of a suite in a fresh process and print the comparison. Finished runs are skipped."""
     from peftbench.errors import MissingFileError
@@ -60,7 +64,7 @@ def compare(
     from peftbench.suite.local import run_suite
 
     with guarded():
-        recipes = expand(suite, overrides or [], out)
+        recipes = expand(suite, overrides or [], out, seeds)
         title = read_suite(suite).name
         launcher = accelerate or accelerate_config(suite)
         if launcher is not None and not launcher.is_file():
@@ -187,6 +191,7 @@ def submit(
     ] = None,
     at_once: Annotated[Optional[int], typer.Option(min=1, help="Runs under way together; default: all.")] = None,
     restarts: Annotated[int, typer.Option(min=0, help="How often a job out of time begins anew.")] = 10,
+    seeds: Seeds = None,
     out: Annotated[Optional[Path], typer.Option(help="Folder for the runs; default: what the recipes say.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Write everything, print the script, submit nothing.")
@@ -202,7 +207,7 @@ def submit(
         options = [word.removeprefix("slurm.") for word in given if word.startswith("slurm.")]
         asked = jobs_of(
             target, [word for word in given if not word.startswith("slurm.")], options, out=out, engine=engine,
-            nodes=nodes, gpus_per_node=gpus_per_node, at_once=at_once, restarts=restarts,
+            nodes=nodes, gpus_per_node=gpus_per_node, at_once=at_once, restarts=restarts, seeds=seeds,
         )  # fmt: skip
         for line in left_out(asked):
             _say(line)

@@ -13,8 +13,8 @@ from peftbench.record import Interval
 RESAMPLES = 10_000
 """Of a difference, at least; the more certain its interval shall be, the more are drawn."""
 
-MOST_RESAMPLES = 50_000
-"""Of a difference, at most: for 45 differences over 100 examples half a second on one core."""
+MOST_DRAWS = 5_000_000
+"""Of examples, for one difference, at most; 45 differences of so many take about a second."""
 
 _IN_TAILS = 20
 """How many resamples lie outside of an interval, at least, or its ends are one draw's chance."""
@@ -72,8 +72,12 @@ def paired_intervals(
 
 
 def by_bootstrap(examples: int, confidence: float) -> bool:
-    """Whether an interval over so many examples can be resampled; else so few draws lie in its tails that t is used."""
-    return _resamples(_expanded(examples, confidence)) <= MOST_RESAMPLES
+    """Whether an interval over so many examples is resampled, or by Student's t.
+
+    It is t where resampling would take more than ``MOST_DRAWS``: of few examples so far out in the tails that draws say
+    little of them, or of so many that their mean is as good as normal.
+    """
+    return examples * _resamples(_expanded(examples, confidence)) <= MOST_DRAWS
 
 
 def seeds_interval(values: Sequence[float], *, confidence: float = 0.95) -> Interval:

@@ -117,7 +117,7 @@ def differences(records: Sequence[RunRecord]) -> Compared:
     if len(there) > MOST_FOR_EVERY_PAIR:
         picked = list({one.kind: one for one in reversed(there)}.values())[::-1]
         told.append(
-            f"Of {len(there)} configurations only the best of each method by {found.figure.name} are compared; the "
+            f"Of {len(there):,} configurations only the best of each method by {found.figure.name} are compared; the "
             f"intervals are corrected for all {comparisons:,} pairs that could have been picked"
         )
     made, apart = _made(picked, found, comparisons)

@@ -76,11 +76,11 @@ def scores(there: Sequence[Configuration]) -> Scores:
     judged = [(one, run, run.quality) for one in there for run in one.ok if run.quality is not None]
     runs = [_Run(one, run, found.by_example) for one, run, found in judged if found.by_example is not None]
     _tell(told, (one for one, _, found in judged if found.by_example is None),
-          "kept no scores by example, as older records do not, and cannot be compared example by example")  # fmt: skip
-    runs = _kept(runs, told, _finite, "have a loss that is no number")
+          "Without scores by example, as older records are, and so not compared")  # fmt: skip
+    runs = _kept(runs, told, _finite, "With a score that is no number, and so not compared")
     most = _most((run.of, run.scores.identity) for run in runs)
     runs = _kept(runs, told, lambda run: run.scores.identity == most,
-                 "were evaluated on other examples than most, and cannot be compared with them")  # fmt: skip
+                 "Evaluated on other examples than most, and so not compared")  # fmt: skip
     if runs and all("rougeL" in run.scores.rouge for run in runs):
         return _of_rouge(runs, told)
     return _of_loss(runs, told)
@@ -88,7 +88,12 @@ def scores(there: Sequence[Configuration]) -> Scores:
 
 def _of_rouge(runs: list[_Run], told: list[str]) -> Scores:
     length = _most((run.of, len(run.scores.rouge["rougeL"])) for run in runs)
-    runs = _kept(runs, told, lambda run: len(run.scores.rouge["rougeL"]) == length, "have another number of scores")
+    runs = _kept(
+        runs,
+        told,
+        lambda run: len(run.scores.rouge["rougeL"]) == length,
+        "With another number of scores than most, and so not compared",
+    )
     if not length:
         return Scores(left_out=tuple(told))
     return Scores(ROUGE_L, numpy.ones(length), _by_seed(runs, lambda run: run.scores.rouge["rougeL"]), tuple(told))
@@ -97,14 +102,14 @@ def _of_rouge(runs: list[_Run], told: list[str]) -> Scores:
 def _of_loss(runs: list[_Run], told: list[str]) -> Scores:
     if any("rougeL" in run.scores.rouge for run in runs):
         without = (run.of for run in runs if "rougeL" not in run.scores.rouge)
-        _tell(told, without, "wrote no summaries, so that all are compared by held-out loss")
+        _tell(told, without, "Without summaries, so that all are compared by held-out loss")
     runs = _kept(
-        runs, told, lambda run: bool(run.scores.loss), "have no held-out loss, by which the others are compared"
+        runs, told, lambda run: bool(run.scores.loss), "Without a held-out loss, by which the others are compared"
     )
     tokens = _most((run.of, run.scores.labelled) for run in runs)
     runs = _kept(
         runs, told, lambda run: run.scores.labelled == tokens and len(run.scores.loss) == len(tokens),
-        "count other tokens than most, as with another tokenizer, so that their losses do not compare",
+        "With losses over other tokens than most, as of another tokenizer, and so not compared",
     )  # fmt: skip
     if not tokens or not any(tokens):
         return Scores(left_out=tuple(told))
@@ -148,7 +153,7 @@ def _tell(told: list[str], which: Iterable[Configuration], why: str) -> None:
     labels = list(dict.fromkeys(one.label for one in which))
     if labels:
         named = labels[:_NAMED] + ([f"{len(labels) - _NAMED} more"] if len(labels) > _NAMED else [])
-        told.append(f"{listed(named)} {why}")
+        told.append(f"{why}: {listed(named)}")
 
 
 def listed(words: Sequence[str]) -> str:
