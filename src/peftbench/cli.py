@@ -92,7 +92,8 @@ def compare(
 def report(
     folder: Annotated[Optional[Path], typer.Argument(help="Folder that a run or a suite wrote to.")] = None,
     html: Annotated[
-        Optional[Path], typer.Option(help="Where the page goes; default: report.html in the folder.")
+        Optional[Path],
+        typer.Option(help="Where the page goes; default: report.html there, none of --compare."),
     ] = None,
     into: Annotated[
         Optional[Path], typer.Option(help="Markdown file whose block named by --block is replaced by the table.")
@@ -130,7 +131,7 @@ def report(
     with guarded():
         if sides is not None:
             others = {"--into": into, "--block": block, "--by": by, "--price-per-hour": price_per_hour}
-            if fallen := compare_folders(sides, threshold or [], as_json, {"FOLDER": folder, **others}):
+            if fallen := compare_folders(sides, threshold or [], as_json, html, {"FOLDER": folder, **others}):
                 _say(fallen)
                 raise typer.Exit(REGRESSED)
             return

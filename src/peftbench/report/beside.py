@@ -17,9 +17,9 @@ from peftbench.record.kept import Kept
 from peftbench.report.figures import FIGURES, LOSS, OUTCOME, Kind, Thresholds, value_of
 from peftbench.report.pairing import Change, Match, MatchedBy, Runs, changes, matched
 
-Verdict = Literal["fell", "gained", "within", "equal", "lost", "new", "changed"]
-"""Of a figure: worse or better by more than its threshold, by less, the same; known no more, or only now (neither good
-nor bad); of an outcome, another that is not "ok" either.
+Verdict = Literal["fell", "gained", "within", "equal", "lost", "untold", "new", "changed"]
+"""Of a figure: worse or better by more than its threshold, by less, the same; known no more, or not told by the other
+device, or known only now (these two are neither good nor bad); of an outcome, another that is not "ok" either.
 """
 
 
@@ -175,6 +175,8 @@ def _figure(kind: Kind, before: RunRecord, after: RunRecord, threshold: Fraction
     if old is None and new is None:
         return None
     change, verdict = _judged(kind, old, new, threshold)
+    if verdict == "lost" and kind.told_by_device and _device(before) != _device(after):
+        verdict = "untold"
     return Figure(
         name=kind.name, unit=kind.unit, better=kind.better, before=old, after=new, change=change,
         threshold=float(threshold), verdict=verdict, fell=verdict in {"fell", "lost"},

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from peftbench.record import Interval
-from peftbench.report.beside import Beside, Figure, Pair, Side
+from peftbench.report.beside import Beside, Figure, Pair, Side, Verdict
 from peftbench.report.figures import FIGURES, OUTCOME
 from peftbench.report.pairing import Change
 from peftbench.report.table import natural_width
@@ -27,10 +27,10 @@ def print_beside(found: Beside, console: Console | None = None) -> None:
     if not console.is_terminal:  # a file or a pipe has room
         width = max((natural_width(console, table) for table in tables), default=console.width)
         console = Console(file=console.file, width=max(width, console.width))
-    _say(console, _where(found))
+    _say(console, where(found))
     for table in tables:
         console.print(table)
-    _say(console, _end(found))
+    _say(console, end(found))
 
 
 def regressed(found: Beside) -> str:
@@ -49,7 +49,8 @@ def _say(console: Console, lines: Sequence[str]) -> None:
         console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
-def _where(found: Beside) -> list[str]:
+def where(found: Beside) -> list[str]:
+    """What the two are, and whether they are of two machines."""
     lines = [_side("A, before", found.before), _side("B, after", found.after)]
     if found.two_machines:
         old, new = (plain(" and ".join(side.devices)) for side in (found.before, found.after))
@@ -61,7 +62,8 @@ def _side(title: str, side: Side) -> str:
     return f"{title}: {plain(side.folder)} ({side.runs} run{'s' * (side.runs != 1)})"
 
 
-def _end(found: Beside) -> list[str]:
+def end(found: Beside) -> list[str]:
+    """What is to be known of the figures, and that nothing changed or fell where that is so."""
     if not found.changed:
         return ["nothing changed"]
     lines = []
@@ -69,7 +71,7 @@ def _end(found: Beside) -> list[str]:
         lines.append("in brackets: the difference's 95 % interval, paired over examples; it knows nothing of seeds")
     reasons = {f.paired.missing for p in found.pairs for f in p.figures if f.paired and f.paired.missing and _shown(f)}
     lines += [f"no interval: {reason}" for reason in sorted(reason for reason in reasons if reason)]
-    if not any(_rows(pair) for pair in found.pairs):
+    if not any(figure_cells(pair) for pair in found.pairs):
         lines.append("no figure changed")
     return lines if found.fell else [*lines, "nothing fell by more than its threshold"]
 
@@ -85,12 +87,17 @@ def config_rows(found: Beside) -> list[tuple[Change, str]]:
     return [(change, "all") for change in found.common] + own
 
 
-def _config(found: Beside) -> Table | None:
-    table = _table("config", ("knob", "before", "after", "in runs"))
+def config_cells(found: Beside) -> Iterator[tuple[str, str, str, str]]:
+    """Knob, value before, value after and the runs, of each change."""
     for change, runs in config_rows(found):
         absent = {"A": ("", "not there"), "B": ("not there", "")}.get(change.only_in or "", ("", ""))
-        values = (there or _value(value) for there, value in zip(absent, (change.before, change.after), strict=True))
-        table.add_row(*(Text(plain(cell)) for cell in (change.knob, *values, runs)))
+        yield change.knob, absent[0] or _value(change.before), absent[1] or _value(change.after), runs
+
+
+def _config(found: Beside) -> Table | None:
+    table = _table("config", ("knob", "before", "after", "in runs"))
+    for cells in config_cells(found):
+        table.add_row(*(Text(plain(cell)) for cell in cells))
     return table if table.row_count else None
 
 
@@ -105,9 +112,10 @@ def _figures(found: Beside) -> Table | None:
     for column in table.columns[2:5]:
         column.justify = "right"
     for pair in found.pairs:
-        for index, (cells, style) in enumerate(_rows(pair)):
+        for index, (cells, verdict) in enumerate(figure_cells(pair)):
             label = "" if index else plain(pair.label)
-            table.add_row(Text(label), *(Text(cell) for cell in cells[:-1]), Text(cells[-1], style))
+            last = Text(cells[-1], _STYLES.get(verdict, ""))
+            table.add_row(Text(label), *(Text(cell) for cell in cells[:-1]), last)
         table.add_section()
     return table if table.row_count else None
 
@@ -121,17 +129,16 @@ def _table(title: str, titles: Sequence[str]) -> Table:
     return table
 
 
-def _rows(pair: Pair) -> list[tuple[tuple[str, ...], str]]:
-    """Cells and style of each row that is worth showing."""
+def figure_cells(pair: Pair) -> list[tuple[tuple[str, str, str, str, str], Verdict]]:
+    """Figure, before, after, change and verdict in words of each row that is worth showing, and the verdict."""
     if pair.after is None:
-        return [(("", "", "", "", "fell: missing in B"), "red")]
+        return [(("", "", "", "", "fell: missing in B"), "fell")]
     if pair.before is None:
-        return [(("", "", "", "", "new in B"), "")]
-    rows: list[tuple[tuple[str, ...], str]] = []
+        return [(("", "", "", "", "new in B"), "new")]
+    rows: list[tuple[tuple[str, str, str, str, str], Verdict]] = []
     for figure in worth_showing(pair):
-        values = (value_text(figure, value) for value in (figure.before, figure.after))
-        cells = (figure.name, *values, change_text(figure), verdict_text(figure))
-        rows.append((cells, _STYLES.get(figure.verdict, "")))
+        before, after = value_text(figure, figure.before), value_text(figure, figure.after)
+        rows.append(((figure.name, before, after, change_text(figure), verdict_text(figure)), figure.verdict))
     return rows
 
 
@@ -177,6 +184,7 @@ def verdict_text(figure: Figure) -> str:
     words = {
         "fell": f"fell by more than {threshold}", "gained": f"gained more than {threshold}",
         "within": f"within {threshold}", "lost": "fell: not known any more", "new": "known only now",
+        "untold": "not told by that device",
         "changed": "ended otherwise",
     }  # fmt: skip
     if figure.name == OUTCOME and figure.verdict == "gained":

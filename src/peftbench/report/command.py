@@ -8,19 +8,22 @@ from pathlib import Path
 import typer
 
 from peftbench.errors import OutOfRangeError
+from peftbench.files import write_atomically
 from peftbench.record import RunRecord, find_records, read_records_by_path
 from peftbench.report.beside import beside
 from peftbench.report.beside_text import print_beside, regressed
 from peftbench.report.figures import parse_thresholds
+from peftbench.report.page.build import beside_page
 from peftbench.report.table import print_table
 
 
 def compare_folders(
-    sides: tuple[Path, Path], thresholds: Sequence[str], as_json: bool, others: Mapping[str, object]
+    sides: tuple[Path, Path], thresholds: Sequence[str], as_json: bool, html: Path | None, others: Mapping[str, object]
 ) -> str | None:
     """Print two folders side by side; returns a sentence that says what fell, or None where nothing did.
 
-    ``others`` are what else the command has, by name, and None where it was not given.
+    A page of it goes to ``html``, if that is given. ``others`` are what else the command has, by name, and None where
+    it was not given.
 
     Raises:
         OutOfRangeError: something was given that is of one folder's report.
@@ -29,6 +32,8 @@ def compare_folders(
     if mixed := [name for name, value in others.items() if value is not None]:
         raise OutOfRangeError(f"--compare A B says which two folders are compared; leave {_listed(mixed)} out")
     found = beside(*sides, parse_thresholds(thresholds))
+    if html is not None:
+        write_atomically(html, beside_page(found))
     if as_json:
         typer.echo(found.model_dump_json(indent=1))
     else:

@@ -33,6 +33,8 @@ class Kind:
     """As a person reads it, unit included."""
     quality: bool = False
     """It is a mean over held-out examples."""
+    told_by_device: bool = False
+    """Some devices do not tell it, so that on another one it may be unknown, and has not fallen."""
 
 
 def _rouge(kind: str) -> Kind:
@@ -58,8 +60,10 @@ FIGURES: dict[str, Kind] = {
         Kind("train_peak_bytes", "bytes", "lower", train_peak_bytes, lambda size: f"{size / 2**20:,.1f} MiB"),
         Kind("required_flops", "FLOP", "lower", lambda r: r.flops.required, lambda n: f"{n / 1e12:.4g} TFLOP"),
         Kind("executed_flops", "FLOP", "lower", lambda r: r.flops.executed, lambda n: f"{n / 1e12:.4g} TFLOP"),
-        Kind("mfu", "share of the peak", "higher", lambda r: r.compute.mfu, "{:.2%}".format),
-        Kind("training_joules", "joules", "lower", lambda r: r.energy_joules, "{:,.4g} J".format),
+        Kind("mfu", "share of the peak", "higher", lambda r: r.compute.mfu, "{:.2%}".format, told_by_device=True),
+        Kind(
+            "training_joules", "joules", "lower", lambda r: r.energy_joules, "{:,.4g} J".format, told_by_device=True
+        ),
     )
 }  # fmt: skip
 """By name, in the order in which they are shown."""

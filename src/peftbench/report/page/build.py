@@ -10,13 +10,16 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from peftbench.files import write_atomically
+from peftbench.report.beside import Beside
+from peftbench.report.beside_text import config_cells, end, figure_cells, regressed, where
 from peftbench.report.page.charts import as_data
 from peftbench.report.page.content import Content
 
+_BESIDE = ("figure", "before", "after", "change", "verdict")
 _SECTIONS = {
     "summary": "In words", "table": "The comparison", "trade-offs": "What quality costs", "memory": "Memory and speed",
     "losses": "How the loss fell", "samples": "Examples", "protocol": "The protocol", "repeat": "How to repeat it",
@@ -26,11 +29,8 @@ _SECTIONS = {
 def page(content: Content, downloads: Mapping[str, Mapping[str, str]]) -> str:
     """The page's HTML; ``downloads`` are files by their kind, each with name, type and text."""
     library, script = _library(), _own("page.js")
-    template = Environment(
-        loader=PackageLoader("peftbench.report.page", "."), autoescape=True, undefined=StrictUndefined
-    ).get_template("page.html.jinja")
     there = _there(content)
-    return template.render(
+    return _template("page.html.jinja").render(
         page=content, specs=as_data(content.drawings), downloads=downloads,
         sections=[(name, title) for name, title in _SECTIONS.items() if name in there],
         # Only these two may run: a script that a model wrote would not, even if it were not escaped.
@@ -42,6 +42,24 @@ def page(content: Content, downloads: Mapping[str, Mapping[str, str]]) -> str:
 def write_page(path: Path, content: Content, downloads: Mapping[str, Mapping[str, str]]) -> None:
     """Write the page to ``path``, whole or not at all."""
     write_atomically(path, page(content, downloads))
+
+
+def beside_page(found: Beside) -> str:
+    """The HTML of two suites side by side; it needs no script."""
+    rows = [
+        {"run": pair.label, "verdict_class": verdict} | dict(zip(_BESIDE, cells, strict=True))
+        for pair in found.pairs for cells, verdict in figure_cells(pair)
+    ]  # fmt: skip
+    sentences = [*([regressed(found)] if found.fell else []), *where(found)[2:], *end(found)]
+    return _template("beside.html.jinja").render(
+        found=found, rows=rows, config=list(config_cells(found)), sentences=sentences,
+        style=Markup(_own("page.css")),  # noqa: S704 — a file of ours
+    )  # fmt: skip
+
+
+def _template(name: str) -> Template:
+    loader = PackageLoader("peftbench.report.page", ".")
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template(name)
 
 
 def _there(content: Content) -> set[str]:
