@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -41,7 +43,7 @@ def test_compare_skips_what_is_finished_and_not_what_changed(project: Path, cach
     first = run(peftbench("compare", "suite.yaml"), project, caches)
     assert first.returncode == 0, first.stderr
     assert "run-r=1" in first.stdout
-    assert first.stdout.splitlines()[-1] == "report: out/report.md"
+    assert first.stdout.splitlines()[-1] == "report: out/report.html"
     started = {name: record_of(project, name)["started_at"] for name in ("run-r=1", "run-r=2")}
     recipe = yaml.safe_load((project / "recipe.yaml").read_text()) | {
         "evaluate": {"max_new_tokens": 9, "generate": False}
@@ -58,6 +60,21 @@ def test_compare_skips_what_is_finished_and_not_what_changed(project: Path, cach
     reported = run(peftbench("report", "out"), project, caches)
     assert reported.returncode == 0, reported.stderr
     assert "run-r=1" in reported.stdout
+
+
+def test_a_run_is_repeated_from_its_record(project: Path, caches: dict[str, str]) -> None:
+    """The command that the page gives trains the same again, loss by loss, from nothing but the record."""
+    (project / "suite.yaml").write_text(SUITE.replace("[1, 2]", "[2]"))
+    done = run(peftbench("compare", "suite.yaml", "train.steps=3"), project, caches)
+    assert done.returncode == 0, done.stderr
+    page = (project / "out" / "report.html").read_text(encoding="utf-8")
+    (command,) = re.findall(r"python launch/train.py (--config .*)</code>", page)
+    (project / "recipe.yaml").unlink()
+    again = run([sys.executable, str(REPOSITORY / "launch" / "train.py"), *shlex.split(command)], project, caches)
+    assert again.returncode == 0, again.stderr
+    repeated = json.loads((project / "out_again" / "run-r=2" / "record.json").read_text(encoding="utf-8"))
+    assert repeated["losses"] == record_of(project, "run-r=2")["losses"]
+    assert len(repeated["losses"]) == 3
 
 
 def test_interrupted_compare_says_how_to_go_on(project: Path, caches: dict[str, str]) -> None:

@@ -16,7 +16,7 @@ from tests.report.records import record
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_shows_what_changed(scheme: str, opened: Open, tmp_path: Path) -> None:
-    """What fell, what changed in config, and names as they are; without a script, a word on the console or a network."""
+    """What fell, what changed in config, and names as they are; no script, no word on the console, no network."""
     before, after = tmp_path / "A", tmp_path / "B"
     record(HOSTILE, "lora", 10, loss=3.0).write(before / "a")
     record(HOSTILE, "lora", 10, loss=4.0, global_batch=8, git=HOSTILE).write(after / "a")
