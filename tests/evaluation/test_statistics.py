@@ -6,8 +6,15 @@ import math
 
 import numpy
 import pytest
+from scipy.stats import t
 
-from peftbench.evaluation.statistics import mean_interval, paired_interval, seeds_interval
+from peftbench.evaluation.statistics import (
+    by_bootstrap,
+    mean_interval,
+    paired_interval,
+    paired_intervals,
+    seeds_interval,
+)
 from peftbench.record import Interval
 
 
@@ -105,3 +112,31 @@ def test_no_difference_is_found_as_often_as_it_says() -> None:
     corrected = [paired_interval(draw, confidence=1 - 0.05 / 20) for draw in draws]
     assert 1 <= plain <= 24
     assert sum(not found.low <= 0 <= found.high for found in corrected) <= 3
+
+
+def test_pairs_together_are_pairs_one_by_one() -> None:
+    """Several differences over the same examples have the intervals that each has alone, with weights and without."""
+    pairs, weights = [_scores(50, seed) for seed in range(3)], [1.0 + i % 4 for i in range(50)]
+    for weight in (None, weights):
+        alone = [paired_interval(one, weight) for one in pairs]
+        assert [found.low for found in paired_intervals(pairs, weight)] == pytest.approx([one.low for one in alone])
+
+
+@pytest.mark.parametrize(("examples", "comparisons"), [(5000, 1), (30, 5000)])
+def test_where_draws_say_little_it_is_t(examples: int, comparisons: int) -> None:
+    """Of very many examples, or far out in the tails, it is the textbook's interval of paired differences."""
+    confidence, values = 1 - 0.05 / comparisons, _scores(examples)
+    assert not by_bootstrap(examples, confidence)
+    far = t.isf((1 - confidence) / 2, examples - 1) * numpy.std(values, ddof=1) / math.sqrt(examples)
+    found = paired_interval(values, confidence=confidence)
+    assert (found.low, found.high) == pytest.approx((numpy.mean(values) - far, numpy.mean(values) + far))
+
+
+def test_both_kinds_agree_where_both_can_be() -> None:
+    """On the edge between them, a ratio's interval by resampling is that by t within some percent."""
+    for weights in ([1.0] * 490, [1.0 + i % 9 for i in range(490)]):
+        values = [score - 20 for score in _scores(490)]
+        drawn, far = paired_interval(values, weights), paired_interval(values * 2, weights * 2)
+        assert by_bootstrap(490, 0.95)
+        assert not by_bootstrap(980, 0.95)
+        assert _width(drawn) == pytest.approx(math.sqrt(2) * _width(far), rel=0.05)

@@ -55,7 +55,7 @@ def test_figures_are_means_of_the_runs_that_ended_well() -> None:
     ]
     (one,) = configurations(runs)
     assert (len(one.runs), len(one.ok), one.trains) == (3, 2, True)
-    assert (one.peak_bytes, one.train_seconds, one.required_flops) == (200, 7.5, 15)
+    assert (one.peak_bytes, one.train_seconds, one.required_flops) == (200, 30.0, 15)
     assert one.step_seconds == pytest.approx((0.95, 2.1))
     assert (one.rouge_l, one.losses) == ((2.0, 4.0), ())
 

@@ -93,6 +93,8 @@ def test_within_is_the_further_end() -> None:
         ({"steps": 6}, "; it ran for other steps or batches, so that costs are not compared."),
         (costly(860, 0.98, 69), ", at 86 % of its memory and 69 % of its required FLOPs; its time cannot be told apart "
          "from that of full."),
+        ({"throughput": costly(1, 0.1, 1)["throughput"].model_copy(update={"steps": 9})},
+         ", at 86 % of its memory and 69 % of its required FLOPs."),
         ({"memory": {}}, ", at 82 % of its time and 69 % of its required FLOPs."),
         ({"memory": {}, "throughput": None}, ", at 69 % of its required FLOPs."),
         (costly(3, 2.5, 1), ", at 0.3 % of its memory, 250 % of its time and 1 % of its required FLOPs."),
@@ -121,6 +123,12 @@ def test_seeds_that_agree_and_seeds_that_do_not() -> None:
     assert found.over_examples.low > 0
     assert verdicts(summary(lucky)) == []
     assert re.match(r"lora is within \d\d\.\d ROUGE-L of full \(.*; not significant over 3 seeds\)", summary(lucky)[1])
+
+
+def test_an_interval_beyond_the_scale_is_no_bound() -> None:
+    """ROUGE-L ends at 100: where two seeds leave more than that, no bound is named."""
+    said = summary([*seeds("full", "full", [0, 0]), *seeds("lora", "lora", [14, -6])])
+    assert said[1] == "lora cannot be told apart from full (difference +4.0; of 2 seeds the interval leaves the scale)."
 
 
 def test_the_reference_is_full_or_was_chosen() -> None:
@@ -226,6 +234,8 @@ def test_old_records() -> None:
         "Without scores by example, as older records are, and so not compared: full and lora.",
         "No two configurations can be compared example by example, so that nothing is concluded about quality.",
     ]
+    unknown = [record("full", "full", 1), record("lora", "lora", 1)]
+    assert len(summary(unknown)) == 2
     apart = [rows[0], record("lora", "lora", 1, **costly(3, 2, 9, device="b"))]
     assert summary(apart)[0] == "lora ran on another device than full, so that costs are not compared."
 

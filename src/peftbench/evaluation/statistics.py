@@ -54,8 +54,8 @@ def paired_intervals(
     cancels out (the paired bootstrap of Koehn 2004, Statistical significance tests for machine translation evaluation).
     With ``weights`` (examples,), it is the sum of the differences by that of the weights: of losses, say, by tokens.
 
-    The interval is the expanded percentile interval (Hesterberg 2015, What teachers should know about the bootstrap,
-    section 5.4): of few examples percentiles alone are too narrow, the more so the more certain they shall be. Where
+    The interval is the expanded percentile interval (Hesterberg 2015, What teachers should know about the bootstrap):
+    of few examples percentiles alone are too narrow, the more so the more certain they shall be. Where
     :func:`by_bootstrap` says no, it is Student's t. All pairs see the same resamples. At least two examples.
     """
     values = numpy.asarray(differences, dtype=float)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from peftbench.report.configurations import Configuration
 
+LEAST_STEPS = 10
+"""Of fewer timed steps there is no tenth percentile that would say how much a step's time varies."""
+
 
 def costs(one: Configuration, than: Configuration) -> str:
     """The end of a sentence on ``one`` after ``than`` was named; empty where nothing is known or one trains nothing.
@@ -45,8 +48,10 @@ def _overlap(one: Configuration, than: Configuration) -> bool:
 
 
 def _times(one: Configuration, than: Configuration) -> tuple[float | None, float | None]:
-    """Mean training seconds of both, where they are of as many steps and can be told apart."""
+    """Mean training seconds of both, where they are of as many steps, of enough, and can be told apart."""
     timed = {run.throughput.steps for run in (*one.ok, *than.ok) if run.throughput is not None}
+    if timed and min(timed) < LEAST_STEPS:
+        return None, None
     if one.step_seconds is None or than.step_seconds is None or len(timed) != 1 or _overlap(one, than):
         return None, None
     return one.train_seconds, than.train_seconds

@@ -33,10 +33,12 @@ class Figure:
     digits: int
     """Behind the point, where a bound needs no more."""
     higher_is_better: bool
+    furthest: float
+    """Two cannot be further apart, so that an interval that reaches there says nothing."""
 
 
-ROUGE_L = Figure("ROUGE-L of generated summaries", "ROUGE-L", 1, higher_is_better=True)
-LOSS = Figure("held-out loss", "nats", 3, higher_is_better=False)
+ROUGE_L = Figure("ROUGE-L of generated summaries", "ROUGE-L", 1, higher_is_better=True, furthest=100)
+LOSS = Figure("held-out loss", "nats", 3, higher_is_better=False, furthest=math.inf)
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,9 @@ def _quality(found: Difference) -> str:
     seeds = "" if _excludes_zero(found.over_seeds) else f" over {found.seeds} seeds"
     why = f"not significant{seeds if _excludes_zero(found.over_examples) else ''}"
     mean, low, high = _signed(rounded(interval.mean, digits)), _signed(low), _signed(high)
+    if float(within) >= found.figure.furthest:
+        few = f"{found.seeds} seeds" if found.over_seeds else f"{found.examples} examples"
+        return f"{first} cannot be told apart from {second} (difference {mean}; of {few} the interval leaves the scale)"
     return f"{first} is within {within} {unit} of {second} (difference {mean}, interval {low} to {high}; {why})"
 
 
@@ -142,7 +145,8 @@ def _by_costs(compared: Compared) -> list[str]:
     reference = next((one for one in there if one.kind == _REFERENCE), None)
     said = []
     if reference is not None:
-        said = _short([_beside_costs(one, reference) for one in there if one is not reference])
+        beside = (_beside_costs(one, reference) for one in there if one is not reference)
+        said = _short([sentence for sentence in beside if sentence])
     if compared.differences:
         said.append(
             f"Nothing is concluded about quality from {compared.examples} held-out examples: of fewer than "
@@ -152,9 +156,11 @@ def _by_costs(compared: Compared) -> list[str]:
 
 
 def _beside_costs(one: Configuration, reference: Configuration) -> str:
+    """Costs alone; empty where none are known."""
     if (reason := apart(one, reference)) is not None:
         return f"{one.label} ran {reason} than {reference.label}, so that costs are not compared"
-    return f"{one.label} is compared with {reference.label} by costs alone{costs(one, reference)}"
+    told = costs(one, reference)
+    return f"{one.label} is compared with {reference.label} by costs alone{told}" if told else ""
 
 
 def _short(said: Sequence[str], more: int = 0) -> list[str]:
