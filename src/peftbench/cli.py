@@ -80,8 +80,8 @@ def compare(
         if records:
             there = {record.name for record in records.values()}
             left = [Unfinished(one.name, one.outcome, one.error or "") for one in bad if one.name not in there]
-            path = write_report(records, Path(recipes[0].output_dir), title, unfinished=left)
-            show_report(path, records, title)
+            written = write_report(records, Path(recipes[0].output_dir), title, unfinished=left)
+            show_report(written, records, title)
         for result in bad:
             _say(f"{result.name}: {result.outcome}" + (f": {result.error}" if result.error else ""))
         if bad:

@@ -11,8 +11,9 @@ from peftbench.errors import OutOfRangeError
 from peftbench.files import write_atomically
 from peftbench.record import RunRecord, find_records, read_records_by_path
 from peftbench.report.beside import beside
-from peftbench.report.beside_text import print_beside, regressed
+from peftbench.report.beside_text import plain, print_beside, regressed
 from peftbench.report.figures import parse_thresholds
+from peftbench.report.files import Written
 from peftbench.report.page.build import beside_page
 from peftbench.report.table import print_table
 
@@ -66,11 +67,13 @@ def records_of(folder: Path, price_per_hour: float | None, *, may_be_none: bool)
     return {path: record.priced(price_per_hour) for path, record in records.items()}
 
 
-def show_report(path: Path, records: Mapping[Path, RunRecord], title: str) -> None:
-    """Print the comparison, and where its page is; the last line is ``report:`` and the page's path."""
+def show_report(written: Written, records: Mapping[Path, RunRecord], title: str) -> None:
+    """Print the comparison, the words, and where the page is; the last line is ``report:`` and the page's path."""
     if records:
         print_table(list(records.values()), title)
-    typer.echo(f"report: {path}")
+    for sentence in written.summary:
+        typer.echo(f"- {plain(sentence)}")
+    typer.echo(f"report: {written.page}")
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from peftbench.files import write_atomically
@@ -18,6 +19,15 @@ PAGE = "report.html"
 RESULTS = "RESULTS.md"
 
 
+@dataclass(frozen=True)
+class Written:
+    """What was written."""
+
+    page: Path
+    summary: list[str]
+    """The comparison in words."""
+
+
 def write_report(
     records: Mapping[Path, RunRecord],
     folder: Path,
@@ -25,8 +35,8 @@ def write_report(
     *,
     html: Path | None = None,
     unfinished: Sequence[Unfinished] = (),
-) -> Path:
-    """Write the page, RESULTS.md and the data as CSV, JSON and LaTeX to ``folder``; returns the page's path.
+) -> Written:
+    """Write the page, RESULTS.md and the data as CSV, JSON and LaTeX to ``folder``.
 
     ``records`` are by the paths of their files, which is how the page says to repeat them. The page goes to ``html``
     where that is given.
@@ -43,7 +53,7 @@ def write_report(
     write_atomically(folder / RESULTS, markdown_report(rows, title, said))
     path = html or folder / PAGE
     write_page(path, content(records, title, said, compared=compared, unfinished=unfinished), data)
-    return path
+    return Written(path, said)
 
 
 def downloads(records: Sequence[RunRecord], summary: Sequence[str]) -> dict[str, dict[str, str]]:

@@ -48,7 +48,7 @@ def take() -> None:
     if browser is None:
         sys.exit("there is no chromium on the path; apt-get install chromium")
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
-        page = write_report(find_records(RECORDS), Path(folder), "demo")
+        page = write_report(find_records(RECORDS), Path(folder), "demo").page
         chromium = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
         window = chromium.new_page(viewport={"width": SIZE[0], "height": SIZE[1]}, color_scheme="light")
         window.goto(page.as_uri())
