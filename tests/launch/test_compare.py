@@ -171,6 +171,9 @@ def test_two_processes_agree_with_one(project: Path, caches: dict[str, str]) -> 
     assert single["quality"]["loss"] == pytest.approx(double["quality"]["loss"], abs=1e-4)
     assert single["quality"]["rouge"] == double["quality"]["rouge"]
     assert single["quality"]["samples"] == double["quality"]["samples"]
+    one, two = single["quality"]["by_example"], double["quality"]["by_example"]
+    assert one["loss"] == pytest.approx(two["loss"], rel=1e-3)
+    assert one | {"loss": None} == two | {"loss": None}
     assert single["flops"]["required"] == double["flops"]["required"] > 0
     by_rank = [rank["evaluate"]["resident_bytes"] for rank in double["memory_by_rank"]]
     assert len(by_rank) == 2

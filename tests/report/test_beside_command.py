@@ -155,7 +155,7 @@ def test_the_demo_and_a_changed_copy(tmp_path: Path) -> None:
     worse = compared(DEMO, copy)
     assert worse.returncode == REGRESSED
     assert worse.stderr == (
-        "fell by more than allowed: lora (held_out_loss +10%, no interval), full (missing in B)\n"
+        "fell by more than allowed: lora (held_out_loss +10%, not supported by the interval), full (missing in B)\n"
     )  # fmt: skip
     lines = [" ".join(line.split()) for line in worse.stdout.splitlines()]
     assert f"method.r {old.recipe['method']['r']} 99 lora" in lines

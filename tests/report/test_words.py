@@ -7,7 +7,7 @@ import re
 import numpy
 import pytest
 
-from peftbench.record import Outcome, RunRecord
+from peftbench.record import Device, Memory, Outcome, RunRecord
 from peftbench.report.differences import differences
 from peftbench.report.words import MOST_SENTENCES, summary
 from tests.report.records import costly, judged, noise, record
@@ -103,6 +103,44 @@ def test_within_is_the_further_end() -> None:
 def test_costs(changes: dict[str, object], end: str) -> None:
     """Costs of like runs are ratios; time where steps' ranges lie apart; what is not known is left out."""
     assert of([full(), lora(4.0, **changes)], "lora").endswith(f"){end}")
+
+
+def _peaks(kind: str, sizes: list[int], device: str) -> list[RunRecord]:
+    """A run for each peak, all as fast."""
+    where = Device(kind=device, name="it", processes=1)
+    return [
+        judged(f"{kind}-seed={s}", kind, scores(0, s), seed=s, data_seed=0, **costly(1, 1.0, 100) | {
+            "device": where, "memory": {"train": _memory(size, device)},
+        })
+        for s, size in enumerate(sizes)
+    ]  # fmt: skip
+
+
+def _memory(size: int, device: str) -> Memory:
+    on_cpu = Memory(resident_bytes=2**30 + size, resident_baseline_bytes=2**30)
+    return on_cpu if device == "cpu" else Memory(allocated_bytes=size)
+
+
+@pytest.mark.parametrize(
+    ("device", "reference", "peaks", "told"),
+    [
+        ("cuda", [100], [101], "101 % of its memory"),
+        ("cuda", [100], [100], "100 % of its memory"),
+        ("cuda", [100, 104], [103, 110], None),
+        ("cuda", [100, 104], [105, 111], "106 % of its memory"),
+        ("cpu", [800], [800 + 63], None),
+        ("cpu", [800], [880], "110 % of its memory"),
+    ],
+)
+def test_memory_that_cannot_be_told_apart(
+    device: str, reference: list[int], peaks: list[int], told: str | None
+) -> None:
+    """Peaks that overlap over seeds, or on a CPU lie as near as pages come and go, are no difference."""
+    sizes = [[mib * 2**20 for mib in given] for given in (reference, peaks)]
+    sentence = of([*_peaks("full", sizes[0], device), *_peaks("lora", sizes[1], device)], "lora")
+    assert ("its memory and its time cannot be told apart from those of full" in sentence) == (told is None)
+    assert ("of its memory" in sentence) == (told is not None)
+    assert told is None or told in sentence
 
 
 def seeds(name: str, kind: str, offs: list[float]) -> list[RunRecord]:

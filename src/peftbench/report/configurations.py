@@ -44,6 +44,12 @@ class Configuration:
         return _mean(train_peak_bytes(run) for run in self.ok)
 
     @property
+    def peak_range(self) -> tuple[int, int] | None:
+        """The least and the greatest peak of the runs' training phases, in bytes; None where one is not known."""
+        known = [peak for run in self.ok if (peak := train_peak_bytes(run)) is not None]
+        return (min(known), max(known)) if known and len(known) == len(self.ok) else None
+
+    @property
     def train_seconds(self) -> float | None:
         """Mean seconds of the training phase; None where a run's are not known."""
         return _mean(run.train_seconds for run in self.ok)

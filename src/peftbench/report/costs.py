@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from peftbench.plausibility import RESIDENT_SLACK
 from peftbench.report.configurations import Configuration
+from peftbench.report.scores import listed
 
 LEAST_STEPS = 10
 """Of fewer timed steps there is no tenth percentile that would say how much a step's time varies."""
@@ -11,21 +13,24 @@ LEAST_STEPS = 10
 def costs(one: Configuration, than: Configuration) -> str:
     """The end of a sentence on ``one`` after ``than`` was named; empty where nothing is known or one trains nothing.
 
-    Memory and required FLOPs are compared by their means; time only where the steps' tenth to ninetieth percentiles do
-    not overlap, since a machine is never twice the same.
+    Required FLOPs are exact. Memory and time are compared by their means, and only where they can be told apart: where
+    the runs' peaks do not overlap (on a CPU, where pages come and go, by ``RESIDENT_SLACK`` at least), and where the
+    steps' tenth to ninetieth percentiles do not.
     """
     if not (one.trains and than.trains):
         return ""
     if (reason := apart(one, than)) is not None:
         return f"; it ran {reason}, so that costs are not compared"
+    alike = [what for what, same in (("memory", _as_large(one, than)), ("time", _as_fast(one, than))) if same]
     shares = [
         (one.peak_bytes, than.peak_bytes, "memory"),
         (*_times(one, than), "time"),
         (one.required_flops, than.required_flops, "required FLOPs"),
     ]
-    told = [f"{_percent(a / b)} of its {what}" for a, b, what in shares if a is not None and b]
-    said = f", at {' and '.join([', '.join(told[:-1]), told[-1]] if len(told) > 1 else told)}" if told else ""
-    return said + (f"; its time cannot be told apart from that of {than.label}" if _overlap(one, than) else "")
+    told = [f"{_percent(a / b)} of its {what}" for a, b, what in shares if a is not None and b and what not in alike]
+    said = f", at {listed(told)}" if told else ""
+    whose = f"{'those' if len(alike) > 1 else 'that'} of {than.label}"
+    return said + (f"; its {' and its '.join(alike)} cannot be told apart from {whose}" if alike else "")
 
 
 def apart(one: Configuration, than: Configuration) -> str | None:
@@ -40,11 +45,18 @@ def apart(one: Configuration, than: Configuration) -> str | None:
     return None
 
 
-def _overlap(one: Configuration, than: Configuration) -> bool:
-    if one.step_seconds is None or than.step_seconds is None:
-        return False
-    (low, high), (other_low, other_high) = one.step_seconds, than.step_seconds
-    return low <= other_high and other_low <= high
+def _as_fast(one: Configuration, than: Configuration) -> bool:
+    return _overlap(one.step_seconds, than.step_seconds)
+
+
+def _as_large(one: Configuration, than: Configuration) -> bool:
+    slack = RESIDENT_SLACK if any(run.device.kind == "cpu" for run in (*one.ok, *than.ok)) else 0
+    return _overlap(one.peak_range, than.peak_range, slack) and one.peak_range != than.peak_range
+
+
+def _overlap(one: tuple[float, float] | None, other: tuple[float, float] | None, slack: float = 0.0) -> bool:
+    """Whether two ranges have something in common, or lie closer than ``slack``; False where one is not known."""
+    return one is not None and other is not None and one[0] <= other[1] + slack and other[0] <= one[1] + slack
 
 
 def _times(one: Configuration, than: Configuration) -> tuple[float | None, float | None]:
@@ -52,7 +64,7 @@ def _times(one: Configuration, than: Configuration) -> tuple[float | None, float
     timed = {run.throughput.steps for run in (*one.ok, *than.ok) if run.throughput is not None}
     if timed and min(timed) < LEAST_STEPS:
         return None, None
-    if one.step_seconds is None or than.step_seconds is None or len(timed) != 1 or _overlap(one, than):
+    if one.step_seconds is None or than.step_seconds is None or len(timed) != 1 or _as_fast(one, than):
         return None, None
     return one.train_seconds, than.train_seconds
 

@@ -91,7 +91,7 @@ def test_a_column_says_what_it_means(opened: Open, tmp_path: Path) -> None:
     assert box["x"] >= 0
     assert box["x"] + box["width"] <= 375
     page.page.mouse.move(0, 0)
-    assert not meaning.is_visible()
+    meaning.wait_for(state="hidden")
     page.page.locator(f"{by_title('run')} button").focus()
     page.page.keyboard.press("Tab")
     page.page.keyboard.press("Tab")
