@@ -8,13 +8,14 @@ from typing import Any
 
 import altair as alt
 
-from peftbench.report.page.series import OVER, PARTS, Row, front
+from peftbench.report.page.memory import PARTS
+from peftbench.report.page.series import COLOURS, OVER, Groups, Row, finite, front
 
-KIND_COLOURS = 8
-"""Variables --k0 to --k7 of the style, told apart by shape too."""
-PART_COLOURS = 12
-"""Variables --m0 to --m11 of the style."""
+PART_COLOURS = 14
+"""Variables --m0 to --m13 of the style; those of groups are --k0 to --k7."""
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right", "triangle-left")
+TABLED = 200
+"""Rows that a chart's table has, at most."""
 SMOOTHED = 6
 """Points to either side that a smoothed curve is the mean of."""
 LABELLED = 12
@@ -44,18 +45,41 @@ class Drawing:
     title: str
     caption: str
     spec: dict[str, Any]
+    heads: list[str]
+    cells: list[list[str]]
+    """What it shows as a table, for those who do not see it; empty where that would be a page of its own."""
+
+
+def _shown(value: str | float | None) -> str:
+    return "unknown" if value is None else value if isinstance(value, str) else f"{value:,.4g}"
 
 
 def _drawing(
-    name: str, title: str, caption: str, chart: alt.LayerChart | alt.FacetChart, data: Mapping[str, Sequence[Row]]
+    name: str,
+    title: str,
+    caption: str,
+    chart: alt.LayerChart | alt.FacetChart,
+    *,
+    data: Mapping[str, Sequence[Row]],
+    fields: Sequence[str] = (),
 ) -> Drawing:
-    """``data`` are the rows by the names that the chart's layers call them; Altair checks the chart without them."""
+    """``data`` are the rows by the names that the chart's layers call them; Altair checks the chart without them.
+
+    The rows that most are named after, "runs", are shown as a table too, with those ``fields``.
+    """
     described = chart.properties(
         width="container", description=f"{title}. {caption}",
         autosize=alt.AutoSizeParams(type="fit-x", contains="padding"),
     ).configure(**_theme())  # fmt: skip
-    rows = {named: list(values) for named, values in data.items()}
-    return Drawing(name, title, caption, described.to_dict() | {"datasets": rows})
+    rows = {named: [_clean(row) for row in values] for named, values in data.items()}
+    cells = [[_shown(row.get(field)) for field in fields] for row in data["runs"]]
+    told = cells if fields and len(cells) <= TABLED else []
+    return Drawing(name, title, caption, described.to_dict() | {"datasets": rows}, list(fields), told)
+
+
+def _clean(row: Row) -> Row:
+    """A row without floats that are no numbers: JSON knows none, and one of them would take the whole page away."""
+    return {key: finite(value) if isinstance(value, float) else value for key, value in row.items()}
 
 
 def _of(named: str) -> alt.Chart:
@@ -80,28 +104,39 @@ def _theme() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _colour(kinds: Sequence[str], shown: Sequence[str], *, legend: bool = True) -> alt.Color:
-    """A colour for each of ``kinds``, the same in every chart, and a legend of those that are ``shown``."""
-    colours = [f"var(--k{list(kinds).index(kind) % KIND_COLOURS})" for kind in shown]
-    scale = alt.Scale(domain=list(shown), range=colours)
-    return alt.Color("kind:N", title="method", scale=scale, legend=alt.Legend() if legend else None)
+def _colour(groups: Groups, rows: Sequence[Row], *, legend: bool = True) -> alt.Color:
+    """A colour for each of the groups, the same in every chart, and a legend of those that ``rows`` are of."""
+    there = _there(groups, rows)
+    scale = alt.Scale(domain=there, range=[f"var(--k{groups.names.index(name) % COLOURS})" for name in there])
+    return alt.Color("group:N", title=groups.title, scale=scale, legend=alt.Legend() if legend else None)
+
+
+def _shape(groups: Groups, rows: Sequence[Row]) -> alt.Shape:
+    there = _there(groups, rows)
+    scale = alt.Scale(domain=there, range=[SHAPES[groups.names.index(name) % len(SHAPES)] for name in there])
+    return alt.Shape("group:N", title=groups.title, scale=scale)
+
+
+def _there(groups: Groups, rows: Sequence[Row]) -> list[str]:
+    return [name for name in groups.names if any(row["group"] == name for row in rows)]
 
 
 def trade_off(
-    points: Sequence[Row], kinds: Sequence[str], cost: Cost, title: str, *, more_is_better: bool
+    points: Sequence[Row], groups: Groups, cost: Cost, title: str, *, more_is_better: bool, alike: bool
 ) -> Drawing | None:
     """Quality against a cost, with intervals, and the line of those that none beats; None where nothing is known.
 
-    Points without any cost, of baselines, are lines across.
+    Baselines, which cost no training, are lines across. Of runs that are not ``alike`` in device, engine and length no
+    front is drawn, for their costs do not compare.
     """
     judged = [point for point in points if point.get("quality") is not None]
     known = [point for point in judged if point.get(cost.field) is not None]
     if not known:
         return None
-    best = front(known, cost.field, "quality", more_is_better=more_is_better)
+    best = front(known, cost.field, "quality", more_is_better=more_is_better) if alike else []
     dearest = max(float(point[cost.field] or 0) for point in known)
     named = known if len(known) <= LABELLED else []
-    free = [point for point in judged if all(point.get(one.field) is None for one in COSTS)]
+    free = [point for point in judged if point["baseline"]]
     data = {
         "front": best, "runs": known, "intervals": [point for point in known if point.get("low") is not None],
         "across": free if len(free) <= LABELLED else [],
@@ -109,24 +144,26 @@ def trade_off(
         "right": [point for point in named if float(point[cost.field] or 0) < dearest],
         "left": [point for point in named if float(point[cost.field] or 0) >= dearest],
     }  # fmt: skip
-    shown = [kind for kind in kinds if any(point["kind"] == kind for point in judged)]
-    layers = _trade_off_layers(cost, title, kinds, shown, more_is_better=more_is_better)
+    layers = _trade_off_layers(cost, title, groups, judged, more_is_better=more_is_better)
     chart = alt.layer(*(layer for name, made in layers.items() if data[name] for layer in made)).properties(height=300)
     said = ", ".join(str(point["run"]) for point in best[:LABELLED]) + (", …" if len(best) > LABELLED else "")
+    caption = (
+        f"Pareto front of what was trained, by the means alone: {said}." if alike
+        else "These ran on several devices or engines, or for other steps: no Pareto front is drawn."
+    )  # fmt: skip
+    fields = ["run", cost.field, "quality", "low", "high", "seeds"]
     where = f"{title} against {cost.title}"
-    return _drawing(f"quality-{cost.field.lower()}", where, f"Pareto front: {said}.", chart, data)
+    return _drawing(f"quality-{cost.field.lower()}", where, caption, chart, data=data, fields=fields)
 
 
 def _trade_off_layers(
-    cost: Cost, title: str, kinds: Sequence[str], shown: Sequence[str], *, more_is_better: bool
+    cost: Cost, title: str, groups: Groups, judged: Sequence[Row], *, more_is_better: bool
 ) -> dict[str, list[alt.Chart]]:
     """By the name of the rows that each draws; those without rows must be left out, or Vega warns of them."""
     x = alt.X(f"{cost.field}:Q", title=cost.title, scale=alt.Scale(zero=False, padding=24))
     scale = alt.Scale(zero=False, reverse=not more_is_better)
     y, low = alt.Y("quality:Q", title=title, scale=scale), alt.Y("low:Q", title=title, scale=scale)
-    colour = _colour(kinds, shown)
-    shapes = [SHAPES[list(kinds).index(kind) % len(SHAPES)] for kind in shown]
-    shape = alt.Shape("kind:N", title="method", scale=alt.Scale(domain=list(shown), range=shapes))
+    colour, shape = _colour(groups, judged), _shape(groups, judged)
     figures = (cost.field, "quality", "low", "high", "seeds")
     tips = [alt.Tooltip("run:N"), *(alt.Tooltip(f"{name}:Q", format=",.4~g") for name in figures)]
     line = _of("front").mark_line(interpolate="step-after", color="var(--front)", strokeDash=[5, 4], strokeWidth=1.5)
@@ -138,7 +175,8 @@ def _trade_off_layers(
             .encode(x=x, y=y, color=colour, shape=shape, tooltip=tips)
         ],
         "across": [
-            _of("across").mark_rule(strokeDash=[2, 3], strokeWidth=1.3).encode(y=y, color=colour, tooltip=tips[::2]),
+            _of("across").mark_rule(strokeDash=[2, 3], strokeWidth=1.3)
+            .encode(y=y, color=colour, tooltip=[tips[0], tips[2]]),
             _of("across").mark_text(align="left", dx=3, dy=-7, fontSize=11).encode(x=alt.value(0), y=y, text="run:N"),
         ],
         "right": [_of("right").mark_text(align="left", dx=9, dy=-7, fontSize=11).encode(x=x, y=y, text="run:N")],
@@ -162,25 +200,27 @@ def memory_bars(rows: Sequence[Row], lines: Sequence[Row], caption: str) -> Draw
     layers = [bars]
     if lines:
         mark = _of("budgets").mark_tick(color="var(--budget)", thickness=3, bandSize=30)
-        tips = [alt.Tooltip("run:N"), alt.Tooltip("budget:Q", title="budget, MiB", format=",.0f")]
-        layers.append(mark.encode(x="budget:Q", y=y, tooltip=tips))
+        tips = [alt.Tooltip("run:N"), alt.Tooltip("what:N"), alt.Tooltip("limit:Q", title="MiB", format=",.0f")]
+        layers.append(mark.encode(x="limit:Q", y=y, tooltip=tips))
     return _drawing(
         "memory",
         "Where the memory goes",
         caption,
         alt.layer(*layers).properties(height=34 * len(runs)),
-        {"runs": rows, "budgets": lines},
+        data={"runs": rows, "budgets": lines},
+        fields=["run", "part", "MiB"],
     )
 
 
-def loss_curves(rows: Sequence[Row], kinds: Sequence[str]) -> list[Drawing]:
+def loss_curves(rows: Sequence[Row], groups: Groups) -> list[Drawing]:
     """The training loss over each of what is known of all."""
     drawn = []
     for over, words in OVER.items():
         known = [row for row in rows if over in row]
         if not known:
             continue
-        colour = _colour(kinds, [kind for kind in kinds if any(row["kind"] == kind for row in known)])
+        colour = _colour(groups, known)
+        dash = alt.StrokeDash("group:N", legend=None)
         x = alt.X(f"{over}:Q", title=words)
         scale = alt.Scale(zero=False)
         base = _of("runs").transform_window(
@@ -193,23 +233,23 @@ def loss_curves(rows: Sequence[Row], kinds: Sequence[str]) -> list[Drawing]:
             ),
             base.mark_line(strokeWidth=1.9).encode(
                 x=x, y=alt.Y("smooth:Q", title="training loss, nats", scale=scale), color=colour, detail="run:N",
-                strokeDash=alt.StrokeDash("kind:N", legend=None), tooltip=tips,
+                strokeDash=dash, tooltip=tips,
             ),
         ).properties(height=260)  # fmt: skip
         left_out = len({row["run"] for row in rows} - {row["run"] for row in known})
-        caption = f"Over {words}." + (f" {left_out} runs do not say it and are not drawn." if left_out else "")
-        drawn.append(_drawing(f"loss-{over}", f"Training loss by {over}", caption, chart, {"runs": known}))
+        caption = f"Over {words}." + (f" Not drawn, for they do not say it: {left_out}." if left_out else "")
+        drawn.append(_drawing(f"loss-{over}", f"Training loss by {over}", caption, chart, data={"runs": known}))
     return drawn
 
 
-def speeds(rows: Sequence[Row], kinds: Sequence[str]) -> Drawing | None:
+def speeds(rows: Sequence[Row], groups: Groups) -> Drawing | None:
     """Real tokens a second, with the spread of the steps."""
     if not rows:
         return None
     runs = list(dict.fromkeys(str(row["run"]) for row in rows))
     y = alt.Y("run:N", title=None, sort=runs, axis=alt.Axis(labelLimit=220, grid=True))
     base = _of("runs")
-    colour = _colour(kinds, [kind for kind in kinds if any(row["kind"] == kind for row in rows)], legend=False)
+    colour = _colour(groups, rows, legend=False)
     tips = [alt.Tooltip("run:N"), *(alt.Tooltip(f"{name}:Q", format=",.0f") for name in ("speed", "slow", "fast"))]
     title = "real tokens a second"
     chart = alt.layer(
@@ -221,10 +261,13 @@ def speeds(rows: Sequence[Row], kinds: Sequence[str]) -> Drawing | None:
         ),
     ).properties(height=28 * len(runs))  # fmt: skip
     caption = (
-        "The point is the mean over all timed seconds; the bar reaches from the slow steps (the tenth that took "
-        "longest left out) to the fast ones, at the run's mean tokens a step."
+        "The point is the mean over all timed seconds, the table's figure; the bar reaches from the tenth to the "
+        "ninetieth percentile of the timed steps. A point left of its bar: time went to something else than steps."
     )
-    return _drawing("speed", "Throughput and its spread", caption, chart, {"runs": rows})
+    return _drawing(
+        "speed", "Throughput and its spread", caption, chart,
+        data={"runs": rows}, fields=["run", "speed", "slow", "fast"],
+    )  # fmt: skip
 
 
 def as_data(drawings: Sequence[Drawing]) -> Mapping[str, dict[str, Any]]:

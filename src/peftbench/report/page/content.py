@@ -8,12 +8,14 @@ from pathlib import Path
 
 from peftbench.record import RunRecord, Sample
 from peftbench.report.columns import Column, Raw, method_label, outcome_text
-from peftbench.report.configurations import configurations
-from peftbench.report.differences import Compared, Difference
+from peftbench.report.configurations import Configuration
+from peftbench.report.costs import apart
+from peftbench.report.differences import Compared, Difference, differences
 from peftbench.report.digits import outward, places, rounded
 from peftbench.report.knobs import Knob, commands, knobs, surroundings
-from peftbench.report.page import charts, series
+from peftbench.report.page import charts, memory, series
 from peftbench.report.page.charts import Drawing
+from peftbench.report.page.series import Groups, Row
 from peftbench.report.table import notes, ordered, shown
 
 DRAWN = 24
@@ -123,11 +125,14 @@ def content(
 ) -> Content:
     """What the page says of ``records``, by the paths of their files.
 
-    ``compared`` is what ``differences`` made of them, where the pairs shall be shown.
+    ``compared`` is what ``differences`` made of them, where it was made already.
     """
     rows = ordered(list(records.values()))
     columns, drawn = shown(rows), chosen(rows)
-    kinds = list(dict.fromkeys(map(series.kind_of, rows)))
+    compared = compared or differences(rows)
+    groups = Groups.of(compared.every)
+    by_rouge = compared.figure.higher_is_better if compared.figure else any(map(series.rouge_l, rows))
+    points = series.points(compared.every, groups, rouge=by_rouge)
     all_knobs, told = knobs(rows), notes(rows)
     places = {id(record): path for path, record in records.items()}
     return Content(
@@ -135,10 +140,10 @@ def content(
         summary=list(summary),
         columns=columns,
         lines=[_line(record, columns) for record in rows],
-        trade_offs=_trade_offs(rows, kinds),
-        memory=_memory(drawn),
-        losses=charts.loss_curves(series.curves(drawn), kinds),
-        speed=charts.speeds(series.speed(drawn), kinds),
+        trade_offs=_trade_offs(points, groups, compared.every, rouge=by_rouge),
+        memory=_memory(_with_refused(drawn, rows)),
+        losses=charts.loss_curves(series.curves(drawn, groups), groups),
+        speed=charts.speeds(series.speed(drawn, groups), groups),
         examples=_examples(drawn),
         equal=[knob for knob in all_knobs if knob.equal],
         unequal=[knob for knob in all_knobs if not knob.equal],
@@ -146,11 +151,11 @@ def content(
         surroundings=surroundings(rows),
         repeats={method_label(record): commands(record, places[id(record)]) for record in rows},
         drawn=_said_of(drawn, rows),
-        by_rouge=any(map(series.rouge_l, rows)),
-        undrawn=_undrawn(rows),
+        by_rouge=by_rouge,
+        undrawn=_undrawn(points, compared.every),
         unfinished=list(unfinished),
-        pairs=[_pair(one) for one in compared.differences] if compared else [],
-        figure=compared.figure.name if compared and compared.figure else "",
+        pairs=[_pair(one) for one in compared.differences],
+        figure=compared.figure.name if compared.figure else "",
     )
 
 
@@ -164,10 +169,18 @@ def chosen(records: Sequence[RunRecord]) -> list[RunRecord]:
     return [record for record in records if id(record) in taken]
 
 
-def _rank(record: RunRecord) -> tuple[bool, float, float]:
-    """Smaller is better: with ROUGE-L before without, then by held-out loss."""
-    score, loss = series.rouge_l(record), record.quality.loss if record.quality else None
-    return score is None, -(score.mean if score else 0.0), float("inf") if loss is None else loss
+def _rank(record: RunRecord) -> tuple[bool, bool, float, float]:
+    """Smaller is better: ended well, with ROUGE-L, by that, then by held-out loss."""
+    score, loss = series.rouge_l(record), series.finite(record.quality.loss if record.quality else None)
+    by_score = -(score.mean if score else 0.0)
+    return record.outcome.kind != "ok", score is None, by_score, float("inf") if loss is None else loss
+
+
+def _with_refused(drawn: Sequence[RunRecord], records: Sequence[RunRecord]) -> list[RunRecord]:
+    """Those that are drawn, and what did not fit, which a chart of memory is for."""
+    there = {id(record) for record in drawn}
+    refused = [record for record in records if record.outcome.kind == "oom" and id(record) not in there]
+    return [*drawn, *refused[:DRAWN]]
 
 
 def _said_of(drawn: Sequence[RunRecord], records: Sequence[RunRecord]) -> str:
@@ -176,10 +189,16 @@ def _said_of(drawn: Sequence[RunRecord], records: Sequence[RunRecord]) -> str:
     return f"Of {len(records):,} runs {len(drawn)} are drawn here: the best of each method, then the best of all."
 
 
-def _undrawn(records: Sequence[RunRecord]) -> list[str]:
-    """Runs that have no place in a trade-off because they did not end well."""
-    bad = [f"{method_label(record)} ({outcome_text(record)})" for record in records if record.outcome.kind != "ok"]
-    return [*bad[:DRAWN], *([f"and {len(bad) - DRAWN} more"] if len(bad) > DRAWN else [])]
+def _undrawn(points: Sequence[Row], every: Sequence[Configuration]) -> list[str]:
+    """What has no place in a trade-off, and why."""
+    left = []
+    for point, one in zip(points, every, strict=True):
+        if point["quality"] is None:
+            ends = dict.fromkeys(outcome_text(run) for run in one.runs if run.outcome.kind != "ok")
+            left.append(f"{one.label} ({', '.join(ends) or 'no quality is known'})")
+        elif not point["baseline"] and all(point[cost.field] is None for cost in charts.COSTS):
+            left.append(f"{one.label} (no cost is known)")
+    return [*left[:DRAWN], *([f"and {len(left) - DRAWN} more"] if len(left) > DRAWN else [])]
 
 
 def _pair(one: Difference) -> Pair:
@@ -197,26 +216,24 @@ def _line(record: RunRecord, columns: Sequence[Column]) -> Line:
     return Line(record.outcome.kind, cells)
 
 
-def _trade_offs(records: Sequence[RunRecord], kinds: Sequence[str]) -> list[Drawing]:
-    has_rouge = any(map(series.rouge_l, records))
-    points = series.points(configurations(records), rouge=has_rouge)
-    title = "ROUGE-L" if has_rouge else "held-out loss, nats"
-    drawn = [charts.trade_off(points, kinds, cost, title, more_is_better=has_rouge) for cost in charts.COSTS]
+def _first(column: Column, record: RunRecord) -> Raw:
+    value = next(iter(column.raw(record).values()))
+    return series.finite(value) if isinstance(value, float) else value
+
+
+def _trade_offs(points: Sequence[Row], groups: Groups, every: Sequence[Configuration], *, rouge: bool) -> list[Drawing]:
+    trained = [one for one in every if one.trains]
+    alike = all(apart(one, trained[0]) is None for one in trained)
+    title = "ROUGE-L" if rouge else "held-out loss, nats"
+    drawn = [
+        charts.trade_off(points, groups, cost, title, more_is_better=rouge, alike=alike) for cost in charts.COSTS
+    ]  # fmt: skip
     return [drawing for drawing in drawn if drawing is not None]
 
 
 def _memory(records: Sequence[RunRecord]) -> Drawing | None:
-    lines, far = series.budgets(records)
-    caption = (
-        "Peak of the training phase. Weights, gradients and optimizer states by the sizes of their tensors; the rest "
-        "of the peak is what no instrument of the run told apart (activations, logits, temporaries and, on CPU, what "
-        "libraries hold); where profile.breakdown was on, all kinds are told apart."
-    )
-    if lines:
-        caption += " The upright line is the budget."
-    if far is not None:
-        caption += f" The budget, {far / 2**20:,.0f} MiB at least, lies far beyond the right edge."
-    return charts.memory_bars(series.memory(records), lines, caption)
+    lines, far = memory.lines(records)
+    return charts.memory_bars(memory.bars(records), lines, memory.caption(records, lines, far))
 
 
 def _examples(records: Sequence[RunRecord]) -> list[Example]:

@@ -1,12 +1,4 @@
 "use strict";
-// Charts: drawn without eval (ast), so that the page's policy may forbid it; SVG, for screen readers and paper.
-const specs = JSON.parse(document.getElementById("charts").textContent);
-for (const box of document.querySelectorAll("[data-chart]")) {
-  vegaEmbed(box, specs[box.dataset.chart], { actions: false, ast: true, renderer: "svg", tooltip: { disableDefaultStyle: false } })
-    .then(() => { box.dataset.drawn = "yes"; })
-    .catch((error) => { box.classList.add("failed"); box.textContent = `This chart could not be drawn: ${error.message}`; });
-}
-
 // Sorting, by the pattern of the ARIA authoring practices; what is not known stays last either way.
 const table = document.getElementById("runs");
 const body = table.tBodies[0];
@@ -69,4 +61,12 @@ for (const button of document.querySelectorAll("[data-download]")) {
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 60000);
   });
+}
+
+// Charts: drawn without eval (ast), so that the page's policy may forbid it; SVG, for screen readers and paper.
+const specs = JSON.parse(document.getElementById("charts").textContent);
+for (const box of document.querySelectorAll("[data-chart]")) {
+  vegaEmbed(box, specs[box.dataset.chart], { actions: false, ast: true, renderer: "svg", tooltip: { disableDefaultStyle: false } })
+    .then(() => { box.dataset.drawn = "yes"; })
+    .catch((error) => { box.classList.add("failed"); box.textContent = `This chart could not be drawn: ${error.message}`; });
 }

@@ -5,17 +5,16 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy
 from numpy.typing import NDArray
 
-from peftbench.errors import BudgetError
 from peftbench.evaluation.statistics import paired_interval, seeds_interval
-from peftbench.record import Interval, RunRecord, train_peak_bytes
+from peftbench.record import Interval, RunRecord
 from peftbench.report.columns import method_label
 from peftbench.report.configurations import Configuration
-from peftbench.sizes import parse_size
 
 Row = dict[str, str | int | float | None]
 
@@ -28,18 +27,34 @@ RESAMPLED = 24
 OVER = {"step": "optimizer step", "tokens": "real tokens trained on", "seconds": "seconds of steps, warm-up included"}
 """What a loss is drawn over, and what the axis says."""
 
-PARTS = {
-    "weights": "weights", "gathered_weights": "gathered weights", "weight_copies": "autocast copies",
-    "gradients": "gradients", "buckets": "buckets", "optimizer_state": "optimizer states",
-    "activations": "activations", "logits": "logits", "temporaries": "temporaries",
-    "rest": "the rest of the peak", "held": "held when refused", "asked": "asked for and refused",
-}  # fmt: skip
-"""Of a peak, in the order in which they are stacked, and what the legend calls them."""
-
 
 def finite(value: float | None) -> float | None:
     """None for what is no number, of which JSON knows nothing."""
     return value if value is not None and math.isfinite(value) else None
+
+
+COLOURS = 8
+"""Colours and shapes that can be told apart; of more configurations, methods have one each."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """What has a colour and a shape of its own, the same in every chart."""
+
+    title: str
+    names: tuple[str, ...]
+    by_run: Mapping[int, str]
+    """By the identity of a record."""
+
+    @classmethod
+    def of(cls, every: Sequence[Configuration]) -> Groups:
+        """Configurations, or their methods where there are more than ``COLOURS`` of them."""
+        few = len(every) <= COLOURS
+        by_run = {id(run): one.label if few else one.kind for one in every for run in one.runs}
+        return cls("run" if few else "method", tuple(dict.fromkeys(by_run.values())), by_run)
+
+    def __getitem__(self, record: RunRecord) -> str:
+        return self.by_run[id(record)]
 
 
 def kind_of(record: RunRecord) -> str:
@@ -47,7 +62,7 @@ def kind_of(record: RunRecord) -> str:
     return str(record.recipe["method"]["kind"])
 
 
-def curves(records: Sequence[RunRecord]) -> list[Row]:
+def curves(records: Sequence[RunRecord], groups: Groups) -> list[Row]:
     """The training loss of each run, over steps, real tokens and seconds, at ``POINTS`` points or fewer."""
     rows: list[Row] = []
     for record in records:
@@ -61,7 +76,7 @@ def curves(records: Sequence[RunRecord]) -> list[Row]:
         thin = [_thinned(losses), *map(_thinned, over.values())]
         for loss, *places in zip(*thin, strict=True):
             rows.append({
-                "run": method_label(record), "kind": kind_of(record), "loss": finite(float(loss)),
+                "run": method_label(record), "group": groups[record], "loss": finite(float(loss)),
                 **{name: float(place) for name, place in zip(over, places, strict=True)},
             })  # fmt: skip
     return rows
@@ -73,70 +88,39 @@ def _thinned(values: NDArray[numpy.float64]) -> NDArray[numpy.float64]:
     return numpy.array([part.mean() for part in parts])
 
 
-def memory(records: Sequence[RunRecord]) -> list[Row]:
-    """Where the peak of each run's training went, in bytes by part."""
-    rows: list[Row] = []
-    for record in records:
-        for order, (part, size) in enumerate(_parts(record)):
-            rows.append({
-                "run": method_label(record), "kind": kind_of(record), "part": PARTS[part],
-                "order": list(PARTS).index(part) * 100 + order, "MiB": size / 2**20, "bytes": size,
-            })  # fmt: skip
-    return rows
+def speed(records: Sequence[RunRecord], groups: Groups) -> list[Row]:
+    """Real tokens a second of each run: mean over its timed seconds, tenth and ninetieth percentile of its timed steps.
 
-
-def _parts(record: RunRecord) -> Iterator[tuple[str, int]]:
-    """Parts of the peak with their bytes; the last is what no instrument tells apart."""
-    outcome, peak = record.outcome, train_peak_bytes(record)
-    if outcome.kind == "oom":
-        yield from (
-            (name, size) for name, size in (("held", outcome.held_bytes), ("asked", outcome.requested_bytes)) if size
-        )
-        return
-    if peak is None:
-        return
-    known: dict[str, int] = {}
-    if record.breakdown is not None:
-        known = record.breakdown.bytes_by_kind
-    elif record.state_bytes is not None:
-        states = record.state_bytes
-        known = {"weights": states.weights, "gradients": states.gradients, "optimizer_state": states.optimizer}
-    yield from ((part, known[part]) for part in PARTS if known.get(part))
-    if (rest := peak - sum(known.values())) > 0:
-        yield "rest", rest
-
-
-def budget_bytes(record: RunRecord) -> int | None:
-    """What a run was held to, else what its device has, None where neither is known."""
-    asked = (record.recipe.get("budget") or {}).get("memory")
-    try:
-        return parse_size(str(asked)) if asked is not None else record.device.memory_bytes
-    except BudgetError:  # a record that was made by hand
-        return None
-
-
-def budgets(records: Sequence[RunRecord], *, beyond: float = 4.0) -> tuple[list[Row], int | None]:
-    """A line for each run's budget; or none and the least budget, where all are ``beyond`` times the largest peak."""
-    sizes = {method_label(r): size for r in records if (size := budget_bytes(r)) is not None and any(_parts(r))}
-    largest = max((sum(size for _, size in _parts(record)) for record in records), default=0)
-    if sizes and min(sizes.values()) > beyond * largest:
-        return [], min(sizes.values())
-    return [{"run": run, "budget": size / 2**20} for run, size in sizes.items()], None
-
-
-def speed(records: Sequence[RunRecord]) -> list[Row]:
-    """Real tokens a second of each run's timed steps: their mean, and from the slow steps' to the fast ones'."""
+    Of a record without the tokens of each step, those are its mean tokens a step by the steps' percentiles.
+    """
     rows: list[Row] = []
     for record in records:
         measured = record.throughput
         if measured is None or record.tokens is None or not record.steps:
             continue
-        a_step = record.tokens.real / record.steps
+        slow, fast = _spread(record) or (
+            record.tokens.real / record.steps / measured.step_seconds_p90,
+            record.tokens.real / record.steps / measured.step_seconds_p10,
+        )
         rows.append({
-            "run": method_label(record), "kind": kind_of(record), "speed": measured.tokens_per_second.real,
-            "slow": a_step / measured.step_seconds_p90, "fast": a_step / measured.step_seconds_p10,
+            "run": method_label(record), "group": groups[record], "slow": slow, "fast": fast,
+            "speed": measured.tokens_per_second.real,
         })  # fmt: skip
     return rows
+
+
+def _spread(record: RunRecord) -> tuple[float, float] | None:
+    """Tenth and ninetieth percentile of the timed steps' tokens a second; None where they are not known."""
+    seconds, tokens = numpy.asarray(record.step_seconds, dtype=float), numpy.asarray(record.step_tokens, dtype=float)
+    if len(seconds) != len(tokens) or not len(seconds) or not (seconds > 0).all():
+        return None
+    timed = numpy.ones(len(seconds), dtype=bool)
+    for began in (0, *record.resumed_after):
+        timed[began : began + record.warmup_steps] = False
+    if not timed.any():
+        return None
+    slow, fast = numpy.quantile(tokens[timed] / seconds[timed], [0.1, 0.9])
+    return float(slow), float(fast)
 
 
 def front(points: Sequence[Row], cost: str, quality: str, *, more_is_better: bool) -> list[Row]:
@@ -153,19 +137,20 @@ def rouge_l(record: RunRecord) -> Interval | None:
     return (record.quality.rouge or {}).get("rougeL") if record.quality else None
 
 
-def points(every: Sequence[Configuration], *, rouge: bool) -> list[Row]:
+def points(every: Sequence[Configuration], groups: Groups, *, rouge: bool) -> list[Row]:
     """What each configuration brought and took: means over its seeds, and the 95 % interval of its quality.
 
     Quality is ROUGE-L or else the held-out loss. With several seeds the interval is over them, else over examples (of a
     loss, where there are ``RESAMPLED`` configurations or fewer); None where there is none.
     """
-    made = []
+    made: list[Row] = []
     for one in every:
         values = one.rouge_l if rouge else one.losses
         interval = _interval(one, values, rouge=rouge, may_resample=len(every) <= RESAMPLED)
         peak, flops = one.peak_bytes, one.required_flops
         made.append({
-            "run": one.label, "kind": one.kind, "quality": statistics.fmean(values) if values else None,
+            "run": one.label, "group": groups[one.runs[0]], "baseline": int(bool(one.ok) and not one.trains),
+            "quality": finite(statistics.fmean(values)) if values else None,
             "low": interval.low if interval else None, "high": interval.high if interval else None,
             "seeds": len(values), "MiB": None if peak is None else peak / 2**20, "seconds": one.train_seconds,
             "TFLOP": None if flops is None else flops / 1e12,
