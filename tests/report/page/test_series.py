@@ -114,9 +114,7 @@ def test_a_point_is_of_all_seeds() -> None:
 def test_a_loss_has_an_interval_over_its_examples() -> None:
     """Of a loss by tokens the interval is around it, and inside of the least and the largest of the examples."""
     losses = noise(40, 1)
-    (found,) = series.points(
-        configurations([judged("a", "lora", None, losses=losses, labelled=(10,) * 40)]), rouge=False
-    )
+    (found,) = points([judged("a", "lora", None, losses=losses, labelled=(10,) * 40)], rouge=False)
     assert found["quality"] == pytest.approx(sum(losses) / 400)
     low, high = float(found["low"] or 0), float(found["high"] or 0)
     assert min(losses) / 10 < low < float(found["quality"] or 0) < high < max(losses) / 10

@@ -22,6 +22,9 @@ LABELLED = 12
 """Points that have their name beside them, at most; with more of them names would cover each other."""
 
 
+_LEGEND = alt.Legend(symbolOpacity=1, symbolStrokeWidth=2)  # whatever a layer's own
+
+
 @dataclass(frozen=True)
 class Cost:
     """What a quality is drawn against."""
@@ -108,7 +111,7 @@ def _colour(groups: Groups, rows: Sequence[Row], *, legend: bool = True) -> alt.
     """A colour for each of the groups, the same in every chart, and a legend of those that ``rows`` are of."""
     there = _there(groups, rows)
     scale = alt.Scale(domain=there, range=[f"var(--k{groups.names.index(name) % COLOURS})" for name in there])
-    return alt.Color("group:N", title=groups.title, scale=scale, legend=alt.Legend() if legend else None)
+    return alt.Color("group:N", title=groups.title, scale=scale, legend=_LEGEND if legend else None)
 
 
 def _shape(groups: Groups, rows: Sequence[Row]) -> alt.Shape:

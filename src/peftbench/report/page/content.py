@@ -130,7 +130,7 @@ def content(
     rows = ordered(list(records.values()))
     columns, drawn = shown(rows), chosen(rows)
     compared = compared or differences(rows)
-    groups = Groups.of(compared.every)
+    groups = Groups.of(sorted(compared.every, key=lambda one: rows.index(one.runs[0])))
     by_rouge = compared.figure.higher_is_better if compared.figure else any(map(series.rouge_l, rows))
     points = series.points(compared.every, groups, rouge=by_rouge)
     all_knobs, told = knobs(rows), notes(rows)
