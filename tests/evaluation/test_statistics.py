@@ -9,6 +9,7 @@ import numpy
 import pytest
 from scipy.stats import bootstrap, norm, t
 
+from peftbench.evaluation import statistics
 from peftbench.evaluation.statistics import (
     by_bootstrap,
     mean_interval,
@@ -121,6 +122,14 @@ def test_pairs_together_are_pairs_one_by_one() -> None:
     for weight in (None, weights):
         alone = [paired_interval(one, weight) for one in pairs]
         assert [found.low for found in paired_intervals(pairs, weight)] == pytest.approx([one.low for one in alone])
+
+
+def test_in_parts_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pairs whose means have no room in memory together see the same resamples one part after another."""
+    pairs = [_scores(30, seed) for seed in range(5)]
+    whole = paired_intervals(pairs)
+    monkeypatch.setattr(statistics, "_MEANS_AT_ONCE", 20_000)
+    assert [one.low for one in paired_intervals(pairs)] == pytest.approx([one.low for one in whole])
 
 
 @pytest.mark.parametrize(("examples", "comparisons"), [(30_000, 1), (30, 5000), (2, 1), (2, 100)])

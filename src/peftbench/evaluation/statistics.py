@@ -16,13 +16,16 @@ RESAMPLES = 10_000
 """Of a difference, at least; the more certain its interval shall be, the more are drawn."""
 
 MOST_RESAMPLES = 250_000
-"""At most: each has a mean of every pair, and all of them lie in memory until their percentiles are known."""
+"""At most: all of their means lie in memory until their percentiles are known."""
 
 MOST_DRAWS = 250_000_000
-"""Of examples, for all pairs together, at most; so many take about two seconds."""
+"""Of examples, at most, and the same ones for all pairs; so many take about two seconds."""
 
-_AT_ONCE = 500_000
-"""Draws that lie in memory together, about, of some 20 bytes each."""
+_AT_ONCE = 4_000_000
+"""Draws that lie in memory together, about, of some 24 bytes each. Of fewer the products are small and slow."""
+
+_MEANS_AT_ONCE = 12_500_000
+"""Of resamples and pairs that lie in memory together; more pairs than that are taken one part after another."""
 
 _IN_TAILS = 20
 """How many resamples lie outside of an interval, at least, or its ends are one draw's chance."""
@@ -70,7 +73,10 @@ def paired_intervals(
     weight = numpy.ones(values.shape[1]) if weights is None else numpy.asarray(weights, dtype=float)
     means = _ratio(values, weight)
     if by_bootstrap(values.shape[1], confidence):
-        lows, highs = _percentiles(values, weight, _expanded(values.shape[1], confidence), seed)
+        expanded = _expanded(values.shape[1], confidence)
+        parts = math.ceil(len(values) * _resamples(expanded) / _MEANS_AT_ONCE)
+        ends = [_percentiles(part, weight, expanded, seed) for part in numpy.array_split(values, parts)]
+        lows, highs = map(numpy.concatenate, zip(*ends, strict=True))
     else:
         lows, highs = _students(values, weight, means, confidence)
     # What does not vary has no width; sums in floating point would give it one.
