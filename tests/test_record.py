@@ -41,11 +41,13 @@ from peftbench.record import (
     train_peak_bytes,
 )
 
+RECIPE = {"name": "run", "method": {"kind": "lora"}, "train": {"seed": 0}, "data": {"seed": 0}}
+
 
 def record(**values: Any) -> RunRecord:
     """A record with no more than it must have, and ``values``."""
     least: dict[str, Any] = {
-        "name": "run", "started_at": "2026-01-02T03:04:05+00:00", "recipe": {"name": "run"},
+        "name": "run", "started_at": "2026-01-02T03:04:05+00:00", "recipe": RECIPE,
         "recipe_fingerprint": "0123456789abcdef", "outcome": Outcome(kind="ok"),
         "device": Device(kind="cpu", name="a processor", processes=1), "versions": {"torch": "2"},
     }  # fmt: skip
@@ -185,6 +187,19 @@ def test_what_is_no_record_is_refused(text: str, where: str, tmp_path: Path) -> 
     assert str(path) in str(caught.value)
     assert f": {where}: " in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("missing", ["method.kind", "train.seed", "data.seed"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_recipe_of_another_program_is_refused(missing: str, whole: bool, tmp_path: Path) -> None:
+    """What a comparison goes by must be in a recipe, or it is told in one sentence that names the knob and the file."""
+    recipe: dict[str, Any] = dict(RECIPE)
+    part, name = missing.split(".")
+    recipe[part] = None if whole else {key: value for key, value in recipe[part].items() if key != name}
+    path = full_record().model_copy(update={"recipe": recipe}).write(tmp_path)
+    with pytest.raises(RecordError, match=f"is not a record: its recipe has no {missing}") as raised:
+        read_record(path)
+    assert str(path) in str(raised.value)
 
 
 def test_a_record_that_is_not_there(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -40,32 +39,48 @@ def implausible_alone(record: RunRecord) -> Iterator[str]:
 
 
 def implausible(records: Sequence[RunRecord]) -> Iterator[str]:
-    """A sentence for each pair of runs whose times differ by more than what they computed does.
+    """A sentence for each run whose time differs from another's by more than what they computed does.
 
     On one device a step that computes a third of the FLOPs can hardly take less than a third of the time. What else a
     step does beside (the optimizer, the exchange of gradients) grows with the parameters trained, so where the slower
     run trains more of them its forward and backward passes alone are judged. A larger ratio speaks of another load on
     the machine, of time outside matrix products, or of an error. Only runs that were shown the same batches are paired,
-    and passes only where the same steps of both were timed, at least ``TIMED_STEPS`` of them.
+    and passes only where the same steps of both were timed, at least ``TIMED_STEPS`` of them. The sentence names the
+    run beside which it is the slowest, and how many more there are.
     """
     like: dict[str, list[_Timed]] = {}
     for record in records:
         if record.throughput and record.flops.executed and record.steps:
             like.setdefault(_conditions(record), []).append(_Timed.of(record))
-    for slow, fast in (pair for group in like.values() for pair in itertools.permutations(group, 2)):
-        more = slow.trained > fast.trained
-        if more and slow.timed_steps != fast.timed_steps:
-            continue
-        times = (slow.passes / fast.passes if fast.passes else 0.0) if more else slow.step / fast.step
-        ceiling = slow.flops / fast.flops
-        # Less work may take as long as more: a small kernel costs its launch.
-        if times > TOLERANCE * max(ceiling, 1):
-            what = "forward and backward" if more else "a step"
-            yield (
-                f"{what} of {slow.name} took {times:.2f} times as long as of {fast.name} and computed only "
-                f"{ceiling:.2f} times as much: either one of them was disturbed, or its time is not in matrix products "
-                "(dropout and other element-wise work, on a CPU above all)"
-            )
+    for group in like.values():
+        for slow in group:
+            beside = [(_above(slow, fast), fast) for fast in group if fast is not slow]
+            worse = [(above, fast) for above, fast in beside if above > TOLERANCE]
+            if worse:
+                yield _too_slow(slow, max(worse, key=lambda one: one[0])[1], len(worse) - 1)
+
+
+def _above(slow: _Timed, fast: _Timed) -> float:
+    """How many times as long as its work allows the first took beside the second; 0 where that cannot be judged."""
+    # Less work may take as long as more: a small kernel costs its launch.
+    return _times(slow, fast) / max(slow.flops / fast.flops, 1)
+
+
+def _times(slow: _Timed, fast: _Timed) -> float:
+    """How many times as long the first took, in what is judged of the two; 0 where nothing is."""
+    if slow.trained > fast.trained:
+        return slow.passes / fast.passes if fast.passes and slow.timed_steps == fast.timed_steps else 0.0
+    return slow.step / fast.step if fast.step else 0.0  # a clock may not have ticked within a step
+
+
+def _too_slow(slow: _Timed, fast: _Timed, others: int) -> str:
+    what = "forward and backward" if slow.trained > fast.trained else "a step"
+    more = f" (and likewise more than of {others:,} other run{'s' * (others > 1)})" if others else ""
+    return (
+        f"{what} of {slow.name} took {_times(slow, fast):.2f} times as long as of {fast.name} and computed only "
+        f"{slow.flops / fast.flops:.2f} times as much{more}: either one of them was disturbed, or its time is not in "
+        "matrix products (dropout and other element-wise work, on a CPU above all)"
+    )
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,21 @@ def test_loss_by_hand(
     assert mean_of_means != pytest.approx(by_hand, rel=1e-4)
 
 
+def test_an_example_without_a_prompt(applied: Applied, evaluation: MakeEvaluation, encoded: Dataset) -> None:
+    """Its first token has nothing before it that could predict it, and is in no loss; the others are as they were."""
+    bare = encoded.map(
+        lambda row, index: {"prompt_tokens": 0 if index == 2 else row["prompt_tokens"]}, with_indices=True
+    )
+    model = applied(ZeroShot(), "gpt2_tied")
+    measured = evaluation(ZeroShot(), model, bare, batch=3)
+    found, before = measured.held_out(), evaluation(ZeroShot(), model, batch=3).held_out()
+    assert found.labelled[2] == len(encoded[2]["input_ids"]) - 1
+    others = [index for index in range(len(encoded)) if index != 2]
+    assert [found.labelled[index] for index in others] == [before.labelled[index] for index in others]
+    assert [found.summed[index] for index in others] == pytest.approx([before.summed[index] for index in others])
+    assert len(measured.teacher_forced()) == len(encoded)
+
+
 def test_a_memorised_example_is_found_again(
     fresh_base: Fresh,
     accelerator: Accelerator,

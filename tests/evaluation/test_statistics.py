@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import time
 
 import numpy
 import pytest
-from scipy.stats import t
+from scipy.stats import bootstrap, norm, t
 
+from peftbench.evaluation import statistics
 from peftbench.evaluation.statistics import (
     by_bootstrap,
     mean_interval,
@@ -122,7 +124,15 @@ def test_pairs_together_are_pairs_one_by_one() -> None:
         assert [found.low for found in paired_intervals(pairs, weight)] == pytest.approx([one.low for one in alone])
 
 
-@pytest.mark.parametrize(("examples", "comparisons"), [(5000, 1), (30, 5000)])
+def test_in_parts_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pairs whose means have no room in memory together see the same resamples one part after another."""
+    pairs = [_scores(30, seed) for seed in range(5)]
+    whole = paired_intervals(pairs)
+    monkeypatch.setattr(statistics, "_MEANS_AT_ONCE", 20_000)
+    assert [one.low for one in paired_intervals(pairs)] == pytest.approx([one.low for one in whole])
+
+
+@pytest.mark.parametrize(("examples", "comparisons"), [(30_000, 1), (30, 5000), (2, 1), (2, 100)])
 def test_where_draws_say_little_it_is_t(examples: int, comparisons: int) -> None:
     """Of very many examples, or far out in the tails, it is the textbook's interval of paired differences."""
     confidence, values = 1 - 0.05 / comparisons, _scores(examples)
@@ -133,10 +143,44 @@ def test_where_draws_say_little_it_is_t(examples: int, comparisons: int) -> None
 
 
 def test_both_kinds_agree_where_both_can_be() -> None:
-    """On the edge between them, a ratio's interval by resampling is that by t within some percent."""
+    """Of many examples, a ratio's interval by resampling is that by t within some percent."""
     for weights in ([1.0] * 490, [1.0 + i % 9 for i in range(490)]):
         values = [score - 20 for score in _scores(490)]
-        drawn, far = paired_interval(values, weights), paired_interval(values * 2, weights * 2)
+        drawn, far = paired_interval(values, weights), paired_interval(values * 60, weights * 60)
         assert by_bootstrap(490, 0.95)
-        assert not by_bootstrap(980, 0.95)
-        assert _width(drawn) == pytest.approx(math.sqrt(2) * _width(far), rel=0.05)
+        assert not by_bootstrap(60 * 490, 0.95)
+        assert _width(drawn) == pytest.approx(math.sqrt(60) * _width(far), rel=0.05)
+
+
+def test_a_whole_test_split_is_resampled() -> None:
+    """Of CNN/DailyMail's 11,490 examples, for every pair of six, within seconds; no batch is of the whole of it."""
+    values = numpy.random.default_rng(0).normal(size=(15, 11_490))
+    assert by_bootstrap(11_490, 1 - 0.05 / 15)
+    begun = time.perf_counter()
+    found = paired_intervals(values, confidence=1 - 0.05 / 15)
+    assert time.perf_counter() - begun < 10
+    far = t.isf(0.05 / 30, 11_489) / math.sqrt(11_490)
+    assert [_width(one) for one in found] == pytest.approx([2 * far] * 15, rel=0.08)
+
+
+@pytest.mark.parametrize("weights", [None, [1.0 + i % 4 for i in range(40)]])
+def test_resamples_are_those_of_scipy(weights: list[float] | None) -> None:
+    """Of the same ratio scipy's own percentile bootstrap has the same interval, as near as another draw is."""
+    values, weight = numpy.asarray(_scores(40)) - 20, numpy.asarray(weights or [1.0] * 40)
+
+    def ratio(drawn: numpy.ndarray, axis: int) -> numpy.ndarray:
+        return values[drawn].sum(axis) / weight[drawn].sum(axis)  # type: ignore[no-any-return]
+
+    far = t.isf(0.025, 39) * math.sqrt(40 / 39)
+    theirs = bootstrap(
+        (numpy.arange(40),), ratio, n_resamples=10_000, method="percentile", rng=numpy.random.default_rng(1),
+        confidence_level=1 - 2 * float(norm.sf(far)),
+    ).confidence_interval  # fmt: skip
+    ours = paired_interval(list(values), weights)
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.05 * _width(ours))
+
+
+def test_one_example_has_no_interval_by_resamples() -> None:
+    """There is nothing to draw from, and no degree of freedom."""
+    assert not by_bootstrap(1, 0.95)
+    assert not by_bootstrap(0, 0.95)

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 
 from peftbench.errors import RecordError
+from peftbench.evaluation.statistics import paired_interval
 from peftbench.record import Compute, Device, Flops, Interval, Outcome, RunRecord
-from peftbench.report.beside import beside
+from peftbench.report.beside import beside, by_example
 from peftbench.report.beside_text import regressed
 from peftbench.report.figures import FIGURES, parse_thresholds
-from peftbench.report.pairing import Change
+from peftbench.report.pairing import Change, Runs, matched
+from tests.report.records import noise
 from tests.report.sides import figures, held, printed, run, scored, suite
 
 
@@ -231,8 +233,8 @@ def test_two_machines_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_a_change_that_the_examples_support(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each example lost two points: the interval has no width, leaves zero out, and the sentence says so."""
-    left = suite(tmp_path / "A", scored((10.0, 20.0, 60.0)))
-    right = suite(tmp_path / "B", scored((8.0, 18.0, 58.0)))
+    left = suite(tmp_path / "A", scored((10.0, 20.0, 60.0) * 7))
+    right = suite(tmp_path / "B", scored((8.0, 18.0, 58.0) * 7))
     found = beside(left, right)
     figure = figures(found.pairs[0])["rougeL"]
     assert figure.paired is not None
@@ -244,7 +246,7 @@ def test_a_change_that_the_examples_support(tmp_path: Path, capsys: pytest.Captu
 
 def test_a_change_that_the_examples_do_not_support(tmp_path: Path) -> None:
     """A mean that fell by the chance of one example falls, and the sentence says that the interval has zero in it."""
-    left, right = scored((10.0, 10.0, 60.0, 10.0)), scored((14.0, 13.0, 30.0, 14.0))
+    left, right = scored((10.0, 10.0, 60.0, 10.0) * 5), scored((14.0, 13.0, 30.0, 14.0) * 5)
     pair = held(tmp_path, left, right)
     figure = figures(pair)["rougeL"]
     assert figure.paired is not None
@@ -285,3 +287,52 @@ def test_scores_that_cannot_be_paired(changes: dict[str, Any], reason: str, tmp_
     assert figure.paired.missing == reason
     sentence = regressed(beside(tmp_path / "A", tmp_path / "B"))
     assert sentence.endswith("lora (held_out_loss +23.1%, no interval)")
+
+
+@pytest.mark.parametrize("count", [1, 2, 19])
+def test_few_examples_support_nothing(count: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of one example there is no interval, and of fewer than twenty none supports anything, however narrow it is."""
+    sides = suite(tmp_path / "A", scored((10.0,) * count)), suite(tmp_path / "B", scored((8.0,) * count))
+    found = beside(*sides)
+    paired = figures(found.pairs[0])["rougeL"].paired
+    assert paired is not None
+    assert paired.supported is None
+    assert paired.missing == ("too few examples" if count == 1 else None)
+    assert (paired.interval is None) == (count == 1)
+    why = "no interval" if count == 1 else "too few examples to support it"
+    assert regressed(found).endswith(f"lora (rougeL -20%, {why})")
+    said = printed(found, capsys)
+    assert ("no interval: too few examples" in said) == (count == 1)
+    assert ("; of fewer than 20 examples none is supported" in said) == (count > 1)
+
+
+def test_intervals_are_corrected_for_how_many_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Four runs with one such figure each are four intervals of 1 - 0.05 / 4; by hand, over the same examples."""
+    before, after = noise(60, 0), [noise(60, seed) for seed in range(1, 5)]
+    old = [scored(tuple(before)).model_copy(update={"name": f"r{i}"}) for i in range(4)]
+    new = [scored(tuple(one)).model_copy(update={"name": f"r{i}"}) for i, one in enumerate(after)]
+    found = beside(suite(tmp_path / "A", *old), suite(tmp_path / "B", *new))
+    for pair, late in zip(found.pairs, after, strict=True):
+        paired = figures(pair)["rougeL"].paired
+        expected = paired_interval([b - a for a, b in zip(before, late, strict=True)], confidence=1 - 0.05 / 4)
+        assert paired is not None
+        assert paired.interval is not None
+        assert (paired.interval.low, paired.interval.high) == pytest.approx((expected.low, expected.high))
+    said = "paired over examples; all 4 hold together with 95 %, and they know nothing of seeds"
+    assert said in printed(found, capsys)
+
+
+def test_chance_supports_a_change_as_seldom_as_is_said(tmp_path: Path) -> None:
+    """Of 60 comparisons of ten runs that do not differ, some 5 % have a supported change; uncorrected some 40 %."""
+    wrong = 0
+    for draw in range(60):
+        names = [f"r{i}" for i in range(10)]
+        sides = [
+            Runs(tmp_path, {
+                name: scored(tuple(noise(40, 1000 * draw + 100 * side + i))).model_copy(update={"name": name})
+                for i, name in enumerate(names)
+            })
+            for side in range(2)
+        ]  # fmt: skip
+        wrong += any(one["rougeL"].supported for one in by_example(matched(*sides)))
+    assert wrong <= 9

@@ -137,6 +137,34 @@ def test_few_examples_support_nothing() -> None:
         (found,) = differences(rows).differences
         assert found.interval.low > 0
         assert found.supported is supported
+        assert found.verdict == ("a (lora) is better" if supported else "too few examples")
+    (found,) = differences([judged("a", "lora", scores(0, 1)), judged("b", "full", scores(0, 2))]).differences
+    assert found.verdict == "not significant"
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_hardly_any_examples(count: int) -> None:
+    """Of one example there is no interval, which is said; of two there is one, that supports nothing."""
+    compared = differences([judged("a", "lora", [40.0, 42.0][:count]), judged("b", "full", [30.0, 31.0][:count])])
+    assert [one.verdict for one in compared.differences] == ["too few examples"] * (count - 1)
+    assert (len(compared.unpaired), compared.examples, compared.bootstrapped) == (2 - count, count, False)
+    assert compared.figure is not None
+    assert compared.figure.key == "rougeL"
+
+
+def test_the_figure_where_nothing_is_compared() -> None:
+    """It is ROUGE-L where all whose quality is known have it, else the loss; of nothing known it is none."""
+    older = record("older", "full", 10)
+    assert older.quality is not None
+    without = older.quality.model_copy(update={"rouge": None})
+    mute = record("mute", "lora", 10, quality=without)
+    ended = record("ended", "lora", 10, quality=None, method={"x": 1}, outcome=Outcome(kind="oom"))
+    for rows, key in (([GOOD], "rougeL"), ([older, ended], "rougeL"), ([older, mute, GOOD], "loss"), ([mute], "loss")):
+        compared = differences(rows)
+        assert compared.differences == ()
+        assert compared.figure is not None
+        assert compared.figure.key == key
+    assert differences([ended]).figure is None
 
 
 def test_more_than_ten_are_the_best_of_each_method() -> None:

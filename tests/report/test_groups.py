@@ -23,6 +23,14 @@ def test_over_seeds_groups_what_differs_in_seeds_alone() -> None:
     }  # fmt: skip
 
 
+def test_a_seed_counts_once() -> None:
+    """``full`` of seed 0, run twice, is one seed beside 1 and 2: by hand, of 1 and 3, 2 and 3, the mean of three."""
+    runs = [("full", 0, 1.0), ("full-seed=0", 0, 3.0), ("full-seed=1", 1, 2.0), ("full-seed=2", 2, 3.5)]
+    (row,) = over_seeds([record(name, "full", 9, seed=seed, loss=loss) for name, seed, loss in runs])
+    assert row["seeds"] == "3"
+    assert row["held-out loss"].startswith("2.500 ± 0.866 (")
+
+
 def test_by_knob_is_a_row_a_method_and_a_column_a_value() -> None:
     """Each loss stands under its value, the lowest is bold, and a run without one shows how it ended."""
     rows = [record(f"l{batch}", "lora", 10, global_batch=batch, loss=loss) for batch, loss in ((16, 2.0), (2, 1.5))]

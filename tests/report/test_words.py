@@ -65,7 +65,7 @@ def test_a_difference_and_none(off: float, words: str) -> None:
     said = summary([full(), lora(off)])
     assert said[0] == OPENING
     assert re.match(words, said[1])
-    assert said[1].endswith(" at 86 % of its memory, 82 % of its time and 69 % of its required FLOPs.")
+    assert said[1].endswith(" at 86 % of its memory, 82 % of its time in one run each and 69 % of its required FLOPs.")
     assert said[2:] == [
         f"Intervals hold with 95 % for the one comparison: paired bootstrap over {COUNT} held-out examples, {ONE_SEED}"
     ]
@@ -95,9 +95,10 @@ def test_within_is_the_further_end() -> None:
          "from that of full."),
         ({"throughput": costly(1, 0.1, 1)["throughput"].model_copy(update={"steps": 9})},
          ", at 86 % of its memory and 69 % of its required FLOPs."),
-        ({"memory": {}}, ", at 82 % of its time and 69 % of its required FLOPs."),
+        ({"memory": {}}, ", at 82 % of its time in one run each and 69 % of its required FLOPs."),
         ({"memory": {}, "throughput": None}, ", at 69 % of its required FLOPs."),
-        (costly(3, 2.5, 1), ", at 0.3 % of its memory, 250 % of its time and 1 % of its required FLOPs."),
+        (costly(3, 2.5, 1),
+         ", at 0.3 % of its memory, 250 % of its time in one run each and 1 % of its required FLOPs."),
     ],
 )  # fmt: skip
 def test_costs(changes: dict[str, object], end: str) -> None:
@@ -128,6 +129,8 @@ def _memory(size: int, device: str) -> Memory:
         ("cuda", [100], [100], "100 % of its memory"),
         ("cuda", [100, 104], [103, 110], None),
         ("cuda", [100, 104], [105, 111], "106 % of its memory"),
+        ("cuda", [100, 101, 110], [100, 109, 110], None),
+        ("cuda", [100, 100], [100, 100], "100 % of its memory"),
         ("cpu", [800], [800 + 63], None),
         ("cpu", [800], [880], "110 % of its memory"),
     ],
@@ -141,6 +144,15 @@ def test_memory_that_cannot_be_told_apart(
     assert ("its memory and its time cannot be told apart from those of full" in sentence) == (told is None)
     assert ("of its memory" in sentence) == (told is not None)
     assert told is None or told in sentence
+
+
+def test_a_ratio_of_times_is_of_runs_where_there_are_several() -> None:
+    """One run each says of their own steps alone that the one is faster, and that is said; of three seeds it is not."""
+    slow, fast = costly(860, 1.0, 69), costly(860, 0.5, 69)
+    assert "50 % of its time in one run each and" in of([full(), lora(4.0, **fast)], "lora")
+    rows = [judged(f"full-seed={s}", "full", scores(0, s), seed=s, data_seed=0, **slow) for s in range(3)]
+    rows += [judged(f"lora-seed={s}", "lora", scores(9, s + 3), seed=s, data_seed=0, **fast) for s in range(3)]
+    assert "50 % of its time and 100 % of" in of(rows, "lora")
 
 
 def seeds(name: str, kind: str, offs: list[float]) -> list[RunRecord]:
@@ -256,11 +268,44 @@ def test_few_examples() -> None:
         judged("lora", "lora", [9.0] * 16, **costly(3, 2, 9)),
     ]
     assert summary(rows) == [
-        "lora is compared with full by costs alone, at 33 % of its memory, 200 % of its time and 100 % of its required "
-        "FLOPs.",
+        "lora is compared with full by costs alone, at 33 % of its memory, 200 % of its time in one run each and 100 % "
+        "of its required FLOPs.",
         "Nothing is concluded about quality from 16 held-out examples: of fewer than 20 one odd example can make a "
         "difference.",
     ]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_hardly_any_examples(count: int) -> None:
+    """Of one held-out example, or two, nothing is concluded, and nothing breaks."""
+    rows = [judged("full", "full", BASE[:count]), judged("lora", "lora", scores(4)[:count])]
+    said = summary(rows)
+    assert len(said) == 1
+    assert said[0].startswith("Of a single held-out example" if count == 1 else "Nothing is concluded about quality")
+
+
+def test_runs_of_several_commits() -> None:
+    """Between the seeds of one configuration nothing else should differ, the code neither."""
+    runs = seeds("full", "full", [0, 0, 0]) + seeds("lora", "lora", [1, 2, 3])
+    runs = [run.model_copy(update={"git": "a" if i < 4 else "b"}) for i, run in enumerate(runs)]
+    assert of(runs, "Made by") == (
+        "Made by more than one commit, so that the runs of each may differ in more than seeds: lora."
+    )
+    assert len(differences(runs).every) == 2
+    assert not any("commit" in one for one in summary(runs[:4]))
+
+
+def test_a_baseline_that_shares_no_seed_is_in_no_sentence_but_one() -> None:
+    """Beside a baseline of other seeds nothing was compared, and there is no "none of 0"."""
+    base = [judged(f"base-seed={s}", "zero_shot", scores(-9, s), seed=s) for s in (7, 8)]
+    said = summary([full(), lora(4), *base])
+    assert not any("beyond chance" in one or "None of" in one for one in said)
+    assert "full and base (zero_shot) have no seed in common, and are not compared." in said
+    more = [*base, judged("base-seed=0", "zero_shot", scores(9, 3))]
+    one = judged("last", "last_layer", scores(0), seed=3)
+    assert of([full(), one, *more], "full, which").startswith(
+        "full, which alone was compared with base (zero_shot), is not better than it beyond chance"
+    )
 
 
 def test_old_records() -> None:

@@ -97,9 +97,8 @@ class Evaluation:
             # A model that was not trained is not prepared to do so itself.
             with self.bound.autocast(), self.loss_at.in_use():
                 losses = self.loss_at.by_token(self.model, batch.to(self.accelerator.device)).cpu().double()
-            labelled = [len(row["input_ids"]) - row["prompt_tokens"] for row in rows]
-            for row, one in zip(rows if count else (), losses.split(labelled) if count else (), strict=True):
-                found.append((row["index"], (float(one.sum()), len(one))))
+            if count:
+                found += [(index, (float(one.sum()), len(one))) for index, one in _by_row(rows, losses)]
         summed, counts = zip(*self._in_order(found), strict=True)
         return HeldOut(summed, counts)
 
@@ -112,9 +111,8 @@ class Evaluation:
             batch = self._collate(rows)
             with self.bound.autocast(), self.loss_at.in_use():
                 best = self.loss_at.logits(self.model, batch.to(self.accelerator.device)).argmax(-1).cpu()
-            labelled = [len(row["input_ids"]) - row["prompt_tokens"] for row in rows]
-            for row, tokens in zip(rows if count else (), best.split(labelled) if count else (), strict=True):
-                texts.append((row["index"], self.encoder.decode(tokens.tolist())))
+            if count:
+                texts += [(index, self.encoder.decode(one.tolist())) for index, one in _by_row(rows, best)]
         return self._in_order(texts)
 
     @torch.no_grad()  # and not inference_mode, in which shared weights cannot be gathered
@@ -156,6 +154,14 @@ class Evaluation:
     def _in_order(self, found: list[tuple[int, T]]) -> list[T]:
         gathered = gather_object(found) if self.accelerator.num_processes > 1 else found
         return [one for _, one in sorted(gathered, key=itemgetter(0))]
+
+
+def _by_row(rows: Sequence[dict[str, Any]], of_labels: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """Each row's index and its own of what is there for all labelled tokens, row by row as the collator labels them."""
+    # The first token of a row is never predicted, so that without a prompt it has no label either.
+    labelled = [len(row["input_ids"]) - max(1, row["prompt_tokens"]) for row in rows]
+    for row, own in zip(rows, of_labels.split(labelled), strict=True):
+        yield row["index"], own
 
 
 def quality_of(

@@ -10,11 +10,22 @@ from numpy.typing import ArrayLike, NDArray
 
 from peftbench.record import Interval
 
+Array = NDArray[numpy.float64]
+
 RESAMPLES = 10_000
 """Of a difference, at least; the more certain its interval shall be, the more are drawn."""
 
-MOST_DRAWS = 5_000_000
-"""Of examples, for one difference, at most; 45 differences of so many take about a second."""
+MOST_RESAMPLES = 250_000
+"""At most: all of their means lie in memory until their percentiles are known."""
+
+MOST_DRAWS = 250_000_000
+"""Of examples, at most, and the same ones for all pairs; so many take about two seconds."""
+
+_AT_ONCE = 4_000_000
+"""Draws that lie in memory together, about, of some 24 bytes each. Of fewer the products are small and slow."""
+
+_MEANS_AT_ONCE = 12_500_000
+"""Of resamples and pairs that lie in memory together; more pairs than that are taken one part after another."""
 
 _IN_TAILS = 20
 """How many resamples lie outside of an interval, at least, or its ends are one draw's chance."""
@@ -62,7 +73,10 @@ def paired_intervals(
     weight = numpy.ones(values.shape[1]) if weights is None else numpy.asarray(weights, dtype=float)
     means = _ratio(values, weight)
     if by_bootstrap(values.shape[1], confidence):
-        lows, highs = _percentiles(values, weight, _expanded(values.shape[1], confidence), seed)
+        expanded = _expanded(values.shape[1], confidence)
+        parts = math.ceil(len(values) * _resamples(expanded) / _MEANS_AT_ONCE)
+        ends = [_percentiles(part, weight, expanded, seed) for part in numpy.array_split(values, parts)]
+        lows, highs = map(numpy.concatenate, zip(*ends, strict=True))
     else:
         lows, highs = _students(values, weight, means, confidence)
     # What does not vary has no width; sums in floating point would give it one.
@@ -74,10 +88,14 @@ def paired_intervals(
 def by_bootstrap(examples: int, confidence: float) -> bool:
     """Whether an interval over so many examples is resampled, or by Student's t.
 
-    It is t where resampling would take more than ``MOST_DRAWS``: of few examples so far out in the tails that draws say
-    little of them, or of so many that their mean is as good as normal.
+    It is t where so few resamples would lie outside of the interval that it would take more than ``MOST_RESAMPLES``,
+    and where all draws together were more than ``MOST_DRAWS``, of so many examples that their mean is as good as
+    normal. Of a single example there is no interval of either kind.
     """
-    return examples * _resamples(_expanded(examples, confidence)) <= MOST_DRAWS
+    if examples < 2:
+        return False
+    resamples = _resamples(_expanded(examples, confidence))
+    return resamples <= MOST_RESAMPLES and examples * resamples <= MOST_DRAWS
 
 
 def seeds_interval(values: Sequence[float], *, confidence: float = 0.95) -> Interval:
@@ -106,25 +124,27 @@ def _resamples(confidence: float) -> float:
     return max(RESAMPLES, math.ceil(_IN_TAILS / (1 - confidence))) if confidence < 1 else math.inf
 
 
-def _percentiles(
-    values: NDArray[numpy.float64], weights: NDArray[numpy.float64], confidence: float, seed: int
-) -> tuple[NDArray[numpy.float64], NDArray[numpy.float64]]:
-    """Ends (pairs,) of bootstrap intervals of ratios; which examples are drawn is what is resampled."""
-    from scipy.stats import bootstrap
+def _percentiles(values: Array, weights: Array, confidence: float, seed: int) -> tuple[Array, Array]:
+    """Ends (pairs,) of bootstrap intervals of ratios; which examples are drawn is what is resampled.
 
-    def ratios(drawn: NDArray[numpy.int64], axis: int = -1) -> NDArray[numpy.float64]:
-        return _ratio(values[:, drawn], weights[drawn], axis)
+    scipy's bootstrap would gather the values of every pair for every draw. How often each example is drawn is the same
+    for all pairs, so it is counted once, and the sums of all of them are one matrix product.
+    """
+    count, random = len(weights), numpy.random.default_rng(seed)
+    columns, at_once = numpy.column_stack([values.T, weights]), max(1, _AT_ONCE // len(weights))
+    drawn = []
+    for left in range(int(_resamples(confidence)), 0, -at_once):
+        rows = min(at_once, left)
+        places = random.integers(count, size=(rows, count)) + count * numpy.arange(rows)[:, None]
+        times = numpy.bincount(places.ravel(), minlength=rows * count).reshape(rows, count)
+        sums = times.astype(float) @ columns
+        drawn.append(sums[:, :-1] / sums[:, -1:])
+    tail = (1 - confidence) / 2
+    low, high = numpy.quantile(numpy.concatenate(drawn), [tail, 1 - tail], axis=0)
+    return low, high
 
-    found = bootstrap(
-        (numpy.arange(len(weights)),), ratios, vectorized=True, confidence_level=confidence,
-        n_resamples=int(_resamples(confidence)), batch=100, method="percentile", rng=numpy.random.default_rng(seed),
-    ).confidence_interval  # fmt: skip
-    return found.low, found.high
 
-
-def _students(
-    values: NDArray[numpy.float64], weights: NDArray[numpy.float64], means: NDArray[numpy.float64], confidence: float
-) -> tuple[NDArray[numpy.float64], NDArray[numpy.float64]]:
+def _students(values: Array, weights: Array, means: Array, confidence: float) -> tuple[Array, Array]:
     """Ends (pairs,) of Student's intervals of ratios, linearised (Cochran 1977, Sampling techniques, chapter 6)."""
     from scipy.stats import sem, t
 
@@ -133,6 +153,6 @@ def _students(
     return means - far, means + far
 
 
-def _ratio(values: NDArray[numpy.float64], weights: NDArray[numpy.float64], axis: int = -1) -> NDArray[numpy.float64]:
-    ratio: NDArray[numpy.float64] = values.sum(axis) / weights.sum(axis)
+def _ratio(values: Array, weights: Array, axis: int = -1) -> Array:
+    ratio: Array = values.sum(axis) / weights.sum(axis)
     return ratio

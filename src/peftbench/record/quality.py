@@ -8,11 +8,20 @@ from peftbench.record.kept import Kept
 
 
 class Interval(Kept):
-    """A mean and its 95 % bootstrap interval."""
+    """A mean, and what it lies in: at 95 % and by a bootstrap in a record; a comparison says by what and how surely."""
 
     mean: float
     low: float
     high: float
+
+    def __neg__(self) -> Interval:
+        """Of the negative values: what a less b is, as b less a."""
+        return Interval(mean=-self.mean, low=-self.high, high=-self.low)
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether it lies on one side of zero."""
+        return self.low > 0 or self.high < 0
 
 
 class Sample(Kept):

@@ -27,6 +27,9 @@ from peftbench.record.quality import Quality
 SCHEMA_VERSION = 1
 FILE = "record.json"
 
+NEEDED = ("method.kind", "train.seed", "data.seed")
+"""Knobs that every recipe has, and without which a run can be compared with none."""
+
 OutcomeKind = Literal["ok", "oom", "diverged", "preempted", "failed"]
 
 EXIT_CODES: dict[str, int] = {"ok": 0, "oom": 70, "diverged": 71, "preempted": 72, "failed": 73}
@@ -170,16 +173,22 @@ def read_record(path: Path) -> RunRecord:
     """Read one record.
 
     Raises:
-        RecordError: the file is not a record of this schema.
+        RecordError: the file is not a record of this schema, or its recipe is another program's.
     """
     try:
-        return RunRecord.model_validate_json(path.read_bytes())
+        record = RunRecord.model_validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise RecordError(f"{path} is not a record of schema {SCHEMA_VERSION}: {where}: {first['msg']}") from error
     except OSError as error:
         raise RecordError(f"{path} cannot be read: {error.strerror}") from error
+    for knob in NEEDED:
+        part, name = knob.split(".")
+        inside = record.recipe.get(part)
+        if not isinstance(inside, dict) or name not in inside:
+            raise RecordError(f"{path} is not a record: its recipe has no {knob}")
+    return record
 
 
 def read_records(folder: Path) -> list[RunRecord]:

@@ -6,14 +6,16 @@ Data alone; ``beside_text`` is what a person reads of it. Shares are of what a f
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
-from peftbench.evaluation.statistics import paired_interval
+from peftbench.evaluation.statistics import paired_intervals
 from peftbench.record import ByExample, Interval, RunRecord
 from peftbench.record.kept import Kept
+from peftbench.report.differences import LEAST_EXAMPLES, corrected
 from peftbench.report.figures import FIGURES, LOSS, OUTCOME, Kind, Thresholds, value_of
 from peftbench.report.pairing import Change, Match, MatchedBy, Runs, changes, matched
 
@@ -27,9 +29,12 @@ class Paired(Kept):
     """What the examples say of a change in quality."""
 
     interval: Interval | None = None
-    """Of the mean difference, after less before, in the figure's unit: 95 %, paired, over examples."""
+    """Of the mean difference, after less before, in the figure's unit: paired, over examples.
+
+    All intervals of the comparison hold together with 95 %.
+    """
     supported: bool | None = None
-    """Whether the interval leaves zero out; None where there is no interval."""
+    """Whether the interval leaves zero out; None where there is no interval, and of fewer than 20 examples."""
     missing: str | None = None
     """Why there is no interval."""
 
@@ -112,7 +117,7 @@ def beside(before: Path, after: Path, thresholds: Thresholds | None = None) -> B
     limits = thresholds or Thresholds()
     left, right = Runs.below(before), Runs.below(after)
     matches = matched(left, right)
-    pairs = tuple(_pair(match, limits) for match in matches)
+    pairs = tuple(_pair(match, limits, paired) for match, paired in zip(matches, by_example(matches), strict=True))
     both = [(match.before, match.after) for match in matches if match.before and match.after]
     return Beside(
         before=_side(left, [old for old, _ in both]),
@@ -144,21 +149,23 @@ def _common(pairs: Sequence[Pair]) -> tuple[Change, ...]:
     return tuple(change for change in first if all(change.model_dump_json() in other for other in others))
 
 
-def _pair(match: Match, thresholds: Thresholds) -> Pair:
+def _pair(match: Match, thresholds: Thresholds, paired: Mapping[str, Paired]) -> Pair:
     old, new = match.before, match.after
     names = (old.name if old else None, new.name if new else None)
     if old is None or new is None:
         return Pair(before=names[0], after=names[1], matched_by=None, fell=new is None)
-    figures = _figures_of(old, new, thresholds)
+    figures = _figures_of(old, new, thresholds, paired)
     return Pair(
         before=names[0], after=names[1], matched_by=match.by, config=changes(old, new), figures=figures,
         fell=any(figure.fell for figure in figures),
     )  # fmt: skip
 
 
-def _figures_of(before: RunRecord, after: RunRecord, thresholds: Thresholds) -> tuple[Figure, ...]:
+def _figures_of(
+    before: RunRecord, after: RunRecord, thresholds: Thresholds, paired: Mapping[str, Paired]
+) -> tuple[Figure, ...]:
     """The outcome, then every figure that is known before or after."""
-    known = [_figure(kind, before, after, thresholds.of(name)) for name, kind in FIGURES.items()]
+    known = [_figure(kind, before, after, thresholds.of(name), paired.get(name)) for name, kind in FIGURES.items()]
     return (_outcome(before, after), *(figure for figure in known if figure is not None))
 
 
@@ -170,7 +177,9 @@ def _outcome(before: RunRecord, after: RunRecord) -> Figure:
     )  # fmt: skip
 
 
-def _figure(kind: Kind, before: RunRecord, after: RunRecord, threshold: Fraction) -> Figure | None:
+def _figure(
+    kind: Kind, before: RunRecord, after: RunRecord, threshold: Fraction, paired: Paired | None
+) -> Figure | None:
     old, new = value_of(kind, before), value_of(kind, after)
     if old is None and new is None:
         return None
@@ -180,7 +189,7 @@ def _figure(kind: Kind, before: RunRecord, after: RunRecord, threshold: Fraction
     return Figure(
         name=kind.name, unit=kind.unit, better=kind.better, before=old, after=new, change=change,
         threshold=float(threshold), verdict=verdict, fell=verdict in {"fell", "lost"},
-        paired=_paired(kind.name, before, after) if kind.quality and old is not None and new is not None else None,
+        paired=paired,
     )  # fmt: skip
 
 
@@ -201,21 +210,66 @@ def _judged(kind: Kind, old: float | None, new: float | None, threshold: Fractio
     return change, "fell" if worse > allowed else "gained" if -worse > allowed else "within"
 
 
-def _paired(figure: str, before: RunRecord, after: RunRecord) -> Paired:
-    """What the examples say of the difference in ``figure``, which is one of quality."""
+@dataclass(frozen=True)
+class _Examples:
+    """One figure of both runs, example by example."""
+
+    differences: tuple[float, ...]
+    """After less before."""
+    weights: tuple[int, ...] | None
+    """The labelled tokens of a loss."""
+
+
+def _examples(kind: Kind, before: RunRecord, after: RunRecord) -> _Examples | str | None:
+    """The difference in a figure by example, or why there is none; None where it is not known, or not of quality."""
+    if not kind.quality or value_of(kind, before) is None or value_of(kind, after) is None:
+        return None
+    figure = kind.name
     old, new = (record.quality.by_example if record.quality else None for record in (before, after))
     here, there = (_scores(figure, scores) for scores in (old, new))
     if old is None or new is None or not here or not there:
-        return Paired(missing="not both records have the scores of each example")
+        return "not both records have the scores of each example"
     if old.identity != new.identity or len(here) != len(there):
-        return Paired(missing="they were not evaluated on the same examples")
+        return "they were not evaluated on the same examples"
     if figure == LOSS and old.labelled != new.labelled:
-        return Paired(missing="their summaries are not of the same tokens")
-    differences = [late - early for early, late in zip(here, there, strict=True)]
-    if not any(differences):  # nothing to draw from, and a suite that is as it was shall take no time
-        return Paired(interval=Interval(mean=0.0, low=0.0, high=0.0), supported=False)
-    interval = paired_interval(differences, old.labelled if figure == LOSS else None)
-    return Paired(interval=interval, supported=interval.low > 0 or interval.high < 0)
+        return "their summaries are not of the same tokens"
+    if len(here) < 2:
+        return "too few examples"
+    differences = tuple(late - early for early, late in zip(here, there, strict=True))
+    return _Examples(differences, old.labelled if figure == LOSS else None)
+
+
+def by_example(matches: Sequence[Match]) -> list[dict[str, Paired]]:
+    """What the examples say of every figure of quality: for each match, by name.
+
+    Intervals are corrected for how many they are. Those over the same examples are made together, which resamples once.
+    """
+    found: dict[tuple[int, str], _Examples | str] = {}
+    for place, match in enumerate(matches):
+        if match.before is not None and match.after is not None:
+            of_figures = {name: _examples(kind, match.before, match.after) for name, kind in FIGURES.items()}
+            found |= {(place, name): said for name, said in of_figures.items() if said is not None}
+    confidence = corrected(sum(isinstance(one, _Examples) for one in found.values()))
+    paired = {key: Paired(missing=why) for key, why in found.items() if isinstance(why, str)}
+    alike: dict[tuple[int, tuple[int, ...] | None], dict[tuple[int, str], _Examples]] = {}
+    for key, one in found.items():
+        if isinstance(one, str):
+            continue
+        if not any(one.differences):  # nothing to draw from, and a suite that is as it was shall take no time
+            paired[key] = _judged_interval(Interval(mean=0.0, low=0.0, high=0.0), len(one.differences))
+        else:
+            alike.setdefault((len(one.differences), one.weights), {})[key] = one
+    for (count, weights), group in alike.items():
+        intervals = paired_intervals([one.differences for one in group.values()], weights, confidence=confidence)
+        paired |= {key: _judged_interval(interval, count) for key, interval in zip(group, intervals, strict=True)}
+    by_match: list[dict[str, Paired]] = [{} for _ in matches]
+    for (place, name), judged in paired.items():
+        by_match[place][name] = judged
+    return by_match
+
+
+def _judged_interval(interval: Interval, examples: int) -> Paired:
+    return Paired(interval=interval, supported=interval.excludes_zero if examples >= LEAST_EXAMPLES else None)
 
 
 def _scores(figure: str, scores: ByExample | None) -> tuple[float, ...]:

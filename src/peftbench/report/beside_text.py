@@ -12,6 +12,7 @@ from rich.text import Text
 
 from peftbench.record import Interval
 from peftbench.report.beside import Beside, Figure, Pair, Side, Verdict
+from peftbench.report.differences import LEAST_EXAMPLES, LEVEL
 from peftbench.report.figures import FIGURES, OUTCOME
 from peftbench.report.pairing import Change
 from peftbench.report.table import natural_width
@@ -68,12 +69,28 @@ def end(found: Beside) -> list[str]:
         return ["nothing changed"]
     lines = []
     if any(figure.paired and figure.paired.interval and _shown(figure) for p in found.pairs for figure in p.figures):
-        lines.append("in brackets: the difference's 95 % interval, paired over examples; it knows nothing of seeds")
+        lines.append(of_intervals(found))
     reasons = {f.paired.missing for p in found.pairs for f in p.figures if f.paired and f.paired.missing and _shown(f)}
     lines += [f"no interval: {reason}" for reason in sorted(reason for reason in reasons if reason)]
     if not any(figure_cells(pair) for pair in found.pairs):
         lines.append("no figure changed")
     return lines if found.fell else [*lines, "nothing fell by more than its threshold"]
+
+
+def of_intervals(found: Beside) -> str:
+    """What the brackets hold, and of how many intervals all are to hold together."""
+    paired = [figure.paired for pair in found.pairs for figure in pair.figures if figure.paired]
+    known = [one for one in paired if one.interval]
+    together = f"all {len(known):,} hold together" if len(known) > 1 else "it holds"
+    few = (
+        f"; of fewer than {LEAST_EXAMPLES} examples none is supported"
+        if any(one.supported is None for one in known)
+        else ""
+    )
+    return (
+        f"in brackets: the difference's interval, paired over examples; {together} with {100 * (1 - LEVEL):.3g} %, and "
+        f"{'they know' if len(known) > 1 else 'it knows'} nothing of seeds{few}"
+    )
 
 
 def config_rows(found: Beside) -> list[tuple[Change, str]]:
@@ -195,7 +212,8 @@ def verdict_text(figure: Figure) -> str:
 def _support(figure: Figure) -> Iterator[str]:
     """Whether the examples bear a change in quality out."""
     if figure.paired is not None:
-        said = {True: "supported by the interval", False: "not supported by the interval", None: "no interval"}
+        unsaid = "no interval" if figure.paired.interval is None else "too few examples to support it"
+        said = {True: "supported by the interval", False: "not supported by the interval", None: unsaid}
         yield said[figure.paired.supported]
 
 

@@ -7,15 +7,24 @@ import json
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from peftbench.record import RunRecord, train_peak_bytes
 from peftbench.report.columns import labelled
+from peftbench.report.lines import on_a_line
+
+Seed = tuple[int, int]
+"""train.seed and data.seed."""
 
 SEEDS = ("train.seed", "data.seed")
-_NAMES = ("name", "output_dir")
+
+CHANGES_NOTHING = ("name", "output_dir", "save_model", "trackers", "checkpoint", "profile.price_per_hour")
+"""Knobs that change no number: what a recipe's fingerprint leaves out. A test holds the two together."""
+
+NULL_CHANGES_NOTHING = {"budget": "budget.memory", "train.trunk_cache": "train.trunk_cache"}
+"""Knobs that change nothing as long as another one is null or, in an older record, is not there."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,47 +78,117 @@ class Configuration:
 
     @property
     def losses(self) -> tuple[float, ...]:
-        """Held-out losses in nats, of the runs that have one that is a number."""
-        found = (run.quality.loss for run in self.ok if run.quality is not None)
-        return tuple(loss for loss in found if loss is not None and math.isfinite(loss))
+        """Held-out losses in nats, one a seed, of the runs that have one that is a number."""
+        return self._by_seed(lambda run: run.quality.loss if run.quality else None)
 
     @property
     def rouge_l(self) -> tuple[float, ...]:
-        """ROUGE-L (0 to 100) of generated summaries, of the runs that wrote some."""
-        found = (run.quality.rouge for run in self.ok if run.quality is not None)
-        return tuple(rouge["rougeL"].mean for rouge in found if rouge and "rougeL" in rouge)
+        """ROUGE-L (0 to 100) of generated summaries, one a seed, of the runs that wrote some."""
+        return self._by_seed(_rouge_l)
+
+    def _by_seed(self, figure: Callable[[RunRecord], float | None]) -> tuple[float, ...]:
+        """A figure of each seed: one that was run twice tells no more of seeds than one that was run once."""
+        found: dict[Seed, list[float]] = {}
+        for run in self.ok:
+            value = figure(run)
+            if value is not None and math.isfinite(value):
+                found.setdefault(seed_of(run), []).append(value)
+        return tuple(statistics.fmean(same) for same in found.values())
+
+
+def seed_of(run: RunRecord) -> Seed:
+    """What a run is paired with another one by."""
+    return int(run.recipe["train"]["seed"]), int(run.recipe["data"]["seed"])
 
 
 def configurations(records: Sequence[RunRecord]) -> list[Configuration]:
     """The configurations of ``records``, in the order in which their first runs come."""
-    found = [_configuration(runs) for runs in alike(records, SEEDS)]
-    seen: Counter[str] = Counter()
-    for index, one in enumerate(found):
-        seen[one.label] += 1
-        if seen[one.label] > 1:  # two suites in one folder may have runs of one name
-            found[index] = replace(one, label=f"{one.label} #{seen[one.label]}")
-    return found
+    found = [
+        _configuration(runs)
+        for same in alike(records, SEEDS)
+        for there in _apart(same, _device)
+        for runs in _of_one_origin(there)
+    ]
+    first = {id(record): place for place, record in enumerate(records)}
+    return _told_apart(sorted(found, key=lambda one: first[id(one.runs[0])]))
 
 
 def alike(records: Sequence[RunRecord], knobs: Sequence[str]) -> list[list[RunRecord]]:
-    """Groups of records whose recipes differ in nothing but their names and ``knobs``, in the order they first come."""
-    groups: dict[str, list[RunRecord]] = {}
-    for record in records:
-        groups.setdefault(_without(record.recipe, (*_NAMES, *knobs)), []).append(record)
-    return list(groups.values())
+    """Groups of records whose recipes differ in nothing but ``knobs`` and what changes no number.
+
+    They are in the order in which they first come.
+    """
+    return _apart(records, lambda record: comparable(record.recipe, knobs))
 
 
-def _without(recipe: dict[str, Any], knobs: Sequence[str]) -> str:
-    """JSON of a recipe, with null for ``knobs``."""
+def comparable(recipe: Mapping[str, Any], knobs: Sequence[str] = ()) -> str:
+    """JSON of a recipe without ``knobs`` and without what changes no number."""
+    out = [*CHANGES_NOTHING, *knobs]
+    out += [knob for knob, asked in NULL_CHANGES_NOTHING.items() if _at(recipe, asked) is None]
     left = dict(recipe)
-    for knob in knobs:
+    for knob in out:
         *parents, last = knob.split(".")
         place = left
         for parent in parents:
-            place[parent] = dict(place[parent])  # the recipe itself stays as it is
+            place[parent] = dict(place.get(parent) or {})  # the recipe itself stays as it is
             place = place[parent]
-        place[last] = None
+        place.pop(last, None)
     return json.dumps(left, sort_keys=True)
+
+
+def _at(recipe: Mapping[str, Any], knob: str) -> object:
+    place: object = recipe
+    for part in knob.split("."):
+        place = place.get(part) if isinstance(place, Mapping) else None
+    return place
+
+
+def _apart(records: Iterable[RunRecord], key: Callable[[RunRecord], object]) -> list[list[RunRecord]]:
+    groups: dict[object, list[RunRecord]] = {}
+    for record in records:
+        groups.setdefault(key(record), []).append(record)
+    return list(groups.values())
+
+
+def _device(record: RunRecord) -> tuple[str, str, int]:
+    return record.device.kind, record.device.name, record.device.processes
+
+
+def _of_one_origin(records: Sequence[RunRecord]) -> list[list[RunRecord]]:
+    """Groups of one base and of one data set. A run that ended before it knew them stands with the first that fits."""
+    groups: list[tuple[dict[str, str], list[RunRecord]]] = []
+    for record in sorted(records, key=lambda one: (one.model_identity, one.data_identity).count(None)):
+        origin = {"model": record.model_identity, "data": record.data_identity}
+        known = {what: identity for what, identity in origin.items() if identity is not None}
+        for there, runs in groups:
+            if all(there.get(what, identity) == identity for what, identity in known.items()):
+                there.update(known)
+                runs.append(record)
+                break
+        else:
+            groups.append((known, [record]))
+    place = {id(record): index for index, record in enumerate(records)}
+    return [sorted(runs, key=lambda run: place[id(run)]) for _, runs in groups]
+
+
+def _told_apart(found: Sequence[Configuration]) -> list[Configuration]:
+    """With a label of its own for each: with its device where that is what differs, else numbered."""
+    named = []
+    for one in found:
+        devices = [_device(other.runs[0]) for other in found if other.label == one.label]
+        alone = len(devices) > 1 and len(set(devices)) == len(devices)
+        named.append(replace(one, label=f"{one.label} on {_device_name(one.runs[0])}") if alone else one)
+    seen: Counter[str] = Counter()
+    for index, one in enumerate(named):
+        seen[one.label] += 1
+        if seen[one.label] > 1:  # two suites in one folder may have runs of one name
+            named[index] = replace(one, label=f"{one.label} #{seen[one.label]}")
+    return named
+
+
+def _device_name(record: RunRecord) -> str:
+    kind, name, processes = _device(record)
+    return on_a_line(name or kind) + (f" with {processes} processes" if processes > 1 else "")
 
 
 def _configuration(runs: Sequence[RunRecord]) -> Configuration:
@@ -117,9 +196,9 @@ def _configuration(runs: Sequence[RunRecord]) -> Configuration:
     return Configuration(labelled(_shared([on_a_line(run.name) for run in runs]) or kind, kind), kind, tuple(runs))
 
 
-def on_a_line(text: str) -> str:
-    """Text without anything that is not printed, and with single spaces."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+def _rouge_l(run: RunRecord) -> float | None:
+    found = (run.quality.rouge or {}).get("rougeL") if run.quality else None
+    return found.mean if found else None
 
 
 def _shared(names: Sequence[str]) -> str:

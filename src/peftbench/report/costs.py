@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from peftbench.plausibility import RESIDENT_SLACK
 from peftbench.report.configurations import Configuration
-from peftbench.report.scores import listed
+from peftbench.report.lines import listed
 
 LEAST_STEPS = 10
 """Of fewer timed steps there is no tenth percentile that would say how much a step's time varies."""
@@ -14,23 +14,24 @@ def costs(one: Configuration, than: Configuration) -> str:
     """The end of a sentence on ``one`` after ``than`` was named; empty where nothing is known or one trains nothing.
 
     Required FLOPs are exact. Memory and time are compared by their means, and only where they can be told apart: where
-    the runs' peaks do not overlap (on a CPU, where pages come and go, by ``RESIDENT_SLACK`` at least), and where the
-    steps' tenth to ninetieth percentiles do not.
+    the ranges of the runs' peaks do not overlap (on a CPU, where pages come and go, by ``RESIDENT_SLACK`` at least),
+    and those of the steps' tenth to ninetieth percentiles do not. Of one run each that is said of the time, since
+    another run may be another one's pace; a peak repeats.
     """
     if not (one.trains and than.trains):
         return ""
     if (reason := apart(one, than)) is not None:
         return f"; it ran {reason}, so that costs are not compared"
-    alike = [what for what, same in (("memory", _as_large(one, than)), ("time", _as_fast(one, than))) if same]
+    same = [what for what, alike in (("memory", _as_large(one, than)), ("time", _as_fast(one, than))) if alike]
     shares = [
-        (one.peak_bytes, than.peak_bytes, "memory"),
-        (*_times(one, than), "time"),
-        (one.required_flops, than.required_flops, "required FLOPs"),
+        ("memory", *_peaks(one, than), ""),
+        ("time", *_times(one, than), " in one run each" if len(one.ok) == len(than.ok) == 1 else ""),
+        ("required FLOPs", one.required_flops, than.required_flops, ""),
     ]
-    told = [f"{_percent(a / b)} of its {what}" for a, b, what in shares if a is not None and b and what not in alike]
+    told = [f"{_percent(a / b)} of its {what}{how}" for what, a, b, how in shares if a is not None and b]
     said = f", at {listed(told)}" if told else ""
-    whose = f"{'those' if len(alike) > 1 else 'that'} of {than.label}"
-    return said + (f"; its {' and its '.join(alike)} cannot be told apart from {whose}" if alike else "")
+    whose = f"{'those' if len(same) > 1 else 'that'} of {than.label}"
+    return said + (f"; its {listed(same, 'its ')} cannot be told apart from {whose}" if same else "")
 
 
 def apart(one: Configuration, than: Configuration) -> str | None:
@@ -51,12 +52,20 @@ def _as_fast(one: Configuration, than: Configuration) -> bool:
 
 def _as_large(one: Configuration, than: Configuration) -> bool:
     slack = RESIDENT_SLACK if any(run.device.kind == "cpu" for run in (*one.ok, *than.ok)) else 0
-    return _overlap(one.peak_range, than.peak_range, slack) and one.peak_range != than.peak_range
+    both = (one.peak_range, than.peak_range)
+    if both[0] is not None and both[0] == both[1] and both[0][0] == both[0][1]:
+        return False  # the very same peak in all runs, which is told
+    return _overlap(*both, slack)
 
 
 def _overlap(one: tuple[float, float] | None, other: tuple[float, float] | None, slack: float = 0.0) -> bool:
     """Whether two ranges have something in common, or lie closer than ``slack``; False where one is not known."""
     return one is not None and other is not None and one[0] <= other[1] + slack and other[0] <= one[1] + slack
+
+
+def _peaks(one: Configuration, than: Configuration) -> tuple[float | None, float | None]:
+    """Mean peaks of both, where they can be told apart."""
+    return (None, None) if _as_large(one, than) else (one.peak_bytes, than.peak_bytes)
 
 
 def _times(one: Configuration, than: Configuration) -> tuple[float | None, float | None]:

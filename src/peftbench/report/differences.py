@@ -12,13 +12,16 @@ from numpy.typing import NDArray
 from peftbench.evaluation.statistics import by_bootstrap, paired_intervals, seeds_interval
 from peftbench.record import Interval, RunRecord
 from peftbench.report.configurations import Configuration, configurations
-from peftbench.report.scores import Figure, Scores, scores
+from peftbench.report.scores import LOSS, ROUGE_L, Figure, Scores, scores
 
 LEAST_EXAMPLES = 20
 """Of fewer a mean is not yet distributed as an interval takes it to be, and one odd example can make a difference."""
 
 MOST_FOR_EVERY_PAIR = 10
 """Configurations, of which every pair is compared. More are as many pairs as nobody reads."""
+
+_LEAST_FOR_AN_INTERVAL = 2
+"""Examples: one alone does not vary."""
 
 LEVEL = 0.05
 """How often, at most, chance alone makes any of all comparisons seem to be a difference."""
@@ -55,7 +58,7 @@ class Difference:
     @property
     def supported(self) -> bool:
         """Whether there is a difference beyond chance: of examples, and of seeds where there were several."""
-        return self.examples >= LEAST_EXAMPLES and (self.interval.low > 0 or self.interval.high < 0)
+        return self.examples >= LEAST_EXAMPLES and self.interval.excludes_zero
 
     @property
     def better(self) -> Configuration | None:
@@ -63,6 +66,13 @@ class Difference:
         if not self.supported:
             return None
         return self.first if (self.mean > 0) == self.figure.higher_is_better else self.second
+
+    @property
+    def verdict(self) -> str:
+        """What a table says of the two."""
+        if self.examples < LEAST_EXAMPLES:
+            return "too few examples"
+        return f"{self.better.label} is better" if self.better else "not significant"
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +82,8 @@ class Compared:
     every: tuple[Configuration, ...]
     """All configurations, in the order of their records."""
     figure: Figure | None
-    """None where nothing can be compared."""
+    """What quality is: what the pairs are compared by, or where there are none ROUGE-L if every configuration whose
+    quality is known has it, else the held-out loss. None where no quality is known."""
     configurations: tuple[Configuration, ...]
     """Those that can be compared, the best mean first."""
     differences: tuple[Difference, ...]
@@ -85,7 +96,7 @@ class Compared:
     @property
     def bootstrapped(self) -> bool:
         """Whether the intervals over examples are of resamples; else they are Student's t."""
-        return by_bootstrap(self.examples, _confidence(self.comparisons))
+        return by_bootstrap(self.examples, corrected(self.comparisons))
 
     def between(self, first: Configuration, second: Configuration) -> Difference | None:
         """The difference of two, as ``first`` less ``second``; None where they were not compared."""
@@ -106,13 +117,19 @@ def differences(records: Sequence[RunRecord]) -> Compared:
     every = tuple(configurations(records))
     found = scores(every)
     told, means = list(found.left_out), {one: found.mean(one) for one in found.by_seed}
+    figure = found.figure if len(means) > 1 and found.figure is not None else _figure_of(every)
     there = sorted(means, key=means.__getitem__, reverse=found.figure is None or found.figure.higher_is_better)
     comparisons = len(there) * (len(there) - 1) // 2
     if found.figure is None or comparisons == 0:
         told.append(
             "No two configurations can be compared example by example, so that nothing is concluded about quality"
         )
-        return Compared(every, found.figure, tuple(there), (), tuple(told), found.examples, comparisons)
+        return Compared(every, figure, tuple(there), (), tuple(told), found.examples, comparisons)
+    if found.examples < _LEAST_FOR_AN_INTERVAL:
+        told.append(
+            "Of a single held-out example nothing is concluded about quality: no interval says what chance does"
+        )
+        return Compared(every, figure, tuple(there), (), tuple(told), found.examples, comparisons)
     picked = there
     if len(there) > MOST_FOR_EVERY_PAIR:
         picked = list({one.kind: one for one in reversed(there)}.values())[::-1]
@@ -121,7 +138,15 @@ def differences(records: Sequence[RunRecord]) -> Compared:
             f"intervals are corrected for all {comparisons:,} pairs that could have been picked"
         )
     made, apart = _made(picked, found, comparisons)
-    return Compared(every, found.figure, tuple(there), tuple(made), (*told, *apart), found.examples, comparisons)
+    return Compared(every, figure, tuple(there), tuple(made), (*told, *apart), found.examples, comparisons)
+
+
+def _figure_of(every: Sequence[Configuration]) -> Figure | None:
+    """By what a quality is shown where no two are compared."""
+    known = [one for one in every if one.rouge_l or one.losses]
+    if not known:
+        return None
+    return ROUGE_L if all(one.rouge_l for one in known) else LOSS
 
 
 def _made(picked: Sequence[Configuration], found: Scores, comparisons: int) -> tuple[list[Difference], list[str]]:
@@ -136,7 +161,7 @@ def _made(picked: Sequence[Configuration], found: Scores, comparisons: int) -> t
             paired.append((first, second, by_seed))
     if not paired:
         return [], apart
-    confidence, weights = _confidence(comparisons), found.weights
+    confidence, weights = corrected(comparisons), found.weights
     whole = numpy.stack([by_seed.mean(axis=0) for _, _, by_seed in paired])
     intervals = paired_intervals(whole, weights, confidence=confidence)
     made = []
@@ -165,17 +190,14 @@ def _by_seed(first: Configuration, second: Configuration, found: Scores) -> NDAr
     return numpy.stack([one[seed] - other[seed] for seed in shared]) if shared else None
 
 
-def _confidence(comparisons: int) -> float:
+def corrected(comparisons: int) -> float:
+    """The confidence of each of so many intervals that hold all together at 1 - ``LEVEL`` (Bonferroni)."""
     return 1 - LEVEL / max(comparisons, 1)
 
 
 def _turned(one: Difference) -> Difference:
     """The same, as the second less the first."""
     return Difference(
-        one.second, one.first, one.figure, _negative(one.over_examples),
-        _negative(one.over_seeds) if one.over_seeds else None, one.seeds, one.examples, one.comparisons,
+        one.second, one.first, one.figure, -one.over_examples,
+        -one.over_seeds if one.over_seeds else None, one.seeds, one.examples, one.comparisons,
     )  # fmt: skip
-
-
-def _negative(interval: Interval) -> Interval:
-    return Interval(mean=-interval.mean, low=-interval.high, high=-interval.low)

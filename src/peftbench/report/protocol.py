@@ -6,13 +6,14 @@ import json
 from collections.abc import Sequence
 
 from peftbench.record import RunRecord
+from peftbench.report.configurations import Seed, seed_of
 
 
 def unequal(trained: Sequence[RunRecord]) -> bool:
     """Whether runs that trained differ in more than their method: in batches, steps, examples or lengths."""
-    shown: dict[str, set[str]] = {}  # the tokens that runs of one seed were shown
+    shown: dict[Seed, set[str]] = {}  # the tokens that runs of one seed were shown
     for record in trained:
-        shown.setdefault(json.dumps(_seeds(record)), set()).add(json.dumps(_tokens(record)))
+        shown.setdefault(seed_of(record), set()).add(json.dumps(_tokens(record)))
     return len({json.dumps(_protocol(record)) for record in trained}) > 1 or any(len(one) > 1 for one in shown.values())
 
 
@@ -23,10 +24,6 @@ def _protocol(record: RunRecord) -> list[object]:
         record.data_identity, record.model_identity, record.examples, record.steps, recipe["train"]["global_batch"],
         recipe["data"]["max_tokens"], recipe["data"]["as_published"], recipe["train"]["precision"],
     ]  # fmt: skip
-
-
-def _seeds(record: RunRecord) -> list[object]:
-    return [record.recipe["train"]["seed"], record.recipe["data"]["seed"]]
 
 
 def _tokens(record: RunRecord) -> list[int]:

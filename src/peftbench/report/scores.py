@@ -7,27 +7,26 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy
 from numpy.typing import NDArray
 
 from peftbench.record import ByExample, RunRecord
-from peftbench.report.configurations import Configuration
+from peftbench.report.configurations import Configuration, Seed, seed_of
+from peftbench.report.lines import few, listed
 
-Seed = tuple[int, int]
-"""train.seed and data.seed."""
 Array = NDArray[numpy.float64]
 
 _T = TypeVar("_T")
-_NAMED = 4
-"""Labels in a sentence, before the others are counted."""
 
 
 @dataclass(frozen=True)
 class Figure:
     """What is compared."""
 
+    key: Literal["rougeL", "loss"]
+    """Which it is, whatever it is called."""
     name: str
     unit: str
     digits: int
@@ -37,8 +36,8 @@ class Figure:
     """Two cannot be further apart, so that an interval that reaches there says nothing."""
 
 
-ROUGE_L = Figure("ROUGE-L of generated summaries", "ROUGE-L", 1, higher_is_better=True, furthest=100)
-LOSS = Figure("held-out loss", "nats", 3, higher_is_better=False, furthest=math.inf)
+ROUGE_L = Figure("rougeL", "ROUGE-L of generated summaries", "ROUGE-L", 1, higher_is_better=True, furthest=100)
+LOSS = Figure("loss", "held-out loss", "nats", 3, higher_is_better=False, furthest=math.inf)
 
 
 @dataclass(frozen=True)
@@ -126,9 +125,7 @@ def _by_seed(runs: Sequence[_Run], score: Callable[[_Run], Sequence[float]]) -> 
     """Scores by configuration and seed; where a seed was run twice, their mean."""
     found: dict[Configuration, dict[Seed, list[Sequence[float]]]] = {}
     for run in runs:
-        recipe = run.record.recipe
-        seed = int(recipe["train"]["seed"]), int(recipe["data"]["seed"])
-        found.setdefault(run.of, {}).setdefault(seed, []).append(score(run))
+        found.setdefault(run.of, {}).setdefault(seed_of(run.record), []).append(score(run))
     return {
         one: {seed: numpy.asarray(same, dtype=float).mean(axis=0) for seed, same in seeds.items()}
         for one, seeds in found.items()
@@ -154,10 +151,4 @@ def _tell(told: list[str], which: Iterable[Configuration], why: str) -> None:
     """One sentence on some configurations, if there are any."""
     labels = list(dict.fromkeys(one.label for one in which))
     if labels:
-        named = labels[:_NAMED] + ([f"{len(labels) - _NAMED} more"] if len(labels) > _NAMED else [])
-        told.append(f"{why}: {listed(named)}")
-
-
-def listed(words: Sequence[str]) -> str:
-    """``a, b and c``."""
-    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
+        told.append(f"{why}: {listed(few(labels))}")

@@ -11,8 +11,8 @@ from peftbench.report.costs import apart, costs
 from peftbench.report.differences import LEAST_EXAMPLES, LEVEL, Compared, Difference, differences
 from peftbench.report.digits import outward, places, rounded
 from peftbench.report.ends import ends
+from peftbench.report.lines import few, listed
 from peftbench.report.protocol import unequal
-from peftbench.report.scores import listed
 
 MOST_SENTENCES = 12
 """On configurations, and on how runs ended; the table has the others."""
@@ -35,6 +35,7 @@ def summary(records: Sequence[RunRecord], compared: Compared | None = None) -> l
         )
     enough = compared.differences and compared.examples >= LEAST_EXAMPLES
     said += _by_quality(compared) if enough else _by_costs(compared)
+    said += _of_several_commits(compared.every)
     said += _short([end for one in compared.every for end in ends(one)])
     return [f"{sentence}." for sentence in (*said, *compared.unpaired)]
 
@@ -52,9 +53,17 @@ def _by_quality(compared: Compared) -> list[str]:
     return [
         f"Compared by {figure.name} ({better} is better) with {reference.label}{chosen}",
         *_short([_quality(found) + costs(found.first, reference) for found in others], len(there) - len(picked)),
-        *(_baseline(one, compared) for one in there if one in picked and reference.trains and not one.trains),
+        *filter(None, (_baseline(o, compared) for o in there if o in picked and reference.trains and not o.trains)),
         _intervals(compared),
     ]
+
+
+def _of_several_commits(every: Sequence[Configuration]) -> list[str]:
+    """That code may differ within a configuration, as nothing but seeds should."""
+    commits = {one.label: {run.git for run in one.ok if run.git is not None} for one in every}
+    several = [label for label, known in commits.items() if len(known) > 1]
+    which = f"the runs of each may differ in more than seeds: {listed(few(several))}" if several else ""
+    return [f"Made by more than one commit, so that {which}"] if several else []
 
 
 def _reference(there: Sequence[Configuration]) -> tuple[Configuration, str]:
@@ -73,15 +82,15 @@ def _quality(found: Difference) -> str:
     if interval.low == interval.high == 0:
         return f"{first} scores as {second} does on every example"
     if found.better is not None:
-        away = interval if interval.mean > 0 else Interval(mean=-interval.mean, low=-interval.high, high=-interval.low)
+        away = interval if interval.mean > 0 else -interval
         low, high = outward(away, digits)
         which = "better" if found.better is found.first else "worse"
         by = rounded(away.mean, max(digits, places(low)))
         return f"{first} is {which} than {second} by {by} {unit} (interval {low} to {high})"
     low, high = outward(interval, digits)
     within = max((low.removeprefix("-"), high.removeprefix("-")), key=float)
-    seeds = "" if _excludes_zero(found.over_seeds) else f" over {found.seeds} seeds"
-    why = f"not significant{seeds if _excludes_zero(found.over_examples) else ''}"
+    by_seeds_alone = found.over_seeds and found.over_examples.excludes_zero and not found.over_seeds.excludes_zero
+    why = "not significant" + (f" over {found.seeds} seeds" if by_seeds_alone else "")
     mean, low, high = _signed(rounded(interval.mean, digits)), _signed(low), _signed(high)
     if float(within) >= found.figure.furthest:
         few = f"{found.seeds} seeds" if found.over_seeds else f"{found.examples} examples"
@@ -89,16 +98,12 @@ def _quality(found: Difference) -> str:
     return f"{first} is within {within} {unit} of {second} (difference {mean}, interval {low} to {high}; {why})"
 
 
-def _excludes_zero(interval: Interval | None) -> bool:
-    return interval is None or interval.low > 0 or interval.high < 0
-
-
 def _signed(text: str) -> str:
     return f"+{text}" if float(text) > 0 else text
 
 
 def _baseline(baseline: Configuration, compared: Compared) -> str:
-    """Which of the trained configurations differ from one that trains nothing."""
+    """Which of the trained configurations differ from one that trains nothing; empty where none was compared."""
     found = [
         between for one in compared.configurations
         if one.trains and (between := compared.between(one, baseline)) is not None
@@ -106,11 +111,19 @@ def _baseline(baseline: Configuration, compared: Compared) -> str:
     better = [one for one in found if one.better is one.first]
     worse = [one for one in found if one.better is baseline]
     said = [_beside(which, than) for which, than in ((better, "better"), (worse, "worse")) if which]
-    if not better:
-        every = len(found) == sum(one.trains for one in compared.every)
-        none = "No trained configuration" if every else f"None of the {len(found)} that train and were compared"
-        said.insert(0, f"{none} is better than {baseline.label} beyond chance")
+    if not better and found:
+        said.insert(0, _none_better(found, compared))
     return "; ".join(said)
+
+
+def _none_better(found: Sequence[Difference], compared: Compared) -> str:
+    """That no trained configuration is better than a baseline, of those that were compared with it."""
+    baseline = found[0].second.label
+    if len(found) == sum(one.trains for one in compared.every):
+        return f"No trained configuration is better than {baseline} beyond chance"
+    if len(found) == 1:
+        return f"{found[0].first.label}, which alone was compared with {baseline}, is not better than it beyond chance"
+    return f"None of the {len(found)} that train and were compared is better than {baseline} beyond chance"
 
 
 def _beside(found: Sequence[Difference], how: str) -> str:
