@@ -131,7 +131,7 @@ def content(
     columns, drawn = shown(rows), chosen(rows)
     compared = compared or differences(rows)
     groups = Groups.of(sorted(compared.every, key=lambda one: rows.index(one.runs[0])))
-    by_rouge = compared.figure.higher_is_better if compared.figure else any(map(series.rouge_l, rows))
+    by_rouge = compared.figure is not None and compared.figure.key == "rougeL"
     points = series.points(compared.every, groups, rouge=by_rouge)
     all_knobs, told = knobs(rows), notes(rows)
     places = {id(record): path for path, record in records.items()}
@@ -203,9 +203,8 @@ def _undrawn(points: Sequence[Row], every: Sequence[Configuration]) -> list[str]
 
 def _pair(one: Difference) -> Pair:
     low, high = outward(one.interval, _PAIR_DIGITS)
-    verdict = f"{one.better.label} is better" if one.better else "not significant"
     difference = rounded(one.mean, max(_PAIR_DIGITS, places(low)))
-    return Pair(one.first.label, one.second.label, difference, f"{low} to {high}", verdict)
+    return Pair(one.first.label, one.second.label, difference, f"{low} to {high}", one.verdict)
 
 
 def _line(record: RunRecord, columns: Sequence[Column]) -> Line:
