@@ -79,9 +79,12 @@ def compare(
         bad = [result for result in results if not result.well]
         if records:
             there = {record.name for record in records.values()}
-            left = [Unfinished(one.name, one.outcome, one.error or "") for one in bad if one.name not in there]
+            left = [
+                Unfinished(one.name, one.outcome, one.shared or one.error or "")
+                for one in bad if one.name not in there
+            ]  # fmt: skip
             written = write_report(records, Path(recipes[0].output_dir), title, unfinished=left)
-            show_report(written, records, title)
+            show_report(written, title)
         for result in bad:
             _say(f"{result.name}: {result.outcome}" + (f": {result.error}" if result.error else ""))
         if bad:
@@ -118,15 +121,15 @@ def report(
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparison of A and B as JSON.")] = False,
 ) -> None:
     """Make the page and the tables, from what lies below a folder; or hold two folders against each other."""
-    from tabulate import tabulate
-
     from peftbench.errors import REGRESSED
-    from peftbench.report.command import compare_folders, one_folder, records_of, show_report
-    from peftbench.report.files import write_report
-    from peftbench.report.groups import by_knob
-    from peftbench.report.page.content import Unfinished
-    from peftbench.report.table import insert_table
-    from peftbench.suite.standing import unfinished
+    from peftbench.report.command import (
+        compare_folders,
+        one_folder,
+        records_of,
+        refuse_unused,
+        show_part,
+        show_report,
+    )
 
     with guarded():
         if sides is not None:
@@ -136,16 +139,18 @@ def report(
                 raise typer.Exit(REGRESSED)
             return
         folder = one_folder(folder, {"--threshold": threshold, "--json": as_json or None})
-        left = unfinished(folder)
-        records = records_of(folder, price_per_hour, may_be_none=bool(left) and into is None and by is None)
-        if into is not None:
-            insert_table(list(records.values()), into, block or "table", by)
-        elif by is not None:
-            print(tabulate(by_knob(list(records.values()), by), headers="keys", disable_numparse=True))
-        else:
-            title = folder.resolve().name
-            rows = [Unfinished(row.name, row.state, row.said) for row in left]
-            show_report(write_report(records, folder, title, html=html, unfinished=rows), records, title)
+        refuse_unused(html, into, block, by)
+        if into is not None or by is not None:
+            show_part(list(records_of(folder, price_per_hour, may_be_none=False).values()), into, block, by)
+            return
+        # Only a page needs these, and they take a second.
+        from peftbench.report.files import write_report
+        from peftbench.report.page.content import Unfinished
+        from peftbench.suite.standing import unfinished
+
+        left = [Unfinished(row.name, row.state, row.said) for row in unfinished(folder)]
+        records, title = records_of(folder, price_per_hour, may_be_none=bool(left)), folder.resolve().name
+        show_report(write_report(records, folder, title, html=html, unfinished=left), title)
 
 
 def _facts(device: str | None) -> DeviceFacts:

@@ -25,6 +25,7 @@ from peftbench.errors import (
     WrongTypeError,
     nearest,
 )
+from peftbench.literal import literal
 from peftbench.methods import KINDS
 from peftbench.optim import OPTIMIZERS
 from peftbench.part import Part
@@ -225,7 +226,7 @@ def _literal(value: object) -> object:
         return [_literal(item) for item in value]
     if isinstance(value, dict):
         return {key: _literal(item) for key, item in value.items()}
-    return value.replace("${", "\\${") if isinstance(value, str) else value
+    return literal(value) if isinstance(value, str) else value
 
 
 def _one_line(error: BaseException) -> str:

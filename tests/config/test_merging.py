@@ -206,7 +206,9 @@ def test_reading_a_recipe_needs_no_torch(least: Path) -> None:
     assert found.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("value", ["a ${b} c", "${data.seed}", "${", "1e3", "null", "a: b", "two\nlines", "#", "é '\""])
+@pytest.mark.parametrize(
+    "value", ["a ${b} c", "${data.seed}", "${", "1e3", "null", "a: b", "two\nlines", "#", "é '\"", r"\${b}"]
+)
 def test_any_text_reads_back(value: str, tmp_path: Path) -> None:
     """What looks like an interpolation, a number or a comment is the text it is, once it was written."""
     recipe = load_recipe([write(tmp_path / "least.yaml", LEAST)]).model_copy(update={"output_dir": value})

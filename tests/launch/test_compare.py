@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
@@ -63,15 +64,21 @@ def test_compare_skips_what_is_finished_and_not_what_changed(project: Path, cach
 
 
 def test_a_run_is_repeated_from_its_record(project: Path, caches: dict[str, str]) -> None:
-    """The command that the page gives trains the same again, loss by loss, from nothing but the record."""
+    """The commands that the page gives train the same again, loss by loss, from nothing but the record."""
     (project / "suite.yaml").write_text(SUITE.replace("[1, 2]", "[2]"))
     done = run(peftbench("compare", "suite.yaml", "train.steps=3"), project, caches)
     assert done.returncode == 0, done.stderr
     page = (project / "out" / "report.html").read_text(encoding="utf-8")
-    (command,) = re.findall(r"python launch/train.py (--config .*)</code>", page)
+    (printed,) = re.findall(r"<code>([^<]*launch/train.py[^<]*)</code>", page)
     (project / "recipe.yaml").unlink()
-    again = run([sys.executable, str(REPOSITORY / "launch" / "train.py"), *shlex.split(command)], project, caches)
-    assert again.returncode == 0, again.stderr
+    # The folder is no checkout: what would make it that of the run's commit is left out.
+    lines = [line for line in html.unescape(printed).splitlines() if not re.match("git checkout|pip install", line)]
+    assert len(lines) == 2
+    for line in lines:
+        here = line.replace("launch/", f"{shlex.quote(str(REPOSITORY))}/launch/")
+        again = run(["bash", "-c", f'python() {{ {shlex.quote(sys.executable)} "$@"; }}; {here}'], project, caches)
+        assert again.returncode == 0, again.stderr
+    assert (project.parent / "run-r=2.json").is_file()
     repeated = json.loads((project / "out_again" / "run-r=2" / "record.json").read_text(encoding="utf-8"))
     assert repeated["losses"] == record_of(project, "run-r=2")["losses"]
     assert len(repeated["losses"]) == 3

@@ -50,3 +50,11 @@ def test_latex_escapes_what_it_would_take_for_its_own() -> None:
     assert r"a\_b \& 50 \% of \$x\$ \#1 \{" in text
     assert r"\input{x}" not in text
     assert "–" not in text
+
+
+def test_a_line_break_in_a_name_breaks_no_row() -> None:
+    """A row of the tabular is a line."""
+    text = latex_table([record("a\n\nb\x00", "lora", 10)])
+    (row,) = [line for line in text.splitlines() if "a b" in line]
+    assert row.rstrip().endswith("\\\\")
+    assert "\x00" not in text

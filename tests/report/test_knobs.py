@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from peftbench.config import load_recipe, validate
 from peftbench.engine.engines import ENGINES
 from peftbench.record import Device, Engine, RunRecord
-from peftbench.report.knobs import commands, knobs, surroundings
+from peftbench.report.knobs import commands, flattened, knobs, surroundings
 from tests.report.records import record
 
 
@@ -62,12 +67,60 @@ def test_a_run_is_repeated_by_its_own_engine(engine: str, device: str, launcher:
     one = record("a b", "full", 1, git="abc+changes", engine=_engine(engine))
     one = one.model_copy(update={"device": Device(kind=device, name="x", processes=2)})
     lines = commands(one, Path("runs/it's here/record.json"))
-    assert lines[0].startswith("git checkout abc  # ")
+    saves = shlex.split(lines[0])
+    assert saves[0] == "python"
+    assert saves[-2:] == ["runs/it's here/record.json", "../a_b.json"]
+    assert lines[1].startswith("git checkout abc  # ")
     words = shlex.split(lines[-1])
     assert words[: len(launcher)] == launcher
-    assert words[words.index("--config") + 1] == "runs/it's here/record.json"
+    assert words[words.index("--config") + 1] == "../a_b.json"
     assert ("--num_processes" in words) == (engine != "single")
     assert words[-1] == "output_dir=runs_again"
+
+
+LEAST: dict[str, Any] = {
+    "name": "x",
+    "data": {"source": {"kind": "docstrings"}},
+    "method": {"kind": "full"},
+    "train": {"steps": 10},
+    "optimizer": {"learning_rate": 1e-05},
+}
+
+
+@pytest.mark.parametrize("text", [
+    "a ${b} c", r"\${data.seed}", r"\\${x} ${y}", "${", "1e3", "null", "a: b", "two\nlines", "#", "é '\"", "😀", "a b",
+    "/", "~",
+])  # fmt: skip
+def test_the_commands_give_the_same_recipe(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever texts a recipe holds: what the first command saves is read as the recipe, wherever it then writes to."""
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    monkeypatch.chdir(checkout)
+    values = LEAST | {"output_dir": text, "data": LEAST["data"] | {"separator": text}}
+    recipe = validate(values)
+    one = record(f"../{text}", "full", 1).model_copy(update={"recipe": recipe.model_dump(mode="json")})
+    place = one.write(checkout / "runs")
+    saves, _, trains = commands(one, place)
+    assert str(tmp_path) not in saves
+    subprocess.run(["bash", "-c", saves.replace("python", shlex.quote(sys.executable), 1)], check=True)
+    (saved,) = tmp_path.glob("*.json")
+    words = shlex.split(trains)
+    assert Path(words[words.index("--config") + 1]).resolve() == saved
+    assert load_recipe([saved]) == recipe
+    assert load_recipe([saved], words[-1:]).output_dir == f"{Path(text)}_again"
+    assert load_recipe([place]) == recipe
+
+
+def test_a_recipe_is_saved_under_a_safe_name() -> None:
+    """No name leads out of the folder, hides the file, or is longer than a file system takes."""
+    for name in ("../../x", ".x", "-x", "a/b c\n", "é", "x" * 1000):
+        word = shlex.split(commands(record(name, "full", 1), Path("record.json"))[0])[-1]
+        assert re.fullmatch(r"\.\./[\w=+,][\w.=+,-]{0,99}\.json", word, flags=re.ASCII), word
+
+
+def test_groups_are_flattened() -> None:
+    """By dotted places, below what is given; an empty group is a value."""
+    assert dict(flattened({"a": {"b": 1, "c": {}}, "d": [2]}, "x.")) == {"x.a.b": 1, "x.a.c": {}, "x.d": [2]}
 
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -14,7 +14,7 @@ from peftbench.record import Outcome, RunRecord
 from peftbench.slurm.queue import Queued
 from peftbench.slurm.submitted import Submitted
 from peftbench.status import Status, Teller, read_status
-from peftbench.suite.standing import Standing, standings, table
+from peftbench.suite.standing import Standing, standings, table, unfinished
 from tests.test_record import record as a_record
 
 EARLY, LATE = "2026-01-01T10:00:00+00:00", "2026-01-01T11:00:00+00:00"
@@ -79,6 +79,16 @@ def test_every_state(tmp_path: Path) -> None:
     text = table(standings(tmp_path, {}))
     assert "8 runs: " in text
     assert "2 finished" in text
+
+
+def test_a_page_names_no_machine(tmp_path: Path) -> None:
+    """What may be shared says when a run was last seen, and not where."""
+    run(tmp_path / "a_gone", None, told())
+    lock = Lock(run(tmp_path / "b_running", None, told()))
+    lock.hold()
+    found = unfinished(tmp_path)
+    lock.let_go()
+    assert [row.said for row in found] == [f"last seen at {EARLY}; run it again to go on", "train"]
 
 
 def test_the_table(tmp_path: Path) -> None:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from peftbench.record import Interval, RunRecord, TokensPerSecond, train_peak_bytes
 
 UNKNOWN = "unknown"
 Raw = str | int | float | None
+_Value = TypeVar("_Value", bound=Raw)
+
+
+def finite(value: _Value) -> _Value | None:
+    """None for a float that is no number, of which JSON knows nothing; anything else as it is."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -11,11 +12,15 @@ from peftbench.errors import OutOfRangeError
 from peftbench.files import write_atomically
 from peftbench.record import RunRecord, find_records, read_records_by_path
 from peftbench.report.beside import beside
-from peftbench.report.beside_text import plain, print_beside, regressed
+from peftbench.report.beside_text import print_beside, regressed
+from peftbench.report.escape import plain
 from peftbench.report.figures import parse_thresholds
-from peftbench.report.files import Written
-from peftbench.report.page.build import beside_page
-from peftbench.report.table import print_table
+from peftbench.report.groups import by_knob
+from peftbench.report.naming import uniquely_named
+from peftbench.report.table import in_terminal, insert_table, print_table
+
+if TYPE_CHECKING:
+    from peftbench.report.files import Written
 
 
 def compare_folders(
@@ -34,6 +39,8 @@ def compare_folders(
         raise OutOfRangeError(f"--compare A B says which two folders are compared; leave {_listed(mixed)} out")
     found = beside(*sides, parse_thresholds(thresholds))
     if html is not None:
+        from peftbench.report.page.build import beside_page  # the page's libraries take a second
+
         write_atomically(html, beside_page(found))
     if as_json:
         typer.echo(found.model_dump_json(indent=1))
@@ -56,21 +63,47 @@ def one_folder(folder: Path | None, others: Mapping[str, object]) -> Path:
 
 
 def records_of(folder: Path, price_per_hour: float | None, *, may_be_none: bool) -> dict[Path, RunRecord]:
-    """The records below a folder by their files, at another price of an hour where one is given.
+    """The records below a folder by their files, no two of one name, at another price of an hour where one is given.
 
     Raises:
         RecordError: one cannot be read, or there are none, unless there ``may_be_none``.
     """
-    records = find_records(folder) if may_be_none else read_records_by_path(folder)
+    records = uniquely_named(find_records(folder) if may_be_none else read_records_by_path(folder))
     if price_per_hour is None:
         return records
     return {path: record.priced(price_per_hour) for path, record in records.items()}
 
 
-def show_report(written: Written, records: Mapping[Path, RunRecord], title: str) -> None:
+def refuse_unused(html: Path | None, into: Path | None, block: str | None, by: str | None) -> None:
+    """Refuse what would be ignored where one folder is reported on.
+
+    Raises:
+        OutOfRangeError: there is something of the kind.
+    """
+    instead = [name for name, value in {"--into": into, "--by": by}.items() if value is not None]
+    if html is not None and instead:
+        raise OutOfRangeError(f"--html says where the page goes, and {_listed(instead)} makes none; leave one out")
+    if block is not None and into is None:
+        raise OutOfRangeError("--block names a place in a file; give the file by --into")
+
+
+def show_part(records: Sequence[RunRecord], into: Path | None, block: str | None, by: str | None) -> None:
+    """Put the table between its markers in a file, or print the one by a knob.
+
+    Raises:
+        RecordError: the file has no such markers.
+        UnknownKeyError: the recipes have no such knob.
+    """
+    if into is not None:
+        insert_table(records, into, block or "table", by)
+    elif by is not None:
+        typer.echo(in_terminal(by_knob(records, by)))
+
+
+def show_report(written: Written, title: str) -> None:
     """Print the comparison, the words, and where the page is; the last line is ``report:`` and the page's path."""
-    if records:
-        print_table(list(records.values()), title)
+    if written.records:
+        print_table(written.records, title, told=written.notes)
     for sentence in written.summary:
         typer.echo(f"- {plain(sentence)}")
     typer.echo(f"report: {written.page}")

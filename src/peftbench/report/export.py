@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 
-from tabulate import tabulate
-
 from peftbench.record import RunRecord
-from peftbench.report.columns import COLUMNS, Raw
-from peftbench.report.table import notes, ordered, shown
+from peftbench.report.columns import COLUMNS, finite
+from peftbench.report.escape import one_line
+from peftbench.report.table import laid_out, notes, ordered
 
 
-def json_table(records: Sequence[RunRecord], summary: Sequence[str]) -> str:
-    """Every figure of every run at full precision, with what the columns mean, the summary and the notes."""
+def json_table(records: Sequence[RunRecord], summary: Sequence[str], told: Sequence[str] | None = None) -> str:
+    """Every figure of every run at full precision, with what the columns mean, the summary and the notes.
+
+    ``told`` are the notes, where they are made already.
+    """
     rows = ordered(records)
     return json.dumps(
         {
             "summary": list(summary),
-            "notes": notes(rows),
+            "notes": list(notes(rows) if told is None else told),
             "columns": {column.title: column.meaning for column in COLUMNS},
             "runs": [
-                {key: _known(value) for column in COLUMNS for key, value in column.raw(record).items()}
+                {key: finite(value) for column in COLUMNS for key, value in column.raw(record).items()}
                 | {
                     "started_at": record.started_at, "device": record.device.name, "commit": record.git,
                     "recipe_fingerprint": record.recipe_fingerprint, "recipe": record.recipe,
@@ -34,17 +35,7 @@ def json_table(records: Sequence[RunRecord], summary: Sequence[str]) -> str:
     ) + "\n"  # fmt: skip
 
 
-def _known(value: Raw) -> Raw:
-    """None for a float that is no number, of which JSON knows nothing."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def latex_table(records: Sequence[RunRecord]) -> str:
     r"""The comparison as a ``tabular`` with the rules of the package booktabs, for ``\input``."""
-    columns = shown(records)
-    cells = [[column.text(record) for column in columns] for record in ordered(records)]
-    align = ["left", *["right"] * (len(columns) - 2), "left"]
-    made = tabulate(
-        cells, headers=[c.title for c in columns], tablefmt="latex_booktabs", colalign=align, disable_numparse=True
-    )
+    made = laid_out(records, "latex_booktabs", one_line)  # which escapes what LaTeX would take for its own
     return "% needs \\usepackage{booktabs}; made by peftbench report\n" + made.replace("–", "--") + "\n"

@@ -10,9 +10,10 @@ from peftbench.files import write_atomically
 from peftbench.record import RunRecord
 from peftbench.report.differences import differences
 from peftbench.report.export import json_table, latex_table
-from peftbench.report.page.build import write_page
+from peftbench.report.naming import uniquely_named
+from peftbench.report.page.build import page
 from peftbench.report.page.content import Unfinished, content
-from peftbench.report.table import csv_table, markdown_report
+from peftbench.report.table import csv_table, markdown_report, notes, ordered
 from peftbench.report.words import summary
 
 PAGE = "report.html"
@@ -26,6 +27,10 @@ class Written:
     page: Path
     summary: list[str]
     """The comparison in words."""
+    records: list[RunRecord]
+    """What was reported on, no two of one name."""
+    notes: list[str]
+    """What a reader must know beside the figures."""
 
 
 def write_report(
@@ -44,23 +49,29 @@ def write_report(
     Raises:
         OutputError: a file cannot be written.
     """
+    records = uniquely_named(records)
     rows = list(records.values())
     compared = differences(rows)
-    said = summary(rows, compared)
-    data = downloads(rows, said)
+    said, told = summary(rows, compared), notes(ordered(rows))
+    data = downloads(rows, said, told)
+    results = markdown_report(rows, title, said, told)
+    shown = page(content(records, title, said, compared=compared, unfinished=unfinished), data)
+    # All is made before anything is written, so that what lies there is of one report.
     for one in data.values():
         write_atomically(folder / one["name"], one["text"])
-    write_atomically(folder / RESULTS, markdown_report(rows, title, said))
+    write_atomically(folder / RESULTS, results)
     path = html or folder / PAGE
-    write_page(path, content(records, title, said, compared=compared, unfinished=unfinished), data)
-    return Written(path, said)
+    write_atomically(path, shown)
+    return Written(path, said, rows, told)
 
 
-def downloads(records: Sequence[RunRecord], summary: Sequence[str]) -> dict[str, dict[str, str]]:
-    """The data as files, by kind: each with its name, media type and text."""
+def downloads(
+    records: Sequence[RunRecord], summary: Sequence[str], told: Sequence[str] | None = None
+) -> dict[str, dict[str, str]]:
+    """The data as files, by kind: each with its name, media type and text; ``told`` are the notes, if made already."""
     made = {
         "csv": ("text/csv", csv_table(records)),
-        "json": ("application/json", json_table(records, summary)),
+        "json": ("application/json", json_table(records, summary, told)),
         "tex": ("text/x-tex", latex_table(records)),
     }
     return {kind: {"name": f"results.{kind}", "type": type_, "text": text} for kind, (type_, text) in made.items()}

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peftbench.literal import INTERPOLATION, literal
 from peftbench.record import RunRecord
 
 SHOWN = 12
 """Values of a knob that are listed, at most."""
 
 _NAMES = frozenset({"name", "output_dir"})
+
+_LONGEST = 100
+"""Characters of a recipe's file name, at most."""
+
+_SAVE = 'import json,sys; json.dump(json.load(open(sys.argv[1]))["recipe"], open(sys.argv[2], "w"), ensure_ascii=False)'
+
+# OmegaConf would resolve what the recipe has as text, so backslashes go before it: twice as many in JSON's writing.
+_SAVE_LITERALLY = (
+    r'import json,re,sys; open(sys.argv[2], "w").write(re.sub(r"(\\*)[$][{]", r"\1\1\\\\${", '
+    r'json.dumps(json.load(open(sys.argv[1]))["recipe"], ensure_ascii=False)))'
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +55,7 @@ class Knob:
 
 def knobs(records: Sequence[RunRecord]) -> list[Knob]:
     """Every knob of any of the recipes (dotted), in their order; a run that has no such knob counts under "–"."""
-    flat = [dict(_flattened(record.recipe)) for record in records]
+    flat = [dict(flattened(record.recipe)) for record in records]
     names = dict.fromkeys(name for one in flat for name in one if name not in _NAMES)
     return [Knob(name, _counted([_shown(one[name]) if name in one else "–" for one in flat])) for name in names]
 
@@ -71,10 +84,11 @@ def _counted(values: Sequence[str]) -> dict[str, int]:
     return {value: values.count(value) for value in dict.fromkeys(values)}
 
 
-def _flattened(values: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, object]]:
+def flattened(values: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, object]]:
+    """Every value of nested groups by its dotted place, ``place`` before it; an empty group is a value."""
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
-            yield from _flattened(value, f"{place}{key}.")
+            yield from flattened(value, f"{place}{key}.")
         else:
             yield place + key, value
 
@@ -84,15 +98,20 @@ def _shown(value: object) -> str:
 
 
 def commands(record: RunRecord, place: Path) -> list[str]:
-    """What repeats a run from its record at ``place``, in a checkout of peftbench, one command a line."""
-    lines = []
+    """What repeats a run from its record at ``place``, in a checkout of peftbench, one command a line.
+
+    The recipe is saved outside the checkout first: the run's commit has no record of the run, or an older one, and may
+    not know how to read a recipe from a record.
+    """
+    recipe = f"../{_file_name(record.name)}.json"
+    lines = [shlex.join(["python", "-X", "utf8", "-c", _saving(record), str(_from_here(place)), recipe])]
     if record.git is not None:
         commit, *changed = record.git.split("+")
         lines.append(
             f"git checkout {shlex.quote(commit)}" + ("  # and it had changes that no commit has" if changed else "")
         )
     lines.append("pip install -c constraints.txt -e .")
-    config = ["--config", str(place), f"output_dir={_again(record)}"]
+    config = ["--config", recipe, f"output_dir={_again(record)}"]
     engine = record.engine.name if record.engine else None
     if engine in {None, "single"}:
         return [*lines, shlex.join(["python", "launch/train.py", *config])]
@@ -102,5 +121,35 @@ def commands(record: RunRecord, place: Path) -> list[str]:
     return [*lines, shlex.join([*launcher, *processes, "launch/train.py", *config])]
 
 
+def _saving(record: RunRecord) -> str:
+    """Python that saves the recipe of a record, its first argument, as JSON, which every commit reads as YAML."""
+    if any(INTERPOLATION in text for text in _texts(record.recipe)):
+        return _SAVE_LITERALLY
+    return _SAVE
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from (text for item in value.values() for text in _texts(item))
+    elif isinstance(value, (list, tuple)):
+        yield from (text for item in value for text in _texts(item))
+
+
+def _file_name(name: str) -> str:
+    """A run's name as that of a file, with nothing that a shell or a file system reads as more."""
+    return re.sub(r"[^\w.=,+-]+", "_", name, flags=re.ASCII).lstrip(".-")[:_LONGEST] or "recipe"
+
+
+def _from_here(place: Path) -> Path:
+    """A path below the current directory as seen from there, so that a page that is shared tells less of a machine."""
+    return place.relative_to(Path.cwd()) if place.is_relative_to(Path.cwd()) else place
+
+
 def _again(record: RunRecord) -> str:
-    return f"{str(record.recipe.get('output_dir', 'runs')).rstrip('/')}_again"
+    """Where the run goes when repeated, as YAML that is read as this text."""
+    folder = f"{_from_here(Path(str(record.recipe.get('output_dir', 'runs'))))}_again"
+    if re.fullmatch(r"[\w./=+-]+", folder, flags=re.ASCII):
+        return folder
+    return json.dumps(literal(folder), ensure_ascii=False)

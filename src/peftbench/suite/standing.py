@@ -41,8 +41,10 @@ class Standing:
     budget_bytes: int | None = None
 
 
-def standings(folder: Path, queue: Mapping[str, Queued]) -> list[Standing]:
+def standings(folder: Path, queue: Mapping[str, Queued], *, hosts: bool = True) -> list[Standing]:
     """Every run below ``folder``, by path; ``queue`` is what SLURM says, and may be empty.
+
+    Without ``hosts`` no machine is named.
 
     Raises:
         MissingFileError: there is none.
@@ -51,19 +53,22 @@ def standings(folder: Path, queue: Mapping[str, Queued]) -> list[Standing]:
     places = [place for place in places if "checkpoints" not in place.relative_to(folder).parts]
     if not places:
         raise MissingFileError(f"there is no run below {folder}", "give the folder that a suite wrote to")
-    return [_standing(place, str(place.relative_to(folder)), queue) for place in places]
+    return [_standing(place, str(place.relative_to(folder)), queue, hosts=hosts) for place in places]
 
 
 def unfinished(folder: Path) -> list[Standing]:
-    """Runs below ``folder`` that have no record and may yet have one, by their files alone."""
+    """Runs below ``folder`` that have no record and may yet have one, by their files alone.
+
+    This is for a page, which may be shared: no machine is named.
+    """
     try:
-        found = standings(folder, {})
+        found = standings(folder, {}, hosts=False)
     except MissingFileError:
         return []
     return [one for one in found if one.state in {"waiting", "running", "gone"}]
 
 
-def _standing(folder: Path, name: str, queue: Mapping[str, Queued]) -> Standing:
+def _standing(folder: Path, name: str, queue: Mapping[str, Queued], *, hosts: bool) -> Standing:
     status, before = read_status(folder), submitted(folder)
     job = before.job if before else None
     record = None
@@ -73,7 +78,7 @@ def _standing(folder: Path, name: str, queue: Mapping[str, Queued]) -> Standing:
     asked = next((found for key in (job, status.job if status else None) if key and (found := queue.get(key))), None)
     elsewhere = status is not None and status.host != socket.gethostname()  # where a lock may not be seen from here
     if held(folder) or (elsewhere and asked is not None and asked.state == "RUNNING" and _newer(status, record)):
-        return _running(name, status, job)
+        return _running(name, status, job, hosts=hosts)
     lasts = asked is not None and asked.lasts and asked.state != "COMPLETING"
     if asked is not None and lasts and not (record and record.outcome.kind in FINAL):
         after = f"after step {record.outcome.step}, " if record is not None and record.outcome.step else ""
@@ -85,9 +90,10 @@ def _standing(folder: Path, name: str, queue: Mapping[str, Queued]) -> Standing:
         return _ended(folder, name, record, status, job)
     if status is not None:
         kept = f"; step {newest} is kept" if (newest := _newest_checkpoint(folder)) else ""
+        where = f" on {status.host}" if hosts else ""
         return Standing(
             name, "gone", status.step, status.steps, job=job,
-            said=f"last seen at {status.updated_at} on {status.host}{kept}; run it again to go on",
+            said=f"last seen at {status.updated_at}{where}{kept}; run it again to go on",
             loss=status.loss, memory_bytes=status.memory_bytes, budget_bytes=status.budget_bytes,
         )  # fmt: skip
     return Standing(name, "waiting", job=job, said="" if job is None else f"job {job} is not in the queue")
@@ -103,10 +109,10 @@ def _refused(job: Submitted, folder: Path) -> str | None:
     return str(said.get("error")) if later else None
 
 
-def _running(name: str, status: Status | None, job: str | None) -> Standing:
+def _running(name: str, status: Status | None, job: str | None, *, hosts: bool) -> Standing:
     if status is None:
         return Standing(name, "running", job=job, said="starting")
-    here = "" if status.host == socket.gethostname() else f" on {status.host}"
+    here = "" if not hosts or status.host == socket.gethostname() else f" on {status.host}"
     return Standing(
         name, "running", status.step, status.steps, status.tokens_per_second, status.seconds_left,
         status.job or job, f"{status.phase}{here}", status.loss, status.memory_bytes, status.budget_bytes,
