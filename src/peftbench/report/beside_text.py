@@ -13,6 +13,7 @@ from rich.text import Text
 from peftbench.record import Interval
 from peftbench.report.beside import Beside, Figure, Pair, Side, Verdict
 from peftbench.report.differences import LEAST_EXAMPLES, LEVEL
+from peftbench.report.escape import plain
 from peftbench.report.figures import FIGURES, OUTCOME
 from peftbench.report.pairing import Change
 from peftbench.report.table import natural_width
@@ -38,11 +39,6 @@ def regressed(found: Beside) -> str:
     """One sentence that names the figures of the runs that fell; there must be some."""
     runs = [f"{plain(pair.label)} ({'; '.join(_falls(pair))})" for pair in found.pairs if pair.fell]
     return f"fell by more than allowed: {', '.join(runs)}"
-
-
-def plain(text: str) -> str:
-    """``text`` on one line, without what could move a terminal's cursor or turn its writing around."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def _say(console: Console, lines: Sequence[str]) -> None:

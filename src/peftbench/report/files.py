@@ -55,7 +55,7 @@ def write_report(
     said, told = summary(rows, compared), notes(ordered(rows))
     data = downloads(rows, said, told)
     results = markdown_report(rows, title, said, told)
-    shown = page(content(records, title, said, compared=compared, unfinished=unfinished), data)
+    shown = page(content(records, title, said, compared=compared, told=told, unfinished=unfinished), data)
     # All is made before anything is written, so that what lies there is of one report.
     for one in data.values():
         write_atomically(folder / one["name"], one["text"])

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from peftbench.errors import RecordError
 from peftbench.record import RunRecord, read_records_by_path
 from peftbench.record.kept import Kept
+from peftbench.report.knobs import flattened
 from peftbench.report.table import ordered
 
 MatchedBy = Literal["name", "recipe", "path"]
@@ -113,20 +114,12 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Change]
 
 
 def _knobs(record: RunRecord) -> dict[str, Any]:
-    return dict(_flat({key: value for key, value in record.recipe.items() if key not in _LEFT_OUT}))
+    return dict(flattened({key: value for key, value in record.recipe.items() if key not in _LEFT_OUT}))
 
 
 def _facts(record: RunRecord) -> dict[str, Any]:
     made = {"versions", "device", "engine", "git", "data_identity", "model_identity"}
-    return dict(_flat(record.model_dump(mode="json", include=made)))
-
-
-def _flat(values: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{place}{key}.")
-        else:
-            yield f"{place}{key}", value
+    return dict(flattened(record.model_dump(mode="json", include=made)))
 
 
 def _same(one: object, other: object) -> bool:

@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from peftbench.files import write_atomically
 from peftbench.report.beside import Beside
-from peftbench.report.beside_text import config_cells, end, figure_cells, regressed, where
+from peftbench.report.beside_text import config_cells, end, figure_cells, of_intervals, regressed, where
 from peftbench.report.page.charts import as_data
 from peftbench.report.page.content import Content
 
@@ -53,6 +53,7 @@ def beside_page(found: Beside) -> str:
     sentences = [*([regressed(found)] if found.fell else []), *where(found)[2:], *end(found)]
     return _template("beside.html.jinja").render(
         found=found, rows=rows, config=list(config_cells(found)), sentences=sentences,
+        intervals=f"{of_intervals(found).capitalize()}.",
         style=Markup(_own("page.css")),  # noqa: S704 — a file of ours
     )  # fmt: skip
 

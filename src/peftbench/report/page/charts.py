@@ -8,8 +8,9 @@ from typing import Any
 
 import altair as alt
 
+from peftbench.report.columns import finite
 from peftbench.report.page.memory import PARTS
-from peftbench.report.page.series import COLOURS, OVER, Groups, Row, finite, front
+from peftbench.report.page.series import COLOURS, OVER, Groups, Row, front
 
 PART_COLOURS = 14
 """Variables --m0 to --m13 of the style; those of groups are --k0 to --k7."""

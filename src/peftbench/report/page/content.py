@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peftbench.record import RunRecord, Sample
-from peftbench.report.columns import Column, Raw, method_label, outcome_text
+from peftbench.report.columns import Column, Raw, finite, method_label, outcome_text
 from peftbench.report.configurations import Configuration
 from peftbench.report.costs import apart
 from peftbench.report.differences import Compared, Difference, differences
@@ -121,11 +121,12 @@ def content(
     summary: Sequence[str],
     *,
     compared: Compared | None = None,
+    told: Sequence[str] | None = None,
     unfinished: Sequence[Unfinished] = (),
 ) -> Content:
     """What the page says of ``records``, by the paths of their files.
 
-    ``compared`` is what ``differences`` made of them, where it was made already.
+    ``compared`` is what ``differences`` made of them, and ``told`` their notes, where these were made already.
     """
     rows = ordered(list(records.values()))
     columns, drawn = shown(rows), chosen(rows)
@@ -133,7 +134,7 @@ def content(
     groups = Groups.of(sorted(compared.every, key=lambda one: rows.index(one.runs[0])))
     by_rouge = compared.figure is not None and compared.figure.key == "rougeL"
     points = series.points(compared.every, groups, rouge=by_rouge)
-    all_knobs, told = knobs(rows), notes(rows)
+    all_knobs, told = knobs(rows), notes(rows) if told is None else told
     places = {id(record): path for path, record in records.items()}
     return Content(
         title=title,
@@ -171,7 +172,7 @@ def chosen(records: Sequence[RunRecord]) -> list[RunRecord]:
 
 def _rank(record: RunRecord) -> tuple[bool, bool, float, float]:
     """Smaller is better: ended well, with ROUGE-L, by that, then by held-out loss."""
-    score, loss = series.rouge_l(record), series.finite(record.quality.loss if record.quality else None)
+    score, loss = series.rouge_l(record), finite(record.quality.loss if record.quality else None)
     by_score = -(score.mean if score else 0.0)
     return record.outcome.kind != "ok", score is None, by_score, float("inf") if loss is None else loss
 
@@ -217,7 +218,7 @@ def _line(record: RunRecord, columns: Sequence[Column]) -> Line:
 
 def _first(column: Column, record: RunRecord) -> Raw:
     value = next(iter(column.raw(record).values()))
-    return series.finite(value) if isinstance(value, float) else value
+    return finite(value) if isinstance(value, float) else value
 
 
 def _trade_offs(points: Sequence[Row], groups: Groups, every: Sequence[Configuration], *, rouge: bool) -> list[Drawing]:

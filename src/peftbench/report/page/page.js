@@ -28,13 +28,16 @@ heads.forEach((head, column) => head.querySelector("button").addEventListener("c
 for (const button of table.tHead.querySelectorAll("button")) {
   const meaning = button.nextElementSibling;
   const place = () => {
-    document.body.classList.remove("away");
     const box = button.getBoundingClientRect();
     meaning.style.left = `${Math.max(8, Math.min(box.left, document.documentElement.clientWidth - meaning.offsetWidth - 8))}px`;
     meaning.style.top = `${box.bottom + 6}px`;
   };
-  button.addEventListener("pointerenter", () => requestAnimationFrame(place));
-  button.addEventListener("focus", () => requestAnimationFrame(place));
+  const show = () => {
+    document.body.classList.remove("away"); // at once: Escape may come before the next frame
+    requestAnimationFrame(place);
+  };
+  button.addEventListener("pointerenter", show);
+  button.addEventListener("focus", show);
 }
 document.addEventListener("keydown", (event) => { if (event.key === "Escape") document.body.classList.add("away"); });
 

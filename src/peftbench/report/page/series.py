@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from peftbench.evaluation.statistics import paired_interval, seeds_interval
 from peftbench.record import Interval, RunRecord
-from peftbench.report.columns import method_label
+from peftbench.report.columns import finite, method_label
 from peftbench.report.configurations import Configuration
 
 Row = dict[str, str | int | float | None]
@@ -21,16 +20,11 @@ Row = dict[str, str | int | float | None]
 POINTS = 200
 """Of a curve, at most: where there are more steps, a point is the mean of several."""
 
-RESAMPLED = 24
-"""Configurations whose losses' intervals are resampled, at most, since each takes a while."""
+RESAMPLED = 24 * 500
+"""Examples of all configurations whose losses' intervals are resampled, at most, since that takes a while."""
 
 OVER = {"step": "optimizer step", "tokens": "real tokens trained on", "seconds": "seconds of steps, warm-up included"}
 """What a loss is drawn over, and what the axis says."""
-
-
-def finite(value: float | None) -> float | None:
-    """None for what is no number, of which JSON knows nothing."""
-    return value if value is not None and math.isfinite(value) else None
 
 
 COLOURS = 8
@@ -141,12 +135,14 @@ def points(every: Sequence[Configuration], groups: Groups, *, rouge: bool) -> li
     """What each configuration brought and took: means over its seeds, and the 95 % interval of its quality.
 
     Quality is ROUGE-L or else the held-out loss. With several seeds the interval is over them, else over examples (of a
-    loss, where there are ``RESAMPLED`` configurations or fewer); None where there is none.
+    loss, where there are ``RESAMPLED`` of them or fewer); None where there is none.
     """
+    qualities = [run.quality for one in every for run in one.ok if run.quality is not None]
+    few = sum(quality.examples for quality in qualities) <= RESAMPLED
     made: list[Row] = []
     for one in every:
         values = one.rouge_l if rouge else one.losses
-        interval = _interval(one, values, rouge=rouge, may_resample=len(every) <= RESAMPLED)
+        interval = _interval(one, values, rouge=rouge, may_resample=few)
         peak, flops = one.peak_bytes, one.required_flops
         made.append({
             "run": one.label, "group": groups[one.runs[0]], "baseline": int(bool(one.ok) and not one.trains),
