@@ -21,7 +21,7 @@ from peftbench.report.page.content import Content
 
 _BESIDE = ("figure", "before", "after", "change", "verdict")
 _SECTIONS = {
-    "summary": "In words", "table": "The comparison", "trade-offs": "What quality costs", "memory": "Memory and speed",
+    "summary": "In words", "trade-offs": "What quality costs", "table": "The comparison", "memory": "Memory and speed",
     "losses": "How the loss fell", "samples": "Examples", "protocol": "The protocol", "repeat": "How to repeat it",
 }  # fmt: skip
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import altair as alt
 
@@ -15,6 +15,11 @@ from peftbench.report.page.series import COLOURS, OVER, Groups, Row, front
 PART_COLOURS = 14
 """Variables --m0 to --m13 of the style; those of groups are --k0 to --k7."""
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right", "triangle-left")
+SIDES: dict[str, tuple[Literal["left", "right"], int, int]] = {
+    "right above": ("left", 9, -7), "right below": ("left", 9, 13),
+    "left above": ("right", -9, -7), "left below": ("right", -9, 13),
+}  # fmt: skip
+"""Where a point's name may stand: how its text is aligned, and how far off, in pixels."""
 TABLED = 200
 """Rows that a chart's table has, at most."""
 SMOOTHED = 6
@@ -35,9 +40,9 @@ class Cost:
 
 
 COSTS = (
-    Cost("MiB", "peak memory of training, MiB"),
+    Cost("MiB", "peak memory, MiB"),
     Cost("seconds", "seconds of training"),
-    Cost("TFLOP", "required TFLOP of training"),
+    Cost("TFLOP", "required TFLOP"),
 )
 
 
@@ -138,15 +143,11 @@ def trade_off(
     if not known:
         return None
     best = front(known, cost.field, "quality", more_is_better=more_is_better) if alike else []
-    dearest = max(float(point[cost.field] or 0) for point in known)
-    named = known if len(known) <= LABELLED else []
     free = [point for point in judged if point["baseline"]]
     data = {
         "front": best, "runs": known, "intervals": [point for point in known if point.get("low") is not None],
         "across": free if len(free) <= LABELLED else [],
-        # Names go to the right of their points, and to the left where the chart ends.
-        "right": [point for point in named if float(point[cost.field] or 0) < dearest],
-        "left": [point for point in named if float(point[cost.field] or 0) >= dearest],
+        **_named(known, cost),
     }  # fmt: skip
     layers = _trade_off_layers(cost, title, groups, judged, more_is_better=more_is_better)
     chart = alt.layer(*(layer for name, made in layers.items() if data[name] for layer in made)).properties(height=300)
@@ -158,6 +159,18 @@ def trade_off(
     fields = ["run", cost.field, "quality", "low", "high", "seeds"]
     where = f"{title} against {cost.title}"
     return _drawing(f"quality-{cost.field.lower()}", where, caption, chart, data=data, fields=fields)
+
+
+def _named(points: Sequence[Row], cost: Cost) -> dict[str, list[Row]]:
+    """Points by the side that their names go to: within the chart, and a neighbour's not over one's own."""
+    found: dict[str, list[Row]] = {side: [] for side in SIDES}
+    if len(points) > LABELLED:
+        return found
+    order = sorted(points, key=lambda point: float(point[cost.field] or 0))
+    for index, point in enumerate(order):
+        across = "left" if index and index == len(order) - 1 else "right"
+        found[f"{across} {'below' if index % 2 else 'above'}"].append(point)
+    return found
 
 
 def _trade_off_layers(
@@ -183,8 +196,10 @@ def _trade_off_layers(
             .encode(y=y, color=colour, tooltip=[tips[0], tips[2]]),
             _of("across").mark_text(align="left", dx=3, dy=-7, fontSize=11).encode(x=alt.value(0), y=y, text="run:N"),
         ],
-        "right": [_of("right").mark_text(align="left", dx=9, dy=-7, fontSize=11).encode(x=x, y=y, text="run:N")],
-        "left": [_of("left").mark_text(align="right", dx=-9, dy=-7, fontSize=11).encode(x=x, y=y, text="run:N")],
+        **{
+            side: [_of(side).mark_text(align=align, dx=dx, dy=dy, fontSize=11).encode(x=x, y=y, text="run:N")]
+            for side, (align, dx, dy) in SIDES.items()
+        },
     }  # fmt: skip
 
 
