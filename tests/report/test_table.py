@@ -76,6 +76,23 @@ def test_every_column_has_a_meaning_and_own_csv_names() -> None:
     assert len(names) == len(set(names))
 
 
+def test_a_column_is_sorted_by_what_it_shows() -> None:
+    """The first of a column's raw values is the one that its text is of, so that sorting by it sorts what is seen."""
+    each = TokensPerSecond(real=123.0, padded=200.0, labelled=50.0, virtual=7.0)
+    speed = Throughput(
+        steps=10, step_seconds_median=1, step_seconds_p10=1, step_seconds_p90=1, samples_per_second=1, data_share=0,
+        tokens_per_second=each,
+    )  # fmt: skip
+    one = record(
+        "a", "full", 640, throughput=speed, energy_joules=400.0, flops=Flops(required=2 * 10**12, executed=9 * 10**12),
+        memory={"train": Memory(allocated_bytes=5 * 2**20, reserved_bytes=8 * 2**20)},
+        compute=Compute(required_per_second=1.0, executed_per_second=3.0, peak_per_second=4.0),
+    )  # fmt: skip
+    shown = {"J/1,000 samples": 2500.0, "tokens/s": 123.0, "required TFLOP": 2e12, "MFU": 0.25, "peak MiB": 5 * 2**20}
+    found = {column.title: next(iter(column.raw(one).values())) for column in COLUMNS}
+    assert {title: found[title] for title in shown} == shown
+
+
 def test_memory_and_flops_have_columns_where_they_are_known() -> None:
     """Training's own peak is shown: in tensors on a GPU, beyond the baseline on CPU; unknown leaves the column out."""
     on_gpu = record("a", "full", 1, memory={"train": Memory(allocated_bytes=3 * 2**20, reserved_bytes=9 * 2**20)})

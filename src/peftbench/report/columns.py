@@ -21,7 +21,7 @@ def finite(value: _Value) -> _Value | None:
 
 @dataclass(frozen=True)
 class Column:
-    """One column. ``raw`` gives a record's values by CSV name (units in names); ``text`` shows them to a person."""
+    """One column. ``raw`` gives a record's values by CSV name (units in names); ``text`` shows the first."""
 
     title: str
     meaning: str
@@ -205,7 +205,7 @@ COLUMNS: tuple[Column, ...] = (
     Column(
         "J/1,000 samples", "joules of the training phase by 1,000 samples: of the GPUs' boards (NVML), or of the "
         "processors (RAPL) where it ran on them, whatever else ran there; pauses (trackers) included",
-        lambda r: {"training_joules": r.energy_joules, "joules_per_1000_samples": r.joules_per_1000_samples},
+        lambda r: {"joules_per_1000_samples": r.joules_per_1000_samples, "training_joules": r.energy_joules},
         lambda r: _measured(r, None if (j := r.joules_per_1000_samples) is None else f"{j:,.3g}"),
         optional=True,
     ),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from peftbench.record import FILE, RunRecord, read_record
 from peftbench.report.files import downloads
-from peftbench.report.page.build import write_page
+from peftbench.report.page.build import page
 from peftbench.report.page.content import Unfinished, content
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -30,7 +30,6 @@ def page_of(
 ) -> Path:
     """The page of ``records``, in ``folder``."""
     path = folder / "report.html"
-    write_page(
-        path, content(records, title, summary, unfinished=unfinished), downloads(list(records.values()), summary)
-    )
+    shown = content(records, title, summary, unfinished=unfinished)
+    path.write_text(page(shown, downloads(list(records.values()), summary)), encoding="utf-8")
     return path

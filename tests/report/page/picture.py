@@ -26,8 +26,11 @@ _TEXT = (
 
 def digest() -> str:
     """Of the records and of what gives the page its looks."""
-    page = REPOSITORY / "src" / "peftbench" / "report" / "page"
-    looks = [page / name for name in ("page.html.jinja", "page.css", "page.js", "charts.py")]
+    report = REPOSITORY / "src" / "peftbench" / "report"
+    looks = [
+        *(report / "page" / name for name in ("page.html.jinja", "page.css", "page.js", "charts.py", "series.py")),
+        *(report / name for name in ("words.py", "columns.py")),
+    ]
     found = hashlib.blake2b(digest_size=8)
     for path in [*sorted(RECORDS.rglob(FILE)), *looks]:
         found.update(path.read_bytes())

@@ -11,7 +11,7 @@ from peftbench.report.beside import beside
 from peftbench.report.page.build import beside_page
 from tests.report.page.conftest import Open
 from tests.report.page.test_in_browser import HOSTILE
-from tests.report.records import record
+from tests.report.records import judged, record
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -35,6 +35,34 @@ def test_shows_what_changed(scheme: str, opened: Open, tmp_path: Path) -> None:
     assert "train.global_batch" in config
     assert "16" in config
     assert found.see("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+
+
+def test_an_interval_is_told_of_once_and_where_there_is_one(opened: Open, tmp_path: Path) -> None:
+    """Of figures without an interval the page says nothing of brackets; of one with it, once."""
+
+    def words(name: str, *losses: float) -> str:
+        for side, loss in zip(("A", "B"), losses, strict=True):
+            one = judged("a", "lora", None, losses=[loss + step / 100 for step in range(30)], labelled=(1,) * 30)
+            (record("a", "lora", 10, loss=loss) if name == "plain" else one).write(tmp_path / name / side / "a")
+        page = tmp_path / f"{name}.html"
+        page.write_text(beside_page(beside(tmp_path / name / "A", tmp_path / name / "B")), encoding="utf-8")
+        found: str = opened(page).page.locator("body").inner_text()
+        return found
+
+    assert "in brackets" not in words("plain", 1.0, 2.0).lower()
+    assert words("judged", 1.0, 2.0).lower().count("in brackets") == 1
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_is_accessible(scheme: str, opened: Open, tmp_path: Path) -> None:
+    """Axe finds no violation on the page of two suites either."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
+    record("a", "lora", 10, loss=3.0).write(tmp_path / "A" / "a")
+    record("a", "lora", 10, loss=4.0, global_batch=8).write(tmp_path / "B" / "a")
+    page = tmp_path / "page.html"
+    page.write_text(beside_page(beside(tmp_path / "A", tmp_path / "B")), encoding="utf-8")
+    found = axe.Axe().run(opened(page, color_scheme=scheme, bypass_csp=True).page).response
+    assert [(one["id"], one["nodes"][0]["html"]) for one in found["violations"]] == []
 
 
 def test_two_equal_suites(opened: Open, tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 
 import pytest
 
-from peftbench.report.page.charts import SHAPES
+from peftbench.report.page.charts import PART_COLOURS, SHAPES
+from peftbench.report.page.memory import PARTS
 from peftbench.report.page.series import COLOURS
 from tests.report.page.pages import REPOSITORY
 
@@ -44,26 +46,51 @@ def test_colours_stand_out_from_their_paper(theme: dict[str, str]) -> None:
     assert _contrast("#000", "#fff") == pytest.approx(21)
     for name in ("--ink", "--soft", "--accent", "--good", "--bad"):
         assert _contrast(theme[name], theme["--paper"]) >= 4.5, name
-    for name in [*(f"--k{index}" for index in range(COLOURS)), "--budget", "--front"]:
+    for name in [
+        *(f"--k{k}" for k in range(COLOURS)),
+        *(f"--m{m}" for m in range(PART_COLOURS)),
+        "--budget",
+        "--front",
+    ]:
         assert _contrast(theme[name], theme["--paper"]) >= 3, name
 
 
-DEUTERANOPIA = ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.011820, 0.042940, 0.968881))
-PROTANOPIA = ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998))
+SIGHTS = {
+    "all": ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)),
+    "deuteranopia": ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.011820, 0.042940, 0.968881)),
+    "protanopia": ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998)),
+}
+"""How linear colours look to those who see all of them, and to those who do not (Machado, Oliveira, Fernandes 2009)."""
+
+LMS = ((0.4122214708, 0.5363325363, 0.0514459929), (0.2119034982, 0.6806995451, 0.1073969566),
+       (0.0883024619, 0.2817188376, 0.6299787005))  # fmt: skip
+LAB = ((0.2104542553, 0.7936177850, -0.0040720468), (1.9779984951, -2.4285922050, 0.4505937099),
+       (0.0259040371, 0.7827717662, -0.8086757660))  # fmt: skip
 
 
-def _seen(colour: str, matrix: tuple[tuple[float, ...], ...]) -> list[float]:
-    """A colour as somebody sees it who is blind to some (Machado, Oliveira and Fernandes 2009, severity 1)."""
-    return [sum(w * v for w, v in zip(row, _light(colour), strict=True)) for row in matrix]
+def _times(matrix: tuple[tuple[float, ...], ...], vector: list[float]) -> list[float]:
+    return [sum(w * v for w, v in zip(row, vector, strict=True)) for row in matrix]
 
 
-@pytest.mark.parametrize("matrix", [DEUTERANOPIA, PROTANOPIA], ids=["deuteranopia", "protanopia"])
+def _seen(colour: str, sight: str) -> list[float]:
+    """OKLab (Ottosson 2020) of a colour as somebody sees it: a just noticeable difference is about 0.02."""
+    linear = [min(max(value, 0.0), 1.0) for value in _times(SIGHTS[sight], _light(colour))]
+    return _times(LAB, [value ** (1 / 3) for value in _times(LMS, linear)])
+
+
+@pytest.mark.parametrize("sight", SIGHTS)
 @pytest.mark.parametrize("theme", THEMES, ids=["light", "dark", "paper"])
-def test_groups_are_told_apart_by_who_sees_no_red_or_green(
-    theme: dict[str, str], matrix: tuple[tuple[float, ...], ...]
-) -> None:
-    """No two of the first four groups look alike; of all groups, each has a shape of its own besides."""
-    seen = [_seen(theme[f"--k{index}"], matrix) for index in range(4)]
-    for one, other in itertools.combinations(seen, 2):
-        assert sum((a - b) ** 2 for a, b in zip(one, other, strict=True)) ** 0.5 > 0.06
+def test_colours_are_told_apart_by_everybody(theme: dict[str, str], sight: str) -> None:
+    """No two groups look alike, nor two parts of a bar: several times what can just be noticed lies between them."""
+    groups = [f"--k{index}" for index in range(COLOURS)]
+    tensors = [f"--m{index}" for index in range(list(PARTS).index("rest") + 1)]
+    assert len(tensors) == 10
+    for names in (groups, tensors):
+        for one, other in itertools.combinations(names, 2):
+            apart = math.dist(_seen(theme[one], sight), _seen(theme[other], sight))
+            assert apart > 0.08, (one, other, apart)
+
+
+def test_every_group_has_a_shape_of_its_own() -> None:
+    """Where no colour is seen at all, a point's shape says whose it is."""
     assert len(set(SHAPES)) == COLOURS

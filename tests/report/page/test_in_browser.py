@@ -38,6 +38,8 @@ def test_opens_without_a_word(size: tuple[int, int], scheme: str, opened: Open, 
     marks = page.see("[...document.querySelectorAll('[data-chart] svg')].map(s => s.querySelectorAll('path').length)")
     assert len(marks) == len(drawn)
     assert min(marks) >= 5
+    names = page.see("[...document.querySelectorAll('[id]')].map(e => e.id)")
+    assert len(names) == len(set(names))
     assert page.see("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
     sticking_out = page.see(
         "[...document.querySelectorAll('.chart')].filter(b => b.querySelector('svg').getBoundingClientRect().width "
@@ -114,6 +116,27 @@ def test_a_point_says_whose_it_is(opened: Open, tmp_path: Path) -> None:
     point.hover(force=True)
     page.page.wait_for_selector("#vg-tooltip-element.visible")
     assert "full" in page.page.locator("#vg-tooltip-element").inner_text()
+
+
+def test_what_is_no_number_is_sorted_last(opened: Open, tmp_path: Path) -> None:
+    """A diverged run's loss is no figure: it stays last both ways, and the chart and the table are whole."""
+    bad = record(
+        "bad", "lora", 10, loss=float("nan"), outcome=Outcome(kind="diverged", step=2), losses=(1.0, float("inf"))
+    )
+    rows = [bad, record("a", "full", 1000, loss=2.0), record("b", "full", 1000, loss=3.0)]
+    page = opened(page_of({tmp_path / one.name / "record.json": one for one in rows}, tmp_path))
+    assert page.said == []
+    for best in ("a (full)", "b (full)"):
+        page.page.locator(f"{by_title('held-out loss')} button").click()
+        order = page.see("[...document.querySelectorAll('#runs tbody th')].map(h => h.textContent)")
+        assert (order[0], order[-1]) == (best, "bad (lora)")
+
+
+def test_a_phone_shows_long_names(opened: Open, tmp_path: Path) -> None:
+    """With everything opened, names as long as a sweep's make nothing stick out of a phone."""
+    page = opened(page_of(shipped("demo_rates"), tmp_path), width=375, height=700)
+    page.see("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+    assert page.see("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
 
 
 def test_finds_a_run(opened: Open, tmp_path: Path) -> None:

@@ -111,3 +111,8 @@ def test_every_real_bar_has_a_caption() -> None:
     rows, far = memory.lines(REAL)
     said = memory.caption(REAL, rows, far)
     assert "On a CPU" in said
+    assert "Without one, weights" in said
+    plain = memory.caption(
+        [record("a", "full", 1, state_bytes=StateBytes(weights=1, gradients=1, optimizer=1))], [], ""
+    )
+    assert plain.startswith("Peak of the training phase. Weights, gradients")

@@ -8,14 +8,12 @@ import re
 from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
-from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from peftbench.files import write_atomically
 from peftbench.report.beside import Beside
-from peftbench.report.beside_text import config_cells, end, figure_cells, of_intervals, regressed, where
+from peftbench.report.beside_text import config_cells, end, figure_cells, regressed, where
 from peftbench.report.page.charts import as_data
 from peftbench.report.page.content import Content
 
@@ -39,11 +37,6 @@ def page(content: Content, downloads: Mapping[str, Mapping[str, str]]) -> str:
     )  # fmt: skip
 
 
-def write_page(path: Path, content: Content, downloads: Mapping[str, Mapping[str, str]]) -> None:
-    """Write the page to ``path``, whole or not at all."""
-    write_atomically(path, page(content, downloads))
-
-
 def beside_page(found: Beside) -> str:
     """The HTML of two suites side by side; it needs no script."""
     rows = [
@@ -53,7 +46,6 @@ def beside_page(found: Beside) -> str:
     sentences = [*([regressed(found)] if found.fell else []), *where(found)[2:], *end(found)]
     return _template("beside.html.jinja").render(
         found=found, rows=rows, config=list(config_cells(found)), sentences=sentences,
-        intervals=f"{of_intervals(found).capitalize()}.",
         style=Markup(_own("page.css")),  # noqa: S704 — a file of ours
     )  # fmt: skip
 

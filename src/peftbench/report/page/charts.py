@@ -60,7 +60,12 @@ class Drawing:
 
 
 def _shown(value: str | float | None) -> str:
-    return "unknown" if value is None else value if isinstance(value, str) else f"{value:,.4g}"
+    return "unknown" if value is None else value if isinstance(value, str) else _number(value)
+
+
+def _number(value: float) -> str:
+    """Four digits, and all of those before the point."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _drawing(
@@ -71,19 +76,20 @@ def _drawing(
     *,
     data: Mapping[str, Sequence[Row]],
     fields: Sequence[str] = (),
+    told: Sequence[Row] | None = None,
 ) -> Drawing:
     """``data`` are the rows by the names that the chart's layers call them; Altair checks the chart without them.
 
-    The rows that most are named after, "runs", are shown as a table too, with those ``fields``.
+    The rows that most are named after, "runs", are shown as a table too, with those ``fields``; or those ``told``.
     """
     described = chart.properties(
         width="container", description=f"{title}. {caption}",
         autosize=alt.AutoSizeParams(type="fit-x", contains="padding"),
     ).configure(**_theme())  # fmt: skip
     rows = {named: [_clean(row) for row in values] for named, values in data.items()}
-    cells = [[_shown(row.get(field)) for field in fields] for row in data["runs"]]
-    told = cells if fields and len(cells) <= TABLED else []
-    return Drawing(name, title, caption, described.to_dict() | {"datasets": rows}, list(fields), told)
+    cells = [[_shown(row.get(field)) for field in fields] for row in (data["runs"] if told is None else told)]
+    shown = cells if fields and len(cells) <= TABLED else []
+    return Drawing(name, title, caption, described.to_dict() | {"datasets": rows}, list(fields), shown)
 
 
 def _clean(row: Row) -> Row:
@@ -182,7 +188,7 @@ def _trade_off_layers(
     y, low = alt.Y("quality:Q", title=title, scale=scale), alt.Y("low:Q", title=title, scale=scale)
     colour, shape = _colour(groups, judged), _shape(groups, judged)
     figures = (cost.field, "quality", "low", "high", "seeds")
-    tips = [alt.Tooltip("run:N"), *(alt.Tooltip(f"{name}:Q", format=",.4~g") for name in figures)]
+    tips = [alt.Tooltip("run:N"), *(alt.Tooltip(f"{name}:Q", format=",.4~r") for name in figures)]
     line = _of("front").mark_line(interpolate="step-after", color="var(--front)", strokeDash=[5, 4], strokeWidth=1.5)
     return {
         "front": [line.encode(x=x, y=y)],
@@ -211,7 +217,7 @@ def memory_bars(rows: Sequence[Row], lines: Sequence[Row], caption: str) -> Draw
     parts = [part for part in PARTS.values() if any(row["part"] == part for row in rows)]
     colours = [f"var(--m{list(PARTS.values()).index(part) % PART_COLOURS})" for part in parts]
     y = alt.Y("run:N", title=None, sort=runs, axis=alt.Axis(labelLimit=220))
-    bars = _of("runs").mark_bar().encode(
+    bars = _of("runs").mark_bar(stroke="var(--paper)", strokeWidth=1).encode(
         x=alt.X("MiB:Q", title="MiB", stack="zero"), y=y, order=alt.Order("order:Q"),
         color=alt.Color("part:N", title=None, sort=parts, scale=alt.Scale(domain=parts, range=colours)),
         tooltip=[alt.Tooltip("run:N"), alt.Tooltip("part:N"), alt.Tooltip("MiB:Q", format=",.1f")],
@@ -229,6 +235,15 @@ def memory_bars(rows: Sequence[Row], lines: Sequence[Row], caption: str) -> Draw
         data={"runs": rows, "budgets": lines},
         fields=["run", "part", "MiB"],
     )
+
+
+def _milestones(rows: Sequence[Row]) -> list[Row]:
+    """The first, the middle and the last point of each run's curve."""
+    runs: dict[object, list[Row]] = {}
+    for row in rows:
+        runs.setdefault(row["run"], []).append(row)
+    places = [(points, sorted({0, len(points) // 2, len(points) - 1})) for points in runs.values()]
+    return [points[place] for points, chosen in places for place in chosen]
 
 
 def loss_curves(rows: Sequence[Row], groups: Groups) -> list[Drawing]:
@@ -256,8 +271,20 @@ def loss_curves(rows: Sequence[Row], groups: Groups) -> list[Drawing]:
             ),
         ).properties(height=260)  # fmt: skip
         left_out = len({row["run"] for row in rows} - {row["run"] for row in known})
-        caption = f"Over {words}." + (f" Not drawn, for they do not say it: {left_out}." if left_out else "")
-        drawn.append(_drawing(f"loss-{over}", f"Training loss by {over}", caption, chart, data={"runs": known}))
+        caption = f"Over {words}." + (
+            f" Not drawn, for their records do not say it: {left_out} of the runs." if left_out else ""
+        )
+        drawn.append(
+            _drawing(
+                f"loss-{over}",
+                f"Training loss by {over}",
+                caption,
+                chart,
+                data={"runs": known},
+                fields=["run", over, "loss"],
+                told=_milestones(known),
+            )
+        )
     return drawn
 
 
@@ -281,7 +308,8 @@ def speeds(rows: Sequence[Row], groups: Groups) -> Drawing | None:
     ).properties(height=28 * len(runs))  # fmt: skip
     caption = (
         "The point is the mean over all timed seconds, the table's figure; the bar reaches from the tenth to the "
-        "ninetieth percentile of the timed steps. A point left of its bar: time went to something else than steps."
+        "ninetieth percentile of the timed steps. A mean lies outside where a few steps were very slow or fast, or "
+        "where time went to making batches."
     )
     return _drawing(
         "speed", "Throughput and its spread", caption, chart,

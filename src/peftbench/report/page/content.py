@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from peftbench.record import RunRecord, Sample
 from peftbench.report.columns import Column, Raw, finite, method_label, outcome_text
@@ -20,9 +21,6 @@ from peftbench.report.table import notes, ordered, shown
 
 DRAWN = 24
 """Runs whose curves, bars and summaries are drawn, at most; all are in the table, the trade-offs and the data."""
-
-_PAIR_DIGITS = 2
-"""Behind the point, of a difference; more where an end would else be shown as zero."""
 
 TOLD = 60
 """Notes that are shown, at most."""
@@ -94,6 +92,8 @@ class Content:
     repeats: dict[str, list[str]]
     drawn: str
     """Which runs the charts show, where it is not all."""
+    front: bool
+    """Whether a Pareto front is drawn."""
     by_rouge: bool
     """Whether quality is ROUGE-L, or the held-out loss."""
     undrawn: list[str]
@@ -102,6 +102,9 @@ class Content:
     pairs: list[Pair]
     figure: str
     """What the pairs are compared by."""
+
+    points: ClassVar[int] = series.POINTS
+    smoothed: ClassVar[int] = 2 * charts.SMOOTHED + 1
 
     @property
     def better(self) -> str:
@@ -135,7 +138,7 @@ def content(
     by_rouge = compared.figure is not None and compared.figure.key == "rougeL"
     points = series.points(compared.every, groups, rouge=by_rouge)
     all_knobs, told = knobs(rows), notes(rows) if told is None else told
-    places = {id(record): path for path, record in records.items()}
+    found_at = {id(record): path for path, record in records.items()}
     return Content(
         title=title,
         summary=list(summary),
@@ -150,8 +153,9 @@ def content(
         unequal=[knob for knob in all_knobs if not knob.equal],
         notes=[*told[:TOLD], *([f"and {len(told) - TOLD} more, in the data"] if len(told) > TOLD else [])],
         surroundings=surroundings(rows),
-        repeats={method_label(record): commands(record, places[id(record)]) for record in rows},
+        repeats={method_label(record): commands(record, found_at[id(record)]) for record in rows},
         drawn=_said_of(drawn, rows),
+        front=_alike(compared.every),
         by_rouge=by_rouge,
         undrawn=_undrawn(points, compared.every),
         unfinished=list(unfinished),
@@ -203,17 +207,16 @@ def _undrawn(points: Sequence[Row], every: Sequence[Configuration]) -> list[str]
 
 
 def _pair(one: Difference) -> Pair:
-    low, high = outward(one.interval, _PAIR_DIGITS)
-    difference = rounded(one.mean, max(_PAIR_DIGITS, places(low)))
+    digits = one.figure.digits + 1
+    low, high = outward(one.interval, digits)
+    difference = rounded(one.mean, max(digits, places(low)))
     return Pair(one.first.label, one.second.label, difference, f"{low} to {high}", one.verdict)
 
 
 def _line(record: RunRecord, columns: Sequence[Column]) -> Line:
+    name, *figures = (Cell(column.text(record), _first(column, record)) for column in columns)
     # An interval goes below its mean, which keeps the table narrow.
-    cells = [
-        Cell(column.text(record).replace(" (", "\n("), next(iter(column.raw(record).values()))) for column in columns
-    ]
-    return Line(record.outcome.kind, cells)
+    return Line(record.outcome.kind, [name, *(Cell(one.text.replace(" (", "\n("), one.value) for one in figures)])
 
 
 def _first(column: Column, record: RunRecord) -> Raw:
@@ -222,13 +225,18 @@ def _first(column: Column, record: RunRecord) -> Raw:
 
 
 def _trade_offs(points: Sequence[Row], groups: Groups, every: Sequence[Configuration], *, rouge: bool) -> list[Drawing]:
-    trained = [one for one in every if one.trains]
-    alike = all(apart(one, trained[0]) is None for one in trained)
+    alike = _alike(every)
     title = "ROUGE-L" if rouge else "held-out loss, nats"
     drawn = [
         charts.trade_off(points, groups, cost, title, more_is_better=rouge, alike=alike) for cost in charts.COSTS
     ]  # fmt: skip
     return [drawing for drawing in drawn if drawing is not None]
+
+
+def _alike(every: Sequence[Configuration]) -> bool:
+    """Whether the costs of all that was trained compare."""
+    trained = [one for one in every if one.trains]
+    return all(apart(one, trained[0]) is None for one in trained)
 
 
 def _memory(records: Sequence[RunRecord]) -> Drawing | None:

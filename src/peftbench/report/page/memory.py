@@ -114,9 +114,9 @@ def caption(records: Sequence[RunRecord], rows: Sequence[Row], far: str) -> str:
             "Where a breakdown was asked for, parts are of one step of the warm-up in the first process, and what "
             "the training took beyond them is the rest."
         )
-    said.append(
-        "Else weights, gradients and optimizer states are by the sizes of their tensors, and the rest is not known."
-    )
+    if any(record.state_bytes and not record.breakdown for record in records):
+        before = "Without one, weights" if any(record.breakdown for record in records) else "Weights"
+        said.append(f"{before}, gradients and optimizer states are by their tensors' sizes, and the rest is not known.")
     if any(record.device.kind == "cpu" for record in records):
         said.append(
             "On a CPU a bar is resident memory beyond what was there before anything was loaded, libraries' too. A "

@@ -25,20 +25,24 @@ function sortBy(column) {
 heads.forEach((head, column) => head.querySelector("button").addEventListener("click", () => sortBy(column)));
 
 // A column's meaning is put beside its title, and goes away with Escape.
+let placed = () => {};
 for (const button of table.tHead.querySelectorAll("button")) {
   const meaning = button.nextElementSibling;
   const place = () => {
     const box = button.getBoundingClientRect();
     meaning.style.left = `${Math.max(8, Math.min(box.left, document.documentElement.clientWidth - meaning.offsetWidth - 8))}px`;
-    meaning.style.top = `${box.bottom + 6}px`;
+    const below = box.bottom + meaning.offsetHeight <= document.documentElement.clientHeight;
+    meaning.style.top = `${below ? box.bottom : Math.max(0, box.top - meaning.offsetHeight)}px`;
   };
   const show = () => {
     document.body.classList.remove("away"); // at once: Escape may come before the next frame
+    placed = place;
     requestAnimationFrame(place);
   };
   button.addEventListener("pointerenter", show);
   button.addEventListener("focus", show);
 }
+document.addEventListener("scroll", () => placed(), { capture: true, passive: true });
 document.addEventListener("keydown", (event) => { if (event.key === "Escape") document.body.classList.add("away"); });
 
 const filter = document.getElementById("filter");

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 import numpy
 from numpy.typing import NDArray
 
-from peftbench.evaluation.statistics import paired_interval, seeds_interval
+from peftbench.evaluation.statistics import paired_intervals, seeds_interval
 from peftbench.record import Interval, RunRecord
 from peftbench.report.columns import finite, method_label
 from peftbench.report.configurations import Configuration
@@ -19,9 +20,6 @@ Row = dict[str, str | int | float | None]
 
 POINTS = 200
 """Of a curve, at most: where there are more steps, a point is the mean of several."""
-
-RESAMPLED = 24 * 500
-"""Examples of all configurations whose losses' intervals are resampled, at most, since that takes a while."""
 
 OVER = {"step": "optimizer step", "tokens": "real tokens trained on", "seconds": "seconds of steps, warm-up included"}
 """What a loss is drawn over, and what the axis says."""
@@ -92,10 +90,12 @@ def speed(records: Sequence[RunRecord], groups: Groups) -> list[Row]:
         measured = record.throughput
         if measured is None or record.tokens is None or not record.steps:
             continue
-        slow, fast = _spread(record) or (
-            record.tokens.real / record.steps / measured.step_seconds_p90,
-            record.tokens.real / record.steps / measured.step_seconds_p10,
+        known = measured.step_seconds_p10 > 0
+        a_step = record.tokens.real / record.steps
+        by_percentiles = (
+            (a_step / measured.step_seconds_p90, a_step / measured.step_seconds_p10) if known else (None, None)
         )
+        slow, fast = _spread(record) or by_percentiles
         rows.append({
             "run": method_label(record), "group": groups[record], "slow": slow, "fast": fast,
             "speed": measured.tokens_per_second.real,
@@ -134,15 +134,18 @@ def rouge_l(record: RunRecord) -> Interval | None:
 def points(every: Sequence[Configuration], groups: Groups, *, rouge: bool) -> list[Row]:
     """What each configuration brought and took: means over its seeds, and the 95 % interval of its quality.
 
-    Quality is ROUGE-L or else the held-out loss. With several seeds the interval is over them, else over examples (of a
-    loss, where there are ``RESAMPLED`` of them or fewer); None where there is none.
+    Quality is ROUGE-L or else the held-out loss. With several seeds the interval is over them, else over examples; None
+    where the record has no scores of those.
     """
-    qualities = [run.quality for one in every for run in one.ok if run.quality is not None]
-    few = sum(quality.examples for quality in qualities) <= RESAMPLED
+    by_examples = {} if rouge else _loss_intervals(every)
     made: list[Row] = []
     for one in every:
         values = one.rouge_l if rouge else one.losses
-        interval = _interval(one, values, rouge=rouge, may_resample=few)
+        interval = by_examples.get(one)
+        if len(values) > 1:
+            interval = seeds_interval(list(values))
+        elif rouge and values:
+            interval = next(filter(None, map(rouge_l, one.ok)))
         peak, flops = one.peak_bytes, one.required_flops
         made.append({
             "run": one.label, "group": groups[one.runs[0]], "baseline": int(bool(one.ok) and not one.trains),
@@ -154,12 +157,15 @@ def points(every: Sequence[Configuration], groups: Groups, *, rouge: bool) -> li
     return made
 
 
-def _interval(one: Configuration, values: Sequence[float], *, rouge: bool, may_resample: bool) -> Interval | None:
-    if len(values) > 1:
-        return seeds_interval(list(values))
-    if rouge:
-        return rouge_l(one.ok[0]) if values else None
-    each = one.ok[0].quality.by_example if values and one.ok[0].quality else None
-    if each is None or len(each.loss) < 2 or not may_resample:
-        return None
-    return paired_interval(each.loss, each.labelled)
+def _loss_intervals(every: Sequence[Configuration]) -> dict[Configuration, Interval]:
+    """Of the held-out loss of each configuration of one seed, over its examples; those of the same tokens together."""
+    alike: dict[tuple[int, ...], list[tuple[Configuration, tuple[float, ...]]]] = {}
+    for one in every:
+        each = one.ok[0].quality.by_example if len(one.losses) == 1 and one.ok[0].quality else None
+        if each is not None and len(each.loss) == len(each.labelled) > 1 and all(map(math.isfinite, each.loss)):
+            alike.setdefault(each.labelled, []).append((one, each.loss))
+    found: dict[Configuration, Interval] = {}
+    for labelled, losses in alike.items():
+        intervals = paired_intervals([loss for _, loss in losses], labelled)
+        found |= {one: interval for (one, _), interval in zip(losses, intervals, strict=True)}
+    return found
