@@ -114,7 +114,7 @@ def _theme() -> dict[str, Any]:
     return {
         "background": "transparent", "font": "system-ui, sans-serif", "view": {"stroke": "transparent"},
         "axis": {**words, "gridColor": faint, "domainColor": ink, "tickColor": ink},
-        "legend": {**words, "orient": "bottom", "columns": 4, "labelLimit": 260, "symbolSize": 90},
+        "legend": {**words, "orient": "bottom", "columns": 3, "labelLimit": 260, "symbolSize": 90},
         "text": {"color": ink}, "rule": {"color": ink},
     }  # fmt: skip
 
@@ -224,7 +224,7 @@ def memory_bars(rows: Sequence[Row], lines: Sequence[Row], caption: str) -> Draw
     )  # fmt: skip
     layers = [bars]
     if lines:
-        mark = _of("budgets").mark_tick(color="var(--budget)", thickness=3, bandSize=30)
+        mark = _of("budgets").mark_tick(color="var(--ink)", thickness=4, bandSize=34)
         tips = [alt.Tooltip("run:N"), alt.Tooltip("what:N"), alt.Tooltip("limit:Q", title="MiB", format=",.0f")]
         layers.append(mark.encode(x="limit:Q", y=y, tooltip=tips))
     return _drawing(
