@@ -6,6 +6,10 @@ import re
 import unicodedata
 
 _MARKDOWN = re.compile(r"[\\`*\[\]|~$]|(?<!\w)_|_(?!\w)")  # GitHub takes no underscore within a word for emphasis
+_LINK = re.compile(r":(?=//)|(?<=www)\.", re.IGNORECASE)
+_MAIL = re.compile(r"(?<=[\w.+-])@(?=[\w.\\-])")
+"""GitHub makes a link of a mail address when backslashes are gone; only what is not text between keeps it from that."""
+
 _HTML = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 _AT_START = re.compile(r"[#=]|[-+](?=[-\s]|$)|(?<=\d)[.)](?=\s|$)")
 """What makes a heading, a rule or a list of a line that begins with it, or with a number and it."""
@@ -30,9 +34,10 @@ def in_markdown(text: str) -> str:
     number = re.match(r"\d*", line)
     start = number.end() if number else 0
     opens = _AT_START.match(line, start) is not None and (start > 0) == (line[start] in ".)")
-    shown = _MARKDOWN.sub(r"\\\g<0>", line)
+    shown = _LINK.sub(r"\\\g<0>", _MARKDOWN.sub(r"\\\g<0>", line))
     for char, entity in _HTML.items():
         shown = shown.replace(char, entity)
+    shown = _MAIL.sub("<!-- -->@", shown)
     # Nothing before it was escaped: there are digits at most.
     return f"{shown[:start]}\\{shown[start:]}" if opens else shown
 
