@@ -179,8 +179,8 @@ def test_pairs_of_one_seed_beside_pairs_of_several() -> None:
     """Of one seed there is no interval over seeds, and the caution stays."""
     rows = [*seeds("full", "full", [0, 0, 0]), *seeds("lora", "lora", [6, 6, 6]), *seeds("head", "last_layer", [0])]
     assert summary(rows)[-1].endswith(
-        f"over {COUNT} held-out examples and Student's t over up to 3 seeds where a pair has several, whichever reaches "
-        "further; a pair of one seed may be ordered otherwise by another."
+        f"over {COUNT} held-out examples and Student's t over up to 3 seeds where a pair has several, whichever "
+        "reaches further; a pair of one seed may be ordered otherwise by another."
     )
 
 
