@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from peftbench.report.escape import in_markdown, in_spreadsheet, one_line, plain
+from peftbench.report.escape import in_markdown, in_spreadsheet, on_a_line, one_line, plain
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,7 @@ def test_other_places() -> None:
     """A terminal's cursor does not move, words of any language stay, and no spreadsheet computes."""
     assert plain("a\n\x1b[2J") == "a\\n\\x1b[2J"
     assert one_line(" a \n b\x00 نمی\u200cخواهم") == "a b\\x00 نمی\u200cخواهم"
+    assert on_a_line(" a \n b\x00c \u202e") == "a b c"
     assert [in_spreadsheet(text) for text in ("=1+1", "+1", "-1", "@a", "\ta", "a=1", "")] == [
         "'=1+1", "'+1", "'-1", "'@a", "'\ta", "a=1", "",
     ]  # fmt: skip

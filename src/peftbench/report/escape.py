@@ -21,11 +21,16 @@ def plain(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """``text`` with single spaces between its words, and control characters by their numbers."""
+    """``text`` with single spaces between its words, and control characters by their numbers: for a text as it is."""
     line = " ".join(text.split())
     if line.isprintable():
         return line
     return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) == "Cc" else c for c in line)
+
+
+def on_a_line(text: str) -> str:
+    """``text`` with single spaces between its words, and without anything that is not printed: for a sentence."""
+    return " ".join("".join(char if char.isprintable() else " " for char in text).split())
 
 
 def in_markdown(text: str) -> str:
