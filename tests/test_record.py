@@ -41,7 +41,10 @@ from peftbench.record import (
     train_peak_bytes,
 )
 
-RECIPE = {"name": "run", "method": {"kind": "lora"}, "train": {"seed": 0}, "data": {"seed": 0}}
+RECIPE = {
+    "name": "run", "method": {"kind": "lora"}, "train": {"seed": 0, "global_batch": 4, "precision": "fp32"},
+    "data": {"seed": 0, "max_tokens": 8, "as_published": False},
+}  # fmt: skip
 
 
 def record(**values: Any) -> RunRecord:
@@ -189,7 +192,10 @@ def test_what_is_no_record_is_refused(text: str, where: str, tmp_path: Path) -> 
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("missing", ["method.kind", "train.seed", "data.seed"])
+@pytest.mark.parametrize("missing", [
+    "method.kind", "train.seed", "data.seed", "train.global_batch", "train.precision", "data.max_tokens",
+    "data.as_published",
+])  # fmt: skip
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_recipe_of_another_program_is_refused(missing: str, whole: bool, tmp_path: Path) -> None:
     """What a comparison goes by must be in a recipe, or it is told in one sentence that names the knob and the file."""
@@ -197,7 +203,7 @@ def test_a_recipe_of_another_program_is_refused(missing: str, whole: bool, tmp_p
     part, name = missing.split(".")
     recipe[part] = None if whole else {key: value for key, value in recipe[part].items() if key != name}
     path = full_record().model_copy(update={"recipe": recipe}).write(tmp_path)
-    with pytest.raises(RecordError, match=f"is not a record: its recipe has no {missing}") as raised:
+    with pytest.raises(RecordError, match=f"is not a record: its recipe has no {part if whole else missing}") as raised:
         read_record(path)
     assert str(path) in str(raised.value)
 

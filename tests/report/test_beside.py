@@ -177,13 +177,14 @@ def test_config_is_compared_knob_by_knob(tmp_path: Path, capsys: pytest.CaptureF
 
     def made(name: str, recipe: dict[str, Any], **changes: Any) -> RunRecord:
         one = run(name, **changes)
-        return one.model_copy(update={"recipe": one.recipe | recipe})
+        data = one.recipe["data"] | recipe.pop("data")
+        return one.model_copy(update={"recipe": one.recipe | recipe | {"data": data}})
 
     source: dict[str, Any] = {"kind": "files", "options": {"columns": ["a", "b"], "strict": 1}}
-    old = made("x", {"data": {"seed": 0, "source": source}, "save_model": False}, versions={"torch": "1", "peft": "3"})
+    old = made("x", {"data": {"source": source}, "save_model": False}, versions={"torch": "1", "peft": "3"})
     source = {"kind": "files", "options": {"columns": ["a", "c"], "strict": True}, "split": None}
     new = made(
-        "x", {"data": {"seed": 0, "source": source}, "save_model": 0, "output_dir": "elsewhere"},
+        "x", {"data": {"source": source}, "save_model": 0, "output_dir": "elsewhere"},
         versions={"torch": "2", "peft": "3"}, git="abc", data_identity="d",
     )  # fmt: skip
     pair = held(tmp_path, old, new)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from peftbench.report.escape import in_markdown, in_spreadsheet, one_line, plain
+from peftbench.report.escape import in_markdown, in_spreadsheet, on_a_line, one_line, plain
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,10 @@ from peftbench.report.escape import in_markdown, in_spreadsheet, one_line, plain
         ("===", "\\==="),
         ("12. a", "12\\. a"),
         ("1) a", "1\\) a"),
+        ("see https://a.example/x", "see https\\://a.example/x"),
+        ("FTP://a.example, WWW.b.example", "FTP\\://a.example, WWW\\.b.example"),
+        ("mailto:me@a.example @a", "mailto:me<!-- -->@a.example @a"),
+        ("a: b", "a: b"),
         (".", "."),
         ("", ""),
         ("a\x1b[2J\u2028b", "a\\\\x1b\\[2J b"),
@@ -39,6 +43,7 @@ def test_other_places() -> None:
     """A terminal's cursor does not move, words of any language stay, and no spreadsheet computes."""
     assert plain("a\n\x1b[2J") == "a\\n\\x1b[2J"
     assert one_line(" a \n b\x00 نمی\u200cخواهم") == "a b\\x00 نمی\u200cخواهم"
+    assert on_a_line(" a \n b\x00c \u202e") == "a b c"
     assert [in_spreadsheet(text) for text in ("=1+1", "+1", "-1", "@a", "\ta", "a=1", "")] == [
         "'=1+1", "'+1", "'-1", "'@a", "'\ta", "a=1", "",
     ]  # fmt: skip

@@ -52,6 +52,13 @@ def test_latex_escapes_what_it_would_take_for_its_own() -> None:
     assert "–" not in text
 
 
+@pytest.mark.parametrize("name", ["[2cm] lora", "* lora"])
+def test_latex_takes_no_name_for_an_option(name: str) -> None:
+    r"""What follows ``\\`` or ``\midrule`` in brackets would be a length, and a star would be swallowed."""
+    rows = latex_table([record(f"{name} 1", "lora", 10), record(f"{name} 2", "lora", 10)]).splitlines()
+    assert [row.strip()[: len(name) + 4] for row in rows if name in row] == [f"{{}}{name} 1", f"{{}}{name} 2"]
+
+
 def test_a_line_break_in_a_name_breaks_no_row() -> None:
     """A row of the tabular is a line."""
     text = latex_table([record("a\n\nb\x00", "lora", 10)])

@@ -64,18 +64,51 @@ def _engine(name: str) -> Engine:
 )
 def test_a_run_is_repeated_by_its_own_engine(engine: str, device: str, launcher: list[str]) -> None:
     """The command names the file of the engine that ran, as many processes, and the record, quoted for a shell."""
-    one = record("a b", "full", 1, git="abc+changes", engine=_engine(engine))
+    one = record("a b", "full", 1, git="abcd+changes", engine=_engine(engine))
     one = one.model_copy(update={"device": Device(kind=device, name="x", processes=2)})
     lines = commands(one, Path("runs/it's here/record.json"))
     saves = shlex.split(lines[0])
     assert saves[0] == "python"
     assert saves[-2:] == ["runs/it's here/record.json", "../a_b.json"]
-    assert lines[1].startswith("git checkout abc  # ")
+    assert lines[1].startswith("git checkout abcd  # ")
     words = shlex.split(lines[-1])
     assert words[: len(launcher)] == launcher
     assert words[words.index("--config") + 1] == "../a_b.json"
     assert ("--num_processes" in words) == (engine != "single")
     assert words[-1] == "output_dir=runs_again"
+
+
+def test_a_launcher_that_no_record_names_is_not_made_up() -> None:
+    """Of a run in several processes the commands say so, before one that has a single process."""
+    one = record("a", "full", 1).model_copy(update={"device": Device(kind="cuda", name="x", processes=8)})
+    *_, said, trains = commands(one, Path("record.json"))
+    assert said == "# it ran in 8 processes, by a launcher that the record does not name"
+    assert trains.startswith("python launch/train.py ")
+    assert "#" not in "".join(commands(record("a", "full", 1), Path("record.json"))[1:])
+
+
+@pytest.mark.parametrize("git", ["-f", "--orphan=x", "main", "", "+changes", "abcd\nrm x", "$(x)"])
+def test_only_a_commit_is_checked_out(git: str) -> None:
+    """What a record has in its place may be an option, or another's branch."""
+    lines = commands(record("a", "full", 1, git=git), Path("record.json"))
+    assert lines[1] == "# its commit is not known"
+    assert not [line for line in lines if line.startswith("git")]
+
+
+def test_no_file_is_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of the recipe's name outside the checkout may be anything."""
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    monkeypatch.chdir(checkout)
+    there = tmp_path / "a.json"
+    for text in ("plain", "${x}"):
+        one = record("a", "full", 1, method={"text": text})
+        saves = commands(one, one.write(checkout / "runs"))[0].replace("python", shlex.quote(sys.executable), 1)
+        there.write_text("mine", encoding="utf-8")
+        done = subprocess.run(["bash", "-c", saves], capture_output=True, text=True, check=False)
+        assert done.returncode != 0
+        assert "FileExistsError" in done.stderr
+        assert there.read_text(encoding="utf-8") == "mine"
 
 
 LEAST: dict[str, Any] = {

@@ -181,6 +181,17 @@ def test_the_report_shows_the_same_example_by_every_run() -> None:
     assert "ref \\| x" in text
 
 
+def test_summaries_of_other_examples_are_not_shown_as_of_the_same() -> None:
+    """Two sets of data may number their examples alike."""
+    other = record("other", "lora", 10)
+    assert other.quality is not None
+    sample = Sample(id="a", article="another", reference="ref | x", generated="by other")
+    other = other.model_copy(update={"quality": other.quality.model_copy(update={"samples": (sample,)})})
+    text = markdown_report([record("b", "lora", 10), other], "T", [])
+    assert "by b" in text
+    assert "by other" not in text
+
+
 HOSTILE = "a [/b]\n# x | `y` <script>1</script> *z* \x1b[2J =1"
 
 
@@ -255,6 +266,10 @@ def test_no_cell_is_a_formula_in_a_spreadsheet() -> None:
     """A text that could begin one has an apostrophe before it; a number stays a number."""
     (row,) = csv.DictReader(io.StringIO(csv_table([record("=cmd()", "lora", 10, loss=-1.5)])))
     assert (row["run"], row["held_out_loss"]) == ("'=cmd()", "-1.5")
+    head, line, _ = csv_table([record("a;=1+1", "lora", 10, loss=-1.5)]).split("\n")
+    assert head.startswith('"run","method",')
+    assert line.startswith('"a;=1+1","lora",')
+    assert ",-1.5," in line
 
 
 def test_tables_go_between_their_markers_only(tmp_path: Path) -> None:

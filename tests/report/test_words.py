@@ -175,6 +175,15 @@ def test_seeds_that_agree_and_seeds_that_do_not() -> None:
     assert re.match(r"lora is within \d\d\.\d ROUGE-L of full \(.*; not significant over 3 seeds\)", summary(lucky)[1])
 
 
+def test_pairs_of_one_seed_beside_pairs_of_several() -> None:
+    """Of one seed there is no interval over seeds, and the caution stays."""
+    rows = [*seeds("full", "full", [0, 0, 0]), *seeds("lora", "lora", [6, 6, 6]), *seeds("head", "last_layer", [0])]
+    assert summary(rows)[-1].endswith(
+        f"over {COUNT} held-out examples and Student's t over up to 3 seeds where a pair has several, whichever "
+        "reaches further; a pair of one seed may be ordered otherwise by another."
+    )
+
+
 def test_an_interval_beyond_the_scale_is_no_bound() -> None:
     """ROUGE-L ends at 100: where two seeds leave more than that, no bound is named."""
     said = summary([*seeds("full", "full", [0, 0]), *seeds("lora", "lora", [14, -6])])

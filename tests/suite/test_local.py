@@ -7,11 +7,11 @@ import pytest
 from peftbench.lock import Lock
 from peftbench.methods.full import Full
 from peftbench.recipe import Recipe
-from peftbench.record import FILE
 from peftbench.suite import local
 from peftbench.suite.local import Result, run_one, run_suite
 from peftbench.suite.standing import unfinished
 from tests.conftest import Workshop
+from tests.test_record import record
 
 
 @pytest.fixture
@@ -37,13 +37,30 @@ def test_runs_that_wait_are_seen(recipes: list[Recipe], workshop: Workshop, monk
     assert not (workshop.output / "first" / "recipe.yaml").exists()
 
 
+def test_an_older_record_keeps_its_recipe_until_its_turn(
+    recipes: list[Recipe], workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A result of a recipe that has changed since does not stand beside the new one while that waits."""
+    folder = workshop.output / "second"
+    record().write(folder)
+    (folder / "recipe.yaml").write_text("old: true\n", encoding="utf-8")
+    seen: list[str] = []
+
+    def look(recipe: Recipe, *_: object, **__: object) -> Result:
+        seen.append((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        return Result(recipe.name, "ok")
+
+    monkeypatch.setattr(local, "run_one", look)
+    run_suite(recipes, None, lambda _: None)
+    assert seen[0] == "old: true\n"
+
+
 def test_a_folder_that_another_holds_is_left_alone(recipes: list[Recipe], workshop: Workshop) -> None:
     """No recipe goes there, the run is refused, and what a page says of it names no machine and no process."""
     folders = [workshop.output / recipe.name for recipe in recipes]
     locks = []
     for folder in folders:
         folder.mkdir(parents=True)
-        (folder / FILE).touch()
         locks.append(Lock(folder))
         locks[-1].hold()
     results = run_suite(recipes, None, lambda _: None)

@@ -148,6 +148,24 @@ def test_a_run_that_was_refused(tmp_path: Path) -> None:
     assert one(tmp_path).state == "finished"
 
 
+def test_a_page_has_a_run_that_was_refused(tmp_path: Path) -> None:
+    """One that left no record is listed with the reason; one with a record is on the page by that already."""
+    log = tmp_path / "12.log"
+    Submitted(job="12", log=str(log)).write(run(tmp_path / "x"))
+    run(tmp_path / "y", ended("failed", "the disk is full"))
+    log.write_text('{"outcome": "refused", "error": "there is no file rows.jsonl"}\n')
+    assert [(row.name, row.said) for row in unfinished(tmp_path)] == [("x", "there is no file rows.jsonl")]
+
+
+def test_a_page_has_a_run_that_goes_on(tmp_path: Path) -> None:
+    """A record of an attempt before does not hide that it runs."""
+    lock = Lock(run(tmp_path / "x", ended("preempted"), told(LATE)))
+    lock.hold()
+    found = unfinished(tmp_path)
+    lock.let_go()
+    assert [row.state for row in found] == ["running"]
+
+
 def test_folders_are_called_as_one_likes(tmp_path: Path) -> None:
     """A run may be called model, and lie below a folder called checkpoints."""
     run(tmp_path / "checkpoints" / "model", ended("ok"))

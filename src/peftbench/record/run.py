@@ -27,7 +27,10 @@ from peftbench.record.quality import Quality
 SCHEMA_VERSION = 1
 FILE = "record.json"
 
-NEEDED = ("method.kind", "train.seed", "data.seed")
+NEEDED = (
+    "method.kind", "train.seed", "data.seed",
+    "train.global_batch", "train.precision", "data.max_tokens", "data.as_published",
+)  # fmt: skip
 """Knobs that every recipe has, and without which a run can be compared with none."""
 
 OutcomeKind = Literal["ok", "oom", "diverged", "preempted", "failed"]

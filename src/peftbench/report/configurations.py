@@ -13,7 +13,8 @@ from typing import Any
 
 from peftbench.record import RunRecord, train_peak_bytes
 from peftbench.report.columns import labelled
-from peftbench.report.lines import on_a_line
+from peftbench.report.escape import on_a_line
+from peftbench.report.lines import kind_of
 
 Seed = tuple[int, int]
 """train.seed and data.seed."""
@@ -192,7 +193,7 @@ def _device_name(record: RunRecord) -> str:
 
 
 def _configuration(runs: Sequence[RunRecord]) -> Configuration:
-    kind = str(runs[0].recipe["method"]["kind"])
+    kind = kind_of(runs[0])
     return Configuration(labelled(_shared([on_a_line(run.name) for run in runs]) or kind, kind), kind, tuple(runs))
 
 

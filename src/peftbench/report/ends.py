@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from peftbench.record import Outcome, RunRecord
 from peftbench.report.configurations import Configuration
-from peftbench.report.lines import on_a_line
+from peftbench.report.escape import on_a_line
 
 _MIB = 2**20
 _PARTS = {"forward": "the forward pass", "backward": "the backward pass", "optimizer": "the optimizer step"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 
 from peftbench.record import RunRecord
@@ -38,4 +39,5 @@ def json_table(records: Sequence[RunRecord], summary: Sequence[str], told: Seque
 def latex_table(records: Sequence[RunRecord]) -> str:
     r"""The comparison as a ``tabular`` with the rules of the package booktabs, for ``\input``."""
     made = laid_out(records, "latex_booktabs", one_line)  # which escapes what LaTeX would take for its own
+    made = re.sub(r"^(\s*)(?=[\[*])", r"\1{}", made, flags=re.MULTILINE)  # else an option of the \\ before it
     return "% needs \\usepackage{booktabs}; made by peftbench report\n" + made.replace("–", "--") + "\n"

@@ -13,6 +13,7 @@ from peftbench.evaluation.statistics import seeds_interval
 from peftbench.record import RunRecord
 from peftbench.report.configurations import alike, configurations
 from peftbench.report.digits import outward
+from peftbench.report.lines import kind_of
 
 
 def over_seeds(records: Sequence[RunRecord]) -> list[dict[str, str]]:
@@ -43,7 +44,7 @@ def by_knob(records: Sequence[RunRecord], knob: str) -> list[dict[str, str]]:
         best = min(losses, key=lambda value: losses[value]) if losses else None
         cells = {value: f"{losses[value]:.3f}" if value in losses else ends.get(value, "–") for value in values}
         rows.append(
-            {"method": str(same[0].recipe["method"]["kind"])}
+            {"method": kind_of(same[0])}
             | {str(value): f"**{cell}**" if value == best else cell for value, cell in cells.items()}
         )
     return rows

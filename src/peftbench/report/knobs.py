@@ -21,11 +21,11 @@ _NAMES = frozenset({"name", "output_dir"})
 _LONGEST = 100
 """Characters of a recipe's file name, at most."""
 
-_SAVE = 'import json,sys; json.dump(json.load(open(sys.argv[1]))["recipe"], open(sys.argv[2], "w"), ensure_ascii=False)'
+_SAVE = 'import json,sys; json.dump(json.load(open(sys.argv[1]))["recipe"], open(sys.argv[2], "x"), ensure_ascii=False)'
 
 # OmegaConf would resolve what the recipe has as text, so backslashes go before it: twice as many in JSON's writing.
 _SAVE_LITERALLY = (
-    r'import json,re,sys; open(sys.argv[2], "w").write(re.sub(r"(\\*)[$][{]", r"\1\1\\\\${", '
+    r'import json,re,sys; open(sys.argv[2], "x").write(re.sub(r"(\\*)[$][{]", r"\1\1\\\\${", '
     r'json.dumps(json.load(open(sys.argv[1]))["recipe"], ensure_ascii=False)))'
 )
 
@@ -101,24 +101,31 @@ def commands(record: RunRecord, place: Path) -> list[str]:
     """What repeats a run from its record at ``place``, in a checkout of peftbench, one command a line.
 
     The recipe is saved outside the checkout first: the run's commit has no record of the run, or an older one, and may
-    not know how to read a recipe from a record.
+    not know how to read a recipe from a record. A file that is there already is not written over.
     """
     recipe = f"../{_file_name(record.name)}.json"
     lines = [shlex.join(["python", "-X", "utf8", "-c", _saving(record), str(_from_here(place)), recipe])]
     if record.git is not None:
-        commit, *changed = record.git.split("+")
-        lines.append(
-            f"git checkout {shlex.quote(commit)}" + ("  # and it had changes that no commit has" if changed else "")
-        )
+        lines.append(_checkout(record.git))
     lines.append("pip install -c constraints.txt -e .")
     config = ["--config", recipe, f"output_dir={_again(record)}"]
     engine = record.engine.name if record.engine else None
+    processes = record.device.processes
+    if engine is None and processes > 1:
+        lines.append(f"# it ran in {processes} processes, by a launcher that the record does not name")
     if engine in {None, "single"}:
         return [*lines, shlex.join(["python", "launch/train.py", *config])]
     file = "cpu2" if record.device.kind == "cpu" and engine == "ddp" else engine
     launcher = ["accelerate", "launch", "--config_file", f"accel_configs/{file}.yaml"]
-    processes = ["--num_processes", str(record.device.processes)]
-    return [*lines, shlex.join([*launcher, *processes, "launch/train.py", *config])]
+    return [*lines, shlex.join([*launcher, "--num_processes", str(processes), "launch/train.py", *config])]
+
+
+def _checkout(git: str) -> str:
+    """The line that checks out a record's commit. A record may come from anyone: what is no commit may be an option."""
+    commit, *changed = git.split("+")
+    if not re.fullmatch(r"[0-9a-f]{4,64}", commit):
+        return "# its commit is not known"
+    return f"git checkout {commit}" + ("  # and it had changes that no commit has" if changed else "")
 
 
 def _saving(record: RunRecord) -> str:

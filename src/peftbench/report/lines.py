@@ -1,16 +1,18 @@
-"""Names of runs on one line, and lists in words."""
+"""Methods by their kind, and lists in words."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from peftbench.record import RunRecord
+
 NAMED = 4
 """Labels in a sentence, before the others are counted."""
 
 
-def on_a_line(text: str) -> str:
-    """``text`` without anything that is not printed, and with single spaces."""
-    return " ".join("".join(char if char.isprintable() else " " for char in text).split())
+def kind_of(record: RunRecord) -> str:
+    """The method's kind."""
+    return str(record.recipe["method"]["kind"])
 
 
 def listed(words: Sequence[str], joint: str = "") -> str:

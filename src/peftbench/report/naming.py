@@ -9,6 +9,7 @@ from pathlib import Path
 
 from peftbench.record import RunRecord
 from peftbench.report.columns import labelled
+from peftbench.report.lines import kind_of
 
 
 def uniquely_named(records: Mapping[Path, RunRecord]) -> dict[Path, RunRecord]:
@@ -24,7 +25,7 @@ def uniquely_named(records: Mapping[Path, RunRecord]) -> dict[Path, RunRecord]:
     places = {path: folder.relative_to(common).as_posix() for path, folder in folders.items()}
     names = {path: record.name for path, record in records.items()}
     while True:  # a path may be another run's name
-        labels = {path: labelled(names[path], _kind(record)) for path, record in records.items()}
+        labels = {path: labelled(names[path], kind_of(record)) for path, record in records.items()}
         seen = Counter(labels.values())
         repeated = [path for path, label in labels.items() if seen[label] > 1 and names[path] != places[path]]
         if not repeated:
@@ -34,7 +35,3 @@ def uniquely_named(records: Mapping[Path, RunRecord]) -> dict[Path, RunRecord]:
         path: record if names[path] == record.name else record.model_copy(update={"name": names[path]})
         for path, record in records.items()
     }
-
-
-def _kind(record: RunRecord) -> str:
-    return str(record.recipe["method"]["kind"])

@@ -17,7 +17,7 @@ from tabulate import tabulate
 from peftbench.errors import RecordError
 from peftbench.files import write_atomically
 from peftbench.plausibility import implausible
-from peftbench.record import RunRecord
+from peftbench.record import RunRecord, Sample
 from peftbench.report.columns import COLUMNS, FIRST_TO_GO, Column, method_label
 from peftbench.report.ends import shortage
 from peftbench.report.escape import in_markdown, in_spreadsheet, plain
@@ -151,12 +151,15 @@ def laid_out(records: Sequence[RunRecord], kind: str, write: Callable[[str], str
 
 
 def csv_table(records: Sequence[RunRecord]) -> str:
-    """Every column's raw values, full precision, optional ones included; empty where unknown."""
+    """Every column's raw values, full precision, optional ones included; empty where unknown.
+
+    Texts stand in quotes, so that a spreadsheet which splits at semicolons finds no cell within one.
+    """
     rows = [{k: v for column in COLUMNS for k, v in column.raw(record).items()} for record in ordered(records)]
     if not rows:
         return ""
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     writer.writeheader()
     writer.writerows({k: in_spreadsheet(v) if isinstance(v, str) else v for k, v in row.items()} for row in rows)
     return text.getvalue()
@@ -204,12 +207,17 @@ def _samples(records: Sequence[RunRecord]) -> list[str]:
     first = with_samples[0].quality.samples[0]  # type: ignore[union-attr]
     lines = [["reference", first.reference]]
     for record in with_samples:
-        same = [sample for sample in record.quality.samples if sample.id == first.id]  # type: ignore[union-attr]
+        same = [sample for sample in record.quality.samples if _which(sample) == _which(first)]  # type: ignore[union-attr]
         lines += [[method_label(record), sample.generated] for sample in same]
     quoted = "\n".join(f"> {in_markdown(line)}".rstrip() for line in first.article.splitlines())
     cells = [[in_markdown(text) for text in line] for line in lines]
     made = tabulate(cells, headers=["run", "summary"], tablefmt="github", disable_numparse=True)
     return [in_markdown(first.id), quoted, made]
+
+
+def _which(sample: Sample) -> tuple[str, str, str]:
+    """What makes two samples those of one example: other data may use the same ids."""
+    return sample.id, sample.article, sample.reference
 
 
 def insert_table(records: Sequence[RunRecord], file: Path, block: str, knob: str | None = None) -> None:

@@ -148,6 +148,11 @@ def _intervals(compared: Compared) -> str:
         return said
     if seeds == [1]:
         return f"{said}, one seed each; another seed may order them otherwise"
+    if seeds[0] == 1:
+        return (
+            f"{said} and Student's t over up to {seeds[-1]} seeds where a pair has several, whichever reaches further; "
+            "a pair of one seed may be ordered otherwise by another"
+        )
     over = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     return f"{said} and Student's t over {over} seeds, whichever reaches further"
 

@@ -22,7 +22,7 @@ from peftbench.files import write_atomically
 from peftbench.finished import result_of
 from peftbench.lock import held, refuse_if_held
 from peftbench.recipe import Recipe
-from peftbench.record import FINAL
+from peftbench.record import FILE, FINAL
 from peftbench.stop import JOB_VARIABLE, request, take_back
 
 ENTRY_POINT = "peftbench.train"
@@ -55,7 +55,8 @@ def run_suite(recipes: Sequence[Recipe], accelerate: Path | None, say: Callable[
     finished = {number for number, recipe in enumerate(recipes, 1) if result_of(recipe) is not None}
     for number, recipe in enumerate(recipes, 1):  # so that whoever looks meanwhile is told of those that wait
         folder = Path(recipe.output_dir) / recipe.name
-        if number not in finished and not held(folder):
+        # A record there may be of another recipe: that stays beside it until it is this one's turn.
+        if number not in finished and not held(folder) and not (folder / FILE).exists():
             _write_recipe(recipe, folder)
     for number, recipe in enumerate(recipes, 1):
         place = f"[{number}/{len(recipes)}] {recipe.name}"

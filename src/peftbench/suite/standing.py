@@ -57,15 +57,20 @@ def standings(folder: Path, queue: Mapping[str, Queued], *, hosts: bool = True) 
 
 
 def unfinished(folder: Path) -> list[Standing]:
-    """Runs below ``folder`` that have no record and may yet have one, by their files alone.
+    """Runs below ``folder`` of which a page would not tell how they stand, by their files alone.
 
-    This is for a page, which may be shared: no machine is named.
+    They wait, run or are gone, with an older record or with none; or they were refused and have none. The page may be
+    shared: no machine is named.
     """
     try:
         found = standings(folder, {}, hosts=False)
     except MissingFileError:
         return []
-    return [one for one in found if one.state in {"waiting", "running", "gone"}]
+    open_ones = {"waiting", "running", "gone"}
+    return [
+        one for one in found
+        if one.state in open_ones or (one.state == "failed" and not (folder / one.name / FILE).exists())
+    ]  # fmt: skip
 
 
 def _standing(folder: Path, name: str, queue: Mapping[str, Queued], *, hosts: bool) -> Standing:
