@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from peftbench.record import Interval, RunRecord, TokensPerSecond, train_peak_bytes
+from peftbench.report.lines import kind_of
 
 UNKNOWN = "unknown"
 Raw = str | int | float | None
@@ -33,7 +34,7 @@ class Column:
 
 def method_label(record: RunRecord) -> str:
     """The run's name, and its method where the name does not say it."""
-    return labelled(record.name, str(record.recipe["method"]["kind"]))
+    return labelled(record.name, kind_of(record))
 
 
 def labelled(name: str, kind: str) -> str:
@@ -135,7 +136,7 @@ FIRST_TO_GO = (
 COLUMNS: tuple[Column, ...] = (
     Column(
         "run", "name of the run, and its method",
-        lambda r: {"run": r.name, "method": r.recipe["method"]["kind"]},
+        lambda r: {"run": r.name, "method": kind_of(r)},
         method_label,
     ),
     Column(

@@ -14,6 +14,7 @@ from peftbench.report.costs import apart
 from peftbench.report.differences import Compared, Difference, differences
 from peftbench.report.digits import outward, places, rounded
 from peftbench.report.knobs import Knob, commands, knobs, surroundings
+from peftbench.report.lines import kind_of
 from peftbench.report.page import charts, memory, series
 from peftbench.report.page.charts import Drawing
 from peftbench.report.page.series import Groups, Row
@@ -169,7 +170,7 @@ def chosen(records: Sequence[RunRecord]) -> list[RunRecord]:
     if len(records) <= DRAWN:
         return list(records)
     by_quality = sorted(records, key=_rank)
-    first = {series.kind_of(record): record for record in reversed(by_quality)}
+    first = {kind_of(record): record for record in reversed(by_quality)}
     taken = list(dict.fromkeys(map(id, [*first.values(), *by_quality])))[:DRAWN]
     return [record for record in records if id(record) in taken]
 

@@ -49,11 +49,6 @@ class Groups:
         return self.by_run[id(record)]
 
 
-def kind_of(record: RunRecord) -> str:
-    """The method's kind."""
-    return str(record.recipe["method"]["kind"])
-
-
 def curves(records: Sequence[RunRecord], groups: Groups) -> list[Row]:
     """The training loss of each run, over steps, real tokens and seconds, at ``POINTS`` points or fewer."""
     rows: list[Row] = []
