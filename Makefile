@@ -4,11 +4,12 @@ BIN := .venv/bin
 # Nothing is asked of a hub: the demo and the tests are offline.
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-all test-engines test-slurm lint readme clean
+.PHONY: demo test test-all test-engines test-slurm lint readme picture clean
 
 demo: .venv/installed
 	$(BIN)/peftbench compare recipes/demo/suite.yaml
 	$(BIN)/peftbench compare recipes/demo/budget.yaml
+	@echo "the pages, for a browser: runs/demo/report.html and runs/demo_budget/report.html"
 
 # Two at once: most of a test is one process with one thread.
 test: .venv/installed
@@ -46,6 +47,10 @@ readme: .venv/installed
 	$(BIN)/python benchmarks/vs_trainer --report benchmarks/vs_trainer/records/cuda_bf16 --into benchmarks/vs_trainer/README.md --block vs_trainer_gpu
 	$(BIN)/python -m peftbench.engine.compatibility_page > .compatibility.md
 	mv .compatibility.md docs/reference/compatibility.md
+
+# The picture of the page in README.md, from committed records; needs Chromium.
+picture: .venv/installed
+	$(BIN)/python -m tests.report.page.picture
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "peftbench needs Python 3.11 or newer; run make PYTHON=python3.11")'

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from peftbench import errors
-from peftbench.errors import PeftbenchError, nearest
+from peftbench.console import INTERRUPTED
+from peftbench.errors import REGRESSED, PeftbenchError, nearest
 from peftbench.record import EXIT_CODES
 
 SHELL = {2, 126, 127, 130}
@@ -54,10 +56,18 @@ def test_a_class_has_a_code_of_its_own(kind: type[PeftbenchError]) -> None:
 
 
 def test_exit_codes_are_distinct() -> None:
-    """No two errors, no error and an outcome, and no error and the shell share an exit code."""
-    codes = [kind.exit_code for kind in CLASSES] + list(EXIT_CODES.values())
+    """No two errors, no error and an outcome, a comparison or the shell share an exit code."""
+    codes = [kind.exit_code for kind in CLASSES] + [*EXIT_CODES.values(), REGRESSED]
     assert len(codes) == len(set(codes))
     assert not SHELL.intersection(codes)
+
+
+def test_the_page_has_every_code_once() -> None:
+    """docs/reference/errors.md names each code that a command can end with, and no other."""
+    page = Path(__file__).resolve().parents[1] / "docs" / "reference" / "errors.md"
+    listed = sorted(int(code) for code in re.findall(r"\| (\d+) (?=\|)", page.read_text(encoding="utf-8")))
+    ends = {kind.exit_code for kind in CLASSES} | set(EXIT_CODES.values()) | {REGRESSED, INTERRUPTED, 2}
+    assert listed == sorted(ends)
 
 
 def test_the_docstring_draws_every_class() -> None:

@@ -54,6 +54,21 @@ def test_more_work_in_less_time() -> None:
     assert list(implausible([timed("full", 1.0, 200), timed("lora", 1.1, 10)])) == []
 
 
+def test_one_sentence_a_slow_run() -> None:
+    """Beside forty others it is told once, beside the one that shows it most, and how many more do."""
+    others = [timed(f"r{i:02}", 1.0 + i / 1000, 100) for i in range(40)]
+    (sentence,) = implausible([*others, timed("slow", 3.0, 100)])
+    assert "a step of slow took 3.00 times as long as of r00" in sentence
+    assert "(and likewise more than of 39 other runs)" in sentence
+    (sentence,) = implausible([*others[:2], timed("slow", 3.0, 100)])
+    assert "(and likewise more than of 1 other run)" in sentence
+
+
+def test_a_step_of_no_time() -> None:
+    """A clock that did not tick within a step says nothing, and nothing is divided by it."""
+    assert list(implausible([timed("full", 1.0, 200), timed("lora", 0.0, 100)])) == []
+
+
 @pytest.mark.parametrize("unlike", [{"seed": 1}, {"global_batch": 8}])
 def test_other_batches_are_not_compared(unlike: dict[str, int]) -> None:
     """Rows of other lengths take another time: only the same steps say something of each other."""

@@ -18,6 +18,7 @@ from peftbench.record import (
     FINAL,
     SCHEMA_VERSION,
     Breakdown,
+    ByExample,
     Compute,
     CountedStep,
     Device,
@@ -40,11 +41,16 @@ from peftbench.record import (
     train_peak_bytes,
 )
 
+RECIPE = {
+    "name": "run", "method": {"kind": "lora"}, "train": {"seed": 0, "global_batch": 4, "precision": "fp32"},
+    "data": {"seed": 0, "max_tokens": 8, "as_published": False},
+}  # fmt: skip
+
 
 def record(**values: Any) -> RunRecord:
     """A record with no more than it must have, and ``values``."""
     least: dict[str, Any] = {
-        "name": "run", "started_at": "2026-01-02T03:04:05+00:00", "recipe": {"name": "run"},
+        "name": "run", "started_at": "2026-01-02T03:04:05+00:00", "recipe": RECIPE,
         "recipe_fingerprint": "0123456789abcdef", "outcome": Outcome(kind="ok"),
         "device": Device(kind="cpu", name="a processor", processes=1), "versions": {"torch": "2"},
     }  # fmt: skip
@@ -67,6 +73,7 @@ def full_record() -> RunRecord:
         parameters=Parameters(total=10, trainable=1),
         model_identity="blake2b 00", data_identity="11", examples={"train": 8}, dropped={"train": 1},
         tokens=Tokens(real=5, padded=8, labelled=2, virtual=1), steps=2, losses=(2.5, 1 / 3), step_seconds=(0.1, 0.2),
+        step_tokens=(2, 3),
         phase_seconds={"train": 1.5}, memory={"train": Memory(allocated_bytes=1, reserved_bytes=2, resident_bytes=3)},
         flops=Flops(required=1, executed=2, six_n=3, counted_step=CountedStep(step=1, counted=2, closed_form=2)),
         step_memory={
@@ -86,6 +93,7 @@ def full_record() -> RunRecord:
             split="test", examples=2, loss=1.0, perplexity=math.e, rouge={"rouge1": interval},
             teacher_forced_argmax_rouge={"rougeL": interval},
             samples=(Sample(id="1", article="é", reference="b", generated="c"),),
+            by_example=ByExample(identity="22", loss=(0.1, 1 / 3), labelled=(1, 2), rouge={"rouge1": (1.5, 2.5)}),
         ),
         notes=("a note",),
         skipped_steps=1,
@@ -182,6 +190,22 @@ def test_what_is_no_record_is_refused(text: str, where: str, tmp_path: Path) -> 
     assert str(path) in str(caught.value)
     assert f": {where}: " in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("missing", [
+    "method.kind", "train.seed", "data.seed", "train.global_batch", "train.precision", "data.max_tokens",
+    "data.as_published",
+])  # fmt: skip
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_recipe_of_another_program_is_refused(missing: str, whole: bool, tmp_path: Path) -> None:
+    """What a comparison goes by must be in a recipe, or it is told in one sentence that names the knob and the file."""
+    recipe: dict[str, Any] = dict(RECIPE)
+    part, name = missing.split(".")
+    recipe[part] = None if whole else {key: value for key, value in recipe[part].items() if key != name}
+    path = full_record().model_copy(update={"recipe": recipe}).write(tmp_path)
+    with pytest.raises(RecordError, match=f"is not a record: its recipe has no {part if whole else missing}") as raised:
+        read_record(path)
+    assert str(path) in str(raised.value)
 
 
 def test_a_record_that_is_not_there(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -18,32 +19,59 @@ def test_it_tells_phases_at_once_and_steps_now_and_then(tmp_path: Path, monkeypa
     assert (read_status(tmp_path) or pytest.fail("nothing told")).phase == "train"
     for step in range(11, 19):  # gone on with after ten, two seconds each
         clock[0] += 2
-        teller.step(step, 30, 50)
+        teller.step(step, 30, 50, loss=step / 8)
     told = read_status(tmp_path)
     assert told is not None
     assert (told.step, told.steps) == (16, 30)
     assert told.tokens_per_second == pytest.approx(25)
     assert told.seconds_left == pytest.approx(2 * 14)
+    assert (told.loss, told.memory_bytes, told.budget_bytes) == (2.0, None, None)
     clock[0] += 0.1
-    teller.step(30, 30, 50)
+    teller.step(30, 30, 50, loss=1.5)
     assert (read_status(tmp_path) or told).step == 30
 
 
 def test_steps_of_a_process_before(tmp_path: Path) -> None:
     """They are told with the next phase, though this process may make none."""
     teller = Teller(tmp_path, tells=True)
-    teller.begin(30, 30)
+    teller.begin(30, 30, loss=2.5)
     teller.phase("evaluate")
     told = read_status(tmp_path)
     assert told is not None
-    assert (told.phase, told.step, told.steps) == ("evaluate", 30, 30)
+    assert (told.phase, told.step, told.steps, told.loss) == ("evaluate", 30, 30, 2.5)
+
+
+def test_memory_is_asked_when_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for what is written, however many steps there were; a later phase keeps what the last step had."""
+    clock = [100.0]
+    monkeypatch.setattr("peftbench.status.time.monotonic", lambda: clock[0])
+    sizes = [200, 100]
+    teller = Teller(tmp_path, tells=True)
+    teller.begin(0, 9, memory=sizes.pop, budget_bytes=300)
+    for step in (1, 2, 9):  # the second comes too soon after the first to be told
+        clock[0] += 3
+        teller.step(step, 9, 50, loss=step / 2)
+    assert sizes == []
+    teller.phase("evaluate")
+    last = read_status(tmp_path)
+    assert last is not None
+    assert (last.loss, last.memory_bytes, last.budget_bytes) == (4.5, 200, 300)
+
+
+def test_a_file_of_before(tmp_path: Path) -> None:
+    """What an earlier version wrote has no loss and no memory, and is read."""
+    old = {"pid": 1, "host": "x", "started_at": "a", "updated_at": "b", "phase": "train", "step": 3, "steps": 9}
+    (tmp_path / FILE).write_text(json.dumps(old), encoding="utf-8")
+    told = read_status(tmp_path)
+    assert told is not None
+    assert (told.step, told.loss, told.memory_bytes, told.budget_bytes) == (3, None, None, None)
 
 
 def test_one_of_several_tells(tmp_path: Path) -> None:
     """The others write nothing."""
     teller = Teller(tmp_path, tells=False)
     teller.phase("train")
-    teller.step(1, 1, 1)
+    teller.step(1, 1, 1, loss=1.0)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -33,6 +33,10 @@ class StandIn:
         """What CudaMeter makes of the allocator's counters."""
         return Memory(allocated_bytes=1, reserved_bytes=2, inactive_split_bytes=3, allocation_retries=0)
 
+    def held_bytes(self) -> int | None:
+        """Asked where somebody watches, which is not timed here."""
+        return None
+
     def process_bytes(self) -> int | None:
         """Asked at the end of a phase, which is not timed here."""
         return None

@@ -33,6 +33,9 @@ DeviceName = Annotated[Optional[str], typer.Option(help="A GPU that has a file, 
 Launcher = Annotated[
     Optional[Path], typer.Option("--accelerate", help="Accelerate config file: the plan is of one of its processes.")
 ]
+Seeds = Annotated[
+    Optional[int], typer.Option(min=1, help="Run what trains with so many seeds: its train.seed and the next ones.")
+]
 Processes = Annotated[Optional[int], typer.Option(min=1, help="How many there are; default: what the file says.")]
 
 
@@ -48,16 +51,20 @@ def compare(
     accelerate: Annotated[
         Optional[Path], typer.Option(help="Accelerate config file, as accel_configs/cpu2.yaml; default: the suite's.")
     ] = None,
+    seeds: Seeds = None,
 ) -> None:
     """Run every recipe of a suite in a fresh process and print the comparison. Finished runs are skipped."""
     from peftbench.errors import MissingFileError
     from peftbench.finished import record_of
-    from peftbench.report.table import print_table, write_report
+    from peftbench.record import FILE
+    from peftbench.report.command import show_report
+    from peftbench.report.files import write_report
+    from peftbench.report.page.content import Unfinished
     from peftbench.suite.expand import accelerate_config, expand, read_suite
     from peftbench.suite.local import run_suite
 
     with guarded():
-        recipes = expand(suite, overrides or [], out)
+        recipes = expand(suite, overrides or [], out, seeds)
         title = read_suite(suite).name
         launcher = accelerate or accelerate_config(suite)
         if launcher is not None and not launcher.is_file():
@@ -67,11 +74,17 @@ def compare(
         except KeyboardInterrupt:
             _say("interrupted: finished runs are kept; run the same command again to go on with the others")
             raise typer.Exit(INTERRUPTED) from None
-        records = [record for recipe in recipes if (record := record_of(recipe)) is not None]
+        places = {Path(recipe.output_dir) / recipe.name / FILE: record_of(recipe) for recipe in recipes}
+        records = {path: record for path, record in places.items() if record is not None}
         bad = [result for result in results if not result.well]
         if records:
-            print_table(records, title)
-            print(f"report: {write_report(records, Path(recipes[0].output_dir), title)}")
+            there = {record.name for record in records.values()}
+            left = [
+                Unfinished(one.name, one.outcome, one.shared or one.error or "")
+                for one in bad if one.name not in there
+            ]  # fmt: skip
+            written = write_report(records, Path(recipes[0].output_dir), title, unfinished=left)
+            show_report(written, title)
         for result in bad:
             _say(f"{result.name}: {result.outcome}" + (f": {result.error}" if result.error else ""))
         if bad:
@@ -80,37 +93,64 @@ def compare(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="Folder that a run or a suite wrote to.")],
+    folder: Annotated[Optional[Path], typer.Argument(help="Folder that a run or a suite wrote to.")] = None,
+    html: Annotated[
+        Optional[Path],
+        typer.Option(help="Where the page goes; default: report.html there, none of --compare."),
+    ] = None,
     into: Annotated[
         Optional[Path], typer.Option(help="Markdown file whose block named by --block is replaced by the table.")
     ] = None,
-    block: Annotated[str, typer.Option(help="The block: between <!-- report:NAME --> and its end.")] = "table",
+    block: Annotated[
+        Optional[str], typer.Option(help="The block: between <!-- report:NAME --> and its end; default: table.")
+    ] = None,
     by: Annotated[
         Optional[str], typer.Option(help="Show held-out loss by this knob's values, as optimizer.learning_rate.")
     ] = None,
     price_per_hour: Annotated[
         Optional[float], typer.Option(min=0.0, help="What one device costs an hour, instead of what the recipes say.")
     ] = None,
+    sides: Annotated[
+        Optional[tuple[Path, Path]],
+        typer.Option("--compare", metavar="A B", help="Two such folders instead, before and after, side by side."),
+    ] = None,
+    threshold: Annotated[
+        Optional[list[str]],
+        typer.Option(metavar="[FIGURE=]PERCENT", help="How much worse B may be, as 5% or rougeL=2%; default: 5%."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison of A and B as JSON.")] = False,
 ) -> None:
-    """Make the tables again, from the records below a folder."""
-    from tabulate import tabulate
-
-    from peftbench.record import read_records
-    from peftbench.report.groups import by_knob
-    from peftbench.report.table import insert_table, print_table, write_report
+    """Make the page and the tables, from what lies below a folder; or hold two folders against each other."""
+    from peftbench.errors import REGRESSED
+    from peftbench.report.command import (
+        compare_folders,
+        one_folder,
+        records_of,
+        refuse_unused,
+        show_part,
+        show_report,
+    )
 
     with guarded():
-        records = read_records(folder)
-        if price_per_hour is not None:
-            records = [record.priced(price_per_hour) for record in records]
-        if into is not None:
-            insert_table(records, into, block, by)
+        if sides is not None:
+            others = {"--into": into, "--block": block, "--by": by, "--price-per-hour": price_per_hour}
+            if fallen := compare_folders(sides, threshold or [], as_json, html, {"FOLDER": folder, **others}):
+                _say(fallen)
+                raise typer.Exit(REGRESSED)
             return
-        if by is not None:
-            print(tabulate(by_knob(records, by), headers="keys", disable_numparse=True))
+        folder = one_folder(folder, {"--threshold": threshold, "--json": as_json or None})
+        refuse_unused(html, into, block, by)
+        if into is not None or by is not None:
+            show_part(list(records_of(folder, price_per_hour, may_be_none=False).values()), into, block, by)
             return
-        print_table(records, folder.resolve().name)
-        print(f"report: {write_report(records, folder, folder.resolve().name)}")
+        # Only a page needs these, and they take a second.
+        from peftbench.report.files import write_report
+        from peftbench.report.page.content import Unfinished
+        from peftbench.suite.standing import unfinished
+
+        left = [Unfinished(row.name, row.state, row.said) for row in unfinished(folder)]
+        records, title = records_of(folder, price_per_hour, may_be_none=bool(left)), folder.resolve().name
+        show_report(write_report(records, folder, title, html=html, unfinished=left), title)
 
 
 def _facts(device: str | None) -> DeviceFacts:
@@ -157,6 +197,7 @@ def submit(
     ] = None,
     at_once: Annotated[Optional[int], typer.Option(min=1, help="Runs under way together; default: all.")] = None,
     restarts: Annotated[int, typer.Option(min=0, help="How often a job out of time begins anew.")] = 10,
+    seeds: Seeds = None,
     out: Annotated[Optional[Path], typer.Option(help="Folder for the runs; default: what the recipes say.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Write everything, print the script, submit nothing.")
@@ -172,7 +213,7 @@ def submit(
         options = [word.removeprefix("slurm.") for word in given if word.startswith("slurm.")]
         asked = jobs_of(
             target, [word for word in given if not word.startswith("slurm.")], options, out=out, engine=engine,
-            nodes=nodes, gpus_per_node=gpus_per_node, at_once=at_once, restarts=restarts,
+            nodes=nodes, gpus_per_node=gpus_per_node, at_once=at_once, restarts=restarts, seeds=seeds,
         )  # fmt: skip
         for line in left_out(asked):
             _say(line)

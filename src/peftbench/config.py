@@ -25,6 +25,7 @@ from peftbench.errors import (
     WrongTypeError,
     nearest,
 )
+from peftbench.literal import literal
 from peftbench.methods import KINDS
 from peftbench.optim import OPTIMIZERS
 from peftbench.part import Part
@@ -72,7 +73,7 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> Iterator[DictConfig]:
     if path.resolve() in seen:
         raise RecipeError(f"{path} extends itself, by way of {' and '.join(str(p) for p in seen)}")
     try:
-        loaded = OmegaConf.load(path)
+        loaded = _recorded(path) or OmegaConf.load(path)
     except (FileNotFoundError, IsADirectoryError) as error:
         there = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         hint = nearest(path.name, sorted(there)) if there else "give the path of a YAML file"
@@ -88,6 +89,20 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> Iterator[DictConfig]:
     for parent in parents:
         yield from read_yaml(path.parent / parent, (*seen, path.resolve()))
     yield loaded
+
+
+def _recorded(path: Path) -> DictConfig | None:
+    """The recipe of a run's record, by which it can be repeated; None where the file is none."""
+    if path.suffix != ".json":
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # YAML's to judge
+        return None
+    is_record = isinstance(values, dict) and "recipe_fingerprint" in values and isinstance(values.get("recipe"), dict)
+    if not is_record:
+        return None
+    return OmegaConf.create({key: _literal(value) for key, value in values["recipe"].items()})
 
 
 def _dotlist(overrides: Sequence[str]) -> DictConfig:
@@ -209,7 +224,9 @@ def _literal(value: object) -> object:
     """``value`` with OmegaConf's interpolations escaped."""
     if isinstance(value, list):
         return [_literal(item) for item in value]
-    return value.replace("${", "\\${") if isinstance(value, str) else value
+    if isinstance(value, dict):
+        return {key: _literal(item) for key, item in value.items()}
+    return literal(value) if isinstance(value, str) else value
 
 
 def _one_line(error: BaseException) -> str:

@@ -35,13 +35,17 @@
         └── TimeLimitError            91   a time that ends before a step does
 
 A run that started and did not end well is no exception but an outcome, with an exit code of its own
-(``peftbench.record.EXIT_CODES``). Each message is one sentence: what was given, what is allowed, what to do.
+(``peftbench.record.EXIT_CODES``); nor is a figure that fell, for which ``report --compare`` ends with ``REGRESSED``.
+Each message is one sentence: what was given, what is allowed, what to do.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+
+REGRESSED = 61
+"""Exit code of a comparison in which a figure fell by more than its threshold."""
 
 
 class PeftbenchError(Exception):

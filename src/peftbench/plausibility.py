@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
+import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from peftbench.record import RunRecord, train_peak_bytes
 
@@ -38,37 +39,75 @@ def implausible_alone(record: RunRecord) -> Iterator[str]:
 
 
 def implausible(records: Sequence[RunRecord]) -> Iterator[str]:
-    """A sentence for each pair of runs whose times differ by more than what they computed does.
+    """A sentence for each run whose time differs from another's by more than what they computed does.
 
     On one device a step that computes a third of the FLOPs can hardly take less than a third of the time. What else a
     step does beside (the optimizer, the exchange of gradients) grows with the parameters trained, so where the slower
     run trains more of them its forward and backward passes alone are judged. A larger ratio speaks of another load on
     the machine, of time outside matrix products, or of an error. Only runs that were shown the same batches are paired,
-    and passes only where the same steps of both were timed, at least ``TIMED_STEPS`` of them.
+    and passes only where the same steps of both were timed, at least ``TIMED_STEPS`` of them. The sentence names the
+    run beside which it is the slowest, and how many more there are.
     """
-    timed = [r for r in records if r.throughput and r.flops.executed and r.steps]
-    for slow, fast in itertools.permutations(timed, 2):
-        if (slow.device, slow.engine, _batches(slow)) != (fast.device, fast.engine, _batches(fast)):
-            continue
-        more = _trained(slow) > _trained(fast)
-        if more and slow.timed_steps != fast.timed_steps:
-            continue
-        seconds, what = (_passes_seconds, "forward and backward") if more else (_step_seconds, "a step")
-        if not seconds(slow) or not seconds(fast):
-            continue
-        times = seconds(slow) / seconds(fast)
-        ceiling = _step_flops(slow) / _step_flops(fast)
-        # Less work may take as long as more: a small kernel costs its launch.
-        if times > TOLERANCE * max(ceiling, 1):
-            yield (
-                f"{what} of {slow.name} took {times:.2f} times as long as of {fast.name} and computed only "
-                f"{ceiling:.2f} times as much: either one of them was disturbed, or its time is not in matrix products "
-                "(dropout and other element-wise work, on a CPU above all)"
-            )
+    like: dict[str, list[_Timed]] = {}
+    for record in records:
+        if record.throughput and record.flops.executed and record.steps:
+            like.setdefault(_conditions(record), []).append(_Timed.of(record))
+    for group in like.values():
+        for slow in group:
+            beside = [(_above(slow, fast), fast) for fast in group if fast is not slow]
+            worse = [(above, fast) for above, fast in beside if above > TOLERANCE]
+            if worse:
+                yield _too_slow(slow, max(worse, key=lambda one: one[0])[1], len(worse) - 1)
 
 
-def _trained(record: RunRecord) -> int:
-    return record.parameters.trainable if record.parameters else 0
+def _above(slow: _Timed, fast: _Timed) -> float:
+    """How many times as long as its work allows the first took beside the second; 0 where that cannot be judged."""
+    # Less work may take as long as more: a small kernel costs its launch.
+    return _times(slow, fast) / max(slow.flops / fast.flops, 1)
+
+
+def _times(slow: _Timed, fast: _Timed) -> float:
+    """How many times as long the first took, in what is judged of the two; 0 where nothing is."""
+    if slow.trained > fast.trained:
+        return slow.passes / fast.passes if fast.passes and slow.timed_steps == fast.timed_steps else 0.0
+    return slow.step / fast.step if fast.step else 0.0  # a clock may not have ticked within a step
+
+
+def _too_slow(slow: _Timed, fast: _Timed, others: int) -> str:
+    what = "forward and backward" if slow.trained > fast.trained else "a step"
+    more = f" (and likewise more than of {others:,} other run{'s' * (others > 1)})" if others else ""
+    return (
+        f"{what} of {slow.name} took {_times(slow, fast):.2f} times as long as of {fast.name} and computed only "
+        f"{slow.flops / fast.flops:.2f} times as much{more}: either one of them was disturbed, or its time is not in "
+        "matrix products (dropout and other element-wise work, on a CPU above all)"
+    )
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """What is compared of a run that was timed; made once a run, since pairs are many."""
+
+    name: str
+    trained: int
+    timed_steps: tuple[int, ...]
+    step: float
+    passes: float
+    flops: float
+
+    @classmethod
+    def of(cls, record: RunRecord) -> _Timed:
+        assert record.throughput is not None
+        assert record.flops.executed is not None
+        return cls(
+            record.name, record.parameters.trainable if record.parameters else 0, record.timed_steps,
+            record.throughput.step_seconds_median, _passes_seconds(record), record.flops.executed / record.steps,
+        )  # fmt: skip
+
+
+def _conditions(record: RunRecord) -> str:
+    """On what a run was made and what it was shown, which must be the same for its times to be compared."""
+    engine = record.engine.model_dump() if record.engine else None
+    return json.dumps([record.device.model_dump(), engine, _batches(record)], sort_keys=True)
 
 
 def _passes_seconds(record: RunRecord) -> float:
@@ -85,13 +124,3 @@ def _batches(record: RunRecord) -> list[object]:
         record.data_identity, record.steps, train["seed"], train["global_batch"], train.get("micro_batch"),
         data["seed"],
     ]  # fmt: skip
-
-
-def _step_seconds(record: RunRecord) -> float:
-    assert record.throughput is not None
-    return record.throughput.step_seconds_median
-
-
-def _step_flops(record: RunRecord) -> float:
-    assert record.flops.executed is not None
-    return record.flops.executed / record.steps

@@ -110,6 +110,7 @@ def recorded(run: Run, outcome: Outcome) -> RunRecord:
         steps=progress.steps,
         skipped_steps=progress.skipped,
         losses=tuple(progress.losses),
+        step_tokens=tuple(counts.real for counts in progress.step_counts),
         step_seconds=tuple(probe.step_seconds[: progress.steps]),
         warmup_steps=min(run.recipe.profile.warmup_steps, progress.steps),
         resumed_after=tuple(run.resumed_after),

@@ -7,6 +7,7 @@ import datetime
 import math
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ from peftbench.engine.sharding import bring_home
 from peftbench.errors import PeftbenchError
 from peftbench.evaluation.measure import Evaluation, quality_of
 from peftbench.files import system_error, write_error
+from peftbench.live import Line
 from peftbench.lock import Lock
 from peftbench.profiler.devices import achievable_flops
 from peftbench.profiler.energy import energy_meter
@@ -307,7 +309,9 @@ class Run:
         self.recipe.method.set_training(built.bare_model)
         self.continuity = Continuity(self, built)
         self.continuity.take_up(trainer)
-        self.teller.begin(self.continuity.began_at, trainer.steps)
+        begun, loss = self.progress.steps, next(reversed(self.progress.losses), None)
+        memory, budget = partial(self.shortage.held_bytes, self.probe.meter), self.shortage.budget_bytes
+        self.teller.begin(begun, trainer.steps, loss=loss, memory=memory, budget_bytes=budget)
         if self.recipe.trackers:
             self.accelerator.init_trackers(DISTRIBUTION, config={"recipe": self.recipe.model_dump_json()})
         knobs = self.recipe.profile
@@ -321,20 +325,25 @@ class Run:
         )  # fmt: skip
         with (
             self.stop.between_steps(), trainer.loss.in_use(),
+            Line(
+                self.recipe.name, begun, trainer.steps, memory=memory, budget_bytes=budget,
+                shown=self.accelerator.is_main_process,
+            ) as line,
             self.probe.training(knobs.warmup_steps, looking.step),
         ):  # fmt: skip
             train(
                 self.accelerator, trainer, self.probe, self.progress,
                 max_grad_norm=self.recipe.train.max_grad_norm,
-                on_step=lambda step, values: self._after_step(step, values, trainer),
+                on_step=lambda step, values: self._after_step(step, values, trainer, line),
             )  # fmt: skip
             self.continuity.after_training(trainer)
         if trainer.store is not None and self.accelerator.is_main_process:
             trainer.store.seal()
 
-    def _after_step(self, step: int, values: dict[str, float], trainer: Trainer) -> None:
+    def _after_step(self, step: int, values: dict[str, float], trainer: Trainer, line: Line) -> None:
         self.accelerator.log(values, step=step)
-        self.teller.step(step, trainer.steps, self.progress.step_counts[-1].real)
+        line.step(values["loss"], self.progress.step_counts[-1].real)
+        self.teller.step(step, trainer.steps, self.progress.step_counts[-1].real, values["loss"])
         assert self.continuity is not None
         self.continuity.after_step(step, trainer)
 

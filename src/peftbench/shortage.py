@@ -84,6 +84,23 @@ class Shortage:
             except (RuntimeError, AttributeError, TypeError) as error:  # torch's own, and free to change
                 self.notes.append(f"an out-of-memory would leave no snapshot: {error}")
 
+    @property
+    def budget_bytes(self) -> int | None:
+        """What this process may have: its budget, or else the GPU's memory; None on CPU without a budget."""
+        if (budget := self.recipe.budget.memory_bytes) is not None or self.device.type != "cuda":
+            return budget
+        return int(torch.cuda.get_device_properties(self.device).total_memory)
+
+    def held_bytes(self, meter: Meter) -> int | None:
+        """What this process has of that now; None where nothing tells.
+
+        On a GPU what torch's allocator holds, and beside it as much as a budget leaves for that, or else the context
+        where the driver tells it. On CPU what a budget counts, or else what is resident beyond what was before the run.
+        """
+        if self.cap is not None:
+            return self.cap.budget_bytes - self.cap.tensors_bytes + self.cap.held_bytes()
+        return meter.held_bytes()
+
     def forget(self) -> None:
         """Take away the snapshot of an earlier run of this name, or of a refusal that something lived with."""
         with suppress(OSError):
@@ -127,10 +144,8 @@ class Shortage:
         return outcome.model_copy(update={"needed_bytes": advice.needed_bytes, "suggestion": advice.suggestion})
 
     def _advice(self) -> Advice | None:
-        budget, device = self.recipe.budget.memory_bytes, "cpu"
-        if self.device.type == "cuda":
-            properties = torch.cuda.get_device_properties(self.device)
-            budget, device = budget or properties.total_memory, properties.name
+        cuda, budget = self.device.type == "cuda", self.budget_bytes
+        device = torch.cuda.get_device_properties(self.device).name if cuda else "cpu"
         # Without a budget on CPU it is the machine that had no more, and who knows why.
         return None if budget is None else ask(Question.here(self.recipe, budget, device))
 

@@ -7,6 +7,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from peftbench.errors import BudgetError
 
 _SIZE = TypeAdapter(ByteSize)
+_MIB, _GIB = 2**20, 2**30
 
 
 def parse_size(text: str) -> int:
@@ -22,3 +23,11 @@ def parse_size(text: str) -> int:
     if size <= 0:
         raise BudgetError(f"a budget of {text!r} leaves no memory at all; write it as 16GiB or 15500MiB")
     return size
+
+
+def size_text(size_bytes: int, of_bytes: int | None = None) -> str:
+    """Short and for a person, with the whole where there is one: "96 of 112 MiB"; from 10 GiB on "13.1 of 16.0 GiB"."""
+    sizes = [size_bytes] if of_bytes is None else [size_bytes, of_bytes]
+    if max(sizes) < 10 * _GIB:
+        return " of ".join(f"{size / _MIB:,.0f}" for size in sizes) + " MiB"
+    return " of ".join(f"{size / _GIB:,.1f}" for size in sizes) + " GiB"

@@ -6,6 +6,7 @@ import datetime
 import os
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -39,6 +40,12 @@ class Status(BaseModel):
     """Real tokens of the steps since the status before."""
     seconds_left: float | None = None
     """Of training, at the pace of this process."""
+    loss: float | None = None
+    """Of the last step, in nats."""
+    memory_bytes: int | None = None
+    """What the main process held after the last step, as its budget counts it."""
+    budget_bytes: int | None = None
+    """What that process may have: budget.memory, or else the GPU's memory."""
 
 
 def slurm_job() -> str | None:
@@ -68,17 +75,27 @@ class Teller:
         )  # fmt: skip
         self._last, self._tokens = float("-inf"), 0
         self._began: tuple[float, int] | None = None
+        self._memory: Callable[[], int | None] = lambda: None
 
     def phase(self, name: str) -> None:
         """Another phase has begun."""
         self._write(phase=name)
 
-    def begin(self, step: int, steps: int) -> None:
-        """Training begins, with so many steps of so many done by a process before; told with what comes next."""
-        self._status = self._status.model_copy(update={"step": step, "steps": steps})
+    def begin(
+        self, step: int, steps: int, *, loss: float | None = None,
+        memory: Callable[[], int | None] = lambda: None, budget_bytes: int | None = None,
+    ) -> None:  # fmt: skip
+        """Training begins, with so many steps of so many done by a process before; told with what comes next.
 
-    def step(self, step: int, steps: int, real_tokens: int) -> None:
-        """So many steps of so many are done, the last of which had that many real tokens."""
+        ``memory`` tells the bytes that stand against the budget, and is asked whenever a step is told.
+        """
+        self._memory = memory
+        self._status = self._status.model_copy(
+            update={"step": step, "steps": steps, "loss": loss, "budget_bytes": budget_bytes}
+        )
+
+    def step(self, step: int, steps: int, real_tokens: int, loss: float) -> None:
+        """So many steps of so many are done, the last of which had that many real tokens and that loss."""
         now = time.monotonic()
         self._began = self._began or (now, step)
         self._tokens += real_tokens
@@ -88,7 +105,7 @@ class Teller:
         told = self._tokens / (now - self._last) if self._last > self._began[0] else None
         self._write(
             step=step, steps=steps, tokens_per_second=told,
-            seconds_left=None if pace is None else pace * (steps - step),
+            seconds_left=None if pace is None else pace * (steps - step), loss=loss, memory_bytes=self._memory(),
         )  # fmt: skip
 
     def forget(self) -> None:

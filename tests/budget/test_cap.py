@@ -65,7 +65,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name="Tesla T4", total_memory=total)
     )
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, _: fractions.append(share))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 7)
+    told = {"reserved_bytes": {"all": {"current": 7, "peak": 9}}}
+    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda _: told)
     return fractions
 
 

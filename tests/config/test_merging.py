@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -205,7 +206,9 @@ def test_reading_a_recipe_needs_no_torch(least: Path) -> None:
     assert found.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("value", ["a ${b} c", "${data.seed}", "${", "1e3", "null", "a: b", "two\nlines", "#", "é '\""])
+@pytest.mark.parametrize(
+    "value", ["a ${b} c", "${data.seed}", "${", "1e3", "null", "a: b", "two\nlines", "#", "é '\"", r"\${b}"]
+)
 def test_any_text_reads_back(value: str, tmp_path: Path) -> None:
     """What looks like an interpolation, a number or a comment is the text it is, once it was written."""
     recipe = load_recipe([write(tmp_path / "least.yaml", LEAST)]).model_copy(update={"output_dir": value})
@@ -217,3 +220,14 @@ def test_merged_is_not_yet_validated(tmp_path: Path) -> None:
     """Files that say only part of a recipe can be merged and looked at."""
     part = write(tmp_path / "part.yaml", {"train": {"steps": 5}})
     assert merged([part], ["train.seed=3"]) == {"train": {"steps": 5, "seed": 3}}
+
+
+def test_a_record_is_a_recipe(tmp_path: Path) -> None:
+    """Given a run's record, its very recipe is read, texts that look like interpolations too; knobs may be changed."""
+    first = load_recipe([], ["name=a", "method.kind=lora", "data.source.kind=docstrings", "train.steps=3"])
+    odd = first.model_copy(update={"data": first.data.model_copy(update={"separator": "\n${name}:"})})
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps({"recipe_fingerprint": "x", "recipe": odd.model_dump(mode="json"), "losses": [1.0]}))
+    assert load_recipe([path]) == odd
+    assert load_recipe([path], ["train.steps=9"]).train.steps == 9
+    assert load_recipe([path]).fingerprint() == odd.fingerprint()

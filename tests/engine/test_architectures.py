@@ -184,9 +184,12 @@ def assert_as_alone(case: str, collator: Collator) -> None:
     (loss, _), expected, batch = made(case), alone(case), batch_of(collator)
     with torch.no_grad(), loss.in_use():
         logits, summed = loss.logits(loss.base, batch), loss(loss.base, batch)
+        by_token = loss.by_token(loss.base, batch)
     apart = float((logits - expected).abs().max() / expected.abs().max())
     assert apart <= ALLOWED, f"logits of {case} are {apart:.1e} apart under {type(collator).__name__}"
-    assert summed.item() == pytest.approx(cross_entropy(expected, batch.targets, reduction="sum").item(), rel=ALLOWED)
+    each = cross_entropy(expected, batch.targets, reduction="none")
+    assert summed.item() == pytest.approx(each.sum().item(), rel=ALLOWED)
+    assert float((by_token - each).abs().max() / each.max()) <= ALLOWED
 
 
 def test_there_are_cases() -> None:

@@ -144,6 +144,10 @@ class GpuLike:
         self.laps += 1
         return Memory(allocated_bytes=10**9, reserved_bytes=2 * 10**9, inactive_split_bytes=5, allocation_retries=1)
 
+    def held_bytes(self) -> int | None:
+        """What a status has; it is in no record."""
+        return 7 * 10**9
+
     def process_bytes(self) -> int | None:
         """What the driver says."""
         return 3 * 10**9

@@ -223,7 +223,10 @@ def test_chunks_give_the_loss_and_gradients_of_the_whole(
         given = {name: value.clone().requires_grad_(name not in frozen) for name, value in values.items()}
         loss = cross_entropy.summed_cross_entropy(given["hidden"], given["weight"], given["bias"], targets)
         (loss * 0.25).backward()  # type: ignore[no-untyped-call]
-        found.append([loss.detach(), *(given[name].grad for name in given)])
+        by_token = cross_entropy.cross_entropy_by_token(given["hidden"], given["weight"], given["bias"], targets)
+        assert by_token.shape == (11,)
+        assert by_token.sum().item() == pytest.approx(loss.item(), rel=1e-6)
+        found.append([loss.detach(), by_token, *(given[name].grad for name in given)])
     for whole, chunked in zip(*found, strict=True):
         assert (whole is None) == (chunked is None)
         if whole is not None and chunked is not None:

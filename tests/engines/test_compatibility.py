@@ -163,6 +163,11 @@ def assert_held_against_one_process(point: Combination, ran: Ran) -> None:
     assert record.quality is not None
     assert alone.quality is not None
     assert record.quality.loss == pytest.approx(alone.quality.loss, rel=allowed)
+    each, expected = record.quality.by_example, alone.quality.by_example
+    assert each is not None
+    assert expected is not None
+    assert each.loss == pytest.approx(expected.loss, rel=20 * allowed)
+    assert (each.identity, each.labelled) == (expected.identity, expected.labelled)
     assert (record.flops.required, record.tokens) == (alone.flops.required, alone.tokens)
     assert len(record.state_bytes_by_rank) == (0 if ENGINES[point.engine].on_disk else 2)
     for states in record.state_bytes_by_rank:

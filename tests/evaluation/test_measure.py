@@ -12,11 +12,12 @@ from datasets import Dataset
 
 from peftbench.data.encode import Encoder
 from peftbench.engine.loop import train_step
-from peftbench.evaluation.measure import Evaluation
+from peftbench.evaluation.measure import Evaluation, quality_of
 from peftbench.methods.base import Method
 from peftbench.methods.baselines import ZeroShot
 from peftbench.methods.full import Full
 from peftbench.profiler.probe import Probe
+from peftbench.recipe import Evaluate
 from tests.conftest import (
     Workshop,
     alone,
@@ -61,9 +62,27 @@ def test_loss_by_hand(
         counts.append(len(targets))
     by_hand = sum(sums) / sum(counts)
     for batch in (1, 3, 16):
-        assert evaluation(method, model, batch=batch).loss() == pytest.approx(by_hand, rel=1e-5)
+        found = evaluation(method, model, batch=batch).held_out()
+        assert found.loss == pytest.approx(by_hand, rel=1e-5)
+        assert found.summed == pytest.approx(sums, rel=1e-4)
+        assert found.labelled == tuple(counts)
     mean_of_means = sum(total / count for total, count in zip(sums, counts, strict=True)) / len(counts)
     assert mean_of_means != pytest.approx(by_hand, rel=1e-4)
+
+
+def test_an_example_without_a_prompt(applied: Applied, evaluation: MakeEvaluation, encoded: Dataset) -> None:
+    """Its first token has nothing before it that could predict it, and is in no loss; the others are as they were."""
+    bare = encoded.map(
+        lambda row, index: {"prompt_tokens": 0 if index == 2 else row["prompt_tokens"]}, with_indices=True
+    )
+    model = applied(ZeroShot(), "gpt2_tied")
+    measured = evaluation(ZeroShot(), model, bare, batch=3)
+    found, before = measured.held_out(), evaluation(ZeroShot(), model, batch=3).held_out()
+    assert found.labelled[2] == len(encoded[2]["input_ids"]) - 1
+    others = [index for index in range(len(encoded)) if index != 2]
+    assert [found.labelled[index] for index in others] == [before.labelled[index] for index in others]
+    assert [found.summed[index] for index in others] == pytest.approx([before.summed[index] for index in others])
+    assert len(measured.teacher_forced()) == len(encoded)
 
 
 def test_a_memorised_example_is_found_again(
@@ -101,7 +120,7 @@ def test_quality_is_put_together(applied: Applied, evaluation: MakeEvaluation, e
     measured = evaluation(ZeroShot(), model, samples=3, teacher_forced=True)
     quality = measured.quality(Probe(torch.device("cpu")))
     assert (quality.split, quality.examples) == ("test", 7)
-    assert quality.loss == measured.loss()
+    assert quality.loss == measured.held_out().loss
     assert quality.loss is not None
     assert quality.perplexity == pytest.approx(math.exp(quality.loss))
     assert quality.rouge is not None
@@ -110,6 +129,25 @@ def test_quality_is_put_together(applied: Applied, evaluation: MakeEvaluation, e
     assert [sample.id for sample in quality.samples] == list(encoded["id"])[:3]
     assert [sample.reference for sample in quality.samples] == list(encoded["summary"])[:3]
     assert [sample.generated for sample in quality.samples] == measured.summaries()[:3]
+    each = quality.by_example
+    assert each is not None
+    assert len(each.loss) == len(each.labelled) == 7
+    assert sum(each.loss) / sum(each.labelled) == pytest.approx(quality.loss)
+    assert {kind: sum(scores) / 7 for kind, scores in each.rouge.items()} == pytest.approx(
+        {kind: interval.mean for kind, interval in quality.rouge.items()}
+    )
+
+
+def test_examples_are_known_by_what_they_are(applied: Applied, evaluation: MakeEvaluation, encoded: Dataset) -> None:
+    """Two methods' scores of the same examples can be paired; with another reference, or order, they cannot."""
+    knobs = Evaluate()
+    same = [quality_of(knobs, encoded, list(encoded[column])) for column in ("summary", "article")]
+    identities = [quality.by_example.identity for quality in same if quality.by_example]
+    assert identities[0] == identities[1]
+    other = encoded.select(range(6, -1, -1))
+    turned = quality_of(knobs, other, list(other["summary"])).by_example
+    assert turned is not None
+    assert turned.identity != identities[0]
 
 
 def test_only_what_is_asked_for(applied: Applied, evaluation: MakeEvaluation) -> None:
@@ -138,7 +176,7 @@ def test_precision_is_the_same_with_and_without_training(
             if prepared:
                 accelerator.prepare(model)
             measured = Evaluation(alone(accelerator), built, encoder, encoded, workshop.recipe(ZeroShot()))
-            losses[prepared, precision] = (measured.loss(), measured.teacher_forced())
+            losses[prepared, precision] = (measured.held_out().loss, measured.teacher_forced())
     assert losses[False, "no"] == losses[True, "no"]
     assert losses[False, "bf16"] == losses[True, "bf16"]
     assert losses[True, "bf16"][0] != losses[True, "no"][0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import statistics
 from typing import Any, NoReturn
 
 import pytest
@@ -15,7 +16,7 @@ OTHERS = ["Ein Zug fuhr nach Norden.", "Niemand kam zur Schule. Alles blieb stil
 
 
 def _means(generated: list[str], references: list[str]) -> dict[str, float]:
-    return {kind: interval.mean for kind, interval in rouge(generated, references, resamples=100).items()}
+    return {kind: statistics.mean(scores) for kind, scores in rouge(generated, references).items()}
 
 
 def test_identical_texts() -> None:
@@ -49,8 +50,8 @@ def test_only_rouge_lsum_looks_at_sentences() -> None:
 
 def test_each_text_meets_its_own_reference() -> None:
     """Scores are of pairs: with the references in another order they are not what they were."""
-    found = rouge([TEXTS[0], OTHERS[0]], [TEXTS[0], TEXTS[1]], resamples=100)["rouge1"]
-    assert (found.mean, found.low, found.high) == (50, 0, 100)
+    found = rouge([TEXTS[0], OTHERS[0]], [TEXTS[0], TEXTS[1]])["rouge1"]
+    assert found == (100, 0)
     assert _means(TEXTS, TEXTS[::-1])["rouge1"] < 50
 
 

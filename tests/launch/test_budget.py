@@ -111,10 +111,10 @@ def test_a_suite_goes_on_after_a_refusal(full: Path, project: Path, caches: dict
     assert f"run-memory={ENOUGH}MiB: ok" in done.stderr
     record = read_record(project / "out" / f"run-memory={TOO_LITTLE}MiB" / "record.json")
     assert record.outcome.needed_bytes is not None
-    report = (project / "out" / "report.md").read_text(encoding="utf-8")
+    report = (project / "out" / "RESULTS.md").read_text(encoding="utf-8")
     assert re.search(rf"\| +{record.outcome.needed_bytes / MIB:,.0f} \|", report)
     assert "needs MiB" in report
-    assert f"held {record.outcome.held_bytes:,} bytes" in report
+    assert f"held {(record.outcome.held_bytes or 0) / MIB:,.1f} MiB" in report
     assert "is predicted to fit" in report
 
 

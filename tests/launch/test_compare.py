@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -41,7 +44,7 @@ def test_compare_skips_what_is_finished_and_not_what_changed(project: Path, cach
     first = run(peftbench("compare", "suite.yaml"), project, caches)
     assert first.returncode == 0, first.stderr
     assert "run-r=1" in first.stdout
-    assert first.stdout.splitlines()[-1] == "report: out/report.md"
+    assert first.stdout.splitlines()[-1] == "report: out/report.html"
     started = {name: record_of(project, name)["started_at"] for name in ("run-r=1", "run-r=2")}
     recipe = yaml.safe_load((project / "recipe.yaml").read_text()) | {
         "evaluate": {"max_new_tokens": 9, "generate": False}
@@ -58,6 +61,27 @@ def test_compare_skips_what_is_finished_and_not_what_changed(project: Path, cach
     reported = run(peftbench("report", "out"), project, caches)
     assert reported.returncode == 0, reported.stderr
     assert "run-r=1" in reported.stdout
+
+
+def test_a_run_is_repeated_from_its_record(project: Path, caches: dict[str, str]) -> None:
+    """The commands that the page gives train the same again, loss by loss, from nothing but the record."""
+    (project / "suite.yaml").write_text(SUITE.replace("[1, 2]", "[2]"))
+    done = run(peftbench("compare", "suite.yaml", "train.steps=3"), project, caches)
+    assert done.returncode == 0, done.stderr
+    page = (project / "out" / "report.html").read_text(encoding="utf-8")
+    (printed,) = re.findall(r"<code>([^<]*launch/train.py[^<]*)</code>", page)
+    (project / "recipe.yaml").unlink()
+    # The folder is no checkout: what would make it that of the run's commit is left out.
+    lines = [line for line in html.unescape(printed).splitlines() if not re.match("git checkout|pip install", line)]
+    assert len(lines) == 2
+    for line in lines:
+        here = line.replace("launch/", f"{shlex.quote(str(REPOSITORY))}/launch/")
+        again = run(["bash", "-c", f'python() {{ {shlex.quote(sys.executable)} "$@"; }}; {here}'], project, caches)
+        assert again.returncode == 0, again.stderr
+    assert (project.parent / "run-r=2.json").is_file()
+    repeated = json.loads((project / "out_again" / "run-r=2" / "record.json").read_text(encoding="utf-8"))
+    assert repeated["losses"] == record_of(project, "run-r=2")["losses"]
+    assert len(repeated["losses"]) == 3
 
 
 def test_interrupted_compare_says_how_to_go_on(project: Path, caches: dict[str, str]) -> None:
@@ -154,6 +178,9 @@ def test_two_processes_agree_with_one(project: Path, caches: dict[str, str]) -> 
     assert single["quality"]["loss"] == pytest.approx(double["quality"]["loss"], abs=1e-4)
     assert single["quality"]["rouge"] == double["quality"]["rouge"]
     assert single["quality"]["samples"] == double["quality"]["samples"]
+    one, two = single["quality"]["by_example"], double["quality"]["by_example"]
+    assert one["loss"] == pytest.approx(two["loss"], rel=1e-3)
+    assert one | {"loss": None} == two | {"loss": None}
     assert single["flops"]["required"] == double["flops"]["required"] > 0
     by_rank = [rank["evaluate"]["resident_bytes"] for rank in double["memory_by_rank"]]
     assert len(by_rank) == 2

@@ -126,6 +126,25 @@ def test_where_the_kernel_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None
     assert meter.lap() == Memory()
 
 
+def test_what_is_held_now() -> None:
+    """It is there while it is held, gone with it, and reading it changes no peak."""
+    meter = ProcessMeter()
+    meter.lap()
+    touch(64 * MIB)
+    before = meter.held_bytes()
+    held = torch.ones(32 * MIB)
+    with_it = meter.held_bytes()
+    size = held.numel() * held.element_size()
+    del held
+    after = meter.held_bytes()
+    peak = grown(meter.lap())
+    if before is None or with_it is None or after is None:
+        pytest.skip("this system does not tell a process what it holds")
+    assert with_it - before == pytest.approx(size, abs=SLACK)
+    assert after == pytest.approx(before, abs=SLACK)
+    assert peak == pytest.approx(size, abs=SLACK)
+
+
 def test_larger_takes_each_field_of_the_larger() -> None:
     """Peaks of the GPU are compared one by one; a resident peak goes with its own baseline."""
     first = Memory(allocated_bytes=5, reserved_bytes=8, resident_bytes=20, resident_baseline_bytes=1)
@@ -167,6 +186,7 @@ def test_what_torch_s_counters_say(monkeypatch: pytest.MonkeyPatch) -> None:
     _context_bytes.cache_clear()
     meter = CudaMeter(torch.device("cuda", 0))
     assert (meter.context_bytes, meter.process_bytes(), len(resets)) == (470, 500, 1)
+    assert (meter.held_bytes(), len(resets)) == (472, 1)  # what is reserved now, and the context
     told["num_alloc_retries"] = 6
     expected = Memory(allocated_bytes=10, reserved_bytes=20, inactive_split_bytes=5, allocation_retries=2)
     assert meter.lap() == expected

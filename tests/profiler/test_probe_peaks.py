@@ -26,6 +26,10 @@ class Counters:
         told, self.peak = self.peak, 0
         return Memory(allocated_bytes=told)
 
+    def held_bytes(self) -> int | None:
+        """Nobody watches."""
+        return None
+
     def process_bytes(self) -> int | None:
         """What the driver says."""
         return self.held

@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from peftbench.record import Device, Interval, Outcome, Parameters, Quality, RunRecord, Sample, Tokens
+import numpy
+
+from peftbench.record import (
+    ByExample,
+    Device,
+    Engine,
+    Flops,
+    Interval,
+    Memory,
+    Outcome,
+    Parameters,
+    Quality,
+    RunRecord,
+    Sample,
+    Throughput,
+    Tokens,
+    TokensPerSecond,
+)
 
 
 def record(name: str, kind: str, trainable: int | None, **changes: Any) -> RunRecord:
@@ -12,9 +30,9 @@ def record(name: str, kind: str, trainable: int | None, **changes: Any) -> RunRe
     recipe = {
         "name": name,
         "output_dir": "runs",
-        "method": {"kind": kind},
+        "method": {"kind": kind} | changes.pop("method", {}),
         "train": {"seed": changes.pop("seed", 0), "global_batch": changes.pop("global_batch", 16), "precision": "fp32"},
-        "data": {"seed": 0, "max_tokens": 64, "as_published": False},
+        "data": {"seed": changes.pop("data_seed", 0), "max_tokens": 64, "as_published": False},
     }
     score = Interval(mean=31.25, low=30.0, high=32.5)
     quality = Quality(
@@ -30,3 +48,48 @@ def record(name: str, kind: str, trainable: int | None, **changes: Any) -> RunRe
         "phase_seconds": {"train": 12.5},
     }  # fmt: skip
     return RunRecord(**(values | changes))
+
+
+def judged(
+    name: str,
+    kind: str,
+    rouge_l: Sequence[float] | None,
+    *,
+    losses: Sequence[float] = (),
+    labelled: Sequence[int] = (),
+    identity: str = "these",
+    **changes: Any,
+) -> RunRecord:
+    """A record with the scores of each example: ROUGE-L, or nats with their tokens. Baselines train nothing."""
+    count = len(rouge_l if rouge_l is not None else losses)
+    score = Interval(mean=float(numpy.mean(rouge_l)), low=0, high=100) if rouge_l is not None else None
+    rouge = {"rougeL": tuple(map(float, rouge_l))} if rouge_l is not None else {}
+    trained = kind not in ("zero_shot", "lead")
+    quality = Quality(
+        split="test", examples=count, loss=sum(losses) / sum(labelled) if labelled else None,
+        rouge={"rougeL": score} if score else None,
+        by_example=ByExample(identity=identity, loss=tuple(losses), labelled=tuple(labelled), rouge=rouge),
+    )  # fmt: skip
+    of_method: dict[str, Any] = {"steps": 20} if trained else {"tokens": None, "steps": 0, "phase_seconds": {}}
+    changes = {"quality": quality} | of_method | changes
+    return record(name, kind, 10 if trained else 0, **changes)
+
+
+def costly(memory: int, seconds: float, flops: int, *, engine: str = "single", device: str = "a GPU") -> dict[str, Any]:
+    """What a record says of a training of 20 steps of so many seconds each, within 5 %, at so many bytes and FLOPs."""
+    speed = Throughput(
+        steps=20, step_seconds_median=seconds, step_seconds_p10=0.95 * seconds, step_seconds_p90=1.05 * seconds,
+        samples_per_second=1.0, data_share=0.0,
+        tokens_per_second=TokensPerSecond(real=1, padded=1, labelled=1, virtual=0),
+    )  # fmt: skip
+    return {
+        "memory": {"train": Memory(allocated_bytes=memory)}, "throughput": speed, "flops": Flops(required=flops),
+        "steps": 20, "phase_seconds": {"train": 20 * seconds}, "device": Device(kind="cuda", name=device, processes=1),
+        "engine": Engine(name=engine, kind="NO", mixed_precision="no", optimizer="AdamW", micro_batch=4,
+                         accumulation=1, threads=2),
+    }  # fmt: skip
+
+
+def noise(count: int, seed: int, spread: float = 5.0) -> list[float]:
+    """Scores around 30."""
+    return [float(value) for value in 30 + spread * numpy.random.default_rng(seed).normal(size=count)]

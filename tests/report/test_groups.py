@@ -11,10 +11,24 @@ from tests.report.records import record
 
 
 def test_over_seeds_groups_what_differs_in_seeds_alone() -> None:
-    """Mean and standard deviation over three seeds; a run of another recipe is not mixed in."""
-    rows = [record(f"a{s}", "lora", 10, seed=s, loss=loss) for s, loss in enumerate((1.0, 2.0, 3.0))]
+    """Mean, standard deviation and t's interval (4.3027 / sqrt(3) to either side, rounded outward) over three seeds.
+
+    A run of another recipe is not mixed in.
+    """
+    rows = [record(f"lora-seed={s}", "lora", 10, seed=s, loss=loss) for s, loss in enumerate((1.0, 2.0, 3.0))]
     (row,) = over_seeds([*rows, record("b", "full", 1000)])
-    assert (row["method"], row["seeds"], row["held-out loss"]) == ("lora", "3", "2.000 ± 1.000")
+    assert row == {
+        "method": "lora", "seeds": "3", "held-out loss": "2.000 ± 1.000 (-0.485–4.485)",
+        "ROUGE-L": "31.2 ± 0.0 (31.2–31.3)",
+    }  # fmt: skip
+
+
+def test_a_seed_counts_once() -> None:
+    """``full`` of seed 0, run twice, is one seed beside 1 and 2: by hand, of 1 and 3, 2 and 3, the mean of three."""
+    runs = [("full", 0, 1.0), ("full-seed=0", 0, 3.0), ("full-seed=1", 1, 2.0), ("full-seed=2", 2, 3.5)]
+    (row,) = over_seeds([record(name, "full", 9, seed=seed, loss=loss) for name, seed, loss in runs])
+    assert row["seeds"] == "3"
+    assert row["held-out loss"].startswith("2.500 ± 0.866 (")
 
 
 def test_by_knob_is_a_row_a_method_and_a_column_a_value() -> None:
@@ -40,6 +54,6 @@ def test_a_loss_that_is_no_number_is_no_figure() -> None:
     bad = record("a2", "lora", 10, seed=2, loss=float("nan"), outcome=Outcome(kind="diverged", step=5))
     rows = [record(f"a{s}", "lora", 10, seed=s, loss=loss) for s, loss in enumerate((1.0, 2.0))]
     (over,) = over_seeds([bad, *rows])
-    assert over["held-out loss"] == "1.500 ± 0.707"
+    assert over["held-out loss"].startswith("1.500 ± 0.707 (")
     (by,) = by_knob([bad, *rows], "train.seed")
     assert by == {"method": "lora", "0": "**1.000**", "1": "2.000", "2": "diverged"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +13,28 @@ import pytest
 from rich.console import Console
 
 from peftbench.errors import RecordError
-from peftbench.record import Compute, Flops, Interval, Memory, Outcome, Parameters, Throughput, TokensPerSecond
+from peftbench.record import (
+    Compute,
+    Flops,
+    Interval,
+    Memory,
+    Outcome,
+    Parameters,
+    RunRecord,
+    Sample,
+    Throughput,
+    TokensPerSecond,
+)
 from peftbench.report.columns import COLUMNS
+from peftbench.report.escape import plain
 from peftbench.report.table import (
+    _terminal_table,
+    _width,
     csv_table,
     insert_table,
     markdown_report,
     markdown_table,
+    natural_width,
     notes,
     ordered,
     print_table,
@@ -58,6 +74,23 @@ def test_every_column_has_a_meaning_and_own_csv_names() -> None:
     assert len(COLUMNS) > 8
     assert all(column.meaning for column in COLUMNS)
     assert len(names) == len(set(names))
+
+
+def test_a_column_is_sorted_by_what_it_shows() -> None:
+    """The first of a column's raw values is the one that its text is of, so that sorting by it sorts what is seen."""
+    each = TokensPerSecond(real=123.0, padded=200.0, labelled=50.0, virtual=7.0)
+    speed = Throughput(
+        steps=10, step_seconds_median=1, step_seconds_p10=1, step_seconds_p90=1, samples_per_second=1, data_share=0,
+        tokens_per_second=each,
+    )  # fmt: skip
+    one = record(
+        "a", "full", 640, throughput=speed, energy_joules=400.0, flops=Flops(required=2 * 10**12, executed=9 * 10**12),
+        memory={"train": Memory(allocated_bytes=5 * 2**20, reserved_bytes=8 * 2**20)},
+        compute=Compute(required_per_second=1.0, executed_per_second=3.0, peak_per_second=4.0),
+    )  # fmt: skip
+    shown = {"J/1,000 samples": 2500.0, "tokens/s": 123.0, "required TFLOP": 2e12, "MFU": 0.25, "peak MiB": 5 * 2**20}
+    found = {column.title: next(iter(column.raw(one).values())) for column in COLUMNS}
+    assert {title: found[title] for title in shown} == shown
 
 
 def test_memory_and_flops_have_columns_where_they_are_known() -> None:
@@ -141,10 +174,102 @@ def test_a_narrow_terminal_leaves_columns_out_and_says_so(capsys: pytest.Capture
 
 def test_the_report_shows_the_same_example_by_every_run() -> None:
     """The report puts every run's summary of one example side by side; a pipe cannot break its table."""
-    text = markdown_report([record("a", "full", 1000), record("b", "lora", 10)], "T")
+    text = markdown_report([record("a", "full", 1000), record("b", "lora", 10)], "T", ["A | sentence."])
+    assert "- A \\| sentence." in text
     assert "by a" in text
     assert "by b" in text
     assert "ref \\| x" in text
+
+
+def test_summaries_of_other_examples_are_not_shown_as_of_the_same() -> None:
+    """Two sets of data may number their examples alike."""
+    other = record("other", "lora", 10)
+    assert other.quality is not None
+    sample = Sample(id="a", article="another", reference="ref | x", generated="by other")
+    other = other.model_copy(update={"quality": other.quality.model_copy(update={"samples": (sample,)})})
+    text = markdown_report([record("b", "lora", 10), other], "T", [])
+    assert "by b" in text
+    assert "by other" not in text
+
+
+HOSTILE = "a [/b]\n# x | `y` <script>1</script> *z* \x1b[2J =1"
+
+
+def hostile() -> RunRecord:
+    """A record in which whatever anyone may write is hostile."""
+    one = record(HOSTILE, "lora", 10, notes=(HOSTILE,))
+    assert one.quality is not None
+    sample = Sample(id=HOSTILE, article=f"{HOSTILE}\n---\n- x", reference=HOSTILE, generated=HOSTILE)
+    return one.model_copy(update={"quality": one.quality.model_copy(update={"samples": (sample,)})})
+
+
+def test_markdown_shows_hostile_text_as_it_is() -> None:
+    """Of names, notes, sentences, titles and summaries none breaks a table, or brings in markup or HTML."""
+    rows = [hostile(), record("prompt_tuning", "prompt_tuning", 100)]
+    text = markdown_report(rows, HOSTILE, [HOSTILE])
+    shown = "a \\[/b\\] # x \\| \\`y\\` &lt;script&gt;1&lt;/script&gt; \\*z\\* \\\\x1b\\[2J =1"
+    assert text.startswith(f"# {shown}\n\n- {shown}\n\n| run ")
+    assert f"- {shown}: {shown}\n" in text
+    assert f"\n\n{shown}\n\n> a" in text
+    assert "\n> \\---\n> \\- x\n" in text
+    assert text.count(f"| {shown} ") == 4  # its row, the reference, and its summary with its name
+    assert text.count("| prompt_tuning ") == 1
+    assert "<script" not in text
+    assert all(char == "\n" or char.isprintable() for char in text)
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(table) == 4 + 4
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table[:4]}) == 1
+
+
+def test_summaries_that_look_like_numbers_stay_as_they_are() -> None:
+    """A model may write "1e3" alone, which is not 1000."""
+    one = record("a", "full", 1)
+    assert one.quality is not None
+    sample = Sample(id="a", article="x", reference="1e3", generated="1_000")
+    one = one.model_copy(update={"quality": one.quality.model_copy(update={"samples": (sample,)})})
+    text = markdown_report([one], "T", [])
+    assert "| reference | 1e3 " in text
+    assert "| 1_000 " in text
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_hostile_names_are_shown_as_text_in_a_terminal(terminal: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """No markup is read, no cursor moves, no row breaks; over seeds too."""
+    rows = [hostile(), record(f"{HOSTILE}-2", "lora", 10, seed=1), record("[bold]:smile:[/bold]", "full", 1)]
+    print_table(rows, HOSTILE, Console(force_terminal=terminal, width=300, color_system=None))
+    printed = capsys.readouterr().out
+    assert "[bold]:smile:[/bold] (full)" in printed
+    assert f"note: {plain(HOSTILE)}: {plain(HOSTILE)}\n" in printed
+    assert printed.count(plain(HOSTILE)) >= 5
+    assert "\x1b[2J" not in printed
+
+
+def test_the_width_is_what_rich_takes() -> None:
+    """Counted by cells, with wide letters and lines of their own."""
+    for cells in ({"a": ["x"]}, {"a": ["x", "yyy"], "b c": ["1\n(2 to 3)", "2"], "end": ["ok", "漢字"]}):
+        assert _width(cells) == natural_width(Console(width=10), _terminal_table(cells, "title"))
+
+
+def test_a_knob_of_any_name_has_its_table(tmp_path: Path) -> None:
+    """Values of a knob are heads of the table, which they do not break; the lowest stays bold."""
+    rows = [record(f"a{i}", "lora", 10, method={"x": x}, loss=2.0 + i) for i, x in enumerate(("a|b", "<i>"))]
+    file = tmp_path / "page.md"
+    file.write_text("<!-- report:x -->\n<!-- end of report:x -->\n")
+    insert_table(rows, file, "x", "method.x")
+    head, _, cells = file.read_text().splitlines()[2:5]
+    assert '"a\\|b"' in head
+    assert "&lt;i&gt;" in head
+    assert "**2.000**" in cells
+
+
+def test_no_cell_is_a_formula_in_a_spreadsheet() -> None:
+    """A text that could begin one has an apostrophe before it; a number stays a number."""
+    (row,) = csv.DictReader(io.StringIO(csv_table([record("=cmd()", "lora", 10, loss=-1.5)])))
+    assert (row["run"], row["held_out_loss"]) == ("'=cmd()", "-1.5")
+    head, line, _ = csv_table([record("a;=1+1", "lora", 10, loss=-1.5)]).split("\n")
+    assert head.startswith('"run","method",')
+    assert line.startswith('"a;=1+1","lora",')
+    assert ",-1.5," in line
 
 
 def test_tables_go_between_their_markers_only(tmp_path: Path) -> None:

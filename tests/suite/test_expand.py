@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from peftbench.errors import MissingFileError, RecipeError, UnknownKeyError
+from peftbench.errors import MissingFileError, OutOfRangeError, RecipeError, UnknownKeyError
 from peftbench.suite.expand import accelerate_config, expand
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -73,6 +73,40 @@ def test_the_command_line_has_the_last_word(folder: Path) -> None:
     path = suite(folder, "name: s\nrecipes: [full.yaml]\noverrides: [train.steps=3, output_dir=a]\n")
     (recipe,) = expand(path, ["train.steps=4"], Path("b c"))
     assert (recipe.train.steps, recipe.output_dir) == (4, "b c")
+
+
+def test_seeds_are_runs_of_what_trains(folder: Path) -> None:
+    """Each recipe that trains runs with its own seed and the next ones, named as by an axis; a baseline runs once."""
+    (folder / "lora.yaml").write_text("extends: common.yaml\nname: lora\nmethod: {kind: lora}\ntrain: {seed: 7}\n")
+    for kind in ("zero_shot", "lead"):
+        (folder / f"{kind}.yaml").write_text(f"extends: common.yaml\nname: {kind}\nmethod: {{kind: {kind}}}\n")
+    path = suite(folder, "name: s\nrecipes: [zero_shot.yaml, lead.yaml, full.yaml, lora.yaml]\n")
+    recipes = expand(path, seeds=3)
+    assert [(r.name, r.train.seed) for r in recipes] == [
+        ("zero_shot", 0), ("lead", 0), *((f"full-seed={s}", s) for s in (0, 1, 2)),
+        *((f"lora-seed={s}", s) for s in (7, 8, 9)),
+    ]  # fmt: skip
+
+
+def test_a_seed_changes_nothing_else(folder: Path) -> None:
+    """A run of --seeds is the run that an axis of train.seed makes, and overrides have their word before it."""
+    by_axis = suite(folder, "name: s\nrecipes: [full.yaml]\naxes: {data.seed: [5], train.seed: [3, 4]}\n")
+    expected = expand(by_axis)
+    path = suite(folder, "name: s\nrecipes: [full.yaml]\naxes: {data.seed: [5]}\n")
+    assert expand(path, ["train.seed=3"], seeds=2) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "words"),
+    [
+        ("axes: {train.seed: [0, 1]}\n", [], "varies train.seed itself; leave --seeds out"),
+        ("", ["train.seed=4294967295"], "seed"),
+    ],
+)
+def test_seeds_that_cannot_be(folder: Path, text: str, overrides: list[str], words: str) -> None:
+    """Seeds asked for twice, or beyond the largest one, are refused in one sentence."""
+    with pytest.raises(OutOfRangeError, match=words):
+        expand(suite(folder, f"name: s\nrecipes: [full.yaml]\n{text}"), overrides, seeds=2)
 
 
 def test_two_runs_of_one_name_are_refused(folder: Path) -> None:

@@ -14,7 +14,7 @@ from peftbench.record import Outcome, RunRecord
 from peftbench.slurm.queue import Queued
 from peftbench.slurm.submitted import Submitted
 from peftbench.status import Status, Teller, read_status
-from peftbench.suite.standing import Standing, standings, table
+from peftbench.suite.standing import Standing, standings, table, unfinished
 from tests.test_record import record as a_record
 
 EARLY, LATE = "2026-01-01T10:00:00+00:00", "2026-01-01T11:00:00+00:00"
@@ -81,6 +81,33 @@ def test_every_state(tmp_path: Path) -> None:
     assert "2 finished" in text
 
 
+def test_a_page_names_no_machine(tmp_path: Path) -> None:
+    """What may be shared says when a run was last seen, and not where."""
+    run(tmp_path / "a_gone", None, told())
+    lock = Lock(run(tmp_path / "b_running", None, told()))
+    lock.hold()
+    found = unfinished(tmp_path)
+    lock.let_go()
+    assert [row.said for row in found] == [f"last seen at {EARLY}; run it again to go on", "train"]
+
+
+def test_the_table(tmp_path: Path) -> None:
+    """Loss and memory in short, beside what was there; what is known of no run has no column."""
+    news = {"loss": 2.3456, "memory_bytes": 96 * 2**20, "budget_bytes": 112 * 2**20, "tokens_per_second": 18204.4}
+    lock = Lock(run(tmp_path / "a", None, told().model_copy(update=news | {"seconds_left": 41.0})))
+    lock.hold()
+    run(tmp_path / "b", ended("preempted", "stopped").model_copy(update={"losses": (3.0, 2.5), "throughput": None}))
+    rows = standings(tmp_path, {})
+    lock.let_go()
+    assert table(rows).splitlines()[:4] == [
+        "run    state      step    loss    tokens/s    memory         left",
+        "-----  ---------  ------  ------  ----------  -------------  -------  --------------",
+        "a      running    5/9     2.346   18,204      96 of 112 MiB  0:00:41  train on node7",
+        "b      preempted  5/?     2.500   –           –              –        stopped",
+    ]
+    assert (rows[0].loss, rows[0].memory_bytes, rows[0].budget_bytes) == (2.3456, 96 * 2**20, 112 * 2**20)
+
+
 def test_what_was_gone_on_with_and_died(tmp_path: Path) -> None:
     """A record of an earlier attempt does not hide that the later one is gone."""
     run(tmp_path / "x", ended("preempted"), told(LATE))
@@ -119,6 +146,24 @@ def test_a_run_that_was_refused(tmp_path: Path) -> None:
     os.utime(log, (1, 1))
     ended("ok").write(folder)
     assert one(tmp_path).state == "finished"
+
+
+def test_a_page_has_a_run_that_was_refused(tmp_path: Path) -> None:
+    """One that left no record is listed with the reason; one with a record is on the page by that already."""
+    log = tmp_path / "12.log"
+    Submitted(job="12", log=str(log)).write(run(tmp_path / "x"))
+    run(tmp_path / "y", ended("failed", "the disk is full"))
+    log.write_text('{"outcome": "refused", "error": "there is no file rows.jsonl"}\n')
+    assert [(row.name, row.said) for row in unfinished(tmp_path)] == [("x", "there is no file rows.jsonl")]
+
+
+def test_a_page_has_a_run_that_goes_on(tmp_path: Path) -> None:
+    """A record of an attempt before does not hide that it runs."""
+    lock = Lock(run(tmp_path / "x", ended("preempted"), told(LATE)))
+    lock.hold()
+    found = unfinished(tmp_path)
+    lock.let_go()
+    assert [row.state for row in found] == ["running"]
 
 
 def test_folders_are_called_as_one_likes(tmp_path: Path) -> None:

@@ -76,6 +76,18 @@ def test_a_dry_run_writes_all_and_hands_in_nothing(submit: Submit) -> None:
         assert submitted(Path("out") / name) is None
 
 
+@pytest.mark.parametrize(("target", "names"), [("suite.yaml", ("one", "two")), ("two.yaml", ("two",))])
+def test_each_run_with_several_seeds(submit: Submit, target: str, names: tuple[str, ...]) -> None:
+    """A suite and a single recipe alike become a job array with a task for each seed."""
+    said = submit(target, "--dry-run", "--seeds", "2")
+    assert said.exit_code == 0, said.output
+    assert f"#SBATCH --array=0-{2 * len(names) - 1}\n" in said.stdout
+    for name in names:
+        for seed in (0, 1):
+            recipe = load_recipe([Path("out") / f"{name}-seed={seed}" / "recipe.yaml"], [])
+            assert (recipe.name, recipe.train.seed) == (f"{name}-seed={seed}", seed)
+
+
 def test_it_is_handed_in(submit: Submit, slurm: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """With its options on the command line too, and nothing of a job around it; how to follow is said."""
     told = slurm(sbatch="echo '12;cluster'")

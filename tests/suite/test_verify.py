@@ -34,7 +34,7 @@ def proved(workshop: Workshop, fits: int) -> tuple[Proof, list[str], list[Recipe
         ran.append(asked)
         kind = "ok" if (asked.train.rows or 0) <= fits else "oom"
         RunRecord(
-            name=asked.name, started_at="", recipe={}, recipe_fingerprint="", versions={},
+            name=asked.name, started_at="", recipe=asked.model_dump(mode="json"), recipe_fingerprint="", versions={},
             device=Device(kind="cpu", name="", processes=1),
             outcome=Outcome(kind=kind, step=2, part="forward", requested_bytes=7),  # type: ignore[arg-type]
         ).write(Path(asked.output_dir) / asked.name)  # fmt: skip

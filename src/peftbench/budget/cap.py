@@ -22,7 +22,7 @@ import torch
 from peftbench.budget.allocator import Pages
 from peftbench.budget.devices import device_named, of_torch_name
 from peftbench.errors import BudgetError
-from peftbench.profiler.memory import status_bytes
+from peftbench.profiler.memory import reserved_bytes, status_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,7 +74,7 @@ def _hold_on_cuda(budget_bytes: int, device: torch.device, context_bytes: int | 
         )
     torch.cuda.set_per_process_memory_fraction(tensors / properties.total_memory, device)
     return Cap(
-        budget_bytes, tensors, lambda: int(torch.cuda.memory_reserved(device)),
+        budget_bytes, tensors, lambda: reserved_bytes(device),
         lambda: torch.cuda.set_per_process_memory_fraction(1.0, device),
     )  # fmt: skip
 

@@ -285,7 +285,7 @@ class Rehearsal:
         self.steering.padded = rows > 1
         batch = self._batch(rows, width, labels, 1).micro_batches[0]
         with self.parts.part("evaluate"), self.steering.autocast(), self.loss.in_use():
-            self.loss(self.model, batch.to(self.accelerator.device))
+            self.loss.by_token(self.model, batch.to(self.accelerator.device))
 
     @torch.no_grad()
     def generate(self, rows: int, width: int, new_tokens: int) -> None:

@@ -34,6 +34,20 @@ def summed_cross_entropy(
     return chunked
 
 
+@torch.no_grad()
+def cross_entropy_by_token(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+) -> torch.Tensor:
+    """As :func:`summed_cross_entropy`, of each position, and not to be differentiated: (positions,), float32."""
+    rows = max(1, CHUNK_LOGITS // weight.shape[0])
+    parts = zip(hidden.split(rows), targets.split(rows), strict=True)
+    losses = [
+        functional.cross_entropy(functional.linear(part, weight, bias).float(), expected, reduction="none")
+        for part, expected in parts
+    ]
+    return torch.cat(losses)
+
+
 def _arithmetic(hidden: torch.Tensor) -> torch.dtype:
     """Type that autocast has matrices multiplied in."""
     kind = hidden.device.type

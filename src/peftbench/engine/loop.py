@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from tqdm.auto import tqdm
 
 from peftbench.data.batches import GlobalBatch
 from peftbench.data.collate import TokenCounts, Work
@@ -107,25 +106,18 @@ def train(
     Raises:
         DivergedError: a loss is not finite; ``progress`` holds every step before it.
     """
-    bar = tqdm(
-        total=trainer.steps, initial=progress.steps, desc="training", unit="step",
-        disable=None if accelerator.is_main_process else True,
-    )  # fmt: skip
-    with bar:
-        left = itertools.islice(trainer.batches.after(progress.steps), trainer.steps - progress.steps)
-        for batch in ahead(left, accelerator.device):
-            learning_rate = float(trainer.schedule.get_last_lr()[0])
-            with probe.step():
-                loss = train_step(accelerator, trainer, batch, max_grad_norm, probe.part)
-            if not math.isfinite(loss):
-                raise DivergedError(progress.steps + 1, f"the loss of step {progress.steps + 1} is {loss}")
-            progress.losses.append(loss)
-            progress.skipped += bool(accelerator.optimizer_step_was_skipped)
-            progress.step_counts.append(batch.counts)
-            progress.step_required.append(batch.required)
-            progress.step_executed.append(batch.executed)
-            progress.step_shapes.append(batch.shape)
-            with probe.paused():
-                on_step(progress.steps, {"loss": loss, "learning_rate": learning_rate})
-                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-                bar.update()
+    left = itertools.islice(trainer.batches.after(progress.steps), trainer.steps - progress.steps)
+    for batch in ahead(left, accelerator.device):
+        learning_rate = float(trainer.schedule.get_last_lr()[0])
+        with probe.step():
+            loss = train_step(accelerator, trainer, batch, max_grad_norm, probe.part)
+        if not math.isfinite(loss):
+            raise DivergedError(progress.steps + 1, f"the loss of step {progress.steps + 1} is {loss}")
+        progress.losses.append(loss)
+        progress.skipped += bool(accelerator.optimizer_step_was_skipped)
+        progress.step_counts.append(batch.counts)
+        progress.step_required.append(batch.required)
+        progress.step_executed.append(batch.executed)
+        progress.step_shapes.append(batch.shape)
+        with probe.paused():
+            on_step(progress.steps, {"loss": loss, "learning_rate": learning_rate})

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from peftbench.engine import attention
-from peftbench.engine.cross_entropy import KERNELS, Kernel
+from peftbench.engine.cross_entropy import KERNELS, Kernel, cross_entropy_by_token
 from peftbench.engine.trial import trial
 from peftbench.engine.unmasked import why_not
 from peftbench.errors import UnsupportedModelError
@@ -55,6 +55,11 @@ class Loss:
         """Sum of the cross-entropies (nats, float32) of every labelled token given what stands before it."""
         return cross_entropy(self.logits(model, batch).float(), batch.targets, reduction="sum")
 
+    @torch.no_grad()
+    def by_token(self, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
+        """The cross-entropy (nats, float32) of every labelled token, in the order of ``batch.targets``: (labelled,)."""
+        return cross_entropy(self.logits(model, batch).float(), batch.targets, reduction="none")
+
 
 class LabelledLoss(Loss):
     """Shows the head those hidden states alone that predict a labelled token.
@@ -90,6 +95,14 @@ class LabelledLoss(Loss):
             summed: torch.Tensor = model(**batch.inputs, use_cache=False).logits
         return summed
 
+    @torch.no_grad()
+    def by_token(self, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
+        if not self.is_last:
+            return super().by_token(model, batch)
+        with self._asking(_Asked(batch.predictors, batch.targets, summed=False)):
+            found: torch.Tensor = model(**batch.inputs, use_cache=False).logits
+        return found
+
     @contextmanager
     def _asking(self, asked: _Asked) -> Iterator[None]:
         self._asked = asked
@@ -101,10 +114,11 @@ class LabelledLoss(Loss):
 
 @dataclass(frozen=True)
 class _Asked:
-    """What the head is to compute: logits at ``predictors``, or the loss of ``targets`` there."""
+    """What the head is to compute: logits at ``predictors``, or the loss of ``targets`` there, summed or by token."""
 
     predictors: torch.Tensor
     targets: torch.Tensor | None = None
+    summed: bool = True
 
 
 def select(hidden: torch.Tensor, predictors: torch.Tensor) -> torch.Tensor:
@@ -113,7 +127,7 @@ def select(hidden: torch.Tensor, predictors: torch.Tensor) -> torch.Tensor:
 
 
 def _at_labels(loss: LabelledLoss, hidden: torch.Tensor, *given: Any, **named: Any) -> torch.Tensor:
-    """A head's forward pass: (rows, positions, width) in; (1, labelled, vocabulary) or a loss out."""
+    """A head's forward pass: (rows, positions, width) in; (1, labelled, vocabulary) or losses out."""
     asked = loss._asked
     if asked is None:  # a generation's
         return loss._forward(hidden, *given, **named)  # type: ignore[no-any-return]
@@ -121,7 +135,8 @@ def _at_labels(loss: LabelledLoss, hidden: torch.Tensor, *given: Any, **named: A
     if asked.targets is None:
         return loss._forward(labelled[None], *given, **named)  # type: ignore[no-any-return]
     bias: torch.Tensor | None = loss.head.bias  # type: ignore[assignment]
-    return loss.summed(labelled, loss.head.weight, bias, asked.targets)  # type: ignore[arg-type]
+    computed = loss.summed if asked.summed else cross_entropy_by_token
+    return computed(labelled, loss.head.weight, bias, asked.targets)  # type: ignore[arg-type]
 
 
 def loss_of(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from accelerate.utils import gather_object
@@ -14,7 +17,8 @@ from tqdm.auto import tqdm
 from peftbench.engine.build import make_collator
 from peftbench.engine.sharding import whole_at_root
 from peftbench.evaluation.rouge import rouge
-from peftbench.record import Quality, Sample
+from peftbench.evaluation.statistics import mean_interval
+from peftbench.record import ByExample, Interval, Quality, Sample
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,7 +30,23 @@ if TYPE_CHECKING:
     from peftbench.profiler.probe import Probe
     from peftbench.recipe import Evaluate, Recipe
 
+T = TypeVar("T")
 _SAMPLE_CHARS = 600  # of an article, in the record
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out loss of each example, in the split's order."""
+
+    summed: tuple[float, ...]
+    """Nats, over its labelled tokens."""
+    labelled: tuple[int, ...]
+    """How many those are."""
+
+    @property
+    def loss(self) -> float:
+        """Mean over the labelled tokens of all examples, in nats."""
+        return math.fsum(self.summed) / sum(self.labelled)
 
 
 class Evaluation:
@@ -68,20 +88,19 @@ class Evaluation:
             yield [{**self.dataset[index], "index": index} for index in indices or order[:1]], bool(indices)
 
     @torch.no_grad()  # and not inference_mode, in which shared weights cannot be gathered
-    def loss(self) -> float:
-        """Mean cross-entropy over summary and end tokens of the whole split, in nats."""
+    def held_out(self) -> HeldOut:
+        """Cross-entropy over summary and end tokens of each example, in the split's order."""
         self.model.eval()
-        total = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
+        found: list[tuple[int, tuple[float, int]]] = []
         for rows, count in self._mine("held-out loss"):
             batch = self._collate(rows)
             # A model that was not trained is not prepared to do so itself.
             with self.bound.autocast(), self.loss_at.in_use():
-                summed = self.loss_at(self.model, batch.to(self.accelerator.device))
+                losses = self.loss_at.by_token(self.model, batch.to(self.accelerator.device)).cpu().double()
             if count:
-                total[0] += summed
-                total[1] += len(batch.targets)
-        losses, labelled = self.accelerator.reduce(total).tolist()
-        return float(losses / labelled)
+                found += [(index, (float(one.sum()), len(one))) for index, one in _by_row(rows, losses)]
+        summed, counts = zip(*self._in_order(found), strict=True)
+        return HeldOut(summed, counts)
 
     @torch.no_grad()  # and not inference_mode, in which shared weights cannot be gathered
     def teacher_forced(self) -> list[str]:
@@ -92,9 +111,8 @@ class Evaluation:
             batch = self._collate(rows)
             with self.bound.autocast(), self.loss_at.in_use():
                 best = self.loss_at.logits(self.model, batch.to(self.accelerator.device)).argmax(-1).cpu()
-            labelled = [len(row["input_ids"]) - row["prompt_tokens"] for row in rows]
-            for row, tokens in zip(rows if count else (), best.split(labelled) if count else (), strict=True):
-                texts.append((row["index"], self.encoder.decode(tokens.tolist())))
+            if count:
+                texts += [(index, self.encoder.decode(one.tolist())) for index, one in _by_row(rows, best)]
         return self._in_order(texts)
 
     @torch.no_grad()  # and not inference_mode, in which shared weights cannot be gathered
@@ -122,20 +140,28 @@ class Evaluation:
     def quality(self, probe: Probe) -> Quality:
         """Everything the recipe asks to be measured; a model whose loss is no number is not asked to write."""
         with probe.phase("evaluate"):
-            loss = self.loss()
+            held_out = self.held_out()
             forced = self.teacher_forced() if self.knobs.teacher_forced else None
         generated = None
-        if self.knobs.generate and math.isfinite(loss):
+        if self.knobs.generate and math.isfinite(held_out.loss):
             with probe.phase("generate"):
                 generated = self.summaries()
-        return quality_of(self.knobs, self.dataset, generated, loss=loss, forced=forced)
+        return quality_of(self.knobs, self.dataset, generated, held_out=held_out, forced=forced)
 
     def _collate(self, rows: list[dict[str, Any]]) -> MicroBatch:
         return self.collator.collate([row["input_ids"] for row in rows], [row["prompt_tokens"] for row in rows])
 
-    def _in_order(self, texts: list[tuple[int, str]]) -> list[str]:
-        gathered = gather_object(texts) if self.accelerator.num_processes > 1 else texts
-        return [text for _, text in sorted(gathered)]
+    def _in_order(self, found: list[tuple[int, T]]) -> list[T]:
+        gathered = gather_object(found) if self.accelerator.num_processes > 1 else found
+        return [one for _, one in sorted(gathered, key=itemgetter(0))]
+
+
+def _by_row(rows: Sequence[dict[str, Any]], of_labels: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """Each row's index and its own of what is there for all labelled tokens, row by row as the collator labels them."""
+    # The first token of a row is never predicted, so that without a prompt it has no label either.
+    labelled = [len(row["input_ids"]) - max(1, row["prompt_tokens"]) for row in rows]
+    for row, own in zip(rows, of_labels.split(labelled), strict=True):
+        yield row["index"], own
 
 
 def quality_of(
@@ -143,21 +169,39 @@ def quality_of(
     dataset: Dataset,
     generated: Sequence[str] | None,
     *,
-    loss: float | None = None,
+    held_out: HeldOut | None = None,
     forced: Sequence[str] | None = None,
 ) -> Quality:
     """Scores of generated texts against the split's summaries, in its order, and the samples to keep."""
     references = dataset["summary"]
     kept = zip(dataset["id"], dataset["article"], references, generated or (), strict=False)
+    loss = None if held_out is None else held_out.loss
+    scores = rouge(generated, references) if generated is not None else {}
+    shown = rouge(forced, references) if forced is not None else {}
     return Quality(
         split=knobs.split,
         examples=len(dataset),
         loss=loss,
         perplexity=math.exp(loss) if loss is not None and loss < 700 else None,
-        rouge=rouge(generated, references, knobs.resamples) if generated is not None else None,
-        teacher_forced_argmax_rouge=rouge(forced, references, knobs.resamples) if forced is not None else None,
+        rouge=_intervals(scores, knobs.resamples) or None,
+        teacher_forced_argmax_rouge=_intervals(shown, knobs.resamples) or None,
         samples=tuple(
             Sample(id=id, article=article[:_SAMPLE_CHARS], reference=reference, generated=text)
             for (id, article, reference, text), _ in zip(kept, range(knobs.samples), strict=False)
         ),
+        by_example=ByExample(
+            identity=_identity(dataset["id"], references),
+            loss=held_out.summed if held_out else (),
+            labelled=held_out.labelled if held_out else (),
+            rouge=scores,
+        ),
     )
+
+
+def _intervals(scores: dict[str, tuple[float, ...]], resamples: int) -> dict[str, Interval]:
+    return {kind: mean_interval(values, resamples) for kind, values in scores.items()}
+
+
+def _identity(ids: Sequence[str], references: Sequence[str]) -> str:
+    """Of these examples in this order."""
+    return hashlib.blake2b(json.dumps([list(ids), list(references)]).encode(), digest_size=8).hexdigest()

@@ -35,6 +35,9 @@ class Meter(Protocol):
     def process_bytes(self) -> int | None:
         """What the process holds of the device now."""
 
+    def held_bytes(self) -> int | None:
+        """What the run holds now, as far as it is known at next to no cost; no lap ends."""
+
     def forget(self) -> None:
         """Give back what is held for no tensor, so that a later peak is of what comes later."""
 
@@ -69,11 +72,20 @@ class CudaMeter:
     def process_bytes(self) -> int | None:
         return self.gpu.process_bytes() if self.gpu else None
 
+    def held_bytes(self) -> int | None:
+        return reserved_bytes(self.device) + (self.context_bytes or 0)
+
     def forget(self) -> None:
         torch.cuda.empty_cache()
 
     def start_here(self) -> None:
         """Tensors are counted from none on."""
+
+
+def reserved_bytes(device: torch.device) -> int:
+    """What torch's allocator holds of a GPU now, its cache included."""
+    told = torch.cuda.memory_stats_as_nested_dict(device)
+    return int(told["reserved_bytes"]["all"]["current"])
 
 
 @cache
@@ -120,6 +132,10 @@ class ProcessMeter:
 
     def process_bytes(self) -> int | None:
         return None
+
+    def held_bytes(self) -> int | None:
+        resident = status_bytes("VmRSS")
+        return None if resident is None or self._baseline is None else max(0, resident - self._baseline)
 
     def forget(self) -> None:
         """Each lap gives freed pages back already."""

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from peftbench.record import Interval, RunRecord, TokensPerSecond, train_peak_bytes
+from peftbench.report.lines import kind_of
 
 UNKNOWN = "unknown"
 Raw = str | int | float | None
+_Value = TypeVar("_Value", bound=Raw)
+
+
+def finite(value: _Value) -> _Value | None:
+    """None for a float that is no number, of which JSON knows nothing; anything else as it is."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column. ``raw`` gives a record's values by CSV name (units in names); ``text`` shows them to a person."""
+    """One column. ``raw`` gives a record's values by CSV name (units in names); ``text`` shows the first."""
 
     title: str
     meaning: str
@@ -25,8 +34,12 @@ class Column:
 
 def method_label(record: RunRecord) -> str:
     """The run's name, and its method where the name does not say it."""
-    kind = str(record.recipe["method"]["kind"])
-    return record.name if kind in record.name else f"{record.name} ({kind})"
+    return labelled(record.name, kind_of(record))
+
+
+def labelled(name: str, kind: str) -> str:
+    """A name, and its method where it does not say it."""
+    return name if kind in name else f"{name} ({kind})"
 
 
 def _count(value: int | None) -> str:
@@ -99,7 +112,8 @@ def _allocator(record: RunRecord) -> dict[str, Raw]:
     }
 
 
-def _outcome(record: RunRecord) -> str:
+def outcome_text(record: RunRecord) -> str:
+    """How a run ended, and at which step where not well."""
     outcome = record.outcome
     return outcome.kind + (f" at step {outcome.step}" if outcome.step is not None else "")
 
@@ -122,7 +136,7 @@ FIRST_TO_GO = (
 COLUMNS: tuple[Column, ...] = (
     Column(
         "run", "name of the run, and its method",
-        lambda r: {"run": r.name, "method": r.recipe["method"]["kind"]},
+        lambda r: {"run": r.name, "method": kind_of(r)},
         method_label,
     ),
     Column(
@@ -192,7 +206,7 @@ COLUMNS: tuple[Column, ...] = (
     Column(
         "J/1,000 samples", "joules of the training phase by 1,000 samples: of the GPUs' boards (NVML), or of the "
         "processors (RAPL) where it ran on them, whatever else ran there; pauses (trackers) included",
-        lambda r: {"training_joules": r.energy_joules, "joules_per_1000_samples": r.joules_per_1000_samples},
+        lambda r: {"joules_per_1000_samples": r.joules_per_1000_samples, "training_joules": r.energy_joules},
         lambda r: _measured(r, None if (j := r.joules_per_1000_samples) is None else f"{j:,.3g}"),
         optional=True,
     ),
@@ -202,5 +216,5 @@ COLUMNS: tuple[Column, ...] = (
         lambda r: "–" if r.training_price is None else f"{r.training_price:,.2g}",
         optional=True,
     ),
-    Column("outcome", "how the run ended", lambda r: {"outcome": r.outcome.kind}, _outcome),
+    Column("outcome", "how the run ended", lambda r: {"outcome": r.outcome.kind}, outcome_text),
 )  # fmt: skip

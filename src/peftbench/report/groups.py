@@ -9,25 +9,25 @@ from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 from peftbench.errors import UnknownKeyError
+from peftbench.evaluation.statistics import seeds_interval
 from peftbench.record import RunRecord
-
-_SEEDS = ("train.seed", "data.seed")
-_NAMES = ("name", "output_dir")
+from peftbench.report.configurations import alike, configurations
+from peftbench.report.digits import outward
+from peftbench.report.lines import kind_of
 
 
 def over_seeds(records: Sequence[RunRecord]) -> list[dict[str, str]]:
-    """One row for runs that differ in their seeds alone: mean and standard deviation of loss and ROUGE-L."""
-    rows = []
-    for same in _alike(records, _SEEDS):
-        good = [record.quality for record in same if record.quality is not None]
-        if len(good) > 1:
-            losses = [quality.loss for quality in good if _finite(quality.loss)]
-            rouges = [quality.rouge["rougeL"].mean for quality in good if quality.rouge]
-            rows.append({
-                "method": str(same[0].recipe["method"]["kind"]), "seeds": str(len(good)),
-                "held-out loss": _spread(losses, 3), "ROUGE-L": _spread(rouges, 1),
-            })  # fmt: skip
-    return rows
+    """A row for each configuration of several runs: mean and standard deviation of loss and ROUGE-L over its seeds.
+
+    In brackets stands the mean's 95 % interval over seeds, by Student's t.
+    """
+    return [
+        {
+            "method": one.label, "seeds": str(len(one.losses) or len(one.rouge_l)),
+            "held-out loss": _spread(one.losses, 3), "ROUGE-L": _spread(one.rouge_l, 1),
+        }
+        for one in configurations(records) if max(len(one.losses), len(one.rouge_l)) > 1
+    ]  # fmt: skip
 
 
 def by_knob(records: Sequence[RunRecord], knob: str) -> list[dict[str, str]]:
@@ -38,13 +38,13 @@ def by_knob(records: Sequence[RunRecord], knob: str) -> list[dict[str, str]]:
     """
     values = sorted({_value(r.recipe, knob) for r in records}, key=lambda value: (isinstance(value, str), value))
     rows = []
-    for same in _alike(records, (knob,)):
+    for same in alike(records, (knob,)):
         losses = {_value(r.recipe, knob): r.quality.loss for r in same if r.quality and _finite(r.quality.loss)}
         ends = {_value(r.recipe, knob): r.outcome.kind for r in same}
         best = min(losses, key=lambda value: losses[value]) if losses else None
         cells = {value: f"{losses[value]:.3f}" if value in losses else ends.get(value, "–") for value in values}
         rows.append(
-            {"method": str(same[0].recipe["method"]["kind"])}
+            {"method": kind_of(same[0])}
             | {str(value): f"**{cell}**" if value == best else cell for value, cell in cells.items()}
         )
     return rows
@@ -52,21 +52,6 @@ def by_knob(records: Sequence[RunRecord], knob: str) -> list[dict[str, str]]:
 
 def _finite(loss: float | None) -> TypeGuard[float]:
     return loss is not None and math.isfinite(loss)
-
-
-def _alike(records: Sequence[RunRecord], knobs: Sequence[str]) -> list[list[RunRecord]]:
-    """Groups of records whose recipes differ in nothing but their names and ``knobs``, in the order they first come."""
-    groups: dict[str, list[RunRecord]] = {}
-    for record in records:
-        recipe = json.loads(json.dumps(record.recipe))
-        for knob in (*_NAMES, *knobs):
-            *parents, last = knob.split(".")
-            place = recipe
-            for parent in parents:
-                place = place[parent]
-            place[last] = None
-        groups.setdefault(json.dumps(recipe, sort_keys=True), []).append(record)
-    return list(groups.values())
 
 
 def _value(recipe: dict[str, Any], knob: str) -> float | str:
@@ -82,4 +67,5 @@ def _value(recipe: dict[str, Any], knob: str) -> float | str:
 def _spread(values: Sequence[float], digits: int) -> str:
     if len(values) < 2:
         return "–"
-    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+    low, high = outward(seeds_interval(values), digits)
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f} ({low}–{high})"

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from tabulate import tabulate
 
 from peftbench.errors import RecordError
 from peftbench.files import write_atomically
 from peftbench.plausibility import implausible
-from peftbench.record import Outcome, RunRecord
+from peftbench.record import RunRecord, Sample
 from peftbench.report.columns import COLUMNS, FIRST_TO_GO, Column, method_label
+from peftbench.report.ends import shortage
+from peftbench.report.escape import in_markdown, in_spreadsheet, plain
 from peftbench.report.groups import by_knob, over_seeds
+from peftbench.report.protocol import unequal
 
 _ENDLESS = 10_000  # characters: more than any table takes
+_BETWEEN = 2  # characters: what the terminal's table has behind each column
 
 
 def ordered(records: Sequence[RunRecord]) -> list[RunRecord]:
@@ -36,58 +41,79 @@ def shown(records: Sequence[RunRecord]) -> list[Column]:
     ]  # fmt: skip
 
 
-def print_table(records: Sequence[RunRecord], title: str, console: Console | None = None) -> None:
+def print_table(
+    records: Sequence[RunRecord], title: str, console: Console | None = None, told: Sequence[str] | None = None
+) -> None:
     """Print the comparison, and what differs between seeds where several were run.
 
-    Columns that a narrow terminal has no room for are left to the report, which is said.
+    Columns that a narrow terminal has no room for are left to the report, which is said. ``told`` are the notes, where
+    they are made already.
     """
     console = console or Console()
-    rows, columns, left_out = ordered(records), shown(records), list[str]()
+    rows = ordered(records)
+    cells = {column.title: [plain(column.text(record)) for record in rows] for column in shown(records)}
+    for column in list(cells)[1:]:  # an interval goes below its mean, which keeps the table within a terminal
+        cells[column] = [cell.replace(" (", "\n(") for cell in cells[column]]
+    left_out = _narrowed(cells, console.width) if console.is_terminal else []
     if not console.is_terminal:  # a file or a pipe has room
-        console = Console(file=console.file, width=_width(console, _terminal_table(rows, columns, title)))
-    while _width(console, _terminal_table(rows, columns, title)) > console.width:
-        spare = [column for title in FIRST_TO_GO for column in columns if column.title == title]
-        if not spare:
-            break
-        columns.remove(spare[0])
-        left_out.append(spare[0].title)
-    console.print(_terminal_table(rows, columns, title))
-    if left_out:
-        console.print(f"(no room here for {', '.join(left_out)}: see the report)", markup=False, highlight=False)
-    for note in notes(rows):
-        console.print(f"note: {note}", markup=False, highlight=False)
-    if over_seeds(rows):
-        console.print(tabulate(over_seeds(rows), headers="keys", tablefmt="simple"), markup=False, highlight=False)
+        console = Console(file=console.file, width=_width(cells))
+    console.print(_terminal_table(cells, title))
+    said = [f"(no room here for {', '.join(left_out)}: see the report)"] if left_out else []
+    said += [f"note: {plain(note)}" for note in (notes(rows) if told is None else told)]
+    if seeds := over_seeds(rows):
+        said.append(in_terminal(seeds))
+    for lines in said:
+        console.print(Text(lines), soft_wrap=True)
 
 
-def _width(console: Console, table: Table) -> int:
+def natural_width(console: Console, table: Table) -> int:
     """What a table would take, in characters, if nothing in it had to be folded."""
     return console.measure(table, options=console.options.update_width(_ENDLESS)).maximum
 
 
-def _terminal_table(rows: Sequence[RunRecord], columns: Sequence[Column], title: str) -> Table:
+def _narrowed(cells: dict[str, list[str]], width: int) -> list[str]:
+    """Take columns out until the table fits, as far as there are some that it can go without; returns their titles."""
+    left_out = []
+    for title in FIRST_TO_GO:
+        if _width(cells) <= width:
+            break
+        if cells.pop(title, None) is not None:
+            left_out.append(title)
+    return left_out
+
+
+def _width(cells: Mapping[str, Sequence[str]]) -> int:
+    """``natural_width`` of the table of these cells, which of a thousand rows takes rich a second."""
+    lines = [[line for cell in (title.replace(" ", "\n"), *column) for line in cell.split("\n")]
+             for title, column in cells.items()]  # fmt: skip
+    return sum(max(map(cell_len, column)) + _BETWEEN for column in lines)
+
+
+def _terminal_table(cells: Mapping[str, Sequence[str]], title: str) -> Table:
     table = Table(
-        title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
-    )
-    for index, column in enumerate(columns):
-        edge = index in (0, len(columns) - 1)
-        table.add_column(column.title.replace(" ", "\n"), justify="left" if edge else "right", overflow="fold")
-    for record in rows:
-        name, *figures = (column.text(record) for column in columns)
-        # The interval goes below the mean, which keeps the table within a terminal.
-        table.add_row(name, *(figure.replace(" (", "\n(") for figure in figures))
+        title=Text(plain(title), "table.title"), title_justify="left", header_style="bold", box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0), pad_edge=False,
+    )  # fmt: skip
+    for index, column in enumerate(cells):
+        edge = index in (0, len(cells) - 1)
+        table.add_column(column.replace(" ", "\n"), justify="left" if edge else "right", overflow="fold")
+    for row in zip(*cells.values(), strict=True):
+        table.add_row(*map(Text, row))  # as text: a name may look like rich's markup
     return table
+
+
+def in_terminal(rows: Sequence[dict[str, str]]) -> str:
+    """Rows of equal keys as a table for a terminal."""
+    heads = [plain(head) for head in rows[0]]
+    return tabulate([[plain(cell) for cell in row.values()] for row in rows], heads, "simple", disable_numparse=True)
 
 
 def notes(records: Sequence[RunRecord]) -> list[str]:
     """What a reader must know beside the figures: what was unequal, what was used instead, what was noticed."""
-    found = [f"{record.name}: {_shortage(record.outcome)}" for record in records if record.outcome.kind == "oom"]
+    found = [f"{record.name}: {shortage(record.outcome)}" for record in records if record.outcome.kind == "oom"]
     found += [f"{record.name}: {note}" for record in records for note in record.notes]
     trained = [record for record in records if record.tokens is not None and record.outcome.kind == "ok"]
-    seen: dict[str, set[str]] = {}  # the tokens that runs of one seed were shown
-    for record in trained:
-        seen.setdefault(json.dumps(_seeds(record)), set()).add(json.dumps(_tokens(record)))
-    if len({json.dumps(_protocol(record)) for record in trained}) > 1 or any(len(shown) > 1 for shown in seen.values()):
+    if unequal(trained):
         found.append(
             "these runs differ in more than their method: batches, steps, examples or lengths are not the same"
         )
@@ -95,18 +121,6 @@ def notes(records: Sequence[RunRecord]) -> list[str]:
     if len(judged) > 1:
         found.append("these runs were not evaluated on the same examples")
     return [*found, *implausible(records), *_unknown(trained)]
-
-
-def _shortage(outcome: Outcome) -> str:
-    """Where a run was out of memory, by how much, and what would fit."""
-    where = f"in {outcome.part or outcome.phase}" + (f" of step {outcome.step}" if outcome.step else "")
-    asked = [
-        f"{what} {size:,} bytes"
-        for what, size in (("asked for", outcome.requested_bytes), ("held", outcome.held_bytes))
-        if size is not None
-    ]
-    told = f"out of memory {where}" + (f", where it {' and '.join(asked)}" if asked else "")
-    return told + (f"; {outcome.suggestion}" if outcome.suggestion else "")
 
 
 def _unknown(trained: Sequence[RunRecord]) -> list[str]:
@@ -122,60 +136,63 @@ def _unknown(trained: Sequence[RunRecord]) -> list[str]:
     return sorted(found)
 
 
-def _protocol(record: RunRecord) -> list[object]:
-    """What must be equal for a comparison to be one of methods."""
-    recipe = record.recipe
-    return [
-        record.data_identity, record.model_identity, record.examples, record.steps, recipe["train"]["global_batch"],
-        recipe["data"]["max_tokens"], recipe["data"]["as_published"], recipe["train"]["precision"],
-    ]  # fmt: skip
-
-
-def _seeds(record: RunRecord) -> list[object]:
-    return [record.recipe["train"]["seed"], record.recipe["data"]["seed"]]
-
-
-def _tokens(record: RunRecord) -> list[int]:
-    """What else must be equal where the order of examples is."""
-    return [record.tokens.real, record.tokens.labelled] if record.tokens else []
-
-
 def markdown_table(records: Sequence[RunRecord]) -> str:
     """The comparison as a Markdown table."""
+    return laid_out(records, "github", in_markdown)
+
+
+def laid_out(records: Sequence[RunRecord], kind: str, write: Callable[[str], str]) -> str:
+    """The comparison as tabulate's ``kind`` of table, with every text by ``write``; figures stand to the right."""
     columns = shown(records)
-    cells = [[column.text(record).replace("|", "\\|") for column in columns] for record in ordered(records)]
+    cells = [[write(column.text(record)) for column in columns] for record in ordered(records)]
     align = ["left", *["right"] * (len(columns) - 2), "left"]
-    return tabulate(cells, headers=[c.title for c in columns], tablefmt="github", colalign=align, disable_numparse=True)
+    heads = [write(column.title) for column in columns]
+    return tabulate(cells, headers=heads, tablefmt=kind, colalign=align, disable_numparse=True)
 
 
 def csv_table(records: Sequence[RunRecord]) -> str:
-    """Every column's raw values, full precision, optional ones included; empty where unknown."""
+    """Every column's raw values, full precision, optional ones included; empty where unknown.
+
+    Texts stand in quotes, so that a spreadsheet which splits at semicolons finds no cell within one.
+    """
     rows = [{k: v for column in COLUMNS for k, v in column.raw(record).items()} for record in ordered(records)]
+    if not rows:
+        return ""
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({k: in_spreadsheet(v) if isinstance(v, str) else v for k, v in row.items()} for row in rows)
     return text.getvalue()
 
 
-def markdown_report(records: Sequence[RunRecord], title: str) -> str:
-    """The whole report: table, notes, what the columns mean, what was compared, sample summaries."""
+def markdown_report(
+    records: Sequence[RunRecord], title: str, summary: Sequence[str], told: Sequence[str] | None = None
+) -> str:
+    """The whole report: in words, table, notes, what the columns mean, what was compared, sample summaries.
+
+    ``told`` are the notes, where they are made already.
+    """
     rows = ordered(records)
-    parts = [f"# {title}", markdown_table(records)]
+    parts = [f"# {in_markdown(title)}", _listed(summary), markdown_table(records)]
     if seeds := over_seeds(rows):
         parts += ["## Over seeds", _github(seeds)]
-    if found := notes(rows):
-        parts += ["## Notes", "\n".join(f"- {note}" for note in found)]
-    parts += ["## Columns", "\n".join(f"- **{column.title}**: {column.meaning}" for column in shown(records))]
-    parts += ["## Where and with what", "\n".join(_origin(records))]
+    if found := notes(rows) if told is None else told:
+        parts += ["## Notes", _listed(found)]
+    meanings = (f"- **{in_markdown(column.title)}**: {in_markdown(column.meaning)}" for column in shown(records))
+    parts += ["## Columns", "\n".join(meanings)]
+    parts += ["## Where and with what", _listed(_origin(records))]
     if samples := _samples(rows):
         parts += ["## The same example, by every run", *samples]
     return "\n\n".join(parts) + "\n"
 
 
+def _listed(sentences: Sequence[str]) -> str:
+    return "\n".join(f"- {in_markdown(sentence)}" for sentence in sentences)
+
+
 def _origin(records: Sequence[RunRecord]) -> list[str]:
     lines = {
-        f"- {r.device.name} ({r.device.kind}, {r.device.processes} process{'es' * (r.device.processes > 1)}), "
+        f"{r.device.name} ({r.device.kind}, {r.device.processes} process{'es' * (r.device.processes > 1)}), "
         f"torch {r.versions.get('torch', 'unknown')}, transformers {r.versions.get('transformers', 'unknown')}, "
         f"peft {r.versions.get('peft', 'unknown')}; data {r.data_identity}; examples {r.examples}"
         for r in records
@@ -190,19 +207,17 @@ def _samples(records: Sequence[RunRecord]) -> list[str]:
     first = with_samples[0].quality.samples[0]  # type: ignore[union-attr]
     lines = [["reference", first.reference]]
     for record in with_samples:
-        same = [sample for sample in record.quality.samples if sample.id == first.id]  # type: ignore[union-attr]
+        same = [sample for sample in record.quality.samples if _which(sample) == _which(first)]  # type: ignore[union-attr]
         lines += [[method_label(record), sample.generated] for sample in same]
-    quoted = "\n".join(f"> {line}" for line in first.article.splitlines())
-    cells = [[name, " ".join(text.split()).replace("|", "\\|")] for name, text in lines]
-    return [f"`{first.id}`", quoted, tabulate(cells, headers=["run", "summary"], tablefmt="github")]
+    quoted = "\n".join(f"> {in_markdown(line)}".rstrip() for line in first.article.splitlines())
+    cells = [[in_markdown(text) for text in line] for line in lines]
+    made = tabulate(cells, headers=["run", "summary"], tablefmt="github", disable_numparse=True)
+    return [in_markdown(first.id), quoted, made]
 
 
-def write_report(records: Sequence[RunRecord], folder: Path, title: str) -> Path:
-    """Write report.md and report.csv to ``folder``; returns the first's path."""
-    path = folder / "report.md"
-    write_atomically(path, markdown_report(records, title))
-    write_atomically(folder / "report.csv", csv_table(records))
-    return path
+def _which(sample: Sample) -> tuple[str, str, str]:
+    """What makes two samples those of one example: other data may use the same ids."""
+    return sample.id, sample.article, sample.reference
 
 
 def insert_table(records: Sequence[RunRecord], file: Path, block: str, knob: str | None = None) -> None:
@@ -237,4 +252,7 @@ def insert_block(made: str, file: Path, block: str) -> None:
 
 
 def _github(rows: Sequence[dict[str, str]]) -> str:
-    return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+    """Rows of equal keys in Markdown; of their cells only the method is anyone's text, and the others may be bold."""
+    heads = [in_markdown(head) for head in rows[0]]
+    cells = [[in_markdown(cell) if key == "method" else cell for key, cell in row.items()] for row in rows]
+    return tabulate(cells, headers=heads, tablefmt="github", disable_numparse=True)

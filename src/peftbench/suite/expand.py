@@ -11,9 +11,12 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from peftbench.config import in_yaml, merged, plain, read_yaml, validate
-from peftbench.errors import MissingFileError, RecipeError, UnknownKeyError, nearest
+from peftbench.errors import MissingFileError, OutOfRangeError, RecipeError, UnknownKeyError, nearest
 from peftbench.part import Part
 from peftbench.recipe import Recipe
+
+SEED = "train.seed"
+"""The knob that --seeds varies: new weights, the order of batches, dropout; the examples stay the same."""
 
 
 class Suite(Part):
@@ -54,13 +57,17 @@ def read_suite(path: Path) -> Suite:
         raise RecipeError(f"{path} is no suite: {key}: {found['msg']}") from error
 
 
-def expand(path: Path, overrides: Sequence[str] = (), out: Path | None = None) -> list[Recipe]:
-    """Every run of the suite in ``path``, each a valid recipe with a name of its own.
+def expand(
+    path: Path, overrides: Sequence[str] = (), out: Path | None = None, seeds: int | None = None
+) -> list[Recipe]:
+    """Every run of the suite in ``path``, each a valid recipe with a name of its own; with so many ``seeds`` each.
 
     Raises:
-        RecipeError: a recipe is not valid, or two runs have one name; nothing has run yet.
+        RecipeError: a recipe is not valid, two runs have one name, or seeds are asked for twice; nothing has run yet.
     """
     suite = read_suite(path)
+    if seeds is not None and SEED in suite.axes:
+        raise OutOfRangeError(f"{path} varies {SEED} itself", "leave --seeds out, or take that axis out of the suite")
     recipes: list[Recipe] = []
     for name in suite.recipes:
         file = path.parent / name
@@ -69,11 +76,28 @@ def expand(path: Path, overrides: Sequence[str] = (), out: Path | None = None) -
             place = [f"output_dir={in_yaml(str(out))}"] if out is not None else []
             values = merged([file], [*suite.overrides, *changes, *overrides, *place])
             values["name"] = "-".join([str(values.get("name", file.stem)), *(_label(k, v) for k, v in point)])
-            recipes.append(validate(values))
+            recipes += over_seeds(validate(values), seeds)
     names = [recipe.name for recipe in recipes]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise RecipeError(f"several runs of {path} are named {', '.join(twice)}; give each recipe a name of its own")
     return recipes
+
+
+def over_seeds(recipe: Recipe, seeds: int | None) -> list[Recipe]:
+    """``recipe`` with its own train.seed and the ones that follow it, named as an axis would name them.
+
+    It is left as it is where ``seeds`` is None, and where the method trains nothing, so that no seed changes its run.
+
+    Raises:
+        OutOfRangeError: a seed is too large.
+    """
+    if seeds is None or not recipe.method.trains:
+        return [recipe]
+    values = recipe.model_dump(mode="json")
+    return [
+        validate(values | {"name": f"{recipe.name}-{_label(SEED, seed)}", "train": values["train"] | {"seed": seed}})
+        for seed in range(recipe.train.seed, recipe.train.seed + seeds)
+    ]
 
 
 def accelerate_config(path: Path) -> Path | None:

@@ -17,7 +17,7 @@ from peftbench.slurm.queue import queued
 from peftbench.slurm.script import Job
 from peftbench.slurm.submit import LOGS, Engine, Submission, engine_named
 from peftbench.slurm.submitted import submitted
-from peftbench.suite.expand import accelerate_config, expand, read_suite
+from peftbench.suite.expand import accelerate_config, expand, over_seeds, read_suite
 
 
 def is_suite(path: Path) -> bool:
@@ -56,15 +56,17 @@ def jobs_of(
     gpus_per_node: int | None,
     at_once: int | None,
     restarts: int,
+    seeds: int | None = None,
 ) -> Asked:
     """The runs of ``target`` that are left to do, their job, their engine, and the folder for the script.
 
-    ``options`` are for sbatch, as ``time=1:00:00``; a suite's own ``slurm`` comes before them.
+    ``options`` are for sbatch, as ``time=1:00:00``; a suite's own ``slurm`` comes before them. With ``seeds``, what
+    trains runs with so many of them.
 
     Raises:
         RecipeError, SlurmError: what was given cannot be meant; nothing was written.
     """
-    recipes, name, given, named = _read(target, overrides, out)
+    recipes, name, given, named = _read(target, overrides, out, seeds)
     chosen = sbatch_options(given | dict(map(_option, options)))
     check_time(chosen)
     launcher = engine_named(engine or str(named)) if engine or named else None
@@ -89,15 +91,16 @@ def jobs_of(
 
 
 def _read(
-    target: Path, overrides: Sequence[str], out: Path | None
+    target: Path, overrides: Sequence[str], out: Path | None, seeds: int | None
 ) -> tuple[list[Recipe], str, dict[str, Any], Path | None]:
     """Recipes, name, options for sbatch and accelerate file."""
     if is_suite(target):
         suite = read_suite(target)
-        return expand(target, overrides, out), suite.name, _quoted_times(suite.slurm), accelerate_config(target)
+        recipes = expand(target, overrides, out, seeds)
+        return recipes, suite.name, _quoted_times(suite.slurm), accelerate_config(target)
     place = [f"output_dir={in_yaml(str(out))}"] if out is not None else []
     recipe = load_recipe([target], [*overrides, *place])
-    return [recipe], recipe.name, {}, None
+    return over_seeds(recipe, seeds), recipe.name, {}, None
 
 
 def _under_way(folder: Path, queue: Set[str]) -> str | None:

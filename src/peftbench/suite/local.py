@@ -20,9 +20,9 @@ from peftbench.config import explained
 from peftbench.errors import BusyError
 from peftbench.files import write_atomically
 from peftbench.finished import result_of
-from peftbench.lock import refuse_if_held
+from peftbench.lock import held, refuse_if_held
 from peftbench.recipe import Recipe
-from peftbench.record import FINAL
+from peftbench.record import FILE, FINAL
 from peftbench.stop import JOB_VARIABLE, request, take_back
 
 ENTRY_POINT = "peftbench.train"
@@ -36,6 +36,8 @@ class Result:
     name: str
     outcome: str
     error: str | None = None
+    shared: str | None = None
+    """What a page says of it, where the error names a machine: a page is shared."""
 
     @property
     def well(self) -> bool:
@@ -50,9 +52,15 @@ def run_suite(recipes: Sequence[Recipe], accelerate: Path | None, say: Callable[
         KeyboardInterrupt: after the run in progress was asked to stop, and did.
     """
     results: list[Result] = []
+    finished = {number for number, recipe in enumerate(recipes, 1) if result_of(recipe) is not None}
+    for number, recipe in enumerate(recipes, 1):  # so that whoever looks meanwhile is told of those that wait
+        folder = Path(recipe.output_dir) / recipe.name
+        # A record there may be of another recipe: that stays beside it until it is this one's turn.
+        if number not in finished and not held(folder) and not (folder / FILE).exists():
+            _write_recipe(recipe, folder)
     for number, recipe in enumerate(recipes, 1):
         place = f"[{number}/{len(recipes)}] {recipe.name}"
-        if result_of(recipe) is not None:
+        if number in finished or result_of(recipe) is not None:  # by another process meanwhile
             say(f"{place}: finished before, skipped")
             results.append(Result(recipe.name, "skipped"))
             continue
@@ -75,9 +83,8 @@ def run_one(
     try:  # its own process would find out too, when what another has written is gone
         refuse_if_held(folder)
     except BusyError as error:
-        return Result(recipe.name, "refused", str(error))
-    recipe_file = folder / "recipe.yaml"
-    write_atomically(recipe_file, explained(recipe))
+        return Result(recipe.name, "refused", str(error), f"{folder} is in use")
+    recipe_file = _write_recipe(recipe, folder)
     launcher = [sys.executable]
     if accelerate is not None:
         launcher += ["-m", "accelerate.commands.launch", "--quiet", "--config_file", str(accelerate)]
@@ -103,6 +110,12 @@ def run_one(
             _stop(process, request(folder, environment))
             raise
     return _result(recipe.name, output, process.returncode, None if errors is None else log)
+
+
+def _write_recipe(recipe: Recipe, folder: Path) -> Path:
+    file = folder / "recipe.yaml"
+    write_atomically(file, explained(recipe))
+    return file
 
 
 def _end_with_parent() -> None:

@@ -13,6 +13,7 @@ from tabulate import tabulate
 from peftbench.errors import MissingFileError, RecordError
 from peftbench.lock import held
 from peftbench.record import FILE, FINAL, RunRecord, read_record
+from peftbench.sizes import size_text
 from peftbench.slurm.queue import Queued
 from peftbench.slurm.submitted import Submitted, submitted
 from peftbench.status import FILE as STATUS
@@ -33,10 +34,17 @@ class Standing:
     job: str | None = None
     said: str = ""
     """What explains the state."""
+    loss: float | None = None
+    """Of the last step, in nats."""
+    memory_bytes: int | None = None
+    """What its main process held after the last step, as its budget counts it."""
+    budget_bytes: int | None = None
 
 
-def standings(folder: Path, queue: Mapping[str, Queued]) -> list[Standing]:
+def standings(folder: Path, queue: Mapping[str, Queued], *, hosts: bool = True) -> list[Standing]:
     """Every run below ``folder``, by path; ``queue`` is what SLURM says, and may be empty.
+
+    Without ``hosts`` no machine is named.
 
     Raises:
         MissingFileError: there is none.
@@ -45,10 +53,27 @@ def standings(folder: Path, queue: Mapping[str, Queued]) -> list[Standing]:
     places = [place for place in places if "checkpoints" not in place.relative_to(folder).parts]
     if not places:
         raise MissingFileError(f"there is no run below {folder}", "give the folder that a suite wrote to")
-    return [_standing(place, str(place.relative_to(folder)), queue) for place in places]
+    return [_standing(place, str(place.relative_to(folder)), queue, hosts=hosts) for place in places]
 
 
-def _standing(folder: Path, name: str, queue: Mapping[str, Queued]) -> Standing:
+def unfinished(folder: Path) -> list[Standing]:
+    """Runs below ``folder`` of which a page would not tell how they stand, by their files alone.
+
+    They wait, run or are gone, with an older record or with none; or they were refused and have none. The page may be
+    shared: no machine is named.
+    """
+    try:
+        found = standings(folder, {}, hosts=False)
+    except MissingFileError:
+        return []
+    open_ones = {"waiting", "running", "gone"}
+    return [
+        one for one in found
+        if one.state in open_ones or (one.state == "failed" and not (folder / one.name / FILE).exists())
+    ]  # fmt: skip
+
+
+def _standing(folder: Path, name: str, queue: Mapping[str, Queued], *, hosts: bool) -> Standing:
     status, before = read_status(folder), submitted(folder)
     job = before.job if before else None
     record = None
@@ -58,7 +83,7 @@ def _standing(folder: Path, name: str, queue: Mapping[str, Queued]) -> Standing:
     asked = next((found for key in (job, status.job if status else None) if key and (found := queue.get(key))), None)
     elsewhere = status is not None and status.host != socket.gethostname()  # where a lock may not be seen from here
     if held(folder) or (elsewhere and asked is not None and asked.state == "RUNNING" and _newer(status, record)):
-        return _running(name, status, job)
+        return _running(name, status, job, hosts=hosts)
     lasts = asked is not None and asked.lasts and asked.state != "COMPLETING"
     if asked is not None and lasts and not (record and record.outcome.kind in FINAL):
         after = f"after step {record.outcome.step}, " if record is not None and record.outcome.step else ""
@@ -70,9 +95,11 @@ def _standing(folder: Path, name: str, queue: Mapping[str, Queued]) -> Standing:
         return _ended(folder, name, record, status, job)
     if status is not None:
         kept = f"; step {newest} is kept" if (newest := _newest_checkpoint(folder)) else ""
+        where = f" on {status.host}" if hosts else ""
         return Standing(
             name, "gone", status.step, status.steps, job=job,
-            said=f"last seen at {status.updated_at} on {status.host}{kept}; run it again to go on",
+            said=f"last seen at {status.updated_at}{where}{kept}; run it again to go on",
+            loss=status.loss, memory_bytes=status.memory_bytes, budget_bytes=status.budget_bytes,
         )  # fmt: skip
     return Standing(name, "waiting", job=job, said="" if job is None else f"job {job} is not in the queue")
 
@@ -87,13 +114,13 @@ def _refused(job: Submitted, folder: Path) -> str | None:
     return str(said.get("error")) if later else None
 
 
-def _running(name: str, status: Status | None, job: str | None) -> Standing:
+def _running(name: str, status: Status | None, job: str | None, *, hosts: bool) -> Standing:
     if status is None:
         return Standing(name, "running", job=job, said="starting")
-    here = "" if status.host == socket.gethostname() else f" on {status.host}"
+    here = "" if not hosts or status.host == socket.gethostname() else f" on {status.host}"
     return Standing(
         name, "running", status.step, status.steps, status.tokens_per_second, status.seconds_left,
-        status.job or job, f"{status.phase}{here}",
+        status.job or job, f"{status.phase}{here}", status.loss, status.memory_bytes, status.budget_bytes,
     )  # fmt: skip
 
 
@@ -108,7 +135,11 @@ def _ended(folder: Path, name: str, record: RunRecord, status: Status | None, jo
     kept = _newest_checkpoint(folder)
     if state in {"preempted", "failed"} and kept is not None and kept > step:  # it ended before it had taken that up
         step, said = kept, f"{said}; step {kept} is kept"
-    return Standing(name, state, step, steps, speed, job=job, said=(said.splitlines() or [""])[0])
+    return Standing(
+        name, state, step, steps, speed, job=job, said=(said.splitlines() or [""])[0],
+        loss=record.losses[-1] if record.losses and step == record.steps else None,
+        memory_bytes=status.memory_bytes if status else None, budget_bytes=status.budget_bytes if status else None,
+    )  # fmt: skip
 
 
 def _newer(status: Status | None, record: RunRecord | None) -> bool:
@@ -126,17 +157,21 @@ def _newest_checkpoint(folder: Path) -> int | None:
 
 
 def table(rows: Sequence[Standing]) -> str:
-    """A line for every run, and how many there are of each state."""
+    """A line for every run, and how many there are of each state; without columns that say nothing of any run."""
     lines = [
         [
             row.name, row.state,
             "–" if row.step is None else f"{row.step}/{row.steps if row.steps is not None else '?'}",
+            "–" if row.loss is None else f"{row.loss:.3f}",
             "–" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
+            "–" if row.memory_bytes is None else size_text(row.memory_bytes, row.budget_bytes),
             "–" if row.seconds_left is None else _duration(row.seconds_left), row.job or "–", row.said,
         ]
         for row in rows
     ]  # fmt: skip
-    heads = ["run", "state", "step", "tokens/s", "left", "job", ""]
+    heads = ["run", "state", "step", "loss", "tokens/s", "memory", "left", "job", ""]
+    told = [column for column in range(len(heads)) if any(line[column] not in {"–", ""} for line in lines)]
+    heads, lines = [heads[column] for column in told], [[line[column] for column in told] for line in lines]
     states = [row.state for row in rows]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     return f"{tabulate(lines, headers=heads, disable_numparse=True)}\n\n{len(rows)} runs: {counts}"

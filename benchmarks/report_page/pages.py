@@ -1,0 +1,98 @@
+"""How long the report of many runs takes to be made, and to be opened: the records of a suite, over and over.
+
+    python benchmarks/report_page/pages.py docs/results/demo --runs 1000
+
+Each copy has a name, a seed and a learning rate of its own, so that nothing is drawn, compared or shown once for many.
+Records are written first and are not in the time; what is timed is ``peftbench report`` in a process of its own, and,
+where playwright and Chromium are there, the browser until every chart is drawn, and a click that sorts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from peftbench.record import RunRecord, read_records
+
+_DRAWN = "[...document.querySelectorAll('[data-chart]')].every(b => b.dataset.drawn)"
+
+
+def many(records: Sequence[RunRecord], count: int, folder: Path, seeds: int) -> None:
+    """Write ``count`` records to ``folder``, in turn those of ``records``, in configurations of ``seeds`` runs."""
+    for index in range(count):
+        one = records[index % len(records)]
+        recipe = json.loads(json.dumps(one.recipe))
+        batch = index // len(records)
+        recipe["name"] = f"{one.name}-{index}"
+        recipe["train"]["seed"] = batch % seeds
+        if "learning_rate" in recipe.get("optimizer", {}):
+            recipe["optimizer"]["learning_rate"] = 1e-4 * (1 + batch // seeds)
+        one.model_copy(update={"name": recipe["name"], "recipe": recipe}).write(folder / recipe["name"])
+
+
+def made(folder: Path) -> float:
+    """Seconds of ``peftbench report``, from the start of its process to the end."""
+    command = [sys.executable, "-c", "from peftbench.cli import main; main()", "report", str(folder)]
+    start = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)  # noqa: S603 — a command of ours
+    return time.perf_counter() - start
+
+
+def opened(page: Path) -> tuple[float, float] | None:
+    """Seconds until every chart is drawn, and of sorting by the fourth column; None where there is no browser."""
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        return None
+    path = shutil.which("chromium")
+    if path is None:
+        return None
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        window = browser.new_page()
+        start = time.perf_counter()
+        window.goto(page.as_uri())
+        window.wait_for_function(_DRAWN)
+        drawn = time.perf_counter() - start
+        start = time.perf_counter()
+        window.locator("#runs thead button").nth(3).click()
+        window.wait_for_selector("#runs th[aria-sort=ascending]")
+        sort = time.perf_counter() - start
+        browser.close()
+    return drawn, sort
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("records", type=Path, help="folder of the records that are copied")
+    parser.add_argument("--runs", type=int, default=1000)
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each configuration")
+    parser.add_argument("--repeats", type=int, default=3)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        many(read_records(given.records), given.runs, folder, given.seeds)
+        size = sum(path.stat().st_size for path in folder.rglob("record.json"))
+        seconds = [made(folder) for _ in range(given.repeats)]
+        page = folder / "report.html"
+        print(f"{given.runs:,} records, {size / 2**20:,.0f} MiB; the page has {page.stat().st_size / 2**20:.1f} MiB")
+        print(f"peftbench report: {statistics.median(seconds):.1f} s, median of {given.repeats} ({min(seconds):.1f} to "
+              f"{max(seconds):.1f})")  # fmt: skip
+        looked = opened(page)
+        if looked is None:
+            print("it was not opened: playwright or chromium is not there")
+        else:
+            print(f"in Chromium: {looked[0]:.1f} s until every chart is drawn, {looked[1]:.2f} s to sort")
+
+
+if __name__ == "__main__":
+    main()

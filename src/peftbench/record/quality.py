@@ -1,0 +1,62 @@
+"""How good a trained model is."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from peftbench.record.kept import Kept
+
+
+class Interval(Kept):
+    """A mean, and what it lies in: at 95 % and by a bootstrap in a record; a comparison says by what and how surely."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __neg__(self) -> Interval:
+        """Of the negative values: what a less b is, as b less a."""
+        return Interval(mean=-self.mean, low=-self.high, high=-self.low)
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether it lies on one side of zero."""
+        return self.low > 0 or self.high < 0
+
+
+class Sample(Kept):
+    """One generated summary."""
+
+    id: str
+    article: str
+    reference: str
+    generated: str
+
+
+class ByExample(Kept):
+    """The scores of each held-out example, in the split's order, so that runs can be compared example by example."""
+
+    identity: str
+    """Digest of the examples' ids and references: runs are paired where it is the same."""
+    loss: tuple[float, ...] = ()
+    """Cross-entropy of each example in nats, summed over its labelled tokens."""
+    labelled: tuple[int, ...] = ()
+    """How many labelled tokens each has."""
+    rouge: dict[str, tuple[float, ...]] = Field(default={})
+    """F-measures (0 to 100) of each generated summary, by kind."""
+
+
+class Quality(Kept):
+    """How good the trained model is on held-out examples."""
+
+    split: str
+    examples: int
+    loss: float | None = None
+    """Mean cross-entropy on summary and end tokens, in nats."""
+    perplexity: float | None = None
+    rouge: dict[str, Interval] | None = None
+    """F-measures (0 to 100) of generated summaries: rouge1, rouge2, rougeL, rougeLsum."""
+    teacher_forced_argmax_rouge: dict[str, Interval] | None = None
+    """The published study's figure: the reference is shown token by token. Not comparable with ``rouge``."""
+    samples: tuple[Sample, ...] = ()
+    by_example: ByExample | None = None

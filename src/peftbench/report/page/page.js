@@ -1,0 +1,79 @@
+"use strict";
+// Sorting, by the pattern of the ARIA authoring practices; what is not known stays last either way.
+const table = document.getElementById("runs");
+const body = table.tBodies[0];
+const heads = [...table.tHead.rows[0].cells];
+const compare = new Intl.Collator(undefined, { numeric: true });
+function key(row, column) {
+  const value = row.cells[column].dataset.value;
+  if (value === undefined || value === "") return null;
+  return value.trim() !== "" && Number.isFinite(Number(value)) ? Number(value) : value;
+}
+function sortBy(column) {
+  const head = heads[column];
+  const down = head.getAttribute("aria-sort") === "ascending";
+  for (const other of heads) other.setAttribute("aria-sort", "none");
+  head.setAttribute("aria-sort", down ? "descending" : "ascending");
+  const rows = [...body.rows].map((row) => [key(row, column), row]);
+  rows.sort(([a], [b]) => {
+    if (a === null || b === null) return (a === null) - (b === null);
+    const order = typeof a === "number" && typeof b === "number" ? a - b : compare.compare(String(a), String(b));
+    return down ? -order : order;
+  });
+  body.append(...rows.map(([, row]) => row));
+}
+heads.forEach((head, column) => head.querySelector("button").addEventListener("click", () => sortBy(column)));
+
+// A column's meaning is put beside its title, and goes away with Escape.
+let placed = () => {};
+for (const button of table.tHead.querySelectorAll("button")) {
+  const meaning = button.nextElementSibling;
+  const place = () => {
+    const box = button.getBoundingClientRect();
+    meaning.style.left = `${Math.max(8, Math.min(box.left, document.documentElement.clientWidth - meaning.offsetWidth - 8))}px`;
+    const below = box.bottom + meaning.offsetHeight <= document.documentElement.clientHeight;
+    meaning.style.top = `${below ? box.bottom : Math.max(0, box.top - meaning.offsetHeight)}px`;
+  };
+  const show = () => {
+    document.body.classList.remove("away"); // at once: Escape may come before the next frame
+    placed = place;
+    requestAnimationFrame(place);
+  };
+  button.addEventListener("pointerenter", show);
+  button.addEventListener("focus", show);
+}
+document.addEventListener("scroll", () => placed(), { capture: true, passive: true });
+document.addEventListener("keydown", (event) => { if (event.key === "Escape") document.body.classList.add("away"); });
+
+const filter = document.getElementById("filter");
+const count = document.getElementById("count");
+filter.addEventListener("input", () => {
+  const words = filter.value.toLowerCase().split(/\s+/).filter(Boolean);
+  let left = 0;
+  for (const row of body.rows) {
+    const text = `${row.cells[0].textContent} ${row.cells[row.cells.length - 1].textContent}`.toLowerCase();
+    row.hidden = !words.every((word) => text.includes(word));
+    left += !row.hidden;
+  }
+  count.textContent = words.length ? `${left} of ${body.rows.length}` : "";
+});
+
+const downloads = JSON.parse(document.getElementById("downloads").textContent);
+for (const button of document.querySelectorAll("[data-download]")) {
+  button.addEventListener("click", () => {
+    const { name, type, text } = downloads[button.dataset.download];
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([text], { type }));
+    link.download = name;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 60000);
+  });
+}
+
+// Charts: drawn without eval (ast), so that the page's policy may forbid it; SVG, for screen readers and paper.
+const specs = JSON.parse(document.getElementById("charts").textContent);
+for (const box of document.querySelectorAll("[data-chart]")) {
+  vegaEmbed(box, specs[box.dataset.chart], { actions: false, ast: true, renderer: "svg", tooltip: { disableDefaultStyle: false } })
+    .then(() => { box.dataset.drawn = "yes"; })
+    .catch((error) => { box.classList.add("failed"); box.textContent = `This chart could not be drawn: ${error.message}`; });
+}

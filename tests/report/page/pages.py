@@ -1,0 +1,35 @@
+"""Pages of shipped and of made-up records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from peftbench.record import FILE, RunRecord, read_record
+from peftbench.report.files import downloads
+from peftbench.report.page.build import page
+from peftbench.report.page.content import Unfinished, content
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+SHIPPED = {path.name: path for path in sorted((REPOSITORY / "docs" / "results").iterdir()) if path.is_dir()}
+"""Folders of records that come with the project."""
+
+
+def shipped(name: str) -> dict[Path, RunRecord]:
+    """The records of a shipped suite."""
+    return {path: read_record(path) for path in sorted(SHIPPED[name].rglob(FILE))}
+
+
+def page_of(
+    records: Mapping[Path, RunRecord],
+    folder: Path,
+    *,
+    title: str = "a suite",
+    summary: Sequence[str] = ("A sentence.",),
+    unfinished: Sequence[Unfinished] = (),
+) -> Path:
+    """The page of ``records``, in ``folder``."""
+    path = folder / "report.html"
+    shown = content(records, title, summary, unfinished=unfinished)
+    path.write_text(page(shown, downloads(list(records.values()), summary)), encoding="utf-8")
+    return path

@@ -1,0 +1,75 @@
+"""Suites with known figures, to be held against each other."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from peftbench.record import ByExample, Compute, Flops, Interval, Memory, RunRecord, Throughput, TokensPerSecond
+from peftbench.report.beside import Beside, Figure, Pair, beside
+from peftbench.report.beside_text import print_beside
+from peftbench.report.figures import parse_thresholds
+from tests.report.records import record
+
+
+def suite(folder: Path, *records: RunRecord) -> Path:
+    """``folder`` with these records, each in a folder named after its run, as far as a name can be one."""
+    folder.mkdir(exist_ok=True)
+    for one in records:
+        one.write(folder / re.sub(r"\W", "_", one.name))
+    return folder
+
+
+def held(tmp_path: Path, before: RunRecord, after: RunRecord, *thresholds: str) -> Pair:
+    """One run held against another."""
+    sides = suite(tmp_path / "A", before), suite(tmp_path / "B", after)
+    (pair,) = beside(*sides, parse_thresholds(thresholds)).pairs
+    return pair
+
+
+def figures(pair: Pair) -> dict[str, Figure]:
+    """By name."""
+    return {figure.name: figure for figure in pair.figures}
+
+
+def run(name: str = "lora", **changes: Any) -> RunRecord:
+    """A run with every figure known, of a recipe of its own."""
+    speed = Throughput(
+        steps=5, step_seconds_median=1, step_seconds_p10=1, step_seconds_p90=1, samples_per_second=1.0, data_share=0,
+        tokens_per_second=TokensPerSecond(real=changes.pop("speed", 1000.0), padded=1, labelled=1, virtual=0),
+    )  # fmt: skip
+    values: dict[str, Any] = {
+        "throughput": speed, "recipe_fingerprint": name, "energy_joules": 40.0,
+        "memory": {"train": Memory(allocated_bytes=changes.pop("peak", 1000))},
+        "flops": Flops(required=100, executed=200), "compute": Compute(required_per_second=1.0, peak_per_second=4.0),
+    }  # fmt: skip
+    return record(name, "lora", 10, **(values | changes))
+
+
+def scored(
+    rouge: tuple[float, ...],
+    losses: tuple[float, ...] = (),
+    *,
+    identity: str = "same",
+    labelled: tuple[int, ...] = (),
+    loss: float = 3.25,
+) -> RunRecord:
+    """A run with each example's scores, whose means are as they must be."""
+    made = run(loss=loss)
+    assert made.quality is not None
+    mean = sum(rouge) / len(rouge)
+    quality = made.quality.model_copy(update={
+        "rouge": {"rougeL": Interval(mean=mean, low=mean, high=mean)},
+        "by_example": ByExample(identity=identity, loss=losses, labelled=labelled, rouge={"rougeL": rouge}),
+    })  # fmt: skip
+    return made.model_copy(update={"quality": quality})
+
+
+def printed(found: Beside, capsys: pytest.CaptureFixture[str], console: Console | None = None) -> str:
+    """What is printed, columns apart by one space."""
+    print_beside(found, console)
+    return "\n".join(" ".join(line.split()) for line in capsys.readouterr().out.splitlines())

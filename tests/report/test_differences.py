@@ -1,0 +1,261 @@
+"""What differs beyond chance, and what cannot be compared."""
+
+from __future__ import annotations
+
+import math
+
+import numpy
+import pytest
+from scipy.stats import t
+
+from peftbench.evaluation.statistics import paired_interval
+from peftbench.record import Outcome, RunRecord
+from peftbench.report.differences import LEAST_EXAMPLES, differences
+from tests.report.records import judged, noise, record
+
+COUNT = 60
+BASE = noise(COUNT, 0, spread=10)
+
+
+def scores(off: float, seed: int, spread: float = 3.0, count: int = COUNT) -> list[float]:
+    """Of a method that is ``off`` from another, which finds the same examples hard."""
+    return [base + off + one - 30 for base, one in zip(BASE, noise(count, seed, spread), strict=False)]
+
+
+def by_seed(name: str, kind: str, offs: list[float], first: int) -> list[RunRecord]:
+    """A run for each seed, each its own way off."""
+    return [judged(f"{name}-seed={s}", kind, scores(off, first + s), seed=s) for s, off in enumerate(offs)]
+
+
+def test_one_pair_by_hand() -> None:
+    """The difference of means and its interval over examples are those of the differences, and no seed tells more."""
+    ours, theirs = scores(4, 1), scores(0, 2)
+    (found,) = differences([judged("a", "lora", ours), judged("b", "full", theirs)]).differences
+    expected = paired_interval([a - b for a, b in zip(ours, theirs, strict=True)])
+    assert (found.first.label, found.second.label) == ("a (lora)", "b (full)")
+    assert found.over_examples.mean == pytest.approx(numpy.mean(ours) - numpy.mean(theirs))
+    assert (found.interval.low, found.interval.high) == pytest.approx((expected.low, expected.high))
+    assert (found.over_seeds, found.seeds, found.examples, found.comparisons) == (None, 1, COUNT, 1)
+    assert found.supported
+    assert found.better is found.first
+
+
+def test_seeds_by_hand() -> None:
+    """Each example's differences are averaged over seeds, and the means of seeds have t's interval of 2 degrees."""
+    lora, full = by_seed("lora", "lora", [4, 5, 6], 10), by_seed("full", "full", [0, 0, 0], 20)
+    (found,) = differences([*lora, *full[::-1]]).differences
+    pairs = numpy.array([scores(off, 10 + s) for s, off in enumerate((4, 5, 6))]) - [
+        scores(0, 20 + s) for s in range(3)
+    ]
+    means = pairs.mean(axis=1)
+    far = t.isf(0.025, 2) * means.std(ddof=1) / math.sqrt(3)
+    assert found.seeds == 3
+    assert found.over_seeds is not None
+    assert (found.over_seeds.low, found.over_seeds.high) == pytest.approx((means.mean() - far, means.mean() + far))
+    alone = paired_interval(list(pairs.mean(axis=0)))
+    assert (found.over_examples.low, found.over_examples.high) == pytest.approx((alone.low, alone.high))
+    assert found.interval.low == min(found.over_examples.low, found.over_seeds.low)
+    assert found.interval.high == max(found.over_examples.high, found.over_seeds.high)
+
+
+def test_a_difference_that_seeds_do_not_share_is_none() -> None:
+    """Where one seed makes all of the difference, examples alone would call it real, and it is not supported."""
+    lora, full = by_seed("lora", "lora", [12, 0, 0], 10), by_seed("full", "full", [0, 0, 0], 20)
+    (found,) = differences([*lora, *full]).differences
+    assert found.over_examples.low > 0
+    assert found.over_seeds is not None
+    assert found.over_seeds.low < 0 < found.over_seeds.high
+    assert not found.supported
+    assert found.better is None
+
+
+def test_every_pair_is_corrected_for_all() -> None:
+    """Four configurations are six comparisons, and each interval is that of a confidence of 1 - 0.05 / 6."""
+    rows = [judged(str(i), "lora", scores(i, i), global_batch=i + 1) for i in range(4)]
+    compared = differences(rows)
+    assert (len(compared.differences), compared.comparisons) == (6, 6)
+    for found in compared.differences:
+        both = (scores(int(one.label[0]), int(one.label[0])) for one in (found.first, found.second))
+        expected = paired_interval([a - b for a, b in zip(*both, strict=True)], confidence=1 - 0.05 / 6)
+        assert (found.interval.low, found.interval.high) == pytest.approx((expected.low, expected.high))
+
+
+def test_a_loss_is_weighted_by_tokens_and_lower_is_better() -> None:
+    """Without summaries it is the nats of all labelled tokens by their number, and the lower is the better."""
+    tokens = [5 + i % 7 for i in range(COUNT)]
+    ours = [3.0 * n + 0.1 * (i % 3) for i, n in enumerate(tokens)]
+    theirs = [3.1 * n for n in tokens]
+    (found,) = differences(
+        [
+            judged("full", "full", None, losses=theirs, labelled=tokens),
+            judged("lora", "lora", None, losses=ours, labelled=tokens),
+        ]
+    ).differences
+    assert found.figure.unit == "nats"
+    assert found.first.label == "lora"
+    assert found.mean == pytest.approx(sum(ours) / sum(tokens) - 3.1)
+    assert found.mean < 0
+    assert found.better is found.first
+
+
+def test_a_baseline_is_paired_with_every_seed() -> None:
+    """One run of what trains nothing stands beside three seeds, whatever its own seed is."""
+    lora = by_seed("lora", "lora", [4, 5, 6], 10)
+    compared = differences(
+        [*lora, judged("base", "zero_shot", scores(0, 5), seed=9), judged("lead", "lead", scores(1, 6))]
+    )
+    assert sorted(one.seeds for one in compared.differences) == [1, 3, 3]
+    assert compared.unpaired == ()
+
+
+def test_only_shared_seeds_are_paired() -> None:
+    """Of seeds 0, 1, 2 and 1, 2 two are paired; where none is shared, that is said and nothing is guessed."""
+    lora, full = by_seed("lora", "lora", [4, 5, 6], 10), by_seed("full", "full", [0, 0, 0], 20)
+    (found,) = differences([*lora, *full[1:]]).differences
+    assert found.seeds == 2
+    compared = differences([lora[0], *full[1:]])
+    assert compared.differences == ()
+    assert compared.unpaired == ("lora-seed=0 and full have no seed in common, and are not compared",)
+
+
+def test_either_way_round() -> None:
+    """The difference of b and a is that of a and b with its signs turned, and the better one is the same."""
+    compared = differences([*by_seed("lora", "lora", [4, 5, 6], 10), *by_seed("full", "full", [0, 0, 0], 20)])
+    lora, full = compared.every
+    one, other = compared.between(lora, full), compared.between(full, lora)
+    assert one is not None
+    assert other is not None
+    assert (one.mean, one.interval.low, one.interval.high) == (-other.mean, -other.interval.high, -other.interval.low)
+    assert one.better is other.better is lora
+    assert compared.between(lora, lora) is None
+
+
+def test_few_examples_support_nothing() -> None:
+    """However large a difference, of 19 examples it is none; of 20 it may be one."""
+    for count, supported in ((LEAST_EXAMPLES - 1, False), (LEAST_EXAMPLES, True)):
+        rows = [judged("a", "lora", scores(40, 1, count=count)), judged("b", "full", scores(0, 2, count=count))]
+        (found,) = differences(rows).differences
+        assert found.interval.low > 0
+        assert found.supported is supported
+        assert found.verdict == ("a (lora) is better" if supported else "too few examples")
+    (found,) = differences([judged("a", "lora", scores(0, 1)), judged("b", "full", scores(0, 2))]).differences
+    assert found.verdict == "not significant"
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_hardly_any_examples(count: int) -> None:
+    """Of one example there is no interval, which is said; of two there is one, that supports nothing."""
+    compared = differences([judged("a", "lora", [40.0, 42.0][:count]), judged("b", "full", [30.0, 31.0][:count])])
+    assert [one.verdict for one in compared.differences] == ["too few examples"] * (count - 1)
+    assert (len(compared.unpaired), compared.examples, compared.bootstrapped) == (2 - count, count, False)
+    assert compared.figure is not None
+    assert compared.figure.key == "rougeL"
+
+
+def test_the_figure_where_nothing_is_compared() -> None:
+    """It is ROUGE-L where all whose quality is known have it, else the loss; of nothing known it is none."""
+    older = record("older", "full", 10)
+    assert older.quality is not None
+    without = older.quality.model_copy(update={"rouge": None})
+    mute = record("mute", "lora", 10, quality=without)
+    ended = record("ended", "lora", 10, quality=None, method={"x": 1}, outcome=Outcome(kind="oom"))
+    for rows, key in (([GOOD], "rougeL"), ([older, ended], "rougeL"), ([older, mute, GOOD], "loss"), ([mute], "loss")):
+        compared = differences(rows)
+        assert compared.differences == ()
+        assert compared.figure is not None
+        assert compared.figure.key == key
+    assert differences([ended]).figure is None
+
+
+def test_more_than_ten_are_the_best_of_each_method() -> None:
+    """Of twelve configurations of three methods the three best are compared, and corrected for all 66 pairs."""
+    kinds = ("lora", "full", "last_layer")
+    rows = [judged(f"{kinds[i % 3]}-{i}", kinds[i % 3], scores(i, i), method={"i": i}) for i in range(12)]
+    compared = differences(rows)
+    assert [one.label for one in compared.configurations[:3]] == ["last_layer-11", "full-10", "lora-9"]
+    assert [(one.first.label, one.second.label) for one in compared.differences] == [
+        ("last_layer-11", "full-10"), ("last_layer-11", "lora-9"), ("full-10", "lora-9"),
+    ]  # fmt: skip
+    assert {one.comparisons for one in compared.differences} == {66}
+    assert "corrected for all 66 pairs" in compared.unpaired[0]
+
+
+OLD = record("old", "lora", 10)
+GOOD = judged("good", "full", scores(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (OLD, "Without scores by example, as older records are, and so not compared: old (lora)"),
+        (
+            judged("odd", "lora", scores(0, 2), identity="others"),
+            "Evaluated on other examples than most, and so not compared: odd (lora)",
+        ),
+        (
+            judged("short", "lora", scores(0, 2)[:-1]),
+            "With another number of scores than most, and so not compared: short (lora)",
+        ),
+        (
+            judged("none", "lora", None, losses=[math.nan] * COUNT, labelled=[1] * COUNT),
+            "With a score that is no number, and so not compared: none (lora)",
+        ),
+    ],
+)
+def test_what_cannot_be_paired_is_said(other: RunRecord, words: str) -> None:
+    """In one sentence; what can be is compared as if the other were not there."""
+    compared = differences([GOOD, judged("best", "last_layer", scores(3, 4)), other])
+    assert [(one.first.kind, one.second.kind) for one in compared.differences] == [("last_layer", "full")]
+    (why,) = compared.unpaired
+    assert words in why
+
+
+def test_losses_of_other_tokens_do_not_compare() -> None:
+    """Nats by tokens of two tokenizers are two figures."""
+    nats, one = [9.0] * COUNT, [3] * COUNT
+    rows = [judged(name, name, None, losses=nats, labelled=one) for name in ("full", "lora")]
+    compared = differences([*rows, judged("last_layer", "last_layer", None, losses=nats, labelled=[4] * COUNT)])
+    assert len(compared.differences) == 1
+    assert compared.unpaired[0].startswith("With losses over other tokens than most")
+
+
+def test_where_one_wrote_nothing_all_are_compared_by_loss() -> None:
+    """ROUGE-L is the figure only if all have it, and a baseline without a loss is then left out, which is said."""
+    tokens = [4] * COUNT
+    rows = [
+        judged("full", "full", scores(0, 1), losses=[9.0] * COUNT, labelled=tokens),
+        judged("lora", "lora", None, losses=[8.0] * COUNT, labelled=tokens),
+        judged("lead_1", "lead", scores(0, 2)),
+    ]
+    compared = differences(rows)
+    assert compared.figure is not None
+    assert compared.figure.unit == "nats"
+    assert compared.unpaired == (
+        "Without summaries, so that all are compared by held-out loss: lora",
+        "Without a held-out loss, by which the others are compared: lead_1",
+    )
+
+
+def test_what_did_not_end_well_is_not_compared() -> None:
+    """A run that was stopped has no figure here, even where its record holds scores."""
+    compared = differences([GOOD, judged("lora", "lora", scores(9, 2), outcome=Outcome(kind="preempted"))])
+    assert (compared.differences, [one.label for one in compared.every]) == ((), ["good (full)", "lora"])
+
+
+def test_of_nothing() -> None:
+    """No record is no comparison, and so is one."""
+    assert differences([]).differences == ()
+    assert differences([GOOD]).differences == ()
+    assert "No two configurations" in differences([GOOD]).unpaired[0]
+
+
+@pytest.mark.parametrize(("examples", "spread"), [(20, "normal"), (60, "skewed")])
+def test_chance_is_called_a_difference_as_seldom_as_is_said(examples: int, spread: str) -> None:
+    """Of 200 tables of four methods that do not differ, at most 5 % seem to hold one; uncorrected some 20 %."""
+    wrong = 0
+    for draw in range(200):
+        random = numpy.random.default_rng(draw)
+        made = random.normal(size=(4, examples)) if spread == "normal" else random.gamma(1.0, size=(4, examples))
+        rows = [judged(str(i), "lora", list(own), global_batch=i + 1) for i, own in enumerate(made)]
+        wrong += any(one.supported for one in differences(rows).differences)
+    assert 1 <= wrong <= 16

@@ -1,0 +1,48 @@
+"""Shown intervals hold the true ones, and reach zero only where those do."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from peftbench.record import Interval
+from peftbench.report.digits import outward, places, rounded
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "digits", "shown"),
+    [
+        (-0.31, 2.81, 1, ("-0.4", "2.9")),
+        (3.19, 9.31, 1, ("3.1", "9.4")),
+        (-9.31, -3.19, 1, ("-9.4", "-3.1")),
+        (0.03125, 0.4375, 1, ("0.03", "0.44")),
+        (-0.4375, -(2**-11), 3, ("-0.4375", "-0.0004")),
+        (-0.0001, 1e-12, 1, ("-0.1", "0.1")),
+        (0.0, 0.0, 1, ("0.0", "0.0")),
+        (2.0, 2.0, 1, ("2.0", "2.0")),
+        (-1e300, 1e300, 1, (f"-{int(1e300)}.0", f"{int(1e300)}.0")),
+    ],
+)
+def test_by_hand(low: float, high: float, digits: int, shown: tuple[str, str]) -> None:
+    """Ends go away from the mean; more digits stand there only where an end would be taken for zero."""
+    assert outward(Interval(mean=(low + high) / 2, low=low, high=high), digits) == shown
+
+
+def test_any_interval() -> None:
+    """Whatever the interval, the shown one holds it and excludes zero exactly where it does."""
+    draw = random.Random(0)  # noqa: S311 (of a test)
+    for _ in range(2000):
+        low = draw.choice((-1, 1)) * 10 ** draw.uniform(-8, 6)
+        high = low + 10 ** draw.uniform(-8, 6)
+        a, b = map(float, outward(Interval(mean=low, low=low, high=high), draw.randrange(4)))
+        assert a <= low <= high <= b
+        assert (a > 0 or b < 0) == (low > 0 or high < 0)
+
+
+def test_zero_has_no_sign() -> None:
+    """What rounds to zero is no small negative number."""
+    assert rounded(-0.04, 1) == "0.0"
+    assert rounded(-math.pi, 3) == "-3.142"
+    assert (places("0.034"), places("7")) == (3, 0)

@@ -1,0 +1,49 @@
+"""Text that anyone may have written, as it is shown."""
+
+from __future__ import annotations
+
+import pytest
+
+from peftbench.report.escape import in_markdown, in_spreadsheet, on_a_line, one_line, plain
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("prompt_tuning", "prompt_tuning"),
+        ("31.2 (30.0–32.5)", "31.2 (30.0–32.5)"),
+        ("-0.5", "-0.5"),
+        ("12.5 s", "12.5 s"),
+        ("_a_ *b*", "\\_a\\_ \\*b\\*"),
+        ("a | b\n# c", "a \\| b # c"),
+        ("<b>&amp;</b>", "&lt;b&gt;&amp;amp;&lt;/b&gt;"),
+        ("`x` [y](z) ~~w~~ \\ $1$", "\\`x\\` \\[y\\](z) \\~\\~w\\~\\~ \\\\ \\$1\\$"),
+        ("# a", "\\# a"),
+        ("- a", "\\- a"),
+        ("+", "\\+"),
+        ("---", "\\---"),
+        ("===", "\\==="),
+        ("12. a", "12\\. a"),
+        ("1) a", "1\\) a"),
+        ("see https://a.example/x", "see https\\://a.example/x"),
+        ("FTP://a.example, WWW.b.example", "FTP\\://a.example, WWW\\.b.example"),
+        ("mailto:me@a.example @a", "mailto:me<!-- -->@a.example @a"),
+        ("a: b", "a: b"),
+        (".", "."),
+        ("", ""),
+        ("a\x1b[2J\u2028b", "a\\\\x1b\\[2J b"),
+    ],
+)
+def test_markdown_shows_a_text_as_it_is(text: str, shown: str) -> None:
+    """On one line, with no markup of its own; what GitHub takes for none stays easy to read."""
+    assert in_markdown(text) == shown
+
+
+def test_other_places() -> None:
+    """A terminal's cursor does not move, words of any language stay, and no spreadsheet computes."""
+    assert plain("a\n\x1b[2J") == "a\\n\\x1b[2J"
+    assert one_line(" a \n b\x00 نمی\u200cخواهم") == "a b\\x00 نمی\u200cخواهم"
+    assert on_a_line(" a \n b\x00c \u202e") == "a b c"
+    assert [in_spreadsheet(text) for text in ("=1+1", "+1", "-1", "@a", "\ta", "a=1", "")] == [
+        "'=1+1", "'+1", "'-1", "'@a", "'\ta", "a=1", "",
+    ]  # fmt: skip
