@@ -16,6 +16,7 @@ from peftbench.report.beside_text import print_beside, regressed
 from peftbench.report.escape import plain
 from peftbench.report.figures import parse_thresholds
 from peftbench.report.groups import by_knob
+from peftbench.report.lines import listed
 from peftbench.report.naming import uniquely_named
 from peftbench.report.table import in_terminal, insert_table, print_table
 
@@ -36,7 +37,7 @@ def compare_folders(
         PeftbenchError: a threshold that cannot be meant, or a folder whose records cannot be compared.
     """
     if mixed := [name for name, value in others.items() if value is not None]:
-        raise OutOfRangeError(f"--compare A B says which two folders are compared; leave {_listed(mixed)} out")
+        raise OutOfRangeError(f"--compare A B says which two folders are compared; leave {listed(mixed)} out")
     found = beside(*sides, parse_thresholds(thresholds))
     if html is not None:
         from peftbench.report.page.build import beside_page  # the page's libraries take a second
@@ -56,7 +57,7 @@ def one_folder(folder: Path | None, others: Mapping[str, object]) -> Path:
         OutOfRangeError: there is none, or something was given that is of a comparison (``others``, as above).
     """
     if mixed := [name for name, value in others.items() if value is not None]:
-        raise OutOfRangeError(f"{_listed(mixed)} cannot be meant for one folder; give two by --compare A B")
+        raise OutOfRangeError(f"{listed(mixed)} cannot be meant for one folder; give two by --compare A B")
     if folder is None:
         raise OutOfRangeError("there is no folder to report on; give the one that a suite wrote to, or --compare A B")
     return folder
@@ -82,7 +83,7 @@ def refuse_unused(html: Path | None, into: Path | None, block: str | None, by: s
     """
     instead = [name for name, value in {"--into": into, "--by": by}.items() if value is not None]
     if html is not None and instead:
-        raise OutOfRangeError(f"--html says where the page goes, and {_listed(instead)} makes none; leave one out")
+        raise OutOfRangeError(f"--html says where the page goes, and {listed(instead)} makes none; leave one out")
     if block is not None and into is None:
         raise OutOfRangeError("--block names a place in a file; give the file by --into")
 
@@ -107,7 +108,3 @@ def show_report(written: Written, title: str) -> None:
     for sentence in written.summary:
         typer.echo(f"- {plain(sentence)}")
     typer.echo(f"report: {written.page}")
-
-
-def _listed(names: Sequence[str]) -> str:
-    return " and ".join(names)

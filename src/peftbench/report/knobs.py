@@ -16,7 +16,8 @@ from peftbench.record import RunRecord
 SHOWN = 12
 """Values of a knob that are listed, at most."""
 
-_NAMES = frozenset({"name", "output_dir"})
+NAMES = frozenset({"name", "output_dir"})
+"""Of a recipe: where a run is written and what it is called change nothing in it."""
 
 _LONGEST = 100
 """Characters of a recipe's file name, at most."""
@@ -56,7 +57,7 @@ class Knob:
 def knobs(records: Sequence[RunRecord]) -> list[Knob]:
     """Every knob of any of the recipes (dotted), in their order; a run that has no such knob counts under "–"."""
     flat = [dict(flattened(record.recipe)) for record in records]
-    names = dict.fromkeys(name for one in flat for name in one if name not in _NAMES)
+    names = dict.fromkeys(name for one in flat for name in one if name not in NAMES)
     return [Knob(name, _counted([_shown(one[name]) if name in one else "–" for one in flat])) for name in names]
 
 

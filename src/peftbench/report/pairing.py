@@ -11,13 +11,10 @@ from typing import Any, Literal
 from peftbench.errors import RecordError
 from peftbench.record import RunRecord, read_records_by_path
 from peftbench.record.kept import Kept
-from peftbench.report.knobs import flattened
+from peftbench.report.knobs import NAMES, flattened
 from peftbench.report.table import ordered
 
 MatchedBy = Literal["name", "recipe", "path"]
-
-_LEFT_OUT = ("name", "output_dir")
-"""Of a recipe: where a run is written and what it is called change nothing in it."""
 
 
 class Change(Kept):
@@ -114,7 +111,7 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Change]
 
 
 def _knobs(record: RunRecord) -> dict[str, Any]:
-    return dict(flattened({key: value for key, value in record.recipe.items() if key not in _LEFT_OUT}))
+    return dict(flattened({key: value for key, value in record.recipe.items() if key not in NAMES}))
 
 
 def _facts(record: RunRecord) -> dict[str, Any]:

@@ -135,7 +135,8 @@ def content(
     rows = ordered(list(records.values()))
     columns, drawn = shown(rows), chosen(rows)
     compared = compared or differences(rows)
-    groups = Groups.of(sorted(compared.every, key=lambda one: rows.index(one.runs[0])))
+    place = {id(record): number for number, record in enumerate(rows)}
+    groups = Groups.of(sorted(compared.every, key=lambda one: place[id(one.runs[0])]))
     by_rouge = compared.figure is not None and compared.figure.key == "rougeL"
     points = series.points(compared.every, groups, rouge=by_rouge)
     all_knobs, told = knobs(rows), notes(rows) if told is None else told
@@ -221,8 +222,7 @@ def _line(record: RunRecord, columns: Sequence[Column]) -> Line:
 
 
 def _first(column: Column, record: RunRecord) -> Raw:
-    value = next(iter(column.raw(record).values()))
-    return finite(value) if isinstance(value, float) else value
+    return finite(next(iter(column.raw(record).values())))
 
 
 def _trade_offs(points: Sequence[Row], groups: Groups, every: Sequence[Configuration], *, rouge: bool) -> list[Drawing]:
