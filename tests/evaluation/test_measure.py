@@ -148,6 +148,11 @@ def test_examples_are_known_by_what_they_are(applied: Applied, evaluation: MakeE
     turned = quality_of(knobs, other, list(other["summary"])).by_example
     assert turned is not None
     assert turned.identity != identities[0]
+    summaries = [*encoded["summary"][:-1], "another"]
+    changed = encoded.remove_columns("summary").add_column("summary", summaries)
+    with_another = quality_of(knobs, changed, summaries).by_example
+    assert with_another is not None
+    assert with_another.identity != identities[0]
 
 
 def test_only_what_is_asked_for(applied: Applied, evaluation: MakeEvaluation) -> None:

@@ -66,7 +66,11 @@ def test_compare_skips_what_is_finished_and_not_what_changed(project: Path, cach
 def test_a_run_is_repeated_from_its_record(project: Path, caches: dict[str, str]) -> None:
     """The commands that the page gives train the same again, loss by loss, from nothing but the record."""
     (project / "suite.yaml").write_text(SUITE.replace("[1, 2]", "[2]"))
-    done = run(peftbench("compare", "suite.yaml", "train.steps=3"), project, caches)
+    done = run(
+        peftbench("compare", "suite.yaml", "train.steps=3", "data.padding=longest", "data.pad_to_multiple_of=7"),
+        project,
+        caches,
+    )
     assert done.returncode == 0, done.stderr
     page = (project / "out" / "report.html").read_text(encoding="utf-8")
     (printed,) = re.findall(r"<code>([^<]*launch/train.py[^<]*)</code>", page)
@@ -82,6 +86,7 @@ def test_a_run_is_repeated_from_its_record(project: Path, caches: dict[str, str]
     repeated = json.loads((project / "out_again" / "run-r=2" / "record.json").read_text(encoding="utf-8"))
     assert repeated["losses"] == record_of(project, "run-r=2")["losses"]
     assert len(repeated["losses"]) == 3
+    assert sum(repeated["step_tokens"]) == repeated["tokens"]["real"] < repeated["tokens"]["padded"]
 
 
 def test_interrupted_compare_says_how_to_go_on(project: Path, caches: dict[str, str]) -> None:
