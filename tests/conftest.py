@@ -374,8 +374,8 @@ class Workshop:
         """A short run of ``method``; what is given replaces single knobs, or whole parts by name."""
         knobs_of_model = {"path": str(self.base_folder(architecture))} | (model or {})
         knobs_of_data = {"source": self.source, "max_tokens": 48, "separator": " TL;DR:"} | (data or {})
-        knobs_of_train = {"steps": 3, "global_batch": 6} | (train or {})
-        knobs_of_evaluate = {"generate": False, "max_new_tokens": 8, "resamples": 100} | (evaluate or {})
+        knobs_of_train = {"steps": 3, "global_batch_size": 6} | (train or {})
+        knobs_of_evaluate = {"generate": False, "max_new_tokens": 8, "bootstrap_resamples": 100} | (evaluate or {})
         values: dict[str, Any] = {
             "name": "run", "output_dir": str(self.output), "save_model": False, "method": method,
             "model": Model(**knobs_of_model), "data": Data(**knobs_of_data), "train": Train(**knobs_of_train),

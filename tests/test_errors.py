@@ -94,4 +94,4 @@ def test_a_sentence_and_what_to_do() -> None:
 )
 def test_nearest_names_what_may_have_been_meant(name: str, expected: str) -> None:
     """A misspelt name gets the nearest allowed one, a strange one only the list."""
-    assert nearest(name, ["steps", "global_batch"]) == expected
+    assert nearest(name, ["steps", "global_batch_size"]) == expected

@@ -69,7 +69,7 @@ def test_a_step_of_no_time() -> None:
     assert list(implausible([timed("full", 1.0, 200), timed("lora", 0.0, 100)])) == []
 
 
-@pytest.mark.parametrize("unlike", [{"seed": 1}, {"global_batch": 8}])
+@pytest.mark.parametrize("unlike", [{"seed": 1}, {"global_batch_size": 8}])
 def test_other_batches_are_not_compared(unlike: dict[str, int]) -> None:
     """Rows of other lengths take another time: only the same steps say something of each other."""
     slow, fast = timed("full", 3.0, 200), timed("lora", 1.0, 100)

@@ -42,7 +42,7 @@ from peftbench.record import (
 )
 
 RECIPE = {
-    "name": "run", "method": {"kind": "lora"}, "train": {"seed": 0, "global_batch": 4, "precision": "fp32"},
+    "name": "run", "method": {"kind": "lora"}, "train": {"seed": 0, "global_batch_size": 4, "precision": "fp32"},
     "data": {"seed": 0, "max_tokens": 8, "as_published": False},
 }  # fmt: skip
 
@@ -193,8 +193,8 @@ def test_what_is_no_record_is_refused(text: str, where: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("missing", [
-    "method.kind", "train.seed", "data.seed", "train.global_batch", "train.precision", "data.max_tokens",
-    "data.as_published",
+    "method.kind", "train.seed", "data.seed", "train.global_batch_size", "train.precision", "data.max_length",
+    "data.label_padding",
 ])  # fmt: skip
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_recipe_of_another_program_is_refused(missing: str, whole: bool, tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_utilisation_is_of_a_known_whole() -> None:
 
 def test_what_a_run_cost() -> None:
     """9 J over 3 timed steps of 4 samples are 750 J a thousand; 1.5 s on 2 devices at 12 an hour are 0.01."""
-    recipe = {"train": {"global_batch": 4}, "profile": {"price_per_hour": 12.0}}
+    recipe = {"train": {"global_batch_size": 4}, "profile": {"price_per_hour": 12.0}}
     known = full_record().model_copy(update={"energy_joules": 9.0, "recipe": recipe})
     assert known.joules_per_1000_samples == 750
     assert known.training_price == pytest.approx(0.01)

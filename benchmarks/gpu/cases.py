@@ -101,7 +101,7 @@ def of_methods(sizes: Mapping[str, Size], folder: str) -> Iterator[tuple[Recipe,
             output_dir=folder,
             model=Model(path=model, init="random"),
             method=method,
-            data=Data(source=size.source, max_tokens=size.width, padding="max_tokens"),
+            data=Data(source=size.source, max_tokens=size.width, padding="max_length"),
             train=Train(
                 steps=size.warmup_steps + size.steps, global_batch=size.rows, precision=precision,
                 gradient_checkpointing=checkpointing,
@@ -123,7 +123,7 @@ def of_the_ladder(sizes: Mapping[str, Size], folder: str) -> Iterator[tuple[Reci
                 output_dir=folder,
                 model=Model(path=model, init="random", fused_gelu=knobs["fused_gelu"]),
                 method=Full(),
-                data=Data(source=size.source, max_tokens=size.width, padding="max_tokens"),
+                data=Data(source=size.source, max_tokens=size.width, padding="max_length"),
                 optimizer=OPTIMIZERS[knobs["optimizer"]](kind=knobs["optimizer"]),
                 train=Train(
                     steps=size.warmup_steps + size.steps, global_batch=size.rows, precision=knobs["precision"],

@@ -44,7 +44,7 @@ def with_config(recipe: Recipe, size: Size) -> Iterator[Recipe]:
 def labels_by_step(recipe: Recipe, size: Size) -> list[list[int]]:
     """Labelled tokens of each row of each step's micro-batch: as many as its example's summary and end have."""
     tokens = RandomTokens(size, vocabulary=2)
-    batches = Batches(tokens, Collator(0), recipe.train.global_batch, None, recipe.train.seed)
+    batches = Batches(tokens, Collator(0), recipe.train.global_batch_size, None, recipe.train.seed)
     made = itertools.islice(batches, recipe.train.steps or 0)
     return [
         [len(tokens.ids[i]) - tokens.prompts[i] for i in batch.micro_batches[0].examples] for batch in made
@@ -55,7 +55,7 @@ def rehearsed(recipe: Recipe, record: RunRecord, labels: list[int]) -> tuple[Reh
     """The training of a case, whose rows all have one width."""
     kind: DeviceKind = "cuda" if record.device.kind == "cuda" else "cpu"
     with Rehearsal(recipe, kind, 1) as rehearsal:
-        rehearsal.train(recipe.train.global_batch, recipe.data.max_tokens or 0, labels)
+        rehearsal.train(recipe.train.global_batch_size, recipe.data.max_length or 0, labels)
     return rehearsal, forecast(list(rehearsal.book.events()), kind)
 
 

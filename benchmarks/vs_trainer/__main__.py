@@ -79,7 +79,7 @@ def spec_of(given: argparse.Namespace, device: Kind) -> Spec:
     asked = {name: getattr(given, name) for name in Spec.model_fields if getattr(given, name, None) is not None}
     defaults = {"threads": os.cpu_count() or 1} | DEFAULTS[device]
     if "batch" in asked and "micro_batch" not in asked and device == "cuda":
-        asked["micro_batch"] = asked["batch"]
+        asked["micro_batch_size"] = asked["batch"]
     try:
         return Spec.model_validate(defaults | asked | {"device": device})
     except ValidationError as error:

@@ -121,7 +121,7 @@ DEFAULTS: dict[Kind, dict[str, Any]] = {
     "cpu": {},
     # A GPU is best used by the whole batch at once. Every step has another shape, and until torch's allocator has
     # blocks for them a step takes twice its time.
-    "cuda": {"batch": 16, "micro_batch": 16, "warmup": 8, "steps": 10},
+    "cuda": {"batch": 16, "micro_batch_size": 16, "warmup": 8, "steps": 10},
 }
 REPEATS = 3
 
@@ -157,7 +157,7 @@ def method_knobs(case: str, spec: Spec) -> dict[str, Any]:
 def own_knobs(case: str, spec: Spec) -> dict[str, Any]:
     """What peftbench's arm sets in the recipe's ``train`` beyond what all arms share; all else is its defaults."""
     # A frozen trunk's hidden states are computed in the first epoch alone, and read in those that are timed.
-    return {"trunk_cache": spec.precision} if CASES[case].later_epoch else {}
+    return {"feature_cache": spec.precision} if CASES[case].later_epoch else {}
 
 
 def peer_settings(arm: str, spec: Spec, *, flattens: bool) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from peftbench.recipe import Recipe
 EXTENDS = "extends"
 _TABLES: dict[str, Mapping[str, type[Part]]] = {"method": KINDS, "source": SOURCES, "optimizer": OPTIMIZERS}
 _OUR_WORDS = {"a valid array": "a list", "an object": "a group of knobs", "a valid tuple": "a list"}
-_OUT_OF_RANGE = ("greater_than", "less_than", "too_short", "too_long", "finite_number", "value_error", "literal_error")
+_OUT_OF_RANGE = ("greater_than", "less_than", "too_short", "overlong", "finite_number", "value_error", "literal_error")
 
 
 def load_recipe(files: Sequence[Path], overrides: Sequence[str] = ()) -> Recipe:

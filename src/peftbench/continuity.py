@@ -33,7 +33,7 @@ class Continuity:
             run.accelerator.num_processes, run.accelerator.device.type,
             {name: version for name, version in versions().items() if name not in {"datasets", "evaluate"}},
         )  # fmt: skip
-        self.checkpoints = Checkpoints(run.accelerator, run.folder, origin, run.recipe.checkpoint.keep)
+        self.checkpoints = Checkpoints(run.accelerator, run.folder, origin, run.recipe.checkpoint.keep_latest)
         self.began_at = 0
         """Steps that were there when this process began."""
         self.kept_at: int | None = None
@@ -77,7 +77,7 @@ class Continuity:
         Raises:
             Interrupted: a rank was asked to stop; the state is kept.
         """
-        by, every = self._asked(), self.run.recipe.checkpoint.every_steps
+        by, every = self._asked(), self.run.recipe.checkpoint.interval
         if by is not None or (every and step % every == 0):
             self.keep(trainer)
         if by is not None:
@@ -86,7 +86,7 @@ class Continuity:
 
     def after_training(self, trainer: Trainer) -> None:
         """Keep the state before the evaluation, where many could not agree to do so in the middle of one."""
-        wanted = self.run.recipe.checkpoint.every_steps or "SLURM_JOB_ID" in os.environ
+        wanted = self.run.recipe.checkpoint.interval or "SLURM_JOB_ID" in os.environ
         if self.run.accelerator.num_processes > 1 and wanted:
             self.keep(trainer)
 
@@ -130,7 +130,7 @@ class Continuity:
         if done == 2:  # early, so that even a short time gains something; how long it takes is known then
             self.keep(trainer)
         # The first steps are slower than all others: kernels are compiled, instruments look.
-        if done != max(2, self.run.recipe.profile.warmup_steps + 1):
+        if done != max(2, self.run.recipe.profile.untimed_steps + 1):
             return
         last = min(self.run.probe.step_seconds[-2:])
         seconds = max(gathered(self.run.accelerator, last + self.seconds))

@@ -121,6 +121,6 @@ def _batches(record: RunRecord) -> list[object]:
     """What decides which examples stand in which step."""
     train, data = record.recipe["train"], record.recipe["data"]
     return [
-        record.data_identity, record.steps, train["seed"], train["global_batch"], train.get("micro_batch"),
+        record.data_identity, record.steps, train["seed"], train["global_batch_size"], train.get("micro_batch_size"),
         data["seed"],
     ]  # fmt: skip

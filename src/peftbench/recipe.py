@@ -84,9 +84,9 @@ class Data(Part):
     @model_validator(mode="after")
     def _padded_to_something(self) -> Data:
         if self.padding == "max_tokens" and self.max_tokens is None:
-            raise ValueError("padding to max_tokens needs data.max_tokens")
+            raise ValueError("padding to max_tokens needs data.max_length")
         if self.as_published and self.padding == "none":
-            raise ValueError("as_published labels padding, and padding: none has none; use longest or max_tokens")
+            raise ValueError("as_published labels padding, and padding: free has none; use longest or max_tokens")
         if self.as_published and self.pad_to_multiple_of > 1:
             raise ValueError("as_published labels padding, so pad_to_multiple_of would change the loss; leave it at 1")
         if self.padding == "max_tokens" and self.pad_to_multiple_of > 1:
@@ -123,7 +123,7 @@ class Train(Part):
     cross_entropy: Literal["torch", "liger"] = "torch"
     """What computes the loss from hidden states: torch, in chunks; or Liger Kernel, on CUDA, if it is installed."""
     compile: bool = False
-    """Compile each block with torch.compile; the first steps take minutes: give profile.warmup_steps enough of them."""
+    """Compile each block with torch.compile; the first steps take minutes: give profile.untimed_steps enough of them."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     activation_offload: bool = False
@@ -135,7 +135,7 @@ class Train(Part):
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of new weights, of the order of batches and of dropout; the same order for every method."""
 
-    @field_validator("micro_batch", mode="before")
+    @field_validator("micro_batch_size", mode="before")
     @classmethod
     def _a_number_or_auto(cls, value: object) -> object:
         if isinstance(value, str) and value != "auto":
@@ -270,26 +270,26 @@ class Recipe(Part):
 
     @model_validator(mode="after")
     def _a_trunk_that_stays_as_it_is(self) -> Recipe:
-        if self.train.trunk_cache is None:
+        if self.train.feature_cache is None:
             return self
         if not self.method.trunk_frozen:
             raise ValueError(
-                f"train.trunk_cache={self.train.trunk_cache} keeps what a frozen trunk gives, and this "
-                f"{self.method.kind} has none; use last_layer with method.head=untied, or set train.trunk_cache=null"
+                f"train.feature_cache={self.train.feature_cache} keeps what a frozen trunk gives, and this "
+                f"{self.method.kind} has none; use last_layer with method.head=untied, or set train.feature_cache=null"
             )
-        if self.data.as_published or self.train.logits == "all":
-            other = "data.as_published=true labels padding" if self.data.as_published else "train.logits=all wants more"
+        if self.data.label_padding or self.train.logits == "all":
+            other = "data.label_padding=true labels padding" if self.data.label_padding else "train.logits=all wants more"
             raise ValueError(
-                f"train.trunk_cache keeps hidden states of each example's labelled positions, and {other}; set one of "
+                f"train.feature_cache keeps hidden states of each example's labelled positions, and {other}; set one of "
                 "the two to its default"
             )
         return self
 
     @model_validator(mode="after")
     def _tokens_of_sorted_rows(self) -> Recipe:
-        if self.data.as_published and self.train.micro_tokens is not None:
+        if self.data.label_padding and self.train.micro_batch_tokens is not None:
             raise ValueError(
-                "data.as_published takes examples as they are drawn; give train.micro_batch, not micro_tokens"
+                "data.label_padding takes examples as they are drawn; give train.micro_batch_size, not micro_tokens"
             )
         return self
 
@@ -299,7 +299,7 @@ class Recipe(Part):
         # What is left at null changes nothing, and records from before there was such a knob stay valid.
         if self.budget.memory is None:
             shown["budget"] = True
-        if self.train.trunk_cache is None:
-            shown["train"] = {"trunk_cache"}
+        if self.train.feature_cache is None:
+            shown["train"] = {"feature_cache"}
         knobs = self.model_dump(mode="json", exclude=shown | {"profile": {"price_per_hour"}})
         return hashlib.blake2b(json.dumps(knobs, sort_keys=True).encode(), digest_size=8).hexdigest()

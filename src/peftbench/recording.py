@@ -112,7 +112,7 @@ def recorded(run: Run, outcome: Outcome) -> RunRecord:
         losses=tuple(progress.losses),
         step_tokens=tuple(counts.real for counts in progress.step_counts),
         step_seconds=tuple(probe.step_seconds[: progress.steps]),
-        warmup_steps=min(run.recipe.profile.warmup_steps, progress.steps),
+        warmup_steps=min(run.recipe.profile.untimed_steps, progress.steps),
         resumed_after=tuple(run.resumed_after),
         phase_seconds=dict(probe.phase_seconds),
         throughput=_throughput(run) if ended_well else None,
@@ -146,7 +146,7 @@ def _throughput(run: Run) -> Throughput | None:
         return None
     return throughput(
         _timed(run, run.probe.step_seconds), _timed(run, run.progress.step_counts),
-        train_seconds=train_seconds, global_batch=run.recipe.train.global_batch,
+        train_seconds=train_seconds, global_batch=run.recipe.train.global_batch_size,
     )  # fmt: skip
 
 
@@ -159,7 +159,7 @@ def _state_bytes(run: Run) -> StateBytes | None:
 
 def breakdown_of(run: Run) -> Breakdown | None:
     """Who held the memory at its peak, where that was looked at, by this process or one before it."""
-    step = run.recipe.profile.warmup_steps
+    step = run.recipe.profile.untimed_steps
     if kept := run.kept.get("breakdown"):
         return Breakdown(**kept)
     if run.inspection is None or run.inspection.breakdown is None or run.progress.steps < step:

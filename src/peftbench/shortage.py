@@ -32,12 +32,12 @@ _REFUSED_UNDER_A_LIMIT = ("could not create a ", "could not execute a primitive"
 
 
 def settle(recipe: Recipe) -> tuple[Recipe, str | None]:
-    """The recipe with a number for ``train.micro_batch=auto``, and a note of it; before anything is started.
+    """The recipe with a number for ``train.micro_batch_size=auto``, and a note of it; before anything is started.
 
     Raises:
         BudgetError: it is not known what is to fit, or how much it would take.
     """
-    if recipe.train.micro_batch != "auto":
+    if recipe.train.micro_batch_size != "auto":
         return recipe, None
     if not recipe.method.trains:
         return with_micro_batch(recipe, 1), None
@@ -47,12 +47,12 @@ def settle(recipe: Recipe) -> tuple[Recipe, str | None]:
         budget, device = budget or properties.total_memory, properties.name
     if budget is None:
         raise BudgetError(
-            "train.micro_batch=auto needs to know what is to fit; set budget.memory, as budget.memory=8GiB, or run it "
+            "train.micro_batch_size=auto needs to know what is to fit; set budget.memory, as budget.memory=8GiB, or run it "
             "on a GPU"
         )
     found = settle_there(Question.here(recipe, budget, device))
     if found.problem is not None:
-        raise BudgetError(f"train.micro_batch=auto cannot be settled: {found.problem}")
+        raise BudgetError(f"train.micro_batch_size=auto cannot be settled: {found.problem}")
     return with_evaluation_batch(with_micro_batch(recipe, found.micro_batch), found.evaluation_batch), found.note
 
 

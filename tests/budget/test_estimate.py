@@ -47,7 +47,7 @@ def planned(workshop: Workshop, tmp_path: Path) -> Any:
 
 def test_a_trunk_cache_is_planned_as_if_it_were_empty(planned: Any) -> None:
     """The first epoch takes the most, and the plan says that it is that."""
-    plain, kept = (planned(LastLayer(), train={"trunk_cache": stored}) for stored in (None, "bf16"))
+    plain, kept = (planned(LastLayer(), train={"feature_cache": stored}) for stored in (None, "bf16"))
     assert kept.parts == plain.parts
     assert kept.process_bytes == plain.process_bytes
     assert set(kept.notes) - set(plain.notes) == {
@@ -77,7 +77,7 @@ def test_every_optimizer_s_states(name: str, workshop: Workshop) -> None:
     """As many bytes as its closed form says; some keep the number of the step in the CPU's memory, 4 bytes a tensor."""
     kind = KINDS[name](**({"rank": 8} if name in {"galore", "apollo"} else {}))
     recipe = workshop.recipe(
-        Full(), optimizer=kind, train={"precision": "bf16" if kind.weights == "bf16" else "fp32", "global_batch": 2}
+        Full(), optimizer=kind, train={"precision": "bf16" if kind.weights == "bf16" else "fp32", "global_batch_size": 2}
     )
     with Rehearsal(recipe, "cuda", 1) as rehearsal:
         rehearsal.train(2, 16, 4)
@@ -89,8 +89,8 @@ def test_every_optimizer_s_states(name: str, workshop: Workshop) -> None:
 
 def test_accumulation_keeps_gradients_through_the_forward_pass(planned: Any) -> None:
     """With one micro-batch there are none in it; smaller micro-batches hold fewer activations."""
-    whole = planned(Full(), train={"global_batch": 8, "micro_batch": 8})
-    halves = planned(Full(), train={"global_batch": 8, "micro_batch": 4})
+    whole = planned(Full(), train={"global_batch_size": 8, "micro_batch_size": 8})
+    halves = planned(Full(), train={"global_batch_size": 8, "micro_batch_size": 4})
     assert "gradients" not in whole.parts["forward"].live_by_kind
     assert halves.parts["forward"].live_by_kind["gradients"] > 0
     assert halves.parts["forward"].live_by_kind["activations"] < whole.parts["forward"].live_by_kind["activations"]
@@ -114,7 +114,7 @@ def test_rows_of_a_multiple_are_planned_as_wide_as_they_come(planned: Any) -> No
     wide, plain = (planned(Full(), data=data) for data in ({"pad_to_multiple_of": 32}, {"max_tokens": 64}))
     assert (wide.width, wide.parts) == (plain.width, plain.parts) == (64, plain.parts)
     assert planned(PromptTuning(tokens=5), data={"pad_to_multiple_of": 32}).width == 59
-    assert planned(Full(), data={"pad_to_multiple_of": 32}, train={"micro_tokens": 128}).rows == 2
+    assert planned(Full(), data={"pad_to_multiple_of": 32}, train={"micro_batch_tokens": 128}).rows == 2
 
 
 def test_the_verdict(planned: Any) -> None:
@@ -158,7 +158,7 @@ def test_offloaded_activations_are_not_on_the_device(planned: Any) -> None:
     shape = {"path": "openai-community/gpt2"}
     here, away = (
         planned(
-            Full(), model=shape, train={"activation_offload": offload, "global_batch": 2}, evaluate={"batch": 1},
+            Full(), model=shape, train={"activation_offloading": offload, "global_batch_size": 2}, evaluate={"batch": 1},
             data={"max_tokens": 512},
         )
         for offload in (False, True)
@@ -259,7 +259,7 @@ def test_gpt2_small_as_it_was_traced_before(method: str, precision: str, worksho
     }[method]  # fmt: skip
     recipe = workshop.recipe(
         kind, model={"path": "openai-community/gpt2", "fused_gelu": False},
-        train={"precision": precision, "global_batch": 6, "logits": "all"}, data={"padding": "longest"},
+        train={"precision": precision, "global_batch_size": 6, "logits": "all"}, data={"padding": "longest"},
     )  # fmt: skip
     with Rehearsal(recipe, "cuda", 1) as rehearsal:
         rehearsal.train(6, 1024, 1023)

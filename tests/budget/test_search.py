@@ -50,8 +50,8 @@ def test_fragments_hide_no_larger_size(fitting: set[int]) -> None:
 
 def test_sizes_are_those_that_a_process_can_have(workshop: Workshop) -> None:
     """Each number of micro-batches is one size; all in all they are never more than the global batch."""
-    assert micro_batches(workshop.recipe(Full(), train={"global_batch": 12})) == SIZES
-    assert micro_batches(workshop.recipe(Full(), train={"global_batch": 7})) == [1, 2, 3, 4, 7]
+    assert micro_batches(workshop.recipe(Full(), train={"global_batch_size": 12})) == SIZES
+    assert micro_batches(workshop.recipe(Full(), train={"global_batch_size": 7})) == [1, 2, 3, 4, 7]
 
 
 def test_every_set_once(workshop: Workshop) -> None:
@@ -82,12 +82,12 @@ def test_a_technique_changes_its_knobs_alone(workshop: Workshop) -> None:
 
 def test_at_the_edge(workshop: Workshop) -> None:
     """At the bytes of the plan for 16 these are found and 32 do not fit; with one byte less not even 16."""
-    recipe = workshop.recipe(Full(), train={"global_batch": 32}, evaluate={"batch": 1})
+    recipe = workshop.recipe(Full(), train={"global_batch_size": 32}, evaluate={"batch": 1})
     budget = estimate(with_micro_batch(recipe, 16), UNKNOWN, "a GPU").process_bytes[1]
     found = strategy(recipe, (), Room(UNKNOWN, "a GPU", budget))
     assert found is not None
     assert (found.plan.rows, found.plan.micro_batches, found.plan.verdict) == (16, 2, "fits")
-    assert found.changes == ("train.micro_batch=16",)
+    assert found.changes == ("train.micro_batch_size=16",)
     assert estimate(with_micro_batch(recipe, 32), UNKNOWN, "a GPU", budget).verdict != "fits"
     less = strategy(recipe, (), Room(UNKNOWN, "a GPU", budget - 1))
     assert less is not None
@@ -97,7 +97,7 @@ def test_at_the_edge(workshop: Workshop) -> None:
 
 def test_time_is_of_flops_and_of_the_device(workshop: Workshop) -> None:
     """Checkpointing computes more; a device's bf16 is faster than its fp32; an unknown one has no seconds."""
-    recipe = workshop.recipe(Full(), train={"global_batch": 4}, evaluate={"batch": 1})
+    recipe = workshop.recipe(Full(), train={"global_batch_size": 4}, evaluate={"batch": 1})
     known = {technique.name: technique for technique in TECHNIQUES}
     facts = device_named("h100")
     plain, again, half = (
@@ -119,11 +119,11 @@ def test_time_is_of_flops_and_of_the_device(workshop: Workshop) -> None:
 
 def test_a_batch_of_evaluation_that_does_not_fit_is_halved(workshop: Workshop) -> None:
     """Where evaluation is what takes most, its batch goes down and training's does not; the changes say so."""
-    recipe = workshop.recipe(Full(), train={"global_batch": 2}, evaluate={"batch": 64})
+    recipe = workshop.recipe(Full(), train={"global_batch_size": 2}, evaluate={"batch": 64})
     whole = estimate(recipe, UNKNOWN, "a GPU")
     assert whole.peak_part == "evaluate"
     half = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"batch": 32})})
     found = strategy(recipe, (), Room(UNKNOWN, "a GPU", estimate(half, UNKNOWN, "a GPU").process_bytes[1]))
     assert found is not None
-    assert found.changes == ("train.micro_batch=2", "evaluate.batch=32")
-    assert as_found(recipe, found).evaluate.batch == 32
+    assert found.changes == ("train.micro_batch_size=2", "evaluate.batch_size=32")
+    assert as_found(recipe, found).evaluate.batch_size == 32

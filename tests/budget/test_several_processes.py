@@ -52,11 +52,11 @@ class Case(NamedTuple):
 
     def recipe(self, base: str, source: Files, output: Path) -> Recipe:
         """Three steps; who held the memory is looked at in the second."""
-        width: dict[str, Any] = {"max_tokens": SHORT, "too_long": "drop"} if self.micro_batch else {"max_tokens": WIDTH}
+        width: dict[str, Any] = {"max_tokens": SHORT, "overlong": "drop"} if self.micro_batch else {"max_tokens": WIDTH}
         return Recipe(
             name=self.name, output_dir=str(output), save_model=False, method=METHODS[self.method],
             model=Model(path=base),
-            data=Data(source=source, separator=" TL;DR:", padding="max_tokens", **width),
+            data=Data(source=source, separator=" TL;DR:", padding="max_length", **width),
             train=Train(steps=3, global_batch=12, micro_batch=self.micro_batch, precision=self.precision,  # type: ignore[arg-type]
                         gradient_checkpointing=self.checkpointing),
             evaluate=Evaluate(generate=False, max_new_tokens=8, resamples=100),
@@ -177,9 +177,9 @@ def launch(accelerate: Path, recipes: list[Recipe]) -> None:
 def rehearsed(recipe: Recipe, accelerate: Path, labels: int) -> Peak:
     """The peak of the same step, of which nothing was computed."""
     world = world_of(accelerate, PROCESSES, recipe)
-    accumulation, rows = division(recipe.train.global_batch, recipe.train.rows, PROCESSES)
-    with Rehearsal(recipe, "cpu", accumulation, padded=recipe.data.max_tokens == WIDTH, world=world) as rehearsal:
-        rehearsal.train(rows, recipe.data.max_tokens or 0, labels)
+    accumulation, rows = division(recipe.train.global_batch_size, recipe.train.rows, PROCESSES)
+    with Rehearsal(recipe, "cpu", accumulation, padded=recipe.data.max_length == WIDTH, world=world) as rehearsal:
+        rehearsal.train(rows, recipe.data.max_length or 0, labels)
     return rehearsal.book.peak()
 
 
@@ -194,7 +194,7 @@ def test_the_peak_of_one_of_several_processes(  # noqa: PLR0917 — fixtures
     record: RunRecord = held(engine, case)
     recipe, found = recipes(engine, case), record.breakdown
     assert found is not None
-    expected = rehearsed(recipe, launcher(engine), labels_a_row(record, recipe.train.global_batch))
+    expected = rehearsed(recipe, launcher(engine), labels_a_row(record, recipe.train.global_batch_size))
     assert (expected.operation, expected.part) == (found.operation, found.part)
     assert expected.bytes == pytest.approx(found.peak_bytes, rel=0, abs=SCALARS)
     assert expected.by_kind == pytest.approx(found.bytes_by_kind, rel=0, abs=SCALARS)

@@ -57,7 +57,7 @@ def test_the_peak_of_a_real_step(  # noqa: PLR0917
     recipe = workshop.recipe(
         method, architecture=architecture,
         data={"padding": padding, "max_tokens": WIDTH, "source": sources[padding]},
-        train={"precision": precision, "gradient_checkpointing": checkpointing, "steps": 3, "global_batch": 6},
+        train={"precision": precision, "gradient_checkpointing": checkpointing, "steps": 3, "global_batch_size": 6},
         profile=Profile(warmup_steps=2, breakdown=True),
     )  # fmt: skip
     found, expected = made_and_rehearsed(recipe, workshop)
@@ -72,7 +72,7 @@ def test_over_a_packed_base(method: Method, quantization: str, workshop: Worksho
     recipe = workshop.recipe(
         method, model={"quantization": quantization},
         data={"padding": "max_tokens", "max_tokens": WIDTH, "source": sources["max_tokens"]},
-        train={"steps": 3, "global_batch": 6},
+        train={"steps": 3, "global_batch_size": 6},
         profile=Profile(warmup_steps=2, breakdown=True),
     )  # fmt: skip
     found, expected = made_and_rehearsed(recipe, workshop)
@@ -85,8 +85,8 @@ def test_every_optimizer(name: str, workshop: Workshop, sources: dict[str, Files
     kind = KINDS[name](**({"rank": 8} if name in {"galore", "apollo"} else {}))
     recipe = workshop.recipe(
         Full(), optimizer=kind,
-        data={"padding": "max_tokens", "max_tokens": SHORT, "too_long": "drop", "source": sources["none"]},
-        train={"steps": 3, "global_batch": 6, "micro_batch": 2, "precision": "bf16"},
+        data={"padding": "max_tokens", "max_tokens": SHORT, "overlong": "drop", "source": sources["none"]},
+        train={"steps": 3, "global_batch_size": 6, "micro_batch_size": 2, "precision": "bf16"},
         profile=Profile(warmup_steps=2, breakdown=True),
     )  # fmt: skip
     record = workshop.run(recipe)

@@ -37,7 +37,7 @@ def planned(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.chdir(REPOSITORY)
 
     def made(engine: str, method: Method, processes: int = 2, **parts: Any) -> Plan:
-        train = {"global_batch": 24, "micro_batch": 2} | parts.pop("train", {})
+        train = {"global_batch_size": 24, "micro_batch_size": 2} | parts.pop("train", {})
         recipe: Recipe = workshop.recipe(method, train=train, **parts)
         world = world_of(Path("accel_configs") / f"{engine}.yaml", processes, recipe)
         assert world.engine.name == engine

@@ -25,10 +25,10 @@ from tests.config.conftest import LEAST, write
 
 def test_files_and_overrides_merge_from_left_to_right(least: Path, tmp_path: Path) -> None:
     """A later file wins over an earlier one knob by knob, and an override over every file."""
-    second = write(tmp_path / "b.yaml", {"train": {"steps": 20, "seed": 1, "global_batch": 4}})
+    second = write(tmp_path / "b.yaml", {"train": {"steps": 20, "seed": 1, "global_batch_size": 4}})
     third = write(tmp_path / "c.yaml", {"train": {"steps": 30, "seed": 2}})
     recipe = load_recipe([least, second, third], ["train.steps=40", "train.steps=50"])
-    assert (recipe.train.steps, recipe.train.seed, recipe.train.global_batch) == (50, 2, 4)
+    assert (recipe.train.steps, recipe.train.seed, recipe.train.global_batch_size) == (50, 2, 4)
     assert load_recipe([least, third, second]).train.steps == 20
 
 
@@ -61,11 +61,11 @@ def test_extends_is_relative_to_its_own_file(tmp_path: Path, monkeypatch: pytest
 
 def test_extends_a_list_from_left_to_right(tmp_path: Path) -> None:
     """Of several parents the later wins, and a parent's own parents come before it."""
-    write(tmp_path / "root.yaml", LEAST | {"train": {"steps": 1, "seed": 1, "global_batch": 1}})
+    write(tmp_path / "root.yaml", LEAST | {"train": {"steps": 1, "seed": 1, "global_batch_size": 1}})
     write(tmp_path / "a.yaml", {"extends": "root.yaml", "train": {"steps": 2, "seed": 2}})
     write(tmp_path / "b.yaml", {"train": {"steps": 3}})
     recipe = load_recipe([write(tmp_path / "child.yaml", {"extends": ["a.yaml", "b.yaml"]})])
-    assert (recipe.train.steps, recipe.train.seed, recipe.train.global_batch) == (3, 2, 1)
+    assert (recipe.train.steps, recipe.train.seed, recipe.train.global_batch_size) == (3, 2, 1)
 
 
 def test_one_parent_by_two_ways_is_no_cycle(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_the_fingerprint_is_of_what_may_change_a_number(least: Path) -> None:
     ]
     assert load_recipe([least], elsewhere).fingerprint() == before
     changes = ("train.seed=1", "method.r=8", "optimizer.learning_rate=1e-3", "data.train=5", "model.dropout=0.0",
-               "profile.warmup_steps=6", "profile.breakdown=true")  # fmt: skip
+               "profile.untimed_steps=6", "profile.memory_breakdown=true")  # fmt: skip
     changed = {load_recipe([least], [change]).fingerprint() for change in changes}
     assert len(changed) == len(changes)
     assert before not in changed

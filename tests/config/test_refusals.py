@@ -48,7 +48,7 @@ MISTAKES: list[tuple[str, type[RecipeError], str]] = [
     ("train.steps=0", OutOfRangeError, "train.steps=0 must be greater than 0"),
     ("train.seed=4294967296", OutOfRangeError, "train.seed=4294967296 must be less than 4294967296"),
     ("method.target_modules='c_attn('", OutOfRangeError, "method.target_modules='c_attn(': is no regular expression"),
-    ("train.global_batch=-1", OutOfRangeError, "train.global_batch=-1 must be greater than 0"),
+    ("train.global_batch_size=-1", OutOfRangeError, "train.global_batch_size=-1 must be greater than 0"),
     ("model.dropout=1.0", OutOfRangeError, "model.dropout=1.0 must be less than 1"),
     ("optimizer.learning_rate=0.0", OutOfRangeError, "optimizer.learning_rate=0.0 must be greater than 0"),
     ("optimizer.learning_rate=.inf", OutOfRangeError, "optimizer.learning_rate"),
@@ -64,11 +64,11 @@ MISTAKES: list[tuple[str, type[RecipeError], str]] = [
     # Knobs that contradict each other.
     ("train.epochs=2", OutOfRangeError, "train: needs exactly one of train.steps and train.epochs"),
     ("train.steps=null", OutOfRangeError, "train: needs exactly one of train.steps and train.epochs"),
-    ("data.padding=max_tokens", OutOfRangeError, "data: padding to max_tokens needs data.max_tokens"),
-    ("data={padding: max_tokens, max_tokens: 9, pad_to_multiple_of: 8}", OutOfRangeError, "makes all rows one width"),
+    ("data.padding=max_length", OutOfRangeError, "data: padding to max_tokens needs data.max_length"),
+    ("data={padding: max_length, max_tokens: 9, pad_to_multiple_of: 8}", OutOfRangeError, "makes all rows one width"),
     ("data.pad_to_multiple_of=0", OutOfRangeError, "greater than 0"),
-    ("train.trunk_cache=fp32", OutOfRangeError, "a frozen trunk gives, and this lora has none; use last_layer with"),
-    ("train.trunk_cache=fp16", OutOfRangeError, "train.trunk_cache='fp16' is not one of its values"),
+    ("train.feature_cache=fp32", OutOfRangeError, "a frozen trunk gives, and this lora has none; use last_layer with"),
+    ("train.feature_cache=fp16", OutOfRangeError, "train.feature_cache='fp16' is not one of its values"),
 ]
 
 
@@ -116,15 +116,15 @@ def test_a_group_without_its_kind() -> None:
     [
         ({"method": {"kind": "last_layer", "head": "tied"}}, "this last_layer has none; use last_layer with"),
         ({"method": {"kind": "zero_shot"}}, "this zero_shot has none"),
-        ({"data": LEAST["data"] | {"as_published": True}}, "data.as_published=true labels padding; set one of the two"),
-        ({"train": {"steps": 1, "trunk_cache": "bf16", "logits": "all"}}, "and train.logits=all wants more; set"),
+        ({"data": LEAST["data"] | {"as_published": True}}, "data.label_padding=true labels padding; set one of the two"),
+        ({"train": {"steps": 1, "feature_cache": "bf16", "logits": "all"}}, "and train.logits=all wants more; set"),
     ],
     ids=["head", "baseline", "as_published", "logits"],
 )  # fmt: skip
 def test_a_trunk_that_cannot_be_kept(knobs: dict[str, Any], message: str) -> None:
     """Only what is the same in every epoch can be, and it is told before anything is loaded."""
-    values = LEAST | {"method": {"kind": "last_layer"}, "train": {"steps": 1, "trunk_cache": "bf16"}}
-    assert validate(values).train.trunk_cache == "bf16"
+    values = LEAST | {"method": {"kind": "last_layer"}, "train": {"steps": 1, "feature_cache": "bf16"}}
+    assert validate(values).train.feature_cache == "bf16"
     with pytest.raises(OutOfRangeError) as caught:
         validate(values | knobs)
     assert message in str(caught.value)
@@ -201,5 +201,5 @@ def test_a_breakdown_needs_a_step_of_its_own(least: Path) -> None:
     """It is made in the last warm-up step, and in the first there are no optimizer states yet."""
     for steps in (0, 1):
         with pytest.raises(OutOfRangeError, match="a breakdown needs warmup_steps of 2 or more"):
-            load_recipe([least], ["profile.breakdown=true", f"profile.warmup_steps={steps}"])
-    assert load_recipe([least], ["profile.breakdown=true", "profile.warmup_steps=2"]).profile.breakdown
+            load_recipe([least], ["profile.memory_breakdown=true", f"profile.untimed_steps={steps}"])
+    assert load_recipe([least], ["profile.memory_breakdown=true", "profile.untimed_steps=2"]).profile.memory_breakdown

@@ -28,7 +28,7 @@ VARIANTS: dict[str, dict[str, Method]] = {
     "last_layer": {
         "head_untied": LastLayer(),
         "head_tied": LastLayer(head="tied"),
-        "head_as_published": LastLayer(head="as_published"),
+        "head_as_published": LastLayer(head="outside_blocks"),
     },
     "lora": {
         "lora": Lora(r=4, alpha=6),

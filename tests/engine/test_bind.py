@@ -29,7 +29,7 @@ def test_a_trunk_cache_of_several_machines(workshop: Workshop, monkeypatch: pyte
     """A mapped file is one machine's; processes on two are told so before they have met."""
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    train = {"trunk_cache": "fp32", "global_batch": 8}
+    train = {"feature_cache": "fp32", "global_batch_size": 8}
     with pytest.raises(EngineError, match="that all 4 processes map, and 2 of them are on this machine"):
         bind(workshop.recipe(LastLayer(), train=train), workshop.output)
 

@@ -61,7 +61,7 @@ def test_virtual_tokens_take_positions(workshop: Workshop) -> None:
     """A recipe that fits the model without virtual tokens is refused with them, and says what would fit."""
     fits = workshop.recipe(Full(), data={"max_tokens": POSITIONS})
     assert make_encoder(fits, load_base(fits)).layout.max_tokens == POSITIONS
-    with pytest.raises(OutOfRangeError, match=f"set data.max_tokens={POSITIONS - 5} or less"):
+    with pytest.raises(OutOfRangeError, match=f"set data.max_length={POSITIONS - 5} or less"):
         make_encoder(workshop.recipe(PromptTuning(tokens=5), data={"max_tokens": POSITIONS}), load_base(fits))
 
 

@@ -179,7 +179,7 @@ def test_a_file_without_zero(asked: Path, workshop: Workshop) -> None:
 
 def test_what_did_not_start_as_asked_is_refused(workshop: Workshop) -> None:
     """Each difference is named, with both sides, before the first step."""
-    recipe = workshop.recipe(Full(), train={"micro_batch": 3})
+    recipe = workshop.recipe(Full(), train={"micro_batch_size": 3})
     bound = bind(recipe, workshop.output)
     model = torch.nn.Linear(2, 2)
     steps = torch.optim.AdamW(model.parameters())

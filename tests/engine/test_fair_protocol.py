@@ -26,19 +26,19 @@ Setting = dict[str, dict[str, Any]]
 SETTINGS: dict[str, Setting] = {
     "packed": {"data": {"padding": "none"}},
     "packed to a multiple": {"data": {"padding": "none", "pad_to_multiple_of": 32}},
-    "padded to a multiple": {"data": {"padding": "longest", "pad_to_multiple_of": 16}, "train": {"micro_batch": 2}},
-    "padded to the longest": {"data": {"padding": "longest"}, "train": {"micro_batch": 2}},
+    "padded to a multiple": {"data": {"padding": "longest", "pad_to_multiple_of": 16}, "train": {"micro_batch_size": 2}},
+    "padded to the longest": {"data": {"padding": "longest"}, "train": {"micro_batch_size": 2}},
     "padded to max_tokens": {"data": {"padding": "max_tokens"}},
     "logits everywhere": {"train": {"logits": "all"}},
     "logits everywhere, padded": {"data": {"padding": "longest"}, "train": {"logits": "all"}},
-    "by tokens": {"train": {"micro_tokens": 120}},
-    "by tokens, padded": {"data": {"padding": "longest"}, "train": {"micro_tokens": 120}},
-    "one by one": {"train": {"micro_batch": 1}},
+    "by tokens": {"train": {"micro_batch_tokens": 120}},
+    "by tokens, padded": {"data": {"padding": "longest"}, "train": {"micro_batch_tokens": 120}},
+    "one by one": {"train": {"micro_batch_size": 1}},
 }
 """What may change how fast a run is, and how much memory it takes, and nothing else; the first is held up as right."""
 STORED: dict[str, Setting] = {
-    "over stored states": {"train": {"trunk_cache": "fp32"}},
-    "over stored states, padded": {"data": {"padding": "longest"}, "train": {"trunk_cache": "fp32", "micro_batch": 1}},
+    "over stored states": {"train": {"feature_cache": "fp32"}},
+    "over stored states, padded": {"data": {"padding": "longest"}, "train": {"feature_cache": "fp32", "micro_batch_size": 1}},
 }
 """The same, for a trunk that is frozen."""
 
@@ -68,7 +68,7 @@ def trained_on(monkeypatch: pytest.MonkeyPatch) -> list[GlobalBatch]:
 
 def run(workshop: Workshop, method: Method, setting: Setting, given: list[GlobalBatch]) -> tuple[RunRecord, list[Step]]:
     """The record of a run, and what its steps were given."""
-    train = {"steps": STEPS, "global_batch": BATCH} | setting.get("train", {})
+    train = {"steps": STEPS, "global_batch_size": BATCH} | setting.get("train", {})
     given.clear()
     record = workshop.run(workshop.recipe(method, data=setting.get("data"), train=train))
     assert record.outcome.kind == "ok"
@@ -123,7 +123,7 @@ def test_no_setting_changes_what_is_trained_on(
 
 def test_methods_differ_in_virtual_tokens_alone(workshop: Workshop, trained_on: list[GlobalBatch]) -> None:
     """In tokens, steps and the examples of each, with all that can be spared and with nothing."""
-    nothing_spared: Setting = {"data": {"padding": "max_tokens"}, "train": {"logits": "all", "micro_batch": 1}}
+    nothing_spared: Setting = {"data": {"padding": "max_tokens"}, "train": {"logits": "all", "micro_batch_size": 1}}
     expected, steps = run(workshop, ONE_OF_EACH["full"], nothing_spared, trained_on)
     drawn = [number for step in steps for number, _ in step]
     assert sorted(drawn[:EXAMPLES]) == list(range(EXAMPLES))

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @every_method
 def test_flops_of_a_run_are_those_of_its_steps(method: Method, architecture: str, workshop: Workshop) -> None:
     """Executed FLOPs in the record are what torch counts in the very same training; fewer are required."""
-    recipe = workshop.recipe(method, architecture=architecture, train={"micro_batch": 4})
+    recipe = workshop.recipe(method, architecture=architecture, train={"micro_batch_size": 4})
     plain = workshop.run(recipe)
     seen: list[int | None] = []
     true_step = peftbench.engine.loop.train_step
@@ -81,10 +81,10 @@ def test_warm_up_is_in_no_figure(workshop: Workshop) -> None:
 def test_a_real_step_is_counted(method: Method, architecture: str, workshop: Workshop) -> None:
     """FLOPs of the first warm-up step, counted as torch dispatched them, are those in closed form; losses stay."""
     recipe = workshop.recipe(
-        method, architecture=architecture, train={"micro_batch": 4}, profile=Profile(warmup_steps=1)
+        method, architecture=architecture, train={"micro_batch_size": 4}, profile=Profile(warmup_steps=1)
     )
     record, plain = workshop.run(recipe), workshop.run(workshop.recipe(method, architecture=architecture,
-                                                                      train={"micro_batch": 4}))  # fmt: skip
+                                                                      train={"micro_batch_size": 4}))  # fmt: skip
     step = record.flops.counted_step
     assert step is not None
     assert step.step == 1
@@ -160,7 +160,7 @@ def test_a_gpu_s_figures_in_a_record(workshop: Workshop, monkeypatch: pytest.Mon
     """Parts, context, the driver's figure and every retry once, from the meter to the record."""
     monkeypatch.setattr("peftbench.profiler.probe.meter_for", lambda _: GpuLike())
     record = workshop.run(
-        workshop.recipe(Full(), train={"steps": 5, "micro_batch": 3}, profile=Profile(warmup_steps=2))
+        workshop.recipe(Full(), train={"steps": 5, "micro_batch_size": 3}, profile=Profile(warmup_steps=2))
     )
     assert set(record.step_memory) == {"forward", "backward", "optimizer"}
     steps, micro_batches = 3, 2

@@ -64,7 +64,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def recipe(workshop: Workshop, name: str, stored: Stored | None, **parts: Any) -> Recipe:
     """Three epochs of a head, in two micro-batches a step."""
-    train = {"steps": None, "epochs": EPOCHS, "global_batch": BATCH, "micro_batch": 3, "trunk_cache": stored}
+    train = {"steps": None, "epochs": EPOCHS, "global_batch_size": BATCH, "micro_batch_size": 3, "feature_cache": stored}
     train |= parts.pop("train", {})
     knobs: dict[str, Any] = {
         "optimizer": AdamW(learning_rate=1e-2),
@@ -184,7 +184,7 @@ def test_states_in_bf16(precision: str, workshop: Workshop) -> None:
 
 def test_an_epoch_that_ends_within_a_step(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """A micro-batch with one new example computes all of its own; each example is new once."""
-    train = {"global_batch": 10, "micro_batch": 2, "epochs": None, "steps": 6}
+    train = {"global_batch_size": 10, "micro_batch_size": 2, "epochs": None, "steps": 6}
     plain = workshop.run(recipe(workshop, "plain", None, train=train))
     with trunk_calls(monkeypatch) as calls:
         kept = workshop.run(recipe(workshop, "kept", "fp32", train=train))
@@ -196,7 +196,7 @@ def test_an_epoch_that_ends_within_a_step(workshop: Workshop, monkeypatch: pytes
 
 def test_micro_batches_under_a_number_of_tokens(workshop: Workshop) -> None:
     """They are cut as without a store."""
-    train = {"micro_batch": None, "micro_tokens": 120}
+    train = {"micro_batch_size": None, "micro_batch_tokens": 120}
     plain, kept = (workshop.run(recipe(workshop, f"{stored}", stored, train=train)) for stored in (None, "fp32"))
     assert plain.engine is not None
     assert plain.engine.accumulation > 1
@@ -328,7 +328,7 @@ def test_a_model_without_a_trunk_of_its_own(workshop: Workshop, monkeypatch: pyt
     accelerator = bind(made, workshop.output).accelerator
     built = built_from(made, accelerator)
     monkeypatch.setattr(type(built.base.model), "base_model", property(lambda base: base), raising=False)
-    with pytest.raises(UnsupportedModelError, match=r"gpt2 has no trunk apart from its head.*train.trunk_cache=null"):
+    with pytest.raises(UnsupportedModelError, match=r"gpt2 has no trunk apart from its head.*train.feature_cache=null"):
         trainer_from(made, accelerator, built)
 
 

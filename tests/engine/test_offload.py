@@ -16,7 +16,7 @@ from tests.conftest import Workshop
 def test_on_cpu_nothing_moves_and_it_is_said(workshop: Workshop) -> None:
     """There they are already; the losses are those without."""
     plain, offloaded = (
-        workshop.run(workshop.recipe(Full(), train={"activation_offload": switch})) for switch in (False, True)
+        workshop.run(workshop.recipe(Full(), train={"activation_offloading": switch})) for switch in (False, True)
     )
     assert offloaded.losses == plain.losses
     assert "activation offload was left out: activations are in the CPU's memory anyway" in offloaded.notes

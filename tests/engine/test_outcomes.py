@@ -49,7 +49,7 @@ def _from_call(number: int, then: Callable[[torch.Tensor], torch.Tensor]) -> Bad
 @every_method
 def test_a_run_that_ends_well(method: Method, architecture: str, workshop: Workshop) -> None:
     """A record holds what the recipe asked for: losses, steps, counts, parameters, and quality on every example."""
-    record = workshop.run(workshop.recipe(method, architecture=architecture, train={"micro_batch": 4}))
+    record = workshop.run(workshop.recipe(method, architecture=architecture, train={"micro_batch_size": 4}))
     assert record.outcome.kind == "ok"
     assert record.steps == len(record.losses) == len(record.step_seconds) == 3
     assert record.examples == {"train": 24, "test": 8}

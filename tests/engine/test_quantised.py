@@ -22,7 +22,7 @@ OVER_FROZEN = {name: method for name, method in ONE_OF_EACH.items() if name in O
 def test_trains_over_a_quantised_base(method: Method, quantization: str, workshop: Workshop) -> None:
     """The loss falls, the base takes less, FLOPs are those of the plain one and the count agrees."""
     plain, small = (
-        workshop.run(workshop.recipe(method, model={"quantization": bits}, train={"steps": 8, "micro_batch": 3}))
+        workshop.run(workshop.recipe(method, model={"quantization": bits}, train={"steps": 8, "micro_batch_size": 3}))
         for bits in (None, quantization)
     )
     assert small.outcome.kind == "ok"

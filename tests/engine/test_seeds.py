@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @every_method
 def test_the_same_recipe_twice(method: Method, workshop: Workshop) -> None:
     """Run twice, a recipe gives the same losses and the same held-out loss to the last bit, dropout and all."""
-    recipe = workshop.recipe(method, model={"dropout": 0.1}, train={"steps": 4, "micro_batch": 4})
+    recipe = workshop.recipe(method, model={"dropout": 0.1}, train={"steps": 4, "micro_batch_size": 4})
     first, second = workshop.run(recipe), workshop.run(recipe)
     assert first.losses == second.losses
     assert len(first.losses) == 4
@@ -53,7 +53,7 @@ def test_seed_of_dropout(workshop: Workshop) -> None:
     """With the same examples in every step, whatever their order, another seed still changes what dropout drops."""
 
     def loss(dropout: float, seed: int) -> float:
-        knobs = {"global_batch": 24, "steps": 1, "seed": seed}  # all examples there are
+        knobs = {"global_batch_size": 24, "steps": 1, "seed": seed}  # all examples there are
         return workshop.run(workshop.recipe(Full(), model={"dropout": dropout}, train=knobs)).losses[0]
 
     assert loss(0.0, 0) == pytest.approx(loss(0.0, 1), abs=1e-5)
@@ -72,7 +72,7 @@ def test_order_is_the_same_for_every_method(padding: str, workshop: Workshop) ->
     seen: dict[str, list[GlobalBatch]] = {}
     for method in ONE_OF_EACH.values():
         forget_accelerators()
-        recipe = workshop.recipe(method, data={"padding": padding}, train={"micro_batch": 4})
+        recipe = workshop.recipe(method, data={"padding": padding}, train={"micro_batch_size": 4})
         accelerator = bind(recipe, workshop.output).accelerator
         batches = iter(trainer_from(recipe, accelerator).batches)
         seen[method.kind] = [next(batches) for _ in range(6)]  # more than one pass over the examples

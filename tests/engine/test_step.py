@@ -120,6 +120,6 @@ def test_train_tells_every_step_and_counts_every_token(workshop: Workshop) -> No
 
 def test_steps_from_epochs(workshop: Workshop) -> None:
     """A length in epochs is in steps what covers the examples, rounded up: 24 examples, 1.5 epochs, 10 a step."""
-    recipe = workshop.recipe(Full(), train={"steps": None, "epochs": 1.5, "global_batch": 10})
+    recipe = workshop.recipe(Full(), train={"steps": None, "epochs": 1.5, "global_batch_size": 10})
     accelerator = bind(recipe, workshop.output).accelerator
     assert trainer_from(recipe, accelerator).steps == 4

@@ -116,13 +116,13 @@ def test_a_launch_is_refused_by_each_rule(rule: Rule, workshop: Workshop, monkey
     monkeypatch.setattr("peftbench.engine.deepspeed.check_disk", lambda: None)
     recipe = workshop.recipe(
         ONE_OF_EACH[point.method], optimizer={"kind": point.optimizer}, train={
-            "precision": point.precision, "global_batch": 4,
-            **({"micro_tokens": 100} if MICRO_TOKENS in point.extras else {"micro_batch": 2}),
+            "precision": point.precision, "global_batch_size": 4,
+            **({"micro_batch_tokens": 100} if MICRO_TOKENS in point.extras else {"micro_batch_size": 2}),
             "compile": COMPILE in point.extras, "cross_entropy": "liger" if LIGER in point.extras else "torch",
-            "activation_offload": ACTIVATION_OFFLOAD in point.extras,
-            "trunk_cache": "fp32" if TRUNK_CACHE in point.extras else None,
+            "activation_offloading": ACTIVATION_OFFLOAD in point.extras,
+            "feature_cache": "fp32" if TRUNK_CACHE in point.extras else None,
         }, model={"quantization": "nf4" if QUANTIZATION in point.extras else None},
-        checkpoint={"every_steps": 2 if CHECKPOINTS in point.extras else None},
+        checkpoint={"interval": 2 if CHECKPOINTS in point.extras else None},
     )  # fmt: skip
     with pytest.raises(CombinationError) as raised:
         bind(recipe, workshop.output)

@@ -79,7 +79,7 @@ def test_beams_do_not_depend_on_the_batch(
     architecture: str, method: Method, moved_bench: Callable[[Case], Bench], evaluation: MakeEvaluation
 ) -> None:
     """A search by beams finds the same summaries together and one by one, and others than a greedy one."""
-    model = moved_bench(Case("beams", method, architecture)).model
+    model = moved_bench(Case("num_beams", method, architecture)).model
     together = evaluation(method, model, batch=16, beams=3).summaries()
     assert together == evaluation(method, model, batch=1, beams=3).summaries()
     assert together != evaluation(method, model, batch=16).summaries()

@@ -60,7 +60,7 @@ MORE_DATA: list[Mistake] = [
 # Told by the model and what is made of it.
 MODEL: list[Mistake] = [
     ("model.path=./no/such/base", ModelNotFoundError, "no config for './no/such/base' (tried a folder, the cache and"),
-    ("data.max_tokens=16", SequenceTooShortError, "8 of 8 examples of the test split do not fit 16 tokens"),
+    ("data.max_length=16", SequenceTooShortError, "8 of 8 examples of the test split do not fit 16 tokens"),
     ("method.target_modules=[c_atn]", TargetModulesError, "'c_atn' matches no matrix of gpt2; did you mean 'c_attn'?"),
 ]
 MORE_MODEL: list[Mistake] = [

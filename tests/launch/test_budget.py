@@ -41,7 +41,7 @@ main()
 def full(project: Path) -> Path:
     """A recipe of full fine-tuning, all rows in one micro-batch and as long as can be."""
     recipe: dict[str, Any] = RECIPE | {
-        "method": {"kind": "full"}, "train": {"steps": 3, "global_batch": 8},
+        "method": {"kind": "full"}, "train": {"steps": 3, "global_batch_size": 8},
         "data": {**RECIPE["data"], "padding": "max_tokens"}, "save_model": False,  # type: ignore[dict-item]
         "profile": {"warmup_steps": 1}, "evaluate": {**RECIPE["evaluate"], "batch": 1},  # type: ignore[dict-item]
     }  # fmt: skip
@@ -84,7 +84,7 @@ def test_a_run_is_refused_and_what_is_suggested_fits(
     assert changes
     followed = launch("--config", str(full), f"budget.memory={TOO_LITTLE}MiB", *changes)
     assert followed.returncode == 0, followed.stderr
-    assert read_record(project / "out" / "run" / "record.json").recipe["train"]["global_batch"] == 8
+    assert read_record(project / "out" / "run" / "record.json").recipe["train"]["global_batch_size"] == 8
 
 
 def test_enough_is_enough(full: Path, launch: Callable[..., subprocess.CompletedProcess[str]], project: Path) -> None:
@@ -128,7 +128,7 @@ def test_no_rank_waits_for_one_that_is_out_of_memory(
     script.write_text(_STARVED, encoding="utf-8")
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CPU2), "--main_process_port", "0",
-        str(script), "--config", str(full), f"budget.memory={TOO_LITTLE}MiB", "train.global_batch=16",
+        str(script), "--config", str(full), f"budget.memory={TOO_LITTLE}MiB", "train.global_batch_size=16",
     ]  # fmt: skip
     done = subprocess.run(
         command,
@@ -150,17 +150,17 @@ def test_no_rank_waits_for_one_that_is_out_of_memory(
 @pytest.mark.slow
 def test_auto_is_what_fits(full: Path, launch: Callable[..., subprocess.CompletedProcess[str]], project: Path) -> None:
     """The largest micro-batch that is predicted to fit is taken and noted, and the recipe stays as it was asked."""
-    done = launch("--config", str(full), "budget.memory=150MiB", "train.micro_batch=auto")
+    done = launch("--config", str(full), "budget.memory=150MiB", "train.micro_batch_size=auto")
     assert done.returncode == 0, done.stderr
     record = read_record(project / "out" / "run" / "record.json")
-    assert record.recipe["train"]["micro_batch"] == "auto"
+    assert record.recipe["train"]["micro_batch_size"] == "auto"
     assert record.engine is not None
     assert record.engine.micro_batch is not None
     assert 1 <= record.engine.micro_batch < 8
     assert record.engine.micro_batch * record.engine.accumulation >= 8
     (note,) = record.notes
     assert note == (
-        f"train.micro_batch=auto became {record.engine.micro_batch}, the most that is predicted to fit 150 MiB"
+        f"train.micro_batch_size=auto became {record.engine.micro_batch}, the most that is predicted to fit 150 MiB"
     )
 
 
@@ -168,7 +168,7 @@ def test_auto_is_what_fits(full: Path, launch: Callable[..., subprocess.Complete
 def test_the_edge_is_proved_by_running_it(full: Path, project: Path, caches: dict[str, str]) -> None:
     """The answer runs under the budget, and the next larger micro-batch is out of memory."""
     done = run(
-        peftbench("fit", "--config", full.name, "train.global_batch=8", "--device", "cpu", "--budget", "150MiB",
+        peftbench("fit", "--config", full.name, "train.global_batch_size=8", "--device", "cpu", "--budget", "150MiB",
                   "--allow", "", "--verify", "--json"),
         project, caches,
     )  # fmt: skip
@@ -185,8 +185,8 @@ def test_the_edge_is_proved_by_running_it(full: Path, project: Path, caches: dic
     (["budget.memory=lots"], 13, "budget.memory='lots': 'lots' is no size of memory; write it as 16GiB"),
     (["budget.memory=900TiB"], 80, "is more than the"),
     (["budget.memory=2MiB"], 80, "that a process on CPU takes beside its tensors; give more"),
-    (["train.micro_batch=auto"], 80, "train.micro_batch=auto needs to know what is to fit; set budget.memory"),
-    (["train.micro_batch=many"], 13, "must be a number of examples, auto or null"),
+    (["train.micro_batch_size=auto"], 80, "train.micro_batch_size=auto needs to know what is to fit; set budget.memory"),
+    (["train.micro_batch_size=many"], 13, "must be a number of examples, auto or null"),
 ])  # fmt: skip
 def test_what_cannot_be_meant(
     arguments: list[str], code: int, said: str, project: Path, launch: Callable[..., subprocess.CompletedProcess[str]]

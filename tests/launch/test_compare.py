@@ -153,7 +153,7 @@ def test_bad_data_is_refused_once_by_all_processes(project: Path, caches: dict[s
 @pytest.mark.multiprocess
 def test_two_processes_agree_with_one(project: Path, caches: dict[str, str]) -> None:
     """The same recipe on one and on two processes: same losses to 1e-4, same evaluation, each example counted once."""
-    changes = ["train.steps=4", "train.micro_batch=1", "evaluate.generate=true", "evaluate.batch=3"]
+    changes = ["train.steps=4", "train.micro_batch_size=1", "evaluate.generate=true", "evaluate.batch_size=3"]
     one = run(
         [sys.executable, str(REPOSITORY / "launch" / "train.py"), "--config", "recipe.yaml", *changes, "name=one"],
         project, caches,
@@ -198,7 +198,7 @@ def test_a_global_batch_that_cannot_be_shared_is_refused(project: Path, caches: 
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(CONFIG)]
     script = str(REPOSITORY / "launch" / "train.py")
     done = run(
-        [*launcher, "--main_process_port", "0", script, "--config", "recipe.yaml", "train.global_batch=3"],
+        [*launcher, "--main_process_port", "0", script, "--config", "recipe.yaml", "train.global_batch_size=3"],
         project, caches,
     )  # fmt: skip
     assert done.returncode != 0

@@ -32,7 +32,7 @@ def test_a_plan_is_printed(project: Path, caches: dict[str, str]) -> None:
     (["--budget", "80GiB", "--device", "t4"], 80, "is more than the"),
     (["budget.memory=16GiB", "--device", "t4"], 80, "is more than the"),
     (["--budget", ""], 80, "'' is no size of memory"),
-    (["train.micro_batch=auto"], 80, "what is it to fit? give --budget"),
+    (["train.micro_batch_size=auto"], 80, "what is it to fit? give --budget"),
     (["--suite", "nothing.yaml"], 80, "--suite says which recipes it is of"),
     (["train.step=3"], 11, "there is no knob 'train.step'"),
 ])  # fmt: skip
@@ -55,7 +55,7 @@ def test_what_fits_is_printed(project: Path, caches: dict[str, str]) -> None:
     assert done.returncode == 0, done.stderr
     for way in ("as it is", "checkpointing", "bf16", "checkpointing + bf16"):
         assert f"| {way} " in done.stdout
-    assert "train.micro_batch=4" in done.stdout
+    assert "train.micro_batch_size=4" in done.stdout
     small = run(peftbench("fit", "--config", "recipe.yaml", "--budget", "64MiB"), project, caches)
     assert small.returncode == 1
     assert "nothing that was tried fits 64 MiB, not even with micro-batches of one example" in small.stdout
@@ -66,7 +66,7 @@ def test_what_fits_is_printed(project: Path, caches: dict[str, str]) -> None:
 
 def test_auto_is_planned_with_what_it_becomes(project: Path, caches: dict[str, str]) -> None:
     """The largest micro-batch that fits the budget, not a fault."""
-    command = peftbench("estimate", "--config", "recipe.yaml", "train.micro_batch=auto", "--budget", "2GiB", "--json")
+    command = peftbench("estimate", "--config", "recipe.yaml", "train.micro_batch_size=auto", "--budget", "2GiB", "--json")
     done = run(command, project, caches)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["rows"] == 4
@@ -79,7 +79,7 @@ def test_a_suite_is_planned_run_by_run(project: Path, caches: dict[str, str]) ->
         encoding="utf-8",
     )
     (project / "suite.yaml").write_text(
-        "{name: s, recipes: [recipe.yaml], accelerate: two.yaml, axes: {train.global_batch: [4, 3]}}", encoding="utf-8"
+        "{name: s, recipes: [recipe.yaml], accelerate: two.yaml, axes: {train.global_batch_size: [4, 3]}}", encoding="utf-8"
     )
     done = run(peftbench("estimate", "--suite", "suite.yaml", "--budget", "2GiB", "--json"), project, caches)
     assert done.returncode == 0, done.stderr

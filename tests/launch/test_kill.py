@@ -17,7 +17,7 @@ KILLS = 20
 STEPS = 150
 SUITE = f"""name: s
 recipes: [recipe.yaml]
-overrides: [checkpoint.every_steps=1, train.steps={STEPS}, model.dropout=0.1]
+overrides: [checkpoint.interval=1, train.steps={STEPS}, model.dropout=0.1]
 axes: {{train.seed: [0, 1]}}
 """
 

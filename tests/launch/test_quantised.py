@@ -22,7 +22,7 @@ ENGINES = {
     ],
 }  # fmt: skip
 ARGUMENTS = [
-    "--config", "recipe.yaml", "train.steps=6", "train.precision=fp32", "profile.warmup_steps=2", "model.dropout=0.0",
+    "--config", "recipe.yaml", "train.steps=6", "train.precision=fp32", "profile.untimed_steps=2", "model.dropout=0.0",
     "model.quantization=nf4", "optimizer.learning_rate=3e-3",
 ]  # fmt: skip
 

@@ -23,7 +23,7 @@ from tests.launch.test_compare import CONFIG, peftbench, record_of, run
 
 pytestmark = pytest.mark.xdist_group("hosts")
 STEPS = 40
-ARGUMENTS = ["--config", "recipe.yaml", f"train.steps={STEPS}", "model.dropout=0.1", "profile.warmup_steps=2"]
+ARGUMENTS = ["--config", "recipe.yaml", f"train.steps={STEPS}", "model.dropout=0.1", "profile.untimed_steps=2"]
 ALONE = [sys.executable, str(LAUNCH)]
 TWO = [
     sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIG), "--main_process_port", "0",
@@ -117,7 +117,7 @@ def test_a_step_is_kept_and_gone_on_from(
     assert not (project / "out" / "run" / "checkpoints").exists()
 
 
-LONG_EVALUATION = ["evaluate.generate=true", "evaluate.max_new_tokens=100", "evaluate.batch=1", "model.dropout=0.0"]
+LONG_EVALUATION = ["evaluate.generate=true", "evaluate.max_new_tokens=100", "evaluate.batch_size=1", "model.dropout=0.0"]
 
 
 def await_evaluation(project: Path, process: subprocess.Popen[str]) -> None:
@@ -179,7 +179,7 @@ def test_a_full_disk_while_it_saves(
 ) -> None:
     """It ends with a sentence, what was kept before stays, and with room again the run goes on from there."""
     with mounted(project / "small", "size=12m") as disk:
-        more = [f"output_dir={disk}", "checkpoint.every_steps=2", "checkpoint.keep=1"]
+        more = [f"output_dir={disk}", "checkpoint.interval=2", "checkpoint.keep_latest=1"]
         process = begin(ALONE, project, caches, *more)
         kept = disk / "run" / "checkpoints"
         until = time.monotonic() + 200
@@ -214,7 +214,7 @@ def fill(file: Path, room: int) -> None:
 @pytest.mark.slow
 def test_a_damaged_checkpoint(project: Path, caches: dict[str, str], undisturbed: dict[str, Any]) -> None:
     """It goes on from the one before, and says so."""
-    process = begin(ALONE, project, caches, "checkpoint.every_steps=2")
+    process = begin(ALONE, project, caches, "checkpoint.interval=2")
     kept = project / "out" / "run" / "checkpoints"
     until = time.monotonic() + 200
     while len(list(kept.rglob("step-*[0-9]/checkpoint.json"))) < 2 and time.monotonic() < until:
@@ -229,7 +229,7 @@ def test_a_damaged_checkpoint(project: Path, caches: dict[str, str], undisturbed
         byte = file.read(1)
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte[0] ^ 1]))
-    ended = run([*ALONE, *ARGUMENTS, "checkpoint.every_steps=2"], project, caches)
+    ended = run([*ALONE, *ARGUMENTS, "checkpoint.interval=2"], project, caches)
     assert ended.returncode == 0, ended.stderr
     record = record_of(project, "run")
     assert record["resumed_after"] == [int(before.name.removeprefix("step-"))]
@@ -288,7 +288,7 @@ def test_two_processes_stop_together(
 @pytest.mark.parametrize("way", ["file", "one rank"])
 def test_two_processes_are_stopped_while_they_evaluate(way: str, project: Path, caches: dict[str, str]) -> None:
     """Whoever hears it first tells the other, which may be waiting for it: one record, and the training is kept."""
-    more = [*LONG_EVALUATION, f"checkpoint.every_steps={STEPS}"]
+    more = [*LONG_EVALUATION, f"checkpoint.interval={STEPS}"]
     process = begin(TWO, project, caches, *more)
     await_evaluation(project, process)
     pid = json.loads((project / "out" / "run" / "status.json").read_text(encoding="utf-8"))["pid"]

@@ -16,8 +16,8 @@ from tests.launch.test_compare import REPOSITORY, record_of, run
 
 EPOCHS, STEPS = 3, 6
 ARGUMENTS = [
-    "--config", "recipe.yaml", "method.kind=last_layer", f"train.steps={STEPS}", "train.global_batch=4",
-    "train.micro_batch=1", "profile.warmup_steps=1", "model.dropout=0.0", "optimizer.learning_rate=0.01",
+    "--config", "recipe.yaml", "method.kind=last_layer", f"train.steps={STEPS}", "train.global_batch_size=4",
+    "train.micro_batch_size=1", "profile.untimed_steps=1", "model.dropout=0.0", "optimizer.learning_rate=0.01",
 ]  # fmt: skip
 HEAD = "lm_head.weight"
 
@@ -65,9 +65,9 @@ def test_two_processes_train_over_one_store(engine: str, project: Path, own: dic
     """
     plain = run(one_process("name=plain"), project, own)
     assert plain.returncode == 0, plain.stderr
-    kept = run(two_processes(engine, project, "train.trunk_cache=fp32", "name=kept"), REPOSITORY, own)
+    kept = run(two_processes(engine, project, "train.feature_cache=fp32", "name=kept"), REPOSITORY, own)
     assert kept.returncode == 0, kept.stderr
-    again = run(two_processes(engine, project, "train.trunk_cache=fp32", "name=again"), REPOSITORY, own)
+    again = run(two_processes(engine, project, "train.feature_cache=fp32", "name=again"), REPOSITORY, own)
     assert again.returncode == 0, again.stderr
     records = {name: record_of(project, name) for name in ("plain", "kept", "again")}
     expected = records["plain"]
@@ -91,7 +91,7 @@ def test_two_processes_train_over_one_store(engine: str, project: Path, own: dic
 @pytest.mark.parametrize("after", [1, 4], ids=["in_the_first_epoch", "in_the_third"])
 def test_a_run_that_was_killed_goes_on(after: int, project: Path, own: dict[str, str]) -> None:
     """Kill -9 after a checkpoint, whatever was being written: the rest is as if nothing had happened."""
-    knobs = ("train.trunk_cache=fp32", "checkpoint.every_steps=1")
+    knobs = ("train.feature_cache=fp32", "checkpoint.interval=1")
     plain = run(one_process("name=plain"), project, own)
     assert plain.returncode == 0, plain.stderr
     process = subprocess.Popen(

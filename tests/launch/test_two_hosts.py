@@ -128,7 +128,7 @@ def project(project: Path) -> Path:
     engine["use_cpu"] = True
     engine["deepspeed_config"]["deepspeed_config_file"] = str(REPOSITORY / "ds_configs" / "zero2.json")
     (project / "accelerate.yaml").write_text(yaml.safe_dump(engine), encoding="utf-8")
-    recipe = RECIPE | {"train": {"steps": STEPS, "global_batch": 4}, "checkpoint": {"every_steps": 2}}
+    recipe = RECIPE | {"train": {"steps": STEPS, "global_batch_size": 4}, "checkpoint": {"interval": 2}}
     (project / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return project
 

@@ -25,7 +25,7 @@ PUBLISHED: list[tuple[Method, int]] = [
     (LastLayer(head="untied"), 38_597_376),  # 50,257 x 768
     (LastLayer(head="tied"), 38_597_376),
     # What "freeze names with transformer.h." leaves: embedding, positions (1,024 x 768) and the last norm.
-    (LastLayer(head="as_published"), 38_597_376 + 786_432 + 1_536),
+    (LastLayer(head="outside_blocks"), 38_597_376 + 786_432 + 1_536),
     (Lora(r=16), 589_824),  # 12 layers x 16 x (768 + 2,304)
     (Lora(r=16, use_dora=True), 589_824 + 12 * 2_304),
     (Lora(r=8, target_modules=("c_attn", "c_proj", "c_fc")), 12 * 8 * (768 + 2304 + 768 + 768 + 2 * (768 + 3072))),

@@ -133,7 +133,7 @@ def test_as_published_leaves_everything_outside_the_blocks(
     fresh_base: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """What the published study called its last layer is the embedding, the positions and the final norm."""
-    model = LastLayer(head="as_published").apply(fresh_base("gpt2_tied"), tokenizer)
+    model = LastLayer(head="outside_blocks").apply(fresh_base("gpt2_tied"), tokenizer)
     assert set(trained(model)) == {
         "transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f.weight", "transformer.ln_f.bias",
     }  # fmt: skip

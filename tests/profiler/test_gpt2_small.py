@@ -49,8 +49,8 @@ def test_ratios_between_methods(shared_data: Path, workshop: Workshop) -> None:
             workshop.recipe(
                 method, model={"path": str(shared_data / "gpt2"), "init": "random", "dropout": 0.0},
                 data={"source": source, "train": 8, "test": 1, "max_tokens": REAL, "padding": "max_tokens",
-                      "too_long": "drop"},
-                train={"steps": 2, "global_batch": 2, "micro_batch": 1}, profile=Profile(warmup_steps=1),
+                      "overlong": "drop"},
+                train={"steps": 2, "global_batch_size": 2, "micro_batch_size": 1}, profile=Profile(warmup_steps=1),
             )
         )  # fmt: skip
         step = record.flops.counted_step

@@ -31,7 +31,7 @@ def record(name: str, kind: str, trainable: int | None, **changes: Any) -> RunRe
         "name": name,
         "output_dir": "runs",
         "method": {"kind": kind} | changes.pop("method", {}),
-        "train": {"seed": changes.pop("seed", 0), "global_batch": changes.pop("global_batch", 16), "precision": "fp32"},
+        "train": {"seed": changes.pop("seed", 0), "global_batch_size": changes.pop("global_batch_size", 16), "precision": "fp32"},
         "data": {"seed": changes.pop("data_seed", 0), "max_tokens": 64, "as_published": False},
     }
     score = Interval(mean=31.25, low=30.0, high=32.5)

@@ -214,7 +214,7 @@ def test_what_changed_in_all_runs_is_shown_once(tmp_path: Path, capsys: pytest.C
     assert [change.knob for change in found.common] == ["versions.torch"]
     table = printed(found, capsys).split("config")[1]
     assert re.findall(r"^(\S+ \S+ \S+ .+)$", table, re.MULTILINE)[1:4] == [
-        "versions.torch 1 2 all", "train.global_batch 16 32 b, c", "train.seed 0 7 c",
+        "versions.torch 1 2 all", "train.global_batch_size 16 32 b, c", "train.seed 0 7 c",
     ]  # fmt: skip
 
 

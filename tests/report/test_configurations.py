@@ -77,9 +77,9 @@ def test_what_changes_no_number_divides_nothing() -> None:
     first = record("lora-seed=0", "lora", 10)
     other = record("lora-seed=1", "lora", 10, seed=1)
     changed = other.recipe | {
-        "save_model": True, "trackers": ["tensorboard"], "checkpoint": {"every_steps": 2},
+        "save_model": True, "trackers": ["tensorboard"], "checkpoint": {"interval": 2},
         "profile": {"price_per_hour": 2.5}, "budget": {"memory": None},
-        "train": other.recipe["train"] | {"trunk_cache": None},
+        "train": other.recipe["train"] | {"feature_cache": None},
     }  # fmt: skip
     first = first.model_copy(update={"recipe": first.recipe | {"profile": {}}})
     (one,) = configurations([first, other.model_copy(update={"recipe": changed})])
@@ -102,7 +102,7 @@ def _changed(part: BaseModel, knob: tuple[str, ...]) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
-@pytest.mark.parametrize("asked", [{}, {"budget": {"memory": "1GiB"}, "train": {"steps": 1, "trunk_cache": "fp32"}}])
+@pytest.mark.parametrize("asked", [{}, {"budget": {"memory": "1GiB"}, "train": {"steps": 1, "feature_cache": "fp32"}}])
 def test_what_changes_no_number_is_what_a_fingerprint_leaves_out(asked: dict[str, Any], workshop: Workshop) -> None:
     """For each knob of a recipe: runs that differ in it are one configuration where their fingerprints are equal."""
     recipe = workshop.recipe(LastLayer(), **asked)

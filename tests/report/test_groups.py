@@ -36,7 +36,7 @@ def test_by_knob_is_a_row_a_method_and_a_column_a_value() -> None:
     rows = [record(f"l{batch}", "lora", 10, global_batch=batch, loss=loss) for batch, loss in ((16, 2.0), (2, 1.5))]
     rows += [record("f2", "full", 1000, global_batch=2, loss=1.0)]
     rows += [record("f16", "full", 1000, global_batch=16, quality=None, outcome=Outcome(kind="diverged", step=3))]
-    assert by_knob(rows, "train.global_batch") == [
+    assert by_knob(rows, "train.global_batch_size") == [
         {"method": "lora", "2": "**1.500**", "16": "2.000"},
         {"method": "full", "2": "**1.000**", "16": "diverged"},
     ]

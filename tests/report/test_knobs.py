@@ -22,8 +22,8 @@ def test_knobs_are_equal_or_counted() -> None:
     """A knob with one value is equal; another has each value with how many runs have it, and a lack of it counts."""
     rows = [record("a", "lora", 1, method={"r": 8}), record("b", "lora", 1, method={"r": 8}), record("c", "full", 1)]
     found = {knob.name: knob for knob in knobs(rows)}
-    assert found["train.global_batch"].equal
-    assert found["train.global_batch"].values == {"16": 3}
+    assert found["train.global_batch_size"].equal
+    assert found["train.global_batch_size"].values == {"16": 3}
     assert found["method.kind"].values == {"lora": 2, "full": 1}
     assert found["method.r"].values == {"8": 2, "–": 1}
     assert "name" not in found

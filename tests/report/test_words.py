@@ -208,9 +208,9 @@ def test_the_reference_is_full_or_was_chosen() -> None:
     [
         (
             Outcome(kind="oom", step=2, phase="train", part="backward", requested_bytes=2**22, needed_bytes=120 * 2**20,
-                    suggestion="train.micro_batch=1 is predicted to fit"),
+                    suggestion="train.micro_batch_size=1 is predicted to fit"),
             "full: out of memory in the backward pass of step 2, where it asked for 4.0 MiB; predicted to need 120 MiB "
-            "at least; train.micro_batch=1 is predicted to fit.",
+            "at least; train.micro_batch_size=1 is predicted to fit.",
         ),
         (Outcome(kind="oom", phase="load"), "full: out of memory in load."),
         (Outcome(kind="oom"), "full: out of memory."),

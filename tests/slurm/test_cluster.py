@@ -26,7 +26,7 @@ def project(tmp_path: Path) -> Path:
     folder.mkdir()
     for path in SUITE["recipes"]:
         recipe = RECIPE | {"name": path.removesuffix(".yaml"), "output_dir": "local"}
-        recipe["train"] = {"steps": SHORT if path == "short.yaml" else LONG, "global_batch": 4}
+        recipe["train"] = {"steps": SHORT if path == "short.yaml" else LONG, "global_batch_size": 4}
         (folder / path).write_text(yaml.safe_dump(recipe), encoding="utf-8")
     (folder / "suite.yaml").write_text(yaml.safe_dump(SUITE), encoding="utf-8")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")

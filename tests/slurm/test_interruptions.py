@@ -101,14 +101,14 @@ def project(tmp_path: Path) -> Path:
     """Eight runs: four methods with two seeds each, with dropout where there is one, and checkpoints now and then."""
     recipe = RECIPE | {
         "output_dir": "local",
-        "checkpoint": {"every_steps": 20},
+        "checkpoint": {"interval": 20},
         "model": {"path": "shipped", "dropout": 0.1},
     }
     names = []
     for method in METHODS:
         for seed in (1, 2):
             name = f"{method}_{seed}"
-            train = {"steps": STEPS, "global_batch": 4, "seed": seed}
+            train = {"steps": STEPS, "global_batch_size": 4, "seed": seed}
             made = recipe | {"name": name, "train": train, "method": {"kind": method}}
             (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(made), encoding="utf-8")
             names.append(f"{name}.yaml")

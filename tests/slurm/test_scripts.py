@@ -34,7 +34,7 @@ def project(tmp_path: Path) -> Path:
     for name in ("launch", "ds_configs"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
     for name in ("first", "second"):
-        made = RECIPE | {"name": name, "train": {"steps": 4, "global_batch": 4}}
+        made = RECIPE | {"name": name, "train": {"steps": 4, "global_batch_size": 4}}
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(made), encoding="utf-8")
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
     engine = yaml.safe_load((REPOSITORY / "accel_configs" / "zero2.yaml").read_text(encoding="utf-8"))

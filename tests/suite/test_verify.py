@@ -22,7 +22,7 @@ BUDGET = 2**31
 
 def proved(workshop: Workshop, fits: int) -> tuple[Proof, list[str], list[Recipe]]:
     """Of a device on which up to ``fits`` rows fit, where four were predicted of twelve."""
-    recipe = workshop.recipe(Full(), train={"global_batch": 12}, evaluate={"batch": 2})
+    recipe = workshop.recipe(Full(), train={"global_batch_size": 12}, evaluate={"batch": 2})
     room = Room(UNKNOWN, "a GPU", BUDGET)
     found = strategy(recipe, (), room)
     assert found is not None
@@ -54,14 +54,14 @@ def test_the_edge_is_found(fits: int, tried: list[int], workshop: Workshop) -> N
     assert proof.predicted == 4
     assert len(said) == len(tried)
     for recipe in ran:
-        assert (recipe.train.steps, recipe.train.global_batch, recipe.data.padding) == (3, 12, "max_tokens")
+        assert (recipe.train.steps, recipe.train.global_batch_size, recipe.data.padding) == (3, 12, "max_tokens")
         assert recipe.budget.memory_bytes == BUDGET
         assert not Path(recipe.output_dir).exists()
 
 
 def test_a_run_that_fails_proves_nothing(workshop: Workshop) -> None:
     """It is no edge, and the answer is not given."""
-    recipe = workshop.recipe(Full(), train={"global_batch": 2}, evaluate={"batch": 1})
+    recipe = workshop.recipe(Full(), train={"global_batch_size": 2}, evaluate={"batch": 1})
     room = Room(UNKNOWN, "a GPU", BUDGET)
     found = strategy(recipe, (), room)
     assert found is not None

@@ -68,7 +68,7 @@ class Advice(BaseModel):
 
 
 class Settlement(BaseModel):
-    """What ``train.micro_batch=auto`` becomes."""
+    """What ``train.micro_batch_size=auto`` becomes."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -88,12 +88,12 @@ def ask(question: Question) -> Advice:
 
 
 def settle_there(question: Question) -> Settlement:
-    """Ask what ``train.micro_batch=auto`` becomes."""
+    """Ask what ``train.micro_batch_size=auto`` becomes."""
     said, problem = _asked(question, "settle")
     try:
         return Settlement.model_validate_json(said)
     except ValidationError:
-        return Settlement(problem=f"{problem}; set train.micro_batch to a number")
+        return Settlement(problem=f"{problem}; set train.micro_batch_size to a number")
 
 
 def _asked(question: Question, what: str) -> tuple[str, str]:
@@ -142,12 +142,12 @@ def answer(question: Question) -> Advice:
 
 
 def settlement(question: Question) -> Settlement:
-    """What ``train.micro_batch=auto`` becomes, or why it cannot be said."""
+    """What ``train.micro_batch_size=auto`` becomes, or why it cannot be said."""
     try:
         recipe, note = settled(question.recipe, question.room())
     except PeftbenchError as error:
         return Settlement(problem=str(error))
-    return Settlement(micro_batch=recipe.train.rows or 1, evaluation_batch=recipe.evaluate.batch, note=note)
+    return Settlement(micro_batch=recipe.train.rows or 1, evaluation_batch=recipe.evaluate.batch_size, note=note)
 
 
 def _suggested(strategy: Strategy) -> str:

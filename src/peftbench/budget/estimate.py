@@ -45,17 +45,17 @@ def estimate(recipe: Recipe, facts: DeviceFacts, device: str, budget: int | None
     _check(recipe, world.engine, facts.kind)
     if recipe.train.precision == "bf16" and not facts.bf16:
         raise PrecisionError(f"train.precision=bf16 is not there on {facts.torch_name}; use fp16 or fp32")
-    accumulation, rows = division(recipe.train.global_batch, _rows(recipe), world.processes)
+    accumulation, rows = division(recipe.train.global_batch_size, _rows(recipe), world.processes)
     rehearsal = Rehearsal(_unpaged(recipe), facts.kind, accumulation, padded=rows > 1, world=world)
     width = _width(recipe, rehearsal.positions)
     labels = min(max(recipe.evaluate.max_new_tokens, LEAST_LABELS), width - 1)
-    flops = rehearsal.step_flops(max(1, recipe.train.global_batch // world.processes), width, labels)
+    flops = rehearsal.step_flops(max(1, recipe.train.global_batch_size // world.processes), width, labels)
     with rehearsal:
         rehearsal.train(rows, width, labels)
-        rehearsal.evaluate(recipe.evaluate.batch, width, labels)
+        rehearsal.evaluate(recipe.evaluate.batch_size, width, labels)
         if recipe.evaluate.generate:
             new = recipe.evaluate.max_new_tokens
-            rehearsal.generate(recipe.evaluate.batch * recipe.evaluate.beams, width - new, new)
+            rehearsal.generate(recipe.evaluate.batch_size * recipe.evaluate.num_beams, width - new, new)
     events = list(rehearsal.book.events())
     found = forecast(events, facts.kind)
     context, workspaces = _plain(facts.context), _plain(facts.workspaces)
@@ -73,7 +73,7 @@ def estimate(recipe: Recipe, facts: DeviceFacts, device: str, budget: int | None
     return Plan(
         name=recipe.name, engine=world.engine.name, processes=world.processes, device=device,
         calibrated=facts.calibrated, rows=rows, width=width, micro_batches=accumulation,
-        evaluation_rows=recipe.evaluate.batch, step_flops=flops, parts=parts,
+        evaluation_rows=recipe.evaluate.batch_size, step_flops=flops, parts=parts,
         peak_part=found.peak.part, reserved_bytes=found.reserved_bytes, process_bytes=process,
         context_bytes=context, workspaces_bytes=workspaces,
         budget_bytes=budget, verdict=verdict, margin_bytes=margin, notes=_notes(recipe, facts, width, labels, away),
@@ -120,18 +120,18 @@ def _check(recipe: Recipe, engine: EngineKind, kind: DeviceKind) -> None:
 
 def _rows(recipe: Recipe) -> int | None:
     """Most rows of a micro-batch; where it is given in tokens, as many of the longest as are not less than those."""
-    if recipe.train.micro_tokens is None:
+    if recipe.train.micro_batch_tokens is None:
         return recipe.train.rows
     with with_config_at_hand(recipe.model) as at_hand:
         width = _width(recipe, positions(load_config(at_hand))) + recipe.method.virtual_tokens
-    return math.ceil(recipe.train.micro_tokens / width)
+    return math.ceil(recipe.train.micro_batch_tokens / width)
 
 
 def _width(recipe: Recipe, positions: int | None) -> int:
     """Of the longest row, padded to its multiple."""
     virtual = recipe.method.virtual_tokens
     longest = Layout.fit(
-        separator=recipe.data.separator, max_tokens=recipe.data.max_tokens, new_tokens=recipe.evaluate.max_new_tokens,
+        separator=recipe.data.separator, max_tokens=recipe.data.max_length, new_tokens=recipe.evaluate.max_new_tokens,
         positions=positions, virtual_tokens=virtual,
     ).max_tokens  # fmt: skip
     return Collator(0, virtual, multiple=recipe.data.pad_to_multiple_of, most=positions).width(longest)
@@ -157,12 +157,12 @@ def _part(moment: Moment) -> Part:
 
 def _notes(recipe: Recipe, facts: DeviceFacts, width: int, labels: int, away: int) -> tuple[str, ...]:
     notes = [
-        f"for rows of {width} tokens, as many as data.max_tokens or the model allows, with {labels} of them labelled, "
+        f"for rows of {width} tokens, as many as data.max_length or the model allows, with {labels} of them labelled, "
         f"as many as evaluate.max_new_tokens makes, and no fewer than {LEAST_LABELS}"
     ]
     if away:
         notes.append(f"the driver moves {away:,} bytes of states to the CPU's memory where there is no room")
-    if recipe.train.trunk_cache is not None:
+    if recipe.train.feature_cache is not None:
         notes.append("for steps that compute the trunk; those that read its states from the trunk cache take less")
     if not facts.calibrated:
         notes.append("what only the device knows (context, workspaces) was not measured on one: uncalibrated")

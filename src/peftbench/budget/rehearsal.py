@@ -198,7 +198,7 @@ class Rehearsal:
     @property
     def _offloads(self) -> bool:
         """Whether activations go to the CPU's memory; on the CPU they are there."""
-        return self.recipe.train.activation_offload and self.device == "cuda"
+        return self.recipe.train.activation_offloading and self.device == "cuda"
 
     def _offloading(self, trainer: Trainer) -> Trainer:
         if not self._offloads:
@@ -362,9 +362,9 @@ def _of_one_step(recipe: Recipe, micro_batches: int, processes: int) -> Recipe:
 
     Casts are steered, so it hears of no precision.
     """
-    _, rows = division(recipe.train.global_batch, recipe.train.rows, processes)
+    _, rows = division(recipe.train.global_batch_size, recipe.train.rows, processes)
     numbers = {
-        "global_batch": rows * micro_batches * processes, "micro_batch": rows, "micro_tokens": None,
+        "global_batch_size": rows * micro_batches * processes, "micro_batch_size": rows, "micro_batch_tokens": None,
         "precision": "fp32",
     }  # fmt: skip
     return recipe.model_copy(update={"train": recipe.train.model_copy(update=numbers), "trackers": ()})

@@ -50,7 +50,7 @@ class Room:
 
     def plan(self, recipe: Recipe) -> Plan:
         """What ``recipe`` would hold there; raises as :func:`peftbench.budget.estimate.estimate`."""
-        if recipe.train.micro_batch == "auto":
+        if recipe.train.micro_batch_size == "auto":
             recipe, _ = settled(recipe, self)
         return estimate(recipe, self.facts, self.device, self.budget, self.world)
 
@@ -108,8 +108,8 @@ def micro_batches(recipe: Recipe, processes: int = 1) -> list[int]:
 
     Two limits that cut a step into as many parts are one size.
     """
-    limits = range(1, recipe.train.global_batch + 1)
-    return sorted({division(recipe.train.global_batch, limit, processes)[1] for limit in limits})
+    limits = range(1, recipe.train.global_batch_size + 1)
+    return sorted({division(recipe.train.global_batch_size, limit, processes)[1] for limit in limits})
 
 
 def largest(sizes: Sequence[int], holds: Callable[[int], bool], fits: Callable[[int], bool]) -> int | None:
@@ -147,7 +147,7 @@ def plan_of(recipe: Recipe, room: Callable[[], Room]) -> Plan | NoPlan:
 
 def evaluation_batch(recipe: Recipe, room: Room) -> int | None:
     """The recipe's batch of evaluation, halved until it fits beside a training that takes one example at a time."""
-    batch = recipe.evaluate.batch
+    batch = recipe.evaluate.batch_size
     while batch:
         if room.plan(with_evaluation_batch(with_micro_batch(recipe, 1), batch)).verdict == "fits":
             return batch
@@ -184,7 +184,7 @@ def best_plan(recipe: Recipe, room: Room) -> Plan | None:
 
 
 def settled(recipe: Recipe, room: Room) -> tuple[Recipe, str]:
-    """The recipe with a number for ``train.micro_batch=auto``, the most that fits ``room``, and a note of it.
+    """The recipe with a number for ``train.micro_batch_size=auto``, the most that fits ``room``, and a note of it.
 
     Where not even one example is predicted to fit it is one: the run will tell.
 
@@ -199,9 +199,9 @@ def settled(recipe: Recipe, room: Room) -> tuple[Recipe, str]:
         plan = None
     if plan is None:
         return with_micro_batch(recipe, 1), "not even one example at once is predicted to fit; it was tried with one"
-    note = f"train.micro_batch=auto became {plan.rows}, the most that is predicted to fit {size}"
-    if plan.evaluation_rows != recipe.evaluate.batch:
-        note += f", with evaluate.batch={plan.evaluation_rows}"
+    note = f"train.micro_batch_size=auto became {plan.rows}, the most that is predicted to fit {size}"
+    if plan.evaluation_rows != recipe.evaluate.batch_size:
+        note += f", with evaluate.batch_size={plan.evaluation_rows}"
     return with_evaluation_batch(with_micro_batch(recipe, plan.rows), plan.evaluation_rows), note
 
 
@@ -212,7 +212,7 @@ def with_evaluation_batch(recipe: Recipe, size: int) -> Recipe:
 
 def with_micro_batch(recipe: Recipe, size: int) -> Recipe:
     """The recipe with micro-batches of ``size`` examples."""
-    rows = {"micro_batch": size, "micro_tokens": None}
+    rows = {"micro_batch_size": size, "micro_batch_tokens": None}
     return recipe.model_copy(update={"train": recipe.train.model_copy(update=rows)})
 
 
@@ -300,9 +300,9 @@ def strategy(recipe: Recipe, techniques: tuple[Technique, ...], room: Room) -> S
     seconds = plan.step_flops / peak if plan.step_flops and peak else None
     knobs = [(f"{part}.{key}", value) for technique in techniques
              for part, change in technique.changes.items() for key, value in change.items()]  # fmt: skip
-    knobs.append(("train.micro_batch", plan.rows))
-    if plan.evaluation_rows != recipe.evaluate.batch:
-        knobs.append(("evaluate.batch", plan.evaluation_rows))
+    knobs.append(("train.micro_batch_size", plan.rows))
+    if plan.evaluation_rows != recipe.evaluate.batch_size:
+        knobs.append(("evaluate.batch_size", plan.evaluation_rows))
     return Strategy(
         techniques=tuple(technique.name for technique in techniques),
         changes=tuple(f"{knob}={str(value).lower() if isinstance(value, bool) else value}" for knob, value in knobs),

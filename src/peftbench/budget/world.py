@@ -74,7 +74,7 @@ def world_told(processes: int, launcher: Mapping[str, str], recipe: Recipe) -> W
     """
     with quiet(), World(processes=processes, launcher=launcher).environment():
         engine, _ = launched_engine(recipe, Path(), processes)
-    check_share(recipe.train.global_batch, processes)
+    check_share(recipe.train.global_batch_size, processes)
     return World(engine, processes, launcher)
 
 

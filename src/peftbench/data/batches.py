@@ -93,8 +93,8 @@ class Batches:
         ]
         if (longest := self.collator.positions([max(lengths)])) > tokens:
             raise OutOfRangeError(
-                f"train.micro_tokens={tokens} is less than the {longest} positions of the longest example alone; "
-                f"set it to {longest} or more, or lower data.max_tokens"
+                f"train.micro_batch_tokens={tokens} is less than the {longest} positions of the longest example alone; "
+                f"set it to {longest} or more, or lower data.max_length"
             )
         order, most = self.order(), 1
         for _ in range(steps):
@@ -166,7 +166,7 @@ def check_share(global_batch: int, world_size: int) -> None:
     """
     if global_batch % world_size:
         raise OutOfRangeError(
-            f"train.global_batch={global_batch} cannot be shared by {world_size} processes; "
+            f"train.global_batch_size={global_batch} cannot be shared by {world_size} processes; "
             f"use a multiple of {world_size}, or another number of processes"
         )
 

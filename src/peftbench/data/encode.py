@@ -44,7 +44,7 @@ class Layout:
         """
         room = None if positions is None else positions - virtual_tokens
         if max_tokens is None and room is None:
-            raise OutOfRangeError("the model's config gives no number of positions; set data.max_tokens")
+            raise OutOfRangeError("the model's config gives no number of positions; set data.max_length")
         longest = room if max_tokens is None else max_tokens
         assert longest is not None
         if room is not None and room <= new_tokens:
@@ -54,13 +54,13 @@ class Layout:
             )
         if room is not None and longest > room:
             raise OutOfRangeError(
-                f"data.max_tokens={longest} and {virtual_tokens} virtual tokens exceed the model's {positions} "
-                f"positions; set data.max_tokens={room} or less, in every run that is to be compared"
+                f"data.max_length={longest} and {virtual_tokens} virtual tokens exceed the model's {positions} "
+                f"positions; set data.max_length={room} or less, in every run that is to be compared"
             )
         if new_tokens >= longest:
             raise SequenceTooShortError(
                 f"evaluate.max_new_tokens={new_tokens} leaves no room for an article in {longest} tokens; "
-                f"lower it, or raise data.max_tokens"
+                f"lower it, or raise data.max_length"
             )
         return cls(longest, separator, new_tokens)
 
@@ -80,7 +80,7 @@ class Encoder:
         if layout.new_tokens + taken >= layout.max_tokens:
             raise SequenceTooShortError(
                 f"evaluate.max_new_tokens={layout.new_tokens} and {taken} tokens of separator leave no room "
-                f"for an article in {layout.max_tokens} tokens; lower it, or raise data.max_tokens"
+                f"for an article in {layout.max_tokens} tokens; lower it, or raise data.max_length"
             )
 
     def _start(self) -> list[int]:
@@ -144,7 +144,7 @@ class Encoder:
             raise SequenceTooShortError(
                 f"{len(encoded) - len(fits)} of {len(encoded)} examples of the {split} split do not fit {longest} "
                 f"tokens with separator, summary and end token ({row['id']} needs {row['needed']}); "
-                "raise data.max_tokens" + (", or set data.too_long=drop" if too_long != "drop" else "")
+                "raise data.max_length" + (", or set data.overlong=drop" if too_long != "drop" else "")
             )
         return (encoded if len(fits) == len(encoded) else encoded.select(fits)), len(encoded) - len(fits)
 

@@ -79,13 +79,13 @@ def bind(recipe: Recipe, folder: Path) -> Bound:
     _check_precision(recipe.train.precision, cpu)
     _check_trackers(recipe.trackers)
     processes = asked_world_size()
-    accumulation, _ = division(recipe.train.global_batch, recipe.train.rows, processes)
+    accumulation, _ = division(recipe.train.global_batch_size, recipe.train.rows, processes)
     _check_accumulation(accumulation)
     engine, plugin = launched_engine(recipe, folder, processes)
     _check_launch(cpu, engine)
     if recipe.method.trains:
         check(combination(recipe, engine), "cpu" if cpu else "cuda")
-    if recipe.train.trunk_cache is not None:
+    if recipe.train.feature_cache is not None:
         _check_one_machine(processes)
     if engine.on_disk:
         deepspeed.check_disk()
@@ -103,7 +103,7 @@ def launched_engine(recipe: Recipe, folder: Path, processes: int) -> tuple[Engin
     _check_owned()
     plugin = None
     if deepspeed.asked_for():
-        accumulation, micro_batch = division(recipe.train.global_batch, recipe.train.rows, processes)
+        accumulation, micro_batch = division(recipe.train.global_batch_size, recipe.train.rows, processes)
         plugin = deepspeed.plugin(
             micro_batch=micro_batch, accumulation=accumulation, processes=processes,
             max_grad_norm=recipe.train.max_grad_norm, scratch=folder / SCRATCH,
@@ -114,7 +114,7 @@ def launched_engine(recipe: Recipe, folder: Path, processes: int) -> tuple[Engin
 def start(recipe: Recipe, folder: Path, engine: EngineKind, plugin: DeepSpeedPlugin | None, *, cpu: bool) -> Bound:
     """The accelerator that drives ``engine``, in the processes that are there."""
     processes = asked_world_size()
-    accumulation, _ = division(recipe.train.global_batch, recipe.train.rows, processes)
+    accumulation, _ = division(recipe.train.global_batch_size, recipe.train.rows, processes)
     if cpu and engine.fsdp:
         _fsdp_on_cpu()
     accelerator = Accelerator(
@@ -138,12 +138,12 @@ def combination(recipe: Recipe, engine: EngineKind) -> Combination:
     """What the table of what runs on what is asked."""
     asked = {
         QUANTIZATION: recipe.model.quantization is not None,
-        CHECKPOINTS: recipe.checkpoint.every_steps is not None,
-        ACTIVATION_OFFLOAD: recipe.train.activation_offload,
-        MICRO_TOKENS: recipe.train.micro_tokens is not None,
+        CHECKPOINTS: recipe.checkpoint.interval is not None,
+        ACTIVATION_OFFLOAD: recipe.train.activation_offloading,
+        MICRO_TOKENS: recipe.train.micro_batch_tokens is not None,
         COMPILE: recipe.train.compile,
         LIGER: recipe.train.cross_entropy == "liger",
-        TRUNK_CACHE: recipe.train.trunk_cache is not None,
+        TRUNK_CACHE: recipe.train.feature_cache is not None,
     }
     extras = frozenset(extra for extra, wanted in asked.items() if wanted)
     return Combination(recipe.method.kind, engine.name, recipe.optimizer.kind, recipe.train.precision, extras)
@@ -200,8 +200,8 @@ def _check_accumulation(accumulation: int) -> None:
     told = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if told not in {"1", str(accumulation)}:
         raise EngineError(
-            f"accelerate was told to accumulate {told} times, and the recipe owns that: set train.global_batch and "
-            "train.micro_batch, and unset ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
+            f"accelerate was told to accumulate {told} times, and the recipe owns that: set train.global_batch_size and "
+            "train.micro_batch_size, and unset ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
         )
 
 
@@ -209,8 +209,8 @@ def _check_one_machine(processes: int) -> None:
     here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
     if here != processes:
         raise EngineError(
-            f"train.trunk_cache is a file that all {processes} processes map, and {here} of them are on this machine; "
-            "launch them on one, or set train.trunk_cache=null"
+            f"train.feature_cache is a file that all {processes} processes map, and {here} of them are on this machine; "
+            "launch them on one, or set train.feature_cache=null"
         )
 
 
@@ -291,8 +291,8 @@ def check_started(recipe: Recipe, bound: Bound, model: object, optimizer: object
     """
     accelerator, engine = bound.accelerator, bound.engine
     processes = accelerator.num_processes
-    accumulation, micro_batch = division(recipe.train.global_batch, recipe.train.rows, processes)
-    if recipe.train.micro_tokens is not None:  # it was found out from the examples, and told the accelerator
+    accumulation, micro_batch = division(recipe.train.global_batch_size, recipe.train.rows, processes)
+    if recipe.train.micro_batch_tokens is not None:  # it was found out from the examples, and told the accelerator
         accumulation = accelerator.gradient_accumulation_steps
     asked: dict[str, object] = {"accumulation": accumulation, "optimizer": _name(bare)}
     found: dict[str, object] = {

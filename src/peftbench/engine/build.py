@@ -109,7 +109,7 @@ def encoded_split(recipe: Recipe, encoder: Encoder, split: str, accelerator: Acc
     """The recipe's subsample of a split, encoded by one rank for all."""
 
     def encoded() -> Split:
-        return Split(*encoder.encode(read_split(recipe, split), split, recipe.data.too_long))
+        return Split(*encoder.encode(read_split(recipe, split), split, recipe.data.overlong))
 
     return main_process_first(accelerator, encoded)
 
@@ -118,7 +118,7 @@ def make_encoder(recipe: Recipe, base: Base) -> Encoder:
     """The encoder for this base and this method's virtual tokens."""
     layout = Layout.fit(
         separator=recipe.data.separator,
-        max_tokens=recipe.data.max_tokens,
+        max_tokens=recipe.data.max_length,
         new_tokens=recipe.evaluate.max_new_tokens,
         positions=base.positions,
         virtual_tokens=recipe.method.virtual_tokens,
@@ -156,7 +156,7 @@ def build(recipe: Recipe, base: Base, bound: Bound) -> Built:
     if recipe.optimizer.weights == "bf16":
         for parameter in model.parameters():
             parameter.data = parameter.data.to(torch.bfloat16) if parameter.requires_grad else parameter.data
-    if recipe.train.activation_offload and bound.accelerator.device.type == "cpu":
+    if recipe.train.activation_offloading and bound.accelerator.device.type == "cpu":
         notes.append("activation offload was left out: activations are in the CPU's memory anyway")
     if recipe.model.quantization == "int8" and recipe.train.precision != "fp16":
         notes.append(f"the int8 base rounds what it multiplies to fp16, and not to {recipe.train.precision}")
@@ -164,7 +164,7 @@ def build(recipe: Recipe, base: Base, bound: Bound) -> Built:
         model.to(bound.accelerator.device)
     parameters = Parameters(total=total, trainable=trainable)
     loss, unspared = loss_of(
-        base.model, labelled=recipe.train.logits == "labelled", masked=recipe.data.as_published,
+        base.model, labelled=recipe.train.logits == "labelled", masked=recipe.data.label_padding,
         kernel=recipe.train.cross_entropy,
     )  # fmt: skip
     notes += unspared
@@ -205,7 +205,7 @@ def make_trainer(recipe: Recipe, built: Built, train: Rows, pad_token: int, boun
         trainer = replace(trainer, loss=kept.loss, batches=kept.batches, store=kept.loss.store, notes=kept.notes)
     if not bound.engine_autocasts:
         trainer = replace(trainer, autocast=bound.autocast)
-    if recipe.train.activation_offload and accelerator.device.type != "cpu":
+    if recipe.train.activation_offloading and accelerator.device.type != "cpu":
         trainer = replace(trainer, offload=partial(ActivationOffload, list(built.bare_model.parameters())))
     return replace(trainer, backward_part="backward_and_optimizer") if bound.engine.deepspeed else trainer
 
@@ -244,13 +244,13 @@ def make_collator(recipe: Recipe, loss: Loss, pad_token: int) -> Collator:
         )
     if padding == "none" and loss.masked:
         raise OutOfRangeError(
-            f"data.padding=none puts examples into one row, and this model would look from one into another: "
+            f"data.padding=free puts examples into one row, and this model would look from one into another: "
             f"{loss.unmasked}; set data.padding=longest"
         )
     if padding == "none" or (padding == "auto" and not loss.masked):
         return Packer(pad_token, virtual, multiple=multiple)
-    pad_to = recipe.data.max_tokens if padding == "max_tokens" else None
-    published = recipe.data.as_published
+    pad_to = recipe.data.max_length if padding == "max_tokens" else None
+    published = recipe.data.label_padding
     return Collator(pad_token, virtual, pad_to, as_published=published, multiple=multiple, most=most)
 
 

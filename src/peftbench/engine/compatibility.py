@@ -19,16 +19,16 @@ OVER_A_FROZEN_BASE = frozenset({"lora", "prompt_tuning"})
 """Methods that add to the base and change nothing of it."""
 PRECISIONS = ("fp32", "bf16", "fp16")
 QUANTIZATION, CHECKPOINTS, ACTIVATION_OFFLOAD = "quantization", "checkpoints", "activation_offload"
-MICRO_TOKENS, COMPILE, LIGER = "micro_tokens", "compile", "liger"
+MICRO_TOKENS, COMPILE, LIGER = "micro_batch_tokens", "compile", "liger"
 TRUNK_CACHE = "trunk_cache"
 EXTRAS = {
     QUANTIZATION: ("model.quantization", "null"),
-    CHECKPOINTS: ("checkpoint.every_steps", "null"),
-    ACTIVATION_OFFLOAD: ("train.activation_offload", "false"),
-    MICRO_TOKENS: ("train.micro_tokens", "null"),
+    CHECKPOINTS: ("checkpoint.interval", "null"),
+    ACTIVATION_OFFLOAD: ("train.activation_offloading", "false"),
+    MICRO_TOKENS: ("train.micro_batch_tokens", "null"),
     COMPILE: ("train.compile", "false"),
     LIGER: ("train.cross_entropy", "torch"),
-    TRUNK_CACHE: ("train.trunk_cache", "null"),
+    TRUNK_CACHE: ("train.feature_cache", "null"),
 }
 """What a recipe may ask for beside the four: its knob, and the value that leaves it out."""
 _ZERO = frozenset(name for name, kind in ENGINES.items() if kind.deepspeed)

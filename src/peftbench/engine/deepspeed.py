@@ -159,7 +159,7 @@ def effective(engine: Any) -> dict[str, object]:
         "offload_parameters": _device_of(engine.zero_offload_param()),
         "max_grad_norm": float(engine.gradient_clipping()) or None,
         "accumulation": int(engine.gradient_accumulation_steps()),
-        "micro_batch": int(engine.train_micro_batch_size_per_gpu()),
+        "micro_batch_size": int(engine.train_micro_batch_size_per_gpu()),
         "weights": "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32",
         "processes": int(engine.dp_world_size),
     }
@@ -182,7 +182,7 @@ def asked(
         "offload_parameters": kind.offload_parameters,
         "max_grad_norm": max_grad_norm,
         "accumulation": accumulation,
-        "micro_batch": micro_batch,
+        "micro_batch_size": micro_batch,
         "weights": weights,
         "processes": processes,
     }

@@ -143,12 +143,12 @@ def keep_trunk(recipe: Recipe, base: PreTrainedModel, loss: Loss, batches: Batch
         UnsupportedModelError: the model has no trunk apart from its head.
         OutputError, DiskFullError: there is no place for the store.
     """
-    stored = recipe.train.trunk_cache
+    stored = recipe.train.feature_cache
     assert stored is not None, "it is asked for"
     if not isinstance(loss, LabelledLoss) or base.base_model is base:
         raise UnsupportedModelError(
             f"{base.config.model_type} has no trunk apart from its head, whose output could be kept; set "
-            "train.trunk_cache=null"
+            "train.feature_cache=null"
         )
 
     trunk: nn.Module = base.base_model

@@ -158,7 +158,7 @@ def loss_of(
         loss = Loss(base, masked=masked)
     if kernel != "torch" and not (isinstance(loss, LabelledLoss) and loss.is_last):
         raise UnsupportedModelError(
-            f"train.cross_entropy={kernel} needs train.logits=labelled and a model that returns what its linear head "
+            f"train.cross_entropy={kernel} needs train.logits=labels_only and a model that returns what its linear head "
             f"does; {base.config.model_type} is computed otherwise here; use train.cross_entropy=torch"
         )
     notes = []

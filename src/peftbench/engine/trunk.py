@@ -208,7 +208,7 @@ def _check_room(folder: Path, layout: Layout) -> None:
     if free < needed:
         raise DiskFullError(
             f"{sentence(layout, folder)}, and its disk has {free:,} free; make room, set {CACHE_VARIABLE} to a folder "
-            "on a larger disk, or train.trunk_cache to "
+            "on a larger disk, or train.feature_cache to "
             + ("bf16, which takes half, or null" if layout.stored == "fp32" else "null")
         )
 

@@ -46,7 +46,7 @@ def identity_of(
         "fused_gelu": recipe.model.fused_gelu,
         "compile": recipe.train.compile,
         "quantization": recipe.model.quantization,
-        "stored": recipe.train.trunk_cache,
+        "stored": recipe.train.feature_cache,
         "device": device.type,  # whose kernels round in another order
         "versions": {name: metadata.version(name) for name in ("torch", "transformers")},
     }

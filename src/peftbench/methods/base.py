@@ -39,7 +39,7 @@ class Method(Part):
         """Whether all below the output head stays as it is, without dropout and in every step.
 
         No gradient is needed there, so the backward pass ends at the head; and what the trunk gives for an example is
-        the same in every epoch, so it can be computed once (``train.trunk_cache``).
+        the same in every epoch, so it can be computed once (``train.feature_cache``).
         """
         return False
 

@@ -78,7 +78,7 @@ def _freeze_blocks_only(base: PreTrainedModel) -> PreTrainedModel:
     blocks = [parameter for name, parameter in base.named_parameters() if BLOCKS_OF_GPT2 in name]
     if not blocks:
         raise UnsupportedModelError(
-            f"method.head=as_published freezes names with {BLOCKS_OF_GPT2!r}, and {base.config.model_type} has none; "
+            f"method.head=outside_blocks freezes names with {BLOCKS_OF_GPT2!r}, and {base.config.model_type} has none; "
             "use a GPT-2 model or method.head=untied"
         )
     freeze(blocks)

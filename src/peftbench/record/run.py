@@ -29,7 +29,7 @@ FILE = "record.json"
 
 NEEDED = (
     "method.kind", "train.seed", "data.seed",
-    "train.global_batch", "train.precision", "data.max_tokens", "data.as_published",
+    "train.global_batch_size", "train.precision", "data.max_length", "data.label_padding",
 )  # fmt: skip
 """Knobs that every recipe has, and without which a run can be compared with none."""
 
@@ -145,7 +145,7 @@ class RunRecord(Kept):
         """Energy of the training phase, by the samples of its steps."""
         if self.energy_joules is None or self.throughput is None:
             return None
-        return 1000 * self.energy_joules / (self.throughput.steps * int(self.recipe["train"]["global_batch"]))
+        return 1000 * self.energy_joules / (self.throughput.steps * int(self.recipe["train"]["global_batch_size"]))
 
     @property
     def training_price(self) -> float | None:

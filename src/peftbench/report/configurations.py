@@ -24,7 +24,7 @@ SEEDS = ("train.seed", "data.seed")
 CHANGES_NOTHING = ("name", "output_dir", "save_model", "trackers", "checkpoint", "profile.price_per_hour")
 """Knobs that change no number: what a recipe's fingerprint leaves out. A test holds the two together."""
 
-NULL_CHANGES_NOTHING = {"budget": "budget.memory", "train.trunk_cache": "train.trunk_cache"}
+NULL_CHANGES_NOTHING = {"budget": "budget.memory", "train.feature_cache": "train.feature_cache"}
 """Knobs that change nothing as long as another one is null or, in an older record, is not there."""
 
 

@@ -41,7 +41,7 @@ def apart(one: Configuration, than: Configuration) -> str | None:
         return "on another device"
     if len({run.engine and (run.engine.name, run.engine.kind, run.engine.threads) for run in runs}) > 1:
         return "on another engine"
-    if len({(run.steps, run.recipe["train"]["global_batch"]) for run in runs}) > 1:
+    if len({(run.steps, run.recipe["train"]["global_batch_size"]) for run in runs}) > 1:
         return "for other steps or batches"
     return None
 

@@ -59,7 +59,7 @@ def _value(recipe: dict[str, Any], knob: str) -> float | str:
     place: object = recipe
     for part in knob.split("."):
         if not isinstance(place, dict) or part not in place:
-            raise UnknownKeyError(f"these runs have no knob {knob!r}", "give one that all have, as train.global_batch")
+            raise UnknownKeyError(f"these runs have no knob {knob!r}", "give one that all have, as train.global_batch_size")
         place = place[part]
     return place if isinstance(place, (int, float)) and not isinstance(place, bool) else json.dumps(place)
 

@@ -21,7 +21,7 @@ def _protocol(record: RunRecord) -> list[object]:
     """Equal in all runs, whatever their seeds."""
     recipe = record.recipe
     return [
-        record.data_identity, record.model_identity, record.examples, record.steps, recipe["train"]["global_batch"],
+        record.data_identity, record.model_identity, record.examples, record.steps, recipe["train"]["global_batch_size"],
         recipe["data"]["max_tokens"], recipe["data"]["as_published"], recipe["train"]["precision"],
     ]  # fmt: skip
 

@@ -78,10 +78,10 @@ def _run(recipe: Recipe, launch: Callable[[Recipe], Result]) -> RunRecord:
 
 
 def _short(recipe: Recipe, width: int, size: int, budget: int, folder: str) -> Recipe:
-    split, batch = recipe.evaluate.split, recipe.evaluate.batch
+    split, batch = recipe.evaluate.split, recipe.evaluate.batch_size
     examples = min(getattr(recipe.data, split) or batch, batch)
     changes = {
-        "train": {"steps": _STEPS, "epochs": None, "micro_batch": size},
+        "train": {"steps": _STEPS, "epochs": None, "micro_batch_size": size},
         "data": {"padding": "max_tokens", "pad_to_multiple_of": 1, "max_tokens": width, split: examples},
         "evaluate": {"samples": 0},
     }

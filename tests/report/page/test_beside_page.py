@@ -32,7 +32,7 @@ def test_shows_what_changed(scheme: str, opened: Open, tmp_path: Path) -> None:
     assert "held_out_loss" in row
     assert "fell by more than 5%" in row
     config = found.page.locator("section", has_text="What changed in config").inner_text()
-    assert "train.global_batch" in config
+    assert "train.global_batch_size" in config
     assert "16" in config
     assert found.see("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
 
