@@ -45,7 +45,7 @@ readme: .venv/installed
 	$(BIN)/python benchmarks/vs_trainer --report benchmarks/vs_trainer/records/cpu_bf16 --into benchmarks/vs_trainer/README.md
 	$(BIN)/python benchmarks/vs_trainer --report benchmarks/vs_trainer/records/cpu_bf16_four --into benchmarks/vs_trainer/README.md --block vs_trainer_four
 	$(BIN)/python benchmarks/vs_trainer --report benchmarks/vs_trainer/records/cuda_bf16 --into benchmarks/vs_trainer/README.md --block vs_trainer_gpu
-	$(BIN)/python -m peftbench.engine.compatibility_page > .compatibility.md
+	$(BIN)/python -m peftbench.distributed.compatibility_docs > .compatibility.md
 	mv .compatibility.md docs/reference/compatibility.md
 
 # The picture of the page in README.md, from committed records; needs Chromium.

@@ -67,7 +67,7 @@ FAMILIES = ARCHITECTURES | {"qwen3": qwen3_config}
 
 
 def random_base(config: PreTrainedConfig) -> PreTrainedModel:
-    """A base of that architecture with the same random weights every time, set up as ``peftbench.models.load`` does."""
+    """A base of that architecture with the same random weights every time, set up as ``peftbench.modeling.loading.load_model`` does."""
     from transformers import AutoModelForCausalLM
 
     config.use_cache = False

@@ -35,7 +35,7 @@ from peftbench.methods.full import Full
 from peftbench.methods.last_layer import LastLayer
 from peftbench.methods.lora import Lora
 from peftbench.methods.prompt_tuning import PromptTuning
-from peftbench.recipe import Data, Evaluate, Model, Profile, Recipe, Train
+from peftbench.recipe.schema import Data, Evaluate, Model, Profile, Recipe, Train
 from tests.bases import ARCHITECTURES, FAMILIES, random_base
 
 if TYPE_CHECKING:
@@ -44,9 +44,9 @@ if TYPE_CHECKING:
 
     from peftbench.data.batches import GlobalBatch
     from peftbench.data.collate import MicroBatch
-    from peftbench.engine.bind import Bound
-    from peftbench.engine.build import Built, Trainer
-    from peftbench.engine.loss import Loss
+    from peftbench.distributed.accelerator import AcceleratorContext
+    from peftbench.training.build import AdaptedModel, TrainingComponents
+    from peftbench.modeling.loss import CausalLMLoss
     from peftbench.record import RunRecord
 
 torch.set_num_threads(1)
@@ -105,7 +105,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
     """The shipped base's tokenizer, of which tests use only that its ids are below its vocabulary's size."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(shipped.FOLDER)  # type: ignore[no-any-return]
+    return AutoTokenizer.from_pretrained(shipped.SHIPPED_MODEL_DIR)  # type: ignore[no-any-return]
 
 
 # --- small bases -----------------------------------------------------------------------------------------------------
@@ -188,9 +188,9 @@ def packed(
     lengths_and_prompts: Lengths = LENGTHS_AND_PROMPTS, seed: int = 5, virtual: int = 0, multiple: int = 1
 ) -> MicroBatch:
     """The same examples one after another in a single row."""
-    from peftbench.data.collate import Packer
+    from peftbench.data.collate import PaddingFreeCollator
 
-    made, packer = rows(lengths_and_prompts, seed), Packer(0, virtual, multiple=multiple)
+    made, packer = rows(lengths_and_prompts, seed), PaddingFreeCollator(0, virtual, multiple=multiple)
     return packer.collate([row["input_ids"] for row in made], [row["prompt_tokens"] for row in made])
 
 
@@ -238,11 +238,11 @@ def base_of(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[return-value,operator]
 
 
-def loss_for(model: nn.Module, **knobs: Any) -> Loss:
+def loss_for(model: nn.Module, **knobs: Any) -> CausalLMLoss:
     """How a run computes the loss of that model."""
-    from peftbench.engine.loss import loss_of
+    from peftbench.modeling.loss import build_loss
 
-    return loss_of(base_of(model), **knobs)[0]
+    return build_loss(base_of(model), **knobs)[0]
 
 
 def summed_loss(model: nn.Module, batch: MicroBatch, **knobs: Any) -> torch.Tensor:
@@ -257,28 +257,28 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def built_around(model: nn.Module) -> Built:
+def built_around(model: nn.Module) -> AdaptedModel:
     """As much of what a run builds as an evaluation needs."""
-    from peftbench.engine.build import Built
-    from peftbench.record import Parameters
+    from peftbench.training.build import AdaptedModel
+    from peftbench.record import ParameterCounts
 
     base: Any = None
-    return Built(base, Parameters(total=0, trainable=0), model, (), False, 0, loss_for(model))
+    return AdaptedModel(base, ParameterCounts(total=0, trainable=0), model, (), False, 0, loss_for(model))
 
 
-def trainer_of(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> Trainer:
+def trainer_of(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingComponents:
     """What the loop drives, around a model and an optimizer at a constant rate, with batches of ``rows``."""
     from datasets import Dataset
     from transformers import get_scheduler
 
     from peftbench.data.batches import Batches
     from peftbench.data.collate import Collator
-    from peftbench.engine.build import Trainer
+    from peftbench.training.build import TrainingComponents
 
     batches = Batches(Dataset.from_list(rows(LENGTHS_AND_PROMPTS)), Collator(pad_token=0), 4, None, seed=0)
     schedule = get_scheduler("constant", optimizer)
     prepared, wrapped = accelerator.prepare(model, optimizer)
-    return Trainer(prepared, loss_for(model), wrapped, schedule, batches, steps=1)
+    return TrainingComponents(prepared, loss_for(model), wrapped, schedule, batches, steps=1)
 
 
 def one_batch(*parts: MicroBatch) -> GlobalBatch:
@@ -326,30 +326,30 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Files:
     return write_corpus(tmp_path_factory.mktemp("corpus"), splits)
 
 
-def alone(accelerator: Accelerator) -> Bound:
+def alone(accelerator: Accelerator) -> AcceleratorContext:
     """One process without an engine, in the accelerator's precision."""
-    from peftbench.engine.bind import Bound
-    from peftbench.engine.engines import SINGLE
+    from peftbench.distributed.accelerator import AcceleratorContext
+    from peftbench.distributed.engines import SINGLE
 
     precision = str(accelerator.mixed_precision)
-    return Bound(accelerator, SINGLE, "fp32" if precision == "no" else precision)  # type: ignore[arg-type]
+    return AcceleratorContext(accelerator, SINGLE, "fp32" if precision == "no" else precision)  # type: ignore[arg-type]
 
 
-def built_from(recipe: Recipe, accelerator: Accelerator) -> Built:
+def built_from(recipe: Recipe, accelerator: Accelerator) -> AdaptedModel:
     """What a run builds, from the base that it loads."""
-    from peftbench.engine.build import build, load_base
+    from peftbench.training.build import apply_method, load_base_model
 
-    return build(recipe, load_base(recipe), alone(accelerator))
+    return apply_method(recipe, load_base_model(recipe), alone(accelerator))
 
 
-def trainer_from(recipe: Recipe, accelerator: Accelerator, built: Built | None = None) -> Trainer:
+def trainer_from(recipe: Recipe, accelerator: Accelerator, built: AdaptedModel | None = None) -> TrainingComponents:
     """What a run's loop drives, over the recipe's examples."""
-    from peftbench.engine.build import encoded_split, make_encoder, make_trainer
+    from peftbench.training.build import load_encoded_split, build_encoder, build_training
 
     built = built or built_from(recipe, accelerator)
-    encoder = make_encoder(recipe, built.base)
-    examples = encoded_split(recipe, encoder, "train", accelerator).dataset
-    return make_trainer(recipe, built, examples, encoder.end, alone(accelerator))
+    encoder = build_encoder(recipe, built.base)
+    examples = load_encoded_split(recipe, encoder, "train", accelerator).dataset
+    return build_training(recipe, built, examples, encoder.end, alone(accelerator))
 
 
 @dataclass(frozen=True)
@@ -385,7 +385,7 @@ class Workshop:
 
     def run(self, recipe: Recipe) -> RunRecord:
         """The record of a run of ``recipe``, as in a process of its own."""
-        from peftbench.run import Run
+        from peftbench.run.runner import Run
 
         forget_accelerators()
         record, _ = Run(recipe).execute()

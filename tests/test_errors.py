@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from peftbench import errors
-from peftbench.console import INTERRUPTED
-from peftbench.errors import REGRESSED, PeftbenchError, nearest
+from peftbench.common.console import INTERRUPT_EXIT_CODE
+from peftbench.errors import REGRESSION_EXIT_CODE, PeftbenchError, did_you_mean
 from peftbench.record import EXIT_CODES
 
 SHELL = {2, 126, 127, 130}
@@ -57,7 +57,7 @@ def test_a_class_has_a_code_of_its_own(kind: type[PeftbenchError]) -> None:
 
 def test_exit_codes_are_distinct() -> None:
     """No two errors, no error and an outcome, a comparison or the shell share an exit code."""
-    codes = [kind.exit_code for kind in CLASSES] + [*EXIT_CODES.values(), REGRESSED]
+    codes = [kind.exit_code for kind in CLASSES] + [*EXIT_CODES.values(), REGRESSION_EXIT_CODE]
     assert len(codes) == len(set(codes))
     assert not SHELL.intersection(codes)
 
@@ -66,7 +66,7 @@ def test_the_page_has_every_code_once() -> None:
     """docs/reference/errors.md names each code that a command can end with, and no other."""
     page = Path(__file__).resolve().parents[1] / "docs" / "reference" / "errors.md"
     listed = sorted(int(code) for code in re.findall(r"\| (\d+) (?=\|)", page.read_text(encoding="utf-8")))
-    ends = {kind.exit_code for kind in CLASSES} | set(EXIT_CODES.values()) | {REGRESSED, INTERRUPTED, 2}
+    ends = {kind.exit_code for kind in CLASSES} | set(EXIT_CODES.values()) | {REGRESSION_EXIT_CODE, INTERRUPT_EXIT_CODE, 2}
     assert listed == sorted(ends)
 
 
@@ -94,4 +94,4 @@ def test_a_sentence_and_what_to_do() -> None:
 )
 def test_nearest_names_what_may_have_been_meant(name: str, expected: str) -> None:
     """A misspelt name gets the nearest allowed one, a strange one only the list."""
-    assert nearest(name, ["steps", "global_batch_size"]) == expected
+    assert did_you_mean(name, ["steps", "global_batch_size"]) == expected

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from peftbench.errors import DiskFullError, OutputError
-from peftbench.files import CACHE_VARIABLE, cache_dir, write_atomically, write_error
+from peftbench.common.filesystem import CACHE_DIR_ENV, cache_dir, write_atomically, write_error
 from tests.disks import mounted
 
 TEXT = "né en ligne\n" * 1000
@@ -130,10 +130,10 @@ def test_a_read_only_disk_cannot_be_written(tmp_path: Path) -> None:
 
 def test_the_cache_goes_where_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The environment variable names the cache folder; without it, or where it is empty, the platform does."""
-    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(CACHE_DIR_ENV, str(tmp_path))
     assert cache_dir() == tmp_path
-    monkeypatch.delenv(CACHE_VARIABLE)
+    monkeypatch.delenv(CACHE_DIR_ENV)
     default = cache_dir()
     assert "peftbench" in default.parts
-    monkeypatch.setenv(CACHE_VARIABLE, "")
+    monkeypatch.setenv(CACHE_DIR_ENV, "")
     assert cache_dir() == default

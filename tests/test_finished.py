@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from peftbench.config import validate
-from peftbench.finished import result_of
-from peftbench.recipe import Recipe
+from peftbench.recipe.loader import parse_recipe
+from peftbench.run_dir.results import load_existing_result
+from peftbench.recipe.schema import Recipe
 from peftbench.record import Outcome, OutcomeKind
 from tests.report.records import record
 
@@ -19,7 +19,7 @@ from tests.report.records import record
 def recipe(tmp_path: Path) -> Recipe:
     """A recipe over one file."""
     (tmp_path / "rows.jsonl").write_text(json.dumps({"article": "a", "summary": "s"}) + "\n", encoding="utf-8")
-    return validate({
+    return parse_recipe({
         "name": "run", "output_dir": str(tmp_path / "out"), "method": {"kind": "lora"}, "train": {"steps": 1},
         "data": {"source": {"kind": "files", "train": str(tmp_path / "rows.jsonl")}},
     })  # fmt: skip
@@ -33,9 +33,9 @@ def write(recipe: Recipe, **changes: Any) -> None:
 
 def test_a_result_of_this_recipe_on_these_examples(recipe: Recipe) -> None:
     """Nothing is finished before it ran; with its record it is."""
-    assert result_of(recipe) is None
+    assert load_existing_result(recipe) is None
     write(recipe)
-    assert result_of(recipe) is not None
+    assert load_existing_result(recipe) is not None
 
 
 def test_other_examples_in_the_same_file(recipe: Recipe, tmp_path: Path) -> None:
@@ -43,15 +43,15 @@ def test_other_examples_in_the_same_file(recipe: Recipe, tmp_path: Path) -> None
     write(recipe)
     with (tmp_path / "rows.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"article": "b", "summary": "t"}) + "\n")
-    assert result_of(recipe) is None
+    assert load_existing_result(recipe) is None
     (tmp_path / "rows.jsonl").unlink()
-    assert result_of(recipe) is None
+    assert load_existing_result(recipe) is None
 
 
 def test_another_recipe_of_the_name(recipe: Recipe) -> None:
     """A changed recipe is another run."""
     write(recipe, recipe_fingerprint="another")
-    assert result_of(recipe) is None
+    assert load_existing_result(recipe) is None
 
 
 @pytest.mark.parametrize(
@@ -60,11 +60,11 @@ def test_another_recipe_of_the_name(recipe: Recipe) -> None:
 def test_only_results_are_final(kind: OutcomeKind, final: bool, recipe: Recipe) -> None:
     """An out-of-memory and a divergence are results; what was interrupted or failed is tried again."""
     write(recipe, outcome=Outcome(kind=kind, step=1))
-    assert (result_of(recipe) is not None) == final
+    assert (load_existing_result(recipe) is not None) == final
 
 
 def test_a_record_that_cannot_be_read(recipe: Recipe) -> None:
     """What is no record is no result."""
     write(recipe)
     (Path(recipe.output_dir) / "run" / "record.json").write_text("{", encoding="utf-8")
-    assert result_of(recipe) is None
+    assert load_existing_result(recipe) is None

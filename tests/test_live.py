@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from peftbench.live import Line, figures, short
+from peftbench.run.progress_bar import ProgressBar, format_metrics, shorten_name
 
 MIB = 2**20
 
@@ -29,7 +29,7 @@ class Stream(io.StringIO):
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time, as the line and tqdm ask for it."""
     now = [100.0]
-    monkeypatch.setattr("peftbench.live.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("peftbench.run.progress_bar.time.monotonic", lambda: now[0])
     monkeypatch.setattr("tqdm.std.time", lambda: now[0])
     return now
 
@@ -37,7 +37,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_the_line_s_text(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     """Gone on with after 10 of 20 steps, two seconds each: real tokens of the last steps, time left at this pace."""
     monkeypatch.setattr(sys, "stderr", stream := Stream(terminal=True))
-    with Line("lora-r=8", 10, 20, memory=lambda: 96 * MIB, budget_bytes=112 * MIB, shown=True) as line:
+    with ProgressBar("lora-r=8", 10, 20, memory=lambda: 96 * MIB, budget_bytes=112 * MIB, shown=True) as line:
         for step in range(11, 16):
             clock[0] += 2
             line.step(loss=step / 8, real_tokens=20_000 + 1_000 * step)
@@ -53,7 +53,7 @@ def test_the_line_s_text(clock: list[float], monkeypatch: pytest.MonkeyPatch) ->
 def test_tokens_per_second_are_of_the_last_steps(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     """A slow start is forgotten after twenty steps."""
     monkeypatch.setattr(sys, "stderr", stream := Stream(terminal=True))
-    with Line("x", 0, 99, memory=lambda: None, budget_bytes=None, shown=True) as line:
+    with ProgressBar("x", 0, 99, memory=lambda: None, budget_bytes=None, shown=True) as line:
         for seconds in (1000, *[0.5] * 19):
             clock[0] += seconds
             line.step(loss=1.0, real_tokens=100)
@@ -73,7 +73,7 @@ def test_nothing_is_written_where_nobody_looks(terminal: bool, shown: bool, monk
         asked.append(1)
         return MIB
 
-    with Line("x", 0, 2, memory=memory, budget_bytes=None, shown=shown) as line:
+    with ProgressBar("x", 0, 2, memory=memory, budget_bytes=None, shown=shown) as line:
         line.step(loss=1.0, real_tokens=5)
         line.step(loss=1.0, real_tokens=5)
     assert (stream.getvalue(), asked) == ("", [])
@@ -81,13 +81,13 @@ def test_nothing_is_written_where_nobody_looks(terminal: bool, shown: bool, monk
 
 def test_figures() -> None:
     """Memory stands alone where there is no budget, and is called unknown where nothing tells it."""
-    assert figures(2.3144, 18_203.9, 96 * MIB, 112 * MIB) == "loss 2.314, 18,204 tokens/s, 96 of 112 MiB"
-    assert figures(12.5, 0.4, 96 * MIB, None) == "loss 12.500, 0 tokens/s, 96 MiB"
-    assert figures(1, 2, None, 112 * MIB) == "loss 1.000, 2 tokens/s, memory unknown"
+    assert format_metrics(2.3144, 18_203.9, 96 * MIB, 112 * MIB) == "loss 2.314, 18,204 tokens/s, 96 of 112 MiB"
+    assert format_metrics(12.5, 0.4, 96 * MIB, None) == "loss 12.500, 0 tokens/s, 96 MiB"
+    assert format_metrics(1, 2, None, 112 * MIB) == "loss 1.000, 2 tokens/s, memory unknown"
 
 
 def test_long_names_keep_their_end() -> None:
     """It tells the runs of a suite apart; however narrow the terminal, some of it is there."""
-    assert short("lora-r=8", 12) == "lora-r=8"
-    assert short("adamw8bit-path=openai-community_gpt2-large", 16) == "…nity_gpt2-large"
-    assert short("adamw8bit-path=openai-community_gpt2-large", -9) == "…_gpt2-large"
+    assert shorten_name("lora-r=8", 12) == "lora-r=8"
+    assert shorten_name("adamw8bit-path=openai-community_gpt2-large", 16) == "…nity_gpt2-large"
+    assert shorten_name("adamw8bit-path=openai-community_gpt2-large", -9) == "…_gpt2-large"

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from peftbench.errors import BusyError
-from peftbench.lock import Lock, held, refuse_if_held
-from peftbench.status import Teller
+from peftbench.errors import RunLockedError
+from peftbench.run_dir.lock import Lock, is_locked, raise_if_locked
+from peftbench.run_dir.status import StatusWriter
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from peftbench.lock import Lock
+from peftbench.run_dir.lock import Lock
 lock = Lock(Path(sys.argv[1])); lock.hold(); print("held", flush=True); time.sleep(100)
 """
 
@@ -25,17 +25,17 @@ lock = Lock(Path(sys.argv[1])); lock.hold(); print("held", flush=True); time.sle
 def test_the_second_is_refused(tmp_path: Path) -> None:
     """In one sentence that says who holds it; what was let go of can be held."""
     first, second = Lock(tmp_path), Lock(tmp_path)
-    assert not held(tmp_path)
+    assert not is_locked(tmp_path)
     first.hold()
-    Teller(tmp_path, tells=True).phase("train")
-    assert held(tmp_path)
-    for refused in (second.hold, lambda: refuse_if_held(tmp_path)):
-        with pytest.raises(BusyError, match=rf"is in use by process {os.getpid()} on .*stop it first"):
+    StatusWriter(tmp_path, tells=True).phase("train")
+    assert is_locked(tmp_path)
+    for refused in (second.hold, lambda: raise_if_locked(tmp_path)):
+        with pytest.raises(RunLockedError, match=rf"is in use by process {os.getpid()} on .*stop it first"):
             refused()
     first.let_go()
     second.hold()
     second.let_go()
-    assert not held(tmp_path)
+    assert not is_locked(tmp_path)
 
 
 def test_it_dies_with_its_holder(tmp_path: Path) -> None:
@@ -43,10 +43,10 @@ def test_it_dies_with_its_holder(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
-    assert held(tmp_path)
+    assert is_locked(tmp_path)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not held(tmp_path)
+    assert not is_locked(tmp_path)
     lock = Lock(tmp_path)
     lock.hold()
     lock.let_go()
@@ -66,5 +66,5 @@ def test_a_refused_run_leaves_no_file(tmp_path: Path) -> None:
 
 def test_looking_changes_nothing(tmp_path: Path) -> None:
     """Whoever asks whether a folder is held makes no file there."""
-    assert not held(tmp_path)
+    assert not is_locked(tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -14,15 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from peftbench import models, shipped
-from peftbench.errors import (
-    HubUnreachableError,
-    ModelNotFoundError,
-    OutOfRangeError,
-    PeftbenchError,
-    UnsupportedModelError,
-)
-from peftbench.recipe import Model
+from peftbench.modeling import loading
+from peftbench import shipped
+from peftbench.errors import HubUnreachableError, ModelNotFoundError, OutOfRangeError, PeftbenchError, UnsupportedModelError
+from peftbench.recipe.schema import Model
 from tests.bases import ARCHITECTURES, POSITIONS, gpt2_config, llama_config
 from tests.conftest import every_architecture
 
@@ -38,7 +33,7 @@ def own_folder(base_folder: Folder, tmp_path: Path) -> Path:
 @every_architecture
 def test_loads_what_was_saved(architecture: str, base_folder: Folder) -> None:
     """A folder's base has its weights, in float32, no cache in training, and the tokenizer beside it."""
-    base = models.load(Model(path=str(base_folder(architecture))))
+    base = loading.load_model(Model(path=str(base_folder(architecture))))
     saved = load_file(base_folder(architecture) / "model.safetensors")
     loaded = base.model.state_dict()
     assert saved
@@ -52,7 +47,7 @@ def test_loads_what_was_saved(architecture: str, base_folder: Folder) -> None:
 
 def test_the_shipped_base() -> None:
     """The base that comes with the package loads by its name, in float32 whatever it is stored in, with its hash."""
-    base = models.load(Model(path=shipped.NAME))
+    base = loading.load_model(Model(path=shipped.SHIPPED_MODEL))
     assert {parameter.dtype for parameter in base.model.parameters()} == {torch.float32}
     assert base.identity.startswith("blake2b ")
     assert base.model.get_input_embeddings().weight.shape[0] >= len(base.tokenizer)  # type: ignore[union-attr,index]
@@ -65,71 +60,71 @@ def test_random_weights_are_said_to_be_random(architecture: str, base_folder: Fo
     weights = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        base = models.load(knobs)
+        base = loading.load_model(knobs)
         weights.append(base.model.get_input_embeddings().weight.detach())  # type: ignore[operator,union-attr]
     assert base.identity == "random weights"
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
-    assert not torch.equal(weights[0], models.load(Model(path=knobs.path)).model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    assert not torch.equal(weights[0], loading.load_model(Model(path=knobs.path)).model.get_input_embeddings().weight)  # type: ignore[arg-type]
 
 
 def test_random_weights_need_no_file(own_folder: Path) -> None:
     """The architecture alone is made from a config, without weights."""
     (own_folder / "model.safetensors").unlink()
-    assert models.load(Model(path=str(own_folder), init="random")).identity == "random weights"
+    assert loading.load_model(Model(path=str(own_folder), init="random")).identity == "random weights"
 
 
 def test_identity_is_of_the_weights(own_folder: Path, base_folder: Folder) -> None:
     """Two folders with the same weights have one identity, and one other number makes another."""
-    original = models.load(Model(path=str(base_folder("llama_untied")))).identity
-    assert models.load(Model(path=str(own_folder))).identity == original
+    original = loading.load_model(Model(path=str(base_folder("llama_untied")))).identity
+    assert loading.load_model(Model(path=str(own_folder))).identity == original
     weights = load_file(own_folder / "model.safetensors")
     weights["lm_head.weight"][0, 0] += 1
     save_file(weights, own_folder / "model.safetensors", metadata={"format": "pt"})
-    assert models.load(Model(path=str(own_folder))).identity != original
+    assert loading.load_model(Model(path=str(own_folder))).identity != original
 
 
 def test_identity_of_a_hub_model(base_folder: Folder) -> None:
     """Of a base from the hub the commit is known, and is its identity."""
-    base = models.load(Model(path=str(base_folder("gpt2_tied"))))
+    base = loading.load_model(Model(path=str(base_folder("gpt2_tied"))))
     base.model.config._commit_hash = "0123abc"
-    assert models.identity(base.model, Model(path="some/model")) == "commit 0123abc"
+    assert loading.compute_model_fingerprint(base.model, Model(path="some/model")) == "commit 0123abc"
 
 
 def test_dropout_of_the_recipe(base_folder: Folder) -> None:
     """The recipe's dropout is that of every dropout in the base; null leaves its config's."""
     path = str(base_folder("gpt2_tied"))
-    modules = models.load(Model(path=path, dropout=0.25)).model.modules()
+    modules = loading.load_model(Model(path=path, dropout=0.25)).model.modules()
     found = [module.p for module in modules if isinstance(module, torch.nn.Dropout)]
     assert found
     assert set(found) == {0.25}
-    llama = models.load_config(Model(path=str(base_folder("llama_tied")), dropout=0.25))
+    llama = loading.load_config(Model(path=str(base_folder("llama_tied")), dropout=0.25))
     assert llama.attention_dropout == 0.25
-    assert models.load_config(Model(path=path)).resid_pdrop == 0.0
+    assert loading.load_config(Model(path=path)).resid_pdrop == 0.0
 
 
 def test_dropout_where_there_is_none(tmp_path: Path) -> None:
     """Asking for dropout where an architecture has none is refused, and asking for none is not."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}), encoding="utf-8")
     with pytest.raises(OutOfRangeError, match=r"mamba has no dropout to set to 0\.1"):
-        models.load_config(Model(path=str(tmp_path), dropout=0.1))
-    assert models.load_config(Model(path=str(tmp_path), dropout=0.0)).model_type == "mamba"
+        loading.load_config(Model(path=str(tmp_path), dropout=0.1))
+    assert loading.load_config(Model(path=str(tmp_path), dropout=0.0)).model_type == "mamba"
 
 
 def test_positions_under_either_name() -> None:
     """Positions are found under either of their names, and are None where a config has neither."""
     from transformers import MambaConfig
 
-    assert models.positions(gpt2_config(n_positions=77)) == 77
-    assert models.positions(llama_config(max_position_embeddings=88)) == 88
-    assert models.positions(MambaConfig()) is None
+    assert loading.get_max_positions(gpt2_config(n_positions=77)) == 77
+    assert loading.get_max_positions(llama_config(max_position_embeddings=88)) == 88
+    assert loading.get_max_positions(MambaConfig()) is None
 
 
 def test_attention_is_the_one_asked_for(base_folder: Folder) -> None:
     """The attention implementation is the recipe's."""
     path = str(base_folder("gpt2_tied"))
     for attention in ("sdpa", "eager"):
-        base = models.load(Model.model_validate({"path": path, "attention": attention}))
+        base = loading.load_model(Model.model_validate({"path": path, "attention": attention}))
         assert base.model.config._attn_implementation == attention
 
 
@@ -142,7 +137,7 @@ def test_attention_that_is_not_there(base_folder: Folder, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
     with pytest.raises(UnsupportedModelError, match="flash_attention_2 is not there: FlashAttention2 has been"):
-        models.load(Model(path=str(base_folder("gpt2_tied")), attention="flash_attention_2"))
+        loading.load_model(Model(path=str(base_folder("gpt2_tied")), attention="flash_attention_2"))
 
 
 def test_tokenizer_from_elsewhere(own_folder: Path, base_folder: Folder) -> None:
@@ -150,7 +145,7 @@ def test_tokenizer_from_elsewhere(own_folder: Path, base_folder: Folder) -> None
     (own_folder / "tokenizer.json").unlink()
     (own_folder / "tokenizer_config.json").unlink()
     elsewhere = base_folder("gpt2_tied")
-    base = models.load(Model(path=str(own_folder), tokenizer=str(elsewhere)))
+    base = loading.load_model(Model(path=str(own_folder), tokenizer=str(elsewhere)))
     assert base.tokenizer.name_or_path == str(elsewhere)
 
 
@@ -212,10 +207,10 @@ SPOILT: list[tuple[Callable[[Path], None], str]] = [
 @pytest.mark.parametrize(("spoil", "expected"), SPOILT, ids=[spoil.__name__.strip("_") for spoil, _ in SPOILT])
 def test_a_spoilt_folder(spoil: Callable[[Path], None], expected: str, own_folder: Path) -> None:
     """Whatever is missing or broken in a folder is said in one sentence that names it; nothing is made up instead."""
-    models.load(Model(path=str(own_folder)))
+    loading.load_model(Model(path=str(own_folder)))
     spoil(own_folder)
     with pytest.raises(ModelNotFoundError, match=expected) as caught:
-        models.load(Model(path=str(own_folder)))
+        loading.load_model(Model(path=str(own_folder)))
     assert str(own_folder) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -229,14 +224,14 @@ def test_pickled_weights_are_never_read(own_folder: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(torch, "load", refuse)
     with pytest.raises(ModelNotFoundError):
-        models.load(Model(path=str(own_folder)))
+        loading.load_model(Model(path=str(own_folder)))
 
 
 def test_no_causal_language_model(own_folder: Path) -> None:
     """An encoder-decoder is refused for what it is."""
     (own_folder / "config.json").write_text(json.dumps({"model_type": "t5"}), encoding="utf-8")
     with pytest.raises(UnsupportedModelError, match="t5 is no causal language model"):
-        models.load(Model(path=str(own_folder), init="random"))
+        loading.load_model(Model(path=str(own_folder), init="random"))
 
 
 @pytest.mark.parametrize(
@@ -246,7 +241,7 @@ def test_no_causal_language_model(own_folder: Path) -> None:
 def test_nothing_of_that_name(path: str, kind: type[PeftbenchError]) -> None:
     """A name that is neither a folder nor in the cache, with no hub to ask, is said to be so, with what to do."""
     with pytest.raises(kind, match=r"set model\.path to the folder of a local copy") as caught:
-        models.load(Model(path=path))
+        loading.load_model(Model(path=path))
     assert repr(path) in str(caught.value)
 
 
@@ -254,7 +249,7 @@ def test_architectures_of_the_tests_are_what_they_say(base_folder: Folder) -> No
     """The small bases that all tests run through are tied and untied as their names say."""
     assert ARCHITECTURES
     for architecture in ARCHITECTURES:
-        model = models.load(Model(path=str(base_folder(architecture)))).model
+        model = loading.load_model(Model(path=str(base_folder(architecture)))).model
         shared = model.get_output_embeddings().weight is model.get_input_embeddings().weight
         assert shared is architecture.endswith("_tied")
 
@@ -264,8 +259,8 @@ def test_the_fused_gelu_is_the_same_function(base_folder: Folder) -> None:
     folder = str(base_folder("gpt2_tied"))
     ids = torch.arange(1, 40)[None]
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
-    plain = models.load(Model(path=folder, fused_gelu=False)).model
-    fused = models.load(Model(path=folder)).model
+    plain = loading.load_model(Model(path=folder, fused_gelu=False)).model
+    fused = loading.load_model(Model(path=folder)).model
     assert torch.equal(plain(input_ids=ids).logits, theirs)
     assert torch.allclose(fused(input_ids=ids).logits, theirs, atol=2e-5)
     assert not torch.equal(fused(input_ids=ids).logits, theirs)
@@ -286,7 +281,7 @@ def test_the_fused_gelu_is_the_same_function(base_folder: Folder) -> None:
 def test_a_quantised_base(quantization: Any, architecture: str, base_folder: Folder) -> None:
     """Matrices of the blocks in a byte or half, all else in float32, and as many parameters as without."""
     folder = str(base_folder(architecture))
-    plain, base = (models.load(Model(path=folder, quantization=q)).model for q in (None, quantization))
+    plain, base = (loading.load_model(Model(path=folder, quantization=q)).model for q in (None, quantization))
     packed = [p for p in base.parameters() if p.dtype in {torch.uint8, torch.int8}]
     per_matrix = 2 if quantization.startswith("nf4") else 1
     matrices = sum(p.numel() for p in packed) * per_matrix
@@ -301,4 +296,4 @@ def test_a_quantised_base(quantization: Any, architecture: str, base_folder: Fol
 def test_an_architecture_alone_is_not_quantised(base_folder: Folder) -> None:
     """There is nothing loaded that could be."""
     with pytest.raises(OutOfRangeError, match=r"model\.quantization is of loaded weights"):
-        models.load(Model(path=str(base_folder("gpt2_tied")), init="random", quantization="nf4"))
+        loading.load_model(Model(path=str(base_folder("gpt2_tied")), init="random", quantization="nf4"))

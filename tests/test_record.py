@@ -12,34 +12,7 @@ from typing import Any, get_args
 import pytest
 
 from peftbench.errors import OutputError, RecordError
-from peftbench.record import (
-    EXIT_CODES,
-    FILE,
-    FINAL,
-    SCHEMA_VERSION,
-    Breakdown,
-    ByExample,
-    Compute,
-    CountedStep,
-    Device,
-    Engine,
-    Flops,
-    Interval,
-    Memory,
-    Outcome,
-    OutcomeKind,
-    Parameters,
-    Quality,
-    RunRecord,
-    Sample,
-    StateBytes,
-    Throughput,
-    Tokens,
-    TokensPerSecond,
-    read_record,
-    read_records,
-    train_peak_bytes,
-)
+from peftbench.record import EXIT_CODES, RECORD_FILE, FINAL_OUTCOMES, SCHEMA_VERSION, MemoryBreakdown, PerExample, Compute, CountedStep, Device, Engine, Flops, Interval, Memory, Outcome, OutcomeKind, ParameterCounts, Quality, RunRecord, Sample, StateBytes, Throughput, Tokens, TokensPerSecond, read_record, read_records, train_peak_bytes
 
 RECIPE = {
     "name": "run", "method": {"kind": "lora"}, "train": {"seed": 0, "global_batch_size": 4, "precision": "fp32"},
@@ -70,7 +43,7 @@ def full_record() -> RunRecord:
         engine=Engine(
             kind="MULTI_CPU", mixed_precision="bf16", optimizer="AdamW", micro_batch=2, accumulation=4, threads=1
         ),
-        parameters=Parameters(total=10, trainable=1),
+        parameters=ParameterCounts(total=10, trainable=1),
         model_identity="blake2b 00", data_identity="11", examples={"train": 8}, dropped={"train": 1},
         tokens=Tokens(real=5, padded=8, labelled=2, virtual=1), steps=2, losses=(2.5, 1 / 3), step_seconds=(0.1, 0.2),
         step_tokens=(2, 3),
@@ -85,7 +58,7 @@ def full_record() -> RunRecord:
         timed_steps=(2, 3), resumed_after=(1,),
         context_bytes=7, state_bytes=StateBytes(weights=1, gradients=2, optimizer=3, offloaded=1, expected_optimizer=4),
         state_bytes_by_rank=(StateBytes(weights=1, gradients=2, optimizer=3),),
-        breakdown=Breakdown(
+        breakdown=MemoryBreakdown(
             step=5, rows=2, width=8, peak_bytes=10, bytes_by_kind={"weights": 10}, operation="aten.mm", part="forward"
         ),
         energy_joules=4.5,
@@ -93,7 +66,7 @@ def full_record() -> RunRecord:
             split="test", examples=2, loss=1.0, perplexity=math.e, rouge={"rouge1": interval},
             teacher_forced_argmax_rouge={"rougeL": interval},
             samples=(Sample(id="1", article="é", reference="b", generated="c"),),
-            by_example=ByExample(identity="22", loss=(0.1, 1 / 3), labelled=(1, 2), rouge={"rouge1": (1.5, 2.5)}),
+            by_example=PerExample(identity="22", loss=(0.1, 1 / 3), labelled=(1, 2), rouge={"rouge1": (1.5, 2.5)}),
         ),
         notes=("a note",),
         skipped_steps=1,
@@ -119,7 +92,7 @@ def test_the_full_record_is_full() -> None:
 def test_reads_back_the_same(written: RunRecord, tmp_path: Path) -> None:
     """What is written is what is read, to the last digit, and the file is plain JSON."""
     path = written.write(tmp_path / "new" / "folder")
-    assert path == tmp_path / "new" / "folder" / FILE
+    assert path == tmp_path / "new" / "folder" / RECORD_FILE
     assert read_record(path) == written
     assert json.loads(path.read_text(encoding="utf-8"))["schema_version"] == SCHEMA_VERSION
 
@@ -160,7 +133,7 @@ def test_every_outcome_has_an_exit_code() -> None:
     assert set(EXIT_CODES) == set(get_args(OutcomeKind))
     assert len(set(EXIT_CODES.values())) == len(EXIT_CODES)
     assert EXIT_CODES["ok"] == 0
-    assert set(EXIT_CODES) > FINAL
+    assert set(EXIT_CODES) > FINAL_OUTCOMES
 
 
 def changed(**values: Any) -> str:
@@ -183,7 +156,7 @@ def changed(**values: Any) -> str:
 )
 def test_what_is_no_record_is_refused(text: str, where: str, tmp_path: Path) -> None:
     """A file of another schema, or of none, is refused in one line that names the file and the place in it."""
-    path = tmp_path / FILE
+    path = tmp_path / RECORD_FILE
     path.write_text(text, encoding="utf-8")
     with pytest.raises(RecordError) as caught:
         read_record(path)

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from peftbench.budget.cap import Cap
+from peftbench.memory.limit import MemoryLimit
 from peftbench.methods.full import Full
-from peftbench.recipe import Budget
-from peftbench.shortage import Shortage
+from peftbench.recipe.schema import Budget
+from peftbench.run.oom import OomHandler
 from tests.conftest import Workshop
 from tests.profiler.test_probe_peaks import Counters
 
@@ -36,13 +36,13 @@ def test_a_budget_or_the_device(
     there = SimpleNamespace(name="Some GPU", total_memory=80 * GIB)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: there)
     recipe = workshop.recipe(Full(), budget=Budget(memory=budget))
-    shortage = Shortage(recipe, torch.device(device), workshop.output, 0)
+    shortage = OomHandler(recipe, torch.device(device), workshop.output, 0)
     assert shortage.budget_bytes == expected
 
 
 def test_what_is_held_of_it(workshop: Workshop) -> None:
     """As the budget counts it, with what that leaves for all beside tensors; or as the device's meter tells it."""
-    shortage = Shortage(workshop.recipe(Full()), torch.device("cpu"), workshop.output, 0)
+    shortage = OomHandler(workshop.recipe(Full()), torch.device("cpu"), workshop.output, 0)
     assert shortage.held_bytes(Holding()) == 3 * GIB
-    shortage.cap = Cap(8 * GIB, 7 * GIB, held_bytes=lambda: 5 * GIB, lift=lambda: None)
+    shortage.cap = MemoryLimit(8 * GIB, 7 * GIB, held_bytes=lambda: 5 * GIB, lift=lambda: None)
     assert shortage.held_bytes(Holding()) == 6 * GIB

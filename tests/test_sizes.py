@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from peftbench.sizes import size_text
+from peftbench.common.units import format_bytes
 
 MIB, GIB = 2**20, 2**30
 
@@ -19,4 +19,4 @@ MIB, GIB = 2**20, 2**30
 )  # fmt: skip
 def test_in_one_unit(size: int, of: int | None, text: str) -> None:
     """That of the larger: MiB below ten GiB."""
-    assert size_text(size, of) == text
+    assert format_bytes(size, of) == text

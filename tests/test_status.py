@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from peftbench.status import FILE, Teller, read_status, slurm_job
+from peftbench.run_dir.status import STATUS_FILE, StatusWriter, read_status, get_slurm_job_id
 
 
 def test_it_tells_phases_at_once_and_steps_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens per second are those of the steps since the last time, and what is left is at this process's pace."""
     clock = [100.0]
-    monkeypatch.setattr("peftbench.status.time.monotonic", lambda: clock[0])
-    teller = Teller(tmp_path, tells=True)
+    monkeypatch.setattr("peftbench.run_dir.status.time.monotonic", lambda: clock[0])
+    teller = StatusWriter(tmp_path, tells=True)
     teller.phase("train")
     assert (read_status(tmp_path) or pytest.fail("nothing told")).phase == "train"
     for step in range(11, 19):  # gone on with after ten, two seconds each
@@ -33,7 +33,7 @@ def test_it_tells_phases_at_once_and_steps_now_and_then(tmp_path: Path, monkeypa
 
 def test_steps_of_a_process_before(tmp_path: Path) -> None:
     """They are told with the next phase, though this process may make none."""
-    teller = Teller(tmp_path, tells=True)
+    teller = StatusWriter(tmp_path, tells=True)
     teller.begin(30, 30, loss=2.5)
     teller.phase("evaluate")
     told = read_status(tmp_path)
@@ -44,9 +44,9 @@ def test_steps_of_a_process_before(tmp_path: Path) -> None:
 def test_memory_is_asked_when_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once for what is written, however many steps there were; a later phase keeps what the last step had."""
     clock = [100.0]
-    monkeypatch.setattr("peftbench.status.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("peftbench.run_dir.status.time.monotonic", lambda: clock[0])
     sizes = [200, 100]
-    teller = Teller(tmp_path, tells=True)
+    teller = StatusWriter(tmp_path, tells=True)
     teller.begin(0, 9, memory=sizes.pop, budget_bytes=300)
     for step in (1, 2, 9):  # the second comes too soon after the first to be told
         clock[0] += 3
@@ -61,7 +61,7 @@ def test_memory_is_asked_when_it_is_told(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_file_of_before(tmp_path: Path) -> None:
     """What an earlier version wrote has no loss and no memory, and is read."""
     old = {"pid": 1, "host": "x", "started_at": "a", "updated_at": "b", "phase": "train", "step": 3, "steps": 9}
-    (tmp_path / FILE).write_text(json.dumps(old), encoding="utf-8")
+    (tmp_path / STATUS_FILE).write_text(json.dumps(old), encoding="utf-8")
     told = read_status(tmp_path)
     assert told is not None
     assert (told.step, told.loss, told.memory_bytes, told.budget_bytes) == (3, None, None, None)
@@ -69,7 +69,7 @@ def test_a_file_of_before(tmp_path: Path) -> None:
 
 def test_one_of_several_tells(tmp_path: Path) -> None:
     """The others write nothing."""
-    teller = Teller(tmp_path, tells=False)
+    teller = StatusWriter(tmp_path, tells=False)
     teller.phase("train")
     teller.step(1, 1, 1, loss=1.0)
     assert list(tmp_path.iterdir()) == []
@@ -78,9 +78,9 @@ def test_one_of_several_tells(tmp_path: Path) -> None:
 def test_what_cannot_be_read_is_none(tmp_path: Path) -> None:
     """Half a file, or one of something else."""
     assert read_status(tmp_path) is None
-    (tmp_path / FILE).write_text('{"pid": ', encoding="utf-8")
+    (tmp_path / STATUS_FILE).write_text('{"pid": ', encoding="utf-8")
     assert read_status(tmp_path) is None
-    (tmp_path / FILE).write_text("{}", encoding="utf-8")
+    (tmp_path / STATUS_FILE).write_text("{}", encoding="utf-8")
     assert read_status(tmp_path) is None
 
 
@@ -88,9 +88,9 @@ def test_jobs_are_named_as_slurm_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """A task of an array has a name of its own."""
     for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
         monkeypatch.delenv(name, raising=False)
-    assert slurm_job() is None
+    assert get_slurm_job_id() is None
     monkeypatch.setenv("SLURM_JOB_ID", "14")
-    assert slurm_job() == "14"
+    assert get_slurm_job_id() == "14"
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
-    assert slurm_job() == "12_2"
+    assert get_slurm_job_id() == "12_2"

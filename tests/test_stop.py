@@ -11,43 +11,43 @@ from pathlib import Path
 
 import pytest
 
-from peftbench.files import write_atomically
-from peftbench.stop import JOB_VARIABLE, SIGNALS, Interrupted, Stop, request
+from peftbench.common.filesystem import write_atomically
+from peftbench.run.shutdown import ATTEMPT_ENV, SHUTDOWN_SIGNALS, StopRequested, ShutdownSignal, get_stop_file
 
 
 @pytest.fixture
-def stop() -> Iterator[Stop]:
+def stop() -> Iterator[ShutdownSignal]:
     """One that listens, in whose place the handlers before come back."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    made = Stop()
+    before = {number: signal.getsignal(number) for number in SHUTDOWN_SIGNALS}
+    made = ShutdownSignal()
     made.listen()
     yield made
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-def test_elsewhere_it_stops_at_once(number: signal.Signals, stop: Stop) -> None:
+@pytest.mark.parametrize("number", SHUTDOWN_SIGNALS)
+def test_elsewhere_it_stops_at_once(number: signal.Signals, stop: ShutdownSignal) -> None:
     """While nothing is trained there is no step to finish."""
-    with pytest.raises(Interrupted) as caught:
+    with pytest.raises(StopRequested) as caught:
         signal.raise_signal(number)
     assert caught.value.by == stop.by == number.name
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-def test_a_step_is_not_broken_off(number: signal.Signals, stop: Stop) -> None:
+@pytest.mark.parametrize("number", SHUTDOWN_SIGNALS)
+def test_a_step_is_not_broken_off(number: signal.Signals, stop: ShutdownSignal) -> None:
     """Within a training it is noted, for whoever asks after a step; if nobody does, it stops afterwards."""
     after: list[str | None] = []
-    with pytest.raises(Interrupted), stop.between_steps():  # noqa: PT012
+    with pytest.raises(StopRequested), stop.between_steps():  # noqa: PT012
         signal.raise_signal(number)
         after.append(stop.by)
     assert after == [number.name]
 
 
-def test_whoever_is_impatient(stop: Stop) -> None:
+def test_whoever_is_impatient(stop: ShutdownSignal) -> None:
     """A second Ctrl-C breaks a step off; a second SIGTERM, as launchers send them, does not."""
     done = []
-    with pytest.raises(Interrupted), stop.between_steps():  # noqa: PT012
+    with pytest.raises(StopRequested), stop.between_steps():  # noqa: PT012
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
         done.append("the step")
@@ -56,14 +56,14 @@ def test_whoever_is_impatient(stop: Stop) -> None:
     assert done == ["the step"]
 
 
-def test_a_record_is_written_to_its_end(stop: Stop) -> None:
+def test_a_record_is_written_to_its_end(stop: ShutdownSignal) -> None:
     """What is left to be done is done."""
     stop.hold_off()
     signal.raise_signal(signal.SIGTERM)
     assert stop.by == "SIGTERM"
 
 
-def test_nobody_asked(stop: Stop) -> None:
+def test_nobody_asked(stop: ShutdownSignal) -> None:
     """A training that nobody stops ends as ever."""
     with stop.between_steps():
         pass
@@ -71,13 +71,13 @@ def test_nobody_asked(stop: Stop) -> None:
 
 
 @pytest.mark.parametrize(("text", "by"), [("SIGUSR1\n", "SIGUSR1"), ("", ".stop")])
-def test_a_file_asks(text: str, by: str, tmp_path: Path, stop: Stop) -> None:
+def test_a_file_asks(text: str, by: str, tmp_path: Path, stop: ShutdownSignal) -> None:
     """Soon after it is there, the process is asked, by what the file says."""
-    file = request(tmp_path, {})
+    file = get_stop_file(tmp_path, {})
     stop.watch(file)
     threading.Timer(0.2, lambda: write_atomically(file, text)).start()
     until = time.monotonic() + 20
-    with pytest.raises(Interrupted), stop.between_steps():  # noqa: PT012
+    with pytest.raises(StopRequested), stop.between_steps():  # noqa: PT012
         while stop.by is None and time.monotonic() < until:
             time.sleep(0.05)
     assert stop.by == by
@@ -85,13 +85,13 @@ def test_a_file_asks(text: str, by: str, tmp_path: Path, stop: Stop) -> None:
 
 def test_another_attempts_file_asks_nothing(tmp_path: Path) -> None:
     """Each attempt of a job has a file of its own, and a run by hand another."""
-    names = {request(tmp_path, environment).name for environment in (
-        {}, {JOB_VARIABLE: "7-0"}, {JOB_VARIABLE: "7-1"}, {JOB_VARIABLE: "8-0"},
+    names = {get_stop_file(tmp_path, environment).name for environment in (
+        {}, {ATTEMPT_ENV: "7-0"}, {ATTEMPT_ENV: "7-1"}, {ATTEMPT_ENV: "8-0"},
     )}  # fmt: skip
     assert names == {".stop", ".stop-7-0", ".stop-7-1", ".stop-8-0"}
 
 
 def test_it_is_an_interrupt() -> None:
     """So that whatever lets Ctrl-C through lets it through."""
-    assert issubclass(Interrupted, KeyboardInterrupt)
+    assert issubclass(StopRequested, KeyboardInterrupt)
     assert os.name == "posix"

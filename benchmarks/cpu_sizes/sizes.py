@@ -19,9 +19,9 @@ from contextlib import suppress
 import torch
 from tabulate import tabulate
 
-from peftbench.data.collate import Documents
-from peftbench.engine import attention
-from peftbench.profiler.memory import status_bytes
+from peftbench.data.collate import PackedSequences
+from peftbench.modeling import attention
+from peftbench.profiler.memory import read_proc_status_bytes
 
 MIB = 2**20
 HEADS, WIDTH = 12, 64
@@ -38,13 +38,13 @@ CASES: tuple[Case, ...] = (
 def of_attention(kind: str) -> Callable[[int], object]:
     """Forward and backward of two documents in a row, as the loop has it or as torch would without being told."""
     if kind == "16 bits":
-        attention._in_float32 = _never
+        attention._is_upcast_to_float32 = _never
     layer = torch.nn.Module()
 
     def once(positions: int) -> None:
         row = (1, HEADS, positions, WIDTH)
         query, key, value = (torch.randn(row, dtype=torch.bfloat16).requires_grad_() for _ in range(3))
-        documents = Documents.of([positions // 2, positions - positions // 2])
+        documents = PackedSequences.of([positions // 2, positions - positions // 2])
         attention.causal_attention(layer, query, key, value, None, documents=documents)[0].sum().backward()
 
     return once
@@ -89,7 +89,7 @@ def measure(what: str, kind: str, multiple: int) -> tuple[float, float, float]:
 def _resident() -> int:
     with suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-    return status_bytes("VmRSS") or 0
+    return read_proc_status_bytes("VmRSS") or 0
 
 
 def main() -> None:

@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from transformers import logging as transformers_logging
 
 from peftbench.errors import PeftbenchError, RecordError
-from peftbench.models import Base, fuse_gelu, load_tokenizer
-from peftbench.recipe import Model, Recipe
-from peftbench.record import FILE, FINAL, RunRecord, read_record, train_peak_bytes
-from peftbench.run import Run
+from peftbench.modeling.loading import LoadedModel, fuse_gelu, load_tokenizer
+from peftbench.recipe.schema import Model, Recipe
+from peftbench.record import RECORD_FILE, FINAL_OUTCOMES, RunRecord, read_record, train_peak_bytes
+from peftbench.run.runner import Run
 
 NO_DEVICE = 2
 
@@ -46,7 +46,7 @@ class ArchitectureRun(Run):
         self._train(built, examples, pad_token=0)
         self._come_together()
 
-    def _architecture(self) -> Base:
+    def _architecture(self) -> LoadedModel:
         torch.manual_seed(self.recipe.train.seed)
         with self.accelerator.device:
             model = AutoModelForCausalLM.from_config(
@@ -54,7 +54,7 @@ class ArchitectureRun(Run):
             )
         if self.recipe.model.fused_gelu:
             fuse_gelu(model)
-        return Base(model, load_tokenizer(Model()), "random weights")
+        return LoadedModel(model, load_tokenizer(Model()), "random weights")
 
 
 def device_name() -> str:
@@ -66,7 +66,7 @@ def device_name() -> str:
 def measure(out: Path, name: str, *, tiny: bool) -> None:
     """Run one case and print a line about it."""
     recipe, size = next(case for case in cases(tiny=tiny, folder=str(out / device_name())) if case[0].name == name)
-    if _has_record(out / device_name() / recipe.name / FILE):
+    if _has_record(out / device_name() / recipe.name / RECORD_FILE):
         print(f"{recipe.name}: has a record", flush=True)
         return
     transformers_logging.set_verbosity_error()
@@ -83,7 +83,7 @@ def measure(out: Path, name: str, *, tiny: bool) -> None:
 
 def _has_record(path: Path) -> bool:
     try:
-        return path.exists() and read_record(path).outcome.kind in FINAL
+        return path.exists() and read_record(path).outcome.kind in FINAL_OUTCOMES
     except RecordError:  # of another version; this one takes its place
         return False
 

@@ -13,7 +13,7 @@ from peftbench.data.synthetic import Synthetic
 from peftbench.methods import METHODS
 from peftbench.methods.full import Full
 from peftbench.optim import OPTIMIZERS
-from peftbench.recipe import Budget, Data, Evaluate, Model, Profile, Recipe, Train
+from peftbench.recipe.schema import Budget, Data, Evaluate, Model, Profile, Recipe, Train
 
 SOFT_TOKENS = 20
 

@@ -18,17 +18,17 @@ from cases import CARD, RandomTokens, Size, cases
 from tabulate import tabulate
 from transformers import GPT2Config
 
-from peftbench.budget.devices import of_torch_name
-from peftbench.budget.estimate import estimate
-from peftbench.budget.forecast import Forecast, forecast
-from peftbench.budget.rehearsal import Rehearsal
-from peftbench.budget.steering import DeviceKind
+from peftbench.memory.devices import get_facts_by_torch_name
+from peftbench.memory.estimate import estimate
+from peftbench.memory.replay import AllocatorReplay, replay_allocator
+from peftbench.memory.simulation.step import MemorySimulation
+from peftbench.memory.simulation.device import DeviceType
 from peftbench.data.batches import Batches
 from peftbench.data.collate import Collator
-from peftbench.errors import NoRoomError
-from peftbench.recipe import Recipe
+from peftbench.errors import BudgetTooSmallError
+from peftbench.recipe.schema import Recipe
 from peftbench.record import RunRecord, read_records
-from peftbench.sizes import parse_size
+from peftbench.common.units import parse_size
 
 Row = dict[str, str]
 
@@ -51,12 +51,12 @@ def labels_by_step(recipe: Recipe, size: Size) -> list[list[int]]:
     ]  # fmt: skip
 
 
-def rehearsed(recipe: Recipe, record: RunRecord, labels: list[int]) -> tuple[Rehearsal, Forecast]:
+def rehearsed(recipe: Recipe, record: RunRecord, labels: list[int]) -> tuple[MemorySimulation, AllocatorReplay]:
     """The training of a case, whose rows all have one width."""
-    kind: DeviceKind = "cuda" if record.device.kind == "cuda" else "cpu"
-    with Rehearsal(recipe, kind, 1) as rehearsal:
+    kind: DeviceType = "cuda" if record.device.kind == "cuda" else "cpu"
+    with MemorySimulation(recipe, kind, 1) as rehearsal:
         rehearsal.train(recipe.train.global_batch_size, recipe.data.max_length or 0, labels)
-    return rehearsal, forecast(list(rehearsal.book.events()), kind)
+    return rehearsal, replay_allocator(list(rehearsal.book.events()), kind)
 
 
 def compared(recipe: Recipe, size: Size, record: RunRecord) -> Iterator[tuple[str, int, int]]:
@@ -77,12 +77,12 @@ def compared(recipe: Recipe, size: Size, record: RunRecord) -> Iterator[tuple[st
 
 def verdict(recipe: Recipe, record: RunRecord) -> Row:
     """What was said of a run that was held to a card's memory, and how it ended."""
-    facts = of_torch_name(record.device.name)
+    facts = get_facts_by_torch_name(record.device.name)
     small = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"batch": 1})})
     try:
         plan = estimate(small, facts, record.device.name, parse_size(CARD))
         said, needed = str(plan.verdict), f"{plan.process_bytes[0] / 2**20:,.0f}"
-    except NoRoomError:
+    except BudgetTooSmallError:
         said, needed = "does not fit", "more than its weights"
     wrong = (said, record.outcome.kind) in {("fits", "oom"), ("does not fit", "ok")}
     return {"run": record.name, "predicted": said, "needs MiB": needed, "ended": record.outcome.kind,

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
-from peftbench.profiler.energy import energy_meter
-from peftbench.profiler.memory import Meter
+from peftbench.profiler.energy import build_energy_meter
+from peftbench.profiler.memory import MemoryMeter
 from peftbench.profiler.probe import Probe
 from peftbench.record import Memory, read_records
 
@@ -48,11 +48,11 @@ class StandIn:
         """Asked at the start of a phase."""
 
 
-def seconds_a_step(device: torch.device, meter: Meter | None = None) -> list[float]:
+def seconds_a_step(device: torch.device, meter: MemoryMeter | None = None) -> list[float]:
     """Seconds that one timed step of one micro-batch and the pause after it spend in the Probe, once a repeat."""
     found = []
     for _ in range(REPEATS):
-        probe = Probe(device, energy_meter(device))
+        probe = Probe(device, build_energy_meter(device))
         probe.meter = meter or probe.meter
         with probe.training(warmup_steps=0):
             start = time.perf_counter()

@@ -40,7 +40,7 @@ def many(records: Sequence[RunRecord], count: int, folder: Path, seeds: int) -> 
 
 def made(folder: Path) -> float:
     """Seconds of ``peftbench report``, from the start of its process to the end."""
-    command = [sys.executable, "-c", "from peftbench.cli import main; main()", "report", str(folder)]
+    command = [sys.executable, "-c", "from peftbench.cli.app import main; main()", "report", str(folder)]
     start = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)  # noqa: S603 — a command of ours
     return time.perf_counter() - start

@@ -194,7 +194,7 @@ def report(folder: Path, into: Path | None, block: str) -> int:
     elif found := problems(records):
         raise RecordError(f"{into} was left as it is: {found[0]}")
     else:
-        from peftbench.report.table import insert_block
+        from peftbench.report.tables.table import insert_block
 
         insert_block(table(records), into, block)
     return int(bool(problems(records)))

@@ -37,13 +37,13 @@ from spec import NEEDS_TRL, OURS, Job
 from trained import COUNTED_STEP, Trained
 from transformers import logging as transformers_logging
 
-from peftbench.engine.bind import device_of
+from peftbench.distributed.accelerator import describe_device
 from peftbench.errors import PeftbenchError
-from peftbench.files import write_atomically
-from peftbench.models import from_config, load_config, load_tokenizer, positions
-from peftbench.profiler.memory import Meter, meter_for
-from peftbench.recipe import Model
-from peftbench.recording import versions
+from peftbench.common.filesystem import write_atomically
+from peftbench.modeling.loading import build_from_config, load_config, load_tokenizer, get_max_positions
+from peftbench.profiler.memory import MemoryMeter, build_memory_meter
+from peftbench.recipe.schema import Model
+from peftbench.run.record_builder import get_library_versions
 
 MIB = 2**20
 LEFT = 16 * MIB
@@ -55,7 +55,7 @@ def prepare(config: Path, out: Path, seed: int) -> None:
     knobs = Model(path=str(config))
     tokenizer = load_tokenizer(knobs)
     torch.manual_seed(seed)
-    from_config(knobs, load_config(knobs)).save_pretrained(out)
+    build_from_config(knobs, load_config(knobs)).save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
@@ -64,12 +64,12 @@ def measure(job: Job) -> Measured:
     torch.set_num_threads(job.spec.threads)
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     _import_all(job)
-    meter: Meter = meter_for(torch.device(job.spec.device))
+    meter: MemoryMeter = build_memory_meter(torch.device(job.spec.device))
     # Of every arm, and not the one that peftbench's Run takes when it begins: tokenizer and examples are there by then.
     baseline = meter.lap().resident_baseline_bytes
     held = torch.cuda.memory_allocated() if job.spec.device == "cuda" else 0
     knobs = Model(path=job.base)
-    room = positions(load_config(knobs))
+    room = get_max_positions(load_config(knobs))
     if room is None:
         raise PeftbenchError("the model's config gives no number of positions; use one that does")
     examples = read_examples(job, load_tokenizer(knobs), room)
@@ -105,13 +105,13 @@ def _import_all(job: Job) -> None:
 def _record(job: Job, trained: Trained, identity: str, started: str, held: int) -> Measured:
     from accelerate import Accelerator
 
-    device = device_of(Accelerator())  # whose state is the arm's own
+    device = describe_device(Accelerator())  # whose state is the arm's own
     notes = [*trained.notes, *([f"{held:,} bytes were held by arms before"] if held > LEFT else [])]
     spec = job.spec
     return Measured(
         case=job.case, arm=job.arm, repeat=job.repeat, spec=spec, settings=trained.settings, notes=tuple(notes),
         started_at=started, device_kind=device.kind, device_name=device.name, threads=torch.get_num_threads(),
-        versions=versions() | _trl_version(), git=_git_state(), data_identity=identity,
+        versions=get_library_versions() | _trl_version(), git=_git_state(), data_identity=identity,
         model_identity=trained.model_identity, trainable_parameters=trained.trainable_parameters,
         warmup_steps=spec.warmup_steps(job.case), losses=trained.losses, step_seconds=trained.step_seconds,
         train_seconds=trained.seconds, real_tokens=trained.real_tokens, labelled_tokens=trained.labelled_tokens,

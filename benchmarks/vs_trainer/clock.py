@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from peftbench.profiler.memory import Meter
+from peftbench.profiler.memory import MemoryMeter
 from peftbench.record import Memory
 
 
@@ -21,7 +21,7 @@ class StepClock:
     device: torch.device
     warmup: int
     total: int
-    meter: Meter | None = None
+    meter: MemoryMeter | None = None
     """None where the arm has its own."""
     memory: Memory | None = None
     seconds: float = 0.0

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from spec import Job
 
 from peftbench.data.batches import Batches
-from peftbench.data.collate import Collator, Work
-from peftbench.data.encode import Encoder, Layout
+from peftbench.data.collate import Collator, FlopUnits
+from peftbench.data.encode import Encoder, SequenceLayout
 from peftbench.errors import DataError, EmptySplitError, MissingColumnError
-from peftbench.recipe import Data
+from peftbench.recipe.schema import Data
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -57,11 +57,11 @@ class Examples:
         """Of each step."""
         return tuple(sum(len(ids) - prompt for ids, prompt in self.step(i)) for i in range(len(self.batches)))
 
-    def required(self, index: int, virtual_tokens: int) -> Work:
+    def required(self, index: int, virtual_tokens: int) -> FlopUnits:
         """What a step needs: real and virtual positions, causal pairs, the head at labels."""
         lengths = [len(ids) + virtual_tokens for ids, _ in self.step(index)]
         pairs = sum(length * (length + 1) // 2 for length in lengths)
-        return Work(
+        return FlopUnits(
             positions=sum(lengths), pairs=pairs, causal_pairs=pairs, labelled=self.labelled_tokens()[index]
         )  # fmt: skip
 
@@ -76,7 +76,7 @@ def read_examples(job: Job, tokenizer: PreTrainedTokenizerBase, positions: int) 
     longest = positions - spec.soft_tokens  # with every method, so that all are shown the same
     encoder = Encoder(
         tokenizer,
-        Layout.fit(separator=SEPARATOR, max_tokens=longest, new_tokens=1, positions=positions, virtual_tokens=0),
+        SequenceLayout.fit(separator=SEPARATOR, max_tokens=longest, new_tokens=1, positions=positions, virtual_tokens=0),
     )
     rows: list[tuple[list[int], int]] = []
     wanted = spec.examples(job.case)

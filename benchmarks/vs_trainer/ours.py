@@ -12,13 +12,13 @@ from spec import CASES, Job, own_knobs
 from trained import COUNTED_STEP, Trained, method_of
 
 from peftbench.data.sources import Files
-from peftbench.engine.build import load_base
+from peftbench.training.build import load_base_model
 from peftbench.errors import PeftbenchError
-from peftbench.files import cache_dir
+from peftbench.common.filesystem import cache_dir
 from peftbench.optim import AdamW
-from peftbench.recipe import Data, Evaluate, Model, Profile, Recipe, Train
+from peftbench.recipe.schema import Data, Evaluate, Model, Profile, Recipe, Train
 from peftbench.record import RunRecord
-from peftbench.run import Run
+from peftbench.run.runner import Run
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,7 +36,7 @@ class TimedRun(Run):
         self.data_identity = self.identity_of_rows
         self.shortage.prepare(self.probe.meter)
         with self.probe.phase("load"):
-            base = load_base(self.recipe)
+            base = load_base_model(self.recipe)
         with self.probe.phase("build"):
             built = self._build(base)
         self._count("train", len(self.rows), 0)

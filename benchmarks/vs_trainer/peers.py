@@ -26,8 +26,8 @@ from transformers import (
 )
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from peftbench.profiler.counter import FlopCounter
-from peftbench.profiler.memory import Meter
+from peftbench.profiler.flop_counter import FlopCounter
+from peftbench.profiler.memory import MemoryMeter
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -109,7 +109,7 @@ def flattens(job: Job) -> bool:
     return best and not soft and job.spec.device == "cuda" and bool(is_flash_attn_2_available())
 
 
-def run(job: Job, examples: Examples, positions: int, meter: Meter) -> Trained:
+def run(job: Job, examples: Examples, positions: int, meter: MemoryMeter) -> Trained:
     """Train, and tell how it went."""
     spec, flat = job.spec, flattens(job)
     model = applied(job, flattens=flat)

@@ -6,13 +6,13 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from peftbench.part import Part
+from peftbench.common.schema import ConfigSection
 
 Precision = Literal["fp32", "bf16"]
 Kind = Literal["cpu", "cuda"]
 
 
-class Case(Part):
+class Case(ConfigSection):
     """A method, and from when on it is timed."""
 
     method: str
@@ -42,7 +42,7 @@ ARMS = {
 NEEDS_TRL = frozenset({"trl_default", "trl_best"})
 
 
-class Target(Part):
+class Target(ConfigSection):
     """What peftbench is to reach with a case."""
 
     case: str
@@ -68,7 +68,7 @@ LOW_PRECISION = 1e-3
 """The same where an arm multiplies in 16 bits."""
 
 
-class Spec(Part):
+class Spec(ConfigSection):
     """Everything that all arms share."""
 
     device: Kind = "cpu"
@@ -126,7 +126,7 @@ DEFAULTS: dict[Kind, dict[str, Any]] = {
 REPEATS = 3
 
 
-class Job(Part):
+class Job(ConfigSection):
     """One arm's measurement."""
 
     spec: Spec

@@ -10,9 +10,9 @@ from spec import Job, method_knobs
 
 from peftbench.methods import AnyMethod
 from peftbench.methods.base import Method
-from peftbench.models import Base, load
-from peftbench.profiler.flops import Cost, UncountableError, cost
-from peftbench.recipe import Model
+from peftbench.modeling.loading import LoadedModel, load_model
+from peftbench.profiler.flops import FlopCost, UnsupportedFlopsError, count_flops
+from peftbench.recipe.schema import Model
 from peftbench.record import Memory
 
 if TYPE_CHECKING:
@@ -46,17 +46,17 @@ class Applied:
     """A base with the method applied to it by peftbench's own code, so that all arms train the same model."""
 
     method: Method
-    base: Base
+    base: LoadedModel
     model: nn.Module
 
-    def cost(self) -> Cost | None:
+    def cost(self) -> FlopCost | None:
         """Its products, None where they are not known."""
         try:
-            return cost(
+            return count_flops(
                 self.model, self.base.model, virtual_tokens=self.method.virtual_tokens, checkpointing=False,
                 head_everywhere=False,  # of what is required it changes nothing, and all else is counted
             )  # fmt: skip
-        except UncountableError:
+        except UnsupportedFlopsError:
             return None
 
     @property
@@ -75,7 +75,7 @@ def applied(job: Job, *, flattens: bool) -> Applied:
     """The peers' model: Hugging Face's own modules, where peftbench's arm has its fused GELU (2.4e-7 off)."""
     from accelerate.utils import set_seed
 
-    base = load(
+    base = load_model(
         Model(
             path=job.base, dropout=job.spec.dropout, fused_gelu=False,
             attention="flash_attention_2" if flattens else "sdpa",

@@ -44,7 +44,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-REGRESSED = 61
+REGRESSION_EXIT_CODE = 61
 """Exit code of a comparison in which a figure fell by more than its threshold."""
 
 
@@ -194,7 +194,7 @@ class DiskFullError(OutputError):
     exit_code = 51
 
 
-class BusyError(OutputError):
+class RunLockedError(OutputError):
     """A folder in which another process works."""
 
     exit_code = 52
@@ -218,13 +218,13 @@ class DeviceError(BudgetError):
     exit_code = 81
 
 
-class NotEstimatedError(BudgetError):
+class EstimateUnavailableError(BudgetError):
     """A memory that is not predicted, instead of a wrong figure."""
 
     exit_code = 82
 
 
-class NoRoomError(BudgetError):
+class BudgetTooSmallError(BudgetError):
     """A budget below the weights alone."""
 
     exit_code = 83
@@ -242,7 +242,7 @@ class TimeLimitError(SlurmError):
     exit_code = 91
 
 
-def nearest(name: str, allowed: Iterable[str]) -> str:
+def did_you_mean(name: str, allowed: Iterable[str]) -> str:
     """``did you mean 'x'? (allowed: x, y, z)``, or the allowed names alone where none is near."""
     names = list(allowed)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)

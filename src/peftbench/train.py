@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import typer
 
-from peftbench.config import explained, load_recipe
-from peftbench.console import guarded, quiet_libraries
+from peftbench.recipe.loader import to_commented_yaml, load_recipe
+from peftbench.common.console import cli_errors, quiet_libraries
 from peftbench.errors import PeftbenchError
-from peftbench.finished import result_of
-from peftbench.record import EXIT_CODES, FILE, Outcome, RunRecord
-from peftbench.stop import Stop, be_deaf
+from peftbench.run_dir.results import load_existing_result
+from peftbench.record import EXIT_CODES, RECORD_FILE, Outcome, RunRecord
+from peftbench.run.shutdown import ShutdownSignal, ignore_signals
 
 if TYPE_CHECKING:
-    from peftbench.recipe import Recipe
-    from peftbench.run import Run
+    from peftbench.recipe.schema import Recipe
+    from peftbench.run.runner import Run
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -53,30 +53,30 @@ def train(
     The last line on standard output is one JSON object: the outcome, and the path of the record. Logs and progress go
     to standard error. Start several processes with "accelerate launch --config_file accel_configs/cpu2.yaml".
     """
-    with guarded(report=report):
+    with cli_errors(report=print_result_line):
         recipe = load_recipe(config or [], overrides or [])
         if print_config:
             if is_main_process():
-                print(explained(recipe), end="")
+                print(to_commented_yaml(recipe), end="")
             return
-        before = result_of(recipe) if unless_finished else None
+        before = load_existing_result(recipe) if unless_finished else None
         if before is not None:
-            _say_before(recipe, before)
+            _print_existing_result(recipe, before)
             raise typer.Exit(EXIT_CODES[before.outcome.kind])
-        outcome, record, code = run(recipe)
-        report(_last_line(recipe, outcome, record))
-        if outcome.kind != "ok" and _several():
-            _leave(code)
+        outcome, record, code = run_recipe(recipe)
+        print_result_line(_build_result_line(recipe, outcome, record))
+        if outcome.kind != "ok" and _is_distributed():
+            _exit_immediately(code)
         raise typer.Exit(code)
 
 
-def _say_before(recipe: Recipe, record: RunRecord) -> None:
+def _print_existing_result(recipe: Recipe, record: RunRecord) -> None:
     if is_main_process():
         print(f"{recipe.name} has its result already", file=sys.stderr, flush=True)
-    report(_last_line(recipe, record.outcome, Path(recipe.output_dir) / recipe.name / FILE))
+    print_result_line(_build_result_line(recipe, record.outcome, Path(recipe.output_dir) / recipe.name / RECORD_FILE))
 
 
-def run(recipe: Recipe) -> tuple[Outcome, Path | None, int]:
+def run_recipe(recipe: Recipe) -> tuple[Outcome, Path | None, int]:
     """Run ``recipe``; returns the outcome, the path of the record written and the exit code.
 
     Whatever libraries print goes to standard error.
@@ -86,16 +86,16 @@ def run(recipe: Recipe) -> tuple[Outcome, Path | None, int]:
     """
     with contextlib.redirect_stdout(sys.stderr):
         folder = Path(recipe.output_dir) / recipe.name
-        place = folder / FILE
-        stop = Stop()
+        place = folder / RECORD_FILE
+        stop = ShutdownSignal()
         stop.listen()
         quiet_libraries()
-        from peftbench.run import Run
+        from peftbench.run.runner import Run
 
         started: Run | None = None
         try:
             started = Run(recipe, stop)
-            started.peers.watch(partial(_end_with_another, started))
+            started.peers.watch(partial(_abort_with_failed_rank, started))
             outcome = started.execute()[0].outcome
         except PeftbenchError as error:
             if started is None or not started.recorded:
@@ -109,36 +109,36 @@ def run(recipe: Recipe) -> tuple[Outcome, Path | None, int]:
         return outcome, place, EXIT_CODES[outcome.kind]
 
 
-def _end_with_another(run: Run, word: dict[str, Any]) -> None:
+def _abort_with_failed_rank(run: Run, word: dict[str, Any]) -> None:
     """End this rank, which may wait for ever for one that is out of memory or gone; from a thread."""
     code = EXIT_CODES[word["outcome"]["kind"]]
     try:
         if is_main_process():
             outcome, record = run.end_with(word)
             print(f"error: {outcome.error}", file=sys.stderr, flush=True)
-            report(_last_line(run.recipe, outcome, record), sys.__stdout__)
+            print_result_line(_build_result_line(run.recipe, outcome, record), sys.__stdout__)
         else:
             print(f"error: {word['outcome']['error']}", file=sys.stderr, flush=True)
             run.peers.await_record()
     except PeftbenchError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        report({"outcome": "failed", "name": run.recipe.name, "error": str(error)}, sys.__stdout__)
+        print_result_line({"outcome": "failed", "name": run.recipe.name, "error": str(error)}, sys.__stdout__)
         code = error.exit_code
     except BaseException as error:  # whatever it is, the process must end, for others wait for it
         traceback.print_exc()
-        report(
+        print_result_line(
             {"outcome": "failed", "name": run.recipe.name, "error": f"{type(error).__name__}: {error}"}, sys.__stdout__
         )
         code = EXIT_CODES["failed"]
     finally:
-        _leave(code)
+        _exit_immediately(code)
 
 
-def _several() -> bool:
+def _is_distributed() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def _leave(code: int) -> NoReturn:
+def _exit_immediately(code: int) -> NoReturn:
     """End the process without closing what binds it to others, which would wait for them."""
     for stream in (sys.__stdout__, sys.__stderr__):
         if stream is not None:
@@ -146,14 +146,14 @@ def _leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _last_line(recipe: Recipe, outcome: Outcome, record: Path | None) -> dict[str, object]:
+def _build_result_line(recipe: Recipe, outcome: Outcome, record: Path | None) -> dict[str, object]:
     return {
         "outcome": outcome.kind, "record": None if record is None else str(record), "name": recipe.name,
         "error": outcome.error, "suggestion": outcome.suggestion,
     }  # fmt: skip
 
 
-def report(result: dict[str, object], file: TextIO | None = None) -> None:
+def print_result_line(result: dict[str, object], file: TextIO | None = None) -> None:
     """The last line on standard output, from one process."""
     if is_main_process():
         print(json.dumps({key: value for key, value in result.items() if value is not None}), flush=True, file=file)
@@ -164,7 +164,7 @@ def main() -> None:
     try:
         app()
     finally:
-        be_deaf()
+        ignore_signals()
 
 
 if __name__ == "__main__":

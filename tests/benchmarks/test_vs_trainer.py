@@ -38,7 +38,7 @@ def given(tmp_path: Path) -> list[str]:
         for i in range(40)
     ]
     (data / "train.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    for file in Path(shipped.FOLDER).glob("*.json"):
+    for file in Path(shipped.SHIPPED_MODEL_DIR).glob("*.json"):
         (model / file.name).write_bytes(file.read_bytes())
     config = json.loads((model / "config.json").read_text(encoding="utf-8")) | TINY
     (model / "config.json").write_text(json.dumps(config), encoding="utf-8")

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from accelerate.state import PartialState
 
-from peftbench.recipe import Recipe
-from peftbench.run import Run
+from peftbench.recipe.schema import Recipe
+from peftbench.run.runner import Run
 from tests.engines.battery import fresh_process
 
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from peftbench.budget.allocator import GRAIN, MIB, CachingAllocator, OutOfMemoryError
+from peftbench.memory.allocator import MIN_BLOCK_SIZE, MIB, CachingAllocator, OutOfMemoryError
 
 
 def test_small_requests_share_a_segment() -> None:
@@ -25,10 +25,10 @@ def test_middle_requests_share_twenty() -> None:
     """Above 1 MiB and below 10: from 20 MiB, and what is left is split off where more than 1 MiB is."""
     made = CachingAllocator()
     made.allocate(1, MIB + 1)
-    assert (made.allocated, made.reserved) == (MIB + GRAIN, 20 * MIB)
+    assert (made.allocated, made.reserved) == (MIB + MIN_BLOCK_SIZE, 20 * MIB)
     made.allocate(2, 9 * MIB)
-    made.allocate(3, 9 * MIB - GRAIN)  # leaves exactly 1 MiB, which is not split off
-    assert (made.allocated, made.reserved) == (MIB + GRAIN + 9 * MIB + 10 * MIB - GRAIN, 20 * MIB)
+    made.allocate(3, 9 * MIB - MIN_BLOCK_SIZE)  # leaves exactly 1 MiB, which is not split off
+    assert (made.allocated, made.reserved) == (MIB + MIN_BLOCK_SIZE + 9 * MIB + 10 * MIB - MIN_BLOCK_SIZE, 20 * MIB)
 
 
 def test_large_requests_have_segments_of_their_own() -> None:
@@ -37,7 +37,7 @@ def test_large_requests_have_segments_of_their_own() -> None:
     made.allocate(1, 11 * MIB)
     assert (made.allocated, made.reserved) == (12 * MIB, 12 * MIB)
     made.allocate(2, 10 * MIB + 1)
-    assert (made.allocated, made.reserved) == (12 * MIB + 10 * MIB + GRAIN, 24 * MIB)
+    assert (made.allocated, made.reserved) == (12 * MIB + 10 * MIB + MIN_BLOCK_SIZE, 24 * MIB)
 
 
 def test_the_smallest_block_that_fits_is_taken() -> None:

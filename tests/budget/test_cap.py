@@ -10,16 +10,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from peftbench.budget import cap
-from peftbench.budget.cap import hold
-from peftbench.budget.devices import UNKNOWN, device_named
+from peftbench.memory import limit
+from peftbench.memory.limit import limit_memory
+from peftbench.memory.devices import UNKNOWN_DEVICE, get_device_facts
 from peftbench.errors import BudgetError
 
 MIB = 2**20
 _SCRIPT = """
 import json, sys
 import torch
-from peftbench.budget.cap import hold
+from peftbench.memory.limit import hold
 
 MIB = 2**20
 cap = hold(256 * MIB, torch.device("cpu"), None)
@@ -60,7 +60,7 @@ def test_a_process_is_held_on_cpu() -> None:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """A T4 that is told what fraction of it may be taken."""
     fractions: list[float] = []
-    total = int(device_named("t4").memory)
+    total = int(get_device_facts("t4").memory)
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name="Tesla T4", total_memory=total)
     )
@@ -73,8 +73,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 @pytest.mark.parametrize("context", [None, 400 * MIB, 2048 * MIB])
 def test_the_allocator_is_held_on_cuda(context: int | None, gpu: list[float]) -> None:
     """To the budget less workspaces and the context, the larger of what was measured and what is known."""
-    facts, device = device_named("t4"), torch.device("cuda", 0)
-    held = hold(8 * 2**30, device, context)
+    facts, device = get_device_facts("t4"), torch.device("cuda", 0)
+    held = limit_memory(8 * 2**30, device, context)
     beside = max(context or 0, int(facts.context[1])) + int(facts.workspaces[1])
     assert held.tensors_bytes == 8 * 2**30 - beside
     assert gpu == [held.tensors_bytes / int(facts.memory)]
@@ -88,22 +88,22 @@ def test_budgets_that_cannot_be(gpu: list[float], monkeypatch: pytest.MonkeyPatc
     """Above the device, or all taken by what is beside tensors: each in one sentence, and nothing is held."""
     device = torch.device("cuda", 0)
     with pytest.raises(BudgetError, match=r"more than the 15,633,\d+,\d+ of Tesla T4; give less, or take it out"):
-        hold(16 * 2**30, device, None)
+        limit_memory(16 * 2**30, device, None)
     with pytest.raises(BudgetError, match=r"no more than the .* that a process holds of Tesla T4 beside its tensors"):
-        hold(1400 * MIB, device, None)
+        limit_memory(1400 * MIB, device, None)
     assert gpu == []
     with pytest.raises(BudgetError, match="of this machine; give less"):
-        hold(2**50, torch.device("cpu"), None)
+        limit_memory(2**50, torch.device("cpu"), None)
     with pytest.raises(BudgetError, match="that a process on CPU takes beside its tensors; give more"):
-        hold(2 * MIB, torch.device("cpu"), None)
-    monkeypatch.setattr(cap, "status_bytes", lambda _: None)
+        limit_memory(2 * MIB, torch.device("cpu"), None)
+    monkeypatch.setattr(limit, "status_bytes", lambda _: None)
     with pytest.raises(BudgetError, match="on Linux alone; take it out"):
-        hold(2**30, torch.device("cpu"), None)
+        limit_memory(2**30, torch.device("cpu"), None)
 
 
 def test_a_device_without_a_file_is_taken_at_its_most(gpu: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing is known of a device, as much as of any is left for its context."""
     other = SimpleNamespace(name="Some GPU", total_memory=80 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: other)
-    held = hold(16 * 2**30, torch.device("cuda", 0), None)
-    assert held.tensors_bytes == 16 * 2**30 - int(UNKNOWN.context[1]) - int(UNKNOWN.workspaces[1])
+    held = limit_memory(16 * 2**30, torch.device("cuda", 0), None)
+    assert held.tensors_bytes == 16 * 2**30 - int(UNKNOWN_DEVICE.context[1]) - int(UNKNOWN_DEVICE.workspaces[1])

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from peftbench.budget.devices import UNKNOWN, device_named, devices
-from peftbench.budget.estimate import estimate
-from peftbench.budget.forecast import forecast
-from peftbench.budget.plan import Plan
-from peftbench.budget.rehearsal import Rehearsal
-from peftbench.errors import BudgetError, DeviceError, ModelError, NotEstimatedError, PrecisionError
+from peftbench.memory.devices import UNKNOWN_DEVICE, get_device_facts, load_devices
+from peftbench.memory.estimate import estimate
+from peftbench.memory.replay import replay_allocator
+from peftbench.memory.plan import Plan
+from peftbench.memory.simulation.step import MemorySimulation
+from peftbench.errors import BudgetError, DeviceError, ModelError, EstimateUnavailableError, PrecisionError
 from peftbench.methods.base import Method
 from peftbench.methods.baselines import ZeroShot
 from peftbench.methods.full import Full
@@ -21,8 +21,8 @@ from peftbench.methods.last_layer import LastLayer
 from peftbench.methods.lora import Lora
 from peftbench.methods.prompt_tuning import PromptTuning
 from peftbench.optim import OPTIMIZERS
-from peftbench.recipe import Recipe
-from peftbench.sizes import parse_size
+from peftbench.recipe.schema import Recipe
+from peftbench.common.units import parse_size
 from tests.conftest import Workshop, every_architecture, every_method
 
 MIB = 2**20
@@ -40,7 +40,7 @@ def planned(workshop: Workshop, tmp_path: Path) -> Any:
         (folder / "config.json").write_text(config.read_text(encoding="utf-8"), encoding="utf-8")
         model = {"path": str(folder)} | parts.pop("model", {})
         recipe: Recipe = workshop.recipe(method, model=model, **parts)
-        return estimate(recipe, UNKNOWN, "a GPU", budget)
+        return estimate(recipe, UNKNOWN_DEVICE, "a GPU", budget)
 
     return made
 
@@ -79,10 +79,10 @@ def test_every_optimizer_s_states(name: str, workshop: Workshop) -> None:
     recipe = workshop.recipe(
         Full(), optimizer=kind, train={"precision": "bf16" if kind.weights == "bf16" else "fp32", "global_batch_size": 2}
     )
-    with Rehearsal(recipe, "cuda", 1) as rehearsal:
+    with MemorySimulation(recipe, "cuda", 1) as rehearsal:
         rehearsal.train(2, 16, 4)
         groups = rehearsal.trainer.optimizer.param_groups
-    held = forecast(rehearsal.book.events()).by_part["optimizer"].live_by_kind["optimizer_state"]
+    held = replay_allocator(rehearsal.book.events()).by_part["optimizer"].live_by_kind["optimizer_state"]
     steps = 4 * sum(len(group["params"]) for group in groups)
     assert held == kind.state_bytes(groups) - steps * (name in {"adafactor", "adamw_bf16", "adamw8bit_bf16"})
 
@@ -139,8 +139,8 @@ def test_what_is_not_predicted_is_said(workshop: Workshop) -> None:
         (ZeroShot(), {}, "zero_shot trains nothing"),
     )
     for method, changes, said in refused:
-        with pytest.raises(NotEstimatedError, match=said):
-            estimate(workshop.recipe(method, **changes), UNKNOWN, "a GPU")
+        with pytest.raises(EstimateUnavailableError, match=said):
+            estimate(workshop.recipe(method, **changes), UNKNOWN_DEVICE, "a GPU")
 
 
 def test_paged_states_may_be_elsewhere(planned: Any) -> None:
@@ -193,15 +193,15 @@ def test_no_sizes(text: str) -> None:
 
 def test_devices() -> None:
     """Each file is whole and says where its memory is from; another name gives the nearest and the way without."""
-    assert len(devices()) >= 9
-    gpus = [facts for facts in devices().values() if facts.kind == "cuda"]
-    assert len(gpus) == len(devices()) - 1
+    assert len(load_devices()) >= 9
+    gpus = [facts for facts in load_devices().values() if facts.kind == "cuda"]
+    assert len(gpus) == len(load_devices()) - 1
     for facts in gpus:
         assert 10 * 2**30 < facts.memory < 200 * 2**30
         assert facts.memory_source
         assert facts.context[0] <= facts.context[1]
     with pytest.raises(DeviceError, match=r"give --budget .*did you mean 'a100-40gb'"):
-        device_named("a100-40")
+        get_device_facts("a100-40")
 
 
 def test_json_can_be_read_again(planned: Any) -> None:
@@ -220,7 +220,7 @@ def test_a_model_that_needs_values(planned: Any, monkeypatch: pytest.MonkeyPatch
         return forward(self, hidden_states) * hidden_states.mean().item()
 
     monkeypatch.setattr(GPT2MLP, "forward", looks)
-    with pytest.raises(NotEstimatedError, match=r"transformer\.h\.0\.mlp \(gpt2\) cannot be rehearsed without values"):
+    with pytest.raises(EstimateUnavailableError, match=r"transformer\.h\.0\.mlp \(gpt2\) cannot be rehearsed without values"):
         planned(Full())
 
 
@@ -239,7 +239,7 @@ def test_a_fault_of_the_program_is_not_told_as_the_model_s(planned: Any, monkeyp
 def test_a_device_without_the_precision(workshop: Workshop) -> None:
     """As the run itself would be refused there."""
     with pytest.raises(PrecisionError, match=r"bf16 is not there on Tesla T4; use fp16 or fp32"):
-        estimate(workshop.recipe(Full(), train={"precision": "bf16"}), device_named("t4"), "t4")
+        estimate(workshop.recipe(Full(), train={"precision": "bf16"}), get_device_facts("t4"), "t4")
 
 
 PUBLISHED = {
@@ -261,7 +261,7 @@ def test_gpt2_small_as_it_was_traced_before(method: str, precision: str, worksho
         kind, model={"path": "openai-community/gpt2", "fused_gelu": False},
         train={"precision": precision, "global_batch_size": 6, "logits": "all"}, data={"padding": "longest"},
     )  # fmt: skip
-    with Rehearsal(recipe, "cuda", 1) as rehearsal:
+    with MemorySimulation(recipe, "cuda", 1) as rehearsal:
         rehearsal.train(6, 1024, 1023)
     assert rehearsal.book.peak().bytes / MIB == pytest.approx(PUBLISHED[method, precision], rel=0.01)
 
@@ -274,5 +274,5 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path, workshop: Works
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()", encoding="utf-8")
     with pytest.raises(ModelError):
-        estimate(workshop.recipe(Full(), model={"path": str(folder)}), UNKNOWN, "a GPU")
+        estimate(workshop.recipe(Full(), model={"path": str(folder)}), UNKNOWN_DEVICE, "a GPU")
     assert not (tmp_path / "ran").exists()

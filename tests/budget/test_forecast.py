@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import pytest
 
-from peftbench.budget.allocator import MIB, OutOfMemoryError
-from peftbench.budget.forecast import forecast
-from peftbench.profiler.breakdown import Event
+from peftbench.memory.allocator import MIB, OutOfMemoryError
+from peftbench.memory.replay import replay_allocator
+from peftbench.profiler.memory_breakdown import MemoryEvent
 
-WEIGHTS = Event(0, 12 * MIB, True, "weights", "", None, False)
+WEIGHTS = MemoryEvent(0, 12 * MIB, True, "weights", "", None, False)
 
 
-def held(storage: int, size: int, part: str) -> list[Event]:
+def held(storage: int, size: int, part: str) -> list[MemoryEvent]:
     """A storage that is made and released."""
-    return [Event(storage, size * MIB, made, "activations", "aten.mm", part, True) for made in (True, False)]
+    return [MemoryEvent(storage, size * MIB, made, "activations", "aten.mm", part, True) for made in (True, False)]
 
 
 def test_peaks_by_part_and_kind() -> None:
     """Each part has its own, with what was there before it; the largest is the run's."""
-    found = forecast([WEIGHTS, *held(1, 30, "forward"), *held(2, 20, "backward")])
+    found = replay_allocator([WEIGHTS, *held(1, 30, "forward"), *held(2, 20, "backward")])
     assert {name: moment.live_bytes for name, moment in found.by_part.items()} == {
         "forward": 42 * MIB, "backward": 32 * MIB,
     }  # fmt: skip
@@ -28,13 +28,13 @@ def test_peaks_by_part_and_kind() -> None:
 
 def test_the_cache_is_given_back_between_phases() -> None:
     """As a run does: the 30 MiB of training do not stand beside the 40 of evaluation; within training they would."""
-    assert forecast([WEIGHTS, *held(1, 30, "forward"), *held(2, 40, "evaluate")]).reserved_bytes == 52 * MIB
-    assert forecast([WEIGHTS, *held(1, 30, "forward"), *held(2, 40, "backward")]).reserved_bytes == 82 * MIB
+    assert replay_allocator([WEIGHTS, *held(1, 30, "forward"), *held(2, 40, "evaluate")]).reserved_bytes == 52 * MIB
+    assert replay_allocator([WEIGHTS, *held(1, 30, "forward"), *held(2, 40, "backward")]).reserved_bytes == 82 * MIB
 
 
 def test_a_capacity_that_is_not_enough() -> None:
     """Says so, once nothing cached is left to give back."""
     events = [WEIGHTS, *held(1, 30, "forward"), *held(2, 40, "backward")]
-    assert forecast(events, capacity=52 * MIB).reserved_bytes == 52 * MIB
+    assert replay_allocator(events, capacity=52 * MIB).reserved_bytes == 52 * MIB
     with pytest.raises(OutOfMemoryError):
-        forecast(events, capacity=50 * MIB)
+        replay_allocator(events, capacity=50 * MIB)

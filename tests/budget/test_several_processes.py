@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from peftbench.budget.rehearsal import Rehearsal
-from peftbench.budget.world import world_of
-from peftbench.data.batches import division
+from peftbench.memory.simulation.step import MemorySimulation
+from peftbench.memory.launch_config import load_launch_config
+from peftbench.data.batches import compute_micro_batching
 from peftbench.data.sources import Files
 from peftbench.methods.base import Method
 from peftbench.methods.full import Full
 from peftbench.methods.lora import Lora
-from peftbench.profiler.breakdown import Peak
-from peftbench.recipe import Data, Evaluate, Model, Profile, Recipe, Train
+from peftbench.profiler.memory_breakdown import MemoryPeak
+from peftbench.recipe.schema import Data, Evaluate, Model, Profile, Recipe, Train
 from peftbench.record import RunRecord, read_record
 from tests.budget.conftest import labels_a_row
 from tests.conftest import REPOSITORY
@@ -174,11 +174,11 @@ def launch(accelerate: Path, recipes: list[Recipe]) -> None:
         subprocess.run(command, cwd=REPOSITORY, env=environment, check=False, stdout=log, stderr=log, timeout=240)
 
 
-def rehearsed(recipe: Recipe, accelerate: Path, labels: int) -> Peak:
+def rehearsed(recipe: Recipe, accelerate: Path, labels: int) -> MemoryPeak:
     """The peak of the same step, of which nothing was computed."""
-    world = world_of(accelerate, PROCESSES, recipe)
-    accumulation, rows = division(recipe.train.global_batch_size, recipe.train.rows, PROCESSES)
-    with Rehearsal(recipe, "cpu", accumulation, padded=recipe.data.max_length == WIDTH, world=world) as rehearsal:
+    world = load_launch_config(accelerate, PROCESSES, recipe)
+    accumulation, rows = compute_micro_batching(recipe.train.global_batch_size, recipe.train.rows, PROCESSES)
+    with MemorySimulation(recipe, "cpu", accumulation, padded=recipe.data.max_length == WIDTH, world=world) as rehearsal:
         rehearsal.train(rows, recipe.data.max_length or 0, labels)
     return rehearsal.book.peak()
 

@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 
-from peftbench.budget.rehearsal import Rehearsal
+from peftbench.memory.simulation.step import MemorySimulation
 from peftbench.data.sources import Files
 from peftbench.methods.base import Method
 from peftbench.methods.full import Full
 from peftbench.methods.lora import Lora
 from peftbench.methods.prompt_tuning import PromptTuning
 from peftbench.optim import OPTIMIZERS
-from peftbench.profiler.breakdown import Peak
-from peftbench.recipe import Profile, Recipe
-from peftbench.record import Breakdown
+from peftbench.profiler.memory_breakdown import MemoryPeak
+from peftbench.recipe.schema import Profile, Recipe
+from peftbench.record import MemoryBreakdown
 from tests.bases import FAMILIES
 from tests.budget.conftest import labels_a_row
 from tests.conftest import Workshop, every_method
@@ -26,7 +26,7 @@ SHORT = 30
 """Shorter than any example, so that no row is padded."""
 
 
-def made_and_rehearsed(recipe: Recipe, workshop: Workshop) -> tuple[Breakdown, Peak]:
+def made_and_rehearsed(recipe: Recipe, workshop: Workshop) -> tuple[MemoryBreakdown, MemoryPeak]:
     """Of six rows at once: the peak of a step that was made, and of the rehearsed one."""
     record = workshop.run(recipe)
     found = record.breakdown
@@ -34,7 +34,7 @@ def made_and_rehearsed(recipe: Recipe, workshop: Workshop) -> tuple[Breakdown, P
     assert record.tokens is not None
     assert record.tokens.padded == 6 * WIDTH * record.steps
     assert (record.tokens.real == record.tokens.padded) == (recipe.data.padding == "none")
-    with Rehearsal(recipe, "cpu", 1) as rehearsal:
+    with MemorySimulation(recipe, "cpu", 1) as rehearsal:
         rehearsal.train(6, WIDTH, labels_a_row(record, 6))
     return found, rehearsal.book.peak()
 
@@ -94,7 +94,7 @@ def test_every_optimizer(name: str, workshop: Workshop, sources: dict[str, Files
     assert found is not None
     assert record.tokens is not None
     assert record.tokens.real == record.tokens.padded
-    with Rehearsal(recipe, "cpu", 3, padded=False) as rehearsal:
+    with MemorySimulation(recipe, "cpu", 3, padded=False) as rehearsal:
         rehearsal.train(2, SHORT, labels_a_row(record, 6))
     expected = rehearsal.book.peak()
     # torchao's scalars on the CPU live a little longer than there: 16 bytes of them.

@@ -13,18 +13,18 @@ import pytest
 import torch
 from accelerate.state import PartialState
 
-from peftbench.budget.devices import UNKNOWN
-from peftbench.budget.estimate import estimate
-from peftbench.budget.plan import Plan
-from peftbench.budget.world import world_of
-from peftbench.engine.engines import ENGINES
-from peftbench.errors import CombinationError, EngineError, MissingFileError, NotEstimatedError, OutOfRangeError
+from peftbench.memory.devices import UNKNOWN_DEVICE
+from peftbench.memory.estimate import estimate
+from peftbench.memory.plan import Plan
+from peftbench.memory.launch_config import load_launch_config
+from peftbench.distributed.engines import ENGINES
+from peftbench.errors import CombinationError, EngineError, MissingFileError, EstimateUnavailableError, OutOfRangeError
 from peftbench.methods.base import Method
 from peftbench.methods.full import Full
 from peftbench.methods.lora import Lora
 from peftbench.optim import OPTIMIZERS
-from peftbench.recipe import Recipe
-from peftbench.report.plan import plan_text
+from peftbench.recipe.schema import Recipe
+from peftbench.report.tables.memory_plan import format_plan
 from tests.conftest import REPOSITORY, Workshop, every_method
 
 KINDS: dict[str, Any] = dict(OPTIMIZERS)
@@ -39,9 +39,9 @@ def planned(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> Any:
     def made(engine: str, method: Method, processes: int = 2, **parts: Any) -> Plan:
         train = {"global_batch_size": 24, "micro_batch_size": 2} | parts.pop("train", {})
         recipe: Recipe = workshop.recipe(method, train=train, **parts)
-        world = world_of(Path("accel_configs") / f"{engine}.yaml", processes, recipe)
+        world = load_launch_config(Path("accel_configs") / f"{engine}.yaml", processes, recipe)
         assert world.engine.name == engine
-        return estimate(recipe, UNKNOWN, "a GPU", world=world)
+        return estimate(recipe, UNKNOWN_DEVICE, "a GPU", world=world)
 
     return made
 
@@ -56,7 +56,7 @@ def test_every_engine_has_a_plan(engine: str, method: Method, planned: Any) -> N
     assert (plan.engine, plan.processes, plan.rows, plan.micro_batches) == (engine, 3, 2, 4)
     for part in plan.parts.values():
         assert 0 < part.live_bytes == sum(part.live_by_kind.values())
-    assert f"{engine}, per process, of 3" in plan_text(plan)
+    assert f"{engine}, per process, of 3" in format_plan(plan)
 
 
 def test_what_is_shared_out(planned: Any) -> None:
@@ -88,7 +88,7 @@ def test_a_plan_leaves_no_trace(planned: Any, workshop: Workshop) -> None:
     from deepspeed.accelerator import get_accelerator
 
     alone = workshop.recipe(Full())
-    before = estimate(alone, UNKNOWN, "a GPU")
+    before = estimate(alone, UNKNOWN_DEVICE, "a GPU")
     kept = (
         dict(os.environ), dict(PartialState._shared_state), torch.get_num_threads(), torch.nn.functional.linear,
         get_accelerator(), torch.Tensor.data_ptr, torch.autocast, torch.UntypedStorage.resize_,
@@ -101,12 +101,12 @@ def test_a_plan_leaves_no_trace(planned: Any, workshop: Workshop) -> None:
     assert not torch.distributed.is_initialized()
     assert not hasattr(torch, "meta")
     assert [planned(engine, Lora(r=4)) for engine in PLANNED] == first
-    assert estimate(alone, UNKNOWN, "a GPU") == before
+    assert estimate(alone, UNKNOWN_DEVICE, "a GPU") == before
 
 
 def test_refusals(planned: Any, workshop: Workshop, tmp_path: Path) -> None:
     """A sentence, and no figure."""
-    with pytest.raises(NotEstimatedError, match="what zero3_nvme keeps on a disk"):
+    with pytest.raises(EstimateUnavailableError, match="what zero3_nvme keeps on a disk"):
         planned("zero3_nvme", Full(), optimizer=KINDS["deepspeed_cpu_adam"]())
     with pytest.raises(CombinationError, match="needs the matrices"):
         planned("zero2", Full(), optimizer=KINDS["galore"](rank=8))
@@ -114,17 +114,17 @@ def test_refusals(planned: Any, workshop: Workshop, tmp_path: Path) -> None:
         planned("ddp", Full(), 5)
     recipe = workshop.recipe(Full())
     with pytest.raises(MissingFileError, match="there is no accelerate config"):
-        world_of(tmp_path / "none.yaml", None, recipe)
+        load_launch_config(tmp_path / "none.yaml", None, recipe)
     strange = tmp_path / "strange.yaml"
     for text in ("distributed_type: NONSENSE\ncompute_environment: LOCAL_MACHINE\n", "a: [", "- a list\n"):
         strange.write_text(text, encoding="utf-8")
         with pytest.raises(EngineError, match="accelerate cannot launch from"):
-            world_of(strange, None, recipe)
+            load_launch_config(strange, None, recipe)
 
 
 def test_one_process_of_a_file_is_single(workshop: Workshop) -> None:
     """As a run from it would be, and by the file's own number."""
-    world = world_of(REPOSITORY / "accel_configs" / "single_gpu.yaml", None, workshop.recipe(Full()))
+    world = load_launch_config(REPOSITORY / "accel_configs" / "single_gpu.yaml", None, workshop.recipe(Full()))
     assert (world.alone, world.processes) == (True, 1)
 
 
@@ -133,7 +133,7 @@ def test_the_command_prints_its_answer_alone(workshop: Workshop, tmp_path: Path)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(workshop.recipe(Full()).model_dump_json(), encoding="utf-8")  # which is YAML too
     command = [
-        sys.executable, "-c", "from peftbench.cli import main; main()", "estimate", "--json", "--config", str(recipe),
+        sys.executable, "-c", "from peftbench.cli.app import main; main()", "estimate", "--json", "--config", str(recipe),
         "--accelerate", "accel_configs/zero2.yaml", "--processes", "3",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=True)

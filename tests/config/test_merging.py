@@ -11,15 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from peftbench.config import explained, load_recipe, merged
-from peftbench.errors import (
-    MissingFileError,
-    RecipeError,
-)
-from peftbench.methods import KINDS
+from peftbench.recipe.loader import to_commented_yaml, load_recipe, merge_configs
+from peftbench.errors import MissingFileError, RecipeError
+from peftbench.methods import METHOD_KINDS
 from peftbench.optim import OPTIMIZERS, SGD, AdamW
-from peftbench.part import Part
-from peftbench.recipe import Recipe
+from peftbench.common.schema import ConfigSection
+from peftbench.recipe.schema import Recipe
 from tests.config.conftest import LEAST, write
 
 
@@ -99,11 +96,11 @@ def test_a_parent_that_is_not_there(tmp_path: Path) -> None:
 
 def all_knobs() -> Iterator[tuple[str, str]]:
     """Every knob that a recipe may have, as ``Class.name``, and its description."""
-    tables: list[type[Part]] = [*KINDS.values(), *OPTIMIZERS.values()]
+    tables: list[type[ConfigSection]] = [*METHOD_KINDS.values(), *OPTIMIZERS.values()]
     from peftbench.data.sources import SOURCES
 
-    waiting: list[type[Part]] = [Recipe, *tables, *SOURCES.values()]
-    seen: set[type[Part]] = set()
+    waiting: list[type[ConfigSection]] = [Recipe, *tables, *SOURCES.values()]
+    seen: set[type[ConfigSection]] = set()
     while waiting:
         part = waiting.pop()
         if part in seen:
@@ -111,7 +108,7 @@ def all_knobs() -> Iterator[tuple[str, str]]:
         seen.add(part)
         for name, field in part.model_fields.items():
             yield f"{part.__name__}.{name}", field.description or ""
-            if isinstance(field.annotation, type) and issubclass(field.annotation, Part):
+            if isinstance(field.annotation, type) and issubclass(field.annotation, ConfigSection):
                 waiting.append(field.annotation)
 
 
@@ -126,7 +123,7 @@ def test_every_knob_says_what_it_means() -> None:
 
 def test_explained_shows_each_knob_with_its_meaning(least: Path) -> None:
     """Each knob stands on a line of its own, with its value and its meaning behind it."""
-    lines = explained(load_recipe([least])).splitlines()
+    lines = to_commented_yaml(load_recipe([least])).splitlines()
     assert all(re.fullmatch(r" *\w+:( .+)?  # \S.*", line) for line in lines)
     assert any(re.fullmatch(r"  steps: 10  # Optimizer steps.*", line) for line in lines)
     assert "    kind: docstrings  # Which source." in lines
@@ -152,7 +149,7 @@ def test_explained_reads_back(override: str, least: Path, tmp_path: Path) -> Non
     """Values that YAML could take for something else come back as they were."""
     recipe = load_recipe([least], [override])
     assert recipe != load_recipe([least])
-    assert load_recipe([write(tmp_path / "again.yaml", explained(recipe))]) == recipe
+    assert load_recipe([write(tmp_path / "again.yaml", to_commented_yaml(recipe))]) == recipe
 
 
 @pytest.mark.parametrize(("text", "value"), [("1e-4", 1e-4), ("5e-4", 5e-4), ("0.1", 0.1), ("1", 1.0), ("1E-3", 1e-3)])
@@ -198,7 +195,7 @@ def test_a_recipe_is_frozen(least: Path) -> None:
 def test_reading_a_recipe_needs_no_torch(least: Path) -> None:
     """A mistake in a recipe is told without waiting for torch to load."""
     code = (
-        "import sys; from pathlib import Path; from peftbench.config import load_recipe; "
+        "import sys; from pathlib import Path; from peftbench.recipe.loader import load_recipe; "
         "load_recipe([Path(sys.argv[1])]); "
         "print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
     )
@@ -212,14 +209,14 @@ def test_reading_a_recipe_needs_no_torch(least: Path) -> None:
 def test_any_text_reads_back(value: str, tmp_path: Path) -> None:
     """What looks like an interpolation, a number or a comment is the text it is, once it was written."""
     recipe = load_recipe([write(tmp_path / "least.yaml", LEAST)]).model_copy(update={"output_dir": value})
-    again = load_recipe([write(tmp_path / "explained.yaml", explained(recipe))])
+    again = load_recipe([write(tmp_path / "explained.yaml", to_commented_yaml(recipe))])
     assert again.output_dir == value
 
 
 def test_merged_is_not_yet_validated(tmp_path: Path) -> None:
     """Files that say only part of a recipe can be merged and looked at."""
     part = write(tmp_path / "part.yaml", {"train": {"steps": 5}})
-    assert merged([part], ["train.seed=3"]) == {"train": {"steps": 5, "seed": 3}}
+    assert merge_configs([part], ["train.seed=3"]) == {"train": {"steps": 5, "seed": 3}}
 
 
 def test_a_record_is_a_recipe(tmp_path: Path) -> None:

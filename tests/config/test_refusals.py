@@ -8,14 +8,8 @@ from typing import Any
 
 import pytest
 
-from peftbench.config import load_recipe, validate
-from peftbench.errors import (
-    MissingFileError,
-    OutOfRangeError,
-    RecipeError,
-    UnknownKeyError,
-    WrongTypeError,
-)
+from peftbench.recipe.loader import load_recipe, parse_recipe
+from peftbench.errors import MissingFileError, OutOfRangeError, RecipeError, UnknownKeyError, WrongTypeError
 from tests.config.conftest import LEAST, write
 
 MISTAKES: list[tuple[str, type[RecipeError], str]] = [
@@ -91,7 +85,7 @@ def test_a_mistake_is_told_in_one_sentence(override: str, kind: type[RecipeError
 def test_what_a_recipe_must_say(missing: str) -> None:
     """A recipe without its name, method, data or length is refused by the path that is missing."""
     with pytest.raises(RecipeError, match=f"^{missing} is missing; a recipe must say it$"):
-        validate({key: value for key, value in LEAST.items() if key != missing})
+        parse_recipe({key: value for key, value in LEAST.items() if key != missing})
 
 
 @pytest.mark.parametrize("extends", ["5", "", "[5]", "{a: b}"])
@@ -104,11 +98,11 @@ def test_extends_that_names_no_file(extends: str, tmp_path: Path) -> None:
 def test_a_group_without_its_kind() -> None:
     """A method or a source without a kind is refused with the kinds there are."""
     with pytest.raises(RecipeError, match=r"^method\.kind is missing; allowed: full, .*lora"):
-        validate(LEAST | {"method": {"r": 4}})
+        parse_recipe(LEAST | {"method": {"r": 4}})
     with pytest.raises(
         RecipeError, match=r"^data\.source\.kind is missing; allowed: docstrings, files, hub, synthetic$"
     ):
-        validate(LEAST | {"data": {"source": {}}})
+        parse_recipe(LEAST | {"data": {"source": {}}})
 
 
 @pytest.mark.parametrize(
@@ -124,9 +118,9 @@ def test_a_group_without_its_kind() -> None:
 def test_a_trunk_that_cannot_be_kept(knobs: dict[str, Any], message: str) -> None:
     """Only what is the same in every epoch can be, and it is told before anything is loaded."""
     values = LEAST | {"method": {"kind": "last_layer"}, "train": {"steps": 1, "feature_cache": "bf16"}}
-    assert validate(values).train.feature_cache == "bf16"
+    assert parse_recipe(values).train.feature_cache == "bf16"
     with pytest.raises(OutOfRangeError) as caught:
-        validate(values | knobs)
+        parse_recipe(values | knobs)
     assert message in str(caught.value)
 
 
@@ -134,7 +128,7 @@ def test_an_unknown_key_goes_before_what_it_explains() -> None:
     """Where a misspelt key leaves the right one missing, the misspelling is told."""
     values = {key: value for key, value in LEAST.items() if key != "name"}
     with pytest.raises(UnknownKeyError, match="'nam'; did you mean 'name'"):
-        validate(values | {"nam": "run"})
+        parse_recipe(values | {"nam": "run"})
 
 
 def test_a_file_that_is_not_there(least: Path) -> None:
@@ -181,7 +175,7 @@ def test_a_value_that_is_no_plain_value(least: Path, tmp_path: Path) -> None:
     """A date in a file is text, as in a name; a value of a kind that YAML files do not give is a wrong type."""
     assert load_recipe([least, write(tmp_path / "date.yaml", "name: 2026-01-02\n")]).name == "2026-01-02"
     with pytest.raises(WrongTypeError, match="neither text, number, switch nor list"):
-        validate(LEAST | {"name": datetime.date(2026, 1, 2)})
+        parse_recipe(LEAST | {"name": datetime.date(2026, 1, 2)})
 
 
 @pytest.mark.parametrize("override", ["steps", "=5", "--steps"])

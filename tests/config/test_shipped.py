@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from peftbench.config import explained, load_recipe
+from peftbench.recipe.loader import to_commented_yaml, load_recipe
 from tests.config.conftest import write
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -36,6 +36,6 @@ def test_recipes_are_shipped() -> None:
 def test_a_shipped_recipe_is_one(path: Path, tmp_path: Path) -> None:
     """Every recipe file validates as it is, and what --print-config shows of it reads back as the same recipe."""
     recipe = load_recipe([path])
-    again = load_recipe([write(tmp_path / "again.yaml", explained(recipe))])
+    again = load_recipe([write(tmp_path / "again.yaml", to_commented_yaml(recipe))])
     assert again == recipe
     assert again.fingerprint() == recipe.fingerprint()

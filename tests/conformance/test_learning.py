@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from peftbench.engine.loop import train_step
+from peftbench.training.loop import train_step
 from tests.conformance.battery import Bench, Case, MakeBench, every_case
 from tests.conftest import loss_for, micro_batch, one_batch, trained, trainer_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from peftbench.engine.loss import Loss
+    from peftbench.modeling.loss import CausalLMLoss
 
 
 @every_case
@@ -27,7 +27,7 @@ def test_fits_one_batch(case: Case, make_bench: MakeBench, accelerator: Accelera
     assert losses[-1] < losses[0] * 2 / 3
 
 
-def _loss_and_gradients(bench: Bench, computed: Loss) -> tuple[float, dict[str, torch.Tensor]]:
+def _loss_and_gradients(bench: Bench, computed: CausalLMLoss) -> tuple[float, dict[str, torch.Tensor]]:
     torch.manual_seed(7)  # for LoRA's dropout
     with computed.in_use():
         loss = computed(bench.model, micro_batch(virtual=bench.case.method.virtual_tokens))

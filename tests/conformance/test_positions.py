@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peftbench.data.encode import Layout
+from peftbench.data.encode import SequenceLayout
 from peftbench.errors import OutOfRangeError
 from tests.bases import POSITIONS
 from tests.conformance.battery import CASES, Case, MakeBench, every_case
@@ -14,8 +14,8 @@ from tests.conftest import logits, micro_batch, summed_loss
 NEW_TOKENS = 6
 
 
-def _layout(case: Case, max_tokens: int | None) -> Layout:
-    return Layout.fit(
+def _layout(case: Case, max_tokens: int | None) -> SequenceLayout:
+    return SequenceLayout.fit(
         separator=" TL;DR:", max_tokens=max_tokens, new_tokens=NEW_TOKENS, positions=POSITIONS,
         virtual_tokens=case.method.virtual_tokens,
     )  # fmt: skip

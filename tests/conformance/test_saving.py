@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from peftbench.engine.loop import train_step
+from peftbench.training.loop import train_step
 from tests.bases import ARCHITECTURES, meta_base
 from tests.conformance.battery import Case, MakeBench, every_case
 from tests.conftest import logits, micro_batch, one_batch, trainer_of

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from peftbench.engine.loop import train_step
+from peftbench.training.loop import train_step
 from peftbench.methods import METHODS
 from tests.bases import ARCHITECTURES, meta_base
 from tests.conformance.battery import CASES, RATES, REFUSED, VARIANTS, Case, MakeBench, every_case

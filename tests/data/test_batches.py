@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from peftbench.data.batches import Batches, GlobalBatch, _evenly
-from peftbench.data.collate import Collator, MicroBatch, Packer, TokenCounts, Work
+from peftbench.data.batches import Batches, GlobalBatch, _split_evenly
+from peftbench.data.collate import Collator, MicroBatch, PaddingFreeCollator, TokenCounts, FlopUnits
 from peftbench.errors import OutOfRangeError
 from tests.conftest import labels_of
 
@@ -302,7 +302,7 @@ def test_as_published_batches_are_not_sorted(dataset: Dataset) -> None:
 
 def test_rows_of_a_multiple() -> None:
     """Soft tokens are part of what is a multiple, padding has none, and no row is longer than the model's positions."""
-    padder, packer = Collator(PAD, 4, multiple=8), Packer(PAD, 4, multiple=8)
+    padder, packer = Collator(PAD, 4, multiple=8), PaddingFreeCollator(PAD, 4, multiple=8)
     rows, prompts = [[5] * 7, [6] * 9], [3, 4]
     padded, packed = padder.collate(rows, prompts), packer.collate(rows, prompts)
     assert padded.input_ids.shape == (2, 12)
@@ -317,8 +317,8 @@ def test_rows_of_a_multiple() -> None:
     assert three.lengths == (7, 9, 1)
     assert three.input_ids.shape[1] == packer.positions([7, 9, 1]) == 32
     assert packer.count(three) == TokenCounts(17, 20, 9, 12)
-    assert packer.required(three) == Work(29, 11**2 + 13**2 + 5**2, 66 + 91 + 15, 9, 29)
-    assert packer.executed(three) == Work(32, 11**2 + 13**2 + 5**2 + 3**2, 66 + 91 + 15 + 6, 9, 32)
+    assert packer.required(three) == FlopUnits(29, 11**2 + 13**2 + 5**2, 66 + 91 + 15, 9, 29)
+    assert packer.executed(three) == FlopUnits(32, 11**2 + 13**2 + 5**2 + 3**2, 66 + 91 + 15 + 6, 9, 32)
     short = Collator(PAD, 4, multiple=8, most=14)
     assert short.collate(rows, prompts).input_ids.shape == (2, 10)
     assert short.positions([7, 9]) == 2 * 14
@@ -328,8 +328,8 @@ def test_rows_of_a_multiple() -> None:
 
 
 CUT = {
-    "padded": Collator(PAD), "packed": Packer(PAD), "virtual": Packer(PAD, 4), "padded_to_a_multiple":
-    Collator(PAD, multiple=4), "packed_to_a_multiple": Packer(PAD, 4, multiple=8),
+    "padded": Collator(PAD), "packed": PaddingFreeCollator(PAD), "virtual": PaddingFreeCollator(PAD, 4), "padded_to_a_multiple":
+    Collator(PAD, multiple=4), "packed_to_a_multiple": PaddingFreeCollator(PAD, 4, multiple=8),
 }  # fmt: skip
 
 
@@ -375,12 +375,12 @@ def fewest(lengths: list[int], collator: Collator, tokens: int) -> int:
 def test_parts_under_a_number_of_tokens_are_of_like_size() -> None:
     """Of all ways to cut seven examples into three runs, none has a smaller largest part."""
     lengths = [3, 4, 5, 9, 10, 11, 20]
-    for collator in (Collator(PAD), Packer(PAD)):
+    for collator in (Collator(PAD), PaddingFreeCollator(PAD)):
         ways = [(0, one, two, 7) for one in range(1, 6) for two in range(one + 1, 7)]
         best = min(
             max(collator.positions(lengths[start:stop]) for start, stop in itertools.pairwise(way)) for way in ways
         )
-        cut = list(_evenly(lengths, collator.positions, 3))
+        cut = list(_split_evenly(lengths, collator.positions, 3))
         assert [start for start, _ in cut] == [0, *(stop for _, stop in cut[:-1])]
         assert cut[-1][1] == 7
         assert max(collator.positions(lengths[start:stop]) for start, stop in cut) == best
@@ -389,4 +389,4 @@ def test_parts_under_a_number_of_tokens_are_of_like_size() -> None:
 def test_a_budget_below_the_longest_example_is_refused(dataset: Dataset) -> None:
     """It names what the longest takes, virtual tokens included."""
     with pytest.raises(OutOfRangeError, match="less than the 17 positions of the longest example"):
-        batches(dataset, collator=Packer(PAD, 4)).within(16, 1)
+        batches(dataset, collator=PaddingFreeCollator(PAD, 4)).within(16, 1)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from peftbench.data import docstrings
-from peftbench.data.docstrings import HELD_OUT, SPLITS, Corpus, assemble, environment_key, pair_files, read_corpus
-from peftbench.data.harvest import Docstring, Pair, letters
+from peftbench.data import docstring_corpus
+from peftbench.data.docstring_corpus import HELD_OUT_PACKAGES, SPLITS, Corpus, build_corpus, environment_key, cache_pair_files, read_corpus
+from peftbench.data.docstring_parser import Docstring, SummarizationPair, normalize_text
 from peftbench.data.sources import Docstrings
 from peftbench.errors import OutputError
 
-VALIDATION, TEST = (next(name for name, split in HELD_OUT.items() if split == want) for want in ("validation", "test"))
+VALIDATION, TEST = (next(name for name, split in HELD_OUT_PACKAGES.items() if split == want) for want in ("validation", "test"))
 
 
 def text(topic: str, body: str | None = None) -> str:
@@ -40,13 +40,13 @@ def test_splits_by_package() -> None:
         "validation": [f"apples of {VALIDATION}"],
         "test": [f"apples of {TEST}"],
     }
-    assert summaries(assemble(found)) == expected
-    corpus = assemble(reversed(found))
+    assert summaries(build_corpus(found)) == expected
+    corpus = build_corpus(reversed(found))
     assert {split: set(names) for split, names in summaries(corpus).items()} == {
         split: set(names) for split, names in expected.items()
     }
     packages = {split: {pair.package for pair in corpus.pairs[split]} for split in SPLITS}
-    assert packages["train"].isdisjoint(HELD_OUT)
+    assert packages["train"].isdisjoint(HELD_OUT_PACKAGES)
 
 
 @pytest.mark.parametrize("package", [VALIDATION, TEST])
@@ -62,8 +62,8 @@ def test_splits_by_package() -> None:
 )
 def test_what_both_sides_have_is_trained_on_only(package: str, copied: str) -> None:
     """A copied docstring, summary line or body is dropped from the held-out side, pairs and documents both."""
-    corpus = assemble([docstring(package, copied), docstring(package, text("figs")), docstring("numpy", text("pears"))])
-    split = HELD_OUT[package]
+    corpus = build_corpus([docstring(package, copied), docstring(package, text("figs")), docstring("numpy", text("pears"))])
+    split = HELD_OUT_PACKAGES[package]
     assert summaries(corpus)["train"] == ["pears"]
     assert summaries(corpus)[split] == ["figs"]
     assert corpus.documents[split] == [text("figs")]
@@ -72,14 +72,14 @@ def test_what_both_sides_have_is_trained_on_only(package: str, copied: str) -> N
 def test_a_training_text_that_is_no_pair_counts_too() -> None:
     """A summary line that training has without a body is known to training."""
     lone = "Say something short about pears."
-    corpus = assemble([docstring("numpy", lone), docstring(TEST, text("pears")), docstring(TEST, text("figs"))])
+    corpus = build_corpus([docstring("numpy", lone), docstring(TEST, text("pears")), docstring(TEST, text("figs"))])
     assert corpus.documents["train"] == [lone]
     assert summaries(corpus)["test"] == ["figs"]
 
 
 def test_copies_within_a_split_count_once() -> None:
     """A docstring that several packages have is one document and one pair; one body makes one pair."""
-    corpus = assemble(
+    corpus = build_corpus(
         [
             docstring("numpy", text("pears")),
             docstring("scipy", text("pears")),
@@ -93,7 +93,7 @@ def test_copies_within_a_split_count_once() -> None:
 def example(article: str, split: str = "train") -> Corpus:
     """A corpus of one pair."""
     corpus = Corpus()
-    corpus.pairs[split].append(Pair("package", "where", article, "summary"))
+    corpus.pairs[split].append(SummarizationPair("package", "where", article, "summary"))
     return corpus
 
 
@@ -105,7 +105,7 @@ def test_the_fingerprint_is_of_every_pair() -> None:
     assert corpus.fingerprint() == example("article").fingerprint()
     pair = corpus.pairs["train"][0]
     others = [example("article", split="test"), Corpus()]
-    for field in dataclasses.fields(Pair):
+    for field in dataclasses.fields(SummarizationPair):
         other = Corpus()
         other.pairs["train"].append(dataclasses.replace(pair, **{field.name: "changed"}))
         others.append(other)
@@ -126,16 +126,16 @@ def harvests(monkeypatch: pytest.MonkeyPatch) -> list[Corpus]:
 
     def small() -> Corpus:
         packages = ("numpy", "scipy", VALIDATION, TEST)
-        done.append(assemble(docstring(package, text(f"É apples of {package}")) for package in packages))
+        done.append(build_corpus(docstring(package, text(f"É apples of {package}")) for package in packages))
         return done[-1]
 
-    monkeypatch.setattr(docstrings, "read_corpus", small)
+    monkeypatch.setattr(docstring_corpus, "read_corpus", small)
     return done
 
 
 def test_the_cache_is_where_it_is_told(harvests: list[Corpus], own_cache: Path) -> None:
     """Pairs lie below the folder that PEFTBENCH_CACHE names, one file a split, with their fingerprint."""
-    paths, fingerprint = pair_files()
+    paths, fingerprint = cache_pair_files()
     assert set(paths) == set(SPLITS)
     assert all(path.is_file() and (own_cache / "peftbench") in path.parents for path in paths.values())
     assert fingerprint == harvests[0].fingerprint()
@@ -145,29 +145,29 @@ def test_a_second_call_reads_nothing_again(
     harvests: list[Corpus], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The environment is harvested once for each cache, and what is cached is the same."""
-    first = pair_files()
-    assert pair_files() == first
+    first = cache_pair_files()
+    assert cache_pair_files() == first
     assert len(harvests) == 1
     monkeypatch.setenv("PEFTBENCH_CACHE", str(tmp_path / "another"))
-    assert pair_files()[1] == first[1]
+    assert cache_pair_files()[1] == first[1]
     assert len(harvests) == 2
 
 
 def test_another_environment_has_another_corpus(harvests: list[Corpus], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a version of what is read changes, the cache of the old one is not taken for it."""
-    before, paths = environment_key(), pair_files()[0]
-    monkeypatch.setattr("peftbench.data.docstrings.metadata.version", lambda name: "0.0.0")
+    before, paths = environment_key(), cache_pair_files()[0]
+    monkeypatch.setattr("peftbench.data.docstring_corpus.metadata.version", lambda name: "0.0.0")
     assert environment_key() != before
-    assert pair_files()[0] != paths
+    assert cache_pair_files()[0] != paths
     assert len(harvests) == 2
 
 
 def test_a_harvest_that_was_cut_off_is_done_again(harvests: list[Corpus], monkeypatch: pytest.MonkeyPatch) -> None:
     """Files without their fingerprint, as an interrupt leaves them, are not taken for a corpus."""
-    paths, fingerprint = pair_files()
+    paths, fingerprint = cache_pair_files()
     paths["test"].with_name("fingerprint").unlink()
     paths["test"].write_text("", encoding="utf-8")
-    assert pair_files() == (paths, fingerprint)
+    assert cache_pair_files() == (paths, fingerprint)
     assert len(harvests) == 2
     assert paths["test"].read_text(encoding="utf-8")
 
@@ -192,7 +192,7 @@ def test_a_cache_that_cannot_be_written(
     (tmp_path / "file").write_text("", encoding="utf-8")
     monkeypatch.setenv("PEFTBENCH_CACHE", str(tmp_path / "file" / "below"))
     with pytest.raises(OutputError, match="cannot write"):
-        pair_files()
+        cache_pair_files()
     assert not harvests
 
 
@@ -204,11 +204,11 @@ def test_this_environment_makes_a_corpus() -> None:
     """What is installed here gives thousands of pairs, both held-out splits, and no text of theirs in training."""
     corpus = read_corpus()
     assert len(corpus.pairs["train"]) > 10_000
-    trained = {letters(part) for pair in corpus.pairs["train"] for part in (pair.article, pair.summary)}
+    trained = {normalize_text(part) for pair in corpus.pairs["train"] for part in (pair.article, pair.summary)}
     for split in ("validation", "test"):
         held_out = corpus.pairs[split]
         assert len(held_out) > 100
-        assert {pair.package for pair in held_out} == {name for name, place in HELD_OUT.items() if place == split}
-        assert not [pair for pair in held_out if {letters(pair.article), letters(pair.summary)} & trained]
-    assert not {pair.package for pair in corpus.pairs["train"]} & set(HELD_OUT)
-    assert len({letters(pair.article) for pair in corpus.pairs["train"]}) == len(corpus.pairs["train"])
+        assert {pair.package for pair in held_out} == {name for name, place in HELD_OUT_PACKAGES.items() if place == split}
+        assert not [pair for pair in held_out if {normalize_text(pair.article), normalize_text(pair.summary)} & trained]
+    assert not {pair.package for pair in corpus.pairs["train"]} & set(HELD_OUT_PACKAGES)
+    assert len({normalize_text(pair.article) for pair in corpus.pairs["train"]}) == len(corpus.pairs["train"])

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from peftbench.data.collate import Collator
-from peftbench.data.encode import Encoder, Layout, fingerprint
+from peftbench.data.encode import Encoder, SequenceLayout, hash_tokenizer
 from peftbench.data.sources import Files
 from peftbench.errors import OutOfRangeError, SequenceTooShortError
-from peftbench.recipe import Data
+from peftbench.recipe.schema import Data
 from tests.conftest import labels_of
 
 if TYPE_CHECKING:
@@ -26,9 +26,9 @@ SUMMARY = "Council votes on bridge."
 UNKNOWN = "<u>"
 
 
-def layout(max_tokens: int = 128, new_tokens: int = 16, separator: str = SEPARATOR) -> Layout:
+def layout(max_tokens: int = 128, new_tokens: int = 16, separator: str = SEPARATOR) -> SequenceLayout:
     """A layout with room for a summary and some article."""
-    return Layout(max_tokens, separator, new_tokens)
+    return SequenceLayout(max_tokens, separator, new_tokens)
 
 
 def word_tokenizer(
@@ -206,9 +206,9 @@ def test_a_tokenizer_without_an_end_token_is_refused() -> None:
 # --- layout ----------------------------------------------------------------------------------------------------------
 
 
-def fit(max_tokens: int | None, positions: int | None, virtual_tokens: int = 0, new_tokens: int = 8) -> Layout:
+def fit(max_tokens: int | None, positions: int | None, virtual_tokens: int = 0, new_tokens: int = 8) -> SequenceLayout:
     """A layout for a model of so many positions."""
-    return Layout.fit(
+    return SequenceLayout.fit(
         separator=SEPARATOR, max_tokens=max_tokens, new_tokens=new_tokens, positions=positions,
         virtual_tokens=virtual_tokens,
     )  # fmt: skip
@@ -358,7 +358,7 @@ def test_a_split_is_encoded_once(
     ids=["max_tokens", "separator", "new_tokens"],
 )
 def test_another_layout_is_encoded_anew(
-    other: Layout, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, calls: Callable[[], int]
+    other: SequenceLayout, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, calls: Callable[[], int]
 ) -> None:
     """What was encoded under one layout is not taken for another."""
     Counting(tokenizer, layout()).encode(dataset, "train", "refuse")
@@ -383,5 +383,5 @@ def test_another_tokenizer_is_encoded_anew(
 def test_the_fingerprint_is_of_what_a_tokenizer_does(tokenizer: PreTrainedTokenizerBase) -> None:
     """Two tokenizers alike have one fingerprint; another vocabulary, start or end token has another."""
     made = [word_tokenizer(), word_tokenizer(start="<s>"), word_tokenizer(end="<s>"), tokenizer]
-    assert len({fingerprint(each) for each in made}) == len(made)
-    assert fingerprint(word_tokenizer()) == fingerprint(made[0])
+    assert len({hash_tokenizer(each) for each in made}) == len(made)
+    assert hash_tokenizer(word_tokenizer()) == hash_tokenizer(made[0])

@@ -9,18 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from peftbench.data.harvest import (
-    BODY_CHARS_MIN,
-    STANDARD_LIBRARY,
-    SUMMARY_CHARS,
-    Docstring,
-    closure,
-    harvest,
-    letters,
-    pair,
-    read,
-    sources,
-)
+from peftbench.data.docstring_parser import MIN_BODY_CHARS, STANDARD_LIBRARY, SUMMARY_CHARS, Docstring, resolve_dependencies, extract_docstrings, normalize_text, build_pair, parse_docstrings, list_source_files
 
 BODY = "This paragraph says more about it, at some length. " * 4
 
@@ -29,7 +18,7 @@ def read_text(folder: Path, text: str | bytes) -> list[Docstring]:
     """What is read from a file of this content."""
     path = folder / "module.py"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return read(("package", folder, "module.py"))
+    return parse_docstrings(("package", folder, "module.py"))
 
 
 def install(site: Path, name: str, files: Sequence[str] = (), requires: Sequence[str] = ()) -> None:
@@ -132,7 +121,7 @@ def test_a_declared_encoding_is_obeyed(tmp_path: Path) -> None:
 
 def test_a_file_that_is_gone_has_no_docstrings(tmp_path: Path) -> None:
     """A file that a record of an installation names and that is not there gives nothing."""
-    assert read(("package", tmp_path, "nothing.py")) == []
+    assert parse_docstrings(("package", tmp_path, "nothing.py")) == []
 
 
 def test_a_strange_escape_warns_nobody(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
@@ -159,20 +148,20 @@ def test_test_folders_and_copies_are_skipped(site: Path) -> None:
     kept = ["pkg/__init__.py", "pkg/contest.py", "pkg/latest/module.py"]
     install(site, "some-pkg", [*kept, *SKIPPED, "pkg/data.txt"])
     assert SKIPPED
-    found = [(package, path) for package, _, path in sources(["some-pkg"]) if package != STANDARD_LIBRARY]
+    found = [(package, path) for package, _, path in list_source_files(["some-pkg"]) if package != STANDARD_LIBRARY]
     assert found == [("some-pkg", path) for path in sorted(kept)]
 
 
 def test_the_standard_library_is_read_without_its_tests() -> None:
     """The standard library's files are found, its tests and the packages installed below it are not."""
-    found = [path for package, _, path in sources([]) if package == STANDARD_LIBRARY]
+    found = [path for package, _, path in list_source_files([]) if package == STANDARD_LIBRARY]
     assert {"ast.py", "json/decoder.py"} <= set(found)
     assert not [path for path in found if {"test", "tests", "site-packages"}.intersection(Path(path).parts[:-1])]
 
 
 def test_a_distribution_that_is_not_installed_has_no_files() -> None:
     """An unknown name adds nothing."""
-    assert sources(["there-is-no-such-distribution"]) == sources([])
+    assert list_source_files(["there-is-no-such-distribution"]) == list_source_files([])
 
 
 def test_the_closure_is_what_is_needed_at_run_time(site: Path) -> None:
@@ -190,7 +179,7 @@ def test_the_closure_is_what_is_needed_at_run_time(site: Path) -> None:
     install(site, "mid-dist", requires=["leaf_dist", "top-dist"])
     for name in ("leaf-dist", "extra-dist", "other-dist"):
         install(site, name)
-    found = closure("top-dist")
+    found = resolve_dependencies("top-dist")
     assert {"mid-dist", "leaf-dist"} <= set(found)
     assert not {"extra-dist", "other-dist"} & set(found)
     assert found == sorted(set(found))
@@ -201,7 +190,7 @@ def test_harvest_reads_files_in_order(site: Path, monkeypatch: pytest.MonkeyPatc
     install(site, "leaf-dist", [f"leaf/module_{index:03}.py" for index in range(100)])
     install(site, "top-dist", requires=["leaf-dist"])
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(site / "no standard library")})
-    found = list(harvest("top-dist", workers=2))
+    found = list(extract_docstrings("top-dist", workers=2))
     assert [docstring.text for docstrings in found for docstring in docstrings] == [
         f"leaf/module_{index:03}.py" for index in range(100)
     ]
@@ -217,7 +206,7 @@ def docstring(summary: str, body: str = BODY, between: str = "\n\n") -> Docstrin
 
 def test_a_pair_is_the_rest_and_the_summary_line() -> None:
     """Article is the docstring without its first line, summary that line, both without blank ends."""
-    made = pair(docstring("Return the sum of two numbers."))
+    made = build_pair(docstring("Return the sum of two numbers."))
     assert made is not None
     assert (made.package, made.where) == ("package", "module.py:f")
     assert made.summary == "Return the sum of two numbers."
@@ -229,7 +218,7 @@ SHORT, LONG = SUMMARY_CHARS
 NO_PAIRS = {
     "no blank line": docstring("Return the sum of two numbers.", between="\n"),
     "no body": Docstring("package", "m:f", "Return the sum of two numbers."),
-    "short body": docstring("Return the sum of two numbers.", "x" * (BODY_CHARS_MIN - 1)),
+    "short body": docstring("Return the sum of two numbers.", "x" * (MIN_BODY_CHARS - 1)),
     "no full stop": docstring("Return the sum of two numbers"),
     "question": docstring("Return the sum of two numbers?"),
     "three words": docstring("Returns everything immediately."),
@@ -240,7 +229,7 @@ NO_PAIRS = {
     "starts with a digit": docstring("2D arrays are taken as they are."),
 }
 PAIRS = {
-    "shortest body": docstring("Return the sum of two numbers.", "x" * BODY_CHARS_MIN),
+    "shortest body": docstring("Return the sum of two numbers.", "x" * MIN_BODY_CHARS),
     "shortest summary": docstring("A b c " + "d" * (SHORT - 7) + "."),
     "longest summary": docstring("A b c " + "d" * (LONG - 7) + "."),
     "four words": docstring("Returns everything almost immediately."),
@@ -251,13 +240,13 @@ PAIRS = {
 @pytest.mark.parametrize("name", NO_PAIRS)
 def test_what_is_no_pair(name: str) -> None:
     """Each rule alone keeps a docstring from being an example."""
-    assert pair(NO_PAIRS[name]) is None
+    assert build_pair(NO_PAIRS[name]) is None
 
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_what_is_just_a_pair(name: str) -> None:
     """What lies exactly on a limit is an example."""
-    assert pair(PAIRS[name]) is not None
+    assert build_pair(PAIRS[name]) is not None
 
 
 def test_limits_are_in_the_cases() -> None:
@@ -271,6 +260,6 @@ def test_limits_are_in_the_cases() -> None:
 
 def test_letters_are_what_copies_share() -> None:
     """Case, spaces, line breaks and signs do not make two texts different; letters and digits do."""
-    assert letters("Return the\n  *sum*, of 2.") == letters("return THE sum of 2")
-    assert letters("sum of 2") != letters("sum of 3")
-    assert re.fullmatch(r"[a-z0-9]*", letters("É, ß & 12!"))
+    assert normalize_text("Return the\n  *sum*, of 2.") == normalize_text("return THE sum of 2")
+    assert normalize_text("sum of 2") != normalize_text("sum of 3")
+    assert re.fullmatch(r"[a-z0-9]*", normalize_text("É, ß & 12!"))

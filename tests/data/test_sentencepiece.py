@@ -5,7 +5,7 @@ from __future__ import annotations
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from peftbench.data.encode import Encoder, Layout
+from peftbench.data.encode import Encoder, SequenceLayout
 
 SPACE = "\u2581"
 
@@ -21,7 +21,7 @@ def test_no_second_space_before_the_summary() -> None:
     inner.pre_tokenizer = pre_tokenizers.Split(SPACE, "merged_with_next")
     inner.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.Fuse()])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, **special)
-    encoder = Encoder(tokenizer, Layout(32, ":", 4))
+    encoder = Encoder(tokenizer, SequenceLayout(32, ":", 4))
     example = encoder.example("a b", "b a")
     said = tokenizer.convert_ids_to_tokens(example["input_ids"])
     assert said == [f"{SPACE}a", f"{SPACE}b", f"{SPACE}:", f"{SPACE}b", f"{SPACE}a", "<e>"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peftbench.data.sentences import prose_sentences, split_sentences
+from peftbench.data.sentences import split_prose_sentences, split_sentences
 
 TEXT = "Compute the path between source and all other\nreachable nodes. It may fail.\n\nNotes\n-----\nG : graph"
 
@@ -14,7 +14,7 @@ def test_lines_end_sentences_of_a_list() -> None:
 
 def test_lines_do_not_end_sentences_of_prose() -> None:
     """In an article a line ends where it was full; only a blank line ends a sentence that has no full stop."""
-    assert prose_sentences(TEXT) == [
+    assert split_prose_sentences(TEXT) == [
         "Compute the path between source and all other reachable nodes.",
         "It may fail.",
         "Notes ----- G : graph",

@@ -10,15 +10,9 @@ from typing import Any
 
 import pytest
 
-from peftbench.data.source import COLUMNS, Source
+from peftbench.data.base import EXAMPLE_COLUMNS, Source
 from peftbench.data.sources import Files, Hub
-from peftbench.errors import (
-    DataError,
-    DataNotFoundError,
-    EmptySplitError,
-    HubUnreachableError,
-    MissingColumnError,
-)
+from peftbench.errors import DataError, DataNotFoundError, EmptySplitError, HubUnreachableError, MissingColumnError
 
 WriteRows = Callable[[str, Sequence[dict[str, Any]]], str]
 ROWS = [
@@ -31,8 +25,8 @@ FORMATS = (".jsonl", ".csv", ".parquet")
 def rows_of(source: Source, split: str = "train") -> list[dict[str, str]]:
     """Everything that a source gives of a split."""
     dataset = source.load(split)
-    assert set(dataset.column_names) == set(COLUMNS)
-    return [{column: row[column] for column in COLUMNS} for row in dataset]
+    assert set(dataset.column_names) == set(EXAMPLE_COLUMNS)
+    return [{column: row[column] for column in EXAMPLE_COLUMNS} for row in dataset]
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from peftbench.data.collate import Collator, Packer
-from peftbench.engine.loss import Loss, loss_of
+from peftbench.data.collate import Collator, PaddingFreeCollator
+from peftbench.modeling.loss import CausalLMLoss, build_loss
 from tests.conftest import rows
 
 if TYPE_CHECKING:
@@ -169,9 +169,9 @@ def alone(case: str) -> torch.Tensor:
 
 
 @functools.cache
-def made(case: str) -> tuple[Loss, tuple[str, ...]]:
+def made(case: str) -> tuple[CausalLMLoss, tuple[str, ...]]:
     """The loss of a copy of that base, and its notes."""
-    return loss_of(copy.deepcopy(plain_base(case)))
+    return build_loss(copy.deepcopy(plain_base(case)))
 
 
 def batch_of(collator: Collator) -> MicroBatch:
@@ -209,7 +209,7 @@ def test_documents_give_what_each_gives_alone(case: str) -> None:
         assert loss.unmasked
         assert any(loss.unmasked in note for note in notes)
     else:
-        assert_as_alone(case, Packer(0))
+        assert_as_alone(case, PaddingFreeCollator(0))
     if case not in LENGTHS_MATTER:
         assert_as_alone(case, Collator(0))
 
@@ -233,11 +233,11 @@ def test_what_mixes_documents_is_refused(case: str) -> None:
 @pytest.mark.parametrize("case", MIXING)
 def test_what_is_refused_does_mix_them(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Were it not refused, the comparison above would fail: it can tell."""
-    monkeypatch.setattr("peftbench.engine.loss.why_not", lambda _: None)
+    monkeypatch.setattr("peftbench.modeling.loss.why_not", lambda _: None)
     made.cache_clear()
     try:
         assert not made(case)[0].masked
         with pytest.raises((AssertionError, TypeError)):
-            assert_as_alone(case, Packer(0))
+            assert_as_alone(case, PaddingFreeCollator(0))
     finally:
         made.cache_clear()

@@ -9,8 +9,8 @@ import torch
 from pydantic import ValidationError
 from transformers import Trainer
 
-from peftbench.engine.bind import bind
-from peftbench.engine.build import encoded_split, load_base, make_encoder, read_split
+from peftbench.distributed.accelerator import build_accelerator
+from peftbench.training.build import load_encoded_split, load_base_model, build_encoder, load_split
 from peftbench.errors import EmptySplitError, OutOfRangeError, SequenceTooShortError
 from peftbench.methods.base import Method
 from peftbench.methods.full import Full
@@ -27,7 +27,7 @@ def test_checkpointing_where_there_is_something_to_recompute(method: Method, wor
         recipe = workshop.recipe(method, train={"gradient_checkpointing": switch}, model={"dropout": 0.1})
         losses[switch] = workshop.run(recipe).losses
     assert losses[True] == pytest.approx(losses[False], rel=1e-5)
-    built = built_from(recipe, bind(recipe, workshop.output).accelerator)
+    built = built_from(recipe, build_accelerator(recipe, workshop.output).accelerator)
     assert built.base.model.is_gradient_checkpointing is not method.trunk_frozen
 
 
@@ -35,7 +35,7 @@ def test_checkpointing_where_there_is_something_to_recompute(method: Method, wor
 def test_parameters_of_the_record(method: Method, workshop: Workshop) -> None:
     """The record counts the base's scalars once, tied ones too, and the trained ones by the closed form."""
     recipe = workshop.recipe(method)
-    built = built_from(recipe, bind(recipe, workshop.output).accelerator)
+    built = built_from(recipe, build_accelerator(recipe, workshop.output).accelerator)
     assert built.parameters.trainable == sum(p.numel() for p in built.bare_model.parameters() if p.requires_grad)
     # Embedding, positions, two blocks of 12 h^2 + 13 h, the last norm.
     assert built.parameters.total == 4096 * 64 + 64 * 64 + 2 * (12 * 64**2 + 13 * 64) + 2 * 64
@@ -44,7 +44,7 @@ def test_parameters_of_the_record(method: Method, workshop: Workshop) -> None:
 def test_subsample_is_seeded(workshop: Workshop) -> None:
     """A subsample has the size asked for, is the same for the same seed, and another for another."""
     first, again, other = (
-        read_split(workshop.recipe(Full(), data={"train": 10, "seed": seed}), "train")["id"] for seed in (0, 0, 1)
+        load_split(workshop.recipe(Full(), data={"train": 10, "seed": seed}), "train")["id"] for seed in (0, 0, 1)
     )
     assert len(set(first)) == 10
     assert first == again
@@ -54,23 +54,23 @@ def test_subsample_is_seeded(workshop: Workshop) -> None:
 def test_more_examples_than_there_are(workshop: Workshop) -> None:
     """Asking for more examples than a split has is refused with their number."""
     with pytest.raises(EmptySplitError, match=r"data\.train=25 .*the 24 examples"):
-        read_split(workshop.recipe(Full(), data={"train": 25}), "train")
+        load_split(workshop.recipe(Full(), data={"train": 25}), "train")
 
 
 def test_virtual_tokens_take_positions(workshop: Workshop) -> None:
     """A recipe that fits the model without virtual tokens is refused with them, and says what would fit."""
     fits = workshop.recipe(Full(), data={"max_tokens": POSITIONS})
-    assert make_encoder(fits, load_base(fits)).layout.max_tokens == POSITIONS
+    assert build_encoder(fits, load_base_model(fits)).layout.max_tokens == POSITIONS
     with pytest.raises(OutOfRangeError, match=f"set data.max_length={POSITIONS - 5} or less"):
-        make_encoder(workshop.recipe(PromptTuning(tokens=5), data={"max_tokens": POSITIONS}), load_base(fits))
+        build_encoder(workshop.recipe(PromptTuning(tokens=5), data={"max_tokens": POSITIONS}), load_base_model(fits))
 
 
 def test_no_room_for_an_article(workshop: Workshop) -> None:
     """A limit that leaves no room for an article is refused before anything is trained."""
     recipe = workshop.recipe(Full(), data={"max_tokens": 10}, evaluate={"max_new_tokens": 8})
     with pytest.raises(SequenceTooShortError):
-        encoded_split(
-            recipe, make_encoder(recipe, load_base(recipe)), "train", bind(recipe, workshop.output).accelerator
+        load_encoded_split(
+            recipe, build_encoder(recipe, load_base_model(recipe)), "train", build_accelerator(recipe, workshop.output).accelerator
         )
 
 
@@ -81,7 +81,7 @@ def test_padding_to_a_fixed_width(workshop: Workshop) -> None:
     """
     for padding in ("max_tokens", "longest", "none", "auto"):
         recipe = workshop.recipe(Full(), data={"padding": padding})
-        accelerator = bind(recipe, workshop.output).accelerator
+        accelerator = build_accelerator(recipe, workshop.output).accelerator
         batch = next(iter(trainer_from(recipe, accelerator).batches))
         (part,) = batch.micro_batches
         assert len(part.lengths) == 6
@@ -97,7 +97,7 @@ def test_a_multiple_of_more_than_there_is(workshop: Workshop) -> None:
     """Rows cannot be padded beyond the model's positions."""
     recipe = workshop.recipe(Full(), data={"pad_to_multiple_of": POSITIONS + 1})
     with pytest.raises(OutOfRangeError, match=f"is more than the {POSITIONS} positions of the model; set {POSITIONS}"):
-        trainer_from(recipe, bind(recipe, workshop.output).accelerator)
+        trainer_from(recipe, build_accelerator(recipe, workshop.output).accelerator)
     with pytest.raises(ValidationError, match="pad_to_multiple_of would change the loss; leave it at 1"):
         workshop.recipe(Full(), data={"pad_to_multiple_of": 8, "as_published": True})
 
@@ -106,7 +106,7 @@ def test_a_multiple_of_more_than_there_is(workshop: Workshop) -> None:
 def test_six_n_is_what_hf_trainer_reports(method: Method, workshop: Workshop) -> None:
     """The very figure that HF Trainer gives for the model as the method left it."""
     recipe = workshop.recipe(method)
-    built = built_from(recipe, bind(recipe, workshop.output).accelerator)
+    built = built_from(recipe, build_accelerator(recipe, workshop.output).accelerator)
     inputs = {"input_ids": torch.zeros(3, 7, dtype=torch.long)}
     by_trainer = Trainer.floating_point_ops(SimpleNamespace(model=built.bare_model), inputs)  # type: ignore[arg-type]
     assert 6 * built.six_n_parameters * 3 * 7 == by_trainer > 0

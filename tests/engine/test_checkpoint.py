@@ -14,26 +14,26 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from peftbench.engine import checkpoint, safetree
-from peftbench.engine.checkpoint import Checkpoints, Origin
-from peftbench.engine.state import _random_state, _set_random_state
+from peftbench.training import checkpoint, serialization
+from peftbench.training.checkpoint import CheckpointManager, CheckpointMetadata
+from peftbench.training.state import _get_rng_state, _set_rng_state
 from peftbench.errors import CheckpointError, DiskFullError, OutputError
 from peftbench.methods.full import Full
-from peftbench.recipe import Checkpoint, Profile, Recipe
+from peftbench.recipe.schema import Checkpoint, Profile, Recipe
 from peftbench.record import RunRecord
 from tests.conftest import Workshop, every_method
 
-ORIGIN = Origin("recipe", "model", "data", "single", 1, "cpu", {"torch": "1"})
+ORIGIN = CheckpointMetadata("recipe", "model", "data", "single", 1, "cpu", {"torch": "1"})
 
-Make = Callable[..., Checkpoints]
+Make = Callable[..., CheckpointManager]
 
 
 @pytest.fixture
 def make(accelerator: Accelerator, tmp_path: Path) -> Make:
     """Checkpoints of a run, with changes to where they come from."""
 
-    def made(keep: int = 2, **changes: object) -> Checkpoints:
-        return Checkpoints(accelerator, tmp_path, dataclasses.replace(ORIGIN, **changes), keep)  # type: ignore[arg-type]
+    def made(keep: int = 2, **changes: object) -> CheckpointManager:
+        return CheckpointManager(accelerator, tmp_path, dataclasses.replace(ORIGIN, **changes), keep)  # type: ignore[arg-type]
 
     return made
 
@@ -43,7 +43,7 @@ def state(value: float) -> dict[str, object]:
     return {"weights": {"a": torch.full((8,), value)}, "step": value}
 
 
-def step_of(kept: Checkpoints) -> object:
+def step_of(kept: CheckpointManager) -> object:
     """What the newest checkpoint holds."""
     found = kept.newest()
     assert found is not None
@@ -83,7 +83,7 @@ def test_one_that_is_not_whole_is_passed_over(damage: str, make: Make) -> None:
     kept.save(1, state(1))
     kept.save(2, state(2))
     newest = kept.found()[0]
-    file = newest / "rank-0" / safetree.TENSORS
+    file = newest / "rank-0" / serialization.TENSORS_FILE
     content = bytearray(file.read_bytes())
     if damage == "cut":
         file.write_bytes(content[:-3])
@@ -107,7 +107,7 @@ def test_a_full_disk_leaves_the_one_before(make: Make, monkeypatch: pytest.Monke
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_sync", full)
+    monkeypatch.setattr(checkpoint, "_fsync", full)
     with pytest.raises(DiskFullError, match="step-00000002 could not be written"):
         kept.save(2, state(2))
     assert [path.name for path in kept.folder.iterdir()] == ["step-00000001"]
@@ -148,7 +148,7 @@ def test_what_was_left_by_a_kill_is_no_checkpoint(make: Make) -> None:
     """A folder that was not finished is neither read nor in the way."""
     kept = make()
     unfinished = kept.folder / "step-00000003.unfinished" / "rank-0"
-    safetree.write(state(3), unfinished)
+    serialization.save_tree(state(3), unfinished)
     assert kept.newest() is None
     kept.save(3, state(4))
     assert step_of(kept) == 4
@@ -210,7 +210,7 @@ def test_a_record_that_cannot_be_written_costs_no_training(workshop: Workshop, m
     record = workshop.run(recipe)
     assert record.resumed_after == (4,)
     assert len(record.losses) == 4
-    assert not (workshop.output / recipe.name / checkpoint.FOLDER).exists()
+    assert not (workshop.output / recipe.name / checkpoint.CHECKPOINTS_DIR).exists()
 
 
 def test_random_numbers_go_on() -> None:
@@ -219,10 +219,10 @@ def test_random_numbers_go_on() -> None:
     def drawn() -> tuple[float, float, float]:
         return random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: S311
 
-    kept = _random_state()
+    kept = _get_rng_state()
     expected = drawn()
     drawn()
-    _set_random_state(kept)
+    _set_rng_state(kept)
     assert drawn() == expected
 
 
@@ -232,14 +232,14 @@ class StoppedError(Exception):
 
 def stopped_at_a_checkpoint(workshop: Workshop, recipe: Recipe) -> None:
     """Run ``recipe`` until its first checkpoint is written."""
-    save = Checkpoints.save
+    save = CheckpointManager.save
 
-    def saved_and_stopped(self: Checkpoints, step: int, kept: dict[str, object]) -> None:
+    def saved_and_stopped(self: CheckpointManager, step: int, kept: dict[str, object]) -> None:
         save(self, step, kept)
         raise StoppedError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Checkpoints, "save", saved_and_stopped)
+        patch.setattr(CheckpointManager, "save", saved_and_stopped)
         with pytest.raises(StoppedError):
             workshop.run(recipe)
 

@@ -7,7 +7,7 @@ import pytest
 from peftbench.methods.base import Method
 from peftbench.methods.full import Full
 from peftbench.methods.lora import Lora
-from peftbench.recipe import Profile
+from peftbench.recipe.schema import Profile
 from tests.conftest import Workshop
 
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from peftbench.data.batches import GlobalBatch
-from peftbench.engine import loop
-from peftbench.files import CACHE_VARIABLE
+from peftbench.training import loop
+from peftbench.common.filesystem import CACHE_DIR_ENV
 from peftbench.methods.base import Method
 from tests.conftest import ONE_OF_EACH, Workshop, every_method, shown
 
@@ -49,7 +49,7 @@ Step = list[tuple[int, tuple[list[int], list[int]]]]
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache of the test's own."""
-    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(CACHE_DIR_ENV, str(tmp_path / "cache"))
 
 
 @pytest.fixture

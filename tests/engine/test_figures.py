@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-import peftbench.engine.loop
+import peftbench.training.loop
 from peftbench.methods.base import Method
 from peftbench.methods.full import Full
 from peftbench.methods.lora import Lora
-from peftbench.profiler.counter import FlopCounter
-from peftbench.recipe import Profile
+from peftbench.profiler.flop_counter import FlopCounter
+from peftbench.recipe.schema import Profile
 from peftbench.record import Memory
 from tests.conftest import Workshop, every_architecture, every_method
 
@@ -27,7 +27,7 @@ def test_flops_of_a_run_are_those_of_its_steps(method: Method, architecture: str
     recipe = workshop.recipe(method, architecture=architecture, train={"micro_batch_size": 4})
     plain = workshop.run(recipe)
     seen: list[int | None] = []
-    true_step = peftbench.engine.loop.train_step
+    true_step = peftbench.training.loop.train_step
 
     def counted_step(*given: Any) -> float:
         with FlopCounter() as count:
@@ -36,7 +36,7 @@ def test_flops_of_a_run_are_those_of_its_steps(method: Method, architecture: str
         return loss
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(peftbench.engine.loop, "train_step", counted_step)
+        patch.setattr(peftbench.training.loop, "train_step", counted_step)
         assert workshop.run(recipe).losses == plain.losses
     assert len(seen) == 3
     assert plain.flops.executed == sum(count or 0 for count in seen) > 0

@@ -13,18 +13,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from peftbench.engine.bind import bind
-from peftbench.engine.checkpoint import Checkpoints
-from peftbench.engine.frozen_trunk import TrunkBatches, TrunkLoss
-from peftbench.engine.loss import LabelledLoss, loss_of
-from peftbench.engine.trunk import Layout, Stored, open_store
+from peftbench.distributed.accelerator import build_accelerator
+from peftbench.training.checkpoint import CheckpointManager
+from peftbench.feature_cache.cached_training import CachedFeatureBatches, CachedFeatureLoss
+from peftbench.modeling.loss import LabelledLogitsLoss, build_loss
+from peftbench.feature_cache.store import StoreLayout, StorageDtype, open_store
 from peftbench.errors import DiskFullError, UnsupportedModelError
-from peftbench.files import CACHE_VARIABLE
+from peftbench.common.filesystem import CACHE_DIR_ENV
 from peftbench.methods.last_layer import LastLayer
 from peftbench.optim import AdamW
-from peftbench.recipe import Checkpoint, Profile, Recipe
+from peftbench.recipe.schema import Checkpoint, Profile, Recipe
 from peftbench.record import RunRecord
-from peftbench.run import Run
+from peftbench.run.runner import Run
 from tests.bases import FAMILIES
 from tests.conftest import (
     LENGTHS_AND_PROMPTS,
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from peftbench.data.collate import MicroBatch
-    from peftbench.engine.build import Built, Trainer
+    from peftbench.training.build import AdaptedModel, TrainingComponents
 
 EPOCHS, EXAMPLES, BATCH = 3, 24, 6
 STEPS = EPOCHS * EXAMPLES // BATCH
@@ -58,11 +58,11 @@ Each state is 0.004 off at most, and half of them to either side.
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of the test's own."""
     folder = tmp_path / "cache"
-    monkeypatch.setenv(CACHE_VARIABLE, str(folder))
+    monkeypatch.setenv(CACHE_DIR_ENV, str(folder))
     return folder
 
 
-def recipe(workshop: Workshop, name: str, stored: Stored | None, **parts: Any) -> Recipe:
+def recipe(workshop: Workshop, name: str, stored: StorageDtype | None, **parts: Any) -> Recipe:
     """Three epochs of a head, in two micro-batches a step."""
     train = {"steps": None, "epochs": EPOCHS, "global_batch_size": BATCH, "micro_batch_size": 3, "feature_cache": stored}
     train |= parts.pop("train", {})
@@ -96,9 +96,9 @@ def assert_alike(workshop: Workshop, found: RunRecord, expected: RunRecord, allo
 def trunk_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
     """Whether the trunk was skipped, by micro-batch of a training."""
     calls: list[bool] = []
-    call = TrunkLoss.__call__
+    call = CachedFeatureLoss.__call__
 
-    def counted(self: TrunkLoss, model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
+    def counted(self: CachedFeatureLoss, model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
         entered: list[int] = []
         handles = [
             module.register_forward_hook(lambda *_: entered.append(1))
@@ -111,7 +111,7 @@ def trunk_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
         return loss
 
     with monkeypatch.context() as patched:
-        patched.setattr(TrunkLoss, "__call__", counted)
+        patched.setattr(CachedFeatureLoss, "__call__", counted)
         yield calls
 
 
@@ -121,9 +121,9 @@ def of_the_head(record: RunRecord) -> int:
     return 2 * 2 * 4096 * 64 * record.tokens.labelled
 
 
-def bound_to(made: Recipe, workshop: Workshop) -> tuple[Built, Trainer]:
+def bound_to(made: Recipe, workshop: Workshop) -> tuple[AdaptedModel, TrainingComponents]:
     """What a run builds, and what its loop drives."""
-    accelerator = bind(made, workshop.output).accelerator
+    accelerator = build_accelerator(made, workshop.output).accelerator
     built = built_from(made, accelerator)
     return built, trainer_from(made, accelerator, built)
 
@@ -212,10 +212,10 @@ def test_stored_states_reach_a_gpu_without_waiting(
     """The loss and the head's gradient are those of states that were computed, and the host waits for nothing."""
     base = fresh_base("gpt2_tied").eval().cuda()
     LastLayer().apply(base, None)  # type: ignore[arg-type]
-    loss, _ = loss_of(base)
-    assert isinstance(loss, LabelledLoss)
-    layout = Layout(torch.tensor([length - prompt for length, prompt in LENGTHS_AND_PROMPTS]), 64, "fp32")
-    over = TrunkLoss(loss, open_store({}, layout, lambda _: None))
+    loss, _ = build_loss(base)
+    assert isinstance(loss, LabelledLogitsLoss)
+    layout = StoreLayout(torch.tensor([length - prompt for length, prompt in LENGTHS_AND_PROMPTS]), 64, "fp32")
+    over = CachedFeatureLoss(loss, open_store({}, layout, lambda _: None))
     head = base.get_output_embeddings().weight
     found = []
     for trunk, waits in (("computed", True), ("kept", True), ("stored", True), ("stored", False)):
@@ -234,14 +234,14 @@ def test_stored_states_reach_a_gpu_without_waiting(
 
 def stopped(made: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run it until after its first checkpoint."""
-    save = Checkpoints.save
+    save = CheckpointManager.save
 
     def saved_and_stopped(*given: Any) -> None:
         save(*given)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(Checkpoints, "save", saved_and_stopped)
+        patched.setattr(CheckpointManager, "save", saved_and_stopped)
         forget_accelerators()
         assert Run(made).execute()[0].outcome.kind == "preempted"
 
@@ -283,12 +283,12 @@ def test_what_follows_a_head_is_done_over_stored_states_too(fresh_base: Callable
 
     base.forward = capped
     base.get_output_embeddings().register_forward_pre_hook(lambda _, given: (given[0] * 2, *given[1:]))
-    loss, _ = loss_of(base)
-    layout = Layout(torch.tensor([length - prompt for length, prompt in LENGTHS_AND_PROMPTS]), 64, "fp32")
+    loss, _ = build_loss(base)
+    layout = StoreLayout(torch.tensor([length - prompt for length, prompt in LENGTHS_AND_PROMPTS]), 64, "fp32")
     for batch in (packed(), micro_batch()):
         with loss.in_use():
             expected = loss(base, batch)
-    over = TrunkLoss(loss, open_store({}, layout, lambda _: None))  # type: ignore[arg-type]
+    over = CachedFeatureLoss(loss, open_store({}, layout, lambda _: None))  # type: ignore[arg-type]
     with over.in_use():
         kept = over(base, _marked(packed(), "kept"))
         stored = over(base, _marked(packed(), "stored"))
@@ -304,7 +304,7 @@ def test_evaluation_writes_nothing(workshop: Workshop) -> None:
     """Batches that are not of the training pass the trunk, whatever their numbers, and leave the store as it is."""
     made = recipe(workshop, "run", "fp32")
     built, trainer = bound_to(made, workshop)
-    assert isinstance(trainer.batches, TrunkBatches)
+    assert isinstance(trainer.batches, CachedFeatureBatches)
     assert trainer.store is not None
     with torch.no_grad(), built.loss.in_use():
         loss = built.loss(built.bare_model, packed())
@@ -325,7 +325,7 @@ def test_a_plan_is_the_same_each_time_it_is_asked(workshop: Workshop) -> None:
 def test_a_model_without_a_trunk_of_its_own(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing can be skipped, that is told."""
     made = recipe(workshop, "run", "fp32")
-    accelerator = bind(made, workshop.output).accelerator
+    accelerator = build_accelerator(made, workshop.output).accelerator
     built = built_from(made, accelerator)
     monkeypatch.setattr(type(built.base.model), "base_model", property(lambda base: base), raising=False)
     with pytest.raises(UnsupportedModelError, match=r"gpt2 has no trunk apart from its head.*train.feature_cache=null"):
@@ -337,7 +337,7 @@ def test_a_full_disk_ends_a_run_before_it_starts(
 ) -> None:
     """One sentence, and nothing of the run is left either."""
     with mounted(tmp_path / "disk", "size=16k") as disk:
-        monkeypatch.setenv(CACHE_VARIABLE, str(disk))
+        monkeypatch.setenv(CACHE_DIR_ENV, str(disk))
         with pytest.raises(DiskFullError, match=r"take 54,528 bytes in .* has 16,384 free; make room"):
             workshop.run(recipe(workshop, "run", "fp32"))
         assert not list(disk.iterdir())

@@ -12,7 +12,7 @@ from torch import nn
 
 from peftbench.data.batches import Batches
 from peftbench.data.collate import Collator
-from peftbench.engine.loop import train_step
+from peftbench.training.loop import train_step
 from peftbench.methods.base import Method
 from peftbench.methods.full import Full
 from peftbench.methods.prompt_tuning import PromptTuning

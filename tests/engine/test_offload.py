@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from peftbench.engine.offload import SMALLEST, ActivationOffload, _Moved, _unpack
+from peftbench.modeling.activation_offload import MIN_OFFLOAD_BYTES, ActivationOffload, _OffloadedTensor, _unpack
 from peftbench.methods.full import Full
 from tests.conftest import Workshop
 
@@ -27,7 +27,7 @@ def test_what_moves_and_what_comes_back() -> None:
     """Activations alone: the copy is another tensor of the same values, and gradients are the same to the last bit."""
     width = 1024
     model = nn.Sequential(*(nn.Sequential(nn.Linear(width, width), nn.GELU()) for _ in range(2)))
-    inputs = torch.randn(SMALLEST // width, width)
+    inputs = torch.randn(MIN_OFFLOAD_BYTES // width, width)
     hooks = ActivationOffload(model.parameters(), "cpu")
     weight = model[0][0].weight  # type: ignore[index]
     assert hooks._pack(weight) is weight
@@ -35,7 +35,7 @@ def test_what_moves_and_what_comes_back() -> None:
     small = torch.ones(8)
     assert hooks._pack(small) is small
     packed = hooks._pack(inputs)
-    assert isinstance(packed, _Moved)
+    assert isinstance(packed, _OffloadedTensor)
     assert packed.tensor.data_ptr() != inputs.data_ptr()
     assert torch.equal(_unpack(packed), inputs)
     gradients = []
@@ -54,7 +54,7 @@ def test_activations_leave_the_gpu_and_gradients_are_the_same() -> None:
     """Between the passes the GPU holds weights and small tensors alone."""
     width = 1024
     model = nn.Sequential(*(nn.Sequential(nn.Linear(width, width), nn.GELU()) for _ in range(4))).cuda()
-    inputs = torch.randn(SMALLEST // width, width, device="cuda")
+    inputs = torch.randn(MIN_OFFLOAD_BYTES // width, width, device="cuda")
     gradients, held = [], []
     for offload in (False, True):
         model.zero_grad()
@@ -72,4 +72,4 @@ def test_activations_leave_the_gpu_and_gradients_are_the_same() -> None:
     assert all(torch.equal(first, second) for first, second in zip(*gradients, strict=True))
     hooks = ActivationOffload(model.parameters())
     assert hooks._pack(model[0][0].weight) is model[0][0].weight  # type: ignore[index]
-    assert isinstance(hooks._pack(inputs), _Moved)
+    assert isinstance(hooks._pack(inputs), _OffloadedTensor)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from peftbench.data.collate import MicroBatch
-from peftbench.engine.loss import Loss, loss_of
+from peftbench.modeling.loss import CausalLMLoss, build_loss
 from peftbench.methods.base import Method
 from tests.conftest import base_of, every_method, micro_batch, packed, trained
 
@@ -37,7 +37,7 @@ def without_waiting() -> Iterator[None]:
 
 
 def _found(
-    model: nn.Module, loss: Loss, batch: MicroBatch, dtype: torch.dtype | None, *, waits: bool = False
+    model: nn.Module, loss: CausalLMLoss, batch: MicroBatch, dtype: torch.dtype | None, *, waits: bool = False
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients, over all that is trained, of a batch that is on the GPU before the clock starts."""
     model.zero_grad()
@@ -78,7 +78,7 @@ def test_packed_rows_are_padded_ones(  # noqa: PLR0917
     torch.manual_seed(3)
     model = method.apply(fresh_base(architecture), tokenizer).to(CUDA)
     method.set_training(model)
-    plain, _ = loss_of(base_of(model), labelled=False, masked=True)
+    plain, _ = build_loss(base_of(model), labelled=False, masked=True)
     model.zero_grad()
     batch = micro_batch(virtual=method.virtual_tokens)
     with torch.autocast("cuda", dtype=dtype, enabled=dtype is not None):
@@ -87,7 +87,7 @@ def test_packed_rows_are_padded_ones(  # noqa: PLR0917
     expected = (
         summed.item(), {name: p.grad.float().clone() for name, p in trained(model).items() if p.grad is not None},
     )  # fmt: skip
-    loss, notes = loss_of(base_of(model), kernel=kernel)  # type: ignore[arg-type]
+    loss, notes = build_loss(base_of(model), kernel=kernel)  # type: ignore[arg-type]
     assert not notes
     # Liger counts its targets on the host.
     found = _found(model, loss, packed(virtual=method.virtual_tokens), dtype, waits=kernel == "liger")
@@ -98,7 +98,7 @@ def test_a_document_does_not_look_into_another(fresh_base: Fresh) -> None:
     """In torch's kernel for unlike lengths too, to the last bit."""
     base = fresh_base("gpt2_tied").eval()
     base.to("cuda")  # type: ignore[arg-type]
-    loss, _ = loss_of(base)
+    loss, _ = build_loss(base)
     batch = packed()
     assert batch.documents is not None
     changed = batch.input_ids.clone()

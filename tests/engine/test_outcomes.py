@@ -14,7 +14,7 @@ from torch import nn
 
 from peftbench.data.collate import MicroBatch
 from peftbench.data.sources import Files
-from peftbench.engine.loss import LabelledLoss
+from peftbench.modeling.loss import LabelledLogitsLoss
 from peftbench.methods.base import Method
 from peftbench.methods.baselines import Lead, ZeroShot
 from peftbench.methods.full import Full
@@ -22,22 +22,22 @@ from peftbench.methods.last_layer import LastLayer
 from peftbench.methods.lora import Lora
 from peftbench.optim import SGD
 from peftbench.record import read_record
-from peftbench.run import Run
+from peftbench.run.runner import Run
 from tests.conftest import Workshop, every_architecture, every_method
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-BadLoss = Callable[[LabelledLoss, nn.Module, MicroBatch], torch.Tensor]
+BadLoss = Callable[[LabelledLogitsLoss, nn.Module, MicroBatch], torch.Tensor]
 
 
 def _from_call(number: int, then: Callable[[torch.Tensor], torch.Tensor]) -> BadLoss:
     """The true loss until a call, and from then on what ``then`` makes of it."""
     calls: list[int] = []
-    computed = LabelledLoss.__call__
+    computed = LabelledLogitsLoss.__call__
 
-    def loss(self: LabelledLoss, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
+    def loss(self: LabelledLogitsLoss, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
         calls.append(1)
         true = computed(self, model, batch)
         return true if len(calls) < number else then(true)
@@ -72,7 +72,7 @@ def test_a_loss_that_is_no_number_is_a_divergence(
     value: float, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The record of a run whose loss is not finite names that step and keeps every step before it."""
-    monkeypatch.setattr(LabelledLoss, "__call__", _from_call(3, lambda loss: loss * value))
+    monkeypatch.setattr(LabelledLogitsLoss, "__call__", _from_call(3, lambda loss: loss * value))
     record = workshop.run(workshop.recipe(Full(), train={"steps": 5}))
     assert record.outcome.kind == "diverged"
     assert record.outcome.step == 3
@@ -142,7 +142,7 @@ def test_identity_is_of_what_was_trained_on(workshop: Workshop, monkeypatch: pyt
         monkeypatch.setattr(Files, "identity", lambda _: pytest.fail("asked for once more"))
         return torch.ones((), requires_grad=True)
 
-    monkeypatch.setattr(LabelledLoss, "__call__", _from_call(1, gone))
+    monkeypatch.setattr(LabelledLogitsLoss, "__call__", _from_call(1, gone))
     assert workshop.run(workshop.recipe(Full())).data_identity == before
 
 
@@ -184,7 +184,7 @@ def test_running_out_of_memory_is_a_result(
     def fail(_: torch.Tensor) -> torch.Tensor:
         raise error
 
-    monkeypatch.setattr(LabelledLoss, "__call__", _from_call(2, fail))
+    monkeypatch.setattr(LabelledLogitsLoss, "__call__", _from_call(2, fail))
     record = workshop.run(workshop.recipe(Full()))
     assert record.outcome.kind == "oom"
     assert (record.outcome.phase, record.outcome.step, record.outcome.requested_bytes) == ("train", 2, asked)
@@ -197,7 +197,7 @@ def test_a_fault_is_recorded_and_raised(workshop: Workshop, monkeypatch: pytest.
     def fail(_: torch.Tensor) -> torch.Tensor:
         raise ZeroDivisionError("a fault")
 
-    monkeypatch.setattr(LabelledLoss, "__call__", _from_call(2, fail))
+    monkeypatch.setattr(LabelledLogitsLoss, "__call__", _from_call(2, fail))
     with pytest.raises(ZeroDivisionError):
         Run(workshop.recipe(Full())).execute()
     record = read_record(workshop.output / "run" / "record.json")
@@ -212,7 +212,7 @@ def test_an_interrupted_run_is_recorded(workshop: Workshop, monkeypatch: pytest.
     def interrupt(_: torch.Tensor) -> torch.Tensor:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(LabelledLoss, "__call__", _from_call(3, interrupt))
+    monkeypatch.setattr(LabelledLogitsLoss, "__call__", _from_call(3, interrupt))
     record = workshop.run(workshop.recipe(Full()))
     assert (record.outcome.kind, record.outcome.phase, record.outcome.step) == ("preempted", "train", 3)
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from peftbench.engine import peers
-from peftbench.engine.peers import Peers
+from peftbench.distributed import rank_failure
+from peftbench.distributed.rank_failure import FailureChannel
 
 WORD = {"outcome": {"kind": "oom"}}
 
@@ -18,15 +18,15 @@ WORD = {"outcome": {"kind": "oom"}}
 @pytest.fixture
 def rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Given its number, one of the ranks of a run in a folder; it looks often and gives little grace."""
-    monkeypatch.setattr(peers, "broadcast_object_list", list)
-    monkeypatch.setattr("peftbench.engine.peers.uuid.uuid4", lambda: SimpleNamespace(hex="of this run"))
-    monkeypatch.setattr(peers, "Pulse", lambda *_: SimpleNamespace(beat=int, lost=lambda *_: None, end=int))
-    monkeypatch.setattr(peers, "_EVERY_SECONDS", 0.01)
-    monkeypatch.setattr(peers, "_GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(rank_failure, "broadcast_object_list", list)
+    monkeypatch.setattr("peftbench.distributed.rank_failure.uuid.uuid4", lambda: SimpleNamespace(hex="of this run"))
+    monkeypatch.setattr(rank_failure, "Pulse", lambda *_: SimpleNamespace(beat=int, lost=lambda *_: None, end=int))
+    monkeypatch.setattr(rank_failure, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(rank_failure, "_GRACE_SECONDS", 0.2)
 
-    def made(number: int, of: int = 2) -> Peers:
+    def made(number: int, of: int = 2) -> FailureChannel:
         accelerator = SimpleNamespace(process_index=number, num_processes=of, is_main_process=number == 0)
-        return Peers(accelerator, tmp_path)  # type: ignore[arg-type]
+        return FailureChannel(accelerator, tmp_path)  # type: ignore[arg-type]
 
     return made
 

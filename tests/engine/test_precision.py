@@ -9,12 +9,12 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from peftbench.engine.bind import bind
-from peftbench.engine.loop import Progress, train, train_step
+from peftbench.distributed.accelerator import build_accelerator
+from peftbench.training.loop import TrainProgress, train, train_step
 from peftbench.errors import EngineError, PrecisionError
 from peftbench.methods.base import Method
 from peftbench.methods.full import Full
-from peftbench.optim.rounded import AdamW8bitBf16, AdamWBf16
+from peftbench.optim.stochastic_rounding import AdamW8bitBf16, AdamWBf16
 from peftbench.profiler.probe import Probe
 from tests.conftest import Workshop, built_from, every_method, forget_accelerators, trained, trainer_from
 
@@ -41,7 +41,7 @@ class Products(TorchFunctionMode):
 def test_fp16_on_cpu_is_refused(workshop: Workshop) -> None:
     """fp16 needs a GPU: on CPU a run does not start, and the error names what would work."""
     with pytest.raises(PrecisionError, match=r"fp16 needs a GPU.*use bf16 or fp32"):
-        bind(workshop.recipe(Full(), train={"precision": "fp16"}), workshop.output)
+        build_accelerator(workshop.recipe(Full(), train={"precision": "fp16"}), workshop.output)
 
 
 def test_emulated_bf16_is_refused(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,28 +51,28 @@ def test_emulated_bf16_is_refused(workshop: Workshop, monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Old GPU")
     with pytest.raises(PrecisionError, match=r"bf16 is not there on Old GPU.*use fp16 or fp32"):
-        bind(workshop.recipe(Full(), train={"precision": "bf16"}), workshop.output)
+        build_accelerator(workshop.recipe(Full(), train={"precision": "bf16"}), workshop.output)
 
 
 def test_a_world_that_did_not_form_is_refused(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a launcher says two processes and one has come up, the run does not start."""
     recipe = workshop.recipe(Full())
-    bind(recipe, workshop.output)  # the process's state is now that of a world of one
+    build_accelerator(recipe, workshop.output)  # the process's state is now that of a world of one
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(EngineError, match="started 2 processes and 1 formed one world"):
-        bind(recipe, workshop.output)
+        build_accelerator(recipe, workshop.output)
 
 
 @every_method
 def test_bf16_keeps_trained_weights_in_float32(method: Method, workshop: Workshop) -> None:
     """Under bf16 the forward pass is in bfloat16; weights, gradients and the optimizer's states stay in float32."""
     recipe = workshop.recipe(method, train={"precision": "bf16", "steps": 2})
-    accelerator = bind(recipe, workshop.output).accelerator
+    accelerator = build_accelerator(recipe, workshop.output).accelerator
     built = built_from(recipe, accelerator)
     trainer = trainer_from(recipe, accelerator, built)
     method.set_training(built.bare_model)
     products = Products(built.base.model.config.vocab_size)
-    progress = Progress()
+    progress = TrainProgress()
     with trainer.loss.in_use(), products:
         train(accelerator, trainer, Probe(accelerator.device), progress, max_grad_norm=1.0, on_step=lambda *_: None)
     assert products.seen == {torch.bfloat16}
@@ -91,7 +91,7 @@ def test_bf16_is_near_fp32_and_not_the_same(workshop: Workshop) -> None:
     for precision in ("fp32", "bf16"):
         forget_accelerators()
         recipe = workshop.recipe(Full(), train={"precision": precision})
-        accelerator = bind(recipe, workshop.output).accelerator
+        accelerator = build_accelerator(recipe, workshop.output).accelerator
         trainer = trainer_from(recipe, accelerator)
         losses[precision] = train_step(accelerator, trainer, next(iter(trainer.batches)), max_grad_norm=None)
     assert losses["bf16"] != losses["fp32"]
@@ -101,7 +101,7 @@ def test_bf16_is_near_fp32_and_not_the_same(workshop: Workshop) -> None:
 def test_a_base_in_half_precision_is_trained_in_float32(workshop: Workshop) -> None:
     """Weights saved in fp16, as the shipped base's are, are loaded in float32 before anything is trained."""
     recipe = workshop.recipe(Full(), model={"path": "shipped"})
-    accelerator = bind(recipe, workshop.output).accelerator
+    accelerator = build_accelerator(recipe, workshop.output).accelerator
     model = built_from(recipe, accelerator).bare_model
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from peftbench.data.batches import GlobalBatch
-from peftbench.engine.prefetch import ahead
+from peftbench.training.prefetch import prefetch
 from tests.conftest import micro_batch, one_batch
 
 CUDA = torch.device("cuda")
@@ -29,7 +29,7 @@ def _made(count: int) -> list[GlobalBatch]:
 def test_the_same_batches_in_the_same_order() -> None:
     """Each as it was made, and put into pinned memory."""
     made = _made(5)
-    found = list(ahead(iter(made), CUDA))
+    found = list(prefetch(iter(made), CUDA))
     assert [batch.micro_batches for batch in found] == [batch.micro_batches[::-1] for batch in made]
 
 
@@ -43,7 +43,7 @@ def test_one_is_made_while_another_is_used() -> None:
             makers.add(threading.current_thread())
             yield batch
 
-    for used, _ in enumerate(ahead(making(), CUDA), start=1):
+    for used, _ in enumerate(prefetch(making(), CUDA), start=1):
         assert used <= started[0] <= used + 1
     assert threading.main_thread() not in makers
     assert not any(thread.is_alive() for thread in makers)
@@ -53,7 +53,7 @@ def test_on_cpu_they_are_made_when_they_are_asked_for() -> None:
     """By whoever asks."""
     made = _made(3)
     source = iter(made)
-    first = next(ahead(source, torch.device("cpu")))
+    first = next(prefetch(source, torch.device("cpu")))
     assert first is made[0]
     assert next(source) is made[1]
 
@@ -65,7 +65,7 @@ def test_an_error_comes_where_its_batch_would() -> None:
         yield from _made(2)
         raise ValueError("no third")
 
-    found = ahead(failing(), CUDA)
+    found = prefetch(failing(), CUDA)
     assert len(list(itertools.islice(found, 2))) == 2
     with pytest.raises(ValueError, match="no third"):
         next(found)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from peftbench.engine import pulse
-from peftbench.engine.pulse import BEAT_SECONDS, LOST_SECONDS, Pulse
+from peftbench.distributed import heartbeat
+from peftbench.distributed.heartbeat import HEARTBEAT_INTERVAL_SECONDS, HEARTBEAT_TIMEOUT_SECONDS, Heartbeat
 from peftbench.errors import OutputError
 
 
@@ -17,7 +17,7 @@ from peftbench.errors import OutputError
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time, to be set."""
     now = [1000.0]
-    monkeypatch.setattr("peftbench.engine.pulse.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("peftbench.distributed.heartbeat.time.monotonic", lambda: now[0])
     return now
 
 
@@ -25,9 +25,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def hosts(tmp_path: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch) -> Any:
     """Given which ranks lead on which node, the pulses of all."""
 
-    def made(*nodes: str, shared: bool = True) -> list[Pulse]:
+    def made(*nodes: str, shared: bool = True) -> list[Heartbeat]:
         told = [(rank, node, f"host{node}", node not in nodes[:rank]) for rank, node in enumerate(nodes)]
-        monkeypatch.setattr(pulse, "gathered", lambda _, value: told if isinstance(value, tuple) else value or [])
+        monkeypatch.setattr(heartbeat, "gathered", lambda _, value: told if isinstance(value, tuple) else value or [])
         found = []
         for rank, _, _, leads in told if shared and len(set(nodes)) > 1 else []:  # which beat at the same time
             (tmp_path / "pulse").mkdir(exist_ok=True)
@@ -35,7 +35,7 @@ def hosts(tmp_path: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch) -
                 (tmp_path / "pulse" / f"pulse{rank}").touch()
         for rank, node, _, leads in told:
             monkeypatch.setenv("GROUP_RANK", node)
-            found.append(Pulse(SimpleNamespace(process_index=rank, is_local_main_process=leads), tmp_path / "pulse"))  # type: ignore[arg-type]
+            found.append(Heartbeat(SimpleNamespace(process_index=rank, is_local_main_process=leads), tmp_path / "pulse"))  # type: ignore[arg-type]
         return found
 
     return made
@@ -45,17 +45,17 @@ def test_who_beats_is_there_and_who_stops_is_gone(hosts: Any, clock: list[float]
     """After the stated time and not before; which process and which host is said."""
     first, second = hosts("0", "1")
     for _ in range(40):
-        clock[0] += BEAT_SECONDS
+        clock[0] += HEARTBEAT_INTERVAL_SECONDS
         first.beat()
         second.beat()
         assert first.lost() is None
         assert second.lost() is None
-    for _ in range(int(LOST_SECONDS / BEAT_SECONDS)):
-        clock[0] += BEAT_SECONDS
+    for _ in range(int(HEARTBEAT_TIMEOUT_SECONDS / HEARTBEAT_INTERVAL_SECONDS)):
+        clock[0] += HEARTBEAT_INTERVAL_SECONDS
         first.beat()
         assert first.lost() is None
         assert second.lost() is None
-    clock[0] += BEAT_SECONDS
+    clock[0] += HEARTBEAT_INTERVAL_SECONDS
     assert first.lost() == "process 1 on host1 is gone: nothing was heard of its host for 60 s"
 
 
@@ -63,10 +63,10 @@ def test_whoever_was_held_up_blames_nobody(hosts: Any, clock: list[float]) -> No
     """A host that was suspended looks again before it says that another is gone."""
     first, _ = hosts("0", "1")
     assert first.lost() is None
-    clock[0] += 10 * LOST_SECONDS
+    clock[0] += 10 * HEARTBEAT_TIMEOUT_SECONDS
     assert first.lost() is None
-    for _ in range(int(LOST_SECONDS / BEAT_SECONDS) + 1):
-        clock[0] += BEAT_SECONDS
+    for _ in range(int(HEARTBEAT_TIMEOUT_SECONDS / HEARTBEAT_INTERVAL_SECONDS) + 1):
+        clock[0] += HEARTBEAT_INTERVAL_SECONDS
         found = first.lost()
     assert found is not None
 
@@ -80,8 +80,8 @@ def test_machines_that_share_no_folder(hosts: Any) -> None:
 def test_only_the_host_that_is_waited_for(hosts: Any, clock: list[float]) -> None:
     """Whoever waits for the main process waits on where a third is gone."""
     _, second, third = hosts("0", "1", "2")
-    for _ in range(int(LOST_SECONDS / BEAT_SECONDS) + 2):
-        clock[0] += BEAT_SECONDS
+    for _ in range(int(HEARTBEAT_TIMEOUT_SECONDS / HEARTBEAT_INTERVAL_SECONDS) + 2):
+        clock[0] += HEARTBEAT_INTERVAL_SECONDS
         second.beat()
         gone = third.lost(1), third.lost(0)
     assert gone[0] is None
@@ -99,7 +99,7 @@ def test_one_file_a_host(hosts: Any, tmp_path: Path) -> None:
 def test_one_host_has_nobody_to_hear(hosts: Any, clock: list[float], tmp_path: Path) -> None:
     """And writes nothing."""
     first, _ = hosts("0", "0")
-    clock[0] += 100 * LOST_SECONDS
+    clock[0] += 100 * HEARTBEAT_TIMEOUT_SECONDS
     first.beat()
     assert first.lost() is None
     assert list(tmp_path.iterdir()) == []

@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peftbench.engine.bind import bind
-from peftbench.engine.build import load_base
-from peftbench.engine.compatibility import OVER_A_FROZEN_BASE
-from peftbench.engine.loss import LabelledLoss, loss_of
+from peftbench.distributed.accelerator import build_accelerator
+from peftbench.training.build import load_base_model
+from peftbench.distributed.compatibility import ADAPTER_METHODS
+from peftbench.modeling.loss import LabelledLogitsLoss, build_loss
 from peftbench.errors import CombinationError
 from peftbench.methods import METHODS
 from peftbench.methods.base import Method
 from tests.conftest import ONE_OF_EACH, Workshop
 
-OVER_FROZEN = {name: method for name, method in ONE_OF_EACH.items() if name in OVER_A_FROZEN_BASE}
+OVER_FROZEN = {name: method for name, method in ONE_OF_EACH.items() if name in ADAPTER_METHODS}
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "nf4_double", "int8"])
@@ -39,12 +39,12 @@ def test_trains_over_a_quantised_base(method: Method, quantization: str, worksho
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_what_is_found_out_of_a_base_leaves_no_trace(quantization: str, workshop: Workshop) -> None:
     """Its losses are probed in forward passes: weights stay as they are packed, and no layer has chosen its type."""
-    base = load_base(workshop.recipe(ONE_OF_EACH["lora"], model={"quantization": quantization})).model
+    base = load_base_model(workshop.recipe(ONE_OF_EACH["lora"], model={"quantization": quantization})).model
     base.get_submodule(next(name for name, _ in base.named_modules() if name.endswith("mlp"))).train()
     before = [dict(vars(module)) for module in base.modules()]
     weights = [(parameter, parameter.data_ptr(), parameter.detach().clone()) for parameter in base.parameters()]
-    loss, _ = loss_of(base)
-    assert isinstance(loss, LabelledLoss)
+    loss, _ = build_loss(base)
+    assert isinstance(loss, LabelledLogitsLoss)
     vars(loss.head).pop("forward")
     for module, attributes in zip(base.modules(), before, strict=True):
         assert vars(module).keys() == attributes.keys()
@@ -52,9 +52,9 @@ def test_what_is_found_out_of_a_base_leaves_no_trace(quantization: str, workshop
     assert all(weight.data_ptr() == place and torch.equal(weight, copy) for weight, place, copy in weights)
 
 
-@pytest.mark.parametrize("name", sorted(set(METHODS) - OVER_A_FROZEN_BASE))
+@pytest.mark.parametrize("name", sorted(set(METHODS) - ADAPTER_METHODS))
 def test_what_would_train_it_is_refused(name: str, workshop: Workshop) -> None:
     """Before it is loaded."""
     recipe = workshop.recipe(ONE_OF_EACH[name], model={"quantization": "nf4"})
     with pytest.raises(CombinationError, match=r"trains them; use model\.quantization=null, or method\.kind=lora"):
-        bind(recipe, workshop.output)
+        build_accelerator(recipe, workshop.output)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from peftbench.engine.ranks import main_process_first
+from peftbench.distributed.collectives import main_process_first
 from peftbench.errors import DataError
 
 
@@ -24,7 +24,7 @@ def test_the_main_process_tells_what_it_refuses(monkeypatch: pytest.MonkeyPatch)
         sent.extend(items)
         return items
 
-    monkeypatch.setattr("peftbench.engine.ranks.broadcast_object_list", broadcast)
+    monkeypatch.setattr("peftbench.distributed.collectives.broadcast_object_list", broadcast)
     mistake = DataError("no rows", "give some")
 
     def work() -> None:
@@ -37,12 +37,12 @@ def test_the_main_process_tells_what_it_refuses(monkeypatch: pytest.MonkeyPatch)
 
 def test_the_others_refuse_as_the_main_process_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank that is told of a mistake raises it and does not begin, whatever it would have found itself."""
-    monkeypatch.setattr("peftbench.engine.ranks.broadcast_object_list", lambda _: [DataError("no rows")])
+    monkeypatch.setattr("peftbench.distributed.collectives.broadcast_object_list", lambda _: [DataError("no rows")])
     with pytest.raises(DataError, match="no rows"):
         main_process_first(rank(1), lambda: pytest.fail("it began"))
 
 
 def test_the_others_go_on_when_it_went_well(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every rank has the result of its own work."""
-    monkeypatch.setattr("peftbench.engine.ranks.broadcast_object_list", lambda items: items)
+    monkeypatch.setattr("peftbench.distributed.collectives.broadcast_object_list", lambda items: items)
     assert [main_process_first(rank(number), lambda: number) for number in (0, 1)] == [0, 1]  # noqa: B023

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from peftbench.engine import safetree
+from peftbench.training import serialization
 
 CPU = torch.device("cpu")
 
@@ -21,8 +21,8 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         "tensors": {"half": torch.tensor([1.5, -2], dtype=torch.bfloat16), "none": torch.zeros(0, 3),
                     "scalar": torch.tensor(7), "bytes": torch.arange(5, dtype=torch.uint8)},
     }  # fmt: skip
-    safetree.write(tree, tmp_path / "state")
-    found = safetree.read(tmp_path / "state", CPU)
+    serialization.save_tree(tree, tmp_path / "state")
+    found = serialization.load_tree(tmp_path / "state", CPU)
     tensors, kept = found.pop("tensors"), tree.pop("tensors")
     assert found == tree
     assert isinstance(found["pair"][1], tuple)
@@ -36,18 +36,18 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 def test_parts_of_one_memory(tmp_path: Path) -> None:
     """A tensor that two share is written once and shared again; a view of another shape is its own."""
     code = torch.arange(1000.0)
-    safetree.write({"a": code, "b": code, "c": code[::2], "d": code.clone()}, tmp_path / "state")
-    found = safetree.read(tmp_path / "state", CPU)
+    serialization.save_tree({"a": code, "b": code, "c": code[::2], "d": code.clone()}, tmp_path / "state")
+    found = serialization.load_tree(tmp_path / "state", CPU)
     assert found["a"].data_ptr() == found["b"].data_ptr()
     assert len({found[name].data_ptr() for name in "acd"}) == 3
     assert torch.equal(found["c"], code[::2])
-    assert (tmp_path / "state" / safetree.TENSORS).stat().st_size < 4 * 2600 + 1000
+    assert (tmp_path / "state" / serialization.TENSORS_FILE).stat().st_size < 4 * 2600 + 1000
 
 
 @pytest.mark.parametrize("stranger", [object(), {1, 2}, {(1, 2): 3}, lambda: None])
 def test_nothing_that_could_be_executed(stranger: object, tmp_path: Path) -> None:
     """An object of a class is refused when it is written, and so never made when it is read."""
     with pytest.raises(TypeError):
-        safetree.write({"a": [stranger]}, tmp_path / "state")
+        serialization.save_tree({"a": [stranger]}, tmp_path / "state")
     written = [path.suffix for path in tmp_path.rglob("*.*")]
     assert set(written) <= {".safetensors", ".json"}

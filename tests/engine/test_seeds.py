@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from peftbench.engine.bind import bind
+from peftbench.distributed.accelerator import build_accelerator
 from peftbench.methods import METHODS
 from peftbench.methods.base import Method
 from peftbench.methods.full import Full
@@ -73,7 +73,7 @@ def test_order_is_the_same_for_every_method(padding: str, workshop: Workshop) ->
     for method in ONE_OF_EACH.values():
         forget_accelerators()
         recipe = workshop.recipe(method, data={"padding": padding}, train={"micro_batch_size": 4})
-        accelerator = bind(recipe, workshop.output).accelerator
+        accelerator = build_accelerator(recipe, workshop.output).accelerator
         batches = iter(trainer_from(recipe, accelerator).batches)
         seen[method.kind] = [next(batches) for _ in range(6)]  # more than one pass over the examples
     reference = seen.pop("full")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from peftbench.engine.engines import SINGLE
-from peftbench.engine.sharding import state_bytes
+from peftbench.distributed.engines import SINGLE
+from peftbench.distributed.sharding import state_bytes
 from peftbench.optim import AdamW
 from peftbench.record import StateBytes
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from peftbench.data.collate import Documents, MicroBatch
-from peftbench.engine import cross_entropy
-from peftbench.engine.attention import causal_attention
-from peftbench.engine.loss import LabelledLoss, Loss, loss_of
+from peftbench.data.collate import PackedSequences, MicroBatch
+from peftbench.modeling import cross_entropy
+from peftbench.modeling.attention import causal_attention
+from peftbench.modeling.loss import LabelledLogitsLoss, CausalLMLoss, build_loss
 from peftbench.methods.base import Method
 from tests.bases import FAMILIES
 from tests.conftest import LENGTHS_AND_PROMPTS, every_method, loss_for, micro_batch, packed, trained
@@ -41,7 +41,7 @@ def _applied(method: Method, base: PreTrainedModel, tokenizer: PreTrainedTokeniz
     return model
 
 
-def _loss_and_gradients(model: nn.Module, loss: Loss, batch: MicroBatch) -> tuple[float, dict[str, torch.Tensor]]:
+def _loss_and_gradients(model: nn.Module, loss: CausalLMLoss, batch: MicroBatch) -> tuple[float, dict[str, torch.Tensor]]:
     model.zero_grad()
     with loss.in_use():
         found = loss(model, batch)
@@ -82,7 +82,7 @@ def test_loss_and_gradients_are_those_of_all_positions(  # noqa: PLR0917
     expected = _loss_and_gradients(plain, loss_for(plain, labelled=False, masked=True), batch)
     model = _applied(method, fresh_base(architecture), tokenizer)
     loss = loss_for(model)
-    assert isinstance(loss, LabelledLoss)
+    assert isinstance(loss, LabelledLogitsLoss)
     assert loss.is_last
     assert not loss.masked
     monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", chunk)
@@ -133,7 +133,7 @@ def test_a_cpu_attends_in_float32(
     query, key, value = torch.randn(3, 1, 4, 12, 16).to(precision)
     if rotated:
         query, key = query.float(), key.float()
-    documents = Documents.of([5, 7]) if share_a_row else None
+    documents = PackedSequences.of([5, 7]) if share_a_row else None
     layer = nn.Module()
     with torch.autocast("cpu", precision):
         low, _ = causal_attention(layer, query, key, value, None, documents=documents)
@@ -159,7 +159,7 @@ def test_what_follows_a_head_is_kept(architecture: str, fresh_base: Fresh) -> No
     plain, model = capped(fresh_base(architecture)), capped(fresh_base(architecture))
     expected = _loss_and_gradients(plain, loss_for(plain, labelled=False, masked=True), batch)
     loss = loss_for(model)
-    assert isinstance(loss, LabelledLoss)
+    assert isinstance(loss, LabelledLogitsLoss)
     assert not loss.is_last
     _assert_equal(_loss_and_gradients(model, loss, packed()), expected)
 
@@ -169,7 +169,7 @@ def test_a_model_without_a_head_to_be_found(fresh_base: Fresh, monkeypatch: pyte
     base = fresh_base("gpt2_tied")
     expected = _loss_and_gradients(base, loss_for(base), micro_batch())
     monkeypatch.setattr(type(base), "get_output_embeddings", lambda _: None)
-    loss, notes = loss_of(base)
+    loss, notes = build_loss(base)
     assert loss.everywhere
     assert notes == ("the head of gpt2 was not found; logits are computed at every position",)
     _assert_equal(_loss_and_gradients(base, loss, packed()), expected)
@@ -184,12 +184,12 @@ def test_attention_that_cannot_go_without_masks(fresh_base: Fresh) -> None:
         num_key_value_heads=1, sliding_window=4,
     )  # fmt: skip
     sliding = AutoModelForCausalLM.from_config(config)
-    loss, notes = loss_of(sliding)
+    loss, notes = build_loss(sliding)
     assert loss.masked
     assert any("its masks are more than causal" in note for note in notes)
     base = fresh_base("llama_tied")
     base.config._attn_implementation = "eager"
-    assert loss_of(base)[0].unmasked == "its attention is eager"
+    assert build_loss(base)[0].unmasked == "its attention is eager"
 
 
 def test_generation_is_left_alone(fresh_base: Fresh) -> None:
@@ -221,9 +221,9 @@ def test_chunks_give_the_loss_and_gradients_of_the_whole(
     for limit in (7 * 11, 7 * 4):
         monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", limit)
         given = {name: value.clone().requires_grad_(name not in frozen) for name, value in values.items()}
-        loss = cross_entropy.summed_cross_entropy(given["hidden"], given["weight"], given["bias"], targets)
+        loss = cross_entropy.chunked_cross_entropy_sum(given["hidden"], given["weight"], given["bias"], targets)
         (loss * 0.25).backward()  # type: ignore[no-untyped-call]
-        by_token = cross_entropy.cross_entropy_by_token(given["hidden"], given["weight"], given["bias"], targets)
+        by_token = cross_entropy.cross_entropy_per_token(given["hidden"], given["weight"], given["bias"], targets)
         assert by_token.shape == (11,)
         assert by_token.sum().item() == pytest.approx(loss.item(), rel=1e-6)
         found.append([loss.detach(), by_token, *(given[name].grad for name in given)])

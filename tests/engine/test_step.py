@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from peftbench.engine.bind import bind
-from peftbench.engine.build import Trainer
-from peftbench.engine.loop import Progress, train, train_step
+from peftbench.distributed.accelerator import build_accelerator
+from peftbench.training.build import TrainingComponents
+from peftbench.training.loop import TrainProgress, train, train_step
 from peftbench.methods.full import Full
 from peftbench.methods.lora import Lora
 from peftbench.optim import SGD, AdamW
 from peftbench.profiler.probe import Probe
-from peftbench.recipe import Schedule
+from peftbench.recipe.schema import Schedule
 from tests.conftest import Workshop, micro_batch, one_batch, trained, trainer_from, trainer_of
 
 if TYPE_CHECKING:
@@ -55,9 +55,9 @@ def test_step_returns_the_loss_before_it(
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
 
 
-def _trainer(workshop: Workshop, **parts: Any) -> tuple[Accelerator, Trainer]:
+def _trainer(workshop: Workshop, **parts: Any) -> tuple[Accelerator, TrainingComponents]:
     recipe = workshop.recipe(Lora(r=2), train={"steps": 10}, **parts)
-    accelerator = bind(recipe, workshop.output).accelerator
+    accelerator = build_accelerator(recipe, workshop.output).accelerator
     return accelerator, trainer_from(recipe, accelerator)
 
 
@@ -83,7 +83,7 @@ def test_schedules(kind: str, warmup: int, workshop: Workshop) -> None:
     bare = trainer.optimizer.optimizer  # type: ignore[attr-defined]
     bare.register_step_pre_hook(lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"]))
     train(
-        accelerator, trainer, Probe(accelerator.device), Progress(), max_grad_norm=None,
+        accelerator, trainer, Probe(accelerator.device), TrainProgress(), max_grad_norm=None,
         on_step=lambda _, values: told.append(values["learning_rate"]),
     )  # fmt: skip
     assert used == pytest.approx([2e-3 * _rate_by_hand(kind, warmup, 10, index) for index in range(10)])
@@ -104,7 +104,7 @@ def test_optimizer_gets_the_recipe_s_knobs_and_trained_parameters_alone(workshop
 def test_train_tells_every_step_and_counts_every_token(workshop: Workshop) -> None:
     """Each finished step is told once, in order, and the counts are those of all batches together."""
     accelerator, trainer = _trainer(workshop)
-    progress, told = Progress(), list[tuple[int, float]]()
+    progress, told = TrainProgress(), list[tuple[int, float]]()
     probe = Probe(accelerator.device)
     train(
         accelerator, trainer, probe, progress, max_grad_norm=1.0,
@@ -121,5 +121,5 @@ def test_train_tells_every_step_and_counts_every_token(workshop: Workshop) -> No
 def test_steps_from_epochs(workshop: Workshop) -> None:
     """A length in epochs is in steps what covers the examples, rounded up: 24 examples, 1.5 epochs, 10 a step."""
     recipe = workshop.recipe(Full(), train={"steps": None, "epochs": 1.5, "global_batch_size": 10})
-    accelerator = bind(recipe, workshop.output).accelerator
+    accelerator = build_accelerator(recipe, workshop.output).accelerator
     assert trainer_from(recipe, accelerator).steps == 4

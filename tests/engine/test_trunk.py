@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from peftbench.engine import trunk
-from peftbench.engine.trunk import Layout, Stored, TrunkStore, fingerprint, open_store, place_of
+from peftbench.feature_cache import store
+from peftbench.feature_cache.store import StoreLayout, StorageDtype, FeatureStore, hash_cache_key, open_store, get_store_dir
 from peftbench.errors import DiskFullError, OutputError
-from peftbench.files import CACHE_VARIABLE
+from peftbench.common.filesystem import CACHE_DIR_ENV
 from tests.conftest import REPOSITORY
 from tests.disks import mounted
 
@@ -29,16 +29,16 @@ OF = {"weights": "w", "examples": "e"}
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of the test's own."""
     folder = tmp_path / "cache"
-    monkeypatch.setenv(CACHE_VARIABLE, str(folder))
+    monkeypatch.setenv(CACHE_DIR_ENV, str(folder))
     return folder
 
 
-def layout(stored: Stored = "fp32", counts: tuple[int, ...] = COUNTS) -> Layout:
+def layout(stored: StorageDtype = "fp32", counts: tuple[int, ...] = COUNTS) -> StoreLayout:
     """Of four examples."""
-    return Layout(torch.tensor(counts), WIDTH, stored)
+    return StoreLayout(torch.tensor(counts), WIDTH, stored)
 
 
-def opened(stored: Stored = "fp32", announced: list[str] | None = None, of: dict[str, Any] | None = None) -> TrunkStore:
+def opened(stored: StorageDtype = "fp32", announced: list[str] | None = None, of: dict[str, Any] | None = None) -> FeatureStore:
     """The store of those, and what was said of it."""
     said = [] if announced is None else announced
     return open_store((of or OF) | {"stored": stored}, layout(stored), said.append)
@@ -51,7 +51,7 @@ def states(examples: tuple[int, ...], seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("stored", "size"), [("fp32", 27 * 8 * 4), ("bf16", 27 * 8 * 2)])
-def test_sizes_are_exact_and_stated_before(stored: Stored, size: int) -> None:
+def test_sizes_are_exact_and_stated_before(stored: StorageDtype, size: int) -> None:
     """One row for each labelled position and one byte for each example, all of it allocated; said once."""
     said: list[str] = []
     store = opened(stored, said)
@@ -108,7 +108,7 @@ def test_no_page_of_it_stays_in_the_process() -> None:
     """What was written or read is in the system's cache and not in this process's memory, whose peak is a figure."""
     if not Path("/proc/self/smaps").exists():
         pytest.skip("not Linux")
-    big = Layout(torch.tensor([4096] * 8), 1024, "fp32")
+    big = StoreLayout(torch.tensor([4096] * 8), 1024, "fp32")
     store = open_store(OF, big, print)
     for example in range(8):
         store.write((example,), torch.ones(4096, 1024))
@@ -120,8 +120,8 @@ def test_no_page_of_it_stays_in_the_process() -> None:
 
 def test_the_name_is_of_all_that_states_depend_on() -> None:
     """Any other value is another folder; the same values in another order are the same."""
-    assert fingerprint(OF) != fingerprint(OF | {"weights": "v"}) != fingerprint(OF | {"more": None})
-    assert fingerprint(OF) == fingerprint(dict(reversed(OF.items())))
+    assert hash_cache_key(OF) != hash_cache_key(OF | {"weights": "v"}) != hash_cache_key(OF | {"more": None})
+    assert hash_cache_key(OF) == hash_cache_key(dict(reversed(OF.items())))
     assert opened().folder != opened("bf16").folder
     assert opened(of=OF | {"examples": "f"}).folder != opened().folder
 
@@ -176,18 +176,18 @@ def test_after_a_crash_of_the_machine_only_what_was_sealed_is_believed(monkeypat
     store = opened()
     store.write((0, 1, 2), states((0, 1, 2)))
     store.seal()
-    monkeypatch.setattr(trunk, "_boot", lambda: "another")
+    monkeypatch.setattr(store, "_read_boot_id", lambda: "another")
     assert not opened().complete().any()
     store = opened()
     store.write((0, 1, 2, 3), states((0, 1, 2, 3)))
     store.seal()
-    monkeypatch.setattr(trunk, "_boot", lambda: "a third")
+    monkeypatch.setattr(store, "_read_boot_id", lambda: "a third")
     assert opened().complete().all()
 
 
 SCRIPT = """
 import os, signal, sys, torch
-from peftbench.engine.trunk import Layout, open_store
+from peftbench.feature_cache.store import Layout, open_store
 store = open_store({"weights": "w", "examples": "e", "stored": "fp32"}, Layout(torch.tensor([3, 9, 1, 14]), 8, "fp32"),
                    lambda said: print("made", flush=True))
 """
@@ -256,16 +256,16 @@ def test_a_disk_without_room_is_refused_before_anything_is_made(
 ) -> None:
     """What is needed, what is there and what to do, in one sentence; nothing lies on the disk."""
     with mounted(tmp_path / "disk", "size=64k") as disk:
-        monkeypatch.setenv(CACHE_VARIABLE, str(disk / "cache"))
+        monkeypatch.setenv(CACHE_DIR_ENV, str(disk / "cache"))
         said: list[str] = []
         with pytest.raises(DiskFullError) as raised:
-            open_store(OF, Layout(torch.tensor([1000] * 4), WIDTH, "fp32"), said.append)
+            open_store(OF, StoreLayout(torch.tensor([1000] * 4), WIDTH, "fp32"), said.append)
         assert said == []
         assert list(disk.iterdir()) == []
         assert "take 128,000 bytes in" in str(raised.value)
         assert "has 65,536 free" in str(raised.value)
-        assert f"set {CACHE_VARIABLE} to a folder on a larger disk" in str(raised.value)
-        store = open_store(OF, Layout(torch.tensor([500]), WIDTH, "fp32"), said.append)  # what fits is made
+        assert f"set {CACHE_DIR_ENV} to a folder on a larger disk" in str(raised.value)
+        store = open_store(OF, StoreLayout(torch.tensor([500]), WIDTH, "fp32"), said.append)  # what fits is made
         store.write((0,), torch.ones(500, WIDTH))
         del store  # or the disk is busy
 
@@ -275,12 +275,12 @@ def test_a_disk_that_fills_up_meanwhile_leaves_nothing_half_written(
 ) -> None:
     """Room is taken before the first row, so that no write through the map can find none."""
     with mounted(tmp_path / "disk", "size=64k") as disk:
-        monkeypatch.setenv(CACHE_VARIABLE, str(disk))
-        monkeypatch.setattr(trunk, "_check_room", lambda *_: None)  # as if another had taken it since
+        monkeypatch.setenv(CACHE_DIR_ENV, str(disk))
+        monkeypatch.setattr(store, "_check_disk_space", lambda *_: None)  # as if another had taken it since
         with pytest.raises(DiskFullError, match="the disk is full"):
-            open_store(OF, Layout(torch.tensor([1000] * 4), WIDTH, "fp32"), print)
-        assert [path.name for path in (disk / "trunk").iterdir()] == [f"{place_of(OF).name}.lock"]
-        store = open_store(OF, Layout(torch.tensor([1000]), WIDTH, "fp32"), print)
+            open_store(OF, StoreLayout(torch.tensor([1000] * 4), WIDTH, "fp32"), print)
+        assert [path.name for path in (disk / "trunk").iterdir()] == [f"{get_store_dir(OF).name}.lock"]
+        store = open_store(OF, StoreLayout(torch.tensor([1000]), WIDTH, "fp32"), print)
         (disk / "other").write_bytes(bytes(os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize))
         assert os.statvfs(disk).f_bavail == 0
         store.write((0,), torch.ones(1000, WIDTH))  # on a disk that is full by now
@@ -291,6 +291,6 @@ def test_a_disk_that_fills_up_meanwhile_leaves_nothing_half_written(
 def test_a_place_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As any other place."""
     with mounted(tmp_path / "disk", "ro") as disk:
-        monkeypatch.setenv(CACHE_VARIABLE, str(disk / "cache"))
+        monkeypatch.setenv(CACHE_DIR_ENV, str(disk / "cache"))
         with pytest.raises(OutputError, match="cannot write"):
             opened()

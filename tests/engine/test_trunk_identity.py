@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from peftbench.engine.trunk_identity import hash_of_trunk, identity_of, read_examples
+from peftbench.feature_cache.key import hash_backbone, build_cache_key, hash_examples
 from peftbench.methods.last_layer import LastLayer
-from peftbench.models import load
+from peftbench.modeling.loading import load_model
 from peftbench.optim import AdamW
 from tests.bases import FAMILIES
 from tests.conftest import LENGTHS_AND_PROMPTS, Workshop, rows
@@ -27,9 +27,9 @@ def identity(
 ) -> Any:
     """Of a recipe's trunk, loaded anew."""
     made = recipe(workshop, "run", parts.pop("stored", "fp32"), **parts)
-    base = load(made.model).model
+    base = load_model(made.model).model
     LastLayer().apply(base, None)  # type: ignore[arg-type]
-    return identity_of(made, base, examples, torch.device(device), masked=masked)
+    return build_cache_key(made, base, examples, torch.device(device), masked=masked)
 
 
 def test_where_a_trunk_came_from_does_not_matter(workshop: Workshop, tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_every_frozen_tensor_is_in_the_hash_and_the_head_is_not(fresh_base: Call
     for architecture in FAMILIES:
         base = fresh_base(architecture)
         LastLayer().apply(base, None)  # type: ignore[arg-type]
-        before = hash_of_trunk(base)
+        before = hash_backbone(base)
         head = base.get_output_embeddings().weight
         tensors = [*base.parameters(), *base.buffers()]
         assert len(tensors) > 10
@@ -68,9 +68,9 @@ def test_every_frozen_tensor_is_in_the_hash_and_the_head_is_not(fresh_base: Call
             for tensor in tensors:
                 kept = tensor.clone()
                 tensor.view(-1)[-1] += 1
-                assert (hash_of_trunk(base) == before) is (tensor is head)
+                assert (hash_backbone(base) == before) is (tensor is head)
                 tensor.copy_(kept)
-        assert hash_of_trunk(base) == before
+        assert hash_backbone(base) == before
 
 
 def test_examples_are_hashed_whole_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +80,7 @@ def test_examples_are_hashed_whole_and_counted(monkeypatch: pytest.MonkeyPatch) 
     made = [*rows(LENGTHS_AND_PROMPTS), {"input_ids": [5, 6, 7], "prompt_tokens": 0}]
 
     def read(examples: list[dict[str, Any]]) -> tuple[str, list[int]]:
-        digest, counts = read_examples(Dataset.from_list(examples))
+        digest, counts = hash_examples(Dataset.from_list(examples))
         return digest, counts.tolist()
 
     digest, counts = read(made)
@@ -94,5 +94,5 @@ def test_examples_are_hashed_whole_and_counted(monkeypatch: pytest.MonkeyPatch) 
     ]
     assert digest not in {other for other, _ in others}
     assert len({other for other, _ in others}) == 5
-    monkeypatch.setattr("peftbench.engine.trunk_identity._BLOCK", 2)
+    monkeypatch.setattr("peftbench.feature_cache.key._EXAMPLES_PER_BLOCK", 2)
     assert read(made)[1] == counts

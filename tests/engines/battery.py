@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from accelerate.state import PartialState
 
-import peftbench.run
+import peftbench.run.runner
 from peftbench.data.sources import Files
-from peftbench.engine.checkpoint import Checkpoints
-from peftbench.engine.compatibility import Combination
-from peftbench.engine.engines import ENGINES, EngineKind
-from peftbench.engine.sharding import bring_home
+from peftbench.training.checkpoint import CheckpointManager
+from peftbench.distributed.compatibility import Combination
+from peftbench.distributed.engines import ENGINES, EngineKind
+from peftbench.distributed.sharding import gather_full_model
 from peftbench.methods import METHODS
 from peftbench.optim import OPTIMIZERS
-from peftbench.recipe import Checkpoint, Data, Evaluate, Model, Profile, Recipe, Schedule, Train
-from peftbench.run import Run
+from peftbench.recipe.schema import Checkpoint, Data, Evaluate, Model, Profile, Recipe, Schedule, Train
+from peftbench.run.runner import Run
 from tests.conftest import forget_accelerators
 
 STEPS = 6
@@ -82,27 +82,27 @@ def keep_digests(folder: Path, engine: str) -> None:
             place = folder / engine / f"weights-{os.environ.get('RANK', '0')}"
             with place.open("a", encoding="utf-8") as file:
                 file.write(f"{digest.hexdigest()}\n")
-        bring_home(kind, started, model, here=here)
+        gather_full_model(kind, started, model, here=here)
 
-    setattr(peftbench.run, "bring_home", told)  # noqa: B010 — a name that it imports
+    setattr(peftbench.run.runner, "bring_home", told)  # noqa: B010 — a name that it imports
 
 
 def stopped_and_resumed(made: Recipe) -> None:
     """The same training once more, stopped right after a checkpoint, and then gone on with."""
     again = made.model_copy(update={"name": f"{made.name}{RESUMED}", "checkpoint": Checkpoint(every_steps=STEPS // 2)})
-    save = Checkpoints.save
+    save = CheckpointManager.save
 
     def saved_and_stopped(*given: Any) -> None:
         save(*given)
         raise KeyboardInterrupt
 
-    Checkpoints.save = saved_and_stopped  # type: ignore[assignment,method-assign]
+    CheckpointManager.save = saved_and_stopped  # type: ignore[assignment,method-assign]
     try:
         fresh_process()
         record, _ = Run(again).execute()
         assert record.outcome.kind == "preempted"
     finally:
-        Checkpoints.save = save  # type: ignore[assignment,method-assign]
+        CheckpointManager.save = save  # type: ignore[assignment,method-assign]
     fresh_process()
     Run(again).execute()
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from peftbench.data.sources import Files
-from peftbench.engine.compatibility import Combination, combinations, refusal
-from peftbench.engine.engines import ENGINES
+from peftbench.distributed.compatibility import Combination, iter_combinations, find_blocking_rule
+from peftbench.distributed.engines import ENGINES
 from tests.conftest import REPOSITORY
 from tests.engines.battery import UNTRAINED
 
@@ -25,7 +25,7 @@ Ran = Callable[[str], Path]
 
 def runnable(engine: str) -> list[Combination]:
     """What the table says runs on CPU."""
-    return [point for point in combinations(engine) if refusal(point, "cpu") is None]
+    return [point for point in iter_combinations(engine) if find_blocking_rule(point, "cpu") is None]
 
 
 def launch(engine: str, points: Sequence[Combination], folder: Path, base: Path, data: Path) -> None:

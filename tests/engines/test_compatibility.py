@@ -13,32 +13,15 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from peftbench.engine.bind import bind
-from peftbench.engine.compatibility import (
-    ACTIVATION_OFFLOAD,
-    CHECKPOINTS,
-    COMPILE,
-    EXTRAS,
-    LIGER,
-    MICRO_TOKENS,
-    QUANTIZATION,
-    RULES,
-    TRUNK_CACHE,
-    Combination,
-    Rule,
-    check,
-    combinations,
-    described,
-    nearest,
-    refusal,
-)
-from peftbench.engine.deepspeed import check_disk
-from peftbench.engine.engines import ENGINES, SINGLE
+from peftbench.distributed.accelerator import build_accelerator
+from peftbench.distributed.compatibility import ACTIVATION_OFFLOAD, CHECKPOINTING, COMPILE, OPTIONAL_FEATURES, LIGER, MICRO_BATCH_TOKENS, QUANTIZATION, RULES, FEATURE_CACHE, Combination, Rule, check, iter_combinations, describe_changes, find_nearest_supported, find_blocking_rule
+from peftbench.distributed.deepspeed import check_nvme_support
+from peftbench.distributed.engines import ENGINES, SINGLE
 from peftbench.errors import CombinationError, EngineError
 from peftbench.methods import METHODS
 from peftbench.optim import OPTIMIZERS
 from peftbench.record import RunRecord, read_record
-from peftbench.run import Run
+from peftbench.run.runner import Run
 from tests.conftest import ONE_OF_EACH, REPOSITORY, Workshop
 from tests.engines.battery import RESUMED, STEPS, UNTRAINED, fresh_process, recipe
 from tests.engines.conftest import SEVERAL, Ran, runnable
@@ -53,23 +36,23 @@ ALL = [point for engine in SEVERAL for point in runnable(engine)]
 REST = [point for point in ALL if point not in SLICE]
 ALONE = [
     point for point in runnable("single")
-    if not any(refusal(dataclasses.replace(point, engine=engine), "cpu") is None for engine in SEVERAL)
+    if not any(find_blocking_rule(dataclasses.replace(point, engine=engine), "cpu") is None for engine in SEVERAL)
 ]  # fmt: skip
 """What runs in one process only."""
-EVERY = [point for extras in ((), *((extra,) for extra in EXTRAS)) for point in combinations(extras=extras)]
-REFUSED = [point for point in EVERY if any(refusal(point, device) is not None for device in ("cpu", "cuda"))]
-ON_CPU = [rule for rule in RULES if any(p.precision != "fp16" and refusal(p, "cpu") is rule for p in EVERY)]
+EVERY = [point for extras in ((), *((extra,) for extra in OPTIONAL_FEATURES)) for point in iter_combinations(extras=extras)]
+REFUSED = [point for point in EVERY if any(find_blocking_rule(point, device) is not None for device in ("cpu", "cuda"))]
+ON_CPU = [rule for rule in RULES if any(p.precision != "fp16" and find_blocking_rule(p, "cpu") is rule for p in EVERY)]
 """Rules that refuse something on CPU that fp16 is no part of."""
 PARTS = tuple(field.name for field in dataclasses.fields(Combination))
 
 
 def test_the_table_is_whole() -> None:
     """Every combination is either run or refused, every engine runs each method, and no rule is idle."""
-    assert len(list(combinations())) == len(METHODS) * len(ENGINES) * len(OPTIMIZERS) * 3
+    assert len(list(iter_combinations())) == len(METHODS) * len(ENGINES) * len(OPTIMIZERS) * 3
     assert {point.optimizer for point in ALONE} == {"adamw_bf16", "adamw8bit_bf16"}
     assert {(p.engine, p.method) for p in ALL} == {(engine, method) for engine in SEVERAL for method in METHODS}
     assert set(SLICE) < set(ALL)
-    found = {refusal(point, device) for point in EVERY for device in ("cpu", "cuda")}
+    found = {find_blocking_rule(point, device) for point in EVERY for device in ("cpu", "cuda")}
     assert found == {None, *RULES}
     of_a_gpu = {rule for rule in RULES if rule not in ON_CPU}
     assert all(
@@ -82,16 +65,16 @@ def test_the_table_is_whole() -> None:
 def test_what_is_refused_is_told_why_and_what_to_do(engine: str, optimizer: str) -> None:
     """One sentence with the reason and something that does run, as near as can be."""
     for point, device in itertools.product(REFUSED, ("cpu", "cuda")):
-        rule = refusal(point, device) if (point.engine, point.optimizer) == (engine, optimizer) else None
+        rule = find_blocking_rule(point, device) if (point.engine, point.optimizer) == (engine, optimizer) else None
         if rule is None:
             continue
-        found = nearest(point, device)
+        found = find_nearest_supported(point, device)
         assert found
-        assert all(refusal(other, device) is None for other in found)
+        assert all(find_blocking_rule(other, device) is None for other in found)
         assert len({_changes(point, other) for other in found}) == 1
         with pytest.raises(CombinationError) as raised:
             check(point, device)
-        assert f"{rule.reason}; use {described(point, found[0], device)}" in str(raised.value)
+        assert f"{rule.reason}; use {describe_changes(point, found[0], device)}" in str(raised.value)
 
 
 def _changes(point: Combination, other: Combination) -> int:
@@ -101,37 +84,37 @@ def _changes(point: Combination, other: Combination) -> int:
 def test_one_change_where_one_is_enough() -> None:
     """Over all that run: no refusal names two changes where one would do."""
     for device in ("cpu", "cuda"):
-        runs = [point for point in EVERY if refusal(point, device) is None]
+        runs = [point for point in EVERY if find_blocking_rule(point, device) is None]
         for point in REFUSED[::7]:
-            if refusal(point, device) is not None:
+            if find_blocking_rule(point, device) is not None:
                 same = (other for other in runs if other.extras <= point.extras and other.method == point.method)
-                assert _changes(point, nearest(point, device)[0]) <= min(_changes(point, other) for other in same)
+                assert _changes(point, find_nearest_supported(point, device)[0]) <= min(_changes(point, other) for other in same)
 
 
 @pytest.mark.parametrize("rule", ON_CPU, ids=lambda rule: rule.reason[:40])
 def test_a_launch_is_refused_by_each_rule(rule: Rule, workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a real recipe and a launcher's environment, before processes have met."""
-    point = next(p for p in EVERY if p.precision != "fp16" and refusal(p, "cpu") is rule and _can_be_meant(p))
+    point = next(p for p in EVERY if p.precision != "fp16" and find_blocking_rule(p, "cpu") is rule and _can_be_meant(p))
     _launched_as(point.engine, monkeypatch)
-    monkeypatch.setattr("peftbench.engine.deepspeed.check_disk", lambda: None)
+    monkeypatch.setattr("peftbench.distributed.deepspeed.check_nvme_support", lambda: None)
     recipe = workshop.recipe(
         ONE_OF_EACH[point.method], optimizer={"kind": point.optimizer}, train={
             "precision": point.precision, "global_batch_size": 4,
-            **({"micro_batch_tokens": 100} if MICRO_TOKENS in point.extras else {"micro_batch_size": 2}),
+            **({"micro_batch_tokens": 100} if MICRO_BATCH_TOKENS in point.extras else {"micro_batch_size": 2}),
             "compile": COMPILE in point.extras, "cross_entropy": "liger" if LIGER in point.extras else "torch",
             "activation_offloading": ACTIVATION_OFFLOAD in point.extras,
-            "feature_cache": "fp32" if TRUNK_CACHE in point.extras else None,
+            "feature_cache": "fp32" if FEATURE_CACHE in point.extras else None,
         }, model={"quantization": "nf4" if QUANTIZATION in point.extras else None},
-        checkpoint={"interval": 2 if CHECKPOINTS in point.extras else None},
+        checkpoint={"interval": 2 if CHECKPOINTING in point.extras else None},
     )  # fmt: skip
     with pytest.raises(CombinationError) as raised:
-        bind(recipe, workshop.output)
+        build_accelerator(recipe, workshop.output)
     assert rule.reason in str(raised.value)
 
 
 def _can_be_meant(point: Combination) -> bool:
     """Whether there is a recipe for it at all: that of a trunk kept on disk is of a method that freezes it."""
-    return TRUNK_CACHE not in point.extras or ONE_OF_EACH[point.method].trunk_frozen
+    return FEATURE_CACHE not in point.extras or ONE_OF_EACH[point.method].trunk_frozen
 
 
 def _launched_as(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +175,7 @@ def assert_held_against_one_process(point: Combination, ran: Ran) -> None:
 
 def _skip_without_libaio() -> None:
     try:
-        check_disk()
+        check_nvme_support()
     except EngineError as error:
         pytest.skip(str(error))
 

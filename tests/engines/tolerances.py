@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from peftbench.engine.compatibility import Combination
+from peftbench.distributed.compatibility import Combination
 
 _FP32 = 1e-5
 """Relative: sums of float32 in another order."""

@@ -10,8 +10,8 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from peftbench.data.encode import Encoder, Layout
-from peftbench.evaluation.measure import Evaluation
+from peftbench.data.encode import Encoder, SequenceLayout
+from peftbench.evaluation.evaluator import Evaluator
 from peftbench.methods.base import Method
 from tests.bases import POSITIONS
 from tests.conftest import Workshop, alone, built_around, examples
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 NEW_TOKENS = 10
 MAX_TOKENS = 48
 
-MakeEvaluation = Callable[..., Evaluation]
+MakeEvaluation = Callable[..., Evaluator]
 Applied = Callable[[Method, str], nn.Module]
 
 
@@ -41,7 +41,7 @@ def applied(fresh_base: Callable[[str], PreTrainedModel], tokenizer: PreTrainedT
 @pytest.fixture(scope="session")
 def encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
     """Encodes for bases with ``POSITIONS`` positions, with room for a few virtual tokens."""
-    layout = Layout.fit(
+    layout = SequenceLayout.fit(
         separator=" TL;DR:", max_tokens=MAX_TOKENS, new_tokens=NEW_TOKENS, positions=POSITIONS, virtual_tokens=8
     )
     return Encoder(tokenizer, layout)
@@ -61,8 +61,8 @@ def encoded(encoder: Encoder) -> Dataset:
 def evaluation(accelerator: Accelerator, encoder: Encoder, encoded: Dataset, workshop: Workshop) -> MakeEvaluation:
     """Given a method and the model it made, their evaluation; what is given by name replaces single knobs."""
 
-    def made(method: Method, model: nn.Module, dataset: Dataset = encoded, **knobs: Any) -> Evaluation:
+    def made(method: Method, model: nn.Module, dataset: Dataset = encoded, **knobs: Any) -> Evaluator:
         recipe = workshop.recipe(method, evaluate={"generate": True, "max_new_tokens": NEW_TOKENS, **knobs})
-        return Evaluation(alone(accelerator), built_around(model), encoder, dataset, recipe)
+        return Evaluator(alone(accelerator), built_around(model), encoder, dataset, recipe)
 
     return made

@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import nn
 
 from peftbench.data.encode import Encoder
-from peftbench.engine.loop import train_step
+from peftbench.training.loop import train_step
 from peftbench.methods.base import Method
 from tests.conformance.battery import Bench, Case, bench_of, every_case
 from tests.conftest import every_architecture, every_method, logits, micro_batch, one_batch, trainer_of

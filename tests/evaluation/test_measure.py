@@ -11,13 +11,13 @@ import torch
 from datasets import Dataset
 
 from peftbench.data.encode import Encoder
-from peftbench.engine.loop import train_step
-from peftbench.evaluation.measure import Evaluation, quality_of
+from peftbench.training.loop import train_step
+from peftbench.evaluation.evaluator import Evaluator, build_quality
 from peftbench.methods.base import Method
 from peftbench.methods.baselines import ZeroShot
 from peftbench.methods.full import Full
 from peftbench.profiler.probe import Probe
-from peftbench.recipe import Evaluate
+from peftbench.recipe.schema import Evaluate
 from tests.conftest import (
     Workshop,
     alone,
@@ -141,16 +141,16 @@ def test_quality_is_put_together(applied: Applied, evaluation: MakeEvaluation, e
 def test_examples_are_known_by_what_they_are(applied: Applied, evaluation: MakeEvaluation, encoded: Dataset) -> None:
     """Two methods' scores of the same examples can be paired; with another reference, or order, they cannot."""
     knobs = Evaluate()
-    same = [quality_of(knobs, encoded, list(encoded[column])) for column in ("summary", "article")]
+    same = [build_quality(knobs, encoded, list(encoded[column])) for column in ("summary", "article")]
     identities = [quality.by_example.identity for quality in same if quality.by_example]
     assert identities[0] == identities[1]
     other = encoded.select(range(6, -1, -1))
-    turned = quality_of(knobs, other, list(other["summary"])).by_example
+    turned = build_quality(knobs, other, list(other["summary"])).by_example
     assert turned is not None
     assert turned.identity != identities[0]
     summaries = [*encoded["summary"][:-1], "another"]
     changed = encoded.remove_columns("summary").add_column("summary", summaries)
-    with_another = quality_of(knobs, changed, summaries).by_example
+    with_another = build_quality(knobs, changed, summaries).by_example
     assert with_another is not None
     assert with_another.identity != identities[0]
 
@@ -180,7 +180,7 @@ def test_precision_is_the_same_with_and_without_training(
             built = built_around(model)  # before, as in a run: what a model may do without is found out in float32
             if prepared:
                 accelerator.prepare(model)
-            measured = Evaluation(alone(accelerator), built, encoder, encoded, workshop.recipe(ZeroShot()))
+            measured = Evaluator(alone(accelerator), built, encoder, encoded, workshop.recipe(ZeroShot()))
             losses[prepared, precision] = (measured.held_out().loss, measured.teacher_forced())
     assert losses[False, "no"] == losses[True, "no"]
     assert losses[False, "bf16"] == losses[True, "bf16"]

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from peftbench.evaluation.rouge import rouge
+from peftbench.evaluation.metrics.rouge import compute_rouge
 
 KINDS = {"rouge1", "rouge2", "rougeL", "rougeLsum"}
 TEXTS = ["The river rose over the bridge.", "A council voted on its budget. The vote was close."]
@@ -16,7 +16,7 @@ OTHERS = ["Ein Zug fuhr nach Norden.", "Niemand kam zur Schule. Alles blieb stil
 
 
 def _means(generated: list[str], references: list[str]) -> dict[str, float]:
-    return {kind: statistics.mean(scores) for kind, scores in rouge(generated, references).items()}
+    return {kind: statistics.mean(scores) for kind, scores in compute_rouge(generated, references).items()}
 
 
 def test_identical_texts() -> None:
@@ -50,7 +50,7 @@ def test_only_rouge_lsum_looks_at_sentences() -> None:
 
 def test_each_text_meets_its_own_reference() -> None:
     """Scores are of pairs: with the references in another order they are not what they were."""
-    found = rouge([TEXTS[0], OTHERS[0]], [TEXTS[0], TEXTS[1]])["rouge1"]
+    found = compute_rouge([TEXTS[0], OTHERS[0]], [TEXTS[0], TEXTS[1]])["rouge1"]
     assert found == (100, 0)
     assert _means(TEXTS, TEXTS[::-1])["rouge1"] < 50
 

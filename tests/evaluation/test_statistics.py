@@ -9,14 +9,8 @@ import numpy
 import pytest
 from scipy.stats import bootstrap, norm, t
 
-from peftbench.evaluation import statistics
-from peftbench.evaluation.statistics import (
-    by_bootstrap,
-    mean_interval,
-    paired_interval,
-    paired_intervals,
-    seeds_interval,
-)
+from peftbench.evaluation import intervals
+from peftbench.evaluation.intervals import uses_bootstrap, bootstrap_interval, paired_interval, paired_intervals, t_interval
 from peftbench.record import Interval
 
 
@@ -32,14 +26,14 @@ def _width(interval: Interval) -> float:
 def test_mean_is_inside(count: int) -> None:
     """The interval is around the sample's mean, within the sample's range."""
     scores = _scores(count)
-    found = mean_interval(scores, resamples=300)
+    found = bootstrap_interval(scores, resamples=300)
     assert found.mean == pytest.approx(sum(scores) / count)
     assert min(scores) <= found.low < found.mean < found.high <= max(scores)
 
 
 def test_narrower_with_more_data() -> None:
     """More examples of the same kind give a narrower interval."""
-    widths = [_width(mean_interval(_scores(count), resamples=300)) for count in (10, 100, 1000)]
+    widths = [_width(bootstrap_interval(_scores(count), resamples=300)) for count in (10, 100, 1000)]
     assert widths[0] > widths[1] > widths[2] > 0
 
 
@@ -47,14 +41,14 @@ def test_width_is_that_of_a_mean() -> None:
     """With many examples the interval is the textbook's: 1.96 standard errors to either side."""
     scores = _scores(900)
     expected = 2 * 1.96 * float(numpy.std(scores)) / math.sqrt(len(scores))
-    assert _width(mean_interval(scores, resamples=2000)) == pytest.approx(expected, rel=0.15)
+    assert _width(bootstrap_interval(scores, resamples=2000)) == pytest.approx(expected, rel=0.15)
 
 
 def test_holds_the_truth_as_often_as_it_says() -> None:
     """Of 200 samples' intervals, about 95 % hold the mean of what they were drawn from."""
     held = 0
     for seed in range(200):
-        found = mean_interval(_scores(60, seed), resamples=200)
+        found = bootstrap_interval(_scores(60, seed), resamples=200)
         held += found.low <= 20.0 <= found.high
     assert 0.88 <= held / 200 <= 0.99
 
@@ -62,15 +56,15 @@ def test_holds_the_truth_as_often_as_it_says() -> None:
 @pytest.mark.parametrize("values", [[3.5], [3.5, 3.5], [0.0] * 50, [100.0] * 7])
 def test_constant_values_have_no_width(values: list[float]) -> None:
     """Equal values have an interval of no width, and one value alone has none either; no warning, no NaN."""
-    found = mean_interval(values, resamples=100)
+    found = bootstrap_interval(values, resamples=100)
     assert (found.mean, found.low, found.high) == (values[0],) * 3
 
 
 def test_the_same_every_time() -> None:
     """The resampling is seeded: the same values give the same interval, another seed one a little different."""
     scores = _scores(30)
-    assert mean_interval(scores, resamples=200) == mean_interval(scores, resamples=200)
-    assert mean_interval(scores, resamples=200) != mean_interval(scores, resamples=200, seed=1)
+    assert bootstrap_interval(scores, resamples=200) == bootstrap_interval(scores, resamples=200)
+    assert bootstrap_interval(scores, resamples=200) != bootstrap_interval(scores, resamples=200, seed=1)
 
 
 def test_pairs_cancel_what_is_hard_for_both() -> None:
@@ -78,8 +72,8 @@ def test_pairs_cancel_what_is_hard_for_both() -> None:
     hard, noise = _scores(60), numpy.random.default_rng(1).normal(1.0, 0.5, 60)
     paired = paired_interval(list(noise))
     assert 0 < paired.low < paired.mean < paired.high
-    first = mean_interval(hard, 1000)
-    second = mean_interval([score + more for score, more in zip(hard, noise, strict=True)], 1000)
+    first = bootstrap_interval(hard, 1000)
+    second = bootstrap_interval([score + more for score, more in zip(hard, noise, strict=True)], 1000)
     assert second.low < first.high
 
 
@@ -100,11 +94,11 @@ def test_more_certain_is_wider() -> None:
 
 def test_over_seeds_by_hand() -> None:
     """Of 1, 2 and 3: 2, give or take 4.303 (Student's t at 2 degrees of freedom) times 1 / sqrt(3)."""
-    found = seeds_interval([1.0, 2.0, 3.0])
+    found = t_interval([1.0, 2.0, 3.0])
     assert found.mean == 2.0
     assert found.high - 2.0 == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
     assert 2.0 - found.low == pytest.approx(found.high - 2.0)
-    assert seeds_interval([1.5, 1.5]) == Interval(mean=1.5, low=1.5, high=1.5)
+    assert t_interval([1.5, 1.5]) == Interval(mean=1.5, low=1.5, high=1.5)
 
 
 def test_no_difference_is_found_as_often_as_it_says() -> None:
@@ -128,7 +122,7 @@ def test_in_parts_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pairs whose means have no room in memory together see the same resamples one part after another."""
     pairs = [_scores(30, seed) for seed in range(5)]
     whole = paired_intervals(pairs)
-    monkeypatch.setattr(statistics, "_MEANS_AT_ONCE", 20_000)
+    monkeypatch.setattr(intervals, "_MEANS_PER_CHUNK", 20_000)
     assert [one.low for one in paired_intervals(pairs)] == pytest.approx([one.low for one in whole])
 
 
@@ -136,7 +130,7 @@ def test_in_parts_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_where_draws_say_little_it_is_t(examples: int, comparisons: int) -> None:
     """Of very many examples, or far out in the tails, it is the textbook's interval of paired differences."""
     confidence, values = 1 - 0.05 / comparisons, _scores(examples)
-    assert not by_bootstrap(examples, confidence)
+    assert not uses_bootstrap(examples, confidence)
     far = t.isf((1 - confidence) / 2, examples - 1) * numpy.std(values, ddof=1) / math.sqrt(examples)
     found = paired_interval(values, confidence=confidence)
     assert (found.low, found.high) == pytest.approx((numpy.mean(values) - far, numpy.mean(values) + far))
@@ -147,15 +141,15 @@ def test_both_kinds_agree_where_both_can_be() -> None:
     for weights in ([1.0] * 490, [1.0 + i % 9 for i in range(490)]):
         values = [score - 20 for score in _scores(490)]
         drawn, far = paired_interval(values, weights), paired_interval(values * 60, weights * 60)
-        assert by_bootstrap(490, 0.95)
-        assert not by_bootstrap(60 * 490, 0.95)
+        assert uses_bootstrap(490, 0.95)
+        assert not uses_bootstrap(60 * 490, 0.95)
         assert _width(drawn) == pytest.approx(math.sqrt(60) * _width(far), rel=0.05)
 
 
 def test_a_whole_test_split_is_resampled() -> None:
     """Of CNN/DailyMail's 11,490 examples, for every pair of six, within seconds; no batch is of the whole of it."""
     values = numpy.random.default_rng(0).normal(size=(15, 11_490))
-    assert by_bootstrap(11_490, 1 - 0.05 / 15)
+    assert uses_bootstrap(11_490, 1 - 0.05 / 15)
     begun = time.perf_counter()
     found = paired_intervals(values, confidence=1 - 0.05 / 15)
     assert time.perf_counter() - begun < 10
@@ -182,5 +176,5 @@ def test_resamples_are_those_of_scipy(weights: list[float] | None) -> None:
 
 def test_one_example_has_no_interval_by_resamples() -> None:
     """There is nothing to draw from, and no degree of freedom."""
-    assert not by_bootstrap(1, 0.95)
-    assert not by_bootstrap(0, 0.95)
+    assert not uses_bootstrap(1, 0.95)
+    assert not uses_bootstrap(0, 0.95)

@@ -25,11 +25,11 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 CPU2 = REPOSITORY / "accel_configs" / "cpu2.yaml"
 _STARVED = """
 import os
-import peftbench.shortage
+import peftbench.run.oom
 
-hold = peftbench.shortage.hold
+hold = peftbench.run.oom.hold
 starved = os.environ["RANK"] in os.environ["STARVED"]
-peftbench.shortage.hold = lambda budget, *rest: hold(budget if starved else 4 * 2**30, *rest)
+peftbench.run.oom.hold = lambda budget, *rest: hold(budget if starved else 4 * 2**30, *rest)
 
 from peftbench.train import main
 

@@ -24,7 +24,7 @@ SUITE = "name: s\nrecipes: [recipe.yaml]\naxes: {method.r: [1, 2]}\n"
 
 def peftbench(*arguments: str) -> list[str]:
     """The command line of ``peftbench``, from this environment."""
-    return [sys.executable, "-c", "from peftbench.cli import main; main()", *arguments]
+    return [sys.executable, "-c", "from peftbench.cli.app import main; main()", *arguments]
 
 
 def run(command: list[str], folder: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from peftbench.engine.deepspeed import _OF_THE_RECIPE, AUTO, _check_keys, _value
-from peftbench.engine.engines import ENGINES, asked_engine
+from peftbench.distributed.deepspeed import _RECIPE_KEYS, AUTO, _check_keys, _get_nested
+from peftbench.distributed.engines import ENGINES, detect_requested_engine
 from tests.conftest import REPOSITORY
 
 FILES = sorted((REPOSITORY / "ds_configs").glob("*.json"))
@@ -32,7 +32,7 @@ def test_the_files_are_found() -> None:
 def test_every_value_of_the_recipe_is_auto(path: Path) -> None:
     """Clipping, accumulation, batch sizes and precision come from the recipe; optimizer and schedule are not there."""
     config = read(path)
-    assert {key: _value(config, key) for key in _OF_THE_RECIPE} == dict.fromkeys(_OF_THE_RECIPE, AUTO)
+    assert {key: _get_nested(config, key) for key in _RECIPE_KEYS} == dict.fromkeys(_RECIPE_KEYS, AUTO)
     _check_keys(config)
 
 
@@ -40,7 +40,7 @@ def test_every_value_of_the_recipe_is_auto(path: Path) -> None:
 def test_a_file_is_the_engine_of_its_name(path: Path) -> None:
     """Stage and offload are those of the table; no file has DeepSpeed put another optimizer in the recipe's place."""
     config = read(path)
-    kind = asked_engine(config)
+    kind = detect_requested_engine(config)
     assert kind is ENGINES[path.stem]
     assert kind.offload_optimizer == "none" or config["zero_force_ds_cpu_optimizer"] is False
 

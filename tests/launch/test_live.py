@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from peftbench.status import read_status
+from peftbench.run_dir.status import read_status
 from tests.launch.conftest import LAUNCH
 
 COLUMNS = 80

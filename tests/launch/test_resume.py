@@ -11,7 +11,7 @@ import pytest
 from tests.launch.test_compare import CONFIG, record_of, run
 
 STOP = """
-from peftbench.engine.checkpoint import Checkpoints
+from peftbench.training.checkpoint import Checkpoints
 from peftbench.train import main
 save = Checkpoints.save
 def saved_and_stopped(*given):

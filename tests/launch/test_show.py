@@ -7,8 +7,8 @@ from pathlib import Path
 import yaml
 from typer.testing import CliRunner
 
-from peftbench.cli import app
-from peftbench.report.columns import COLUMNS
+from peftbench.cli.app import app
+from peftbench.report.tables.columns import COLUMNS
 from tests.launch.conftest import RECIPE
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from peftbench.methods import BASELINES, KINDS, METHODS
+from peftbench.methods import BASELINES, METHOD_KINDS, METHODS
 from peftbench.methods.baselines import Lead, ZeroShot
 from peftbench.methods.full import Full
 from tests.conftest import logits, micro_batch, trained
@@ -22,8 +22,8 @@ def test_every_kind_has_one_name() -> None:
     assert METHODS
     assert BASELINES
     assert not set(METHODS) & set(BASELINES)
-    assert set(KINDS) == set(METHODS) | set(BASELINES)
-    assert all(part.model_fields["kind"].default == kind for kind, part in KINDS.items())
+    assert set(METHOD_KINDS) == set(METHODS) | set(BASELINES)
+    assert all(part.model_fields["kind"].default == kind for kind, part in METHOD_KINDS.items())
 
 
 def test_only_methods_train() -> None:

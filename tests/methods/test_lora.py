@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from peftbench.engine.loop import train_step
+from peftbench.training.loop import train_step
 from peftbench.errors import UnsupportedModelError
 from peftbench.methods.lora import Lora
 from tests.conftest import every_architecture, logits, micro_batch, one_batch, trained, trainer_of

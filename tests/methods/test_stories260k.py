@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from peftbench.data.collate import Collator
-from peftbench.engine.loop import train_step
+from peftbench.training.loop import train_step
 from peftbench.methods import METHODS
 from peftbench.methods.base import Method
 from peftbench.methods.full import Full
 from peftbench.methods.last_layer import LastLayer
 from peftbench.methods.lora import Lora
 from peftbench.methods.prompt_tuning import PromptTuning
-from peftbench.models import Base, load
-from peftbench.recipe import Model
+from peftbench.modeling.loading import LoadedModel, load_model
+from peftbench.recipe.schema import Model
 from tests.conftest import one_batch, trained, trainer_of
 
 if TYPE_CHECKING:
@@ -33,12 +33,12 @@ BY_HAND: list[tuple[Method, int]] = [
 
 
 @pytest.fixture
-def stories(shared_data: Path) -> Base:
+def stories(shared_data: Path) -> LoadedModel:
     """The base, loaded as a recipe would."""
     folder = shared_data / "models" / "stories260K"
     if not folder.is_dir():
         pytest.skip("stories260K is not in the shared data")
-    return load(Model(path=str(folder)))
+    return load_model(Model(path=str(folder)))
 
 
 def test_every_method_is_tried() -> None:
@@ -48,7 +48,7 @@ def test_every_method_is_tried() -> None:
 
 
 @pytest.mark.parametrize(("method", "expected"), BY_HAND, ids=[method.kind for method, _ in BY_HAND])
-def test_one_step_on_a_trained_model(method: Method, expected: int, stories: Base, accelerator: Accelerator) -> None:
+def test_one_step_on_a_trained_model(method: Method, expected: int, stories: LoadedModel, accelerator: Accelerator) -> None:
     """One step trains what was counted by hand, from a loss of a model that knows its stories, to a lower one."""
     assert method.trainable_parameters(stories.model) == expected
     torch.manual_seed(0)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from peftbench.engine.engines import SINGLE
-from peftbench.engine.sharding import state_bytes
+from peftbench.distributed.engines import SINGLE
+from peftbench.distributed.sharding import state_bytes
 from peftbench.errors import OptimizerError
 from peftbench.optim import OPTIMIZERS, AdamW8bit, AdamW8bitBf16, AdamWBf16, Optimizer
 

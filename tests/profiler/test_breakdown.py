@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
 from peftbench.methods.base import Method
-from peftbench.profiler.breakdown import KINDS, Breakdown, Holdings
+from peftbench.profiler.memory_breakdown import MEMORY_CATEGORIES, MemoryTracker, EngineBuffers
 from tests.conftest import every_architecture, every_method, labels_of, mask_of, micro_batch, trained
 
 if TYPE_CHECKING:
@@ -45,9 +45,9 @@ class Step:
         self.optimizer.zero_grad()
         self.part = None
 
-    def booked(self, vocabulary: int) -> Breakdown:
+    def booked(self, vocabulary: int) -> MemoryTracker:
         """The book of one step."""
-        book = Breakdown(self.model, self.optimizer, vocabulary, lambda: self.part)
+        book = MemoryTracker(self.model, self.optimizer, vocabulary, lambda: self.part)
         with book:
             self()
         return book
@@ -132,7 +132,7 @@ def test_a_step_that_raises_is_booked_until_then() -> None:
         raise ZeroDivisionError
 
     step = Step(nn.Linear(1, 1), loss)
-    book = Breakdown(step.model, step.optimizer, VOCABULARY, lambda: step.part)
+    book = MemoryTracker(step.model, step.optimizer, VOCABULARY, lambda: step.part)
     with pytest.raises(ZeroDivisionError), book:
         step()
     assert book.peak().bytes >= 1_000_000 * FLOAT
@@ -185,16 +185,16 @@ def test_the_peak_is_that_of_torch_s_allocator(  # noqa: PLR0917
     peak = step.booked(base.config.vocab_size).peak()
     assert peak.bytes == pytest.approx(allocated_peak(step, sum(kept.values()) + inputs), rel=0.01)
     assert sum(peak.by_kind.values()) == peak.bytes
-    assert set(peak.by_kind) == set(KINDS)
+    assert set(peak.by_kind) == set(MEMORY_CATEGORIES)
     assert peak.by_kind["logits"] >= 6 * 39 * base.config.vocab_size * FLOAT
     assert peak.by_kind["gradients"] <= bytes_of(*trained(model).values())
 
 
 def test_every_kind_is_named() -> None:
     """A reader finds each kind in the class's description."""
-    described: Any = Breakdown.__doc__
-    assert len(KINDS) == 9
-    assert [kind for kind in KINDS if kind not in described] == []
+    described: Any = MemoryTracker.__doc__
+    assert len(MEMORY_CATEGORIES) == 9
+    assert [kind for kind in MEMORY_CATEGORIES if kind not in described] == []
 
 
 def test_a_storage_that_gives_its_memory_back_and_stays() -> None:
@@ -203,9 +203,9 @@ def test_a_storage_that_gives_its_memory_back_and_stays() -> None:
     whole = nn.Parameter(torch.zeros(VOCABULARY))
     storage, size = whole.untyped_storage(), VOCABULARY * FLOAT
     storage.resize_(0)
-    book = Breakdown(
+    book = MemoryTracker(
         model, torch.optim.SGD(model.parameters()), VOCABULARY, lambda: "forward",
-        holdings=lambda: Holdings(borrowed=[whole]),
+        holdings=lambda: EngineBuffers(borrowed=[whole]),
     )  # fmt: skip
     with book:
         for _ in range(2):
@@ -223,8 +223,8 @@ def test_what_an_engine_holds_and_what_lies_elsewhere() -> None:
     """Tensors in the kind it gives them, bytes of which there is no tensor, and nothing of another device."""
     model = nn.Linear(WIDTH, OUT)
     master, away = torch.zeros(ROWS), torch.empty(ROWS, device="meta")
-    held = Holdings([("optimizer_state", master), ("weights", away)], bytes=[("buckets", 12345)])
-    book = Breakdown(
+    held = EngineBuffers([("optimizer_state", master), ("weights", away)], bytes=[("buckets", 12345)])
+    book = MemoryTracker(
         model, torch.optim.SGD(model.parameters()), VOCABULARY, lambda: "forward", holdings=lambda: held, device="cpu"
     )
     with book:

@@ -7,15 +7,15 @@ import time
 import pytest
 import torch
 
-from peftbench.profiler.devices import PEAK_FLOPS, achievable_flops, peak_flops
+from peftbench.profiler.peak_flops import PEAK_FLOPS, measure_matmul_flops, get_peak_flops
 
 
 def test_a_known_device() -> None:
     """Names are torch's, which may go on after what the table has."""
-    assert peak_flops("NVIDIA A100-SXM4-40GB", "bf16") == 312e12
-    assert peak_flops("NVIDIA H200", "fp32") == 66.9e12
-    assert peak_flops("Tesla T4", "fp16") == 65e12
-    assert peak_flops("NVIDIA A100 80GB PCIe", "bf16") == peak_flops("NVIDIA A100-PCIE-40GB", "bf16") == 312e12
+    assert get_peak_flops("NVIDIA A100-SXM4-40GB", "bf16") == 312e12
+    assert get_peak_flops("NVIDIA H200", "fp32") == 66.9e12
+    assert get_peak_flops("Tesla T4", "fp16") == 65e12
+    assert get_peak_flops("NVIDIA A100 80GB PCIe", "bf16") == get_peak_flops("NVIDIA A100-PCIE-40GB", "bf16") == 312e12
 
 
 UNKNOWN = [
@@ -30,14 +30,14 @@ UNKNOWN = [
 @pytest.mark.parametrize(("name", "precision"), UNKNOWN)
 def test_what_is_not_in_the_table_is_unknown(name: str, precision: str) -> None:
     """An unknown device, or a precision that a device does not have, is None and no other device's figure."""
-    assert peak_flops(name, precision) is None
+    assert get_peak_flops(name, precision) is None
 
 
 def test_no_name_begins_another() -> None:
     """One device has one row."""
     assert len(PEAK_FLOPS) >= 5
     assert not [(a, b) for a in PEAK_FLOPS for b in PEAK_FLOPS if a != b and a.startswith(f"{b}-")]
-    assert peak_flops("NVIDIA A100-SXM4-80GB", "bf16") != peak_flops("NVIDIA A10", "bf16")
+    assert get_peak_flops("NVIDIA A100-SXM4-80GB", "bf16") != get_peak_flops("NVIDIA A10", "bf16")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -52,7 +52,7 @@ def test_achievable_is_what_a_product_takes(precision: str, monkeypatch: pytest.
 
     monkeypatch.setattr(torch, "mm", product)
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    assert achievable_flops(torch.device("cpu"), precision) == 2 * 1024**3 / 0.5
+    assert measure_matmul_flops(torch.device("cpu"), precision) == 2 * 1024**3 / 0.5
 
 
 def test_no_room_for_the_product_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,4 +62,4 @@ def test_no_room_for_the_product_is_unknown(monkeypatch: pytest.MonkeyPatch) -> 
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(torch, "rand", fail)
-    assert achievable_flops(torch.device("cpu"), "fp32") is None
+    assert measure_matmul_flops(torch.device("cpu"), "fp32") is None

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from peftbench.profiler import energy
-from peftbench.profiler.energy import GpuEnergy, NoEnergy, ProcessorEnergy, energy_meter
+from peftbench.profiler.energy import GpuEnergy, NoEnergy, CpuEnergy, build_energy_meter
 from peftbench.profiler.nvml import Gpu
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -45,7 +45,7 @@ def powercap(tmp_path: Path) -> Powercap:
 
 def test_processors_are_added_and_their_parts_are_not(powercap: Powercap) -> None:
     """Each processor counts once; a part of one and the whole system would count it again."""
-    meter = energy_meter(CPU, powercap=powercap.folder)
+    meter = build_energy_meter(CPU, powercap=powercap.folder)
     assert meter.joules() == 0
     for zone, microjoules in (("intel-rapl:0", 300_000), ("intel-rapl:0:0", 250_000), ("intel-rapl:1", 400_000),
                               ("intel-rapl:2", 900_000)):  # fmt: skip
@@ -56,7 +56,7 @@ def test_processors_are_added_and_their_parts_are_not(powercap: Powercap) -> Non
 def test_a_counter_that_runs_over(powercap: Powercap) -> None:
     """Past its range a counter starts at 0 again: 900,000, then 100,000, are 200,001 microjoules apart."""
     powercap.show("intel-rapl:0", 900_000)
-    meter = energy_meter(CPU, powercap=powercap.folder)
+    meter = build_energy_meter(CPU, powercap=powercap.folder)
     powercap.show("intel-rapl:0", 100_000)
     assert meter.joules() == 0.200001
     assert meter.joules() == 0.200001
@@ -66,8 +66,8 @@ def test_a_counter_is_looked_at_before_it_runs_over_twice(powercap: Powercap, mo
     """Once a minute, at the end of a step, and not at every step."""
     now = [0.0]
     monkeypatch.setattr(energy, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    meter = energy_meter(CPU, powercap=powercap.folder)
-    assert isinstance(meter, ProcessorEnergy)
+    meter = build_energy_meter(CPU, powercap=powercap.folder)
+    assert isinstance(meter, CpuEnergy)
     meter._looked = 0.0
     for at, shown in ((30, 600_000), (61, 800_000), (122, 300_000)):  # the last one ran over
         now[0] = at
@@ -79,23 +79,23 @@ def test_a_counter_is_looked_at_before_it_runs_over_twice(powercap: Powercap, mo
 
 def test_where_the_processors_do_not_tell(tmp_path: Path, powercap: Powercap) -> None:
     """No folder, no processor in it, a counter that only root may read, a counter that is gone: unknown."""
-    assert energy_meter(CPU, powercap=tmp_path / "none") == NoEnergy()
-    meter = energy_meter(CPU, powercap=powercap.folder)
+    assert build_energy_meter(CPU, powercap=tmp_path / "none") == NoEnergy()
+    meter = build_energy_meter(CPU, powercap=powercap.folder)
     (powercap.folder / "intel-rapl:0" / "energy_uj").unlink()
     assert meter.joules() is None
     powercap.show("intel-rapl:0", 5)
     assert meter.joules() is None  # what was counted meanwhile is lost, and less than all is no answer
     (powercap.folder / "intel-rapl:0" / "energy_uj").write_text("")
-    assert energy_meter(CPU, powercap=powercap.folder) == NoEnergy()
+    assert build_energy_meter(CPU, powercap=powercap.folder) == NoEnergy()
     assert NoEnergy().joules() is None
 
 
 def test_one_process_of_a_machine_counts_for_all(powercap: Powercap) -> None:
     """Two ranks on one machine share its processors: the second adds nothing."""
-    assert energy_meter(CPU, counts=False, powercap=powercap.folder).joules() == 0
+    assert build_energy_meter(CPU, counts=False, powercap=powercap.folder).joules() == 0
     empty = powercap.folder / "empty"
     empty.mkdir()
-    assert energy_meter(CPU, counts=False, powercap=empty).joules() is None
+    assert build_energy_meter(CPU, counts=False, powercap=empty).joules() is None
 
 
 # --- the driver ------------------------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def test_what_the_driver_refuses_is_unknown(monkeypatch: pytest.MonkeyPatch) -> 
     assert Gpu("h").joules() is None
     assert Gpu("h").process_bytes() is None
     assert Gpu.of(CUDA) is None
-    assert energy_meter(CUDA) == NoEnergy()
+    assert build_energy_meter(CUDA) == NoEnergy()
 
 
 def test_the_gpu_is_found_by_its_name_for_life(monkeypatch: pytest.MonkeyPatch) -> None:

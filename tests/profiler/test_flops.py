@@ -10,14 +10,14 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from peftbench.data.collate import Collator, Packer, Work
+from peftbench.data.collate import Collator, PaddingFreeCollator, FlopUnits
 from peftbench.methods.base import Method
 from peftbench.methods.full import Full
 from peftbench.methods.last_layer import LastLayer
 from peftbench.methods.lora import Lora
 from peftbench.methods.prompt_tuning import PromptTuning
-from peftbench.profiler.counter import FlopCounter
-from peftbench.profiler.flops import UncountableError, cost
+from peftbench.profiler.flop_counter import FlopCounter
+from peftbench.profiler.flops import UnsupportedFlopsError, count_flops
 from tests.bases import ARCHITECTURES
 from tests.conformance.battery import REFUSED, VARIANTS
 
@@ -36,10 +36,10 @@ CASES = [
 ]
 
 
-def full_rectangle(method: Method, rows: int = ROWS, width: int = WIDTH) -> Work:
+def full_rectangle(method: Method, rows: int = ROWS, width: int = WIDTH) -> FlopUnits:
     """All positions, each labelled, as where the head computes everything."""
     width += method.virtual_tokens
-    return Work(rows * width, rows * width**2, rows * width * (width + 1) // 2, rows * width, width)
+    return FlopUnits(rows * width, rows * width**2, rows * width * (width + 1) // 2, rows * width, width)
 
 
 def counted(model: nn.Module, device: str = "cpu") -> int:
@@ -85,7 +85,7 @@ def test_the_closed_form_is_what_is_counted(  # noqa: PLR0917
     model = method.apply(base, tokenizer).train()
     if checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    found = cost(model, base, virtual_tokens=method.virtual_tokens, checkpointing=checkpointing, head_everywhere=True)
+    found = count_flops(model, base, virtual_tokens=method.virtual_tokens, checkpointing=checkpointing, head_everywhere=True)
     assert found.executed(full_rectangle(method)) == counted(model)
 
 
@@ -106,7 +106,7 @@ def test_the_closed_form_is_what_is_counted_on_meta(  # noqa: PLR0917
     model = method.apply(base, tokenizer).train()
     if checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    found = cost(model, base, virtual_tokens=method.virtual_tokens, checkpointing=checkpointing, head_everywhere=True)
+    found = count_flops(model, base, virtual_tokens=method.virtual_tokens, checkpointing=checkpointing, head_everywhere=True)
     assert found.executed(full_rectangle(method)) == counted(model.to("meta"), "meta")
 
 
@@ -134,7 +134,7 @@ def test_gpt2_small_by_hand(tokenizer: PreTrainedTokenizerBase) -> None:
     for method in (Full(), LastLayer(), PromptTuning(tokens=20), Lora(r=8)):
         base = GPT2LMHeadModel(GPT2Config(n_positions=length + 20, attn_pdrop=0.0))
         model = method.apply(base, tokenizer)
-        found = cost(
+        found = count_flops(
             model, base, virtual_tokens=method.virtual_tokens, checkpointing=False, head_everywhere=True
         )  # fmt: skip
         expected = by_hand[method.virtual_tokens][method.kind]
@@ -147,15 +147,15 @@ def test_required_leaves_out_what_need_not_be(
     """Padding, pairs that look ahead, unlabelled head positions and recomputation are executed and not required."""
     base = fresh_base("gpt2_tied")
     model = Full().apply(base, tokenizer)
-    plain = cost(model, base, virtual_tokens=0, checkpointing=False, head_everywhere=False)
-    again = cost(model, base, virtual_tokens=0, checkpointing=True, head_everywhere=False)
+    plain = count_flops(model, base, virtual_tokens=0, checkpointing=False, head_everywhere=False)
+    again = count_flops(model, base, virtual_tokens=0, checkpointing=True, head_everywhere=False)
     collator = Collator(pad_token=0)
     alone = collator.collate([[1] * 9], [6])
     with_padding = Collator(pad_token=0, pad_to=30).collate([[1] * 9], [6])
-    assert collator.required(alone) == Work(positions=9, pairs=81, causal_pairs=45, labelled=3, columns=9)
+    assert collator.required(alone) == FlopUnits(positions=9, pairs=81, causal_pairs=45, labelled=3, columns=9)
     assert collator.required(with_padding) == collator.required(alone)
-    assert collator.executed(with_padding) == Work(30, 900, 465, 3, 30)
-    everywhere = cost(model, base, virtual_tokens=0, checkpointing=False, head_everywhere=True)
+    assert collator.executed(with_padding) == FlopUnits(30, 900, 465, 3, 30)
+    everywhere = count_flops(model, base, virtual_tokens=0, checkpointing=False, head_everywhere=True)
     needed, made = collator.required(alone), collator.executed(with_padding)
     assert plain.required(needed) == again.required(needed) == everywhere.required(needed)
     assert plain.required(needed) < plain.executed(collator.executed(alone)) < plain.executed(made)
@@ -168,10 +168,10 @@ def test_virtual_tokens_are_work() -> None:
     """Soft tokens are positions that attend and are attended to, required and executed."""
     collator = Collator(pad_token=0, virtual_tokens=5)
     batch = collator.collate([[1] * 9, [1] * 4], [6, 2])
-    needed = Work(14 + 9, 14**2 + 9**2, 14 * 15 // 2 + 9 * 10 // 2, 3 + 2, 14 + 9)
+    needed = FlopUnits(14 + 9, 14**2 + 9**2, 14 * 15 // 2 + 9 * 10 // 2, 3 + 2, 14 + 9)
     assert collator.required(batch) == needed
-    assert collator.executed(batch) == Work(28, 2 * 14**2, 2 * 14 * 15 // 2, 3 + 2, 14)
-    packer = Packer(pad_token=0, virtual_tokens=5)
+    assert collator.executed(batch) == FlopUnits(28, 2 * 14**2, 2 * 14 * 15 // 2, 3 + 2, 14)
+    packer = PaddingFreeCollator(pad_token=0, virtual_tokens=5)
     row = packer.collate([[1] * 9, [1] * 4], [6, 2])
     assert packer.required(row) == packer.executed(row) == needed
 
@@ -180,8 +180,8 @@ def test_a_mask_is_what_keeps_a_kernel_from_skipping() -> None:
     """Where padding may not be looked at all pairs are computed; without any padding no mask is left."""
     collator = Collator(pad_token=0, as_published=True)
     batch, whole = collator.collate([[1] * 9, [1] * 4], [6, 2]), collator.collate([[1] * 9, [1] * 9], [6, 2])
-    assert collator.executed(batch) == Work(18, 2 * 81, 2 * 81, 2 * 8, 9)
-    assert collator.executed(whole) == Work(18, 2 * 81, 2 * 45, 2 * 8, 9)
+    assert collator.executed(batch) == FlopUnits(18, 2 * 81, 2 * 81, 2 * 8, 9)
+    assert collator.executed(whole) == FlopUnits(18, 2 * 81, 2 * 45, 2 * 8, 9)
 
 
 def test_a_product_of_known_size() -> None:
@@ -202,8 +202,8 @@ def test_what_is_not_known_is_not_guessed(
     """DoRA multiplies weights with each other, whose count does not grow with positions: refused, not miscounted."""
     base = fresh_base("gpt2_tied")
     model = Lora(r=4, use_dora=True).apply(base, tokenizer)
-    with pytest.raises(UncountableError, match="over something else than the positions"):
-        cost(model, base, virtual_tokens=0, checkpointing=False, head_everywhere=False)
+    with pytest.raises(UnsupportedFlopsError, match="over something else than the positions"):
+        count_flops(model, base, virtual_tokens=0, checkpointing=False, head_everywhere=False)
 
 
 def test_products_that_are_not_known_are_not_left_out(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -217,8 +217,8 @@ def test_products_that_are_not_known_are_not_left_out(tokenizer: PreTrainedToken
     bloom = BloomConfig(hidden_size=32, vocab_size=64, n_layer=1, n_head=4)
     for base in (BloomForCausalLM(bloom), MixtralForCausalLM(mixtral)):
         model = Full().apply(base, tokenizer)
-        with pytest.raises(UncountableError):
-            cost(model, base, virtual_tokens=0, checkpointing=False, head_everywhere=False)
+        with pytest.raises(UnsupportedFlopsError):
+            count_flops(model, base, virtual_tokens=0, checkpointing=False, head_everywhere=False)
 
 
 def test_a_formula_that_fails_ends_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,7 +228,7 @@ def test_a_formula_that_fails_ends_no_step(monkeypatch: pytest.MonkeyPatch) -> N
         raise KeyError("a new argument")
 
     left, right = torch.ones(2, 3), torch.ones(3, 4)
-    monkeypatch.setattr("peftbench.profiler.counter.flop_registry", {torch.ops.aten.mm: ignorant})
+    monkeypatch.setattr("peftbench.profiler.flop_counter.flop_registry", {torch.ops.aten.mm: ignorant})
     with FlopCounter() as seen:
         product = left @ right @ torch.ones(4, 4)
     assert seen.total is None

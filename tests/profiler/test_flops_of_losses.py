@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from peftbench.data.collate import Collator, MicroBatch, Packer, Work
-from peftbench.engine import cross_entropy
-from peftbench.engine.loss import LabelledLoss, Loss
+from peftbench.data.collate import Collator, MicroBatch, PaddingFreeCollator, FlopUnits
+from peftbench.modeling import cross_entropy
+from peftbench.modeling.loss import LabelledLogitsLoss, CausalLMLoss
 from peftbench.methods.base import Method
-from peftbench.profiler.counter import FlopCounter
-from peftbench.profiler.flops import Cost, cost
+from peftbench.profiler.flop_counter import FlopCounter
+from peftbench.profiler.flops import FlopCost, count_flops
 from tests.conftest import LENGTHS_AND_PROMPTS, every_method, loss_for, rows
 from tests.profiler.test_flops import CASES, EVERY, with_dropout
 
@@ -32,7 +32,7 @@ def collated(collator: Collator, lengths_and_prompts: tuple[tuple[int, int], ...
     return collator.collate([row["input_ids"] for row in made], [row["prompt_tokens"] for row in made])
 
 
-def counted(model: nn.Module, loss: Loss, batch: MicroBatch) -> int | None:
+def counted(model: nn.Module, loss: CausalLMLoss, batch: MicroBatch) -> int | None:
     """FLOPs that torch sees dispatched for a loss and its gradients."""
     with loss.in_use(), FlopCounter() as seen:
         loss(model, batch).backward()  # type: ignore[no-untyped-call]
@@ -40,10 +40,10 @@ def counted(model: nn.Module, loss: Loss, batch: MicroBatch) -> int | None:
     return total
 
 
-def closed_form(model: nn.Module, base: PreTrainedModel, loss: Loss, **knobs: Any) -> Cost:
+def closed_form(model: nn.Module, base: PreTrainedModel, loss: CausalLMLoss, **knobs: Any) -> FlopCost:
     """As a run asks for it."""
     with loss.in_use():
-        return cost(model, base, head_everywhere=loss.everywhere, **knobs)
+        return count_flops(model, base, head_everywhere=loss.everywhere, **knobs)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -65,12 +65,12 @@ def test_the_closed_form_of_a_loss_is_what_is_counted(  # noqa: PLR0917
     if checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     loss = loss_for(model)
-    assert isinstance(loss, LabelledLoss)
+    assert isinstance(loss, LabelledLogitsLoss)
     assert not loss.masked
     found = closed_form(model, base, loss, virtual_tokens=method.virtual_tokens, checkpointing=checkpointing)
     virtual = method.virtual_tokens
     for collator in (
-        Collator(0, virtual), Collator(0, virtual, pad_to=30), Packer(0, virtual), Packer(0, virtual, multiple=64)
+        Collator(0, virtual), Collator(0, virtual, pad_to=30), PaddingFreeCollator(0, virtual), PaddingFreeCollator(0, virtual, multiple=64)
     ):  # fmt: skip
         for lengths in (LENGTHS_AND_PROMPTS, EVEN):
             batch = collated(collator, lengths)
@@ -123,8 +123,8 @@ def test_little_is_executed_that_is_not_required(method: Method, tokenizer: PreT
     method.set_training(model)
     loss = loss_for(model)
     found = closed_form(model, base, loss, virtual_tokens=method.virtual_tokens, checkpointing=False)
-    packer = Packer(0, method.virtual_tokens)
-    needed, made = Work(), Work()
+    packer = PaddingFreeCollator(0, method.virtual_tokens)
+    needed, made = FlopUnits(), FlopUnits()
     for start in range(0, 48, 6):
         batch = collated(packer, tuple(news(48)[start : start + 6]))
         needed, made = needed + packer.required(batch), made + packer.executed(batch)

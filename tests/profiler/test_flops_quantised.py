@@ -13,8 +13,8 @@ import torch
 from peftbench.methods.base import Method
 from peftbench.methods.lora import Lora
 from peftbench.methods.prompt_tuning import PromptTuning
-from peftbench.profiler.counter import FlopCounter
-from peftbench.profiler.flops import cost
+from peftbench.profiler.flop_counter import FlopCounter
+from peftbench.profiler.flops import count_flops
 from tests.conftest import every_architecture
 from tests.profiler.test_flops import counted, full_rectangle
 
@@ -64,7 +64,7 @@ def test_the_closed_form_is_what_is_counted(  # noqa: PLR0917
         model = method.apply(base, tokenizer).train()
         if checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        closed_form = cost(
+        closed_form = count_flops(
             model, base, virtual_tokens=method.virtual_tokens, checkpointing=checkpointing, head_everywhere=True
         )  # fmt: skip
         assert closed_form.executed(full_rectangle(method)) == counted(model)

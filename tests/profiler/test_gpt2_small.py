@@ -13,7 +13,7 @@ from peftbench.methods.full import Full
 from peftbench.methods.last_layer import LastLayer
 from peftbench.methods.lora import Lora
 from peftbench.methods.prompt_tuning import PromptTuning
-from peftbench.recipe import Profile
+from peftbench.recipe.schema import Profile
 from tests.conftest import Workshop
 
 RANK, SOFT, REAL = 8, 20, 108

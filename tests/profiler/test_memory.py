@@ -10,15 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from peftbench.profiler.memory import (
-    CudaMeter,
-    Meter,
-    ProcessMeter,
-    _context_bytes,
-    larger,
-    largest,
-    meter_for,
-)
+from peftbench.profiler.memory import CudaMemoryMeter, MemoryMeter, RssMeter, _measure_cuda_context_bytes, max_memory, max_over_ranks, build_memory_meter
 from peftbench.profiler.nvml import Gpu
 from peftbench.profiler.probe import Probe
 from peftbench.record import Memory
@@ -45,7 +37,7 @@ def grown(memory: Memory) -> int:
 @pytest.mark.parametrize("size", [64 * MIB, 256 * MIB])
 def test_a_peak_of_known_size(size: int) -> None:
     """What was resident for a moment is the peak, though it is gone when the peak is read."""
-    meter = ProcessMeter()
+    meter = RssMeter()
     meter.lap()
     touch(size)
     assert grown(meter.lap()) == pytest.approx(size, abs=SLACK)
@@ -53,7 +45,7 @@ def test_a_peak_of_known_size(size: int) -> None:
 
 def test_a_tensor_of_known_size() -> None:
     """A tensor counts with its bytes."""
-    meter = ProcessMeter()
+    meter = RssMeter()
     meter.lap()
     held = torch.ones(32 * MIB)
     peak = grown(meter.lap())
@@ -62,8 +54,8 @@ def test_a_tensor_of_known_size() -> None:
 
 def test_what_nobody_can_reach_any_more_is_not_counted_before() -> None:
     """Cycles that were not collected yet are gone at the baseline, and cannot be freed below it later."""
-    ProcessMeter()
-    before = ProcessMeter().lap().resident_baseline_bytes
+    RssMeter()
+    before = RssMeter().lap().resident_baseline_bytes
     cycle: list[Any] = [mmap.mmap(-1, 64 * MIB)]
     for start in range(0, 64 * MIB, mmap.PAGESIZE):
         cycle[0][start] = 1
@@ -71,7 +63,7 @@ def test_what_nobody_can_reach_any_more_is_not_counted_before() -> None:
     gc.disable()
     try:
         del cycle
-        after = ProcessMeter().lap().resident_baseline_bytes
+        after = RssMeter().lap().resident_baseline_bytes
     finally:
         gc.enable()
     if before is None or after is None:
@@ -120,15 +112,15 @@ def test_where_the_kernel_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None
         def write_text(self, *_: object, **__: object) -> None:
             raise PermissionError
 
-    monkeypatch.setattr("peftbench.profiler.memory._CLEAR_REFS", Refused())
-    meter = ProcessMeter()
+    monkeypatch.setattr("peftbench.profiler.memory._PROC_CLEAR_REFS", Refused())
+    meter = RssMeter()
     meter.lap()
     assert meter.lap() == Memory()
 
 
 def test_what_is_held_now() -> None:
     """It is there while it is held, gone with it, and reading it changes no peak."""
-    meter = ProcessMeter()
+    meter = RssMeter()
     meter.lap()
     touch(64 * MIB)
     before = meter.held_bytes()
@@ -150,15 +142,15 @@ def test_larger_takes_each_field_of_the_larger() -> None:
     first = Memory(allocated_bytes=5, reserved_bytes=8, resident_bytes=20, resident_baseline_bytes=1)
     second = Memory(allocated_bytes=7, reserved_bytes=6, resident_bytes=10, resident_baseline_bytes=9)
     expected = Memory(allocated_bytes=7, reserved_bytes=8, resident_bytes=20, resident_baseline_bytes=1)
-    assert larger(first, second) == larger(second, first) == expected
-    assert larger(None, second) == second
-    assert larger(Memory(), Memory()) == Memory()
+    assert max_memory(first, second) == max_memory(second, first) == expected
+    assert max_memory(None, second) == second
+    assert max_memory(Memory(), Memory()) == Memory()
 
 
 def test_retries_add_up() -> None:
     """How often something happened in two stretches is its number in the first and in the second."""
     first, second = Memory(allocation_retries=2, process_bytes=9), Memory(allocation_retries=3, inactive_split_bytes=4)
-    assert larger(first, second) == Memory(allocation_retries=5, process_bytes=9, inactive_split_bytes=4)
+    assert max_memory(first, second) == Memory(allocation_retries=5, process_bytes=9, inactive_split_bytes=4)
 
 
 def test_over_ranks_the_largest_counts() -> None:
@@ -166,9 +158,9 @@ def test_over_ranks_the_largest_counts() -> None:
     first = {"train": Memory(allocated_bytes=5, allocation_retries=2), "save": Memory(allocated_bytes=1)}
     second = {"train": Memory(allocated_bytes=4, reserved_bytes=9, allocation_retries=3)}
     expected = {"train": Memory(allocated_bytes=5, reserved_bytes=9, allocation_retries=3), "save": first["save"]}
-    assert largest([first, second]) == largest([second, first]) == expected
-    assert largest([first]) == first
-    assert largest([]) == {}
+    assert max_over_ranks([first, second]) == max_over_ranks([second, first]) == expected
+    assert max_over_ranks([first]) == first
+    assert max_over_ranks([]) == {}
 
 
 def test_what_torch_s_counters_say(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,8 +175,8 @@ def test_what_torch_s_counters_say(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda _: told)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", resets.append)
     monkeypatch.setattr(Gpu, "of", classmethod(lambda *_: SimpleNamespace(process_bytes=lambda: 500)))
-    _context_bytes.cache_clear()
-    meter = CudaMeter(torch.device("cuda", 0))
+    _measure_cuda_context_bytes.cache_clear()
+    meter = CudaMemoryMeter(torch.device("cuda", 0))
     assert (meter.context_bytes, meter.process_bytes(), len(resets)) == (470, 500, 1)
     assert (meter.held_bytes(), len(resets)) == (472, 1)  # what is reserved now, and the context
     told["num_alloc_retries"] = 6
@@ -197,8 +189,8 @@ def test_what_torch_s_counters_say(monkeypatch: pytest.MonkeyPatch) -> None:
     told["num_alloc_retries"] = 7
     in_use = [900]
     monkeypatch.setattr(Gpu, "of", classmethod(lambda *_: SimpleNamespace(process_bytes=in_use.pop)))
-    assert CudaMeter(torch.device("cuda", 0)).context_bytes == 470  # as it was when it was first asked
-    _context_bytes.cache_clear()
+    assert CudaMemoryMeter(torch.device("cuda", 0)).context_bytes == 470  # as it was when it was first asked
+    _measure_cuda_context_bytes.cache_clear()
 
 
 @pytest.mark.gpu
@@ -206,8 +198,8 @@ def test_what_torch_s_counters_say(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_tensor_of_known_size_on_cuda() -> None:
     """A tensor counts with its bytes, also when it is gone; what was before it counts as held."""
     device = torch.device("cuda", 0)
-    meter: Meter = meter_for(device)
-    assert isinstance(meter, CudaMeter)
+    meter: MemoryMeter = build_memory_meter(device)
+    assert isinstance(meter, CudaMemoryMeter)
     torch.cuda.empty_cache()
     meter.lap()
     before = meter.lap().allocated_bytes

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from peftbench.profiler.snapshot import keep_on_out_of_memory, with_history
+from peftbench.profiler.memory_snapshot import dump_on_oom, record_memory_history
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,8 +20,8 @@ def test_a_refusal_shows_who_held_the_memory(tmp_path: Path) -> None:
     """What was there when the allocator refused is in the file, with the function that made it."""
     path = tmp_path / "oom_snapshot.pickle"
     told: list[int] = []
-    keep_on_out_of_memory(path, lambda: told.append(torch.cuda.memory_allocated()))
-    with with_history():
+    dump_on_oom(path, lambda: told.append(torch.cuda.memory_allocated()))
+    with record_memory_history():
         held = torch.ones(64 * 2**20, dtype=torch.uint8, device="cuda")
         with pytest.raises(torch.OutOfMemoryError):
             torch.ones(2**44, dtype=torch.uint8, device="cuda")

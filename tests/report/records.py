@@ -7,22 +7,7 @@ from typing import Any
 
 import numpy
 
-from peftbench.record import (
-    ByExample,
-    Device,
-    Engine,
-    Flops,
-    Interval,
-    Memory,
-    Outcome,
-    Parameters,
-    Quality,
-    RunRecord,
-    Sample,
-    Throughput,
-    Tokens,
-    TokensPerSecond,
-)
+from peftbench.record import PerExample, Device, Engine, Flops, Interval, Memory, Outcome, ParameterCounts, Quality, RunRecord, Sample, Throughput, Tokens, TokensPerSecond
 
 
 def record(name: str, kind: str, trainable: int | None, **changes: Any) -> RunRecord:
@@ -43,7 +28,7 @@ def record(name: str, kind: str, trainable: int | None, **changes: Any) -> RunRe
     values: dict[str, Any] = {
         "name": name, "started_at": "2026-01-01T00:00:00+00:00", "recipe": recipe, "recipe_fingerprint": "f",
         "outcome": Outcome(kind="ok"), "device": Device(kind="cpu", name="a CPU", processes=1), "versions": {},
-        "parameters": Parameters(total=1000, trainable=trainable) if trainable is not None else None,
+        "parameters": ParameterCounts(total=1000, trainable=trainable) if trainable is not None else None,
         "tokens": Tokens(real=1, padded=2, labelled=1, virtual=0), "steps": 5, "quality": quality,
         "phase_seconds": {"train": 12.5},
     }  # fmt: skip
@@ -68,7 +53,7 @@ def judged(
     quality = Quality(
         split="test", examples=count, loss=sum(losses) / sum(labelled) if labelled else None,
         rouge={"rougeL": score} if score else None,
-        by_example=ByExample(identity=identity, loss=tuple(losses), labelled=tuple(labelled), rouge=rouge),
+        by_example=PerExample(identity=identity, loss=tuple(losses), labelled=tuple(labelled), rouge=rouge),
     )  # fmt: skip
     of_method: dict[str, Any] = {"steps": 20} if trained else {"tokens": None, "steps": 0, "phase_seconds": {}}
     changes = {"quality": quality} | of_method | changes

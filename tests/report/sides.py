@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from peftbench.record import ByExample, Compute, Flops, Interval, Memory, RunRecord, Throughput, TokensPerSecond
-from peftbench.report.beside import Beside, Figure, Pair, beside
-from peftbench.report.beside_text import print_beside
-from peftbench.report.figures import parse_thresholds
+from peftbench.record import PerExample, Compute, Flops, Interval, Memory, RunRecord, Throughput, TokensPerSecond
+from peftbench.report.diff.compute import SuiteDiff, MetricDiff, RunDiff, diff_suites
+from peftbench.report.diff.render import print_diff
+from peftbench.report.diff.metrics import parse_thresholds
 from tests.report.records import record
 
 
@@ -24,14 +24,14 @@ def suite(folder: Path, *records: RunRecord) -> Path:
     return folder
 
 
-def held(tmp_path: Path, before: RunRecord, after: RunRecord, *thresholds: str) -> Pair:
+def held(tmp_path: Path, before: RunRecord, after: RunRecord, *thresholds: str) -> RunDiff:
     """One run held against another."""
     sides = suite(tmp_path / "A", before), suite(tmp_path / "B", after)
-    (pair,) = beside(*sides, parse_thresholds(thresholds)).pairs
+    (pair,) = diff_suites(*sides, parse_thresholds(thresholds)).pairs
     return pair
 
 
-def figures(pair: Pair) -> dict[str, Figure]:
+def figures(pair: RunDiff) -> dict[str, MetricDiff]:
     """By name."""
     return {figure.name: figure for figure in pair.figures}
 
@@ -64,12 +64,12 @@ def scored(
     mean = sum(rouge) / len(rouge)
     quality = made.quality.model_copy(update={
         "rouge": {"rougeL": Interval(mean=mean, low=mean, high=mean)},
-        "by_example": ByExample(identity=identity, loss=losses, labelled=labelled, rouge={"rougeL": rouge}),
+        "by_example": PerExample(identity=identity, loss=losses, labelled=labelled, rouge={"rougeL": rouge}),
     })  # fmt: skip
     return made.model_copy(update={"quality": quality})
 
 
-def printed(found: Beside, capsys: pytest.CaptureFixture[str], console: Console | None = None) -> str:
+def printed(found: SuiteDiff, capsys: pytest.CaptureFixture[str], console: Console | None = None) -> str:
     """What is printed, columns apart by one space."""
-    print_beside(found, console)
+    print_diff(found, console)
     return "\n".join(" ".join(line.split()) for line in capsys.readouterr().out.splitlines())

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from peftbench.errors import RecordError
-from peftbench.evaluation.statistics import paired_interval
+from peftbench.evaluation.intervals import paired_interval
 from peftbench.record import Compute, Device, Flops, Interval, Outcome, RunRecord
-from peftbench.report.beside import beside, by_example
-from peftbench.report.beside_text import regressed
-from peftbench.report.figures import FIGURES, parse_thresholds
-from peftbench.report.pairing import Change, Runs, matched
+from peftbench.report.diff.compute import diff_suites, compute_paired_intervals
+from peftbench.report.diff.render import regression_summary
+from peftbench.report.diff.metrics import METRICS, parse_thresholds
+from peftbench.report.diff.matching import SettingChange, Runs, match_runs
 from tests.report.records import noise
 from tests.report.sides import figures, held, printed, run, scored, suite
 
@@ -29,7 +29,7 @@ def test_every_figure_has_its_exact_change(tmp_path: Path) -> None:
     )  # fmt: skip
     found = figures(held(tmp_path, run(), new))
     told = {name: (f.before, f.after, f.change, f.verdict, f.fell) for name, f in found.items()}
-    assert list(told) == ["outcome", *FIGURES]
+    assert list(told) == ["outcome", *METRICS]
     same = (31.25, 31.25, 0.0, "equal", False)
     assert told == {
         "outcome": ("ok", "ok", None, "equal", False),
@@ -88,17 +88,17 @@ def test_a_threshold_of_one_figure_goes_before_that_of_all(tmp_path: Path) -> No
 def test_a_missing_run_falls_and_a_new_one_does_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A run that is only before is missing, one that is only after is new."""
     left, right = suite(tmp_path / "A", run("kept"), run("gone")), suite(tmp_path / "B", run("kept"), run("come"))
-    found = beside(left, right)
+    found = diff_suites(left, right)
     assert [(pair.before, pair.after, pair.matched_by, pair.fell) for pair in found.pairs] == [
         ("gone", None, None, True), ("kept", "kept", "name", False), (None, "come", None, False),
     ]  # fmt: skip
     assert found.fell
-    assert regressed(found) == "fell by more than allowed: gone (missing in B)"
+    assert regression_summary(found) == "fell by more than allowed: gone (missing in B)"
     text = printed(found, capsys)
     assert "\ngone fell: missing in B\n" in text
     assert "\ncome new in B\n" in text
     shutil.rmtree(left / "gone")
-    assert not beside(left, right).fell
+    assert not diff_suites(left, right).fell
 
 
 def test_runs_are_matched_by_name_then_recipe_then_path(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_runs_are_matched_by_name_then_recipe_then_path(tmp_path: Path) -> None:
     places = {"elsewhere": ("by_name", "9"), "new": ("new", "2"), "place": ("other", "8"), "twin": ("twin", "t")}
     for place, (name, of) in places.items():
         run(name, recipe_fingerprint=of).write(right / place)
-    found = beside(left, right)
+    found = diff_suites(left, right)
     assert {(pair.label, pair.matched_by) for pair in found.pairs} == {
         ("by_name", "name"), ("old -> new", "recipe"), ("place -> other", "path"),
         ("twin_1", None), ("twin_2", None), ("twin", None),
@@ -120,7 +120,7 @@ def test_two_folders_of_one_run_each_are_matched(tmp_path: Path) -> None:
     """The folders of two runs can be compared whatever the runs' names are."""
     run("a").write(tmp_path / "A")
     run("b").write(tmp_path / "B")
-    assert [pair.label for pair in beside(tmp_path / "A", tmp_path / "B").pairs] == ["a -> b"]
+    assert [pair.label for pair in diff_suites(tmp_path / "A", tmp_path / "B").pairs] == ["a -> b"]
 
 
 def test_two_records_of_one_name_are_refused(tmp_path: Path) -> None:
@@ -129,9 +129,9 @@ def test_two_records_of_one_name_are_refused(tmp_path: Path) -> None:
     run().write(right / "again")
     sentence = f"{right} has two records of a run named 'lora', in again and lora; give a folder"
     with pytest.raises(RecordError, match=re.escape(sentence)):
-        beside(left, right)
+        diff_suites(left, right)
     with pytest.raises(RecordError, match=re.escape(sentence)):
-        beside(right, left)
+        diff_suites(right, left)
 
 
 @pytest.mark.parametrize(
@@ -151,8 +151,8 @@ def test_an_outcome_is_a_figure(before: Any, after: Any, verdict: str, tmp_path:
 def test_an_out_of_memory_says_so_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Where the outcome fell, it alone is shown: that the rest is gone goes without saying."""
     left, right = suite(tmp_path / "A", run()), suite(tmp_path / "B", run(outcome=Outcome(kind="oom", step=1)))
-    found = beside(left, right)
-    assert regressed(found) == "fell by more than allowed: lora (outcome ok, now oom)"
+    found = diff_suites(left, right)
+    assert regression_summary(found) == "fell by more than allowed: lora (outcome ok, now oom)"
     text = printed(found, capsys)
     assert "lora outcome ok oom fell: a run that did not end well has no other figures" in text
     assert "train_peak_bytes" not in text
@@ -162,12 +162,12 @@ def test_a_figure_that_is_known_no_more_falls(tmp_path: Path, capsys: pytest.Cap
     """A figure that was known and is not, or is no number any more, is said; unknown on both sides it is left out."""
     old = run(flops=Flops())
     left, right = suite(tmp_path / "A", old), suite(tmp_path / "B", run(loss=float("nan"), energy_joules=None))
-    found = beside(left, right)
+    found = diff_suites(left, right)
     told = figures(found.pairs[0])
     assert {name for name, figure in told.items() if figure.fell} == {"held_out_loss", "training_joules"}
     assert {name for name, figure in told.items() if figure.verdict == "new"} == {"required_flops", "executed_flops"}
     assert "lora held_out_loss 3.2500 unknown fell: not known any more" in printed(found, capsys)
-    assert regressed(found).endswith("lora (held_out_loss not known any more; training_joules not known any more)")
+    assert regression_summary(found).endswith("lora (held_out_loss not known any more; training_joules not known any more)")
     assert json.loads(found.model_dump_json())["pairs"][0]["figures"][1]["after"] is None
     assert "required_flops" not in figures(held(tmp_path, old, old))
 
@@ -189,15 +189,15 @@ def test_config_is_compared_knob_by_knob(tmp_path: Path, capsys: pytest.CaptureF
     )  # fmt: skip
     pair = held(tmp_path, old, new)
     assert list(pair.config) == [
-        Change(knob="data.source.options.columns", before=["a", "b"], after=["a", "c"]),
-        Change(knob="data.source.options.strict", before=1, after=True),
-        Change(knob="save_model", before=False, after=0),
-        Change(knob="data.source.split", only_in="B"),
-        Change(knob="versions.torch", before="1", after="2"),
-        Change(knob="git", before=None, after="abc"),
-        Change(knob="data_identity", before=None, after="d"),
+        SettingChange(knob="data.source.options.columns", before=["a", "b"], after=["a", "c"]),
+        SettingChange(knob="data.source.options.strict", before=1, after=True),
+        SettingChange(knob="save_model", before=False, after=0),
+        SettingChange(knob="data.source.split", only_in="B"),
+        SettingChange(knob="versions.torch", before="1", after="2"),
+        SettingChange(knob="git", before=None, after="abc"),
+        SettingChange(knob="data_identity", before=None, after="d"),
     ]
-    text = printed(beside(tmp_path / "A", tmp_path / "B"), capsys)
+    text = printed(diff_suites(tmp_path / "A", tmp_path / "B"), capsys)
     assert 'data.source.options.columns ["a", "b"] ["a", "c"] all' in text
     assert "data.source.split not there null all" in text
     assert "no figure changed" in text
@@ -210,7 +210,7 @@ def test_what_changed_in_all_runs_is_shown_once(tmp_path: Path, capsys: pytest.C
         run(name, versions={"torch": "2"}, global_batch=batch, seed=seed)
         for name, batch, seed in (("a", 16, 0), ("b", 32, 0), ("c", 32, 7))
     ))  # fmt: skip
-    found = beside(left, right)
+    found = diff_suites(left, right)
     assert [change.knob for change in found.common] == ["versions.torch"]
     table = printed(found, capsys).split("config")[1]
     assert re.findall(r"^(\S+ \S+ \S+ .+)$", table, re.MULTILINE)[1:4] == [
@@ -222,26 +222,26 @@ def test_two_machines_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixtu
     """Where a device differs the top says so, and figures of time are compared all the same."""
     card = Device(kind="cuda", name="a GPU", processes=1)
     left, right = suite(tmp_path / "A", run()), suite(tmp_path / "B", run(device=card, speed=10.0))
-    found = beside(left, right)
+    found = diff_suites(left, right)
     assert found.two_machines
     assert figures(found.pairs[0])["tokens_per_second"].fell
-    assert Change(knob="device.name", before="a CPU", after="a GPU") in found.common
+    assert SettingChange(knob="device.name", before="a CPU", after="a GPU") in found.common
     *_, line = printed(found, capsys).split("config")[0].splitlines()
     assert line == "times and memory are of two machines: A ran on a CPU (cpu), B on a GPU (cuda)"
-    assert not beside(left, left).two_machines
-    assert "two machines" not in printed(beside(left, left), capsys)
+    assert not diff_suites(left, left).two_machines
+    assert "two machines" not in printed(diff_suites(left, left), capsys)
 
 
 def test_a_change_that_the_examples_support(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each example lost two points: the interval has no width, leaves zero out, and the sentence says so."""
     left = suite(tmp_path / "A", scored((10.0, 20.0, 60.0) * 7))
     right = suite(tmp_path / "B", scored((8.0, 18.0, 58.0) * 7))
-    found = beside(left, right)
+    found = diff_suites(left, right)
     figure = figures(found.pairs[0])["rougeL"]
     assert figure.paired is not None
     assert figure.paired.interval == Interval(mean=-2, low=-2, high=-2)
     assert figure.paired.supported is True
-    assert regressed(found).endswith("lora (rougeL -6.67%, supported by the interval)")
+    assert regression_summary(found).endswith("lora (rougeL -6.67%, supported by the interval)")
     assert "-6.67% (-2 to -2) fell by more than 5%, supported by the interval" in printed(found, capsys)
 
 
@@ -254,7 +254,7 @@ def test_a_change_that_the_examples_do_not_support(tmp_path: Path) -> None:
     assert figure.paired.interval is not None
     assert figure.paired.interval.low < 0 < figure.paired.interval.high
     assert figure.paired.supported is False
-    sentence = regressed(beside(tmp_path / "A", tmp_path / "B"))
+    sentence = regression_summary(diff_suites(tmp_path / "A", tmp_path / "B"))
     assert sentence.endswith("lora (rougeL -21.1%, not supported by the interval)")
 
 
@@ -286,7 +286,7 @@ def test_scores_that_cannot_be_paired(changes: dict[str, Any], reason: str, tmp_
     assert figure.paired is not None
     assert (figure.paired.interval, figure.paired.supported) == (None, None)
     assert figure.paired.missing == reason
-    sentence = regressed(beside(tmp_path / "A", tmp_path / "B"))
+    sentence = regression_summary(diff_suites(tmp_path / "A", tmp_path / "B"))
     assert sentence.endswith("lora (held_out_loss +23.1%, no interval)")
 
 
@@ -294,14 +294,14 @@ def test_scores_that_cannot_be_paired(changes: dict[str, Any], reason: str, tmp_
 def test_few_examples_support_nothing(count: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of one example there is no interval, and of fewer than twenty none supports anything, however narrow it is."""
     sides = suite(tmp_path / "A", scored((10.0,) * count)), suite(tmp_path / "B", scored((8.0,) * count))
-    found = beside(*sides)
+    found = diff_suites(*sides)
     paired = figures(found.pairs[0])["rougeL"].paired
     assert paired is not None
     assert paired.supported is None
     assert paired.missing == ("too few examples" if count == 1 else None)
     assert (paired.interval is None) == (count == 1)
     why = "no interval" if count == 1 else "too few examples to support it"
-    assert regressed(found).endswith(f"lora (rougeL -20%, {why})")
+    assert regression_summary(found).endswith(f"lora (rougeL -20%, {why})")
     said = printed(found, capsys)
     assert ("no interval: too few examples" in said) == (count == 1)
     assert ("; of fewer than 20 examples none is supported" in said) == (count > 1)
@@ -312,7 +312,7 @@ def test_intervals_are_corrected_for_how_many_they_are(tmp_path: Path, capsys: p
     before, after = noise(60, 0), [noise(60, seed) for seed in range(1, 5)]
     old = [scored(tuple(before)).model_copy(update={"name": f"r{i}"}) for i in range(4)]
     new = [scored(tuple(one)).model_copy(update={"name": f"r{i}"}) for i, one in enumerate(after)]
-    found = beside(suite(tmp_path / "A", *old), suite(tmp_path / "B", *new))
+    found = diff_suites(suite(tmp_path / "A", *old), suite(tmp_path / "B", *new))
     for pair, late in zip(found.pairs, after, strict=True):
         paired = figures(pair)["rougeL"].paired
         expected = paired_interval([b - a for a, b in zip(before, late, strict=True)], confidence=1 - 0.05 / 4)
@@ -335,5 +335,5 @@ def test_chance_supports_a_change_as_seldom_as_is_said(tmp_path: Path) -> None:
             })
             for side in range(2)
         ]  # fmt: skip
-        wrong += any(one["rougeL"].supported for one in by_example(matched(*sides)))
+        wrong += any(one["rougeL"].supported for one in compute_paired_intervals(match_runs(*sides)))
     assert wrong <= 9

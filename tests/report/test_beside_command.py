@@ -12,12 +12,12 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from peftbench.cli import app
-from peftbench.errors import REGRESSED, OutOfRangeError, PeftbenchError, UnknownKeyError, WrongTypeError
-from peftbench.record import FILE, read_record
-from peftbench.report.beside import Beside, beside
-from peftbench.report.beside_text import print_beside, regressed
-from peftbench.report.figures import parse_thresholds
+from peftbench.cli.app import app
+from peftbench.errors import REGRESSION_EXIT_CODE, OutOfRangeError, PeftbenchError, UnknownKeyError, WrongTypeError
+from peftbench.record import RECORD_FILE, read_record
+from peftbench.report.diff.compute import SuiteDiff, diff_suites
+from peftbench.report.diff.render import print_diff, regression_summary
+from peftbench.report.diff.metrics import parse_thresholds
 from tests.report.sides import printed, run, scored, suite
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -51,7 +51,7 @@ def test_a_threshold_that_cannot_be_meant(words: list[str], kind: type[Peftbench
 def test_nothing_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two equal suites have no table at all."""
     left = suite(tmp_path / "A", scored((1.0, 2.0), (1.0, 2.0), labelled=(1, 2)), run("b"))
-    found = beside(left, shutil.copytree(left, tmp_path / "B"))
+    found = diff_suites(left, shutil.copytree(left, tmp_path / "B"))
     assert not found.changed
     assert not found.fell
     assert printed(found, capsys).splitlines()[2:] == ["nothing changed"]
@@ -62,9 +62,9 @@ def test_hostile_names_are_shown_as_they_are(tmp_path: Path, capsys: pytest.Capt
     names = ["[red]a[/red]", "<script>b", "c | d", ":boom:", "e\x1b[2J\nf\u202e"]
     left = suite(tmp_path / "A[bold]", *(run(name, versions={"torch": name}) for name in names))
     right = suite(tmp_path / "B", *(run(name, versions={"torch": "[/]"}, peak=2000) for name in names))
-    found = beside(left, right)
+    found = diff_suites(left, right)
     console = Console(force_terminal=True, width=200, color_system="standard")
-    print_beside(found, console)
+    print_diff(found, console)
     out = capsys.readouterr().out
     text = re.sub(r"\x1b\[[0-9;]*m", "", out)  # colours are the only sequences there are
     assert "\x1b" not in text
@@ -72,14 +72,14 @@ def test_hostile_names_are_shown_as_they_are(tmp_path: Path, capsys: pytest.Capt
     assert all(text.count(name) >= 3 for name in shown)  # as a value, as a run of the change, and in the figures
     assert "[/]" in text
     assert "A[bold] (5 runs)" in text
-    assert all(name in regressed(found) for name in shown)
-    assert "\n" not in regressed(found)
+    assert all(name in regression_summary(found) for name in shown)
+    assert "\n" not in regression_summary(found)
 
 
 def test_a_verdict_needs_no_colour_and_no_wide_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On 80 columns every line fits, and words alone say which figure fell and which gained."""
     left, right = suite(tmp_path / "A", run()), suite(tmp_path / "B", run(peak=2000, speed=5000.0))
-    print_beside(beside(left, right), Console(force_terminal=True, width=80, color_system=None))
+    print_diff(diff_suites(left, right), Console(force_terminal=True, width=80, color_system=None))
     out = capsys.readouterr().out
     table = out.split("figures")[1]
     assert max(map(len, table.splitlines())) <= 80
@@ -92,14 +92,14 @@ def test_the_command_has_an_exit_code_of_its_own(tmp_path: Path) -> None:
     left, right = suite(tmp_path / "A", run()), suite(tmp_path / "B", run(peak=1060))
     compare = ["report", "--compare", str(left), str(right)]
     done = CliRunner().invoke(app, compare)
-    assert done.exit_code == REGRESSED
+    assert done.exit_code == REGRESSION_EXIT_CODE
     assert done.stderr == "fell by more than allowed: lora (train_peak_bytes +6%)\n"
     done = CliRunner().invoke(app, [*compare, "--threshold", "train_peak_bytes=6%"])
     assert (done.exit_code, done.stderr) == (0, "")
     assert done.stdout.endswith("nothing fell by more than its threshold\n")
     done = CliRunner().invoke(app, [*compare, "--json"])
-    assert done.exit_code == REGRESSED
-    assert Beside.model_validate_json(done.stdout) == beside(left, right)
+    assert done.exit_code == REGRESSION_EXIT_CODE
+    assert SuiteDiff.model_validate_json(done.stdout) == diff_suites(left, right)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_a_command_that_cannot_be_meant(
 def test_the_demo_and_a_changed_copy(tmp_path: Path) -> None:
     """The whole command, on shipped records: exit code, what goes to standard output, and what to standard error."""
     copy = shutil.copytree(DEMO, tmp_path / "after")
-    old = read_record(copy / "lora" / FILE)
+    old = read_record(copy / "lora" / RECORD_FILE)
     assert old.quality is not None
     assert old.quality.loss is not None
     old.model_copy(update={
@@ -146,14 +146,14 @@ def test_the_demo_and_a_changed_copy(tmp_path: Path) -> None:
     shutil.rmtree(copy / "full")
 
     def compared(*sides: Path) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", "from peftbench.cli import main; main()", "report", "--compare"]
+        command = [sys.executable, "-c", "from peftbench.cli.app import main; main()", "report", "--compare"]
         return subprocess.run([*command, *map(str, sides)], capture_output=True, text=True, check=False, timeout=120)
 
     same = compared(DEMO, DEMO)
     assert (same.returncode, same.stderr) == (0, "")
     assert same.stdout.splitlines()[-1] == "nothing changed"
     worse = compared(DEMO, copy)
-    assert worse.returncode == REGRESSED
+    assert worse.returncode == REGRESSION_EXIT_CODE
     assert worse.stderr == (
         "fell by more than allowed: lora (held_out_loss +10%, not supported by the interval), full (missing in B)\n"
     )  # fmt: skip
@@ -167,7 +167,7 @@ def test_a_comparison_needs_no_torch(tmp_path: Path) -> None:
     """Neither reading, nor drawing intervals, nor printing brings in torch or a library of models."""
     sides = suite(tmp_path / "A", scored((1.0, 2.0))), suite(tmp_path / "B", scored((2.0, 5.0)))
     code = (
-        "import sys; from peftbench.cli import app; app(standalone_mode=False); "
+        "import sys; from peftbench.cli.app import app; app(standalone_mode=False); "
         "sys.exit(bool({'torch', 'transformers', 'accelerate', 'datasets', 'peft'} & set(sys.modules)))"
     )
     command = [sys.executable, "-c", code, "report", "--compare", *map(str, sides)]

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from peftbench.methods.last_layer import LastLayer
 from peftbench.record import Device, Outcome
-from peftbench.report.configurations import comparable, configurations
+from peftbench.report.analysis.run_groups import recipe_key, group_runs
 from tests.conftest import Workshop
 from tests.report.records import costly, judged, noise, record
 
@@ -33,13 +33,13 @@ from tests.report.records import costly, judged, noise, record
 )
 def test_a_label_is_what_names_share(names: list[str], label: str) -> None:
     """Of one run it is its name, of several what they share; on one line; with the method where it is not said."""
-    (one,) = configurations([record(name, "lora", 10, seed=seed) for seed, name in enumerate(names)])
+    (one,) = group_runs([record(name, "lora", 10, seed=seed) for seed, name in enumerate(names)])
     assert (one.label, one.kind, len(one.runs)) == (label, "lora", len(names))
 
 
 def test_labels_are_told_apart() -> None:
     """Two recipes whose runs have one name are two configurations with a label each."""
-    found = configurations([record("lora", "lora", 10), record("lora", "lora", 10, global_batch=2)])
+    found = group_runs([record("lora", "lora", 10), record("lora", "lora", 10, global_batch=2)])
     assert [one.label for one in found] == ["lora", "lora #2"]
 
 
@@ -53,7 +53,7 @@ def test_two_devices_are_not_two_seeds() -> None:
         record("lora", "lora", 10, seed=1, device=CARD),
         record("lora", "lora", 10, seed=2, device=CARD.model_copy(update={"processes": 2})),
     ]
-    found = configurations(rows)
+    found = group_runs(rows)
     assert [one.label for one in found] == ["lora on a CPU", "lora on a GPU", "lora on a GPU with 2 processes"]
     assert [one.runs for one in found] == [(row,) for row in rows]
 
@@ -67,7 +67,7 @@ def test_another_base_or_other_data_are_not_another_seed(what: str) -> None:
         record("lora-seed=1", "lora", 10, seed=1, **{what: "b"}),
         record("lora-seed=3", "lora", 10, seed=3, **{what: "a"}),
     ]
-    found = configurations(rows)
+    found = group_runs(rows)
     assert sorted([run.name[-1] for run in one.runs] for one in found) == [["1"], ["2", "0", "3"]]
     assert len({one.label for one in found}) == 2
 
@@ -82,10 +82,10 @@ def test_what_changes_no_number_divides_nothing() -> None:
         "train": other.recipe["train"] | {"feature_cache": None},
     }  # fmt: skip
     first = first.model_copy(update={"recipe": first.recipe | {"profile": {}}})
-    (one,) = configurations([first, other.model_copy(update={"recipe": changed})])
+    (one,) = group_runs([first, other.model_copy(update={"recipe": changed})])
     assert len(one.runs) == 2
     held = changed | {"budget": {"memory": "1 GiB"}}
-    assert len(configurations([first, other.model_copy(update={"recipe": held})])) == 2
+    assert len(group_runs([first, other.model_copy(update={"recipe": held})])) == 2
 
 
 def _leaves(part: BaseModel, place: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -110,7 +110,7 @@ def test_what_changes_no_number_is_what_a_fingerprint_leaves_out(asked: dict[str
     assert len(knobs) > 40
     for knob in knobs:
         other = _changed(recipe, knob)
-        same = comparable(recipe.model_dump(mode="json")) == comparable(other.model_dump(mode="json"))
+        same = recipe_key(recipe.model_dump(mode="json")) == recipe_key(other.model_dump(mode="json"))
         assert same == (recipe.fingerprint() == other.fingerprint()), ".".join(knob)
 
 
@@ -121,7 +121,7 @@ def test_a_seed_that_was_run_twice_is_one() -> None:
         judged(name, "full", [score], losses=[score], labelled=[1], seed=seed)
         for name, score, seed in zip(names, (1.0, 3.0, 5.0, 9.0), (0, 0, 1, 2), strict=True)
     ]
-    (one,) = configurations(rows)
+    (one,) = group_runs(rows)
     assert (one.label, len(one.runs)) == ("full", 4)
     assert one.losses == one.rouge_l == (2.0, 5.0, 9.0)
 
@@ -130,7 +130,7 @@ def test_records_stay_as_they_are() -> None:
     """Grouping looks at recipes and changes none."""
     there = record("lora-seed=3", "lora", 10, seed=3)
     before = copy.deepcopy(there.recipe)
-    configurations([there])
+    group_runs([there])
     assert there.recipe == before
 
 
@@ -141,7 +141,7 @@ def test_figures_are_means_of_the_runs_that_ended_well() -> None:
         judged("lora-seed=1", "lora", [3.0, 5.0], seed=1, **costly(300, 2.0, 20)),
         judged("lora-seed=2", "lora", [9.0, 9.0], seed=2, outcome=Outcome(kind="diverged"), **(costly(9, 9.0, 9))),
     ]
-    (one,) = configurations(runs)
+    (one,) = group_runs(runs)
     assert (len(one.runs), len(one.ok), one.trains) == (3, 2, True)
     assert (one.peak_bytes, one.train_seconds, one.required_flops) == (200, 30.0, 15)
     assert one.step_seconds == pytest.approx((0.95, 2.1))
@@ -152,7 +152,7 @@ def test_what_one_run_does_not_tell_is_unknown() -> None:
     """A mean over some runs alone would be another configuration's figure."""
     known = costly(100, 1.0, 10)
     unknown = record("lora-seed=1", "lora", 10, seed=1, phase_seconds={}, device=known["device"])
-    (one,) = configurations([judged("lora-seed=0", "lora", noise(3, 0), seed=0, **known), unknown])
+    (one,) = group_runs([judged("lora-seed=0", "lora", noise(3, 0), seed=0, **known), unknown])
     assert (one.peak_bytes, one.train_seconds, one.required_flops, one.step_seconds) == (None, None, None, None)
     assert one.losses == (3.25,)
 
@@ -160,4 +160,4 @@ def test_what_one_run_does_not_tell_is_unknown() -> None:
 def test_baselines_train_nothing() -> None:
     """Neither the untrained base nor the lead has a trained parameter; full fine-tuning has."""
     rows = [judged("b", "zero_shot", [1.0]), record("l", "lead", None), record("f", "full", 10)]
-    assert [one.trains for one in configurations(rows)] == [False, False, True]
+    assert [one.trains for one in group_runs(rows)] == [False, False, True]

@@ -8,9 +8,9 @@ import numpy
 import pytest
 from scipy.stats import t
 
-from peftbench.evaluation.statistics import paired_interval
+from peftbench.evaluation.intervals import paired_interval
 from peftbench.record import Outcome, RunRecord
-from peftbench.report.differences import LEAST_EXAMPLES, differences
+from peftbench.report.analysis.significance import MIN_EXAMPLES, compare_groups
 from tests.report.records import judged, noise, record
 
 COUNT = 60
@@ -30,7 +30,7 @@ def by_seed(name: str, kind: str, offs: list[float], first: int) -> list[RunReco
 def test_one_pair_by_hand() -> None:
     """The difference of means and its interval over examples are those of the differences, and no seed tells more."""
     ours, theirs = scores(4, 1), scores(0, 2)
-    (found,) = differences([judged("a", "lora", ours), judged("b", "full", theirs)]).differences
+    (found,) = compare_groups([judged("a", "lora", ours), judged("b", "full", theirs)]).differences
     expected = paired_interval([a - b for a, b in zip(ours, theirs, strict=True)])
     assert (found.first.label, found.second.label) == ("a (lora)", "b (full)")
     assert found.over_examples.mean == pytest.approx(numpy.mean(ours) - numpy.mean(theirs))
@@ -43,7 +43,7 @@ def test_one_pair_by_hand() -> None:
 def test_seeds_by_hand() -> None:
     """Each example's differences are averaged over seeds, and the means of seeds have t's interval of 2 degrees."""
     lora, full = by_seed("lora", "lora", [4, 5, 6], 10), by_seed("full", "full", [0, 0, 0], 20)
-    (found,) = differences([*lora, *full[::-1]]).differences
+    (found,) = compare_groups([*lora, *full[::-1]]).differences
     pairs = numpy.array([scores(off, 10 + s) for s, off in enumerate((4, 5, 6))]) - [
         scores(0, 20 + s) for s in range(3)
     ]
@@ -61,7 +61,7 @@ def test_seeds_by_hand() -> None:
 def test_a_difference_that_seeds_do_not_share_is_none() -> None:
     """Where one seed makes all of the difference, examples alone would call it real, and it is not supported."""
     lora, full = by_seed("lora", "lora", [12, 0, 0], 10), by_seed("full", "full", [0, 0, 0], 20)
-    (found,) = differences([*lora, *full]).differences
+    (found,) = compare_groups([*lora, *full]).differences
     assert found.over_examples.low > 0
     assert found.over_seeds is not None
     assert found.over_seeds.low < 0 < found.over_seeds.high
@@ -72,7 +72,7 @@ def test_a_difference_that_seeds_do_not_share_is_none() -> None:
 def test_every_pair_is_corrected_for_all() -> None:
     """Four configurations are six comparisons, and each interval is that of a confidence of 1 - 0.05 / 6."""
     rows = [judged(str(i), "lora", scores(i, i), global_batch=i + 1) for i in range(4)]
-    compared = differences(rows)
+    compared = compare_groups(rows)
     assert (len(compared.differences), compared.comparisons) == (6, 6)
     for found in compared.differences:
         both = (scores(int(one.label[0]), int(one.label[0])) for one in (found.first, found.second))
@@ -85,7 +85,7 @@ def test_a_loss_is_weighted_by_tokens_and_lower_is_better() -> None:
     tokens = [5 + i % 7 for i in range(COUNT)]
     ours = [3.0 * n + 0.1 * (i % 3) for i, n in enumerate(tokens)]
     theirs = [3.1 * n for n in tokens]
-    (found,) = differences(
+    (found,) = compare_groups(
         [
             judged("full", "full", None, losses=theirs, labelled=tokens),
             judged("lora", "lora", None, losses=ours, labelled=tokens),
@@ -101,7 +101,7 @@ def test_a_loss_is_weighted_by_tokens_and_lower_is_better() -> None:
 def test_a_baseline_is_paired_with_every_seed() -> None:
     """One run of what trains nothing stands beside three seeds, whatever its own seed is."""
     lora = by_seed("lora", "lora", [4, 5, 6], 10)
-    compared = differences(
+    compared = compare_groups(
         [*lora, judged("base", "zero_shot", scores(0, 5), seed=9), judged("lead", "lead", scores(1, 6))]
     )
     assert sorted(one.seeds for one in compared.differences) == [1, 3, 3]
@@ -111,16 +111,16 @@ def test_a_baseline_is_paired_with_every_seed() -> None:
 def test_only_shared_seeds_are_paired() -> None:
     """Of seeds 0, 1, 2 and 1, 2 two are paired; where none is shared, that is said and nothing is guessed."""
     lora, full = by_seed("lora", "lora", [4, 5, 6], 10), by_seed("full", "full", [0, 0, 0], 20)
-    (found,) = differences([*lora, *full[1:]]).differences
+    (found,) = compare_groups([*lora, *full[1:]]).differences
     assert found.seeds == 2
-    compared = differences([lora[0], *full[1:]])
+    compared = compare_groups([lora[0], *full[1:]])
     assert compared.differences == ()
     assert compared.unpaired == ("lora-seed=0 and full have no seed in common, and are not compared",)
 
 
 def test_either_way_round() -> None:
     """The difference of b and a is that of a and b with its signs turned, and the better one is the same."""
-    compared = differences([*by_seed("lora", "lora", [4, 5, 6], 10), *by_seed("full", "full", [0, 0, 0], 20)])
+    compared = compare_groups([*by_seed("lora", "lora", [4, 5, 6], 10), *by_seed("full", "full", [0, 0, 0], 20)])
     lora, full = compared.every
     one, other = compared.between(lora, full), compared.between(full, lora)
     assert one is not None
@@ -132,20 +132,20 @@ def test_either_way_round() -> None:
 
 def test_few_examples_support_nothing() -> None:
     """However large a difference, of 19 examples it is none; of 20 it may be one."""
-    for count, supported in ((LEAST_EXAMPLES - 1, False), (LEAST_EXAMPLES, True)):
+    for count, supported in ((MIN_EXAMPLES - 1, False), (MIN_EXAMPLES, True)):
         rows = [judged("a", "lora", scores(40, 1, count=count)), judged("b", "full", scores(0, 2, count=count))]
-        (found,) = differences(rows).differences
+        (found,) = compare_groups(rows).differences
         assert found.interval.low > 0
         assert found.supported is supported
         assert found.verdict == ("a (lora) is better" if supported else "too few examples")
-    (found,) = differences([judged("a", "lora", scores(0, 1)), judged("b", "full", scores(0, 2))]).differences
+    (found,) = compare_groups([judged("a", "lora", scores(0, 1)), judged("b", "full", scores(0, 2))]).differences
     assert found.verdict == "not significant"
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_hardly_any_examples(count: int) -> None:
     """Of one example there is no interval, which is said; of two there is one, that supports nothing."""
-    compared = differences([judged("a", "lora", [40.0, 42.0][:count]), judged("b", "full", [30.0, 31.0][:count])])
+    compared = compare_groups([judged("a", "lora", [40.0, 42.0][:count]), judged("b", "full", [30.0, 31.0][:count])])
     assert [one.verdict for one in compared.differences] == ["too few examples"] * (count - 1)
     assert (len(compared.unpaired), compared.examples, compared.bootstrapped) == (2 - count, count, False)
     assert compared.figure is not None
@@ -160,18 +160,18 @@ def test_the_figure_where_nothing_is_compared() -> None:
     mute = record("mute", "lora", 10, quality=without)
     ended = record("ended", "lora", 10, quality=None, method={"x": 1}, outcome=Outcome(kind="oom"))
     for rows, key in (([GOOD], "rougeL"), ([older, ended], "rougeL"), ([older, mute, GOOD], "loss"), ([mute], "loss")):
-        compared = differences(rows)
+        compared = compare_groups(rows)
         assert compared.differences == ()
         assert compared.figure is not None
         assert compared.figure.key == key
-    assert differences([ended]).figure is None
+    assert compare_groups([ended]).figure is None
 
 
 def test_more_than_ten_are_the_best_of_each_method() -> None:
     """Of twelve configurations of three methods the three best are compared, and corrected for all 66 pairs."""
     kinds = ("lora", "full", "last_layer")
     rows = [judged(f"{kinds[i % 3]}-{i}", kinds[i % 3], scores(i, i), method={"i": i}) for i in range(12)]
-    compared = differences(rows)
+    compared = compare_groups(rows)
     assert [one.label for one in compared.configurations[:3]] == ["last_layer-11", "full-10", "lora-9"]
     assert [(one.first.label, one.second.label) for one in compared.differences] == [
         ("last_layer-11", "full-10"), ("last_layer-11", "lora-9"), ("full-10", "lora-9"),
@@ -204,7 +204,7 @@ GOOD = judged("good", "full", scores(0, 1))
 )
 def test_what_cannot_be_paired_is_said(other: RunRecord, words: str) -> None:
     """In one sentence; what can be is compared as if the other were not there."""
-    compared = differences([GOOD, judged("best", "last_layer", scores(3, 4)), other])
+    compared = compare_groups([GOOD, judged("best", "last_layer", scores(3, 4)), other])
     assert [(one.first.kind, one.second.kind) for one in compared.differences] == [("last_layer", "full")]
     (why,) = compared.unpaired
     assert words in why
@@ -214,7 +214,7 @@ def test_losses_of_other_tokens_do_not_compare() -> None:
     """Nats by tokens of two tokenizers are two figures."""
     nats, one = [9.0] * COUNT, [3] * COUNT
     rows = [judged(name, name, None, losses=nats, labelled=one) for name in ("full", "lora")]
-    compared = differences([*rows, judged("last_layer", "last_layer", None, losses=nats, labelled=[4] * COUNT)])
+    compared = compare_groups([*rows, judged("last_layer", "last_layer", None, losses=nats, labelled=[4] * COUNT)])
     assert len(compared.differences) == 1
     assert compared.unpaired[0].startswith("With losses over other tokens than most")
 
@@ -227,7 +227,7 @@ def test_where_one_wrote_nothing_all_are_compared_by_loss() -> None:
         judged("lora", "lora", None, losses=[8.0] * COUNT, labelled=tokens),
         judged("lead_1", "lead", scores(0, 2)),
     ]
-    compared = differences(rows)
+    compared = compare_groups(rows)
     assert compared.figure is not None
     assert compared.figure.unit == "nats"
     assert compared.unpaired == (
@@ -238,15 +238,15 @@ def test_where_one_wrote_nothing_all_are_compared_by_loss() -> None:
 
 def test_what_did_not_end_well_is_not_compared() -> None:
     """A run that was stopped has no figure here, even where its record holds scores."""
-    compared = differences([GOOD, judged("lora", "lora", scores(9, 2), outcome=Outcome(kind="preempted"))])
+    compared = compare_groups([GOOD, judged("lora", "lora", scores(9, 2), outcome=Outcome(kind="preempted"))])
     assert (compared.differences, [one.label for one in compared.every]) == ((), ["good (full)", "lora"])
 
 
 def test_of_nothing() -> None:
     """No record is no comparison, and so is one."""
-    assert differences([]).differences == ()
-    assert differences([GOOD]).differences == ()
-    assert "No two configurations" in differences([GOOD]).unpaired[0]
+    assert compare_groups([]).differences == ()
+    assert compare_groups([GOOD]).differences == ()
+    assert "No two configurations" in compare_groups([GOOD]).unpaired[0]
 
 
 @pytest.mark.parametrize(("examples", "spread"), [(20, "normal"), (60, "skewed")])
@@ -257,5 +257,5 @@ def test_chance_is_called_a_difference_as_seldom_as_is_said(examples: int, sprea
         random = numpy.random.default_rng(draw)
         made = random.normal(size=(4, examples)) if spread == "normal" else random.gamma(1.0, size=(4, examples))
         rows = [judged(str(i), "lora", list(own), global_batch=i + 1) for i, own in enumerate(made)]
-        wrong += any(one.supported for one in differences(rows).differences)
+        wrong += any(one.supported for one in compare_groups(rows).differences)
     assert 1 <= wrong <= 16

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from peftbench.record import Interval
-from peftbench.report.digits import outward, places, rounded
+from peftbench.report.digits import round_outward, decimal_places, format_decimal
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ from peftbench.report.digits import outward, places, rounded
 )
 def test_by_hand(low: float, high: float, digits: int, shown: tuple[str, str]) -> None:
     """Ends go away from the mean; more digits stand there only where an end would be taken for zero."""
-    assert outward(Interval(mean=(low + high) / 2, low=low, high=high), digits) == shown
+    assert round_outward(Interval(mean=(low + high) / 2, low=low, high=high), digits) == shown
 
 
 def test_any_interval() -> None:
@@ -36,13 +36,13 @@ def test_any_interval() -> None:
     for _ in range(2000):
         low = draw.choice((-1, 1)) * 10 ** draw.uniform(-8, 6)
         high = low + 10 ** draw.uniform(-8, 6)
-        a, b = map(float, outward(Interval(mean=low, low=low, high=high), draw.randrange(4)))
+        a, b = map(float, round_outward(Interval(mean=low, low=low, high=high), draw.randrange(4)))
         assert a <= low <= high <= b
         assert (a > 0 or b < 0) == (low > 0 or high < 0)
 
 
 def test_zero_has_no_sign() -> None:
     """What rounds to zero is no small negative number."""
-    assert rounded(-0.04, 1) == "0.0"
-    assert rounded(-math.pi, 3) == "-3.142"
-    assert (places("0.034"), places("7")) == (3, 0)
+    assert format_decimal(-0.04, 1) == "0.0"
+    assert format_decimal(-math.pi, 3) == "-3.142"
+    assert (decimal_places("0.034"), decimal_places("7")) == (3, 0)

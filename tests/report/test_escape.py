@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from peftbench.report.escape import in_markdown, in_spreadsheet, on_a_line, one_line, plain
+from peftbench.report.text.escape import escape_markdown, escape_spreadsheet_formula, printable_line, escaped_line, terminal_safe
 
 
 @pytest.mark.parametrize(
@@ -36,14 +36,14 @@ from peftbench.report.escape import in_markdown, in_spreadsheet, on_a_line, one_
 )
 def test_markdown_shows_a_text_as_it_is(text: str, shown: str) -> None:
     """On one line, with no markup of its own; what GitHub takes for none stays easy to read."""
-    assert in_markdown(text) == shown
+    assert escape_markdown(text) == shown
 
 
 def test_other_places() -> None:
     """A terminal's cursor does not move, words of any language stay, and no spreadsheet computes."""
-    assert plain("a\n\x1b[2J") == "a\\n\\x1b[2J"
-    assert one_line(" a \n b\x00 نمی\u200cخواهم") == "a b\\x00 نمی\u200cخواهم"
-    assert on_a_line(" a \n b\x00c \u202e") == "a b c"
-    assert [in_spreadsheet(text) for text in ("=1+1", "+1", "-1", "@a", "\ta", "a=1", "")] == [
+    assert terminal_safe("a\n\x1b[2J") == "a\\n\\x1b[2J"
+    assert escaped_line(" a \n b\x00 نمی\u200cخواهم") == "a b\\x00 نمی\u200cخواهم"
+    assert printable_line(" a \n b\x00c \u202e") == "a b c"
+    assert [escape_spreadsheet_formula(text) for text in ("=1+1", "+1", "-1", "@a", "\ta", "a=1", "")] == [
         "'=1+1", "'+1", "'-1", "'@a", "'\ta", "a=1", "",
     ]  # fmt: skip

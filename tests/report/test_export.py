@@ -8,8 +8,8 @@ import re
 import pytest
 
 from peftbench.record import Outcome
-from peftbench.report.columns import COLUMNS
-from peftbench.report.export import json_table, latex_table
+from peftbench.report.tables.columns import COLUMNS
+from peftbench.report.tables.export import json_table, latex_table
 from tests.report.records import record
 
 

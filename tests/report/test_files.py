@@ -10,26 +10,26 @@ from pathlib import Path
 import pytest
 
 from peftbench.record import find_records
-from peftbench.report import files
-from peftbench.report.files import PAGE, RESULTS, write_report
-from peftbench.report.page.content import Unfinished
+from peftbench.report import writer
+from peftbench.report.writer import PAGE_FILE, RESULTS_FILE, write_report
+from peftbench.report.page.content import UnfinishedRun
 from tests.report.page.pages import SHIPPED, shipped
 from tests.report.records import record
 
-WRITTEN = {PAGE, RESULTS, "results.csv", "results.json", "results.tex"}
+WRITTEN = {PAGE_FILE, RESULTS_FILE, "results.csv", "results.json", "results.tex"}
 
 
 def peftbench(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """A command of ``peftbench``, run to its end."""
-    command = [sys.executable, "-c", "from peftbench.cli import main; main()", *arguments]
+    command = [sys.executable, "-c", "from peftbench.cli.app import main; main()", *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_everything_is_written_and_said(tmp_path: Path) -> None:
     """Page, Markdown, CSV, JSON and LaTeX, all with the same words."""
-    assert write_report(shipped("demo"), tmp_path, "demo").page == tmp_path / PAGE
+    assert write_report(shipped("demo"), tmp_path, "demo").page == tmp_path / PAGE_FILE
     assert {path.name for path in tmp_path.iterdir()} == WRITTEN
-    markdown = (tmp_path / RESULTS).read_text(encoding="utf-8")
+    markdown = (tmp_path / RESULTS_FILE).read_text(encoding="utf-8")
     assert markdown.startswith("# demo\n\n- ")
     sentence = markdown.splitlines()[2].removeprefix("- ")
     assert sentence in (tmp_path / "results.json").read_text(encoding="utf-8")
@@ -45,7 +45,7 @@ def test_the_command_names_the_page(tmp_path: Path) -> None:
     assert found.stdout.splitlines()[-1] == "report: here/page.html"
     page = (tmp_path / "here" / "page.html").read_text(encoding="utf-8")
     assert " demo/lora/record.json ../lora.json\n" in page
-    assert {path.name for path in folder.iterdir() if path.is_file()} == WRITTEN - {PAGE}
+    assert {path.name for path in folder.iterdir() if path.is_file()} == WRITTEN - {PAGE_FILE}
 
 
 def test_a_page_of_what_is_there(tmp_path: Path) -> None:
@@ -55,12 +55,12 @@ def test_a_page_of_what_is_there(tmp_path: Path) -> None:
         (tmp_path / "out" / name / "recipe.yaml").write_text("name: x\n", encoding="utf-8")
     found = peftbench("report", "out", cwd=tmp_path)
     assert found.returncode == 0, found.stderr
-    page = (tmp_path / "out" / PAGE).read_text(encoding="utf-8")
+    page = (tmp_path / "out" / PAGE_FILE).read_text(encoding="utf-8")
     assert "Not finished" in page
     assert ">second<" in page
     record("first", "lora", 10).write(tmp_path / "out" / "first")
     assert peftbench("report", "out", cwd=tmp_path).returncode == 0
-    page = (tmp_path / "out" / PAGE).read_text(encoding="utf-8")
+    page = (tmp_path / "out" / PAGE_FILE).read_text(encoding="utf-8")
     assert ">second</th><td>waiting</td>" in page
     assert ">first</th><td>" not in page
 
@@ -76,7 +76,7 @@ def test_nothing_at_all_is_a_mistake(tmp_path: Path) -> None:
 
 def test_unfinished_runs_are_escaped(tmp_path: Path) -> None:
     """What a log said of a run may be anything."""
-    rows = [Unfinished("<b>x</b>", "gone", "<script>1</script>")]
+    rows = [UnfinishedRun("<b>x</b>", "gone", "<script>1</script>")]
     text = write_report({}, tmp_path, "t", unfinished=rows).page.read_text(encoding="utf-8")
     assert "<b>x</b>" not in text
     assert "<script>1</script>" not in text
@@ -96,7 +96,7 @@ def test_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     def fails(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(files, "content", fails)
+    monkeypatch.setattr(writer, "content", fails)
     with pytest.raises(ZeroDivisionError):
         write_report({tmp_path / "a" / "record.json": record("a", "lora", 1)}, tmp_path, "t")
     assert list(tmp_path.iterdir()) == []
@@ -136,7 +136,7 @@ def test_charts_are_loaded_for_a_page_alone(arguments: str, tmp_path: Path) -> N
     record("first", "lora", 10).write(tmp_path / "out" / "first")
     (tmp_path / "p.md").write_text("<!-- report:table -->\n<!-- end of report:table -->\n", encoding="utf-8")
     code = (
-        "import sys\nfrom peftbench.cli import app\napp(sys.argv[1:], standalone_mode=False)\n"
+        "import sys\nfrom peftbench.cli.app import app\napp(sys.argv[1:], standalone_mode=False)\n"
         "sys.exit(bool({'altair', 'jinja2', 'vl_convert'} & set(sys.modules)))"
     )
     command = [sys.executable, "-c", code, "report", *arguments.split()]

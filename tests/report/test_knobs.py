@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 
-from peftbench.config import load_recipe, validate
-from peftbench.engine.engines import ENGINES
+from peftbench.recipe.loader import load_recipe, parse_recipe
+from peftbench.distributed.engines import ENGINES
 from peftbench.record import Device, Engine, RunRecord
-from peftbench.report.knobs import commands, flattened, knobs, surroundings
+from peftbench.report.settings import reproduce_commands, flatten, recipe_settings, environment_settings
 from tests.report.records import record
 
 
 def test_knobs_are_equal_or_counted() -> None:
     """A knob with one value is equal; another has each value with how many runs have it, and a lack of it counts."""
     rows = [record("a", "lora", 1, method={"r": 8}), record("b", "lora", 1, method={"r": 8}), record("c", "full", 1)]
-    found = {knob.name: knob for knob in knobs(rows)}
+    found = {knob.name: knob for knob in recipe_settings(rows)}
     assert found["train.global_batch_size"].equal
     assert found["train.global_batch_size"].values == {"16": 3}
     assert found["method.kind"].values == {"lora": 2, "full": 1}
@@ -32,7 +32,7 @@ def test_knobs_are_equal_or_counted() -> None:
 
 def test_many_values_are_counted_and_not_listed() -> None:
     """Of a hundred values a dozen are shown, and how many more there are."""
-    found = {knob.name: knob for knob in knobs([record(f"a{s}", "full", 1, seed=s) for s in range(100)])}
+    found = {knob.name: knob for knob in recipe_settings([record(f"a{s}", "full", 1, seed=s) for s in range(100)])}
     seeds = found["train.seed"]
     assert len(seeds.shown) == 12
     assert seeds.more == 88
@@ -41,7 +41,7 @@ def test_many_values_are_counted_and_not_listed() -> None:
 def test_surroundings_say_where_and_with_what() -> None:
     """Device, engine, versions, commit and identities; what nothing tells is unknown."""
     one = record("a", "full", 1, versions={"torch": "2"}, git="abc")
-    found = {knob.name: knob.values for knob in surroundings([one])}
+    found = {knob.name: knob.values for knob in environment_settings([one])}
     assert found["torch"] == {"2": 1}
     assert found["commit"] == {"abc": 1}
     assert found["device"] == {"a CPU (cpu)": 1}
@@ -66,7 +66,7 @@ def test_a_run_is_repeated_by_its_own_engine(engine: str, device: str, launcher:
     """The command names the file of the engine that ran, as many processes, and the record, quoted for a shell."""
     one = record("a b", "full", 1, git="abcd+changes", engine=_engine(engine))
     one = one.model_copy(update={"device": Device(kind=device, name="x", processes=2)})
-    lines = commands(one, Path("runs/it's here/record.json"))
+    lines = reproduce_commands(one, Path("runs/it's here/record.json"))
     saves = shlex.split(lines[0])
     assert saves[0] == "python"
     assert saves[-2:] == ["runs/it's here/record.json", "../a_b.json"]
@@ -81,16 +81,16 @@ def test_a_run_is_repeated_by_its_own_engine(engine: str, device: str, launcher:
 def test_a_launcher_that_no_record_names_is_not_made_up() -> None:
     """Of a run in several processes the commands say so, before one that has a single process."""
     one = record("a", "full", 1).model_copy(update={"device": Device(kind="cuda", name="x", processes=8)})
-    *_, said, trains = commands(one, Path("record.json"))
+    *_, said, trains = reproduce_commands(one, Path("record.json"))
     assert said == "# it ran in 8 processes, by a launcher that the record does not name"
     assert trains.startswith("python launch/train.py ")
-    assert "#" not in "".join(commands(record("a", "full", 1), Path("record.json"))[1:])
+    assert "#" not in "".join(reproduce_commands(record("a", "full", 1), Path("record.json"))[1:])
 
 
 @pytest.mark.parametrize("git", ["-f", "--orphan=x", "main", "", "+changes", "abcd\nrm x", "$(x)"])
 def test_only_a_commit_is_checked_out(git: str) -> None:
     """What a record has in its place may be an option, or another's branch."""
-    lines = commands(record("a", "full", 1, git=git), Path("record.json"))
+    lines = reproduce_commands(record("a", "full", 1, git=git), Path("record.json"))
     assert lines[1] == "# its commit is not known"
     assert not [line for line in lines if line.startswith("git")]
 
@@ -103,7 +103,7 @@ def test_no_file_is_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     there = tmp_path / "a.json"
     for text in ("plain", "${x}"):
         one = record("a", "full", 1, method={"text": text})
-        saves = commands(one, one.write(checkout / "runs"))[0].replace("python", shlex.quote(sys.executable), 1)
+        saves = reproduce_commands(one, one.write(checkout / "runs"))[0].replace("python", shlex.quote(sys.executable), 1)
         there.write_text("mine", encoding="utf-8")
         done = subprocess.run(["bash", "-c", saves], capture_output=True, text=True, check=False)
         assert done.returncode != 0
@@ -130,10 +130,10 @@ def test_the_commands_give_the_same_recipe(text: str, tmp_path: Path, monkeypatc
     checkout.mkdir()
     monkeypatch.chdir(checkout)
     values = LEAST | {"output_dir": text, "data": LEAST["data"] | {"separator": text}}
-    recipe = validate(values)
+    recipe = parse_recipe(values)
     one = record(f"../{text}", "full", 1).model_copy(update={"recipe": recipe.model_dump(mode="json")})
     place = one.write(checkout / "runs")
-    saves, _, trains = commands(one, place)
+    saves, _, trains = reproduce_commands(one, place)
     assert str(tmp_path) not in saves
     subprocess.run(["bash", "-c", saves.replace("python", shlex.quote(sys.executable), 1)], check=True)
     (saved,) = tmp_path.glob("*.json")
@@ -147,13 +147,13 @@ def test_the_commands_give_the_same_recipe(text: str, tmp_path: Path, monkeypatc
 def test_a_recipe_is_saved_under_a_safe_name() -> None:
     """No name leads out of the folder, hides the file, or is longer than a file system takes."""
     for name in ("../../x", ".x", "-x", "a/b c\n", "é", "x" * 1000):
-        word = shlex.split(commands(record(name, "full", 1), Path("record.json"))[0])[-1]
+        word = shlex.split(reproduce_commands(record(name, "full", 1), Path("record.json"))[0])[-1]
         assert re.fullmatch(r"\.\./[\w=+,][\w.=+,-]{0,99}\.json", word, flags=re.ASCII), word
 
 
 def test_groups_are_flattened() -> None:
     """By dotted places, below what is given; an empty group is a value."""
-    assert dict(flattened({"a": {"b": 1, "c": {}}, "d": [2]}, "x.")) == {"x.a.b": 1, "x.a.c": {}, "x.d": [2]}
+    assert dict(flatten({"a": {"b": 1, "c": {}}, "d": [2]}, "x.")) == {"x.a.b": 1, "x.a.c": {}, "x.d": [2]}
 
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -166,6 +166,6 @@ def test_every_engine_that_a_record_may_name_has_its_file() -> None:
         one = record("a", "full", 1, engine=_engine(name))
         for device in ("cpu", "cuda"):
             here: RunRecord = one.model_copy(update={"device": Device(kind=device, name="x", processes=2)})
-            words = shlex.split(commands(here, Path("record.json"))[-1])
+            words = shlex.split(reproduce_commands(here, Path("record.json"))[-1])
             if "--config_file" in words:
                 assert (REPOSITORY / words[words.index("--config_file") + 1]).is_file(), (name, device)

@@ -10,23 +10,23 @@ from pathlib import Path
 import pytest
 
 from peftbench.record import RunRecord
-from peftbench.report.command import records_of, show_report
-from peftbench.report.files import write_report
-from peftbench.report.naming import uniquely_named
-from peftbench.report.page.content import content
-from peftbench.report.table import csv_table
+from peftbench.cli.report import load_records, print_report
+from peftbench.report.writer import write_report
+from peftbench.report.runs import with_unique_names
+from peftbench.report.page.content import build_page_data
+from peftbench.report.tables.table import csv_table
 from tests.report.records import record
 
 
 def named(*runs: tuple[str, str, str]) -> dict[str, str]:
     """The names that runs of a path, a name and a kind get, by path."""
     records = {Path(path) / "record.json": record(name, kind, 1) for path, name, kind in runs}
-    return {str(path.parent): one.name for path, one in uniquely_named(records).items()}
+    return {str(path.parent): one.name for path, one in with_unique_names(records).items()}
 
 
 def test_a_name_that_repeats_gives_way_to_its_path() -> None:
     """Below what all folders lie in; another's name stays, and none is taken twice."""
-    assert uniquely_named({}) == {}
+    assert with_unique_names({}) == {}
     assert named(("r/a/x", "x", "lora"), ("r/b/x", "x", "lora"), ("r/b/y", "y", "lora")) == {
         "r/a/x": "a/x", "r/b/x": "b/x", "r/b/y": "y",
     }  # fmt: skip
@@ -49,9 +49,9 @@ def test_two_runs_of_one_name_are_two_runs(tmp_path: Path, capsys: pytest.Captur
     """Two rows, two curves, two commands and two summaries, of the same names everywhere."""
     two_suites(tmp_path)
     names = ["demo/lora", "demo_seeds/lora"]
-    records: dict[Path, RunRecord] = records_of(tmp_path, None, may_be_none=False)
+    records: dict[Path, RunRecord] = load_records(tmp_path, None, may_be_none=False)
     assert [row["run"] for row in csv.DictReader(io.StringIO(csv_table(list(records.values()))))] == names
-    made = content(records, "t", [])
+    made = build_page_data(records, "t", [])
     (losses, *_) = made.losses
     (points,) = losses.spec["datasets"].values()
     assert {(point["run"], point["loss"]) for point in points} == {
@@ -60,7 +60,7 @@ def test_two_runs_of_one_name_are_two_runs(tmp_path: Path, capsys: pytest.Captur
     assert list(made.repeats) == names
     assert "demo_seeds/lora/record.json" in made.repeats[names[1]][0]
     assert list(made.examples[0].generated) == names
-    show_report(write_report(records, tmp_path, "t"), "t")
+    print_report(write_report(records, tmp_path, "t"), "t")
     printed = capsys.readouterr().out
     assert all(name in printed for name in names)
     assert [run["run"] for run in json.loads((tmp_path / "results.json").read_text())["runs"]] == names

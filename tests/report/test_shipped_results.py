@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from peftbench.record import FILE, RunRecord, read_records, train_peak_bytes
-from peftbench.report.table import insert_table
+from peftbench.record import RECORD_FILE, RunRecord, read_records, train_peak_bytes
+from peftbench.report.tables.table import insert_table
 from peftbench.suite.expand import expand
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -46,7 +46,7 @@ def test_every_block_is_made_by_make_readme() -> None:
 def test_a_page_shows_what_is_planned_now(arguments: str, file: str, block: str, tmp_path: Path) -> None:
     """Making a block again by the estimator changes nothing."""
     page = Path(shutil.copy(REPOSITORY / file, tmp_path))
-    command = ["-c", "from peftbench.cli import main; main()", "estimate", *arguments.split(), "--into", str(page)]
+    command = ["-c", "from peftbench.cli.app import main; main()", "estimate", *arguments.split(), "--into", str(page)]
     subprocess.run([sys.executable, *command, "--block", block], check=True, cwd=REPOSITORY, timeout=280)
     assert page.read_text(encoding="utf-8") == (REPOSITORY / file).read_text(encoding="utf-8")
 
@@ -134,7 +134,7 @@ def quality(record: RunRecord) -> tuple[float, tuple[float, float]]:
     return record.quality.loss, (score.low, score.high)
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "docs" / "results").rglob(FILE)), ids=lambda p: p.parent.name)
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "docs" / "results").rglob(RECORD_FILE)), ids=lambda p: p.parent.name)
 def test_no_record_names_a_place_on_the_machine_it_ran_on(path: Path) -> None:
     """Records that are published hold no absolute path."""
     assert not re.search(r'": "/', path.read_text(encoding="utf-8"))

@@ -13,32 +13,10 @@ import pytest
 from rich.console import Console
 
 from peftbench.errors import RecordError
-from peftbench.record import (
-    Compute,
-    Flops,
-    Interval,
-    Memory,
-    Outcome,
-    Parameters,
-    RunRecord,
-    Sample,
-    Throughput,
-    TokensPerSecond,
-)
-from peftbench.report.columns import COLUMNS
-from peftbench.report.escape import plain
-from peftbench.report.table import (
-    _terminal_table,
-    _width,
-    csv_table,
-    insert_table,
-    markdown_report,
-    markdown_table,
-    natural_width,
-    notes,
-    ordered,
-    print_table,
-)
+from peftbench.record import Compute, Flops, Interval, Memory, Outcome, ParameterCounts, RunRecord, Sample, Throughput, TokensPerSecond
+from peftbench.report.tables.columns import COLUMNS
+from peftbench.report.text.escape import terminal_safe
+from peftbench.report.tables.table import _rich_table, _table_width, csv_table, insert_table, markdown_report, markdown_table, natural_width, collect_notes, sort_records, print_table
 from tests.report.records import record
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -47,7 +25,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 def test_a_report_needs_no_torch() -> None:
     """Importing the report brings in neither torch nor any library of models."""
     code = (
-        "import sys, peftbench.report.table, peftbench.record; "
+        "import sys, peftbench.report.tables.table, peftbench.record; "
         "sys.exit(bool({'torch', 'transformers', 'accelerate', 'datasets', 'peft'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -56,7 +34,7 @@ def test_a_report_needs_no_torch() -> None:
 def test_order_of_rows() -> None:
     """Baselines come first, then methods by trained parameters."""
     rows = [record("b", "full", 1000), record("a", "lora", 10), record("c", "zero_shot", 0), record("d", "lead", None)]
-    assert [row.name for row in ordered(rows)] == ["d", "c", "a", "b"]
+    assert [row.name for row in sort_records(rows)] == ["d", "c", "a", "b"]
 
 
 def test_cells_of_known_figures() -> None:
@@ -135,8 +113,8 @@ def test_csv_keeps_full_precision() -> None:
 def test_unequal_runs_are_said_to_be_unequal() -> None:
     """A table of runs with different batches carries a note; one of equal runs does not."""
     equal = [record("a", "full", 1000), record("b", "lora", 10)]
-    assert notes(equal) == []
-    assert "more than their method" in notes([*equal, record("c", "lora", 10, global_batch=2)])[0]
+    assert collect_notes(equal) == []
+    assert "more than their method" in collect_notes([*equal, record("c", "lora", 10, global_batch=2)])[0]
 
 
 def test_an_out_of_memory_is_a_row() -> None:
@@ -158,7 +136,7 @@ def test_the_table_without_a_terminal_shows_every_run_and_column(capsys: pytest.
 
 def test_a_narrow_terminal_leaves_columns_out_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     """On 80 columns every run is on one line, ROUGE-L stays, and what had no room is named."""
-    gpt2 = {name: Parameters(total=124_439_808, trainable=n) for name, n in (("full", 124_439_808), ("tuned", 15_360))}
+    gpt2 = {name: ParameterCounts(total=124_439_808, trainable=n) for name, n in (("full", 124_439_808), ("tuned", 15_360))}
     rows = [
         record("full", "full", 1, parameters=gpt2["full"]),
         record("prompt_tuning", "prompt_tuning", 1, parameters=gpt2["tuned"]),
@@ -239,15 +217,15 @@ def test_hostile_names_are_shown_as_text_in_a_terminal(terminal: bool, capsys: p
     print_table(rows, HOSTILE, Console(force_terminal=terminal, width=300, color_system=None))
     printed = capsys.readouterr().out
     assert "[bold]:smile:[/bold] (full)" in printed
-    assert f"note: {plain(HOSTILE)}: {plain(HOSTILE)}\n" in printed
-    assert printed.count(plain(HOSTILE)) >= 5
+    assert f"note: {terminal_safe(HOSTILE)}: {terminal_safe(HOSTILE)}\n" in printed
+    assert printed.count(terminal_safe(HOSTILE)) >= 5
     assert "\x1b[2J" not in printed
 
 
 def test_the_width_is_what_rich_takes() -> None:
     """Counted by cells, with wide letters and lines of their own."""
     for cells in ({"a": ["x"]}, {"a": ["x", "yyy"], "b c": ["1\n(2 to 3)", "2"], "end": ["ok", "漢字"]}):
-        assert _width(cells) == natural_width(Console(width=10), _terminal_table(cells, "title"))
+        assert _table_width(cells) == natural_width(Console(width=10), _rich_table(cells, "title"))
 
 
 def test_a_knob_of_any_name_has_its_table(tmp_path: Path) -> None:
@@ -302,10 +280,10 @@ def test_what_is_unknown_is_said() -> None:
     unknown, known = record("a", "full", 1, throughput=speed), record(
         "b", "lora", 1, throughput=speed, energy_joules=40.0, compute=Compute(peak_per_second=1e9)
     )  # fmt: skip
-    mfu, energy = notes([unknown])
+    mfu, energy = collect_notes([unknown])
     assert mfu == "MFU is unknown: the data sheet's FLOP/s of a CPU at fp32 are not in the table"
     assert energy == "energy is unknown: neither NVML nor RAPL tells it here"
-    assert notes([known]) == []
+    assert collect_notes([known]) == []
     cells = row(markdown_table([unknown]))
     assert (cells["MFU"], cells["J/1,000 samples"]) == ("unknown", "unknown")
     assert "MFU" not in row(markdown_table([record("lead", "lead", None, tokens=None)]))

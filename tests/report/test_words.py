@@ -8,8 +8,8 @@ import numpy
 import pytest
 
 from peftbench.record import Device, Memory, Outcome, RunRecord
-from peftbench.report.differences import differences
-from peftbench.report.words import MOST_SENTENCES, summary
+from peftbench.report.analysis.significance import compare_groups
+from peftbench.report.summary import MAX_SENTENCES, summarize
 from tests.report.records import costly, judged, noise, record
 
 COUNT = 100
@@ -38,7 +38,7 @@ def lora(off: float, **changes: object) -> RunRecord:
 
 def of(records: list[RunRecord], about: str) -> str:
     """The one sentence that begins so."""
-    (found,) = [sentence for sentence in summary(records) if sentence.startswith(about)]
+    (found,) = [sentence for sentence in summarize(records) if sentence.startswith(about)]
     return found
 
 
@@ -62,7 +62,7 @@ def verdicts(said: list[str]) -> list[str]:
 )
 def test_a_difference_and_none(off: float, words: str) -> None:
     """A real one has its direction, size and interval; another only how far apart the two can be at most."""
-    said = summary([full(), lora(off)])
+    said = summarize([full(), lora(off)])
     assert said[0] == OPENING
     assert re.match(words, said[1])
     assert said[1].endswith(" at 86 % of its memory, 82 % of its time in one run each and 69 % of its required FLOPs.")
@@ -77,7 +77,7 @@ def test_within_is_the_further_end() -> None:
         sentence = of([full(), lora(off)], "lora")
         within, low, high = re.search(r"within (\S+) .* interval (\S+) to ([^;]+);", sentence).groups()  # type: ignore[union-attr]
         assert float(within) == max(-float(low), float(high))
-        (found,) = differences([full(), lora(off)]).differences
+        (found,) = compare_groups([full(), lora(off)]).differences
         assert (
             max(-found.interval.low, found.interval.high)
             <= float(within)
@@ -163,22 +163,22 @@ def seeds(name: str, kind: str, offs: list[float]) -> list[RunRecord]:
 
 def test_seeds_that_agree_and_seeds_that_do_not() -> None:
     """Three seeds of one mind support a difference that one lucky seed among three does not."""
-    agreed = summary([*seeds("full", "full", [0, 0, 0]), *seeds("lora", "lora", [5.5, 6, 6.5])])
+    agreed = summarize([*seeds("full", "full", [0, 0, 0]), *seeds("lora", "lora", [5.5, 6, 6.5])])
     assert agreed[1].startswith("lora is better than full by 6.0 ROUGE-L (interval 4.")
     assert agreed[-1].endswith(
         f"paired bootstrap over {COUNT} held-out examples and Student's t over 3 seeds, whichever reaches further."
     )
     lucky = [*seeds("full", "full", [0, 0, 0]), *seeds("lora", "lora", [12, 0, 0])]
-    (found,) = differences(lucky).differences
+    (found,) = compare_groups(lucky).differences
     assert found.over_examples.low > 0
-    assert verdicts(summary(lucky)) == []
-    assert re.match(r"lora is within \d\d\.\d ROUGE-L of full \(.*; not significant over 3 seeds\)", summary(lucky)[1])
+    assert verdicts(summarize(lucky)) == []
+    assert re.match(r"lora is within \d\d\.\d ROUGE-L of full \(.*; not significant over 3 seeds\)", summarize(lucky)[1])
 
 
 def test_pairs_of_one_seed_beside_pairs_of_several() -> None:
     """Of one seed there is no interval over seeds, and the caution stays."""
     rows = [*seeds("full", "full", [0, 0, 0]), *seeds("lora", "lora", [6, 6, 6]), *seeds("head", "last_layer", [0])]
-    assert summary(rows)[-1].endswith(
+    assert summarize(rows)[-1].endswith(
         f"over {COUNT} held-out examples and Student's t over up to 3 seeds where a pair has several, whichever "
         "reaches further; a pair of one seed may be ordered otherwise by another."
     )
@@ -186,7 +186,7 @@ def test_pairs_of_one_seed_beside_pairs_of_several() -> None:
 
 def test_an_interval_beyond_the_scale_is_no_bound() -> None:
     """ROUGE-L ends at 100: where two seeds leave more than that, no bound is named."""
-    said = summary([*seeds("full", "full", [0, 0]), *seeds("lora", "lora", [14, -6])])
+    said = summarize([*seeds("full", "full", [0, 0]), *seeds("lora", "lora", [14, -6])])
     assert said[1] == "lora cannot be told apart from full (difference +4.0; of 2 seeds the interval leaves the scale)."
 
 
@@ -194,13 +194,13 @@ def test_the_reference_is_full_or_was_chosen() -> None:
     """Full fine-tuning if it ended well; else the best mean, of which it is said that the same figure chose it."""
     last = judged("last_layer", "last_layer", scores(-8, 2))
     oom = full(quality=None, outcome=Outcome(kind="oom", step=2))
-    assert summary([full(), last, lora(9)])[0] == OPENING
-    assert summary([oom, last, lora(9)])[0] == (
+    assert summarize([full(), last, lora(9)])[0] == OPENING
+    assert summarize([oom, last, lora(9)])[0] == (
         "Compared by ROUGE-L of generated summaries (higher is better) with lora, chosen as the best of those that "
         "train by the same figure."
     )
     two = [full(), judged("full-slow", "full", scores(-9, 3), method={"x": 1}), lora(0)]
-    assert summary(two)[0] == OPENING.replace("full.", "full, the best of its method by the same figure.")
+    assert summarize(two)[0] == OPENING.replace("full.", "full, the best of its method by the same figure.")
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_the_reference_is_full_or_was_chosen() -> None:
 )  # fmt: skip
 def test_how_a_run_ended_is_said(outcome: Outcome, sentence: str) -> None:
     """A run without a result is told, with what would fit, and stands in no comparison."""
-    said = summary([full(quality=None, outcome=outcome), lora(0)])
+    said = summarize([full(quality=None, outcome=outcome), lora(0)])
     assert sentence in said
     assert sum("full" in one for one in said) == 1
     assert verdicts(said) == []
@@ -233,7 +233,7 @@ def test_some_seeds_that_ended_otherwise() -> None:
     """Of three seeds one diverged: the others are compared, and the one is told."""
     runs = [*seeds("full", "full", [0, 0, 0]), *seeds("lora", "lora", [5.5, 6, 6.5])]
     runs[4] = runs[4].model_copy(update={"outcome": Outcome(kind="diverged", step=7)})
-    said = summary(runs)
+    said = summarize(runs)
     assert "over 2 seeds" in said[2]
     assert said[3] == "lora (1 of 3 runs): diverged at step 7, so that nothing is said of what it learned."
 
@@ -247,7 +247,7 @@ def test_baselines_beside_what_was_trained() -> None:
     assert re.match(none, of(rows, "No"))
     sentence = of(rows, "lora and full are better than zero_shot, by ")
     least = float(re.search(r"by (\S+) ROUGE-L at least", sentence).group(1))  # type: ignore[union-attr]
-    compared = differences(rows)
+    compared = compare_groups(rows)
     base = compared.every[2]
     bounds = [found.interval.low for one in compared.every[:2] if (found := compared.between(one, base))]
     assert least <= min(bounds) < least + 0.1
@@ -255,7 +255,7 @@ def test_baselines_beside_what_was_trained() -> None:
 
 def test_baselines_alone() -> None:
     """Without a trained configuration the baselines are compared, and no seed is spoken of."""
-    said = summary([judged("zero_shot", "zero_shot", scores(-9, 3)), judged("lead_1", "lead", scores(2, 4))])
+    said = summarize([judged("zero_shot", "zero_shot", scores(-9, 3)), judged("lead_1", "lead", scores(2, 4))])
     assert said[0].endswith("with lead_1, chosen as the best by the same figure.")
     assert said[1].startswith("zero_shot is worse than lead_1 by 1")
     assert said[2].endswith("held-out examples.")
@@ -264,7 +264,7 @@ def test_baselines_alone() -> None:
 
 def test_an_unfair_table_says_so_first() -> None:
     """Runs of other batches are compared, but not as methods, and their costs are not."""
-    said = summary([full(), lora(9, global_batch=2)])
+    said = summarize([full(), lora(9, global_batch=2)])
     assert said[0].startswith("These runs differ in more than their method")
     assert said[0].endswith("so that no difference is put down to the method.")
     assert "for other steps or batches" in said[2]
@@ -276,7 +276,7 @@ def test_few_examples() -> None:
         judged("full", "full", [1.0] * 16, **costly(9, 1, 9)),
         judged("lora", "lora", [9.0] * 16, **costly(3, 2, 9)),
     ]
-    assert summary(rows) == [
+    assert summarize(rows) == [
         "lora is compared with full by costs alone, at 33 % of its memory, 200 % of its time in one run each and 100 % "
         "of its required FLOPs.",
         "Nothing is concluded about quality from 16 held-out examples: of fewer than 20 one odd example can make a "
@@ -288,7 +288,7 @@ def test_few_examples() -> None:
 def test_hardly_any_examples(count: int) -> None:
     """Of one held-out example, or two, nothing is concluded, and nothing breaks."""
     rows = [judged("full", "full", BASE[:count]), judged("lora", "lora", scores(4)[:count])]
-    said = summary(rows)
+    said = summarize(rows)
     assert len(said) == 1
     assert said[0].startswith("Of a single held-out example" if count == 1 else "Nothing is concluded about quality")
 
@@ -300,14 +300,14 @@ def test_runs_of_several_commits() -> None:
     assert of(runs, "Made by") == (
         "Made by more than one commit, so that the runs of each may differ in more than seeds: lora."
     )
-    assert len(differences(runs).every) == 2
-    assert not any("commit" in one for one in summary(runs[:4]))
+    assert len(compare_groups(runs).every) == 2
+    assert not any("commit" in one for one in summarize(runs[:4]))
 
 
 def test_a_baseline_that_shares_no_seed_is_in_no_sentence_but_one() -> None:
     """Beside a baseline of other seeds nothing was compared, and there is no "none of 0"."""
     base = [judged(f"base-seed={s}", "zero_shot", scores(-9, s), seed=s) for s in (7, 8)]
-    said = summary([full(), lora(4), *base])
+    said = summarize([full(), lora(4), *base])
     assert not any("beyond chance" in one or "None of" in one for one in said)
     assert "full and base (zero_shot) have no seed in common, and are not compared." in said
     more = [*base, judged("base-seed=0", "zero_shot", scores(9, 3))]
@@ -320,16 +320,16 @@ def test_a_baseline_that_shares_no_seed_is_in_no_sentence_but_one() -> None:
 def test_old_records() -> None:
     """Without scores by example nothing is concluded about quality, which is said once; costs are told."""
     rows = [record("full", "full", 1, **costly(9, 1, 9)), record("lora", "lora", 1, loss=9.0, **costly(3, 2, 9))]
-    said = summary(rows)
+    said = summarize(rows)
     assert said[0].startswith("lora is compared with full by costs alone, at 33 %")
     assert said[1:] == [
         "Without scores by example, as older records are, and so not compared: full and lora.",
         "No two configurations can be compared example by example, so that nothing is concluded about quality.",
     ]
     unknown = [record("full", "full", 1), record("lora", "lora", 1)]
-    assert len(summary(unknown)) == 2
+    assert len(summarize(unknown)) == 2
     apart = [rows[0], record("lora", "lora", 1, **costly(3, 2, 9, device="b"))]
-    assert summary(apart)[0] == "lora ran on another device than full, so that costs are not compared."
+    assert summarize(apart)[0] == "lora ran on another device than full, so that costs are not compared."
 
 
 def test_a_loss_that_is_lower_is_better() -> None:
@@ -339,7 +339,7 @@ def test_a_loss_that_is_lower_is_better() -> None:
         judged("full", "full", None, losses=[31.0 + 0.1 * (i % 2) for i in range(COUNT)], labelled=tokens),
         judged("lora", "lora", None, losses=[29.0] * COUNT, labelled=tokens),
     ]
-    said = summary(rows)
+    said = summarize(rows)
     assert said[0] == "Compared by held-out loss (lower is better) with full."
     assert re.fullmatch(r"lora is better than full by 0\.205 nats \(interval 0\.20\d to 0\.20\d\)\.", said[1])
 
@@ -355,12 +355,12 @@ def test_the_very_same_scores() -> None:
 def test_many_configurations_stay_short() -> None:
     """Twenty methods are told in twelve sentences, and how many more there are; thirty ends likewise."""
     rows = [full()] + [judged(f"m{i:02}", f"m{i:02}", scores(0, i)) for i in range(20)]
-    said = summary(rows)
-    assert sum(" is within " in one for one in said) == MOST_SENTENCES
+    said = summarize(rows)
+    assert sum(" is within " in one for one in said) == MAX_SENTENCES
     assert "And 8 more in the table." in said
     ended = [record(f"d{i:02}", f"d{i:02}", 1, outcome=Outcome(kind="diverged")) for i in range(30)]
-    assert len(summary(ended)) == MOST_SENTENCES + 2
-    assert "And 18 more in the table." in summary(ended)
+    assert len(summarize(ended)) == MAX_SENTENCES + 2
+    assert "And 18 more in the table." in summarize(ended)
 
 
 @pytest.mark.parametrize(
@@ -368,7 +368,7 @@ def test_many_configurations_stay_short() -> None:
 )
 def test_names_are_names(name: str) -> None:
     """Whatever a run is called, each sentence is one line, and holds the name as it is."""
-    said = summary([full(), judged(name, "lora", scores(4))])
+    said = summarize([full(), judged(name, "lora", scores(4))])
     assert all(one.isprintable() and one.endswith(".") for one in said)
     assert " ".join(name.replace("\x00", " ").replace("\x1b", " ").split()) in said[1]
     assert " is better than full by " in said[1]
@@ -380,13 +380,13 @@ def test_chance_is_put_into_words_as_seldom_as_is_said() -> None:
     for draw in range(200):
         random = numpy.random.default_rng(draw)
         kinds = ("full", "lora", "last_layer", "zero_shot")
-        wrong += bool(verdicts(summary([judged(kind, kind, list(random.normal(30, 9, size=40))) for kind in kinds])))
+        wrong += bool(verdicts(summarize([judged(kind, kind, list(random.normal(30, 9, size=40))) for kind in kinds])))
     assert 1 <= wrong <= 16
 
 
 def test_of_nothing() -> None:
     """One record says nothing of others."""
-    assert summary([full()]) == [
+    assert summarize([full()]) == [
         "No two configurations can be compared example by example, so that nothing is concluded about quality."
     ]
-    assert summary([full()], differences([full()])) == summary([full()])
+    assert summarize([full()], compare_groups([full()])) == summarize([full()])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
 
-from peftbench.slurm.script import Job, script
+from peftbench.slurm.batch_script import Job, render_script
 
 KEPT = Path(__file__).parent / "scripts"
 REFRESH = "python -m tests.slurm.record"
@@ -44,7 +44,7 @@ def main() -> None:
     for path in KEPT.glob("*.sbatch"):
         path.unlink()
     for name, job in SCRIPTS.items():
-        (KEPT / f"{name}.sbatch").write_text(script(job), encoding="utf-8")
+        (KEPT / f"{name}.sbatch").write_text(render_script(job), encoding="utf-8")
 
 
 if __name__ == "__main__":

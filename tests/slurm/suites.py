@@ -17,7 +17,7 @@ CLOCKED = frozenset({
 
 def peftbench(folder: Path, environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
     """What a command did."""
-    command = [sys.executable, "-c", "from peftbench.cli import main; main()", *words]
+    command = [sys.executable, "-c", "from peftbench.cli.app import main; main()", *words]
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1200, check=False
     )

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from peftbench.errors import SlurmError, TimeLimitError
-from peftbench.slurm.options import LEAD_SECONDS, NAMES, check_time, lead_seconds, sbatch_options, seconds_of
+from peftbench.slurm.options import DEFAULT_LEAD_SECONDS, ALLOWED_OPTIONS, check_time_limit, parse_lead_seconds, parse_sbatch_options, parse_time_limit
 
 
 def test_options_as_sbatch_spells_them() -> None:
@@ -15,8 +15,8 @@ def test_options_as_sbatch_spells_them() -> None:
     given: dict[str, Any] = {
         "partition": "gpu", "cpus_per_task": 4, "exclusive": True, "hold": False, "qos": None, "time": "1:00:00",
     }  # fmt: skip
-    assert sbatch_options(given) == {"partition": "gpu", "cpus-per-task": "4", "exclusive": None, "time": "1:00:00"}
-    assert len(NAMES) > 80
+    assert parse_sbatch_options(given) == {"partition": "gpu", "cpus-per-task": "4", "exclusive": None, "time": "1:00:00"}
+    assert len(ALLOWED_OPTIONS) > 80
 
 
 @pytest.mark.parametrize(
@@ -36,11 +36,11 @@ def test_options_as_sbatch_spells_them() -> None:
 def test_what_cannot_be_meant(given: dict[str, Any], said: str) -> None:
     """Each is refused in one line, an unknown name with those that there are."""
     with pytest.raises(SlurmError) as caught:
-        sbatch_options(given)
+        parse_sbatch_options(given)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
     if "partion" in given:
-        assert all(name in str(caught.value) for name in NAMES)
+        assert all(name in str(caught.value) for name in ALLOWED_OPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -52,23 +52,23 @@ def test_what_cannot_be_meant(given: dict[str, Any], said: str) -> None:
 )  # fmt: skip
 def test_times_as_sbatch_takes_them(time: str, seconds: int | None) -> None:
     """Minutes alone, and then seconds, hours and days around them (sbatch(1), --time)."""
-    assert seconds_of(time) == seconds
+    assert parse_time_limit(time) == seconds
 
 
 @pytest.mark.parametrize("time", ["soon", "1h", "1:2:3:4", "-5", "1-", ""])
 def test_what_is_no_time(time: str) -> None:
     """It is refused."""
     with pytest.raises(SlurmError, match="is no time; give minutes"):
-        seconds_of(time)
+        parse_time_limit(time)
 
 
 def test_a_time_must_leave_some() -> None:
     """A job that is told to stop before it can begin is refused; at one second more it is not."""
-    check_time({})
-    check_time({"time": f"0:{LEAD_SECONDS + 1}"})
+    check_time_limit({})
+    check_time_limit({"time": f"0:{DEFAULT_LEAD_SECONDS + 1}"})
     with pytest.raises(TimeLimitError, match="is 120 s, and the job is told to stop 120 s before its end"):
-        check_time({"time": "2"})
-    check_time({"time": "2", "signal": "B:USR1@30"})
-    assert lead_seconds({"signal": "B:SIGUSR1@45"}) == 45
+        check_time_limit({"time": "2"})
+    check_time_limit({"time": "2", "signal": "B:USR1@30"})
+    assert parse_lead_seconds({"signal": "B:SIGUSR1@45"}) == 45
     with pytest.raises(SlurmError, match="is not what a job's script hears; give B:USR1@SECONDS"):
-        lead_seconds({"signal": "TERM@60"})
+        parse_lead_seconds({"signal": "TERM@60"})

@@ -10,9 +10,9 @@ import pytest
 
 from peftbench.errors import RecordError, SlurmError, TimeLimitError
 from peftbench.record import EXIT_CODES, Outcome, RunRecord
-from peftbench.slurm.requeue import gained, requeue
-from peftbench.slurm.submitted import Submitted, submitted
-from peftbench.status import Teller
+from peftbench.slurm.requeue import made_progress, requeue
+from peftbench.slurm.job_file import JobFile, read_job_file
+from peftbench.run_dir.status import StatusWriter
 from tests.test_record import record as a_record
 
 LATER = "2999-01-01T00:00:00+00:00"
@@ -35,7 +35,7 @@ def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     for name, value in (("SLURM_ARRAY_JOB_ID", "12"), ("SLURM_ARRAY_TASK_ID", "3"), ("SLURM_RESTART_COUNT", "2")):
         monkeypatch.setenv(name, value)
-    Teller(tmp_path, tells=True).phase("train")
+    StatusWriter(tmp_path, tells=True).phase("train")
     return told
 
 
@@ -46,15 +46,15 @@ def test_what_came_further_begins_anew(tmp_path: Path, scontrol: Path) -> None:
     assert scontrol.read_text(encoding="utf-8") == "requeue 12_3\n"
 
 
-@pytest.mark.parametrize("before", [None, Submitted(job="11_3", requeued=7), Submitted(job="12_3", log="a log")])
-def test_it_is_counted(before: Submitted | None, tmp_path: Path, scontrol: Path) -> None:
+@pytest.mark.parametrize("before", [None, JobFile(job="11_3", requeued=7), JobFile(job="12_3", log="a log")])
+def test_it_is_counted(before: JobFile | None, tmp_path: Path, scontrol: Path) -> None:
     """Of this job, handed in by one command or by hand; what SLURM itself began anew is not counted."""
     record().write(tmp_path)
     if before is not None:
         before.write(tmp_path)
     for number in (1, 2):
         requeue(tmp_path, at_most=2)
-        found = submitted(tmp_path)
+        found = read_job_file(tmp_path)
         assert found is not None
         assert (found.job, found.requeued) == ("12_3", number)
     with pytest.raises(SlurmError, match="begun itself anew 2 times, which is as often as it may"):
@@ -145,5 +145,5 @@ def test_outside_of_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_gained() -> None:
     """A step more than there was is enough."""
-    assert gained(record(step=1, steps=1))
-    assert not gained(record(step=1, steps=1, began=(1,)))
+    assert made_progress(record(step=1, steps=1))
+    assert not made_progress(record(step=1, steps=1, began=(1,)))

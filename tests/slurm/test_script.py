@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from peftbench.errors import SlurmError
-from peftbench.slurm.script import Job, script
+from peftbench.slurm.batch_script import Job, render_script
 from tests.slurm.record import KEPT, REFRESH, SCRIPTS
 
 NASTY = """it's "a" $(touch HACKED) `touch HACKED` \\ run; touch HACKED & #"""
@@ -27,7 +27,7 @@ def test_there_are_scripts() -> None:
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_is_what_was_kept(name: str) -> None:
     """What is submitted changes only on purpose."""
-    kept, made = (KEPT / f"{name}.sbatch").read_text(encoding="utf-8"), script(SCRIPTS[name])
+    kept, made = (KEPT / f"{name}.sbatch").read_text(encoding="utf-8"), render_script(SCRIPTS[name])
     difference = "\n".join(difflib.unified_diff(kept.splitlines(), made.splitlines(), "kept", "made", lineterm=""))
     assert kept == made, f"{name} is another script now; if it is meant to be, run\n    {REFRESH}\n\n{difference}"
 
@@ -35,7 +35,7 @@ def test_a_script_is_what_was_kept(name: str) -> None:
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_bash_can_read_it(name: str) -> None:
     """Every one is valid for bash."""
-    done = subprocess.run(["bash", "-n"], input=script(SCRIPTS[name]), text=True, capture_output=True, check=False)
+    done = subprocess.run(["bash", "-n"], input=render_script(SCRIPTS[name]), text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -48,7 +48,7 @@ def test_a_name_is_a_name(tmp_path: Path) -> None:
     stand_in.mkdir()
     (stand_in / "srun").write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > {shlex.quote(str(said))}\n', encoding="utf-8")
     (stand_in / "srun").chmod(0o755)
-    text = script(Job(name=NASTY, folders=(folder,), logs=tmp_path / "logs"))
+    text = render_script(Job(name=NASTY, folders=(folder,), logs=tmp_path / "logs"))
     environment = {"PATH": f"{stand_in}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
     done = subprocess.run(
         ["bash", "-s"], input=text, text=True, cwd=tmp_path, env=environment, capture_output=True, check=False
@@ -72,7 +72,7 @@ def test_what_no_script_can_hold(what: str, tmp_path: Path) -> None:
 
 def test_a_percent_is_a_percent(tmp_path: Path) -> None:
     """SLURM has patterns for the names of logs."""
-    assert f"--output={tmp_path}/50%%j/%j.log" in script(Job(name="x", folders=(tmp_path,), logs=tmp_path / "50%j"))
+    assert f"--output={tmp_path}/50%%j/%j.log" in render_script(Job(name="x", folders=(tmp_path,), logs=tmp_path / "50%j"))
 
 
 @pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("launch/slurm/*.sbatch")), ids=lambda p: p.stem)

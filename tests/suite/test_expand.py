@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from peftbench.errors import MissingFileError, OutOfRangeError, RecipeError, UnknownKeyError
-from peftbench.suite.expand import accelerate_config, expand
+from peftbench.suite.expand import resolve_accelerate_config, expand
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SUITES = sorted(
@@ -134,9 +134,9 @@ def test_bad_suites(folder: Path, text: str, error: type[RecipeError], words: st
 def test_accelerate_config_lies_beside_the_suite(folder: Path) -> None:
     """An accelerate file is relative to the suite, none is None, and one that is not there is refused."""
     (folder / "cpu.yaml").write_text("use_cpu: true\n")
-    assert accelerate_config(suite(folder, "name: s\nrecipes: [full.yaml]\n")) is None
+    assert resolve_accelerate_config(suite(folder, "name: s\nrecipes: [full.yaml]\n")) is None
     assert (
-        accelerate_config(suite(folder, "name: s\nrecipes: [full.yaml]\naccelerate: cpu.yaml\n")) == folder / "cpu.yaml"
+        resolve_accelerate_config(suite(folder, "name: s\nrecipes: [full.yaml]\naccelerate: cpu.yaml\n")) == folder / "cpu.yaml"
     )
     with pytest.raises(MissingFileError, match=r"gpu\.yaml"):
-        accelerate_config(suite(folder, "name: s\nrecipes: [full.yaml]\naccelerate: gpu.yaml\n"))
+        resolve_accelerate_config(suite(folder, "name: s\nrecipes: [full.yaml]\naccelerate: gpu.yaml\n"))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from peftbench.lock import Lock
+from peftbench.run_dir.lock import Lock
 from peftbench.methods.full import Full
-from peftbench.recipe import Recipe
-from peftbench.suite import local
-from peftbench.suite.local import Result, run_one, run_suite
-from peftbench.suite.standing import unfinished
+from peftbench.recipe.schema import Recipe
+from peftbench.suite import launch
+from peftbench.suite.launch import RunResult, run_one, run_suite
+from peftbench.suite.status import find_unfinished_runs
 from tests.conftest import Workshop
 from tests.test_record import record
 
@@ -24,15 +24,15 @@ def test_runs_that_wait_are_seen(recipes: list[Recipe], workshop: Workshop, monk
     """When the first begins, whoever looks is told of all; what is finished already is not made to wait again."""
     seen: list[list[tuple[str, str]]] = []
 
-    def look(recipe: Recipe, *_: object, **__: object) -> Result:
-        seen.append([(one.name, one.state) for one in unfinished(workshop.output)])
-        return Result(recipe.name, "ok")
+    def look(recipe: Recipe, *_: object, **__: object) -> RunResult:
+        seen.append([(one.name, one.state) for one in find_unfinished_runs(workshop.output)])
+        return RunResult(recipe.name, "ok")
 
-    monkeypatch.setattr(local, "run_one", look)
+    monkeypatch.setattr(launch, "run_one", look)
     run_suite(recipes, None, lambda _: None)
     assert seen[0] == [("first", "waiting"), ("second", "waiting")]
     (workshop.output / "first" / "recipe.yaml").unlink()
-    monkeypatch.setattr(local, "result_of", lambda recipe: object() if recipe.name == "first" else None)
+    monkeypatch.setattr(launch, "result_of", lambda recipe: object() if recipe.name == "first" else None)
     assert [result.outcome for result in run_suite(recipes, None, lambda _: None)] == ["skipped", "ok"]
     assert not (workshop.output / "first" / "recipe.yaml").exists()
 
@@ -46,11 +46,11 @@ def test_an_older_record_keeps_its_recipe_until_its_turn(
     (folder / "recipe.yaml").write_text("old: true\n", encoding="utf-8")
     seen: list[str] = []
 
-    def look(recipe: Recipe, *_: object, **__: object) -> Result:
+    def look(recipe: Recipe, *_: object, **__: object) -> RunResult:
         seen.append((folder / "recipe.yaml").read_text(encoding="utf-8"))
-        return Result(recipe.name, "ok")
+        return RunResult(recipe.name, "ok")
 
-    monkeypatch.setattr(local, "run_one", look)
+    monkeypatch.setattr(launch, "run_one", look)
     run_suite(recipes, None, lambda _: None)
     assert seen[0] == "old: true\n"
 

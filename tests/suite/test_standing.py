@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from peftbench.errors import MissingFileError
-from peftbench.lock import Lock
+from peftbench.run_dir.lock import Lock
 from peftbench.record import Outcome, RunRecord
-from peftbench.slurm.queue import Queued
-from peftbench.slurm.submitted import Submitted
-from peftbench.status import Status, Teller, read_status
-from peftbench.suite.standing import Standing, standings, table, unfinished
+from peftbench.slurm.queue import QueuedJob
+from peftbench.slurm.job_file import JobFile
+from peftbench.run_dir.status import Status, StatusWriter, read_status
+from peftbench.suite.status import RunStatus, collect_run_statuses, render_status_table, find_unfinished_runs
 from tests.test_record import record as a_record
 
 EARLY, LATE = "2026-01-01T10:00:00+00:00", "2026-01-01T11:00:00+00:00"
@@ -42,9 +42,9 @@ def ended(kind: str, error: str | None = None, started_at: str = EARLY) -> RunRe
     return a_record().model_copy(update={"outcome": outcome, "started_at": started_at, "steps": 5})
 
 
-def one(folder: Path) -> Standing:
+def one(folder: Path) -> RunStatus:
     """How the only run stands."""
-    (found,) = standings(folder, {})
+    (found,) = collect_run_statuses(folder, {})
     return found
 
 
@@ -64,7 +64,7 @@ def test_every_state(tmp_path: Path) -> None:
     early = run(tmp_path / "h_stopped_early", ended("preempted", "stopped by SIGTERM").model_copy(update={"steps": 0}))
     (early / "checkpoints" / "x" / "step-00000004").mkdir(parents=True)
     (early / "checkpoints" / "x" / "step-00000004" / "checkpoint.json").touch()
-    found = {row.name[2:]: row for row in standings(tmp_path, {})}
+    found = {row.name[2:]: row for row in collect_run_statuses(tmp_path, {})}
     lock.let_go()
     assert {name: row.state for name, row in found.items()} == {
         "waiting": "waiting", "finished": "finished", "oom": "finished", "preempted": "preempted", "failed": "failed",
@@ -76,7 +76,7 @@ def test_every_state(tmp_path: Path) -> None:
     assert found["failed"].said == "the disk is full"
     assert "on node7; step 4 is kept; run it again to go on" in found["gone"].said
     assert (found["running"].step, found["running"].steps) == (7, 9)
-    text = table(standings(tmp_path, {}))
+    text = render_status_table(collect_run_statuses(tmp_path, {}))
     assert "8 runs: " in text
     assert "2 finished" in text
 
@@ -86,7 +86,7 @@ def test_a_page_names_no_machine(tmp_path: Path) -> None:
     run(tmp_path / "a_gone", None, told())
     lock = Lock(run(tmp_path / "b_running", None, told()))
     lock.hold()
-    found = unfinished(tmp_path)
+    found = find_unfinished_runs(tmp_path)
     lock.let_go()
     assert [row.said for row in found] == [f"last seen at {EARLY}; run it again to go on", "train"]
 
@@ -97,9 +97,9 @@ def test_the_table(tmp_path: Path) -> None:
     lock = Lock(run(tmp_path / "a", None, told().model_copy(update=news | {"seconds_left": 41.0})))
     lock.hold()
     run(tmp_path / "b", ended("preempted", "stopped").model_copy(update={"losses": (3.0, 2.5), "throughput": None}))
-    rows = standings(tmp_path, {})
+    rows = collect_run_statuses(tmp_path, {})
     lock.let_go()
-    assert table(rows).splitlines()[:4] == [
+    assert render_status_table(rows).splitlines()[:4] == [
         "run    state      step    loss    tokens/s    memory         left",
         "-----  ---------  ------  ------  ----------  -------------  -------  --------------",
         "a      running    5/9     2.346   18,204      96 of 112 MiB  0:00:41  train on node7",
@@ -117,21 +117,21 @@ def test_what_was_gone_on_with_and_died(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("queue", "state", "said"),
     [
-        ({"12_3": Queued("PENDING", "Resources")}, "waiting", "after step 5, resources"),
-        ({"12_3": Queued("REQUEUED", "None")}, "waiting", "after step 5, requeued"),
-        ({"12_3": Queued("RUNNING", "None")}, "running", "train on node7"),
-        ({"12_4": Queued("RUNNING", "None")}, "preempted", "stopped"),
-        ({"12_3": Queued("COMPLETING", "None")}, "preempted", "stopped"),
-        ({"13": Queued("PENDING", "Priority")}, "waiting", "after step 5, priority"),
+        ({"12_3": QueuedJob("PENDING", "Resources")}, "waiting", "after step 5, resources"),
+        ({"12_3": QueuedJob("REQUEUED", "None")}, "waiting", "after step 5, requeued"),
+        ({"12_3": QueuedJob("RUNNING", "None")}, "running", "train on node7"),
+        ({"12_4": QueuedJob("RUNNING", "None")}, "preempted", "stopped"),
+        ({"12_3": QueuedJob("COMPLETING", "None")}, "preempted", "stopped"),
+        ({"13": QueuedJob("PENDING", "Priority")}, "waiting", "after step 5, priority"),
     ],
 )
-def test_the_queue_knows_more(queue: dict[str, Queued], state: str, said: str, tmp_path: Path) -> None:
+def test_the_queue_knows_more(queue: dict[str, QueuedJob], state: str, said: str, tmp_path: Path) -> None:
     """A run on another machine, whose lock cannot be seen here, and one that is to begin anew."""
     started = LATE if state == "running" else EARLY
     folder = run(tmp_path / "x", ended("preempted", "stopped"), told(started))
     job = next(iter(queue)) if "13" in queue else "12_3"  # 13 is what it was submitted as after it had stopped
     (folder / "job.json").write_text(json.dumps({"job": job}), encoding="utf-8")
-    (found,) = standings(tmp_path, queue)
+    (found,) = collect_run_statuses(tmp_path, queue)
     assert (found.state, found.said) == (state, said)
 
 
@@ -139,7 +139,7 @@ def test_a_run_that_was_refused(tmp_path: Path) -> None:
     """It leaves nothing but what its job's log says; a record that came later says more."""
     log = tmp_path / "12.log"
     folder = run(tmp_path / "x")
-    Submitted(job="12", log=str(log)).write(folder)
+    JobFile(job="12", log=str(log)).write(folder)
     assert one(tmp_path).state == "waiting"
     log.write_text('error: no\n{"outcome": "refused", "error": "there is no file rows.jsonl"}\nsrun: error\n')
     assert (one(tmp_path).state, one(tmp_path).said) == ("failed", "there is no file rows.jsonl")
@@ -151,17 +151,17 @@ def test_a_run_that_was_refused(tmp_path: Path) -> None:
 def test_a_page_has_a_run_that_was_refused(tmp_path: Path) -> None:
     """One that left no record is listed with the reason; one with a record is on the page by that already."""
     log = tmp_path / "12.log"
-    Submitted(job="12", log=str(log)).write(run(tmp_path / "x"))
+    JobFile(job="12", log=str(log)).write(run(tmp_path / "x"))
     run(tmp_path / "y", ended("failed", "the disk is full"))
     log.write_text('{"outcome": "refused", "error": "there is no file rows.jsonl"}\n')
-    assert [(row.name, row.said) for row in unfinished(tmp_path)] == [("x", "there is no file rows.jsonl")]
+    assert [(row.name, row.said) for row in find_unfinished_runs(tmp_path)] == [("x", "there is no file rows.jsonl")]
 
 
 def test_a_page_has_a_run_that_goes_on(tmp_path: Path) -> None:
     """A record of an attempt before does not hide that it runs."""
     lock = Lock(run(tmp_path / "x", ended("preempted"), told(LATE)))
     lock.hold()
-    found = unfinished(tmp_path)
+    found = find_unfinished_runs(tmp_path)
     lock.let_go()
     assert [row.state for row in found] == ["running"]
 
@@ -175,12 +175,12 @@ def test_folders_are_called_as_one_likes(tmp_path: Path) -> None:
 def test_a_folder_without_runs(tmp_path: Path) -> None:
     """It is no error of the program."""
     with pytest.raises(MissingFileError, match="there is no run below"):
-        standings(tmp_path, {})
+        collect_run_statuses(tmp_path, {})
 
 
 def test_a_teller_is_read(tmp_path: Path) -> None:
     """What one process tells another reads."""
     folder = run(tmp_path / "x")
-    Teller(folder, tells=True).phase("load")
+    StatusWriter(folder, tells=True).phase("load")
     assert read_status(folder) is not None
     assert one(tmp_path).state == "gone"  # for nobody holds the folder

@@ -12,10 +12,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-from peftbench.cli import app
-from peftbench.config import load_recipe
-from peftbench.lock import Lock
-from peftbench.slurm.submitted import submitted
+from peftbench.cli.app import app
+from peftbench.recipe.loader import load_recipe
+from peftbench.run_dir.lock import Lock
+from peftbench.slurm.job_file import read_job_file
 from tests.report.records import record
 
 Submit = Callable[..., Result]
@@ -73,7 +73,7 @@ def test_a_dry_run_writes_all_and_hands_in_nothing(submit: Submit) -> None:
         recipe = load_recipe([Path("out") / name / "recipe.yaml"], [])
         assert (recipe.name, recipe.train.steps) == (name, 3)
         assert recipe.output_dir == str(Path("out").resolve())
-        assert submitted(Path("out") / name) is None
+        assert read_job_file(Path("out") / name) is None
 
 
 @pytest.mark.parametrize(("target", "names"), [("suite.yaml", ("one", "two")), ("two.yaml", ("two",))])
@@ -106,7 +106,7 @@ def test_it_is_handed_in(submit: Submit, slurm: Callable[..., Path], monkeypatch
     assert "SLURM_RESTART_COUNT" not in environment
     for line in ("submitted job 12: 2 runs", "peftbench status", "scancel 12", "peftbench report"):
         assert line in said.stdout
-    assert [(found.job, found.log) for name in ("one", "two") if (found := submitted(Path("out") / name))] == [
+    assert [(found.job, found.log) for name in ("one", "two") if (found := read_job_file(Path("out") / name))] == [
         (f"12_{index}", str(Path(f"out/slurm/12_{index}.log").resolve())) for index in (0, 1)
     ]
 
@@ -169,7 +169,7 @@ def test_slurm_does_not_take_it(sbatch: str | None, sentence: str, submit: Submi
     assert said.exit_code == 90
     assert sentence in said.stderr
     assert Path("out/one/job.sbatch").is_file()
-    assert submitted(Path("out/one")) is None
+    assert read_job_file(Path("out/one")) is None
 
 
 def test_a_queue_that_does_not_answer(submit: Submit, slurm: Callable[..., Path], tmp_path: Path) -> None:

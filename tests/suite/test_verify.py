@@ -6,31 +6,31 @@ from pathlib import Path
 
 import pytest
 
-from peftbench.budget.devices import UNKNOWN, device_named
-from peftbench.budget.plan import Proof
-from peftbench.budget.search import Room, strategy
+from peftbench.memory.devices import UNKNOWN_DEVICE, get_device_facts
+from peftbench.memory.plan import Verification
+from peftbench.memory.search import MemoryTarget, find_strategy
 from peftbench.errors import BudgetError
 from peftbench.methods.full import Full
-from peftbench.recipe import Recipe
+from peftbench.recipe.schema import Recipe
 from peftbench.record import Device, Outcome, RunRecord
-from peftbench.suite.local import Result
-from peftbench.suite.verify import check_here, prove
+from peftbench.suite.launch import RunResult
+from peftbench.suite.verify_fit import check_local_device, verify_strategy
 from tests.conftest import Workshop
 
 BUDGET = 2**31
 
 
-def proved(workshop: Workshop, fits: int) -> tuple[Proof, list[str], list[Recipe]]:
+def proved(workshop: Workshop, fits: int) -> tuple[Verification, list[str], list[Recipe]]:
     """Of a device on which up to ``fits`` rows fit, where four were predicted of twelve."""
     recipe = workshop.recipe(Full(), train={"global_batch_size": 12}, evaluate={"batch": 2})
-    room = Room(UNKNOWN, "a GPU", BUDGET)
-    found = strategy(recipe, (), room)
+    room = MemoryTarget(UNKNOWN_DEVICE, "a GPU", BUDGET)
+    found = find_strategy(recipe, (), room)
     assert found is not None
     found = found.model_copy(update={"plan": found.plan.model_copy(update={"rows": 4})})
     said: list[str] = []
     ran: list[Recipe] = []
 
-    def launch(asked: Recipe) -> Result:
+    def launch(asked: Recipe) -> RunResult:
         ran.append(asked)
         kind = "ok" if (asked.train.rows or 0) <= fits else "oom"
         RunRecord(
@@ -38,9 +38,9 @@ def proved(workshop: Workshop, fits: int) -> tuple[Proof, list[str], list[Recipe
             device=Device(kind="cpu", name="", processes=1),
             outcome=Outcome(kind=kind, step=2, part="forward", requested_bytes=7),  # type: ignore[arg-type]
         ).write(Path(asked.output_dir) / asked.name)  # fmt: skip
-        return Result(asked.name, kind)
+        return RunResult(asked.name, kind)
 
-    return prove(recipe, found, room, launch=launch, say=said.append), said, ran
+    return verify_strategy(recipe, found, room, launch=launch, say=said.append), said, ran
 
 
 @pytest.mark.parametrize(("fits", "tried"), [
@@ -62,16 +62,16 @@ def test_the_edge_is_found(fits: int, tried: list[int], workshop: Workshop) -> N
 def test_a_run_that_fails_proves_nothing(workshop: Workshop) -> None:
     """It is no edge, and the answer is not given."""
     recipe = workshop.recipe(Full(), train={"global_batch_size": 2}, evaluate={"batch": 1})
-    room = Room(UNKNOWN, "a GPU", BUDGET)
-    found = strategy(recipe, (), room)
+    room = MemoryTarget(UNKNOWN_DEVICE, "a GPU", BUDGET)
+    found = find_strategy(recipe, (), room)
     assert found is not None
     with pytest.raises(BudgetError, match="micro-batches of 2 proves nothing, for it ended as failed: no such"):
-        prove(recipe, found, room, launch=lambda asked: Result(asked.name, "failed", "no such"), say=print)
+        verify_strategy(recipe, found, room, launch=lambda asked: RunResult(asked.name, "failed", "no such"), say=print)
 
 
 def test_an_answer_is_proved_on_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine without a GPU that is the CPU."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    check_here(device_named("cpu"))
+    check_local_device(get_device_facts("cpu"))
     with pytest.raises(BudgetError, match="here, on CPU, and the answer is for Tesla T4; give --device cpu"):
-        check_here(device_named("t4"))
+        check_local_device(get_device_facts("t4"))

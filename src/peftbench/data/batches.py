@@ -16,10 +16,10 @@ from typing import Any, Protocol
 
 import torch
 
-from peftbench.data.collate import Collator, MicroBatch, TokenCounts, Work
+from peftbench.data.collate import Collator, MicroBatch, TokenCounts, FlopUnits
 from peftbench.errors import OutOfRangeError
 
-_READ = 1000  # examples at a time, where only their lengths are wanted
+_READ_CHUNK_SIZE = 1000  # examples at a time, where only their lengths are wanted
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class GlobalBatch:
 
     micro_batches: tuple[MicroBatch, ...]
     counts: TokenCounts
-    required: Work = field(default_factory=Work)
+    required: FlopUnits = field(default_factory=FlopUnits)
     """What training on these examples needs."""
-    executed: Work = field(default_factory=Work)
+    executed: FlopUnits = field(default_factory=FlopUnits)
     """What computing them takes, padding included."""
 
     @property
@@ -44,7 +44,7 @@ class GlobalBatch:
         return replace(self, micro_batches=tuple(micro_batch.pinned() for micro_batch in self.micro_batches))
 
 
-class Rows(Protocol):
+class EncodedExamples(Protocol):
     """Encoded examples: a :class:`datasets.Dataset` with these two columns, or anything that answers alike."""
 
     def __len__(self) -> int: ...
@@ -57,7 +57,7 @@ class Rows(Protocol):
 class Batches:
     """The global batches of a run, in order, as one rank sees them."""
 
-    dataset: Rows
+    dataset: EncodedExamples
     collator: Collator
     global_batch: int
     micro_batch: int | None
@@ -68,17 +68,17 @@ class Batches:
     """Micro-batches of a rank in one step, cut to be of equal size in tokens; None cuts by ``micro_batch`` examples."""
 
     def __post_init__(self) -> None:
-        check_share(self.global_batch, self.world_size)
+        check_divisible(self.global_batch, self.world_size)
 
     @property
     def accumulation(self) -> int:
         """Micro-batches a rank runs for one step."""
-        return self.micro_batches or division(self.global_batch, self.micro_batch, self.world_size)[0]
+        return self.micro_batches or compute_micro_batching(self.global_batch, self.micro_batch, self.world_size)[0]
 
     @property
     def largest_micro_batch(self) -> int | None:
         """Most examples in one of them, None where tokens say how many."""
-        return None if self.micro_batches else division(self.global_batch, self.micro_batch, self.world_size)[1]
+        return None if self.micro_batches else compute_micro_batching(self.global_batch, self.micro_batch, self.world_size)[1]
 
     def within(self, tokens: int, steps: int) -> Batches:
         """The same, cut into as few micro-batches as keep each to ``tokens`` positions, in all of so many steps.
@@ -88,8 +88,8 @@ class Batches:
         """
         lengths = [
             len(ids)
-            for start in range(0, len(self.dataset), _READ)
-            for ids in self.dataset[list(range(start, min(start + _READ, len(self.dataset))))]["input_ids"]
+            for start in range(0, len(self.dataset), _READ_CHUNK_SIZE)
+            for ids in self.dataset[list(range(start, min(start + _READ_CHUNK_SIZE, len(self.dataset))))]["input_ids"]
         ]
         if (longest := self.collator.positions([max(lengths)])) > tokens:
             raise OutOfRangeError(
@@ -99,7 +99,7 @@ class Batches:
         order, most = self.order(), 1
         for _ in range(steps):
             drawn = sorted(lengths[next(order)] for _ in range(self.global_batch))
-            most = max(most, math.ceil(len(_runs(drawn, self.collator.positions, tokens)) / self.world_size))
+            most = max(most, math.ceil(len(_group_within_limit(drawn, self.collator.positions, tokens)) / self.world_size))
         return replace(self, micro_batches=min(most, self.global_batch // self.world_size))
 
     def steps(self, steps: int | None, epochs: float | None) -> int:
@@ -131,7 +131,7 @@ class Batches:
         if not self.collator.as_published:
             examples.sort(key=lambda example: len(example[0]))
         mine: list[MicroBatch] = []
-        counts, required, executed = TokenCounts(), Work(), Work()
+        counts, required, executed = TokenCounts(), FlopUnits(), FlopUnits()
         # Neighbours in length go to the ranks of one micro-step, so that no rank waits for another.
         for index, (start, stop) in enumerate(self._cut([len(ids) for ids, _, _ in examples])):
             micro_batch = self.collate(examples[start:stop])
@@ -146,7 +146,7 @@ class Batches:
         """A micro-batch of examples, each as token ids, prompt tokens and index."""
         return self.collator.collate(*zip(*examples, strict=True))
 
-    def executed(self, micro_batch: MicroBatch) -> Work:
+    def executed(self, micro_batch: MicroBatch) -> FlopUnits:
         """What computing it takes."""
         return self.collator.executed(micro_batch)
 
@@ -154,11 +154,11 @@ class Batches:
         """Runs of neighbours, as equal as can be: in tokens where those say how many there are, or in examples."""
         parts = self.accumulation * self.world_size
         if self.micro_batches:
-            return _evenly(lengths, self.collator.positions, parts)
+            return _split_evenly(lengths, self.collator.positions, parts)
         return itertools.pairwise(index * len(lengths) // parts for index in range(parts + 1))
 
 
-def check_share(global_batch: int, world_size: int) -> None:
+def check_divisible(global_batch: int, world_size: int) -> None:
     """Whether every process can have as many examples of a step as the others.
 
     Raises:
@@ -171,18 +171,18 @@ def check_share(global_batch: int, world_size: int) -> None:
         )
 
 
-def division(global_batch: int, micro_batch: int | None, world_size: int) -> tuple[int, int]:
+def compute_micro_batching(global_batch: int, micro_batch: int | None, world_size: int) -> tuple[int, int]:
     """How a process does its share of a step: in how many micro-batches, and of how many examples at most."""
     share = max(1, global_batch // world_size)
     accumulation = math.ceil(share / min(micro_batch or share, share))
     return accumulation, math.ceil(share / accumulation)
 
 
-Positions = Callable[[Sequence[int]], int]
+PositionCounter = Callable[[Sequence[int]], int]
 """What a micro-batch of such lengths is computed over; no fewer for an example added."""
 
 
-def _runs(lengths: Sequence[int], positions: Positions, limit: int) -> list[tuple[int, int]]:
+def _group_within_limit(lengths: Sequence[int], positions: PositionCounter, limit: int) -> list[tuple[int, int]]:
     """The fewest runs of neighbours of at most ``limit`` positions each, as (start, stop)."""
     runs, start = [], 0
     for stop in range(1, len(lengths) + 1):
@@ -192,11 +192,11 @@ def _runs(lengths: Sequence[int], positions: Positions, limit: int) -> list[tupl
     return runs
 
 
-def _evenly(lengths: Sequence[int], positions: Positions, parts: int) -> Iterator[tuple[int, int]]:
+def _split_evenly(lengths: Sequence[int], positions: PositionCounter, parts: int) -> Iterator[tuple[int, int]]:
     """``parts`` runs of neighbours, the largest of which has as few positions as can be."""
     low, high = max(positions([length]) for length in lengths), positions(lengths)
-    limit = bisect.bisect_left(range(low, high), True, key=lambda limit: len(_runs(lengths, positions, limit)) <= parts)
-    runs = _runs(lengths, positions, low + limit)
+    limit = bisect.bisect_left(range(low, high), True, key=lambda limit: len(_group_within_limit(lengths, positions, limit)) <= parts)
+    runs = _group_within_limit(lengths, positions, low + limit)
     while len(runs) < parts:  # a run that is split is no larger
         start, stop = max(runs, key=lambda run: run[1] - run[0])
         runs.remove((start, stop))

@@ -15,7 +15,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class _Summed:
+class _FieldwiseSum:
     """Adds up field by field."""
 
     def __add__(self, other: Self) -> Self:
@@ -23,7 +23,7 @@ class _Summed:
 
 
 @dataclass(frozen=True)
-class TokenCounts(_Summed):
+class TokenCounts(_FieldwiseSum):
     """Tokens of a batch, four kinds that must not be mixed."""
 
     real: int = 0
@@ -37,7 +37,7 @@ class TokenCounts(_Summed):
 
 
 @dataclass(frozen=True)
-class Work(_Summed):
+class FlopUnits(_FieldwiseSum):
     """What is computed for sequences, summed over them: all that FLOPs depend on beside the model."""
 
     positions: int = 0
@@ -53,7 +53,7 @@ class Work(_Summed):
 
 
 @dataclass(frozen=True)
-class Documents:
+class PackedSequences:
     """Sequences that share one row, each of which attends to itself alone."""
 
     lengths: tuple[int, ...]
@@ -70,7 +70,7 @@ class Documents:
     @classmethod
     def of(
         cls, lengths: Sequence[int], virtual_tokens: int = 0, device: torch.device | None = None, *, padding: int = 0
-    ) -> Documents:
+    ) -> PackedSequences:
         """Documents of that many positions each, and one of padding after them, which has no soft tokens."""
         begins = [0, *itertools.accumulate(lengths)][:-1]
         places = [torch.arange(start, start + virtual_tokens) for start in begins]
@@ -84,7 +84,7 @@ class Documents:
             torch.cat(places).to(device),
         )
 
-    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Documents:
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> PackedSequences:
         """The same with ``function`` of each tensor."""
         return replace(
             self, bounds=function(self.bounds), position_ids=function(self.position_ids), virtual=function(self.virtual)
@@ -107,7 +107,7 @@ class MicroBatch:
     """Which they are, as indices into their dataset, in the order of ``lengths``."""
     attention_mask: torch.Tensor | None = None
     """(rows, width), where padding enters the loss and may not be looked at."""
-    documents: Documents | None = None
+    documents: PackedSequences | None = None
     trunk: Literal["computed", "kept", "stored"] = "computed"
     """What becomes of the hidden states: computed and forgotten, computed and kept in a store, or taken from there."""
 
@@ -195,25 +195,25 @@ class Collator:
         rows = len(batch.lengths)
         return TokenCounts(sum(batch.lengths), batch.input_ids.numel(), len(batch.targets), rows * self.virtual_tokens)
 
-    def required(self, batch: MicroBatch) -> Work:
+    def required(self, batch: MicroBatch) -> FlopUnits:
         """Real and virtual tokens, each attending to itself and what is before it; the head at labels."""
         return self._of_lengths(batch, [length + self.virtual_tokens for length in batch.lengths])
 
-    def executed(self, batch: MicroBatch) -> Work:
+    def executed(self, batch: MicroBatch) -> FlopUnits:
         """Every position of the padded rectangle."""
         rows, width = batch.input_ids.shape[0], batch.input_ids.shape[1] + self.virtual_tokens
         padded = batch.attention_mask is not None and len({*batch.lengths, batch.input_ids.shape[1]}) > 1
         pairs = rows * width**2  # and a mask is what keeps a kernel from skipping any
-        causal = pairs if padded else rows * _triangle(width)
-        return Work(rows * width, pairs, causal, len(batch.targets), width)
+        causal = pairs if padded else rows * _count_causal_pairs(width)
+        return FlopUnits(rows * width, pairs, causal, len(batch.targets), width)
 
-    def _of_lengths(self, batch: MicroBatch, lengths: Sequence[int]) -> Work:
-        total, causal = sum(lengths), sum(map(_triangle, lengths))
-        return Work(total, sum(length**2 for length in lengths), causal, len(batch.targets), total)
+    def _of_lengths(self, batch: MicroBatch, lengths: Sequence[int]) -> FlopUnits:
+        total, causal = sum(lengths), sum(map(_count_causal_pairs, lengths))
+        return FlopUnits(total, sum(length**2 for length in lengths), causal, len(batch.targets), total)
 
 
 @dataclass(frozen=True)
-class Packer(Collator):
+class PaddingFreeCollator(Collator):
     """Puts encoded examples one after another into a single row, where none sees another: padded is that row alone."""
 
     def positions(self, lengths: Sequence[int]) -> int:
@@ -226,7 +226,7 @@ class Packer(Collator):
         virtual = [torch.full((self.virtual_tokens,), self.pad_token)] if self.virtual_tokens else []
         lengths = [len(row) + self.virtual_tokens for row in rows]
         padding = self._short_by(sum(lengths))
-        documents = Documents.of(lengths, self.virtual_tokens, padding=padding)
+        documents = PackedSequences.of(lengths, self.virtual_tokens, padding=padding)
         parts = [part for row in rows for part in (*virtual, torch.as_tensor(row, dtype=torch.long))]
         input_ids = torch.cat([*parts, torch.full((padding,), self.pad_token)])
         places = [
@@ -243,12 +243,12 @@ class Packer(Collator):
         counts = super().count(batch)
         return replace(counts, padded=counts.padded - counts.virtual)
 
-    def executed(self, batch: MicroBatch) -> Work:
+    def executed(self, batch: MicroBatch) -> FlopUnits:
         """Every position of the row, the padding at its end among them."""
         assert batch.documents is not None
         return self._of_lengths(batch, batch.documents.lengths)
 
 
-def _triangle(length: int) -> int:
+def _count_causal_pairs(length: int) -> int:
     """Pairs of each position with itself and those before it."""
     return length * (length + 1) // 2

@@ -12,19 +12,19 @@ import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from peftbench.data.sources import cache_of
+from peftbench.data.sources import dataset_cache_dir
 from peftbench.errors import OutOfRangeError, SequenceTooShortError
-from peftbench.files import write_error
+from peftbench.common.filesystem import write_error
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-_FORMAT = 2  # part of the cache's key: raise it when encoding changes
+_CACHE_VERSION = 2  # part of the cache's key: raise it when encoding changes
 
 
 @dataclass(frozen=True)
-class Layout:
+class SequenceLayout:
     """How long a sequence may be and what stands between its parts."""
 
     max_tokens: int
@@ -36,7 +36,7 @@ class Layout:
     @classmethod
     def fit(
         cls, *, separator: str, max_tokens: int | None, new_tokens: int, positions: int | None, virtual_tokens: int
-    ) -> Layout:
+    ) -> SequenceLayout:
         """The layout for a model with ``positions`` positions, of which a method takes ``virtual_tokens``.
 
         Raises:
@@ -68,10 +68,10 @@ class Layout:
 class Encoder:
     """Encodes examples with one tokenizer under one layout."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, layout: Layout) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, layout: SequenceLayout) -> None:
         self.tokenizer = tokenizer
         self.layout = layout
-        self.end = _end_token(tokenizer)
+        self.end = _require_eos_token_id(tokenizer)
         self.start = self._start()
         self.separator = self._ids(layout.separator)
         # With a byte-level BPE the space before a word is part of its token; SentencePiece puts one there by itself.
@@ -126,7 +126,7 @@ class Encoder:
         """
         # Tokenizers do not hash alike from one process to the next, so the cache is keyed by what they do.
         key = json.dumps(
-            [_FORMAT, dataset._fingerprint, asdict(self.layout), self.end, self.start, fingerprint(self.tokenizer)]
+            [_CACHE_VERSION, dataset._fingerprint, asdict(self.layout), self.end, self.start, hash_tokenizer(self.tokenizer)]
         )
         try:
             encoded = dataset.map(
@@ -135,7 +135,7 @@ class Encoder:
                 new_fingerprint=hashlib.blake2b(key.encode(), digest_size=16).hexdigest(),
             )
         except OSError as error:
-            raise write_error(cache_of(dataset), error) from error
+            raise write_error(dataset_cache_dir(dataset), error) from error
         longest = self.layout.max_tokens
         fits = [index for index, needed in enumerate(encoded["needed"]) if needed <= longest]
         if len(fits) < len(encoded) and (too_long != "drop" or not fits):
@@ -149,14 +149,14 @@ class Encoder:
         return (encoded if len(fits) == len(encoded) else encoded.select(fits)), len(encoded) - len(fits)
 
 
-def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of what a tokenizer does: its vocabulary, merges, normalisation and special tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     return hashlib.blake2b((state + str(tokenizer.special_tokens_map)).encode(), digest_size=16).hexdigest()
 
 
-def _end_token(tokenizer: PreTrainedTokenizerBase) -> int:
+def _require_eos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     end = tokenizer.eos_token_id
     if end is None:
         raise OutOfRangeError(f"the tokenizer {tokenizer.name_or_path!r} has no end token; use one that has")

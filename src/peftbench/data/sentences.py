@@ -16,17 +16,17 @@ def split_sentences(text: str) -> list[str]:
     Punkt (Kiss and Strunk 2006) with its rules alone: the trained parameters would have to be downloaded.
     """
     lines = (line.strip() for line in text.splitlines())
-    return [sentence for line in lines if line for sentence in _splitter().tokenize(line)]
+    return [sentence for line in lines if line for sentence in _punkt_tokenizer().tokenize(line)]
 
 
-def prose_sentences(text: str) -> list[str]:
+def split_prose_sentences(text: str) -> list[str]:
     """Sentences of running text: a blank line ends one, a line break is only where the line was full."""
     paragraphs = (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text))
-    return [sentence for paragraph in paragraphs if paragraph for sentence in _splitter().tokenize(paragraph)]
+    return [sentence for paragraph in paragraphs if paragraph for sentence in _punkt_tokenizer().tokenize(paragraph)]
 
 
 @cache
-def _splitter() -> PunktSentenceTokenizer:
+def _punkt_tokenizer() -> PunktSentenceTokenizer:
     from nltk.tokenize.punkt import PunktSentenceTokenizer
 
     return PunktSentenceTokenizer()

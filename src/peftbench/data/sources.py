@@ -9,22 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import Field, field_validator
 
-from peftbench.data.source import COLUMNS, Source
+from peftbench.data.base import EXAMPLE_COLUMNS, Source
 from peftbench.data.synthetic import Synthetic
-from peftbench.errors import (
-    DataError,
-    DataNotFoundError,
-    EmptySplitError,
-    HubUnreachableError,
-    MissingColumnError,
-    nearest,
-)
-from peftbench.files import NOT_WRITABLE, write_error
+from peftbench.errors import DataError, DataNotFoundError, EmptySplitError, HubUnreachableError, MissingColumnError, did_you_mean
+from peftbench.common.filesystem import UNWRITABLE_ERRNOS, write_error
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_NO_ROWS = ("corresponds to no data", "BatchSize must be greater than 0")  # how ``datasets`` says so
+_EMPTY_FILE_MESSAGES = ("corresponds to no data", "BatchSize must be greater than 0")  # how ``datasets`` says so
 
 
 class Docstrings(Source):
@@ -34,16 +27,16 @@ class Docstrings(Source):
     """Which source."""
 
     def load(self, split: str) -> Dataset:
-        from peftbench.data.docstrings import pair_files
+        from peftbench.data.docstring_corpus import cache_pair_files
 
-        paths, _ = pair_files()
-        dataset = _load_files("json", paths[split])
-        return _columns(dataset, {"id": "where", "article": "article", "summary": "summary"}, split, str(paths[split]))
+        paths, _ = cache_pair_files()
+        dataset = _load_file("json", paths[split])
+        return _select_columns(dataset, {"id": "where", "article": "article", "summary": "summary"}, split, str(paths[split]))
 
     def identity(self) -> str:
-        from peftbench.data.docstrings import pair_files
+        from peftbench.data.docstring_corpus import cache_pair_files
 
-        return pair_files()[1]
+        return cache_pair_files()[1]
 
 
 class Files(Source):
@@ -75,8 +68,8 @@ class Files(Source):
 
     def load(self, split: str) -> Dataset:
         path = self._path(split)
-        dataset = _load_files(self.FORMATS[path.suffix], path)
-        return _columns(dataset, {"id": self.id, "article": self.article, "summary": self.summary}, split, str(path))
+        dataset = _load_file(self.FORMATS[path.suffix], path)
+        return _select_columns(dataset, {"id": self.id, "article": self.article, "summary": self.summary}, split, str(path))
 
     def identity(self) -> str:
         digest = hashlib.blake2b(digest_size=16)
@@ -127,7 +120,7 @@ class Hub(Source):
             dataset: Dataset = load_dataset(self.path, self.config, split=split, revision=self.revision)
         except Exception as error:
             raise self._explained(error, split) from error
-        return _columns(dataset, {"id": self.id, "article": self.article, "summary": self.summary}, split, self.path)
+        return _select_columns(dataset, {"id": self.id, "article": self.article, "summary": self.summary}, split, self.path)
 
     def identity(self) -> str:
         """The commit on the hub; for a local copy the hash of its files."""
@@ -150,7 +143,7 @@ class Hub(Source):
         """``datasets`` raises many kinds of error; a user has only three things to know."""
         wanted = f"{self.path} (config {self.config}, split {split}, revision {self.revision or 'main'})"
         local = "to use a local copy, set data.source.path to its folder, or data.source.kind=files with its files"
-        chain = _chain(error)
+        chain = _exception_chain(error)
         if any(isinstance(link, (ConnectionError, TimeoutError)) or _is_network_error(link) for link in chain):
             return HubUnreachableError(f"the hub did not answer for {wanted} and no copy is in the cache", local)
         if isinstance(error, ValueError) and "split" in str(error).lower():
@@ -168,12 +161,12 @@ def _hash_file(digest: hashlib.blake2b, path: Path) -> None:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def cache_of(dataset: Dataset) -> Path:
+def dataset_cache_dir(dataset: Dataset) -> Path:
     """Where ``datasets`` writes what it makes of ``dataset``."""
     return Path(dataset.cache_files[0]["filename"]).parent if dataset.cache_files else Path(tempfile.gettempdir())
 
 
-def _chain(error: BaseException) -> list[BaseException]:
+def _exception_chain(error: BaseException) -> list[BaseException]:
     found: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in found:
@@ -192,7 +185,7 @@ def _is_network_error(error: BaseException) -> bool:
     )
 
 
-def _load_files(builder: str, path: Path) -> Dataset:
+def _load_file(builder: str, path: Path) -> Dataset:
     """One file as a data set, through ``datasets`` and its cache."""
     from datasets import load_dataset
     from datasets.config import HF_DATASETS_CACHE
@@ -203,24 +196,24 @@ def _load_files(builder: str, path: Path) -> Dataset:
     try:
         return load_dataset(builder, data_files={"only": str(path)}, split="only")  # type: ignore[return-value]
     except (DatasetGenerationError, ValueError, OSError) as error:
-        last = _chain(error)[-1]
-        if isinstance(last, OSError) and last.errno in NOT_WRITABLE:
+        last = _exception_chain(error)[-1]
+        if isinstance(last, OSError) and last.errno in UNWRITABLE_ERRNOS:
             raise write_error(Path(last.filename or HF_DATASETS_CACHE), last) from error
-        if any(words in str(last) for words in _NO_ROWS):
+        if any(words in str(last) for words in _EMPTY_FILE_MESSAGES):
             raise EmptySplitError(f"{path} has no examples; give a file with at least one") from error
         raise DataError(
             f"{path} cannot be read as {builder}: {str(last).splitlines()[0] if str(last) else last!r}"
         ) from error
 
 
-def _columns(dataset: Dataset, names: dict[str, str | None], split: str, where: str) -> Dataset:
+def _select_columns(dataset: Dataset, names: dict[str, str | None], split: str, where: str) -> Dataset:
     """The three columns under their own names and as text; the others are dropped."""
     from datasets import Features, Value
 
     for name in names.values():
         if name is not None and name not in dataset.column_names:
             raise MissingColumnError(
-                f"the {split} split of {where} has no column {name!r}; {nearest(name, dataset.column_names)}"
+                f"the {split} split of {where} has no column {name!r}; {did_you_mean(name, dataset.column_names)}"
             )
     if len(dataset) == 0:
         raise EmptySplitError(f"the {split} split of {where} has no examples; give one that has")
@@ -239,13 +232,13 @@ def _columns(dataset: Dataset, names: dict[str, str | None], split: str, where: 
         return {column: str(index if name is None else row[name]) for column, name in names.items()}
 
     # Told the types: it would turn text back into what a column of that name held before.
-    text = Features({column: Value("string") for column in COLUMNS})
+    text = Features({column: Value("string") for column in EXAMPLE_COLUMNS})
     try:
         return dataset.map(
             renamed, with_indices=True, remove_columns=dataset.column_names, features=text, desc=f"reading {split}"
         )
     except OSError as error:
-        raise write_error(cache_of(dataset), error) from error
+        raise write_error(dataset_cache_dir(dataset), error) from error
 
 
 SOURCES: dict[str, type[Source]] = {"docstrings": Docstrings, "files": Files, "hub": Hub, "synthetic": Synthetic}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy
 from pydantic import Field, field_validator
 
-from peftbench.data.source import Source
+from peftbench.data.base import Source
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -19,8 +19,8 @@ there been has their more when will no if out so what up its about into than the
 these two may then do first any my now such like our over man me even most made after also many before must through
 where your way well down should because each just those how too state very make still own see work long here get both
 between being under never same another know while last might us old off since against go right used take three"""
-SPLITS = {"train": 0, "validation": 1, "test": 2}
-Deciles = Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=2)]
+SPLIT_SEEDS = {"train": 0, "validation": 1, "test": 2}
+Quantiles = Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=2)]
 
 
 class Synthetic(Source):
@@ -30,9 +30,9 @@ class Synthetic(Source):
     """Which source."""
     examples: int = Field(default=512, gt=0)
     """Examples in each split."""
-    article_tokens: Deciles = (150, 330, 431, 532, 635, 740, 838, 928, 1080, 1272, 2223)
+    article_tokens: Quantiles = (150, 330, 431, 532, 635, 740, 838, 928, 1080, 1272, 2223)
     """Lengths of articles at equal steps from the shortest to the longest; the default is that of CNN/DailyMail."""
-    summary_tokens: Deciles = (15, 41, 46, 50, 54, 57, 60, 63, 67, 72, 145)
+    summary_tokens: Quantiles = (15, 41, 46, 50, 54, 57, 60, 63, 67, 72, 145)
     """The same of summaries."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of lengths and words."""
@@ -77,4 +77,4 @@ class Synthetic(Source):
         return hashlib.blake2b((self.model_dump_json() + _WORDS).encode(), digest_size=16).hexdigest()
 
     def _generator(self, split: str) -> numpy.random.Generator:
-        return numpy.random.default_rng([self.seed, SPLITS[split]])
+        return numpy.random.default_rng([self.seed, SPLIT_SEEDS[split]])

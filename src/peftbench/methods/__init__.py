@@ -25,10 +25,10 @@ BASELINES: dict[str, type[Method]] = {
     "lead": Lead,
 }
 
-KINDS = METHODS | BASELINES
+METHOD_KINDS = METHODS | BASELINES
 """Every name that ``method.kind`` may have."""
 
 if TYPE_CHECKING:
     AnyMethod = Method
 else:
-    AnyMethod = Annotated[Union[tuple(KINDS.values())], Field(discriminator="kind")]
+    AnyMethod = Annotated[Union[tuple(METHOD_KINDS.values())], Field(discriminator="kind")]

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from peftbench.part import Part
+from peftbench.common.schema import ConfigSection
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-class Method(Part):
+class Method(ConfigSection):
     """What is trained. Subclasses give ``kind`` a literal, so that a recipe can name them."""
 
     trains: ClassVar[bool] = True

@@ -40,6 +40,6 @@ class Lead(Method):
     """How many sentences to take."""
 
     def extract(self, article: str) -> str:
-        from peftbench.data.sentences import prose_sentences
+        from peftbench.data.sentences import split_prose_sentences
 
-        return " ".join(prose_sentences(article)[: self.sentences])
+        return " ".join(split_prose_sentences(article)[: self.sentences])

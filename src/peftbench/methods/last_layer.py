@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-BLOCKS_OF_GPT2 = "transformer.h."
+GPT2_BLOCK_PREFIX = "transformer.h."
 
 
 class LastLayer(Method):
@@ -33,22 +33,22 @@ class LastLayer(Method):
     def trainable_parameters(self, base: PreTrainedModel) -> int:
         """Vocabulary times width (and the head's bias); as_published: everything outside the blocks."""
         if self.head == "as_published":
-            return sum(p.numel() for name, p in base.named_parameters() if BLOCKS_OF_GPT2 not in name)
-        return sum(parameter.numel() for parameter in _head(base).parameters())
+            return sum(p.numel() for name, p in base.named_parameters() if GPT2_BLOCK_PREFIX not in name)
+        return sum(parameter.numel() for parameter in _get_output_head(base).parameters())
 
     def apply(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         if self.head == "as_published":
-            return _freeze_blocks_only(base)
-        tied = _head(base).weight is base.get_input_embeddings().weight
+            return _freeze_gpt2_blocks(base)
+        tied = _get_output_head(base).weight is base.get_input_embeddings().weight
         freeze(base.parameters())
         if self.head == "untied":
-            _untie(base)
+            _untie_head(base)
         elif not tied:
             raise UnsupportedModelError(
                 f"method.head=tied needs a model that ties its head to its embedding, and {base.config.model_type} "
                 f"from {base.name_or_path!r} does not; use method.head=untied"
             )
-        for parameter in _head(base).parameters():
+        for parameter in _get_output_head(base).parameters():
             parameter.requires_grad_(True)
         return base
 
@@ -57,28 +57,28 @@ class LastLayer(Method):
         model.train(not self.trunk_frozen)
 
 
-def _head(base: PreTrainedModel) -> nn.Linear:
+def _get_output_head(base: PreTrainedModel) -> nn.Linear:
     head = base.get_output_embeddings()
     if head is None:
         raise UnsupportedModelError(f"{base.config.model_type} has no output head to train; use another method")
     return head  # type: ignore[no-any-return]
 
 
-def _untie(base: PreTrainedModel) -> None:
+def _untie_head(base: PreTrainedModel) -> None:
     """Give the head its own copy of its weight, in this model and in what is saved of it."""
     from torch import nn
 
-    head = _head(base)
+    head = _get_output_head(base)
     head.weight = nn.Parameter(head.weight.detach().clone())
     base.config.tie_word_embeddings = False
     base.all_tied_weights_keys = {}
 
 
-def _freeze_blocks_only(base: PreTrainedModel) -> PreTrainedModel:
-    blocks = [parameter for name, parameter in base.named_parameters() if BLOCKS_OF_GPT2 in name]
+def _freeze_gpt2_blocks(base: PreTrainedModel) -> PreTrainedModel:
+    blocks = [parameter for name, parameter in base.named_parameters() if GPT2_BLOCK_PREFIX in name]
     if not blocks:
         raise UnsupportedModelError(
-            f"method.head=outside_blocks freezes names with {BLOCKS_OF_GPT2!r}, and {base.config.model_type} has none; "
+            f"method.head=outside_blocks freezes names with {GPT2_BLOCK_PREFIX!r}, and {base.config.model_type} has none; "
             "use a GPT-2 model or method.head=untied"
         )
     freeze(blocks)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, field_validator
 
-from peftbench.errors import TargetModulesError, UnsupportedModelError, nearest
+from peftbench.errors import TargetModulesError, UnsupportedModelError, did_you_mean
 from peftbench.methods.base import Method
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Lora(Method):
         count = 0
         adapted = self._adapted(base)
         for _, module in adapted:
-            features_in, features_out = _features(module)
+            features_in, features_out = _get_in_out_features(module)
             count += self.r * (features_in + features_out) + self.use_dora * features_out
             count += module.bias.numel() if self.bias == "lora_only" and module.bias is not None else 0  # type: ignore
         if self.bias == "all":
@@ -95,20 +95,20 @@ class Lora(Method):
         targets = self._targets(base)
         if targets == ALL_LINEAR:
             head = base.get_output_embeddings()
-            return [(name, m) for name, m in base.named_modules() if _is_matrix(m) and m is not head]
+            return [(name, m) for name, m in base.named_modules() if _is_linear(m) and m is not head]
         named = [(name, module) for name, module in base.named_modules() if name]
         found: dict[str, nn.Module] = {}
         for target in [targets] if isinstance(targets, str) else targets:
-            matches = _full_match if isinstance(targets, str) else _ending
+            matches = _matches_pattern if isinstance(targets, str) else _matches_suffix
             matched = {name: module for name, module in named if matches(target, name)}
             if unfit := [name for name, module in matched.items() if not _is_adaptable(module)]:
                 raise TargetModulesError(
                     f"method.target_modules {target!r} matches {unfit[0]}, which has no matrix to adapt; "
-                    f"name modules that have: {', '.join(_leaves(base))}"
+                    f"name modules that have: {', '.join(_list_linear_names(base))}"
                 )
             if not matched and self.target_modules is not None:
-                ending = isinstance(targets, str) and any(_ending(target, name) for name, _ in named)
-                hint = f"write [{target}] for a name's ending" if ending else nearest(target, _leaves(base))
+                ending = isinstance(targets, str) and any(_matches_suffix(target, name) for name, _ in named)
+                hint = f"write [{target}] for a name's ending" if ending else did_you_mean(target, _list_linear_names(base))
                 raise TargetModulesError(
                     f"method.target_modules {target!r} matches no matrix of {base.config.model_type}; {hint}"
                 )
@@ -121,32 +121,32 @@ class Lora(Method):
         return list(found.items())
 
 
-def _full_match(pattern: str, name: str) -> bool:
+def _matches_pattern(pattern: str, name: str) -> bool:
     return re.fullmatch(pattern, name) is not None
 
 
-def _ending(ending: str, name: str) -> bool:
+def _matches_suffix(ending: str, name: str) -> bool:
     return name == ending or name.endswith(f".{ending}")
 
 
-def _leaves(base: PreTrainedModel) -> list[str]:
-    return sorted({name.rsplit(".", 1)[-1] for name, module in base.named_modules() if _is_matrix(module)})
+def _list_linear_names(base: PreTrainedModel) -> list[str]:
+    return sorted({name.rsplit(".", 1)[-1] for name, module in base.named_modules() if _is_linear(module)})
 
 
 def _is_adaptable(module: nn.Module) -> bool:
     from torch import nn
 
-    return _is_matrix(module) or isinstance(module, nn.Embedding)
+    return _is_linear(module) or isinstance(module, nn.Embedding)
 
 
-def _is_matrix(module: nn.Module) -> bool:
+def _is_linear(module: nn.Module) -> bool:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, (nn.Linear, Conv1D))
 
 
-def _features(module: nn.Module) -> tuple[int, int]:
+def _get_in_out_features(module: nn.Module) -> tuple[int, int]:
     """(in, out) of a Linear, Conv1D or Embedding."""
     from torch import nn
 

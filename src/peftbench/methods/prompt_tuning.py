@@ -54,7 +54,7 @@ class PromptTuning(Method):
             **text,
         )  # fmt: skip
         model = get_peft_model(base, config)
-        model.forward = partial(_forward, model, model.forward)  # type: ignore[method-assign]
+        model.forward = partial(_forward_packed, model, model.forward)  # type: ignore[method-assign]
         return model
 
     def generate(
@@ -75,7 +75,7 @@ class PromptTuning(Method):
         return new
 
 
-def _forward(
+def _forward_packed(
     model: Any, as_peft_has_it: Callable[..., Any], *, virtual: torch.Tensor | None = None, **given: Any
 ) -> Any:
     """A forward pass in which each document of a row has its own soft tokens, at ``virtual`` (documents x tokens,).

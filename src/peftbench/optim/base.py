@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from peftbench.part import Part
+from peftbench.common.schema import ConfigSection
 
 if TYPE_CHECKING:
     import torch
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
     Parameters = Iterable[nn.Parameter]
 
-EMBEDDINGS = "embeddings"
+EMBEDDINGS_KEY = "embeddings"
 """Key of a parameter group that holds embeddings alone."""
 
-Decay = Annotated[float, Field(ge=0, lt=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Optimizer(Part):
+class Optimizer(ConfigSection):
     """What all optimizers have in common."""
 
     needs_matrices: ClassVar[bool] = False
@@ -60,15 +60,15 @@ class Optimizer(Part):
         """Bytes of its states after a step over the tensors of ``groups``, in closed form; None where there is none."""
 
 
-class Betas(Optimizer):
+class AdamLike(Optimizer):
     """What the kin of Adam have in common."""
 
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     """Decay of the first and second moment."""
     eps: float = Field(default=1e-8, gt=0)
     """Added to the denominator."""
 
 
-def sizes(groups: Sequence[dict[str, Any]]) -> list[tuple[int, bool]]:
+def tensor_sizes(groups: Sequence[dict[str, Any]]) -> list[tuple[int, bool]]:
     """Values of each tensor, and whether it is an embedding's that is kept apart."""
-    return [(parameter.numel(), bool(group.get(EMBEDDINGS))) for group in groups for parameter in group["params"]]
+    return [(parameter.numel(), bool(group.get(EMBEDDINGS_KEY))) for group in groups for parameter in group["params"]]

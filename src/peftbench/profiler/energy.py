@@ -11,9 +11,9 @@ import torch
 
 from peftbench.profiler.nvml import Gpu
 
-POWERCAP = Path("/sys/class/powercap")
+POWERCAP_DIR = Path("/sys/class/powercap")
 """Where Linux shows RAPL's counters (its powercap documentation); only root may read them on many systems."""
-_LOOK_AGAIN_SECONDS = 60.0
+_POLL_SECONDS = 60.0
 
 
 class EnergyMeter(Protocol):
@@ -40,7 +40,7 @@ class GpuEnergy:
 
 
 @dataclass
-class _Package:
+class _RaplPackage:
     """One processor's counter, in microjoules, which starts anew at its range."""
 
     energy: Path
@@ -48,7 +48,7 @@ class _Package:
     last: int
 
     @classmethod
-    def read(cls, folder: Path) -> _Package:
+    def read(cls, folder: Path) -> _RaplPackage:
         energy = folder / "energy_uj"
         return cls(energy, int((folder / "max_energy_range_uj").read_text()), int(energy.read_text()))
 
@@ -59,10 +59,10 @@ class _Package:
 
 
 @dataclass
-class ProcessorEnergy:
+class CpuEnergy:
     """Of all processors of this machine, whatever else runs on them."""
 
-    packages: list[_Package]
+    packages: list[_RaplPackage]
     _microjoules: int | None = 0
     """None once a counter could not be read: what it counted meanwhile is lost."""
     _looked: float = field(default_factory=time.monotonic)
@@ -80,7 +80,7 @@ class ProcessorEnergy:
 
     def keep_up(self) -> None:
         """At 250 W a counter of usual range runs over after a quarter of an hour."""
-        if time.monotonic() - self._looked > _LOOK_AGAIN_SECONDS:
+        if time.monotonic() - self._looked > _POLL_SECONDS:
             self.joules()
 
 
@@ -97,7 +97,7 @@ class NoEnergy:
         """Nothing to look at."""
 
 
-def energy_meter(device: torch.device, *, counts: bool = True, powercap: Path = POWERCAP) -> EnergyMeter:
+def build_energy_meter(device: torch.device, *, counts: bool = True, powercap: Path = POWERCAP_DIR) -> EnergyMeter:
     """The meter of what ``device`` is.
 
     Processors are shared: only one process of a machine ``counts`` them, and the others say 0.
@@ -108,9 +108,9 @@ def energy_meter(device: torch.device, *, counts: bool = True, powercap: Path = 
     try:
         # intel-rapl:0 is a processor, AMD's too; intel-rapl:0:1 is a part of it, and psys counts it once more.
         folders = [f for f in sorted(powercap.glob("intel-rapl:*")) if f.name.count(":") == 1]
-        packages = [_Package.read(f) for f in folders if (f / "name").read_text().startswith("package")]
+        packages = [_RaplPackage.read(f) for f in folders if (f / "name").read_text().startswith("package")]
     except (OSError, ValueError):
         return NoEnergy()
     if not packages:
         return NoEnergy()
-    return ProcessorEnergy(packages) if counts else NoEnergy(0.0)
+    return CpuEnergy(packages) if counts else NoEnergy(0.0)

@@ -29,31 +29,31 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from peftbench.data.collate import Work
+from peftbench.data.collate import FlopUnits
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-Per = Literal["position", "pair", "causal_pair", "label", "column"]
-_TOKENS = 3  # of the pass that lists products
+FlopUnit = Literal["position", "pair", "causal_pair", "label", "column"]
+_NUM_TRACE_TOKENS = 3  # of the pass that lists products
 
 
 @dataclass(frozen=True)
-class Product:
+class MatmulCost:
     """One matrix product of a forward pass, in FLOPs for one unit of ``per``."""
 
     forward: int
     backward: int
     executed_backward: int
-    per: Per
+    per: FlopUnit
     block: int | None = None
     """Number of the block (from 0) that gradient checkpointing computes again, None outside of blocks."""
-    required_per: Per | None = None
+    required_per: FlopUnit | None = None
     """The unit by which it is required, where more is computed."""
 
 
-def _times(per: Per, work: Work) -> int:
+def _get_unit_count(per: FlopUnit, work: FlopUnits) -> int:
     """How often ``work`` has the unit."""
     return {
         "position": work.positions, "pair": work.pairs, "causal_pair": work.causal_pairs, "label": work.labelled,
@@ -62,44 +62,44 @@ def _times(per: Per, work: Work) -> int:
 
 
 @dataclass(frozen=True)
-class Cost:
+class FlopCost:
     """A model's FLOPs, forward and backward, under one method."""
 
-    products: tuple[Product, ...]
-    recomputed: tuple[Product, ...] = ()
+    products: tuple[MatmulCost, ...]
+    recomputed: tuple[MatmulCost, ...] = ()
     """What gradient checkpointing computes once more."""
 
-    def required(self, work: Work) -> int:
+    def required(self, work: FlopUnits) -> int:
         """FLOPs that training on ``work`` needs: real positions, causal pairs, the head at labels."""
         return sum(
-            (p.forward + p.backward) * _times(p.required_per or p.per, work)
+            (p.forward + p.backward) * _get_unit_count(p.required_per or p.per, work)
             for p in self.products if p.per != "column"
         )  # fmt: skip
 
-    def executed(self, work: Work) -> int:
+    def executed(self, work: FlopUnits) -> int:
         """FLOPs that ``work`` takes."""
-        once = sum((p.forward + p.executed_backward) * _times(p.per, work) for p in self.products)
-        return once + sum(p.forward * _times(p.per, work) for p in self.recomputed)
+        once = sum((p.forward + p.executed_backward) * _get_unit_count(p.per, work) for p in self.products)
+        return once + sum(p.forward * _get_unit_count(p.per, work) for p in self.recomputed)
 
 
-class UncountableError(Exception):
+class UnsupportedFlopsError(Exception):
     """A model computes something whose FLOPs are not known here."""
 
 
-class UnevenError(UncountableError):
+class NonLinearFlopsError(UnsupportedFlopsError):
     """A product that does not grow with the positions: no closed form here, but torch's counter sees it."""
 
     def __init__(self) -> None:
         super().__init__("a product over something else than the positions of a sequence")
 
 
-_COUNTED_ATTENTION = frozenset({"sdpa", "eager", "peftbench_causal"})
+_SUPPORTED_ATTENTION = frozenset({"sdpa", "eager", "peftbench_causal"})
 """Attention whose kernels are torch's own, with formulas in ``counter.py``."""
 
 
-def cost(
+def count_flops(
     model: nn.Module, base: PreTrainedModel, *, virtual_tokens: int, checkpointing: bool, head_everywhere: bool
-) -> Cost:
+) -> FlopCost:
     """List the products of ``model``, which a method made from ``base``, in one forward pass of a few tokens.
 
     ``head_everywhere``: in training the head computes all positions, and not the labelled ones alone.
@@ -107,17 +107,17 @@ def cost(
     Raises:
         UncountableError: it has products of a kind that is not known here.
     """
-    if base.config._attn_implementation not in _COUNTED_ATTENTION:
-        raise UncountableError(f"attention as {base.config._attn_implementation}")
-    trace = _Trace(base, _TOKENS + virtual_tokens, head_per="position" if head_everywhere else "label")
-    tokens = torch.zeros((1, _TOKENS), dtype=torch.long, device=next(model.parameters()).device)
-    with torch.enable_grad(), _blocks_of(base, trace), _quantised_layers_of(base, trace), trace:
+    if base.config._attn_implementation not in _SUPPORTED_ATTENTION:
+        raise UnsupportedFlopsError(f"attention as {base.config._attn_implementation}")
+    trace = _MatmulTracer(base, _NUM_TRACE_TOKENS + virtual_tokens, head_per="position" if head_everywhere else "label")
+    tokens = torch.zeros((1, _NUM_TRACE_TOKENS), dtype=torch.long, device=next(model.parameters()).device)
+    with torch.enable_grad(), _track_blocks(base, trace), _record_quantized_layers(base, trace), trace:
         model(input_ids=tokens, use_cache=False)
-    return Cost(tuple(trace.products()), tuple(trace.recomputed()) if checkpointing else ())
+    return FlopCost(tuple(trace.products()), tuple(trace.recomputed()) if checkpointing else ())
 
 
 @contextmanager
-def _blocks_of(base: PreTrainedModel, trace: _Trace) -> Iterator[None]:
+def _track_blocks(base: PreTrainedModel, trace: _Trace) -> Iterator[None]:
     """Tell ``trace`` which block is computed."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -135,7 +135,7 @@ def _blocks_of(base: PreTrainedModel, trace: _Trace) -> Iterator[None]:
 
 
 @contextmanager
-def _quantised_layers_of(base: PreTrainedModel, trace: _Trace) -> Iterator[None]:
+def _record_quantized_layers(base: PreTrainedModel, trace: _Trace) -> Iterator[None]:
     """Note the products of bitsandbytes' layers as one each: inside are kernels that differ between devices."""
     from torch import nn
 
@@ -157,26 +157,26 @@ def _quantised_layers_of(base: PreTrainedModel, trace: _Trace) -> Iterator[None]
 
 
 # Functions that keep nothing for the backward pass: only what comes before the last one that does is computed again.
-_KEEP_NOTHING = {
+_OPS_WITHOUT_SAVED_TENSORS = {
     "add", "add_", "__add__", "__iadd__", "__radd__", "__get__", "view", "reshape", "transpose", "permute",
     "contiguous", "size", "dim", "split", "unsqueeze", "expand", "to", "detach", "is_floating_point", "requires_grad_",
 }  # fmt: skip
-_UNKNOWN = {
+_UNSUPPORTED_MATMULS = {
     "einsum", "bilinear", "tensordot", "mv", "addmv", "dot", "inner", "outer", "ger", "addr", "vdot", "multi_dot",
     "chain_matmul", "multi_head_attention_forward", "cdist",
 }  # fmt: skip
 
 
-def _is_unknown_product(func: Any, name: str) -> bool:
+def _is_unsupported_matmul(func: Any, name: str) -> bool:
     """Whether a function is a product that is not known here, by what torch calls such; kernels of others all are."""
     foreign = isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)) and "aten" not in str(func)
-    return foreign or name in _UNKNOWN or name.endswith("mm") or name.startswith("conv") or "attention" in name
+    return foreign or name in _UNSUPPORTED_MATMULS or name.endswith("mm") or name.startswith("conv") or "attention" in name
 
 
-class _Trace(TorchFunctionMode):
+class _MatmulTracer(TorchFunctionMode):
     """Sees every function of torch that is called, and notes the products."""
 
-    def __init__(self, base: PreTrainedModel, width: int, head_per: Per) -> None:
+    def __init__(self, base: PreTrainedModel, width: int, head_per: FlopUnit) -> None:
         super().__init__()
         self.head_per = head_per
         head = base.get_output_embeddings()
@@ -185,18 +185,18 @@ class _Trace(TorchFunctionMode):
         self.block: int | None = None
         self.muted = False
         """Whether what is called belongs to a product that is noted already."""
-        self._seen: list[tuple[int | None, list[Product]]] = []
+        self._seen: list[tuple[int | None, list[MatmulCost]]] = []
         """(block, its products) of every function that keeps something for the backward pass or is a product."""
 
-    def products(self) -> Iterator[Product]:
+    def products(self) -> Iterator[MatmulCost]:
         """Every product of the pass."""
         for _, products in self._seen:
             yield from products
 
-    def recomputed(self) -> Iterator[Product]:
+    def recomputed(self) -> Iterator[MatmulCost]:
         """What checkpointing computes again: in each block, products before the last function that keeps anything."""
         if all(block is None for block, _ in self._seen):
-            raise UncountableError("gradient checkpointing of a model without blocks that transformers knows")
+            raise UnsupportedFlopsError("gradient checkpointing of a model without blocks that transformers knows")
         last = {block: index for index, (block, _) in enumerate(self._seen)}
         for index, (block, products) in enumerate(self._seen):
             needed = any(p.backward for b, found in self._seen if b == block for p in found)
@@ -209,19 +209,19 @@ class _Trace(TorchFunctionMode):
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         found = self._products(func, name, args, kwargs)
-        if found or (self.block is not None and not _keeps_nothing(name, args, kwargs)):
+        if found or (self.block is not None and not _saves_no_tensors(name, args, kwargs)):
             self._seen.append((self.block, found))
         return func(*args, **kwargs)
 
     def note_quantised(self, inputs: torch.Tensor, width_in: int, width_out: int) -> None:
         """A product with a quantised weight, which is never trained and keeps nothing that autograd knows of."""
         if inputs.numel() // width_in != self.width:
-            raise UnevenError
+            raise NonLinearFlopsError
         forward = 2 * width_in * width_out
         backward = forward * inputs.requires_grad
-        self._seen.append((self.block, [Product(forward, backward, backward, "position", self.block)]))
+        self._seen.append((self.block, [MatmulCost(forward, backward, backward, "position", self.block)]))
 
-    def _products(self, func: Any, name: str, args: Any, kwargs: Any) -> list[Product]:
+    def _products(self, func: Any, name: str, args: Any, kwargs: Any) -> list[MatmulCost]:
         if func is functional.linear:
             return [self._linear(args[0], args[1], args[1].shape[1])]
         if name == "addmm":
@@ -231,45 +231,45 @@ class _Trace(TorchFunctionMode):
             return [self._attention(query, key, value, kwargs.get("dropout_p", 0.0), kwargs.get("is_causal", False))]
         if name in {"matmul", "__matmul__", "mm", "bmm"}:
             return [self._matmul(args[0], args[1])]
-        if _is_unknown_product(func, name):
-            raise UncountableError(f"{name} is no product that is known here")
+        if _is_unsupported_matmul(func, name):
+            raise UnsupportedFlopsError(f"{name} is no product that is known here")
         return []
 
-    def _linear(self, inputs: torch.Tensor, weight: torch.Tensor, width: int) -> Product:
+    def _linear(self, inputs: torch.Tensor, weight: torch.Tensor, width: int) -> MatmulCost:
         if inputs.numel() // width != self.width:
-            raise UnevenError
+            raise NonLinearFlopsError
         is_head = weight is self.head
         backward = 2 * weight.numel() * (inputs.requires_grad + weight.requires_grad)
         per = self.head_per if is_head else "position"
-        return Product(2 * weight.numel(), backward, backward, per, self.block, "label" if is_head else None)
+        return MatmulCost(2 * weight.numel(), backward, backward, per, self.block, "label" if is_head else None)
 
     def _attention(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float, causal: bool
-    ) -> Product:
+    ) -> MatmulCost:
         scores, mix = 2 * query.shape[1] * query.shape[-1], 2 * query.shape[1] * value.shape[-1]
         probabilities = query.requires_grad or key.requires_grad
         backward = scores * (query.requires_grad + key.requires_grad) + mix * (probabilities + value.requires_grad)
         fused = 2 * (scores + mix) + scores if backward else 0  # the scores once more, then four products
         # With dropout of probabilities, attention on CPU is not fused (torch's sdp_utils_cpp.cpp).
         plain = query.device.type == "cpu" and dropout > 0
-        per: Per = "causal_pair" if causal and not plain else "pair"
-        return Product(scores + mix, backward, backward if plain else fused, per, self.block, "causal_pair")
+        per: FlopUnit = "causal_pair" if causal and not plain else "pair"
+        return MatmulCost(scores + mix, backward, backward if plain else fused, per, self.block, "causal_pair")
 
-    def _matmul(self, left: torch.Tensor, right: torch.Tensor) -> Product:
+    def _matmul(self, left: torch.Tensor, right: torch.Tensor) -> MatmulCost:
         gradients = left.requires_grad + right.requires_grad
         if right.dim() == 2:
             return self._linear(left, right, right.shape[0])
         *_, rows, inner = left.shape
         total = 2 * left.numel() * right.shape[-1]
         if inner == 1 and not gradients:  # angles of rotary embeddings: positions times frequencies
-            return Product(total // self.width, 0, 0, "column", self.block)
+            return MatmulCost(total // self.width, 0, 0, "column", self.block)
         if rows != self.width or self.width not in (inner, right.shape[-1]):
-            raise UnevenError
+            raise NonLinearFlopsError
         flops = total // (left.shape[0] * self.width**2)
-        return Product(flops, flops * gradients, flops * gradients, "pair", self.block, "causal_pair")
+        return MatmulCost(flops, flops * gradients, flops * gradients, "pair", self.block, "causal_pair")
 
 
-def _keeps_nothing(name: str, args: Any, kwargs: Any) -> bool:
+def _saves_no_tensors(name: str, args: Any, kwargs: Any) -> bool:
     """Whether a function leaves nothing for the backward pass."""
     if name in {"mul", "__mul__", "__rmul__"}:  # by a number
         return not all(isinstance(factor, torch.Tensor) for factor in args[:2])
@@ -277,4 +277,4 @@ def _keeps_nothing(name: str, args: Any, kwargs: Any) -> bool:
         probability = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
         training = kwargs.get("training", args[2] if len(args) > 2 else True)
         return probability == 0 or not training
-    return name in _KEEP_NOTHING
+    return name in _OPS_WITHOUT_SAVED_TENSORS

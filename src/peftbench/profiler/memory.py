@@ -15,13 +15,13 @@ import torch
 from peftbench.profiler.nvml import Gpu
 from peftbench.record import Memory
 
-_PEAKS = ("allocated_bytes", "reserved_bytes", "inactive_split_bytes", "process_bytes")
-_STATUS = Path("/proc/self/status")
-_CLEAR_REFS = Path("/proc/self/clear_refs")
-_RESET_PEAK = "5"  # proc_pid_clear_refs(5): sets the peak resident set size to the current one
+_PEAK_FIELDS = ("allocated_bytes", "reserved_bytes", "inactive_split_bytes", "process_bytes")
+_PROC_STATUS = Path("/proc/self/status")
+_PROC_CLEAR_REFS = Path("/proc/self/clear_refs")
+_RESET_PEAK_RSS = "5"  # proc_pid_clear_refs(5): sets the peak resident set size to the current one
 
 
-class Meter(Protocol):
+class MemoryMeter(Protocol):
     """Measures one lap after another: the end of one is the start of the next."""
 
     every_part: bool
@@ -45,14 +45,14 @@ class Meter(Protocol):
         """Count what the process holds now, before anything is loaded, to itself and not to the run."""
 
 
-class CudaMeter:
+class CudaMemoryMeter:
     """Peaks of torch's caching allocator on one device, which its own counters know at no cost to the device."""
 
     every_part = True
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.context_bytes: int | None = _context_bytes(device)
+        self.context_bytes: int | None = _measure_cuda_context_bytes(device)
         self.gpu = Gpu.of(device)
         self._retries: int | None = None
         self.lap()
@@ -63,9 +63,9 @@ class CudaMeter:
         torch.cuda.reset_peak_memory_stats(self.device)
         before, self._retries = self._retries, told.get("num_alloc_retries")
         return Memory(
-            allocated_bytes=_peak(told, "allocated_bytes"),
-            reserved_bytes=_peak(told, "reserved_bytes"),
-            inactive_split_bytes=_peak(told, "inactive_split_bytes"),
+            allocated_bytes=_get_peak(told, "allocated_bytes"),
+            reserved_bytes=_get_peak(told, "reserved_bytes"),
+            inactive_split_bytes=_get_peak(told, "inactive_split_bytes"),
             allocation_retries=None if before is None or self._retries is None else self._retries - before,
         )
 
@@ -73,7 +73,7 @@ class CudaMeter:
         return self.gpu.process_bytes() if self.gpu else None
 
     def held_bytes(self) -> int | None:
-        return reserved_bytes(self.device) + (self.context_bytes or 0)
+        return read_reserved_bytes(self.device) + (self.context_bytes or 0)
 
     def forget(self) -> None:
         torch.cuda.empty_cache()
@@ -82,14 +82,14 @@ class CudaMeter:
         """Tensors are counted from none on."""
 
 
-def reserved_bytes(device: torch.device) -> int:
+def read_reserved_bytes(device: torch.device) -> int:
     """What torch's allocator holds of a GPU now, its cache included."""
     told = torch.cuda.memory_stats_as_nested_dict(device)
     return int(told["reserved_bytes"]["all"]["current"])
 
 
 @cache
-def _context_bytes(device: torch.device) -> int | None:
+def _measure_cuda_context_bytes(device: torch.device) -> int | None:
     """What this process holds of the GPU beside torch's tensors, when it is first asked."""
     torch.cuda.synchronize(device)  # the context is made here, if it was not before
     gpu = Gpu.of(device)
@@ -97,11 +97,11 @@ def _context_bytes(device: torch.device) -> int | None:
     return None if in_use is None else in_use - torch.cuda.memory_reserved(device)
 
 
-def _peak(told: dict[str, dict[str, dict[str, int]]], what: str) -> int | None:
+def _get_peak(told: dict[str, dict[str, dict[str, int]]], what: str) -> int | None:
     return told[what]["all"]["peak"] if what in told else None
 
 
-class ProcessMeter:
+class RssMeter:
     """Peak resident set size of this process, and what was resident when the meter was made (None off Linux)."""
 
     every_part = False
@@ -114,17 +114,17 @@ class ProcessMeter:
 
     def start_here(self) -> None:
         gc.collect()  # or cycles of before would be counted here, and be freed in the middle of the run
-        _give_back_freed_pages()
-        self._baseline = status_bytes("VmRSS")
+        _release_freed_pages()
+        self._baseline = read_proc_status_bytes("VmRSS")
         self.lap()
 
     def lap(self) -> Memory:
         peak = Memory()
         if self._told:
-            peak = Memory(resident_bytes=status_bytes("VmHWM"), resident_baseline_bytes=self._baseline)
-        _give_back_freed_pages()
+            peak = Memory(resident_bytes=read_proc_status_bytes("VmHWM"), resident_baseline_bytes=self._baseline)
+        _release_freed_pages()
         try:
-            _CLEAR_REFS.write_text(_RESET_PEAK, encoding="ascii")
+            _PROC_CLEAR_REFS.write_text(_RESET_PEAK_RSS, encoding="ascii")
             self._told = True
         except OSError:  # not Linux, or not allowed
             self._told = False
@@ -134,85 +134,85 @@ class ProcessMeter:
         return None
 
     def held_bytes(self) -> int | None:
-        resident = status_bytes("VmRSS")
+        resident = read_proc_status_bytes("VmRSS")
         return None if resident is None or self._baseline is None else max(0, resident - self._baseline)
 
     def forget(self) -> None:
         """Each lap gives freed pages back already."""
 
 
-def meter_for(device: torch.device) -> Meter:
+def build_memory_meter(device: torch.device) -> MemoryMeter:
     """The meter of a device's memory."""
-    return CudaMeter(device) if device.type == "cuda" else ProcessMeter()
+    return CudaMemoryMeter(device) if device.type == "cuda" else RssMeter()
 
 
-def larger(first: Memory | None, second: Memory) -> Memory:
+def max_memory(first: Memory | None, second: Memory) -> Memory:
     """The larger peaks of two stretches, field by field; retries add up."""
     if first is None:
         return second
-    if _adds_nothing(first, second):  # as most do, and this is asked at every part of a step
+    if _is_within(first, second):  # as most do, and this is asked at every part of a step
         return first
     resident = max(first, second, key=lambda memory: memory.resident_bytes or -1)
     retries = [memory.allocation_retries for memory in (first, second) if memory.allocation_retries is not None]
     return resident.model_copy(
         update={
             name: max((v for m in (first, second) if (v := getattr(m, name)) is not None), default=None)
-            for name in _PEAKS
+            for name in _PEAK_FIELDS
         }
         | {"allocation_retries": sum(retries) if retries else None}
     )
 
 
-def _adds_nothing(first: Memory, second: Memory) -> bool:
+def _is_within(first: Memory, second: Memory) -> bool:
     if second.allocation_retries or (second.allocation_retries == 0 and first.allocation_retries is None):
         return False
-    for name in (*_PEAKS, "resident_bytes"):
+    for name in (*_PEAK_FIELDS, "resident_bytes"):
         value, most = getattr(second, name), getattr(first, name)
         if value is not None and (most is None or value > most):
             return False
     return True
 
 
-def largest(ranks: Sequence[dict[str, Memory]]) -> dict[str, Memory]:
+def max_over_ranks(ranks: Sequence[dict[str, Memory]]) -> dict[str, Memory]:
     """The largest of each figure over ranks, phase by phase."""
     found: dict[str, Memory] = {}
     for phase, memory in (item for rank in ranks for item in rank.items()):
-        most = larger(found.get(phase), memory)
+        most = max_memory(found.get(phase), memory)
         retries = [m.allocation_retries for m in (found.get(phase, memory), memory) if m.allocation_retries is not None]
         found[phase] = most.model_copy(update={"allocation_retries": max(retries, default=None)})
     return found
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
+def local_shard(tensor: torch.Tensor) -> torch.Tensor:
     """This process's part of a tensor that is shared out, any other tensor as it is."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[no-any-return,operator]
 
 
-def tensors_in(values: Iterable[object]) -> Iterator[torch.Tensor]:
+def iter_tensors(values: Iterable[object]) -> Iterator[torch.Tensor]:
     """Tensors among ``values``, and those that objects among them hold (a projection, say)."""
     for value in values:
         if hasattr(value, "to_local"):
-            yield local(value)  # type: ignore[arg-type]
+            yield local_shard(value)  # type: ignore[arg-type]
         elif hasattr(value, "__tensor_flatten__"):  # a tensor made of others, as torchao's 8-bit states
-            yield from tensors_in(getattr(value, name) for name in value.__tensor_flatten__()[0])
+            yield from iter_tensors(getattr(value, name) for name in value.__tensor_flatten__()[0])
         elif isinstance(value, torch.Tensor):
             yield value
         elif isinstance(value, (list, tuple)):
-            yield from tensors_in(value)
+            yield from iter_tensors(value)
         elif hasattr(value, "__dict__"):
-            yield from tensors_in(vars(value).values())
+            yield from iter_tensors(vars(value).values())
 
 
-def distinct_bytes(tensors: list[torch.Tensor]) -> int:
+def count_storage_bytes(tensors: list[torch.Tensor]) -> int:
     """Bytes of the storages of ``tensors``, each once."""
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def status_bytes(key: str) -> int | None:
+def read_proc_status_bytes(key: str) -> int | None:
     """A figure of /proc/self/status in bytes; the file speaks of kibibytes and calls them kB."""
     try:
-        lines = _STATUS.read_text(encoding="ascii", errors="replace").splitlines()
+        lines = _PROC_STATUS.read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:  # not Linux
         return None
     for line in lines:
@@ -221,7 +221,7 @@ def status_bytes(key: str) -> int | None:
     return None
 
 
-def _give_back_freed_pages() -> None:
+def _release_freed_pages() -> None:
     """Let glibc return what is free, so that a peak starts from what is in use."""
     with suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL("libc.so.6").malloc_trim(0)

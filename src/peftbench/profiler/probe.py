@@ -15,20 +15,20 @@ from typing import Any
 import torch
 
 from peftbench.profiler.energy import EnergyMeter, NoEnergy
-from peftbench.profiler.memory import larger, meter_for
+from peftbench.profiler.memory import max_memory, build_memory_meter
 from peftbench.record import Memory
 
 
-def _nobody_looks(_step: int) -> None:
+def _no_step_context(_step: int) -> None:
     return None
 
 
-def _nobody_listens(_phase: str) -> None:
+def _ignore_phase(_phase: str) -> None:
     return None
 
 
 @dataclass(eq=False)
-class _Scope:
+class _PeakScope:
     """A stretch that is being measured; one may lie within another."""
 
     name: str
@@ -61,17 +61,17 @@ class Probe:
     _parts_before: dict[str, Memory] = field(default_factory=dict)
     _warmup_left: int = 0
     _training: ExitStack = field(default_factory=ExitStack)
-    _inspect: Callable[[int], AbstractContextManager[None] | None] = _nobody_looks
+    _inspect: Callable[[int], AbstractContextManager[None] | None] = _no_step_context
     _parts: dict[str, float] | None = None
     """Seconds of the parts of a step whose parts are timed, None in all others."""
     timed_steps: dict[int, dict[str, float]] = field(default_factory=dict)
     """Seconds of each part, by number of step, of the warm-up steps whose parts were timed."""
-    _open: list[_Scope] = field(default_factory=list)
-    told: Callable[[str], None] = _nobody_listens
+    _open: list[_PeakScope] = field(default_factory=list)
+    told: Callable[[str], None] = _ignore_phase
     """Is told the name of each phase that begins."""
 
     def __post_init__(self) -> None:
-        self.meter = meter_for(self.device)
+        self.meter = build_memory_meter(self.device)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -94,11 +94,11 @@ class Probe:
                 if joules is not None and (now := self.energy.joules()) is not None:
                     self.phase_joules[name] = self.phase_joules.get(name, 0.0) + now - joules
                 held = Memory(process_bytes=self.meter.process_bytes())
-                self.memory[name] = larger(self.memory.get(name), held)
+                self.memory[name] = max_memory(self.memory.get(name), held)
 
     @contextmanager
     def training(
-        self, warmup_steps: int, inspect: Callable[[int], AbstractContextManager[None] | None] = _nobody_looks
+        self, warmup_steps: int, inspect: Callable[[int], AbstractContextManager[None] | None] = _no_step_context
     ) -> Iterator[None]:
         """The training loop: its first steps are the phase ``warmup``, in no other figure; the rest is ``train``.
 
@@ -158,7 +158,7 @@ class Probe:
             if self._parts is not None:
                 self._parts[name] = self._parts.get(name, 0.0) + self._now() - start
             if self.meter.every_part:
-                self.step_memory[name] = larger(self.step_memory.get(name), self._lap())
+                self.step_memory[name] = max_memory(self.step_memory.get(name), self._lap())
 
     def _forget_parts(self) -> None:
         """Take away the peaks of a warm-up's parts, and bring back those of steps before it."""
@@ -175,7 +175,7 @@ class Probe:
                 joules[phase] = joules.get(phase, 0.0) + drawn - self._phase_joules_start
         for scope in self._open:
             if scope.peak is not None:
-                memory[scope.name] = larger(memory.get(scope.name), scope.peak)
+                memory[scope.name] = max_memory(memory.get(scope.name), scope.peak)
         return {
             "phase_seconds": seconds, "phase_joules": joules,
             "step_seconds": list(self.step_seconds), "timed": list(self.timed),
@@ -187,8 +187,8 @@ class Probe:
     def close(self) -> None:
         """Keep what was measured of a phase that nothing will end, without waiting for the device."""
         for scope in list(self._open):
-            scope.peak = larger(scope.peak, self.meter.lap())
-            self.memory[scope.name] = larger(self.memory.get(scope.name), scope.peak)
+            scope.peak = max_memory(scope.peak, self.meter.lap())
+            self.memory[scope.name] = max_memory(self.memory.get(scope.name), scope.peak)
         if (phase := self.current_phase) is not None:
             seconds = time.perf_counter() - self._phase_start - (self._paused_seconds - self._phase_paused)
             self.phase_seconds[phase] = self.phase_seconds.get(phase, 0.0) + seconds
@@ -217,7 +217,7 @@ class Probe:
         self.timed_steps.update({int(step): parts for step, parts in measured["timed_steps"].items()})
         for peaks, kept in ((self.memory, measured["memory"]), (self.step_memory, measured["step_memory"])):
             for name, memory in kept.items():
-                peaks[name] = larger(peaks.get(name), Memory(**memory))
+                peaks[name] = max_memory(peaks.get(name), Memory(**memory))
 
     def part_seconds(self) -> dict[str, float]:
         """Median seconds of each part, over the warm-up steps whose parts were timed."""
@@ -244,7 +244,7 @@ class Probe:
     @contextmanager
     def _peak_of(self, name: str, kept: dict[str, Memory]) -> Iterator[None]:
         """Keep the peak of a stretch, also if it raises; what it peaks at counts for the stretches around it too."""
-        scope = _Scope(name)
+        scope = _PeakScope(name)
         self._lap()
         self._open.append(scope)
         try:
@@ -253,12 +253,12 @@ class Probe:
             self._lap()
             self._open.remove(scope)
             if scope.peak is not None:
-                kept[name] = larger(kept.get(name), scope.peak)
+                kept[name] = max_memory(kept.get(name), scope.peak)
 
     def _lap(self) -> Memory:
         lap = self.meter.lap()
         for scope in self._open:
-            scope.peak = larger(scope.peak, lap)
+            scope.peak = max_memory(scope.peak, lap)
         return lap
 
     def _now(self) -> float:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from peftbench.data.collate import TokenCounts
 
 
-def throughput(
+def compute_throughput(
     step_seconds: Sequence[float], counts: Sequence[TokenCounts], *, train_seconds: float, global_batch: int
 ) -> Throughput | None:
     """Figures of the timed steps: their seconds, and their tokens over all ranks, per second of the whole phase.

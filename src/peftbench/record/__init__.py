@@ -3,43 +3,17 @@
 Sizes are bytes and times seconds. What is not known is None, never a guess.
 """
 
-from peftbench.record.measured import (
-    Breakdown,
-    Compute,
-    CountedStep,
-    Device,
-    Engine,
-    Flops,
-    Memory,
-    Parameters,
-    StateBytes,
-    Throughput,
-    Tokens,
-    TokensPerSecond,
-)
-from peftbench.record.quality import ByExample, Interval, Quality, Sample
-from peftbench.record.run import (
-    EXIT_CODES,
-    FILE,
-    FINAL,
-    SCHEMA_VERSION,
-    Outcome,
-    OutcomeKind,
-    RunRecord,
-    find_records,
-    read_record,
-    read_records,
-    read_records_by_path,
-    train_peak_bytes,
-)
+from peftbench.record.measurements import MemoryBreakdown, Compute, CountedStep, Device, Engine, Flops, Memory, ParameterCounts, StateBytes, Throughput, Tokens, TokensPerSecond
+from peftbench.record.quality import PerExample, Interval, Quality, Sample
+from peftbench.record.run_record import EXIT_CODES, RECORD_FILE, FINAL_OUTCOMES, SCHEMA_VERSION, Outcome, OutcomeKind, RunRecord, find_records, read_record, read_records, read_records_by_path, train_peak_bytes
 
 __all__ = [
     "EXIT_CODES",
-    "FILE",
-    "FINAL",
+    "RECORD_FILE",
+    "FINAL_OUTCOMES",
     "SCHEMA_VERSION",
-    "Breakdown",
-    "ByExample",
+    "MemoryBreakdown",
+    "PerExample",
     "Compute",
     "CountedStep",
     "Device",
@@ -49,7 +23,7 @@ __all__ = [
     "Memory",
     "Outcome",
     "OutcomeKind",
-    "Parameters",
+    "ParameterCounts",
     "Quality",
     "RunRecord",
     "Sample",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict
 
 
-class Kept(BaseModel):
+class RecordModel(BaseModel):
     """A part of a record: frozen, of known fields alone."""
 
     # JSON has no NaN or infinity; as null they could not be read back where a number must be.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from peftbench.record.kept import Kept
+from peftbench.record.kept import RecordModel
 
 
-class Interval(Kept):
+class Interval(RecordModel):
     """A mean, and what it lies in: at 95 % and by a bootstrap in a record; a comparison says by what and how surely."""
 
     mean: float
@@ -24,7 +24,7 @@ class Interval(Kept):
         return self.low > 0 or self.high < 0
 
 
-class Sample(Kept):
+class Sample(RecordModel):
     """One generated summary."""
 
     id: str
@@ -33,7 +33,7 @@ class Sample(Kept):
     generated: str
 
 
-class ByExample(Kept):
+class PerExample(RecordModel):
     """The scores of each held-out example, in the split's order, so that runs can be compared example by example."""
 
     identity: str
@@ -46,7 +46,7 @@ class ByExample(Kept):
     """F-measures (0 to 100) of each generated summary, by kind."""
 
 
-class Quality(Kept):
+class Quality(RecordModel):
     """How good the trained model is on held-out examples."""
 
     split: str
@@ -59,4 +59,4 @@ class Quality(Kept):
     teacher_forced_argmax_rouge: dict[str, Interval] | None = None
     """The published study's figure: the reference is shown token by token. Not comparable with ``rouge``."""
     samples: tuple[Sample, ...] = ()
-    by_example: ByExample | None = None
+    by_example: PerExample | None = None

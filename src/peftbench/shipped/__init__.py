@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-NAME = "shipped"
+SHIPPED_MODEL = "shipped"
 """What a recipe writes as ``model.path`` to start from this base."""
 
-FOLDER = Path(__file__).parent / "tiny_gpt2"
+SHIPPED_MODEL_DIR = Path(__file__).parent / "tiny_gpt2"

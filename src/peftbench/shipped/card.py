@@ -8,7 +8,7 @@ from tabulate import tabulate
 
 
 @dataclass
-class Training:
+class PretrainingRun:
     """What a pretraining run was asked for and what it saw."""
 
     command: str
@@ -27,7 +27,7 @@ class Training:
     curve: list[tuple[int, float, float]] = field(default_factory=list)
 
 
-_CARD = """---
+_CARD_TEMPLATE = """---
 license: apache-2.0
 language: en
 tags: [gpt2, docstrings]
@@ -55,7 +55,7 @@ validation package. All points are in `loss_curve.json`.
 """
 
 
-def model_card(run: Training) -> str:
+def render_model_card(run: PretrainingRun) -> str:
     """The card in Markdown; about a dozen points of the loss curve are shown."""
     every = max(1, len(run.curve) // 12)
     points = run.curve[every - 1 :: every]
@@ -63,6 +63,6 @@ def model_card(run: Training) -> str:
         points.append(run.curve[-1])
     table = tabulate(points, headers=["step", "training loss", "held-out loss"], tablefmt="github", floatfmt=".3f")
     tokens = run.steps * run.batch_rows * run.row_tokens
-    return _CARD.format(
+    return _CARD_TEMPLATE.format(
         **vars(run), tokens=tokens, epochs=tokens / run.corpus_tokens, minutes=run.seconds / 60, table=table
     )

@@ -23,15 +23,15 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from peftbench.data.docstrings import Corpus, read_corpus
-from peftbench.shipped.card import Training, model_card
+from peftbench.data.docstring_corpus import Corpus, read_corpus
+from peftbench.shipped.card import PretrainingRun, render_model_card
 
-END = "<|endoftext|>"
-VOCABULARY = 4096
-POSITIONS = 512
+EOS_TOKEN = "<|endoftext|>"
+VOCAB_SIZE = 4096
+CONTEXT_LENGTH = 512
 WARMUP_STEPS = 100
-DECAY_SHARE = 0.4  # the learning rate is constant until this share of the steps is left, then falls linearly to 0
-HELD_OUT_BATCHES = 8
+DECAY_FRACTION = 0.4  # the learning rate is constant until this share of the steps is left, then falls linearly to 0
+EVAL_BATCHES = 8
 
 
 def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
@@ -41,35 +41,35 @@ def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+        vocab_size=VOCAB_SIZE, special_tokens=[EOS_TOKEN], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(documents, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END, eos_token=END, unk_token=END, model_max_length=POSITIONS
+        tokenizer_object=tokenizer, bos_token=EOS_TOKEN, eos_token=EOS_TOKEN, unk_token=EOS_TOKEN, model_max_length=CONTEXT_LENGTH
     )
 
 
-def pack(documents: list[str], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
+def pack_documents(documents: list[str], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
     """Token ids of all documents, each followed by the end token, as one row after another: (rows, POSITIONS + 1)."""
     encoded = tokenizer.backend_tokenizer.encode_batch(documents)
     end = tokenizer.eos_token_id
     flat = torch.tensor([token for document in encoded for token in (*document.ids, end)])
-    rows = (len(flat) - 1) // POSITIONS
+    rows = (len(flat) - 1) // CONTEXT_LENGTH
     # Rows overlap by one token, so that every token is predicted exactly once an epoch.
-    return flat[: rows * POSITIONS + 1].unfold(0, POSITIONS + 1, POSITIONS)
+    return flat[: rows * CONTEXT_LENGTH + 1].unfold(0, CONTEXT_LENGTH + 1, CONTEXT_LENGTH)
 
 
-def new_model(end_token_id: int) -> GPT2LMHeadModel:
+def build_model(end_token_id: int) -> GPT2LMHeadModel:
     """4 layers of 256 units, 4.3 million parameters, no dropout, random weights."""
     config = GPT2Config(
-        vocab_size=VOCABULARY, n_positions=POSITIONS, n_embd=256, n_layer=4, n_head=4,
+        vocab_size=VOCAB_SIZE, n_positions=CONTEXT_LENGTH, n_embd=256, n_layer=4, n_head=4,
         activation_function="gelu_pytorch_tanh", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         bos_token_id=end_token_id, eos_token_id=end_token_id, use_cache=False,
     )  # fmt: skip
     return GPT2LMHeadModel(config)
 
 
-def optimizers(model: GPT2LMHeadModel, learning_rate: float) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: GPT2LMHeadModel, learning_rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for embeddings, biases and norms."""
     inner: list[torch.nn.Parameter] = [p for n, p in model.named_parameters() if p.ndim == 2 and "transformer.h." in n]
     rest = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "transformer.h." in n)]
@@ -79,37 +79,37 @@ def optimizers(model: GPT2LMHeadModel, learning_rate: float) -> list[torch.optim
     ]
 
 
-def rate(step: int, steps: int) -> float:
+def compute_lr_factor(step: int, steps: int) -> float:
     """Share of the peak learning rate at ``step``: linear warm-up, plateau, linear decay to zero."""
-    return min(1.0, (step + 1) / WARMUP_STEPS, (steps - step) / (DECAY_SHARE * steps))
+    return min(1.0, (step + 1) / WARMUP_STEPS, (steps - step) / (DECAY_FRACTION * steps))
 
 
-def loss_of(model: GPT2LMHeadModel, rows: torch.Tensor) -> torch.Tensor:
+def compute_loss(model: GPT2LMHeadModel, rows: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy of each row's next tokens, in nats, under bfloat16 autocast; rows (B, POSITIONS + 1)."""
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(rows[:, :-1]).logits
         return cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
 
 
-def held_out_loss(model: GPT2LMHeadModel, rows: torch.Tensor) -> float:
+def compute_held_out_loss(model: GPT2LMHeadModel, rows: torch.Tensor) -> float:
     """Mean loss on the first rows of the validation packages' documents."""
     with torch.inference_mode():
-        return sum(loss_of(model, part).item() for part in rows.split(16)[:HELD_OUT_BATCHES]) / HELD_OUT_BATCHES
+        return sum(compute_loss(model, part).item() for part in rows.split(16)[:EVAL_BATCHES]) / EVAL_BATCHES
 
 
-def train(model: GPT2LMHeadModel, rows: torch.Tensor, held_out: torch.Tensor, run: Training) -> None:
+def pretrain(model: GPT2LMHeadModel, rows: torch.Tensor, held_out: torch.Tensor, run: PretrainingRun) -> None:
     """Train in place; the loss curve is appended to ``run.curve`` as (step, training loss, held-out loss)."""
     order = torch.Generator().manual_seed(run.seed)
     batches: list[torch.Tensor] = []
-    steppers = optimizers(model, run.learning_rate)
+    steppers = build_optimizers(model, run.learning_rate)
     recent: list[float] = []
     for step in (bar := tqdm(range(run.steps), desc="pretraining", mininterval=10)):
         if not batches:  # a new epoch, reshuffled
             batches = list(torch.randperm(len(rows), generator=order).split(run.batch_rows)[::-1])
         for stepper in steppers:
             for group in stepper.param_groups:
-                group["lr"] = run.learning_rate * rate(step, run.steps)
-        loss = loss_of(model, rows[batches.pop()])
+                group["lr"] = run.learning_rate * compute_lr_factor(step, run.steps)
+        loss = compute_loss(model, rows[batches.pop()])
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for stepper in steppers:
@@ -117,18 +117,18 @@ def train(model: GPT2LMHeadModel, rows: torch.Tensor, held_out: torch.Tensor, ru
             stepper.zero_grad()
         recent.append(loss.item())
         if (step + 1) % 100 == 0 or step + 1 == run.steps:
-            run.curve.append((step + 1, sum(recent) / len(recent), held_out_loss(model, held_out)))
+            run.curve.append((step + 1, sum(recent) / len(recent), compute_held_out_loss(model, held_out)))
             bar.set_postfix(loss=f"{run.curve[-1][1]:.3f}", held_out=f"{run.curve[-1][2]:.3f}")
             recent = []
 
 
-def save(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, run: Training, out: Path) -> None:
+def save_pretrained(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, run: PretrainingRun, out: Path) -> None:
     """Write weights in float16, tokenizer, loss curve and model card."""
     model.config.use_cache = True
     model.half().save_pretrained(out)
     tokenizer.save_pretrained(out)
     (out / "loss_curve.json").write_text(json.dumps(run.curve) + "\n", encoding="utf-8")
-    (out / "README.md").write_text(model_card(run), encoding="utf-8")
+    (out / "README.md").write_text(render_model_card(run), encoding="utf-8")
 
 
 def main(
@@ -145,19 +145,19 @@ def main(
     # The corpus is sorted by package; the end of a row should not tell what the next one is about.
     documents = random.sample(corpus.documents["train"], len(corpus.documents["train"]))
     tokenizer = train_tokenizer(documents)
-    rows, held_out = pack(documents, tokenizer), pack(corpus.documents["validation"], tokenizer)
-    model = new_model(tokenizer.eos_token_id)
-    run = Training(
+    rows, held_out = pack_documents(documents, tokenizer), pack_documents(corpus.documents["validation"], tokenizer)
+    model = build_model(tokenizer.eos_token_id)
+    run = PretrainingRun(
         command=f"python -m peftbench.shipped.pretrain --out {out.name} --steps {steps} --batch-rows {batch_rows} "
         f"--learning-rate {learning_rate} --seed {seed}",
-        steps=steps, batch_rows=batch_rows, row_tokens=POSITIONS, learning_rate=learning_rate, seed=seed,
-        parameters=model.num_parameters(), documents=len(documents), corpus_tokens=rows.shape[0] * POSITIONS,
+        steps=steps, batch_rows=batch_rows, row_tokens=CONTEXT_LENGTH, learning_rate=learning_rate, seed=seed,
+        parameters=model.num_parameters(), documents=len(documents), corpus_tokens=rows.shape[0] * CONTEXT_LENGTH,
         corpus_fingerprint=corpus.fingerprint(), python=platform.python_version(), torch=torch.__version__,
     )  # fmt: skip
     start = time.perf_counter()
-    train(model, rows, held_out, run)
+    pretrain(model, rows, held_out, run)
     run.seconds = time.perf_counter() - start
-    save(model, tokenizer, run, out)
+    save_pretrained(model, tokenizer, run, out)
 
 
 if __name__ == "__main__":

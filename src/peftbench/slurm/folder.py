@@ -7,20 +7,20 @@ from typing import Annotated, Optional
 
 import typer
 
-from peftbench.config import load_recipe
-from peftbench.console import guarded
-from peftbench.files import write_error
+from peftbench.recipe.loader import load_recipe
+from peftbench.common.console import cli_errors
+from peftbench.common.filesystem import write_error
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
-def folder(
+def print_run_dir(
     overrides: Annotated[Optional[list[str]], typer.Argument(metavar="[KEY.SUB=VALUE]...")] = None,
     config: Annotated[Optional[list[Path]], typer.Option("--config", help="A recipe.")] = None,
 ) -> None:
     """Print the folder that a recipe's run writes to."""
-    with guarded():
+    with cli_errors():
         recipe = load_recipe(config or [], overrides or [])
         place = Path(recipe.output_dir) / recipe.name
         try:

@@ -6,17 +6,17 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from peftbench.errors import SlurmError, TimeLimitError, nearest
+from peftbench.errors import SlurmError, TimeLimitError, did_you_mean
 
-SIGNAL, LEAD_SECONDS = "B:USR1@{}", 120
+STOP_SIGNAL_FORMAT, DEFAULT_LEAD_SECONDS = "B:USR1@{}", 120
 """What SLURM is to send a job's script before its time is up, and how long before."""
 
-_FLAGS = frozenset({
+_FLAG_OPTIONS = frozenset({
     "contiguous", "exclusive", "get-user-env", "hold", "nice", "no-kill", "no-requeue", "oom-kill-step", "overcommit",
     "oversubscribe", "propagate", "reboot", "spread-job", "stepmgr", "use-min-nodes",
 })  # fmt: skip
 """Those that stand alone; some of them take a value too."""
-_VALUED = frozenset({
+_VALUE_OPTIONS = frozenset({
     "account", "acctg-freq", "batch", "bb", "bbf", "begin", "cluster-constraint", "clusters", "comment", "constraint",
     "container", "container-id", "core-spec", "cores-per-socket", "cpu-freq", "cpus-per-gpu", "cpus-per-task",
     "deadline", "delay-boot", "dependency", "distribution", "error", "exclude", "export", "export-file", "extra",
@@ -27,7 +27,7 @@ _VALUED = frozenset({
     "sockets-per-node", "switches", "thread-spec", "threads-per-core", "time", "time-min", "tmp", "tres-bind",
     "tres-per-task", "uid", "wait-all-nodes", "wckey",
 })  # fmt: skip
-_OWN = {
+_RESERVED_OPTIONS = {
     "array": "one task a run; --at-once says how many run together", "nodes": "give --nodes",
     "gpus-per-node": "give --gpus-per-node", "ntasks": "there is one on each node",
     "ntasks-per-node": "there is one on each node", "ntasks-per-gpu": "there is one on each node",
@@ -39,14 +39,14 @@ _OWN = {
     "verbose": "hand in the script that --dry-run writes", "ignore-pbs": "there is nothing of PBS in the script",
 }  # fmt: skip
 """Those that are set already, and how."""
-NAMES = tuple(sorted(_FLAGS | _VALUED))
+ALLOWED_OPTIONS = tuple(sorted(_FLAG_OPTIONS | _VALUE_OPTIONS))
 """All that may be given."""
 
-_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
-_OUR_SIGNAL = re.compile(r"B:(?:SIG)?USR1@(\d+)")
+_TIME_PATTERN = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
+_STOP_SIGNAL_PATTERN = re.compile(r"B:(?:SIG)?USR1@(\d+)")
 
 
-def sbatch_options(given: Mapping[str, Any]) -> dict[str, str | None]:
+def parse_sbatch_options(given: Mapping[str, Any]) -> dict[str, str | None]:
     """Options by name, as sbatch spells them, each with its value, or None where it stands alone.
 
     ``given`` has them by name, with dashes or underscores; false and null leave one out.
@@ -57,20 +57,20 @@ def sbatch_options(given: Mapping[str, Any]) -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     for key, value in given.items():
         name = str(key).replace("_", "-")
-        if name in _OWN:
-            raise SlurmError(f"slurm.{key} is set by peftbench itself: {_OWN[name]}")
-        if name not in NAMES:
-            hint = nearest(name, NAMES)
+        if name in _RESERVED_OPTIONS:
+            raise SlurmError(f"slurm.{key} is set by peftbench itself: {_RESERVED_OPTIONS[name]}")
+        if name not in ALLOWED_OPTIONS:
+            hint = did_you_mean(name, ALLOWED_OPTIONS)
             raise SlurmError(f"sbatch has no option {name!r} that can be given as slurm.{key}", hint)
         if value is None or value is False:
             continue
-        found[name] = _value(name, value)
+        found[name] = _format_value(name, value)
     return found
 
 
-def _value(name: str, value: object) -> str | None:
+def _format_value(name: str, value: object) -> str | None:
     if value is True:
-        if name not in _FLAGS:
+        if name not in _FLAG_OPTIONS:
             raise SlurmError(f"slurm.{name}=true says nothing; sbatch's --{name} wants a value")
         return None
     if not isinstance(value, (str, int, float)):
@@ -81,7 +81,7 @@ def _value(name: str, value: object) -> str | None:
     return text
 
 
-def lead_seconds(options: Mapping[str, str | None]) -> int:
+def parse_lead_seconds(options: Mapping[str, str | None]) -> int:
     """How long before the end of its time a job is told.
 
     Raises:
@@ -89,15 +89,15 @@ def lead_seconds(options: Mapping[str, str | None]) -> int:
     """
     given = options.get("signal")
     if given is None:
-        return LEAD_SECONDS
-    if (found := _OUR_SIGNAL.fullmatch(given)) is None:
+        return DEFAULT_LEAD_SECONDS
+    if (found := _STOP_SIGNAL_PATTERN.fullmatch(given)) is None:
         raise SlurmError(
-            f"slurm.signal={given!r} is not what a job's script hears; give B:USR1@SECONDS, as {SIGNAL.format(300)}"
+            f"slurm.signal={given!r} is not what a job's script hears; give B:USR1@SECONDS, as {STOP_SIGNAL_FORMAT.format(300)}"
         )
     return int(found[1])
 
 
-def seconds_of(time: str) -> int | None:
+def parse_time_limit(time: str) -> int | None:
     """Seconds of a time as sbatch takes it (minutes, minutes:seconds, hours:minutes:seconds, days-...), None if none.
 
     Raises:
@@ -105,7 +105,7 @@ def seconds_of(time: str) -> int | None:
     """
     if time.lower() in {"infinite", "unlimited", "0"}:
         return None
-    if (found := _TIME.fullmatch(time)) is None:
+    if (found := _TIME_PATTERN.fullmatch(time)) is None:
         raise SlurmError(f"slurm.time={time!r} is no time; give minutes, hours:minutes:seconds or days-hours")
     parts = [int(part) for part in found["parts"].split(":")]
     if found["days"] is not None:  # days-hours[:minutes[:seconds]]
@@ -118,16 +118,16 @@ def seconds_of(time: str) -> int | None:
     return (hours * 60 + minutes) * 60 + seconds
 
 
-def check_time(options: Mapping[str, str | None]) -> None:
+def check_time_limit(options: Mapping[str, str | None]) -> None:
     """Whether the time leaves some before the signal.
 
     Raises:
         TimeLimitError: the job would be told to stop before it began.
     """
-    time, lead = options.get("time"), lead_seconds(options)
-    seconds = None if time is None else seconds_of(time)
+    time, lead = options.get("time"), parse_lead_seconds(options)
+    seconds = None if time is None else parse_time_limit(time)
     if seconds is not None and seconds <= lead:
         raise TimeLimitError(
             f"slurm.time={time} is {seconds} s, and the job is told to stop {lead} s before its end, so that no step "
-            f"could be trained; give more, or a later signal as slurm.signal={SIGNAL.format(max(1, seconds // 4))}"
+            f"could be trained; give more, or a later signal as slurm.signal={STOP_SIGNAL_FORMAT.format(max(1, seconds // 4))}"
         )

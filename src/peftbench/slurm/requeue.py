@@ -12,13 +12,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from peftbench.console import INTERRUPTED
+from peftbench.common.console import INTERRUPT_EXIT_CODE
 from peftbench.errors import PeftbenchError, SlurmError, TimeLimitError
-from peftbench.record import EXIT_CODES, FILE, RunRecord, read_record
-from peftbench.slurm.submitted import Submitted, submitted
-from peftbench.status import read_status, slurm_job
+from peftbench.record import EXIT_CODES, RECORD_FILE, RunRecord, read_record
+from peftbench.slurm.job_file import JobFile, read_job_file
+from peftbench.run_dir.status import read_status, get_slurm_job_id
 
-_STOPPED = frozenset({EXIT_CODES["preempted"], INTERRUPTED, 1, *range(128, 160)})
+_STOPPED_EXIT_CODES = frozenset({EXIT_CODES["preempted"], INTERRUPT_EXIT_CODE, 1, *range(128, 160)})
 """Exit codes of a run that was stopped, of a launcher whose processes were, and of what a signal has ended."""
 
 
@@ -32,23 +32,23 @@ def requeue(folder: Path, at_most: int, code: int = EXIT_CODES["preempted"]) -> 
         TimeLimitError: it was stopped before it had begun, or kept nothing, or came no further in its time.
         RecordError: its record cannot be read.
     """
-    job, status = slurm_job(), read_status(folder)
+    job, status = get_slurm_job_id(), read_status(folder)
     if job is None:
         raise SlurmError(f"{folder} was stopped outside of SLURM; run it again to go on")
-    if code not in _STOPPED:  # it came to an end of its own while it was told to stop
+    if code not in _STOPPED_EXIT_CODES:  # it came to an end of its own while it was told to stop
         return code
     if status is None or (status.job, status.restarts) != (job, int(os.environ.get("SLURM_RESTART_COUNT", "0"))):
-        raise _too_short(f"it was told to stop before the run in {folder} had begun")
-    record = _record_since(status.started_at, folder)
+        raise _build_time_limit_error(f"it was told to stop before the run in {folder} had begun")
+    record = _read_record_since(status.started_at, folder)
     if record is not None and record.outcome.kind != "preempted":
         return EXIT_CODES[record.outcome.kind]
-    if record is None and not _kept_since(status.started_at, folder):  # it was killed before it could write one
-        raise _too_short(f"{folder} was killed after it had been told to stop, and kept nothing")
-    if record is not None and not gained(record):
-        raise _too_short(f"{folder} {_where(record)} before it was told to stop")
-    before = submitted(folder)
+    if record is None and not _has_checkpoint_since(status.started_at, folder):  # it was killed before it could write one
+        raise _build_time_limit_error(f"{folder} was killed after it had been told to stop, and kept nothing")
+    if record is not None and not made_progress(record):
+        raise _build_time_limit_error(f"{folder} {_describe_position(record)} before it was told to stop")
+    before = read_job_file(folder)
     if before is None or before.job != job:  # handed in by hand
-        before = Submitted(job=job)
+        before = JobFile(job=job)
     if before.requeued >= at_most:
         raise SlurmError(
             f"job {job} has begun itself anew {before.requeued} times, which is as often as it may; submit again"
@@ -66,36 +66,36 @@ def requeue(folder: Path, at_most: int, code: int = EXIT_CODES["preempted"]) -> 
     return EXIT_CODES["preempted"]
 
 
-def gained(record: RunRecord) -> bool:
+def made_progress(record: RunRecord) -> bool:
     """Whether the last process of a run finished a step and kept it."""
     step = record.outcome.step
-    return step is not None and step > _began_at(record) and step <= record.steps
+    return step is not None and step > _get_resume_step(record) and step <= record.steps
 
 
-def _where(record: RunRecord) -> str:
+def _describe_position(record: RunRecord) -> str:
     if not record.steps:
         return f"came no further than its phase {record.outcome.phase}"
-    return f"began at step {_began_at(record)} and came no further"
+    return f"began at step {_get_resume_step(record)} and came no further"
 
 
-def _too_short(why: str) -> TimeLimitError:
+def _build_time_limit_error(why: str) -> TimeLimitError:
     return TimeLimitError(f"the job's time is too short: {why}; give a longer slurm.time, and submit again")
 
 
-def _record_since(started_at: str, folder: Path) -> RunRecord | None:
+def _read_record_since(started_at: str, folder: Path) -> RunRecord | None:
     """The record of the attempt that began then; one that lies there may be of an attempt before."""
-    if not (folder / FILE).exists():
+    if not (folder / RECORD_FILE).exists():
         return None
-    record = read_record(folder / FILE)
+    record = read_record(folder / RECORD_FILE)
     return record if record.started_at >= started_at else None
 
 
-def _kept_since(started_at: str, folder: Path) -> bool:
+def _has_checkpoint_since(started_at: str, folder: Path) -> bool:
     since = datetime.datetime.fromisoformat(started_at).timestamp()
     return any(path.stat().st_mtime >= since for path in folder.glob("checkpoints/*/step-*[0-9]/checkpoint.json"))
 
 
-def _began_at(record: RunRecord) -> int:
+def _get_resume_step(record: RunRecord) -> int:
     return record.resumed_after[-1] if record.resumed_after else 0
 
 

@@ -12,17 +12,17 @@ from typing import Any
 
 import yaml
 
-from peftbench.config import explained
-from peftbench.errors import MissingFileError, OutputError, SlurmError, nearest
-from peftbench.files import write_atomically, write_error
-from peftbench.lock import refuse_if_held
-from peftbench.recipe import Recipe
-from peftbench.slurm.script import ACCELERATE, DEEPSPEED, Job, script, settings
-from peftbench.slurm.submitted import Submitted
+from peftbench.recipe.loader import to_commented_yaml
+from peftbench.errors import MissingFileError, OutputError, SlurmError, did_you_mean
+from peftbench.common.filesystem import write_atomically, write_error
+from peftbench.run_dir.lock import raise_if_locked
+from peftbench.recipe.schema import Recipe
+from peftbench.slurm.batch_script import ACCELERATE_CONFIG_FILE, DEEPSPEED_CONFIG_FILE, Job, render_script, build_sbatch_directives
+from peftbench.slurm.job_file import JobFile
 
-SCRIPT, LOGS = "job.sbatch", "slurm"
-_KEPT = frozenset({"SLURM_CONF", "SLURM_CLUSTERS"})
-_HERE = "accel_configs"
+SCRIPT_FILE, LOG_DIR = "job.sbatch", "slurm"
+_INHERITED_VARIABLES = frozenset({"SLURM_CONF", "SLURM_CLUSTERS"})
+_ACCELERATE_CONFIG_DIR = "accel_configs"
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Submission:
 
 
 @dataclass(frozen=True)
-class Engine:
+class LaunchFile:
     """An accelerate file, and what it says of a launch."""
 
     path: Path
@@ -69,30 +69,30 @@ class Engine:
             raise SlurmError(f"{self.path}: num_processes and num_machines must be whole numbers") from None
 
 
-def engine_named(name: str) -> Engine:
+def find_launch_file(name: str) -> LaunchFile:
     """The engine of a file, or of that name in ``accel_configs/``.
 
     Raises:
         MissingFileError: there is none.
     """
-    known = {path.stem: path for folder in _engine_folders() for path in sorted(folder.glob("*.yaml"))}
+    known = {path.stem: path for folder in _find_accelerate_config_dirs() for path in sorted(folder.glob("*.yaml"))}
     path = known.get(name) or Path(name)
     if not path.is_file():
-        raise MissingFileError(f"there is no engine {name!r}", nearest(name, known) if known else "give a file's path")
+        raise MissingFileError(f"there is no engine {name!r}", did_you_mean(name, known) if known else "give a file's path")
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SlurmError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(config, dict):
         raise SlurmError(f"{path} must hold keys and values, as accelerate config writes them")
-    return Engine(path, config)
+    return LaunchFile(path, config)
 
 
-def _engine_folders() -> list[Path]:
-    return [folder / _HERE for folder in (Path(__file__).resolve().parents[3], Path.cwd()) if (folder / _HERE).is_dir()]
+def _find_accelerate_config_dirs() -> list[Path]:
+    return [folder / _ACCELERATE_CONFIG_DIR for folder in (Path(__file__).resolve().parents[3], Path.cwd()) if (folder / _ACCELERATE_CONFIG_DIR).is_dir()]
 
 
-def prepare(recipes: Sequence[Recipe], job: Job, engine: Engine | None, place: Path) -> Submission:
+def prepare_submission(recipes: Sequence[Recipe], job: Job, engine: LaunchFile | None, place: Path) -> Submission:
     """Write everything that the runs need: resolved recipes, the engine's files, the script. Nothing is submitted.
 
     Raises:
@@ -100,35 +100,35 @@ def prepare(recipes: Sequence[Recipe], job: Job, engine: Engine | None, place: P
         OutputError: a folder cannot be written.
     """
     for folder in job.folders:
-        refuse_if_held(folder)
+        raise_if_locked(folder)
     for recipe, folder in zip(recipes, job.folders, strict=True):
         absolute = recipe.model_copy(update={"output_dir": str(folder.parent)})
-        write_atomically(folder / "recipe.yaml", explained(absolute))
+        write_atomically(folder / "recipe.yaml", to_commented_yaml(absolute))
         if engine is not None:
-            _copy_engine(engine, folder, job)
-    text = script(job)
-    path = place / SCRIPT
+            _write_launch_files(engine, folder, job)
+    text = render_script(job)
+    path = place / SCRIPT_FILE
     try:
         job.logs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise write_error(job.logs, error) from error
     write_atomically(path, text)
-    arguments = [f"--{name}" + ("" if value is None else f"={value}") for name, value in settings(job).items()]
+    arguments = [f"--{name}" + ("" if value is None else f"={value}") for name, value in build_sbatch_directives(job).items()]
     return Submission(path, text, job.folders, job.logs, tuple(arguments))
 
 
-def _copy_engine(engine: Engine, folder: Path, job: Job) -> None:
+def _write_launch_files(engine: LaunchFile, folder: Path, job: Job) -> None:
     config = engine.config | {
         "num_machines": job.nodes, "num_processes": job.nodes * job.processes_per_node,
         "same_network": False,  # accelerate tells c10d where to meet only then
     }  # fmt: skip
     if (deepspeed := engine.deepspeed) is not None:
-        write_atomically(folder / DEEPSPEED, deepspeed.read_text(encoding="utf-8"))
-        config["deepspeed_config"] = {**config["deepspeed_config"], "deepspeed_config_file": str(folder / DEEPSPEED)}
-    write_atomically(folder / ACCELERATE, yaml.safe_dump(config, sort_keys=False))
+        write_atomically(folder / DEEPSPEED_CONFIG_FILE, deepspeed.read_text(encoding="utf-8"))
+        config["deepspeed_config"] = {**config["deepspeed_config"], "deepspeed_config_file": str(folder / DEEPSPEED_CONFIG_FILE)}
+    write_atomically(folder / ACCELERATE_CONFIG_FILE, yaml.safe_dump(config, sort_keys=False))
 
 
-def submit(prepared: Submission) -> Submission:
+def submit_job(prepared: Submission) -> Submission:
     """Hand the script to sbatch.
 
     Raises:
@@ -141,7 +141,7 @@ def submit(prepared: Submission) -> Submission:
         )
     # Of a job that this is submitted from nothing must travel along: a task's number, a count, a step's CPUs.
     environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SRUN_")) or name in _KEPT
+        name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SRUN_")) or name in _INHERITED_VARIABLES
     }
     done = subprocess.run(
         ["sbatch", "--parsable", *prepared.arguments, str(prepared.script)],
@@ -153,7 +153,7 @@ def submit(prepared: Submission) -> Submission:
     for index, folder in enumerate(prepared.folders):
         name = f"{job}_{index}" if len(prepared.folders) > 1 else job
         try:
-            Submitted(job=name, log=str(prepared.logs / f"{name}.log")).write(folder)
+            JobFile(job=name, log=str(prepared.logs / f"{name}.log")).write(folder)
         except OutputError as error:
             raise SlurmError(f"job {job} was submitted, but that cannot be noted: {error}") from error
     return replace(prepared, job=job)

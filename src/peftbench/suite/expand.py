@@ -10,16 +10,16 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
-from peftbench.config import in_yaml, merged, plain, read_yaml, validate
-from peftbench.errors import MissingFileError, OutOfRangeError, RecipeError, UnknownKeyError, nearest
-from peftbench.part import Part
-from peftbench.recipe import Recipe
+from peftbench.recipe.loader import to_inline_yaml, merge_configs, to_plain_dict, read_yaml, parse_recipe
+from peftbench.errors import MissingFileError, OutOfRangeError, RecipeError, UnknownKeyError, did_you_mean
+from peftbench.common.schema import ConfigSection
+from peftbench.recipe.schema import Recipe
 
-SEED = "train.seed"
+SEED_KEY = "train.seed"
 """The knob that --seeds varies: new weights, the order of batches, dropout; the examples stay the same."""
 
 
-class Suite(Part):
+class Suite(ConfigSection):
     """A comparison: which recipes, changed how, launched by what."""
 
     name: str
@@ -44,7 +44,7 @@ def read_suite(path: Path) -> Suite:
     """
     values: dict[str, Any] = {}
     for part in read_yaml(path):
-        values |= plain(part)
+        values |= to_plain_dict(part)
     try:
         return Suite.model_validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
@@ -52,7 +52,7 @@ def read_suite(path: Path) -> Suite:
         found = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
         key = ".".join(map(str, found["loc"]))
         if found["type"] == "extra_forbidden":
-            hint = nearest(key, Suite.model_fields)
+            hint = did_you_mean(key, Suite.model_fields)
             raise UnknownKeyError(f"{path} is no suite: there is no key {key!r}", hint) from error
         raise RecipeError(f"{path} is no suite: {key}: {found['msg']}") from error
 
@@ -66,24 +66,24 @@ def expand(
         RecipeError: a recipe is not valid, two runs have one name, or seeds are asked for twice; nothing has run yet.
     """
     suite = read_suite(path)
-    if seeds is not None and SEED in suite.axes:
-        raise OutOfRangeError(f"{path} varies {SEED} itself", "leave --seeds out, or take that axis out of the suite")
+    if seeds is not None and SEED_KEY in suite.axes:
+        raise OutOfRangeError(f"{path} varies {SEED_KEY} itself", "leave --seeds out, or take that axis out of the suite")
     recipes: list[Recipe] = []
     for name in suite.recipes:
         file = path.parent / name
-        for point in _points(suite.axes):
+        for point in _iter_grid_points(suite.axes):
             changes = [f"{key}={json.dumps(value)}" for key, value in point]
-            place = [f"output_dir={in_yaml(str(out))}"] if out is not None else []
-            values = merged([file], [*suite.overrides, *changes, *overrides, *place])
-            values["name"] = "-".join([str(values.get("name", file.stem)), *(_label(k, v) for k, v in point)])
-            recipes += over_seeds(validate(values), seeds)
+            place = [f"output_dir={to_inline_yaml(str(out))}"] if out is not None else []
+            values = merge_configs([file], [*suite.overrides, *changes, *overrides, *place])
+            values["name"] = "-".join([str(values.get("name", file.stem)), *(_format_axis_label(k, v) for k, v in point)])
+            recipes += with_seeds(parse_recipe(values), seeds)
     names = [recipe.name for recipe in recipes]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise RecipeError(f"several runs of {path} are named {', '.join(twice)}; give each recipe a name of its own")
     return recipes
 
 
-def over_seeds(recipe: Recipe, seeds: int | None) -> list[Recipe]:
+def with_seeds(recipe: Recipe, seeds: int | None) -> list[Recipe]:
     """``recipe`` with its own train.seed and the ones that follow it, named as an axis would name them.
 
     It is left as it is where ``seeds`` is None, and where the method trains nothing, so that no seed changes its run.
@@ -95,12 +95,12 @@ def over_seeds(recipe: Recipe, seeds: int | None) -> list[Recipe]:
         return [recipe]
     values = recipe.model_dump(mode="json")
     return [
-        validate(values | {"name": f"{recipe.name}-{_label(SEED, seed)}", "train": values["train"] | {"seed": seed}})
+        parse_recipe(values | {"name": f"{recipe.name}-{_format_axis_label(SEED_KEY, seed)}", "train": values["train"] | {"seed": seed}})
         for seed in range(recipe.train.seed, recipe.train.seed + seeds)
     ]
 
 
-def accelerate_config(path: Path) -> Path | None:
+def resolve_accelerate_config(path: Path) -> Path | None:
     """The accelerate config file that the suite in ``path`` names, None where it names none.
 
     Raises:
@@ -115,11 +115,11 @@ def accelerate_config(path: Path) -> Path | None:
     return found
 
 
-def _points(axes: dict[str, tuple[Any, ...]]) -> Iterator[tuple[tuple[str, Any], ...]]:
+def _iter_grid_points(axes: dict[str, tuple[Any, ...]]) -> Iterator[tuple[tuple[str, Any], ...]]:
     yield from itertools.product(*([(key, value) for value in values] for key, values in axes.items()))
 
 
-def _label(key: str, value: object) -> str:
+def _format_axis_label(key: str, value: object) -> str:
     """``seed=1`` of the axis ``train.seed``; what a folder's name cannot hold becomes an underscore."""
     text = value if isinstance(value, str) else json.dumps(value)
     return f"{key.rsplit('.', 1)[-1]}=" + "".join(c if c.isalnum() or c in "._+-" else "_" for c in text)

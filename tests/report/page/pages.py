@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from peftbench.record import FILE, RunRecord, read_record
-from peftbench.report.files import downloads
-from peftbench.report.page.build import page
-from peftbench.report.page.content import Unfinished, content
+from peftbench.record import RECORD_FILE, RunRecord, read_record
+from peftbench.report.writer import build_downloads
+from peftbench.report.page.build import render_page
+from peftbench.report.page.content import UnfinishedRun, build_page_data
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 SHIPPED = {path.name: path for path in sorted((REPOSITORY / "docs" / "results").iterdir()) if path.is_dir()}
@@ -17,7 +17,7 @@ SHIPPED = {path.name: path for path in sorted((REPOSITORY / "docs" / "results").
 
 def shipped(name: str) -> dict[Path, RunRecord]:
     """The records of a shipped suite."""
-    return {path: read_record(path) for path in sorted(SHIPPED[name].rglob(FILE))}
+    return {path: read_record(path) for path in sorted(SHIPPED[name].rglob(RECORD_FILE))}
 
 
 def page_of(
@@ -26,10 +26,10 @@ def page_of(
     *,
     title: str = "a suite",
     summary: Sequence[str] = ("A sentence.",),
-    unfinished: Sequence[Unfinished] = (),
+    unfinished: Sequence[UnfinishedRun] = (),
 ) -> Path:
     """The page of ``records``, in ``folder``."""
     path = folder / "report.html"
-    shown = content(records, title, summary, unfinished=unfinished)
-    path.write_text(page(shown, downloads(list(records.values()), summary)), encoding="utf-8")
+    shown = build_page_data(records, title, summary, unfinished=unfinished)
+    path.write_text(render_page(shown, build_downloads(list(records.values()), summary)), encoding="utf-8")
     return path

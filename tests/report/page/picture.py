@@ -11,9 +11,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from peftbench.record import FILE, find_records
-from peftbench.report.files import write_report
-from peftbench.report.table import insert_block
+from peftbench.record import RECORD_FILE, find_records
+from peftbench.report.writer import write_report
+from peftbench.report.tables.table import insert_block
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 RECORDS = REPOSITORY / "docs" / "results" / "demo"
@@ -32,7 +32,7 @@ def digest() -> str:
         *(report / name for name in ("words.py", "columns.py")),
     ]
     found = hashlib.blake2b(digest_size=8)
-    for path in [*sorted(RECORDS.rglob(FILE)), *looks]:
+    for path in [*sorted(RECORDS.rglob(RECORD_FILE)), *looks]:
         found.update(path.read_bytes())
     return found.hexdigest()
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from peftbench.record import Device
-from peftbench.report.beside import beside
-from peftbench.report.page.build import beside_page
+from peftbench.report.diff.compute import diff_suites
+from peftbench.report.page.build import render_diff_page
 from tests.report.page.conftest import Open
 from tests.report.page.test_in_browser import HOSTILE
 from tests.report.records import judged, record
@@ -21,7 +21,7 @@ def test_shows_what_changed(scheme: str, opened: Open, tmp_path: Path) -> None:
     record(HOSTILE, "lora", 10, loss=3.0).write(before / "a")
     record(HOSTILE, "lora", 10, loss=4.0, global_batch=8, git=HOSTILE).write(after / "a")
     page = tmp_path / "page.html"
-    page.write_text(beside_page(beside(before, after)), encoding="utf-8")
+    page.write_text(render_diff_page(diff_suites(before, after)), encoding="utf-8")
     found = opened(page, color_scheme=scheme)
     assert found.said == []
     assert found.asked == [page.as_uri()]
@@ -45,7 +45,7 @@ def test_an_interval_is_told_of_once_and_where_there_is_one(opened: Open, tmp_pa
             one = judged("a", "lora", None, losses=[loss + step / 100 for step in range(30)], labelled=(1,) * 30)
             (record("a", "lora", 10, loss=loss) if name == "plain" else one).write(tmp_path / name / side / "a")
         page = tmp_path / f"{name}.html"
-        page.write_text(beside_page(beside(tmp_path / name / "A", tmp_path / name / "B")), encoding="utf-8")
+        page.write_text(render_diff_page(diff_suites(tmp_path / name / "A", tmp_path / name / "B")), encoding="utf-8")
         found: str = opened(page).page.locator("body").inner_text()
         return found
 
@@ -60,7 +60,7 @@ def test_is_accessible(scheme: str, opened: Open, tmp_path: Path) -> None:
     record("a", "lora", 10, loss=3.0).write(tmp_path / "A" / "a")
     record("a", "lora", 10, loss=4.0, global_batch=8).write(tmp_path / "B" / "a")
     page = tmp_path / "page.html"
-    page.write_text(beside_page(beside(tmp_path / "A", tmp_path / "B")), encoding="utf-8")
+    page.write_text(render_diff_page(diff_suites(tmp_path / "A", tmp_path / "B")), encoding="utf-8")
     found = axe.Axe().run(opened(page, color_scheme=scheme, bypass_csp=True).page).response
     assert [(one["id"], one["nodes"][0]["html"]) for one in found["violations"]] == []
 
@@ -69,7 +69,7 @@ def test_two_equal_suites(opened: Open, tmp_path: Path) -> None:
     """Nothing changed is said, and there is no table."""
     record("a", "lora", 10).write(tmp_path / "A" / "a")
     page = tmp_path / "page.html"
-    page.write_text(beside_page(beside(tmp_path / "A", tmp_path / "A")), encoding="utf-8")
+    page.write_text(render_diff_page(diff_suites(tmp_path / "A", tmp_path / "A")), encoding="utf-8")
     found = opened(page)
     assert "nothing changed" in found.page.locator("main").inner_text()
     assert found.page.locator("table").count() == 0
@@ -81,7 +81,7 @@ def test_what_another_device_does_not_tell_has_not_fallen(tmp_path: Path) -> Non
     record("a", "lora", 10, **there).write(tmp_path / "A" / "a")
     record("a", "lora", 10).write(tmp_path / "same" / "a")
     record("a", "lora", 10, device=Device(kind="cpu", name="another", processes=1)).write(tmp_path / "other" / "a")
-    assert beside(tmp_path / "A", tmp_path / "same").fell
-    other = beside(tmp_path / "A", tmp_path / "other")
+    assert diff_suites(tmp_path / "A", tmp_path / "same").fell
+    other = diff_suites(tmp_path / "A", tmp_path / "other")
     assert not other.fell
     assert [figure.verdict for figure in other.pairs[0].figures if figure.name == "training_joules"] == ["untold"]

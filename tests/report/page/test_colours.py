@@ -8,9 +8,9 @@ import re
 
 import pytest
 
-from peftbench.report.page.charts import PART_COLOURS, SHAPES
-from peftbench.report.page.memory import PARTS
-from peftbench.report.page.series import COLOURS
+from peftbench.report.page.charts import NUM_CATEGORY_COLORS, SHAPES
+from peftbench.report.page.memory_chart import CATEGORY_LABELS
+from peftbench.report.page.series import NUM_COLORS
 from tests.report.page.pages import REPOSITORY
 
 STYLE = (REPOSITORY / "src" / "peftbench" / "report" / "page" / "page.css").read_text(encoding="utf-8")
@@ -37,7 +37,7 @@ def test_there_are_three_themes() -> None:
     """Light, dark and paper, each with all variables."""
     assert len(THEMES) == 3
     assert len({frozenset(theme) for theme in THEMES}) == 1
-    assert {f"--k{index}" for index in range(COLOURS)} <= set(THEMES[0])
+    assert {f"--k{index}" for index in range(NUM_COLORS)} <= set(THEMES[0])
 
 
 @pytest.mark.parametrize("theme", THEMES, ids=["light", "dark", "paper"])
@@ -46,7 +46,7 @@ def test_colours_stand_out_from_their_paper(theme: dict[str, str]) -> None:
     assert _contrast("#000", "#fff") == pytest.approx(21)
     for name in ("--ink", "--soft", "--accent", "--good", "--bad"):
         assert _contrast(theme[name], theme["--paper"]) >= 4.5, name
-    marks = [*(f"--k{k}" for k in range(COLOURS)), *(f"--m{m}" for m in range(PART_COLOURS))]
+    marks = [*(f"--k{k}" for k in range(NUM_COLORS)), *(f"--m{m}" for m in range(NUM_CATEGORY_COLORS))]
     for name in (*marks, "--front"):
         assert _contrast(theme[name], theme["--paper"]) >= 3, name
 
@@ -78,8 +78,8 @@ def _seen(colour: str, sight: str) -> list[float]:
 @pytest.mark.parametrize("theme", THEMES, ids=["light", "dark", "paper"])
 def test_colours_are_told_apart_by_everybody(theme: dict[str, str], sight: str) -> None:
     """No two groups look alike, nor two parts of a bar: several times what can just be noticed lies between them."""
-    groups = [f"--k{index}" for index in range(COLOURS)]
-    tensors = [f"--m{index}" for index in range(list(PARTS).index("rest") + 1)]
+    groups = [f"--k{index}" for index in range(NUM_COLORS)]
+    tensors = [f"--m{index}" for index in range(list(CATEGORY_LABELS).index("rest") + 1)]
     assert len(tensors) == 10
     for names in (groups, tensors):
         for one, other in itertools.combinations(names, 2):
@@ -89,4 +89,4 @@ def test_colours_are_told_apart_by_everybody(theme: dict[str, str], sight: str) 
 
 def test_every_group_has_a_shape_of_its_own() -> None:
     """Where no colour is seen at all, a point's shape says whose it is."""
-    assert len(set(SHAPES)) == COLOURS
+    assert len(set(SHAPES)) == NUM_COLORS

@@ -10,18 +10,7 @@ from typing import Any
 
 import pytest
 
-from peftbench.record import (
-    Flops,
-    Interval,
-    Memory,
-    Outcome,
-    Parameters,
-    Quality,
-    RunRecord,
-    Sample,
-    StateBytes,
-    read_records,
-)
+from peftbench.record import Flops, Interval, Memory, Outcome, ParameterCounts, Quality, RunRecord, Sample, StateBytes, read_records
 from tests.report.page.conftest import Open
 from tests.report.page.pages import SHIPPED, page_of, shipped
 from tests.report.records import record
@@ -147,7 +136,7 @@ def test_small_numbers_are_numbers(opened: Open, tmp_path: Path) -> None:
     """Five of ten million is less than one of a thousand, though its first digit is larger and it has an exponent."""
     sizes = {"few": (5, 10_000_000), "some": (1, 1000), "half": (1, 2)}
     rows = [
-        record(name, "lora", 10, parameters=Parameters(trainable=part, total=whole))
+        record(name, "lora", 10, parameters=ParameterCounts(trainable=part, total=whole))
         for name, (part, whole) in sizes.items()
     ]
     page = opened(page_of({tmp_path / one.name / "record.json": one for one in rows}, tmp_path))

@@ -8,21 +8,21 @@ from typing import Any
 import pytest
 
 from peftbench.record import RunRecord, Throughput, Tokens, TokensPerSecond
-from peftbench.report.configurations import configurations
+from peftbench.report.analysis.run_groups import group_runs
 from peftbench.report.page import series
-from peftbench.report.page.series import Groups, Row
+from peftbench.report.page.series import ColorGroups, ChartRow
 from tests.report.records import judged, noise, record
 
 
-def curves(*records: RunRecord) -> list[Row]:
+def curves(*records: RunRecord) -> list[ChartRow]:
     """Their curves."""
-    return series.curves(records, Groups.of(configurations(records)))
+    return series.loss_curve_rows(records, ColorGroups.of(group_runs(records)))
 
 
-def points(records: list[RunRecord], *, rouge: bool) -> list[Row]:
+def points(records: list[RunRecord], *, rouge: bool) -> list[ChartRow]:
     """Their points."""
-    every = configurations(records)
-    return series.points(every, Groups.of(every), rouge=rouge)
+    every = group_runs(records)
+    return series.trade_off_rows(every, ColorGroups.of(every), rouge=rouge)
 
 
 def test_curves_over_each_that_is_known() -> None:
@@ -41,7 +41,7 @@ def test_long_curves_are_thinned_to_means() -> None:
     """Of 1,000 steps 200 points are left, each the mean of five, and no step is lost or counted twice."""
     losses = tuple(float(step) for step in range(1000))
     rows = curves(record("a", "full", 1, losses=losses, step_seconds=(1.0,) * 1000))
-    assert len(rows) == series.POINTS
+    assert len(rows) == series.MAX_CURVE_POINTS
     assert rows[0]["loss"] == 2.0
     assert rows[-1]["loss"] == 997.0
     assert sum(float(row["loss"] or 0) for row in rows) * 5 == sum(losses)
@@ -53,7 +53,7 @@ def test_a_loss_that_is_no_number_is_no_point() -> None:
     assert [row["loss"] for row in rows] == [1.0, None, None]
 
 
-def _speed(**changes: Any) -> Row:
+def _speed(**changes: Any) -> ChartRow:
     each = TokensPerSecond(real=1100.0, padded=1.0, labelled=1.0, virtual=0.0)
     speed = Throughput(
         steps=8, step_seconds_median=1.0, step_seconds_p10=0.5, step_seconds_p90=2.0, samples_per_second=1.0,
@@ -61,7 +61,7 @@ def _speed(**changes: Any) -> Row:
     )  # fmt: skip
     tokens = Tokens(real=10_000, padded=1, labelled=1, virtual=0)
     one = record("a", "full", 1, throughput=speed, tokens=tokens, steps=10, **changes)
-    (row,) = series.speed([one], Groups.of(configurations([one])))
+    (row,) = series.throughput_rows([one], ColorGroups.of(group_runs([one])))
     return row
 
 
@@ -81,7 +81,7 @@ def test_speed_of_an_older_record_spreads_by_its_percentiles() -> None:
 def test_groups_are_configurations_where_they_are_few() -> None:
     """Each of eight configurations has a colour; of nine, methods have one, and every run has one of them."""
     runs = [record(f"r{n}", "lora" if n % 2 else "full", 10, method={"r": n}) for n in range(9)]
-    few, many = (Groups.of(configurations(some)) for some in (runs[:8], runs))
+    few, many = (ColorGroups.of(group_runs(some)) for some in (runs[:8], runs))
     assert (few.title, len(few.names)) == ("run", 8)
     assert (many.title, set(many.names)) == ("method", {"lora", "full"})
     assert few[runs[3]] == "r3 (lora)"
@@ -90,15 +90,15 @@ def test_groups_are_configurations_where_they_are_few() -> None:
 
 def test_the_pareto_front_by_hand() -> None:
     """On it are those that nothing is better than at the same cost or less; ties and the dominated are not."""
-    points: list[Row] = [
+    points: list[ChartRow] = [
         {"run": "cheap", "cost": 1.0, "quality": 10.0}, {"run": "worse and dearer", "cost": 2.0, "quality": 9.0},
         {"run": "as good and dearer", "cost": 2.5, "quality": 10.0}, {"run": "dear", "cost": 3.0, "quality": 12.0},
         {"run": "as dear and worse", "cost": 3.0, "quality": 11.0}, {"run": "unknown", "cost": None, "quality": 99.0},
     ]  # fmt: skip
-    best = series.front(points, "cost", "quality", more_is_better=True)
+    best = series.pareto_front(points, "cost", "quality", more_is_better=True)
     assert [point["run"] for point in best] == ["cheap", "dear"]
     turned = [point | {"quality": -float(point["quality"] or 0)} for point in points]
-    assert [p["run"] for p in series.front(turned, "cost", "quality", more_is_better=False)] == ["cheap", "dear"]
+    assert [p["run"] for p in series.pareto_front(turned, "cost", "quality", more_is_better=False)] == ["cheap", "dear"]
 
 
 def test_a_point_is_of_all_seeds() -> None:

@@ -12,50 +12,50 @@ from importlib.resources import files
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from peftbench.report.beside import Beside
-from peftbench.report.beside_text import config_cells, end, figure_cells, regressed, where
-from peftbench.report.page.charts import as_data
-from peftbench.report.page.content import Content
+from peftbench.report.diff.compute import SuiteDiff
+from peftbench.report.diff.render import config_cells, footer_lines, metric_cells, regression_summary, header_lines
+from peftbench.report.page.charts import chart_specs
+from peftbench.report.page.content import PageData
 
-_BESIDE = ("figure", "before", "after", "change", "verdict")
+_DIFF_COLUMNS = ("figure", "before", "after", "change", "verdict")
 _SECTIONS = {
     "summary": "In words", "trade-offs": "What quality costs", "table": "The comparison", "memory": "Memory and speed",
     "losses": "How the loss fell", "samples": "Examples", "protocol": "The protocol", "repeat": "How to repeat it",
 }  # fmt: skip
 
 
-def page(content: Content, downloads: Mapping[str, Mapping[str, str]]) -> str:
+def render_page(content: PageData, downloads: Mapping[str, Mapping[str, str]]) -> str:
     """The page's HTML; ``downloads`` are files by their kind, each with name, type and text."""
-    library, script = _library(), _own("page.js")
-    there = _there(content)
-    return _template("page.html.jinja").render(
-        page=content, specs=as_data(content.drawings), downloads=downloads,
+    library, script = _bundle_vega(), _read_page_file("page.js")
+    there = _visible_sections(content)
+    return _load_template("page.html.jinja").render(
+        page=content, specs=chart_specs(content.drawings), downloads=downloads,
         sections=[(name, title) for name, title in _SECTIONS.items() if name in there],
         # Only these two may run: a script that a model wrote would not, even if it were not escaped.
-        allowed_scripts=Markup(" ".join(map(_digest, (library, script)))),  # noqa: S704 — made of digests alone
-        library=Markup(library), script=Markup(script), style=Markup(_own("page.css")),  # noqa: S704 — files of ours
+        allowed_scripts=Markup(" ".join(map(_csp_hash, (library, script)))),  # noqa: S704 — made of digests alone
+        library=Markup(library), script=Markup(script), style=Markup(_read_page_file("page.css")),  # noqa: S704 — files of ours
     )  # fmt: skip
 
 
-def beside_page(found: Beside) -> str:
+def render_diff_page(found: SuiteDiff) -> str:
     """The HTML of two suites side by side; it needs no script."""
     rows = [
-        {"run": pair.label, "verdict_class": verdict} | dict(zip(_BESIDE, cells, strict=True))
-        for pair in found.pairs for cells, verdict in figure_cells(pair)
+        {"run": pair.label, "verdict_class": verdict} | dict(zip(_DIFF_COLUMNS, cells, strict=True))
+        for pair in found.pairs for cells, verdict in metric_cells(pair)
     ]  # fmt: skip
-    sentences = [*([regressed(found)] if found.fell else []), *where(found)[2:], *end(found)]
-    return _template("beside.html.jinja").render(
+    sentences = [*([regression_summary(found)] if found.fell else []), *header_lines(found)[2:], *footer_lines(found)]
+    return _load_template("beside.html.jinja").render(
         found=found, rows=rows, config=list(config_cells(found)), sentences=sentences,
-        style=Markup(_own("page.css")),  # noqa: S704 — a file of ours
+        style=Markup(_read_page_file("page.css")),  # noqa: S704 — a file of ours
     )  # fmt: skip
 
 
-def _template(name: str) -> Template:
+def _load_template(name: str) -> Template:
     loader = PackageLoader("peftbench.report.page", ".")
     return Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template(name)
 
 
-def _there(content: Content) -> set[str]:
+def _visible_sections(content: PageData) -> set[str]:
     """Sections that have something to show."""
     optional = {
         "trade-offs": content.trade_offs, "memory": content.memory or content.speed, "losses": content.losses,
@@ -64,12 +64,12 @@ def _there(content: Content) -> set[str]:
     return {name for name in _SECTIONS if name not in optional or optional[name]}
 
 
-def _own(name: str) -> str:
+def _read_page_file(name: str) -> str:
     return (files("peftbench.report.page") / name).read_text(encoding="utf-8")
 
 
 @cache
-def _library() -> str:
+def _bundle_vega() -> str:
     """Vega, Vega-Lite and vega-embed in one script, as vl-convert carries them."""
     import vl_convert
     from altair import SCHEMA_VERSION
@@ -79,5 +79,5 @@ def _library() -> str:
     return bundle.replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
 
-def _digest(script: str) -> str:
+def _csp_hash(script: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"

@@ -8,23 +8,23 @@ from typing import Any, Literal
 
 import altair as alt
 
-from peftbench.report.columns import finite
-from peftbench.report.page.memory import PARTS
-from peftbench.report.page.series import COLOURS, OVER, Groups, Row, front
+from peftbench.report.tables.columns import finite_or_none
+from peftbench.report.page.memory_chart import CATEGORY_LABELS
+from peftbench.report.page.series import NUM_COLORS, X_AXES, ColorGroups, ChartRow, pareto_front
 
-PART_COLOURS = 14
+NUM_CATEGORY_COLORS = 14
 """Variables --m0 to --m13 of the style; those of groups are --k0 to --k7."""
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right", "triangle-left")
-SIDES: dict[str, tuple[Literal["left", "right"], int, int]] = {
+LABEL_POSITIONS: dict[str, tuple[Literal["left", "right"], int, int]] = {
     "right above": ("left", 9, -7), "right below": ("left", 9, 13),
     "left above": ("right", -9, -7), "left below": ("right", -9, 13),
 }  # fmt: skip
 """Where a point's name may stand: how its text is aligned, and how far off, in pixels."""
-TABLED = 200
+MAX_TABLE_ROWS = 200
 """Rows that a chart's table has, at most."""
-SMOOTHED = 6
+SMOOTHING_RADIUS = 6
 """Points to either side that a smoothed curve is the mean of."""
-LABELLED = 12
+MAX_LABELLED_POINTS = 12
 """Points that have their name beside them, at most; with more of them names would cover each other."""
 
 
@@ -32,22 +32,22 @@ _LEGEND = alt.Legend(symbolOpacity=1, symbolStrokeWidth=2)  # whatever a layer's
 
 
 @dataclass(frozen=True)
-class Cost:
+class CostAxis:
     """What a quality is drawn against."""
 
     field: str
     title: str
 
 
-COSTS = (
-    Cost("MiB", "peak memory, MiB"),
-    Cost("seconds", "seconds of training"),
-    Cost("TFLOP", "required TFLOP"),
+COST_AXES = (
+    CostAxis("MiB", "peak memory, MiB"),
+    CostAxis("seconds", "seconds of training"),
+    CostAxis("TFLOP", "required TFLOP"),
 )
 
 
 @dataclass(frozen=True)
-class Drawing:
+class Chart:
     """A chart, what stands under it, and what a screen reader says of it."""
 
     name: str
@@ -59,25 +59,25 @@ class Drawing:
     """What it shows as a table, for those who do not see it; empty where that would be a page of its own."""
 
 
-def _shown(value: str | float | None) -> str:
-    return "unknown" if value is None else value if isinstance(value, str) else _number(value)
+def _format_cell(value: str | float | None) -> str:
+    return "unknown" if value is None else value if isinstance(value, str) else _format_number(value)
 
 
-def _number(value: float) -> str:
+def _format_number(value: float) -> str:
     """Four digits, and all of those before the point."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def _drawing(
+def _build_chart(
     name: str,
     title: str,
     caption: str,
     chart: alt.LayerChart | alt.FacetChart,
     *,
-    data: Mapping[str, Sequence[Row]],
+    data: Mapping[str, Sequence[ChartRow]],
     fields: Sequence[str] = (),
-    told: Sequence[Row] | None = None,
-) -> Drawing:
+    told: Sequence[ChartRow] | None = None,
+) -> Chart:
     """``data`` are the rows by the names that the chart's layers call them; Altair checks the chart without them.
 
     The rows that most are named after, "runs", are shown as a table too, with those ``fields``; or those ``told``.
@@ -86,18 +86,18 @@ def _drawing(
         width="container", description=f"{title}. {caption}",
         autosize=alt.AutoSizeParams(type="fit-x", contains="padding"),
     ).configure(**_theme())  # fmt: skip
-    rows = {named: [_clean(row) for row in values] for named, values in data.items()}
-    cells = [[_shown(row.get(field)) for field in fields] for row in (data["runs"] if told is None else told)]
-    shown = cells if fields and len(cells) <= TABLED else []
-    return Drawing(name, title, caption, described.to_dict() | {"datasets": rows}, list(fields), shown)
+    rows = {named: [_drop_non_finite(row) for row in values] for named, values in data.items()}
+    cells = [[_format_cell(row.get(field)) for field in fields] for row in (data["runs"] if told is None else told)]
+    shown = cells if fields and len(cells) <= MAX_TABLE_ROWS else []
+    return Chart(name, title, caption, described.to_dict() | {"datasets": rows}, list(fields), shown)
 
 
-def _clean(row: Row) -> Row:
+def _drop_non_finite(row: ChartRow) -> ChartRow:
     """A row without floats that are no numbers: JSON knows none, and one of them would take the whole page away."""
-    return {key: finite(value) if isinstance(value, float) else value for key, value in row.items()}
+    return {key: finite_or_none(value) if isinstance(value, float) else value for key, value in row.items()}
 
 
-def _of(named: str) -> alt.Chart:
+def _layer(named: str) -> alt.Chart:
     """A layer of the rows of that name."""
     return alt.Chart(alt.NamedData(name=named))
 
@@ -119,26 +119,26 @@ def _theme() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _colour(groups: Groups, rows: Sequence[Row], *, legend: bool = True) -> alt.Color:
+def _color_encoding(groups: ColorGroups, rows: Sequence[ChartRow], *, legend: bool = True) -> alt.Color:
     """A colour for each of the groups, the same in every chart, and a legend of those that ``rows`` are of."""
-    there = _there(groups, rows)
-    scale = alt.Scale(domain=there, range=[f"var(--k{groups.names.index(name) % COLOURS})" for name in there])
+    there = _present_groups(groups, rows)
+    scale = alt.Scale(domain=there, range=[f"var(--k{groups.names.index(name) % NUM_COLORS})" for name in there])
     return alt.Color("group:N", title=groups.title, scale=scale, legend=_LEGEND if legend else None)
 
 
-def _shape(groups: Groups, rows: Sequence[Row]) -> alt.Shape:
-    there = _there(groups, rows)
+def _shape_encoding(groups: ColorGroups, rows: Sequence[ChartRow]) -> alt.Shape:
+    there = _present_groups(groups, rows)
     scale = alt.Scale(domain=there, range=[SHAPES[groups.names.index(name) % len(SHAPES)] for name in there])
     return alt.Shape("group:N", title=groups.title, scale=scale)
 
 
-def _there(groups: Groups, rows: Sequence[Row]) -> list[str]:
+def _present_groups(groups: ColorGroups, rows: Sequence[ChartRow]) -> list[str]:
     return [name for name in groups.names if any(row["group"] == name for row in rows)]
 
 
 def trade_off(
-    points: Sequence[Row], groups: Groups, cost: Cost, title: str, *, more_is_better: bool, alike: bool
-) -> Drawing | None:
+    points: Sequence[ChartRow], groups: ColorGroups, cost: CostAxis, title: str, *, more_is_better: bool, alike: bool
+) -> Chart | None:
     """Quality against a cost, with intervals, and the line of those that none beats; None where nothing is known.
 
     Baselines, which cost no training, are lines across. Of runs that are not ``alike`` in device, engine and length no
@@ -148,29 +148,29 @@ def trade_off(
     known = [point for point in judged if point.get(cost.field) is not None]
     if not known:
         return None
-    best = front(known, cost.field, "quality", more_is_better=more_is_better) if alike else []
+    best = pareto_front(known, cost.field, "quality", more_is_better=more_is_better) if alike else []
     free = [point for point in judged if point["baseline"]]
     data = {
         "front": best, "runs": known, "intervals": [point for point in known if point.get("low") is not None],
-        "across": free if len(free) <= LABELLED else [],
-        **_named(known, cost),
+        "across": free if len(free) <= MAX_LABELLED_POINTS else [],
+        **_rows_by_label_position(known, cost),
     }  # fmt: skip
     layers = _trade_off_layers(cost, title, groups, judged, more_is_better=more_is_better)
     chart = alt.layer(*(layer for name, made in layers.items() if data[name] for layer in made)).properties(height=300)
-    said = ", ".join(str(point["run"]) for point in best[:LABELLED]) + (", …" if len(best) > LABELLED else "")
+    said = ", ".join(str(point["run"]) for point in best[:MAX_LABELLED_POINTS]) + (", …" if len(best) > MAX_LABELLED_POINTS else "")
     caption = (
         f"Pareto front of what was trained, by the means alone: {said}." if alike
         else "These ran on several devices or engines, or for other steps: no Pareto front is drawn."
     )  # fmt: skip
     fields = ["run", cost.field, "quality", "low", "high", "seeds"]
     where = f"{title} against {cost.title}"
-    return _drawing(f"quality-{cost.field.lower()}", where, caption, chart, data=data, fields=fields)
+    return _build_chart(f"quality-{cost.field.lower()}", where, caption, chart, data=data, fields=fields)
 
 
-def _named(points: Sequence[Row], cost: Cost) -> dict[str, list[Row]]:
+def _rows_by_label_position(points: Sequence[ChartRow], cost: CostAxis) -> dict[str, list[ChartRow]]:
     """Points by the side that their names go to: within the chart, and a neighbour's not over one's own."""
-    found: dict[str, list[Row]] = {side: [] for side in SIDES}
-    if len(points) > LABELLED:
+    found: dict[str, list[ChartRow]] = {side: [] for side in LABEL_POSITIONS}
+    if len(points) > MAX_LABELLED_POINTS:
         return found
     order = sorted(points, key=lambda point: float(point[cost.field] or 0))
     for index, point in enumerate(order):
@@ -180,54 +180,54 @@ def _named(points: Sequence[Row], cost: Cost) -> dict[str, list[Row]]:
 
 
 def _trade_off_layers(
-    cost: Cost, title: str, groups: Groups, judged: Sequence[Row], *, more_is_better: bool
+    cost: CostAxis, title: str, groups: ColorGroups, judged: Sequence[ChartRow], *, more_is_better: bool
 ) -> dict[str, list[alt.Chart]]:
     """By the name of the rows that each draws; those without rows must be left out, or Vega warns of them."""
     x = alt.X(f"{cost.field}:Q", title=cost.title, scale=alt.Scale(zero=False, padding=24))
     scale = alt.Scale(zero=False, reverse=not more_is_better)
     y, low = alt.Y("quality:Q", title=title, scale=scale), alt.Y("low:Q", title=title, scale=scale)
-    colour, shape = _colour(groups, judged), _shape(groups, judged)
+    colour, shape = _color_encoding(groups, judged), _shape_encoding(groups, judged)
     figures = (cost.field, "quality", "low", "high", "seeds")
     tips = [alt.Tooltip("run:N"), *(alt.Tooltip(f"{name}:Q", format=",.4~r") for name in figures)]
-    line = _of("front").mark_line(interpolate="step-after", color="var(--front)", strokeDash=[5, 4], strokeWidth=1.5)
+    line = _layer("front").mark_line(interpolate="step-after", color="var(--front)", strokeDash=[5, 4], strokeWidth=1.5)
     return {
         "front": [line.encode(x=x, y=y)],
-        "intervals": [_of("intervals").mark_rule(strokeWidth=1.5).encode(x=x, y=low, y2="high:Q", color=colour)],
+        "intervals": [_layer("intervals").mark_rule(strokeWidth=1.5).encode(x=x, y=low, y2="high:Q", color=colour)],
         "runs": [
-            _of("runs").mark_point(filled=True, size=110, opacity=1)
+            _layer("runs").mark_point(filled=True, size=110, opacity=1)
             .encode(x=x, y=y, color=colour, shape=shape, tooltip=tips)
         ],
         "across": [
-            _of("across").mark_rule(strokeDash=[2, 3], strokeWidth=1.3)
+            _layer("across").mark_rule(strokeDash=[2, 3], strokeWidth=1.3)
             .encode(y=y, color=colour, tooltip=[tips[0], tips[2]]),
-            _of("across").mark_text(align="left", dx=3, dy=-7, fontSize=11).encode(x=alt.value(0), y=y, text="run:N"),
+            _layer("across").mark_text(align="left", dx=3, dy=-7, fontSize=11).encode(x=alt.value(0), y=y, text="run:N"),
         ],
         **{
-            side: [_of(side).mark_text(align=align, dx=dx, dy=dy, fontSize=11).encode(x=x, y=y, text="run:N")]
-            for side, (align, dx, dy) in SIDES.items()
+            side: [_layer(side).mark_text(align=align, dx=dx, dy=dy, fontSize=11).encode(x=x, y=y, text="run:N")]
+            for side, (align, dx, dy) in LABEL_POSITIONS.items()
         },
     }  # fmt: skip
 
 
-def memory_bars(rows: Sequence[Row], lines: Sequence[Row], caption: str) -> Drawing | None:
+def memory_bars(rows: Sequence[ChartRow], lines: Sequence[ChartRow], caption: str) -> Chart | None:
     """Where the peak of each run went, stacked, and its budget."""
     if not rows:
         return None
     runs = list(dict.fromkeys(str(row["run"]) for row in rows))
-    parts = [part for part in PARTS.values() if any(row["part"] == part for row in rows)]
-    colours = [f"var(--m{list(PARTS.values()).index(part) % PART_COLOURS})" for part in parts]
+    parts = [part for part in CATEGORY_LABELS.values() if any(row["part"] == part for row in rows)]
+    colours = [f"var(--m{list(CATEGORY_LABELS.values()).index(part) % NUM_CATEGORY_COLORS})" for part in parts]
     y = alt.Y("run:N", title=None, sort=runs, axis=alt.Axis(labelLimit=220))
-    bars = _of("runs").mark_bar(stroke="var(--paper)", strokeWidth=1).encode(
+    bars = _layer("runs").mark_bar(stroke="var(--paper)", strokeWidth=1).encode(
         x=alt.X("MiB:Q", title="MiB", stack="zero"), y=y, order=alt.Order("order:Q"),
         color=alt.Color("part:N", title=None, sort=parts, scale=alt.Scale(domain=parts, range=colours)),
         tooltip=[alt.Tooltip("run:N"), alt.Tooltip("part:N"), alt.Tooltip("MiB:Q", format=",.1f")],
     )  # fmt: skip
     layers = [bars]
     if lines:
-        mark = _of("budgets").mark_tick(color="var(--ink)", thickness=4, bandSize=34)
+        mark = _layer("budgets").mark_tick(color="var(--ink)", thickness=4, bandSize=34)
         tips = [alt.Tooltip("run:N"), alt.Tooltip("what:N"), alt.Tooltip("limit:Q", title="MiB", format=",.0f")]
         layers.append(mark.encode(x="limit:Q", y=y, tooltip=tips))
-    return _drawing(
+    return _build_chart(
         "memory",
         "Where the memory goes",
         caption,
@@ -237,28 +237,28 @@ def memory_bars(rows: Sequence[Row], lines: Sequence[Row], caption: str) -> Draw
     )
 
 
-def _milestones(rows: Sequence[Row]) -> list[Row]:
+def _curve_samples(rows: Sequence[ChartRow]) -> list[ChartRow]:
     """The first, the middle and the last point of each run's curve."""
-    runs: dict[object, list[Row]] = {}
+    runs: dict[object, list[ChartRow]] = {}
     for row in rows:
         runs.setdefault(row["run"], []).append(row)
     places = [(points, sorted({0, len(points) // 2, len(points) - 1})) for points in runs.values()]
     return [points[place] for points, chosen in places for place in chosen]
 
 
-def loss_curves(rows: Sequence[Row], groups: Groups) -> list[Drawing]:
+def loss_curves(rows: Sequence[ChartRow], groups: ColorGroups) -> list[Chart]:
     """The training loss over each of what is known of all."""
     drawn = []
-    for over, words in OVER.items():
+    for over, words in X_AXES.items():
         known = [row for row in rows if over in row]
         if not known:
             continue
-        colour = _colour(groups, known)
+        colour = _color_encoding(groups, known)
         dash = alt.StrokeDash("group:N", legend=None)
         x = alt.X(f"{over}:Q", title=words)
         scale = alt.Scale(zero=False)
-        base = _of("runs").transform_window(
-            smooth="mean(loss)", frame=[-SMOOTHED, SMOOTHED], groupby=["run"], sort=[alt.SortField(over)]
+        base = _layer("runs").transform_window(
+            smooth="mean(loss)", frame=[-SMOOTHING_RADIUS, SMOOTHING_RADIUS], groupby=["run"], sort=[alt.SortField(over)]
         )
         tips = [alt.Tooltip("run:N"), alt.Tooltip(f"{over}:Q", format=",.0f"), alt.Tooltip("loss:Q", format=".3f")]
         chart = alt.layer(
@@ -275,27 +275,27 @@ def loss_curves(rows: Sequence[Row], groups: Groups) -> list[Drawing]:
             f" Not drawn, for their records do not say it: {left_out} of the runs." if left_out else ""
         )
         drawn.append(
-            _drawing(
+            _build_chart(
                 f"loss-{over}",
                 f"Training loss by {over}",
                 caption,
                 chart,
                 data={"runs": known},
                 fields=["run", over, "loss"],
-                told=_milestones(known),
+                told=_curve_samples(known),
             )
         )
     return drawn
 
 
-def speeds(rows: Sequence[Row], groups: Groups) -> Drawing | None:
+def throughput_chart(rows: Sequence[ChartRow], groups: ColorGroups) -> Chart | None:
     """Real tokens a second, with the spread of the steps."""
     if not rows:
         return None
     runs = list(dict.fromkeys(str(row["run"]) for row in rows))
     y = alt.Y("run:N", title=None, sort=runs, axis=alt.Axis(labelLimit=220, grid=True))
-    base = _of("runs")
-    colour = _colour(groups, rows, legend=False)
+    base = _layer("runs")
+    colour = _color_encoding(groups, rows, legend=False)
     tips = [alt.Tooltip("run:N"), *(alt.Tooltip(f"{name}:Q", format=",.0f") for name in ("speed", "slow", "fast"))]
     title = "real tokens a second"
     chart = alt.layer(
@@ -311,12 +311,12 @@ def speeds(rows: Sequence[Row], groups: Groups) -> Drawing | None:
         "ninetieth percentile of the timed steps. A mean lies outside where a few steps were very slow or fast, or "
         "where time went to making batches."
     )
-    return _drawing(
+    return _build_chart(
         "speed", "Throughput and its spread", caption, chart,
         data={"runs": rows}, fields=["run", "speed", "slow", "fast"],
     )  # fmt: skip
 
 
-def as_data(drawings: Sequence[Drawing]) -> Mapping[str, dict[str, Any]]:
+def chart_specs(drawings: Sequence[Chart]) -> Mapping[str, dict[str, Any]]:
     """Specifications by the names of the figures they go to."""
     return {drawing.name: drawing.spec for drawing in drawings}

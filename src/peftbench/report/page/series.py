@@ -11,26 +11,26 @@ from dataclasses import dataclass
 import numpy
 from numpy.typing import NDArray
 
-from peftbench.evaluation.statistics import paired_intervals, seeds_interval
+from peftbench.evaluation.intervals import paired_intervals, t_interval
 from peftbench.record import Interval, RunRecord
-from peftbench.report.columns import finite, method_label
-from peftbench.report.configurations import Configuration
+from peftbench.report.tables.columns import finite_or_none, run_label
+from peftbench.report.analysis.run_groups import RunGroup
 
-Row = dict[str, str | int | float | None]
+ChartRow = dict[str, str | int | float | None]
 
-POINTS = 200
+MAX_CURVE_POINTS = 200
 """Of a curve, at most: where there are more steps, a point is the mean of several."""
 
-OVER = {"step": "optimizer step", "tokens": "real tokens trained on", "seconds": "seconds of steps, warm-up included"}
+X_AXES = {"step": "optimizer step", "tokens": "real tokens trained on", "seconds": "seconds of steps, warm-up included"}
 """What a loss is drawn over, and what the axis says."""
 
 
-COLOURS = 8
+NUM_COLORS = 8
 """Colours and shapes that can be told apart; of more configurations, methods have one each."""
 
 
 @dataclass(frozen=True)
-class Groups:
+class ColorGroups:
     """What has a colour and a shape of its own, the same in every chart."""
 
     title: str
@@ -39,9 +39,9 @@ class Groups:
     """By the identity of a record."""
 
     @classmethod
-    def of(cls, every: Sequence[Configuration]) -> Groups:
+    def of(cls, every: Sequence[RunGroup]) -> ColorGroups:
         """Configurations, or their methods where there are more than ``COLOURS`` of them."""
-        few = len(every) <= COLOURS
+        few = len(every) <= NUM_COLORS
         by_run = {id(run): one.label if few else one.kind for one in every for run in one.runs}
         return cls("run" if few else "method", tuple(dict.fromkeys(by_run.values())), by_run)
 
@@ -49,9 +49,9 @@ class Groups:
         return self.by_run[id(record)]
 
 
-def curves(records: Sequence[RunRecord], groups: Groups) -> list[Row]:
+def loss_curve_rows(records: Sequence[RunRecord], groups: ColorGroups) -> list[ChartRow]:
     """The training loss of each run, over steps, real tokens and seconds, at ``POINTS`` points or fewer."""
-    rows: list[Row] = []
+    rows: list[ChartRow] = []
     for record in records:
         losses = numpy.asarray(record.losses, dtype=float)
         if not len(losses):
@@ -60,27 +60,27 @@ def curves(records: Sequence[RunRecord], groups: Groups) -> list[Row]:
         for name, each in (("tokens", record.step_tokens), ("seconds", record.step_seconds)):
             if len(each) == len(losses):
                 over[name] = numpy.cumsum(numpy.asarray(each, dtype=float))
-        thin = [_thinned(losses), *map(_thinned, over.values())]
+        thin = [_downsample(losses), *map(_downsample, over.values())]
         for loss, *places in zip(*thin, strict=True):
             rows.append({
-                "run": method_label(record), "group": groups[record], "loss": finite(float(loss)),
+                "run": run_label(record), "group": groups[record], "loss": finite_or_none(float(loss)),
                 **{name: float(place) for name, place in zip(over, places, strict=True)},
             })  # fmt: skip
     return rows
 
 
-def _thinned(values: NDArray[numpy.float64]) -> NDArray[numpy.float64]:
+def _downsample(values: NDArray[numpy.float64]) -> NDArray[numpy.float64]:
     """Means of neighbours, as many as there may be points."""
-    parts = numpy.array_split(values, min(POINTS, len(values)))
+    parts = numpy.array_split(values, min(MAX_CURVE_POINTS, len(values)))
     return numpy.array([part.mean() for part in parts])
 
 
-def speed(records: Sequence[RunRecord], groups: Groups) -> list[Row]:
+def throughput_rows(records: Sequence[RunRecord], groups: ColorGroups) -> list[ChartRow]:
     """Real tokens a second of each run: mean over its timed seconds, tenth and ninetieth percentile of its timed steps.
 
     Of a record without the tokens of each step, those are its mean tokens a step by the steps' percentiles.
     """
-    rows: list[Row] = []
+    rows: list[ChartRow] = []
     for record in records:
         measured = record.throughput
         if measured is None or record.tokens is None or not record.steps:
@@ -90,15 +90,15 @@ def speed(records: Sequence[RunRecord], groups: Groups) -> list[Row]:
         by_percentiles = (
             (a_step / measured.step_seconds_p90, a_step / measured.step_seconds_p10) if known else (None, None)
         )
-        slow, fast = _spread(record) or by_percentiles
+        slow, fast = _token_rate_percentiles(record) or by_percentiles
         rows.append({
-            "run": method_label(record), "group": groups[record], "slow": slow, "fast": fast,
+            "run": run_label(record), "group": groups[record], "slow": slow, "fast": fast,
             "speed": measured.tokens_per_second.real,
         })  # fmt: skip
     return rows
 
 
-def _spread(record: RunRecord) -> tuple[float, float] | None:
+def _token_rate_percentiles(record: RunRecord) -> tuple[float, float] | None:
     """Tenth and ninetieth percentile of the timed steps' tokens a second; None where they are not known."""
     seconds, tokens = numpy.asarray(record.step_seconds, dtype=float), numpy.asarray(record.step_tokens, dtype=float)
     if len(seconds) != len(tokens) or not len(seconds) or not (seconds > 0).all():
@@ -112,7 +112,7 @@ def _spread(record: RunRecord) -> tuple[float, float] | None:
     return float(slow), float(fast)
 
 
-def front(points: Sequence[Row], cost: str, quality: str, *, more_is_better: bool) -> list[Row]:
+def pareto_front(points: Sequence[ChartRow], cost: str, quality: str, *, more_is_better: bool) -> list[ChartRow]:
     """Those of ``points`` that none is better than at the same cost or less (Pareto), from the cheapest on."""
     sign = -1.0 if more_is_better else 1.0
     known = [point for point in points if point.get(cost) is not None and point.get(quality) is not None]
@@ -121,30 +121,30 @@ def front(points: Sequence[Row], cost: str, quality: str, *, more_is_better: boo
     return [p for p, before in zip(known, best, strict=False) if sign * float(p[quality] or 0) < before]
 
 
-def rouge_l(record: RunRecord) -> Interval | None:
+def rouge_l_interval(record: RunRecord) -> Interval | None:
     """ROUGE-L of the generated summaries."""
     return (record.quality.rouge or {}).get("rougeL") if record.quality else None
 
 
-def points(every: Sequence[Configuration], groups: Groups, *, rouge: bool) -> list[Row]:
+def trade_off_rows(every: Sequence[RunGroup], groups: ColorGroups, *, rouge: bool) -> list[ChartRow]:
     """What each configuration brought and took: means over its seeds, and the 95 % interval of its quality.
 
     Quality is ROUGE-L or else the held-out loss. With several seeds the interval is over them, else over examples; None
     where the record has no scores of those.
     """
     by_examples = {} if rouge else _loss_intervals(every)
-    made: list[Row] = []
+    made: list[ChartRow] = []
     for one in every:
         values = one.rouge_l if rouge else one.losses
         interval = by_examples.get(one)
         if len(values) > 1:
-            interval = seeds_interval(list(values))
+            interval = t_interval(list(values))
         elif rouge and values:
-            interval = next(filter(None, map(rouge_l, one.ok)))
+            interval = next(filter(None, map(rouge_l_interval, one.ok)))
         peak, flops = one.peak_bytes, one.required_flops
         made.append({
             "run": one.label, "group": groups[one.runs[0]], "baseline": int(bool(one.ok) and not one.trains),
-            "quality": finite(statistics.fmean(values)) if values else None,
+            "quality": finite_or_none(statistics.fmean(values)) if values else None,
             "low": interval.low if interval else None, "high": interval.high if interval else None,
             "seeds": len(values), "MiB": None if peak is None else peak / 2**20, "seconds": one.train_seconds,
             "TFLOP": None if flops is None else flops / 1e12,
@@ -152,14 +152,14 @@ def points(every: Sequence[Configuration], groups: Groups, *, rouge: bool) -> li
     return made
 
 
-def _loss_intervals(every: Sequence[Configuration]) -> dict[Configuration, Interval]:
+def _loss_intervals(every: Sequence[RunGroup]) -> dict[RunGroup, Interval]:
     """Of the held-out loss of each configuration of one seed, over its examples; those of the same tokens together."""
-    alike: dict[tuple[int, ...], list[tuple[Configuration, tuple[float, ...]]]] = {}
+    alike: dict[tuple[int, ...], list[tuple[RunGroup, tuple[float, ...]]]] = {}
     for one in every:
         each = one.ok[0].quality.by_example if len(one.losses) == 1 and one.ok[0].quality else None
         if each is not None and len(each.loss) == len(each.labelled) > 1 and all(map(math.isfinite, each.loss)):
             alike.setdefault(each.labelled, []).append((one, each.loss))
-    found: dict[Configuration, Interval] = {}
+    found: dict[RunGroup, Interval] = {}
     for labelled, losses in alike.items():
         intervals = paired_intervals([loss for _, loss in losses], labelled)
         found |= {one: interval for (one, _), interval in zip(losses, intervals, strict=True)}

@@ -1,0 +1,83 @@
+"""What hidden states depend on: the frozen weights, the examples and the arithmetic, each by its content."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import itertools
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import torch
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from peftbench.data.batches import EncodedExamples
+    from peftbench.recipe.schema import Recipe
+
+_EXAMPLES_PER_BLOCK = 1000  # examples hashed at once
+_PROVENANCE_KEYS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+"""What a config says of its model's origin and not of its function; versions are told apart below."""
+
+
+def build_cache_key(
+    recipe: Recipe, base: PreTrainedModel, examples: str, device: torch.device, *, masked: bool
+) -> dict[str, Any]:
+    """Of a recipe's frozen trunk over examples of which ``examples`` is the hash: each thing by its name.
+
+    ``masked``: whether attention is transformers' own.
+    """
+    config = {key: value for key, value in base.config.to_diff_dict().items() if key not in _PROVENANCE_KEYS}
+    return {
+        "architecture": type(base).__qualname__,
+        "code": hashlib.blake2b(Path(inspect.getfile(type(base))).read_bytes(), digest_size=16).hexdigest(),
+        "config": hashlib.blake2b(repr(sorted(config.items())).encode(), digest_size=16).hexdigest(),
+        "weights": hash_backbone(base),
+        "examples": examples,
+        "precision": recipe.train.precision,
+        "attention": recipe.model.attention,
+        "masked": masked,
+        "attends_in": "float32" if device.type == "cpu" and not masked else "precision",
+        "fused_gelu": recipe.model.fused_gelu,
+        "compile": recipe.train.compile,
+        "quantization": recipe.model.quantization,
+        "stored": recipe.train.feature_cache,
+        "device": device.type,  # whose kernels round in another order
+        "versions": {name: metadata.version(name) for name in ("torch", "transformers")},
+    }
+
+
+def hash_backbone(base: PreTrainedModel) -> str:
+    """Hash of every parameter and buffer but the head's: names, types, shapes and bytes, wherever they came from."""
+    head: nn.Module | None = base.get_output_embeddings()
+    left_out = set() if head is None else {id(tensor) for tensor in itertools.chain(head.parameters(), head.buffers())}
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(itertools.chain(base.named_parameters(), base.named_buffers())):
+        if id(tensor) not in left_out:
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def hash_examples(rows: EncodedExamples) -> tuple[str, torch.Tensor]:
+    """Hash of all token ids and prompt lengths, and each example's labelled positions (int64)."""
+    digest = hashlib.blake2b(digest_size=16)
+    counts: list[int] = []
+    for start in range(0, len(rows), _EXAMPLES_PER_BLOCK):
+        block = rows[list(range(start, min(start + _EXAMPLES_PER_BLOCK, len(rows))))]
+        ids, prompts = block["input_ids"], [int(prompt) for prompt in block["prompt_tokens"]]
+        lengths = [len(row) for row in ids]
+        for numbers in (lengths, prompts, itertools.chain.from_iterable(ids)):
+            digest.update(_as_bytes(numbers))
+        # The first position of a row is never predicted, labelled or not.
+        counts += [length - max(prompt, 1) for length, prompt in zip(lengths, prompts, strict=True)]
+    return digest.hexdigest(), torch.tensor(counts, dtype=torch.int64)
+
+
+def _as_bytes(numbers: Iterable[int]) -> memoryview:
+    return numpy.fromiter(numbers, dtype=numpy.int64).data

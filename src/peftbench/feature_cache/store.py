@@ -1,0 +1,245 @@
+"""A store of hidden states on disk: what a frozen trunk gave for the labelled positions of each training example.
+
+A folder with three files: ``states``, the rows of all examples one after another; ``complete``, one byte for each
+example, 1 once its rows are written; and ``trunk.json``, what they are of. Several processes of one machine share it:
+each maps the files, and writes other examples. The name is a fingerprint of all that the states depend on, so whatever
+changes them finds another folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import mmap
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from filelock import FileLock
+
+from peftbench.errors import DiskFullError, OutputError
+from peftbench.common.filesystem import CACHE_DIR_ENV, cache_dir, write_atomically, write_error
+
+StorageDtype = Literal["fp32", "bf16"]
+STORAGE_DTYPES: dict[StorageDtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_FORMAT_VERSION = 1  # part of the name: raise it when what lies in the files changes
+_FEATURES_FILE, _COMPLETED_FILE, _METADATA_FILE, _DURABLE_FILE = "states", "complete", "trunk.json", "sealed"
+_MADV_DONTNEED = getattr(mmap, "MADV_DONTNEED", None)
+_BLOCK_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class StoreLayout:
+    """Where the rows of each example lie."""
+
+    counts: torch.Tensor
+    """Labelled positions of each example, int64."""
+    width: int
+    """Of a hidden state."""
+    stored: StorageDtype
+    offsets: torch.Tensor = field(init=False)
+    """First row of each example, and behind the last one the number of all rows."""
+
+    def __post_init__(self) -> None:
+        offsets = torch.cat((torch.zeros(1, dtype=torch.int64), self.counts.cumsum(0)))
+        object.__setattr__(self, "offsets", offsets)
+
+    @property
+    def examples(self) -> int:
+        """How many there are."""
+        return len(self.counts)
+
+    @property
+    def positions(self) -> int:
+        """Rows of all of them."""
+        return int(self.offsets[-1])
+
+    @property
+    def states_bytes(self) -> int:
+        """Size of the file of rows."""
+        return self.positions * self.width * STORAGE_DTYPES[self.stored].itemsize
+
+    def rows(self, example: int) -> slice:
+        """Those of one example."""
+        return slice(int(self.offsets[example]), int(self.offsets[example + 1]))
+
+
+class FeatureStore:
+    """An opened store; its files are whole and of the right size when it is made."""
+
+    def __init__(self, folder: Path, layout: StoreLayout) -> None:
+        self.folder, self.layout = folder, layout
+        self._map, states = _map_file(folder / _FEATURES_FILE, STORAGE_DTYPES[layout.stored])
+        self._states = states.view(layout.positions, layout.width)
+        self._flags_map, self._flags = _map_file(folder / _COMPLETED_FILE, torch.uint8)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the file of rows."""
+        return self.layout.states_bytes
+
+    def complete(self) -> torch.Tensor:
+        """Which examples are there, bool: a copy, which what is written later does not change."""
+        return self._flags.bool()
+
+    def write(self, examples: Sequence[int], states: torch.Tensor) -> None:
+        """Keep ``states`` (rows of all ``examples`` in their order, width), rounded to the stored type.
+
+        What is there already stays: another process may be reading it.
+        """
+        counts = self.layout.counts[list(examples)].tolist()
+        if sum(counts) != len(states):
+            raise ValueError(f"{len(states)} states for the {sum(counts)} labelled positions of these examples")
+        parts = states.detach().to(STORAGE_DTYPES[self.layout.stored]).cpu().split(counts)
+        for example, part in zip(examples, parts, strict=True):
+            if not self._flags[example]:
+                self._states[self.layout.rows(example)] = part
+                self._flags[example] = 1  # not before: whoever is killed in between leaves an example that is not there
+        self._let_go()
+
+    def read(self, examples: Sequence[int], *, pinned: bool = False) -> torch.Tensor:
+        """Rows of all ``examples`` in their order, (rows, width) in the stored type, in page-locked memory if asked.
+
+        Raises:
+            KeyError: one is not there.
+        """
+        if missing := [example for example in examples if not self._flags[example]]:
+            raise KeyError(f"hidden states of example {missing[0]} are not in {self.folder}")
+        places = [self.layout.rows(example) for example in examples]
+        total = sum(place.stop - place.start for place in places)
+        made = torch.empty((total, self.layout.width), dtype=self._states.dtype, pin_memory=pinned)
+        torch.cat([self._states[place] for place in places], out=made)
+        self._let_go()
+        return made
+
+    def seal(self) -> None:
+        """Have the system write all to the disk, where all is there: then it is good after a crash of the machine too.
+
+        Where that fails, it is good until then.
+        """
+        sealed = self.folder / _DURABLE_FILE
+        if sealed.exists() or not bool(self._flags.all()):
+            return
+        with contextlib.suppress(OSError, OutputError):
+            self._map.flush()
+            self._flags_map.flush()
+            write_atomically(sealed, "")
+
+    def _let_go(self) -> None:
+        """Take what was touched out of this process's memory (not of the system's cache), or its peak would hold it."""
+        if _MADV_DONTNEED is not None:
+            self._map.madvise(_MADV_DONTNEED)
+
+
+def _map_file(path: Path, dtype: torch.dtype) -> tuple[mmap.mmap, torch.Tensor]:
+    with path.open("r+b") as file:
+        mapped = mmap.mmap(file.fileno(), 0)
+    return mapped, torch.frombuffer(mapped, dtype=dtype)
+
+
+def hash_cache_key(of: Mapping[str, Any]) -> str:
+    """The name of the store of what ``of`` describes (values that JSON knows)."""
+    described = json.dumps([_FORMAT_VERSION, dict(of)], sort_keys=True)
+    return hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
+
+
+def get_store_dir(of: Mapping[str, Any]) -> Path:
+    """The folder of that store, in the user's cache."""
+    return cache_dir() / "trunk" / hash_cache_key(of)
+
+
+def open_store(of: Mapping[str, Any], layout: StoreLayout, announce: Callable[[str], None]) -> FeatureStore:
+    """The store of what ``of`` describes, made where it is not there or is damaged.
+
+    ``announce`` is told its size before it is made.
+
+    Raises:
+        DiskFullError: the disk has less room; nothing is left behind.
+        OutputError: it cannot be written there.
+    """
+    folder = get_store_dir(of)
+    wanted = {"format": _FORMAT_VERSION, "of": dict(of), "examples": layout.examples, "positions": layout.positions,
+              "width": layout.width, "stored": layout.stored}  # fmt: skip
+    try:
+        if not _is_valid_store(folder, layout, wanted):
+            _check_disk_space(folder, layout)  # before a folder is made for it
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder.with_name(f"{folder.name}.lock")):
+                if not _is_valid_store(folder, layout, wanted):  # another process may have made it meanwhile
+                    shutil.rmtree(folder, ignore_errors=True)
+                    announce(describe_store(layout, folder))
+                    _create_store(folder, layout, wanted)
+        return FeatureStore(folder, layout)
+    except OSError as error:
+        raise write_error(folder, error) from error
+
+
+def describe_store(layout: StoreLayout, folder: Path) -> str:
+    """How large a store is, and where."""
+    return (
+        f"the hidden states of {layout.positions:,} labelled positions take {layout.states_bytes:,} bytes in {folder}"
+    )
+
+
+def _is_valid_store(folder: Path, layout: StoreLayout, wanted: dict[str, Any]) -> bool:
+    """Whether the files are there, as large as they must be, and of what was asked for."""
+    try:
+        meta = json.loads((folder / _METADATA_FILE).read_text(encoding="utf-8"))
+        flags = (folder / _COMPLETED_FILE).read_bytes()
+        size = (folder / _FEATURES_FILE).stat().st_size
+    except (OSError, ValueError):
+        return False
+    # After a crash of the machine flags may be on the disk whose rows are not.
+    trusted = (folder / _DURABLE_FILE).exists() or meta.pop("boot", None) == _read_boot_id()
+    meta.pop("boot", None)
+    sizes = (size, len(flags)) == (layout.states_bytes, layout.examples)
+    return trusted and sizes and meta == wanted and max(flags, default=0) <= 1
+
+
+def _check_disk_space(folder: Path, layout: StoreLayout) -> None:
+    there = next(place for place in folder.parents if place.exists())
+    replaced = sum(path.stat().st_blocks * 512 for path in folder.glob("*"))  # a damaged one, say
+    free, needed = shutil.disk_usage(there).free + replaced, layout.states_bytes + layout.examples
+    if free < needed:
+        raise DiskFullError(
+            f"{describe_store(layout, folder)}, and its disk has {free:,} free; make room, set {CACHE_DIR_ENV} to a folder "
+            "on a larger disk, or train.feature_cache to "
+            + ("bf16, which takes half, or null" if layout.stored == "fp32" else "null")
+        )
+
+
+def _create_store(folder: Path, layout: StoreLayout, wanted: dict[str, Any]) -> None:
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed: the lock is ours
+    try:
+        unfinished.mkdir()
+        _allocate(unfinished / _FEATURES_FILE, layout.states_bytes)
+        _allocate(unfinished / _COMPLETED_FILE, layout.examples)
+        write_atomically(unfinished / _METADATA_FILE, json.dumps(wanted | {"boot": _read_boot_id()}, indent=1) + "\n")
+        unfinished.rename(folder)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def _allocate(path: Path, size: int) -> None:
+    """A file of zeros that has all of its room on the disk: a write through a map has no way to say that it is full."""
+    with path.open("wb") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:  # macOS
+            for start in range(0, size, _BLOCK_BYTES):
+                file.write(bytes(min(_BLOCK_BYTES, size - start)))
+
+
+def _read_boot_id() -> str | None:
+    """What names this start of the machine, None where the system does not tell."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return None

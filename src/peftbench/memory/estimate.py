@@ -1,0 +1,169 @@
+"""From a recipe to a plan, without a GPU and without weights."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from peftbench.memory.allocator import OutOfMemoryError
+from peftbench.memory.families import with_bundled_config
+from peftbench.memory.replay import AllocatorReplay, PeakUsage, replay_allocator
+from peftbench.memory.plan import PhasePeak, Plan, Verdict
+from peftbench.memory.simulation.step import MemorySimulation
+from peftbench.memory.launch_config import SINGLE_PROCESS, LaunchConfig
+from peftbench.data.batches import compute_micro_batching
+from peftbench.data.collate import Collator
+from peftbench.data.encode import SequenceLayout
+from peftbench.distributed.accelerator import build_combination
+from peftbench.distributed.compatibility import check
+from peftbench.errors import BudgetTooSmallError, EstimateUnavailableError, PrecisionError
+from peftbench.modeling.loading import load_config, get_max_positions
+from peftbench.optim.bitsandbytes import AdamW8bit
+
+if TYPE_CHECKING:
+    from peftbench.memory.devices import DeviceFacts
+    from peftbench.memory.simulation.device import DeviceType
+    from peftbench.distributed.engines import EngineKind
+    from peftbench.profiler.memory_breakdown import MemoryEvent
+    from peftbench.recipe.schema import Recipe
+
+
+MIN_LABELLED_TOKENS = 64
+"""Labelled tokens of a row, where summaries are generated shorter: those to learn from may be longer."""
+
+
+def estimate(recipe: Recipe, facts: DeviceFacts, device: str, budget: int | None = None, world: LaunchConfig = SINGLE_PROCESS) -> Plan:
+    """What ``recipe`` would hold on one GPU with these ``facts``, and whether that fits ``budget`` bytes.
+
+    With several processes, each on a GPU of its own, it is what the first of them holds.
+
+    Raises:
+        NotEstimatedError: something in it is not predicted, and is named.
+        NoRoomError: the budget is less than the weights alone.
+        PeftbenchError: the recipe itself cannot be run.
+    """
+    _check_supported(recipe, world.engine, facts.kind)
+    if recipe.train.precision == "bf16" and not facts.bf16:
+        raise PrecisionError(f"train.precision=bf16 is not there on {facts.torch_name}; use fp16 or fp32")
+    accumulation, rows = compute_micro_batching(recipe.train.global_batch_size, _max_micro_batch_size(recipe), world.processes)
+    rehearsal = MemorySimulation(_replace_paged_optimizer(recipe), facts.kind, accumulation, padded=rows > 1, world=world)
+    width = _max_sequence_length(recipe, rehearsal.positions)
+    labels = min(max(recipe.evaluate.max_new_tokens, MIN_LABELLED_TOKENS), width - 1)
+    flops = rehearsal.step_flops(max(1, recipe.train.global_batch_size // world.processes), width, labels)
+    with rehearsal:
+        rehearsal.train(rows, width, labels)
+        rehearsal.evaluate(recipe.evaluate.batch_size, width, labels)
+        if recipe.evaluate.generate:
+            new = recipe.evaluate.max_new_tokens
+            rehearsal.generate(recipe.evaluate.batch_size * recipe.evaluate.num_beams, width - new, new)
+    events = list(rehearsal.book.events())
+    found = replay_allocator(events, facts.kind)
+    context, workspaces = _to_int_range(facts.context), _to_int_range(facts.workspaces)
+    overhead = (context[0] + workspaces[0], context[1] + workspaces[1])
+    away = _count_paged_bytes(recipe, found)
+    process = (found.reserved_bytes - away + overhead[0], found.reserved_bytes + overhead[1])
+    verdict, margin = None, None
+    if budget is not None:
+        weights = found.peak.live_by_kind["weights"]
+        if budget < weights:
+            raise BudgetTooSmallError(f"{budget:,} bytes do not hold the {weights:,} of the weights alone; give more")
+        verdict = _decide_verdict(events, process, budget - overhead[0] + away, budget, facts.kind)
+        margin = (budget - process[1], budget - process[0])
+    parts = {name: _build_phase_peak(moment) for name, moment in found.by_part.items()}
+    return Plan(
+        name=recipe.name, engine=world.engine.name, processes=world.processes, device=device,
+        calibrated=facts.calibrated, rows=rows, width=width, micro_batches=accumulation,
+        evaluation_rows=recipe.evaluate.batch_size, step_flops=flops, parts=parts,
+        peak_part=found.peak.part, reserved_bytes=found.reserved_bytes, process_bytes=process,
+        context_bytes=context, workspaces_bytes=workspaces,
+        budget_bytes=budget, verdict=verdict, margin_bytes=margin, notes=_build_notes(recipe, facts, width, labels, away),
+    )  # fmt: skip
+
+
+def _replace_paged_optimizer(recipe: Recipe) -> Recipe:
+    """The recipe with states that the driver does not move, and that are as large."""
+    if recipe.optimizer.kind != "paged_adamw8bit":
+        return recipe
+    return recipe.model_copy(update={"optimizer": AdamW8bit(**recipe.optimizer.model_dump(exclude={"kind"}))})
+
+
+def _count_paged_bytes(recipe: Recipe, found: AllocatorReplay) -> int:
+    """Bytes that the driver can move to the CPU's memory."""
+    if recipe.optimizer.kind != "paged_adamw8bit":
+        return 0
+    return max(moment.live_by_kind["optimizer_state"] for moment in found.by_part.values())
+
+
+def _to_int_range(sizes: tuple[int, int]) -> tuple[int, int]:
+    """Numbers, which JSON has, of pydantic's sizes."""
+    return int(sizes[0]), int(sizes[1])
+
+
+def _check_supported(recipe: Recipe, engine: EngineKind, kind: DeviceType) -> None:
+    if not recipe.method.trains:
+        raise EstimateUnavailableError(f"{recipe.method.kind} trains nothing; estimate a recipe of a method that does")
+    check(build_combination(recipe, engine), kind)
+    if engine.on_disk:
+        raise EstimateUnavailableError(f"what {engine.name} keeps on a disk, and brings, is not predicted; use zero3_offload")
+    if kind == "cpu" and recipe.train.precision != "fp32":
+        raise EstimateUnavailableError(
+            "in bf16 the CPU's kernels convert what they are given in memory of their own, which is not predicted; use "
+            "train.precision=fp32, or --device with a GPU"
+        )
+    if recipe.model.quantization == "int8":
+        raise EstimateUnavailableError("outliers of an int8 base depend on its values; use model.quantization=nf4 or null")
+    if recipe.optimizer.kind == "deepspeed_cpu_adam":
+        raise EstimateUnavailableError("deepspeed_cpu_adam would be compiled and steps for real; use optimizer.kind=adamw")
+    if recipe.model.attention == "flash_attention_2":
+        raise EstimateUnavailableError("flash_attention_2 is not predicted; use model.attention=sdpa, which is near to it")
+
+
+def _max_micro_batch_size(recipe: Recipe) -> int | None:
+    """Most rows of a micro-batch; where it is given in tokens, as many of the longest as are not less than those."""
+    if recipe.train.micro_batch_tokens is None:
+        return recipe.train.rows
+    with with_bundled_config(recipe.model) as at_hand:
+        width = _max_sequence_length(recipe, get_max_positions(load_config(at_hand))) + recipe.method.virtual_tokens
+    return math.ceil(recipe.train.micro_batch_tokens / width)
+
+
+def _max_sequence_length(recipe: Recipe, positions: int | None) -> int:
+    """Of the longest row, padded to its multiple."""
+    virtual = recipe.method.virtual_tokens
+    longest = SequenceLayout.fit(
+        separator=recipe.data.separator, max_tokens=recipe.data.max_length, new_tokens=recipe.evaluate.max_new_tokens,
+        positions=positions, virtual_tokens=virtual,
+    ).max_tokens  # fmt: skip
+    return Collator(0, virtual, multiple=recipe.data.pad_to_multiple_of, most=positions).width(longest)
+
+
+def _decide_verdict(events: list[MemoryEvent], process: tuple[int, int], tensors: int, budget: int, kind: DeviceType) -> Verdict:
+    """Fits by the most that it may take; does not fit if even the least beside ``tensors`` leaves those too little."""
+    if process[1] <= budget:
+        return "fits"
+    try:
+        replay_allocator(events, kind, capacity=tensors)
+    except OutOfMemoryError:
+        return "does not fit"
+    return "too close to say"
+
+
+def _build_phase_peak(moment: PeakUsage) -> PhasePeak:
+    return PhasePeak(
+        live_bytes=moment.live_bytes, allocated_bytes=moment.allocated_bytes,
+        live_by_kind={kind: value for kind, value in moment.live_by_kind.items() if value}, operation=moment.operation,
+    )  # fmt: skip
+
+
+def _build_notes(recipe: Recipe, facts: DeviceFacts, width: int, labels: int, away: int) -> tuple[str, ...]:
+    notes = [
+        f"for rows of {width} tokens, as many as data.max_length or the model allows, with {labels} of them labelled, "
+        f"as many as evaluate.max_new_tokens makes, and no fewer than {MIN_LABELLED_TOKENS}"
+    ]
+    if away:
+        notes.append(f"the driver moves {away:,} bytes of states to the CPU's memory where there is no room")
+    if recipe.train.feature_cache is not None:
+        notes.append("for steps that compute the trunk; those that read its states from the trunk cache take less")
+    if not facts.calibrated:
+        notes.append("what only the device knows (context, workspaces) was not measured on one: uncalibrated")
+    return tuple(notes)

@@ -1,0 +1,71 @@
+"""From a rehearsal to bytes: live, allocated and reserved, by kind and by part of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from peftbench.memory.allocator import CachingAllocator, CpuPages
+from peftbench.profiler.memory_breakdown import MEMORY_CATEGORIES, MemoryEvent
+
+if TYPE_CHECKING:
+    from peftbench.memory.simulation.device import DeviceType
+
+INFERENCE_PHASES = frozenset({"evaluate", "generate"})
+"""Parts before which a run gives back what the allocator has cached, as the Probe does between phases."""
+
+
+@dataclass(frozen=True)
+class PeakUsage:
+    """What is held at the peak of a part of a run."""
+
+    live_bytes: int
+    """Sizes of tensors."""
+    allocated_bytes: int
+    """What the allocator gives for them: sizes in its own grain, and what it does not split off."""
+    live_by_kind: dict[str, int]
+    operation: str
+    part: str
+
+
+@dataclass(frozen=True)
+class AllocatorReplay:
+    """Of one process's run on one device."""
+
+    by_part: dict[str, PeakUsage]
+    reserved_bytes: int
+    """The most that the allocator takes from the driver."""
+
+    @property
+    def peak(self) -> PeakUsage:
+        """The part that holds most."""
+        return max(self.by_part.values(), key=lambda moment: moment.allocated_bytes)
+
+
+def replay_allocator(events: Iterable[MemoryEvent], device: DeviceType = "cuda", capacity: int | None = None) -> AllocatorReplay:
+    """Replay a book through the model of the device's allocator.
+
+    Raises:
+        OutOfMemoryError: the driver's ``capacity`` is not enough.
+    """
+    allocator = CachingAllocator(capacity) if device == "cuda" else CpuPages(capacity)
+    live: dict[str, int] = dict.fromkeys(MEMORY_CATEGORIES, 0)
+    moments: dict[str, PeakUsage] = {}
+    phase: str | None = None
+    for event in events:
+        if event.part in INFERENCE_PHASES and event.part != phase:
+            allocator.give_back()
+            phase = event.part
+        if event.made:
+            allocator.allocate(event.storage, event.bytes)
+        else:
+            allocator.free(event.storage)
+        live[event.kind] += event.bytes if event.made else -event.bytes
+        if event.made and event.looked_at and event.part is not None:
+            best = moments.get(event.part)
+            if best is None or allocator.allocated > best.allocated_bytes:
+                moments[event.part] = PeakUsage(
+                    sum(live.values()), allocator.allocated, {**live}, event.operation, event.part
+                )
+    return AllocatorReplay(moments, allocator.peak_reserved)

@@ -1,0 +1,228 @@
+"""Has the meta device do what another device would: autocast's casts, and the kernels that torch chooses there.
+
+The meta device computes shapes and nothing else, so a model's step runs on it in a blink and without memory. But torch
+knows no autocast for it and decomposes attention and dropout as for no device in particular. A ``TorchFunctionMode``
+sees each call of a torch function before that and sends it where the device in question would.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, Literal
+from unittest.mock import patch
+
+import torch
+from torch.nn import functional
+from torch.optim import adam
+from torch.overrides import TorchFunctionMode
+from torch.utils import _foreach_utils
+
+from peftbench.memory.simulation.autocast_ops import LOWER_PRECISION_FP, PROMOTE, FP32, FP32_SET_OPT_DTYPE
+from peftbench.modeling import attention, cross_entropy
+
+DeviceType = Literal["cuda", "cpu"]
+_FAKE_SCALARS = {"item": 1.0, "__float__": 1.0, "__int__": 1, "__bool__": True}
+"""What is made up where a number is asked for and any will do."""
+_MAX_FLASH_HEAD_DIM = 256
+"""Widest head of torch's flash attention on CUDA."""
+
+
+class DeviceEmulation(TorchFunctionMode):
+    """Steers calls on meta tensors to what ``device`` would do with ``precision`` (None: no autocast at all)."""
+
+    def __init__(self, device: DeviceType, precision: torch.dtype | None, *, padded: bool) -> None:
+        super().__init__()
+        self.device, self.precision, self.padded = device, precision, padded
+        self.any_number = False
+        """Whether a number may be made up where one is asked of a tensor: an optimizer's, which changes no size."""
+        self._casts = False
+        self._depth = 0
+        self._copies: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor]] = {}
+
+    @property
+    def casts(self) -> bool:
+        """Whether autocast is on."""
+        return self._casts
+
+    @contextmanager
+    def autocast(self, *, enabled: bool = True) -> Iterator[None]:
+        """As ``torch.autocast`` on the device: copies of weights are kept until the outermost block is left."""
+        before, self._casts = self._casts, enabled and self.precision is not None
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._casts = before
+            self._depth -= 1
+            if not self._depth:
+                self._copies.clear()
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """In the backward pass, where torch has set modes aside: for what is computed there once more."""
+        with self, self.autocast():
+            yield
+
+    @contextmanager
+    def helpers(self) -> Iterator[None]:
+        """Answer for helpers of transformers that look into tensors, and of torch that look at their device."""
+        from transformers import masking_utils
+        from transformers.utils import generic
+
+        def autocast_or_not(device_type: str, enabled: bool = True, **_: Any) -> Any:
+            return self.autocast(enabled=enabled) if self._casts or enabled else nullcontext()
+
+        with ExitStack() as patches:
+
+            def put(place: object, name: str, value: object) -> None:
+                patches.enter_context(patch.object(place, name, value))
+
+            original = generic.maybe_autocast
+            for module in list(sys.modules.values()):
+                if vars(module).get("maybe_autocast") is original:
+                    put(module, "maybe_autocast", autocast_or_not)
+            put(masking_utils, "fast_all", lambda _: not self.padded)
+            put(masking_utils, "find_packed_sequence_indices", lambda *_, **__: None)
+            put(cross_entropy, "_compute_dtype", lambda hidden: self.precision if self._casts else hidden.dtype)
+            put(attention, "_is_upcast_to_float32", lambda query: self.device == "cpu" and (self._casts or _is_low_precision(query)))
+            if self.device == "cuda":
+                with_foreach = _foreach_utils._get_foreach_kernels_supported_devices()
+                put(_foreach_utils, "_get_foreach_kernels_supported_devices", lambda: [*with_foreach, "meta"])
+            put(adam, "_device_dtype_check_for_fused", lambda *_, **__: None)
+            yield
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if self._casts:
+            args, kwargs = self._cast(name, args, kwargs)
+        if self.any_number and name in _FAKE_SCALARS and args[0].is_meta:
+            return _FAKE_SCALARS[name]
+        if func is functional.scaled_dot_product_attention:
+            return self._attention(*args, **kwargs)
+        if func is functional.dropout and self.device == "cuda":
+            return _cuda_dropout(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _cast(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        assert self.precision is not None
+        if name in LOWER_PRECISION_FP[self.device]:
+            return _map_tensors(args, kwargs, self._lowered)
+        if name in FP32[self.device]:
+            return _map_tensors(args, kwargs, lambda t: t.float() if _is_low_precision(t) else t)
+        if name in FP32_SET_OPT_DTYPE[self.device] and args and _is_low_precision(args[0]) and kwargs.get("dtype") is None:
+            return args, {**kwargs, "dtype": torch.float32}
+        if name in PROMOTE[self.device]:
+            tensors = [t for t in _iter_tensors(args) if t.is_floating_point()]
+            if any(t.dtype == torch.float32 for t in tensors):
+                return _map_tensors(args, kwargs, lambda t: t.float() if _is_low_precision(t) else t)
+        return args, kwargs
+
+    def _lowered(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dtype != torch.float32 and not (_is_low_precision(tensor) and tensor.dtype != self.precision):
+            return tensor
+        if not (tensor.is_leaf and tensor.requires_grad and tensor.dtype == torch.float32):
+            return tensor.to(self.precision)
+        kept = self._copies.get(id(tensor))  # autocast keeps the copies of what is trained
+        if kept is None or kept[0]() is not tensor:  # or of what was there before it, by that number
+            kept = self._copies[id(tensor)] = weakref.ref(tensor), tensor.to(self.precision)
+        return kept[1]
+
+    def _attention(  # noqa: PLR0917 — as torch has it
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        kernels = torch.ops.aten
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(
+                attn_mask.logical_not(), float("-inf")
+            )
+        if self.device == "cpu":
+            if not _uses_flash_on_cpu((query, key, value, attn_mask), dropout_p, is_causal, grouped=enable_gqa):
+                return functional.scaled_dot_product_attention(
+                    query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+                )
+            made: torch.Tensor = kernels._scaled_dot_product_flash_attention_for_cpu(
+                query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+            )[0]
+            return made
+        low = query.dtype in (torch.float16, torch.bfloat16)
+        if low and attn_mask is None and query.shape[-1] <= _MAX_FLASH_HEAD_DIM:
+            width = query.shape[-1]
+            pad = -width % 8
+            if pad:
+                query, key, value = (functional.pad(t, (0, pad)) for t in (query, key, value))
+            made = kernels._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
+            return made[..., :width] if pad else made
+        if enable_gqa:  # which flash attention does by itself
+            shares = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(shares, 1), value.repeat_interleave(shares, 1)
+        if attn_mask is not None:
+            attn_mask = _pad_mask(attn_mask, query)
+        training = any(t.requires_grad for t in (query, key, value))
+        made = kernels._scaled_dot_product_efficient_attention(
+            query, key, value, attn_mask, training, dropout_p, is_causal, scale=scale
+        )[0]
+        return made
+
+
+def _uses_flash_on_cpu(tensors: tuple[torch.Tensor | None, ...], dropout: float, causal: bool, *, grouped: bool) -> bool:
+    """Asked of torch itself, with tensors of the CPU that nobody writes to, and that so take no memory."""
+    real = [None if t is None else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype) for t in tensors]
+    choice = torch._fused_sdp_choice(*real, dropout, causal, enable_gqa=grouped)  # type: ignore[arg-type, call-arg, misc]
+    return bool(choice == torch.nn.attention.SDPBackend.FLASH_ATTENTION.value)
+
+
+def _pad_mask(mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """What the memory-efficient kernel is given: rows padded to multiples of 16 values."""
+    width = mask.shape[-1]
+    if width % 16:
+        mask = functional.pad(mask, (0, -width % 16))[..., :width]
+    return mask.expand(*query.shape[:2], *mask.shape[2:])
+
+
+def _cuda_dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+    """CUDA's kernel, which keeps a mask of one byte a value."""
+    if not training or p == 0.0:
+        return input
+    made: torch.Tensor = torch.native_dropout(input, p, training)[0]
+    return made
+
+
+def _is_low_precision(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+
+
+def _iter_tensors(values: Any) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _iter_tensors(value)
+
+
+def _map_tensors(
+    args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def one(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return change(value) if value.is_floating_point() else value
+        if isinstance(value, (list, tuple)):
+            return type(value)(one(below) for below in value)
+        return value
+
+    # From the last to the first, as the compiler has it in torch's builds: the backward pass goes in that order too.
+    changed = [one(value) for value in reversed(args)]
+    return tuple(reversed(changed)), {key: one(value) for key, value in kwargs.items()}

@@ -1,0 +1,69 @@
+"""Answers for the values that engines ask of tensors on the meta device, where any will do."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+_ATEN = torch.ops.aten
+_FILL_OPS = {_ATEN.zeros.default, _ATEN.ones.default, _ATEN.full.default}
+_MIN_SKIPPED_NUMEL = 2**16
+"""Values below which a tensor on the CPU is computed: counts, tokens, a norm."""
+
+
+class FakeScalars(TorchDispatchMode):
+    """Makes up numbers that an engine reads, and computes nothing of what it keeps in the CPU's memory.
+
+    An engine looks at a gradient's norm, say, and steps or does not; it is told 1, and that nothing overflowed. Off
+    while the model's own code runs, where a number can change a size. What is offloaded is allocated and never written,
+    so that it takes addresses and no memory.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.on = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(hasattr(kind, "to_local") for kind in types):  # first what it comes to on this process's part
+            return NotImplemented
+        kwargs = kwargs or {}
+        if self.on and func is _ATEN._local_scalar_dense.default and args[0].is_meta:
+            return False if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
+        if func is _ATEN.copy_.default and args[1].is_meta and not args[0].is_meta:
+            return args[0]
+        if kwargs.get("device") == torch.device("cpu"):
+            if func is _ATEN._to_copy.default and args[0].is_meta:
+                return torch.empty_like(args[0], device="cpu", dtype=kwargs.get("dtype"))
+            if func in _FILL_OPS and math.prod(args[0]) >= _MIN_SKIPPED_NUMEL:
+                func, args = _ATEN.empty.memory_format, args[:1]
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if any(_is_large_cpu_tensor(tensor) for tensor in tensors) and not any(tensor.is_meta for tensor in tensors):
+            return _allocate_outputs(func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+def _is_large_cpu_tensor(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.numel() >= _MIN_SKIPPED_NUMEL
+
+
+def _allocate_outputs(func: Any, args: Any, kwargs: Any) -> Any:
+    """What an operation on the CPU returns, with its memory as it was found."""
+    if func._schema.is_mutable:
+        returned = kwargs["out"] if "out" in kwargs else args[0]
+        return returned if func._schema.returns else None
+    is_view = any(value.alias_info is not None for value in func._schema.returns)
+    if is_view or kwargs.get("device", torch.device("cpu")) != torch.device("cpu"):
+        return func(*args, **kwargs)
+
+    def to(device: str, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return torch.device("meta") if isinstance(value, torch.device) and device == "meta" else value
+        return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=device)
+
+    args, kwargs = tree_map(partial(to, "meta"), (args, kwargs))
+    return tree_map(partial(to, "cpu"), func(*args, **kwargs))

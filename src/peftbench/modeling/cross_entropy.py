@@ -1,0 +1,136 @@
+"""Cross-entropy of a linear head, summed, without ever holding the logits of all positions.
+
+The gradient of a cross-entropy is known as soon as its logits are, so each chunk of positions is multiplied with the
+head, differentiated and forgotten in the forward pass; the backward pass multiplies by a number. Nothing is computed
+twice (as in Hsu et al. 2024, Liger Kernel, arXiv:2410.10989; here in plain torch, for any device).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch.nn import functional
+
+from peftbench.errors import EngineError
+
+CHUNK_LOGITS = 2**25
+"""Most logits held at once: 128 MiB in float32, and as much for their gradient."""
+
+
+def chunked_cross_entropy_sum(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+) -> torch.Tensor:
+    """Sum (nats, float32) over positions of the cross-entropy of ``hidden @ weight.T + bias`` with ``targets``.
+
+    ``hidden`` (positions, width), ``weight`` (vocabulary, width), ``bias`` (vocabulary,), ``targets`` (positions,).
+    """
+    if hidden.shape[0] * weight.shape[0] <= CHUNK_LOGITS:
+        return functional.cross_entropy(functional.linear(hidden, weight, bias).float(), targets, reduction="sum")
+    lowered = _compute_dtype(hidden)
+    wanted = torch.is_grad_enabled()
+    chunked: torch.Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, lowered, wanted)  # type: ignore[no-untyped-call]
+    return chunked
+
+
+@torch.no_grad()
+def cross_entropy_per_token(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+) -> torch.Tensor:
+    """As :func:`summed_cross_entropy`, of each position, and not to be differentiated: (positions,), float32."""
+    rows = max(1, CHUNK_LOGITS // weight.shape[0])
+    parts = zip(hidden.split(rows), targets.split(rows), strict=True)
+    losses = [
+        functional.cross_entropy(functional.linear(part, weight, bias).float(), expected, reduction="none")
+        for part, expected in parts
+    ]
+    return torch.cat(losses)
+
+
+def _compute_dtype(hidden: torch.Tensor) -> torch.dtype:
+    """Type that autocast has matrices multiplied in."""
+    kind = hidden.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return hidden.dtype
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Holds the logits of one chunk at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, targets: Any, dtype: Any, wanted: Any) -> Any:  # noqa: PLR0917
+        """Loss and, where they are wanted, its gradients."""
+        needs = [wanted and needed for needed in ctx.needs_input_grad[:3]]
+        matrix = weight.to(dtype)
+        rows = max(1, CHUNK_LOGITS // weight.shape[0])
+        total = hidden.new_zeros((), dtype=torch.float32)
+        to_hidden = torch.empty_like(hidden) if needs[0] else None
+        to_weight = torch.zeros_like(weight) if needs[1] else None
+        to_bias = torch.zeros_like(bias) if needs[2] else None
+        for start in range(0, hidden.shape[0], rows):
+            part = slice(start, start + rows)
+            states, expected = hidden[part].to(dtype), targets[part, None]
+            logits = functional.linear(states, matrix, None if bias is None else bias.to(dtype)).float()
+            logits -= logits.logsumexp(dim=-1, keepdim=True)
+            total -= logits.gather(1, expected).sum()
+            if not any(needs):
+                continue
+            error = logits.exp_().scatter_add_(1, expected, logits.new_full((1, 1), -1.0).expand_as(expected)).to(dtype)
+            if to_hidden is not None:
+                to_hidden[part] = error @ matrix
+            if to_weight is not None:
+                to_weight += error.T @ states
+            if to_bias is not None:
+                to_bias += error.sum(dim=0)
+        ctx.gradients = (to_hidden, to_weight, to_bias)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *incoming: Any) -> Any:
+        """Times the gradient that comes in; once, for what was made in the forward pass is given away.
+
+        Raises:
+            RuntimeError: it was asked before.
+        """
+        if not ctx.gradients:
+            raise RuntimeError("the gradients of this loss were given away already; compute the loss anew")
+        scaled = [None if gradient is None else gradient.mul_(incoming[0]) for gradient in ctx.gradients]
+        ctx.gradients = ()
+        return (*scaled, None, None, None)
+
+
+CrossEntropySum = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor], torch.Tensor]
+"""As :func:`summed_cross_entropy`."""
+Kernel = Literal["torch", "liger"]
+
+
+def _load_liger() -> CrossEntropySum:
+    """Liger Kernel's.
+
+    Raises:
+        EngineError: it is not installed.
+    """
+    try:
+        from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+    except ImportError as error:
+        raise EngineError(
+            f"train.cross_entropy=liger needs Liger Kernel ({error}); pip install liger-kernel, or use torch"
+        ) from error
+    loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
+
+    def summed(
+        hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+    ) -> torch.Tensor:
+        dtype = _compute_dtype(hidden)
+        if weight.requires_grad and not hidden.requires_grad:  # over a frozen trunk it would give no gradient at all
+            hidden = hidden.detach().requires_grad_()
+        lowered = None if bias is None else bias.to(dtype)
+        found: torch.Tensor = loss(weight.to(dtype), hidden.to(dtype), targets, lowered)
+        return found.float()
+
+    return summed
+
+
+KERNELS: dict[Kernel, Callable[[], CrossEntropySum]] = {"torch": lambda: chunked_cross_entropy_sum, "liger": _load_liger}

@@ -1,0 +1,87 @@
+"""Torch's own optimizers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from peftbench.optim.base import AdamLike, Optimizer, tensor_sizes
+
+if TYPE_CHECKING:
+    import torch
+
+    from peftbench.optim.base import Parameters
+
+
+_FUSED_DEVICES = frozenset({"cpu", "cuda"})
+"""Devices on which torch steps all of AdamW in one kernel."""
+
+
+class AdamW(AdamLike):
+    """AdamW (Loshchilov and Hutter 2019), torch's own, in one kernel."""
+
+    kind: Literal["adamw"] = "adamw"
+    """Which optimizer."""
+
+    def build(self, parameters: Parameters, embeddings: Parameters = ()) -> torch.optim.Optimizer:
+        import torch
+
+        trained = list(parameters)
+        return torch.optim.AdamW(
+            trained,
+            lr=self.learning_rate,
+            betas=self.betas,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            fused=all(parameter.device.type in _FUSED_DEVICES for parameter in trained) or None,
+        )
+
+    def state_bytes(self, groups: Sequence[dict[str, Any]]) -> int:
+        return sum(8 * size + 4 for size, _ in tensor_sizes(groups))  # two moments, and a count of steps
+
+
+class SGD(Optimizer):
+    """Stochastic gradient descent with momentum, torch's own. Its weight decay is not decoupled."""
+
+    kind: Literal["sgd"] = "sgd"
+    """Which optimizer."""
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    """Momentum; 0 keeps no state."""
+
+    def build(self, parameters: Parameters, embeddings: Parameters = ()) -> torch.optim.Optimizer:
+        import torch
+
+        return torch.optim.SGD(
+            parameters, lr=self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay
+        )
+
+    def state_bytes(self, groups: Sequence[dict[str, Any]]) -> int:
+        return sum(4 * size for size, _ in tensor_sizes(groups)) if self.momentum else 0
+
+
+class Adafactor(Optimizer):
+    """Adafactor (Shazeer and Stern 2018, arXiv:1804.04235), torch's own: rows and columns of a matrix's moment."""
+
+    needs_matrices: ClassVar[bool] = True
+
+    kind: Literal["adafactor"] = "adafactor"
+    """Which optimizer."""
+    beta2_decay: float = Field(default=-0.8, lt=0)
+    """Exponent by which the second moment's decay approaches 1."""
+    clip: float = Field(default=1.0, gt=0)
+    """Most root mean square of an update."""
+
+    def build(self, parameters: Parameters, embeddings: Parameters = ()) -> torch.optim.Optimizer:
+        import torch
+
+        return torch.optim.Adafactor(
+            parameters, lr=self.learning_rate, beta2_decay=self.beta2_decay, d=self.clip, weight_decay=self.weight_decay
+        )
+
+    def state_bytes(self, groups: Sequence[dict[str, Any]]) -> int:
+        shapes = (tuple(p.shape) for group in groups for p in group["params"])
+        kept = (math.prod(s) if len(s) < 2 else math.prod(s[:-1]) + math.prod((*s[:-2], s[-1])) for s in shapes)
+        return sum(4 * values + 4 for values in kept)

@@ -1,0 +1,83 @@
+"""What a device could compute: by its maker's data sheet, and by a short matrix product measured on it."""
+
+from __future__ import annotations
+
+import time
+from typing import Literal
+
+import torch
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+PEAK_FLOPS: dict[str, dict[str, float]] = {
+    # Dense, with accumulation in fp32. fp32 is that of the ordinary cores, since torch leaves TF32 off.
+    "Tesla T4": {"fp32": 8.1e12, "fp16": 65e12},
+    "Tesla V100-SXM2": {"fp32": 15.7e12, "fp16": 125e12},
+    "Tesla V100-PCIE": {"fp32": 14e12, "fp16": 112e12},
+    "NVIDIA A10": {"fp32": 31.2e12, "fp16": 125e12, "bf16": 125e12},
+    "NVIDIA A30": {"fp32": 10.3e12, "fp16": 165e12, "bf16": 165e12},
+    "NVIDIA A40": {"fp32": 37.4e12, "fp16": 149.7e12, "bf16": 149.7e12},
+    "NVIDIA L4": {"fp32": 30.3e12, "fp16": 121e12, "bf16": 121e12},
+    "NVIDIA L40S": {"fp32": 91.6e12, "fp16": 362e12, "bf16": 362e12},
+    "NVIDIA RTX A6000": {"fp32": 38.7e12, "fp16": 154.8e12, "bf16": 154.8e12},
+    "NVIDIA GeForce RTX 3090": {"fp32": 35.6e12, "fp16": 71e12, "bf16": 71e12},
+    "NVIDIA GeForce RTX 4080": {"fp32": 48.7e12, "fp16": 97.5e12, "bf16": 97.5e12},
+    "NVIDIA GeForce RTX 4090": {"fp32": 82.6e12, "fp16": 165.2e12, "bf16": 165.2e12},
+    "NVIDIA H100 PCIe": {"fp32": 51.2e12, "fp16": 756e12, "bf16": 756e12},
+    "NVIDIA A100": {"fp32": 19.5e12, "fp16": 312e12, "bf16": 312e12},
+    "NVIDIA A100 80GB PCIe": {"fp32": 19.5e12, "fp16": 312e12, "bf16": 312e12},
+    "NVIDIA H100 NVL": {"fp32": 60e12, "fp16": 835.5e12, "bf16": 835.5e12},
+    "NVIDIA GH200 480GB": {"fp32": 67e12, "fp16": 989.4e12, "bf16": 989.4e12},
+    "NVIDIA H100 80GB HBM3": {"fp32": 66.9e12, "fp16": 989.4e12, "bf16": 989.4e12},
+    "NVIDIA H200": {"fp32": 66.9e12, "fp16": 989.4e12, "bf16": 989.4e12},
+}
+"""FLOP/s by torch's name of a device, up to a hyphen.
+
+Sources, all NVIDIA's: data sheets of T4, V100 (2020), A10, A30, A40, A100 (2021), L4, L40S, RTX A6000 (half of the
+figure with sparsity) H200, H100 NVL and GH200 (2024; half of the
+figures with sparsity); the architecture white papers of H100 (SXM5 and PCIe), GA102 (RTX 3090) and Ada
+(RTX 4080, 4090; fp16 with accumulation in fp32).
+"""
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_MATRIX_SIZES = {"cuda": 8192, "cpu": 1024}
+_MEASUREMENT_SECONDS = 0.1
+
+
+def get_peak_flops(name: str, precision: str) -> float | None:
+    """The data sheet's FLOP/s of the device called ``name``, None where it is not in the table."""
+    if " MIG " in name:  # a slice of a device
+        return None
+    found = [peaks for beginning, peaks in PEAK_FLOPS.items() if name == beginning or name.startswith(f"{beginning}-")]
+    return found[0].get(precision) if found else None
+
+
+def measure_matmul_flops(device: torch.device, precision: str) -> float | None:
+    """FLOP/s of square matrix products on ``device`` now: the best of as many as fit a tenth of a second.
+
+    None where the device has no memory left for them.
+    """
+    size = _MATRIX_SIZES.get(device.type, 1024)
+    try:
+        return _measure_best(device, *(torch.rand((size, size), device=device).to(_DTYPES[precision]) for _ in range(3)))
+    except RuntimeError:  # out of memory, in one of its forms: the run itself went well and left no room
+        return None
+
+
+def _measure_best(device: torch.device, left: torch.Tensor, right: torch.Tensor, product: torch.Tensor) -> float:
+    best, deadline = 0.0, time.perf_counter() + _MEASUREMENT_SECONDS
+    torch.mm(left, right, out=product)  # kernels are chosen
+    while True:
+        _synchronize(device)
+        start = time.perf_counter()
+        torch.mm(left, right, out=product)
+        _synchronize(device)
+        end = time.perf_counter()
+        best = max(best, 2 * len(left) ** 3 / (end - start))
+        if end > deadline:
+            return best
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

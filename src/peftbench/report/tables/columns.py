@@ -1,0 +1,220 @@
+"""The columns of the comparison: what each shows, in plain text and as a raw value, and what it means."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from peftbench.record import Interval, RunRecord, TokensPerSecond, train_peak_bytes
+from peftbench.report.text.formatting import method_kind
+
+UNKNOWN_TEXT = "unknown"
+CellValue = str | int | float | None
+_CellValueT = TypeVar("_Value", bound=CellValue)
+
+
+def finite_or_none(value: _CellValueT) -> _CellValueT | None:
+    """None for a float that is no number, of which JSON knows nothing; anything else as it is."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column. ``raw`` gives a record's values by CSV name (units in names); ``text`` shows the first."""
+
+    title: str
+    meaning: str
+    raw: Callable[[RunRecord], dict[str, CellValue]]
+    text: Callable[[RunRecord], str]
+    optional: bool = False
+    """Shown only where some record has a value to show, "unknown" included."""
+
+
+def run_label(record: RunRecord) -> str:
+    """The run's name, and its method where the name does not say it."""
+    return append_method(record.name, method_kind(record))
+
+
+def append_method(name: str, kind: str) -> str:
+    """A name, and its method where it does not say it."""
+    return name if kind in name else f"{name} ({kind})"
+
+
+def _format_count(value: int | None) -> str:
+    return UNKNOWN_TEXT if value is None else f"{value:,}"
+
+
+def _trainable_parameters(record: RunRecord) -> int | None:
+    return record.parameters.trainable if record.parameters else None
+
+
+def _trainable_fraction(record: RunRecord) -> float | None:
+    return record.parameters.trainable / record.parameters.total if record.parameters else None
+
+
+def _format_train_seconds(record: RunRecord) -> str:
+    seconds = record.train_seconds
+    return "–" if seconds is None else f"{seconds:.1f}"
+
+
+def _tokens_per_second(record: RunRecord, kind: str) -> float | None:
+    return getattr(record.throughput.tokens_per_second, kind) if record.throughput else None
+
+
+def _text_or_unknown(record: RunRecord, text: str | None) -> str:
+    """A figure of the timed steps: unknown where there are such steps and nothing tells it."""
+    return text or (UNKNOWN_TEXT if record.throughput else "–")
+
+
+def _held_out_loss(record: RunRecord) -> float | None:
+    return record.quality.loss if record.quality else None
+
+
+def _rouge_column(kind: str, title: str, *, forced: bool = False) -> Column:
+    name = f"teacher_forced_argmax_{kind}" if forced else kind
+
+    def found(record: RunRecord) -> Interval | None:
+        if record.quality is None:
+            return None
+        scores = record.quality.teacher_forced_argmax_rouge if forced else record.quality.rouge
+        return (scores or {}).get(kind)
+
+    def raw(record: RunRecord) -> dict[str, CellValue]:
+        score = found(record)
+        values = (score.mean, score.low, score.high) if score else (None, None, None)
+        return dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
+
+    def text(record: RunRecord) -> str:
+        score = found(record)
+        return f"{score.mean:.1f} ({score.low:.1f}–{score.high:.1f})" if score else "–"
+
+    meaning = (
+        "with the reference shown token by token; the published study's figure" if forced else "of generated summaries"
+    )
+    return Column(
+        title,
+        f"{kind} F-measure {meaning}, percent, 95 % bootstrap interval over examples",
+        raw,
+        text,
+        optional=True,
+    )
+
+
+def _allocator_values(record: RunRecord) -> dict[str, CellValue]:
+    """What a GPU's allocator made of the training, unknown on CPU."""
+    memory = record.memory.get("train")
+    return {
+        "train_reserved_bytes": memory.reserved_bytes if memory else None,
+        "train_fragmentation": memory.fragmentation if memory else None,
+        "train_allocation_retries": memory.allocation_retries if memory else None,
+    }
+
+
+def format_outcome(record: RunRecord) -> str:
+    """How a run ended, and at which step where not well."""
+    outcome = record.outcome
+    return outcome.kind + (f" at step {outcome.step}" if outcome.step is not None else "")
+
+
+DROP_ORDER = (
+    "ROUGE-Lsum",
+    "ROUGE-2",
+    "ROUGE-1",
+    "share",
+    "price",
+    "required TFLOP",
+    "of achievable",
+    "J/1,000 samples",
+    "MFU",
+    "trained",
+    "tokens/s",
+)
+"""Columns that a narrow terminal goes without, in this order; they are in the report."""
+
+COLUMNS: tuple[Column, ...] = (
+    Column(
+        "run", "name of the run, and its method",
+        lambda r: {"run": r.name, "method": method_kind(r)},
+        run_label,
+    ),
+    Column(
+        "trained", "scalars that training changes",
+        lambda r: {"trained_parameters": _trainable_parameters(r)},
+        lambda r: "–" if _trainable_parameters(r) is None else _format_count(_trainable_parameters(r)),
+    ),
+    Column(
+        "share", "trained parameters, of the base's",
+        lambda r: {"trained_share": _trainable_fraction(r)},
+        lambda r: "–" if (share := _trainable_fraction(r)) is None else f"{share:.2%}",
+    ),
+    Column(
+        "held-out loss", "mean cross-entropy on summary and end tokens of held-out examples, nats; lower is better",
+        lambda r: {"held_out_loss": _held_out_loss(r)},
+        lambda r: "–" if (loss := _held_out_loss(r)) is None else f"{loss:.3f}",
+    ),
+    _rouge_column("rouge1", "ROUGE-1"),
+    _rouge_column("rouge2", "ROUGE-2"),
+    _rouge_column("rougeL", "ROUGE-L"),
+    _rouge_column("rougeLsum", "ROUGE-Lsum"),
+    _rouge_column("rougeL", "ROUGE-L, teacher-forced argmax", forced=True),
+    Column("training s", "seconds of training, no loading, encoding or evaluation, and without the warm-up steps",
+           lambda r: {"training_seconds": r.train_seconds}, _format_train_seconds),
+    Column(
+        "tokens/s", "real tokens (no padding, no virtual ones) trained on per second, over all processes",
+        lambda r: {f"{kind}_tokens_per_second": _tokens_per_second(r, kind) for kind in TokensPerSecond.model_fields},
+        lambda r: "–" if (speed := _tokens_per_second(r, "real")) is None else f"{speed:,.0f}",
+        optional=True,
+    ),
+    Column(
+        "peak MiB", "most memory while training: in tensors on the GPU; on CPU resident memory beyond what the process "
+        "had before anything was loaded",
+        lambda r: {"train_peak_bytes": train_peak_bytes(r)} | _allocator_values(r),
+        lambda r: "–" if (peak := train_peak_bytes(r)) is None else f"{peak / 2**20:,.0f}",
+        optional=True,
+    ),
+    Column(
+        "needs MiB", "of a run that was out of memory: what its process is predicted to hold at its peak, at least, "
+        "by peftbench estimate",
+        lambda r: {
+            "needed_bytes": r.outcome.needed_bytes, "held_bytes": r.outcome.held_bytes,
+            "requested_bytes": r.outcome.requested_bytes,
+        },
+        lambda r: "–" if (needed := r.outcome.needed_bytes) is None else f"{needed / 2**20:,.0f}",
+        optional=True,
+    ),
+    Column(
+        "required TFLOP", "floating-point operations that all steps needed, in 10^12: real tokens, causal attention, "
+        "the output head at labels, a backward pass only where the method needs one",
+        lambda r: {f"{kind}_flops": getattr(r.flops, kind) for kind in ("required", "executed", "six_n")},
+        lambda r: "–" if r.flops.required is None else f"{r.flops.required / 1e12:.3g}",
+        optional=True,
+    ),
+    Column(
+        "MFU", "model FLOPs utilisation: required FLOPs a second, of the device's peak by its maker's data sheet",
+        lambda r: {"mfu": r.compute.mfu, "hfu": r.compute.hfu},
+        lambda r: _text_or_unknown(r, None if r.compute.mfu is None else f"{r.compute.mfu:.1%}"),
+        optional=True,
+    ),
+    Column(
+        "of achievable", "required FLOPs a second, of what a large matrix product then achieved on the device",
+        lambda r: {"of_achievable": r.compute.of_achievable},
+        lambda r: "–" if r.compute.of_achievable is None else f"{r.compute.of_achievable:.1%}",
+        optional=True,
+    ),
+    Column(
+        "J/1,000 samples", "joules of the training phase by 1,000 samples: of the GPUs' boards (NVML), or of the "
+        "processors (RAPL) where it ran on them, whatever else ran there; pauses (trackers) included",
+        lambda r: {"joules_per_1000_samples": r.joules_per_1000_samples, "training_joules": r.energy_joules},
+        lambda r: _text_or_unknown(r, None if (j := r.joules_per_1000_samples) is None else f"{j:,.3g}"),
+        optional=True,
+    ),
+    Column(
+        "price", "of the seconds of training on all devices, at profile.price_per_hour",
+        lambda r: {"training_price": r.training_price},
+        lambda r: "–" if r.training_price is None else f"{r.training_price:,.2g}",
+        optional=True,
+    ),
+    Column("outcome", "how the run ended", lambda r: {"outcome": r.outcome.kind}, format_outcome),
+)  # fmt: skip

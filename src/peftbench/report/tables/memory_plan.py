@@ -1,0 +1,151 @@
+"""A plan as a person reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from tabulate import tabulate
+
+from peftbench.memory.plan import UnplannedRun, Plan, get_comparable_costs
+
+if TYPE_CHECKING:
+    from peftbench.memory.plan import Fit, Verification
+
+_MIB = 2**20
+_CATEGORY_LABELS = {
+    "weights": "weights", "gathered_weights": "gathered weights", "weight_copies": "autocast copies",
+    "gradients": "gradients", "buckets": "buckets", "optimizer_state": "states",
+    "activations": "activations", "logits": "logits", "temporaries": "temporaries",
+}  # fmt: skip
+
+
+def format_plan(plan: Plan) -> str:
+    """A table of parts by kinds, and a sentence for each thing to know."""
+    shown = [kind for kind in _CATEGORY_LABELS if any(kind in part.live_by_kind for part in plan.parts.values())]
+    rows = [
+        {
+            "MiB at the peak of": name,
+            **{_CATEGORY_LABELS[kind]: _format_mib(part.live_by_kind.get(kind, 0)) for kind in shown},
+            "live": _format_mib(part.live_bytes),
+            "allocated": _format_mib(part.allocated_bytes),
+        }
+        for name, part in plan.parts.items()
+    ]
+    low, high = plan.process_bytes
+    lines = [
+        tabulate(
+            rows,
+            headers="keys",
+            tablefmt="github",
+            disable_numparse=True,
+            colalign=("left", *["right"] * (len(shown) + 2)),
+        ),
+        "",
+        f"{plan.name}: {plan.micro_batches} micro-batches of {plan.rows} x {plan.width} tokens on {plan.device}"
+        + _engine_clause(plan),
+        f"peak: {_format_mib(plan.peak.allocated_bytes)} MiB allocated in {plan.peak_part}, at {plan.peak.operation}; "
+        f"{_format_mib(plan.reserved_bytes)} MiB reserved",
+        f"process: {_format_mib(low)} to {_format_mib(high)} MiB, with the context ({_format_range(plan.context_bytes)}) and the libraries' "
+        f"workspaces ({_format_range(plan.workspaces_bytes)})",
+    ]
+    if plan.verdict is not None and plan.budget_bytes is not None and plan.margin_bytes is not None:
+        lines.append(f"in {_format_mib(plan.budget_bytes)} MiB: {plan.verdict} ({_format_margin(*plan.margin_bytes)})")
+    return "\n".join((*lines, *(f"note: {note}" for note in plan.notes)))
+
+
+def format_plans(plans: Sequence[Plan | UnplannedRun]) -> str:
+    """A table of a suite's runs by who holds their peaks, and a sentence for each that is not predicted."""
+    made = [plan for plan in plans if isinstance(plan, Plan)]
+    shown = [kind for kind in _CATEGORY_LABELS if any(kind in plan.peak.live_by_kind for plan in made)]
+    rows = [
+        {
+            "MiB at its peak": plan.name,
+            "in": plan.peak_part,
+            **{_CATEGORY_LABELS[kind]: _format_mib(plan.peak.live_by_kind.get(kind, 0)) for kind in shown},
+            "live": _format_mib(plan.peak.live_bytes),
+            "reserved": _format_mib(plan.reserved_bytes),
+            "process": f"{_format_mib(plan.process_bytes[0])} to {_format_mib(plan.process_bytes[1])}",
+            **({f"in {_format_mib(plan.budget_bytes)} MiB": plan.verdict} if plan.budget_bytes is not None else {}),
+        }
+        for plan in made
+    ]
+    notes = dict.fromkeys(note for plan in made for note in plan.notes)
+    left_out = [f"{plan.name}: {plan.reason}" for plan in plans if isinstance(plan, UnplannedRun)]
+    table = tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+    return "\n".join((table, "", *(f"note: {note}" for note in (*left_out, *notes))))
+
+
+def format_fit(fit: Fit) -> str:
+    """A table of what fits, the fastest by predicted time first, and how to run the first."""
+    if fit.models:
+        return _format_models(fit)
+    if not fit.strategies:
+        return f"nothing that was tried fits {_format_mib(fit.budget_bytes)} MiB, not even with micro-batches of one example"
+    taken = get_comparable_costs(fit.strategies)
+    rows = [
+        {
+            "strategy": strategy.name,
+            "micro-batch": strategy.plan.rows,
+            "allocated, MiB": _format_mib(strategy.plan.peak.allocated_bytes),
+            "process at most, MiB": _format_mib(strategy.plan.process_bytes[1]),
+            "time": _format_ratio(seconds, taken[0]),
+            "trades": "; ".join(strategy.trades) or "nothing",
+        }
+        for strategy, seconds in zip(fit.strategies, taken, strict=True)
+    ]
+    best = fit.strategies[0]
+    by = "the data sheet's FLOP/s" if best.seconds else "FLOPs alone, whatever their precision"
+    return "\n".join((
+        tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True), "",
+        f"time: predicted of one step by {by}, of the fastest's",
+        f"the first: {' '.join(best.changes)}",
+        *([_format_verification(fit.proof)] if fit.proof else []),
+        *(f"note: {note}" for note in best.plan.notes),
+    ))  # fmt: skip
+
+
+def _format_models(fit: Fit) -> str:
+    """A table of a family's models, from the largest to the first that fits."""
+    rows = [
+        {
+            "model": model.name,
+            "parameters": f"{model.parameters:,}",
+            f"in {_format_mib(fit.budget_bytes)} MiB": "fits" if model.strategy else "does not fit",
+            "with": " ".join(model.strategy.changes) if model.strategy else "",
+            "process at most, MiB": _format_mib(model.strategy.plan.process_bytes[1]) if model.strategy else "",
+        }
+        for model in fit.models
+    ]
+    notes = [f"note: {note}" for model in fit.models if model.strategy for note in model.strategy.plan.notes]
+    return "\n".join((tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True), "", *notes))
+
+
+def _format_verification(proof: Verification) -> str:
+    ran = "; ".join(f"{size} {'ran' if kind == 'ok' else 'was out of memory'}" for size, kind in proof.outcomes.items())
+    found = f"{proof.largest} is the largest that runs" if proof.largest else "not even one example runs"
+    return f"verified under the budget: micro-batch {ran}; predicted {proof.predicted}, and {found}"
+
+
+def _format_range(sizes: tuple[int, int]) -> str:
+    return f"{_format_mib(sizes[0])} to {_format_mib(sizes[1])}"
+
+
+def _engine_clause(plan: Plan) -> str:
+    return f", {plan.engine}, per process, of {plan.processes}" if plan.engine != "single" else ""
+
+
+def _format_ratio(value: float | None, first: float | None) -> str:
+    return f"{value / first:.2f}x" if value and first else "unknown"
+
+
+def _format_margin(low: int, high: int) -> str:
+    if low >= 0:
+        return f"{_format_mib(low)} to {_format_mib(high)} MiB to spare"
+    if high < 0:
+        return f"{_format_mib(-high)} to {_format_mib(-low)} MiB too much"
+    return f"from {_format_mib(-low)} MiB too much to {_format_mib(high)} MiB to spare"
+
+
+def _format_mib(size: int) -> str:
+    return f"{size / _MIB:,.0f}"

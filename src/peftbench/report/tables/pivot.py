@@ -1,0 +1,71 @@
+"""Runs side by side: over seeds, and by the values of a knob."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any, TypeGuard
+
+from peftbench.errors import UnknownKeyError
+from peftbench.evaluation.intervals import t_interval
+from peftbench.record import RunRecord
+from peftbench.report.analysis.run_groups import same_recipe_groups, group_runs
+from peftbench.report.digits import round_outward
+from peftbench.report.text.formatting import method_kind
+
+
+def seed_rows(records: Sequence[RunRecord]) -> list[dict[str, str]]:
+    """A row for each configuration of several runs: mean and standard deviation of loss and ROUGE-L over its seeds.
+
+    In brackets stands the mean's 95 % interval over seeds, by Student's t.
+    """
+    return [
+        {
+            "method": one.label, "seeds": str(len(one.losses) or len(one.rouge_l)),
+            "held-out loss": _format_mean_std(one.losses, 3), "ROUGE-L": _format_mean_std(one.rouge_l, 1),
+        }
+        for one in group_runs(records) if max(len(one.losses), len(one.rouge_l)) > 1
+    ]  # fmt: skip
+
+
+def rows_by_setting(records: Sequence[RunRecord], knob: str) -> list[dict[str, str]]:
+    """Held-out loss of runs that differ in ``knob`` (dotted) alone: a row a method, a column a value, the lowest bold.
+
+    Raises:
+        UnknownKeyError: a recipe has no such knob.
+    """
+    values = sorted({_setting_value(r.recipe, knob) for r in records}, key=lambda value: (isinstance(value, str), value))
+    rows = []
+    for same in same_recipe_groups(records, (knob,)):
+        losses = {_setting_value(r.recipe, knob): r.quality.loss for r in same if r.quality and _is_finite(r.quality.loss)}
+        ends = {_setting_value(r.recipe, knob): r.outcome.kind for r in same}
+        best = min(losses, key=lambda value: losses[value]) if losses else None
+        cells = {value: f"{losses[value]:.3f}" if value in losses else ends.get(value, "–") for value in values}
+        rows.append(
+            {"method": method_kind(same[0])}
+            | {str(value): f"**{cell}**" if value == best else cell for value, cell in cells.items()}
+        )
+    return rows
+
+
+def _is_finite(loss: float | None) -> TypeGuard[float]:
+    return loss is not None and math.isfinite(loss)
+
+
+def _setting_value(recipe: dict[str, Any], knob: str) -> float | str:
+    """A number as it is, anything else as JSON."""
+    place: object = recipe
+    for part in knob.split("."):
+        if not isinstance(place, dict) or part not in place:
+            raise UnknownKeyError(f"these runs have no knob {knob!r}", "give one that all have, as train.global_batch_size")
+        place = place[part]
+    return place if isinstance(place, (int, float)) and not isinstance(place, bool) else json.dumps(place)
+
+
+def _format_mean_std(values: Sequence[float], digits: int) -> str:
+    if len(values) < 2:
+        return "–"
+    low, high = round_outward(t_interval(values), digits)
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f} ({low}–{high})"

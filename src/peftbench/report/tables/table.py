@@ -1,0 +1,258 @@
+"""The comparison table, for the terminal, in Markdown and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from tabulate import tabulate
+
+from peftbench.errors import RecordError
+from peftbench.common.filesystem import write_atomically
+from peftbench.record.sanity_checks import check_step_times
+from peftbench.record import RunRecord, Sample
+from peftbench.report.tables.columns import COLUMNS, DROP_ORDER, Column, run_label
+from peftbench.report.analysis.outcomes import oom_sentence
+from peftbench.report.text.escape import escape_markdown, escape_spreadsheet_formula, terminal_safe
+from peftbench.report.tables.pivot import rows_by_setting, seed_rows
+from peftbench.report.analysis.comparability import protocol_differs
+
+_UNBOUNDED_WIDTH = 10_000  # characters: more than any table takes
+_COLUMN_GAP = 2  # characters: what the terminal's table has behind each column
+
+
+def sort_records(records: Sequence[RunRecord]) -> list[RunRecord]:
+    """Baselines first, then by trained parameters, then by name."""
+    return sorted(records, key=lambda r: (r.parameters.trainable if r.parameters else -1, r.name))
+
+
+def visible_columns(records: Sequence[RunRecord]) -> list[Column]:
+    """The columns that these records fill."""
+    return [
+        column for column in COLUMNS
+        if not column.optional or any(column.text(record) != "–" for record in records)
+    ]  # fmt: skip
+
+
+def print_table(
+    records: Sequence[RunRecord], title: str, console: Console | None = None, told: Sequence[str] | None = None
+) -> None:
+    """Print the comparison, and what differs between seeds where several were run.
+
+    Columns that a narrow terminal has no room for are left to the report, which is said. ``told`` are the notes, where
+    they are made already.
+    """
+    console = console or Console()
+    rows = sort_records(records)
+    cells = {column.title: [terminal_safe(column.text(record)) for record in rows] for column in visible_columns(records)}
+    for column in list(cells)[1:]:  # an interval goes below its mean, which keeps the table within a terminal
+        cells[column] = [cell.replace(" (", "\n(") for cell in cells[column]]
+    left_out = _drop_columns(cells, console.width) if console.is_terminal else []
+    if not console.is_terminal:  # a file or a pipe has room
+        console = Console(file=console.file, width=_table_width(cells))
+    console.print(_rich_table(cells, title))
+    said = [f"(no room here for {', '.join(left_out)}: see the report)"] if left_out else []
+    said += [f"note: {terminal_safe(note)}" for note in (collect_notes(rows) if told is None else told)]
+    if seeds := seed_rows(rows):
+        said.append(terminal_table(seeds))
+    for lines in said:
+        console.print(Text(lines), soft_wrap=True)
+
+
+def natural_width(console: Console, table: Table) -> int:
+    """What a table would take, in characters, if nothing in it had to be folded."""
+    return console.measure(table, options=console.options.update_width(_UNBOUNDED_WIDTH)).maximum
+
+
+def _drop_columns(cells: dict[str, list[str]], width: int) -> list[str]:
+    """Take columns out until the table fits, as far as there are some that it can go without; returns their titles."""
+    left_out = []
+    for title in DROP_ORDER:
+        if _table_width(cells) <= width:
+            break
+        if cells.pop(title, None) is not None:
+            left_out.append(title)
+    return left_out
+
+
+def _table_width(cells: Mapping[str, Sequence[str]]) -> int:
+    """``natural_width`` of the table of these cells, which of a thousand rows takes rich a second."""
+    lines = [[line for cell in (title.replace(" ", "\n"), *column) for line in cell.split("\n")]
+             for title, column in cells.items()]  # fmt: skip
+    return sum(max(map(cell_len, column)) + _COLUMN_GAP for column in lines)
+
+
+def _rich_table(cells: Mapping[str, Sequence[str]], title: str) -> Table:
+    table = Table(
+        title=Text(terminal_safe(title), "table.title"), title_justify="left", header_style="bold", box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0), pad_edge=False,
+    )  # fmt: skip
+    for index, column in enumerate(cells):
+        edge = index in (0, len(cells) - 1)
+        table.add_column(column.replace(" ", "\n"), justify="left" if edge else "right", overflow="fold")
+    for row in zip(*cells.values(), strict=True):
+        table.add_row(*map(Text, row))  # as text: a name may look like rich's markup
+    return table
+
+
+def terminal_table(rows: Sequence[dict[str, str]]) -> str:
+    """Rows of equal keys as a table for a terminal."""
+    heads = [terminal_safe(head) for head in rows[0]]
+    return tabulate([[terminal_safe(cell) for cell in row.values()] for row in rows], heads, "simple", disable_numparse=True)
+
+
+def collect_notes(records: Sequence[RunRecord]) -> list[str]:
+    """What a reader must know beside the figures: what was unequal, what was used instead, what was noticed."""
+    found = [f"{record.name}: {oom_sentence(record.outcome)}" for record in records if record.outcome.kind == "oom"]
+    found += [f"{record.name}: {note}" for record in records for note in record.notes]
+    trained = [record for record in records if record.tokens is not None and record.outcome.kind == "ok"]
+    if protocol_differs(trained):
+        found.append(
+            "these runs differ in more than their method: batches, steps, examples or lengths are not the same"
+        )
+    judged = {(r.quality.split, r.quality.examples, r.data_identity) for r in records if r.quality is not None}
+    if len(judged) > 1:
+        found.append("these runs were not evaluated on the same examples")
+    return [*found, *check_step_times(records), *_unknown_metric_notes(trained)]
+
+
+def _unknown_metric_notes(trained: Sequence[RunRecord]) -> list[str]:
+    """Why figures are unknown that nothing here tells."""
+    measured = [record for record in trained if record.throughput is not None]
+    found = {
+        f"MFU is unknown: the data sheet's FLOP/s of {record.device.name or 'this device'} at "
+        f"{record.recipe['train']['precision']} are not in the table"
+        for record in measured if record.compute.peak_per_second is None
+    }  # fmt: skip
+    if any(record.energy_joules is None for record in measured):
+        found.add("energy is unknown: neither NVML nor RAPL tells it here")
+    return sorted(found)
+
+
+def markdown_table(records: Sequence[RunRecord]) -> str:
+    """The comparison as a Markdown table."""
+    return render_table(records, "github", escape_markdown)
+
+
+def render_table(records: Sequence[RunRecord], kind: str, write: Callable[[str], str]) -> str:
+    """The comparison as tabulate's ``kind`` of table, with every text by ``write``; figures stand to the right."""
+    columns = visible_columns(records)
+    cells = [[write(column.text(record)) for column in columns] for record in sort_records(records)]
+    align = ["left", *["right"] * (len(columns) - 2), "left"]
+    heads = [write(column.title) for column in columns]
+    return tabulate(cells, headers=heads, tablefmt=kind, colalign=align, disable_numparse=True)
+
+
+def csv_table(records: Sequence[RunRecord]) -> str:
+    """Every column's raw values, full precision, optional ones included; empty where unknown.
+
+    Texts stand in quotes, so that a spreadsheet which splits at semicolons finds no cell within one.
+    """
+    rows = [{k: v for column in COLUMNS for k, v in column.raw(record).items()} for record in sort_records(records)]
+    if not rows:
+        return ""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+    writer.writeheader()
+    writer.writerows({k: escape_spreadsheet_formula(v) if isinstance(v, str) else v for k, v in row.items()} for row in rows)
+    return text.getvalue()
+
+
+def markdown_report(
+    records: Sequence[RunRecord], title: str, summary: Sequence[str], told: Sequence[str] | None = None
+) -> str:
+    """The whole report: in words, table, notes, what the columns mean, what was compared, sample summaries.
+
+    ``told`` are the notes, where they are made already.
+    """
+    rows = sort_records(records)
+    parts = [f"# {escape_markdown(title)}", _bullet_list(summary), markdown_table(records)]
+    if seeds := seed_rows(rows):
+        parts += ["## Over seeds", _github_table(seeds)]
+    if found := collect_notes(rows) if told is None else told:
+        parts += ["## Notes", _bullet_list(found)]
+    meanings = (f"- **{escape_markdown(column.title)}**: {escape_markdown(column.meaning)}" for column in visible_columns(records))
+    parts += ["## Columns", "\n".join(meanings)]
+    parts += ["## Where and with what", _bullet_list(_environment_lines(records))]
+    if samples := _sample_sections(rows):
+        parts += ["## The same example, by every run", *samples]
+    return "\n\n".join(parts) + "\n"
+
+
+def _bullet_list(sentences: Sequence[str]) -> str:
+    return "\n".join(f"- {escape_markdown(sentence)}" for sentence in sentences)
+
+
+def _environment_lines(records: Sequence[RunRecord]) -> list[str]:
+    lines = {
+        f"{r.device.name} ({r.device.kind}, {r.device.processes} process{'es' * (r.device.processes > 1)}), "
+        f"torch {r.versions.get('torch', 'unknown')}, transformers {r.versions.get('transformers', 'unknown')}, "
+        f"peft {r.versions.get('peft', 'unknown')}; data {r.data_identity}; examples {r.examples}"
+        for r in records
+    }  # fmt: skip
+    return sorted(lines)
+
+
+def _sample_sections(records: Sequence[RunRecord]) -> list[str]:
+    with_samples = [record for record in records if record.quality and record.quality.samples]
+    if not with_samples:
+        return []
+    first = with_samples[0].quality.samples[0]  # type: ignore[union-attr]
+    lines = [["reference", first.reference]]
+    for record in with_samples:
+        same = [sample for sample in record.quality.samples if _sample_key(sample) == _sample_key(first)]  # type: ignore[union-attr]
+        lines += [[run_label(record), sample.generated] for sample in same]
+    quoted = "\n".join(f"> {escape_markdown(line)}".rstrip() for line in first.article.splitlines())
+    cells = [[escape_markdown(text) for text in line] for line in lines]
+    made = tabulate(cells, headers=["run", "summary"], tablefmt="github", disable_numparse=True)
+    return [escape_markdown(first.id), quoted, made]
+
+
+def _sample_key(sample: Sample) -> tuple[str, str, str]:
+    """What makes two samples those of one example: other data may use the same ids."""
+    return sample.id, sample.article, sample.reference
+
+
+def insert_table(records: Sequence[RunRecord], file: Path, block: str, knob: str | None = None) -> None:
+    """Replace what stands in ``file`` between the markers of ``block`` by the table, so that no figure is typed.
+
+    With ``knob`` it is the table of the loss by that knob; with runs of several seeds, the one over seeds.
+
+    Raises:
+        RecordError: the file has no such markers.
+        UnknownKeyError: the recipes have no such knob.
+    """
+    grouped = rows_by_setting(records, knob) if knob else seed_rows(sort_records(records))
+    insert_block(_github_table(grouped) if grouped else markdown_table(records), file, block)
+
+
+def insert_block(made: str, file: Path, block: str) -> None:
+    """Replace what stands in ``file`` between the markers of ``block`` by what was made.
+
+    Raises:
+        RecordError: the file has no such markers.
+    """
+    begin, end = f"<!-- report:{block} -->", f"<!-- end of report:{block} -->"
+    try:
+        text = file.read_text(encoding="utf-8")
+        before, rest = text.split(begin, 1)
+        _, after = rest.split(end, 1)
+    except (OSError, ValueError) as error:
+        raise RecordError(
+            f"{file} has no place for the table; put the lines {begin} and {end} where it shall go"
+        ) from error
+    write_atomically(file, f"{before}{begin}\n\n{made}\n\n{end}{after}")
+
+
+def _github_table(rows: Sequence[dict[str, str]]) -> str:
+    """Rows of equal keys in Markdown; of their cells only the method is anyone's text, and the others may be bold."""
+    heads = [escape_markdown(head) for head in rows[0]]
+    cells = [[escape_markdown(cell) if key == "method" else cell for key, cell in row.items()] for row in rows]
+    return tabulate(cells, headers=heads, tablefmt="github", disable_numparse=True)

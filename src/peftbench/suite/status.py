@@ -1,0 +1,183 @@
+"""How the runs below a folder stand, from their files alone; and from SLURM's queue, where there is one."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from tabulate import tabulate
+
+from peftbench.errors import MissingFileError, RecordError
+from peftbench.run_dir.lock import is_locked
+from peftbench.record import RECORD_FILE, FINAL_OUTCOMES, RunRecord, read_record
+from peftbench.common.units import format_bytes
+from peftbench.slurm.queue import QueuedJob
+from peftbench.slurm.job_file import JobFile, read_job_file
+from peftbench.run_dir.status import STATUS_FILE as STATUS
+from peftbench.run_dir.status import Status, read_status
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """Of one run."""
+
+    name: str
+    state: str
+    """waiting, running, finished, preempted, failed or gone."""
+    step: int | None = None
+    steps: int | None = None
+    tokens_per_second: float | None = None
+    seconds_left: float | None = None
+    job: str | None = None
+    said: str = ""
+    """What explains the state."""
+    loss: float | None = None
+    """Of the last step, in nats."""
+    memory_bytes: int | None = None
+    """What its main process held after the last step, as its budget counts it."""
+    budget_bytes: int | None = None
+
+
+def collect_run_statuses(folder: Path, queue: Mapping[str, QueuedJob], *, hosts: bool = True) -> list[RunStatus]:
+    """Every run below ``folder``, by path; ``queue`` is what SLURM says, and may be empty.
+
+    Without ``hosts`` no machine is named.
+
+    Raises:
+        MissingFileError: there is none.
+    """
+    places = sorted({path.parent for name in ("recipe.yaml", RECORD_FILE, STATUS) for path in folder.rglob(name)})
+    places = [place for place in places if "checkpoints" not in place.relative_to(folder).parts]
+    if not places:
+        raise MissingFileError(f"there is no run below {folder}", "give the folder that a suite wrote to")
+    return [_build_run_status(place, str(place.relative_to(folder)), queue, hosts=hosts) for place in places]
+
+
+def find_unfinished_runs(folder: Path) -> list[RunStatus]:
+    """Runs below ``folder`` of which a page would not tell how they stand, by their files alone.
+
+    They wait, run or are gone, with an older record or with none; or they were refused and have none. The page may be
+    shared: no machine is named.
+    """
+    try:
+        found = collect_run_statuses(folder, {}, hosts=False)
+    except MissingFileError:
+        return []
+    open_ones = {"waiting", "running", "gone"}
+    return [
+        one for one in found
+        if one.state in open_ones or (one.state == "failed" and not (folder / one.name / RECORD_FILE).exists())
+    ]  # fmt: skip
+
+
+def _build_run_status(folder: Path, name: str, queue: Mapping[str, QueuedJob], *, hosts: bool) -> RunStatus:
+    status, before = read_status(folder), read_job_file(folder)
+    job = before.job if before else None
+    record = None
+    with suppress(RecordError):
+        record = read_record(folder / RECORD_FILE)
+    # A process may have been started by hand, or be of the job before.
+    asked = next((found for key in (job, status.job if status else None) if key and (found := queue.get(key))), None)
+    elsewhere = status is not None and status.host != socket.gethostname()  # where a lock may not be seen from here
+    if is_locked(folder) or (elsewhere and asked is not None and asked.state == "RUNNING" and _is_newer_than_record(status, record)):
+        return _build_running_status(name, status, job, hosts=hosts)
+    lasts = asked is not None and asked.lasts and asked.state != "COMPLETING"
+    if asked is not None and lasts and not (record and record.outcome.kind in FINAL_OUTCOMES):
+        after = f"after step {record.outcome.step}, " if record is not None and record.outcome.step else ""
+        why = "starting" if asked.state == "RUNNING" else asked.state if asked.reason == "None" else asked.reason
+        return RunStatus(name, "waiting", job=job, said=f"{after}{why.lower()}")
+    if before is not None and (refused := _find_refusal(before, folder)):
+        return RunStatus(name, "failed", job=job, said=refused)
+    if record is not None and _is_record_current(status, record):
+        return _build_ended_status(folder, name, record, status, job)
+    if status is not None:
+        kept = f"; step {newest} is kept" if (newest := _find_latest_checkpoint_step(folder)) else ""
+        where = f" on {status.host}" if hosts else ""
+        return RunStatus(
+            name, "gone", status.step, status.steps, job=job,
+            said=f"last seen at {status.updated_at}{where}{kept}; run it again to go on",
+            loss=status.loss, memory_bytes=status.memory_bytes, budget_bytes=status.budget_bytes,
+        )  # fmt: skip
+    return RunStatus(name, "waiting", job=job, said="" if job is None else f"job {job} is not in the queue")
+
+
+def _find_refusal(job: JobFile, folder: Path) -> str | None:
+    """Why a job's run was refused, of which its log alone has word."""
+    said = job.last_words()
+    if said is None or said["outcome"] != "refused" or job.log is None:
+        return None
+    told, others = Path(job.log).stat().st_mtime, [folder / RECORD_FILE, folder / STATUS]
+    later = all(told > path.stat().st_mtime for path in others if path.exists())
+    return str(said.get("error")) if later else None
+
+
+def _build_running_status(name: str, status: Status | None, job: str | None, *, hosts: bool) -> RunStatus:
+    if status is None:
+        return RunStatus(name, "running", job=job, said="starting")
+    here = "" if not hosts or status.host == socket.gethostname() else f" on {status.host}"
+    return RunStatus(
+        name, "running", status.step, status.steps, status.tokens_per_second, status.seconds_left,
+        status.job or job, f"{status.phase}{here}", status.loss, status.memory_bytes, status.budget_bytes,
+    )  # fmt: skip
+
+
+def _build_ended_status(folder: Path, name: str, record: RunRecord, status: Status | None, job: str | None) -> RunStatus:
+    outcome = record.outcome
+    speed = record.throughput.tokens_per_second.real if record.throughput else None
+    state = "finished" if outcome.kind in FINAL_OUTCOMES else outcome.kind
+    said = "" if outcome.kind == "ok" else (outcome.error or outcome.kind)
+    if outcome.kind in {"oom", "diverged"}:
+        said = f"{outcome.kind}: {said}"
+    steps, step = status.steps if status else None, record.steps
+    kept = _find_latest_checkpoint_step(folder)
+    if state in {"preempted", "failed"} and kept is not None and kept > step:  # it ended before it had taken that up
+        step, said = kept, f"{said}; step {kept} is kept"
+    return RunStatus(
+        name, state, step, steps, speed, job=job, said=(said.splitlines() or [""])[0],
+        loss=record.losses[-1] if record.losses and step == record.steps else None,
+        memory_bytes=status.memory_bytes if status else None, budget_bytes=status.budget_bytes if status else None,
+    )  # fmt: skip
+
+
+def _is_newer_than_record(status: Status | None, record: RunRecord | None) -> bool:
+    """Whether a process began after the one that wrote the record."""
+    return record is None or (status is not None and status.started_at > record.started_at)
+
+
+def _is_record_current(status: Status | None, record: RunRecord) -> bool:
+    return status is None or record.started_at >= status.started_at
+
+
+def _find_latest_checkpoint_step(folder: Path) -> int | None:
+    steps = [int(path.parent.name.removeprefix("step-")) for path in folder.glob("checkpoints/*/step-*[0-9]/*.json")]
+    return max(steps, default=None)
+
+
+def render_status_table(rows: Sequence[RunStatus]) -> str:
+    """A line for every run, and how many there are of each state; without columns that say nothing of any run."""
+    lines = [
+        [
+            row.name, row.state,
+            "–" if row.step is None else f"{row.step}/{row.steps if row.steps is not None else '?'}",
+            "–" if row.loss is None else f"{row.loss:.3f}",
+            "–" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
+            "–" if row.memory_bytes is None else format_bytes(row.memory_bytes, row.budget_bytes),
+            "–" if row.seconds_left is None else _format_duration(row.seconds_left), row.job or "–", row.said,
+        ]
+        for row in rows
+    ]  # fmt: skip
+    heads = ["run", "state", "step", "loss", "tokens/s", "memory", "left", "job", ""]
+    told = [column for column in range(len(heads)) if any(line[column] not in {"–", ""} for line in lines)]
+    heads, lines = [heads[column] for column in told], [[line[column] for column in told] for line in lines]
+    states = [row.state for row in rows]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    return f"{tabulate(lines, headers=heads, disable_numparse=True)}\n\n{len(rows)} runs: {counts}"
+
+
+def _format_duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,103 @@
+"""Proves an answer of the search by running it: the largest micro-batch that fits, and the next one, which does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from peftbench.memory.devices import UNKNOWN_DEVICE, DeviceFacts
+from peftbench.memory.plan import Verification, Strategy
+from peftbench.memory.search import MemoryTarget, apply_strategy, list_micro_batch_sizes
+from peftbench.errors import BudgetError
+from peftbench.recipe.schema import Budget, Checkpoint, Profile, Recipe
+from peftbench.record import RECORD_FILE, RunRecord, read_record
+from peftbench.suite.launch import RunResult
+
+_VERIFICATION_STEPS = 3
+"""In the second the optimizer's states are there, and the third is as any other."""
+
+
+def check_local_device(facts: DeviceFacts) -> None:
+    """Whether this machine has the device of the answer, so that it can be proved.
+
+    Raises:
+        BudgetError: it has another.
+    """
+    import torch
+
+    here = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    if facts.torch_name != here and not (facts is UNKNOWN_DEVICE and here != "CPU"):
+        instead = "give --device cpu" if here == "CPU" else "leave --device out"
+        raise BudgetError(
+            f"--verify runs the answer here, on {here}, and the answer is for {facts.torch_name}; {instead}"
+        )
+
+
+def verify_strategy(
+    recipe: Recipe, found: Strategy, room: MemoryTarget, *, launch: Callable[[Recipe], RunResult], say: Callable[[str], None]
+) -> Verification:
+    """Run what was found for ``recipe``, and the next larger micro-batch, under the budget of ``room``.
+
+    Where the first does not run, smaller ones are, and where the second does, larger ones, until the edge is found.
+    Each run takes three steps of rows as long as can be, and one batch of evaluation; ``launch`` runs one.
+
+    Raises:
+        BudgetError: a run ended neither well nor out of memory, which proves nothing.
+    """
+    chosen, predicted = apply_strategy(recipe, found), found.plan.rows
+    sizes = list_micro_batch_sizes(chosen, room.world.processes)
+    outcomes: dict[int, str] = {}
+
+    def runs(index: int) -> bool:
+        with TemporaryDirectory(prefix="peftbench-") as folder:
+            record = _run_and_read_record(_build_short_recipe(chosen, found.plan.width, sizes[index], room.needed, folder), launch)
+        outcomes[sizes[index]] = record.outcome.kind
+        say(_describe_outcome(sizes[index], record))
+        return record.outcome.kind == "ok"
+
+    index = sizes.index(predicted)
+    if runs(index):
+        while index + 1 < len(sizes) and runs(index + 1):
+            index += 1
+    else:
+        index -= 1
+        while index >= 0 and not runs(index):
+            index -= 1
+    return Verification(predicted=predicted, outcomes=outcomes, largest=sizes[index] if index >= 0 else None)
+
+
+def _run_and_read_record(recipe: Recipe, launch: Callable[[Recipe], RunResult]) -> RunRecord:
+    result = launch(recipe)
+    if result.outcome not in {"ok", "oom"}:
+        size = recipe.train.rows
+        raise BudgetError(
+            f"a run with micro-batches of {size} proves nothing, for it ended as {result.outcome}: {result.error}"
+        )
+    return read_record(Path(recipe.output_dir) / recipe.name / RECORD_FILE)
+
+
+def _build_short_recipe(recipe: Recipe, width: int, size: int, budget: int, folder: str) -> Recipe:
+    split, batch = recipe.evaluate.split, recipe.evaluate.batch_size
+    examples = min(getattr(recipe.data, split) or batch, batch)
+    changes = {
+        "train": {"steps": _VERIFICATION_STEPS, "epochs": None, "micro_batch_size": size},
+        "data": {"padding": "max_tokens", "pad_to_multiple_of": 1, "max_tokens": width, split: examples},
+        "evaluate": {"samples": 0},
+    }
+    parts = {name: getattr(recipe, name).model_copy(update=change) for name, change in changes.items()}
+    return recipe.model_copy(
+        update=parts | {
+            "budget": Budget(memory=str(budget)), "profile": Profile(warmup_steps=1), "checkpoint": Checkpoint(),
+            "trackers": (), "save_model": False, "output_dir": folder,
+        }
+    )  # fmt: skip
+
+
+def _describe_outcome(size: int, record: RunRecord) -> str:
+    outcome = record.outcome
+    if outcome.kind == "ok":
+        return f"micro-batch {size}: ran"
+    where = f"step {outcome.step}, {outcome.part}" if outcome.step else str(outcome.phase)
+    asked = f", where it asked for {outcome.requested_bytes:,} bytes more" if outcome.requested_bytes else ""
+    return f"micro-batch {size}: out of memory in {where}{asked}"
