@@ -45,9 +45,9 @@ if TYPE_CHECKING:
     from peftbench.data.batches import GlobalBatch
     from peftbench.data.collate import MicroBatch
     from peftbench.distributed.accelerator import AcceleratorContext
-    from peftbench.training.build import AdaptedModel, TrainingComponents
     from peftbench.modeling.loss import CausalLMLoss
     from peftbench.record import RunRecord
+    from peftbench.training.build import AdaptedModel, TrainingComponents
 
 torch.set_num_threads(1)
 
@@ -149,7 +149,7 @@ ONE_OF_EACH: dict[str, Method] = {
     "full": Full(),
     "last_layer": LastLayer(),
     "lora": Lora(r=4),
-    "prompt_tuning": PromptTuning(tokens=5),
+    "prompt_tuning": PromptTuning(num_virtual_tokens=5),
 }
 """Every method once, as plain as can be; the conformance battery proves that none is missing."""
 
@@ -190,7 +190,7 @@ def packed(
     """The same examples one after another in a single row."""
     from peftbench.data.collate import PaddingFreeCollator
 
-    made, packer = rows(lengths_and_prompts, seed), PaddingFreeCollator(0, virtual, multiple=multiple)
+    made, packer = rows(lengths_and_prompts, seed), PaddingFreeCollator(0, virtual, pad_to_multiple_of=multiple)
     return packer.collate([row["input_ids"] for row in made], [row["prompt_tokens"] for row in made])
 
 
@@ -213,19 +213,19 @@ def logits(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
 def labels_of(batch: MicroBatch, virtual_tokens: int = 0) -> torch.Tensor:
     """The labels of padded rows as transformers takes them, -100 where there is none: (rows, width)."""
     rows_of_labels = torch.full((batch.input_ids.shape[0], batch.input_ids.shape[1] + virtual_tokens), -100)
-    rows_of_labels.view(-1)[batch.predictors + 1] = batch.targets
+    rows_of_labels.view(-1)[batch.logit_indices + 1] = batch.targets
     return rows_of_labels[:, virtual_tokens:]
 
 
 def shown(batch: MicroBatch, virtual_tokens: int) -> list[tuple[list[int], list[int]]]:
     """Tokens of each example and their labels, -100 where there is none, in padded rows or in documents of one."""
-    if batch.documents is None:
+    if batch.packed_sequences is None:
         ids, labels = list(batch.input_ids), list(labels_of(batch, virtual_tokens))
     else:
         flat = torch.full((batch.input_ids.shape[1],), -100)
-        flat[batch.predictors + 1] = batch.targets
-        real = torch.ones_like(flat, dtype=torch.bool).index_fill(0, batch.documents.virtual, False)
-        real[sum(batch.documents.lengths[: len(batch.lengths)]) :] = False
+        flat[batch.logit_indices + 1] = batch.targets
+        real = torch.ones_like(flat, dtype=torch.bool).index_fill(0, batch.packed_sequences.virtual_token_indices, False)
+        real[sum(batch.packed_sequences.lengths[: len(batch.lengths)]) :] = False
         ids, labels = (list(values[real].split(batch.lengths)) for values in (batch.input_ids[0], flat))
     return [
         (row[:length].tolist(), labelled_[:length].tolist())
@@ -248,7 +248,7 @@ def loss_for(model: nn.Module, **knobs: Any) -> CausalLMLoss:
 def summed_loss(model: nn.Module, batch: MicroBatch, **knobs: Any) -> torch.Tensor:
     """The loss of a micro-batch as a run computes it."""
     loss = loss_for(model, **knobs)
-    with loss.in_use():
+    with loss.attention_context():
         return loss(model, batch)
 
 
@@ -259,8 +259,8 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def built_around(model: nn.Module) -> AdaptedModel:
     """As much of what a run builds as an evaluation needs."""
-    from peftbench.training.build import AdaptedModel
     from peftbench.record import ParameterCounts
+    from peftbench.training.build import AdaptedModel
 
     base: Any = None
     return AdaptedModel(base, ParameterCounts(total=0, trainable=0), model, (), False, 0, loss_for(model))
@@ -275,10 +275,10 @@ def trainer_of(accelerator: Accelerator, model: nn.Module, optimizer: torch.opti
     from peftbench.data.collate import Collator
     from peftbench.training.build import TrainingComponents
 
-    batches = Batches(Dataset.from_list(rows(LENGTHS_AND_PROMPTS)), Collator(pad_token=0), 4, None, seed=0)
+    batches = Batches(Dataset.from_list(rows(LENGTHS_AND_PROMPTS)), Collator(pad_token_id=0), 4, None, seed=0)
     schedule = get_scheduler("constant", optimizer)
     prepared, wrapped = accelerator.prepare(model, optimizer)
-    return TrainingComponents(prepared, loss_for(model), wrapped, schedule, batches, steps=1)
+    return TrainingComponents(prepared, loss_for(model), wrapped, schedule, batches, total_steps=1)
 
 
 def one_batch(*parts: MicroBatch) -> GlobalBatch:
@@ -288,7 +288,7 @@ def one_batch(*parts: MicroBatch) -> GlobalBatch:
 
     counts = TokenCounts()
     for part in parts:
-        counts += Collator(pad_token=0).count(part)
+        counts += Collator(pad_token_id=0).count_tokens(part)
     return GlobalBatch(parts, counts)
 
 
@@ -344,12 +344,12 @@ def built_from(recipe: Recipe, accelerator: Accelerator) -> AdaptedModel:
 
 def trainer_from(recipe: Recipe, accelerator: Accelerator, built: AdaptedModel | None = None) -> TrainingComponents:
     """What a run's loop drives, over the recipe's examples."""
-    from peftbench.training.build import load_encoded_split, build_encoder, build_training
+    from peftbench.training.build import build_encoder, build_training, load_encoded_split
 
     built = built or built_from(recipe, accelerator)
     encoder = build_encoder(recipe, built.base)
     examples = load_encoded_split(recipe, encoder, "train", accelerator).dataset
-    return build_training(recipe, built, examples, encoder.end, alone(accelerator))
+    return build_training(recipe, built, examples, encoder.eos_token_id, alone(accelerator))
 
 
 @dataclass(frozen=True)
@@ -379,7 +379,7 @@ class Workshop:
         values: dict[str, Any] = {
             "name": "run", "output_dir": str(self.output), "save_model": False, "method": method,
             "model": Model(**knobs_of_model), "data": Data(**knobs_of_data), "train": Train(**knobs_of_train),
-            "evaluate": Evaluate(**knobs_of_evaluate), "profile": Profile(warmup_steps=0),
+            "evaluate": Evaluate(**knobs_of_evaluate), "profile": Profile(untimed_steps=0),
         }  # fmt: skip
         return Recipe(**values | parts)
 

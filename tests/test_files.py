@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from peftbench.errors import DiskFullError, OutputError
 from peftbench.common.filesystem import CACHE_DIR_ENV, cache_dir, write_atomically, write_error
+from peftbench.errors import DiskFullError, OutputError
 from tests.disks import mounted
 
 TEXT = "né en ligne\n" * 1000

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from peftbench.recipe.loader import parse_recipe
-from peftbench.run_dir.results import load_existing_result
 from peftbench.recipe.schema import Recipe
 from peftbench.record import Outcome, OutcomeKind
+from peftbench.run_dir.results import load_existing_result
 from tests.report.records import record
 
 
@@ -27,7 +27,7 @@ def recipe(tmp_path: Path) -> Recipe:
 
 def write(recipe: Recipe, **changes: Any) -> None:
     """A record of ``recipe``, but for what is given."""
-    values = {"recipe_fingerprint": recipe.fingerprint(), "data_identity": recipe.data.source.identity()} | changes
+    values = {"recipe_fingerprint": recipe.fingerprint(), "data_identity": recipe.data.source.fingerprint()} | changes
     record("run", "lora", 10, **values).write(Path(recipe.output_dir) / recipe.name)
 
 

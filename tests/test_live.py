@@ -37,10 +37,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_the_line_s_text(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     """Gone on with after 10 of 20 steps, two seconds each: real tokens of the last steps, time left at this pace."""
     monkeypatch.setattr(sys, "stderr", stream := Stream(terminal=True))
-    with ProgressBar("lora-r=8", 10, 20, memory=lambda: 96 * MIB, budget_bytes=112 * MIB, shown=True) as line:
+    with ProgressBar("lora-r=8", 10, 20, read_memory_bytes=lambda: 96 * MIB, budget_bytes=112 * MIB, enabled=True) as line:
         for step in range(11, 16):
             clock[0] += 2
-            line.step(loss=step / 8, real_tokens=20_000 + 1_000 * step)
+            line.update(loss=step / 8, real_tokens=20_000 + 1_000 * step)
     shown = stream.getvalue()
     first, *later = [text.rstrip() for text in shown.split("\r") if text.strip()]
     assert first == "lora-r=8 |█████     | 10/20, ? left"
@@ -53,13 +53,13 @@ def test_the_line_s_text(clock: list[float], monkeypatch: pytest.MonkeyPatch) ->
 def test_tokens_per_second_are_of_the_last_steps(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     """A slow start is forgotten after twenty steps."""
     monkeypatch.setattr(sys, "stderr", stream := Stream(terminal=True))
-    with ProgressBar("x", 0, 99, memory=lambda: None, budget_bytes=None, shown=True) as line:
+    with ProgressBar("x", 0, 99, read_memory_bytes=lambda: None, budget_bytes=None, enabled=True) as line:
         for seconds in (1000, *[0.5] * 19):
             clock[0] += seconds
-            line.step(loss=1.0, real_tokens=100)
+            line.update(loss=1.0, real_tokens=100)
         assert ", 2 tokens/s," in stream.getvalue().split("\r")[-1]
         clock[0] += 0.5
-        line.step(loss=1.0, real_tokens=100)
+        line.update(loss=1.0, real_tokens=100)
     assert ", 200 tokens/s, memory unknown," in stream.getvalue().split("\r")[-1]
 
 
@@ -73,9 +73,9 @@ def test_nothing_is_written_where_nobody_looks(terminal: bool, shown: bool, monk
         asked.append(1)
         return MIB
 
-    with ProgressBar("x", 0, 2, memory=memory, budget_bytes=None, shown=shown) as line:
-        line.step(loss=1.0, real_tokens=5)
-        line.step(loss=1.0, real_tokens=5)
+    with ProgressBar("x", 0, 2, read_memory_bytes=memory, budget_bytes=None, enabled=shown) as line:
+        line.update(loss=1.0, real_tokens=5)
+        line.update(loss=1.0, real_tokens=5)
     assert (stream.getvalue(), asked) == ("", [])
 
 

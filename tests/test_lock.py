@@ -26,15 +26,15 @@ def test_the_second_is_refused(tmp_path: Path) -> None:
     """In one sentence that says who holds it; what was let go of can be held."""
     first, second = Lock(tmp_path), Lock(tmp_path)
     assert not is_locked(tmp_path)
-    first.hold()
-    StatusWriter(tmp_path, tells=True).phase("train")
+    first.acquire()
+    StatusWriter(tmp_path, enabled=True).set_phase("train")
     assert is_locked(tmp_path)
-    for refused in (second.hold, lambda: raise_if_locked(tmp_path)):
+    for refused in (second.acquire, lambda: raise_if_locked(tmp_path)):
         with pytest.raises(RunLockedError, match=rf"is in use by process {os.getpid()} on .*stop it first"):
             refused()
-    first.let_go()
-    second.hold()
-    second.let_go()
+    first.release()
+    second.acquire()
+    second.release()
     assert not is_locked(tmp_path)
 
 
@@ -48,19 +48,19 @@ def test_it_dies_with_its_holder(tmp_path: Path) -> None:
     process.wait()
     assert not is_locked(tmp_path)
     lock = Lock(tmp_path)
-    lock.hold()
-    lock.let_go()
+    lock.acquire()
+    lock.release()
 
 
 def test_a_refused_run_leaves_no_file(tmp_path: Path) -> None:
     """A folder in which there is nothing else keeps no lock; one with a record does."""
     lock = Lock(tmp_path)
-    lock.hold()
-    lock.let_go()
+    lock.acquire()
+    lock.release()
     assert list(tmp_path.iterdir()) == []
-    lock.hold()
+    lock.acquire()
     (tmp_path / "record.json").touch()
-    lock.let_go()
+    lock.release()
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "record.json"]
 
 

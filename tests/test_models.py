@@ -14,9 +14,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from peftbench.modeling import loading
 from peftbench import shipped
-from peftbench.errors import HubUnreachableError, ModelNotFoundError, OutOfRangeError, PeftbenchError, UnsupportedModelError
+from peftbench.errors import (
+    HubUnreachableError,
+    ModelNotFoundError,
+    OutOfRangeError,
+    PeftbenchError,
+    UnsupportedModelError,
+)
+from peftbench.modeling import loading
 from peftbench.recipe.schema import Model
 from tests.bases import ARCHITECTURES, POSITIONS, gpt2_config, llama_config
 from tests.conftest import every_architecture
@@ -40,7 +46,7 @@ def test_loads_what_was_saved(architecture: str, base_folder: Folder) -> None:
     assert all(torch.equal(loaded[name], tensor) for name, tensor in saved.items())
     assert {parameter.dtype for parameter in base.model.parameters()} == {torch.float32}
     assert base.model.config.use_cache is False
-    assert base.positions == POSITIONS
+    assert base.max_positions == POSITIONS
     assert base.tokenizer("a bridge")["input_ids"]
     assert base.model.generation_config.pad_token_id is not None
 
@@ -49,7 +55,7 @@ def test_the_shipped_base() -> None:
     """The base that comes with the package loads by its name, in float32 whatever it is stored in, with its hash."""
     base = loading.load_model(Model(path=shipped.SHIPPED_MODEL))
     assert {parameter.dtype for parameter in base.model.parameters()} == {torch.float32}
-    assert base.identity.startswith("blake2b ")
+    assert base.fingerprint.startswith("blake2b ")
     assert base.model.get_input_embeddings().weight.shape[0] >= len(base.tokenizer)  # type: ignore[union-attr,index]
 
 
@@ -62,7 +68,7 @@ def test_random_weights_are_said_to_be_random(architecture: str, base_folder: Fo
         torch.manual_seed(seed)
         base = loading.load_model(knobs)
         weights.append(base.model.get_input_embeddings().weight.detach())  # type: ignore[operator,union-attr]
-    assert base.identity == "random weights"
+    assert base.fingerprint == "random weights"
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
     assert not torch.equal(weights[0], loading.load_model(Model(path=knobs.path)).model.get_input_embeddings().weight)  # type: ignore[arg-type]
@@ -71,17 +77,17 @@ def test_random_weights_are_said_to_be_random(architecture: str, base_folder: Fo
 def test_random_weights_need_no_file(own_folder: Path) -> None:
     """The architecture alone is made from a config, without weights."""
     (own_folder / "model.safetensors").unlink()
-    assert loading.load_model(Model(path=str(own_folder), init="random")).identity == "random weights"
+    assert loading.load_model(Model(path=str(own_folder), init="random")).fingerprint == "random weights"
 
 
 def test_identity_is_of_the_weights(own_folder: Path, base_folder: Folder) -> None:
     """Two folders with the same weights have one identity, and one other number makes another."""
-    original = loading.load_model(Model(path=str(base_folder("llama_untied")))).identity
-    assert loading.load_model(Model(path=str(own_folder))).identity == original
+    original = loading.load_model(Model(path=str(base_folder("llama_untied")))).fingerprint
+    assert loading.load_model(Model(path=str(own_folder))).fingerprint == original
     weights = load_file(own_folder / "model.safetensors")
     weights["lm_head.weight"][0, 0] += 1
     save_file(weights, own_folder / "model.safetensors", metadata={"format": "pt"})
-    assert loading.load_model(Model(path=str(own_folder))).identity != original
+    assert loading.load_model(Model(path=str(own_folder))).fingerprint != original
 
 
 def test_identity_of_a_hub_model(base_folder: Folder) -> None:

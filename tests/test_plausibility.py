@@ -4,8 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from peftbench.record.sanity_checks import RSS_SLACK_BYTES, check_step_times, check_record
-from peftbench.record import Compute, CountedStep, Device, Flops, Memory, ParameterCounts, RunRecord, StateBytes, Throughput, TokensPerSecond
+from peftbench.record import (
+    Compute,
+    CountedStep,
+    Device,
+    Flops,
+    Memory,
+    ParameterCounts,
+    RunRecord,
+    StateBytes,
+    Throughput,
+    TokensPerSecond,
+)
+from peftbench.record.sanity_checks import RSS_SLACK_BYTES, check_record, check_step_times
 from peftbench.report.tables.table import collect_notes
 from tests.report.records import record
 
@@ -14,11 +25,11 @@ def timed(name: str, seconds: float, flops: int, device: str = "a CPU") -> RunRe
     """A run of five steps with a known median and known FLOPs."""
     speed = Throughput(
         steps=5, step_seconds_median=seconds, step_seconds_p10=seconds, step_seconds_p90=seconds,
-        samples_per_second=1.0, data_share=0,
+        samples_per_second=1.0, data_time_fraction=0,
         tokens_per_second=TokensPerSecond(real=1, padded=1, labelled=1, virtual=0),
     )  # fmt: skip
-    place = Device(kind="cpu", name=device, processes=1)
-    return record(name, "lora", 10, throughput=speed, flops=Flops(executed=flops, required=flops), device=place)
+    place = Device(type="cpu", name=device, num_processes=1)
+    return record(name, "lora", 10, throughput=speed, flops=Flops(hardware_flops=flops, model_flops=flops), device=place)
 
 
 def test_a_ratio_above_its_ceiling() -> None:
@@ -93,7 +104,7 @@ def test_passes_are_judged_where_the_slower_trains_more() -> None:
         found = list(check_step_times([slow, fast]))
         assert len(found) == said
         assert not found or found[0].startswith("forward and backward of full took 2.60 times")
-        two = [run.model_copy(update={"device": Device(kind="cpu", name="a CPU", processes=2)}) for run in (slow, fast)]
+        two = [run.model_copy(update={"device": Device(type="cpu", name="a CPU", num_processes=2)}) for run in (slow, fast)]
         assert list(check_step_times(two)) == []  # gradients are exchanged within the backward pass
         few = [run.model_copy(update={"timed_steps": (2, 3)}) for run in (slow, fast)]
         assert list(check_step_times(few)) == []  # two steps have no median
@@ -106,7 +117,7 @@ def test_who_trains_more_may_take_longer() -> None:
     assert list(check_step_times([slow, timed("lora", 1.0, 100)])) == []
 
 
-CARD = Device(kind="cuda", name="a card", processes=1)
+CARD = Device(type="cuda", name="a card", num_processes=1)
 STATES = StateBytes(weights=100, gradients=20, optimizer=40)
 
 
@@ -125,7 +136,7 @@ def test_a_resident_peak_has_slack() -> None:
     """On CPU a process may have given back something it held at its baseline; more than that cannot be."""
     states = StateBytes(weights=RSS_SLACK_BYTES, gradients=10, optimizer=0)
     for peak, said in ((9, 1), (10, 0)):
-        memory = Memory(resident_bytes=1000 + peak, resident_baseline_bytes=1000)
+        memory = Memory(rss_bytes=1000 + peak, baseline_rss_bytes=1000)
         assert (
             len(list(check_record(record("a", "full", 1, state_bytes=states, memory={"train": memory})))) == said
         )
@@ -134,13 +145,13 @@ def test_a_resident_peak_has_slack() -> None:
 def test_faster_than_the_device() -> None:
     """More FLOP/s than the data sheet has were not computed, or not in that time."""
     for executed, said in ((101.0, 1), (100.0, 0)):
-        run = record("a", "full", 1, compute=Compute(executed_per_second=executed, peak_per_second=100.0))
+        run = record("a", "full", 1, compute=Compute(hardware_flops_per_second=executed, peak_flops_per_second=100.0))
         assert len(list(check_record(run))) == said
-    assert list(check_record(record("a", "full", 1, compute=Compute(executed_per_second=1e30)))) == []
+    assert list(check_record(record("a", "full", 1, compute=Compute(hardware_flops_per_second=1e30)))) == []
 
 
 def test_a_count_that_is_not_the_closed_form() -> None:
     """Where torch counts something else, the closed form misses something."""
     for closed_form, said in ((7, 1), (8, 0), (None, 0)):
-        step = CountedStep(step=1, counted=8, closed_form=closed_form)
+        step = CountedStep(step=1, counted_flops=8, closed_form_flops=closed_form)
         assert len(list(check_record(record("a", "full", 1, flops=Flops(counted_step=step))))) == said

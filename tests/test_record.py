@@ -12,7 +12,34 @@ from typing import Any, get_args
 import pytest
 
 from peftbench.errors import OutputError, RecordError
-from peftbench.record import EXIT_CODES, RECORD_FILE, FINAL_OUTCOMES, SCHEMA_VERSION, MemoryBreakdown, PerExample, Compute, CountedStep, Device, Engine, Flops, Interval, Memory, Outcome, OutcomeKind, ParameterCounts, Quality, RunRecord, Sample, StateBytes, Throughput, Tokens, TokensPerSecond, read_record, read_records, train_peak_bytes
+from peftbench.record import (
+    EXIT_CODES,
+    FINAL_OUTCOMES,
+    RECORD_FILE,
+    SCHEMA_VERSION,
+    Compute,
+    CountedStep,
+    Device,
+    Engine,
+    Flops,
+    Interval,
+    Memory,
+    MemoryBreakdown,
+    Outcome,
+    OutcomeKind,
+    ParameterCounts,
+    PerExample,
+    Quality,
+    RunRecord,
+    Sample,
+    StateBytes,
+    Throughput,
+    Tokens,
+    TokensPerSecond,
+    read_record,
+    read_records,
+    train_peak_bytes,
+)
 
 RECIPE = {
     "name": "run", "method": {"kind": "lora"}, "train": {"seed": 0, "global_batch_size": 4, "precision": "fp32"},
@@ -25,7 +52,7 @@ def record(**values: Any) -> RunRecord:
     least: dict[str, Any] = {
         "name": "run", "started_at": "2026-01-02T03:04:05+00:00", "recipe": RECIPE,
         "recipe_fingerprint": "0123456789abcdef", "outcome": Outcome(kind="ok"),
-        "device": Device(kind="cpu", name="a processor", processes=1), "versions": {"torch": "2"},
+        "device": Device(type="cpu", name="a processor", num_processes=1), "versions": {"torch": "2"},
     }  # fmt: skip
     return RunRecord(**least | values)
 
@@ -35,49 +62,49 @@ def full_record() -> RunRecord:
     interval = Interval(mean=2.0, low=1.0, high=3.0)
     return record(
         outcome=Outcome(
-            kind="oom", step=3, phase="train", part="backward", requested_bytes=2**31, error="out of memory",
-            snapshot="oom_snapshot.pickle",
+            kind="oom", step=3, phase="train", step_part="backward", requested_bytes=2**31, error="out of memory",
+            memory_snapshot="oom_snapshot.pickle",
         ),
-        device=Device(kind="cuda", name="a card", processes=2, memory_bytes=2**34),
+        device=Device(type="cuda", name="a card", num_processes=2, memory_bytes=2**34),
         git="abc+changes",
         engine=Engine(
-            kind="MULTI_CPU", mixed_precision="bf16", optimizer="AdamW", micro_batch=2, accumulation=4, threads=1
+            distributed_type="MULTI_CPU", mixed_precision="bf16", optimizer_class="AdamW", micro_batch_size=2, gradient_accumulation_steps=4, num_threads=1
         ),
         parameters=ParameterCounts(total=10, trainable=1),
         model_identity="blake2b 00", data_identity="11", examples={"train": 8}, dropped={"train": 1},
         tokens=Tokens(real=5, padded=8, labelled=2, virtual=1), steps=2, losses=(2.5, 1 / 3), step_seconds=(0.1, 0.2),
         step_tokens=(2, 3),
-        phase_seconds={"train": 1.5}, memory={"train": Memory(allocated_bytes=1, reserved_bytes=2, resident_bytes=3)},
-        flops=Flops(required=1, executed=2, six_n=3, counted_step=CountedStep(step=1, counted=2, closed_form=2)),
+        phase_seconds={"train": 1.5}, memory={"train": Memory(allocated_bytes=1, reserved_bytes=2, rss_bytes=3)},
+        flops=Flops(model_flops=1, hardware_flops=2, six_n=3, counted_step=CountedStep(step=1, counted_flops=2, closed_form_flops=2)),
         step_memory={
             "forward": Memory(
-                allocated_bytes=1, inactive_split_bytes=1, allocation_retries=0, process_bytes=9
+                allocated_bytes=1, inactive_split_bytes=1, num_alloc_retries=0, process_bytes=9
             ),
         },
         step_memory_by_rank=({"forward": Memory(allocated_bytes=1)},), part_seconds={"forward": 0.5},
         timed_steps=(2, 3), resumed_after=(1,),
-        context_bytes=7, state_bytes=StateBytes(weights=1, gradients=2, optimizer=3, offloaded=1, expected_optimizer=4),
+        context_bytes=7, state_bytes=StateBytes(weights=1, gradients=2, optimizer=3, cpu_offloaded=1, expected_optimizer=4),
         state_bytes_by_rank=(StateBytes(weights=1, gradients=2, optimizer=3),),
         breakdown=MemoryBreakdown(
-            step=5, rows=2, width=8, peak_bytes=10, bytes_by_kind={"weights": 10}, operation="aten.mm", part="forward"
+            step=5, micro_batch_size=2, sequence_length=8, peak_bytes=10, bytes_by_category={"weights": 10}, operation="aten.mm", step_part="forward"
         ),
         energy_joules=4.5,
         quality=Quality(
-            split="test", examples=2, loss=1.0, perplexity=math.e, rouge={"rouge1": interval},
+            split="test", num_examples=2, loss=1.0, perplexity=math.e, rouge={"rouge1": interval},
             teacher_forced_argmax_rouge={"rougeL": interval},
             samples=(Sample(id="1", article="é", reference="b", generated="c"),),
-            by_example=PerExample(identity="22", loss=(0.1, 1 / 3), labelled=(1, 2), rouge={"rouge1": (1.5, 2.5)}),
+            per_example=PerExample(examples_fingerprint="22", loss=(0.1, 1 / 3), labelled_tokens=(1, 2), rouge={"rouge1": (1.5, 2.5)}),
         ),
         notes=("a note",),
         skipped_steps=1,
         compute=Compute(
-            required_per_second=1e9, executed_per_second=2e9, peak_per_second=4e9, achievable_per_second=3e9
+            model_flops_per_second=1e9, hardware_flops_per_second=2e9, peak_flops_per_second=4e9, matmul_flops_per_second=3e9
         ),
         warmup_steps=1,
         memory_by_rank=({"train": Memory(allocated_bytes=1)}, {"train": Memory(allocated_bytes=2)}),
         throughput=Throughput(
             steps=3, step_seconds_median=0.5, step_seconds_p10=0.4, step_seconds_p90=0.6, samples_per_second=8.0,
-            tokens_per_second=TokensPerSecond(real=1.0, padded=2.0, labelled=0.5, virtual=0.0), data_share=0.1,
+            tokens_per_second=TokensPerSecond(real=1.0, padded=2.0, labelled=0.5, virtual=0.0), data_time_fraction=0.1,
         ),
     )  # fmt: skip
 
@@ -100,15 +127,15 @@ def test_reads_back_the_same(written: RunRecord, tmp_path: Path) -> None:
 def test_what_is_not_known_is_none() -> None:
     """A record that was told nothing of a measurement says None, never zero."""
     bare = record()
-    unknown = [bare.git, bare.engine, bare.parameters, bare.tokens, bare.energy_joules, bare.quality]
+    unknown = [bare.git_commit, bare.engine, bare.parameters, bare.tokens, bare.energy_joules, bare.quality]
     assert unknown == [None] * len(unknown)
     assert bare.train_seconds is None
-    assert bare.flops == Flops(required=None, executed=None, six_n=None)
+    assert bare.flops == Flops(model_flops=None, hardware_flops=None, six_n=None)
 
 
 def test_numbers_that_json_lacks_survive(tmp_path: Path) -> None:
     """A loss that is no number and an infinite perplexity read back as such, from JSON that any parser takes."""
-    quality = Quality(split="test", examples=1, loss=800.0, perplexity=math.inf)
+    quality = Quality(split="test", num_examples=1, loss=800.0, perplexity=math.inf)
     path = record(losses=(1.0, math.nan, -math.inf), quality=quality).write(tmp_path)
 
     def refused(constant: str) -> None:
@@ -116,9 +143,9 @@ def test_numbers_that_json_lacks_survive(tmp_path: Path) -> None:
 
     json.loads(path.read_text(encoding="utf-8"), parse_constant=refused)
     again = read_record(path)
-    assert again.losses[0] == 1.0
-    assert math.isnan(again.losses[1])
-    assert again.losses[2] == -math.inf
+    assert again.step_losses[0] == 1.0
+    assert math.isnan(again.step_losses[1])
+    assert again.step_losses[2] == -math.inf
     assert again.quality is not None
     assert again.quality.perplexity == math.inf
 
@@ -224,10 +251,10 @@ def test_reading_records_needs_no_torch() -> None:
 
 def test_utilisation_is_of_a_known_whole() -> None:
     """Each share is of its own whole, and unknown where a part of it is."""
-    known = Compute(required_per_second=1.0, executed_per_second=2.0, peak_per_second=8.0, achievable_per_second=4.0)
-    assert (known.mfu, known.hfu, known.of_achievable) == (0.125, 0.25, 0.25)
-    unknown = Compute(required_per_second=1.0)
-    assert (unknown.mfu, unknown.hfu, unknown.of_achievable) == (None, None, None)
+    known = Compute(model_flops_per_second=1.0, hardware_flops_per_second=2.0, peak_flops_per_second=8.0, matmul_flops_per_second=4.0)
+    assert (known.mfu, known.hfu, known.matmul_utilization) == (0.125, 0.25, 0.25)
+    unknown = Compute(model_flops_per_second=1.0)
+    assert (unknown.mfu, unknown.hfu, unknown.matmul_utilization) == (None, None, None)
 
 
 def test_what_a_run_cost() -> None:
@@ -235,13 +262,13 @@ def test_what_a_run_cost() -> None:
     recipe = {"train": {"global_batch_size": 4}, "profile": {"price_per_hour": 12.0}}
     known = full_record().model_copy(update={"energy_joules": 9.0, "recipe": recipe})
     assert known.joules_per_1000_samples == 750
-    assert known.training_price == pytest.approx(0.01)
-    assert known.priced(24.0).training_price == pytest.approx(0.02)
-    on_cpu = known.model_copy(update={"device": Device(kind="cpu", name="a processor", processes=2)})
-    assert on_cpu.training_price == pytest.approx(0.005)  # two processes share one machine
+    assert known.training_cost == pytest.approx(0.01)
+    assert known.with_price_per_hour(24.0).training_cost == pytest.approx(0.02)
+    on_cpu = known.model_copy(update={"device": Device(type="cpu", name="a processor", num_processes=2)})
+    assert on_cpu.training_cost == pytest.approx(0.005)  # two processes share one machine
     assert record().joules_per_1000_samples is None
-    assert record().training_price is None
-    assert record(phase_seconds={"train": 1.5}).training_price is None
+    assert record().training_cost is None
+    assert record(phase_seconds={"train": 1.5}).training_cost is None
 
 
 def test_the_peak_of_a_run_that_was_refused_memory_in_warm_up() -> None:
@@ -255,4 +282,4 @@ def test_fragmentation() -> None:
     """Of 100 bytes held, 75 were in tensors at most."""
     assert Memory(allocated_bytes=75, reserved_bytes=100).fragmentation == 0.25
     assert Memory(allocated_bytes=0, reserved_bytes=0).fragmentation is None
-    assert Memory(resident_bytes=3).fragmentation is None
+    assert Memory(rss_bytes=3).fragmentation is None

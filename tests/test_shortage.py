@@ -20,7 +20,7 @@ GIB = 2**30
 class Holding(Counters):
     """A meter of a device that holds so much."""
 
-    def held_bytes(self) -> int | None:
+    def read_in_use_bytes(self) -> int | None:
         """Three GiB."""
         return 3 * GIB
 
@@ -44,5 +44,5 @@ def test_what_is_held_of_it(workshop: Workshop) -> None:
     """As the budget counts it, with what that leaves for all beside tensors; or as the device's meter tells it."""
     shortage = OomHandler(workshop.recipe(Full()), torch.device("cpu"), workshop.output, 0)
     assert shortage.held_bytes(Holding()) == 3 * GIB
-    shortage.cap = MemoryLimit(8 * GIB, 7 * GIB, held_bytes=lambda: 5 * GIB, lift=lambda: None)
+    shortage.memory_limit = MemoryLimit(8 * GIB, 7 * GIB, read_in_use_bytes=lambda: 5 * GIB, release=lambda: None)
     assert shortage.held_bytes(Holding()) == 6 * GIB

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from peftbench.common.filesystem import write_atomically
-from peftbench.run.shutdown import ATTEMPT_ENV, SHUTDOWN_SIGNALS, StopRequested, ShutdownSignal, get_stop_file
+from peftbench.run.shutdown import ATTEMPT_ENV, SHUTDOWN_SIGNALS, ShutdownSignal, StopRequested, get_stop_file
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def stop() -> Iterator[ShutdownSignal]:
     """One that listens, in whose place the handlers before come back."""
     before = {number: signal.getsignal(number) for number in SHUTDOWN_SIGNALS}
     made = ShutdownSignal()
-    made.listen()
+    made.install_handlers()
     yield made
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -31,23 +31,23 @@ def test_elsewhere_it_stops_at_once(number: signal.Signals, stop: ShutdownSignal
     """While nothing is trained there is no step to finish."""
     with pytest.raises(StopRequested) as caught:
         signal.raise_signal(number)
-    assert caught.value.by == stop.by == number.name
+    assert caught.value.reason == stop.reason == number.name
 
 
 @pytest.mark.parametrize("number", SHUTDOWN_SIGNALS)
 def test_a_step_is_not_broken_off(number: signal.Signals, stop: ShutdownSignal) -> None:
     """Within a training it is noted, for whoever asks after a step; if nobody does, it stops afterwards."""
     after: list[str | None] = []
-    with pytest.raises(StopRequested), stop.between_steps():  # noqa: PT012
+    with pytest.raises(StopRequested), stop.defer_to_step_end():  # noqa: PT012
         signal.raise_signal(number)
-        after.append(stop.by)
+        after.append(stop.reason)
     assert after == [number.name]
 
 
 def test_whoever_is_impatient(stop: ShutdownSignal) -> None:
     """A second Ctrl-C breaks a step off; a second SIGTERM, as launchers send them, does not."""
     done = []
-    with pytest.raises(StopRequested), stop.between_steps():  # noqa: PT012
+    with pytest.raises(StopRequested), stop.defer_to_step_end():  # noqa: PT012
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
         done.append("the step")
@@ -58,29 +58,29 @@ def test_whoever_is_impatient(stop: ShutdownSignal) -> None:
 
 def test_a_record_is_written_to_its_end(stop: ShutdownSignal) -> None:
     """What is left to be done is done."""
-    stop.hold_off()
+    stop.defer()
     signal.raise_signal(signal.SIGTERM)
-    assert stop.by == "SIGTERM"
+    assert stop.reason == "SIGTERM"
 
 
 def test_nobody_asked(stop: ShutdownSignal) -> None:
     """A training that nobody stops ends as ever."""
-    with stop.between_steps():
+    with stop.defer_to_step_end():
         pass
-    assert stop.by is None
+    assert stop.reason is None
 
 
 @pytest.mark.parametrize(("text", "by"), [("SIGUSR1\n", "SIGUSR1"), ("", ".stop")])
 def test_a_file_asks(text: str, by: str, tmp_path: Path, stop: ShutdownSignal) -> None:
     """Soon after it is there, the process is asked, by what the file says."""
     file = get_stop_file(tmp_path, {})
-    stop.watch(file)
+    stop.watch_files(file)
     threading.Timer(0.2, lambda: write_atomically(file, text)).start()
     until = time.monotonic() + 20
-    with pytest.raises(StopRequested), stop.between_steps():  # noqa: PT012
-        while stop.by is None and time.monotonic() < until:
+    with pytest.raises(StopRequested), stop.defer_to_step_end():  # noqa: PT012
+        while stop.reason is None and time.monotonic() < until:
             time.sleep(0.05)
-    assert stop.by == by
+    assert stop.reason == by
 
 
 def test_another_attempts_file_asks_nothing(tmp_path: Path) -> None:

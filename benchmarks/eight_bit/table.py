@@ -23,13 +23,13 @@ def row(record: RunRecord, first: RunRecord) -> dict[str, str]:
     assert first.state_bytes is not None
     states, reference = record.state_bytes.optimizer, first.state_bytes.optimizer
     seconds, usual = (statistics.median(found.step_seconds) for found in (record, first))
-    apart = max(abs(mine / its - 1) for mine, its in zip(record.losses, first.losses, strict=True))
+    apart = max(abs(mine / its - 1) for mine, its in zip(record.step_losses, first.step_losses, strict=True))
     return {
         "optimizer": record.name,
         "states, bytes": f"{states:,}",
         "in closed form": f"{record.state_bytes.expected_optimizer:,}",
         "smaller": f"{reference / states:.2f}x",
-        **{f"loss {step}": f"{record.losses[step - 1]:.4f}" for step in SHOWN if step <= len(record.losses)},
+        **{f"loss {step}": f"{record.step_losses[step - 1]:.4f}" for step in SHOWN if step <= len(record.step_losses)},
         "loss apart, at most": f"{apart:.4%}",
         "median step": f"{seconds:.2f} s",
         "time": f"{seconds / usual:.2f}x",

@@ -21,7 +21,7 @@ from transformers import logging as transformers_logging
 from peftbench.errors import PeftbenchError, RecordError
 from peftbench.modeling.loading import LoadedModel, fuse_gelu, load_tokenizer
 from peftbench.recipe.schema import Model, Recipe
-from peftbench.record import RECORD_FILE, FINAL_OUTCOMES, RunRecord, read_record, train_peak_bytes
+from peftbench.record import FINAL_OUTCOMES, RECORD_FILE, RunRecord, read_record, train_peak_bytes
 from peftbench.run.runner import Run
 
 NO_DEVICE = 2
@@ -34,17 +34,17 @@ class ArchitectureRun(Run):
         super().__init__(recipe)
         self.size = size
 
-    def _work(self) -> None:
-        self.data_identity = self.size.source.identity()
-        self.shortage.prepare(self.probe.meter)
+    def _run_stages(self) -> None:
+        self.data_fingerprint = self.size.source.fingerprint()
+        self.oom_handler.enforce_budget(self.probe.memory_meter)
         with self.probe.phase("load"):
             base = self._architecture()
         with self.probe.phase("build"):
-            built = self._build(base)
+            built = self._build_model(base)
         examples = RandomTokens(self.size, base.model.config.vocab_size)
-        self._count("train", len(examples), 0)
-        self._train(built, examples, pad_token=0)
-        self._come_together()
+        self._set_example_counts("train", len(examples), 0)
+        self._train(built, examples, pad_token_id=0)
+        self._gather_measurements()
 
     def _architecture(self) -> LoadedModel:
         torch.manual_seed(self.recipe.train.seed)
@@ -91,10 +91,10 @@ def _has_record(path: Path) -> bool:
 def described(record: RunRecord) -> str:
     """A record in one line."""
     if record.throughput is None:
-        return f"{record.outcome.kind} in {record.outcome.phase}, {record.outcome.part}: {record.outcome.error}"
+        return f"{record.outcome.kind} in {record.outcome.phase}, {record.outcome.step_part}: {record.outcome.error}"
     peak, speed = train_peak_bytes(record), record.throughput
     step = record.flops.counted_step
-    counted = step is not None and step.counted == step.closed_form
+    counted = step is not None and step.counted_flops == step.closed_form_flops
     mfu = "unknown" if record.compute.mfu is None else f"{record.compute.mfu:.1%}"
     return (
         f"{speed.step_seconds_median * 1e3:,.1f} ms a step, {speed.tokens_per_second.real:,.0f} real tokens/s, "

@@ -38,7 +38,7 @@ class RandomTokens:
         generator = torch.Generator().manual_seed(0)
         self.prompts: list[int] = []
         self.ids: list[list[int]] = []
-        for article, summary in size.source.lengths("train"):
+        for article, summary in size.source.sample_lengths("train"):
             prompt = min(article, size.width - summary)
             self.prompts.append(prompt)
             self.ids.append(torch.randint(vocabulary, (prompt + summary,), generator=generator).tolist())
@@ -94,20 +94,20 @@ def of_methods(sizes: Mapping[str, Size], folder: str) -> Iterator[tuple[Recipe,
     methods = [kind(**knobs.get(name, {})) for name, kind in METHODS.items()]
     cases = itertools.product(sizes.items(), ("bf16", "fp32"), (False, True), methods)
     for (model, size), precision, checkpointing, method in cases:
-        if checkpointing and method.trunk_frozen:
+        if checkpointing and method.has_frozen_backbone:
             continue
         yield Recipe(
             name=f"{model}_{method.kind}_{precision}" + "_checkpointing" * checkpointing,
             output_dir=folder,
             model=Model(path=model, init="random"),
             method=method,
-            data=Data(source=size.source, max_tokens=size.width, padding="max_length"),
+            data=Data(source=size.source, max_length=size.width, padding="max_length"),
             train=Train(
-                steps=size.warmup_steps + size.steps, global_batch=size.rows, precision=precision,
+                steps=size.warmup_steps + size.steps, global_batch_size=size.rows, precision=precision,
                 gradient_checkpointing=checkpointing,
             ),
             evaluate=Evaluate(generate=False),
-            profile=Profile(warmup_steps=size.warmup_steps, breakdown=True),
+            profile=Profile(untimed_steps=size.warmup_steps, memory_breakdown=True),
             save_model=False,
         ), size  # fmt: skip
 
@@ -123,14 +123,14 @@ def of_the_ladder(sizes: Mapping[str, Size], folder: str) -> Iterator[tuple[Reci
                 output_dir=folder,
                 model=Model(path=model, init="random", fused_gelu=knobs["fused_gelu"]),
                 method=Full(),
-                data=Data(source=size.source, max_tokens=size.width, padding="max_length"),
+                data=Data(source=size.source, max_length=size.width, padding="max_length"),
                 optimizer=OPTIMIZERS[knobs["optimizer"]](kind=knobs["optimizer"]),
                 train=Train(
-                    steps=size.warmup_steps + size.steps, global_batch=size.rows, precision=knobs["precision"],
+                    steps=size.warmup_steps + size.steps, global_batch_size=size.rows, precision=knobs["precision"],
                     gradient_checkpointing=knobs["checkpointing"], logits=knobs["logits"],
                 ),
                 evaluate=Evaluate(generate=False),
-                profile=Profile(warmup_steps=size.warmup_steps),
+                profile=Profile(untimed_steps=size.warmup_steps),
                 budget=Budget(memory=CARD),
                 save_model=False,
             ), size  # fmt: skip

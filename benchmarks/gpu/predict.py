@@ -18,17 +18,17 @@ from cases import CARD, RandomTokens, Size, cases
 from tabulate import tabulate
 from transformers import GPT2Config
 
-from peftbench.memory.devices import get_facts_by_torch_name
-from peftbench.memory.estimate import estimate
-from peftbench.memory.replay import AllocatorReplay, replay_allocator
-from peftbench.memory.simulation.step import MemorySimulation
-from peftbench.memory.simulation.device import DeviceType
+from peftbench.common.units import parse_size
 from peftbench.data.batches import Batches
 from peftbench.data.collate import Collator
 from peftbench.errors import BudgetTooSmallError
+from peftbench.memory.devices import get_facts_by_torch_name
+from peftbench.memory.estimate import estimate
+from peftbench.memory.replay import AllocatorReplay, replay_allocator
+from peftbench.memory.simulation.device import DeviceType
+from peftbench.memory.simulation.step import MemorySimulation
 from peftbench.recipe.schema import Recipe
 from peftbench.record import RunRecord, read_records
-from peftbench.common.units import parse_size
 
 Row = dict[str, str]
 
@@ -47,26 +47,26 @@ def labels_by_step(recipe: Recipe, size: Size) -> list[list[int]]:
     batches = Batches(tokens, Collator(0), recipe.train.global_batch_size, None, recipe.train.seed)
     made = itertools.islice(batches, recipe.train.steps or 0)
     return [
-        [len(tokens.ids[i]) - tokens.prompts[i] for i in batch.micro_batches[0].examples] for batch in made
+        [len(tokens.ids[i]) - tokens.prompts[i] for i in batch.micro_batches[0].example_indices] for batch in made
     ]  # fmt: skip
 
 
 def rehearsed(recipe: Recipe, record: RunRecord, labels: list[int]) -> tuple[MemorySimulation, AllocatorReplay]:
     """The training of a case, whose rows all have one width."""
-    kind: DeviceType = "cuda" if record.device.kind == "cuda" else "cpu"
+    kind: DeviceType = "cuda" if record.device.type == "cuda" else "cpu"
     with MemorySimulation(recipe, kind, 1) as rehearsal:
-        rehearsal.train(recipe.train.global_batch_size, recipe.data.max_length or 0, labels)
-    return rehearsal, replay_allocator(list(rehearsal.book.events()), kind)
+        rehearsal.simulate_training(recipe.train.global_batch_size, recipe.data.max_length or 0, labels)
+    return rehearsal, replay_allocator(list(rehearsal.memory_tracker.iter_events()), kind)
 
 
 def compared(recipe: Recipe, size: Size, record: RunRecord) -> Iterator[tuple[str, int, int]]:
     """(what, measured, predicted) of a run that ended well: bytes of tensors, allocated by part, reserved."""
     labels = labels_by_step(recipe, size)
-    if record.breakdown is not None:
-        rehearsal, _ = rehearsed(recipe, record, labels[record.breakdown.step - 1])
-        yield "tensors", record.breakdown.peak_bytes, rehearsal.book.peak().bytes
-    _, found = rehearsed(recipe, record, max(labels[record.warmup_steps :], key=sum))
-    for part, moment in found.by_part.items():
+    if record.memory_breakdown is not None:
+        rehearsal, _ = rehearsed(recipe, record, labels[record.memory_breakdown.step - 1])
+        yield "tensors", record.memory_breakdown.peak_bytes, rehearsal.memory_tracker.find_peak().nbytes
+    _, found = rehearsed(recipe, record, max(labels[record.untimed_steps :], key=sum))
+    for part, moment in found.peak_by_phase.items():
         measured = record.step_memory.get(part)
         if measured is not None and measured.allocated_bytes is not None:
             yield f"allocated, {part}", measured.allocated_bytes, moment.allocated_bytes

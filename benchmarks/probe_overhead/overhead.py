@@ -26,25 +26,25 @@ PARTS = ("forward", "backward", "optimizer")
 class StandIn:
     """A meter that reads at every part as a GPU's does, and finds always the same."""
 
-    every_part = True
-    context_bytes: int | None = None
+    supports_step_parts = True
+    cuda_context_bytes: int | None = None
 
     def lap(self) -> Memory:
         """What CudaMeter makes of the allocator's counters."""
-        return Memory(allocated_bytes=1, reserved_bytes=2, inactive_split_bytes=3, allocation_retries=0)
+        return Memory(allocated_bytes=1, reserved_bytes=2, inactive_split_bytes=3, num_alloc_retries=0)
 
-    def held_bytes(self) -> int | None:
+    def read_in_use_bytes(self) -> int | None:
         """Asked where somebody watches, which is not timed here."""
         return None
 
-    def process_bytes(self) -> int | None:
+    def read_process_bytes(self) -> int | None:
         """Asked at the end of a phase, which is not timed here."""
         return None
 
-    def start_here(self) -> None:
+    def set_baseline(self) -> None:
         """Nothing was held before."""
 
-    def forget(self) -> None:
+    def empty_cache(self) -> None:
         """Asked at the start of a phase."""
 
 
@@ -53,8 +53,8 @@ def seconds_a_step(device: torch.device, meter: MemoryMeter | None = None) -> li
     found = []
     for _ in range(REPEATS):
         probe = Probe(device, build_energy_meter(device))
-        probe.meter = meter or probe.meter
-        with probe.training(warmup_steps=0):
+        probe.memory_meter = meter or probe.memory_meter
+        with probe.training(untimed_steps=0):
             start = time.perf_counter()
             for _ in range(CALLS):
                 with probe.step():

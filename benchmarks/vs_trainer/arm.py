@@ -37,10 +37,10 @@ from spec import NEEDS_TRL, OURS, Job
 from trained import COUNTED_STEP, Trained
 from transformers import logging as transformers_logging
 
+from peftbench.common.filesystem import write_atomically
 from peftbench.distributed.accelerator import describe_device
 from peftbench.errors import PeftbenchError
-from peftbench.common.filesystem import write_atomically
-from peftbench.modeling.loading import build_from_config, load_config, load_tokenizer, get_max_positions
+from peftbench.modeling.loading import build_from_config, get_max_positions, load_config, load_tokenizer
 from peftbench.profiler.memory import MemoryMeter, build_memory_meter
 from peftbench.recipe.schema import Model
 from peftbench.run.record_builder import get_library_versions
@@ -66,7 +66,7 @@ def measure(job: Job) -> Measured:
     _import_all(job)
     meter: MemoryMeter = build_memory_meter(torch.device(job.spec.device))
     # Of every arm, and not the one that peftbench's Run takes when it begins: tokenizer and examples are there by then.
-    baseline = meter.lap().resident_baseline_bytes
+    baseline = meter.lap().baseline_rss_bytes
     held = torch.cuda.memory_allocated() if job.spec.device == "cuda" else 0
     knobs = Model(path=job.base)
     room = get_max_positions(load_config(knobs))
@@ -110,7 +110,7 @@ def _record(job: Job, trained: Trained, identity: str, started: str, held: int) 
     spec = job.spec
     return Measured(
         case=job.case, arm=job.arm, repeat=job.repeat, spec=spec, settings=trained.settings, notes=tuple(notes),
-        started_at=started, device_kind=device.kind, device_name=device.name, threads=torch.get_num_threads(),
+        started_at=started, device_kind=device.type, device_name=device.name, threads=torch.get_num_threads(),
         versions=get_library_versions() | _trl_version(), git=_git_state(), data_identity=identity,
         model_identity=trained.model_identity, trainable_parameters=trained.trainable_parameters,
         warmup_steps=spec.warmup_steps(job.case), losses=trained.losses, step_seconds=trained.step_seconds,

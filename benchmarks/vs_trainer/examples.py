@@ -76,25 +76,25 @@ def read_examples(job: Job, tokenizer: PreTrainedTokenizerBase, positions: int) 
     longest = positions - spec.soft_tokens  # with every method, so that all are shown the same
     encoder = Encoder(
         tokenizer,
-        SequenceLayout.fit(separator=SEPARATOR, max_tokens=longest, new_tokens=1, positions=positions, virtual_tokens=0),
+        SequenceLayout.for_model(separator=SEPARATOR, max_length=longest, max_new_tokens=1, max_positions=positions, virtual_tokens=0),
     )
     rows: list[tuple[list[int], int]] = []
     wanted = spec.examples(job.case)
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             article, summary = _pair(path, number, line)
-            encoded = encoder.example(article, summary)
+            encoded = encoder.encode_example(article, summary)
             if encoded["needed"] <= longest:
                 rows.append((list(encoded["input_ids"]), int(encoded["prompt_tokens"])))
             if len(rows) == wanted:
                 break
     if len(rows) < wanted:
         raise EmptySplitError(f"{path} has {len(rows)} usable examples and {wanted} are needed; give fewer steps")
-    unordered = Examples(tuple(rows), (), encoder.end, "")
-    batches = Batches(unordered.dataset(), Collator(pad_token=encoder.end), spec.batch, None, spec.seed)
-    order = batches.order()
+    unordered = Examples(tuple(rows), (), encoder.eos_token_id, "")
+    batches = Batches(unordered.dataset(), Collator(pad_token_id=encoder.eos_token_id), spec.batch, None, spec.seed)
+    order = batches.sample_indices()
     drawn = tuple(tuple(itertools.islice(order, spec.batch)) for _ in range(spec.total_steps(job.case)))
-    return Examples(tuple(rows), drawn, encoder.end, hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest())
+    return Examples(tuple(rows), drawn, encoder.eos_token_id, hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest())
 
 
 def _pair(path: Path, number: int, line: str) -> tuple[str, str]:

@@ -66,9 +66,9 @@ class Measured(BaseModel):
         memory = self.memory
         if memory.allocated_bytes is not None:
             return memory.allocated_bytes
-        if memory.resident_bytes is None or memory.resident_baseline_bytes is None:
+        if memory.rss_bytes is None or memory.baseline_rss_bytes is None:
             return None
-        return memory.resident_bytes - memory.resident_baseline_bytes
+        return memory.rss_bytes - memory.baseline_rss_bytes
 
 
 def read_measured(folder: Path) -> list[Measured]:

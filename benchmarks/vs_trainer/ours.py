@@ -11,14 +11,14 @@ from examples import Examples
 from spec import CASES, Job, own_knobs
 from trained import COUNTED_STEP, Trained, method_of
 
-from peftbench.data.sources import Files
-from peftbench.training.build import load_base_model
-from peftbench.errors import PeftbenchError
 from peftbench.common.filesystem import cache_dir
+from peftbench.data.sources import Files
+from peftbench.errors import PeftbenchError
 from peftbench.optim import AdamW
 from peftbench.recipe.schema import Data, Evaluate, Model, Profile, Recipe, Train
 from peftbench.record import RunRecord
 from peftbench.run.runner import Run
+from peftbench.training.build import load_base_model
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -32,15 +32,15 @@ class TimedRun(Run):
         self.rows, self.end, self.clock = rows, end, clock
         self.identity_of_rows = identity
 
-    def _work(self) -> None:
-        self.data_identity = self.identity_of_rows
-        self.shortage.prepare(self.probe.meter)
+    def _run_stages(self) -> None:
+        self.data_fingerprint = self.identity_of_rows
+        self.oom_handler.enforce_budget(self.probe.memory_meter)
         with self.probe.phase("load"):
             base = load_base_model(self.recipe)
         with self.probe.phase("build"):
-            built = self._build(base)
-        self._count("train", len(self.rows), 0)
-        self._train(built, self.rows, pad_token=self.end)
+            built = self._build_model(base)
+        self._set_example_counts("train", len(self.rows), 0)
+        self._train(built, self.rows, pad_token_id=self.end)
 
     def _after_step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         super()._after_step(*args, **kwargs)
@@ -55,14 +55,14 @@ def recipe_of(job: Job, folder: str, positions: int) -> Recipe:
         output_dir=folder,
         model=Model(path=job.base, dropout=spec.dropout),
         method=method_of(job),
-        data=Data(source=Files(train=job.train, summary="highlights"), max_tokens=positions - spec.soft_tokens),
+        data=Data(source=Files(train=job.train, summary="highlights"), max_length=positions - spec.soft_tokens),
         optimizer=AdamW(learning_rate=spec.learning_rate, weight_decay=spec.weight_decay),
         train=Train(
-            steps=spec.total_steps(job.case), global_batch=spec.batch, precision=spec.precision,
+            steps=spec.total_steps(job.case), global_batch_size=spec.batch, precision=spec.precision,
             max_grad_norm=spec.max_grad_norm, seed=spec.seed, **own_knobs(job.case, spec),
         ),
         evaluate=Evaluate(generate=False),
-        profile=Profile(warmup_steps=spec.warmup_steps(job.case)),
+        profile=Profile(untimed_steps=spec.warmup_steps(job.case)),
         save_model=False,
     )  # fmt: skip
 
@@ -81,21 +81,21 @@ def run(job: Job, examples: Examples, positions: int) -> Trained:
         record, _ = done.execute()
     if record.outcome.kind != "ok":
         raise PeftbenchError(f"{job.case}, {job.arm}: {record.outcome.kind}: {record.outcome.error}")
-    shown, cost = done.progress.step_counts, done.trainer.cost if done.trainer else None
+    shown, cost = done.progress.step_token_counts, done.training.flop_cost if done.training else None
     counted = record.flops.counted_step
-    required = cost.required(examples.required(COUNTED_STEP - 1, recipe.method.virtual_tokens)) if cost else None
+    required = cost.compute_model_flops(examples.required(COUNTED_STEP - 1, recipe.method.virtual_tokens)) if cost else None
     assert record.parameters is not None
     return Trained(
-        losses=record.losses,
+        losses=record.step_losses,
         step_seconds=clock.step_seconds,
         seconds=clock.seconds,
         real_tokens=tuple(counts.real for counts in shown),
         labelled_tokens=tuple(counts.labelled for counts in shown),
         memory=record.memory["train"],
         required_flops=required,
-        executed_flops=counted.counted if counted else None,
+        executed_flops=counted.counted_flops if counted else None,
         trainable_parameters=record.parameters.trainable,
-        model_identity=str(record.model_identity),
+        model_identity=str(record.model_fingerprint),
         settings=_without_paths(record),
         notes=tuple(note.replace(str(cache_dir()), "$PEFTBENCH_CACHE") for note in record.notes),
     )

@@ -114,7 +114,7 @@ def run(job: Job, examples: Examples, positions: int, meter: MemoryMeter) -> Tra
     spec, flat = job.spec, flattens(job)
     model = applied(job, flattens=flat)
     cost = model.cost()
-    required = cost.required(examples.required(COUNTED_STEP - 1, model.method.virtual_tokens)) if cost else None
+    required = cost.compute_model_flops(examples.required(COUNTED_STEP - 1, model.method.virtual_tokens)) if cost else None
     settings = peer_settings(job.arm, spec, flattens=flat)
     width = positions - model.method.virtual_tokens
     tokenizer = model.base.tokenizer
@@ -139,9 +139,9 @@ def run(job: Job, examples: Examples, positions: int, meter: MemoryMeter) -> Tra
         labelled_tokens=watch.step_tokens(1),
         memory=clock.memory,
         required_flops=required,
-        executed_flops=None if flat else watch.counter.total,  # torch's counter does not know flash-attn's kernels
+        executed_flops=None if flat else watch.counter.total_flops,  # torch's counter does not know flash-attn's kernels
         trainable_parameters=model.trainable_parameters,
-        model_identity=model.base.identity,
+        model_identity=model.base.fingerprint,
         settings=settings,
         notes=tuple(_notes(job, flat)),
     )

@@ -53,8 +53,8 @@ class Applied:
         """Its products, None where they are not known."""
         try:
             return count_flops(
-                self.model, self.base.model, virtual_tokens=self.method.virtual_tokens, checkpointing=False,
-                head_everywhere=False,  # of what is required it changes nothing, and all else is counted
+                self.model, self.base.model, virtual_tokens=self.method.virtual_tokens, gradient_checkpointing=False,
+                computes_all_logits=False,  # of what is required it changes nothing, and all else is counted
             )  # fmt: skip
         except UnsupportedFlopsError:
             return None

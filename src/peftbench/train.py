@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import typer
 
-from peftbench.recipe.loader import to_commented_yaml, load_recipe
 from peftbench.common.console import cli_errors, quiet_libraries
 from peftbench.errors import PeftbenchError
-from peftbench.run_dir.results import load_existing_result
+from peftbench.recipe.loader import load_recipe, to_commented_yaml
 from peftbench.record import EXIT_CODES, RECORD_FILE, Outcome, RunRecord
 from peftbench.run.shutdown import ShutdownSignal, ignore_signals
+from peftbench.run_dir.results import load_existing_result
 
 if TYPE_CHECKING:
     from peftbench.recipe.schema import Recipe
@@ -53,7 +53,7 @@ def train(
     The last line on standard output is one JSON object: the outcome, and the path of the record. Logs and progress go
     to standard error. Start several processes with "accelerate launch --config_file accel_configs/cpu2.yaml".
     """
-    with cli_errors(report=print_result_line):
+    with cli_errors(on_error=print_result_line):
         recipe = load_recipe(config or [], overrides or [])
         if print_config:
             if is_main_process():
@@ -88,38 +88,38 @@ def run_recipe(recipe: Recipe) -> tuple[Outcome, Path | None, int]:
         folder = Path(recipe.output_dir) / recipe.name
         place = folder / RECORD_FILE
         stop = ShutdownSignal()
-        stop.listen()
+        stop.install_handlers()
         quiet_libraries()
         from peftbench.run.runner import Run
 
         started: Run | None = None
         try:
             started = Run(recipe, stop)
-            started.peers.watch(partial(_abort_with_failed_rank, started))
+            started.failure_channel.watch(partial(_abort_with_failed_rank, started))
             outcome = started.execute()[0].outcome
         except PeftbenchError as error:
-            if started is None or not started.recorded:
+            if started is None or not started.is_record_written:
                 raise
             print(f"error: {error}", file=sys.stderr, flush=True)  # what was measured is kept
             return Outcome(kind="failed", error=str(error)), place, error.exit_code
         except Exception as error:  # a fault of the program: whoever reads its traceback can mend it
             traceback.print_exc()
-            kept = place if started is not None and started.recorded else None
+            kept = place if started is not None and started.is_record_written else None
             return Outcome(kind="failed", error=f"{type(error).__name__}: {error}"), kept, EXIT_CODES["failed"]
         return outcome, place, EXIT_CODES[outcome.kind]
 
 
-def _abort_with_failed_rank(run: Run, word: dict[str, Any]) -> None:
+def _abort_with_failed_rank(run: Run, failure: dict[str, Any]) -> None:
     """End this rank, which may wait for ever for one that is out of memory or gone; from a thread."""
-    code = EXIT_CODES[word["outcome"]["kind"]]
+    code = EXIT_CODES[failure["outcome"]["kind"]]
     try:
         if is_main_process():
-            outcome, record = run.end_with(word)
+            outcome, record = run.abort_with(failure)
             print(f"error: {outcome.error}", file=sys.stderr, flush=True)
             print_result_line(_build_result_line(run.recipe, outcome, record), sys.__stdout__)
         else:
-            print(f"error: {word['outcome']['error']}", file=sys.stderr, flush=True)
-            run.peers.await_record()
+            print(f"error: {failure['outcome']['error']}", file=sys.stderr, flush=True)
+            run.failure_channel.wait_for_record()
     except PeftbenchError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         print_result_line({"outcome": "failed", "name": run.recipe.name, "error": str(error)}, sys.__stdout__)
@@ -138,17 +138,17 @@ def _is_distributed() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def _exit_immediately(code: int) -> NoReturn:
+def _exit_immediately(exit_code: int) -> NoReturn:
     """End the process without closing what binds it to others, which would wait for them."""
     for stream in (sys.__stdout__, sys.__stderr__):
         if stream is not None:
             stream.flush()
-    os._exit(code)
+    os._exit(exit_code)
 
 
-def _build_result_line(recipe: Recipe, outcome: Outcome, record: Path | None) -> dict[str, object]:
+def _build_result_line(recipe: Recipe, outcome: Outcome, record_path: Path | None) -> dict[str, object]:
     return {
-        "outcome": outcome.kind, "record": None if record is None else str(record), "name": recipe.name,
+        "outcome": outcome.kind, "record": None if record_path is None else str(record_path), "name": recipe.name,
         "error": outcome.error, "suggestion": outcome.suggestion,
     }  # fmt: skip
 

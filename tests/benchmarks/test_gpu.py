@@ -60,18 +60,18 @@ def test_every_case_is_measured_once(call: list[str], tmp_path: Path) -> None:
         assert (record.outcome.kind, record.notes) == ("ok", ())
         step = record.flops.counted_step
         assert step is not None
-        assert 0 < step.counted == step.closed_form
+        assert 0 < step.counted_flops == step.closed_form_flops
         assert record.throughput is not None
         assert record.throughput.steps == 4
-        assert record.breakdown is not None
+        assert record.memory_breakdown is not None
         assert record.state_bytes is not None
-        assert record.breakdown.peak_bytes > record.state_bytes.total
+        assert record.memory_breakdown.peak_bytes > record.state_bytes.total
     assert len({record.tokens.real for record in records.values() if record.tokens}) == 1
     plain, again = records["tiny_full_fp32"].flops, records["tiny_full_fp32_checkpointing"].flops
-    assert plain.required == again.required
-    assert plain.executed is not None
-    assert again.executed is not None
-    assert plain.executed < again.executed
+    assert plain.model_flops == again.model_flops
+    assert plain.hardware_flops is not None
+    assert again.hardware_flops is not None
+    assert plain.hardware_flops < again.hardware_flops
     assert "FLOPs as counted" in first.stdout
     predicted = subprocess.run(
         [call[0], str(SCRIPT.with_name("predict.py")), "--tiny", str(tmp_path)],

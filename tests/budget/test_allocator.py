@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from peftbench.memory.allocator import MIN_BLOCK_SIZE, MIB, CachingAllocator, OutOfMemoryError
+from peftbench.memory.allocator import MIB, MIN_BLOCK_SIZE, CachingAllocator, OutOfMemoryError
 
 
 def test_small_requests_share_a_segment() -> None:
@@ -14,30 +14,30 @@ def test_small_requests_share_a_segment() -> None:
     made = CachingAllocator()
     made.allocate(1, 1)
     made.allocate(2, 513)
-    assert (made.allocated, made.reserved) == (512 + 1024, 2 * MIB)
+    assert (made.allocated_bytes, made.reserved_bytes) == (512 + 1024, 2 * MIB)
     made.allocate(3, MIB)
-    assert (made.allocated, made.reserved) == (512 + 1024 + MIB, 2 * MIB)
+    assert (made.allocated_bytes, made.reserved_bytes) == (512 + 1024 + MIB, 2 * MIB)
     made.allocate(4, MIB)  # does not fit beside them
-    assert made.reserved == 4 * MIB
+    assert made.reserved_bytes == 4 * MIB
 
 
 def test_middle_requests_share_twenty() -> None:
     """Above 1 MiB and below 10: from 20 MiB, and what is left is split off where more than 1 MiB is."""
     made = CachingAllocator()
     made.allocate(1, MIB + 1)
-    assert (made.allocated, made.reserved) == (MIB + MIN_BLOCK_SIZE, 20 * MIB)
+    assert (made.allocated_bytes, made.reserved_bytes) == (MIB + MIN_BLOCK_SIZE, 20 * MIB)
     made.allocate(2, 9 * MIB)
     made.allocate(3, 9 * MIB - MIN_BLOCK_SIZE)  # leaves exactly 1 MiB, which is not split off
-    assert (made.allocated, made.reserved) == (MIB + MIN_BLOCK_SIZE + 9 * MIB + 10 * MIB - MIN_BLOCK_SIZE, 20 * MIB)
+    assert (made.allocated_bytes, made.reserved_bytes) == (MIB + MIN_BLOCK_SIZE + 9 * MIB + 10 * MIB - MIN_BLOCK_SIZE, 20 * MIB)
 
 
 def test_large_requests_have_segments_of_their_own() -> None:
     """In whole 2 MiB; what is left of one is used by nobody where it is not more than 1 MiB."""
     made = CachingAllocator()
     made.allocate(1, 11 * MIB)
-    assert (made.allocated, made.reserved) == (12 * MIB, 12 * MIB)
+    assert (made.allocated_bytes, made.reserved_bytes) == (12 * MIB, 12 * MIB)
     made.allocate(2, 10 * MIB + 1)
-    assert (made.allocated, made.reserved) == (12 * MIB + 10 * MIB + MIN_BLOCK_SIZE, 24 * MIB)
+    assert (made.allocated_bytes, made.reserved_bytes) == (12 * MIB + 10 * MIB + MIN_BLOCK_SIZE, 24 * MIB)
 
 
 def test_the_smallest_block_that_fits_is_taken() -> None:
@@ -48,11 +48,11 @@ def test_the_smallest_block_that_fits_is_taken() -> None:
     for name in range(3):
         made.free(name)
     made.allocate(9, 25 * MIB)
-    assert (made.allocated, made.reserved) == (25 * MIB, 90 * MIB)
+    assert (made.allocated_bytes, made.reserved_bytes) == (25 * MIB, 90 * MIB)
     made.allocate(10, 30 * MIB)  # not in what is left of the 30, so in the 40
     made.allocate(11, 5 * MIB)
-    assert made.reserved == 90 * MIB
-    assert made.peak_allocated == 90 * MIB
+    assert made.reserved_bytes == 90 * MIB
+    assert made.peak_allocated_bytes == 90 * MIB
 
 
 def test_free_neighbours_join() -> None:
@@ -64,10 +64,10 @@ def test_free_neighbours_join() -> None:
         for name in order:
             made.free(name)
         made.allocate(9, 9 * MIB)
-        assert made.reserved == 20 * MIB
+        assert made.reserved_bytes == 20 * MIB
         made.free(9)
-        made.give_back()
-        assert made.reserved == made.allocated == 0
+        made.empty_cache()
+        assert made.reserved_bytes == made.allocated_bytes == 0
 
 
 def test_fragments_are_not_given_back() -> None:
@@ -76,8 +76,8 @@ def test_fragments_are_not_given_back() -> None:
     made.allocate(1, 30 * MIB)
     made.free(1)
     made.allocate(2, 4 * MIB)
-    made.give_back()
-    assert made.reserved == 30 * MIB
+    made.empty_cache()
+    assert made.reserved_bytes == 30 * MIB
 
 
 def test_before_it_is_refused_the_cache_is_given_back() -> None:
@@ -86,7 +86,7 @@ def test_before_it_is_refused_the_cache_is_given_back() -> None:
     made.allocate(1, 60 * MIB)
     made.free(1)
     made.allocate(2, 80 * MIB)
-    assert (made.retries, made.reserved) == (1, 80 * MIB)
+    assert (made.num_alloc_retries, made.reserved_bytes) == (1, 80 * MIB)
     with pytest.raises(OutOfMemoryError) as raised:
         made.allocate(3, 30 * MIB)
     assert raised.value.requested_bytes == 30 * MIB
@@ -106,8 +106,8 @@ def test_whatever_the_order_nothing_is_lost() -> None:
             size = int(2 ** drawn.uniform(0, 26))
             made.allocate(name, size)
             held[name] = size
-        assert sum(held.values()) <= made.allocated <= made.reserved
+        assert sum(held.values()) <= made.allocated_bytes <= made.reserved_bytes
     for name in held:
         made.free(name)
-    made.give_back()
-    assert made.allocated == made.reserved == 0
+    made.empty_cache()
+    assert made.allocated_bytes == made.reserved_bytes == 0

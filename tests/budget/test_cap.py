@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from peftbench.memory import limit
-from peftbench.memory.limit import limit_memory
-from peftbench.memory.devices import UNKNOWN_DEVICE, get_device_facts
 from peftbench.errors import BudgetError
+from peftbench.memory import limit
+from peftbench.memory.devices import UNKNOWN_DEVICE, get_device_facts
+from peftbench.memory.limit import limit_memory
 
 MIB = 2**20
 _SCRIPT = """
@@ -76,11 +76,11 @@ def test_the_allocator_is_held_on_cuda(context: int | None, gpu: list[float]) ->
     facts, device = get_device_facts("t4"), torch.device("cuda", 0)
     held = limit_memory(8 * 2**30, device, context)
     beside = max(context or 0, int(facts.context[1])) + int(facts.workspaces[1])
-    assert held.tensors_bytes == 8 * 2**30 - beside
-    assert gpu == [held.tensors_bytes / int(facts.memory)]
-    assert int(gpu[0] * int(facts.memory)) in {held.tensors_bytes, held.tensors_bytes - 1}
-    assert held.held_bytes() == 7
-    held.lift()
+    assert held.tensor_bytes == 8 * 2**30 - beside
+    assert gpu == [held.tensor_bytes / int(facts.memory)]
+    assert int(gpu[0] * int(facts.memory)) in {held.tensor_bytes, held.tensor_bytes - 1}
+    assert held.read_in_use_bytes() == 7
+    held.release()
     assert gpu[1:] == [1.0]
 
 
@@ -106,4 +106,4 @@ def test_a_device_without_a_file_is_taken_at_its_most(gpu: list[float], monkeypa
     other = SimpleNamespace(name="Some GPU", total_memory=80 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: other)
     held = limit_memory(16 * 2**30, torch.device("cuda", 0), None)
-    assert held.tensors_bytes == 16 * 2**30 - int(UNKNOWN_DEVICE.context[1]) - int(UNKNOWN_DEVICE.workspaces[1])
+    assert held.tensor_bytes == 16 * 2**30 - int(UNKNOWN_DEVICE.context[1]) - int(UNKNOWN_DEVICE.workspaces[1])

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
+from peftbench.common.units import parse_size
+from peftbench.errors import BudgetError, DeviceError, EstimateUnavailableError, ModelError, PrecisionError
 from peftbench.memory.devices import UNKNOWN_DEVICE, get_device_facts, load_devices
 from peftbench.memory.estimate import estimate
-from peftbench.memory.replay import replay_allocator
 from peftbench.memory.plan import Plan
+from peftbench.memory.replay import replay_allocator
 from peftbench.memory.simulation.step import MemorySimulation
-from peftbench.errors import BudgetError, DeviceError, ModelError, EstimateUnavailableError, PrecisionError
 from peftbench.methods.base import Method
 from peftbench.methods.baselines import ZeroShot
 from peftbench.methods.full import Full
@@ -22,7 +23,6 @@ from peftbench.methods.lora import Lora
 from peftbench.methods.prompt_tuning import PromptTuning
 from peftbench.optim import OPTIMIZERS
 from peftbench.recipe.schema import Recipe
-from peftbench.common.units import parse_size
 from tests.conftest import Workshop, every_architecture, every_method
 
 MIB = 2**20
@@ -80,9 +80,9 @@ def test_every_optimizer_s_states(name: str, workshop: Workshop) -> None:
         Full(), optimizer=kind, train={"precision": "bf16" if kind.weights == "bf16" else "fp32", "global_batch_size": 2}
     )
     with MemorySimulation(recipe, "cuda", 1) as rehearsal:
-        rehearsal.train(2, 16, 4)
-        groups = rehearsal.trainer.optimizer.param_groups
-    held = replay_allocator(rehearsal.book.events()).by_part["optimizer"].live_by_kind["optimizer_state"]
+        rehearsal.simulate_training(2, 16, 4)
+        groups = rehearsal.training.optimizer.param_groups
+    held = replay_allocator(rehearsal.memory_tracker.iter_events()).peak_by_phase["optimizer"].live_bytes_by_category["optimizer_state"]
     steps = 4 * sum(len(group["params"]) for group in groups)
     assert held == kind.state_bytes(groups) - steps * (name in {"adafactor", "adamw_bf16", "adamw8bit_bf16"})
 
@@ -113,7 +113,7 @@ def test_rows_of_a_multiple_are_planned_as_wide_as_they_come(planned: Any) -> No
     """48 tokens to a multiple of 32 are 64, soft tokens among them, and in a budget of tokens too."""
     wide, plain = (planned(Full(), data=data) for data in ({"pad_to_multiple_of": 32}, {"max_tokens": 64}))
     assert (wide.width, wide.parts) == (plain.width, plain.parts) == (64, plain.parts)
-    assert planned(PromptTuning(tokens=5), data={"pad_to_multiple_of": 32}).width == 59
+    assert planned(PromptTuning(num_virtual_tokens=5), data={"pad_to_multiple_of": 32}).width == 59
     assert planned(Full(), data={"pad_to_multiple_of": 32}, train={"micro_batch_tokens": 128}).rows == 2
 
 
@@ -194,7 +194,7 @@ def test_no_sizes(text: str) -> None:
 def test_devices() -> None:
     """Each file is whole and says where its memory is from; another name gives the nearest and the way without."""
     assert len(load_devices()) >= 9
-    gpus = [facts for facts in load_devices().values() if facts.kind == "cuda"]
+    gpus = [facts for facts in load_devices().values() if facts.device_type == "cuda"]
     assert len(gpus) == len(load_devices()) - 1
     for facts in gpus:
         assert 10 * 2**30 < facts.memory < 200 * 2**30
@@ -255,15 +255,15 @@ estimator's, with a GELU that is not fused."""
 def test_gpt2_small_as_it_was_traced_before(method: str, precision: str, workshop: Workshop) -> None:
     """Within one per cent."""
     kind: Method = {
-        "full": Full(), "lora": Lora(r=8), "prompt_tuning": PromptTuning(tokens=20), "last_layer": LastLayer(),
+        "full": Full(), "lora": Lora(r=8), "prompt_tuning": PromptTuning(num_virtual_tokens=20), "last_layer": LastLayer(),
     }[method]  # fmt: skip
     recipe = workshop.recipe(
         kind, model={"path": "openai-community/gpt2", "fused_gelu": False},
         train={"precision": precision, "global_batch_size": 6, "logits": "all"}, data={"padding": "longest"},
     )  # fmt: skip
     with MemorySimulation(recipe, "cuda", 1) as rehearsal:
-        rehearsal.train(6, 1024, 1023)
-    assert rehearsal.book.peak().bytes / MIB == pytest.approx(PUBLISHED[method, precision], rel=0.01)
+        rehearsal.simulate_training(6, 1024, 1023)
+    assert rehearsal.memory_tracker.find_peak().nbytes / MIB == pytest.approx(PUBLISHED[method, precision], rel=0.01)
 
 
 def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path, workshop: Workshop) -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from peftbench.memory.families import Family, FamilyMember, load_families, get_family, with_bundled_config
 from peftbench.errors import BudgetError
+from peftbench.memory.families import Family, FamilyMember, get_family, load_families, with_bundled_config
 from peftbench.recipe.schema import Model
 
 ALL = [(name, family, member) for name, family in load_families().items() for member in family.members]

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import pytest
 
+from peftbench.errors import BudgetError
 from peftbench.memory.devices import UNKNOWN_DEVICE, get_device_facts
 from peftbench.memory.estimate import estimate
-from peftbench.memory.search import TECHNIQUES, MemoryTarget, apply_strategy, list_technique_sets, find_largest_fitting, list_micro_batch_sizes, find_strategy, with_micro_batch
-from peftbench.errors import BudgetError
+from peftbench.memory.search import (
+    TECHNIQUES,
+    MemoryTarget,
+    apply_strategy,
+    find_largest_fitting,
+    find_strategy,
+    list_micro_batch_sizes,
+    list_technique_sets,
+    with_micro_batch,
+)
 from peftbench.methods.full import Full
 from peftbench.methods.last_layer import LastLayer
 from peftbench.optim import OPTIMIZERS
@@ -65,7 +74,7 @@ def test_a_technique_changes_its_knobs_alone(workshop: Workshop) -> None:
     """The rate and all else stay."""
     recipe = workshop.recipe(Full(), optimizer=OPTIMIZERS["adamw"](kind="adamw", learning_rate=3e-4))
     known = {technique.name: technique for technique in TECHNIQUES}
-    made = known["bf16_weights"].on(recipe)
+    made = known["bf16_weights"].apply(recipe)
     assert (made.optimizer.kind, made.optimizer.learning_rate) == ("adamw8bit_bf16", 3e-4)
     assert made.train.precision == "bf16"
     assert made.model_copy(update={"optimizer": recipe.optimizer, "train": recipe.train}) == recipe
@@ -77,13 +86,13 @@ def test_at_the_edge(workshop: Workshop) -> None:
     budget = estimate(with_micro_batch(recipe, 16), UNKNOWN_DEVICE, "a GPU").process_bytes[1]
     found = find_strategy(recipe, (), MemoryTarget(UNKNOWN_DEVICE, "a GPU", budget))
     assert found is not None
-    assert (found.plan.rows, found.plan.micro_batches, found.plan.verdict) == (16, 2, "fits")
-    assert found.changes == ("train.micro_batch_size=16",)
+    assert (found.plan.micro_batch_size, found.plan.gradient_accumulation_steps, found.plan.verdict) == (16, 2, "fits")
+    assert found.overrides == ("train.micro_batch_size=16",)
     assert estimate(with_micro_batch(recipe, 32), UNKNOWN_DEVICE, "a GPU", budget).verdict != "fits"
     less = find_strategy(recipe, (), MemoryTarget(UNKNOWN_DEVICE, "a GPU", budget - 1))
     assert less is not None
-    assert less.plan.rows < 16
-    assert find_strategy(recipe, (), MemoryTarget(UNKNOWN_DEVICE, "a GPU", found.plan.peak.live_by_kind["weights"] + 1)) is None
+    assert less.plan.micro_batch_size < 16
+    assert find_strategy(recipe, (), MemoryTarget(UNKNOWN_DEVICE, "a GPU", found.plan.peak.live_bytes_by_category["weights"] + 1)) is None
 
 
 def test_time_is_of_flops_and_of_the_device(workshop: Workshop) -> None:
@@ -98,23 +107,23 @@ def test_time_is_of_flops_and_of_the_device(workshop: Workshop) -> None:
     assert plain is not None
     assert again is not None
     assert half is not None
-    assert plain.seconds is not None
-    assert again.seconds is not None
-    assert half.seconds is not None
-    assert 1.05 < again.seconds / plain.seconds < 1.5
-    assert half.seconds < plain.seconds / 10
+    assert plain.step_seconds is not None
+    assert again.step_seconds is not None
+    assert half.step_seconds is not None
+    assert 1.05 < again.step_seconds / plain.step_seconds < 1.5
+    assert half.step_seconds < plain.step_seconds / 10
     unknown = find_strategy(recipe, (), MemoryTarget(UNKNOWN_DEVICE, "a GPU", 2**34))
     assert unknown is not None
-    assert unknown.seconds is None
+    assert unknown.step_seconds is None
 
 
 def test_a_batch_of_evaluation_that_does_not_fit_is_halved(workshop: Workshop) -> None:
     """Where evaluation is what takes most, its batch goes down and training's does not; the changes say so."""
     recipe = workshop.recipe(Full(), train={"global_batch_size": 2}, evaluate={"batch": 64})
     whole = estimate(recipe, UNKNOWN_DEVICE, "a GPU")
-    assert whole.peak_part == "evaluate"
+    assert whole.peak_phase == "evaluate"
     half = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"batch": 32})})
     found = find_strategy(recipe, (), MemoryTarget(UNKNOWN_DEVICE, "a GPU", estimate(half, UNKNOWN_DEVICE, "a GPU").process_bytes[1]))
     assert found is not None
-    assert found.changes == ("train.micro_batch_size=2", "evaluate.batch_size=32")
+    assert found.overrides == ("train.micro_batch_size=2", "evaluate.batch_size=32")
     assert apply_strategy(recipe, found).evaluate.batch_size == 32

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from peftbench.memory.simulation.step import MemorySimulation
-from peftbench.memory.launch_config import load_launch_config
 from peftbench.data.batches import compute_micro_batching
 from peftbench.data.sources import Files
+from peftbench.memory.launch_config import load_launch_config
+from peftbench.memory.simulation.step import MemorySimulation
 from peftbench.methods.base import Method
 from peftbench.methods.full import Full
 from peftbench.methods.lora import Lora
@@ -57,10 +57,10 @@ class Case(NamedTuple):
             name=self.name, output_dir=str(output), save_model=False, method=METHODS[self.method],
             model=Model(path=base),
             data=Data(source=source, separator=" TL;DR:", padding="max_length", **width),
-            train=Train(steps=3, global_batch=12, micro_batch=self.micro_batch, precision=self.precision,  # type: ignore[arg-type]
+            train=Train(steps=3, global_batch_size=12, micro_batch_size=self.micro_batch, precision=self.precision,  # type: ignore[arg-type]
                         gradient_checkpointing=self.checkpointing),
-            evaluate=Evaluate(generate=False, max_new_tokens=8, resamples=100),
-            profile=Profile(warmup_steps=2, breakdown=True),
+            evaluate=Evaluate(generate=False, max_new_tokens=8, bootstrap_resamples=100),
+            profile=Profile(untimed_steps=2, memory_breakdown=True),
         )  # fmt: skip
 
 
@@ -131,15 +131,15 @@ def held(launcher: Given, recipes: Callable[[str, Case], Recipe], request: pytes
             done.add(engine)
             launch(launcher(engine), [run for case in asked for run in runs(recipes(engine, case))])
         places = [Path(run.output_dir) / run.name / "record.json" for run in runs(recipes(engine, case))]
-        record = min(map(read_record, places), key=lambda record: record.breakdown.peak_bytes)  # type: ignore[union-attr]
+        record = min(map(read_record, places), key=lambda record: record.memory_breakdown.peak_bytes)  # type: ignore[union-attr]
         assert record.engine is not None
         assert record.engine.name == engine
         if case.micro_batch:
             assert record.tokens is not None
             assert record.tokens.real == record.tokens.padded
-        assert record.breakdown is not None
+        assert record.memory_breakdown is not None
         assert record.state_bytes is not None
-        kinds = record.breakdown.bytes_by_kind
+        kinds = record.memory_breakdown.bytes_by_category
         # Counted by other means, at the end of the run; by then ZeRO's third stage has weights whole from evaluation.
         assert kinds["optimizer_state"] == record.state_bytes.optimizer
         assert kinds["weights"] == record.state_bytes.weights or engine == "zero3"
@@ -177,10 +177,10 @@ def launch(accelerate: Path, recipes: list[Recipe]) -> None:
 def rehearsed(recipe: Recipe, accelerate: Path, labels: int) -> MemoryPeak:
     """The peak of the same step, of which nothing was computed."""
     world = load_launch_config(accelerate, PROCESSES, recipe)
-    accumulation, rows = compute_micro_batching(recipe.train.global_batch_size, recipe.train.rows, PROCESSES)
-    with MemorySimulation(recipe, "cpu", accumulation, padded=recipe.data.max_length == WIDTH, world=world) as rehearsal:
-        rehearsal.train(rows, recipe.data.max_length or 0, labels)
-    return rehearsal.book.peak()
+    accumulation, rows = compute_micro_batching(recipe.train.global_batch_size, recipe.train.resolved_micro_batch_size, PROCESSES)
+    with MemorySimulation(recipe, "cpu", accumulation, has_padding=recipe.data.max_length == WIDTH, launch_config=world) as rehearsal:
+        rehearsal.simulate_training(rows, recipe.data.max_length or 0, labels)
+    return rehearsal.memory_tracker.find_peak()
 
 
 @pytest.mark.multiprocess
@@ -192,9 +192,9 @@ def test_the_peak_of_one_of_several_processes(  # noqa: PLR0917 — fixtures
     """Parts of weights and states, buckets, gathered weights and all else: each as where it was really made."""
     monkeypatch.chdir(REPOSITORY)  # from which accelerate files name DeepSpeed's
     record: RunRecord = held(engine, case)
-    recipe, found = recipes(engine, case), record.breakdown
+    recipe, found = recipes(engine, case), record.memory_breakdown
     assert found is not None
     expected = rehearsed(recipe, launcher(engine), labels_a_row(record, recipe.train.global_batch_size))
-    assert (expected.operation, expected.part) == (found.operation, found.part)
-    assert expected.bytes == pytest.approx(found.peak_bytes, rel=0, abs=SCALARS)
-    assert expected.by_kind == pytest.approx(found.bytes_by_kind, rel=0, abs=SCALARS)
+    assert (expected.operation, expected.step_part) == (found.operation, found.step_part)
+    assert expected.nbytes == pytest.approx(found.peak_bytes, rel=0, abs=SCALARS)
+    assert expected.bytes_by_category == pytest.approx(found.bytes_by_category, rel=0, abs=SCALARS)

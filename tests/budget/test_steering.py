@@ -39,7 +39,7 @@ def casts_of(device: str, block: AbstractContextManager[Any], *, trained: bool) 
 def test_copies_of_weights_are_kept_as_long_as_autocast_keeps_them(trained: bool) -> None:
     """One copy of a trained weight for all its uses, and one for each use of a frozen one."""
     real = casts_of("cpu", torch.autocast("cpu", dtype=torch.bfloat16), trained=trained)
-    steering = DeviceEmulation("cpu", torch.bfloat16, padded=True)
+    steering = DeviceEmulation("cpu", torch.bfloat16, has_padding=True)
     with steering:
         assert casts_of("meta", steering.autocast(), trained=trained) == real
         assert casts_of("meta", steering.autocast(), trained=trained) == real  # no copy outlives its block

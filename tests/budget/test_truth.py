@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from peftbench.memory.simulation.step import MemorySimulation
 from peftbench.data.sources import Files
+from peftbench.memory.simulation.step import MemorySimulation
 from peftbench.methods.base import Method
 from peftbench.methods.full import Full
 from peftbench.methods.lora import Lora
@@ -29,14 +29,14 @@ SHORT = 30
 def made_and_rehearsed(recipe: Recipe, workshop: Workshop) -> tuple[MemoryBreakdown, MemoryPeak]:
     """Of six rows at once: the peak of a step that was made, and of the rehearsed one."""
     record = workshop.run(recipe)
-    found = record.breakdown
+    found = record.memory_breakdown
     assert found is not None
     assert record.tokens is not None
     assert record.tokens.padded == 6 * WIDTH * record.steps
     assert (record.tokens.real == record.tokens.padded) == (recipe.data.padding == "none")
     with MemorySimulation(recipe, "cpu", 1) as rehearsal:
-        rehearsal.train(6, WIDTH, labels_a_row(record, 6))
-    return found, rehearsal.book.peak()
+        rehearsal.simulate_training(6, WIDTH, labels_a_row(record, 6))
+    return found, rehearsal.memory_tracker.find_peak()
 
 
 @every_method
@@ -58,25 +58,25 @@ def test_the_peak_of_a_real_step(  # noqa: PLR0917
         method, architecture=architecture,
         data={"padding": padding, "max_tokens": WIDTH, "source": sources[padding]},
         train={"precision": precision, "gradient_checkpointing": checkpointing, "steps": 3, "global_batch_size": 6},
-        profile=Profile(warmup_steps=2, breakdown=True),
+        profile=Profile(untimed_steps=2, memory_breakdown=True),
     )  # fmt: skip
     found, expected = made_and_rehearsed(recipe, workshop)
-    assert expected.bytes == pytest.approx(found.peak_bytes, rel=1e-6)
-    assert expected.by_kind == found.bytes_by_kind
+    assert expected.nbytes == pytest.approx(found.peak_bytes, rel=1e-6)
+    assert expected.bytes_by_category == found.bytes_by_category
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "nf4_double"])
-@pytest.mark.parametrize("method", [Lora(r=4), PromptTuning(tokens=5)], ids=["lora", "prompt_tuning"])
+@pytest.mark.parametrize("method", [Lora(r=4), PromptTuning(num_virtual_tokens=5)], ids=["lora", "prompt_tuning"])
 def test_over_a_packed_base(method: Method, quantization: str, workshop: Workshop, sources: dict[str, Files]) -> None:
     """Four bits a weight, their scales, and what is unpacked in the backward pass."""
     recipe = workshop.recipe(
         method, model={"quantization": quantization},
         data={"padding": "max_tokens", "max_tokens": WIDTH, "source": sources["max_tokens"]},
         train={"steps": 3, "global_batch_size": 6},
-        profile=Profile(warmup_steps=2, breakdown=True),
+        profile=Profile(untimed_steps=2, memory_breakdown=True),
     )  # fmt: skip
     found, expected = made_and_rehearsed(recipe, workshop)
-    assert (expected.bytes, expected.by_kind) == (found.peak_bytes, found.bytes_by_kind)
+    assert (expected.nbytes, expected.bytes_by_category) == (found.peak_bytes, found.bytes_by_category)
 
 
 @pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - {"paged_adamw8bit", "deepspeed_cpu_adam"}))
@@ -87,16 +87,16 @@ def test_every_optimizer(name: str, workshop: Workshop, sources: dict[str, Files
         Full(), optimizer=kind,
         data={"padding": "max_tokens", "max_tokens": SHORT, "overlong": "drop", "source": sources["none"]},
         train={"steps": 3, "global_batch_size": 6, "micro_batch_size": 2, "precision": "bf16"},
-        profile=Profile(warmup_steps=2, breakdown=True),
+        profile=Profile(untimed_steps=2, memory_breakdown=True),
     )  # fmt: skip
     record = workshop.run(recipe)
-    found = record.breakdown
+    found = record.memory_breakdown
     assert found is not None
     assert record.tokens is not None
     assert record.tokens.real == record.tokens.padded
-    with MemorySimulation(recipe, "cpu", 3, padded=False) as rehearsal:
-        rehearsal.train(2, SHORT, labels_a_row(record, 6))
-    expected = rehearsal.book.peak()
+    with MemorySimulation(recipe, "cpu", 3, has_padding=False) as rehearsal:
+        rehearsal.simulate_training(2, SHORT, labels_a_row(record, 6))
+    expected = rehearsal.memory_tracker.find_peak()
     # torchao's scalars on the CPU live a little longer than there: 16 bytes of them.
-    assert expected.by_kind == pytest.approx(found.bytes_by_kind, rel=1e-6, abs=16)
-    assert (expected.operation, expected.part) == (found.operation, found.part)
+    assert expected.bytes_by_category == pytest.approx(found.bytes_by_category, rel=1e-6, abs=16)
+    assert (expected.operation, expected.step_part) == (found.operation, found.step_part)

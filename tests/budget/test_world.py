@@ -13,12 +13,12 @@ import pytest
 import torch
 from accelerate.state import PartialState
 
+from peftbench.distributed.engines import ENGINES
+from peftbench.errors import CombinationError, EngineError, EstimateUnavailableError, MissingFileError, OutOfRangeError
 from peftbench.memory.devices import UNKNOWN_DEVICE
 from peftbench.memory.estimate import estimate
-from peftbench.memory.plan import Plan
 from peftbench.memory.launch_config import load_launch_config
-from peftbench.distributed.engines import ENGINES
-from peftbench.errors import CombinationError, EngineError, MissingFileError, EstimateUnavailableError, OutOfRangeError
+from peftbench.memory.plan import Plan
 from peftbench.methods.base import Method
 from peftbench.methods.full import Full
 from peftbench.methods.lora import Lora
@@ -41,7 +41,7 @@ def planned(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> Any:
         recipe: Recipe = workshop.recipe(method, train=train, **parts)
         world = load_launch_config(Path("accel_configs") / f"{engine}.yaml", processes, recipe)
         assert world.engine.name == engine
-        return estimate(recipe, UNKNOWN_DEVICE, "a GPU", world=world)
+        return estimate(recipe, UNKNOWN_DEVICE, "a GPU", launch_config=world)
 
     return made
 
@@ -51,7 +51,7 @@ def planned(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_every_engine_has_a_plan(engine: str, method: Method, planned: Any) -> None:
     """With training, evaluation and generation in it; DeepSpeed steps within the backward pass."""
     plan = planned(engine, method, 3, train={"precision": "bf16"}, evaluate={"generate": True, "batch": 2})
-    steps = {"backward_and_optimizer"} if ENGINES[engine].deepspeed else {"backward", "optimizer"}
+    steps = {"backward_and_optimizer"} if ENGINES[engine].is_deepspeed else {"backward", "optimizer"}
     assert {"forward", "evaluate", "generate", *steps} <= set(plan.parts)
     assert (plan.engine, plan.processes, plan.rows, plan.micro_batches) == (engine, 3, 2, 4)
     for part in plan.parts.values():
@@ -125,7 +125,7 @@ def test_refusals(planned: Any, workshop: Workshop, tmp_path: Path) -> None:
 def test_one_process_of_a_file_is_single(workshop: Workshop) -> None:
     """As a run from it would be, and by the file's own number."""
     world = load_launch_config(REPOSITORY / "accel_configs" / "single_gpu.yaml", None, workshop.recipe(Full()))
-    assert (world.alone, world.processes) == (True, 1)
+    assert (world.is_single_process, world.num_processes) == (True, 1)
 
 
 def test_the_command_prints_its_answer_alone(workshop: Workshop, tmp_path: Path) -> None:
@@ -138,5 +138,5 @@ def test_the_command_prints_its_answer_alone(workshop: Workshop, tmp_path: Path)
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=True)
     plan = Plan(**json.loads(done.stdout))
-    assert (plan.engine, plan.processes) == ("zero2", 3)
+    assert (plan.engine, plan.num_processes) == ("zero2", 3)
     assert done.stderr == ""

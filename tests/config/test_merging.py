@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from peftbench.recipe.loader import to_commented_yaml, load_recipe, merge_configs
+from peftbench.common.schema import ConfigSection
 from peftbench.errors import MissingFileError, RecipeError
 from peftbench.methods import METHOD_KINDS
 from peftbench.optim import OPTIMIZERS, SGD, AdamW
-from peftbench.common.schema import ConfigSection
+from peftbench.recipe.loader import load_recipe, merge_configs, to_commented_yaml
 from peftbench.recipe.schema import Recipe
 from tests.config.conftest import LEAST, write
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from peftbench.recipe.loader import load_recipe, parse_recipe
 from peftbench.errors import MissingFileError, OutOfRangeError, RecipeError, UnknownKeyError, WrongTypeError
+from peftbench.recipe.loader import load_recipe, parse_recipe
 from tests.config.conftest import LEAST, write
 
 MISTAKES: list[tuple[str, type[RecipeError], str]] = [

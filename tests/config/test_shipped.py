@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from peftbench.recipe.loader import to_commented_yaml, load_recipe
+from peftbench.recipe.loader import load_recipe, to_commented_yaml
 from tests.config.conftest import write
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"

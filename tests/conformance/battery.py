@@ -31,19 +31,19 @@ VARIANTS: dict[str, dict[str, Method]] = {
         "head_as_published": LastLayer(head="outside_blocks"),
     },
     "lora": {
-        "lora": Lora(r=4, alpha=6),
-        "lora_dropout": Lora(r=4, alpha=6, dropout=0.1),
-        "lora_dora": Lora(r=4, alpha=6, use_dora=True),
-        "lora_rslora": Lora(r=4, alpha=6, use_rslora=True),
-        "lora_bias_all": Lora(r=4, alpha=6, bias="all"),
-        "lora_bias_lora_only": Lora(r=4, alpha=6, bias="lora_only"),
+        "lora": Lora(r=4, lora_alpha=6),
+        "lora_dropout": Lora(r=4, lora_alpha=6, lora_dropout=0.1),
+        "lora_dora": Lora(r=4, lora_alpha=6, use_dora=True),
+        "lora_rslora": Lora(r=4, lora_alpha=6, use_rslora=True),
+        "lora_bias_all": Lora(r=4, lora_alpha=6, bias="all"),
+        "lora_bias_lora_only": Lora(r=4, lora_alpha=6, bias="lora_only"),
         # One expression for matrices that widen and matrices that narrow, in both architectures.
-        "lora_expression": Lora(r=4, alpha=6, target_modules=r".*\.(c_attn|c_fc|q_proj|up_proj|mlp\.c_proj|down_proj)"),
+        "lora_expression": Lora(r=4, lora_alpha=6, target_modules=r".*\.(c_attn|c_fc|q_proj|up_proj|mlp\.c_proj|down_proj)"),
     },
     "prompt_tuning": {
-        "prompt_random": PromptTuning(tokens=5),
-        "prompt_text": PromptTuning(tokens=5, init="text", init_text="Summarise the article above in one sentence."),
-        "prompt_vocabulary": PromptTuning(tokens=5, init="vocabulary"),
+        "prompt_random": PromptTuning(num_virtual_tokens=5),
+        "prompt_text": PromptTuning(num_virtual_tokens=5, prompt_tuning_init="text", prompt_tuning_init_text="Summarise the article above in one sentence."),
+        "prompt_vocabulary": PromptTuning(num_virtual_tokens=5, prompt_tuning_init="vocabulary"),
     },
 }
 """Each kind's variants that differ in what is trained or how it starts."""

@@ -29,7 +29,7 @@ def test_fits_one_batch(case: Case, make_bench: MakeBench, accelerator: Accelera
 
 def _loss_and_gradients(bench: Bench, computed: CausalLMLoss) -> tuple[float, dict[str, torch.Tensor]]:
     torch.manual_seed(7)  # for LoRA's dropout
-    with computed.in_use():
+    with computed.attention_context():
         loss = computed(bench.model, micro_batch(virtual=bench.case.method.virtual_tokens))
         loss.backward()  # type: ignore[no-untyped-call]
     gradients = {name: parameter.grad for name, parameter in trained(bench.model).items()}
@@ -52,4 +52,4 @@ def test_checkpointing_changes_no_number(case: Case, make_bench: MakeBench) -> N
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradients_again[name], gradient, rtol=1e-5, atol=1e-6)
     # A frozen trunk is in evaluation mode and has nothing to recompute.
-    assert len(calls) == (1 if case.method.trunk_frozen else 2)
+    assert len(calls) == (1 if case.method.has_frozen_backbone else 2)

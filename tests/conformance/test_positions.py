@@ -15,8 +15,8 @@ NEW_TOKENS = 6
 
 
 def _layout(case: Case, max_tokens: int | None) -> SequenceLayout:
-    return SequenceLayout.fit(
-        separator=" TL;DR:", max_tokens=max_tokens, new_tokens=NEW_TOKENS, positions=POSITIONS,
+    return SequenceLayout.for_model(
+        separator=" TL;DR:", max_length=max_tokens, max_new_tokens=NEW_TOKENS, max_positions=POSITIONS,
         virtual_tokens=case.method.virtual_tokens,
     )  # fmt: skip
 
@@ -30,8 +30,8 @@ def test_some_method_has_virtual_tokens() -> None:
 def test_layout_leaves_room_for_virtual_tokens(case: Case) -> None:
     """Left to itself a layout takes what virtual tokens leave; one token more is refused with both numbers."""
     room = POSITIONS - case.method.virtual_tokens
-    assert _layout(case, None).max_tokens == room
-    assert _layout(case, room).max_tokens == room
+    assert _layout(case, None).max_length == room
+    assert _layout(case, room).max_length == room
     with pytest.raises(OutOfRangeError, match=rf"max_tokens={room + 1} .*{POSITIONS} positions.*max_tokens={room} "):
         _layout(case, room + 1)
 
@@ -39,7 +39,7 @@ def test_layout_leaves_room_for_virtual_tokens(case: Case) -> None:
 @every_case
 def test_longest_sequence_is_trained_on(case: Case, make_bench: MakeBench) -> None:
     """A sequence that fills the model to its last position has a loss, and logits at its real positions alone."""
-    room = _layout(case, None).max_tokens
+    room = _layout(case, None).max_length
     bench = make_bench(case)
     batch = micro_batch([(room, 4), (9, 3)], virtual=case.method.virtual_tokens)
     assert torch.isfinite(summed_loss(bench.model, batch))
@@ -51,7 +51,7 @@ def test_longest_prompt_is_generated_from(case: Case, make_bench: MakeBench) -> 
     """A prompt that leaves room for the new tokens alone is continued to the model's last position."""
     bench = make_bench(case)
     bench.model.eval()
-    width = _layout(case, None).max_tokens - NEW_TOKENS
+    width = _layout(case, None).max_length - NEW_TOKENS
     ids = torch.randint(1, 4096, (2, width), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, : width // 2] = 0
@@ -68,5 +68,5 @@ def test_one_token_more_would_overrun(case: Case, make_bench: MakeBench) -> None
     with pytest.raises(IndexError):
         summed_loss(
             make_bench(case).model,
-            micro_batch([(_layout(case, None).max_tokens + 1, 4)], virtual=case.method.virtual_tokens),
+            micro_batch([(_layout(case, None).max_length + 1, 4)], virtual=case.method.virtual_tokens),
         )

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from peftbench.training.loop import train_step
 from peftbench.methods import METHODS
+from peftbench.training.loop import train_step
 from tests.bases import ARCHITECTURES, meta_base
 from tests.conformance.battery import CASES, RATES, REFUSED, VARIANTS, Case, MakeBench, every_case
 from tests.conftest import ONE_OF_EACH, loss_for, micro_batch, one_batch, summed_loss, trained, trainer_of
@@ -48,7 +48,7 @@ def test_a_trunk_that_is_said_to_be_frozen_is(case: Case, make_bench: MakeBench)
     trunk = make_bench(case).base.base_model
     trained_there = any(parameter.requires_grad for parameter in trunk.parameters())
     dropping = any(module.training for module in trunk.modules())
-    assert case.method.trunk_frozen is not (trained_there or dropping)
+    assert case.method.has_frozen_backbone is not (trained_there or dropping)
 
 
 @every_case
@@ -90,4 +90,4 @@ def test_trunk_frozen_says_where_the_backward_pass_ends(case: Case, make_bench: 
     head = bench.base.get_output_embeddings()
     head.register_forward_pre_hook(lambda _, inputs: needs_gradient.append(inputs[0].requires_grad))
     loss(bench.model, micro_batch(virtual=case.method.virtual_tokens))
-    assert needs_gradient == [not case.method.trunk_frozen]
+    assert needs_gradient == [not case.method.has_frozen_backbone]

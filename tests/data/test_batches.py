@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from peftbench.data.batches import Batches, GlobalBatch, _split_evenly
-from peftbench.data.collate import Collator, MicroBatch, PaddingFreeCollator, TokenCounts, FlopUnits
+from peftbench.data.collate import Collator, FlopUnits, MicroBatch, PaddingFreeCollator, TokenCounts
 from peftbench.errors import OutOfRangeError
 from tests.conftest import labels_of
 
@@ -87,8 +87,8 @@ def every_rank(dataset: Dataset, split: tuple[int, int | None, int], count: int)
 
 def test_the_order_is_the_seed_s_alone(dataset: Dataset) -> None:
     """The same seed gives the same order, another seed another one."""
-    orders = {seed: list(itertools.islice(batches(dataset, seed=seed).order(), 100)) for seed in range(3)}
-    assert list(itertools.islice(batches(dataset, seed=0).order(), 100)) == orders[0]
+    orders = {seed: list(itertools.islice(batches(dataset, seed=seed).sample_indices(), 100)) for seed in range(3)}
+    assert list(itertools.islice(batches(dataset, seed=0).sample_indices(), 100)) == orders[0]
     assert orders[0] != orders[1] != orders[2] != orders[0]
 
 
@@ -97,10 +97,10 @@ def test_the_order_owes_nothing_to_torch_s_own_seed(dataset: Dataset) -> None:
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    order = list(itertools.islice(batches(dataset).order(), 50))
+    order = list(itertools.islice(batches(dataset).sample_indices(), 50))
     assert torch.equal(torch.rand(3), expected)
     torch.manual_seed(2)
-    assert list(itertools.islice(batches(dataset).order(), 50)) == order
+    assert list(itertools.islice(batches(dataset).sample_indices(), 50)) == order
 
 
 def test_there_are_splits_to_check() -> None:
@@ -113,7 +113,7 @@ def test_there_are_splits_to_check() -> None:
 def test_a_step_is_the_same_examples_however_it_is_cut(split: tuple[int, int | None, int], dataset: Dataset) -> None:
     """Over all ranks and micro-batches a step holds each example of the next stretch of the order, once."""
     global_batch = split[0]
-    order = batches(dataset).order()
+    order = batches(dataset).sample_indices()
     for step in every_rank(dataset, split, 3):
         seen = [index for rank in step for index in examples(rank)]
         assert Counter(seen) == Counter(itertools.islice(order, global_batch))
@@ -124,7 +124,7 @@ def test_a_step_is_the_same_examples_however_it_is_cut(split: tuple[int, int | N
 def test_ranks_have_equal_work(split: tuple[int, int | None, int], dataset: Dataset) -> None:
     """Every rank runs the same number of micro-batches, none is empty and none is larger than asked."""
     global_batch, micro_batch, world_size = split
-    expected = batches(dataset, global_batch, micro_batch, world_size=world_size).accumulation
+    expected = batches(dataset, global_batch, micro_batch, world_size=world_size).gradient_accumulation_steps
     for step in every_rank(dataset, split, 3):
         assert [len(rank.micro_batches) for rank in step] == [expected] * world_size
         sizes = [len(part.input_ids) for rank in step for part in rank.micro_batches]
@@ -141,7 +141,7 @@ def test_accumulation(
     global_batch: int, micro_batch: int | None, world_size: int, accumulation: int, dataset: Dataset
 ) -> None:
     """As few micro-batches as the limit allows; without a limit there is no accumulation."""
-    assert batches(dataset, global_batch, micro_batch, world_size=world_size).accumulation == accumulation
+    assert batches(dataset, global_batch, micro_batch, world_size=world_size).gradient_accumulation_steps == accumulation
 
 
 @pytest.mark.parametrize("global_batch_size", [4, 8, 40])
@@ -151,7 +151,7 @@ def test_an_epoch_sees_each_example_once(global_batch: int, dataset: Dataset) ->
     seen = [index for batch in first(batches(dataset, global_batch, 2), 3 * steps) for index in examples(batch)]
     epochs = [seen[start : start + EXAMPLES] for start in range(0, 3 * EXAMPLES, EXAMPLES)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(EXAMPLES))] * 3
-    order = list(itertools.islice(batches(dataset).order(), 2 * EXAMPLES))
+    order = list(itertools.islice(batches(dataset).sample_indices(), 2 * EXAMPLES))
     assert order[:EXAMPLES] != order[EXAMPLES:]
 
 
@@ -197,8 +197,8 @@ def test_epochs_become_steps(count: int, global_batch: int, epochs: float, steps
     from datasets import Dataset
 
     dataset = Dataset.from_dict({"input_ids": [[1, 2]] * count, "prompt_tokens": [1] * count})
-    assert batches(dataset, global_batch).steps(None, epochs) == steps
-    assert batches(dataset, global_batch).steps(7, None) == 7
+    assert batches(dataset, global_batch).count_steps(None, epochs) == steps
+    assert batches(dataset, global_batch).count_steps(7, None) == 7
 
 
 # --- counts ----------------------------------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ def test_counts_are_those_of_all_ranks(split: tuple[int, int | None, int], datas
             padded=sum(height * width for height, width in shapes),
             labelled=sum(length(index) - prompt(index) for index in seen),
         )
-        assert [rank.counts for rank in step] == [expected] * len(step)
+        assert [rank.token_counts for rank in step] == [expected] * len(step)
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, None])
@@ -240,9 +240,9 @@ def test_counts_by_hand() -> None:
     assert batch.lengths == (5, 3)
     no = -100
     assert labels_of(batch, virtual_tokens=4).tolist() == [[no, no, 13, 14, 15], [no, 22, 23, no, no]]
-    assert batch.predictors.tolist() == [4 + 1, 4 + 2, 4 + 3, 9 + 4 + 0, 9 + 4 + 1]
+    assert batch.logit_indices.tolist() == [4 + 1, 4 + 2, 4 + 3, 9 + 4 + 0, 9 + 4 + 1]
     assert batch.targets.tolist() == [13, 14, 15, 22, 23]
-    counts = collator.count(batch)
+    counts = collator.count_tokens(batch)
     assert counts == TokenCounts(real=8, padded=10, labelled=5, virtual=8)
     assert counts + TokenCounts(1, 2, 3, 4) == TokenCounts(9, 12, 8, 12)
 
@@ -250,18 +250,18 @@ def test_counts_by_hand() -> None:
 def test_the_first_position_is_never_predicted() -> None:
     """A row without any prompt has one label less than tokens, since nothing stands before its first one."""
     collator = Collator(PAD)
-    assert collator.count(collator.collate([[1, 2, 3]], [0])).labelled == 2
+    assert collator.count_tokens(collator.collate([[1, 2, 3]], [0])).labelled == 2
 
 
 def test_padding_to_a_width() -> None:
     """Every micro-batch may be padded to one width, which changes no other count."""
-    narrow, wide = Collator(PAD), Collator(PAD, pad_to=9)
+    narrow, wide = Collator(PAD), Collator(PAD, pad_to_length=9)
     examples_ = ([[11, 12, 13], [21, 22]], [1, 1])
     batch = wide.collate(*examples_)
     assert batch.input_ids.shape == labels_of(batch).shape == (2, 9)
     assert batch.input_ids[:, 3:].eq(PAD).all()
     assert batch.lengths == (3, 2)
-    counts, expected = wide.count(batch), narrow.count(narrow.collate(*examples_))
+    counts, expected = wide.count_tokens(batch), narrow.count_tokens(narrow.collate(*examples_))
     assert (counts.real, counts.labelled, counts.padded) == (expected.real, expected.labelled, 18)
 
 
@@ -271,8 +271,8 @@ def test_virtual_tokens_change_no_batch(dataset: Dataset) -> None:
     without = first(batches(dataset, 8, 3), 3)
     for one, other in zip(with_virtual, without, strict=True):
         assert [rows(part) for part in one.micro_batches] == [rows(part) for part in other.micro_batches]
-        assert one.counts.virtual == 8 * 20
-        assert other.counts.virtual == 0
+        assert one.token_counts.virtual == 8 * 20
+        assert other.token_counts.virtual == 0
 
 
 # --- as published ----------------------------------------------------------------------------------------------------
@@ -280,48 +280,48 @@ def test_virtual_tokens_change_no_batch(dataset: Dataset) -> None:
 
 def test_as_published_every_position_is_labelled() -> None:
     """The study's batches label prompts and padding too, and the count says so."""
-    collator = Collator(PAD, pad_to=6, as_published=True)
+    collator = Collator(PAD, pad_to_length=6, label_padding=True)
     batch = collator.collate([[11, 12, 13], [21, 22]], [1, 1])
     labels = labels_of(batch)
     assert torch.equal(labels[:, 1:], batch.input_ids[:, 1:])
     assert labels[:, 0].eq(-100).all()  # before which there is nothing to predict it from
     assert batch.attention_mask is not None
     assert batch.attention_mask.tolist() == [[1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0]]
-    assert collator.count(batch) == TokenCounts(real=5, padded=12, labelled=10, virtual=0)
+    assert collator.count_tokens(batch) == TokenCounts(real=5, padded=12, labelled=10, virtual=0)
     batch.targets[0] = 99
     assert batch.input_ids[0, 1] == 12  # labels are a copy
 
 
 def test_as_published_batches_are_not_sorted(dataset: Dataset) -> None:
     """The study's batches keep the order of the draw."""
-    made = batches(dataset, 8, 2, collator=Collator(PAD, as_published=True))
-    order = list(itertools.islice(made.order(), 8))
+    made = batches(dataset, 8, 2, collator=Collator(PAD, label_padding=True))
+    order = list(itertools.islice(made.sample_indices(), 8))
     assert examples(first(made, 1)[0]) == order
     assert [length(index) for index in order] != sorted(length(index) for index in order)
 
 
 def test_rows_of_a_multiple() -> None:
     """Soft tokens are part of what is a multiple, padding has none, and no row is longer than the model's positions."""
-    padder, packer = Collator(PAD, 4, multiple=8), PaddingFreeCollator(PAD, 4, multiple=8)
+    padder, packer = Collator(PAD, 4, pad_to_multiple_of=8), PaddingFreeCollator(PAD, 4, pad_to_multiple_of=8)
     rows, prompts = [[5] * 7, [6] * 9], [3, 4]
     padded, packed = padder.collate(rows, prompts), packer.collate(rows, prompts)
     assert padded.input_ids.shape == (2, 12)
-    assert padder.positions([7, 9]) == 2 * 16
+    assert padder.count_positions([7, 9]) == 2 * 16
     assert packed.input_ids.tolist() == [[PAD] * 4 + [5] * 7 + [PAD] * 4 + [6] * 9]
-    assert packer.positions([7, 9]) == 24
+    assert packer.count_positions([7, 9]) == 24
     three = packer.collate([*rows, [7]], [*prompts, 1])
-    assert three.documents is not None
-    assert three.documents.lengths == (11, 13, 5, 3)
-    assert three.documents.virtual.tolist() == [0, 1, 2, 3, 11, 12, 13, 14, 24, 25, 26, 27]
-    assert three.documents.position_ids[0, -3:].tolist() == [0, 1, 2]
+    assert three.packed_sequences is not None
+    assert three.packed_sequences.lengths == (11, 13, 5, 3)
+    assert three.packed_sequences.virtual_token_indices.tolist() == [0, 1, 2, 3, 11, 12, 13, 14, 24, 25, 26, 27]
+    assert three.packed_sequences.position_ids[0, -3:].tolist() == [0, 1, 2]
     assert three.lengths == (7, 9, 1)
-    assert three.input_ids.shape[1] == packer.positions([7, 9, 1]) == 32
-    assert packer.count(three) == TokenCounts(17, 20, 9, 12)
-    assert packer.required(three) == FlopUnits(29, 11**2 + 13**2 + 5**2, 66 + 91 + 15, 9, 29)
-    assert packer.executed(three) == FlopUnits(32, 11**2 + 13**2 + 5**2 + 3**2, 66 + 91 + 15 + 6, 9, 32)
-    short = Collator(PAD, 4, multiple=8, most=14)
+    assert three.input_ids.shape[1] == packer.count_positions([7, 9, 1]) == 32
+    assert packer.count_tokens(three) == TokenCounts(17, 20, 9, 12)
+    assert packer.model_flop_units(three) == FlopUnits(29, 11**2 + 13**2 + 5**2, 66 + 91 + 15, 9, 29)
+    assert packer.hardware_flop_units(three) == FlopUnits(32, 11**2 + 13**2 + 5**2 + 3**2, 66 + 91 + 15 + 6, 9, 32)
+    short = Collator(PAD, 4, pad_to_multiple_of=8, max_positions=14)
     assert short.collate(rows, prompts).input_ids.shape == (2, 10)
-    assert short.positions([7, 9]) == 2 * 14
+    assert short.count_positions([7, 9]) == 2 * 14
 
 
 # --- under a budget of tokens ----------------------------------------------------------------------------------------
@@ -329,7 +329,7 @@ def test_rows_of_a_multiple() -> None:
 
 CUT = {
     "padded": Collator(PAD), "packed": PaddingFreeCollator(PAD), "virtual": PaddingFreeCollator(PAD, 4), "padded_to_a_multiple":
-    Collator(PAD, multiple=4), "packed_to_a_multiple": PaddingFreeCollator(PAD, 4, multiple=8),
+    Collator(PAD, pad_to_multiple_of=4), "packed_to_a_multiple": PaddingFreeCollator(PAD, 4, pad_to_multiple_of=8),
 }  # fmt: skip
 
 
@@ -342,7 +342,7 @@ def test_micro_batches_keep_to_a_number_of_tokens(
     """In every step of a run, on every rank, with as few micro-batches as do; the steps see the same examples."""
     steps = 9
     within = [
-        batches(dataset, global_batch, None, collator=collator, rank=rank, world_size=world_size).within(tokens, steps)
+        batches(dataset, global_batch, None, collator=collator, rank=rank, world_size=world_size).limited_to_tokens(tokens, steps)
         for rank in range(world_size)
     ]
     plain = [first(batches(dataset, global_batch, 1, collator=collator), steps)][0]
@@ -350,25 +350,25 @@ def test_micro_batches_keep_to_a_number_of_tokens(
     for step in range(steps):
         ranks = [first(made, steps)[step] for made in within]
         parts = [part for batch in ranks for part in batch.micro_batches]
-        assert {len(batch.micro_batches) for batch in ranks} == {within[0].accumulation}
-        sizes += [collator.positions(part.lengths) for part in parts]
-        assert sorted(index for part in parts for index in part.examples) == sorted(
-            index for part in plain[step].micro_batches for index in part.examples
+        assert {len(batch.micro_batches) for batch in ranks} == {within[0].gradient_accumulation_steps}
+        sizes += [collator.count_positions(part.lengths) for part in parts]
+        assert sorted(index for part in parts for index in part.example_indices) == sorted(
+            index for part in plain[step].micro_batches for index in part.example_indices
         )
-        assert {(b.counts.real, b.counts.labelled, b.required) for b in ranks} == {
-            (plain[step].counts.real, plain[step].counts.labelled, plain[step].required)
+        assert {(b.token_counts.real, b.token_counts.labelled, b.model_flop_units) for b in ranks} == {
+            (plain[step].token_counts.real, plain[step].token_counts.labelled, plain[step].model_flop_units)
         }
         drawn = sorted(length for part in parts for length in part.lengths)
         most = max(most, math.ceil(fewest(drawn, collator, tokens) / world_size))
     assert max(sizes) <= tokens
-    assert within[0].accumulation == most
+    assert within[0].gradient_accumulation_steps == most
 
 
 def fewest(lengths: list[int], collator: Collator, tokens: int) -> int:
     """How few runs of neighbours keep to ``tokens``, by trying every first run."""
     if not lengths:
         return 0
-    fitting = [size for size in range(1, len(lengths) + 1) if collator.positions(lengths[:size]) <= tokens]
+    fitting = [size for size in range(1, len(lengths) + 1) if collator.count_positions(lengths[:size]) <= tokens]
     return 1 + fewest(lengths[max(fitting) :], collator, tokens)
 
 
@@ -378,15 +378,15 @@ def test_parts_under_a_number_of_tokens_are_of_like_size() -> None:
     for collator in (Collator(PAD), PaddingFreeCollator(PAD)):
         ways = [(0, one, two, 7) for one in range(1, 6) for two in range(one + 1, 7)]
         best = min(
-            max(collator.positions(lengths[start:stop]) for start, stop in itertools.pairwise(way)) for way in ways
+            max(collator.count_positions(lengths[start:stop]) for start, stop in itertools.pairwise(way)) for way in ways
         )
-        cut = list(_split_evenly(lengths, collator.positions, 3))
+        cut = list(_split_evenly(lengths, collator.count_positions, 3))
         assert [start for start, _ in cut] == [0, *(stop for _, stop in cut[:-1])]
         assert cut[-1][1] == 7
-        assert max(collator.positions(lengths[start:stop]) for start, stop in cut) == best
+        assert max(collator.count_positions(lengths[start:stop]) for start, stop in cut) == best
 
 
 def test_a_budget_below_the_longest_example_is_refused(dataset: Dataset) -> None:
     """It names what the longest takes, virtual tokens included."""
     with pytest.raises(OutOfRangeError, match="less than the 17 positions of the longest example"):
-        batches(dataset, collator=PaddingFreeCollator(PAD, 4)).within(16, 1)
+        batches(dataset, collator=PaddingFreeCollator(PAD, 4)).limited_to_tokens(16, 1)

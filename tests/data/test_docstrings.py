@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from peftbench.data import docstring_corpus
-from peftbench.data.docstring_corpus import HELD_OUT_PACKAGES, SPLITS, Corpus, build_corpus, environment_key, cache_pair_files, read_corpus
+from peftbench.data.docstring_corpus import (
+    HELD_OUT_PACKAGES,
+    SPLITS,
+    Corpus,
+    build_corpus,
+    cache_pair_files,
+    environment_key,
+    read_corpus,
+)
 from peftbench.data.docstring_parser import Docstring, SummarizationPair, normalize_text
 from peftbench.data.sources import Docstrings
 from peftbench.errors import OutputError
@@ -181,8 +189,8 @@ def test_the_source_gives_the_pairs(harvests: list[Corpus]) -> None:
         assert pairs
         assert list(dataset["article"]) == [pair.article for pair in pairs]
         assert list(dataset["summary"]) == [pair.summary for pair in pairs]
-        assert list(dataset["id"]) == [pair.where for pair in pairs]
-    assert source.identity() == harvests[0].fingerprint()
+        assert list(dataset["id"]) == [pair.location for pair in pairs]
+    assert source.fingerprint() == harvests[0].fingerprint()
 
 
 def test_a_cache_that_cannot_be_written(

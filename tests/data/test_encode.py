@@ -62,7 +62,7 @@ def encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
 
 def test_a_sequence_is_article_separator_summary_end(encoder: Encoder, tokenizer: PreTrainedTokenizerBase) -> None:
     """The parts stand in this order, each encoded apart, and the summary follows the separator with one space."""
-    made = encoder.example("A short article.", SUMMARY)
+    made = encoder.encode_example("A short article.", SUMMARY)
     parts = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in ("A short article.", SEPARATOR)]
     summary = tokenizer(" " + SUMMARY, add_special_tokens=False)["input_ids"]
     assert made["input_ids"] == [*parts[0], *parts[1], *summary, tokenizer.eos_token_id]
@@ -73,7 +73,7 @@ def test_a_sequence_is_article_separator_summary_end(encoder: Encoder, tokenizer
 @pytest.mark.parametrize("max_tokens", [32, 40, 64, 512])
 def test_only_the_article_is_shortened(max_tokens: int, tokenizer: PreTrainedTokenizerBase) -> None:
     """However little room there is, the article's beginning, the whole separator, summary and end token are in it."""
-    made = Encoder(tokenizer, layout(max_tokens, 8)).example(ARTICLE, SUMMARY)
+    made = Encoder(tokenizer, layout(max_tokens, 8)).encode_example(ARTICLE, SUMMARY)
     ids, prompt = made["input_ids"], made["prompt_tokens"]
     article = tokenizer(ARTICLE, add_special_tokens=False)["input_ids"]
     separator = tokenizer(SEPARATOR, add_special_tokens=False)["input_ids"]
@@ -87,22 +87,22 @@ def test_only_the_article_is_shortened(max_tokens: int, tokenizer: PreTrainedTok
 
 def test_summary_and_end_token_are_labelled_even_where_pad_is_end(encoder: Encoder) -> None:
     """With one id for padding and end, the end token enters the loss and the padding behind it does not."""
-    short, long = encoder.example("Short.", SUMMARY), encoder.example(ARTICLE, SUMMARY)
-    collator = Collator(pad_token=encoder.end)
+    short, long = encoder.encode_example("Short.", SUMMARY), encoder.encode_example(ARTICLE, SUMMARY)
+    collator = Collator(pad_token_id=encoder.eos_token_id)
     batch = collator.collate([short["input_ids"], long["input_ids"]], [short["prompt_tokens"], long["prompt_tokens"]])
     for row, made in enumerate((short, long)):
         length, prompt = len(made["input_ids"]), made["prompt_tokens"]
         labels = labels_of(batch)[row].tolist()
         assert labels[:prompt] == [-100] * prompt
         assert labels[prompt:length] == made["input_ids"][prompt:]
-        assert labels[length - 1] == encoder.end
+        assert labels[length - 1] == encoder.eos_token_id
         assert labels[length:] == [-100] * (len(labels) - length)
-    assert batch.input_ids[0, -1] == encoder.end  # the short row is padded with the very id that is labelled
+    assert batch.input_ids[0, -1] == encoder.eos_token_id  # the short row is padded with the very id that is labelled
 
 
 def test_blank_ends_of_a_summary_do_not_count(encoder: Encoder) -> None:
     """A summary is the same with and without blanks around it."""
-    assert encoder.example("Text.", f"  {SUMMARY}\n") == encoder.example("Text.", SUMMARY)
+    assert encoder.encode_example("Text.", f"  {SUMMARY}\n") == encoder.encode_example("Text.", SUMMARY)
 
 
 @pytest.mark.parametrize("separator", ["TL;DR: ", " ", ""])
@@ -125,33 +125,33 @@ def test_a_prompt_is_the_prefix_that_was_trained_on(
 ) -> None:
     """Where nothing is shortened, generation starts from exactly the tokens that stand before a label in training."""
     encoder = Encoder(tokenizer, layout(separator=separator))
-    made = encoder.example(article, SUMMARY)
-    assert len(made["input_ids"]) < encoder.layout.max_tokens  # nothing was shortened
-    assert encoder.prompt(article) == made["input_ids"][: made["prompt_tokens"]]
+    made = encoder.encode_example(article, SUMMARY)
+    assert len(made["input_ids"]) < encoder.layout.max_length  # nothing was shortened
+    assert encoder.encode_prompt(article) == made["input_ids"][: made["prompt_tokens"]]
 
 
 def test_a_prompt_is_what_the_whole_text_begins_with(encoder: Encoder, tokenizer: PreTrainedTokenizerBase) -> None:
     """Parts encoded apart are the tokens of the text in one piece, so what follows a prompt is an ordinary word."""
     whole = tokenizer(f"A short article.{SEPARATOR} {SUMMARY}", add_special_tokens=False)["input_ids"]
-    prompt = encoder.prompt("A short article.")
+    prompt = encoder.encode_prompt("A short article.")
     assert whole[: len(prompt)] == prompt
 
 
 def test_a_prompt_leaves_the_room_that_is_asked_for(encoder: Encoder) -> None:
     """A long article is shortened until the new tokens fit behind it, and the separator is whole."""
     for room in (None, 1, 60):
-        prompt = encoder.prompt(ARTICLE, room)
-        wanted = encoder.layout.new_tokens if room is None else room
-        assert len(prompt) + wanted == encoder.layout.max_tokens
-        assert prompt[-len(encoder.separator) :] == encoder.separator
+        prompt = encoder.encode_prompt(ARTICLE, room)
+        wanted = encoder.layout.max_new_tokens if room is None else room
+        assert len(prompt) + wanted == encoder.layout.max_length
+        assert prompt[-len(encoder.separator_ids) :] == encoder.separator_ids
 
 
 def test_decoding_stops_at_the_first_end_token(encoder: Encoder) -> None:
     """What a model writes after its end token, and blanks around the text, are not its summary."""
-    ids = encoder.example("", SUMMARY)["input_ids"][len(encoder.separator) :]
+    ids = encoder.encode_example("", SUMMARY)["input_ids"][len(encoder.separator_ids) :]
     assert encoder.decode([*ids, *ids]) == SUMMARY
     assert encoder.decode(ids[:-1]) == SUMMARY
-    assert encoder.decode([encoder.end, *ids]) == ""
+    assert encoder.decode([encoder.eos_token_id, *ids]) == ""
 
 
 # --- start tokens ----------------------------------------------------------------------------------------------------
@@ -171,13 +171,13 @@ def test_decoding_stops_at_the_first_end_token(encoder: Encoder) -> None:
 def test_a_start_token_comes_once_at_the_start(make: Callable[[], PreTrainedTokenizerBase], start: list[int]) -> None:
     """What a tokenizer puts before a text stands before the article alone; the end token stands at the end alone."""
     encoder = Encoder(make(), layout(separator="=>"))
-    made = encoder.example("a bb", "cc")
-    assert made["input_ids"] == [*start, 3, 4, *encoder.separator, 5, 1]
-    assert encoder.prompt("a bb") == made["input_ids"][: made["prompt_tokens"]]
-    assert made["needed"] == len(start) + 1 + len(encoder.separator) + 2
-    shortened = encoder.example("a bb " * 200, "cc")["input_ids"]
+    made = encoder.encode_example("a bb", "cc")
+    assert made["input_ids"] == [*start, 3, 4, *encoder.separator_ids, 5, 1]
+    assert encoder.encode_prompt("a bb") == made["input_ids"][: made["prompt_tokens"]]
+    assert made["needed"] == len(start) + 1 + len(encoder.separator_ids) + 2
+    shortened = encoder.encode_example("a bb " * 200, "cc")["input_ids"]
     assert shortened[: len(start)] == start
-    assert len(shortened) == encoder.layout.max_tokens
+    assert len(shortened) == encoder.layout.max_length
 
 
 def test_a_real_llama_tokenizer_starts_once(shared_data: Path) -> None:
@@ -188,7 +188,7 @@ def test_a_real_llama_tokenizer_starts_once(shared_data: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = Encoder(tokenizer, layout()).example("Once upon a time.", SUMMARY)["input_ids"]
+    ids = Encoder(tokenizer, layout()).encode_example("Once upon a time.", SUMMARY)["input_ids"]
     assert ids[0] == tokenizer.bos_token_id
     assert ids.count(tokenizer.bos_token_id) == 1
     assert ids[-1] == tokenizer.eos_token_id
@@ -208,8 +208,8 @@ def test_a_tokenizer_without_an_end_token_is_refused() -> None:
 
 def fit(max_tokens: int | None, positions: int | None, virtual_tokens: int = 0, new_tokens: int = 8) -> SequenceLayout:
     """A layout for a model of so many positions."""
-    return SequenceLayout.fit(
-        separator=SEPARATOR, max_tokens=max_tokens, new_tokens=new_tokens, positions=positions,
+    return SequenceLayout.for_model(
+        separator=SEPARATOR, max_length=max_tokens, max_new_tokens=new_tokens, max_positions=positions,
         virtual_tokens=virtual_tokens,
     )  # fmt: skip
 
@@ -222,7 +222,7 @@ def test_a_layout_fills_what_virtual_tokens_leave(
     max_tokens: int | None, positions: int | None, virtual: int, expected: int
 ) -> None:
     """Without a limit a sequence may be as long as the positions that the method leaves; a limit is kept."""
-    assert fit(max_tokens, positions, virtual).max_tokens == expected
+    assert fit(max_tokens, positions, virtual).max_length == expected
 
 
 def test_real_and_virtual_tokens_must_fit_the_positions() -> None:
@@ -242,15 +242,15 @@ def test_a_summary_must_leave_room_for_an_article(new_tokens: int) -> None:
     """As many new tokens as a sequence has, or more, are refused with both numbers."""
     with pytest.raises(SequenceTooShortError, match=rf"max_new_tokens={new_tokens} leaves no room .* in 32 tokens"):
         fit(32, 64, new_tokens=new_tokens)
-    assert fit(32, 64, new_tokens=31).new_tokens == 31
+    assert fit(32, 64, new_tokens=31).max_new_tokens == 31
 
 
 def test_separator_and_summary_must_leave_room_for_an_article(tokenizer: PreTrainedTokenizerBase) -> None:
     """A prompt and its new tokens never exceed the longest sequence: one token of article must fit beside them."""
-    separator = len(Encoder(tokenizer, layout()).separator)
+    separator = len(Encoder(tokenizer, layout()).separator_ids)
     new_tokens = 64 - separator - 1
     fits = Encoder(tokenizer, layout(64, new_tokens))
-    assert len(fits.prompt(ARTICLE)) + new_tokens == 64
+    assert len(fits.encode_prompt(ARTICLE)) + new_tokens == 64
     with pytest.raises(SequenceTooShortError, match=f"max_new_tokens={new_tokens + 1} and {separator} tokens of separ"):
         Encoder(tokenizer, layout(64, new_tokens + 1))
 
@@ -269,11 +269,11 @@ def dataset(write_rows: WriteRows) -> Dataset:
 
 def test_encoding_a_split_encodes_each_example(encoder: Encoder, dataset: Dataset) -> None:
     """A split is its examples in order, and none is dropped where all fit."""
-    encoded, dropped = encoder.encode(dataset, "train", "refuse")
+    encoded, dropped = encoder.encode_split(dataset, "train", "refuse")
     assert dropped == 0
     assert len(encoded) == len(dataset) == 3
     for row, source in zip(encoded, dataset, strict=True):
-        made = encoder.example(source["article"], source["summary"])
+        made = encoder.encode_example(source["article"], source["summary"])
         assert {key: row[key] for key in made} == made
 
 
@@ -282,31 +282,31 @@ def test_an_example_that_does_not_fit_is_refused_with_the_numbers(
 ) -> None:
     """The sentence says how many do not fit, which one is longest, what it needs and what there is."""
     encoder = Encoder(tokenizer, layout(32, 8))
-    needed = encoder.example(ARTICLE, SUMMARY * 9)["needed"]
+    needed = encoder.encode_example(ARTICLE, SUMMARY * 9)["needed"]
     assert needed > 32
     with pytest.raises(SequenceTooShortError) as caught:
-        encoder.encode(dataset, "train", "refuse")
+        encoder.encode_split(dataset, "train", "refuse")
     assert "1 of 3 examples of the train split do not fit 32 tokens" in str(caught.value)
     assert f"(k2 needs {needed})" in str(caught.value)
 
 
 def test_needed_is_what_one_token_of_article_takes(tokenizer: PreTrainedTokenizerBase, dataset: Dataset) -> None:
     """With exactly the tokens needed an example is taken, with one token of article; with one less it is not."""
-    needed = Encoder(tokenizer, layout()).example(ARTICLE, SUMMARY * 9)["needed"]
+    needed = Encoder(tokenizer, layout()).encode_example(ARTICLE, SUMMARY * 9)["needed"]
     encoder = Encoder(tokenizer, layout(needed, 4))
-    encoded, dropped = encoder.encode(dataset, "train", "refuse")
+    encoded, dropped = encoder.encode_split(dataset, "train", "refuse")
     assert dropped == 0
     assert len(encoded[2]["input_ids"]) == needed
-    assert encoded[2]["prompt_tokens"] == 1 + len(encoder.separator)
+    assert encoded[2]["prompt_tokens"] == 1 + len(encoder.separator_ids)
     with pytest.raises(SequenceTooShortError):
-        Encoder(tokenizer, layout(needed - 1, 4)).encode(dataset, "train", "refuse")
+        Encoder(tokenizer, layout(needed - 1, 4)).encode_split(dataset, "train", "refuse")
 
 
 def test_examples_that_do_not_fit_can_be_dropped_and_are_counted(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Those that fit stay in order, and the number of the others is told."""
-    encoded, dropped = Encoder(tokenizer, layout(32, 8)).encode(dataset, "train", "drop")
+    encoded, dropped = Encoder(tokenizer, layout(32, 8)).encode_split(dataset, "train", "drop")
     assert dropped == 1
     assert list(encoded["id"]) == ["k0", "k1"]
     assert max(map(len, encoded["input_ids"])) <= 32
@@ -316,7 +316,7 @@ def test_dropping_everything_is_refused(write_rows: WriteRows, tokenizer: PreTra
     """Where no example fits there is nothing to train on."""
     path = write_rows("train.jsonl", [{"article": ARTICLE, "summary": SUMMARY * 9}])
     with pytest.raises(SequenceTooShortError, match="1 of 1 examples"):
-        Encoder(tokenizer, layout(32, 8)).encode(Files(train=path).load("train"), "train", "drop")
+        Encoder(tokenizer, layout(32, 8)).encode_split(Files(train=path).load("train"), "train", "drop")
 
 
 class Counting(Encoder):
@@ -324,9 +324,9 @@ class Counting(Encoder):
 
     calls = 0
 
-    def example(self, article: str, summary: str) -> dict[str, Any]:
+    def encode_example(self, article: str, summary: str) -> dict[str, Any]:
         type(self).calls += 1
-        return super().example(article, summary)
+        return super().encode_example(article, summary)
 
 
 @pytest.fixture
@@ -345,9 +345,9 @@ def test_a_split_is_encoded_once(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, calls: Callable[[], int]
 ) -> None:
     """A second encoder like the first finds the first one's work in the cache, with the same result."""
-    first, _ = Counting(tokenizer, layout()).encode(dataset, "train", "refuse")
+    first, _ = Counting(tokenizer, layout()).encode_split(dataset, "train", "refuse")
     assert calls() == 3
-    again, _ = Counting(tokenizer, layout()).encode(dataset, "train", "refuse")
+    again, _ = Counting(tokenizer, layout()).encode_split(dataset, "train", "refuse")
     assert calls() == 0
     assert again.to_dict() == first.to_dict()
 
@@ -361,23 +361,23 @@ def test_another_layout_is_encoded_anew(
     other: SequenceLayout, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, calls: Callable[[], int]
 ) -> None:
     """What was encoded under one layout is not taken for another."""
-    Counting(tokenizer, layout()).encode(dataset, "train", "refuse")
+    Counting(tokenizer, layout()).encode_split(dataset, "train", "refuse")
     calls()
-    encoded, _ = Counting(tokenizer, other).encode(dataset, "train", "refuse")
+    encoded, _ = Counting(tokenizer, other).encode_split(dataset, "train", "refuse")
     assert calls() == 3
-    assert encoded[0]["input_ids"] == Encoder(tokenizer, other).example(ARTICLE, SUMMARY)["input_ids"]
+    assert encoded[0]["input_ids"] == Encoder(tokenizer, other).encode_example(ARTICLE, SUMMARY)["input_ids"]
 
 
 def test_another_tokenizer_is_encoded_anew(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, calls: Callable[[], int]
 ) -> None:
     """What one tokenizer encoded is not taken for another's, though they have the same class."""
-    Counting(tokenizer, layout()).encode(dataset, "train", "refuse")
+    Counting(tokenizer, layout()).encode_split(dataset, "train", "refuse")
     for other in (word_tokenizer(), word_tokenizer(a="The"), word_tokenizer(start="<s>")):
         calls()
-        encoded, _ = Counting(other, layout()).encode(dataset, "train", "refuse")
+        encoded, _ = Counting(other, layout()).encode_split(dataset, "train", "refuse")
         assert calls() == 3
-        assert encoded[0]["input_ids"] == Encoder(other, layout()).example(ARTICLE, SUMMARY)["input_ids"]
+        assert encoded[0]["input_ids"] == Encoder(other, layout()).encode_example(ARTICLE, SUMMARY)["input_ids"]
 
 
 def test_the_fingerprint_is_of_what_a_tokenizer_does(tokenizer: PreTrainedTokenizerBase) -> None:

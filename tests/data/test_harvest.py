@@ -9,7 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from peftbench.data.docstring_parser import MIN_BODY_CHARS, STANDARD_LIBRARY, SUMMARY_CHARS, Docstring, resolve_dependencies, extract_docstrings, normalize_text, build_pair, parse_docstrings, list_source_files
+from peftbench.data.docstring_parser import (
+    MIN_BODY_CHARS,
+    STANDARD_LIBRARY,
+    SUMMARY_CHARS,
+    Docstring,
+    build_pair,
+    extract_docstrings,
+    list_source_files,
+    normalize_text,
+    parse_docstrings,
+    resolve_dependencies,
+)
 
 BODY = "This paragraph says more about it, at some length. " * 4
 
@@ -65,7 +76,7 @@ if True:
     def conditional():
         """The conditional one."""
 '''
-    found = [(docstring.where, docstring.text) for docstring in read_text(tmp_path, text)]
+    found = [(docstring.location, docstring.text) for docstring in read_text(tmp_path, text)]
     assert found == [
         ("module.py:<module>", "The module."),
         ("module.py:A", "The class."),
@@ -208,7 +219,7 @@ def test_a_pair_is_the_rest_and_the_summary_line() -> None:
     """Article is the docstring without its first line, summary that line, both without blank ends."""
     made = build_pair(docstring("Return the sum of two numbers."))
     assert made is not None
-    assert (made.package, made.where) == ("package", "module.py:f")
+    assert (made.package, made.location) == ("package", "module.py:f")
     assert made.summary == "Return the sum of two numbers."
     assert made.article == BODY.strip()
     assert made.summary not in made.article

@@ -22,7 +22,7 @@ def test_no_second_space_before_the_summary() -> None:
     inner.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.Fuse()])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, **special)
     encoder = Encoder(tokenizer, SequenceLayout(32, ":", 4))
-    example = encoder.example("a b", "b a")
+    example = encoder.encode_example("a b", "b a")
     said = tokenizer.convert_ids_to_tokens(example["input_ids"])
     assert said == [f"{SPACE}a", f"{SPACE}b", f"{SPACE}:", f"{SPACE}b", f"{SPACE}a", "<e>"]
     assert encoder.decode(example["input_ids"][example["prompt_tokens"] :]) == "b a"

@@ -74,13 +74,13 @@ def test_a_file_that_gives_nothing_when_read(tmp_path: Path) -> None:
     """What is a file and gives nothing is told by its path, not by a traceback."""
     (tmp_path / "rows.jsonl").symlink_to("/proc/self/mem")
     with pytest.raises(DataError, match=r"rows\.jsonl cannot be read"):
-        Files(train=str(tmp_path / "rows.jsonl")).identity()
+        Files(train=str(tmp_path / "rows.jsonl")).fingerprint()
 
 
 def test_a_local_copy_changes_in_place(tmp_path: Path) -> None:
     """A folder in the place of the hub's data set may change; the hub's own is asked for by its commit."""
-    assert Hub(path=str(tmp_path)).changes_in_place
-    assert not Hub().changes_in_place
+    assert Hub(path=str(tmp_path)).is_mutable
+    assert not Hub().is_mutable
 
 
 @pytest.mark.parametrize("column", ["article", "summary"])
@@ -102,18 +102,18 @@ def test_each_split_has_its_own_file(write_rows: WriteRows) -> None:
 def test_a_changed_file_is_read_again(write_rows: WriteRows) -> None:
     """A file that was changed since it was last read is not taken from the cache, and has another identity."""
     source = Files(train=write_rows("rows.jsonl", [{"article": "old", "summary": "s"}]))
-    before, identity = rows_of(source), source.identity()
+    before, identity = rows_of(source), source.fingerprint()
     path = write_rows("rows.jsonl", [{"article": "new", "summary": "s"}])
     os.utime(path, (1, 1))  # an older date than before, as a restored file has
     assert before[0]["article"] == "old"
     assert rows_of(source)[0]["article"] == "new"
-    assert source.identity() != identity
+    assert source.fingerprint() != identity
 
 
 def test_the_identity_is_of_the_content(write_rows: WriteRows) -> None:
     """Two copies of a file under different names are the same data."""
     first, second = (Files(train=write_rows(name, ROWS)) for name in ("one.jsonl", "deep/two.jsonl"))
-    assert first.identity() == second.identity()
+    assert first.fingerprint() == second.fingerprint()
 
 
 @pytest.mark.parametrize(
@@ -237,10 +237,10 @@ def test_a_folder_takes_the_place_of_the_hub(tmp_path: Path) -> None:
         assert rows_of(source, split) == [
             {"id": f"{split}-{n}", "article": f"{split} {n}", "summary": f"h{n}"} for n in range(2)
         ]
-    before = source.identity()
+    before = source.fingerprint()
     file = next(path for path in sorted((tmp_path / "copy").rglob("*")) if path.is_file())
     file.write_text(file.read_text(encoding="utf-8") + "\n", encoding="utf-8")
-    assert source.identity() != before
+    assert source.fingerprint() != before
 
 
 @pytest.mark.parametrize("config", ["1.0.0", "3.0.0"])

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def test_lengths_follow_their_quantiles() -> None:
     """Of many examples, the quantiles are those given, to what chance makes of them."""
     source = Synthetic(examples=20_000)
-    articles, summaries = zip(*source.lengths("train"), strict=True)
+    articles, summaries = zip(*source.sample_lengths("train"), strict=True)
     for drawn, given in ((articles, source.article_tokens), (summaries, source.summary_tokens)):
         found = numpy.quantile(drawn, numpy.linspace(0, 1, len(given)))
         assert found[1:-1] == pytest.approx(given[1:-1], rel=0.03)
@@ -30,7 +30,7 @@ def test_lengths_follow_their_quantiles() -> None:
 def test_texts_have_the_lengths_drawn(tokenizer: PreTrainedTokenizerBase) -> None:
     """Under the shipped tokenizer every word is one token, so a text has exactly as many as were drawn."""
     source = Synthetic(examples=20, article_tokens=(5, 90), summary_tokens=(1, 9))
-    rows, lengths = source.load("train"), source.lengths("train")
+    rows, lengths = source.load("train"), source.sample_lengths("train")
     assert len(rows) == 20
     for row, (article, summary) in zip(rows, lengths, strict=True):
         for text, expected in ((row["article"], article), (row["summary"], summary)):
@@ -56,10 +56,10 @@ def test_splits_and_seeds_differ_and_repeat() -> None:
     """The same source gives the same examples every time; splits and seeds have others."""
     first = Synthetic(examples=8)
     assert first.load("train")["article"] == Synthetic(examples=8).load("train")["article"]
-    others = [first.lengths("validation"), first.lengths("test"), Synthetic(examples=8, seed=1).lengths("train")]
-    assert all(lengths != first.lengths("train") for lengths in others)
-    assert first.identity() == Synthetic(examples=8).identity()
-    assert len({s.identity() for s in (first, Synthetic(examples=9), Synthetic(examples=8, seed=1))}) == 3
+    others = [first.sample_lengths("validation"), first.sample_lengths("test"), Synthetic(examples=8, seed=1).sample_lengths("train")]
+    assert all(lengths != first.sample_lengths("train") for lengths in others)
+    assert first.fingerprint() == Synthetic(examples=8).fingerprint()
+    assert len({s.fingerprint() for s in (first, Synthetic(examples=9), Synthetic(examples=8, seed=1))}) == 3
 
 
 def test_lengths_that_fall_are_refused() -> None:
@@ -73,5 +73,5 @@ def test_a_run_over_synthetic_examples(workshop: Workshop) -> None:
     source = Synthetic(examples=12, article_tokens=(3, 30), summary_tokens=(1, 5))
     record = workshop.run(workshop.recipe(Full(), data={"source": source}))
     assert record.outcome.kind == "ok"
-    assert record.examples == {"test": 12, "train": 12}
-    assert record.data_identity == source.identity()
+    assert record.num_examples == {"test": 12, "train": 12}
+    assert record.data_fingerprint == source.fingerprint()

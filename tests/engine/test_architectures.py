@@ -182,9 +182,9 @@ def batch_of(collator: Collator) -> MicroBatch:
 def assert_as_alone(case: str, collator: Collator) -> None:
     """Logits at every label, and the loss."""
     (loss, _), expected, batch = made(case), alone(case), batch_of(collator)
-    with torch.no_grad(), loss.in_use():
+    with torch.no_grad(), loss.attention_context():
         logits, summed = loss.logits(loss.base, batch), loss(loss.base, batch)
-        by_token = loss.by_token(loss.base, batch)
+        by_token = loss.per_token(loss.base, batch)
     apart = float((logits - expected).abs().max() / expected.abs().max())
     assert apart <= ALLOWED, f"logits of {case} are {apart:.1e} apart under {type(collator).__name__}"
     each = cross_entropy(expected, batch.targets, reduction="none")
@@ -194,7 +194,7 @@ def assert_as_alone(case: str, collator: Collator) -> None:
 
 def test_there_are_cases() -> None:
     """The sweep is not empty, nor is what it says of either kind."""
-    masked = {case for case in CASES if made(case)[0].masked}
+    masked = {case for case in CASES if made(case)[0].uses_masks}
     assert len({case.split(",")[0] for case in CASES}) >= 80
     assert len(masked) >= 30
     assert len(CASES) - len(masked) >= 30
@@ -204,10 +204,10 @@ def test_there_are_cases() -> None:
 def test_documents_give_what_each_gives_alone(case: str) -> None:
     """Packed into one row, or else it is told why they cannot be; and in padded rows."""
     loss, notes = made(case)
-    assert loss.masked == (loss.unmasked is not None)
-    if loss.masked:
-        assert loss.unmasked
-        assert any(loss.unmasked in note for note in notes)
+    assert loss.uses_masks == (loss.mask_reason is not None)
+    if loss.uses_masks:
+        assert loss.mask_reason
+        assert any(loss.mask_reason in note for note in notes)
     else:
         assert_as_alone(case, PaddingFreeCollator(0))
     if case not in LENGTHS_MATTER:
@@ -217,16 +217,16 @@ def test_documents_give_what_each_gives_alone(case: str) -> None:
 @pytest.mark.parametrize("case", GOOD)
 def test_what_must_go_without_masks(case: str) -> None:
     """A check that refused everything would be no check."""
-    assert made(case)[0].unmasked is None
+    assert made(case)[0].mask_reason is None
 
 
 @pytest.mark.parametrize("case", MIXING)
 def test_what_mixes_documents_is_refused(case: str) -> None:
     """With the reason, and its attention is left as it was."""
     loss, _ = made(case)
-    assert loss.unmasked
-    assert loss.masked
-    with loss.in_use():
+    assert loss.mask_reason
+    assert loss.uses_masks
+    with loss.attention_context():
         assert loss.base.config._attn_implementation == plain_base(case).config._attn_implementation
 
 
@@ -236,7 +236,7 @@ def test_what_is_refused_does_mix_them(case: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("peftbench.modeling.loss.why_not", lambda _: None)
     made.cache_clear()
     try:
-        assert not made(case)[0].masked
+        assert not made(case)[0].uses_masks
         with pytest.raises((AssertionError, TypeError)):
             assert_as_alone(case, PaddingFreeCollator(0))
     finally:

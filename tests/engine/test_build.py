@@ -10,11 +10,11 @@ from pydantic import ValidationError
 from transformers import Trainer
 
 from peftbench.distributed.accelerator import build_accelerator
-from peftbench.training.build import load_encoded_split, load_base_model, build_encoder, load_split
 from peftbench.errors import EmptySplitError, OutOfRangeError, SequenceTooShortError
 from peftbench.methods.base import Method
 from peftbench.methods.full import Full
 from peftbench.methods.prompt_tuning import PromptTuning
+from peftbench.training.build import build_encoder, load_base_model, load_encoded_split, load_split
 from tests.bases import POSITIONS
 from tests.conftest import Workshop, built_from, every_method, trainer_from
 
@@ -25,10 +25,10 @@ def test_checkpointing_where_there_is_something_to_recompute(method: Method, wor
     losses = {}
     for switch in (False, True):
         recipe = workshop.recipe(method, train={"gradient_checkpointing": switch}, model={"dropout": 0.1})
-        losses[switch] = workshop.run(recipe).losses
+        losses[switch] = workshop.run(recipe).step_losses
     assert losses[True] == pytest.approx(losses[False], rel=1e-5)
     built = built_from(recipe, build_accelerator(recipe, workshop.output).accelerator)
-    assert built.base.model.is_gradient_checkpointing is not method.trunk_frozen
+    assert built.base.model.is_gradient_checkpointing is not method.has_frozen_backbone
 
 
 @every_method
@@ -36,7 +36,7 @@ def test_parameters_of_the_record(method: Method, workshop: Workshop) -> None:
     """The record counts the base's scalars once, tied ones too, and the trained ones by the closed form."""
     recipe = workshop.recipe(method)
     built = built_from(recipe, build_accelerator(recipe, workshop.output).accelerator)
-    assert built.parameters.trainable == sum(p.numel() for p in built.bare_model.parameters() if p.requires_grad)
+    assert built.parameters.trainable == sum(p.numel() for p in built.model.parameters() if p.requires_grad)
     # Embedding, positions, two blocks of 12 h^2 + 13 h, the last norm.
     assert built.parameters.total == 4096 * 64 + 64 * 64 + 2 * (12 * 64**2 + 13 * 64) + 2 * 64
 
@@ -60,9 +60,9 @@ def test_more_examples_than_there_are(workshop: Workshop) -> None:
 def test_virtual_tokens_take_positions(workshop: Workshop) -> None:
     """A recipe that fits the model without virtual tokens is refused with them, and says what would fit."""
     fits = workshop.recipe(Full(), data={"max_tokens": POSITIONS})
-    assert build_encoder(fits, load_base_model(fits)).layout.max_tokens == POSITIONS
+    assert build_encoder(fits, load_base_model(fits)).layout.max_length == POSITIONS
     with pytest.raises(OutOfRangeError, match=f"set data.max_length={POSITIONS - 5} or less"):
-        build_encoder(workshop.recipe(PromptTuning(tokens=5), data={"max_tokens": POSITIONS}), load_base_model(fits))
+        build_encoder(workshop.recipe(PromptTuning(num_virtual_tokens=5), data={"max_tokens": POSITIONS}), load_base_model(fits))
 
 
 def test_no_room_for_an_article(workshop: Workshop) -> None:
@@ -88,7 +88,7 @@ def test_padding_to_a_fixed_width(workshop: Workshop) -> None:
         assert len(set(part.lengths)) > 1
         if padding in {"none", "auto"}:
             assert part.input_ids.shape == (1, sum(part.lengths))
-            assert batch.counts.padded == batch.counts.real == sum(part.lengths)
+            assert batch.token_counts.padded == batch.token_counts.real == sum(part.lengths)
         else:
             assert part.input_ids.shape == (6, 48 if padding == "max_tokens" else max(part.lengths))
 
@@ -108,5 +108,5 @@ def test_six_n_is_what_hf_trainer_reports(method: Method, workshop: Workshop) ->
     recipe = workshop.recipe(method)
     built = built_from(recipe, build_accelerator(recipe, workshop.output).accelerator)
     inputs = {"input_ids": torch.zeros(3, 7, dtype=torch.long)}
-    by_trainer = Trainer.floating_point_ops(SimpleNamespace(model=built.bare_model), inputs)  # type: ignore[arg-type]
+    by_trainer = Trainer.floating_point_ops(SimpleNamespace(model=built.model), inputs)  # type: ignore[arg-type]
     assert 6 * built.six_n_parameters * 3 * 7 == by_trainer > 0

@@ -102,7 +102,7 @@ def test_the_recipe_s_numbers_are_written_in(asked: Path) -> None:
     asked.write_text(json.dumps(ZERO2), encoding="utf-8")
     for clip, written in ((0.7, 0.7), (None, 0.0)):
         made = deepspeed.build_plugin(
-            micro_batch=3, accumulation=2, processes=4, max_grad_norm=clip, scratch=Path("nowhere")
+            micro_batch_size=3, gradient_accumulation_steps=2, world_size=4, max_grad_norm=clip, offload_dir=Path("nowhere")
         ).deepspeed_config
         assert made["gradient_clipping"] == written
         assert (made["train_micro_batch_size_per_gpu"], made["gradient_accumulation_steps"]) == (3, 2)
@@ -158,7 +158,7 @@ def test_states_on_a_disk_lie_in_the_run_s_folder(asked: Path, monkeypatch: pyte
     config = json.loads((REPOSITORY / "ds_configs" / "zero3_nvme.json").read_text(encoding="utf-8"))
     asked.write_text(json.dumps(config), encoding="utf-8")
     zero = deepspeed.build_plugin(
-        micro_batch=1, accumulation=1, processes=1, max_grad_norm=None, scratch=Path("scratch")
+        micro_batch_size=1, gradient_accumulation_steps=1, world_size=1, max_grad_norm=None, offload_dir=Path("scratch")
     ).deepspeed_config["zero_optimization"]
     assert zero["offload_param"]["nvme_path"] == zero["offload_optimizer"]["nvme_path"] == "scratch"
     from deepspeed.ops.op_builder import AsyncIOBuilder

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from peftbench.data.batches import GlobalBatch
-from peftbench.training import loop
 from peftbench.common.filesystem import CACHE_DIR_ENV
+from peftbench.data.batches import GlobalBatch
 from peftbench.methods.base import Method
+from peftbench.training import loop
 from tests.conftest import ONE_OF_EACH, Workshop, every_method, shown
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def run(workshop: Workshop, method: Method, setting: Setting, given: list[Global
 
 def of_step(batch: GlobalBatch, virtual_tokens: int) -> Step:
     """What was given, however it was cut."""
-    parts = (zip(part.examples, shown(part, virtual_tokens), strict=True) for part in batch.micro_batches)
+    parts = (zip(part.example_indices, shown(part, virtual_tokens), strict=True) for part in batch.micro_batches)
     return sorted(example for part in parts for example in part)
 
 
@@ -85,17 +85,17 @@ def protocol(record: RunRecord) -> tuple[int, int, int, int, int | None]:
     """Real, labelled and virtual tokens, steps, and FLOPs that are required."""
     assert record.tokens is not None
     tokens = record.tokens
-    return tokens.real, tokens.labelled, tokens.virtual, record.steps, record.flops.required
+    return tokens.real, tokens.labelled, tokens.virtual, record.steps, record.flops.model_flops
 
 
 def settings_of(method: Method) -> dict[str, Setting]:
     """All that may be set otherwise for it."""
-    return SETTINGS | (STORED if method.trunk_frozen else {})
+    return SETTINGS | (STORED if method.has_frozen_backbone else {})
 
 
 def test_one_of_the_methods_has_a_frozen_trunk() -> None:
     """Or the settings over stored states would be of no method."""
-    assert any(method.trunk_frozen for method in ONE_OF_EACH.values())
+    assert any(method.has_frozen_backbone for method in ONE_OF_EACH.values())
 
 
 @every_method
@@ -106,17 +106,17 @@ def test_no_setting_changes_what_is_trained_on(
     found = {name: run(workshop, method, setting, trained_on) for name, setting in settings_of(method).items()}
     plain, steps = found["packed"]
     assert len(steps) == STEPS == plain.steps
-    assert plain.flops.required
+    assert plain.flops.model_flops
     for name, (record, of_steps) in found.items():
         assert protocol(record) == protocol(plain), name
         assert of_steps == steps, name
-        assert record.losses == pytest.approx(plain.losses, rel=1e-5, abs=0), name
-    executed = {record.flops.executed for record, _ in found.values()}
+        assert record.step_losses == pytest.approx(plain.step_losses, rel=1e-5, abs=0), name
+    executed = {record.flops.hardware_flops for record, _ in found.values()}
     assert None not in executed
     assert len(executed) >= 4, "what the settings change is counted"
     padded = {name: record.tokens.padded for name, (record, _) in found.items() if record.tokens is not None}
     assert padded["packed"] < padded["padded to the longest"] < padded["padded to max_tokens"]
-    cuts = {name: record.engine.accumulation for name, (record, _) in found.items() if record.engine is not None}
+    cuts = {name: record.engine.gradient_accumulation_steps for name, (record, _) in found.items() if record.engine is not None}
     assert (cuts["packed"], cuts["one by one"]) == (1, BATCH)
     assert 1 < cuts["by tokens"] < BATCH
 
@@ -129,7 +129,7 @@ def test_methods_differ_in_virtual_tokens_alone(workshop: Workshop, trained_on: 
     assert sorted(drawn[:EXAMPLES]) == list(range(EXAMPLES))
     real, labelled, _, count, _ = protocol(expected)
     for method in ONE_OF_EACH.values():
-        spared = STORED["over stored states"] if method.trunk_frozen else SETTINGS["packed"]
+        spared = STORED["over stored states"] if method.has_frozen_backbone else SETTINGS["packed"]
         for setting in (nothing_spared, spared):
             record, of_steps = run(workshop, method, setting, trained_on)
             virtual = STEPS * BATCH * method.virtual_tokens

@@ -13,18 +13,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from peftbench.distributed.accelerator import build_accelerator
-from peftbench.training.checkpoint import CheckpointManager
-from peftbench.feature_cache.cached_training import CachedFeatureBatches, CachedFeatureLoss
-from peftbench.modeling.loss import LabelledLogitsLoss, build_loss
-from peftbench.feature_cache.store import StoreLayout, StorageDtype, open_store
-from peftbench.errors import DiskFullError, UnsupportedModelError
 from peftbench.common.filesystem import CACHE_DIR_ENV
+from peftbench.distributed.accelerator import build_accelerator
+from peftbench.errors import DiskFullError, UnsupportedModelError
+from peftbench.feature_cache.cached_training import CachedFeatureBatches, CachedFeatureLoss
+from peftbench.feature_cache.store import StorageDtype, StoreLayout, open_store
 from peftbench.methods.last_layer import LastLayer
+from peftbench.modeling.loss import LabelledLogitsLoss, build_loss
 from peftbench.optim import AdamW
 from peftbench.recipe.schema import Checkpoint, Profile, Recipe
 from peftbench.record import RunRecord
 from peftbench.run.runner import Run
+from peftbench.training.checkpoint import CheckpointManager
 from tests.bases import FAMILIES
 from tests.conftest import (
     LENGTHS_AND_PROMPTS,
@@ -68,7 +68,7 @@ def recipe(workshop: Workshop, name: str, stored: StorageDtype | None, **parts: 
     train |= parts.pop("train", {})
     knobs: dict[str, Any] = {
         "optimizer": AdamW(learning_rate=1e-2),
-        "profile": Profile(warmup_steps=1),
+        "profile": Profile(untimed_steps=1),
         "save_model": True,
     } | parts
     return workshop.recipe(LastLayer(), train=train, name=name, **knobs)
@@ -82,12 +82,12 @@ def head_of(workshop: Workshop, name: str) -> torch.Tensor:
 def assert_alike(workshop: Workshop, found: RunRecord, expected: RunRecord, allowed: float) -> None:
     """Losses, of the held-out split too, the head and all counts but what was executed."""
     assert found.outcome.kind == expected.outcome.kind == "ok"
-    assert found.losses[-1] < found.losses[0]
-    assert found.losses == pytest.approx(expected.losses, rel=allowed, abs=0)
+    assert found.step_losses[-1] < found.step_losses[0]
+    assert found.step_losses == pytest.approx(expected.step_losses, rel=allowed, abs=0)
     assert found.quality is not None
     assert expected.quality is not None
     assert found.quality.loss == pytest.approx(expected.quality.loss, rel=allowed, abs=0)
-    assert (found.tokens, found.steps, found.flops.required) == (expected.tokens, STEPS, expected.flops.required)
+    assert (found.tokens, found.steps, found.flops.model_flops) == (expected.tokens, STEPS, expected.flops.model_flops)
     mine, theirs = head_of(workshop, found.name), head_of(workshop, expected.name)
     assert float((mine - theirs).norm()) <= 10 * allowed * float(theirs.norm())
 
@@ -147,15 +147,15 @@ def test_the_same_losses_and_weights_in_less_work(
     # What is executed: counted as it is dispatched in the first step, and in all steps that of the plan.
     for record in (plain, first, second):
         assert record.flops.counted_step is not None
-        assert record.flops.counted_step.counted == record.flops.counted_step.closed_form
-    assert plain.flops.executed is not None
-    assert first.flops.executed is not None
+        assert record.flops.counted_step.counted_flops == record.flops.counted_step.closed_form_flops
+    assert plain.flops.hardware_flops is not None
+    assert first.flops.hardware_flops is not None
     head = of_the_head(plain)
-    assert second.flops.executed == head
+    assert second.flops.hardware_flops == head
     if padding == "none":  # a padded batch of the first epoch is of another width than one of the second
-        assert (first.flops.executed - head) * EPOCHS == plain.flops.executed - head
+        assert (first.flops.hardware_flops - head) * EPOCHS == plain.flops.hardware_flops - head
     else:
-        assert head < first.flops.executed < plain.flops.executed
+        assert head < first.flops.hardware_flops < plain.flops.hardware_flops
 
 
 def test_the_record_says_what_was_kept(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,7 +178,7 @@ def test_states_in_bf16(precision: str, workshop: Workshop) -> None:
     plain = workshop.run(recipe(workshop, "plain", None, train=train))
     first, second = (workshop.run(recipe(workshop, name, "bf16", train=train)) for name in ("first", "second"))
     assert_alike(workshop, first, plain, BF16_APART if precision == "fp32" else 1e-6)
-    assert (first.losses == plain.losses) is (precision == "bf16")
+    assert (first.step_losses == plain.step_losses) is (precision == "bf16")
     assert_alike(workshop, second, first, 0.0)  # computed or stored, a state is rounded
 
 
@@ -188,7 +188,7 @@ def test_an_epoch_that_ends_within_a_step(workshop: Workshop, monkeypatch: pytes
     plain = workshop.run(recipe(workshop, "plain", None, train=train))
     with trunk_calls(monkeypatch) as calls:
         kept = workshop.run(recipe(workshop, "kept", "fp32", train=train))
-    assert kept.losses == pytest.approx(plain.losses, rel=1e-6)
+    assert kept.step_losses == pytest.approx(plain.step_losses, rel=1e-6)
     assert calls[:10] == [False] * 10
     assert not all(calls[10:15])
     assert calls[15:] == [True] * 15
@@ -199,7 +199,7 @@ def test_micro_batches_under_a_number_of_tokens(workshop: Workshop) -> None:
     train = {"micro_batch_size": None, "micro_batch_tokens": 120}
     plain, kept = (workshop.run(recipe(workshop, f"{stored}", stored, train=train)) for stored in (None, "fp32"))
     assert plain.engine is not None
-    assert plain.engine.accumulation > 1
+    assert plain.engine.gradient_accumulation_steps > 1
     assert_alike(workshop, kept, plain, 1e-6)
 
 
@@ -222,7 +222,7 @@ def test_stored_states_reach_a_gpu_without_waiting(
         batch = _marked(packed(), trunk).to(torch.device("cuda"))
         torch.cuda.synchronize()
         base.zero_grad()
-        with nullcontext() if waits else without_waiting(), over.in_use():
+        with nullcontext() if waits else without_waiting(), over.attention_context():
             with torch.autocast("cuda", dtype=dtype, enabled=dtype is not None):
                 summed = over(base, batch)
             summed.backward()  # type: ignore[no-untyped-call]
@@ -257,7 +257,7 @@ def test_it_goes_on_as_if_it_had_not_been_stopped(
 ) -> None:
     """From a checkpoint: over the store that is there, or over one that must be made anew."""
     plain = workshop.run(recipe(workshop, "plain", None))
-    made = recipe(workshop, "resumed", "fp32", checkpoint=Checkpoint(every_steps=at))
+    made = recipe(workshop, "resumed", "fp32", checkpoint=Checkpoint(interval=at))
     stopped(made, monkeypatch)
     if lost:
         shutil.rmtree(cache)
@@ -286,10 +286,10 @@ def test_what_follows_a_head_is_done_over_stored_states_too(fresh_base: Callable
     loss, _ = build_loss(base)
     layout = StoreLayout(torch.tensor([length - prompt for length, prompt in LENGTHS_AND_PROMPTS]), 64, "fp32")
     for batch in (packed(), micro_batch()):
-        with loss.in_use():
+        with loss.attention_context():
             expected = loss(base, batch)
     over = CachedFeatureLoss(loss, open_store({}, layout, lambda _: None))  # type: ignore[arg-type]
-    with over.in_use():
+    with over.attention_context():
         kept = over(base, _marked(packed(), "kept"))
         stored = over(base, _marked(packed(), "stored"))
         assert over(base, packed()) == kept == stored
@@ -297,7 +297,7 @@ def test_what_follows_a_head_is_done_over_stored_states_too(fresh_base: Callable
 
 
 def _marked(batch: MicroBatch, trunk: Any) -> MicroBatch:
-    return replace(batch, examples=(0, 1, 2, 3), trunk=trunk)
+    return replace(batch, example_indices=(0, 1, 2, 3), feature_mode=trunk)
 
 
 def test_evaluation_writes_nothing(workshop: Workshop) -> None:
@@ -305,11 +305,11 @@ def test_evaluation_writes_nothing(workshop: Workshop) -> None:
     made = recipe(workshop, "run", "fp32")
     built, trainer = bound_to(made, workshop)
     assert isinstance(trainer.batches, CachedFeatureBatches)
-    assert trainer.store is not None
-    with torch.no_grad(), built.loss.in_use():
-        loss = built.loss(built.bare_model, packed())
+    assert trainer.feature_store is not None
+    with torch.no_grad(), built.loss.attention_context():
+        loss = built.loss(built.model, packed())
         assert trainer.loss(trainer.model, packed()) == loss
-    assert not trainer.store.complete().any()
+    assert not trainer.feature_store.completed_mask().any()
 
 
 def test_a_plan_is_the_same_each_time_it_is_asked(workshop: Workshop) -> None:
@@ -317,8 +317,8 @@ def test_a_plan_is_the_same_each_time_it_is_asked(workshop: Workshop) -> None:
     _, trainer = bound_to(recipe(workshop, "run", "fp32"), workshop)
     plans = []
     for _ in range(2):
-        found = trainer.batches.after(0)
-        plans.append([part.trunk for _ in range(8) for part in next(found).micro_batches])
+        found = trainer.batches.skip_first_batches(0)
+        plans.append([part.feature_mode for _ in range(8) for part in next(found).micro_batches])
     assert plans[0] == plans[1] == ["kept"] * 8 + ["stored"] * 8
 
 

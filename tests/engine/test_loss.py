@@ -12,10 +12,10 @@ from torch import nn
 
 from peftbench.data.batches import Batches
 from peftbench.data.collate import Collator
-from peftbench.training.loop import train_step
 from peftbench.methods.base import Method
 from peftbench.methods.full import Full
 from peftbench.methods.prompt_tuning import PromptTuning
+from peftbench.training.loop import train_step
 from tests.conftest import (
     every_architecture,
     every_method,
@@ -62,7 +62,7 @@ def _applied(method: Method, base: PreTrainedModel, tokenizer: PreTrainedTokeniz
 
 
 def _batches(micro_batch_size: int | None, method: Method) -> Batches:
-    collator = Collator(pad_token=0, virtual_tokens=method.virtual_tokens)
+    collator = Collator(pad_token_id=0, virtual_tokens=method.virtual_tokens)
     return Batches(Dataset.from_list(rows(UNEQUAL)), collator, len(UNEQUAL), micro_batch_size, seed=0)
 
 
@@ -98,7 +98,7 @@ def test_loss_by_hand(architecture: str, fresh_base: Fresh) -> None:
 
 def test_logits_are_those_of_real_positions(fresh_base: Fresh, tokenizer: PreTrainedTokenizerBase) -> None:
     """Logits of virtual tokens are cut off in front: what is left stands over the tokens that it predicts from."""
-    model = _applied(PromptTuning(tokens=5), fresh_base("gpt2_tied"), tokenizer).eval()
+    model = _applied(PromptTuning(num_virtual_tokens=5), fresh_base("gpt2_tied"), tokenizer).eval()
     batch = micro_batch()
     with torch.no_grad():
         everything = model(input_ids=batch.input_ids, attention_mask=mask_of(batch)).logits
@@ -157,7 +157,7 @@ def test_mean_of_means_would_differ(
 def test_as_published_labels_everything(fresh_base: Fresh) -> None:
     """Labelled as the study did, padding enters the loss, and a step divides by all the positions that entered."""
     made = rows([(9, 6), (14, 5)])
-    batch = Collator(pad_token=0, as_published=True).collate(
+    batch = Collator(pad_token_id=0, label_padding=True).collate(
         [row["input_ids"] for row in made], [row["prompt_tokens"] for row in made]
     )
     assert labelled(batch) == 2 * (14 - 1)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from peftbench.data.collate import MicroBatch
-from peftbench.modeling.loss import CausalLMLoss, build_loss
 from peftbench.methods.base import Method
+from peftbench.modeling.loss import CausalLMLoss, build_loss
 from tests.conftest import base_of, every_method, micro_batch, packed, trained
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def _found(
     model.zero_grad()
     there = batch.to(CUDA)
     torch.cuda.synchronize()
-    with nullcontext() if waits else without_waiting(), loss.in_use():
+    with nullcontext() if waits else without_waiting(), loss.attention_context():
         with torch.autocast("cuda", dtype=dtype, enabled=dtype is not None):
             found = loss(model, there)
         found.backward()  # type: ignore[no-untyped-call]
@@ -78,7 +78,7 @@ def test_packed_rows_are_padded_ones(  # noqa: PLR0917
     torch.manual_seed(3)
     model = method.apply(fresh_base(architecture), tokenizer).to(CUDA)
     method.set_training(model)
-    plain, _ = build_loss(base_of(model), labelled=False, masked=True)
+    plain, _ = build_loss(base_of(model), labelled_only=False, use_masks=True)
     model.zero_grad()
     batch = micro_batch(virtual=method.virtual_tokens)
     with torch.autocast("cuda", dtype=dtype, enabled=dtype is not None):
@@ -100,11 +100,11 @@ def test_a_document_does_not_look_into_another(fresh_base: Fresh) -> None:
     base.to("cuda")  # type: ignore[arg-type]
     loss, _ = build_loss(base)
     batch = packed()
-    assert batch.documents is not None
+    assert batch.packed_sequences is not None
     changed = batch.input_ids.clone()
-    changed[0, : int(batch.documents.bounds[1])] += 1
-    other = MicroBatch(changed, batch.predictors, batch.targets, batch.lengths, documents=batch.documents)
-    with torch.no_grad(), loss.in_use(), torch.autocast("cuda", dtype=torch.bfloat16):
+    changed[0, : int(batch.packed_sequences.cu_seqlens[1])] += 1
+    other = MicroBatch(changed, batch.logit_indices, batch.targets, batch.lengths, packed_sequences=batch.packed_sequences)
+    with torch.no_grad(), loss.attention_context(), torch.autocast("cuda", dtype=torch.bfloat16):
         before, after = (loss.logits(base, shown.to(CUDA)) for shown in (batch, other))
     first = batch.lengths[0] - 6
     assert not torch.equal(before[:first], after[:first])

@@ -14,12 +14,12 @@ from torch import nn
 
 from peftbench.data.collate import MicroBatch
 from peftbench.data.sources import Files
-from peftbench.modeling.loss import LabelledLogitsLoss
 from peftbench.methods.base import Method
 from peftbench.methods.baselines import Lead, ZeroShot
 from peftbench.methods.full import Full
 from peftbench.methods.last_layer import LastLayer
 from peftbench.methods.lora import Lora
+from peftbench.modeling.loss import LabelledLogitsLoss
 from peftbench.optim import SGD
 from peftbench.record import read_record
 from peftbench.run.runner import Run
@@ -51,18 +51,18 @@ def test_a_run_that_ends_well(method: Method, architecture: str, workshop: Works
     """A record holds what the recipe asked for: losses, steps, counts, parameters, and quality on every example."""
     record = workshop.run(workshop.recipe(method, architecture=architecture, train={"micro_batch_size": 4}))
     assert record.outcome.kind == "ok"
-    assert record.steps == len(record.losses) == len(record.step_seconds) == 3
-    assert record.examples == {"train": 24, "test": 8}
+    assert record.steps == len(record.step_losses) == len(record.step_seconds) == 3
+    assert record.num_examples == {"train": 24, "test": 8}
     assert record.tokens is not None
     assert record.tokens.padded >= record.tokens.real > record.tokens.labelled > 0
     assert record.tokens.virtual == 3 * 6 * method.virtual_tokens
     assert record.parameters is not None
     assert record.parameters.trainable > 0
     assert record.engine is not None
-    assert (record.engine.micro_batch, record.engine.accumulation) == (3, 2)
+    assert (record.engine.micro_batch_size, record.engine.gradient_accumulation_steps) == (3, 2)
     assert set(record.phase_seconds) == set(record.memory) == {"load", "build", "train", "evaluate"}
     assert record.quality is not None
-    assert record.quality.examples == 8
+    assert record.quality.num_examples == 8
     assert record.quality.loss is not None
     assert record.quality.perplexity == pytest.approx(math.exp(record.quality.loss))
 
@@ -77,8 +77,8 @@ def test_a_loss_that_is_no_number_is_a_divergence(
     assert record.outcome.kind == "diverged"
     assert record.outcome.step == 3
     assert record.outcome.phase == "train"
-    assert len(record.losses) == record.steps == 2
-    assert all(math.isfinite(loss) for loss in record.losses)
+    assert len(record.step_losses) == record.steps == 2
+    assert all(math.isfinite(loss) for loss in record.step_losses)
     assert record.quality is None
 
 
@@ -136,14 +136,14 @@ def test_an_interrupt_while_saving_leaves_no_half_model(workshop: Workshop, monk
 
 def test_identity_is_of_what_was_trained_on(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """The identity of the examples is taken before training: a source that is gone afterwards costs no record."""
-    before = workshop.source.identity()
+    before = workshop.source.fingerprint()
 
     def gone(_: torch.Tensor) -> torch.Tensor:
         monkeypatch.setattr(Files, "identity", lambda _: pytest.fail("asked for once more"))
         return torch.ones((), requires_grad=True)
 
     monkeypatch.setattr(LabelledLogitsLoss, "__call__", _from_call(1, gone))
-    assert workshop.run(workshop.recipe(Full())).data_identity == before
+    assert workshop.run(workshop.recipe(Full())).data_fingerprint == before
 
 
 def test_steps_that_the_loss_scaler_took_back_are_counted(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +224,7 @@ def test_a_baseline_is_a_run_without_training(method: Method, workshop: Workshop
     assert record.outcome.kind == "ok"
     assert record.quality is not None
     assert record.quality.rouge is not None
-    assert record.losses == record.step_seconds == ()
+    assert record.step_losses == record.step_seconds == ()
     assert record.tokens is None
     assert record.train_seconds is None
     assert not (workshop.output / "run" / "model").exists()

@@ -10,12 +10,12 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from peftbench.distributed.accelerator import build_accelerator
-from peftbench.training.loop import TrainProgress, train, train_step
 from peftbench.errors import EngineError, PrecisionError
 from peftbench.methods.base import Method
 from peftbench.methods.full import Full
 from peftbench.optim.stochastic_rounding import AdamW8bitBf16, AdamWBf16
 from peftbench.profiler.probe import Probe
+from peftbench.training.loop import TrainProgress, train, train_step
 from tests.conftest import Workshop, built_from, every_method, forget_accelerators, trained, trainer_from
 
 
@@ -70,18 +70,18 @@ def test_bf16_keeps_trained_weights_in_float32(method: Method, workshop: Worksho
     accelerator = build_accelerator(recipe, workshop.output).accelerator
     built = built_from(recipe, accelerator)
     trainer = trainer_from(recipe, accelerator, built)
-    method.set_training(built.bare_model)
+    method.set_training(built.model)
     products = Products(built.base.model.config.vocab_size)
     progress = TrainProgress()
-    with trainer.loss.in_use(), products:
+    with trainer.loss.attention_context(), products:
         train(accelerator, trainer, Probe(accelerator.device), progress, max_grad_norm=1.0, on_step=lambda *_: None)
     assert products.seen == {torch.bfloat16}
     assert products.logits == {torch.bfloat16}
     assert products.losses == {torch.float32}
-    assert progress.steps == 2
-    assert {parameter.dtype for parameter in built.bare_model.parameters()} == {torch.float32}
+    assert progress.completed_steps == 2
+    assert {parameter.dtype for parameter in built.model.parameters()} == {torch.float32}
     states = trainer.optimizer.optimizer.state  # type: ignore[attr-defined]
-    assert len(states) == len(trained(built.bare_model)) > 0
+    assert len(states) == len(trained(built.model)) > 0
     assert {state["exp_avg"].dtype for state in states.values()} == {torch.float32}
 
 
@@ -102,7 +102,7 @@ def test_a_base_in_half_precision_is_trained_in_float32(workshop: Workshop) -> N
     """Weights saved in fp16, as the shipped base's are, are loaded in float32 before anything is trained."""
     recipe = workshop.recipe(Full(), model={"path": "shipped"})
     accelerator = build_accelerator(recipe, workshop.output).accelerator
-    model = built_from(recipe, accelerator).bare_model
+    model = built_from(recipe, accelerator).model
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
@@ -115,5 +115,5 @@ def test_what_is_trained_in_bf16_over_what_is_not(
     recipe = workshop.recipe(method, train={"precision": "bf16"}, optimizer=kind(learning_rate=1e-2))
     record = workshop.run(recipe)
     assert record.outcome.kind == "ok"
-    assert record.losses[-1] < record.losses[0]
+    assert record.step_losses[-1] < record.step_losses[0]
     assert not [note for note in record.notes if "attention is as transformers does it" in note]

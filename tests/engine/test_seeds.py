@@ -25,8 +25,8 @@ def test_the_same_recipe_twice(method: Method, workshop: Workshop) -> None:
     """Run twice, a recipe gives the same losses and the same held-out loss to the last bit, dropout and all."""
     recipe = workshop.recipe(method, model={"dropout": 0.1}, train={"steps": 4, "micro_batch_size": 4})
     first, second = workshop.run(recipe), workshop.run(recipe)
-    assert first.losses == second.losses
-    assert len(first.losses) == 4
+    assert first.step_losses == second.step_losses
+    assert len(first.step_losses) == 4
     assert first.quality is not None
     assert second.quality is not None
     assert first.quality.loss == second.quality.loss
@@ -38,7 +38,7 @@ def test_the_same_recipe_twice(method: Method, workshop: Workshop) -> None:
         (Full(), {"train": {"seed": 1}}),  # another order of examples
         (LastLayer(), {"train": {"seed": 1}}),
         (Lora(r=4), {"train": {"seed": 1}}),  # another start
-        (PromptTuning(tokens=5), {"train": {"seed": 1}}),
+        (PromptTuning(num_virtual_tokens=5), {"train": {"seed": 1}}),
     ],
     ids=["full", "last_layer", "lora", "prompt_tuning"],
 )
@@ -46,7 +46,7 @@ def test_another_seed(method: Method, change: dict[str, Any], workshop: Workshop
     """Another seed of training is another run for every method: another order, other new weights."""
     plain = workshop.recipe(method, model=change.get("model"))
     first, second = workshop.run(plain), workshop.run(workshop.recipe(method, **change))
-    assert first.losses != second.losses
+    assert first.step_losses != second.step_losses
 
 
 def test_seed_of_dropout(workshop: Workshop) -> None:
@@ -54,7 +54,7 @@ def test_seed_of_dropout(workshop: Workshop) -> None:
 
     def loss(dropout: float, seed: int) -> float:
         knobs = {"global_batch_size": 24, "steps": 1, "seed": seed}  # all examples there are
-        return workshop.run(workshop.recipe(Full(), model={"dropout": dropout}, train=knobs)).losses[0]
+        return workshop.run(workshop.recipe(Full(), model={"dropout": dropout}, train=knobs)).step_losses[0]
 
     assert loss(0.0, 0) == pytest.approx(loss(0.0, 1), abs=1e-5)
     assert abs(loss(0.1, 0) - loss(0.1, 1)) > 1e-4
@@ -63,7 +63,7 @@ def test_seed_of_dropout(workshop: Workshop) -> None:
 def test_seed_of_data_changes_no_order(workshop: Workshop) -> None:
     """Where all examples are taken, nothing depends on the seed that draws them."""
     first, second = (workshop.run(workshop.recipe(Full(), data={"seed": seed})) for seed in (0, 1))
-    assert first.losses == second.losses
+    assert first.step_losses == second.step_losses
 
 
 @pytest.mark.parametrize("padding", ["none", "longest"])
@@ -84,8 +84,8 @@ def test_order_is_the_same_for_every_method(padding: str, workshop: Workshop) ->
             for their_part, our_part in zip(theirs.micro_batches, ours.micro_batches, strict=True):
                 assert shown(their_part, 0) == shown(our_part, ONE_OF_EACH[kind].virtual_tokens)
                 assert their_part.lengths == our_part.lengths
-                assert their_part.examples == our_part.examples
-            assert (theirs.counts.real, theirs.counts.padded, theirs.counts.labelled) == (
-                ours.counts.real, ours.counts.padded, ours.counts.labelled,
+                assert their_part.example_indices == our_part.example_indices
+            assert (theirs.token_counts.real, theirs.token_counts.padded, theirs.token_counts.labelled) == (
+                ours.token_counts.real, ours.token_counts.padded, ours.token_counts.labelled,
             )  # fmt: skip
-            assert (ours.counts.virtual > 0) == (kind == "prompt_tuning")
+            assert (ours.token_counts.virtual > 0) == (kind == "prompt_tuning")

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from peftbench.data.collate import PackedSequences, MicroBatch
+from peftbench.data.collate import MicroBatch, PackedSequences
+from peftbench.methods.base import Method
 from peftbench.modeling import cross_entropy
 from peftbench.modeling.attention import causal_attention
-from peftbench.modeling.loss import LabelledLogitsLoss, CausalLMLoss, build_loss
-from peftbench.methods.base import Method
+from peftbench.modeling.loss import CausalLMLoss, LabelledLogitsLoss, build_loss
 from tests.bases import FAMILIES
 from tests.conftest import LENGTHS_AND_PROMPTS, every_method, loss_for, micro_batch, packed, trained
 
@@ -43,7 +43,7 @@ def _applied(method: Method, base: PreTrainedModel, tokenizer: PreTrainedTokeniz
 
 def _loss_and_gradients(model: nn.Module, loss: CausalLMLoss, batch: MicroBatch) -> tuple[float, dict[str, torch.Tensor]]:
     model.zero_grad()
-    with loss.in_use():
+    with loss.attention_context():
         found = loss(model, batch)
         found.backward()  # type: ignore[no-untyped-call]
     gradients = {name: parameter.grad for name, parameter in trained(model).items()}
@@ -83,8 +83,8 @@ def test_loss_and_gradients_are_those_of_all_positions(  # noqa: PLR0917
     model = _applied(method, fresh_base(architecture), tokenizer)
     loss = loss_for(model)
     assert isinstance(loss, LabelledLogitsLoss)
-    assert loss.is_last
-    assert not loss.masked
+    assert loss.head_is_output
+    assert not loss.uses_masks
     monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", chunk)
     spared = packed(virtual=method.virtual_tokens, multiple=multiple) if multiple else batch
     if multiple == 32:
@@ -104,12 +104,12 @@ def test_no_document_looks_into_another(
     loss = loss_for(model)
     batch = packed(virtual=method.virtual_tokens)
     labels = [length - prompt for length, prompt in LENGTHS_AND_PROMPTS]
-    assert batch.documents is not None
-    start, end = batch.documents.bounds[1:3].tolist()
+    assert batch.packed_sequences is not None
+    start, end = batch.packed_sequences.cu_seqlens[1:3].tolist()
     changed = batch.input_ids.clone()
     changed[0, start + method.virtual_tokens : end] = changed[0, start + method.virtual_tokens : end].add(7) % 4096
-    other = MicroBatch(changed, batch.predictors, batch.targets, batch.lengths, documents=batch.documents)
-    with torch.no_grad(), loss.in_use():
+    other = MicroBatch(changed, batch.logit_indices, batch.targets, batch.lengths, packed_sequences=batch.packed_sequences)
+    with torch.no_grad(), loss.attention_context():
         before, after = (loss.logits(model, shown).split(labels) for shown in (batch, other))
     assert [torch.equal(one, two) for one, two in zip(before, after, strict=True)] == [True, False, True, True]
 
@@ -133,7 +133,7 @@ def test_a_cpu_attends_in_float32(
     query, key, value = torch.randn(3, 1, 4, 12, 16).to(precision)
     if rotated:
         query, key = query.float(), key.float()
-    documents = PackedSequences.of([5, 7]) if share_a_row else None
+    documents = PackedSequences.from_lengths([5, 7]) if share_a_row else None
     layer = nn.Module()
     with torch.autocast("cpu", precision):
         low, _ = causal_attention(layer, query, key, value, None, documents=documents)
@@ -160,7 +160,7 @@ def test_what_follows_a_head_is_kept(architecture: str, fresh_base: Fresh) -> No
     expected = _loss_and_gradients(plain, loss_for(plain, labelled=False, masked=True), batch)
     loss = loss_for(model)
     assert isinstance(loss, LabelledLogitsLoss)
-    assert not loss.is_last
+    assert not loss.head_is_output
     _assert_equal(_loss_and_gradients(model, loss, packed()), expected)
 
 
@@ -170,7 +170,7 @@ def test_a_model_without_a_head_to_be_found(fresh_base: Fresh, monkeypatch: pyte
     expected = _loss_and_gradients(base, loss_for(base), micro_batch())
     monkeypatch.setattr(type(base), "get_output_embeddings", lambda _: None)
     loss, notes = build_loss(base)
-    assert loss.everywhere
+    assert loss.computes_all_logits
     assert notes == ("the head of gpt2 was not found; logits are computed at every position",)
     _assert_equal(_loss_and_gradients(base, loss, packed()), expected)
 
@@ -185,11 +185,11 @@ def test_attention_that_cannot_go_without_masks(fresh_base: Fresh) -> None:
     )  # fmt: skip
     sliding = AutoModelForCausalLM.from_config(config)
     loss, notes = build_loss(sliding)
-    assert loss.masked
+    assert loss.uses_masks
     assert any("its masks are more than causal" in note for note in notes)
     base = fresh_base("llama_tied")
     base.config._attn_implementation = "eager"
-    assert build_loss(base)[0].unmasked == "its attention is eager"
+    assert build_loss(base)[0].mask_reason == "its attention is eager"
 
 
 def test_generation_is_left_alone(fresh_base: Fresh) -> None:
@@ -199,7 +199,7 @@ def test_generation_is_left_alone(fresh_base: Fresh) -> None:
     with torch.no_grad():
         before = base(input_ids=ids).logits
         loss = loss_for(base)
-        with loss.in_use():
+        with loss.attention_context():
             loss(base, micro_batch())
         assert torch.equal(base(input_ids=ids).logits, before)
     assert base.config._attn_implementation == "sdpa"

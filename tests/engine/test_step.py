@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from peftbench.distributed.accelerator import build_accelerator
-from peftbench.training.build import TrainingComponents
-from peftbench.training.loop import TrainProgress, train, train_step
 from peftbench.methods.full import Full
 from peftbench.methods.lora import Lora
 from peftbench.optim import SGD, AdamW
 from peftbench.profiler.probe import Probe
 from peftbench.recipe.schema import Schedule
+from peftbench.training.build import TrainingComponents
+from peftbench.training.loop import TrainProgress, train, train_step
 from tests.conftest import Workshop, micro_batch, one_batch, trained, trainer_from, trainer_of
 
 if TYPE_CHECKING:
@@ -111,15 +111,15 @@ def test_train_tells_every_step_and_counts_every_token(workshop: Workshop) -> No
         on_step=lambda step, values: told.append((step, values["loss"])),
     )  # fmt: skip
     assert told == list(enumerate(progress.losses, start=1))
-    assert progress.steps == len(probe.step_seconds) == 10
+    assert progress.completed_steps == len(probe.step_seconds) == 10
     batches = iter(trainer.batches)
-    expected = [next(batches).counts for _ in range(10)]
-    assert progress.counts.real == sum(counts.real for counts in expected)
-    assert progress.counts.labelled == sum(counts.labelled for counts in expected) > 0
+    expected = [next(batches).token_counts for _ in range(10)]
+    assert progress.token_counts.real == sum(counts.real for counts in expected)
+    assert progress.token_counts.labelled == sum(counts.labelled for counts in expected) > 0
 
 
 def test_steps_from_epochs(workshop: Workshop) -> None:
     """A length in epochs is in steps what covers the examples, rounded up: 24 examples, 1.5 epochs, 10 a step."""
     recipe = workshop.recipe(Full(), train={"steps": None, "epochs": 1.5, "global_batch_size": 10})
     accelerator = build_accelerator(recipe, workshop.output).accelerator
-    assert trainer_from(recipe, accelerator).steps == 4
+    assert trainer_from(recipe, accelerator).total_steps == 4

@@ -13,10 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from peftbench.feature_cache import store
-from peftbench.feature_cache.store import StoreLayout, StorageDtype, FeatureStore, hash_cache_key, open_store, get_store_dir
-from peftbench.errors import DiskFullError, OutputError
 from peftbench.common.filesystem import CACHE_DIR_ENV
+from peftbench.errors import DiskFullError, OutputError
+from peftbench.feature_cache.store import (
+    FeatureStore,
+    StorageDtype,
+    StoreLayout,
+    get_store_dir,
+    hash_cache_key,
+    open_store,
+)
 from tests.conftest import REPOSITORY
 from tests.disks import mounted
 
@@ -55,10 +61,10 @@ def test_sizes_are_exact_and_stated_before(stored: StorageDtype, size: int) -> N
     """One row for each labelled position and one byte for each example, all of it allocated; said once."""
     said: list[str] = []
     store = opened(stored, said)
-    assert (store.folder / "states").stat().st_size == store.nbytes == size
-    assert (store.folder / "complete").stat().st_size == 4
-    assert (store.folder / "states").stat().st_blocks * 512 >= size
-    assert said == [f"the hidden states of 27 labelled positions take {size:,} bytes in {store.folder}"]
+    assert (store.directory / "states").stat().st_size == store.nbytes == size
+    assert (store.directory / "complete").stat().st_size == 4
+    assert (store.directory / "states").stat().st_blocks * 512 >= size
+    assert said == [f"the hidden states of 27 labelled positions take {size:,} bytes in {store.directory}"]
     opened(stored, said)
     assert len(said) == 1
 
@@ -69,12 +75,12 @@ def test_float32_comes_back_to_the_last_bit(pinned: bool) -> None:
     if pinned and not torch.cuda.is_available():
         pytest.skip("no GPU")
     store = opened()
-    assert store.complete().tolist() == [False] * 4
+    assert store.completed_mask().tolist() == [False] * 4
     given = states((2, 0, 1))
     store.write((2, 0, 1), given)
     again = opened()
-    assert again.complete().tolist() == store.complete().tolist() == [True, True, True, False]
-    read = again.read((1, 2), pinned=pinned)
+    assert again.completed_mask().tolist() == store.completed_mask().tolist() == [True, True, True, False]
+    read = again.read((1, 2), pin_memory=pinned)
     assert read.is_pinned() is pinned
     assert torch.equal(read, torch.cat((given[4:], given[:1])))
     with pytest.raises(KeyError, match="example 3"):
@@ -113,7 +119,7 @@ def test_no_page_of_it_stays_in_the_process() -> None:
     for example in range(8):
         store.write((example,), torch.ones(4096, 1024))
         assert store.read((example,)).sum() == 4096 * 1024
-    found = Path("/proc/self/smaps").read_text(encoding="utf-8").split(str(store.folder / "states"), 1)[1]
+    found = Path("/proc/self/smaps").read_text(encoding="utf-8").split(str(store.directory / "states"), 1)[1]
     resident = next(line for line in found.splitlines() if line.startswith("Rss:"))
     assert int(resident.split()[1]) == 0
 
@@ -122,8 +128,8 @@ def test_the_name_is_of_all_that_states_depend_on() -> None:
     """Any other value is another folder; the same values in another order are the same."""
     assert hash_cache_key(OF) != hash_cache_key(OF | {"weights": "v"}) != hash_cache_key(OF | {"more": None})
     assert hash_cache_key(OF) == hash_cache_key(dict(reversed(OF.items())))
-    assert opened().folder != opened("bf16").folder
-    assert opened(of=OF | {"examples": "f"}).folder != opened().folder
+    assert opened().directory != opened("bf16").directory
+    assert opened(of=OF | {"examples": "f"}).directory != opened().directory
 
 
 def _states_cut(folder: Path) -> None:
@@ -161,12 +167,12 @@ def test_a_damaged_one_is_made_anew(damage: Any) -> None:
     store = opened()
     store.write((0, 1, 2, 3), states((0, 1, 2, 3)))
     before = store.read((0, 1))
-    damage(store.folder)
+    damage(store.directory)
     said: list[str] = []
     again = opened(announced=said)
     assert len(said) == 1
-    assert not again.complete().any()
-    assert (again.folder / "states").stat().st_size == again.nbytes
+    assert not again.completed_mask().any()
+    assert (again.directory / "states").stat().st_size == again.nbytes
     if damage is not _states_cut and damage is not _flags_grown and damage is not _flags_odd:
         assert torch.equal(store.read((0, 1)), before)
 
@@ -175,14 +181,14 @@ def test_after_a_crash_of_the_machine_only_what_was_sealed_is_believed(monkeypat
     """Flags may be on the disk and their rows not; a sealed store is whole on it, and a part is not sealed."""
     store = opened()
     store.write((0, 1, 2), states((0, 1, 2)))
-    store.seal()
+    store.mark_durable()
     monkeypatch.setattr(store, "_read_boot_id", lambda: "another")
-    assert not opened().complete().any()
+    assert not opened().completed_mask().any()
     store = opened()
     store.write((0, 1, 2, 3), states((0, 1, 2, 3)))
-    store.seal()
+    store.mark_durable()
     monkeypatch.setattr(store, "_read_boot_id", lambda: "a third")
-    assert opened().complete().all()
+    assert opened().completed_mask().all()
 
 
 SCRIPT = """
@@ -215,8 +221,8 @@ def test_kill_between_rows_and_flag_leaves_the_example_out() -> None:
     process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL
     store = opened()
-    assert (store._states[3:12] == 5).all(), "the rows were written: it was killed after them"
-    assert store.complete().tolist() == [True, False, False, False]
+    assert (store._features[3:12] == 5).all(), "the rows were written: it was killed after them"
+    assert store.completed_mask().tolist() == [True, False, False, False]
     assert (store.read((0,)) == 7).all()
     store.write((1,), states((1,)))
     assert torch.equal(store.read((1,)), states((1,)))
@@ -248,7 +254,7 @@ def test_two_processes_share_one_store() -> None:
     for process in both:
         out, _ = process.communicate("go\n", timeout=60)
         assert out.split() == ["1.0", "2.0", "1.0", "2.0"]
-    assert opened().complete().all()
+    assert opened().completed_mask().all()
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_made(
@@ -276,7 +282,7 @@ def test_a_disk_that_fills_up_meanwhile_leaves_nothing_half_written(
     """Room is taken before the first row, so that no write through the map can find none."""
     with mounted(tmp_path / "disk", "size=64k") as disk:
         monkeypatch.setenv(CACHE_DIR_ENV, str(disk))
-        monkeypatch.setattr(store, "_check_disk_space", lambda *_: None)  # as if another had taken it since
+        monkeypatch.setattr("peftbench.feature_cache.store._check_disk_space", lambda *_: None)  # as if another had taken it since
         with pytest.raises(DiskFullError, match="the disk is full"):
             open_store(OF, StoreLayout(torch.tensor([1000] * 4), WIDTH, "fp32"), print)
         assert [path.name for path in (disk / "trunk").iterdir()] == [f"{get_store_dir(OF).name}.lock"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from peftbench.feature_cache.key import hash_backbone, build_cache_key, hash_examples
+from peftbench.feature_cache.key import build_cache_key, hash_backbone, hash_examples
 from peftbench.methods.last_layer import LastLayer
 from peftbench.modeling.loading import load_model
 from peftbench.optim import AdamW
@@ -29,7 +29,7 @@ def identity(
     made = recipe(workshop, "run", parts.pop("stored", "fp32"), **parts)
     base = load_model(made.model).model
     LastLayer().apply(base, None)  # type: ignore[arg-type]
-    return build_cache_key(made, base, examples, torch.device(device), masked=masked)
+    return build_cache_key(made, base, examples, torch.device(device), uses_masks=masked)
 
 
 def test_where_a_trunk_came_from_does_not_matter(workshop: Workshop, tmp_path: Path) -> None:

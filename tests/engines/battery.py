@@ -18,7 +18,6 @@ from accelerate.state import PartialState
 
 import peftbench.run.runner
 from peftbench.data.sources import Files
-from peftbench.training.checkpoint import CheckpointManager
 from peftbench.distributed.compatibility import Combination
 from peftbench.distributed.engines import ENGINES, EngineKind
 from peftbench.distributed.sharding import gather_full_model
@@ -26,6 +25,7 @@ from peftbench.methods import METHODS
 from peftbench.optim import OPTIMIZERS
 from peftbench.recipe.schema import Checkpoint, Data, Evaluate, Model, Profile, Recipe, Schedule, Train
 from peftbench.run.runner import Run
+from peftbench.training.checkpoint import CheckpointManager
 from tests.conftest import forget_accelerators
 
 STEPS = 6
@@ -61,13 +61,13 @@ def recipe(point: Combination, base: str, data: str, folder: Path) -> Recipe:
         data=Data(
             source=Files(id="id", train=f"{data}/train.jsonl", validation=f"{data}/validation.jsonl",
                          test=f"{data}/test.jsonl"),
-            max_tokens=48, separator=" TL;DR:",
+            max_length=48, separator=" TL;DR:",
         ),
         optimizer=OPTIMIZERS[kind](learning_rate=rate, weight_decay=0.01, **MORE.get(point.optimizer, {})),
         schedule=Schedule(kind="linear", warmup_steps=2),
-        train=Train(steps=STEPS, global_batch=8, micro_batch=2, precision=point.precision),  # type: ignore[arg-type]
-        evaluate=Evaluate(generate=False, max_new_tokens=8, batch=3, split="validation"),
-        profile=Profile(warmup_steps=2),
+        train=Train(steps=STEPS, global_batch_size=8, micro_batch_size=2, precision=point.precision),  # type: ignore[arg-type]
+        evaluate=Evaluate(generate=False, max_new_tokens=8, batch_size=3, split="validation"),
+        profile=Profile(untimed_steps=2),
     )  # fmt: skip
 
 
@@ -82,14 +82,14 @@ def keep_digests(folder: Path, engine: str) -> None:
             place = folder / engine / f"weights-{os.environ.get('RANK', '0')}"
             with place.open("a", encoding="utf-8") as file:
                 file.write(f"{digest.hexdigest()}\n")
-        gather_full_model(kind, started, model, here=here)
+        gather_full_model(kind, started, model, on_this_rank=here)
 
     setattr(peftbench.run.runner, "bring_home", told)  # noqa: B010 — a name that it imports
 
 
 def stopped_and_resumed(made: Recipe) -> None:
     """The same training once more, stopped right after a checkpoint, and then gone on with."""
-    again = made.model_copy(update={"name": f"{made.name}{RESUMED}", "checkpoint": Checkpoint(every_steps=STEPS // 2)})
+    again = made.model_copy(update={"name": f"{made.name}{RESUMED}", "checkpoint": Checkpoint(interval=STEPS // 2)})
     save = CheckpointManager.save
 
     def saved_and_stopped(*given: Any) -> None:
@@ -127,7 +127,7 @@ def main() -> None:
         made = recipe(point, base, data, Path(folder))
         try:
             Run(made).execute()
-            if optimizer != UNTRAINED and not ENGINES[engine].on_disk:
+            if optimizer != UNTRAINED and not ENGINES[engine].offloads_to_nvme:
                 stopped_and_resumed(made)
         except Exception:
             place = Path(folder) / engine / name

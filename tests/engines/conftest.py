@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from peftbench.data.sources import Files
-from peftbench.distributed.compatibility import Combination, iter_combinations, find_blocking_rule
+from peftbench.distributed.compatibility import Combination, find_blocking_rule, iter_combinations
 from peftbench.distributed.engines import ENGINES
 from tests.conftest import REPOSITORY
 from tests.engines.battery import UNTRAINED

@@ -14,7 +14,24 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from peftbench.distributed.accelerator import build_accelerator
-from peftbench.distributed.compatibility import ACTIVATION_OFFLOAD, CHECKPOINTING, COMPILE, OPTIONAL_FEATURES, LIGER, MICRO_BATCH_TOKENS, QUANTIZATION, RULES, FEATURE_CACHE, Combination, Rule, check, iter_combinations, describe_changes, find_nearest_supported, find_blocking_rule
+from peftbench.distributed.compatibility import (
+    ACTIVATION_OFFLOAD,
+    CHECKPOINTING,
+    COMPILE,
+    FEATURE_CACHE,
+    LIGER,
+    MICRO_BATCH_TOKENS,
+    OPTIONAL_FEATURES,
+    QUANTIZATION,
+    RULES,
+    Combination,
+    Rule,
+    check,
+    describe_changes,
+    find_blocking_rule,
+    find_nearest_supported,
+    iter_combinations,
+)
 from peftbench.distributed.deepspeed import check_nvme_support
 from peftbench.distributed.engines import ENGINES, SINGLE
 from peftbench.errors import CombinationError, EngineError
@@ -39,7 +56,7 @@ ALONE = [
     if not any(find_blocking_rule(dataclasses.replace(point, engine=engine), "cpu") is None for engine in SEVERAL)
 ]  # fmt: skip
 """What runs in one process only."""
-EVERY = [point for extras in ((), *((extra,) for extra in OPTIONAL_FEATURES)) for point in iter_combinations(extras=extras)]
+EVERY = [point for extras in ((), *((extra,) for extra in OPTIONAL_FEATURES)) for point in iter_combinations(optional_features=extras)]
 REFUSED = [point for point in EVERY if any(find_blocking_rule(point, device) is not None for device in ("cpu", "cuda"))]
 ON_CPU = [rule for rule in RULES if any(p.precision != "fp16" and find_blocking_rule(p, "cpu") is rule for p in EVERY)]
 """Rules that refuse something on CPU that fp16 is no part of."""
@@ -87,7 +104,7 @@ def test_one_change_where_one_is_enough() -> None:
         runs = [point for point in EVERY if find_blocking_rule(point, device) is None]
         for point in REFUSED[::7]:
             if find_blocking_rule(point, device) is not None:
-                same = (other for other in runs if other.extras <= point.extras and other.method == point.method)
+                same = (other for other in runs if other.optional_features <= point.optional_features and other.method == point.method)
                 assert _changes(point, find_nearest_supported(point, device)[0]) <= min(_changes(point, other) for other in same)
 
 
@@ -100,12 +117,12 @@ def test_a_launch_is_refused_by_each_rule(rule: Rule, workshop: Workshop, monkey
     recipe = workshop.recipe(
         ONE_OF_EACH[point.method], optimizer={"kind": point.optimizer}, train={
             "precision": point.precision, "global_batch_size": 4,
-            **({"micro_batch_tokens": 100} if MICRO_BATCH_TOKENS in point.extras else {"micro_batch_size": 2}),
-            "compile": COMPILE in point.extras, "cross_entropy": "liger" if LIGER in point.extras else "torch",
-            "activation_offloading": ACTIVATION_OFFLOAD in point.extras,
-            "feature_cache": "fp32" if FEATURE_CACHE in point.extras else None,
-        }, model={"quantization": "nf4" if QUANTIZATION in point.extras else None},
-        checkpoint={"interval": 2 if CHECKPOINTING in point.extras else None},
+            **({"micro_batch_tokens": 100} if MICRO_BATCH_TOKENS in point.optional_features else {"micro_batch_size": 2}),
+            "compile": COMPILE in point.optional_features, "cross_entropy": "liger" if LIGER in point.optional_features else "torch",
+            "activation_offloading": ACTIVATION_OFFLOAD in point.optional_features,
+            "feature_cache": "fp32" if FEATURE_CACHE in point.optional_features else None,
+        }, model={"quantization": "nf4" if QUANTIZATION in point.optional_features else None},
+        checkpoint={"interval": 2 if CHECKPOINTING in point.optional_features else None},
     )  # fmt: skip
     with pytest.raises(CombinationError) as raised:
         build_accelerator(recipe, workshop.output)
@@ -114,55 +131,55 @@ def test_a_launch_is_refused_by_each_rule(rule: Rule, workshop: Workshop, monkey
 
 def _can_be_meant(point: Combination) -> bool:
     """Whether there is a recipe for it at all: that of a trunk kept on disk is of a method that freezes it."""
-    return FEATURE_CACHE not in point.extras or ONE_OF_EACH[point.method].trunk_frozen
+    return FEATURE_CACHE not in point.optional_features or ONE_OF_EACH[point.method].has_frozen_backbone
 
 
 def _launched_as(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kind = ENGINES[engine]
     monkeypatch.setenv("WORLD_SIZE", "1" if kind is SINGLE else "2")
-    if kind.deepspeed:
+    if kind.is_deepspeed:
         monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
         monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(REPOSITORY / "ds_configs" / f"{engine}.json"))
-    if kind.fsdp:
+    if kind.is_fsdp:
         monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
         monkeypatch.setenv("FSDP_VERSION", "2")
 
 
 def assert_held_against_one_process(point: Combination, ran: Ran) -> None:
     """The run ended well, its loss fell, and losses, states and weights are those of one process."""
-    if ENGINES[point.engine].on_disk:
+    if ENGINES[point.engine].offloads_to_nvme:
         _skip_without_libaio()
     record, folder = _record(ran(point.engine), point)
     assert record.outcome.kind == "ok"
     assert record.engine is not None
     assert record.engine.name == point.engine
-    assert record.device.processes == 2
+    assert record.device.num_processes == 2
     alone, reference = _record(
         ran("single"),
         Combination(point.method, "single", point.optimizer.replace("deepspeed_cpu_adam", "adamw"), point.precision),
     )
     allowed = tolerance(point)
-    assert record.losses[-1] < record.losses[0]
+    assert record.step_losses[-1] < record.step_losses[0]
     assert record.quality is not None
     assert alone.quality is not None
     assert record.quality.loss == pytest.approx(alone.quality.loss, rel=allowed)
-    each, expected = record.quality.by_example, alone.quality.by_example
+    each, expected = record.quality.per_example, alone.quality.per_example
     assert each is not None
     assert expected is not None
     assert each.loss == pytest.approx(expected.loss, rel=20 * allowed)
-    assert (each.identity, each.labelled) == (expected.identity, expected.labelled)
-    assert (record.flops.required, record.tokens) == (alone.flops.required, alone.tokens)
-    assert len(record.state_bytes_by_rank) == (0 if ENGINES[point.engine].on_disk else 2)
+    assert (each.examples_fingerprint, each.labelled_tokens) == (expected.examples_fingerprint, expected.labelled_tokens)
+    assert (record.flops.model_flops, record.tokens) == (alone.flops.model_flops, alone.tokens)
+    assert len(record.state_bytes_by_rank) == (0 if ENGINES[point.engine].offloads_to_nvme else 2)
     for states in record.state_bytes_by_rank:
-        assert states.expected_optimizer == states.optimizer + states.offloaded
+        assert states.expected_optimizer == states.optimizer + states.cpu_offloaded
     untrained = ran("single") / f"{point.method}-{UNTRAINED}-fp32"
     moved = _distance(folder, reference) / _distance(reference, untrained)
-    losses = max(abs(mine / its - 1) for mine, its in zip(record.losses, alone.losses, strict=True))
+    losses = max(abs(mine / its - 1) for mine, its in zip(record.step_losses, alone.step_losses, strict=True))
     print(f"{point.engine}-{point.name}: losses {losses:.2e}/{allowed:.0e}, weights {moved:.4f}/{moved_apart(point)}")  # noqa: T201
     assert moved < moved_apart(point)
     assert losses < allowed
     _goes_on(alone, reference, resumed_alone(point))
-    if not ENGINES[point.engine].on_disk:
+    if not ENGINES[point.engine].offloads_to_nvme:
         _goes_on(record, folder, resumed_apart(point))
     if not ENGINES[point.engine].shards_weights:
         first, second = ((folder.parent / f"weights-{rank}").read_text(encoding="utf-8") for rank in (0, 1))
@@ -187,7 +204,7 @@ def _goes_on(record: RunRecord, folder: Path, allowed: float) -> None:
     assert resumed.resumed_after == (STEPS // 2,)
     assert resumed.quality is not None
     assert record.quality is not None
-    assert resumed.losses == pytest.approx(record.losses, rel=allowed, abs=0)
+    assert resumed.step_losses == pytest.approx(record.step_losses, rel=allowed, abs=0)
     assert resumed.quality.loss == pytest.approx(record.quality.loss, rel=allowed, abs=0)
     assert (resumed.tokens, resumed.flops) == (record.tokens, record.flops)
     assert _distance(folder.with_name(f"{folder.name}{RESUMED}"), folder) <= allowed * _size(folder)
@@ -242,7 +259,7 @@ def test_what_runs_in_one_process_alone(point: Combination, ran: Ran) -> None:
     """It learns, keeps the states that it should, and goes on identically."""
     record, folder = _record(ran("single"), point)
     assert record.outcome.kind == "ok"
-    assert record.losses[-1] < record.losses[0]
+    assert record.step_losses[-1] < record.step_losses[0]
     assert record.state_bytes is not None
     assert record.state_bytes.expected_optimizer == record.state_bytes.optimizer
     _goes_on(record, folder, 0.0)
@@ -267,7 +284,7 @@ def test_tolerances_catch_a_lost_process(
         recipe(dataclasses.replace(point, optimizer=UNTRAINED), str(base), str(data), tmp_path)
     ).execute()
     places_of = [tmp_path / "single" / name for name in (whole.name, "lost", untrained.name)]
-    losses = max(abs(mine / its - 1) for mine, its in zip(lost.losses, whole.losses, strict=True))
+    losses = max(abs(mine / its - 1) for mine, its in zip(lost.step_losses, whole.step_losses, strict=True))
     moved = _distance(places_of[1], places_of[0]) / _distance(places_of[0], places_of[2])
     print(f"{point.name}: losses {losses:.2e}/{tolerance(point):.0e}, weights {moved:.3f}/{moved_apart(point)}")  # noqa: T201
     assert losses > tolerance(point) or moved > moved_apart(point)

@@ -41,8 +41,8 @@ def applied(fresh_base: Callable[[str], PreTrainedModel], tokenizer: PreTrainedT
 @pytest.fixture(scope="session")
 def encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
     """Encodes for bases with ``POSITIONS`` positions, with room for a few virtual tokens."""
-    layout = SequenceLayout.fit(
-        separator=" TL;DR:", max_tokens=MAX_TOKENS, new_tokens=NEW_TOKENS, positions=POSITIONS, virtual_tokens=8
+    layout = SequenceLayout.for_model(
+        separator=" TL;DR:", max_length=MAX_TOKENS, max_new_tokens=NEW_TOKENS, max_positions=POSITIONS, virtual_tokens=8
     )
     return Encoder(tokenizer, layout)
 
@@ -50,7 +50,7 @@ def encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
 @pytest.fixture(scope="session")
 def encoded(encoder: Encoder) -> Dataset:
     """Seven encoded examples, in no order of length."""
-    dataset, dropped = encoder.encode(Dataset.from_list(examples(7, seed=4)), "test", "refuse")
+    dataset, dropped = encoder.encode_split(Dataset.from_list(examples(7, seed=4)), "test", "refuse")
     assert dropped == 0
     lengths = [len(ids) for ids in dataset["input_ids"]]
     assert lengths != sorted(lengths)

@@ -11,8 +11,8 @@ from datasets import Dataset
 from torch import nn
 
 from peftbench.data.encode import Encoder
-from peftbench.training.loop import train_step
 from peftbench.methods.base import Method
+from peftbench.training.loop import train_step
 from tests.conformance.battery import Bench, Case, bench_of, every_case
 from tests.conftest import every_architecture, every_method, logits, micro_batch, one_batch, trainer_of
 from tests.evaluation.conftest import NEW_TOKENS, MakeEvaluation
@@ -43,9 +43,9 @@ def moved_bench(
 def _by_hand(model: nn.Module, encoder: Encoder, article: str) -> str:
     """Greedy generation the slow way: the whole sequence again for every token, as a training step would see it."""
     model.eval()
-    ids = encoder.prompt(article)
+    ids = encoder.encode_prompt(article)
     start = len(ids)
-    while len(ids) < start + NEW_TOKENS and ids[-1] != encoder.end:
+    while len(ids) < start + NEW_TOKENS and ids[-1] != encoder.eos_token_id:
         length = len(ids)
         batch = micro_batch([(length, length)])
         batch.input_ids[0] = torch.tensor(ids)
@@ -67,8 +67,8 @@ def test_batch_and_padding_change_no_text(
     With soft tokens this is a trap: padding must not come between them and the prompt.
     """
     model = moved_bench(case).model
-    together = evaluation(case.method, model, batch=16).summaries()
-    assert together == evaluation(case.method, model, batch=1).summaries()
+    together = evaluation(case.method, model, batch=16).generate_summaries()
+    assert together == evaluation(case.method, model, batch=1).generate_summaries()
     assert together == [_by_hand(model, encoder, article) for article in encoded["article"]]
     assert len(set(together)) > 1  # texts that differ, so that their order is known too
 
@@ -80,9 +80,9 @@ def test_beams_do_not_depend_on_the_batch(
 ) -> None:
     """A search by beams finds the same summaries together and one by one, and others than a greedy one."""
     model = moved_bench(Case("num_beams", method, architecture)).model
-    together = evaluation(method, model, batch=16, beams=3).summaries()
-    assert together == evaluation(method, model, batch=1, beams=3).summaries()
-    assert together != evaluation(method, model, batch=16).summaries()
+    together = evaluation(method, model, batch=16, beams=3).generate_summaries()
+    assert together == evaluation(method, model, batch=1, beams=3).generate_summaries()
+    assert together != evaluation(method, model, batch=16).generate_summaries()
 
 
 @every_method
@@ -92,5 +92,5 @@ def test_model_is_as_before_after_generation(
     """Generation leaves no cache and no other trace: the model predicts the same as before, to the last bit."""
     bench = moved_bench(Case("trace", method, "gpt2_tied"))
     before = bench.logits(micro_batch())
-    evaluation(method, bench.model).summaries()
+    evaluation(method, bench.model).generate_summaries()
     assert torch.equal(bench.logits(micro_batch()), before)

@@ -11,13 +11,13 @@ import torch
 from datasets import Dataset
 
 from peftbench.data.encode import Encoder
-from peftbench.training.loop import train_step
 from peftbench.evaluation.evaluator import Evaluator, build_quality
 from peftbench.methods.base import Method
 from peftbench.methods.baselines import ZeroShot
 from peftbench.methods.full import Full
 from peftbench.profiler.probe import Probe
 from peftbench.recipe.schema import Evaluate
+from peftbench.training.loop import train_step
 from tests.conftest import (
     Workshop,
     alone,
@@ -62,10 +62,10 @@ def test_loss_by_hand(
         counts.append(len(targets))
     by_hand = sum(sums) / sum(counts)
     for batch in (1, 3, 16):
-        found = evaluation(method, model, batch=batch).held_out()
+        found = evaluation(method, model, batch=batch).compute_held_out_loss()
         assert found.loss == pytest.approx(by_hand, rel=1e-5)
-        assert found.summed == pytest.approx(sums, rel=1e-4)
-        assert found.labelled == tuple(counts)
+        assert found.nll_sums == pytest.approx(sums, rel=1e-4)
+        assert found.label_counts == tuple(counts)
     mean_of_means = sum(total / count for total, count in zip(sums, counts, strict=True)) / len(counts)
     assert mean_of_means != pytest.approx(by_hand, rel=1e-4)
 
@@ -77,12 +77,12 @@ def test_an_example_without_a_prompt(applied: Applied, evaluation: MakeEvaluatio
     )
     model = applied(ZeroShot(), "gpt2_tied")
     measured = evaluation(ZeroShot(), model, bare, batch=3)
-    found, before = measured.held_out(), evaluation(ZeroShot(), model, batch=3).held_out()
-    assert found.labelled[2] == len(encoded[2]["input_ids"]) - 1
+    found, before = measured.compute_held_out_loss(), evaluation(ZeroShot(), model, batch=3).compute_held_out_loss()
+    assert found.label_counts[2] == len(encoded[2]["input_ids"]) - 1
     others = [index for index in range(len(encoded)) if index != 2]
-    assert [found.labelled[index] for index in others] == [before.labelled[index] for index in others]
-    assert [found.summed[index] for index in others] == pytest.approx([before.summed[index] for index in others])
-    assert len(measured.teacher_forced()) == len(encoded)
+    assert [found.label_counts[index] for index in others] == [before.label_counts[index] for index in others]
+    assert [found.nll_sums[index] for index in others] == pytest.approx([before.nll_sums[index] for index in others])
+    assert len(measured.decode_teacher_forced()) == len(encoded)
 
 
 def test_a_memorised_example_is_found_again(
@@ -99,17 +99,17 @@ def test_a_memorised_example_is_found_again(
     model = fresh_base("gpt2_tied")
     measured = evaluation(Full(), model, batch=4, max_new_tokens=20)
     known = list(encoded["summary"])
-    assert measured.teacher_forced() != known
+    assert measured.decode_teacher_forced() != known
     batch = measured.collator.collate(encoded["input_ids"], encoded["prompt_tokens"])
     trainer = trainer_of(accelerator, model, torch.optim.AdamW(trained(model).values(), lr=3e-3))
     model.train()
     for _ in range(60):
         loss = train_step(accelerator, trainer, one_batch(batch), max_grad_norm=1.0)
     assert loss < 0.1
-    assert measured.teacher_forced() == known
+    assert measured.decode_teacher_forced() == known
     # Generated, too, where the article was short enough to be whole in the prompt with room for new tokens.
-    whole = [encoder.prompt(row["article"]) == row["input_ids"][: row["prompt_tokens"]] for row in encoded]
-    pairs = [pair for pair, kept in zip(zip(measured.summaries(), known, strict=True), whole, strict=True) if kept]
+    whole = [encoder.encode_prompt(row["article"]) == row["input_ids"][: row["prompt_tokens"]] for row in encoded]
+    pairs = [pair for pair, kept in zip(zip(measured.generate_summaries(), known, strict=True), whole, strict=True) if kept]
     assert len(pairs) >= 3
     assert [generated for generated, _ in pairs] == [summary for _, summary in pairs]
 
@@ -118,9 +118,9 @@ def test_quality_is_put_together(applied: Applied, evaluation: MakeEvaluation, e
     """A quality says of how many examples it is, keeps as many samples as asked for, each with its own reference."""
     model = applied(ZeroShot(), "gpt2_tied")
     measured = evaluation(ZeroShot(), model, samples=3, teacher_forced=True)
-    quality = measured.quality(Probe(torch.device("cpu")))
-    assert (quality.split, quality.examples) == ("test", 7)
-    assert quality.loss == measured.held_out().loss
+    quality = measured.evaluate(Probe(torch.device("cpu")))
+    assert (quality.split, quality.num_examples) == ("test", 7)
+    assert quality.loss == measured.compute_held_out_loss().loss
     assert quality.loss is not None
     assert quality.perplexity == pytest.approx(math.exp(quality.loss))
     assert quality.rouge is not None
@@ -128,11 +128,11 @@ def test_quality_is_put_together(applied: Applied, evaluation: MakeEvaluation, e
     assert set(quality.rouge) == set(quality.teacher_forced_argmax_rouge) == {"rouge1", "rouge2", "rougeL", "rougeLsum"}
     assert [sample.id for sample in quality.samples] == list(encoded["id"])[:3]
     assert [sample.reference for sample in quality.samples] == list(encoded["summary"])[:3]
-    assert [sample.generated for sample in quality.samples] == measured.summaries()[:3]
-    each = quality.by_example
+    assert [sample.generated for sample in quality.samples] == measured.generate_summaries()[:3]
+    each = quality.per_example
     assert each is not None
-    assert len(each.loss) == len(each.labelled) == 7
-    assert sum(each.loss) / sum(each.labelled) == pytest.approx(quality.loss)
+    assert len(each.loss) == len(each.labelled_tokens) == 7
+    assert sum(each.loss) / sum(each.labelled_tokens) == pytest.approx(quality.loss)
     assert {kind: sum(scores) / 7 for kind, scores in each.rouge.items()} == pytest.approx(
         {kind: interval.mean for kind, interval in quality.rouge.items()}
     )
@@ -142,23 +142,23 @@ def test_examples_are_known_by_what_they_are(applied: Applied, evaluation: MakeE
     """Two methods' scores of the same examples can be paired; with another reference, or order, they cannot."""
     knobs = Evaluate()
     same = [build_quality(knobs, encoded, list(encoded[column])) for column in ("summary", "article")]
-    identities = [quality.by_example.identity for quality in same if quality.by_example]
+    identities = [quality.per_example.examples_fingerprint for quality in same if quality.per_example]
     assert identities[0] == identities[1]
     other = encoded.select(range(6, -1, -1))
-    turned = build_quality(knobs, other, list(other["summary"])).by_example
+    turned = build_quality(knobs, other, list(other["summary"])).per_example
     assert turned is not None
-    assert turned.identity != identities[0]
+    assert turned.examples_fingerprint != identities[0]
     summaries = [*encoded["summary"][:-1], "another"]
     changed = encoded.remove_columns("summary").add_column("summary", summaries)
-    with_another = build_quality(knobs, changed, summaries).by_example
+    with_another = build_quality(knobs, changed, summaries).per_example
     assert with_another is not None
-    assert with_another.identity != identities[0]
+    assert with_another.examples_fingerprint != identities[0]
 
 
 def test_only_what_is_asked_for(applied: Applied, evaluation: MakeEvaluation) -> None:
     """Without generation there is a loss and no ROUGE, and no figure of the study's under any name."""
     model = applied(ZeroShot(), "gpt2_tied")
-    quality = evaluation(ZeroShot(), model, generate=False).quality(Probe(torch.device("cpu")))
+    quality = evaluation(ZeroShot(), model, generate=False).evaluate(Probe(torch.device("cpu")))
     assert quality.loss is not None
     assert quality.rouge is None
     assert quality.teacher_forced_argmax_rouge is None
@@ -181,7 +181,7 @@ def test_precision_is_the_same_with_and_without_training(
             if prepared:
                 accelerator.prepare(model)
             measured = Evaluator(alone(accelerator), built, encoder, encoded, workshop.recipe(ZeroShot()))
-            losses[prepared, precision] = (measured.held_out().loss, measured.teacher_forced())
+            losses[prepared, precision] = (measured.compute_held_out_loss().loss, measured.decode_teacher_forced())
     assert losses[False, "no"] == losses[True, "no"]
     assert losses[False, "bf16"] == losses[True, "bf16"]
     assert losses[True, "bf16"][0] != losses[True, "no"][0]

@@ -10,7 +10,13 @@ import pytest
 from scipy.stats import bootstrap, norm, t
 
 from peftbench.evaluation import intervals
-from peftbench.evaluation.intervals import uses_bootstrap, bootstrap_interval, paired_interval, paired_intervals, t_interval
+from peftbench.evaluation.intervals import (
+    bootstrap_interval,
+    paired_interval,
+    paired_intervals,
+    t_interval,
+    uses_bootstrap,
+)
 from peftbench.record import Interval
 
 

@@ -10,7 +10,25 @@ from pathlib import Path
 import pytest
 from _pytest.mark import ParameterSet
 
-from peftbench.errors import DataError, DataNotFoundError, DiskFullError, EmptySplitError, HubUnreachableError, MissingColumnError, MissingFileError, ModelNotFoundError, OutOfRangeError, OutputError, PeftbenchError, PrecisionError, RecipeError, SequenceTooShortError, TargetModulesError, UnknownKeyError, WrongTypeError
+from peftbench.errors import (
+    DataError,
+    DataNotFoundError,
+    DiskFullError,
+    EmptySplitError,
+    HubUnreachableError,
+    MissingColumnError,
+    MissingFileError,
+    ModelNotFoundError,
+    OutOfRangeError,
+    OutputError,
+    PeftbenchError,
+    PrecisionError,
+    RecipeError,
+    SequenceTooShortError,
+    TargetModulesError,
+    UnknownKeyError,
+    WrongTypeError,
+)
 from tests.disks import mounted
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]

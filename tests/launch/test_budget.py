@@ -56,11 +56,11 @@ def refused(project: Path) -> RunRecord:
     outcome = record.outcome
     assert outcome.kind == "oom"
     assert outcome.phase in {"warmup", "train"}
-    assert outcome.part in {"forward", "backward", "optimizer"}
+    assert outcome.step_part in {"forward", "backward", "optimizer"}
     assert outcome.requested_bytes is not None
-    assert outcome.held_bytes is not None
-    assert outcome.held_bytes <= TOO_LITTLE * MIB
-    assert outcome.needed_bytes is not None
+    assert outcome.in_use_bytes is not None
+    assert outcome.in_use_bytes <= TOO_LITTLE * MIB
+    assert outcome.estimated_peak_bytes is not None
     assert {"load", "build", "warmup"} <= set(record.memory) & set(record.phase_seconds)
     assert record.parameters is not None
     return record
@@ -75,8 +75,8 @@ def test_a_run_is_refused_and_what_is_suggested_fits(
     assert "Traceback" not in done.stderr
     record = refused(project)
     assert record.outcome.rank is None
-    assert record.outcome.needed_bytes is not None
-    assert record.outcome.needed_bytes > TOO_LITTLE * MIB
+    assert record.outcome.estimated_peak_bytes is not None
+    assert record.outcome.estimated_peak_bytes > TOO_LITTLE * MIB
     suggestion = record.outcome.suggestion
     assert suggestion is not None
     assert json.loads(done.stdout.splitlines()[-1])["suggestion"] == suggestion
@@ -92,9 +92,9 @@ def test_enough_is_enough(full: Path, launch: Callable[..., subprocess.Completed
     done = launch("--config", str(full), f"budget.memory={ENOUGH}MiB")
     assert done.returncode == 0, done.stderr
     memory = read_record(project / "out" / "run" / "record.json").memory["train"]
-    assert memory.resident_bytes is not None
-    assert memory.resident_baseline_bytes is not None
-    assert TOO_LITTLE * MIB < memory.resident_bytes - memory.resident_baseline_bytes < ENOUGH * MIB
+    assert memory.rss_bytes is not None
+    assert memory.baseline_rss_bytes is not None
+    assert TOO_LITTLE * MIB < memory.rss_bytes - memory.baseline_rss_bytes < ENOUGH * MIB
 
 
 def test_a_suite_goes_on_after_a_refusal(full: Path, project: Path, caches: dict[str, str]) -> None:
@@ -110,11 +110,11 @@ def test_a_suite_goes_on_after_a_refusal(full: Path, project: Path, caches: dict
     assert f"run-memory={TOO_LITTLE}MiB: oom" in done.stderr
     assert f"run-memory={ENOUGH}MiB: ok" in done.stderr
     record = read_record(project / "out" / f"run-memory={TOO_LITTLE}MiB" / "record.json")
-    assert record.outcome.needed_bytes is not None
+    assert record.outcome.estimated_peak_bytes is not None
     report = (project / "out" / "RESULTS.md").read_text(encoding="utf-8")
-    assert re.search(rf"\| +{record.outcome.needed_bytes / MIB:,.0f} \|", report)
+    assert re.search(rf"\| +{record.outcome.estimated_peak_bytes / MIB:,.0f} \|", report)
     assert "needs MiB" in report
-    assert f"held {(record.outcome.held_bytes or 0) / MIB:,.1f} MiB" in report
+    assert f"held {(record.outcome.in_use_bytes or 0) / MIB:,.1f} MiB" in report
     assert "is predicted to fit" in report
 
 
@@ -155,12 +155,12 @@ def test_auto_is_what_fits(full: Path, launch: Callable[..., subprocess.Complete
     record = read_record(project / "out" / "run" / "record.json")
     assert record.recipe["train"]["micro_batch_size"] == "auto"
     assert record.engine is not None
-    assert record.engine.micro_batch is not None
-    assert 1 <= record.engine.micro_batch < 8
-    assert record.engine.micro_batch * record.engine.accumulation >= 8
+    assert record.engine.micro_batch_size is not None
+    assert 1 <= record.engine.micro_batch_size < 8
+    assert record.engine.micro_batch_size * record.engine.gradient_accumulation_steps >= 8
     (note,) = record.notes
     assert note == (
-        f"train.micro_batch_size=auto became {record.engine.micro_batch}, the most that is predicted to fit 150 MiB"
+        f"train.micro_batch_size=auto became {record.engine.micro_batch_size}, the most that is predicted to fit 150 MiB"
     )
 
 

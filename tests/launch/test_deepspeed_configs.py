@@ -24,7 +24,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def test_the_files_are_found() -> None:
     """One for each engine of DeepSpeed, and none more."""
-    assert {path.stem for path in FILES} == {name for name, kind in ENGINES.items() if kind.deepspeed}
+    assert {path.stem for path in FILES} == {name for name, kind in ENGINES.items() if kind.is_deepspeed}
     assert len(FILES) == 6
 
 
@@ -49,7 +49,7 @@ def test_a_file_is_the_engine_of_its_name(path: Path) -> None:
 def test_every_engine_has_an_accelerate_file(name: str) -> None:
     """It is launched by the file of its name, which names the DeepSpeed file of that name."""
     content = yaml.safe_load((REPOSITORY / "accel_configs" / f"{name}.yaml").read_text(encoding="utf-8"))
-    if ENGINES[name].deepspeed:
+    if ENGINES[name].is_deepspeed:
         assert content["deepspeed_config"] == {
             "deepspeed_config_file": f"ds_configs/{name}.json", "zero3_init_flag": False,
         }  # fmt: skip

@@ -16,7 +16,7 @@ def test_the_glossary_defines_every_column() -> None:
     """Each column's title is followed by its meaning, on a line."""
     shown = CliRunner().invoke(app, ["show", "--glossary"])
     assert shown.exit_code == 0, shown.output
-    assert shown.output.splitlines() == [f"{column.title}: {column.meaning}" for column in COLUMNS]
+    assert shown.output.splitlines() == [f"{column.title}: {column.description}" for column in COLUMNS]
 
 
 def test_a_file_is_a_file_whatever_its_name(tmp_path: Path) -> None:

@@ -28,8 +28,8 @@ def test_every_kind_has_one_name() -> None:
 
 def test_only_methods_train() -> None:
     """Methods train, baselines do not, and a baseline asked to train says so."""
-    assert all(method.trains for method in METHODS.values())
-    assert not any(baseline.trains for baseline in BASELINES.values())
+    assert all(method.is_trainable for method in METHODS.values())
+    assert not any(baseline.is_trainable for baseline in BASELINES.values())
 
 
 def test_zero_shot_is_the_base(
@@ -48,13 +48,13 @@ def test_zero_shot_is_the_base(
 )
 def test_lead_takes_the_first_sentences(sentences: int, expected: str) -> None:
     """A lead is the article's first sentences, or all there are."""
-    assert Lead(sentences=sentences).extract("It rained. The river rose.\nNo bridge held.") == expected
+    assert Lead(sentences=sentences).extract_summary("It rained. The river rose.\nNo bridge held.") == expected
 
 
 def test_only_a_lead_extracts() -> None:
     """A method that writes its summaries with a model copies none."""
-    assert Full().extract("It rained.") is None
-    assert ZeroShot().extract("It rained.") is None
+    assert Full().extract_summary("It rained.") is None
+    assert ZeroShot().extract_summary("It rained.") is None
 
 
 def test_lead_has_nothing_to_train(

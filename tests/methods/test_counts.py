@@ -29,7 +29,7 @@ PUBLISHED: list[tuple[Method, int]] = [
     (Lora(r=16), 589_824),  # 12 layers x 16 x (768 + 2,304)
     (Lora(r=16, use_dora=True), 589_824 + 12 * 2_304),
     (Lora(r=8, target_modules=("c_attn", "c_proj", "c_fc")), 12 * 8 * (768 + 2304 + 768 + 768 + 2 * (768 + 3072))),
-    (PromptTuning(tokens=20), 15_360),  # 20 x 768
+    (PromptTuning(num_virtual_tokens=20), 15_360),  # 20 x 768
 ]
 """GPT-2 small, by hand."""
 
@@ -92,7 +92,7 @@ def test_baselines_train_nothing() -> None:
     from peftbench.methods import BASELINES
 
     assert set(BASELINES) == {"zero_shot", "lead"}
-    assert not any(baseline.trains for baseline in BASELINES.values())
+    assert not any(baseline.is_trainable for baseline in BASELINES.values())
     assert BASELINES["zero_shot"].model_validate({}).trainable_parameters(meta_base(GPT2Config())) == 0
     with pytest.raises(TypeError, match="Lead trains nothing"):
         BASELINES["lead"].model_validate({}).trainable_parameters(meta_base(GPT2Config()))

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from peftbench.training.loop import train_step
 from peftbench.methods.last_layer import LastLayer
+from peftbench.training.loop import train_step
 from tests.bases import embeddings_of, gpt2_config, head_of, random_base
 from tests.conftest import every_architecture, logits, micro_batch, one_batch, summed_loss, trained, trainer_of
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from peftbench.training.loop import train_step
 from peftbench.errors import UnsupportedModelError
 from peftbench.methods.lora import Lora
+from peftbench.training.loop import train_step
 from tests.conftest import every_architecture, logits, micro_batch, one_batch, trained, trainer_of
 
 if TYPE_CHECKING:
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 VARIANTS = {
-    "plain": Lora(r=4, alpha=6),
-    "dora": Lora(r=4, alpha=6, use_dora=True),
-    "rslora": Lora(r=4, alpha=6, use_rslora=True),
-    "every_matrix": Lora(r=4, alpha=6, target_modules=r".*\.(c_attn|c_fc|c_proj|[qkvo]_proj|up_proj|down_proj)"),
+    "plain": Lora(r=4, lora_alpha=6),
+    "dora": Lora(r=4, lora_alpha=6, use_dora=True),
+    "rslora": Lora(r=4, lora_alpha=6, use_rslora=True),
+    "every_matrix": Lora(r=4, lora_alpha=6, target_modules=r".*\.(c_attn|c_fc|c_proj|[qkvo]_proj|up_proj|down_proj)"),
 }
 
 
@@ -84,7 +84,7 @@ def test_starts_at_the_base(
 
 def test_scale_of_the_update(fresh_base: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerBase) -> None:
     """The update is scaled by alpha / r, and by alpha / sqrt(r) with rsLoRA."""
-    for method, expected in ((Lora(r=16, alpha=8), 0.5), (Lora(r=16, alpha=8, use_rslora=True), 2.0)):
+    for method, expected in ((Lora(r=16, lora_alpha=8), 0.5), (Lora(r=16, lora_alpha=8, use_rslora=True), 2.0)):
         model = method.apply(fresh_base("gpt2_tied"), tokenizer)
         scales = {m.scaling["default"] for m in model.modules() if isinstance(getattr(m, "scaling", None), dict)}  # type: ignore[index, union-attr]
         assert scales == {expected}

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from peftbench.data.collate import Collator
-from peftbench.training.loop import train_step
 from peftbench.methods import METHODS
 from peftbench.methods.base import Method
 from peftbench.methods.full import Full
@@ -18,6 +17,7 @@ from peftbench.methods.lora import Lora
 from peftbench.methods.prompt_tuning import PromptTuning
 from peftbench.modeling.loading import LoadedModel, load_model
 from peftbench.recipe.schema import Model
+from peftbench.training.loop import train_step
 from tests.conftest import one_batch, trained, trainer_of
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ BY_HAND: list[tuple[Method, int]] = [
     (Full(), 512 * 64 + 5 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 172 + 2 * 64) + 64),
     (LastLayer(), 512 * 64),
     (Lora(r=8), 5 * 8 * ((64 + 64) + (64 + 32))),  # q and v of 5 layers; v has half the heads
-    (PromptTuning(tokens=20), 20 * 64),
+    (PromptTuning(num_virtual_tokens=20), 20 * 64),
 ]
 
 

@@ -36,13 +36,13 @@ def stepped(kind: Optimizer, steps: int = 1) -> tuple[Small, list[torch.Tensor],
     """A model of known gradients after some steps, what it was before, and its optimizer."""
     torch.manual_seed(1)
     model = Small()
-    if kind.weights == "bf16":
+    if kind.weight_dtype == "bf16":
         model.to(torch.bfloat16)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     weight = model.embedding.weight
     assert isinstance(weight, nn.Parameter)
     optimizer = kind.build(list(model.parameters()), [weight])
-    kind.started(optimizer.param_groups)
+    kind.on_prepared(optimizer.param_groups)
     drawn = torch.Generator().manual_seed(2)
     gradients = [torch.randn(p.shape, generator=drawn) for p in model.parameters()]
     for _ in range(steps):

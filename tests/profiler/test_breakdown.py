@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
 from peftbench.methods.base import Method
-from peftbench.profiler.memory_breakdown import MEMORY_CATEGORIES, MemoryTracker, EngineBuffers
+from peftbench.profiler.memory_breakdown import MEMORY_CATEGORIES, EngineBuffers, MemoryTracker
 from tests.conftest import every_architecture, every_method, labels_of, mask_of, micro_batch, trained
 
 if TYPE_CHECKING:
@@ -70,27 +70,27 @@ def two_layers(inputs: torch.Tensor) -> Step:
 def test_tensors_of_known_size() -> None:
     """Weights, gradients, states, activation and logits of two linear layers, to the last byte."""
     step = two_layers(torch.ones(ROWS, WIDTH))
-    peak = step.booked(VOCABULARY).peak()
+    peak = step.booked(VOCABULARY).find_peak()
     weights = (WIDTH * OUT + OUT * VOCABULARY) * FLOAT
     counters = 2 * FLOAT  # AdamW's number of steps, for each weight
-    assert peak.by_kind["weights"] == weights
-    assert peak.by_kind["optimizer_state"] == 2 * weights + counters
+    assert peak.bytes_by_category["weights"] == weights
+    assert peak.bytes_by_category["optimizer_state"] == 2 * weights + counters
     # The sum's gradient is one number, expanded, so that nothing backward is as large as the logits.
-    assert (peak.part, peak.operation) == ("forward", "aten.sum.default")
-    assert peak.by_kind["logits"] == ROWS * VOCABULARY * FLOAT
-    assert peak.by_kind["activations"] == ROWS * OUT * FLOAT + FLOAT  # the ReLU's output, and the loss
-    assert peak.by_kind["gradients"] == 0
-    assert sum(peak.by_kind.values()) == peak.bytes
+    assert (peak.step_part, peak.operation) == ("forward", "aten.sum.default")
+    assert peak.bytes_by_category["logits"] == ROWS * VOCABULARY * FLOAT
+    assert peak.bytes_by_category["activations"] == ROWS * OUT * FLOAT + FLOAT  # the ReLU's output, and the loss
+    assert peak.bytes_by_category["gradients"] == 0
+    assert sum(peak.bytes_by_category.values()) == peak.nbytes
 
 
 def test_gradients_are_gradients() -> None:
     """In a model whose states outweigh its activations, the peak is in the optimizer, with all gradients there."""
     step = two_layers(torch.ones(1, WIDTH))
-    peak = step.booked(VOCABULARY).peak()
-    assert peak.part == "optimizer"
-    assert peak.by_kind["gradients"] == (WIDTH * OUT + OUT * VOCABULARY) * FLOAT
-    assert peak.by_kind["activations"] == FLOAT  # the loss
-    assert peak.by_kind["logits"] == 0
+    peak = step.booked(VOCABULARY).find_peak()
+    assert peak.step_part == "optimizer"
+    assert peak.bytes_by_category["gradients"] == (WIDTH * OUT + OUT * VOCABULARY) * FLOAT
+    assert peak.bytes_by_category["activations"] == FLOAT  # the loss
+    assert peak.bytes_by_category["logits"] == 0
 
 
 def test_copies_of_weights_are_told_from_activations() -> None:
@@ -103,9 +103,9 @@ def test_copies_of_weights_are_told_from_activations() -> None:
 
     step = Step(nn.Sequential(nn.Linear(WIDTH, OUT, bias=False), nn.Linear(OUT, OUT, bias=False)), loss)
     step()
-    peak = step.booked(VOCABULARY).peak()
-    assert peak.by_kind["weight_copies"] == (WIDTH * OUT + OUT * OUT) * 2
-    assert peak.by_kind["logits"] == 0
+    peak = step.booked(VOCABULARY).find_peak()
+    assert peak.bytes_by_category["weight_copies"] == (WIDTH * OUT + OUT * OUT) * 2
+    assert peak.bytes_by_category["logits"] == 0
 
 
 def test_what_is_released_leaves_the_book() -> None:
@@ -118,10 +118,10 @@ def test_what_is_released_leaves_the_book() -> None:
 
     step = Step(nn.Linear(1, 1), loss)
     step()
-    peak = step.booked(VOCABULARY).peak()
-    assert 1_000_000 * FLOAT <= peak.bytes < 1_001_000 * FLOAT
-    assert peak.by_kind["temporaries"] == 1_000_000 * FLOAT
-    assert (peak.operation, peak.part) == ("aten.ones.default", "forward")
+    peak = step.booked(VOCABULARY).find_peak()
+    assert 1_000_000 * FLOAT <= peak.nbytes < 1_001_000 * FLOAT
+    assert peak.bytes_by_category["temporaries"] == 1_000_000 * FLOAT
+    assert (peak.operation, peak.step_part) == ("aten.ones.default", "forward")
 
 
 def test_a_step_that_raises_is_booked_until_then() -> None:
@@ -135,7 +135,7 @@ def test_a_step_that_raises_is_booked_until_then() -> None:
     book = MemoryTracker(step.model, step.optimizer, VOCABULARY, lambda: step.part)
     with pytest.raises(ZeroDivisionError), book:
         step()
-    assert book.peak().bytes >= 1_000_000 * FLOAT
+    assert book.find_peak().nbytes >= 1_000_000 * FLOAT
     assert not any(p._post_accumulate_grad_hooks for p in step.model.parameters())
 
 
@@ -166,7 +166,7 @@ def test_the_peak_is_that_of_torch_s_allocator(  # noqa: PLR0917
     """For every method the book's peak is what torch allocated, within what kernels take and release inside."""
     base = fresh_base(architecture)
     model = method.apply(base, tokenizer).train()
-    if checkpointing and not method.trunk_frozen:
+    if checkpointing and not method.has_frozen_backbone:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     batch = micro_batch([(40, 5)] * 6, virtual=method.virtual_tokens)
     mask, labels = mask_of(batch), labels_of(batch, method.virtual_tokens)
@@ -182,12 +182,12 @@ def test_the_peak_is_that_of_torch_s_allocator(  # noqa: PLR0917
     held = [t.untyped_storage() for t in (*model.parameters(), *model.buffers(), *states)]
     kept = {storage._cdata: storage.nbytes() for storage in held}
     inputs = bytes_of(batch.input_ids, mask, labels)
-    peak = step.booked(base.config.vocab_size).peak()
-    assert peak.bytes == pytest.approx(allocated_peak(step, sum(kept.values()) + inputs), rel=0.01)
-    assert sum(peak.by_kind.values()) == peak.bytes
-    assert set(peak.by_kind) == set(MEMORY_CATEGORIES)
-    assert peak.by_kind["logits"] >= 6 * 39 * base.config.vocab_size * FLOAT
-    assert peak.by_kind["gradients"] <= bytes_of(*trained(model).values())
+    peak = step.booked(base.config.vocab_size).find_peak()
+    assert peak.nbytes == pytest.approx(allocated_peak(step, sum(kept.values()) + inputs), rel=0.01)
+    assert sum(peak.bytes_by_category.values()) == peak.nbytes
+    assert set(peak.bytes_by_category) == set(MEMORY_CATEGORIES)
+    assert peak.bytes_by_category["logits"] >= 6 * 39 * base.config.vocab_size * FLOAT
+    assert peak.bytes_by_category["gradients"] <= bytes_of(*trained(model).values())
 
 
 def test_every_kind_is_named() -> None:
@@ -205,17 +205,17 @@ def test_a_storage_that_gives_its_memory_back_and_stays() -> None:
     storage.resize_(0)
     book = MemoryTracker(
         model, torch.optim.SGD(model.parameters()), VOCABULARY, lambda: "forward",
-        holdings=lambda: EngineBuffers(borrowed=[whole]),
+        get_engine_buffers=lambda: EngineBuffers(gathered=[whole]),
     )  # fmt: skip
     with book:
         for _ in range(2):
             storage.resize_(size)
             whole * 2
             storage.resize_(0)
-    sizes = [(event.bytes, event.made, event.kind) for event in book.events() if event.bytes == size]
+    sizes = [(event.nbytes, event.is_allocation, event.category) for event in book.iter_events() if event.nbytes == size]
     lives = [(made, kind) for _, made, kind in sizes if kind == "gathered_weights"]
     assert lives == [(True, "gathered_weights"), (False, "gathered_weights")] * 2
-    assert book.peak().by_kind["gathered_weights"] == size
+    assert book.find_peak().bytes_by_category["gathered_weights"] == size
     assert "resized" not in torch.UntypedStorage.resize_.__qualname__
 
 
@@ -223,12 +223,12 @@ def test_what_an_engine_holds_and_what_lies_elsewhere() -> None:
     """Tensors in the kind it gives them, bytes of which there is no tensor, and nothing of another device."""
     model = nn.Linear(WIDTH, OUT)
     master, away = torch.zeros(ROWS), torch.empty(ROWS, device="meta")
-    held = EngineBuffers([("optimizer_state", master), ("weights", away)], bytes=[("buckets", 12345)])
+    held = EngineBuffers([("optimizer_state", master), ("weights", away)], untracked_bytes=[("buckets", 12345)])
     book = MemoryTracker(
-        model, torch.optim.SGD(model.parameters()), VOCABULARY, lambda: "forward", holdings=lambda: held, device="cpu"
+        model, torch.optim.SGD(model.parameters()), VOCABULARY, lambda: "forward", get_engine_buffers=lambda: held, device_type="cpu"
     )
     with book:
         model(torch.zeros(1, WIDTH))
-    kinds = book.peak().by_kind
+    kinds = book.find_peak().bytes_by_category
     assert (kinds["buckets"], kinds["optimizer_state"]) == (12345, ROWS * FLOAT)
     assert kinds["weights"] == bytes_of(*model.parameters())

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from peftbench.profiler.peak_flops import PEAK_FLOPS, measure_matmul_flops, get_peak_flops
+from peftbench.profiler.peak_flops import PEAK_FLOPS, get_peak_flops, measure_matmul_flops
 
 
 def test_a_known_device() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from peftbench.data.collate import Collator, PaddingFreeCollator, FlopUnits
+from peftbench.data.collate import Collator, FlopUnits, PaddingFreeCollator
 from peftbench.methods.base import Method
 from peftbench.methods.full import Full
 from peftbench.methods.last_layer import LastLayer
@@ -32,7 +32,7 @@ CASES = [
     (variant, architecture, checkpointing)
     for variant, architecture in PAIRS
     for checkpointing in (False, True)
-    if not (checkpointing and EVERY[variant].trunk_frozen)  # it is left out there
+    if not (checkpointing and EVERY[variant].has_frozen_backbone)  # it is left out there
 ]
 
 
@@ -66,7 +66,7 @@ def test_there_is_something_to_count() -> None:
     assert {method.kind for method in EVERY.values()} == set(VARIANTS)
     assert {architecture for _, architecture in PAIRS} == set(ARCHITECTURES)
     assert {EVERY[variant].kind for variant, _, checkpointing in CASES if checkpointing} == set(VARIANTS)
-    assert any(EVERY[variant].trunk_frozen for variant, _ in PAIRS)
+    assert any(EVERY[variant].has_frozen_backbone for variant, _ in PAIRS)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -85,8 +85,8 @@ def test_the_closed_form_is_what_is_counted(  # noqa: PLR0917
     model = method.apply(base, tokenizer).train()
     if checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    found = count_flops(model, base, virtual_tokens=method.virtual_tokens, checkpointing=checkpointing, head_everywhere=True)
-    assert found.executed(full_rectangle(method)) == counted(model)
+    found = count_flops(model, base, virtual_tokens=method.virtual_tokens, gradient_checkpointing=checkpointing, computes_all_logits=True)
+    assert found.compute_hardware_flops(full_rectangle(method)) == counted(model)
 
 
 @pytest.mark.parametrize(("variant", "architecture", "checkpointing"), CASES)
@@ -106,8 +106,8 @@ def test_the_closed_form_is_what_is_counted_on_meta(  # noqa: PLR0917
     model = method.apply(base, tokenizer).train()
     if checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    found = count_flops(model, base, virtual_tokens=method.virtual_tokens, checkpointing=checkpointing, head_everywhere=True)
-    assert found.executed(full_rectangle(method)) == counted(model.to("meta"), "meta")
+    found = count_flops(model, base, virtual_tokens=method.virtual_tokens, gradient_checkpointing=checkpointing, computes_all_logits=True)
+    assert found.compute_hardware_flops(full_rectangle(method)) == counted(model.to("meta"), "meta")
 
 
 def test_gpt2_small_by_hand(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -131,14 +131,14 @@ def test_gpt2_small_by_hand(tokenizer: PreTrainedTokenizerBase) -> None:
     assert {k: round(v / 1e12, 3) for k, v in by_hand[0].items() if k != "prompt_tuning"} == {
         "full": 4.96, "last_layer": 2.108, "lora": 3.431,
     }  # fmt: skip
-    for method in (Full(), LastLayer(), PromptTuning(tokens=20), Lora(r=8)):
+    for method in (Full(), LastLayer(), PromptTuning(num_virtual_tokens=20), Lora(r=8)):
         base = GPT2LMHeadModel(GPT2Config(n_positions=length + 20, attn_pdrop=0.0))
         model = method.apply(base, tokenizer)
         found = count_flops(
-            model, base, virtual_tokens=method.virtual_tokens, checkpointing=False, head_everywhere=True
+            model, base, virtual_tokens=method.virtual_tokens, gradient_checkpointing=False, computes_all_logits=True
         )  # fmt: skip
         expected = by_hand[method.virtual_tokens][method.kind]
-        assert found.executed(full_rectangle(method, rows, length)) == expected
+        assert found.compute_hardware_flops(full_rectangle(method, rows, length)) == expected
 
 
 def test_required_leaves_out_what_need_not_be(
@@ -147,41 +147,41 @@ def test_required_leaves_out_what_need_not_be(
     """Padding, pairs that look ahead, unlabelled head positions and recomputation are executed and not required."""
     base = fresh_base("gpt2_tied")
     model = Full().apply(base, tokenizer)
-    plain = count_flops(model, base, virtual_tokens=0, checkpointing=False, head_everywhere=False)
-    again = count_flops(model, base, virtual_tokens=0, checkpointing=True, head_everywhere=False)
-    collator = Collator(pad_token=0)
+    plain = count_flops(model, base, virtual_tokens=0, gradient_checkpointing=False, computes_all_logits=False)
+    again = count_flops(model, base, virtual_tokens=0, gradient_checkpointing=True, computes_all_logits=False)
+    collator = Collator(pad_token_id=0)
     alone = collator.collate([[1] * 9], [6])
-    with_padding = Collator(pad_token=0, pad_to=30).collate([[1] * 9], [6])
-    assert collator.required(alone) == FlopUnits(positions=9, pairs=81, causal_pairs=45, labelled=3, columns=9)
-    assert collator.required(with_padding) == collator.required(alone)
-    assert collator.executed(with_padding) == FlopUnits(30, 900, 465, 3, 30)
-    everywhere = count_flops(model, base, virtual_tokens=0, checkpointing=False, head_everywhere=True)
-    needed, made = collator.required(alone), collator.executed(with_padding)
-    assert plain.required(needed) == again.required(needed) == everywhere.required(needed)
-    assert plain.required(needed) < plain.executed(collator.executed(alone)) < plain.executed(made)
-    assert plain.executed(made) < again.executed(made)
+    with_padding = Collator(pad_token_id=0, pad_to_length=30).collate([[1] * 9], [6])
+    assert collator.model_flop_units(alone) == FlopUnits(positions=9, pairs=81, causal_pairs=45, labelled=3, columns=9)
+    assert collator.model_flop_units(with_padding) == collator.model_flop_units(alone)
+    assert collator.hardware_flop_units(with_padding) == FlopUnits(30, 900, 465, 3, 30)
+    everywhere = count_flops(model, base, virtual_tokens=0, gradient_checkpointing=False, computes_all_logits=True)
+    needed, made = collator.model_flop_units(alone), collator.hardware_flop_units(with_padding)
+    assert plain.compute_model_flops(needed) == again.compute_model_flops(needed) == everywhere.compute_model_flops(needed)
+    assert plain.compute_model_flops(needed) < plain.compute_hardware_flops(collator.hardware_flop_units(alone)) < plain.compute_hardware_flops(made)
+    assert plain.compute_hardware_flops(made) < again.compute_hardware_flops(made)
     # The head, forward and backward, at the 27 positions that predict no label.
-    assert everywhere.executed(made) - plain.executed(made) == 27 * 6 * 64 * 4096
+    assert everywhere.compute_hardware_flops(made) - plain.compute_hardware_flops(made) == 27 * 6 * 64 * 4096
 
 
 def test_virtual_tokens_are_work() -> None:
     """Soft tokens are positions that attend and are attended to, required and executed."""
-    collator = Collator(pad_token=0, virtual_tokens=5)
+    collator = Collator(pad_token_id=0, virtual_tokens=5)
     batch = collator.collate([[1] * 9, [1] * 4], [6, 2])
     needed = FlopUnits(14 + 9, 14**2 + 9**2, 14 * 15 // 2 + 9 * 10 // 2, 3 + 2, 14 + 9)
-    assert collator.required(batch) == needed
-    assert collator.executed(batch) == FlopUnits(28, 2 * 14**2, 2 * 14 * 15 // 2, 3 + 2, 14)
-    packer = PaddingFreeCollator(pad_token=0, virtual_tokens=5)
+    assert collator.model_flop_units(batch) == needed
+    assert collator.hardware_flop_units(batch) == FlopUnits(28, 2 * 14**2, 2 * 14 * 15 // 2, 3 + 2, 14)
+    packer = PaddingFreeCollator(pad_token_id=0, virtual_tokens=5)
     row = packer.collate([[1] * 9, [1] * 4], [6, 2])
-    assert packer.required(row) == packer.executed(row) == needed
+    assert packer.model_flop_units(row) == packer.hardware_flop_units(row) == needed
 
 
 def test_a_mask_is_what_keeps_a_kernel_from_skipping() -> None:
     """Where padding may not be looked at all pairs are computed; without any padding no mask is left."""
-    collator = Collator(pad_token=0, as_published=True)
+    collator = Collator(pad_token_id=0, label_padding=True)
     batch, whole = collator.collate([[1] * 9, [1] * 4], [6, 2]), collator.collate([[1] * 9, [1] * 9], [6, 2])
-    assert collator.executed(batch) == FlopUnits(18, 2 * 81, 2 * 81, 2 * 8, 9)
-    assert collator.executed(whole) == FlopUnits(18, 2 * 81, 2 * 45, 2 * 8, 9)
+    assert collator.hardware_flop_units(batch) == FlopUnits(18, 2 * 81, 2 * 81, 2 * 8, 9)
+    assert collator.hardware_flop_units(whole) == FlopUnits(18, 2 * 81, 2 * 45, 2 * 8, 9)
 
 
 def test_a_product_of_known_size() -> None:
@@ -203,7 +203,7 @@ def test_what_is_not_known_is_not_guessed(
     base = fresh_base("gpt2_tied")
     model = Lora(r=4, use_dora=True).apply(base, tokenizer)
     with pytest.raises(UnsupportedFlopsError, match="over something else than the positions"):
-        count_flops(model, base, virtual_tokens=0, checkpointing=False, head_everywhere=False)
+        count_flops(model, base, virtual_tokens=0, gradient_checkpointing=False, computes_all_logits=False)
 
 
 def test_products_that_are_not_known_are_not_left_out(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -218,7 +218,7 @@ def test_products_that_are_not_known_are_not_left_out(tokenizer: PreTrainedToken
     for base in (BloomForCausalLM(bloom), MixtralForCausalLM(mixtral)):
         model = Full().apply(base, tokenizer)
         with pytest.raises(UnsupportedFlopsError):
-            count_flops(model, base, virtual_tokens=0, checkpointing=False, head_everywhere=False)
+            count_flops(model, base, virtual_tokens=0, gradient_checkpointing=False, computes_all_logits=False)
 
 
 def test_a_formula_that_fails_ends_no_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from peftbench.data.collate import Collator, MicroBatch, PaddingFreeCollator, FlopUnits
-from peftbench.modeling import cross_entropy
-from peftbench.modeling.loss import LabelledLogitsLoss, CausalLMLoss
+from peftbench.data.collate import Collator, FlopUnits, MicroBatch, PaddingFreeCollator
 from peftbench.methods.base import Method
+from peftbench.modeling import cross_entropy
+from peftbench.modeling.loss import CausalLMLoss, LabelledLogitsLoss
 from peftbench.profiler.flop_counter import FlopCounter
 from peftbench.profiler.flops import FlopCost, count_flops
 from tests.conftest import LENGTHS_AND_PROMPTS, every_method, loss_for, rows
@@ -34,7 +34,7 @@ def collated(collator: Collator, lengths_and_prompts: tuple[tuple[int, int], ...
 
 def counted(model: nn.Module, loss: CausalLMLoss, batch: MicroBatch) -> int | None:
     """FLOPs that torch sees dispatched for a loss and its gradients."""
-    with loss.in_use(), FlopCounter() as seen:
+    with loss.attention_context(), FlopCounter() as seen:
         loss(model, batch).backward()  # type: ignore[no-untyped-call]
     total: int | None = seen.total
     return total
@@ -42,8 +42,8 @@ def counted(model: nn.Module, loss: CausalLMLoss, batch: MicroBatch) -> int | No
 
 def closed_form(model: nn.Module, base: PreTrainedModel, loss: CausalLMLoss, **knobs: Any) -> FlopCost:
     """As a run asks for it."""
-    with loss.in_use():
-        return count_flops(model, base, head_everywhere=loss.everywhere, **knobs)
+    with loss.attention_context():
+        return count_flops(model, base, computes_all_logits=loss.computes_all_logits, **knobs)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -66,18 +66,18 @@ def test_the_closed_form_of_a_loss_is_what_is_counted(  # noqa: PLR0917
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     loss = loss_for(model)
     assert isinstance(loss, LabelledLogitsLoss)
-    assert not loss.masked
+    assert not loss.uses_masks
     found = closed_form(model, base, loss, virtual_tokens=method.virtual_tokens, checkpointing=checkpointing)
     virtual = method.virtual_tokens
     for collator in (
-        Collator(0, virtual), Collator(0, virtual, pad_to=30), PaddingFreeCollator(0, virtual), PaddingFreeCollator(0, virtual, multiple=64)
+        Collator(0, virtual), Collator(0, virtual, pad_to_length=30), PaddingFreeCollator(0, virtual), PaddingFreeCollator(0, virtual, pad_to_multiple_of=64)
     ):  # fmt: skip
         for lengths in (LENGTHS_AND_PROMPTS, EVEN):
             batch = collated(collator, lengths)
             for chunk in (2**25, 3 * 4096):
                 monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", chunk)
-                assert found.executed(collator.executed(batch)) == counted(model, loss, batch)
-            assert found.required(collator.required(batch)) <= found.executed(collator.executed(batch))
+                assert found.compute_hardware_flops(collator.hardware_flop_units(batch)) == counted(model, loss, batch)
+            assert found.compute_model_flops(collator.model_flop_units(batch)) <= found.compute_hardware_flops(collator.hardware_flop_units(batch))
 
 
 @every_method
@@ -99,12 +99,12 @@ def test_what_is_not_spared_is_counted(
     for knobs in ({"labelled": False}, {"masked": True}, {"labelled": False, "masked": True}):
         loss = loss_for(model, **knobs)
         found = closed_form(model, base, loss, virtual_tokens=virtual, checkpointing=False)
-        for collator in (Collator(0, virtual), Collator(0, virtual, as_published=True)):
+        for collator in (Collator(0, virtual), Collator(0, virtual, label_padding=True)):
             for lengths in (LENGTHS_AND_PROMPTS, EVEN):
-                if collator.as_published and not loss.masked:
+                if collator.label_padding and not loss.uses_masks:
                     continue
                 batch = collated(collator, lengths)
-                assert found.executed(collator.executed(batch)) == counted(model, loss, batch)
+                assert found.compute_hardware_flops(collator.hardware_flop_units(batch)) == counted(model, loss, batch)
 
 
 def news(count: int) -> list[tuple[int, int]]:
@@ -127,10 +127,10 @@ def test_little_is_executed_that_is_not_required(method: Method, tokenizer: PreT
     needed, made = FlopUnits(), FlopUnits()
     for start in range(0, 48, 6):
         batch = collated(packer, tuple(news(48)[start : start + 6]))
-        needed, made = needed + packer.required(batch), made + packer.executed(batch)
+        needed, made = needed + packer.model_flop_units(batch), made + packer.hardware_flop_units(batch)
     assert 800 < needed.positions / 48 - method.virtual_tokens < 880
     assert 50 < needed.labelled / 48 < 70
     assert needed == made
-    again = 12 * 2 * 768 * needed.causal_pairs * (not method.trunk_frozen)
-    assert found.executed(made) - found.required(needed) == again
-    assert found.executed(made) / found.required(needed) < 1.03
+    again = 12 * 2 * 768 * needed.causal_pairs * (not method.has_frozen_backbone)
+    assert found.compute_hardware_flops(made) - found.compute_model_flops(needed) == again
+    assert found.compute_hardware_flops(made) / found.compute_model_flops(needed) < 1.03

@@ -48,7 +48,7 @@ def quantised(folder: Path, bits: str) -> PreTrainedModel:
 @every_architecture
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("method", [Lora(r=4), PromptTuning(tokens=5)], ids=lambda method: method.kind)
+@pytest.mark.parametrize("method", [Lora(r=4), PromptTuning(num_virtual_tokens=5)], ids=lambda method: method.kind)
 def test_the_closed_form_is_what_is_counted(  # noqa: PLR0917
     method: Method,
     bits: str,
@@ -65,9 +65,9 @@ def test_the_closed_form_is_what_is_counted(  # noqa: PLR0917
         if checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         closed_form = count_flops(
-            model, base, virtual_tokens=method.virtual_tokens, checkpointing=checkpointing, head_everywhere=True
+            model, base, virtual_tokens=method.virtual_tokens, gradient_checkpointing=checkpointing, computes_all_logits=True
         )  # fmt: skip
-        assert closed_form.executed(full_rectangle(method)) == counted(model)
+        assert closed_form.compute_hardware_flops(full_rectangle(method)) == counted(model)
         found.append(counted(model))
     assert found[0] == found[1] or checkpointing  # what is computed again ends with what keeps something, which differs
     assert found[0] <= found[1]

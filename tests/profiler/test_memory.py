@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from peftbench.profiler.memory import CudaMemoryMeter, MemoryMeter, RssMeter, _measure_cuda_context_bytes, max_memory, max_over_ranks, build_memory_meter
+from peftbench.profiler.memory import (
+    CudaMemoryMeter,
+    MemoryMeter,
+    RssMeter,
+    _measure_cuda_context_bytes,
+    build_memory_meter,
+    max_memory,
+    max_over_ranks,
+)
 from peftbench.profiler.nvml import Gpu
 from peftbench.profiler.probe import Probe
 from peftbench.record import Memory
@@ -29,9 +37,9 @@ def touch(size: int) -> None:
 
 def grown(memory: Memory) -> int:
     """Peak beyond what was resident at the start."""
-    if memory.resident_bytes is None or memory.resident_baseline_bytes is None:
+    if memory.rss_bytes is None or memory.baseline_rss_bytes is None:
         pytest.skip("this kernel does not tell a process its peak")
-    return memory.resident_bytes - memory.resident_baseline_bytes
+    return memory.rss_bytes - memory.baseline_rss_bytes
 
 
 @pytest.mark.parametrize("size", [64 * MIB, 256 * MIB])
@@ -55,7 +63,7 @@ def test_a_tensor_of_known_size() -> None:
 def test_what_nobody_can_reach_any_more_is_not_counted_before() -> None:
     """Cycles that were not collected yet are gone at the baseline, and cannot be freed below it later."""
     RssMeter()
-    before = RssMeter().lap().resident_baseline_bytes
+    before = RssMeter().lap().baseline_rss_bytes
     cycle: list[Any] = [mmap.mmap(-1, 64 * MIB)]
     for start in range(0, 64 * MIB, mmap.PAGESIZE):
         cycle[0][start] = 1
@@ -63,7 +71,7 @@ def test_what_nobody_can_reach_any_more_is_not_counted_before() -> None:
     gc.disable()
     try:
         del cycle
-        after = RssMeter().lap().resident_baseline_bytes
+        after = RssMeter().lap().baseline_rss_bytes
     finally:
         gc.enable()
     if before is None or after is None:
@@ -123,12 +131,12 @@ def test_what_is_held_now() -> None:
     meter = RssMeter()
     meter.lap()
     touch(64 * MIB)
-    before = meter.held_bytes()
+    before = meter.read_in_use_bytes()
     held = torch.ones(32 * MIB)
-    with_it = meter.held_bytes()
+    with_it = meter.read_in_use_bytes()
     size = held.numel() * held.element_size()
     del held
-    after = meter.held_bytes()
+    after = meter.read_in_use_bytes()
     peak = grown(meter.lap())
     if before is None or with_it is None or after is None:
         pytest.skip("this system does not tell a process what it holds")
@@ -139,9 +147,9 @@ def test_what_is_held_now() -> None:
 
 def test_larger_takes_each_field_of_the_larger() -> None:
     """Peaks of the GPU are compared one by one; a resident peak goes with its own baseline."""
-    first = Memory(allocated_bytes=5, reserved_bytes=8, resident_bytes=20, resident_baseline_bytes=1)
-    second = Memory(allocated_bytes=7, reserved_bytes=6, resident_bytes=10, resident_baseline_bytes=9)
-    expected = Memory(allocated_bytes=7, reserved_bytes=8, resident_bytes=20, resident_baseline_bytes=1)
+    first = Memory(allocated_bytes=5, reserved_bytes=8, rss_bytes=20, baseline_rss_bytes=1)
+    second = Memory(allocated_bytes=7, reserved_bytes=6, rss_bytes=10, baseline_rss_bytes=9)
+    expected = Memory(allocated_bytes=7, reserved_bytes=8, rss_bytes=20, baseline_rss_bytes=1)
     assert max_memory(first, second) == max_memory(second, first) == expected
     assert max_memory(None, second) == second
     assert max_memory(Memory(), Memory()) == Memory()
@@ -149,15 +157,15 @@ def test_larger_takes_each_field_of_the_larger() -> None:
 
 def test_retries_add_up() -> None:
     """How often something happened in two stretches is its number in the first and in the second."""
-    first, second = Memory(allocation_retries=2, process_bytes=9), Memory(allocation_retries=3, inactive_split_bytes=4)
-    assert max_memory(first, second) == Memory(allocation_retries=5, process_bytes=9, inactive_split_bytes=4)
+    first, second = Memory(num_alloc_retries=2, process_bytes=9), Memory(num_alloc_retries=3, inactive_split_bytes=4)
+    assert max_memory(first, second) == Memory(num_alloc_retries=5, process_bytes=9, inactive_split_bytes=4)
 
 
 def test_over_ranks_the_largest_counts() -> None:
     """Each figure's largest over ranks, phase by phase; what happened on one rank is not added to another's."""
-    first = {"train": Memory(allocated_bytes=5, allocation_retries=2), "save": Memory(allocated_bytes=1)}
-    second = {"train": Memory(allocated_bytes=4, reserved_bytes=9, allocation_retries=3)}
-    expected = {"train": Memory(allocated_bytes=5, reserved_bytes=9, allocation_retries=3), "save": first["save"]}
+    first = {"train": Memory(allocated_bytes=5, num_alloc_retries=2), "save": Memory(allocated_bytes=1)}
+    second = {"train": Memory(allocated_bytes=4, reserved_bytes=9, num_alloc_retries=3)}
+    expected = {"train": Memory(allocated_bytes=5, reserved_bytes=9, num_alloc_retries=3), "save": first["save"]}
     assert max_over_ranks([first, second]) == max_over_ranks([second, first]) == expected
     assert max_over_ranks([first]) == first
     assert max_over_ranks([]) == {}
@@ -177,10 +185,10 @@ def test_what_torch_s_counters_say(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Gpu, "of", classmethod(lambda *_: SimpleNamespace(process_bytes=lambda: 500)))
     _measure_cuda_context_bytes.cache_clear()
     meter = CudaMemoryMeter(torch.device("cuda", 0))
-    assert (meter.context_bytes, meter.process_bytes(), len(resets)) == (470, 500, 1)
-    assert (meter.held_bytes(), len(resets)) == (472, 1)  # what is reserved now, and the context
+    assert (meter.cuda_context_bytes, meter.read_process_bytes(), len(resets)) == (470, 500, 1)
+    assert (meter.read_in_use_bytes(), len(resets)) == (472, 1)  # what is reserved now, and the context
     told["num_alloc_retries"] = 6
-    expected = Memory(allocated_bytes=10, reserved_bytes=20, inactive_split_bytes=5, allocation_retries=2)
+    expected = Memory(allocated_bytes=10, reserved_bytes=20, inactive_split_bytes=5, num_alloc_retries=2)
     assert meter.lap() == expected
     assert meter.lap() == expected.model_copy(update={"allocation_retries": 0})
     assert len(resets) == 3
@@ -189,7 +197,7 @@ def test_what_torch_s_counters_say(monkeypatch: pytest.MonkeyPatch) -> None:
     told["num_alloc_retries"] = 7
     in_use = [900]
     monkeypatch.setattr(Gpu, "of", classmethod(lambda *_: SimpleNamespace(process_bytes=in_use.pop)))
-    assert CudaMemoryMeter(torch.device("cuda", 0)).context_bytes == 470  # as it was when it was first asked
+    assert CudaMemoryMeter(torch.device("cuda", 0)).cuda_context_bytes == 470  # as it was when it was first asked
     _measure_cuda_context_bytes.cache_clear()
 
 
@@ -220,7 +228,7 @@ def test_parts_of_known_size_on_cuda() -> None:
     torch.cuda.empty_cache()
     probe = Probe(device)
     before = torch.cuda.memory_allocated(device)
-    with probe.training(warmup_steps=0), probe.step():
+    with probe.training(untimed_steps=0), probe.step():
         for part, size in (("forward", 64), ("backward", 128), ("optimizer", 32)):
             with probe.part(part):
                 torch.ones(size * MIB, dtype=torch.uint8, device=device)

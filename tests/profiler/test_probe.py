@@ -146,7 +146,7 @@ def test_current_phase(probe: Probe) -> None:
 
 def test_warm_up_is_a_phase_of_its_own(probe: Probe, clock: Clock) -> None:
     """The first steps, and what is between them, are in the warm-up's seconds and not in the training's."""
-    with probe.training(warmup_steps=2):
+    with probe.training(untimed_steps=2):
         for seconds in (10, 20, 1, 2, 3):
             clock.sleep(0.5)  # a batch is made
             with probe.step():
@@ -157,7 +157,7 @@ def test_warm_up_is_a_phase_of_its_own(probe: Probe, clock: Clock) -> None:
 
 def test_no_warm_up(probe: Probe, clock: Clock) -> None:
     """With no warm-up steps everything is training."""
-    with probe.training(warmup_steps=0), probe.step():
+    with probe.training(untimed_steps=0), probe.step():
         clock.sleep(3)
     assert probe.phase_seconds == {"train": 3}
 
@@ -165,7 +165,7 @@ def test_no_warm_up(probe: Probe, clock: Clock) -> None:
 def test_all_warm_up(probe: Probe, clock: Clock) -> None:
     """With fewer steps than warm-up has, nothing is training, and no figure is made of nothing."""
     for steps in (1, 2):
-        with probe.training(warmup_steps=2):
+        with probe.training(untimed_steps=2):
             for _ in range(steps):
                 with probe.step():
                     clock.sleep(3)
@@ -178,7 +178,7 @@ def test_a_step_that_raises_names_its_phase(fails_at: int, phase: str, probe: Pr
     """What ends the loop is in the phase it happened in, with the seconds until then."""
 
     def run() -> None:
-        with probe.training(warmup_steps=2):
+        with probe.training(untimed_steps=2):
             for number in range(5):
                 with probe.step():
                     clock.sleep(1)
@@ -217,12 +217,12 @@ class Looker:
 def test_only_warm_up_steps_are_inspected(probe: Probe) -> None:
     """What slows a step down is never around one that counts."""
     looker = Looker()
-    with probe.training(warmup_steps=2, inspect=looker.step):
+    with probe.training(untimed_steps=2, get_step_context=looker.step):
         for _ in range(4):
             with probe.step():
                 pass
     assert (looker.steps, looker.left) == ([1, 2], 2)
-    with probe.training(warmup_steps=0, inspect=looker.step), probe.step():
+    with probe.training(untimed_steps=0, get_step_context=looker.step), probe.step():
         pass
     assert looker.steps == [1, 2]
 
@@ -230,12 +230,12 @@ def test_only_warm_up_steps_are_inspected(probe: Probe) -> None:
 def test_parts_are_timed_in_warm_up_steps_that_nobody_looks_at(probe: Probe, clock: Clock) -> None:
     """The median of each part's seconds, micro-batches added up; not of the first step, nor of one slowed down."""
     looker = Looker(looks_at=(3,))
-    with probe.training(warmup_steps=5, inspect=looker.step):
+    with probe.training(untimed_steps=5, get_step_context=looker.step):
         for seconds in (100, 1, 50, 2, 9, 70):
             with probe.step():
                 for part in ("forward", "backward", "forward", "optimizer"):
                     with probe.part(part):
                         clock.sleep(seconds)
-    assert probe.part_seconds() == {"forward": 4, "backward": 2, "optimizer": 2}
-    assert list(probe.timed_steps) == [2, 4, 5]
-    assert Probe(torch.device("cpu")).part_seconds() == {}
+    assert probe.compute_step_part_seconds() == {"forward": 4, "backward": 2, "optimizer": 2}
+    assert list(probe.part_timed_steps) == [2, 4, 5]
+    assert Probe(torch.device("cpu")).compute_step_part_seconds() == {}

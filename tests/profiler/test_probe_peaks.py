@@ -15,8 +15,8 @@ from peftbench.record import Memory
 class Counters:
     """A device's peak counter that only the tests move."""
 
-    every_part: bool = True
-    context_bytes: int | None = 5
+    supports_step_parts: bool = True
+    cuda_context_bytes: int | None = 5
     peak: int = 0
     held: int | None = 70
     reserved: int = 0
@@ -26,19 +26,19 @@ class Counters:
         told, self.peak = self.peak, 0
         return Memory(allocated_bytes=told)
 
-    def held_bytes(self) -> int | None:
+    def read_in_use_bytes(self) -> int | None:
         """Nobody watches."""
         return None
 
-    def process_bytes(self) -> int | None:
+    def read_process_bytes(self) -> int | None:
         """What the driver says."""
         return self.held
 
-    def forget(self) -> None:
+    def empty_cache(self) -> None:
         """Give back what is reserved and not held."""
         self.reserved = 0
 
-    def start_here(self) -> None:
+    def set_baseline(self) -> None:
         """Nothing was held before."""
 
     def reach(self, allocated: int) -> None:
@@ -49,7 +49,7 @@ class Counters:
 def measured(counters: Counters) -> Probe:
     """A probe of the device with these counters."""
     probe = Probe(torch.device("cpu"))
-    probe.meter = counters
+    probe.memory_meter = counters
     return probe
 
 
@@ -80,7 +80,7 @@ def test_reserved_memory_is_given_back_between_phases_but_not_before_training() 
     probe = measured(counters)
     found: list[int] = []
     counters.reserved = 9
-    with probe.training(warmup_steps=1):
+    with probe.training(untimed_steps=1):
         for reserved in (5, 6):
             with probe.step():
                 found.append(counters.reserved)
@@ -95,7 +95,7 @@ def step_of(probe: Probe, counters: Counters, forward: int, backward: int, optim
     with probe.step():
         for part, size in (("forward", forward), ("backward", backward), ("optimizer", optimizer)):
             with probe.part(part):
-                assert probe.current_part == part
+                assert probe.current_step_part == part
                 counters.reach(size)
 
 
@@ -103,21 +103,21 @@ def test_parts_of_a_step_have_peaks_of_their_own() -> None:
     """The largest of each part over all steps after warm-up; the phase has the largest of all."""
     counters = Counters()
     probe = measured(counters)
-    with probe.training(warmup_steps=1):
+    with probe.training(untimed_steps=1):
         step_of(probe, counters, 90, 80, 70)
         step_of(probe, counters, 5, 9, 2)
         step_of(probe, counters, 6, 8, 3)
         counters.reach(1)
     assert peaks(probe.step_memory) == {"forward": 6, "backward": 9, "optimizer": 3}
     assert peaks(probe.memory) == {"warmup": 90, "train": 9}
-    assert probe.current_part is None
+    assert probe.current_step_part is None
 
 
 def test_parts_are_not_told_apart_where_that_would_cost() -> None:
     """A device whose laps take long has peaks of phases alone."""
-    counters = Counters(every_part=False)
+    counters = Counters(supports_step_parts=False)
     probe = measured(counters)
-    with probe.training(warmup_steps=0):
+    with probe.training(untimed_steps=0):
         step_of(probe, counters, 5, 9, 2)
     assert probe.step_memory == {}
     assert peaks(probe.memory) == {"train": 9}
@@ -127,10 +127,10 @@ def test_a_part_that_raises_keeps_its_peak_and_is_named() -> None:
     """An out-of-memory in the backward pass is in the backward pass's peak."""
     counters = Counters()
     probe = measured(counters)
-    with suppress(ZeroDivisionError), probe.training(warmup_steps=0), probe.step(), probe.part("backward"):
+    with suppress(ZeroDivisionError), probe.training(untimed_steps=0), probe.step(), probe.part("backward"):
         counters.reach(4)
         raise ZeroDivisionError
-    assert probe.current_part == "backward"
+    assert probe.current_step_part == "backward"
     assert probe.current_phase == "train"
     assert peaks(probe.step_memory) == {"backward": 4}
     assert peaks(probe.memory) == {"train": 4}
@@ -140,7 +140,7 @@ def test_an_error_in_warm_up_keeps_the_peaks_of_its_parts() -> None:
     """Most runs that do not fit end there: what they reached, by part and by the driver's word, is what is wanted."""
     counters = Counters()
     probe = measured(counters)
-    with suppress(ZeroDivisionError), probe.training(warmup_steps=2), probe.step():
+    with suppress(ZeroDivisionError), probe.training(untimed_steps=2), probe.step():
         with probe.part("forward"):
             counters.reach(3)
         with probe.part("backward"):
@@ -155,7 +155,7 @@ def test_what_is_paused_peaks_in_nothing() -> None:
     """An evaluation in the middle of training shows in no peak of the training, before or after it."""
     counters = Counters()
     probe = measured(counters)
-    with probe.training(warmup_steps=0):
+    with probe.training(untimed_steps=0):
         step_of(probe, counters, 5, 6, 2)
         with probe.paused():
             counters.reach(99)
@@ -168,7 +168,7 @@ def test_where_all_was_warm_up_parts_have_no_peaks() -> None:
     """What was not measured has no figures."""
     counters = Counters()
     probe = measured(counters)
-    with probe.training(warmup_steps=2):
+    with probe.training(untimed_steps=2):
         step_of(probe, counters, 5, 9, 2)
     assert probe.step_memory == {}
 
@@ -183,11 +183,11 @@ class Energy:
     now: float | None = 100.0
     kept_up: int = 0
 
-    def joules(self) -> float | None:
+    def read_joules(self) -> float | None:
         """So far."""
         return self.now
 
-    def keep_up(self) -> None:
+    def poll(self) -> None:
         """Counted."""
         self.kept_up += 1
 
@@ -204,7 +204,7 @@ def test_energy_lands_in_its_phase() -> None:
     with probe.phase("build"):
         energy.spend(1)
     energy.spend(2)
-    with probe.training(warmup_steps=1):
+    with probe.training(untimed_steps=1):
         for joules in (4.0, 8.0, 16.0):
             with probe.step():
                 energy.spend(joules)

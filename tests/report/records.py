@@ -7,7 +7,22 @@ from typing import Any
 
 import numpy
 
-from peftbench.record import PerExample, Device, Engine, Flops, Interval, Memory, Outcome, ParameterCounts, Quality, RunRecord, Sample, Throughput, Tokens, TokensPerSecond
+from peftbench.record import (
+    Device,
+    Engine,
+    Flops,
+    Interval,
+    Memory,
+    Outcome,
+    ParameterCounts,
+    PerExample,
+    Quality,
+    RunRecord,
+    Sample,
+    Throughput,
+    Tokens,
+    TokensPerSecond,
+)
 
 
 def record(name: str, kind: str, trainable: int | None, **changes: Any) -> RunRecord:
@@ -21,13 +36,13 @@ def record(name: str, kind: str, trainable: int | None, **changes: Any) -> RunRe
     }
     score = Interval(mean=31.25, low=30.0, high=32.5)
     quality = Quality(
-        split="test", examples=3, loss=changes.pop("loss", 3.25), perplexity=25.8,
+        split="test", num_examples=3, loss=changes.pop("loss", 3.25), perplexity=25.8,
         rouge=dict.fromkeys(("rouge1", "rouge2", "rougeL", "rougeLsum"), score),
         samples=(Sample(id="a", article="one\ntwo", reference="ref | x", generated=f"by {name}"),),
     )  # fmt: skip
     values: dict[str, Any] = {
         "name": name, "started_at": "2026-01-01T00:00:00+00:00", "recipe": recipe, "recipe_fingerprint": "f",
-        "outcome": Outcome(kind="ok"), "device": Device(kind="cpu", name="a CPU", processes=1), "versions": {},
+        "outcome": Outcome(kind="ok"), "device": Device(type="cpu", name="a CPU", num_processes=1), "versions": {},
         "parameters": ParameterCounts(total=1000, trainable=trainable) if trainable is not None else None,
         "tokens": Tokens(real=1, padded=2, labelled=1, virtual=0), "steps": 5, "quality": quality,
         "phase_seconds": {"train": 12.5},
@@ -51,9 +66,9 @@ def judged(
     rouge = {"rougeL": tuple(map(float, rouge_l))} if rouge_l is not None else {}
     trained = kind not in ("zero_shot", "lead")
     quality = Quality(
-        split="test", examples=count, loss=sum(losses) / sum(labelled) if labelled else None,
+        split="test", num_examples=count, loss=sum(losses) / sum(labelled) if labelled else None,
         rouge={"rougeL": score} if score else None,
-        by_example=PerExample(identity=identity, loss=tuple(losses), labelled=tuple(labelled), rouge=rouge),
+        per_example=PerExample(examples_fingerprint=identity, loss=tuple(losses), labelled_tokens=tuple(labelled), rouge=rouge),
     )  # fmt: skip
     of_method: dict[str, Any] = {"steps": 20} if trained else {"tokens": None, "steps": 0, "phase_seconds": {}}
     changes = {"quality": quality} | of_method | changes
@@ -64,14 +79,14 @@ def costly(memory: int, seconds: float, flops: int, *, engine: str = "single", d
     """What a record says of a training of 20 steps of so many seconds each, within 5 %, at so many bytes and FLOPs."""
     speed = Throughput(
         steps=20, step_seconds_median=seconds, step_seconds_p10=0.95 * seconds, step_seconds_p90=1.05 * seconds,
-        samples_per_second=1.0, data_share=0.0,
+        samples_per_second=1.0, data_time_fraction=0.0,
         tokens_per_second=TokensPerSecond(real=1, padded=1, labelled=1, virtual=0),
     )  # fmt: skip
     return {
-        "memory": {"train": Memory(allocated_bytes=memory)}, "throughput": speed, "flops": Flops(required=flops),
-        "steps": 20, "phase_seconds": {"train": 20 * seconds}, "device": Device(kind="cuda", name=device, processes=1),
-        "engine": Engine(name=engine, kind="NO", mixed_precision="no", optimizer="AdamW", micro_batch=4,
-                         accumulation=1, threads=2),
+        "memory": {"train": Memory(allocated_bytes=memory)}, "throughput": speed, "flops": Flops(model_flops=flops),
+        "steps": 20, "phase_seconds": {"train": 20 * seconds}, "device": Device(type="cuda", name=device, num_processes=1),
+        "engine": Engine(name=engine, distributed_type="NO", mixed_precision="no", optimizer_class="AdamW", micro_batch_size=4,
+                         gradient_accumulation_steps=1, num_threads=2),
     }  # fmt: skip
 
 

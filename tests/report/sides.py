@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from peftbench.record import PerExample, Compute, Flops, Interval, Memory, RunRecord, Throughput, TokensPerSecond
-from peftbench.report.diff.compute import SuiteDiff, MetricDiff, RunDiff, diff_suites
-from peftbench.report.diff.render import print_diff
+from peftbench.record import Compute, Flops, Interval, Memory, PerExample, RunRecord, Throughput, TokensPerSecond
+from peftbench.report.diff.compute import MetricDiff, RunDiff, SuiteDiff, diff_suites
 from peftbench.report.diff.metrics import parse_thresholds
+from peftbench.report.diff.render import print_diff
 from tests.report.records import record
 
 
@@ -27,25 +27,25 @@ def suite(folder: Path, *records: RunRecord) -> Path:
 def held(tmp_path: Path, before: RunRecord, after: RunRecord, *thresholds: str) -> RunDiff:
     """One run held against another."""
     sides = suite(tmp_path / "A", before), suite(tmp_path / "B", after)
-    (pair,) = diff_suites(*sides, parse_thresholds(thresholds)).pairs
+    (pair,) = diff_suites(*sides, parse_thresholds(thresholds)).runs
     return pair
 
 
 def figures(pair: RunDiff) -> dict[str, MetricDiff]:
     """By name."""
-    return {figure.name: figure for figure in pair.figures}
+    return {figure.name: figure for figure in pair.metrics}
 
 
 def run(name: str = "lora", **changes: Any) -> RunRecord:
     """A run with every figure known, of a recipe of its own."""
     speed = Throughput(
-        steps=5, step_seconds_median=1, step_seconds_p10=1, step_seconds_p90=1, samples_per_second=1.0, data_share=0,
+        steps=5, step_seconds_median=1, step_seconds_p10=1, step_seconds_p90=1, samples_per_second=1.0, data_time_fraction=0,
         tokens_per_second=TokensPerSecond(real=changes.pop("speed", 1000.0), padded=1, labelled=1, virtual=0),
     )  # fmt: skip
     values: dict[str, Any] = {
         "throughput": speed, "recipe_fingerprint": name, "energy_joules": 40.0,
         "memory": {"train": Memory(allocated_bytes=changes.pop("peak", 1000))},
-        "flops": Flops(required=100, executed=200), "compute": Compute(required_per_second=1.0, peak_per_second=4.0),
+        "flops": Flops(model_flops=100, hardware_flops=200), "compute": Compute(model_flops_per_second=1.0, peak_flops_per_second=4.0),
     }  # fmt: skip
     return record(name, "lora", 10, **(values | changes))
 
@@ -64,7 +64,7 @@ def scored(
     mean = sum(rouge) / len(rouge)
     quality = made.quality.model_copy(update={
         "rouge": {"rougeL": Interval(mean=mean, low=mean, high=mean)},
-        "by_example": PerExample(identity=identity, loss=losses, labelled=labelled, rouge={"rougeL": rouge}),
+        "by_example": PerExample(examples_fingerprint=identity, loss=losses, labelled_tokens=labelled, rouge={"rougeL": rouge}),
     })  # fmt: skip
     return made.model_copy(update={"quality": quality})
 

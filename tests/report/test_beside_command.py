@@ -16,8 +16,8 @@ from peftbench.cli.app import app
 from peftbench.errors import REGRESSION_EXIT_CODE, OutOfRangeError, PeftbenchError, UnknownKeyError, WrongTypeError
 from peftbench.record import RECORD_FILE, read_record
 from peftbench.report.diff.compute import SuiteDiff, diff_suites
-from peftbench.report.diff.render import print_diff, regression_summary
 from peftbench.report.diff.metrics import parse_thresholds
+from peftbench.report.diff.render import print_diff, regression_summary
 from tests.report.sides import printed, run, scored, suite
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -53,7 +53,7 @@ def test_nothing_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     left = suite(tmp_path / "A", scored((1.0, 2.0), (1.0, 2.0), labelled=(1, 2)), run("b"))
     found = diff_suites(left, shutil.copytree(left, tmp_path / "B"))
     assert not found.changed
-    assert not found.fell
+    assert not found.regressed
     assert printed(found, capsys).splitlines()[2:] == ["nothing changed"]
 
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from peftbench.methods.last_layer import LastLayer
 from peftbench.record import Device, Outcome
-from peftbench.report.analysis.run_groups import recipe_key, group_runs
+from peftbench.report.analysis.run_groups import group_runs, recipe_key
 from tests.conftest import Workshop
 from tests.report.records import costly, judged, noise, record
 
@@ -34,7 +34,7 @@ from tests.report.records import costly, judged, noise, record
 def test_a_label_is_what_names_share(names: list[str], label: str) -> None:
     """Of one run it is its name, of several what they share; on one line; with the method where it is not said."""
     (one,) = group_runs([record(name, "lora", 10, seed=seed) for seed, name in enumerate(names)])
-    assert (one.label, one.kind, len(one.runs)) == (label, "lora", len(names))
+    assert (one.label, one.method_kind, len(one.runs)) == (label, "lora", len(names))
 
 
 def test_labels_are_told_apart() -> None:
@@ -43,7 +43,7 @@ def test_labels_are_told_apart() -> None:
     assert [one.label for one in found] == ["lora", "lora #2"]
 
 
-CARD = Device(kind="cuda", name="a GPU", processes=1)
+CARD = Device(type="cuda", name="a GPU", num_processes=1)
 
 
 def test_two_devices_are_not_two_seeds() -> None:
@@ -123,7 +123,7 @@ def test_a_seed_that_was_run_twice_is_one() -> None:
     ]
     (one,) = group_runs(rows)
     assert (one.label, len(one.runs)) == ("full", 4)
-    assert one.losses == one.rouge_l == (2.0, 5.0, 9.0)
+    assert one.held_out_losses == one.rouge_l_scores == (2.0, 5.0, 9.0)
 
 
 def test_records_stay_as_they_are() -> None:
@@ -142,10 +142,10 @@ def test_figures_are_means_of_the_runs_that_ended_well() -> None:
         judged("lora-seed=2", "lora", [9.0, 9.0], seed=2, outcome=Outcome(kind="diverged"), **(costly(9, 9.0, 9))),
     ]
     (one,) = group_runs(runs)
-    assert (len(one.runs), len(one.ok), one.trains) == (3, 2, True)
-    assert (one.peak_bytes, one.train_seconds, one.required_flops) == (200, 30.0, 15)
-    assert one.step_seconds == pytest.approx((0.95, 2.1))
-    assert (one.rouge_l, one.losses) == ((2.0, 4.0), ())
+    assert (len(one.runs), len(one.ok_runs), one.is_trained) == (3, 2, True)
+    assert (one.mean_peak_bytes, one.mean_train_seconds, one.mean_model_flops) == (200, 30.0, 15)
+    assert one.step_seconds_range == pytest.approx((0.95, 2.1))
+    assert (one.rouge_l_scores, one.held_out_losses) == ((2.0, 4.0), ())
 
 
 def test_what_one_run_does_not_tell_is_unknown() -> None:
@@ -153,11 +153,11 @@ def test_what_one_run_does_not_tell_is_unknown() -> None:
     known = costly(100, 1.0, 10)
     unknown = record("lora-seed=1", "lora", 10, seed=1, phase_seconds={}, device=known["device"])
     (one,) = group_runs([judged("lora-seed=0", "lora", noise(3, 0), seed=0, **known), unknown])
-    assert (one.peak_bytes, one.train_seconds, one.required_flops, one.step_seconds) == (None, None, None, None)
-    assert one.losses == (3.25,)
+    assert (one.mean_peak_bytes, one.mean_train_seconds, one.mean_model_flops, one.step_seconds_range) == (None, None, None, None)
+    assert one.held_out_losses == (3.25,)
 
 
 def test_baselines_train_nothing() -> None:
     """Neither the untrained base nor the lead has a trained parameter; full fine-tuning has."""
     rows = [judged("b", "zero_shot", [1.0]), record("l", "lead", None), record("f", "full", 10)]
-    assert [one.trains for one in group_runs(rows)] == [False, False, True]
+    assert [one.is_trained for one in group_runs(rows)] == [False, False, True]

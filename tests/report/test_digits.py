@@ -8,7 +8,7 @@ import random
 import pytest
 
 from peftbench.record import Interval
-from peftbench.report.digits import round_outward, decimal_places, format_decimal
+from peftbench.report.text.formatting import decimal_places, format_decimal, round_outward
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from peftbench.report.text.escape import escape_markdown, escape_spreadsheet_formula, printable_line, escaped_line, terminal_safe
+from peftbench.report.text.escape import (
+    escape_markdown,
+    escape_spreadsheet_formula,
+    escaped_line,
+    printable_line,
+    terminal_safe,
+)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import pytest
 
 from peftbench.record import find_records
 from peftbench.report import writer
-from peftbench.report.writer import PAGE_FILE, RESULTS_FILE, write_report
 from peftbench.report.page.content import UnfinishedRun
+from peftbench.report.writer import PAGE_FILE, RESULTS_FILE, write_report
 from tests.report.page.pages import SHIPPED, shipped
 from tests.report.records import record
 
@@ -27,7 +27,7 @@ def peftbench(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 def test_everything_is_written_and_said(tmp_path: Path) -> None:
     """Page, Markdown, CSV, JSON and LaTeX, all with the same words."""
-    assert write_report(shipped("demo"), tmp_path, "demo").page == tmp_path / PAGE_FILE
+    assert write_report(shipped("demo"), tmp_path, "demo").page_path == tmp_path / PAGE_FILE
     assert {path.name for path in tmp_path.iterdir()} == WRITTEN
     markdown = (tmp_path / RESULTS_FILE).read_text(encoding="utf-8")
     assert markdown.startswith("# demo\n\n- ")
@@ -77,7 +77,7 @@ def test_nothing_at_all_is_a_mistake(tmp_path: Path) -> None:
 def test_unfinished_runs_are_escaped(tmp_path: Path) -> None:
     """What a log said of a run may be anything."""
     rows = [UnfinishedRun("<b>x</b>", "gone", "<script>1</script>")]
-    text = write_report({}, tmp_path, "t", unfinished=rows).page.read_text(encoding="utf-8")
+    text = write_report({}, tmp_path, "t", unfinished_runs=rows).page_path.read_text(encoding="utf-8")
     assert "<b>x</b>" not in text
     assert "<script>1</script>" not in text
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from peftbench.recipe.loader import load_recipe, parse_recipe
 from peftbench.distributed.engines import ENGINES
+from peftbench.recipe.loader import load_recipe, parse_recipe
 from peftbench.record import Device, Engine, RunRecord
-from peftbench.report.settings import reproduce_commands, flatten, recipe_settings, environment_settings
+from peftbench.report.settings import environment_settings, flatten, recipe_settings, reproduce_commands
 from tests.report.records import record
 
 
@@ -22,10 +22,10 @@ def test_knobs_are_equal_or_counted() -> None:
     """A knob with one value is equal; another has each value with how many runs have it, and a lack of it counts."""
     rows = [record("a", "lora", 1, method={"r": 8}), record("b", "lora", 1, method={"r": 8}), record("c", "full", 1)]
     found = {knob.name: knob for knob in recipe_settings(rows)}
-    assert found["train.global_batch_size"].equal
-    assert found["train.global_batch_size"].values == {"16": 3}
-    assert found["method.kind"].values == {"lora": 2, "full": 1}
-    assert found["method.r"].values == {"8": 2, "–": 1}
+    assert found["train.global_batch_size"].is_constant
+    assert found["train.global_batch_size"].runs_by_value == {"16": 3}
+    assert found["method.kind"].runs_by_value == {"lora": 2, "full": 1}
+    assert found["method.r"].runs_by_value == {"8": 2, "–": 1}
     assert "name" not in found
     assert "output_dir" not in found
 
@@ -34,14 +34,14 @@ def test_many_values_are_counted_and_not_listed() -> None:
     """Of a hundred values a dozen are shown, and how many more there are."""
     found = {knob.name: knob for knob in recipe_settings([record(f"a{s}", "full", 1, seed=s) for s in range(100)])}
     seeds = found["train.seed"]
-    assert len(seeds.shown) == 12
-    assert seeds.more == 88
+    assert len(seeds.shown_values) == 12
+    assert seeds.num_hidden_values == 88
 
 
 def test_surroundings_say_where_and_with_what() -> None:
     """Device, engine, versions, commit and identities; what nothing tells is unknown."""
     one = record("a", "full", 1, versions={"torch": "2"}, git="abc")
-    found = {knob.name: knob.values for knob in environment_settings([one])}
+    found = {knob.name: knob.runs_by_value for knob in environment_settings([one])}
     assert found["torch"] == {"2": 1}
     assert found["commit"] == {"abc": 1}
     assert found["device"] == {"a CPU (cpu)": 1}
@@ -50,7 +50,7 @@ def test_surroundings_say_where_and_with_what() -> None:
 
 def _engine(name: str) -> Engine:
     return Engine(
-        name=name, kind="X", mixed_precision="bf16", optimizer="AdamW", micro_batch=1, accumulation=1, threads=1
+        name=name, distributed_type="X", mixed_precision="bf16", optimizer_class="AdamW", micro_batch_size=1, gradient_accumulation_steps=1, num_threads=1
     )
 
 
@@ -65,7 +65,7 @@ def _engine(name: str) -> Engine:
 def test_a_run_is_repeated_by_its_own_engine(engine: str, device: str, launcher: list[str]) -> None:
     """The command names the file of the engine that ran, as many processes, and the record, quoted for a shell."""
     one = record("a b", "full", 1, git="abcd+changes", engine=_engine(engine))
-    one = one.model_copy(update={"device": Device(kind=device, name="x", processes=2)})
+    one = one.model_copy(update={"device": Device(type=device, name="x", num_processes=2)})
     lines = reproduce_commands(one, Path("runs/it's here/record.json"))
     saves = shlex.split(lines[0])
     assert saves[0] == "python"
@@ -80,7 +80,7 @@ def test_a_run_is_repeated_by_its_own_engine(engine: str, device: str, launcher:
 
 def test_a_launcher_that_no_record_names_is_not_made_up() -> None:
     """Of a run in several processes the commands say so, before one that has a single process."""
-    one = record("a", "full", 1).model_copy(update={"device": Device(kind="cuda", name="x", processes=8)})
+    one = record("a", "full", 1).model_copy(update={"device": Device(type="cuda", name="x", num_processes=8)})
     *_, said, trains = reproduce_commands(one, Path("record.json"))
     assert said == "# it ran in 8 processes, by a launcher that the record does not name"
     assert trains.startswith("python launch/train.py ")
@@ -165,7 +165,7 @@ def test_every_engine_that_a_record_may_name_has_its_file() -> None:
     for name in ENGINES:
         one = record("a", "full", 1, engine=_engine(name))
         for device in ("cpu", "cuda"):
-            here: RunRecord = one.model_copy(update={"device": Device(kind=device, name="x", processes=2)})
+            here: RunRecord = one.model_copy(update={"device": Device(type=device, name="x", num_processes=2)})
             words = shlex.split(reproduce_commands(here, Path("record.json"))[-1])
             if "--config_file" in words:
                 assert (REPOSITORY / words[words.index("--config_file") + 1]).is_file(), (name, device)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from peftbench.record import RunRecord
 from peftbench.cli.report import load_records, print_report
-from peftbench.report.writer import write_report
-from peftbench.report.runs import with_unique_names
+from peftbench.record import RunRecord
 from peftbench.report.page.content import build_page_data
+from peftbench.report.runs import with_unique_names
 from peftbench.report.tables.table import csv_table
+from peftbench.report.writer import write_report
 from tests.report.records import record
 
 
@@ -49,16 +49,16 @@ def test_two_runs_of_one_name_are_two_runs(tmp_path: Path, capsys: pytest.Captur
     """Two rows, two curves, two commands and two summaries, of the same names everywhere."""
     two_suites(tmp_path)
     names = ["demo/lora", "demo_seeds/lora"]
-    records: dict[Path, RunRecord] = load_records(tmp_path, None, may_be_none=False)
+    records: dict[Path, RunRecord] = load_records(tmp_path, None, allow_empty=False)
     assert [row["run"] for row in csv.DictReader(io.StringIO(csv_table(list(records.values()))))] == names
     made = build_page_data(records, "t", [])
-    (losses, *_) = made.losses
+    (losses, *_) = made.loss_charts
     (points,) = losses.spec["datasets"].values()
     assert {(point["run"], point["loss"]) for point in points} == {
         (names[0], 3.0), (names[0], 2.0), (names[1], 5.0), (names[1], 4.0),
     }  # fmt: skip
-    assert list(made.repeats) == names
-    assert "demo_seeds/lora/record.json" in made.repeats[names[1]][0]
+    assert list(made.reproduce_commands) == names
+    assert "demo_seeds/lora/record.json" in made.reproduce_commands[names[1]][0]
     assert list(made.examples[0].generated) == names
     print_report(write_report(records, tmp_path, "t"), "t")
     printed = capsys.readouterr().out

@@ -73,8 +73,8 @@ def test_the_records_are_of_the_shipped_suite(name: str) -> None:
         assert unlike(record.recipe, recipes[run].model_dump(mode="json")) == []
         assert record.recipe["data"]["padding"] == ("longest" if name in PADDED else "auto")
         assert record.outcome.kind == ("oom" if (name, run) == ("demo_budget", "full") else "ok")
-        assert record.git
-        assert "+changes" not in record.git
+        assert record.git_commit
+        assert "+changes" not in record.git_commit
 
 
 def unlike(recorded: dict[str, Any], now: dict[str, Any], place: str = "") -> list[str]:
@@ -105,8 +105,8 @@ def test_the_budget_tells_its_story() -> None:
     budget = 112 * 2**20
     outcome = records["full"].outcome
     assert outcome.requested_bytes is not None
-    assert outcome.held_bytes is not None
-    assert outcome.held_bytes <= budget < outcome.held_bytes + outcome.requested_bytes + 2**20
+    assert outcome.in_use_bytes is not None
+    assert outcome.in_use_bytes <= budget < outcome.in_use_bytes + outcome.requested_bytes + 2**20
     assert outcome.suggestion is not None
     assert "is predicted to fit" in outcome.suggestion
     peaks = {name: train_peak_bytes(record) for name, record in records.items()}

@@ -13,10 +13,32 @@ import pytest
 from rich.console import Console
 
 from peftbench.errors import RecordError
-from peftbench.record import Compute, Flops, Interval, Memory, Outcome, ParameterCounts, RunRecord, Sample, Throughput, TokensPerSecond
+from peftbench.record import (
+    Compute,
+    Flops,
+    Interval,
+    Memory,
+    Outcome,
+    ParameterCounts,
+    RunRecord,
+    Sample,
+    Throughput,
+    TokensPerSecond,
+)
 from peftbench.report.tables.columns import COLUMNS
+from peftbench.report.tables.table import (
+    _rich_table,
+    _table_width,
+    collect_notes,
+    csv_table,
+    insert_table,
+    markdown_report,
+    markdown_table,
+    natural_width,
+    print_table,
+    sort_records,
+)
 from peftbench.report.text.escape import terminal_safe
-from peftbench.report.tables.table import _rich_table, _table_width, csv_table, insert_table, markdown_report, markdown_table, natural_width, collect_notes, sort_records, print_table
 from tests.report.records import record
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -48,9 +70,9 @@ def test_cells_of_known_figures() -> None:
 
 def test_every_column_has_a_meaning_and_own_csv_names() -> None:
     """Columns explain themselves, and no two of them write the same CSV field."""
-    names = [name for column in COLUMNS for name in column.raw(record("x", "full", 1))]
+    names = [name for column in COLUMNS for name in column.raw_values(record("x", "full", 1))]
     assert len(COLUMNS) > 8
-    assert all(column.meaning for column in COLUMNS)
+    assert all(column.description for column in COLUMNS)
     assert len(names) == len(set(names))
 
 
@@ -58,16 +80,16 @@ def test_a_column_is_sorted_by_what_it_shows() -> None:
     """The first of a column's raw values is the one that its text is of, so that sorting by it sorts what is seen."""
     each = TokensPerSecond(real=123.0, padded=200.0, labelled=50.0, virtual=7.0)
     speed = Throughput(
-        steps=10, step_seconds_median=1, step_seconds_p10=1, step_seconds_p90=1, samples_per_second=1, data_share=0,
+        steps=10, step_seconds_median=1, step_seconds_p10=1, step_seconds_p90=1, samples_per_second=1, data_time_fraction=0,
         tokens_per_second=each,
     )  # fmt: skip
     one = record(
-        "a", "full", 640, throughput=speed, energy_joules=400.0, flops=Flops(required=2 * 10**12, executed=9 * 10**12),
+        "a", "full", 640, throughput=speed, energy_joules=400.0, flops=Flops(model_flops=2 * 10**12, hardware_flops=9 * 10**12),
         memory={"train": Memory(allocated_bytes=5 * 2**20, reserved_bytes=8 * 2**20)},
-        compute=Compute(required_per_second=1.0, executed_per_second=3.0, peak_per_second=4.0),
+        compute=Compute(model_flops_per_second=1.0, hardware_flops_per_second=3.0, peak_flops_per_second=4.0),
     )  # fmt: skip
     shown = {"J/1,000 samples": 2500.0, "tokens/s": 123.0, "required TFLOP": 2e12, "MFU": 0.25, "peak MiB": 5 * 2**20}
-    found = {column.title: next(iter(column.raw(one).values())) for column in COLUMNS}
+    found = {column.title: next(iter(column.raw_values(one).values())) for column in COLUMNS}
     assert {title: found[title] for title in shown} == shown
 
 
@@ -75,9 +97,9 @@ def test_memory_and_flops_have_columns_where_they_are_known() -> None:
     """Training's own peak is shown: in tensors on a GPU, beyond the baseline on CPU; unknown leaves the column out."""
     on_gpu = record("a", "full", 1, memory={"train": Memory(allocated_bytes=3 * 2**20, reserved_bytes=9 * 2**20)})
     on_cpu = record("b", "full", 1, memory={
-        "train": Memory(resident_bytes=700 * 2**20, resident_baseline_bytes=600 * 2**20),
-        "evaluate": Memory(resident_bytes=900 * 2**20, resident_baseline_bytes=600 * 2**20),
-    }, flops=Flops(required=25 * 10**11, executed=3 * 10**12, six_n=9))  # fmt: skip
+        "train": Memory(rss_bytes=700 * 2**20, baseline_rss_bytes=600 * 2**20),
+        "evaluate": Memory(rss_bytes=900 * 2**20, baseline_rss_bytes=600 * 2**20),
+    }, flops=Flops(model_flops=25 * 10**11, hardware_flops=3 * 10**12, six_n=9))  # fmt: skip
     rows = {row["run"]: row for row in csv.DictReader(io.StringIO(csv_table([on_gpu, on_cpu])))}
     assert (rows["a"]["train_peak_bytes"], rows["b"]["train_peak_bytes"]) == (str(3 * 2**20), str(100 * 2**20))
     assert (rows["a"]["required_flops"], rows["b"]["required_flops"]) == ("", "2500000000000")
@@ -274,11 +296,11 @@ def row(table: str) -> dict[str, str]:
 def test_what_is_unknown_is_said() -> None:
     """A figure that nothing tells is unknown, and a line says why; where nothing was trained there is no column."""
     speed = Throughput(
-        steps=5, step_seconds_median=1, step_seconds_p10=1, step_seconds_p90=1, samples_per_second=1.0, data_share=0,
+        steps=5, step_seconds_median=1, step_seconds_p10=1, step_seconds_p90=1, samples_per_second=1.0, data_time_fraction=0,
         tokens_per_second=TokensPerSecond(real=1, padded=1, labelled=1, virtual=0),
     )  # fmt: skip
     unknown, known = record("a", "full", 1, throughput=speed), record(
-        "b", "lora", 1, throughput=speed, energy_joules=40.0, compute=Compute(peak_per_second=1e9)
+        "b", "lora", 1, throughput=speed, energy_joules=40.0, compute=Compute(peak_flops_per_second=1e9)
     )  # fmt: skip
     mfu, energy = collect_notes([unknown])
     assert mfu == "MFU is unknown: the data sheet's FLOP/s of a CPU at fp32 are not in the table"
@@ -287,7 +309,7 @@ def test_what_is_unknown_is_said() -> None:
     cells = row(markdown_table([unknown]))
     assert (cells["MFU"], cells["J/1,000 samples"]) == ("unknown", "unknown")
     assert "MFU" not in row(markdown_table([record("lead", "lead", None, tokens=None)]))
-    table = markdown_table([known.priced(3600.0)])
+    table = markdown_table([known.with_price_per_hour(3600.0)])
     cells = row(table)
     assert cells["J/1,000 samples"] == "500"
     assert float(cells["price"]) == 12  # of 12.5 seconds, to two digits

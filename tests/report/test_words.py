@@ -77,7 +77,7 @@ def test_within_is_the_further_end() -> None:
         sentence = of([full(), lora(off)], "lora")
         within, low, high = re.search(r"within (\S+) .* interval (\S+) to ([^;]+);", sentence).groups()  # type: ignore[union-attr]
         assert float(within) == max(-float(low), float(high))
-        (found,) = compare_groups([full(), lora(off)]).differences
+        (found,) = compare_groups([full(), lora(off)]).pair_comparisons
         assert (
             max(-found.interval.low, found.interval.high)
             <= float(within)
@@ -108,7 +108,7 @@ def test_costs(changes: dict[str, object], end: str) -> None:
 
 def _peaks(kind: str, sizes: list[int], device: str) -> list[RunRecord]:
     """A run for each peak, all as fast."""
-    where = Device(kind=device, name="it", processes=1)
+    where = Device(type=device, name="it", num_processes=1)
     return [
         judged(f"{kind}-seed={s}", kind, scores(0, s), seed=s, data_seed=0, **costly(1, 1.0, 100) | {
             "device": where, "memory": {"train": _memory(size, device)},
@@ -118,7 +118,7 @@ def _peaks(kind: str, sizes: list[int], device: str) -> list[RunRecord]:
 
 
 def _memory(size: int, device: str) -> Memory:
-    on_cpu = Memory(resident_bytes=2**30 + size, resident_baseline_bytes=2**30)
+    on_cpu = Memory(rss_bytes=2**30 + size, baseline_rss_bytes=2**30)
     return on_cpu if device == "cpu" else Memory(allocated_bytes=size)
 
 
@@ -169,8 +169,8 @@ def test_seeds_that_agree_and_seeds_that_do_not() -> None:
         f"paired bootstrap over {COUNT} held-out examples and Student's t over 3 seeds, whichever reaches further."
     )
     lucky = [*seeds("full", "full", [0, 0, 0]), *seeds("lora", "lora", [12, 0, 0])]
-    (found,) = compare_groups(lucky).differences
-    assert found.over_examples.low > 0
+    (found,) = compare_groups(lucky).pair_comparisons
+    assert found.interval_over_examples.low > 0
     assert verdicts(summarize(lucky)) == []
     assert re.match(r"lora is within \d\d\.\d ROUGE-L of full \(.*; not significant over 3 seeds\)", summarize(lucky)[1])
 
@@ -207,7 +207,7 @@ def test_the_reference_is_full_or_was_chosen() -> None:
     ("outcome", "sentence"),
     [
         (
-            Outcome(kind="oom", step=2, phase="train", part="backward", requested_bytes=2**22, needed_bytes=120 * 2**20,
+            Outcome(kind="oom", step=2, phase="train", step_part="backward", requested_bytes=2**22, estimated_peak_bytes=120 * 2**20,
                     suggestion="train.micro_batch_size=1 is predicted to fit"),
             "full: out of memory in the backward pass of step 2, where it asked for 4.0 MiB; predicted to need 120 MiB "
             "at least; train.micro_batch_size=1 is predicted to fit.",
@@ -248,8 +248,8 @@ def test_baselines_beside_what_was_trained() -> None:
     sentence = of(rows, "lora and full are better than zero_shot, by ")
     least = float(re.search(r"by (\S+) ROUGE-L at least", sentence).group(1))  # type: ignore[union-attr]
     compared = compare_groups(rows)
-    base = compared.every[2]
-    bounds = [found.interval.low for one in compared.every[:2] if (found := compared.between(one, base))]
+    base = compared.groups[2]
+    bounds = [found.interval.low for one in compared.groups[:2] if (found := compared.between(one, base))]
     assert least <= min(bounds) < least + 0.1
 
 
@@ -300,7 +300,7 @@ def test_runs_of_several_commits() -> None:
     assert of(runs, "Made by") == (
         "Made by more than one commit, so that the runs of each may differ in more than seeds: lora."
     )
-    assert len(compare_groups(runs).every) == 2
+    assert len(compare_groups(runs).groups) == 2
     assert not any("commit" in one for one in summarize(runs[:4]))
 
 

@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 
 from peftbench.errors import SlurmError, TimeLimitError
-from peftbench.slurm.options import DEFAULT_LEAD_SECONDS, ALLOWED_OPTIONS, check_time_limit, parse_lead_seconds, parse_sbatch_options, parse_time_limit
+from peftbench.slurm.options import (
+    ALLOWED_OPTIONS,
+    DEFAULT_LEAD_SECONDS,
+    check_time_limit,
+    parse_lead_seconds,
+    parse_sbatch_options,
+    parse_time_limit,
+)
 
 
 def test_options_as_sbatch_spells_them() -> None:

@@ -10,9 +10,9 @@ import pytest
 
 from peftbench.errors import RecordError, SlurmError, TimeLimitError
 from peftbench.record import EXIT_CODES, Outcome, RunRecord
-from peftbench.slurm.requeue import made_progress, requeue
-from peftbench.slurm.job_file import JobFile, read_job_file
 from peftbench.run_dir.status import StatusWriter
+from peftbench.slurm.job_file import JobFile, read_job_file
+from peftbench.slurm.requeue import made_progress, requeue
 from tests.test_record import record as a_record
 
 LATER = "2999-01-01T00:00:00+00:00"
@@ -35,30 +35,30 @@ def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     for name, value in (("SLURM_ARRAY_JOB_ID", "12"), ("SLURM_ARRAY_TASK_ID", "3"), ("SLURM_RESTART_COUNT", "2")):
         monkeypatch.setenv(name, value)
-    StatusWriter(tmp_path, tells=True).phase("train")
+    StatusWriter(tmp_path, enabled=True).set_phase("train")
     return told
 
 
 def test_what_came_further_begins_anew(tmp_path: Path, scontrol: Path) -> None:
     """As the task of the array that it is."""
     record(began=(6,)).write(tmp_path)
-    assert requeue(tmp_path, at_most=3) == EXIT_CODES["preempted"]
+    assert requeue(tmp_path, max_requeues=3) == EXIT_CODES["preempted"]
     assert scontrol.read_text(encoding="utf-8") == "requeue 12_3\n"
 
 
-@pytest.mark.parametrize("before", [None, JobFile(job="11_3", requeued=7), JobFile(job="12_3", log="a log")])
+@pytest.mark.parametrize("before", [None, JobFile(job_id="11_3", requeued=7), JobFile(job_id="12_3", log_path="a log")])
 def test_it_is_counted(before: JobFile | None, tmp_path: Path, scontrol: Path) -> None:
     """Of this job, handed in by one command or by hand; what SLURM itself began anew is not counted."""
     record().write(tmp_path)
     if before is not None:
         before.write(tmp_path)
     for number in (1, 2):
-        requeue(tmp_path, at_most=2)
+        requeue(tmp_path, max_requeues=2)
         found = read_job_file(tmp_path)
         assert found is not None
-        assert (found.job, found.requeued) == ("12_3", number)
+        assert (found.job_id, found.requeue_count) == ("12_3", number)
     with pytest.raises(SlurmError, match="begun itself anew 2 times, which is as often as it may"):
-        requeue(tmp_path, at_most=2)
+        requeue(tmp_path, max_requeues=2)
     assert scontrol.read_text(encoding="utf-8") == "requeue 12_3\n" * 2
 
 
@@ -104,7 +104,7 @@ def test_stopped_before_it_began(before: str, tmp_path: Path, scontrol: Path, mo
     record(began=(6,)).write(tmp_path)
     monkeypatch.setenv(before, "3")
     with pytest.raises(TimeLimitError, match=r"told to stop before the run in .* had begun"):
-        requeue(tmp_path, at_most=9)
+        requeue(tmp_path, max_requeues=9)
     assert not scontrol.exists()
 
 

@@ -48,7 +48,7 @@ def test_a_name_is_a_name(tmp_path: Path) -> None:
     stand_in.mkdir()
     (stand_in / "srun").write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > {shlex.quote(str(said))}\n', encoding="utf-8")
     (stand_in / "srun").chmod(0o755)
-    text = render_script(Job(name=NASTY, folders=(folder,), logs=tmp_path / "logs"))
+    text = render_script(Job(name=NASTY, run_dirs=(folder,), log_dir=tmp_path / "logs"))
     environment = {"PATH": f"{stand_in}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
     done = subprocess.run(
         ["bash", "-s"], input=text, text=True, cwd=tmp_path, env=environment, capture_output=True, check=False
@@ -67,12 +67,12 @@ def test_what_no_script_can_hold(what: str, tmp_path: Path) -> None:
     with pytest.raises(SlurmError, match="a character that no job's script can"):
         Job(**values)
     with pytest.raises(SlurmError, match="backslash"):
-        Job(name="x", folders=(tmp_path,), logs=tmp_path / "a\\b")
+        Job(name="x", run_dirs=(tmp_path,), log_dir=tmp_path / "a\\b")
 
 
 def test_a_percent_is_a_percent(tmp_path: Path) -> None:
     """SLURM has patterns for the names of logs."""
-    assert f"--output={tmp_path}/50%%j/%j.log" in render_script(Job(name="x", folders=(tmp_path,), logs=tmp_path / "50%j"))
+    assert f"--output={tmp_path}/50%%j/%j.log" in render_script(Job(name="x", run_dirs=(tmp_path,), log_dir=tmp_path / "50%j"))
 
 
 @pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("launch/slurm/*.sbatch")), ids=lambda p: p.stem)

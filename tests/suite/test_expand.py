@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from peftbench.errors import MissingFileError, OutOfRangeError, RecipeError, UnknownKeyError
-from peftbench.suite.expand import resolve_accelerate_config, expand
+from peftbench.suite.expand import expand, resolve_accelerate_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SUITES = sorted(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from peftbench.run_dir.lock import Lock
 from peftbench.methods.full import Full
 from peftbench.recipe.schema import Recipe
+from peftbench.run_dir.lock import Lock
 from peftbench.suite import launch
 from peftbench.suite.launch import RunResult, run_one, run_suite
 from peftbench.suite.status import find_unfinished_runs
@@ -62,11 +62,11 @@ def test_a_folder_that_another_holds_is_left_alone(recipes: list[Recipe], worksh
     for folder in folders:
         folder.mkdir(parents=True)
         locks.append(Lock(folder))
-        locks[-1].hold()
+        locks[-1].acquire()
     results = run_suite(recipes, None, lambda _: None)
     alone = run_one(recipes[0], None)
     for lock in locks:
-        lock.let_go()
+        lock.release()
     assert [result.outcome for result in results] == ["refused", "refused"]
-    assert alone.shared == f"{folders[0]} is in use"
+    assert alone.shareable_error == f"{folders[0]} is in use"
     assert not [path for folder in folders for path in folder.glob("recipe.yaml")]

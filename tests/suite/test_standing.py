@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from peftbench.errors import MissingFileError
-from peftbench.run_dir.lock import Lock
 from peftbench.record import Outcome, RunRecord
-from peftbench.slurm.queue import QueuedJob
-from peftbench.slurm.job_file import JobFile
+from peftbench.run_dir.lock import Lock
 from peftbench.run_dir.status import Status, StatusWriter, read_status
-from peftbench.suite.status import RunStatus, collect_run_statuses, render_status_table, find_unfinished_runs
+from peftbench.slurm.job_file import JobFile
+from peftbench.slurm.queue import QueuedJob
+from peftbench.suite.status import RunStatus, collect_run_statuses, find_unfinished_runs, render_status_table
 from tests.test_record import record as a_record
 
 EARLY, LATE = "2026-01-01T10:00:00+00:00", "2026-01-01T11:00:00+00:00"
@@ -60,22 +60,22 @@ def test_every_state(tmp_path: Path) -> None:
     kept.mkdir(parents=True)
     (kept / "checkpoint.json").touch()
     lock = Lock(run(tmp_path / "g_running", ended("preempted"), told(LATE, 7)))
-    lock.hold()
+    lock.acquire()
     early = run(tmp_path / "h_stopped_early", ended("preempted", "stopped by SIGTERM").model_copy(update={"steps": 0}))
     (early / "checkpoints" / "x" / "step-00000004").mkdir(parents=True)
     (early / "checkpoints" / "x" / "step-00000004" / "checkpoint.json").touch()
     found = {row.name[2:]: row for row in collect_run_statuses(tmp_path, {})}
-    lock.let_go()
+    lock.release()
     assert {name: row.state for name, row in found.items()} == {
         "waiting": "waiting", "finished": "finished", "oom": "finished", "preempted": "preempted", "failed": "failed",
         "gone": "gone", "running": "running", "stopped_early": "preempted",
     }  # fmt: skip
-    assert found["oom"].said == "oom: asked for too much"
-    assert found["preempted"].said == "stopped by SIGUSR1; step 5 is kept"
-    assert (found["stopped_early"].step, found["stopped_early"].said) == (4, "stopped by SIGTERM; step 4 is kept")
-    assert found["failed"].said == "the disk is full"
-    assert "on node7; step 4 is kept; run it again to go on" in found["gone"].said
-    assert (found["running"].step, found["running"].steps) == (7, 9)
+    assert found["oom"].detail == "oom: asked for too much"
+    assert found["preempted"].detail == "stopped by SIGUSR1; step 5 is kept"
+    assert (found["stopped_early"].step, found["stopped_early"].detail) == (4, "stopped by SIGTERM; step 4 is kept")
+    assert found["failed"].detail == "the disk is full"
+    assert "on node7; step 4 is kept; run it again to go on" in found["gone"].detail
+    assert (found["running"].step, found["running"].total_steps) == (7, 9)
     text = render_status_table(collect_run_statuses(tmp_path, {}))
     assert "8 runs: " in text
     assert "2 finished" in text
@@ -85,20 +85,20 @@ def test_a_page_names_no_machine(tmp_path: Path) -> None:
     """What may be shared says when a run was last seen, and not where."""
     run(tmp_path / "a_gone", None, told())
     lock = Lock(run(tmp_path / "b_running", None, told()))
-    lock.hold()
+    lock.acquire()
     found = find_unfinished_runs(tmp_path)
-    lock.let_go()
-    assert [row.said for row in found] == [f"last seen at {EARLY}; run it again to go on", "train"]
+    lock.release()
+    assert [row.detail for row in found] == [f"last seen at {EARLY}; run it again to go on", "train"]
 
 
 def test_the_table(tmp_path: Path) -> None:
     """Loss and memory in short, beside what was there; what is known of no run has no column."""
     news = {"loss": 2.3456, "memory_bytes": 96 * 2**20, "budget_bytes": 112 * 2**20, "tokens_per_second": 18204.4}
     lock = Lock(run(tmp_path / "a", None, told().model_copy(update=news | {"seconds_left": 41.0})))
-    lock.hold()
+    lock.acquire()
     run(tmp_path / "b", ended("preempted", "stopped").model_copy(update={"losses": (3.0, 2.5), "throughput": None}))
     rows = collect_run_statuses(tmp_path, {})
-    lock.let_go()
+    lock.release()
     assert render_status_table(rows).splitlines()[:4] == [
         "run    state      step    loss    tokens/s    memory         left",
         "-----  ---------  ------  ------  ----------  -------------  -------  --------------",
@@ -132,17 +132,17 @@ def test_the_queue_knows_more(queue: dict[str, QueuedJob], state: str, said: str
     job = next(iter(queue)) if "13" in queue else "12_3"  # 13 is what it was submitted as after it had stopped
     (folder / "job.json").write_text(json.dumps({"job": job}), encoding="utf-8")
     (found,) = collect_run_statuses(tmp_path, queue)
-    assert (found.state, found.said) == (state, said)
+    assert (found.state, found.detail) == (state, said)
 
 
 def test_a_run_that_was_refused(tmp_path: Path) -> None:
     """It leaves nothing but what its job's log says; a record that came later says more."""
     log = tmp_path / "12.log"
     folder = run(tmp_path / "x")
-    JobFile(job="12", log=str(log)).write(folder)
+    JobFile(job_id="12", log_path=str(log)).write(folder)
     assert one(tmp_path).state == "waiting"
     log.write_text('error: no\n{"outcome": "refused", "error": "there is no file rows.jsonl"}\nsrun: error\n')
-    assert (one(tmp_path).state, one(tmp_path).said) == ("failed", "there is no file rows.jsonl")
+    assert (one(tmp_path).state, one(tmp_path).detail) == ("failed", "there is no file rows.jsonl")
     os.utime(log, (1, 1))
     ended("ok").write(folder)
     assert one(tmp_path).state == "finished"
@@ -151,18 +151,18 @@ def test_a_run_that_was_refused(tmp_path: Path) -> None:
 def test_a_page_has_a_run_that_was_refused(tmp_path: Path) -> None:
     """One that left no record is listed with the reason; one with a record is on the page by that already."""
     log = tmp_path / "12.log"
-    JobFile(job="12", log=str(log)).write(run(tmp_path / "x"))
+    JobFile(job_id="12", log_path=str(log)).write(run(tmp_path / "x"))
     run(tmp_path / "y", ended("failed", "the disk is full"))
     log.write_text('{"outcome": "refused", "error": "there is no file rows.jsonl"}\n')
-    assert [(row.name, row.said) for row in find_unfinished_runs(tmp_path)] == [("x", "there is no file rows.jsonl")]
+    assert [(row.name, row.detail) for row in find_unfinished_runs(tmp_path)] == [("x", "there is no file rows.jsonl")]
 
 
 def test_a_page_has_a_run_that_goes_on(tmp_path: Path) -> None:
     """A record of an attempt before does not hide that it runs."""
     lock = Lock(run(tmp_path / "x", ended("preempted"), told(LATE)))
-    lock.hold()
+    lock.acquire()
     found = find_unfinished_runs(tmp_path)
-    lock.let_go()
+    lock.release()
     assert [row.state for row in found] == ["running"]
 
 
@@ -181,6 +181,6 @@ def test_a_folder_without_runs(tmp_path: Path) -> None:
 def test_a_teller_is_read(tmp_path: Path) -> None:
     """What one process tells another reads."""
     folder = run(tmp_path / "x")
-    StatusWriter(folder, tells=True).phase("load")
+    StatusWriter(folder, enabled=True).set_phase("load")
     assert read_status(folder) is not None
     assert one(tmp_path).state == "gone"  # for nobody holds the folder

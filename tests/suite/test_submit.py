@@ -106,7 +106,7 @@ def test_it_is_handed_in(submit: Submit, slurm: Callable[..., Path], monkeypatch
     assert "SLURM_RESTART_COUNT" not in environment
     for line in ("submitted job 12: 2 runs", "peftbench status", "scancel 12", "peftbench report"):
         assert line in said.stdout
-    assert [(found.job, found.log) for name in ("one", "two") if (found := read_job_file(Path("out") / name))] == [
+    assert [(found.job_id, found.log_path) for name in ("one", "two") if (found := read_job_file(Path("out") / name))] == [
         (f"12_{index}", str(Path(f"out/slurm/12_{index}.log").resolve())) for index in (0, 1)
     ]
 
@@ -121,11 +121,11 @@ def test_nothing_is_done_twice(submit: Submit, slurm: Callable[..., Path]) -> No
     assert "2 under way already, left out: job 12_0, job 12_1" in said.stderr
     told = slurm("12_0|PENDING|Priority\\n", "echo 13")
     lock = Lock(Path("out/two"))
-    lock.hold()
+    lock.acquire()
     assert "a process, in" in submit("suite.yaml").stderr
-    lock.let_go()
+    lock.release()
     recipe = load_recipe([Path("out/two/recipe.yaml")], [])
-    values = {"recipe_fingerprint": recipe.fingerprint(), "data_identity": recipe.data.source.identity()}
+    values = {"recipe_fingerprint": recipe.fingerprint(), "data_identity": recipe.data.source.fingerprint()}
     record("two", "lora", 1, **values).write(Path("out/two"))
     said = submit("suite.yaml")
     assert said.stdout == "nothing is left to submit\n"

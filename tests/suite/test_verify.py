@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from peftbench.errors import BudgetError
 from peftbench.memory.devices import UNKNOWN_DEVICE, get_device_facts
 from peftbench.memory.plan import Verification
 from peftbench.memory.search import MemoryTarget, find_strategy
-from peftbench.errors import BudgetError
 from peftbench.methods.full import Full
 from peftbench.recipe.schema import Recipe
 from peftbench.record import Device, Outcome, RunRecord
@@ -32,15 +32,15 @@ def proved(workshop: Workshop, fits: int) -> tuple[Verification, list[str], list
 
     def launch(asked: Recipe) -> RunResult:
         ran.append(asked)
-        kind = "ok" if (asked.train.rows or 0) <= fits else "oom"
+        kind = "ok" if (asked.train.resolved_micro_batch_size or 0) <= fits else "oom"
         RunRecord(
-            name=asked.name, started_at="", recipe=asked.model_dump(mode="json"), recipe_fingerprint="", versions={},
-            device=Device(kind="cpu", name="", processes=1),
-            outcome=Outcome(kind=kind, step=2, part="forward", requested_bytes=7),  # type: ignore[arg-type]
+            name=asked.name, started_at="", recipe=asked.model_dump(mode="json"), recipe_fingerprint="", library_versions={},
+            device=Device(type="cpu", name="", num_processes=1),
+            outcome=Outcome(kind=kind, step=2, step_part="forward", requested_bytes=7),  # type: ignore[arg-type]
         ).write(Path(asked.output_dir) / asked.name)  # fmt: skip
         return RunResult(asked.name, kind)
 
-    return verify_strategy(recipe, found, room, launch=launch, say=said.append), said, ran
+    return verify_strategy(recipe, found, room, launch=launch, log_message=said.append), said, ran
 
 
 @pytest.mark.parametrize(("fits", "tried"), [
@@ -49,9 +49,9 @@ def proved(workshop: Workshop, fits: int) -> tuple[Verification, list[str], list
 def test_the_edge_is_found(fits: int, tried: list[int], workshop: Workshop) -> None:
     """Upwards while it runs, downwards until it does; each size once, and the answer is what ran."""
     proof, said, ran = proved(workshop, fits)
-    assert list(proof.outcomes) == tried == [recipe.train.rows for recipe in ran]
-    assert proof.largest == (fits or None)
-    assert proof.predicted == 4
+    assert list(proof.outcome_by_micro_batch_size) == tried == [recipe.train.resolved_micro_batch_size for recipe in ran]
+    assert proof.largest_micro_batch_size == (fits or None)
+    assert proof.predicted_micro_batch_size == 4
     assert len(said) == len(tried)
     for recipe in ran:
         assert (recipe.train.steps, recipe.train.global_batch_size, recipe.data.padding) == (3, 12, "max_tokens")
@@ -66,7 +66,7 @@ def test_a_run_that_fails_proves_nothing(workshop: Workshop) -> None:
     found = find_strategy(recipe, (), room)
     assert found is not None
     with pytest.raises(BudgetError, match="micro-batches of 2 proves nothing, for it ended as failed: no such"):
-        verify_strategy(recipe, found, room, launch=lambda asked: RunResult(asked.name, "failed", "no such"), say=print)
+        verify_strategy(recipe, found, room, launch=lambda asked: RunResult(asked.name, "failed", "no such"), log_message=print)
 
 
 def test_an_answer_is_proved_on_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:

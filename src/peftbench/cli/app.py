@@ -54,13 +54,13 @@ def compare(
     seeds: SeedsOption = None,
 ) -> None:
     """Run every recipe of a suite in a fresh process and print the comparison. Finished runs are skipped."""
-    from peftbench.errors import MissingFileError
-    from peftbench.run_dir.results import load_matching_record
-    from peftbench.record import RECORD_FILE
     from peftbench.cli.report import print_report
-    from peftbench.report.writer import write_report
+    from peftbench.errors import MissingFileError
+    from peftbench.record import RECORD_FILE
     from peftbench.report.page.content import UnfinishedRun
-    from peftbench.suite.expand import resolve_accelerate_config, expand, read_suite
+    from peftbench.report.writer import write_report
+    from peftbench.run_dir.results import load_matching_record
+    from peftbench.suite.expand import expand, read_suite, resolve_accelerate_config
     from peftbench.suite.launch import run_suite
 
     with cli_errors():
@@ -76,14 +76,14 @@ def compare(
             raise typer.Exit(INTERRUPT_EXIT_CODE) from None
         places = {Path(recipe.output_dir) / recipe.name / RECORD_FILE: load_matching_record(recipe) for recipe in recipes}
         records = {path: record for path, record in places.items() if record is not None}
-        bad = [result for result in results if not result.well]
+        bad = [result for result in results if not result.succeeded]
         if records:
             there = {record.name for record in records.values()}
             left = [
-                UnfinishedRun(one.name, one.outcome, one.shared or one.error or "")
+                UnfinishedRun(one.name, one.outcome, one.shareable_error or one.error or "")
                 for one in bad if one.name not in there
             ]  # fmt: skip
-            written = write_report(records, Path(recipes[0].output_dir), title, unfinished=left)
+            written = write_report(records, Path(recipes[0].output_dir), title, unfinished_runs=left)
             print_report(written, title)
         for result in bad:
             _print_to_stderr(f"{result.name}: {result.outcome}" + (f": {result.error}" if result.error else ""))
@@ -121,8 +121,15 @@ def report(
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparison of A and B as JSON.")] = False,
 ) -> None:
     """Make the page and the tables, from what lies below a folder; or hold two folders against each other."""
+    from peftbench.cli.report import (
+        compare_folders,
+        load_records,
+        print_report,
+        print_section,
+        reject_unused_options,
+        require_folder,
+    )
     from peftbench.errors import REGRESSION_EXIT_CODE
-    from peftbench.cli.report import compare_folders, require_folder, load_records, reject_unused_options, print_section, print_report
 
     with cli_errors():
         if sides is not None:
@@ -134,16 +141,16 @@ def report(
         folder = require_folder(folder, {"--threshold": threshold, "--json": as_json or None})
         reject_unused_options(html, into, block, by)
         if into is not None or by is not None:
-            print_section(list(load_records(folder, price_per_hour, may_be_none=False).values()), into, block, by)
+            print_section(list(load_records(folder, price_per_hour, allow_empty=False).values()), into, block, by)
             return
         # Only a page needs these, and they take a second.
-        from peftbench.report.writer import write_report
         from peftbench.report.page.content import UnfinishedRun
+        from peftbench.report.writer import write_report
         from peftbench.suite.status import find_unfinished_runs
 
-        left = [UnfinishedRun(row.name, row.state, row.said) for row in find_unfinished_runs(folder)]
-        records, title = load_records(folder, price_per_hour, may_be_none=bool(left)), folder.resolve().name
-        print_report(write_report(records, folder, title, html=html, unfinished=left), title)
+        left = [UnfinishedRun(row.name, row.state, row.detail) for row in find_unfinished_runs(folder)]
+        records, title = load_records(folder, price_per_hour, allow_empty=bool(left)), folder.resolve().name
+        print_report(write_report(records, folder, title, page_path=html, unfinished_runs=left), title)
 
 
 def _load_device_facts(device: str | None) -> DeviceFacts:
@@ -152,28 +159,28 @@ def _load_device_facts(device: str | None) -> DeviceFacts:
     return get_device_facts(device) if device else UNKNOWN_DEVICE
 
 
-def _resolve_budget(given: str | None, facts: DeviceFacts, recipe: Recipe) -> int | None:
+def _resolve_budget(requested: str | None, facts: DeviceFacts, recipe: Recipe) -> int | None:
     """What a recipe is to fit: what the command says, else what the recipe does, else what the device has."""
-    from peftbench.errors import BudgetError
     from peftbench.common.units import parse_size
+    from peftbench.errors import BudgetError
 
     there = int(facts.memory)
-    size = recipe.budget.memory_bytes if given is None else parse_size(given)
+    size = recipe.budget.memory_bytes if requested is None else parse_size(requested)
     if size is not None and there and size > there:
         raise BudgetError(f"a budget of {size:,} bytes is more than the {there:,} of {facts.torch_name}; give less")
     return size or there or None
 
 
-def _build_launch_config(launcher: Path | None, processes: int | None, recipe: Recipe) -> LaunchConfig:
+def _build_launch_config(accelerate_config: Path | None, processes: int | None, recipe: Recipe) -> LaunchConfig:
     """The processes that a plan is of."""
-    from peftbench.memory.search import with_micro_batch
-    from peftbench.memory.launch_config import SINGLE_PROCESS, load_launch_config
     from peftbench.errors import BudgetError
+    from peftbench.memory.launch_config import SINGLE_PROCESS, load_launch_config
+    from peftbench.memory.search import with_micro_batch
 
-    if launcher is None and processes is not None:
+    if accelerate_config is None and processes is not None:
         raise BudgetError("--processes needs an engine that spreads a training over them; give --accelerate too")
     # Of which size a micro-batch is may be what is asked, and says nothing of where it runs.
-    return SINGLE_PROCESS if launcher is None else load_launch_config(launcher, processes, with_micro_batch(recipe, 1))
+    return SINGLE_PROCESS if accelerate_config is None else load_launch_config(accelerate_config, processes, with_micro_batch(recipe, 1))
 
 
 @app.command()
@@ -199,23 +206,23 @@ def submit(
     """Submit a suite to SLURM as one job array, or a recipe as one job. slurm.OPTION=VALUE is for sbatch."""
     from peftbench.slurm.submit import prepare_submission
     from peftbench.slurm.submit import submit_job as hand_in
-    from peftbench.suite.slurm_jobs import describe_next_steps, plan_submission, describe_skipped_runs
+    from peftbench.suite.slurm_jobs import describe_next_steps, describe_skipped_runs, plan_submission
 
     with cli_errors():
         given = overrides or []
         options = [word.removeprefix("slurm.") for word in given if word.startswith("slurm.")]
         asked = plan_submission(
             target, [word for word in given if not word.startswith("slurm.")], options, out=out, engine=engine,
-            nodes=nodes, gpus_per_node=gpus_per_node, at_once=at_once, restarts=restarts, seeds=seeds,
+            nodes=nodes, gpus_per_node=gpus_per_node, max_parallel=at_once, max_requeues=restarts, seeds=seeds,
         )  # fmt: skip
         for line in describe_skipped_runs(asked):
             _print_to_stderr(line)
         if not asked.recipes:
             print("nothing is left to submit")
             return
-        prepared = prepare_submission(asked.recipes, asked.job, asked.engine, asked.place)
+        prepared = prepare_submission(asked.recipes, asked.job, asked.launch_file, asked.script_dir)
         if dry_run:
-            print(prepared.text)
+            print(prepared.script_text)
             return
         print(describe_next_steps(hand_in(prepared)))
 
@@ -256,11 +263,11 @@ def estimate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Say how much GPU memory a recipe would take, and whether it fits, without a GPU and without weights."""
-    from peftbench.recipe.loader import load_recipe
     from peftbench.common.console import quiet_libraries
-    from peftbench.errors import BudgetError
     from peftbench.common.libraries import imports_without_gc
-    from peftbench.suite.expand import resolve_accelerate_config, expand
+    from peftbench.errors import BudgetError
+    from peftbench.recipe.loader import load_recipe
+    from peftbench.suite.expand import expand, resolve_accelerate_config
 
     with cli_errors():
         facts = _load_device_facts(device)
@@ -316,10 +323,10 @@ def fit(
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")] = False,
 ) -> None:
     """Find the largest micro-batch that fits, with each set of allowed ways of saving memory."""
-    from peftbench.memory.plan import Fit
-    from peftbench.recipe.loader import load_recipe
     from peftbench.common.console import quiet_libraries
     from peftbench.errors import OutOfRangeError
+    from peftbench.memory.plan import Fit
+    from peftbench.recipe.loader import load_recipe
 
     with cli_errors():
         facts = _load_device_facts(device)
@@ -337,15 +344,15 @@ def fit(
         size = _resolve_budget(budget, facts, recipe)
         room = MemoryTarget(facts, device or facts.torch_name, size, _build_launch_config(accelerate, processes, recipe))
         if family is not None:
-            answer = Fit(budget_bytes=room.needed, models=find_largest_model(recipe, family, allow, room))
+            answer = Fit(budget_bytes=room.required_budget, models=find_largest_model(recipe, family, allow, room))
         else:
-            answer = Fit(budget_bytes=room.needed, strategies=strategies(recipe, allow, room))
+            answer = Fit(budget_bytes=room.required_budget, strategies=strategies(recipe, allow, room))
         if verify and answer.strategies:
             launch = partial(run_one, accelerate=accelerate, processes=processes)
-            proof = verify_strategy(recipe, answer.strategies[0], room, launch=launch, say=_print_to_stderr)
+            proof = verify_strategy(recipe, answer.strategies[0], room, launch=launch, log_message=_print_to_stderr)
             answer = answer.model_copy(update={"proof": proof})
         print(answer.model_dump_json(indent=1) if as_json else format_fit(answer))
-        if not answer.fits:
+        if not answer.has_fit:
             raise typer.Exit(1)
 
 
@@ -358,13 +365,13 @@ def show(
     glossary: Annotated[bool, typer.Option("--glossary", help="Print what each column of the tables means.")] = False,
 ) -> None:
     """Print the resolved recipe with each knob's one-line meaning, or the tables' glossary."""
-    from peftbench.recipe.loader import to_commented_yaml, load_recipe
+    from peftbench.recipe.loader import load_recipe, to_commented_yaml
     from peftbench.report.tables.columns import COLUMNS
 
     recipe = recipe or []
     with cli_errors():
         if glossary:
-            print("\n".join(f"{column.title}: {column.meaning}" for column in COLUMNS))
+            print("\n".join(f"{column.title}: {column.description}" for column in COLUMNS))
             return
         changes = [word for word in recipe if "=" in word and not Path(word).is_file()]  # a run's folder may hold a "="
         print(to_commented_yaml(load_recipe([Path(word) for word in recipe if word not in changes], changes)), end="")

@@ -8,24 +8,24 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from peftbench.errors import OutOfRangeError
 from peftbench.common.filesystem import write_atomically
+from peftbench.errors import OutOfRangeError
 from peftbench.record import RunRecord, find_records, read_records_by_path
 from peftbench.report.diff.compute import diff_suites
-from peftbench.report.diff.render import print_diff, regression_summary
-from peftbench.report.text.escape import terminal_safe
 from peftbench.report.diff.metrics import parse_thresholds
-from peftbench.report.tables.pivot import rows_by_setting
-from peftbench.report.text.formatting import join_with_and
+from peftbench.report.diff.render import print_diff, regression_summary
 from peftbench.report.runs import with_unique_names
-from peftbench.report.tables.table import terminal_table, insert_table, print_table
+from peftbench.report.tables.pivot import rows_by_setting
+from peftbench.report.tables.table import insert_table, print_table, terminal_table
+from peftbench.report.text.escape import terminal_safe
+from peftbench.report.text.formatting import join_with_and
 
 if TYPE_CHECKING:
     from peftbench.report.writer import WrittenReport
 
 
 def compare_folders(
-    sides: tuple[Path, Path], thresholds: Sequence[str], as_json: bool, html: Path | None, others: Mapping[str, object]
+    folders: tuple[Path, Path], thresholds: Sequence[str], as_json: bool, page_path: Path | None, other_options: Mapping[str, object]
 ) -> str | None:
     """Print two folders side by side; returns a sentence that says what fell, or None where nothing did.
 
@@ -36,75 +36,75 @@ def compare_folders(
         OutOfRangeError: something was given that is of one folder's report.
         PeftbenchError: a threshold that cannot be meant, or a folder whose records cannot be compared.
     """
-    if mixed := [name for name, value in others.items() if value is not None]:
+    if mixed := [name for name, value in other_options.items() if value is not None]:
         raise OutOfRangeError(f"--compare A B says which two folders are compared; leave {join_with_and(mixed)} out")
-    found = diff_suites(*sides, parse_thresholds(thresholds))
-    if html is not None:
+    found = diff_suites(*folders, parse_thresholds(thresholds))
+    if page_path is not None:
         from peftbench.report.page.build import render_diff_page  # the page's libraries take a second
 
-        write_atomically(html, render_diff_page(found))
+        write_atomically(page_path, render_diff_page(found))
     if as_json:
         typer.echo(found.model_dump_json(indent=1))
     else:
         print_diff(found)
-    return regression_summary(found) if found.fell else None
+    return regression_summary(found) if found.regressed else None
 
 
-def require_folder(folder: Path | None, others: Mapping[str, object]) -> Path:
+def require_folder(folder: Path | None, other_options: Mapping[str, object]) -> Path:
     """The folder whose report is made, where none are compared.
 
     Raises:
         OutOfRangeError: there is none, or something was given that is of a comparison (``others``, as above).
     """
-    if mixed := [name for name, value in others.items() if value is not None]:
+    if mixed := [name for name, value in other_options.items() if value is not None]:
         raise OutOfRangeError(f"{join_with_and(mixed)} cannot be meant for one folder; give two by --compare A B")
     if folder is None:
         raise OutOfRangeError("there is no folder to report on; give the one that a suite wrote to, or --compare A B")
     return folder
 
 
-def load_records(folder: Path, price_per_hour: float | None, *, may_be_none: bool) -> dict[Path, RunRecord]:
+def load_records(folder: Path, price_per_hour: float | None, *, allow_empty: bool) -> dict[Path, RunRecord]:
     """The records below a folder by their files, no two of one name, at another price of an hour where one is given.
 
     Raises:
         RecordError: one cannot be read, or there are none, unless there ``may_be_none``.
     """
-    records = with_unique_names(find_records(folder) if may_be_none else read_records_by_path(folder))
+    records = with_unique_names(find_records(folder) if allow_empty else read_records_by_path(folder))
     if price_per_hour is None:
         return records
-    return {path: record.priced(price_per_hour) for path, record in records.items()}
+    return {path: record.with_price_per_hour(price_per_hour) for path, record in records.items()}
 
 
-def reject_unused_options(html: Path | None, into: Path | None, block: str | None, by: str | None) -> None:
+def reject_unused_options(page_path: Path | None, update_file: Path | None, marker: str | None, group_by: str | None) -> None:
     """Refuse what would be ignored where one folder is reported on.
 
     Raises:
         OutOfRangeError: there is something of the kind.
     """
-    instead = [name for name, value in {"--into": into, "--by": by}.items() if value is not None]
-    if html is not None and instead:
+    instead = [name for name, value in {"--into": update_file, "--by": group_by}.items() if value is not None]
+    if page_path is not None and instead:
         raise OutOfRangeError(f"--html says where the page goes, and {join_with_and(instead)} makes none; leave one out")
-    if block is not None and into is None:
+    if marker is not None and update_file is None:
         raise OutOfRangeError("--block names a place in a file; give the file by --into")
 
 
-def print_section(records: Sequence[RunRecord], into: Path | None, block: str | None, by: str | None) -> None:
+def print_section(records: Sequence[RunRecord], update_file: Path | None, marker: str | None, group_by: str | None) -> None:
     """Put the table between its markers in a file, or print the one by a knob.
 
     Raises:
         RecordError: the file has no such markers.
         UnknownKeyError: the recipes have no such knob.
     """
-    if into is not None:
-        insert_table(records, into, block or "table", by)
-    elif by is not None:
-        typer.echo(terminal_table(rows_by_setting(records, by)))
+    if update_file is not None:
+        insert_table(records, update_file, marker or "table", group_by)
+    elif group_by is not None:
+        typer.echo(terminal_table(rows_by_setting(records, group_by)))
 
 
-def print_report(written: WrittenReport, title: str) -> None:
+def print_report(report: WrittenReport, title: str) -> None:
     """Print the comparison, the words, and where the page is; the last line is ``report:`` and the page's path."""
-    if written.records:
-        print_table(written.records, title, told=written.notes)
-    for sentence in written.summary:
+    if report.records:
+        print_table(report.records, title, note_lines=report.notes)
+    for sentence in report.summary:
         typer.echo(f"- {terminal_safe(sentence)}")
-    typer.echo(f"report: {written.page}")
+    typer.echo(f"report: {report.page_path}")

@@ -18,7 +18,7 @@ INTERRUPT_EXIT_CODE = 130
 
 
 @contextmanager
-def cli_errors(report: Callable[[dict[str, object]], None] | None = None) -> Iterator[None]:
+def cli_errors(on_error: Callable[[dict[str, object]], None] | None = None) -> Iterator[None]:
     """Turn a user's mistake into one sentence on standard error and its own exit code, without a traceback.
 
     ``report`` is told of the refusal, for whoever reads standard output.
@@ -30,8 +30,8 @@ def cli_errors(report: Callable[[dict[str, object]], None] | None = None) -> Ite
         if rank == "0" or isinstance(error, (EngineError, OutputError)):  # the others are the same on every rank
             prefix = "" if rank == "0" else f"[rank {rank}] "
             print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
-        if report is not None:
-            report({"outcome": "refused", "error": str(error), "exit_code": error.exit_code})
+        if on_error is not None:
+            on_error({"outcome": "refused", "error": str(error), "exit_code": error.exit_code})
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
         print("interrupted: nothing was written; run the same command again", file=sys.stderr, flush=True)

@@ -6,11 +6,16 @@ import errno
 import os
 import re
 import tempfile
+from importlib import resources
 from pathlib import Path
+from typing import TypeVar
 
 import platformdirs
+from pydantic import BaseModel
 
 from peftbench.errors import DiskFullError, OutputError
+
+ResourceT = TypeVar("ResourceT", bound=BaseModel)
 
 CACHE_DIR_ENV = "PEFTBENCH_CACHE"
 UNWRITABLE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM})
@@ -68,3 +73,10 @@ def _get_umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def load_json_resources(package: str, kind: type[ResourceT]) -> dict[str, ResourceT]:
+    """Every file of ``package``, by its name without the ending, in order."""
+    files = (path for path in resources.files(package).iterdir() if path.name.endswith(".json"))
+    found = {path.name.removesuffix(".json"): kind.model_validate_json(path.read_bytes()) for path in files}
+    return dict(sorted(found.items()))

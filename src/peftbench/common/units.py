@@ -25,9 +25,9 @@ def parse_size(text: str) -> int:
     return size
 
 
-def format_bytes(size_bytes: int, of_bytes: int | None = None) -> str:
+def format_bytes(num_bytes: int, total_bytes: int | None = None) -> str:
     """Short and for a person, with the whole where there is one: "96 of 112 MiB"; from 10 GiB on "13.1 of 16.0 GiB"."""
-    sizes = [size_bytes] if of_bytes is None else [size_bytes, of_bytes]
+    sizes = [num_bytes] if total_bytes is None else [num_bytes, total_bytes]
     if max(sizes) < 10 * _GIB:
         return " of ".join(f"{size / _MIB:,.0f}" for size in sizes) + " MiB"
     return " of ".join(f"{size / _GIB:,.1f}" for size in sizes) + " GiB"

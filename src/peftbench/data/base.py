@@ -20,7 +20,7 @@ class Source(ConfigSection):
     """Which source."""
 
     @property
-    def changes_in_place(self) -> bool:
+    def is_mutable(self) -> bool:
         """Whether other content may come to lie behind the same recipe, and ``identity`` tells so without a network."""
         return True
 
@@ -33,5 +33,5 @@ class Source(ConfigSection):
         """
 
     @abstractmethod
-    def identity(self) -> str:
+    def fingerprint(self) -> str:
         """What exactly was loaded, for the record: a revision or a hash of the content."""

@@ -58,17 +58,17 @@ class PackedSequences:
 
     lengths: tuple[int, ...]
     """Positions of each, virtual tokens included."""
-    longest: int
+    max_seqlen: int
     """The most of them."""
-    bounds: torch.Tensor
+    cu_seqlens: torch.Tensor
     """Where each begins and the last ends: (documents + 1,), int32."""
     position_ids: torch.Tensor
     """Counted from 0 in each: (1, positions)."""
-    virtual: torch.Tensor
+    virtual_token_indices: torch.Tensor
     """Places of soft tokens in the row: (documents x virtual tokens,)."""
 
     @classmethod
-    def of(
+    def from_lengths(
         cls, lengths: Sequence[int], virtual_tokens: int = 0, device: torch.device | None = None, *, padding: int = 0
     ) -> PackedSequences:
         """Documents of that many positions each, and one of padding after them, which has no soft tokens."""
@@ -87,7 +87,7 @@ class PackedSequences:
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> PackedSequences:
         """The same with ``function`` of each tensor."""
         return replace(
-            self, bounds=function(self.bounds), position_ids=function(self.position_ids), virtual=function(self.virtual)
+            self, cu_seqlens=function(self.cu_seqlens), position_ids=function(self.position_ids), virtual_token_indices=function(self.virtual_token_indices)
         )
 
 
@@ -97,42 +97,42 @@ class MicroBatch:
 
     input_ids: torch.Tensor
     """(rows, width); where documents share a row, with a place for each soft token."""
-    predictors: torch.Tensor
+    logit_indices: torch.Tensor
     """Where each labelled token is predicted: (labelled,), places in the flattened rows, virtual tokens counted."""
     targets: torch.Tensor
     """The labelled tokens: (labelled,), row by row."""
     lengths: tuple[int, ...]
     """Real tokens of each example."""
-    examples: tuple[int, ...] = ()
+    example_indices: tuple[int, ...] = ()
     """Which they are, as indices into their dataset, in the order of ``lengths``."""
     attention_mask: torch.Tensor | None = None
     """(rows, width), where padding enters the loss and may not be looked at."""
-    documents: PackedSequences | None = None
-    trunk: Literal["computed", "kept", "stored"] = "computed"
+    packed_sequences: PackedSequences | None = None
+    feature_mode: Literal["computed", "kept", "stored"] = "computed"
     """What becomes of the hidden states: computed and forgotten, computed and kept in a store, or taken from there."""
 
     @property
-    def inputs(self) -> dict[str, Any]:
+    def model_inputs(self) -> dict[str, Any]:
         """Arguments of the model's forward pass."""
-        if self.documents is None:
+        if self.packed_sequences is None:
             return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
-        given = {"input_ids": self.input_ids, "position_ids": self.documents.position_ids, "documents": self.documents}
-        return given | ({"virtual": self.documents.virtual} if len(self.documents.virtual) else {})
+        given = {"input_ids": self.input_ids, "position_ids": self.packed_sequences.position_ids, "documents": self.packed_sequences}
+        return given | ({"virtual": self.packed_sequences.virtual_token_indices} if len(self.packed_sequences.virtual_token_indices) else {})
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
         """The same with ``function`` of each tensor."""
         return replace(
-            self, input_ids=function(self.input_ids), predictors=function(self.predictors),
+            self, input_ids=function(self.input_ids), logit_indices=function(self.logit_indices),
             targets=function(self.targets),
             attention_mask=None if self.attention_mask is None else function(self.attention_mask),
-            documents=None if self.documents is None else self.documents.map(function),
+            packed_sequences=None if self.packed_sequences is None else self.packed_sequences.map(function),
         )  # fmt: skip
 
     def to(self, device: torch.device) -> MicroBatch:
         """A copy on ``device``, not waited for where it comes from pinned memory."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pinned(self) -> MicroBatch:
+    def pin_memory(self) -> MicroBatch:
         """A copy in memory that a GPU can fetch it from while it computes."""
         return self.map(torch.Tensor.pin_memory)
 
@@ -141,65 +141,65 @@ class MicroBatch:
 class Collator:
     """Pads encoded examples into a micro-batch."""
 
-    pad_token: int
+    pad_token_id: int
     virtual_tokens: int = 0
-    pad_to: int | None = None
+    pad_to_length: int | None = None
     """Width of every micro-batch; None pads to the longest row."""
-    as_published: bool = False
+    label_padding: bool = False
     """Label every position, padding too."""
-    multiple: int = 1
+    pad_to_multiple_of: int = 1
     """Rows are padded to a multiple of so many positions, so that fewer sizes occur."""
-    most: int | None = None
+    max_positions: int | None = None
     """Positions of the model, which no multiple exceeds; None knows of no end."""
 
-    def positions(self, lengths: Sequence[int]) -> int:
+    def count_positions(self, lengths: Sequence[int]) -> int:
         """What a micro-batch of these lengths is computed over, virtual tokens included."""
-        return len(lengths) * (self.width(max(lengths)) + self.virtual_tokens)
+        return len(lengths) * (self.padded_width(max(lengths)) + self.virtual_tokens)
 
-    def width(self, longest: int) -> int:
+    def padded_width(self, max_length: int) -> int:
         """Of rows the longest of which has so many tokens, virtual ones not counted."""
-        if self.pad_to:
-            return self.pad_to
-        width = longest + self._short_by(longest + self.virtual_tokens)
-        return width if self.most is None else max(longest, min(width, self.most - self.virtual_tokens))
+        if self.pad_to_length:
+            return self.pad_to_length
+        width = max_length + self._padding_to_multiple(max_length + self.virtual_tokens)
+        return width if self.max_positions is None else max(max_length, min(width, self.max_positions - self.virtual_tokens))
 
-    def _short_by(self, positions: int) -> int:
+    def _padding_to_multiple(self, positions: int) -> int:
         """What so many positions lack of a multiple."""
-        return -positions % self.multiple
+        return -positions % self.pad_to_multiple_of
 
     def collate(
-        self, rows: Sequence[Sequence[int]], prompts: Sequence[int], examples: Sequence[int] = ()
+        self, rows: Sequence[Sequence[int]], prompt_lengths: Sequence[int], example_indices: Sequence[int] = ()
     ) -> MicroBatch:
         """``rows`` of token ids and the number of unlabelled ones at the start of each."""
-        width = self.width(max(map(len, rows)))
-        input_ids = torch.full((len(rows), width), self.pad_token)
+        width = self.padded_width(max(map(len, rows)))
+        input_ids = torch.full((len(rows), width), self.pad_token_id)
         for index, row in enumerate(rows):
             input_ids[index, : len(row)] = torch.as_tensor(row)
         # By position, not by id: where the pad token is the end token, the end must still be learnt. A row's first
         # token is never predicted.
-        ends = [width if self.as_published else len(row) for row in rows]
-        first = [1 if self.as_published else max(1, prompt) for prompt in prompts]
+        ends = [width if self.label_padding else len(row) for row in rows]
+        first = [1 if self.label_padding else max(1, prompt) for prompt in prompt_lengths]
         places = [torch.arange(start, end) for start, end in zip(first, ends, strict=True)]
         stride = width + self.virtual_tokens
         predictors = [index * stride + self.virtual_tokens + place - 1 for index, place in enumerate(places)]
         targets = [input_ids[index, place] for index, place in enumerate(places)]
         lengths = tuple(map(len, rows))
-        mask = torch.arange(width) < torch.tensor(lengths)[:, None] if self.as_published else None
+        mask = torch.arange(width) < torch.tensor(lengths)[:, None] if self.label_padding else None
         return MicroBatch(
-            input_ids, torch.cat(predictors), torch.cat(targets), lengths, tuple(examples),
+            input_ids, torch.cat(predictors), torch.cat(targets), lengths, tuple(example_indices),
             None if mask is None else mask.long(),
         )  # fmt: skip
 
-    def count(self, batch: MicroBatch) -> TokenCounts:
+    def count_tokens(self, batch: MicroBatch) -> TokenCounts:
         """Exact counts of one micro-batch. The first position of a row is never predicted."""
         rows = len(batch.lengths)
         return TokenCounts(sum(batch.lengths), batch.input_ids.numel(), len(batch.targets), rows * self.virtual_tokens)
 
-    def required(self, batch: MicroBatch) -> FlopUnits:
+    def model_flop_units(self, batch: MicroBatch) -> FlopUnits:
         """Real and virtual tokens, each attending to itself and what is before it; the head at labels."""
-        return self._of_lengths(batch, [length + self.virtual_tokens for length in batch.lengths])
+        return self._flop_units_of_lengths(batch, [length + self.virtual_tokens for length in batch.lengths])
 
-    def executed(self, batch: MicroBatch) -> FlopUnits:
+    def hardware_flop_units(self, batch: MicroBatch) -> FlopUnits:
         """Every position of the padded rectangle."""
         rows, width = batch.input_ids.shape[0], batch.input_ids.shape[1] + self.virtual_tokens
         padded = batch.attention_mask is not None and len({*batch.lengths, batch.input_ids.shape[1]}) > 1
@@ -207,7 +207,7 @@ class Collator:
         causal = pairs if padded else rows * _count_causal_pairs(width)
         return FlopUnits(rows * width, pairs, causal, len(batch.targets), width)
 
-    def _of_lengths(self, batch: MicroBatch, lengths: Sequence[int]) -> FlopUnits:
+    def _flop_units_of_lengths(self, batch: MicroBatch, lengths: Sequence[int]) -> FlopUnits:
         total, causal = sum(lengths), sum(map(_count_causal_pairs, lengths))
         return FlopUnits(total, sum(length**2 for length in lengths), causal, len(batch.targets), total)
 
@@ -216,37 +216,37 @@ class Collator:
 class PaddingFreeCollator(Collator):
     """Puts encoded examples one after another into a single row, where none sees another: padded is that row alone."""
 
-    def positions(self, lengths: Sequence[int]) -> int:
+    def count_positions(self, lengths: Sequence[int]) -> int:
         taken = sum(lengths) + len(lengths) * self.virtual_tokens
-        return taken + self._short_by(taken)
+        return taken + self._padding_to_multiple(taken)
 
     def collate(
-        self, rows: Sequence[Sequence[int]], prompts: Sequence[int], examples: Sequence[int] = ()
+        self, rows: Sequence[Sequence[int]], prompt_lengths: Sequence[int], example_indices: Sequence[int] = ()
     ) -> MicroBatch:
-        virtual = [torch.full((self.virtual_tokens,), self.pad_token)] if self.virtual_tokens else []
+        virtual = [torch.full((self.virtual_tokens,), self.pad_token_id)] if self.virtual_tokens else []
         lengths = [len(row) + self.virtual_tokens for row in rows]
-        padding = self._short_by(sum(lengths))
-        documents = PackedSequences.of(lengths, self.virtual_tokens, padding=padding)
+        padding = self._padding_to_multiple(sum(lengths))
+        documents = PackedSequences.from_lengths(lengths, self.virtual_tokens, padding=padding)
         parts = [part for row in rows for part in (*virtual, torch.as_tensor(row, dtype=torch.long))]
-        input_ids = torch.cat([*parts, torch.full((padding,), self.pad_token)])
+        input_ids = torch.cat([*parts, torch.full((padding,), self.pad_token_id)])
         places = [
             int(start) + self.virtual_tokens + torch.arange(max(1, prompt), len(row))
-            for start, row, prompt in zip(documents.bounds, rows, prompts, strict=False)
+            for start, row, prompt in zip(documents.cu_seqlens, rows, prompt_lengths, strict=False)
         ]
         labelled = torch.cat(places)
         return MicroBatch(
-            input_ids[None], labelled - 1, input_ids[labelled], tuple(map(len, rows)), tuple(examples),
-            documents=documents,
+            input_ids[None], labelled - 1, input_ids[labelled], tuple(map(len, rows)), tuple(example_indices),
+            packed_sequences=documents,
         )  # fmt: skip
 
-    def count(self, batch: MicroBatch) -> TokenCounts:
-        counts = super().count(batch)
+    def count_tokens(self, batch: MicroBatch) -> TokenCounts:
+        counts = super().count_tokens(batch)
         return replace(counts, padded=counts.padded - counts.virtual)
 
-    def executed(self, batch: MicroBatch) -> FlopUnits:
+    def hardware_flop_units(self, batch: MicroBatch) -> FlopUnits:
         """Every position of the row, the padding at its end among them."""
-        assert batch.documents is not None
-        return self._of_lengths(batch, batch.documents.lengths)
+        assert batch.packed_sequences is not None
+        return self._flop_units_of_lengths(batch, batch.packed_sequences.lengths)
 
 
 def _count_causal_pairs(length: int) -> int:

@@ -19,8 +19,16 @@ from pathlib import Path
 from filelock import FileLock
 from tqdm.auto import tqdm
 
-from peftbench.data.docstring_parser import Docstring, SummarizationPair, resolve_dependencies, extract_docstrings, normalize_text, build_pair, list_source_files
 from peftbench.common.filesystem import cache_dir, write_atomically, write_error
+from peftbench.data.docstring_parser import (
+    Docstring,
+    SummarizationPair,
+    build_pair,
+    extract_docstrings,
+    list_source_files,
+    normalize_text,
+    resolve_dependencies,
+)
 
 DISTRIBUTION = "peftbench"
 # Self-contained libraries of different kinds, present under every platform's markers; all others are trained on.

@@ -35,7 +35,7 @@ class Docstring:
     """One docstring: where it was found (``package``, ``where`` as ``path:qualified name``) and its clean text."""
 
     package: str
-    where: str
+    location: str
     text: str
 
 
@@ -44,7 +44,7 @@ class SummarizationPair:
     """One summarisation example: ``article`` is the docstring without its summary line, ``summary`` that line."""
 
     package: str
-    where: str
+    location: str
     article: str
     summary: str
 
@@ -95,9 +95,9 @@ def _is_test_file(path: str) -> bool:
     return name.startswith("test_") or name.endswith("_test.py") or ".." in path
 
 
-def parse_docstrings(source: tuple[str, Path, str]) -> list[Docstring]:
+def parse_docstrings(source_file: tuple[str, Path, str]) -> list[Docstring]:
     """Every docstring of one Python file, in order of appearance; a file that does not parse has none."""
-    package, root, path = source
+    package, root, path = source_file
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in other people's files
@@ -140,7 +140,7 @@ def build_pair(docstring: Docstring) -> SummarizationPair | None:
         return None
     if len(summary.split()) < MIN_SUMMARY_WORDS or not summary.endswith(".") or not summary[0].isalpha():
         return None
-    return SummarizationPair(docstring.package, docstring.where, article, summary)
+    return SummarizationPair(docstring.package, docstring.location, article, summary)
 
 
 def normalize_text(text: str) -> str:

@@ -12,9 +12,9 @@ import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from peftbench.common.filesystem import write_error
 from peftbench.data.sources import dataset_cache_dir
 from peftbench.errors import OutOfRangeError, SequenceTooShortError
-from peftbench.common.filesystem import write_error
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -27,42 +27,42 @@ _CACHE_VERSION = 2  # part of the cache's key: raise it when encoding changes
 class SequenceLayout:
     """How long a sequence may be and what stands between its parts."""
 
-    max_tokens: int
+    max_length: int
     """Longest sequence in real tokens."""
     separator: str
-    new_tokens: int
+    max_new_tokens: int
     """Room kept for the summary when a prompt is made for generation, in tokens."""
 
     @classmethod
-    def fit(
-        cls, *, separator: str, max_tokens: int | None, new_tokens: int, positions: int | None, virtual_tokens: int
+    def for_model(
+        cls, *, separator: str, max_length: int | None, max_new_tokens: int, max_positions: int | None, virtual_tokens: int
     ) -> SequenceLayout:
         """The layout for a model with ``positions`` positions, of which a method takes ``virtual_tokens``.
 
         Raises:
             OutOfRangeError: real and virtual tokens together exceed the model's positions.
         """
-        room = None if positions is None else positions - virtual_tokens
-        if max_tokens is None and room is None:
+        room = None if max_positions is None else max_positions - virtual_tokens
+        if max_length is None and room is None:
             raise OutOfRangeError("the model's config gives no number of positions; set data.max_length")
-        longest = room if max_tokens is None else max_tokens
+        longest = room if max_length is None else max_length
         assert longest is not None
-        if room is not None and room <= new_tokens:
+        if room is not None and room <= max_new_tokens:
             raise OutOfRangeError(
-                f"{virtual_tokens} virtual tokens leave {max(room, 0)} of the model's {positions} positions, and "
-                f"evaluate.max_new_tokens={new_tokens} needs more; use fewer virtual tokens"
+                f"{virtual_tokens} virtual tokens leave {max(room, 0)} of the model's {max_positions} positions, and "
+                f"evaluate.max_new_tokens={max_new_tokens} needs more; use fewer virtual tokens"
             )
         if room is not None and longest > room:
             raise OutOfRangeError(
-                f"data.max_length={longest} and {virtual_tokens} virtual tokens exceed the model's {positions} "
+                f"data.max_length={longest} and {virtual_tokens} virtual tokens exceed the model's {max_positions} "
                 f"positions; set data.max_length={room} or less, in every run that is to be compared"
             )
-        if new_tokens >= longest:
+        if max_new_tokens >= longest:
             raise SequenceTooShortError(
-                f"evaluate.max_new_tokens={new_tokens} leaves no room for an article in {longest} tokens; "
+                f"evaluate.max_new_tokens={max_new_tokens} leaves no room for an article in {longest} tokens; "
                 f"lower it, or raise data.max_length"
             )
-        return cls(longest, separator, new_tokens)
+        return cls(longest, separator, max_new_tokens)
 
 
 class Encoder:
@@ -71,54 +71,54 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, layout: SequenceLayout) -> None:
         self.tokenizer = tokenizer
         self.layout = layout
-        self.end = _require_eos_token_id(tokenizer)
-        self.start = self._start()
-        self.separator = self._ids(layout.separator)
+        self.eos_token_id = _require_eos_token_id(tokenizer)
+        self.prefix_ids = self._find_prefix_ids()
+        self.separator_ids = self._tokenize(layout.separator)
         # With a byte-level BPE the space before a word is part of its token; SentencePiece puts one there by itself.
-        self._space = "" if str(tokenizer.convert_ids_to_tokens(self._ids("a"))[0]).startswith("\u2581") else " "
-        taken = len(self.start) + len(self.separator)
-        if layout.new_tokens + taken >= layout.max_tokens:
+        self._summary_prefix = "" if str(tokenizer.convert_ids_to_tokens(self._tokenize("a"))[0]).startswith("\u2581") else " "
+        taken = len(self.prefix_ids) + len(self.separator_ids)
+        if layout.max_new_tokens + taken >= layout.max_length:
             raise SequenceTooShortError(
-                f"evaluate.max_new_tokens={layout.new_tokens} and {taken} tokens of separator leave no room "
-                f"for an article in {layout.max_tokens} tokens; lower it, or raise data.max_length"
+                f"evaluate.max_new_tokens={layout.max_new_tokens} and {taken} tokens of separator leave no room "
+                f"for an article in {layout.max_length} tokens; lower it, or raise data.max_length"
             )
 
-    def _start(self) -> list[int]:
+    def _find_prefix_ids(self) -> list[int]:
         """What the tokenizer puts before every text of its own accord: a start token for Llama, nothing for GPT-2."""
         # By position, not by id: a start token may be the end token as well, as in OPT.
-        whole, text = self.tokenizer("a", verbose=False)["input_ids"], self._ids("a")
+        whole, text = self.tokenizer("a", verbose=False)["input_ids"], self._tokenize("a")
         places = (place for place in range(len(whole)) if whole[place : place + len(text)] == text)
         return list(whole[: next(places, 0)])
 
-    def _ids(self, text: str) -> list[int]:
+    def _tokenize(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
-    def prompt(self, article: str, room: int | None = None) -> list[int]:
+    def encode_prompt(self, article: str, reserved_tokens: int | None = None) -> list[int]:
         """Start, article and separator, leaving ``room`` tokens (by default ``layout.new_tokens``) for a summary."""
-        room = self.layout.new_tokens if room is None else room
-        return self._prompt(self._ids(article), room)
+        reserved_tokens = self.layout.max_new_tokens if reserved_tokens is None else reserved_tokens
+        return self._build_prompt(self._tokenize(article), reserved_tokens)
 
-    def _prompt(self, article: list[int], room: int) -> list[int]:
-        space = max(0, self.layout.max_tokens - room - len(self.start) - len(self.separator))
-        return [*self.start, *article[:space], *self.separator]
+    def _build_prompt(self, article_ids: list[int], reserved_tokens: int) -> list[int]:
+        space = max(0, self.layout.max_length - reserved_tokens - len(self.prefix_ids) - len(self.separator_ids))
+        return [*self.prefix_ids, *article_ids[:space], *self.separator_ids]
 
-    def example(self, article: str, summary: str) -> dict[str, Any]:
+    def encode_example(self, article: str, summary: str) -> dict[str, Any]:
         """``input_ids`` of the whole sequence and ``prompt_tokens``, the number before the first labelled one.
 
         Only the article is ever shortened. ``needed`` is what the sequence would take with one token of article.
         """
-        target = [*self._ids(self._space + summary.strip()), self.end]
-        prompt = self._prompt(self._ids(article), len(target))
-        needed = len(self.start) + 1 + len(self.separator) + len(target)
+        target = [*self._tokenize(self._summary_prefix + summary.strip()), self.eos_token_id]
+        prompt = self._build_prompt(self._tokenize(article), len(target))
+        needed = len(self.prefix_ids) + 1 + len(self.separator_ids) + len(target)
         return {"input_ids": [*prompt, *target], "prompt_tokens": len(prompt), "needed": needed}
 
     def decode(self, ids: list[int]) -> str:
         """Text of ``ids`` up to the first end token."""
-        ids = ids[: ids.index(self.end)] if self.end in ids else ids
+        ids = ids[: ids.index(self.eos_token_id)] if self.eos_token_id in ids else ids
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
-    def encode(self, dataset: Dataset, split: str, too_long: str) -> tuple[Dataset, int]:
+    def encode_split(self, dataset: Dataset, split: str, overlong: str) -> tuple[Dataset, int]:
         """Encode a whole split, cached and with a progress bar; returns it and the number of examples dropped.
 
         Raises:
@@ -126,25 +126,25 @@ class Encoder:
         """
         # Tokenizers do not hash alike from one process to the next, so the cache is keyed by what they do.
         key = json.dumps(
-            [_CACHE_VERSION, dataset._fingerprint, asdict(self.layout), self.end, self.start, hash_tokenizer(self.tokenizer)]
+            [_CACHE_VERSION, dataset._fingerprint, asdict(self.layout), self.eos_token_id, self.prefix_ids, hash_tokenizer(self.tokenizer)]
         )
         try:
             encoded = dataset.map(
-                lambda row: self.example(row["article"], row["summary"]),
+                lambda row: self.encode_example(row["article"], row["summary"]),
                 desc=f"encoding {split}",
                 new_fingerprint=hashlib.blake2b(key.encode(), digest_size=16).hexdigest(),
             )
         except OSError as error:
             raise write_error(dataset_cache_dir(dataset), error) from error
-        longest = self.layout.max_tokens
+        longest = self.layout.max_length
         fits = [index for index, needed in enumerate(encoded["needed"]) if needed <= longest]
-        if len(fits) < len(encoded) and (too_long != "drop" or not fits):
+        if len(fits) < len(encoded) and (overlong != "drop" or not fits):
             worst = max(range(len(encoded)), key=lambda index: encoded[index]["needed"])
             row = encoded[worst]
             raise SequenceTooShortError(
                 f"{len(encoded) - len(fits)} of {len(encoded)} examples of the {split} split do not fit {longest} "
                 f"tokens with separator, summary and end token ({row['id']} needs {row['needed']}); "
-                "raise data.max_length" + (", or set data.overlong=drop" if too_long != "drop" else "")
+                "raise data.max_length" + (", or set data.overlong=drop" if overlong != "drop" else "")
             )
         return (encoded if len(fits) == len(encoded) else encoded.select(fits)), len(encoded) - len(fits)
 

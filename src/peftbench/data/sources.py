@@ -9,10 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import Field, field_validator
 
+from peftbench.common.filesystem import UNWRITABLE_ERRNOS, write_error
 from peftbench.data.base import EXAMPLE_COLUMNS, Source
 from peftbench.data.synthetic import Synthetic
-from peftbench.errors import DataError, DataNotFoundError, EmptySplitError, HubUnreachableError, MissingColumnError, did_you_mean
-from peftbench.common.filesystem import UNWRITABLE_ERRNOS, write_error
+from peftbench.errors import (
+    DataError,
+    DataNotFoundError,
+    EmptySplitError,
+    HubUnreachableError,
+    MissingColumnError,
+    did_you_mean,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,7 +40,7 @@ class Docstrings(Source):
         dataset = _load_file("json", paths[split])
         return _select_columns(dataset, {"id": "where", "article": "article", "summary": "summary"}, split, str(paths[split]))
 
-    def identity(self) -> str:
+    def fingerprint(self) -> str:
         from peftbench.data.docstring_corpus import cache_pair_files
 
         return cache_pair_files()[1]
@@ -61,24 +68,24 @@ class Files(Source):
 
     @field_validator("train", "validation", "test")
     @classmethod
-    def _known_format(cls, value: str | None) -> str | None:
+    def _check_format(cls, value: str | None) -> str | None:
         if value is not None and Path(value).suffix not in cls.FORMATS:
             raise ValueError(f"must name a file ending in {', '.join(cls.FORMATS)}, not {value!r}")
         return value
 
     def load(self, split: str) -> Dataset:
-        path = self._path(split)
+        path = self._split_path(split)
         dataset = _load_file(self.FORMATS[path.suffix], path)
         return _select_columns(dataset, {"id": self.id, "article": self.article, "summary": self.summary}, split, str(path))
 
-    def identity(self) -> str:
+    def fingerprint(self) -> str:
         digest = hashlib.blake2b(digest_size=16)
         for name in (self.train, self.validation, self.test):
             if name is not None and Path(name).is_file():
                 _hash_file(digest, Path(name))
         return digest.hexdigest()
 
-    def _path(self, split: str) -> Path:
+    def _split_path(self, split: str) -> Path:
         name = getattr(self, split)
         if name is None:
             raise EmptySplitError(f"the {split} split is needed and data.source.{split} names no file; set it")
@@ -110,7 +117,7 @@ class Hub(Source):
     """Column that names an example; null numbers them."""
 
     @property
-    def changes_in_place(self) -> bool:
+    def is_mutable(self) -> bool:
         return Path(self.path).exists()
 
     def load(self, split: str) -> Dataset:
@@ -119,10 +126,10 @@ class Hub(Source):
         try:
             dataset: Dataset = load_dataset(self.path, self.config, split=split, revision=self.revision)
         except Exception as error:
-            raise self._explained(error, split) from error
+            raise self._translate_error(error, split) from error
         return _select_columns(dataset, {"id": self.id, "article": self.article, "summary": self.summary}, split, self.path)
 
-    def identity(self) -> str:
+    def fingerprint(self) -> str:
         """The commit on the hub; for a local copy the hash of its files."""
         folder = Path(self.path)
         if folder.exists():
@@ -136,10 +143,10 @@ class Hub(Source):
         try:
             builder = load_dataset_builder(self.path, self.config, revision=self.revision)
         except Exception as error:
-            raise self._explained(error, "train") from error
+            raise self._translate_error(error, "train") from error
         return str(builder.hash)
 
-    def _explained(self, error: Exception, split: str) -> DataError:
+    def _translate_error(self, error: Exception, split: str) -> DataError:
         """``datasets`` raises many kinds of error; a user has only three things to know."""
         wanted = f"{self.path} (config {self.config}, split {split}, revision {self.revision or 'main'})"
         local = "to use a local copy, set data.source.path to its folder, or data.source.kind=files with its files"
@@ -206,30 +213,30 @@ def _load_file(builder: str, path: Path) -> Dataset:
         ) from error
 
 
-def _select_columns(dataset: Dataset, names: dict[str, str | None], split: str, where: str) -> Dataset:
+def _select_columns(dataset: Dataset, column_names: dict[str, str | None], split: str, location: str) -> Dataset:
     """The three columns under their own names and as text; the others are dropped."""
     from datasets import Features, Value
 
-    for name in names.values():
+    for name in column_names.values():
         if name is not None and name not in dataset.column_names:
             raise MissingColumnError(
-                f"the {split} split of {where} has no column {name!r}; {did_you_mean(name, dataset.column_names)}"
+                f"the {split} split of {location} has no column {name!r}; {did_you_mean(name, dataset.column_names)}"
             )
     if len(dataset) == 0:
-        raise EmptySplitError(f"the {split} split of {where} has no examples; give one that has")
+        raise EmptySplitError(f"the {split} split of {location} has no examples; give one that has")
 
     def renamed(row: dict[str, Any], index: int) -> dict[str, str]:
-        for column, name in names.items():
+        for column, name in column_names.items():
             if name is None:
                 continue
             if isinstance(row[name], (list, dict)):
-                raise DataError(f"column {name!r} of the {split} split of {where} holds no text; use one that does")
+                raise DataError(f"column {name!r} of the {split} split of {location} holds no text; use one that does")
             # A missing value would become the word None.
             if row[name] is None or (column != "id" and not str(row[name]).strip()):
                 raise DataError(
-                    f"example {index} of the {split} split of {where} has no {name}; fill it in or leave it out"
+                    f"example {index} of the {split} split of {location} has no {name}; fill it in or leave it out"
                 )
-        return {column: str(index if name is None else row[name]) for column, name in names.items()}
+        return {column: str(index if name is None else row[name]) for column, name in column_names.items()}
 
     # Told the types: it would turn text back into what a column of that name held before.
     text = Features({column: Value("string") for column in EXAMPLE_COLUMNS})

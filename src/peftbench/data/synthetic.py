@@ -41,18 +41,18 @@ class Synthetic(Source):
 
     @field_validator("article_tokens", "summary_tokens")
     @classmethod
-    def _rising(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+    def _check_sorted(cls, value: tuple[int, ...]) -> tuple[int, ...]:
         if list(value) != sorted(value):
             raise ValueError("must not fall: the shortest length first, the longest last")
         return value
 
     @property
-    def changes_in_place(self) -> bool:
+    def is_mutable(self) -> bool:
         return False
 
-    def lengths(self, split: str) -> list[tuple[int, int]]:
+    def sample_lengths(self, split: str) -> list[tuple[int, int]]:
         """Tokens of each example's article and summary, drawn between the quantiles given."""
-        drawn = self._generator(split).random((2, self.examples))
+        drawn = self._make_generator(split).random((2, self.examples))
         quantiles = (numpy.asarray(self.article_tokens), numpy.asarray(self.summary_tokens))
         lengths = [
             numpy.interp(shares, numpy.linspace(0, 1, len(values)), values).round().astype(int).tolist()
@@ -63,18 +63,18 @@ class Synthetic(Source):
     def load(self, split: str) -> Dataset:
         from datasets import Dataset
 
-        words, generator = _WORDS.split(), self._generator(split)
+        words, generator = _WORDS.split(), self._make_generator(split)
 
         def text(count: int) -> str:
             return " ".join(words[index] for index in generator.integers(len(words), size=count))
 
         return Dataset.from_list([
             {"id": f"{split}-{index}", "article": text(article), "summary": text(summary)}
-            for index, (article, summary) in enumerate(self.lengths(split))
+            for index, (article, summary) in enumerate(self.sample_lengths(split))
         ])  # fmt: skip
 
-    def identity(self) -> str:
+    def fingerprint(self) -> str:
         return hashlib.blake2b((self.model_dump_json() + _WORDS).encode(), digest_size=16).hexdigest()
 
-    def _generator(self, split: str) -> numpy.random.Generator:
+    def _make_generator(self, split: str) -> numpy.random.Generator:
         return numpy.random.default_rng([self.seed, SPLIT_SEEDS[split]])

@@ -21,7 +21,17 @@ from accelerate.utils import (
 
 from peftbench.data.batches import compute_micro_batching
 from peftbench.distributed import deepspeed
-from peftbench.distributed.compatibility import ACTIVATION_OFFLOAD, CHECKPOINTING, COMPILE, LIGER, MICRO_BATCH_TOKENS, QUANTIZATION, FEATURE_CACHE, Combination, check
+from peftbench.distributed.compatibility import (
+    ACTIVATION_OFFLOAD,
+    CHECKPOINTING,
+    COMPILE,
+    FEATURE_CACHE,
+    LIGER,
+    MICRO_BATCH_TOKENS,
+    QUANTIZATION,
+    Combination,
+    check,
+)
 from peftbench.distributed.engines import DDP, SINGLE, EngineKind, detect_requested_engine
 from peftbench.errors import EngineError, PrecisionError
 from peftbench.record import Device
@@ -55,10 +65,10 @@ class AcceleratorContext:
 
         Under DeepSpeed and fully_shard it would round the weights instead, which is the recipe's to say.
         """
-        return not (self.engine.deepspeed or self.engine.fsdp)
+        return not (self.engine.is_deepspeed or self.engine.is_fsdp)
 
 
-def build_accelerator(recipe: Recipe, folder: Path) -> AcceleratorContext:
+def build_accelerator(recipe: Recipe, run_dir: Path) -> AcceleratorContext:
     """The accelerator for this recipe: its numbers, and the launcher's engine, processes and device.
 
     Raises:
@@ -69,22 +79,22 @@ def build_accelerator(recipe: Recipe, folder: Path) -> AcceleratorContext:
     _check_precision(recipe.train.precision, cpu)
     _check_trackers(recipe.trackers)
     processes = launched_world_size()
-    accumulation, _ = compute_micro_batching(recipe.train.global_batch_size, recipe.train.rows, processes)
+    accumulation, _ = compute_micro_batching(recipe.train.global_batch_size, recipe.train.resolved_micro_batch_size, processes)
     _check_gradient_accumulation(accumulation)
-    engine, plugin = resolve_engine(recipe, folder, processes)
+    engine, plugin = resolve_engine(recipe, run_dir, processes)
     _check_launch(cpu, engine)
-    if recipe.method.trains:
+    if recipe.method.is_trainable:
         check(build_combination(recipe, engine), "cpu" if cpu else "cuda")
     if recipe.train.feature_cache is not None:
         _check_single_node(processes)
-    if engine.on_disk:
+    if engine.offloads_to_nvme:
         deepspeed.check_nvme_support()
-    bound = create_accelerator(recipe, folder, engine, plugin, cpu=cpu)
+    bound = create_accelerator(recipe, run_dir, engine, plugin, cpu=cpu)
     _verify_process_group(bound.accelerator, engine)
     return bound
 
 
-def resolve_engine(recipe: Recipe, folder: Path, processes: int) -> tuple[EngineKind, DeepSpeedPlugin | None]:
+def resolve_engine(recipe: Recipe, run_dir: Path, world_size: int) -> tuple[EngineKind, DeepSpeedPlugin | None]:
     """What the launcher's environment asks for, with accelerate's plugin where it is DeepSpeed.
 
     Raises:
@@ -93,19 +103,19 @@ def resolve_engine(recipe: Recipe, folder: Path, processes: int) -> tuple[Engine
     _check_recipe_owned_settings()
     plugin = None
     if deepspeed.is_requested():
-        accumulation, micro_batch = compute_micro_batching(recipe.train.global_batch_size, recipe.train.rows, processes)
+        accumulation, micro_batch = compute_micro_batching(recipe.train.global_batch_size, recipe.train.resolved_micro_batch_size, world_size)
         plugin = deepspeed.build_plugin(
-            micro_batch=micro_batch, accumulation=accumulation, processes=processes,
-            max_grad_norm=recipe.train.max_grad_norm, scratch=folder / OFFLOAD_DIR,
+            micro_batch_size=micro_batch, gradient_accumulation_steps=accumulation, world_size=world_size,
+            max_grad_norm=recipe.train.max_grad_norm, offload_dir=run_dir / OFFLOAD_DIR,
         )  # fmt: skip
     return detect_requested_engine(plugin.deepspeed_config if plugin else None), plugin
 
 
-def create_accelerator(recipe: Recipe, folder: Path, engine: EngineKind, plugin: DeepSpeedPlugin | None, *, cpu: bool) -> AcceleratorContext:
+def create_accelerator(recipe: Recipe, run_dir: Path, engine: EngineKind, plugin: DeepSpeedPlugin | None, *, cpu: bool) -> AcceleratorContext:
     """The accelerator that drives ``engine``, in the processes that are there."""
     processes = launched_world_size()
-    accumulation, _ = compute_micro_batching(recipe.train.global_batch_size, recipe.train.rows, processes)
-    if cpu and engine.fsdp:
+    accumulation, _ = compute_micro_batching(recipe.train.global_batch_size, recipe.train.resolved_micro_batch_size, processes)
+    if cpu and engine.is_fsdp:
         _enable_fsdp_on_cpu()
     accelerator = Accelerator(
         # With cpu=True accelerate replaces DeepSpeed by DDP and FSDP by nothing, without a word.
@@ -113,9 +123,9 @@ def create_accelerator(recipe: Recipe, folder: Path, engine: EngineKind, plugin:
         mixed_precision="no" if plugin else _ACCELERATE_PRECISION[recipe.train.precision],
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
         deepspeed_plugins=plugin,
-        fsdp_plugin=_build_fsdp_plugin() if engine.fsdp else None,
+        fsdp_plugin=_build_fsdp_plugin() if engine.is_fsdp else None,
         log_with=list(recipe.trackers) or None,
-        project_dir=str(folder),
+        project_dir=str(run_dir),
         # Without it, processes on CPU train apart from each other with no error.
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if cpu and (processes > 1 or plugin) else None,
     )
@@ -176,30 +186,30 @@ def launched_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _check_trackers(asked: tuple[str, ...]) -> None:
+def _check_trackers(requested: tuple[str, ...]) -> None:
     from accelerate.tracking import get_available_trackers
 
     there = {str(getattr(name, "value", name)) for name in get_available_trackers()}
-    if missing := [name for name in asked if name not in there]:  # accelerate would go on without
+    if missing := [name for name in requested if name not in there]:  # accelerate would go on without
         raise EngineError(
             f"the trackers {', '.join(missing)} are not installed; install what is missing, or leave them out"
         )
 
 
-def _check_gradient_accumulation(accumulation: int) -> None:
+def _check_gradient_accumulation(gradient_accumulation_steps: int) -> None:
     told = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    if told not in {"1", str(accumulation)}:
+    if told not in {"1", str(gradient_accumulation_steps)}:
         raise EngineError(
             f"accelerate was told to accumulate {told} times, and the recipe owns that: set train.global_batch_size and "
             "train.micro_batch_size, and unset ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
         )
 
 
-def _check_single_node(processes: int) -> None:
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-    if here != processes:
+def _check_single_node(world_size: int) -> None:
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    if here != world_size:
         raise EngineError(
-            f"train.feature_cache is a file that all {processes} processes map, and {here} of them are on this machine; "
+            f"train.feature_cache is a file that all {world_size} processes map, and {here} of them are on this machine; "
             "launch them on one, or set train.feature_cache=null"
         )
 
@@ -264,7 +274,7 @@ def _verify_process_group(accelerator: Accelerator, engine: EngineKind) -> None:
             f"({accelerator.distributed_type}); check the accelerate config file"
         )
     started = accelerator.distributed_type
-    if engine.deepspeed != (started == DistributedType.DEEPSPEED) or engine.fsdp != accelerator.is_fsdp2:
+    if engine.is_deepspeed != (started == DistributedType.DEEPSPEED) or engine.is_fsdp != accelerator.is_fsdp2:
         raise EngineError(f"{engine.name} was asked for and accelerate started {started}; check its config file")
     # A world that only claims to be one would add up to something else.
     if asked > 1 and int(accelerator.reduce(torch.ones(1, device=accelerator.device)).item()) != asked:
@@ -273,26 +283,26 @@ def _verify_process_group(accelerator: Accelerator, engine: EngineKind) -> None:
         )
 
 
-def verify_engine_config(recipe: Recipe, bound: AcceleratorContext, model: object, optimizer: object, bare: torch.optim.Optimizer) -> None:
+def verify_engine_config(recipe: Recipe, context: AcceleratorContext, model: object, optimizer: object, unwrapped_optimizer: torch.optim.Optimizer) -> None:
     """Compare what the engine made of the recipe with the recipe, before the first step.
 
     Raises:
         EngineError: any difference, each named.
     """
-    accelerator, engine = bound.accelerator, bound.engine
+    accelerator, engine = context.accelerator, context.engine
     processes = accelerator.num_processes
-    accumulation, micro_batch = compute_micro_batching(recipe.train.global_batch_size, recipe.train.rows, processes)
+    accumulation, micro_batch = compute_micro_batching(recipe.train.global_batch_size, recipe.train.resolved_micro_batch_size, processes)
     if recipe.train.micro_batch_tokens is not None:  # it was found out from the examples, and told the accelerator
         accumulation = accelerator.gradient_accumulation_steps
-    asked: dict[str, object] = {"accumulation": accumulation, "optimizer": _qualified_name(bare)}
+    asked: dict[str, object] = {"accumulation": accumulation, "optimizer": _qualified_name(unwrapped_optimizer)}
     found: dict[str, object] = {
         "accumulation": accelerator.gradient_accumulation_steps,
         "optimizer": _qualified_name(list(deepspeed.unwrap_chain(optimizer))[-1]),
     }
-    if engine.deepspeed:
+    if engine.is_deepspeed:
         asked |= deepspeed.build_expected_config(
-            engine, micro_batch=micro_batch, accumulation=accumulation, processes=processes,
-            max_grad_norm=recipe.train.max_grad_norm, weights="fp32",
+            engine, micro_batch_size=micro_batch, gradient_accumulation_steps=accumulation, world_size=processes,
+            max_grad_norm=recipe.train.max_grad_norm, weights_dtype="fp32",
         )  # fmt: skip
         found |= deepspeed.read_effective_config(model)
     else:
@@ -304,8 +314,8 @@ def verify_engine_config(recipe: Recipe, bound: AcceleratorContext, model: objec
         raise EngineError(f"{engine.name} did not start as the recipe asks: {', '.join(unlike)}")
 
 
-def _qualified_name(thing: object) -> str:
-    return f"{type(thing).__module__}.{type(thing).__qualname__}"
+def _qualified_name(instance: object) -> str:
+    return f"{type(instance).__module__}.{type(instance).__qualname__}"
 
 
 def _wrapper_name(model: object) -> str:
@@ -324,8 +334,8 @@ def describe_device(accelerator: Accelerator) -> Device:
     processes = accelerator.num_processes
     if accelerator.device.type == "cuda":
         properties = torch.cuda.get_device_properties(accelerator.device)
-        return Device(kind="cuda", name=properties.name, processes=processes, memory_bytes=properties.total_memory)
-    return Device(kind=accelerator.device.type, name=_cpu_name(), processes=processes)
+        return Device(type="cuda", name=properties.name, num_processes=processes, memory_bytes=properties.total_memory)
+    return Device(type=accelerator.device.type, name=_cpu_name(), num_processes=processes)
 
 
 def _cpu_name() -> str:

@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def main_process_first(accelerator: Accelerator, work: Callable[[], T]) -> T:
+def main_process_first(accelerator: Accelerator, fn: Callable[[], T]) -> T:
     """``work`` on the main process, then on the others, which find what it left in caches.
 
     Raises:
         PeftbenchError: the main process cannot do it; every rank raises the same, and none waits for another.
     """
     made: list[T] = []
-    broadcast_from_main(accelerator, lambda: made.append(work()))  # whose result may be too much to send
-    return made[0] if accelerator.is_main_process else work()
+    broadcast_from_main(accelerator, lambda: made.append(fn()))  # whose result may be too much to send
+    return made[0] if accelerator.is_main_process else fn()
 
 
-def broadcast_from_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
+def broadcast_from_main(accelerator: Accelerator, fn: Callable[[], T]) -> T:
     """What ``work`` gives on the main process, on all of them.
 
     Raises:
@@ -35,7 +35,7 @@ def broadcast_from_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
     result: T | PeftbenchError | None = None
     if accelerator.is_main_process:
         try:
-            result = work()
+            result = fn()
         except PeftbenchError as error:
             result = error
     if accelerator.num_processes > 1:

@@ -31,13 +31,13 @@ OPTIONAL_FEATURES = {
     FEATURE_CACHE: ("train.feature_cache", "null"),
 }
 """What a recipe may ask for beside the four: its knob, and the value that leaves it out."""
-_DEEPSPEED_ENGINES = frozenset(name for name, kind in ENGINES.items() if kind.deepspeed)
+_DEEPSPEED_ENGINES = frozenset(name for name, kind in ENGINES.items() if kind.is_deepspeed)
 _OFFLOAD_ENGINES = frozenset(name for name, kind in ENGINES.items() if kind.offload_optimizer != "none")
 _SHARDED_ENGINES = frozenset(name for name, kind in ENGINES.items() if kind.shards_weights)
-_NVME_ENGINES = frozenset(name for name, kind in ENGINES.items() if kind.on_disk)
+_NVME_ENGINES = frozenset(name for name, kind in ENGINES.items() if kind.offloads_to_nvme)
 _8BIT_OPTIMIZERS = frozenset({"adamw8bit", "paged_adamw8bit", "lion8bit"})
 _MATRIX_OPTIMIZERS = frozenset(name for name, kind in OPTIMIZERS.items() if kind.needs_matrices)
-_STOCHASTIC_ROUNDING_OPTIMIZERS = frozenset(name for name, kind in OPTIMIZERS.items() if kind.weights == "bf16")
+_STOCHASTIC_ROUNDING_OPTIMIZERS = frozenset(name for name, kind in OPTIMIZERS.items() if kind.weight_dtype == "bf16")
 _BITSANDBYTES_OPTIMIZERS = _8BIT_OPTIMIZERS | {"adamw32bit", "lion"}
 
 
@@ -49,7 +49,7 @@ class Combination:
     engine: str
     optimizer: str
     precision: str
-    extras: frozenset[str] = frozenset()
+    optional_features: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:
@@ -67,12 +67,12 @@ class Rule:
     precisions: frozenset[str] | None = None
     methods: frozenset[str] | None = None
     devices: frozenset[str] | None = None
-    extra: str | None = None
+    optional_feature: str | None = None
     """Only where the recipe asks for this."""
 
-    def refuses(self, combination: Combination, device: str) -> bool:
+    def matches(self, combination: Combination, device: str) -> bool:
         """Whether it speaks of this combination on this kind of device."""
-        return (self.extra is None or self.extra in combination.extras) and all(
+        return (self.optional_feature is None or self.optional_feature in combination.optional_features) and all(
             allowed is None or value in allowed
             for value, allowed in (
                 (combination.engine, self.engines), (combination.optimizer, self.optimizers),
@@ -132,15 +132,15 @@ RULES = (
     ),
     Rule(
         "DeepSpeed is told how many micro-batches a step has before the examples are read",
-        engines=_DEEPSPEED_ENGINES, extra=MICRO_BATCH_TOKENS,
+        engines=_DEEPSPEED_ENGINES, optional_feature=MICRO_BATCH_TOKENS,
     ),
     Rule(
         "blocks that are compiled have not been tried in the hands of this engine here",
-        engines=frozenset(ENGINES) - {"single", "ddp"}, extra=COMPILE,
+        engines=frozenset(ENGINES) - {"single", "ddp"}, optional_feature=COMPILE,
     ),
     Rule(
         "Liger's kernels are for CUDA",
-        devices=frozenset({"cpu"}), extra=LIGER,
+        devices=frozenset({"cpu"}), optional_feature=LIGER,
     ),
     Rule(
         "fp16 is GPU arithmetic",
@@ -152,27 +152,27 @@ RULES = (
     ),
     Rule(
         "a quantised base is held in values that cannot be trained, and this method trains them",
-        extra=QUANTIZATION, methods=frozenset(METHODS) - ADAPTER_METHODS,
+        optional_feature=QUANTIZATION, methods=frozenset(METHODS) - ADAPTER_METHODS,
     ),
     Rule(
         "it shares weights out in parts, which has not been tried with the packed ones of a quantised base here",
-        extra=QUANTIZATION, engines=_SHARDED_ENGINES,
+        optional_feature=QUANTIZATION, engines=_SHARDED_ENGINES,
     ),
     Rule(
         "states on a disk are not in a checkpoint",
-        extra=CHECKPOINTING, engines=_NVME_ENGINES,
+        optional_feature=CHECKPOINTING, engines=_NVME_ENGINES,
     ),
     Rule(
         "paged states would come back from a checkpoint unpaged",
-        extra=CHECKPOINTING, optimizers=frozenset({"paged_adamw8bit"}),
+        optional_feature=CHECKPOINTING, optimizers=frozenset({"paged_adamw8bit"}),
     ),
     Rule(
         "the backward pass needs weights put together from parts, and activation offload would move those",
-        extra=ACTIVATION_OFFLOAD, engines=_SHARDED_ENGINES,
+        optional_feature=ACTIVATION_OFFLOAD, engines=_SHARDED_ENGINES,
     ),
     Rule(
         "all processes must put the trunk's weights together at once, and those that read its states would not",
-        extra=FEATURE_CACHE, engines=_SHARDED_ENGINES,
+        optional_feature=FEATURE_CACHE, engines=_SHARDED_ENGINES,
     ),
 )  # fmt: skip
 """In the order in which they are asked; the first that refuses explains."""
@@ -200,7 +200,7 @@ _DEFAULT_ENGINE_FALLBACKS = ("zero2", "zero2_offload", "zero3_offload", "ddp", "
 
 def find_blocking_rule(combination: Combination, device: str) -> Rule | None:
     """The rule that refuses this combination on a device of this kind (cuda or cpu), None where it runs."""
-    return next((rule for rule in RULES if rule.refuses(combination, device)), None)
+    return next((rule for rule in RULES if rule.matches(combination, device)), None)
 
 
 def find_nearest_supported(combination: Combination, device: str) -> list[Combination]:
@@ -212,8 +212,8 @@ def find_nearest_supported(combination: Combination, device: str) -> list[Combin
         "optimizer": (*_OPTIMIZER_FALLBACKS.get(combination.optimizer, ()), *_DEFAULT_OPTIMIZER_FALLBACKS),
         "precision": ("bf16", "fp32"),
         "engine": (*_ENGINE_FALLBACKS.get(combination.engine, ()), *_DEFAULT_ENGINE_FALLBACKS),
-        "extras": tuple(combination.extras - {extra} for extra in sorted(combination.extras)),
-        "method": tuple(sorted(ADAPTER_METHODS)) if QUANTIZATION in combination.extras else (),
+        "extras": tuple(combination.optional_features - {extra} for extra in sorted(combination.optional_features)),
+        "method": tuple(sorted(ADAPTER_METHODS)) if QUANTIZATION in combination.optional_features else (),
     }
     for changes in range(1, len(tried) + 1):
         found = []
@@ -237,7 +237,7 @@ def check(combination: Combination, device: str) -> None:
     rule = find_blocking_rule(combination, device)
     if rule is None:
         return
-    more = f" with {OPTIONAL_FEATURES[rule.extra][0]}" if rule.extra else ""
+    more = f" with {OPTIONAL_FEATURES[rule.optional_feature][0]}" if rule.optional_feature else ""
     instead = ", or ".join(describe_changes(combination, point, device) for point in find_nearest_supported(combination, device))
     raise CombinationError(
         f"{combination.method} with optimizer.kind={combination.optimizer} in {combination.precision}{more} does not "
@@ -245,20 +245,20 @@ def check(combination: Combination, device: str) -> None:
     )
 
 
-def describe_changes(asked: Combination, other: Combination, device: str) -> str:
+def describe_changes(requested: Combination, alternative: Combination, device: str) -> str:
     """How to come from one combination to another, in the words of recipes and launches."""
     knobs = {"method": "method.kind", "optimizer": "optimizer.kind", "precision": "train.precision"}
     files = {"single": "single_gpu" if device == "cuda" else "cpu", "ddp": "ddp" if device == "cuda" else "cpu2"}
-    said = [f"{knob}={getattr(other, name)}" for name, knob in knobs.items()
-            if getattr(other, name) != getattr(asked, name)]  # fmt: skip
-    if other.engine != asked.engine:
-        said.append(f"accel_configs/{files.get(other.engine, other.engine)}.yaml")
-    said += ["=".join(OPTIONAL_FEATURES[extra]) for extra in sorted(asked.extras - other.extras)]
+    said = [f"{knob}={getattr(alternative, name)}" for name, knob in knobs.items()
+            if getattr(alternative, name) != getattr(requested, name)]  # fmt: skip
+    if alternative.engine != requested.engine:
+        said.append(f"accel_configs/{files.get(alternative.engine, alternative.engine)}.yaml")
+    said += ["=".join(OPTIONAL_FEATURES[extra]) for extra in sorted(requested.optional_features - alternative.optional_features)]
     return " with ".join(said)
 
 
-def iter_combinations(engine: str | None = None, extras: Iterable[str] = ()) -> Iterator[Combination]:
+def iter_combinations(engine: str | None = None, optional_features: Iterable[str] = ()) -> Iterator[Combination]:
     """Every point of the table, or those of one engine, with what a recipe may ask for beside."""
     engines = ENGINES if engine is None else (engine,)
     for point in itertools.product(METHODS, engines, OPTIMIZERS, PRECISIONS):
-        yield Combination(*point, frozenset(extras))
+        yield Combination(*point, frozenset(optional_features))

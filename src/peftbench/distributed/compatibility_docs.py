@@ -6,7 +6,16 @@ from collections import Counter
 
 from tabulate import tabulate
 
-from peftbench.distributed.compatibility import OPTIONAL_FEATURES, PRECISIONS, Combination, Rule, iter_combinations, describe_changes, find_nearest_supported, find_blocking_rule
+from peftbench.distributed.compatibility import (
+    OPTIONAL_FEATURES,
+    PRECISIONS,
+    Combination,
+    Rule,
+    describe_changes,
+    find_blocking_rule,
+    find_nearest_supported,
+    iter_combinations,
+)
 from peftbench.distributed.engines import ENGINES
 from peftbench.methods import METHODS
 from peftbench.optim import OPTIMIZERS
@@ -27,7 +36,7 @@ def render_markdown() -> str:
     ]
     reasons = "\n".join(f"{index}. {rule.reason}. {_describe_common_alternatives(rule)}" for index, rule in enumerate(notes, start=1))
     changed = "\n".join(
-        f"- `{name}`: {kind.changes_trajectory}." for name, kind in OPTIMIZERS.items() if kind.changes_trajectory
+        f"- `{name}`: {kind.approximation}." for name, kind in OPTIMIZERS.items() if kind.approximation
     )
     return _PAGE_TEMPLATE.format(
         methods=", ".join(f"`{name}`" for name in METHODS), table=tabulate(rows, headers="keys", tablefmt="github"),
@@ -35,7 +44,7 @@ def render_markdown() -> str:
     )  # fmt: skip
 
 
-def _render_cell(engine: str, optimizer: str, notes: list[Rule]) -> str:
+def _render_cell(engine: str, optimizer: str, footnotes: list[Rule]) -> str:
     """The precisions that run on a GPU, and numbers of the reasons why others do not, or not on CPU."""
     runs, refused = [], []
     for precision in PRECISIONS:
@@ -47,32 +56,32 @@ def _render_cell(engine: str, optimizer: str, notes: list[Rule]) -> str:
             if rule is None and device == "cuda":
                 runs.append(precision)
             if rule is not None:
-                refused.append(_footnote_number(rule, notes))
+                refused.append(_footnote_number(rule, footnotes))
     return " ".join((*runs, *(f"[{number}]" for number in sorted(set(refused)))))
 
 
-def _render_optional_feature_cell(engine: str, extra: str, notes: list[Rule]) -> str:
+def _render_optional_feature_cell(engine: str, optional_feature: str, footnotes: list[Rule]) -> str:
     """Whether it goes with some of what runs on an engine, and numbers of the reasons why with others it does not."""
     rules = {
         find_blocking_rule(point, device)
-        for device in _DEVICES for point in iter_combinations(engine, {extra})
+        for device in _DEVICES for point in iter_combinations(engine, {optional_feature})
         if find_blocking_rule(Combination(point.method, engine, point.optimizer, point.precision), device) is None
     }  # fmt: skip
-    numbers = sorted(_footnote_number(rule, notes) for rule in rules if rule is not None)
+    numbers = sorted(_footnote_number(rule, footnotes) for rule in rules if rule is not None)
     return " ".join((*(["runs"] if None in rules else []), *(f"[{number}]" for number in numbers)))
 
 
-def _footnote_number(rule: Rule, notes: list[Rule]) -> int:
-    if rule not in notes:
-        notes.append(rule)
-    return notes.index(rule) + 1
+def _footnote_number(rule: Rule, footnotes: list[Rule]) -> int:
+    if rule not in footnotes:
+        footnotes.append(rule)
+    return footnotes.index(rule) + 1
 
 
 def _describe_common_alternatives(rule: Rule) -> str:
     """What its refusals name most often in the place of what was asked for."""
     named: Counter[str] = Counter()
     for device in rule.devices or ("cuda",):
-        for point in iter_combinations(extras={rule.extra} if rule.extra else ()):
+        for point in iter_combinations(optional_features={rule.optional_feature} if rule.optional_feature else ()):
             if find_blocking_rule(point, device) is rule:
                 named.update(describe_changes(point, other, device) for other in find_nearest_supported(point, device))
     return "Most often: " + " or ".join(f"`{words}`" for words, _ in named.most_common(2)) + "."

@@ -43,7 +43,7 @@ def is_requested() -> bool:
 
 
 def build_plugin(
-    *, micro_batch: int, accumulation: int, processes: int, max_grad_norm: float | None, scratch: Path
+    *, micro_batch_size: int, gradient_accumulation_steps: int, world_size: int, max_grad_norm: float | None, offload_dir: Path
 ) -> DeepSpeedPlugin:
     """Accelerate's plugin for the launcher's DeepSpeed file, with the recipe's numbers in it.
 
@@ -60,14 +60,14 @@ def build_plugin(
     for key in _RECIPE_KEYS:
         if (found := _get_nested(config, key)) not in (None, AUTO):
             raise EngineError(f'the DeepSpeed file sets {key} to {found!r}, which is the recipe\'s; write "auto" there')
-    config["train_micro_batch_size_per_gpu"] = micro_batch
-    config["gradient_accumulation_steps"] = accumulation
-    config["train_batch_size"] = micro_batch * accumulation * processes
+    config["train_micro_batch_size_per_gpu"] = micro_batch_size
+    config["gradient_accumulation_steps"] = gradient_accumulation_steps
+    config["train_batch_size"] = micro_batch_size * gradient_accumulation_steps * world_size
     config["gradient_clipping"] = max_grad_norm or 0.0  # left alone, accelerate makes it 1
     for part in ("offload_optimizer", "offload_param"):
         offload = config.get("zero_optimization", {}).get(part)
         if offload and offload.get("nvme_path") == AUTO:  # left alone, accelerate makes it a folder "none"
-            offload["nvme_path"] = str(scratch)
+            offload["nvme_path"] = str(offload_dir)
     # Each process loads the base whole, as under every other engine, and gives its part away afterwards: weights that
     # are drawn in parts are other weights, and methods could not be applied to them.
     return DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False)
@@ -166,25 +166,25 @@ def read_effective_config(engine: Any) -> dict[str, object]:
 
 
 def build_expected_config(
-    kind: EngineKind,
+    engine: EngineKind,
     *,
-    micro_batch: int,
-    accumulation: int,
-    processes: int,
+    micro_batch_size: int,
+    gradient_accumulation_steps: int,
+    world_size: int,
     max_grad_norm: float | None,
-    weights: str,
+    weights_dtype: str,
 ) -> dict[str, object]:
     """What :func:`effective` must say."""
     return {
         "engine": "DeepSpeedEngine",
-        "zero_stage": kind.zero_stage,
-        "offload_optimizer": kind.offload_optimizer,
-        "offload_parameters": kind.offload_parameters,
+        "zero_stage": engine.zero_stage,
+        "offload_optimizer": engine.offload_optimizer,
+        "offload_parameters": engine.offload_parameters,
         "max_grad_norm": max_grad_norm,
-        "accumulation": accumulation,
-        "micro_batch_size": micro_batch,
-        "weights": weights,
-        "processes": processes,
+        "accumulation": gradient_accumulation_steps,
+        "micro_batch_size": micro_batch_size,
+        "weights": weights_dtype,
+        "processes": world_size,
     }
 
 

@@ -23,26 +23,26 @@ class EngineKind:
     """Where optimizer states lie, if not on the device."""
     offload_parameters: OffloadDevice = "none"
     """Where weights lie while no layer needs them, if not on the device."""
-    fsdp: bool = False
+    is_fsdp: bool = False
     """Whether it is torch's fully_shard."""
 
     @property
-    def deepspeed(self) -> bool:
+    def is_deepspeed(self) -> bool:
         """Whether DeepSpeed drives the step; its optimizer then steps within the backward pass."""
         return self.zero_stage > 0
 
     @property
     def shards_weights(self) -> bool:
         """Whether a process holds only a part of the weights between their uses."""
-        return self.fsdp or self.zero_stage == 3
+        return self.is_fsdp or self.zero_stage == 3
 
     @property
-    def on_disk(self) -> bool:
+    def offloads_to_nvme(self) -> bool:
         """Whether weights or optimizer states lie on a disk."""
         return "nvme" in (self.offload_optimizer, self.offload_parameters)
 
 
-SINGLE, DDP, FSDP2 = EngineKind("single"), EngineKind("ddp"), EngineKind("fsdp2", fsdp=True)
+SINGLE, DDP, FSDP2 = EngineKind("single"), EngineKind("ddp"), EngineKind("fsdp2", is_fsdp=True)
 ENGINES: dict[str, EngineKind] = {
     kind.name: kind
     for kind in (
@@ -71,12 +71,12 @@ def detect_requested_engine(deepspeed_config: Mapping[str, Any] | None) -> Engin
         asked = EngineKind(
             "", int(zero.get("stage", 0)), _read_offload_device(zero, "offload_optimizer"), _read_offload_device(zero, "offload_param")
         )
-        found = [kind for kind in ENGINES.values() if (kind.deepspeed and _has_same_sharding(kind, asked))]
+        found = [kind for kind in ENGINES.values() if (kind.is_deepspeed and _has_same_sharding(kind, asked))]
         if not found:
             raise EngineError(
                 f"the DeepSpeed file asks for ZeRO stage {asked.zero_stage} with optimizer states on "
                 f"{asked.offload_optimizer!r} and weights on {asked.offload_parameters!r}, which is no engine of "
-                f"peftbench; use a file of ds_configs/: {', '.join(k.name for k in ENGINES.values() if k.deepspeed)}"
+                f"peftbench; use a file of ds_configs/: {', '.join(k.name for k in ENGINES.values() if k.is_deepspeed)}"
             )
         return found[0]
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
@@ -89,12 +89,12 @@ def detect_requested_engine(deepspeed_config: Mapping[str, Any] | None) -> Engin
     return DDP if int(os.environ.get("WORLD_SIZE", "1")) > 1 else SINGLE
 
 
-def _read_offload_device(zero: Mapping[str, Any], what: str) -> OffloadDevice:
-    place: OffloadDevice = (zero.get(what) or {}).get("device") or "none"
+def _read_offload_device(zero: Mapping[str, Any], section: str) -> OffloadDevice:
+    place: OffloadDevice = (zero.get(section) or {}).get("device") or "none"
     return place
 
 
-def _has_same_sharding(kind: EngineKind, asked: EngineKind) -> bool:
+def _has_same_sharding(kind: EngineKind, requested: EngineKind) -> bool:
     return (kind.zero_stage, kind.offload_optimizer, kind.offload_parameters) == (
-        asked.zero_stage, asked.offload_optimizer, asked.offload_parameters,
+        requested.zero_stage, requested.offload_optimizer, requested.offload_parameters,
     )  # fmt: skip

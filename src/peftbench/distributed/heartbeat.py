@@ -32,72 +32,72 @@ class _Host:
     """Another host, by the rank that leads there."""
 
     name: str
-    last: str = ""
-    since: float = field(default_factory=time.monotonic)
+    last_seen: str = ""
+    last_seen_at: float = field(default_factory=time.monotonic)
 
 
 class Heartbeat:
     """Of this host, and those of the others. With one host there is nothing to hear."""
 
-    def __init__(self, accelerator: Accelerator, folder: Path) -> None:
+    def __init__(self, accelerator: Accelerator, directory: Path) -> None:
         """All ranks at once. ``folder``, which all hosts share, holds a file for each."""
         rank, name = accelerator.process_index, socket.gethostname()
         node = os.environ.get("GROUP_RANK", "0")  # hosts may be alike in name
         leads = accelerator.is_local_main_process
         told = all_gather_objects(accelerator, (rank, node, name, leads))
-        self._folder, self._rank = folder, rank
+        self._directory, self._rank = directory, rank
         self._hosts = {r: _Host(called) for r, other, called, leader in told if leader and other != node}
-        self._beats = leads and bool(self._hosts)
-        self._count, self._last, self._looked = 0, float("-inf"), time.monotonic()
+        self._is_sender = leads and bool(self._hosts)
+        self._sequence, self._last_sent_at, self._last_checked_at = 0, float("-inf"), time.monotonic()
         self.beat()
         all_gather_objects(accelerator, None)  # each finds what the others wrote, and remembers no file that is not there
-        unseen = [host.name for leader, host in self._hosts.items() if not self._read(leader)]
+        unseen = [host.name for leader, host in self._hosts.items() if not self._read_mtime(leader)]
         if any(all_gather_objects(accelerator, unseen)):
             raise OutputError(
-                f"{folder.parent} is not one folder for all machines of this run; give one that they share"
+                f"{directory.parent} is not one folder for all machines of this run; give one that they share"
             )
 
     def beat(self) -> None:
         """Say that this host is there, if it is time to."""
         now = time.monotonic()
-        if not self._beats or now - self._last < HEARTBEAT_INTERVAL_SECONDS:
+        if not self._is_sender or now - self._last_sent_at < HEARTBEAT_INTERVAL_SECONDS:
             return
-        self._count, self._last = self._count + 1, now
+        self._sequence, self._last_sent_at = self._sequence + 1, now
         path = self._path(self._rank)
         with suppress(OSError):  # the others find out if it lasts
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self._directory.mkdir(parents=True, exist_ok=True)
             if not path.exists():
                 path.write_text("here", encoding="ascii")
-            os.utime(path, (self._count, self._count))  # for which there is room on a full disk
+            os.utime(path, (self._sequence, self._sequence))  # for which there is room on a full disk
 
-    def lost(self, only: int | None = None) -> str | None:
+    def find_lost_host(self, only_rank: int | None = None) -> str | None:
         """Which host is gone, in words, None while all are heard of; or ``only`` that which this rank leads.
 
         By this host's clock alone.
         """
         now = time.monotonic()
-        stalled, self._looked = now - self._looked > _STALLED_SECONDS, now
+        stalled, self._last_checked_at = now - self._last_checked_at > _STALLED_SECONDS, now
         for rank, host in self._hosts.items():
-            if only is not None and rank != only:
+            if only_rank is not None and rank != only_rank:
                 continue
-            found = self._read(rank)
-            if found != host.last or stalled:
-                host.last, host.since = found, now
-            elif now - host.since > HEARTBEAT_TIMEOUT_SECONDS:
+            found = self._read_mtime(rank)
+            if found != host.last_seen or stalled:
+                host.last_seen, host.last_seen_at = found, now
+            elif now - host.last_seen_at > HEARTBEAT_TIMEOUT_SECONDS:
                 return f"process {rank} on {host.name} is gone: nothing was heard of its host for {HEARTBEAT_TIMEOUT_SECONDS:.0f} s"
         return None
 
-    def end(self) -> None:
+    def close(self) -> None:
         """Take the files away; whoever comes late may leave one, which nobody reads."""
         with suppress(OSError):
-            for path in self._folder.iterdir():
+            for path in self._directory.iterdir():
                 path.unlink()
-            self._folder.rmdir()
+            self._directory.rmdir()
 
     def _path(self, rank: int) -> Path:
-        return self._folder / f"pulse{rank}"
+        return self._directory / f"pulse{rank}"
 
-    def _read(self, rank: int) -> str:
+    def _read_mtime(self, rank: int) -> str:
         with suppress(OSError):
             return str(self._path(rank).stat().st_mtime_ns)
         return ""

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from peftbench.distributed import deepspeed
-from peftbench.profiler.memory_breakdown import EngineBuffers, MemoryCategory
 from peftbench.profiler.memory import iter_tensors
+from peftbench.profiler.memory_breakdown import EngineBuffers, MemoryCategory
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -28,26 +28,26 @@ _ZERO_BUFFER_ATTRIBUTES: dict[str, MemoryCategory] = {
 """Attributes of ZeRO's optimizers, stages 1 to 3."""
 
 
-def collect_engine_buffers(started: nn.Module, model: nn.Module, optimizer: torch.optim.Optimizer) -> EngineBuffers:
+def collect_engine_buffers(prepared_model: nn.Module, model: nn.Module, optimizer: torch.optim.Optimizer) -> EngineBuffers:
     """Of what an engine made of ``model`` (``started``) and of the optimizer (``optimizer``), between two steps."""
     layers = list(deepspeed.unwrap_chain(optimizer))
 
     def of_zero() -> list[tuple[MemoryCategory, torch.Tensor]]:
         return [held for layer in layers for held in _iter_zero_buffers(layer)]
 
-    found = EngineBuffers(of_zero(), steps=layers[-1], anew=of_zero)
+    found = EngineBuffers(of_zero(), inner_optimizer=layers[-1], refresh=of_zero)
     for parameter in model.parameters():
         if (part := getattr(parameter, "ds_tensor", None)) is not None:
             found.tensors.append(("weights", part))
-    found.borrowed += _iter_gathered_parameters(model)
-    found.bytes += _iter_ddp_buckets(started)
+    found.gathered += _iter_gathered_parameters(model)
+    found.untracked_bytes += _iter_ddp_buckets(prepared_model)
     return found
 
 
-def _iter_zero_buffers(layer: object) -> Iterator[tuple[MemoryCategory, torch.Tensor]]:
+def _iter_zero_buffers(optimizer: object) -> Iterator[tuple[MemoryCategory, torch.Tensor]]:
     for name, kind in _ZERO_BUFFER_ATTRIBUTES.items():
-        yield from ((kind, tensor) for tensor in iter_tensors(_flatten([getattr(layer, name, None)])))
-    for bucket in getattr(layer, "ipg_buckets", {}).values():
+        yield from ((kind, tensor) for tensor in iter_tensors(_flatten([getattr(optimizer, name, None)])))
+    for bucket in getattr(optimizer, "ipg_buckets", {}).values():
         yield from (("buckets", tensor) for tensor in iter_tensors([bucket.buffer]))
 
 
@@ -73,14 +73,14 @@ def _iter_gathered_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
                 )
 
 
-def _iter_ddp_buckets(started: nn.Module) -> Iterator[tuple[MemoryCategory, int]]:
+def _iter_ddp_buckets(prepared_model: nn.Module) -> Iterator[tuple[MemoryCategory, int]]:
     """Flat copies of the gradients to be sent, which DDP's reducer keeps where Python does not see them.
 
     It makes them anew in the forward pass after the first step; those are seen as they are made.
     """
     from torch.nn.parallel import DistributedDataParallel
 
-    if isinstance(started, DistributedDataParallel):
-        said = started._get_ddp_logging_data()
+    if isinstance(prepared_model, DistributedDataParallel):
+        said = prepared_model._get_ddp_logging_data()
         if said.get("has_rebuilt_buckets"):
             yield "buckets", sum(int(size) for size in str(said["rebuilt_bucket_sizes"]).split(","))

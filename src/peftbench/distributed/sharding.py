@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from peftbench.distributed import deepspeed
-from peftbench.profiler.memory import count_storage_bytes, local_shard, iter_tensors
+from peftbench.profiler.memory import count_storage_bytes, iter_tensors, local_shard
 from peftbench.record import StateBytes
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def unshard_root(model: nn.Module) -> Iterator[None]:
         model.reshard()
 
 
-def gather_full_model(engine: EngineKind, started: nn.Module, model: nn.Module, *, here: bool) -> None:
+def gather_full_model(engine: EngineKind, prepared_model: nn.Module, model: nn.Module, *, on_this_rank: bool) -> None:
     """Make every weight of ``model`` whole again on the CPU of the processes where ``here``, for saving.
 
     ``started`` is what the engine made of it, and ends with this.
@@ -45,7 +45,7 @@ def gather_full_model(engine: EngineKind, started: nn.Module, model: nn.Module, 
     What was trained comes in float32, as the optimizer has it. Each process must come here; the model is not to be
     trained afterwards.
     """
-    if not (engine.deepspeed or engine.fsdp):
+    if not (engine.is_deepspeed or engine.is_fsdp):
         return
     _reshard(model)
     places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
@@ -54,12 +54,12 @@ def gather_full_model(engine: EngineKind, started: nn.Module, model: nn.Module, 
             places.setdefault(parameter, []).append((module, name))  # a tied one has several
     for parameter, holders in places.items():
         weight = _gather_full_tensor(engine, parameter)
-        if here:
+        if on_this_rank:
             made = nn.Parameter(weight, requires_grad=parameter.requires_grad)
             for module, name in holders:
                 module._parameters[name] = made
-    if engine.deepspeed:
-        started.destroy()  # type: ignore[operator]  # or its hooks would look for parts
+    if engine.is_deepspeed:
+        prepared_model.destroy()  # type: ignore[operator]  # or its hooks would look for parts
 
 
 def _reshard(model: nn.Module) -> None:
@@ -73,52 +73,52 @@ def _reshard(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _gather_full_tensor(engine: EngineKind, parameter: nn.Parameter) -> torch.Tensor:
-    if engine.deepspeed:
+    if engine.is_deepspeed:
         return deepspeed.gather_full_parameter(parameter)
     return parameter.full_tensor().cpu()  # type: ignore[attr-defined,no-any-return]
 
 
 def state_bytes(
-    engine: EngineKind, model: nn.Module, optimizer: torch.optim.Optimizer, kind: Optimizer, device: str
+    engine: EngineKind, model: nn.Module, optimizer: torch.optim.Optimizer, optimizer_config: Optimizer, device_type: str
 ) -> StateBytes | None:
     """What this process keeps from step to step, by the sizes of its tensors, where it holds parts by theirs.
 
     ``device`` is the kind of device it runs on. None where states lie on a disk, of which DeepSpeed does not tell.
     """
-    if engine.on_disk:
+    if engine.offloads_to_nvme:
         return None
     _reshard(model)
     masters = deepspeed.master_weights(optimizer)
     steps = list(deepspeed.unwrap_chain(optimizer))[-1]
     states = [local_shard(tensor) for state in steps.state.values() for tensor in iter_tensors(state.values())] + masters
     groups = deepspeed.get_param_groups(optimizer)
-    given = kind.state_bytes([{**group, "params": [local_shard(p) for p in group["params"]]} for group in groups])
+    given = optimizer_config.state_bytes([{**group, "params": [local_shard(p) for p in group["params"]]} for group in groups])
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = sum(local_shard(parameter).numel() * parameter.element_size() for parameter in trained)
     if masters:  # from stage 2 on gradients are shared out as the states are
         whole = sum(deepspeed.get_full_shape(p).numel() * p.element_size() for p in trained)
         part = sum(master.numel() for master in masters) * trained[0].element_size()
         gradients = part if engine.zero_stage > 1 else whole
-    weights, weights_away = _count_weight_bytes(engine, model, device)
-    gradients_away = gradients if engine.offload_optimizer != "none" and device != "cpu" else 0
+    weights, weights_away = _count_weight_bytes(engine, model, device_type)
+    gradients_away = gradients if engine.offload_optimizer != "none" and device_type != "cpu" else 0
     # Paged states are the GPU's, which its driver may move.
-    here = [state for state in states if state.device.type == device or getattr(state, "is_paged", False)]
+    here = [state for state in states if state.device.type == device_type or getattr(state, "is_paged", False)]
     away = count_storage_bytes(states) - count_storage_bytes(here)
     return StateBytes(
         weights=weights,
         gradients=gradients - gradients_away,
         optimizer=count_storage_bytes(here),
-        offloaded=weights_away + gradients_away + away,
+        cpu_offloaded=weights_away + gradients_away + away,
         expected_optimizer=None if given is None else given + count_storage_bytes(masters),
     )
 
 
-def _count_weight_bytes(engine: EngineKind, model: nn.Module, device: str) -> tuple[int, int]:
+def _count_weight_bytes(engine: EngineKind, model: nn.Module, device_type: str) -> tuple[int, int]:
     """Bytes of weights and buffers on the device, and elsewhere."""
     if engine.zero_stage == 3:
         here = count_storage_bytes(list(model.buffers()))
         parts = sum(map(deepspeed.count_local_bytes, model.parameters()))
-        return (here, parts) if engine.offload_parameters != "none" and device != "cpu" else (here + parts, 0)
+        return (here, parts) if engine.offload_parameters != "none" and device_type != "cpu" else (here + parts, 0)
     held = [local_shard(tensor) for tensor in (*model.parameters(), *model.buffers())]
     # What turns a quantised weight back into numbers: scales, and a table.
     held += iter_tensors(getattr(parameter, "quant_state", None) for parameter in model.parameters())

@@ -14,11 +14,11 @@ import torch
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from peftbench.training.build import build_collator
 from peftbench.distributed.sharding import unshard_root
-from peftbench.evaluation.metrics.rouge import compute_rouge
 from peftbench.evaluation.intervals import bootstrap_interval
-from peftbench.record import PerExample, Interval, Quality, Sample
+from peftbench.evaluation.metrics.rouge import compute_rouge
+from peftbench.record import Interval, PerExample, Quality, Sample
+from peftbench.training.build import build_collator
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from peftbench.data.collate import MicroBatch
     from peftbench.data.encode import Encoder
     from peftbench.distributed.accelerator import AcceleratorContext
-    from peftbench.training.build import AdaptedModel
     from peftbench.profiler.probe import Probe
     from peftbench.recipe.schema import Evaluate, Recipe
+    from peftbench.training.build import AdaptedModel
 
 T = TypeVar("T")
 _MAX_SAMPLE_CHARS = 600  # of an article, in the record
@@ -38,15 +38,15 @@ _MAX_SAMPLE_CHARS = 600  # of an article, in the record
 class HeldOutLoss:
     """The held-out loss of each example, in the split's order."""
 
-    summed: tuple[float, ...]
+    nll_sums: tuple[float, ...]
     """Nats, over its labelled tokens."""
-    labelled: tuple[int, ...]
+    label_counts: tuple[int, ...]
     """How many those are."""
 
     @property
     def loss(self) -> float:
         """Mean over the labelled tokens of all examples, in nats."""
-        return math.fsum(self.summed) / sum(self.labelled)
+        return math.fsum(self.nll_sums) / sum(self.label_counts)
 
 
 class Evaluator:
@@ -54,26 +54,26 @@ class Evaluator:
 
     def __init__(
         self,
-        bound: AcceleratorContext,
-        built: AdaptedModel,
+        context: AcceleratorContext,
+        adapted_model: AdaptedModel,
         encoder: Encoder,
         dataset: Dataset,
         recipe: Recipe,
         *,
-        in_step: bool = False,
+        synced: bool = False,
     ) -> None:
         """``in_step``: processes share the weights out, so that each must run the model as often as all others."""
-        self.bound, self.accelerator = bound, bound.accelerator
-        self.model, self.loss_at = built.bare_model, built.loss
+        self.context, self.accelerator = context, context.accelerator
+        self.model, self.loss_fn = adapted_model.model, adapted_model.loss
         self.encoder = encoder
         self.dataset = dataset
         self.method = recipe.method
-        self.knobs: Evaluate = recipe.evaluate
-        self.in_step = in_step
+        self.config: Evaluate = recipe.evaluate
+        self.synced = synced
         # Whatever the training's labels and widths, here they are those of the summaries.
-        self.collator = replace(build_collator(recipe, built.loss, encoder.end), as_published=False, pad_to=None)
+        self.collator = replace(build_collator(recipe, adapted_model.loss, encoder.eos_token_id), label_padding=False, pad_to_length=None)
 
-    def _mine(self, description: str) -> Iterator[tuple[list[dict[str, Any]], bool]]:
+    def _iterate_local_batches(self, description: str) -> Iterator[tuple[list[dict[str, Any]], bool]]:
         """This rank's share of the examples, in batches of like lengths, and whether they count.
 
         Ranks may have unequal numbers of batches; in step, those that have fewer repeat one that does not count.
@@ -81,118 +81,118 @@ class Evaluator:
         lengths = [len(ids) for ids in self.dataset["input_ids"]]
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
         mine = order[self.accelerator.process_index :: self.accelerator.num_processes]
-        longest = math.ceil(len(order) / self.accelerator.num_processes) if self.in_step else len(mine)
-        starts = range(0, longest, self.knobs.batch)
+        longest = math.ceil(len(order) / self.accelerator.num_processes) if self.synced else len(mine)
+        starts = range(0, longest, self.config.batch_size)
         for start in tqdm(starts, desc=description, disable=None if self.accelerator.is_main_process else True):
-            indices = mine[start : start + self.knobs.batch]
+            indices = mine[start : start + self.config.batch_size]
             yield [{**self.dataset[index], "index": index} for index in indices or order[:1]], bool(indices)
 
     @torch.no_grad()  # and not inference_mode, in which shared weights cannot be gathered
-    def held_out(self) -> HeldOutLoss:
+    def compute_held_out_loss(self) -> HeldOutLoss:
         """Cross-entropy over summary and end tokens of each example, in the split's order."""
         self.model.eval()
         found: list[tuple[int, tuple[float, int]]] = []
-        for rows, count in self._mine("held-out loss"):
+        for rows, count in self._iterate_local_batches("held-out loss"):
             batch = self._collate(rows)
             # A model that was not trained is not prepared to do so itself.
-            with self.bound.autocast(), self.loss_at.in_use():
-                losses = self.loss_at.by_token(self.model, batch.to(self.accelerator.device)).cpu().double()
+            with self.context.autocast(), self.loss_fn.attention_context():
+                losses = self.loss_fn.per_token(self.model, batch.to(self.accelerator.device)).cpu().double()
             if count:
                 found += [(index, (float(one.sum()), len(one))) for index, one in _split_by_row(rows, losses)]
-        summed, counts = zip(*self._in_order(found), strict=True)
+        summed, counts = zip(*self._gather_in_order(found), strict=True)
         return HeldOutLoss(summed, counts)
 
     @torch.no_grad()  # and not inference_mode, in which shared weights cannot be gathered
-    def teacher_forced(self) -> list[str]:
+    def decode_teacher_forced(self) -> list[str]:
         """The most likely token at each summary position, given the reference before it, in the split's order."""
         self.model.eval()
         texts: list[tuple[int, str]] = []
-        for rows, count in self._mine("teacher-forced argmax"):
+        for rows, count in self._iterate_local_batches("teacher-forced argmax"):
             batch = self._collate(rows)
-            with self.bound.autocast(), self.loss_at.in_use():
-                best = self.loss_at.logits(self.model, batch.to(self.accelerator.device)).argmax(-1).cpu()
+            with self.context.autocast(), self.loss_fn.attention_context():
+                best = self.loss_fn.logits(self.model, batch.to(self.accelerator.device)).argmax(-1).cpu()
             if count:
                 texts += [(index, self.encoder.decode(one.tolist())) for index, one in _split_by_row(rows, best)]
-        return self._in_order(texts)
+        return self._gather_in_order(texts)
 
     @torch.no_grad()  # and not inference_mode, in which shared weights cannot be gathered
-    def summaries(self) -> list[str]:
+    def generate_summaries(self) -> list[str]:
         """Generated summaries, in the split's order: greedy or by beams, with cached keys and values."""
         self.model.eval()
         texts: list[tuple[int, str]] = []
-        for rows, count in self._mine("generating"):
-            prompts = [self.encoder.prompt(row["article"]) for row in rows]
+        for rows, count in self._iterate_local_batches("generating"):
+            prompts = [self.encoder.encode_prompt(row["article"]) for row in rows]
             width = max(map(len, prompts))
-            padding = [[self.encoder.end] * (width - len(prompt)) for prompt in prompts]
+            padding = [[self.encoder.eos_token_id] * (width - len(prompt)) for prompt in prompts]
             ids = torch.tensor([pad + prompt for pad, prompt in zip(padding, prompts, strict=True)])
             mask = torch.tensor([[0] * len(pad) + [1] * (width - len(pad)) for pad in padding])
-            with self.bound.autocast(), unshard_root(self.model):
+            with self.context.autocast(), unshard_root(self.model):
                 new = self.method.generate(
                     self.model, ids.to(self.accelerator.device), mask.to(self.accelerator.device),
-                    max_new_tokens=self.knobs.max_new_tokens, do_sample=False, num_beams=self.knobs.beams,
-                    use_cache=True, eos_token_id=self.encoder.end, pad_token_id=self.encoder.end,
-                    synced_gpus=self.in_step,
+                    max_new_tokens=self.config.max_new_tokens, do_sample=False, num_beams=self.config.num_beams,
+                    use_cache=True, eos_token_id=self.encoder.eos_token_id, pad_token_id=self.encoder.eos_token_id,
+                    synced_gpus=self.synced,
                 ).tolist()  # fmt: skip
             if count:
                 texts += [(row["index"], self.encoder.decode(tokens)) for row, tokens in zip(rows, new, strict=True)]
-        return self._in_order(texts)
+        return self._gather_in_order(texts)
 
-    def quality(self, probe: Probe) -> Quality:
+    def evaluate(self, probe: Probe) -> Quality:
         """Everything the recipe asks to be measured; a model whose loss is no number is not asked to write."""
         with probe.phase("evaluate"):
-            held_out = self.held_out()
-            forced = self.teacher_forced() if self.knobs.teacher_forced else None
+            held_out = self.compute_held_out_loss()
+            forced = self.decode_teacher_forced() if self.config.teacher_forced else None
         generated = None
-        if self.knobs.generate and math.isfinite(held_out.loss):
+        if self.config.generate and math.isfinite(held_out.loss):
             with probe.phase("generate"):
-                generated = self.summaries()
-        return build_quality(self.knobs, self.dataset, generated, held_out=held_out, forced=forced)
+                generated = self.generate_summaries()
+        return build_quality(self.config, self.dataset, generated, held_out=held_out, teacher_forced=forced)
 
     def _collate(self, rows: list[dict[str, Any]]) -> MicroBatch:
         return self.collator.collate([row["input_ids"] for row in rows], [row["prompt_tokens"] for row in rows])
 
-    def _in_order(self, found: list[tuple[int, T]]) -> list[T]:
-        gathered = gather_object(found) if self.accelerator.num_processes > 1 else found
+    def _gather_in_order(self, local_results: list[tuple[int, T]]) -> list[T]:
+        gathered = gather_object(local_results) if self.accelerator.num_processes > 1 else local_results
         return [one for _, one in sorted(gathered, key=itemgetter(0))]
 
 
-def _split_by_row(rows: Sequence[dict[str, Any]], of_labels: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+def _split_by_row(rows: Sequence[dict[str, Any]], token_values: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
     """Each row's index and its own of what is there for all labelled tokens, row by row as the collator labels them."""
     # The first token of a row is never predicted, so that without a prompt it has no label either.
     labelled = [len(row["input_ids"]) - max(1, row["prompt_tokens"]) for row in rows]
-    for row, own in zip(rows, of_labels.split(labelled), strict=True):
+    for row, own in zip(rows, token_values.split(labelled), strict=True):
         yield row["index"], own
 
 
 def build_quality(
-    knobs: Evaluate,
+    config: Evaluate,
     dataset: Dataset,
     generated: Sequence[str] | None,
     *,
     held_out: HeldOutLoss | None = None,
-    forced: Sequence[str] | None = None,
+    teacher_forced: Sequence[str] | None = None,
 ) -> Quality:
     """Scores of generated texts against the split's summaries, in its order, and the samples to keep."""
     references = dataset["summary"]
     kept = zip(dataset["id"], dataset["article"], references, generated or (), strict=False)
     loss = None if held_out is None else held_out.loss
     scores = compute_rouge(generated, references) if generated is not None else {}
-    shown = compute_rouge(forced, references) if forced is not None else {}
+    shown = compute_rouge(teacher_forced, references) if teacher_forced is not None else {}
     return Quality(
-        split=knobs.split,
-        examples=len(dataset),
+        split=config.split,
+        num_examples=len(dataset),
         loss=loss,
         perplexity=math.exp(loss) if loss is not None and loss < 700 else None,
-        rouge=_compute_intervals(scores, knobs.resamples) or None,
-        teacher_forced_argmax_rouge=_compute_intervals(shown, knobs.resamples) or None,
+        rouge=_compute_intervals(scores, config.bootstrap_resamples) or None,
+        teacher_forced_argmax_rouge=_compute_intervals(shown, config.bootstrap_resamples) or None,
         samples=tuple(
             Sample(id=id, article=article[:_MAX_SAMPLE_CHARS], reference=reference, generated=text)
-            for (id, article, reference, text), _ in zip(kept, range(knobs.samples), strict=False)
+            for (id, article, reference, text), _ in zip(kept, range(config.saved_samples), strict=False)
         ),
-        by_example=PerExample(
-            identity=_hash_examples(dataset["id"], references),
-            loss=held_out.summed if held_out else (),
-            labelled=held_out.labelled if held_out else (),
+        per_example=PerExample(
+            examples_fingerprint=_hash_examples(dataset["id"], references),
+            loss=held_out.nll_sums if held_out else (),
+            labelled_tokens=held_out.label_counts if held_out else (),
             rouge=scores,
         ),
     )

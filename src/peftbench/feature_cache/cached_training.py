@@ -18,12 +18,12 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from peftbench.data.batches import Batches, GlobalBatch
-from peftbench.data.collate import MicroBatch, FlopUnits
-from peftbench.modeling.loss import LabelledLogitsLoss, CausalLMLoss, select_positions
+from peftbench.data.collate import FlopUnits, MicroBatch
 from peftbench.distributed.collectives import broadcast_from_main
-from peftbench.feature_cache.store import STORAGE_DTYPES, StoreLayout, FeatureStore, open_store, describe_store
-from peftbench.feature_cache.key import build_cache_key, hash_examples
 from peftbench.errors import UnsupportedModelError
+from peftbench.feature_cache.key import build_cache_key, hash_examples
+from peftbench.feature_cache.store import STORAGE_DTYPES, FeatureStore, StoreLayout, describe_store, open_store
+from peftbench.modeling.loss import CausalLMLoss, LabelledLogitsLoss, select_positions
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -41,53 +41,53 @@ class CachedFeatureLoss(CausalLMLoss):
     the stored type too, so that a step's loss does not depend on where they came from.
     """
 
-    everywhere = False
+    computes_all_logits = False
 
     def __init__(self, inner: LabelledLogitsLoss, store: FeatureStore) -> None:
-        self.base, self.unmasked, self.masked = inner.base, inner.unmasked, inner.masked
+        self.base, self.mask_reason, self.uses_masks = inner.base, inner.mask_reason, inner.uses_masks
         self.inner, self.store = inner, store
-        self._step: _StepInputs | None = None
+        self._step_inputs: _StepInputs | None = None
         trunk: nn.Module = inner.base.base_model
         with torch.no_grad():
             token = torch.zeros((1, 1), dtype=torch.long, device=inner.base.device)
-            self._of_one_token = trunk(input_ids=token, use_cache=False)
-        self._trunk = trunk.forward
-        trunk.forward = self._at_trunk
-        inner.select = self._select
+            self._single_token_output = trunk(input_ids=token, use_cache=False)
+        self._backbone_forward = trunk.forward
+        trunk.forward = self._forward_backbone_or_skip
+        inner.select_positions = self._select_features
 
-    def in_use(self) -> AbstractContextManager[None]:
-        return self.inner.in_use()
+    def attention_context(self) -> AbstractContextManager[None]:
+        return self.inner.attention_context()
 
     def logits(self, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
         return self.inner.logits(model, batch)
 
     def __call__(self, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
-        if batch.trunk == "computed":
+        if batch.feature_mode == "computed":
             return self.inner(model, batch)
         device = batch.targets.device
         states = None
-        if batch.trunk == "stored":
-            read = self.store.read(batch.examples, pinned=device.type == "cuda")
+        if batch.feature_mode == "stored":
+            read = self.store.read(batch.example_indices, pin_memory=device.type == "cuda")
             states = read.to(device, non_blocking=True).float()
-        self._step = _StepInputs(batch, states)
+        self._step_inputs = _StepInputs(batch, states)
         try:
             return self.inner(model, batch)
         finally:
-            self._step = None
+            self._step_inputs = None
 
-    def _at_trunk(self, *given: Any, **named: Any) -> Any:
-        if self._step is not None and self._step.states is not None:
-            return self._of_one_token
-        return self._trunk(*given, **named)
+    def _forward_backbone_or_skip(self, *args: Any, **kwargs: Any) -> Any:
+        if self._step_inputs is not None and self._step_inputs.features is not None:
+            return self._single_token_output
+        return self._backbone_forward(*args, **kwargs)
 
-    def _select(self, hidden: torch.Tensor, predictors: torch.Tensor) -> torch.Tensor:
-        if self._step is None:
+    def _select_features(self, hidden: torch.Tensor, predictors: torch.Tensor) -> torch.Tensor:
+        if self._step_inputs is None:
             return select_positions(hidden, predictors)
-        if self._step.states is not None:
-            return self._step.states
+        if self._step_inputs.features is not None:
+            return self._step_inputs.features
         computed = select_positions(hidden, predictors)
-        self.store.write(self._step.batch.examples, computed)
-        return computed.to(STORAGE_DTYPES[self.store.layout.stored]).float()
+        self.store.write(self._step_inputs.batch.example_indices, computed)
+        return computed.to(STORAGE_DTYPES[self.store.layout.dtype]).float()
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class _StepInputs:
     """What is being computed."""
 
     batch: MicroBatch
-    states: torch.Tensor | None
+    features: torch.Tensor | None
     """At labelled positions (labelled, width) in float32; None where the trunk is to compute them."""
 
 
@@ -103,26 +103,26 @@ class _StepInputs:
 class CachedFeatureBatches(Batches):
     """The same batches, each micro-batch marked with where its hidden states come from."""
 
-    there: torch.Tensor = field(kw_only=True)
+    cached_mask: torch.Tensor = field(kw_only=True)
     """Which examples' states are stored before the next global batch, bool; kept up to date by :meth:`batch`."""
 
-    def after(self, steps: int) -> Iterator[GlobalBatch]:
-        return Batches.after(replace(self, there=self.there.clone()), steps)
+    def skip_first_batches(self, num_batches: int) -> Iterator[GlobalBatch]:
+        return Batches.skip_first_batches(replace(self, cached_mask=self.cached_mask.clone()), num_batches)
 
-    def batch(self, indices: Sequence[int]) -> GlobalBatch:
-        made = super().batch(indices)
-        self.there[list(indices)] = True  # by the time the next one is computed
+    def build_batch(self, indices: Sequence[int]) -> GlobalBatch:
+        made = super().build_batch(indices)
+        self.cached_mask[list(indices)] = True  # by the time the next one is computed
         return made
 
     def collate(self, examples: Sequence[tuple[Sequence[int], int, int]]) -> MicroBatch:
         made = super().collate(examples)
-        return replace(made, trunk="stored" if bool(self.there[list(made.examples)].all()) else "kept")
+        return replace(made, feature_mode="stored" if bool(self.cached_mask[list(made.example_indices)].all()) else "kept")
 
-    def executed(self, micro_batch: MicroBatch) -> FlopUnits:
+    def hardware_flop_units(self, micro_batch: MicroBatch) -> FlopUnits:
         """Nothing of the trunk where it is skipped."""
-        if micro_batch.trunk == "stored":
+        if micro_batch.feature_mode == "stored":
             return FlopUnits(labelled=len(micro_batch.targets))
-        return super().executed(micro_batch)
+        return super().hardware_flop_units(micro_batch)
 
 
 @dataclass(frozen=True)
@@ -160,17 +160,17 @@ def open_feature_cache(recipe: Recipe, base: PreTrainedModel, loss: CausalLMLoss
 
     def opened() -> tuple[dict[str, Any], StoreLayout, torch.Tensor]:
         examples, counts = hash_examples(batches.dataset)
-        of = build_cache_key(recipe, base, examples, accelerator.device, masked=loss.masked)
+        of = build_cache_key(recipe, base, examples, accelerator.device, uses_masks=loss.uses_masks)
         layout = StoreLayout(counts, loss.head.get_parameter("weight").shape[-1], stored)
-        return of, layout, open_store(of, layout, announce).complete()
+        return of, layout, open_store(of, layout, announce).completed_mask()
 
     # By one for all: others would see what another run has written meanwhile, and compute less than the first.
     of, layout, there = broadcast_from_main(accelerator, opened)
     store = open_store(of, layout, announce)
     same = {knob.name: getattr(batches, knob.name) for knob in fields(batches)}
     note = (
-        f"{describe_store(layout, store.folder)}, in {stored}: those of {int(there.sum()):,} of {layout.examples:,} examples "
+        f"{describe_store(layout, store.directory)}, in {stored}: those of {int(there.sum()):,} of {layout.num_examples:,} examples "
         "were there before the first step, and all others are computed once"
     )
-    over_store = CachedFeatureBatches(**same, there=there)
+    over_store = CachedFeatureBatches(**same, cached_mask=there)
     return CachedTraining(CachedFeatureLoss(loss, store), over_store, (note,))

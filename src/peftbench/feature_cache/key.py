@@ -26,7 +26,7 @@ _PROVENANCE_KEYS = ("_name_or_path", "transformers_version", "dtype", "torch_dty
 
 
 def build_cache_key(
-    recipe: Recipe, base: PreTrainedModel, examples: str, device: torch.device, *, masked: bool
+    recipe: Recipe, base: PreTrainedModel, examples_hash: str, device: torch.device, *, uses_masks: bool
 ) -> dict[str, Any]:
     """Of a recipe's frozen trunk over examples of which ``examples`` is the hash: each thing by its name.
 
@@ -38,11 +38,11 @@ def build_cache_key(
         "code": hashlib.blake2b(Path(inspect.getfile(type(base))).read_bytes(), digest_size=16).hexdigest(),
         "config": hashlib.blake2b(repr(sorted(config.items())).encode(), digest_size=16).hexdigest(),
         "weights": hash_backbone(base),
-        "examples": examples,
+        "examples": examples_hash,
         "precision": recipe.train.precision,
         "attention": recipe.model.attention,
-        "masked": masked,
-        "attends_in": "float32" if device.type == "cpu" and not masked else "precision",
+        "masked": uses_masks,
+        "attends_in": "float32" if device.type == "cpu" and not uses_masks else "precision",
         "fused_gelu": recipe.model.fused_gelu,
         "compile": recipe.train.compile,
         "quantization": recipe.model.quantization,
@@ -64,12 +64,12 @@ def hash_backbone(base: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def hash_examples(rows: EncodedExamples) -> tuple[str, torch.Tensor]:
+def hash_examples(examples: EncodedExamples) -> tuple[str, torch.Tensor]:
     """Hash of all token ids and prompt lengths, and each example's labelled positions (int64)."""
     digest = hashlib.blake2b(digest_size=16)
     counts: list[int] = []
-    for start in range(0, len(rows), _EXAMPLES_PER_BLOCK):
-        block = rows[list(range(start, min(start + _EXAMPLES_PER_BLOCK, len(rows))))]
+    for start in range(0, len(examples), _EXAMPLES_PER_BLOCK):
+        block = examples[list(range(start, min(start + _EXAMPLES_PER_BLOCK, len(examples))))]
         ids, prompts = block["input_ids"], [int(prompt) for prompt in block["prompt_tokens"]]
         lengths = [len(row) for row in ids]
         for numbers in (lengths, prompts, itertools.chain.from_iterable(ids)):

@@ -22,8 +22,8 @@ from typing import Any, Literal
 import torch
 from filelock import FileLock
 
-from peftbench.errors import DiskFullError, OutputError
 from peftbench.common.filesystem import CACHE_DIR_ENV, cache_dir, write_atomically, write_error
+from peftbench.errors import DiskFullError, OutputError
 
 StorageDtype = Literal["fp32", "bf16"]
 STORAGE_DTYPES: dict[StorageDtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -37,32 +37,32 @@ _BLOCK_BYTES = 1 << 22
 class StoreLayout:
     """Where the rows of each example lie."""
 
-    counts: torch.Tensor
+    label_counts: torch.Tensor
     """Labelled positions of each example, int64."""
-    width: int
+    hidden_size: int
     """Of a hidden state."""
-    stored: StorageDtype
+    dtype: StorageDtype
     offsets: torch.Tensor = field(init=False)
     """First row of each example, and behind the last one the number of all rows."""
 
     def __post_init__(self) -> None:
-        offsets = torch.cat((torch.zeros(1, dtype=torch.int64), self.counts.cumsum(0)))
+        offsets = torch.cat((torch.zeros(1, dtype=torch.int64), self.label_counts.cumsum(0)))
         object.__setattr__(self, "offsets", offsets)
 
     @property
-    def examples(self) -> int:
+    def num_examples(self) -> int:
         """How many there are."""
-        return len(self.counts)
+        return len(self.label_counts)
 
     @property
-    def positions(self) -> int:
+    def num_positions(self) -> int:
         """Rows of all of them."""
         return int(self.offsets[-1])
 
     @property
-    def states_bytes(self) -> int:
+    def nbytes(self) -> int:
         """Size of the file of rows."""
-        return self.positions * self.width * STORAGE_DTYPES[self.stored].itemsize
+        return self.num_positions * self.hidden_size * STORAGE_DTYPES[self.dtype].itemsize
 
     def rows(self, example: int) -> slice:
         """Those of one example."""
@@ -72,68 +72,68 @@ class StoreLayout:
 class FeatureStore:
     """An opened store; its files are whole and of the right size when it is made."""
 
-    def __init__(self, folder: Path, layout: StoreLayout) -> None:
-        self.folder, self.layout = folder, layout
-        self._map, states = _map_file(folder / _FEATURES_FILE, STORAGE_DTYPES[layout.stored])
-        self._states = states.view(layout.positions, layout.width)
-        self._flags_map, self._flags = _map_file(folder / _COMPLETED_FILE, torch.uint8)
+    def __init__(self, directory: Path, layout: StoreLayout) -> None:
+        self.directory, self.layout = directory, layout
+        self._features_mmap, states = _map_file(directory / _FEATURES_FILE, STORAGE_DTYPES[layout.dtype])
+        self._features = states.view(layout.num_positions, layout.hidden_size)
+        self._completed_mmap, self._completed = _map_file(directory / _COMPLETED_FILE, torch.uint8)
 
     @property
     def nbytes(self) -> int:
         """Of the file of rows."""
-        return self.layout.states_bytes
+        return self.layout.nbytes
 
-    def complete(self) -> torch.Tensor:
+    def completed_mask(self) -> torch.Tensor:
         """Which examples are there, bool: a copy, which what is written later does not change."""
-        return self._flags.bool()
+        return self._completed.bool()
 
-    def write(self, examples: Sequence[int], states: torch.Tensor) -> None:
+    def write(self, examples: Sequence[int], features: torch.Tensor) -> None:
         """Keep ``states`` (rows of all ``examples`` in their order, width), rounded to the stored type.
 
         What is there already stays: another process may be reading it.
         """
-        counts = self.layout.counts[list(examples)].tolist()
-        if sum(counts) != len(states):
-            raise ValueError(f"{len(states)} states for the {sum(counts)} labelled positions of these examples")
-        parts = states.detach().to(STORAGE_DTYPES[self.layout.stored]).cpu().split(counts)
+        counts = self.layout.label_counts[list(examples)].tolist()
+        if sum(counts) != len(features):
+            raise ValueError(f"{len(features)} states for the {sum(counts)} labelled positions of these examples")
+        parts = features.detach().to(STORAGE_DTYPES[self.layout.dtype]).cpu().split(counts)
         for example, part in zip(examples, parts, strict=True):
-            if not self._flags[example]:
-                self._states[self.layout.rows(example)] = part
-                self._flags[example] = 1  # not before: whoever is killed in between leaves an example that is not there
-        self._let_go()
+            if not self._completed[example]:
+                self._features[self.layout.rows(example)] = part
+                self._completed[example] = 1  # not before: whoever is killed in between leaves an example that is not there
+        self._release_pages()
 
-    def read(self, examples: Sequence[int], *, pinned: bool = False) -> torch.Tensor:
+    def read(self, examples: Sequence[int], *, pin_memory: bool = False) -> torch.Tensor:
         """Rows of all ``examples`` in their order, (rows, width) in the stored type, in page-locked memory if asked.
 
         Raises:
             KeyError: one is not there.
         """
-        if missing := [example for example in examples if not self._flags[example]]:
-            raise KeyError(f"hidden states of example {missing[0]} are not in {self.folder}")
+        if missing := [example for example in examples if not self._completed[example]]:
+            raise KeyError(f"hidden states of example {missing[0]} are not in {self.directory}")
         places = [self.layout.rows(example) for example in examples]
         total = sum(place.stop - place.start for place in places)
-        made = torch.empty((total, self.layout.width), dtype=self._states.dtype, pin_memory=pinned)
-        torch.cat([self._states[place] for place in places], out=made)
-        self._let_go()
+        made = torch.empty((total, self.layout.hidden_size), dtype=self._features.dtype, pin_memory=pin_memory)
+        torch.cat([self._features[place] for place in places], out=made)
+        self._release_pages()
         return made
 
-    def seal(self) -> None:
+    def mark_durable(self) -> None:
         """Have the system write all to the disk, where all is there: then it is good after a crash of the machine too.
 
         Where that fails, it is good until then.
         """
-        sealed = self.folder / _DURABLE_FILE
-        if sealed.exists() or not bool(self._flags.all()):
+        sealed = self.directory / _DURABLE_FILE
+        if sealed.exists() or not bool(self._completed.all()):
             return
         with contextlib.suppress(OSError, OutputError):
-            self._map.flush()
-            self._flags_map.flush()
+            self._features_mmap.flush()
+            self._completed_mmap.flush()
             write_atomically(sealed, "")
 
-    def _let_go(self) -> None:
+    def _release_pages(self) -> None:
         """Take what was touched out of this process's memory (not of the system's cache), or its peak would hold it."""
         if _MADV_DONTNEED is not None:
-            self._map.madvise(_MADV_DONTNEED)
+            self._features_mmap.madvise(_MADV_DONTNEED)
 
 
 def _map_file(path: Path, dtype: torch.dtype) -> tuple[mmap.mmap, torch.Tensor]:
@@ -142,18 +142,18 @@ def _map_file(path: Path, dtype: torch.dtype) -> tuple[mmap.mmap, torch.Tensor]:
     return mapped, torch.frombuffer(mapped, dtype=dtype)
 
 
-def hash_cache_key(of: Mapping[str, Any]) -> str:
+def hash_cache_key(cache_key: Mapping[str, Any]) -> str:
     """The name of the store of what ``of`` describes (values that JSON knows)."""
-    described = json.dumps([_FORMAT_VERSION, dict(of)], sort_keys=True)
+    described = json.dumps([_FORMAT_VERSION, dict(cache_key)], sort_keys=True)
     return hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
 
 
-def get_store_dir(of: Mapping[str, Any]) -> Path:
+def get_store_dir(cache_key: Mapping[str, Any]) -> Path:
     """The folder of that store, in the user's cache."""
-    return cache_dir() / "trunk" / hash_cache_key(of)
+    return cache_dir() / "trunk" / hash_cache_key(cache_key)
 
 
-def open_store(of: Mapping[str, Any], layout: StoreLayout, announce: Callable[[str], None]) -> FeatureStore:
+def open_store(cache_key: Mapping[str, Any], layout: StoreLayout, log: Callable[[str], None]) -> FeatureStore:
     """The store of what ``of`` describes, made where it is not there or is damaged.
 
     ``announce`` is told its size before it is made.
@@ -162,9 +162,9 @@ def open_store(of: Mapping[str, Any], layout: StoreLayout, announce: Callable[[s
         DiskFullError: the disk has less room; nothing is left behind.
         OutputError: it cannot be written there.
     """
-    folder = get_store_dir(of)
-    wanted = {"format": _FORMAT_VERSION, "of": dict(of), "examples": layout.examples, "positions": layout.positions,
-              "width": layout.width, "stored": layout.stored}  # fmt: skip
+    folder = get_store_dir(cache_key)
+    wanted = {"format": _FORMAT_VERSION, "of": dict(cache_key), "examples": layout.num_examples, "positions": layout.num_positions,
+              "width": layout.hidden_size, "stored": layout.dtype}  # fmt: skip
     try:
         if not _is_valid_store(folder, layout, wanted):
             _check_disk_space(folder, layout)  # before a folder is made for it
@@ -172,56 +172,56 @@ def open_store(of: Mapping[str, Any], layout: StoreLayout, announce: Callable[[s
             with FileLock(folder.with_name(f"{folder.name}.lock")):
                 if not _is_valid_store(folder, layout, wanted):  # another process may have made it meanwhile
                     shutil.rmtree(folder, ignore_errors=True)
-                    announce(describe_store(layout, folder))
+                    log(describe_store(layout, folder))
                     _create_store(folder, layout, wanted)
         return FeatureStore(folder, layout)
     except OSError as error:
         raise write_error(folder, error) from error
 
 
-def describe_store(layout: StoreLayout, folder: Path) -> str:
+def describe_store(layout: StoreLayout, directory: Path) -> str:
     """How large a store is, and where."""
     return (
-        f"the hidden states of {layout.positions:,} labelled positions take {layout.states_bytes:,} bytes in {folder}"
+        f"the hidden states of {layout.num_positions:,} labelled positions take {layout.nbytes:,} bytes in {directory}"
     )
 
 
-def _is_valid_store(folder: Path, layout: StoreLayout, wanted: dict[str, Any]) -> bool:
+def _is_valid_store(directory: Path, layout: StoreLayout, metadata: dict[str, Any]) -> bool:
     """Whether the files are there, as large as they must be, and of what was asked for."""
     try:
-        meta = json.loads((folder / _METADATA_FILE).read_text(encoding="utf-8"))
-        flags = (folder / _COMPLETED_FILE).read_bytes()
-        size = (folder / _FEATURES_FILE).stat().st_size
+        meta = json.loads((directory / _METADATA_FILE).read_text(encoding="utf-8"))
+        flags = (directory / _COMPLETED_FILE).read_bytes()
+        size = (directory / _FEATURES_FILE).stat().st_size
     except (OSError, ValueError):
         return False
     # After a crash of the machine flags may be on the disk whose rows are not.
-    trusted = (folder / _DURABLE_FILE).exists() or meta.pop("boot", None) == _read_boot_id()
+    trusted = (directory / _DURABLE_FILE).exists() or meta.pop("boot", None) == _read_boot_id()
     meta.pop("boot", None)
-    sizes = (size, len(flags)) == (layout.states_bytes, layout.examples)
-    return trusted and sizes and meta == wanted and max(flags, default=0) <= 1
+    sizes = (size, len(flags)) == (layout.nbytes, layout.num_examples)
+    return trusted and sizes and meta == metadata and max(flags, default=0) <= 1
 
 
-def _check_disk_space(folder: Path, layout: StoreLayout) -> None:
-    there = next(place for place in folder.parents if place.exists())
-    replaced = sum(path.stat().st_blocks * 512 for path in folder.glob("*"))  # a damaged one, say
-    free, needed = shutil.disk_usage(there).free + replaced, layout.states_bytes + layout.examples
+def _check_disk_space(directory: Path, layout: StoreLayout) -> None:
+    there = next(place for place in directory.parents if place.exists())
+    replaced = sum(path.stat().st_blocks * 512 for path in directory.glob("*"))  # a damaged one, say
+    free, needed = shutil.disk_usage(there).free + replaced, layout.nbytes + layout.num_examples
     if free < needed:
         raise DiskFullError(
-            f"{describe_store(layout, folder)}, and its disk has {free:,} free; make room, set {CACHE_DIR_ENV} to a folder "
+            f"{describe_store(layout, directory)}, and its disk has {free:,} free; make room, set {CACHE_DIR_ENV} to a folder "
             "on a larger disk, or train.feature_cache to "
-            + ("bf16, which takes half, or null" if layout.stored == "fp32" else "null")
+            + ("bf16, which takes half, or null" if layout.dtype == "fp32" else "null")
         )
 
 
-def _create_store(folder: Path, layout: StoreLayout, wanted: dict[str, Any]) -> None:
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
+def _create_store(directory: Path, layout: StoreLayout, metadata: dict[str, Any]) -> None:
+    unfinished = directory.with_name(f".{directory.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed: the lock is ours
     try:
         unfinished.mkdir()
-        _allocate(unfinished / _FEATURES_FILE, layout.states_bytes)
-        _allocate(unfinished / _COMPLETED_FILE, layout.examples)
-        write_atomically(unfinished / _METADATA_FILE, json.dumps(wanted | {"boot": _read_boot_id()}, indent=1) + "\n")
-        unfinished.rename(folder)
+        _allocate(unfinished / _FEATURES_FILE, layout.nbytes)
+        _allocate(unfinished / _COMPLETED_FILE, layout.num_examples)
+        write_atomically(unfinished / _METADATA_FILE, json.dumps(metadata | {"boot": _read_boot_id()}, indent=1) + "\n")
+        unfinished.rename(directory)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from peftbench.memory.devices import get_device_facts, get_facts_by_torch_name
-from peftbench.memory.search import TECHNIQUES, MemoryTarget, choose_micro_batch, strategies, with_micro_batch
-from peftbench.memory.launch_config import select_launcher_env, build_launch_config
 from peftbench.errors import BudgetTooSmallError, PeftbenchError
+from peftbench.memory.devices import get_device_facts, get_facts_by_torch_name
+from peftbench.memory.launch_config import build_launch_config, select_launcher_env
+from peftbench.memory.search import TECHNIQUES, MemoryTarget, choose_micro_batch, strategies, with_micro_batch
 from peftbench.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -34,25 +34,25 @@ class AdviceRequest(BaseModel):
 
     recipe: Recipe
     budget_bytes: int
-    device: str
+    device_name: str
     """By torch's name for it, or cpu."""
-    processes: int = 1
-    launcher: dict[str, str] = {}
+    num_processes: int = 1
+    launcher_env: dict[str, str] = {}
     """What each process was told by its launcher."""
 
     @classmethod
-    def here(cls, recipe: Recipe, budget_bytes: int, device: str) -> AdviceRequest:
+    def from_environment(cls, recipe: Recipe, budget_bytes: int, device_name: str) -> AdviceRequest:
         """With the launcher that started this process."""
         return cls(
-            recipe=recipe, budget_bytes=budget_bytes, device=device, launcher=select_launcher_env(os.environ),
-            processes=int(os.environ.get("WORLD_SIZE", "1")),
+            recipe=recipe, budget_bytes=budget_bytes, device_name=device_name, launcher_env=select_launcher_env(os.environ),
+            num_processes=int(os.environ.get("WORLD_SIZE", "1")),
         )  # fmt: skip
 
-    def room(self) -> MemoryTarget:
+    def build_target(self) -> MemoryTarget:
         """What is to be fitted."""
-        facts = get_device_facts("cpu") if self.device == "cpu" else get_facts_by_torch_name(self.device)
-        world = build_launch_config(self.processes, self.launcher, with_micro_batch(self.recipe, 1))
-        return MemoryTarget(facts, self.device, self.budget_bytes, world)
+        facts = get_device_facts("cpu") if self.device_name == "cpu" else get_facts_by_torch_name(self.device_name)
+        world = build_launch_config(self.num_processes, self.launcher_env, with_micro_batch(self.recipe, 1))
+        return MemoryTarget(facts, self.device_name, self.budget_bytes, world)
 
 
 class Advice(BaseModel):
@@ -60,10 +60,10 @@ class Advice(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    needed_bytes: int | None = None
+    estimated_peak_bytes: int | None = None
     """What the recipe's process is predicted to hold, at least."""
     suggestion: str | None = None
-    problem: str | None = None
+    error: str | None = None
     """Why there is no answer."""
 
 
@@ -72,37 +72,37 @@ class MicroBatchChoice(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    micro_batch: int = 1
-    evaluation_batch: int = 1
+    micro_batch_size: int = 1
+    evaluation_batch_size: int = 1
     note: str | None = None
-    problem: str | None = None
+    error: str | None = None
 
 
-def request_advice(question: AdviceRequest) -> Advice:
+def request_advice(request: AdviceRequest) -> Advice:
     """Ask what would have fitted, and wait some minutes for it at most; what asks has a record to write."""
-    said, problem = _run_advisor(question, "advice")
+    said, problem = _run_advisor(request, "advice")
     try:
         return Advice.model_validate_json(said)
     except ValidationError:
         return Advice(problem=problem)
 
 
-def request_micro_batch(question: AdviceRequest) -> MicroBatchChoice:
+def request_micro_batch(request: AdviceRequest) -> MicroBatchChoice:
     """Ask what ``train.micro_batch_size=auto`` becomes."""
-    said, problem = _run_advisor(question, "settle")
+    said, problem = _run_advisor(request, "settle")
     try:
         return MicroBatchChoice.model_validate_json(said)
     except ValidationError:
         return MicroBatchChoice(problem=f"{problem}; set train.micro_batch_size to a number")
 
 
-def _run_advisor(question: AdviceRequest, what: str) -> tuple[str, str]:
+def _run_advisor(request: AdviceRequest, request_kind: str) -> tuple[str, str]:
     """The last line of an estimator in a process of its own, and why there may be none."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(_STRIPPED_ENV_PREFIXES)}
     environment["CUDA_VISIBLE_DEVICES"] = ""
     try:
         done = subprocess.run(
-            [sys.executable, "-m", __name__, what], input=question.model_dump_json(), capture_output=True, text=True,
+            [sys.executable, "-m", __name__, request_kind], input=request.model_dump_json(), capture_output=True, text=True,
             timeout=_TIMEOUT_SECONDS, check=False, env=environment,
         )  # fmt: skip
     except OSError as error:
@@ -117,18 +117,18 @@ def _get_last_line(text: str) -> str:
     return (text.strip().splitlines() or [""])[-1]
 
 
-def advise(question: AdviceRequest) -> Advice:
+def advise(request: AdviceRequest) -> Advice:
     """What the recipe needs, and the fastest change that is predicted to fit; one that trades nothing, if there is."""
     from peftbench.memory.estimate import estimate
 
-    recipe = question.recipe
+    recipe = request.recipe
     try:
-        room = question.room()
-        needed = estimate(recipe, room.facts, room.device, world=room.world).process_bytes[0]
+        room = request.build_target()
+        needed = estimate(recipe, room.facts, room.device_name, launch_config=room.launch_config).process_bytes[0]
     except PeftbenchError as error:
         return Advice(problem=str(error))
     print(Advice(needed_bytes=needed).model_dump_json(), flush=True)  # should the search take too long
-    free = ",".join(technique.name for technique in TECHNIQUES if technique.trades is None)
+    free = ",".join(technique.name for technique in TECHNIQUES if technique.tradeoff is None)
     for allowed in (free, "all"):
         try:
             fitting = strategies(recipe, allowed, room)
@@ -141,19 +141,19 @@ def advise(question: AdviceRequest) -> Advice:
     return Advice(needed_bytes=needed, suggestion="no smaller micro-batch and no technique of peftbench fit would fit")
 
 
-def build_micro_batch_choice(question: AdviceRequest) -> MicroBatchChoice:
+def build_micro_batch_choice(request: AdviceRequest) -> MicroBatchChoice:
     """What ``train.micro_batch_size=auto`` becomes, or why it cannot be said."""
     try:
-        recipe, note = choose_micro_batch(question.recipe, question.room())
+        recipe, note = choose_micro_batch(request.recipe, request.build_target())
     except PeftbenchError as error:
         return MicroBatchChoice(problem=str(error))
-    return MicroBatchChoice(micro_batch=recipe.train.rows or 1, evaluation_batch=recipe.evaluate.batch_size, note=note)
+    return MicroBatchChoice(micro_batch=recipe.train.resolved_micro_batch_size or 1, evaluation_batch=recipe.evaluate.batch_size, note=note)
 
 
 def _format_suggestion(strategy: Strategy) -> str:
-    trades = f", which trades {'; '.join(strategy.trades)}" if strategy.trades else ""
+    trades = f", which trades {'; '.join(strategy.tradeoffs)}" if strategy.tradeoffs else ""
     most = strategy.plan.process_bytes[1] / 2**20
-    return f"{' '.join(strategy.changes)} is predicted to fit, with {most:,.0f} MiB at most{trades}"
+    return f"{' '.join(strategy.overrides)} is predicted to fit, with {most:,.0f} MiB at most{trades}"
 
 
 def main() -> None:

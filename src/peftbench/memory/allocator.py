@@ -31,13 +31,13 @@ class _Block:
 
     address: int
     size: int
-    small: bool
-    used: bool = False
-    before: _Block | None = None
-    after: _Block | None = None
+    is_small: bool
+    is_allocated: bool = False
+    prev: _Block | None = None
+    next: _Block | None = None
 
     @property
-    def key(self) -> tuple[int, int]:
+    def sort_key(self) -> tuple[int, int]:
         return self.size, self.address
 
 
@@ -48,15 +48,15 @@ class _BlockPool:
     blocks: list[_Block] = field(default_factory=list)
 
     def add(self, block: _Block) -> None:
-        bisect.insort(self.blocks, block, key=lambda b: b.key)
+        bisect.insort(self.blocks, block, key=lambda b: b.sort_key)
 
     def remove(self, block: _Block) -> None:
-        index = bisect.bisect_left(self.blocks, block.key, key=lambda b: b.key)
+        index = bisect.bisect_left(self.blocks, block.sort_key, key=lambda b: b.sort_key)
         del self.blocks[index]
 
-    def take(self, size: int) -> _Block | None:
+    def pop_best_fit(self, size: int) -> _Block | None:
         """The smallest block of at least ``size``, no more in the pool."""
-        index = bisect.bisect_left(self.blocks, (size, -1), key=lambda b: b.key)
+        index = bisect.bisect_left(self.blocks, (size, -1), key=lambda b: b.sort_key)
         return self.blocks.pop(index) if index < len(self.blocks) else None
 
 
@@ -73,14 +73,14 @@ class CachingAllocator:
 
     def __init__(self, capacity: int | None = None) -> None:
         self.capacity = capacity
-        self.allocated = self.reserved = self.peak_allocated = self.peak_reserved = 0
-        self.retries = 0
+        self.allocated_bytes = self.reserved_bytes = self.peak_allocated_bytes = self.peak_reserved_bytes = 0
+        self.num_alloc_retries = 0
         """How often cached segments were given back because the driver had no more."""
         self._pools = {True: _BlockPool(), False: _BlockPool()}
-        self._held: dict[int, _Block] = {}
-        self._next = 0
+        self._live_blocks: dict[int, _Block] = {}
+        self._next_address = 0
 
-    def allocate(self, name: int, size: int) -> None:
+    def allocate(self, storage_id: int, size: int) -> None:
         """Serve a request of ``size`` bytes, to be freed under ``name``.
 
         Raises:
@@ -90,96 +90,96 @@ class CachingAllocator:
             return
         rounded = max(MIN_BLOCK_SIZE, -(-size // MIN_BLOCK_SIZE) * MIN_BLOCK_SIZE)
         small = rounded <= SMALL_SIZE
-        block = self._pools[small].take(rounded) or self._segment(rounded, small)
+        block = self._pools[small].pop_best_fit(rounded) or self._allocate_segment(rounded, small)
         left = block.size - rounded
         if left >= MIN_BLOCK_SIZE if small else left > SMALL_SIZE:
-            rest = _Block(block.address + rounded, left, small, before=block, after=block.after)
-            if block.after is not None:
-                block.after.before = rest
-            block.after, block.size = rest, rounded
+            rest = _Block(block.address + rounded, left, small, prev=block, next=block.next)
+            if block.next is not None:
+                block.next.prev = rest
+            block.next, block.size = rest, rounded
             self._pools[small].add(rest)
-        block.used = True
-        self._held[name] = block
-        self.allocated += block.size
-        self.peak_allocated = max(self.peak_allocated, self.allocated)
+        block.is_allocated = True
+        self._live_blocks[storage_id] = block
+        self.allocated_bytes += block.size
+        self.peak_allocated_bytes = max(self.peak_allocated_bytes, self.allocated_bytes)
 
-    def free(self, name: int) -> None:
+    def free(self, storage_id: int) -> None:
         """Take back what was served under ``name``."""
-        block = self._held.pop(name, None)
+        block = self._live_blocks.pop(storage_id, None)
         if block is None:  # of no bytes
             return
-        self.allocated -= block.size
-        block.used = False
-        pool = self._pools[block.small]
-        for other in (block.before, block.after):
-            if other is not None and not other.used:
+        self.allocated_bytes -= block.size
+        block.is_allocated = False
+        pool = self._pools[block.is_small]
+        for other in (block.prev, block.next):
+            if other is not None and not other.is_allocated:
                 pool.remove(other)
                 block = _merge_blocks(*sorted((block, other), key=lambda b: b.address))
         pool.add(block)
 
-    def give_back(self) -> None:
+    def empty_cache(self) -> None:
         """Return every segment of which nothing is used to the driver, as ``torch.cuda.empty_cache`` does."""
         for pool in self._pools.values():
-            whole = [block for block in pool.blocks if block.before is None and block.after is None]
+            whole = [block for block in pool.blocks if block.prev is None and block.next is None]
             for block in whole:
                 pool.remove(block)
-                self.reserved -= block.size
+                self.reserved_bytes -= block.size
 
-    def _segment(self, size: int, small: bool) -> _Block:
-        segment = SMALL_BUFFER if small else LARGE_BUFFER
-        if not small and size >= MIN_LARGE_ALLOC:
+    def _allocate_segment(self, size: int, is_small: bool) -> _Block:
+        segment = SMALL_BUFFER if is_small else LARGE_BUFFER
+        if not is_small and size >= MIN_LARGE_ALLOC:
             segment = -(-size // ROUND_LARGE) * ROUND_LARGE
-        if self.capacity is not None and self.reserved + segment > self.capacity:
-            self.retries += 1
-            self.give_back()
-            if self.reserved + segment > self.capacity:
+        if self.capacity is not None and self.reserved_bytes + segment > self.capacity:
+            self.num_alloc_retries += 1
+            self.empty_cache()
+            if self.reserved_bytes + segment > self.capacity:
                 raise OutOfMemoryError(size)
-        self.reserved += segment
-        self.peak_reserved = max(self.peak_reserved, self.reserved)
-        made = _Block(self._next, segment, small)
-        self._next += segment
+        self.reserved_bytes += segment
+        self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
+        made = _Block(self._next_address, segment, is_small)
+        self._next_address += segment
         return made
 
 
 class CpuPages:
     """The CPU's, as a run under a budget sets it up: each block is taken from the system in pages and given back."""
 
-    PAGE = 4096
-    WHOLE = 64 * 2**10
+    PAGE_SIZE = 4096
+    MMAP_THRESHOLD = 64 * 2**10
     """Bytes from which on a block has pages of its own; smaller ones share theirs."""
-    HEADER = 80
+    MMAP_HEADER = 80
     """What the C library puts before a block of its own pages that is aligned to 64 bytes, as torch's are."""
 
     def __init__(self, capacity: int | None = None) -> None:
         self.capacity = capacity
-        self.allocated = self.peak_reserved = 0
-        self._held: dict[int, int] = {}
+        self.allocated_bytes = self.peak_reserved_bytes = 0
+        self._live_bytes: dict[int, int] = {}
 
-    def allocate(self, name: int, size: int) -> None:
+    def allocate(self, storage_id: int, size: int) -> None:
         """Take ``size`` bytes, to be freed under ``name``.
 
         Raises:
             OutOfMemoryError: the system has no more.
         """
-        pages = size if size < self.WHOLE else -(-(size + self.HEADER) // self.PAGE) * self.PAGE
-        if self.capacity is not None and self.allocated + pages > self.capacity:
+        pages = size if size < self.MMAP_THRESHOLD else -(-(size + self.MMAP_HEADER) // self.PAGE_SIZE) * self.PAGE_SIZE
+        if self.capacity is not None and self.allocated_bytes + pages > self.capacity:
             raise OutOfMemoryError(size)
-        self._held[name] = pages
-        self.allocated += pages
-        self.peak_reserved = max(self.peak_reserved, self.allocated)
+        self._live_bytes[storage_id] = pages
+        self.allocated_bytes += pages
+        self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.allocated_bytes)
 
-    def free(self, name: int) -> None:
+    def free(self, storage_id: int) -> None:
         """Give back what was taken under ``name``."""
-        self.allocated -= self._held.pop(name, 0)
+        self.allocated_bytes -= self._live_bytes.pop(storage_id, 0)
 
-    def give_back(self) -> None:
+    def empty_cache(self) -> None:
         """Nothing is cached."""
 
 
 def _merge_blocks(first: _Block, second: _Block) -> _Block:
     """Two neighbours as one block."""
     first.size += second.size
-    first.after = second.after
-    if second.after is not None:
-        second.after.before = first
+    first.next = second.next
+    if second.next is not None:
+        second.next.prev = first
     return first

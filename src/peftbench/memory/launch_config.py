@@ -32,50 +32,50 @@ class LaunchConfig:
     """Processes that train together; a plan is of the first one."""
 
     engine: EngineKind = SINGLE
-    processes: int = 1
-    launcher: Mapping[str, str] = field(default_factory=dict)
+    num_processes: int = 1
+    launcher_env: Mapping[str, str] = field(default_factory=dict)
     """What the launcher tells each process by its environment."""
 
     @property
-    def alone(self) -> bool:
+    def is_single_process(self) -> bool:
         """Whether it is one process without an engine."""
         return self.engine == SINGLE
 
-    def environment(self) -> AbstractContextManager[object]:
+    def patch_environ(self) -> AbstractContextManager[object]:
         """What the launcher gives to its first process, in the place of what this one was given."""
         told = {
-            "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(self.processes),
-            "LOCAL_WORLD_SIZE": str(self.processes), "MASTER_ADDR": "localhost", "MASTER_PORT": "0",
+            "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(self.num_processes),
+            "LOCAL_WORLD_SIZE": str(self.num_processes), "MASTER_ADDR": "localhost", "MASTER_PORT": "0",
             "OMP_NUM_THREADS": "1",  # or accelerate would set the threads of this process
         }  # fmt: skip
         kept = {key: value for key, value in os.environ.items() if not key.startswith(_LAUNCHER_ENV_PREFIXES)}
-        return patch.dict(os.environ, kept | told | dict(self.launcher), clear=True)
+        return patch.dict(os.environ, kept | told | dict(self.launcher_env), clear=True)
 
 
 SINGLE_PROCESS = LaunchConfig()
 
 
-def load_launch_config(path: Path, processes: int | None, recipe: Recipe) -> LaunchConfig:
+def load_launch_config(path: Path, num_processes: int | None, recipe: Recipe) -> LaunchConfig:
     """The processes that ``accelerate launch --config_file path`` starts for ``recipe``.
 
     Raises:
         MissingFileError, EngineError: there is no such file, accelerate refuses it, or it asks for no known engine.
     """
     with suppress_library_output():
-        started, launcher = _parse_accelerate_config(path, processes)
+        started, launcher = _parse_accelerate_config(path, num_processes)
     return build_launch_config(started, launcher, recipe)
 
 
-def build_launch_config(processes: int, launcher: Mapping[str, str], recipe: Recipe) -> LaunchConfig:
+def build_launch_config(num_processes: int, launcher_env: Mapping[str, str], recipe: Recipe) -> LaunchConfig:
     """The processes that a launcher starts for ``recipe``, by what it tells each.
 
     Raises:
         EngineError: it asks for no known engine.
     """
-    with suppress_library_output(), LaunchConfig(processes=processes, launcher=launcher).environment():
-        engine, _ = resolve_engine(recipe, Path(), processes)
-    check_divisible(recipe.train.global_batch_size, processes)
-    return LaunchConfig(engine, processes, launcher)
+    with suppress_library_output(), LaunchConfig(num_processes=num_processes, launcher_env=launcher_env).patch_environ():
+        engine, _ = resolve_engine(recipe, Path(), num_processes)
+    check_divisible(recipe.train.global_batch_size, num_processes)
+    return LaunchConfig(engine, num_processes, launcher_env)
 
 
 def select_launcher_env(environment: Mapping[str, str]) -> dict[str, str]:
@@ -96,7 +96,7 @@ def suppress_library_output() -> Iterator[None]:
         logging.disable(before)
 
 
-def _parse_accelerate_config(path: Path, processes: int | None = None) -> tuple[int, dict[str, str]]:
+def _parse_accelerate_config(path: Path, num_processes: int | None = None) -> tuple[int, dict[str, str]]:
     """How many processes ``accelerate launch --config_file path`` starts, and what it tells them.
 
     Raises:
@@ -110,7 +110,7 @@ def _parse_accelerate_config(path: Path, processes: int | None = None) -> tuple[
 
     # The port is of no use here; 0 is any that is free.
     words = ["--config_file", str(path), "--main_process_port", "0", "--num_cpu_threads_per_process", "1"]
-    words += ["--num_processes", str(processes)] if processes is not None else []
+    words += ["--num_processes", str(num_processes)] if num_processes is not None else []
     try:
         asked, *_ = _validate_launch_command(launch_command_parser().parse_args([*words, "train.py"]))
         if asked.use_deepspeed:

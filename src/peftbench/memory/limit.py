@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from peftbench.errors import BudgetError
 from peftbench.memory.allocator import CpuPages
 from peftbench.memory.devices import get_device_facts, get_facts_by_torch_name
-from peftbench.errors import BudgetError
-from peftbench.profiler.memory import read_reserved_bytes, read_proc_status_bytes
+from peftbench.profiler.memory import read_proc_status_bytes, read_reserved_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,15 +38,15 @@ class MemoryLimit:
     """What holds this process to its budget."""
 
     budget_bytes: int
-    tensors_bytes: int
+    tensor_bytes: int
     """What is left of the budget for tensors, and on CPU for whatever else the process allocates."""
-    held_bytes: Callable[[], int]
+    read_in_use_bytes: Callable[[], int]
     """What of it is held now."""
-    lift: Callable[[], None]
+    release: Callable[[], None]
     """Let the process have as much as there is again."""
 
 
-def limit_memory(budget_bytes: int, device: torch.device, context_bytes: int | None) -> MemoryLimit:
+def limit_memory(budget_bytes: int, device: torch.device, cuda_context_bytes: int | None) -> MemoryLimit:
     """Hold this process to ``budget_bytes`` of ``device`` from now on.
 
     ``context_bytes`` is what it holds of a GPU beside tensors, None where nothing tells.
@@ -55,17 +55,17 @@ def limit_memory(budget_bytes: int, device: torch.device, context_bytes: int | N
         BudgetError: the device has less, or the budget leaves nothing for tensors.
     """
     if device.type == "cuda":
-        return _limit_cuda_memory(budget_bytes, device, context_bytes)
+        return _limit_cuda_memory(budget_bytes, device, cuda_context_bytes)
     return _limit_cpu_memory(budget_bytes)
 
 
-def _limit_cuda_memory(budget_bytes: int, device: torch.device, context_bytes: int | None) -> MemoryLimit:
+def _limit_cuda_memory(budget_bytes: int, device: torch.device, cuda_context_bytes: int | None) -> MemoryLimit:
     device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     properties = torch.cuda.get_device_properties(device)
     _check_capacity(budget_bytes, properties.total_memory, properties.name)
     facts = get_facts_by_torch_name(properties.name)
     # What was measured is of before the first kernel, and kernels are loaded as they are needed.
-    beside = max(facts.context[1], context_bytes or 0) + facts.workspaces[1]
+    beside = max(facts.context[1], cuda_context_bytes or 0) + facts.workspaces[1]
     tensors = budget_bytes - beside
     if tensors <= 0:
         raise BudgetError(
@@ -108,10 +108,10 @@ def _limit_cpu_memory(budget_bytes: int) -> MemoryLimit:
     )  # fmt: skip
 
 
-def _check_capacity(budget_bytes: int, there: int, name: str) -> None:
-    if budget_bytes > there:
+def _check_capacity(budget_bytes: int, capacity_bytes: int, name: str) -> None:
+    if budget_bytes > capacity_bytes:
         raise BudgetError(
-            f"budget.memory={budget_bytes:,} bytes is more than the {there:,} of {name}; give less, or take it out"
+            f"budget.memory={budget_bytes:,} bytes is more than the {capacity_bytes:,} of {name}; give less, or take it out"
         )
 
 
@@ -148,6 +148,6 @@ def _disable_malloc_caching() -> None:
     """Let the C library take each large block from the system and give it back; it would keep those up to 32 MiB."""
     with suppress(OSError, AttributeError):  # another C library
         library = ctypes.CDLL("libc.so.6")
-        library.mallopt(_M_MMAP_THRESHOLD, CpuPages.WHOLE)
-        library.mallopt(_M_TRIM_THRESHOLD, CpuPages.WHOLE)
+        library.mallopt(_M_MMAP_THRESHOLD, CpuPages.MMAP_THRESHOLD)
+        library.mallopt(_M_TRIM_THRESHOLD, CpuPages.MMAP_THRESHOLD)
         library.malloc_trim(0)

@@ -25,7 +25,7 @@ class PhasePeak(_FrozenModel):
     """Sizes of the tensors that are there."""
     allocated_bytes: int
     """What torch's allocator gives for them."""
-    live_by_kind: dict[str, int]
+    live_bytes_by_category: dict[str, int]
     operation: str
     """Whose result made it the peak."""
 
@@ -35,26 +35,26 @@ class Plan(_FrozenModel):
 
     name: str
     engine: str
-    processes: int = 1
-    device: str
+    num_processes: int = 1
+    device_name: str
     calibrated: bool
     """Whether what only the device knows was measured on one."""
-    rows: int
+    micro_batch_size: int
     """Of a micro-batch."""
-    width: int
+    sequence_length: int
     """Real tokens of its longest row; virtual ones come on top."""
-    micro_batches: int
-    evaluation_rows: int
+    gradient_accumulation_steps: int
+    evaluation_batch_size: int
     """Examples at once in evaluation."""
     step_flops: int | None
     """Of one optimizer step of one process, over rows that are all as long as that; None where not known."""
-    parts: dict[str, PhasePeak]
-    peak_part: str
+    phase_peaks: dict[str, PhasePeak]
+    peak_phase: str
     reserved_bytes: int
     """What the allocator takes from the driver."""
-    context_bytes: tuple[int, int]
+    cuda_context_bytes: tuple[int, int]
     """Of the driver and of kernels that are loaded: at least and at most."""
-    workspaces_bytes: tuple[int, int]
+    workspace_bytes: tuple[int, int]
     """Of cuBLAS and its kin, at least and at most."""
     process_bytes: tuple[int, int]
     """Of all three, at least and at most."""
@@ -67,7 +67,7 @@ class Plan(_FrozenModel):
     @property
     def peak(self) -> PhasePeak:
         """The part that holds most."""
-        return self.parts[self.peak_part]
+        return self.phase_peaks[self.peak_phase]
 
 
 class UnplannedRun(_FrozenModel):
@@ -81,12 +81,12 @@ class Strategy(_FrozenModel):
     """Ways of saving memory and the largest micro-batch that fit together."""
 
     techniques: tuple[str, ...]
-    changes: tuple[str, ...]
+    overrides: tuple[str, ...]
     """To the recipe, as on a command line."""
-    trades: tuple[str, ...]
+    tradeoffs: tuple[str, ...]
     """What is another computation with them."""
     plan: Plan
-    seconds: float | None
+    step_seconds: float | None
     """Of a step at the device's peak FLOP/s by its data sheet; good for ratios. None where not known."""
 
     @property
@@ -106,11 +106,11 @@ class ModelFit(_FrozenModel):
 class Verification(_FrozenModel):
     """What runs under the budget have shown of the first answer."""
 
-    predicted: int
+    predicted_micro_batch_size: int
     """The micro-batch that the search found."""
-    outcomes: dict[int, str]
+    outcome_by_micro_batch_size: dict[int, str]
     """How each run ended, by its micro-batch, in the order in which they were run."""
-    largest: int | None
+    largest_micro_batch_size: int | None
     """The largest micro-batch that ran; None where not even one example did."""
 
 
@@ -120,27 +120,27 @@ class Fit(_FrozenModel):
     budget_bytes: int
     strategies: tuple[Strategy, ...] = ()
     models: tuple[ModelFit, ...] = ()
-    proof: Verification | None = None
+    verification: Verification | None = None
 
     @property
-    def fits(self) -> bool:
+    def has_fit(self) -> bool:
         """Whether anything does."""
         return bool(self.strategies) or any(model.strategy for model in self.models)
 
 
-def sort_fastest_first(found: Iterable[Strategy]) -> list[Strategy]:
+def sort_fastest_first(candidates: Iterable[Strategy]) -> list[Strategy]:
     """By predicted time, then the larger micro-batch, then the fewer techniques; the last are those of unknown time."""
-    strategies = list(found)
+    strategies = list(candidates)
     taken = get_comparable_costs(strategies)
     order = sorted(
         range(len(strategies)),
-        key=lambda i: (taken[i] or math.inf, -strategies[i].plan.rows, len(strategies[i].techniques)),
+        key=lambda i: (taken[i] or math.inf, -strategies[i].plan.micro_batch_size, len(strategies[i].techniques)),
     )
     return [strategies[i] for i in order]
 
 
 def get_comparable_costs(strategies: Sequence[Strategy]) -> list[float | None]:
     """What each takes: seconds where all have them, else FLOPs, for one is not compared with the other."""
-    if all(strategy.seconds is not None for strategy in strategies):
-        return [strategy.seconds for strategy in strategies]
+    if all(strategy.step_seconds is not None for strategy in strategies):
+        return [strategy.step_seconds for strategy in strategies]
     return [strategy.plan.step_flops for strategy in strategies]

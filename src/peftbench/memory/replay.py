@@ -24,48 +24,48 @@ class PeakUsage:
     """Sizes of tensors."""
     allocated_bytes: int
     """What the allocator gives for them: sizes in its own grain, and what it does not split off."""
-    live_by_kind: dict[str, int]
+    live_bytes_by_category: dict[str, int]
     operation: str
-    part: str
+    phase: str
 
 
 @dataclass(frozen=True)
 class AllocatorReplay:
     """Of one process's run on one device."""
 
-    by_part: dict[str, PeakUsage]
+    peak_by_phase: dict[str, PeakUsage]
     reserved_bytes: int
     """The most that the allocator takes from the driver."""
 
     @property
     def peak(self) -> PeakUsage:
         """The part that holds most."""
-        return max(self.by_part.values(), key=lambda moment: moment.allocated_bytes)
+        return max(self.peak_by_phase.values(), key=lambda moment: moment.allocated_bytes)
 
 
-def replay_allocator(events: Iterable[MemoryEvent], device: DeviceType = "cuda", capacity: int | None = None) -> AllocatorReplay:
+def replay_allocator(events: Iterable[MemoryEvent], device_type: DeviceType = "cuda", capacity: int | None = None) -> AllocatorReplay:
     """Replay a book through the model of the device's allocator.
 
     Raises:
         OutOfMemoryError: the driver's ``capacity`` is not enough.
     """
-    allocator = CachingAllocator(capacity) if device == "cuda" else CpuPages(capacity)
+    allocator = CachingAllocator(capacity) if device_type == "cuda" else CpuPages(capacity)
     live: dict[str, int] = dict.fromkeys(MEMORY_CATEGORIES, 0)
     moments: dict[str, PeakUsage] = {}
     phase: str | None = None
     for event in events:
-        if event.part in INFERENCE_PHASES and event.part != phase:
-            allocator.give_back()
-            phase = event.part
-        if event.made:
-            allocator.allocate(event.storage, event.bytes)
+        if event.step_part in INFERENCE_PHASES and event.step_part != phase:
+            allocator.empty_cache()
+            phase = event.step_part
+        if event.is_allocation:
+            allocator.allocate(event.storage_id, event.nbytes)
         else:
-            allocator.free(event.storage)
-        live[event.kind] += event.bytes if event.made else -event.bytes
-        if event.made and event.looked_at and event.part is not None:
-            best = moments.get(event.part)
-            if best is None or allocator.allocated > best.allocated_bytes:
-                moments[event.part] = PeakUsage(
-                    sum(live.values()), allocator.allocated, {**live}, event.operation, event.part
+            allocator.free(event.storage_id)
+        live[event.category] += event.nbytes if event.is_allocation else -event.nbytes
+        if event.is_allocation and event.is_after_mark and event.step_part is not None:
+            best = moments.get(event.step_part)
+            if best is None or allocator.allocated_bytes > best.allocated_bytes:
+                moments[event.step_part] = PeakUsage(
+                    sum(live.values()), allocator.allocated_bytes, {**live}, event.operation, event.step_part
                 )
-    return AllocatorReplay(moments, allocator.peak_reserved)
+    return AllocatorReplay(moments, allocator.peak_reserved_bytes)

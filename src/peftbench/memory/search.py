@@ -9,12 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
+from peftbench.data.batches import compute_micro_batching
+from peftbench.errors import (
+    BudgetError,
+    BudgetTooSmallError,
+    CombinationError,
+    OptimizerError,
+    PeftbenchError,
+    did_you_mean,
+)
 from peftbench.memory.estimate import estimate
 from peftbench.memory.families import get_family
-from peftbench.memory.plan import ModelFit, UnplannedRun, Strategy, sort_fastest_first
 from peftbench.memory.launch_config import SINGLE_PROCESS, LaunchConfig
-from peftbench.data.batches import compute_micro_batching
-from peftbench.errors import BudgetError, CombinationError, BudgetTooSmallError, OptimizerError, PeftbenchError, did_you_mean
+from peftbench.memory.plan import ModelFit, Strategy, UnplannedRun, sort_fastest_first
 from peftbench.optim import OPTIMIZERS
 from peftbench.profiler.peak_flops import get_peak_flops
 
@@ -31,28 +38,28 @@ class MemoryTarget:
     """What is to be fitted: so many bytes of a device."""
 
     facts: DeviceFacts
-    device: str
+    device_name: str
     """As the user calls it."""
-    budget: int | None
+    budget_bytes: int | None
     """Of each process; None where it is only asked what is needed."""
-    world: LaunchConfig = SINGLE_PROCESS
+    launch_config: LaunchConfig = SINGLE_PROCESS
 
     @property
-    def needed(self) -> int:
+    def required_budget(self) -> int:
         """The budget of a search, which has one.
 
         Raises:
             BudgetError: it has none.
         """
-        if self.budget is None:
+        if self.budget_bytes is None:
             raise BudgetError("what is it to fit? give --budget, as 16GiB, or --device")
-        return self.budget
+        return self.budget_bytes
 
     def plan(self, recipe: Recipe) -> Plan:
         """What ``recipe`` would hold there; raises as :func:`peftbench.memory.estimate.estimate`."""
         if recipe.train.micro_batch_size == "auto":
             recipe, _ = choose_micro_batch(recipe, self)
-        return estimate(recipe, self.facts, self.device, self.budget, self.world)
+        return estimate(recipe, self.facts, self.device_name, self.budget_bytes, self.launch_config)
 
 
 @dataclass(frozen=True)
@@ -60,25 +67,25 @@ class Technique:
     """One way of saving memory: what it changes in a recipe, and what it costs."""
 
     name: str
-    changes: dict[str, ConfigOverrides]
+    overrides: dict[str, ConfigOverrides]
     """Knobs by the recipe's part."""
-    trades: str | None
+    tradeoff: str | None
     """What is another computation with it, None where only time is."""
 
-    def applies(self, recipe: Recipe, facts: DeviceFacts) -> bool:
+    def is_applicable(self, recipe: Recipe, facts: DeviceFacts) -> bool:
         """Whether it changes anything, has a sense for the recipe's method and optimizer, and the device has it."""
-        if self.changes.get("train", {}).get("precision") == "bf16" and (not facts.bf16 or facts.kind == "cpu"):
+        if self.overrides.get("train", {}).get("precision") == "bf16" and (not facts.bf16 or facts.device_type == "cpu"):
             return False
-        if self.name == "checkpointing" and recipe.method.trunk_frozen:
+        if self.name == "checkpointing" and recipe.method.has_frozen_backbone:
             return False
-        if "optimizer" in self.changes and recipe.optimizer.kind != "adamw":
+        if "optimizer" in self.overrides and recipe.optimizer.kind != "adamw":
             return False
-        return self.on(recipe) != recipe
+        return self.apply(recipe) != recipe
 
-    def on(self, recipe: Recipe) -> Recipe:
+    def apply(self, recipe: Recipe) -> Recipe:
         """The recipe with it."""
         made = recipe
-        for part, change in self.changes.items():
+        for part, change in self.overrides.items():
             value = getattr(made, part)
             if part == "optimizer":
                 kept = value.model_dump(exclude={"kind"}) | {k: v for k, v in change.items() if k != "kind"}
@@ -103,16 +110,16 @@ TECHNIQUES = (
 """In the order in which a person would try them."""
 
 
-def list_micro_batch_sizes(recipe: Recipe, processes: int = 1) -> list[int]:
+def list_micro_batch_sizes(recipe: Recipe, num_processes: int = 1) -> list[int]:
     """Every size of micro-batch that one of ``processes`` can have, from one example to all of them at once.
 
     Two limits that cut a step into as many parts are one size.
     """
     limits = range(1, recipe.train.global_batch_size + 1)
-    return sorted({compute_micro_batching(recipe.train.global_batch_size, limit, processes)[1] for limit in limits})
+    return sorted({compute_micro_batching(recipe.train.global_batch_size, limit, num_processes)[1] for limit in limits})
 
 
-def find_largest_fitting(sizes: Sequence[int], holds: Callable[[int], bool], fits: Callable[[int], bool]) -> int | None:
+def find_largest_fitting(sizes: Sequence[int], has_capacity: Callable[[int], bool], fits: Callable[[int], bool]) -> int | None:
     """The largest of ``sizes`` (the smallest first) that ``fits``, None where none does.
 
     What tensors take grows with the size, and so where they have no room (``holds``) is found by halving. What the
@@ -122,7 +129,7 @@ def find_largest_fitting(sizes: Sequence[int], holds: Callable[[int], bool], fit
     least, most = 0, len(sizes)
     middle = most - 1  # often all fit
     while least < most:
-        if holds(sizes[middle]):
+        if has_capacity(sizes[middle]):
             least = middle + 1
         else:
             most = middle
@@ -130,32 +137,32 @@ def find_largest_fitting(sizes: Sequence[int], holds: Callable[[int], bool], fit
     return next((size for size in reversed(sizes[:least]) if fits(size)), None)
 
 
-def plan_run(recipe: Recipe, room: Callable[[], MemoryTarget]) -> Plan | UnplannedRun:
+def plan_run(recipe: Recipe, build_target: Callable[[], MemoryTarget]) -> Plan | UnplannedRun:
     """The plan of one run of a suite; where the weights alone have no room it says so, and where there is none, why."""
     try:
-        there = room()
+        there = build_target()
         try:
             return there.plan(recipe)
         except BudgetTooSmallError:
-            plan = replace(there, budget=None).plan(recipe)
-            budget, (low, high) = there.needed, plan.process_bytes
+            plan = replace(there, budget_bytes=None).plan(recipe)
+            budget, (low, high) = there.required_budget, plan.process_bytes
             said = {"budget_bytes": budget, "verdict": "does not fit", "margin_bytes": (budget - high, budget - low)}
             return plan.model_copy(update=said)
     except PeftbenchError as error:
         return UnplannedRun(name=recipe.name, reason=str(error))
 
 
-def find_evaluation_batch_size(recipe: Recipe, room: MemoryTarget) -> int | None:
+def find_evaluation_batch_size(recipe: Recipe, target: MemoryTarget) -> int | None:
     """The recipe's batch of evaluation, halved until it fits beside a training that takes one example at a time."""
     batch = recipe.evaluate.batch_size
     while batch:
-        if room.plan(with_evaluation_batch(with_micro_batch(recipe, 1), batch)).verdict == "fits":
+        if target.plan(with_evaluation_batch(with_micro_batch(recipe, 1), batch)).verdict == "fits":
             return batch
         batch //= 2
     return None
 
 
-def best_plan(recipe: Recipe, room: MemoryTarget) -> Plan | None:
+def best_plan(recipe: Recipe, target: MemoryTarget) -> Plan | None:
     """The plan of the largest micro-batch that fits, None where not even one example does.
 
     The global batch stays. Where evaluation would not fit, its batch is halved until it does.
@@ -164,7 +171,7 @@ def best_plan(recipe: Recipe, room: MemoryTarget) -> Plan | None:
         NoRoomError: there is none for the weights alone.
         NotEstimatedError: something in the recipe is not predicted.
     """
-    batch = find_evaluation_batch_size(recipe, room)
+    batch = find_evaluation_batch_size(recipe, target)
     if batch is None:
         return None
     recipe = with_evaluation_batch(recipe, batch)
@@ -172,18 +179,18 @@ def best_plan(recipe: Recipe, room: MemoryTarget) -> Plan | None:
 
     def plan(size: int) -> Plan:
         if size not in plans:
-            plans[size] = room.plan(with_micro_batch(recipe, size))
+            plans[size] = target.plan(with_micro_batch(recipe, size))
         return plans[size]
 
     def holds(size: int) -> bool:
         made = plan(size)
-        return made.peak.allocated_bytes + made.process_bytes[0] - made.reserved_bytes <= room.needed
+        return made.peak.allocated_bytes + made.process_bytes[0] - made.reserved_bytes <= target.required_budget
 
-    found = find_largest_fitting(list_micro_batch_sizes(recipe, room.world.processes), holds, lambda size: plan(size).verdict == "fits")
+    found = find_largest_fitting(list_micro_batch_sizes(recipe, target.launch_config.num_processes), holds, lambda size: plan(size).verdict == "fits")
     return None if found is None else plans[found]
 
 
-def choose_micro_batch(recipe: Recipe, room: MemoryTarget) -> tuple[Recipe, str]:
+def choose_micro_batch(recipe: Recipe, target: MemoryTarget) -> tuple[Recipe, str]:
     """The recipe with a number for ``train.micro_batch_size=auto``, the most that fits ``room``, and a note of it.
 
     Where not even one example is predicted to fit it is one: the run will tell.
@@ -192,17 +199,17 @@ def choose_micro_batch(recipe: Recipe, room: MemoryTarget) -> tuple[Recipe, str]
         BudgetError: it is not known what is to fit.
         NotEstimatedError: something in the recipe is not predicted.
     """
-    size = f"{room.needed / 2**20:,.0f} MiB"
+    size = f"{target.required_budget / 2**20:,.0f} MiB"
     try:
-        plan = best_plan(recipe, room)
+        plan = best_plan(recipe, target)
     except BudgetTooSmallError:
         plan = None
     if plan is None:
         return with_micro_batch(recipe, 1), "not even one example at once is predicted to fit; it was tried with one"
-    note = f"train.micro_batch_size=auto became {plan.rows}, the most that is predicted to fit {size}"
-    if plan.evaluation_rows != recipe.evaluate.batch_size:
-        note += f", with evaluate.batch_size={plan.evaluation_rows}"
-    return with_evaluation_batch(with_micro_batch(recipe, plan.rows), plan.evaluation_rows), note
+    note = f"train.micro_batch_size=auto became {plan.micro_batch_size}, the most that is predicted to fit {size}"
+    if plan.evaluation_batch_size != recipe.evaluate.batch_size:
+        note += f", with evaluate.batch_size={plan.evaluation_batch_size}"
+    return with_evaluation_batch(with_micro_batch(recipe, plan.micro_batch_size), plan.evaluation_batch_size), note
 
 
 def with_evaluation_batch(recipe: Recipe, size: int) -> Recipe:
@@ -225,52 +232,52 @@ def list_technique_sets(recipe: Recipe, allowed: Sequence[str], facts: DeviceFac
     known = {technique.name: technique for technique in TECHNIQUES}
     if unknown := [name for name in allowed if name not in known]:
         raise BudgetError(f"there is no technique {unknown[0]!r}", did_you_mean(unknown[0], known))
-    usable = [known[name] for name in known if name in allowed and known[name].applies(recipe, facts)]
+    usable = [known[name] for name in known if name in allowed and known[name].is_applicable(recipe, facts)]
     sets = itertools.chain.from_iterable(itertools.combinations(usable, number) for number in range(len(usable) + 1))
     return [chosen for chosen in sets if _are_disjoint(chosen)]
 
 
 def _are_disjoint(techniques: tuple[Technique, ...]) -> bool:
     """Whether no two of them change the same knob."""
-    knobs = [(part, key) for technique in techniques for part, change in technique.changes.items() for key in change]
+    knobs = [(part, key) for technique in techniques for part, change in technique.overrides.items() for key in change]
     return len(knobs) == len(set(knobs))
 
 
 def with_techniques(recipe: Recipe, techniques: Iterable[Technique]) -> Recipe:
     """The recipe with all of them."""
     for technique in techniques:
-        recipe = technique.on(recipe)
+        recipe = technique.apply(recipe)
     return recipe
 
 
-def apply_strategy(recipe: Recipe, found: Strategy) -> Recipe:
+def apply_strategy(recipe: Recipe, strategy: Strategy) -> Recipe:
     """The recipe as a strategy would run it."""
     known = {technique.name: technique for technique in TECHNIQUES}
-    changed = with_techniques(recipe, [known[name] for name in found.techniques])
-    return with_evaluation_batch(with_micro_batch(changed, found.plan.rows), found.plan.evaluation_rows)
+    changed = with_techniques(recipe, [known[name] for name in strategy.techniques])
+    return with_evaluation_batch(with_micro_batch(changed, strategy.plan.micro_batch_size), strategy.plan.evaluation_batch_size)
 
 
-def strategies(recipe: Recipe, allow: str, room: MemoryTarget) -> list[Strategy]:
+def strategies(recipe: Recipe, allowed_techniques: str, target: MemoryTarget) -> list[Strategy]:
     """What fits of every set of the techniques named in ``allow`` ("all", or names with commas), the fastest first.
 
     Raises:
         BudgetError: a technique that is not known, or a budget below the weights alone.
         NotEstimatedError: something in the recipe is not predicted.
     """
-    names = [technique.name for technique in TECHNIQUES] if allow == "all" else [n for n in allow.split(",") if n]
-    sets = list_technique_sets(recipe, names, room.facts)
+    names = [technique.name for technique in TECHNIQUES] if allowed_techniques == "all" else [n for n in allowed_techniques.split(",") if n]
+    sets = list_technique_sets(recipe, names, target.facts)
     bar = tqdm(sets, desc="rehearsing", unit="way", disable=None, leave=False)
     found = []
     for chosen in bar:
         try:
-            found.append(find_strategy(recipe, chosen, room))
+            found.append(find_strategy(recipe, chosen, target))
         except (CombinationError, OptimizerError):  # a technique that this engine has not, or no library for
             if not chosen:  # it is the recipe itself
                 raise
     return sort_fastest_first([one for one in found if one is not None])
 
 
-def find_largest_model(recipe: Recipe, family: str, allow: str, room: MemoryTarget) -> tuple[ModelFit, ...]:
+def find_largest_model(recipe: Recipe, family_name: str, allowed_techniques: str, target: MemoryTarget) -> tuple[ModelFit, ...]:
     """The recipe over the models of a family, from the largest to the first that fits.
 
     Raises:
@@ -278,10 +285,10 @@ def find_largest_model(recipe: Recipe, family: str, allow: str, room: MemoryTarg
         NotEstimatedError, ModelError: the recipe is not predicted, or its method does not suit the family.
     """
     tried: list[ModelFit] = []
-    for member in reversed(get_family(family).members):
+    for member in reversed(get_family(family_name).members):
         model = recipe.model.model_copy(update={"path": member.name, "revision": None})
         try:
-            found = strategies(recipe.model_copy(update={"model": model}), allow, room)
+            found = strategies(recipe.model_copy(update={"model": model}), allowed_techniques, target)
         except BudgetTooSmallError:
             found = []
         tried.append(ModelFit(name=member.name, parameters=member.parameters, strategy=found[0] if found else None))
@@ -290,21 +297,21 @@ def find_largest_model(recipe: Recipe, family: str, allow: str, room: MemoryTarg
     return tuple(tried)
 
 
-def find_strategy(recipe: Recipe, techniques: tuple[Technique, ...], room: MemoryTarget) -> Strategy | None:
+def find_strategy(recipe: Recipe, techniques: tuple[Technique, ...], target: MemoryTarget) -> Strategy | None:
     """The largest micro-batch that fits ``room`` with these techniques, None where none does."""
     changed = with_techniques(recipe, techniques)
-    plan = best_plan(changed, room)
+    plan = best_plan(changed, target)
     if plan is None:
         return None
-    peak = get_peak_flops(room.facts.torch_name, changed.train.precision)
+    peak = get_peak_flops(target.facts.torch_name, changed.train.precision)
     seconds = plan.step_flops / peak if plan.step_flops and peak else None
     knobs = [(f"{part}.{key}", value) for technique in techniques
-             for part, change in technique.changes.items() for key, value in change.items()]  # fmt: skip
-    knobs.append(("train.micro_batch_size", plan.rows))
-    if plan.evaluation_rows != recipe.evaluate.batch_size:
-        knobs.append(("evaluate.batch_size", plan.evaluation_rows))
+             for part, change in technique.overrides.items() for key, value in change.items()]  # fmt: skip
+    knobs.append(("train.micro_batch_size", plan.micro_batch_size))
+    if plan.evaluation_batch_size != recipe.evaluate.batch_size:
+        knobs.append(("evaluate.batch_size", plan.evaluation_batch_size))
     return Strategy(
         techniques=tuple(technique.name for technique in techniques),
-        changes=tuple(f"{knob}={str(value).lower() if isinstance(value, bool) else value}" for knob, value in knobs),
-        trades=tuple(technique.trades for technique in techniques if technique.trades), plan=plan, seconds=seconds,
+        overrides=tuple(f"{knob}={str(value).lower() if isinstance(value, bool) else value}" for knob, value in knobs),
+        tradeoffs=tuple(technique.tradeoff for technique in techniques if technique.tradeoff), plan=plan, step_seconds=seconds,
     )  # fmt: skip

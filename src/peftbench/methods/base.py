@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Method(ConfigSection):
     """What is trained. Subclasses give ``kind`` a literal, so that a recipe can name them."""
 
-    trains: ClassVar[bool] = True
+    is_trainable: ClassVar[bool] = True
     """Whether there is anything to train; False for baselines."""
     needs_model: ClassVar[bool] = True
     """Whether it uses the base at all; False for baselines that only copy text."""
@@ -35,7 +35,7 @@ class Method(ConfigSection):
         return 0
 
     @property
-    def trunk_frozen(self) -> bool:
+    def has_frozen_backbone(self) -> bool:
         """Whether all below the output head stays as it is, without dropout and in every step.
 
         No gradient is needed there, so the backward pass ends at the head; and what the trunk gives for an example is
@@ -63,22 +63,22 @@ class Method(ConfigSection):
         model.train()
 
     def generate(
-        self, model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, **knobs: Any
+        self, model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, **generate_kwargs: Any
     ) -> torch.Tensor:
         """New tokens (rows, at most ``max_new_tokens``) after prompts padded at the left.
 
         ``knobs`` are those of transformers' ``generate``.
         """
         output: torch.Tensor = model.generate(  # type: ignore[operator]
-            input_ids=input_ids, attention_mask=attention_mask, **knobs
+            input_ids=input_ids, attention_mask=attention_mask, **generate_kwargs
         )
         return output[:, input_ids.shape[1] :]
 
-    def save(self, model: nn.Module, folder: Path) -> None:
+    def save(self, model: nn.Module, save_directory: Path) -> None:
         """Write what was trained to ``folder`` in its ecosystem's format, safetensors only."""
-        model.save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]
+        model.save_pretrained(save_directory, safe_serialization=True)  # type: ignore[operator]
 
-    def extract(self, article: str) -> str | None:
+    def extract_summary(self, article: str) -> str | None:
         """The summary, where a baseline copies it from the article without a model; None otherwise."""
         return None
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class ZeroShot(Method):
     """The base as it is."""
 
-    trains: ClassVar[bool] = False
+    is_trainable: ClassVar[bool] = False
 
     kind: Literal["zero_shot"] = "zero_shot"
     """Which method."""
@@ -31,7 +31,7 @@ class ZeroShot(Method):
 class Lead(Method):
     """The first sentences of the article, the strongest simple baseline on news (See et al. 2017 use three)."""
 
-    trains: ClassVar[bool] = False
+    is_trainable: ClassVar[bool] = False
     needs_model: ClassVar[bool] = False
 
     kind: Literal["lead"] = "lead"
@@ -39,7 +39,7 @@ class Lead(Method):
     sentences: int = Field(default=3, gt=0)
     """How many sentences to take."""
 
-    def extract(self, article: str) -> str:
+    def extract_summary(self, article: str) -> str:
         from peftbench.data.sentences import split_prose_sentences
 
         return " ".join(split_prose_sentences(article)[: self.sentences])

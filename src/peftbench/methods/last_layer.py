@@ -27,7 +27,7 @@ class LastLayer(Method):
     """untied (own copy, trunk frozen), tied (shared with the embedding) or as_published (all but "transformer.h.")."""
 
     @property
-    def trunk_frozen(self) -> bool:
+    def has_frozen_backbone(self) -> bool:
         return self.head == "untied"
 
     def trainable_parameters(self, base: PreTrainedModel) -> int:
@@ -54,7 +54,7 @@ class LastLayer(Method):
 
     def set_training(self, model: nn.Module) -> None:
         # No dropout in a frozen trunk: its features are the same in every epoch, as at evaluation.
-        model.train(not self.trunk_frozen)
+        model.train(not self.has_frozen_backbone)
 
 
 def _get_output_head(base: PreTrainedModel) -> nn.Linear:

@@ -26,9 +26,9 @@ class Lora(Method):
     """Which method."""
     r: int = Field(default=16, gt=0)
     """Rank of the update."""
-    alpha: float = Field(default=32.0, gt=0)
+    lora_alpha: float = Field(default=32.0, gt=0)
     """The update is scaled by alpha / r (alpha / sqrt(r) with use_rslora)."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the update's input."""
     target_modules: tuple[str, ...] | str | None = None
     """Endings of modules' names, one regular expression, or all-linear; null takes peft's choice."""
@@ -41,7 +41,7 @@ class Lora(Method):
 
     @field_validator("target_modules")
     @classmethod
-    def _readable(cls, value: tuple[str, ...] | str | None) -> tuple[str, ...] | str | None:
+    def _check_target_modules(cls, value: tuple[str, ...] | str | None) -> tuple[str, ...] | str | None:
         if value in ((), ""):
             raise ValueError("must name at least one module, or be null")
         if isinstance(value, str):
@@ -54,7 +54,7 @@ class Lora(Method):
     def trainable_parameters(self, base: PreTrainedModel) -> int:
         """R (in + out) for each adapted matrix, its outputs once more with DoRA, and the biases asked for."""
         count = 0
-        adapted = self._adapted(base)
+        adapted = self._find_adapted_modules(base)
         for _, module in adapted:
             features_in, features_out = _get_in_out_features(module)
             count += self.r * (features_in + features_out) + self.use_dora * features_out
@@ -67,10 +67,10 @@ class Lora(Method):
         from peft import LoraConfig, get_peft_model
         from transformers.pytorch_utils import Conv1D
 
-        adapted = self._adapted(base)
-        targets = self._targets(base)
+        adapted = self._find_adapted_modules(base)
+        targets = self._resolve_target_modules(base)
         config = LoraConfig(
-            task_type="CAUSAL_LM", r=self.r, lora_alpha=self.alpha, lora_dropout=self.dropout, bias=self.bias,  # type: ignore[arg-type]
+            task_type="CAUSAL_LM", r=self.r, lora_alpha=self.lora_alpha, lora_dropout=self.lora_dropout, bias=self.bias,  # type: ignore[arg-type]
             target_modules=targets if isinstance(targets, str) else list(targets),
             use_dora=self.use_dora, use_rslora=self.use_rslora,
             # Conv1D keeps its weight as (in, out), the transpose of a Linear's.
@@ -78,7 +78,7 @@ class Lora(Method):
         )  # fmt: skip
         return get_peft_model(base, config)
 
-    def _targets(self, base: PreTrainedModel) -> tuple[str, ...] | str:
+    def _resolve_target_modules(self, base: PreTrainedModel) -> tuple[str, ...] | str:
         from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 
         if self.target_modules is not None:
@@ -90,9 +90,9 @@ class Lora(Method):
             )
         return default if isinstance(default, str) else tuple(default)
 
-    def _adapted(self, base: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    def _find_adapted_modules(self, base: PreTrainedModel) -> list[tuple[str, nn.Module]]:
         """The modules that will be adapted, by peft's rule: a full match of the expression, or a name's ending."""
-        targets = self._targets(base)
+        targets = self._resolve_target_modules(base)
         if targets == ALL_LINEAR:
             head = base.get_output_embeddings()
             return [(name, m) for name, m in base.named_modules() if _is_linear(m) and m is not head]
@@ -125,8 +125,8 @@ def _matches_pattern(pattern: str, name: str) -> bool:
     return re.fullmatch(pattern, name) is not None
 
 
-def _matches_suffix(ending: str, name: str) -> bool:
-    return name == ending or name.endswith(f".{ending}")
+def _matches_suffix(suffix: str, name: str) -> bool:
+    return name == suffix or name.endswith(f".{suffix}")
 
 
 def _list_linear_names(base: PreTrainedModel) -> list[str]:

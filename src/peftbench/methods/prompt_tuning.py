@@ -21,36 +21,36 @@ class PromptTuning(Method):
 
     kind: Literal["prompt_tuning"] = "prompt_tuning"
     """Which method."""
-    tokens: int = Field(default=20, gt=0)
+    num_virtual_tokens: int = Field(default=20, gt=0)
     """Number of soft tokens; they take positions of the model."""
-    init: Literal["random", "text", "vocabulary"] = "random"
+    prompt_tuning_init: Literal["random", "text", "vocabulary"] = "random"
     """Start from noise, from the embeddings of init_text, or from embeddings drawn from the vocabulary."""
-    init_text: str | None = None
+    prompt_tuning_init_text: str | None = None
     """The text to start from with init: text; repeated or cut to the number of tokens."""
 
     @model_validator(mode="after")
-    def _text_where_needed(self) -> PromptTuning:
-        if (self.init == "text") != bool(self.init_text):
+    def _check_init_text(self) -> PromptTuning:
+        if (self.prompt_tuning_init == "text") != bool(self.prompt_tuning_init_text):
             raise ValueError("init_text goes with init: text, and init: text needs it")
         return self
 
     @property
     def virtual_tokens(self) -> int:
-        return self.tokens
+        return self.num_virtual_tokens
 
     def trainable_parameters(self, base: PreTrainedModel) -> int:
         """Tokens times the width of the embedding."""
-        return self.tokens * int(base.get_input_embeddings().weight.shape[1])  # type: ignore[index,union-attr]
+        return self.num_virtual_tokens * int(base.get_input_embeddings().weight.shape[1])  # type: ignore[index,union-attr]
 
     def apply(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
         from peft import PromptTuningConfig, get_peft_model
 
-        init = {"random": "RANDOM", "text": "TEXT", "vocabulary": "SAMPLE_VOCAB"}[self.init]
+        init = {"random": "RANDOM", "text": "TEXT", "vocabulary": "SAMPLE_VOCAB"}[self.prompt_tuning_init]
         text: dict[str, Any] = {}
-        if self.init == "text":
-            text = {"prompt_tuning_init_text": self.init_text, "tokenizer_name_or_path": tokenizer.name_or_path}
+        if self.prompt_tuning_init == "text":
+            text = {"prompt_tuning_init_text": self.prompt_tuning_init_text, "tokenizer_name_or_path": tokenizer.name_or_path}
         config = PromptTuningConfig(
-            task_type="CAUSAL_LM", num_virtual_tokens=self.tokens, prompt_tuning_init=init,  # type: ignore[arg-type]
+            task_type="CAUSAL_LM", num_virtual_tokens=self.num_virtual_tokens, prompt_tuning_init=init,  # type: ignore[arg-type]
             **text,
         )  # fmt: skip
         model = get_peft_model(base, config)
@@ -58,7 +58,7 @@ class PromptTuning(Method):
         return model
 
     def generate(
-        self, model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, **knobs: Any
+        self, model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, **generate_kwargs: Any
     ) -> torch.Tensor:
         # peft would put the soft tokens before the padding and drop the position ids, so that a prompt's distance from
         # them, and with it the text, would depend on its neighbours in the batch. They belong right before the prompt.
@@ -71,12 +71,12 @@ class PromptTuning(Method):
         mask, order = mask.sort(dim=1, stable=True)  # padding to the front, all else in the order it had
         embeddings = torch.cat((soft.to(embedded.dtype), embedded), dim=1).take_along_dim(order[:, :, None], dim=1)
         # Given embeddings alone, it returns the new tokens alone.
-        new: torch.Tensor = base.generate(inputs_embeds=embeddings, attention_mask=mask, **knobs)  # type: ignore[operator]
+        new: torch.Tensor = base.generate(inputs_embeds=embeddings, attention_mask=mask, **generate_kwargs)  # type: ignore[operator]
         return new
 
 
 def _forward_packed(
-    model: Any, as_peft_has_it: Callable[..., Any], *, virtual: torch.Tensor | None = None, **given: Any
+    model: Any, peft_forward: Callable[..., Any], *, virtual: torch.Tensor | None = None, **model_inputs: Any
 ) -> Any:
     """A forward pass in which each document of a row has its own soft tokens, at ``virtual`` (documents x tokens,).
 
@@ -85,10 +85,10 @@ def _forward_packed(
     import torch
 
     if virtual is None:
-        return as_peft_has_it(**given)
+        return peft_forward(**model_inputs)
     base: PreTrainedModel = model.get_base_model()
-    embedded = base.get_input_embeddings()(given.pop("input_ids"))
+    embedded = base.get_input_embeddings()(model_inputs.pop("input_ids"))
     # As peft's get_prompt, which would fetch their numbers from the CPU's memory each time, and wait for the GPU.
     tokens = torch.arange(model.active_peft_config.num_virtual_tokens, device=virtual.device)
     soft = model.prompt_encoder[model.active_adapter](tokens.repeat(len(virtual) // len(tokens)))
-    return base(inputs_embeds=embedded.index_copy(1, virtual, soft.to(embedded.dtype)[None]), **given)
+    return base(inputs_embeds=embedded.index_copy(1, virtual, soft.to(embedded.dtype)[None]), **model_inputs)

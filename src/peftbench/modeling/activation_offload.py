@@ -26,14 +26,14 @@ class ActivationOffload(saved_tensors_hooks):
     that autocast makes of weights are moved like activations. ``device`` is the kind of device that they leave.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], device: str = "cuda") -> None:
-        self._device = device
-        self._kept = {parameter.untyped_storage()._cdata for parameter in parameters}
+    def __init__(self, parameters: Iterable[nn.Parameter], device_type: str = "cuda") -> None:
+        self._device_type = device_type
+        self._parameter_storages = {parameter.untyped_storage()._cdata for parameter in parameters}
         super().__init__(self._pack, _unpack)
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _OffloadedTensor:
         size = tensor.numel() * tensor.element_size()
-        if tensor.device.type != self._device or size < MIN_OFFLOAD_BYTES or tensor.untyped_storage()._cdata in self._kept:
+        if tensor.device.type != self._device_type or size < MIN_OFFLOAD_BYTES or tensor.untyped_storage()._cdata in self._parameter_storages:
             return tensor
         moved = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         moved.copy_(tensor, non_blocking=True)

@@ -84,17 +84,17 @@ def _varlen_attention(
     if groups > 1:
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    bounds, longest, causal = documents.bounds, documents.longest, (-1, 0)
+    bounds, longest, causal = documents.cu_seqlens, documents.max_seqlen, (-1, 0)
     mixed = varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scaling, window_size=causal)
     return mixed[None], None  # type: ignore[call-overload]
 
 
 @contextmanager
-def mask_free_attention(base: PreTrainedModel, attend: AttentionFunction = causal_attention) -> Iterator[None]:
+def mask_free_attention(base: PreTrainedModel, attention_fn: AttentionFunction = causal_attention) -> Iterator[None]:
     """Let ``base`` attend so; what it computes again in a backward pass must lie within."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, attend)
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, attention_fn)
     configs: dict[int, Any] = {id(m.config): m.config for m in base.modules() if hasattr(m, "config")}
     before = {key: config._attn_implementation for key, config in configs.items()}
     try:

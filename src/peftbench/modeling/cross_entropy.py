@@ -60,9 +60,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Holds the logits of one chunk at a time."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, targets: Any, dtype: Any, wanted: Any) -> Any:  # noqa: PLR0917
+    def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, targets: Any, dtype: Any, grad_enabled: Any) -> Any:  # noqa: PLR0917
         """Loss and, where they are wanted, its gradients."""
-        needs = [wanted and needed for needed in ctx.needs_input_grad[:3]]
+        needs = [grad_enabled and needed for needed in ctx.needs_input_grad[:3]]
         matrix = weight.to(dtype)
         rows = max(1, CHUNK_LOGITS // weight.shape[0])
         total = hidden.new_zeros((), dtype=torch.float32)
@@ -88,7 +88,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *incoming: Any) -> Any:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
         """Times the gradient that comes in; once, for what was made in the forward pass is given away.
 
         Raises:
@@ -96,7 +96,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         """
         if not ctx.gradients:
             raise RuntimeError("the gradients of this loss were given away already; compute the loss anew")
-        scaled = [None if gradient is None else gradient.mul_(incoming[0]) for gradient in ctx.gradients]
+        scaled = [None if gradient is None else gradient.mul_(grad_outputs[0]) for gradient in ctx.gradients]
         ctx.gradients = ()
         return (*scaled, None, None, None)
 

@@ -28,10 +28,10 @@ class LoadedModel:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    identity: str
+    fingerprint: str
 
     @property
-    def positions(self) -> int | None:
+    def max_positions(self) -> int | None:
         """How many positions the model has, None where its config does not say."""
         return get_max_positions(self.model.config)
 
@@ -41,41 +41,41 @@ def get_max_positions(config: PreTrainedConfig) -> int | None:
     return next((int(getattr(config, key)) for key in _POSITION_KEYS if getattr(config, key, None)), None)
 
 
-def load_config(knobs: Model) -> PreTrainedConfig:
+def load_config(model_config: Model) -> PreTrainedConfig:
     """The base's config, with the recipe's dropout written in."""
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(
-            _resolve_model_path(knobs), revision=knobs.revision, trust_remote_code=knobs.trust_remote_code
+            _resolve_model_path(model_config), revision=model_config.revision, trust_remote_code=model_config.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise _translate_error(knobs, "config", error) from error
-    if knobs.dropout is not None:
+        raise _translate_error(model_config, "config", error) from error
+    if model_config.dropout is not None:
         found = [key for key in _DROPOUT_KEYS if hasattr(config, key)]
-        if not found and knobs.dropout > 0:
+        if not found and model_config.dropout > 0:
             raise OutOfRangeError(
-                f"{config.model_type} has no dropout to set to {knobs.dropout}; leave model.dropout null"
+                f"{config.model_type} has no dropout to set to {model_config.dropout}; leave model.dropout null"
             )
         for key in found:
-            setattr(config, key, knobs.dropout)
+            setattr(config, key, model_config.dropout)
     return config  # type: ignore[no-any-return]
 
 
-def load_tokenizer(knobs: Model) -> PreTrainedTokenizerBase:
+def load_tokenizer(model_config: Model) -> PreTrainedTokenizerBase:
     """The base's tokenizer."""
     from transformers import AutoTokenizer
 
-    place = knobs.tokenizer or _resolve_model_path(knobs)
+    place = model_config.tokenizer or _resolve_model_path(model_config)
     try:
         return AutoTokenizer.from_pretrained(  # type: ignore[no-any-return]
-            place, revision=None if knobs.tokenizer else knobs.revision, trust_remote_code=knobs.trust_remote_code
+            place, revision=None if model_config.tokenizer else model_config.revision, trust_remote_code=model_config.trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
-        raise _translate_error(knobs, "tokenizer", error) from error
+        raise _translate_error(model_config, "tokenizer", error) from error
 
 
-def load_model(knobs: Model, arithmetic: torch.dtype | None = None) -> LoadedModel:
+def load_model(model_config: Model, compute_dtype: torch.dtype | None = None) -> LoadedModel:
     """Config, weights (in float32, or quantised) and tokenizer of the base.
 
     ``arithmetic`` is the type that quantised weights are computed with, float32 by default.
@@ -85,16 +85,16 @@ def load_model(knobs: Model, arithmetic: torch.dtype | None = None) -> LoadedMod
         HubUnreachableError: the hub did not answer and the cache has no copy.
         UnsupportedModelError: the attention implementation asked for is not there, or it is no causal language model.
     """
-    if knobs.revision is not None and Path(_resolve_model_path(knobs)).is_dir():
-        raise OutOfRangeError(f"model.revision={knobs.revision!r} is of the hub, and {_resolve_model_path(knobs)} is a folder")
-    config = load_config(knobs)
-    tokenizer = load_tokenizer(knobs)
-    model = _load_weights(knobs, config, arithmetic)
-    if knobs.fused_gelu:
+    if model_config.revision is not None and Path(_resolve_model_path(model_config)).is_dir():
+        raise OutOfRangeError(f"model.revision={model_config.revision!r} is of the hub, and {_resolve_model_path(model_config)} is a folder")
+    config = load_config(model_config)
+    tokenizer = load_tokenizer(model_config)
+    model = _load_weights(model_config, config, compute_dtype)
+    if model_config.fused_gelu:
         fuse_gelu(model)
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.eos_token_id
-    return LoadedModel(model, tokenizer, compute_model_fingerprint(model, knobs))
+    return LoadedModel(model, tokenizer, compute_model_fingerprint(model, model_config))
 
 
 def fuse_gelu(model: PreTrainedModel) -> None:
@@ -107,109 +107,109 @@ def fuse_gelu(model: PreTrainedModel) -> None:
                 setattr(module, name, ACT2FN["gelu_pytorch_tanh"])
 
 
-def _build_quantization_kwargs(knobs: Model, arithmetic: torch.dtype | None) -> dict[str, Any]:
+def _build_quantization_kwargs(model_config: Model, compute_dtype: torch.dtype | None) -> dict[str, Any]:
     """What from_pretrained must be told to quantise."""
-    if knobs.quantization is None:
+    if model_config.quantization is None:
         return {}
-    if knobs.init == "random":
+    if model_config.init == "random":
         raise OutOfRangeError("model.quantization is of loaded weights; leave model.init at pretrained")
     import torch
     from transformers import BitsAndBytesConfig
 
-    if knobs.quantization == "int8":
+    if model_config.quantization == "int8":
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
     config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=arithmetic or torch.float32,
-        bnb_4bit_use_double_quant=knobs.quantization == "nf4_double",
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype or torch.float32,
+        bnb_4bit_use_double_quant=model_config.quantization == "nf4_double",
     )  # fmt: skip
     return {"quantization_config": config}
 
 
-def _build_common_kwargs(knobs: Model) -> dict[str, Any]:
+def _build_common_kwargs(model_config: Model) -> dict[str, Any]:
     import torch
 
     return {
-        "trust_remote_code": knobs.trust_remote_code,
-        "attn_implementation": knobs.attention,
+        "trust_remote_code": model_config.trust_remote_code,
+        "attn_implementation": model_config.attention,
         "dtype": torch.float32,
     }
 
 
-def build_from_config(knobs: Model, config: PreTrainedConfig) -> PreTrainedModel:
+def build_from_config(model_config: Model, config: PreTrainedConfig) -> PreTrainedModel:
     """The architecture, with weights that torch initialises."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_config(config, **_build_common_kwargs(knobs))  # type: ignore[no-any-return]
+    return AutoModelForCausalLM.from_config(config, **_build_common_kwargs(model_config))  # type: ignore[no-any-return]
 
 
-def _load_weights(knobs: Model, config: PreTrainedConfig, arithmetic: torch.dtype | None) -> PreTrainedModel:
+def _load_weights(model_config: Model, config: PreTrainedConfig, compute_dtype: torch.dtype | None) -> PreTrainedModel:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    common = _build_common_kwargs(knobs)
-    quantised = _build_quantization_kwargs(knobs, arithmetic)
+    common = _build_common_kwargs(model_config)
+    quantised = _build_quantization_kwargs(model_config, compute_dtype)
     try:
-        if knobs.init == "random":
-            return build_from_config(knobs, config)
+        if model_config.init == "random":
+            return build_from_config(model_config, config)
         loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
-            _resolve_model_path(knobs), config=config, revision=knobs.revision, use_safetensors=True,
+            _resolve_model_path(model_config), config=config, revision=model_config.revision, use_safetensors=True,
             output_loading_info=True, **quantised, **common,
         )  # fmt: skip
         model, report = loaded
         if missing := sorted(report["missing_keys"]):  # transformers would warn and make them up
             raise ValueError(f"{len(missing)} of its tensors are missing ({', '.join(missing[:3])})")
     except ImportError as error:
-        raise UnsupportedModelError(f"model.attention={knobs.attention} is not there: {_get_first_line(error)}") from error
+        raise UnsupportedModelError(f"model.attention={model_config.attention} is not there: {_get_first_line(error)}") from error
     except (OSError, ValueError, SafetensorError) as error:
         if "Unrecognized configuration class" in str(error):
             raise UnsupportedModelError(
                 f"{config.model_type} is no causal language model; set model.path to one that is"
             ) from error
-        raise _translate_error(knobs, "weights", error) from error
+        raise _translate_error(model_config, "weights", error) from error
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise
-        raise _translate_error(knobs, "weights", ValueError("their shapes are not those of config.json")) from error
+        raise _translate_error(model_config, "weights", ValueError("their shapes are not those of config.json")) from error
     return model
 
 
-def compute_model_fingerprint(model: PreTrainedModel, knobs: Model) -> str:
+def compute_model_fingerprint(model: PreTrainedModel, model_config: Model) -> str:
     """What was loaded: the hub's commit, the hash of a folder's weights, or that the weights are random."""
-    if knobs.init == "random":
+    if model_config.init == "random":
         return "random weights"
     commit = getattr(model.config, "_commit_hash", None)
     if commit:
         return f"commit {commit}"
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(Path(_resolve_model_path(knobs)).glob("*.safetensors")):
+    for path in sorted(Path(_resolve_model_path(model_config)).glob("*.safetensors")):
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     return f"blake2b {digest.hexdigest()}"
 
 
-def _resolve_model_path(knobs: Model) -> str:
-    return str(shipped.SHIPPED_MODEL_DIR) if knobs.path == shipped.SHIPPED_MODEL else knobs.path
+def _resolve_model_path(model_config: Model) -> str:
+    return str(shipped.SHIPPED_MODEL_DIR) if model_config.path == shipped.SHIPPED_MODEL else model_config.path
 
 
-def _translate_error(knobs: Model, what: str, error: Exception) -> ModelNotFoundError | HubUnreachableError:
+def _translate_error(model_config: Model, component: str, error: Exception) -> ModelNotFoundError | HubUnreachableError:
     """One sentence for what transformers says in many: what was tried, and how to point to a local copy."""
     local = "set model.path to the folder of a local copy (config.json, model.safetensors and tokenizer files)"
-    place = knobs.tokenizer if what == "tokenizer" and knobs.tokenizer else _resolve_model_path(knobs)
+    place = model_config.tokenizer if component == "tokenizer" and model_config.tokenizer else _resolve_model_path(model_config)
     if Path(place).is_dir():
-        if what == "weights":
+        if component == "weights":
             hint = "put model.safetensors there, or set model.init=random for the architecture alone"
             return ModelNotFoundError(f"the folder {place} holds no usable weights: {_get_first_line(error)}", hint)
-        return ModelNotFoundError(f"the folder {place} holds no usable {what}: {_get_first_line(error)}", local)
+        return ModelNotFoundError(f"the folder {place} holds no usable {component}: {_get_first_line(error)}", local)
     text = str(error).lower()
     if "couldn't connect" in text or "offline" in text or "connection" in text:
         return HubUnreachableError(
-            f"the hub did not answer for the {what} of {place!r}, "
+            f"the hub did not answer for the {component} of {place!r}, "
             "and neither a folder of that name nor a cached copy is there",
             local,
         )
     return ModelNotFoundError(
-        f"no {what} for {place!r} (tried a folder, the cache and the hub): {_get_first_line(error)}", local
+        f"no {component} for {place!r} (tried a folder, the cache and the hub): {_get_first_line(error)}", local
     )
 
 

@@ -15,11 +15,10 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from peftbench.errors import UnsupportedModelError
 from peftbench.modeling import attention
 from peftbench.modeling.cross_entropy import KERNELS, Kernel, cross_entropy_per_token
-from peftbench.engine.trial import isolated_forward
-from peftbench.modeling.mask_free import find_mask_free_blocker
-from peftbench.errors import UnsupportedModelError
+from peftbench.modeling.mask_free import find_mask_free_blocker, isolated_forward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,33 +29,33 @@ if TYPE_CHECKING:
 class CausalLMLoss:
     """Computes the logits of all positions, and looks at those that are labelled."""
 
-    everywhere: ClassVar[bool] = True
+    computes_all_logits: ClassVar[bool] = True
     """Whether the head computes all positions."""
 
-    def __init__(self, base: PreTrainedModel, *, masked: bool = False) -> None:
+    def __init__(self, base: PreTrainedModel, *, use_masks: bool = False) -> None:
         """``masked``: leave attention as transformers does it."""
         self.base = base
-        self.unmasked = None if masked else find_mask_free_blocker(base)
+        self.mask_reason = None if use_masks else find_mask_free_blocker(base)
         """Why attention is as transformers does it, None where it needs no mask."""
-        self.masked = masked or self.unmasked is not None
-        self.attend: attention.AttentionFunction = attention.causal_attention
+        self.uses_masks = use_masks or self.mask_reason is not None
+        self.attention_fn: attention.AttentionFunction = attention.causal_attention
         """How it attends where there is no mask."""
 
-    def in_use(self) -> AbstractContextManager[None]:
+    def attention_context(self) -> AbstractContextManager[None]:
         """Within it losses are computed, and all of their backward passes."""
-        return nullcontext() if self.masked else attention.mask_free_attention(self.base, self.attend)
+        return nullcontext() if self.uses_masks else attention.mask_free_attention(self.base, self.attention_fn)
 
     def logits(self, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
         """Logits that predict the labelled tokens: (labelled, vocabulary)."""
-        everything: torch.Tensor = model(**batch.inputs, use_cache=False).logits
-        return everything.flatten(0, 1)[batch.predictors]
+        everything: torch.Tensor = model(**batch.model_inputs, use_cache=False).logits
+        return everything.flatten(0, 1)[batch.logit_indices]
 
     def __call__(self, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
         """Sum of the cross-entropies (nats, float32) of every labelled token given what stands before it."""
         return cross_entropy(self.logits(model, batch).float(), batch.targets, reduction="sum")
 
     @torch.no_grad()
-    def by_token(self, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
+    def per_token(self, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
         """The cross-entropy (nats, float32) of every labelled token, in the order of ``batch.targets``: (labelled,)."""
         return cross_entropy(self.logits(model, batch).float(), batch.targets, reduction="none")
 
@@ -68,48 +67,48 @@ class LabelledLogitsLoss(CausalLMLoss):
     loss itself, so that the logits of many labels are never all there.
     """
 
-    everywhere = False
+    computes_all_logits = False
 
     def __init__(
-        self, base: PreTrainedModel, head: nn.Module, *, is_last: bool, masked: bool = False, kernel: Kernel = "torch"
+        self, base: PreTrainedModel, head: nn.Module, *, head_is_output: bool, use_masks: bool = False, kernel: Kernel = "torch"
     ) -> None:
         """``is_last``: what the head returns is what the model does. ``kernel`` computes the loss then."""
-        super().__init__(base, masked=masked)
-        self.head, self.summed = head, KERNELS[kernel]()
-        self.is_last = is_last and type(head) is nn.Linear
-        self.select: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = select_positions
+        super().__init__(base, use_masks=use_masks)
+        self.head, self.cross_entropy_sum = head, KERNELS[kernel]()
+        self.head_is_output = head_is_output and type(head) is nn.Linear
+        self.select_positions: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = select_positions
         """What the head is given of the hidden states (rows, width, hidden size), for those of ``predictors``."""
-        self._asked: _HeadRequest | None = None
-        self._forward = head.forward
+        self._head_request: _HeadRequest | None = None
+        self._head_forward = head.forward
         head.forward = partial(_forward_labelled_positions, self)
 
     def logits(self, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
-        with self._asking(_HeadRequest(batch.predictors)):
-            found: torch.Tensor = model(**batch.inputs, use_cache=False).logits
+        with self._set_head_request(_HeadRequest(batch.logit_indices)):
+            found: torch.Tensor = model(**batch.model_inputs, use_cache=False).logits
         return found.flatten(0, 1)
 
     def __call__(self, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
-        if not self.is_last:
+        if not self.head_is_output:
             return super().__call__(model, batch)
-        with self._asking(_HeadRequest(batch.predictors, batch.targets)):
-            summed: torch.Tensor = model(**batch.inputs, use_cache=False).logits
+        with self._set_head_request(_HeadRequest(batch.logit_indices, batch.targets)):
+            summed: torch.Tensor = model(**batch.model_inputs, use_cache=False).logits
         return summed
 
     @torch.no_grad()
-    def by_token(self, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
-        if not self.is_last:
-            return super().by_token(model, batch)
-        with self._asking(_HeadRequest(batch.predictors, batch.targets, summed=False)):
-            found: torch.Tensor = model(**batch.inputs, use_cache=False).logits
+    def per_token(self, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
+        if not self.head_is_output:
+            return super().per_token(model, batch)
+        with self._set_head_request(_HeadRequest(batch.logit_indices, batch.targets, is_summed=False)):
+            found: torch.Tensor = model(**batch.model_inputs, use_cache=False).logits
         return found
 
     @contextmanager
-    def _asking(self, asked: _HeadRequest) -> Iterator[None]:
-        self._asked = asked
+    def _set_head_request(self, request: _HeadRequest) -> Iterator[None]:
+        self._head_request = request
         try:
             yield
         finally:
-            self._asked = None
+            self._head_request = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ class _HeadRequest:
 
     predictors: torch.Tensor
     targets: torch.Tensor | None = None
-    summed: bool = True
+    is_summed: bool = True
 
 
 def select_positions(hidden: torch.Tensor, predictors: torch.Tensor) -> torch.Tensor:
@@ -126,21 +125,21 @@ def select_positions(hidden: torch.Tensor, predictors: torch.Tensor) -> torch.Te
     return hidden.flatten(0, 1).index_select(0, predictors)
 
 
-def _forward_labelled_positions(loss: LabelledLogitsLoss, hidden: torch.Tensor, *given: Any, **named: Any) -> torch.Tensor:
+def _forward_labelled_positions(loss: LabelledLogitsLoss, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """A head's forward pass: (rows, positions, width) in; (1, labelled, vocabulary) or losses out."""
-    asked = loss._asked
+    asked = loss._head_request
     if asked is None:  # a generation's
-        return loss._forward(hidden, *given, **named)  # type: ignore[no-any-return]
-    labelled = loss.select(hidden, asked.predictors)
+        return loss._head_forward(hidden, *args, **kwargs)  # type: ignore[no-any-return]
+    labelled = loss.select_positions(hidden, asked.predictors)
     if asked.targets is None:
-        return loss._forward(labelled[None], *given, **named)  # type: ignore[no-any-return]
+        return loss._head_forward(labelled[None], *args, **kwargs)  # type: ignore[no-any-return]
     bias: torch.Tensor | None = loss.head.bias  # type: ignore[assignment]
-    computed = loss.summed if asked.summed else cross_entropy_per_token
+    computed = loss.cross_entropy_sum if asked.is_summed else cross_entropy_per_token
     return computed(labelled, loss.head.weight, bias, asked.targets)  # type: ignore[arg-type]
 
 
 def build_loss(
-    base: PreTrainedModel, *, labelled: bool = True, masked: bool = False, kernel: Kernel = "torch"
+    base: PreTrainedModel, *, labelled_only: bool = True, use_masks: bool = False, kernel: Kernel = "torch"
 ) -> tuple[CausalLMLoss, tuple[str, ...]]:
     """The loss of a base with a method applied to it, and notes on what it could not spare.
 
@@ -149,23 +148,23 @@ def build_loss(
     Raises:
         UnsupportedModelError: another kernel than torch's is asked for, and the loss is not the head's to compute.
     """
-    head = base.get_output_embeddings() if labelled else None
+    head = base.get_output_embeddings() if labelled_only else None
     of_head, of_model = _run_head_and_model(base, head) if head is not None else (None, None)
     loss: CausalLMLoss
     if head is not None and of_head is not None:
-        loss = LabelledLogitsLoss(base, head, is_last=of_head is of_model, masked=masked, kernel=kernel)
+        loss = LabelledLogitsLoss(base, head, head_is_output=of_head is of_model, use_masks=use_masks, kernel=kernel)
     else:
-        loss = CausalLMLoss(base, masked=masked)
-    if kernel != "torch" and not (isinstance(loss, LabelledLogitsLoss) and loss.is_last):
+        loss = CausalLMLoss(base, use_masks=use_masks)
+    if kernel != "torch" and not (isinstance(loss, LabelledLogitsLoss) and loss.head_is_output):
         raise UnsupportedModelError(
             f"train.cross_entropy={kernel} needs train.logits=labels_only and a model that returns what its linear head "
             f"does; {base.config.model_type} is computed otherwise here; use train.cross_entropy=torch"
         )
     notes = []
-    if labelled and loss.everywhere:
+    if labelled_only and loss.computes_all_logits:
         notes.append(f"the head of {base.config.model_type} was not found; logits are computed at every position")
-    if loss.unmasked:
-        notes.append(f"attention is as transformers does it, padded and with masks: {loss.unmasked}")
+    if loss.mask_reason:
+        notes.append(f"attention is as transformers does it, padded and with masks: {loss.mask_reason}")
     return loss, tuple(notes)
 
 

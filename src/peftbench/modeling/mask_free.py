@@ -15,7 +15,6 @@ import torch
 
 from peftbench.data.collate import PackedSequences
 from peftbench.modeling.attention import causal_attention, mask_free_attention
-from peftbench.engine.trial import isolated_forward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,13 +52,13 @@ def find_mask_free_blocker(base: PreTrainedModel) -> str | None:
 
 
 @contextmanager
-def _record_mask_functions(told: list[Any]) -> Iterator[None]:
+def _record_mask_functions(mask_functions: list[Any]) -> Iterator[None]:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     original = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
 
     def listening(*given: Any, **named: Any) -> Any:
-        told.append(named.get("mask_function"))
+        mask_functions.append(named.get("mask_function"))
         return original(*given, **named)
 
     ALL_MASK_ATTENTION_FUNCTIONS.register("sdpa", listening)
@@ -89,7 +88,7 @@ def _check_attention_kwargs(base: PreTrainedModel) -> str | None:
         told.append(named)
         return causal_attention(*given, **named)
 
-    documents = PackedSequences.of([1, 1], device=base.device)
+    documents = PackedSequences.from_lengths([1, 1], device=base.device)
     with mask_free_attention(base, listening):
         ids = _make_token_ids(base, 2)[None]
         base(input_ids=ids, position_ids=documents.position_ids, documents=documents, use_cache=False)
@@ -105,7 +104,7 @@ def _check_sequence_isolation(base: PreTrainedModel) -> str | None:
         return None
     parts = _make_token_ids(base, sum(_TEST_LENGTHS)).split(_TEST_LENGTHS)
     alone = torch.cat([base(input_ids=part[None], use_cache=False).logits[0] for part in parts]).float()
-    documents = PackedSequences.of(_TEST_LENGTHS, device=base.device)
+    documents = PackedSequences.from_lengths(_TEST_LENGTHS, device=base.device)
     with mask_free_attention(base):
         together = base(
             input_ids=torch.cat(parts)[None], position_ids=documents.position_ids, documents=documents, use_cache=False
@@ -119,3 +118,28 @@ def _check_sequence_isolation(base: PreTrainedModel) -> str | None:
 def _make_token_ids(base: PreTrainedModel, count: int) -> torch.Tensor:
     """Token ids, no two neighbours alike."""
     return (torch.arange(count, device=base.device) * 7 + 3) % int(base.config.vocab_size)
+
+
+@contextmanager
+def isolated_forward(base: PreTrainedModel) -> Iterator[None]:
+    """Within it nothing is dropped out; after it each module has the attributes that it had before.
+
+    Layers of bitsandbytes are left as in training: in evaluation those in four bits pack their weights anew on some
+    CPUs, for good, and cannot be trained over any more. And they take the type that they compute in from the first
+    input they see, which is to be a run's. Weights of more than one type (a head kept in bf16 over a trunk in float32)
+    are multiplied in the lower one, as they are in a run.
+    """
+    from transformers.utils import generic
+
+    before = [(module, dict(vars(module))) for module in base.modules()]
+    for module, _ in before:
+        module.training = type(module).__module__.startswith("bitsandbytes.")
+    types = {parameter.dtype for parameter in base.parameters() if parameter.is_floating_point()}
+    try:
+        several = torch.bfloat16 in types and len(types) > 1
+        with generic.maybe_autocast(base.device.type, enabled=several, dtype=torch.bfloat16):
+            yield
+    finally:
+        for module, attributes in before:
+            vars(module).clear()
+            vars(module).update(attributes)

@@ -8,10 +8,10 @@ from pydantic import Discriminator, Tag
 
 from peftbench.optim.base import Optimizer
 from peftbench.optim.bitsandbytes import AdamW8bit, AdamW32bit, Lion, Lion8bit, PagedAdamW8bit
-from peftbench.optim.low_rank import Apollo, GaLore
 from peftbench.optim.deepspeed_cpu import DeepSpeedCPUAdam
-from peftbench.optim.torch_optimizers import SGD, Adafactor, AdamW
+from peftbench.optim.low_rank import Apollo, GaLore
 from peftbench.optim.stochastic_rounding import AdamW8bitBf16, AdamWBf16
+from peftbench.optim.torch_optimizers import SGD, Adafactor, AdamW
 
 __all__ = [
     "OPTIMIZERS", "SGD", "Adafactor", "AdamW", "AdamW8bit", "AdamW8bitBf16", "AdamW32bit", "AdamWBf16", "AnyOptimizer",

@@ -28,9 +28,9 @@ class Optimizer(ConfigSection):
 
     needs_matrices: ClassVar[bool] = False
     """Whether it does something else to a matrix than to the vector of its values."""
-    weights: ClassVar[Literal["fp32", "bf16"]] = "fp32"
+    weight_dtype: ClassVar[Literal["fp32", "bf16"]] = "fp32"
     """Type that the weights it steps are held in."""
-    changes_trajectory: ClassVar[str | None] = None
+    approximation: ClassVar[str | None] = None
     """Why its steps are no AdamW's, SGD's or Lion's but an approximation, None where they are."""
 
     kind: str
@@ -48,15 +48,15 @@ class Optimizer(ConfigSection):
             OptimizerError: the library it comes from is not installed, or cannot be used here.
         """
 
-    def started(self, groups: Sequence[dict[str, Any]]) -> None:
+    def on_prepared(self, param_groups: Sequence[dict[str, Any]]) -> None:
         """Called once an engine has put its own tensors in place of the parameters, with the groups of them."""
 
-    def rehearsed(self) -> AbstractContextManager[None]:
+    def meta_context(self) -> AbstractContextManager[None]:
         """Around steps on the meta device, where a library asks it for what it does not have."""
         return nullcontext()
 
     @abstractmethod
-    def state_bytes(self, groups: Sequence[dict[str, Any]]) -> int | None:
+    def state_bytes(self, param_groups: Sequence[dict[str, Any]]) -> int | None:
         """Bytes of its states after a step over the tensors of ``groups``, in closed form; None where there is none."""
 
 
@@ -69,6 +69,6 @@ class AdamLike(Optimizer):
     """Added to the denominator."""
 
 
-def tensor_sizes(groups: Sequence[dict[str, Any]]) -> list[tuple[int, bool]]:
+def tensor_sizes(param_groups: Sequence[dict[str, Any]]) -> list[tuple[int, bool]]:
     """Values of each tensor, and whether it is an embedding's that is kept apart."""
-    return [(parameter.numel(), bool(group.get(EMBEDDINGS_KEY))) for group in groups for parameter in group["params"]]
+    return [(parameter.numel(), bool(group.get(EMBEDDINGS_KEY))) for group in param_groups for parameter in group["params"]]

@@ -27,9 +27,9 @@ _QMAP_BYTES = 256 * 4
 class _BitsAndBytes(Optimizer):
     """bitsandbytes (Dettmers et al. 2022, arXiv:2110.02861): states of 32 bits, or of 8 in blocks of 256 values."""
 
-    states: ClassVar[int] = 2
-    bits: ClassVar[int] = 8
-    of_library: ClassVar[str]
+    num_states: ClassVar[int] = 2
+    optim_bits: ClassVar[int] = 8
+    library_class: ClassVar[str]
     """Name of the class."""
 
     betas: tuple[Beta, Beta] = (0.9, 0.999)
@@ -40,38 +40,38 @@ class _BitsAndBytes(Optimizer):
     def build(self, parameters: Parameters, embeddings: Parameters = ()) -> torch.optim.Optimizer:
         import bitsandbytes
 
-        apart = {id(parameter) for parameter in embeddings} if self.bits == 8 and self.embeddings_32bit else set()
+        apart = {id(parameter) for parameter in embeddings} if self.optim_bits == 8 and self.embeddings_32bit else set()
         trained = list(parameters)
         groups: list[dict[str, Any]] = [{"params": [p for p in trained if id(p) not in apart]}]
         groups += [{"params": [p for p in trained if id(p) in apart], EMBEDDINGS_KEY: True}]
-        kind = getattr(bitsandbytes.optim, self.of_library)
+        kind = getattr(bitsandbytes.optim, self.library_class)
         made: torch.optim.Optimizer = kind(
             [group for group in groups if group["params"]], lr=self.learning_rate, betas=self.betas,
-            weight_decay=self.weight_decay, **self._more(),
+            weight_decay=self.weight_decay, **self._extra_kwargs(),
         )  # fmt: skip
         return made
 
-    def started(self, groups: Sequence[dict[str, Any]]) -> None:
+    def on_prepared(self, param_groups: Sequence[dict[str, Any]]) -> None:
         import bitsandbytes
 
         manager = bitsandbytes.optim.GlobalOptimManager.get_instance()  # type: ignore[attr-defined]
         manager.pid2config.clear()  # by address, and the process may have had another optimizer
         manager.index2config.clear()
-        for group in groups:
+        for group in param_groups:
             if group.get(EMBEDDINGS_KEY):
                 manager.override_config(group["params"], "optim_bits", 32)
 
-    def state_bytes(self, groups: Sequence[dict[str, Any]]) -> int:
+    def state_bytes(self, param_groups: Sequence[dict[str, Any]]) -> int:
         total, codes = 0, False
-        for size, embedding in tensor_sizes(groups):
-            if self.bits == 32 or size < _MIN_8BIT_SIZE or embedding:
-                total += self.states * 4 * size
+        for size, embedding in tensor_sizes(param_groups):
+            if self.optim_bits == 32 or size < _MIN_8BIT_SIZE or embedding:
+                total += self.num_states * 4 * size
             else:
-                total += self.states * (size + 4 * math.ceil(size / _BLOCK_SIZE))
+                total += self.num_states * (size + 4 * math.ceil(size / _BLOCK_SIZE))
                 codes = True
-        return total + codes * self.states * _QMAP_BYTES
+        return total + codes * self.num_states * _QMAP_BYTES
 
-    def _more(self) -> dict[str, Any]:
+    def _extra_kwargs(self) -> dict[str, Any]:
         return {}
 
 
@@ -79,7 +79,7 @@ class _BitsAndBytesAdamW(_BitsAndBytes):
     eps: float = Field(default=1e-8, gt=0)
     """Added to the denominator."""
 
-    def _more(self) -> dict[str, Any]:
+    def _extra_kwargs(self) -> dict[str, Any]:
         return {"eps": self.eps}
 
 
@@ -89,8 +89,8 @@ _QUANTIZED_MOMENTS = "moments are kept in 8 bits, one scale for 256 values"
 class AdamW8bit(_BitsAndBytesAdamW):
     """AdamW with moments in 8 bits."""
 
-    changes_trajectory: ClassVar[str | None] = _QUANTIZED_MOMENTS
-    of_library: ClassVar[str] = "AdamW8bit"
+    approximation: ClassVar[str | None] = _QUANTIZED_MOMENTS
+    library_class: ClassVar[str] = "AdamW8bit"
 
     kind: Literal["adamw8bit"] = "adamw8bit"
     """Which optimizer."""
@@ -99,8 +99,8 @@ class AdamW8bit(_BitsAndBytesAdamW):
 class PagedAdamW8bit(_BitsAndBytesAdamW):
     """AdamW with moments in 8 bits, in memory that the driver moves to the CPU's when the GPU's is full."""
 
-    changes_trajectory: ClassVar[str | None] = _QUANTIZED_MOMENTS
-    of_library: ClassVar[str] = "PagedAdamW8bit"
+    approximation: ClassVar[str | None] = _QUANTIZED_MOMENTS
+    library_class: ClassVar[str] = "PagedAdamW8bit"
 
     kind: Literal["paged_adamw8bit"] = "paged_adamw8bit"
     """Which optimizer."""
@@ -109,8 +109,8 @@ class PagedAdamW8bit(_BitsAndBytesAdamW):
 class AdamW32bit(_BitsAndBytesAdamW):
     """AdamW of bitsandbytes in 32 bits: what the 8-bit one is to be compared with."""
 
-    bits: ClassVar[int] = 32
-    of_library: ClassVar[str] = "AdamW32bit"
+    optim_bits: ClassVar[int] = 32
+    library_class: ClassVar[str] = "AdamW32bit"
 
     kind: Literal["adamw32bit"] = "adamw32bit"
     """Which optimizer."""
@@ -119,9 +119,9 @@ class AdamW32bit(_BitsAndBytesAdamW):
 class Lion(_BitsAndBytes):
     """Lion (Chen et al. 2023, arXiv:2302.06675) in 32 bits: the sign of one moment. Wants a tenth of AdamW's rate."""
 
-    states: ClassVar[int] = 1
-    bits: ClassVar[int] = 32
-    of_library: ClassVar[str] = "Lion32bit"
+    num_states: ClassVar[int] = 1
+    optim_bits: ClassVar[int] = 32
+    library_class: ClassVar[str] = "Lion32bit"
 
     kind: Literal["lion"] = "lion"
     """Which optimizer."""
@@ -132,9 +132,9 @@ class Lion(_BitsAndBytes):
 class Lion8bit(Lion):
     """Lion with its moment in 8 bits."""
 
-    changes_trajectory: ClassVar[str | None] = _QUANTIZED_MOMENTS
-    bits: ClassVar[int] = 8
-    of_library: ClassVar[str] = "Lion8bit"
+    approximation: ClassVar[str | None] = _QUANTIZED_MOMENTS
+    optim_bits: ClassVar[int] = 8
+    library_class: ClassVar[str] = "Lion8bit"
 
     kind: Literal["lion8bit"] = "lion8bit"  # type: ignore[assignment]
     """Which optimizer."""

@@ -35,5 +35,5 @@ class DeepSpeedCPUAdam(AdamLike):
             ) from error
         return made
 
-    def state_bytes(self, groups: Sequence[dict[str, Any]]) -> int:
-        return sum(8 * size for size, _ in tensor_sizes(groups))
+    def state_bytes(self, param_groups: Sequence[dict[str, Any]]) -> int:
+        return sum(8 * size for size, _ in tensor_sizes(param_groups))

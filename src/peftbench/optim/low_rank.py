@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 class _LowRank(AdamLike):
     needs_matrices: ClassVar[bool] = True
-    library: ClassVar[str]
-    extra: ClassVar[str]
+    library_module: ClassVar[str]
+    pip_extra: ClassVar[str]
     """What of peftbench installs the library."""
 
     rank: int = Field(default=128, gt=0)
@@ -35,34 +35,34 @@ class _LowRank(AdamLike):
 
     def build(self, parameters: Parameters, embeddings: Parameters = ()) -> torch.optim.Optimizer:
         try:
-            library = import_module(self.library)
+            library = import_module(self.library_module)
         except ImportError as error:
             raise OptimizerError(
-                f"optimizer.kind={self.kind} needs {self.library.replace('_', '-')}; install peftbench[{self.extra}]"
+                f"optimizer.kind={self.kind} needs {self.library_module.replace('_', '-')}; install peftbench[{self.pip_extra}]"
             ) from error
         trained = list(parameters)
         apart = {id(parameter) for parameter in embeddings}
         matrices = [p for p in trained if p.ndim == 2 and id(p) not in apart and min(p.shape) > self.rank]
         chosen = {id(parameter) for parameter in matrices}
-        projected = {"params": matrices, "rank": self.rank, "update_proj_gap": self.update_gap, **self._projection()}
+        projected = {"params": matrices, "rank": self.rank, "update_proj_gap": self.update_gap, **self._projection_kwargs()}
         rest = {"params": [parameter for parameter in trained if id(parameter) not in chosen]}
-        made: torch.optim.Optimizer = self._of(library)(
+        made: torch.optim.Optimizer = self._get_library_class(library)(
             [group for group in (projected, rest) if group["params"]], lr=self.learning_rate, betas=self.betas,
             eps=self.eps, weight_decay=self.weight_decay,
         )  # fmt: skip
         return made
 
     @abstractmethod
-    def _of(self, library: ModuleType) -> Any:  # noqa: ANN401 — classes without types
+    def _get_library_class(self, library: ModuleType) -> Any:  # noqa: ANN401 — classes without types
         """The library's class."""
 
     @abstractmethod
-    def _projection(self) -> dict[str, Any]:
+    def _projection_kwargs(self) -> dict[str, Any]:
         """How matrices are projected, in the library's words."""
 
-    def state_bytes(self, groups: Sequence[dict[str, Any]]) -> int:
+    def state_bytes(self, param_groups: Sequence[dict[str, Any]]) -> int:
         total = 0
-        for group in groups:
+        for group in param_groups:
             for shape in (tuple(parameter.shape) for parameter in group["params"]):
                 if "rank" in group:  # two moments of the projected gradient, and the projection
                     total += 4 * group["rank"] * (2 * max(shape) + min(shape))
@@ -77,19 +77,19 @@ class GaLore(_LowRank):
     From pytorch-optimizer, which corrects the bias of weight decay as it does that of a step.
     """
 
-    changes_trajectory: ClassVar[str | None] = "steps of matrices are of low rank"
-    library: ClassVar[str] = "pytorch_optimizer"
-    extra: ClassVar[str] = "optimizers"
+    approximation: ClassVar[str | None] = "steps of matrices are of low rank"
+    library_module: ClassVar[str] = "pytorch_optimizer"
+    pip_extra: ClassVar[str] = "optimizers"
 
     kind: Literal["galore"] = "galore"
     """Which optimizer."""
     scale: float = Field(default=0.25, gt=0)
     """Factor on a projected step."""
 
-    def _of(self, library: ModuleType) -> Any:  # noqa: ANN401
+    def _get_library_class(self, library: ModuleType) -> Any:  # noqa: ANN401
         return library.GaLore
 
-    def _projection(self) -> dict[str, Any]:
+    def _projection_kwargs(self) -> dict[str, Any]:
         return {"scale": self.scale, "projection_type": "std"}
 
 
@@ -100,9 +100,9 @@ class Apollo(_LowRank):
     ``scale=128`` is their APOLLO-Mini.
     """
 
-    changes_trajectory: ClassVar[str | None] = "steps of matrices have the gradient's direction, and scales of low rank"
-    library: ClassVar[str] = "apollo_torch"
-    extra: ClassVar[str] = "apollo"
+    approximation: ClassVar[str | None] = "steps of matrices have the gradient's direction, and scales of low rank"
+    library_module: ClassVar[str] = "apollo_torch"
+    pip_extra: ClassVar[str] = "apollo"
 
     kind: Literal["apollo"] = "apollo"
     """Which optimizer."""
@@ -111,14 +111,14 @@ class Apollo(_LowRank):
     scale_of: Literal["channel", "tensor"] = "channel"
     """What shares one scale."""
 
-    def _of(self, library: ModuleType) -> Any:  # noqa: ANN401
+    def _get_library_class(self, library: ModuleType) -> Any:  # noqa: ANN401
         return library.APOLLOAdamW
 
-    def _projection(self) -> dict[str, Any]:
+    def _projection_kwargs(self) -> dict[str, Any]:
         return {"scale": self.scale, "scale_type": self.scale_of, "proj": "random", "proj_type": "std"}
 
     @contextmanager
-    def rehearsed(self) -> Iterator[None]:
+    def meta_context(self) -> Iterator[None]:
         from apollo_torch import random_projector
 
         drawn = random_projector.stable_randn
@@ -136,6 +136,6 @@ class Apollo(_LowRank):
         finally:
             random_projector.stable_randn = drawn
 
-    def state_bytes(self, groups: Sequence[dict[str, Any]]) -> int:
-        norms = sum(4 for group in groups if "rank" in group for _ in group["params"])  # of the step before
-        return super().state_bytes(groups) + norms
+    def state_bytes(self, param_groups: Sequence[dict[str, Any]]) -> int:
+        norms = sum(4 for group in param_groups if "rank" in group for _ in group["params"])  # of the step before
+        return super().state_bytes(param_groups) + norms

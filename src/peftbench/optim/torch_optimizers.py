@@ -39,8 +39,8 @@ class AdamW(AdamLike):
             fused=all(parameter.device.type in _FUSED_DEVICES for parameter in trained) or None,
         )
 
-    def state_bytes(self, groups: Sequence[dict[str, Any]]) -> int:
-        return sum(8 * size + 4 for size, _ in tensor_sizes(groups))  # two moments, and a count of steps
+    def state_bytes(self, param_groups: Sequence[dict[str, Any]]) -> int:
+        return sum(8 * size + 4 for size, _ in tensor_sizes(param_groups))  # two moments, and a count of steps
 
 
 class SGD(Optimizer):
@@ -58,8 +58,8 @@ class SGD(Optimizer):
             parameters, lr=self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay
         )
 
-    def state_bytes(self, groups: Sequence[dict[str, Any]]) -> int:
-        return sum(4 * size for size, _ in tensor_sizes(groups)) if self.momentum else 0
+    def state_bytes(self, param_groups: Sequence[dict[str, Any]]) -> int:
+        return sum(4 * size for size, _ in tensor_sizes(param_groups)) if self.momentum else 0
 
 
 class Adafactor(Optimizer):
@@ -81,7 +81,7 @@ class Adafactor(Optimizer):
             parameters, lr=self.learning_rate, beta2_decay=self.beta2_decay, d=self.clip, weight_decay=self.weight_decay
         )
 
-    def state_bytes(self, groups: Sequence[dict[str, Any]]) -> int:
-        shapes = (tuple(p.shape) for group in groups for p in group["params"])
+    def state_bytes(self, param_groups: Sequence[dict[str, Any]]) -> int:
+        shapes = (tuple(p.shape) for group in param_groups for p in group["params"])
         kept = (math.prod(s) if len(s) < 2 else math.prod(s[:-1]) + math.prod((*s[:-2], s[-1])) for s in shapes)
         return sum(4 * values + 4 for values in kept)

@@ -19,10 +19,10 @@ _POLL_SECONDS = 60.0
 class EnergyMeter(Protocol):
     """Counts energy from when it was made."""
 
-    def joules(self) -> float | None:
+    def read_joules(self) -> float | None:
         """So far."""
 
-    def keep_up(self) -> None:
+    def poll(self) -> None:
         """Look at counters that would run over unseen."""
 
 
@@ -32,10 +32,10 @@ class GpuEnergy:
 
     gpu: Gpu
 
-    def joules(self) -> float | None:
-        return self.gpu.joules()
+    def read_joules(self) -> float | None:
+        return self.gpu.read_joules()
 
-    def keep_up(self) -> None:
+    def poll(self) -> None:
         """The counter has 64 bits."""
 
 
@@ -43,19 +43,19 @@ class GpuEnergy:
 class _RaplPackage:
     """One processor's counter, in microjoules, which starts anew at its range."""
 
-    energy: Path
+    counter_path: Path
     range_microjoules: int
-    last: int
+    last_microjoules: int
 
     @classmethod
-    def read(cls, folder: Path) -> _RaplPackage:
-        energy = folder / "energy_uj"
-        return cls(energy, int((folder / "max_energy_range_uj").read_text()), int(energy.read_text()))
+    def from_dir(cls, directory: Path) -> _RaplPackage:
+        energy = directory / "energy_uj"
+        return cls(energy, int((directory / "max_energy_range_uj").read_text()), int(energy.read_text()))
 
-    def since_last(self) -> int:
+    def read_delta(self) -> int:
         """Microjoules since this was last asked, right as long as the counter ran over once at most."""
-        before, self.last = self.last, int(self.energy.read_text())
-        return (self.last - before) % (self.range_microjoules + 1)
+        before, self.last_microjoules = self.last_microjoules, int(self.counter_path.read_text())
+        return (self.last_microjoules - before) % (self.range_microjoules + 1)
 
 
 @dataclass
@@ -65,52 +65,52 @@ class CpuEnergy:
     packages: list[_RaplPackage]
     _microjoules: int | None = 0
     """None once a counter could not be read: what it counted meanwhile is lost."""
-    _looked: float = field(default_factory=time.monotonic)
+    _last_read_time: float = field(default_factory=time.monotonic)
 
-    def joules(self) -> float | None:
-        self._looked = time.monotonic()
+    def read_joules(self) -> float | None:
+        self._last_read_time = time.monotonic()
         if self._microjoules is None:
             return None
         try:
-            self._microjoules += sum(package.since_last() for package in self.packages)
+            self._microjoules += sum(package.read_delta() for package in self.packages)
         except (OSError, ValueError):
             self._microjoules = None
             return None
         return self._microjoules / 1e6
 
-    def keep_up(self) -> None:
+    def poll(self) -> None:
         """At 250 W a counter of usual range runs over after a quarter of an hour."""
-        if time.monotonic() - self._looked > _POLL_SECONDS:
-            self.joules()
+        if time.monotonic() - self._last_read_time > _POLL_SECONDS:
+            self.read_joules()
 
 
 @dataclass(frozen=True)
 class NoEnergy:
     """Where nothing tells, or where another process of this machine counts for all."""
 
-    told: float | None = None
+    constant_joules: float | None = None
 
-    def joules(self) -> float | None:
-        return self.told
+    def read_joules(self) -> float | None:
+        return self.constant_joules
 
-    def keep_up(self) -> None:
+    def poll(self) -> None:
         """Nothing to look at."""
 
 
-def build_energy_meter(device: torch.device, *, counts: bool = True, powercap: Path = POWERCAP_DIR) -> EnergyMeter:
+def build_energy_meter(device: torch.device, *, reads_cpu_counters: bool = True, powercap_dir: Path = POWERCAP_DIR) -> EnergyMeter:
     """The meter of what ``device`` is.
 
     Processors are shared: only one process of a machine ``counts`` them, and the others say 0.
     """
     if device.type == "cuda":
-        gpu = Gpu.of(device)
+        gpu = Gpu.from_device(device)
         return GpuEnergy(gpu) if gpu else NoEnergy()
     try:
         # intel-rapl:0 is a processor, AMD's too; intel-rapl:0:1 is a part of it, and psys counts it once more.
-        folders = [f for f in sorted(powercap.glob("intel-rapl:*")) if f.name.count(":") == 1]
-        packages = [_RaplPackage.read(f) for f in folders if (f / "name").read_text().startswith("package")]
+        folders = [f for f in sorted(powercap_dir.glob("intel-rapl:*")) if f.name.count(":") == 1]
+        packages = [_RaplPackage.from_dir(f) for f in folders if (f / "name").read_text().startswith("package")]
     except (OSError, ValueError):
         return NoEnergy()
     if not packages:
         return NoEnergy()
-    return CpuEnergy(packages) if counts else NoEnergy(0.0)
+    return CpuEnergy(packages) if reads_cpu_counters else NoEnergy(0.0)

@@ -19,25 +19,25 @@ from torch.utils.flop_counter import flop_registry, shape_wrapper
 class FlopCounter(TorchDispatchMode):
     """Counts the FLOPs of every matrix product dispatched within, backward passes and recomputation included."""
 
-    def __init__(self, aside: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, is_excluded: Callable[[], bool] = lambda: False) -> None:
         """``aside`` tells of what is not to be counted: products of an optimizer, say."""
         super().__init__()  # type: ignore[no-untyped-call]
-        self._aside = aside
-        self.total: int | None = 0
+        self._is_excluded = is_excluded
+        self.total_flops: int | None = 0
         """None once a kernel was given what its formula does not know."""
         self._formulas = flop_registry | {kernel: shape_wrapper(formula) for kernel, formula in _list_extra_formulas()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if self.total is not None and not self._aside():
+        if self.total_flops is not None and not self._is_excluded():
             try:
-                self.total += self._flops(func, args, kwargs, result)
+                self.total_flops += self._count_kernel_flops(func, args, kwargs, result)
             except Exception:  # of a version or a shape that is not known here; the step must go on
-                self.total = None
+                self.total_flops = None
         return result
 
-    def _flops(self, func: Any, args: Any, kwargs: Any, result: Any) -> int:
+    def _count_kernel_flops(self, func: Any, args: Any, kwargs: Any, result: Any) -> int:
         """Of one kernel, 0 where it multiplies no matrices."""
         formula = self._formulas.get(func._overloadpacket)
         if func.namespace != "torch_attn" and formula is None:
@@ -51,11 +51,11 @@ class FlopCounter(TorchDispatchMode):
         return flops * (queries + 1) // (2 * queries) if queries == keys else flops
 
 
-def _varlen_attention_flop(given: dict[str, Any]) -> int:
+def _varlen_attention_flop(arguments: dict[str, Any]) -> int:
     """Attention over documents of unlike lengths, causal: query, key and value are (positions, heads, width)."""
-    pairs = sum(length * (length + 1) // 2 for length in given["cu_seq_q"].diff().tolist())
-    (_, heads, width), mixed = given["query"].shape, given["value"].shape[-1]
-    products = 3 * width + 2 * mixed if "grad_out" in given else width + mixed
+    pairs = sum(length * (length + 1) // 2 for length in arguments["cu_seq_q"].diff().tolist())
+    (_, heads, width), mixed = arguments["query"].shape, arguments["value"].shape[-1]
+    products = 3 * width + 2 * mixed if "grad_out" in arguments else width + mixed
     return int(2 * heads * pairs * products)
 
 
@@ -92,9 +92,9 @@ def _packed_mm_flop(inputs: Any, _packed: Any, weight: Any, *_: Any, **__: Any) 
     return _int8_mm_flop(inputs, weight)
 
 
-def _mixed_int8_mm_flop(_inputs: Any, quantised: Any, weight: Any, *_: Any, **__: Any) -> int:
+def _mixed_int8_mm_flop(_inputs: Any, quantized: Any, weight: Any, *_: Any, **__: Any) -> int:
     """Of quantised inputs (..., in) with weights (out, in). The few columns that stay in 16 bits are not known here."""
-    return _int8_mm_flop(quantised, weight)
+    return _int8_mm_flop(quantized, weight)
 
 
 def _cpu_sdpa_flop(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:

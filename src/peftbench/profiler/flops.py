@@ -43,43 +43,43 @@ _NUM_TRACE_TOKENS = 3  # of the pass that lists products
 class MatmulCost:
     """One matrix product of a forward pass, in FLOPs for one unit of ``per``."""
 
-    forward: int
-    backward: int
-    executed_backward: int
-    per: FlopUnit
-    block: int | None = None
+    forward_flops: int
+    backward_flops: int
+    hardware_backward_flops: int
+    unit: FlopUnit
+    block_index: int | None = None
     """Number of the block (from 0) that gradient checkpointing computes again, None outside of blocks."""
-    required_per: FlopUnit | None = None
+    model_unit: FlopUnit | None = None
     """The unit by which it is required, where more is computed."""
 
 
-def _get_unit_count(per: FlopUnit, work: FlopUnits) -> int:
+def _get_unit_count(unit: FlopUnit, flop_units: FlopUnits) -> int:
     """How often ``work`` has the unit."""
     return {
-        "position": work.positions, "pair": work.pairs, "causal_pair": work.causal_pairs, "label": work.labelled,
-        "column": work.columns,
-    }[per]  # fmt: skip
+        "position": flop_units.positions, "pair": flop_units.pairs, "causal_pair": flop_units.causal_pairs, "label": flop_units.labelled,
+        "column": flop_units.columns,
+    }[unit]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class FlopCost:
     """A model's FLOPs, forward and backward, under one method."""
 
-    products: tuple[MatmulCost, ...]
-    recomputed: tuple[MatmulCost, ...] = ()
+    matmuls: tuple[MatmulCost, ...]
+    recomputed_matmuls: tuple[MatmulCost, ...] = ()
     """What gradient checkpointing computes once more."""
 
-    def required(self, work: FlopUnits) -> int:
+    def compute_model_flops(self, flop_units: FlopUnits) -> int:
         """FLOPs that training on ``work`` needs: real positions, causal pairs, the head at labels."""
         return sum(
-            (p.forward + p.backward) * _get_unit_count(p.required_per or p.per, work)
-            for p in self.products if p.per != "column"
+            (p.forward_flops + p.backward_flops) * _get_unit_count(p.model_unit or p.unit, flop_units)
+            for p in self.matmuls if p.unit != "column"
         )  # fmt: skip
 
-    def executed(self, work: FlopUnits) -> int:
+    def compute_hardware_flops(self, flop_units: FlopUnits) -> int:
         """FLOPs that ``work`` takes."""
-        once = sum((p.forward + p.executed_backward) * _get_unit_count(p.per, work) for p in self.products)
-        return once + sum(p.forward * _get_unit_count(p.per, work) for p in self.recomputed)
+        once = sum((p.forward_flops + p.hardware_backward_flops) * _get_unit_count(p.unit, flop_units) for p in self.matmuls)
+        return once + sum(p.forward_flops * _get_unit_count(p.unit, flop_units) for p in self.recomputed_matmuls)
 
 
 class UnsupportedFlopsError(Exception):
@@ -98,7 +98,7 @@ _SUPPORTED_ATTENTION = frozenset({"sdpa", "eager", "peftbench_causal"})
 
 
 def count_flops(
-    model: nn.Module, base: PreTrainedModel, *, virtual_tokens: int, checkpointing: bool, head_everywhere: bool
+    model: nn.Module, base_model: PreTrainedModel, *, virtual_tokens: int, gradient_checkpointing: bool, computes_all_logits: bool
 ) -> FlopCost:
     """List the products of ``model``, which a method made from ``base``, in one forward pass of a few tokens.
 
@@ -107,26 +107,26 @@ def count_flops(
     Raises:
         UncountableError: it has products of a kind that is not known here.
     """
-    if base.config._attn_implementation not in _SUPPORTED_ATTENTION:
-        raise UnsupportedFlopsError(f"attention as {base.config._attn_implementation}")
-    trace = _MatmulTracer(base, _NUM_TRACE_TOKENS + virtual_tokens, head_per="position" if head_everywhere else "label")
+    if base_model.config._attn_implementation not in _SUPPORTED_ATTENTION:
+        raise UnsupportedFlopsError(f"attention as {base_model.config._attn_implementation}")
+    trace = _MatmulTracer(base_model, _NUM_TRACE_TOKENS + virtual_tokens, head_unit="position" if computes_all_logits else "label")
     tokens = torch.zeros((1, _NUM_TRACE_TOKENS), dtype=torch.long, device=next(model.parameters()).device)
-    with torch.enable_grad(), _track_blocks(base, trace), _record_quantized_layers(base, trace), trace:
+    with torch.enable_grad(), _track_blocks(base_model, trace), _record_quantized_layers(base_model, trace), trace:
         model(input_ids=tokens, use_cache=False)
-    return FlopCost(tuple(trace.products()), tuple(trace.recomputed()) if checkpointing else ())
+    return FlopCost(tuple(trace.iter_matmuls()), tuple(trace.iter_recomputed_matmuls()) if gradient_checkpointing else ())
 
 
 @contextmanager
-def _track_blocks(base: PreTrainedModel, trace: _Trace) -> Iterator[None]:
+def _track_blocks(base_model: PreTrainedModel, tracer: _MatmulTracer) -> Iterator[None]:
     """Tell ``trace`` which block is computed."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     def entered(number: int) -> Any:
-        return lambda *_: setattr(trace, "block", number)
+        return lambda *_: setattr(tracer, "block", number)
 
-    blocks = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
+    blocks = [module for module in base_model.modules() if isinstance(module, GradientCheckpointingLayer)]
     handles = [block.register_forward_pre_hook(entered(number)) for number, block in enumerate(blocks)]
-    handles += [block.register_forward_hook(lambda *_: setattr(trace, "block", None)) for block in blocks]
+    handles += [block.register_forward_hook(lambda *_: setattr(tracer, "block", None)) for block in blocks]
     try:
         yield
     finally:
@@ -135,18 +135,18 @@ def _track_blocks(base: PreTrainedModel, trace: _Trace) -> Iterator[None]:
 
 
 @contextmanager
-def _record_quantized_layers(base: PreTrainedModel, trace: _Trace) -> Iterator[None]:
+def _record_quantized_layers(base_model: PreTrainedModel, tracer: _MatmulTracer) -> Iterator[None]:
     """Note the products of bitsandbytes' layers as one each: inside are kernels that differ between devices."""
     from torch import nn
 
     def entered(layer: Any, inputs: Any) -> None:
-        trace.note_quantised(inputs[0], layer.in_features, layer.out_features)
-        trace.muted = True
+        tracer.record_quantized_matmul(inputs[0], layer.in_features, layer.out_features)
+        tracer.is_muted = True
 
     def left(*_: Any) -> None:
-        trace.muted = False
+        tracer.is_muted = False
 
-    layers = [m for m in base.modules() if isinstance(m, nn.Linear) and type(m).__module__.startswith("bitsandbytes.")]
+    layers = [m for m in base_model.modules() if isinstance(m, nn.Linear) and type(m).__module__.startswith("bitsandbytes.")]
     handles = [layer.register_forward_pre_hook(entered) for layer in layers]
     handles += [layer.register_forward_hook(left) for layer in layers]
     try:
@@ -176,97 +176,97 @@ def _is_unsupported_matmul(func: Any, name: str) -> bool:
 class _MatmulTracer(TorchFunctionMode):
     """Sees every function of torch that is called, and notes the products."""
 
-    def __init__(self, base: PreTrainedModel, width: int, head_per: FlopUnit) -> None:
+    def __init__(self, base_model: PreTrainedModel, num_positions: int, head_unit: FlopUnit) -> None:
         super().__init__()
-        self.head_per = head_per
-        head = base.get_output_embeddings()
-        self.head = None if head is None else head.weight
-        self.width = width
-        self.block: int | None = None
-        self.muted = False
+        self.head_unit = head_unit
+        head = base_model.get_output_embeddings()
+        self.head_weight = None if head is None else head.weight
+        self.num_positions = num_positions
+        self.block_index: int | None = None
+        self.is_muted = False
         """Whether what is called belongs to a product that is noted already."""
-        self._seen: list[tuple[int | None, list[MatmulCost]]] = []
+        self._recorded_calls: list[tuple[int | None, list[MatmulCost]]] = []
         """(block, its products) of every function that keeps something for the backward pass or is a product."""
 
-    def products(self) -> Iterator[MatmulCost]:
+    def iter_matmuls(self) -> Iterator[MatmulCost]:
         """Every product of the pass."""
-        for _, products in self._seen:
+        for _, products in self._recorded_calls:
             yield from products
 
-    def recomputed(self) -> Iterator[MatmulCost]:
+    def iter_recomputed_matmuls(self) -> Iterator[MatmulCost]:
         """What checkpointing computes again: in each block, products before the last function that keeps anything."""
-        if all(block is None for block, _ in self._seen):
+        if all(block is None for block, _ in self._recorded_calls):
             raise UnsupportedFlopsError("gradient checkpointing of a model without blocks that transformers knows")
-        last = {block: index for index, (block, _) in enumerate(self._seen)}
-        for index, (block, products) in enumerate(self._seen):
-            needed = any(p.backward for b, found in self._seen if b == block for p in found)
+        last = {block: index for index, (block, _) in enumerate(self._recorded_calls)}
+        for index, (block, products) in enumerate(self._recorded_calls):
+            needed = any(p.backward_flops for b, found in self._recorded_calls if b == block for p in found)
             if block is not None and needed and index < last[block]:
                 yield from products
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.muted:
+        if self.is_muted:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        found = self._products(func, name, args, kwargs)
-        if found or (self.block is not None and not _saves_no_tensors(name, args, kwargs)):
-            self._seen.append((self.block, found))
+        found = self._find_matmuls(func, name, args, kwargs)
+        if found or (self.block_index is not None and not _saves_no_tensors(name, args, kwargs)):
+            self._recorded_calls.append((self.block_index, found))
         return func(*args, **kwargs)
 
-    def note_quantised(self, inputs: torch.Tensor, width_in: int, width_out: int) -> None:
+    def record_quantized_matmul(self, inputs: torch.Tensor, in_features: int, out_features: int) -> None:
         """A product with a quantised weight, which is never trained and keeps nothing that autograd knows of."""
-        if inputs.numel() // width_in != self.width:
+        if inputs.numel() // in_features != self.num_positions:
             raise NonLinearFlopsError
-        forward = 2 * width_in * width_out
+        forward = 2 * in_features * out_features
         backward = forward * inputs.requires_grad
-        self._seen.append((self.block, [MatmulCost(forward, backward, backward, "position", self.block)]))
+        self._recorded_calls.append((self.block_index, [MatmulCost(forward, backward, backward, "position", self.block_index)]))
 
-    def _products(self, func: Any, name: str, args: Any, kwargs: Any) -> list[MatmulCost]:
+    def _find_matmuls(self, func: Any, name: str, args: Any, kwargs: Any) -> list[MatmulCost]:
         if func is functional.linear:
-            return [self._linear(args[0], args[1], args[1].shape[1])]
+            return [self._build_linear_cost(args[0], args[1], args[1].shape[1])]
         if name == "addmm":
-            return [self._linear(args[1], args[2], args[2].shape[0])]
+            return [self._build_linear_cost(args[1], args[2], args[2].shape[0])]
         if func is functional.scaled_dot_product_attention:
             query, key, value = args[:3]
-            return [self._attention(query, key, value, kwargs.get("dropout_p", 0.0), kwargs.get("is_causal", False))]
+            return [self._build_attention_cost(query, key, value, kwargs.get("dropout_p", 0.0), kwargs.get("is_causal", False))]
         if name in {"matmul", "__matmul__", "mm", "bmm"}:
-            return [self._matmul(args[0], args[1])]
+            return [self._build_matmul_cost(args[0], args[1])]
         if _is_unsupported_matmul(func, name):
             raise UnsupportedFlopsError(f"{name} is no product that is known here")
         return []
 
-    def _linear(self, inputs: torch.Tensor, weight: torch.Tensor, width: int) -> MatmulCost:
-        if inputs.numel() // width != self.width:
+    def _build_linear_cost(self, inputs: torch.Tensor, weight: torch.Tensor, in_features: int) -> MatmulCost:
+        if inputs.numel() // in_features != self.num_positions:
             raise NonLinearFlopsError
-        is_head = weight is self.head
+        is_head = weight is self.head_weight
         backward = 2 * weight.numel() * (inputs.requires_grad + weight.requires_grad)
-        per = self.head_per if is_head else "position"
-        return MatmulCost(2 * weight.numel(), backward, backward, per, self.block, "label" if is_head else None)
+        per = self.head_unit if is_head else "position"
+        return MatmulCost(2 * weight.numel(), backward, backward, per, self.block_index, "label" if is_head else None)
 
-    def _attention(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float, causal: bool
+    def _build_attention_cost(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout_p: float, is_causal: bool
     ) -> MatmulCost:
         scores, mix = 2 * query.shape[1] * query.shape[-1], 2 * query.shape[1] * value.shape[-1]
         probabilities = query.requires_grad or key.requires_grad
         backward = scores * (query.requires_grad + key.requires_grad) + mix * (probabilities + value.requires_grad)
         fused = 2 * (scores + mix) + scores if backward else 0  # the scores once more, then four products
         # With dropout of probabilities, attention on CPU is not fused (torch's sdp_utils_cpp.cpp).
-        plain = query.device.type == "cpu" and dropout > 0
-        per: FlopUnit = "causal_pair" if causal and not plain else "pair"
-        return MatmulCost(scores + mix, backward, backward if plain else fused, per, self.block, "causal_pair")
+        plain = query.device.type == "cpu" and dropout_p > 0
+        per: FlopUnit = "causal_pair" if is_causal and not plain else "pair"
+        return MatmulCost(scores + mix, backward, backward if plain else fused, per, self.block_index, "causal_pair")
 
-    def _matmul(self, left: torch.Tensor, right: torch.Tensor) -> MatmulCost:
+    def _build_matmul_cost(self, left: torch.Tensor, right: torch.Tensor) -> MatmulCost:
         gradients = left.requires_grad + right.requires_grad
         if right.dim() == 2:
-            return self._linear(left, right, right.shape[0])
+            return self._build_linear_cost(left, right, right.shape[0])
         *_, rows, inner = left.shape
         total = 2 * left.numel() * right.shape[-1]
         if inner == 1 and not gradients:  # angles of rotary embeddings: positions times frequencies
-            return MatmulCost(total // self.width, 0, 0, "column", self.block)
-        if rows != self.width or self.width not in (inner, right.shape[-1]):
+            return MatmulCost(total // self.num_positions, 0, 0, "column", self.block_index)
+        if rows != self.num_positions or self.num_positions not in (inner, right.shape[-1]):
             raise NonLinearFlopsError
-        flops = total // (left.shape[0] * self.width**2)
-        return MatmulCost(flops, flops * gradients, flops * gradients, "pair", self.block, "causal_pair")
+        flops = total // (left.shape[0] * self.num_positions**2)
+        return MatmulCost(flops, flops * gradients, flops * gradients, "pair", self.block_index, "causal_pair")
 
 
 def _saves_no_tensors(name: str, args: Any, kwargs: Any) -> bool:

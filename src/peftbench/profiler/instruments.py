@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from peftbench.profiler.memory_breakdown import MemoryTracker, EngineBuffers
 from peftbench.profiler.flop_counter import FlopCounter
+from peftbench.profiler.memory_breakdown import EngineBuffers, MemoryTracker
 from peftbench.profiler.memory_snapshot import record_memory_history
 
 FLOP_COUNT_STEP = 1
@@ -24,21 +24,21 @@ then."""
 class StepInstruments:
     """What looks at the warm-up steps of one run."""
 
-    history: bool
+    records_memory_history: bool
     """Whether the allocator notes where allocations come from, for the snapshot of an out-of-memory."""
-    flops: FlopCounter | None = None
-    breakdown: MemoryTracker | None = None
-    breakdown_step: int | None = None
+    flop_counter: FlopCounter | None = None
+    memory_tracker: MemoryTracker | None = None
+    memory_breakdown_step: int | None = None
 
-    def step(self, number: int) -> AbstractContextManager[None] | None:
+    def get_step_context(self, number: int) -> AbstractContextManager[None] | None:
         """What looks at step ``number``, counted from 1; None where nothing does."""
         looking: list[AbstractContextManager[object]] = []
-        if self.history and number <= MEMORY_HISTORY_STEPS:
+        if self.records_memory_history and number <= MEMORY_HISTORY_STEPS:
             looking.append(record_memory_history())
-        if self.flops is not None and number == FLOP_COUNT_STEP:
-            looking.append(self.flops)
-        if self.breakdown is not None and number == self.breakdown_step:
-            looking.append(self.breakdown)
+        if self.flop_counter is not None and number == FLOP_COUNT_STEP:
+            looking.append(self.flop_counter)
+        if self.memory_tracker is not None and number == self.memory_breakdown_step:
+            looking.append(self.memory_tracker)
         return _enter_all(looking) if looking else None
 
 
@@ -55,21 +55,21 @@ def build_instruments(
     optimizer: torch.optim.Optimizer,
     *,
     device: torch.device,
-    vocabulary: int,
-    part: Callable[[], str | None],
+    vocab_size: int,
+    get_step_part: Callable[[], str | None],
     count_flops: bool,
-    breakdown_step: int | None,
-    checkpointing: bool = False,
-    holdings: Callable[[], EngineBuffers] = EngineBuffers,
+    memory_breakdown_step: int | None,
+    gradient_checkpointing: bool = False,
+    get_engine_buffers: Callable[[], EngineBuffers] = EngineBuffers,
 ) -> StepInstruments:
     """The instruments of a run on ``device``; ``part`` tells which part of the step is being done."""
     book = None
-    if breakdown_step is not None:
+    if memory_breakdown_step is not None:
         there = None if device.type == "cpu" else device.type
-        book = MemoryTracker(model, optimizer, vocabulary, part, holdings=holdings, device=there)
+        book = MemoryTracker(model, optimizer, vocab_size, get_step_part, get_engine_buffers=get_engine_buffers, device_type=there)
     # Where checkpointing stops computing again, by an exception, torch 2.11 cannot look at Python's stack: the backward
     # pass would end with a SystemError.
-    history = device.type == "cuda" and torch.cuda.get_allocator_backend() == "native" and not checkpointing
+    history = device.type == "cuda" and torch.cuda.get_allocator_backend() == "native" and not gradient_checkpointing
     # Some optimizers multiply matrices too, and FLOPs are those of forward and backward pass.
-    counter = FlopCounter(lambda: part() == "optimizer") if count_flops else None
-    return StepInstruments(history, counter, book, breakdown_step)
+    counter = FlopCounter(lambda: get_step_part() == "optimizer") if count_flops else None
+    return StepInstruments(history, counter, book, memory_breakdown_step)

@@ -24,61 +24,61 @@ _RESET_PEAK_RSS = "5"  # proc_pid_clear_refs(5): sets the peak resident set size
 class MemoryMeter(Protocol):
     """Measures one lap after another: the end of one is the start of the next."""
 
-    every_part: bool
+    supports_step_parts: bool
     """Whether a lap costs so little that each part of a step can have its own."""
-    context_bytes: int | None
+    cuda_context_bytes: int | None
     """What the process took of the device before it held a tensor."""
 
     def lap(self) -> Memory:
         """Peaks since the lap before, in bytes."""
 
-    def process_bytes(self) -> int | None:
+    def read_process_bytes(self) -> int | None:
         """What the process holds of the device now."""
 
-    def held_bytes(self) -> int | None:
+    def read_in_use_bytes(self) -> int | None:
         """What the run holds now, as far as it is known at next to no cost; no lap ends."""
 
-    def forget(self) -> None:
+    def empty_cache(self) -> None:
         """Give back what is held for no tensor, so that a later peak is of what comes later."""
 
-    def start_here(self) -> None:
+    def set_baseline(self) -> None:
         """Count what the process holds now, before anything is loaded, to itself and not to the run."""
 
 
 class CudaMemoryMeter:
     """Peaks of torch's caching allocator on one device, which its own counters know at no cost to the device."""
 
-    every_part = True
+    supports_step_parts = True
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.context_bytes: int | None = _measure_cuda_context_bytes(device)
-        self.gpu = Gpu.of(device)
-        self._retries: int | None = None
+        self.cuda_context_bytes: int | None = _measure_cuda_context_bytes(device)
+        self.gpu = Gpu.from_device(device)
+        self._last_num_alloc_retries: int | None = None
         self.lap()
 
     def lap(self) -> Memory:
         # The flat form of the same figures takes ten times as long to make.
         told = torch.cuda.memory_stats_as_nested_dict(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        before, self._retries = self._retries, told.get("num_alloc_retries")
+        before, self._last_num_alloc_retries = self._last_num_alloc_retries, told.get("num_alloc_retries")
         return Memory(
             allocated_bytes=_get_peak(told, "allocated_bytes"),
             reserved_bytes=_get_peak(told, "reserved_bytes"),
             inactive_split_bytes=_get_peak(told, "inactive_split_bytes"),
-            allocation_retries=None if before is None or self._retries is None else self._retries - before,
+            num_alloc_retries=None if before is None or self._last_num_alloc_retries is None else self._last_num_alloc_retries - before,
         )
 
-    def process_bytes(self) -> int | None:
-        return self.gpu.process_bytes() if self.gpu else None
+    def read_process_bytes(self) -> int | None:
+        return self.gpu.read_process_bytes() if self.gpu else None
 
-    def held_bytes(self) -> int | None:
-        return read_reserved_bytes(self.device) + (self.context_bytes or 0)
+    def read_in_use_bytes(self) -> int | None:
+        return read_reserved_bytes(self.device) + (self.cuda_context_bytes or 0)
 
-    def forget(self) -> None:
+    def empty_cache(self) -> None:
         torch.cuda.empty_cache()
 
-    def start_here(self) -> None:
+    def set_baseline(self) -> None:
         """Tensors are counted from none on."""
 
 
@@ -92,52 +92,52 @@ def read_reserved_bytes(device: torch.device) -> int:
 def _measure_cuda_context_bytes(device: torch.device) -> int | None:
     """What this process holds of the GPU beside torch's tensors, when it is first asked."""
     torch.cuda.synchronize(device)  # the context is made here, if it was not before
-    gpu = Gpu.of(device)
-    in_use = gpu.process_bytes() if gpu else None
+    gpu = Gpu.from_device(device)
+    in_use = gpu.read_process_bytes() if gpu else None
     return None if in_use is None else in_use - torch.cuda.memory_reserved(device)
 
 
-def _get_peak(told: dict[str, dict[str, dict[str, int]]], what: str) -> int | None:
-    return told[what]["all"]["peak"] if what in told else None
+def _get_peak(stats: dict[str, dict[str, dict[str, int]]], name: str) -> int | None:
+    return stats[name]["all"]["peak"] if name in stats else None
 
 
 class RssMeter:
     """Peak resident set size of this process, and what was resident when the meter was made (None off Linux)."""
 
-    every_part = False
-    context_bytes: int | None = None
+    supports_step_parts = False
+    cuda_context_bytes: int | None = None
 
     def __init__(self) -> None:
-        self._baseline: int | None = None
-        self._told = False
-        self.start_here()
+        self._baseline_bytes: int | None = None
+        self._can_reset_peak = False
+        self.set_baseline()
 
-    def start_here(self) -> None:
+    def set_baseline(self) -> None:
         gc.collect()  # or cycles of before would be counted here, and be freed in the middle of the run
         _release_freed_pages()
-        self._baseline = read_proc_status_bytes("VmRSS")
+        self._baseline_bytes = read_proc_status_bytes("VmRSS")
         self.lap()
 
     def lap(self) -> Memory:
         peak = Memory()
-        if self._told:
-            peak = Memory(resident_bytes=read_proc_status_bytes("VmHWM"), resident_baseline_bytes=self._baseline)
+        if self._can_reset_peak:
+            peak = Memory(rss_bytes=read_proc_status_bytes("VmHWM"), baseline_rss_bytes=self._baseline_bytes)
         _release_freed_pages()
         try:
             _PROC_CLEAR_REFS.write_text(_RESET_PEAK_RSS, encoding="ascii")
-            self._told = True
+            self._can_reset_peak = True
         except OSError:  # not Linux, or not allowed
-            self._told = False
+            self._can_reset_peak = False
         return peak
 
-    def process_bytes(self) -> int | None:
+    def read_process_bytes(self) -> int | None:
         return None
 
-    def held_bytes(self) -> int | None:
+    def read_in_use_bytes(self) -> int | None:
         resident = read_proc_status_bytes("VmRSS")
-        return None if resident is None or self._baseline is None else max(0, resident - self._baseline)
+        return None if resident is None or self._baseline_bytes is None else max(0, resident - self._baseline_bytes)
 
-    def forget(self) -> None:
+    def empty_cache(self) -> None:
         """Each lap gives freed pages back already."""
 
 
@@ -152,8 +152,8 @@ def max_memory(first: Memory | None, second: Memory) -> Memory:
         return second
     if _is_within(first, second):  # as most do, and this is asked at every part of a step
         return first
-    resident = max(first, second, key=lambda memory: memory.resident_bytes or -1)
-    retries = [memory.allocation_retries for memory in (first, second) if memory.allocation_retries is not None]
+    resident = max(first, second, key=lambda memory: memory.rss_bytes or -1)
+    retries = [memory.num_alloc_retries for memory in (first, second) if memory.num_alloc_retries is not None]
     return resident.model_copy(
         update={
             name: max((v for m in (first, second) if (v := getattr(m, name)) is not None), default=None)
@@ -164,7 +164,7 @@ def max_memory(first: Memory | None, second: Memory) -> Memory:
 
 
 def _is_within(first: Memory, second: Memory) -> bool:
-    if second.allocation_retries or (second.allocation_retries == 0 and first.allocation_retries is None):
+    if second.num_alloc_retries or (second.num_alloc_retries == 0 and first.num_alloc_retries is None):
         return False
     for name in (*_PEAK_FIELDS, "resident_bytes"):
         value, most = getattr(second, name), getattr(first, name)
@@ -173,12 +173,12 @@ def _is_within(first: Memory, second: Memory) -> bool:
     return True
 
 
-def max_over_ranks(ranks: Sequence[dict[str, Memory]]) -> dict[str, Memory]:
+def max_over_ranks(memory_by_rank: Sequence[dict[str, Memory]]) -> dict[str, Memory]:
     """The largest of each figure over ranks, phase by phase."""
     found: dict[str, Memory] = {}
-    for phase, memory in (item for rank in ranks for item in rank.items()):
+    for phase, memory in (item for rank in memory_by_rank for item in rank.items()):
         most = max_memory(found.get(phase), memory)
-        retries = [m.allocation_retries for m in (found.get(phase, memory), memory) if m.allocation_retries is not None]
+        retries = [m.num_alloc_retries for m in (found.get(phase, memory), memory) if m.num_alloc_retries is not None]
         found[phase] = most.model_copy(update={"allocation_retries": max(retries, default=None)})
     return found
 

@@ -13,7 +13,7 @@ SNAPSHOT_FILE = "oom_snapshot.pickle"
 _MAX_HISTORY_ENTRIES = 100_000
 
 
-def dump_on_oom(path: Path, told: Callable[[], None]) -> None:
+def dump_on_oom(path: Path, on_oom: Callable[[], None]) -> None:
     """Let every refusal of the CUDA allocator of this process write its state to ``path``, before anything is freed.
 
     ``told`` is called then, too.
@@ -25,7 +25,7 @@ def dump_on_oom(path: Path, told: Callable[[], None]) -> None:
         raise RuntimeError(f"the allocator {torch.cuda.get_allocator_backend()} has no snapshot")
 
     def refused(_device: int, _asked: int, _of_device: int, _free: int) -> None:
-        told()
+        on_oom()
         dump_snapshot(path)
 
     torch._C._cuda_attach_out_of_memory_observer(refused)  # type: ignore[attr-defined]

@@ -25,7 +25,7 @@ class Gpu:
     handle: Any
 
     @classmethod
-    def of(cls, device: torch.device) -> Gpu | None:
+    def from_device(cls, device: torch.device) -> Gpu | None:
         """The GPU that torch calls ``device``, None where there is no driver or it does not know it."""
         if pynvml is None:
             return None
@@ -37,7 +37,7 @@ class Gpu:
         except (pynvml.NVMLError, RuntimeError, AttributeError):
             return None
 
-    def process_bytes(self) -> int | None:
+    def read_process_bytes(self) -> int | None:
         """Memory that this process uses on the GPU: torch's, the context's and the libraries'."""
         try:
             processes = pynvml.nvmlDeviceGetComputeRunningProcesses(self.handle)
@@ -48,7 +48,7 @@ class Gpu:
         found = mine or (processes if len(processes) == 1 else [])
         return int(found[0].usedGpuMemory) if found and found[0].usedGpuMemory is not None else None
 
-    def joules(self) -> float | None:
+    def read_joules(self) -> float | None:
         """Energy of the whole board since the driver was loaded (Volta and newer)."""
         try:
             return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(self.handle)) / 1000

@@ -44,11 +44,11 @@ _MATRIX_SIZES = {"cuda": 8192, "cpu": 1024}
 _MEASUREMENT_SECONDS = 0.1
 
 
-def get_peak_flops(name: str, precision: str) -> float | None:
+def get_peak_flops(device_name: str, precision: str) -> float | None:
     """The data sheet's FLOP/s of the device called ``name``, None where it is not in the table."""
-    if " MIG " in name:  # a slice of a device
+    if " MIG " in device_name:  # a slice of a device
         return None
-    found = [peaks for beginning, peaks in PEAK_FLOPS.items() if name == beginning or name.startswith(f"{beginning}-")]
+    found = [peaks for beginning, peaks in PEAK_FLOPS.items() if device_name == beginning or device_name.startswith(f"{beginning}-")]
     return found[0].get(precision) if found else None
 
 
@@ -64,13 +64,13 @@ def measure_matmul_flops(device: torch.device, precision: str) -> float | None:
         return None
 
 
-def _measure_best(device: torch.device, left: torch.Tensor, right: torch.Tensor, product: torch.Tensor) -> float:
+def _measure_best(device: torch.device, left: torch.Tensor, right: torch.Tensor, output: torch.Tensor) -> float:
     best, deadline = 0.0, time.perf_counter() + _MEASUREMENT_SECONDS
-    torch.mm(left, right, out=product)  # kernels are chosen
+    torch.mm(left, right, out=output)  # kernels are chosen
     while True:
         _synchronize(device)
         start = time.perf_counter()
-        torch.mm(left, right, out=product)
+        torch.mm(left, right, out=output)
         _synchronize(device)
         end = time.perf_counter()
         best = max(best, 2 * len(left) ** 3 / (end - start))

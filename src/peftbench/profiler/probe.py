@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from peftbench.profiler.energy import EnergyMeter, NoEnergy
-from peftbench.profiler.memory import max_memory, build_memory_meter
+from peftbench.profiler.memory import build_memory_meter, max_memory
 from peftbench.record import Memory
 
 
@@ -40,12 +40,12 @@ class Probe:
     """Measures a run. The loop calls ``step``, ``part`` and ``paused``, and never looks at a clock itself."""
 
     device: torch.device
-    energy: EnergyMeter = field(default_factory=NoEnergy)
+    energy_meter: EnergyMeter = field(default_factory=NoEnergy)
     phase_seconds: dict[str, float] = field(default_factory=dict)
     phase_joules: dict[str, float] = field(default_factory=dict)
     """Energy of each phase, pauses included, where it is known."""
     step_seconds: list[float] = field(default_factory=list)
-    timed: list[bool] = field(default_factory=list)
+    timed_mask: list[bool] = field(default_factory=list)
     """Whether each step is in the figures: those of a warm-up are not."""
     memory: dict[str, Memory] = field(default_factory=dict)
     """Peaks of each phase."""
@@ -53,71 +53,71 @@ class Probe:
     """Peaks of each part of the steps after warm-up, or of the warm-up where training ended in it; empty where parts
     are not told apart."""
     current_phase: str | None = None
-    current_part: str | None = None
+    current_step_part: str | None = None
     _paused_seconds: float = 0.0
     _phase_start: float = 0.0
-    _phase_paused: float = 0.0
+    _paused_seconds_at_phase_start: float = 0.0
     _phase_joules_start: float | None = None
-    _parts_before: dict[str, Memory] = field(default_factory=dict)
-    _warmup_left: int = 0
-    _training: ExitStack = field(default_factory=ExitStack)
-    _inspect: Callable[[int], AbstractContextManager[None] | None] = _no_step_context
-    _parts: dict[str, float] | None = None
+    _previous_step_memory: dict[str, Memory] = field(default_factory=dict)
+    _untimed_steps_left: int = 0
+    _training_stack: ExitStack = field(default_factory=ExitStack)
+    _get_step_context: Callable[[int], AbstractContextManager[None] | None] = _no_step_context
+    _step_part_seconds: dict[str, float] | None = None
     """Seconds of the parts of a step whose parts are timed, None in all others."""
-    timed_steps: dict[int, dict[str, float]] = field(default_factory=dict)
+    part_timed_steps: dict[int, dict[str, float]] = field(default_factory=dict)
     """Seconds of each part, by number of step, of the warm-up steps whose parts were timed."""
-    _open: list[_PeakScope] = field(default_factory=list)
-    told: Callable[[str], None] = _ignore_phase
+    _open_scopes: list[_PeakScope] = field(default_factory=list)
+    on_phase: Callable[[str], None] = _ignore_phase
     """Is told the name of each phase that begins."""
 
     def __post_init__(self) -> None:
-        self.meter = build_memory_meter(self.device)
+        self.memory_meter = build_memory_meter(self.device)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """A part of the run; entered again, its seconds add up. What raises inside is measured until then."""
-        self.told(name)
+        self.on_phase(name)
         outer, paused = self.current_phase, self._paused_seconds
         self.current_phase = name
-        joules = self._phase_joules_start = self.energy.joules()
+        joules = self._phase_joules_start = self.energy_meter.read_joules()
         if outer is None and name != "train":  # what is reserved for the phases before belongs to them
-            self.meter.forget()
-        with self._peak_of(name, self.memory):
-            start = self._phase_start = self._now()
-            self._phase_paused = paused
+            self.memory_meter.empty_cache()
+        with self._record_peak(name, self.memory):
+            start = self._phase_start = self._read_clock()
+            self._paused_seconds_at_phase_start = paused
             try:
                 yield
                 self.current_phase = outer  # on an error the phase stays, so that the outcome can name it
             finally:
-                seconds = self._now() - start - (self._paused_seconds - paused)
+                seconds = self._read_clock() - start - (self._paused_seconds - paused)
                 self.phase_seconds[name] = self.phase_seconds.get(name, 0.0) + seconds
-                if joules is not None and (now := self.energy.joules()) is not None:
+                if joules is not None and (now := self.energy_meter.read_joules()) is not None:
                     self.phase_joules[name] = self.phase_joules.get(name, 0.0) + now - joules
-                held = Memory(process_bytes=self.meter.process_bytes())
+                held = Memory(process_bytes=self.memory_meter.read_process_bytes())
                 self.memory[name] = max_memory(self.memory.get(name), held)
 
     @contextmanager
     def training(
-        self, warmup_steps: int, inspect: Callable[[int], AbstractContextManager[None] | None] = _no_step_context
+        self, untimed_steps: int, get_step_context: Callable[[int], AbstractContextManager[None] | None] = _no_step_context
     ) -> Iterator[None]:
         """The training loop: its first steps are the phase ``warmup``, in no other figure; the rest is ``train``.
 
         Given its number (from 1), ``inspect`` puts instruments around a warm-up step that may slow it down; where it
         puts none, the parts of the step are timed, but for the first.
         """
-        self._warmup_left = warmup_steps
-        self._inspect = inspect
-        self.meter.forget()  # once: what warm-up reserves is what training goes on with
-        self._parts_before = dict(self.step_memory)  # of a training that this one goes on with
+        self._untimed_steps_left = untimed_steps
+        self._get_step_context = get_step_context
+        self.memory_meter.empty_cache()  # once: what warm-up reserves is what training goes on with
+        self._previous_step_memory = dict(self.step_memory)  # of a training that this one goes on with
         self.step_memory.clear()
         try:
-            with self._training:
-                self._training.enter_context(self.phase("warmup" if warmup_steps else "train"))
+            with self._training_stack:
+                self._training_stack.enter_context(self.phase("warmup" if untimed_steps else "train"))
                 yield
-            if self._warmup_left >= 0:  # an error keeps the peaks of the parts it ended in
-                self._forget_parts()
+            if self._untimed_steps_left >= 0:  # an error keeps the peaks of the parts it ended in
+                self._restore_step_memory()
         finally:
-            if self._warmup_left >= 0 and not any(self.timed):  # there is nothing to say of training
+            if self._untimed_steps_left >= 0 and not any(self.timed_mask):  # there is nothing to say of training
                 self.phase_seconds.pop("train", None)
                 self.phase_joules.pop("train", None)
                 self.memory.pop("train", None)
@@ -125,23 +125,23 @@ class Probe:
     @contextmanager
     def step(self) -> Iterator[None]:
         """One optimizer step; its end waits for the device."""
-        number, warmup = len(self.step_seconds) + 1, self._warmup_left > 0
-        self._warmup_left -= 1
-        looks = self._inspect(number) if warmup else None
-        self._parts = {} if warmup and looks is None and number > 1 else None
+        number, warmup = len(self.step_seconds) + 1, self._untimed_steps_left > 0
+        self._untimed_steps_left -= 1
+        looks = self._get_step_context(number) if warmup else None
+        self._step_part_seconds = {} if warmup and looks is None and number > 1 else None
         paused = self._paused_seconds
-        start = self._now()
+        start = self._read_clock()
         with looks or nullcontext():
             yield
-        self.step_seconds.append(self._now() - start - (self._paused_seconds - paused))
-        self.timed.append(not warmup)
-        if self._parts:
-            self.timed_steps[number] = self._parts
-        self.energy.keep_up()
-        if self._warmup_left == 0:
-            self._training.close()
-            self._forget_parts()
-            self._training.enter_context(self.phase("train"))
+        self.step_seconds.append(self._read_clock() - start - (self._paused_seconds - paused))
+        self.timed_mask.append(not warmup)
+        if self._step_part_seconds:
+            self.part_timed_steps[number] = self._step_part_seconds
+        self.energy_meter.poll()
+        if self._untimed_steps_left == 0:
+            self._training_stack.close()
+            self._restore_step_memory()
+            self._training_stack.enter_context(self.phase("train"))
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -149,79 +149,79 @@ class Probe:
 
         A peak is since the part before ended, so that each costs one reading.
         """
-        self.current_part = name
-        start = self._now() if self._parts is not None else 0.0
+        self.current_step_part = name
+        start = self._read_clock() if self._step_part_seconds is not None else 0.0
         try:
             yield
-            self.current_part = None  # on an error it stays, so that the outcome can name it
+            self.current_step_part = None  # on an error it stays, so that the outcome can name it
         finally:
-            if self._parts is not None:
-                self._parts[name] = self._parts.get(name, 0.0) + self._now() - start
-            if self.meter.every_part:
+            if self._step_part_seconds is not None:
+                self._step_part_seconds[name] = self._step_part_seconds.get(name, 0.0) + self._read_clock() - start
+            if self.memory_meter.supports_step_parts:
                 self.step_memory[name] = max_memory(self.step_memory.get(name), self._lap())
 
-    def _forget_parts(self) -> None:
+    def _restore_step_memory(self) -> None:
         """Take away the peaks of a warm-up's parts, and bring back those of steps before it."""
         self.step_memory.clear()
-        self.step_memory.update(self._parts_before)
+        self.step_memory.update(self._previous_step_memory)
 
-    def measured(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """All figures so far, plain, for a run that goes on in another process."""
         seconds, joules, memory = dict(self.phase_seconds), dict(self.phase_joules), dict(self.memory)
         if (phase := self.current_phase) is not None:  # it is still open
-            now = self._now() - self._phase_start - (self._paused_seconds - self._phase_paused)
+            now = self._read_clock() - self._phase_start - (self._paused_seconds - self._paused_seconds_at_phase_start)
             seconds[phase] = seconds.get(phase, 0.0) + now
-            if self._phase_joules_start is not None and (drawn := self.energy.joules()) is not None:
+            if self._phase_joules_start is not None and (drawn := self.energy_meter.read_joules()) is not None:
                 joules[phase] = joules.get(phase, 0.0) + drawn - self._phase_joules_start
-        for scope in self._open:
+        for scope in self._open_scopes:
             if scope.peak is not None:
                 memory[scope.name] = max_memory(memory.get(scope.name), scope.peak)
         return {
             "phase_seconds": seconds, "phase_joules": joules,
-            "step_seconds": list(self.step_seconds), "timed": list(self.timed),
-            "timed_steps": {str(step): parts for step, parts in self.timed_steps.items()},
+            "step_seconds": list(self.step_seconds), "timed": list(self.timed_mask),
+            "timed_steps": {str(step): parts for step, parts in self.part_timed_steps.items()},
             "memory": {name: peak.model_dump() for name, peak in memory.items()},
             "step_memory": {name: memory.model_dump() for name, memory in self.step_memory.items()},
         }  # fmt: skip
 
-    def close(self) -> None:
+    def close_open_phases(self) -> None:
         """Keep what was measured of a phase that nothing will end, without waiting for the device."""
-        for scope in list(self._open):
-            scope.peak = max_memory(scope.peak, self.meter.lap())
+        for scope in list(self._open_scopes):
+            scope.peak = max_memory(scope.peak, self.memory_meter.lap())
             self.memory[scope.name] = max_memory(self.memory.get(scope.name), scope.peak)
         if (phase := self.current_phase) is not None:
-            seconds = time.perf_counter() - self._phase_start - (self._paused_seconds - self._phase_paused)
+            seconds = time.perf_counter() - self._phase_start - (self._paused_seconds - self._paused_seconds_at_phase_start)
             self.phase_seconds[phase] = self.phase_seconds.get(phase, 0.0) + seconds
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
+    def exclude_memory(self) -> Iterator[None]:
         """Something whose memory is in no peak, on CPU too, and that may take long (a checkpoint, say)."""
         self._lap()
         try:
             yield
         finally:
-            self.meter.lap()
+            self.memory_meter.lap()
 
-    def go_on(self, measured: dict[str, Any], *, same_place: bool = True) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], *, same_world_size: bool = True) -> None:
         """Take up figures of the process that this one goes on for; what both have is added up, or the larger peak.
 
         Where that was another number of processes, its figures are another's, and only its steps are taken up.
         """
-        if not same_place:
-            self.step_seconds[:], self.timed[:] = measured["step_seconds"], [False] * len(measured["timed"])
+        if not same_world_size:
+            self.step_seconds[:], self.timed_mask[:] = state_dict["step_seconds"], [False] * len(state_dict["timed"])
             return
         for mine, theirs in ((self.phase_seconds, "phase_seconds"), (self.phase_joules, "phase_joules")):
-            for name, value in measured[theirs].items():
+            for name, value in state_dict[theirs].items():
                 mine[name] = mine.get(name, 0.0) + value
-        self.step_seconds[:], self.timed[:] = measured["step_seconds"], measured["timed"]
-        self.timed_steps.update({int(step): parts for step, parts in measured["timed_steps"].items()})
-        for peaks, kept in ((self.memory, measured["memory"]), (self.step_memory, measured["step_memory"])):
+        self.step_seconds[:], self.timed_mask[:] = state_dict["step_seconds"], state_dict["timed"]
+        self.part_timed_steps.update({int(step): parts for step, parts in state_dict["timed_steps"].items()})
+        for peaks, kept in ((self.memory, state_dict["memory"]), (self.step_memory, state_dict["step_memory"])):
             for name, memory in kept.items():
                 peaks[name] = max_memory(peaks.get(name), Memory(**memory))
 
-    def part_seconds(self) -> dict[str, float]:
+    def compute_step_part_seconds(self) -> dict[str, float]:
         """Median seconds of each part, over the warm-up steps whose parts were timed."""
-        timed = self.timed_steps.values()
+        timed = self.part_timed_steps.values()
         names = dict.fromkeys(name for parts in timed for name in parts)
         return {name: statistics.median(parts.get(name, 0.0) for parts in timed) for name in names}
 
@@ -231,37 +231,37 @@ class Probe:
 
         Its peak is in none either where readings are cheap; on CPU it is in the phase's.
         """
-        start = self._now()
-        if self.meter.every_part:
+        start = self._read_clock()
+        if self.memory_meter.supports_step_parts:
             self._lap()
         try:
             yield
         finally:
-            if self.meter.every_part:
-                self.meter.lap()
-            self._paused_seconds += self._now() - start
+            if self.memory_meter.supports_step_parts:
+                self.memory_meter.lap()
+            self._paused_seconds += self._read_clock() - start
 
     @contextmanager
-    def _peak_of(self, name: str, kept: dict[str, Memory]) -> Iterator[None]:
+    def _record_peak(self, name: str, peaks: dict[str, Memory]) -> Iterator[None]:
         """Keep the peak of a stretch, also if it raises; what it peaks at counts for the stretches around it too."""
         scope = _PeakScope(name)
         self._lap()
-        self._open.append(scope)
+        self._open_scopes.append(scope)
         try:
             yield
         finally:
             self._lap()
-            self._open.remove(scope)
+            self._open_scopes.remove(scope)
             if scope.peak is not None:
-                kept[name] = max_memory(kept.get(name), scope.peak)
+                peaks[name] = max_memory(peaks.get(name), scope.peak)
 
     def _lap(self) -> Memory:
-        lap = self.meter.lap()
-        for scope in self._open:
+        lap = self.memory_meter.lap()
+        for scope in self._open_scopes:
             scope.peak = max_memory(scope.peak, lap)
         return lap
 
-    def _now(self) -> float:
+    def _read_clock(self) -> float:
         if self.device.type == "cuda":
             try:
                 torch.cuda.synchronize(self.device)

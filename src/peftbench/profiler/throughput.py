@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def compute_throughput(
-    step_seconds: Sequence[float], counts: Sequence[TokenCounts], *, train_seconds: float, global_batch: int
+    step_seconds: Sequence[float], token_counts: Sequence[TokenCounts], *, train_seconds: float, global_batch_size: int
 ) -> Throughput | None:
     """Figures of the timed steps: their seconds, and their tokens over all ranks, per second of the whole phase.
 
@@ -28,10 +28,10 @@ def compute_throughput(
         step_seconds_median=median,
         step_seconds_p10=low,
         step_seconds_p90=high,
-        samples_per_second=global_batch * len(step_seconds) / train_seconds,
+        samples_per_second=global_batch_size * len(step_seconds) / train_seconds,
         tokens_per_second=TokensPerSecond(**{
-            kind: sum(getattr(count, kind) for count in counts) / train_seconds
+            kind: sum(getattr(count, kind) for count in token_counts) / train_seconds
             for kind in TokensPerSecond.model_fields
         }),
-        data_share=max(0.0, 1 - sum(step_seconds) / train_seconds),
+        data_time_fraction=max(0.0, 1 - sum(step_seconds) / train_seconds),
     )  # fmt: skip

@@ -16,12 +16,19 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from peftbench.data.sources import SOURCES
-from peftbench.errors import MissingFileError, OutOfRangeError, RecipeError, UnknownKeyError, WrongTypeError, did_you_mean
+from peftbench.common.schema import ConfigSection
 from peftbench.common.text import escape_interpolation
+from peftbench.data.sources import SOURCES
+from peftbench.errors import (
+    MissingFileError,
+    OutOfRangeError,
+    RecipeError,
+    UnknownKeyError,
+    WrongTypeError,
+    did_you_mean,
+)
 from peftbench.methods import METHOD_KINDS
 from peftbench.optim import OPTIMIZERS
-from peftbench.common.schema import ConfigSection
 from peftbench.recipe.schema import Recipe
 
 EXTENDS_KEY = "extends"
@@ -51,20 +58,20 @@ def merge_configs(files: Sequence[Path], overrides: Sequence[str] = ()) -> dict[
     return to_plain_dict(result)
 
 
-def _drop_fields_of_other_kinds(earlier: DictConfig, later: DictConfig) -> None:
+def _drop_fields_of_other_kinds(base: DictConfig, override: DictConfig) -> None:
     """Where ``later`` changes a group's kind, drop from ``earlier`` the knobs that the new kind does not have."""
     for place, table in (("method", METHOD_KINDS), ("data.source", SOURCES), ("optimizer", OPTIMIZERS)):
-        group, new = OmegaConf.select(earlier, place), OmegaConf.select(later, f"{place}.kind")
+        group, new = OmegaConf.select(base, place), OmegaConf.select(override, f"{place}.kind")
         known = isinstance(new, str) and new in table
         if known and isinstance(group, DictConfig) and group.get("kind") not in (None, new):
             for key in [key for key in group if key not in table[new].model_fields]:
                 del group[key]
 
 
-def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> Iterator[DictConfig]:
+def read_yaml(path: Path, visited: tuple[Path, ...] = ()) -> Iterator[DictConfig]:
     """A YAML file, after the files that its ``extends`` names (relative to itself)."""
-    if path.resolve() in seen:
-        raise RecipeError(f"{path} extends itself, by way of {' and '.join(str(p) for p in seen)}")
+    if path.resolve() in visited:
+        raise RecipeError(f"{path} extends itself, by way of {' and '.join(str(p) for p in visited)}")
     try:
         loaded = _read_recipe_from_record(path) or OmegaConf.load(path)
     except (FileNotFoundError, IsADirectoryError) as error:
@@ -80,7 +87,7 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> Iterator[DictConfig]:
     if not isinstance(parents, (list, ListConfig)) or not all(isinstance(parent, str) for parent in parents):
         raise WrongTypeError(f"extends in {path} must be the path of a file or a list of them")
     for parent in parents:
-        yield from read_yaml(path.parent / parent, (*seen, path.resolve()))
+        yield from read_yaml(path.parent / parent, (*visited, path.resolve()))
     yield loaded
 
 
@@ -191,10 +198,10 @@ def to_commented_yaml(recipe: Recipe) -> str:
     return "\n".join(_iter_commented_lines(recipe, 0)) + "\n"
 
 
-def _iter_commented_lines(part: ConfigSection, depth: int) -> Iterator[str]:
+def _iter_commented_lines(section: ConfigSection, depth: int) -> Iterator[str]:
     margin = "  " * depth
-    for name, field in type(part).model_fields.items():
-        value = getattr(part, name)
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
         meaning = " ".join((field.description or "").split())
         if isinstance(value, ConfigSection):
             yield f"{margin}{name}:  # {meaning}"

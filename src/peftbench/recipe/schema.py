@@ -14,12 +14,12 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
+from peftbench.common.schema import ConfigSection
+from peftbench.common.units import parse_size
 from peftbench.data.sources import AnySource
 from peftbench.errors import BudgetError
 from peftbench.methods import AnyMethod
 from peftbench.optim import AdamW, AnyOptimizer
-from peftbench.common.schema import ConfigSection
-from peftbench.common.units import parse_size
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Split = Literal["validation", "test"]
@@ -61,33 +61,33 @@ class Data(ConfigSection):
     """Examples drawn from the test split; null takes all."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the subsample: which examples are drawn."""
-    max_tokens: int | None = Field(default=None, gt=0)
+    max_length: int | None = Field(default=None, gt=0)
     """Longest sequence in real tokens, virtual ones not counted; null takes what the model's positions leave."""
     separator: str = "\nTL;DR:"
     """Between article and summary. Must not end in a space, which belongs to the next word's token."""
-    too_long: Literal["refuse", "drop"] = "refuse"
+    overlong: Literal["refuse", "drop"] = "refuse"
     """What to do with an example whose summary leaves no room for any article; drops are counted in the record."""
     padding: Literal["auto", "none", "longest", "max_tokens"] = "auto"
     """none: examples share a row and see no other; longest, max_tokens: pad to those; auto: none where it can be."""
     pad_to_multiple_of: int = Field(default=1, gt=0)
     """Pad rows to multiples of so many positions; on CPU in 16 bits every new size costs memory and time, 64 helps."""
-    as_published: bool = False
+    label_padding: bool = False
     """Label every token, padding too, in batches not grouped by length, as the published study did."""
 
     @field_validator("separator")
     @classmethod
-    def _no_trailing_space(cls, value: str) -> str:
+    def _check_separator(cls, value: str) -> str:
         if not value or value != value.rstrip(" "):
             raise ValueError("must be a text that does not end in a space")
         return value
 
     @model_validator(mode="after")
-    def _padded_to_something(self) -> Data:
-        if self.padding == "max_tokens" and self.max_tokens is None:
+    def _check_padding(self) -> Data:
+        if self.padding == "max_tokens" and self.max_length is None:
             raise ValueError("padding to max_tokens needs data.max_length")
-        if self.as_published and self.padding == "none":
+        if self.label_padding and self.padding == "none":
             raise ValueError("as_published labels padding, and padding: free has none; use longest or max_tokens")
-        if self.as_published and self.pad_to_multiple_of > 1:
+        if self.label_padding and self.pad_to_multiple_of > 1:
             raise ValueError("as_published labels padding, so pad_to_multiple_of would change the loss; leave it at 1")
         if self.padding == "max_tokens" and self.pad_to_multiple_of > 1:
             raise ValueError("padding to max_tokens makes all rows one width; leave pad_to_multiple_of at 1")
@@ -110,11 +110,11 @@ class Train(ConfigSection):
     """Optimizer steps; give this or epochs."""
     epochs: float | None = Field(default=None, gt=0)
     """Passes over the training examples; steps are this times examples over global_batch, rounded up."""
-    global_batch: int = Field(default=16, gt=0)
+    global_batch_size: int = Field(default=16, gt=0)
     """Examples in one optimizer step, over all processes and micro-batches."""
-    micro_batch: PositiveInt | Literal["auto"] | None = None
+    micro_batch_size: PositiveInt | Literal["auto"] | None = None
     """Most examples in one forward pass of one process; null: all; auto: the most predicted to fit budget or GPU."""
-    micro_tokens: int | None = Field(default=None, gt=0)
+    micro_batch_tokens: int | None = Field(default=None, gt=0)
     """Most tokens in one forward pass (padding, virtual), instead of micro_batch; as few passes as keep to it."""
     precision: Precision = "fp32"
     """Arithmetic of forward and backward pass; trained weights stay in float32, unless the optimizer says bf16."""
@@ -126,9 +126,9 @@ class Train(ConfigSection):
     """Compile each block with torch.compile; the first steps take minutes: give profile.untimed_steps enough of them."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    activation_offload: bool = False
+    activation_offloading: bool = False
     """Keep activations in the CPU's memory until the backward pass: much less GPU memory, as slow as the bus is."""
-    trunk_cache: Literal["fp32", "bf16"] | None = None
+    feature_cache: Literal["fp32", "bf16"] | None = None
     """Keep a frozen trunk's hidden states on disk in this type, and compute them in the first epoch alone."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Clip the global gradient norm to this; null does not clip."""
@@ -137,24 +137,24 @@ class Train(ConfigSection):
 
     @field_validator("micro_batch_size", mode="before")
     @classmethod
-    def _a_number_or_auto(cls, value: object) -> object:
+    def _check_micro_batch_type(cls, value: object) -> object:
         if isinstance(value, str) and value != "auto":
             raise ValueError("must be a number of examples, auto or null")
         return value
 
     @model_validator(mode="after")
-    def _one_length(self) -> Train:
+    def _check_exclusive_settings(self) -> Train:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("needs exactly one of train.steps and train.epochs")
-        if self.micro_tokens is not None and self.micro_batch is not None:
+        if self.micro_batch_tokens is not None and self.micro_batch_size is not None:
             raise ValueError("takes micro_batch or micro_tokens, and not both")
         return self
 
     @property
-    def rows(self) -> int | None:
+    def resolved_micro_batch_size(self) -> int | None:
         """``micro_batch`` as a number, once ``auto`` has become one."""
-        assert self.micro_batch != "auto", "a run settles it before anything is built"
-        return self.micro_batch
+        assert self.micro_batch_size != "auto", "a run settles it before anything is built"
+        return self.micro_batch_size
 
 
 class Evaluate(ConfigSection):
@@ -162,35 +162,35 @@ class Evaluate(ConfigSection):
 
     split: Split = "test"
     """Which held-out split."""
-    batch: int = Field(default=16, gt=0)
+    batch_size: int = Field(default=16, gt=0)
     """Examples at once in evaluation and generation, per process."""
     generate: bool = True
     """Write summaries (greedy, or by beams) and score them with ROUGE."""
     max_new_tokens: int = Field(default=64, gt=0)
     """Longest generated summary, in tokens."""
-    beams: int = Field(default=1, gt=0)
+    num_beams: int = Field(default=1, gt=0)
     """Beams of the search; 1 is greedy."""
     teacher_forced: bool = False
     """Also give the study's ROUGE on teacher-forced argmax, under that name."""
-    resamples: int = Field(default=1000, ge=100)
+    bootstrap_resamples: int = Field(default=1000, ge=100)
     """Bootstrap resamples behind each 95 % interval."""
-    samples: int = Field(default=5, ge=0)
+    saved_samples: int = Field(default=5, ge=0)
     """Generated summaries kept in the record, with article and reference."""
 
 
 class Profile(ConfigSection):
     """How the run is measured."""
 
-    warmup_steps: int = Field(default=5, ge=0)
+    untimed_steps: int = Field(default=5, ge=0)
     """First steps of the training that are in no figure of time, throughput or memory."""
-    breakdown: bool = False
+    memory_breakdown: bool = False
     """Record who holds the memory at its peak (weights, gradients, activations ...), in the last warm-up step."""
     price_per_hour: float | None = Field(default=None, gt=0)
     """What one device costs an hour, in any currency; null shows no price."""
 
     @model_validator(mode="after")
-    def _a_step_for_the_breakdown(self) -> Profile:
-        if self.breakdown and self.warmup_steps < 2:
+    def _check_breakdown_steps(self) -> Profile:
+        if self.memory_breakdown and self.untimed_steps < 2:
             raise ValueError(
                 "a breakdown needs warmup_steps of 2 or more: it is made in the last, when optimizer states are there"
             )
@@ -205,7 +205,7 @@ class Budget(ConfigSection):
 
     @field_validator("memory", mode="before")
     @classmethod
-    def _a_size(cls, value: object) -> object:
+    def _check_memory_size(cls, value: object) -> object:
         if not isinstance(value, (int, str)) or isinstance(value, bool):
             return value  # which is refused for its type
         try:
@@ -223,9 +223,9 @@ class Budget(ConfigSection):
 class Checkpoint(ConfigSection):
     """What is kept while training, so that a run that was stopped goes on where it was; launch it again to do so."""
 
-    every_steps: int | None = Field(default=None, gt=0)
+    interval: int | None = Field(default=None, gt=0)
     """Write the whole state of the training every so many steps; null never does."""
-    keep: int = Field(default=2, gt=0)
+    keep_latest: int = Field(default=2, gt=0)
     """How many of the newest are kept; all are taken away when the run has ended well."""
 
 
@@ -263,16 +263,16 @@ class Recipe(ConfigSection):
 
     @field_validator("name")
     @classmethod
-    def _folder_name(cls, value: str) -> str:
+    def _check_name(cls, value: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=+-]*", value):
             raise ValueError("must start with a letter or digit and hold only letters, digits and . _ = + -")
         return value
 
     @model_validator(mode="after")
-    def _a_trunk_that_stays_as_it_is(self) -> Recipe:
+    def _check_feature_cache(self) -> Recipe:
         if self.train.feature_cache is None:
             return self
-        if not self.method.trunk_frozen:
+        if not self.method.has_frozen_backbone:
             raise ValueError(
                 f"train.feature_cache={self.train.feature_cache} keeps what a frozen trunk gives, and this "
                 f"{self.method.kind} has none; use last_layer with method.head=untied, or set train.feature_cache=null"
@@ -286,7 +286,7 @@ class Recipe(ConfigSection):
         return self
 
     @model_validator(mode="after")
-    def _tokens_of_sorted_rows(self) -> Recipe:
+    def _check_micro_batch_tokens(self) -> Recipe:
         if self.data.label_padding and self.train.micro_batch_tokens is not None:
             raise ValueError(
                 "data.label_padding takes examples as they are drawn; give train.micro_batch_size, not micro_tokens"

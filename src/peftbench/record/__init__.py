@@ -3,9 +3,35 @@
 Sizes are bytes and times seconds. What is not known is None, never a guess.
 """
 
-from peftbench.record.measurements import MemoryBreakdown, Compute, CountedStep, Device, Engine, Flops, Memory, ParameterCounts, StateBytes, Throughput, Tokens, TokensPerSecond
-from peftbench.record.quality import PerExample, Interval, Quality, Sample
-from peftbench.record.run_record import EXIT_CODES, RECORD_FILE, FINAL_OUTCOMES, SCHEMA_VERSION, Outcome, OutcomeKind, RunRecord, find_records, read_record, read_records, read_records_by_path, train_peak_bytes
+from peftbench.record.measurements import (
+    Compute,
+    CountedStep,
+    Device,
+    Engine,
+    Flops,
+    Memory,
+    MemoryBreakdown,
+    ParameterCounts,
+    StateBytes,
+    Throughput,
+    Tokens,
+    TokensPerSecond,
+)
+from peftbench.record.quality import Interval, PerExample, Quality, Sample
+from peftbench.record.run_record import (
+    EXIT_CODES,
+    FINAL_OUTCOMES,
+    RECORD_FILE,
+    SCHEMA_VERSION,
+    Outcome,
+    OutcomeKind,
+    RunRecord,
+    find_records,
+    read_record,
+    read_records,
+    read_records_by_path,
+    train_peak_bytes,
+)
 
 __all__ = [
     "EXIT_CODES",

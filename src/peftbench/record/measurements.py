@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peftbench.record.kept import RecordModel
+from peftbench.common.schema import RecordModel
 
 
 class Tokens(RecordModel):
@@ -24,9 +24,9 @@ class ParameterCounts(RecordModel):
 class Device(RecordModel):
     """Where a run happened."""
 
-    kind: str
+    type: str
     name: str
-    processes: int
+    num_processes: int
     memory_bytes: int | None = None
 
 
@@ -35,16 +35,16 @@ class Engine(RecordModel):
 
     name: str | None = None
     """single, ddp, zero1 ... fsdp2."""
-    kind: str
+    distributed_type: str
     """As accelerate names it."""
-    model: str | None = None
+    model_class: str | None = None
     """Class that the model came to be of."""
     max_grad_norm: float | None = None
     mixed_precision: str
-    optimizer: str
-    micro_batch: int | None
-    accumulation: int
-    threads: int
+    optimizer_class: str
+    micro_batch_size: int | None
+    gradient_accumulation_steps: int
+    num_threads: int
 
 
 class Memory(RecordModel):
@@ -56,13 +56,13 @@ class Memory(RecordModel):
     """Held by torch's allocator for tensors, on the GPU; what earlier phases left in its cache counts."""
     inactive_split_bytes: int | None = None
     """Most bytes in free pieces of split blocks: for tensors that fit, and not to be given back to the GPU."""
-    allocation_retries: int | None = None
+    num_alloc_retries: int | None = None
     """How often the allocator found nothing free, emptied its cache and asked the GPU again."""
     process_bytes: int | None = None
     """Used by this process on the GPU at the end of the phase, by NVML: torch's, and what libraries hold beside."""
-    resident_bytes: int | None = None
+    rss_bytes: int | None = None
     """Resident set size of the process."""
-    resident_baseline_bytes: int | None = None
+    baseline_rss_bytes: int | None = None
     """What of it was resident before anything was loaded."""
 
     @property
@@ -82,7 +82,7 @@ class StateBytes(RecordModel):
     """One for each trained scalar, in the type it is trained in."""
     optimizer: int
     """States, and under ZeRO the copies in float32 that are stepped."""
-    offloaded: int = 0
+    cpu_offloaded: int = 0
     """Of all three, what lies in the CPU's memory beside a GPU, and is counted in none of them."""
     expected_optimizer: int | None = None
     """The optimizer's bytes in closed form, wherever they lie; None where there is none."""
@@ -97,19 +97,19 @@ class MemoryBreakdown(RecordModel):
     """Who held the memory when most of it was held, in one step outside of all other figures."""
 
     step: int
-    rows: int
+    micro_batch_size: int
     """Of each micro-batch, at most."""
-    width: int
+    sequence_length: int
     """Positions of the widest micro-batch, virtual tokens not counted."""
     peak_bytes: int
     """Most bytes in storages at once."""
-    bytes_by_kind: dict[str, int]
+    bytes_by_category: dict[str, int]
     """At the peak: weights, gathered_weights, weight_copies, gradients, buckets, optimizer_state, activations, logits,
     temporaries; of the first process.
     """
     operation: str
     """Whose result made it the peak."""
-    part: str | None
+    step_part: str | None
     """Of the step: forward, backward or optimizer; under DeepSpeed the last two are one."""
 
 
@@ -117,8 +117,8 @@ class CountedStep(RecordModel):
     """FLOPs of one real step, over all ranks: counted as torch dispatched them, and in closed form."""
 
     step: int
-    counted: int
-    closed_form: int | None
+    counted_flops: int
+    closed_form_flops: int | None
     """None where the model computes something of unknown cost."""
 
 
@@ -140,16 +140,16 @@ class Throughput(RecordModel):
     step_seconds_p90: float
     samples_per_second: float
     tokens_per_second: TokensPerSecond
-    data_share: float
+    data_time_fraction: float
     """Part of the time that went to making batches and not to steps."""
 
 
 class Flops(RecordModel):
     """Floating-point operations of all training steps and ranks: three numbers that must not share a column."""
 
-    required: int | None = None
+    model_flops: int | None = None
     """What the method's mathematics needs: real tokens, causal pairs, the head at labels, nothing computed twice."""
-    executed: int | None = None
+    hardware_flops: int | None = None
     """What was computed: padding, all pairs, the head everywhere, and what is computed twice."""
     six_n: int | None = None
     """The convention: six for each parameter outside the embeddings and token, padding included, frozen or not."""
@@ -160,28 +160,28 @@ class Flops(RecordModel):
 class Compute(RecordModel):
     """FLOP/s of the timed steps and of what they ran on, over all ranks."""
 
-    required_per_second: float | None = None
-    executed_per_second: float | None = None
-    peak_per_second: float | None = None
+    model_flops_per_second: float | None = None
+    hardware_flops_per_second: float | None = None
+    peak_flops_per_second: float | None = None
     """By the maker's data sheet at the precision used; None for a device that is not in the table."""
-    achievable_per_second: float | None = None
+    matmul_flops_per_second: float | None = None
     """Of a large matrix product, measured on every rank at once when the run ended."""
 
     @property
     def mfu(self) -> float | None:
         """Model FLOPs utilisation: required, of the peak (Chowdhery et al. 2022, appendix B)."""
-        return _ratio(self.required_per_second, self.peak_per_second)
+        return _ratio(self.model_flops_per_second, self.peak_flops_per_second)
 
     @property
     def hfu(self) -> float | None:
         """Hardware FLOPs utilisation: executed, of the peak."""
-        return _ratio(self.executed_per_second, self.peak_per_second)
+        return _ratio(self.hardware_flops_per_second, self.peak_flops_per_second)
 
     @property
-    def of_achievable(self) -> float | None:
+    def matmul_utilization(self) -> float | None:
         """Required, of what a matrix product achieves."""
-        return _ratio(self.required_per_second, self.achievable_per_second)
+        return _ratio(self.model_flops_per_second, self.matmul_flops_per_second)
 
 
-def _ratio(part: float | None, whole: float | None) -> float | None:
-    return None if part is None or whole is None else part / whole
+def _ratio(numerator: float | None, denominator: float | None) -> float | None:
+    return None if numerator is None or denominator is None else numerator / denominator

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from peftbench.record.kept import RecordModel
+from peftbench.common.schema import RecordModel
 
 
 class Interval(RecordModel):
@@ -36,11 +36,11 @@ class Sample(RecordModel):
 class PerExample(RecordModel):
     """The scores of each held-out example, in the split's order, so that runs can be compared example by example."""
 
-    identity: str
+    examples_fingerprint: str
     """Digest of the examples' ids and references: runs are paired where it is the same."""
     loss: tuple[float, ...] = ()
     """Cross-entropy of each example in nats, summed over its labelled tokens."""
-    labelled: tuple[int, ...] = ()
+    labelled_tokens: tuple[int, ...] = ()
     """How many labelled tokens each has."""
     rouge: dict[str, tuple[float, ...]] = Field(default={})
     """F-measures (0 to 100) of each generated summary, by kind."""
@@ -50,7 +50,7 @@ class Quality(RecordModel):
     """How good the trained model is on held-out examples."""
 
     split: str
-    examples: int
+    num_examples: int
     loss: float | None = None
     """Mean cross-entropy on summary and end tokens, in nats."""
     perplexity: float | None = None
@@ -59,4 +59,4 @@ class Quality(RecordModel):
     teacher_forced_argmax_rouge: dict[str, Interval] | None = None
     """The published study's figure: the reference is shown token by token. Not comparable with ``rouge``."""
     samples: tuple[Sample, ...] = ()
-    by_example: PerExample | None = None
+    per_example: PerExample | None = None

@@ -7,10 +7,21 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from peftbench.errors import RecordError
 from peftbench.common.filesystem import write_atomically
-from peftbench.record.kept import RecordModel
-from peftbench.record.measurements import MemoryBreakdown, Compute, Device, Engine, Flops, Memory, ParameterCounts, StateBytes, Throughput, Tokens
+from peftbench.common.schema import RecordModel
+from peftbench.errors import RecordError
+from peftbench.record.measurements import (
+    Compute,
+    Device,
+    Engine,
+    Flops,
+    Memory,
+    MemoryBreakdown,
+    ParameterCounts,
+    StateBytes,
+    Throughput,
+    Tokens,
+)
 from peftbench.record.quality import Quality
 
 SCHEMA_VERSION = 1
@@ -38,19 +49,19 @@ class Outcome(RecordModel):
     step: int | None = None
     """Optimizer step (counted from 1) at which it ended, where it did not end well."""
     phase: str | None = None
-    part: str | None = None
+    step_part: str | None = None
     """Of the step: forward, backward or optimizer."""
     rank: int | None = None
     """Which process it was, where there are several."""
     requested_bytes: int | None = None
     """What an out-of-memory asked for."""
-    held_bytes: int | None = None
+    in_use_bytes: int | None = None
     """What was held when that was refused: by torch's allocator on a GPU, of the budget on CPU."""
-    needed_bytes: int | None = None
+    estimated_peak_bytes: int | None = None
     """What the process is predicted to hold at its peak, at least."""
     suggestion: str | None = None
     """What is predicted to fit instead."""
-    snapshot: str | None = None
+    memory_snapshot: str | None = None
     """File beside the record with the GPU allocator's state when it refused, for pytorch.org/memory_viz."""
     error: str | None = None
 
@@ -66,28 +77,28 @@ class RunRecord(RecordModel):
     recipe_fingerprint: str
     outcome: Outcome
     device: Device
-    versions: dict[str, str]
-    git: str | None = None
+    library_versions: dict[str, str]
+    git_commit: str | None = None
     """Commit of the checkout that ran, with "+changes" where it had any."""
     engine: Engine | None = None
     parameters: ParameterCounts | None = None
-    model_identity: str | None = None
-    data_identity: str | None = None
-    examples: dict[str, int] = Field(default={})
+    model_fingerprint: str | None = None
+    data_fingerprint: str | None = None
+    num_examples: dict[str, int] = Field(default={})
     """Examples used, by split."""
-    dropped: dict[str, int] = Field(default={})
+    num_dropped_examples: dict[str, int] = Field(default={})
     """Examples left out because their summary left no room for an article, by split."""
     tokens: Tokens | None = None
     steps: int = 0
     skipped_steps: int = 0
     """Steps among them that fp16's loss scaler took back, because a gradient overflowed."""
-    losses: tuple[float, ...] = ()
+    step_losses: tuple[float, ...] = ()
     """Training loss of each step: mean over the labelled tokens of the whole global batch, in nats."""
     step_tokens: tuple[int, ...] = ()
     """Real tokens of each step, over all ranks."""
     step_seconds: tuple[float, ...] = ()
     """Of every step, the warm-up's too."""
-    warmup_steps: int = 0
+    untimed_steps: int = 0
     """How many of the first steps are in no figure."""
     resumed_after: tuple[int, ...] = ()
     """Steps after which another process went on from a checkpoint; its first ones are in no figure either."""
@@ -100,16 +111,16 @@ class RunRecord(RecordModel):
     step_memory_by_rank: tuple[dict[str, Memory], ...] = ()
     step_memory: dict[str, Memory] = Field(default={})
     """By part of the timed steps (of the warm-up's where there are none), where they can be told apart."""
-    part_seconds: dict[str, float] = Field(default={})
+    step_part_seconds: dict[str, float] = Field(default={})
     """By part, median over warm-up steps but the first and those that were inspected; the device was waited for."""
-    timed_steps: tuple[int, ...] = ()
+    part_timed_steps: tuple[int, ...] = ()
     """Which steps those were, counted from 1."""
-    context_bytes: int | None = None
+    cuda_context_bytes: int | None = None
     """What the process took of the GPU before it held the model, by NVML; with several, what they talk through too."""
     state_bytes: StateBytes | None = None
     """The most over ranks."""
     state_bytes_by_rank: tuple[StateBytes, ...] = ()
-    breakdown: MemoryBreakdown | None = None
+    memory_breakdown: MemoryBreakdown | None = None
     flops: Flops = Flops()
     compute: Compute = Compute()
     energy_joules: float | None = None
@@ -118,13 +129,13 @@ class RunRecord(RecordModel):
     notes: tuple[str, ...] = ()
     """What was used instead of what was asked for, and what else a reader must know."""
 
-    def write(self, folder: Path) -> Path:
+    def write(self, run_dir: Path) -> Path:
         """Write to ``folder``/record.json, whole or not at all, and return the path."""
-        path = folder / RECORD_FILE
+        path = run_dir / RECORD_FILE
         write_atomically(path, self.model_dump_json(indent=2) + "\n")
         return path
 
-    def priced(self, price_per_hour: float) -> RunRecord:
+    def with_price_per_hour(self, price_per_hour: float) -> RunRecord:
         """The same with another price of a device's hour."""
         profile = self.recipe.get("profile", {}) | {"price_per_hour": price_per_hour}
         return self.model_copy(update={"recipe": self.recipe | {"profile": profile}})
@@ -137,10 +148,10 @@ class RunRecord(RecordModel):
         return 1000 * self.energy_joules / (self.throughput.steps * int(self.recipe["train"]["global_batch_size"]))
 
     @property
-    def training_price(self) -> float | None:
+    def training_cost(self) -> float | None:
         """Of the training phase on all devices, in the currency of the recipe's ``profile.price_per_hour``."""
         hourly, seconds = self.recipe.get("profile", {}).get("price_per_hour"), self.train_seconds
-        devices = self.device.processes if self.device.kind == "cuda" else 1  # processes on CPU share it
+        devices = self.device.num_processes if self.device.type == "cuda" else 1  # processes on CPU share it
         return None if hourly is None or seconds is None else hourly * devices * seconds / 3600
 
     @property
@@ -156,9 +167,9 @@ def train_peak_bytes(record: RunRecord) -> int | None:
         memory = record.memory.get("warmup")
     if memory is None or memory.allocated_bytes is not None:
         return memory.allocated_bytes if memory else None
-    if memory.resident_bytes is None or memory.resident_baseline_bytes is None:
+    if memory.rss_bytes is None or memory.baseline_rss_bytes is None:
         return None
-    return memory.resident_bytes - memory.resident_baseline_bytes
+    return memory.rss_bytes - memory.baseline_rss_bytes
 
 
 def read_record(path: Path) -> RunRecord:
@@ -183,31 +194,31 @@ def read_record(path: Path) -> RunRecord:
     return record
 
 
-def read_records(folder: Path) -> list[RunRecord]:
+def read_records(root: Path) -> list[RunRecord]:
     """All records below ``folder``, by path.
 
     Raises:
         RecordError: there are none, or one cannot be read.
     """
-    return list(read_records_by_path(folder).values())
+    return list(read_records_by_path(root).values())
 
 
-def read_records_by_path(folder: Path) -> dict[Path, RunRecord]:
+def read_records_by_path(root: Path) -> dict[Path, RunRecord]:
     """All records below ``folder`` by their files, in the order of those.
 
     Raises:
         RecordError: there are none, or one cannot be read.
     """
-    records = find_records(folder)
+    records = find_records(root)
     if not records:
-        raise RecordError(f"no {RECORD_FILE} below {folder}; give the folder that a run or a suite wrote to")
+        raise RecordError(f"no {RECORD_FILE} below {root}; give the folder that a run or a suite wrote to")
     return records
 
 
-def find_records(folder: Path) -> dict[Path, RunRecord]:
+def find_records(root: Path) -> dict[Path, RunRecord]:
     """All records below ``folder`` by their files, in the order of those; empty where there are none.
 
     Raises:
         RecordError: one cannot be read.
     """
-    return {path: read_record(path) for path in sorted(folder.rglob(RECORD_FILE))}
+    return {path: read_record(path) for path in sorted(root.rglob(RECORD_FILE))}

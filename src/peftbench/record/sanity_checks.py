@@ -21,19 +21,19 @@ RSS_SLACK_BYTES = 64 * 2**20
 def check_record(record: RunRecord) -> Iterator[str]:
     """A sentence for each figure of one run that cannot be, whatever it is compared with."""
     peak, states = train_peak_bytes(record), record.state_bytes
-    slack = RSS_SLACK_BYTES if record.device.kind == "cpu" else 0
+    slack = RSS_SLACK_BYTES if record.device.type == "cpu" else 0
     if peak is not None and states is not None and peak + slack < states.total:
         yield (
             f"the peak of the training, {peak:,} bytes, is below what it must have held: weights {states.weights:,}, "
             f"gradients {states.gradients:,} and optimizer states {states.optimizer:,}"
         )
-    executed, able = record.compute.executed_per_second, record.compute.peak_per_second
+    executed, able = record.compute.hardware_flops_per_second, record.compute.peak_flops_per_second
     if executed is not None and able is not None and executed > able:
         yield f"{executed:.3g} FLOP/s were computed on a device that by its data sheet can do {able:.3g}"
     step = record.flops.counted_step
-    if step is not None and step.closed_form is not None and step.counted != step.closed_form:
+    if step is not None and step.closed_form_flops is not None and step.counted_flops != step.closed_form_flops:
         yield (
-            f"step {step.step} executed {step.counted:,} FLOPs by torch's count and {step.closed_form:,} in closed "
+            f"step {step.step_seconds} executed {step.counted_flops:,} FLOPs by torch's count and {step.closed_form_flops:,} in closed "
             "form, which misses something: the FLOPs of this run are not exact"
         )
 
@@ -50,8 +50,8 @@ def check_step_times(records: Sequence[RunRecord]) -> Iterator[str]:
     """
     like: dict[str, list[_RunTiming]] = {}
     for record in records:
-        if record.throughput and record.flops.executed and record.steps:
-            like.setdefault(_build_comparison_key(record), []).append(_RunTiming.of(record))
+        if record.throughput and record.flops.hardware_flops and record.steps:
+            like.setdefault(_build_comparison_key(record), []).append(_RunTiming.from_record(record))
     for group in like.values():
         for slow in group:
             beside = [(_compute_excess_ratio(slow, fast), fast) for fast in group if fast is not slow]
@@ -60,25 +60,25 @@ def check_step_times(records: Sequence[RunRecord]) -> Iterator[str]:
                 yield _describe_slow_run(slow, max(worse, key=lambda one: one[0])[1], len(worse) - 1)
 
 
-def _compute_excess_ratio(slow: _Timed, fast: _Timed) -> float:
+def _compute_excess_ratio(slow: _RunTiming, fast: _RunTiming) -> float:
     """How many times as long as its work allows the first took beside the second; 0 where that cannot be judged."""
     # Less work may take as long as more: a small kernel costs its launch.
-    return _compute_time_ratio(slow, fast) / max(slow.flops / fast.flops, 1)
+    return _compute_time_ratio(slow, fast) / max(slow.flops_per_step / fast.flops_per_step, 1)
 
 
-def _compute_time_ratio(slow: _Timed, fast: _Timed) -> float:
+def _compute_time_ratio(slow: _RunTiming, fast: _RunTiming) -> float:
     """How many times as long the first took, in what is judged of the two; 0 where nothing is."""
-    if slow.trained > fast.trained:
-        return slow.passes / fast.passes if fast.passes and slow.timed_steps == fast.timed_steps else 0.0
-    return slow.step / fast.step if fast.step else 0.0  # a clock may not have ticked within a step
+    if slow.trainable_parameters > fast.trainable_parameters:
+        return slow.forward_backward_seconds / fast.forward_backward_seconds if fast.forward_backward_seconds and slow.timed_steps == fast.timed_steps else 0.0
+    return slow.step_seconds / fast.step_seconds if fast.step_seconds else 0.0  # a clock may not have ticked within a step
 
 
-def _describe_slow_run(slow: _Timed, fast: _Timed, others: int) -> str:
-    what = "forward and backward" if slow.trained > fast.trained else "a step"
-    more = f" (and likewise more than of {others:,} other run{'s' * (others > 1)})" if others else ""
+def _describe_slow_run(slow: _RunTiming, fast: _RunTiming, num_others: int) -> str:
+    what = "forward and backward" if slow.trainable_parameters > fast.trainable_parameters else "a step"
+    more = f" (and likewise more than of {num_others:,} other run{'s' * (num_others > 1)})" if num_others else ""
     return (
         f"{what} of {slow.name} took {_compute_time_ratio(slow, fast):.2f} times as long as of {fast.name} and computed only "
-        f"{slow.flops / fast.flops:.2f} times as much{more}: either one of them was disturbed, or its time is not in "
+        f"{slow.flops_per_step / fast.flops_per_step:.2f} times as much{more}: either one of them was disturbed, or its time is not in "
         "matrix products (dropout and other element-wise work, on a CPU above all)"
     )
 
@@ -88,19 +88,19 @@ class _RunTiming:
     """What is compared of a run that was timed; made once a run, since pairs are many."""
 
     name: str
-    trained: int
+    trainable_parameters: int
     timed_steps: tuple[int, ...]
-    step: float
-    passes: float
-    flops: float
+    step_seconds: float
+    forward_backward_seconds: float
+    flops_per_step: float
 
     @classmethod
-    def of(cls, record: RunRecord) -> _RunTiming:
+    def from_record(cls, record: RunRecord) -> _RunTiming:
         assert record.throughput is not None
-        assert record.flops.executed is not None
+        assert record.flops.hardware_flops is not None
         return cls(
-            record.name, record.parameters.trainable if record.parameters else 0, record.timed_steps,
-            record.throughput.step_seconds_median, _sum_forward_backward_seconds(record), record.flops.executed / record.steps,
+            record.name, record.parameters.trainable if record.parameters else 0, record.part_timed_steps,
+            record.throughput.step_seconds_median, _sum_forward_backward_seconds(record), record.flops.hardware_flops / record.steps,
         )  # fmt: skip
 
 
@@ -112,15 +112,15 @@ def _build_comparison_key(record: RunRecord) -> str:
 
 def _sum_forward_backward_seconds(record: RunRecord) -> float:
     """Of the forward and backward pass alone, 0 where they are not known or exchange gradients between processes."""
-    if record.device.processes > 1 or len(record.timed_steps) < MIN_PROFILED_STEPS:
+    if record.device.num_processes > 1 or len(record.part_timed_steps) < MIN_PROFILED_STEPS:
         return 0.0
-    return record.part_seconds.get("forward", 0.0) + record.part_seconds.get("backward", 0.0)
+    return record.step_part_seconds.get("forward", 0.0) + record.step_part_seconds.get("backward", 0.0)
 
 
 def _list_batch_settings(record: RunRecord) -> list[object]:
     """What decides which examples stand in which step."""
     train, data = record.recipe["train"], record.recipe["data"]
     return [
-        record.data_identity, record.steps, train["seed"], train["global_batch_size"], train.get("micro_batch_size"),
+        record.data_fingerprint, record.steps, train["seed"], train["global_batch_size"], train.get("micro_batch_size"),
         data["seed"],
     ]  # fmt: skip

@@ -36,22 +36,22 @@ class Setting:
     """One knob of the recipes, or one fact of where they ran, with its values and how many runs have each."""
 
     name: str
-    values: dict[str, int]
+    runs_by_value: dict[str, int]
 
     @property
-    def shown(self) -> list[tuple[str, int]]:
+    def shown_values(self) -> list[tuple[str, int]]:
         """The first ``SHOWN`` values, as (value, runs)."""
-        return list(self.values.items())[:MAX_SHOWN_VALUES]
+        return list(self.runs_by_value.items())[:MAX_SHOWN_VALUES]
 
     @property
-    def more(self) -> int:
+    def num_hidden_values(self) -> int:
         """How many values are not shown."""
-        return max(0, len(self.values) - MAX_SHOWN_VALUES)
+        return max(0, len(self.runs_by_value) - MAX_SHOWN_VALUES)
 
     @property
-    def equal(self) -> bool:
+    def is_constant(self) -> bool:
         """Whether it has one value in all runs."""
-        return len(self.values) == 1
+        return len(self.runs_by_value) == 1
 
 
 def recipe_settings(records: Sequence[RunRecord]) -> list[Setting]:
@@ -72,12 +72,12 @@ def _environment_facts(record: RunRecord) -> dict[str, str | None]:
     device, engine = record.device, record.engine
     memory = None if device.memory_bytes is None else f"{device.memory_bytes:,} bytes"
     return {
-        "device": f"{device.name} ({device.kind})", "processes": str(device.processes), "device memory": memory,
+        "device": f"{device.name} ({device.type})", "processes": str(device.num_processes), "device memory": memory,
         "engine": engine.name if engine else "none",
         "arithmetic": engine.mixed_precision if engine else "none",
-        "model": record.model_identity or "none", "data": record.data_identity,
-        "examples": json.dumps(record.examples), "evaluated on": record.quality.split if record.quality else "nothing",
-        "commit": record.git, **record.versions,
+        "model": record.model_fingerprint or "none", "data": record.data_fingerprint,
+        "examples": json.dumps(record.num_examples), "evaluated on": record.quality.split if record.quality else "nothing",
+        "commit": record.git_commit, **record.library_versions,
     }  # fmt: skip
 
 
@@ -85,45 +85,45 @@ def _count_values(values: Sequence[str]) -> dict[str, int]:
     return {value: values.count(value) for value in dict.fromkeys(values)}
 
 
-def flatten(values: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, object]]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
     """Every value of nested groups by its dotted place, ``place`` before it; an empty group is a value."""
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
-            yield from flatten(value, f"{place}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
-            yield place + key, value
+            yield prefix + key, value
 
 
 def _format_value(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def reproduce_commands(record: RunRecord, place: Path) -> list[str]:
+def reproduce_commands(record: RunRecord, record_path: Path) -> list[str]:
     """What repeats a run from its record at ``place``, in a checkout of peftbench, one command a line.
 
     The recipe is saved outside the checkout first: the run's commit has no record of the run, or an older one, and may
     not know how to read a recipe from a record. A file that is there already is not written over.
     """
     recipe = f"../{_safe_file_name(record.name)}.json"
-    lines = [shlex.join(["python", "-X", "utf8", "-c", _select_save_script(record), str(_relative_to_cwd(place)), recipe])]
-    if record.git is not None:
-        lines.append(_checkout_command(record.git))
+    lines = [shlex.join(["python", "-X", "utf8", "-c", _select_save_script(record), str(_relative_to_cwd(record_path)), recipe])]
+    if record.git_commit is not None:
+        lines.append(_checkout_command(record.git_commit))
     lines.append("pip install -c constraints.txt -e .")
     config = ["--config", recipe, f"output_dir={_rerun_output_dir(record)}"]
     engine = record.engine.name if record.engine else None
-    processes = record.device.processes
+    processes = record.device.num_processes
     if engine is None and processes > 1:
         lines.append(f"# it ran in {processes} processes, by a launcher that the record does not name")
     if engine in {None, "single"}:
         return [*lines, shlex.join(["python", "launch/train.py", *config])]
-    file = "cpu2" if record.device.kind == "cpu" and engine == "ddp" else engine
+    file = "cpu2" if record.device.type == "cpu" and engine == "ddp" else engine
     launcher = ["accelerate", "launch", "--config_file", f"accel_configs/{file}.yaml"]
     return [*lines, shlex.join([*launcher, "--num_processes", str(processes), "launch/train.py", *config])]
 
 
-def _checkout_command(git: str) -> str:
+def _checkout_command(git_commit: str) -> str:
     """The line that checks out a record's commit. A record may come from anyone: what is no commit may be an option."""
-    commit, *changed = git.split("+")
+    commit, *changed = git_commit.split("+")
     if not re.fullmatch(r"[0-9a-f]{4,64}", commit):
         return "# its commit is not known"
     return f"git checkout {commit}" + ("  # and it had changes that no commit has" if changed else "")
@@ -150,9 +150,9 @@ def _safe_file_name(name: str) -> str:
     return re.sub(r"[^\w.=,+-]+", "_", name, flags=re.ASCII).lstrip(".-")[:_MAX_FILE_NAME_CHARS] or "recipe"
 
 
-def _relative_to_cwd(place: Path) -> Path:
+def _relative_to_cwd(path: Path) -> Path:
     """A path below the current directory as seen from there, so that a page that is shared tells less of a machine."""
-    return place.relative_to(Path.cwd()) if place.is_relative_to(Path.cwd()) else place
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _rerun_output_dir(record: RunRecord) -> str:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from peftbench.distributed.accelerator import runs_on_cpu
+from peftbench.errors import BudgetError
 from peftbench.memory.advisor import Advice, AdviceRequest, request_advice, request_micro_batch
 from peftbench.memory.limit import MemoryLimit, limit_memory
 from peftbench.memory.search import with_evaluation_batch, with_micro_batch
-from peftbench.distributed.accelerator import runs_on_cpu
-from peftbench.errors import BudgetError
-from peftbench.profiler.memory_snapshot import SNAPSHOT_FILE, dump_snapshot, dump_on_oom
+from peftbench.profiler.memory_snapshot import SNAPSHOT_FILE, dump_on_oom, dump_snapshot
 from peftbench.record import Outcome
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def resolve_auto_micro_batch(recipe: Recipe) -> tuple[Recipe, str | None]:
     """
     if recipe.train.micro_batch_size != "auto":
         return recipe, None
-    if not recipe.method.trains:
+    if not recipe.method.is_trainable:
         return with_micro_batch(recipe, 1), None
     budget, device = recipe.budget.memory_bytes, "cpu"
     if not runs_on_cpu():
@@ -50,23 +50,23 @@ def resolve_auto_micro_batch(recipe: Recipe) -> tuple[Recipe, str | None]:
             "train.micro_batch_size=auto needs to know what is to fit; set budget.memory, as budget.memory=8GiB, or run it "
             "on a GPU"
         )
-    found = request_micro_batch(AdviceRequest.here(recipe, budget, device))
-    if found.problem is not None:
-        raise BudgetError(f"train.micro_batch_size=auto cannot be settled: {found.problem}")
-    return with_evaluation_batch(with_micro_batch(recipe, found.micro_batch), found.evaluation_batch), found.note
+    found = request_micro_batch(AdviceRequest.from_environment(recipe, budget, device))
+    if found.error is not None:
+        raise BudgetError(f"train.micro_batch_size=auto cannot be settled: {found.error}")
+    return with_evaluation_batch(with_micro_batch(recipe, found.micro_batch_size), found.evaluation_batch_size), found.note
 
 
 class OomHandler:
     """The memory of one run on one rank: its limit, and what happens when it is not enough."""
 
-    def __init__(self, recipe: Recipe, device: torch.device, folder: Path, rank: int) -> None:
+    def __init__(self, recipe: Recipe, device: torch.device, run_dir: Path, rank: int) -> None:
         self.recipe, self.device = recipe, device
-        self.snapshot = folder / (SNAPSHOT_FILE if rank == 0 else f"rank{rank}_{SNAPSHOT_FILE}")
-        self.cap: MemoryLimit | None = None
+        self.snapshot_path = run_dir / (SNAPSHOT_FILE if rank == 0 else f"rank{rank}_{SNAPSHOT_FILE}")
+        self.memory_limit: MemoryLimit | None = None
         self.notes: list[str] = []
-        self._held: int | None = None
+        self._held_bytes_at_oom: int | None = None
 
-    def prepare(self, meter: MemoryMeter) -> None:
+    def enforce_budget(self, meter: MemoryMeter) -> None:
         """Hold the run to its budget, and have an out-of-memory of the GPU show who held it.
 
         Under a budget ``meter`` counts from here on, as the budget does.
@@ -74,13 +74,13 @@ class OomHandler:
         Raises:
             BudgetError: the budget cannot be.
         """
-        self.forget()
+        self.delete_snapshot()
         if (budget := self.recipe.budget.memory_bytes) is not None:
-            self.cap = limit_memory(budget, self.device, meter.context_bytes)
-            meter.start_here()
+            self.memory_limit = limit_memory(budget, self.device, meter.cuda_context_bytes)
+            meter.set_baseline()
         if self.device.type == "cuda":
             try:
-                dump_on_oom(self.snapshot, self._note_held)
+                dump_on_oom(self.snapshot_path, self._record_held_bytes)
             except (RuntimeError, AttributeError, TypeError) as error:  # torch's own, and free to change
                 self.notes.append(f"an out-of-memory would leave no snapshot: {error}")
 
@@ -97,60 +97,60 @@ class OomHandler:
         On a GPU what torch's allocator holds, and beside it as much as a budget leaves for that, or else the context
         where the driver tells it. On CPU what a budget counts, or else what is resident beyond what was before the run.
         """
-        if self.cap is not None:
-            return self.cap.budget_bytes - self.cap.tensors_bytes + self.cap.held_bytes()
-        return meter.held_bytes()
+        if self.memory_limit is not None:
+            return self.memory_limit.budget_bytes - self.memory_limit.tensor_bytes + self.memory_limit.read_in_use_bytes()
+        return meter.read_in_use_bytes()
 
-    def forget(self) -> None:
+    def delete_snapshot(self) -> None:
         """Take away the snapshot of an earlier run of this name, or of a refusal that something lived with."""
         with suppress(OSError):
-            self.snapshot.unlink(missing_ok=True)
+            self.snapshot_path.unlink(missing_ok=True)
 
-    def is_one(self, error: BaseException) -> bool:
+    def is_oom(self, error: BaseException) -> bool:
         """Whether ``error`` says that there was no memory."""
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
             return True
         if isinstance(error, OSError):
             return error.errno == errno.ENOMEM
-        words = (*_OOM_MESSAGES, *(_OOM_MESSAGES_UNDER_LIMIT if self.cap else ()))
+        words = (*_OOM_MESSAGES, *(_OOM_MESSAGES_UNDER_LIMIT if self.memory_limit else ()))
         return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
-    def outcome(self, error: BaseException, where: dict[str, Any], rank: int | None) -> Outcome:
+    def build_outcome(self, error: BaseException, position: dict[str, Any], rank: int | None) -> Outcome:
         """An out-of-memory; ``rank`` where there are several. Its limit is lifted, so that it can be told."""
-        held = self._held
-        if self.cap is not None:
+        held = self._held_bytes_at_oom
+        if self.memory_limit is not None:
             # The exception's frames hold on to most of what was there when it was raised.
-            held = self.cap.held_bytes() if held is None else held
-            self.cap.lift()
+            held = self.memory_limit.read_in_use_bytes() if held is None else held
+            self.memory_limit.release()
         if self.device.type == "cuda" and not isinstance(error, torch.OutOfMemoryError):
-            dump_snapshot(self.snapshot)  # it was not the allocator that refused, and so nobody has looked
+            dump_snapshot(self.snapshot_path)  # it was not the allocator that refused, and so nobody has looked
         return Outcome(
-            kind="oom", **where, rank=rank, requested_bytes=_parse_requested_bytes(error), held_bytes=held,
-            error=_get_first_line(error), snapshot=self.snapshot.name if self.snapshot.exists() else None,
+            kind="oom", **position, rank=rank, requested_bytes=_parse_requested_bytes(error), in_use_bytes=held,
+            error=_get_first_line(error), memory_snapshot=self.snapshot_path.name if self.snapshot_path.exists() else None,
         )  # fmt: skip
 
-    def lift(self) -> None:
+    def release_limit(self) -> None:
         """Hold the run to its budget no more."""
-        if self.cap is not None:
-            self.cap.lift()
+        if self.memory_limit is not None:
+            self.memory_limit.release()
 
-    def answered(self, outcome: Outcome) -> Outcome:
+    def with_advice(self, outcome: Outcome) -> Outcome:
         """With what the estimator says that it would have needed, and what would fit instead."""
-        advice = self._advice()
+        advice = self._request_advice()
         if advice is None:
             return outcome
-        if advice.problem:
-            self.notes.append(f"no suggestion: {advice.problem}")
-        return outcome.model_copy(update={"needed_bytes": advice.needed_bytes, "suggestion": advice.suggestion})
+        if advice.error:
+            self.notes.append(f"no suggestion: {advice.error}")
+        return outcome.model_copy(update={"needed_bytes": advice.estimated_peak_bytes, "suggestion": advice.suggestion})
 
-    def _advice(self) -> Advice | None:
+    def _request_advice(self) -> Advice | None:
         cuda, budget = self.device.type == "cuda", self.budget_bytes
         device = torch.cuda.get_device_properties(self.device).name if cuda else "cpu"
         # Without a budget on CPU it is the machine that had no more, and who knows why.
-        return None if budget is None else request_advice(AdviceRequest.here(self.recipe, budget, device))
+        return None if budget is None else request_advice(AdviceRequest.from_environment(self.recipe, budget, device))
 
-    def _note_held(self) -> None:
-        self._held = int(torch.cuda.memory_allocated(self.device))
+    def _record_held_bytes(self) -> None:
+        self._held_bytes_at_oom = int(torch.cuda.memory_allocated(self.device))
 
 
 def _parse_requested_bytes(error: BaseException) -> int | None:

@@ -28,20 +28,20 @@ class ProgressBar:
     """
 
     def __init__(
-        self, name: str, step: int, steps: int, *,
-        memory: Callable[[], int | None], budget_bytes: int | None, shown: bool,
+        self, name: str, completed_steps: int, total_steps: int, *,
+        read_memory_bytes: Callable[[], int | None], budget_bytes: int | None, enabled: bool,
     ) -> None:  # fmt: skip
         """A run of that name begins with ``step`` of its ``steps`` done; ``shown`` is false on all ranks but one.
 
         ``memory`` tells the bytes that stand against the budget.
         """
-        self._memory, self._budget_bytes = memory, budget_bytes
+        self._read_memory_bytes, self._budget_bytes = read_memory_bytes, budget_bytes
         # A width that follows the terminal's keeps it one line; tqdm cuts what is too long where there is a bar.
         self._bar = tqdm(
-            total=steps, initial=step, desc=shorten_name(name, _get_terminal_columns() - _RESERVED_COLUMNS), bar_format=_BAR_FORMAT, dynamic_ncols=True,
-            miniters=1, disable=None if shown else True,
+            total=total_steps, initial=completed_steps, desc=shorten_name(name, _get_terminal_columns() - _RESERVED_COLUMNS), bar_format=_BAR_FORMAT, dynamic_ncols=True,
+            miniters=1, disable=None if enabled else True,
         )  # fmt: skip
-        self._tokens: deque[tuple[float, int]] = deque([(time.monotonic(), 0)], maxlen=_RATE_WINDOW_STEPS + 1)
+        self._token_history: deque[tuple[float, int]] = deque([(time.monotonic(), 0)], maxlen=_RATE_WINDOW_STEPS + 1)
 
     def __enter__(self) -> ProgressBar:
         return self
@@ -51,14 +51,14 @@ class ProgressBar:
     ) -> None:
         self._bar.close()
 
-    def step(self, loss: float, real_tokens: int) -> None:
+    def update(self, loss: float, real_tokens: int) -> None:
         """Another step is done, with that loss and so many real tokens over all ranks."""
         if self._bar.disable:
             return
-        self._tokens.append((time.monotonic(), real_tokens))
-        (began, _), *later = self._tokens
+        self._token_history.append((time.monotonic(), real_tokens))
+        (began, _), *later = self._token_history
         rate = sum(tokens for _, tokens in later) / max(later[-1][0] - began, 1e-9)
-        self._bar.set_postfix_str(format_metrics(loss, rate, self._memory(), self._budget_bytes), refresh=False)
+        self._bar.set_postfix_str(format_metrics(loss, rate, self._read_memory_bytes(), self._budget_bytes), refresh=False)
         self._bar.update()
 
 
@@ -68,10 +68,10 @@ def format_metrics(loss: float, tokens_per_second: float, memory_bytes: int | No
     return f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s, {memory}"
 
 
-def shorten_name(name: str, columns: int) -> str:
+def shorten_name(name: str, max_columns: int) -> str:
     """A run's name in so many columns, but 12 at least; its end tells the runs of a suite apart."""
-    columns = max(columns, 12)
-    return name if len(name) <= columns else f"…{name[1 - columns :]}"
+    max_columns = max(max_columns, 12)
+    return name if len(name) <= max_columns else f"…{name[1 - max_columns :]}"
 
 
 def _get_terminal_columns() -> int:

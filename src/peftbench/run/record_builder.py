@@ -14,15 +14,27 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from peftbench.distributed.accelerator import describe_device
-from peftbench.distributed.deepspeed import unwrap_chain
 from peftbench.distributed.collectives import all_gather_objects
+from peftbench.distributed.deepspeed import unwrap_chain
 from peftbench.distributed.sharding import state_bytes
-from peftbench.record.sanity_checks import check_record
-from peftbench.profiler.peak_flops import get_peak_flops
 from peftbench.profiler.instruments import FLOP_COUNT_STEP
 from peftbench.profiler.memory import max_over_ranks
+from peftbench.profiler.peak_flops import get_peak_flops
 from peftbench.profiler.throughput import compute_throughput
-from peftbench.record import MemoryBreakdown, Compute, CountedStep, Engine, Flops, Memory, Outcome, RunRecord, StateBytes, Throughput, Tokens
+from peftbench.record import (
+    Compute,
+    CountedStep,
+    Engine,
+    Flops,
+    Memory,
+    MemoryBreakdown,
+    Outcome,
+    RunRecord,
+    StateBytes,
+    Throughput,
+    Tokens,
+)
+from peftbench.record.sanity_checks import check_record
 
 if TYPE_CHECKING:
     from peftbench.run.runner import Run
@@ -39,22 +51,22 @@ _LIBRARIES = (
 class RankMeasurements:
     """What all ranks have measured, once they have come to the end of the work."""
 
-    memory: tuple[dict[str, Memory], ...] = ()
-    step_memory: tuple[dict[str, Memory], ...] = ()
+    memory_by_rank: tuple[dict[str, Memory], ...] = ()
+    step_memory_by_rank: tuple[dict[str, Memory], ...] = ()
     context_bytes: int | None = None
     counted_flops: int | None = None
     energy_joules: float | None = None
-    achievable_per_second: float | None = None
-    state_bytes: tuple[StateBytes, ...] = ()
+    measured_matmul_flops: float | None = None
+    state_bytes_by_rank: tuple[StateBytes, ...] = ()
 
     @classmethod
-    def of(cls, run: Run, achievable: float | None = None) -> RankMeasurements:
+    def gather(cls, run: Run, measured_matmul_flops: float | None = None) -> RankMeasurements:
         """Ask every rank; each must come here."""
-        probe, looked = run.probe, run.inspection
-        counted = looked.flops.total if looked and looked.flops and run.progress.steps else run.kept.get("counted")
+        probe, looked = run.probe, run.instruments
+        counted = looked.flop_counter.total_flops if looked and looked.flop_counter and run.progress.completed_steps else run.resumed_measurements.get("counted")
         joules = probe.phase_joules.get("train")
         mine = (
-            dict(probe.memory), dict(probe.step_memory), probe.meter.context_bytes, counted, joules, achievable,
+            dict(probe.memory), dict(probe.step_memory), probe.memory_meter.cuda_context_bytes, counted, joules, measured_matmul_flops,
             _measure_state_bytes(run),
         )  # fmt: skip
         memory, step_memory, contexts, every_count, every_joule, every_achievable, states = zip(
@@ -77,55 +89,55 @@ def build_record(run: Run, outcome: Outcome) -> RunRecord:
     """The record of ``run`` as it stands, with a note for each figure that cannot be."""
     progress, probe = run.progress, run.probe
     # Where a rank did not come to the end, nobody may wait for it.
-    together = run.together or (RankMeasurements.of(run) if run.accelerator.num_processes == 1 else RankMeasurements())
+    together = run.rank_measurements or (RankMeasurements.gather(run) if run.accelerator.num_processes == 1 else RankMeasurements())
     ended_well = outcome.kind == "ok"
     record = RunRecord(
         name=run.recipe.name,
         started_at=run.started_at,
-        recipe=run.asked.model_dump(mode="json"),
-        recipe_fingerprint=run.asked.fingerprint(),
+        recipe=run.requested_recipe.model_dump(mode="json"),
+        recipe_fingerprint=run.requested_recipe.fingerprint(),
         outcome=outcome,
         device=describe_device(run.accelerator),
-        versions=get_library_versions(),
-        git=_get_git_commit(),
+        library_versions=get_library_versions(),
+        git_commit=_get_git_commit(),
         engine=_build_engine(run),
-        parameters=run.built.parameters if run.built else None,
-        model_identity=run.built.base.identity if run.built else None,
-        data_identity=run.data_identity,
-        examples=run.examples,
-        dropped=run.dropped,
-        tokens=Tokens(**vars(progress.counts)) if run.trainer else None,
-        steps=progress.steps,
-        skipped_steps=progress.skipped,
-        losses=tuple(progress.losses),
-        step_tokens=tuple(counts.real for counts in progress.step_counts),
-        step_seconds=tuple(probe.step_seconds[: progress.steps]),
-        warmup_steps=min(run.recipe.profile.untimed_steps, progress.steps),
+        parameters=run.adapted_model.parameters if run.adapted_model else None,
+        model_fingerprint=run.adapted_model.base.fingerprint if run.adapted_model else None,
+        data_fingerprint=run.data_fingerprint,
+        num_examples=run.examples,
+        num_dropped_examples=run.dropped,
+        tokens=Tokens(**vars(progress.token_counts)) if run.training else None,
+        steps=progress.completed_steps,
+        skipped_steps=progress.skipped_steps,
+        step_losses=tuple(progress.losses),
+        step_tokens=tuple(counts.real for counts in progress.step_token_counts),
+        step_seconds=tuple(probe.step_seconds[: progress.completed_steps]),
+        untimed_steps=min(run.recipe.profile.untimed_steps, progress.completed_steps),
         resumed_after=tuple(run.resumed_after),
         phase_seconds=dict(probe.phase_seconds),
         throughput=_build_throughput(run) if ended_well else None,
-        memory=dict(probe.memory) | max_over_ranks(together.memory),
-        memory_by_rank=together.memory,
-        step_memory=dict(probe.step_memory) | max_over_ranks(together.step_memory),
-        step_memory_by_rank=together.step_memory,
-        part_seconds=probe.part_seconds(),
-        timed_steps=tuple(probe.timed_steps),
+        memory=dict(probe.memory) | max_over_ranks(together.memory_by_rank),
+        memory_by_rank=together.memory_by_rank,
+        step_memory=dict(probe.step_memory) | max_over_ranks(together.step_memory_by_rank),
+        step_memory_by_rank=together.step_memory_by_rank,
+        step_part_seconds=probe.compute_step_part_seconds(),
+        part_timed_steps=tuple(probe.part_timed_steps),
         # Of this rank alone where the others did not come to the end.
-        context_bytes=together.context_bytes if together.memory else probe.meter.context_bytes,
-        state_bytes=max(together.state_bytes, key=lambda states: states.total, default=None),
-        state_bytes_by_rank=together.state_bytes,
-        breakdown=build_memory_breakdown(run),
+        cuda_context_bytes=together.context_bytes if together.memory_by_rank else probe.memory_meter.cuda_context_bytes,
+        state_bytes=max(together.state_bytes_by_rank, key=lambda states: states.total, default=None),
+        state_bytes_by_rank=together.state_bytes_by_rank,
+        memory_breakdown=build_memory_breakdown(run),
         flops=_build_flops(run, together.counted_flops),
-        compute=_build_compute(run, together.achievable_per_second) if ended_well else Compute(),
+        compute=_build_compute(run, together.measured_matmul_flops) if ended_well else Compute(),
         energy_joules=together.energy_joules if ended_well else None,
         quality=run.quality,
     )
-    return record.model_copy(update={"notes": (*run.notes, *run.shortage.notes, *check_record(record))})
+    return record.model_copy(update={"notes": (*run.notes, *run.oom_handler.notes, *check_record(record))})
 
 
-def _select_timed_steps(run: Run, of_steps: Sequence[T]) -> list[T]:
+def _select_timed_steps(run: Run, step_values: Sequence[T]) -> list[T]:
     """What belongs to steps that are in the figures."""
-    return [value for value, timed in zip(of_steps, run.probe.timed, strict=False) if timed]
+    return [value for value, timed in zip(step_values, run.probe.timed_mask, strict=False) if timed]
 
 
 def _build_throughput(run: Run) -> Throughput | None:
@@ -133,76 +145,76 @@ def _build_throughput(run: Run) -> Throughput | None:
     if train_seconds is None:
         return None
     return compute_throughput(
-        _select_timed_steps(run, run.probe.step_seconds), _select_timed_steps(run, run.progress.step_counts),
-        train_seconds=train_seconds, global_batch=run.recipe.train.global_batch_size,
+        _select_timed_steps(run, run.probe.step_seconds), _select_timed_steps(run, run.progress.step_token_counts),
+        train_seconds=train_seconds, global_batch_size=run.recipe.train.global_batch_size,
     )  # fmt: skip
 
 
 def _measure_state_bytes(run: Run) -> StateBytes | None:
-    if run.built is None or run.trainer is None or not run.progress.steps:
+    if run.adapted_model is None or run.training is None or not run.progress.completed_steps:
         return None
     device = run.accelerator.device.type
-    return state_bytes(run.engine, run.built.bare_model, run.trainer.optimizer, run.recipe.optimizer, device)
+    return state_bytes(run.engine, run.adapted_model.model, run.training.optimizer, run.recipe.optimizer, device)
 
 
 def build_memory_breakdown(run: Run) -> MemoryBreakdown | None:
     """Who held the memory at its peak, where that was looked at, by this process or one before it."""
     step = run.recipe.profile.untimed_steps
-    if kept := run.kept.get("breakdown"):
+    if kept := run.resumed_measurements.get("breakdown"):
         return MemoryBreakdown(**kept)
-    if run.inspection is None or run.inspection.breakdown is None or run.progress.steps < step:
+    if run.instruments is None or run.instruments.memory_tracker is None or run.progress.completed_steps < step:
         return None
-    peak, (rows, width) = run.inspection.breakdown.peak(), run.progress.step_shapes[step - 1]
+    peak, (rows, width) = run.instruments.memory_tracker.find_peak(), run.progress.step_shapes[step - 1]
     return MemoryBreakdown(
-        step=step, rows=rows, width=width, peak_bytes=peak.bytes, bytes_by_kind=peak.by_kind,
-        operation=peak.operation, part=peak.part,
+        step=step, micro_batch_size=rows, sequence_length=width, peak_bytes=peak.nbytes, bytes_by_category=peak.bytes_by_category,
+        operation=peak.operation, step_part=peak.step_part,
     )  # fmt: skip
 
 
-def _build_flops(run: Run, counted: int | None) -> Flops:
-    if run.built is None or run.trainer is None:
+def _build_flops(run: Run, counted_flops: int | None) -> Flops:
+    if run.adapted_model is None or run.training is None:
         return Flops()
-    cost, done = run.trainer.cost, run.progress
+    cost, done = run.training.flop_cost, run.progress
     checked = None
-    if counted is not None:
-        closed_form = cost.executed(done.step_executed[FLOP_COUNT_STEP - 1]) if cost else None
-        checked = CountedStep(step=FLOP_COUNT_STEP, counted=counted, closed_form=closed_form)
+    if counted_flops is not None:
+        closed_form = cost.compute_hardware_flops(done.step_executed[FLOP_COUNT_STEP - 1]) if cost else None
+        checked = CountedStep(step=FLOP_COUNT_STEP, counted_flops=counted_flops, closed_form_flops=closed_form)
     return Flops(
-        required=sum(map(cost.required, done.step_required)) if cost else None,
-        executed=sum(map(cost.executed, done.step_executed)) if cost else None,
-        six_n=6 * run.built.six_n_parameters * done.counts.padded,
+        model_flops=sum(map(cost.compute_model_flops, done.step_required)) if cost else None,
+        hardware_flops=sum(map(cost.compute_hardware_flops, done.step_executed)) if cost else None,
+        six_n=6 * run.adapted_model.six_n_parameters * done.token_counts.padded,
         counted_step=checked,
     )
 
 
-def _build_compute(run: Run, achievable: float | None) -> Compute:
+def _build_compute(run: Run, measured_matmul_flops: float | None) -> Compute:
     seconds = run.probe.phase_seconds.get("train")
-    if run.trainer is None or run.trainer.cost is None or not seconds:
+    if run.training is None or run.training.flop_cost is None or not seconds:
         return Compute()
-    cost, done, processes = run.trainer.cost, run.progress, run.accelerator.num_processes
+    cost, done, processes = run.training.flop_cost, run.progress, run.accelerator.num_processes
     peak = get_peak_flops(describe_device(run.accelerator).name, run.recipe.train.precision)
     return Compute(
-        required_per_second=sum(map(cost.required, _select_timed_steps(run, done.step_required))) / seconds,
-        executed_per_second=sum(map(cost.executed, _select_timed_steps(run, done.step_executed))) / seconds,
-        peak_per_second=None if peak is None else peak * processes,
-        achievable_per_second=achievable,
+        model_flops_per_second=sum(map(cost.compute_model_flops, _select_timed_steps(run, done.step_required))) / seconds,
+        hardware_flops_per_second=sum(map(cost.compute_hardware_flops, _select_timed_steps(run, done.step_executed))) / seconds,
+        peak_flops_per_second=None if peak is None else peak * processes,
+        matmul_flops_per_second=measured_matmul_flops,
     )
 
 
 def _build_engine(run: Run) -> Engine | None:
-    if run.trainer is None:
+    if run.training is None:
         return None
-    optimizer = list(unwrap_chain(run.trainer.optimizer))[-1]
+    optimizer = list(unwrap_chain(run.training.optimizer))[-1]
     return Engine(
         name=run.engine.name,
-        model=type(run.trainer.model).__qualname__,
-        kind=str(run.accelerator.distributed_type.value),
-        mixed_precision=run.bound.precision if run.engine.deepspeed else str(run.accelerator.mixed_precision),
+        model_class=type(run.training.model).__qualname__,
+        distributed_type=str(run.accelerator.distributed_type.value),
+        mixed_precision=run.context.precision if run.engine.is_deepspeed else str(run.accelerator.mixed_precision),
         max_grad_norm=run.recipe.train.max_grad_norm,
-        optimizer=f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
-        micro_batch=run.trainer.batches.largest_micro_batch,
-        accumulation=run.accelerator.gradient_accumulation_steps,
-        threads=torch.get_num_threads(),
+        optimizer_class=f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
+        micro_batch_size=run.training.batches.max_micro_batch_size,
+        gradient_accumulation_steps=run.accelerator.gradient_accumulation_steps,
+        num_threads=torch.get_num_threads(),
     )
 
 

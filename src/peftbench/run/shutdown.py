@@ -26,16 +26,16 @@ _POLL_SECONDS = 0.5
 class StopRequested(KeyboardInterrupt):
     """A run was asked to stop, and does."""
 
-    def __init__(self, by: str, *, together: bool = False) -> None:
+    def __init__(self, reason: str, *, on_all_ranks: bool = False) -> None:
         """``together``: all ranks stop here, and none need be told."""
-        super().__init__(by)
-        self.by, self.together = by, together
+        super().__init__(reason)
+        self.reason, self.on_all_ranks = reason, on_all_ranks
 
 
-def get_stop_file(folder: Path, environment: Mapping[str, str] = os.environ) -> Path:
+def get_stop_file(run_dir: Path, environment: Mapping[str, str] = os.environ) -> Path:
     """The file that asks the run in ``folder`` to stop, once it is there."""
     job = environment.get(ATTEMPT_ENV, "")
-    return folder / f".stop{f'-{job}' if job else ''}"
+    return run_dir / f".stop{f'-{job}' if job else ''}"
 
 
 def clear_stop_files(*files: Path) -> None:
@@ -55,53 +55,53 @@ class ShutdownSignal:
     """Hears that a run is to stop."""
 
     def __init__(self) -> None:
-        self.by: str | None = None
+        self.reason: str | None = None
         """The signal's name, or what the file says; None while nobody asked."""
-        self._between_steps = self._listens = False
-        self._written: str | None = None
+        self._is_deferred = self._has_handlers = False
+        self._file_reason: str | None = None
 
-    def listen(self) -> None:
+    def install_handlers(self) -> None:
         """Hear signals from now on, and files that are watched; in the main thread."""
-        self._listens = True
+        self._has_handlers = True
         for number in SHUTDOWN_SIGNALS:
-            signal.signal(number, self._heard)
+            signal.signal(number, self._handle_signal)
 
-    def watch(self, *files: Path) -> None:
+    def watch_files(self, *files: Path) -> None:
         """Hear the first of ``files`` that comes to be, from a thread."""
-        if self._listens:
-            threading.Thread(target=self._look, args=files, daemon=True).start()
+        if self._has_handlers:
+            threading.Thread(target=self._poll_files, args=files, daemon=True).start()
 
     @contextmanager
-    def between_steps(self) -> Iterator[None]:
+    def defer_to_step_end(self) -> Iterator[None]:
         """Within it a step is not broken off; whoever trains asks ``by`` after each. A second Ctrl-C breaks off.
 
         Raises:
             Interrupted: it was asked, and nobody looked any more.
         """
-        self._between_steps = True
+        self._is_deferred = True
         try:
             yield
         finally:
-            self._between_steps = False
-        if self.by is not None:
-            raise StopRequested(self.by)
+            self._is_deferred = False
+        if self.reason is not None:
+            raise StopRequested(self.reason)
 
-    def hold_off(self) -> None:
+    def defer(self) -> None:
         """Let what is left be done: a record is being written. A second Ctrl-C breaks off still."""
-        self._between_steps = True
+        self._is_deferred = True
 
-    def _heard(self, number: int, _frame: FrameType | None) -> None:
-        again, self.by = self.by is not None, self._written or signal.Signals(number).name
-        if not self._between_steps or (again and number == signal.SIGINT):
-            raise StopRequested(self.by)
+    def _handle_signal(self, signal_number: int, _frame: FrameType | None) -> None:
+        again, self.reason = self.reason is not None, self._file_reason or signal.Signals(signal_number).name
+        if not self._is_deferred or (again and signal_number == signal.SIGINT):
+            raise StopRequested(self.reason)
 
-    def _look(self, *files: Path) -> None:
+    def _poll_files(self, *files: Path) -> None:
         waiting = threading.Event()
         while (file := next(filter(_file_exists, files), None)) is None:
             waiting.wait(_POLL_SECONDS)
         with suppress(OSError, ValueError):
-            self._written = file.read_text(encoding="utf-8").strip()
-        self._written = self._written or file.name
+            self._file_reason = file.read_text(encoding="utf-8").strip()
+        self._file_reason = self._file_reason or file.name
         os.kill(os.getpid(), signal.SIGUSR1)  # the main thread is to hear it, wherever it is
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from peftbench.errors import PeftbenchError, RecordError
 from peftbench.recipe.schema import Recipe
-from peftbench.record import RECORD_FILE, FINAL_OUTCOMES, RunRecord, read_record
+from peftbench.record import FINAL_OUTCOMES, RECORD_FILE, RunRecord, read_record
 
 
 def load_matching_record(recipe: Recipe) -> RunRecord | None:
@@ -28,7 +28,7 @@ def load_existing_result(recipe: Recipe) -> RunRecord | None:
         return None
     source = recipe.data.source
     try:
-        same = not source.changes_in_place or record.data_identity == source.identity()
+        same = not source.is_mutable or record.data_fingerprint == source.fingerprint()
     except PeftbenchError:  # the run will say why
         return None
     return record if same else None

@@ -24,7 +24,7 @@ class PretrainingRun:
     python: str
     torch: str
     seconds: float = 0.0
-    curve: list[tuple[int, float, float]] = field(default_factory=list)
+    loss_curve: list[tuple[int, float, float]] = field(default_factory=list)
 
 
 _CARD_TEMPLATE = """---
@@ -57,10 +57,10 @@ validation package. All points are in `loss_curve.json`.
 
 def render_model_card(run: PretrainingRun) -> str:
     """The card in Markdown; about a dozen points of the loss curve are shown."""
-    every = max(1, len(run.curve) // 12)
-    points = run.curve[every - 1 :: every]
-    if run.curve and points[-1] != run.curve[-1]:
-        points.append(run.curve[-1])
+    every = max(1, len(run.loss_curve) // 12)
+    points = run.loss_curve[every - 1 :: every]
+    if run.loss_curve and points[-1] != run.loss_curve[-1]:
+        points.append(run.loss_curve[-1])
     table = tabulate(points, headers=["step", "training loss", "held-out loss"], tablefmt="github", floatfmt=".3f")
     tokens = run.steps * run.batch_rows * run.row_tokens
     return _CARD_TEMPLATE.format(

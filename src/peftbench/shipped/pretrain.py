@@ -59,12 +59,12 @@ def pack_documents(documents: list[str], tokenizer: PreTrainedTokenizerFast) -> 
     return flat[: rows * CONTEXT_LENGTH + 1].unfold(0, CONTEXT_LENGTH + 1, CONTEXT_LENGTH)
 
 
-def build_model(end_token_id: int) -> GPT2LMHeadModel:
+def build_model(eos_token_id: int) -> GPT2LMHeadModel:
     """4 layers of 256 units, 4.3 million parameters, no dropout, random weights."""
     config = GPT2Config(
         vocab_size=VOCAB_SIZE, n_positions=CONTEXT_LENGTH, n_embd=256, n_layer=4, n_head=4,
         activation_function="gelu_pytorch_tanh", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-        bos_token_id=end_token_id, eos_token_id=end_token_id, use_cache=False,
+        bos_token_id=eos_token_id, eos_token_id=eos_token_id, use_cache=False,
     )  # fmt: skip
     return GPT2LMHeadModel(config)
 
@@ -97,7 +97,7 @@ def compute_held_out_loss(model: GPT2LMHeadModel, rows: torch.Tensor) -> float:
         return sum(compute_loss(model, part).item() for part in rows.split(16)[:EVAL_BATCHES]) / EVAL_BATCHES
 
 
-def pretrain(model: GPT2LMHeadModel, rows: torch.Tensor, held_out: torch.Tensor, run: PretrainingRun) -> None:
+def pretrain(model: GPT2LMHeadModel, rows: torch.Tensor, held_out_rows: torch.Tensor, run: PretrainingRun) -> None:
     """Train in place; the loss curve is appended to ``run.curve`` as (step, training loss, held-out loss)."""
     order = torch.Generator().manual_seed(run.seed)
     batches: list[torch.Tensor] = []
@@ -117,18 +117,18 @@ def pretrain(model: GPT2LMHeadModel, rows: torch.Tensor, held_out: torch.Tensor,
             stepper.zero_grad()
         recent.append(loss.item())
         if (step + 1) % 100 == 0 or step + 1 == run.steps:
-            run.curve.append((step + 1, sum(recent) / len(recent), compute_held_out_loss(model, held_out)))
-            bar.set_postfix(loss=f"{run.curve[-1][1]:.3f}", held_out=f"{run.curve[-1][2]:.3f}")
+            run.loss_curve.append((step + 1, sum(recent) / len(recent), compute_held_out_loss(model, held_out_rows)))
+            bar.set_postfix(loss=f"{run.loss_curve[-1][1]:.3f}", held_out=f"{run.loss_curve[-1][2]:.3f}")
             recent = []
 
 
-def save_pretrained(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, run: PretrainingRun, out: Path) -> None:
+def save_pretrained(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, run: PretrainingRun, save_directory: Path) -> None:
     """Write weights in float16, tokenizer, loss curve and model card."""
     model.config.use_cache = True
-    model.half().save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    (out / "loss_curve.json").write_text(json.dumps(run.curve) + "\n", encoding="utf-8")
-    (out / "README.md").write_text(render_model_card(run), encoding="utf-8")
+    model.half().save_pretrained(save_directory)
+    tokenizer.save_pretrained(save_directory)
+    (save_directory / "loss_curve.json").write_text(json.dumps(run.loss_curve) + "\n", encoding="utf-8")
+    (save_directory / "README.md").write_text(render_model_card(run), encoding="utf-8")
 
 
 def main(

@@ -20,37 +20,37 @@ class Job:
     """What one script runs."""
 
     name: str
-    folders: tuple[Path, ...]
+    run_dirs: tuple[Path, ...]
     """Of the runs, absolute, each with its recipe."""
-    logs: Path
+    log_dir: Path
     """Folder for what is printed."""
     options: dict[str, str | None] = field(default_factory=dict)
     """For sbatch, beyond those that are set here."""
     nodes: int = 1
     gpus_per_node: int = 0
     processes_per_node: int = 1
-    launched: bool = False
+    uses_accelerate: bool = False
     """Whether accelerate launches it, with the file in each run's folder."""
-    deepspeed: bool = False
-    at_once: int | None = None
+    uses_deepspeed: bool = False
+    max_parallel: int | None = None
     """How many runs may be under way together, None for all."""
-    restarts: int = 10
+    max_requeues: int = 10
     """How often a job that was stopped for its time begins anew."""
     python: str = sys.executable
-    place: Path = field(default_factory=Path.cwd)
+    working_dir: Path = field(default_factory=Path.cwd)
     """Folder that it runs in, to which a recipe's paths are relative."""
 
     def __post_init__(self) -> None:
-        for text in (self.name, *map(str, (*self.folders, self.logs, self.place))):
+        for text in (self.name, *map(str, (*self.run_dirs, self.log_dir, self.working_dir))):
             if any(ord(character) < ord(" ") for character in text):
                 raise SlurmError(f"{text!r} holds a character that no job's script can; give another name")
-        if "\\" in str(self.logs):  # which tells SLURM to take the % in a log's name for itself
-            raise SlurmError(f"{str(self.logs)!r} holds a backslash, which no log of SLURM's can; give another --out")
+        if "\\" in str(self.log_dir):  # which tells SLURM to take the % in a log's name for itself
+            raise SlurmError(f"{str(self.log_dir)!r} holds a backslash, which no log of SLURM's can; give another --out")
 
     @property
-    def array(self) -> bool:
+    def is_array(self) -> bool:
         """Whether it is an array."""
-        return len(self.folders) > 1
+        return len(self.run_dirs) > 1
 
 
 def render_script(job: Job) -> str:
@@ -63,17 +63,17 @@ def render_script(job: Job) -> str:
 
 def build_sbatch_directives(job: Job) -> dict[str, str | None]:
     """All options of sbatch for it; None for one that stands alone."""
-    last = len(job.folders) - 1
-    at_once = f"%{job.at_once}" if job.at_once else ""
+    last = len(job.run_dirs) - 1
+    at_once = f"%{job.max_parallel}" if job.max_parallel else ""
     return {
         "job-name": job.name,
-        **({"array": f"0-{last}{at_once}"} if job.array else {}),
+        **({"array": f"0-{last}{at_once}"} if job.is_array else {}),
         "nodes": str(job.nodes),
         "ntasks-per-node": "1",
         **({"gpus-per-node": str(job.gpus_per_node)} if job.gpus_per_node else {}),
-        "output": str(job.logs).replace("%", "%%") + ("/%A_%a.log" if job.array else "/%j.log"),
+        "output": str(job.log_dir).replace("%", "%%") + ("/%A_%a.log" if job.is_array else "/%j.log"),
         "open-mode": "append",
-        "chdir": str(job.place),
+        "chdir": str(job.working_dir),
         **({} if "no-requeue" in job.options else {"requeue": None}),
         "signal": STOP_SIGNAL_FORMAT.format(parse_lead_seconds(job.options)),
         **{name: value for name, value in job.options.items() if name != "signal"},
@@ -90,11 +90,11 @@ def _quote_value(value: str) -> str:
 
 def _render_body(job: Job) -> list[str]:
     python = shlex.quote(job.python)
-    again = f'exec {python} -m peftbench.slurm.requeue --at-most {job.restarts} --code "$code" "$folder"'
+    again = f'exec {python} -m peftbench.slurm.requeue --at-most {job.max_requeues} --code "$code" "$folder"'
     return [
         "# One folder a run, with its recipe and whatever else it needs.",
         "folders=(",
-        *(f"  {shlex.quote(str(folder))}" for folder in job.folders),
+        *(f"  {shlex.quote(str(folder))}" for folder in job.run_dirs),
         ")",
         "folder=${folders[${SLURM_ARRAY_TASK_ID:-0}]}",
         "",
@@ -123,7 +123,7 @@ def _render_body(job: Job) -> list[str]:
 
 
 def _render_launch(job: Job, python: str) -> list[str]:
-    if not job.launched:
+    if not job.uses_accelerate:
         return [f'srun {python} -m peftbench.train --unless-finished --config "$folder/recipe.yaml" &']
     several = [
         'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
@@ -134,7 +134,7 @@ def _render_launch(job: Job, python: str) -> list[str]:
         '--machine_rank "$SLURM_NODEID"', '--main_process_ip "$head"',
         '--main_process_port "$port"', "--rdzv_backend c10d",
         '--rdzv_conf "is_host=$((SLURM_NODEID == 0))"',  # torch would guess it from names
-        *(["--deepspeed_multinode_launcher standard"] if job.deepspeed else []),
+        *(["--deepspeed_multinode_launcher standard"] if job.uses_deepspeed else []),
     ]  # fmt: skip
     launch = [
         f"{python} -m accelerate.commands.launch --quiet", f'--config_file "$folder/{ACCELERATE_CONFIG_FILE}"',

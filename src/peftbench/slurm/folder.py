@@ -7,9 +7,9 @@ from typing import Annotated, Optional
 
 import typer
 
-from peftbench.recipe.loader import load_recipe
 from peftbench.common.console import cli_errors
 from peftbench.common.filesystem import write_error
+from peftbench.recipe.loader import load_recipe
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -46,7 +46,7 @@ _TIME_PATTERN = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
 _STOP_SIGNAL_PATTERN = re.compile(r"B:(?:SIG)?USR1@(\d+)")
 
 
-def parse_sbatch_options(given: Mapping[str, Any]) -> dict[str, str | None]:
+def parse_sbatch_options(options: Mapping[str, Any]) -> dict[str, str | None]:
     """Options by name, as sbatch spells them, each with its value, or None where it stands alone.
 
     ``given`` has them by name, with dashes or underscores; false and null leave one out.
@@ -55,7 +55,7 @@ def parse_sbatch_options(given: Mapping[str, Any]) -> dict[str, str | None]:
         SlurmError: there is no such option, or it is not for a user to set, or its value cannot be meant.
     """
     found: dict[str, str | None] = {}
-    for key, value in given.items():
+    for key, value in options.items():
         name = str(key).replace("_", "-")
         if name in _RESERVED_OPTIONS:
             raise SlurmError(f"slurm.{key} is set by peftbench itself: {_RESERVED_OPTIONS[name]}")

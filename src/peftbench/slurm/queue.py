@@ -22,7 +22,7 @@ class QueuedJob(NamedTuple):
     """Why it waits, or None as a word."""
 
     @property
-    def lasts(self) -> bool:
+    def is_active(self) -> bool:
         """Whether it is still to run, or runs."""
         return self.state not in _TERMINAL_STATES
 

@@ -12,12 +12,18 @@ from typing import Any
 
 import yaml
 
-from peftbench.recipe.loader import to_commented_yaml
-from peftbench.errors import MissingFileError, OutputError, SlurmError, did_you_mean
 from peftbench.common.filesystem import write_atomically, write_error
-from peftbench.run_dir.lock import raise_if_locked
+from peftbench.errors import MissingFileError, OutputError, SlurmError, did_you_mean
+from peftbench.recipe.loader import to_commented_yaml
 from peftbench.recipe.schema import Recipe
-from peftbench.slurm.batch_script import ACCELERATE_CONFIG_FILE, DEEPSPEED_CONFIG_FILE, Job, render_script, build_sbatch_directives
+from peftbench.run_dir.lock import raise_if_locked
+from peftbench.slurm.batch_script import (
+    ACCELERATE_CONFIG_FILE,
+    DEEPSPEED_CONFIG_FILE,
+    Job,
+    build_sbatch_directives,
+    render_script,
+)
 from peftbench.slurm.job_file import JobFile
 
 SCRIPT_FILE, LOG_DIR = "job.sbatch", "slurm"
@@ -29,13 +35,13 @@ _ACCELERATE_CONFIG_DIR = "accel_configs"
 class Submission:
     """What was written, and what SLURM called it."""
 
-    script: Path
-    text: str
-    folders: tuple[Path, ...]
-    logs: Path
-    arguments: tuple[str, ...] = ()
+    script_path: Path
+    script_text: str
+    run_dirs: tuple[Path, ...]
+    log_dir: Path
+    sbatch_args: tuple[str, ...] = ()
     """Its options, once more, for sbatch: what the environment says would come before the script's."""
-    job: str | None = None
+    job_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class LaunchFile:
     config: dict[str, Any]
 
     @property
-    def deepspeed(self) -> Path | None:
+    def deepspeed_config_path(self) -> Path | None:
         """The DeepSpeed file that it names."""
         inner = self.config.get("deepspeed_config") or {}
         if not isinstance(inner, dict):
@@ -60,7 +66,7 @@ class LaunchFile:
         return found[0].resolve()
 
     @property
-    def processes(self) -> int:
+    def processes_per_node(self) -> int:
         """Of each machine, as the file has it."""
         try:
             machines = int(self.config.get("num_machines") or 1)
@@ -92,43 +98,43 @@ def _find_accelerate_config_dirs() -> list[Path]:
     return [folder / _ACCELERATE_CONFIG_DIR for folder in (Path(__file__).resolve().parents[3], Path.cwd()) if (folder / _ACCELERATE_CONFIG_DIR).is_dir()]
 
 
-def prepare_submission(recipes: Sequence[Recipe], job: Job, engine: LaunchFile | None, place: Path) -> Submission:
+def prepare_submission(recipes: Sequence[Recipe], job: Job, launch_file: LaunchFile | None, script_dir: Path) -> Submission:
     """Write everything that the runs need: resolved recipes, the engine's files, the script. Nothing is submitted.
 
     Raises:
         BusyError: a run is under way already.
         OutputError: a folder cannot be written.
     """
-    for folder in job.folders:
+    for folder in job.run_dirs:
         raise_if_locked(folder)
-    for recipe, folder in zip(recipes, job.folders, strict=True):
+    for recipe, folder in zip(recipes, job.run_dirs, strict=True):
         absolute = recipe.model_copy(update={"output_dir": str(folder.parent)})
         write_atomically(folder / "recipe.yaml", to_commented_yaml(absolute))
-        if engine is not None:
-            _write_launch_files(engine, folder, job)
+        if launch_file is not None:
+            _write_launch_files(launch_file, folder, job)
     text = render_script(job)
-    path = place / SCRIPT_FILE
+    path = script_dir / SCRIPT_FILE
     try:
-        job.logs.mkdir(parents=True, exist_ok=True)
+        job.log_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise write_error(job.logs, error) from error
+        raise write_error(job.log_dir, error) from error
     write_atomically(path, text)
     arguments = [f"--{name}" + ("" if value is None else f"={value}") for name, value in build_sbatch_directives(job).items()]
-    return Submission(path, text, job.folders, job.logs, tuple(arguments))
+    return Submission(path, text, job.run_dirs, job.log_dir, tuple(arguments))
 
 
-def _write_launch_files(engine: LaunchFile, folder: Path, job: Job) -> None:
-    config = engine.config | {
+def _write_launch_files(launch_file: LaunchFile, run_dir: Path, job: Job) -> None:
+    config = launch_file.config | {
         "num_machines": job.nodes, "num_processes": job.nodes * job.processes_per_node,
         "same_network": False,  # accelerate tells c10d where to meet only then
     }  # fmt: skip
-    if (deepspeed := engine.deepspeed) is not None:
-        write_atomically(folder / DEEPSPEED_CONFIG_FILE, deepspeed.read_text(encoding="utf-8"))
-        config["deepspeed_config"] = {**config["deepspeed_config"], "deepspeed_config_file": str(folder / DEEPSPEED_CONFIG_FILE)}
-    write_atomically(folder / ACCELERATE_CONFIG_FILE, yaml.safe_dump(config, sort_keys=False))
+    if (deepspeed := launch_file.deepspeed_config_path) is not None:
+        write_atomically(run_dir / DEEPSPEED_CONFIG_FILE, deepspeed.read_text(encoding="utf-8"))
+        config["deepspeed_config"] = {**config["deepspeed_config"], "deepspeed_config_file": str(run_dir / DEEPSPEED_CONFIG_FILE)}
+    write_atomically(run_dir / ACCELERATE_CONFIG_FILE, yaml.safe_dump(config, sort_keys=False))
 
 
-def submit_job(prepared: Submission) -> Submission:
+def submit_job(submission: Submission) -> Submission:
     """Hand the script to sbatch.
 
     Raises:
@@ -136,7 +142,7 @@ def submit_job(prepared: Submission) -> Submission:
     """
     if shutil.which("sbatch") is None:
         raise SlurmError(
-            f"there is no sbatch on this machine; submit {prepared.script} where there is SLURM, or run the suite "
+            f"there is no sbatch on this machine; submit {submission.script_path} where there is SLURM, or run the suite "
             "here with peftbench compare"
         )
     # Of a job that this is submitted from nothing must travel along: a task's number, a count, a step's CPUs.
@@ -144,16 +150,16 @@ def submit_job(prepared: Submission) -> Submission:
         name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SRUN_")) or name in _INHERITED_VARIABLES
     }
     done = subprocess.run(
-        ["sbatch", "--parsable", *prepared.arguments, str(prepared.script)],
+        ["sbatch", "--parsable", *submission.sbatch_args, str(submission.script_path)],
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
-        raise SlurmError(f"sbatch refused {prepared.script}: {' '.join(done.stderr.split())}")
+        raise SlurmError(f"sbatch refused {submission.script_path}: {' '.join(done.stderr.split())}")
     job = done.stdout.strip().split(";")[0]
-    for index, folder in enumerate(prepared.folders):
-        name = f"{job}_{index}" if len(prepared.folders) > 1 else job
+    for index, folder in enumerate(submission.run_dirs):
+        name = f"{job}_{index}" if len(submission.run_dirs) > 1 else job
         try:
-            JobFile(job=name, log=str(prepared.logs / f"{name}.log")).write(folder)
+            JobFile(job_id=name, log_path=str(submission.log_dir / f"{name}.log")).write(folder)
         except OutputError as error:
             raise SlurmError(f"job {job} was submitted, but that cannot be noted: {error}") from error
-    return replace(prepared, job=job)
+    return replace(submission, job_id=job)

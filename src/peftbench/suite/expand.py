@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
-from peftbench.recipe.loader import to_inline_yaml, merge_configs, to_plain_dict, read_yaml, parse_recipe
-from peftbench.errors import MissingFileError, OutOfRangeError, RecipeError, UnknownKeyError, did_you_mean
 from peftbench.common.schema import ConfigSection
+from peftbench.errors import MissingFileError, OutOfRangeError, RecipeError, UnknownKeyError, did_you_mean
+from peftbench.recipe.loader import merge_configs, parse_recipe, read_yaml, to_inline_yaml, to_plain_dict
 from peftbench.recipe.schema import Recipe
 
 SEED_KEY = "train.seed"
@@ -91,7 +91,7 @@ def with_seeds(recipe: Recipe, seeds: int | None) -> list[Recipe]:
     Raises:
         OutOfRangeError: a seed is too large.
     """
-    if seeds is None or not recipe.method.trains:
+    if seeds is None or not recipe.method.is_trainable:
         return [recipe]
     values = recipe.model_dump(mode="json")
     return [

@@ -16,14 +16,14 @@ from pathlib import Path
 
 import psutil
 
-from peftbench.recipe.loader import to_commented_yaml
-from peftbench.errors import RunLockedError
 from peftbench.common.filesystem import write_atomically
-from peftbench.run_dir.results import load_existing_result
-from peftbench.run_dir.lock import is_locked, raise_if_locked
+from peftbench.errors import RunLockedError
+from peftbench.recipe.loader import to_commented_yaml
 from peftbench.recipe.schema import Recipe
-from peftbench.record import RECORD_FILE, FINAL_OUTCOMES
-from peftbench.run.shutdown import ATTEMPT_ENV, get_stop_file, clear_stop_files
+from peftbench.record import FINAL_OUTCOMES, RECORD_FILE
+from peftbench.run.shutdown import ATTEMPT_ENV, clear_stop_files, get_stop_file
+from peftbench.run_dir.lock import is_locked, raise_if_locked
+from peftbench.run_dir.results import load_existing_result
 
 ENTRY_POINT = "peftbench.train"
 _PR_SET_PDEATHSIG = 1
@@ -36,16 +36,16 @@ class RunResult:
     name: str
     outcome: str
     error: str | None = None
-    shared: str | None = None
+    shareable_error: str | None = None
     """What a page says of it, where the error names a machine: a page is shared."""
 
     @property
-    def well(self) -> bool:
+    def succeeded(self) -> bool:
         """Whether there is a result, an out-of-memory included."""
         return self.outcome in FINAL_OUTCOMES or self.outcome == "skipped"
 
 
-def run_suite(recipes: Sequence[Recipe], accelerate: Path | None, say: Callable[[str], None]) -> list[RunResult]:
+def run_suite(recipes: Sequence[Recipe], accelerate: Path | None, log_message: Callable[[str], None]) -> list[RunResult]:
     """Run what is not finished; ``say`` is told what happens, a line at a time.
 
     Raises:
@@ -61,18 +61,18 @@ def run_suite(recipes: Sequence[Recipe], accelerate: Path | None, say: Callable[
     for number, recipe in enumerate(recipes, 1):
         place = f"[{number}/{len(recipes)}] {recipe.name}"
         if number in finished or load_existing_result(recipe) is not None:  # by another process meanwhile
-            say(f"{place}: finished before, skipped")
+            log_message(f"{place}: finished before, skipped")
             results.append(RunResult(recipe.name, "skipped"))
             continue
-        say(f"{place}: running")
-        result = run_one(recipe, accelerate, say=say)
-        say(f"{place}: {result.outcome}" + (f" ({result.error})" if result.error else ""))
+        log_message(f"{place}: running")
+        result = run_one(recipe, accelerate, log_message=log_message)
+        log_message(f"{place}: {result.outcome}" + (f" ({result.error})" if result.error else ""))
         results.append(result)
     return results
 
 
 def run_one(
-    recipe: Recipe, accelerate: Path | None, processes: int | None = None, say: Callable[[str], None] | None = None
+    recipe: Recipe, accelerate: Path | None, processes: int | None = None, log_message: Callable[[str], None] | None = None
 ) -> RunResult:
     """One run in a process of its own, or in as many as the accelerate file or ``processes`` says.
 
@@ -105,15 +105,15 @@ def run_one(
         try:
             output, _ = process.communicate()
         except KeyboardInterrupt:
-            if say is not None:
-                say(f"{recipe.name}: is to finish its step and keep it; press Ctrl-C again to kill it")
+            if log_message is not None:
+                log_message(f"{recipe.name}: is to finish its step and keep it; press Ctrl-C again to kill it")
             _stop_process(process, get_stop_file(folder, environment))
             raise
     return _parse_result(recipe.name, output, process.returncode, None if errors is None else log)
 
 
-def _write_recipe(recipe: Recipe, folder: Path) -> Path:
-    file = folder / "recipe.yaml"
+def _write_recipe(recipe: Recipe, run_dir: Path) -> Path:
+    file = run_dir / "recipe.yaml"
     write_atomically(file, to_commented_yaml(recipe))
     return file
 
@@ -124,20 +124,20 @@ def _terminate_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _parse_result(name: str, output: str, code: int, log: Path | None) -> RunResult:
+def _parse_result(name: str, output: str, exit_code: int, log_path: Path | None) -> RunResult:
     lines = output.strip().splitlines()
     with suppress(IndexError, ValueError, KeyError, TypeError):
         last = json.loads(lines[-1])
         return RunResult(name, str(last["outcome"]), last.get("error"))
-    where = f"; see {log}" if log else ""
-    reason = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    where = f"; see {log_path}" if log_path else ""
+    reason = f"was killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"ended with exit code {exit_code}"
     return RunResult(name, "crashed", f"it {reason} without a result{where}")
 
 
-def _stop_process(process: subprocess.Popen[str], file: Path) -> None:
+def _stop_process(process: subprocess.Popen[str], stop_file: Path) -> None:
     """Ask a run and all its processes to stop, however long that takes; whoever is impatient has them killed."""
     try:
-        write_atomically(file, "SIGINT\n")
+        write_atomically(stop_file, "SIGINT\n")
         process.communicate()
     except KeyboardInterrupt:
         with suppress(psutil.NoSuchProcess):
@@ -147,4 +147,4 @@ def _stop_process(process: subprocess.Popen[str], file: Path) -> None:
                     one.kill()
         process.communicate()
     finally:
-        file.unlink(missing_ok=True)
+        stop_file.unlink(missing_ok=True)

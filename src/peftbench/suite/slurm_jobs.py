@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peftbench.recipe.loader import to_inline_yaml, load_recipe, read_yaml
 from peftbench.errors import SlurmError
-from peftbench.run_dir.results import load_existing_result
-from peftbench.run_dir.lock import is_locked
+from peftbench.recipe.loader import load_recipe, read_yaml, to_inline_yaml
 from peftbench.recipe.schema import Recipe
+from peftbench.run_dir.lock import is_locked
+from peftbench.run_dir.results import load_existing_result
+from peftbench.slurm.batch_script import Job
+from peftbench.slurm.job_file import read_job_file
 from peftbench.slurm.options import check_time_limit, parse_sbatch_options
 from peftbench.slurm.queue import list_queued_jobs
-from peftbench.slurm.batch_script import Job
 from peftbench.slurm.submit import LOG_DIR, LaunchFile, Submission, find_launch_file
-from peftbench.slurm.job_file import read_job_file
-from peftbench.suite.expand import resolve_accelerate_config, expand, with_seeds, read_suite
+from peftbench.suite.expand import expand, read_suite, resolve_accelerate_config, with_seeds
 
 
 def is_suite(path: Path) -> bool:
@@ -36,12 +36,12 @@ class SubmissionPlan:
     recipes: tuple[Recipe, ...]
     """Of runs that have no result and are in no queue."""
     job: Job
-    engine: LaunchFile | None
-    place: Path
+    launch_file: LaunchFile | None
+    script_dir: Path
     """Folder for the script."""
-    finished: int
+    num_finished: int
     """Runs that have their result."""
-    waiting: tuple[str, ...]
+    active_owners: tuple[str, ...]
     """Who has the runs that are in the queue, or under way, already."""
 
 
@@ -54,8 +54,8 @@ def plan_submission(
     engine: str | None,
     nodes: int,
     gpus_per_node: int | None,
-    at_once: int | None,
-    restarts: int,
+    max_parallel: int | None,
+    max_requeues: int,
     seeds: int | None = None,
 ) -> SubmissionPlan:
     """The runs of ``target`` that are left to do, their job, their engine, and the folder for the script.
@@ -73,19 +73,19 @@ def plan_submission(
     if launcher is None and nodes > 1:
         raise SlurmError("--nodes wants an engine that spreads a training over machines; give --engine, as zero2")
     unfinished = [recipe for recipe in recipes if load_existing_result(recipe) is None]
-    lasting = {key for key, found in list_queued_jobs().items() if found.lasts}
+    lasting = {key for key, found in list_queued_jobs().items() if found.is_active}
     waiting = {_get_run_dir(recipe): key for recipe in unfinished if (key := _find_active_owner(_get_run_dir(recipe), lasting))}
     left = tuple(recipe for recipe in unfinished if _get_run_dir(recipe) not in waiting)
     root = Path(recipes[0].output_dir).resolve()
     place_of_script = root if len(recipes) > 1 else root / recipes[0].name
     on_cpu = launcher is not None and bool(launcher.config.get("use_cpu"))
-    per_node = 1 if launcher is None else launcher.processes
+    per_node = 1 if launcher is None else launcher.processes_per_node
     gpus = (0 if on_cpu else per_node) if gpus_per_node is None else gpus_per_node
     job = Job(
-        name=name, folders=tuple(map(_get_run_dir, left)), logs=place_of_script / LOG_DIR, options=chosen, nodes=nodes,
+        name=name, run_dirs=tuple(map(_get_run_dir, left)), log_dir=place_of_script / LOG_DIR, options=chosen, nodes=nodes,
         gpus_per_node=gpus,
-        processes_per_node=gpus or per_node, launched=launcher is not None,
-        deepspeed=launcher is not None and launcher.deepspeed is not None, at_once=at_once, restarts=restarts,
+        processes_per_node=gpus or per_node, uses_accelerate=launcher is not None,
+        uses_deepspeed=launcher is not None and launcher.deepspeed_config_path is not None, max_parallel=max_parallel, max_requeues=max_requeues,
     )  # fmt: skip
     return SubmissionPlan(left, job, launcher, place_of_script, len(recipes) - len(unfinished), tuple(waiting.values()))
 
@@ -103,22 +103,22 @@ def _load_target(
     return with_seeds(recipe, seeds), recipe.name, {}, None
 
 
-def _find_active_owner(folder: Path, queue: Set[str]) -> str | None:
+def _find_active_owner(run_dir: Path, active_jobs: Set[str]) -> str | None:
     """Whose it is already: a job's, or a process's that was started by hand."""
-    if (before := read_job_file(folder)) is not None and before.job in queue:
-        return f"job {before.job}"
-    return f"a process, in {folder}" if is_locked(folder) else None
+    if (before := read_job_file(run_dir)) is not None and before.job_id in active_jobs:
+        return f"job {before.job_id}"
+    return f"a process, in {run_dir}" if is_locked(run_dir) else None
 
 
 def _get_run_dir(recipe: Recipe) -> Path:
     return Path(recipe.output_dir).resolve() / recipe.name
 
 
-def _parse_option(word: str) -> tuple[str, str | bool | None]:
+def _parse_option(argument: str) -> tuple[str, str | bool | None]:
     """A name and its value, which is text as sbatch would be given it: YAML takes 1:00:00 for 3,600."""
-    name, equals, value = word.partition("=")
+    name, equals, value = argument.partition("=")
     if not equals or not name:
-        raise SlurmError(f"slurm.{word} is no option; write slurm.OPTION=VALUE, as slurm.time=4:00:00")
+        raise SlurmError(f"slurm.{argument} is no option; write slurm.OPTION=VALUE, as slurm.time=4:00:00")
     words: dict[str, bool | None] = {"true": True, "false": False, "null": None}
     return name, words.get(value, value)
 
@@ -130,24 +130,24 @@ def _check_quoted_times(options: Mapping[str, Any]) -> dict[str, Any]:
     return dict(options)
 
 
-def describe_skipped_runs(asked: SubmissionPlan) -> list[str]:
+def describe_skipped_runs(plan: SubmissionPlan) -> list[str]:
     """What is not submitted, and why."""
     said = []
-    if asked.finished:
-        said.append(f"{asked.finished} {'have' if asked.finished > 1 else 'has'} a result already, left out")
-    if asked.waiting:
-        said.append(f"{len(asked.waiting)} under way already, left out: {', '.join(asked.waiting)}")
+    if plan.num_finished:
+        said.append(f"{plan.num_finished} {'have' if plan.num_finished > 1 else 'has'} a result already, left out")
+    if plan.active_owners:
+        said.append(f"{len(plan.active_owners)} under way already, left out: {', '.join(plan.active_owners)}")
     return said
 
 
 def describe_next_steps(submission: Submission) -> str:
     """What a person does next."""
-    folders = submission.folders
-    place = submission.script.parent
+    folders = submission.run_dirs
+    place = submission.script_path.parent
     return (
-        f"submitted job {submission.job}: {len(folders)} run{'s' if len(folders) > 1 else ''}, by {submission.script}\n"
+        f"submitted job {submission.job_id}: {len(folders)} run{'s' if len(folders) > 1 else ''}, by {submission.script_path}\n"
         f"follow:  peftbench status {place}\n"
-        f"logs:    {submission.logs}\n"
-        f"cancel:  scancel {submission.job}\n"
+        f"logs:    {submission.log_dir}\n"
+        f"cancel:  scancel {submission.job_id}\n"
         f"results: peftbench report {place}"
     )

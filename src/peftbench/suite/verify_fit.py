@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from peftbench.memory.devices import UNKNOWN_DEVICE, DeviceFacts
-from peftbench.memory.plan import Verification, Strategy
-from peftbench.memory.search import MemoryTarget, apply_strategy, list_micro_batch_sizes
 from peftbench.errors import BudgetError
+from peftbench.memory.devices import UNKNOWN_DEVICE, DeviceFacts
+from peftbench.memory.plan import Strategy, Verification
+from peftbench.memory.search import MemoryTarget, apply_strategy, list_micro_batch_sizes
 from peftbench.recipe.schema import Budget, Checkpoint, Profile, Recipe
 from peftbench.record import RECORD_FILE, RunRecord, read_record
 from peftbench.suite.launch import RunResult
@@ -35,7 +35,7 @@ def check_local_device(facts: DeviceFacts) -> None:
 
 
 def verify_strategy(
-    recipe: Recipe, found: Strategy, room: MemoryTarget, *, launch: Callable[[Recipe], RunResult], say: Callable[[str], None]
+    recipe: Recipe, strategy: Strategy, target: MemoryTarget, *, launch: Callable[[Recipe], RunResult], log_message: Callable[[str], None]
 ) -> Verification:
     """Run what was found for ``recipe``, and the next larger micro-batch, under the budget of ``room``.
 
@@ -45,15 +45,15 @@ def verify_strategy(
     Raises:
         BudgetError: a run ended neither well nor out of memory, which proves nothing.
     """
-    chosen, predicted = apply_strategy(recipe, found), found.plan.rows
-    sizes = list_micro_batch_sizes(chosen, room.world.processes)
+    chosen, predicted = apply_strategy(recipe, strategy), strategy.plan.micro_batch_size
+    sizes = list_micro_batch_sizes(chosen, target.launch_config.num_processes)
     outcomes: dict[int, str] = {}
 
     def runs(index: int) -> bool:
         with TemporaryDirectory(prefix="peftbench-") as folder:
-            record = _run_and_read_record(_build_short_recipe(chosen, found.plan.width, sizes[index], room.needed, folder), launch)
+            record = _run_and_read_record(_build_short_recipe(chosen, strategy.plan.sequence_length, sizes[index], target.required_budget, folder), launch)
         outcomes[sizes[index]] = record.outcome.kind
-        say(_describe_outcome(sizes[index], record))
+        log_message(_describe_outcome(sizes[index], record))
         return record.outcome.kind == "ok"
 
     index = sizes.index(predicted)
@@ -64,40 +64,40 @@ def verify_strategy(
         index -= 1
         while index >= 0 and not runs(index):
             index -= 1
-    return Verification(predicted=predicted, outcomes=outcomes, largest=sizes[index] if index >= 0 else None)
+    return Verification(predicted_micro_batch_size=predicted, outcome_by_micro_batch_size=outcomes, largest_micro_batch_size=sizes[index] if index >= 0 else None)
 
 
 def _run_and_read_record(recipe: Recipe, launch: Callable[[Recipe], RunResult]) -> RunRecord:
     result = launch(recipe)
     if result.outcome not in {"ok", "oom"}:
-        size = recipe.train.rows
+        size = recipe.train.resolved_micro_batch_size
         raise BudgetError(
             f"a run with micro-batches of {size} proves nothing, for it ended as {result.outcome}: {result.error}"
         )
     return read_record(Path(recipe.output_dir) / recipe.name / RECORD_FILE)
 
 
-def _build_short_recipe(recipe: Recipe, width: int, size: int, budget: int, folder: str) -> Recipe:
+def _build_short_recipe(recipe: Recipe, width: int, micro_batch_size: int, budget: int, output_dir: str) -> Recipe:
     split, batch = recipe.evaluate.split, recipe.evaluate.batch_size
     examples = min(getattr(recipe.data, split) or batch, batch)
     changes = {
-        "train": {"steps": _VERIFICATION_STEPS, "epochs": None, "micro_batch_size": size},
+        "train": {"steps": _VERIFICATION_STEPS, "epochs": None, "micro_batch_size": micro_batch_size},
         "data": {"padding": "max_tokens", "pad_to_multiple_of": 1, "max_tokens": width, split: examples},
         "evaluate": {"samples": 0},
     }
     parts = {name: getattr(recipe, name).model_copy(update=change) for name, change in changes.items()}
     return recipe.model_copy(
         update=parts | {
-            "budget": Budget(memory=str(budget)), "profile": Profile(warmup_steps=1), "checkpoint": Checkpoint(),
-            "trackers": (), "save_model": False, "output_dir": folder,
+            "budget": Budget(memory=str(budget)), "profile": Profile(untimed_steps=1), "checkpoint": Checkpoint(),
+            "trackers": (), "save_model": False, "output_dir": output_dir,
         }
     )  # fmt: skip
 
 
-def _describe_outcome(size: int, record: RunRecord) -> str:
+def _describe_outcome(micro_batch_size: int, record: RunRecord) -> str:
     outcome = record.outcome
     if outcome.kind == "ok":
-        return f"micro-batch {size}: ran"
-    where = f"step {outcome.step}, {outcome.part}" if outcome.step else str(outcome.phase)
+        return f"micro-batch {micro_batch_size}: ran"
+    where = f"step {outcome.step}, {outcome.step_part}" if outcome.step else str(outcome.phase)
     asked = f", where it asked for {outcome.requested_bytes:,} bytes more" if outcome.requested_bytes else ""
-    return f"micro-batch {size}: out of memory in {where}{asked}"
+    return f"micro-batch {micro_batch_size}: out of memory in {where}{asked}"

@@ -17,12 +17,12 @@ from peftbench.data.collate import Collator, PaddingFreeCollator
 from peftbench.data.encode import Encoder, SequenceLayout
 from peftbench.distributed import deepspeed
 from peftbench.distributed.accelerator import AcceleratorContext, verify_engine_config
-from peftbench.feature_cache.cached_training import open_feature_cache
-from peftbench.modeling.loss import CausalLMLoss, build_loss
-from peftbench.modeling.activation_offload import ActivationOffload
 from peftbench.distributed.collectives import main_process_first
 from peftbench.errors import EmptySplitError, OutOfRangeError
-from peftbench.modeling.loading import LoadedModel, load_model, get_max_positions
+from peftbench.feature_cache.cached_training import open_feature_cache
+from peftbench.modeling.activation_offload import ActivationOffload
+from peftbench.modeling.loading import LoadedModel, get_max_positions, load_model
+from peftbench.modeling.loss import CausalLMLoss, build_loss
 from peftbench.profiler.flops import FlopCost, NonLinearFlopsError, count_flops
 from peftbench.record import ParameterCounts
 
@@ -42,7 +42,7 @@ class EncodedSplit:
     """One split, subsampled and encoded."""
 
     dataset: Dataset
-    dropped: int
+    num_dropped: int
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class AdaptedModel:
 
     base: LoadedModel
     parameters: ParameterCounts
-    bare_model: nn.Module
+    model: nn.Module
     notes: tuple[str, ...]
-    checkpointing: bool
+    gradient_checkpointing: bool
     """Whether activations are computed again in the backward pass."""
     six_n_parameters: int
     """Parameters outside embeddings, those a method put into the base included."""
@@ -67,21 +67,21 @@ class TrainingComponents:
     model: nn.Module
     loss: CausalLMLoss
     optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     batches: Batches
-    steps: int
-    cost: FlopCost | None = None
+    total_steps: int
+    flop_cost: FlopCost | None = None
     """FLOPs of the model, None where it computes something of unknown cost; why is in ``uncounted``."""
-    uncounted: str | None = None
-    counter_sees_all: bool = True
+    flops_unknown_reason: str | None = None
+    flop_counter_complete: bool = True
     """Whether torch's counter knows every product that is computed."""
     backward_part: str = "backward"
     """What the backward pass is called; DeepSpeed steps the optimizer in it, and the two cannot be told apart."""
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext
     """Puts the forward pass into the recipe's precision, where the engine does not do so itself."""
-    offload: Callable[[], AbstractContextManager[object]] = nullcontext
+    activation_offload: Callable[[], AbstractContextManager[object]] = nullcontext
     """Moves what the forward pass keeps for the backward pass."""
-    store: FeatureStore | None = None
+    feature_store: FeatureStore | None = None
     """Of the hidden states of a frozen trunk."""
     notes: tuple[str, ...] = ()
     """What a reader of the record must know."""
@@ -109,18 +109,18 @@ def load_encoded_split(recipe: Recipe, encoder: Encoder, split: str, accelerator
     """The recipe's subsample of a split, encoded by one rank for all."""
 
     def encoded() -> EncodedSplit:
-        return EncodedSplit(*encoder.encode(load_split(recipe, split), split, recipe.data.overlong))
+        return EncodedSplit(*encoder.encode_split(load_split(recipe, split), split, recipe.data.overlong))
 
     return main_process_first(accelerator, encoded)
 
 
 def build_encoder(recipe: Recipe, base: LoadedModel) -> Encoder:
     """The encoder for this base and this method's virtual tokens."""
-    layout = SequenceLayout.fit(
+    layout = SequenceLayout.for_model(
         separator=recipe.data.separator,
-        max_tokens=recipe.data.max_length,
-        new_tokens=recipe.evaluate.max_new_tokens,
-        positions=base.positions,
+        max_length=recipe.data.max_length,
+        max_new_tokens=recipe.evaluate.max_new_tokens,
+        max_positions=base.max_positions,
         virtual_tokens=recipe.method.virtual_tokens,
     )
     return Encoder(base.tokenizer, layout)
@@ -136,7 +136,7 @@ def load_base_model(recipe: Recipe) -> LoadedModel:
     return load_model(recipe.model, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.train.precision))
 
 
-def apply_method(recipe: Recipe, base: LoadedModel, bound: AcceleratorContext) -> AdaptedModel:
+def apply_method(recipe: Recipe, base: LoadedModel, context: AcceleratorContext) -> AdaptedModel:
     """Apply the method to ``base``.
 
     Raises:
@@ -147,24 +147,24 @@ def apply_method(recipe: Recipe, base: LoadedModel, bound: AcceleratorContext) -
     model = recipe.method.apply(base.model, base.tokenizer)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     notes = []
-    wanted = recipe.train.gradient_checkpointing and recipe.method.trains
-    checkpointing = wanted and not recipe.method.trunk_frozen
+    wanted = recipe.train.gradient_checkpointing and recipe.method.is_trainable
+    checkpointing = wanted and not recipe.method.has_frozen_backbone
     if wanted and not checkpointing:
         notes.append("gradient checkpointing was left out: nothing below the head is differentiated")
     if checkpointing:
         base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if recipe.optimizer.weights == "bf16":
+    if recipe.optimizer.weight_dtype == "bf16":
         for parameter in model.parameters():
             parameter.data = parameter.data.to(torch.bfloat16) if parameter.requires_grad else parameter.data
-    if recipe.train.activation_offloading and bound.accelerator.device.type == "cpu":
+    if recipe.train.activation_offloading and context.accelerator.device.type == "cpu":
         notes.append("activation offload was left out: activations are in the CPU's memory anyway")
     if recipe.model.quantization == "int8" and recipe.train.precision != "fp16":
         notes.append(f"the int8 base rounds what it multiplies to fp16, and not to {recipe.train.precision}")
-    if not (bound.engine.shards_weights and recipe.method.trains):  # those come to the device part by part
-        model.to(bound.accelerator.device)
+    if not (context.engine.shards_weights and recipe.method.is_trainable):  # those come to the device part by part
+        model.to(context.accelerator.device)
     parameters = ParameterCounts(total=total, trainable=trainable)
     loss, unspared = build_loss(
-        base.model, labelled=recipe.train.logits == "labelled", masked=recipe.data.label_padding,
+        base.model, labelled_only=recipe.train.logits == "labelled", use_masks=recipe.data.label_padding,
         kernel=recipe.train.cross_entropy,
     )  # fmt: skip
     notes += unspared
@@ -173,7 +173,7 @@ def apply_method(recipe: Recipe, base: LoadedModel, bound: AcceleratorContext) -
     return AdaptedModel(base, parameters, model, tuple(notes), checkpointing, six_n_parameters, loss)
 
 
-def build_training(recipe: Recipe, built: AdaptedModel, train: EncodedExamples, pad_token: int, bound: AcceleratorContext) -> TrainingComponents:
+def build_training(recipe: Recipe, adapted_model: AdaptedModel, examples: EncodedExamples, pad_token_id: int, context: AcceleratorContext) -> TrainingComponents:
     """Batches of the encoded examples ``train``, optimizer and schedule, prepared by the engine.
 
     Raises:
@@ -181,33 +181,33 @@ def build_training(recipe: Recipe, built: AdaptedModel, train: EncodedExamples, 
     """
     from transformers import get_scheduler  # which brings peft with it, and that half of all there is
 
-    accelerator = bound.accelerator
-    cost, uncounted, seen = _count_flops(recipe, built, bound)
-    collator = build_collator(recipe, built.loss, pad_token)
+    accelerator = context.accelerator
+    cost, uncounted, seen = _count_flops(recipe, adapted_model, context)
+    collator = build_collator(recipe, adapted_model.loss, pad_token_id)
     knobs = recipe.train
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    batches = Batches(_as_numpy(train), collator, knobs.global_batch, knobs.rows, knobs.seed, rank, world_size)
-    steps = batches.steps(knobs.steps, knobs.epochs)
-    if knobs.micro_tokens is not None:
-        batches = batches.within(knobs.micro_tokens, steps)
-        accelerator.gradient_accumulation_steps = batches.accumulation
-    kept = open_feature_cache(recipe, built.base.model, built.loss, batches, accelerator) if knobs.trunk_cache else None
+    batches = Batches(_as_numpy(examples), collator, knobs.global_batch_size, knobs.resolved_micro_batch_size, knobs.seed, rank, world_size)
+    steps = batches.count_steps(knobs.steps, knobs.epochs)
+    if knobs.micro_batch_tokens is not None:
+        batches = batches.limited_to_tokens(knobs.micro_batch_tokens, steps)
+        accelerator.gradient_accumulation_steps = batches.gradient_accumulation_steps
+    kept = open_feature_cache(recipe, adapted_model.base.model, adapted_model.loss, batches, accelerator) if knobs.feature_cache else None
     if knobs.compile:
-        _compile_blocks(built.base.model, built.loss)
-    model, optimizer, bare = prepare_with_engine(recipe, built.bare_model, bound)
+        _compile_blocks(adapted_model.base.model, adapted_model.loss)
+    model, optimizer, bare = prepare_with_engine(recipe, adapted_model.model, context)
     # Not prepared: accelerate steps a prepared schedule once per process, and ours counts optimizer steps.
     schedule = get_scheduler(
         _SCHEDULER_TYPES[recipe.schedule.kind], bare, num_warmup_steps=recipe.schedule.warmup_steps, num_training_steps=steps
     )
     set_seed(knobs.seed, device_specific=True)  # dropout differs between ranks
-    trainer = TrainingComponents(model, built.loss, optimizer, schedule, batches, steps, cost, uncounted, seen)
+    trainer = TrainingComponents(model, adapted_model.loss, optimizer, schedule, batches, steps, cost, uncounted, seen)
     if kept is not None:
-        trainer = replace(trainer, loss=kept.loss, batches=kept.batches, store=kept.loss.store, notes=kept.notes)
-    if not bound.engine_autocasts:
-        trainer = replace(trainer, autocast=bound.autocast)
+        trainer = replace(trainer, loss=kept.loss, batches=kept.batches, feature_store=kept.loss.store, notes=kept.notes)
+    if not context.engine_autocasts:
+        trainer = replace(trainer, autocast=context.autocast)
     if recipe.train.activation_offloading and accelerator.device.type != "cpu":
-        trainer = replace(trainer, offload=partial(ActivationOffload, list(built.bare_model.parameters())))
-    return replace(trainer, backward_part="backward_and_optimizer") if bound.engine.deepspeed else trainer
+        trainer = replace(trainer, activation_offload=partial(ActivationOffload, list(adapted_model.model.parameters())))
+    return replace(trainer, backward_part="backward_and_optimizer") if context.engine.is_deepspeed else trainer
 
 
 def _compile_blocks(base: PreTrainedModel, loss: CausalLMLoss) -> None:
@@ -217,7 +217,7 @@ def _compile_blocks(base: PreTrainedModel, loss: CausalLMLoss) -> None:
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    loss.attend = torch.compiler.disable(loss.attend)
+    loss.attention_fn = torch.compiler.disable(loss.attention_fn)
     for module in base.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.compile(dynamic=True)
@@ -229,7 +229,7 @@ def _as_numpy(examples: EncodedExamples) -> EncodedExamples:
     return examples if with_format is None else with_format("numpy")  # type: ignore[no-any-return]
 
 
-def build_collator(recipe: Recipe, loss: CausalLMLoss, pad_token: int) -> Collator:
+def build_collator(recipe: Recipe, loss: CausalLMLoss, pad_token_id: int) -> Collator:
     """What makes micro-batches of the recipe's examples.
 
     Raises:
@@ -242,33 +242,33 @@ def build_collator(recipe: Recipe, loss: CausalLMLoss, pad_token: int) -> Collat
         raise OutOfRangeError(
             f"data.pad_to_multiple_of={multiple} is more than the {most} positions of the model; set {most} or less"
         )
-    if padding == "none" and loss.masked:
+    if padding == "none" and loss.uses_masks:
         raise OutOfRangeError(
             f"data.padding=free puts examples into one row, and this model would look from one into another: "
-            f"{loss.unmasked}; set data.padding=longest"
+            f"{loss.mask_reason}; set data.padding=longest"
         )
-    if padding == "none" or (padding == "auto" and not loss.masked):
-        return PaddingFreeCollator(pad_token, virtual, multiple=multiple)
+    if padding == "none" or (padding == "auto" and not loss.uses_masks):
+        return PaddingFreeCollator(pad_token_id, virtual, pad_to_multiple_of=multiple)
     pad_to = recipe.data.max_length if padding == "max_tokens" else None
     published = recipe.data.label_padding
-    return Collator(pad_token, virtual, pad_to, as_published=published, multiple=multiple, most=most)
+    return Collator(pad_token_id, virtual, pad_to, label_padding=published, pad_to_multiple_of=multiple, max_positions=most)
 
 
 def prepare_with_engine(
-    recipe: Recipe, bare_model: nn.Module, bound: AcceleratorContext
+    recipe: Recipe, unwrapped_model: nn.Module, context: AcceleratorContext
 ) -> tuple[nn.Module, torch.optim.Optimizer, torch.optim.Optimizer]:
     """What the engine makes of a model and of its optimizer, and the optimizer before.
 
     Raises:
         EngineError: the engine did not start as the recipe asks.
     """
-    accelerator = bound.accelerator
-    bare = recipe.optimizer.build(*_get_trainable_parameters(bare_model))
+    accelerator = context.accelerator
+    bare = recipe.optimizer.build(*_get_trainable_parameters(unwrapped_model))
     if accelerator.scaler is not None:
         _disable_fused_grad_scaling(bare)
-    model, optimizer = accelerator.prepare(bare_model, bare)
-    verify_engine_config(recipe, bound, model, optimizer, bare)
-    recipe.optimizer.started(deepspeed.get_param_groups(optimizer))
+    model, optimizer = accelerator.prepare(unwrapped_model, bare)
+    verify_engine_config(recipe, context, model, optimizer, bare)
+    recipe.optimizer.on_prepared(deepspeed.get_param_groups(optimizer))
     return model, optimizer, bare
 
 
@@ -287,16 +287,16 @@ def _get_trainable_parameters(model: nn.Module) -> tuple[list[nn.Parameter], lis
     return trained, [parameter for parameter in trained if id(parameter) in embedded]
 
 
-def _count_flops(recipe: Recipe, built: AdaptedModel, bound: AcceleratorContext) -> tuple[FlopCost | None, str | None, bool]:
+def _count_flops(recipe: Recipe, adapted_model: AdaptedModel, context: AcceleratorContext) -> tuple[FlopCost | None, str | None, bool]:
     """FLOPs of the bare model in the mode it is trained in, or why they are not known; and whether they are counted."""
     method = recipe.method
-    method.set_training(built.bare_model)
-    model, base = built.bare_model, built.base.model
+    method.set_training(adapted_model.model)
+    model, base = adapted_model.model, adapted_model.base.model
     try:
-        with bound.autocast(), built.loss.in_use():
+        with context.autocast(), adapted_model.loss.attention_context():
             found = count_flops(
-                model, base, virtual_tokens=method.virtual_tokens, checkpointing=built.checkpointing,
-                head_everywhere=built.loss.everywhere,
+                model, base, virtual_tokens=method.virtual_tokens, gradient_checkpointing=adapted_model.gradient_checkpointing,
+                computes_all_logits=adapted_model.loss.computes_all_logits,
             )  # fmt: skip
     except Exception as error:  # an instrument must not end a run
         return None, f"FLOPs are not known: {error or type(error).__name__}", isinstance(error, NonLinearFlopsError)

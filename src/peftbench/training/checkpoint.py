@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
-from peftbench.training import serialization
+from peftbench.common.filesystem import as_os_error, write_error
 from peftbench.distributed.collectives import all_gather_objects
 from peftbench.errors import CheckpointError
-from peftbench.common.filesystem import as_os_error, write_error
+from peftbench.training import serialization
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -40,17 +40,17 @@ class CheckpointMetadata:
     """What a checkpoint is of, and what made it."""
 
     recipe_fingerprint: str
-    model_identity: str
-    data_identity: str
+    model_fingerprint: str
+    data_fingerprint: str
     engine: str
-    processes: int
+    world_size: int
     device: str
     versions: dict[str, str]
 
     @property
-    def training(self) -> str:
+    def training_id(self) -> str:
         """What is trained on what, in one word: of another recipe, base or data it is another."""
-        identity = json.dumps([self.recipe_fingerprint, self.model_identity, self.data_identity])
+        identity = json.dumps([self.recipe_fingerprint, self.model_fingerprint, self.data_fingerprint])
         return hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
 
     @property
@@ -58,12 +58,12 @@ class CheckpointMetadata:
         """Whether each process has everything, so that any number of them can go on with the first one's part."""
         return self.engine in {"single", "ddp"}
 
-    def differences(self, other: CheckpointMetadata) -> list[str]:
+    def incompatibilities(self, other: CheckpointMetadata) -> list[str]:
         """What keeps this one from going on with what ``other`` made, in words."""
         found = [] if self.replicated and other.replicated else [
             f"{what} {theirs} instead of {mine}"
             for what, mine, theirs in (
-                ("engine", self.engine, other.engine), ("processes", self.processes, other.processes),
+                ("engine", self.engine, other.engine), ("processes", self.world_size, other.world_size),
             ) if mine != theirs
         ]  # fmt: skip
         if self.device != other.device:
@@ -79,15 +79,15 @@ class CheckpointRef:
     """A checkpoint to go on from."""
 
     path: Path
-    origin: CheckpointMetadata
+    metadata: CheckpointMetadata
 
 
 class CheckpointManager:
     """The checkpoints of one run, in a folder of its own for each recipe, base and data."""
 
-    def __init__(self, accelerator: Accelerator, run_folder: Path, origin: CheckpointMetadata, keep: int) -> None:
-        self.accelerator, self.origin, self.keep = accelerator, origin, keep
-        self.folder = run_folder / CHECKPOINTS_DIR / origin.training
+    def __init__(self, accelerator: Accelerator, run_dir: Path, metadata: CheckpointMetadata, keep_latest: int) -> None:
+        self.accelerator, self.metadata, self.keep_latest = accelerator, metadata, keep_latest
+        self.directory = run_dir / CHECKPOINTS_DIR / metadata.training_id
         self.notes: list[str] = []
 
     def save(self, step: int, state: dict[str, Any]) -> None:
@@ -96,10 +96,10 @@ class CheckpointManager:
         Raises:
             OutputError, DiskFullError: a process cannot write; all raise, and the checkpoints before stay.
         """
-        final = self.folder / f"step-{step:08d}"
+        final = self.directory / f"step-{step:08d}"
         unfinished = final.with_name(f"{final.name}{_PARTIAL_SUFFIX}")
         rank = self.accelerator.process_index
-        if self.origin.replicated and rank > 0:  # the first has the rest
+        if self.metadata.replicated and rank > 0:  # the first has the rest
             state = {key: state[key] for key in PER_RANK_KEYS if key in state}
 
         def begin() -> None:
@@ -109,44 +109,44 @@ class CheckpointManager:
 
         def finish() -> None:
             if self.accelerator.is_main_process:
-                self._finish(step, unfinished, final)
+                self._commit(step, unfinished, final)
 
         for work in (begin, lambda: serialization.save_tree(state, unfinished / _rank_dir_name(rank)), finish):
-            self._together(work, final, unfinished)
+            self._run_on_all_ranks(work, final, unfinished)
 
-    def _together(self, work: Callable[[], None], final: Path, unfinished: Path) -> None:
+    def _run_on_all_ranks(self, fn: Callable[[], None], final_dir: Path, partial_dir: Path) -> None:
         problem: tuple[int | None, str] | None = None
         try:
-            work()
+            fn()
         except _WRITE_ERRORS as error:
             found = as_os_error(error)
             problem = found.errno, found.strerror or str(found)
         problems = [said for said in all_gather_objects(self.accelerator, problem) if said is not None]
         if problems:
             if self.accelerator.is_main_process:
-                shutil.rmtree(unfinished, ignore_errors=True)
-            raise write_error(final, OSError(*problems[0]))
+                shutil.rmtree(partial_dir, ignore_errors=True)
+            raise write_error(final_dir, OSError(*problems[0]))
 
-    def _finish(self, step: int, unfinished: Path, final: Path) -> None:
+    def _commit(self, step: int, partial_dir: Path, final_dir: Path) -> None:
         for rank in range(self.accelerator.num_processes):
-            if not (unfinished / _rank_dir_name(rank)).is_dir():
+            if not (partial_dir / _rank_dir_name(rank)).is_dir():
                 raise OSError(None, f"the part of process {rank} is not there: all processes must share this folder")
-        files = {str(path.relative_to(unfinished)): _hash_file(path) for path in sorted(unfinished.rglob("*.*"))}
-        meta = {"step": step, "origin": asdict(self.origin), "files": files}
-        (unfinished / _METADATA_FILE).write_text(json.dumps(meta, indent=1), encoding="utf-8")
-        for path in (*unfinished.rglob("*"), unfinished):
+        files = {str(path.relative_to(partial_dir)): _hash_file(path) for path in sorted(partial_dir.rglob("*.*"))}
+        meta = {"step": step, "origin": asdict(self.metadata), "files": files}
+        (partial_dir / _METADATA_FILE).write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        for path in (*partial_dir.rglob("*"), partial_dir):
             _fsync(path)
-        shutil.rmtree(final, ignore_errors=True)
-        unfinished.rename(final)
-        _fsync(self.folder)
-        for old in self.found()[self.keep :]:
+        shutil.rmtree(final_dir, ignore_errors=True)
+        partial_dir.rename(final_dir)
+        _fsync(self.directory)
+        for old in self.list_checkpoints()[self.keep_latest :]:
             shutil.rmtree(old, ignore_errors=True)
 
-    def found(self) -> list[Path]:
+    def list_checkpoints(self) -> list[Path]:
         """Finished checkpoints, the newest first."""
-        return sorted((path.parent for path in self.folder.glob(f"step-*[0-9]/{_METADATA_FILE}")), reverse=True)
+        return sorted((path.parent for path in self.directory.glob(f"step-*[0-9]/{_METADATA_FILE}")), reverse=True)
 
-    def newest(self) -> CheckpointRef | None:
+    def latest(self) -> CheckpointRef | None:
         """The newest whole checkpoint of this very run, None where there is none; what is damaged is told and removed.
 
         Raises:
@@ -154,7 +154,7 @@ class CheckpointManager:
         """
         chosen: tuple[CheckpointRef | None, list[str], str | None] = (None, [], None)
         if self.accelerator.is_main_process:
-            chosen = self._chosen()
+            chosen = self._select_latest()
         if self.accelerator.num_processes > 1:
             (chosen,) = broadcast_object_list([chosen])
         found, notes, refusal = chosen
@@ -163,53 +163,53 @@ class CheckpointManager:
             raise CheckpointError(refusal)
         return found
 
-    def _chosen(self) -> tuple[CheckpointRef | None, list[str], str | None]:
-        others = [path for path in self.folder.parent.glob("*") if path.is_dir() and path != self.folder]
+    def _select_latest(self) -> tuple[CheckpointRef | None, list[str], str | None]:
+        others = [path for path in self.directory.parent.glob("*") if path.is_dir() and path != self.directory]
         notes = [
             f"checkpoints of another recipe, base or data lie in {path} and were left alone" for path in sorted(others)
         ]
-        for path in self.folder.glob(f"*{_PARTIAL_SUFFIX}"):
+        for path in self.directory.glob(f"*{_PARTIAL_SUFFIX}"):
             shutil.rmtree(path, ignore_errors=True)
-        for path in self.found():
+        for path in self.list_checkpoints():
             origin = _read_valid_metadata(path)
             if origin is None:
                 notes.append(f"the checkpoint {path.name} was damaged and was taken away")
                 shutil.rmtree(path, ignore_errors=True)
                 continue
-            if differences := self.origin.differences(origin):
+            if differences := self.metadata.incompatibilities(origin):
                 return None, notes, (
                     f"{path} cannot be gone on with, since it was made with {', '.join(differences)}; launch it as it "
-                    f"was, or remove {self.folder} to begin anew"
+                    f"was, or remove {self.directory} to begin anew"
                 )  # fmt: skip
             return CheckpointRef(path, origin), notes, None
         return None, notes, None
 
-    def read(self, found: CheckpointRef) -> tuple[dict[str, Any], bool]:
+    def load(self, checkpoint: CheckpointRef) -> tuple[dict[str, Any], bool]:
         """The state of this process in a checkpoint, and whether it was this very process's.
 
         Raises:
             CheckpointError: a process cannot read its part; all raise.
         """
-        rank, own = self.accelerator.process_index, found.origin == self.origin
+        rank, own = self.accelerator.process_index, checkpoint.metadata == self.metadata
         state: dict[str, Any] = {}
         problem = None
         try:
-            first = 0 if self.origin.replicated else rank
-            state = serialization.load_tree(found.path / _rank_dir_name(first), self.accelerator.device, moved=("optimizer",))
+            first = 0 if self.metadata.replicated else rank
+            state = serialization.load_tree(checkpoint.path / _rank_dir_name(first), self.accelerator.device, device_keys=("optimizer",))
             if own and first != rank:
-                state |= serialization.load_tree(found.path / _rank_dir_name(rank), self.accelerator.device)
+                state |= serialization.load_tree(checkpoint.path / _rank_dir_name(rank), self.accelerator.device)
         except _READ_ERRORS as error:
-            problem = f"process {rank} cannot read its part of {found.path}: {error}"
+            problem = f"process {rank} cannot read its part of {checkpoint.path}: {error}"
         if problems := [said for said in all_gather_objects(self.accelerator, problem) if said is not None]:
-            raise CheckpointError(problems[0], f"remove {self.folder} to begin anew")
+            raise CheckpointError(problems[0], f"remove {self.directory} to begin anew")
         return state, own
 
-    def forget(self) -> None:
+    def delete_all(self) -> None:
         """Take those of this training away, with what was not finished."""
         if self.accelerator.is_main_process:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            shutil.rmtree(self.directory, ignore_errors=True)
             with contextlib.suppress(OSError):  # others may lie there
-                self.folder.parent.rmdir()
+                self.directory.parent.rmdir()
 
 
 def _rank_dir_name(rank: int) -> str:

@@ -23,7 +23,7 @@ def prefetch(batches: Iterator[GlobalBatch], device: torch.device) -> Iterator[G
 
     def made() -> GlobalBatch | None:
         batch = next(batches, None)
-        return None if batch is None else batch.pinned()
+        return None if batch is None else batch.pin_memory()
 
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as maker:
         coming = maker.submit(made)

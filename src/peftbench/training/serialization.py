@@ -17,34 +17,34 @@ TENSORS_FILE, STRUCTURE_FILE = "tensors.safetensors", "skeleton.json"
 _SCALAR_TYPES = (str, int, float, bool, type(None))
 
 
-def save_tree(tree: object, folder: Path) -> None:
+def save_tree(tree: object, directory: Path) -> None:
     """Write ``tree`` to the new folder ``folder``.
 
     Raises:
         TypeError: something in it is none of what a tree is made of.
         OSError, SafetensorError: it cannot be written.
     """
-    folder.mkdir(parents=True)
+    directory.mkdir(parents=True)
     tensors: dict[str, torch.Tensor] = {}
     skeleton = _flatten_tree(tree, tensors, {})
-    save_file(tensors, folder / TENSORS_FILE)
-    (folder / STRUCTURE_FILE).write_text(json.dumps(skeleton), encoding="utf-8")
+    save_file(tensors, directory / TENSORS_FILE)
+    (directory / STRUCTURE_FILE).write_text(json.dumps(skeleton), encoding="utf-8")
 
 
-def load_tree(folder: Path, device: torch.device, moved: tuple[str, ...] = ()) -> Any:  # noqa: ANN401 — whatever was written
+def load_tree(directory: Path, device: torch.device, device_keys: tuple[str, ...] = ()) -> Any:  # noqa: ANN401 — whatever was written
     """The tree in ``folder``, on the CPU; below the keys ``moved``, what lay on another device comes to ``device``.
 
     Raises:
         OSError, SafetensorError, ValueError: it is not there or not whole.
     """
-    tensors = load_file(folder / TENSORS_FILE)
-    skeleton = json.loads((folder / STRUCTURE_FILE).read_text(encoding="utf-8"))
+    tensors = load_file(directory / TENSORS_FILE)
+    skeleton = json.loads((directory / STRUCTURE_FILE).read_text(encoding="utf-8"))
     cpu = torch.device("cpu")
     if isinstance(skeleton, dict) and "dict" in skeleton:
         at: dict[str, torch.Tensor] = {}
         here: dict[str, torch.Tensor] = {}
         return {
-            key: _unflatten_tree(below, tensors, at if key in moved else here, device if key in moved else cpu)
+            key: _unflatten_tree(below, tensors, at if key in device_keys else here, device if key in device_keys else cpu)
             for key, below in skeleton["dict"]
         }
     return _unflatten_tree(skeleton, tensors, {}, cpu)
@@ -72,16 +72,16 @@ def _flatten_tree(value: object, tensors: dict[str, torch.Tensor], seen: dict[tu
     raise TypeError(f"a {type(value).__name__} cannot be part of a state")
 
 
-def _unflatten_tree(value: Any, tensors: dict[str, torch.Tensor], moved: dict[str, torch.Tensor], device: torch.device) -> Any:  # noqa: ANN401
+def _unflatten_tree(value: Any, tensors: dict[str, torch.Tensor], placed: dict[str, torch.Tensor], device: torch.device) -> Any:  # noqa: ANN401
     if not isinstance(value, dict):
         return value
     if "tensor" in value:
         name = value["tensor"]
-        if name not in moved:
-            moved[name] = tensors[name] if value["on_cpu"] else tensors[name].to(device)
-        return moved[name]
+        if name not in placed:
+            placed[name] = tensors[name] if value["on_cpu"] else tensors[name].to(device)
+        return placed[name]
     (kind, below), *_ = value.items()
     if kind == "dict":
-        return {key: _unflatten_tree(item, tensors, moved, device) for key, item in below}
-    items = [_unflatten_tree(item, tensors, moved, device) for item in below]
+        return {key: _unflatten_tree(item, tensors, placed, device) for key, item in below}
+    items = [_unflatten_tree(item, tensors, placed, device) for item in below]
     return items if kind == "list" else tuple(items)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from peftbench.data.collate import TokenCounts, FlopUnits
+from peftbench.data.collate import FlopUnits, TokenCounts
 from peftbench.distributed import deepspeed
 from peftbench.profiler.memory import local_shard
 
@@ -30,16 +30,16 @@ _PROJECTOR_MODULES = {
 """And where it is."""
 
 
-def capture_state(accelerator: Accelerator, trainer: TrainingComponents, model: nn.Module, progress: TrainProgress) -> dict[str, Any]:
+def capture_state(accelerator: Accelerator, training: TrainingComponents, model: nn.Module, progress: TrainProgress) -> dict[str, Any]:
     """This process's part of the state: trained weights, optimizer, schedule, scaler, random numbers and counts."""
-    groups = deepspeed.get_param_groups(trainer.optimizer)
-    steps = list(deepspeed.unwrap_chain(trainer.optimizer))[-1]
+    groups = deepspeed.get_param_groups(training.optimizer)
+    steps = list(deepspeed.unwrap_chain(training.optimizer))[-1]
     return {
         "weights": {name: _local_tensor(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad},
-        "masters": deepspeed.master_weights(trainer.optimizer),
+        "masters": deepspeed.master_weights(training.optimizer),
         "optimizer": [[_serialize_state(steps.state.get(tensor, {})) for tensor in group["params"]] for group in groups],
         "groups": [{key: value for key, value in group.items() if key != "params"} for group in groups],
-        "schedule": {key: value for key, value in trainer.schedule.state_dict().items() if not key.startswith("lr_la")},
+        "schedule": {key: value for key, value in training.lr_scheduler.state_dict().items() if not key.startswith("lr_la")},
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
         "random": _get_rng_state(),
         "progress": _serialize_progress(progress),
@@ -49,11 +49,11 @@ def capture_state(accelerator: Accelerator, trainer: TrainingComponents, model: 
 def load_state(
     state: dict[str, Any],
     accelerator: Accelerator,
-    trainer: TrainingComponents,
+    training: TrainingComponents,
     model: nn.Module,
     progress: TrainProgress,
     *,
-    own_random_state: bool = True,
+    restore_rng_state: bool = True,
 ) -> None:
     """Put a captured state back, in place; ``own_random_state`` is false where it was another process's.
 
@@ -66,10 +66,10 @@ def load_state(
     with torch.no_grad():
         for name, parameter in trained.items():
             _copy_into(_local_tensor(parameter), state["weights"][name])
-        for master, kept in zip(deepspeed.master_weights(trainer.optimizer), state["masters"], strict=True):
+        for master, kept in zip(deepspeed.master_weights(training.optimizer), state["masters"], strict=True):
             _copy_into(master, kept)
-    groups = deepspeed.get_param_groups(trainer.optimizer)
-    steps = list(deepspeed.unwrap_chain(trainer.optimizer))[-1]
+    groups = deepspeed.get_param_groups(training.optimizer)
+    steps = list(deepspeed.unwrap_chain(training.optimizer))[-1]
     for group, states, knobs in zip(groups, state["optimizer"], state["groups"], strict=True):
         group.update(knobs)
         for tensor, kept in zip(group["params"], states, strict=True):
@@ -77,10 +77,10 @@ def load_state(
                 steps.state[tensor] = {key: _as_dtensor_like(value, tensor) for key, value in _deserialize_state(kept).items()}
     for group, knobs in zip(steps.param_groups, state["groups"], strict=True):
         group.update(knobs)
-    trainer.schedule.load_state_dict(trainer.schedule.state_dict() | state["schedule"])
+    training.lr_scheduler.load_state_dict(training.lr_scheduler.state_dict() | state["schedule"])
     if accelerator.scaler is not None and state["scaler"] is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
-    if own_random_state:
+    if restore_rng_state:
         _set_rng_state(state["random"])
     _load_progress(progress, state["progress"])
 
@@ -91,10 +91,10 @@ def _local_tensor(parameter: torch.Tensor) -> torch.Tensor:
     return local_shard(parameter.data) if part is None else part
 
 
-def _copy_into(tensor: torch.Tensor, kept: torch.Tensor) -> None:
-    if tensor.shape != kept.shape or tensor.dtype != kept.dtype:
-        raise ValueError(f"a tensor of {tuple(kept.shape)} {kept.dtype} is kept for one of {tuple(tensor.shape)}")
-    tensor.copy_(kept)
+def _copy_into(tensor: torch.Tensor, source: torch.Tensor) -> None:
+    if tensor.shape != source.shape or tensor.dtype != source.dtype:
+        raise ValueError(f"a tensor of {tuple(source.shape)} {source.dtype} is kept for one of {tuple(tensor.shape)}")
+    tensor.copy_(source)
 
 
 def _serialize_state(state: dict[str, Any]) -> dict[str, Any]:
@@ -167,17 +167,17 @@ def _set_rng_state(state: dict[str, Any]) -> None:
 
 def _serialize_progress(progress: TrainProgress) -> dict[str, Any]:
     return {
-        "losses": list(progress.losses), "skipped": progress.skipped, "shapes": list(progress.step_shapes),
-        "counts": [asdict(count) for count in progress.step_counts],
+        "losses": list(progress.losses), "skipped": progress.skipped_steps, "shapes": list(progress.step_shapes),
+        "counts": [asdict(count) for count in progress.step_token_counts],
         "required": [asdict(work) for work in progress.step_required],
         "executed": [asdict(work) for work in progress.step_executed],
     }  # fmt: skip
 
 
-def _load_progress(progress: TrainProgress, kept: dict[str, Any]) -> None:
-    progress.losses[:] = kept["losses"]
-    progress.skipped = kept["skipped"]
-    progress.step_shapes[:] = kept["shapes"]
-    progress.step_counts[:] = [TokenCounts(**count) for count in kept["counts"]]
-    progress.step_required[:] = [FlopUnits(**work) for work in kept["required"]]
-    progress.step_executed[:] = [FlopUnits(**work) for work in kept["executed"]]
+def _load_progress(progress: TrainProgress, saved: dict[str, Any]) -> None:
+    progress.losses[:] = saved["losses"]
+    progress.skipped_steps = saved["skipped"]
+    progress.step_shapes[:] = saved["shapes"]
+    progress.step_token_counts[:] = [TokenCounts(**count) for count in saved["counts"]]
+    progress.step_required[:] = [FlopUnits(**work) for work in saved["required"]]
+    progress.step_executed[:] = [FlopUnits(**work) for work in saved["executed"]]

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from peftbench.record import RECORD_FILE, RunRecord, read_record
-from peftbench.report.writer import build_downloads
 from peftbench.report.page.build import render_page
 from peftbench.report.page.content import UnfinishedRun, build_page_data
+from peftbench.report.writer import build_downloads
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 SHIPPED = {path.name: path for path in sorted((REPOSITORY / "docs" / "results").iterdir()) if path.is_dir()}
@@ -30,6 +30,6 @@ def page_of(
 ) -> Path:
     """The page of ``records``, in ``folder``."""
     path = folder / "report.html"
-    shown = build_page_data(records, title, summary, unfinished=unfinished)
+    shown = build_page_data(records, title, summary, unfinished_runs=unfinished)
     path.write_text(render_page(shown, build_downloads(list(records.values()), summary)), encoding="utf-8")
     return path

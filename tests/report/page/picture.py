@@ -12,8 +12,8 @@ import tempfile
 from pathlib import Path
 
 from peftbench.record import RECORD_FILE, find_records
-from peftbench.report.writer import write_report
 from peftbench.report.tables.table import insert_block
+from peftbench.report.writer import write_report
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 RECORDS = REPOSITORY / "docs" / "results" / "demo"
@@ -50,7 +50,7 @@ def take() -> None:
     if browser is None:
         sys.exit("there is no chromium on the path; apt-get install chromium")
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
-        page = write_report(find_records(RECORDS), Path(folder), "demo").page
+        page = write_report(find_records(RECORDS), Path(folder), "demo").page_path
         chromium = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
         window = chromium.new_page(viewport={"width": SIZE[0], "height": SIZE[1]}, color_scheme="light")
         window.goto(page.as_uri())

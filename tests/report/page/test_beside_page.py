@@ -80,8 +80,8 @@ def test_what_another_device_does_not_tell_has_not_fallen(tmp_path: Path) -> Non
     there = {"energy_joules": 10.0}
     record("a", "lora", 10, **there).write(tmp_path / "A" / "a")
     record("a", "lora", 10).write(tmp_path / "same" / "a")
-    record("a", "lora", 10, device=Device(kind="cpu", name="another", processes=1)).write(tmp_path / "other" / "a")
-    assert diff_suites(tmp_path / "A", tmp_path / "same").fell
+    record("a", "lora", 10, device=Device(type="cpu", name="another", num_processes=1)).write(tmp_path / "other" / "a")
+    assert diff_suites(tmp_path / "A", tmp_path / "same").regressed
     other = diff_suites(tmp_path / "A", tmp_path / "other")
-    assert not other.fell
-    assert [figure.verdict for figure in other.pairs[0].figures if figure.name == "training_joules"] == ["untold"]
+    assert not other.regressed
+    assert [figure.verdict for figure in other.runs[0].metrics if figure.name == "training_joules"] == ["untold"]

@@ -10,7 +10,18 @@ from typing import Any
 
 import pytest
 
-from peftbench.record import Flops, Interval, Memory, Outcome, ParameterCounts, Quality, RunRecord, Sample, StateBytes, read_records
+from peftbench.record import (
+    Flops,
+    Interval,
+    Memory,
+    Outcome,
+    ParameterCounts,
+    Quality,
+    RunRecord,
+    Sample,
+    StateBytes,
+    read_records,
+)
 from tests.report.page.conftest import Open
 from tests.report.page.pages import SHIPPED, page_of, shipped
 from tests.report.records import record
@@ -259,13 +270,13 @@ def _many(count: int) -> dict[Path, RunRecord]:
     for index in range(count):
         kind, score = kinds[index % 4], 20 + (index * 37 % 100) / 10
         quality = Quality(
-            split="test", examples=100, loss=3 + index % 7 / 10,
+            split="test", num_examples=100, loss=3 + index % 7 / 10,
             rouge={"rougeL": Interval(mean=score, low=score - 2, high=score + 2)},
             samples=(Sample(id="a", article="an article", reference="a reference", generated=f"by {index}"),),
         )  # fmt: skip
         values: dict[str, Any] = {
             "quality": quality, "losses": tuple(3 + 1 / (step + 1) for step in range(500)), "steps": 500,
-            "step_seconds": (0.1,) * 500, "step_tokens": (100,) * 500, "flops": Flops(required=(index + 1) * 10**9),
+            "step_seconds": (0.1,) * 500, "step_tokens": (100,) * 500, "flops": Flops(model_flops=(index + 1) * 10**9),
             "memory": {"train": Memory(allocated_bytes=(index % 50 + 1) * 2**20)},
             "state_bytes": StateBytes(weights=2**18, gradients=2**17, optimizer=2**17),
             "outcome": Outcome(kind="ok"), "seed": index,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from peftbench.record import MemoryBreakdown, Device, Memory, Outcome, RunRecord, StateBytes, find_records
+from peftbench.record import Device, Memory, MemoryBreakdown, Outcome, RunRecord, StateBytes, find_records
 from peftbench.report.page import memory_chart
 from tests.report.page.pages import REPOSITORY
 from tests.report.records import record
 
 MIB = 2**20
-GPU = Device(kind="cuda", name="a GPU", processes=1, memory_bytes=300 * MIB)
+GPU = Device(type="cuda", name="a GPU", num_processes=1, memory_bytes=300 * MIB)
 
 
 def test_bars_add_up_to_the_peak() -> None:
@@ -18,7 +18,7 @@ def test_bars_add_up_to_the_peak() -> None:
     peak = {"train": Memory(allocated_bytes=100 * MIB)}
     states = StateBytes(weights=10 * MIB, gradients=10 * MIB, optimizer=20 * MIB)
     kinds = {"weights": 10 * MIB, "activations": 55 * MIB, "logits": 0, "temporaries": 7}
-    found = MemoryBreakdown(step=5, rows=1, width=8, peak_bytes=1, bytes_by_kind=kinds, operation="x", part="backward")
+    found = MemoryBreakdown(step=5, micro_batch_size=1, sequence_length=8, peak_bytes=1, bytes_by_category=kinds, operation="x", step_part="backward")
     plain = record("a", "full", 1, memory=peak, state_bytes=states)
     rows = memory_chart.memory_bar_rows([plain, plain.model_copy(update={"name": "b", "breakdown": found})])
     for run in ("a (full)", "b (full)"):
@@ -33,7 +33,7 @@ def test_bars_add_up_to_the_peak() -> None:
 def test_a_warm_up_that_took_more_is_not_drawn_beyond_the_peak() -> None:
     """A breakdown of more than the training's peak gives way to the sizes of the states, and those to nothing."""
     found = MemoryBreakdown(
-        step=5, rows=1, width=8, peak_bytes=1, bytes_by_kind={"weights": 9 * MIB}, operation="x", part=None
+        step=5, micro_batch_size=1, sequence_length=8, peak_bytes=1, bytes_by_category={"weights": 9 * MIB}, operation="x", step_part=None
     )
     states = StateBytes(weights=4 * MIB, gradients=0, optimizer=0)
     one = record("a", "full", 1, memory={"train": Memory(allocated_bytes=5 * MIB)}, breakdown=found, state_bytes=states)
@@ -51,7 +51,7 @@ def test_a_gpu_bar_is_all_that_the_process_took() -> None:
 
 def test_an_out_of_memory_shows_what_it_held_and_asked_for() -> None:
     """Its bar is as long as what would have been needed at that moment."""
-    outcome = Outcome(kind="oom", step=1, held_bytes=90 * MIB, requested_bytes=30 * MIB)
+    outcome = Outcome(kind="oom", step=1, in_use_bytes=90 * MIB, requested_bytes=30 * MIB)
     one = record("a", "full", 1, outcome=outcome, memory={"warmup": Memory(allocated_bytes=MIB)})
     assert [(row["part"], row["bytes"]) for row in memory_chart.memory_bar_rows([one])] == [
         ("held when refused", 90 * MIB), ("asked for and refused", 30 * MIB)
@@ -69,9 +69,9 @@ def _with(budget: str | None, device: Device, **changes: object) -> RunRecord:
         (_with("112MiB", GPU), ("budget", 112 * MIB)),
         (_with(None, GPU), ("device memory", 300 * MIB)),
         (_with("nonsense", GPU), None),
-        (_with("112MiB", Device(kind="cpu", name="a CPU", processes=1)), None),
+        (_with("112MiB", Device(type="cpu", name="a CPU", num_processes=1)), None),
         (
-            _with("112MiB", Device(kind="cpu", name="a CPU", processes=1), outcome=Outcome(kind="oom", held_bytes=MIB)),
+            _with("112MiB", Device(type="cpu", name="a CPU", num_processes=1), outcome=Outcome(kind="oom", in_use_bytes=MIB)),
             ("budget", 112 * MIB),
         ),
     ],

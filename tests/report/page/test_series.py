@@ -10,19 +10,19 @@ import pytest
 from peftbench.record import RunRecord, Throughput, Tokens, TokensPerSecond
 from peftbench.report.analysis.run_groups import group_runs
 from peftbench.report.page import series
-from peftbench.report.page.series import ColorGroups, ChartRow
+from peftbench.report.page.series import ChartRow, ColorGroups
 from tests.report.records import judged, noise, record
 
 
 def curves(*records: RunRecord) -> list[ChartRow]:
     """Their curves."""
-    return series.loss_curve_rows(records, ColorGroups.of(group_runs(records)))
+    return series.loss_curve_rows(records, ColorGroups.from_run_groups(group_runs(records)))
 
 
 def points(records: list[RunRecord], *, rouge: bool) -> list[ChartRow]:
     """Their points."""
     every = group_runs(records)
-    return series.trade_off_rows(every, ColorGroups.of(every), rouge=rouge)
+    return series.trade_off_rows(every, ColorGroups.from_run_groups(every), uses_rouge=rouge)
 
 
 def test_curves_over_each_that_is_known() -> None:
@@ -57,11 +57,11 @@ def _speed(**changes: Any) -> ChartRow:
     each = TokensPerSecond(real=1100.0, padded=1.0, labelled=1.0, virtual=0.0)
     speed = Throughput(
         steps=8, step_seconds_median=1.0, step_seconds_p10=0.5, step_seconds_p90=2.0, samples_per_second=1.0,
-        tokens_per_second=each, data_share=0.0,
+        tokens_per_second=each, data_time_fraction=0.0,
     )  # fmt: skip
     tokens = Tokens(real=10_000, padded=1, labelled=1, virtual=0)
     one = record("a", "full", 1, throughput=speed, tokens=tokens, steps=10, **changes)
-    (row,) = series.throughput_rows([one], ColorGroups.of(group_runs([one])))
+    (row,) = series.throughput_rows([one], ColorGroups.from_run_groups(group_runs([one])))
     return row
 
 
@@ -81,7 +81,7 @@ def test_speed_of_an_older_record_spreads_by_its_percentiles() -> None:
 def test_groups_are_configurations_where_they_are_few() -> None:
     """Each of eight configurations has a colour; of nine, methods have one, and every run has one of them."""
     runs = [record(f"r{n}", "lora" if n % 2 else "full", 10, method={"r": n}) for n in range(9)]
-    few, many = (ColorGroups.of(group_runs(some)) for some in (runs[:8], runs))
+    few, many = (ColorGroups.from_run_groups(group_runs(some)) for some in (runs[:8], runs))
     assert (few.title, len(few.names)) == ("run", 8)
     assert (many.title, set(many.names)) == ("method", {"lora", "full"})
     assert few[runs[3]] == "r3 (lora)"
@@ -95,10 +95,10 @@ def test_the_pareto_front_by_hand() -> None:
         {"run": "as good and dearer", "cost": 2.5, "quality": 10.0}, {"run": "dear", "cost": 3.0, "quality": 12.0},
         {"run": "as dear and worse", "cost": 3.0, "quality": 11.0}, {"run": "unknown", "cost": None, "quality": 99.0},
     ]  # fmt: skip
-    best = series.pareto_front(points, "cost", "quality", more_is_better=True)
+    best = series.pareto_front(points, "cost", "quality", higher_is_better=True)
     assert [point["run"] for point in best] == ["cheap", "dear"]
     turned = [point | {"quality": -float(point["quality"] or 0)} for point in points]
-    assert [p["run"] for p in series.pareto_front(turned, "cost", "quality", more_is_better=False)] == ["cheap", "dear"]
+    assert [p["run"] for p in series.pareto_front(turned, "cost", "quality", higher_is_better=False)] == ["cheap", "dear"]
 
 
 def test_a_point_is_of_all_seeds() -> None:

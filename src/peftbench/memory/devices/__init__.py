@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict
 
-from peftbench.budget.shelves import load_json_resources
+from peftbench.common.filesystem import load_json_resources
 from peftbench.errors import DeviceError, did_you_mean
 
 
@@ -29,7 +29,7 @@ class DeviceFacts(BaseModel):
     """Whether workspaces and context were measured on such a device."""
     bf16: bool
     """Whether it has bf16 arithmetic."""
-    kind: Literal["cuda", "cpu"] = "cuda"
+    device_type: Literal["cuda", "cpu"] = "cuda"
 
 
 UNKNOWN_DEVICE = DeviceFacts(
@@ -60,6 +60,6 @@ def get_device_facts(name: str) -> DeviceFacts:
     return load_devices()[name]
 
 
-def get_facts_by_torch_name(name: str) -> DeviceFacts:
+def get_facts_by_torch_name(torch_name: str) -> DeviceFacts:
     """The facts of the device that torch calls so, or what is known of any."""
-    return next((facts for facts in load_devices().values() if facts.torch_name == name), UNKNOWN_DEVICE)
+    return next((facts for facts in load_devices().values() if facts.torch_name == torch_name), UNKNOWN_DEVICE)

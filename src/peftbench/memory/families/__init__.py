@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
-from peftbench.budget.shelves import load_json_resources
+from peftbench.common.filesystem import load_json_resources
 from peftbench.errors import BudgetError, did_you_mean
 
 if TYPE_CHECKING:

@@ -13,20 +13,20 @@ from deepspeed.accelerator import real_accelerator
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
 if TYPE_CHECKING:
-    from peftbench.memory.simulation.device import DeviceType, DeviceEmulation
+    from peftbench.memory.simulation.device import DeviceEmulation, DeviceType
 
 
 class MetaAccelerator(CPU_Accelerator):  # type: ignore[misc]
     """The CPU's, with another name; or as CUDA's in whether work is done when a call returns."""
 
-    def __init__(self, kind: DeviceType) -> None:
+    def __init__(self, device_type: DeviceType) -> None:
         super().__init__()
         self._name = "meta"
-        self._cuda = kind == "cuda"
-        self._communication_backend_name = "nccl" if self._cuda else "gloo"
+        self._is_cuda = device_type == "cuda"
+        self._communication_backend_name = "nccl" if self._is_cuda else "gloo"
 
     def is_synchronized_device(self) -> bool:
-        return not self._cuda
+        return not self._is_cuda
 
     def device_name(self, device_index: int | None = None) -> str:
         return "meta"
@@ -108,7 +108,7 @@ class _Event:
 
 
 @contextmanager
-def use_meta_accelerator(steering: DeviceEmulation) -> Iterator[None]:
+def use_meta_accelerator(emulation: DeviceEmulation) -> Iterator[None]:
     """Have DeepSpeed take the meta device for its accelerator, with ``steering``'s casts."""
     from deepspeed import comm
     from deepspeed.runtime.zero import linear
@@ -120,17 +120,17 @@ def use_meta_accelerator(steering: DeviceEmulation) -> Iterator[None]:
     def autocast_there(device_type: str, *given: Any, enabled: bool = True, **named: Any) -> Any:
         if device_type != "meta":
             return autocast(device_type, *given, **(named | {"enabled": enabled}))
-        return steering.again() if enabled else nullcontext()
+        return emulation.recompute() if enabled else nullcontext()
 
     with (
         _restore_globals(groups),
         _restore_globals(comm.comm),
-        patch.object(real_accelerator, "ds_accelerator", MetaAccelerator(steering.device)),
+        patch.object(real_accelerator, "ds_accelerator", MetaAccelerator(emulation.device_type)),
         patch.object(comm.comm, "cdb", None),
         patch.object(coordinator, "assert_ints_same_as_other_ranks", lambda _: None),  # they are not there to be asked
         patch.object(torch, "autocast", autocast_there),
-        patch.object(linear, "_is_autocast_enabled", lambda _: steering.casts),
-        patch.object(linear, "_get_autocast_dtype", lambda _: steering.precision),
+        patch.object(linear, "_is_autocast_enabled", lambda _: emulation.is_autocast_enabled),
+        patch.object(linear, "_get_autocast_dtype", lambda _: emulation.autocast_dtype),
         patch.object(torch.Tensor, "record_stream", lambda *_: None),
         patch.object(torch.nn.functional, "linear", torch.nn.functional.linear),  # which stage 3 replaces for good
     ):

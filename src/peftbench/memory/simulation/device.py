@@ -20,7 +20,7 @@ from torch.optim import adam
 from torch.overrides import TorchFunctionMode
 from torch.utils import _foreach_utils
 
-from peftbench.memory.simulation.autocast_ops import LOWER_PRECISION_FP, PROMOTE, FP32, FP32_SET_OPT_DTYPE
+from peftbench.memory.simulation.autocast_ops import FP32, FP32_SET_OPT_DTYPE, LOWER_PRECISION_FP, PROMOTE
 from peftbench.modeling import attention, cross_entropy
 
 DeviceType = Literal["cuda", "cpu"]
@@ -33,47 +33,47 @@ _MAX_FLASH_HEAD_DIM = 256
 class DeviceEmulation(TorchFunctionMode):
     """Steers calls on meta tensors to what ``device`` would do with ``precision`` (None: no autocast at all)."""
 
-    def __init__(self, device: DeviceType, precision: torch.dtype | None, *, padded: bool) -> None:
+    def __init__(self, device_type: DeviceType, autocast_dtype: torch.dtype | None, *, has_padding: bool) -> None:
         super().__init__()
-        self.device, self.precision, self.padded = device, precision, padded
-        self.any_number = False
+        self.device_type, self.autocast_dtype, self.has_padding = device_type, autocast_dtype, has_padding
+        self.allow_fake_scalars = False
         """Whether a number may be made up where one is asked of a tensor: an optimizer's, which changes no size."""
-        self._casts = False
-        self._depth = 0
-        self._copies: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor]] = {}
+        self._autocast_enabled = False
+        self._autocast_depth = 0
+        self._cached_casts: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor]] = {}
 
     @property
-    def casts(self) -> bool:
+    def is_autocast_enabled(self) -> bool:
         """Whether autocast is on."""
-        return self._casts
+        return self._autocast_enabled
 
     @contextmanager
     def autocast(self, *, enabled: bool = True) -> Iterator[None]:
         """As ``torch.autocast`` on the device: copies of weights are kept until the outermost block is left."""
-        before, self._casts = self._casts, enabled and self.precision is not None
-        self._depth += 1
+        before, self._autocast_enabled = self._autocast_enabled, enabled and self.autocast_dtype is not None
+        self._autocast_depth += 1
         try:
             yield
         finally:
-            self._casts = before
-            self._depth -= 1
-            if not self._depth:
-                self._copies.clear()
+            self._autocast_enabled = before
+            self._autocast_depth -= 1
+            if not self._autocast_depth:
+                self._cached_casts.clear()
 
     @contextmanager
-    def again(self) -> Iterator[None]:
+    def recompute(self) -> Iterator[None]:
         """In the backward pass, where torch has set modes aside: for what is computed there once more."""
         with self, self.autocast():
             yield
 
     @contextmanager
-    def helpers(self) -> Iterator[None]:
+    def patch_libraries(self) -> Iterator[None]:
         """Answer for helpers of transformers that look into tensors, and of torch that look at their device."""
         from transformers import masking_utils
         from transformers.utils import generic
 
         def autocast_or_not(device_type: str, enabled: bool = True, **_: Any) -> Any:
-            return self.autocast(enabled=enabled) if self._casts or enabled else nullcontext()
+            return self.autocast(enabled=enabled) if self._autocast_enabled or enabled else nullcontext()
 
         with ExitStack() as patches:
 
@@ -84,11 +84,11 @@ class DeviceEmulation(TorchFunctionMode):
             for module in list(sys.modules.values()):
                 if vars(module).get("maybe_autocast") is original:
                     put(module, "maybe_autocast", autocast_or_not)
-            put(masking_utils, "fast_all", lambda _: not self.padded)
+            put(masking_utils, "fast_all", lambda _: not self.has_padding)
             put(masking_utils, "find_packed_sequence_indices", lambda *_, **__: None)
-            put(cross_entropy, "_compute_dtype", lambda hidden: self.precision if self._casts else hidden.dtype)
-            put(attention, "_is_upcast_to_float32", lambda query: self.device == "cpu" and (self._casts or _is_low_precision(query)))
-            if self.device == "cuda":
+            put(cross_entropy, "_compute_dtype", lambda hidden: self.autocast_dtype if self._autocast_enabled else hidden.dtype)
+            put(attention, "_is_upcast_to_float32", lambda query: self.device_type == "cpu" and (self._autocast_enabled or _is_low_precision(query)))
+            if self.device_type == "cuda":
                 with_foreach = _foreach_utils._get_foreach_kernels_supported_devices()
                 put(_foreach_utils, "_get_foreach_kernels_supported_devices", lambda: [*with_foreach, "meta"])
             put(adam, "_device_dtype_check_for_fused", lambda *_, **__: None)
@@ -99,41 +99,41 @@ class DeviceEmulation(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if self._casts:
-            args, kwargs = self._cast(name, args, kwargs)
-        if self.any_number and name in _FAKE_SCALARS and args[0].is_meta:
+        if self._autocast_enabled:
+            args, kwargs = self._cast_arguments(name, args, kwargs)
+        if self.allow_fake_scalars and name in _FAKE_SCALARS and args[0].is_meta:
             return _FAKE_SCALARS[name]
         if func is functional.scaled_dot_product_attention:
-            return self._attention(*args, **kwargs)
-        if func is functional.dropout and self.device == "cuda":
+            return self._dispatch_attention(*args, **kwargs)
+        if func is functional.dropout and self.device_type == "cuda":
             return _cuda_dropout(*args, **kwargs)
         return func(*args, **kwargs)
 
-    def _cast(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        assert self.precision is not None
-        if name in LOWER_PRECISION_FP[self.device]:
-            return _map_tensors(args, kwargs, self._lowered)
-        if name in FP32[self.device]:
+    def _cast_arguments(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        assert self.autocast_dtype is not None
+        if name in LOWER_PRECISION_FP[self.device_type]:
+            return _map_tensors(args, kwargs, self._to_lower_precision)
+        if name in FP32[self.device_type]:
             return _map_tensors(args, kwargs, lambda t: t.float() if _is_low_precision(t) else t)
-        if name in FP32_SET_OPT_DTYPE[self.device] and args and _is_low_precision(args[0]) and kwargs.get("dtype") is None:
+        if name in FP32_SET_OPT_DTYPE[self.device_type] and args and _is_low_precision(args[0]) and kwargs.get("dtype") is None:
             return args, {**kwargs, "dtype": torch.float32}
-        if name in PROMOTE[self.device]:
+        if name in PROMOTE[self.device_type]:
             tensors = [t for t in _iter_tensors(args) if t.is_floating_point()]
             if any(t.dtype == torch.float32 for t in tensors):
                 return _map_tensors(args, kwargs, lambda t: t.float() if _is_low_precision(t) else t)
         return args, kwargs
 
-    def _lowered(self, tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.dtype != torch.float32 and not (_is_low_precision(tensor) and tensor.dtype != self.precision):
+    def _to_lower_precision(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dtype != torch.float32 and not (_is_low_precision(tensor) and tensor.dtype != self.autocast_dtype):
             return tensor
         if not (tensor.is_leaf and tensor.requires_grad and tensor.dtype == torch.float32):
-            return tensor.to(self.precision)
-        kept = self._copies.get(id(tensor))  # autocast keeps the copies of what is trained
+            return tensor.to(self.autocast_dtype)
+        kept = self._cached_casts.get(id(tensor))  # autocast keeps the copies of what is trained
         if kept is None or kept[0]() is not tensor:  # or of what was there before it, by that number
-            kept = self._copies[id(tensor)] = weakref.ref(tensor), tensor.to(self.precision)
+            kept = self._cached_casts[id(tensor)] = weakref.ref(tensor), tensor.to(self.autocast_dtype)
         return kept[1]
 
-    def _attention(  # noqa: PLR0917 — as torch has it
+    def _dispatch_attention(  # noqa: PLR0917 — as torch has it
         self,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -149,8 +149,8 @@ class DeviceEmulation(TorchFunctionMode):
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(
                 attn_mask.logical_not(), float("-inf")
             )
-        if self.device == "cpu":
-            if not _uses_flash_on_cpu((query, key, value, attn_mask), dropout_p, is_causal, grouped=enable_gqa):
+        if self.device_type == "cpu":
+            if not _uses_flash_on_cpu((query, key, value, attn_mask), dropout_p, is_causal, enable_gqa=enable_gqa):
                 return functional.scaled_dot_product_attention(
                     query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
                 )
@@ -178,10 +178,10 @@ class DeviceEmulation(TorchFunctionMode):
         return made
 
 
-def _uses_flash_on_cpu(tensors: tuple[torch.Tensor | None, ...], dropout: float, causal: bool, *, grouped: bool) -> bool:
+def _uses_flash_on_cpu(tensors: tuple[torch.Tensor | None, ...], dropout_p: float, is_causal: bool, *, enable_gqa: bool) -> bool:
     """Asked of torch itself, with tensors of the CPU that nobody writes to, and that so take no memory."""
     real = [None if t is None else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype) for t in tensors]
-    choice = torch._fused_sdp_choice(*real, dropout, causal, enable_gqa=grouped)  # type: ignore[arg-type, call-arg, misc]
+    choice = torch._fused_sdp_choice(*real, dropout_p, is_causal, enable_gqa=enable_gqa)  # type: ignore[arg-type, call-arg, misc]
     return bool(choice == torch.nn.attention.SDPBackend.FLASH_ATTENTION.value)
 
 
@@ -214,11 +214,11 @@ def _iter_tensors(values: Any) -> Iterator[torch.Tensor]:
 
 
 def _map_tensors(
-    args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[torch.Tensor], torch.Tensor]
+    args: tuple[Any, ...], kwargs: dict[str, Any], fn: Callable[[torch.Tensor], torch.Tensor]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     def one(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return change(value) if value.is_floating_point() else value
+            return fn(value) if value.is_floating_point() else value
         if isinstance(value, (list, tuple)):
             return type(value)(one(below) for below in value)
         return value

@@ -19,7 +19,7 @@ _BLOCK_SIZE, _NESTED_BLOCK_SIZE = 64, 256
 """Weights that share one scale, and scales that share one in their turn."""
 
 
-def build_meta_model(knobs: Model, arithmetic: torch.dtype) -> LoadedModel:
+def build_meta_model(model_config: Model, compute_dtype: torch.dtype) -> LoadedModel:
     """The base as :func:`peftbench.modeling.loading.load_model` makes it; its config is all that is read.
 
     ``arithmetic`` is the type that quantised weights are computed with. It has no tokenizer.
@@ -27,16 +27,16 @@ def build_meta_model(knobs: Model, arithmetic: torch.dtype) -> LoadedModel:
     Raises:
         ModelNotFoundError, HubUnreachableError, UnsupportedModelError: as ``load``.
     """
-    with with_bundled_config(knobs) as at_hand, torch.device("meta"):
+    with with_bundled_config(model_config) as at_hand, torch.device("meta"):
         model = build_from_config(at_hand, load_config(at_hand))
-    if knobs.fused_gelu:
+    if model_config.fused_gelu:
         fuse_gelu(model)
-    if knobs.quantization is not None:
-        _quantize_to_4bit(model, arithmetic, nested=knobs.quantization == "nf4_double")
+    if model_config.quantization is not None:
+        _quantize_to_4bit(model, compute_dtype, double_quant=model_config.quantization == "nf4_double")
     return LoadedModel(model, None, "an architecture without weights")  # type: ignore[arg-type]
 
 
-def _quantize_to_4bit(model: nn.Module, arithmetic: torch.dtype, *, nested: bool) -> None:
+def _quantize_to_4bit(model: nn.Module, compute_dtype: torch.dtype, *, double_quant: bool) -> None:
     """Put bitsandbytes' 4-bit matrices in the place of those that transformers would quantise."""
     from bitsandbytes.functional import QuantState
     from bitsandbytes.nn.modules import Linear4bit, Params4bit
@@ -45,8 +45,8 @@ def _quantize_to_4bit(model: nn.Module, arithmetic: torch.dtype, *, nested: bool
     from transformers.quantizers.base import get_keys_to_not_convert
 
     config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=arithmetic,
-        bnb_4bit_use_double_quant=nested,
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_use_double_quant=double_quant,
     )  # fmt: skip
     model.requires_grad_(False)
     replace_with_bnb_linear(model, get_keys_to_not_convert(model), config)
@@ -59,18 +59,18 @@ def _quantize_to_4bit(model: nn.Module, arithmetic: torch.dtype, *, nested: bool
             shape = module.weight.shape
             scales = math.ceil(shape.numel() / _BLOCK_SIZE)
             second: dict[str, Any] = {}
-            if nested:
+            if double_quant:
                 code = empty(256, torch.float32)
                 outer = empty(math.ceil(scales / _NESTED_BLOCK_SIZE), torch.float32)
                 second["state2"] = QuantState(outer, code=code, blocksize=_NESTED_BLOCK_SIZE, dtype=torch.float32)
                 second["offset"] = empty(1, torch.float32)[0]
             state = QuantState(
-                empty(scales, torch.uint8 if nested else torch.float32), shape=shape, code=empty(16, torch.float32),
+                empty(scales, torch.uint8 if double_quant else torch.float32), shape=shape, code=empty(16, torch.float32),
                 blocksize=_BLOCK_SIZE, quant_type="nf4", dtype=torch.float32, **second,
             )  # fmt: skip
             packed = torch.empty(((shape.numel() + 1) // 2, 1), dtype=torch.uint8, device="meta")
             module.weight = Params4bit(
-                packed, quant_state=state, quant_type="nf4", compress_statistics=nested, module=module,
+                packed, quant_state=state, quant_type="nf4", compress_statistics=double_quant, module=module,
                 bnb_quantized=True,
             )  # fmt: skip
             module.quant_state = state

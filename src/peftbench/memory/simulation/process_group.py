@@ -17,10 +17,10 @@ from unittest.mock import patch
 import torch
 from torch import distributed
 
-from peftbench.memory.launch_config import LaunchConfig, suppress_library_output
-from peftbench.distributed.accelerator import AcceleratorContext, resolve_engine, create_accelerator
+from peftbench.distributed.accelerator import AcceleratorContext, create_accelerator, resolve_engine
 from peftbench.distributed.engines import DDP
 from peftbench.errors import EstimateUnavailableError
+from peftbench.memory.launch_config import LaunchConfig, suppress_library_output
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import GradBucket
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def fake_distributed(recipe: Recipe, world: LaunchConfig, steering: DeviceEmulation, values: FakeScalars) -> Iterator[AcceleratorContext]:
+def fake_distributed(recipe: Recipe, launch_config: LaunchConfig, emulation: DeviceEmulation, fake_scalars: FakeScalars) -> Iterator[AcceleratorContext]:
     """The accelerator of ``world``'s first process, with what it changes in this process taken back at the end.
 
     ``recipe`` says the numbers of a step.
@@ -43,17 +43,17 @@ def fake_distributed(recipe: Recipe, world: LaunchConfig, steering: DeviceEmulat
         raise EstimateUnavailableError("a plan of several processes cannot be made in one of several; make it before them")
     with ExitStack() as changes:
         changes.enter_context(suppress_library_output())
-        changes.enter_context(world.environment())
+        changes.enter_context(launch_config.patch_environ())
         changes.enter_context(patch.dict(os.environ, {"ACCELERATE_TORCH_DEVICE": "meta"}))
         changes.enter_context(_isolate_accelerate_state())
-        changes.enter_context(_init_fake_process_group(world.processes))
-        changes.enter_context(_patch_engines_for_meta(world))
-        if world.engine.deepspeed:
+        changes.enter_context(_init_fake_process_group(launch_config.num_processes))
+        changes.enter_context(_patch_engines_for_meta(launch_config))
+        if launch_config.engine.is_deepspeed:
             from peftbench.memory.simulation.deepspeed_device import use_meta_accelerator
 
-            changes.enter_context(use_meta_accelerator(steering))
-        changes.enter_context(values)
-        engine, plugin = resolve_engine(recipe, Path(), world.processes)
+            changes.enter_context(use_meta_accelerator(emulation))
+        changes.enter_context(fake_scalars)
+        engine, plugin = resolve_engine(recipe, Path(), launch_config.num_processes)
         bound = create_accelerator(recipe, Path(), engine, plugin, cpu=True)
         # A number, where the meta device has none.
         changes.enter_context(patch.object(bound.accelerator, "reduce", lambda _: torch.zeros(())))
@@ -78,12 +78,12 @@ def _isolate_accelerate_state() -> Iterator[None]:
 
 
 @contextmanager
-def _init_fake_process_group(processes: int) -> Iterator[None]:
+def _init_fake_process_group(world_size: int) -> Iterator[None]:
     """A process group of which this process is the first and the others are not there."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     with patch.object(sys, "excepthook", sys.excepthook):  # which torch wraps, to say the rank
-        distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
+        distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
         try:
             yield
         finally:
@@ -91,14 +91,14 @@ def _init_fake_process_group(processes: int) -> Iterator[None]:
 
 
 @contextmanager
-def _patch_engines_for_meta(world: LaunchConfig) -> Iterator[None]:
+def _patch_engines_for_meta(launch_config: LaunchConfig) -> Iterator[None]:
     """Have torch's engines go on where they would look at values, or refuse weights that have none."""
     with ExitStack() as patches:
 
         def put(place: object, name: str, value: object, **how: Any) -> None:
             patches.enter_context(patch.object(place, name, value, **how))
 
-        if world.engine.fsdp:
+        if launch_config.engine.is_fsdp:
             from torch.distributed.fsdp import _fully_shard
             from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
@@ -106,7 +106,7 @@ def _patch_engines_for_meta(world: LaunchConfig) -> Iterator[None]:
             put(_fully_shard._fully_shard, "_get_device_from_mesh", lambda _: torch.device("meta"))
             put(torch, "meta", torch.cpu, create=True)  # whose streams are none
             put(torch.Tensor, "data_ptr", _get_storage_id)
-        if world.engine == DDP:
+        if launch_config.engine == DDP:
             from torch.nn.parallel import DistributedDataParallel
             from torch.nn.parallel import distributed as ddp
 

@@ -26,13 +26,13 @@ class FakeScalars(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.on = True
+        self.is_enabled = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(hasattr(kind, "to_local") for kind in types):  # first what it comes to on this process's part
             return NotImplemented
         kwargs = kwargs or {}
-        if self.on and func is _ATEN._local_scalar_dense.default and args[0].is_meta:
+        if self.is_enabled and func is _ATEN._local_scalar_dense.default and args[0].is_meta:
             return False if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
         if func is _ATEN.copy_.default and args[1].is_meta and not args[0].is_meta:
             return args[0]

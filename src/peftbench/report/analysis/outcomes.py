@@ -14,15 +14,15 @@ _MAX_ERROR_CHARS = 200
 """Characters of an error that are shown."""
 
 
-def outcome_sentences(one: RunGroup) -> Iterator[str]:
+def outcome_sentences(group: RunGroup) -> Iterator[str]:
     """A sentence for each kind of end of a configuration's runs but a good one, of the first that ended so."""
     by_kind: dict[str, list[RunRecord]] = {}
-    for run in one.runs:
+    for run in group.runs:
         by_kind.setdefault(run.outcome.kind, []).append(run)
     for kind, runs in by_kind.items():
         if kind != "ok":
-            which = f" ({len(runs)} of {len(one.runs)} runs)" if len(one.runs) > 1 else ""
-            yield f"{one.label}{which}: {_outcome_clause(runs[0].outcome)}"
+            which = f" ({len(runs)} of {len(group.runs)} runs)" if len(group.runs) > 1 else ""
+            yield f"{group.label}{which}: {_outcome_clause(runs[0].outcome)}"
 
 
 def _outcome_clause(outcome: Outcome) -> str:
@@ -43,14 +43,14 @@ def _outcome_clause(outcome: Outcome) -> str:
 
 def oom_sentence(outcome: Outcome) -> str:
     """Where a run was out of memory, by how much, what it is predicted to need, and what would fit."""
-    place = _STEP_PART_NAMES.get(outcome.part or "", outcome.part or outcome.phase)
+    place = _STEP_PART_NAMES.get(outcome.step_part or "", outcome.step_part or outcome.phase)
     where = (f" in {place}" if place else "") + (f" of step {outcome.step}" if outcome.step is not None else "")
     asked = [
         f"{what} {size / _MIB:,.1f} MiB"
-        for what, size in (("asked for", outcome.requested_bytes), ("held", outcome.held_bytes))
+        for what, size in (("asked for", outcome.requested_bytes), ("held", outcome.in_use_bytes))
         if size is not None
     ]
     told = f"out of memory{where}" + (f", where it {' and '.join(asked)}" if asked else "")
-    if outcome.needed_bytes is not None:
-        told += f"; predicted to need {outcome.needed_bytes / _MIB:,.0f} MiB at least"
+    if outcome.estimated_peak_bytes is not None:
+        told += f"; predicted to need {outcome.estimated_peak_bytes / _MIB:,.0f} MiB at least"
     return told + (f"; {printable_line(outcome.suggestion)}" if outcome.suggestion else "")

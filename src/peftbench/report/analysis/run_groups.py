@@ -34,64 +34,64 @@ class RunGroup:
 
     label: str
     """What the runs' names share, on one line, and the method where that does not say it; no two have the same."""
-    kind: str
+    method_kind: str
     """Of the method."""
     runs: tuple[RunRecord, ...]
 
     @property
-    def ok(self) -> tuple[RunRecord, ...]:
+    def ok_runs(self) -> tuple[RunRecord, ...]:
         """The runs that ended well: figures are of these."""
         return tuple(run for run in self.runs if run.outcome.kind == "ok")
 
     @property
-    def trains(self) -> bool:
+    def is_trained(self) -> bool:
         """Whether a run that ended well changed a parameter; of a baseline none does, and no seed matters to it."""
-        return any(run.parameters is not None and run.parameters.trainable > 0 for run in self.ok)
+        return any(run.parameters is not None and run.parameters.trainable > 0 for run in self.ok_runs)
 
     @property
-    def peak_bytes(self) -> float | None:
+    def mean_peak_bytes(self) -> float | None:
         """Mean peak of the training phase; None where a run's is not known."""
-        return _mean_if_known(train_peak_bytes(run) for run in self.ok)
+        return _mean_if_known(train_peak_bytes(run) for run in self.ok_runs)
 
     @property
-    def peak_range(self) -> tuple[int, int] | None:
+    def peak_bytes_range(self) -> tuple[int, int] | None:
         """The least and the greatest peak of the runs' training phases, in bytes; None where one is not known."""
-        known = [peak for run in self.ok if (peak := train_peak_bytes(run)) is not None]
-        return (min(known), max(known)) if known and len(known) == len(self.ok) else None
+        known = [peak for run in self.ok_runs if (peak := train_peak_bytes(run)) is not None]
+        return (min(known), max(known)) if known and len(known) == len(self.ok_runs) else None
 
     @property
-    def train_seconds(self) -> float | None:
+    def mean_train_seconds(self) -> float | None:
         """Mean seconds of the training phase; None where a run's are not known."""
-        return _mean_if_known(run.train_seconds for run in self.ok)
+        return _mean_if_known(run.train_seconds for run in self.ok_runs)
 
     @property
-    def step_seconds(self) -> tuple[float, float] | None:
+    def step_seconds_range(self) -> tuple[float, float] | None:
         """The least tenth and the greatest ninetieth percentile of the runs' step seconds; None where not known."""
-        speeds = [run.throughput for run in self.ok if run.throughput is not None]
-        if not speeds or len(speeds) < len(self.ok):
+        speeds = [run.throughput for run in self.ok_runs if run.throughput is not None]
+        if not speeds or len(speeds) < len(self.ok_runs):
             return None
         return min(s.step_seconds_p10 for s in speeds), max(s.step_seconds_p90 for s in speeds)
 
     @property
-    def required_flops(self) -> float | None:
+    def mean_model_flops(self) -> float | None:
         """Mean of the FLOPs that all steps needed; None where a run's are not known."""
-        return _mean_if_known(run.flops.required for run in self.ok)
+        return _mean_if_known(run.flops.model_flops for run in self.ok_runs)
 
     @property
-    def losses(self) -> tuple[float, ...]:
+    def held_out_losses(self) -> tuple[float, ...]:
         """Held-out losses in nats, one a seed, of the runs that have one that is a number."""
-        return self._by_seed(lambda run: run.quality.loss if run.quality else None)
+        return self._mean_by_seed(lambda run: run.quality.loss if run.quality else None)
 
     @property
-    def rouge_l(self) -> tuple[float, ...]:
+    def rouge_l_scores(self) -> tuple[float, ...]:
         """ROUGE-L (0 to 100) of generated summaries, one a seed, of the runs that wrote some."""
-        return self._by_seed(_rouge_l_score)
+        return self._mean_by_seed(_rouge_l_score)
 
-    def _by_seed(self, figure: Callable[[RunRecord], float | None]) -> tuple[float, ...]:
+    def _mean_by_seed(self, get_value: Callable[[RunRecord], float | None]) -> tuple[float, ...]:
         """A figure of each seed: one that was run twice tells no more of seeds than one that was run once."""
         found: dict[Seed, list[float]] = {}
-        for run in self.ok:
-            value = figure(run)
+        for run in self.ok_runs:
+            value = get_value(run)
             if value is not None and math.isfinite(value):
                 found.setdefault(seed_of(run), []).append(value)
         return tuple(statistics.fmean(same) for same in found.values())
@@ -114,17 +114,17 @@ def group_runs(records: Sequence[RunRecord]) -> list[RunGroup]:
     return _with_unique_labels(sorted(found, key=lambda one: first[id(one.runs[0])]))
 
 
-def same_recipe_groups(records: Sequence[RunRecord], knobs: Sequence[str]) -> list[list[RunRecord]]:
+def same_recipe_groups(records: Sequence[RunRecord], keys: Sequence[str]) -> list[list[RunRecord]]:
     """Groups of records whose recipes differ in nothing but ``knobs`` and what changes no number.
 
     They are in the order in which they first come.
     """
-    return _group_by(records, lambda record: recipe_key(record.recipe, knobs))
+    return _group_by(records, lambda record: recipe_key(record.recipe, keys))
 
 
-def recipe_key(recipe: Mapping[str, Any], knobs: Sequence[str] = ()) -> str:
+def recipe_key(recipe: Mapping[str, Any], ignored_keys: Sequence[str] = ()) -> str:
     """JSON of a recipe without ``knobs`` and without what changes no number."""
-    out = [*NON_NUMERIC_KEYS, *knobs]
+    out = [*NON_NUMERIC_KEYS, *ignored_keys]
     out += [knob for knob, asked in NEUTRAL_WHEN_NULL.items() if _get_key(recipe, asked) is None]
     left = dict(recipe)
     for knob in out:
@@ -137,9 +137,9 @@ def recipe_key(recipe: Mapping[str, Any], knobs: Sequence[str] = ()) -> str:
     return json.dumps(left, sort_keys=True)
 
 
-def _get_key(recipe: Mapping[str, Any], knob: str) -> object:
+def _get_key(recipe: Mapping[str, Any], key: str) -> object:
     place: object = recipe
-    for part in knob.split("."):
+    for part in key.split("."):
         place = place.get(part) if isinstance(place, Mapping) else None
     return place
 
@@ -152,14 +152,14 @@ def _group_by(records: Iterable[RunRecord], key: Callable[[RunRecord], object]) 
 
 
 def _device_key(record: RunRecord) -> tuple[str, str, int]:
-    return record.device.kind, record.device.name, record.device.processes
+    return record.device.type, record.device.name, record.device.num_processes
 
 
 def _split_by_fingerprints(records: Sequence[RunRecord]) -> list[list[RunRecord]]:
     """Groups of one base and of one data set. A run that ended before it knew them stands with the first that fits."""
     groups: list[tuple[dict[str, str], list[RunRecord]]] = []
-    for record in sorted(records, key=lambda one: (one.model_identity, one.data_identity).count(None)):
-        origin = {"model": record.model_identity, "data": record.data_identity}
+    for record in sorted(records, key=lambda one: (one.model_fingerprint, one.data_fingerprint).count(None)):
+        origin = {"model": record.model_fingerprint, "data": record.data_fingerprint}
         known = {what: identity for what, identity in origin.items() if identity is not None}
         for there, runs in groups:
             if all(there.get(what, identity) == identity for what, identity in known.items()):
@@ -172,11 +172,11 @@ def _split_by_fingerprints(records: Sequence[RunRecord]) -> list[list[RunRecord]
     return [sorted(runs, key=lambda run: place[id(run)]) for _, runs in groups]
 
 
-def _with_unique_labels(found: Sequence[RunGroup]) -> list[RunGroup]:
+def _with_unique_labels(groups: Sequence[RunGroup]) -> list[RunGroup]:
     """With a label of its own for each: with its device where that is what differs, else numbered."""
     named = []
-    for one in found:
-        devices = [_device_key(other.runs[0]) for other in found if other.label == one.label]
+    for one in groups:
+        devices = [_device_key(other.runs[0]) for other in groups if other.label == one.label]
         alone = len(devices) > 1 and len(set(devices)) == len(devices)
         named.append(replace(one, label=f"{one.label} on {_device_label(one.runs[0])}") if alone else one)
     seen: Counter[str] = Counter()

@@ -12,12 +12,12 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
+from peftbench.common.schema import RecordModel
 from peftbench.evaluation.intervals import paired_intervals
-from peftbench.record import PerExample, Interval, RunRecord
-from peftbench.record.kept import RecordModel
+from peftbench.record import Interval, PerExample, RunRecord
 from peftbench.report.analysis.significance import MIN_EXAMPLES, bonferroni_confidence
-from peftbench.report.diff.metrics import METRICS, LOSS_METRIC, OUTCOME_METRIC, Metric, Thresholds, metric_value
-from peftbench.report.diff.matching import SettingChange, Match, MatchedBy, Runs, diff_settings, match_runs
+from peftbench.report.diff.matching import Match, MatchedBy, Runs, SettingChange, diff_settings, match_runs
+from peftbench.report.diff.metrics import LOSS_METRIC, METRICS, OUTCOME_METRIC, Metric, Thresholds, metric_value
 
 DiffVerdict = Literal["fell", "gained", "within", "equal", "lost", "untold", "new", "changed"]
 """Of a figure: worse or better by more than its threshold, by less, the same; known no more, or not told by the other
@@ -33,9 +33,9 @@ class PairedInterval(RecordModel):
 
     All intervals of the comparison hold together with 95 %.
     """
-    supported: bool | None = None
+    significant: bool | None = None
     """Whether the interval leaves zero out; None where there is no interval, and of fewer than 20 examples."""
-    missing: str | None = None
+    missing_reason: str | None = None
     """Why there is no interval."""
 
 
@@ -48,14 +48,14 @@ class MetricDiff(RecordModel):
     """Which direction is good; of an outcome, which value."""
     before: int | float | str | None
     after: int | float | str | None
-    change: float | None = None
+    relative_change: float | None = None
     """As a share of ``before``; None where a figure is unknown, was zero or is no number."""
     threshold: float | None = None
     """By which share it may be worse."""
     verdict: DiffVerdict
-    fell: bool
+    regressed: bool
     """Worse by more than the threshold, or known no more."""
-    paired: PairedInterval | None = None
+    paired_interval: PairedInterval | None = None
     """Of a quality figure that is known before and after."""
 
 
@@ -67,11 +67,11 @@ class RunDiff(RecordModel):
     after: str | None
     """Its name there; None where it is missing, which is a fall."""
     matched_by: MatchedBy | None
-    config: tuple[SettingChange, ...] = ()
+    config_changes: tuple[SettingChange, ...] = ()
     """What changed, name and output_dir left out."""
-    figures: tuple[MetricDiff, ...] = ()
+    metrics: tuple[MetricDiff, ...] = ()
     """The outcome, and what is known of it on either side."""
-    fell: bool
+    regressed: bool
     """It is missing, or one of its figures fell."""
 
     @property
@@ -85,7 +85,7 @@ class SuiteSide(RecordModel):
     """One of the two folders."""
 
     folder: str
-    runs: int
+    num_runs: int
     devices: tuple[str, ...]
     """Where its runs that are in both folders were made, as "a CPU (cpu)"."""
 
@@ -97,12 +97,12 @@ class SuiteDiff(RecordModel):
     """A."""
     after: SuiteSide
     """B."""
-    two_machines: bool
+    different_devices: bool
     """Some run was made on another device than before, so that its times and memory are of two."""
-    common: tuple[SettingChange, ...]
+    common_changes: tuple[SettingChange, ...]
     """What changed alike in all runs that are in both; it is in each pair's ``config`` too."""
-    pairs: tuple[RunDiff, ...]
-    fell: bool
+    runs: tuple[RunDiff, ...]
+    regressed: bool
     """Some run did."""
     changed: bool
     """Anything at all is not what it was."""
@@ -115,57 +115,57 @@ def diff_suites(before: Path, after: Path, thresholds: Thresholds | None = None)
         RecordError: a folder has no records, one cannot be read, or two of a folder are of one name.
     """
     limits = thresholds or Thresholds()
-    left, right = Runs.below(before), Runs.below(after)
+    left, right = Runs.load(before), Runs.load(after)
     matches = match_runs(left, right)
     pairs = tuple(_diff_run(match, limits, paired) for match, paired in zip(matches, compute_paired_intervals(matches), strict=True))
     both = [(match.before, match.after) for match in matches if match.before and match.after]
     return SuiteDiff(
         before=_build_side(left, [old for old, _ in both]),
         after=_build_side(right, [new for _, new in both]),
-        two_machines=any(_device_label(old) != _device_label(new) for old, new in both),
-        common=_common_changes([pair for pair in pairs if pair.matched_by]),
-        pairs=pairs,
-        fell=any(pair.fell for pair in pairs),
+        different_devices=any(_device_label(old) != _device_label(new) for old, new in both),
+        common_changes=_common_changes([pair for pair in pairs if pair.matched_by]),
+        runs=pairs,
+        regressed=any(pair.regressed for pair in pairs),
         changed=any(
-            pair.matched_by is None or pair.config or any(figure.verdict != "equal" for figure in pair.figures)
+            pair.matched_by is None or pair.config_changes or any(figure.verdict != "equal" for figure in pair.metrics)
             for pair in pairs
         ),
     )
 
 
-def _build_side(runs: Runs, compared: Sequence[RunRecord]) -> SuiteSide:
-    devices = tuple(dict.fromkeys(_device_label(record) for record in compared))
-    return SuiteSide(folder=str(runs.folder), runs=len(runs.by_path), devices=devices)
+def _build_side(runs: Runs, records: Sequence[RunRecord]) -> SuiteSide:
+    devices = tuple(dict.fromkeys(_device_label(record) for record in records))
+    return SuiteSide(folder=str(runs.folder), num_runs=len(runs.by_path), devices=devices)
 
 
 def _device_label(record: RunRecord) -> str:
-    return f"{record.device.name or 'a device without a name'} ({record.device.kind})"
+    return f"{record.device.name or 'a device without a name'} ({record.device.type})"
 
 
-def _common_changes(pairs: Sequence[RunDiff]) -> tuple[SettingChange, ...]:
+def _common_changes(run_diffs: Sequence[RunDiff]) -> tuple[SettingChange, ...]:
     """As JSON they are compared, for which true is not 1."""
-    others = [{change.model_dump_json() for change in pair.config} for pair in pairs[1:]]
-    first = pairs[0].config if pairs else ()
+    others = [{change.model_dump_json() for change in pair.config_changes} for pair in run_diffs[1:]]
+    first = run_diffs[0].config_changes if run_diffs else ()
     return tuple(change for change in first if all(change.model_dump_json() in other for other in others))
 
 
-def _diff_run(match: Match, thresholds: Thresholds, paired: Mapping[str, PairedInterval]) -> RunDiff:
+def _diff_run(match: Match, thresholds: Thresholds, intervals: Mapping[str, PairedInterval]) -> RunDiff:
     old, new = match.before, match.after
     names = (old.name if old else None, new.name if new else None)
     if old is None or new is None:
-        return RunDiff(before=names[0], after=names[1], matched_by=None, fell=new is None)
-    figures = _diff_metrics(old, new, thresholds, paired)
+        return RunDiff(before=names[0], after=names[1], matched_by=None, regressed=new is None)
+    figures = _diff_metrics(old, new, thresholds, intervals)
     return RunDiff(
-        before=names[0], after=names[1], matched_by=match.by, config=diff_settings(old, new), figures=figures,
-        fell=any(figure.fell for figure in figures),
+        before=names[0], after=names[1], matched_by=match.matched_by, config_changes=diff_settings(old, new), metrics=figures,
+        regressed=any(figure.regressed for figure in figures),
     )  # fmt: skip
 
 
 def _diff_metrics(
-    before: RunRecord, after: RunRecord, thresholds: Thresholds, paired: Mapping[str, PairedInterval]
+    before: RunRecord, after: RunRecord, thresholds: Thresholds, intervals: Mapping[str, PairedInterval]
 ) -> tuple[MetricDiff, ...]:
     """The outcome, then every figure that is known before or after."""
-    known = [_diff_metric(kind, before, after, thresholds.of(name), paired.get(name)) for name, kind in METRICS.items()]
+    known = [_diff_metric(kind, before, after, thresholds.for_metric(name), intervals.get(name)) for name, kind in METRICS.items()]
     return (_diff_outcome(before, after), *(figure for figure in known if figure is not None))
 
 
@@ -173,38 +173,38 @@ def _diff_outcome(before: RunRecord, after: RunRecord) -> MetricDiff:
     old, new = before.outcome.kind, after.outcome.kind
     verdict: DiffVerdict = "equal" if old == new else "fell" if old == "ok" else "gained" if new == "ok" else "changed"
     return MetricDiff(
-        name=OUTCOME_METRIC, unit="", better="ok", before=old, after=new, verdict=verdict, fell=verdict == "fell"
+        name=OUTCOME_METRIC, unit="", better="ok", before=old, after=new, verdict=verdict, regressed=verdict == "fell"
     )  # fmt: skip
 
 
 def _diff_metric(
-    kind: Metric, before: RunRecord, after: RunRecord, threshold: Fraction, paired: PairedInterval | None
+    metric: Metric, before: RunRecord, after: RunRecord, threshold: Fraction, paired_interval: PairedInterval | None
 ) -> MetricDiff | None:
-    old, new = metric_value(kind, before), metric_value(kind, after)
+    old, new = metric_value(metric, before), metric_value(metric, after)
     if old is None and new is None:
         return None
-    change, verdict = _classify_change(kind, old, new, threshold)
-    if verdict == "lost" and kind.told_by_device and _device_label(before) != _device_label(after):
+    change, verdict = _classify_change(metric, old, new, threshold)
+    if verdict == "lost" and metric.device_dependent and _device_label(before) != _device_label(after):
         verdict = "untold"
     return MetricDiff(
-        name=kind.name, unit=kind.unit, better=kind.better, before=old, after=new, change=change,
-        threshold=float(threshold), verdict=verdict, fell=verdict in {"fell", "lost"},
-        paired=paired,
+        name=metric.name, unit=metric.unit, better=metric.better, before=old, after=new, relative_change=change,
+        threshold=float(threshold), verdict=verdict, regressed=verdict in {"fell", "lost"},
+        paired_interval=paired_interval,
     )  # fmt: skip
 
 
-def _classify_change(kind: Metric, old: float | None, new: float | None, threshold: Fraction) -> tuple[float | None, DiffVerdict]:
+def _classify_change(metric: Metric, before: float | None, after: float | None, threshold: Fraction) -> tuple[float | None, DiffVerdict]:
     """Relative change and verdict.
 
     Figures are taken as they are written in decimals, so that 3.15 is five percent more than 3 and not, as in binary
     fractions, a little more than that.
     """
-    if old is None or new is None:
-        return None, "new" if old is None else "lost"
-    was, more = Fraction(str(old)), Fraction(str(new)) - Fraction(str(old))
+    if before is None or after is None:
+        return None, "new" if before is None else "lost"
+    was, more = Fraction(str(before)), Fraction(str(after)) - Fraction(str(before))
     change = float(more / abs(was)) if was else 0.0 if not more else None
     allowed = threshold * abs(was)
-    worse = more if kind.better == "lower" else -more
+    worse = more if metric.better == "lower" else -more
     if not more:
         return change, "equal"
     return change, "fell" if worse > allowed else "gained" if -worse > allowed else "within"
@@ -220,23 +220,23 @@ class _ExampleDifferences:
     """The labelled tokens of a loss."""
 
 
-def _example_differences(kind: Metric, before: RunRecord, after: RunRecord) -> _ExampleDifferences | str | None:
+def _example_differences(metric: Metric, before: RunRecord, after: RunRecord) -> _ExampleDifferences | str | None:
     """The difference in a figure by example, or why there is none; None where it is not known, or not of quality."""
-    if not kind.quality or metric_value(kind, before) is None or metric_value(kind, after) is None:
+    if not metric.is_quality or metric_value(metric, before) is None or metric_value(metric, after) is None:
         return None
-    figure = kind.name
-    old, new = (record.quality.by_example if record.quality else None for record in (before, after))
+    figure = metric.name
+    old, new = (record.quality.per_example if record.quality else None for record in (before, after))
     here, there = (_finite_scores(figure, scores) for scores in (old, new))
     if old is None or new is None or not here or not there:
         return "not both records have the scores of each example"
-    if old.identity != new.identity or len(here) != len(there):
+    if old.examples_fingerprint != new.examples_fingerprint or len(here) != len(there):
         return "they were not evaluated on the same examples"
-    if figure == LOSS_METRIC and old.labelled != new.labelled:
+    if figure == LOSS_METRIC and old.labelled_tokens != new.labelled_tokens:
         return "their summaries are not of the same tokens"
     if len(here) < 2:
         return "too few examples"
     differences = tuple(late - early for early, late in zip(here, there, strict=True))
-    return _ExampleDifferences(differences, old.labelled if figure == LOSS_METRIC else None)
+    return _ExampleDifferences(differences, old.labelled_tokens if figure == LOSS_METRIC else None)
 
 
 def compute_paired_intervals(matches: Sequence[Match]) -> list[dict[str, PairedInterval]]:
@@ -250,7 +250,7 @@ def compute_paired_intervals(matches: Sequence[Match]) -> list[dict[str, PairedI
             of_figures = {name: _example_differences(kind, match.before, match.after) for name, kind in METRICS.items()}
             found |= {(place, name): said for name, said in of_figures.items() if said is not None}
     confidence = bonferroni_confidence(sum(isinstance(one, _ExampleDifferences) for one in found.values()))
-    paired = {key: PairedInterval(missing=why) for key, why in found.items() if isinstance(why, str)}
+    paired = {key: PairedInterval(missing_reason=why) for key, why in found.items() if isinstance(why, str)}
     alike: dict[tuple[int, tuple[int, ...] | None], dict[tuple[int, str], _ExampleDifferences]] = {}
     for key, one in found.items():
         if isinstance(one, str):
@@ -268,13 +268,13 @@ def compute_paired_intervals(matches: Sequence[Match]) -> list[dict[str, PairedI
     return by_match
 
 
-def _build_paired_interval(interval: Interval, examples: int) -> PairedInterval:
-    return PairedInterval(interval=interval, supported=interval.excludes_zero if examples >= MIN_EXAMPLES else None)
+def _build_paired_interval(interval: Interval, num_examples: int) -> PairedInterval:
+    return PairedInterval(interval=interval, significant=interval.excludes_zero if num_examples >= MIN_EXAMPLES else None)
 
 
-def _finite_scores(figure: str, scores: PerExample | None) -> tuple[float, ...]:
+def _finite_scores(metric_name: str, scores: PerExample | None) -> tuple[float, ...]:
     """Of each example; none where one of them is not finite, or a loss is of nobody knows how many tokens."""
-    if scores is None or (figure == LOSS_METRIC and len(scores.loss) != len(scores.labelled)):
+    if scores is None or (metric_name == LOSS_METRIC and len(scores.loss) != len(scores.labelled_tokens)):
         return ()
-    found = scores.loss if figure == LOSS_METRIC else scores.rouge.get(figure, ())
+    found = scores.loss if metric_name == LOSS_METRIC else scores.rouge.get(metric_name, ())
     return found if all(map(math.isfinite, found)) else ()

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from peftbench.common.schema import RecordModel
 from peftbench.errors import RecordError
 from peftbench.record import RunRecord, read_records_by_path
-from peftbench.record.kept import RecordModel
 from peftbench.report.settings import NAMING_KEYS, flatten
 from peftbench.report.tables.table import sort_records
 
@@ -20,7 +20,7 @@ MatchedBy = Literal["name", "recipe", "path"]
 class SettingChange(RecordModel):
     """One knob, or one fact of where and with what a run was made, that is not what it was."""
 
-    knob: str
+    key: str
     """Dotted, as train.steps; of what is no knob: versions.torch, device.name, engine.kind, git, data_identity."""
     before: Any = None
     after: Any = None
@@ -36,7 +36,7 @@ class Runs:
     by_path: Mapping[str, RunRecord]
 
     @classmethod
-    def below(cls, folder: Path) -> Runs:
+    def load(cls, folder: Path) -> Runs:
         """Read them.
 
         Raises:
@@ -63,7 +63,7 @@ class Match:
 
     before: RunRecord | None
     after: RunRecord | None
-    by: MatchedBy | None = None
+    matched_by: MatchedBy | None = None
 
 
 def match_runs(before: Runs, after: Runs) -> list[Match]:
@@ -103,11 +103,11 @@ def diff_settings(before: RunRecord, after: RunRecord) -> tuple[SettingChange, .
 def _diff_values(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[SettingChange]:
     for knob in dict.fromkeys((*old, *new)):
         if knob not in new:
-            yield SettingChange(knob=knob, before=old[knob], only_in="A")
+            yield SettingChange(key=knob, before=old[knob], only_in="A")
         elif knob not in old:
-            yield SettingChange(knob=knob, after=new[knob], only_in="B")
+            yield SettingChange(key=knob, after=new[knob], only_in="B")
         elif not _is_equal(old[knob], new[knob]):
-            yield SettingChange(knob=knob, before=old[knob], after=new[knob])
+            yield SettingChange(key=knob, before=old[knob], after=new[knob])
 
 
 def _recipe_settings(record: RunRecord) -> dict[str, Any]:
@@ -119,6 +119,6 @@ def _environment_facts(record: RunRecord) -> dict[str, Any]:
     return dict(flatten(record.model_dump(mode="json", include=made)))
 
 
-def _is_equal(one: object, other: object) -> bool:
+def _is_equal(first: object, second: object) -> bool:
     # Python has True == 1, and a knob that was a number and is a switch now has changed.
-    return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)
+    return bool(first == second) and isinstance(first, bool) == isinstance(second, bool)

@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from peftbench.report.diff.compute import SuiteDiff
-from peftbench.report.diff.render import config_cells, footer_lines, metric_cells, regression_summary, header_lines
+from peftbench.report.diff.render import config_cells, footer_lines, header_lines, metric_cells, regression_summary
 from peftbench.report.page.charts import chart_specs
 from peftbench.report.page.content import PageData
 
@@ -24,12 +24,12 @@ _SECTIONS = {
 }  # fmt: skip
 
 
-def render_page(content: PageData, downloads: Mapping[str, Mapping[str, str]]) -> str:
+def render_page(page_data: PageData, downloads: Mapping[str, Mapping[str, str]]) -> str:
     """The page's HTML; ``downloads`` are files by their kind, each with name, type and text."""
     library, script = _bundle_vega(), _read_page_file("page.js")
-    there = _visible_sections(content)
+    there = _visible_sections(page_data)
     return _load_template("page.html.jinja").render(
-        page=content, specs=chart_specs(content.drawings), downloads=downloads,
+        page=page_data, specs=chart_specs(page_data.all_charts), downloads=downloads,
         sections=[(name, title) for name, title in _SECTIONS.items() if name in there],
         # Only these two may run: a script that a model wrote would not, even if it were not escaped.
         allowed_scripts=Markup(" ".join(map(_csp_hash, (library, script)))),  # noqa: S704 — made of digests alone
@@ -37,15 +37,15 @@ def render_page(content: PageData, downloads: Mapping[str, Mapping[str, str]]) -
     )  # fmt: skip
 
 
-def render_diff_page(found: SuiteDiff) -> str:
+def render_diff_page(diff: SuiteDiff) -> str:
     """The HTML of two suites side by side; it needs no script."""
     rows = [
         {"run": pair.label, "verdict_class": verdict} | dict(zip(_DIFF_COLUMNS, cells, strict=True))
-        for pair in found.pairs for cells, verdict in metric_cells(pair)
+        for pair in diff.runs for cells, verdict in metric_cells(pair)
     ]  # fmt: skip
-    sentences = [*([regression_summary(found)] if found.fell else []), *header_lines(found)[2:], *footer_lines(found)]
+    sentences = [*([regression_summary(diff)] if diff.regressed else []), *header_lines(diff)[2:], *footer_lines(diff)]
     return _load_template("beside.html.jinja").render(
-        found=found, rows=rows, config=list(config_cells(found)), sentences=sentences,
+        found=diff, rows=rows, config=list(config_cells(diff)), sentences=sentences,
         style=Markup(_read_page_file("page.css")),  # noqa: S704 — a file of ours
     )  # fmt: skip
 
@@ -55,11 +55,11 @@ def _load_template(name: str) -> Template:
     return Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template(name)
 
 
-def _visible_sections(content: PageData) -> set[str]:
+def _visible_sections(page_data: PageData) -> set[str]:
     """Sections that have something to show."""
     optional = {
-        "trade-offs": content.trade_offs, "memory": content.memory or content.speed, "losses": content.losses,
-        "samples": content.examples,
+        "trade-offs": page_data.trade_off_charts, "memory": page_data.memory_chart or page_data.throughput_chart, "losses": page_data.loss_charts,
+        "samples": page_data.examples,
     }  # fmt: skip
     return {name for name in _SECTIONS if name not in optional or optional[name]}
 

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import altair as alt
 
-from peftbench.report.tables.columns import finite_or_none
 from peftbench.report.page.memory_chart import CATEGORY_LABELS
-from peftbench.report.page.series import NUM_COLORS, X_AXES, ColorGroups, ChartRow, pareto_front
+from peftbench.report.page.series import NUM_COLORS, X_AXES, ChartRow, ColorGroups, pareto_front
+from peftbench.report.tables.columns import finite_or_none
 
 NUM_CATEGORY_COLORS = 14
 """Variables --m0 to --m13 of the style; those of groups are --k0 to --k7."""
@@ -54,8 +54,8 @@ class Chart:
     title: str
     caption: str
     spec: dict[str, Any]
-    heads: list[str]
-    cells: list[list[str]]
+    table_headers: list[str]
+    table_rows: list[list[str]]
     """What it shows as a table, for those who do not see it; empty where that would be a page of its own."""
 
 
@@ -76,7 +76,7 @@ def _build_chart(
     *,
     data: Mapping[str, Sequence[ChartRow]],
     fields: Sequence[str] = (),
-    told: Sequence[ChartRow] | None = None,
+    table_source: Sequence[ChartRow] | None = None,
 ) -> Chart:
     """``data`` are the rows by the names that the chart's layers call them; Altair checks the chart without them.
 
@@ -87,7 +87,7 @@ def _build_chart(
         autosize=alt.AutoSizeParams(type="fit-x", contains="padding"),
     ).configure(**_theme())  # fmt: skip
     rows = {named: [_drop_non_finite(row) for row in values] for named, values in data.items()}
-    cells = [[_format_cell(row.get(field)) for field in fields] for row in (data["runs"] if told is None else told)]
+    cells = [[_format_cell(row.get(field)) for field in fields] for row in (data["runs"] if table_source is None else table_source)]
     shown = cells if fields and len(cells) <= MAX_TABLE_ROWS else []
     return Chart(name, title, caption, described.to_dict() | {"datasets": rows}, list(fields), shown)
 
@@ -97,9 +97,9 @@ def _drop_non_finite(row: ChartRow) -> ChartRow:
     return {key: finite_or_none(value) if isinstance(value, float) else value for key, value in row.items()}
 
 
-def _layer(named: str) -> alt.Chart:
+def _layer(dataset: str) -> alt.Chart:
     """A layer of the rows of that name."""
-    return alt.Chart(alt.NamedData(name=named))
+    return alt.Chart(alt.NamedData(name=dataset))
 
 
 def _theme() -> dict[str, Any]:
@@ -137,7 +137,7 @@ def _present_groups(groups: ColorGroups, rows: Sequence[ChartRow]) -> list[str]:
 
 
 def trade_off(
-    points: Sequence[ChartRow], groups: ColorGroups, cost: CostAxis, title: str, *, more_is_better: bool, alike: bool
+    points: Sequence[ChartRow], groups: ColorGroups, cost: CostAxis, title: str, *, higher_is_better: bool, comparable: bool
 ) -> Chart | None:
     """Quality against a cost, with intervals, and the line of those that none beats; None where nothing is known.
 
@@ -148,18 +148,18 @@ def trade_off(
     known = [point for point in judged if point.get(cost.field) is not None]
     if not known:
         return None
-    best = pareto_front(known, cost.field, "quality", more_is_better=more_is_better) if alike else []
+    best = pareto_front(known, cost.field, "quality", higher_is_better=higher_is_better) if comparable else []
     free = [point for point in judged if point["baseline"]]
     data = {
         "front": best, "runs": known, "intervals": [point for point in known if point.get("low") is not None],
         "across": free if len(free) <= MAX_LABELLED_POINTS else [],
         **_rows_by_label_position(known, cost),
     }  # fmt: skip
-    layers = _trade_off_layers(cost, title, groups, judged, more_is_better=more_is_better)
+    layers = _trade_off_layers(cost, title, groups, judged, higher_is_better=higher_is_better)
     chart = alt.layer(*(layer for name, made in layers.items() if data[name] for layer in made)).properties(height=300)
     said = ", ".join(str(point["run"]) for point in best[:MAX_LABELLED_POINTS]) + (", …" if len(best) > MAX_LABELLED_POINTS else "")
     caption = (
-        f"Pareto front of what was trained, by the means alone: {said}." if alike
+        f"Pareto front of what was trained, by the means alone: {said}." if comparable
         else "These ran on several devices or engines, or for other steps: no Pareto front is drawn."
     )  # fmt: skip
     fields = ["run", cost.field, "quality", "low", "high", "seeds"]
@@ -180,13 +180,13 @@ def _rows_by_label_position(points: Sequence[ChartRow], cost: CostAxis) -> dict[
 
 
 def _trade_off_layers(
-    cost: CostAxis, title: str, groups: ColorGroups, judged: Sequence[ChartRow], *, more_is_better: bool
+    cost: CostAxis, title: str, groups: ColorGroups, rows: Sequence[ChartRow], *, higher_is_better: bool
 ) -> dict[str, list[alt.Chart]]:
     """By the name of the rows that each draws; those without rows must be left out, or Vega warns of them."""
     x = alt.X(f"{cost.field}:Q", title=cost.title, scale=alt.Scale(zero=False, padding=24))
-    scale = alt.Scale(zero=False, reverse=not more_is_better)
+    scale = alt.Scale(zero=False, reverse=not higher_is_better)
     y, low = alt.Y("quality:Q", title=title, scale=scale), alt.Y("low:Q", title=title, scale=scale)
-    colour, shape = _color_encoding(groups, judged), _shape_encoding(groups, judged)
+    colour, shape = _color_encoding(groups, rows), _shape_encoding(groups, rows)
     figures = (cost.field, "quality", "low", "high", "seeds")
     tips = [alt.Tooltip("run:N"), *(alt.Tooltip(f"{name}:Q", format=",.4~r") for name in figures)]
     line = _layer("front").mark_line(interpolate="step-after", color="var(--front)", strokeDash=[5, 4], strokeWidth=1.5)
@@ -209,7 +209,7 @@ def _trade_off_layers(
     }  # fmt: skip
 
 
-def memory_bars(rows: Sequence[ChartRow], lines: Sequence[ChartRow], caption: str) -> Chart | None:
+def memory_bars(rows: Sequence[ChartRow], limit_rows: Sequence[ChartRow], caption: str) -> Chart | None:
     """Where the peak of each run went, stacked, and its budget."""
     if not rows:
         return None
@@ -223,7 +223,7 @@ def memory_bars(rows: Sequence[ChartRow], lines: Sequence[ChartRow], caption: st
         tooltip=[alt.Tooltip("run:N"), alt.Tooltip("part:N"), alt.Tooltip("MiB:Q", format=",.1f")],
     )  # fmt: skip
     layers = [bars]
-    if lines:
+    if limit_rows:
         mark = _layer("budgets").mark_tick(color="var(--ink)", thickness=4, bandSize=34)
         tips = [alt.Tooltip("run:N"), alt.Tooltip("what:N"), alt.Tooltip("limit:Q", title="MiB", format=",.0f")]
         layers.append(mark.encode(x="limit:Q", y=y, tooltip=tips))
@@ -232,7 +232,7 @@ def memory_bars(rows: Sequence[ChartRow], lines: Sequence[ChartRow], caption: st
         "Where the memory goes",
         caption,
         alt.layer(*layers).properties(height=34 * len(runs)),
-        data={"runs": rows, "budgets": lines},
+        data={"runs": rows, "budgets": limit_rows},
         fields=["run", "part", "MiB"],
     )
 
@@ -282,7 +282,7 @@ def loss_curves(rows: Sequence[ChartRow], groups: ColorGroups) -> list[Chart]:
                 chart,
                 data={"runs": known},
                 fields=["run", over, "loss"],
-                told=_curve_samples(known),
+                table_source=_curve_samples(known),
             )
         )
     return drawn
@@ -317,6 +317,6 @@ def throughput_chart(rows: Sequence[ChartRow], groups: ColorGroups) -> Chart | N
     )  # fmt: skip
 
 
-def chart_specs(drawings: Sequence[Chart]) -> Mapping[str, dict[str, Any]]:
+def chart_specs(charts: Sequence[Chart]) -> Mapping[str, dict[str, Any]]:
     """Specifications by the names of the figures they go to."""
-    return {drawing.name: drawing.spec for drawing in drawings}
+    return {drawing.name: drawing.spec for drawing in charts}

@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import ClassVar
 
 from peftbench.record import RunRecord, Sample
-from peftbench.report.tables.columns import Column, CellValue, finite_or_none, run_label, format_outcome
-from peftbench.report.analysis.run_groups import RunGroup
 from peftbench.report.analysis.costs import why_not_comparable
+from peftbench.report.analysis.run_groups import RunGroup
 from peftbench.report.analysis.significance import ComparisonSet, PairComparison, compare_groups
-from peftbench.report.digits import round_outward, decimal_places, format_decimal
-from peftbench.report.settings import Setting, reproduce_commands, recipe_settings, environment_settings
-from peftbench.report.text.formatting import method_kind
 from peftbench.report.page import charts, memory_chart, series
 from peftbench.report.page.charts import Chart
-from peftbench.report.page.series import ColorGroups, ChartRow
+from peftbench.report.page.series import ChartRow, ColorGroups
+from peftbench.report.settings import Setting, environment_settings, recipe_settings, reproduce_commands
+from peftbench.report.tables.columns import CellValue, Column, finite_or_none, format_outcome, run_label
 from peftbench.report.tables.table import collect_notes, sort_records, visible_columns
+from peftbench.report.text.formatting import decimal_places, format_decimal, method_kind, round_outward
 
 MAX_DRAWN_RUNS = 24
 """Runs whose curves, bars and summaries are drawn, at most; all are in the table, the trade-offs and the data."""
@@ -32,7 +31,7 @@ class TableCell:
     """What a person reads, and what a column is sorted by."""
 
     text: str
-    value: CellValue
+    sort_value: CellValue
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class UnfinishedRun:
 
     name: str
     state: str
-    said: str
+    detail: str
 
 
 @dataclass(frozen=True)
@@ -80,42 +79,42 @@ class PageData:
     title: str
     summary: list[str]
     columns: list[Column]
-    lines: list[TableRow]
-    trade_offs: list[Chart]
-    memory: Chart | None
-    losses: list[Chart]
-    speed: Chart | None
+    rows: list[TableRow]
+    trade_off_charts: list[Chart]
+    memory_chart: Chart | None
+    loss_charts: list[Chart]
+    throughput_chart: Chart | None
     examples: list[ExampleSummaries]
-    equal: list[Setting]
-    unequal: list[Setting]
+    equal_settings: list[Setting]
+    differing_settings: list[Setting]
     notes: list[str]
-    surroundings: list[Setting]
-    repeats: dict[str, list[str]]
-    drawn: str
+    environment: list[Setting]
+    reproduce_commands: dict[str, list[str]]
+    drawn_runs_note: str
     """Which runs the charts show, where it is not all."""
-    front: bool
+    has_pareto_front: bool
     """Whether a Pareto front is drawn."""
-    by_rouge: bool
+    uses_rouge: bool
     """Whether quality is ROUGE-L, or the held-out loss."""
-    undrawn: list[str]
+    undrawn_runs: list[str]
     """Runs without a quality, and why, which a trade-off cannot show."""
-    unfinished: list[UnfinishedRun]
-    pairs: list[ComparisonRow]
-    figure: str
+    unfinished_runs: list[UnfinishedRun]
+    comparisons: list[ComparisonRow]
+    metric_name: str
     """What the pairs are compared by."""
 
-    points: ClassVar[int] = series.MAX_CURVE_POINTS
-    smoothed: ClassVar[int] = 2 * charts.SMOOTHING_RADIUS + 1
+    max_curve_points: ClassVar[int] = series.MAX_CURVE_POINTS
+    smoothing_window: ClassVar[int] = 2 * charts.SMOOTHING_RADIUS + 1
 
     @property
-    def better(self) -> str:
+    def better_direction(self) -> str:
         """Where in a trade-off the good runs lie."""
-        return "Further up and further left is better" + ("." if self.by_rouge else ": a loss falls upwards.")
+        return "Further up and further left is better" + ("." if self.uses_rouge else ": a loss falls upwards.")
 
     @property
-    def drawings(self) -> list[Chart]:
+    def all_charts(self) -> list[Chart]:
         """Every chart, in the page's order."""
-        found = [*self.trade_offs, self.memory, *self.losses, self.speed]
+        found = [*self.trade_off_charts, self.memory_chart, *self.loss_charts, self.throughput_chart]
         return [drawing for drawing in found if drawing is not None]
 
 
@@ -124,9 +123,9 @@ def build_page_data(
     title: str,
     summary: Sequence[str],
     *,
-    compared: ComparisonSet | None = None,
-    told: Sequence[str] | None = None,
-    unfinished: Sequence[UnfinishedRun] = (),
+    comparison_set: ComparisonSet | None = None,
+    note_lines: Sequence[str] | None = None,
+    unfinished_runs: Sequence[UnfinishedRun] = (),
 ) -> PageData:
     """What the page says of ``records``, by the paths of their files.
 
@@ -134,35 +133,35 @@ def build_page_data(
     """
     rows = sort_records(list(records.values()))
     columns, drawn = visible_columns(rows), select_drawn_runs(rows)
-    compared = compared or compare_groups(rows)
+    comparison_set = comparison_set or compare_groups(rows)
     place = {id(record): number for number, record in enumerate(rows)}
-    groups = ColorGroups.of(sorted(compared.every, key=lambda one: place[id(one.runs[0])]))
-    by_rouge = compared.figure is not None and compared.figure.key == "rougeL"
-    points = series.trade_off_rows(compared.every, groups, rouge=by_rouge)
-    all_knobs, told = recipe_settings(rows), collect_notes(rows) if told is None else told
+    groups = ColorGroups.from_run_groups(sorted(comparison_set.groups, key=lambda one: place[id(one.runs[0])]))
+    by_rouge = comparison_set.metric is not None and comparison_set.metric.key == "rougeL"
+    points = series.trade_off_rows(comparison_set.groups, groups, uses_rouge=by_rouge)
+    all_knobs, note_lines = recipe_settings(rows), collect_notes(rows) if note_lines is None else note_lines
     found_at = {id(record): path for path, record in records.items()}
     return PageData(
         title=title,
         summary=list(summary),
         columns=columns,
-        lines=[_build_table_row(record, columns) for record in rows],
-        trade_offs=_trade_off_charts(points, groups, compared.every, rouge=by_rouge),
-        memory=_memory_chart(_add_oom_runs(drawn, rows)),
-        losses=charts.loss_curves(series.loss_curve_rows(drawn, groups), groups),
-        speed=charts.throughput_chart(series.throughput_rows(drawn, groups), groups),
+        rows=[_build_table_row(record, columns) for record in rows],
+        trade_off_charts=_trade_off_charts(points, groups, comparison_set.groups, uses_rouge=by_rouge),
+        memory_chart=_memory_chart(_add_oom_runs(drawn, rows)),
+        loss_charts=charts.loss_curves(series.loss_curve_rows(drawn, groups), groups),
+        throughput_chart=charts.throughput_chart(series.throughput_rows(drawn, groups), groups),
         examples=_collect_examples(drawn),
-        equal=[knob for knob in all_knobs if knob.equal],
-        unequal=[knob for knob in all_knobs if not knob.equal],
-        notes=[*told[:MAX_NOTES], *([f"and {len(told) - MAX_NOTES} more, in the data"] if len(told) > MAX_NOTES else [])],
-        surroundings=environment_settings(rows),
-        repeats={run_label(record): reproduce_commands(record, found_at[id(record)]) for record in rows},
-        drawn=_drawn_runs_note(drawn, rows),
-        front=_has_comparable_costs(compared.every),
-        by_rouge=by_rouge,
-        undrawn=_list_undrawn_runs(points, compared.every),
-        unfinished=list(unfinished),
-        pairs=[_build_comparison_row(one) for one in compared.differences],
-        figure=compared.figure.name if compared.figure else "",
+        equal_settings=[knob for knob in all_knobs if knob.is_constant],
+        differing_settings=[knob for knob in all_knobs if not knob.is_constant],
+        notes=[*note_lines[:MAX_NOTES], *([f"and {len(note_lines) - MAX_NOTES} more, in the data"] if len(note_lines) > MAX_NOTES else [])],
+        environment=environment_settings(rows),
+        reproduce_commands={run_label(record): reproduce_commands(record, found_at[id(record)]) for record in rows},
+        drawn_runs_note=_drawn_runs_note(drawn, rows),
+        has_pareto_front=_has_comparable_costs(comparison_set.groups),
+        uses_rouge=by_rouge,
+        undrawn_runs=_list_undrawn_runs(points, comparison_set.groups),
+        unfinished_runs=list(unfinished_runs),
+        comparisons=[_build_comparison_row(one) for one in comparison_set.pair_comparisons],
+        metric_name=comparison_set.metric.name if comparison_set.metric else "",
     )
 
 
@@ -196,10 +195,10 @@ def _drawn_runs_note(drawn: Sequence[RunRecord], records: Sequence[RunRecord]) -
     return f"Of {len(records):,} runs {len(drawn)} are drawn here: the best of each method, then the best of all."
 
 
-def _list_undrawn_runs(points: Sequence[ChartRow], every: Sequence[RunGroup]) -> list[str]:
+def _list_undrawn_runs(points: Sequence[ChartRow], groups: Sequence[RunGroup]) -> list[str]:
     """What has no place in a trade-off, and why."""
     left = []
-    for point, one in zip(points, every, strict=True):
+    for point, one in zip(points, groups, strict=True):
         if point["quality"] is None:
             ends = dict.fromkeys(format_outcome(run) for run in one.runs if run.outcome.kind != "ok")
             left.append(f"{one.label} ({', '.join(ends) or 'no quality is known'})")
@@ -208,35 +207,35 @@ def _list_undrawn_runs(points: Sequence[ChartRow], every: Sequence[RunGroup]) ->
     return [*left[:MAX_DRAWN_RUNS], *([f"and {len(left) - MAX_DRAWN_RUNS} more"] if len(left) > MAX_DRAWN_RUNS else [])]
 
 
-def _build_comparison_row(one: PairComparison) -> ComparisonRow:
-    digits = one.figure.digits + 1
-    low, high = round_outward(one.interval, digits)
-    difference = format_decimal(one.mean, max(digits, decimal_places(low)))
-    return ComparisonRow(one.first.label, one.second.label, difference, f"{low} to {high}", one.verdict)
+def _build_comparison_row(comparison: PairComparison) -> ComparisonRow:
+    digits = comparison.metric.decimals + 1
+    low, high = round_outward(comparison.interval, digits)
+    difference = format_decimal(comparison.mean_difference, max(digits, decimal_places(low)))
+    return ComparisonRow(comparison.first.label, comparison.second.label, difference, f"{low} to {high}", comparison.verdict)
 
 
 def _build_table_row(record: RunRecord, columns: Sequence[Column]) -> TableRow:
-    name, *figures = (TableCell(column.text(record), _sort_value(column, record)) for column in columns)
+    name, *figures = (TableCell(column.format_text(record), _sort_value(column, record)) for column in columns)
     # An interval goes below its mean, which keeps the table narrow.
-    return TableRow(record.outcome.kind, [name, *(TableCell(one.text.replace(" (", "\n("), one.value) for one in figures)])
+    return TableRow(record.outcome.kind, [name, *(TableCell(one.text.replace(" (", "\n("), one.sort_value) for one in figures)])
 
 
 def _sort_value(column: Column, record: RunRecord) -> CellValue:
-    return finite_or_none(next(iter(column.raw(record).values())))
+    return finite_or_none(next(iter(column.raw_values(record).values())))
 
 
-def _trade_off_charts(points: Sequence[ChartRow], groups: ColorGroups, every: Sequence[RunGroup], *, rouge: bool) -> list[Chart]:
-    alike = _has_comparable_costs(every)
-    title = "ROUGE-L" if rouge else "held-out loss, nats"
+def _trade_off_charts(points: Sequence[ChartRow], color_groups: ColorGroups, run_groups: Sequence[RunGroup], *, uses_rouge: bool) -> list[Chart]:
+    alike = _has_comparable_costs(run_groups)
+    title = "ROUGE-L" if uses_rouge else "held-out loss, nats"
     drawn = [
-        charts.trade_off(points, groups, cost, title, more_is_better=rouge, alike=alike) for cost in charts.COST_AXES
+        charts.trade_off(points, color_groups, cost, title, higher_is_better=uses_rouge, comparable=alike) for cost in charts.COST_AXES
     ]  # fmt: skip
     return [drawing for drawing in drawn if drawing is not None]
 
 
-def _has_comparable_costs(every: Sequence[RunGroup]) -> bool:
+def _has_comparable_costs(groups: Sequence[RunGroup]) -> bool:
     """Whether the costs of all that was trained compare."""
-    trained = [one for one in every if one.trains]
+    trained = [one for one in groups if one.is_trained]
     return all(why_not_comparable(one, trained[0]) is None for one in trained)
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from peftbench.common.units import parse_size
 from peftbench.errors import BudgetError
 from peftbench.record import RunRecord, train_peak_bytes
-from peftbench.report.tables.columns import run_label
 from peftbench.report.page.series import ChartRow
-from peftbench.common.units import parse_size
+from peftbench.report.tables.columns import run_label
 
 CATEGORY_LABELS = {
     "weights": "weights", "gathered_weights": "gathered weights", "weight_copies": "autocast copies",
@@ -43,7 +43,7 @@ def peak_by_category(record: RunRecord) -> Iterator[tuple[str, int]]:
     """
     outcome, peak = record.outcome, train_peak_bytes(record)
     if outcome.kind == "oom":
-        refused = {"held": outcome.held_bytes, "asked": outcome.requested_bytes, "context": record.context_bytes}
+        refused = {"held": outcome.in_use_bytes, "asked": outcome.requested_bytes, "context": record.cuda_context_bytes}
         yield from ((part, size) for part, size in refused.items() if size)
         return
     if peak is None:
@@ -56,8 +56,8 @@ def peak_by_category(record: RunRecord) -> Iterator[tuple[str, int]]:
     if memory is not None and memory.allocated_bytes is not None and memory.reserved_bytes is not None:
         if (cache := memory.reserved_bytes - memory.allocated_bytes) > 0:
             yield "cache", cache
-        if record.context_bytes:
-            yield "context", record.context_bytes
+        if record.cuda_context_bytes:
+            yield "context", record.cuda_context_bytes
 
 
 def _attributed_bytes(record: RunRecord, peak: int) -> dict[str, int]:
@@ -67,7 +67,7 @@ def _attributed_bytes(record: RunRecord, peak: int) -> dict[str, int]:
         {"weights": states.weights, "gradients": states.gradients, "optimizer_state": states.optimizer}
         if states is not None else {}
     )  # fmt: skip
-    told = (record.breakdown.bytes_by_kind if record.breakdown is not None else {}, by_size)
+    told = (record.memory_breakdown.bytes_by_category if record.memory_breakdown is not None else {}, by_size)
     return next((known for known in told if known and sum(known.values()) <= peak), {})
 
 
@@ -77,7 +77,7 @@ def find_memory_limit(record: RunRecord) -> tuple[str, int] | None:
     On a CPU a budget counts what a process may hold, and the bar is what is resident, pages of files too: only what was
     refused is in the budget's own measure.
     """
-    if record.device.kind == "cpu" and record.outcome.kind != "oom":
+    if record.device.type == "cpu" and record.outcome.kind != "oom":
         return None
     asked = (record.recipe.get("budget") or {}).get("memory")
     try:
@@ -86,7 +86,7 @@ def find_memory_limit(record: RunRecord) -> tuple[str, int] | None:
     except BudgetError:  # a record that was made by hand
         return None
     size = record.device.memory_bytes
-    return None if size is None or record.device.kind == "cpu" else ("device memory", size)
+    return None if size is None or record.device.type == "cpu" else ("device memory", size)
 
 
 def memory_limit_rows(records: Sequence[RunRecord]) -> tuple[list[ChartRow], str]:
@@ -106,23 +106,23 @@ def memory_limit_rows(records: Sequence[RunRecord]) -> tuple[list[ChartRow], str
     return rows, f"Not drawn, for it lies far beyond the right edge: {told}." if told else ""
 
 
-def memory_caption(records: Sequence[RunRecord], rows: Sequence[ChartRow], far: str) -> str:
+def memory_caption(records: Sequence[RunRecord], limit_rows: Sequence[ChartRow], far_limits_note: str) -> str:
     """What the bars are, of these records."""
     said = ["Peak of the training phase."]
-    if any(record.breakdown for record in records):
+    if any(record.memory_breakdown for record in records):
         said.append(
             "Where a breakdown was asked for, parts are of one step of the warm-up in the first process, and what "
             "the training took beyond them is the rest."
         )
-    if any(record.state_bytes and not record.breakdown for record in records):
-        before = "Without one, weights" if any(record.breakdown for record in records) else "Weights"
+    if any(record.state_bytes and not record.memory_breakdown for record in records):
+        before = "Without one, weights" if any(record.memory_breakdown for record in records) else "Weights"
         said.append(f"{before}, gradients and optimizer states are by their tensors' sizes, and the rest is not known.")
-    if any(record.device.kind == "cpu" for record in records):
+    if any(record.device.type == "cpu" for record in records):
         said.append(
             "On a CPU a bar is resident memory beyond what was there before anything was loaded, libraries' too. A "
             "budget does not count like that: its line stands only beside what was refused, in its own measure."
         )
-    if rows:
-        whats = " or the ".join(dict.fromkeys(str(row["what"]) for row in rows))
+    if limit_rows:
+        whats = " or the ".join(dict.fromkeys(str(row["what"]) for row in limit_rows))
         said.append(f"The upright line is the {whats}.")
-    return " ".join([*said, *([far] if far else [])])
+    return " ".join([*said, *([far_limits_note] if far_limits_note else [])])

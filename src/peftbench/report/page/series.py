@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from peftbench.evaluation.intervals import paired_intervals, t_interval
 from peftbench.record import Interval, RunRecord
-from peftbench.report.tables.columns import finite_or_none, run_label
 from peftbench.report.analysis.run_groups import RunGroup
+from peftbench.report.tables.columns import finite_or_none, run_label
 
 ChartRow = dict[str, str | int | float | None]
 
@@ -39,21 +39,21 @@ class ColorGroups:
     """By the identity of a record."""
 
     @classmethod
-    def of(cls, every: Sequence[RunGroup]) -> ColorGroups:
+    def from_run_groups(cls, run_groups: Sequence[RunGroup]) -> ColorGroups:
         """Configurations, or their methods where there are more than ``COLOURS`` of them."""
-        few = len(every) <= NUM_COLORS
-        by_run = {id(run): one.label if few else one.kind for one in every for run in one.runs}
+        few = len(run_groups) <= NUM_COLORS
+        by_run = {id(run): one.label if few else one.method_kind for one in run_groups for run in one.runs}
         return cls("run" if few else "method", tuple(dict.fromkeys(by_run.values())), by_run)
 
     def __getitem__(self, record: RunRecord) -> str:
         return self.by_run[id(record)]
 
 
-def loss_curve_rows(records: Sequence[RunRecord], groups: ColorGroups) -> list[ChartRow]:
+def loss_curve_rows(records: Sequence[RunRecord], color_groups: ColorGroups) -> list[ChartRow]:
     """The training loss of each run, over steps, real tokens and seconds, at ``POINTS`` points or fewer."""
     rows: list[ChartRow] = []
     for record in records:
-        losses = numpy.asarray(record.losses, dtype=float)
+        losses = numpy.asarray(record.step_losses, dtype=float)
         if not len(losses):
             continue
         over = {"step": numpy.arange(1, len(losses) + 1, dtype=float)}
@@ -63,7 +63,7 @@ def loss_curve_rows(records: Sequence[RunRecord], groups: ColorGroups) -> list[C
         thin = [_downsample(losses), *map(_downsample, over.values())]
         for loss, *places in zip(*thin, strict=True):
             rows.append({
-                "run": run_label(record), "group": groups[record], "loss": finite_or_none(float(loss)),
+                "run": run_label(record), "group": color_groups[record], "loss": finite_or_none(float(loss)),
                 **{name: float(place) for name, place in zip(over, places, strict=True)},
             })  # fmt: skip
     return rows
@@ -75,7 +75,7 @@ def _downsample(values: NDArray[numpy.float64]) -> NDArray[numpy.float64]:
     return numpy.array([part.mean() for part in parts])
 
 
-def throughput_rows(records: Sequence[RunRecord], groups: ColorGroups) -> list[ChartRow]:
+def throughput_rows(records: Sequence[RunRecord], color_groups: ColorGroups) -> list[ChartRow]:
     """Real tokens a second of each run: mean over its timed seconds, tenth and ninetieth percentile of its timed steps.
 
     Of a record without the tokens of each step, those are its mean tokens a step by the steps' percentiles.
@@ -92,7 +92,7 @@ def throughput_rows(records: Sequence[RunRecord], groups: ColorGroups) -> list[C
         )
         slow, fast = _token_rate_percentiles(record) or by_percentiles
         rows.append({
-            "run": run_label(record), "group": groups[record], "slow": slow, "fast": fast,
+            "run": run_label(record), "group": color_groups[record], "slow": slow, "fast": fast,
             "speed": measured.tokens_per_second.real,
         })  # fmt: skip
     return rows
@@ -105,16 +105,16 @@ def _token_rate_percentiles(record: RunRecord) -> tuple[float, float] | None:
         return None
     timed = numpy.ones(len(seconds), dtype=bool)
     for began in (0, *record.resumed_after):
-        timed[began : began + record.warmup_steps] = False
+        timed[began : began + record.untimed_steps] = False
     if not timed.any():
         return None
     slow, fast = numpy.quantile(tokens[timed] / seconds[timed], [0.1, 0.9])
     return float(slow), float(fast)
 
 
-def pareto_front(points: Sequence[ChartRow], cost: str, quality: str, *, more_is_better: bool) -> list[ChartRow]:
+def pareto_front(points: Sequence[ChartRow], cost: str, quality: str, *, higher_is_better: bool) -> list[ChartRow]:
     """Those of ``points`` that none is better than at the same cost or less (Pareto), from the cheapest on."""
-    sign = -1.0 if more_is_better else 1.0
+    sign = -1.0 if higher_is_better else 1.0
     known = [point for point in points if point.get(cost) is not None and point.get(quality) is not None]
     known.sort(key=lambda point: (float(point[cost] or 0), sign * float(point[quality] or 0)))
     best = itertools.accumulate((sign * float(point[quality] or 0) for point in known), min, initial=float("inf"))
@@ -126,39 +126,39 @@ def rouge_l_interval(record: RunRecord) -> Interval | None:
     return (record.quality.rouge or {}).get("rougeL") if record.quality else None
 
 
-def trade_off_rows(every: Sequence[RunGroup], groups: ColorGroups, *, rouge: bool) -> list[ChartRow]:
+def trade_off_rows(run_groups: Sequence[RunGroup], color_groups: ColorGroups, *, uses_rouge: bool) -> list[ChartRow]:
     """What each configuration brought and took: means over its seeds, and the 95 % interval of its quality.
 
     Quality is ROUGE-L or else the held-out loss. With several seeds the interval is over them, else over examples; None
     where the record has no scores of those.
     """
-    by_examples = {} if rouge else _loss_intervals(every)
+    by_examples = {} if uses_rouge else _loss_intervals(run_groups)
     made: list[ChartRow] = []
-    for one in every:
-        values = one.rouge_l if rouge else one.losses
+    for one in run_groups:
+        values = one.rouge_l_scores if uses_rouge else one.held_out_losses
         interval = by_examples.get(one)
         if len(values) > 1:
             interval = t_interval(list(values))
-        elif rouge and values:
-            interval = next(filter(None, map(rouge_l_interval, one.ok)))
-        peak, flops = one.peak_bytes, one.required_flops
+        elif uses_rouge and values:
+            interval = next(filter(None, map(rouge_l_interval, one.ok_runs)))
+        peak, flops = one.mean_peak_bytes, one.mean_model_flops
         made.append({
-            "run": one.label, "group": groups[one.runs[0]], "baseline": int(bool(one.ok) and not one.trains),
+            "run": one.label, "group": color_groups[one.runs[0]], "baseline": int(bool(one.ok_runs) and not one.is_trained),
             "quality": finite_or_none(statistics.fmean(values)) if values else None,
             "low": interval.low if interval else None, "high": interval.high if interval else None,
-            "seeds": len(values), "MiB": None if peak is None else peak / 2**20, "seconds": one.train_seconds,
+            "seeds": len(values), "MiB": None if peak is None else peak / 2**20, "seconds": one.mean_train_seconds,
             "TFLOP": None if flops is None else flops / 1e12,
         })  # fmt: skip
     return made
 
 
-def _loss_intervals(every: Sequence[RunGroup]) -> dict[RunGroup, Interval]:
+def _loss_intervals(run_groups: Sequence[RunGroup]) -> dict[RunGroup, Interval]:
     """Of the held-out loss of each configuration of one seed, over its examples; those of the same tokens together."""
     alike: dict[tuple[int, ...], list[tuple[RunGroup, tuple[float, ...]]]] = {}
-    for one in every:
-        each = one.ok[0].quality.by_example if len(one.losses) == 1 and one.ok[0].quality else None
-        if each is not None and len(each.loss) == len(each.labelled) > 1 and all(map(math.isfinite, each.loss)):
-            alike.setdefault(each.labelled, []).append((one, each.loss))
+    for one in run_groups:
+        each = one.ok_runs[0].quality.per_example if len(one.held_out_losses) == 1 and one.ok_runs[0].quality else None
+        if each is not None and len(each.loss) == len(each.labelled_tokens) > 1 and all(map(math.isfinite, each.loss)):
+            alike.setdefault(each.labelled_tokens, []).append((one, each.loss))
     found: dict[RunGroup, Interval] = {}
     for labelled, losses in alike.items():
         intervals = paired_intervals([loss for _, loss in losses], labelled)

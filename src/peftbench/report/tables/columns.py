@@ -12,7 +12,7 @@ from peftbench.report.text.formatting import method_kind
 
 UNKNOWN_TEXT = "unknown"
 CellValue = str | int | float | None
-_CellValueT = TypeVar("_Value", bound=CellValue)
+_CellValueT = TypeVar("_CellValueT", bound=CellValue)
 
 
 def finite_or_none(value: _CellValueT) -> _CellValueT | None:
@@ -25,9 +25,9 @@ class Column:
     """One column. ``raw`` gives a record's values by CSV name (units in names); ``text`` shows the first."""
 
     title: str
-    meaning: str
-    raw: Callable[[RunRecord], dict[str, CellValue]]
-    text: Callable[[RunRecord], str]
+    description: str
+    raw_values: Callable[[RunRecord], dict[str, CellValue]]
+    format_text: Callable[[RunRecord], str]
     optional: bool = False
     """Shown only where some record has a value to show, "unknown" included."""
 
@@ -72,14 +72,14 @@ def _held_out_loss(record: RunRecord) -> float | None:
     return record.quality.loss if record.quality else None
 
 
-def _rouge_column(kind: str, title: str, *, forced: bool = False) -> Column:
-    name = f"teacher_forced_argmax_{kind}" if forced else kind
+def _rouge_column(rouge_type: str, title: str, *, teacher_forced: bool = False) -> Column:
+    name = f"teacher_forced_argmax_{rouge_type}" if teacher_forced else rouge_type
 
     def found(record: RunRecord) -> Interval | None:
         if record.quality is None:
             return None
-        scores = record.quality.teacher_forced_argmax_rouge if forced else record.quality.rouge
-        return (scores or {}).get(kind)
+        scores = record.quality.teacher_forced_argmax_rouge if teacher_forced else record.quality.rouge
+        return (scores or {}).get(rouge_type)
 
     def raw(record: RunRecord) -> dict[str, CellValue]:
         score = found(record)
@@ -91,11 +91,11 @@ def _rouge_column(kind: str, title: str, *, forced: bool = False) -> Column:
         return f"{score.mean:.1f} ({score.low:.1f}–{score.high:.1f})" if score else "–"
 
     meaning = (
-        "with the reference shown token by token; the published study's figure" if forced else "of generated summaries"
+        "with the reference shown token by token; the published study's figure" if teacher_forced else "of generated summaries"
     )
     return Column(
         title,
-        f"{kind} F-measure {meaning}, percent, 95 % bootstrap interval over examples",
+        f"{rouge_type} F-measure {meaning}, percent, 95 % bootstrap interval over examples",
         raw,
         text,
         optional=True,
@@ -108,7 +108,7 @@ def _allocator_values(record: RunRecord) -> dict[str, CellValue]:
     return {
         "train_reserved_bytes": memory.reserved_bytes if memory else None,
         "train_fragmentation": memory.fragmentation if memory else None,
-        "train_allocation_retries": memory.allocation_retries if memory else None,
+        "train_allocation_retries": memory.num_alloc_retries if memory else None,
     }
 
 
@@ -158,7 +158,7 @@ COLUMNS: tuple[Column, ...] = (
     _rouge_column("rouge2", "ROUGE-2"),
     _rouge_column("rougeL", "ROUGE-L"),
     _rouge_column("rougeLsum", "ROUGE-Lsum"),
-    _rouge_column("rougeL", "ROUGE-L, teacher-forced argmax", forced=True),
+    _rouge_column("rougeL", "ROUGE-L, teacher-forced argmax", teacher_forced=True),
     Column("training s", "seconds of training, no loading, encoding or evaluation, and without the warm-up steps",
            lambda r: {"training_seconds": r.train_seconds}, _format_train_seconds),
     Column(
@@ -178,17 +178,17 @@ COLUMNS: tuple[Column, ...] = (
         "needs MiB", "of a run that was out of memory: what its process is predicted to hold at its peak, at least, "
         "by peftbench estimate",
         lambda r: {
-            "needed_bytes": r.outcome.needed_bytes, "held_bytes": r.outcome.held_bytes,
+            "needed_bytes": r.outcome.estimated_peak_bytes, "held_bytes": r.outcome.in_use_bytes,
             "requested_bytes": r.outcome.requested_bytes,
         },
-        lambda r: "–" if (needed := r.outcome.needed_bytes) is None else f"{needed / 2**20:,.0f}",
+        lambda r: "–" if (needed := r.outcome.estimated_peak_bytes) is None else f"{needed / 2**20:,.0f}",
         optional=True,
     ),
     Column(
         "required TFLOP", "floating-point operations that all steps needed, in 10^12: real tokens, causal attention, "
         "the output head at labels, a backward pass only where the method needs one",
         lambda r: {f"{kind}_flops": getattr(r.flops, kind) for kind in ("required", "executed", "six_n")},
-        lambda r: "–" if r.flops.required is None else f"{r.flops.required / 1e12:.3g}",
+        lambda r: "–" if r.flops.model_flops is None else f"{r.flops.model_flops / 1e12:.3g}",
         optional=True,
     ),
     Column(
@@ -199,8 +199,8 @@ COLUMNS: tuple[Column, ...] = (
     ),
     Column(
         "of achievable", "required FLOPs a second, of what a large matrix product then achieved on the device",
-        lambda r: {"of_achievable": r.compute.of_achievable},
-        lambda r: "–" if r.compute.of_achievable is None else f"{r.compute.of_achievable:.1%}",
+        lambda r: {"of_achievable": r.compute.matmul_utilization},
+        lambda r: "–" if r.compute.matmul_utilization is None else f"{r.compute.matmul_utilization:.1%}",
         optional=True,
     ),
     Column(
@@ -212,8 +212,8 @@ COLUMNS: tuple[Column, ...] = (
     ),
     Column(
         "price", "of the seconds of training on all devices, at profile.price_per_hour",
-        lambda r: {"training_price": r.training_price},
-        lambda r: "–" if r.training_price is None else f"{r.training_price:,.2g}",
+        lambda r: {"training_price": r.training_cost},
+        lambda r: "–" if r.training_cost is None else f"{r.training_cost:,.2g}",
         optional=True,
     ),
     Column("outcome", "how the run ended", lambda r: {"outcome": r.outcome.kind}, format_outcome),

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 from peftbench.record import RunRecord
 from peftbench.report.tables.columns import COLUMNS, finite_or_none
+from peftbench.report.tables.table import collect_notes, render_table, sort_records
 from peftbench.report.text.escape import escaped_line
-from peftbench.report.tables.table import render_table, collect_notes, sort_records
 
 
-def json_table(records: Sequence[RunRecord], summary: Sequence[str], told: Sequence[str] | None = None) -> str:
+def json_table(records: Sequence[RunRecord], summary: Sequence[str], note_lines: Sequence[str] | None = None) -> str:
     """Every figure of every run at full precision, with what the columns mean, the summary and the notes.
 
     ``told`` are the notes, where they are made already.
@@ -21,12 +21,12 @@ def json_table(records: Sequence[RunRecord], summary: Sequence[str], told: Seque
     return json.dumps(
         {
             "summary": list(summary),
-            "notes": list(collect_notes(rows) if told is None else told),
-            "columns": {column.title: column.meaning for column in COLUMNS},
+            "notes": list(collect_notes(rows) if note_lines is None else note_lines),
+            "columns": {column.title: column.description for column in COLUMNS},
             "runs": [
-                {key: finite_or_none(value) for column in COLUMNS for key, value in column.raw(record).items()}
+                {key: finite_or_none(value) for column in COLUMNS for key, value in column.raw_values(record).items()}
                 | {
-                    "started_at": record.started_at, "device": record.device.name, "commit": record.git,
+                    "started_at": record.started_at, "device": record.device.name, "commit": record.git_commit,
                     "recipe_fingerprint": record.recipe_fingerprint, "recipe": record.recipe,
                 }
                 for record in rows

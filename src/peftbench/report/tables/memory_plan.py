@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
-from peftbench.memory.plan import UnplannedRun, Plan, get_comparable_costs
+from peftbench.memory.plan import Plan, UnplannedRun, get_comparable_costs
 
 if TYPE_CHECKING:
     from peftbench.memory.plan import Fit, Verification
@@ -22,15 +22,15 @@ _CATEGORY_LABELS = {
 
 def format_plan(plan: Plan) -> str:
     """A table of parts by kinds, and a sentence for each thing to know."""
-    shown = [kind for kind in _CATEGORY_LABELS if any(kind in part.live_by_kind for part in plan.parts.values())]
+    shown = [kind for kind in _CATEGORY_LABELS if any(kind in part.live_bytes_by_category for part in plan.phase_peaks.values())]
     rows = [
         {
             "MiB at the peak of": name,
-            **{_CATEGORY_LABELS[kind]: _format_mib(part.live_by_kind.get(kind, 0)) for kind in shown},
+            **{_CATEGORY_LABELS[kind]: _format_mib(part.live_bytes_by_category.get(kind, 0)) for kind in shown},
             "live": _format_mib(part.live_bytes),
             "allocated": _format_mib(part.allocated_bytes),
         }
-        for name, part in plan.parts.items()
+        for name, part in plan.phase_peaks.items()
     ]
     low, high = plan.process_bytes
     lines = [
@@ -42,12 +42,12 @@ def format_plan(plan: Plan) -> str:
             colalign=("left", *["right"] * (len(shown) + 2)),
         ),
         "",
-        f"{plan.name}: {plan.micro_batches} micro-batches of {plan.rows} x {plan.width} tokens on {plan.device}"
+        f"{plan.name}: {plan.gradient_accumulation_steps} micro-batches of {plan.micro_batch_size} x {plan.sequence_length} tokens on {plan.device_name}"
         + _engine_clause(plan),
-        f"peak: {_format_mib(plan.peak.allocated_bytes)} MiB allocated in {plan.peak_part}, at {plan.peak.operation}; "
+        f"peak: {_format_mib(plan.peak.allocated_bytes)} MiB allocated in {plan.peak_phase}, at {plan.peak.operation}; "
         f"{_format_mib(plan.reserved_bytes)} MiB reserved",
-        f"process: {_format_mib(low)} to {_format_mib(high)} MiB, with the context ({_format_range(plan.context_bytes)}) and the libraries' "
-        f"workspaces ({_format_range(plan.workspaces_bytes)})",
+        f"process: {_format_mib(low)} to {_format_mib(high)} MiB, with the context ({_format_range(plan.cuda_context_bytes)}) and the libraries' "
+        f"workspaces ({_format_range(plan.workspace_bytes)})",
     ]
     if plan.verdict is not None and plan.budget_bytes is not None and plan.margin_bytes is not None:
         lines.append(f"in {_format_mib(plan.budget_bytes)} MiB: {plan.verdict} ({_format_margin(*plan.margin_bytes)})")
@@ -57,12 +57,12 @@ def format_plan(plan: Plan) -> str:
 def format_plans(plans: Sequence[Plan | UnplannedRun]) -> str:
     """A table of a suite's runs by who holds their peaks, and a sentence for each that is not predicted."""
     made = [plan for plan in plans if isinstance(plan, Plan)]
-    shown = [kind for kind in _CATEGORY_LABELS if any(kind in plan.peak.live_by_kind for plan in made)]
+    shown = [kind for kind in _CATEGORY_LABELS if any(kind in plan.peak.live_bytes_by_category for plan in made)]
     rows = [
         {
             "MiB at its peak": plan.name,
-            "in": plan.peak_part,
-            **{_CATEGORY_LABELS[kind]: _format_mib(plan.peak.live_by_kind.get(kind, 0)) for kind in shown},
+            "in": plan.peak_phase,
+            **{_CATEGORY_LABELS[kind]: _format_mib(plan.peak.live_bytes_by_category.get(kind, 0)) for kind in shown},
             "live": _format_mib(plan.peak.live_bytes),
             "reserved": _format_mib(plan.reserved_bytes),
             "process": f"{_format_mib(plan.process_bytes[0])} to {_format_mib(plan.process_bytes[1])}",
@@ -86,21 +86,21 @@ def format_fit(fit: Fit) -> str:
     rows = [
         {
             "strategy": strategy.name,
-            "micro-batch": strategy.plan.rows,
+            "micro-batch": strategy.plan.micro_batch_size,
             "allocated, MiB": _format_mib(strategy.plan.peak.allocated_bytes),
             "process at most, MiB": _format_mib(strategy.plan.process_bytes[1]),
             "time": _format_ratio(seconds, taken[0]),
-            "trades": "; ".join(strategy.trades) or "nothing",
+            "trades": "; ".join(strategy.tradeoffs) or "nothing",
         }
         for strategy, seconds in zip(fit.strategies, taken, strict=True)
     ]
     best = fit.strategies[0]
-    by = "the data sheet's FLOP/s" if best.seconds else "FLOPs alone, whatever their precision"
+    by = "the data sheet's FLOP/s" if best.step_seconds else "FLOPs alone, whatever their precision"
     return "\n".join((
         tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True), "",
         f"time: predicted of one step by {by}, of the fastest's",
-        f"the first: {' '.join(best.changes)}",
-        *([_format_verification(fit.proof)] if fit.proof else []),
+        f"the first: {' '.join(best.overrides)}",
+        *([_format_verification(fit.verification)] if fit.verification else []),
         *(f"note: {note}" for note in best.plan.notes),
     ))  # fmt: skip
 
@@ -112,7 +112,7 @@ def _format_models(fit: Fit) -> str:
             "model": model.name,
             "parameters": f"{model.parameters:,}",
             f"in {_format_mib(fit.budget_bytes)} MiB": "fits" if model.strategy else "does not fit",
-            "with": " ".join(model.strategy.changes) if model.strategy else "",
+            "with": " ".join(model.strategy.overrides) if model.strategy else "",
             "process at most, MiB": _format_mib(model.strategy.plan.process_bytes[1]) if model.strategy else "",
         }
         for model in fit.models
@@ -121,10 +121,10 @@ def _format_models(fit: Fit) -> str:
     return "\n".join((tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True), "", *notes))
 
 
-def _format_verification(proof: Verification) -> str:
-    ran = "; ".join(f"{size} {'ran' if kind == 'ok' else 'was out of memory'}" for size, kind in proof.outcomes.items())
-    found = f"{proof.largest} is the largest that runs" if proof.largest else "not even one example runs"
-    return f"verified under the budget: micro-batch {ran}; predicted {proof.predicted}, and {found}"
+def _format_verification(verification: Verification) -> str:
+    ran = "; ".join(f"{size} {'ran' if kind == 'ok' else 'was out of memory'}" for size, kind in verification.outcome_by_micro_batch_size.items())
+    found = f"{verification.largest_micro_batch_size} is the largest that runs" if verification.largest_micro_batch_size else "not even one example runs"
+    return f"verified under the budget: micro-batch {ran}; predicted {verification.predicted_micro_batch_size}, and {found}"
 
 
 def _format_range(sizes: tuple[int, int]) -> str:
@@ -132,11 +132,11 @@ def _format_range(sizes: tuple[int, int]) -> str:
 
 
 def _engine_clause(plan: Plan) -> str:
-    return f", {plan.engine}, per process, of {plan.processes}" if plan.engine != "single" else ""
+    return f", {plan.engine}, per process, of {plan.num_processes}" if plan.engine != "single" else ""
 
 
-def _format_ratio(value: float | None, first: float | None) -> str:
-    return f"{value / first:.2f}x" if value and first else "unknown"
+def _format_ratio(value: float | None, reference: float | None) -> str:
+    return f"{value / reference:.2f}x" if value and reference else "unknown"
 
 
 def _format_margin(low: int, high: int) -> str:
@@ -147,5 +147,5 @@ def _format_margin(low: int, high: int) -> str:
     return f"from {_format_mib(-low)} MiB too much to {_format_mib(high)} MiB to spare"
 
 
-def _format_mib(size: int) -> str:
-    return f"{size / _MIB:,.0f}"
+def _format_mib(num_bytes: int) -> str:
+    return f"{num_bytes / _MIB:,.0f}"

@@ -11,9 +11,8 @@ from typing import Any, TypeGuard
 from peftbench.errors import UnknownKeyError
 from peftbench.evaluation.intervals import t_interval
 from peftbench.record import RunRecord
-from peftbench.report.analysis.run_groups import same_recipe_groups, group_runs
-from peftbench.report.digits import round_outward
-from peftbench.report.text.formatting import method_kind
+from peftbench.report.analysis.run_groups import group_runs, same_recipe_groups
+from peftbench.report.text.formatting import method_kind, round_outward
 
 
 def seed_rows(records: Sequence[RunRecord]) -> list[dict[str, str]]:
@@ -23,24 +22,24 @@ def seed_rows(records: Sequence[RunRecord]) -> list[dict[str, str]]:
     """
     return [
         {
-            "method": one.label, "seeds": str(len(one.losses) or len(one.rouge_l)),
-            "held-out loss": _format_mean_std(one.losses, 3), "ROUGE-L": _format_mean_std(one.rouge_l, 1),
+            "method": one.label, "seeds": str(len(one.held_out_losses) or len(one.rouge_l_scores)),
+            "held-out loss": _format_mean_std(one.held_out_losses, 3), "ROUGE-L": _format_mean_std(one.rouge_l_scores, 1),
         }
-        for one in group_runs(records) if max(len(one.losses), len(one.rouge_l)) > 1
+        for one in group_runs(records) if max(len(one.held_out_losses), len(one.rouge_l_scores)) > 1
     ]  # fmt: skip
 
 
-def rows_by_setting(records: Sequence[RunRecord], knob: str) -> list[dict[str, str]]:
+def rows_by_setting(records: Sequence[RunRecord], key: str) -> list[dict[str, str]]:
     """Held-out loss of runs that differ in ``knob`` (dotted) alone: a row a method, a column a value, the lowest bold.
 
     Raises:
         UnknownKeyError: a recipe has no such knob.
     """
-    values = sorted({_setting_value(r.recipe, knob) for r in records}, key=lambda value: (isinstance(value, str), value))
+    values = sorted({_setting_value(r.recipe, key) for r in records}, key=lambda value: (isinstance(value, str), value))
     rows = []
-    for same in same_recipe_groups(records, (knob,)):
-        losses = {_setting_value(r.recipe, knob): r.quality.loss for r in same if r.quality and _is_finite(r.quality.loss)}
-        ends = {_setting_value(r.recipe, knob): r.outcome.kind for r in same}
+    for same in same_recipe_groups(records, (key,)):
+        losses = {_setting_value(r.recipe, key): r.quality.loss for r in same if r.quality and _is_finite(r.quality.loss)}
+        ends = {_setting_value(r.recipe, key): r.outcome.kind for r in same}
         best = min(losses, key=lambda value: losses[value]) if losses else None
         cells = {value: f"{losses[value]:.3f}" if value in losses else ends.get(value, "–") for value in values}
         rows.append(
@@ -54,18 +53,18 @@ def _is_finite(loss: float | None) -> TypeGuard[float]:
     return loss is not None and math.isfinite(loss)
 
 
-def _setting_value(recipe: dict[str, Any], knob: str) -> float | str:
+def _setting_value(recipe: dict[str, Any], key: str) -> float | str:
     """A number as it is, anything else as JSON."""
     place: object = recipe
-    for part in knob.split("."):
+    for part in key.split("."):
         if not isinstance(place, dict) or part not in place:
-            raise UnknownKeyError(f"these runs have no knob {knob!r}", "give one that all have, as train.global_batch_size")
+            raise UnknownKeyError(f"these runs have no knob {key!r}", "give one that all have, as train.global_batch_size")
         place = place[part]
     return place if isinstance(place, (int, float)) and not isinstance(place, bool) else json.dumps(place)
 
 
-def _format_mean_std(values: Sequence[float], digits: int) -> str:
+def _format_mean_std(values: Sequence[float], decimals: int) -> str:
     if len(values) < 2:
         return "–"
-    low, high = round_outward(t_interval(values), digits)
-    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f} ({low}–{high})"
+    low, high = round_outward(t_interval(values), decimals)
+    return f"{statistics.mean(values):.{decimals}f} ± {statistics.stdev(values):.{decimals}f} ({low}–{high})"

@@ -14,15 +14,15 @@ from rich.table import Table
 from rich.text import Text
 from tabulate import tabulate
 
-from peftbench.errors import RecordError
 from peftbench.common.filesystem import write_atomically
-from peftbench.record.sanity_checks import check_step_times
+from peftbench.errors import RecordError
 from peftbench.record import RunRecord, Sample
-from peftbench.report.tables.columns import COLUMNS, DROP_ORDER, Column, run_label
-from peftbench.report.analysis.outcomes import oom_sentence
-from peftbench.report.text.escape import escape_markdown, escape_spreadsheet_formula, terminal_safe
-from peftbench.report.tables.pivot import rows_by_setting, seed_rows
+from peftbench.record.sanity_checks import check_step_times
 from peftbench.report.analysis.comparability import protocol_differs
+from peftbench.report.analysis.outcomes import oom_sentence
+from peftbench.report.tables.columns import COLUMNS, DROP_ORDER, Column, run_label
+from peftbench.report.tables.pivot import rows_by_setting, seed_rows
+from peftbench.report.text.escape import escape_markdown, escape_spreadsheet_formula, terminal_safe
 
 _UNBOUNDED_WIDTH = 10_000  # characters: more than any table takes
 _COLUMN_GAP = 2  # characters: what the terminal's table has behind each column
@@ -37,12 +37,12 @@ def visible_columns(records: Sequence[RunRecord]) -> list[Column]:
     """The columns that these records fill."""
     return [
         column for column in COLUMNS
-        if not column.optional or any(column.text(record) != "–" for record in records)
+        if not column.optional or any(column.format_text(record) != "–" for record in records)
     ]  # fmt: skip
 
 
 def print_table(
-    records: Sequence[RunRecord], title: str, console: Console | None = None, told: Sequence[str] | None = None
+    records: Sequence[RunRecord], title: str, console: Console | None = None, note_lines: Sequence[str] | None = None
 ) -> None:
     """Print the comparison, and what differs between seeds where several were run.
 
@@ -51,7 +51,7 @@ def print_table(
     """
     console = console or Console()
     rows = sort_records(records)
-    cells = {column.title: [terminal_safe(column.text(record)) for record in rows] for column in visible_columns(records)}
+    cells = {column.title: [terminal_safe(column.format_text(record)) for record in rows] for column in visible_columns(records)}
     for column in list(cells)[1:]:  # an interval goes below its mean, which keeps the table within a terminal
         cells[column] = [cell.replace(" (", "\n(") for cell in cells[column]]
     left_out = _drop_columns(cells, console.width) if console.is_terminal else []
@@ -59,7 +59,7 @@ def print_table(
         console = Console(file=console.file, width=_table_width(cells))
     console.print(_rich_table(cells, title))
     said = [f"(no room here for {', '.join(left_out)}: see the report)"] if left_out else []
-    said += [f"note: {terminal_safe(note)}" for note in (collect_notes(rows) if told is None else told)]
+    said += [f"note: {terminal_safe(note)}" for note in (collect_notes(rows) if note_lines is None else note_lines)]
     if seeds := seed_rows(rows):
         said.append(terminal_table(seeds))
     for lines in said:
@@ -117,19 +117,19 @@ def collect_notes(records: Sequence[RunRecord]) -> list[str]:
         found.append(
             "these runs differ in more than their method: batches, steps, examples or lengths are not the same"
         )
-    judged = {(r.quality.split, r.quality.examples, r.data_identity) for r in records if r.quality is not None}
+    judged = {(r.quality.split, r.quality.num_examples, r.data_fingerprint) for r in records if r.quality is not None}
     if len(judged) > 1:
         found.append("these runs were not evaluated on the same examples")
     return [*found, *check_step_times(records), *_unknown_metric_notes(trained)]
 
 
-def _unknown_metric_notes(trained: Sequence[RunRecord]) -> list[str]:
+def _unknown_metric_notes(records: Sequence[RunRecord]) -> list[str]:
     """Why figures are unknown that nothing here tells."""
-    measured = [record for record in trained if record.throughput is not None]
+    measured = [record for record in records if record.throughput is not None]
     found = {
         f"MFU is unknown: the data sheet's FLOP/s of {record.device.name or 'this device'} at "
         f"{record.recipe['train']['precision']} are not in the table"
-        for record in measured if record.compute.peak_per_second is None
+        for record in measured if record.compute.peak_flops_per_second is None
     }  # fmt: skip
     if any(record.energy_joules is None for record in measured):
         found.add("energy is unknown: neither NVML nor RAPL tells it here")
@@ -141,13 +141,13 @@ def markdown_table(records: Sequence[RunRecord]) -> str:
     return render_table(records, "github", escape_markdown)
 
 
-def render_table(records: Sequence[RunRecord], kind: str, write: Callable[[str], str]) -> str:
+def render_table(records: Sequence[RunRecord], table_format: str, escape: Callable[[str], str]) -> str:
     """The comparison as tabulate's ``kind`` of table, with every text by ``write``; figures stand to the right."""
     columns = visible_columns(records)
-    cells = [[write(column.text(record)) for column in columns] for record in sort_records(records)]
+    cells = [[escape(column.format_text(record)) for column in columns] for record in sort_records(records)]
     align = ["left", *["right"] * (len(columns) - 2), "left"]
-    heads = [write(column.title) for column in columns]
-    return tabulate(cells, headers=heads, tablefmt=kind, colalign=align, disable_numparse=True)
+    heads = [escape(column.title) for column in columns]
+    return tabulate(cells, headers=heads, tablefmt=table_format, colalign=align, disable_numparse=True)
 
 
 def csv_table(records: Sequence[RunRecord]) -> str:
@@ -155,7 +155,7 @@ def csv_table(records: Sequence[RunRecord]) -> str:
 
     Texts stand in quotes, so that a spreadsheet which splits at semicolons finds no cell within one.
     """
-    rows = [{k: v for column in COLUMNS for k, v in column.raw(record).items()} for record in sort_records(records)]
+    rows = [{k: v for column in COLUMNS for k, v in column.raw_values(record).items()} for record in sort_records(records)]
     if not rows:
         return ""
     text = io.StringIO()
@@ -166,7 +166,7 @@ def csv_table(records: Sequence[RunRecord]) -> str:
 
 
 def markdown_report(
-    records: Sequence[RunRecord], title: str, summary: Sequence[str], told: Sequence[str] | None = None
+    records: Sequence[RunRecord], title: str, summary: Sequence[str], note_lines: Sequence[str] | None = None
 ) -> str:
     """The whole report: in words, table, notes, what the columns mean, what was compared, sample summaries.
 
@@ -176,9 +176,9 @@ def markdown_report(
     parts = [f"# {escape_markdown(title)}", _bullet_list(summary), markdown_table(records)]
     if seeds := seed_rows(rows):
         parts += ["## Over seeds", _github_table(seeds)]
-    if found := collect_notes(rows) if told is None else told:
+    if found := collect_notes(rows) if note_lines is None else note_lines:
         parts += ["## Notes", _bullet_list(found)]
-    meanings = (f"- **{escape_markdown(column.title)}**: {escape_markdown(column.meaning)}" for column in visible_columns(records))
+    meanings = (f"- **{escape_markdown(column.title)}**: {escape_markdown(column.description)}" for column in visible_columns(records))
     parts += ["## Columns", "\n".join(meanings)]
     parts += ["## Where and with what", _bullet_list(_environment_lines(records))]
     if samples := _sample_sections(rows):
@@ -192,9 +192,9 @@ def _bullet_list(sentences: Sequence[str]) -> str:
 
 def _environment_lines(records: Sequence[RunRecord]) -> list[str]:
     lines = {
-        f"{r.device.name} ({r.device.kind}, {r.device.processes} process{'es' * (r.device.processes > 1)}), "
-        f"torch {r.versions.get('torch', 'unknown')}, transformers {r.versions.get('transformers', 'unknown')}, "
-        f"peft {r.versions.get('peft', 'unknown')}; data {r.data_identity}; examples {r.examples}"
+        f"{r.device.name} ({r.device.type}, {r.device.num_processes} process{'es' * (r.device.num_processes > 1)}), "
+        f"torch {r.library_versions.get('torch', 'unknown')}, transformers {r.library_versions.get('transformers', 'unknown')}, "
+        f"peft {r.library_versions.get('peft', 'unknown')}; data {r.data_fingerprint}; examples {r.num_examples}"
         for r in records
     }  # fmt: skip
     return sorted(lines)
@@ -220,7 +220,7 @@ def _sample_key(sample: Sample) -> tuple[str, str, str]:
     return sample.id, sample.article, sample.reference
 
 
-def insert_table(records: Sequence[RunRecord], file: Path, block: str, knob: str | None = None) -> None:
+def insert_table(records: Sequence[RunRecord], file: Path, marker: str, group_by: str | None = None) -> None:
     """Replace what stands in ``file`` between the markers of ``block`` by the table, so that no figure is typed.
 
     With ``knob`` it is the table of the loss by that knob; with runs of several seeds, the one over seeds.
@@ -229,17 +229,17 @@ def insert_table(records: Sequence[RunRecord], file: Path, block: str, knob: str
         RecordError: the file has no such markers.
         UnknownKeyError: the recipes have no such knob.
     """
-    grouped = rows_by_setting(records, knob) if knob else seed_rows(sort_records(records))
-    insert_block(_github_table(grouped) if grouped else markdown_table(records), file, block)
+    grouped = rows_by_setting(records, group_by) if group_by else seed_rows(sort_records(records))
+    insert_block(_github_table(grouped) if grouped else markdown_table(records), file, marker)
 
 
-def insert_block(made: str, file: Path, block: str) -> None:
+def insert_block(content: str, file: Path, marker: str) -> None:
     """Replace what stands in ``file`` between the markers of ``block`` by what was made.
 
     Raises:
         RecordError: the file has no such markers.
     """
-    begin, end = f"<!-- report:{block} -->", f"<!-- end of report:{block} -->"
+    begin, end = f"<!-- report:{marker} -->", f"<!-- end of report:{marker} -->"
     try:
         text = file.read_text(encoding="utf-8")
         before, rest = text.split(begin, 1)
@@ -248,7 +248,7 @@ def insert_block(made: str, file: Path, block: str) -> None:
         raise RecordError(
             f"{file} has no place for the table; put the lines {begin} and {end} where it shall go"
         ) from error
-    write_atomically(file, f"{before}{begin}\n\n{made}\n\n{end}{after}")
+    write_atomically(file, f"{before}{begin}\n\n{content}\n\n{end}{after}")
 
 
 def _github_table(rows: Sequence[dict[str, str]]) -> str:
