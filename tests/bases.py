@@ -22,9 +22,18 @@ def gpt2_config(**changes: Any) -> PreTrainedConfig:
     from transformers import GPT2Config
 
     values: dict[str, Any] = {
-        "vocab_size": 4096, "n_positions": POSITIONS, "n_embd": 64, "n_layer": 2, "n_head": 4, "initializer_range": 0.2,
-        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0,
-    }  # fmt: skip
+        "vocab_size": 4096,
+        "n_positions": POSITIONS,
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "initializer_range": 0.2,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
     return GPT2Config(**values | changes)
 
 
@@ -33,10 +42,18 @@ def llama_config(**changes: Any) -> PreTrainedConfig:
     from transformers import LlamaConfig
 
     values: dict[str, Any] = {
-        "vocab_size": 4096, "max_position_embeddings": POSITIONS, "hidden_size": 64, "intermediate_size": 96,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2,
-        "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None,
-    }  # fmt: skip
+        "vocab_size": 4096,
+        "max_position_embeddings": POSITIONS,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.2,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": None,
+    }
     return LlamaConfig(**values | changes)
 
 
@@ -54,11 +71,20 @@ def qwen3_config(**changes: Any) -> PreTrainedConfig:
     from transformers import Qwen3Config
 
     values: dict[str, Any] = {
-        "vocab_size": 4096, "max_position_embeddings": POSITIONS, "hidden_size": 64, "intermediate_size": 96,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
-        "initializer_range": 0.2, "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 0,
+        "vocab_size": 4096,
+        "max_position_embeddings": POSITIONS,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
         "pad_token_id": None,
-    }  # fmt: skip
+    }
     return Qwen3Config(**values | changes)
 
 

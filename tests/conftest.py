@@ -224,7 +224,9 @@ def shown(batch: MicroBatch, virtual_tokens: int) -> list[tuple[list[int], list[
     else:
         flat = torch.full((batch.input_ids.shape[1],), -100)
         flat[batch.logit_indices + 1] = batch.targets
-        real = torch.ones_like(flat, dtype=torch.bool).index_fill(0, batch.packed_sequences.virtual_token_indices, False)
+        real = torch.ones_like(flat, dtype=torch.bool).index_fill(
+            0, batch.packed_sequences.virtual_token_indices, False
+        )
         real[sum(batch.packed_sequences.lengths[: len(batch.lengths)]) :] = False
         ids, labels = (list(values[real].split(batch.lengths)) for values in (batch.input_ids[0], flat))
     return [
@@ -377,10 +379,16 @@ class Workshop:
         knobs_of_train = {"steps": 3, "global_batch_size": 6} | (train or {})
         knobs_of_evaluate = {"generate": False, "max_new_tokens": 8, "bootstrap_resamples": 100} | (evaluate or {})
         values: dict[str, Any] = {
-            "name": "run", "output_dir": str(self.output), "save_model": False, "method": method,
-            "model": Model(**knobs_of_model), "data": Data(**knobs_of_data), "train": Train(**knobs_of_train),
-            "evaluate": Evaluate(**knobs_of_evaluate), "profile": Profile(untimed_steps=0),
-        }  # fmt: skip
+            "name": "run",
+            "output_dir": str(self.output),
+            "save_model": False,
+            "method": method,
+            "model": Model(**knobs_of_model),
+            "data": Data(**knobs_of_data),
+            "train": Train(**knobs_of_train),
+            "evaluate": Evaluate(**knobs_of_evaluate),
+            "profile": Profile(untimed_steps=0),
+        }
         return Recipe(**values | parts)
 
     def run(self, recipe: Recipe) -> RunRecord:

@@ -66,7 +66,9 @@ def test_the_page_has_every_code_once() -> None:
     """docs/reference/errors.md names each code that a command can end with, and no other."""
     page = Path(__file__).resolve().parents[1] / "docs" / "reference" / "errors.md"
     listed = sorted(int(code) for code in re.findall(r"\| (\d+) (?=\|)", page.read_text(encoding="utf-8")))
-    ends = {kind.exit_code for kind in CLASSES} | set(EXIT_CODES.values()) | {REGRESSION_EXIT_CODE, INTERRUPT_EXIT_CODE, 2}
+    ends = (
+        {kind.exit_code for kind in CLASSES} | set(EXIT_CODES.values()) | {REGRESSION_EXIT_CODE, INTERRUPT_EXIT_CODE, 2}
+    )
     assert listed == sorted(ends)
 
 

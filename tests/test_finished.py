@@ -19,10 +19,15 @@ from tests.report.records import record
 def recipe(tmp_path: Path) -> Recipe:
     """A recipe over one file."""
     (tmp_path / "rows.jsonl").write_text(json.dumps({"article": "a", "summary": "s"}) + "\n", encoding="utf-8")
-    return parse_recipe({
-        "name": "run", "output_dir": str(tmp_path / "out"), "method": {"kind": "lora"}, "train": {"steps": 1},
-        "data": {"source": {"kind": "files", "train": str(tmp_path / "rows.jsonl")}},
-    })  # fmt: skip
+    return parse_recipe(
+        {
+            "name": "run",
+            "output_dir": str(tmp_path / "out"),
+            "method": {"kind": "lora"},
+            "train": {"steps": 1},
+            "data": {"source": {"kind": "files", "train": str(tmp_path / "rows.jsonl")}},
+        }
+    )
 
 
 def write(recipe: Recipe, **changes: Any) -> None:

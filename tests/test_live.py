@@ -37,7 +37,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_the_line_s_text(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     """Gone on with after 10 of 20 steps, two seconds each: real tokens of the last steps, time left at this pace."""
     monkeypatch.setattr(sys, "stderr", stream := Stream(terminal=True))
-    with ProgressBar("lora-r=8", 10, 20, read_memory_bytes=lambda: 96 * MIB, budget_bytes=112 * MIB, enabled=True) as line:
+    with ProgressBar(
+        "lora-r=8", 10, 20, read_memory_bytes=lambda: 96 * MIB, budget_bytes=112 * MIB, enabled=True
+    ) as line:
         for step in range(11, 16):
             clock[0] += 2
             line.update(loss=step / 8, real_tokens=20_000 + 1_000 * step)

@@ -292,9 +292,10 @@ def test_a_quantised_base(quantization: Any, architecture: str, base_folder: Fol
     per_matrix = 2 if quantization.startswith("nf4") else 1
     matrices = sum(p.numel() for p in packed) * per_matrix
     assert matrices == sum(
-        module.weight.numel() for name, module in plain.named_modules()  # type: ignore[union-attr,misc]
+        module.weight.numel()
+        for name, module in plain.named_modules()  # type: ignore[union-attr,misc]
         if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not plain.get_output_embeddings()
-    )  # fmt: skip
+    )
     assert {p.dtype for p in base.parameters()} - {torch.uint8, torch.int8} == {torch.float32}
     assert base.num_parameters() == plain.num_parameters()
 

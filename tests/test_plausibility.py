@@ -24,12 +24,18 @@ from tests.report.records import record
 def timed(name: str, seconds: float, flops: int, device: str = "a CPU") -> RunRecord:
     """A run of five steps with a known median and known FLOPs."""
     speed = Throughput(
-        steps=5, step_seconds_median=seconds, step_seconds_p10=seconds, step_seconds_p90=seconds,
-        samples_per_second=1.0, data_time_fraction=0,
+        steps=5,
+        step_seconds_median=seconds,
+        step_seconds_p10=seconds,
+        step_seconds_p90=seconds,
+        samples_per_second=1.0,
+        data_time_fraction=0,
         tokens_per_second=TokensPerSecond(real=1, padded=1, labelled=1, virtual=0),
-    )  # fmt: skip
+    )
     place = Device(type="cpu", name=device, num_processes=1)
-    return record(name, "lora", 10, throughput=speed, flops=Flops(hardware_flops=flops, model_flops=flops), device=place)
+    return record(
+        name, "lora", 10, throughput=speed, flops=Flops(hardware_flops=flops, model_flops=flops), device=place
+    )
 
 
 def test_a_ratio_above_its_ceiling() -> None:
@@ -104,7 +110,9 @@ def test_passes_are_judged_where_the_slower_trains_more() -> None:
         found = list(check_step_times([slow, fast]))
         assert len(found) == said
         assert not found or found[0].startswith("forward and backward of full took 2.60 times")
-        two = [run.model_copy(update={"device": Device(type="cpu", name="a CPU", num_processes=2)}) for run in (slow, fast)]
+        two = [
+            run.model_copy(update={"device": Device(type="cpu", name="a CPU", num_processes=2)}) for run in (slow, fast)
+        ]
         assert list(check_step_times(two)) == []  # gradients are exchanged within the backward pass
         few = [run.model_copy(update={"timed_steps": (2, 3)}) for run in (slow, fast)]
         assert list(check_step_times(few)) == []  # two steps have no median
@@ -137,9 +145,7 @@ def test_a_resident_peak_has_slack() -> None:
     states = StateBytes(weights=RSS_SLACK_BYTES, gradients=10, optimizer=0)
     for peak, said in ((9, 1), (10, 0)):
         memory = Memory(rss_bytes=1000 + peak, baseline_rss_bytes=1000)
-        assert (
-            len(list(check_record(record("a", "full", 1, state_bytes=states, memory={"train": memory})))) == said
-        )
+        assert len(list(check_record(record("a", "full", 1, state_bytes=states, memory={"train": memory})))) == said
 
 
 def test_faster_than_the_device() -> None:

@@ -42,18 +42,24 @@ from peftbench.record import (
 )
 
 RECIPE = {
-    "name": "run", "method": {"kind": "lora"}, "train": {"seed": 0, "global_batch_size": 4, "precision": "fp32"},
+    "name": "run",
+    "method": {"kind": "lora"},
+    "train": {"seed": 0, "global_batch_size": 4, "precision": "fp32"},
     "data": {"seed": 0, "max_tokens": 8, "as_published": False},
-}  # fmt: skip
+}
 
 
 def record(**values: Any) -> RunRecord:
     """A record with no more than it must have, and ``values``."""
     least: dict[str, Any] = {
-        "name": "run", "started_at": "2026-01-02T03:04:05+00:00", "recipe": RECIPE,
-        "recipe_fingerprint": "0123456789abcdef", "outcome": Outcome(kind="ok"),
-        "device": Device(type="cpu", name="a processor", num_processes=1), "versions": {"torch": "2"},
-    }  # fmt: skip
+        "name": "run",
+        "started_at": "2026-01-02T03:04:05+00:00",
+        "recipe": RECIPE,
+        "recipe_fingerprint": "0123456789abcdef",
+        "outcome": Outcome(kind="ok"),
+        "device": Device(type="cpu", name="a processor", num_processes=1),
+        "versions": {"torch": "2"},
+    }
     return RunRecord(**least | values)
 
 
@@ -62,51 +68,94 @@ def full_record() -> RunRecord:
     interval = Interval(mean=2.0, low=1.0, high=3.0)
     return record(
         outcome=Outcome(
-            kind="oom", step=3, phase="train", step_part="backward", requested_bytes=2**31, error="out of memory",
+            kind="oom",
+            step=3,
+            phase="train",
+            step_part="backward",
+            requested_bytes=2**31,
+            error="out of memory",
             memory_snapshot="oom_snapshot.pickle",
         ),
         device=Device(type="cuda", name="a card", num_processes=2, memory_bytes=2**34),
         git="abc+changes",
         engine=Engine(
-            distributed_type="MULTI_CPU", mixed_precision="bf16", optimizer_class="AdamW", micro_batch_size=2, gradient_accumulation_steps=4, num_threads=1
+            distributed_type="MULTI_CPU",
+            mixed_precision="bf16",
+            optimizer_class="AdamW",
+            micro_batch_size=2,
+            gradient_accumulation_steps=4,
+            num_threads=1,
         ),
         parameters=ParameterCounts(total=10, trainable=1),
-        model_identity="blake2b 00", data_identity="11", examples={"train": 8}, dropped={"train": 1},
-        tokens=Tokens(real=5, padded=8, labelled=2, virtual=1), steps=2, losses=(2.5, 1 / 3), step_seconds=(0.1, 0.2),
+        model_identity="blake2b 00",
+        data_identity="11",
+        examples={"train": 8},
+        dropped={"train": 1},
+        tokens=Tokens(real=5, padded=8, labelled=2, virtual=1),
+        steps=2,
+        losses=(2.5, 1 / 3),
+        step_seconds=(0.1, 0.2),
         step_tokens=(2, 3),
-        phase_seconds={"train": 1.5}, memory={"train": Memory(allocated_bytes=1, reserved_bytes=2, rss_bytes=3)},
-        flops=Flops(model_flops=1, hardware_flops=2, six_n=3, counted_step=CountedStep(step=1, counted_flops=2, closed_form_flops=2)),
+        phase_seconds={"train": 1.5},
+        memory={"train": Memory(allocated_bytes=1, reserved_bytes=2, rss_bytes=3)},
+        flops=Flops(
+            model_flops=1,
+            hardware_flops=2,
+            six_n=3,
+            counted_step=CountedStep(step=1, counted_flops=2, closed_form_flops=2),
+        ),
         step_memory={
-            "forward": Memory(
-                allocated_bytes=1, inactive_split_bytes=1, num_alloc_retries=0, process_bytes=9
-            ),
+            "forward": Memory(allocated_bytes=1, inactive_split_bytes=1, num_alloc_retries=0, process_bytes=9),
         },
-        step_memory_by_rank=({"forward": Memory(allocated_bytes=1)},), part_seconds={"forward": 0.5},
-        timed_steps=(2, 3), resumed_after=(1,),
-        context_bytes=7, state_bytes=StateBytes(weights=1, gradients=2, optimizer=3, cpu_offloaded=1, expected_optimizer=4),
+        step_memory_by_rank=({"forward": Memory(allocated_bytes=1)},),
+        part_seconds={"forward": 0.5},
+        timed_steps=(2, 3),
+        resumed_after=(1,),
+        context_bytes=7,
+        state_bytes=StateBytes(weights=1, gradients=2, optimizer=3, cpu_offloaded=1, expected_optimizer=4),
         state_bytes_by_rank=(StateBytes(weights=1, gradients=2, optimizer=3),),
         breakdown=MemoryBreakdown(
-            step=5, micro_batch_size=2, sequence_length=8, peak_bytes=10, bytes_by_category={"weights": 10}, operation="aten.mm", step_part="forward"
+            step=5,
+            micro_batch_size=2,
+            sequence_length=8,
+            peak_bytes=10,
+            bytes_by_category={"weights": 10},
+            operation="aten.mm",
+            step_part="forward",
         ),
         energy_joules=4.5,
         quality=Quality(
-            split="test", num_examples=2, loss=1.0, perplexity=math.e, rouge={"rouge1": interval},
+            split="test",
+            num_examples=2,
+            loss=1.0,
+            perplexity=math.e,
+            rouge={"rouge1": interval},
             teacher_forced_argmax_rouge={"rougeL": interval},
             samples=(Sample(id="1", article="é", reference="b", generated="c"),),
-            per_example=PerExample(examples_fingerprint="22", loss=(0.1, 1 / 3), labelled_tokens=(1, 2), rouge={"rouge1": (1.5, 2.5)}),
+            per_example=PerExample(
+                examples_fingerprint="22", loss=(0.1, 1 / 3), labelled_tokens=(1, 2), rouge={"rouge1": (1.5, 2.5)}
+            ),
         ),
         notes=("a note",),
         skipped_steps=1,
         compute=Compute(
-            model_flops_per_second=1e9, hardware_flops_per_second=2e9, peak_flops_per_second=4e9, matmul_flops_per_second=3e9
+            model_flops_per_second=1e9,
+            hardware_flops_per_second=2e9,
+            peak_flops_per_second=4e9,
+            matmul_flops_per_second=3e9,
         ),
         warmup_steps=1,
         memory_by_rank=({"train": Memory(allocated_bytes=1)}, {"train": Memory(allocated_bytes=2)}),
         throughput=Throughput(
-            steps=3, step_seconds_median=0.5, step_seconds_p10=0.4, step_seconds_p90=0.6, samples_per_second=8.0,
-            tokens_per_second=TokensPerSecond(real=1.0, padded=2.0, labelled=0.5, virtual=0.0), data_time_fraction=0.1,
+            steps=3,
+            step_seconds_median=0.5,
+            step_seconds_p10=0.4,
+            step_seconds_p90=0.6,
+            samples_per_second=8.0,
+            tokens_per_second=TokensPerSecond(real=1.0, padded=2.0, labelled=0.5, virtual=0.0),
+            data_time_fraction=0.1,
         ),
-    )  # fmt: skip
+    )
 
 
 def test_the_full_record_is_full() -> None:
@@ -192,10 +241,18 @@ def test_what_is_no_record_is_refused(text: str, where: str, tmp_path: Path) -> 
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("missing", [
-    "method.kind", "train.seed", "data.seed", "train.global_batch_size", "train.precision", "data.max_length",
-    "data.label_padding",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "method.kind",
+        "train.seed",
+        "data.seed",
+        "train.global_batch_size",
+        "train.precision",
+        "data.max_length",
+        "data.label_padding",
+    ],
+)
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_recipe_of_another_program_is_refused(missing: str, whole: bool, tmp_path: Path) -> None:
     """What a comparison goes by must be in a recipe, or it is told in one sentence that names the knob and the file."""
@@ -251,7 +308,12 @@ def test_reading_records_needs_no_torch() -> None:
 
 def test_utilisation_is_of_a_known_whole() -> None:
     """Each share is of its own whole, and unknown where a part of it is."""
-    known = Compute(model_flops_per_second=1.0, hardware_flops_per_second=2.0, peak_flops_per_second=8.0, matmul_flops_per_second=4.0)
+    known = Compute(
+        model_flops_per_second=1.0,
+        hardware_flops_per_second=2.0,
+        peak_flops_per_second=8.0,
+        matmul_flops_per_second=4.0,
+    )
     assert (known.mfu, known.hfu, known.matmul_utilization) == (0.125, 0.25, 0.25)
     unknown = Compute(model_flops_per_second=1.0)
     assert (unknown.mfu, unknown.hfu, unknown.matmul_utilization) == (None, None, None)

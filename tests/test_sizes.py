@@ -12,11 +12,15 @@ MIB, GIB = 2**20, 2**30
 @pytest.mark.parametrize(
     ("size", "of", "text"),
     [
-        (96 * MIB, 112 * MIB, "96 of 112 MiB"), (96 * MIB, None, "96 MiB"), (0, 112 * MIB, "0 of 112 MiB"),
-        (8 * GIB - MIB, 8 * GIB, "8,191 of 8,192 MiB"), (int(13.14 * GIB), 16 * GIB, "13.1 of 16.0 GiB"),
-        (200 * MIB, 80 * GIB, "0.2 of 80.0 GiB"), (12 * GIB, None, "12.0 GiB"),
+        (96 * MIB, 112 * MIB, "96 of 112 MiB"),
+        (96 * MIB, None, "96 MiB"),
+        (0, 112 * MIB, "0 of 112 MiB"),
+        (8 * GIB - MIB, 8 * GIB, "8,191 of 8,192 MiB"),
+        (int(13.14 * GIB), 16 * GIB, "13.1 of 16.0 GiB"),
+        (200 * MIB, 80 * GIB, "0.2 of 80.0 GiB"),
+        (12 * GIB, None, "12.0 GiB"),
     ],
-)  # fmt: skip
+)
 def test_in_one_unit(size: int, of: int | None, text: str) -> None:
     """That of the larger: MiB below ten GiB."""
     assert format_bytes(size, of) == text

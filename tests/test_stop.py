@@ -85,9 +85,15 @@ def test_a_file_asks(text: str, by: str, tmp_path: Path, stop: ShutdownSignal) -
 
 def test_another_attempts_file_asks_nothing(tmp_path: Path) -> None:
     """Each attempt of a job has a file of its own, and a run by hand another."""
-    names = {get_stop_file(tmp_path, environment).name for environment in (
-        {}, {ATTEMPT_ENV: "7-0"}, {ATTEMPT_ENV: "7-1"}, {ATTEMPT_ENV: "8-0"},
-    )}  # fmt: skip
+    names = {
+        get_stop_file(tmp_path, environment).name
+        for environment in (
+            {},
+            {ATTEMPT_ENV: "7-0"},
+            {ATTEMPT_ENV: "7-1"},
+            {ATTEMPT_ENV: "8-0"},
+        )
+    }
     assert names == {".stop", ".stop-7-0", ".stop-7-1", ".stop-8-0"}
 
 

@@ -30,9 +30,13 @@ SHORTEST, LONGEST = 200, 1000
 TIMES = 150
 Case = tuple[str, str, int]
 CASES: tuple[Case, ...] = (
-    ("attention", "16 bits", 1), ("attention", "float32", 1),
-    ("matrices", "16 bits", 1), ("matrices", "16 bits", 16), ("matrices", "16 bits", 64), ("matrices", "float32", 1),
-)  # fmt: skip
+    ("attention", "16 bits", 1),
+    ("attention", "float32", 1),
+    ("matrices", "16 bits", 1),
+    ("matrices", "16 bits", 16),
+    ("matrices", "16 bits", 64),
+    ("matrices", "float32", 1),
+)
 
 
 def of_attention(kind: str) -> Callable[[int], object]:

@@ -57,11 +57,22 @@ SIZES = {
 }
 TINY = {
     "tiny": Size(
-        {"n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 512, "n_positions": 64, "bos_token_id": 0,
-         "eos_token_id": 0},
-        Synthetic(examples=24, article_tokens=(9, 60), summary_tokens=(3, 9)), 4, 64 - SOFT_TOKENS, 2, 4,
+        {
+            "n_layer": 2,
+            "n_embd": 64,
+            "n_head": 2,
+            "vocab_size": 512,
+            "n_positions": 64,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        },
+        Synthetic(examples=24, article_tokens=(9, 60), summary_tokens=(3, 9)),
+        4,
+        64 - SOFT_TOKENS,
+        2,
+        4,
     ),
-}  # fmt: skip
+}
 LADDER = {
     "gpt2": SIZES["gpt2"],
     "gpt2-medium": SIZES["gpt2-medium"],
@@ -96,20 +107,25 @@ def of_methods(sizes: Mapping[str, Size], folder: str) -> Iterator[tuple[Recipe,
     for (model, size), precision, checkpointing, method in cases:
         if checkpointing and method.has_frozen_backbone:
             continue
-        yield Recipe(
-            name=f"{model}_{method.kind}_{precision}" + "_checkpointing" * checkpointing,
-            output_dir=folder,
-            model=Model(path=model, init="random"),
-            method=method,
-            data=Data(source=size.source, max_length=size.width, padding="max_length"),
-            train=Train(
-                steps=size.warmup_steps + size.steps, global_batch_size=size.rows, precision=precision,
-                gradient_checkpointing=checkpointing,
+        yield (
+            Recipe(
+                name=f"{model}_{method.kind}_{precision}" + "_checkpointing" * checkpointing,
+                output_dir=folder,
+                model=Model(path=model, init="random"),
+                method=method,
+                data=Data(source=size.source, max_length=size.width, padding="max_length"),
+                train=Train(
+                    steps=size.warmup_steps + size.steps,
+                    global_batch_size=size.rows,
+                    precision=precision,
+                    gradient_checkpointing=checkpointing,
+                ),
+                evaluate=Evaluate(generate=False),
+                profile=Profile(untimed_steps=size.warmup_steps, memory_breakdown=True),
+                save_model=False,
             ),
-            evaluate=Evaluate(generate=False),
-            profile=Profile(untimed_steps=size.warmup_steps, memory_breakdown=True),
-            save_model=False,
-        ), size  # fmt: skip
+            size,
+        )
 
 
 def of_the_ladder(sizes: Mapping[str, Size], folder: str) -> Iterator[tuple[Recipe, Size]]:
@@ -118,22 +134,28 @@ def of_the_ladder(sizes: Mapping[str, Size], folder: str) -> Iterator[tuple[Reci
         knobs: dict[str, Any] = {}
         for index, (step, change) in enumerate(STEPS.items()):
             knobs = knobs | change
-            yield Recipe(
-                name=f"{model}_{index}_{step}",
-                output_dir=folder,
-                model=Model(path=model, init="random", fused_gelu=knobs["fused_gelu"]),
-                method=Full(),
-                data=Data(source=size.source, max_length=size.width, padding="max_length"),
-                optimizer=OPTIMIZERS[knobs["optimizer"]](kind=knobs["optimizer"]),
-                train=Train(
-                    steps=size.warmup_steps + size.steps, global_batch_size=size.rows, precision=knobs["precision"],
-                    gradient_checkpointing=knobs["checkpointing"], logits=knobs["logits"],
+            yield (
+                Recipe(
+                    name=f"{model}_{index}_{step}",
+                    output_dir=folder,
+                    model=Model(path=model, init="random", fused_gelu=knobs["fused_gelu"]),
+                    method=Full(),
+                    data=Data(source=size.source, max_length=size.width, padding="max_length"),
+                    optimizer=OPTIMIZERS[knobs["optimizer"]](kind=knobs["optimizer"]),
+                    train=Train(
+                        steps=size.warmup_steps + size.steps,
+                        global_batch_size=size.rows,
+                        precision=knobs["precision"],
+                        gradient_checkpointing=knobs["checkpointing"],
+                        logits=knobs["logits"],
+                    ),
+                    evaluate=Evaluate(generate=False),
+                    profile=Profile(untimed_steps=size.warmup_steps),
+                    budget=Budget(memory=CARD),
+                    save_model=False,
                 ),
-                evaluate=Evaluate(generate=False),
-                profile=Profile(untimed_steps=size.warmup_steps),
-                budget=Budget(memory=CARD),
-                save_model=False,
-            ), size  # fmt: skip
+                size,
+            )
 
 
 def cases(*, tiny: bool, folder: str = "") -> Iterator[tuple[Recipe, Size]]:

@@ -46,9 +46,7 @@ def labels_by_step(recipe: Recipe, size: Size) -> list[list[int]]:
     tokens = RandomTokens(size, vocabulary=2)
     batches = Batches(tokens, Collator(0), recipe.train.global_batch_size, None, recipe.train.seed)
     made = itertools.islice(batches, recipe.train.steps or 0)
-    return [
-        [len(tokens.ids[i]) - tokens.prompts[i] for i in batch.micro_batches[0].example_indices] for batch in made
-    ]  # fmt: skip
+    return [[len(tokens.ids[i]) - tokens.prompts[i] for i in batch.micro_batches[0].example_indices] for batch in made]
 
 
 def rehearsed(recipe: Recipe, record: RunRecord, labels: list[int]) -> tuple[MemorySimulation, AllocatorReplay]:
@@ -85,8 +83,13 @@ def verdict(recipe: Recipe, record: RunRecord) -> Row:
     except BudgetTooSmallError:
         said, needed = "does not fit", "more than its weights"
     wrong = (said, record.outcome.kind) in {("fits", "oom"), ("does not fit", "ok")}
-    return {"run": record.name, "predicted": said, "needs MiB": needed, "ended": record.outcome.kind,
-            "": "WRONG" if wrong else ""}  # fmt: skip
+    return {
+        "run": record.name,
+        "predicted": said,
+        "needs MiB": needed,
+        "ended": record.outcome.kind,
+        "": "WRONG" if wrong else "",
+    }
 
 
 def main() -> int:
@@ -108,8 +111,15 @@ def main() -> int:
             for what, measured, predicted in compared(recipe, size, record) if record.outcome.kind == "ok" else ():
                 error = predicted / measured - 1
                 off.setdefault(what.split(",")[0], []).append(abs(error))
-                rows.append({"run": record.name, "bytes": what, "measured": f"{measured:,}",
-                             "predicted": f"{predicted:,}", "off by": f"{error:+.3%}"})  # fmt: skip
+                rows.append(
+                    {
+                        "run": record.name,
+                        "bytes": what,
+                        "measured": f"{measured:,}",
+                        "predicted": f"{predicted:,}",
+                        "off by": f"{error:+.3%}",
+                    }
+                )
     print(tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True))
     for what, errors in off.items():
         print(f"{what}: off by {statistics.median(errors):.3%} in the median, {max(errors):.3%} at worst")

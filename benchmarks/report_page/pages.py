@@ -85,8 +85,10 @@ def main() -> None:
         seconds = [made(folder) for _ in range(given.repeats)]
         page = folder / "report.html"
         print(f"{given.runs:,} records, {size / 2**20:,.0f} MiB; the page has {page.stat().st_size / 2**20:.1f} MiB")
-        print(f"peftbench report: {statistics.median(seconds):.1f} s, median of {given.repeats} ({min(seconds):.1f} to "
-              f"{max(seconds):.1f})")  # fmt: skip
+        print(
+            f"peftbench report: {statistics.median(seconds):.1f} s, median of {given.repeats} ({min(seconds):.1f} to "
+            f"{max(seconds):.1f})"
+        )
         looked = opened(page)
         if looked is None:
             print("it was not opened: playwright or chromium is not there")

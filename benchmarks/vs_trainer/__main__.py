@@ -50,9 +50,10 @@ def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="Folder for records; default: records/DEVICE beside this file.")
     parser.add_argument("--minutes", type=float, help="Begin no measurement after this many.")
     parser.add_argument(
-        "--together", action="store_true",
+        "--together",
+        action="store_true",
         help="On a GPU, all measurements in one process, to save starts: torch's peaks are reset between them.",
-    )  # fmt: skip
+    )
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="Measure nothing; print the table of records.")
     parser.add_argument("--into", type=Path, help="Markdown file whose block --block is replaced by the table.")
     parser.add_argument("--block", default=BLOCK, help="The block: between <!-- report:NAME --> and its end.")
@@ -122,12 +123,19 @@ def jobs(given: argparse.Namespace, spec: Spec, base: str, out: Path) -> list[Jo
     """All measurements in their order: the arms of one case one after another, every other repeat from the last on."""
     arms, train = arms_here(given.arms), str(Path(given.data) / "train.jsonl")
     return [
-        Job(spec=spec, case=case, arm=arm, repeat=repeat, train=train, base=base,
-            out=str(out / case / f"{arm}-{repeat}.json"))
+        Job(
+            spec=spec,
+            case=case,
+            arm=arm,
+            repeat=repeat,
+            train=train,
+            base=base,
+            out=str(out / case / f"{arm}-{repeat}.json"),
+        )
         for repeat in range(1, given.repeats + 1)
         for case in given.methods
         for arm in (arms if repeat % 2 else arms[::-1])
-    ]  # fmt: skip
+    ]
 
 
 def has_record(job: Job) -> bool:

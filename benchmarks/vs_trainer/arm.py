@@ -12,9 +12,11 @@ import os
 
 # Before any library of the hub is imported, since each reads its environment once.
 os.environ |= {
-    "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-}  # fmt: skip
+}
 
 import contextlib
 import datetime
@@ -109,15 +111,32 @@ def _record(job: Job, trained: Trained, identity: str, started: str, held: int) 
     notes = [*trained.notes, *([f"{held:,} bytes were held by arms before"] if held > LEFT else [])]
     spec = job.spec
     return Measured(
-        case=job.case, arm=job.arm, repeat=job.repeat, spec=spec, settings=trained.settings, notes=tuple(notes),
-        started_at=started, device_kind=device.type, device_name=device.name, threads=torch.get_num_threads(),
-        versions=get_library_versions() | _trl_version(), git=_git_state(), data_identity=identity,
-        model_identity=trained.model_identity, trainable_parameters=trained.trainable_parameters,
-        warmup_steps=spec.warmup_steps(job.case), losses=trained.losses, step_seconds=trained.step_seconds,
-        train_seconds=trained.seconds, real_tokens=trained.real_tokens, labelled_tokens=trained.labelled_tokens,
-        memory=trained.memory, counted_step=COUNTED_STEP, required_flops=trained.required_flops,
+        case=job.case,
+        arm=job.arm,
+        repeat=job.repeat,
+        spec=spec,
+        settings=trained.settings,
+        notes=tuple(notes),
+        started_at=started,
+        device_kind=device.type,
+        device_name=device.name,
+        threads=torch.get_num_threads(),
+        versions=get_library_versions() | _trl_version(),
+        git=_git_state(),
+        data_identity=identity,
+        model_identity=trained.model_identity,
+        trainable_parameters=trained.trainable_parameters,
+        warmup_steps=spec.warmup_steps(job.case),
+        losses=trained.losses,
+        step_seconds=trained.step_seconds,
+        train_seconds=trained.seconds,
+        real_tokens=trained.real_tokens,
+        labelled_tokens=trained.labelled_tokens,
+        memory=trained.memory,
+        counted_step=COUNTED_STEP,
+        required_flops=trained.required_flops,
         executed_flops=trained.executed_flops,
-    )  # fmt: skip
+    )
 
 
 def _trl_version() -> dict[str, str]:

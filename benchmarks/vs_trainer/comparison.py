@@ -97,8 +97,9 @@ def fastest_other(records: Sequence[Measured], case: str) -> str | None:
     """The arm beside peftbench's with the most real tokens per second, by medians; None where there is no other."""
     speeds = {
         arm: statistics.median(theirs.tokens_per_second for theirs, _ in pairs)
-        for arm in ARMS if arm != OURS and (pairs := of_pair(records, case, arm))
-    }  # fmt: skip
+        for arm in ARMS
+        if arm != OURS and (pairs := of_pair(records, case, arm))
+    }
     return max(speeds, key=lambda arm: speeds[arm], default=None)
 
 
@@ -128,13 +129,15 @@ def to_reach(records: Sequence[Measured]) -> str:
                 continue
             values = reached(records, target, arm)
             speed = target.what == "speed"
-            rows.append({
-                "to reach": f"{'speed' if speed else 'peak memory'}, {CASES[target.case].title}",
-                "beside": whose + ARMS[arm],
-                "target": f"{'at least' if speed else 'at most'} {wanted:.2f}x",
-                "reached": ratio(values),
-                "met": met(target, wanted, values),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "to reach": f"{'speed' if speed else 'peak memory'}, {CASES[target.case].title}",
+                    "beside": whose + ARMS[arm],
+                    "target": f"{'at least' if speed else 'at most'} {wanted:.2f}x",
+                    "reached": ratio(values),
+                    "met": met(target, wanted, values),
+                }
+            )
     if not rows:
         return ""
     align = ["left", "left", "right", "right", "left"]

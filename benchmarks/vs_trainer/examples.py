@@ -63,7 +63,7 @@ class Examples:
         pairs = sum(length * (length + 1) // 2 for length in lengths)
         return FlopUnits(
             positions=sum(lengths), pairs=pairs, causal_pairs=pairs, labelled=self.labelled_tokens()[index]
-        )  # fmt: skip
+        )
 
 
 def read_examples(job: Job, tokenizer: PreTrainedTokenizerBase, positions: int) -> Examples:
@@ -76,7 +76,9 @@ def read_examples(job: Job, tokenizer: PreTrainedTokenizerBase, positions: int) 
     longest = positions - spec.soft_tokens  # with every method, so that all are shown the same
     encoder = Encoder(
         tokenizer,
-        SequenceLayout.for_model(separator=SEPARATOR, max_length=longest, max_new_tokens=1, max_positions=positions, virtual_tokens=0),
+        SequenceLayout.for_model(
+            separator=SEPARATOR, max_length=longest, max_new_tokens=1, max_positions=positions, virtual_tokens=0
+        ),
     )
     rows: list[tuple[list[int], int]] = []
     wanted = spec.examples(job.case)
@@ -94,7 +96,9 @@ def read_examples(job: Job, tokenizer: PreTrainedTokenizerBase, positions: int) 
     batches = Batches(unordered.dataset(), Collator(pad_token_id=encoder.eos_token_id), spec.batch, None, spec.seed)
     order = batches.sample_indices()
     drawn = tuple(tuple(itertools.islice(order, spec.batch)) for _ in range(spec.total_steps(job.case)))
-    return Examples(tuple(rows), drawn, encoder.eos_token_id, hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest())
+    return Examples(
+        tuple(rows), drawn, encoder.eos_token_id, hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+    )
 
 
 def _pair(path: Path, number: int, line: str) -> tuple[str, str]:

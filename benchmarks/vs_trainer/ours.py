@@ -58,13 +58,17 @@ def recipe_of(job: Job, folder: str, positions: int) -> Recipe:
         data=Data(source=Files(train=job.train, summary="highlights"), max_length=positions - spec.soft_tokens),
         optimizer=AdamW(learning_rate=spec.learning_rate, weight_decay=spec.weight_decay),
         train=Train(
-            steps=spec.total_steps(job.case), global_batch_size=spec.batch, precision=spec.precision,
-            max_grad_norm=spec.max_grad_norm, seed=spec.seed, **own_knobs(job.case, spec),
+            steps=spec.total_steps(job.case),
+            global_batch_size=spec.batch,
+            precision=spec.precision,
+            max_grad_norm=spec.max_grad_norm,
+            seed=spec.seed,
+            **own_knobs(job.case, spec),
         ),
         evaluate=Evaluate(generate=False),
         profile=Profile(untimed_steps=spec.warmup_steps(job.case)),
         save_model=False,
-    )  # fmt: skip
+    )
 
 
 def run(job: Job, examples: Examples, positions: int) -> Trained:
@@ -83,7 +87,9 @@ def run(job: Job, examples: Examples, positions: int) -> Trained:
         raise PeftbenchError(f"{job.case}, {job.arm}: {record.outcome.kind}: {record.outcome.error}")
     shown, cost = done.progress.step_token_counts, done.training.flop_cost if done.training else None
     counted = record.flops.counted_step
-    required = cost.compute_model_flops(examples.required(COUNTED_STEP - 1, recipe.method.virtual_tokens)) if cost else None
+    required = (
+        cost.compute_model_flops(examples.required(COUNTED_STEP - 1, recipe.method.virtual_tokens)) if cost else None
+    )
     assert record.parameters is not None
     return Trained(
         losses=record.step_losses,

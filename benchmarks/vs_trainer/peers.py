@@ -114,7 +114,9 @@ def run(job: Job, examples: Examples, positions: int, meter: MemoryMeter) -> Tra
     spec, flat = job.spec, flattens(job)
     model = applied(job, flattens=flat)
     cost = model.cost()
-    required = cost.compute_model_flops(examples.required(COUNTED_STEP - 1, model.method.virtual_tokens)) if cost else None
+    required = (
+        cost.compute_model_flops(examples.required(COUNTED_STEP - 1, model.method.virtual_tokens)) if cost else None
+    )
     settings = peer_settings(job.arm, spec, flattens=flat)
     width = positions - model.method.virtual_tokens
     tokenizer = model.base.tokenizer
@@ -139,7 +141,9 @@ def run(job: Job, examples: Examples, positions: int, meter: MemoryMeter) -> Tra
         labelled_tokens=watch.step_tokens(1),
         memory=clock.memory,
         required_flops=required,
-        executed_flops=None if flat else watch.counter.total_flops,  # torch's counter does not know flash-attn's kernels
+        executed_flops=None
+        if flat
+        else watch.counter.total_flops,  # torch's counter does not know flash-attn's kernels
         trainable_parameters=model.trainable_parameters,
         model_identity=model.base.fingerprint,
         settings=settings,
@@ -151,13 +155,22 @@ def _shared(job: Job, folder: str) -> dict[str, Any]:
     """The arguments of all peers."""
     spec = job.spec
     return {
-        "output_dir": folder, "use_cpu": spec.device == "cpu", "seed": spec.seed,
+        "output_dir": folder,
+        "use_cpu": spec.device == "cpu",
+        "seed": spec.seed,
         "max_steps": spec.total_steps(job.case),
-        "learning_rate": spec.learning_rate, "weight_decay": spec.weight_decay, "max_grad_norm": spec.max_grad_norm,
-        "lr_scheduler_type": "linear", "warmup_steps": 0, "train_sampling_strategy": "sequential",
-        "report_to": "none", "logging_strategy": "no", "save_strategy": "no", "eval_strategy": "no",
+        "learning_rate": spec.learning_rate,
+        "weight_decay": spec.weight_decay,
+        "max_grad_norm": spec.max_grad_norm,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0,
+        "train_sampling_strategy": "sequential",
+        "report_to": "none",
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "eval_strategy": "no",
         "disable_tqdm": True,
-    }  # fmt: skip
+    }
 
 
 def _rows(job: Job, examples: Examples, width: int) -> Dataset:
@@ -192,7 +205,7 @@ def _hf(job: Job, model: Applied, arguments: dict[str, Any], rows: Dataset) -> A
         collate = DataCollatorForSeq2Seq(model.base.tokenizer, label_pad_token_id=IGNORED)
     return WatchedTrainer(
         model=model.model, args=TrainingArguments(**arguments), train_dataset=rows, data_collator=collate
-    )  # fmt: skip
+    )
 
 
 def _trl(job: Job, model: Applied, arguments: dict[str, Any], rows: Dataset) -> Any:  # noqa: ANN401
@@ -205,8 +218,10 @@ def _trl(job: Job, model: Applied, arguments: dict[str, Any], rows: Dataset) -> 
 
     return WatchedSFTTrainer(
         model=model.model,  # type: ignore[arg-type]  # a method says no more than that it is a module
-        args=SFTConfig(**arguments), train_dataset=rows, processing_class=model.base.tokenizer,
-    )  # fmt: skip
+        args=SFTConfig(**arguments),
+        train_dataset=rows,
+        processing_class=model.base.tokenizer,
+    )
 
 
 def _notes(job: Job, flat: bool) -> Iterator[str]:

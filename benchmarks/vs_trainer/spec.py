@@ -171,9 +171,11 @@ def peer_settings(arm: str, spec: Spec, *, flattens: bool) -> dict[str, Any]:
         "gradient_accumulation_steps": spec.batch // spec.micro_batch,
     }
     best = (whole if flattens else parts) | {
-        "bf16": spec.precision == "bf16", "optim": "adamw_torch_fused", "gradient_checkpointing": False,
+        "bf16": spec.precision == "bf16",
+        "optim": "adamw_torch_fused",
+        "gradient_checkpointing": False,
         "logging_nan_inf_filter": False,  # which would wait for the device in every micro-batch
-    }  # fmt: skip
+    }
     arms: dict[str, dict[str, Any]] = {
         "hf_study": whole | {"fp16": spec.device == "cuda", "optim": "adamw_torch"},
         "hf_best": best,

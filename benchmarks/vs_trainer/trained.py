@@ -53,9 +53,12 @@ class Applied:
         """Its products, None where they are not known."""
         try:
             return count_flops(
-                self.model, self.base.model, virtual_tokens=self.method.virtual_tokens, gradient_checkpointing=False,
+                self.model,
+                self.base.model,
+                virtual_tokens=self.method.virtual_tokens,
+                gradient_checkpointing=False,
                 computes_all_logits=False,  # of what is required it changes nothing, and all else is counted
-            )  # fmt: skip
+            )
         except UnsupportedFlopsError:
             return None
 
@@ -77,10 +80,12 @@ def applied(job: Job, *, flattens: bool) -> Applied:
 
     base = load_model(
         Model(
-            path=job.base, dropout=job.spec.dropout, fused_gelu=False,
+            path=job.base,
+            dropout=job.spec.dropout,
+            fused_gelu=False,
             attention="flash_attention_2" if flattens else "sdpa",
         )
-    )  # fmt: skip
+    )
     set_seed(job.spec.seed)  # where peftbench has it too: new weights depend on the seed alone
     method = method_of(job)
     model = method.apply(base.model, base.tokenizer)

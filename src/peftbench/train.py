@@ -148,9 +148,12 @@ def _exit_immediately(exit_code: int) -> NoReturn:
 
 def _build_result_line(recipe: Recipe, outcome: Outcome, record_path: Path | None) -> dict[str, object]:
     return {
-        "outcome": outcome.kind, "record": None if record_path is None else str(record_path), "name": recipe.name,
-        "error": outcome.error, "suggestion": outcome.suggestion,
-    }  # fmt: skip
+        "outcome": outcome.kind,
+        "record": None if record_path is None else str(record_path),
+        "name": recipe.name,
+        "error": outcome.error,
+        "suggestion": outcome.suggestion,
+    }
 
 
 def print_result_line(result: dict[str, object], file: TextIO | None = None) -> None:

@@ -15,9 +15,21 @@ from tests.conftest import REPOSITORY
 
 SCRIPT = REPOSITORY / "benchmarks" / "gpu" / "measure.py"
 ABSENT = (
-    "datasets", "evaluate", "deepspeed", "bitsandbytes", "nltk", "omegaconf", "rouge_score", "scipy", "tabulate",
-    "rich", "typer", "pandas", "pyarrow", "pynvml",
-)  # fmt: skip
+    "datasets",
+    "evaluate",
+    "deepspeed",
+    "bitsandbytes",
+    "nltk",
+    "omegaconf",
+    "rouge_score",
+    "scipy",
+    "tabulate",
+    "rich",
+    "typer",
+    "pandas",
+    "pyarrow",
+    "pynvml",
+)
 HIDE = f"import sys; sys.modules.update(dict.fromkeys({ABSENT!r}))"
 
 
@@ -75,8 +87,11 @@ def test_every_case_is_measured_once(call: list[str], tmp_path: Path) -> None:
     assert "FLOPs as counted" in first.stdout
     predicted = subprocess.run(
         [call[0], str(SCRIPT.with_name("predict.py")), "--tiny", str(tmp_path)],
-        check=True, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""},
-    )  # fmt: skip
+        check=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": ""},
+    )
     assert predicted.stdout.count("| tensors |") == len(records)
     assert "tensors: off by 0.000% in the median, 0.000% at worst" in predicted.stdout
     second = subprocess.run(out, check=True, capture_output=True, text=True)

@@ -19,9 +19,18 @@ ARMS = ("hf_study", "hf_best", "trl_default", "trl_best", "peftbench")
 CASES = ("full", "lora", "prompt_tuning", "last_layer", "last_layer_epoch2")
 needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")
 ABSENT = (
-    "evaluate", "deepspeed", "bitsandbytes", "nltk", "omegaconf", "rouge_score", "scipy", "tabulate", "rich", "typer",
+    "evaluate",
+    "deepspeed",
+    "bitsandbytes",
+    "nltk",
+    "omegaconf",
+    "rouge_score",
+    "scipy",
+    "tabulate",
+    "rich",
+    "typer",
     "pynvml",
-)  # fmt: skip
+)
 TINY = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 64}
 
 
@@ -58,8 +67,24 @@ def measured(folder: Path) -> dict[tuple[str, str], dict[str, object]]:
     return {(record["case"], record["arm"]): record for record in records}
 
 
-SMALL = ("--device", "cpu", "--precision", "fp32", "--repeats", "1", "--threads", "1", "--soft-tokens", "4",
-         "--warmup", "1", "--steps", "2", "--learning-rate", "0.01")  # fmt: skip
+SMALL = (
+    "--device",
+    "cpu",
+    "--precision",
+    "fp32",
+    "--repeats",
+    "1",
+    "--threads",
+    "1",
+    "--soft-tokens",
+    "4",
+    "--warmup",
+    "1",
+    "--steps",
+    "2",
+    "--learning-rate",
+    "0.01",
+)
 
 
 def agree(records: dict[tuple[str, str], dict[str, object]], case: str, arms: tuple[str, ...]) -> None:
@@ -138,13 +163,32 @@ def test_all_arms_are_one_training_with_every_method(given: list[str], tmp_path:
 def record(arm: str, repeat: int, **changes: object) -> dict[str, object]:
     """A record with round figures."""
     return {
-        "case": "full", "arm": arm, "repeat": repeat, "spec": {}, "settings": {}, "notes": [], "started_at": "now",
-        "device_kind": "cpu", "device_name": "a CPU", "threads": 1, "versions": {"torch": "2"}, "git": "abc",
-        "data_identity": "d", "model_identity": "m", "trainable_parameters": 10, "warmup_steps": 1,
-        "losses": [3.0, 2.0], "step_seconds": [1.0], "train_seconds": 2.0, "real_tokens": [50, 100],
-        "labelled_tokens": [5, 10], "memory": {"resident_bytes": 3 * 2**20, "resident_baseline_bytes": 2**20},
-        "counted_step": 1, "required_flops": 50, "executed_flops": 100,
-    } | changes  # fmt: skip
+        "case": "full",
+        "arm": arm,
+        "repeat": repeat,
+        "spec": {},
+        "settings": {},
+        "notes": [],
+        "started_at": "now",
+        "device_kind": "cpu",
+        "device_name": "a CPU",
+        "threads": 1,
+        "versions": {"torch": "2"},
+        "git": "abc",
+        "data_identity": "d",
+        "model_identity": "m",
+        "trainable_parameters": 10,
+        "warmup_steps": 1,
+        "losses": [3.0, 2.0],
+        "step_seconds": [1.0],
+        "train_seconds": 2.0,
+        "real_tokens": [50, 100],
+        "labelled_tokens": [5, 10],
+        "memory": {"resident_bytes": 3 * 2**20, "resident_baseline_bytes": 2**20},
+        "counted_step": 1,
+        "required_flops": 50,
+        "executed_flops": 100,
+    } | changes
 
 
 def written(folder: Path, *records: dict[str, object]) -> Path:
@@ -167,8 +211,13 @@ def test_a_ratio_is_of_a_pair(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     peer, ours = (line for line in done.stdout.splitlines() if line.startswith("| full"))
     assert [cell.strip() for cell in peer.split("|")[3:-1]] == [
-        "12", "3.00x (2.00–4.00)", "2", "1.00x (1.00–1.00)", "50.0%", "0.0e+00",
-    ]  # fmt: skip
+        "12",
+        "3.00x (2.00–4.00)",
+        "2",
+        "1.00x (1.00–1.00)",
+        "50.0%",
+        "0.0e+00",
+    ]
     assert [cell.strip() for cell in ours.split("|")[3:-1]] == ["50", "–", "2", "–", "50.0%", "–"]
     page = tmp_path / "README.md"
     page.write_text("above\n<!-- report:x -->\nold\n<!-- end of report:x -->\nbelow\n", encoding="utf-8")
@@ -187,13 +236,23 @@ def test_what_was_to_be_reached(tmp_path: Path) -> None:
 
     folder = written(
         tmp_path / "records",
-        *(measured_in("full", arm, *figures) for arm, figures in {
-            "hf_study": (10.0, 100), "hf_best": (7.0, 5), "trl_best": (5.58, 60), "peftbench": (4.0, 45),
-        }.items()),
-        *(measured_in("last_layer_epoch2", arm, *figures) for arm, figures in {
-            "hf_best": (12.0, 1), "peftbench": (1.0, 1),
-        }.items()),
-    )  # fmt: skip
+        *(
+            measured_in("full", arm, *figures)
+            for arm, figures in {
+                "hf_study": (10.0, 100),
+                "hf_best": (7.0, 5),
+                "trl_best": (5.58, 60),
+                "peftbench": (4.0, 45),
+            }.items()
+        ),
+        *(
+            measured_in("last_layer_epoch2", arm, *figures)
+            for arm, figures in {
+                "hf_best": (12.0, 1),
+                "peftbench": (1.0, 1),
+            }.items()
+        ),
+    )
     done = call("--report", str(folder))
     assert done.returncode == 0, done.stderr
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.split("\n\n")[1].splitlines()[2:]]

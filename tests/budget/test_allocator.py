@@ -28,7 +28,10 @@ def test_middle_requests_share_twenty() -> None:
     assert (made.allocated_bytes, made.reserved_bytes) == (MIB + MIN_BLOCK_SIZE, 20 * MIB)
     made.allocate(2, 9 * MIB)
     made.allocate(3, 9 * MIB - MIN_BLOCK_SIZE)  # leaves exactly 1 MiB, which is not split off
-    assert (made.allocated_bytes, made.reserved_bytes) == (MIB + MIN_BLOCK_SIZE + 9 * MIB + 10 * MIB - MIN_BLOCK_SIZE, 20 * MIB)
+    assert (made.allocated_bytes, made.reserved_bytes) == (
+        MIB + MIN_BLOCK_SIZE + 9 * MIB + 10 * MIB - MIN_BLOCK_SIZE,
+        20 * MIB,
+    )
 
 
 def test_large_requests_have_segments_of_their_own() -> None:

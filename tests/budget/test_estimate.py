@@ -77,12 +77,18 @@ def test_every_optimizer_s_states(name: str, workshop: Workshop) -> None:
     """As many bytes as its closed form says; some keep the number of the step in the CPU's memory, 4 bytes a tensor."""
     kind = KINDS[name](**({"rank": 8} if name in {"galore", "apollo"} else {}))
     recipe = workshop.recipe(
-        Full(), optimizer=kind, train={"precision": "bf16" if kind.weights == "bf16" else "fp32", "global_batch_size": 2}
+        Full(),
+        optimizer=kind,
+        train={"precision": "bf16" if kind.weights == "bf16" else "fp32", "global_batch_size": 2},
     )
     with MemorySimulation(recipe, "cuda", 1) as rehearsal:
         rehearsal.simulate_training(2, 16, 4)
         groups = rehearsal.training.optimizer.param_groups
-    held = replay_allocator(rehearsal.memory_tracker.iter_events()).peak_by_phase["optimizer"].live_bytes_by_category["optimizer_state"]
+    held = (
+        replay_allocator(rehearsal.memory_tracker.iter_events())
+        .peak_by_phase["optimizer"]
+        .live_bytes_by_category["optimizer_state"]
+    )
     steps = 4 * sum(len(group["params"]) for group in groups)
     assert held == kind.state_bytes(groups) - steps * (name in {"adafactor", "adamw_bf16", "adamw8bit_bf16"})
 
@@ -158,11 +164,14 @@ def test_offloaded_activations_are_not_on_the_device(planned: Any) -> None:
     shape = {"path": "openai-community/gpt2"}
     here, away = (
         planned(
-            Full(), model=shape, train={"activation_offloading": offload, "global_batch_size": 2}, evaluate={"batch": 1},
+            Full(),
+            model=shape,
+            train={"activation_offloading": offload, "global_batch_size": 2},
+            evaluate={"batch": 1},
             data={"max_tokens": 512},
         )
         for offload in (False, True)
-    )  # fmt: skip
+    )
     kinds = [plan.parts["backward"].live_by_kind for plan in (here, away)]
     assert kinds[1].get("activations", 0) < 0.1 * kinds[0]["activations"]
     assert kinds[1]["weights"] == kinds[0]["weights"]
@@ -175,10 +184,16 @@ def test_a_budget_below_the_weights(planned: Any) -> None:
         planned(Full(), budget=1000)
 
 
-@pytest.mark.parametrize(("text", "size"), [
-    ("16GiB", 16 * 2**30), ("16GB", 16 * 10**9), ("15.5 GiB", int(15.5 * 2**30)), ("1048576", 2**20),
-    ("12gib", 12 * 2**30),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("16GiB", 16 * 2**30),
+        ("16GB", 16 * 10**9),
+        ("15.5 GiB", int(15.5 * 2**30)),
+        ("1048576", 2**20),
+        ("12gib", 12 * 2**30),
+    ],
+)
 def test_sizes(text: str, size: int) -> None:
     """Binary and decimal prefixes are told apart."""
     assert parse_size(text) == size
@@ -220,7 +235,9 @@ def test_a_model_that_needs_values(planned: Any, monkeypatch: pytest.MonkeyPatch
         return forward(self, hidden_states) * hidden_states.mean().item()
 
     monkeypatch.setattr(GPT2MLP, "forward", looks)
-    with pytest.raises(EstimateUnavailableError, match=r"transformer\.h\.0\.mlp \(gpt2\) cannot be rehearsed without values"):
+    with pytest.raises(
+        EstimateUnavailableError, match=r"transformer\.h\.0\.mlp \(gpt2\) cannot be rehearsed without values"
+    ):
         planned(Full())
 
 
@@ -243,9 +260,15 @@ def test_a_device_without_the_precision(workshop: Workshop) -> None:
 
 
 PUBLISHED = {
-    ("full", "fp32"): 11496, ("lora", "fp32"): 9419, ("prompt_tuning", "fp32"): 9404, ("last_layer", "fp32"): 4468,
-    ("full", "bf16"): 9995, ("lora", "bf16"): 8462, ("prompt_tuning", "bf16"): 8539, ("last_layer", "bf16"): 4459,
-}  # fmt: skip
+    ("full", "fp32"): 11496,
+    ("lora", "fp32"): 9419,
+    ("prompt_tuning", "fp32"): 9404,
+    ("last_layer", "fp32"): 4468,
+    ("full", "bf16"): 9995,
+    ("lora", "bf16"): 8462,
+    ("prompt_tuning", "bf16"): 8539,
+    ("last_layer", "bf16"): 4459,
+}
 """MiB of tensors at the peak of a step of GPT-2 small over 6 x 1,024 tokens with AdamW, by another trace than this
 estimator's, with a GELU that is not fused."""
 
@@ -255,12 +278,17 @@ estimator's, with a GELU that is not fused."""
 def test_gpt2_small_as_it_was_traced_before(method: str, precision: str, workshop: Workshop) -> None:
     """Within one per cent."""
     kind: Method = {
-        "full": Full(), "lora": Lora(r=8), "prompt_tuning": PromptTuning(num_virtual_tokens=20), "last_layer": LastLayer(),
-    }[method]  # fmt: skip
+        "full": Full(),
+        "lora": Lora(r=8),
+        "prompt_tuning": PromptTuning(num_virtual_tokens=20),
+        "last_layer": LastLayer(),
+    }[method]
     recipe = workshop.recipe(
-        kind, model={"path": "openai-community/gpt2", "fused_gelu": False},
-        train={"precision": precision, "global_batch_size": 6, "logits": "all"}, data={"padding": "longest"},
-    )  # fmt: skip
+        kind,
+        model={"path": "openai-community/gpt2", "fused_gelu": False},
+        train={"precision": precision, "global_batch_size": 6, "logits": "all"},
+        data={"padding": "longest"},
+    )
     with MemorySimulation(recipe, "cuda", 1) as rehearsal:
         rehearsal.simulate_training(6, 1024, 1023)
     assert rehearsal.memory_tracker.find_peak().nbytes / MIB == pytest.approx(PUBLISHED[method, precision], rel=0.01)

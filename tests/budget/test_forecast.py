@@ -20,10 +20,14 @@ def test_peaks_by_part_and_kind() -> None:
     """Each part has its own, with what was there before it; the largest is the run's."""
     found = replay_allocator([WEIGHTS, *held(1, 30, "forward"), *held(2, 20, "backward")])
     assert {name: moment.live_bytes for name, moment in found.peak_by_phase.items()} == {
-        "forward": 42 * MIB, "backward": 32 * MIB,
-    }  # fmt: skip
+        "forward": 42 * MIB,
+        "backward": 32 * MIB,
+    }
     assert found.peak.phase == "forward"
-    assert (found.peak.live_bytes_by_category["weights"], found.peak.live_bytes_by_category["activations"]) == (12 * MIB, 30 * MIB)
+    assert (found.peak.live_bytes_by_category["weights"], found.peak.live_bytes_by_category["activations"]) == (
+        12 * MIB,
+        30 * MIB,
+    )
 
 
 def test_the_cache_is_given_back_between_phases() -> None:

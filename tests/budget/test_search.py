@@ -92,7 +92,12 @@ def test_at_the_edge(workshop: Workshop) -> None:
     less = find_strategy(recipe, (), MemoryTarget(UNKNOWN_DEVICE, "a GPU", budget - 1))
     assert less is not None
     assert less.plan.micro_batch_size < 16
-    assert find_strategy(recipe, (), MemoryTarget(UNKNOWN_DEVICE, "a GPU", found.plan.peak.live_bytes_by_category["weights"] + 1)) is None
+    assert (
+        find_strategy(
+            recipe, (), MemoryTarget(UNKNOWN_DEVICE, "a GPU", found.plan.peak.live_bytes_by_category["weights"] + 1)
+        )
+        is None
+    )
 
 
 def test_time_is_of_flops_and_of_the_device(workshop: Workshop) -> None:
@@ -123,7 +128,9 @@ def test_a_batch_of_evaluation_that_does_not_fit_is_halved(workshop: Workshop) -
     whole = estimate(recipe, UNKNOWN_DEVICE, "a GPU")
     assert whole.peak_phase == "evaluate"
     half = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"batch": 32})})
-    found = find_strategy(recipe, (), MemoryTarget(UNKNOWN_DEVICE, "a GPU", estimate(half, UNKNOWN_DEVICE, "a GPU").process_bytes[1]))
+    found = find_strategy(
+        recipe, (), MemoryTarget(UNKNOWN_DEVICE, "a GPU", estimate(half, UNKNOWN_DEVICE, "a GPU").process_bytes[1])
+    )
     assert found is not None
     assert found.overrides == ("train.micro_batch_size=2", "evaluate.batch_size=32")
     assert apply_strategy(recipe, found).evaluate.batch_size == 32

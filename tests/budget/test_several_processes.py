@@ -54,33 +54,41 @@ class Case(NamedTuple):
         """Three steps; who held the memory is looked at in the second."""
         width: dict[str, Any] = {"max_tokens": SHORT, "overlong": "drop"} if self.micro_batch else {"max_tokens": WIDTH}
         return Recipe(
-            name=self.name, output_dir=str(output), save_model=False, method=METHODS[self.method],
+            name=self.name,
+            output_dir=str(output),
+            save_model=False,
+            method=METHODS[self.method],
             model=Model(path=base),
             data=Data(source=source, separator=" TL;DR:", padding="max_length", **width),
-            train=Train(steps=3, global_batch_size=12, micro_batch_size=self.micro_batch, precision=self.precision,  # type: ignore[arg-type]
-                        gradient_checkpointing=self.checkpointing),
+            train=Train(
+                steps=3,
+                global_batch_size=12,
+                micro_batch_size=self.micro_batch,
+                precision=self.precision,  # type: ignore[arg-type]
+                gradient_checkpointing=self.checkpointing,
+            ),
             evaluate=Evaluate(generate=False, max_new_tokens=8, bootstrap_resamples=100),
             profile=Profile(untimed_steps=2, memory_breakdown=True),
-        )  # fmt: skip
+        )
 
 
 CASES = [
     case
     for method in METHODS
     for case in (
-        Case(method), Case(method, "bf16", "llama_untied"), Case(method, "fp32", "llama_tied", 3),
+        Case(method),
+        Case(method, "bf16", "llama_untied"),
+        Case(method, "fp32", "llama_tied", 3),
         Case(method, "bf16", "gpt2_tied", 2, checkpointing=True),
     )
-]  # fmt: skip
+]
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 FAST = {("zero2", CASES[0])}
 POINTS = [
-    pytest.param(
-        engine, case, id=f"{engine}-{case.name}", marks=() if (engine, case) in FAST else pytest.mark.slow
-    )
+    pytest.param(engine, case, id=f"{engine}-{case.name}", marks=() if (engine, case) in FAST else pytest.mark.slow)
     for engine in ENGINES
     for case in CASES
-]  # fmt: skip
+]
 
 Given = Callable[[str], Path]
 
@@ -162,14 +170,24 @@ def launch(accelerate: Path, recipes: list[Recipe]) -> None:
         place.write_text(recipe.model_dump_json(), encoding="utf-8")
         files.append(str(place))
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(accelerate),
-        "--num_processes", str(PROCESSES), "--main_process_port", "0",
-        str(REPOSITORY / "tests" / "budget" / "launched.py"), *files,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(accelerate),
+        "--num_processes",
+        str(PROCESSES),
+        "--main_process_port",
+        "0",
+        str(REPOSITORY / "tests" / "budget" / "launched.py"),
+        *files,
+    ]
     environment = os.environ | {
-        "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
-    }  # fmt: skip
+    }
     with (Path(files[0]).parent / "log.txt").open("w", encoding="utf-8") as log:
         subprocess.run(command, cwd=REPOSITORY, env=environment, check=False, stdout=log, stderr=log, timeout=240)
 
@@ -177,8 +195,12 @@ def launch(accelerate: Path, recipes: list[Recipe]) -> None:
 def rehearsed(recipe: Recipe, accelerate: Path, labels: int) -> MemoryPeak:
     """The peak of the same step, of which nothing was computed."""
     world = load_launch_config(accelerate, PROCESSES, recipe)
-    accumulation, rows = compute_micro_batching(recipe.train.global_batch_size, recipe.train.resolved_micro_batch_size, PROCESSES)
-    with MemorySimulation(recipe, "cpu", accumulation, has_padding=recipe.data.max_length == WIDTH, launch_config=world) as rehearsal:
+    accumulation, rows = compute_micro_batching(
+        recipe.train.global_batch_size, recipe.train.resolved_micro_batch_size, PROCESSES
+    )
+    with MemorySimulation(
+        recipe, "cpu", accumulation, has_padding=recipe.data.max_length == WIDTH, launch_config=world
+    ) as rehearsal:
         rehearsal.simulate_training(rows, recipe.data.max_length or 0, labels)
     return rehearsal.memory_tracker.find_peak()
 
@@ -186,9 +208,13 @@ def rehearsed(recipe: Recipe, accelerate: Path, labels: int) -> MemoryPeak:
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(("engine", "case"), POINTS)
 def test_the_peak_of_one_of_several_processes(  # noqa: PLR0917 — fixtures
-    engine: str, case: Case, held: Any, launcher: Given, recipes: Callable[[str, Case], Recipe],
+    engine: str,
+    case: Case,
+    held: Any,
+    launcher: Given,
+    recipes: Callable[[str, Case], Recipe],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """Parts of weights and states, buckets, gathered weights and all else: each as where it was really made."""
     monkeypatch.chdir(REPOSITORY)  # from which accelerate files name DeepSpeed's
     record: RunRecord = held(engine, case)

@@ -55,11 +55,12 @@ def test_the_peak_of_a_real_step(  # noqa: PLR0917
 ) -> None:
     """Weights, gradients, states, activations, logits and temporaries: each as in the step that was really made."""
     recipe = workshop.recipe(
-        method, architecture=architecture,
+        method,
+        architecture=architecture,
         data={"padding": padding, "max_tokens": WIDTH, "source": sources[padding]},
         train={"precision": precision, "gradient_checkpointing": checkpointing, "steps": 3, "global_batch_size": 6},
         profile=Profile(untimed_steps=2, memory_breakdown=True),
-    )  # fmt: skip
+    )
     found, expected = made_and_rehearsed(recipe, workshop)
     assert expected.nbytes == pytest.approx(found.peak_bytes, rel=1e-6)
     assert expected.bytes_by_category == found.bytes_by_category
@@ -70,11 +71,12 @@ def test_the_peak_of_a_real_step(  # noqa: PLR0917
 def test_over_a_packed_base(method: Method, quantization: str, workshop: Workshop, sources: dict[str, Files]) -> None:
     """Four bits a weight, their scales, and what is unpacked in the backward pass."""
     recipe = workshop.recipe(
-        method, model={"quantization": quantization},
+        method,
+        model={"quantization": quantization},
         data={"padding": "max_tokens", "max_tokens": WIDTH, "source": sources["max_tokens"]},
         train={"steps": 3, "global_batch_size": 6},
         profile=Profile(untimed_steps=2, memory_breakdown=True),
-    )  # fmt: skip
+    )
     found, expected = made_and_rehearsed(recipe, workshop)
     assert (expected.nbytes, expected.bytes_by_category) == (found.peak_bytes, found.bytes_by_category)
 
@@ -84,11 +86,12 @@ def test_every_optimizer(name: str, workshop: Workshop, sources: dict[str, Files
     """States and what a step makes beside them, with accumulation, so that gradients are there at the peak."""
     kind = KINDS[name](**({"rank": 8} if name in {"galore", "apollo"} else {}))
     recipe = workshop.recipe(
-        Full(), optimizer=kind,
+        Full(),
+        optimizer=kind,
         data={"padding": "max_tokens", "max_tokens": SHORT, "overlong": "drop", "source": sources["none"]},
         train={"steps": 3, "global_batch_size": 6, "micro_batch_size": 2, "precision": "bf16"},
         profile=Profile(untimed_steps=2, memory_breakdown=True),
-    )  # fmt: skip
+    )
     record = workshop.run(recipe)
     found = record.memory_breakdown
     assert found is not None

@@ -65,7 +65,7 @@ def test_what_is_shared_out(planned: Any) -> None:
         (engine, processes): planned(engine, Full(), processes).parts["forward"].live_by_kind
         for engine in PLANNED
         for processes in (2, 4)
-    }  # fmt: skip
+    }
     values = held["ddp", 2]["weights"] / 4
     for engine, copies in (("zero1", 3), ("zero2", 3), ("zero3", 3), ("fsdp2", 2)):  # two moments, and a float32 copy
         assert held[engine, 2]["optimizer_state"] == pytest.approx(copies * 4 * values / 2, rel=0.01)
@@ -90,14 +90,26 @@ def test_a_plan_leaves_no_trace(planned: Any, workshop: Workshop) -> None:
     alone = workshop.recipe(Full())
     before = estimate(alone, UNKNOWN_DEVICE, "a GPU")
     kept = (
-        dict(os.environ), dict(PartialState._shared_state), torch.get_num_threads(), torch.nn.functional.linear,
-        get_accelerator(), torch.Tensor.data_ptr, torch.autocast, torch.UntypedStorage.resize_,
-    )  # fmt: skip
+        dict(os.environ),
+        dict(PartialState._shared_state),
+        torch.get_num_threads(),
+        torch.nn.functional.linear,
+        get_accelerator(),
+        torch.Tensor.data_ptr,
+        torch.autocast,
+        torch.UntypedStorage.resize_,
+    )
     first = [planned(engine, Lora(r=4)) for engine in PLANNED]
     assert kept == (
-        dict(os.environ), dict(PartialState._shared_state), torch.get_num_threads(), torch.nn.functional.linear,
-        get_accelerator(), torch.Tensor.data_ptr, torch.autocast, torch.UntypedStorage.resize_,
-    )  # fmt: skip
+        dict(os.environ),
+        dict(PartialState._shared_state),
+        torch.get_num_threads(),
+        torch.nn.functional.linear,
+        get_accelerator(),
+        torch.Tensor.data_ptr,
+        torch.autocast,
+        torch.UntypedStorage.resize_,
+    )
     assert not torch.distributed.is_initialized()
     assert not hasattr(torch, "meta")
     assert [planned(engine, Lora(r=4)) for engine in PLANNED] == first
@@ -133,9 +145,18 @@ def test_the_command_prints_its_answer_alone(workshop: Workshop, tmp_path: Path)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(workshop.recipe(Full()).model_dump_json(), encoding="utf-8")  # which is YAML too
     command = [
-        sys.executable, "-c", "from peftbench.cli.app import main; main()", "estimate", "--json", "--config", str(recipe),
-        "--accelerate", "accel_configs/zero2.yaml", "--processes", "3",
-    ]  # fmt: skip
+        sys.executable,
+        "-c",
+        "from peftbench.cli.app import main; main()",
+        "estimate",
+        "--json",
+        "--config",
+        str(recipe),
+        "--accelerate",
+        "accel_configs/zero2.yaml",
+        "--processes",
+        "3",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=True)
     plan = Plan(**json.loads(done.stdout))
     assert (plan.engine, plan.num_processes) == ("zero2", 3)

@@ -178,8 +178,15 @@ def test_the_fingerprint_is_of_what_may_change_a_number(least: Path) -> None:
         "profile.price_per_hour=2",
     ]
     assert load_recipe([least], elsewhere).fingerprint() == before
-    changes = ("train.seed=1", "method.r=8", "optimizer.learning_rate=1e-3", "data.train=5", "model.dropout=0.0",
-               "profile.untimed_steps=6", "profile.memory_breakdown=true")  # fmt: skip
+    changes = (
+        "train.seed=1",
+        "method.r=8",
+        "optimizer.learning_rate=1e-3",
+        "data.train=5",
+        "model.dropout=0.0",
+        "profile.untimed_steps=6",
+        "profile.memory_breakdown=true",
+    )
     changed = {load_recipe([least], [change]).fingerprint() for change in changes}
     assert len(changed) == len(changes)
     assert before not in changed

@@ -110,11 +110,14 @@ def test_a_group_without_its_kind() -> None:
     [
         ({"method": {"kind": "last_layer", "head": "tied"}}, "this last_layer has none; use last_layer with"),
         ({"method": {"kind": "zero_shot"}}, "this zero_shot has none"),
-        ({"data": LEAST["data"] | {"as_published": True}}, "data.label_padding=true labels padding; set one of the two"),
+        (
+            {"data": LEAST["data"] | {"as_published": True}},
+            "data.label_padding=true labels padding; set one of the two",
+        ),
         ({"train": {"steps": 1, "feature_cache": "bf16", "logits": "all"}}, "and train.logits=all wants more; set"),
     ],
     ids=["head", "baseline", "as_published", "logits"],
-)  # fmt: skip
+)
 def test_a_trunk_that_cannot_be_kept(knobs: dict[str, Any], message: str) -> None:
     """Only what is the same in every epoch can be, and it is told before anything is loaded."""
     values = LEAST | {"method": {"kind": "last_layer"}, "train": {"steps": 1, "feature_cache": "bf16"}}

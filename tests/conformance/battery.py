@@ -38,11 +38,17 @@ VARIANTS: dict[str, dict[str, Method]] = {
         "lora_bias_all": Lora(r=4, lora_alpha=6, bias="all"),
         "lora_bias_lora_only": Lora(r=4, lora_alpha=6, bias="lora_only"),
         # One expression for matrices that widen and matrices that narrow, in both architectures.
-        "lora_expression": Lora(r=4, lora_alpha=6, target_modules=r".*\.(c_attn|c_fc|q_proj|up_proj|mlp\.c_proj|down_proj)"),
+        "lora_expression": Lora(
+            r=4, lora_alpha=6, target_modules=r".*\.(c_attn|c_fc|q_proj|up_proj|mlp\.c_proj|down_proj)"
+        ),
     },
     "prompt_tuning": {
         "prompt_random": PromptTuning(num_virtual_tokens=5),
-        "prompt_text": PromptTuning(num_virtual_tokens=5, prompt_tuning_init="text", prompt_tuning_init_text="Summarise the article above in one sentence."),
+        "prompt_text": PromptTuning(
+            num_virtual_tokens=5,
+            prompt_tuning_init="text",
+            prompt_tuning_init_text="Summarise the article above in one sentence.",
+        ),
         "prompt_vocabulary": PromptTuning(num_virtual_tokens=5, prompt_tuning_init="vocabulary"),
     },
 }

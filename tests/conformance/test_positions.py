@@ -16,9 +16,12 @@ NEW_TOKENS = 6
 
 def _layout(case: Case, max_tokens: int | None) -> SequenceLayout:
     return SequenceLayout.for_model(
-        separator=" TL;DR:", max_length=max_tokens, max_new_tokens=NEW_TOKENS, max_positions=POSITIONS,
+        separator=" TL;DR:",
+        max_length=max_tokens,
+        max_new_tokens=NEW_TOKENS,
+        max_positions=POSITIONS,
         virtual_tokens=case.method.virtual_tokens,
-    )  # fmt: skip
+    )
 
 
 def test_some_method_has_virtual_tokens() -> None:
@@ -56,9 +59,16 @@ def test_longest_prompt_is_generated_from(case: Case, make_bench: MakeBench) -> 
     mask = torch.ones_like(ids)
     mask[1, : width // 2] = 0
     new = case.method.generate(
-        bench.model, ids, mask, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, use_cache=True,
-        eos_token_id=0, pad_token_id=0,
-    )  # fmt: skip
+        bench.model,
+        ids,
+        mask,
+        max_new_tokens=NEW_TOKENS,
+        min_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
     assert new.shape == (2, NEW_TOKENS)
 
 

@@ -50,9 +50,15 @@ def dataset() -> Dataset:
 
 
 def batches(
-    dataset: Dataset, global_batch: int = 8, micro_batch: int | None = None, *,
-    seed: int = 0, rank: int = 0, world_size: int = 1, collator: Collator | None = None,
-) -> Batches:  # fmt: skip
+    dataset: Dataset,
+    global_batch: int = 8,
+    micro_batch: int | None = None,
+    *,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    collator: Collator | None = None,
+) -> Batches:
     """Batches over ``dataset``."""
     return Batches(dataset, collator or Collator(PAD), global_batch, micro_batch, seed, rank, world_size)
 
@@ -141,7 +147,9 @@ def test_accumulation(
     global_batch: int, micro_batch: int | None, world_size: int, accumulation: int, dataset: Dataset
 ) -> None:
     """As few micro-batches as the limit allows; without a limit there is no accumulation."""
-    assert batches(dataset, global_batch, micro_batch, world_size=world_size).gradient_accumulation_steps == accumulation
+    assert (
+        batches(dataset, global_batch, micro_batch, world_size=world_size).gradient_accumulation_steps == accumulation
+    )
 
 
 @pytest.mark.parametrize("global_batch_size", [4, 8, 40])
@@ -328,9 +336,12 @@ def test_rows_of_a_multiple() -> None:
 
 
 CUT = {
-    "padded": Collator(PAD), "packed": PaddingFreeCollator(PAD), "virtual": PaddingFreeCollator(PAD, 4), "padded_to_a_multiple":
-    Collator(PAD, pad_to_multiple_of=4), "packed_to_a_multiple": PaddingFreeCollator(PAD, 4, pad_to_multiple_of=8),
-}  # fmt: skip
+    "padded": Collator(PAD),
+    "packed": PaddingFreeCollator(PAD),
+    "virtual": PaddingFreeCollator(PAD, 4),
+    "padded_to_a_multiple": Collator(PAD, pad_to_multiple_of=4),
+    "packed_to_a_multiple": PaddingFreeCollator(PAD, 4, pad_to_multiple_of=8),
+}
 
 
 @pytest.mark.parametrize("collator", CUT.values(), ids=CUT)
@@ -342,7 +353,9 @@ def test_micro_batches_keep_to_a_number_of_tokens(
     """In every step of a run, on every rank, with as few micro-batches as do; the steps see the same examples."""
     steps = 9
     within = [
-        batches(dataset, global_batch, None, collator=collator, rank=rank, world_size=world_size).limited_to_tokens(tokens, steps)
+        batches(dataset, global_batch, None, collator=collator, rank=rank, world_size=world_size).limited_to_tokens(
+            tokens, steps
+        )
         for rank in range(world_size)
     ]
     plain = [first(batches(dataset, global_batch, 1, collator=collator), steps)][0]
@@ -378,7 +391,8 @@ def test_parts_under_a_number_of_tokens_are_of_like_size() -> None:
     for collator in (Collator(PAD), PaddingFreeCollator(PAD)):
         ways = [(0, one, two, 7) for one in range(1, 6) for two in range(one + 1, 7)]
         best = min(
-            max(collator.count_positions(lengths[start:stop]) for start, stop in itertools.pairwise(way)) for way in ways
+            max(collator.count_positions(lengths[start:stop]) for start, stop in itertools.pairwise(way))
+            for way in ways
         )
         cut = list(_split_evenly(lengths, collator.count_positions, 3))
         assert [start for start, _ in cut] == [0, *(stop for _, stop in cut[:-1])]

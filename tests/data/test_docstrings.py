@@ -21,7 +21,9 @@ from peftbench.data.docstring_parser import Docstring, SummarizationPair, normal
 from peftbench.data.sources import Docstrings
 from peftbench.errors import OutputError
 
-VALIDATION, TEST = (next(name for name, split in HELD_OUT_PACKAGES.items() if split == want) for want in ("validation", "test"))
+VALIDATION, TEST = (
+    next(name for name, split in HELD_OUT_PACKAGES.items() if split == want) for want in ("validation", "test")
+)
 
 
 def text(topic: str, body: str | None = None) -> str:
@@ -70,7 +72,9 @@ def test_splits_by_package() -> None:
 )
 def test_what_both_sides_have_is_trained_on_only(package: str, copied: str) -> None:
     """A copied docstring, summary line or body is dropped from the held-out side, pairs and documents both."""
-    corpus = build_corpus([docstring(package, copied), docstring(package, text("figs")), docstring("numpy", text("pears"))])
+    corpus = build_corpus(
+        [docstring(package, copied), docstring(package, text("figs")), docstring("numpy", text("pears"))]
+    )
     split = HELD_OUT_PACKAGES[package]
     assert summaries(corpus)["train"] == ["pears"]
     assert summaries(corpus)[split] == ["figs"]
@@ -216,7 +220,9 @@ def test_this_environment_makes_a_corpus() -> None:
     for split in ("validation", "test"):
         held_out = corpus.pairs[split]
         assert len(held_out) > 100
-        assert {pair.package for pair in held_out} == {name for name, place in HELD_OUT_PACKAGES.items() if place == split}
+        assert {pair.package for pair in held_out} == {
+            name for name, place in HELD_OUT_PACKAGES.items() if place == split
+        }
         assert not [pair for pair in held_out if {normalize_text(pair.article), normalize_text(pair.summary)} & trained]
     assert not {pair.package for pair in corpus.pairs["train"]} & set(HELD_OUT_PACKAGES)
     assert len({normalize_text(pair.article) for pair in corpus.pairs["train"]}) == len(corpus.pairs["train"])

@@ -209,9 +209,12 @@ def test_a_tokenizer_without_an_end_token_is_refused() -> None:
 def fit(max_tokens: int | None, positions: int | None, virtual_tokens: int = 0, new_tokens: int = 8) -> SequenceLayout:
     """A layout for a model of so many positions."""
     return SequenceLayout.for_model(
-        separator=SEPARATOR, max_length=max_tokens, max_new_tokens=new_tokens, max_positions=positions,
+        separator=SEPARATOR,
+        max_length=max_tokens,
+        max_new_tokens=new_tokens,
+        max_positions=positions,
         virtual_tokens=virtual_tokens,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(

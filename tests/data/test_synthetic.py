@@ -56,7 +56,11 @@ def test_splits_and_seeds_differ_and_repeat() -> None:
     """The same source gives the same examples every time; splits and seeds have others."""
     first = Synthetic(examples=8)
     assert first.load("train")["article"] == Synthetic(examples=8).load("train")["article"]
-    others = [first.sample_lengths("validation"), first.sample_lengths("test"), Synthetic(examples=8, seed=1).sample_lengths("train")]
+    others = [
+        first.sample_lengths("validation"),
+        first.sample_lengths("test"),
+        Synthetic(examples=8, seed=1).sample_lengths("train"),
+    ]
     assert all(lengths != first.sample_lengths("train") for lengths in others)
     assert first.fingerprint() == Synthetic(examples=8).fingerprint()
     assert len({s.fingerprint() for s in (first, Synthetic(examples=9), Synthetic(examples=8, seed=1))}) == 3

@@ -31,70 +31,173 @@ ALLOWED = 1e-4
 """How far losses and logits may be apart, relatively; the worst was 4e-6, and the nearest of what is refused 0.05."""
 
 PLAIN: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS, "num_key_value_heads": 2, "max_position_embeddings": 64,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 ENCODER: dict[str, Any] = PLAIN | {"is_decoder": True}
 HALF: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "d_model": HIDDEN, "max_position_embeddings": 64,
-    "encoder_layers": LAYERS, "encoder_attention_heads": HEADS, "encoder_ffn_dim": HIDDEN,
-    "decoder_layers": LAYERS, "decoder_attention_heads": HEADS, "decoder_ffn_dim": HIDDEN,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "vocab_size": VOCABULARY,
+    "d_model": HIDDEN,
+    "max_position_embeddings": 64,
+    "encoder_layers": LAYERS,
+    "encoder_attention_heads": HEADS,
+    "encoder_ffn_dim": HIDDEN,
+    "decoder_layers": LAYERS,
+    "decoder_attention_heads": HEADS,
+    "decoder_ffn_dim": HIDDEN,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 """The decoder of an encoder and a decoder, by itself."""
 OLD: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 64,
-    "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "vocab_size": VOCABULARY,
+    "n_embd": HIDDEN,
+    "n_layer": LAYERS,
+    "n_head": HEADS,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 WITH_WIDTH = PLAIN | {"head_dim": HEAD}
 EXPERTS = PLAIN | {
-    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
-    "topk_group": 1, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "kv_channels": HEAD,
-}  # fmt: skip
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "kv_channels": HEAD,
+}
 WINDOW = {"sliding_window": 8}
 CHUNKS = {"attention_chunk_size": 8}
 LATENT = EXPERTS | {
-    "num_key_value_heads": HEADS, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
+    "num_key_value_heads": HEADS,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
     "v_head_dim": 8,
-}  # fmt: skip
+}
 MAMBA = {
-    "mamba_d_ssm": HIDDEN, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8,
+    "mamba_d_ssm": HIDDEN,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 8,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 8,
     "mamba_chunk_size": 8,
-}  # fmt: skip
+}
 BY_LENGTH = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
 LONG = {
-    "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * (HEAD // 2),
-    "long_factor": [4.0] * (HEAD // 2), "original_max_position_embeddings": SHORT,
-}  # fmt: skip
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * (HEAD // 2),
+    "long_factor": [4.0] * (HEAD // 2),
+    "original_max_position_embeddings": SHORT,
+}
 
 CASES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
-        ("apertus", "arcee", "biogpt", "bitnet", "cohere", "cwm", "diffllama", "doge", "ernie4_5", "falcon",
-         "gemma2", "gemma3_text", "gpt_neox", "gpt_neox_japanese", "granite", "granite_swa", "hrm_text",
-         "hyperclovax", "internlm3", "iquestcoder", "jais2", "lfm2", "llama", "mistral", "modernbert-decoder",
-         "moshi", "nanochat", "nemotron", "olmo", "olmo2", "persimmon", "phi", "phi3", "qwen2", "recurrent_gemma",
-         "smollm3", "stablelm", "starcoder2", "vaultgemma"),
+        (
+            "apertus",
+            "arcee",
+            "biogpt",
+            "bitnet",
+            "cohere",
+            "cwm",
+            "diffllama",
+            "doge",
+            "ernie4_5",
+            "falcon",
+            "gemma2",
+            "gemma3_text",
+            "gpt_neox",
+            "gpt_neox_japanese",
+            "granite",
+            "granite_swa",
+            "hrm_text",
+            "hyperclovax",
+            "internlm3",
+            "iquestcoder",
+            "jais2",
+            "lfm2",
+            "llama",
+            "mistral",
+            "modernbert-decoder",
+            "moshi",
+            "nanochat",
+            "nemotron",
+            "olmo",
+            "olmo2",
+            "persimmon",
+            "phi",
+            "phi3",
+            "qwen2",
+            "recurrent_gemma",
+            "smollm3",
+            "stablelm",
+            "starcoder2",
+            "vaultgemma",
+        ),
         PLAIN,
     ),
     **dict.fromkeys(
         ("gemma", "glm", "glm4", "helium", "hunyuan_v1_dense", "ministral3", "qwen3", "seed_oss"), WITH_WIDTH
     ),
     **dict.fromkeys(
-        ("aria_text", "flex_olmo", "glm4_moe", "granitemoe", "granitemoeshared", "hy_v3", "jetmoe", "laguna",
-         "mellum", "minimax", "minimax_m2", "minimax_m3_vl_text", "mixtral", "olmoe", "phimoe", "qwen2_moe",
-         "qwen3_moe", "solar_open"),
+        (
+            "aria_text",
+            "flex_olmo",
+            "glm4_moe",
+            "granitemoe",
+            "granitemoeshared",
+            "hy_v3",
+            "jetmoe",
+            "laguna",
+            "mellum",
+            "minimax",
+            "minimax_m2",
+            "minimax_m3_vl_text",
+            "mixtral",
+            "olmoe",
+            "phimoe",
+            "qwen2_moe",
+            "qwen3_moe",
+            "solar_open",
+        ),
         EXPERTS,
     ),
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu"), LATENT),
     **dict.fromkeys(
-        ("bert", "bert-generation", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert",
-         "roberta", "roberta-prelayernorm", "roformer", "xlm-roberta", "xlm-roberta-xl"),
+        (
+            "bert",
+            "bert-generation",
+            "camembert",
+            "data2vec-text",
+            "electra",
+            "ernie",
+            "megatron-bert",
+            "rembert",
+            "roberta",
+            "roberta-prelayernorm",
+            "roformer",
+            "xlm-roberta",
+            "xlm-roberta-xl",
+        ),
         ENCODER,
     ),
     **dict.fromkeys(
-        ("bart", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart", "trocr",
-         "whisper"),
+        ("bart", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart", "trocr", "whisper"),
         HALF,
     ),
     **dict.fromkeys(("gpt2", "gpt-sw3", "gpt_bigcode", "openai-gpt"), OLD),
@@ -120,7 +223,7 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen2, window": PLAIN | WINDOW | {"use_sliding_window": True, "max_window_layers": 0},
     "starcoder2, window": PLAIN | WINDOW,
     "xglm": PLAIN | {"d_model": HIDDEN, "num_layers": LAYERS, "attention_heads": HEADS, "ffn_dim": HIDDEN},
-}  # fmt: skip
+}
 """Configs by model type, and by what varies it."""
 
 GOOD = ("cohere", "gpt2", "gpt_neox", "granite", "llama", "olmo2", "opt", "phi", "qwen2", "qwen3")
@@ -128,10 +231,24 @@ GOOD = ("cohere", "gpt2", "gpt_neox", "granite", "llama", "olmo2", "opt", "phi",
 LENGTHS_MATTER = ("llama, rotation by length", "phi3, long")
 """Where a position is embedded by how long a whole row is: padding changes them too, whoever attends."""
 MIXING = (
-    *LENGTHS_MATTER, "bart", "blenderbot", "blenderbot-small", "camembert", "data2vec-text", "falcon_h1",
-    "lfm2, convolutions", "llama4_text, chunks", "marian", "mbart", "pegasus", "plbart", "roberta",
-    "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl",
-)  # fmt: skip
+    *LENGTHS_MATTER,
+    "bart",
+    "blenderbot",
+    "blenderbot-small",
+    "camembert",
+    "data2vec-text",
+    "falcon_h1",
+    "lfm2, convolutions",
+    "llama4_text, chunks",
+    "marian",
+    "mbart",
+    "pegasus",
+    "plbart",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+)
 """What mixes documents that share a row where it is given no mask: positions of its own, state or chunks of the row."""
 
 

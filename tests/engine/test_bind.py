@@ -51,7 +51,10 @@ def test_a_gpu_that_was_not_found_is_said(
     """One process on a machine without a GPU runs on its CPU; where that was not asked for, the record says so."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setenv("ACCELERATE_USE_CPU", asked)
-    assert len(collect_environment_warnings(build_accelerator(workshop.recipe(Full()), workshop.output).accelerator)) == said
+    assert (
+        len(collect_environment_warnings(build_accelerator(workshop.recipe(Full()), workshop.output).accelerator))
+        == said
+    )
 
 
 def test_an_address_from_outside_is_no_sign_of_a_failed_launch(
@@ -61,5 +64,7 @@ def test_an_address_from_outside_is_no_sign_of_a_failed_launch(
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr("peftbench.distributed.accelerator._is_set_in_parent_process", lambda variable: variable == "MASTER_ADDR")
+    monkeypatch.setattr(
+        "peftbench.distributed.accelerator._is_set_in_parent_process", lambda variable: variable == "MASTER_ADDR"
+    )
     assert build_accelerator(workshop.recipe(Full()), workshop.output).accelerator.num_processes == 1

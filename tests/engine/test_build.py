@@ -62,7 +62,9 @@ def test_virtual_tokens_take_positions(workshop: Workshop) -> None:
     fits = workshop.recipe(Full(), data={"max_tokens": POSITIONS})
     assert build_encoder(fits, load_base_model(fits)).layout.max_length == POSITIONS
     with pytest.raises(OutOfRangeError, match=f"set data.max_length={POSITIONS - 5} or less"):
-        build_encoder(workshop.recipe(PromptTuning(num_virtual_tokens=5), data={"max_tokens": POSITIONS}), load_base_model(fits))
+        build_encoder(
+            workshop.recipe(PromptTuning(num_virtual_tokens=5), data={"max_tokens": POSITIONS}), load_base_model(fits)
+        )
 
 
 def test_no_room_for_an_article(workshop: Workshop) -> None:
@@ -70,7 +72,10 @@ def test_no_room_for_an_article(workshop: Workshop) -> None:
     recipe = workshop.recipe(Full(), data={"max_tokens": 10}, evaluate={"max_new_tokens": 8})
     with pytest.raises(SequenceTooShortError):
         load_encoded_split(
-            recipe, build_encoder(recipe, load_base_model(recipe)), "train", build_accelerator(recipe, workshop.output).accelerator
+            recipe,
+            build_encoder(recipe, load_base_model(recipe)),
+            "train",
+            build_accelerator(recipe, workshop.output).accelerator,
         )
 
 

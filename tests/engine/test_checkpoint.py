@@ -247,7 +247,11 @@ def stopped_at_a_checkpoint(workshop: Workshop, recipe: Recipe) -> None:
 @every_method
 def test_a_run_goes_on_to_the_last_bit(method: Full, workshop: Workshop) -> None:
     """With dropout, accumulation and a schedule; the record says where."""
-    knobs: dict[str, Any] = {"train": {"steps": 8, "micro_batch_size": 4}, "model": {"dropout": 0.2}, "save_model": True}
+    knobs: dict[str, Any] = {
+        "train": {"steps": 8, "micro_batch_size": 4},
+        "model": {"dropout": 0.2},
+        "save_model": True,
+    }
     undisturbed = workshop.run(workshop.recipe(method, name="undisturbed", **knobs))
     recipe = workshop.recipe(method, name="stopped", checkpoint=Checkpoint(interval=3), **knobs)
     stopped_at_a_checkpoint(workshop, recipe)

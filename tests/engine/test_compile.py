@@ -21,12 +21,14 @@ def test_losses_are_those_of_blocks_that_are_not(method: Method, workshop: Works
     plain, compiled = (
         workshop.run(
             workshop.recipe(
-                method, name=f"compile-{compiled}", train={"compile": compiled, "steps": 5},
+                method,
+                name=f"compile-{compiled}",
+                train={"compile": compiled, "steps": 5},
                 profile=Profile(untimed_steps=1),
             )
         )
         for compiled in (False, True)
-    )  # fmt: skip
+    )
     assert compiled.step_losses == pytest.approx(plain.step_losses, rel=1e-6)
     assert compiled.flops.hardware_flops == plain.flops.hardware_flops
     assert plain.flops.counted_step is not None

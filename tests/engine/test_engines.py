@@ -102,18 +102,25 @@ def test_the_recipe_s_numbers_are_written_in(asked: Path) -> None:
     asked.write_text(json.dumps(ZERO2), encoding="utf-8")
     for clip, written in ((0.7, 0.7), (None, 0.0)):
         made = deepspeed.build_plugin(
-            micro_batch_size=3, gradient_accumulation_steps=2, world_size=4, max_grad_norm=clip, offload_dir=Path("nowhere")
+            micro_batch_size=3,
+            gradient_accumulation_steps=2,
+            world_size=4,
+            max_grad_norm=clip,
+            offload_dir=Path("nowhere"),
         ).deepspeed_config
         assert made["gradient_clipping"] == written
         assert (made["train_micro_batch_size_per_gpu"], made["gradient_accumulation_steps"]) == (3, 2)
         assert made["train_batch_size"] == 24
 
 
-@pytest.mark.parametrize(("variable", "value", "said"), [
-    ("FSDP_ACTIVATION_CHECKPOINTING", "true", r"_checkpointing \(true\).*train\.gradient_checkpointing=true"),
-    ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", r"dynamo_config \(INDUCTOR\), which is no engine.*take it out"),
-    ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", r"parallelism_config \(true\)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("FSDP_ACTIVATION_CHECKPOINTING", "true", r"_checkpointing \(true\).*train\.gradient_checkpointing=true"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", r"dynamo_config \(INDUCTOR\), which is no engine.*take it out"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", r"parallelism_config \(true\)"),
+    ],
+)
 def test_an_accelerate_file_that_changes_what_is_computed(
     variable: str, value: str, said: str, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,13 +132,16 @@ def test_an_accelerate_file_that_changes_what_is_computed(
     build_accelerator(workshop.recipe(Full()), workshop.output)
 
 
-@pytest.mark.parametrize(("key", "value", "said"), [
-    ("stage", "two", "1, 2 or 3"),
-    ("stage", 4, "1, 2 or 3"),
-    ("offload_optimizer", "cpu", 'a section, as {"device": "cpu"}'),
-    ("reduce_bucket_size", "many", 'a number or "auto"'),
-    ("stage3_prefetch_bucket_size", [], 'a number or "auto"'),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("stage", "two", "1, 2 or 3"),
+        ("stage", 4, "1, 2 or 3"),
+        ("offload_optimizer", "cpu", 'a section, as {"device": "cpu"}'),
+        ("reduce_bucket_size", "many", 'a number or "auto"'),
+        ("stage3_prefetch_bucket_size", [], 'a number or "auto"'),
+    ],
+)
 def test_a_file_with_values_of_another_type(
     key: str, value: object, said: str, asked: Path, workshop: Workshop
 ) -> None:

@@ -26,7 +26,10 @@ Setting = dict[str, dict[str, Any]]
 SETTINGS: dict[str, Setting] = {
     "packed": {"data": {"padding": "none"}},
     "packed to a multiple": {"data": {"padding": "none", "pad_to_multiple_of": 32}},
-    "padded to a multiple": {"data": {"padding": "longest", "pad_to_multiple_of": 16}, "train": {"micro_batch_size": 2}},
+    "padded to a multiple": {
+        "data": {"padding": "longest", "pad_to_multiple_of": 16},
+        "train": {"micro_batch_size": 2},
+    },
     "padded to the longest": {"data": {"padding": "longest"}, "train": {"micro_batch_size": 2}},
     "padded to max_tokens": {"data": {"padding": "max_tokens"}},
     "logits everywhere": {"train": {"logits": "all"}},
@@ -38,7 +41,10 @@ SETTINGS: dict[str, Setting] = {
 """What may change how fast a run is, and how much memory it takes, and nothing else; the first is held up as right."""
 STORED: dict[str, Setting] = {
     "over stored states": {"train": {"feature_cache": "fp32"}},
-    "over stored states, padded": {"data": {"padding": "longest"}, "train": {"feature_cache": "fp32", "micro_batch_size": 1}},
+    "over stored states, padded": {
+        "data": {"padding": "longest"},
+        "train": {"feature_cache": "fp32", "micro_batch_size": 1},
+    },
 }
 """The same, for a trunk that is frozen."""
 
@@ -116,7 +122,11 @@ def test_no_setting_changes_what_is_trained_on(
     assert len(executed) >= 4, "what the settings change is counted"
     padded = {name: record.tokens.padded for name, (record, _) in found.items() if record.tokens is not None}
     assert padded["packed"] < padded["padded to the longest"] < padded["padded to max_tokens"]
-    cuts = {name: record.engine.gradient_accumulation_steps for name, (record, _) in found.items() if record.engine is not None}
+    cuts = {
+        name: record.engine.gradient_accumulation_steps
+        for name, (record, _) in found.items()
+        if record.engine is not None
+    }
     assert (cuts["packed"], cuts["one by one"]) == (1, BATCH)
     assert 1 < cuts["by tokens"] < BATCH
 

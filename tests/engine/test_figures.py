@@ -83,8 +83,10 @@ def test_a_real_step_is_counted(method: Method, architecture: str, workshop: Wor
     recipe = workshop.recipe(
         method, architecture=architecture, train={"micro_batch_size": 4}, profile=Profile(untimed_steps=1)
     )
-    record, plain = workshop.run(recipe), workshop.run(workshop.recipe(method, architecture=architecture,
-                                                                      train={"micro_batch_size": 4}))  # fmt: skip
+    record, plain = (
+        workshop.run(recipe),
+        workshop.run(workshop.recipe(method, architecture=architecture, train={"micro_batch_size": 4})),
+    )
     step = record.flops.counted_step
     assert step is not None
     assert step.step == 1
@@ -126,7 +128,9 @@ def test_who_held_the_memory(method: Method, workshop: Workshop) -> None:
 
 def test_a_run_too_short_for_its_breakdown_has_none(workshop: Workshop) -> None:
     """A step that never came was not looked at."""
-    record = workshop.run(workshop.recipe(Full(), profile=Profile(untimed_steps=5, memory_breakdown=True), train={"steps": 2}))
+    record = workshop.run(
+        workshop.recipe(Full(), profile=Profile(untimed_steps=5, memory_breakdown=True), train={"steps": 2})
+    )
     assert record.memory_breakdown is None
     assert record.outcome.kind == "ok"
 

@@ -64,7 +64,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def recipe(workshop: Workshop, name: str, stored: StorageDtype | None, **parts: Any) -> Recipe:
     """Three epochs of a head, in two micro-batches a step."""
-    train = {"steps": None, "epochs": EPOCHS, "global_batch_size": BATCH, "micro_batch_size": 3, "feature_cache": stored}
+    train = {
+        "steps": None,
+        "epochs": EPOCHS,
+        "global_batch_size": BATCH,
+        "micro_batch_size": 3,
+        "feature_cache": stored,
+    }
     train |= parts.pop("train", {})
     knobs: dict[str, Any] = {
         "optimizer": AdamW(learning_rate=1e-2),
@@ -102,8 +108,9 @@ def trunk_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
         entered: list[int] = []
         handles = [
             module.register_forward_hook(lambda *_: entered.append(1))
-            for module in self.base.base_model.modules() if module is not self.base.base_model
-        ]  # fmt: skip
+            for module in self.base.base_model.modules()
+            if module is not self.base.base_model
+        ]
         loss = call(self, model, batch)
         for handle in handles:
             handle.remove()

@@ -85,8 +85,9 @@ def test_packed_rows_are_padded_ones(  # noqa: PLR0917
         summed = plain(model, batch.to(CUDA))
     summed.backward()  # type: ignore[no-untyped-call]
     expected = (
-        summed.item(), {name: p.grad.float().clone() for name, p in trained(model).items() if p.grad is not None},
-    )  # fmt: skip
+        summed.item(),
+        {name: p.grad.float().clone() for name, p in trained(model).items() if p.grad is not None},
+    )
     loss, notes = build_loss(base_of(model), kernel=kernel)  # type: ignore[arg-type]
     assert not notes
     # Liger counts its targets on the host.
@@ -103,7 +104,9 @@ def test_a_document_does_not_look_into_another(fresh_base: Fresh) -> None:
     assert batch.packed_sequences is not None
     changed = batch.input_ids.clone()
     changed[0, : int(batch.packed_sequences.cu_seqlens[1])] += 1
-    other = MicroBatch(changed, batch.logit_indices, batch.targets, batch.lengths, packed_sequences=batch.packed_sequences)
+    other = MicroBatch(
+        changed, batch.logit_indices, batch.targets, batch.lengths, packed_sequences=batch.packed_sequences
+    )
     with torch.no_grad(), loss.attention_context(), torch.autocast("cuda", dtype=torch.bfloat16):
         before, after = (loss.logits(base, shown.to(CUDA)) for shown in (batch, other))
     first = batch.lengths[0] - 6

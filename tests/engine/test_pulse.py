@@ -35,7 +35,9 @@ def hosts(tmp_path: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch) -
                 (tmp_path / "pulse" / f"pulse{rank}").touch()
         for rank, node, _, leads in told:
             monkeypatch.setenv("GROUP_RANK", node)
-            found.append(Heartbeat(SimpleNamespace(process_index=rank, is_local_main_process=leads), tmp_path / "pulse"))  # type: ignore[arg-type]
+            found.append(
+                Heartbeat(SimpleNamespace(process_index=rank, is_local_main_process=leads), tmp_path / "pulse")
+            )  # type: ignore[arg-type]
         return found
 
     return made

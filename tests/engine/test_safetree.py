@@ -16,11 +16,19 @@ CPU = torch.device("cpu")
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     """Types, keys, numbers to the last bit, empty and scalar tensors."""
     tree = {
-        "text": "a", 3: [1, 2.5, None, True], "pair": (1, (2, "b")), "empty": {}, "nothing": [],
+        "text": "a",
+        3: [1, 2.5, None, True],
+        "pair": (1, (2, "b")),
+        "empty": {},
+        "nothing": [],
         "numbers": [0.1, 1e-300, math.inf, 2**63],
-        "tensors": {"half": torch.tensor([1.5, -2], dtype=torch.bfloat16), "none": torch.zeros(0, 3),
-                    "scalar": torch.tensor(7), "bytes": torch.arange(5, dtype=torch.uint8)},
-    }  # fmt: skip
+        "tensors": {
+            "half": torch.tensor([1.5, -2], dtype=torch.bfloat16),
+            "none": torch.zeros(0, 3),
+            "scalar": torch.tensor(7),
+            "bytes": torch.arange(5, dtype=torch.uint8),
+        },
+    }
     serialization.save_tree(tree, tmp_path / "state")
     found = serialization.load_tree(tmp_path / "state", CPU)
     tensors, kept = found.pop("tensors"), tree.pop("tensors")

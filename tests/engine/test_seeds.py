@@ -86,6 +86,8 @@ def test_order_is_the_same_for_every_method(padding: str, workshop: Workshop) ->
                 assert their_part.lengths == our_part.lengths
                 assert their_part.example_indices == our_part.example_indices
             assert (theirs.token_counts.real, theirs.token_counts.padded, theirs.token_counts.labelled) == (
-                ours.token_counts.real, ours.token_counts.padded, ours.token_counts.labelled,
-            )  # fmt: skip
+                ours.token_counts.real,
+                ours.token_counts.padded,
+                ours.token_counts.labelled,
+            )
             assert (ours.token_counts.virtual > 0) == (kind == "prompt_tuning")

@@ -41,7 +41,9 @@ def _applied(method: Method, base: PreTrainedModel, tokenizer: PreTrainedTokeniz
     return model
 
 
-def _loss_and_gradients(model: nn.Module, loss: CausalLMLoss, batch: MicroBatch) -> tuple[float, dict[str, torch.Tensor]]:
+def _loss_and_gradients(
+    model: nn.Module, loss: CausalLMLoss, batch: MicroBatch
+) -> tuple[float, dict[str, torch.Tensor]]:
     model.zero_grad()
     with loss.attention_context():
         found = loss(model, batch)
@@ -108,7 +110,9 @@ def test_no_document_looks_into_another(
     start, end = batch.packed_sequences.cu_seqlens[1:3].tolist()
     changed = batch.input_ids.clone()
     changed[0, start + method.virtual_tokens : end] = changed[0, start + method.virtual_tokens : end].add(7) % 4096
-    other = MicroBatch(changed, batch.logit_indices, batch.targets, batch.lengths, packed_sequences=batch.packed_sequences)
+    other = MicroBatch(
+        changed, batch.logit_indices, batch.targets, batch.lengths, packed_sequences=batch.packed_sequences
+    )
     with torch.no_grad(), loss.attention_context():
         before, after = (loss.logits(model, shown).split(labels) for shown in (batch, other))
     assert [torch.equal(one, two) for one, two in zip(before, after, strict=True)] == [True, False, True, True]
@@ -180,9 +184,14 @@ def test_attention_that_cannot_go_without_masks(fresh_base: Fresh) -> None:
     from transformers import AutoModelForCausalLM, MistralConfig
 
     config = MistralConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, sliding_window=4,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        sliding_window=4,
+    )
     sliding = AutoModelForCausalLM.from_config(config)
     loss, notes = build_loss(sliding)
     assert loss.uses_masks

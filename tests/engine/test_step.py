@@ -83,9 +83,13 @@ def test_schedules(kind: str, warmup: int, workshop: Workshop) -> None:
     bare = trainer.optimizer.optimizer  # type: ignore[attr-defined]
     bare.register_step_pre_hook(lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"]))
     train(
-        accelerator, trainer, Probe(accelerator.device), TrainProgress(), max_grad_norm=None,
+        accelerator,
+        trainer,
+        Probe(accelerator.device),
+        TrainProgress(),
+        max_grad_norm=None,
         on_step=lambda _, values: told.append(values["learning_rate"]),
-    )  # fmt: skip
+    )
     assert used == pytest.approx([2e-3 * _rate_by_hand(kind, warmup, 10, index) for index in range(10)])
     assert told == used
 
@@ -107,9 +111,13 @@ def test_train_tells_every_step_and_counts_every_token(workshop: Workshop) -> No
     progress, told = TrainProgress(), list[tuple[int, float]]()
     probe = Probe(accelerator.device)
     train(
-        accelerator, trainer, probe, progress, max_grad_norm=1.0,
+        accelerator,
+        trainer,
+        probe,
+        progress,
+        max_grad_norm=1.0,
         on_step=lambda step, values: told.append((step, values["loss"])),
-    )  # fmt: skip
+    )
     assert told == list(enumerate(progress.losses, start=1))
     assert progress.completed_steps == len(probe.step_seconds) == 10
     batches = iter(trainer.batches)

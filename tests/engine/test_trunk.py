@@ -44,7 +44,9 @@ def layout(stored: StorageDtype = "fp32", counts: tuple[int, ...] = COUNTS) -> S
     return StoreLayout(torch.tensor(counts), WIDTH, stored)
 
 
-def opened(stored: StorageDtype = "fp32", announced: list[str] | None = None, of: dict[str, Any] | None = None) -> FeatureStore:
+def opened(
+    stored: StorageDtype = "fp32", announced: list[str] | None = None, of: dict[str, Any] | None = None
+) -> FeatureStore:
     """The store of those, and what was said of it."""
     said = [] if announced is None else announced
     return open_store((of or OF) | {"stored": stored}, layout(stored), said.append)
@@ -282,7 +284,9 @@ def test_a_disk_that_fills_up_meanwhile_leaves_nothing_half_written(
     """Room is taken before the first row, so that no write through the map can find none."""
     with mounted(tmp_path / "disk", "size=64k") as disk:
         monkeypatch.setenv(CACHE_DIR_ENV, str(disk))
-        monkeypatch.setattr("peftbench.feature_cache.store._check_disk_space", lambda *_: None)  # as if another had taken it since
+        monkeypatch.setattr(
+            "peftbench.feature_cache.store._check_disk_space", lambda *_: None
+        )  # as if another had taken it since
         with pytest.raises(DiskFullError, match="the disk is full"):
             open_store(OF, StoreLayout(torch.tensor([1000] * 4), WIDTH, "fp32"), print)
         assert [path.name for path in (disk / "trunk").iterdir()] == [f"{get_store_dir(OF).name}.lock"]

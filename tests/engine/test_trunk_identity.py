@@ -46,11 +46,17 @@ def test_whatever_changes_states_changes_the_name(workshop: Workshop) -> None:
     others = [
         identity(workshop, **parts)
         for parts in (
-            {"architecture": "llama_tied"}, {"train": {"precision": "bf16"}}, {"model": {"attention": "eager"}},
-            {"model": {"fused_gelu": False}}, {"stored": "bf16"}, {"examples": "f"}, {"device": "cuda"},
-            {"masked": True}, {"train": {"compile": True}},
+            {"architecture": "llama_tied"},
+            {"train": {"precision": "bf16"}},
+            {"model": {"attention": "eager"}},
+            {"model": {"fused_gelu": False}},
+            {"stored": "bf16"},
+            {"examples": "f"},
+            {"device": "cuda"},
+            {"masked": True},
+            {"train": {"compile": True}},
         )
-    ]  # fmt: skip
+    ]
     assert mine not in others
     assert len({repr(other) for other in others}) == len(others)
 

@@ -59,16 +59,18 @@ def recipe(point: Combination, base: str, data: str, folder: Path) -> Recipe:
         model=Model(path=base),
         method=METHODS[point.method](**KNOBS.get(point.method, {})),
         data=Data(
-            source=Files(id="id", train=f"{data}/train.jsonl", validation=f"{data}/validation.jsonl",
-                         test=f"{data}/test.jsonl"),
-            max_length=48, separator=" TL;DR:",
+            source=Files(
+                id="id", train=f"{data}/train.jsonl", validation=f"{data}/validation.jsonl", test=f"{data}/test.jsonl"
+            ),
+            max_length=48,
+            separator=" TL;DR:",
         ),
         optimizer=OPTIMIZERS[kind](learning_rate=rate, weight_decay=0.01, **MORE.get(point.optimizer, {})),
         schedule=Schedule(kind="linear", warmup_steps=2),
         train=Train(steps=STEPS, global_batch_size=8, micro_batch_size=2, precision=point.precision),  # type: ignore[arg-type]
         evaluate=Evaluate(generate=False, max_new_tokens=8, batch_size=3, split="validation"),
         profile=Profile(untimed_steps=2),
-    )  # fmt: skip
+    )
 
 
 def keep_digests(folder: Path, engine: str) -> None:

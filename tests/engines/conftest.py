@@ -33,14 +33,26 @@ def launch(engine: str, points: Sequence[Combination], folder: Path, base: Path,
     config = REPOSITORY / "accel_configs" / f"{CONFIGS.get(engine, engine)}.yaml"
     processes = 1 if engine == "single" else PROCESSES
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config),
-        "--num_processes", str(processes), str(BATTERY), str(folder), str(base), str(data), engine,
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(config),
+        "--num_processes",
+        str(processes),
+        str(BATTERY),
+        str(folder),
+        str(base),
+        str(data),
+        engine,
         *(point.name for point in points),
-    ]  # fmt: skip
+    ]
     environment = os.environ | {
-        "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
-    }  # fmt: skip
+    }
     with (folder / f"{engine}.log").open("a", encoding="utf-8") as log:
         subprocess.run(
             command, cwd=REPOSITORY, env=environment, check=False, stdout=log, stderr=log, timeout=60 + 30 * len(points)

@@ -46,17 +46,24 @@ from tests.engines.tolerances import moved_apart, resumed_alone, resumed_apart, 
 
 PAGE = REPOSITORY / "docs" / "reference" / "compatibility.md"
 SLICE = [
-    point for engine in ("ddp", "zero2", "fsdp2") for point in runnable(engine)
+    point
+    for engine in ("ddp", "zero2", "fsdp2")
+    for point in runnable(engine)
     if (point.optimizer, point.precision) == ("adamw", "fp32")
-]  # fmt: skip
+]
 ALL = [point for engine in SEVERAL for point in runnable(engine)]
 REST = [point for point in ALL if point not in SLICE]
 ALONE = [
-    point for point in runnable("single")
+    point
+    for point in runnable("single")
     if not any(find_blocking_rule(dataclasses.replace(point, engine=engine), "cpu") is None for engine in SEVERAL)
-]  # fmt: skip
+]
 """What runs in one process only."""
-EVERY = [point for extras in ((), *((extra,) for extra in OPTIONAL_FEATURES)) for point in iter_combinations(optional_features=extras)]
+EVERY = [
+    point
+    for extras in ((), *((extra,) for extra in OPTIONAL_FEATURES))
+    for point in iter_combinations(optional_features=extras)
+]
 REFUSED = [point for point in EVERY if any(find_blocking_rule(point, device) is not None for device in ("cpu", "cuda"))]
 ON_CPU = [rule for rule in RULES if any(p.precision != "fp16" and find_blocking_rule(p, "cpu") is rule for p in EVERY)]
 """Rules that refuse something on CPU that fp16 is no part of."""
@@ -104,26 +111,43 @@ def test_one_change_where_one_is_enough() -> None:
         runs = [point for point in EVERY if find_blocking_rule(point, device) is None]
         for point in REFUSED[::7]:
             if find_blocking_rule(point, device) is not None:
-                same = (other for other in runs if other.optional_features <= point.optional_features and other.method == point.method)
-                assert _changes(point, find_nearest_supported(point, device)[0]) <= min(_changes(point, other) for other in same)
+                same = (
+                    other
+                    for other in runs
+                    if other.optional_features <= point.optional_features and other.method == point.method
+                )
+                assert _changes(point, find_nearest_supported(point, device)[0]) <= min(
+                    _changes(point, other) for other in same
+                )
 
 
 @pytest.mark.parametrize("rule", ON_CPU, ids=lambda rule: rule.reason[:40])
 def test_a_launch_is_refused_by_each_rule(rule: Rule, workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a real recipe and a launcher's environment, before processes have met."""
-    point = next(p for p in EVERY if p.precision != "fp16" and find_blocking_rule(p, "cpu") is rule and _can_be_meant(p))
+    point = next(
+        p for p in EVERY if p.precision != "fp16" and find_blocking_rule(p, "cpu") is rule and _can_be_meant(p)
+    )
     _launched_as(point.engine, monkeypatch)
     monkeypatch.setattr("peftbench.distributed.deepspeed.check_nvme_support", lambda: None)
     recipe = workshop.recipe(
-        ONE_OF_EACH[point.method], optimizer={"kind": point.optimizer}, train={
-            "precision": point.precision, "global_batch_size": 4,
-            **({"micro_batch_tokens": 100} if MICRO_BATCH_TOKENS in point.optional_features else {"micro_batch_size": 2}),
-            "compile": COMPILE in point.optional_features, "cross_entropy": "liger" if LIGER in point.optional_features else "torch",
+        ONE_OF_EACH[point.method],
+        optimizer={"kind": point.optimizer},
+        train={
+            "precision": point.precision,
+            "global_batch_size": 4,
+            **(
+                {"micro_batch_tokens": 100}
+                if MICRO_BATCH_TOKENS in point.optional_features
+                else {"micro_batch_size": 2}
+            ),
+            "compile": COMPILE in point.optional_features,
+            "cross_entropy": "liger" if LIGER in point.optional_features else "torch",
             "activation_offloading": ACTIVATION_OFFLOAD in point.optional_features,
             "feature_cache": "fp32" if FEATURE_CACHE in point.optional_features else None,
-        }, model={"quantization": "nf4" if QUANTIZATION in point.optional_features else None},
+        },
+        model={"quantization": "nf4" if QUANTIZATION in point.optional_features else None},
         checkpoint={"interval": 2 if CHECKPOINTING in point.optional_features else None},
-    )  # fmt: skip
+    )
     with pytest.raises(CombinationError) as raised:
         build_accelerator(recipe, workshop.output)
     assert rule.reason in str(raised.value)
@@ -167,7 +191,10 @@ def assert_held_against_one_process(point: Combination, ran: Ran) -> None:
     assert each is not None
     assert expected is not None
     assert each.loss == pytest.approx(expected.loss, rel=20 * allowed)
-    assert (each.examples_fingerprint, each.labelled_tokens) == (expected.examples_fingerprint, expected.labelled_tokens)
+    assert (each.examples_fingerprint, each.labelled_tokens) == (
+        expected.examples_fingerprint,
+        expected.labelled_tokens,
+    )
     assert (record.flops.model_flops, record.tokens) == (alone.flops.model_flops, alone.tokens)
     assert len(record.state_bytes_by_rank) == (0 if ENGINES[point.engine].offloads_to_nvme else 2)
     for states in record.state_bytes_by_rank:

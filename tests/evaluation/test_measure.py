@@ -109,7 +109,9 @@ def test_a_memorised_example_is_found_again(
     assert measured.decode_teacher_forced() == known
     # Generated, too, where the article was short enough to be whole in the prompt with room for new tokens.
     whole = [encoder.encode_prompt(row["article"]) == row["input_ids"][: row["prompt_tokens"]] for row in encoded]
-    pairs = [pair for pair, kept in zip(zip(measured.generate_summaries(), known, strict=True), whole, strict=True) if kept]
+    pairs = [
+        pair for pair, kept in zip(zip(measured.generate_summaries(), known, strict=True), whole, strict=True) if kept
+    ]
     assert len(pairs) >= 3
     assert [generated for generated, _ in pairs] == [summary for _, summary in pairs]
 

@@ -173,9 +173,13 @@ def test_resamples_are_those_of_scipy(weights: list[float] | None) -> None:
 
     far = t.isf(0.025, 39) * math.sqrt(40 / 39)
     theirs = bootstrap(
-        (numpy.arange(40),), ratio, n_resamples=10_000, method="percentile", rng=numpy.random.default_rng(1),
+        (numpy.arange(40),),
+        ratio,
+        n_resamples=10_000,
+        method="percentile",
+        rng=numpy.random.default_rng(1),
         confidence_level=1 - 2 * float(norm.sf(far)),
-    ).confidence_interval  # fmt: skip
+    ).confidence_interval
     ours = paired_interval(list(values), weights)
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.05 * _width(ours))
 

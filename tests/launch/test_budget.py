@@ -41,10 +41,13 @@ main()
 def full(project: Path) -> Path:
     """A recipe of full fine-tuning, all rows in one micro-batch and as long as can be."""
     recipe: dict[str, Any] = RECIPE | {
-        "method": {"kind": "full"}, "train": {"steps": 3, "global_batch_size": 8},
-        "data": {**RECIPE["data"], "padding": "max_tokens"}, "save_model": False,  # type: ignore[dict-item]
-        "profile": {"warmup_steps": 1}, "evaluate": {**RECIPE["evaluate"], "batch": 1},  # type: ignore[dict-item]
-    }  # fmt: skip
+        "method": {"kind": "full"},
+        "train": {"steps": 3, "global_batch_size": 8},
+        "data": {**RECIPE["data"], "padding": "max_tokens"},
+        "save_model": False,  # type: ignore[dict-item]
+        "profile": {"warmup_steps": 1},
+        "evaluate": {**RECIPE["evaluate"], "batch": 1},  # type: ignore[dict-item]
+    }
     path = project / "full.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return path
@@ -100,11 +103,16 @@ def test_enough_is_enough(full: Path, launch: Callable[..., subprocess.Completed
 def test_a_suite_goes_on_after_a_refusal(full: Path, project: Path, caches: dict[str, str]) -> None:
     """A run that is out of memory is a row with the bytes that it needs, and the next one starts."""
     (project / "suite.yaml").write_text(
-        yaml.safe_dump({
-            "name": "tight", "recipes": [full.name], "overrides": ["save_model=false"],
-            "axes": {"budget.memory": [f"{TOO_LITTLE}MiB", f"{ENOUGH}MiB"]},
-        }), encoding="utf-8",
-    )  # fmt: skip
+        yaml.safe_dump(
+            {
+                "name": "tight",
+                "recipes": [full.name],
+                "overrides": ["save_model=false"],
+                "axes": {"budget.memory": [f"{TOO_LITTLE}MiB", f"{ENOUGH}MiB"]},
+            }
+        ),
+        encoding="utf-8",
+    )
     done = run(peftbench("compare", "suite.yaml"), project, caches)
     assert done.returncode == 0, done.stderr
     assert f"run-memory={TOO_LITTLE}MiB: oom" in done.stderr
@@ -127,9 +135,19 @@ def test_no_rank_waits_for_one_that_is_out_of_memory(
     script = project / "starved.py"
     script.write_text(_STARVED, encoding="utf-8")
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CPU2), "--main_process_port", "0",
-        str(script), "--config", str(full), f"budget.memory={TOO_LITTLE}MiB", "train.global_batch_size=16",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(CPU2),
+        "--main_process_port",
+        "0",
+        str(script),
+        "--config",
+        str(full),
+        f"budget.memory={TOO_LITTLE}MiB",
+        "train.global_batch_size=16",
+    ]
     done = subprocess.run(
         command,
         cwd=project,
@@ -168,10 +186,23 @@ def test_auto_is_what_fits(full: Path, launch: Callable[..., subprocess.Complete
 def test_the_edge_is_proved_by_running_it(full: Path, project: Path, caches: dict[str, str]) -> None:
     """The answer runs under the budget, and the next larger micro-batch is out of memory."""
     done = run(
-        peftbench("fit", "--config", full.name, "train.global_batch_size=8", "--device", "cpu", "--budget", "150MiB",
-                  "--allow", "", "--verify", "--json"),
-        project, caches,
-    )  # fmt: skip
+        peftbench(
+            "fit",
+            "--config",
+            full.name,
+            "train.global_batch_size=8",
+            "--device",
+            "cpu",
+            "--budget",
+            "150MiB",
+            "--allow",
+            "",
+            "--verify",
+            "--json",
+        ),
+        project,
+        caches,
+    )
     assert done.returncode == 0, done.stderr
     proof = json.loads(done.stdout)["proof"]
     sizes = sorted(map(int, proof["outcomes"]))
@@ -181,13 +212,20 @@ def test_the_edge_is_proved_by_running_it(full: Path, project: Path, caches: dic
     assert not (project / "out").exists()
 
 
-@pytest.mark.parametrize(("arguments", "code", "said"), [
-    (["budget.memory=lots"], 13, "budget.memory='lots': 'lots' is no size of memory; write it as 16GiB"),
-    (["budget.memory=900TiB"], 80, "is more than the"),
-    (["budget.memory=2MiB"], 80, "that a process on CPU takes beside its tensors; give more"),
-    (["train.micro_batch_size=auto"], 80, "train.micro_batch_size=auto needs to know what is to fit; set budget.memory"),
-    (["train.micro_batch_size=many"], 13, "must be a number of examples, auto or null"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["budget.memory=lots"], 13, "budget.memory='lots': 'lots' is no size of memory; write it as 16GiB"),
+        (["budget.memory=900TiB"], 80, "is more than the"),
+        (["budget.memory=2MiB"], 80, "that a process on CPU takes beside its tensors; give more"),
+        (
+            ["train.micro_batch_size=auto"],
+            80,
+            "train.micro_batch_size=auto needs to know what is to fit; set budget.memory",
+        ),
+        (["train.micro_batch_size=many"], 13, "must be a number of examples, auto or null"),
+    ],
+)
 def test_what_cannot_be_meant(
     arguments: list[str], code: int, said: str, project: Path, launch: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:

@@ -94,10 +94,15 @@ def test_interrupted_compare_says_how_to_go_on(project: Path, caches: dict[str, 
     (project / "suite.yaml").write_text("name: s\nrecipes: [recipe.yaml]\naxes: {train.steps: [2, 100000]}\n")
     command = peftbench("compare", "suite.yaml", "trackers=[tensorboard]")
     process = subprocess.Popen(
-        command, cwd=project, env=caches, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        command,
+        cwd=project,
+        env=caches,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
         # A shell has what it starts in the background ignore interrupts, these tests too.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
-    )  # fmt: skip
+    )
     second = project / "out" / "run-steps=100000"
     deadline = time.monotonic() + 200
     while not list(second.rglob("events.out.*")) and time.monotonic() < deadline:  # its training has begun
@@ -142,8 +147,9 @@ def test_bad_data_is_refused_once_by_all_processes(project: Path, caches: dict[s
     script = str(REPOSITORY / "launch" / "train.py")
     done = run(
         [*launcher, "--main_process_port", "0", script, "--config", "recipe.yaml", "data.source.test=nothing.jsonl"],
-        project, caches,
-    )  # fmt: skip
+        project,
+        caches,
+    )
     assert json.loads(done.stdout.strip().splitlines()[-1])["exit_code"] == 21
     ours = done.stderr.split("torch/distributed/elastic")[0]
     assert ours.count("error: ") == 1
@@ -156,8 +162,9 @@ def test_two_processes_agree_with_one(project: Path, caches: dict[str, str]) -> 
     changes = ["train.steps=4", "train.micro_batch_size=1", "evaluate.generate=true", "evaluate.batch_size=3"]
     one = run(
         [sys.executable, str(REPOSITORY / "launch" / "train.py"), "--config", "recipe.yaml", *changes, "name=one"],
-        project, caches,
-    )  # fmt: skip
+        project,
+        caches,
+    )
     launcher = [
         sys.executable,
         "-m",
@@ -169,8 +176,9 @@ def test_two_processes_agree_with_one(project: Path, caches: dict[str, str]) -> 
     ]
     two = run(
         [*launcher, str(REPOSITORY / "launch" / "train.py"), "--config", "recipe.yaml", *changes, "name=two"],
-        project, caches,
-    )  # fmt: skip
+        project,
+        caches,
+    )
     assert one.returncode == 0, one.stderr
     assert two.returncode == 0, two.stderr
     assert json.loads(two.stdout.strip().splitlines()[-1])["outcome"] == "ok"
@@ -199,8 +207,9 @@ def test_a_global_batch_that_cannot_be_shared_is_refused(project: Path, caches: 
     script = str(REPOSITORY / "launch" / "train.py")
     done = run(
         [*launcher, "--main_process_port", "0", script, "--config", "recipe.yaml", "train.global_batch_size=3"],
-        project, caches,
-    )  # fmt: skip
+        project,
+        caches,
+    )
     assert done.returncode != 0
     last = json.loads(done.stdout.strip().splitlines()[-1])
     assert (last["outcome"], last["exit_code"]) == ("refused", 13)

@@ -51,5 +51,6 @@ def test_every_engine_has_an_accelerate_file(name: str) -> None:
     content = yaml.safe_load((REPOSITORY / "accel_configs" / f"{name}.yaml").read_text(encoding="utf-8"))
     if ENGINES[name].is_deepspeed:
         assert content["deepspeed_config"] == {
-            "deepspeed_config_file": f"ds_configs/{name}.json", "zero3_init_flag": False,
-        }  # fmt: skip
+            "deepspeed_config_file": f"ds_configs/{name}.json",
+            "zero3_init_flag": False,
+        }

@@ -25,17 +25,20 @@ def test_a_plan_is_printed(project: Path, caches: dict[str, str]) -> None:
     assert not (project / "out").exists()
 
 
-@pytest.mark.parametrize(("argument", "code", "said"), [
-    (["--budget", "much"], 80, "'much' is no size of memory; write it as 16GiB"),
-    (["--device", "t5"], 81, "did you mean 't4'?"),
-    (["model.quantization=int8"], 82, "outliers of an int8 base depend on its values"),
-    (["--budget", "80GiB", "--device", "t4"], 80, "is more than the"),
-    (["budget.memory=16GiB", "--device", "t4"], 80, "is more than the"),
-    (["--budget", ""], 80, "'' is no size of memory"),
-    (["train.micro_batch_size=auto"], 80, "what is it to fit? give --budget"),
-    (["--suite", "nothing.yaml"], 80, "--suite says which recipes it is of"),
-    (["train.step=3"], 11, "there is no knob 'train.step'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("argument", "code", "said"),
+    [
+        (["--budget", "much"], 80, "'much' is no size of memory; write it as 16GiB"),
+        (["--device", "t5"], 81, "did you mean 't4'?"),
+        (["model.quantization=int8"], 82, "outliers of an int8 base depend on its values"),
+        (["--budget", "80GiB", "--device", "t4"], 80, "is more than the"),
+        (["budget.memory=16GiB", "--device", "t4"], 80, "is more than the"),
+        (["--budget", ""], 80, "'' is no size of memory"),
+        (["train.micro_batch_size=auto"], 80, "what is it to fit? give --budget"),
+        (["--suite", "nothing.yaml"], 80, "--suite says which recipes it is of"),
+        (["train.step=3"], 11, "there is no knob 'train.step'"),
+    ],
+)
 def test_what_cannot_be_meant(argument: list[str], code: int, said: str, project: Path, caches: dict[str, str]) -> None:
     """One sentence and a code of its own."""
     done = run(peftbench("estimate", "--config", "recipe.yaml", *argument), project, caches)
@@ -66,7 +69,9 @@ def test_what_fits_is_printed(project: Path, caches: dict[str, str]) -> None:
 
 def test_auto_is_planned_with_what_it_becomes(project: Path, caches: dict[str, str]) -> None:
     """The largest micro-batch that fits the budget, not a fault."""
-    command = peftbench("estimate", "--config", "recipe.yaml", "train.micro_batch_size=auto", "--budget", "2GiB", "--json")
+    command = peftbench(
+        "estimate", "--config", "recipe.yaml", "train.micro_batch_size=auto", "--budget", "2GiB", "--json"
+    )
     done = run(command, project, caches)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["rows"] == 4
@@ -79,7 +84,8 @@ def test_a_suite_is_planned_run_by_run(project: Path, caches: dict[str, str]) ->
         encoding="utf-8",
     )
     (project / "suite.yaml").write_text(
-        "{name: s, recipes: [recipe.yaml], accelerate: two.yaml, axes: {train.global_batch_size: [4, 3]}}", encoding="utf-8"
+        "{name: s, recipes: [recipe.yaml], accelerate: two.yaml, axes: {train.global_batch_size: [4, 3]}}",
+        encoding="utf-8",
     )
     done = run(peftbench("estimate", "--suite", "suite.yaml", "--budget", "2GiB", "--json"), project, caches)
     assert done.returncode == 0, done.stderr

@@ -52,9 +52,13 @@ def test_twenty_kills(project: Path, caches: dict[str, str]) -> None:
     unfinished, before_it = 0, dict[str, int]()
     for kill in range(KILLS):
         process = subprocess.Popen(
-            peftbench("compare", "suite.yaml"), cwd=project, env=caches, start_new_session=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            peftbench("compare", "suite.yaml"),
+            cwd=project,
+            env=caches,
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         before = newest(project)
         if kill % 4:  # the others while it starts: between two runs, or before one has begun
             while newest(project) == before and process.poll() is None:

@@ -13,18 +13,28 @@ from tests.launch.test_compare import record_of, run
 ENGINES = {
     "ddp": ["--config_file", str(REPOSITORY / "accel_configs" / "cpu2.yaml")],
     "zero2": [
-        "--config_file", str(REPOSITORY / "accel_configs" / "zero2.yaml"),
-        "--deepspeed_config_file", str(REPOSITORY / "ds_configs" / "zero2.json"),
+        "--config_file",
+        str(REPOSITORY / "accel_configs" / "zero2.yaml"),
+        "--deepspeed_config_file",
+        str(REPOSITORY / "ds_configs" / "zero2.json"),
     ],
     "zero3": [
-        "--config_file", str(REPOSITORY / "accel_configs" / "zero3.yaml"),
-        "--deepspeed_config_file", str(REPOSITORY / "ds_configs" / "zero3.json"),
+        "--config_file",
+        str(REPOSITORY / "accel_configs" / "zero3.yaml"),
+        "--deepspeed_config_file",
+        str(REPOSITORY / "ds_configs" / "zero3.json"),
     ],
-}  # fmt: skip
+}
 ARGUMENTS = [
-    "--config", "recipe.yaml", "train.steps=6", "train.precision=fp32", "profile.untimed_steps=2", "model.dropout=0.0",
-    "model.quantization=nf4", "optimizer.learning_rate=3e-3",
-]  # fmt: skip
+    "--config",
+    "recipe.yaml",
+    "train.steps=6",
+    "train.precision=fp32",
+    "profile.untimed_steps=2",
+    "model.dropout=0.0",
+    "model.quantization=nf4",
+    "optimizer.learning_rate=3e-3",
+]
 
 
 @pytest.mark.slow

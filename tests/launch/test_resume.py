@@ -21,9 +21,13 @@ Checkpoints.save = saved_and_stopped
 main()
 """
 ARGUMENTS = [
-    "--config", "recipe.yaml", "train.steps=8", "checkpoint.interval=3", "profile.untimed_steps=2",
+    "--config",
+    "recipe.yaml",
+    "train.steps=8",
+    "checkpoint.interval=3",
+    "profile.untimed_steps=2",
     "model.dropout=0.0",
-]  # fmt: skip
+]
 
 
 @pytest.mark.multiprocess

@@ -26,17 +26,27 @@ STEPS = 40
 ARGUMENTS = ["--config", "recipe.yaml", f"train.steps={STEPS}", "model.dropout=0.1", "profile.untimed_steps=2"]
 ALONE = [sys.executable, str(LAUNCH)]
 TWO = [
-    sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIG), "--main_process_port", "0",
+    sys.executable,
+    "-m",
+    "accelerate.commands.launch",
+    "--config_file",
+    str(CONFIG),
+    "--main_process_port",
+    "0",
     str(LAUNCH),
-]  # fmt: skip
+]
 
 
 def begin(command: list[str], project: Path, caches: dict[str, str], *more: str) -> subprocess.Popen[str]:
     """Start a run."""
     return subprocess.Popen(
-        [*command, *ARGUMENTS, *more], cwd=project, env=caches, text=True, stdout=subprocess.PIPE,
+        [*command, *ARGUMENTS, *more],
+        cwd=project,
+        env=caches,
+        text=True,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-    )  # fmt: skip
+    )
 
 
 def await_training(project: Path, process: subprocess.Popen[str], since: int | None = None) -> dict[str, Any]:
@@ -117,7 +127,12 @@ def test_a_step_is_kept_and_gone_on_from(
     assert not (project / "out" / "run" / "checkpoints").exists()
 
 
-LONG_EVALUATION = ["evaluate.generate=true", "evaluate.max_new_tokens=100", "evaluate.batch_size=1", "model.dropout=0.0"]
+LONG_EVALUATION = [
+    "evaluate.generate=true",
+    "evaluate.max_new_tokens=100",
+    "evaluate.batch_size=1",
+    "model.dropout=0.0",
+]
 
 
 def await_evaluation(project: Path, process: subprocess.Popen[str]) -> None:

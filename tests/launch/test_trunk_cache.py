@@ -16,9 +16,16 @@ from tests.launch.test_compare import REPOSITORY, record_of, run
 
 EPOCHS, STEPS = 3, 6
 ARGUMENTS = [
-    "--config", "recipe.yaml", "method.kind=last_layer", f"train.steps={STEPS}", "train.global_batch_size=4",
-    "train.micro_batch_size=1", "profile.untimed_steps=1", "model.dropout=0.0", "optimizer.learning_rate=0.01",
-]  # fmt: skip
+    "--config",
+    "recipe.yaml",
+    "method.kind=last_layer",
+    f"train.steps={STEPS}",
+    "train.global_batch_size=4",
+    "train.micro_batch_size=1",
+    "profile.untimed_steps=1",
+    "model.dropout=0.0",
+    "optimizer.learning_rate=0.01",
+]
 HEAD = "lm_head.weight"
 
 
@@ -35,9 +42,19 @@ def two_processes(engine: str, folder: Path, *arguments: str) -> list[str]:
     )
     asked = [argument.replace("recipe.yaml", str(folder / "recipe.yaml")) for argument in ARGUMENTS]
     return [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accel_configs/{engine}.yaml",
-        "--num_processes", "2", "-m", "peftbench.train", *asked, f"output_dir={folder / 'out'}", *arguments,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        f"accel_configs/{engine}.yaml",
+        "--num_processes",
+        "2",
+        "-m",
+        "peftbench.train",
+        *asked,
+        f"output_dir={folder / 'out'}",
+        *arguments,
+    ]
 
 
 def head_of(folder: Path, name: str) -> object:

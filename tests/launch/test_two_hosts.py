@@ -109,12 +109,33 @@ def begin(hosts: Hosts, project: Path, caches: dict[str, str], port: int, *more:
     made = []
     for host in range(2):
         words = [
-            sys.executable, "-m", "accelerate.commands.launch", "--quiet",
-            "--config_file", str(project / "accelerate.yaml"), "--num_machines", "2", "--num_processes", "2",
-            "--machine_rank", str(host), "--main_process_ip", ADDRESSES[0], "--main_process_port", str(port),
-            "--rdzv_backend", "c10d", "--rdzv_conf", f"is_host={int(host == 0)}",
-            "--deepspeed_multinode_launcher", "standard", str(LAUNCH), "--config", "recipe.yaml", *more,
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--quiet",
+            "--config_file",
+            str(project / "accelerate.yaml"),
+            "--num_machines",
+            "2",
+            "--num_processes",
+            "2",
+            "--machine_rank",
+            str(host),
+            "--main_process_ip",
+            ADDRESSES[0],
+            "--main_process_port",
+            str(port),
+            "--rdzv_backend",
+            "c10d",
+            "--rdzv_conf",
+            f"is_host={int(host == 0)}",
+            "--deepspeed_multinode_launcher",
+            "standard",
+            str(LAUNCH),
+            "--config",
+            "recipe.yaml",
+            *more,
+        ]
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         command = hosts.command(host, words)
         made.append(subprocess.Popen(command, cwd=project, env=environment, start_new_session=True, **streams))  # type: ignore[call-overload]
@@ -136,10 +157,19 @@ def project(project: Path) -> Path:
 def on_one_host(project: Path, caches: dict[str, str]) -> None:
     """The same two processes on one host."""
     words = [
-        sys.executable, "-m", "accelerate.commands.launch", "--quiet",
-        "--config_file", str(project / "accelerate.yaml"), "--main_process_port", "0", str(LAUNCH),
-        "--config", "recipe.yaml", "name=one",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--quiet",
+        "--config_file",
+        str(project / "accelerate.yaml"),
+        "--main_process_port",
+        "0",
+        str(LAUNCH),
+        "--config",
+        "recipe.yaml",
+        "name=one",
+    ]
     done = subprocess.run(words, cwd=project, env=caches, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -135,8 +135,11 @@ def test_as_published_leaves_everything_outside_the_blocks(
     """What the published study called its last layer is the embedding, the positions and the final norm."""
     model = LastLayer(head="outside_blocks").apply(fresh_base("gpt2_tied"), tokenizer)
     assert set(trained(model)) == {
-        "transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f.weight", "transformer.ln_f.bias",
-    }  # fmt: skip
+        "transformer.wte.weight",
+        "transformer.wpe.weight",
+        "transformer.ln_f.weight",
+        "transformer.ln_f.bias",
+    }
 
 
 def test_a_base_without_a_head_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:

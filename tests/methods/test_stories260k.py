@@ -48,7 +48,9 @@ def test_every_method_is_tried() -> None:
 
 
 @pytest.mark.parametrize(("method", "expected"), BY_HAND, ids=[method.kind for method, _ in BY_HAND])
-def test_one_step_on_a_trained_model(method: Method, expected: int, stories: LoadedModel, accelerator: Accelerator) -> None:
+def test_one_step_on_a_trained_model(
+    method: Method, expected: int, stories: LoadedModel, accelerator: Accelerator
+) -> None:
     """One step trains what was counted by hand, from a loss of a model that knows its stories, to a lower one."""
     assert method.trainable_parameters(stories.model) == expected
     torch.manual_seed(0)

@@ -17,8 +17,10 @@ from peftbench.optim import OPTIMIZERS, AdamW8bit, AdamW8bitBf16, AdamWBf16, Opt
 KINDS: dict[str, Any] = dict(OPTIMIZERS)
 ON_CPU = sorted(set(OPTIMIZERS) - {"paged_adamw8bit"})
 MORE: dict[str, dict[str, object]] = {
-    "galore": {"rank": 8}, "apollo": {"rank": 8}, "sgd": {"momentum": 0.9},
-}  # fmt: skip
+    "galore": {"rank": 8},
+    "apollo": {"rank": 8},
+    "sgd": {"momentum": 0.9},
+}
 RATE, DECAY = 1e-3, 0.1
 
 
@@ -144,10 +146,15 @@ def test_the_rank_of_a_step(name: str, rank: int) -> None:
         assert torch.allclose(moved, scales * gradients[1], atol=1e-7)
 
 
-@pytest.mark.parametrize(("name", "library"), [
-    ("galore", "pytorch_optimizer"), ("apollo", "apollo_torch"),
-    ("adamw_bf16", "torchao.optim"), ("adamw8bit_bf16", "torchao.optim"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "library"),
+    [
+        ("galore", "pytorch_optimizer"),
+        ("apollo", "apollo_torch"),
+        ("adamw_bf16", "torchao.optim"),
+        ("adamw8bit_bf16", "torchao.optim"),
+    ],
+)
 def test_a_library_that_is_not_installed(name: str, library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One sentence with what to install."""
     monkeypatch.setitem(sys.modules, library, None)

@@ -204,15 +204,20 @@ def test_a_storage_that_gives_its_memory_back_and_stays() -> None:
     storage, size = whole.untyped_storage(), VOCABULARY * FLOAT
     storage.resize_(0)
     book = MemoryTracker(
-        model, torch.optim.SGD(model.parameters()), VOCABULARY, lambda: "forward",
+        model,
+        torch.optim.SGD(model.parameters()),
+        VOCABULARY,
+        lambda: "forward",
         get_engine_buffers=lambda: EngineBuffers(gathered=[whole]),
-    )  # fmt: skip
+    )
     with book:
         for _ in range(2):
             storage.resize_(size)
             whole * 2
             storage.resize_(0)
-    sizes = [(event.nbytes, event.is_allocation, event.category) for event in book.iter_events() if event.nbytes == size]
+    sizes = [
+        (event.nbytes, event.is_allocation, event.category) for event in book.iter_events() if event.nbytes == size
+    ]
     lives = [(made, kind) for _, made, kind in sizes if kind == "gathered_weights"]
     assert lives == [(True, "gathered_weights"), (False, "gathered_weights")] * 2
     assert book.find_peak().bytes_by_category["gathered_weights"] == size
@@ -225,7 +230,12 @@ def test_what_an_engine_holds_and_what_lies_elsewhere() -> None:
     master, away = torch.zeros(ROWS), torch.empty(ROWS, device="meta")
     held = EngineBuffers([("optimizer_state", master), ("weights", away)], untracked_bytes=[("buckets", 12345)])
     book = MemoryTracker(
-        model, torch.optim.SGD(model.parameters()), VOCABULARY, lambda: "forward", get_engine_buffers=lambda: held, device_type="cpu"
+        model,
+        torch.optim.SGD(model.parameters()),
+        VOCABULARY,
+        lambda: "forward",
+        get_engine_buffers=lambda: held,
+        device_type="cpu",
     )
     with book:
         model(torch.zeros(1, WIDTH))

@@ -24,8 +24,12 @@ class Powercap:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        names = {"intel-rapl:0": "package-0", "intel-rapl:0:0": "core", "intel-rapl:1": "package-1",
-                 "intel-rapl:2": "psys"}  # fmt: skip
+        names = {
+            "intel-rapl:0": "package-0",
+            "intel-rapl:0:0": "core",
+            "intel-rapl:1": "package-1",
+            "intel-rapl:2": "psys",
+        }
         for zone, name in names.items():
             (folder / zone).mkdir()
             (folder / zone / "name").write_text(name + "\n")
@@ -47,8 +51,12 @@ def test_processors_are_added_and_their_parts_are_not(powercap: Powercap) -> Non
     """Each processor counts once; a part of one and the whole system would count it again."""
     meter = build_energy_meter(CPU, powercap_dir=powercap.folder)
     assert meter.read_joules() == 0
-    for zone, microjoules in (("intel-rapl:0", 300_000), ("intel-rapl:0:0", 250_000), ("intel-rapl:1", 400_000),
-                              ("intel-rapl:2", 900_000)):  # fmt: skip
+    for zone, microjoules in (
+        ("intel-rapl:0", 300_000),
+        ("intel-rapl:0:0", 250_000),
+        ("intel-rapl:1", 400_000),
+        ("intel-rapl:2", 900_000),
+    ):
         powercap.show(zone, microjoules)
     assert meter.read_joules() == 0.7
 

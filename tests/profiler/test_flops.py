@@ -85,7 +85,13 @@ def test_the_closed_form_is_what_is_counted(  # noqa: PLR0917
     model = method.apply(base, tokenizer).train()
     if checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    found = count_flops(model, base, virtual_tokens=method.virtual_tokens, gradient_checkpointing=checkpointing, computes_all_logits=True)
+    found = count_flops(
+        model,
+        base,
+        virtual_tokens=method.virtual_tokens,
+        gradient_checkpointing=checkpointing,
+        computes_all_logits=True,
+    )
     assert found.compute_hardware_flops(full_rectangle(method)) == counted(model)
 
 
@@ -106,7 +112,13 @@ def test_the_closed_form_is_what_is_counted_on_meta(  # noqa: PLR0917
     model = method.apply(base, tokenizer).train()
     if checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    found = count_flops(model, base, virtual_tokens=method.virtual_tokens, gradient_checkpointing=checkpointing, computes_all_logits=True)
+    found = count_flops(
+        model,
+        base,
+        virtual_tokens=method.virtual_tokens,
+        gradient_checkpointing=checkpointing,
+        computes_all_logits=True,
+    )
     assert found.compute_hardware_flops(full_rectangle(method)) == counted(model.to("meta"), "meta")
 
 
@@ -129,14 +141,16 @@ def test_gpt2_small_by_hand(tokenizer: PreTrainedTokenizerBase) -> None:
             "lora": 2 * blocks * tokens + 7 * attention // 2 + 2 * head * tokens + 3 * low - first,
         }
     assert {k: round(v / 1e12, 3) for k, v in by_hand[0].items() if k != "prompt_tuning"} == {
-        "full": 4.96, "last_layer": 2.108, "lora": 3.431,
-    }  # fmt: skip
+        "full": 4.96,
+        "last_layer": 2.108,
+        "lora": 3.431,
+    }
     for method in (Full(), LastLayer(), PromptTuning(num_virtual_tokens=20), Lora(r=8)):
         base = GPT2LMHeadModel(GPT2Config(n_positions=length + 20, attn_pdrop=0.0))
         model = method.apply(base, tokenizer)
         found = count_flops(
             model, base, virtual_tokens=method.virtual_tokens, gradient_checkpointing=False, computes_all_logits=True
-        )  # fmt: skip
+        )
         expected = by_hand[method.virtual_tokens][method.kind]
         assert found.compute_hardware_flops(full_rectangle(method, rows, length)) == expected
 
@@ -157,8 +171,14 @@ def test_required_leaves_out_what_need_not_be(
     assert collator.hardware_flop_units(with_padding) == FlopUnits(30, 900, 465, 3, 30)
     everywhere = count_flops(model, base, virtual_tokens=0, gradient_checkpointing=False, computes_all_logits=True)
     needed, made = collator.model_flop_units(alone), collator.hardware_flop_units(with_padding)
-    assert plain.compute_model_flops(needed) == again.compute_model_flops(needed) == everywhere.compute_model_flops(needed)
-    assert plain.compute_model_flops(needed) < plain.compute_hardware_flops(collator.hardware_flop_units(alone)) < plain.compute_hardware_flops(made)
+    assert (
+        plain.compute_model_flops(needed) == again.compute_model_flops(needed) == everywhere.compute_model_flops(needed)
+    )
+    assert (
+        plain.compute_model_flops(needed)
+        < plain.compute_hardware_flops(collator.hardware_flop_units(alone))
+        < plain.compute_hardware_flops(made)
+    )
     assert plain.compute_hardware_flops(made) < again.compute_hardware_flops(made)
     # The head, forward and backward, at the 27 positions that predict no label.
     assert everywhere.compute_hardware_flops(made) - plain.compute_hardware_flops(made) == 27 * 6 * 64 * 4096
@@ -211,9 +231,15 @@ def test_products_that_are_not_known_are_not_left_out(tokenizer: PreTrainedToken
     from transformers import BloomConfig, BloomForCausalLM, MixtralConfig, MixtralForCausalLM
 
     mixtral = MixtralConfig(
-        hidden_size=32, vocab_size=64, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=4, num_local_experts=2, pad_token_id=None,
-    )  # fmt: skip
+        hidden_size=32,
+        vocab_size=64,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_local_experts=2,
+        pad_token_id=None,
+    )
     bloom = BloomConfig(hidden_size=32, vocab_size=64, n_layer=1, n_head=4)
     for base in (BloomForCausalLM(bloom), MixtralForCausalLM(mixtral)):
         model = Full().apply(base, tokenizer)

@@ -70,14 +70,19 @@ def test_the_closed_form_of_a_loss_is_what_is_counted(  # noqa: PLR0917
     found = closed_form(model, base, loss, virtual_tokens=method.virtual_tokens, checkpointing=checkpointing)
     virtual = method.virtual_tokens
     for collator in (
-        Collator(0, virtual), Collator(0, virtual, pad_to_length=30), PaddingFreeCollator(0, virtual), PaddingFreeCollator(0, virtual, pad_to_multiple_of=64)
-    ):  # fmt: skip
+        Collator(0, virtual),
+        Collator(0, virtual, pad_to_length=30),
+        PaddingFreeCollator(0, virtual),
+        PaddingFreeCollator(0, virtual, pad_to_multiple_of=64),
+    ):
         for lengths in (LENGTHS_AND_PROMPTS, EVEN):
             batch = collated(collator, lengths)
             for chunk in (2**25, 3 * 4096):
                 monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", chunk)
                 assert found.compute_hardware_flops(collator.hardware_flop_units(batch)) == counted(model, loss, batch)
-            assert found.compute_model_flops(collator.model_flop_units(batch)) <= found.compute_hardware_flops(collator.hardware_flop_units(batch))
+            assert found.compute_model_flops(collator.model_flop_units(batch)) <= found.compute_hardware_flops(
+                collator.hardware_flop_units(batch)
+            )
 
 
 @every_method

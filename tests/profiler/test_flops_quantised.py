@@ -26,11 +26,13 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="bitsandbytes is
 BITS: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
     "nf4_double": {
-        "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32,
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_compute_dtype": torch.float32,
         "bnb_4bit_use_double_quant": True,
     },
     "int8": {"load_in_8bit": True},
-}  # fmt: skip
+}
 
 
 def quantised(folder: Path, bits: str) -> PreTrainedModel:
@@ -65,8 +67,12 @@ def test_the_closed_form_is_what_is_counted(  # noqa: PLR0917
         if checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         closed_form = count_flops(
-            model, base, virtual_tokens=method.virtual_tokens, gradient_checkpointing=checkpointing, computes_all_logits=True
-        )  # fmt: skip
+            model,
+            base,
+            virtual_tokens=method.virtual_tokens,
+            gradient_checkpointing=checkpointing,
+            computes_all_logits=True,
+        )
         assert closed_form.compute_hardware_flops(full_rectangle(method)) == counted(model)
         found.append(counted(model))
     assert found[0] == found[1] or checkpointing  # what is computed again ends with what keeps something, which differs

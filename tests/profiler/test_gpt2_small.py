@@ -40,19 +40,25 @@ def on_paper(kind: str, length: int, labels: Fraction) -> Fraction:
 def test_ratios_between_methods(shared_data: Path, workshop: Workshop) -> None:
     """Two steps of each method on real CNN/DailyMail: FLOPs as counted, and their ratios as on paper, exactly."""
     news = shared_data / "cnn_dailymail"
-    source = Files(
-        train=str(news / "train.jsonl"), test=str(news / "test.jsonl"), summary="highlights", id="id"
-    )  # fmt: skip
+    source = Files(train=str(news / "train.jsonl"), test=str(news / "test.jsonl"), summary="highlights", id="id")
     executed, labels = {}, set()
     for method in METHODS:
         record = workshop.run(
             workshop.recipe(
-                method, model={"path": str(shared_data / "gpt2"), "init": "random", "dropout": 0.0},
-                data={"source": source, "train": 8, "test": 1, "max_tokens": REAL, "padding": "max_tokens",
-                      "overlong": "drop"},
-                train={"steps": 2, "global_batch_size": 2, "micro_batch_size": 1}, profile=Profile(untimed_steps=1),
+                method,
+                model={"path": str(shared_data / "gpt2"), "init": "random", "dropout": 0.0},
+                data={
+                    "source": source,
+                    "train": 8,
+                    "test": 1,
+                    "max_tokens": REAL,
+                    "padding": "max_tokens",
+                    "overlong": "drop",
+                },
+                train={"steps": 2, "global_batch_size": 2, "micro_batch_size": 1},
+                profile=Profile(untimed_steps=1),
             )
-        )  # fmt: skip
+        )
         step = record.flops.counted_step
         assert step is not None
         assert step.counted_flops == step.closed_form_flops

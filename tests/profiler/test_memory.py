@@ -174,9 +174,11 @@ def test_over_ranks_the_largest_counts() -> None:
 def test_what_torch_s_counters_say(monkeypatch: pytest.MonkeyPatch) -> None:
     """Peaks are read by their names and reset, retries are those since the lap before."""
     told: dict[str, Any] = {
-        "allocated_bytes": {"all": {"peak": 10, "current": 1}}, "reserved_bytes": {"all": {"peak": 20, "current": 2}},
-        "inactive_split_bytes": {"all": {"peak": 5, "current": 3}}, "num_alloc_retries": 4,
-    }  # fmt: skip
+        "allocated_bytes": {"all": {"peak": 10, "current": 1}},
+        "reserved_bytes": {"all": {"peak": 20, "current": 2}},
+        "inactive_split_bytes": {"all": {"peak": 5, "current": 3}},
+        "num_alloc_retries": 4,
+    }
     resets: list[object] = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 30)

@@ -39,14 +39,22 @@ def figures(pair: RunDiff) -> dict[str, MetricDiff]:
 def run(name: str = "lora", **changes: Any) -> RunRecord:
     """A run with every figure known, of a recipe of its own."""
     speed = Throughput(
-        steps=5, step_seconds_median=1, step_seconds_p10=1, step_seconds_p90=1, samples_per_second=1.0, data_time_fraction=0,
+        steps=5,
+        step_seconds_median=1,
+        step_seconds_p10=1,
+        step_seconds_p90=1,
+        samples_per_second=1.0,
+        data_time_fraction=0,
         tokens_per_second=TokensPerSecond(real=changes.pop("speed", 1000.0), padded=1, labelled=1, virtual=0),
-    )  # fmt: skip
+    )
     values: dict[str, Any] = {
-        "throughput": speed, "recipe_fingerprint": name, "energy_joules": 40.0,
+        "throughput": speed,
+        "recipe_fingerprint": name,
+        "energy_joules": 40.0,
         "memory": {"train": Memory(allocated_bytes=changes.pop("peak", 1000))},
-        "flops": Flops(model_flops=100, hardware_flops=200), "compute": Compute(model_flops_per_second=1.0, peak_flops_per_second=4.0),
-    }  # fmt: skip
+        "flops": Flops(model_flops=100, hardware_flops=200),
+        "compute": Compute(model_flops_per_second=1.0, peak_flops_per_second=4.0),
+    }
     return record(name, "lora", 10, **(values | changes))
 
 
@@ -62,10 +70,14 @@ def scored(
     made = run(loss=loss)
     assert made.quality is not None
     mean = sum(rouge) / len(rouge)
-    quality = made.quality.model_copy(update={
-        "rouge": {"rougeL": Interval(mean=mean, low=mean, high=mean)},
-        "by_example": PerExample(examples_fingerprint=identity, loss=losses, labelled_tokens=labelled, rouge={"rougeL": rouge}),
-    })  # fmt: skip
+    quality = made.quality.model_copy(
+        update={
+            "rouge": {"rougeL": Interval(mean=mean, low=mean, high=mean)},
+            "by_example": PerExample(
+                examples_fingerprint=identity, loss=losses, labelled_tokens=labelled, rouge={"rougeL": rouge}
+            ),
+        }
+    )
     return made.model_copy(update={"quality": quality})
 
 

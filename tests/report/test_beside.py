@@ -24,9 +24,14 @@ from tests.report.sides import figures, held, printed, run, scored, suite
 def test_every_figure_has_its_exact_change(tmp_path: Path) -> None:
     """Each figure has its values before and after, its change as a share of what it was, and its verdict."""
     new = run(
-        loss=3.3475, speed=1200.0, peak=1100, phase_seconds={"train": 12.0}, energy_joules=42.0,
-        flops=Flops(model_flops=100, hardware_flops=180), compute=Compute(model_flops_per_second=0.5, peak_flops_per_second=4.0),
-    )  # fmt: skip
+        loss=3.3475,
+        speed=1200.0,
+        peak=1100,
+        phase_seconds={"train": 12.0},
+        energy_joules=42.0,
+        flops=Flops(model_flops=100, hardware_flops=180),
+        compute=Compute(model_flops_per_second=0.5, peak_flops_per_second=4.0),
+    )
     found = figures(held(tmp_path, run(), new))
     told = {name: (f.before, f.after, f.relative_change, f.verdict, f.regressed) for name, f in found.items()}
     assert list(told) == ["outcome", *METRICS]
@@ -34,7 +39,10 @@ def test_every_figure_has_its_exact_change(tmp_path: Path) -> None:
     assert told == {
         "outcome": ("ok", "ok", None, "equal", False),
         "held_out_loss": (3.25, 3.3475, 0.03, "within", False),
-        "rouge1": same, "rouge2": same, "rougeL": same, "rougeLsum": same,
+        "rouge1": same,
+        "rouge2": same,
+        "rougeL": same,
+        "rougeLsum": same,
         "training_seconds": (12.5, 12.0, -0.04, "within", False),
         "tokens_per_second": (1000.0, 1200.0, 0.2, "gained", False),
         "train_peak_bytes": (1000, 1100, 0.1, "fell", True),
@@ -42,10 +50,15 @@ def test_every_figure_has_its_exact_change(tmp_path: Path) -> None:
         "executed_flops": (200, 180, -0.1, "gained", False),
         "mfu": (0.25, 0.125, -0.5, "fell", True),
         "training_joules": (40.0, 42.0, 0.05, "within", False),
-    }  # fmt: skip
+    }
     assert {f.name for f in found.values() if f.better == "higher"} == {
-        "rouge1", "rouge2", "rougeL", "rougeLsum", "tokens_per_second", "mfu",
-    }  # fmt: skip
+        "rouge1",
+        "rouge2",
+        "rougeL",
+        "rougeLsum",
+        "tokens_per_second",
+        "mfu",
+    }
 
 
 @pytest.mark.parametrize(
@@ -82,7 +95,11 @@ def test_a_threshold_of_one_figure_goes_before_that_of_all(tmp_path: Path) -> No
     strict, loose = ("held_out_loss=2%", "20%"), ("20", "tokens_per_second=9.99%")
     assert [f.name for f in held(tmp_path, *sides, *strict).metrics if f.regressed] == ["held_out_loss"]
     assert [f.name for f in held(tmp_path, *sides, *loose).metrics if f.regressed] == ["tokens_per_second"]
-    assert parse_thresholds([]).for_metric("rougeL") == parse_thresholds(["5%"]).for_metric("mfu") == parse_thresholds(["5"]).default
+    assert (
+        parse_thresholds([]).for_metric("rougeL")
+        == parse_thresholds(["5%"]).for_metric("mfu")
+        == parse_thresholds(["5"]).default
+    )
 
 
 def test_a_missing_run_falls_and_a_new_one_does_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,8 +107,10 @@ def test_a_missing_run_falls_and_a_new_one_does_not(tmp_path: Path, capsys: pyte
     left, right = suite(tmp_path / "A", run("kept"), run("gone")), suite(tmp_path / "B", run("kept"), run("come"))
     found = diff_suites(left, right)
     assert [(pair.before, pair.after, pair.matched_by, pair.regressed) for pair in found.runs] == [
-        ("gone", None, None, True), ("kept", "kept", "name", False), (None, "come", None, False),
-    ]  # fmt: skip
+        ("gone", None, None, True),
+        ("kept", "kept", "name", False),
+        (None, "come", None, False),
+    ]
     assert found.regressed
     assert regression_summary(found) == "fell by more than allowed: gone (missing in B)"
     text = printed(found, capsys)
@@ -111,9 +130,13 @@ def test_runs_are_matched_by_name_then_recipe_then_path(tmp_path: Path) -> None:
         run(name, recipe_fingerprint=of).write(right / place)
     found = diff_suites(left, right)
     assert {(pair.label, pair.matched_by) for pair in found.runs} == {
-        ("by_name", "name"), ("old -> new", "recipe"), ("place -> other", "path"),
-        ("twin_1", None), ("twin_2", None), ("twin", None),
-    }  # fmt: skip
+        ("by_name", "name"),
+        ("old -> new", "recipe"),
+        ("place -> other", "path"),
+        ("twin_1", None),
+        ("twin_2", None),
+        ("twin", None),
+    }
 
 
 def test_two_folders_of_one_run_each_are_matched(tmp_path: Path) -> None:
@@ -136,9 +159,14 @@ def test_two_records_of_one_name_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("before", "after", "verdict"),
-    [("ok", "oom", "fell"), ("ok", "failed", "fell"), ("oom", "ok", "gained"), ("oom", "diverged", "changed"),
-     ("oom", "oom", "equal")],
-)  # fmt: skip
+    [
+        ("ok", "oom", "fell"),
+        ("ok", "failed", "fell"),
+        ("oom", "ok", "gained"),
+        ("oom", "diverged", "changed"),
+        ("oom", "oom", "equal"),
+    ],
+)
 def test_an_outcome_is_a_figure(before: Any, after: Any, verdict: str, tmp_path: Path) -> None:
     """From ok to anything else is a fall, to ok a gain; what a run did before it failed is no figure of it."""
     pair = held(tmp_path, run(outcome=Outcome(kind=before)), run(outcome=Outcome(kind=after)))
@@ -167,7 +195,9 @@ def test_a_figure_that_is_known_no_more_falls(tmp_path: Path, capsys: pytest.Cap
     assert {name for name, figure in told.items() if figure.regressed} == {"held_out_loss", "training_joules"}
     assert {name for name, figure in told.items() if figure.verdict == "new"} == {"required_flops", "executed_flops"}
     assert "lora held_out_loss 3.2500 unknown fell: not known any more" in printed(found, capsys)
-    assert regression_summary(found).endswith("lora (held_out_loss not known any more; training_joules not known any more)")
+    assert regression_summary(found).endswith(
+        "lora (held_out_loss not known any more; training_joules not known any more)"
+    )
     assert json.loads(found.model_dump_json())["pairs"][0]["figures"][1]["after"] is None
     assert "required_flops" not in figures(held(tmp_path, old, old))
 
@@ -184,9 +214,12 @@ def test_config_is_compared_knob_by_knob(tmp_path: Path, capsys: pytest.CaptureF
     old = made("x", {"data": {"source": source}, "save_model": False}, versions={"torch": "1", "peft": "3"})
     source = {"kind": "files", "options": {"columns": ["a", "c"], "strict": True}, "split": None}
     new = made(
-        "x", {"data": {"source": source}, "save_model": 0, "output_dir": "elsewhere"},
-        versions={"torch": "2", "peft": "3"}, git="abc", data_identity="d",
-    )  # fmt: skip
+        "x",
+        {"data": {"source": source}, "save_model": 0, "output_dir": "elsewhere"},
+        versions={"torch": "2", "peft": "3"},
+        git="abc",
+        data_identity="d",
+    )
     pair = held(tmp_path, old, new)
     assert list(pair.config_changes) == [
         SettingChange(key="data.source.options.columns", before=["a", "b"], after=["a", "c"]),
@@ -206,16 +239,21 @@ def test_config_is_compared_knob_by_knob(tmp_path: Path, capsys: pytest.CaptureF
 def test_what_changed_in_all_runs_is_shown_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Changes that all runs share come first and once, others with the runs that have them."""
     left = suite(tmp_path / "A", *(run(name, versions={"torch": "1"}) for name in ("a", "b", "c")))
-    right = suite(tmp_path / "B", *(
-        run(name, versions={"torch": "2"}, global_batch=batch, seed=seed)
-        for name, batch, seed in (("a", 16, 0), ("b", 32, 0), ("c", 32, 7))
-    ))  # fmt: skip
+    right = suite(
+        tmp_path / "B",
+        *(
+            run(name, versions={"torch": "2"}, global_batch=batch, seed=seed)
+            for name, batch, seed in (("a", 16, 0), ("b", 32, 0), ("c", 32, 7))
+        ),
+    )
     found = diff_suites(left, right)
     assert [change.key for change in found.common_changes] == ["versions.torch"]
     table = printed(found, capsys).split("config")[1]
     assert re.findall(r"^(\S+ \S+ \S+ .+)$", table, re.MULTILINE)[1:4] == [
-        "versions.torch 1 2 all", "train.global_batch_size 16 32 b, c", "train.seed 0 7 c",
-    ]  # fmt: skip
+        "versions.torch 1 2 all",
+        "train.global_batch_size 16 32 b, c",
+        "train.seed 0 7 c",
+    ]
 
 
 def test_two_machines_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -329,11 +367,14 @@ def test_chance_supports_a_change_as_seldom_as_is_said(tmp_path: Path) -> None:
     for draw in range(60):
         names = [f"r{i}" for i in range(10)]
         sides = [
-            Runs(tmp_path, {
-                name: scored(tuple(noise(40, 1000 * draw + 100 * side + i))).model_copy(update={"name": name})
-                for i, name in enumerate(names)
-            })
+            Runs(
+                tmp_path,
+                {
+                    name: scored(tuple(noise(40, 1000 * draw + 100 * side + i))).model_copy(update={"name": name})
+                    for i, name in enumerate(names)
+                },
+            )
             for side in range(2)
-        ]  # fmt: skip
+        ]
         wrong += any(one["rougeL"].significant for one in compute_paired_intervals(match_runs(*sides)))
     assert wrong <= 9

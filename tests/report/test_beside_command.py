@@ -139,10 +139,12 @@ def test_the_demo_and_a_changed_copy(tmp_path: Path) -> None:
     old = read_record(copy / "lora" / RECORD_FILE)
     assert old.quality is not None
     assert old.quality.loss is not None
-    old.model_copy(update={
-        "recipe": old.recipe | {"method": old.recipe["method"] | {"r": 99}},
-        "quality": old.quality.model_copy(update={"loss": old.quality.loss * 1.1}),
-    }).write(copy / "lora")  # fmt: skip
+    old.model_copy(
+        update={
+            "recipe": old.recipe | {"method": old.recipe["method"] | {"r": 99}},
+            "quality": old.quality.model_copy(update={"loss": old.quality.loss * 1.1}),
+        }
+    ).write(copy / "lora")
     shutil.rmtree(copy / "full")
 
     def compared(*sides: Path) -> subprocess.CompletedProcess[str]:
@@ -156,7 +158,7 @@ def test_the_demo_and_a_changed_copy(tmp_path: Path) -> None:
     assert worse.returncode == REGRESSION_EXIT_CODE
     assert worse.stderr == (
         "fell by more than allowed: lora (held_out_loss +10%, not supported by the interval), full (missing in B)\n"
-    )  # fmt: skip
+    )
     lines = [" ".join(line.split()) for line in worse.stdout.splitlines()]
     assert f"method.r {old.recipe['method']['r']} 99 lora" in lines
     assert any(line.startswith("lora held_out_loss") and "fell by more than 5%" in line for line in lines)

@@ -77,10 +77,13 @@ def test_what_changes_no_number_divides_nothing() -> None:
     first = record("lora-seed=0", "lora", 10)
     other = record("lora-seed=1", "lora", 10, seed=1)
     changed = other.recipe | {
-        "save_model": True, "trackers": ["tensorboard"], "checkpoint": {"interval": 2},
-        "profile": {"price_per_hour": 2.5}, "budget": {"memory": None},
+        "save_model": True,
+        "trackers": ["tensorboard"],
+        "checkpoint": {"interval": 2},
+        "profile": {"price_per_hour": 2.5},
+        "budget": {"memory": None},
         "train": other.recipe["train"] | {"feature_cache": None},
-    }  # fmt: skip
+    }
     first = first.model_copy(update={"recipe": first.recipe | {"profile": {}}})
     (one,) = group_runs([first, other.model_copy(update={"recipe": changed})])
     assert len(one.runs) == 2
@@ -153,7 +156,12 @@ def test_what_one_run_does_not_tell_is_unknown() -> None:
     known = costly(100, 1.0, 10)
     unknown = record("lora-seed=1", "lora", 10, seed=1, phase_seconds={}, device=known["device"])
     (one,) = group_runs([judged("lora-seed=0", "lora", noise(3, 0), seed=0, **known), unknown])
-    assert (one.mean_peak_bytes, one.mean_train_seconds, one.mean_model_flops, one.step_seconds_range) == (None, None, None, None)
+    assert (one.mean_peak_bytes, one.mean_train_seconds, one.mean_model_flops, one.step_seconds_range) == (
+        None,
+        None,
+        None,
+        None,
+    )
     assert one.held_out_losses == (3.25,)
 
 

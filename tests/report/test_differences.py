@@ -35,7 +35,12 @@ def test_one_pair_by_hand() -> None:
     assert (found.first.label, found.second.label) == ("a (lora)", "b (full)")
     assert found.interval_over_examples.mean == pytest.approx(numpy.mean(ours) - numpy.mean(theirs))
     assert (found.interval.low, found.interval.high) == pytest.approx((expected.low, expected.high))
-    assert (found.interval_over_seeds, found.num_seeds, found.num_examples, found.num_comparisons) == (None, 1, COUNT, 1)
+    assert (found.interval_over_seeds, found.num_seeds, found.num_examples, found.num_comparisons) == (
+        None,
+        1,
+        COUNT,
+        1,
+    )
     assert found.is_significant
     assert found.better_group is found.first
 
@@ -51,9 +56,13 @@ def test_seeds_by_hand() -> None:
     far = t.isf(0.025, 2) * means.std(ddof=1) / math.sqrt(3)
     assert found.num_seeds == 3
     assert found.interval_over_seeds is not None
-    assert (found.interval_over_seeds.low, found.interval_over_seeds.high) == pytest.approx((means.mean() - far, means.mean() + far))
+    assert (found.interval_over_seeds.low, found.interval_over_seeds.high) == pytest.approx(
+        (means.mean() - far, means.mean() + far)
+    )
     alone = paired_interval(list(pairs.mean(axis=0)))
-    assert (found.interval_over_examples.low, found.interval_over_examples.high) == pytest.approx((alone.low, alone.high))
+    assert (found.interval_over_examples.low, found.interval_over_examples.high) == pytest.approx(
+        (alone.low, alone.high)
+    )
     assert found.interval.low == min(found.interval_over_examples.low, found.interval_over_seeds.low)
     assert found.interval.high == max(found.interval_over_examples.high, found.interval_over_seeds.high)
 
@@ -125,7 +134,11 @@ def test_either_way_round() -> None:
     one, other = compared.between(lora, full), compared.between(full, lora)
     assert one is not None
     assert other is not None
-    assert (one.mean_difference, one.interval.low, one.interval.high) == (-other.mean_difference, -other.interval.high, -other.interval.low)
+    assert (one.mean_difference, one.interval.low, one.interval.high) == (
+        -other.mean_difference,
+        -other.interval.high,
+        -other.interval.low,
+    )
     assert one.better_group is other.better_group is lora
     assert compared.between(lora, lora) is None
 
@@ -174,8 +187,10 @@ def test_more_than_ten_are_the_best_of_each_method() -> None:
     compared = compare_groups(rows)
     assert [one.label for one in compared.comparable_groups[:3]] == ["last_layer-11", "full-10", "lora-9"]
     assert [(one.first.label, one.second.label) for one in compared.pair_comparisons] == [
-        ("last_layer-11", "full-10"), ("last_layer-11", "lora-9"), ("full-10", "lora-9"),
-    ]  # fmt: skip
+        ("last_layer-11", "full-10"),
+        ("last_layer-11", "lora-9"),
+        ("full-10", "lora-9"),
+    ]
     assert {one.num_comparisons for one in compared.pair_comparisons} == {66}
     assert "corrected for all 66 pairs" in compared.exclusion_notes[0]
 
@@ -205,7 +220,9 @@ GOOD = judged("good", "full", scores(0, 1))
 def test_what_cannot_be_paired_is_said(other: RunRecord, words: str) -> None:
     """In one sentence; what can be is compared as if the other were not there."""
     compared = compare_groups([GOOD, judged("best", "last_layer", scores(3, 4)), other])
-    assert [(one.first.method_kind, one.second.method_kind) for one in compared.pair_comparisons] == [("last_layer", "full")]
+    assert [(one.first.method_kind, one.second.method_kind) for one in compared.pair_comparisons] == [
+        ("last_layer", "full")
+    ]
     (why,) = compared.exclusion_notes
     assert words in why
 

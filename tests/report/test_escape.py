@@ -51,5 +51,11 @@ def test_other_places() -> None:
     assert escaped_line(" a \n b\x00 نمی\u200cخواهم") == "a b\\x00 نمی\u200cخواهم"
     assert printable_line(" a \n b\x00c \u202e") == "a b c"
     assert [escape_spreadsheet_formula(text) for text in ("=1+1", "+1", "-1", "@a", "\ta", "a=1", "")] == [
-        "'=1+1", "'+1", "'-1", "'@a", "'\ta", "a=1", "",
-    ]  # fmt: skip
+        "'=1+1",
+        "'+1",
+        "'-1",
+        "'@a",
+        "'\ta",
+        "a=1",
+        "",
+    ]

@@ -18,9 +18,11 @@ def test_over_seeds_groups_what_differs_in_seeds_alone() -> None:
     rows = [record(f"lora-seed={s}", "lora", 10, seed=s, loss=loss) for s, loss in enumerate((1.0, 2.0, 3.0))]
     (row,) = seed_rows([*rows, record("b", "full", 1000)])
     assert row == {
-        "method": "lora", "seeds": "3", "held-out loss": "2.000 ± 1.000 (-0.485–4.485)",
+        "method": "lora",
+        "seeds": "3",
+        "held-out loss": "2.000 ± 1.000 (-0.485–4.485)",
         "ROUGE-L": "31.2 ± 0.0 (31.2–31.3)",
-    }  # fmt: skip
+    }
 
 
 def test_a_seed_counts_once() -> None:

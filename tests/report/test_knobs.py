@@ -50,7 +50,13 @@ def test_surroundings_say_where_and_with_what() -> None:
 
 def _engine(name: str) -> Engine:
     return Engine(
-        name=name, distributed_type="X", mixed_precision="bf16", optimizer_class="AdamW", micro_batch_size=1, gradient_accumulation_steps=1, num_threads=1
+        name=name,
+        distributed_type="X",
+        mixed_precision="bf16",
+        optimizer_class="AdamW",
+        micro_batch_size=1,
+        gradient_accumulation_steps=1,
+        num_threads=1,
     )
 
 
@@ -103,7 +109,9 @@ def test_no_file_is_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     there = tmp_path / "a.json"
     for text in ("plain", "${x}"):
         one = record("a", "full", 1, method={"text": text})
-        saves = reproduce_commands(one, one.write(checkout / "runs"))[0].replace("python", shlex.quote(sys.executable), 1)
+        saves = reproduce_commands(one, one.write(checkout / "runs"))[0].replace(
+            "python", shlex.quote(sys.executable), 1
+        )
         there.write_text("mine", encoding="utf-8")
         done = subprocess.run(["bash", "-c", saves], capture_output=True, text=True, check=False)
         assert done.returncode != 0
@@ -120,10 +128,25 @@ LEAST: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("text", [
-    "a ${b} c", r"\${data.seed}", r"\\${x} ${y}", "${", "1e3", "null", "a: b", "two\nlines", "#", "é '\"", "😀", "a b",
-    "/", "~",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a ${b} c",
+        r"\${data.seed}",
+        r"\\${x} ${y}",
+        "${",
+        "1e3",
+        "null",
+        "a: b",
+        "two\nlines",
+        "#",
+        "é '\"",
+        "😀",
+        "a b",
+        "/",
+        "~",
+    ],
+)
 def test_the_commands_give_the_same_recipe(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever texts a recipe holds: what the first command saves is read as the recipe, wherever it then writes to."""
     checkout = tmp_path / "checkout"

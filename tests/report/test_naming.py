@@ -28,12 +28,16 @@ def test_a_name_that_repeats_gives_way_to_its_path() -> None:
     """Below what all folders lie in; another's name stays, and none is taken twice."""
     assert with_unique_names({}) == {}
     assert named(("r/a/x", "x", "lora"), ("r/b/x", "x", "lora"), ("r/b/y", "y", "lora")) == {
-        "r/a/x": "a/x", "r/b/x": "b/x", "r/b/y": "y",
-    }  # fmt: skip
+        "r/a/x": "a/x",
+        "r/b/x": "b/x",
+        "r/b/y": "y",
+    }
     assert named(("r", "x", "lora"), ("r/x", "x", "lora")) == {"r": "r", "r/x": "r/x"}
     assert named(("r/a", "x", "lora"), ("r/b", "x", "lora"), ("r/c", "a", "lora")) == {
-        "r/a": "a", "r/b": "b", "r/c": "c",
-    }  # fmt: skip
+        "r/a": "a",
+        "r/b": "b",
+        "r/c": "c",
+    }
     # What is shown is the name and the method.
     assert named(("r/a", "x", "lora"), ("r/b", "x (lora)", "lora")) == {"r/a": "a", "r/b": "b"}
     assert named(("r/a", "x", "lora"), ("r/b", "x", "full")) == {"r/a": "x", "r/b": "x"}
@@ -55,8 +59,11 @@ def test_two_runs_of_one_name_are_two_runs(tmp_path: Path, capsys: pytest.Captur
     (losses, *_) = made.loss_charts
     (points,) = losses.spec["datasets"].values()
     assert {(point["run"], point["loss"]) for point in points} == {
-        (names[0], 3.0), (names[0], 2.0), (names[1], 5.0), (names[1], 4.0),
-    }  # fmt: skip
+        (names[0], 3.0),
+        (names[0], 2.0),
+        (names[1], 5.0),
+        (names[1], 4.0),
+    }
     assert list(made.reproduce_commands) == names
     assert "demo_seeds/lora/record.json" in made.reproduce_commands[names[1]][0]
     assert list(made.examples[0].generated) == names

@@ -134,7 +134,9 @@ def quality(record: RunRecord) -> tuple[float, tuple[float, float]]:
     return record.quality.loss, (score.low, score.high)
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "docs" / "results").rglob(RECORD_FILE)), ids=lambda p: p.parent.name)
+@pytest.mark.parametrize(
+    "path", sorted((REPOSITORY / "docs" / "results").rglob(RECORD_FILE)), ids=lambda p: p.parent.name
+)
 def test_no_record_names_a_place_on_the_machine_it_ran_on(path: Path) -> None:
     """Records that are published hold no absolute path."""
     assert not re.search(r'": "/', path.read_text(encoding="utf-8"))

@@ -80,14 +80,24 @@ def test_a_column_is_sorted_by_what_it_shows() -> None:
     """The first of a column's raw values is the one that its text is of, so that sorting by it sorts what is seen."""
     each = TokensPerSecond(real=123.0, padded=200.0, labelled=50.0, virtual=7.0)
     speed = Throughput(
-        steps=10, step_seconds_median=1, step_seconds_p10=1, step_seconds_p90=1, samples_per_second=1, data_time_fraction=0,
+        steps=10,
+        step_seconds_median=1,
+        step_seconds_p10=1,
+        step_seconds_p90=1,
+        samples_per_second=1,
+        data_time_fraction=0,
         tokens_per_second=each,
-    )  # fmt: skip
+    )
     one = record(
-        "a", "full", 640, throughput=speed, energy_joules=400.0, flops=Flops(model_flops=2 * 10**12, hardware_flops=9 * 10**12),
+        "a",
+        "full",
+        640,
+        throughput=speed,
+        energy_joules=400.0,
+        flops=Flops(model_flops=2 * 10**12, hardware_flops=9 * 10**12),
         memory={"train": Memory(allocated_bytes=5 * 2**20, reserved_bytes=8 * 2**20)},
         compute=Compute(model_flops_per_second=1.0, hardware_flops_per_second=3.0, peak_flops_per_second=4.0),
-    )  # fmt: skip
+    )
     shown = {"J/1,000 samples": 2500.0, "tokens/s": 123.0, "required TFLOP": 2e12, "MFU": 0.25, "peak MiB": 5 * 2**20}
     found = {column.title: next(iter(column.raw_values(one).values())) for column in COLUMNS}
     assert {title: found[title] for title in shown} == shown
@@ -96,10 +106,16 @@ def test_a_column_is_sorted_by_what_it_shows() -> None:
 def test_memory_and_flops_have_columns_where_they_are_known() -> None:
     """Training's own peak is shown: in tensors on a GPU, beyond the baseline on CPU; unknown leaves the column out."""
     on_gpu = record("a", "full", 1, memory={"train": Memory(allocated_bytes=3 * 2**20, reserved_bytes=9 * 2**20)})
-    on_cpu = record("b", "full", 1, memory={
-        "train": Memory(rss_bytes=700 * 2**20, baseline_rss_bytes=600 * 2**20),
-        "evaluate": Memory(rss_bytes=900 * 2**20, baseline_rss_bytes=600 * 2**20),
-    }, flops=Flops(model_flops=25 * 10**11, hardware_flops=3 * 10**12, six_n=9))  # fmt: skip
+    on_cpu = record(
+        "b",
+        "full",
+        1,
+        memory={
+            "train": Memory(rss_bytes=700 * 2**20, baseline_rss_bytes=600 * 2**20),
+            "evaluate": Memory(rss_bytes=900 * 2**20, baseline_rss_bytes=600 * 2**20),
+        },
+        flops=Flops(model_flops=25 * 10**11, hardware_flops=3 * 10**12, six_n=9),
+    )
     rows = {row["run"]: row for row in csv.DictReader(io.StringIO(csv_table([on_gpu, on_cpu])))}
     assert (rows["a"]["train_peak_bytes"], rows["b"]["train_peak_bytes"]) == (str(3 * 2**20), str(100 * 2**20))
     assert (rows["a"]["required_flops"], rows["b"]["required_flops"]) == ("", "2500000000000")
@@ -158,7 +174,9 @@ def test_the_table_without_a_terminal_shows_every_run_and_column(capsys: pytest.
 
 def test_a_narrow_terminal_leaves_columns_out_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     """On 80 columns every run is on one line, ROUGE-L stays, and what had no room is named."""
-    gpt2 = {name: ParameterCounts(total=124_439_808, trainable=n) for name, n in (("full", 124_439_808), ("tuned", 15_360))}
+    gpt2 = {
+        name: ParameterCounts(total=124_439_808, trainable=n) for name, n in (("full", 124_439_808), ("tuned", 15_360))
+    }
     rows = [
         record("full", "full", 1, parameters=gpt2["full"]),
         record("prompt_tuning", "prompt_tuning", 1, parameters=gpt2["tuned"]),
@@ -296,12 +314,18 @@ def row(table: str) -> dict[str, str]:
 def test_what_is_unknown_is_said() -> None:
     """A figure that nothing tells is unknown, and a line says why; where nothing was trained there is no column."""
     speed = Throughput(
-        steps=5, step_seconds_median=1, step_seconds_p10=1, step_seconds_p90=1, samples_per_second=1.0, data_time_fraction=0,
+        steps=5,
+        step_seconds_median=1,
+        step_seconds_p10=1,
+        step_seconds_p90=1,
+        samples_per_second=1.0,
+        data_time_fraction=0,
         tokens_per_second=TokensPerSecond(real=1, padded=1, labelled=1, virtual=0),
-    )  # fmt: skip
-    unknown, known = record("a", "full", 1, throughput=speed), record(
-        "b", "lora", 1, throughput=speed, energy_joules=40.0, compute=Compute(peak_flops_per_second=1e9)
-    )  # fmt: skip
+    )
+    unknown, known = (
+        record("a", "full", 1, throughput=speed),
+        record("b", "lora", 1, throughput=speed, energy_joules=40.0, compute=Compute(peak_flops_per_second=1e9)),
+    )
     mfu, energy = collect_notes([unknown])
     assert mfu == "MFU is unknown: the data sheet's FLOP/s of a CPU at fp32 are not in the table"
     assert energy == "energy is unknown: neither NVML nor RAPL tells it here"

@@ -91,16 +91,22 @@ def test_within_is_the_further_end() -> None:
         (costly(860, 0.82, 69, device="another GPU"), "; it ran on another device, so that costs are not compared."),
         (costly(860, 0.82, 69, engine="zero2"), "; it ran on another engine, so that costs are not compared."),
         ({"steps": 6}, "; it ran for other steps or batches, so that costs are not compared."),
-        (costly(860, 0.98, 69), ", at 86 % of its memory and 69 % of its required FLOPs; its time cannot be told apart "
-         "from that of full."),
-        ({"throughput": costly(1, 0.1, 1)["throughput"].model_copy(update={"steps": 9})},
-         ", at 86 % of its memory and 69 % of its required FLOPs."),
+        (
+            costly(860, 0.98, 69),
+            ", at 86 % of its memory and 69 % of its required FLOPs; its time cannot be told apart from that of full.",
+        ),
+        (
+            {"throughput": costly(1, 0.1, 1)["throughput"].model_copy(update={"steps": 9})},
+            ", at 86 % of its memory and 69 % of its required FLOPs.",
+        ),
         ({"memory": {}}, ", at 82 % of its time in one run each and 69 % of its required FLOPs."),
         ({"memory": {}, "throughput": None}, ", at 69 % of its required FLOPs."),
-        (costly(3, 2.5, 1),
-         ", at 0.3 % of its memory, 250 % of its time in one run each and 1 % of its required FLOPs."),
+        (
+            costly(3, 2.5, 1),
+            ", at 0.3 % of its memory, 250 % of its time in one run each and 1 % of its required FLOPs.",
+        ),
     ],
-)  # fmt: skip
+)
 def test_costs(changes: dict[str, object], end: str) -> None:
     """Costs of like runs are ratios; time where steps' ranges lie apart; what is not known is left out."""
     assert of([full(), lora(4.0, **changes)], "lora").endswith(f"){end}")
@@ -110,11 +116,20 @@ def _peaks(kind: str, sizes: list[int], device: str) -> list[RunRecord]:
     """A run for each peak, all as fast."""
     where = Device(type=device, name="it", num_processes=1)
     return [
-        judged(f"{kind}-seed={s}", kind, scores(0, s), seed=s, data_seed=0, **costly(1, 1.0, 100) | {
-            "device": where, "memory": {"train": _memory(size, device)},
-        })
+        judged(
+            f"{kind}-seed={s}",
+            kind,
+            scores(0, s),
+            seed=s,
+            data_seed=0,
+            **costly(1, 1.0, 100)
+            | {
+                "device": where,
+                "memory": {"train": _memory(size, device)},
+            },
+        )
         for s, size in enumerate(sizes)
-    ]  # fmt: skip
+    ]
 
 
 def _memory(size: int, device: str) -> Memory:
@@ -172,7 +187,9 @@ def test_seeds_that_agree_and_seeds_that_do_not() -> None:
     (found,) = compare_groups(lucky).pair_comparisons
     assert found.interval_over_examples.low > 0
     assert verdicts(summarize(lucky)) == []
-    assert re.match(r"lora is within \d\d\.\d ROUGE-L of full \(.*; not significant over 3 seeds\)", summarize(lucky)[1])
+    assert re.match(
+        r"lora is within \d\d\.\d ROUGE-L of full \(.*; not significant over 3 seeds\)", summarize(lucky)[1]
+    )
 
 
 def test_pairs_of_one_seed_beside_pairs_of_several() -> None:
@@ -207,20 +224,29 @@ def test_the_reference_is_full_or_was_chosen() -> None:
     ("outcome", "sentence"),
     [
         (
-            Outcome(kind="oom", step=2, phase="train", step_part="backward", requested_bytes=2**22, estimated_peak_bytes=120 * 2**20,
-                    suggestion="train.micro_batch_size=1 is predicted to fit"),
+            Outcome(
+                kind="oom",
+                step=2,
+                phase="train",
+                step_part="backward",
+                requested_bytes=2**22,
+                estimated_peak_bytes=120 * 2**20,
+                suggestion="train.micro_batch_size=1 is predicted to fit",
+            ),
             "full: out of memory in the backward pass of step 2, where it asked for 4.0 MiB; predicted to need 120 MiB "
             "at least; train.micro_batch_size=1 is predicted to fit.",
         ),
         (Outcome(kind="oom", phase="load"), "full: out of memory in load."),
         (Outcome(kind="oom"), "full: out of memory."),
         (Outcome(kind="diverged", step=40), "full: diverged at step 40, so that nothing is said of what it learned."),
-        (Outcome(kind="preempted", step=3), "full: was stopped at step 3 and has no result; the same command goes on "
-                                            "with it."),
+        (
+            Outcome(kind="preempted", step=3),
+            "full: was stopped at step 3 and has no result; the same command goes on with it.",
+        ),
         (Outcome(kind="failed", phase="train", error="one\n two"), "full: failed in train: one two."),
         (Outcome(kind="failed", error="x" * 999), f"full: failed: {'x' * 200}…."),
     ],
-)  # fmt: skip
+)
 def test_how_a_run_ended_is_said(outcome: Outcome, sentence: str) -> None:
     """A run without a result is told, with what would fit, and stands in no comparison."""
     said = summarize([full(quality=None, outcome=outcome), lora(0)])

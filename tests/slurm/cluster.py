@@ -108,8 +108,9 @@ def cluster() -> Iterator[Cluster]:
             _start(command, folder / f"{'-'.join([name, *more[1:]])}.out.log", daemons, environment)
         wait_until(
             lambda: found.run("sinfo", "--noheader", "--Node", "--format=%T", check=False).split() == ["idle"] * 2,
-            _SECONDS, lambda: f"the nodes did not come up\n{found.logs()}",
-        )  # fmt: skip
+            _SECONDS,
+            lambda: f"the nodes did not come up\n{found.logs()}",
+        )
         daemons.callback(_cancel, found)
         yield found
 
@@ -131,9 +132,15 @@ def _munge(folder: Path, daemons: ExitStack) -> Path:
         shutil.chown(path, "munge", "munge")
     sock = place / "socket"
     command = [
-        str(shutil.which("munged", path=_PLACES)), "--foreground", "--force", f"--socket={sock}", f"--key-file={key}",
-        f"--pid-file={place / 'pid'}", f"--seed-file={place / 'seed'}", f"--log-file={place / 'munged.log'}",
-    ]  # fmt: skip
+        str(shutil.which("munged", path=_PLACES)),
+        "--foreground",
+        "--force",
+        f"--socket={sock}",
+        f"--key-file={key}",
+        f"--pid-file={place / 'pid'}",
+        f"--seed-file={place / 'seed'}",
+        f"--log-file={place / 'munged.log'}",
+    ]
     _start(command, folder / "munged.log", daemons, dict(os.environ), user="munge")
     wait_until(sock.exists, _SECONDS)
     return sock
@@ -173,22 +180,44 @@ def _configuration(folder: Path, sock: Path) -> str:
     for place in places.values():
         place.mkdir()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
-    return "\n".join([
-        "ClusterName=peftbench", f"SlurmctldHost={host}(127.0.0.1)", "SlurmUser=root", "SlurmdUser=root",
-        f"SlurmctldPort={_free_port()}", "GresTypes=gpu",
-        # A job that begins anew waits until what it was let in with before is out of date.
-        "AuthType=auth/munge", f"AuthInfo=socket={sock},cred_expire=5", "CredType=cred/munge",
-        "ProctrackType=proctrack/linuxproc", "TaskPlugin=task/none", "MpiDefault=none", "SwitchType=switch/none",
-        "SelectType=select/cons_tres", "SelectTypeParameters=CR_CPU", "SchedulerType=sched/backfill",
-        "JobAcctGatherType=jobacct_gather/none", "AccountingStorageType=accounting_storage/none",
-        "ReturnToService=2", "JobRequeue=1", "KillWait=30", "InactiveLimit=0", "MinJobAge=300",
-        f"StateSaveLocation={places['state']}", f"SlurmdSpoolDir={places['spool']}/%n",
-        f"SlurmctldPidFile={folder / 'slurmctld.pid'}", f"SlurmdPidFile={folder}/slurmd-%n.pid",
-        f"SlurmctldLogFile={folder / 'slurmctld.log'}", f"SlurmdLogFile={folder}/slurmd-%n.log",
-        *(
-            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={_free_port()} CPUs=2 "
-            f"RealMemory={memory // 3} Gres=gpu:{GPUS} State=UNKNOWN"
-            for name in nodes()
-        ),
-        "PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP", "",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            "ClusterName=peftbench",
+            f"SlurmctldHost={host}(127.0.0.1)",
+            "SlurmUser=root",
+            "SlurmdUser=root",
+            f"SlurmctldPort={_free_port()}",
+            "GresTypes=gpu",
+            # A job that begins anew waits until what it was let in with before is out of date.
+            "AuthType=auth/munge",
+            f"AuthInfo=socket={sock},cred_expire=5",
+            "CredType=cred/munge",
+            "ProctrackType=proctrack/linuxproc",
+            "TaskPlugin=task/none",
+            "MpiDefault=none",
+            "SwitchType=switch/none",
+            "SelectType=select/cons_tres",
+            "SelectTypeParameters=CR_CPU",
+            "SchedulerType=sched/backfill",
+            "JobAcctGatherType=jobacct_gather/none",
+            "AccountingStorageType=accounting_storage/none",
+            "ReturnToService=2",
+            "JobRequeue=1",
+            "KillWait=30",
+            "InactiveLimit=0",
+            "MinJobAge=300",
+            f"StateSaveLocation={places['state']}",
+            f"SlurmdSpoolDir={places['spool']}/%n",
+            f"SlurmctldPidFile={folder / 'slurmctld.pid'}",
+            f"SlurmdPidFile={folder}/slurmd-%n.pid",
+            f"SlurmctldLogFile={folder / 'slurmctld.log'}",
+            f"SlurmdLogFile={folder}/slurmd-%n.log",
+            *(
+                f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={_free_port()} CPUs=2 "
+                f"RealMemory={memory // 3} Gres=gpu:{GPUS} State=UNKNOWN"
+                for name in nodes()
+            ),
+            "PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP",
+            "",
+        ]
+    )

@@ -8,10 +8,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
-CLOCKED = frozenset({
-    "started_at", "recipe", "step_seconds", "resumed_after", "phase_seconds", "throughput", "memory", "memory_by_rank",
-    "part_seconds", "timed_steps", "compute", "energy_joules", "notes",
-})  # fmt: skip
+CLOCKED = frozenset(
+    {
+        "started_at",
+        "recipe",
+        "step_seconds",
+        "resumed_after",
+        "phase_seconds",
+        "throughput",
+        "memory",
+        "memory_by_rank",
+        "part_seconds",
+        "timed_steps",
+        "compute",
+        "energy_joules",
+        "notes",
+    }
+)
 """What a clock or the system's memory says in a record, or where and how often it was run."""
 
 

@@ -40,9 +40,17 @@ def test_a_suite_comes_through(project: Path, slurm: Cluster, caches: dict[str, 
     assert undisturbed.returncode == 0, undisturbed.stderr
 
     words = [
-        "submit", "suite.yaml", "--out", "cluster", "--gpus-per-node", "0", "--at-once", "2", "slurm.time=1",
+        "submit",
+        "suite.yaml",
+        "--out",
+        "cluster",
+        "--gpus-per-node",
+        "0",
+        "--at-once",
+        "2",
+        "slurm.time=1",
         f"slurm.signal=B:USR1@{LEAD}",
-    ]  # fmt: skip
+    ]
     submitted = peftbench(project, environment, *words)
     assert submitted.returncode == 0, submitted.stderr
     job = submitted.stdout.split()[2].rstrip(":")

@@ -50,8 +50,11 @@ def by_requeue(slurm: Cluster, run: Run) -> None:
 
 
 WAYS: dict[str, Callable[[Cluster, Run], None]] = {
-    "kill": by_kill, "TERM": by_term, "USR1": by_usr1, "requeue": by_requeue,
-}  # fmt: skip
+    "kill": by_kill,
+    "TERM": by_term,
+    "USR1": by_usr1,
+    "requeue": by_requeue,
+}
 
 
 @dataclass

@@ -20,9 +20,19 @@ from peftbench.slurm.options import (
 def test_options_as_sbatch_spells_them() -> None:
     """Underscores are dashes, switches stand alone, and what is false or null is left out."""
     given: dict[str, Any] = {
-        "partition": "gpu", "cpus_per_task": 4, "exclusive": True, "hold": False, "qos": None, "time": "1:00:00",
-    }  # fmt: skip
-    assert parse_sbatch_options(given) == {"partition": "gpu", "cpus-per-task": "4", "exclusive": None, "time": "1:00:00"}
+        "partition": "gpu",
+        "cpus_per_task": 4,
+        "exclusive": True,
+        "hold": False,
+        "qos": None,
+        "time": "1:00:00",
+    }
+    assert parse_sbatch_options(given) == {
+        "partition": "gpu",
+        "cpus-per-task": "4",
+        "exclusive": None,
+        "time": "1:00:00",
+    }
     assert len(ALLOWED_OPTIONS) > 80
 
 
@@ -53,10 +63,17 @@ def test_what_cannot_be_meant(given: dict[str, Any], said: str) -> None:
 @pytest.mark.parametrize(
     ("time", "seconds"),
     [
-        ("90", 5400), ("1:30", 90), ("2:00:00", 7200), ("1-0", 86400), ("1-2:30", 95400), ("1-02:30:15", 95415),
-        ("infinite", None), ("UNLIMITED", None), ("0", None),
+        ("90", 5400),
+        ("1:30", 90),
+        ("2:00:00", 7200),
+        ("1-0", 86400),
+        ("1-2:30", 95400),
+        ("1-02:30:15", 95415),
+        ("infinite", None),
+        ("UNLIMITED", None),
+        ("0", None),
     ],
-)  # fmt: skip
+)
 def test_times_as_sbatch_takes_them(time: str, seconds: int | None) -> None:
     """Minutes alone, and then seconds, hours and days around them (sbatch(1), --time)."""
     assert parse_time_limit(time) == seconds

@@ -35,7 +35,9 @@ def test_a_script_is_what_was_kept(name: str) -> None:
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_bash_can_read_it(name: str) -> None:
     """Every one is valid for bash."""
-    done = subprocess.run(["bash", "-n"], input=render_script(SCRIPTS[name]), text=True, capture_output=True, check=False)
+    done = subprocess.run(
+        ["bash", "-n"], input=render_script(SCRIPTS[name]), text=True, capture_output=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -72,7 +74,9 @@ def test_what_no_script_can_hold(what: str, tmp_path: Path) -> None:
 
 def test_a_percent_is_a_percent(tmp_path: Path) -> None:
     """SLURM has patterns for the names of logs."""
-    assert f"--output={tmp_path}/50%%j/%j.log" in render_script(Job(name="x", run_dirs=(tmp_path,), log_dir=tmp_path / "50%j"))
+    assert f"--output={tmp_path}/50%%j/%j.log" in render_script(
+        Job(name="x", run_dirs=(tmp_path,), log_dir=tmp_path / "50%j")
+    )
 
 
 @pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("launch/slurm/*.sbatch")), ids=lambda p: p.stem)

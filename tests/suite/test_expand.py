@@ -83,9 +83,11 @@ def test_seeds_are_runs_of_what_trains(folder: Path) -> None:
     path = suite(folder, "name: s\nrecipes: [zero_shot.yaml, lead.yaml, full.yaml, lora.yaml]\n")
     recipes = expand(path, seeds=3)
     assert [(r.name, r.train.seed) for r in recipes] == [
-        ("zero_shot", 0), ("lead", 0), *((f"full-seed={s}", s) for s in (0, 1, 2)),
+        ("zero_shot", 0),
+        ("lead", 0),
+        *((f"full-seed={s}", s) for s in (0, 1, 2)),
         *((f"lora-seed={s}", s) for s in (7, 8, 9)),
-    ]  # fmt: skip
+    ]
 
 
 def test_a_seed_changes_nothing_else(folder: Path) -> None:
@@ -136,7 +138,8 @@ def test_accelerate_config_lies_beside_the_suite(folder: Path) -> None:
     (folder / "cpu.yaml").write_text("use_cpu: true\n")
     assert resolve_accelerate_config(suite(folder, "name: s\nrecipes: [full.yaml]\n")) is None
     assert (
-        resolve_accelerate_config(suite(folder, "name: s\nrecipes: [full.yaml]\naccelerate: cpu.yaml\n")) == folder / "cpu.yaml"
+        resolve_accelerate_config(suite(folder, "name: s\nrecipes: [full.yaml]\naccelerate: cpu.yaml\n"))
+        == folder / "cpu.yaml"
     )
     with pytest.raises(MissingFileError, match=r"gpu\.yaml"):
         resolve_accelerate_config(suite(folder, "name: s\nrecipes: [full.yaml]\naccelerate: gpu.yaml\n"))

@@ -67,9 +67,15 @@ def test_every_state(tmp_path: Path) -> None:
     found = {row.name[2:]: row for row in collect_run_statuses(tmp_path, {})}
     lock.release()
     assert {name: row.state for name, row in found.items()} == {
-        "waiting": "waiting", "finished": "finished", "oom": "finished", "preempted": "preempted", "failed": "failed",
-        "gone": "gone", "running": "running", "stopped_early": "preempted",
-    }  # fmt: skip
+        "waiting": "waiting",
+        "finished": "finished",
+        "oom": "finished",
+        "preempted": "preempted",
+        "failed": "failed",
+        "gone": "gone",
+        "running": "running",
+        "stopped_early": "preempted",
+    }
     assert found["oom"].detail == "oom: asked for too much"
     assert found["preempted"].detail == "stopped by SIGUSR1; step 5 is kept"
     assert (found["stopped_early"].step, found["stopped_early"].detail) == (4, "stopped by SIGTERM; step 4 is kept")

@@ -106,9 +106,9 @@ def test_it_is_handed_in(submit: Submit, slurm: Callable[..., Path], monkeypatch
     assert "SLURM_RESTART_COUNT" not in environment
     for line in ("submitted job 12: 2 runs", "peftbench status", "scancel 12", "peftbench report"):
         assert line in said.stdout
-    assert [(found.job_id, found.log_path) for name in ("one", "two") if (found := read_job_file(Path("out") / name))] == [
-        (f"12_{index}", str(Path(f"out/slurm/12_{index}.log").resolve())) for index in (0, 1)
-    ]
+    assert [
+        (found.job_id, found.log_path) for name in ("one", "two") if (found := read_job_file(Path("out") / name))
+    ] == [(f"12_{index}", str(Path(f"out/slurm/12_{index}.log").resolve())) for index in (0, 1)]
 
 
 def test_nothing_is_done_twice(submit: Submit, slurm: Callable[..., Path]) -> None:

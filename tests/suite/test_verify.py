@@ -34,22 +34,36 @@ def proved(workshop: Workshop, fits: int) -> tuple[Verification, list[str], list
         ran.append(asked)
         kind = "ok" if (asked.train.resolved_micro_batch_size or 0) <= fits else "oom"
         RunRecord(
-            name=asked.name, started_at="", recipe=asked.model_dump(mode="json"), recipe_fingerprint="", library_versions={},
+            name=asked.name,
+            started_at="",
+            recipe=asked.model_dump(mode="json"),
+            recipe_fingerprint="",
+            library_versions={},
             device=Device(type="cpu", name="", num_processes=1),
             outcome=Outcome(kind=kind, step=2, step_part="forward", requested_bytes=7),  # type: ignore[arg-type]
-        ).write(Path(asked.output_dir) / asked.name)  # fmt: skip
+        ).write(Path(asked.output_dir) / asked.name)
         return RunResult(asked.name, kind)
 
     return verify_strategy(recipe, found, room, launch=launch, log_message=said.append), said, ran
 
 
-@pytest.mark.parametrize(("fits", "tried"), [
-    (4, [4, 6]), (6, [4, 6, 12]), (12, [4, 6, 12]), (3, [4, 3]), (1, [4, 3, 2, 1]), (0, [4, 3, 2, 1]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("fits", "tried"),
+    [
+        (4, [4, 6]),
+        (6, [4, 6, 12]),
+        (12, [4, 6, 12]),
+        (3, [4, 3]),
+        (1, [4, 3, 2, 1]),
+        (0, [4, 3, 2, 1]),
+    ],
+)
 def test_the_edge_is_found(fits: int, tried: list[int], workshop: Workshop) -> None:
     """Upwards while it runs, downwards until it does; each size once, and the answer is what ran."""
     proof, said, ran = proved(workshop, fits)
-    assert list(proof.outcome_by_micro_batch_size) == tried == [recipe.train.resolved_micro_batch_size for recipe in ran]
+    assert (
+        list(proof.outcome_by_micro_batch_size) == tried == [recipe.train.resolved_micro_batch_size for recipe in ran]
+    )
     assert proof.largest_micro_batch_size == (fits or None)
     assert proof.predicted_micro_batch_size == 4
     assert len(said) == len(tried)
@@ -66,7 +80,9 @@ def test_a_run_that_fails_proves_nothing(workshop: Workshop) -> None:
     found = find_strategy(recipe, (), room)
     assert found is not None
     with pytest.raises(BudgetError, match="micro-batches of 2 proves nothing, for it ended as failed: no such"):
-        verify_strategy(recipe, found, room, launch=lambda asked: RunResult(asked.name, "failed", "no such"), log_message=print)
+        verify_strategy(
+            recipe, found, room, launch=lambda asked: RunResult(asked.name, "failed", "no such"), log_message=print
+        )
 
 
 def test_an_answer_is_proved_on_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,16 +19,20 @@ if TYPE_CHECKING:
     from peftbench.recipe.schema import Recipe
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
     help="Which way of fine-tuning a causal language model fits your GPU, what it costs and what it brings.",
-)  # fmt: skip
+)
 
 OverridesArgument = Annotated[
     Optional[list[str]], typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Knobs to change, as train.steps=100.")
 ]
 
 ConfigOption = Annotated[Optional[list[Path]], typer.Option(help="A recipe; several are merged from left to right.")]
-BudgetOption = Annotated[Optional[str], typer.Option(help="Memory to fit, as 16GiB; default: budget.memory or the GPU's.")]
+BudgetOption = Annotated[
+    Optional[str], typer.Option(help="Memory to fit, as 16GiB; default: budget.memory or the GPU's.")
+]
 DeviceOption = Annotated[Optional[str], typer.Option(help="A GPU that has a file, as t4, a10g or h100; or cpu.")]
 AccelerateOption = Annotated[
     Optional[Path], typer.Option("--accelerate", help="Accelerate config file: the plan is of one of its processes.")
@@ -74,15 +78,18 @@ def compare(
         except KeyboardInterrupt:
             _print_to_stderr("interrupted: finished runs are kept; run the same command again to go on with the others")
             raise typer.Exit(INTERRUPT_EXIT_CODE) from None
-        places = {Path(recipe.output_dir) / recipe.name / RECORD_FILE: load_matching_record(recipe) for recipe in recipes}
+        places = {
+            Path(recipe.output_dir) / recipe.name / RECORD_FILE: load_matching_record(recipe) for recipe in recipes
+        }
         records = {path: record for path, record in places.items() if record is not None}
         bad = [result for result in results if not result.succeeded]
         if records:
             there = {record.name for record in records.values()}
             left = [
                 UnfinishedRun(one.name, one.outcome, one.shareable_error or one.error or "")
-                for one in bad if one.name not in there
-            ]  # fmt: skip
+                for one in bad
+                if one.name not in there
+            ]
             written = write_report(records, Path(recipes[0].output_dir), title, unfinished_runs=left)
             print_report(written, title)
         for result in bad:
@@ -180,7 +187,11 @@ def _build_launch_config(accelerate_config: Path | None, processes: int | None, 
     if accelerate_config is None and processes is not None:
         raise BudgetError("--processes needs an engine that spreads a training over them; give --accelerate too")
     # Of which size a micro-batch is may be what is asked, and says nothing of where it runs.
-    return SINGLE_PROCESS if accelerate_config is None else load_launch_config(accelerate_config, processes, with_micro_batch(recipe, 1))
+    return (
+        SINGLE_PROCESS
+        if accelerate_config is None
+        else load_launch_config(accelerate_config, processes, with_micro_batch(recipe, 1))
+    )
 
 
 @app.command()
@@ -212,9 +223,17 @@ def submit(
         given = overrides or []
         options = [word.removeprefix("slurm.") for word in given if word.startswith("slurm.")]
         asked = plan_submission(
-            target, [word for word in given if not word.startswith("slurm.")], options, out=out, engine=engine,
-            nodes=nodes, gpus_per_node=gpus_per_node, max_parallel=at_once, max_requeues=restarts, seeds=seeds,
-        )  # fmt: skip
+            target,
+            [word for word in given if not word.startswith("slurm.")],
+            options,
+            out=out,
+            engine=engine,
+            nodes=nodes,
+            gpus_per_node=gpus_per_node,
+            max_parallel=at_once,
+            max_requeues=restarts,
+            seeds=seeds,
+        )
         for line in describe_skipped_runs(asked):
             _print_to_stderr(line)
         if not asked.recipes:
@@ -286,7 +305,9 @@ def estimate(
 
         def room(recipe: Recipe) -> MemoryTarget:
             size = _resolve_budget(budget, facts, recipe)
-            return MemoryTarget(facts, device or facts.torch_name, size, _build_launch_config(accelerate, processes, recipe))
+            return MemoryTarget(
+                facts, device or facts.torch_name, size, _build_launch_config(accelerate, processes, recipe)
+            )
 
         if suite is None:
             plan = room(recipes[0]).plan(recipes[0])
@@ -342,7 +363,9 @@ def fit(
         if verify:
             check_local_device(facts)
         size = _resolve_budget(budget, facts, recipe)
-        room = MemoryTarget(facts, device or facts.torch_name, size, _build_launch_config(accelerate, processes, recipe))
+        room = MemoryTarget(
+            facts, device or facts.torch_name, size, _build_launch_config(accelerate, processes, recipe)
+        )
         if family is not None:
             answer = Fit(budget_bytes=room.required_budget, models=find_largest_model(recipe, family, allow, room))
         else:

@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 
 
 def compare_folders(
-    folders: tuple[Path, Path], thresholds: Sequence[str], as_json: bool, page_path: Path | None, other_options: Mapping[str, object]
+    folders: tuple[Path, Path],
+    thresholds: Sequence[str],
+    as_json: bool,
+    page_path: Path | None,
+    other_options: Mapping[str, object],
 ) -> str | None:
     """Print two folders side by side; returns a sentence that says what fell, or None where nothing did.
 
@@ -75,7 +79,9 @@ def load_records(folder: Path, price_per_hour: float | None, *, allow_empty: boo
     return {path: record.with_price_per_hour(price_per_hour) for path, record in records.items()}
 
 
-def reject_unused_options(page_path: Path | None, update_file: Path | None, marker: str | None, group_by: str | None) -> None:
+def reject_unused_options(
+    page_path: Path | None, update_file: Path | None, marker: str | None, group_by: str | None
+) -> None:
     """Refuse what would be ignored where one folder is reported on.
 
     Raises:
@@ -83,12 +89,16 @@ def reject_unused_options(page_path: Path | None, update_file: Path | None, mark
     """
     instead = [name for name, value in {"--into": update_file, "--by": group_by}.items() if value is not None]
     if page_path is not None and instead:
-        raise OutOfRangeError(f"--html says where the page goes, and {join_with_and(instead)} makes none; leave one out")
+        raise OutOfRangeError(
+            f"--html says where the page goes, and {join_with_and(instead)} makes none; leave one out"
+        )
     if marker is not None and update_file is None:
         raise OutOfRangeError("--block names a place in a file; give the file by --into")
 
 
-def print_section(records: Sequence[RunRecord], update_file: Path | None, marker: str | None, group_by: str | None) -> None:
+def print_section(
+    records: Sequence[RunRecord], update_file: Path | None, marker: str | None, group_by: str | None
+) -> None:
     """Put the table between its markers in a file, or print the one by a knob.
 
     Raises:

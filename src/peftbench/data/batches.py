@@ -73,12 +73,19 @@ class Batches:
     @property
     def gradient_accumulation_steps(self) -> int:
         """Micro-batches a rank runs for one step."""
-        return self.num_micro_batches or compute_micro_batching(self.global_batch_size, self.micro_batch_size, self.world_size)[0]
+        return (
+            self.num_micro_batches
+            or compute_micro_batching(self.global_batch_size, self.micro_batch_size, self.world_size)[0]
+        )
 
     @property
     def max_micro_batch_size(self) -> int | None:
         """Most examples in one of them, None where tokens say how many."""
-        return None if self.num_micro_batches else compute_micro_batching(self.global_batch_size, self.micro_batch_size, self.world_size)[1]
+        return (
+            None
+            if self.num_micro_batches
+            else compute_micro_batching(self.global_batch_size, self.micro_batch_size, self.world_size)[1]
+        )
 
     def limited_to_tokens(self, max_tokens: int, steps: int) -> Batches:
         """The same, cut into as few micro-batches as keep each to ``tokens`` positions, in all of so many steps.
@@ -99,7 +106,10 @@ class Batches:
         order, most = self.sample_indices(), 1
         for _ in range(steps):
             drawn = sorted(lengths[next(order)] for _ in range(self.global_batch_size))
-            most = max(most, math.ceil(len(_group_within_limit(drawn, self.collator.count_positions, max_tokens)) / self.world_size))
+            most = max(
+                most,
+                math.ceil(len(_group_within_limit(drawn, self.collator.count_positions, max_tokens)) / self.world_size),
+            )
         return replace(self, num_micro_batches=min(most, self.global_batch_size // self.world_size))
 
     def count_steps(self, steps: int | None, epochs: float | None) -> int:
@@ -182,7 +192,9 @@ PositionCounter = Callable[[Sequence[int]], int]
 """What a micro-batch of such lengths is computed over; no fewer for an example added."""
 
 
-def _group_within_limit(lengths: Sequence[int], count_positions: PositionCounter, max_positions: int) -> list[tuple[int, int]]:
+def _group_within_limit(
+    lengths: Sequence[int], count_positions: PositionCounter, max_positions: int
+) -> list[tuple[int, int]]:
     """The fewest runs of neighbours of at most ``limit`` positions each, as (start, stop)."""
     runs, start = [], 0
     for stop in range(1, len(lengths) + 1):
@@ -192,10 +204,14 @@ def _group_within_limit(lengths: Sequence[int], count_positions: PositionCounter
     return runs
 
 
-def _split_evenly(lengths: Sequence[int], count_positions: PositionCounter, num_parts: int) -> Iterator[tuple[int, int]]:
+def _split_evenly(
+    lengths: Sequence[int], count_positions: PositionCounter, num_parts: int
+) -> Iterator[tuple[int, int]]:
     """``parts`` runs of neighbours, the largest of which has as few positions as can be."""
     low, high = max(count_positions([length]) for length in lengths), count_positions(lengths)
-    limit = bisect.bisect_left(range(low, high), True, key=lambda limit: len(_group_within_limit(lengths, count_positions, limit)) <= num_parts)
+    limit = bisect.bisect_left(
+        range(low, high), True, key=lambda limit: len(_group_within_limit(lengths, count_positions, limit)) <= num_parts
+    )
     runs = _group_within_limit(lengths, count_positions, low + limit)
     while len(runs) < num_parts:  # a run that is split is no larger
         start, stop = max(runs, key=lambda run: run[1] - run[0])

@@ -87,7 +87,10 @@ class PackedSequences:
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> PackedSequences:
         """The same with ``function`` of each tensor."""
         return replace(
-            self, cu_seqlens=function(self.cu_seqlens), position_ids=function(self.position_ids), virtual_token_indices=function(self.virtual_token_indices)
+            self,
+            cu_seqlens=function(self.cu_seqlens),
+            position_ids=function(self.position_ids),
+            virtual_token_indices=function(self.virtual_token_indices),
         )
 
 
@@ -116,17 +119,27 @@ class MicroBatch:
         """Arguments of the model's forward pass."""
         if self.packed_sequences is None:
             return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
-        given = {"input_ids": self.input_ids, "position_ids": self.packed_sequences.position_ids, "documents": self.packed_sequences}
-        return given | ({"virtual": self.packed_sequences.virtual_token_indices} if len(self.packed_sequences.virtual_token_indices) else {})
+        given = {
+            "input_ids": self.input_ids,
+            "position_ids": self.packed_sequences.position_ids,
+            "documents": self.packed_sequences,
+        }
+        return given | (
+            {"virtual": self.packed_sequences.virtual_token_indices}
+            if len(self.packed_sequences.virtual_token_indices)
+            else {}
+        )
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
         """The same with ``function`` of each tensor."""
         return replace(
-            self, input_ids=function(self.input_ids), logit_indices=function(self.logit_indices),
+            self,
+            input_ids=function(self.input_ids),
+            logit_indices=function(self.logit_indices),
             targets=function(self.targets),
             attention_mask=None if self.attention_mask is None else function(self.attention_mask),
             packed_sequences=None if self.packed_sequences is None else self.packed_sequences.map(function),
-        )  # fmt: skip
+        )
 
     def to(self, device: torch.device) -> MicroBatch:
         """A copy on ``device``, not waited for where it comes from pinned memory."""
@@ -161,7 +174,11 @@ class Collator:
         if self.pad_to_length:
             return self.pad_to_length
         width = max_length + self._padding_to_multiple(max_length + self.virtual_tokens)
-        return width if self.max_positions is None else max(max_length, min(width, self.max_positions - self.virtual_tokens))
+        return (
+            width
+            if self.max_positions is None
+            else max(max_length, min(width, self.max_positions - self.virtual_tokens))
+        )
 
     def _padding_to_multiple(self, positions: int) -> int:
         """What so many positions lack of a multiple."""
@@ -186,9 +203,13 @@ class Collator:
         lengths = tuple(map(len, rows))
         mask = torch.arange(width) < torch.tensor(lengths)[:, None] if self.label_padding else None
         return MicroBatch(
-            input_ids, torch.cat(predictors), torch.cat(targets), lengths, tuple(example_indices),
+            input_ids,
+            torch.cat(predictors),
+            torch.cat(targets),
+            lengths,
+            tuple(example_indices),
             None if mask is None else mask.long(),
-        )  # fmt: skip
+        )
 
     def count_tokens(self, batch: MicroBatch) -> TokenCounts:
         """Exact counts of one micro-batch. The first position of a row is never predicted."""
@@ -235,9 +256,13 @@ class PaddingFreeCollator(Collator):
         ]
         labelled = torch.cat(places)
         return MicroBatch(
-            input_ids[None], labelled - 1, input_ids[labelled], tuple(map(len, rows)), tuple(example_indices),
+            input_ids[None],
+            labelled - 1,
+            input_ids[labelled],
+            tuple(map(len, rows)),
+            tuple(example_indices),
             packed_sequences=documents,
-        )  # fmt: skip
+        )
 
     def count_tokens(self, batch: MicroBatch) -> TokenCounts:
         counts = super().count_tokens(batch)

@@ -82,7 +82,9 @@ def read_corpus() -> Corpus:
     """Harvest this environment (about 20 s on 2 cores), with a progress bar on a terminal."""
     files = len(list_source_files(resolve_dependencies(DISTRIBUTION)))
     workers = min(8, os.cpu_count() or 1)
-    bar = tqdm(extract_docstrings(DISTRIBUTION, workers), total=files, desc="reading docstrings", unit="file", disable=None)
+    bar = tqdm(
+        extract_docstrings(DISTRIBUTION, workers), total=files, desc="reading docstrings", unit="file", disable=None
+    )
     return build_corpus(docstring for found in bar for docstring in found)
 
 

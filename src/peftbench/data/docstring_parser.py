@@ -87,7 +87,9 @@ def list_source_files(distributions: Iterable[str]) -> list[tuple[str, Path, str
             continue
         root = Path(str(found.locate_file("")))
         files += [(name, root, str(path)) for path in found.files or () if path.suffix == ".py"]
-    return sorted(f for f in files if not _SKIPPED_FOLDERS.intersection(Path(f[2]).parts[:-1]) and not _is_test_file(f[2]))
+    return sorted(
+        f for f in files if not _SKIPPED_FOLDERS.intersection(Path(f[2]).parts[:-1]) and not _is_test_file(f[2])
+    )
 
 
 def _is_test_file(path: str) -> bool:

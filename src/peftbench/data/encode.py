@@ -35,7 +35,13 @@ class SequenceLayout:
 
     @classmethod
     def for_model(
-        cls, *, separator: str, max_length: int | None, max_new_tokens: int, max_positions: int | None, virtual_tokens: int
+        cls,
+        *,
+        separator: str,
+        max_length: int | None,
+        max_new_tokens: int,
+        max_positions: int | None,
+        virtual_tokens: int,
     ) -> SequenceLayout:
         """The layout for a model with ``positions`` positions, of which a method takes ``virtual_tokens``.
 
@@ -75,7 +81,9 @@ class Encoder:
         self.prefix_ids = self._find_prefix_ids()
         self.separator_ids = self._tokenize(layout.separator)
         # With a byte-level BPE the space before a word is part of its token; SentencePiece puts one there by itself.
-        self._summary_prefix = "" if str(tokenizer.convert_ids_to_tokens(self._tokenize("a"))[0]).startswith("\u2581") else " "
+        self._summary_prefix = (
+            "" if str(tokenizer.convert_ids_to_tokens(self._tokenize("a"))[0]).startswith("\u2581") else " "
+        )
         taken = len(self.prefix_ids) + len(self.separator_ids)
         if layout.max_new_tokens + taken >= layout.max_length:
             raise SequenceTooShortError(
@@ -126,7 +134,14 @@ class Encoder:
         """
         # Tokenizers do not hash alike from one process to the next, so the cache is keyed by what they do.
         key = json.dumps(
-            [_CACHE_VERSION, dataset._fingerprint, asdict(self.layout), self.eos_token_id, self.prefix_ids, hash_tokenizer(self.tokenizer)]
+            [
+                _CACHE_VERSION,
+                dataset._fingerprint,
+                asdict(self.layout),
+                self.eos_token_id,
+                self.prefix_ids,
+                hash_tokenizer(self.tokenizer),
+            ]
         )
         try:
             encoded = dataset.map(

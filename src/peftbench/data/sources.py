@@ -38,7 +38,9 @@ class Docstrings(Source):
 
         paths, _ = cache_pair_files()
         dataset = _load_file("json", paths[split])
-        return _select_columns(dataset, {"id": "where", "article": "article", "summary": "summary"}, split, str(paths[split]))
+        return _select_columns(
+            dataset, {"id": "where", "article": "article", "summary": "summary"}, split, str(paths[split])
+        )
 
     def fingerprint(self) -> str:
         from peftbench.data.docstring_corpus import cache_pair_files
@@ -76,7 +78,9 @@ class Files(Source):
     def load(self, split: str) -> Dataset:
         path = self._split_path(split)
         dataset = _load_file(self.FORMATS[path.suffix], path)
-        return _select_columns(dataset, {"id": self.id, "article": self.article, "summary": self.summary}, split, str(path))
+        return _select_columns(
+            dataset, {"id": self.id, "article": self.article, "summary": self.summary}, split, str(path)
+        )
 
     def fingerprint(self) -> str:
         digest = hashlib.blake2b(digest_size=16)
@@ -127,7 +131,9 @@ class Hub(Source):
             dataset: Dataset = load_dataset(self.path, self.config, split=split, revision=self.revision)
         except Exception as error:
             raise self._translate_error(error, split) from error
-        return _select_columns(dataset, {"id": self.id, "article": self.article, "summary": self.summary}, split, self.path)
+        return _select_columns(
+            dataset, {"id": self.id, "article": self.article, "summary": self.summary}, split, self.path
+        )
 
     def fingerprint(self) -> str:
         """The commit on the hub; for a local copy the hash of its files."""

@@ -68,10 +68,12 @@ class Synthetic(Source):
         def text(count: int) -> str:
             return " ".join(words[index] for index in generator.integers(len(words), size=count))
 
-        return Dataset.from_list([
-            {"id": f"{split}-{index}", "article": text(article), "summary": text(summary)}
-            for index, (article, summary) in enumerate(self.sample_lengths(split))
-        ])  # fmt: skip
+        return Dataset.from_list(
+            [
+                {"id": f"{split}-{index}", "article": text(article), "summary": text(summary)}
+                for index, (article, summary) in enumerate(self.sample_lengths(split))
+            ]
+        )
 
     def fingerprint(self) -> str:
         return hashlib.blake2b((self.model_dump_json() + _WORDS).encode(), digest_size=16).hexdigest()

@@ -79,7 +79,9 @@ def build_accelerator(recipe: Recipe, run_dir: Path) -> AcceleratorContext:
     _check_precision(recipe.train.precision, cpu)
     _check_trackers(recipe.trackers)
     processes = launched_world_size()
-    accumulation, _ = compute_micro_batching(recipe.train.global_batch_size, recipe.train.resolved_micro_batch_size, processes)
+    accumulation, _ = compute_micro_batching(
+        recipe.train.global_batch_size, recipe.train.resolved_micro_batch_size, processes
+    )
     _check_gradient_accumulation(accumulation)
     engine, plugin = resolve_engine(recipe, run_dir, processes)
     _check_launch(cpu, engine)
@@ -103,18 +105,27 @@ def resolve_engine(recipe: Recipe, run_dir: Path, world_size: int) -> tuple[Engi
     _check_recipe_owned_settings()
     plugin = None
     if deepspeed.is_requested():
-        accumulation, micro_batch = compute_micro_batching(recipe.train.global_batch_size, recipe.train.resolved_micro_batch_size, world_size)
+        accumulation, micro_batch = compute_micro_batching(
+            recipe.train.global_batch_size, recipe.train.resolved_micro_batch_size, world_size
+        )
         plugin = deepspeed.build_plugin(
-            micro_batch_size=micro_batch, gradient_accumulation_steps=accumulation, world_size=world_size,
-            max_grad_norm=recipe.train.max_grad_norm, offload_dir=run_dir / OFFLOAD_DIR,
-        )  # fmt: skip
+            micro_batch_size=micro_batch,
+            gradient_accumulation_steps=accumulation,
+            world_size=world_size,
+            max_grad_norm=recipe.train.max_grad_norm,
+            offload_dir=run_dir / OFFLOAD_DIR,
+        )
     return detect_requested_engine(plugin.deepspeed_config if plugin else None), plugin
 
 
-def create_accelerator(recipe: Recipe, run_dir: Path, engine: EngineKind, plugin: DeepSpeedPlugin | None, *, cpu: bool) -> AcceleratorContext:
+def create_accelerator(
+    recipe: Recipe, run_dir: Path, engine: EngineKind, plugin: DeepSpeedPlugin | None, *, cpu: bool
+) -> AcceleratorContext:
     """The accelerator that drives ``engine``, in the processes that are there."""
     processes = launched_world_size()
-    accumulation, _ = compute_micro_batching(recipe.train.global_batch_size, recipe.train.resolved_micro_batch_size, processes)
+    accumulation, _ = compute_micro_batching(
+        recipe.train.global_batch_size, recipe.train.resolved_micro_batch_size, processes
+    )
     if cpu and engine.is_fsdp:
         _enable_fsdp_on_cpu()
     accelerator = Accelerator(
@@ -283,7 +294,13 @@ def _verify_process_group(accelerator: Accelerator, engine: EngineKind) -> None:
         )
 
 
-def verify_engine_config(recipe: Recipe, context: AcceleratorContext, model: object, optimizer: object, unwrapped_optimizer: torch.optim.Optimizer) -> None:
+def verify_engine_config(
+    recipe: Recipe,
+    context: AcceleratorContext,
+    model: object,
+    optimizer: object,
+    unwrapped_optimizer: torch.optim.Optimizer,
+) -> None:
     """Compare what the engine made of the recipe with the recipe, before the first step.
 
     Raises:
@@ -291,7 +308,9 @@ def verify_engine_config(recipe: Recipe, context: AcceleratorContext, model: obj
     """
     accelerator, engine = context.accelerator, context.engine
     processes = accelerator.num_processes
-    accumulation, micro_batch = compute_micro_batching(recipe.train.global_batch_size, recipe.train.resolved_micro_batch_size, processes)
+    accumulation, micro_batch = compute_micro_batching(
+        recipe.train.global_batch_size, recipe.train.resolved_micro_batch_size, processes
+    )
     if recipe.train.micro_batch_tokens is not None:  # it was found out from the examples, and told the accelerator
         accumulation = accelerator.gradient_accumulation_steps
     asked: dict[str, object] = {"accumulation": accumulation, "optimizer": _qualified_name(unwrapped_optimizer)}
@@ -301,9 +320,13 @@ def verify_engine_config(recipe: Recipe, context: AcceleratorContext, model: obj
     }
     if engine.is_deepspeed:
         asked |= deepspeed.build_expected_config(
-            engine, micro_batch_size=micro_batch, gradient_accumulation_steps=accumulation, world_size=processes,
-            max_grad_norm=recipe.train.max_grad_norm, weights_dtype="fp32",
-        )  # fmt: skip
+            engine,
+            micro_batch_size=micro_batch,
+            gradient_accumulation_steps=accumulation,
+            world_size=processes,
+            max_grad_norm=recipe.train.max_grad_norm,
+            weights_dtype="fp32",
+        )
         found |= deepspeed.read_effective_config(model)
     else:
         asked |= {"engine": {"fsdp2": "FSDPModule", "ddp": "DistributedDataParallel"}.get(engine.name, "no wrapper")}

@@ -75,106 +75,132 @@ class Rule:
         return (self.optional_feature is None or self.optional_feature in combination.optional_features) and all(
             allowed is None or value in allowed
             for value, allowed in (
-                (combination.engine, self.engines), (combination.optimizer, self.optimizers),
-                (combination.precision, self.precisions), (combination.method, self.methods), (device, self.devices),
+                (combination.engine, self.engines),
+                (combination.optimizer, self.optimizers),
+                (combination.precision, self.precisions),
+                (combination.method, self.methods),
+                (device, self.devices),
             )
-        )  # fmt: skip
+        )
 
 
 RULES = (
     Rule(
         "the optimizer is shown one flat vector of each process's part, and this one needs the matrices",
-        engines=_DEEPSPEED_ENGINES, optimizers=_MATRIX_OPTIMIZERS,
+        engines=_DEEPSPEED_ENGINES,
+        optimizers=_MATRIX_OPTIMIZERS,
     ),
     Rule(
         "each process holds some rows of a matrix, of which a projection is another",
-        engines=frozenset({"fsdp2"}), optimizers=_MATRIX_OPTIMIZERS - {"adafactor"},
+        engines=frozenset({"fsdp2"}),
+        optimizers=_MATRIX_OPTIMIZERS - {"adafactor"},
     ),
     Rule(
         "torch's Adafactor has operations that its sharded tensors do not take",
-        engines=frozenset({"fsdp2"}), optimizers=frozenset({"adafactor"}),
+        engines=frozenset({"fsdp2"}),
+        optimizers=frozenset({"adafactor"}),
     ),
     Rule(
         "weights in bf16 are rounded by chance, by each process otherwise, and their copies would drift apart",
-        engines=frozenset({"ddp"}), optimizers=_STOCHASTIC_ROUNDING_OPTIMIZERS,
+        engines=frozenset({"ddp"}),
+        optimizers=_STOCHASTIC_ROUNDING_OPTIMIZERS,
     ),
     Rule(
         "ZeRO steps copies of the weights in float32, and there would be nothing to round",
-        engines=_DEEPSPEED_ENGINES, optimizers=_STOCHASTIC_ROUNDING_OPTIMIZERS,
+        engines=_DEEPSPEED_ENGINES,
+        optimizers=_STOCHASTIC_ROUNDING_OPTIMIZERS,
     ),
     Rule(
         "rounding by chance has not been tried over sharded tensors here",
-        engines=frozenset({"fsdp2"}), optimizers=_STOCHASTIC_ROUNDING_OPTIMIZERS,
+        engines=frozenset({"fsdp2"}),
+        optimizers=_STOCHASTIC_ROUNDING_OPTIMIZERS,
     ),
     Rule(
         "it holds weights in bf16, of which other arithmetic would make copies",
-        optimizers=_STOCHASTIC_ROUNDING_OPTIMIZERS, precisions=frozenset({"fp32", "fp16"}),
+        optimizers=_STOCHASTIC_ROUNDING_OPTIMIZERS,
+        precisions=frozenset({"fp32", "fp16"}),
     ),
     Rule(
         "bitsandbytes' kernels do not take torch's sharded tensors",
-        engines=frozenset({"fsdp2"}), optimizers=_BITSANDBYTES_OPTIMIZERS,
+        engines=frozenset({"fsdp2"}),
+        optimizers=_BITSANDBYTES_OPTIMIZERS,
     ),
     Rule(
         "DeepSpeedCPUAdam steps states in the CPU's memory, and this engine has them on the device",
-        engines=frozenset(ENGINES) - _OFFLOAD_ENGINES, optimizers=frozenset({"deepspeed_cpu_adam"}),
+        engines=frozenset(ENGINES) - _OFFLOAD_ENGINES,
+        optimizers=frozenset({"deepspeed_cpu_adam"}),
     ),
     Rule(
         "states on a disk are read and written by DeepSpeed's own Adam",
-        engines=_NVME_ENGINES, optimizers=frozenset(OPTIMIZERS) - {"deepspeed_cpu_adam"},
+        engines=_NVME_ENGINES,
+        optimizers=frozenset(OPTIMIZERS) - {"deepspeed_cpu_adam"},
     ),
     Rule(
         "paged states lie in memory that a GPU's driver moves, and there is none on CPU",
-        optimizers=frozenset({"paged_adamw8bit"}), devices=frozenset({"cpu"}),
+        optimizers=frozenset({"paged_adamw8bit"}),
+        devices=frozenset({"cpu"}),
     ),
     Rule(
         "paged states lie in the GPU's memory or where its driver moves them, and offload puts them elsewhere",
-        engines=_OFFLOAD_ENGINES, optimizers=frozenset({"paged_adamw8bit"}),
+        engines=_OFFLOAD_ENGINES,
+        optimizers=frozenset({"paged_adamw8bit"}),
     ),
     Rule(
         "DeepSpeed is told how many micro-batches a step has before the examples are read",
-        engines=_DEEPSPEED_ENGINES, optional_feature=MICRO_BATCH_TOKENS,
+        engines=_DEEPSPEED_ENGINES,
+        optional_feature=MICRO_BATCH_TOKENS,
     ),
     Rule(
         "blocks that are compiled have not been tried in the hands of this engine here",
-        engines=frozenset(ENGINES) - {"single", "ddp"}, optional_feature=COMPILE,
+        engines=frozenset(ENGINES) - {"single", "ddp"},
+        optional_feature=COMPILE,
     ),
     Rule(
         "Liger's kernels are for CUDA",
-        devices=frozenset({"cpu"}), optional_feature=LIGER,
+        devices=frozenset({"cpu"}),
+        optional_feature=LIGER,
     ),
     Rule(
         "fp16 is GPU arithmetic",
-        precisions=frozenset({"fp16"}), devices=frozenset({"cpu"}),
+        precisions=frozenset({"fp16"}),
+        devices=frozenset({"cpu"}),
     ),
     Rule(
         "DeepSpeed's fp16 holds weights in fp16, and the recipe's keeps them in float32",
-        engines=_DEEPSPEED_ENGINES, precisions=frozenset({"fp16"}),
+        engines=_DEEPSPEED_ENGINES,
+        precisions=frozenset({"fp16"}),
     ),
     Rule(
         "a quantised base is held in values that cannot be trained, and this method trains them",
-        optional_feature=QUANTIZATION, methods=frozenset(METHODS) - ADAPTER_METHODS,
+        optional_feature=QUANTIZATION,
+        methods=frozenset(METHODS) - ADAPTER_METHODS,
     ),
     Rule(
         "it shares weights out in parts, which has not been tried with the packed ones of a quantised base here",
-        optional_feature=QUANTIZATION, engines=_SHARDED_ENGINES,
+        optional_feature=QUANTIZATION,
+        engines=_SHARDED_ENGINES,
     ),
     Rule(
         "states on a disk are not in a checkpoint",
-        optional_feature=CHECKPOINTING, engines=_NVME_ENGINES,
+        optional_feature=CHECKPOINTING,
+        engines=_NVME_ENGINES,
     ),
     Rule(
         "paged states would come back from a checkpoint unpaged",
-        optional_feature=CHECKPOINTING, optimizers=frozenset({"paged_adamw8bit"}),
+        optional_feature=CHECKPOINTING,
+        optimizers=frozenset({"paged_adamw8bit"}),
     ),
     Rule(
         "the backward pass needs weights put together from parts, and activation offload would move those",
-        optional_feature=ACTIVATION_OFFLOAD, engines=_SHARDED_ENGINES,
+        optional_feature=ACTIVATION_OFFLOAD,
+        engines=_SHARDED_ENGINES,
     ),
     Rule(
         "all processes must put the trunk's weights together at once, and those that read its states would not",
-        optional_feature=FEATURE_CACHE, engines=_SHARDED_ENGINES,
+        optional_feature=FEATURE_CACHE,
+        engines=_SHARDED_ENGINES,
     ),
-)  # fmt: skip
+)
 """In the order in which they are asked; the first that refuses explains."""
 _OPTIMIZER_FALLBACKS = {
     "paged_adamw8bit": ("adamw8bit",),
@@ -238,7 +264,9 @@ def check(combination: Combination, device: str) -> None:
     if rule is None:
         return
     more = f" with {OPTIONAL_FEATURES[rule.optional_feature][0]}" if rule.optional_feature else ""
-    instead = ", or ".join(describe_changes(combination, point, device) for point in find_nearest_supported(combination, device))
+    instead = ", or ".join(
+        describe_changes(combination, point, device) for point in find_nearest_supported(combination, device)
+    )
     raise CombinationError(
         f"{combination.method} with optimizer.kind={combination.optimizer} in {combination.precision}{more} does not "
         f"run on {combination.engine}: {rule.reason}; use {instead}"
@@ -249,11 +277,17 @@ def describe_changes(requested: Combination, alternative: Combination, device: s
     """How to come from one combination to another, in the words of recipes and launches."""
     knobs = {"method": "method.kind", "optimizer": "optimizer.kind", "precision": "train.precision"}
     files = {"single": "single_gpu" if device == "cuda" else "cpu", "ddp": "ddp" if device == "cuda" else "cpu2"}
-    said = [f"{knob}={getattr(alternative, name)}" for name, knob in knobs.items()
-            if getattr(alternative, name) != getattr(requested, name)]  # fmt: skip
+    said = [
+        f"{knob}={getattr(alternative, name)}"
+        for name, knob in knobs.items()
+        if getattr(alternative, name) != getattr(requested, name)
+    ]
     if alternative.engine != requested.engine:
         said.append(f"accel_configs/{files.get(alternative.engine, alternative.engine)}.yaml")
-    said += ["=".join(OPTIONAL_FEATURES[extra]) for extra in sorted(requested.optional_features - alternative.optional_features)]
+    said += [
+        "=".join(OPTIONAL_FEATURES[extra])
+        for extra in sorted(requested.optional_features - alternative.optional_features)
+    ]
     return " with ".join(said)
 
 

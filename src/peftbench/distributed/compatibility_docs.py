@@ -34,14 +34,17 @@ def render_markdown() -> str:
         {"knob": f"`{knob}`", **{engine: _render_optional_feature_cell(engine, extra, notes) for engine in ENGINES}}
         for extra, (knob, _) in OPTIONAL_FEATURES.items()
     ]
-    reasons = "\n".join(f"{index}. {rule.reason}. {_describe_common_alternatives(rule)}" for index, rule in enumerate(notes, start=1))
-    changed = "\n".join(
-        f"- `{name}`: {kind.approximation}." for name, kind in OPTIMIZERS.items() if kind.approximation
+    reasons = "\n".join(
+        f"{index}. {rule.reason}. {_describe_common_alternatives(rule)}" for index, rule in enumerate(notes, start=1)
     )
+    changed = "\n".join(f"- `{name}`: {kind.approximation}." for name, kind in OPTIMIZERS.items() if kind.approximation)
     return _PAGE_TEMPLATE.format(
-        methods=", ".join(f"`{name}`" for name in METHODS), table=tabulate(rows, headers="keys", tablefmt="github"),
-        more=tabulate(more, headers="keys", tablefmt="github"), reasons=reasons, changed=changed,
-    )  # fmt: skip
+        methods=", ".join(f"`{name}`" for name in METHODS),
+        table=tabulate(rows, headers="keys", tablefmt="github"),
+        more=tabulate(more, headers="keys", tablefmt="github"),
+        reasons=reasons,
+        changed=changed,
+    )
 
 
 def _render_cell(engine: str, optimizer: str, footnotes: list[Rule]) -> str:
@@ -64,9 +67,10 @@ def _render_optional_feature_cell(engine: str, optional_feature: str, footnotes:
     """Whether it goes with some of what runs on an engine, and numbers of the reasons why with others it does not."""
     rules = {
         find_blocking_rule(point, device)
-        for device in _DEVICES for point in iter_combinations(engine, {optional_feature})
+        for device in _DEVICES
+        for point in iter_combinations(engine, {optional_feature})
         if find_blocking_rule(Combination(point.method, engine, point.optimizer, point.precision), device) is None
-    }  # fmt: skip
+    }
     numbers = sorted(_footnote_number(rule, footnotes) for rule in rules if rule is not None)
     return " ".join((*(["runs"] if None in rules else []), *(f"[{number}]" for number in numbers)))
 

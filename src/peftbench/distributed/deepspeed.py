@@ -19,22 +19,54 @@ if TYPE_CHECKING:
 AUTO = "auto"
 _CONFIG_FILE_ENV = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 _RECIPE_KEYS = (
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
-    "bf16.enabled", "fp16.enabled",
-)  # fmt: skip
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "bf16.enabled",
+    "fp16.enabled",
+)
 """Keys whose values the recipe owns."""
-_ALLOWED_SECTIONS = frozenset({
-    "zero_optimization", "zero_force_ds_cpu_optimizer", "zero_allow_untested_optimizer", "aio", "bf16", "fp16",
-    "steps_per_print", "wall_clock_breakdown", "dump_state", "comms_logger", "memory_breakdown",
-})  # fmt: skip
+_ALLOWED_SECTIONS = frozenset(
+    {
+        "zero_optimization",
+        "zero_force_ds_cpu_optimizer",
+        "zero_allow_untested_optimizer",
+        "aio",
+        "bf16",
+        "fp16",
+        "steps_per_print",
+        "wall_clock_breakdown",
+        "dump_state",
+        "comms_logger",
+        "memory_breakdown",
+    }
+)
 """Sections that say where state lies, or what is printed; any other could change what is computed."""
-_ALLOWED_ZERO_KEYS = frozenset({
-    "stage", "overlap_comm", "contiguous_gradients", "reduce_bucket_size", "allgather_bucket_size",
-    "allgather_partitions", "reduce_scatter", "round_robin_gradients", "offload_optimizer", "offload_param",
-    "sub_group_size", "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size",
-    "stage3_param_persistence_threshold", "stage3_gather_16bit_weights_on_model_save", "memory_efficient_linear",
-})  # fmt: skip
-_ALLOWED_OFFLOAD_KEYS = frozenset({"device", "nvme_path", "pin_memory", "buffer_count", "buffer_size", "max_in_cpu", "fast_init"})
+_ALLOWED_ZERO_KEYS = frozenset(
+    {
+        "stage",
+        "overlap_comm",
+        "contiguous_gradients",
+        "reduce_bucket_size",
+        "allgather_bucket_size",
+        "allgather_partitions",
+        "reduce_scatter",
+        "round_robin_gradients",
+        "offload_optimizer",
+        "offload_param",
+        "sub_group_size",
+        "stage3_max_live_parameters",
+        "stage3_max_reuse_distance",
+        "stage3_prefetch_bucket_size",
+        "stage3_param_persistence_threshold",
+        "stage3_gather_16bit_weights_on_model_save",
+        "memory_efficient_linear",
+    }
+)
+_ALLOWED_OFFLOAD_KEYS = frozenset(
+    {"device", "nvme_path", "pin_memory", "buffer_count", "buffer_size", "max_in_cpu", "fast_init"}
+)
 
 
 def is_requested() -> bool:
@@ -43,7 +75,12 @@ def is_requested() -> bool:
 
 
 def build_plugin(
-    *, micro_batch_size: int, gradient_accumulation_steps: int, world_size: int, max_grad_norm: float | None, offload_dir: Path
+    *,
+    micro_batch_size: int,
+    gradient_accumulation_steps: int,
+    world_size: int,
+    max_grad_norm: float | None,
+    offload_dir: Path,
 ) -> DeepSpeedPlugin:
     """Accelerate's plugin for the launcher's DeepSpeed file, with the recipe's numbers in it.
 
@@ -77,8 +114,10 @@ def _check_keys(config: Mapping[str, Any]) -> None:
     zero = config["zero_optimization"]
     _check_types(zero)
     parts = [("", config, _ALLOWED_SECTIONS | set(_RECIPE_KEYS)), ("zero_optimization.", zero, _ALLOWED_ZERO_KEYS)]
-    parts += [(f"zero_optimization.{part}.", zero.get(part) or {}, _ALLOWED_OFFLOAD_KEYS)
-              for part in ("offload_optimizer", "offload_param")]  # fmt: skip
+    parts += [
+        (f"zero_optimization.{part}.", zero.get(part) or {}, _ALLOWED_OFFLOAD_KEYS)
+        for part in ("offload_optimizer", "offload_param")
+    ]
     for place, found, known in parts:
         if other := sorted(set(found) - known):
             raise EngineError(

@@ -69,7 +69,10 @@ def detect_requested_engine(deepspeed_config: Mapping[str, Any] | None) -> Engin
     if deepspeed_config is not None:
         zero = deepspeed_config.get("zero_optimization", {})
         asked = EngineKind(
-            "", int(zero.get("stage", 0)), _read_offload_device(zero, "offload_optimizer"), _read_offload_device(zero, "offload_param")
+            "",
+            int(zero.get("stage", 0)),
+            _read_offload_device(zero, "offload_optimizer"),
+            _read_offload_device(zero, "offload_param"),
         )
         found = [kind for kind in ENGINES.values() if (kind.is_deepspeed and _has_same_sharding(kind, asked))]
         if not found:
@@ -96,5 +99,7 @@ def _read_offload_device(zero: Mapping[str, Any], section: str) -> OffloadDevice
 
 def _has_same_sharding(kind: EngineKind, requested: EngineKind) -> bool:
     return (kind.zero_stage, kind.offload_optimizer, kind.offload_parameters) == (
-        requested.zero_stage, requested.offload_optimizer, requested.offload_parameters,
-    )  # fmt: skip
+        requested.zero_stage,
+        requested.offload_optimizer,
+        requested.offload_parameters,
+    )

@@ -50,7 +50,9 @@ class Heartbeat:
         self._is_sender = leads and bool(self._hosts)
         self._sequence, self._last_sent_at, self._last_checked_at = 0, float("-inf"), time.monotonic()
         self.beat()
-        all_gather_objects(accelerator, None)  # each finds what the others wrote, and remembers no file that is not there
+        all_gather_objects(
+            accelerator, None
+        )  # each finds what the others wrote, and remembers no file that is not there
         unseen = [host.name for leader, host in self._hosts.items() if not self._read_mtime(leader)]
         if any(all_gather_objects(accelerator, unseen)):
             raise OutputError(

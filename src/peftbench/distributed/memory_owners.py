@@ -28,7 +28,9 @@ _ZERO_BUFFER_ATTRIBUTES: dict[str, MemoryCategory] = {
 """Attributes of ZeRO's optimizers, stages 1 to 3."""
 
 
-def collect_engine_buffers(prepared_model: nn.Module, model: nn.Module, optimizer: torch.optim.Optimizer) -> EngineBuffers:
+def collect_engine_buffers(
+    prepared_model: nn.Module, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> EngineBuffers:
     """Of what an engine made of ``model`` (``started``) and of the optimizer (``optimizer``), between two steps."""
     layers = list(deepspeed.unwrap_chain(optimizer))
 

@@ -79,7 +79,11 @@ def _gather_full_tensor(engine: EngineKind, parameter: nn.Parameter) -> torch.Te
 
 
 def state_bytes(
-    engine: EngineKind, model: nn.Module, optimizer: torch.optim.Optimizer, optimizer_config: Optimizer, device_type: str
+    engine: EngineKind,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    optimizer_config: Optimizer,
+    device_type: str,
 ) -> StateBytes | None:
     """What this process keeps from step to step, by the sizes of its tensors, where it holds parts by theirs.
 
@@ -90,9 +94,13 @@ def state_bytes(
     _reshard(model)
     masters = deepspeed.master_weights(optimizer)
     steps = list(deepspeed.unwrap_chain(optimizer))[-1]
-    states = [local_shard(tensor) for state in steps.state.values() for tensor in iter_tensors(state.values())] + masters
+    states = [
+        local_shard(tensor) for state in steps.state.values() for tensor in iter_tensors(state.values())
+    ] + masters
     groups = deepspeed.get_param_groups(optimizer)
-    given = optimizer_config.state_bytes([{**group, "params": [local_shard(p) for p in group["params"]]} for group in groups])
+    given = optimizer_config.state_bytes(
+        [{**group, "params": [local_shard(p) for p in group["params"]]} for group in groups]
+    )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = sum(local_shard(parameter).numel() * parameter.element_size() for parameter in trained)
     if masters:  # from stage 2 on gradients are shared out as the states are

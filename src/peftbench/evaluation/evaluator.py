@@ -71,7 +71,9 @@ class Evaluator:
         self.config: Evaluate = recipe.evaluate
         self.synced = synced
         # Whatever the training's labels and widths, here they are those of the summaries.
-        self.collator = replace(build_collator(recipe, adapted_model.loss, encoder.eos_token_id), label_padding=False, pad_to_length=None)
+        self.collator = replace(
+            build_collator(recipe, adapted_model.loss, encoder.eos_token_id), label_padding=False, pad_to_length=None
+        )
 
     def _iterate_local_batches(self, description: str) -> Iterator[tuple[list[dict[str, Any]], bool]]:
         """This rank's share of the examples, in batches of like lengths, and whether they count.
@@ -128,11 +130,17 @@ class Evaluator:
             mask = torch.tensor([[0] * len(pad) + [1] * (width - len(pad)) for pad in padding])
             with self.context.autocast(), unshard_root(self.model):
                 new = self.method.generate(
-                    self.model, ids.to(self.accelerator.device), mask.to(self.accelerator.device),
-                    max_new_tokens=self.config.max_new_tokens, do_sample=False, num_beams=self.config.num_beams,
-                    use_cache=True, eos_token_id=self.encoder.eos_token_id, pad_token_id=self.encoder.eos_token_id,
+                    self.model,
+                    ids.to(self.accelerator.device),
+                    mask.to(self.accelerator.device),
+                    max_new_tokens=self.config.max_new_tokens,
+                    do_sample=False,
+                    num_beams=self.config.num_beams,
+                    use_cache=True,
+                    eos_token_id=self.encoder.eos_token_id,
+                    pad_token_id=self.encoder.eos_token_id,
                     synced_gpus=self.synced,
-                ).tolist()  # fmt: skip
+                ).tolist()
             if count:
                 texts += [(row["index"], self.encoder.decode(tokens)) for row, tokens in zip(rows, new, strict=True)]
         return self._gather_in_order(texts)

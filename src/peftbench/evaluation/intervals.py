@@ -43,9 +43,14 @@ def bootstrap_interval(values: Sequence[float], resamples: int, seed: int = 0) -
     if len(sample) == 1 or numpy.ptp(sample) == 0:
         return Interval(mean=mean, low=mean, high=mean)
     found = bootstrap(
-        (sample,), numpy.mean, vectorized=True, n_resamples=resamples, batch=100, method="percentile",
+        (sample,),
+        numpy.mean,
+        vectorized=True,
+        n_resamples=resamples,
+        batch=100,
+        method="percentile",
         rng=numpy.random.default_rng(seed),
-    ).confidence_interval  # fmt: skip
+    ).confidence_interval
     return Interval(mean=mean, low=float(found.low), high=float(found.high))
 
 

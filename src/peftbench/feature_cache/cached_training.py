@@ -116,7 +116,9 @@ class CachedFeatureBatches(Batches):
 
     def collate(self, examples: Sequence[tuple[Sequence[int], int, int]]) -> MicroBatch:
         made = super().collate(examples)
-        return replace(made, feature_mode="stored" if bool(self.cached_mask[list(made.example_indices)].all()) else "kept")
+        return replace(
+            made, feature_mode="stored" if bool(self.cached_mask[list(made.example_indices)].all()) else "kept"
+        )
 
     def hardware_flop_units(self, micro_batch: MicroBatch) -> FlopUnits:
         """Nothing of the trunk where it is skipped."""
@@ -134,7 +136,9 @@ class CachedTraining:
     notes: tuple[str, ...]
 
 
-def open_feature_cache(recipe: Recipe, base: PreTrainedModel, loss: CausalLMLoss, batches: Batches, accelerator: Accelerator) -> CachedTraining:
+def open_feature_cache(
+    recipe: Recipe, base: PreTrainedModel, loss: CausalLMLoss, batches: Batches, accelerator: Accelerator
+) -> CachedTraining:
     """Open the store of this trunk's hidden states, or make it, and train over it; all ranks must come here.
 
     Its size is told on standard error before it is made.

@@ -99,7 +99,9 @@ class FeatureStore:
         for example, part in zip(examples, parts, strict=True):
             if not self._completed[example]:
                 self._features[self.layout.rows(example)] = part
-                self._completed[example] = 1  # not before: whoever is killed in between leaves an example that is not there
+                self._completed[example] = (
+                    1  # not before: whoever is killed in between leaves an example that is not there
+                )
         self._release_pages()
 
     def read(self, examples: Sequence[int], *, pin_memory: bool = False) -> torch.Tensor:
@@ -163,8 +165,14 @@ def open_store(cache_key: Mapping[str, Any], layout: StoreLayout, log: Callable[
         OutputError: it cannot be written there.
     """
     folder = get_store_dir(cache_key)
-    wanted = {"format": _FORMAT_VERSION, "of": dict(cache_key), "examples": layout.num_examples, "positions": layout.num_positions,
-              "width": layout.hidden_size, "stored": layout.dtype}  # fmt: skip
+    wanted = {
+        "format": _FORMAT_VERSION,
+        "of": dict(cache_key),
+        "examples": layout.num_examples,
+        "positions": layout.num_positions,
+        "width": layout.hidden_size,
+        "stored": layout.dtype,
+    }
     try:
         if not _is_valid_store(folder, layout, wanted):
             _check_disk_space(folder, layout)  # before a folder is made for it

@@ -23,8 +23,19 @@ if TYPE_CHECKING:
     from peftbench.memory.plan import Strategy
 
 _TIMEOUT_SECONDS = 300
-_STRIPPED_ENV_PREFIXES = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "MASTER_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE",
-             "GROUP_", "ROLE_", "DEEPSPEED_")  # fmt: skip
+_STRIPPED_ENV_PREFIXES = (
+    "ACCELERATE_",
+    "FSDP_",
+    "TORCHELASTIC_",
+    "MASTER_",
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_",
+    "ROLE_",
+    "DEEPSPEED_",
+)
 
 
 class AdviceRequest(BaseModel):
@@ -44,9 +55,12 @@ class AdviceRequest(BaseModel):
     def from_environment(cls, recipe: Recipe, budget_bytes: int, device_name: str) -> AdviceRequest:
         """With the launcher that started this process."""
         return cls(
-            recipe=recipe, budget_bytes=budget_bytes, device_name=device_name, launcher_env=select_launcher_env(os.environ),
+            recipe=recipe,
+            budget_bytes=budget_bytes,
+            device_name=device_name,
+            launcher_env=select_launcher_env(os.environ),
             num_processes=int(os.environ.get("WORLD_SIZE", "1")),
-        )  # fmt: skip
+        )
 
     def build_target(self) -> MemoryTarget:
         """What is to be fitted."""
@@ -102,15 +116,24 @@ def _run_advisor(request: AdviceRequest, request_kind: str) -> tuple[str, str]:
     environment["CUDA_VISIBLE_DEVICES"] = ""
     try:
         done = subprocess.run(
-            [sys.executable, "-m", __name__, request_kind], input=request.model_dump_json(), capture_output=True, text=True,
-            timeout=_TIMEOUT_SECONDS, check=False, env=environment,
-        )  # fmt: skip
+            [sys.executable, "-m", __name__, request_kind],
+            input=request.model_dump_json(),
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_SECONDS,
+            check=False,
+            env=environment,
+        )
     except OSError as error:
         return "", f"the estimator could not be started: {error}"
     except subprocess.TimeoutExpired as late:  # what it has said by then is what the recipe needs
         said = late.stdout or b""
-        return _get_last_line(said if isinstance(said, str) else said.decode()), f"the estimator took over {_TIMEOUT_SECONDS} seconds"
-    return _get_last_line(done.stdout), f"the estimator gave no answer: {_get_last_line(done.stderr) or done.returncode}"
+        return _get_last_line(
+            said if isinstance(said, str) else said.decode()
+        ), f"the estimator took over {_TIMEOUT_SECONDS} seconds"
+    return _get_last_line(
+        done.stdout
+    ), f"the estimator gave no answer: {_get_last_line(done.stderr) or done.returncode}"
 
 
 def _get_last_line(text: str) -> str:
@@ -147,7 +170,9 @@ def build_micro_batch_choice(request: AdviceRequest) -> MicroBatchChoice:
         recipe, note = choose_micro_batch(request.recipe, request.build_target())
     except PeftbenchError as error:
         return MicroBatchChoice(problem=str(error))
-    return MicroBatchChoice(micro_batch=recipe.train.resolved_micro_batch_size or 1, evaluation_batch=recipe.evaluate.batch_size, note=note)
+    return MicroBatchChoice(
+        micro_batch=recipe.train.resolved_micro_batch_size or 1, evaluation_batch=recipe.evaluate.batch_size, note=note
+    )
 
 
 def _format_suggestion(strategy: Strategy) -> str:

@@ -32,7 +32,13 @@ MIN_LABELLED_TOKENS = 64
 """Labelled tokens of a row, where summaries are generated shorter: those to learn from may be longer."""
 
 
-def estimate(recipe: Recipe, facts: DeviceFacts, device_name: str, budget_bytes: int | None = None, launch_config: LaunchConfig = SINGLE_PROCESS) -> Plan:
+def estimate(
+    recipe: Recipe,
+    facts: DeviceFacts,
+    device_name: str,
+    budget_bytes: int | None = None,
+    launch_config: LaunchConfig = SINGLE_PROCESS,
+) -> Plan:
     """What ``recipe`` would hold on one GPU with these ``facts``, and whether that fits ``budget`` bytes.
 
     With several processes, each on a GPU of its own, it is what the first of them holds.
@@ -45,8 +51,16 @@ def estimate(recipe: Recipe, facts: DeviceFacts, device_name: str, budget_bytes:
     _check_supported(recipe, launch_config.engine, facts.device_type)
     if recipe.train.precision == "bf16" and not facts.bf16:
         raise PrecisionError(f"train.precision=bf16 is not there on {facts.torch_name}; use fp16 or fp32")
-    accumulation, rows = compute_micro_batching(recipe.train.global_batch_size, _max_micro_batch_size(recipe), launch_config.num_processes)
-    rehearsal = MemorySimulation(_replace_paged_optimizer(recipe), facts.device_type, accumulation, has_padding=rows > 1, launch_config=launch_config)
+    accumulation, rows = compute_micro_batching(
+        recipe.train.global_batch_size, _max_micro_batch_size(recipe), launch_config.num_processes
+    )
+    rehearsal = MemorySimulation(
+        _replace_paged_optimizer(recipe),
+        facts.device_type,
+        accumulation,
+        has_padding=rows > 1,
+        launch_config=launch_config,
+    )
     width = _max_sequence_length(recipe, rehearsal.max_positions)
     labels = min(max(recipe.evaluate.max_new_tokens, MIN_LABELLED_TOKENS), width - 1)
     flops = rehearsal.step_flops(max(1, recipe.train.global_batch_size // launch_config.num_processes), width, labels)
@@ -66,18 +80,34 @@ def estimate(recipe: Recipe, facts: DeviceFacts, device_name: str, budget_bytes:
     if budget_bytes is not None:
         weights = found.peak.live_bytes_by_category["weights"]
         if budget_bytes < weights:
-            raise BudgetTooSmallError(f"{budget_bytes:,} bytes do not hold the {weights:,} of the weights alone; give more")
+            raise BudgetTooSmallError(
+                f"{budget_bytes:,} bytes do not hold the {weights:,} of the weights alone; give more"
+            )
         verdict = _decide_verdict(events, process, budget_bytes - overhead[0] + away, budget_bytes, facts.device_type)
         margin = (budget_bytes - process[1], budget_bytes - process[0])
     parts = {name: _build_phase_peak(moment) for name, moment in found.peak_by_phase.items()}
     return Plan(
-        name=recipe.name, engine=launch_config.engine.name, num_processes=launch_config.num_processes, device_name=device_name,
-        calibrated=facts.calibrated, micro_batch_size=rows, sequence_length=width, gradient_accumulation_steps=accumulation,
-        evaluation_batch_size=recipe.evaluate.batch_size, step_flops=flops, phase_peaks=parts,
-        peak_phase=found.peak.phase, reserved_bytes=found.reserved_bytes, process_bytes=process,
-        cuda_context_bytes=context, workspace_bytes=workspaces,
-        budget_bytes=budget_bytes, verdict=verdict, margin_bytes=margin, notes=_build_notes(recipe, facts, width, labels, away),
-    )  # fmt: skip
+        name=recipe.name,
+        engine=launch_config.engine.name,
+        num_processes=launch_config.num_processes,
+        device_name=device_name,
+        calibrated=facts.calibrated,
+        micro_batch_size=rows,
+        sequence_length=width,
+        gradient_accumulation_steps=accumulation,
+        evaluation_batch_size=recipe.evaluate.batch_size,
+        step_flops=flops,
+        phase_peaks=parts,
+        peak_phase=found.peak.phase,
+        reserved_bytes=found.reserved_bytes,
+        process_bytes=process,
+        cuda_context_bytes=context,
+        workspace_bytes=workspaces,
+        budget_bytes=budget_bytes,
+        verdict=verdict,
+        margin_bytes=margin,
+        notes=_build_notes(recipe, facts, width, labels, away),
+    )
 
 
 def _replace_paged_optimizer(recipe: Recipe) -> Recipe:
@@ -104,18 +134,26 @@ def _check_supported(recipe: Recipe, engine: EngineKind, device_type: DeviceType
         raise EstimateUnavailableError(f"{recipe.method.kind} trains nothing; estimate a recipe of a method that does")
     check(build_combination(recipe, engine), device_type)
     if engine.offloads_to_nvme:
-        raise EstimateUnavailableError(f"what {engine.name} keeps on a disk, and brings, is not predicted; use zero3_offload")
+        raise EstimateUnavailableError(
+            f"what {engine.name} keeps on a disk, and brings, is not predicted; use zero3_offload"
+        )
     if device_type == "cpu" and recipe.train.precision != "fp32":
         raise EstimateUnavailableError(
             "in bf16 the CPU's kernels convert what they are given in memory of their own, which is not predicted; use "
             "train.precision=fp32, or --device with a GPU"
         )
     if recipe.model.quantization == "int8":
-        raise EstimateUnavailableError("outliers of an int8 base depend on its values; use model.quantization=nf4 or null")
+        raise EstimateUnavailableError(
+            "outliers of an int8 base depend on its values; use model.quantization=nf4 or null"
+        )
     if recipe.optimizer.kind == "deepspeed_cpu_adam":
-        raise EstimateUnavailableError("deepspeed_cpu_adam would be compiled and steps for real; use optimizer.kind=adamw")
+        raise EstimateUnavailableError(
+            "deepspeed_cpu_adam would be compiled and steps for real; use optimizer.kind=adamw"
+        )
     if recipe.model.attention == "flash_attention_2":
-        raise EstimateUnavailableError("flash_attention_2 is not predicted; use model.attention=sdpa, which is near to it")
+        raise EstimateUnavailableError(
+            "flash_attention_2 is not predicted; use model.attention=sdpa, which is near to it"
+        )
 
 
 def _max_micro_batch_size(recipe: Recipe) -> int | None:
@@ -131,13 +169,24 @@ def _max_sequence_length(recipe: Recipe, max_positions: int | None) -> int:
     """Of the longest row, padded to its multiple."""
     virtual = recipe.method.virtual_tokens
     longest = SequenceLayout.for_model(
-        separator=recipe.data.separator, max_length=recipe.data.max_length, max_new_tokens=recipe.evaluate.max_new_tokens,
-        max_positions=max_positions, virtual_tokens=virtual,
-    ).max_length  # fmt: skip
-    return Collator(0, virtual, pad_to_multiple_of=recipe.data.pad_to_multiple_of, max_positions=max_positions).padded_width(longest)
+        separator=recipe.data.separator,
+        max_length=recipe.data.max_length,
+        max_new_tokens=recipe.evaluate.max_new_tokens,
+        max_positions=max_positions,
+        virtual_tokens=virtual,
+    ).max_length
+    return Collator(
+        0, virtual, pad_to_multiple_of=recipe.data.pad_to_multiple_of, max_positions=max_positions
+    ).padded_width(longest)
 
 
-def _decide_verdict(events: list[MemoryEvent], process_bytes: tuple[int, int], tensor_bytes: int, budget_bytes: int, device_type: DeviceType) -> Verdict:
+def _decide_verdict(
+    events: list[MemoryEvent],
+    process_bytes: tuple[int, int],
+    tensor_bytes: int,
+    budget_bytes: int,
+    device_type: DeviceType,
+) -> Verdict:
     """Fits by the most that it may take; does not fit if even the least beside ``tensors`` leaves those too little."""
     if process_bytes[1] <= budget_bytes:
         return "fits"
@@ -150,12 +199,16 @@ def _decide_verdict(events: list[MemoryEvent], process_bytes: tuple[int, int], t
 
 def _build_phase_peak(peak: PeakUsage) -> PhasePeak:
     return PhasePeak(
-        live_bytes=peak.live_bytes, allocated_bytes=peak.allocated_bytes,
-        live_bytes_by_category={kind: value for kind, value in peak.live_bytes_by_category.items() if value}, operation=peak.operation,
-    )  # fmt: skip
+        live_bytes=peak.live_bytes,
+        allocated_bytes=peak.allocated_bytes,
+        live_bytes_by_category={kind: value for kind, value in peak.live_bytes_by_category.items() if value},
+        operation=peak.operation,
+    )
 
 
-def _build_notes(recipe: Recipe, facts: DeviceFacts, sequence_length: int, labelled_tokens: int, paged_bytes: int) -> tuple[str, ...]:
+def _build_notes(
+    recipe: Recipe, facts: DeviceFacts, sequence_length: int, labelled_tokens: int, paged_bytes: int
+) -> tuple[str, ...]:
     notes = [
         f"for rows of {sequence_length} tokens, as many as data.max_length or the model allows, with {labelled_tokens} of them labelled, "
         f"as many as evaluate.max_new_tokens makes, and no fewer than {MIN_LABELLED_TOKENS}"

@@ -44,10 +44,14 @@ class LaunchConfig:
     def patch_environ(self) -> AbstractContextManager[object]:
         """What the launcher gives to its first process, in the place of what this one was given."""
         told = {
-            "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(self.num_processes),
-            "LOCAL_WORLD_SIZE": str(self.num_processes), "MASTER_ADDR": "localhost", "MASTER_PORT": "0",
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": str(self.num_processes),
+            "LOCAL_WORLD_SIZE": str(self.num_processes),
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": "0",
             "OMP_NUM_THREADS": "1",  # or accelerate would set the threads of this process
-        }  # fmt: skip
+        }
         kept = {key: value for key, value in os.environ.items() if not key.startswith(_LAUNCHER_ENV_PREFIXES)}
         return patch.dict(os.environ, kept | told | dict(self.launcher_env), clear=True)
 
@@ -72,7 +76,10 @@ def build_launch_config(num_processes: int, launcher_env: Mapping[str, str], rec
     Raises:
         EngineError: it asks for no known engine.
     """
-    with suppress_library_output(), LaunchConfig(num_processes=num_processes, launcher_env=launcher_env).patch_environ():
+    with (
+        suppress_library_output(),
+        LaunchConfig(num_processes=num_processes, launcher_env=launcher_env).patch_environ(),
+    ):
         engine, _ = resolve_engine(recipe, Path(), num_processes)
     check_divisible(recipe.train.global_batch_size, num_processes)
     return LaunchConfig(engine, num_processes, launcher_env)
@@ -80,7 +87,11 @@ def build_launch_config(num_processes: int, launcher_env: Mapping[str, str], rec
 
 def select_launcher_env(environment: Mapping[str, str]) -> dict[str, str]:
     """What a launcher has told a process, of all that is in its environment."""
-    return {key: value for key, value in environment.items() if key.startswith(_LAUNCHER_ENV_PREFIXES) and key not in _HOST_SPECIFIC_VARIABLES}
+    return {
+        key: value
+        for key, value in environment.items()
+        if key.startswith(_LAUNCHER_ENV_PREFIXES) and key not in _HOST_SPECIFIC_VARIABLES
+    }
 
 
 @contextmanager

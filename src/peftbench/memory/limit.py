@@ -74,9 +74,11 @@ def _limit_cuda_memory(budget_bytes: int, device: torch.device, cuda_context_byt
         )
     torch.cuda.set_per_process_memory_fraction(tensors / properties.total_memory, device)
     return MemoryLimit(
-        budget_bytes, tensors, lambda: read_reserved_bytes(device),
+        budget_bytes,
+        tensors,
+        lambda: read_reserved_bytes(device),
         lambda: torch.cuda.set_per_process_memory_fraction(1.0, device),
-    )  # fmt: skip
+    )
 
 
 def _limit_cpu_memory(budget_bytes: int) -> MemoryLimit:
@@ -103,9 +105,11 @@ def _limit_cpu_memory(budget_bytes: int) -> MemoryLimit:
         )
     resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
     return MemoryLimit(
-        budget_bytes, budget_bytes, lambda: (read_proc_status_bytes("VmData") or before) - before,
+        budget_bytes,
+        budget_bytes,
+        lambda: (read_proc_status_bytes("VmData") or before) - before,
         lambda: resource.setrlimit(resource.RLIMIT_DATA, (soft, hard)),
-    )  # fmt: skip
+    )
 
 
 def _check_capacity(budget_bytes: int, capacity_bytes: int, name: str) -> None:

@@ -43,7 +43,9 @@ class AllocatorReplay:
         return max(self.peak_by_phase.values(), key=lambda moment: moment.allocated_bytes)
 
 
-def replay_allocator(events: Iterable[MemoryEvent], device_type: DeviceType = "cuda", capacity: int | None = None) -> AllocatorReplay:
+def replay_allocator(
+    events: Iterable[MemoryEvent], device_type: DeviceType = "cuda", capacity: int | None = None
+) -> AllocatorReplay:
     """Replay a book through the model of the device's allocator.
 
     Raises:

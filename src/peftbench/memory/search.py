@@ -74,7 +74,9 @@ class Technique:
 
     def is_applicable(self, recipe: Recipe, facts: DeviceFacts) -> bool:
         """Whether it changes anything, has a sense for the recipe's method and optimizer, and the device has it."""
-        if self.overrides.get("train", {}).get("precision") == "bf16" and (not facts.bf16 or facts.device_type == "cpu"):
+        if self.overrides.get("train", {}).get("precision") == "bf16" and (
+            not facts.bf16 or facts.device_type == "cpu"
+        ):
             return False
         if self.name == "checkpointing" and recipe.method.has_frozen_backbone:
             return False
@@ -103,10 +105,11 @@ TECHNIQUES = (
     Technique("bf16", {"train": {"precision": "bf16"}}, "arithmetic in bf16"),
     Technique("adamw8bit", {"optimizer": {"kind": "adamw8bit"}}, "moments in 8 bits"),
     Technique(
-        "bf16_weights", {"optimizer": {"kind": "adamw8bit_bf16"}, "train": {"precision": "bf16"}},
+        "bf16_weights",
+        {"optimizer": {"kind": "adamw8bit_bf16"}, "train": {"precision": "bf16"}},
         "weights in bf16, rounded stochastically, and moments in 8 bits",
     ),
-)  # fmt: skip
+)
 """In the order in which a person would try them."""
 
 
@@ -119,7 +122,9 @@ def list_micro_batch_sizes(recipe: Recipe, num_processes: int = 1) -> list[int]:
     return sorted({compute_micro_batching(recipe.train.global_batch_size, limit, num_processes)[1] for limit in limits})
 
 
-def find_largest_fitting(sizes: Sequence[int], has_capacity: Callable[[int], bool], fits: Callable[[int], bool]) -> int | None:
+def find_largest_fitting(
+    sizes: Sequence[int], has_capacity: Callable[[int], bool], fits: Callable[[int], bool]
+) -> int | None:
     """The largest of ``sizes`` (the smallest first) that ``fits``, None where none does.
 
     What tensors take grows with the size, and so where they have no room (``holds``) is found by halving. What the
@@ -186,7 +191,11 @@ def best_plan(recipe: Recipe, target: MemoryTarget) -> Plan | None:
         made = plan(size)
         return made.peak.allocated_bytes + made.process_bytes[0] - made.reserved_bytes <= target.required_budget
 
-    found = find_largest_fitting(list_micro_batch_sizes(recipe, target.launch_config.num_processes), holds, lambda size: plan(size).verdict == "fits")
+    found = find_largest_fitting(
+        list_micro_batch_sizes(recipe, target.launch_config.num_processes),
+        holds,
+        lambda size: plan(size).verdict == "fits",
+    )
     return None if found is None else plans[found]
 
 
@@ -254,7 +263,9 @@ def apply_strategy(recipe: Recipe, strategy: Strategy) -> Recipe:
     """The recipe as a strategy would run it."""
     known = {technique.name: technique for technique in TECHNIQUES}
     changed = with_techniques(recipe, [known[name] for name in strategy.techniques])
-    return with_evaluation_batch(with_micro_batch(changed, strategy.plan.micro_batch_size), strategy.plan.evaluation_batch_size)
+    return with_evaluation_batch(
+        with_micro_batch(changed, strategy.plan.micro_batch_size), strategy.plan.evaluation_batch_size
+    )
 
 
 def strategies(recipe: Recipe, allowed_techniques: str, target: MemoryTarget) -> list[Strategy]:
@@ -264,7 +275,11 @@ def strategies(recipe: Recipe, allowed_techniques: str, target: MemoryTarget) ->
         BudgetError: a technique that is not known, or a budget below the weights alone.
         NotEstimatedError: something in the recipe is not predicted.
     """
-    names = [technique.name for technique in TECHNIQUES] if allowed_techniques == "all" else [n for n in allowed_techniques.split(",") if n]
+    names = (
+        [technique.name for technique in TECHNIQUES]
+        if allowed_techniques == "all"
+        else [n for n in allowed_techniques.split(",") if n]
+    )
     sets = list_technique_sets(recipe, names, target.facts)
     bar = tqdm(sets, desc="rehearsing", unit="way", disable=None, leave=False)
     found = []
@@ -277,7 +292,9 @@ def strategies(recipe: Recipe, allowed_techniques: str, target: MemoryTarget) ->
     return sort_fastest_first([one for one in found if one is not None])
 
 
-def find_largest_model(recipe: Recipe, family_name: str, allowed_techniques: str, target: MemoryTarget) -> tuple[ModelFit, ...]:
+def find_largest_model(
+    recipe: Recipe, family_name: str, allowed_techniques: str, target: MemoryTarget
+) -> tuple[ModelFit, ...]:
     """The recipe over the models of a family, from the largest to the first that fits.
 
     Raises:
@@ -305,13 +322,19 @@ def find_strategy(recipe: Recipe, techniques: tuple[Technique, ...], target: Mem
         return None
     peak = get_peak_flops(target.facts.torch_name, changed.train.precision)
     seconds = plan.step_flops / peak if plan.step_flops and peak else None
-    knobs = [(f"{part}.{key}", value) for technique in techniques
-             for part, change in technique.overrides.items() for key, value in change.items()]  # fmt: skip
+    knobs = [
+        (f"{part}.{key}", value)
+        for technique in techniques
+        for part, change in technique.overrides.items()
+        for key, value in change.items()
+    ]
     knobs.append(("train.micro_batch_size", plan.micro_batch_size))
     if plan.evaluation_batch_size != recipe.evaluate.batch_size:
         knobs.append(("evaluate.batch_size", plan.evaluation_batch_size))
     return Strategy(
         techniques=tuple(technique.name for technique in techniques),
         overrides=tuple(f"{knob}={str(value).lower() if isinstance(value, bool) else value}" for knob, value in knobs),
-        tradeoffs=tuple(technique.tradeoff for technique in techniques if technique.tradeoff), plan=plan, step_seconds=seconds,
-    )  # fmt: skip
+        tradeoffs=tuple(technique.tradeoff for technique in techniques if technique.tradeoff),
+        plan=plan,
+        step_seconds=seconds,
+    )

@@ -70,12 +70,17 @@ class Lora(Method):
         adapted = self._find_adapted_modules(base)
         targets = self._resolve_target_modules(base)
         config = LoraConfig(
-            task_type="CAUSAL_LM", r=self.r, lora_alpha=self.lora_alpha, lora_dropout=self.lora_dropout, bias=self.bias,  # type: ignore[arg-type]
+            task_type="CAUSAL_LM",
+            r=self.r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            bias=self.bias,  # type: ignore[arg-type]
             target_modules=targets if isinstance(targets, str) else list(targets),
-            use_dora=self.use_dora, use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+            use_rslora=self.use_rslora,
             # Conv1D keeps its weight as (in, out), the transpose of a Linear's.
             fan_in_fan_out=all(isinstance(module, Conv1D) for _, module in adapted),
-        )  # fmt: skip
+        )
         return get_peft_model(base, config)
 
     def _resolve_target_modules(self, base: PreTrainedModel) -> tuple[str, ...] | str:
@@ -108,7 +113,11 @@ class Lora(Method):
                 )
             if not matched and self.target_modules is not None:
                 ending = isinstance(targets, str) and any(_matches_suffix(target, name) for name, _ in named)
-                hint = f"write [{target}] for a name's ending" if ending else did_you_mean(target, _list_linear_names(base))
+                hint = (
+                    f"write [{target}] for a name's ending"
+                    if ending
+                    else did_you_mean(target, _list_linear_names(base))
+                )
                 raise TargetModulesError(
                     f"method.target_modules {target!r} matches no matrix of {base.config.model_type}; {hint}"
                 )

@@ -48,11 +48,16 @@ class PromptTuning(Method):
         init = {"random": "RANDOM", "text": "TEXT", "vocabulary": "SAMPLE_VOCAB"}[self.prompt_tuning_init]
         text: dict[str, Any] = {}
         if self.prompt_tuning_init == "text":
-            text = {"prompt_tuning_init_text": self.prompt_tuning_init_text, "tokenizer_name_or_path": tokenizer.name_or_path}
+            text = {
+                "prompt_tuning_init_text": self.prompt_tuning_init_text,
+                "tokenizer_name_or_path": tokenizer.name_or_path,
+            }
         config = PromptTuningConfig(
-            task_type="CAUSAL_LM", num_virtual_tokens=self.num_virtual_tokens, prompt_tuning_init=init,  # type: ignore[arg-type]
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=self.num_virtual_tokens,
+            prompt_tuning_init=init,  # type: ignore[arg-type]
             **text,
-        )  # fmt: skip
+        )
         model = get_peft_model(base, config)
         model.forward = partial(_forward_packed, model, model.forward)  # type: ignore[method-assign]
         return model

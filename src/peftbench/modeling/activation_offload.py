@@ -33,7 +33,11 @@ class ActivationOffload(saved_tensors_hooks):
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _OffloadedTensor:
         size = tensor.numel() * tensor.element_size()
-        if tensor.device.type != self._device_type or size < MIN_OFFLOAD_BYTES or tensor.untyped_storage()._cdata in self._parameter_storages:
+        if (
+            tensor.device.type != self._device_type
+            or size < MIN_OFFLOAD_BYTES
+            or tensor.untyped_storage()._cdata in self._parameter_storages
+        ):
             return tensor
         moved = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         moved.copy_(tensor, non_blocking=True)

@@ -48,9 +48,15 @@ def causal_attention(
     if _is_upcast_to_float32(query):
         with generic.maybe_autocast(query.device.type, enabled=False):
             mixed, _none = causal_attention(
-                module, query.float(), key.float(), value.float(), None,
-                documents=documents, dropout=dropout, scaling=scaling,
-            )  # fmt: skip
+                module,
+                query.float(),
+                key.float(),
+                value.float(),
+                None,
+                documents=documents,
+                dropout=dropout,
+                scaling=scaling,
+            )
         return mixed.to(value.dtype), None
     if documents is None:
         return sdpa_attention_forward(module, query, key, value, None, dropout, scaling, True)

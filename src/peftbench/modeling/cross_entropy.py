@@ -133,4 +133,7 @@ def _load_liger() -> CrossEntropySum:
     return summed
 
 
-KERNELS: dict[Kernel, Callable[[], CrossEntropySum]] = {"torch": lambda: chunked_cross_entropy_sum, "liger": _load_liger}
+KERNELS: dict[Kernel, Callable[[], CrossEntropySum]] = {
+    "torch": lambda: chunked_cross_entropy_sum,
+    "liger": _load_liger,
+}

@@ -18,8 +18,14 @@ if TYPE_CHECKING:
 
 _POSITION_KEYS = ("max_position_embeddings", "n_positions")
 _DROPOUT_KEYS = (
-    "resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout", "hidden_dropout", "dropout", "activation_dropout",
-)  # fmt: skip
+    "resid_pdrop",
+    "embd_pdrop",
+    "attn_pdrop",
+    "attention_dropout",
+    "hidden_dropout",
+    "dropout",
+    "activation_dropout",
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,9 @@ def load_config(model_config: Model) -> PreTrainedConfig:
 
     try:
         config = AutoConfig.from_pretrained(
-            _resolve_model_path(model_config), revision=model_config.revision, trust_remote_code=model_config.trust_remote_code
+            _resolve_model_path(model_config),
+            revision=model_config.revision,
+            trust_remote_code=model_config.trust_remote_code,
         )
     except (OSError, ValueError) as error:
         raise _translate_error(model_config, "config", error) from error
@@ -69,7 +77,9 @@ def load_tokenizer(model_config: Model) -> PreTrainedTokenizerBase:
     place = model_config.tokenizer or _resolve_model_path(model_config)
     try:
         return AutoTokenizer.from_pretrained(  # type: ignore[no-any-return]
-            place, revision=None if model_config.tokenizer else model_config.revision, trust_remote_code=model_config.trust_remote_code
+            place,
+            revision=None if model_config.tokenizer else model_config.revision,
+            trust_remote_code=model_config.trust_remote_code,
         )
     except (OSError, ValueError, KeyError) as error:
         raise _translate_error(model_config, "tokenizer", error) from error
@@ -86,7 +96,9 @@ def load_model(model_config: Model, compute_dtype: torch.dtype | None = None) ->
         UnsupportedModelError: the attention implementation asked for is not there, or it is no causal language model.
     """
     if model_config.revision is not None and Path(_resolve_model_path(model_config)).is_dir():
-        raise OutOfRangeError(f"model.revision={model_config.revision!r} is of the hub, and {_resolve_model_path(model_config)} is a folder")
+        raise OutOfRangeError(
+            f"model.revision={model_config.revision!r} is of the hub, and {_resolve_model_path(model_config)} is a folder"
+        )
     config = load_config(model_config)
     tokenizer = load_tokenizer(model_config)
     model = _load_weights(model_config, config, compute_dtype)
@@ -119,9 +131,11 @@ def _build_quantization_kwargs(model_config: Model, compute_dtype: torch.dtype |
     if model_config.quantization == "int8":
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
     config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype or torch.float32,
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=compute_dtype or torch.float32,
         bnb_4bit_use_double_quant=model_config.quantization == "nf4_double",
-    )  # fmt: skip
+    )
     return {"quantization_config": config}
 
 
@@ -152,14 +166,21 @@ def _load_weights(model_config: Model, config: PreTrainedConfig, compute_dtype: 
         if model_config.init == "random":
             return build_from_config(model_config, config)
         loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
-            _resolve_model_path(model_config), config=config, revision=model_config.revision, use_safetensors=True,
-            output_loading_info=True, **quantised, **common,
-        )  # fmt: skip
+            _resolve_model_path(model_config),
+            config=config,
+            revision=model_config.revision,
+            use_safetensors=True,
+            output_loading_info=True,
+            **quantised,
+            **common,
+        )
         model, report = loaded
         if missing := sorted(report["missing_keys"]):  # transformers would warn and make them up
             raise ValueError(f"{len(missing)} of its tensors are missing ({', '.join(missing[:3])})")
     except ImportError as error:
-        raise UnsupportedModelError(f"model.attention={model_config.attention} is not there: {_get_first_line(error)}") from error
+        raise UnsupportedModelError(
+            f"model.attention={model_config.attention} is not there: {_get_first_line(error)}"
+        ) from error
     except (OSError, ValueError, SafetensorError) as error:
         if "Unrecognized configuration class" in str(error):
             raise UnsupportedModelError(
@@ -169,7 +190,9 @@ def _load_weights(model_config: Model, config: PreTrainedConfig, compute_dtype: 
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise
-        raise _translate_error(model_config, "weights", ValueError("their shapes are not those of config.json")) from error
+        raise _translate_error(
+            model_config, "weights", ValueError("their shapes are not those of config.json")
+        ) from error
     return model
 
 
@@ -195,7 +218,11 @@ def _resolve_model_path(model_config: Model) -> str:
 def _translate_error(model_config: Model, component: str, error: Exception) -> ModelNotFoundError | HubUnreachableError:
     """One sentence for what transformers says in many: what was tried, and how to point to a local copy."""
     local = "set model.path to the folder of a local copy (config.json, model.safetensors and tokenizer files)"
-    place = model_config.tokenizer if component == "tokenizer" and model_config.tokenizer else _resolve_model_path(model_config)
+    place = (
+        model_config.tokenizer
+        if component == "tokenizer" and model_config.tokenizer
+        else _resolve_model_path(model_config)
+    )
     if Path(place).is_dir():
         if component == "weights":
             hint = "put model.safetensors there, or set model.init=random for the architecture alone"

@@ -70,7 +70,13 @@ class LabelledLogitsLoss(CausalLMLoss):
     computes_all_logits = False
 
     def __init__(
-        self, base: PreTrainedModel, head: nn.Module, *, head_is_output: bool, use_masks: bool = False, kernel: Kernel = "torch"
+        self,
+        base: PreTrainedModel,
+        head: nn.Module,
+        *,
+        head_is_output: bool,
+        use_masks: bool = False,
+        kernel: Kernel = "torch",
     ) -> None:
         """``is_last``: what the head returns is what the model does. ``kernel`` computes the loss then."""
         super().__init__(base, use_masks=use_masks)
@@ -125,7 +131,9 @@ def select_positions(hidden: torch.Tensor, predictors: torch.Tensor) -> torch.Te
     return hidden.flatten(0, 1).index_select(0, predictors)
 
 
-def _forward_labelled_positions(loss: LabelledLogitsLoss, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+def _forward_labelled_positions(
+    loss: LabelledLogitsLoss, hidden: torch.Tensor, *args: Any, **kwargs: Any
+) -> torch.Tensor:
     """A head's forward pass: (rows, positions, width) in; (1, labelled, vocabulary) or losses out."""
     asked = loss._head_request
     if asked is None:  # a generation's

@@ -19,10 +19,21 @@ from peftbench.modeling.attention import causal_attention, mask_free_attention
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_ALLOWED_ATTENTION_KWARGS = frozenset({
-    "dropout", "scaling", "is_causal", "documents", "position_ids", "position_embeddings", "cache_position",
-    "use_cache", "output_attentions", "output_router_logits", "layer_idx",
-})  # fmt: skip
+_ALLOWED_ATTENTION_KWARGS = frozenset(
+    {
+        "dropout",
+        "scaling",
+        "is_causal",
+        "documents",
+        "position_ids",
+        "position_embeddings",
+        "cache_position",
+        "use_cache",
+        "output_attentions",
+        "output_router_logits",
+        "layer_idx",
+    }
+)
 """What a layer may tell its attention without changing which keys a query looks at."""
 _LENGTH_DEPENDENT_ROPE_TYPES = frozenset({"dynamic", "longrope"})
 """Rotary embeddings whose frequencies depend on the longest sequence of a forward pass."""
@@ -94,7 +105,12 @@ def _check_attention_kwargs(base: PreTrainedModel) -> str | None:
         base(input_ids=ids, position_ids=documents.position_ids, documents=documents, use_cache=False)
     if len(told) != base.config.num_hidden_layers or any(named.get("documents") is None for named in told):
         return "not all of its layers attend through transformers' interface"
-    extra = {name for named in told for name, value in named.items() if value is not None and name not in _ALLOWED_ATTENTION_KWARGS}
+    extra = {
+        name
+        for named in told
+        for name, value in named.items()
+        if value is not None and name not in _ALLOWED_ATTENTION_KWARGS
+    }
     return f"its layers ask their attention for {', '.join(sorted(extra))}" if extra else None
 
 
@@ -106,9 +122,16 @@ def _check_sequence_isolation(base: PreTrainedModel) -> str | None:
     alone = torch.cat([base(input_ids=part[None], use_cache=False).logits[0] for part in parts]).float()
     documents = PackedSequences.from_lengths(_TEST_LENGTHS, device=base.device)
     with mask_free_attention(base):
-        together = base(
-            input_ids=torch.cat(parts)[None], position_ids=documents.position_ids, documents=documents, use_cache=False
-        ).logits[0].float()  # fmt: skip
+        together = (
+            base(
+                input_ids=torch.cat(parts)[None],
+                position_ids=documents.position_ids,
+                documents=documents,
+                use_cache=False,
+            )
+            .logits[0]
+            .float()
+        )
     rounded = getattr(base, "is_quantized", False) or any(p.dtype != torch.float32 for p in base.parameters())
     if (together - alone).norm() > (_LOW_PRECISION_TOLERANCE if rounded else _FLOAT32_TOLERANCE) * alone.norm():
         return "documents that share a row come out otherwise than alone"

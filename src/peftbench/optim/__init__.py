@@ -14,9 +14,23 @@ from peftbench.optim.stochastic_rounding import AdamW8bitBf16, AdamWBf16
 from peftbench.optim.torch_optimizers import SGD, Adafactor, AdamW
 
 __all__ = [
-    "OPTIMIZERS", "SGD", "Adafactor", "AdamW", "AdamW8bit", "AdamW8bitBf16", "AdamW32bit", "AdamWBf16", "AnyOptimizer",
-    "Apollo", "DeepSpeedCPUAdam", "GaLore", "Lion", "Lion8bit", "Optimizer", "PagedAdamW8bit",
-]  # fmt: skip
+    "OPTIMIZERS",
+    "SGD",
+    "Adafactor",
+    "AdamW",
+    "AdamW8bit",
+    "AdamW8bitBf16",
+    "AdamW32bit",
+    "AdamWBf16",
+    "AnyOptimizer",
+    "Apollo",
+    "DeepSpeedCPUAdam",
+    "GaLore",
+    "Lion",
+    "Lion8bit",
+    "Optimizer",
+    "PagedAdamW8bit",
+]
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
     "adamw": AdamW,

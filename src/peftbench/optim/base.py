@@ -71,4 +71,6 @@ class AdamLike(Optimizer):
 
 def tensor_sizes(param_groups: Sequence[dict[str, Any]]) -> list[tuple[int, bool]]:
     """Values of each tensor, and whether it is an embedding's that is kept apart."""
-    return [(parameter.numel(), bool(group.get(EMBEDDINGS_KEY))) for group in param_groups for parameter in group["params"]]
+    return [
+        (parameter.numel(), bool(group.get(EMBEDDINGS_KEY))) for group in param_groups for parameter in group["params"]
+    ]

@@ -46,9 +46,12 @@ class _BitsAndBytes(Optimizer):
         groups += [{"params": [p for p in trained if id(p) in apart], EMBEDDINGS_KEY: True}]
         kind = getattr(bitsandbytes.optim, self.library_class)
         made: torch.optim.Optimizer = kind(
-            [group for group in groups if group["params"]], lr=self.learning_rate, betas=self.betas,
-            weight_decay=self.weight_decay, **self._extra_kwargs(),
-        )  # fmt: skip
+            [group for group in groups if group["params"]],
+            lr=self.learning_rate,
+            betas=self.betas,
+            weight_decay=self.weight_decay,
+            **self._extra_kwargs(),
+        )
         return made
 
     def on_prepared(self, param_groups: Sequence[dict[str, Any]]) -> None:

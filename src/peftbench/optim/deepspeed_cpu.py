@@ -25,9 +25,13 @@ class DeepSpeedCPUAdam(AdamLike):
 
         try:
             made: torch.optim.Optimizer = Adam(
-                list(parameters), lr=self.learning_rate, betas=self.betas, eps=self.eps,
-                weight_decay=self.weight_decay, adamw_mode=True,
-            )  # fmt: skip
+                list(parameters),
+                lr=self.learning_rate,
+                betas=self.betas,
+                eps=self.eps,
+                weight_decay=self.weight_decay,
+                adamw_mode=True,
+            )
         except RuntimeError as error:
             raise OptimizerError(
                 f"deepspeed_cpu_adam could not be compiled ({str(error).splitlines()[0]}); install g++ and ninja, or "

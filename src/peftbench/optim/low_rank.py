@@ -44,12 +44,20 @@ class _LowRank(AdamLike):
         apart = {id(parameter) for parameter in embeddings}
         matrices = [p for p in trained if p.ndim == 2 and id(p) not in apart and min(p.shape) > self.rank]
         chosen = {id(parameter) for parameter in matrices}
-        projected = {"params": matrices, "rank": self.rank, "update_proj_gap": self.update_gap, **self._projection_kwargs()}
+        projected = {
+            "params": matrices,
+            "rank": self.rank,
+            "update_proj_gap": self.update_gap,
+            **self._projection_kwargs(),
+        }
         rest = {"params": [parameter for parameter in trained if id(parameter) not in chosen]}
         made: torch.optim.Optimizer = self._get_library_class(library)(
-            [group for group in (projected, rest) if group["params"]], lr=self.learning_rate, betas=self.betas,
-            eps=self.eps, weight_decay=self.weight_decay,
-        )  # fmt: skip
+            [group for group in (projected, rest) if group["params"]],
+            lr=self.learning_rate,
+            betas=self.betas,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+        )
         return made
 
     @abstractmethod

@@ -39,11 +39,17 @@ class _StochasticRounding(AdamLike):
         apart = {id(parameter) for parameter in embeddings} if self._has_32bit_embeddings() else set()
         groups: list[dict[str, Any]] = [{"params": [p for p in trained if id(p) not in apart]}]
         groups += [{"params": [p for p in trained if id(p) in apart], EMBEDDINGS_KEY: True}]
-        kind = _build_subclass(getattr(torchao.optim, self.library_class), apart, all(parameter.is_cuda for parameter in trained))
+        kind = _build_subclass(
+            getattr(torchao.optim, self.library_class), apart, all(parameter.is_cuda for parameter in trained)
+        )
         made: torch.optim.Optimizer = kind(
-            [group for group in groups if group["params"]], lr=self.learning_rate, betas=self.betas, eps=self.eps,
-            weight_decay=self.weight_decay, bf16_stochastic_round=True,
-        )  # fmt: skip
+            [group for group in groups if group["params"]],
+            lr=self.learning_rate,
+            betas=self.betas,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            bf16_stochastic_round=True,
+        )
         return made
 
     def _has_32bit_embeddings(self) -> bool:

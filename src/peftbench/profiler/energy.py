@@ -97,7 +97,9 @@ class NoEnergy:
         """Nothing to look at."""
 
 
-def build_energy_meter(device: torch.device, *, reads_cpu_counters: bool = True, powercap_dir: Path = POWERCAP_DIR) -> EnergyMeter:
+def build_energy_meter(
+    device: torch.device, *, reads_cpu_counters: bool = True, powercap_dir: Path = POWERCAP_DIR
+) -> EnergyMeter:
     """The meter of what ``device`` is.
 
     Processors are shared: only one process of a machine ``counts`` them, and the others say 0.

@@ -70,9 +70,12 @@ def _list_extra_formulas() -> list[tuple[Any, Any]]:
     ]
     if sys.modules.get("bitsandbytes") is not None:  # its kernels are torch's to call once it was imported
         formulas = {
-            "gemm_4bit": _packed_mm_flop, "gemv_4bit": _packed_mm_flop, "int8_linear_matmul": _int8_mm_flop,
-            "int8_scaled_mm": _int8_mm_flop, "int8_mixed_scaled_mm": _mixed_int8_mm_flop,
-        }  # fmt: skip
+            "gemm_4bit": _packed_mm_flop,
+            "gemv_4bit": _packed_mm_flop,
+            "int8_linear_matmul": _int8_mm_flop,
+            "int8_scaled_mm": _int8_mm_flop,
+            "int8_mixed_scaled_mm": _mixed_int8_mm_flop,
+        }
         kernels = torch.ops.bitsandbytes  # another version may lack one
         known += [(getattr(kernels, name), formula) for name, formula in formulas.items() if hasattr(kernels, name)]
     return known

@@ -56,9 +56,12 @@ class MatmulCost:
 def _get_unit_count(unit: FlopUnit, flop_units: FlopUnits) -> int:
     """How often ``work`` has the unit."""
     return {
-        "position": flop_units.positions, "pair": flop_units.pairs, "causal_pair": flop_units.causal_pairs, "label": flop_units.labelled,
+        "position": flop_units.positions,
+        "pair": flop_units.pairs,
+        "causal_pair": flop_units.causal_pairs,
+        "label": flop_units.labelled,
         "column": flop_units.columns,
-    }[unit]  # fmt: skip
+    }[unit]
 
 
 @dataclass(frozen=True)
@@ -73,12 +76,15 @@ class FlopCost:
         """FLOPs that training on ``work`` needs: real positions, causal pairs, the head at labels."""
         return sum(
             (p.forward_flops + p.backward_flops) * _get_unit_count(p.model_unit or p.unit, flop_units)
-            for p in self.matmuls if p.unit != "column"
-        )  # fmt: skip
+            for p in self.matmuls
+            if p.unit != "column"
+        )
 
     def compute_hardware_flops(self, flop_units: FlopUnits) -> int:
         """FLOPs that ``work`` takes."""
-        once = sum((p.forward_flops + p.hardware_backward_flops) * _get_unit_count(p.unit, flop_units) for p in self.matmuls)
+        once = sum(
+            (p.forward_flops + p.hardware_backward_flops) * _get_unit_count(p.unit, flop_units) for p in self.matmuls
+        )
         return once + sum(p.forward_flops * _get_unit_count(p.unit, flop_units) for p in self.recomputed_matmuls)
 
 
@@ -98,7 +104,12 @@ _SUPPORTED_ATTENTION = frozenset({"sdpa", "eager", "peftbench_causal"})
 
 
 def count_flops(
-    model: nn.Module, base_model: PreTrainedModel, *, virtual_tokens: int, gradient_checkpointing: bool, computes_all_logits: bool
+    model: nn.Module,
+    base_model: PreTrainedModel,
+    *,
+    virtual_tokens: int,
+    gradient_checkpointing: bool,
+    computes_all_logits: bool,
 ) -> FlopCost:
     """List the products of ``model``, which a method made from ``base``, in one forward pass of a few tokens.
 
@@ -109,11 +120,15 @@ def count_flops(
     """
     if base_model.config._attn_implementation not in _SUPPORTED_ATTENTION:
         raise UnsupportedFlopsError(f"attention as {base_model.config._attn_implementation}")
-    trace = _MatmulTracer(base_model, _NUM_TRACE_TOKENS + virtual_tokens, head_unit="position" if computes_all_logits else "label")
+    trace = _MatmulTracer(
+        base_model, _NUM_TRACE_TOKENS + virtual_tokens, head_unit="position" if computes_all_logits else "label"
+    )
     tokens = torch.zeros((1, _NUM_TRACE_TOKENS), dtype=torch.long, device=next(model.parameters()).device)
     with torch.enable_grad(), _track_blocks(base_model, trace), _record_quantized_layers(base_model, trace), trace:
         model(input_ids=tokens, use_cache=False)
-    return FlopCost(tuple(trace.iter_matmuls()), tuple(trace.iter_recomputed_matmuls()) if gradient_checkpointing else ())
+    return FlopCost(
+        tuple(trace.iter_matmuls()), tuple(trace.iter_recomputed_matmuls()) if gradient_checkpointing else ()
+    )
 
 
 @contextmanager
@@ -146,7 +161,9 @@ def _record_quantized_layers(base_model: PreTrainedModel, tracer: _MatmulTracer)
     def left(*_: Any) -> None:
         tracer.is_muted = False
 
-    layers = [m for m in base_model.modules() if isinstance(m, nn.Linear) and type(m).__module__.startswith("bitsandbytes.")]
+    layers = [
+        m for m in base_model.modules() if isinstance(m, nn.Linear) and type(m).__module__.startswith("bitsandbytes.")
+    ]
     handles = [layer.register_forward_pre_hook(entered) for layer in layers]
     handles += [layer.register_forward_hook(left) for layer in layers]
     try:
@@ -158,19 +175,52 @@ def _record_quantized_layers(base_model: PreTrainedModel, tracer: _MatmulTracer)
 
 # Functions that keep nothing for the backward pass: only what comes before the last one that does is computed again.
 _OPS_WITHOUT_SAVED_TENSORS = {
-    "add", "add_", "__add__", "__iadd__", "__radd__", "__get__", "view", "reshape", "transpose", "permute",
-    "contiguous", "size", "dim", "split", "unsqueeze", "expand", "to", "detach", "is_floating_point", "requires_grad_",
-}  # fmt: skip
+    "add",
+    "add_",
+    "__add__",
+    "__iadd__",
+    "__radd__",
+    "__get__",
+    "view",
+    "reshape",
+    "transpose",
+    "permute",
+    "contiguous",
+    "size",
+    "dim",
+    "split",
+    "unsqueeze",
+    "expand",
+    "to",
+    "detach",
+    "is_floating_point",
+    "requires_grad_",
+}
 _UNSUPPORTED_MATMULS = {
-    "einsum", "bilinear", "tensordot", "mv", "addmv", "dot", "inner", "outer", "ger", "addr", "vdot", "multi_dot",
-    "chain_matmul", "multi_head_attention_forward", "cdist",
-}  # fmt: skip
+    "einsum",
+    "bilinear",
+    "tensordot",
+    "mv",
+    "addmv",
+    "dot",
+    "inner",
+    "outer",
+    "ger",
+    "addr",
+    "vdot",
+    "multi_dot",
+    "chain_matmul",
+    "multi_head_attention_forward",
+    "cdist",
+}
 
 
 def _is_unsupported_matmul(func: Any, name: str) -> bool:
     """Whether a function is a product that is not known here, by what torch calls such; kernels of others all are."""
     foreign = isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)) and "aten" not in str(func)
-    return foreign or name in _UNSUPPORTED_MATMULS or name.endswith("mm") or name.startswith("conv") or "attention" in name
+    return (
+        foreign or name in _UNSUPPORTED_MATMULS or name.endswith("mm") or name.startswith("conv") or "attention" in name
+    )
 
 
 class _MatmulTracer(TorchFunctionMode):
@@ -219,7 +269,9 @@ class _MatmulTracer(TorchFunctionMode):
             raise NonLinearFlopsError
         forward = 2 * in_features * out_features
         backward = forward * inputs.requires_grad
-        self._recorded_calls.append((self.block_index, [MatmulCost(forward, backward, backward, "position", self.block_index)]))
+        self._recorded_calls.append(
+            (self.block_index, [MatmulCost(forward, backward, backward, "position", self.block_index)])
+        )
 
     def _find_matmuls(self, func: Any, name: str, args: Any, kwargs: Any) -> list[MatmulCost]:
         if func is functional.linear:
@@ -228,7 +280,11 @@ class _MatmulTracer(TorchFunctionMode):
             return [self._build_linear_cost(args[1], args[2], args[2].shape[0])]
         if func is functional.scaled_dot_product_attention:
             query, key, value = args[:3]
-            return [self._build_attention_cost(query, key, value, kwargs.get("dropout_p", 0.0), kwargs.get("is_causal", False))]
+            return [
+                self._build_attention_cost(
+                    query, key, value, kwargs.get("dropout_p", 0.0), kwargs.get("is_causal", False)
+                )
+            ]
         if name in {"matmul", "__matmul__", "mm", "bmm"}:
             return [self._build_matmul_cost(args[0], args[1])]
         if _is_unsupported_matmul(func, name):

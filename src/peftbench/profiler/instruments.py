@@ -66,7 +66,9 @@ def build_instruments(
     book = None
     if memory_breakdown_step is not None:
         there = None if device.type == "cpu" else device.type
-        book = MemoryTracker(model, optimizer, vocab_size, get_step_part, get_engine_buffers=get_engine_buffers, device_type=there)
+        book = MemoryTracker(
+            model, optimizer, vocab_size, get_step_part, get_engine_buffers=get_engine_buffers, device_type=there
+        )
     # Where checkpointing stops computing again, by an exception, torch 2.11 cannot look at Python's stack: the backward
     # pass would end with a SystemError.
     history = device.type == "cuda" and torch.cuda.get_allocator_backend() == "native" and not gradient_checkpointing

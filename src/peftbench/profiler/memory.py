@@ -66,7 +66,9 @@ class CudaMemoryMeter:
             allocated_bytes=_get_peak(told, "allocated_bytes"),
             reserved_bytes=_get_peak(told, "reserved_bytes"),
             inactive_split_bytes=_get_peak(told, "inactive_split_bytes"),
-            num_alloc_retries=None if before is None or self._last_num_alloc_retries is None else self._last_num_alloc_retries - before,
+            num_alloc_retries=None
+            if before is None or self._last_num_alloc_retries is None
+            else self._last_num_alloc_retries - before,
         )
 
     def read_process_bytes(self) -> int | None:

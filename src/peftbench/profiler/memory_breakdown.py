@@ -24,13 +24,27 @@ from torch.utils._pytree import tree_leaves
 from peftbench.profiler.memory import iter_tensors, local_shard
 
 MemoryCategory = Literal[
-    "weights", "gathered_weights", "weight_copies", "gradients", "buckets", "optimizer_state", "activations", "logits",
+    "weights",
+    "gathered_weights",
+    "weight_copies",
+    "gradients",
+    "buckets",
+    "optimizer_state",
+    "activations",
+    "logits",
     "temporaries",
-]  # fmt: skip
+]
 MEMORY_CATEGORIES: tuple[MemoryCategory, ...] = (
-    "weights", "gathered_weights", "weight_copies", "gradients", "buckets", "optimizer_state", "activations", "logits",
+    "weights",
+    "gathered_weights",
+    "weight_copies",
+    "gradients",
+    "buckets",
+    "optimizer_state",
+    "activations",
+    "logits",
     "temporaries",
-)  # fmt: skip
+)
 
 
 @dataclass
@@ -138,7 +152,9 @@ class MemoryTracker(TorchDispatchMode):
         numbers: dict[int, int] = {}
         for index, (storage, sign, operation, part) in enumerate(self._event_log):
             number = numbers.setdefault(id(storage), len(numbers))
-            yield MemoryEvent(number, storage.nbytes, sign > 0, storage.category, operation, part, index >= self._mark_index)
+            yield MemoryEvent(
+                number, storage.nbytes, sign > 0, storage.category, operation, part, index >= self._mark_index
+            )
 
     def find_peak(self) -> MemoryPeak:
         """The largest sum of the book, after its mark."""
@@ -300,7 +316,9 @@ class MemoryTracker(TorchDispatchMode):
         else:
             self._forward_storages.pop(id(before), None)
             self._event_log.append((before, -1, self._operation, self.get_step_part()))
-        after = self._live_storages[key] = _TrackedStorage(storage.nbytes(), before.category if before else "temporaries")
+        after = self._live_storages[key] = _TrackedStorage(
+            storage.nbytes(), before.category if before else "temporaries"
+        )
         self._event_log.append((after, 1, self._operation, self.get_step_part()))
 
     def _on_release(self, key: int, _: object) -> None:

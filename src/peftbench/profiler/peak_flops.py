@@ -48,7 +48,11 @@ def get_peak_flops(device_name: str, precision: str) -> float | None:
     """The data sheet's FLOP/s of the device called ``name``, None where it is not in the table."""
     if " MIG " in device_name:  # a slice of a device
         return None
-    found = [peaks for beginning, peaks in PEAK_FLOPS.items() if device_name == beginning or device_name.startswith(f"{beginning}-")]
+    found = [
+        peaks
+        for beginning, peaks in PEAK_FLOPS.items()
+        if device_name == beginning or device_name.startswith(f"{beginning}-")
+    ]
     return found[0].get(precision) if found else None
 
 
@@ -59,7 +63,9 @@ def measure_matmul_flops(device: torch.device, precision: str) -> float | None:
     """
     size = _MATRIX_SIZES.get(device.type, 1024)
     try:
-        return _measure_best(device, *(torch.rand((size, size), device=device).to(_DTYPES[precision]) for _ in range(3)))
+        return _measure_best(
+            device, *(torch.rand((size, size), device=device).to(_DTYPES[precision]) for _ in range(3))
+        )
     except RuntimeError:  # out of memory, in one of its forms: the run itself went well and left no room
         return None
 

@@ -98,7 +98,9 @@ class Probe:
 
     @contextmanager
     def training(
-        self, untimed_steps: int, get_step_context: Callable[[int], AbstractContextManager[None] | None] = _no_step_context
+        self,
+        untimed_steps: int,
+        get_step_context: Callable[[int], AbstractContextManager[None] | None] = _no_step_context,
     ) -> Iterator[None]:
         """The training loop: its first steps are the phase ``warmup``, in no other figure; the rest is ``train``.
 
@@ -177,12 +179,14 @@ class Probe:
             if scope.peak is not None:
                 memory[scope.name] = max_memory(memory.get(scope.name), scope.peak)
         return {
-            "phase_seconds": seconds, "phase_joules": joules,
-            "step_seconds": list(self.step_seconds), "timed": list(self.timed_mask),
+            "phase_seconds": seconds,
+            "phase_joules": joules,
+            "step_seconds": list(self.step_seconds),
+            "timed": list(self.timed_mask),
             "timed_steps": {str(step): parts for step, parts in self.part_timed_steps.items()},
             "memory": {name: peak.model_dump() for name, peak in memory.items()},
             "step_memory": {name: memory.model_dump() for name, memory in self.step_memory.items()},
-        }  # fmt: skip
+        }
 
     def close_open_phases(self) -> None:
         """Keep what was measured of a phase that nothing will end, without waiting for the device."""
@@ -190,7 +194,9 @@ class Probe:
             scope.peak = max_memory(scope.peak, self.memory_meter.lap())
             self.memory[scope.name] = max_memory(self.memory.get(scope.name), scope.peak)
         if (phase := self.current_phase) is not None:
-            seconds = time.perf_counter() - self._phase_start - (self._paused_seconds - self._paused_seconds_at_phase_start)
+            seconds = (
+                time.perf_counter() - self._phase_start - (self._paused_seconds - self._paused_seconds_at_phase_start)
+            )
             self.phase_seconds[phase] = self.phase_seconds.get(phase, 0.0) + seconds
 
     @contextmanager

@@ -29,9 +29,11 @@ def compute_throughput(
         step_seconds_p10=low,
         step_seconds_p90=high,
         samples_per_second=global_batch_size * len(step_seconds) / train_seconds,
-        tokens_per_second=TokensPerSecond(**{
-            kind: sum(getattr(count, kind) for count in token_counts) / train_seconds
-            for kind in TokensPerSecond.model_fields
-        }),
+        tokens_per_second=TokensPerSecond(
+            **{
+                kind: sum(getattr(count, kind) for count in token_counts) / train_seconds
+                for kind in TokensPerSecond.model_fields
+            }
+        ),
         data_time_fraction=max(0.0, 1 - sum(step_seconds) / train_seconds),
-    )  # fmt: skip
+    )

@@ -32,9 +32,21 @@ from peftbench.optim import OPTIMIZERS
 from peftbench.recipe.schema import Recipe
 
 EXTENDS_KEY = "extends"
-_KIND_REGISTRIES: dict[str, Mapping[str, type[ConfigSection]]] = {"method": METHOD_KINDS, "source": SOURCES, "optimizer": OPTIMIZERS}
+_KIND_REGISTRIES: dict[str, Mapping[str, type[ConfigSection]]] = {
+    "method": METHOD_KINDS,
+    "source": SOURCES,
+    "optimizer": OPTIMIZERS,
+}
 _TYPE_DESCRIPTIONS = {"a valid array": "a list", "an object": "a group of knobs", "a valid tuple": "a list"}
-_OUT_OF_RANGE_ERRORS = ("greater_than", "less_than", "too_short", "overlong", "finite_number", "value_error", "literal_error")
+_OUT_OF_RANGE_ERRORS = (
+    "greater_than",
+    "less_than",
+    "too_short",
+    "overlong",
+    "finite_number",
+    "value_error",
+    "literal_error",
+)
 
 
 def load_recipe(files: Sequence[Path], overrides: Sequence[str] = ()) -> Recipe:

@@ -278,7 +278,9 @@ class Recipe(ConfigSection):
                 f"{self.method.kind} has none; use last_layer with method.head=untied, or set train.feature_cache=null"
             )
         if self.data.label_padding or self.train.logits == "all":
-            other = "data.label_padding=true labels padding" if self.data.label_padding else "train.logits=all wants more"
+            other = (
+                "data.label_padding=true labels padding" if self.data.label_padding else "train.logits=all wants more"
+            )
             raise ValueError(
                 f"train.feature_cache keeps hidden states of each example's labelled positions, and {other}; set one of "
                 "the two to its default"

@@ -28,9 +28,14 @@ SCHEMA_VERSION = 1
 RECORD_FILE = "record.json"
 
 REQUIRED_KEYS = (
-    "method.kind", "train.seed", "data.seed",
-    "train.global_batch_size", "train.precision", "data.max_length", "data.label_padding",
-)  # fmt: skip
+    "method.kind",
+    "train.seed",
+    "data.seed",
+    "train.global_batch_size",
+    "train.precision",
+    "data.max_length",
+    "data.label_padding",
+)
 """Knobs that every recipe has, and without which a run can be compared with none."""
 
 OutcomeKind = Literal["ok", "oom", "diverged", "preempted", "failed"]

@@ -33,7 +33,7 @@ def check_record(record: RunRecord) -> Iterator[str]:
     step = record.flops.counted_step
     if step is not None and step.closed_form_flops is not None and step.counted_flops != step.closed_form_flops:
         yield (
-            f"step {step.step_seconds} executed {step.counted_flops:,} FLOPs by torch's count and {step.closed_form_flops:,} in closed "
+            f"step {step.step} executed {step.counted_flops:,} FLOPs by torch's count and {step.closed_form_flops:,} in closed "
             "form, which misses something: the FLOPs of this run are not exact"
         )
 
@@ -69,8 +69,14 @@ def _compute_excess_ratio(slow: _RunTiming, fast: _RunTiming) -> float:
 def _compute_time_ratio(slow: _RunTiming, fast: _RunTiming) -> float:
     """How many times as long the first took, in what is judged of the two; 0 where nothing is."""
     if slow.trainable_parameters > fast.trainable_parameters:
-        return slow.forward_backward_seconds / fast.forward_backward_seconds if fast.forward_backward_seconds and slow.timed_steps == fast.timed_steps else 0.0
-    return slow.step_seconds / fast.step_seconds if fast.step_seconds else 0.0  # a clock may not have ticked within a step
+        return (
+            slow.forward_backward_seconds / fast.forward_backward_seconds
+            if fast.forward_backward_seconds and slow.timed_steps == fast.timed_steps
+            else 0.0
+        )
+    return (
+        slow.step_seconds / fast.step_seconds if fast.step_seconds else 0.0
+    )  # a clock may not have ticked within a step
 
 
 def _describe_slow_run(slow: _RunTiming, fast: _RunTiming, num_others: int) -> str:
@@ -99,9 +105,13 @@ class _RunTiming:
         assert record.throughput is not None
         assert record.flops.hardware_flops is not None
         return cls(
-            record.name, record.parameters.trainable if record.parameters else 0, record.part_timed_steps,
-            record.throughput.step_seconds_median, _sum_forward_backward_seconds(record), record.flops.hardware_flops / record.steps,
-        )  # fmt: skip
+            record.name,
+            record.parameters.trainable if record.parameters else 0,
+            record.part_timed_steps,
+            record.throughput.step_seconds_median,
+            _sum_forward_backward_seconds(record),
+            record.flops.hardware_flops / record.steps,
+        )
 
 
 def _build_comparison_key(record: RunRecord) -> str:
@@ -121,6 +131,10 @@ def _list_batch_settings(record: RunRecord) -> list[object]:
     """What decides which examples stand in which step."""
     train, data = record.recipe["train"], record.recipe["data"]
     return [
-        record.data_fingerprint, record.steps, train["seed"], train["global_batch_size"], train.get("micro_batch_size"),
+        record.data_fingerprint,
+        record.steps,
+        train["seed"],
+        train["global_batch_size"],
+        train.get("micro_batch_size"),
         data["seed"],
-    ]  # fmt: skip
+    ]

@@ -22,7 +22,9 @@ NAMING_KEYS = frozenset({"name", "output_dir"})
 _MAX_FILE_NAME_CHARS = 100
 """Characters of a recipe's file name, at most."""
 
-_SAVE_RECIPE_SCRIPT = 'import json,sys; json.dump(json.load(open(sys.argv[1]))["recipe"], open(sys.argv[2], "x"), ensure_ascii=False)'
+_SAVE_RECIPE_SCRIPT = (
+    'import json,sys; json.dump(json.load(open(sys.argv[1]))["recipe"], open(sys.argv[2], "x"), ensure_ascii=False)'
+)
 
 # OmegaConf would resolve what the recipe has as text, so backslashes go before it: twice as many in JSON's writing.
 _SAVE_ESCAPED_RECIPE_SCRIPT = (
@@ -58,7 +60,10 @@ def recipe_settings(records: Sequence[RunRecord]) -> list[Setting]:
     """Every knob of any of the recipes (dotted), in their order; a run that has no such knob counts under "–"."""
     flat = [dict(flatten(record.recipe)) for record in records]
     names = dict.fromkeys(name for one in flat for name in one if name not in NAMING_KEYS)
-    return [Setting(name, _count_values([_format_value(one[name]) if name in one else "–" for one in flat])) for name in names]
+    return [
+        Setting(name, _count_values([_format_value(one[name]) if name in one else "–" for one in flat]))
+        for name in names
+    ]
 
 
 def environment_settings(records: Sequence[RunRecord]) -> list[Setting]:
@@ -72,13 +77,18 @@ def _environment_facts(record: RunRecord) -> dict[str, str | None]:
     device, engine = record.device, record.engine
     memory = None if device.memory_bytes is None else f"{device.memory_bytes:,} bytes"
     return {
-        "device": f"{device.name} ({device.type})", "processes": str(device.num_processes), "device memory": memory,
+        "device": f"{device.name} ({device.type})",
+        "processes": str(device.num_processes),
+        "device memory": memory,
         "engine": engine.name if engine else "none",
         "arithmetic": engine.mixed_precision if engine else "none",
-        "model": record.model_fingerprint or "none", "data": record.data_fingerprint,
-        "examples": json.dumps(record.num_examples), "evaluated on": record.quality.split if record.quality else "nothing",
-        "commit": record.git_commit, **record.library_versions,
-    }  # fmt: skip
+        "model": record.model_fingerprint or "none",
+        "data": record.data_fingerprint,
+        "examples": json.dumps(record.num_examples),
+        "evaluated on": record.quality.split if record.quality else "nothing",
+        "commit": record.git_commit,
+        **record.library_versions,
+    }
 
 
 def _count_values(values: Sequence[str]) -> dict[str, int]:
@@ -105,7 +115,11 @@ def reproduce_commands(record: RunRecord, record_path: Path) -> list[str]:
     not know how to read a recipe from a record. A file that is there already is not written over.
     """
     recipe = f"../{_safe_file_name(record.name)}.json"
-    lines = [shlex.join(["python", "-X", "utf8", "-c", _select_save_script(record), str(_relative_to_cwd(record_path)), recipe])]
+    lines = [
+        shlex.join(
+            ["python", "-X", "utf8", "-c", _select_save_script(record), str(_relative_to_cwd(record_path)), recipe]
+        )
+    ]
     if record.git_commit is not None:
         lines.append(_checkout_command(record.git_commit))
     lines.append("pip install -c constraints.txt -e .")

@@ -44,15 +44,27 @@ def _quality_sentences(comparison_set: ComparisonSet) -> list[str]:
     figure, there = comparison_set.pair_comparisons[0].metric, comparison_set.comparable_groups
     reference, chosen = _select_reference(there)
     others = [
-        found for one in there
-        if (one.is_trained or not reference.is_trained) and (found := comparison_set.between(one, reference)) is not None
-    ]  # fmt: skip
+        found
+        for one in there
+        if (one.is_trained or not reference.is_trained)
+        and (found := comparison_set.between(one, reference)) is not None
+    ]
     picked = {one for found in comparison_set.pair_comparisons for one in (found.first, found.second)}
     better = "higher" if figure.higher_is_better else "lower"
     return [
         f"Compared by {figure.name} ({better} is better) with {reference.label}{chosen}",
-        *_truncate_sentences([_quality_sentence(found) + cost_clause(found.first, reference) for found in others], len(there) - len(picked)),
-        *filter(None, (_baseline_sentence(o, comparison_set) for o in there if o in picked and reference.is_trained and not o.is_trained)),
+        *_truncate_sentences(
+            [_quality_sentence(found) + cost_clause(found.first, reference) for found in others],
+            len(there) - len(picked),
+        ),
+        *filter(
+            None,
+            (
+                _baseline_sentence(o, comparison_set)
+                for o in there
+                if o in picked and reference.is_trained and not o.is_trained
+            ),
+        ),
         _interval_sentence(comparison_set),
     ]
 
@@ -61,7 +73,9 @@ def _commit_sentences(groups: Sequence[RunGroup]) -> list[str]:
     """That code may differ within a configuration, as nothing but seeds should."""
     commits = {one.label: {run.git_commit for run in one.ok_runs if run.git_commit is not None} for one in groups}
     several = [label for label, known in commits.items() if len(known) > 1]
-    which = f"the runs of each may differ in more than seeds: {join_with_and(truncate_list(several))}" if several else ""
+    which = (
+        f"the runs of each may differ in more than seeds: {join_with_and(truncate_list(several))}" if several else ""
+    )
     return [f"Made by more than one commit, so that {which}"] if several else []
 
 
@@ -88,11 +102,17 @@ def _quality_sentence(comparison: PairComparison) -> str:
         return f"{first} is {which} than {second} by {by} {unit} (interval {low} to {high})"
     low, high = round_outward(interval, digits)
     within = max((low.removeprefix("-"), high.removeprefix("-")), key=float)
-    by_seeds_alone = comparison.interval_over_seeds and comparison.interval_over_examples.excludes_zero and not comparison.interval_over_seeds.excludes_zero
+    by_seeds_alone = (
+        comparison.interval_over_seeds
+        and comparison.interval_over_examples.excludes_zero
+        and not comparison.interval_over_seeds.excludes_zero
+    )
     why = "not significant" + (f" over {comparison.num_seeds} seeds" if by_seeds_alone else "")
     mean, low, high = _with_sign(format_decimal(interval.mean, digits)), _with_sign(low), _with_sign(high)
     if float(within) >= comparison.metric.max_difference:
-        few = f"{comparison.num_seeds} seeds" if comparison.interval_over_seeds else f"{comparison.num_examples} examples"
+        few = (
+            f"{comparison.num_seeds} seeds" if comparison.interval_over_seeds else f"{comparison.num_examples} examples"
+        )
         return f"{first} cannot be told apart from {second} (difference {mean}; of {few} the interval leaves the scale)"
     return f"{first} is within {within} {unit} of {second} (difference {mean}, interval {low} to {high}; {why})"
 
@@ -104,9 +124,10 @@ def _with_sign(text: str) -> str:
 def _baseline_sentence(baseline: RunGroup, comparison_set: ComparisonSet) -> str:
     """Which of the trained configurations differ from one that trains nothing; empty where none was compared."""
     found = [
-        between for one in comparison_set.comparable_groups
+        between
+        for one in comparison_set.comparable_groups
         if one.is_trained and (between := comparison_set.between(one, baseline)) is not None
-    ]  # fmt: skip
+    ]
     better = [one for one in found if one.better_group is one.first]
     worse = [one for one in found if one.better_group is baseline]
     said = [_better_or_worse_clause(which, than) for which, than in ((better, "better"), (worse, "worse")) if which]
@@ -129,18 +150,24 @@ def _better_or_worse_clause(pair_comparisons: Sequence[PairComparison], directio
     """Several that differ from one in the same direction, by the least that the intervals leave of any of them."""
     figure, than = pair_comparisons[0].metric, pair_comparisons[0].second.label
     least = min(min(abs(one.interval.low), abs(one.interval.high)) for one in pair_comparisons)
-    digits = max(figure.decimals, decimal_places(round_outward(Interval(mean=least, low=least, high=least), figure.decimals)[0]))
-    which = f"{join_with_and([one.first.label for one in pair_comparisons])} {'are' if len(pair_comparisons) > 1 else 'is'}"
+    digits = max(
+        figure.decimals, decimal_places(round_outward(Interval(mean=least, low=least, high=least), figure.decimals)[0])
+    )
+    which = (
+        f"{join_with_and([one.first.label for one in pair_comparisons])} {'are' if len(pair_comparisons) > 1 else 'is'}"
+    )
     return f"{which} {direction} than {than}, by {format_decimal(least, digits, ROUND_FLOOR)} {figure.unit} at least"
 
 
 def _interval_sentence(comparison_set: ComparisonSet) -> str:
     """What kind of intervals those are, said once."""
-    count = f"all {comparison_set.num_comparisons:,} comparisons together" if comparison_set.num_comparisons > 1 else "the one comparison"
-    how = "paired bootstrap" if comparison_set.uses_bootstrap else "Student's t of paired differences"
-    said = (
-        f"Intervals hold with {100 * (1 - ALPHA):.3g} % for {count}: {how} over {comparison_set.num_examples:,} held-out examples"
+    count = (
+        f"all {comparison_set.num_comparisons:,} comparisons together"
+        if comparison_set.num_comparisons > 1
+        else "the one comparison"
     )
+    how = "paired bootstrap" if comparison_set.uses_bootstrap else "Student's t of paired differences"
+    said = f"Intervals hold with {100 * (1 - ALPHA):.3g} % for {count}: {how} over {comparison_set.num_examples:,} held-out examples"
     trained = [one for one in comparison_set.pair_comparisons if one.first.is_trained or one.second.is_trained]
     seeds = sorted({one.num_seeds for one in trained})
     if not seeds:

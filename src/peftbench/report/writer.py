@@ -55,7 +55,12 @@ def write_report(
     said, told = summarize(rows, compared), collect_notes(sort_records(rows))
     data = build_downloads(rows, said, told)
     results = markdown_report(rows, title, said, told)
-    shown = render_page(build_page_data(records, title, said, comparison_set=compared, note_lines=told, unfinished_runs=unfinished_runs), data)
+    shown = render_page(
+        build_page_data(
+            records, title, said, comparison_set=compared, note_lines=told, unfinished_runs=unfinished_runs
+        ),
+        data,
+    )
     # All is made before anything is written, so that what lies there is of one report.
     for one in data.values():
         write_atomically(output_dir / one["name"], one["text"])

@@ -29,11 +29,17 @@ class TrainingCheckpointer:
     def __init__(self, run: Run, adapted_model: AdaptedModel) -> None:
         self.run, self.adapted_model = run, adapted_model
         origin = CheckpointMetadata(
-            run.requested_recipe.fingerprint(), str(adapted_model.base.fingerprint), str(run.data_fingerprint), run.engine.name,
-            run.accelerator.num_processes, run.accelerator.device.type,
+            run.requested_recipe.fingerprint(),
+            str(adapted_model.base.fingerprint),
+            str(run.data_fingerprint),
+            run.engine.name,
+            run.accelerator.num_processes,
+            run.accelerator.device.type,
             {name: version for name, version in get_library_versions().items() if name not in {"datasets", "evaluate"}},
-        )  # fmt: skip
-        self.checkpoint_manager = CheckpointManager(run.accelerator, run.run_dir, origin, run.recipe.checkpoint.keep_latest)
+        )
+        self.checkpoint_manager = CheckpointManager(
+            run.accelerator, run.run_dir, origin, run.recipe.checkpoint.keep_latest
+        )
         self.resume_step = 0
         """Steps that were there when this process began."""
         self.last_saved_step: int | None = None
@@ -100,13 +106,18 @@ class TrainingCheckpointer:
         if self.last_saved_step == step:
             return
         looked, found = run.instruments, build_memory_breakdown(run)
-        counted = looked.flop_counter.total_flops if looked and looked.flop_counter else run.resumed_measurements.get("counted")
+        counted = (
+            looked.flop_counter.total_flops
+            if looked and looked.flop_counter
+            else run.resumed_measurements.get("counted")
+        )
         state = capture_state(run.accelerator, training, self.adapted_model.model, run.progress)
         with run.probe.exclude_memory():
             state |= {
-                "probe": run.probe.state_dict(), "resumed_after": run.resumed_after,
+                "probe": run.probe.state_dict(),
+                "resumed_after": run.resumed_after,
                 "kept": {"counted": counted, "breakdown": found.model_dump() if found else None},
-            }  # fmt: skip
+            }
             start = time.perf_counter()
             self.checkpoint_manager.save(step, state)
             self.save_seconds = time.perf_counter() - start

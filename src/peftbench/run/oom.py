@@ -23,9 +23,13 @@ if TYPE_CHECKING:
     from peftbench.recipe.schema import Recipe
 
 _OOM_MESSAGES = (
-    "DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED", "std::bad_alloc", "Cannot allocate memory",
-)  # fmt: skip
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "std::bad_alloc",
+    "Cannot allocate memory",
+)
 """How memory is refused outside of torch's CUDA allocator, which has an exception of its own."""
 _OOM_MESSAGES_UNDER_LIMIT = ("could not create a ", "could not execute a primitive", "can't start new thread")
 """How libraries say that the system gave them no memory; without a limit these can mean other things."""
@@ -53,7 +57,9 @@ def resolve_auto_micro_batch(recipe: Recipe) -> tuple[Recipe, str | None]:
     found = request_micro_batch(AdviceRequest.from_environment(recipe, budget, device))
     if found.error is not None:
         raise BudgetError(f"train.micro_batch_size=auto cannot be settled: {found.error}")
-    return with_evaluation_batch(with_micro_batch(recipe, found.micro_batch_size), found.evaluation_batch_size), found.note
+    return with_evaluation_batch(
+        with_micro_batch(recipe, found.micro_batch_size), found.evaluation_batch_size
+    ), found.note
 
 
 class OomHandler:
@@ -98,7 +104,9 @@ class OomHandler:
         where the driver tells it. On CPU what a budget counts, or else what is resident beyond what was before the run.
         """
         if self.memory_limit is not None:
-            return self.memory_limit.budget_bytes - self.memory_limit.tensor_bytes + self.memory_limit.read_in_use_bytes()
+            return (
+                self.memory_limit.budget_bytes - self.memory_limit.tensor_bytes + self.memory_limit.read_in_use_bytes()
+            )
         return meter.read_in_use_bytes()
 
     def delete_snapshot(self) -> None:
@@ -125,9 +133,14 @@ class OomHandler:
         if self.device.type == "cuda" and not isinstance(error, torch.OutOfMemoryError):
             dump_snapshot(self.snapshot_path)  # it was not the allocator that refused, and so nobody has looked
         return Outcome(
-            kind="oom", **position, rank=rank, requested_bytes=_parse_requested_bytes(error), in_use_bytes=held,
-            error=_get_first_line(error), memory_snapshot=self.snapshot_path.name if self.snapshot_path.exists() else None,
-        )  # fmt: skip
+            kind="oom",
+            **position,
+            rank=rank,
+            requested_bytes=_parse_requested_bytes(error),
+            in_use_bytes=held,
+            error=_get_first_line(error),
+            memory_snapshot=self.snapshot_path.name if self.snapshot_path.exists() else None,
+        )
 
     def release_limit(self) -> None:
         """Hold the run to its budget no more."""

@@ -28,9 +28,15 @@ class ProgressBar:
     """
 
     def __init__(
-        self, name: str, completed_steps: int, total_steps: int, *,
-        read_memory_bytes: Callable[[], int | None], budget_bytes: int | None, enabled: bool,
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        completed_steps: int,
+        total_steps: int,
+        *,
+        read_memory_bytes: Callable[[], int | None],
+        budget_bytes: int | None,
+        enabled: bool,
+    ) -> None:
         """A run of that name begins with ``step`` of its ``steps`` done; ``shown`` is false on all ranks but one.
 
         ``memory`` tells the bytes that stand against the budget.
@@ -38,9 +44,14 @@ class ProgressBar:
         self._read_memory_bytes, self._budget_bytes = read_memory_bytes, budget_bytes
         # A width that follows the terminal's keeps it one line; tqdm cuts what is too long where there is a bar.
         self._bar = tqdm(
-            total=total_steps, initial=completed_steps, desc=shorten_name(name, _get_terminal_columns() - _RESERVED_COLUMNS), bar_format=_BAR_FORMAT, dynamic_ncols=True,
-            miniters=1, disable=None if enabled else True,
-        )  # fmt: skip
+            total=total_steps,
+            initial=completed_steps,
+            desc=shorten_name(name, _get_terminal_columns() - _RESERVED_COLUMNS),
+            bar_format=_BAR_FORMAT,
+            dynamic_ncols=True,
+            miniters=1,
+            disable=None if enabled else True,
+        )
         self._token_history: deque[tuple[float, int]] = deque([(time.monotonic(), 0)], maxlen=_RATE_WINDOW_STEPS + 1)
 
     def __enter__(self) -> ProgressBar:
@@ -58,7 +69,9 @@ class ProgressBar:
         self._token_history.append((time.monotonic(), real_tokens))
         (began, _), *later = self._token_history
         rate = sum(tokens for _, tokens in later) / max(later[-1][0] - began, 1e-9)
-        self._bar.set_postfix_str(format_metrics(loss, rate, self._read_memory_bytes(), self._budget_bytes), refresh=False)
+        self._bar.set_postfix_str(
+            format_metrics(loss, rate, self._read_memory_bytes(), self._budget_bytes), refresh=False
+        )
         self._bar.update()
 
 

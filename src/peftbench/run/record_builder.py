@@ -42,9 +42,20 @@ if TYPE_CHECKING:
 N = TypeVar("N", int, float)
 T = TypeVar("T")
 _LIBRARIES = (
-    "peftbench", "torch", "accelerate", "transformers", "peft", "datasets", "evaluate", "tokenizers", "deepspeed",
-    "bitsandbytes", "pytorch-optimizer", "apollo-torch", "torchao",
-)  # fmt: skip
+    "peftbench",
+    "torch",
+    "accelerate",
+    "transformers",
+    "peft",
+    "datasets",
+    "evaluate",
+    "tokenizers",
+    "deepspeed",
+    "bitsandbytes",
+    "pytorch-optimizer",
+    "apollo-torch",
+    "torchao",
+)
 
 
 @dataclass(frozen=True)
@@ -63,20 +74,34 @@ class RankMeasurements:
     def gather(cls, run: Run, measured_matmul_flops: float | None = None) -> RankMeasurements:
         """Ask every rank; each must come here."""
         probe, looked = run.probe, run.instruments
-        counted = looked.flop_counter.total_flops if looked and looked.flop_counter and run.progress.completed_steps else run.resumed_measurements.get("counted")
+        counted = (
+            looked.flop_counter.total_flops
+            if looked and looked.flop_counter and run.progress.completed_steps
+            else run.resumed_measurements.get("counted")
+        )
         joules = probe.phase_joules.get("train")
         mine = (
-            dict(probe.memory), dict(probe.step_memory), probe.memory_meter.cuda_context_bytes, counted, joules, measured_matmul_flops,
+            dict(probe.memory),
+            dict(probe.step_memory),
+            probe.memory_meter.cuda_context_bytes,
+            counted,
+            joules,
+            measured_matmul_flops,
             _measure_state_bytes(run),
-        )  # fmt: skip
+        )
         memory, step_memory, contexts, every_count, every_joule, every_achievable, states = zip(
             *all_gather_objects(run.accelerator, mine), strict=True
         )
         context = max((size for size in contexts if size is not None), default=None)
         return cls(
-            memory, step_memory, context, _sum_if_all_known(every_count), _sum_if_all_known(every_joule), _sum_if_all_known(every_achievable),
+            memory,
+            step_memory,
+            context,
+            _sum_if_all_known(every_count),
+            _sum_if_all_known(every_joule),
+            _sum_if_all_known(every_achievable),
             tuple(state for state in states if state is not None),
-        )  # fmt: skip
+        )
 
 
 def _sum_if_all_known(values: Sequence[N | None]) -> N | None:
@@ -89,7 +114,9 @@ def build_record(run: Run, outcome: Outcome) -> RunRecord:
     """The record of ``run`` as it stands, with a note for each figure that cannot be."""
     progress, probe = run.progress, run.probe
     # Where a rank did not come to the end, nobody may wait for it.
-    together = run.rank_measurements or (RankMeasurements.gather(run) if run.accelerator.num_processes == 1 else RankMeasurements())
+    together = run.rank_measurements or (
+        RankMeasurements.gather(run) if run.accelerator.num_processes == 1 else RankMeasurements()
+    )
     ended_well = outcome.kind == "ok"
     record = RunRecord(
         name=run.recipe.name,
@@ -145,9 +172,11 @@ def _build_throughput(run: Run) -> Throughput | None:
     if train_seconds is None:
         return None
     return compute_throughput(
-        _select_timed_steps(run, run.probe.step_seconds), _select_timed_steps(run, run.progress.step_token_counts),
-        train_seconds=train_seconds, global_batch_size=run.recipe.train.global_batch_size,
-    )  # fmt: skip
+        _select_timed_steps(run, run.probe.step_seconds),
+        _select_timed_steps(run, run.progress.step_token_counts),
+        train_seconds=train_seconds,
+        global_batch_size=run.recipe.train.global_batch_size,
+    )
 
 
 def _measure_state_bytes(run: Run) -> StateBytes | None:
@@ -166,9 +195,14 @@ def build_memory_breakdown(run: Run) -> MemoryBreakdown | None:
         return None
     peak, (rows, width) = run.instruments.memory_tracker.find_peak(), run.progress.step_shapes[step - 1]
     return MemoryBreakdown(
-        step=step, micro_batch_size=rows, sequence_length=width, peak_bytes=peak.nbytes, bytes_by_category=peak.bytes_by_category,
-        operation=peak.operation, step_part=peak.step_part,
-    )  # fmt: skip
+        step=step,
+        micro_batch_size=rows,
+        sequence_length=width,
+        peak_bytes=peak.nbytes,
+        bytes_by_category=peak.bytes_by_category,
+        operation=peak.operation,
+        step_part=peak.step_part,
+    )
 
 
 def _build_flops(run: Run, counted_flops: int | None) -> Flops:
@@ -194,8 +228,10 @@ def _build_compute(run: Run, measured_matmul_flops: float | None) -> Compute:
     cost, done, processes = run.training.flop_cost, run.progress, run.accelerator.num_processes
     peak = get_peak_flops(describe_device(run.accelerator).name, run.recipe.train.precision)
     return Compute(
-        model_flops_per_second=sum(map(cost.compute_model_flops, _select_timed_steps(run, done.step_required))) / seconds,
-        hardware_flops_per_second=sum(map(cost.compute_hardware_flops, _select_timed_steps(run, done.step_executed))) / seconds,
+        model_flops_per_second=sum(map(cost.compute_model_flops, _select_timed_steps(run, done.step_required)))
+        / seconds,
+        hardware_flops_per_second=sum(map(cost.compute_hardware_flops, _select_timed_steps(run, done.step_executed)))
+        / seconds,
         peak_flops_per_second=None if peak is None else peak * processes,
         matmul_flops_per_second=measured_matmul_flops,
     )

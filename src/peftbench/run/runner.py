@@ -85,7 +85,9 @@ class Run:
         rank, device = self.accelerator.process_index, self.accelerator.device
         self.oom_handler = OomHandler(self.recipe, device, self.run_dir, rank)
         self.failure_channel = FailureChannel(self.accelerator, self.run_dir)
-        self.probe = Probe(device, build_energy_meter(device, reads_cpu_counters=self.accelerator.is_local_main_process))
+        self.probe = Probe(
+            device, build_energy_meter(device, reads_cpu_counters=self.accelerator.is_local_main_process)
+        )
         self.probe.on_phase = self.status_writer.set_phase
         self.progress = TrainProgress()
         self.started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -128,7 +130,9 @@ class Run:
 
     def _acquire_lock(self) -> None:
         self.lock.acquire()
-        clear_stop_files(get_stop_file(self.run_dir, {}))  # which asked a run before; an attempt with a name has a file of its own
+        clear_stop_files(
+            get_stop_file(self.run_dir, {})
+        )  # which asked a run before; an attempt with a name has a file of its own
 
     def _execute(self) -> tuple[RunRecord, Path]:
         try:
@@ -140,7 +144,10 @@ class Run:
             # A disk that fills up with the model, say, must not cost what hours of training have measured.
             outcome, fault = Outcome(kind="failed", **self._current_position(), error=str(error)), error
         except Exception as error:
-            outcome, fault = Outcome(kind="failed", **self._current_position(), error=f"{type(error).__name__}: {error}"), error
+            outcome, fault = (
+                Outcome(kind="failed", **self._current_position(), error=f"{type(error).__name__}: {error}"),
+                error,
+            )
         self.shutdown_signal.defer()
         self.failure_channel.acquire_exit()
         if fault is not None:
@@ -243,10 +250,12 @@ class Run:
 
     def _report_failure(self, outcome: Outcome) -> None:
         """Tell the other ranks, which may wait for this one."""
-        self.failure_channel.report_failure({
-            "outcome": outcome.model_dump(),
-            "memory": {name: memory.model_dump() for name, memory in self.probe.memory.items()},
-        })  # fmt: skip
+        self.failure_channel.report_failure(
+            {
+                "outcome": outcome.model_dump(),
+                "memory": {name: memory.model_dump() for name, memory in self.probe.memory.items()},
+            }
+        )
 
     @property
     def _stop_files(self) -> list[Path]:
@@ -289,7 +298,9 @@ class Run:
     def _gather_measurements(self) -> None:
         """At the end of the work, when all ranks are there: what the device can do, and what each has measured."""
         trains, device = self.recipe.method.is_trainable, self.accelerator.device
-        self.rank_measurements = RankMeasurements.gather(self, measure_matmul_flops(device, self.recipe.train.precision) if trains else None)
+        self.rank_measurements = RankMeasurements.gather(
+            self, measure_matmul_flops(device, self.recipe.train.precision) if trains else None
+        )
 
     def _build_model(self, base_model: LoadedModel) -> AdaptedModel:
         built = self.adapted_model = apply_method(self.recipe, base_model, self.context)
@@ -311,39 +322,56 @@ class Run:
         self.checkpointer.maybe_resume(trainer)
         begun, loss = self.progress.completed_steps, next(reversed(self.progress.losses), None)
         memory, budget = partial(self.oom_handler.held_bytes, self.probe.memory_meter), self.oom_handler.budget_bytes
-        self.status_writer.start_training(begun, trainer.total_steps, loss=loss, read_memory_bytes=memory, budget_bytes=budget)
+        self.status_writer.start_training(
+            begun, trainer.total_steps, loss=loss, read_memory_bytes=memory, budget_bytes=budget
+        )
         if self.recipe.trackers:
             self.accelerator.init_trackers(DISTRIBUTION, config={"recipe": self.recipe.model_dump_json()})
         knobs = self.recipe.profile
         looking = self.instruments = build_instruments(
-            adapted_model.model, trainer.optimizer, device=self.accelerator.device,
-            vocab_size=adapted_model.base.model.config.vocab_size, get_step_part=lambda: self.probe.current_step_part,
+            adapted_model.model,
+            trainer.optimizer,
+            device=self.accelerator.device,
+            vocab_size=adapted_model.base.model.config.vocab_size,
+            get_step_part=lambda: self.probe.current_step_part,
             count_flops=trainer.flop_counter_complete and knobs.untimed_steps > 0 and not self.resumed_after,
             memory_breakdown_step=knobs.untimed_steps if knobs.memory_breakdown and not self.resumed_after else None,
             gradient_checkpointing=adapted_model.gradient_checkpointing,
             get_engine_buffers=lambda: collect_engine_buffers(trainer.model, adapted_model.model, trainer.optimizer),
-        )  # fmt: skip
+        )
         with (
-            self.shutdown_signal.defer_to_step_end(), trainer.loss.attention_context(),
+            self.shutdown_signal.defer_to_step_end(),
+            trainer.loss.attention_context(),
             ProgressBar(
-                self.recipe.name, begun, trainer.total_steps, read_memory_bytes=memory, budget_bytes=budget,
+                self.recipe.name,
+                begun,
+                trainer.total_steps,
+                read_memory_bytes=memory,
+                budget_bytes=budget,
                 enabled=self.accelerator.is_main_process,
             ) as line,
             self.probe.training(knobs.untimed_steps, looking.get_step_context),
-        ):  # fmt: skip
+        ):
             train(
-                self.accelerator, trainer, self.probe, self.progress,
+                self.accelerator,
+                trainer,
+                self.probe,
+                self.progress,
                 max_grad_norm=self.recipe.train.max_grad_norm,
                 on_step=lambda step, values: self._after_step(step, values, trainer, line),
-            )  # fmt: skip
+            )
             self.checkpointer.save_before_evaluation(trainer)
         if trainer.feature_store is not None and self.accelerator.is_main_process:
             trainer.feature_store.mark_durable()
 
-    def _after_step(self, step: int, metrics: dict[str, float], training: TrainingComponents, progress_bar: ProgressBar) -> None:
+    def _after_step(
+        self, step: int, metrics: dict[str, float], training: TrainingComponents, progress_bar: ProgressBar
+    ) -> None:
         self.accelerator.log(metrics, step=step)
         progress_bar.update(metrics["loss"], self.progress.step_token_counts[-1].real)
-        self.status_writer.update_step(step, training.total_steps, self.progress.step_token_counts[-1].real, metrics["loss"])
+        self.status_writer.update_step(
+            step, training.total_steps, self.progress.step_token_counts[-1].real, metrics["loss"]
+        )
         assert self.checkpointer is not None
         self.checkpointer.after_step(step, training)
 
@@ -356,7 +384,9 @@ class Run:
 
     def _save_model(self, adapted_model: AdaptedModel) -> None:
         assert self.training is not None
-        gather_full_model(self.engine, self.training.model, adapted_model.model, on_this_rank=self.accelerator.is_main_process)
+        gather_full_model(
+            self.engine, self.training.model, adapted_model.model, on_this_rank=self.accelerator.is_main_process
+        )
         if not self.accelerator.is_main_process:
             return
         folder, unfinished = self.run_dir / MODEL_DIR, self.run_dir / f".{MODEL_DIR}.unfinished"

@@ -70,9 +70,13 @@ class StatusWriter:
         self.path, self.enabled = run_dir / STATUS_FILE, enabled
         now = _get_utc_timestamp()
         self._status = Status(
-            pid=os.getpid(), host=socket.gethostname(), job=get_slurm_job_id(), started_at=now, updated_at=now,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            job=get_slurm_job_id(),
+            started_at=now,
+            updated_at=now,
             restarts=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
-        )  # fmt: skip
+        )
         self._last_write_time, self._tokens_since_write = float("-inf"), 0
         self._training_start: tuple[float, int] | None = None
         self._read_memory_bytes: Callable[[], int | None] = lambda: None
@@ -82,9 +86,14 @@ class StatusWriter:
         self._write(phase=name)
 
     def start_training(
-        self, completed_steps: int, total_steps: int, *, loss: float | None = None,
-        read_memory_bytes: Callable[[], int | None] = lambda: None, budget_bytes: int | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        completed_steps: int,
+        total_steps: int,
+        *,
+        loss: float | None = None,
+        read_memory_bytes: Callable[[], int | None] = lambda: None,
+        budget_bytes: int | None = None,
+    ) -> None:
         """Training begins, with so many steps of so many done by a process before; told with what comes next.
 
         ``memory`` tells the bytes that stand against the budget, and is asked whenever a step is told.
@@ -101,12 +110,24 @@ class StatusWriter:
         self._tokens_since_write += real_tokens
         if now - self._last_write_time < _WRITE_INTERVAL_SECONDS and step < total_steps:
             return
-        pace = (now - self._training_start[0]) / (step - self._training_start[1]) if step > self._training_start[1] else None
-        told = self._tokens_since_write / (now - self._last_write_time) if self._last_write_time > self._training_start[0] else None
+        pace = (
+            (now - self._training_start[0]) / (step - self._training_start[1])
+            if step > self._training_start[1]
+            else None
+        )
+        told = (
+            self._tokens_since_write / (now - self._last_write_time)
+            if self._last_write_time > self._training_start[0]
+            else None
+        )
         self._write(
-            step=step, steps=total_steps, tokens_per_second=told,
-            seconds_left=None if pace is None else pace * (total_steps - step), loss=loss, memory_bytes=self._read_memory_bytes(),
-        )  # fmt: skip
+            step=step,
+            steps=total_steps,
+            tokens_per_second=told,
+            seconds_left=None if pace is None else pace * (total_steps - step),
+            loss=loss,
+            memory_bytes=self._read_memory_bytes(),
+        )
 
     def delete(self) -> None:
         """Take it back: the run was refused."""

@@ -45,7 +45,11 @@ def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(documents, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=EOS_TOKEN, eos_token=EOS_TOKEN, unk_token=EOS_TOKEN, model_max_length=CONTEXT_LENGTH
+        tokenizer_object=tokenizer,
+        bos_token=EOS_TOKEN,
+        eos_token=EOS_TOKEN,
+        unk_token=EOS_TOKEN,
+        model_max_length=CONTEXT_LENGTH,
     )
 
 
@@ -62,10 +66,19 @@ def pack_documents(documents: list[str], tokenizer: PreTrainedTokenizerFast) -> 
 def build_model(eos_token_id: int) -> GPT2LMHeadModel:
     """4 layers of 256 units, 4.3 million parameters, no dropout, random weights."""
     config = GPT2Config(
-        vocab_size=VOCAB_SIZE, n_positions=CONTEXT_LENGTH, n_embd=256, n_layer=4, n_head=4,
-        activation_function="gelu_pytorch_tanh", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-        bos_token_id=eos_token_id, eos_token_id=eos_token_id, use_cache=False,
-    )  # fmt: skip
+        vocab_size=VOCAB_SIZE,
+        n_positions=CONTEXT_LENGTH,
+        n_embd=256,
+        n_layer=4,
+        n_head=4,
+        activation_function="gelu_pytorch_tanh",
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=eos_token_id,
+        eos_token_id=eos_token_id,
+        use_cache=False,
+    )
     return GPT2LMHeadModel(config)
 
 
@@ -122,7 +135,9 @@ def pretrain(model: GPT2LMHeadModel, rows: torch.Tensor, held_out_rows: torch.Te
             recent = []
 
 
-def save_pretrained(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, run: PretrainingRun, save_directory: Path) -> None:
+def save_pretrained(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, run: PretrainingRun, save_directory: Path
+) -> None:
     """Write weights in float16, tokenizer, loss curve and model card."""
     model.config.use_cache = True
     model.half().save_pretrained(save_directory)
@@ -150,10 +165,18 @@ def main(
     run = PretrainingRun(
         command=f"python -m peftbench.shipped.pretrain --out {out.name} --steps {steps} --batch-rows {batch_rows} "
         f"--learning-rate {learning_rate} --seed {seed}",
-        steps=steps, batch_rows=batch_rows, row_tokens=CONTEXT_LENGTH, learning_rate=learning_rate, seed=seed,
-        parameters=model.num_parameters(), documents=len(documents), corpus_tokens=rows.shape[0] * CONTEXT_LENGTH,
-        corpus_fingerprint=corpus.fingerprint(), python=platform.python_version(), torch=torch.__version__,
-    )  # fmt: skip
+        steps=steps,
+        batch_rows=batch_rows,
+        row_tokens=CONTEXT_LENGTH,
+        learning_rate=learning_rate,
+        seed=seed,
+        parameters=model.num_parameters(),
+        documents=len(documents),
+        corpus_tokens=rows.shape[0] * CONTEXT_LENGTH,
+        corpus_fingerprint=corpus.fingerprint(),
+        python=platform.python_version(),
+        torch=torch.__version__,
+    )
     start = time.perf_counter()
     pretrain(model, rows, held_out, run)
     run.seconds = time.perf_counter() - start

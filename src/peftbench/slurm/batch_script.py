@@ -45,7 +45,9 @@ class Job:
             if any(ord(character) < ord(" ") for character in text):
                 raise SlurmError(f"{text!r} holds a character that no job's script can; give another name")
         if "\\" in str(self.log_dir):  # which tells SLURM to take the % in a log's name for itself
-            raise SlurmError(f"{str(self.log_dir)!r} holds a backslash, which no log of SLURM's can; give another --out")
+            raise SlurmError(
+                f"{str(self.log_dir)!r} holds a backslash, which no log of SLURM's can; give another --out"
+            )
 
     @property
     def is_array(self) -> bool:
@@ -56,7 +58,8 @@ class Job:
 def render_script(job: Job) -> str:
     """The script as sbatch reads it; nothing in it is expanded that was given by a user."""
     lines = [
-        f"#SBATCH --{name}" + ("" if value is None else f"={_quote_value(value)}") for name, value in build_sbatch_directives(job).items()
+        f"#SBATCH --{name}" + ("" if value is None else f"={_quote_value(value)}")
+        for name, value in build_sbatch_directives(job).items()
     ]
     return "\n".join(["#!/bin/bash", *lines, "", *_render_body(job), ""])
 
@@ -114,12 +117,16 @@ def _render_body(job: Job) -> list[str]:
         'wait "$run"; code=$?  # which it may have ended just before the run did',
         "",
         'rm -f "$folder/.stop-$PEFTBENCH_JOB"',
-        *([] if "no-requeue" in job.options else [
-            "# It kept its last step: begin anew where it was stopped, but not for ever.",
-            f'if [ -n "$told" ]; then {again}; fi',
-        ]),
+        *(
+            []
+            if "no-requeue" in job.options
+            else [
+                "# It kept its last step: begin anew where it was stopped, but not for ever.",
+                f'if [ -n "$told" ]; then {again}; fi',
+            ]
+        ),
         'exit "$code"',
-    ]  # fmt: skip
+    ]
 
 
 def _render_launch(job: Job, python: str) -> list[str]:
@@ -131,16 +138,19 @@ def _render_launch(job: Job, python: str) -> list[str]:
         "export head port folder",
     ]
     machines = [
-        '--machine_rank "$SLURM_NODEID"', '--main_process_ip "$head"',
-        '--main_process_port "$port"', "--rdzv_backend c10d",
+        '--machine_rank "$SLURM_NODEID"',
+        '--main_process_ip "$head"',
+        '--main_process_port "$port"',
+        "--rdzv_backend c10d",
         '--rdzv_conf "is_host=$((SLURM_NODEID == 0))"',  # torch would guess it from names
         *(["--deepspeed_multinode_launcher standard"] if job.uses_deepspeed else []),
-    ]  # fmt: skip
+    ]
     launch = [
-        f"{python} -m accelerate.commands.launch --quiet", f'--config_file "$folder/{ACCELERATE_CONFIG_FILE}"',
+        f"{python} -m accelerate.commands.launch --quiet",
+        f'--config_file "$folder/{ACCELERATE_CONFIG_FILE}"',
         *(machines if job.nodes > 1 else ["--main_process_port 0"]),
         '-m peftbench.train --unless-finished --config "$folder/recipe.yaml"',
-    ]  # fmt: skip
+    ]
     if job.nodes == 1:
         return [f"srun {' '.join(launch)} &"]
     return [*several, f"srun --kill-on-bad-exit=1 bash -c {shlex.quote('exec ' + ' '.join(launch))} &"]

@@ -36,7 +36,9 @@ def list_queued_jobs() -> dict[str, QueuedJob]:
     if shutil.which(_SQUEUE_COMMAND[0]) is None:
         return {}
     try:
-        told = subprocess.run(_SQUEUE_COMMAND, capture_output=True, text=True, timeout=_SQUEUE_TIMEOUT_SECONDS, check=True)
+        told = subprocess.run(
+            _SQUEUE_COMMAND, capture_output=True, text=True, timeout=_SQUEUE_TIMEOUT_SECONDS, check=True
+        )
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         raise SlurmError(f"squeue does not answer ({' '.join(said.split())})", "try again when it does") from None

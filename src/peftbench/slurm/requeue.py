@@ -37,12 +37,17 @@ def requeue(run_dir: Path, max_requeues: int, exit_code: int = EXIT_CODES["preem
         raise SlurmError(f"{run_dir} was stopped outside of SLURM; run it again to go on")
     if exit_code not in _STOPPED_EXIT_CODES:  # it came to an end of its own while it was told to stop
         return exit_code
-    if status is None or (status.job_id, status.restart_count) != (job, int(os.environ.get("SLURM_RESTART_COUNT", "0"))):
+    if status is None or (status.job_id, status.restart_count) != (
+        job,
+        int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+    ):
         raise _build_time_limit_error(f"it was told to stop before the run in {run_dir} had begun")
     record = _read_record_since(status.started_at, run_dir)
     if record is not None and record.outcome.kind != "preempted":
         return EXIT_CODES[record.outcome.kind]
-    if record is None and not _has_checkpoint_since(status.started_at, run_dir):  # it was killed before it could write one
+    if record is None and not _has_checkpoint_since(
+        status.started_at, run_dir
+    ):  # it was killed before it could write one
         raise _build_time_limit_error(f"{run_dir} was killed after it had been told to stop, and kept nothing")
     if record is not None and not made_progress(record):
         raise _build_time_limit_error(f"{run_dir} {_describe_position(record)} before it was told to stop")

@@ -84,7 +84,9 @@ def find_launch_file(name: str) -> LaunchFile:
     known = {path.stem: path for folder in _find_accelerate_config_dirs() for path in sorted(folder.glob("*.yaml"))}
     path = known.get(name) or Path(name)
     if not path.is_file():
-        raise MissingFileError(f"there is no engine {name!r}", did_you_mean(name, known) if known else "give a file's path")
+        raise MissingFileError(
+            f"there is no engine {name!r}", did_you_mean(name, known) if known else "give a file's path"
+        )
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -95,10 +97,16 @@ def find_launch_file(name: str) -> LaunchFile:
 
 
 def _find_accelerate_config_dirs() -> list[Path]:
-    return [folder / _ACCELERATE_CONFIG_DIR for folder in (Path(__file__).resolve().parents[3], Path.cwd()) if (folder / _ACCELERATE_CONFIG_DIR).is_dir()]
+    return [
+        folder / _ACCELERATE_CONFIG_DIR
+        for folder in (Path(__file__).resolve().parents[3], Path.cwd())
+        if (folder / _ACCELERATE_CONFIG_DIR).is_dir()
+    ]
 
 
-def prepare_submission(recipes: Sequence[Recipe], job: Job, launch_file: LaunchFile | None, script_dir: Path) -> Submission:
+def prepare_submission(
+    recipes: Sequence[Recipe], job: Job, launch_file: LaunchFile | None, script_dir: Path
+) -> Submission:
     """Write everything that the runs need: resolved recipes, the engine's files, the script. Nothing is submitted.
 
     Raises:
@@ -119,18 +127,24 @@ def prepare_submission(recipes: Sequence[Recipe], job: Job, launch_file: LaunchF
     except OSError as error:
         raise write_error(job.log_dir, error) from error
     write_atomically(path, text)
-    arguments = [f"--{name}" + ("" if value is None else f"={value}") for name, value in build_sbatch_directives(job).items()]
+    arguments = [
+        f"--{name}" + ("" if value is None else f"={value}") for name, value in build_sbatch_directives(job).items()
+    ]
     return Submission(path, text, job.run_dirs, job.log_dir, tuple(arguments))
 
 
 def _write_launch_files(launch_file: LaunchFile, run_dir: Path, job: Job) -> None:
     config = launch_file.config | {
-        "num_machines": job.nodes, "num_processes": job.nodes * job.processes_per_node,
+        "num_machines": job.nodes,
+        "num_processes": job.nodes * job.processes_per_node,
         "same_network": False,  # accelerate tells c10d where to meet only then
-    }  # fmt: skip
+    }
     if (deepspeed := launch_file.deepspeed_config_path) is not None:
         write_atomically(run_dir / DEEPSPEED_CONFIG_FILE, deepspeed.read_text(encoding="utf-8"))
-        config["deepspeed_config"] = {**config["deepspeed_config"], "deepspeed_config_file": str(run_dir / DEEPSPEED_CONFIG_FILE)}
+        config["deepspeed_config"] = {
+            **config["deepspeed_config"],
+            "deepspeed_config_file": str(run_dir / DEEPSPEED_CONFIG_FILE),
+        }
     write_atomically(run_dir / ACCELERATE_CONFIG_FILE, yaml.safe_dump(config, sort_keys=False))
 
 
@@ -147,12 +161,17 @@ def submit_job(submission: Submission) -> Submission:
         )
     # Of a job that this is submitted from nothing must travel along: a task's number, a count, a step's CPUs.
     environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SRUN_")) or name in _INHERITED_VARIABLES
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("SLURM_", "SRUN_")) or name in _INHERITED_VARIABLES
     }
     done = subprocess.run(
         ["sbatch", "--parsable", *submission.sbatch_args, str(submission.script_path)],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         raise SlurmError(f"sbatch refused {submission.script_path}: {' '.join(done.stderr.split())}")
     job = done.stdout.strip().split(";")[0]

@@ -67,7 +67,9 @@ def expand(
     """
     suite = read_suite(path)
     if seeds is not None and SEED_KEY in suite.axes:
-        raise OutOfRangeError(f"{path} varies {SEED_KEY} itself", "leave --seeds out, or take that axis out of the suite")
+        raise OutOfRangeError(
+            f"{path} varies {SEED_KEY} itself", "leave --seeds out, or take that axis out of the suite"
+        )
     recipes: list[Recipe] = []
     for name in suite.recipes:
         file = path.parent / name
@@ -75,7 +77,9 @@ def expand(
             changes = [f"{key}={json.dumps(value)}" for key, value in point]
             place = [f"output_dir={to_inline_yaml(str(out))}"] if out is not None else []
             values = merge_configs([file], [*suite.overrides, *changes, *overrides, *place])
-            values["name"] = "-".join([str(values.get("name", file.stem)), *(_format_axis_label(k, v) for k, v in point)])
+            values["name"] = "-".join(
+                [str(values.get("name", file.stem)), *(_format_axis_label(k, v) for k, v in point)]
+            )
             recipes += with_seeds(parse_recipe(values), seeds)
     names = [recipe.name for recipe in recipes]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -95,7 +99,10 @@ def with_seeds(recipe: Recipe, seeds: int | None) -> list[Recipe]:
         return [recipe]
     values = recipe.model_dump(mode="json")
     return [
-        parse_recipe(values | {"name": f"{recipe.name}-{_format_axis_label(SEED_KEY, seed)}", "train": values["train"] | {"seed": seed}})
+        parse_recipe(
+            values
+            | {"name": f"{recipe.name}-{_format_axis_label(SEED_KEY, seed)}", "train": values["train"] | {"seed": seed}}
+        )
         for seed in range(recipe.train.seed, recipe.train.seed + seeds)
     ]
 

@@ -45,7 +45,9 @@ class RunResult:
         return self.outcome in FINAL_OUTCOMES or self.outcome == "skipped"
 
 
-def run_suite(recipes: Sequence[Recipe], accelerate: Path | None, log_message: Callable[[str], None]) -> list[RunResult]:
+def run_suite(
+    recipes: Sequence[Recipe], accelerate: Path | None, log_message: Callable[[str], None]
+) -> list[RunResult]:
     """Run what is not finished; ``say`` is told what happens, a line at a time.
 
     Raises:
@@ -72,7 +74,10 @@ def run_suite(recipes: Sequence[Recipe], accelerate: Path | None, log_message: C
 
 
 def run_one(
-    recipe: Recipe, accelerate: Path | None, processes: int | None = None, log_message: Callable[[str], None] | None = None
+    recipe: Recipe,
+    accelerate: Path | None,
+    processes: int | None = None,
+    log_message: Callable[[str], None] | None = None,
 ) -> RunResult:
     """One run in a process of its own, or in as many as the accelerate file or ``processes`` says.
 
@@ -99,9 +104,14 @@ def run_one(
         errors = None if sys.stderr.isatty() else file
         # In a session of its own, so that Ctrl-C reaches the run once, from here.
         process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True,
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,
             preexec_fn=_terminate_with_parent,  # noqa: PLW1509 — no thread of this process holds a lock
-        )  # fmt: skip
+        )
         try:
             output, _ = process.communicate()
         except KeyboardInterrupt:
@@ -130,7 +140,9 @@ def _parse_result(name: str, output: str, exit_code: int, log_path: Path | None)
         last = json.loads(lines[-1])
         return RunResult(name, str(last["outcome"]), last.get("error"))
     where = f"; see {log_path}" if log_path else ""
-    reason = f"was killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"ended with exit code {exit_code}"
+    reason = (
+        f"was killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"ended with exit code {exit_code}"
+    )
     return RunResult(name, "crashed", f"it {reason} without a result{where}")
 
 

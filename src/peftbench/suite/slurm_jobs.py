@@ -74,7 +74,9 @@ def plan_submission(
         raise SlurmError("--nodes wants an engine that spreads a training over machines; give --engine, as zero2")
     unfinished = [recipe for recipe in recipes if load_existing_result(recipe) is None]
     lasting = {key for key, found in list_queued_jobs().items() if found.is_active}
-    waiting = {_get_run_dir(recipe): key for recipe in unfinished if (key := _find_active_owner(_get_run_dir(recipe), lasting))}
+    waiting = {
+        _get_run_dir(recipe): key for recipe in unfinished if (key := _find_active_owner(_get_run_dir(recipe), lasting))
+    }
     left = tuple(recipe for recipe in unfinished if _get_run_dir(recipe) not in waiting)
     root = Path(recipes[0].output_dir).resolve()
     place_of_script = root if len(recipes) > 1 else root / recipes[0].name
@@ -82,11 +84,18 @@ def plan_submission(
     per_node = 1 if launcher is None else launcher.processes_per_node
     gpus = (0 if on_cpu else per_node) if gpus_per_node is None else gpus_per_node
     job = Job(
-        name=name, run_dirs=tuple(map(_get_run_dir, left)), log_dir=place_of_script / LOG_DIR, options=chosen, nodes=nodes,
+        name=name,
+        run_dirs=tuple(map(_get_run_dir, left)),
+        log_dir=place_of_script / LOG_DIR,
+        options=chosen,
+        nodes=nodes,
         gpus_per_node=gpus,
-        processes_per_node=gpus or per_node, uses_accelerate=launcher is not None,
-        uses_deepspeed=launcher is not None and launcher.deepspeed_config_path is not None, max_parallel=max_parallel, max_requeues=max_requeues,
-    )  # fmt: skip
+        processes_per_node=gpus or per_node,
+        uses_accelerate=launcher is not None,
+        uses_deepspeed=launcher is not None and launcher.deepspeed_config_path is not None,
+        max_parallel=max_parallel,
+        max_requeues=max_requeues,
+    )
     return SubmissionPlan(left, job, launcher, place_of_script, len(recipes) - len(unfinished), tuple(waiting.values()))
 
 

@@ -41,7 +41,9 @@ class RunStatus:
     budget_bytes: int | None = None
 
 
-def collect_run_statuses(folder: Path, queue: Mapping[str, QueuedJob], *, include_hosts: bool = True) -> list[RunStatus]:
+def collect_run_statuses(
+    folder: Path, queue: Mapping[str, QueuedJob], *, include_hosts: bool = True
+) -> list[RunStatus]:
     """Every run below ``folder``, by path; ``queue`` is what SLURM says, and may be empty.
 
     Without ``hosts`` no machine is named.
@@ -53,7 +55,9 @@ def collect_run_statuses(folder: Path, queue: Mapping[str, QueuedJob], *, includ
     places = [place for place in places if "checkpoints" not in place.relative_to(folder).parts]
     if not places:
         raise MissingFileError(f"there is no run below {folder}", "give the folder that a suite wrote to")
-    return [_build_run_status(place, str(place.relative_to(folder)), queue, include_hosts=include_hosts) for place in places]
+    return [
+        _build_run_status(place, str(place.relative_to(folder)), queue, include_hosts=include_hosts) for place in places
+    ]
 
 
 def find_unfinished_runs(folder: Path) -> list[RunStatus]:
@@ -68,9 +72,10 @@ def find_unfinished_runs(folder: Path) -> list[RunStatus]:
         return []
     open_ones = {"waiting", "running", "gone"}
     return [
-        one for one in found
+        one
+        for one in found
         if one.state in open_ones or (one.state == "failed" and not (folder / one.name / RECORD_FILE).exists())
-    ]  # fmt: skip
+    ]
 
 
 def _build_run_status(run_dir: Path, name: str, queue: Mapping[str, QueuedJob], *, include_hosts: bool) -> RunStatus:
@@ -82,7 +87,9 @@ def _build_run_status(run_dir: Path, name: str, queue: Mapping[str, QueuedJob], 
     # A process may have been started by hand, or be of the job before.
     asked = next((found for key in (job, status.job_id if status else None) if key and (found := queue.get(key))), None)
     elsewhere = status is not None and status.host != socket.gethostname()  # where a lock may not be seen from here
-    if is_locked(run_dir) or (elsewhere and asked is not None and asked.state == "RUNNING" and _is_newer_than_record(status, record)):
+    if is_locked(run_dir) or (
+        elsewhere and asked is not None and asked.state == "RUNNING" and _is_newer_than_record(status, record)
+    ):
         return _build_running_status(name, status, job, include_hosts=include_hosts)
     lasts = asked is not None and asked.is_active and asked.state != "COMPLETING"
     if asked is not None and lasts and not (record and record.outcome.kind in FINAL_OUTCOMES):
@@ -97,10 +104,16 @@ def _build_run_status(run_dir: Path, name: str, queue: Mapping[str, QueuedJob], 
         kept = f"; step {newest} is kept" if (newest := _find_latest_checkpoint_step(run_dir)) else ""
         where = f" on {status.host}" if include_hosts else ""
         return RunStatus(
-            name, "gone", status.step, status.total_steps, job_id=job,
+            name,
+            "gone",
+            status.step,
+            status.total_steps,
+            job_id=job,
             detail=f"last seen at {status.updated_at}{where}{kept}; run it again to go on",
-            loss=status.loss, memory_bytes=status.memory_bytes, budget_bytes=status.budget_bytes,
-        )  # fmt: skip
+            loss=status.loss,
+            memory_bytes=status.memory_bytes,
+            budget_bytes=status.budget_bytes,
+        )
     return RunStatus(name, "waiting", job_id=job, detail="" if job is None else f"job {job} is not in the queue")
 
 
@@ -119,12 +132,23 @@ def _build_running_status(name: str, status: Status | None, job_id: str | None, 
         return RunStatus(name, "running", job_id=job_id, detail="starting")
     here = "" if not include_hosts or status.host == socket.gethostname() else f" on {status.host}"
     return RunStatus(
-        name, "running", status.step, status.total_steps, status.tokens_per_second, status.seconds_left,
-        status.job_id or job_id, f"{status.phase}{here}", status.loss, status.memory_bytes, status.budget_bytes,
-    )  # fmt: skip
+        name,
+        "running",
+        status.step,
+        status.total_steps,
+        status.tokens_per_second,
+        status.seconds_left,
+        status.job_id or job_id,
+        f"{status.phase}{here}",
+        status.loss,
+        status.memory_bytes,
+        status.budget_bytes,
+    )
 
 
-def _build_ended_status(run_dir: Path, name: str, record: RunRecord, status: Status | None, job_id: str | None) -> RunStatus:
+def _build_ended_status(
+    run_dir: Path, name: str, record: RunRecord, status: Status | None, job_id: str | None
+) -> RunStatus:
     outcome = record.outcome
     speed = record.throughput.tokens_per_second.real if record.throughput else None
     state = "finished" if outcome.kind in FINAL_OUTCOMES else outcome.kind
@@ -136,10 +160,17 @@ def _build_ended_status(run_dir: Path, name: str, record: RunRecord, status: Sta
     if state in {"preempted", "failed"} and kept is not None and kept > step:  # it ended before it had taken that up
         step, said = kept, f"{said}; step {kept} is kept"
     return RunStatus(
-        name, state, step, steps, speed, job_id=job_id, detail=(said.splitlines() or [""])[0],
+        name,
+        state,
+        step,
+        steps,
+        speed,
+        job_id=job_id,
+        detail=(said.splitlines() or [""])[0],
         loss=record.step_losses[-1] if record.step_losses and step == record.steps else None,
-        memory_bytes=status.memory_bytes if status else None, budget_bytes=status.budget_bytes if status else None,
-    )  # fmt: skip
+        memory_bytes=status.memory_bytes if status else None,
+        budget_bytes=status.budget_bytes if status else None,
+    )
 
 
 def _is_newer_than_record(status: Status | None, record: RunRecord | None) -> bool:
@@ -160,15 +191,18 @@ def render_status_table(rows: Sequence[RunStatus]) -> str:
     """A line for every run, and how many there are of each state; without columns that say nothing of any run."""
     lines = [
         [
-            row.name, row.state,
+            row.name,
+            row.state,
             "–" if row.step is None else f"{row.step}/{row.total_steps if row.total_steps is not None else '?'}",
             "–" if row.loss is None else f"{row.loss:.3f}",
             "–" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
             "–" if row.memory_bytes is None else format_bytes(row.memory_bytes, row.budget_bytes),
-            "–" if row.seconds_left is None else _format_duration(row.seconds_left), row.job_id or "–", row.detail,
+            "–" if row.seconds_left is None else _format_duration(row.seconds_left),
+            row.job_id or "–",
+            row.detail,
         ]
         for row in rows
-    ]  # fmt: skip
+    ]
     heads = ["run", "state", "step", "loss", "tokens/s", "memory", "left", "job", ""]
     told = [column for column in range(len(heads)) if any(line[column] not in {"–", ""} for line in lines)]
     heads, lines = [heads[column] for column in told], [[line[column] for column in told] for line in lines]

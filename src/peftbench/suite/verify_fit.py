@@ -35,7 +35,12 @@ def check_local_device(facts: DeviceFacts) -> None:
 
 
 def verify_strategy(
-    recipe: Recipe, strategy: Strategy, target: MemoryTarget, *, launch: Callable[[Recipe], RunResult], log_message: Callable[[str], None]
+    recipe: Recipe,
+    strategy: Strategy,
+    target: MemoryTarget,
+    *,
+    launch: Callable[[Recipe], RunResult],
+    log_message: Callable[[str], None],
 ) -> Verification:
     """Run what was found for ``recipe``, and the next larger micro-batch, under the budget of ``room``.
 
@@ -51,7 +56,12 @@ def verify_strategy(
 
     def runs(index: int) -> bool:
         with TemporaryDirectory(prefix="peftbench-") as folder:
-            record = _run_and_read_record(_build_short_recipe(chosen, strategy.plan.sequence_length, sizes[index], target.required_budget, folder), launch)
+            record = _run_and_read_record(
+                _build_short_recipe(
+                    chosen, strategy.plan.sequence_length, sizes[index], target.required_budget, folder
+                ),
+                launch,
+            )
         outcomes[sizes[index]] = record.outcome.kind
         log_message(_describe_outcome(sizes[index], record))
         return record.outcome.kind == "ok"
@@ -64,7 +74,11 @@ def verify_strategy(
         index -= 1
         while index >= 0 and not runs(index):
             index -= 1
-    return Verification(predicted_micro_batch_size=predicted, outcome_by_micro_batch_size=outcomes, largest_micro_batch_size=sizes[index] if index >= 0 else None)
+    return Verification(
+        predicted_micro_batch_size=predicted,
+        outcome_by_micro_batch_size=outcomes,
+        largest_micro_batch_size=sizes[index] if index >= 0 else None,
+    )
 
 
 def _run_and_read_record(recipe: Recipe, launch: Callable[[Recipe], RunResult]) -> RunRecord:
@@ -87,11 +101,16 @@ def _build_short_recipe(recipe: Recipe, width: int, micro_batch_size: int, budge
     }
     parts = {name: getattr(recipe, name).model_copy(update=change) for name, change in changes.items()}
     return recipe.model_copy(
-        update=parts | {
-            "budget": Budget(memory=str(budget)), "profile": Profile(untimed_steps=1), "checkpoint": Checkpoint(),
-            "trackers": (), "save_model": False, "output_dir": output_dir,
+        update=parts
+        | {
+            "budget": Budget(memory=str(budget)),
+            "profile": Profile(untimed_steps=1),
+            "checkpoint": Checkpoint(),
+            "trackers": (),
+            "save_model": False,
+            "output_dir": output_dir,
         }
-    )  # fmt: skip
+    )
 
 
 def _describe_outcome(micro_batch_size: int, record: RunRecord) -> str:

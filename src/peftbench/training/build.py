@@ -164,16 +164,24 @@ def apply_method(recipe: Recipe, base: LoadedModel, context: AcceleratorContext)
         model.to(context.accelerator.device)
     parameters = ParameterCounts(total=total, trainable=trainable)
     loss, unspared = build_loss(
-        base.model, labelled_only=recipe.train.logits == "labelled", use_masks=recipe.data.label_padding,
+        base.model,
+        labelled_only=recipe.train.logits == "labelled",
+        use_masks=recipe.data.label_padding,
         kernel=recipe.train.cross_entropy,
-    )  # fmt: skip
+    )
     notes += unspared
     # With what the method put into the base, as HF Trainer counts.
     six_n_parameters = base.model.num_parameters(exclude_embeddings=True)
     return AdaptedModel(base, parameters, model, tuple(notes), checkpointing, six_n_parameters, loss)
 
 
-def build_training(recipe: Recipe, adapted_model: AdaptedModel, examples: EncodedExamples, pad_token_id: int, context: AcceleratorContext) -> TrainingComponents:
+def build_training(
+    recipe: Recipe,
+    adapted_model: AdaptedModel,
+    examples: EncodedExamples,
+    pad_token_id: int,
+    context: AcceleratorContext,
+) -> TrainingComponents:
     """Batches of the encoded examples ``train``, optimizer and schedule, prepared by the engine.
 
     Raises:
@@ -186,27 +194,46 @@ def build_training(recipe: Recipe, adapted_model: AdaptedModel, examples: Encode
     collator = build_collator(recipe, adapted_model.loss, pad_token_id)
     knobs = recipe.train
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    batches = Batches(_as_numpy(examples), collator, knobs.global_batch_size, knobs.resolved_micro_batch_size, knobs.seed, rank, world_size)
+    batches = Batches(
+        _as_numpy(examples),
+        collator,
+        knobs.global_batch_size,
+        knobs.resolved_micro_batch_size,
+        knobs.seed,
+        rank,
+        world_size,
+    )
     steps = batches.count_steps(knobs.steps, knobs.epochs)
     if knobs.micro_batch_tokens is not None:
         batches = batches.limited_to_tokens(knobs.micro_batch_tokens, steps)
         accelerator.gradient_accumulation_steps = batches.gradient_accumulation_steps
-    kept = open_feature_cache(recipe, adapted_model.base.model, adapted_model.loss, batches, accelerator) if knobs.feature_cache else None
+    kept = (
+        open_feature_cache(recipe, adapted_model.base.model, adapted_model.loss, batches, accelerator)
+        if knobs.feature_cache
+        else None
+    )
     if knobs.compile:
         _compile_blocks(adapted_model.base.model, adapted_model.loss)
     model, optimizer, bare = prepare_with_engine(recipe, adapted_model.model, context)
     # Not prepared: accelerate steps a prepared schedule once per process, and ours counts optimizer steps.
     schedule = get_scheduler(
-        _SCHEDULER_TYPES[recipe.schedule.kind], bare, num_warmup_steps=recipe.schedule.warmup_steps, num_training_steps=steps
+        _SCHEDULER_TYPES[recipe.schedule.kind],
+        bare,
+        num_warmup_steps=recipe.schedule.warmup_steps,
+        num_training_steps=steps,
     )
     set_seed(knobs.seed, device_specific=True)  # dropout differs between ranks
     trainer = TrainingComponents(model, adapted_model.loss, optimizer, schedule, batches, steps, cost, uncounted, seen)
     if kept is not None:
-        trainer = replace(trainer, loss=kept.loss, batches=kept.batches, feature_store=kept.loss.store, notes=kept.notes)
+        trainer = replace(
+            trainer, loss=kept.loss, batches=kept.batches, feature_store=kept.loss.store, notes=kept.notes
+        )
     if not context.engine_autocasts:
         trainer = replace(trainer, autocast=context.autocast)
     if recipe.train.activation_offloading and accelerator.device.type != "cpu":
-        trainer = replace(trainer, activation_offload=partial(ActivationOffload, list(adapted_model.model.parameters())))
+        trainer = replace(
+            trainer, activation_offload=partial(ActivationOffload, list(adapted_model.model.parameters()))
+        )
     return replace(trainer, backward_part="backward_and_optimizer") if context.engine.is_deepspeed else trainer
 
 
@@ -251,7 +278,9 @@ def build_collator(recipe: Recipe, loss: CausalLMLoss, pad_token_id: int) -> Col
         return PaddingFreeCollator(pad_token_id, virtual, pad_to_multiple_of=multiple)
     pad_to = recipe.data.max_length if padding == "max_tokens" else None
     published = recipe.data.label_padding
-    return Collator(pad_token_id, virtual, pad_to, label_padding=published, pad_to_multiple_of=multiple, max_positions=most)
+    return Collator(
+        pad_token_id, virtual, pad_to, label_padding=published, pad_to_multiple_of=multiple, max_positions=most
+    )
 
 
 def prepare_with_engine(
@@ -287,7 +316,9 @@ def _get_trainable_parameters(model: nn.Module) -> tuple[list[nn.Parameter], lis
     return trained, [parameter for parameter in trained if id(parameter) in embedded]
 
 
-def _count_flops(recipe: Recipe, adapted_model: AdaptedModel, context: AcceleratorContext) -> tuple[FlopCost | None, str | None, bool]:
+def _count_flops(
+    recipe: Recipe, adapted_model: AdaptedModel, context: AcceleratorContext
+) -> tuple[FlopCost | None, str | None, bool]:
     """FLOPs of the bare model in the mode it is trained in, or why they are not known; and whether they are counted."""
     method = recipe.method
     method.set_training(adapted_model.model)
@@ -295,9 +326,12 @@ def _count_flops(recipe: Recipe, adapted_model: AdaptedModel, context: Accelerat
     try:
         with context.autocast(), adapted_model.loss.attention_context():
             found = count_flops(
-                model, base, virtual_tokens=method.virtual_tokens, gradient_checkpointing=adapted_model.gradient_checkpointing,
+                model,
+                base,
+                virtual_tokens=method.virtual_tokens,
+                gradient_checkpointing=adapted_model.gradient_checkpointing,
                 computes_all_logits=adapted_model.loss.computes_all_logits,
-            )  # fmt: skip
+            )
     except Exception as error:  # an instrument must not end a run
         return None, f"FLOPs are not known: {error or type(error).__name__}", isinstance(error, NonLinearFlopsError)
     return found, None, not recipe.train.compile  # the counter does not see into what is compiled

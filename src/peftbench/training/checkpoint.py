@@ -60,18 +60,25 @@ class CheckpointMetadata:
 
     def incompatibilities(self, other: CheckpointMetadata) -> list[str]:
         """What keeps this one from going on with what ``other`` made, in words."""
-        found = [] if self.replicated and other.replicated else [
-            f"{what} {theirs} instead of {mine}"
-            for what, mine, theirs in (
-                ("engine", self.engine, other.engine), ("processes", self.world_size, other.world_size),
-            ) if mine != theirs
-        ]  # fmt: skip
+        found = (
+            []
+            if self.replicated and other.replicated
+            else [
+                f"{what} {theirs} instead of {mine}"
+                for what, mine, theirs in (
+                    ("engine", self.engine, other.engine),
+                    ("processes", self.world_size, other.world_size),
+                )
+                if mine != theirs
+            ]
+        )
         if self.device != other.device:
             found.append(f"device {other.device} instead of {self.device}")
         return found + [
             f"{name} {other.versions.get(name)} instead of {version}"
-            for name, version in self.versions.items() if other.versions.get(name) != version
-        ]  # fmt: skip
+            for name, version in self.versions.items()
+            if other.versions.get(name) != version
+        ]
 
 
 @dataclass(frozen=True)
@@ -177,10 +184,14 @@ class CheckpointManager:
                 shutil.rmtree(path, ignore_errors=True)
                 continue
             if differences := self.metadata.incompatibilities(origin):
-                return None, notes, (
-                    f"{path} cannot be gone on with, since it was made with {', '.join(differences)}; launch it as it "
-                    f"was, or remove {self.directory} to begin anew"
-                )  # fmt: skip
+                return (
+                    None,
+                    notes,
+                    (
+                        f"{path} cannot be gone on with, since it was made with {', '.join(differences)}; launch it as it "
+                        f"was, or remove {self.directory} to begin anew"
+                    ),
+                )
             return CheckpointRef(path, origin), notes, None
         return None, notes, None
 
@@ -195,7 +206,9 @@ class CheckpointManager:
         problem = None
         try:
             first = 0 if self.metadata.replicated else rank
-            state = serialization.load_tree(checkpoint.path / _rank_dir_name(first), self.accelerator.device, device_keys=("optimizer",))
+            state = serialization.load_tree(
+                checkpoint.path / _rank_dir_name(first), self.accelerator.device, device_keys=("optimizer",)
+            )
             if own and first != rank:
                 state |= serialization.load_tree(checkpoint.path / _rank_dir_name(rank), self.accelerator.device)
         except _READ_ERRORS as error:

@@ -106,13 +106,17 @@ def train(
     Raises:
         DivergedError: a loss is not finite; ``progress`` holds every step before it.
     """
-    left = itertools.islice(training.batches.skip_first_batches(progress.completed_steps), training.total_steps - progress.completed_steps)
+    left = itertools.islice(
+        training.batches.skip_first_batches(progress.completed_steps), training.total_steps - progress.completed_steps
+    )
     for batch in prefetch(left, accelerator.device):
         learning_rate = float(training.lr_scheduler.get_last_lr()[0])
         with probe.step():
             loss = train_step(accelerator, training, batch, max_grad_norm, probe.part)
         if not math.isfinite(loss):
-            raise DivergedError(progress.completed_steps + 1, f"the loss of step {progress.completed_steps + 1} is {loss}")
+            raise DivergedError(
+                progress.completed_steps + 1, f"the loss of step {progress.completed_steps + 1} is {loss}"
+            )
         progress.losses.append(loss)
         progress.skipped_steps += bool(accelerator.optimizer_step_was_skipped)
         progress.step_token_counts.append(batch.token_counts)

@@ -44,7 +44,9 @@ def load_tree(directory: Path, device: torch.device, device_keys: tuple[str, ...
         at: dict[str, torch.Tensor] = {}
         here: dict[str, torch.Tensor] = {}
         return {
-            key: _unflatten_tree(below, tensors, at if key in device_keys else here, device if key in device_keys else cpu)
+            key: _unflatten_tree(
+                below, tensors, at if key in device_keys else here, device if key in device_keys else cpu
+            )
             for key, below in skeleton["dict"]
         }
     return _unflatten_tree(skeleton, tensors, {}, cpu)
@@ -72,7 +74,9 @@ def _flatten_tree(value: object, tensors: dict[str, torch.Tensor], seen: dict[tu
     raise TypeError(f"a {type(value).__name__} cannot be part of a state")
 
 
-def _unflatten_tree(value: Any, tensors: dict[str, torch.Tensor], placed: dict[str, torch.Tensor], device: torch.device) -> Any:  # noqa: ANN401
+def _unflatten_tree(
+    value: Any, tensors: dict[str, torch.Tensor], placed: dict[str, torch.Tensor], device: torch.device
+) -> Any:  # noqa: ANN401
     if not isinstance(value, dict):
         return value
     if "tensor" in value:

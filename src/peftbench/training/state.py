@@ -30,16 +30,24 @@ _PROJECTOR_MODULES = {
 """And where it is."""
 
 
-def capture_state(accelerator: Accelerator, training: TrainingComponents, model: nn.Module, progress: TrainProgress) -> dict[str, Any]:
+def capture_state(
+    accelerator: Accelerator, training: TrainingComponents, model: nn.Module, progress: TrainProgress
+) -> dict[str, Any]:
     """This process's part of the state: trained weights, optimizer, schedule, scaler, random numbers and counts."""
     groups = deepspeed.get_param_groups(training.optimizer)
     steps = list(deepspeed.unwrap_chain(training.optimizer))[-1]
     return {
-        "weights": {name: _local_tensor(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad},
+        "weights": {
+            name: _local_tensor(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
+        },
         "masters": deepspeed.master_weights(training.optimizer),
-        "optimizer": [[_serialize_state(steps.state.get(tensor, {})) for tensor in group["params"]] for group in groups],
+        "optimizer": [
+            [_serialize_state(steps.state.get(tensor, {})) for tensor in group["params"]] for group in groups
+        ],
         "groups": [{key: value for key, value in group.items() if key != "params"} for group in groups],
-        "schedule": {key: value for key, value in training.lr_scheduler.state_dict().items() if not key.startswith("lr_la")},
+        "schedule": {
+            key: value for key, value in training.lr_scheduler.state_dict().items() if not key.startswith("lr_la")
+        },
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
         "random": _get_rng_state(),
         "progress": _serialize_progress(progress),
@@ -74,7 +82,9 @@ def load_state(
         group.update(knobs)
         for tensor, kept in zip(group["params"], states, strict=True):
             if kept:
-                steps.state[tensor] = {key: _as_dtensor_like(value, tensor) for key, value in _deserialize_state(kept).items()}
+                steps.state[tensor] = {
+                    key: _as_dtensor_like(value, tensor) for key, value in _deserialize_state(kept).items()
+                }
     for group, knobs in zip(steps.param_groups, state["groups"], strict=True):
         group.update(knobs)
     training.lr_scheduler.load_state_dict(training.lr_scheduler.state_dict() | state["schedule"])
@@ -149,11 +159,16 @@ def _get_rng_state() -> dict[str, Any]:
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     return {
         "python": random.getstate(),
-        "numpy": [str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss),
-                  float(gauss)],
+        "numpy": [
+            str(kind),
+            torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            int(position),
+            int(has_gauss),
+            float(gauss),
+        ],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state().clone() if torch.cuda.is_available() else None,
-    }  # fmt: skip
+    }
 
 
 def _set_rng_state(state: dict[str, Any]) -> None:
@@ -167,11 +182,13 @@ def _set_rng_state(state: dict[str, Any]) -> None:
 
 def _serialize_progress(progress: TrainProgress) -> dict[str, Any]:
     return {
-        "losses": list(progress.losses), "skipped": progress.skipped_steps, "shapes": list(progress.step_shapes),
+        "losses": list(progress.losses),
+        "skipped": progress.skipped_steps,
+        "shapes": list(progress.step_shapes),
         "counts": [asdict(count) for count in progress.step_token_counts],
         "required": [asdict(work) for work in progress.step_required],
         "executed": [asdict(work) for work in progress.step_executed],
-    }  # fmt: skip
+    }
 
 
 def _load_progress(progress: TrainProgress, saved: dict[str, Any]) -> None:

@@ -198,12 +198,15 @@ def test_what_a_model_wrote_stays_text(opened: Open, tmp_path: Path) -> None:
     bad = record(HOSTILE, "lora", 10, notes=(HOSTILE,), git=HOSTILE, versions={HOSTILE: HOSTILE})
     assert bad.quality is not None
     sample = Sample(id=HOSTILE, article=HOSTILE, reference=HOSTILE, generated=HOSTILE)
-    bad = bad.model_copy(update={
-        "quality": bad.quality.model_copy(update={"samples": (sample,)}),
-        "losses": (3.0, 2.0), "step_seconds": (1.0, 1.0),
-        "device": bad.device.model_copy(update={"name": HOSTILE}),
-        "memory": {"train": Memory(allocated_bytes=2**20)},
-    })  # fmt: skip
+    bad = bad.model_copy(
+        update={
+            "quality": bad.quality.model_copy(update={"samples": (sample,)}),
+            "losses": (3.0, 2.0),
+            "step_seconds": (1.0, 1.0),
+            "device": bad.device.model_copy(update={"name": HOSTILE}),
+            "memory": {"train": Memory(allocated_bytes=2**20)},
+        }
+    )
     page = opened(page_of({tmp_path / "bad" / "record.json": bad}, tmp_path, title=HOSTILE, summary=[HOSTILE]))
     page.page.wait_for_timeout(300)
     assert page.said == []
@@ -251,9 +254,10 @@ def test_is_accessible(scheme: str, opened: Open, tmp_path: Path) -> None:
 def test_what_did_not_fit_is_there(opened: Open, tmp_path: Path) -> None:
     """A run that was out of memory has its row, its bar with what it asked for, and a line for the budget."""
     page = opened(page_of(shipped("demo_budget"), tmp_path))
-    row = page.page.locator("#runs tbody tr", has=page.page.locator("th", has_text="full (oom)").or_(
-        page.page.locator("th:text-is('full')")
-    ))  # fmt: skip
+    row = page.page.locator(
+        "#runs tbody tr",
+        has=page.page.locator("th", has_text="full (oom)").or_(page.page.locator("th:text-is('full')")),
+    )
     assert "oom at step 2" in row.first.inner_text()
     bars = page.see(
         "[...document.querySelectorAll('#chart-memory [aria-label]')].map(e => e.getAttribute('aria-label'))"
@@ -270,17 +274,24 @@ def _many(count: int) -> dict[Path, RunRecord]:
     for index in range(count):
         kind, score = kinds[index % 4], 20 + (index * 37 % 100) / 10
         quality = Quality(
-            split="test", num_examples=100, loss=3 + index % 7 / 10,
+            split="test",
+            num_examples=100,
+            loss=3 + index % 7 / 10,
             rouge={"rougeL": Interval(mean=score, low=score - 2, high=score + 2)},
             samples=(Sample(id="a", article="an article", reference="a reference", generated=f"by {index}"),),
-        )  # fmt: skip
+        )
         values: dict[str, Any] = {
-            "quality": quality, "losses": tuple(3 + 1 / (step + 1) for step in range(500)), "steps": 500,
-            "step_seconds": (0.1,) * 500, "step_tokens": (100,) * 500, "flops": Flops(model_flops=(index + 1) * 10**9),
+            "quality": quality,
+            "losses": tuple(3 + 1 / (step + 1) for step in range(500)),
+            "steps": 500,
+            "step_seconds": (0.1,) * 500,
+            "step_tokens": (100,) * 500,
+            "flops": Flops(model_flops=(index + 1) * 10**9),
             "memory": {"train": Memory(allocated_bytes=(index % 50 + 1) * 2**20)},
             "state_bytes": StateBytes(weights=2**18, gradients=2**17, optimizer=2**17),
-            "outcome": Outcome(kind="ok"), "seed": index,
-        }  # fmt: skip
+            "outcome": Outcome(kind="ok"),
+            "seed": index,
+        }
         made[Path(f"runs/{kind}-{index}/record.json")] = record(f"{kind}-{index}", kind, 10 + index % 4, **values)
     return made
 

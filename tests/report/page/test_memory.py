@@ -18,7 +18,15 @@ def test_bars_add_up_to_the_peak() -> None:
     peak = {"train": Memory(allocated_bytes=100 * MIB)}
     states = StateBytes(weights=10 * MIB, gradients=10 * MIB, optimizer=20 * MIB)
     kinds = {"weights": 10 * MIB, "activations": 55 * MIB, "logits": 0, "temporaries": 7}
-    found = MemoryBreakdown(step=5, micro_batch_size=1, sequence_length=8, peak_bytes=1, bytes_by_category=kinds, operation="x", step_part="backward")
+    found = MemoryBreakdown(
+        step=5,
+        micro_batch_size=1,
+        sequence_length=8,
+        peak_bytes=1,
+        bytes_by_category=kinds,
+        operation="x",
+        step_part="backward",
+    )
     plain = record("a", "full", 1, memory=peak, state_bytes=states)
     rows = memory_chart.memory_bar_rows([plain, plain.model_copy(update={"name": "b", "breakdown": found})])
     for run in ("a (full)", "b (full)"):
@@ -26,14 +34,23 @@ def test_bars_add_up_to_the_peak() -> None:
     parts = [row["part"] for row in rows if row["run"] == "b (full)"]
     assert parts == ["weights", "activations", "temporaries", "the rest of the peak"]
     assert [row["part"] for row in rows if row["run"] == "a (full)"] == [
-        "weights", "gradients", "optimizer states", "the rest of the peak"
-    ]  # fmt: skip
+        "weights",
+        "gradients",
+        "optimizer states",
+        "the rest of the peak",
+    ]
 
 
 def test_a_warm_up_that_took_more_is_not_drawn_beyond_the_peak() -> None:
     """A breakdown of more than the training's peak gives way to the sizes of the states, and those to nothing."""
     found = MemoryBreakdown(
-        step=5, micro_batch_size=1, sequence_length=8, peak_bytes=1, bytes_by_category={"weights": 9 * MIB}, operation="x", step_part=None
+        step=5,
+        micro_batch_size=1,
+        sequence_length=8,
+        peak_bytes=1,
+        bytes_by_category={"weights": 9 * MIB},
+        operation="x",
+        step_part=None,
     )
     states = StateBytes(weights=4 * MIB, gradients=0, optimizer=0)
     one = record("a", "full", 1, memory={"train": Memory(allocated_bytes=5 * MIB)}, breakdown=found, state_bytes=states)
@@ -54,8 +71,9 @@ def test_an_out_of_memory_shows_what_it_held_and_asked_for() -> None:
     outcome = Outcome(kind="oom", step=1, in_use_bytes=90 * MIB, requested_bytes=30 * MIB)
     one = record("a", "full", 1, outcome=outcome, memory={"warmup": Memory(allocated_bytes=MIB)})
     assert [(row["part"], row["bytes"]) for row in memory_chart.memory_bar_rows([one])] == [
-        ("held when refused", 90 * MIB), ("asked for and refused", 30 * MIB)
-    ]  # fmt: skip
+        ("held when refused", 90 * MIB),
+        ("asked for and refused", 30 * MIB),
+    ]
 
 
 def _with(budget: str | None, device: Device, **changes: object) -> RunRecord:
@@ -71,7 +89,11 @@ def _with(budget: str | None, device: Device, **changes: object) -> RunRecord:
         (_with("nonsense", GPU), None),
         (_with("112MiB", Device(type="cpu", name="a CPU", num_processes=1)), None),
         (
-            _with("112MiB", Device(type="cpu", name="a CPU", num_processes=1), outcome=Outcome(kind="oom", in_use_bytes=MIB)),
+            _with(
+                "112MiB",
+                Device(type="cpu", name="a CPU", num_processes=1),
+                outcome=Outcome(kind="oom", in_use_bytes=MIB),
+            ),
             ("budget", 112 * MIB),
         ),
     ],
@@ -93,7 +115,7 @@ REAL = [
     one
     for folder in (REPOSITORY / "docs" / "results", *(REPOSITORY / "benchmarks").glob("*/records"))
     for one in find_records(folder).values()
-]  # fmt: skip
+]
 
 
 def test_no_run_that_ended_well_passes_its_line() -> None:

@@ -56,9 +56,14 @@ def test_a_loss_that_is_no_number_is_no_point() -> None:
 def _speed(**changes: Any) -> ChartRow:
     each = TokensPerSecond(real=1100.0, padded=1.0, labelled=1.0, virtual=0.0)
     speed = Throughput(
-        steps=8, step_seconds_median=1.0, step_seconds_p10=0.5, step_seconds_p90=2.0, samples_per_second=1.0,
-        tokens_per_second=each, data_time_fraction=0.0,
-    )  # fmt: skip
+        steps=8,
+        step_seconds_median=1.0,
+        step_seconds_p10=0.5,
+        step_seconds_p90=2.0,
+        samples_per_second=1.0,
+        tokens_per_second=each,
+        data_time_fraction=0.0,
+    )
     tokens = Tokens(real=10_000, padded=1, labelled=1, virtual=0)
     one = record("a", "full", 1, throughput=speed, tokens=tokens, steps=10, **changes)
     (row,) = series.throughput_rows([one], ColorGroups.from_run_groups(group_runs([one])))
@@ -91,14 +96,20 @@ def test_groups_are_configurations_where_they_are_few() -> None:
 def test_the_pareto_front_by_hand() -> None:
     """On it are those that nothing is better than at the same cost or less; ties and the dominated are not."""
     points: list[ChartRow] = [
-        {"run": "cheap", "cost": 1.0, "quality": 10.0}, {"run": "worse and dearer", "cost": 2.0, "quality": 9.0},
-        {"run": "as good and dearer", "cost": 2.5, "quality": 10.0}, {"run": "dear", "cost": 3.0, "quality": 12.0},
-        {"run": "as dear and worse", "cost": 3.0, "quality": 11.0}, {"run": "unknown", "cost": None, "quality": 99.0},
-    ]  # fmt: skip
+        {"run": "cheap", "cost": 1.0, "quality": 10.0},
+        {"run": "worse and dearer", "cost": 2.0, "quality": 9.0},
+        {"run": "as good and dearer", "cost": 2.5, "quality": 10.0},
+        {"run": "dear", "cost": 3.0, "quality": 12.0},
+        {"run": "as dear and worse", "cost": 3.0, "quality": 11.0},
+        {"run": "unknown", "cost": None, "quality": 99.0},
+    ]
     best = series.pareto_front(points, "cost", "quality", higher_is_better=True)
     assert [point["run"] for point in best] == ["cheap", "dear"]
     turned = [point | {"quality": -float(point["quality"] or 0)} for point in points]
-    assert [p["run"] for p in series.pareto_front(turned, "cost", "quality", higher_is_better=False)] == ["cheap", "dear"]
+    assert [p["run"] for p in series.pareto_front(turned, "cost", "quality", higher_is_better=False)] == [
+        "cheap",
+        "dear",
+    ]
 
 
 def test_a_point_is_of_all_seeds() -> None:

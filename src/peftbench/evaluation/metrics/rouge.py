@@ -15,7 +15,10 @@ def compute_rouge(generated: Sequence[str], references: Sequence[str]) -> dict[s
     import evaluate
 
     metric = evaluate.load(str(METRIC_DIR))
-    scores = metric.compute(predictions=list(map(_join_sentences_by_line, generated)), references=list(map(_join_sentences_by_line, references)))
+    scores = metric.compute(
+        predictions=list(map(_join_sentences_by_line, generated)),
+        references=list(map(_join_sentences_by_line, references)),
+    )
     return {kind: tuple(100 * value for value in values) for kind, values in scores.items()}
 
 

@@ -33,10 +33,14 @@ class DeviceFacts(BaseModel):
 
 
 UNKNOWN_DEVICE = DeviceFacts(
-    torch_name="a GPU", memory=ByteSize(0), memory_source="--budget",
-    workspaces=(ByteSize(8 << 20), ByteSize(64 << 20)), context=(ByteSize(300 << 20), ByteSize(1434 << 20)),
-    calibrated=False, bf16=True,
-)  # fmt: skip
+    torch_name="a GPU",
+    memory=ByteSize(0),
+    memory_source="--budget",
+    workspaces=(ByteSize(8 << 20), ByteSize(64 << 20)),
+    context=(ByteSize(300 << 20), ByteSize(1434 << 20)),
+    calibrated=False,
+    bf16=True,
+)
 """A device of which nothing is known but its memory."""
 
 

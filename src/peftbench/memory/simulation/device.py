@@ -86,8 +86,16 @@ class DeviceEmulation(TorchFunctionMode):
                     put(module, "maybe_autocast", autocast_or_not)
             put(masking_utils, "fast_all", lambda _: not self.has_padding)
             put(masking_utils, "find_packed_sequence_indices", lambda *_, **__: None)
-            put(cross_entropy, "_compute_dtype", lambda hidden: self.autocast_dtype if self._autocast_enabled else hidden.dtype)
-            put(attention, "_is_upcast_to_float32", lambda query: self.device_type == "cpu" and (self._autocast_enabled or _is_low_precision(query)))
+            put(
+                cross_entropy,
+                "_compute_dtype",
+                lambda hidden: self.autocast_dtype if self._autocast_enabled else hidden.dtype,
+            )
+            put(
+                attention,
+                "_is_upcast_to_float32",
+                lambda query: self.device_type == "cpu" and (self._autocast_enabled or _is_low_precision(query)),
+            )
             if self.device_type == "cuda":
                 with_foreach = _foreach_utils._get_foreach_kernels_supported_devices()
                 put(_foreach_utils, "_get_foreach_kernels_supported_devices", lambda: [*with_foreach, "meta"])
@@ -109,13 +117,20 @@ class DeviceEmulation(TorchFunctionMode):
             return _cuda_dropout(*args, **kwargs)
         return func(*args, **kwargs)
 
-    def _cast_arguments(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _cast_arguments(
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         assert self.autocast_dtype is not None
         if name in LOWER_PRECISION_FP[self.device_type]:
             return _map_tensors(args, kwargs, self._to_lower_precision)
         if name in FP32[self.device_type]:
             return _map_tensors(args, kwargs, lambda t: t.float() if _is_low_precision(t) else t)
-        if name in FP32_SET_OPT_DTYPE[self.device_type] and args and _is_low_precision(args[0]) and kwargs.get("dtype") is None:
+        if (
+            name in FP32_SET_OPT_DTYPE[self.device_type]
+            and args
+            and _is_low_precision(args[0])
+            and kwargs.get("dtype") is None
+        ):
             return args, {**kwargs, "dtype": torch.float32}
         if name in PROMOTE[self.device_type]:
             tensors = [t for t in _iter_tensors(args) if t.is_floating_point()]
@@ -178,7 +193,9 @@ class DeviceEmulation(TorchFunctionMode):
         return made
 
 
-def _uses_flash_on_cpu(tensors: tuple[torch.Tensor | None, ...], dropout_p: float, is_causal: bool, *, enable_gqa: bool) -> bool:
+def _uses_flash_on_cpu(
+    tensors: tuple[torch.Tensor | None, ...], dropout_p: float, is_causal: bool, *, enable_gqa: bool
+) -> bool:
     """Asked of torch itself, with tensors of the CPU that nobody writes to, and that so take no memory."""
     real = [None if t is None else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype) for t in tensors]
     choice = torch._fused_sdp_choice(*real, dropout_p, is_causal, enable_gqa=enable_gqa)  # type: ignore[arg-type, call-arg, misc]

@@ -45,9 +45,11 @@ def _quantize_to_4bit(model: nn.Module, compute_dtype: torch.dtype, *, double_qu
     from transformers.quantizers.base import get_keys_to_not_convert
 
     config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype,
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=compute_dtype,
         bnb_4bit_use_double_quant=double_quant,
-    )  # fmt: skip
+    )
     model.requires_grad_(False)
     replace_with_bnb_linear(model, get_keys_to_not_convert(model), config)
 
@@ -65,12 +67,21 @@ def _quantize_to_4bit(model: nn.Module, compute_dtype: torch.dtype, *, double_qu
                 second["state2"] = QuantState(outer, code=code, blocksize=_NESTED_BLOCK_SIZE, dtype=torch.float32)
                 second["offset"] = empty(1, torch.float32)[0]
             state = QuantState(
-                empty(scales, torch.uint8 if double_quant else torch.float32), shape=shape, code=empty(16, torch.float32),
-                blocksize=_BLOCK_SIZE, quant_type="nf4", dtype=torch.float32, **second,
-            )  # fmt: skip
+                empty(scales, torch.uint8 if double_quant else torch.float32),
+                shape=shape,
+                code=empty(16, torch.float32),
+                blocksize=_BLOCK_SIZE,
+                quant_type="nf4",
+                dtype=torch.float32,
+                **second,
+            )
             packed = torch.empty(((shape.numel() + 1) // 2, 1), dtype=torch.uint8, device="meta")
             module.weight = Params4bit(
-                packed, quant_state=state, quant_type="nf4", compress_statistics=double_quant, module=module,
+                packed,
+                quant_state=state,
+                quant_type="nf4",
+                compress_statistics=double_quant,
+                module=module,
                 bnb_quantized=True,
-            )  # fmt: skip
+            )
             module.quant_state = state

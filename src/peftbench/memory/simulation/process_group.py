@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def fake_distributed(recipe: Recipe, launch_config: LaunchConfig, emulation: DeviceEmulation, fake_scalars: FakeScalars) -> Iterator[AcceleratorContext]:
+def fake_distributed(
+    recipe: Recipe, launch_config: LaunchConfig, emulation: DeviceEmulation, fake_scalars: FakeScalars
+) -> Iterator[AcceleratorContext]:
     """The accelerator of ``world``'s first process, with what it changes in this process taken back at the end.
 
     ``recipe`` says the numbers of a step.
@@ -40,7 +42,9 @@ def fake_distributed(recipe: Recipe, launch_config: LaunchConfig, emulation: Dev
         EngineError: the launcher's files do not ask for the engine, or set what the recipe owns.
     """
     if distributed.is_initialized():
-        raise EstimateUnavailableError("a plan of several processes cannot be made in one of several; make it before them")
+        raise EstimateUnavailableError(
+            "a plan of several processes cannot be made in one of several; make it before them"
+        )
     with ExitStack() as changes:
         changes.enter_context(suppress_library_output())
         changes.enter_context(launch_config.patch_environ())

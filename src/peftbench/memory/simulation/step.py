@@ -97,7 +97,13 @@ class MemorySimulation:
     """
 
     def __init__(
-        self, recipe: Recipe, device_type: DeviceType, num_micro_batches: int, *, has_padding: bool = True, launch_config: LaunchConfig = SINGLE_PROCESS
+        self,
+        recipe: Recipe,
+        device_type: DeviceType,
+        num_micro_batches: int,
+        *,
+        has_padding: bool = True,
+        launch_config: LaunchConfig = SINGLE_PROCESS,
     ) -> None:
         """``micro_batches`` of a step of one process; ``padded``: whether a batch has rows of unlike lengths.
 
@@ -110,9 +116,13 @@ class MemorySimulation:
         self.num_micro_batches = min(num_micro_batches, 2) if device_type == "cuda" else num_micro_batches
         self.accelerator: Any = _FakeAccelerator(self.num_micro_batches)
         bound = AcceleratorContext(self.accelerator, launch_config.engine, recipe.train.precision)
-        self.emulation = DeviceEmulation(device_type, _AUTOCAST_DTYPES.get(recipe.train.precision), has_padding=has_padding)
+        self.emulation = DeviceEmulation(
+            device_type, _AUTOCAST_DTYPES.get(recipe.train.precision), has_padding=has_padding
+        )
         with imports_without_gc():  # of the architecture's code, and of the method's library
-            self.loaded_model = build_meta_model(recipe.model, _AUTOCAST_DTYPES.get(recipe.train.precision, torch.float32))
+            self.loaded_model = build_meta_model(
+                recipe.model, _AUTOCAST_DTYPES.get(recipe.train.precision, torch.float32)
+            )
             with self._track_method_modules(), self.emulation.patch_libraries():
                 built = apply_method(recipe, self.loaded_model, bound)
         self.model, self.loss = built.model, built.loss
@@ -184,7 +194,9 @@ class MemorySimulation:
         from peftbench.memory.simulation.process_group import fake_distributed
 
         asked = _build_single_step_recipe(self.recipe, self.num_micro_batches, self.launch_config.num_processes)
-        bound = self._contexts.enter_context(fake_distributed(asked, self.launch_config, self.emulation, self.step_parts.fake_scalars))
+        bound = self._contexts.enter_context(
+            fake_distributed(asked, self.launch_config, self.emulation, self.step_parts.fake_scalars)
+        )
         self.accelerator = bound.accelerator
         started, optimizer, bare = prepare_with_engine(asked, self.model, bound)
         self._enable_fused(list(unwrap_chain(optimizer))[-1])
@@ -209,10 +221,17 @@ class MemorySimulation:
         """Book from here on."""
         started, optimizer = self.training.model, self.training.optimizer
         self.memory_tracker = MemoryTracker(
-            self.model, optimizer, self.loaded_model.model.config.vocab_size, lambda: self.step_parts.current_part,
-            get_engine_buffers=lambda: EngineBuffers() if self.launch_config.is_single_process else collect_engine_buffers(started, self.model, optimizer),
+            self.model,
+            optimizer,
+            self.loaded_model.model.config.vocab_size,
+            lambda: self.step_parts.current_part,
+            get_engine_buffers=lambda: (
+                EngineBuffers()
+                if self.launch_config.is_single_process
+                else collect_engine_buffers(started, self.model, optimizer)
+            ),
             device_type="meta" if self.device_type == "cuda" else None,  # what lies in the CPU's memory is another's
-        )  # fmt: skip
+        )
         self._contexts.enter_context(self.memory_tracker)
 
     def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
@@ -248,7 +267,10 @@ class MemorySimulation:
         self.recipe.method.set_training(self.model)
         if self.launch_config.is_single_process or self.launch_config.engine == DDP:
             _autocast_forward(self.model, self.emulation)
-        batches = [self._build_batch(batch_size, sequence_length, labelled_tokens, self.num_micro_batches) for _ in range(self.training.total_steps)]
+        batches = [
+            self._build_batch(batch_size, sequence_length, labelled_tokens, self.num_micro_batches)
+            for _ in range(self.training.total_steps)
+        ]
         with self.loss.attention_context():
             if not self.launch_config.is_single_process:
                 self._run_step(batches.pop())
@@ -268,9 +290,12 @@ class MemorySimulation:
         try:
             with self.emulation.patch_libraries(), self.loss.attention_context():
                 found = count_flops(
-                    self.model, self.loaded_model.model, virtual_tokens=self.recipe.method.virtual_tokens,
-                    gradient_checkpointing=self.gradient_checkpointing, computes_all_logits=self.loss.computes_all_logits,
-                )  # fmt: skip
+                    self.model,
+                    self.loaded_model.model,
+                    virtual_tokens=self.recipe.method.virtual_tokens,
+                    gradient_checkpointing=self.gradient_checkpointing,
+                    computes_all_logits=self.loss.computes_all_logits,
+                )
         except UnsupportedFlopsError:
             return None
         except RuntimeError as error:
@@ -319,16 +344,24 @@ class MemorySimulation:
             for group in optimizer.param_groups:
                 group["fused"] = True
 
-    def _build_batch(self, batch_size: int, sequence_length: int, labelled_tokens: LabelCounts, num_micro_batches: int) -> GlobalBatch:
-        made = tuple(self._build_micro_batch(batch_size, sequence_length, labelled_tokens) for _ in range(num_micro_batches))
+    def _build_batch(
+        self, batch_size: int, sequence_length: int, labelled_tokens: LabelCounts, num_micro_batches: int
+    ) -> GlobalBatch:
+        made = tuple(
+            self._build_micro_batch(batch_size, sequence_length, labelled_tokens) for _ in range(num_micro_batches)
+        )
         return GlobalBatch(made, TokenCounts(labelled=1))
 
     def _build_micro_batch(self, batch_size: int, sequence_length: int, labelled_tokens: LabelCounts) -> MicroBatch:
         of_rows = [labelled_tokens] * batch_size if isinstance(labelled_tokens, int) else labelled_tokens
         # On the CPU a batch is there already, but to DDP and fully_shard, who call it "cpu:0"; to a GPU it is copied.
-        there = self.device_type == "cpu" and (self.launch_config.is_single_process or self.launch_config.engine.is_deepspeed)
+        there = self.device_type == "cpu" and (
+            self.launch_config.is_single_process or self.launch_config.engine.is_deepspeed
+        )
         with _disable_current_modes():  # they come from elsewhere, and are booked once they are used
-            made = self.collator.collate([[0] * sequence_length] * batch_size, [sequence_length - count for count in of_rows])
+            made = self.collator.collate(
+                [[0] * sequence_length] * batch_size, [sequence_length - count for count in of_rows]
+            )
             return made.map(lambda tensor: tensor.to("meta")) if there else made
 
 
@@ -362,11 +395,15 @@ def _build_single_step_recipe(recipe: Recipe, num_micro_batches: int, num_proces
 
     Casts are steered, so it hears of no precision.
     """
-    _, rows = compute_micro_batching(recipe.train.global_batch_size, recipe.train.resolved_micro_batch_size, num_processes)
+    _, rows = compute_micro_batching(
+        recipe.train.global_batch_size, recipe.train.resolved_micro_batch_size, num_processes
+    )
     numbers = {
-        "global_batch_size": rows * num_micro_batches * num_processes, "micro_batch_size": rows, "micro_batch_tokens": None,
+        "global_batch_size": rows * num_micro_batches * num_processes,
+        "micro_batch_size": rows,
+        "micro_batch_tokens": None,
         "precision": "fp32",
-    }  # fmt: skip
+    }
     return recipe.model_copy(update={"train": recipe.train.model_copy(update=numbers), "trackers": ()})
 
 

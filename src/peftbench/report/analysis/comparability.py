@@ -14,16 +14,24 @@ def protocol_differs(records: Sequence[RunRecord]) -> bool:
     shown: dict[Seed, set[str]] = {}  # the tokens that runs of one seed were shown
     for record in records:
         shown.setdefault(seed_of(record), set()).add(json.dumps(_token_counts(record)))
-    return len({json.dumps(_protocol_key(record)) for record in records}) > 1 or any(len(one) > 1 for one in shown.values())
+    return len({json.dumps(_protocol_key(record)) for record in records}) > 1 or any(
+        len(one) > 1 for one in shown.values()
+    )
 
 
 def _protocol_key(record: RunRecord) -> list[object]:
     """Equal in all runs, whatever their seeds."""
     recipe = record.recipe
     return [
-        record.data_fingerprint, record.model_fingerprint, record.num_examples, record.steps, recipe["train"]["global_batch_size"],
-        recipe["data"]["max_tokens"], recipe["data"]["as_published"], recipe["train"]["precision"],
-    ]  # fmt: skip
+        record.data_fingerprint,
+        record.model_fingerprint,
+        record.num_examples,
+        record.steps,
+        recipe["train"]["global_batch_size"],
+        recipe["data"]["max_tokens"],
+        recipe["data"]["as_published"],
+        recipe["train"]["precision"],
+    ]
 
 
 def _token_counts(record: RunRecord) -> list[int]:

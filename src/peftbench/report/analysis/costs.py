@@ -22,10 +22,21 @@ def cost_clause(group: RunGroup, reference: RunGroup) -> str:
         return ""
     if (reason := why_not_comparable(group, reference)) is not None:
         return f"; it ran {reason}, so that costs are not compared"
-    same = [what for what, alike in (("memory", _has_similar_peak(group, reference)), ("time", _has_similar_speed(group, reference))) if alike]
+    same = [
+        what
+        for what, alike in (
+            ("memory", _has_similar_peak(group, reference)),
+            ("time", _has_similar_speed(group, reference)),
+        )
+        if alike
+    ]
     shares = [
         ("memory", *_distinct_peaks(group, reference), ""),
-        ("time", *_distinct_train_times(group, reference), " in one run each" if len(group.ok_runs) == len(reference.ok_runs) == 1 else ""),
+        (
+            "time",
+            *_distinct_train_times(group, reference),
+            " in one run each" if len(group.ok_runs) == len(reference.ok_runs) == 1 else "",
+        ),
         ("required FLOPs", group.mean_model_flops, reference.mean_model_flops, ""),
     ]
     told = [f"{_format_percent(a / b)} of its {what}{how}" for what, a, b, how in shares if a is not None and b]
@@ -58,9 +69,16 @@ def _has_similar_peak(group: RunGroup, reference: RunGroup) -> bool:
     return _ranges_overlap(*both, slack)
 
 
-def _ranges_overlap(first: tuple[float, float] | None, second: tuple[float, float] | None, tolerance: float = 0.0) -> bool:
+def _ranges_overlap(
+    first: tuple[float, float] | None, second: tuple[float, float] | None, tolerance: float = 0.0
+) -> bool:
     """Whether two ranges have something in common, or lie closer than ``slack``; False where one is not known."""
-    return first is not None and second is not None and first[0] <= second[1] + tolerance and second[0] <= first[1] + tolerance
+    return (
+        first is not None
+        and second is not None
+        and first[0] <= second[1] + tolerance
+        and second[0] <= first[1] + tolerance
+    )
 
 
 def _distinct_peaks(group: RunGroup, reference: RunGroup) -> tuple[float | None, float | None]:
@@ -73,7 +91,12 @@ def _distinct_train_times(group: RunGroup, reference: RunGroup) -> tuple[float |
     timed = {run.throughput.steps for run in (*group.ok_runs, *reference.ok_runs) if run.throughput is not None}
     if timed and min(timed) < MIN_TIMED_STEPS:
         return None, None
-    if group.step_seconds_range is None or reference.step_seconds_range is None or len(timed) != 1 or _has_similar_speed(group, reference):
+    if (
+        group.step_seconds_range is None
+        or reference.step_seconds_range is None
+        or len(timed) != 1
+        or _has_similar_speed(group, reference)
+    ):
         return None, None
     return group.mean_train_seconds, reference.mean_train_seconds
 

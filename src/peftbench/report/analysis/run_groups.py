@@ -194,7 +194,9 @@ def _device_label(record: RunRecord) -> str:
 
 def _build_group(runs: Sequence[RunRecord]) -> RunGroup:
     kind = method_kind(runs[0])
-    return RunGroup(append_method(_common_name([printable_line(run.name) for run in runs]) or kind, kind), kind, tuple(runs))
+    return RunGroup(
+        append_method(_common_name([printable_line(run.name) for run in runs]) or kind, kind), kind, tuple(runs)
+    )
 
 
 def _rouge_l_score(run: RunRecord) -> float | None:

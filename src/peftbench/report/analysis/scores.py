@@ -36,7 +36,9 @@ class QualityMetric:
     """Two cannot be further apart, so that an interval that reaches there says nothing."""
 
 
-ROUGE_L = QualityMetric("rougeL", "ROUGE-L of generated summaries", "ROUGE-L", 1, higher_is_better=True, max_difference=100)
+ROUGE_L = QualityMetric(
+    "rougeL", "ROUGE-L of generated summaries", "ROUGE-L", 1, higher_is_better=True, max_difference=100
+)
 HELD_OUT_LOSS = QualityMetric("loss", "held-out loss", "nats", 3, higher_is_better=False, max_difference=math.inf)
 
 
@@ -58,7 +60,9 @@ class Scores:
 
     def mean(self, group: RunGroup) -> float:
         """Of a configuration, over its seeds, in the figure's unit."""
-        return statistics.fmean(float(score.sum() / self.weights.sum()) for score in self.by_group_and_seed[group].values())
+        return statistics.fmean(
+            float(score.sum() / self.weights.sum()) for score in self.by_group_and_seed[group].values()
+        )
 
 
 @dataclass(frozen=True)
@@ -76,12 +80,19 @@ def collect_scores(groups: Sequence[RunGroup]) -> Scores:
     told: list[str] = []
     judged = [(one, run, run.quality) for one in groups for run in one.ok_runs if run.quality is not None]
     runs = [_ScoredRun(one, run, found.per_example) for one, run, found in judged if found.per_example is not None]
-    _add_note(told, (one for one, _, found in judged if found.per_example is None),
-          "Without scores by example, as older records are, and so not compared")  # fmt: skip
+    _add_note(
+        told,
+        (one for one, _, found in judged if found.per_example is None),
+        "Without scores by example, as older records are, and so not compared",
+    )
     runs = _filter_runs(runs, told, _has_finite_scores, "With a score that is no number, and so not compared")
     most = _most_common((run.group, run.scores.examples_fingerprint) for run in runs)
-    runs = _filter_runs(runs, told, lambda run: run.scores.examples_fingerprint == most,
-                 "Evaluated on other examples than most, and so not compared")  # fmt: skip
+    runs = _filter_runs(
+        runs,
+        told,
+        lambda run: run.scores.examples_fingerprint == most,
+        "Evaluated on other examples than most, and so not compared",
+    )
     if runs and all("rougeL" in run.scores.rouge for run in runs):
         return _collect_rouge_scores(runs, told)
     return _collect_loss_scores(runs, told)
@@ -97,7 +108,12 @@ def _collect_rouge_scores(runs: list[_ScoredRun], exclusion_notes: list[str]) ->
     )
     if not length:
         return Scores(exclusion_notes=tuple(exclusion_notes))
-    return Scores(ROUGE_L, numpy.ones(length), _scores_by_group_and_seed(runs, lambda run: run.scores.rouge["rougeL"]), tuple(exclusion_notes))
+    return Scores(
+        ROUGE_L,
+        numpy.ones(length),
+        _scores_by_group_and_seed(runs, lambda run: run.scores.rouge["rougeL"]),
+        tuple(exclusion_notes),
+    )
 
 
 def _collect_loss_scores(runs: list[_ScoredRun], exclusion_notes: list[str]) -> Scores:
@@ -105,23 +121,35 @@ def _collect_loss_scores(runs: list[_ScoredRun], exclusion_notes: list[str]) -> 
         without = (run.group for run in runs if "rougeL" not in run.scores.rouge)
         _add_note(exclusion_notes, without, "Without summaries, so that all are compared by held-out loss")
     runs = _filter_runs(
-        runs, exclusion_notes, lambda run: bool(run.scores.loss), "Without a held-out loss, by which the others are compared"
+        runs,
+        exclusion_notes,
+        lambda run: bool(run.scores.loss),
+        "Without a held-out loss, by which the others are compared",
     )
     tokens = _most_common((run.group, run.scores.labelled_tokens) for run in runs)
     runs = _filter_runs(
-        runs, exclusion_notes, lambda run: run.scores.labelled_tokens == tokens and len(run.scores.loss) == len(tokens),
+        runs,
+        exclusion_notes,
+        lambda run: run.scores.labelled_tokens == tokens and len(run.scores.loss) == len(tokens),
         "With losses over other tokens than most, as of another tokenizer, and so not compared",
-    )  # fmt: skip
+    )
     if not tokens or not any(tokens):
         return Scores(exclusion_notes=tuple(exclusion_notes))
-    return Scores(HELD_OUT_LOSS, numpy.asarray(tokens, dtype=float), _scores_by_group_and_seed(runs, lambda run: run.scores.loss), tuple(exclusion_notes))
+    return Scores(
+        HELD_OUT_LOSS,
+        numpy.asarray(tokens, dtype=float),
+        _scores_by_group_and_seed(runs, lambda run: run.scores.loss),
+        tuple(exclusion_notes),
+    )
 
 
 def _has_finite_scores(run: _ScoredRun) -> bool:
     return all(map(math.isfinite, (*run.scores.loss, *run.scores.rouge.get("rougeL", ()))))
 
 
-def _scores_by_group_and_seed(runs: Sequence[_ScoredRun], get_scores: Callable[[_ScoredRun], Sequence[float]]) -> dict[RunGroup, dict[Seed, Array]]:
+def _scores_by_group_and_seed(
+    runs: Sequence[_ScoredRun], get_scores: Callable[[_ScoredRun], Sequence[float]]
+) -> dict[RunGroup, dict[Seed, Array]]:
     """Scores by configuration and seed; where a seed was run twice, their mean."""
     found: dict[RunGroup, dict[Seed, list[Sequence[float]]]] = {}
     for run in runs:
@@ -138,7 +166,9 @@ def _most_common(values: Iterable[tuple[RunGroup, _T]]) -> _T | None:
     return common[0][0] if common else None
 
 
-def _filter_runs(runs: list[_ScoredRun], exclusion_notes: list[str], predicate: Callable[[_ScoredRun], bool], reason: str) -> list[_ScoredRun]:
+def _filter_runs(
+    runs: list[_ScoredRun], exclusion_notes: list[str], predicate: Callable[[_ScoredRun], bool], reason: str
+) -> list[_ScoredRun]:
     """The good ones, and a sentence on the others."""
     kept = [run for run in runs if predicate(run)]
     if len(kept) < len(runs):

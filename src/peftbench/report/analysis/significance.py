@@ -149,7 +149,9 @@ def _select_fallback_metric(groups: Sequence[RunGroup]) -> QualityMetric | None:
     return ROUGE_L if all(one.rouge_l_scores for one in known) else HELD_OUT_LOSS
 
 
-def _compare_pairs(groups: Sequence[RunGroup], scores_by_group: Scores, num_comparisons: int) -> tuple[list[PairComparison], list[str]]:
+def _compare_pairs(
+    groups: Sequence[RunGroup], scores_by_group: Scores, num_comparisons: int
+) -> tuple[list[PairComparison], list[str]]:
     """The differences of every pair, and a sentence for each pair that shares no seed."""
     assert scores_by_group.metric is not None
     paired, apart = [], []
@@ -170,9 +172,16 @@ def _compare_pairs(groups: Sequence[RunGroup], scores_by_group: Scores, num_comp
         over_seeds = t_interval(list(means), confidence=confidence) if len(means) > 1 else None
         made.append(
             PairComparison(
-                first, second, scores_by_group.metric, interval, over_seeds, len(means), scores_by_group.num_examples, num_comparisons
+                first,
+                second,
+                scores_by_group.metric,
+                interval,
+                over_seeds,
+                len(means),
+                scores_by_group.num_examples,
+                num_comparisons,
             )
-        )  # fmt: skip
+        )
     return made, apart
 
 
@@ -198,6 +207,12 @@ def bonferroni_confidence(num_comparisons: int) -> float:
 def _swap(comparison: PairComparison) -> PairComparison:
     """The same, as the second less the first."""
     return PairComparison(
-        comparison.second, comparison.first, comparison.metric, -comparison.interval_over_examples,
-        -comparison.interval_over_seeds if comparison.interval_over_seeds else None, comparison.num_seeds, comparison.num_examples, comparison.num_comparisons,
-    )  # fmt: skip
+        comparison.second,
+        comparison.first,
+        comparison.metric,
+        -comparison.interval_over_examples,
+        -comparison.interval_over_seeds if comparison.interval_over_seeds else None,
+        comparison.num_seeds,
+        comparison.num_examples,
+        comparison.num_comparisons,
+    )

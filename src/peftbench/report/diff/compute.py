@@ -117,7 +117,10 @@ def diff_suites(before: Path, after: Path, thresholds: Thresholds | None = None)
     limits = thresholds or Thresholds()
     left, right = Runs.load(before), Runs.load(after)
     matches = match_runs(left, right)
-    pairs = tuple(_diff_run(match, limits, paired) for match, paired in zip(matches, compute_paired_intervals(matches), strict=True))
+    pairs = tuple(
+        _diff_run(match, limits, paired)
+        for match, paired in zip(matches, compute_paired_intervals(matches), strict=True)
+    )
     both = [(match.before, match.after) for match in matches if match.before and match.after]
     return SuiteDiff(
         before=_build_side(left, [old for old, _ in both]),
@@ -156,16 +159,23 @@ def _diff_run(match: Match, thresholds: Thresholds, intervals: Mapping[str, Pair
         return RunDiff(before=names[0], after=names[1], matched_by=None, regressed=new is None)
     figures = _diff_metrics(old, new, thresholds, intervals)
     return RunDiff(
-        before=names[0], after=names[1], matched_by=match.matched_by, config_changes=diff_settings(old, new), metrics=figures,
+        before=names[0],
+        after=names[1],
+        matched_by=match.matched_by,
+        config_changes=diff_settings(old, new),
+        metrics=figures,
         regressed=any(figure.regressed for figure in figures),
-    )  # fmt: skip
+    )
 
 
 def _diff_metrics(
     before: RunRecord, after: RunRecord, thresholds: Thresholds, intervals: Mapping[str, PairedInterval]
 ) -> tuple[MetricDiff, ...]:
     """The outcome, then every figure that is known before or after."""
-    known = [_diff_metric(kind, before, after, thresholds.for_metric(name), intervals.get(name)) for name, kind in METRICS.items()]
+    known = [
+        _diff_metric(kind, before, after, thresholds.for_metric(name), intervals.get(name))
+        for name, kind in METRICS.items()
+    ]
     return (_diff_outcome(before, after), *(figure for figure in known if figure is not None))
 
 
@@ -174,7 +184,7 @@ def _diff_outcome(before: RunRecord, after: RunRecord) -> MetricDiff:
     verdict: DiffVerdict = "equal" if old == new else "fell" if old == "ok" else "gained" if new == "ok" else "changed"
     return MetricDiff(
         name=OUTCOME_METRIC, unit="", better="ok", before=old, after=new, verdict=verdict, regressed=verdict == "fell"
-    )  # fmt: skip
+    )
 
 
 def _diff_metric(
@@ -187,13 +197,22 @@ def _diff_metric(
     if verdict == "lost" and metric.device_dependent and _device_label(before) != _device_label(after):
         verdict = "untold"
     return MetricDiff(
-        name=metric.name, unit=metric.unit, better=metric.better, before=old, after=new, relative_change=change,
-        threshold=float(threshold), verdict=verdict, regressed=verdict in {"fell", "lost"},
+        name=metric.name,
+        unit=metric.unit,
+        better=metric.better,
+        before=old,
+        after=new,
+        relative_change=change,
+        threshold=float(threshold),
+        verdict=verdict,
+        regressed=verdict in {"fell", "lost"},
         paired_interval=paired_interval,
-    )  # fmt: skip
+    )
 
 
-def _classify_change(metric: Metric, before: float | None, after: float | None, threshold: Fraction) -> tuple[float | None, DiffVerdict]:
+def _classify_change(
+    metric: Metric, before: float | None, after: float | None, threshold: Fraction
+) -> tuple[float | None, DiffVerdict]:
     """Relative change and verdict.
 
     Figures are taken as they are written in decimals, so that 3.15 is five percent more than 3 and not, as in binary
@@ -269,7 +288,9 @@ def compute_paired_intervals(matches: Sequence[Match]) -> list[dict[str, PairedI
 
 
 def _build_paired_interval(interval: Interval, num_examples: int) -> PairedInterval:
-    return PairedInterval(interval=interval, significant=interval.excludes_zero if num_examples >= MIN_EXAMPLES else None)
+    return PairedInterval(
+        interval=interval, significant=interval.excludes_zero if num_examples >= MIN_EXAMPLES else None
+    )
 
 
 def _finite_scores(metric_name: str, scores: PerExample | None) -> tuple[float, ...]:

@@ -43,9 +43,8 @@ class Runs:
             RecordError: there are none, one cannot be read, or two have the same name.
         """
         by_path = {
-            path.parent.relative_to(folder).as_posix(): record
-            for path, record in read_records_by_path(folder).items()
-        }  # fmt: skip
+            path.parent.relative_to(folder).as_posix(): record for path, record in read_records_by_path(folder).items()
+        }
         first: dict[str, str] = {}
         for path, record in by_path.items():
             if record.name in first:
@@ -88,7 +87,9 @@ def match_runs(before: Runs, after: Runs) -> list[Match]:
     return pairs + [Match(None, other) for other in sort_records(list(right.values()))]
 
 
-def _unique_paths_by_key(runs: Mapping[str, RunRecord], key: Callable[[str, RunRecord], Hashable]) -> dict[Hashable, str]:
+def _unique_paths_by_key(
+    runs: Mapping[str, RunRecord], key: Callable[[str, RunRecord], Hashable]
+) -> dict[Hashable, str]:
     """Paths of those runs whose key no other of them has."""
     keys = {path: key(path, record) for path, record in runs.items()}
     often = Counter(keys.values())
@@ -97,7 +98,10 @@ def _unique_paths_by_key(runs: Mapping[str, RunRecord], key: Callable[[str, RunR
 
 def diff_settings(before: RunRecord, after: RunRecord) -> tuple[SettingChange, ...]:
     """What differs between two runs beside their figures: knobs first, then where and with what they were made."""
-    return (*_diff_values(_recipe_settings(before), _recipe_settings(after)), *_diff_values(_environment_facts(before), _environment_facts(after)))
+    return (
+        *_diff_values(_recipe_settings(before), _recipe_settings(after)),
+        *_diff_values(_environment_facts(before), _environment_facts(after)),
+    )
 
 
 def _diff_values(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[SettingChange]:

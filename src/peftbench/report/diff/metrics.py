@@ -49,13 +49,21 @@ METRICS: dict[str, Metric] = {
     kind.name: kind
     for kind in (
         Metric(
-            LOSS_METRIC, "nats", "lower", lambda r: r.quality.loss if r.quality else None, "{:.4f}".format, is_quality=True
+            LOSS_METRIC,
+            "nats",
+            "lower",
+            lambda r: r.quality.loss if r.quality else None,
+            "{:.4f}".format,
+            is_quality=True,
         ),
         *map(_rouge_metric, ("rouge1", "rouge2", "rougeL", "rougeLsum")),
         Metric("training_seconds", "seconds", "lower", lambda r: r.train_seconds, "{:,.1f} s".format),
         Metric(
-            "tokens_per_second", "real tokens per second", "higher",
-            lambda r: r.throughput.tokens_per_second.real if r.throughput else None, "{:,.0f}/s".format,
+            "tokens_per_second",
+            "real tokens per second",
+            "higher",
+            lambda r: r.throughput.tokens_per_second.real if r.throughput else None,
+            "{:,.0f}/s".format,
         ),
         Metric("train_peak_bytes", "bytes", "lower", train_peak_bytes, lambda size: f"{size / 2**20:,.1f} MiB"),
         Metric("required_flops", "FLOP", "lower", lambda r: r.flops.model_flops, lambda n: f"{n / 1e12:.4g} TFLOP"),
@@ -65,7 +73,7 @@ METRICS: dict[str, Metric] = {
             "training_joules", "joules", "lower", lambda r: r.energy_joules, "{:,.4g} J".format, device_dependent=True
         ),
     )
-}  # fmt: skip
+}
 """By name, in the order in which they are shown."""
 
 
@@ -103,7 +111,9 @@ def parse_thresholds(specs: Sequence[str]) -> Thresholds:
     for word in specs:
         name, equals, number = word.rpartition("=")
         if equals and name not in METRICS:
-            raise UnknownKeyError(f"there is no figure {name!r} that a threshold could be of", did_you_mean(name, METRICS))
+            raise UnknownKeyError(
+                f"there is no figure {name!r} that a threshold could be of", did_you_mean(name, METRICS)
+            )
         key = name if equals else None
         if key in found:
             raise OutOfRangeError(f"--threshold is given twice for {key or 'all figures'}", "give one of the two")

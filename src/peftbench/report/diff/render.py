@@ -37,7 +37,9 @@ def print_diff(diff: SuiteDiff, console: Console | None = None) -> None:
 
 def regression_summary(diff: SuiteDiff) -> str:
     """One sentence that names the figures of the runs that fell; there must be some."""
-    runs = [f"{terminal_safe(pair.label)} ({'; '.join(_regression_phrases(pair))})" for pair in diff.runs if pair.regressed]
+    runs = [
+        f"{terminal_safe(pair.label)} ({'; '.join(_regression_phrases(pair))})" for pair in diff.runs if pair.regressed
+    ]
     return f"fell by more than allowed: {', '.join(runs)}"
 
 
@@ -64,9 +66,18 @@ def footer_lines(diff: SuiteDiff) -> list[str]:
     if not diff.changed:
         return ["nothing changed"]
     lines = []
-    if any(figure.paired_interval and figure.paired_interval.interval and _has_changed(figure) for p in diff.runs for figure in p.metrics):
+    if any(
+        figure.paired_interval and figure.paired_interval.interval and _has_changed(figure)
+        for p in diff.runs
+        for figure in p.metrics
+    ):
         lines.append(interval_note(diff))
-    reasons = {f.paired_interval.missing_reason for p in diff.runs for f in p.metrics if f.paired_interval and f.paired_interval.missing and _has_changed(f)}
+    reasons = {
+        f.paired_interval.missing_reason
+        for p in diff.runs
+        for f in p.metrics
+        if f.paired_interval and f.paired_interval.missing and _has_changed(f)
+    }
     lines += [f"no interval: {reason}" for reason in sorted(reason for reason in reasons if reason)]
     if not any(metric_cells(pair) for pair in diff.runs):
         lines.append("no figure changed")
@@ -195,11 +206,14 @@ def describe_verdict(metric: MetricDiff) -> str:
         return "fell: a run that did not end well has no other figures"
     threshold = f"{100 * (metric.threshold or 0):.4g}%"
     words = {
-        "fell": f"fell by more than {threshold}", "gained": f"gained more than {threshold}",
-        "within": f"within {threshold}", "lost": "fell: not known any more", "new": "known only now",
+        "fell": f"fell by more than {threshold}",
+        "gained": f"gained more than {threshold}",
+        "within": f"within {threshold}",
+        "lost": "fell: not known any more",
+        "new": "known only now",
         "untold": "not told by that device",
         "changed": "ended otherwise",
-    }  # fmt: skip
+    }
     if metric.name == OUTCOME_METRIC and metric.verdict == "gained":
         return "gained"
     return ", ".join((words[metric.verdict], *_significance_phrases(metric)))
@@ -224,5 +238,7 @@ def _regression_phrases(run_diff: RunDiff) -> list[str]:
         elif figure.verdict == "lost":
             found.append(f"{figure.name} not known any more")
         elif figure.regressed:
-            found.append(", ".join((f"{figure.name} {_format_relative_change(figure)}", *_significance_phrases(figure))))
+            found.append(
+                ", ".join((f"{figure.name} {_format_relative_change(figure)}", *_significance_phrases(figure)))
+            )
     return found

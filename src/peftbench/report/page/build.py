@@ -19,9 +19,15 @@ from peftbench.report.page.content import PageData
 
 _DIFF_COLUMNS = ("figure", "before", "after", "change", "verdict")
 _SECTIONS = {
-    "summary": "In words", "trade-offs": "What quality costs", "table": "The comparison", "memory": "Memory and speed",
-    "losses": "How the loss fell", "samples": "Examples", "protocol": "The protocol", "repeat": "How to repeat it",
-}  # fmt: skip
+    "summary": "In words",
+    "trade-offs": "What quality costs",
+    "table": "The comparison",
+    "memory": "Memory and speed",
+    "losses": "How the loss fell",
+    "samples": "Examples",
+    "protocol": "The protocol",
+    "repeat": "How to repeat it",
+}
 
 
 def render_page(page_data: PageData, downloads: Mapping[str, Mapping[str, str]]) -> str:
@@ -29,25 +35,33 @@ def render_page(page_data: PageData, downloads: Mapping[str, Mapping[str, str]])
     library, script = _bundle_vega(), _read_page_file("page.js")
     there = _visible_sections(page_data)
     return _load_template("page.html.jinja").render(
-        page=page_data, specs=chart_specs(page_data.all_charts), downloads=downloads,
+        page=page_data,
+        specs=chart_specs(page_data.all_charts),
+        downloads=downloads,
         sections=[(name, title) for name, title in _SECTIONS.items() if name in there],
         # Only these two may run: a script that a model wrote would not, even if it were not escaped.
         allowed_scripts=Markup(" ".join(map(_csp_hash, (library, script)))),  # noqa: S704 — made of digests alone
-        library=Markup(library), script=Markup(script), style=Markup(_read_page_file("page.css")),  # noqa: S704 — files of ours
-    )  # fmt: skip
+        library=Markup(library),
+        script=Markup(script),
+        style=Markup(_read_page_file("page.css")),  # noqa: S704 — files of ours
+    )
 
 
 def render_diff_page(diff: SuiteDiff) -> str:
     """The HTML of two suites side by side; it needs no script."""
     rows = [
         {"run": pair.label, "verdict_class": verdict} | dict(zip(_DIFF_COLUMNS, cells, strict=True))
-        for pair in diff.runs for cells, verdict in metric_cells(pair)
-    ]  # fmt: skip
+        for pair in diff.runs
+        for cells, verdict in metric_cells(pair)
+    ]
     sentences = [*([regression_summary(diff)] if diff.regressed else []), *header_lines(diff)[2:], *footer_lines(diff)]
     return _load_template("beside.html.jinja").render(
-        found=diff, rows=rows, config=list(config_cells(diff)), sentences=sentences,
+        found=diff,
+        rows=rows,
+        config=list(config_cells(diff)),
+        sentences=sentences,
         style=Markup(_read_page_file("page.css")),  # noqa: S704 — a file of ours
-    )  # fmt: skip
+    )
 
 
 def _load_template(name: str) -> Template:
@@ -58,9 +72,11 @@ def _load_template(name: str) -> Template:
 def _visible_sections(page_data: PageData) -> set[str]:
     """Sections that have something to show."""
     optional = {
-        "trade-offs": page_data.trade_off_charts, "memory": page_data.memory_chart or page_data.throughput_chart, "losses": page_data.loss_charts,
+        "trade-offs": page_data.trade_off_charts,
+        "memory": page_data.memory_chart or page_data.throughput_chart,
+        "losses": page_data.loss_charts,
         "samples": page_data.examples,
-    }  # fmt: skip
+    }
     return {name for name in _SECTIONS if name not in optional or optional[name]}
 
 

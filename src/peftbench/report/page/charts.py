@@ -16,9 +16,11 @@ NUM_CATEGORY_COLORS = 14
 """Variables --m0 to --m13 of the style; those of groups are --k0 to --k7."""
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right", "triangle-left")
 LABEL_POSITIONS: dict[str, tuple[Literal["left", "right"], int, int]] = {
-    "right above": ("left", 9, -7), "right below": ("left", 9, 13),
-    "left above": ("right", -9, -7), "left below": ("right", -9, 13),
-}  # fmt: skip
+    "right above": ("left", 9, -7),
+    "right below": ("left", 9, 13),
+    "left above": ("right", -9, -7),
+    "left below": ("right", -9, 13),
+}
 """Where a point's name may stand: how its text is aligned, and how far off, in pixels."""
 MAX_TABLE_ROWS = 200
 """Rows that a chart's table has, at most."""
@@ -83,11 +85,15 @@ def _build_chart(
     The rows that most are named after, "runs", are shown as a table too, with those ``fields``; or those ``told``.
     """
     described = chart.properties(
-        width="container", description=f"{title}. {caption}",
+        width="container",
+        description=f"{title}. {caption}",
         autosize=alt.AutoSizeParams(type="fit-x", contains="padding"),
-    ).configure(**_theme())  # fmt: skip
+    ).configure(**_theme())
     rows = {named: [_drop_non_finite(row) for row in values] for named, values in data.items()}
-    cells = [[_format_cell(row.get(field)) for field in fields] for row in (data["runs"] if table_source is None else table_source)]
+    cells = [
+        [_format_cell(row.get(field)) for field in fields]
+        for row in (data["runs"] if table_source is None else table_source)
+    ]
     shown = cells if fields and len(cells) <= MAX_TABLE_ROWS else []
     return Chart(name, title, caption, described.to_dict() | {"datasets": rows}, list(fields), shown)
 
@@ -112,11 +118,14 @@ def _theme() -> dict[str, Any]:
         "titleFontWeight": "normal",
     }
     return {
-        "background": "transparent", "font": "system-ui, sans-serif", "view": {"stroke": "transparent"},
+        "background": "transparent",
+        "font": "system-ui, sans-serif",
+        "view": {"stroke": "transparent"},
         "axis": {**words, "gridColor": faint, "domainColor": ink, "tickColor": ink},
         "legend": {**words, "orient": "bottom", "columns": 3, "labelLimit": 260, "symbolSize": 90},
-        "text": {"color": ink}, "rule": {"color": ink},
-    }  # fmt: skip
+        "text": {"color": ink},
+        "rule": {"color": ink},
+    }
 
 
 def _color_encoding(groups: ColorGroups, rows: Sequence[ChartRow], *, legend: bool = True) -> alt.Color:
@@ -137,7 +146,13 @@ def _present_groups(groups: ColorGroups, rows: Sequence[ChartRow]) -> list[str]:
 
 
 def trade_off(
-    points: Sequence[ChartRow], groups: ColorGroups, cost: CostAxis, title: str, *, higher_is_better: bool, comparable: bool
+    points: Sequence[ChartRow],
+    groups: ColorGroups,
+    cost: CostAxis,
+    title: str,
+    *,
+    higher_is_better: bool,
+    comparable: bool,
 ) -> Chart | None:
     """Quality against a cost, with intervals, and the line of those that none beats; None where nothing is known.
 
@@ -151,17 +166,22 @@ def trade_off(
     best = pareto_front(known, cost.field, "quality", higher_is_better=higher_is_better) if comparable else []
     free = [point for point in judged if point["baseline"]]
     data = {
-        "front": best, "runs": known, "intervals": [point for point in known if point.get("low") is not None],
+        "front": best,
+        "runs": known,
+        "intervals": [point for point in known if point.get("low") is not None],
         "across": free if len(free) <= MAX_LABELLED_POINTS else [],
         **_rows_by_label_position(known, cost),
-    }  # fmt: skip
+    }
     layers = _trade_off_layers(cost, title, groups, judged, higher_is_better=higher_is_better)
     chart = alt.layer(*(layer for name, made in layers.items() if data[name] for layer in made)).properties(height=300)
-    said = ", ".join(str(point["run"]) for point in best[:MAX_LABELLED_POINTS]) + (", …" if len(best) > MAX_LABELLED_POINTS else "")
+    said = ", ".join(str(point["run"]) for point in best[:MAX_LABELLED_POINTS]) + (
+        ", …" if len(best) > MAX_LABELLED_POINTS else ""
+    )
     caption = (
-        f"Pareto front of what was trained, by the means alone: {said}." if comparable
+        f"Pareto front of what was trained, by the means alone: {said}."
+        if comparable
         else "These ran on several devices or engines, or for other steps: no Pareto front is drawn."
-    )  # fmt: skip
+    )
     fields = ["run", cost.field, "quality", "low", "high", "seeds"]
     where = f"{title} against {cost.title}"
     return _build_chart(f"quality-{cost.field.lower()}", where, caption, chart, data=data, fields=fields)
@@ -194,19 +214,23 @@ def _trade_off_layers(
         "front": [line.encode(x=x, y=y)],
         "intervals": [_layer("intervals").mark_rule(strokeWidth=1.5).encode(x=x, y=low, y2="high:Q", color=colour)],
         "runs": [
-            _layer("runs").mark_point(filled=True, size=110, opacity=1)
+            _layer("runs")
+            .mark_point(filled=True, size=110, opacity=1)
             .encode(x=x, y=y, color=colour, shape=shape, tooltip=tips)
         ],
         "across": [
-            _layer("across").mark_rule(strokeDash=[2, 3], strokeWidth=1.3)
+            _layer("across")
+            .mark_rule(strokeDash=[2, 3], strokeWidth=1.3)
             .encode(y=y, color=colour, tooltip=[tips[0], tips[2]]),
-            _layer("across").mark_text(align="left", dx=3, dy=-7, fontSize=11).encode(x=alt.value(0), y=y, text="run:N"),
+            _layer("across")
+            .mark_text(align="left", dx=3, dy=-7, fontSize=11)
+            .encode(x=alt.value(0), y=y, text="run:N"),
         ],
         **{
             side: [_layer(side).mark_text(align=align, dx=dx, dy=dy, fontSize=11).encode(x=x, y=y, text="run:N")]
             for side, (align, dx, dy) in LABEL_POSITIONS.items()
         },
-    }  # fmt: skip
+    }
 
 
 def memory_bars(rows: Sequence[ChartRow], limit_rows: Sequence[ChartRow], caption: str) -> Chart | None:
@@ -217,11 +241,17 @@ def memory_bars(rows: Sequence[ChartRow], limit_rows: Sequence[ChartRow], captio
     parts = [part for part in CATEGORY_LABELS.values() if any(row["part"] == part for row in rows)]
     colours = [f"var(--m{list(CATEGORY_LABELS.values()).index(part) % NUM_CATEGORY_COLORS})" for part in parts]
     y = alt.Y("run:N", title=None, sort=runs, axis=alt.Axis(labelLimit=220))
-    bars = _layer("runs").mark_bar(stroke="var(--paper)", strokeWidth=1).encode(
-        x=alt.X("MiB:Q", title="MiB", stack="zero"), y=y, order=alt.Order("order:Q"),
-        color=alt.Color("part:N", title=None, sort=parts, scale=alt.Scale(domain=parts, range=colours)),
-        tooltip=[alt.Tooltip("run:N"), alt.Tooltip("part:N"), alt.Tooltip("MiB:Q", format=",.1f")],
-    )  # fmt: skip
+    bars = (
+        _layer("runs")
+        .mark_bar(stroke="var(--paper)", strokeWidth=1)
+        .encode(
+            x=alt.X("MiB:Q", title="MiB", stack="zero"),
+            y=y,
+            order=alt.Order("order:Q"),
+            color=alt.Color("part:N", title=None, sort=parts, scale=alt.Scale(domain=parts, range=colours)),
+            tooltip=[alt.Tooltip("run:N"), alt.Tooltip("part:N"), alt.Tooltip("MiB:Q", format=",.1f")],
+        )
+    )
     layers = [bars]
     if limit_rows:
         mark = _layer("budgets").mark_tick(color="var(--ink)", thickness=4, bandSize=34)
@@ -258,7 +288,10 @@ def loss_curves(rows: Sequence[ChartRow], groups: ColorGroups) -> list[Chart]:
         x = alt.X(f"{over}:Q", title=words)
         scale = alt.Scale(zero=False)
         base = _layer("runs").transform_window(
-            smooth="mean(loss)", frame=[-SMOOTHING_RADIUS, SMOOTHING_RADIUS], groupby=["run"], sort=[alt.SortField(over)]
+            smooth="mean(loss)",
+            frame=[-SMOOTHING_RADIUS, SMOOTHING_RADIUS],
+            groupby=["run"],
+            sort=[alt.SortField(over)],
         )
         tips = [alt.Tooltip("run:N"), alt.Tooltip(f"{over}:Q", format=",.0f"), alt.Tooltip("loss:Q", format=".3f")]
         chart = alt.layer(
@@ -266,10 +299,14 @@ def loss_curves(rows: Sequence[ChartRow], groups: ColorGroups) -> list[Chart]:
                 x=x, y=alt.Y("loss:Q", title="training loss, nats", scale=scale), color=colour, detail="run:N"
             ),
             base.mark_line(strokeWidth=1.9).encode(
-                x=x, y=alt.Y("smooth:Q", title="training loss, nats", scale=scale), color=colour, detail="run:N",
-                strokeDash=dash, tooltip=tips,
+                x=x,
+                y=alt.Y("smooth:Q", title="training loss, nats", scale=scale),
+                color=colour,
+                detail="run:N",
+                strokeDash=dash,
+                tooltip=tips,
             ),
-        ).properties(height=260)  # fmt: skip
+        ).properties(height=260)
         left_out = len({row["run"] for row in rows} - {row["run"] for row in known})
         caption = f"Over {words}." + (
             f" Not drawn, for their records do not say it: {left_out} of the runs." if left_out else ""
@@ -305,16 +342,20 @@ def throughput_chart(rows: Sequence[ChartRow], groups: ColorGroups) -> Chart | N
         base.mark_point(filled=True, size=90, opacity=1).encode(
             x=alt.X("speed:Q", title=title), y=y, color=colour, tooltip=tips
         ),
-    ).properties(height=28 * len(runs))  # fmt: skip
+    ).properties(height=28 * len(runs))
     caption = (
         "The point is the mean over all timed seconds, the table's figure; the bar reaches from the tenth to the "
         "ninetieth percentile of the timed steps. A mean lies outside where a few steps were very slow or fast, or "
         "where time went to making batches."
     )
     return _build_chart(
-        "speed", "Throughput and its spread", caption, chart,
-        data={"runs": rows}, fields=["run", "speed", "slow", "fast"],
-    )  # fmt: skip
+        "speed",
+        "Throughput and its spread",
+        caption,
+        chart,
+        data={"runs": rows},
+        fields=["run", "speed", "slow", "fast"],
+    )
 
 
 def chart_specs(charts: Sequence[Chart]) -> Mapping[str, dict[str, Any]]:

@@ -152,7 +152,10 @@ def build_page_data(
         examples=_collect_examples(drawn),
         equal_settings=[knob for knob in all_knobs if knob.is_constant],
         differing_settings=[knob for knob in all_knobs if not knob.is_constant],
-        notes=[*note_lines[:MAX_NOTES], *([f"and {len(note_lines) - MAX_NOTES} more, in the data"] if len(note_lines) > MAX_NOTES else [])],
+        notes=[
+            *note_lines[:MAX_NOTES],
+            *([f"and {len(note_lines) - MAX_NOTES} more, in the data"] if len(note_lines) > MAX_NOTES else []),
+        ],
         environment=environment_settings(rows),
         reproduce_commands={run_label(record): reproduce_commands(record, found_at[id(record)]) for record in rows},
         drawn_runs_note=_drawn_runs_note(drawn, rows),
@@ -211,25 +214,32 @@ def _build_comparison_row(comparison: PairComparison) -> ComparisonRow:
     digits = comparison.metric.decimals + 1
     low, high = round_outward(comparison.interval, digits)
     difference = format_decimal(comparison.mean_difference, max(digits, decimal_places(low)))
-    return ComparisonRow(comparison.first.label, comparison.second.label, difference, f"{low} to {high}", comparison.verdict)
+    return ComparisonRow(
+        comparison.first.label, comparison.second.label, difference, f"{low} to {high}", comparison.verdict
+    )
 
 
 def _build_table_row(record: RunRecord, columns: Sequence[Column]) -> TableRow:
     name, *figures = (TableCell(column.format_text(record), _sort_value(column, record)) for column in columns)
     # An interval goes below its mean, which keeps the table narrow.
-    return TableRow(record.outcome.kind, [name, *(TableCell(one.text.replace(" (", "\n("), one.sort_value) for one in figures)])
+    return TableRow(
+        record.outcome.kind, [name, *(TableCell(one.text.replace(" (", "\n("), one.sort_value) for one in figures)]
+    )
 
 
 def _sort_value(column: Column, record: RunRecord) -> CellValue:
     return finite_or_none(next(iter(column.raw_values(record).values())))
 
 
-def _trade_off_charts(points: Sequence[ChartRow], color_groups: ColorGroups, run_groups: Sequence[RunGroup], *, uses_rouge: bool) -> list[Chart]:
+def _trade_off_charts(
+    points: Sequence[ChartRow], color_groups: ColorGroups, run_groups: Sequence[RunGroup], *, uses_rouge: bool
+) -> list[Chart]:
     alike = _has_comparable_costs(run_groups)
     title = "ROUGE-L" if uses_rouge else "held-out loss, nats"
     drawn = [
-        charts.trade_off(points, color_groups, cost, title, higher_is_better=uses_rouge, comparable=alike) for cost in charts.COST_AXES
-    ]  # fmt: skip
+        charts.trade_off(points, color_groups, cost, title, higher_is_better=uses_rouge, comparable=alike)
+        for cost in charts.COST_AXES
+    ]
     return [drawing for drawing in drawn if drawing is not None]
 
 
@@ -241,7 +251,9 @@ def _has_comparable_costs(groups: Sequence[RunGroup]) -> bool:
 
 def _memory_chart(records: Sequence[RunRecord]) -> Chart | None:
     lines, far = memory_chart.memory_limit_rows(records)
-    return charts.memory_bars(memory_chart.memory_bar_rows(records), lines, memory_chart.memory_caption(records, lines, far))
+    return charts.memory_bars(
+        memory_chart.memory_bar_rows(records), lines, memory_chart.memory_caption(records, lines, far)
+    )
 
 
 def _collect_examples(records: Sequence[RunRecord]) -> list[ExampleSummaries]:

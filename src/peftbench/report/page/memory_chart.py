@@ -11,12 +11,21 @@ from peftbench.report.page.series import ChartRow
 from peftbench.report.tables.columns import run_label
 
 CATEGORY_LABELS = {
-    "weights": "weights", "gathered_weights": "gathered weights", "weight_copies": "autocast copies",
-    "gradients": "gradients", "buckets": "buckets", "optimizer_state": "optimizer states",
-    "activations": "activations", "logits": "logits", "temporaries": "temporaries",
-    "rest": "the rest of the peak", "cache": "allocator's cache", "context": "CUDA context",
-    "held": "held when refused", "asked": "asked for and refused",
-}  # fmt: skip
+    "weights": "weights",
+    "gathered_weights": "gathered weights",
+    "weight_copies": "autocast copies",
+    "gradients": "gradients",
+    "buckets": "buckets",
+    "optimizer_state": "optimizer states",
+    "activations": "activations",
+    "logits": "logits",
+    "temporaries": "temporaries",
+    "rest": "the rest of the peak",
+    "cache": "allocator's cache",
+    "context": "CUDA context",
+    "held": "held when refused",
+    "asked": "asked for and refused",
+}
 """In the order in which they are stacked, and what the legend calls them."""
 
 MAX_LIMIT_RATIO = 4.0
@@ -27,11 +36,15 @@ def memory_bar_rows(records: Sequence[RunRecord]) -> list[ChartRow]:
     """Each run's parts, in bytes and MiB."""
     return [
         {
-            "run": run_label(record), "part": CATEGORY_LABELS[part], "order": list(CATEGORY_LABELS).index(part),
-            "MiB": size / 2**20, "bytes": size,
+            "run": run_label(record),
+            "part": CATEGORY_LABELS[part],
+            "order": list(CATEGORY_LABELS).index(part),
+            "MiB": size / 2**20,
+            "bytes": size,
         }
-        for record in records for part, size in peak_by_category(record)
-    ]  # fmt: skip
+        for record in records
+        for part, size in peak_by_category(record)
+    ]
 
 
 def peak_by_category(record: RunRecord) -> Iterator[tuple[str, int]]:
@@ -65,8 +78,9 @@ def _attributed_bytes(record: RunRecord, peak: int) -> dict[str, int]:
     states = record.state_bytes
     by_size = (
         {"weights": states.weights, "gradients": states.gradients, "optimizer_state": states.optimizer}
-        if states is not None else {}
-    )  # fmt: skip
+        if states is not None
+        else {}
+    )
     told = (record.memory_breakdown.bytes_by_category if record.memory_breakdown is not None else {}, by_size)
     return next((known for known in told if known and sum(known.values()) <= peak), {})
 

@@ -62,10 +62,14 @@ def loss_curve_rows(records: Sequence[RunRecord], color_groups: ColorGroups) -> 
                 over[name] = numpy.cumsum(numpy.asarray(each, dtype=float))
         thin = [_downsample(losses), *map(_downsample, over.values())]
         for loss, *places in zip(*thin, strict=True):
-            rows.append({
-                "run": run_label(record), "group": color_groups[record], "loss": finite_or_none(float(loss)),
-                **{name: float(place) for name, place in zip(over, places, strict=True)},
-            })  # fmt: skip
+            rows.append(
+                {
+                    "run": run_label(record),
+                    "group": color_groups[record],
+                    "loss": finite_or_none(float(loss)),
+                    **{name: float(place) for name, place in zip(over, places, strict=True)},
+                }
+            )
     return rows
 
 
@@ -91,10 +95,15 @@ def throughput_rows(records: Sequence[RunRecord], color_groups: ColorGroups) -> 
             (a_step / measured.step_seconds_p90, a_step / measured.step_seconds_p10) if known else (None, None)
         )
         slow, fast = _token_rate_percentiles(record) or by_percentiles
-        rows.append({
-            "run": run_label(record), "group": color_groups[record], "slow": slow, "fast": fast,
-            "speed": measured.tokens_per_second.real,
-        })  # fmt: skip
+        rows.append(
+            {
+                "run": run_label(record),
+                "group": color_groups[record],
+                "slow": slow,
+                "fast": fast,
+                "speed": measured.tokens_per_second.real,
+            }
+        )
     return rows
 
 
@@ -142,13 +151,20 @@ def trade_off_rows(run_groups: Sequence[RunGroup], color_groups: ColorGroups, *,
         elif uses_rouge and values:
             interval = next(filter(None, map(rouge_l_interval, one.ok_runs)))
         peak, flops = one.mean_peak_bytes, one.mean_model_flops
-        made.append({
-            "run": one.label, "group": color_groups[one.runs[0]], "baseline": int(bool(one.ok_runs) and not one.is_trained),
-            "quality": finite_or_none(statistics.fmean(values)) if values else None,
-            "low": interval.low if interval else None, "high": interval.high if interval else None,
-            "seeds": len(values), "MiB": None if peak is None else peak / 2**20, "seconds": one.mean_train_seconds,
-            "TFLOP": None if flops is None else flops / 1e12,
-        })  # fmt: skip
+        made.append(
+            {
+                "run": one.label,
+                "group": color_groups[one.runs[0]],
+                "baseline": int(bool(one.ok_runs) and not one.is_trained),
+                "quality": finite_or_none(statistics.fmean(values)) if values else None,
+                "low": interval.low if interval else None,
+                "high": interval.high if interval else None,
+                "seeds": len(values),
+                "MiB": None if peak is None else peak / 2**20,
+                "seconds": one.mean_train_seconds,
+                "TFLOP": None if flops is None else flops / 1e12,
+            }
+        )
     return made
 
 

@@ -91,7 +91,9 @@ def _rouge_column(rouge_type: str, title: str, *, teacher_forced: bool = False) 
         return f"{score.mean:.1f} ({score.low:.1f}–{score.high:.1f})" if score else "–"
 
     meaning = (
-        "with the reference shown token by token; the published study's figure" if teacher_forced else "of generated summaries"
+        "with the reference shown token by token; the published study's figure"
+        if teacher_forced
+        else "of generated summaries"
     )
     return Column(
         title,
@@ -135,22 +137,26 @@ DROP_ORDER = (
 
 COLUMNS: tuple[Column, ...] = (
     Column(
-        "run", "name of the run, and its method",
+        "run",
+        "name of the run, and its method",
         lambda r: {"run": r.name, "method": method_kind(r)},
         run_label,
     ),
     Column(
-        "trained", "scalars that training changes",
+        "trained",
+        "scalars that training changes",
         lambda r: {"trained_parameters": _trainable_parameters(r)},
         lambda r: "–" if _trainable_parameters(r) is None else _format_count(_trainable_parameters(r)),
     ),
     Column(
-        "share", "trained parameters, of the base's",
+        "share",
+        "trained parameters, of the base's",
         lambda r: {"trained_share": _trainable_fraction(r)},
         lambda r: "–" if (share := _trainable_fraction(r)) is None else f"{share:.2%}",
     ),
     Column(
-        "held-out loss", "mean cross-entropy on summary and end tokens of held-out examples, nats; lower is better",
+        "held-out loss",
+        "mean cross-entropy on summary and end tokens of held-out examples, nats; lower is better",
         lambda r: {"held_out_loss": _held_out_loss(r)},
         lambda r: "–" if (loss := _held_out_loss(r)) is None else f"{loss:.3f}",
     ),
@@ -159,62 +165,75 @@ COLUMNS: tuple[Column, ...] = (
     _rouge_column("rougeL", "ROUGE-L"),
     _rouge_column("rougeLsum", "ROUGE-Lsum"),
     _rouge_column("rougeL", "ROUGE-L, teacher-forced argmax", teacher_forced=True),
-    Column("training s", "seconds of training, no loading, encoding or evaluation, and without the warm-up steps",
-           lambda r: {"training_seconds": r.train_seconds}, _format_train_seconds),
     Column(
-        "tokens/s", "real tokens (no padding, no virtual ones) trained on per second, over all processes",
+        "training s",
+        "seconds of training, no loading, encoding or evaluation, and without the warm-up steps",
+        lambda r: {"training_seconds": r.train_seconds},
+        _format_train_seconds,
+    ),
+    Column(
+        "tokens/s",
+        "real tokens (no padding, no virtual ones) trained on per second, over all processes",
         lambda r: {f"{kind}_tokens_per_second": _tokens_per_second(r, kind) for kind in TokensPerSecond.model_fields},
         lambda r: "–" if (speed := _tokens_per_second(r, "real")) is None else f"{speed:,.0f}",
         optional=True,
     ),
     Column(
-        "peak MiB", "most memory while training: in tensors on the GPU; on CPU resident memory beyond what the process "
+        "peak MiB",
+        "most memory while training: in tensors on the GPU; on CPU resident memory beyond what the process "
         "had before anything was loaded",
         lambda r: {"train_peak_bytes": train_peak_bytes(r)} | _allocator_values(r),
         lambda r: "–" if (peak := train_peak_bytes(r)) is None else f"{peak / 2**20:,.0f}",
         optional=True,
     ),
     Column(
-        "needs MiB", "of a run that was out of memory: what its process is predicted to hold at its peak, at least, "
+        "needs MiB",
+        "of a run that was out of memory: what its process is predicted to hold at its peak, at least, "
         "by peftbench estimate",
         lambda r: {
-            "needed_bytes": r.outcome.estimated_peak_bytes, "held_bytes": r.outcome.in_use_bytes,
+            "needed_bytes": r.outcome.estimated_peak_bytes,
+            "held_bytes": r.outcome.in_use_bytes,
             "requested_bytes": r.outcome.requested_bytes,
         },
         lambda r: "–" if (needed := r.outcome.estimated_peak_bytes) is None else f"{needed / 2**20:,.0f}",
         optional=True,
     ),
     Column(
-        "required TFLOP", "floating-point operations that all steps needed, in 10^12: real tokens, causal attention, "
+        "required TFLOP",
+        "floating-point operations that all steps needed, in 10^12: real tokens, causal attention, "
         "the output head at labels, a backward pass only where the method needs one",
         lambda r: {f"{kind}_flops": getattr(r.flops, kind) for kind in ("required", "executed", "six_n")},
         lambda r: "–" if r.flops.model_flops is None else f"{r.flops.model_flops / 1e12:.3g}",
         optional=True,
     ),
     Column(
-        "MFU", "model FLOPs utilisation: required FLOPs a second, of the device's peak by its maker's data sheet",
+        "MFU",
+        "model FLOPs utilisation: required FLOPs a second, of the device's peak by its maker's data sheet",
         lambda r: {"mfu": r.compute.mfu, "hfu": r.compute.hfu},
         lambda r: _text_or_unknown(r, None if r.compute.mfu is None else f"{r.compute.mfu:.1%}"),
         optional=True,
     ),
     Column(
-        "of achievable", "required FLOPs a second, of what a large matrix product then achieved on the device",
+        "of achievable",
+        "required FLOPs a second, of what a large matrix product then achieved on the device",
         lambda r: {"of_achievable": r.compute.matmul_utilization},
         lambda r: "–" if r.compute.matmul_utilization is None else f"{r.compute.matmul_utilization:.1%}",
         optional=True,
     ),
     Column(
-        "J/1,000 samples", "joules of the training phase by 1,000 samples: of the GPUs' boards (NVML), or of the "
+        "J/1,000 samples",
+        "joules of the training phase by 1,000 samples: of the GPUs' boards (NVML), or of the "
         "processors (RAPL) where it ran on them, whatever else ran there; pauses (trackers) included",
         lambda r: {"joules_per_1000_samples": r.joules_per_1000_samples, "training_joules": r.energy_joules},
         lambda r: _text_or_unknown(r, None if (j := r.joules_per_1000_samples) is None else f"{j:,.3g}"),
         optional=True,
     ),
     Column(
-        "price", "of the seconds of training on all devices, at profile.price_per_hour",
+        "price",
+        "of the seconds of training on all devices, at profile.price_per_hour",
         lambda r: {"training_price": r.training_cost},
         lambda r: "–" if r.training_cost is None else f"{r.training_cost:,.2g}",
         optional=True,
     ),
     Column("outcome", "how the run ended", lambda r: {"outcome": r.outcome.kind}, format_outcome),
-)  # fmt: skip
+)

@@ -18,22 +18,32 @@ def json_table(records: Sequence[RunRecord], summary: Sequence[str], note_lines:
     ``told`` are the notes, where they are made already.
     """
     rows = sort_records(records)
-    return json.dumps(
-        {
-            "summary": list(summary),
-            "notes": list(collect_notes(rows) if note_lines is None else note_lines),
-            "columns": {column.title: column.description for column in COLUMNS},
-            "runs": [
-                {key: finite_or_none(value) for column in COLUMNS for key, value in column.raw_values(record).items()}
-                | {
-                    "started_at": record.started_at, "device": record.device.name, "commit": record.git_commit,
-                    "recipe_fingerprint": record.recipe_fingerprint, "recipe": record.recipe,
-                }
-                for record in rows
-            ],
-        },
-        indent=1,
-    ) + "\n"  # fmt: skip
+    return (
+        json.dumps(
+            {
+                "summary": list(summary),
+                "notes": list(collect_notes(rows) if note_lines is None else note_lines),
+                "columns": {column.title: column.description for column in COLUMNS},
+                "runs": [
+                    {
+                        key: finite_or_none(value)
+                        for column in COLUMNS
+                        for key, value in column.raw_values(record).items()
+                    }
+                    | {
+                        "started_at": record.started_at,
+                        "device": record.device.name,
+                        "commit": record.git_commit,
+                        "recipe_fingerprint": record.recipe_fingerprint,
+                        "recipe": record.recipe,
+                    }
+                    for record in rows
+                ],
+            },
+            indent=1,
+        )
+        + "\n"
+    )
 
 
 def latex_table(records: Sequence[RunRecord]) -> str:

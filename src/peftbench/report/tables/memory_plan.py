@@ -14,15 +14,25 @@ if TYPE_CHECKING:
 
 _MIB = 2**20
 _CATEGORY_LABELS = {
-    "weights": "weights", "gathered_weights": "gathered weights", "weight_copies": "autocast copies",
-    "gradients": "gradients", "buckets": "buckets", "optimizer_state": "states",
-    "activations": "activations", "logits": "logits", "temporaries": "temporaries",
-}  # fmt: skip
+    "weights": "weights",
+    "gathered_weights": "gathered weights",
+    "weight_copies": "autocast copies",
+    "gradients": "gradients",
+    "buckets": "buckets",
+    "optimizer_state": "states",
+    "activations": "activations",
+    "logits": "logits",
+    "temporaries": "temporaries",
+}
 
 
 def format_plan(plan: Plan) -> str:
     """A table of parts by kinds, and a sentence for each thing to know."""
-    shown = [kind for kind in _CATEGORY_LABELS if any(kind in part.live_bytes_by_category for part in plan.phase_peaks.values())]
+    shown = [
+        kind
+        for kind in _CATEGORY_LABELS
+        if any(kind in part.live_bytes_by_category for part in plan.phase_peaks.values())
+    ]
     rows = [
         {
             "MiB at the peak of": name,
@@ -96,13 +106,16 @@ def format_fit(fit: Fit) -> str:
     ]
     best = fit.strategies[0]
     by = "the data sheet's FLOP/s" if best.step_seconds else "FLOPs alone, whatever their precision"
-    return "\n".join((
-        tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True), "",
-        f"time: predicted of one step by {by}, of the fastest's",
-        f"the first: {' '.join(best.overrides)}",
-        *([_format_verification(fit.verification)] if fit.verification else []),
-        *(f"note: {note}" for note in best.plan.notes),
-    ))  # fmt: skip
+    return "\n".join(
+        (
+            tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True),
+            "",
+            f"time: predicted of one step by {by}, of the fastest's",
+            f"the first: {' '.join(best.overrides)}",
+            *([_format_verification(fit.verification)] if fit.verification else []),
+            *(f"note: {note}" for note in best.plan.notes),
+        )
+    )
 
 
 def _format_models(fit: Fit) -> str:
@@ -122,8 +135,15 @@ def _format_models(fit: Fit) -> str:
 
 
 def _format_verification(verification: Verification) -> str:
-    ran = "; ".join(f"{size} {'ran' if kind == 'ok' else 'was out of memory'}" for size, kind in verification.outcome_by_micro_batch_size.items())
-    found = f"{verification.largest_micro_batch_size} is the largest that runs" if verification.largest_micro_batch_size else "not even one example runs"
+    ran = "; ".join(
+        f"{size} {'ran' if kind == 'ok' else 'was out of memory'}"
+        for size, kind in verification.outcome_by_micro_batch_size.items()
+    )
+    found = (
+        f"{verification.largest_micro_batch_size} is the largest that runs"
+        if verification.largest_micro_batch_size
+        else "not even one example runs"
+    )
     return f"verified under the budget: micro-batch {ran}; predicted {verification.predicted_micro_batch_size}, and {found}"
 
 

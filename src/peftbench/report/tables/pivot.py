@@ -22,11 +22,14 @@ def seed_rows(records: Sequence[RunRecord]) -> list[dict[str, str]]:
     """
     return [
         {
-            "method": one.label, "seeds": str(len(one.held_out_losses) or len(one.rouge_l_scores)),
-            "held-out loss": _format_mean_std(one.held_out_losses, 3), "ROUGE-L": _format_mean_std(one.rouge_l_scores, 1),
+            "method": one.label,
+            "seeds": str(len(one.held_out_losses) or len(one.rouge_l_scores)),
+            "held-out loss": _format_mean_std(one.held_out_losses, 3),
+            "ROUGE-L": _format_mean_std(one.rouge_l_scores, 1),
         }
-        for one in group_runs(records) if max(len(one.held_out_losses), len(one.rouge_l_scores)) > 1
-    ]  # fmt: skip
+        for one in group_runs(records)
+        if max(len(one.held_out_losses), len(one.rouge_l_scores)) > 1
+    ]
 
 
 def rows_by_setting(records: Sequence[RunRecord], key: str) -> list[dict[str, str]]:
@@ -38,7 +41,9 @@ def rows_by_setting(records: Sequence[RunRecord], key: str) -> list[dict[str, st
     values = sorted({_setting_value(r.recipe, key) for r in records}, key=lambda value: (isinstance(value, str), value))
     rows = []
     for same in same_recipe_groups(records, (key,)):
-        losses = {_setting_value(r.recipe, key): r.quality.loss for r in same if r.quality and _is_finite(r.quality.loss)}
+        losses = {
+            _setting_value(r.recipe, key): r.quality.loss for r in same if r.quality and _is_finite(r.quality.loss)
+        }
         ends = {_setting_value(r.recipe, key): r.outcome.kind for r in same}
         best = min(losses, key=lambda value: losses[value]) if losses else None
         cells = {value: f"{losses[value]:.3f}" if value in losses else ends.get(value, "–") for value in values}
@@ -58,7 +63,9 @@ def _setting_value(recipe: dict[str, Any], key: str) -> float | str:
     place: object = recipe
     for part in key.split("."):
         if not isinstance(place, dict) or part not in place:
-            raise UnknownKeyError(f"these runs have no knob {key!r}", "give one that all have, as train.global_batch_size")
+            raise UnknownKeyError(
+                f"these runs have no knob {key!r}", "give one that all have, as train.global_batch_size"
+            )
         place = place[part]
     return place if isinstance(place, (int, float)) and not isinstance(place, bool) else json.dumps(place)
 

@@ -36,9 +36,10 @@ def sort_records(records: Sequence[RunRecord]) -> list[RunRecord]:
 def visible_columns(records: Sequence[RunRecord]) -> list[Column]:
     """The columns that these records fill."""
     return [
-        column for column in COLUMNS
+        column
+        for column in COLUMNS
         if not column.optional or any(column.format_text(record) != "–" for record in records)
-    ]  # fmt: skip
+    ]
 
 
 def print_table(
@@ -51,7 +52,10 @@ def print_table(
     """
     console = console or Console()
     rows = sort_records(records)
-    cells = {column.title: [terminal_safe(column.format_text(record)) for record in rows] for column in visible_columns(records)}
+    cells = {
+        column.title: [terminal_safe(column.format_text(record)) for record in rows]
+        for column in visible_columns(records)
+    }
     for column in list(cells)[1:]:  # an interval goes below its mean, which keeps the table within a terminal
         cells[column] = [cell.replace(" (", "\n(") for cell in cells[column]]
     left_out = _drop_columns(cells, console.width) if console.is_terminal else []
@@ -84,16 +88,22 @@ def _drop_columns(cells: dict[str, list[str]], width: int) -> list[str]:
 
 def _table_width(cells: Mapping[str, Sequence[str]]) -> int:
     """``natural_width`` of the table of these cells, which of a thousand rows takes rich a second."""
-    lines = [[line for cell in (title.replace(" ", "\n"), *column) for line in cell.split("\n")]
-             for title, column in cells.items()]  # fmt: skip
+    lines = [
+        [line for cell in (title.replace(" ", "\n"), *column) for line in cell.split("\n")]
+        for title, column in cells.items()
+    ]
     return sum(max(map(cell_len, column)) + _COLUMN_GAP for column in lines)
 
 
 def _rich_table(cells: Mapping[str, Sequence[str]], title: str) -> Table:
     table = Table(
-        title=Text(terminal_safe(title), "table.title"), title_justify="left", header_style="bold", box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0), pad_edge=False,
-    )  # fmt: skip
+        title=Text(terminal_safe(title), "table.title"),
+        title_justify="left",
+        header_style="bold",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
     for index, column in enumerate(cells):
         edge = index in (0, len(cells) - 1)
         table.add_column(column.replace(" ", "\n"), justify="left" if edge else "right", overflow="fold")
@@ -105,7 +115,9 @@ def _rich_table(cells: Mapping[str, Sequence[str]], title: str) -> Table:
 def terminal_table(rows: Sequence[dict[str, str]]) -> str:
     """Rows of equal keys as a table for a terminal."""
     heads = [terminal_safe(head) for head in rows[0]]
-    return tabulate([[terminal_safe(cell) for cell in row.values()] for row in rows], heads, "simple", disable_numparse=True)
+    return tabulate(
+        [[terminal_safe(cell) for cell in row.values()] for row in rows], heads, "simple", disable_numparse=True
+    )
 
 
 def collect_notes(records: Sequence[RunRecord]) -> list[str]:
@@ -129,8 +141,9 @@ def _unknown_metric_notes(records: Sequence[RunRecord]) -> list[str]:
     found = {
         f"MFU is unknown: the data sheet's FLOP/s of {record.device.name or 'this device'} at "
         f"{record.recipe['train']['precision']} are not in the table"
-        for record in measured if record.compute.peak_flops_per_second is None
-    }  # fmt: skip
+        for record in measured
+        if record.compute.peak_flops_per_second is None
+    }
     if any(record.energy_joules is None for record in measured):
         found.add("energy is unknown: neither NVML nor RAPL tells it here")
     return sorted(found)
@@ -155,13 +168,17 @@ def csv_table(records: Sequence[RunRecord]) -> str:
 
     Texts stand in quotes, so that a spreadsheet which splits at semicolons finds no cell within one.
     """
-    rows = [{k: v for column in COLUMNS for k, v in column.raw_values(record).items()} for record in sort_records(records)]
+    rows = [
+        {k: v for column in COLUMNS for k, v in column.raw_values(record).items()} for record in sort_records(records)
+    ]
     if not rows:
         return ""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     writer.writeheader()
-    writer.writerows({k: escape_spreadsheet_formula(v) if isinstance(v, str) else v for k, v in row.items()} for row in rows)
+    writer.writerows(
+        {k: escape_spreadsheet_formula(v) if isinstance(v, str) else v for k, v in row.items()} for row in rows
+    )
     return text.getvalue()
 
 
@@ -178,7 +195,10 @@ def markdown_report(
         parts += ["## Over seeds", _github_table(seeds)]
     if found := collect_notes(rows) if note_lines is None else note_lines:
         parts += ["## Notes", _bullet_list(found)]
-    meanings = (f"- **{escape_markdown(column.title)}**: {escape_markdown(column.description)}" for column in visible_columns(records))
+    meanings = (
+        f"- **{escape_markdown(column.title)}**: {escape_markdown(column.description)}"
+        for column in visible_columns(records)
+    )
     parts += ["## Columns", "\n".join(meanings)]
     parts += ["## Where and with what", _bullet_list(_environment_lines(records))]
     if samples := _sample_sections(rows):
@@ -196,7 +216,7 @@ def _environment_lines(records: Sequence[RunRecord]) -> list[str]:
         f"torch {r.library_versions.get('torch', 'unknown')}, transformers {r.library_versions.get('transformers', 'unknown')}, "
         f"peft {r.library_versions.get('peft', 'unknown')}; data {r.data_fingerprint}; examples {r.num_examples}"
         for r in records
-    }  # fmt: skip
+    }
     return sorted(lines)
 
 

@@ -24,7 +24,10 @@ def join_with_and(words: Sequence[str], prefix: str = "") -> str:
 
 def truncate_list(labels: Sequence[str]) -> list[str]:
     """The first ``NAMED`` of ``labels``, and how many more there are."""
-    return [*labels[:MAX_LISTED_LABELS], *([f"{len(labels) - MAX_LISTED_LABELS} more"] if len(labels) > MAX_LISTED_LABELS else [])]
+    return [
+        *labels[:MAX_LISTED_LABELS],
+        *([f"{len(labels) - MAX_LISTED_LABELS} more"] if len(labels) > MAX_LISTED_LABELS else []),
+    ]
 
 
 _MAX_DECIMALS = 9
@@ -41,7 +44,10 @@ def round_outward(interval: Interval, decimals: int) -> tuple[str, str]:
     that then there are as many digits as it takes.
     """
     while decimals < _MAX_DECIMALS:
-        low, high = format_decimal(interval.low, decimals, ROUND_FLOOR), format_decimal(interval.high, decimals, ROUND_CEILING)
+        low, high = (
+            format_decimal(interval.low, decimals, ROUND_FLOOR),
+            format_decimal(interval.high, decimals, ROUND_CEILING),
+        )
         if interval.low <= 0 <= interval.high or (Decimal(low) > 0) or (Decimal(high) < 0):
             break
         decimals += 1
