@@ -20,7 +20,7 @@ test-all: .venv/installed
 
 # Every combination of the compatibility table that runs on CPU, in two processes each.
 test-engines: .venv/installed
-	$(BIN)/python -m pytest -m multiprocess tests/engines
+	$(BIN)/python -m pytest -m multiprocess tests/distributed
 
 # A real SLURM in a folder of its own, where Debian's packages for it are installed (docs/guides/slurm.md), as root; and
 # all that can befall a run, on one host and on two. Beside one cluster, whose jobs wait much, one worker does the rest.
@@ -50,7 +50,7 @@ readme: .venv/installed
 
 # The picture of the page in README.md, from committed records; needs Chromium.
 picture: .venv/installed
-	$(BIN)/python -m tests.report.page.picture
+	$(BIN)/python -m tests.unit.report.page.picture
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "peftbench needs Python 3.11 or newer; run make PYTHON=python3.11")'

@@ -101,7 +101,7 @@ STEPS: dict[str, dict[str, Any]] = {
 
 def of_methods(sizes: Mapping[str, Size], folder: str) -> Iterator[tuple[Recipe, Size]]:
     """Every method in both precisions; checkpointing a frozen trunk is none, since it is left out there."""
-    knobs: dict[str, dict[str, Any]] = {"prompt_tuning": {"tokens": SOFT_TOKENS}}
+    knobs: dict[str, dict[str, Any]] = {"prompt_tuning": {"num_virtual_tokens": SOFT_TOKENS}}
     methods = [kind(**knobs.get(name, {})) for name, kind in METHODS.items()]
     cases = itertools.product(sizes.items(), ("bf16", "fp32"), (False, True), methods)
     for (model, size), precision, checkpointing, method in cases:

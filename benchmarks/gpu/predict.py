@@ -76,7 +76,7 @@ def compared(recipe: Recipe, size: Size, record: RunRecord) -> Iterator[tuple[st
 def verdict(recipe: Recipe, record: RunRecord) -> Row:
     """What was said of a run that was held to a card's memory, and how it ended."""
     facts = get_facts_by_torch_name(record.device.name)
-    small = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"batch": 1})})
+    small = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"batch_size": 1})})
     try:
         plan = estimate(small, facts, record.device.name, parse_size(CARD))
         said, needed = str(plan.verdict), f"{plan.process_bytes[0] / 2**20:,.0f}"

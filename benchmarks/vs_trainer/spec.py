@@ -151,7 +151,7 @@ def tolerance(arm: str, spec: Spec) -> float:
 def method_knobs(case: str, spec: Spec) -> dict[str, Any]:
     """The method as a recipe has it; all else is peftbench's default."""
     method = CASES[case].method
-    return {"kind": method} | ({"tokens": spec.soft_tokens} if method == "prompt_tuning" else {})
+    return {"kind": method} | ({"num_virtual_tokens": spec.soft_tokens} if method == "prompt_tuning" else {})
 
 
 def own_knobs(case: str, spec: Spec) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from peftbench.methods.full import Full
 from peftbench.methods.last_layer import LastLayer
 from peftbench.methods.lora import Lora
 from peftbench.methods.prompt_tuning import PromptTuning
-from tests.bases import ARCHITECTURES
-from tests.conftest import trained
+from tests.helpers.models import ARCHITECTURES
+from tests.helpers.training import trained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,10 +46,10 @@ VARIANTS: dict[str, dict[str, Method]] = {
         "prompt_random": PromptTuning(num_virtual_tokens=5),
         "prompt_text": PromptTuning(
             num_virtual_tokens=5,
-            prompt_tuning_init="text",
+            prompt_tuning_init="TEXT",
             prompt_tuning_init_text="Summarise the article above in one sentence.",
         ),
-        "prompt_vocabulary": PromptTuning(num_virtual_tokens=5, prompt_tuning_init="vocabulary"),
+        "prompt_vocabulary": PromptTuning(num_virtual_tokens=5, prompt_tuning_init="SAMPLE_VOCAB"),
     },
 }
 """Each kind's variants that differ in what is trained or how it starts."""
@@ -111,7 +111,7 @@ class Bench:
     @torch.no_grad()
     def logits(self, batch: MicroBatch) -> torch.Tensor:
         """Logits at the real positions, as at evaluation."""
-        from tests.conftest import logits
+        from tests.helpers.batches import logits
 
         self.model.eval()
         return logits(self.model, batch)

@@ -9,7 +9,8 @@ import torch
 
 from peftbench.training.loop import train_step
 from tests.conformance.battery import Bench, Case, MakeBench, every_case
-from tests.conftest import loss_for, micro_batch, one_batch, trained, trainer_of
+from tests.helpers.batches import micro_batch, one_batch
+from tests.helpers.training import loss_for, trained, trainer_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

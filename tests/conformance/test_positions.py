@@ -7,9 +7,10 @@ import torch
 
 from peftbench.data.encode import SequenceLayout
 from peftbench.errors import OutOfRangeError
-from tests.bases import POSITIONS
 from tests.conformance.battery import CASES, Case, MakeBench, every_case
-from tests.conftest import logits, micro_batch, summed_loss
+from tests.helpers.batches import logits, micro_batch
+from tests.helpers.models import POSITIONS
+from tests.helpers.training import summed_loss
 
 NEW_TOKENS = 6
 

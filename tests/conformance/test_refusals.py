@@ -10,8 +10,8 @@ import pytest
 from peftbench.errors import TargetModulesError, UnsupportedModelError
 from peftbench.methods.base import Method
 from peftbench.methods.lora import Lora
-from tests.bases import ARCHITECTURES
 from tests.conformance.battery import REFUSED, VARIANTS
+from tests.helpers.models import ARCHITECTURES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

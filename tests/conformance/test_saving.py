@@ -12,9 +12,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from peftbench.training.loop import train_step
-from tests.bases import ARCHITECTURES, meta_base
 from tests.conformance.battery import Case, MakeBench, every_case
-from tests.conftest import logits, micro_batch, one_batch, trainer_of
+from tests.helpers.batches import logits, micro_batch, one_batch
+from tests.helpers.models import ARCHITECTURES, meta_base
+from tests.helpers.training import trainer_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

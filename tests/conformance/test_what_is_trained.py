@@ -8,9 +8,11 @@ import torch
 
 from peftbench.methods import METHODS
 from peftbench.training.loop import train_step
-from tests.bases import ARCHITECTURES, meta_base
 from tests.conformance.battery import CASES, RATES, REFUSED, VARIANTS, Case, MakeBench, every_case
-from tests.conftest import ONE_OF_EACH, loss_for, micro_batch, one_batch, summed_loss, trained, trainer_of
+from tests.helpers.batches import micro_batch, one_batch
+from tests.helpers.methods import ONE_OF_EACH
+from tests.helpers.models import ARCHITECTURES, meta_base
+from tests.helpers.training import loss_for, summed_loss, trained, trainer_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -25,7 +25,7 @@ RECIPE = {
     "output_dir": "out",
     "model": {"path": "shipped"},
     "method": {"kind": "lora"},
-    "data": {"source": {"kind": "files", "train": "rows.jsonl", "test": "rows.jsonl"}, "max_tokens": 128},
+    "data": {"source": {"kind": "files", "train": "rows.jsonl", "test": "rows.jsonl"}, "max_length": 128},
     "train": {"steps": 1, "global_batch_size": 4},
     "evaluate": {"generate": False, "max_new_tokens": 8, "bootstrap_resamples": 100},
 }

@@ -29,7 +29,7 @@ from peftbench.errors import (
     UnknownKeyError,
     WrongTypeError,
 )
-from tests.disks import mounted
+from tests.helpers.disks import mounted
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 Mistake = tuple[str, type[PeftbenchError], str]

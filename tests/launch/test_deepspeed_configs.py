@@ -11,7 +11,7 @@ import yaml
 
 from peftbench.distributed.deepspeed import _RECIPE_KEYS, AUTO, _check_keys, _get_nested
 from peftbench.distributed.engines import ENGINES, detect_requested_engine
-from tests.conftest import REPOSITORY
+from tests.helpers.paths import REPOSITORY
 
 FILES = sorted((REPOSITORY / "ds_configs").glob("*.json"))
 

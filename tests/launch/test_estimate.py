@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY
-from tests.launch.test_compare import peftbench, run
+from tests.helpers.paths import REPOSITORY
+from tests.launch.test_run_suite import peftbench, run
 
 
 def test_a_plan_is_printed(project: Path, caches: dict[str, str]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launch.test_compare import peftbench, record_of, run
+from tests.launch.test_run_suite import peftbench, record_of, run
 
 KILLS = 20
 STEPS = 150

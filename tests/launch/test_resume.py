@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.test_compare import CONFIG, record_of, run
+from tests.launch.test_run_suite import CONFIG, record_of, run
 
 STOP = """
 from peftbench.training.checkpoint import Checkpoints

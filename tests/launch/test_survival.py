@@ -17,9 +17,9 @@ import psutil
 import pytest
 
 from peftbench.errors import DiskFullError
-from tests.disks import mounted
+from tests.helpers.disks import mounted
 from tests.launch.conftest import LAUNCH, written
-from tests.launch.test_compare import CONFIG, peftbench, record_of, run
+from tests.launch.test_run_suite import CONFIG, peftbench, record_of, run
 
 pytestmark = pytest.mark.xdist_group("hosts")
 STEPS = 40

@@ -18,8 +18,9 @@ import psutil
 import pytest
 import yaml
 
+from tests.helpers.paths import REPOSITORY
 from tests.launch.conftest import LAUNCH, RECIPE
-from tests.launch.test_compare import REPOSITORY, record_of
+from tests.launch.test_run_suite import record_of
 
 pytestmark = [pytest.mark.xdist_group("hosts"), pytest.mark.slow, pytest.mark.multiprocess, pytest.mark.timeout(900)]
 ADDRESSES = ("10.219.0.1", "10.219.0.2")

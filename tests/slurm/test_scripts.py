@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.helpers.paths import REPOSITORY
 from tests.launch.conftest import RECIPE, ROWS
 from tests.slurm.cluster import Cluster, wait_until
 from tests.slurm.suites import peftbench, record, standing
@@ -22,7 +23,6 @@ pytestmark = [
     pytest.mark.multiprocess,
     pytest.mark.timeout(900),
 ]
-REPOSITORY = Path(__file__).resolve().parents[2]
 HOSTILE = "an out 50%j; $(touch executed) 'folder'"
 SMALL = ["--cpus-per-task=1", "--time=10"]
 """What is asked on the command line instead of what a script says: the nodes here have two CPUs."""

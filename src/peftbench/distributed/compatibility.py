@@ -1,7 +1,7 @@
 """Which method, optimizer and precision runs on which engine, and with what more: one table, from which the tests and
 the docs are made.
 
-Whatever no rule refuses is run by the tests (tests/engines/), two processes where the engine spreads over several.
+Whatever no rule refuses is run by the tests (tests/distributed/), two processes where the engine spreads over several.
 """
 
 from __future__ import annotations

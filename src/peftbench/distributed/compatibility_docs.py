@@ -100,7 +100,7 @@ does not, or not on CPU; the refusal itself names the nearest that does run.
 
 `make test-engines` (some 20 minutes on two cores) trains every combination that runs on CPU, in two processes where the
 engine has them, and holds it against one process: the same losses and weights, to the tolerances in
-`tests/engines/tolerances.py`, and the same again when it is stopped at a checkpoint and goes on. (Weights rounded by
+`tests/distributed/tolerances.py`, and the same again when it is stopped at a checkpoint and goes on. (Weights rounded by
 chance run in one process, and are held to learn and to go on identically.) `zero3_nvme` is run where libaio's
 development files are. No test has run what needs a GPU (fp16, paged states, activation offload) so far.
 

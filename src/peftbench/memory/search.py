@@ -99,7 +99,7 @@ class Technique:
 
 
 TECHNIQUES = (
-    Technique("labelled_logits", {"train": {"logits": "labelled"}}, None),
+    Technique("labelled_logits", {"train": {"logits": "labels_only"}}, None),
     Technique("checkpointing", {"train": {"gradient_checkpointing": True}}, None),
     Technique("fused_gelu", {"model": {"fused_gelu": True}}, "the last digit of GELU (2.4e-7)"),
     Technique("bf16", {"train": {"precision": "bf16"}}, "arithmetic in bf16"),
@@ -223,7 +223,7 @@ def choose_micro_batch(recipe: Recipe, target: MemoryTarget) -> tuple[Recipe, st
 
 def with_evaluation_batch(recipe: Recipe, size: int) -> Recipe:
     """The recipe with ``size`` examples at once in evaluation, on which no result depends."""
-    return recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"batch": size})})
+    return recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"batch_size": size})})
 
 
 def with_micro_batch(recipe: Recipe, size: int) -> Recipe:

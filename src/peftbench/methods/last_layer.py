@@ -23,7 +23,7 @@ class LastLayer(Method):
 
     kind: Literal["last_layer"] = "last_layer"
     """Which method."""
-    head: Literal["untied", "tied", "as_published"] = "untied"
+    head: Literal["untied", "tied", "outside_blocks"] = "untied"
     """untied (own copy, trunk frozen), tied (shared with the embedding) or as_published (all but "transformer.h.")."""
 
     @property
@@ -32,12 +32,12 @@ class LastLayer(Method):
 
     def trainable_parameters(self, base: PreTrainedModel) -> int:
         """Vocabulary times width (and the head's bias); as_published: everything outside the blocks."""
-        if self.head == "as_published":
+        if self.head == "outside_blocks":
             return sum(p.numel() for name, p in base.named_parameters() if GPT2_BLOCK_PREFIX not in name)
         return sum(parameter.numel() for parameter in _get_output_head(base).parameters())
 
     def apply(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-        if self.head == "as_published":
+        if self.head == "outside_blocks":
             return _freeze_gpt2_blocks(base)
         tied = _get_output_head(base).weight is base.get_input_embeddings().weight
         freeze(base.parameters())

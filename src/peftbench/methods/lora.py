@@ -72,9 +72,9 @@ class Lora(Method):
         config = LoraConfig(
             task_type="CAUSAL_LM",
             r=self.r,
-            lora_alpha=self.lora_alpha,
+            lora_alpha=self.lora_alpha,  # type: ignore[arg-type]
             lora_dropout=self.lora_dropout,
-            bias=self.bias,  # type: ignore[arg-type]
+            bias=self.bias,
             target_modules=targets if isinstance(targets, str) else list(targets),
             use_dora=self.use_dora,
             use_rslora=self.use_rslora,

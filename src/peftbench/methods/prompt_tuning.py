@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from peftbench.methods.base import Method
 
@@ -23,15 +23,20 @@ class PromptTuning(Method):
     """Which method."""
     num_virtual_tokens: int = Field(default=20, gt=0)
     """Number of soft tokens; they take positions of the model."""
-    prompt_tuning_init: Literal["random", "text", "vocabulary"] = "random"
-    """Start from noise, from the embeddings of init_text, or from embeddings drawn from the vocabulary."""
+    prompt_tuning_init: Literal["RANDOM", "TEXT", "SAMPLE_VOCAB"] = "RANDOM"
+    """Initial values: random, the embeddings of prompt_tuning_init_text, or embeddings drawn from the vocabulary."""
     prompt_tuning_init_text: str | None = None
-    """The text to start from with init: text; repeated or cut to the number of tokens."""
+    """Text whose embeddings initialise the prompt with TEXT; repeated or cut to num_virtual_tokens."""
+
+    @field_validator("prompt_tuning_init", mode="before")
+    @classmethod
+    def _upper_case(cls, value: object) -> object:
+        return value.upper() if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _check_init_text(self) -> PromptTuning:
-        if (self.prompt_tuning_init == "text") != bool(self.prompt_tuning_init_text):
-            raise ValueError("init_text goes with init: text, and init: text needs it")
+        if (self.prompt_tuning_init == "TEXT") != bool(self.prompt_tuning_init_text):
+            raise ValueError("prompt_tuning_init: TEXT needs prompt_tuning_init_text, and no other value takes it")
         return self
 
     @property
@@ -45,9 +50,8 @@ class PromptTuning(Method):
     def apply(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
         from peft import PromptTuningConfig, get_peft_model
 
-        init = {"random": "RANDOM", "text": "TEXT", "vocabulary": "SAMPLE_VOCAB"}[self.prompt_tuning_init]
         text: dict[str, Any] = {}
-        if self.prompt_tuning_init == "text":
+        if self.prompt_tuning_init == "TEXT":
             text = {
                 "prompt_tuning_init_text": self.prompt_tuning_init_text,
                 "tokenizer_name_or_path": tokenizer.name_or_path,
@@ -55,7 +59,7 @@ class PromptTuning(Method):
         config = PromptTuningConfig(
             task_type="CAUSAL_LM",
             num_virtual_tokens=self.num_virtual_tokens,
-            prompt_tuning_init=init,  # type: ignore[arg-type]
+            prompt_tuning_init=self.prompt_tuning_init,  # type: ignore[arg-type]
             **text,
         )
         model = get_peft_model(base, config)

@@ -67,7 +67,7 @@ class Data(ConfigSection):
     """Between article and summary. Must not end in a space, which belongs to the next word's token."""
     overlong: Literal["refuse", "drop"] = "refuse"
     """What to do with an example whose summary leaves no room for any article; drops are counted in the record."""
-    padding: Literal["auto", "none", "longest", "max_tokens"] = "auto"
+    padding: Literal["auto", "free", "longest", "max_length"] = "auto"
     """none: examples share a row and see no other; longest, max_tokens: pad to those; auto: none where it can be."""
     pad_to_multiple_of: int = Field(default=1, gt=0)
     """Pad rows to multiples of so many positions; on CPU in 16 bits every new size costs memory and time, 64 helps."""
@@ -83,13 +83,13 @@ class Data(ConfigSection):
 
     @model_validator(mode="after")
     def _check_padding(self) -> Data:
-        if self.padding == "max_tokens" and self.max_length is None:
+        if self.padding == "max_length" and self.max_length is None:
             raise ValueError("padding to max_tokens needs data.max_length")
-        if self.label_padding and self.padding == "none":
+        if self.label_padding and self.padding == "free":
             raise ValueError("as_published labels padding, and padding: free has none; use longest or max_tokens")
         if self.label_padding and self.pad_to_multiple_of > 1:
             raise ValueError("as_published labels padding, so pad_to_multiple_of would change the loss; leave it at 1")
-        if self.padding == "max_tokens" and self.pad_to_multiple_of > 1:
+        if self.padding == "max_length" and self.pad_to_multiple_of > 1:
             raise ValueError("padding to max_tokens makes all rows one width; leave pad_to_multiple_of at 1")
         return self
 
@@ -118,7 +118,7 @@ class Train(ConfigSection):
     """Most tokens in one forward pass (padding, virtual), instead of micro_batch; as few passes as keep to it."""
     precision: Precision = "fp32"
     """Arithmetic of forward and backward pass; trained weights stay in float32, unless the optimizer says bf16."""
-    logits: Literal["labelled", "all"] = "labelled"
+    logits: Literal["labels_only", "all"] = "labels_only"
     """Positions that the output head computes in training: those that predict a labelled token, or all; same loss."""
     cross_entropy: Literal["torch", "liger"] = "torch"
     """What computes the loss from hidden states: torch, in chunks; or Liger Kernel, on CUDA, if it is installed."""

@@ -26,7 +26,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from peftbench.data.docstring_corpus import Corpus, read_corpus
 from peftbench.shipped.card import PretrainingRun, render_model_card
 
-EOS_TOKEN = "<|endoftext|>"
+EOS_TOKEN = "<|endoftext|>"  # noqa: S105
 VOCAB_SIZE = 4096
 CONTEXT_LENGTH = 512
 WARMUP_STEPS = 100

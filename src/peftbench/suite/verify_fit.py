@@ -96,8 +96,8 @@ def _build_short_recipe(recipe: Recipe, width: int, micro_batch_size: int, budge
     examples = min(getattr(recipe.data, split) or batch, batch)
     changes = {
         "train": {"steps": _VERIFICATION_STEPS, "epochs": None, "micro_batch_size": micro_batch_size},
-        "data": {"padding": "max_tokens", "pad_to_multiple_of": 1, "max_tokens": width, split: examples},
-        "evaluate": {"samples": 0},
+        "data": {"padding": "max_length", "pad_to_multiple_of": 1, "max_length": width, split: examples},
+        "evaluate": {"saved_samples": 0},
     }
     parts = {name: getattr(recipe, name).model_copy(update=change) for name, change in changes.items()}
     return recipe.model_copy(

@@ -165,7 +165,7 @@ def apply_method(recipe: Recipe, base: LoadedModel, context: AcceleratorContext)
     parameters = ParameterCounts(total=total, trainable=trainable)
     loss, unspared = build_loss(
         base.model,
-        labelled_only=recipe.train.logits == "labelled",
+        labelled_only=recipe.train.logits == "labels_only",
         use_masks=recipe.data.label_padding,
         kernel=recipe.train.cross_entropy,
     )
@@ -269,14 +269,14 @@ def build_collator(recipe: Recipe, loss: CausalLMLoss, pad_token_id: int) -> Col
         raise OutOfRangeError(
             f"data.pad_to_multiple_of={multiple} is more than the {most} positions of the model; set {most} or less"
         )
-    if padding == "none" and loss.uses_masks:
+    if padding == "free" and loss.uses_masks:
         raise OutOfRangeError(
             f"data.padding=free puts examples into one row, and this model would look from one into another: "
             f"{loss.mask_reason}; set data.padding=longest"
         )
-    if padding == "none" or (padding == "auto" and not loss.uses_masks):
+    if padding == "free" or (padding == "auto" and not loss.uses_masks):
         return PaddingFreeCollator(pad_token_id, virtual, pad_to_multiple_of=multiple)
-    pad_to = recipe.data.max_length if padding == "max_tokens" else None
+    pad_to = recipe.data.max_length if padding == "max_length" else None
     published = recipe.data.label_padding
     return Collator(
         pad_token_id, virtual, pad_to, label_padding=published, pad_to_multiple_of=multiple, max_positions=most

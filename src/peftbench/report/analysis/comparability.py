@@ -28,8 +28,8 @@ def _protocol_key(record: RunRecord) -> list[object]:
         record.num_examples,
         record.steps,
         recipe["train"]["global_batch_size"],
-        recipe["data"]["max_tokens"],
-        recipe["data"]["as_published"],
+        recipe["data"]["max_length"],
+        recipe["data"]["label_padding"],
         recipe["train"]["precision"],
     ]
 

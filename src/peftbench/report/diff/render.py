@@ -76,7 +76,7 @@ def footer_lines(diff: SuiteDiff) -> list[str]:
         f.paired_interval.missing_reason
         for p in diff.runs
         for f in p.metrics
-        if f.paired_interval and f.paired_interval.missing and _has_changed(f)
+        if f.paired_interval and f.paired_interval.missing_reason and _has_changed(f)
     }
     lines += [f"no interval: {reason}" for reason in sorted(reason for reason in reasons if reason)]
     if not any(metric_cells(pair) for pair in diff.runs):

@@ -1,0 +1,94 @@
+"""Launches an engine once for all its combinations."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from peftbench.data.sources import Files
+from peftbench.distributed.compatibility import Combination, find_blocking_rule, iter_combinations
+from peftbench.distributed.engines import ENGINES
+from tests.distributed.battery import UNTRAINED
+from tests.helpers.paths import REPOSITORY
+
+BATTERY = REPOSITORY / "tests" / "engines" / "battery.py"
+CONFIGS = {"single": "cpu", "ddp": "cpu2"}
+PROCESSES = 2
+
+Ran = Callable[[str], Path]
+
+
+def runnable(engine: str) -> list[Combination]:
+    """What the table says runs on CPU."""
+    return [point for point in iter_combinations(engine) if find_blocking_rule(point, "cpu") is None]
+
+
+def launch(engine: str, points: Sequence[Combination], folder: Path, base: Path, data: Path) -> None:
+    """Run ``points`` in the processes of an engine."""
+    config = REPOSITORY / "accel_configs" / f"{CONFIGS.get(engine, engine)}.yaml"
+    processes = 1 if engine == "single" else PROCESSES
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(config),
+        "--num_processes",
+        str(processes),
+        str(BATTERY),
+        str(folder),
+        str(base),
+        str(data),
+        engine,
+        *(point.name for point in points),
+    ]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
+    }
+    with (folder / f"{engine}.log").open("a", encoding="utf-8") as log:
+        subprocess.run(
+            command, cwd=REPOSITORY, env=environment, check=False, stdout=log, stderr=log, timeout=60 + 30 * len(points)
+        )
+
+
+@pytest.fixture(scope="session")
+def places(
+    base_folder: Callable[[str], Path], corpus: Files, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path, Path]:
+    """Where runs go, the base, and the data."""
+    assert corpus.train is not None
+    return tmp_path_factory.mktemp("engines"), base_folder("gpt2_tied"), Path(corpus.train).parent
+
+
+@pytest.fixture(scope="session")
+def ran(places: tuple[Path, Path, Path], request: pytest.FixtureRequest) -> Ran:
+    """Given the name of an engine, the folder of its runs: of all that are asked for in this session."""
+    users = (item for item in request.session.items if "ran" in getattr(item, "fixturenames", ()))
+    asked = {item.callspec.params["point"] for item in users if hasattr(item, "callspec")}
+    done: set[str] = set()
+
+    def folder(engine: str) -> Path:
+        if engine not in done:
+            done.add(engine)
+            same = [p for p in runnable(engine) if engine != "single" and p in asked]
+            if engine == "single":
+                names = {point.name for point in asked if point.optimizer != "deepspeed_cpu_adam"}
+                names |= {p.name.replace("deepspeed_cpu_adam", "adamw") for p in asked}
+                same = [p for p in runnable("single") if p.name in names]
+                same += [Combination(method, "single", UNTRAINED, "fp32") for method in {p.method for p in asked}]
+            launch(engine, same, *places)
+        return places[0] / engine
+
+    return folder
+
+
+SEVERAL = [name for name in ENGINES if name != "single"]
+"""Engines of two processes, all of which run on CPU."""

@@ -1,0 +1,40 @@
+"""A small corpus of random words in local files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from peftbench.data.sources import Files
+
+if TYPE_CHECKING:
+    pass
+
+_TEXT = """harbour council vote bridge river storm school engine market doctor garden winter signal budget minister
+train village forest museum player record season island camera student teacher morning evening letter answer"""
+
+
+_WORDS = _TEXT.split()
+
+
+def examples(count: int, seed: int) -> list[dict[str, str]]:
+    """Articles of 4 to 30 words with summaries of 1 to 5."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def text(low: int, high: int) -> str:
+        size = int(torch.randint(low, high + 1, (), generator=generator))
+        return " ".join(_WORDS[int(i)] for i in torch.randint(len(_WORDS), (size,), generator=generator))
+
+    return [{"id": f"{seed}-{i}", "article": text(4, 30), "summary": text(1, 5)} for i in range(count)]
+
+
+def write_corpus(folder: Path, splits: dict[str, list[dict[str, str]]]) -> Files:
+    """``splits`` as files, and the source that reads them."""
+    for split, written in splits.items():
+        lines = [json.dumps(example) + "\n" for example in written]
+        (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+    places = {split: str(folder / f"{split}.jsonl") for split in splits}
+    return Files(id="id", **places)  # type: ignore[arg-type]

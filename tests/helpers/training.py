@@ -1,0 +1,104 @@
+"""What a run builds, built around small models."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from peftbench.recipe.schema import Recipe
+from tests.helpers.batches import LENGTHS_AND_PROMPTS, rows
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel
+
+    from peftbench.data.collate import MicroBatch
+    from peftbench.distributed.accelerator import AcceleratorContext
+    from peftbench.modeling.loss import CausalLMLoss
+    from peftbench.training.build import AdaptedModel, TrainingComponents
+
+
+def base_of(model: nn.Module) -> PreTrainedModel:
+    """What a method was applied to."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[return-value,operator]
+
+
+def loss_for(model: nn.Module, **knobs: Any) -> CausalLMLoss:
+    """How a run computes the loss of that model."""
+    from peftbench.modeling.loss import build_loss
+
+    return build_loss(base_of(model), **knobs)[0]
+
+
+def summed_loss(model: nn.Module, batch: MicroBatch, **knobs: Any) -> torch.Tensor:
+    """The loss of a micro-batch as a run computes it."""
+    loss = loss_for(model, **knobs)
+    with loss.attention_context():
+        return loss(model, batch)
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that require a gradient; a tied one once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def built_around(model: nn.Module) -> AdaptedModel:
+    """As much of what a run builds as an evaluation needs."""
+    from peftbench.record import ParameterCounts
+    from peftbench.training.build import AdaptedModel
+
+    base: Any = None
+    return AdaptedModel(base, ParameterCounts(total=0, trainable=0), model, (), False, 0, loss_for(model))
+
+
+def trainer_of(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingComponents:
+    """What the loop drives, around a model and an optimizer at a constant rate, with batches of ``rows``."""
+    from datasets import Dataset
+    from transformers import get_scheduler
+
+    from peftbench.data.batches import Batches
+    from peftbench.data.collate import Collator
+    from peftbench.training.build import TrainingComponents
+
+    batches = Batches(Dataset.from_list(rows(LENGTHS_AND_PROMPTS)), Collator(pad_token_id=0), 4, None, seed=0)
+    schedule = get_scheduler("constant", optimizer)
+    prepared, wrapped = accelerator.prepare(model, optimizer)
+    return TrainingComponents(prepared, loss_for(model), wrapped, schedule, batches, total_steps=1)
+
+
+def alone(accelerator: Accelerator) -> AcceleratorContext:
+    """One process without an engine, in the accelerator's precision."""
+    from peftbench.distributed.accelerator import AcceleratorContext
+    from peftbench.distributed.engines import SINGLE
+
+    precision = str(accelerator.mixed_precision)
+    return AcceleratorContext(accelerator, SINGLE, "fp32" if precision == "no" else precision)  # type: ignore[arg-type]
+
+
+def built_from(recipe: Recipe, accelerator: Accelerator) -> AdaptedModel:
+    """What a run builds, from the base that it loads."""
+    from peftbench.training.build import apply_method, load_base_model
+
+    return apply_method(recipe, load_base_model(recipe), alone(accelerator))
+
+
+def trainer_from(recipe: Recipe, accelerator: Accelerator, built: AdaptedModel | None = None) -> TrainingComponents:
+    """What a run's loop drives, over the recipe's examples."""
+    from peftbench.training.build import build_encoder, build_training, load_encoded_split
+
+    built = built or built_from(recipe, accelerator)
+    encoder = build_encoder(recipe, built.base)
+    examples = load_encoded_split(recipe, encoder, "train", accelerator).dataset
+    return build_training(recipe, built, examples, encoder.eos_token_id, alone(accelerator))
+
+
+def forget_accelerators() -> None:
+    """Let the next accelerator be another one."""
+    if "accelerate" in sys.modules:  # a test that never used it need not import it either
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()

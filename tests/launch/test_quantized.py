@@ -1,0 +1,60 @@
+"""A 4-bit base under LoRA (QLoRA) in two processes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.paths import REPOSITORY
+from tests.launch.test_run_suite import record_of, run
+
+ENGINES = {
+    "ddp": ["--config_file", str(REPOSITORY / "accel_configs" / "cpu2.yaml")],
+    "zero2": [
+        "--config_file",
+        str(REPOSITORY / "accel_configs" / "zero2.yaml"),
+        "--deepspeed_config_file",
+        str(REPOSITORY / "ds_configs" / "zero2.json"),
+    ],
+    "zero3": [
+        "--config_file",
+        str(REPOSITORY / "accel_configs" / "zero3.yaml"),
+        "--deepspeed_config_file",
+        str(REPOSITORY / "ds_configs" / "zero3.json"),
+    ],
+}
+ARGUMENTS = [
+    "--config",
+    "recipe.yaml",
+    "train.steps=6",
+    "train.precision=fp32",
+    "profile.untimed_steps=2",
+    "model.dropout=0.0",
+    "model.quantization=nf4",
+    "optimizer.learning_rate=3e-3",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_qlora_in_two_processes_is_qlora_in_one(project: Path, caches: dict[str, str]) -> None:
+    """Under DDP and ZeRO-2 the same losses; where the packed base would be cut it is refused, and no model saved."""
+    alone = run([sys.executable, "-m", "peftbench.train", *ARGUMENTS, "name=single"], project, caches)
+    assert alone.returncode == 0, alone.stderr
+    single = record_of(project, "single")
+    assert single["losses"][-1] < single["losses"][0]
+    for name, config in ENGINES.items():
+        launch = [sys.executable, "-m", "accelerate.commands.launch", *config, "-m", "peftbench.train"]
+        ended = run([*launch, *ARGUMENTS, f"name={name}"], project, caches | {"DS_ACCELERATOR": "cpu"})
+        if name == "zero3":
+            assert "those of a quantised base belong together" in ended.stdout + ended.stderr
+            assert not list((project / "out").glob("zero3/model*"))
+            continue
+        assert ended.returncode == 0, ended.stderr
+        record = record_of(project, name)
+        assert (record["engine"]["name"], record["device"]["processes"]) == (name, 2)
+        assert record["losses"] == pytest.approx(single["losses"], rel=2e-5)
+        assert record["state_bytes"]["weights"] == single["state_bytes"]["weights"]
+        assert record["parameters"] == single["parameters"]

@@ -1,0 +1,403 @@
+"""HF Trainer, TRL and peftbench side by side, on a tiny GPT-2: the same training by all, and a table of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from peftbench import shipped
+from tests.helpers.paths import REPOSITORY
+
+FOLDER = REPOSITORY / "benchmarks" / "vs_trainer"
+ARMS = ("hf_study", "hf_best", "trl_default", "trl_best", "peftbench")
+CASES = ("full", "lora", "prompt_tuning", "last_layer", "last_layer_epoch2")
+needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")
+ABSENT = (
+    "evaluate",
+    "deepspeed",
+    "bitsandbytes",
+    "nltk",
+    "omegaconf",
+    "rouge_score",
+    "scipy",
+    "tabulate",
+    "rich",
+    "typer",
+    "pynvml",
+)
+TINY = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 64}
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> list[str]:
+    """A data folder of short articles and a model folder without weights, as options."""
+    data, model = tmp_path / "data", tmp_path / "model"
+    data.mkdir()
+    model.mkdir()
+    text = "the river rose again last night and the town by the bridge had to be left"
+    words = text.split()
+    rows = [
+        {"article": " ".join(words[: 3 + i % 12]), "highlights": " ".join(words[i % 5 : i % 5 + 2 + i % 7])}
+        for i in range(40)
+    ]
+    (data / "train.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    for file in Path(shipped.SHIPPED_MODEL_DIR).glob("*.json"):
+        (model / file.name).write_bytes(file.read_bytes())
+    config = json.loads((model / "config.json").read_text(encoding="utf-8")) | TINY
+    (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return ["--data", str(data), "--model", str(model)]
+
+
+def call(*words: str) -> subprocess.CompletedProcess[str]:
+    """Run the benchmark on one core of the CPU."""
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(FOLDER), *words]
+    return subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+
+
+def measured(folder: Path) -> dict[tuple[str, str], dict[str, object]]:
+    """Records by case and arm."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in folder.rglob("*.json")]
+    return {(record["case"], record["arm"]): record for record in records}
+
+
+SMALL = (
+    "--device",
+    "cpu",
+    "--precision",
+    "fp32",
+    "--repeats",
+    "1",
+    "--threads",
+    "1",
+    "--soft-tokens",
+    "4",
+    "--warmup",
+    "1",
+    "--steps",
+    "2",
+    "--learning-rate",
+    "0.01",
+)
+
+
+def agree(records: dict[tuple[str, str], dict[str, object]], case: str, arms: tuple[str, ...]) -> None:
+    """All arms of a case were shown the same and came to the same losses."""
+    ours = records[case, "peftbench"]
+    losses = ours["losses"]
+    assert isinstance(losses, list)
+    if case == "full":  # whose steps are long enough to be seen through the differences between batches
+        assert losses[-1] < losses[0] - 0.01
+    for arm in arms:
+        theirs = records[case, arm]
+        for same in ("real_tokens", "labelled_tokens", "trainable_parameters", "required_flops", "data_identity"):
+            assert theirs[same] == ours[same], (case, arm, same)
+        # TRL's default multiplies in bf16 whatever the others do.
+        assert theirs["losses"] == pytest.approx(losses, rel=1e-3 if arm == "trl_default" else 1e-5), (case, arm)
+
+
+@pytest.mark.timeout(240)
+def test_two_arms_are_one_training(given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HF Trainer's best and peftbench: equal losses in fp32, a table, and records that are not measured again.
+
+    The arms need none of the libraries that a bare machine with a GPU has not; the table needs tabulate.
+    """
+    out, hidden = tmp_path / "records", tmp_path / "hidden"
+    hidden.mkdir()
+    hide = f"import sys; sys.modules.update(dict.fromkeys({ABSENT!r}))"
+    (hidden / "sitecustomize.py").write_text(hide, encoding="utf-8")
+    words = [*given, *SMALL, "--methods", "full", "--arms", "hf_best", "peftbench", "--out", str(out)]
+    with monkeypatch.context() as bare:
+        bare.setenv("PYTHONPATH", str(hidden), prepend=":")
+        first = call(*words)
+    assert first.returncode == 0, first.stderr
+    assert "no table: tabulate is not installed" in first.stderr
+    stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*.json")}
+    done = call(*words)
+    assert done.returncode == 0, done.stderr
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.json")} == stamps
+    records = measured(out)
+    agree(records, "full", ("hf_best",))
+    ours = records["full", "peftbench"]
+    assert str(tmp_path) not in json.dumps(records["full", "hf_best"]) + json.dumps(ours)  # no place of this machine
+    lines = [line for line in done.stdout.splitlines() if line.startswith("| full")]
+    assert ["HF Trainer, its best flags" in lines[0], "peftbench" in lines[1]] == [True, True]
+    assert "NOT COMPARABLE" not in done.stdout
+
+
+@needs_trl
+@pytest.mark.slow  # 25 processes, one after another
+@pytest.mark.timeout(1500)
+def test_all_arms_are_one_training_with_every_method(given: list[str], tmp_path: Path) -> None:
+    """Five arms, four methods and the second epoch of one: equal losses, tokens and required FLOPs."""
+    out = tmp_path / "records"
+    done = call(*given, *SMALL, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    records = measured(out)
+    assert set(records) == {(case, arm) for case in CASES for arm in ARMS}
+    for case in CASES:
+        agree(records, case, ARMS)
+    for record in records.values():
+        executed, required = record["executed_flops"], record["required_flops"]
+        assert isinstance(executed, int)
+        assert isinstance(required, int)
+        assert 0 < required <= executed, (record["case"], record["arm"])
+    notes = json.dumps(records["last_layer_epoch2", "peftbench"]["notes"])
+    assert "hidden states" in notes
+    assert "those of 0 of" in notes  # and not those of another arm or repeat
+    assert str(Path.home()) not in notes
+    again = records["last_layer_epoch2", "peftbench"]["real_tokens"]
+    assert isinstance(again, list)
+    assert sum(again[:2]) == sum(again[2:])  # two steps an epoch, over the same examples
+    methods, targets = done.stdout.split("\n\n")[:2]
+    assert methods.count("\n| ") == 1 + len(CASES) * len(ARMS)  # below a line for each measurement
+    assert targets.count("\n| ") == 2 * (len(CASES) + 1)
+
+
+def record(arm: str, repeat: int, **changes: object) -> dict[str, object]:
+    """A record with round figures."""
+    return {
+        "case": "full",
+        "arm": arm,
+        "repeat": repeat,
+        "spec": {},
+        "settings": {},
+        "notes": [],
+        "started_at": "now",
+        "device_kind": "cpu",
+        "device_name": "a CPU",
+        "threads": 1,
+        "versions": {"torch": "2"},
+        "git": "abc",
+        "data_identity": "d",
+        "model_identity": "m",
+        "trainable_parameters": 10,
+        "warmup_steps": 1,
+        "losses": [3.0, 2.0],
+        "step_seconds": [1.0],
+        "train_seconds": 2.0,
+        "real_tokens": [50, 100],
+        "labelled_tokens": [5, 10],
+        "memory": {"resident_bytes": 3 * 2**20, "resident_baseline_bytes": 2**20},
+        "counted_step": 1,
+        "required_flops": 50,
+        "executed_flops": 100,
+    } | changes
+
+
+def written(folder: Path, *records: dict[str, object]) -> Path:
+    """A folder with these records."""
+    for found in records:
+        path = folder / str(found["case"]) / f"{found['arm']}-{found['repeat']}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found), encoding="utf-8")
+    return folder
+
+
+def test_a_ratio_is_of_a_pair(tmp_path: Path) -> None:
+    """Median, least and most of the ratios of each repeat, and not the ratio of medians; into a file's block too."""
+    folder = written(
+        tmp_path / "records",
+        *(record("hf_best", repeat, train_seconds=seconds) for repeat, seconds in ((1, 8.0), (2, 2.0), (3, 12.0))),
+        *(record("peftbench", repeat, train_seconds=seconds) for repeat, seconds in ((1, 2.0), (2, 1.0), (3, 4.0))),
+    )
+    done = call("--report", str(folder))
+    assert done.returncode == 0, done.stderr
+    peer, ours = (line for line in done.stdout.splitlines() if line.startswith("| full"))
+    assert [cell.strip() for cell in peer.split("|")[3:-1]] == [
+        "12",
+        "3.00x (2.00–4.00)",
+        "2",
+        "1.00x (1.00–1.00)",
+        "50.0%",
+        "0.0e+00",
+    ]
+    assert [cell.strip() for cell in ours.split("|")[3:-1]] == ["50", "–", "2", "–", "50.0%", "–"]
+    page = tmp_path / "README.md"
+    page.write_text("above\n<!-- report:x -->\nold\n<!-- end of report:x -->\nbelow\n", encoding="utf-8")
+    assert call("--report", str(folder), "--into", str(page), "--block", "x").returncode == 0
+    assert page.read_text(encoding="utf-8").startswith("above\n<!-- report:x -->\n\n| method")
+    assert "3.00x (2.00–4.00)" in page.read_text(encoding="utf-8")
+
+
+def test_what_was_to_be_reached(tmp_path: Path) -> None:
+    """Beside the study's arm and the fastest other one, by medians that are not rounded; memory beside the same."""
+    mib = 2**20
+
+    def measured_in(case: str, arm: str, seconds: float, peak: int) -> dict[str, object]:
+        memory = {"resident_bytes": (100 + peak) * mib, "resident_baseline_bytes": 100 * mib}
+        return record(arm, 1, case=case, train_seconds=seconds, memory=memory)
+
+    folder = written(
+        tmp_path / "records",
+        *(
+            measured_in("full", arm, *figures)
+            for arm, figures in {
+                "hf_study": (10.0, 100),
+                "hf_best": (7.0, 5),
+                "trl_best": (5.58, 60),
+                "peftbench": (4.0, 45),
+            }.items()
+        ),
+        *(
+            measured_in("last_layer_epoch2", arm, *figures)
+            for arm, figures in {
+                "hf_best": (12.0, 1),
+                "peftbench": (1.0, 1),
+            }.items()
+        ),
+    )
+    done = call("--report", str(folder))
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.split("\n\n")[1].splitlines()[2:]]
+    study, best = "HF Trainer as the study ran it", "the best other arm: TRL SFTTrainer, its best settings"
+    later = "speed, last layer, from the second epoch on"
+    assert rows == [
+        ["speed, full", study, "at least 2.50x", "2.50x", "yes"],
+        ["speed, full", best, "at least 1.40x", "1.40x", "no"],  # 1.395 is shown as 1.40 and is less
+        [later, study, "at least 20.00x", "–", "–"],
+        [later, "the best other arm: HF Trainer, its best flags", "at least 12.00x", "12.00x", "yes"],
+        ["peak memory, full", study, "at most 0.45x", "0.45x", "yes"],
+        ["peak memory, full", best, "at most 0.70x", "0.75x", "no"],
+    ]
+
+
+def test_all_arms_count_memory_from_one_point(given: list[str], tmp_path: Path) -> None:
+    """What is loaded with the examples is in the peak of peftbench's arm too, whose own baseline is a later one."""
+    base, held = tmp_path / "base", 256 * 2**20
+    code = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(FOLDER)!r})
+import arm
+from spec import Job, Spec
+arm.prepare(Path({given[3]!r}), Path({str(base)!r}), 0)
+read = arm.read_examples
+def heavy(*given):
+    global ballast
+    ballast = b"x" * {held}
+    return read(*given)
+arm.read_examples = heavy
+spec = Spec(precision="fp32", soft_tokens=4, warmup=1, steps=1)
+told = dict(spec=spec, case="full", repeat=1, train={given[1] + "/train.jsonl"!r}, base={str(base)!r}, out="")
+print(arm.measure(Job(arm="peftbench", **told)).peak_bytes)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) > held
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"losses": [3.0, 2.1]}, "losses up to 5.000% from peftbench's, and 0.100% is allowed"),
+        ({"losses": [3.0, 2.003]}, "losses up to 0.150% from peftbench's"),
+        ({"losses": [float("nan"), 2.0]}, "losses up to nan%"),
+        ({"real_tokens": [49, 100]}, "its steps were not shown peftbench's tokens"),
+        ({"labelled_tokens": [5, 11]}, "its steps were not shown peftbench's tokens"),
+        ({"trainable_parameters": 11}, "it trains 11 parameters, not peftbench's"),
+        ({"required_flops": 51}, "it would require other FLOPs"),
+        ({"device_name": "another"}, "the records are not of one device: a CPU, another"),
+        ({"git": "def"}, "the records are not of one checkout: abc, def"),
+    ],
+)
+def test_what_is_unlike_is_not_compared(tmp_path: Path, changes: dict[str, object], said: str) -> None:
+    """Other tokens, losses, parameters or places are told under the table, which ends with 1 and goes into no file."""
+    folder = written(tmp_path / "records", record("hf_best", 1, **changes), record("peftbench", 1))
+    done = call("--report", str(folder))
+    assert done.returncode == 1
+    assert "NOT COMPARABLE: " in done.stdout
+    assert said in done.stdout
+    page = tmp_path / "README.md"
+    page.write_text("<!-- report:vs_trainer -->\n<!-- end of report:vs_trainer -->", encoding="utf-8")
+    before = page.read_text(encoding="utf-8")
+    refused = call("--report", str(folder), "--into", str(page))
+    assert refused.returncode == 60
+    assert said in refused.stderr
+    assert page.read_text(encoding="utf-8") == before
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--data", "nowhere"], 14, "error: there is no train.jsonl in --data nowhere\n"),
+        (["--model", "nowhere"], 14, "error: there is no config.json in --model nowhere\n"),
+        (["--methods", "soup"], 13, "error: --methods soup is not one of full, lora, prompt_tuning"),
+        (["--arms", "soup"], 13, "error: --arms soup is not one of hf_study"),
+        (["--arms", "hf_best"], 13, "error: --arms must have peftbench"),
+        (["--repeats", "0"], 13, "error: --repeats must be 1 or more\n"),
+        (
+            ["--device", "cpu", "--batch", "3", "--micro-batch", "2"],
+            13,
+            "batch 3 cannot be cut into micro-batches of 2",
+        ),
+        (["--device", "cpu", "--steps", "0"], 13, "error: --steps: "),
+        (["--device", "cpu", "--together"], 13, "error: --together is for a GPU"),
+        (["--report", "nowhere"], 60, "error: there are no records below nowhere"),
+    ],
+)
+def test_refusals(given: list[str], words: list[str], code: int, said: str) -> None:
+    """One sentence and an exit code, before anything runs."""
+    done = call(*given, *words)
+    assert done.returncode == code
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_folders_must_be_named() -> None:
+    """There is no default place of data."""
+    done = call("--device", "cpu")
+    assert done.returncode == 14
+    assert done.stderr == "error: --data must name a folder with train.jsonl\n"
+
+
+def test_too_few_examples(given: list[str], tmp_path: Path) -> None:
+    """An arm's refusal is its sentence, and the call fails."""
+    words = ["--arms", "peftbench", "--methods", "full", "--steps", "50", "--out", str(tmp_path / "records")]
+    done = call(*given, *SMALL, *words)
+    assert done.returncode == 1
+    assert "has 40 usable examples and 204 are needed; give fewer steps" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_caller_starts_no_cuda() -> None:
+    """The process that starts the arms imports nothing that could hold a part of the GPU beside them."""
+    code = (
+        f"import runpy, sys; sys.path.insert(0, {str(FOLDER)!r}); runpy.run_path({str(FOLDER / '__main__.py')!r}); "
+        "sys.exit(bool({'torch', 'transformers', 'bitsandbytes', 'trl'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_without_trl(given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its arms are left out, and that is said."""
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    hide = (
+        "import importlib.util as u; found = u.find_spec; "
+        "u.find_spec = lambda name, *rest: None if name == 'trl' else found(name, *rest)"
+    )
+    (hidden / "sitecustomize.py").write_text(hide, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(hidden), prepend=":")
+    done = call(*given, "--device", "cpu", "--minutes", "-1", "--out", str(tmp_path / "records"))
+    assert "left out, since trl is not installed: trl_default, trl_best" in done.stderr
+    assert "no time for the other 45" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("records", "block"),
+    [("cpu_bf16", "vs_trainer"), ("cpu_bf16_four", "vs_trainer_four"), ("cuda_bf16", "vs_trainer_gpu")],
+)
+def test_the_readme_shows_the_committed_records(records: str, block: str, tmp_path: Path) -> None:
+    """Making a block again from its records changes nothing."""
+    page = tmp_path / "README.md"
+    page.write_bytes((FOLDER / "README.md").read_bytes())
+    done = call("--report", str(FOLDER / "records" / records), "--into", str(page), "--block", block)
+    assert done.returncode == 0, done.stderr
+    assert page.read_bytes() == (FOLDER / "README.md").read_bytes()

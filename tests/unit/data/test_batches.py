@@ -1,0 +1,406 @@
+"""Batches: one order whatever the method, micro-batch and number of processes, and counts that are exact."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from peftbench.data.batches import Batches, GlobalBatch, _split_evenly
+from peftbench.data.collate import Collator, FlopUnits, MicroBatch, PaddingFreeCollator, TokenCounts
+from peftbench.errors import OutOfRangeError
+from tests.helpers.batches import labels_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+EXAMPLES = 40
+PAD = 0
+SPLITS = [
+    (global_batch, micro_batch, world_size)
+    for global_batch, micro_batch, world_size in itertools.product(
+        (1, 2, 6, 8, 12, 40), (None, 1, 2, 3, 5, 64), (1, 2, 3, 4)
+    )
+    if global_batch % world_size == 0
+]
+"""Every way of cutting a step that is allowed: (global batch, micro-batch, processes)."""
+
+
+def length(index: int) -> int:
+    """Tokens of an example: lengths come in no order, and several are alike."""
+    return 3 + (index * 7) % 11
+
+
+def prompt(index: int) -> int:
+    """Tokens of an example that are prompt; at least one, and at least one is left."""
+    return 1 + index % (length(index) - 1)
+
+
+@pytest.fixture(scope="module")
+def dataset() -> Dataset:
+    """Encoded examples whose tokens say which example they are of: example 3 is 301, 302, ..."""
+    from datasets import Dataset
+
+    ids = [[(index + 1) * 100 + place for place in range(length(index))] for index in range(EXAMPLES)]
+    return Dataset.from_dict({"input_ids": ids, "prompt_tokens": [prompt(index) for index in range(EXAMPLES)]})
+
+
+def batches(
+    dataset: Dataset,
+    global_batch: int = 8,
+    micro_batch: int | None = None,
+    *,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    collator: Collator | None = None,
+) -> Batches:
+    """Batches over ``dataset``."""
+    return Batches(dataset, collator or Collator(PAD), global_batch, micro_batch, seed, rank, world_size)
+
+
+def first(made: Batches, count: int) -> list[GlobalBatch]:
+    """The first global batches."""
+    return list(itertools.islice(made, count))
+
+
+def rows(micro_batch: MicroBatch) -> list[int]:
+    """Which examples a micro-batch holds."""
+    return [int(row[0]) // 100 - 1 for row in micro_batch.input_ids]
+
+
+def examples(batch: GlobalBatch) -> list[int]:
+    """Which examples a rank sees in a step."""
+    return [index for micro_batch in batch.micro_batches for index in rows(micro_batch)]
+
+
+def every_rank(dataset: Dataset, split: tuple[int, int | None, int], count: int) -> list[list[GlobalBatch]]:
+    """For each step, the global batch as every rank sees it."""
+    global_batch, micro_batch, world_size = split
+    ranks = [
+        first(batches(dataset, global_batch, micro_batch, rank=rank, world_size=world_size), count)
+        for rank in range(world_size)
+    ]
+    return [list(step) for step in zip(*ranks, strict=True)]
+
+
+# --- order -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_order_is_the_seed_s_alone(dataset: Dataset) -> None:
+    """The same seed gives the same order, another seed another one."""
+    orders = {seed: list(itertools.islice(batches(dataset, seed=seed).sample_indices(), 100)) for seed in range(3)}
+    assert list(itertools.islice(batches(dataset, seed=0).sample_indices(), 100)) == orders[0]
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+def test_the_order_owes_nothing_to_torch_s_own_seed(dataset: Dataset) -> None:
+    """What else draws random numbers, new weights and dropout for one, does not change the order, nor it theirs."""
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    order = list(itertools.islice(batches(dataset).sample_indices(), 50))
+    assert torch.equal(torch.rand(3), expected)
+    torch.manual_seed(2)
+    assert list(itertools.islice(batches(dataset).sample_indices(), 50)) == order
+
+
+def test_there_are_splits_to_check() -> None:
+    """The list of splits has accumulation, several processes, both, and neither in it."""
+    assert len(SPLITS) > 50
+    assert {world_size for _, _, world_size in SPLITS} == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+def test_a_step_is_the_same_examples_however_it_is_cut(split: tuple[int, int | None, int], dataset: Dataset) -> None:
+    """Over all ranks and micro-batches a step holds each example of the next stretch of the order, once."""
+    global_batch = split[0]
+    order = batches(dataset).sample_indices()
+    for step in every_rank(dataset, split, 3):
+        seen = [index for rank in step for index in examples(rank)]
+        assert Counter(seen) == Counter(itertools.islice(order, global_batch))
+        assert len(seen) == global_batch
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+def test_ranks_have_equal_work(split: tuple[int, int | None, int], dataset: Dataset) -> None:
+    """Every rank runs the same number of micro-batches, none is empty and none is larger than asked."""
+    global_batch, micro_batch, world_size = split
+    expected = batches(dataset, global_batch, micro_batch, world_size=world_size).gradient_accumulation_steps
+    for step in every_rank(dataset, split, 3):
+        assert [len(rank.micro_batches) for rank in step] == [expected] * world_size
+        sizes = [len(part.input_ids) for rank in step for part in rank.micro_batches]
+        assert min(sizes) >= 1
+        assert max(sizes) <= (micro_batch or global_batch // world_size)
+        assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize(
+    ("global_batch_size", "micro_batch_size", "world_size", "accumulation"),
+    [(8, None, 1, 1), (8, 8, 1, 1), (8, 3, 1, 3), (8, 1, 1, 8), (8, None, 4, 1), (8, 1, 4, 2), (8, 64, 2, 1)],
+)
+def test_accumulation(
+    global_batch: int, micro_batch: int | None, world_size: int, accumulation: int, dataset: Dataset
+) -> None:
+    """As few micro-batches as the limit allows; without a limit there is no accumulation."""
+    assert (
+        batches(dataset, global_batch, micro_batch, world_size=world_size).gradient_accumulation_steps == accumulation
+    )
+
+
+@pytest.mark.parametrize("global_batch_size", [4, 8, 40])
+def test_an_epoch_sees_each_example_once(global_batch: int, dataset: Dataset) -> None:
+    """Each stretch of the data set's length has every example once, and the stretches differ in order."""
+    steps = EXAMPLES // global_batch
+    seen = [index for batch in first(batches(dataset, global_batch, 2), 3 * steps) for index in examples(batch)]
+    epochs = [seen[start : start + EXAMPLES] for start in range(0, 3 * EXAMPLES, EXAMPLES)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(EXAMPLES))] * 3
+    order = list(itertools.islice(batches(dataset).sample_indices(), 2 * EXAMPLES))
+    assert order[:EXAMPLES] != order[EXAMPLES:]
+
+
+def test_a_batch_may_reach_into_the_next_epoch(dataset: Dataset) -> None:
+    """Where a global batch does not divide the examples none is left out: 4 steps of 30 are 3 epochs of 40."""
+    seen = [index for batch in first(batches(dataset, 30), 4) for index in examples(batch)]
+    assert Counter(seen) == dict.fromkeys(range(EXAMPLES), 3)
+
+
+def test_like_lengths_share_a_micro_batch(dataset: Dataset) -> None:
+    """Inside a step micro-batches go from short to long, so that padding is lost between neighbours only."""
+    batch = first(batches(dataset, 12, 3), 1)[0]
+    lengths = [length(index) for index in examples(batch)]
+    assert lengths == sorted(lengths)
+    assert len(batch.micro_batches) == 4
+
+
+@pytest.mark.parametrize(("global_batch_size", "world_size"), [(8, 3), (1, 2), (6, 4)])
+def test_a_batch_that_cannot_be_shared_is_refused(global_batch: int, world_size: int, dataset: Dataset) -> None:
+    """A global batch that the processes do not divide is refused with both numbers."""
+    with pytest.raises(OutOfRangeError, match=f"global_batch={global_batch} cannot be shared by {world_size} proc"):
+        batches(dataset, global_batch, world_size=world_size)
+
+
+# --- steps -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("count", "global_batch_size", "epochs", "steps"),
+    [
+        (40, 8, 1.0, 5),
+        (40, 8, 2.0, 10),
+        (40, 16, 1.0, 3),
+        (40, 8, 0.5, 3),
+        (40, 8, 0.01, 1),
+        (40, 64, 1.0, 1),
+        (100, 10, 1.1, 11),
+        (1000, 10, 1.1, 110),
+    ],
+)
+def test_epochs_become_steps(count: int, global_batch: int, epochs: float, steps: int) -> None:
+    """Steps are epochs times examples over the global batch, rounded up, without a step for a rounding error."""
+    from datasets import Dataset
+
+    dataset = Dataset.from_dict({"input_ids": [[1, 2]] * count, "prompt_tokens": [1] * count})
+    assert batches(dataset, global_batch).count_steps(None, epochs) == steps
+    assert batches(dataset, global_batch).count_steps(7, None) == 7
+
+
+# --- counts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+def test_counts_are_those_of_all_ranks(split: tuple[int, int | None, int], dataset: Dataset) -> None:
+    """Every rank knows the step's counts: its examples' tokens and labels, and the positions that all ranks compute."""
+    for step in every_rank(dataset, split, 2):
+        seen = [index for rank in step for index in examples(rank)]
+        shapes = [part.input_ids.shape for rank in step for part in rank.micro_batches]
+        expected = TokenCounts(
+            real=sum(length(index) for index in seen),
+            padded=sum(height * width for height, width in shapes),
+            labelled=sum(length(index) - prompt(index) for index in seen),
+        )
+        assert [rank.token_counts for rank in step] == [expected] * len(step)
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, None])
+def test_counts_owe_nothing_to_the_number_of_processes(micro_batch: int | None, dataset: Dataset) -> None:
+    """The four counts are equal for 1, 2 and 4 processes; without a limit padding follows the cut, and the rest is."""
+    collator = Collator(PAD, virtual_tokens=5)
+    counts = [
+        first(batches(dataset, 8, micro_batch, world_size=world_size, collator=collator), 3) for world_size in (1, 2, 4)
+    ]
+    for step in zip(*counts, strict=True):
+        assert len({(batch.counts.real, batch.counts.labelled, batch.counts.virtual) for batch in step}) == 1
+        if micro_batch is not None:
+            assert len({batch.counts for batch in step}) == 1
+
+
+def test_counts_by_hand() -> None:
+    """Two rows of 5 and 3 tokens with prompts of 2 and 1, counted by hand, and their sum with another batch."""
+    collator = Collator(PAD, virtual_tokens=4)
+    batch = collator.collate([[11, 12, 13, 14, 15], [21, 22, 23]], [2, 1])
+    assert batch.input_ids.tolist() == [[11, 12, 13, 14, 15], [21, 22, 23, PAD, PAD]]
+    assert batch.attention_mask is None  # what is at the right of a token it never looks at
+    assert batch.lengths == (5, 3)
+    no = -100
+    assert labels_of(batch, virtual_tokens=4).tolist() == [[no, no, 13, 14, 15], [no, 22, 23, no, no]]
+    assert batch.logit_indices.tolist() == [4 + 1, 4 + 2, 4 + 3, 9 + 4 + 0, 9 + 4 + 1]
+    assert batch.targets.tolist() == [13, 14, 15, 22, 23]
+    counts = collator.count_tokens(batch)
+    assert counts == TokenCounts(real=8, padded=10, labelled=5, virtual=8)
+    assert counts + TokenCounts(1, 2, 3, 4) == TokenCounts(9, 12, 8, 12)
+
+
+def test_the_first_position_is_never_predicted() -> None:
+    """A row without any prompt has one label less than tokens, since nothing stands before its first one."""
+    collator = Collator(PAD)
+    assert collator.count_tokens(collator.collate([[1, 2, 3]], [0])).labelled == 2
+
+
+def test_padding_to_a_width() -> None:
+    """Every micro-batch may be padded to one width, which changes no other count."""
+    narrow, wide = Collator(PAD), Collator(PAD, pad_to_length=9)
+    examples_ = ([[11, 12, 13], [21, 22]], [1, 1])
+    batch = wide.collate(*examples_)
+    assert batch.input_ids.shape == labels_of(batch).shape == (2, 9)
+    assert batch.input_ids[:, 3:].eq(PAD).all()
+    assert batch.lengths == (3, 2)
+    counts, expected = wide.count_tokens(batch), narrow.count_tokens(narrow.collate(*examples_))
+    assert (counts.real, counts.labelled, counts.padded) == (expected.real, expected.labelled, 18)
+
+
+def test_virtual_tokens_change_no_batch(dataset: Dataset) -> None:
+    """A method with virtual tokens sees the same rows in the same micro-batches as one without."""
+    with_virtual = first(batches(dataset, 8, 3, collator=Collator(PAD, virtual_tokens=20)), 3)
+    without = first(batches(dataset, 8, 3), 3)
+    for one, other in zip(with_virtual, without, strict=True):
+        assert [rows(part) for part in one.micro_batches] == [rows(part) for part in other.micro_batches]
+        assert one.token_counts.virtual == 8 * 20
+        assert other.token_counts.virtual == 0
+
+
+# --- as published ----------------------------------------------------------------------------------------------------
+
+
+def test_as_published_every_position_is_labelled() -> None:
+    """The study's batches label prompts and padding too, and the count says so."""
+    collator = Collator(PAD, pad_to_length=6, label_padding=True)
+    batch = collator.collate([[11, 12, 13], [21, 22]], [1, 1])
+    labels = labels_of(batch)
+    assert torch.equal(labels[:, 1:], batch.input_ids[:, 1:])
+    assert labels[:, 0].eq(-100).all()  # before which there is nothing to predict it from
+    assert batch.attention_mask is not None
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0]]
+    assert collator.count_tokens(batch) == TokenCounts(real=5, padded=12, labelled=10, virtual=0)
+    batch.targets[0] = 99
+    assert batch.input_ids[0, 1] == 12  # labels are a copy
+
+
+def test_as_published_batches_are_not_sorted(dataset: Dataset) -> None:
+    """The study's batches keep the order of the draw."""
+    made = batches(dataset, 8, 2, collator=Collator(PAD, label_padding=True))
+    order = list(itertools.islice(made.sample_indices(), 8))
+    assert examples(first(made, 1)[0]) == order
+    assert [length(index) for index in order] != sorted(length(index) for index in order)
+
+
+def test_rows_of_a_multiple() -> None:
+    """Soft tokens are part of what is a multiple, padding has none, and no row is longer than the model's positions."""
+    padder, packer = Collator(PAD, 4, pad_to_multiple_of=8), PaddingFreeCollator(PAD, 4, pad_to_multiple_of=8)
+    rows, prompts = [[5] * 7, [6] * 9], [3, 4]
+    padded, packed = padder.collate(rows, prompts), packer.collate(rows, prompts)
+    assert padded.input_ids.shape == (2, 12)
+    assert padder.count_positions([7, 9]) == 2 * 16
+    assert packed.input_ids.tolist() == [[PAD] * 4 + [5] * 7 + [PAD] * 4 + [6] * 9]
+    assert packer.count_positions([7, 9]) == 24
+    three = packer.collate([*rows, [7]], [*prompts, 1])
+    assert three.packed_sequences is not None
+    assert three.packed_sequences.lengths == (11, 13, 5, 3)
+    assert three.packed_sequences.virtual_token_indices.tolist() == [0, 1, 2, 3, 11, 12, 13, 14, 24, 25, 26, 27]
+    assert three.packed_sequences.position_ids[0, -3:].tolist() == [0, 1, 2]
+    assert three.lengths == (7, 9, 1)
+    assert three.input_ids.shape[1] == packer.count_positions([7, 9, 1]) == 32
+    assert packer.count_tokens(three) == TokenCounts(17, 20, 9, 12)
+    assert packer.model_flop_units(three) == FlopUnits(29, 11**2 + 13**2 + 5**2, 66 + 91 + 15, 9, 29)
+    assert packer.hardware_flop_units(three) == FlopUnits(32, 11**2 + 13**2 + 5**2 + 3**2, 66 + 91 + 15 + 6, 9, 32)
+    short = Collator(PAD, 4, pad_to_multiple_of=8, max_positions=14)
+    assert short.collate(rows, prompts).input_ids.shape == (2, 10)
+    assert short.count_positions([7, 9]) == 2 * 14
+
+
+# --- under a budget of tokens ----------------------------------------------------------------------------------------
+
+
+CUT = {
+    "padded": Collator(PAD),
+    "packed": PaddingFreeCollator(PAD),
+    "virtual": PaddingFreeCollator(PAD, 4),
+    "padded_to_a_multiple": Collator(PAD, pad_to_multiple_of=4),
+    "packed_to_a_multiple": PaddingFreeCollator(PAD, 4, pad_to_multiple_of=8),
+}
+
+
+@pytest.mark.parametrize("collator", CUT.values(), ids=CUT)
+@pytest.mark.parametrize(("global_batch_size", "world_size"), [(8, 1), (8, 2), (40, 4), (6, 3)])
+@pytest.mark.parametrize("tokens", [24, 26, 60, 10_000])
+def test_micro_batches_keep_to_a_number_of_tokens(
+    tokens: int, global_batch: int, world_size: int, collator: Collator, dataset: Dataset
+) -> None:
+    """In every step of a run, on every rank, with as few micro-batches as do; the steps see the same examples."""
+    steps = 9
+    within = [
+        batches(dataset, global_batch, None, collator=collator, rank=rank, world_size=world_size).limited_to_tokens(
+            tokens, steps
+        )
+        for rank in range(world_size)
+    ]
+    plain = [first(batches(dataset, global_batch, 1, collator=collator), steps)][0]
+    most, sizes = 0, []
+    for step in range(steps):
+        ranks = [first(made, steps)[step] for made in within]
+        parts = [part for batch in ranks for part in batch.micro_batches]
+        assert {len(batch.micro_batches) for batch in ranks} == {within[0].gradient_accumulation_steps}
+        sizes += [collator.count_positions(part.lengths) for part in parts]
+        assert sorted(index for part in parts for index in part.example_indices) == sorted(
+            index for part in plain[step].micro_batches for index in part.example_indices
+        )
+        assert {(b.token_counts.real, b.token_counts.labelled, b.model_flop_units) for b in ranks} == {
+            (plain[step].token_counts.real, plain[step].token_counts.labelled, plain[step].model_flop_units)
+        }
+        drawn = sorted(length for part in parts for length in part.lengths)
+        most = max(most, math.ceil(fewest(drawn, collator, tokens) / world_size))
+    assert max(sizes) <= tokens
+    assert within[0].gradient_accumulation_steps == most
+
+
+def fewest(lengths: list[int], collator: Collator, tokens: int) -> int:
+    """How few runs of neighbours keep to ``tokens``, by trying every first run."""
+    if not lengths:
+        return 0
+    fitting = [size for size in range(1, len(lengths) + 1) if collator.count_positions(lengths[:size]) <= tokens]
+    return 1 + fewest(lengths[max(fitting) :], collator, tokens)
+
+
+def test_parts_under_a_number_of_tokens_are_of_like_size() -> None:
+    """Of all ways to cut seven examples into three runs, none has a smaller largest part."""
+    lengths = [3, 4, 5, 9, 10, 11, 20]
+    for collator in (Collator(PAD), PaddingFreeCollator(PAD)):
+        ways = [(0, one, two, 7) for one in range(1, 6) for two in range(one + 1, 7)]
+        best = min(
+            max(collator.count_positions(lengths[start:stop]) for start, stop in itertools.pairwise(way))
+            for way in ways
+        )
+        cut = list(_split_evenly(lengths, collator.count_positions, 3))
+        assert [start for start, _ in cut] == [0, *(stop for _, stop in cut[:-1])]
+        assert cut[-1][1] == 7
+        assert max(collator.count_positions(lengths[start:stop]) for start, stop in cut) == best
+
+
+def test_a_budget_below_the_longest_example_is_refused(dataset: Dataset) -> None:
+    """It names what the longest takes, virtual tokens included."""
+    with pytest.raises(OutOfRangeError, match="less than the 17 positions of the longest example"):
+        batches(dataset, collator=PaddingFreeCollator(PAD, 4)).limited_to_tokens(16, 1)

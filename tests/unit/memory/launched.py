@@ -1,0 +1,31 @@
+"""Runs recipes one after another in the processes that a launcher started: ``launched.py RECIPE.json...``."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+from accelerate.state import PartialState
+
+from peftbench.recipe.schema import Recipe
+from peftbench.run.runner import Run
+from tests.distributed.battery import fresh_process
+
+
+def main() -> None:
+    """Run what is named."""
+    torch.set_num_threads(1)
+    # A run ends its process's part in the group; here the next one goes on in it.
+    PartialState.destroy_process_group = lambda *_: None  # type: ignore[assignment,method-assign]
+    for name in sys.argv[1:]:
+        fresh_process()
+        try:
+            Run(Recipe.model_validate_json(Path(name).read_text(encoding="utf-8"))).execute()
+        except Exception:  # the others are run all the same
+            traceback.print_exc()
+
+
+if __name__ == "__main__":
+    main()

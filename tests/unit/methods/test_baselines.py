@@ -1,0 +1,66 @@
+"""Baselines: rows of the comparison that train nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from peftbench.methods import BASELINES, METHOD_KINDS, METHODS
+from peftbench.methods.baselines import Lead, ZeroShot
+from peftbench.methods.full import Full
+from tests.helpers.batches import logits, micro_batch
+from tests.helpers.training import trained
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def test_every_kind_has_one_name() -> None:
+    """Methods and baselines share no name, each is known under its own kind, and together they are all kinds."""
+    assert METHODS
+    assert BASELINES
+    assert not set(METHODS) & set(BASELINES)
+    assert set(METHOD_KINDS) == set(METHODS) | set(BASELINES)
+    assert all(part.model_fields["kind"].default == kind for kind, part in METHOD_KINDS.items())
+
+
+def test_only_methods_train() -> None:
+    """Methods train, baselines do not, and a baseline asked to train says so."""
+    assert all(method.is_trainable for method in METHODS.values())
+    assert not any(baseline.is_trainable for baseline in BASELINES.values())
+
+
+def test_zero_shot_is_the_base(
+    fresh_base: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Zero-shot changes nothing and requires no gradient."""
+    model = ZeroShot().apply(fresh_base("gpt2_tied"), tokenizer).eval()
+    assert not trained(model)
+    with torch.no_grad():
+        assert torch.equal(logits(model, micro_batch()), logits(fresh_base("gpt2_tied").eval(), micro_batch()))
+
+
+@pytest.mark.parametrize(
+    ("sentences", "expected"),
+    [(1, "It rained."), (2, "It rained. The river rose."), (9, "It rained. The river rose. No bridge held.")],
+)
+def test_lead_takes_the_first_sentences(sentences: int, expected: str) -> None:
+    """A lead is the article's first sentences, or all there are."""
+    assert Lead(sentences=sentences).extract_summary("It rained. The river rose.\nNo bridge held.") == expected
+
+
+def test_only_a_lead_extracts() -> None:
+    """A method that writes its summaries with a model copies none."""
+    assert Full().extract_summary("It rained.") is None
+    assert ZeroShot().extract_summary("It rained.") is None
+
+
+def test_lead_has_nothing_to_train(
+    fresh_base: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """A baseline without a model cannot be applied to one."""
+    with pytest.raises(TypeError, match="Lead trains nothing"):
+        Lead().apply(fresh_base("gpt2_tied"), tokenizer)

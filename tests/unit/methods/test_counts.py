@@ -1,0 +1,98 @@
+"""Trainable parameters of real architectures, without their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from peftbench.methods import METHODS
+from peftbench.methods.base import Method
+from peftbench.methods.full import Full
+from peftbench.methods.last_layer import LastLayer
+from peftbench.methods.lora import Lora
+from peftbench.methods.prompt_tuning import PromptTuning
+from tests.helpers.models import meta_base
+from tests.helpers.training import trained
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+PUBLISHED: list[tuple[Method, int]] = [
+    (Full(), 124_439_808),
+    (LastLayer(head="untied"), 38_597_376),  # 50,257 x 768
+    (LastLayer(head="tied"), 38_597_376),
+    # What "freeze names with transformer.h." leaves: embedding, positions (1,024 x 768) and the last norm.
+    (LastLayer(head="outside_blocks"), 38_597_376 + 786_432 + 1_536),
+    (Lora(r=16), 589_824),  # 12 layers x 16 x (768 + 2,304)
+    (Lora(r=16, use_dora=True), 589_824 + 12 * 2_304),
+    (Lora(r=8, target_modules=("c_attn", "c_proj", "c_fc")), 12 * 8 * (768 + 2304 + 768 + 768 + 2 * (768 + 3072))),
+    (PromptTuning(num_virtual_tokens=20), 15_360),  # 20 x 768
+]
+"""GPT-2 small, by hand."""
+
+
+def _plain_gpt2(_: pytest.FixtureRequest) -> PreTrainedConfig:
+    from transformers import GPT2Config
+
+    return GPT2Config()
+
+
+def _hub_gpt2(request: pytest.FixtureRequest) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    folder: Path = request.getfixturevalue("shared_data") / "gpt2"
+    if not folder.is_dir():
+        pytest.skip("the config of GPT-2 is not in the shared data")
+    return AutoConfig.from_pretrained(folder)  # type: ignore[no-any-return]
+
+
+def test_counts_cover_every_method() -> None:
+    """Every method has a count by hand."""
+    assert METHODS
+    assert {method.kind for method, _ in PUBLISHED} == set(METHODS)
+
+
+@pytest.mark.parametrize("config", [_plain_gpt2, _hub_gpt2])
+@pytest.mark.parametrize(("method", "expected"), PUBLISHED, ids=[f"{m.kind}-{count}" for m, count in PUBLISHED])
+def test_counts_of_gpt2_small(
+    method: Method,
+    expected: int,
+    config: Callable[[pytest.FixtureRequest], PreTrainedConfig],
+    request: pytest.FixtureRequest,
+) -> None:
+    """The closed form gives GPT-2 small's counts to the last parameter, on the meta device."""
+    base = meta_base(config(request))
+    assert {parameter.device.type for parameter in base.parameters()} == {"meta"}
+    assert method.trainable_parameters(base) == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [(method, count) for method, count in PUBLISHED if method.kind != "prompt_tuning"],
+    ids=[f"{m.kind}-{count}" for m, count in PUBLISHED if m.kind != "prompt_tuning"],
+)
+def test_applied_to_gpt2_small(method: Method, expected: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Applied to GPT-2 small without weights, as many scalars require a gradient as the closed form says.
+
+    Prompt tuning is left out: peft copies real embeddings even for a random start.
+    """
+    from transformers import GPT2Config
+
+    model = method.apply(meta_base(GPT2Config()), tokenizer)
+    assert sum(parameter.numel() for parameter in trained(model).values()) == expected
+
+
+def test_baselines_train_nothing() -> None:
+    """A zero-shot baseline has no trained parameter, and a lead baseline cannot even be asked."""
+    from transformers import GPT2Config
+
+    from peftbench.methods import BASELINES
+
+    assert set(BASELINES) == {"zero_shot", "lead"}
+    assert not any(baseline.is_trainable for baseline in BASELINES.values())
+    assert BASELINES["zero_shot"].model_validate({}).trainable_parameters(meta_base(GPT2Config())) == 0
+    with pytest.raises(TypeError, match="Lead trains nothing"):
+        BASELINES["lead"].model_validate({}).trainable_parameters(meta_base(GPT2Config()))

@@ -1,0 +1,127 @@
+"""LoRA: the orientation of its matrices, its targets, and that it starts at the base."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import nn
+
+from peftbench.errors import UnsupportedModelError
+from peftbench.methods.lora import Lora
+from peftbench.training.loop import train_step
+from tests.helpers.batches import logits, micro_batch, one_batch
+from tests.helpers.methods import every_architecture
+from tests.helpers.training import trained, trainer_of
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+VARIANTS = {
+    "plain": Lora(r=4, lora_alpha=6),
+    "dora": Lora(r=4, lora_alpha=6, use_dora=True),
+    "rslora": Lora(r=4, lora_alpha=6, use_rslora=True),
+    "every_matrix": Lora(r=4, lora_alpha=6, target_modules=r".*\.(c_attn|c_fc|c_proj|[qkvo]_proj|up_proj|down_proj)"),
+}
+
+
+def _config_of(model: nn.Module) -> Any:
+    return model.peft_config["default"]  # type: ignore[index, union-attr]
+
+
+@every_architecture
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_merged_is_the_same_model(
+    variant: str,
+    architecture: str,
+    fresh_base: Callable[[str], PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    accelerator: Accelerator,
+) -> None:
+    """Folded into the base's matrices, a trained update gives the same logits: it lies the right way round."""
+    torch.manual_seed(3)
+    model = VARIANTS[variant].apply(fresh_base(architecture), tokenizer)
+    trainer = trainer_of(accelerator, model, torch.optim.AdamW(trained(model).values(), lr=1e-2))
+    for _ in range(5):
+        train_step(accelerator, trainer, one_batch(micro_batch()), max_grad_norm=None)
+    model.eval()
+    with torch.no_grad():
+        apart = logits(model, micro_batch())
+        base = logits(fresh_base(architecture).eval(), micro_batch())
+        merged = logits(model.merge_and_unload().eval(), micro_batch())  # type: ignore[operator]
+    torch.testing.assert_close(merged, apart, rtol=1e-4, atol=1e-4)
+    assert (merged - base).abs().max() > 0.1  # the update was large enough to be seen
+
+
+@every_architecture
+def test_conv1d_is_fan_in_fan_out(
+    architecture: str, fresh_base: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """GPT-2's Conv1D holds its weight transposed and is adapted so, a Linear is not; peft has nothing to correct."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = Lora(r=4).apply(fresh_base(architecture), tokenizer)
+    assert _config_of(model).fan_in_fan_out is (architecture == "gpt2_tied")
+    assert not [warning for warning in caught if "fan_in_fan_out" in str(warning.message)]
+
+
+@every_architecture
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_starts_at_the_base(
+    variant: str,
+    architecture: str,
+    fresh_base: Callable[[str], PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Before a step the update is nothing, so that every method starts from the same predictions."""
+    model = VARIANTS[variant].apply(fresh_base(architecture), tokenizer).eval()
+    with torch.no_grad():
+        expected = logits(fresh_base(architecture).eval(), micro_batch())
+        torch.testing.assert_close(logits(model, micro_batch()), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_scale_of_the_update(fresh_base: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerBase) -> None:
+    """The update is scaled by alpha / r, and by alpha / sqrt(r) with rsLoRA."""
+    for method, expected in ((Lora(r=16, lora_alpha=8), 0.5), (Lora(r=16, lora_alpha=8, use_rslora=True), 2.0)):
+        model = method.apply(fresh_base("gpt2_tied"), tokenizer)
+        scales = {m.scaling["default"] for m in model.modules() if isinstance(getattr(m, "scaling", None), dict)}  # type: ignore[index, union-attr]
+        assert scales == {expected}
+
+
+def test_names_choose_by_their_endings(
+    fresh_base: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """A list names modules by their endings, one expression must match whole names, and null is peft's choice."""
+    chosen = {
+        "names": Lora(r=2, target_modules=("attn.c_proj",)),
+        "expression": Lora(r=2, target_modules=r"transformer\.h\.1\..*c_fc"),
+        "null": Lora(r=2),
+        "all": Lora(r=2, target_modules="all-linear"),
+    }
+    found = {
+        key: {name.split(".lora_")[0].removeprefix("base_model.model.transformer.") for name in trained(model)}
+        for key, method in chosen.items()
+        for model in [method.apply(fresh_base("gpt2_tied"), tokenizer)]
+    }
+    assert found == {
+        "names": {"h.0.attn.c_proj", "h.1.attn.c_proj"},
+        "expression": {"h.1.mlp.c_fc"},
+        "null": {"h.0.attn.c_attn", "h.1.attn.c_attn"},
+        "all": {
+            f"h.{block}.{name}" for block in (0, 1) for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+        },
+    }
+
+
+def test_an_architecture_without_default_targets_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Where peft has no choice for an architecture, the error says which knob to set; with it set, it works."""
+    from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
+
+    base = OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=64, n_positions=16, n_embd=16, n_layer=1, n_head=2))
+    with pytest.raises(UnsupportedModelError, match=r"method\.target_modules"):
+        Lora().apply(base, tokenizer)
+    assert trained(Lora(target_modules=("c_attn",)).apply(base, tokenizer))

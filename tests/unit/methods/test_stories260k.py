@@ -1,0 +1,69 @@
+"""A trained Llama of 260 thousand parameters, which is no GPT-2 in any of the ways that matter here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from peftbench.data.collate import Collator
+from peftbench.methods import METHODS
+from peftbench.methods.base import Method
+from peftbench.methods.full import Full
+from peftbench.methods.last_layer import LastLayer
+from peftbench.methods.lora import Lora
+from peftbench.methods.prompt_tuning import PromptTuning
+from peftbench.modeling.loading import LoadedModel, load_model
+from peftbench.recipe.schema import Model
+from peftbench.training.loop import train_step
+from tests.helpers.batches import one_batch
+from tests.helpers.training import trained, trainer_of
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+BY_HAND: list[tuple[Method, int]] = [
+    # Embedding; five times queries and outputs, keys and values, the MLP's three, two norms; the last norm.
+    (Full(), 512 * 64 + 5 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 172 + 2 * 64) + 64),
+    (LastLayer(), 512 * 64),
+    (Lora(r=8), 5 * 8 * ((64 + 64) + (64 + 32))),  # q and v of 5 layers; v has half the heads
+    (PromptTuning(num_virtual_tokens=20), 20 * 64),
+]
+
+
+@pytest.fixture
+def stories(shared_data: Path) -> LoadedModel:
+    """The base, loaded as a recipe would."""
+    folder = shared_data / "models" / "stories260K"
+    if not folder.is_dir():
+        pytest.skip("stories260K is not in the shared data")
+    return load_model(Model(path=str(folder)))
+
+
+def test_every_method_is_tried() -> None:
+    """The list below has every method once."""
+    assert METHODS
+    assert [method.kind for method, _ in BY_HAND] == list(METHODS)
+
+
+@pytest.mark.parametrize(("method", "expected"), BY_HAND, ids=[method.kind for method, _ in BY_HAND])
+def test_one_step_on_a_trained_model(
+    method: Method, expected: int, stories: LoadedModel, accelerator: Accelerator
+) -> None:
+    """One step trains what was counted by hand, from a loss of a model that knows its stories, to a lower one."""
+    assert method.trainable_parameters(stories.model) == expected
+    torch.manual_seed(0)
+    model = method.apply(stories.model, stories.tokenizer)
+    method.set_training(model)
+    assert sum(parameter.numel() for parameter in trained(model).values()) == expected
+    text = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
+    ids = stories.tokenizer(text)["input_ids"]
+    batch = one_batch(Collator(0, method.virtual_tokens).collate([ids], [1]))
+    trainer = trainer_of(accelerator, model, torch.optim.SGD(trained(model).values(), lr=0.01))
+    before = train_step(accelerator, trainer, batch, max_grad_norm=1.0)
+    after = train_step(accelerator, trainer, batch, max_grad_norm=1.0)
+    # Uniform guessing is log 512 = 6.2; soft tokens of random noise in front cost a little.
+    assert before < (5.5 if method.virtual_tokens else 2.0)
+    assert after < before

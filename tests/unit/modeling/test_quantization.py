@@ -1,0 +1,61 @@
+"""Methods over a frozen base in 4 or 8 bits (QLoRA), and which are refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from peftbench.distributed.accelerator import build_accelerator
+from peftbench.distributed.compatibility import ADAPTER_METHODS
+from peftbench.errors import CombinationError
+from peftbench.methods import METHODS
+from peftbench.methods.base import Method
+from peftbench.modeling.loss import LabelledLogitsLoss, build_loss
+from peftbench.training.build import load_base_model
+from tests.helpers.methods import ONE_OF_EACH
+from tests.helpers.workshop import Workshop
+
+OVER_FROZEN = {name: method for name, method in ONE_OF_EACH.items() if name in ADAPTER_METHODS}
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "nf4_double", "int8"])
+@pytest.mark.parametrize("method", OVER_FROZEN.values(), ids=OVER_FROZEN)
+def test_trains_over_a_quantised_base(method: Method, quantization: str, workshop: Workshop) -> None:
+    """The loss falls, the base takes less, FLOPs are those of the plain one and the count agrees."""
+    plain, small = (
+        workshop.run(workshop.recipe(method, model={"quantization": bits}, train={"steps": 8, "micro_batch_size": 3}))
+        for bits in (None, quantization)
+    )
+    assert small.outcome.kind == "ok"
+    assert min(small.step_losses[-2:]) < small.step_losses[0]
+    assert small.step_losses == pytest.approx(plain.step_losses, rel=0.05)
+    assert plain.state_bytes is not None
+    assert small.state_bytes is not None
+    assert small.state_bytes.weights < plain.state_bytes.weights
+    rounds = any("the int8 base rounds what it multiplies to fp16" in note for note in small.notes)
+    assert rounds == (quantization == "int8")
+    assert (small.parameters, small.flops.model_flops) == (plain.parameters, plain.flops.model_flops)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_what_is_found_out_of_a_base_leaves_no_trace(quantization: str, workshop: Workshop) -> None:
+    """Its losses are probed in forward passes: weights stay as they are packed, and no layer has chosen its type."""
+    base = load_base_model(workshop.recipe(ONE_OF_EACH["lora"], model={"quantization": quantization})).model
+    base.get_submodule(next(name for name, _ in base.named_modules() if name.endswith("mlp"))).train()
+    before = [dict(vars(module)) for module in base.modules()]
+    weights = [(parameter, parameter.data_ptr(), parameter.detach().clone()) for parameter in base.parameters()]
+    loss, _ = build_loss(base)
+    assert isinstance(loss, LabelledLogitsLoss)
+    vars(loss.head).pop("forward")
+    for module, attributes in zip(base.modules(), before, strict=True):
+        assert vars(module).keys() == attributes.keys()
+        assert all(vars(module)[name] is value for name, value in attributes.items())
+    assert all(weight.data_ptr() == place and torch.equal(weight, copy) for weight, place, copy in weights)
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - ADAPTER_METHODS))
+def test_what_would_train_it_is_refused(name: str, workshop: Workshop) -> None:
+    """Before it is loaded."""
+    recipe = workshop.recipe(ONE_OF_EACH[name], model={"quantization": "nf4"})
+    with pytest.raises(CombinationError, match=r"trains them; use model\.quantization=null, or method\.kind=lora"):
+        build_accelerator(recipe, workshop.output)

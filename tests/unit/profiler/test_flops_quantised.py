@@ -1,0 +1,100 @@
+"""FLOPs over bases in 4 and 8 bits: bitsandbytes' kernels, which torch's formulas do not know, count in full."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from peftbench.methods.base import Method
+from peftbench.methods.lora import Lora
+from peftbench.methods.prompt_tuning import PromptTuning
+from peftbench.profiler.flop_counter import FlopCounter
+from peftbench.profiler.flops import count_flops
+from tests.helpers.methods import every_architecture
+from tests.unit.profiler.test_flops import counted, full_rectangle
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="bitsandbytes is installed on Linux alone")
+
+BITS: dict[str, dict[str, Any]] = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
+    "nf4_double": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_compute_dtype": torch.float32,
+        "bnb_4bit_use_double_quant": True,
+    },
+    "int8": {"load_in_8bit": True},
+}
+
+
+def quantised(folder: Path, bits: str) -> PreTrainedModel:
+    """The base of that folder with its blocks' weights in few bits."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=BitsAndBytesConfig(**BITS[bits]), dtype=torch.float32
+    )
+    layers = [module for module in model.modules() if type(module).__module__.startswith("bitsandbytes.")]
+    assert len(layers) >= 8
+    return model  # type: ignore[no-any-return]
+
+
+@every_architecture
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("method", [Lora(r=4), PromptTuning(num_virtual_tokens=5)], ids=lambda method: method.kind)
+def test_the_closed_form_is_what_is_counted(  # noqa: PLR0917
+    method: Method,
+    bits: str,
+    checkpointing: bool,
+    architecture: str,
+    base_folder: Callable[[str], Path],
+    fresh_base: Callable[[str], PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """A base in few bits executes what the same base in 32 bits does, by count and in closed form."""
+    found = []
+    for base in (quantised(base_folder(architecture), bits), fresh_base(architecture)):
+        model = method.apply(base, tokenizer).train()
+        if checkpointing:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        closed_form = count_flops(
+            model,
+            base,
+            virtual_tokens=method.virtual_tokens,
+            gradient_checkpointing=checkpointing,
+            computes_all_logits=True,
+        )
+        assert closed_form.compute_hardware_flops(full_rectangle(method)) == counted(model)
+        found.append(counted(model))
+    assert found[0] == found[1] or checkpointing  # what is computed again ends with what keeps something, which differs
+    assert found[0] <= found[1]
+
+
+def test_products_of_known_size() -> None:
+    """Inputs (3, 64) with weights (32, 64), by each of bitsandbytes' products that runs on CPU."""
+    import bitsandbytes  # noqa: F401
+
+    kernels = torch.ops.bitsandbytes
+    inputs, weight = torch.randn(3, 64), torch.randn(32, 64)
+    packed, absmax = kernels.quantize_4bit(weight, 64, "nf4", torch.uint8)
+    by_row, stats, _ = kernels.int8_vectorwise_quant(weight.half())
+    rows, row_stats, _ = kernels.int8_vectorwise_quant(inputs.half())
+    calls: list[Callable[[], Any]] = [
+        lambda: kernels.gemm_4bit(inputs, packed, [32, 64], absmax, 64, "nf4"),
+        lambda: kernels.int8_linear_matmul(rows, by_row),
+        lambda: kernels.int8_scaled_mm(rows, by_row, row_stats, stats),
+        lambda: kernels.int8_mixed_scaled_mm(inputs.half(), rows, by_row, row_stats, stats),
+    ]
+    for call in calls:
+        with FlopCounter() as seen:
+            call()
+        assert seen.total == 2 * 3 * 64 * 32

@@ -1,0 +1,41 @@
+"""The recipes that come with peftbench."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from peftbench.recipe.loader import load_recipe, to_commented_yaml
+from tests.unit.recipe.conftest import write
+
+RECIPES = Path(__file__).resolve().parents[3] / "recipes"
+
+
+def shipped_recipes() -> list[Path]:
+    """Recipe files that say a run: neither the parents that others extend nor suites of recipes."""
+    return [
+        path
+        for path in sorted(RECIPES.rglob("*.yaml"))
+        if path.name != "common.yaml" and "recipes" not in yaml.safe_load(path.read_text(encoding="utf-8"))
+    ]
+
+
+SHIPPED = shipped_recipes()
+
+
+def test_recipes_are_shipped() -> None:
+    """There are recipes for the tests below, one of each method among them."""
+    assert len(SHIPPED) >= 6
+    kinds = {load_recipe([path]).method.kind for path in SHIPPED}
+    assert kinds >= {"full", "last_layer", "lora", "prompt_tuning", "lead", "zero_shot"}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(RECIPES)))
+def test_a_shipped_recipe_is_one(path: Path, tmp_path: Path) -> None:
+    """Every recipe file validates as it is, and what --print-config shows of it reads back as the same recipe."""
+    recipe = load_recipe([path])
+    again = load_recipe([write(tmp_path / "again.yaml", to_commented_yaml(recipe))])
+    assert again == recipe
+    assert again.fingerprint() == recipe.fingerprint()

@@ -1,0 +1,347 @@
+"""A record is written, read back the same, and refused in one sentence where it is none."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from peftbench.errors import OutputError, RecordError
+from peftbench.record import (
+    EXIT_CODES,
+    FINAL_OUTCOMES,
+    RECORD_FILE,
+    SCHEMA_VERSION,
+    Compute,
+    CountedStep,
+    Device,
+    Engine,
+    Flops,
+    Interval,
+    Memory,
+    MemoryBreakdown,
+    Outcome,
+    OutcomeKind,
+    ParameterCounts,
+    PerExample,
+    Quality,
+    RunRecord,
+    Sample,
+    StateBytes,
+    Throughput,
+    Tokens,
+    TokensPerSecond,
+    read_record,
+    read_records,
+    train_peak_bytes,
+)
+
+RECIPE = {
+    "name": "run",
+    "method": {"kind": "lora"},
+    "train": {"seed": 0, "global_batch_size": 4, "precision": "fp32"},
+    "data": {"seed": 0, "max_length": 8, "label_padding": False},
+}
+
+
+def record(**values: Any) -> RunRecord:
+    """A record with no more than it must have, and ``values``."""
+    least: dict[str, Any] = {
+        "name": "run",
+        "started_at": "2026-01-02T03:04:05+00:00",
+        "recipe": RECIPE,
+        "recipe_fingerprint": "0123456789abcdef",
+        "outcome": Outcome(kind="ok"),
+        "device": Device(type="cpu", name="a processor", num_processes=1),
+        "versions": {"torch": "2"},
+    }
+    return RunRecord(**least | values)
+
+
+def full_record() -> RunRecord:
+    """A record with every field set."""
+    interval = Interval(mean=2.0, low=1.0, high=3.0)
+    return record(
+        outcome=Outcome(
+            kind="oom",
+            step=3,
+            phase="train",
+            step_part="backward",
+            requested_bytes=2**31,
+            error="out of memory",
+            memory_snapshot="oom_snapshot.pickle",
+        ),
+        device=Device(type="cuda", name="a card", num_processes=2, memory_bytes=2**34),
+        git="abc+changes",
+        engine=Engine(
+            distributed_type="MULTI_CPU",
+            mixed_precision="bf16",
+            optimizer_class="AdamW",
+            micro_batch_size=2,
+            gradient_accumulation_steps=4,
+            num_threads=1,
+        ),
+        parameters=ParameterCounts(total=10, trainable=1),
+        model_identity="blake2b 00",
+        data_identity="11",
+        examples={"train": 8},
+        dropped={"train": 1},
+        tokens=Tokens(real=5, padded=8, labelled=2, virtual=1),
+        steps=2,
+        losses=(2.5, 1 / 3),
+        step_seconds=(0.1, 0.2),
+        step_tokens=(2, 3),
+        phase_seconds={"train": 1.5},
+        memory={"train": Memory(allocated_bytes=1, reserved_bytes=2, rss_bytes=3)},
+        flops=Flops(
+            model_flops=1,
+            hardware_flops=2,
+            six_n=3,
+            counted_step=CountedStep(step=1, counted_flops=2, closed_form_flops=2),
+        ),
+        step_memory={
+            "forward": Memory(allocated_bytes=1, inactive_split_bytes=1, num_alloc_retries=0, process_bytes=9),
+        },
+        step_memory_by_rank=({"forward": Memory(allocated_bytes=1)},),
+        part_seconds={"forward": 0.5},
+        timed_steps=(2, 3),
+        resumed_after=(1,),
+        context_bytes=7,
+        state_bytes=StateBytes(weights=1, gradients=2, optimizer=3, cpu_offloaded=1, expected_optimizer=4),
+        state_bytes_by_rank=(StateBytes(weights=1, gradients=2, optimizer=3),),
+        breakdown=MemoryBreakdown(
+            step=5,
+            micro_batch_size=2,
+            sequence_length=8,
+            peak_bytes=10,
+            bytes_by_category={"weights": 10},
+            operation="aten.mm",
+            step_part="forward",
+        ),
+        energy_joules=4.5,
+        quality=Quality(
+            split="test",
+            num_examples=2,
+            loss=1.0,
+            perplexity=math.e,
+            rouge={"rouge1": interval},
+            teacher_forced_argmax_rouge={"rougeL": interval},
+            samples=(Sample(id="1", article="é", reference="b", generated="c"),),
+            per_example=PerExample(
+                examples_fingerprint="22", loss=(0.1, 1 / 3), labelled_tokens=(1, 2), rouge={"rouge1": (1.5, 2.5)}
+            ),
+        ),
+        notes=("a note",),
+        skipped_steps=1,
+        compute=Compute(
+            model_flops_per_second=1e9,
+            hardware_flops_per_second=2e9,
+            peak_flops_per_second=4e9,
+            matmul_flops_per_second=3e9,
+        ),
+        warmup_steps=1,
+        memory_by_rank=({"train": Memory(allocated_bytes=1)}, {"train": Memory(allocated_bytes=2)}),
+        throughput=Throughput(
+            steps=3,
+            step_seconds_median=0.5,
+            step_seconds_p10=0.4,
+            step_seconds_p90=0.6,
+            samples_per_second=8.0,
+            tokens_per_second=TokensPerSecond(real=1.0, padded=2.0, labelled=0.5, virtual=0.0),
+            data_time_fraction=0.1,
+        ),
+    )
+
+
+def test_the_full_record_is_full() -> None:
+    """Every field of a record is set in the one that the next test writes and reads."""
+    unset = set(RunRecord.model_fields) - full_record().model_fields_set - {"schema_version"}
+    assert not unset
+
+
+@pytest.mark.parametrize("written", [record(), full_record()], ids=["least", "full"])
+def test_reads_back_the_same(written: RunRecord, tmp_path: Path) -> None:
+    """What is written is what is read, to the last digit, and the file is plain JSON."""
+    path = written.write(tmp_path / "new" / "folder")
+    assert path == tmp_path / "new" / "folder" / RECORD_FILE
+    assert read_record(path) == written
+    assert json.loads(path.read_text(encoding="utf-8"))["schema_version"] == SCHEMA_VERSION
+
+
+def test_what_is_not_known_is_none() -> None:
+    """A record that was told nothing of a measurement says None, never zero."""
+    bare = record()
+    unknown = [bare.git_commit, bare.engine, bare.parameters, bare.tokens, bare.energy_joules, bare.quality]
+    assert unknown == [None] * len(unknown)
+    assert bare.train_seconds is None
+    assert bare.flops == Flops(model_flops=None, hardware_flops=None, six_n=None)
+
+
+def test_numbers_that_json_lacks_survive(tmp_path: Path) -> None:
+    """A loss that is no number and an infinite perplexity read back as such, from JSON that any parser takes."""
+    quality = Quality(split="test", num_examples=1, loss=800.0, perplexity=math.inf)
+    path = record(losses=(1.0, math.nan, -math.inf), quality=quality).write(tmp_path)
+
+    def refused(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    json.loads(path.read_text(encoding="utf-8"), parse_constant=refused)
+    again = read_record(path)
+    assert again.step_losses[0] == 1.0
+    assert math.isnan(again.step_losses[1])
+    assert again.step_losses[2] == -math.inf
+    assert again.quality is not None
+    assert again.quality.perplexity == math.inf
+
+
+def test_training_seconds_are_those_of_the_training_phase() -> None:
+    """Time spent to build and to evaluate is not training time."""
+    assert record(phase_seconds={"build": 5.0, "train": 1.5, "evaluate": 7.0}).train_seconds == 1.5
+
+
+def test_every_outcome_has_an_exit_code() -> None:
+    """Each outcome has a code of its own, 0 is ok, and what a suite does not repeat are outcomes."""
+    assert set(EXIT_CODES) == set(get_args(OutcomeKind))
+    assert len(set(EXIT_CODES.values())) == len(EXIT_CODES)
+    assert EXIT_CODES["ok"] == 0
+    assert set(EXIT_CODES) > FINAL_OUTCOMES
+
+
+def changed(**values: Any) -> str:
+    """A record's JSON with some values replaced."""
+    return json.dumps(record().model_dump(mode="json") | values)
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("", "the file"),
+        ("{not json", "the file"),
+        ("[]", "the file"),
+        (changed(schema_version=SCHEMA_VERSION + 1), "schema_version"),
+        (changed(a_field_of_tomorrow=1), "a_field_of_tomorrow"),
+        (changed(outcome={"kind": "splendid"}), "outcome.kind"),
+        (changed(device=None), "device"),
+        (changed(losses=[1.0, None]), "losses.1"),
+    ],
+)
+def test_what_is_no_record_is_refused(text: str, where: str, tmp_path: Path) -> None:
+    """A file of another schema, or of none, is refused in one line that names the file and the place in it."""
+    path = tmp_path / RECORD_FILE
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(RecordError) as caught:
+        read_record(path)
+    assert str(path) in str(caught.value)
+    assert f": {where}: " in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "method.kind",
+        "train.seed",
+        "data.seed",
+        "train.global_batch_size",
+        "train.precision",
+        "data.max_length",
+        "data.label_padding",
+    ],
+)
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_recipe_of_another_program_is_refused(missing: str, whole: bool, tmp_path: Path) -> None:
+    """What a comparison goes by must be in a recipe, or it is told in one sentence that names the knob and the file."""
+    recipe: dict[str, Any] = dict(RECIPE)
+    part, name = missing.split(".")
+    recipe[part] = None if whole else {key: value for key, value in recipe[part].items() if key != name}
+    path = full_record().model_copy(update={"recipe": recipe}).write(tmp_path)
+    with pytest.raises(RecordError, match=f"is not a record: its recipe has no {part if whole else missing}") as raised:
+        read_record(path)
+    assert str(path) in str(raised.value)
+
+
+def test_a_record_that_is_not_there(tmp_path: Path) -> None:
+    """A missing file, or a folder in its place, is a RecordError with the path."""
+    for path in (tmp_path / "nothing.json", tmp_path):
+        with pytest.raises(RecordError, match="cannot be read"):
+            read_record(path)
+
+
+def test_records_are_found_below_a_folder_in_order(tmp_path: Path) -> None:
+    """All records below a folder are read, by path, and other files are left alone."""
+    for name in ("b", "a", "c/deep"):
+        record(name=name.replace("/", "-")).write(tmp_path / name)
+    (tmp_path / "a" / "other.json").write_text("{}", encoding="utf-8")
+    assert [found.name for found in read_records(tmp_path)] == ["a", "b", "c-deep"]
+
+
+def test_a_folder_without_records_is_refused(tmp_path: Path) -> None:
+    """No record at all is an error, not an empty report."""
+    with pytest.raises(RecordError, match=r"no record\.json below"):
+        read_records(tmp_path)
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    """A record below a file is an OutputError."""
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(OutputError):
+        record().write(tmp_path / "file")
+
+
+def test_a_record_is_frozen() -> None:
+    """Nothing changes a record after it was made."""
+    with pytest.raises(ValueError, match="frozen"):
+        record().name = "other"  # type: ignore[misc]
+
+
+def test_reading_records_needs_no_torch() -> None:
+    """A report is made where there is no torch: neither the module nor what it imports loads it."""
+    code = "import sys, peftbench.record; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_utilisation_is_of_a_known_whole() -> None:
+    """Each share is of its own whole, and unknown where a part of it is."""
+    known = Compute(
+        model_flops_per_second=1.0,
+        hardware_flops_per_second=2.0,
+        peak_flops_per_second=8.0,
+        matmul_flops_per_second=4.0,
+    )
+    assert (known.mfu, known.hfu, known.matmul_utilization) == (0.125, 0.25, 0.25)
+    unknown = Compute(model_flops_per_second=1.0)
+    assert (unknown.mfu, unknown.hfu, unknown.matmul_utilization) == (None, None, None)
+
+
+def test_what_a_run_cost() -> None:
+    """9 J over 3 timed steps of 4 samples are 750 J a thousand; 1.5 s on 2 devices at 12 an hour are 0.01."""
+    recipe = {"train": {"global_batch_size": 4}, "profile": {"price_per_hour": 12.0}}
+    known = full_record().model_copy(update={"energy_joules": 9.0, "recipe": recipe})
+    assert known.joules_per_1000_samples == 750
+    assert known.training_cost == pytest.approx(0.01)
+    assert known.with_price_per_hour(24.0).training_cost == pytest.approx(0.02)
+    on_cpu = known.model_copy(update={"device": Device(type="cpu", name="a processor", num_processes=2)})
+    assert on_cpu.training_cost == pytest.approx(0.005)  # two processes share one machine
+    assert record().joules_per_1000_samples is None
+    assert record().training_cost is None
+    assert record(phase_seconds={"train": 1.5}).training_cost is None
+
+
+def test_the_peak_of_a_run_that_was_refused_memory_in_warm_up() -> None:
+    """What it reached is its peak; of a run that ended well, warm-up is in no figure."""
+    memory = {"warmup": Memory(allocated_bytes=7)}
+    assert train_peak_bytes(record(outcome=Outcome(kind="oom", phase="warmup"), memory=memory)) == 7
+    assert train_peak_bytes(record(memory=memory)) is None
+
+
+def test_fragmentation() -> None:
+    """Of 100 bytes held, 75 were in tensors at most."""
+    assert Memory(allocated_bytes=75, reserved_bytes=100).fragmentation == 0.25
+    assert Memory(allocated_bytes=0, reserved_bytes=0).fragmentation is None
+    assert Memory(rss_bytes=3).fragmentation is None

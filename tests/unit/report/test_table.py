@@ -1,0 +1,337 @@
+"""The tables, from records alone."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from peftbench.errors import RecordError
+from peftbench.record import (
+    Compute,
+    Flops,
+    Interval,
+    Memory,
+    Outcome,
+    ParameterCounts,
+    RunRecord,
+    Sample,
+    Throughput,
+    TokensPerSecond,
+)
+from peftbench.report.tables.columns import COLUMNS
+from peftbench.report.tables.table import (
+    _rich_table,
+    _table_width,
+    collect_notes,
+    csv_table,
+    insert_table,
+    markdown_report,
+    markdown_table,
+    natural_width,
+    print_table,
+    sort_records,
+)
+from peftbench.report.text.escape import terminal_safe
+from tests.unit.report.records import record
+
+
+def test_a_report_needs_no_torch() -> None:
+    """Importing the report brings in neither torch nor any library of models."""
+    code = (
+        "import sys, peftbench.report.tables.table, peftbench.record; "
+        "sys.exit(bool({'torch', 'transformers', 'accelerate', 'datasets', 'peft'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_order_of_rows() -> None:
+    """Baselines come first, then methods by trained parameters."""
+    rows = [record("b", "full", 1000), record("a", "lora", 10), record("c", "zero_shot", 0), record("d", "lead", None)]
+    assert [row.name for row in sort_records(rows)] == ["d", "c", "a", "b"]
+
+
+def test_cells_of_known_figures() -> None:
+    """A table shows each figure where its column says, and a dash for what is not known."""
+    text = markdown_table([record("mine", "lora", 10), record("lead_1", "lead", None, phase_seconds={}, tokens=None)])
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    score = "31.2 (30.0–32.5)"
+    assert lines[2] == ["lead_1", "–", "–", "3.250", score, score, score, score, "–", "ok"]
+    assert lines[3] == ["mine (lora)", "10", "1.00%", "3.250", score, score, score, score, "12.5", "ok"]
+
+
+def test_every_column_has_a_meaning_and_own_csv_names() -> None:
+    """Columns explain themselves, and no two of them write the same CSV field."""
+    names = [name for column in COLUMNS for name in column.raw_values(record("x", "full", 1))]
+    assert len(COLUMNS) > 8
+    assert all(column.description for column in COLUMNS)
+    assert len(names) == len(set(names))
+
+
+def test_a_column_is_sorted_by_what_it_shows() -> None:
+    """The first of a column's raw values is the one that its text is of, so that sorting by it sorts what is seen."""
+    each = TokensPerSecond(real=123.0, padded=200.0, labelled=50.0, virtual=7.0)
+    speed = Throughput(
+        steps=10,
+        step_seconds_median=1,
+        step_seconds_p10=1,
+        step_seconds_p90=1,
+        samples_per_second=1,
+        data_time_fraction=0,
+        tokens_per_second=each,
+    )
+    one = record(
+        "a",
+        "full",
+        640,
+        throughput=speed,
+        energy_joules=400.0,
+        flops=Flops(model_flops=2 * 10**12, hardware_flops=9 * 10**12),
+        memory={"train": Memory(allocated_bytes=5 * 2**20, reserved_bytes=8 * 2**20)},
+        compute=Compute(model_flops_per_second=1.0, hardware_flops_per_second=3.0, peak_flops_per_second=4.0),
+    )
+    shown = {"J/1,000 samples": 2500.0, "tokens/s": 123.0, "required TFLOP": 2e12, "MFU": 0.25, "peak MiB": 5 * 2**20}
+    found = {column.title: next(iter(column.raw_values(one).values())) for column in COLUMNS}
+    assert {title: found[title] for title in shown} == shown
+
+
+def test_memory_and_flops_have_columns_where_they_are_known() -> None:
+    """Training's own peak is shown: in tensors on a GPU, beyond the baseline on CPU; unknown leaves the column out."""
+    on_gpu = record("a", "full", 1, memory={"train": Memory(allocated_bytes=3 * 2**20, reserved_bytes=9 * 2**20)})
+    on_cpu = record(
+        "b",
+        "full",
+        1,
+        memory={
+            "train": Memory(rss_bytes=700 * 2**20, baseline_rss_bytes=600 * 2**20),
+            "evaluate": Memory(rss_bytes=900 * 2**20, baseline_rss_bytes=600 * 2**20),
+        },
+        flops=Flops(model_flops=25 * 10**11, hardware_flops=3 * 10**12, six_n=9),
+    )
+    rows = {row["run"]: row for row in csv.DictReader(io.StringIO(csv_table([on_gpu, on_cpu])))}
+    assert (rows["a"]["train_peak_bytes"], rows["b"]["train_peak_bytes"]) == (str(3 * 2**20), str(100 * 2**20))
+    assert (rows["a"]["required_flops"], rows["b"]["required_flops"]) == ("", "2500000000000")
+    table = markdown_table([on_gpu, on_cpu])
+    assert "| 100 |" in " ".join(table.split())
+    assert "2.5 |" in table
+    assert "peak MiB" not in markdown_table([record("c", "full", 1)])
+
+
+def test_teacher_forced_rouge_has_a_column_of_its_own() -> None:
+    """The study's figure never shares a column with ROUGE of generated summaries, and shows only where it was asked."""
+    plain = record("a", "full", 1)
+    forced = {"rougeL": Interval(mean=77.0, low=76.0, high=78.0)}
+    assert plain.quality is not None
+    with_forced = record(
+        "b", "full", 1, quality=plain.quality.model_copy(update={"teacher_forced_argmax_rouge": forced})
+    )
+    assert "teacher-forced" not in markdown_table([plain])
+    table = markdown_table([plain, with_forced])
+    assert "ROUGE-L, teacher-forced argmax" in table
+    assert "77.0 (76.0–78.0)" in table
+    assert "31.2 (30.0–32.5)" in table
+
+
+def test_csv_keeps_full_precision() -> None:
+    """The CSV holds raw values with units in their names, and nothing for what is unknown."""
+    (row,) = csv.DictReader(io.StringIO(csv_table([record("a", "lora", 10, loss=1 / 3)])))
+    assert float(row["held_out_loss"]) == 1 / 3
+    assert (row["trained_share"], row["rougeL_low"], row["training_seconds"]) == ("0.01", "30.0", "12.5")
+    assert row["teacher_forced_argmax_rougeL"] == ""
+
+
+def test_unequal_runs_are_said_to_be_unequal() -> None:
+    """A table of runs with different batches carries a note; one of equal runs does not."""
+    equal = [record("a", "full", 1000), record("b", "lora", 10)]
+    assert collect_notes(equal) == []
+    assert "more than their method" in collect_notes([*equal, record("c", "lora", 10, global_batch=2)])[0]
+
+
+def test_an_out_of_memory_is_a_row() -> None:
+    """A run that did not fit is a row with its step, not an absence."""
+    outcome = Outcome(kind="oom", step=1, phase="train", requested_bytes=2**30)
+    assert "oom at step 1" in markdown_table([record("a", "full", 1000, outcome=outcome, quality=None)])
+
+
+def test_the_table_without_a_terminal_shows_every_run_and_column(capsys: pytest.CaptureFixture[str]) -> None:
+    """What is printed without a terminal has every run and every column, unwrapped enough to be read."""
+    rows = [record("first", "full", 1000), record("second", "lora", 10)]
+    print_table(rows, "title", Console(force_terminal=False))
+    printed = capsys.readouterr().out
+    assert "first (full)" in printed
+    assert "second (lora)" in printed
+    assert all(title in printed for title in ("ROUGE-1", "ROUGE-2", "ROUGE-L", "ROUGE-Lsum"))
+    assert "no room" not in printed
+
+
+def test_a_narrow_terminal_leaves_columns_out_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    """On 80 columns every run is on one line, ROUGE-L stays, and what had no room is named."""
+    gpt2 = {
+        name: ParameterCounts(total=124_439_808, trainable=n) for name, n in (("full", 124_439_808), ("tuned", 15_360))
+    }
+    rows = [
+        record("full", "full", 1, parameters=gpt2["full"]),
+        record("prompt_tuning", "prompt_tuning", 1, parameters=gpt2["tuned"]),
+    ]
+    print_table(rows, "title", Console(force_terminal=True, width=80, color_system=None))
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "124,439,808" in printed
+    assert "prompt_tuning" in printed
+    assert "ROUGE-L" in printed.split("no room")[0]
+    assert "(no room here for ROUGE-Lsum, ROUGE-2, ROUGE-1: see the report)" in printed
+
+
+def test_the_report_shows_the_same_example_by_every_run() -> None:
+    """The report puts every run's summary of one example side by side; a pipe cannot break its table."""
+    text = markdown_report([record("a", "full", 1000), record("b", "lora", 10)], "T", ["A | sentence."])
+    assert "- A \\| sentence." in text
+    assert "by a" in text
+    assert "by b" in text
+    assert "ref \\| x" in text
+
+
+def test_summaries_of_other_examples_are_not_shown_as_of_the_same() -> None:
+    """Two sets of data may number their examples alike."""
+    other = record("other", "lora", 10)
+    assert other.quality is not None
+    sample = Sample(id="a", article="another", reference="ref | x", generated="by other")
+    other = other.model_copy(update={"quality": other.quality.model_copy(update={"samples": (sample,)})})
+    text = markdown_report([record("b", "lora", 10), other], "T", [])
+    assert "by b" in text
+    assert "by other" not in text
+
+
+HOSTILE = "a [/b]\n# x | `y` <script>1</script> *z* \x1b[2J =1"
+
+
+def hostile() -> RunRecord:
+    """A record in which whatever anyone may write is hostile."""
+    one = record(HOSTILE, "lora", 10, notes=(HOSTILE,))
+    assert one.quality is not None
+    sample = Sample(id=HOSTILE, article=f"{HOSTILE}\n---\n- x", reference=HOSTILE, generated=HOSTILE)
+    return one.model_copy(update={"quality": one.quality.model_copy(update={"samples": (sample,)})})
+
+
+def test_markdown_shows_hostile_text_as_it_is() -> None:
+    """Of names, notes, sentences, titles and summaries none breaks a table, or brings in markup or HTML."""
+    rows = [hostile(), record("prompt_tuning", "prompt_tuning", 100)]
+    text = markdown_report(rows, HOSTILE, [HOSTILE])
+    shown = "a \\[/b\\] # x \\| \\`y\\` &lt;script&gt;1&lt;/script&gt; \\*z\\* \\\\x1b\\[2J =1"
+    assert text.startswith(f"# {shown}\n\n- {shown}\n\n| run ")
+    assert f"- {shown}: {shown}\n" in text
+    assert f"\n\n{shown}\n\n> a" in text
+    assert "\n> \\---\n> \\- x\n" in text
+    assert text.count(f"| {shown} ") == 4  # its row, the reference, and its summary with its name
+    assert text.count("| prompt_tuning ") == 1
+    assert "<script" not in text
+    assert all(char == "\n" or char.isprintable() for char in text)
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(table) == 4 + 4
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table[:4]}) == 1
+
+
+def test_summaries_that_look_like_numbers_stay_as_they_are() -> None:
+    """A model may write "1e3" alone, which is not 1000."""
+    one = record("a", "full", 1)
+    assert one.quality is not None
+    sample = Sample(id="a", article="x", reference="1e3", generated="1_000")
+    one = one.model_copy(update={"quality": one.quality.model_copy(update={"samples": (sample,)})})
+    text = markdown_report([one], "T", [])
+    assert "| reference | 1e3 " in text
+    assert "| 1_000 " in text
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_hostile_names_are_shown_as_text_in_a_terminal(terminal: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """No markup is read, no cursor moves, no row breaks; over seeds too."""
+    rows = [hostile(), record(f"{HOSTILE}-2", "lora", 10, seed=1), record("[bold]:smile:[/bold]", "full", 1)]
+    print_table(rows, HOSTILE, Console(force_terminal=terminal, width=300, color_system=None))
+    printed = capsys.readouterr().out
+    assert "[bold]:smile:[/bold] (full)" in printed
+    assert f"note: {terminal_safe(HOSTILE)}: {terminal_safe(HOSTILE)}\n" in printed
+    assert printed.count(terminal_safe(HOSTILE)) >= 5
+    assert "\x1b[2J" not in printed
+
+
+def test_the_width_is_what_rich_takes() -> None:
+    """Counted by cells, with wide letters and lines of their own."""
+    for cells in ({"a": ["x"]}, {"a": ["x", "yyy"], "b c": ["1\n(2 to 3)", "2"], "end": ["ok", "漢字"]}):
+        assert _table_width(cells) == natural_width(Console(width=10), _rich_table(cells, "title"))
+
+
+def test_a_knob_of_any_name_has_its_table(tmp_path: Path) -> None:
+    """Values of a knob are heads of the table, which they do not break; the lowest stays bold."""
+    rows = [record(f"a{i}", "lora", 10, method={"x": x}, loss=2.0 + i) for i, x in enumerate(("a|b", "<i>"))]
+    file = tmp_path / "page.md"
+    file.write_text("<!-- report:x -->\n<!-- end of report:x -->\n")
+    insert_table(rows, file, "x", "method.x")
+    head, _, cells = file.read_text().splitlines()[2:5]
+    assert '"a\\|b"' in head
+    assert "&lt;i&gt;" in head
+    assert "**2.000**" in cells
+
+
+def test_no_cell_is_a_formula_in_a_spreadsheet() -> None:
+    """A text that could begin one has an apostrophe before it; a number stays a number."""
+    (row,) = csv.DictReader(io.StringIO(csv_table([record("=cmd()", "lora", 10, loss=-1.5)])))
+    assert (row["run"], row["held_out_loss"]) == ("'=cmd()", "-1.5")
+    head, line, _ = csv_table([record("a;=1+1", "lora", 10, loss=-1.5)]).split("\n")
+    assert head.startswith('"run","method",')
+    assert line.startswith('"a;=1+1","lora",')
+    assert ",-1.5," in line
+
+
+def test_tables_go_between_their_markers_only(tmp_path: Path) -> None:
+    """Inserting a table replaces the block and nothing else; doing it again changes nothing."""
+    file = tmp_path / "page.md"
+    file.write_text("before\n<!-- report:x -->\nold\n<!-- end of report:x -->\nafter\n")
+    insert_table([record("a", "full", 1000)], file, "x")
+    once = file.read_text()
+    insert_table([record("a", "full", 1000)], file, "x")
+    assert file.read_text() == once
+    assert once.startswith("before\n")
+    assert once.endswith("after\n")
+    assert "old" not in once
+    with pytest.raises(RecordError, match="no place for the table"):
+        insert_table([record("a", "full", 1000)], file, "y")
+
+
+def row(table: str) -> dict[str, str]:
+    """The cells of a Markdown table's only row, by title."""
+    head, _, cells = table.splitlines()
+    return {k.strip(): v.strip() for k, v in zip(head.split("|"), cells.split("|"), strict=True)}
+
+
+def test_what_is_unknown_is_said() -> None:
+    """A figure that nothing tells is unknown, and a line says why; where nothing was trained there is no column."""
+    speed = Throughput(
+        steps=5,
+        step_seconds_median=1,
+        step_seconds_p10=1,
+        step_seconds_p90=1,
+        samples_per_second=1.0,
+        data_time_fraction=0,
+        tokens_per_second=TokensPerSecond(real=1, padded=1, labelled=1, virtual=0),
+    )
+    unknown, known = (
+        record("a", "full", 1, throughput=speed),
+        record("b", "lora", 1, throughput=speed, energy_joules=40.0, compute=Compute(peak_flops_per_second=1e9)),
+    )
+    mfu, energy = collect_notes([unknown])
+    assert mfu == "MFU is unknown: the data sheet's FLOP/s of a CPU at fp32 are not in the table"
+    assert energy == "energy is unknown: neither NVML nor RAPL tells it here"
+    assert collect_notes([known]) == []
+    cells = row(markdown_table([unknown]))
+    assert (cells["MFU"], cells["J/1,000 samples"]) == ("unknown", "unknown")
+    assert "MFU" not in row(markdown_table([record("lead", "lead", None, tokens=None)]))
+    table = markdown_table([known.with_price_per_hour(3600.0)])
+    cells = row(table)
+    assert cells["J/1,000 samples"] == "500"
+    assert float(cells["price"]) == 12  # of 12.5 seconds, to two digits

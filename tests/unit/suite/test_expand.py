@@ -1,0 +1,145 @@
+"""From a suite file to its runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from peftbench.errors import MissingFileError, OutOfRangeError, RecipeError, UnknownKeyError
+from peftbench.suite.expand import expand, resolve_accelerate_config
+from tests.helpers.paths import REPOSITORY
+
+SUITES = sorted(
+    path for path in (REPOSITORY / "recipes").rglob("*.yaml") if "\nrecipes:" in path.read_text(encoding="utf-8")
+)
+COMMON = """
+data: {source: {kind: docstrings}}
+train: {steps: 2}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with two recipes over one parent."""
+    (tmp_path / "common.yaml").write_text(COMMON)
+    for name in ("full", "lora"):
+        (tmp_path / f"{name}.yaml").write_text(f"extends: common.yaml\nname: {name}\nmethod: {{kind: {name}}}\n")
+    return tmp_path
+
+
+def suite(folder: Path, text: str) -> Path:
+    """A suite file beside the recipes."""
+    path = folder / "suite.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_there_are_shipped_suites() -> None:
+    """The search for shipped suites finds the demo's, the study's and the fair one's."""
+    assert {path.parent.name for path in SUITES} >= {"demo", "study", "gpt2_cnn_dm"}
+
+
+@pytest.mark.parametrize("path", SUITES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_shipped_suite_expands(path: Path) -> None:
+    """Every suite that is shipped is a list of valid recipes with names of their own."""
+    names = [recipe.name for recipe in expand(path)]
+    assert names
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("path", [p for p in SUITES if p.parent.name == "gpt2_cnn_dm"], ids=lambda path: path.stem)
+def test_the_fair_suite_differs_in_method_and_learning_rate_alone(path: Path) -> None:
+    """One fair protocol: what two runs do not share is their name, their method and their learning rate."""
+    dumps = [recipe.model_dump(mode="json") for recipe in expand(path)]
+    for dump in dumps:
+        dump.pop("name")
+        dump.pop("method")
+        dump["optimizer"].pop("learning_rate")
+    assert len(dumps) > 3
+    assert all(dump == dumps[0] for dump in dumps)
+
+
+def test_recipes_times_axes(folder: Path) -> None:
+    """Every recipe runs with every combination of the axes, under a name that says which."""
+    path = suite(folder, "name: s\nrecipes: [full.yaml, lora.yaml]\naxes: {train.seed: [0, 1], data.seed: [5]}\n")
+    recipes = expand(path)
+    assert [r.name for r in recipes] == [f"{m}-seed={s}-seed=5" for m in ("full", "lora") for s in (0, 1)]
+    assert [(r.train.seed, r.data.seed) for r in recipes] == [(0, 5), (1, 5)] * 2
+
+
+def test_the_command_line_has_the_last_word(folder: Path) -> None:
+    """Overrides of the command line win over the suite's, and --out over all."""
+    path = suite(folder, "name: s\nrecipes: [full.yaml]\noverrides: [train.steps=3, output_dir=a]\n")
+    (recipe,) = expand(path, ["train.steps=4"], Path("b c"))
+    assert (recipe.train.steps, recipe.output_dir) == (4, "b c")
+
+
+def test_seeds_are_runs_of_what_trains(folder: Path) -> None:
+    """Each recipe that trains runs with its own seed and the next ones, named as by an axis; a baseline runs once."""
+    (folder / "lora.yaml").write_text("extends: common.yaml\nname: lora\nmethod: {kind: lora}\ntrain: {seed: 7}\n")
+    for kind in ("zero_shot", "lead"):
+        (folder / f"{kind}.yaml").write_text(f"extends: common.yaml\nname: {kind}\nmethod: {{kind: {kind}}}\n")
+    path = suite(folder, "name: s\nrecipes: [zero_shot.yaml, lead.yaml, full.yaml, lora.yaml]\n")
+    recipes = expand(path, seeds=3)
+    assert [(r.name, r.train.seed) for r in recipes] == [
+        ("zero_shot", 0),
+        ("lead", 0),
+        *((f"full-seed={s}", s) for s in (0, 1, 2)),
+        *((f"lora-seed={s}", s) for s in (7, 8, 9)),
+    ]
+
+
+def test_a_seed_changes_nothing_else(folder: Path) -> None:
+    """A run of --seeds is the run that an axis of train.seed makes, and overrides have their word before it."""
+    by_axis = suite(folder, "name: s\nrecipes: [full.yaml]\naxes: {data.seed: [5], train.seed: [3, 4]}\n")
+    expected = expand(by_axis)
+    path = suite(folder, "name: s\nrecipes: [full.yaml]\naxes: {data.seed: [5]}\n")
+    assert expand(path, ["train.seed=3"], seeds=2) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "words"),
+    [
+        ("axes: {train.seed: [0, 1]}\n", [], "varies train.seed itself; leave --seeds out"),
+        ("", ["train.seed=4294967295"], "seed"),
+    ],
+)
+def test_seeds_that_cannot_be(folder: Path, text: str, overrides: list[str], words: str) -> None:
+    """Seeds asked for twice, or beyond the largest one, are refused in one sentence."""
+    with pytest.raises(OutOfRangeError, match=words):
+        expand(suite(folder, f"name: s\nrecipes: [full.yaml]\n{text}"), overrides, seeds=2)
+
+
+def test_two_runs_of_one_name_are_refused(folder: Path) -> None:
+    """Two runs that would write to one folder are refused before any has run."""
+    with pytest.raises(RecipeError, match="are named full"):
+        expand(suite(folder, "name: s\nrecipes: [full.yaml, full.yaml]\n"))
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "words"),
+    [
+        ("name: s\nrecipe: [full.yaml]\n", UnknownKeyError, "did you mean 'recipes'"),
+        ("name: s\nrecipes: []\n", RecipeError, "recipes"),
+        ("name: s\nrecipes: [ful.yaml]\n", MissingFileError, "did you mean 'full.yaml'"),
+        ("name: s\nrecipes: [full.yaml]\naxes: {train.sed: [1]}\n", UnknownKeyError, "did you mean 'seed'"),
+        ("name: s\nrecipes: full.yaml\n", RecipeError, "recipes"),
+    ],
+)
+def test_bad_suites(folder: Path, text: str, error: type[RecipeError], words: str) -> None:
+    """A suite that cannot be meant is refused in a sentence that names the nearest thing."""
+    with pytest.raises(error, match=words):
+        expand(suite(folder, text))
+
+
+def test_accelerate_config_lies_beside_the_suite(folder: Path) -> None:
+    """An accelerate file is relative to the suite, none is None, and one that is not there is refused."""
+    (folder / "cpu.yaml").write_text("use_cpu: true\n")
+    assert resolve_accelerate_config(suite(folder, "name: s\nrecipes: [full.yaml]\n")) is None
+    assert (
+        resolve_accelerate_config(suite(folder, "name: s\nrecipes: [full.yaml]\naccelerate: cpu.yaml\n"))
+        == folder / "cpu.yaml"
+    )
+    with pytest.raises(MissingFileError, match=r"gpu\.yaml"):
+        resolve_accelerate_config(suite(folder, "name: s\nrecipes: [full.yaml]\naccelerate: gpu.yaml\n"))

@@ -1,0 +1,121 @@
+"""A precision that is not there is refused, and one that is touches no trained weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from peftbench.distributed.accelerator import build_accelerator
+from peftbench.errors import EngineError, PrecisionError
+from peftbench.methods.base import Method
+from peftbench.methods.full import Full
+from peftbench.optim.stochastic_rounding import AdamW8bitBf16, AdamWBf16
+from peftbench.profiler.probe import Probe
+from peftbench.training.loop import TrainProgress, train, train_step
+from tests.helpers.methods import every_method
+from tests.helpers.training import built_from, forget_accelerators, trained, trainer_from
+from tests.helpers.workshop import Workshop
+
+
+class Products(TorchFunctionMode):
+    """Notes what types products with weights have, those of the vocabulary's width too, and the losses of them."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.seen: set[torch.dtype] = set()
+        self.logits: set[torch.dtype] = set()
+        self.losses: set[torch.dtype] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in {functional.linear, torch.addmm}:
+            (self.logits if result.shape[-1] == self.vocabulary else self.seen).add(result.dtype)
+        if func is functional.cross_entropy:
+            self.losses.add(result.dtype)
+        return result
+
+
+def test_fp16_on_cpu_is_refused(workshop: Workshop) -> None:
+    """fp16 needs a GPU: on CPU a run does not start, and the error names what would work."""
+    with pytest.raises(PrecisionError, match=r"fp16 needs a GPU.*use bf16 or fp32"):
+        build_accelerator(workshop.recipe(Full(), train={"precision": "fp16"}), workshop.output)
+
+
+def test_emulated_bf16_is_refused(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU that would only emulate bf16 a run does not start, and the error names the GPU."""
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Old GPU")
+    with pytest.raises(PrecisionError, match=r"bf16 is not there on Old GPU.*use fp16 or fp32"):
+        build_accelerator(workshop.recipe(Full(), train={"precision": "bf16"}), workshop.output)
+
+
+def test_a_world_that_did_not_form_is_refused(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a launcher says two processes and one has come up, the run does not start."""
+    recipe = workshop.recipe(Full())
+    build_accelerator(recipe, workshop.output)  # the process's state is now that of a world of one
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(EngineError, match="started 2 processes and 1 formed one world"):
+        build_accelerator(recipe, workshop.output)
+
+
+@every_method
+def test_bf16_keeps_trained_weights_in_float32(method: Method, workshop: Workshop) -> None:
+    """Under bf16 the forward pass is in bfloat16; weights, gradients and the optimizer's states stay in float32."""
+    recipe = workshop.recipe(method, train={"precision": "bf16", "steps": 2})
+    accelerator = build_accelerator(recipe, workshop.output).accelerator
+    built = built_from(recipe, accelerator)
+    trainer = trainer_from(recipe, accelerator, built)
+    method.set_training(built.model)
+    products = Products(built.base.model.config.vocab_size)
+    progress = TrainProgress()
+    with trainer.loss.attention_context(), products:
+        train(accelerator, trainer, Probe(accelerator.device), progress, max_grad_norm=1.0, on_step=lambda *_: None)
+    assert products.seen == {torch.bfloat16}
+    assert products.logits == {torch.bfloat16}
+    assert products.losses == {torch.float32}
+    assert progress.completed_steps == 2
+    assert {parameter.dtype for parameter in built.model.parameters()} == {torch.float32}
+    states = trainer.optimizer.optimizer.state  # type: ignore[attr-defined]
+    assert len(states) == len(trained(built.model)) > 0
+    assert {state["exp_avg"].dtype for state in states.values()} == {torch.float32}
+
+
+def test_bf16_is_near_fp32_and_not_the_same(workshop: Workshop) -> None:
+    """The first loss under bf16 is that of float32 but for rounding."""
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        forget_accelerators()
+        recipe = workshop.recipe(Full(), train={"precision": precision})
+        accelerator = build_accelerator(recipe, workshop.output).accelerator
+        trainer = trainer_from(recipe, accelerator)
+        losses[precision] = train_step(accelerator, trainer, next(iter(trainer.batches)), max_grad_norm=None)
+    assert losses["bf16"] != losses["fp32"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
+
+
+def test_a_base_in_half_precision_is_trained_in_float32(workshop: Workshop) -> None:
+    """Weights saved in fp16, as the shipped base's are, are loaded in float32 before anything is trained."""
+    recipe = workshop.recipe(Full(), model={"path": "shipped"})
+    accelerator = build_accelerator(recipe, workshop.output).accelerator
+    model = built_from(recipe, accelerator).model
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+@every_method
+@pytest.mark.parametrize("kind", [AdamWBf16, AdamW8bitBf16])
+def test_what_is_trained_in_bf16_over_what_is_not(
+    kind: type[AdamWBf16 | AdamW8bitBf16], method: Method, workshop: Workshop
+) -> None:
+    """A head kept in bf16 over a trunk in float32, say: what a model may do without is found out, and it trains."""
+    recipe = workshop.recipe(method, train={"precision": "bf16"}, optimizer=kind(learning_rate=1e-2))
+    record = workshop.run(recipe)
+    assert record.outcome.kind == "ok"
+    assert record.step_losses[-1] < record.step_losses[0]
+    assert not [note for note in record.notes if "attention is as transformers does it" in note]
