@@ -1,1 +1,1 @@
-"""TODO-DOC feature_cache."""
+"""Cached hidden states of a frozen backbone."""

@@ -1,1 +1,1 @@
-"""TODO-DOC modeling."""
+"""Models: loading, attention, loss."""

@@ -1,1 +1,1 @@
-"""TODO-DOC run_dir."""
+"""Layout and files of a run's folder."""

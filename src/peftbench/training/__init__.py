@@ -1,1 +1,1 @@
-"""TODO-DOC training."""
+"""Training loop and everything that it drives."""

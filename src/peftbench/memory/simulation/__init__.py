@@ -1,1 +1,1 @@
-"""TODO-DOC simulation."""
+"""One training step simulated on the meta device."""
