@@ -119,7 +119,7 @@ class RunRecord(RecordModel):
     step_memory: dict[str, Memory] = Field(default={})
     """Peak by part of the timed steps (of the untimed steps if no step is timed), where the device can measure it."""
     step_part_seconds: dict[str, float] = Field(default={})
-    """Median seconds by part, over untimed steps except the first and instrumented ones; measured with device synchronization."""
+    """Median seconds by part, over untimed steps except the first and instrumented ones; the device is synchronized."""
     part_timed_steps: tuple[int, ...] = ()
     """Steps in that median, counted from 1."""
     cuda_context_bytes: int | None = None

@@ -82,8 +82,8 @@ def _describe_slow_run(slow: _RunTiming, fast: _RunTiming, num_others: int) -> s
     others = f" ({num_others:,} other run{plural} show{'s' * (num_others == 1)} the same)" if num_others else ""
     return (
         f"{part} of {slow.name} took {_compute_time_ratio(slow, fast):.2f} times as long as of {fast.name} with only "
-        f"{slow.flops_per_step / fast.flops_per_step:.2f} times the FLOPs{others}: either the machine had another load, "
-        "or the time went to work other than matrix products (e.g. dropout on a CPU)"
+        f"{slow.flops_per_step / fast.flops_per_step:.2f} times the FLOPs{others}: either the machine had "
+        "another load, or the time went to work other than matrix products (e.g. dropout on a CPU)"
     )
 
 
