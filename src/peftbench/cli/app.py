@@ -60,9 +60,9 @@ def compare(
     """Run every recipe of a suite in a fresh process and print the comparison. Finished runs are skipped."""
     from peftbench.cli.report import print_report
     from peftbench.errors import MissingFileError
-    from peftbench.record import RECORD_FILE
     from peftbench.report.page.content import UnfinishedRun
     from peftbench.report.writer import write_report
+    from peftbench.run_dir.layout import RunDir
     from peftbench.run_dir.results import load_matching_record
     from peftbench.suite.expand import expand, read_suite, resolve_accelerate_config
     from peftbench.suite.launch import run_suite
@@ -78,9 +78,7 @@ def compare(
         except KeyboardInterrupt:
             _print_to_stderr("interrupted: finished runs are kept; run the same command again to go on with the others")
             raise typer.Exit(INTERRUPT_EXIT_CODE) from None
-        places = {
-            Path(recipe.output_dir) / recipe.name / RECORD_FILE: load_matching_record(recipe) for recipe in recipes
-        }
+        places = {RunDir.from_recipe(recipe).record_file: load_matching_record(recipe) for recipe in recipes}
         records = {path: record for path, record in places.items() if record is not None}
         bad = [result for result in results if not result.succeeded]
         if records:

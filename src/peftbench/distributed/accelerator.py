@@ -35,14 +35,13 @@ from peftbench.distributed.compatibility import (
 from peftbench.distributed.engines import DDP, SINGLE, EngineKind, detect_requested_engine
 from peftbench.errors import EngineError, PrecisionError
 from peftbench.record import Device
+from peftbench.run_dir.layout import RunDir
 
 if TYPE_CHECKING:
     from accelerate.utils import DeepSpeedPlugin
 
     from peftbench.recipe.schema import Precision, Recipe
 
-OFFLOAD_DIR = "offload"
-"""Folder, within a run's, of what DeepSpeed keeps on a disk while training."""
 _ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -113,7 +112,7 @@ def resolve_engine(recipe: Recipe, run_dir: Path, world_size: int) -> tuple[Engi
             gradient_accumulation_steps=accumulation,
             world_size=world_size,
             max_grad_norm=recipe.train.max_grad_norm,
-            offload_dir=run_dir / OFFLOAD_DIR,
+            offload_dir=RunDir(run_dir).offload_dir,
         )
     return detect_requested_engine(plugin.deepspeed_config if plugin else None), plugin
 

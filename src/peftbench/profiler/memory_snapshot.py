@@ -1,4 +1,7 @@
-"""The state of the GPU's allocator at the moment it refuses: what a person opens to see who held the memory."""
+"""The state of the GPU's allocator at the moment it refuses: what a person opens to see who held the memory.
+
+https://pytorch.org/memory_viz shows the file in a browser.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,6 @@ from pathlib import Path
 
 import torch
 
-SNAPSHOT_FILE = "oom_snapshot.pickle"
-"""Beside the record. It is written and never read here; https://pytorch.org/memory_viz shows it in a browser."""
 _MAX_HISTORY_ENTRIES = 100_000
 
 

@@ -1,1 +1,1 @@
-"""Layout and files of a run's folder."""
+"""The files in a run's folder through which trainer, launcher, SLURM scripts and status reader communicate."""

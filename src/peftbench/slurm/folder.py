@@ -10,6 +10,7 @@ import typer
 from peftbench.common.console import cli_errors
 from peftbench.common.filesystem import write_error
 from peftbench.recipe.loader import load_recipe
+from peftbench.run_dir.layout import RunDir
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -22,7 +23,7 @@ def print_run_dir(
     """Print the folder that a recipe's run writes to."""
     with cli_errors():
         recipe = load_recipe(config or [], overrides or [])
-        place = Path(recipe.output_dir) / recipe.name
+        place = RunDir.from_recipe(recipe).path
         try:
             place.mkdir(parents=True, exist_ok=True)  # in which a file may have to be made
         except OSError as error:

@@ -15,6 +15,7 @@ from pathlib import Path
 from peftbench.common.console import INTERRUPT_EXIT_CODE
 from peftbench.errors import PeftbenchError, SlurmError, TimeLimitError
 from peftbench.record import EXIT_CODES, RECORD_FILE, RunRecord, read_record
+from peftbench.run_dir.layout import CHECKPOINT_METADATA_FILE, RunDir
 from peftbench.run_dir.status import get_slurm_job_id, read_status
 from peftbench.slurm.job_file import JobFile, read_job_file
 
@@ -97,7 +98,8 @@ def _read_record_since(started_at: str, run_dir: Path) -> RunRecord | None:
 
 def _has_checkpoint_since(started_at: str, run_dir: Path) -> bool:
     since = datetime.datetime.fromisoformat(started_at).timestamp()
-    return any(path.stat().st_mtime >= since for path in run_dir.glob("checkpoints/*/step-*[0-9]/checkpoint.json"))
+    checkpoints = RunDir(run_dir).find_checkpoints()
+    return any((path / CHECKPOINT_METADATA_FILE).stat().st_mtime >= since for path in checkpoints)
 
 
 def _get_resume_step(record: RunRecord) -> int:

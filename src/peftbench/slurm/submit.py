@@ -16,6 +16,7 @@ from peftbench.common.filesystem import write_atomically, write_error
 from peftbench.errors import MissingFileError, OutputError, SlurmError, did_you_mean
 from peftbench.recipe.loader import to_commented_yaml
 from peftbench.recipe.schema import Recipe
+from peftbench.run_dir.layout import RunDir
 from peftbench.run_dir.lock import raise_if_locked
 from peftbench.slurm.batch_script import (
     ACCELERATE_CONFIG_FILE,
@@ -117,7 +118,7 @@ def prepare_submission(
         raise_if_locked(folder)
     for recipe, folder in zip(recipes, job.run_dirs, strict=True):
         absolute = recipe.model_copy(update={"output_dir": str(folder.parent)})
-        write_atomically(folder / "recipe.yaml", to_commented_yaml(absolute))
+        write_atomically(RunDir(folder).recipe_file, to_commented_yaml(absolute))
         if launch_file is not None:
             _write_launch_files(launch_file, folder, job)
     text = render_script(job)

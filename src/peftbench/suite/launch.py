@@ -21,9 +21,10 @@ from peftbench.errors import RunLockedError
 from peftbench.recipe.loader import to_commented_yaml
 from peftbench.recipe.schema import Recipe
 from peftbench.record import FINAL_OUTCOMES, RECORD_FILE
-from peftbench.run.shutdown import ATTEMPT_ENV, clear_stop_files, get_stop_file
+from peftbench.run_dir.layout import RunDir
 from peftbench.run_dir.lock import is_locked, raise_if_locked
 from peftbench.run_dir.results import load_existing_result
+from peftbench.run_dir.stop_request import ATTEMPT_ENV, clear_stop_files, get_stop_file
 
 ENTRY_POINT = "peftbench.train"
 _PR_SET_PDEATHSIG = 1
@@ -56,7 +57,7 @@ def run_suite(
     results: list[RunResult] = []
     finished = {number for number, recipe in enumerate(recipes, 1) if load_existing_result(recipe) is not None}
     for number, recipe in enumerate(recipes, 1):  # so that whoever looks meanwhile is told of those that wait
-        folder = Path(recipe.output_dir) / recipe.name
+        folder = RunDir.from_recipe(recipe).path
         # A record there may be of another recipe: that stays beside it until it is this one's turn.
         if number not in finished and not is_locked(folder) and not (folder / RECORD_FILE).exists():
             _write_recipe(recipe, folder)
@@ -84,7 +85,7 @@ def run_one(
     Its recipe is written beside its record, so that it can be run again by hand. If this process dies, the run is
     asked to stop.
     """
-    folder = Path(recipe.output_dir) / recipe.name
+    folder = RunDir.from_recipe(recipe).path
     try:  # its own process would find out too, when what another has written is gone
         raise_if_locked(folder)
     except RunLockedError as error:
@@ -98,7 +99,7 @@ def run_one(
     # What asks it to stop is meant for it alone.
     environment = os.environ | {ATTEMPT_ENV: os.environ.get(ATTEMPT_ENV) or f"{socket.gethostname()}-{os.getpid()}"}
     clear_stop_files(get_stop_file(folder, environment))  # of another process of this number
-    log = folder / "log.txt"
+    log = RunDir(folder).log_file
     # A person watches the bars; anyone else finds what was said in the run's folder.
     with (Path(os.devnull) if sys.stderr.isatty() else log).open("wb") as file:
         errors = None if sys.stderr.isatty() else file
@@ -123,7 +124,7 @@ def run_one(
 
 
 def _write_recipe(recipe: Recipe, run_dir: Path) -> Path:
-    file = run_dir / "recipe.yaml"
+    file = RunDir(run_dir).recipe_file
     write_atomically(file, to_commented_yaml(recipe))
     return file
 

@@ -10,6 +10,7 @@ from typing import Any
 from peftbench.errors import SlurmError
 from peftbench.recipe.loader import load_recipe, read_yaml, to_inline_yaml
 from peftbench.recipe.schema import Recipe
+from peftbench.run_dir.layout import RunDir
 from peftbench.run_dir.lock import is_locked
 from peftbench.run_dir.results import load_existing_result
 from peftbench.slurm.batch_script import Job
@@ -120,7 +121,7 @@ def _find_active_owner(run_dir: Path, active_jobs: Set[str]) -> str | None:
 
 
 def _get_run_dir(recipe: Recipe) -> Path:
-    return Path(recipe.output_dir).resolve() / recipe.name
+    return RunDir.from_recipe(recipe).path.resolve()
 
 
 def _parse_option(argument: str) -> tuple[str, str | bool | None]:

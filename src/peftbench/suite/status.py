@@ -13,8 +13,9 @@ from tabulate import tabulate
 from peftbench.common.units import format_bytes
 from peftbench.errors import MissingFileError, RecordError
 from peftbench.record import FINAL_OUTCOMES, RECORD_FILE, RunRecord, read_record
+from peftbench.run_dir.layout import CHECKPOINTS_DIR, RECIPE_FILE, RunDir
+from peftbench.run_dir.layout import STATUS_FILE as STATUS
 from peftbench.run_dir.lock import is_locked
-from peftbench.run_dir.status import STATUS_FILE as STATUS
 from peftbench.run_dir.status import Status, read_status
 from peftbench.slurm.job_file import JobFile, read_job_file
 from peftbench.slurm.queue import QueuedJob
@@ -51,8 +52,8 @@ def collect_run_statuses(
     Raises:
         MissingFileError: there is none.
     """
-    places = sorted({path.parent for name in ("recipe.yaml", RECORD_FILE, STATUS) for path in folder.rglob(name)})
-    places = [place for place in places if "checkpoints" not in place.relative_to(folder).parts]
+    places = sorted({path.parent for name in (RECIPE_FILE, RECORD_FILE, STATUS) for path in folder.rglob(name)})
+    places = [place for place in places if CHECKPOINTS_DIR not in place.relative_to(folder).parts]
     if not places:
         raise MissingFileError(f"there is no run below {folder}", "give the folder that a suite wrote to")
     return [
@@ -101,7 +102,7 @@ def _build_run_status(run_dir: Path, name: str, queue: Mapping[str, QueuedJob], 
     if record is not None and _is_record_current(status, record):
         return _build_ended_status(run_dir, name, record, status, job)
     if status is not None:
-        kept = f"; step {newest} is kept" if (newest := _find_latest_checkpoint_step(run_dir)) else ""
+        kept = f"; step {newest} is kept" if (newest := RunDir(run_dir).find_latest_checkpoint_step()) else ""
         where = f" on {status.host}" if include_hosts else ""
         return RunStatus(
             name,
@@ -156,7 +157,7 @@ def _build_ended_status(
     if outcome.kind in {"oom", "diverged"}:
         said = f"{outcome.kind}: {said}"
     steps, step = status.total_steps if status else None, record.steps
-    kept = _find_latest_checkpoint_step(run_dir)
+    kept = RunDir(run_dir).find_latest_checkpoint_step()
     if state in {"preempted", "failed"} and kept is not None and kept > step:  # it ended before it had taken that up
         step, said = kept, f"{said}; step {kept} is kept"
     return RunStatus(
@@ -180,11 +181,6 @@ def _is_newer_than_record(status: Status | None, record: RunRecord | None) -> bo
 
 def _is_record_current(status: Status | None, record: RunRecord) -> bool:
     return status is None or record.started_at >= status.started_at
-
-
-def _find_latest_checkpoint_step(run_dir: Path) -> int | None:
-    steps = [int(path.parent.name.removeprefix("step-")) for path in run_dir.glob("checkpoints/*/step-*[0-9]/*.json")]
-    return max(steps, default=None)
 
 
 def render_status_table(rows: Sequence[RunStatus]) -> str:

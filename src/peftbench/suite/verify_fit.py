@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from peftbench.errors import BudgetError
@@ -11,7 +10,8 @@ from peftbench.memory.devices import UNKNOWN_DEVICE, DeviceFacts
 from peftbench.memory.plan import Strategy, Verification
 from peftbench.memory.search import MemoryTarget, apply_strategy, list_micro_batch_sizes
 from peftbench.recipe.schema import Budget, Checkpoint, Profile, Recipe
-from peftbench.record import RECORD_FILE, RunRecord, read_record
+from peftbench.record import RunRecord, read_record
+from peftbench.run_dir.layout import RunDir
 from peftbench.suite.launch import RunResult
 
 _VERIFICATION_STEPS = 3
@@ -88,7 +88,7 @@ def _run_and_read_record(recipe: Recipe, launch: Callable[[Recipe], RunResult]) 
         raise BudgetError(
             f"a run with micro-batches of {size} proves nothing, for it ended as {result.outcome}: {result.error}"
         )
-    return read_record(Path(recipe.output_dir) / recipe.name / RECORD_FILE)
+    return read_record(RunDir.from_recipe(recipe).record_file)
 
 
 def _build_short_recipe(recipe: Recipe, width: int, micro_batch_size: int, budget: int, output_dir: str) -> Recipe:

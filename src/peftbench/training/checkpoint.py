@@ -21,16 +21,20 @@ from safetensors import SafetensorError
 from peftbench.common.filesystem import as_os_error, write_error
 from peftbench.distributed.collectives import all_gather_objects
 from peftbench.errors import CheckpointError
+from peftbench.run_dir.layout import (
+    CHECKPOINT_METADATA_FILE,
+    PARTIAL_SUFFIX,
+    RunDir,
+    get_checkpoint_name,
+    list_checkpoints,
+)
 from peftbench.training import serialization
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-CHECKPOINTS_DIR = "checkpoints"
 PER_RANK_KEYS = ("random", "probe", "kept")
 """Parts of a state that each process has of its own, where all else is alike."""
-_METADATA_FILE = "checkpoint.json"
-_PARTIAL_SUFFIX = ".unfinished"
 _READ_ERRORS = (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError)
 _WRITE_ERRORS = (OSError, SafetensorError, TypeError, RuntimeError, MemoryError)
 
@@ -94,7 +98,7 @@ class CheckpointManager:
 
     def __init__(self, accelerator: Accelerator, run_dir: Path, metadata: CheckpointMetadata, keep_latest: int) -> None:
         self.accelerator, self.metadata, self.keep_latest = accelerator, metadata, keep_latest
-        self.directory = run_dir / CHECKPOINTS_DIR / metadata.training_id
+        self.directory = RunDir(run_dir).checkpoints_dir / metadata.training_id
         self.notes: list[str] = []
 
     def save(self, step: int, state: dict[str, Any]) -> None:
@@ -103,8 +107,8 @@ class CheckpointManager:
         Raises:
             OutputError, DiskFullError: a process cannot write; all raise, and the checkpoints before stay.
         """
-        final = self.directory / f"step-{step:08d}"
-        unfinished = final.with_name(f"{final.name}{_PARTIAL_SUFFIX}")
+        final = self.directory / get_checkpoint_name(step)
+        unfinished = final.with_name(f"{final.name}{PARTIAL_SUFFIX}")
         rank = self.accelerator.process_index
         if self.metadata.replicated and rank > 0:  # the first has the rest
             state = {key: state[key] for key in PER_RANK_KEYS if key in state}
@@ -140,7 +144,7 @@ class CheckpointManager:
                 raise OSError(None, f"the part of process {rank} is not there: all processes must share this folder")
         files = {str(path.relative_to(partial_dir)): _hash_file(path) for path in sorted(partial_dir.rglob("*.*"))}
         meta = {"step": step, "origin": asdict(self.metadata), "files": files}
-        (partial_dir / _METADATA_FILE).write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        (partial_dir / CHECKPOINT_METADATA_FILE).write_text(json.dumps(meta, indent=1), encoding="utf-8")
         for path in (*partial_dir.rglob("*"), partial_dir):
             _fsync(path)
         shutil.rmtree(final_dir, ignore_errors=True)
@@ -151,7 +155,7 @@ class CheckpointManager:
 
     def list_checkpoints(self) -> list[Path]:
         """Finished checkpoints, the newest first."""
-        return sorted((path.parent for path in self.directory.glob(f"step-*[0-9]/{_METADATA_FILE}")), reverse=True)
+        return list_checkpoints(self.directory)
 
     def latest(self) -> CheckpointRef | None:
         """The newest whole checkpoint of this very run, None where there is none; what is damaged is told and removed.
@@ -175,7 +179,7 @@ class CheckpointManager:
         notes = [
             f"checkpoints of another recipe, base or data lie in {path} and were left alone" for path in sorted(others)
         ]
-        for path in self.directory.glob(f"*{_PARTIAL_SUFFIX}"):
+        for path in self.directory.glob(f"*{PARTIAL_SUFFIX}"):
             shutil.rmtree(path, ignore_errors=True)
         for path in self.list_checkpoints():
             origin = _read_valid_metadata(path)
@@ -232,7 +236,7 @@ def _rank_dir_name(rank: int) -> str:
 def _read_valid_metadata(path: Path) -> CheckpointMetadata | None:
     """Where a checkpoint is from, None where a file of it is missing or is not what was written."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        meta: dict[str, Any] = json.loads((path / _METADATA_FILE).read_text(encoding="utf-8"))
+        meta: dict[str, Any] = json.loads((path / CHECKPOINT_METADATA_FILE).read_text(encoding="utf-8"))
         if all(_hash_file(path / name) == digest for name, digest in meta["files"].items()):
             return CheckpointMetadata(**meta["origin"])
     return None
