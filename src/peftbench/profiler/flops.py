@@ -29,6 +29,7 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from peftbench.common.attention import ATTENTION_NAME
 from peftbench.data.collate import FlopUnits
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class NonLinearFlopsError(UnsupportedFlopsError):
         super().__init__("a product over something else than the positions of a sequence")
 
 
-_SUPPORTED_ATTENTION = frozenset({"sdpa", "eager", "peftbench_causal"})
+_SUPPORTED_ATTENTION = frozenset({"sdpa", "eager", ATTENTION_NAME})
 """Attention whose kernels are torch's own, with formulas in ``counter.py``."""
 
 
@@ -137,11 +138,11 @@ def _track_blocks(base_model: PreTrainedModel, tracer: _MatmulTracer) -> Iterato
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     def entered(number: int) -> Any:
-        return lambda *_: setattr(tracer, "block", number)
+        return lambda *_: setattr(tracer, "block_index", number)
 
     blocks = [module for module in base_model.modules() if isinstance(module, GradientCheckpointingLayer)]
     handles = [block.register_forward_pre_hook(entered(number)) for number, block in enumerate(blocks)]
-    handles += [block.register_forward_hook(lambda *_: setattr(tracer, "block", None)) for block in blocks]
+    handles += [block.register_forward_hook(lambda *_: setattr(tracer, "block_index", None)) for block in blocks]
     try:
         yield
     finally:

@@ -161,14 +161,14 @@ def max_memory(first: Memory | None, second: Memory) -> Memory:
             name: max((v for m in (first, second) if (v := getattr(m, name)) is not None), default=None)
             for name in _PEAK_FIELDS
         }
-        | {"allocation_retries": sum(retries) if retries else None}
+        | {"num_alloc_retries": sum(retries) if retries else None}
     )
 
 
 def _is_within(first: Memory, second: Memory) -> bool:
     if second.num_alloc_retries or (second.num_alloc_retries == 0 and first.num_alloc_retries is None):
         return False
-    for name in (*_PEAK_FIELDS, "resident_bytes"):
+    for name in (*_PEAK_FIELDS, "rss_bytes"):
         value, most = getattr(second, name), getattr(first, name)
         if value is not None and (most is None or value > most):
             return False
@@ -181,7 +181,7 @@ def max_over_ranks(memory_by_rank: Sequence[dict[str, Memory]]) -> dict[str, Mem
     for phase, memory in (item for rank in memory_by_rank for item in rank.items()):
         most = max_memory(found.get(phase), memory)
         retries = [m.num_alloc_retries for m in (found.get(phase, memory), memory) if m.num_alloc_retries is not None]
-        found[phase] = most.model_copy(update={"allocation_retries": max(retries, default=None)})
+        found[phase] = most.model_copy(update={"num_alloc_retries": max(retries, default=None)})
     return found
 
 

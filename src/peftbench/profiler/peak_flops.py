@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import Literal
 
 import torch
-
-Precision = Literal["fp32", "bf16", "fp16"]
 
 PEAK_FLOPS: dict[str, dict[str, float]] = {
     # Dense, with accumulation in fp32. fp32 is that of the ordinary cores, since torch leaves TF32 off.
