@@ -139,7 +139,7 @@ def _get_last_line(text: str) -> str:
 
 
 def advise(request: AdviceRequest) -> Advice:
-    """Estimate the recipe and find the fastest change that is predicted to fit, preferring changes without trade-off."""
+    """Estimate the recipe and find the fastest change predicted to fit, preferring changes without a trade-off."""
     from peftbench.memory.estimate import estimate
 
     recipe = request.recipe
@@ -161,7 +161,8 @@ def advise(request: AdviceRequest) -> Advice:
         if fitting:
             return Advice(estimated_peak_bytes=needed, suggestion=_format_suggestion(fitting[0]))
     return Advice(
-        estimated_peak_bytes=needed, suggestion="no smaller micro-batch and no technique of peftbench fit would fit"
+        estimated_peak_bytes=needed,
+        suggestion="no smaller micro-batch and no technique of peftbench fit is predicted to fit",
     )
 
 
@@ -185,7 +186,7 @@ def _format_suggestion(strategy: Strategy) -> str:
 
 
 def main() -> None:
-    """Answer the question on standard input: what would fit ("advice"), or what auto becomes ("micro_batch")."""
+    """Read a request from stdin and print the result: "advice", or "micro_batch" to resolve auto."""
     from peftbench.common.console import quiet_libraries  # not needed by the calling run
 
     request = AdviceRequest.model_validate_json(sys.stdin.read())

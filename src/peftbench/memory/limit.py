@@ -88,7 +88,7 @@ def _limit_cpu_memory(budget_bytes: int) -> MemoryLimit:
     _check_capacity(budget_bytes, total, "this machine")
     if budget_bytes < _CPU_OVERHEAD_BYTES:
         raise BudgetError(
-            f"budget.memory={budget_bytes:,} bytes is less than the {_CPU_OVERHEAD_BYTES:,} that a process on CPU needs "
+            f"budget.memory={budget_bytes:,} bytes is less than the {_CPU_OVERHEAD_BYTES:,} that a CPU process needs "
             "in addition to its tensors; increase it"
         )
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # stacks of loader threads count as data
