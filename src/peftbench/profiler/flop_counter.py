@@ -1,7 +1,7 @@
 """Count dispatched FLOPs with torch's formulas, plus formulas for kernels that torch does not know.
 
-torch's own ``FlopCounterMode`` also decomposes operations without a formula (e.g. the derivative of SiLU), which changes
-the rounding. An instrument must not change what it measures, so this one does not decompose.
+torch's own ``FlopCounterMode`` also decomposes operations without a formula (e.g. the derivative of SiLU), and this
+changes the rounding. An instrument must not change what it measures, so this one does not decompose.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _packed_mm_flop(inputs: Any, _packed: Any, weight: Any, *_: Any, **__: Any) 
 
 
 def _mixed_int8_mm_flop(_inputs: Any, quantized: Any, weight: Any, *_: Any, **__: Any) -> int:
-    """Return the FLOPs of quantized inputs (..., in) times weights (out, in), without the few 16-bit outlier columns."""
+    """Return the FLOPs of int8 inputs (..., in) times weights (out, in), without the few 16-bit outlier columns."""
     return _int8_mm_flop(quantized, weight)
 
 

@@ -16,8 +16,8 @@ from peftbench.profiler.memory_snapshot import record_memory_history
 FLOP_COUNT_STEP = 1
 """Number of the step whose FLOPs are counted."""
 MEMORY_HISTORY_STEPS = 2
-"""Number of first steps whose allocation history is recorded; optimizer states exist from the second step, and most runs
-that pass it do not run out of memory later."""
+"""Number of first steps whose allocation history is recorded. Optimizer states exist from the second step, and most
+runs that pass it do not run out of memory later."""
 
 
 @dataclass
