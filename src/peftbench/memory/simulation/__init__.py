@@ -1,1 +1,1 @@
-"""One training step simulated on the meta device."""
+"""Simulate a training step on torch's meta device and record every storage. See README.md."""
