@@ -17,6 +17,11 @@ INTERRUPT_EXIT_CODE = 130
 """Exit code after Ctrl-C, as shells have it."""
 
 
+def get_launched_rank() -> int:
+    """Return this process's rank by the launcher's environment: 0 for the main process, and without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
 @contextmanager
 def cli_errors(on_error: Callable[[dict[str, object]], None] | None = None) -> Iterator[None]:
     """Turn a user's mistake into one sentence on standard error and its own exit code, without a traceback.
@@ -26,9 +31,9 @@ def cli_errors(on_error: Callable[[dict[str, object]], None] | None = None) -> I
     try:
         yield
     except PeftbenchError as error:
-        rank = os.environ.get("RANK", "0")
-        if rank == "0" or isinstance(error, (EngineError, OutputError)):  # the others are the same on every rank
-            prefix = "" if rank == "0" else f"[rank {rank}] "
+        rank = get_launched_rank()
+        if rank == 0 or isinstance(error, (EngineError, OutputError)):  # the others are the same on every rank
+            prefix = "" if rank == 0 else f"[rank {rank}] "
             print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
         if on_error is not None:
             on_error({"outcome": "refused", "error": str(error), "exit_code": error.exit_code})

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from peftbench.distributed.launcher_env import launched_world_size, select_launcher_env, without_launcher_env
 from peftbench.errors import BudgetTooSmallError, PeftbenchError
 from peftbench.memory.devices import get_device_facts, get_facts_by_torch_name
-from peftbench.memory.launch_config import build_launch_config, select_launcher_env
+from peftbench.memory.launch_config import build_launch_config
 from peftbench.memory.search import TECHNIQUES, MemoryTarget, choose_micro_batch, strategies, with_micro_batch
 from peftbench.recipe.schema import Recipe
 
@@ -23,19 +24,6 @@ if TYPE_CHECKING:
     from peftbench.memory.plan import Strategy
 
 _TIMEOUT_SECONDS = 300
-_STRIPPED_ENV_PREFIXES = (
-    "ACCELERATE_",
-    "FSDP_",
-    "TORCHELASTIC_",
-    "MASTER_",
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "GROUP_",
-    "ROLE_",
-    "DEEPSPEED_",
-)
 
 
 class AdviceRequest(BaseModel):
@@ -59,7 +47,7 @@ class AdviceRequest(BaseModel):
             budget_bytes=budget_bytes,
             device_name=device_name,
             launcher_env=select_launcher_env(os.environ),
-            num_processes=int(os.environ.get("WORLD_SIZE", "1")),
+            num_processes=launched_world_size(),
         )
 
     def build_target(self) -> MemoryTarget:
@@ -111,8 +99,8 @@ def request_micro_batch(request: AdviceRequest) -> MicroBatchChoice:
 
 
 def _run_advisor(request: AdviceRequest, request_kind: str) -> tuple[str, str]:
-    """Run the estimator in a subprocess; return its last line of output, and an error in case that is invalid."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(_STRIPPED_ENV_PREFIXES)}
+    """Run the estimator in a subprocess; return its last line of output, or the error if that is invalid."""
+    environment = without_launcher_env(os.environ)
     environment["CUDA_VISIBLE_DEVICES"] = ""
     try:
         process = subprocess.run(

@@ -16,15 +16,11 @@ from unittest.mock import patch
 from peftbench.data.batches import check_divisible
 from peftbench.distributed.accelerator import resolve_engine
 from peftbench.distributed.engines import SINGLE, EngineKind
+from peftbench.distributed.launcher_env import build_first_process_env, select_launcher_env
 from peftbench.errors import EngineError, MissingFileError
 
 if TYPE_CHECKING:
     from peftbench.recipe.schema import Recipe
-
-_LAUNCHER_ENV_PREFIXES = ("ACCELERATE_", "FSDP_")
-"""Prefixes of the variables through which accelerate's launcher passes its config to the processes."""
-_HOST_SPECIFIC_VARIABLES = frozenset({"ACCELERATE_USE_CPU"})
-"""Variables that depend on the launching machine; a plan is for a GPU."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +39,8 @@ class LaunchConfig:
 
     def patch_environ(self) -> AbstractContextManager[object]:
         """Replace this process's launcher variables with those of rank 0."""
-        rank_env = {
-            "RANK": "0",
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": str(self.num_processes),
-            "LOCAL_WORLD_SIZE": str(self.num_processes),
-            "MASTER_ADDR": "localhost",
-            "MASTER_PORT": "0",
-            "OMP_NUM_THREADS": "1",  # else accelerate sets the thread count of this process
-        }
-        other_env = {key: value for key, value in os.environ.items() if not key.startswith(_LAUNCHER_ENV_PREFIXES)}
-        return patch.dict(os.environ, other_env | rank_env | dict(self.launcher_env), clear=True)
+        environ = build_first_process_env(os.environ, self.num_processes, self.launcher_env)
+        return patch.dict(os.environ, environ, clear=True)
 
 
 SINGLE_PROCESS = LaunchConfig()
@@ -84,15 +71,6 @@ def build_launch_config(num_processes: int, launcher_env: Mapping[str, str], rec
         engine, _ = resolve_engine(recipe, Path(), num_processes)
     check_divisible(recipe.train.global_batch_size, num_processes)
     return LaunchConfig(engine, num_processes, launcher_env)
-
-
-def select_launcher_env(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the launcher's variables from ``environment``."""
-    return {
-        key: value
-        for key, value in environment.items()
-        if key.startswith(_LAUNCHER_ENV_PREFIXES) and key not in _HOST_SPECIFIC_VARIABLES
-    }
 
 
 @contextmanager
