@@ -7,13 +7,12 @@ never what is computed.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
+from peftbench.common.fingerprint import fingerprint_recipe
 from peftbench.common.schema import ConfigSection
 from peftbench.common.units import parse_size
 from peftbench.data.sources import AnySource
@@ -296,12 +295,5 @@ class Recipe(ConfigSection):
         return self
 
     def fingerprint(self) -> str:
-        """Hash of every knob that may change a number; where the run is written and shown is left out."""
-        shown: dict[str, Any] = dict.fromkeys(("name", "output_dir", "save_model", "trackers", "checkpoint"), True)
-        # What is left at null changes nothing, and records from before there was such a knob stay valid.
-        if self.budget.memory is None:
-            shown["budget"] = True
-        if self.train.feature_cache is None:
-            shown["train"] = {"feature_cache"}
-        knobs = self.model_dump(mode="json", exclude=shown | {"profile": {"price_per_hour"}})
-        return hashlib.blake2b(json.dumps(knobs, sort_keys=True).encode(), digest_size=8).hexdigest()
+        """Return the hash of every key that can change a number."""
+        return fingerprint_recipe(self.model_dump(mode="json"))
