@@ -1,1 +1,1 @@
-"""TODO-DOC common."""
+"""Helpers without a subject of their own: files, units, text, console."""

@@ -1,1 +1,1 @@
-"""TODO-DOC recipe."""
+"""The recipe of a run: its schema, and its files."""
