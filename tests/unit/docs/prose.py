@@ -70,5 +70,5 @@ if __name__ == "__main__":
     paths = [str(Path(argument).resolve().relative_to(ROOT)) for argument in sys.argv[1:]]
     chosen = [name for name in list_files() if not paths or any(name == p or name.startswith(p + "/") for p in paths)]
     found = check(chosen)
-    print("\n".join(found))
+    sys.stdout.writelines(f"{line}\n" for line in found)
     sys.exit(bool(found))
