@@ -1,1 +1,1 @@
-"""TODO-DOC cli."""
+"""The command line: one module per group of commands."""

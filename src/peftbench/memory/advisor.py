@@ -183,7 +183,7 @@ def _format_suggestion(strategy: Strategy) -> str:
 
 def main() -> None:
     """Answer the question on standard input: what would fit ("advice"), or what auto becomes ("settle")."""
-    from peftbench.common.console import quiet_libraries  # which a run that asks need not be able to import
+    from peftbench.common.libraries import quiet_libraries  # which a run that asks need not be able to import
 
     question = AdviceRequest.model_validate_json(sys.stdin.read())
     quiet_libraries()
