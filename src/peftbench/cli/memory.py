@@ -139,7 +139,7 @@ def _load_device_facts(device: str | None) -> DeviceFacts:
     return get_device_facts(device) if device else UNKNOWN_DEVICE
 
 
-def _build_target(  # noqa: PLR0917 — the options as the command line has them
+def _build_target(
     facts: DeviceFacts,
     device: str | None,
     budget: str | None,
