@@ -103,7 +103,7 @@ def _render_body(job: Job) -> list[str]:
         ")",
         "folder=${folders[${SLURM_ARRAY_TASK_ID:-0}]}",
         "",
-        "# SLURM signals only this script before the time limit. A file passes the stop request to the run on all nodes.",
+        "# Before the time limit SLURM signals only this script. A file passes the stop request on to all nodes.",
         "export PEFTBENCH_JOB=${SLURM_JOB_ID}-${SLURM_RESTART_COUNT:-0}",
         f"export PEFTBENCH_STOP_LEAD={parse_lead_seconds(job.options)}",
         "# Since SLURM 22.05, srun gives a task one CPU unless SRUN_CPUS_PER_TASK is set.",

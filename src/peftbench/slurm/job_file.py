@@ -6,7 +6,7 @@ import json
 from contextlib import suppress
 from pathlib import Path
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from peftbench.common.filesystem import write_atomically
 
@@ -18,11 +18,11 @@ class JobFile(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    job_id: str = Field(validation_alias=AliasChoices("job_id", "job"))
+    job_id: str
     """SLURM's job id: 12, or 12_3 for an array task."""
-    log_path: str | None = Field(default=None, validation_alias=AliasChoices("log_path", "log"))
+    log_path: str | None = None
     """The job's log."""
-    requeue_count: int = Field(default=0, validation_alias=AliasChoices("requeue_count", "requeued"))
+    requeue_count: int = 0
     """How often the job has requeued itself."""
 
     def write(self, run_dir: Path) -> None:

@@ -190,7 +190,9 @@ def parse_lead_seconds(options: Mapping[str, str | None]) -> int:
 
 
 def parse_time_limit(time: str) -> int | None:
-    """Return the seconds of sbatch's --time (minutes, minutes:seconds, hours:minutes:seconds, days-...), None if unlimited.
+    """Return the seconds of sbatch's --time (minutes, minutes:seconds, hours:minutes:seconds, days-...).
+
+    Returns None for an unlimited time.
 
     Raises:
         SlurmError: an invalid time.
@@ -220,6 +222,6 @@ def check_time_limit(options: Mapping[str, str | None]) -> None:
     seconds = None if time is None else parse_time_limit(time)
     if seconds is not None and seconds <= lead:
         raise TimeLimitError(
-            f"slurm.time={time} is {seconds} s, but the job is stopped {lead} s before its time limit; give a longer time, "
-            f"or a later signal, e.g. slurm.signal={STOP_SIGNAL_FORMAT.format(max(1, seconds // 4))}"
+            f"slurm.time={time} is {seconds} s, but the job is stopped {lead} s before its time limit; give a longer "
+            f"time, or a later signal, e.g. slurm.signal={STOP_SIGNAL_FORMAT.format(max(1, seconds // 4))}"
         )

@@ -158,8 +158,8 @@ def submit_job(submission: Submission) -> Submission:
     """
     if shutil.which("sbatch") is None:
         raise SlurmError(
-            f"no sbatch on this machine; submit {submission.script_path} on a machine with SLURM, or run the suite here "
-            "with peftbench run"
+            f"no sbatch on this machine; submit {submission.script_path} on a machine with SLURM, or run the suite "
+            "here with peftbench run"
         )
     # If this process is itself in a job, its task id, restart count and CPUs must not reach the new job.
     environment = {

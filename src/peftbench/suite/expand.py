@@ -54,13 +54,13 @@ def read_suite(path: Path) -> Suite:
         if first["type"] == "extra_forbidden":
             hint = did_you_mean(key, Suite.model_fields)
             raise UnknownKeyError(f"{path} is not a valid suite: unknown key {key!r}", hint) from error
-        raise RecipeError(f"{path} is not a valid suite: {key}: {found['msg']}") from error
+        raise RecipeError(f"{path} is not a valid suite: {key}: {first['msg']}") from error
 
 
 def expand(
     path: Path, overrides: Sequence[str] = (), out: Path | None = None, seeds: int | None = None
 ) -> list[Recipe]:
-    """Return the recipes of all runs of the suite in ``path``, each with a unique name and repeated for ``seeds`` seeds.
+    """Return the recipes of all runs of the suite in ``path``, each with a unique name; ``seeds`` repeats them.
 
     Raises:
         RecipeError: a recipe is invalid, two runs have the same name, or both an axis and ``seeds`` vary the seed.

@@ -62,7 +62,7 @@ def collect_run_statuses(
 
 
 def find_unfinished_runs(folder: Path) -> list[RunStatus]:
-    """Return the runs in ``folder`` whose state is not in a record: waiting, running or gone, or failed without a record.
+    """Return the runs in ``folder`` that are waiting, running or gone, or that failed without a record.
 
     The states come from files alone. Details have no host names, since a page with them may be shared.
     """
