@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import typer
 
-from peftbench.common.console import cli_errors, quiet_libraries
+from peftbench.common.console import cli_errors, refuse_renamed_options
+from peftbench.common.libraries import quiet_libraries
 from peftbench.distributed import launcher_env
 from peftbench.errors import PeftbenchError
 from peftbench.recipe.loader import load_recipe, to_commented_yaml
@@ -36,9 +37,8 @@ def train(
     config: Annotated[
         list[Path] | None, typer.Option("--config", help="A recipe; several are merged from left to right.")
     ] = None,
-    unless_finished: Annotated[
-        bool,
-        typer.Option("--unless-finished", help="Leave a run alone that has its result: its outcome is told again."),
+    skip_finished: Annotated[
+        bool, typer.Option("--skip-finished", help="Skip the run if its record already exists; print its outcome.")
     ] = False,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the resolved recipe with each knob's meaning, and stop.")
@@ -55,7 +55,7 @@ def train(
             if launcher_env.get_launched_rank() == 0:
                 print(to_commented_yaml(recipe), end="")
             return
-        before = load_existing_result(recipe) if unless_finished else None
+        before = load_existing_result(recipe) if skip_finished else None
         if before is not None:
             _print_existing_result(recipe, before)
             raise typer.Exit(EXIT_CODES[before.outcome.kind])
@@ -156,6 +156,7 @@ def print_result_line(result: dict[str, object], file: TextIO | None = None) -> 
 
 def main() -> None:
     """Run the command line."""
+    refuse_renamed_options(sys.argv[1:], {"--unless-finished": "--skip-finished"})
     try:
         app()
     finally:

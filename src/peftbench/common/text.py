@@ -1,4 +1,4 @@
-"""Texts that OmegaConf shall read as they are."""
+"""Text that OmegaConf reads literally."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ _INTERPOLATION_PATTERN = re.compile(r"(\\*)\$\{")
 
 
 def escape_interpolation(text: str) -> str:
-    r"""``text`` with OmegaConf's interpolations escaped: of ``\`` before one, each stands for itself only doubled."""
+    r"""Return ``text`` with OmegaConf's interpolations escaped; each ``\`` before one is doubled to stay literal."""
     return _INTERPOLATION_PATTERN.sub(r"\1\1\\${", text)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from peftbench.common.console import get_launched_rank as get_launched_rank
 
-
 ACCELERATE_ENV_PREFIXES = ("ACCELERATE_", "FSDP_")
 """Prefixes of the variables by which accelerate's launcher passes its config file to its processes."""
 _HOST_SPECIFIC_VARIABLES = frozenset({"ACCELERATE_USE_CPU"})

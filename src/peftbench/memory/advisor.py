@@ -175,7 +175,7 @@ def _format_suggestion(strategy: Strategy) -> str:
 
 def main() -> None:
     """Read a request from stdin and print the result: "advice", or "micro_batch" to resolve auto."""
-    from peftbench.common.console import quiet_libraries  # not needed by the calling run
+    from peftbench.common.libraries import quiet_libraries  # not needed by the calling run
 
     request = AdviceRequest.model_validate_json(sys.stdin.read())
     quiet_libraries()

@@ -98,7 +98,9 @@ class AdamW8bitBf16(_StochasticRounding):
     """AdamW with bf16 weights and 8-bit moments."""
 
     optim_bits: ClassVar[int] = 8
-    approximation: ClassVar[str | None] = "weights are in bf16, rounded stochastically, and moments are quantized to 8 bits"
+    approximation: ClassVar[str | None] = (
+        "weights are in bf16, rounded stochastically, and moments are quantized to 8 bits"
+    )
     library_class: ClassVar[str] = "AdamW8bit"
 
     kind: Literal["adamw8bit_bf16"] = "adamw8bit_bf16"
