@@ -1,1 +1,1 @@
-"""TODO-DOC run."""
+"""One run: from a recipe to a record, whatever the outcome."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ import torch
 
 from peftbench.data.batches import GlobalBatch
 from peftbench.data.collate import FlopUnits, TokenCounts
+from peftbench.training.callbacks import StepCallback, StepInfo
 from peftbench.training.prefetch import prefetch
 
 if TYPE_CHECKING:
@@ -97,11 +98,11 @@ def train(
     progress: TrainProgress,
     *,
     max_grad_norm: float | None,
-    on_step: Callable[[int, dict[str, float]], None],
+    callbacks: Sequence[StepCallback] = (),
 ) -> None:
     """Run all steps that ``progress`` does not hold yet.
 
-    ``on_step`` is told (step, what was measured), outside the step's clock.
+    ``callbacks`` are called in order after each step, outside of the step's timing.
 
     Raises:
         DivergedError: a loss is not finite; ``progress`` holds every step before it.
@@ -124,4 +125,8 @@ def train(
         progress.step_executed.append(batch.hardware_flop_units)
         progress.step_shapes.append(batch.max_shape)
         with probe.paused():
-            on_step(progress.completed_steps, {"loss": loss, "learning_rate": learning_rate})
+            info = StepInfo(
+                progress.completed_steps, training.total_steps, loss, learning_rate, batch.token_counts.real
+            )
+            for callback in callbacks:
+                callback.after_step(info)
