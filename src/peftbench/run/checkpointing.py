@@ -67,7 +67,7 @@ class TrainingCheckpointer:
         if problems := [said for said in all_gather_objects(accelerator, problem) if said is not None]:
             raise CheckpointError(problems[0], f"remove {found.path.parent} to begin anew")
         run.probe.load_state_dict(state["probe"], same_world_size=own)
-        run.resumed_measurements = state["kept"] if own else {}
+        run.resumed_measurements = state["measurements"] if own else {}
         self.resume_step = self.last_saved_step = run.progress.completed_steps
         run.resumed_after = [*state["resumed_after"], self.resume_step]
         if not own:
@@ -116,7 +116,7 @@ class TrainingCheckpointer:
             state |= {
                 "probe": run.probe.state_dict(),
                 "resumed_after": run.resumed_after,
-                "kept": {"counted": counted, "breakdown": found.model_dump() if found else None},
+                "measurements": {"counted": counted, "breakdown": found.model_dump() if found else None},
             }
             start = time.perf_counter()
             self.checkpoint_manager.save(step, state)

@@ -39,12 +39,10 @@ from peftbench.training.build import (
     AdaptedModel,
     TrainingComponents,
     apply_method,
-    build_encoder,
     build_training,
     load_base_model,
-    load_encoded_split,
-    load_split,
 )
+from peftbench.training.data import build_encoder, load_encoded_split, load_split
 from peftbench.training.loop import DivergedError, TrainProgress, train
 
 if TYPE_CHECKING:
