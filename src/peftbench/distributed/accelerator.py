@@ -19,6 +19,7 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
 )
 
+from peftbench.common.dtypes import get_autocast_dtype
 from peftbench.data.batches import compute_micro_batching
 from peftbench.distributed import deepspeed
 from peftbench.distributed.compatibility import (
@@ -55,7 +56,7 @@ class AcceleratorContext:
 
     def autocast(self) -> AbstractContextManager[object]:
         """Arithmetic in the recipe's precision, for a forward pass that the engine does not put into it itself."""
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        dtype = get_autocast_dtype(self.precision)
         return torch.autocast(self.accelerator.device.type, dtype=dtype, enabled=dtype is not None)
 
     @property
@@ -315,7 +316,7 @@ def verify_engine_config(
     asked: dict[str, object] = {"accumulation": accumulation, "optimizer": _qualified_name(unwrapped_optimizer)}
     found: dict[str, object] = {
         "accumulation": accelerator.gradient_accumulation_steps,
-        "optimizer": _qualified_name(list(deepspeed.unwrap_chain(optimizer))[-1]),
+        "optimizer": _qualified_name(deepspeed.unwrap_optimizer(optimizer)),
     }
     if engine.is_deepspeed:
         asked |= deepspeed.build_expected_config(

@@ -240,6 +240,12 @@ def unwrap_chain(optimizer: Any) -> Iterator[Any]:
         yield optimizer
 
 
+def unwrap_optimizer(optimizer: Any) -> Any:
+    """Return the innermost optimizer, the one that steps."""
+    *_, inner = unwrap_chain(optimizer)
+    return inner
+
+
 def master_weights(optimizer: Any) -> list[torch.Tensor]:
     """This process's copies in float32 of what is trained, which ZeRO's optimizer steps; none under other engines."""
     for layer in unwrap_chain(optimizer):

@@ -93,7 +93,7 @@ def state_bytes(
         return None
     _reshard(model)
     masters = deepspeed.master_weights(optimizer)
-    steps = list(deepspeed.unwrap_chain(optimizer))[-1]
+    steps = deepspeed.unwrap_optimizer(optimizer)
     states = [
         local_shard(tensor) for state in steps.state.values() for tensor in iter_tensors(state.values())
     ] + masters

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from typing import Literal
 
 import torch
 
-Precision = Literal["fp32", "bf16", "fp16"]
+from peftbench.common.dtypes import TORCH_DTYPES
 
 PEAK_FLOPS: dict[str, dict[str, float]] = {
     # Dense, with accumulation in fp32. fp32 is that of the ordinary cores, since torch leaves TF32 off.
@@ -39,7 +38,6 @@ figures with sparsity); the architecture white papers of H100 (SXM5 and PCIe), G
 (RTX 4080, 4090; fp16 with accumulation in fp32).
 """
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _MATRIX_SIZES = {"cuda": 8192, "cpu": 1024}
 _MEASUREMENT_SECONDS = 0.1
 
@@ -64,7 +62,7 @@ def measure_matmul_flops(device: torch.device, precision: str) -> float | None:
     size = _MATRIX_SIZES.get(device.type, 1024)
     try:
         return _measure_best(
-            device, *(torch.rand((size, size), device=device).to(_DTYPES[precision]) for _ in range(3))
+            device, *(torch.rand((size, size), device=device).to(TORCH_DTYPES[precision]) for _ in range(3))
         )
     except RuntimeError:  # out of memory, in one of its forms: the run itself went well and left no room
         return None

@@ -72,7 +72,7 @@ class TrainingCheckpointer:
         if problems := [text for text in all_gather_objects(state.accelerator, problem) if text is not None]:
             raise CheckpointError(problems[0], f"delete {checkpoint.path.parent} to start over")
         state.probe.load_state_dict(saved["probe"], same_world_size=is_own)
-        state.resumed_measurements = saved["resumed_measurements"] if is_own else {}
+        state.resumed_measurements = saved["measurements"] if is_own else {}
         self.resume_step = self.last_saved_step = progress.completed_steps
         state.resumed_after = [*saved["resumed_after"], self.resume_step]
         if not is_own:
@@ -120,7 +120,7 @@ class TrainingCheckpointer:
             to_save |= {
                 "probe": state.probe.state_dict(),
                 "resumed_after": state.resumed_after,
-                "resumed_measurements": {
+                "measurements": {
                     "counted_flops": state.get_counted_flops(),
                     "memory_breakdown": breakdown.model_dump() if breakdown else None,
                 },

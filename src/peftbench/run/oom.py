@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from peftbench.common.text import first_line
 from peftbench.distributed.accelerator import runs_on_cpu
 from peftbench.errors import BudgetError
 from peftbench.memory.advisor import Advice, AdviceRequest, request_advice, request_micro_batch
@@ -141,7 +142,7 @@ class OomHandler:
             rank=rank,
             requested_bytes=_parse_requested_bytes(error),
             in_use_bytes=in_use_bytes,
-            error=_get_first_line(error),
+            error=first_line(error),
             memory_snapshot=self.snapshot_path.name if self.snapshot_path.exists() else None,
         )
 
@@ -178,7 +179,3 @@ def _parse_requested_bytes(error: BaseException) -> int | None:
     if rounded := re.search(r"Tried to allocate ([\d.]+) ([KMG])iB", str(error)):
         return int(float(rounded.group(1)) * 1024 ** (" KMG".index(rounded.group(2))))
     return None
-
-
-def _get_first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from peftbench.distributed.accelerator import describe_device
-from peftbench.distributed.deepspeed import unwrap_chain
+from peftbench.distributed.deepspeed import unwrap_optimizer
 from peftbench.profiler.instruments import FLOP_COUNT_STEP
 from peftbench.profiler.memory import max_over_ranks
 from peftbench.profiler.peak_flops import get_peak_flops
@@ -128,7 +128,7 @@ def _build_engine(state: RunState) -> Engine | None:
     training, accelerator, engine = state.training, state.accelerator, state.engine
     if training is None:
         return None
-    optimizer = list(unwrap_chain(training.optimizer))[-1]
+    optimizer = unwrap_optimizer(training.optimizer)
     return Engine(
         name=engine.name,
         model_class=type(training.model).__qualname__,

@@ -41,7 +41,8 @@ from peftbench.run_dir.layout import RunDir
 from peftbench.run_dir.lock import Lock
 from peftbench.run_dir.status import StatusWriter
 from peftbench.run_dir.stop_request import clear_stop_files, get_stop_file
-from peftbench.training.build import build_encoder, load_base_model
+from peftbench.training.build import load_base_model
+from peftbench.training.data import build_encoder
 from peftbench.training.loop import train
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from peftbench.distributed.collectives import main_process_first
 from peftbench.distributed.sharding import gather_full_model
 from peftbench.evaluation.evaluator import Evaluator, build_quality
 from peftbench.profiler.peak_flops import measure_matmul_flops
-from peftbench.training.build import AdaptedModel, apply_method, build_training, load_encoded_split, load_split
+from peftbench.training.build import AdaptedModel, apply_method, build_training
+from peftbench.training.data import load_encoded_split, load_split
 from peftbench.training.loop import DivergedError
 
 if TYPE_CHECKING:
