@@ -99,7 +99,8 @@ class CheckpointManager:
 
     def __init__(self, accelerator: Accelerator, run_dir: Path, metadata: CheckpointMetadata, keep_latest: int) -> None:
         self.accelerator, self.metadata, self.keep_latest = accelerator, metadata, keep_latest
-        self.directory = RunDir(run_dir).checkpoints_dir / metadata.training_id
+        self.run_dir = RunDir(run_dir)
+        self.directory = self.run_dir.checkpoints_dir / metadata.training_id
         self.notes: list[str] = []
 
     def save(self, step: int, state: dict[str, Any]) -> None:
@@ -150,7 +151,7 @@ class CheckpointManager:
             "metadata": asdict(self.metadata),
             "files": files,
         }
-        (partial_dir / _METADATA_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        (partial_dir / CHECKPOINT_METADATA_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
         for path in (*partial_dir.rglob("*"), partial_dir):
             _fsync(path)
         shutil.rmtree(final_dir, ignore_errors=True)
@@ -183,18 +184,18 @@ class CheckpointManager:
 
     def _select_latest(self) -> tuple[CheckpointRef | None, list[str], str | None]:
         others = [path for path in self.directory.parent.glob("*") if path.is_dir() and path != self.directory]
-        for path in sorted(self.directory.parent.glob(f"*/step-*[0-9]/{_METADATA_FILE}")):
-            if (version := _read_format_version(path)) not in (None, _FORMAT_VERSION):
+        for path in self.run_dir.find_checkpoints():
+            if (version := _read_format_version(path / CHECKPOINT_METADATA_FILE)) not in (None, _FORMAT_VERSION):
                 return (
                     None,
                     [],
                     (
-                        f"Cannot resume from {path.parent}: it has checkpoint format {version}, and this version reads "
-                        f"format {_FORMAT_VERSION}. Delete {path.parent.parent} to start over."
+                        f"Cannot resume from {path}: it has checkpoint format {version}, and this version reads "
+                        f"format {_FORMAT_VERSION}. Delete {path.parent} to start over."
                     ),
                 )
         notes = [f"{path} has checkpoints of another recipe, base model or data; kept" for path in sorted(others)]
-        for path in self.directory.glob(f"*{_PARTIAL_SUFFIX}"):
+        for path in self.directory.glob(f"*{PARTIAL_SUFFIX}"):
             shutil.rmtree(path, ignore_errors=True)
         for path in self.list_checkpoints():
             metadata = _read_valid_metadata(path)
@@ -251,7 +252,7 @@ def _rank_dir_name(rank: int) -> str:
 def _read_valid_metadata(path: Path) -> CheckpointMetadata | None:
     """Return a checkpoint's metadata, None if one of its files is missing or changed."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        content: dict[str, Any] = json.loads((path / _METADATA_FILE).read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads((path / CHECKPOINT_METADATA_FILE).read_text(encoding="utf-8"))
         if all(_hash_file(path / name) == digest for name, digest in content["files"].items()):
             return CheckpointMetadata(**content["metadata"])
     return None
