@@ -23,6 +23,7 @@ from peftbench.common.filesystem import as_os_error, write_error
 from peftbench.distributed.collectives import all_gather_objects
 from peftbench.errors import CheckpointError
 from peftbench.run_dir.layout import (
+    CHECKPOINT_METADATA_FILE,
     PARTIAL_SUFFIX,
     RunDir,
     get_checkpoint_name,
@@ -208,8 +209,8 @@ class CheckpointManager:
                     None,
                     notes,
                     (
-                        f"Cannot resume from {path}: it was written with {', '.join(differences)}. Launch with the same "
-                        f"settings, or delete {self.directory} to start over."
+                        f"Cannot resume from {path}: it was written with {', '.join(differences)}. Launch with the "
+                        f"same settings, or delete {self.directory} to start over."
                     ),
                 )
             return CheckpointRef(path, metadata), notes, None
