@@ -45,7 +45,7 @@ from peftbench.errors import PeftbenchError
 from peftbench.modeling.loading import build_from_config, get_max_positions, load_config, load_tokenizer
 from peftbench.profiler.memory import MemoryMeter, build_memory_meter
 from peftbench.recipe.schema import Model
-from peftbench.run.record_builder import get_library_versions
+from peftbench.record.environment import get_library_versions
 
 MIB = 2**20
 LEFT = 16 * MIB

@@ -18,6 +18,7 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
 )
 
+from peftbench.common.dtypes import get_autocast_dtype
 from peftbench.data.batches import compute_micro_batching
 from peftbench.distributed import collectives, deepspeed, launcher_env, preflight
 from peftbench.distributed.compatibility import (
@@ -54,7 +55,7 @@ class AcceleratorContext:
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return an autocast context in the recipe's precision, for forward passes that the engine does not autocast."""
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        dtype = get_autocast_dtype(self.precision)
         return torch.autocast(self.accelerator.device.type, dtype=dtype, enabled=dtype is not None)
 
     @property

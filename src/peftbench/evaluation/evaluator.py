@@ -18,7 +18,7 @@ from peftbench.distributed.sharding import unshard_root
 from peftbench.evaluation.intervals import bootstrap_interval
 from peftbench.evaluation.metrics.rouge import compute_rouge
 from peftbench.record import Interval, PerExample, Quality, Sample
-from peftbench.training.build import build_collator
+from peftbench.training.data import build_collator
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -6,6 +6,8 @@ import time
 
 import torch
 
+from peftbench.common.dtypes import TORCH_DTYPES
+
 PEAK_FLOPS: dict[str, dict[str, float]] = {
     # Dense, with accumulation in fp32. fp32 is without tensor cores, since torch disables TF32 by default.
     "Tesla T4": {"fp32": 8.1e12, "fp16": 65e12},
@@ -36,7 +38,6 @@ values with sparsity); the architecture white papers of H100 (SXM5 and PCIe), GA
 (RTX 4080, 4090; fp16 with accumulation in fp32).
 """
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _MATRIX_SIZES = {"cuda": 8192, "cpu": 1024}
 _MEASUREMENT_SECONDS = 0.1
 
@@ -57,7 +58,7 @@ def measure_matmul_flops(device: torch.device, precision: str) -> float | None:
     size = _MATRIX_SIZES.get(device.type, 1024)
     try:
         return _measure_best(
-            device, *(torch.rand((size, size), device=device).to(_DTYPES[precision]) for _ in range(3))
+            device, *(torch.rand((size, size), device=device).to(TORCH_DTYPES[precision]) for _ in range(3))
         )
     except RuntimeError:  # out of memory; the run itself succeeded and left no room
         return None

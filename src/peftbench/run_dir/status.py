@@ -63,7 +63,7 @@ def read_status(run_dir: Path) -> Status | None:
 
 
 class StatusWriter:
-    """Writes status.json: on every change of phase, and every few seconds during training. A step callback."""
+    """Writes status.json: on every change of phase, and every few seconds during training."""
 
     def __init__(self, run_dir: Path, *, enabled: bool) -> None:
         """``enabled`` is True on the main process only."""

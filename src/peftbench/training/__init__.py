@@ -1,1 +1,1 @@
-"""Training loop and everything that it drives."""
+"""Training: build the components from a recipe, run the loop, capture and restore checkpoints."""

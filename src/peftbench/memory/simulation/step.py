@@ -15,11 +15,12 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from peftbench.common.dtypes import TORCH_DTYPES, get_autocast_dtype
 from peftbench.common.libraries import imports_without_gc
 from peftbench.data.batches import Batches, GlobalBatch, compute_micro_batching
 from peftbench.data.collate import Collator, MicroBatch, TokenCounts
 from peftbench.distributed.accelerator import AcceleratorContext
-from peftbench.distributed.deepspeed import unwrap_chain
+from peftbench.distributed.deepspeed import unwrap_optimizer
 from peftbench.distributed.engines import DDP
 from peftbench.distributed.memory_owners import collect_engine_buffers
 from peftbench.distributed.sharding import unshard_root
@@ -31,14 +32,14 @@ from peftbench.memory.simulation.values import FakeScalars
 from peftbench.modeling.activation_offload import ActivationOffload
 from peftbench.profiler.flops import UnsupportedFlopsError, count_flops
 from peftbench.profiler.memory_breakdown import EngineBuffers, MemoryTracker
-from peftbench.training.build import TrainingComponents, apply_method, build_collator, prepare_with_engine
+from peftbench.training.build import TrainingComponents, apply_method, prepare_with_engine
+from peftbench.training.data import build_collator
 from peftbench.training.loop import train_step
 
 if TYPE_CHECKING:
     from peftbench.recipe.schema import Recipe
 
 LabelCounts = int | Sequence[int]
-_AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -117,12 +118,10 @@ class MemorySimulation:
         self.accelerator: Any = _FakeAccelerator(self.num_micro_batches)
         context = AcceleratorContext(self.accelerator, launch_config.engine, recipe.train.precision)
         self.emulation = DeviceEmulation(
-            device_type, _AUTOCAST_DTYPES.get(recipe.train.precision), has_padding=has_padding
+            device_type, get_autocast_dtype(recipe.train.precision), has_padding=has_padding
         )
         with imports_without_gc():  # imports the architecture's code and the method's library
-            self.loaded_model = build_meta_model(
-                recipe.model, _AUTOCAST_DTYPES.get(recipe.train.precision, torch.float32)
-            )
+            self.loaded_model = build_meta_model(recipe.model, TORCH_DTYPES[recipe.train.precision])
             with self._track_method_modules(), self.emulation.patch_libraries():
                 adapted = apply_method(recipe, self.loaded_model, context)
         self.model, self.loss = adapted.model, adapted.loss
@@ -199,7 +198,7 @@ class MemorySimulation:
         )
         self.accelerator = context.accelerator
         prepared_model, optimizer, inner_optimizer = prepare_with_engine(step_recipe, self.model, context)
-        self._enable_fused(list(unwrap_chain(optimizer))[-1])
+        self._enable_fused(unwrap_optimizer(optimizer))
         self.training = TrainingComponents(
             prepared_model, self.loss, optimizer, schedule(inner_optimizer), _empty_batches(), 3
         )
