@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import typer
 
-from peftbench.common.console import cli_errors, quiet_libraries
+from peftbench.common.console import cli_errors, refuse_renamed_options
+from peftbench.common.libraries import quiet_libraries
+from peftbench.distributed import launcher_env
 from peftbench.errors import PeftbenchError
 from peftbench.recipe.loader import load_recipe, to_commented_yaml
 from peftbench.record import EXIT_CODES, RECORD_FILE, Outcome, RunRecord
@@ -27,11 +29,6 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-def is_main_process() -> bool:
-    """Whether this is the process that speaks for all, before any engine has started."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 @app.command()
 def train(
     overrides: Annotated[
@@ -40,9 +37,8 @@ def train(
     config: Annotated[
         list[Path] | None, typer.Option("--config", help="A recipe; several are merged from left to right.")
     ] = None,
-    unless_finished: Annotated[
-        bool,
-        typer.Option("--unless-finished", help="Leave a run alone that has its result: its outcome is told again."),
+    skip_finished: Annotated[
+        bool, typer.Option("--skip-finished", help="Skip the run if its record already exists; print its outcome.")
     ] = False,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the resolved recipe with each knob's meaning, and stop.")
@@ -56,22 +52,22 @@ def train(
     with cli_errors(on_error=print_result_line):
         recipe = load_recipe(config or [], overrides or [])
         if print_config:
-            if is_main_process():
+            if launcher_env.get_launched_rank() == 0:
                 print(to_commented_yaml(recipe), end="")
             return
-        before = load_existing_result(recipe) if unless_finished else None
+        before = load_existing_result(recipe) if skip_finished else None
         if before is not None:
             _print_existing_result(recipe, before)
             raise typer.Exit(EXIT_CODES[before.outcome.kind])
         outcome, record, code = run_recipe(recipe)
         print_result_line(_build_result_line(recipe, outcome, record))
-        if outcome.kind != "ok" and _is_distributed():
+        if outcome.kind != "ok" and launcher_env.launched_world_size() > 1:
             _exit_immediately(code)
         raise typer.Exit(code)
 
 
 def _print_existing_result(recipe: Recipe, record: RunRecord) -> None:
-    if is_main_process():
+    if launcher_env.get_launched_rank() == 0:
         print(f"{recipe.name} has its result already", file=sys.stderr, flush=True)
     print_result_line(_build_result_line(recipe, record.outcome, Path(recipe.output_dir) / recipe.name / RECORD_FILE))
 
@@ -113,7 +109,7 @@ def _abort_with_failed_rank(run: Run, failure: dict[str, Any]) -> None:
     """End this rank, which may wait for ever for one that is out of memory or gone; from a thread."""
     code = EXIT_CODES[failure["outcome"]["kind"]]
     try:
-        if is_main_process():
+        if launcher_env.get_launched_rank() == 0:
             outcome, record = run.abort_with(failure)
             print(f"error: {outcome.error}", file=sys.stderr, flush=True)
             print_result_line(_build_result_line(run.recipe, outcome, record), sys.__stdout__)
@@ -132,10 +128,6 @@ def _abort_with_failed_rank(run: Run, failure: dict[str, Any]) -> None:
         code = EXIT_CODES["failed"]
     finally:
         _exit_immediately(code)
-
-
-def _is_distributed() -> bool:
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def _exit_immediately(exit_code: int) -> NoReturn:
@@ -158,12 +150,13 @@ def _build_result_line(recipe: Recipe, outcome: Outcome, record_path: Path | Non
 
 def print_result_line(result: dict[str, object], file: TextIO | None = None) -> None:
     """The last line on standard output, from one process."""
-    if is_main_process():
+    if launcher_env.get_launched_rank() == 0:
         print(json.dumps({key: value for key, value in result.items() if value is not None}), flush=True, file=file)
 
 
 def main() -> None:
     """Run the command line."""
+    refuse_renamed_options(sys.argv[1:], {"--unless-finished": "--skip-finished"})
     try:
         app()
     finally:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from peftbench.distributed.accelerator import OFFLOAD_DIR
 from peftbench.distributed.collectives import all_gather_objects
 from peftbench.errors import CheckpointError, TimeLimitError
 from peftbench.run.record_builder import build_memory_breakdown, get_library_versions
-from peftbench.run.shutdown import STOP_LEAD_ENV, StopRequested
+from peftbench.run.shutdown import StopRequested
+from peftbench.run_dir.layout import OFFLOAD_DIR
+from peftbench.run_dir.stop_request import STOP_LEAD_ENV
 from peftbench.training.checkpoint import CheckpointManager, CheckpointMetadata
 from peftbench.training.state import capture_state, load_state
 

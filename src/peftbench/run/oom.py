@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from peftbench.common.text import first_line
-from peftbench.distributed.accelerator import runs_on_cpu
+from peftbench.distributed.launcher_env import runs_on_cpu
 from peftbench.errors import BudgetError
 from peftbench.memory.advisor import Advice, AdviceRequest, request_advice, request_micro_batch
 from peftbench.memory.limit import MemoryLimit, limit_memory
 from peftbench.memory.search import with_evaluation_batch, with_micro_batch
-from peftbench.profiler.memory_snapshot import SNAPSHOT_FILE, dump_on_oom, dump_snapshot
+from peftbench.profiler.memory_snapshot import dump_on_oom, dump_snapshot
 from peftbench.record import Outcome
+from peftbench.run_dir.layout import RunDir
 
 if TYPE_CHECKING:
     from peftbench.profiler.memory import MemoryMeter
@@ -68,7 +69,7 @@ class OomHandler:
 
     def __init__(self, recipe: Recipe, device: torch.device, run_dir: Path, rank: int) -> None:
         self.recipe, self.device = recipe, device
-        self.snapshot_path = run_dir / (SNAPSHOT_FILE if rank == 0 else f"rank{rank}_{SNAPSHOT_FILE}")
+        self.snapshot_path = RunDir(run_dir).snapshot_file(rank)
         self.memory_limit: MemoryLimit | None = None
         self.notes: list[str] = []
         self._held_bytes_at_oom: int | None = None

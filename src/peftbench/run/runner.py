@@ -32,9 +32,10 @@ from peftbench.run.checkpointing import TrainingCheckpointer
 from peftbench.run.oom import OomHandler, resolve_auto_micro_batch
 from peftbench.run.progress_bar import ProgressBar
 from peftbench.run.record_builder import RankMeasurements, build_record
-from peftbench.run.shutdown import ShutdownSignal, StopRequested, clear_stop_files, get_stop_file
+from peftbench.run.shutdown import ShutdownSignal, StopRequested
 from peftbench.run_dir.lock import Lock
 from peftbench.run_dir.status import StatusWriter
+from peftbench.run_dir.stop_request import clear_stop_files, get_stop_file
 from peftbench.training.build import (
     AdaptedModel,
     TrainingComponents,

@@ -10,16 +10,12 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
 SHUTDOWN_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-ATTEMPT_ENV = "PEFTBENCH_JOB"
-"""What an attempt is called by whoever starts it, so that a file which asked an earlier one asks nothing of it."""
-STOP_LEAD_ENV = "PEFTBENCH_STOP_LEAD"
-"""Seconds before its end at which a job is told to stop."""
 _POLL_SECONDS = 0.5
 
 
@@ -30,19 +26,6 @@ class StopRequested(KeyboardInterrupt):
         """``together``: all ranks stop here, and none need be told."""
         super().__init__(reason)
         self.reason, self.on_all_ranks = reason, on_all_ranks
-
-
-def get_stop_file(run_dir: Path, environment: Mapping[str, str] = os.environ) -> Path:
-    """The file that asks the run in ``folder`` to stop, once it is there."""
-    job = environment.get(ATTEMPT_ENV, "")
-    return run_dir / f".stop{f'-{job}' if job else ''}"
-
-
-def clear_stop_files(*files: Path) -> None:
-    """Take away what asked a run, which has heard it, or is another one than was meant."""
-    for file in files:
-        with suppress(OSError):
-            file.unlink()
 
 
 def ignore_signals() -> None:

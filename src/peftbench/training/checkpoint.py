@@ -22,17 +22,21 @@ from safetensors import SafetensorError
 from peftbench.common.filesystem import as_os_error, write_error
 from peftbench.distributed.collectives import all_gather_objects
 from peftbench.errors import CheckpointError
+from peftbench.run_dir.layout import (
+    CHECKPOINT_METADATA_FILE,
+    PARTIAL_SUFFIX,
+    RunDir,
+    get_checkpoint_name,
+    list_checkpoints,
+)
 from peftbench.training import serialization
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-CHECKPOINTS_DIR = "checkpoints"
 PER_RANK_KEYS = ("rng_state", "probe", "measurements")
 """Parts of a state that differ between processes even if the model is replicated."""
 _FORMAT_VERSION = 2  # raise it when the files or keys of a checkpoint change
-_METADATA_FILE = "checkpoint.json"
-_PARTIAL_SUFFIX = ".unfinished"
 _READ_ERRORS = (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError)
 _WRITE_ERRORS = (OSError, SafetensorError, TypeError, RuntimeError, MemoryError)
 
@@ -96,7 +100,7 @@ class CheckpointManager:
 
     def __init__(self, accelerator: Accelerator, run_dir: Path, metadata: CheckpointMetadata, keep_latest: int) -> None:
         self.accelerator, self.metadata, self.keep_latest = accelerator, metadata, keep_latest
-        self.directory = run_dir / CHECKPOINTS_DIR / metadata.training_id
+        self.directory = RunDir(run_dir).checkpoints_dir / metadata.training_id
         self.notes: list[str] = []
 
     def save(self, step: int, state: dict[str, Any]) -> None:
@@ -105,8 +109,8 @@ class CheckpointManager:
         Raises:
             OutputError, DiskFullError: a process cannot write; all processes raise, and earlier checkpoints stay.
         """
-        final = self.directory / f"step-{step:08d}"
-        unfinished = final.with_name(f"{final.name}{_PARTIAL_SUFFIX}")
+        final = self.directory / get_checkpoint_name(step)
+        unfinished = final.with_name(f"{final.name}{PARTIAL_SUFFIX}")
         rank = self.accelerator.process_index
         if self.metadata.replicated and rank > 0:  # rank 0 writes the rest
             state = {key: state[key] for key in PER_RANK_KEYS if key in state}
@@ -147,7 +151,7 @@ class CheckpointManager:
             "metadata": asdict(self.metadata),
             "files": files,
         }
-        (partial_dir / _METADATA_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        (partial_dir / CHECKPOINT_METADATA_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
         for path in (*partial_dir.rglob("*"), partial_dir):
             _fsync(path)
         shutil.rmtree(final_dir, ignore_errors=True)
@@ -158,7 +162,7 @@ class CheckpointManager:
 
     def list_checkpoints(self) -> list[Path]:
         """Return the complete checkpoints, newest first."""
-        return sorted((path.parent for path in self.directory.glob(f"step-*[0-9]/{_METADATA_FILE}")), reverse=True)
+        return list_checkpoints(self.directory)
 
     def latest(self) -> CheckpointRef | None:
         """Return the newest valid checkpoint of this run, None if it has none; damaged ones are noted and deleted.
@@ -180,7 +184,7 @@ class CheckpointManager:
 
     def _select_latest(self) -> tuple[CheckpointRef | None, list[str], str | None]:
         others = [path for path in self.directory.parent.glob("*") if path.is_dir() and path != self.directory]
-        for path in sorted(self.directory.parent.glob(f"*/step-*[0-9]/{_METADATA_FILE}")):
+        for path in sorted(self.directory.parent.glob(f"*/step-*[0-9]/{CHECKPOINT_METADATA_FILE}")):
             if (version := _read_format_version(path)) not in (None, _FORMAT_VERSION):
                 return (
                     None,
@@ -191,7 +195,7 @@ class CheckpointManager:
                     ),
                 )
         notes = [f"{path} has checkpoints of another recipe, base model or data; kept" for path in sorted(others)]
-        for path in self.directory.glob(f"*{_PARTIAL_SUFFIX}"):
+        for path in self.directory.glob(f"*{PARTIAL_SUFFIX}"):
             shutil.rmtree(path, ignore_errors=True)
         for path in self.list_checkpoints():
             metadata = _read_valid_metadata(path)
@@ -248,7 +252,7 @@ def _rank_dir_name(rank: int) -> str:
 def _read_valid_metadata(path: Path) -> CheckpointMetadata | None:
     """Return a checkpoint's metadata, None if one of its files is missing or changed."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        content: dict[str, Any] = json.loads((path / _METADATA_FILE).read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads((path / CHECKPOINT_METADATA_FILE).read_text(encoding="utf-8"))
         if all(_hash_file(path / name) == digest for name, digest in content["files"].items()):
             return CheckpointMetadata(**content["metadata"])
     return None

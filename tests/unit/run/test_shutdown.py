@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from peftbench.common.filesystem import write_atomically
-from peftbench.run.shutdown import ATTEMPT_ENV, SHUTDOWN_SIGNALS, ShutdownSignal, StopRequested, get_stop_file
+from peftbench.run.shutdown import SHUTDOWN_SIGNALS, ShutdownSignal, StopRequested
+from peftbench.run_dir.stop_request import ATTEMPT_ENV, get_stop_file
 
 
 @pytest.fixture

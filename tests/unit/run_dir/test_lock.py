@@ -18,7 +18,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from peftbench.run_dir.lock import Lock
-lock = Lock(Path(sys.argv[1])); lock.hold(); print("held", flush=True); time.sleep(100)
+lock = Lock(Path(sys.argv[1])); lock.acquire(); print("held", flush=True); time.sleep(100)
 """
 
 

@@ -32,7 +32,10 @@ def recipe(tmp_path: Path) -> Recipe:
 
 def write(recipe: Recipe, **changes: Any) -> None:
     """A record of ``recipe``, but for what is given."""
-    values = {"recipe_fingerprint": recipe.fingerprint(), "data_identity": recipe.data.source.fingerprint()} | changes
+    values = {
+        "recipe_fingerprint": recipe.fingerprint(),
+        "data_fingerprint": recipe.data.source.fingerprint(),
+    } | changes
     record("run", "lora", 10, **values).write(Path(recipe.output_dir) / recipe.name)
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from peftbench.run_dir.status import STATUS_FILE, StatusWriter, get_slurm_job_id, read_status
+from peftbench.run_dir.layout import STATUS_FILE
+from peftbench.run_dir.status import StatusWriter, get_slurm_job_id, read_status
 
 
 def test_it_tells_phases_at_once_and_steps_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +61,7 @@ def test_memory_is_asked_when_it_is_told(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_file_of_before(tmp_path: Path) -> None:
     """What an earlier version wrote has no loss and no memory, and is read."""
-    old = {"pid": 1, "host": "x", "started_at": "a", "updated_at": "b", "phase": "train", "step": 3, "steps": 9}
+    old = {"pid": 1, "host": "x", "started_at": "a", "updated_at": "b", "phase": "train", "step": 3, "total_steps": 9}
     (tmp_path / STATUS_FILE).write_text(json.dumps(old), encoding="utf-8")
     told = read_status(tmp_path)
     assert told is not None
