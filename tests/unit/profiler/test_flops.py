@@ -48,7 +48,7 @@ def counted(model: nn.Module, device: str = "cpu") -> int:
     mask = None if device == "meta" else torch.ones_like(ids)
     with FlopCounter() as seen:
         model(input_ids=ids, attention_mask=mask, use_cache=False).logits.sum().backward()
-    total: int | None = seen.total
+    total: int | None = seen.total_flops
     assert total is not None
     return total
 
@@ -208,12 +208,12 @@ def test_a_product_of_known_size() -> None:
     """The counter sees the two FLOPs of every multiplication and addition of a matrix product."""
     with FlopCounter() as seen:
         torch.ones(3, 5) @ torch.ones(5, 7)
-    assert seen.total == 2 * 3 * 5 * 7
+    assert seen.total_flops == 2 * 3 * 5 * 7
     left, right, into = torch.ones(3, 5), torch.ones(5, 7), torch.ones(3, 7)
     with FlopCounter() as seen:
         torch.addmm(into, left, right, beta=2)
         into.addmm_(left, right)
-    assert seen.total == 2 * 2 * 3 * 5 * 7
+    assert seen.total_flops == 2 * 2 * 3 * 5 * 7
 
 
 def test_what_is_not_known_is_not_guessed(
@@ -257,5 +257,5 @@ def test_a_formula_that_fails_ends_no_step(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("peftbench.profiler.flop_counter.flop_registry", {torch.ops.aten.mm: ignorant})
     with FlopCounter() as seen:
         product = left @ right @ torch.ones(4, 4)
-    assert seen.total is None
+    assert seen.total_flops is None
     assert product.eq(12).all()

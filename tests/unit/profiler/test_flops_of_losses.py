@@ -38,7 +38,7 @@ def counted(model: nn.Module, loss: CausalLMLoss, batch: MicroBatch) -> int | No
     """FLOPs that torch sees dispatched for a loss and its gradients."""
     with loss.attention_context(), FlopCounter() as seen:
         loss(model, batch).backward()  # type: ignore[no-untyped-call]
-    total: int | None = seen.total
+    total: int | None = seen.total_flops
     return total
 
 
@@ -69,7 +69,7 @@ def test_the_closed_form_of_a_loss_is_what_is_counted(  # noqa: PLR0917
     loss = loss_for(model)
     assert isinstance(loss, LabelledLogitsLoss)
     assert not loss.uses_masks
-    found = closed_form(model, base, loss, virtual_tokens=method.virtual_tokens, checkpointing=checkpointing)
+    found = closed_form(model, base, loss, virtual_tokens=method.virtual_tokens, gradient_checkpointing=checkpointing)
     virtual = method.virtual_tokens
     for collator in (
         Collator(0, virtual),
@@ -105,7 +105,7 @@ def test_what_is_not_spared_is_counted(
     virtual = method.virtual_tokens
     for knobs in ({"labelled": False}, {"masked": True}, {"labelled": False, "masked": True}):
         loss = loss_for(model, **knobs)
-        found = closed_form(model, base, loss, virtual_tokens=virtual, checkpointing=False)
+        found = closed_form(model, base, loss, virtual_tokens=virtual, gradient_checkpointing=False)
         for collator in (Collator(0, virtual), Collator(0, virtual, label_padding=True)):
             for lengths in (LENGTHS_AND_PROMPTS, EVEN):
                 if collator.label_padding and not loss.uses_masks:
@@ -129,7 +129,7 @@ def test_little_is_executed_that_is_not_required(method: Method, tokenizer: PreT
     model = method.apply(base, tokenizer)
     method.set_training(model)
     loss = loss_for(model)
-    found = closed_form(model, base, loss, virtual_tokens=method.virtual_tokens, checkpointing=False)
+    found = closed_form(model, base, loss, virtual_tokens=method.virtual_tokens, gradient_checkpointing=False)
     packer = PaddingFreeCollator(0, method.virtual_tokens)
     needed, made = FlopUnits(), FlopUnits()
     for start in range(0, 48, 6):

@@ -97,4 +97,4 @@ def test_products_of_known_size() -> None:
     for call in calls:
         with FlopCounter() as seen:
             call()
-        assert seen.total == 2 * 3 * 64 * 32
+        assert seen.total_flops == 2 * 3 * 64 * 32

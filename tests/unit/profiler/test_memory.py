@@ -184,7 +184,7 @@ def test_what_torch_s_counters_say(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 30)
     monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda _: told)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", resets.append)
-    monkeypatch.setattr(Gpu, "of", classmethod(lambda *_: SimpleNamespace(process_bytes=lambda: 500)))
+    monkeypatch.setattr(Gpu, "from_device", classmethod(lambda *_: SimpleNamespace(read_process_bytes=lambda: 500)))
     _measure_cuda_context_bytes.cache_clear()
     meter = CudaMemoryMeter(torch.device("cuda", 0))
     assert (meter.cuda_context_bytes, meter.read_process_bytes(), len(resets)) == (470, 500, 1)
@@ -192,13 +192,13 @@ def test_what_torch_s_counters_say(monkeypatch: pytest.MonkeyPatch) -> None:
     told["num_alloc_retries"] = 6
     expected = Memory(allocated_bytes=10, reserved_bytes=20, inactive_split_bytes=5, num_alloc_retries=2)
     assert meter.lap() == expected
-    assert meter.lap() == expected.model_copy(update={"allocation_retries": 0})
+    assert meter.lap() == expected.model_copy(update={"num_alloc_retries": 0})
     assert len(resets) == 3
     del told["inactive_split_bytes"], told["num_alloc_retries"]
     assert meter.lap() == Memory(allocated_bytes=10, reserved_bytes=20)  # what is not told is not zero
     told["num_alloc_retries"] = 7
     in_use = [900]
-    monkeypatch.setattr(Gpu, "of", classmethod(lambda *_: SimpleNamespace(process_bytes=in_use.pop)))
+    monkeypatch.setattr(Gpu, "from_device", classmethod(lambda *_: SimpleNamespace(read_process_bytes=in_use.pop)))
     assert CudaMemoryMeter(torch.device("cuda", 0)).cuda_context_bytes == 470  # as it was when it was first asked
     _measure_cuda_context_bytes.cache_clear()
 
