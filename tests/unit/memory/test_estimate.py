@@ -89,7 +89,7 @@ def test_optimizer_state_bytes_match_closed_form(name: str, workshop: Workshop) 
     recipe = workshop.recipe(
         Full(),
         optimizer=optimizer,
-        train={"precision": "bf16" if optimizer.weights == "bf16" else "fp32", "global_batch_size": 2},
+        train={"precision": "bf16" if optimizer.weight_dtype == "bf16" else "fp32", "global_batch_size": 2},
     )
     with MemorySimulation(recipe, "cuda", 1) as simulation:
         simulation.simulate_training(2, 16, 4)
