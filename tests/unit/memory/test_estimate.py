@@ -94,13 +94,15 @@ def test_optimizer_state_bytes_match_closed_form(name: str, workshop: Workshop) 
     with MemorySimulation(recipe, "cuda", 1) as simulation:
         simulation.simulate_training(2, 16, 4)
         groups = simulation.training.optimizer.param_groups
-    held = (
+    state_bytes = (
         replay_allocator(simulation.memory_tracker.iter_events())
         .peak_by_phase["optimizer"]
         .live_bytes_by_category["optimizer_state"]
     )
     steps = 4 * sum(len(group["params"]) for group in groups)
-    assert held == optimizer.state_bytes(groups) - steps * (name in {"adafactor", "adamw_bf16", "adamw8bit_bf16"})
+    assert state_bytes == optimizer.state_bytes(groups) - steps * (
+        name in {"adafactor", "adamw_bf16", "adamw8bit_bf16"}
+    )
 
 
 def test_accumulation_holds_gradients_in_the_forward_pass(planned: Any) -> None:

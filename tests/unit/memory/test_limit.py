@@ -85,7 +85,7 @@ def test_limit_on_cuda(context: int | None, gpu: list[float]) -> None:
 
 
 def test_invalid_budgets_are_refused(gpu: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Above the device, or all taken by what is beside tensors: each in one sentence, and nothing is active."""
+    """Larger than the device, or no room for tensors; no limit is set."""
     device = torch.device("cuda", 0)
     with pytest.raises(BudgetError, match=r"exceeds the 15,633,\d+,\d+ of Tesla T4; decrease or remove it"):
         limit_memory(16 * 2**30, device, None)

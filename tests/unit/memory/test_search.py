@@ -84,17 +84,21 @@ def test_budget_at_the_limit(workshop: Workshop) -> None:
     """At the bytes of the plan for 16, 16 fits and 32 does not; with one byte less, 16 does not fit."""
     recipe = workshop.recipe(Full(), train={"global_batch_size": 32}, evaluate={"batch_size": 1})
     budget = estimate(with_micro_batch(recipe, 16), UNKNOWN_DEVICE, "a GPU").process_bytes[1]
-    found = find_strategy(recipe, (), MemoryTarget(UNKNOWN_DEVICE, "a GPU", budget))
-    assert found is not None
-    assert (found.plan.micro_batch_size, found.plan.gradient_accumulation_steps, found.plan.verdict) == (16, 2, "fits")
-    assert found.overrides == ("train.micro_batch_size=16",)
+    fitting = find_strategy(recipe, (), MemoryTarget(UNKNOWN_DEVICE, "a GPU", budget))
+    assert fitting is not None
+    assert (fitting.plan.micro_batch_size, fitting.plan.gradient_accumulation_steps, fitting.plan.verdict) == (
+        16,
+        2,
+        "fits",
+    )
+    assert fitting.overrides == ("train.micro_batch_size=16",)
     assert estimate(with_micro_batch(recipe, 32), UNKNOWN_DEVICE, "a GPU", budget).verdict != "fits"
     less = find_strategy(recipe, (), MemoryTarget(UNKNOWN_DEVICE, "a GPU", budget - 1))
     assert less is not None
     assert less.plan.micro_batch_size < 16
     assert (
         find_strategy(
-            recipe, (), MemoryTarget(UNKNOWN_DEVICE, "a GPU", found.plan.peak.live_bytes_by_category["weights"] + 1)
+            recipe, (), MemoryTarget(UNKNOWN_DEVICE, "a GPU", fitting.plan.peak.live_bytes_by_category["weights"] + 1)
         )
         is None
     )
@@ -128,9 +132,9 @@ def test_evaluation_batch_is_halved(workshop: Workshop) -> None:
     whole = estimate(recipe, UNKNOWN_DEVICE, "a GPU")
     assert whole.peak_phase == "evaluate"
     half = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"batch_size": 32})})
-    found = find_strategy(
+    fitting = find_strategy(
         recipe, (), MemoryTarget(UNKNOWN_DEVICE, "a GPU", estimate(half, UNKNOWN_DEVICE, "a GPU").process_bytes[1])
     )
-    assert found is not None
-    assert found.overrides == ("train.micro_batch_size=2", "evaluate.batch_size=32")
-    assert apply_strategy(recipe, found).evaluate.batch_size == 32
+    assert fitting is not None
+    assert fitting.overrides == ("train.micro_batch_size=2", "evaluate.batch_size=32")
+    assert apply_strategy(recipe, fitting).evaluate.batch_size == 32

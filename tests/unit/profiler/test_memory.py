@@ -55,9 +55,9 @@ def test_peak_of_tensor() -> None:
     """A tensor adds its bytes."""
     meter = RssMeter()
     meter.lap()
-    held = torch.ones(32 * MIB)
+    tensor = torch.ones(32 * MIB)
     peak = above_baseline(meter.lap())
-    assert peak == pytest.approx(held.numel() * held.element_size(), abs=SLACK)
+    assert peak == pytest.approx(tensor.numel() * tensor.element_size(), abs=SLACK)
 
 
 def test_baseline_excludes_garbage() -> None:
@@ -132,10 +132,10 @@ def test_read_in_use_bytes() -> None:
     meter.lap()
     touch(64 * MIB)
     before = meter.read_in_use_bytes()
-    held = torch.ones(32 * MIB)
+    tensor = torch.ones(32 * MIB)
     with_it = meter.read_in_use_bytes()
-    size = held.numel() * held.element_size()
-    del held
+    size = tensor.numel() * tensor.element_size()
+    del tensor
     after = meter.read_in_use_bytes()
     peak = above_baseline(meter.lap())
     if before is None or with_it is None or after is None:
@@ -213,8 +213,8 @@ def test_peak_of_tensor_on_cuda() -> None:
     torch.cuda.empty_cache()
     meter.lap()
     before = meter.lap().allocated_bytes
-    held = torch.ones(32 * MIB, device=device)
-    del held
+    tensor = torch.ones(32 * MIB, device=device)
+    del tensor
     after = meter.lap()
     assert before is not None
     assert after.allocated_bytes == before + 128 * MIB
@@ -234,6 +234,6 @@ def test_step_part_peaks_on_cuda() -> None:
         for part, size in (("forward", 64), ("backward", 128), ("optimizer", 32)):
             with probe.part(part):
                 torch.ones(size * MIB, dtype=torch.uint8, device=device)
-    found = {part: memory.allocated_bytes for part, memory in probe.step_memory.items()}
-    assert found == {"forward": before + 64 * MIB, "backward": before + 128 * MIB, "optimizer": before + 32 * MIB}
+    peaks = {part: memory.allocated_bytes for part, memory in probe.step_memory.items()}
+    assert peaks == {"forward": before + 64 * MIB, "backward": before + 128 * MIB, "optimizer": before + 32 * MIB}
     assert probe.memory["train"].allocated_bytes == before + 128 * MIB

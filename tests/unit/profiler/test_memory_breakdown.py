@@ -143,11 +143,11 @@ def test_step_that_raises_is_tracked_up_to_the_error() -> None:
     assert not any(p._post_accumulate_grad_hooks for p in step.model.parameters())
 
 
-def allocated_peak(step: Step, held: int) -> int:
-    """Return the peak of torch's allocator during one step, starting from ``held`` bytes."""
+def allocated_peak(step: Step, start_bytes: int) -> int:
+    """Return the peak of torch's allocator during one step, starting from ``start_bytes``."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
-    total, peak = held, held
+    total = peak = start_bytes
     for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
         if event.name() == "[memory]":
             total += event.nbytes()
@@ -193,8 +193,8 @@ def test_peak_equals_that_of_torch_s_allocator(  # noqa: PLR0917
     step = Step(model, loss)
     step()
     states = [t for state in step.optimizer.state.values() for t in state.values()]
-    held = [t.untyped_storage() for t in (*model.parameters(), *model.buffers(), *states)]
-    nbytes_by_storage = {storage._cdata: storage.nbytes() for storage in held}
+    storages = [t.untyped_storage() for t in (*model.parameters(), *model.buffers(), *states)]
+    nbytes_by_storage = {storage._cdata: storage.nbytes() for storage in storages}
     inputs = bytes_of(batch.input_ids, mask, labels)
     peak = step.track(base.config.vocab_size).find_peak()
     assert peak.nbytes == pytest.approx(allocated_peak(step, sum(nbytes_by_storage.values()) + inputs), rel=0.01)
@@ -242,13 +242,13 @@ def test_engine_buffers_and_other_devices() -> None:
     """Engine buffers keep their category, untracked bytes count, and other devices do not."""
     model = nn.Linear(WIDTH, OUT)
     master, on_meta = torch.zeros(ROWS), torch.empty(ROWS, device="meta")
-    held = EngineBuffers([("optimizer_state", master), ("weights", on_meta)], untracked_bytes=[("buckets", 12345)])
+    buffers = EngineBuffers([("optimizer_state", master), ("weights", on_meta)], untracked_bytes=[("buckets", 12345)])
     tracker = MemoryTracker(
         model,
         torch.optim.SGD(model.parameters()),
         VOCABULARY,
         lambda: "forward",
-        get_engine_buffers=lambda: held,
+        get_engine_buffers=lambda: buffers,
         device_type="cpu",
     )
     with tracker:

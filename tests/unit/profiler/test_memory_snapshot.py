@@ -22,11 +22,11 @@ def test_snapshot_shows_live_blocks(tmp_path: Path) -> None:
     allocated: list[int] = []
     dump_on_oom(path, lambda: allocated.append(torch.cuda.memory_allocated()))
     with record_memory_history():
-        held = torch.ones(64 * 2**20, dtype=torch.uint8, device="cuda")
+        tensor = torch.ones(64 * 2**20, dtype=torch.uint8, device="cuda")
         with pytest.raises(torch.OutOfMemoryError):
             torch.ones(2**44, dtype=torch.uint8, device="cuda")
-    assert allocated[0] >= held.numel()
+    assert allocated[0] >= tensor.numel()
     snapshot = pickle.loads(path.read_bytes())  # noqa: S301 — written above
     blocks = [block for segment in snapshot["segments"] for block in segment["blocks"]]
-    (live_block,) = [block for block in blocks if block["size"] == held.numel()]
+    (live_block,) = [block for block in blocks if block["size"] == tensor.numel()]
     assert any(frame["name"] == "test_snapshot_shows_live_blocks" for frame in live_block["frames"])

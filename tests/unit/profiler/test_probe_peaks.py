@@ -18,7 +18,7 @@ class Counters:
     supports_step_parts: bool = True
     cuda_context_bytes: int | None = 5
     peak: int = 0
-    held: int | None = 70
+    process_bytes: int | None = 70
     reserved: int = 0
 
     def lap(self) -> Memory:
@@ -32,7 +32,7 @@ class Counters:
 
     def read_process_bytes(self) -> int | None:
         """Return the driver's value."""
-        return self.held
+        return self.process_bytes
 
     def empty_cache(self) -> None:
         """Release reserved memory."""
