@@ -136,7 +136,9 @@ def create_accelerator(
         # With cpu=True accelerate silently replaces DeepSpeed by DDP, and drops FSDP.
         cpu=cpu and engine in (SINGLE, DDP),
         mixed_precision="no" if plugin else _ACCELERATE_PRECISION[recipe.train.precision],
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation_steps, sync_with_dataloader=False),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=accumulation_steps, sync_with_dataloader=False
+        ),
         deepspeed_plugins=plugin,
         fsdp_plugin=_build_fsdp_plugin() if engine.is_fsdp else None,
         log_with=list(recipe.trackers) or None,
@@ -275,7 +277,9 @@ def describe_device(accelerator: Accelerator) -> Device:
     num_processes = accelerator.num_processes
     if accelerator.device.type == "cuda":
         properties = torch.cuda.get_device_properties(accelerator.device)
-        return Device(type="cuda", name=properties.name, num_processes=num_processes, memory_bytes=properties.total_memory)
+        return Device(
+            type="cuda", name=properties.name, num_processes=num_processes, memory_bytes=properties.total_memory
+        )
     return Device(type=accelerator.device.type, name=_cpu_name(), num_processes=num_processes)
 
 

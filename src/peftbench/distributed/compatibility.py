@@ -47,9 +47,10 @@ _NVME_ENGINES = _engines(lambda engine: engine.offloads_to_nvme)
 _STOCHASTIC_ROUNDING_OPTIMIZERS = _optimizers(lambda optimizer: optimizer.weight_dtype == "bf16")
 _PAGED_OPTIMIZERS = _optimizers(lambda optimizer: optimizer.is_paged)
 _QUANTIZABLE_METHODS = frozenset(name for name, method in METHODS.items() if method.supports_quantized_base)
-_DTENSOR_LIMITATIONS = tuple(
-    dict.fromkeys(optimizer.dtensor_limitation for optimizer in OPTIMIZERS.values() if optimizer.dtensor_limitation)
-)
+_DTENSOR_LIMITATIONS: dict[str, frozenset[str]] = {}
+for _name, _optimizer in OPTIMIZERS.items():
+    if (_limitation := _optimizer.dtensor_limitation) is not None:
+        _DTENSOR_LIMITATIONS[_limitation] = _DTENSOR_LIMITATIONS.get(_limitation, frozenset()) | {_name}
 
 
 @dataclass(frozen=True)
@@ -102,12 +103,8 @@ RULES = (
         optimizers=_optimizers(lambda optimizer: optimizer.needs_matrices),
     ),
     *(
-        Rule(
-            limitation,
-            engines=_FSDP_ENGINES,
-            optimizers=_optimizers(lambda optimizer, limitation=limitation: optimizer.dtensor_limitation == limitation),
-        )
-        for limitation in _DTENSOR_LIMITATIONS
+        Rule(limitation, engines=_FSDP_ENGINES, optimizers=optimizers)
+        for limitation, optimizers in _DTENSOR_LIMITATIONS.items()
     ),
     Rule(
         "stochastic rounding draws different random numbers on each rank, so that the replicas would diverge",

@@ -93,7 +93,9 @@ def build_plugin(
     _check_keys(config)
     for key in _RECIPE_KEYS:
         if (value := _get_nested(config, key)) not in (None, AUTO):
-            raise EngineError(f'the DeepSpeed config sets {key} to {value!r}, which the recipe determines; set it to "auto"')
+            raise EngineError(
+                f'the DeepSpeed config sets {key} to {value!r}, which the recipe determines; set it to "auto"'
+            )
     config["train_micro_batch_size_per_gpu"] = micro_batch_size
     config["gradient_accumulation_steps"] = gradient_accumulation_steps
     config["train_batch_size"] = micro_batch_size * gradient_accumulation_steps * world_size
@@ -148,7 +150,8 @@ def _read_config() -> dict[str, Any]:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise MissingFileError(
-            f"DeepSpeed config {path} not found", "the path is relative to the current folder; launch from the project's"
+            f"DeepSpeed config {path} not found",
+            "the path is relative to the current folder; launch from the project's",
         ) from error
     except ValueError as error:
         raise EngineError(f"the DeepSpeed config {path} is not JSON: {error}") from error

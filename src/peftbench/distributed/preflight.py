@@ -96,4 +96,6 @@ def check_precision(precision: str, cpu: bool) -> None:
         raise PrecisionError("train.precision=fp16 needs a GPU, and this run is on CPU; use bf16 or fp32")
     if precision == "bf16" and not cpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         name = torch.cuda.get_device_name()
-        raise PrecisionError(f"train.precision=bf16 is not supported by {name}, which would emulate it; use fp16 or fp32")
+        raise PrecisionError(
+            f"train.precision=bf16 is not supported by {name}, which would emulate it; use fp16 or fp32"
+        )

@@ -18,7 +18,6 @@ from peftbench.memory.plan import PhasePeak, Plan, Verdict
 from peftbench.memory.replay import AllocatorReplay, PeakUsage, replay_allocator
 from peftbench.memory.simulation.step import MemorySimulation
 from peftbench.modeling.loading import get_max_positions, load_config
-from peftbench.optim.bitsandbytes import AdamW8bit
 
 if TYPE_CHECKING:
     from peftbench.distributed.engines import EngineKind
@@ -112,14 +111,12 @@ def estimate(
 
 def _replace_paged_optimizer(recipe: Recipe) -> Recipe:
     """The recipe with states that the driver does not move, and that are as large."""
-    if recipe.optimizer.kind != "paged_adamw8bit":
-        return recipe
-    return recipe.model_copy(update={"optimizer": AdamW8bit(**recipe.optimizer.model_dump(exclude={"kind"}))})
+    return recipe.model_copy(update={"optimizer": recipe.optimizer.without_paging()})
 
 
 def _count_paged_bytes(recipe: Recipe, replay: AllocatorReplay) -> int:
     """Bytes that the driver can move to the CPU's memory."""
-    if recipe.optimizer.kind != "paged_adamw8bit":
+    if not recipe.optimizer.is_paged:
         return 0
     return max(moment.live_bytes_by_category["optimizer_state"] for moment in replay.peak_by_phase.values())
 
@@ -146,9 +143,9 @@ def _check_supported(recipe: Recipe, engine: EngineKind, device_type: DeviceType
         raise EstimateUnavailableError(
             "outliers of an int8 base depend on its values; use model.quantization=nf4 or null"
         )
-    if recipe.optimizer.kind == "deepspeed_cpu_adam":
+    if recipe.optimizer.is_cpu_only:
         raise EstimateUnavailableError(
-            "deepspeed_cpu_adam would be compiled and steps for real; use optimizer.kind=adamw"
+            f"{recipe.optimizer.kind} would be compiled and steps for real; use optimizer.kind=adamw"
         )
     if recipe.model.attention == "flash_attention_2":
         raise EstimateUnavailableError(

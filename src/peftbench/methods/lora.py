@@ -51,7 +51,9 @@ class Lora(Method):
             try:
                 re.compile(value)
             except re.error as error:
-                raise ValueError(f"invalid regular expression ({error}); for a suffix of names write [{value}]") from error
+                raise ValueError(
+                    f"invalid regular expression ({error}); for a suffix of names write [{value}]"
+                ) from error
         return value
 
     def trainable_parameters(self, base: PreTrainedModel) -> int:

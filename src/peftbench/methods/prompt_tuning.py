@@ -39,7 +39,9 @@ class PromptTuning(Method):
     @model_validator(mode="after")
     def _check_init_text(self) -> PromptTuning:
         if (self.prompt_tuning_init == "TEXT") != bool(self.prompt_tuning_init_text):
-            raise ValueError("prompt_tuning_init: TEXT requires prompt_tuning_init_text; RANDOM and SAMPLE_VOCAB do not use it")
+            raise ValueError(
+                "prompt_tuning_init: TEXT requires prompt_tuning_init_text; RANDOM and SAMPLE_VOCAB do not use it"
+            )
         return self
 
     @property

@@ -15,8 +15,9 @@ import torch
 
 from peftbench.distributed.accelerator import describe_device
 from peftbench.distributed.collectives import all_gather_objects
-from peftbench.distributed.deepspeed import unwrap_chain
+from peftbench.distributed.deepspeed import unwrap_optimizer
 from peftbench.distributed.sharding import state_bytes
+from peftbench.optim import OPTIMIZER_LIBRARIES
 from peftbench.profiler.instruments import FLOP_COUNT_STEP
 from peftbench.profiler.memory import max_over_ranks
 from peftbench.profiler.peak_flops import get_peak_flops
@@ -52,9 +53,7 @@ _LIBRARIES = (
     "tokenizers",
     "deepspeed",
     "bitsandbytes",
-    "pytorch-optimizer",
-    "apollo-torch",
-    "torchao",
+    *(name for name in OPTIMIZER_LIBRARIES if name not in {"torch", "deepspeed", "bitsandbytes"}),
 )
 
 
@@ -240,7 +239,7 @@ def _build_compute(run: Run, measured_matmul_flops: float | None) -> Compute:
 def _build_engine(run: Run) -> Engine | None:
     if run.training is None:
         return None
-    optimizer = list(unwrap_chain(run.training.optimizer))[-1]
+    optimizer = unwrap_optimizer(run.training.optimizer)
     return Engine(
         name=run.engine.name,
         model_class=type(run.training.model).__qualname__,

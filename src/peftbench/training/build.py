@@ -193,15 +193,14 @@ def build_training(
     cost, uncounted, seen = _count_flops(recipe, adapted_model, context)
     collator = build_collator(recipe, adapted_model.loss, pad_token_id)
     knobs = recipe.train
-    rank, world_size = accelerator.process_index, accelerator.num_processes
     batches = Batches(
         _as_numpy(examples),
         collator,
         knobs.global_batch_size,
         knobs.resolved_micro_batch_size,
         knobs.seed,
-        rank,
-        world_size,
+        context.dp_rank,
+        context.dp_world_size,
     )
     steps = batches.count_steps(knobs.steps, knobs.epochs)
     if knobs.micro_batch_tokens is not None:

@@ -13,6 +13,7 @@ import torch
 
 from peftbench.data.batches import GlobalBatch
 from peftbench.data.collate import FlopUnits, TokenCounts
+from peftbench.distributed.collectives import get_dp_world_size
 from peftbench.training.prefetch import prefetch
 
 if TYPE_CHECKING:
@@ -71,7 +72,8 @@ def train_step(
     """One optimizer step; returns the mean loss over the labelled tokens of the whole global batch, in nats."""
     # Engines average gradients over processes, and accelerate over micro-batches; the loss wants their sum over the
     # tokens of all of them.
-    scale = accelerator.num_processes * accelerator.gradient_accumulation_steps / batch.token_counts.labelled
+    replicas = get_dp_world_size(accelerator)
+    scale = replicas * accelerator.gradient_accumulation_steps / batch.token_counts.labelled
     total = torch.zeros((), device=accelerator.device)
     for micro_batch in batch.micro_batches:
         with accelerator.accumulate(training.model):

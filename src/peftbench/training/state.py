@@ -35,7 +35,7 @@ def capture_state(
 ) -> dict[str, Any]:
     """This process's part of the state: trained weights, optimizer, schedule, scaler, random numbers and counts."""
     groups = deepspeed.get_param_groups(training.optimizer)
-    steps = list(deepspeed.unwrap_chain(training.optimizer))[-1]
+    steps = deepspeed.unwrap_optimizer(training.optimizer)
     return {
         "weights": {
             name: _local_tensor(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
@@ -77,7 +77,7 @@ def load_state(
         for master, kept in zip(deepspeed.master_weights(training.optimizer), state["masters"], strict=True):
             _copy_into(master, kept)
     groups = deepspeed.get_param_groups(training.optimizer)
-    steps = list(deepspeed.unwrap_chain(training.optimizer))[-1]
+    steps = deepspeed.unwrap_optimizer(training.optimizer)
     for group, states, knobs in zip(groups, state["optimizer"], state["groups"], strict=True):
         group.update(knobs)
         for tensor, kept in zip(group["params"], states, strict=True):

@@ -19,7 +19,7 @@ from peftbench.common.libraries import imports_without_gc
 from peftbench.data.batches import Batches, GlobalBatch, compute_micro_batching
 from peftbench.data.collate import Collator, MicroBatch, TokenCounts
 from peftbench.distributed.accelerator import AcceleratorContext
-from peftbench.distributed.deepspeed import unwrap_chain
+from peftbench.distributed.deepspeed import unwrap_optimizer
 from peftbench.distributed.engines import DDP
 from peftbench.distributed.memory_owners import collect_engine_buffers
 from peftbench.distributed.sharding import unshard_root
@@ -199,7 +199,7 @@ class MemorySimulation:
         )
         self.accelerator = bound.accelerator
         started, optimizer, bare = prepare_with_engine(asked, self.model, bound)
-        self._enable_fused(list(unwrap_chain(optimizer))[-1])
+        self._enable_fused(unwrap_optimizer(optimizer))
         self.training = TrainingComponents(started, self.loss, optimizer, schedule(bare), _empty_batches(), 3)
         if not bound.engine_autocasts:
             self.training = replace(self.training, autocast=self.emulation.autocast)
@@ -340,7 +340,7 @@ class MemorySimulation:
 
     def _enable_fused(self, optimizer: torch.optim.Optimizer) -> None:
         """As an optimizer is that is built over weights which are there."""
-        if type(optimizer) is torch.optim.AdamW:
+        if self.recipe.optimizer.is_fused:
             for group in optimizer.param_groups:
                 group["fused"] = True
 
