@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import typer
 
-from peftbench.common.console import cli_errors, quiet_libraries
+from peftbench.common.console import cli_errors, get_launched_rank, quiet_libraries
 from peftbench.distributed import launcher_env
 from peftbench.errors import PeftbenchError
 from peftbench.recipe.loader import load_recipe, to_commented_yaml
@@ -52,7 +52,7 @@ def train(
     with cli_errors(on_error=print_result_line):
         recipe = load_recipe(config or [], overrides or [])
         if print_config:
-            if launcher_env.get_launched_rank() == 0:
+            if get_launched_rank() == 0:
                 print(to_commented_yaml(recipe), end="")
             return
         before = load_existing_result(recipe) if unless_finished else None
@@ -67,7 +67,7 @@ def train(
 
 
 def _print_existing_result(recipe: Recipe, record: RunRecord) -> None:
-    if launcher_env.get_launched_rank() == 0:
+    if get_launched_rank() == 0:
         print(f"{recipe.name} has its result already", file=sys.stderr, flush=True)
     print_result_line(_build_result_line(recipe, record.outcome, Path(recipe.output_dir) / recipe.name / RECORD_FILE))
 
@@ -109,7 +109,7 @@ def _abort_with_failed_rank(run: Run, failure: dict[str, Any]) -> None:
     """End this rank, which may wait for ever for one that is out of memory or gone; from a thread."""
     code = EXIT_CODES[failure["outcome"]["kind"]]
     try:
-        if launcher_env.get_launched_rank() == 0:
+        if get_launched_rank() == 0:
             outcome, record = run.abort_with(failure)
             print(f"error: {outcome.error}", file=sys.stderr, flush=True)
             print_result_line(_build_result_line(run.recipe, outcome, record), sys.__stdout__)
@@ -150,7 +150,7 @@ def _build_result_line(recipe: Recipe, outcome: Outcome, record_path: Path | Non
 
 def print_result_line(result: dict[str, object], file: TextIO | None = None) -> None:
     """The last line on standard output, from one process."""
-    if launcher_env.get_launched_rank() == 0:
+    if get_launched_rank() == 0:
         print(json.dumps({key: value for key, value in result.items() if value is not None}), flush=True, file=file)
 
 

@@ -54,7 +54,7 @@ class AcceleratorContext:
     precision: Precision = "fp32"
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Return an autocast context in the recipe's precision, for forward passes that the engine does not autocast."""
+        """Return an autocast context in the recipe's precision, for forward passes outside of the engine."""
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         return torch.autocast(self.accelerator.device.type, dtype=dtype, enabled=dtype is not None)
 

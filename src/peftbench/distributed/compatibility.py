@@ -1,6 +1,6 @@
 """The compatibility table: which method, optimizer, precision and optional feature runs on which engine.
 
-Tests and docs are generated from it. The tests run every combination that no rule refuses (tests/distributed/), with two
+Tests and docs are generated from it. tests/distributed/ runs every combination that no rule refuses on CPU, with two
 processes if the engine supports several.
 """
 
@@ -28,7 +28,7 @@ OPTIONAL_FEATURES = {
     QUANTIZATION: ("model.quantization", "null"),
     FEATURE_CACHE: ("train.feature_cache", "null"),
 }
-"""Optional features of a recipe: the key of each, and the value that disables it; a suggestion removes the first."""
+"""Optional features of a recipe: the key of each, and the value that disables it."""
 
 
 def _engines(condition: Callable[[EngineKind], bool]) -> frozenset[str]:
@@ -218,7 +218,9 @@ def find_blocking_rule(combination: Combination, device: str) -> Rule | None:
 
 
 def find_nearest_supported(combination: Combination, device: str) -> list[Combination]:
-    """Return the nearest combinations that run on this type of device: the first for each smallest set of changed parts.
+    """Return the nearest combinations that run on this type of device.
+
+    These change as few parts as possible; for each set of changed parts it is the first that runs.
 
     The method changes only if a quantized base model requires it.
     """
@@ -261,8 +263,8 @@ def check(combination: Combination, device: str) -> None:
         describe_changes(combination, nearest, device) for nearest in find_nearest_supported(combination, device)
     )
     raise CombinationError(
-        f"{combination.method} with optimizer.kind={combination.optimizer} in {combination.precision}{feature} does not "
-        f"run on {combination.engine}: {rule.reason}; use {alternatives}"
+        f"{combination.method} with optimizer.kind={combination.optimizer} in {combination.precision}{feature} does "
+        f"not run on {combination.engine}: {rule.reason}; use {alternatives}"
     )
 
 
