@@ -50,7 +50,7 @@ def train(
     with cli_errors(on_error=print_result_line):
         recipe = load_recipe(config or [], overrides or [])
         if print_config:
-            if launcher_env.get_launched_rank() == 0:
+            if is_main_process():
                 print(to_commented_yaml(recipe), end="")
             return
         existing = load_existing_result(recipe) if skip_finished else None

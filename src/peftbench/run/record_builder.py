@@ -14,6 +14,7 @@ from peftbench.profiler.memory import max_over_ranks
 from peftbench.profiler.peak_flops import get_peak_flops
 from peftbench.profiler.throughput import compute_throughput
 from peftbench.record import Compute, CountedStep, Engine, Flops, Outcome, RunRecord, Throughput, Tokens
+from peftbench.optim import OPTIMIZER_LIBRARIES
 from peftbench.record.environment import get_git_commit, get_library_versions
 from peftbench.record.sanity_checks import check_record
 
@@ -39,7 +40,7 @@ def build_record(state: RunState, outcome: Outcome, ranks: RankMeasurements, not
         recipe_fingerprint=state.requested_recipe.fingerprint(),
         outcome=outcome,
         device=describe_device(state.accelerator),
-        library_versions=get_library_versions(),
+        library_versions=get_library_versions(OPTIMIZER_LIBRARIES),
         git_commit=get_git_commit(),
         engine=_build_engine(state),
         parameters=state.adapted_model.parameters if state.adapted_model else None,

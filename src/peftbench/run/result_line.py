@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, NoReturn, TextIO
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from peftbench.record import Outcome
+    from peftbench.common.console import get_launched_rank
+from peftbench.record import Outcome
 
 
 def is_main_process() -> bool:
     """True in the process with rank 0; known before any engine has started."""
-    return os.environ.get("RANK", "0") == "0"
+    return get_launched_rank() == 0
 
 
 def build_result_line(name: str, outcome: Outcome, record_path: Path | None) -> dict[str, object]:
