@@ -12,7 +12,12 @@ def minimal_record(**values: Any) -> RunRecord:
     required = {
         "name": "run",
         "started_at": "2026-07-11T00:00:00+00:00",
-        "recipe": {"train": {"steps": 5}},
+        "recipe": {
+            "name": "run",
+            "method": {"kind": "lora"},
+            "train": {"seed": 0, "global_batch_size": 4, "precision": "fp32"},
+            "data": {"seed": 0, "max_length": 8, "label_padding": False},
+        },
         "recipe_fingerprint": "0" * 16,
         "library_versions": {"torch": "2"},
         "device": Device(type="cpu", name="", num_processes=1),

@@ -88,9 +88,9 @@ def test_seeds_become_array_tasks(submit: Submit, target: str, names: tuple[str,
             assert (recipe.name, recipe.train.seed) == (f"{name}-seed={seed}", seed)
 
 
-def test_it_is_handed_in(submit: Submit, slurm: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """With its options on the command line too, and nothing of a job around it; how to follow is result."""
-    told = slurm(sbatch="echo '12;cluster'")
+def test_submission(submit: Submit, slurm: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sbatch gets the options as arguments and no variables of an enclosing job; the next commands are printed."""
+    argument_file = slurm(sbatch="echo '12;cluster'")
     for name in ("SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURM_CONF"):
         monkeypatch.setenv(name, "7")
     result = submit("suite.yaml", "slurm.comment=a b; $(c)")
@@ -147,7 +147,7 @@ def test_active_and_finished_runs_are_skipped(submit: Submit, slurm: Callable[..
         (
             ["one.yaml", "slurm.signal=TERM@9"],
             90,
-            "the batch script does not handle slurm.signal='TERM@9'; give B:USR1@SECONDS",
+            "does not handle slurm.signal='TERM@9'; give B:USR1@SECONDS",
         ),
         (["one.yaml", "--out", "a\nb"], 90, "has a control character, which a batch script cannot contain"),
     ],

@@ -2,89 +2,71 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from peftbench.errors import BudgetError
 from peftbench.memory.devices import UNKNOWN_DEVICE, get_device_facts
-from peftbench.memory.plan import Verification
+from peftbench.memory.plan import Strategy
 from peftbench.memory.search import MemoryTarget, find_strategy
 from peftbench.methods.full import Full
 from peftbench.recipe.schema import Recipe
-from peftbench.record import Device, Outcome, RunRecord
+from peftbench.record import Outcome
 from peftbench.suite.launch import RunResult
 from peftbench.suite.verify_fit import check_local_device, verify_strategy
+from tests.helpers.records import minimal_record
 from tests.helpers.workshop import Workshop
 
 BUDGET = 2**31
 
 
-def verify(workshop: Workshop, fits: int) -> tuple[Verification, list[str], list[Recipe]]:
-    """Verify a prediction of 4 of 12 examples on a device that fits ``fits``; return the log and the recipes too."""
+@pytest.fixture
+def planned(workshop: Workshop) -> tuple[Recipe, Strategy, MemoryTarget]:
+    """Return a recipe of 12 examples per step, a strategy that predicts micro-batches of 4, and its target."""
     recipe = workshop.recipe(Full(), train={"global_batch_size": 12}, evaluate={"batch_size": 2})
     target = MemoryTarget(UNKNOWN_DEVICE, "a GPU", BUDGET)
     strategy = find_strategy(recipe, (), target)
     assert strategy is not None
-    strategy = strategy.model_copy(update={"plan": strategy.plan.model_copy(update={"micro_batch_size": 4})})
-    log: list[str] = []
-    recipes: list[Recipe] = []
-
-    def launch(run_recipe: Recipe) -> RunResult:
-        recipes.append(run_recipe)
-        kind = "ok" if (run_recipe.train.resolved_micro_batch_size or 0) <= fits else "oom"
-        RunRecord(
-            name=run_recipe.name,
-            started_at="",
-            recipe=run_recipe.model_dump(mode="json"),
-            recipe_fingerprint="",
-            library_versions={},
-            device=Device(type="cpu", name="", num_processes=1),
-            outcome=Outcome(kind=kind, step=2, step_part="forward", requested_bytes=7),  # type: ignore[arg-type]
-        ).write(Path(run_recipe.output_dir) / run_recipe.name)
-        return RunResult(run_recipe.name, kind)
-
-    return verify_strategy(recipe, strategy, target, launch=launch, log_message=log.append), log, recipes
+    plan = strategy.plan.model_copy(update={"micro_batch_size": 4})
+    return recipe, strategy.model_copy(update={"plan": plan}), target
 
 
-@pytest.mark.parametrize(
-    ("fits", "tried"),
-    [
-        (4, [4, 6]),
-        (6, [4, 6, 12]),
-        (12, [4, 6, 12]),
-        (3, [4, 3]),
-        (1, [4, 3, 2, 1]),
-        (0, [4, 3, 2, 1]),
-    ],
-)
-def test_limit_is_found(fits: int, tried: list[int], workshop: Workshop) -> None:
-    """Sizes are tried upwards while they fit, else downwards; each once. The answer is the largest that ran."""
-    proof, log, recipes = verify(workshop, fits)
-    assert (
-        list(proof.outcome_by_micro_batch_size)
-        == tried
-        == [recipe.train.resolved_micro_batch_size for recipe in recipes]
-    )
-    assert proof.largest_micro_batch_size == (fits or None)
-    assert proof.predicted_micro_batch_size == 4
-    assert len(log) == len(tried)
-    for recipe in recipes:
-        assert (recipe.train.steps, recipe.train.global_batch_size, recipe.data.padding) == (3, 12, "max_length")
-        assert recipe.budget.memory_bytes == BUDGET
-        assert not Path(recipe.output_dir).exists()
+def make_launch(fits: int, recipes: list[Recipe]) -> Callable[[Recipe], RunResult]:
+    """Return a fake launch on a device that fits ``fits`` examples; it appends each recipe to ``recipes``."""
 
-
-def test_failed_run_is_an_error(workshop: Workshop) -> None:
-    """A failure other than out of memory does not count as the limit."""
-    recipe = workshop.recipe(Full(), train={"global_batch_size": 2}, evaluate={"batch_size": 1})
-    target = MemoryTarget(UNKNOWN_DEVICE, "a GPU", BUDGET)
-    strategy = find_strategy(recipe, (), target)
-    assert strategy is not None
-    with pytest.raises(BudgetError, match="cannot verify micro-batch 2: the run ended as failed: no such"):
-        verify_strategy(
-            recipe, strategy, target, launch=lambda other: RunResult(other.name, "failed", "no such"), log_message=print
+    def launch(recipe: Recipe) -> RunResult:
+        recipes.append(recipe)
+        kind = "ok" if (recipe.train.resolved_micro_batch_size or 0) <= fits else "oom"
+        outcome = Outcome(kind=kind, step=2, step_part="forward", requested_bytes=7)  # type: ignore[arg-type]
+        minimal_record(name=recipe.name, recipe=recipe.model_dump(mode="json"), outcome=outcome).write(
+            Path(recipe.output_dir) / recipe.name
         )
+        return RunResult(recipe.name, kind)
+
+    return launch
+
+
+def test_limit_is_found(planned: tuple[Recipe, Strategy, MemoryTarget]) -> None:
+    """Sizes are tried upwards while they fit, else downwards; each once. The answer is the largest that ran."""
+    expected = {4: [4, 6], 6: [4, 6, 12], 12: [4, 6, 12], 3: [4, 3], 1: [4, 3, 2, 1], 0: [4, 3, 2, 1]}
+    for fits, sizes in expected.items():
+        recipes: list[Recipe] = []
+        log: list[str] = []
+        proof = verify_strategy(*planned, launch=make_launch(fits, recipes), log_message=log.append)
+        assert list(proof.outcome_by_micro_batch_size) == sizes
+        assert [recipe.train.resolved_micro_batch_size for recipe in recipes] == sizes
+        assert proof.largest_micro_batch_size == (fits or None)
+        assert proof.predicted_micro_batch_size == 4
+        assert len(log) == len(sizes)
+        for recipe in recipes:
+            assert (recipe.train.steps, recipe.train.global_batch_size, recipe.data.padding) == (3, 12, "max_length")
+            assert recipe.budget.memory_bytes == BUDGET
+            assert not Path(recipe.output_dir).exists()
+    # A failure other than out of memory does not count as the limit.
+    with pytest.raises(BudgetError, match="cannot verify micro-batch 4: the run ended as failed: no such"):
+        verify_strategy(*planned, launch=lambda recipe: RunResult(recipe.name, "failed", "no such"), log_message=print)
 
 
 def test_verification_needs_the_device_of_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
