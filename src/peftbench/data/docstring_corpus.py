@@ -32,16 +32,88 @@ from peftbench.data.docstring_parser import (
 from peftbench.errors import DataNotFoundError
 
 DISTRIBUTION = "peftbench"
-CORPUS_DISTRIBUTIONS: tuple[str, ...] = tuple(
-    """
-absl-py accelerate altair annotated-doc annotated-types anyio attrs bitsandbytes certifi charset-normalizer
-click cloudpickle datasets deepspeed defusedxml dill einops evaluate filelock fsspec h11 hf-xet hjson httpcore2
-httpx2 huggingface-hub idna jinja2 joblib jsonschema jsonschema-specifications markdown-it-py markupsafe mdurl
-mpmath msgpack multiprocess narwhals networkx ninja nltk numpy nvidia-ml-py omegaconf packaging pandas peft
-platformdirs psutil py-cpuinfo pyarrow pydantic pydantic-core pygments python-dateutil pyyaml referencing regex
-requests rich rouge-score rpds-py safetensors scipy setuptools shellingham six sympy tabulate tokenizers torch
-tqdm transformers truststore typer typing-extensions typing-inspection tzdata urllib3 vl-convert-python xxhash
-""".split()
+CORPUS_DISTRIBUTIONS: tuple[str, ...] = (
+    "absl-py",
+    "accelerate",
+    "altair",
+    "annotated-doc",
+    "annotated-types",
+    "anyio",
+    "attrs",
+    "bitsandbytes",
+    "certifi",
+    "charset-normalizer",
+    "click",
+    "cloudpickle",
+    "datasets",
+    "deepspeed",
+    "defusedxml",
+    "dill",
+    "einops",
+    "evaluate",
+    "filelock",
+    "fsspec",
+    "h11",
+    "hf-xet",
+    "hjson",
+    "httpcore2",
+    "httpx2",
+    "huggingface-hub",
+    "idna",
+    "jinja2",
+    "joblib",
+    "jsonschema",
+    "jsonschema-specifications",
+    "markdown-it-py",
+    "markupsafe",
+    "mdurl",
+    "mpmath",
+    "msgpack",
+    "multiprocess",
+    "narwhals",
+    "networkx",
+    "ninja",
+    "nltk",
+    "numpy",
+    "nvidia-ml-py",
+    "omegaconf",
+    "packaging",
+    "pandas",
+    "peft",
+    "platformdirs",
+    "psutil",
+    "py-cpuinfo",
+    "pyarrow",
+    "pydantic",
+    "pydantic-core",
+    "pygments",
+    "python-dateutil",
+    "pyyaml",
+    "referencing",
+    "regex",
+    "requests",
+    "rich",
+    "rouge-score",
+    "rpds-py",
+    "safetensors",
+    "scipy",
+    "setuptools",
+    "shellingham",
+    "six",
+    "sympy",
+    "tabulate",
+    "tokenizers",
+    "torch",
+    "tqdm",
+    "transformers",
+    "truststore",
+    "typer",
+    "typing-extensions",
+    "typing-inspection",
+    "tzdata",
+    "urllib3",
+    "vl-convert-python",
+    "xxhash",
 )
 """Distributions that the corpus is read from, by normalized name (PEP 503), sorted.
 
@@ -141,7 +213,7 @@ def environment_key() -> str:
 
 
 def cache_pair_files() -> tuple[dict[str, Path], str]:
-    """Return the paths of the pairs (JSON lines) by split, and their fingerprint; read once per environment, then cached.
+    """Return the paths of the pairs (JSON lines) by split, and their fingerprint; cached per environment.
 
     Raises:
         DataNotFoundError: a distribution of the corpus is not installed.
