@@ -170,7 +170,11 @@ class TrainingCheckpointer:
 
 def _build_metadata(state: RunState, adapted_model: AdaptedModel) -> CheckpointMetadata:
     data_libraries = {"datasets", "evaluate"}  # their versions change no training state
-    versions = {name: version for name, version in get_library_versions(OPTIMIZER_LIBRARIES).items() if name not in data_libraries}
+    versions = {
+        name: version
+        for name, version in get_library_versions(OPTIMIZER_LIBRARIES).items()
+        if name not in data_libraries
+    }
     return CheckpointMetadata(
         state.requested_recipe.fingerprint(),
         str(adapted_model.base.fingerprint),

@@ -9,12 +9,12 @@ import torch
 
 from peftbench.distributed.accelerator import describe_device
 from peftbench.distributed.deepspeed import unwrap_optimizer
+from peftbench.optim import OPTIMIZER_LIBRARIES
 from peftbench.profiler.instruments import FLOP_COUNT_STEP
 from peftbench.profiler.memory import max_over_ranks
 from peftbench.profiler.peak_flops import get_peak_flops
 from peftbench.profiler.throughput import compute_throughput
 from peftbench.record import Compute, CountedStep, Engine, Flops, Outcome, RunRecord, Throughput, Tokens
-from peftbench.optim import OPTIMIZER_LIBRARIES
 from peftbench.record.environment import get_git_commit, get_library_versions
 from peftbench.record.sanity_checks import check_record
 

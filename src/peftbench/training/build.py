@@ -25,7 +25,6 @@ from peftbench.record import ParameterCounts
 from peftbench.training.data import as_numpy, build_collator
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
     from transformers import PreTrainedModel
 
     from peftbench.feature_cache.store import FeatureStore
