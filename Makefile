@@ -1,54 +1,63 @@
-# Everything runs in .venv, made on first use from pyproject.toml under constraints.txt.
+# Everything runs in .venv, created on first use from pyproject.toml under constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
-# Nothing is asked of a hub: the demo and the tests are offline.
+# The demo and the tests run offline.
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-all test-engines test-slurm lint readme picture clean
+.PHONY: demo test test-all test-engines test-slow test-slurm lint prose readme picture clean
 
 demo: .venv/installed
-	$(BIN)/peftbench compare recipes/demo/suite.yaml
-	$(BIN)/peftbench compare recipes/demo/budget.yaml
-	@echo "the pages, for a browser: runs/demo/report.html and runs/demo_budget/report.html"
+	$(BIN)/peftbench run recipes/demo/suite.yaml
+	$(BIN)/peftbench run recipes/demo/budget.yaml
+	@echo "Open in a browser: runs/demo/report.html and runs/demo_budget/report.html"
 
-# Two at once: most of a test is one process with one thread.
+# The fast tier. Two workers: most tests run one process with one thread.
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-all: .venv/installed
-	$(BIN)/python -m pytest -m "slow or not slow"
-
-# Every combination of the compatibility table that runs on CPU, in two processes each.
+# Every combination of the compatibility table that runs on CPU, each in two processes.
 test-engines: .venv/installed
 	$(BIN)/python -m pytest -m multiprocess tests/distributed
 
-# A real SLURM in a folder of its own, where Debian's packages for it are installed (docs/guides/slurm.md), as root; and
-# all that can befall a run, on one host and on two. Beside one cluster, whose jobs wait much, one worker does the rest.
+# Families of models, memory simulations, whole-process tests and full sweeps.
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not gpu and not slurm" \
+	    --ignore tests/distributed --ignore tests/slurm
+
+# A real SLURM in a temporary folder, as root, and interruptions of runs on one host and on two. Needs Debian's slurm-wlm and
+# munge (docs/guides/slurm.md). One worker waits for the cluster's jobs; the other runs the remaining tests.
 test-slurm: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "slow or not slow" \
 	    tests/slurm tests/launch/test_survival.py tests/launch/test_two_hosts.py
+
+test-all: test test-engines test-slow test-slurm
 
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m tests.unit.docs.prose
 
-# The figures in README.md and docs/ come from committed records, never from a keyboard.
+# Prints every banned phrase with its plain rewrite; PATHS limits it to some folders.
+prose: .venv/installed
+	$(BIN)/python -m tests.unit.docs.prose $(PATHS)
+
+# Generates the numbers in README.md and docs/ from committed records.
 readme: .venv/installed
-	$(BIN)/peftbench report docs/results/demo --into README.md --block demo
-	$(BIN)/peftbench report docs/results/demo_budget --into README.md --block budget
-	$(BIN)/peftbench report docs/results/demo_seeds --into docs/results/README.md --block seeds
-	$(BIN)/peftbench report docs/results/demo_rates --into docs/results/README.md --block rates --by optimizer.learning_rate
-	$(BIN)/peftbench estimate --config recipes/gpt2_cnn_dm/full.yaml train.precision=fp32 --device t4 --into docs/concepts/memory.md --block plan
-	$(BIN)/peftbench estimate --suite recipes/budget16/suite.yaml --budget 16GiB --into docs/concepts/memory.md --block ladder
-	$(BIN)/python benchmarks/vs_trainer --report benchmarks/vs_trainer/records/cpu_bf16 --into benchmarks/vs_trainer/README.md
-	$(BIN)/python benchmarks/vs_trainer --report benchmarks/vs_trainer/records/cpu_bf16_four --into benchmarks/vs_trainer/README.md --block vs_trainer_four
-	$(BIN)/python benchmarks/vs_trainer --report benchmarks/vs_trainer/records/cuda_bf16 --into benchmarks/vs_trainer/README.md --block vs_trainer_gpu
+	$(BIN)/peftbench report docs/results/demo --update-file README.md --marker demo
+	$(BIN)/peftbench report docs/results/demo_budget --update-file README.md --marker budget
+	$(BIN)/peftbench report docs/results/demo_seeds --update-file docs/results/README.md --marker seeds
+	$(BIN)/peftbench report docs/results/demo_rates --update-file docs/results/README.md --marker rates --group-by optimizer.learning_rate
+	$(BIN)/peftbench estimate --config recipes/gpt2_cnn_dm/full.yaml train.precision=fp32 --device t4 --update-file docs/concepts/memory.md --marker plan
+	$(BIN)/peftbench estimate --suite recipes/budget16/suite.yaml --budget 16GiB --update-file docs/concepts/memory.md --marker ladder
+	$(BIN)/python benchmarks/vs_trainer --report benchmarks/vs_trainer/records/cpu_bf16 --update-file benchmarks/vs_trainer/README.md
+	$(BIN)/python benchmarks/vs_trainer --report benchmarks/vs_trainer/records/cpu_bf16_four --update-file benchmarks/vs_trainer/README.md --marker vs_trainer_four
+	$(BIN)/python benchmarks/vs_trainer --report benchmarks/vs_trainer/records/cuda_bf16 --update-file benchmarks/vs_trainer/README.md --marker vs_trainer_gpu
 	$(BIN)/python -m peftbench.distributed.compatibility_docs > .compatibility.md
 	mv .compatibility.md docs/reference/compatibility.md
 
-# The picture of the page in README.md, from committed records; needs Chromium.
+# Renders the report page's picture in README.md from committed records; needs Chromium.
 picture: .venv/installed
 	$(BIN)/python -m tests.unit.report.page.picture
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from peftbench.common.console import cli_errors, quiet_libraries
+from peftbench.common.console import cli_errors, refuse_renamed_options
+from peftbench.common.libraries import quiet_libraries
+from peftbench.distributed import launcher_env
 from peftbench.recipe.loader import load_recipe, to_commented_yaml
 from peftbench.record import EXIT_CODES, Outcome, RunRecord
 from peftbench.run.result_line import build_result_line, exit_immediately, is_main_process, print_result_line
@@ -58,7 +59,7 @@ def train(
             raise typer.Exit(EXIT_CODES[existing.outcome.kind])
         outcome, record_path, exit_code = run_recipe(recipe)
         print_result_line(build_result_line(recipe.name, outcome, record_path))
-        if outcome.kind != "ok" and _is_distributed():
+        if outcome.kind != "ok" and launcher_env.launched_world_size() > 1:
             exit_immediately(exit_code)
         raise typer.Exit(exit_code)
 
@@ -96,12 +97,9 @@ def run_recipe(recipe: Recipe) -> tuple[Outcome, Path | None, int]:
         return record.outcome, path, EXIT_CODES[record.outcome.kind]
 
 
-def _is_distributed() -> bool:
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
 def main() -> None:
     """Run the command line."""
+    refuse_renamed_options(sys.argv[1:], {"--unless-finished": "--skip-finished"})
     try:
         app()
     finally:

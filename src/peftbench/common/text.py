@@ -9,7 +9,7 @@ _INTERPOLATION_PATTERN = re.compile(r"(\\*)\$\{")
 
 
 def escape_interpolation(text: str) -> str:
-    r"""Return ``text`` with OmegaConf's interpolations escaped; each ``\`` in front of one must be doubled."""
+    r"""Return ``text`` with OmegaConf's interpolations escaped; each ``\`` before one is doubled to stay literal."""
     return _INTERPOLATION_PATTERN.sub(r"\1\1\\${", text)
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from peftbench.common.attention import ATTENTION_NAME
 from peftbench.data.collate import PackedSequences
 
 if TYPE_CHECKING:
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 _HALF_PRECISION_DTYPES = frozenset({torch.float16, torch.bfloat16})
 AttentionFunction = Callable[..., tuple[torch.Tensor, None]]
-ATTENTION_NAME = "peftbench_causal"
-"""Name registered with transformers as an attention implementation; it has no mask function, so it receives no mask."""
 
 
 def causal_attention(

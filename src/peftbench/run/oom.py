@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from peftbench.common.text import first_line
-from peftbench.distributed.accelerator import runs_on_cpu
+from peftbench.distributed.launcher_env import runs_on_cpu
 from peftbench.errors import BudgetError
 from peftbench.memory.advisor import Advice, AdviceRequest, request_advice, request_micro_batch
 from peftbench.memory.limit import MemoryLimit, limit_memory

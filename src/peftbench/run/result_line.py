@@ -7,6 +7,8 @@ import os
 import sys
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
+from peftbench.common.console import get_launched_rank
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 
 def is_main_process() -> bool:
     """True in the process with rank 0; known before any engine has started."""
-    return os.environ.get("RANK", "0") == "0"
+    return get_launched_rank() == 0
 
 
 def build_result_line(name: str, outcome: Outcome, record_path: Path | None) -> dict[str, object]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from peftbench.common.filesystem import write_error
 from peftbench.record import RECORD_FILE
 
 if TYPE_CHECKING:
@@ -36,6 +37,18 @@ class RunDir:
     def from_recipe(cls, recipe: Recipe) -> RunDir:
         """Return the folder that a run of ``recipe`` writes to."""
         return cls(Path(recipe.output_dir) / recipe.name)
+
+    def create(self) -> Path:
+        """Create the folder if it does not exist and return its path.
+
+        Raises:
+            OutputError: it cannot be created.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_error(self.path, error) from error
+        return self.path
 
     @property
     def record_file(self) -> Path:
