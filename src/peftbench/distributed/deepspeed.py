@@ -241,9 +241,8 @@ def unwrap_chain(optimizer: Any) -> Iterator[Any]:
 
 
 def unwrap_optimizer(optimizer: Any) -> Any:
-    """Return the innermost optimizer, the one that steps."""
-    *_, inner = unwrap_chain(optimizer)
-    return inner
+    """Return the innermost optimizer, which steps."""
+    return list(unwrap_chain(optimizer))[-1]
 
 
 def master_weights(optimizer: Any) -> list[torch.Tensor]:

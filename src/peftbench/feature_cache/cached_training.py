@@ -150,7 +150,7 @@ def open_feature_cache(
     assert dtype is not None, "train.feature_cache is set"
     if not isinstance(loss, LabelledLogitsLoss) or base.base_model is base:
         raise UnsupportedModelError(
-            f"{base.config.model_type} has no backbone separate from its head, so its hidden states cannot be cached; set "
+            f"{base.config.model_type} has no backbone separate from its head, so its states cannot be cached; set "
             "train.feature_cache=null"
         )
 

@@ -139,7 +139,7 @@ class FeatureStore:
             write_atomically(marker, "")
 
     def _release_pages(self) -> None:
-        """Unmap touched pages from this process (they stay in the page cache), so that they do not count in its peak RSS."""
+        """Release touched pages (they stay in the page cache), so that they do not count in this process's peak RSS."""
         if _MADV_DONTNEED is not None:
             self._features_mmap.madvise(_MADV_DONTNEED)
 

@@ -40,13 +40,16 @@ def causal_attention(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Compute attention with transformers' signature: (rows, heads, positions, width) in, (rows, positions, heads, width) out."""
+    """Implement transformers' attention signature.
+
+    Takes (rows, heads, positions, width) each, returns (rows, positions, heads, width).
+    """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.utils import generic
 
     if _is_upcast_to_float32(query):
         with generic.maybe_autocast(query.device.type, enabled=False):
-            output, _ = causal_attention(
+            output, _none = causal_attention(
                 module,
                 query.float(),
                 key.float(),
@@ -68,7 +71,7 @@ def causal_attention(
 
 
 def _is_upcast_to_float32(query: torch.Tensor) -> bool:
-    """True if attention must be upcast: 16-bit inputs, and float32 queries (after rotary) that autocast would downcast."""
+    """True if attention must be upcast: 16-bit inputs, or rotated float32 queries that autocast would downcast."""
     return query.device.type == "cpu" and (query.dtype in _HALF_PRECISION_DTYPES or torch.is_autocast_enabled("cpu"))
 
 

@@ -94,12 +94,12 @@ def load_model(model_config: Model, compute_dtype: torch.dtype | None = None) ->
     Raises:
         ModelNotFoundError: no usable model at that path; the message lists what was tried.
         HubUnreachableError: the Hub did not answer and the cache has no copy.
-        UnsupportedModelError: the attention implementation is not installed, or the model is not a causal language model.
+        UnsupportedModelError: the attention implementation is not installed, or the model is not a causal LM.
     """
     if model_config.revision is not None and Path(_resolve_model_path(model_config)).is_dir():
         raise OutOfRangeError(
-            f"model.revision={model_config.revision!r} applies to Hub models, but {_resolve_model_path(model_config)} is a local "
-            "folder; set model.revision=null"
+            f"model.revision={model_config.revision!r} applies to Hub models, but {_resolve_model_path(model_config)} "
+            "is a local folder; set model.revision=null"
         )
     config = load_config(model_config)
     tokenizer = load_tokenizer(model_config)

@@ -56,7 +56,7 @@ class CausalLMLoss:
 
     @torch.no_grad()
     def per_token(self, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
-        """Return the cross-entropy (nats, float32) of each labelled token, in the order of ``batch.targets``: (labelled,)."""
+        """Return the cross-entropy (nats, float32) of each labelled token, ordered as ``batch.targets``: (labelled,)."""
         return cross_entropy(self.logits(model, batch).float(), batch.targets, reduction="none")
 
 
@@ -78,12 +78,12 @@ class LabelledLogitsLoss(CausalLMLoss):
         use_masks: bool = False,
         kernel: Kernel = "torch",
     ) -> None:
-        """Initialize; ``head_is_output``: the model returns the head's output unchanged, so ``kernel`` computes the loss."""
+        """Initialize; with ``head_is_output`` (the model returns the head's output) ``kernel`` computes the loss."""
         super().__init__(base, use_masks=use_masks)
         self.head, self.cross_entropy_sum = head, KERNELS[kernel]()
         self.head_is_output = head_is_output and type(head) is nn.Linear
         self.select_positions: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = select_positions
-        """Selects the head's inputs from hidden states (rows, width, hidden size) and the positions to predict at."""
+        """Selects the head's inputs from hidden states (rows, width, hidden size) and positions."""
         self._head_request: _HeadRequest | None = None
         self._head_forward = head.forward
         head.forward = partial(_forward_labelled_positions, self)
@@ -166,8 +166,8 @@ def build_loss(
         loss = CausalLMLoss(base, use_masks=use_masks)
     if kernel != "torch" and not (isinstance(loss, LabelledLogitsLoss) and loss.head_is_output):
         raise UnsupportedModelError(
-            f"train.cross_entropy={kernel} needs train.logits=labels_only and a model that returns its linear head's output "
-            f"unchanged, which {base.config.model_type} does not here; use train.cross_entropy=torch"
+            f"train.cross_entropy={kernel} needs train.logits=labels_only and a model that returns its linear head's "
+            f"output unchanged, which {base.config.model_type} does not here; use train.cross_entropy=torch"
         )
     notes = []
     if labelled_only and loss.computes_all_logits:

@@ -119,7 +119,7 @@ class MemoryTracker(TorchDispatchMode):
         get_engine_buffers: Callable[[], EngineBuffers] = EngineBuffers,
         device_type: str | None = None,
     ) -> None:
-        """``get_engine_buffers`` is called on entry. ``device_type`` restricts tracking to one type, None tracks all."""
+        """``get_engine_buffers`` is called on entry. Only storages on ``device_type`` are tracked, None for all."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.model = model
         self.optimizer = optimizer

@@ -147,9 +147,9 @@ class Probe:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Measure a part of a step: ``forward``, ``backward`` or ``optimizer``; its peak only if the device supports it.
+        """Measure a part of a step: ``forward``, ``backward`` or ``optimizer``.
 
-        The peak is since the end of the previous part, so that each part needs one reading.
+        If the device supports it, its peak since the end of the previous part is recorded.
         """
         self.current_step_part = name
         start = self._read_clock() if self._step_part_seconds is not None else 0.0

@@ -1,1 +1,1 @@
-"""One run: from a recipe to a record, whatever the outcome."""
+"""One run: stages, outcome, checkpointing, record."""

@@ -3,8 +3,8 @@
     python -m peftbench.shipped.pretrain --out FOLDER
 
 writes the tokenizer, the weights (float16, safetensors) and the model card. Matrices are trained with Muon and all
-other parameters with AdamW: on a CPU, tokens are scarce, and Muon needs the fewest of them (Jordan et al. 2024; learning
-rates matched to AdamW's as in Moonshot's "Muon is scalable for LLM training", 2025).
+other parameters with AdamW: on a CPU, tokens are scarce, and Muon needs the fewest of them (Jordan et al. 2024;
+learning rates matched to AdamW's as in Moonshot's "Muon is scalable for LLM training", 2025).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Save nested state as safetensors and JSON: like a pickle, but loading it executes no code.
 
-A tree consists of dicts (keys: str or int), lists, tuples, tensors, numbers, strings, bools and None. Tensors that share
-memory are written once and share memory again after loading.
+A tree consists of dicts (keys: str or int), lists, tuples, tensors, numbers, strings, bools and None. Tensors that
+share memory are written once and share memory again after loading.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def save_tree(tree: object, directory: Path) -> None:
 
 
 def load_tree(directory: Path, device: torch.device, device_keys: tuple[str, ...] = ()) -> Any:  # noqa: ANN401 — returns the type that was saved
-    """Load the tree in ``directory`` to the CPU; under ``device_keys``, tensors saved from another device go to ``device``.
+    """Load a tree to the CPU; tensors under ``device_keys`` that were saved from another device go to ``device``.
 
     Raises:
         OSError, SafetensorError, ValueError: the files are missing or damaged.
@@ -75,7 +75,10 @@ def _flatten_tree(value: object, tensors: dict[str, torch.Tensor], seen: dict[tu
 
 
 def _unflatten_tree(
-    value: Any, tensors: dict[str, torch.Tensor], placed: dict[str, torch.Tensor], device: torch.device
+    value: Any,  # noqa: ANN401 — parsed JSON
+    tensors: dict[str, torch.Tensor],
+    placed: dict[str, torch.Tensor],
+    device: torch.device,
 ) -> Any:  # noqa: ANN401
     if not isinstance(value, dict):
         return value
