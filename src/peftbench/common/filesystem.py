@@ -23,7 +23,7 @@ UNWRITABLE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EA
 
 
 def cache_dir() -> Path:
-    """Return the folder for reproducible files: ``$PEFTBENCH_CACHE``, else the platform's cache folder for peftbench."""
+    """Return the cache folder: ``$PEFTBENCH_CACHE``, else the platform's cache folder for peftbench."""
     return Path(os.environ.get(CACHE_DIR_ENV) or platformdirs.user_cache_dir("peftbench"))
 
 

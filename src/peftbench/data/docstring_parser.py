@@ -48,7 +48,7 @@ class SummarizationPair:
 
 
 def list_source_files(distributions: Iterable[str]) -> list[tuple[str, Path, str]]:
-    """List the Python files of the standard library and of ``distributions``: ``(package, root folder, relative path)``.
+    """List Python files of the standard library and of ``distributions``: ``(package, root folder, relative path)``.
 
     A distribution that is not installed adds no files.
     """

@@ -1,6 +1,6 @@
 """The compatibility table: which method, optimizer, precision and optional feature runs on which engine.
 
-Tests and docs are generated from it. The tests run every combination that no rule refuses (tests/distributed/), with two
+Tests and docs are generated from it. tests/distributed/ runs every combination that no rule refuses on CPU, with two
 processes if the engine supports several.
 """
 
@@ -28,7 +28,7 @@ OPTIONAL_FEATURES = {
     QUANTIZATION: ("model.quantization", "null"),
     FEATURE_CACHE: ("train.feature_cache", "null"),
 }
-"""Optional features of a recipe: the key of each, and the value that disables it; a suggestion removes the first."""
+"""Optional features of a recipe: the key of each, and the value that disables it."""
 
 
 def _engines(condition: Callable[[EngineKind], bool]) -> frozenset[str]:
@@ -47,9 +47,10 @@ _NVME_ENGINES = _engines(lambda engine: engine.offloads_to_nvme)
 _STOCHASTIC_ROUNDING_OPTIMIZERS = _optimizers(lambda optimizer: optimizer.weight_dtype == "bf16")
 _PAGED_OPTIMIZERS = _optimizers(lambda optimizer: optimizer.is_paged)
 _QUANTIZABLE_METHODS = frozenset(name for name, method in METHODS.items() if method.supports_quantized_base)
-_DTENSOR_LIMITATIONS = tuple(
-    dict.fromkeys(optimizer.dtensor_limitation for optimizer in OPTIMIZERS.values() if optimizer.dtensor_limitation)
-)
+_DTENSOR_LIMITATIONS: dict[str, frozenset[str]] = {}
+for _name, _optimizer in OPTIMIZERS.items():
+    if (_limitation := _optimizer.dtensor_limitation) is not None:
+        _DTENSOR_LIMITATIONS[_limitation] = _DTENSOR_LIMITATIONS.get(_limitation, frozenset()) | {_name}
 
 
 @dataclass(frozen=True)
@@ -102,12 +103,8 @@ RULES = (
         optimizers=_optimizers(lambda optimizer: optimizer.needs_matrices),
     ),
     *(
-        Rule(
-            limitation,
-            engines=_FSDP_ENGINES,
-            optimizers=_optimizers(lambda optimizer, limitation=limitation: optimizer.dtensor_limitation == limitation),
-        )
-        for limitation in _DTENSOR_LIMITATIONS
+        Rule(limitation, engines=_FSDP_ENGINES, optimizers=optimizers)
+        for limitation, optimizers in _DTENSOR_LIMITATIONS.items()
     ),
     Rule(
         "stochastic rounding draws different random numbers on each rank, so that the replicas would diverge",
@@ -221,7 +218,9 @@ def find_blocking_rule(combination: Combination, device: str) -> Rule | None:
 
 
 def find_nearest_supported(combination: Combination, device: str) -> list[Combination]:
-    """Return the nearest combinations that run on this type of device: the first for each smallest set of changed parts.
+    """Return the nearest combinations that run on this type of device.
+
+    These change as few parts as possible; for each set of changed parts it is the first that runs.
 
     The method changes only if a quantized base model requires it.
     """
@@ -264,8 +263,8 @@ def check(combination: Combination, device: str) -> None:
         describe_changes(combination, nearest, device) for nearest in find_nearest_supported(combination, device)
     )
     raise CombinationError(
-        f"{combination.method} with optimizer.kind={combination.optimizer} in {combination.precision}{feature} does not "
-        f"run on {combination.engine}: {rule.reason}; use {alternatives}"
+        f"{combination.method} with optimizer.kind={combination.optimizer} in {combination.precision}{feature} does "
+        f"not run on {combination.engine}: {rule.reason}; use {alternatives}"
     )
 
 

@@ -177,8 +177,8 @@ def check_nvme_support() -> None:
 
     if not AsyncIOBuilder().is_compatible(verbose=False):
         raise EngineError(
-            "NVMe offload needs the development files of libaio, which were not found; install them (Debian: libaio-dev, "
-            "Red Hat: libaio-devel), or use accel_configs/zero3_offload.yaml"
+            "NVMe offload needs the development files of libaio, which were not found; install them (Debian: "
+            "libaio-dev, Red Hat: libaio-devel), or use accel_configs/zero3_offload.yaml"
         )
 
 

@@ -1,4 +1,4 @@
-"""ENGINES: how weights, gradients and optimizer states are sharded and offloaded, and which engine the launcher requests."""
+"""ENGINES: how weights, gradients and optimizer states are sharded and offloaded; and the launcher's choice of one."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ ENGINES: dict[str, EngineKind] = {
 
 
 def detect_requested_engine(deepspeed_config: Mapping[str, Any] | None) -> EngineKind:
-    """Return the engine that the launcher requests: by its DeepSpeed config if there is one, else by its environment.
+    """Return the engine that the launcher requests, by its DeepSpeed config or else its environment.
 
     Raises:
         EngineError: the requested engine is not in ENGINES.
@@ -83,8 +83,8 @@ def detect_requested_engine(deepspeed_config: Mapping[str, Any] | None) -> Engin
                 return engine
         raise EngineError(
             f"the DeepSpeed config sets ZeRO stage {requested.zero_stage} with optimizer states on "
-            f"{requested.offload_optimizer!r} and weights on {requested.offload_parameters!r}, which peftbench does not "
-            f"support; use one of ds_configs/: {', '.join(engine.name for engine in engines)}"
+            f"{requested.offload_optimizer!r} and weights on {requested.offload_parameters!r}, which peftbench does "
+            f"not support; use one of ds_configs/: {', '.join(engine.name for engine in engines)}"
         )
     if launcher_env.is_fsdp_requested():
         if (version := launcher_env.get_fsdp_version()) != "2":

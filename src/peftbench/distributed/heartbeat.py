@@ -55,13 +55,12 @@ class Heartbeat:
         self._is_sender = leads and bool(self._hosts)
         self._sequence, self._last_sent_at, self._last_checked_at = 0, float("-inf"), time.monotonic()
         self.beat()
-        # A barrier: every file is written before the first read, which a network file system might cache as missing.
+        # A barrier, so that no host caches a file as missing that another is about to write.
         all_gather_objects(accelerator, None)
         unseen = [host.name for leader, host in self._hosts.items() if not self._read_mtime(leader)]
         if any(all_gather_objects(accelerator, unseen)):
             raise OutputError(
-                f"{directory.parent} is not shared by all machines of this run; set output_dir to a folder on a shared file "
-                "system"
+                f"{directory.parent} is not shared by all machines of this run; set output_dir to a shared folder"
             )
 
     def beat(self) -> None:

@@ -1,6 +1,6 @@
 """The environment variables by which ``accelerate launch`` and torchrun configure their processes.
 
-No other module reads them. Nothing here imports torch before a function needs it.
+No other module reads them, except for RANK in ``common.console.get_launched_rank``. Only ``runs_on_cpu`` imports torch.
 """
 
 from __future__ import annotations
@@ -8,8 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-
-from peftbench.common.console import get_launched_rank as get_launched_rank
 
 ACCELERATE_ENV_PREFIXES = ("ACCELERATE_", "FSDP_")
 """Prefixes of the variables by which accelerate's launcher passes its config file to its processes."""

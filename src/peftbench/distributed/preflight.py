@@ -45,8 +45,8 @@ def check_single_node() -> None:
     world_size, local_world_size = launcher_env.launched_world_size(), launcher_env.get_local_world_size()
     if local_world_size != world_size:
         raise EngineError(
-            f"train.feature_cache needs all {world_size} processes on one machine, and {local_world_size} of them are on "
-            "this one; launch on one machine, or set train.feature_cache=null"
+            f"train.feature_cache needs all {world_size} processes on one machine, and {local_world_size} of them are "
+            "on this one; launch on one machine, or set train.feature_cache=null"
         )
 
 
@@ -81,8 +81,8 @@ def check_launch(cpu: bool, engine: EngineKind) -> None:
     world_size = launcher_env.launched_world_size()
     if cpu and world_size > 1 and not launcher_env.hides_all_gpus() and not launcher_env.is_cpu_requested():
         raise EngineError(
-            f"the launcher started {world_size} processes for GPUs, and this machine has no GPU; for several processes on "
-            "CPU use accel_configs/cpu2.yaml"
+            f"the launcher started {world_size} processes for GPUs, and this machine has no GPU; for several processes "
+            "on CPU use accel_configs/cpu2.yaml"
         )
 
 

@@ -40,8 +40,8 @@ def unshard_root(model: nn.Module) -> Iterator[None]:
 def gather_full_model(engine: EngineKind, prepared_model: nn.Module, model: nn.Module, *, on_this_rank: bool) -> None:
     """Gather every weight of ``model`` to the CPU of each process with ``on_this_rank``, for saving. A collective.
 
-    Trained weights are float32, as the optimizer holds them. Neither ``model`` nor the engine's ``prepared_model`` can be
-    trained afterwards.
+    Trained weights are float32, as the optimizer holds them. Neither ``model`` nor the engine's ``prepared_model`` can
+    be trained afterwards.
     """
     if not (engine.is_deepspeed or engine.is_fsdp):
         return

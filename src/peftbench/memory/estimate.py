@@ -18,7 +18,6 @@ from peftbench.memory.plan import Plan, Verdict
 from peftbench.memory.replay import AllocatorReplay, replay_allocator
 from peftbench.memory.simulation.step import MemorySimulation
 from peftbench.modeling.loading import get_max_positions, load_config
-from peftbench.optim.bitsandbytes import AdamW8bit
 
 if TYPE_CHECKING:
     from peftbench.distributed.engines import EngineKind
@@ -112,15 +111,13 @@ def estimate(
 
 
 def _replace_paged_optimizer(recipe: Recipe) -> Recipe:
-    """Replace the paged optimizer with its unpaged variant, whose states have the same size."""
-    if recipe.optimizer.kind != "paged_adamw8bit":
-        return recipe
-    return recipe.model_copy(update={"optimizer": AdamW8bit(**recipe.optimizer.model_dump(exclude={"kind"}))})
+    """Replace a paged optimizer with its unpaged variant, whose states have the same size."""
+    return recipe.model_copy(update={"optimizer": recipe.optimizer.without_paging()})
 
 
 def _count_paged_bytes(recipe: Recipe, replay: AllocatorReplay) -> int:
     """Return the bytes of optimizer state that the driver may page out to host memory."""
-    if recipe.optimizer.kind != "paged_adamw8bit":
+    if not recipe.optimizer.is_paged:
         return 0
     return max(peak.live_bytes_by_category.get("optimizer_state", 0) for peak in replay.peak_by_phase.values())
 
@@ -147,9 +144,9 @@ def _check_supported(recipe: Recipe, engine: EngineKind, device_type: DeviceType
         raise EstimateUnavailableError(
             "The memory of int8 outliers depends on the weights' values; use model.quantization=nf4 or null"
         )
-    if recipe.optimizer.kind == "deepspeed_cpu_adam":
+    if recipe.optimizer.is_cpu_only:
         raise EstimateUnavailableError(
-            "deepspeed_cpu_adam runs a compiled kernel and cannot be simulated; use optimizer.kind=adamw"
+            f"{recipe.optimizer.kind} runs a compiled kernel and cannot be simulated; use optimizer.kind=adamw"
         )
     if recipe.model.attention == "flash_attention_2":
         raise EstimateUnavailableError(

@@ -80,7 +80,8 @@ class Technique:
             return False
         if self.name == "checkpointing" and recipe.method.has_frozen_backbone:
             return False
-        if "optimizer" in self.overrides and recipe.optimizer.kind != "adamw":
+        optimizer = self.overrides.get("optimizer")
+        if optimizer is not None and optimizer["kind"] not in recipe.optimizer.low_memory_variants:
             return False
         return self.apply(recipe) != recipe
 

@@ -78,7 +78,7 @@ def _freeze_gpt2_blocks(base: PreTrainedModel) -> PreTrainedModel:
     blocks = [parameter for name, parameter in base.named_parameters() if GPT2_BLOCK_PREFIX in name]
     if not blocks:
         raise UnsupportedModelError(
-            f"method.head=outside_blocks freezes {GPT2_BLOCK_PREFIX!r} parameters, and {base.config.model_type} has none; "
+            f"method.head=outside_blocks freezes names with {GPT2_BLOCK_PREFIX!r}; {base.config.model_type} has none; "
             "use a GPT-2 model or method.head=untied"
         )
     freeze(blocks)

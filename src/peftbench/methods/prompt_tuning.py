@@ -74,8 +74,8 @@ class PromptTuning(Method):
     def generate(
         self, model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, **generate_kwargs: Any
     ) -> torch.Tensor:
-        # peft puts the soft tokens before the padding and drops the position ids, so that a prompt's distance from them,
-        # and its generated text, would depend on the other prompts of the batch. Here they directly precede the prompt.
+        # peft puts the soft tokens before the padding and drops the position ids, so that a prompt's distance from
+        # them, and its generated text, would depend on the rest of the batch. Here they directly precede the prompt.
         import torch
 
         base: PreTrainedModel = model.get_base_model()  # type: ignore[operator]

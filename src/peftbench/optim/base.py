@@ -58,7 +58,7 @@ class Optimizer(ConfigSection):
 
     @abstractmethod
     def build(self, parameters: Parameters, embeddings: Parameters = ()) -> torch.optim.Optimizer:
-        """Build a torch optimizer over ``parameters``; ``embeddings`` is the subset of them that are embedding matrices.
+        """Build a torch optimizer over ``parameters``, of which ``embeddings`` are the embedding matrices.
 
         Raises:
             OptimizerError: its library is not installed or does not work on this machine.

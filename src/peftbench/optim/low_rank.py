@@ -66,7 +66,7 @@ class _LowRank(AdamLike):
         return optimizer
 
     @abstractmethod
-    def _get_library_class(self, library: ModuleType) -> Any:  # noqa: ANN401 — classes without types
+    def _get_library_class(self, library: ModuleType) -> Any:
         """Return the library's optimizer class."""
 
     @abstractmethod
@@ -100,7 +100,7 @@ class GaLore(_LowRank):
     scale: float = Field(default=0.25, gt=0)
     """Factor of a projected update."""
 
-    def _get_library_class(self, library: ModuleType) -> Any:  # noqa: ANN401
+    def _get_library_class(self, library: ModuleType) -> Any:
         return library.GaLore
 
     def _projection_kwargs(self) -> dict[str, Any]:
@@ -126,7 +126,7 @@ class Apollo(_LowRank):
     scale_of: Literal["channel", "tensor"] = "channel"
     """Unit that shares one scale."""
 
-    def _get_library_class(self, library: ModuleType) -> Any:  # noqa: ANN401
+    def _get_library_class(self, library: ModuleType) -> Any:
         return library.APOLLOAdamW
 
     def _projection_kwargs(self) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class _StochasticRounding(AdamLike):
         return False
 
 
-def _build_subclass(library_class: Any, fp32_parameter_ids: set[int], can_compile: bool) -> Any:  # noqa: ANN401 — untyped classes
+def _build_subclass(library_class: Any, fp32_parameter_ids: set[int], can_compile: bool) -> Any:
     """Return a subclass of torchao's class with 32-bit states for the parameters with these ids."""
     import torch
 
@@ -71,7 +71,7 @@ def _build_subclass(library_class: Any, fp32_parameter_ids: set[int], can_compil
             buffer: torch.Tensor = super()._new_buffer(parameter, signed)
             return buffer
 
-        def step(self, closure: Any = None) -> Any:  # noqa: ANN401 — as torch has it
+        def step(self, closure: Any = None) -> Any:
             # On CPU, compiling a step for every shape takes minutes.
             with nullcontext() if can_compile else torch.compiler.set_stance("force_eager"):
                 return super().step(closure)

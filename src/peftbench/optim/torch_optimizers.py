@@ -66,7 +66,7 @@ class SGD(Optimizer):
 
 
 class Adafactor(Optimizer):
-    """Adafactor (Shazeer and Stern 2018, arXiv:1804.04235) of torch: row and column sums of a matrix's second moment."""
+    """Adafactor (Shazeer and Stern 2018, arXiv:1804.04235) of torch, with factored second moments of matrices."""
 
     needs_matrices: ClassVar[bool] = True
     dtensor_limitation: ClassVar[str | None] = "torch's Adafactor uses operations that DTensor does not support"

@@ -187,7 +187,8 @@ def _raise_recipe_error(error: dict[str, Any], root: type[ConfigSection]) -> NoR
     shown = path if isinstance(given, dict) else f"{path}={given!r}"
     if kind.startswith(_OUT_OF_RANGE_ERRORS):
         separator = ": " if kind == "value_error" else " must be "
-        raise OutOfRangeError(f"Invalid recipe: {shown}{separator}{_describe_requirement(error)}")
+        subject = f"{shown}{separator}" if error["loc"] else ""  # a message about several groups names its keys
+        raise OutOfRangeError(f"Invalid recipe: {subject}{_describe_requirement(error)}")
     raise WrongTypeError(f"Invalid recipe: {shown} has the wrong type; it must be {_describe_requirement(error)}")
 
 

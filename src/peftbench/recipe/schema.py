@@ -40,9 +40,9 @@ class Model(ConfigSection):
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation, by its name in transformers. One that is not available is an error."""
     fused_gelu: bool = True
-    """Compute GPT-2's tanh GELU in one kernel: fewer activations, up to 2.4e-7 off; false: bit-equal to Hugging Face."""
+    """Compute GPT-2's tanh GELU in one kernel: fewer activations, 2.4e-7 off; false: bit-equal to transformers."""
     quantization: Literal["nf4", "nf4_double", "int8"] | None = None
-    """Quantize the base model to 4 or 8 bits (bitsandbytes), for methods that keep it frozen: lora (QLoRA), prompt_tuning."""
+    """Load the base model in 4 or 8 bits (bitsandbytes) for methods that keep it frozen: lora, prompt_tuning."""
     trust_remote_code: bool = False
     """Run Python code from the model's repository. Use it only for a source you trust."""
 
@@ -65,7 +65,7 @@ class Data(ConfigSection):
     separator: str = "\nTL;DR:"
     """Text between article and summary. Must not end in a space: byte-level BPE puts it into the next word's token."""
     overlong: Literal["refuse", "drop"] = "refuse"
-    """refuse: stop if a summary leaves no room for its article; drop: leave the example out and count it in the record."""
+    """refuse: an error if a summary leaves no room for its article; drop: skip the example, count it in the record."""
     padding: Literal["auto", "free", "longest", "max_length"] = "auto"
     """free: no padding, sequences share a row but not attention; longest, max_length: pad; auto: free if supported."""
     pad_to_multiple_of: int = Field(default=1, gt=0)
@@ -201,7 +201,7 @@ class Budget(ConfigSection):
     """Memory limit to enforce on a larger device."""
 
     memory: str | None = None
-    """Memory limit per process, e.g. 16GiB. GPU: everything the process allocates; CPU: without its libraries."""
+    """Memory limit per process, e.g. 16GiB; on GPU with the CUDA context, on CPU without libraries. null: no limit."""
 
     @field_validator("memory", mode="before")
     @classmethod

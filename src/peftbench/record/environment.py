@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
@@ -19,17 +20,14 @@ _LIBRARIES = (
     "tokenizers",
     "deepspeed",
     "bitsandbytes",
-    "pytorch-optimizer",
-    "apollo-torch",
-    "torchao",
 )
-"""Distributions that a measured number may depend on."""
+"""Distributions that a measured number may depend on, in addition to the optimizers' libraries."""
 
 
-def get_library_versions() -> dict[str, str]:
-    """Return the version of each library that a number may depend on, where it is installed."""
+def get_library_versions(optimizer_libraries: Iterable[str]) -> dict[str, str]:
+    """Return the version of each installed library that a number may depend on."""
     versions = {}
-    for name in _LIBRARIES:
+    for name in dict.fromkeys([*_LIBRARIES, *optimizer_libraries]):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return versions

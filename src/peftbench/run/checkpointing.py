@@ -12,6 +12,7 @@ import torch
 
 from peftbench.distributed.collectives import all_gather_objects
 from peftbench.errors import CheckpointError, TimeLimitError
+from peftbench.optim import OPTIMIZER_LIBRARIES
 from peftbench.record.environment import get_library_versions
 from peftbench.run.shutdown import StopRequested
 from peftbench.run_dir.stop_request import STOP_LEAD_ENV
@@ -169,7 +170,11 @@ class TrainingCheckpointer:
 
 def _build_metadata(state: RunState, adapted_model: AdaptedModel) -> CheckpointMetadata:
     data_libraries = {"datasets", "evaluate"}  # their versions change no training state
-    versions = {name: version for name, version in get_library_versions().items() if name not in data_libraries}
+    versions = {
+        name: version
+        for name, version in get_library_versions(OPTIMIZER_LIBRARIES).items()
+        if name not in data_libraries
+    }
     return CheckpointMetadata(
         state.requested_recipe.fingerprint(),
         str(adapted_model.base.fingerprint),

@@ -9,6 +9,7 @@ import torch
 
 from peftbench.distributed.accelerator import describe_device
 from peftbench.distributed.deepspeed import unwrap_optimizer
+from peftbench.optim import OPTIMIZER_LIBRARIES
 from peftbench.profiler.instruments import FLOP_COUNT_STEP
 from peftbench.profiler.memory import max_over_ranks
 from peftbench.profiler.peak_flops import get_peak_flops
@@ -39,7 +40,7 @@ def build_record(state: RunState, outcome: Outcome, ranks: RankMeasurements, not
         recipe_fingerprint=state.requested_recipe.fingerprint(),
         outcome=outcome,
         device=describe_device(state.accelerator),
-        library_versions=get_library_versions(),
+        library_versions=get_library_versions(OPTIMIZER_LIBRARIES),
         git_commit=get_git_commit(),
         engine=_build_engine(state),
         parameters=state.adapted_model.parameters if state.adapted_model else None,

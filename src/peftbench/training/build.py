@@ -25,7 +25,6 @@ from peftbench.record import ParameterCounts
 from peftbench.training.data import as_numpy, build_collator
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
     from transformers import PreTrainedModel
 
     from peftbench.feature_cache.store import FeatureStore
@@ -141,7 +140,7 @@ def build_training(
 
     accelerator, settings = context.accelerator, recipe.train
     cost, unknown_reason, counter_complete = _count_flops(recipe, adapted_model, context)
-    batches, steps = _build_batches(recipe, adapted_model.loss, examples, pad_token_id, accelerator)
+    batches, steps = _build_batches(recipe, adapted_model.loss, examples, pad_token_id, context)
     cached = (
         open_feature_cache(recipe, adapted_model.base.model, adapted_model.loss, batches, accelerator)
         if settings.feature_cache
@@ -175,7 +174,7 @@ def build_training(
 
 
 def _build_batches(
-    recipe: Recipe, loss: CausalLMLoss, examples: EncodedExamples, pad_token_id: int, accelerator: Accelerator
+    recipe: Recipe, loss: CausalLMLoss, examples: EncodedExamples, pad_token_id: int, context: AcceleratorContext
 ) -> tuple[Batches, int]:
     """Return this rank's batches and the number of optimizer steps."""
     settings = recipe.train
@@ -185,13 +184,13 @@ def _build_batches(
         settings.global_batch_size,
         settings.resolved_micro_batch_size,
         settings.seed,
-        accelerator.process_index,
-        accelerator.num_processes,
+        context.dp_rank,
+        context.dp_world_size,
     )
     steps = batches.count_steps(settings.steps, settings.epochs)
     if settings.micro_batch_tokens is not None:
         batches = batches.limited_to_tokens(settings.micro_batch_tokens, steps)
-        accelerator.gradient_accumulation_steps = batches.gradient_accumulation_steps
+        context.accelerator.gradient_accumulation_steps = batches.gradient_accumulation_steps
     return batches, steps
 
 

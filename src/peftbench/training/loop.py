@@ -13,6 +13,7 @@ import torch
 
 from peftbench.data.batches import GlobalBatch
 from peftbench.data.collate import FlopUnits, TokenCounts
+from peftbench.distributed.collectives import get_dp_world_size
 from peftbench.training.callbacks import StepCallback, StepInfo
 from peftbench.training.prefetch import prefetch
 
@@ -73,7 +74,7 @@ def train_step(
     """Run one optimizer step; return the mean loss (nats) over the labelled tokens of the global batch."""
     # Engines average gradients over processes and accelerate averages over micro-batches; the scale turns that into
     # the mean over all labelled tokens.
-    scale = accelerator.num_processes * accelerator.gradient_accumulation_steps / batch.token_counts.labelled
+    scale = get_dp_world_size(accelerator) * accelerator.gradient_accumulation_steps / batch.token_counts.labelled
     total = torch.zeros((), device=accelerator.device)
     for micro_batch in batch.micro_batches:
         with accelerator.accumulate(training.model):

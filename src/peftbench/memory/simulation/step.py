@@ -345,7 +345,7 @@ class MemorySimulation:
 
     def _enable_fused(self, optimizer: torch.optim.Optimizer) -> None:
         """Select the fused AdamW kernel, as torch does for real weights."""
-        if type(optimizer) is torch.optim.AdamW:
+        if self.recipe.optimizer.is_fused:
             for group in optimizer.param_groups:
                 group["fused"] = True
 
