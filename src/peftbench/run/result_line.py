@@ -12,8 +12,7 @@ from peftbench.common.console import get_launched_rank
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from peftbench.common.console import get_launched_rank
-from peftbench.record import Outcome
+    from peftbench.record import Outcome
 
 
 def is_main_process() -> bool:
