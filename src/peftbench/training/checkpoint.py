@@ -208,8 +208,8 @@ class CheckpointManager:
                     None,
                     notes,
                     (
-                        f"Cannot resume from {path}: it was written with {', '.join(differences)}. Launch with the same "
-                        f"settings, or delete {self.directory} to start over."
+                        f"Cannot resume from {path}: it was written with {', '.join(differences)}. Launch with the "
+                        f"same settings, or delete {self.directory} to start over."
                     ),
                 )
             return CheckpointRef(path, metadata), notes, None

@@ -136,7 +136,7 @@ def test_the_name_is_of_all_that_states_depend_on() -> None:
 
 
 def _states_cut(folder: Path) -> None:
-    os.truncate(folder / "states", 27 * 8 * 4 - 1)
+    os.truncate(folder / "features", 27 * 8 * 4 - 1)
 
 
 def _flags_grown(folder: Path) -> None:
