@@ -161,7 +161,7 @@ def test_a_disk_that_fills_up_with_the_model(launch: Launch, project: Path) -> N
         assert {path.name for path in disk.rglob("*.*")} == {".lock", "record.json", "status.json"}
         record = json.loads((disk / "run" / "record.json").read_text(encoding="utf-8"))
         assert (record["outcome"]["kind"], record["outcome"]["phase"]) == ("failed", "save")
-        assert len(record["losses"]) == 1
+        assert len(record["step_losses"]) == 1
         assert record["quality"]["loss"] > 0
 
 

@@ -51,7 +51,7 @@ def test_what_cannot_be_meant(argument: list[str], code: int, said: str, project
 def test_what_fits_is_printed(project: Path, caches: dict[str, str]) -> None:
     """Each way with its largest micro-batch, and the knobs to run the first; none at all is said, with a code."""
     done = run(
-        peftbench("fit", "--config", "recipe.yaml", "--budget", "2GiB", "--allow", "checkpointing,bf16"),
+        peftbench("fit", "--config", "recipe.yaml", "--budget", "2GiB", "--techniques", "checkpointing,bf16"),
         project,
         caches,
     )
@@ -74,7 +74,7 @@ def test_auto_is_planned_with_what_it_becomes(project: Path, caches: dict[str, s
     )
     done = run(command, project, caches)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["rows"] == 4
+    assert json.loads(done.stdout)["micro_batch_size"] == 4
 
 
 def test_a_suite_is_planned_run_by_run(project: Path, caches: dict[str, str]) -> None:
@@ -90,14 +90,14 @@ def test_a_suite_is_planned_run_by_run(project: Path, caches: dict[str, str]) ->
     done = run(peftbench("estimate", "--suite", "suite.yaml", "--budget", "2GiB", "--json"), project, caches)
     assert done.returncode == 0, done.stderr
     first, second = json.loads(done.stdout)
-    assert (first["name"], first["engine"], first["processes"], first["rows"]) == ("run-global_batch=4", "ddp", 2, 2)
+    assert (first["name"], first["engine"], first["num_processes"], first["micro_batch_size"]) == ("run-global_batch_size=4", "ddp", 2, 2)
     assert set(second) == {"name", "reason"}
     assert "3" in second["reason"]
 
 
 def test_a_technique_that_an_engine_has_not_is_left_out(project: Path, caches: dict[str, str]) -> None:
     """Weights in bf16 do not run on ZeRO; what does is shown."""
-    words = ["--allow", "checkpointing,bf16_weights", "--accelerate", "accel_configs/zero2.yaml", "--budget", "4GiB"]
+    words = ["--techniques", "checkpointing,bf16_weights", "--accelerate", "accel_configs/zero2.yaml", "--budget", "4GiB"]
     command = peftbench("fit", "--config", str(project / "recipe.yaml"), "method.kind=full", *words)
     done = run(command, REPOSITORY, caches)
     assert done.returncode == 0, done.stderr

@@ -91,15 +91,15 @@ def test_two_processes_train_over_one_store(engine: str, project: Path, own: dic
     expected = records["plain"]
     for name in ("kept", "again"):
         record = records[name]
-        assert record["device"]["processes"] == 2
-        assert record["losses"] == pytest.approx(expected["losses"], rel=1e-5)
-        assert record["losses"][-1] < record["losses"][0]
+        assert record["device"]["num_processes"] == 2
+        assert record["step_losses"] == pytest.approx(expected["step_losses"], rel=1e-5)
+        assert record["step_losses"][-1] < record["step_losses"][0]
         assert record["quality"]["loss"] == pytest.approx(expected["quality"]["loss"], rel=1e-5)
-        assert record["flops"]["required"] == expected["flops"]["required"]
-        assert record["flops"]["counted_step"]["counted"] == record["flops"]["counted_step"]["closed_form"]
+        assert record["flops"]["model_flops"] == expected["flops"]["model_flops"]
+        assert record["flops"]["counted_step"]["counted_flops"] == record["flops"]["counted_step"]["closed_form_flops"]
         mine, theirs = head_of(project, name), head_of(project, "plain")
         assert float((mine - theirs).norm()) < 1e-4 * float(theirs.norm())  # type: ignore[operator,attr-defined]
-    executed = [records[name]["flops"]["executed"] for name in ("plain", "kept", "again")]
+    executed = [records[name]["flops"]["hardware_flops"] for name in ("plain", "kept", "again")]
     assert executed[0] - executed[2] == EPOCHS * (executed[1] - executed[2]) > 0
     (store,) = states_of(own)
     assert (store / "complete").read_bytes() == b"\1" * 8
@@ -124,7 +124,7 @@ def test_a_run_that_was_killed_goes_on(after: int, project: Path, own: dict[str,
     assert ended.returncode == 0, ended.stderr
     record, expected = record_of(project, "kept"), record_of(project, "plain")
     assert record["resumed_after"][0] >= after
-    assert record["losses"] == pytest.approx(expected["losses"], rel=1e-6)
+    assert record["step_losses"] == pytest.approx(expected["step_losses"], rel=1e-6)
     mine, theirs = head_of(project, "kept"), head_of(project, "plain")
     assert float((mine - theirs).norm()) < 1e-5 * float(theirs.norm())  # type: ignore[operator,attr-defined]
     (store,) = states_of(own)

@@ -113,7 +113,7 @@ def test_a_suite_goes_on_after_a_refusal(full: Path, project: Path, caches: dict
         ),
         encoding="utf-8",
     )
-    done = run(peftbench("compare", "suite.yaml"), project, caches)
+    done = run(peftbench("run", "suite.yaml"), project, caches)
     assert done.returncode == 0, done.stderr
     assert f"run-memory={TOO_LITTLE}MiB: oom" in done.stderr
     assert f"run-memory={ENOUGH}MiB: ok" in done.stderr
@@ -195,7 +195,7 @@ def test_the_edge_is_proved_by_running_it(full: Path, project: Path, caches: dic
             "cpu",
             "--budget",
             "150MiB",
-            "--allow",
+            "--techniques",
             "",
             "--verify",
             "--json",
@@ -205,10 +205,10 @@ def test_the_edge_is_proved_by_running_it(full: Path, project: Path, caches: dic
     )
     assert done.returncode == 0, done.stderr
     proof = json.loads(done.stdout)["proof"]
-    sizes = sorted(map(int, proof["outcomes"]))
-    assert {proof["outcomes"][str(size)] for size in sizes if size <= proof["largest"]} == {"ok"}
-    assert {proof["outcomes"][str(size)] for size in sizes if size > proof["largest"]} == {"oom"}
-    assert proof["predicted"] <= proof["largest"]  # what is said to fit does
+    sizes = sorted(map(int, proof["outcome_by_micro_batch_size"]))
+    assert {proof["outcome_by_micro_batch_size"][str(size)] for size in sizes if size <= proof["largest_micro_batch_size"]} == {"ok"}
+    assert {proof["outcome_by_micro_batch_size"][str(size)] for size in sizes if size > proof["largest_micro_batch_size"]} == {"oom"}
+    assert proof["predicted_micro_batch_size"] <= proof["largest_micro_batch_size"]  # what is said to fit does
     assert not (project / "out").exists()
 
 

@@ -41,9 +41,9 @@ def test_one_process_begins_and_two_go_on(project: Path, caches: dict[str, str])
     ended: subprocess.CompletedProcess[str] = run([*launch, *ARGUMENTS], project, caches)
     assert ended.returncode == 0, ended.stderr
     record, whole = record_of(project, "run"), record_of(project, "whole")
-    assert record["device"]["processes"] == 2
+    assert record["device"]["num_processes"] == 2
     assert record["resumed_after"] == [3]
-    assert record["losses"] == pytest.approx(whole["losses"], rel=2e-5)
+    assert record["step_losses"] == pytest.approx(whole["step_losses"], rel=2e-5)
     assert record["quality"]["loss"] == pytest.approx(whole["quality"]["loss"], rel=2e-5)
     assert record["throughput"]["steps"] == 8 - 3 - 2
     assert record["flops"]["counted_step"] is None

@@ -181,7 +181,7 @@ def test_two_hosts_are_as_one(hosts: Hosts, project: Path, caches: dict[str, str
     one = record_of(project, "one")
     whole = begin(hosts, project, caches, 29511, "name=two").end(150)
     assert record_of(project, "two")["outcome"]["kind"] == "ok", whole
-    assert record_of(project, "two")["losses"] == one["losses"]
+    assert record_of(project, "two")["step_losses"] == one["step_losses"]
 
     two = begin(hosts, project, caches, 29512, "train.steps=12", "name=lost")
     status = project / "out" / "lost" / "status.json"
@@ -206,4 +206,4 @@ def test_two_hosts_are_as_one(hosts: Hosts, project: Path, caches: dict[str, str
     record = record_of(project, "lost")
     assert record["outcome"]["kind"] == "ok", ended
     assert record["resumed_after"]
-    assert record["losses"] == one["losses"]
+    assert record["step_losses"] == one["step_losses"]

@@ -36,7 +36,7 @@ def project(tmp_path: Path) -> Path:
 def test_a_suite_comes_through(project: Path, slurm: Cluster, caches: dict[str, str]) -> None:
     """One run is requeued by an administrator, one runs out of time, one is cancelled and submitted again."""
     environment = caches | slurm.environment | {"OMP_NUM_THREADS": "1"}
-    undisturbed = peftbench(project, environment, "compare", "suite.yaml")
+    undisturbed = peftbench(project, environment, "run", "suite.yaml")
     assert undisturbed.returncode == 0, undisturbed.stderr
 
     words = [
@@ -46,7 +46,7 @@ def test_a_suite_comes_through(project: Path, slurm: Cluster, caches: dict[str, 
         "cluster",
         "--gpus-per-node",
         "0",
-        "--at-once",
+        "--max-parallel",
         "2",
         "slurm.time=1",
         f"slurm.signal=B:USR1@{LEAD}",
