@@ -65,6 +65,7 @@ def test_one_line_while_it_trains(project: Path, caches: dict[str, str]) -> None
     assert status.budget_bytes == 2**30
 
 
+@pytest.mark.slow
 def test_nothing_without_a_terminal(project: Path, caches: dict[str, str]) -> None:
     """A job's log has no line, and the status has what it would have said; without a budget, of nothing."""
     command = [sys.executable, str(LAUNCH), "--config", "recipe.yaml", "train.steps=2"]

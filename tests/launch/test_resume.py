@@ -11,13 +11,13 @@ import pytest
 from tests.launch.test_run_suite import CONFIG, record_of, run
 
 STOP = """
-from peftbench.training.checkpoint import Checkpoints
+from peftbench.training.checkpoint import CheckpointManager
 from peftbench.train import main
-save = Checkpoints.save
+save = CheckpointManager.save
 def saved_and_stopped(*given):
     save(*given)
     raise KeyboardInterrupt
-Checkpoints.save = saved_and_stopped
+CheckpointManager.save = saved_and_stopped
 main()
 """
 ARGUMENTS = [

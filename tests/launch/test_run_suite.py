@@ -64,6 +64,7 @@ def test_compare_skips_what_is_finished_and_not_what_changed(project: Path, cach
     assert "run-r=1" in reported.stdout
 
 
+@pytest.mark.slow
 def test_a_run_is_repeated_from_its_record(project: Path, caches: dict[str, str]) -> None:
     """The commands that the page gives train the same again, loss by loss, from nothing but the record."""
     (project / "suite.yaml").write_text(SUITE.replace("[1, 2]", "[2]"))
@@ -90,6 +91,7 @@ def test_a_run_is_repeated_from_its_record(project: Path, caches: dict[str, str]
     assert sum(repeated["step_tokens"]) == repeated["tokens"]["real"] < repeated["tokens"]["padded"]
 
 
+@pytest.mark.slow
 def test_interrupted_compare_says_how_to_go_on(project: Path, caches: dict[str, str]) -> None:
     """Ctrl-C in the second run keeps the first, records where the second was, leaves no process and says what to do."""
     (project / "suite.yaml").write_text("name: s\nrecipes: [recipe.yaml]\naxes: {train.steps: [2, 100000]}\n")
@@ -112,7 +114,7 @@ def test_interrupted_compare_says_how_to_go_on(project: Path, caches: dict[str, 
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 130, said
-    assert "run the same command again" in said
+    assert "run the same command again to resume" in said
     assert "Traceback" not in said
     assert subprocess.run(["pgrep", "-f", str(project)], capture_output=True, check=False).returncode == 1
     assert record_of(project, "run-steps=2")["outcome"]["kind"] == "ok"
@@ -120,7 +122,7 @@ def test_interrupted_compare_says_how_to_go_on(project: Path, caches: dict[str, 
     assert interrupted["outcome"]["kind"] == "preempted"
     assert interrupted["outcome"]["phase"] in {"warmup", "train"}  # a busy machine is not far after two seconds
     step = interrupted["outcome"]["step"]
-    assert interrupted["outcome"]["error"] == f"stopped by SIGINT; step {step} is kept"
+    assert interrupted["outcome"]["error"] == f"stopped by SIGINT; checkpoint of step {step}"
     assert len(interrupted["step_losses"]) == step
     (project / "suite.yaml").write_text("name: s\nrecipes: [recipe.yaml]\naxes: {train.steps: [2]}\n")
     finished = run(command, project, caches)
@@ -128,6 +130,7 @@ def test_interrupted_compare_says_how_to_go_on(project: Path, caches: dict[str, 
     assert "[1/1] run-steps=2: finished before, skipped" in finished.stderr
 
 
+@pytest.mark.slow
 def test_compare_shows_no_result_of_another_recipe(project: Path, caches: dict[str, str]) -> None:
     """A run that is refused now has no row, though an earlier recipe of its name left a record."""
     (project / "suite.yaml").write_text("name: mine\nrecipes: [recipe.yaml]\n")
@@ -141,6 +144,7 @@ def test_compare_shows_no_result_of_another_recipe(project: Path, caches: dict[s
     assert "lead" not in second.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_bad_data_is_refused_once_by_all_processes(project: Path, caches: dict[str, str]) -> None:
     """What the main process finds wrong ends every process in one sentence; none waits, none has a fault of its own."""
@@ -201,6 +205,7 @@ def test_two_processes_agree_with_one(project: Path, caches: dict[str, str]) -> 
     assert double["memory"]["evaluate"]["rss_bytes"] == max(by_rank) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_a_global_batch_that_cannot_be_shared_is_refused(project: Path, caches: dict[str, str]) -> None:
     """Three examples a step cannot be shared by two processes: refused in one sentence, and nothing is written."""
@@ -218,6 +223,7 @@ def test_a_global_batch_that_cannot_be_shared_is_refused(project: Path, caches: 
     assert not (project / "out" / "run" / "record.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_one_process_where_several_were_asked_for_is_refused(project: Path, caches: dict[str, str]) -> None:
     """Accelerate answers MULTI_CPU without mpirun with one process and no word; that run is refused."""

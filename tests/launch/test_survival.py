@@ -113,7 +113,7 @@ def test_a_step_is_kept_and_gone_on_from(
     assert stopped["outcome"]["kind"] == last["outcome"] == "preempted"
     assert 0 < step == len(stopped["step_losses"]) < STEPS
     by = ".stop" if way == "file" else way
-    assert stopped["outcome"]["error"] == f"stopped by {by}; step {step} is kept"
+    assert stopped["outcome"]["error"] == f"stopped by {by}; checkpoint of step {step}"
     assert stopped["step_losses"] == undisturbed["step_losses"][:step]
     assert not (project / "out" / "run" / ".stop").exists()
     ended = run([*ALONE, *ARGUMENTS], project, caches)
@@ -165,6 +165,7 @@ def test_stopped_while_it_evaluates(project: Path, caches: dict[str, str]) -> No
     assert record["quality"]["rouge"] is not None
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused(project: Path, caches: dict[str, str]) -> None:
     """In one sentence, with an exit code of its own, and the first is not disturbed; kill -9 frees the folder."""
     process = begin(ALONE, project, caches, "train.steps=100000")
@@ -267,7 +268,7 @@ def test_a_suite_that_is_killed_takes_its_run_along(project: Path, caches: dict[
     while psutil.pid_exists(status["pid"]) and time.monotonic() < until:
         time.sleep(0.1)
     assert not psutil.pid_exists(status["pid"])
-    assert record_of(project, "run")["outcome"]["error"].startswith("stopped by SIGTERM; step ")
+    assert record_of(project, "run")["outcome"]["error"].startswith("stopped by SIGTERM; checkpoint of step ")
 
 
 @pytest.mark.slow
@@ -289,7 +290,7 @@ def test_two_processes_stop_together(
     stopped = record_of(project, "run")
     assert stopped["outcome"]["kind"] == "preempted", errors
     step = stopped["outcome"]["step"]
-    assert f"step {step} is kept" in stopped["outcome"]["error"]
+    assert f"checkpoint of step {step}" in stopped["outcome"]["error"]
     assert not (project / "out" / "run" / ".stop").exists()
     ended = run([*TWO, *ARGUMENTS], project, caches)
     assert ended.returncode == 0, ended.stderr

@@ -98,7 +98,7 @@ def test_single_gpu_is_told_in_the_middle(project: Path, slurm: Cluster, caches:
     found = record(project / "out", "first")
     assert found["outcome"]["kind"] == "ok", logs(project)
     assert len(found["resumed_after"]) == 1
-    assert f"job {job} begins itself anew for the 1. time, after step {found['resumed_after'][0]}" in logs(project)
+    assert f"requeued job {job} (requeue 1 of 10), resuming after step {found['resumed_after'][0]}" in logs(project)
 
 
 def step_of(folder: Path) -> int:
