@@ -1,4 +1,4 @@
-"""A store of hidden states under real processes: several of them, and one that is killed."""
+"""The feature cache with real processes: several of them, and one that is killed."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def own(caches: dict[str, str], tmp_path: Path) -> dict[str, str]:
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("engine", [pytest.param(name, marks=pytest.mark.slow) for name in ("cpu2", "zero1", "zero2")])
-def test_two_processes_train_over_one_store(engine: str, project: Path, own: dict[str, str]) -> None:
+def test_two_processes_share_one_store(engine: str, project: Path, own: dict[str, str]) -> None:
     """Each reads what the other computed: losses, head and FLOPs are those of one process over the same store or none.
 
     ``zero2`` gives each half of the gradients, which must be averaged over micro-batches that skip the trunk.
@@ -107,8 +107,8 @@ def test_two_processes_train_over_one_store(engine: str, project: Path, own: dic
 
 @pytest.mark.slow
 @pytest.mark.parametrize("after", [1, 4], ids=["in_the_first_epoch", "in_the_third"])
-def test_a_run_that_was_killed_goes_on(after: int, project: Path, own: dict[str, str]) -> None:
-    """Kill -9 after a checkpoint, whatever was being written: the rest is as if nothing had happened."""
+def test_killed_run_resumes(after: int, project: Path, own: dict[str, str]) -> None:
+    """After SIGKILL the remaining steps match an undisturbed run."""
     knobs = ("train.feature_cache=fp32", "checkpoint.interval=1")
     plain = run(one_process("name=plain"), project, own)
     assert plain.returncode == 0, plain.stderr

@@ -1,4 +1,4 @@
-"""A run under a budget is really refused memory, says so, and holds up nobody."""
+"""Runs under a memory budget: out of memory, suggestions, several ranks."""
 
 from __future__ import annotations
 
@@ -69,10 +69,10 @@ def refused(project: Path) -> RunRecord:
     return record
 
 
-def test_a_run_is_refused_and_what_is_suggested_fits(
+def test_oom_suggestion_fits(
     full: Path, project: Path, launch: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
-    """Its record has what was asked for, held and needed; and the suggestion, followed, runs under that very budget."""
+    """The record has requested, in-use and estimated bytes, and the suggested overrides run under the same budget."""
     done = launch("--config", str(full), f"budget.memory={TOO_LITTLE}MiB")
     assert done.returncode == 70, done.stderr
     assert "Traceback" not in done.stderr
@@ -91,8 +91,8 @@ def test_a_run_is_refused_and_what_is_suggested_fits(
 
 
 @pytest.mark.slow
-def test_enough_is_enough(full: Path, launch: Callable[..., subprocess.CompletedProcess[str]], project: Path) -> None:
-    """The same run under a budget with room; its peak is counted as the budget is."""
+def test_sufficient_budget(full: Path, launch: Callable[..., subprocess.CompletedProcess[str]], project: Path) -> None:
+    """The run completes, and its peak is counted like the budget."""
     done = launch("--config", str(full), f"budget.memory={ENOUGH}MiB")
     assert done.returncode == 0, done.stderr
     memory = read_record(project / "out" / "run" / "record.json").memory["train"]
@@ -102,8 +102,8 @@ def test_enough_is_enough(full: Path, launch: Callable[..., subprocess.Completed
 
 
 @pytest.mark.slow
-def test_a_suite_goes_on_after_a_refusal(full: Path, project: Path, caches: dict[str, str]) -> None:
-    """A run that is out of memory is a row with the bytes that it needs, and the next one starts."""
+def test_suite_continues_after_oom(full: Path, project: Path, caches: dict[str, str]) -> None:
+    """A run out of memory is a row with its estimated bytes, and the next run starts."""
     (project / "suite.yaml").write_text(
         yaml.safe_dump(
             {
@@ -131,10 +131,8 @@ def test_a_suite_goes_on_after_a_refusal(full: Path, project: Path, caches: dict
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("starved", ["1", *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in ("0", "01"))])
-def test_no_rank_waits_for_one_that_is_out_of_memory(
-    starved: str, full: Path, project: Path, caches: dict[str, str]
-) -> None:
-    """Whichever of two it is, or both, they end soon, one record says which it was, and nothing else is left behind."""
+def test_oom_on_one_rank_ends_all(starved: str, full: Path, project: Path, caches: dict[str, str]) -> None:
+    """All ranks end soon, one record names the rank, and nothing else is left behind."""
     script = project / "starved.py"
     script.write_text(_STARVED, encoding="utf-8")
     command = [
@@ -169,8 +167,10 @@ def test_no_rank_waits_for_one_that_is_out_of_memory(
 
 
 @pytest.mark.slow
-def test_auto_is_what_fits(full: Path, launch: Callable[..., subprocess.CompletedProcess[str]], project: Path) -> None:
-    """The largest micro-batch that is predicted to fit is taken and noted, and the recipe stays as it was asked."""
+def test_auto_micro_batch_fits(
+    full: Path, launch: Callable[..., subprocess.CompletedProcess[str]], project: Path
+) -> None:
+    """The largest micro-batch predicted to fit is used and noted; the recorded recipe keeps auto."""
     done = launch("--config", str(full), "budget.memory=150MiB", "train.micro_batch_size=auto")
     assert done.returncode == 0, done.stderr
     record = read_record(project / "out" / "run" / "record.json")
@@ -186,8 +186,8 @@ def test_auto_is_what_fits(full: Path, launch: Callable[..., subprocess.Complete
 
 
 @pytest.mark.slow
-def test_the_edge_is_proved_by_running_it(full: Path, project: Path, caches: dict[str, str]) -> None:
-    """The answer runs under the budget, and the next larger micro-batch is out of memory."""
+def test_fit_verify_finds_the_limit(full: Path, project: Path, caches: dict[str, str]) -> None:
+    """The answer fits the budget, and the next larger micro-batch is out of memory."""
     done = run(
         peftbench(
             "fit",

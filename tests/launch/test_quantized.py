@@ -1,4 +1,4 @@
-"""A 4-bit base under LoRA (QLoRA) in two processes."""
+"""LoRA over a 4-bit base model (QLoRA) in two processes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ARGUMENTS = [
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_qlora_in_two_processes_is_qlora_in_one(project: Path, caches: dict[str, str]) -> None:
+def test_qlora_two_processes_match_one(project: Path, caches: dict[str, str]) -> None:
     """Under DDP and ZeRO-2 the same losses; where the packed base would be cut it is refused, and no model saved."""
     alone = run([sys.executable, "-m", "peftbench.train", *ARGUMENTS, "name=single"], project, caches)
     assert alone.returncode == 0, alone.stderr

@@ -1,4 +1,4 @@
-"""``peftbench run`` and ``accelerate launch``, as a user starts them: real processes, really interrupted."""
+"""``peftbench run`` and ``accelerate launch`` as whole processes, some interrupted."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def record_of(folder: Path, name: str) -> dict[str, Any]:
     return found
 
 
-def test_compare_skips_what_is_finished_and_not_what_changed(project: Path, caches: dict[str, str]) -> None:
+def test_suite_skips_finished_runs_and_repeats_changed_ones(project: Path, caches: dict[str, str]) -> None:
     """Started again, a suite repeats no finished run; a changed recipe is another run and is run again."""
     (project / "suite.yaml").write_text(SUITE)
     first = run(peftbench("run", "suite.yaml"), project, caches)
@@ -65,8 +65,8 @@ def test_compare_skips_what_is_finished_and_not_what_changed(project: Path, cach
 
 
 @pytest.mark.slow
-def test_a_run_is_repeated_from_its_record(project: Path, caches: dict[str, str]) -> None:
-    """The commands that the page gives train the same again, loss by loss, from nothing but the record."""
+def test_reproduce_commands_repeat_the_run(project: Path, caches: dict[str, str]) -> None:
+    """The page's commands train to the same losses from the record alone."""
     (project / "suite.yaml").write_text(SUITE.replace("[1, 2]", "[2]"))
     done = run(
         peftbench("run", "suite.yaml", "train.steps=3", "data.padding=longest", "data.pad_to_multiple_of=7"),
@@ -92,7 +92,7 @@ def test_a_run_is_repeated_from_its_record(project: Path, caches: dict[str, str]
 
 
 @pytest.mark.slow
-def test_interrupted_compare_says_how_to_go_on(project: Path, caches: dict[str, str]) -> None:
+def test_interrupted_suite_resumes(project: Path, caches: dict[str, str]) -> None:
     """Ctrl-C in the second run keeps the first, records where the second was, leaves no process and says what to do."""
     (project / "suite.yaml").write_text("name: s\nrecipes: [recipe.yaml]\naxes: {train.steps: [2, 100000]}\n")
     command = peftbench("run", "suite.yaml", "trackers=[tensorboard]")
@@ -131,8 +131,8 @@ def test_interrupted_compare_says_how_to_go_on(project: Path, caches: dict[str, 
 
 
 @pytest.mark.slow
-def test_compare_shows_no_result_of_another_recipe(project: Path, caches: dict[str, str]) -> None:
-    """A run that is refused now has no row, though an earlier recipe of its name left a record."""
+def test_suite_ignores_record_of_another_recipe(project: Path, caches: dict[str, str]) -> None:
+    """A refused run has no row, even if an earlier recipe of the same name left a record."""
     (project / "suite.yaml").write_text("name: mine\nrecipes: [recipe.yaml]\n")
     first = run(peftbench("run", "suite.yaml", "method.kind=lead"), project, caches)
     assert first.returncode == 0, first.stderr
@@ -146,8 +146,8 @@ def test_compare_shows_no_result_of_another_recipe(project: Path, caches: dict[s
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_bad_data_is_refused_once_by_all_processes(project: Path, caches: dict[str, str]) -> None:
-    """What the main process finds wrong ends every process in one sentence; none waits, none has a fault of its own."""
+def test_bad_data_ends_all_processes_with_one_error(project: Path, caches: dict[str, str]) -> None:
+    """The error of the main process ends all ranks; none waits and none adds a traceback."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIG)]
     script = str(REPOSITORY / "launch" / "train.py")
     done = run(
@@ -207,8 +207,8 @@ def test_two_processes_agree_with_one(project: Path, caches: dict[str, str]) -> 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_a_global_batch_that_cannot_be_shared_is_refused(project: Path, caches: dict[str, str]) -> None:
-    """Three examples a step cannot be shared by two processes: refused in one sentence, and nothing is written."""
+def test_indivisible_global_batch_is_refused(project: Path, caches: dict[str, str]) -> None:
+    """Three examples per step cannot be divided by two processes."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(CONFIG)]
     script = str(REPOSITORY / "launch" / "train.py")
     done = run(
@@ -225,8 +225,8 @@ def test_a_global_batch_that_cannot_be_shared_is_refused(project: Path, caches: 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_one_process_where_several_were_asked_for_is_refused(project: Path, caches: dict[str, str]) -> None:
-    """Accelerate answers MULTI_CPU without mpirun with one process and no word; that run is refused."""
+def test_single_process_instead_of_several_is_refused(project: Path, caches: dict[str, str]) -> None:
+    """accelerate starts one process for MULTI_CPU without mpirun; the run refuses that."""
     config = yaml.safe_load(CONFIG.read_text(encoding="utf-8")) | {"distributed_type": "MULTI_CPU", "gpu_ids": "all"}
     (project / "mpi.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", "mpi.yaml"]
