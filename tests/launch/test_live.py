@@ -42,7 +42,7 @@ def watched(command: list[str], folder: Path, env: dict[str, str]) -> str:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a run on CPU has a budget on Linux alone")
 def test_progress_line_on_a_terminal(project: Path, caches: dict[str, str]) -> None:
-    """One line has step, loss, tokens/s, memory against the budget and time left; the status file has the same values."""
+    """One line has step, loss, tokens/s, memory and time left; the status file has the same values."""
     command = [sys.executable, str(LAUNCH), "--config", "recipe.yaml", "train.steps=6", "budget.memory=1GiB"]
     seen = watched(command, project, caches)
     begin, end = seen.index("run |"), seen.rindex("tokens/s")

@@ -180,9 +180,8 @@ def test_auto_micro_batch_fits(
     assert 1 <= record.engine.micro_batch_size < 8
     assert record.engine.micro_batch_size * record.engine.gradient_accumulation_steps >= 8
     (note,) = record.notes
-    assert note == (
-        f"train.micro_batch_size=auto became {record.engine.micro_batch_size}, the most that is predicted to fit 150 MiB"
-    )
+    assert note.startswith(f"train.micro_batch_size=auto became {record.engine.micro_batch_size}, ")
+    assert "150 MiB" in note
 
 
 @pytest.mark.slow

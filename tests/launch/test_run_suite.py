@@ -226,7 +226,7 @@ def test_indivisible_global_batch_is_refused(project: Path, caches: dict[str, st
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_single_process_instead_of_several_is_refused(project: Path, caches: dict[str, str]) -> None:
-    """accelerate starts one process for MULTI_CPU without mpirun; the run refuses that."""
+    """Accelerate starts one process for MULTI_CPU without mpirun; the run refuses that."""
     config = yaml.safe_load(CONFIG.read_text(encoding="utf-8")) | {"distributed_type": "MULTI_CPU", "gpu_ids": "all"}
     (project / "mpi.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", "mpi.yaml"]
