@@ -1,4 +1,4 @@
-"""Runs the entry point as a user does: in a process of its own, from a folder of its own."""
+"""Fixtures that run the entry point in a process of its own, in its own folder."""
 
 from __future__ import annotations
 

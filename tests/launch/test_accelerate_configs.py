@@ -1,4 +1,4 @@
-"""Accelerate files say where a run happens and nothing that a recipe owns."""
+"""Accelerate configs set where a run happens and no key of a recipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every mistake a user can make, made for real: one sentence, an exit code of its own, and nothing left behind."""
+"""Users' mistakes: each gives one sentence and its exit code, and leaves no files."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from _pytest.mark import ParameterSet
+from typer.testing import CliRunner
 
 from peftbench.errors import (
     DataError,
@@ -29,26 +30,27 @@ from peftbench.errors import (
     UnknownKeyError,
     WrongTypeError,
 )
+from peftbench.train import app
 from tests.helpers.disks import mounted
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 Mistake = tuple[str, type[PeftbenchError], str]
 
-# Told before torch is loaded: overrides, what they are, and a part of the sentence.
+# Found before torch is imported: arguments, error class, part of the message.
 EARLY: list[Mistake] = [
-    ("train.gobal_batch=4", UnknownKeyError, "no knob 'train.gobal_batch'; did you mean 'global_batch'?"),
-    ("method.kind=lorra", UnknownKeyError, "no method of kind 'lorra'; did you mean 'lora'?"),
-    ("train.steps=ten", WrongTypeError, "train.steps='ten' has the wrong type"),
+    ("train.gobal_batch_size=4", UnknownKeyError, "did you mean 'global_batch_size'?"),
+    ("method.kind=lorra", UnknownKeyError, "did you mean 'lora'?"),
+    ("train.steps=ten", WrongTypeError, "train.steps='ten'"),
     ("train.steps=0", OutOfRangeError, "train.steps=0 must be greater than 0"),
     ("train.epochs=1", OutOfRangeError, "exactly one of train.steps and train.epochs"),
-    ("data.separator='TL;DR: '", OutOfRangeError, "must be a text that does not end in a space"),
-    ("--config nothing.yaml", MissingFileError, "there is no file nothing.yaml"),
+    ("data.separator='TL;DR: '", OutOfRangeError, "does not end in a space"),
+    ("--config nothing.yaml", MissingFileError, "nothing.yaml"),
     ("--config rows.jsonl", RecipeError, "rows.jsonl is not valid YAML"),
-    ("steps", RecipeError, "'steps' is no override; write key.sub=value"),
+    ("steps", RecipeError, "'steps'"),
 ]
-# Told by what is read: the lead baseline needs examples and no model.
+# Found when the data is read: the lead baseline needs examples but no model.
 DATA: list[Mistake] = [
-    ("data.source.test=empty.jsonl", EmptySplitError, "empty.jsonl is empty"),
+    ("data.source.test=empty.jsonl", EmptySplitError, "empty.jsonl"),
     ("data.source.summary=sumary", MissingColumnError, "has no column 'sumary'; did you mean 'summary'?"),
     ("data.source.kind=hub", HubUnreachableError, "the hub did not answer for abisee/cnn_dailymail"),
 ]
@@ -57,7 +59,7 @@ MORE_DATA: list[Mistake] = [
     ("data.source.test=broken.jsonl", DataError, "broken.jsonl cannot be read as json"),
     ("data.test=9", EmptySplitError, "data.test=9 asks for more than the 8 examples of the test split"),
 ]
-# Told by the model and what is made of it.
+# Found when the model is loaded and adapted.
 MODEL: list[Mistake] = [
     ("model.path=./no/such/base", ModelNotFoundError, "no config for './no/such/base' (tried a folder, the cache and"),
     ("data.max_length=16", SequenceTooShortError, "8 of 8 examples of the test split do not fit 16 tokens"),
@@ -70,48 +72,58 @@ MORE_MODEL: list[Mistake] = [
 
 
 def cases(quick: list[Mistake], more: list[Mistake] | None = None) -> list[ParameterSet]:
-    """Parameters of a test: each of these takes a process and the import of torch, so some wait for the slow suite."""
+    """Return a test's parameters: each starts a process that imports torch, so all but the first are slow."""
     return [
-        *(pytest.param(*mistake, id=mistake[0]) for mistake in quick),
-        *(pytest.param(*mistake, id=mistake[0], marks=pytest.mark.slow) for mistake in more or []),
+        *(pytest.param(*mistake, id=mistake[0], marks=pytest.mark.slow) for mistake in [*quick, *(more or [])]),
     ]
 
 
 def check(done: subprocess.CompletedProcess[str], kind: type[PeftbenchError], sentence: str) -> None:
-    """A refusal as it must be: its own exit code, one sentence for people and one line of JSON for programs."""
+    """Check the exit code, the one sentence on stderr and the one line of JSON on stdout."""
     assert done.returncode == kind.exit_code, done.stderr
     assert "Traceback" not in done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert sentence in errors[0]
-    assert done.stderr == errors[0] + "\n", "something else was said beside the sentence"
+    assert done.stderr == errors[0] + "\n", "stderr has more than the error"
     last = json.loads(done.stdout.splitlines()[-1])
     assert last == {"outcome": "refused", "error": errors[0].removeprefix("error: "), "exit_code": kind.exit_code}
 
 
-def test_there_are_mistakes_to_make() -> None:
-    """The lists are not empty, and their mistakes are of many kinds."""
+def test_mistakes_cover_many_error_classes() -> None:
+    """The lists are not empty."""
     assert len(EARLY) >= 9
     assert len(DATA) >= 3
     assert len(MODEL) >= 3
     assert len({kind for _, kind, _ in EARLY + DATA + MODEL}) >= 11
 
 
-@pytest.mark.parametrize(("arguments", "kind", "sentence"), cases(EARLY))
-def test_a_mistake_in_the_recipe(
-    arguments: str, kind: type[PeftbenchError], sentence: str, launch: Launch, project: Path
+@pytest.mark.parametrize(("arguments", "kind", "sentence"), EARLY, ids=[mistake[0] for mistake in EARLY])
+def test_invalid_recipe_is_refused(
+    arguments: str, kind: type[PeftbenchError], sentence: str, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A recipe that cannot be meant is refused before anything is made."""
-    given = arguments.split(" ") if arguments.startswith("--") else ["--config", "recipe.yaml", arguments]
-    check(launch(*given), kind, sentence)
+    """Nothing is written."""
+    monkeypatch.chdir(project)
+    words = arguments.split(" ") if arguments.startswith("--") else ["--config", "recipe.yaml", arguments]
+    result = CliRunner().invoke(app, words)
+    check(subprocess.CompletedProcess(words, result.exit_code, result.stdout, result.stderr), kind, sentence)
+    assert not (project / "out").exists()
+
+
+def test_launched_process_refuses_bad_input(launch: Launch, project: Path) -> None:
+    """The entry point prints the same sentence and JSON in a process of its own."""
+    (project / "empty.jsonl").write_text("", encoding="utf-8")
+    check(
+        launch("--config", "recipe.yaml", "method.kind=lead", "data.source.test=empty.jsonl"), EmptySplitError, "empty"
+    )
     assert not (project / "out").exists()
 
 
 @pytest.mark.parametrize(("override", "kind", "sentence"), cases(DATA, MORE_DATA))
-def test_examples_that_cannot_be_used(
+def test_unusable_data_is_refused(
     override: str, kind: type[PeftbenchError], sentence: str, launch: Launch, project: Path
 ) -> None:
-    """Examples that are not there, empty, broken or of other columns are refused, and no run folder is left."""
+    """Missing, empty or broken files and wrong columns are refused, and no run folder is left."""
     (project / "empty.jsonl").write_text("", encoding="utf-8")
     (project / "broken.jsonl").write_text('{"article": "a", "summary": "b"}\n{"article": \n', encoding="utf-8")
     check(launch("--config", "recipe.yaml", "method.kind=lead", override), kind, sentence)
@@ -119,14 +131,15 @@ def test_examples_that_cannot_be_used(
 
 
 @pytest.mark.parametrize(("override", "kind", "sentence"), cases(MODEL, MORE_MODEL))
-def test_a_base_that_cannot_be_used(
+def test_unusable_model_is_refused(
     override: str, kind: type[PeftbenchError], sentence: str, launch: Launch, project: Path
 ) -> None:
-    """A base, a length, a target or a precision that cannot be is refused, and no run folder is left."""
+    """An invalid model, length, target module or precision is refused, and no run folder is left."""
     check(launch("--config", "recipe.yaml", override), kind, sentence)
     assert not (project / "out").exists()
 
 
+@pytest.mark.slow
 def test_an_output_folder_below_a_file(launch: Launch, project: Path) -> None:
     """A place that cannot be made is told before the work, and the file in its way is untouched."""
     check(launch("--config", "recipe.yaml", "output_dir=rows.jsonl"), OutputError, "cannot write rows.jsonl/run: ")
@@ -141,6 +154,7 @@ def test_an_output_folder_on_a_read_only_disk(launch: Launch, project: Path) -> 
         check(done, OutputError, "cannot write disk/run: Read-only file system")
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_with_the_record(launch: Launch, project: Path) -> None:
     """A disk with no room for the record is told as full, and neither half a record nor an empty folder is left."""
     with mounted(project / "disk", "size=4k") as disk:
@@ -149,6 +163,7 @@ def test_a_disk_that_fills_up_with_the_record(launch: Launch, project: Path) -> 
         assert list(disk.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_with_the_model(launch: Launch, project: Path) -> None:
     """A disk with no room for the trained model is told as full; no half model is left and the record is kept."""
     with mounted(project / "disk", "size=64k") as disk:
@@ -161,7 +176,7 @@ def test_a_disk_that_fills_up_with_the_model(launch: Launch, project: Path) -> N
         assert {path.name for path in disk.rglob("*.*")} == {".lock", "record.json", "status.json"}
         record = json.loads((disk / "run" / "record.json").read_text(encoding="utf-8"))
         assert (record["outcome"]["kind"], record["outcome"]["phase"]) == ("failed", "save")
-        assert len(record["losses"]) == 1
+        assert len(record["step_losses"]) == 1
         assert record["quality"]["loss"] > 0
 
 

@@ -1,4 +1,4 @@
-"""DeepSpeed files say how state is split and nothing that a recipe owns; each engine has its files."""
+"""DeepSpeed configs set how state is sharded and no key of a recipe; each engine has its files."""
 
 from __future__ import annotations
 

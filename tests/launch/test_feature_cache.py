@@ -1,4 +1,4 @@
-"""A store of hidden states under real processes: several of them, and one that is killed."""
+"""The feature cache with real processes: several of them, and one that is killed."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def own(caches: dict[str, str], tmp_path: Path) -> dict[str, str]:
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("engine", [pytest.param(name, marks=pytest.mark.slow) for name in ("cpu2", "zero1", "zero2")])
-def test_two_processes_train_over_one_store(engine: str, project: Path, own: dict[str, str]) -> None:
+def test_two_processes_share_one_store(engine: str, project: Path, own: dict[str, str]) -> None:
     """Each reads what the other computed: losses, head and FLOPs are those of one process over the same store or none.
 
     ``zero2`` gives each half of the gradients, which must be averaged over micro-batches that skip the trunk.
@@ -91,15 +91,15 @@ def test_two_processes_train_over_one_store(engine: str, project: Path, own: dic
     expected = records["plain"]
     for name in ("kept", "again"):
         record = records[name]
-        assert record["device"]["processes"] == 2
-        assert record["losses"] == pytest.approx(expected["losses"], rel=1e-5)
-        assert record["losses"][-1] < record["losses"][0]
+        assert record["device"]["num_processes"] == 2
+        assert record["step_losses"] == pytest.approx(expected["step_losses"], rel=1e-5)
+        assert record["step_losses"][-1] < record["step_losses"][0]
         assert record["quality"]["loss"] == pytest.approx(expected["quality"]["loss"], rel=1e-5)
-        assert record["flops"]["required"] == expected["flops"]["required"]
-        assert record["flops"]["counted_step"]["counted"] == record["flops"]["counted_step"]["closed_form"]
+        assert record["flops"]["model_flops"] == expected["flops"]["model_flops"]
+        assert record["flops"]["counted_step"]["counted_flops"] == record["flops"]["counted_step"]["closed_form_flops"]
         mine, theirs = head_of(project, name), head_of(project, "plain")
         assert float((mine - theirs).norm()) < 1e-4 * float(theirs.norm())  # type: ignore[operator,attr-defined]
-    executed = [records[name]["flops"]["executed"] for name in ("plain", "kept", "again")]
+    executed = [records[name]["flops"]["hardware_flops"] for name in ("plain", "kept", "again")]
     assert executed[0] - executed[2] == EPOCHS * (executed[1] - executed[2]) > 0
     (store,) = states_of(own)
     assert (store / "complete").read_bytes() == b"\1" * 8
@@ -107,8 +107,8 @@ def test_two_processes_train_over_one_store(engine: str, project: Path, own: dic
 
 @pytest.mark.slow
 @pytest.mark.parametrize("after", [1, 4], ids=["in_the_first_epoch", "in_the_third"])
-def test_a_run_that_was_killed_goes_on(after: int, project: Path, own: dict[str, str]) -> None:
-    """Kill -9 after a checkpoint, whatever was being written: the rest is as if nothing had happened."""
+def test_killed_run_resumes(after: int, project: Path, own: dict[str, str]) -> None:
+    """After SIGKILL the remaining steps match an undisturbed run."""
     knobs = ("train.feature_cache=fp32", "checkpoint.interval=1")
     plain = run(one_process("name=plain"), project, own)
     assert plain.returncode == 0, plain.stderr
@@ -124,7 +124,7 @@ def test_a_run_that_was_killed_goes_on(after: int, project: Path, own: dict[str,
     assert ended.returncode == 0, ended.stderr
     record, expected = record_of(project, "kept"), record_of(project, "plain")
     assert record["resumed_after"][0] >= after
-    assert record["losses"] == pytest.approx(expected["losses"], rel=1e-6)
+    assert record["step_losses"] == pytest.approx(expected["step_losses"], rel=1e-6)
     mine, theirs = head_of(project, "kept"), head_of(project, "plain")
     assert float((mine - theirs).norm()) < 1e-5 * float(theirs.norm())  # type: ignore[operator,attr-defined]
     (store,) = states_of(own)

@@ -1,4 +1,4 @@
-"""What a person sees of a run that trains: a run on a terminal of its own."""
+"""The progress line of a run on a terminal."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def watched(command: list[str], folder: Path, env: dict[str, str]) -> str:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a run on CPU has a budget on Linux alone")
-def test_one_line_while_it_trains(project: Path, caches: dict[str, str]) -> None:
-    """Step, loss, tokens per second, memory against the budget and time left, in one line; the status has them too."""
+def test_progress_line_on_a_terminal(project: Path, caches: dict[str, str]) -> None:
+    """One line has step, loss, tokens/s, memory and time left; the status file has the same values."""
     command = [sys.executable, str(LAUNCH), "--config", "recipe.yaml", "train.steps=6", "budget.memory=1GiB"]
     seen = watched(command, project, caches)
     begin, end = seen.index("run |"), seen.rindex("tokens/s")
@@ -65,8 +65,9 @@ def test_one_line_while_it_trains(project: Path, caches: dict[str, str]) -> None
     assert status.budget_bytes == 2**30
 
 
-def test_nothing_without_a_terminal(project: Path, caches: dict[str, str]) -> None:
-    """A job's log has no line, and the status has what it would have said; without a budget, of nothing."""
+@pytest.mark.slow
+def test_no_progress_line_without_a_terminal(project: Path, caches: dict[str, str]) -> None:
+    """The log is empty, and the status file has the values."""
     command = [sys.executable, str(LAUNCH), "--config", "recipe.yaml", "train.steps=2"]
     done = subprocess.run(command, cwd=project, env=caches, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr

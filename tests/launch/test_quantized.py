@@ -1,4 +1,4 @@
-"""A 4-bit base under LoRA (QLoRA) in two processes."""
+"""LoRA over a 4-bit base model (QLoRA) in two processes."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ ARGUMENTS = [
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_qlora_in_two_processes_is_qlora_in_one(project: Path, caches: dict[str, str]) -> None:
+def test_qlora_two_processes_match_one(project: Path, caches: dict[str, str]) -> None:
     """Under DDP and ZeRO-2 the same losses; where the packed base would be cut it is refused, and no model saved."""
     alone = run([sys.executable, "-m", "peftbench.train", *ARGUMENTS, "name=single"], project, caches)
     assert alone.returncode == 0, alone.stderr
     single = record_of(project, "single")
-    assert single["losses"][-1] < single["losses"][0]
+    assert single["step_losses"][-1] < single["step_losses"][0]
     for name, config in ENGINES.items():
         launch = [sys.executable, "-m", "accelerate.commands.launch", *config, "-m", "peftbench.train"]
         ended = run([*launch, *ARGUMENTS, f"name={name}"], project, caches | {"DS_ACCELERATOR": "cpu"})
@@ -54,7 +54,7 @@ def test_qlora_in_two_processes_is_qlora_in_one(project: Path, caches: dict[str,
             continue
         assert ended.returncode == 0, ended.stderr
         record = record_of(project, name)
-        assert (record["engine"]["name"], record["device"]["processes"]) == (name, 2)
-        assert record["losses"] == pytest.approx(single["losses"], rel=2e-5)
+        assert (record["engine"]["name"], record["device"]["num_processes"]) == (name, 2)
+        assert record["step_losses"] == pytest.approx(single["step_losses"], rel=2e-5)
         assert record["state_bytes"]["weights"] == single["state_bytes"]["weights"]
         assert record["parameters"] == single["parameters"]

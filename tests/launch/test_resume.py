@@ -1,4 +1,4 @@
-"""A run that one process began goes on in two."""
+"""A run started by one process resumes on two."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ ARGUMENTS = [
 
 
 @pytest.mark.multiprocess
-def test_one_process_begins_and_two_go_on(project: Path, caches: dict[str, str]) -> None:
-    """The same steps over the same examples; what one process measured is in no figure of two."""
+def test_resume_with_more_processes(project: Path, caches: dict[str, str]) -> None:
+    """The steps are the same; measurements of the first process are excluded from those of the two."""
     undisturbed = run([sys.executable, "-m", "peftbench.train", *ARGUMENTS, "name=whole"], project, caches)
     assert undisturbed.returncode == 0, undisturbed.stderr
     stopped = run([sys.executable, "-c", STOP, *ARGUMENTS], project, caches)

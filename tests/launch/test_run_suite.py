@@ -1,4 +1,4 @@
-"""``peftbench compare`` and ``accelerate launch``, as a user starts them: real processes, really interrupted."""
+"""``peftbench run`` and ``accelerate launch`` as whole processes, some interrupted."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def record_of(folder: Path, name: str) -> dict[str, Any]:
     return found
 
 
-def test_compare_skips_what_is_finished_and_not_what_changed(project: Path, caches: dict[str, str]) -> None:
+def test_suite_skips_finished_runs_and_repeats_changed_ones(project: Path, caches: dict[str, str]) -> None:
     """Started again, a suite repeats no finished run; a changed recipe is another run and is run again."""
     (project / "suite.yaml").write_text(SUITE)
-    first = run(peftbench("compare", "suite.yaml"), project, caches)
+    first = run(peftbench("run", "suite.yaml"), project, caches)
     assert first.returncode == 0, first.stderr
     assert "run-r=1" in first.stdout
     assert first.stdout.splitlines()[-1] == "report: out/report.html"
@@ -50,12 +50,12 @@ def test_compare_skips_what_is_finished_and_not_what_changed(project: Path, cach
     recipe = yaml.safe_load((project / "recipe.yaml").read_text()) | {
         "evaluate": {"max_new_tokens": 9, "generate": False}
     }
-    again = run(peftbench("compare", "suite.yaml"), project, caches)
+    again = run(peftbench("run", "suite.yaml"), project, caches)
     assert again.stderr.count("skipped") == 2
     assert {name: record_of(project, name)["started_at"] for name in started} == started
     (project / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (project / "suite.yaml").write_text(SUITE.replace("[1, 2]", "[1]"))
-    changed = run(peftbench("compare", "suite.yaml"), project, caches)
+    changed = run(peftbench("run", "suite.yaml"), project, caches)
     assert changed.returncode == 0, changed.stderr
     assert "skipped" not in changed.stderr
     assert record_of(project, "run-r=1")["recipe"]["evaluate"]["max_new_tokens"] == 9
@@ -64,11 +64,12 @@ def test_compare_skips_what_is_finished_and_not_what_changed(project: Path, cach
     assert "run-r=1" in reported.stdout
 
 
-def test_a_run_is_repeated_from_its_record(project: Path, caches: dict[str, str]) -> None:
-    """The commands that the page gives train the same again, loss by loss, from nothing but the record."""
+@pytest.mark.slow
+def test_reproduce_commands_repeat_the_run(project: Path, caches: dict[str, str]) -> None:
+    """The page's commands train to the same losses from the record alone."""
     (project / "suite.yaml").write_text(SUITE.replace("[1, 2]", "[2]"))
     done = run(
-        peftbench("compare", "suite.yaml", "train.steps=3", "data.padding=longest", "data.pad_to_multiple_of=7"),
+        peftbench("run", "suite.yaml", "train.steps=3", "data.padding=longest", "data.pad_to_multiple_of=7"),
         project,
         caches,
     )
@@ -85,15 +86,16 @@ def test_a_run_is_repeated_from_its_record(project: Path, caches: dict[str, str]
         assert again.returncode == 0, again.stderr
     assert (project.parent / "run-r=2.json").is_file()
     repeated = json.loads((project / "out_again" / "run-r=2" / "record.json").read_text(encoding="utf-8"))
-    assert repeated["losses"] == record_of(project, "run-r=2")["losses"]
-    assert len(repeated["losses"]) == 3
+    assert repeated["step_losses"] == record_of(project, "run-r=2")["step_losses"]
+    assert len(repeated["step_losses"]) == 3
     assert sum(repeated["step_tokens"]) == repeated["tokens"]["real"] < repeated["tokens"]["padded"]
 
 
-def test_interrupted_compare_says_how_to_go_on(project: Path, caches: dict[str, str]) -> None:
+@pytest.mark.slow
+def test_interrupted_suite_resumes(project: Path, caches: dict[str, str]) -> None:
     """Ctrl-C in the second run keeps the first, records where the second was, leaves no process and says what to do."""
     (project / "suite.yaml").write_text("name: s\nrecipes: [recipe.yaml]\naxes: {train.steps: [2, 100000]}\n")
-    command = peftbench("compare", "suite.yaml", "trackers=[tensorboard]")
+    command = peftbench("run", "suite.yaml", "trackers=[tensorboard]")
     process = subprocess.Popen(
         command,
         cwd=project,
@@ -112,7 +114,7 @@ def test_interrupted_compare_says_how_to_go_on(project: Path, caches: dict[str, 
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 130, said
-    assert "run the same command again" in said
+    assert "run the same command again to resume" in said
     assert "Traceback" not in said
     assert subprocess.run(["pgrep", "-f", str(project)], capture_output=True, check=False).returncode == 1
     assert record_of(project, "run-steps=2")["outcome"]["kind"] == "ok"
@@ -121,29 +123,31 @@ def test_interrupted_compare_says_how_to_go_on(project: Path, caches: dict[str, 
     assert interrupted["outcome"]["phase"] in {"warmup", "train"}  # a busy machine is not far after two seconds
     step = interrupted["outcome"]["step"]
     assert interrupted["outcome"]["error"] == f"stopped by SIGINT; checkpoint of step {step}"
-    assert len(interrupted["losses"]) == step
+    assert len(interrupted["step_losses"]) == step
     (project / "suite.yaml").write_text("name: s\nrecipes: [recipe.yaml]\naxes: {train.steps: [2]}\n")
     finished = run(command, project, caches)
     assert finished.returncode == 0, finished.stderr
     assert "[1/1] run-steps=2: finished before, skipped" in finished.stderr
 
 
-def test_compare_shows_no_result_of_another_recipe(project: Path, caches: dict[str, str]) -> None:
-    """A run that is refused now has no row, though an earlier recipe of its name left a record."""
+@pytest.mark.slow
+def test_suite_ignores_record_of_another_recipe(project: Path, caches: dict[str, str]) -> None:
+    """A refused run has no row, even if an earlier recipe of the same name left a record."""
     (project / "suite.yaml").write_text("name: mine\nrecipes: [recipe.yaml]\n")
-    first = run(peftbench("compare", "suite.yaml", "method.kind=lead"), project, caches)
+    first = run(peftbench("run", "suite.yaml", "method.kind=lead"), project, caches)
     assert first.returncode == 0, first.stderr
     assert first.stdout.splitlines()[0].strip() == "mine"
     assert "lead" in first.stdout
-    second = run(peftbench("compare", "suite.yaml", "method.kind=lead", "evaluate.split=validation"), project, caches)
+    second = run(peftbench("run", "suite.yaml", "method.kind=lead", "evaluate.split=validation"), project, caches)
     assert second.returncode == 1
     assert "run: refused" in second.stderr
     assert "lead" not in second.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
-def test_bad_data_is_refused_once_by_all_processes(project: Path, caches: dict[str, str]) -> None:
-    """What the main process finds wrong ends every process in one sentence; none waits, none has a fault of its own."""
+def test_bad_data_ends_all_processes_with_one_error(project: Path, caches: dict[str, str]) -> None:
+    """The error of the main process ends all ranks; none waits and none adds a traceback."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIG)]
     script = str(REPOSITORY / "launch" / "train.py")
     done = run(
@@ -184,26 +188,27 @@ def test_two_processes_agree_with_one(project: Path, caches: dict[str, str]) -> 
     assert two.returncode == 0, two.stderr
     assert json.loads(two.stdout.strip().splitlines()[-1])["outcome"] == "ok"
     single, double = record_of(project, "one"), record_of(project, "two")
-    assert double["device"]["processes"] == 2
-    assert (single["engine"]["accumulation"], double["engine"]["accumulation"]) == (4, 2)
-    assert len(single["losses"]) == 4
-    assert single["losses"] == pytest.approx(double["losses"], abs=1e-4)
+    assert double["device"]["num_processes"] == 2
+    assert (single["engine"]["gradient_accumulation_steps"], double["engine"]["gradient_accumulation_steps"]) == (4, 2)
+    assert len(single["step_losses"]) == 4
+    assert single["step_losses"] == pytest.approx(double["step_losses"], abs=1e-4)
     assert single["tokens"] == double["tokens"]
     assert single["quality"]["loss"] == pytest.approx(double["quality"]["loss"], abs=1e-4)
     assert single["quality"]["rouge"] == double["quality"]["rouge"]
     assert single["quality"]["samples"] == double["quality"]["samples"]
-    one, two = single["quality"]["by_example"], double["quality"]["by_example"]
+    one, two = single["quality"]["per_example"], double["quality"]["per_example"]
     assert one["loss"] == pytest.approx(two["loss"], rel=1e-3)
     assert one | {"loss": None} == two | {"loss": None}
-    assert single["flops"]["required"] == double["flops"]["required"] > 0
-    by_rank = [rank["evaluate"]["resident_bytes"] for rank in double["memory_by_rank"]]
+    assert single["flops"]["model_flops"] == double["flops"]["model_flops"] > 0
+    by_rank = [rank["evaluate"]["rss_bytes"] for rank in double["memory_by_rank"]]
     assert len(by_rank) == 2
-    assert double["memory"]["evaluate"]["resident_bytes"] == max(by_rank) > 0
+    assert double["memory"]["evaluate"]["rss_bytes"] == max(by_rank) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
-def test_a_global_batch_that_cannot_be_shared_is_refused(project: Path, caches: dict[str, str]) -> None:
-    """Three examples a step cannot be shared by two processes: refused in one sentence, and nothing is written."""
+def test_indivisible_global_batch_is_refused(project: Path, caches: dict[str, str]) -> None:
+    """Three examples per step cannot be divided by two processes."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(CONFIG)]
     script = str(REPOSITORY / "launch" / "train.py")
     done = run(
@@ -218,9 +223,10 @@ def test_a_global_batch_that_cannot_be_shared_is_refused(project: Path, caches: 
     assert not (project / "out" / "run" / "record.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
-def test_one_process_where_several_were_asked_for_is_refused(project: Path, caches: dict[str, str]) -> None:
-    """Accelerate answers MULTI_CPU without mpirun with one process and no word; that run is refused."""
+def test_single_process_instead_of_several_is_refused(project: Path, caches: dict[str, str]) -> None:
+    """Accelerate starts one process for MULTI_CPU without mpirun; the run refuses that."""
     config = yaml.safe_load(CONFIG.read_text(encoding="utf-8")) | {"distributed_type": "MULTI_CPU", "gpu_ids": "all"}
     (project / "mpi.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", "mpi.yaml"]

@@ -1,4 +1,4 @@
-"""Real processes, really told to stop: the step is finished and kept, and what goes on is the same to the last bit."""
+"""Stop requests to whole processes: the step is saved, and the resumed run is bit-identical."""
 
 from __future__ import annotations
 
@@ -97,10 +97,10 @@ WAYS = {name: by_signal(signal.Signals[name]) for name in ("SIGINT", "SIGTERM", 
 
 
 @pytest.mark.parametrize("way", [way if way == "SIGINT" else pytest.param(way, marks=pytest.mark.slow) for way in WAYS])
-def test_a_step_is_kept_and_gone_on_from(
+def test_stop_saves_a_step_and_resumes(
     way: str, project: Path, caches: dict[str, str], undisturbed: dict[str, Any]
 ) -> None:
-    """Without checkpoints having been asked for; the record says preempted, and which step."""
+    """Without a checkpoint interval; the record has the outcome preempted and the step."""
     process = begin(ALONE, project, caches)
     await_training(project, process)
     time.sleep(0.5)
@@ -145,8 +145,8 @@ def await_evaluation(project: Path, process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.slow
-def test_stopped_while_it_evaluates(project: Path, caches: dict[str, str]) -> None:
-    """The training is kept, and only the evaluation is done again; told twice, as SLURM and a launcher do together."""
+def test_stop_during_evaluation(project: Path, caches: dict[str, str]) -> None:
+    """The training is saved and only the evaluation is repeated; repeated signals do no harm."""
     more = LONG_EVALUATION
     process = begin(ALONE, project, caches, *more)
     await_evaluation(project, process)
@@ -165,8 +165,9 @@ def test_stopped_while_it_evaluates(project: Path, caches: dict[str, str]) -> No
     assert record["quality"]["rouge"] is not None
 
 
-def test_a_second_process_is_refused(project: Path, caches: dict[str, str]) -> None:
-    """In one sentence, with an exit code of its own, and the first is not disturbed; kill -9 frees the folder."""
+@pytest.mark.slow
+def test_second_process_is_refused(project: Path, caches: dict[str, str]) -> None:
+    """One error with its exit code; the first run is undisturbed, and SIGKILL releases the folder."""
     process = begin(ALONE, project, caches, "train.steps=100000")
     status = await_training(project, process)
     second = run([*ALONE, *ARGUMENTS], project, caches)
@@ -189,10 +190,8 @@ def test_a_second_process_is_refused(project: Path, caches: dict[str, str]) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize("room", [0, 65536], ids=["no room", "room for a record"])
-def test_a_full_disk_while_it_saves(
-    room: int, project: Path, caches: dict[str, str], undisturbed: dict[str, Any]
-) -> None:
-    """It ends with a sentence, what was kept before stays, and with room again the run goes on from there."""
+def test_full_disk_during_save(room: int, project: Path, caches: dict[str, str], undisturbed: dict[str, Any]) -> None:
+    """The run ends with an error, earlier checkpoints stay, and with free space it resumes from them."""
     with mounted(project / "small", "size=12m") as disk:
         more = [f"output_dir={disk}", "checkpoint.interval=2", "checkpoint.keep_latest=1"]
         process = begin(ALONE, project, caches, *more)
@@ -227,8 +226,8 @@ def fill(file: Path, room: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint(project: Path, caches: dict[str, str], undisturbed: dict[str, Any]) -> None:
-    """It goes on from the one before, and says so."""
+def test_damaged_checkpoint_is_skipped(project: Path, caches: dict[str, str], undisturbed: dict[str, Any]) -> None:
+    """The run resumes from the previous checkpoint and notes that."""
     process = begin(ALONE, project, caches, "checkpoint.interval=2")
     kept = project / "out" / "run" / "checkpoints"
     until = time.monotonic() + 200
@@ -253,8 +252,8 @@ def test_a_damaged_checkpoint(project: Path, caches: dict[str, str], undisturbed
 
 
 @pytest.mark.slow
-def test_a_suite_that_is_killed_takes_its_run_along(project: Path, caches: dict[str, str]) -> None:
-    """Kill -9 of compare: the run under way is told, keeps its step and ends, so that the next compare can go on."""
+def test_killed_suite_stops_its_run(project: Path, caches: dict[str, str]) -> None:
+    """After SIGKILL of the suite the current run saves its step and ends."""
     (project / "suite.yaml").write_text("name: s\nrecipes: [recipe.yaml]\n", encoding="utf-8")
     words = ["run", "suite.yaml", "train.steps=100000"]
     suite = subprocess.Popen(
@@ -273,10 +272,10 @@ def test_a_suite_that_is_killed_takes_its_run_along(project: Path, caches: dict[
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("way", ["SIGTERM", "file", "one rank"])
-def test_two_processes_stop_together(
+def test_two_processes_stop_at_the_same_step(
     way: str, project: Path, caches: dict[str, str], undisturbed_two: dict[str, Any]
 ) -> None:
-    """The launcher is told, or a file is there, or one of the ranks is told: both finish the same step."""
+    """Whether the launcher, one rank or a file gets the request, both ranks finish the same step."""
     process = begin(TWO, project, caches)
     status = await_training(project, process)
     time.sleep(0.5)
@@ -301,8 +300,8 @@ def test_two_processes_stop_together(
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("way", ["file", "one rank"])
-def test_two_processes_are_stopped_while_they_evaluate(way: str, project: Path, caches: dict[str, str]) -> None:
-    """Whoever hears it first tells the other, which may be waiting for it: one record, and the training is kept."""
+def test_two_processes_stop_during_evaluation(way: str, project: Path, caches: dict[str, str]) -> None:
+    """There is one record, and the training is saved."""
     more = [*LONG_EVALUATION, f"checkpoint.interval={STEPS}"]
     process = begin(TWO, project, caches, *more)
     await_evaluation(project, process)
@@ -325,8 +324,8 @@ def test_two_processes_are_stopped_while_they_evaluate(way: str, project: Path, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lead", ["0.001", "600"])
-def test_a_job_that_is_told_too_late(lead: str, project: Path, caches: dict[str, str]) -> None:
-    """Where a step takes longer than there is between being told and the end, it is refused as soon as that shows."""
+def test_lead_shorter_than_a_step_is_refused(lead: str, project: Path, caches: dict[str, str]) -> None:
+    """A step that takes longer than the stop lead is refused as soon as it is measured."""
     done = run([*ALONE, *ARGUMENTS], project, caches | {"PEFTBENCH_STOP_LEAD": lead})
     if lead == "600":
         assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Two hosts: network namespaces that see each other through a virtual link alone, as machines of a cluster do."""
+"""Two hosts: network namespaces connected only by a virtual link, like the nodes of a cluster."""
 
 from __future__ import annotations
 
@@ -175,13 +175,13 @@ def on_one_host(project: Path, caches: dict[str, str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_two_hosts_are_as_one(hosts: Hosts, project: Path, caches: dict[str, str]) -> None:
-    """The same losses; a host that vanishes ends the run in time, with a sentence, and the run goes on where it was."""
+def test_two_hosts_match_one(hosts: Hosts, project: Path, caches: dict[str, str]) -> None:
+    """The losses are the same; a lost host ends the run in time with an error, and the run resumes."""
     on_one_host(project, caches)
     one = record_of(project, "one")
     whole = begin(hosts, project, caches, 29511, "name=two").end(150)
     assert record_of(project, "two")["outcome"]["kind"] == "ok", whole
-    assert record_of(project, "two")["losses"] == one["losses"]
+    assert record_of(project, "two")["step_losses"] == one["step_losses"]
 
     two = begin(hosts, project, caches, 29512, "train.steps=12", "name=lost")
     status = project / "out" / "lost" / "status.json"
@@ -206,4 +206,4 @@ def test_two_hosts_are_as_one(hosts: Hosts, project: Path, caches: dict[str, str
     record = record_of(project, "lost")
     assert record["outcome"]["kind"] == "ok", ended
     assert record["resumed_after"]
-    assert record["losses"] == one["losses"]
+    assert record["step_losses"] == one["step_losses"]

@@ -36,7 +36,7 @@ def project(tmp_path: Path) -> Path:
 def test_a_suite_comes_through(project: Path, slurm: Cluster, caches: dict[str, str]) -> None:
     """One run is requeued by an administrator, one runs out of time, one is cancelled and submitted again."""
     environment = caches | slurm.environment | {"OMP_NUM_THREADS": "1"}
-    undisturbed = peftbench(project, environment, "compare", "suite.yaml")
+    undisturbed = peftbench(project, environment, "run", "suite.yaml")
     assert undisturbed.returncode == 0, undisturbed.stderr
 
     words = [
@@ -46,7 +46,7 @@ def test_a_suite_comes_through(project: Path, slurm: Cluster, caches: dict[str, 
         "cluster",
         "--gpus-per-node",
         "0",
-        "--at-once",
+        "--max-parallel",
         "2",
         "slurm.time=1",
         f"slurm.signal=B:USR1@{LEAD}",
@@ -81,7 +81,7 @@ def test_a_suite_comes_through(project: Path, slurm: Cluster, caches: dict[str, 
     for name in (path.removesuffix(".yaml") for path in SUITE["recipes"]):
         assert_same(record(runs, name), record(project / "local", name))
     nothing = peftbench(project, environment, *words)
-    assert nothing.stdout == "nothing is left to submit\n", nothing
+    assert nothing.stdout == "nothing left to submit\n", nothing
 
 
 def test_a_time_in_which_nothing_can_be_done(project: Path, slurm: Cluster, caches: dict[str, str]) -> None:
@@ -99,5 +99,5 @@ def test_a_time_in_which_nothing_can_be_done(project: Path, slurm: Cluster, cach
     slurm.run("scancel", "--batch", "--signal=USR1", submitted.stdout.split()[2].rstrip(":"))
     slurm.await_empty(300)
     said = "".join(path.read_text(encoding="utf-8") for path in (project / "short").rglob("*.log"))
-    assert "the job's time is too short" in said, said
-    assert said.count("the job's time is too short") == 1
+    assert "the job's time limit is too short" in said, said
+    assert said.count("the job's time limit is too short") == 1

@@ -36,17 +36,17 @@ def by_kill(_: Cluster, run: Run) -> None:
 
 def by_term(slurm: Cluster, run: Run) -> None:
     """As scancel does, or whoever wants the node for another job."""
-    slurm.send("scancel", "--signal=TERM", run.status["job"])
+    slurm.send("scancel", "--signal=TERM", run.status["job_id"])
 
 
 def by_usr1(slurm: Cluster, run: Run) -> None:
     """As SLURM tells the script before its time is up."""
-    slurm.send("scancel", "--batch", "--signal=USR1", run.status["job"])
+    slurm.send("scancel", "--batch", "--signal=USR1", run.status["job_id"])
 
 
 def by_requeue(slurm: Cluster, run: Run) -> None:
     """As an administrator does."""
-    slurm.send("scontrol", "requeue", run.status["job"])
+    slurm.send("scontrol", "requeue", run.status["job_id"])
 
 
 WAYS: dict[str, Callable[[Cluster, Run], None]] = {
@@ -146,11 +146,11 @@ def interrupt_all(runs: list[Run], slurm: Cluster, submit: Callable[[], str]) ->
 def test_thirty_interruptions(project: Path, slurm: Cluster, caches: dict[str, str]) -> None:
     """Every loss is what it would have been, to the last bit, and every run has ended well exactly once."""
     environment = caches | slurm.environment | {"OMP_NUM_THREADS": "1"}
-    undisturbed = peftbench(project, environment, "compare", "suite.yaml")
+    undisturbed = peftbench(project, environment, "run", "suite.yaml")
     assert undisturbed.returncode == 0, undisturbed.stderr
 
     def submit() -> str:
-        words = ["submit", "suite.yaml", "--out", "cluster", "--gpus-per-node", "0", "--at-once", "2"]
+        words = ["submit", "suite.yaml", "--out", "cluster", "--gpus-per-node", "0", "--max-parallel", "2"]
         said = peftbench(project, environment, *words)
         assert said.returncode == 0, said.stderr
         return said.stdout

@@ -67,7 +67,7 @@ def assert_ended_well(project: Path, name: str, said: str, out: str = "out") -> 
     assert (project / out / name / "record.json").exists(), said
     found = record(project / out, name)
     assert found["outcome"]["kind"] == "ok", said
-    assert len(found["losses"]) == 4
+    assert len(found["step_losses"]) == 4
     assert not list((project / out / name).glob(".stop*"))
     return found
 
@@ -98,7 +98,7 @@ def test_single_gpu_is_told_in_the_middle(project: Path, slurm: Cluster, caches:
     found = record(project / "out", "first")
     assert found["outcome"]["kind"] == "ok", logs(project)
     assert len(found["resumed_after"]) == 1
-    assert f"job {job} begins itself anew for the 1. time, after step {found['resumed_after'][0]}" in logs(project)
+    assert f"requeued job {job} (requeue 1 of 10), resuming after step {found['resumed_after'][0]}" in logs(project)
 
 
 def step_of(folder: Path) -> int:
@@ -122,7 +122,7 @@ def test_several_processes(script: str, gpus: int, project: Path, slurm: Cluster
     environment = caches | {"PEFTBENCH_ENGINE": "zero2_cpu.yaml"}
     words = [*SMALL, f"--gpus-per-node={gpus}", f"launch/slurm/{script}.sbatch", "first.yaml"]
     found = assert_ended_well(project, "first", handed_in(project, slurm, environment, *words))
-    assert (found["engine"]["name"], found["device"]["processes"]) == ("zero2", 2)
+    assert (found["engine"]["name"], found["device"]["num_processes"]) == ("zero2", 2)
 
 
 def test_submitted_to_two_nodes(project: Path, slurm: Cluster, caches: dict[str, str]) -> None:
@@ -149,7 +149,7 @@ def test_submitted_to_two_nodes(project: Path, slurm: Cluster, caches: dict[str,
     job = two.stdout.split()[2].rstrip(":")
     wait_until(lambda: step_of(project / "two" / "first") > 2, 120, slurm.logs)
     (row,) = standing(project, "two", environment)
-    assert (row["state"], row["steps"]) == ("running", 300)
+    assert (row["state"], row["total_steps"]) == ("running", 300)
     assert "NumNodes=2 NumCPUs=4" in slurm.run("scontrol", "show", "job", job)
     assert "CPUs=4" in slurm.run("scontrol", "show", "step", f"{job}.0")
     slurm.send("scancel", "--batch", "--signal=USR1", job)
@@ -158,4 +158,4 @@ def test_submitted_to_two_nodes(project: Path, slurm: Cluster, caches: dict[str,
     ours, theirs = record(project / "one", "first"), record(project / "two", "first")
     assert theirs["outcome"]["kind"] == "ok", said
     assert len(theirs["resumed_after"]) == 1, said
-    assert theirs["losses"] == pytest.approx(ours["losses"], rel=1e-6)
+    assert theirs["step_losses"] == pytest.approx(ours["step_losses"], rel=1e-6)

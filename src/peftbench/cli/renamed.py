@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import click
 from typer.core import TyperGroup
 
 from peftbench.common.console import refuse_renamed_options
+
+if TYPE_CHECKING:
+    from typer._click.core import Context  # typer has its own copy of click
 
 _YAML_SUFFIXES = (".yaml", ".yml")
 
@@ -30,7 +33,7 @@ RENAMED_OPTIONS: dict[str, dict[str, str]] = {
 class CommandGroup(TyperGroup):
     """The commands in the order of their registration. Old spellings are refused before parsing."""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
         """Refuse an old spelling, then parse."""
         command = next((argument for argument in args if not argument.startswith("-")), "")
         command_args = args[args.index(command) + 1 :] if command else []

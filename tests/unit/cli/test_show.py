@@ -1,0 +1,51 @@
+"""``peftbench show``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from peftbench.cli.app import app
+from peftbench.errors import OutputError
+from peftbench.report.tables.columns import COLUMNS
+from peftbench.slurm import folder
+from tests.launch.conftest import RECIPE
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Write a recipe to a folder with a "=" in its name, as the folders of a suite's axes have."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "lora-seed=0" / "recipe.yaml"
+    path.parent.mkdir()
+    path.write_text(yaml.safe_dump(RECIPE), encoding="utf-8")
+    return path
+
+
+def test_glossary_has_every_column() -> None:
+    """Each line has a column's title and description."""
+    result = CliRunner().invoke(app, ["show", "--glossary"])
+    assert result.exit_code == 0, result.output
+    assert result.output.splitlines() == [f"{column.title}: {column.description}" for column in COLUMNS]
+
+
+def test_existing_file_is_not_an_override(recipe_file: Path) -> None:
+    """A path with a "=" is a recipe file if it exists."""
+    result = CliRunner().invoke(app, ["show", str(recipe_file), "train.steps=7"])
+    assert result.exit_code == 0, result.output
+    assert "steps: 7" in result.output
+
+
+def test_run_dir_is_created_and_printed(recipe_file: Path) -> None:
+    """``show --run-dir`` and its alias for job scripts print the same folder, and fail if it cannot be created."""
+    result = CliRunner().invoke(app, ["show", "--run-dir", str(recipe_file), "name=first"])
+    assert (result.exit_code, result.output) == (0, "out/first\n")
+    assert Path("out/first").is_dir()
+    result = CliRunner().invoke(folder.app, ["--config", str(recipe_file), "name=second"])
+    assert (result.exit_code, result.output) == (0, "out/second\n")
+    assert Path("out/second").is_dir()
+    result = CliRunner().invoke(app, ["show", "--run-dir", str(recipe_file), f"output_dir={recipe_file}"])
+    assert result.exit_code == OutputError.exit_code
