@@ -21,7 +21,7 @@ class Source(ConfigSection):
 
     @property
     def is_mutable(self) -> bool:
-        """True if the content can change while the recipe stays the same; ``fingerprint`` detects that without a network."""
+        """True if content can change under an unchanged recipe; ``fingerprint`` detects that without a network."""
         return True
 
     @abstractmethod

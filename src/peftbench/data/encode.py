@@ -43,7 +43,7 @@ class SequenceLayout:
         max_positions: int | None,
         virtual_tokens: int,
     ) -> SequenceLayout:
-        """Return the layout for a model with ``max_positions`` positions, ``virtual_tokens`` of them used by the method.
+        """Return the layout for a model with ``max_positions`` positions and a method with ``virtual_tokens``.
 
         Raises:
             OutOfRangeError: real and virtual tokens together exceed the model's positions.

@@ -106,7 +106,7 @@ class Evaluator:
 
     @torch.no_grad()  # not inference_mode, in which sharded weights cannot be gathered
     def decode_teacher_forced(self) -> list[str]:
-        """Decode the most likely token at each summary position, given the reference before it, in the split's order."""
+        """Decode the most likely token at each summary position, given the reference prefix, in the split's order."""
         self.model.eval()
         texts: list[tuple[int, str]] = []
         for rows, count in self._iterate_local_batches("teacher-forced argmax"):

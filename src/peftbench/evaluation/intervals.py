@@ -68,7 +68,7 @@ def paired_intervals(
 
     ``differences`` (pairs, examples) has the difference of each example's two scores, so an example's difficulty
     cancels out (the paired bootstrap of Koehn 2004, Statistical significance tests for machine translation evaluation).
-    With ``weights`` (examples,), the result is the sum of differences over the sum of weights, e.g. of losses over tokens.
+    With ``weights`` (examples,), it is the sum of differences over the sum of weights: e.g. losses by tokens.
 
     The interval is the expanded percentile interval (Hesterberg 2015, What teachers should know about the bootstrap):
     with few examples plain percentiles are too narrow, more so at high confidence. If
@@ -149,7 +149,7 @@ def _bootstrap_bounds(values: Array, weights: Array, confidence: float, seed: in
 
 
 def _t_bounds(values: Array, weights: Array, means: Array, confidence: float) -> tuple[Array, Array]:
-    """Return the bounds (pairs,) of Student's t intervals of linearized ratios (Cochran 1977, Sampling techniques, chapter 6)."""
+    """Return the bounds (pairs,) of Student's t intervals of linearized ratios (Cochran 1977, chapter 6)."""
     from scipy.stats import sem, t
 
     off = (values - means[:, None] * weights) / weights.mean()
