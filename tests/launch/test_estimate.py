@@ -28,7 +28,7 @@ def test_a_plan_is_printed(project: Path, caches: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("argument", "code", "said"),
     [
-        (["--budget", "much"], 80, "'much' is no size of memory; write it as 16GiB"),
+        (["--budget", "much"], 80, "'much' is not a memory size; write it as, for example, 16GiB"),
         (["--device", "t5"], 81, "did you mean 't4'?"),
         (["model.quantization=int8"], 82, "outliers of an int8 base depend on its values"),
         (["--budget", "80GiB", "--device", "t4"], 80, "is more than the"),

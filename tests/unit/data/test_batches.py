@@ -180,7 +180,9 @@ def test_like_lengths_share_a_micro_batch(dataset: Dataset) -> None:
 @pytest.mark.parametrize(("global_batch", "world_size"), [(8, 3), (1, 2), (6, 4)])
 def test_a_batch_that_cannot_be_shared_is_refused(global_batch: int, world_size: int, dataset: Dataset) -> None:
     """A global batch that the processes do not divide is refused with both numbers."""
-    with pytest.raises(OutOfRangeError, match=f"global_batch={global_batch} cannot be shared by {world_size} proc"):
+    with pytest.raises(
+        OutOfRangeError, match=f"global_batch_size={global_batch} is not divisible by {world_size} proc"
+    ):
         batches(dataset, global_batch, world_size=world_size)
 
 

@@ -199,7 +199,7 @@ def test_a_tokenizer_without_an_end_token_is_refused() -> None:
     """A model that cannot learn to stop is refused."""
     tokenizer = word_tokenizer()
     tokenizer.eos_token = None
-    with pytest.raises(OutOfRangeError, match="has no end token"):
+    with pytest.raises(OutOfRangeError, match="has no end-of-sequence token"):
         Encoder(tokenizer, layout())
 
 
@@ -236,7 +236,7 @@ def test_real_and_virtual_tokens_must_fit_the_positions() -> None:
 
 def test_a_model_without_positions_needs_a_limit() -> None:
     """Where the config does not say how long a sequence may be, the recipe must."""
-    with pytest.raises(OutOfRangeError, match=r"no number of positions; set data\.max_tokens"):
+    with pytest.raises(OutOfRangeError, match=r"no number of positions; set data\.max_length"):
         fit(None, None)
 
 
