@@ -198,7 +198,7 @@ def test_an_example_without_a_value(ending: str, column: str, write_rows: WriteR
 
 def test_an_unknown_ending_is_refused() -> None:
     """A format that cannot be read is refused with those that can, before anything is read."""
-    with pytest.raises(ValueError, match=r"must name a file ending in \.jsonl, \.json, \.csv, \.parquet"):
+    with pytest.raises(ValueError, match=r"must be a file that ends in \.jsonl, \.json, \.csv, \.parquet"):
         Files(train="rows.xml")
 
 
@@ -274,11 +274,11 @@ def test_a_column_that_a_copy_lacks(tmp_path: Path) -> None:
 def test_a_folder_without_data(name: str, tmp_path: Path) -> None:
     """A folder that is empty or not there is told with what was tried and how to point to a local copy."""
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataNotFoundError, match=r"from a folder, the hub or the cache.*set data\.source\.path"):
+    with pytest.raises(DataNotFoundError, match=r"from a folder, the Hub or the cache.*set data\.source\.path"):
         Hub(path=str(tmp_path / name), config=None).load("test")
 
 
-@pytest.mark.parametrize("act", [lambda hub: hub.load("test"), lambda hub: hub.identity()], ids=["load", "identity"])
+@pytest.mark.parametrize("act", [lambda hub: hub.load("test"), lambda hub: hub.fingerprint()], ids=["load", "fingerprint"])
 def test_a_hub_that_may_not_be_asked(act: Callable[[Hub], object], monkeypatch: pytest.MonkeyPatch) -> None:
     """Offline and without a cached copy: one sentence with what was wanted and how to use a local copy."""
     import datasets
