@@ -230,7 +230,7 @@ def test_a_layout_fills_what_virtual_tokens_leave(
 
 def test_real_and_virtual_tokens_must_fit_the_positions() -> None:
     """One token too many is refused with all three numbers and the one that would do."""
-    with pytest.raises(OutOfRangeError, match=r"max_tokens=45 and 20 virtual tokens exceed the model's 64 .*=44 or le"):
+    with pytest.raises(OutOfRangeError, match=r"max_length=45 and 20 virtual tokens exceed the model's 64 .*=44 or le"):
         fit(45, 64, 20)
 
 
