@@ -52,10 +52,10 @@ EARLY: list[Mistake] = [
 DATA: list[Mistake] = [
     ("data.source.test=empty.jsonl", EmptySplitError, "empty.jsonl"),
     ("data.source.summary=sumary", MissingColumnError, "has no column 'sumary'; did you mean 'summary'?"),
-    ("data.source.kind=hub", HubUnreachableError, "the hub did not answer for abisee/cnn_dailymail"),
+    ("data.source.kind=hub", HubUnreachableError, "the Hub did not answer for abisee/cnn_dailymail"),
 ]
 MORE_DATA: list[Mistake] = [
-    ("data.source.test=nothing.jsonl", DataNotFoundError, "data.source.test='nothing.jsonl' is not there"),
+    ("data.source.test=nothing.jsonl", DataNotFoundError, "data.source.test='nothing.jsonl' does not exist"),
     ("data.source.test=broken.jsonl", DataError, "broken.jsonl cannot be read as json"),
     ("data.test=9", EmptySplitError, "data.test=9 asks for more than the 8 examples of the test split"),
 ]
@@ -196,7 +196,7 @@ def test_a_hub_that_does_not_answer(launch: Launch, project: Path) -> None:
     # Port 9 discards: nothing listens there, so each of the library's tries is refused at once.
     unreachable = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
     done = launch("--config", "recipe.yaml", "method.kind=lead", "data.source.kind=hub", env=unreachable)
-    check(done, HubUnreachableError, "the hub did not answer for abisee/cnn_dailymail")
+    check(done, HubUnreachableError, "the Hub did not answer for abisee/cnn_dailymail")
     done = launch("--config", "recipe.yaml", "model.path=no-such-base", env=unreachable)
     check(done, HubUnreachableError, "the hub did not answer for the config of 'no-such-base'")
     assert not (project / "out").exists()

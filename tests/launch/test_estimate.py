@@ -38,7 +38,7 @@ def test_estimate_command_prints_a_table_or_json(project: Path, caches: dict[str
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--budget", "much"], 80, "'much'"),
+        (["--budget", "much"], 80, "'much' is not a memory size; write it as, for example, 16GiB"),
         (["--device", "t5"], 81, "did you mean 't4'?"),
         (["model.quantization=int8"], 82, "int8"),
         (["--budget", "80GiB", "--device", "t4"], 80, "bytes of Tesla T4; give less"),

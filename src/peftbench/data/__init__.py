@@ -1,1 +1,1 @@
-"""From text to batches: sources, the docstring corpus, encoding, batches."""
+"""Data pipeline: sources, the docstring corpus, encoding and batches."""

@@ -1,4 +1,4 @@
-"""What every source of examples is."""
+"""Base class of the sources of examples."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ EXAMPLE_COLUMNS = ("id", "article", "summary")
 
 
 class Source(ConfigSection):
-    """What all sources have in common."""
+    """Base class of a source of examples."""
 
     kind: str
-    """Which source."""
+    """Kind of source."""
 
     @property
     def is_mutable(self) -> bool:
-        """Whether other content may come to lie behind the same recipe, and ``identity`` tells so without a network."""
+        """True if content can change under an unchanged recipe; ``fingerprint`` detects that without a network."""
         return True
 
     @abstractmethod
     def load(self, split: str) -> Dataset:
-        """All examples of ``split`` (train, validation or test), as strings in the columns of ``COLUMNS``.
+        """Return all examples of ``split`` (train, validation or test), as strings in the columns ``EXAMPLE_COLUMNS``.
 
         Raises:
-            DataNotFoundError, HubUnreachableError, MissingColumnError, EmptySplitError: as their names say.
+            DataNotFoundError, HubUnreachableError, MissingColumnError, EmptySplitError: the split cannot be loaded.
         """
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """What exactly was loaded, for the record: a revision or a hash of the content."""
+        """Return the identity of the loaded data for the record: a revision or a hash of the content."""

@@ -1,8 +1,8 @@
-"""Batches: one seeded order for every method, micro-batches of like lengths, and exact token counts.
+"""Global batches in one seeded order for every method, micro-batches of similar lengths, and exact token counts.
 
-A global batch is a plain random draw, whatever the number of processes; only inside it are examples sorted by length
-and cut into micro-batches, so grouping saves padding and changes no gradient. All ranks know the whole plan, so the
-number of labelled tokens of a global batch needs no communication.
+A global batch is a random sample that does not depend on the number of processes. Examples are sorted by length only
+within a global batch, so grouping saves padding and does not change the gradient. Every rank computes the full plan, so
+counting the labelled tokens of a global batch needs no communication.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from peftbench.data.collate import Collator, FlopUnits, MicroBatch, TokenCounts
 from peftbench.errors import OutOfRangeError
 
-_READ_CHUNK_SIZE = 1000  # examples at a time, where only their lengths are wanted
+_READ_CHUNK_SIZE = 1000  # examples read at once to get their lengths
 
 
 @dataclass(frozen=True)
@@ -29,33 +29,33 @@ class GlobalBatch:
     micro_batches: tuple[MicroBatch, ...]
     token_counts: TokenCounts
     model_flop_units: FlopUnits = field(default_factory=FlopUnits)
-    """What training on these examples needs."""
+    """Work of training on these examples without padding, over all ranks."""
     hardware_flop_units: FlopUnits = field(default_factory=FlopUnits)
-    """What computing them takes, padding included."""
+    """Work that is executed, padding included, over all ranks."""
 
     @property
     def max_shape(self) -> tuple[int, int]:
-        """Most rows and most positions (padded, virtual ones not counted) of this rank's micro-batches."""
+        """Largest numbers of rows and of positions (padded, without virtual tokens) in this rank's micro-batches."""
         shapes = [micro_batch.input_ids.shape for micro_batch in self.micro_batches]
         return max(rows for rows, _ in shapes), max(width for _, width in shapes)
 
     def pin_memory(self) -> GlobalBatch:
-        """The same in memory that a GPU can fetch it from while it computes."""
+        """Return a copy in pinned memory, from which a GPU copies asynchronously."""
         return replace(self, micro_batches=tuple(micro_batch.pin_memory() for micro_batch in self.micro_batches))
 
 
 class EncodedExamples(Protocol):
-    """Encoded examples: a :class:`datasets.Dataset` with these two columns, or anything that answers alike."""
+    """Encoded examples: a :class:`datasets.Dataset` with these two columns, or any object with the same interface."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, indices: list[int], /) -> Mapping[str, Sequence[Any]]:
-        """``input_ids`` (lists of token ids) and ``prompt_tokens`` (how many of each are not labelled)."""
+        """Return ``input_ids`` (lists of token ids) and ``prompt_tokens`` (number of unlabelled tokens of each)."""
 
 
 @dataclass(frozen=True)
 class Batches:
-    """The global batches of a run, in order, as one rank sees them."""
+    """The global batches of a run in order, with the micro-batches of one rank."""
 
     dataset: EncodedExamples
     collator: Collator
@@ -65,14 +65,14 @@ class Batches:
     rank: int = 0
     world_size: int = 1
     num_micro_batches: int | None = None
-    """Micro-batches of a rank in one step, cut to be of equal size in tokens; None cuts by ``micro_batch`` examples."""
+    """Micro-batches per rank and step, balanced by tokens; None: split by ``micro_batch_size`` examples."""
 
     def __post_init__(self) -> None:
         check_divisible(self.global_batch_size, self.world_size)
 
     @property
     def gradient_accumulation_steps(self) -> int:
-        """Micro-batches a rank runs for one step."""
+        """Number of micro-batches per rank and step."""
         return (
             self.num_micro_batches
             or compute_micro_batching(self.global_batch_size, self.micro_batch_size, self.world_size)[0]
@@ -80,7 +80,7 @@ class Batches:
 
     @property
     def max_micro_batch_size(self) -> int | None:
-        """Most examples in one of them, None where tokens say how many."""
+        """Most examples in a micro-batch; None if micro-batches are split by tokens."""
         return (
             None
             if self.num_micro_batches
@@ -88,10 +88,10 @@ class Batches:
         )
 
     def limited_to_tokens(self, max_tokens: int, steps: int) -> Batches:
-        """The same, cut into as few micro-batches as keep each to ``tokens`` positions, in all of so many steps.
+        """Return a copy with the fewest micro-batches of at most ``max_tokens`` positions in each of ``steps`` steps.
 
         Raises:
-            OutOfRangeError: one example alone is longer.
+            OutOfRangeError: a single example is longer.
         """
         lengths = [
             len(ids)
@@ -100,7 +100,7 @@ class Batches:
         ]
         if (longest := self.collator.count_positions([max(lengths)])) > max_tokens:
             raise OutOfRangeError(
-                f"train.micro_batch_tokens={max_tokens} is less than the {longest} positions of the longest example alone; "
+                f"train.micro_batch_tokens={max_tokens} is less than the {longest} positions of the longest example; "
                 f"set it to {longest} or more, or lower data.max_length"
             )
         order, most = self.sample_indices(), 1
@@ -113,14 +113,14 @@ class Batches:
         return replace(self, num_micro_batches=min(most, self.global_batch_size // self.world_size))
 
     def count_steps(self, steps: int | None, epochs: float | None) -> int:
-        """Optimizer steps of a run that is given in steps or in epochs."""
+        """Return the number of optimizer steps from ``steps`` or ``epochs``."""
         if steps is not None:
             return steps
-        # Rounded first: 1.1 epochs of 100 examples are 110, not the 110.00000000000001 of floating point.
+        # Rounded first: in floating point, 1.1 epochs of 100 examples are 110.00000000000001.
         return max(1, math.ceil(round(len(self.dataset) * (epochs or 0) / self.global_batch_size, 6)))
 
     def sample_indices(self) -> Iterator[int]:
-        """Indices of examples without end: one seeded permutation after another."""
+        """Yield indices of examples forever: one seeded permutation after another."""
         generator = torch.Generator().manual_seed(self.seed)
         while True:
             yield from torch.randperm(len(self.dataset), generator=generator).tolist()
@@ -129,39 +129,39 @@ class Batches:
         return self.skip_first_batches(0)
 
     def skip_first_batches(self, num_batches: int) -> Iterator[GlobalBatch]:
-        """The global batches that come after the first ``steps``."""
+        """Yield the global batches after the first ``num_batches``."""
         order = itertools.islice(self.sample_indices(), num_batches * self.global_batch_size, None)
         while True:
             yield self.build_batch([next(order) for _ in range(self.global_batch_size)])
 
     def build_batch(self, indices: Sequence[int]) -> GlobalBatch:
-        """The global batch of these examples."""
+        """Build the global batch of these examples."""
         rows = self.dataset[list(indices)]
         examples = list(zip(rows["input_ids"], rows["prompt_tokens"], indices, strict=True))
         if not self.collator.label_padding:
             examples.sort(key=lambda example: len(example[0]))
-        mine: list[MicroBatch] = []
+        local_batches: list[MicroBatch] = []
         counts, required, executed = TokenCounts(), FlopUnits(), FlopUnits()
-        # Neighbours in length go to the ranks of one micro-step, so that no rank waits for another.
+        # Micro-batches of similar length go to the ranks at the same time, so that no rank waits for another.
         for index, (start, stop) in enumerate(self._split_micro_batches([len(ids) for ids, _, _ in examples])):
             micro_batch = self.collate(examples[start:stop])
             counts += self.collator.count_tokens(micro_batch)
             required += self.collator.model_flop_units(micro_batch)
             executed += self.hardware_flop_units(micro_batch)
             if index % self.world_size == self.rank:
-                mine.append(micro_batch)
-        return GlobalBatch(tuple(mine), counts, required, executed)
+                local_batches.append(micro_batch)
+        return GlobalBatch(tuple(local_batches), counts, required, executed)
 
     def collate(self, examples: Sequence[tuple[Sequence[int], int, int]]) -> MicroBatch:
-        """A micro-batch of examples, each as token ids, prompt tokens and index."""
+        """Collate examples, each given as token ids, prompt tokens and index."""
         return self.collator.collate(*zip(*examples, strict=True))
 
     def hardware_flop_units(self, micro_batch: MicroBatch) -> FlopUnits:
-        """What computing it takes."""
+        """Return the work that this micro-batch executes."""
         return self.collator.hardware_flop_units(micro_batch)
 
     def _split_micro_batches(self, lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """Runs of neighbours, as equal as can be: in tokens where those say how many there are, or in examples."""
+        """Split into ranges that are balanced by tokens if ``num_micro_batches`` is set, else by examples."""
         parts = self.gradient_accumulation_steps * self.world_size
         if self.num_micro_batches:
             return _split_evenly(lengths, self.collator.count_positions, parts)
@@ -169,33 +169,33 @@ class Batches:
 
 
 def check_divisible(global_batch_size: int, world_size: int) -> None:
-    """Whether every process can have as many examples of a step as the others.
+    """Check that every process gets the same number of examples per step.
 
     Raises:
-        OutOfRangeError: it cannot.
+        OutOfRangeError: the global batch is not divisible.
     """
     if global_batch_size % world_size:
         raise OutOfRangeError(
-            f"train.global_batch_size={global_batch_size} cannot be shared by {world_size} processes; "
+            f"train.global_batch_size={global_batch_size} is not divisible by {world_size} processes; "
             f"use a multiple of {world_size}, or another number of processes"
         )
 
 
 def compute_micro_batching(global_batch_size: int, micro_batch_size: int | None, world_size: int) -> tuple[int, int]:
-    """How a process does its share of a step: in how many micro-batches, and of how many examples at most."""
+    """Return the number of micro-batches per process and step, and the most examples in one of them."""
     share = max(1, global_batch_size // world_size)
     accumulation = math.ceil(share / min(micro_batch_size or share, share))
     return accumulation, math.ceil(share / accumulation)
 
 
 PositionCounter = Callable[[Sequence[int]], int]
-"""What a micro-batch of such lengths is computed over; no fewer for an example added."""
+"""Positions of a micro-batch with these lengths; must not decrease when an example is added."""
 
 
 def _group_within_limit(
     lengths: Sequence[int], count_positions: PositionCounter, max_positions: int
 ) -> list[tuple[int, int]]:
-    """The fewest runs of neighbours of at most ``limit`` positions each, as (start, stop)."""
+    """Return the fewest consecutive ranges (start, stop) of at most ``max_positions`` positions each."""
     runs, start = [], 0
     for stop in range(1, len(lengths) + 1):
         if stop == len(lengths) or count_positions(lengths[start : stop + 1]) > max_positions:
@@ -207,13 +207,13 @@ def _group_within_limit(
 def _split_evenly(
     lengths: Sequence[int], count_positions: PositionCounter, num_parts: int
 ) -> Iterator[tuple[int, int]]:
-    """``parts`` runs of neighbours, the largest of which has as few positions as can be."""
+    """Yield ``num_parts`` consecutive ranges whose largest has as few positions as possible."""
     low, high = max(count_positions([length]) for length in lengths), count_positions(lengths)
     limit = bisect.bisect_left(
         range(low, high), True, key=lambda limit: len(_group_within_limit(lengths, count_positions, limit)) <= num_parts
     )
     runs = _group_within_limit(lengths, count_positions, low + limit)
-    while len(runs) < num_parts:  # a run that is split is no larger
+    while len(runs) < num_parts:  # splitting a range does not make it larger
         start, stop = max(runs, key=lambda run: run[1] - run[0])
         runs.remove((start, stop))
         runs += [(start, (start + stop) // 2), ((start + stop) // 2, stop)]

@@ -1,7 +1,7 @@
-"""From encoded examples to what one forward pass is given, and exact counts of its tokens and its work.
+"""Collate encoded examples into micro-batches, and count their tokens and their work exactly.
 
-Padding stands at the right, after all that a causal model may look at, so no mask is needed for it: what is computed
-there is thrown away and changes nothing before it.
+Padding is on the right. A causal model does not attend to later positions, so padding needs no mask: its outputs are
+discarded and do not affect earlier positions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 @dataclass(frozen=True)
 class _FieldwiseSum:
-    """Adds up field by field."""
+    """Base class that adds field by field."""
 
     def __add__(self, other: Self) -> Self:
         return type(self)(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
@@ -24,54 +24,54 @@ class _FieldwiseSum:
 
 @dataclass(frozen=True)
 class TokenCounts(_FieldwiseSum):
-    """Tokens of a batch, four kinds that must not be mixed."""
+    """Token counts of a batch, by kind."""
 
     real: int = 0
-    """Tokens of articles, separators, summaries and ends."""
+    """Tokens of articles, separators, summaries and end tokens."""
     padded: int = 0
-    """Positions computed: real tokens and padding, virtual ones not counted."""
+    """Computed positions: real tokens and padding, without virtual tokens."""
     labelled: int = 0
-    """Positions that enter the loss."""
+    """Positions that contribute to the loss."""
     virtual: int = 0
-    """Soft tokens a method puts before the sequences."""
+    """Virtual tokens that a method adds before the sequences."""
 
 
 @dataclass(frozen=True)
 class FlopUnits(_FieldwiseSum):
-    """What is computed for sequences, summed over them: all that FLOPs depend on beside the model."""
+    """Sums over sequences that, with the model, determine the FLOPs."""
 
     positions: int = 0
-    """Through the trunk, virtual tokens included."""
+    """Positions through the backbone, virtual tokens included."""
     pairs: int = 0
-    """Of query and key, for kernels that compute all of them."""
+    """Query-key pairs, for kernels that compute all of them."""
     causal_pairs: int = 0
-    """The same for kernels that skip keys after their query."""
+    """Query-key pairs, for kernels that skip keys after their query."""
     labelled: int = 0
-    """Positions that enter the loss."""
+    """Positions that contribute to the loss."""
     columns: int = 0
-    """Width of each micro-batch, once: what rotary embeddings are computed for."""
+    """Width of each micro-batch, counted once: the positions of its rotary embeddings."""
 
 
 @dataclass(frozen=True)
 class PackedSequences:
-    """Sequences that share one row, each of which attends to itself alone."""
+    """Sequences that share one row; each attends only to itself."""
 
     lengths: tuple[int, ...]
-    """Positions of each, virtual tokens included."""
+    """Positions of each sequence, virtual tokens included."""
     max_seqlen: int
-    """The most of them."""
+    """Largest of ``lengths``."""
     cu_seqlens: torch.Tensor
-    """Where each begins and the last ends: (documents + 1,), int32."""
+    """Start of each sequence and end of the last: (sequences + 1,), int32."""
     position_ids: torch.Tensor
-    """Counted from 0 in each: (1, positions)."""
+    """Positions, from 0 in each sequence: (1, positions)."""
     virtual_token_indices: torch.Tensor
-    """Places of soft tokens in the row: (documents x virtual tokens,)."""
+    """Indices of virtual tokens in the row: (sequences x virtual tokens,)."""
 
     @classmethod
     def from_lengths(
         cls, lengths: Sequence[int], virtual_tokens: int = 0, device: torch.device | None = None, *, padding: int = 0
     ) -> PackedSequences:
-        """Documents of that many positions each, and one of padding after them, which has no soft tokens."""
+        """Pack sequences of these lengths, then one of ``padding`` positions without virtual tokens."""
         begins = [0, *itertools.accumulate(lengths)][:-1]
         places = [torch.arange(start, start + virtual_tokens) for start in begins]
         lengths = [*lengths, padding] if padding else lengths
@@ -85,7 +85,7 @@ class PackedSequences:
         )
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> PackedSequences:
-        """The same with ``function`` of each tensor."""
+        """Return a copy with ``function`` applied to each tensor."""
         return replace(
             self,
             cu_seqlens=function(self.cu_seqlens),
@@ -96,27 +96,27 @@ class PackedSequences:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass is given: rows padded at the right, or documents one after another in a single row."""
+    """Input of one forward pass: rows padded on the right, or sequences packed into one row."""
 
     input_ids: torch.Tensor
-    """(rows, width); where documents share a row, with a place for each soft token."""
+    """(rows, width); a packed row also has a position for each virtual token."""
     logit_indices: torch.Tensor
-    """Where each labelled token is predicted: (labelled,), places in the flattened rows, virtual tokens counted."""
+    """Positions that predict the labelled tokens: (labelled,), in the flattened rows with virtual tokens."""
     targets: torch.Tensor
     """The labelled tokens: (labelled,), row by row."""
     lengths: tuple[int, ...]
     """Real tokens of each example."""
     example_indices: tuple[int, ...] = ()
-    """Which they are, as indices into their dataset, in the order of ``lengths``."""
+    """Indices of the examples in their dataset, in the order of ``lengths``."""
     attention_mask: torch.Tensor | None = None
-    """(rows, width), where padding enters the loss and may not be looked at."""
+    """(rows, width); only if padding is labelled and must not be attended to."""
     packed_sequences: PackedSequences | None = None
     feature_mode: Literal["recompute", "save", "load"] = "recompute"
     """Hidden states: computed and not saved, computed and saved to the feature store, or loaded from it."""
 
     @property
     def model_inputs(self) -> dict[str, Any]:
-        """Arguments of the model's forward pass."""
+        """Keyword arguments of the model's forward pass."""
         if self.packed_sequences is None:
             return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
         given = {
@@ -131,7 +131,7 @@ class MicroBatch:
         )
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
-        """The same with ``function`` of each tensor."""
+        """Return a copy with ``function`` applied to each tensor."""
         return replace(
             self,
             input_ids=function(self.input_ids),
@@ -142,11 +142,11 @@ class MicroBatch:
         )
 
     def to(self, device: torch.device) -> MicroBatch:
-        """A copy on ``device``, not waited for where it comes from pinned memory."""
+        """Return a copy on ``device``; the copy is asynchronous from pinned memory."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> MicroBatch:
-        """A copy in memory that a GPU can fetch it from while it computes."""
+        """Return a copy in pinned memory, from which a GPU copies asynchronously."""
         return self.map(torch.Tensor.pin_memory)
 
 
@@ -157,20 +157,20 @@ class Collator:
     pad_token_id: int
     virtual_tokens: int = 0
     pad_to_length: int | None = None
-    """Width of every micro-batch; None pads to the longest row."""
+    """Width of every micro-batch; None: pad to the longest row."""
     label_padding: bool = False
-    """Label every position, padding too."""
+    """Label every position, padding included."""
     pad_to_multiple_of: int = 1
-    """Rows are padded to a multiple of so many positions, so that fewer sizes occur."""
+    """Pad rows to a multiple of this, so that fewer shapes occur."""
     max_positions: int | None = None
-    """Positions of the model, which no multiple exceeds; None knows of no end."""
+    """Positions of the model, the limit of padding to a multiple; None: no limit."""
 
     def count_positions(self, lengths: Sequence[int]) -> int:
-        """What a micro-batch of these lengths is computed over, virtual tokens included."""
+        """Return the computed positions of a micro-batch with these lengths, virtual tokens included."""
         return len(lengths) * (self.padded_width(max(lengths)) + self.virtual_tokens)
 
     def padded_width(self, max_length: int) -> int:
-        """Of rows the longest of which has so many tokens, virtual ones not counted."""
+        """Return the width of rows whose longest has ``max_length`` tokens, without virtual tokens."""
         if self.pad_to_length:
             return self.pad_to_length
         width = max_length + self._padding_to_multiple(max_length + self.virtual_tokens)
@@ -181,19 +181,19 @@ class Collator:
         )
 
     def _padding_to_multiple(self, positions: int) -> int:
-        """What so many positions lack of a multiple."""
+        """Return the padding from ``positions`` to the next multiple."""
         return -positions % self.pad_to_multiple_of
 
     def collate(
         self, rows: Sequence[Sequence[int]], prompt_lengths: Sequence[int], example_indices: Sequence[int] = ()
     ) -> MicroBatch:
-        """``rows`` of token ids and the number of unlabelled ones at the start of each."""
+        """Collate ``rows`` of token ids, with the number of unlabelled tokens at the start of each."""
         width = self.padded_width(max(map(len, rows)))
         input_ids = torch.full((len(rows), width), self.pad_token_id)
         for index, row in enumerate(rows):
             input_ids[index, : len(row)] = torch.as_tensor(row)
-        # By position, not by id: where the pad token is the end token, the end must still be learnt. A row's first
-        # token is never predicted.
+        # By position, not by id: the pad token can be the end token, which must be learned. A row's first token is
+        # never predicted.
         ends = [width if self.label_padding else len(row) for row in rows]
         first = [1 if self.label_padding else max(1, prompt) for prompt in prompt_lengths]
         places = [torch.arange(start, end) for start, end in zip(first, ends, strict=True)]
@@ -212,19 +212,19 @@ class Collator:
         )
 
     def count_tokens(self, batch: MicroBatch) -> TokenCounts:
-        """Exact counts of one micro-batch. The first position of a row is never predicted."""
+        """Return the exact token counts of one micro-batch. The first position of a row is never predicted."""
         rows = len(batch.lengths)
         return TokenCounts(sum(batch.lengths), batch.input_ids.numel(), len(batch.targets), rows * self.virtual_tokens)
 
     def model_flop_units(self, batch: MicroBatch) -> FlopUnits:
-        """Real and virtual tokens, each attending to itself and what is before it; the head at labels."""
+        """Return the work for real and virtual tokens with causal attention, and the head at labelled positions."""
         return self._flop_units_of_lengths(batch, [length + self.virtual_tokens for length in batch.lengths])
 
     def hardware_flop_units(self, batch: MicroBatch) -> FlopUnits:
-        """Every position of the padded rectangle."""
+        """Return the work for every position of the padded rows."""
         rows, width = batch.input_ids.shape[0], batch.input_ids.shape[1] + self.virtual_tokens
         padded = batch.attention_mask is not None and len({*batch.lengths, batch.input_ids.shape[1]}) > 1
-        pairs = rows * width**2  # and a mask is what keeps a kernel from skipping any
+        pairs = rows * width**2  # with a mask, a kernel cannot skip any pair
         causal = pairs if padded else rows * _count_causal_pairs(width)
         return FlopUnits(rows * width, pairs, causal, len(batch.targets), width)
 
@@ -235,7 +235,7 @@ class Collator:
 
 @dataclass(frozen=True)
 class PaddingFreeCollator(Collator):
-    """Puts encoded examples one after another into a single row, where none sees another: padded is that row alone."""
+    """Packs encoded examples into one row without attention between them; only the end of the row is padded."""
 
     def count_positions(self, lengths: Sequence[int]) -> int:
         taken = sum(lengths) + len(lengths) * self.virtual_tokens
@@ -269,11 +269,11 @@ class PaddingFreeCollator(Collator):
         return replace(counts, padded=counts.padded - counts.virtual)
 
     def hardware_flop_units(self, batch: MicroBatch) -> FlopUnits:
-        """Every position of the row, the padding at its end among them."""
+        """Return the work for every position of the row, padding at its end included."""
         assert batch.packed_sequences is not None
         return self._flop_units_of_lengths(batch, batch.packed_sequences.lengths)
 
 
 def _count_causal_pairs(length: int) -> int:
-    """Pairs of each position with itself and those before it."""
+    """Return the number of pairs of each position with itself and earlier positions."""
     return length * (length + 1) // 2

@@ -1,8 +1,8 @@
-"""From an article and its summary to token ids.
+"""Encode an article and its summary as token ids.
 
-A sequence is ``[start] article separator summary end``. The separator and ``" " + summary`` are encoded apart, so that
-the prompt of a generation is tokenised exactly as in training: with a byte-level BPE the space is the next word's.
-(A SentencePiece tokenizer adds that space itself.)
+A sequence is ``[start] article separator summary end``. The separator and ``" " + summary`` are encoded separately, so
+that the prompt of a generation is tokenized exactly as in training: byte-level BPE puts the space into the next word's
+token. (A SentencePiece tokenizer adds that space itself.)
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-_CACHE_VERSION = 2  # part of the cache's key: raise it when encoding changes
+_CACHE_VERSION = 2  # part of the cache's key: increase it when encoding changes
 
 
 @dataclass(frozen=True)
 class SequenceLayout:
-    """How long a sequence may be and what stands between its parts."""
+    """Length limit of a sequence, and the separator between its parts."""
 
     max_length: int
     """Longest sequence in real tokens."""
     separator: str
     max_new_tokens: int
-    """Room kept for the summary when a prompt is made for generation, in tokens."""
+    """Tokens reserved for the summary in a generation prompt."""
 
     @classmethod
     def for_model(
@@ -43,14 +43,14 @@ class SequenceLayout:
         max_positions: int | None,
         virtual_tokens: int,
     ) -> SequenceLayout:
-        """The layout for a model with ``positions`` positions, of which a method takes ``virtual_tokens``.
+        """Return the layout for a model with ``max_positions`` positions and a method with ``virtual_tokens``.
 
         Raises:
             OutOfRangeError: real and virtual tokens together exceed the model's positions.
         """
         room = None if max_positions is None else max_positions - virtual_tokens
         if max_length is None and room is None:
-            raise OutOfRangeError("the model's config gives no number of positions; set data.max_length")
+            raise OutOfRangeError("the model's config has no number of positions; set data.max_length")
         longest = room if max_length is None else max_length
         assert longest is not None
         if room is not None and room <= max_new_tokens:
@@ -61,7 +61,7 @@ class SequenceLayout:
         if room is not None and longest > room:
             raise OutOfRangeError(
                 f"data.max_length={longest} and {virtual_tokens} virtual tokens exceed the model's {max_positions} "
-                f"positions; set data.max_length={room} or less, in every run that is to be compared"
+                f"positions; set data.max_length={room} or less, in every run of the comparison"
             )
         if max_new_tokens >= longest:
             raise SequenceTooShortError(
@@ -80,7 +80,7 @@ class Encoder:
         self.eos_token_id = _require_eos_token_id(tokenizer)
         self.prefix_ids = self._find_prefix_ids()
         self.separator_ids = self._tokenize(layout.separator)
-        # With a byte-level BPE the space before a word is part of its token; SentencePiece puts one there by itself.
+        # In byte-level BPE the space before a word is part of its token; SentencePiece adds the space itself.
         self._summary_prefix = (
             "" if str(tokenizer.convert_ids_to_tokens(self._tokenize("a"))[0]).startswith("\u2581") else " "
         )
@@ -92,18 +92,18 @@ class Encoder:
             )
 
     def _find_prefix_ids(self) -> list[int]:
-        """What the tokenizer puts before every text of its own accord: a start token for Llama, nothing for GPT-2."""
-        # By position, not by id: a start token may be the end token as well, as in OPT.
-        whole, text = self.tokenizer("a", verbose=False)["input_ids"], self._tokenize("a")
-        places = (place for place in range(len(whole)) if whole[place : place + len(text)] == text)
-        return list(whole[: next(places, 0)])
+        """Return the ids that the tokenizer adds before every text: a start token for Llama, none for GPT-2."""
+        # Found by position, not by id: in some models (OPT) the start token is also the end token.
+        with_special, text = self.tokenizer("a", verbose=False)["input_ids"], self._tokenize("a")
+        starts = (start for start in range(len(with_special)) if with_special[start : start + len(text)] == text)
+        return list(with_special[: next(starts, 0)])
 
     def _tokenize(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
     def encode_prompt(self, article: str, reserved_tokens: int | None = None) -> list[int]:
-        """Start, article and separator, leaving ``room`` tokens (by default ``layout.new_tokens``) for a summary."""
+        """Encode start, article and separator; reserve tokens for a summary (default: ``layout.max_new_tokens``)."""
         reserved_tokens = self.layout.max_new_tokens if reserved_tokens is None else reserved_tokens
         return self._build_prompt(self._tokenize(article), reserved_tokens)
 
@@ -112,9 +112,9 @@ class Encoder:
         return [*self.prefix_ids, *article_ids[:space], *self.separator_ids]
 
     def encode_example(self, article: str, summary: str) -> dict[str, Any]:
-        """``input_ids`` of the whole sequence and ``prompt_tokens``, the number before the first labelled one.
+        """Return ``input_ids`` of the full sequence and ``prompt_tokens``, the number of tokens before the first label.
 
-        Only the article is ever shortened. ``needed`` is what the sequence would take with one token of article.
+        Only the article is truncated. ``needed`` is the length of the sequence with one token of article.
         """
         target = [*self._tokenize(self._summary_prefix + summary.strip()), self.eos_token_id]
         prompt = self._build_prompt(self._tokenize(article), len(target))
@@ -122,17 +122,17 @@ class Encoder:
         return {"input_ids": [*prompt, *target], "prompt_tokens": len(prompt), "needed": needed}
 
     def decode(self, ids: list[int]) -> str:
-        """Text of ``ids`` up to the first end token."""
+        """Decode ``ids`` up to the first end token."""
         ids = ids[: ids.index(self.eos_token_id)] if self.eos_token_id in ids else ids
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     def encode_split(self, dataset: Dataset, split: str, overlong: str) -> tuple[Dataset, int]:
-        """Encode a whole split, cached and with a progress bar; returns it and the number of examples dropped.
+        """Encode a split, cached and with a progress bar; return it and the number of dropped examples.
 
         Raises:
-            SequenceTooShortError: an example leaves no room for its article and ``too_long`` is not "drop".
+            SequenceTooShortError: an example leaves no room for its article and ``overlong`` is not "drop".
         """
-        # Tokenizers do not hash alike from one process to the next, so the cache is keyed by what they do.
+        # A tokenizer's own hash differs between processes, so the cache key is built from its behavior.
         key = json.dumps(
             [
                 _CACHE_VERSION,
@@ -165,7 +165,7 @@ class Encoder:
 
 
 def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of what a tokenizer does: its vocabulary, merges, normalisation and special tokens."""
+    """Return a hash of a tokenizer's vocabulary, merges, normalization and special tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     return hashlib.blake2b((state + str(tokenizer.special_tokens_map)).encode(), digest_size=16).hexdigest()
@@ -174,5 +174,7 @@ def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
 def _require_eos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     end = tokenizer.eos_token_id
     if end is None:
-        raise OutOfRangeError(f"the tokenizer {tokenizer.name_or_path!r} has no end token; use one that has")
+        raise OutOfRangeError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token; use a tokenizer that has one"
+        )
     return int(end)

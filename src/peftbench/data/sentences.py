@@ -1,4 +1,4 @@
-"""Sentences, as ROUGE-Lsum and the lead baseline need them."""
+"""Sentence splitting for ROUGE-Lsum and the lead baseline."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ if TYPE_CHECKING:
 
 
 def split_sentences(text: str) -> list[str]:
-    """Sentences of ``text``; a line break always ends one.
+    """Split ``text`` into sentences; a line break always ends a sentence.
 
-    Punkt (Kiss and Strunk 2006) with its rules alone: the trained parameters would have to be downloaded.
+    Uses the rules of Punkt (Kiss and Strunk 2006) without trained parameters, which would need a download.
     """
     lines = (line.strip() for line in text.splitlines())
     return [sentence for line in lines if line for sentence in _punkt_tokenizer().tokenize(line)]
 
 
 def split_prose_sentences(text: str) -> list[str]:
-    """Sentences of running text: a blank line ends one, a line break is only where the line was full."""
+    """Split wrapped prose into sentences: a blank line ends a sentence, a single line break does not."""
     paragraphs = (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text))
     return [sentence for paragraph in paragraphs if paragraph for sentence in _punkt_tokenizer().tokenize(paragraph)]
 

@@ -1,4 +1,4 @@
-"""Where examples come from. Every source gives the same thing: columns ``id``, ``article`` and ``summary``."""
+"""Sources of examples. Every source returns the columns ``id``, ``article`` and ``summary``."""
 
 from __future__ import annotations
 
@@ -24,14 +24,17 @@ from peftbench.errors import (
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_EMPTY_FILE_MESSAGES = ("corresponds to no data", "BatchSize must be greater than 0")  # how ``datasets`` says so
+_EMPTY_FILE_MESSAGES = (
+    "corresponds to no data",
+    "BatchSize must be greater than 0",
+)  # errors of ``datasets`` for a file without rows
 
 
 class Docstrings(Source):
-    """Summary lines from the rest of their docstrings: the offline default."""
+    """Summary lines and the rest of their docstrings: the offline default."""
 
     kind: Literal["docstrings"] = "docstrings"
-    """Which source."""
+    """Kind of source."""
 
     def load(self, split: str) -> Dataset:
         from peftbench.data.docstring_corpus import cache_pair_files
@@ -39,7 +42,7 @@ class Docstrings(Source):
         paths, _ = cache_pair_files()
         dataset = _load_file("json", paths[split])
         return _select_columns(
-            dataset, {"id": "where", "article": "article", "summary": "summary"}, split, str(paths[split])
+            dataset, {"id": "location", "article": "article", "summary": "summary"}, split, str(paths[split])
         )
 
     def fingerprint(self) -> str:
@@ -49,22 +52,22 @@ class Docstrings(Source):
 
 
 class Files(Source):
-    """Local files, one a split."""
+    """Local files, one per split."""
 
     kind: Literal["files"] = "files"
-    """Which source."""
+    """Kind of source."""
     train: str
-    """File of the training split: .jsonl, .csv or .parquet; paths are relative to where the command runs."""
+    """File of the training split: .jsonl, .csv or .parquet; a relative path starts at the working directory."""
     validation: str | None = None
     """File of the validation split."""
     test: str | None = None
     """File of the test split."""
     article: str = "article"
-    """Column with the text to summarise."""
+    """Column with the text to summarize."""
     summary: str = "summary"
     """Column with the summary."""
     id: str | None = None
-    """Column that names an example; null numbers them."""
+    """Column with the example's id; null: use the row number."""
 
     FORMATS: ClassVar[dict[str, str]] = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -72,7 +75,7 @@ class Files(Source):
     @classmethod
     def _check_format(cls, value: str | None) -> str | None:
         if value is not None and Path(value).suffix not in cls.FORMATS:
-            raise ValueError(f"must name a file ending in {', '.join(cls.FORMATS)}, not {value!r}")
+            raise ValueError(f"must be a file that ends in {', '.join(cls.FORMATS)}, not {value!r}")
         return value
 
     def load(self, split: str) -> Dataset:
@@ -92,33 +95,33 @@ class Files(Source):
     def _split_path(self, split: str) -> Path:
         name = getattr(self, split)
         if name is None:
-            raise EmptySplitError(f"the {split} split is needed and data.source.{split} names no file; set it")
+            raise EmptySplitError(f"the {split} split is needed, but data.source.{split} is not set; set it to a file")
         path = Path(name)
         if not path.is_file():
             raise DataNotFoundError(
-                f"data.source.{split}={name!r} is not there (looked at {path.absolute()}); "
-                "give the path of a local file"
+                f"data.source.{split}={name!r} does not exist (tried {path.absolute()}); "
+                "set it to the path of a local file"
             )
         return path
 
 
 class Hub(Source):
-    """A data set on the Hugging Face hub, or a local copy of its repository."""
+    """A dataset on the Hugging Face Hub, or a local copy of its repository."""
 
     kind: Literal["hub"] = "hub"
-    """Which source."""
+    """Kind of source."""
     path: str = "abisee/cnn_dailymail"
-    """The data set's name on the hub, or the folder of a local copy."""
+    """Name of the dataset on the Hub, or the folder of a local copy."""
     config: str | None = "3.0.0"
-    """Its configuration."""
+    """Configuration of the dataset; null: its default."""
     revision: str | None = None
-    """Branch, tag or commit; the commit that was loaded is recorded."""
+    """Branch, tag or commit on the Hub. The record has the commit that was loaded."""
     article: str = "article"
-    """Column with the text to summarise."""
+    """Column with the text to summarize."""
     summary: str = "highlights"
     """Column with the summary."""
     id: str | None = "id"
-    """Column that names an example; null numbers them."""
+    """Column with the example's id; null: use the row number."""
 
     @property
     def is_mutable(self) -> bool:
@@ -136,7 +139,7 @@ class Hub(Source):
         )
 
     def fingerprint(self) -> str:
-        """The commit on the hub; for a local copy the hash of its files."""
+        """Return the commit on the Hub, or the hash of a local copy's files."""
         folder = Path(self.path)
         if folder.exists():
             digest = hashlib.blake2b(digest_size=16)
@@ -153,16 +156,16 @@ class Hub(Source):
         return str(builder.hash)
 
     def _translate_error(self, error: Exception, split: str) -> DataError:
-        """``datasets`` raises many kinds of error; a user has only three things to know."""
+        """Map the many errors of ``datasets`` to the three that a user can act on."""
         wanted = f"{self.path} (config {self.config}, split {split}, revision {self.revision or 'main'})"
         local = "to use a local copy, set data.source.path to its folder, or data.source.kind=files with its files"
         chain = _exception_chain(error)
         if any(isinstance(link, (ConnectionError, TimeoutError)) or _is_network_error(link) for link in chain):
-            return HubUnreachableError(f"the hub did not answer for {wanted} and no copy is in the cache", local)
+            return HubUnreachableError(f"the Hub did not answer for {wanted}, and the cache has no copy", local)
         if isinstance(error, ValueError) and "split" in str(error).lower():
-            return EmptySplitError(f"{wanted} is not there: {error}")
+            return EmptySplitError(f"{wanted} does not exist: {error}")
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return DataNotFoundError(f"could not load {wanted} from a folder, the hub or the cache: {first}", local)
+        return DataNotFoundError(f"could not load {wanted} from a folder, the Hub or the cache: {first}", local)
 
 
 def _hash_file(digest: hashlib.blake2b, path: Path) -> None:
@@ -175,21 +178,21 @@ def _hash_file(digest: hashlib.blake2b, path: Path) -> None:
 
 
 def dataset_cache_dir(dataset: Dataset) -> Path:
-    """Where ``datasets`` writes what it makes of ``dataset``."""
+    """Return the folder where ``datasets`` caches what it derives from ``dataset``."""
     return Path(dataset.cache_files[0]["filename"]).parent if dataset.cache_files else Path(tempfile.gettempdir())
 
 
 def _exception_chain(error: BaseException) -> list[BaseException]:
-    found: list[BaseException] = []
+    chain: list[BaseException] = []
     link: BaseException | None = error
-    while link is not None and link not in found:
-        found.append(link)
+    while link is not None and link not in chain:
+        chain.append(link)
         link = link.__cause__ or link.__context__
-    return found
+    return chain
 
 
 def _is_network_error(error: BaseException) -> bool:
-    """Whether an HTTP client could not connect, whichever client the hub library uses today."""
+    """True if an HTTP client could not connect, whichever client huggingface_hub uses."""
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
     names = {kind.__name__ for kind in type(error).__mro__}
@@ -199,7 +202,7 @@ def _is_network_error(error: BaseException) -> bool:
 
 
 def _load_file(builder: str, path: Path) -> Dataset:
-    """One file as a data set, through ``datasets`` and its cache."""
+    """Load one file as a dataset, through ``datasets`` and its cache."""
     from datasets import load_dataset
     from datasets.config import HF_DATASETS_CACHE
     from datasets.exceptions import DatasetGenerationError
@@ -220,7 +223,7 @@ def _load_file(builder: str, path: Path) -> Dataset:
 
 
 def _select_columns(dataset: Dataset, column_names: dict[str, str | None], split: str, location: str) -> Dataset:
-    """The three columns under their own names and as text; the others are dropped."""
+    """Select the three columns under their standard names, as text; drop the others."""
     from datasets import Features, Value
 
     for name in column_names.values():
@@ -229,22 +232,24 @@ def _select_columns(dataset: Dataset, column_names: dict[str, str | None], split
                 f"the {split} split of {location} has no column {name!r}; {did_you_mean(name, dataset.column_names)}"
             )
     if len(dataset) == 0:
-        raise EmptySplitError(f"the {split} split of {location} has no examples; give one that has")
+        raise EmptySplitError(f"the {split} split of {location} has no examples; use a split that has at least one")
 
     def renamed(row: dict[str, Any], index: int) -> dict[str, str]:
         for column, name in column_names.items():
             if name is None:
                 continue
             if isinstance(row[name], (list, dict)):
-                raise DataError(f"column {name!r} of the {split} split of {location} holds no text; use one that does")
-            # A missing value would become the word None.
+                raise DataError(
+                    f"column {name!r} of the {split} split of {location} does not contain text; use a column that does"
+                )
+            # str() would turn a missing value into the text "None".
             if row[name] is None or (column != "id" and not str(row[name]).strip()):
                 raise DataError(
                     f"example {index} of the {split} split of {location} has no {name}; fill it in or leave it out"
                 )
         return {column: str(index if name is None else row[name]) for column, name in column_names.items()}
 
-    # Told the types: it would turn text back into what a column of that name held before.
+    # Without explicit types, datasets casts text back to the type that a column of the same name had before.
     text = Features({column: Value("string") for column in EXAMPLE_COLUMNS})
     try:
         return dataset.map(

@@ -1,4 +1,4 @@
-"""Examples of drawn lengths and no meaning: for memory and speed where there is no data to be had."""
+"""Random text with sampled lengths, to measure memory and speed without a dataset."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peftbench.data.base import Source
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# Frequent words: nearly every tokenizer of English text has each, with the space before it, as one token.
+# Frequent words. Nearly every tokenizer of English encodes each of them, with its leading space, as one token.
 _WORDS = """the of and to in a is that for on with as was at by it from be this are have not he they or an were which we
 there been has their more when will no if out so what up its about into than them can only other time new some could
 these two may then do first any my now such like our over man me even most made after also many before must through
@@ -24,18 +24,18 @@ Quantiles = Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=
 
 
 class Synthetic(Source):
-    """Frequent words in random order, as many as real articles and summaries have tokens."""
+    """Frequent words in random order, with the lengths of real articles and summaries."""
 
     kind: Literal["synthetic"] = "synthetic"
-    """Which source."""
+    """Kind of source."""
     examples: int = Field(default=512, gt=0)
-    """Examples in each split."""
+    """Number of examples in each split."""
     article_tokens: Quantiles = (150, 330, 431, 532, 635, 740, 838, 928, 1080, 1272, 2223)
-    """Lengths of articles at equal steps from the shortest to the longest; the default is that of CNN/DailyMail."""
+    """Quantiles of article lengths in tokens, shortest to longest, at equal steps; default: CNN/DailyMail's."""
     summary_tokens: Quantiles = (15, 41, 46, 50, 54, 57, 60, 63, 67, 72, 145)
-    """The same of summaries."""
+    """Quantiles of summary lengths in tokens, in the same format."""
     seed: int = Field(default=0, ge=0, lt=2**32)
-    """Seed of lengths and words."""
+    """Seed for lengths and words."""
 
     # The defaults are the deciles of 675 pairs of CNN/DailyMail 3.0.0's training split under GPT-2's tokenizer.
 
@@ -43,7 +43,7 @@ class Synthetic(Source):
     @classmethod
     def _check_sorted(cls, value: tuple[int, ...]) -> tuple[int, ...]:
         if list(value) != sorted(value):
-            raise ValueError("must not fall: the shortest length first, the longest last")
+            raise ValueError("must be in ascending order: shortest length first")
         return value
 
     @property
@@ -51,7 +51,7 @@ class Synthetic(Source):
         return False
 
     def sample_lengths(self, split: str) -> list[tuple[int, int]]:
-        """Tokens of each example's article and summary, drawn between the quantiles given."""
+        """Return the token counts of each example's article and summary, interpolated between the quantiles."""
         drawn = self._make_generator(split).random((2, self.examples))
         quantiles = (numpy.asarray(self.article_tokens), numpy.asarray(self.summary_tokens))
         lengths = [

@@ -1,1 +1,1 @@
-"""How good: held-out loss, generated summaries, ROUGE, baselines, intervals."""
+"""Evaluation: held-out loss, generated summaries, metrics and confidence intervals."""

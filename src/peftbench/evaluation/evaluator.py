@@ -1,4 +1,4 @@
-"""Held-out loss and generated summaries, each example counted once on any number of processes."""
+"""Held-out loss and generated summaries. Each example counts once on any number of processes."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ _MAX_SAMPLE_CHARS = 600  # of an article, in the record
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """The held-out loss of each example, in the split's order."""
+    """Held-out loss of each example, in the split's order."""
 
     nll_sums: tuple[float, ...]
-    """Nats, over its labelled tokens."""
+    """Sum over the example's labelled tokens, in nats."""
     label_counts: tuple[int, ...]
-    """How many those are."""
+    """Number of the example's labelled tokens."""
 
     @property
     def loss(self) -> float:
@@ -62,7 +62,7 @@ class Evaluator:
         *,
         synced: bool = False,
     ) -> None:
-        """``in_step``: processes share the weights out, so that each must run the model as often as all others."""
+        """``synced``: the weights are sharded, so every process must run the model the same number of times."""
         self.context, self.accelerator = context, context.accelerator
         self.model, self.loss_fn = adapted_model.model, adapted_model.loss
         self.encoder = encoder
@@ -70,15 +70,15 @@ class Evaluator:
         self.method = recipe.method
         self.config: Evaluate = recipe.evaluate
         self.synced = synced
-        # Whatever the training's labels and widths, here they are those of the summaries.
+        # Evaluation always labels the summaries only, whatever the settings for training.
         self.collator = replace(
             build_collator(recipe, adapted_model.loss, encoder.eos_token_id), label_padding=False, pad_to_length=None
         )
 
     def _iterate_local_batches(self, description: str) -> Iterator[tuple[list[dict[str, Any]], bool]]:
-        """This rank's share of the examples, in batches of like lengths, and whether they count.
+        """Yield this rank's examples in batches of similar lengths, and whether the batch counts.
 
-        Ranks may have unequal numbers of batches; in step, those that have fewer repeat one that does not count.
+        Ranks can have different numbers of batches. If ``synced``, a rank with fewer repeats one that does not count.
         """
         lengths = [len(ids) for ids in self.dataset["input_ids"]]
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
@@ -89,14 +89,14 @@ class Evaluator:
             indices = mine[start : start + self.config.batch_size]
             yield [{**self.dataset[index], "index": index} for index in indices or order[:1]], bool(indices)
 
-    @torch.no_grad()  # and not inference_mode, in which shared weights cannot be gathered
+    @torch.no_grad()  # not inference_mode, in which sharded weights cannot be gathered
     def compute_held_out_loss(self) -> HeldOutLoss:
-        """Cross-entropy over summary and end tokens of each example, in the split's order."""
+        """Compute the cross-entropy over summary and end tokens of each example, in the split's order."""
         self.model.eval()
         found: list[tuple[int, tuple[float, int]]] = []
         for rows, count in self._iterate_local_batches("held-out loss"):
             batch = self._collate(rows)
-            # A model that was not trained is not prepared to do so itself.
+            # An untrained model was not prepared by accelerate, so it does not autocast by itself.
             with self.context.autocast(), self.loss_fn.attention_context():
                 losses = self.loss_fn.per_token(self.model, batch.to(self.accelerator.device)).cpu().double()
             if count:
@@ -104,9 +104,9 @@ class Evaluator:
         summed, counts = zip(*self._gather_in_order(found), strict=True)
         return HeldOutLoss(summed, counts)
 
-    @torch.no_grad()  # and not inference_mode, in which shared weights cannot be gathered
+    @torch.no_grad()  # not inference_mode, in which sharded weights cannot be gathered
     def decode_teacher_forced(self) -> list[str]:
-        """The most likely token at each summary position, given the reference before it, in the split's order."""
+        """Decode the most likely token at each summary position, given the reference prefix, in the split's order."""
         self.model.eval()
         texts: list[tuple[int, str]] = []
         for rows, count in self._iterate_local_batches("teacher-forced argmax"):
@@ -117,9 +117,9 @@ class Evaluator:
                 texts += [(index, self.encoder.decode(one.tolist())) for index, one in _split_by_row(rows, best)]
         return self._gather_in_order(texts)
 
-    @torch.no_grad()  # and not inference_mode, in which shared weights cannot be gathered
+    @torch.no_grad()  # not inference_mode, in which sharded weights cannot be gathered
     def generate_summaries(self) -> list[str]:
-        """Generated summaries, in the split's order: greedy or by beams, with cached keys and values."""
+        """Generate summaries in the split's order: greedy or beam search, with a key-value cache."""
         self.model.eval()
         texts: list[tuple[int, str]] = []
         for rows, count in self._iterate_local_batches("generating"):
@@ -146,7 +146,7 @@ class Evaluator:
         return self._gather_in_order(texts)
 
     def evaluate(self, probe: Probe) -> Quality:
-        """Everything the recipe asks to be measured; a model whose loss is no number is not asked to write."""
+        """Run the evaluation of the recipe. Skip generation if the loss is not finite."""
         with probe.phase("evaluate"):
             held_out = self.compute_held_out_loss()
             forced = self.decode_teacher_forced() if self.config.teacher_forced else None
@@ -165,8 +165,8 @@ class Evaluator:
 
 
 def _split_by_row(rows: Sequence[dict[str, Any]], token_values: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """Each row's index and its own of what is there for all labelled tokens, row by row as the collator labels them."""
-    # The first token of a row is never predicted, so that without a prompt it has no label either.
+    """Yield each row's index and its slice of ``token_values``, which has the labelled tokens of all rows in order."""
+    # The first token of a row is never predicted, so it has no label even without a prompt.
     labelled = [len(row["input_ids"]) - max(1, row["prompt_tokens"]) for row in rows]
     for row, own in zip(rows, token_values.split(labelled), strict=True):
         yield row["index"], own
@@ -180,7 +180,7 @@ def build_quality(
     held_out: HeldOutLoss | None = None,
     teacher_forced: Sequence[str] | None = None,
 ) -> Quality:
-    """Scores of generated texts against the split's summaries, in its order, and the samples to keep."""
+    """Score generated texts against the split's summaries, in its order, and select the samples to save."""
     references = dataset["summary"]
     kept = zip(dataset["id"], dataset["article"], references, generated or (), strict=False)
     loss = None if held_out is None else held_out.loss
@@ -211,5 +211,5 @@ def _compute_intervals(scores: dict[str, tuple[float, ...]], resamples: int) -> 
 
 
 def _hash_examples(ids: Sequence[str], references: Sequence[str]) -> str:
-    """Of these examples in this order."""
+    """Return a hash of these examples in this order."""
     return hashlib.blake2b(json.dumps([list(ids), list(references)]).encode(), digest_size=8).hexdigest()

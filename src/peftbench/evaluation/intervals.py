@@ -1,4 +1,4 @@
-"""How sure a mean is, and a difference of two."""
+"""Confidence intervals of means and of paired differences."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from peftbench.record import Interval
 Array = NDArray[numpy.float64]
 
 MIN_RESAMPLES = 10_000
-"""Of a difference, at least; the more certain its interval shall be, the more are drawn."""
+"""Minimum resamples for a difference; a higher confidence needs more."""
 
 MAX_RESAMPLES = 250_000
-"""At most: all of their means lie in memory until their percentiles are known."""
+"""Maximum resamples: all their means are in memory until the percentiles are computed."""
 
 MAX_DRAWS = 250_000_000
-"""Of examples, at most, and the same ones for all pairs; so many take about two seconds."""
+"""Maximum draws of examples, shared by all pairs; this many take about two seconds."""
 
 _DRAWS_PER_CHUNK = 4_000_000
-"""Draws that lie in memory together, about, of some 24 bytes each. Of fewer the products are small and slow."""
+"""Draws in memory at once, about 24 bytes each. Smaller chunks make small, slow matrix products."""
 
 _MEANS_PER_CHUNK = 12_500_000
-"""Of resamples and pairs that lie in memory together; more pairs than that are taken one part after another."""
+"""Means (resamples x pairs) in memory at once; more pairs are processed in parts."""
 
 _MIN_TAIL_RESAMPLES = 20
-"""How many resamples lie outside of an interval, at least, or its ends are one draw's chance."""
+"""Minimum resamples outside an interval; with fewer, its bounds depend on single draws."""
 
 
 def bootstrap_interval(values: Sequence[float], resamples: int, seed: int = 0) -> Interval:
-    """Mean and 95 % percentile-bootstrap interval over ``values`` (Efron 1979), seeded.
+    """Return the mean and the seeded 95 % percentile-bootstrap interval of ``values`` (Efron 1979).
 
-    Equal values have an interval of no width. ``values`` must not be empty.
+    Equal values have an interval of zero width. ``values`` must not be empty.
     """
     from scipy.stats import bootstrap
 
@@ -42,7 +42,7 @@ def bootstrap_interval(values: Sequence[float], resamples: int, seed: int = 0) -
     mean = float(sample.mean())
     if len(sample) == 1 or numpy.ptp(sample) == 0:
         return Interval(mean=mean, low=mean, high=mean)
-    found = bootstrap(
+    interval = bootstrap(
         (sample,),
         numpy.mean,
         vectorized=True,
@@ -51,28 +51,28 @@ def bootstrap_interval(values: Sequence[float], resamples: int, seed: int = 0) -
         method="percentile",
         rng=numpy.random.default_rng(seed),
     ).confidence_interval
-    return Interval(mean=mean, low=float(found.low), high=float(found.high))
+    return Interval(mean=mean, low=float(interval.low), high=float(interval.high))
 
 
 def paired_interval(
     differences: Sequence[float], weights: Sequence[float] | None = None, *, confidence: float = 0.95, seed: int = 0
 ) -> Interval:
-    """:func:`paired_intervals` of one pair."""
+    """Return :func:`paired_intervals` of one pair."""
     return paired_intervals([differences], weights, confidence=confidence, seed=seed)[0]
 
 
 def paired_intervals(
     differences: ArrayLike, weights: ArrayLike | None = None, *, confidence: float = 0.95, seed: int = 0
 ) -> list[Interval]:
-    """Differences of two runs' means over the same examples, for each pair of runs, and their intervals over them.
+    """Return, for each pair of runs, the difference of their means over the same examples, with its interval.
 
-    ``differences`` (pairs, examples) are of each example's two scores, so that what makes an example hard for both
+    ``differences`` (pairs, examples) has the difference of each example's two scores, so an example's difficulty
     cancels out (the paired bootstrap of Koehn 2004, Statistical significance tests for machine translation evaluation).
-    With ``weights`` (examples,), it is the sum of the differences by that of the weights: of losses, say, by tokens.
+    With ``weights`` (examples,), it is the sum of differences over the sum of weights: e.g. losses by tokens.
 
     The interval is the expanded percentile interval (Hesterberg 2015, What teachers should know about the bootstrap):
-    of few examples percentiles alone are too narrow, the more so the more certain they shall be. Where
-    :func:`by_bootstrap` says no, it is Student's t. All pairs see the same resamples. At least two examples.
+    with few examples plain percentiles are too narrow, more so at high confidence. If
+    :func:`uses_bootstrap` is False, it is Student's t. All pairs use the same resamples. Needs at least two examples.
     """
     values = numpy.asarray(differences, dtype=float)
     weight = numpy.ones(values.shape[1]) if weights is None else numpy.asarray(weights, dtype=float)
@@ -84,18 +84,17 @@ def paired_intervals(
         lows, highs = map(numpy.concatenate, zip(*ends, strict=True))
     else:
         lows, highs = _t_bounds(values, weight, means, confidence)
-    # What does not vary has no width; sums in floating point would give it one.
+    # Constant differences have zero width; floating-point sums would give them a small one.
     constant = (numpy.ptp(values, axis=1) == 0) & ((numpy.ptp(weight) == 0) | (values[:, 0] == 0))
     lows, highs = numpy.where(constant, means, lows), numpy.where(constant, means, highs)
     return [Interval(mean=float(m), low=float(a), high=float(b)) for m, a, b in zip(means, lows, highs, strict=True)]
 
 
 def uses_bootstrap(examples: int, confidence: float) -> bool:
-    """Whether an interval over so many examples is resampled, or by Student's t.
+    """True if an interval over ``examples`` examples is bootstrapped, False if it is Student's t.
 
-    It is t where so few resamples would lie outside of the interval that it would take more than ``MOST_RESAMPLES``,
-    and where all draws together were more than ``MOST_DRAWS``, of so many examples that their mean is as good as
-    normal. Of a single example there is no interval of either kind.
+    Student's t is used if the bootstrap needs more than ``MAX_RESAMPLES`` resamples (few examples, high confidence) or
+    more than ``MAX_DRAWS`` draws (so many examples that their mean is normal). A single example has no interval.
     """
     if examples < 2:
         return False
@@ -104,9 +103,9 @@ def uses_bootstrap(examples: int, confidence: float) -> bool:
 
 
 def t_interval(values: Sequence[float], *, confidence: float = 0.95) -> Interval:
-    """Mean over seeds and its interval by Student's t: what another seed's mean may be, were there more of them.
+    """Return the mean over seeds and its Student's t interval.
 
-    A bootstrap over three seeds knows three values; t says how little that is. ``values`` must be two or more.
+    A bootstrap over three seeds resamples three values only and is too narrow. Needs at least two values.
     """
     from scipy.stats import sem, t
 
@@ -118,7 +117,7 @@ def t_interval(values: Sequence[float], *, confidence: float = 0.95) -> Interval
 
 
 def _expanded_confidence(examples: int, confidence: float) -> float:
-    """The confidence at which percentiles are as far out as t is, with its standard error of a sample."""
+    """Return the confidence at which percentiles are as wide as Student's t with the sample's standard error."""
     from scipy.stats import norm, t
 
     far = t.isf((1 - confidence) / 2, examples - 1) * math.sqrt(examples / (examples - 1))
@@ -130,10 +129,10 @@ def _required_resamples(confidence: float) -> float:
 
 
 def _bootstrap_bounds(values: Array, weights: Array, confidence: float, seed: int) -> tuple[Array, Array]:
-    """Ends (pairs,) of bootstrap intervals of ratios; which examples are drawn is what is resampled.
+    """Return the bounds (pairs,) of bootstrap intervals of ratios, from resampled examples.
 
-    scipy's bootstrap would gather the values of every pair for every draw. How often each example is drawn is the same
-    for all pairs, so it is counted once, and the sums of all of them are one matrix product.
+    scipy's bootstrap gathers the values of every pair for every draw. Here the number of times each example is drawn is
+    counted once for all pairs, and all sums are one matrix product.
     """
     count, random = len(weights), numpy.random.default_rng(seed)
     columns, at_once = numpy.column_stack([values.T, weights]), max(1, _DRAWS_PER_CHUNK // len(weights))
@@ -150,7 +149,7 @@ def _bootstrap_bounds(values: Array, weights: Array, confidence: float, seed: in
 
 
 def _t_bounds(values: Array, weights: Array, means: Array, confidence: float) -> tuple[Array, Array]:
-    """Ends (pairs,) of Student's intervals of ratios, linearised (Cochran 1977, Sampling techniques, chapter 6)."""
+    """Return the bounds (pairs,) of Student's t intervals of linearized ratios (Cochran 1977, chapter 6)."""
     from scipy.stats import sem, t
 
     off = (values - means[:, None] * weights) / weights.mean()

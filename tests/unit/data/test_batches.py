@@ -140,7 +140,7 @@ def test_ranks_have_equal_work(split: tuple[int, int | None, int], dataset: Data
 
 
 @pytest.mark.parametrize(
-    ("global_batch_size", "micro_batch_size", "world_size", "accumulation"),
+    ("global_batch", "micro_batch", "world_size", "accumulation"),
     [(8, None, 1, 1), (8, 8, 1, 1), (8, 3, 1, 3), (8, 1, 1, 8), (8, None, 4, 1), (8, 1, 4, 2), (8, 64, 2, 1)],
 )
 def test_accumulation(
@@ -152,7 +152,7 @@ def test_accumulation(
     )
 
 
-@pytest.mark.parametrize("global_batch_size", [4, 8, 40])
+@pytest.mark.parametrize("global_batch", [4, 8, 40])
 def test_an_epoch_sees_each_example_once(global_batch: int, dataset: Dataset) -> None:
     """Each stretch of the data set's length has every example once, and the stretches differ in order."""
     steps = EXAMPLES // global_batch
@@ -177,10 +177,12 @@ def test_like_lengths_share_a_micro_batch(dataset: Dataset) -> None:
     assert len(batch.micro_batches) == 4
 
 
-@pytest.mark.parametrize(("global_batch_size", "world_size"), [(8, 3), (1, 2), (6, 4)])
+@pytest.mark.parametrize(("global_batch", "world_size"), [(8, 3), (1, 2), (6, 4)])
 def test_a_batch_that_cannot_be_shared_is_refused(global_batch: int, world_size: int, dataset: Dataset) -> None:
     """A global batch that the processes do not divide is refused with both numbers."""
-    with pytest.raises(OutOfRangeError, match=f"global_batch={global_batch} cannot be shared by {world_size} proc"):
+    with pytest.raises(
+        OutOfRangeError, match=f"global_batch_size={global_batch} is not divisible by {world_size} proc"
+    ):
         batches(dataset, global_batch, world_size=world_size)
 
 
@@ -188,7 +190,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(global_batch: int, world_size:
 
 
 @pytest.mark.parametrize(
-    ("count", "global_batch_size", "epochs", "steps"),
+    ("count", "global_batch", "epochs", "steps"),
     [
         (40, 8, 1.0, 5),
         (40, 8, 2.0, 10),
@@ -226,7 +228,7 @@ def test_counts_are_those_of_all_ranks(split: tuple[int, int | None, int], datas
         assert [rank.token_counts for rank in step] == [expected] * len(step)
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 2, None])
+@pytest.mark.parametrize("micro_batch", [1, 2, None])
 def test_counts_owe_nothing_to_the_number_of_processes(micro_batch: int | None, dataset: Dataset) -> None:
     """The four counts are equal for 1, 2 and 4 processes; without a limit padding follows the cut, and the rest is."""
     collator = Collator(PAD, virtual_tokens=5)
@@ -345,7 +347,7 @@ CUT = {
 
 
 @pytest.mark.parametrize("collator", CUT.values(), ids=CUT)
-@pytest.mark.parametrize(("global_batch_size", "world_size"), [(8, 1), (8, 2), (40, 4), (6, 3)])
+@pytest.mark.parametrize(("global_batch", "world_size"), [(8, 1), (8, 2), (40, 4), (6, 3)])
 @pytest.mark.parametrize("tokens", [24, 26, 60, 10_000])
 def test_micro_batches_keep_to_a_number_of_tokens(
     tokens: int, global_batch: int, world_size: int, collator: Collator, dataset: Dataset

@@ -1,25 +1,29 @@
-"""The offline corpus: split by package, nothing held out is trained on, made once an environment."""
+"""The offline corpus: split by package, no held-out text in training, cached per environment."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 from peftbench.data import docstring_corpus
 from peftbench.data.docstring_corpus import (
+    CORPUS_DISTRIBUTIONS,
     HELD_OUT_PACKAGES,
     SPLITS,
     Corpus,
     build_corpus,
     cache_pair_files,
     environment_key,
+    installed_distributions,
     read_corpus,
 )
 from peftbench.data.docstring_parser import Docstring, SummarizationPair, normalize_text
 from peftbench.data.sources import Docstrings
-from peftbench.errors import OutputError
+from peftbench.errors import DataNotFoundError, OutputError
 
 VALIDATION, TEST = (
     next(name for name, split in HELD_OUT_PACKAGES.items() if split == want) for want in ("validation", "test")
@@ -27,23 +31,23 @@ VALIDATION, TEST = (
 
 
 def text(topic: str, body: str | None = None) -> str:
-    """A docstring that is a pair; two of them share nothing unless told to."""
+    """A docstring that is a pair; two of them share nothing by default."""
     return f"Say something short about {topic}.\n\n" + (body or f"The body tells of {topic} at length. " * 6)
 
 
 def docstring(package: str, content: str) -> Docstring:
-    """A docstring of that package."""
+    """A docstring of ``package``."""
     return Docstring(package, f"{package}.py:{len(content)}", content)
 
 
 def summaries(corpus: Corpus) -> dict[str, list[str]]:
-    """What each split's pairs are about."""
+    """Topics of each split's pairs."""
     start = len("Say something short about ")
     return {split: [pair.summary[start:-1] for pair in corpus.pairs[split]] for split in SPLITS}
 
 
 def test_splits_by_package() -> None:
-    """Held-out packages go to their split alone, all others to training, in whatever order they are read."""
+    """Held-out packages go to their split only, all others to training, in any order of reading."""
     found = [docstring(package, text(f"apples of {package}")) for package in (TEST, "numpy", VALIDATION, "python")]
     expected = {
         "train": ["apples of numpy", "apples of python"],
@@ -70,8 +74,8 @@ def test_splits_by_package() -> None:
     ],
     ids=["whole", "whole but for case and spaces", "summary", "body"],
 )
-def test_what_both_sides_have_is_trained_on_only(package: str, copied: str) -> None:
-    """A copied docstring, summary line or body is dropped from the held-out side, pairs and documents both."""
+def test_shared_text_stays_in_training_only(package: str, copied: str) -> None:
+    """A copied docstring, summary line or body is dropped from the held-out split: pairs and documents."""
     corpus = build_corpus(
         [docstring(package, copied), docstring(package, text("figs")), docstring("numpy", text("pears"))]
     )
@@ -81,8 +85,8 @@ def test_what_both_sides_have_is_trained_on_only(package: str, copied: str) -> N
     assert corpus.documents[split] == [text("figs")]
 
 
-def test_a_training_text_that_is_no_pair_counts_too() -> None:
-    """A summary line that training has without a body is known to training."""
+def test_training_text_without_a_body_counts() -> None:
+    """A summary line that training has without a body is dropped from the held-out split."""
     lone = "Say something short about pears."
     corpus = build_corpus([docstring("numpy", lone), docstring(TEST, text("pears")), docstring(TEST, text("figs"))])
     assert corpus.documents["train"] == [lone]
@@ -90,7 +94,7 @@ def test_a_training_text_that_is_no_pair_counts_too() -> None:
 
 
 def test_copies_within_a_split_count_once() -> None:
-    """A docstring that several packages have is one document and one pair; one body makes one pair."""
+    """A docstring in several packages is one document and one pair; one body is in one pair."""
     corpus = build_corpus(
         [
             docstring("numpy", text("pears")),
@@ -109,8 +113,8 @@ def example(article: str, split: str = "train") -> Corpus:
     return corpus
 
 
-def test_the_fingerprint_is_of_every_pair() -> None:
-    """Equal corpora have one fingerprint; any field, the split or the order of pairs changes it, documents do not."""
+def test_fingerprint_depends_on_every_pair() -> None:
+    """Any field, the split or the order of pairs changes the fingerprint; documents do not."""
     corpus = example("article")
     assert corpus.fingerprint() == example("article").fingerprint()
     corpus.documents["train"].append("text")
@@ -133,7 +137,7 @@ def test_the_fingerprint_is_of_every_pair() -> None:
 
 @pytest.fixture
 def harvests(monkeypatch: pytest.MonkeyPatch) -> list[Corpus]:
-    """Puts a corpus of a few pairs in place of the environment's; holds one entry for each time it was read."""
+    """Replace the environment's corpus by a few pairs; the list has one entry per read."""
     done: list[Corpus] = []
 
     def small() -> Corpus:
@@ -145,18 +149,16 @@ def harvests(monkeypatch: pytest.MonkeyPatch) -> list[Corpus]:
     return done
 
 
-def test_the_cache_is_where_it_is_told(harvests: list[Corpus], own_cache: Path) -> None:
-    """Pairs lie below the folder that PEFTBENCH_CACHE names, one file a split, with their fingerprint."""
+def test_cache_is_in_the_cache_folder(harvests: list[Corpus], own_cache: Path) -> None:
+    """Pairs are below $PEFTBENCH_CACHE, one file per split, with their fingerprint."""
     paths, fingerprint = cache_pair_files()
     assert set(paths) == set(SPLITS)
     assert all(path.is_file() and (own_cache / "peftbench") in path.parents for path in paths.values())
     assert fingerprint == harvests[0].fingerprint()
 
 
-def test_a_second_call_reads_nothing_again(
-    harvests: list[Corpus], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The environment is harvested once for each cache, and what is cached is the same."""
+def test_second_call_reads_the_cache(harvests: list[Corpus], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment is read once per cache, and the cached content is the same."""
     first = cache_pair_files()
     assert cache_pair_files() == first
     assert len(harvests) == 1
@@ -165,8 +167,8 @@ def test_a_second_call_reads_nothing_again(
     assert len(harvests) == 2
 
 
-def test_another_environment_has_another_corpus(harvests: list[Corpus], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a version of what is read changes, the cache of the old one is not taken for it."""
+def test_another_environment_has_its_own_cache(harvests: list[Corpus], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another version of a distribution uses another cache folder."""
     before, paths = environment_key(), cache_pair_files()[0]
     monkeypatch.setattr("peftbench.data.docstring_corpus.metadata.version", lambda name: "0.0.0")
     assert environment_key() != before
@@ -174,8 +176,8 @@ def test_another_environment_has_another_corpus(harvests: list[Corpus], monkeypa
     assert len(harvests) == 2
 
 
-def test_a_harvest_that_was_cut_off_is_done_again(harvests: list[Corpus], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files without their fingerprint, as an interrupt leaves them, are not taken for a corpus."""
+def test_interrupted_read_is_repeated(harvests: list[Corpus], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache without its fingerprint, as after an interrupt, is not used."""
     paths, fingerprint = cache_pair_files()
     paths["test"].with_name("fingerprint").unlink()
     paths["test"].write_text("", encoding="utf-8")
@@ -184,8 +186,8 @@ def test_a_harvest_that_was_cut_off_is_done_again(harvests: list[Corpus], monkey
     assert paths["test"].read_text(encoding="utf-8")
 
 
-def test_the_source_gives_the_pairs(harvests: list[Corpus]) -> None:
-    """The docstrings source has the corpus's pairs in order, and its fingerprint as identity."""
+def test_source_returns_the_pairs(harvests: list[Corpus]) -> None:
+    """The docstrings source has the corpus's pairs in order, and its fingerprint."""
     source = Docstrings()
     for split in SPLITS:
         dataset = source.load(split)
@@ -197,10 +199,8 @@ def test_the_source_gives_the_pairs(harvests: list[Corpus]) -> None:
     assert source.fingerprint() == harvests[0].fingerprint()
 
 
-def test_a_cache_that_cannot_be_written(
-    harvests: list[Corpus], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A cache below a file is told in one sentence before anything is read."""
+def test_unwritable_cache(harvests: list[Corpus], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache folder below a file is an error before anything is read."""
     (tmp_path / "file").write_text("", encoding="utf-8")
     monkeypatch.setenv("PEFTBENCH_CACHE", str(tmp_path / "file" / "below"))
     with pytest.raises(OutputError, match="cannot write"):
@@ -208,12 +208,62 @@ def test_a_cache_that_cannot_be_written(
     assert not harvests
 
 
+# --- which distributions ---------------------------------------------------------------------------------------------
+
+
+def test_list_of_distributions_is_fixed() -> None:
+    """The list does not change, since the demo's committed records were made from it."""
+    assert list(CORPUS_DISTRIBUTIONS) == sorted(set(CORPUS_DISTRIBUTIONS))
+    assert set(HELD_OUT_PACKAGES) <= set(CORPUS_DISTRIBUTIONS)
+    assert hashlib.blake2b(" ".join(CORPUS_DISTRIBUTIONS).encode(), digest_size=8).hexdigest() == "9d2a0ae16027dabe"
+
+
+def test_corpus_does_not_depend_on_requirements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dependency that is added, or moved to an extra, leaves the corpus's distributions and its cache as they are."""
+    before, key = installed_distributions(), environment_key()
+    for requirements in (["new-dependency"], ['altair; extra == "report"'], None):
+        monkeypatch.setattr(metadata.PathDistribution, "requires", requirements)
+        assert metadata.requires("peftbench") == requirements
+        assert (installed_distributions(), environment_key()) == (before, key)
+
+
+@pytest.mark.parametrize("missing", [("setuptools",), ("nltk", "setuptools")])
+def test_missing_distribution_is_named_with_its_pip_command(
+    missing: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A listed distribution that is not installed is an error, since skipping it would change the corpus."""
+    version = metadata.version
+
+    def without_missing(name: str) -> str:
+        if name in missing:
+            raise metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(docstring_corpus.metadata, "version", without_missing)
+    with pytest.raises(DataNotFoundError, match=f"run: pip install {' '.join(missing)}$"):
+        cache_pair_files()
+
+
+def test_linux_only_distributions_are_skipped_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Off Linux, peftbench does not install DeepSpeed, so the corpus is read without it."""
+    version = metadata.version
+
+    def without_deepspeed(name: str) -> str:
+        if name == "deepspeed":
+            raise metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(docstring_corpus.metadata, "version", without_deepspeed)
+    monkeypatch.setattr(docstring_corpus.platform, "system", lambda: "Darwin")
+    assert set(CORPUS_DISTRIBUTIONS) - set(installed_distributions()) == {"deepspeed"}
+
+
 # --- this environment ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_this_environment_makes_a_corpus() -> None:
-    """What is installed here gives thousands of pairs, both held-out splits, and no text of theirs in training."""
+def test_corpus_of_this_environment() -> None:
+    """This environment gives thousands of pairs in all splits, and no held-out text in training."""
     corpus = read_corpus()
     assert len(corpus.pairs["train"]) > 10_000
     trained = {normalize_text(part) for pair in corpus.pairs["train"] for part in (pair.article, pair.summary)}

@@ -1,4 +1,4 @@
-"""Docstrings are read from source text, never imported, and become pairs by the rules that are written down."""
+"""Docstrings are parsed from source text, never imported, and pairs follow the documented rules."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ from peftbench.data.docstring_parser import (
     list_source_files,
     normalize_text,
     parse_docstrings,
-    resolve_dependencies,
 )
 
 BODY = "This paragraph says more about it, at some length. " * 4
 
 
 def read_text(folder: Path, text: str | bytes) -> list[Docstring]:
-    """What is read from a file of this content."""
+    """Parse a file with this content."""
     path = folder / "module.py"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return parse_docstrings(("package", folder, "module.py"))
@@ -102,7 +101,7 @@ def after():
     assert "module" not in set(sys.modules) - before
 
 
-def test_indentation_is_taken_away(tmp_path: Path) -> None:
+def test_indentation_is_removed(tmp_path: Path) -> None:
     """The text is what inspect.cleandoc prints: common margin and blank ends removed."""
     text = 'def f():\n    """Summary.\n\n    First.\n        Indented.\n    """\n'
     assert [docstring.text for docstring in read_text(tmp_path, text)] == ["Summary.\n\nFirst.\n    Indented."]
@@ -119,24 +118,24 @@ def test_indentation_is_taken_away(tmp_path: Path) -> None:
         '"""   \n """\n',
     ],
 )
-def test_what_does_not_parse_has_no_docstrings(content: str | bytes, tmp_path: Path) -> None:
-    """A file that is no Python, no text, empty or blank gives nothing and stops nobody."""
+def test_file_that_does_not_parse_has_no_docstrings(content: str | bytes, tmp_path: Path) -> None:
+    """A file that is not Python, not text, empty or blank gives no docstrings and no error."""
     assert read_text(tmp_path, content) == []
 
 
-def test_a_declared_encoding_is_obeyed(tmp_path: Path) -> None:
+def test_declared_encoding_is_used(tmp_path: Path) -> None:
     """A file that declares its encoding is read in it."""
     text = '# -*- coding: latin-1 -*-\n"""Résumé."""\n'.encode("latin-1")
     assert [docstring.text for docstring in read_text(tmp_path, text)] == ["Résumé."]
 
 
-def test_a_file_that_is_gone_has_no_docstrings(tmp_path: Path) -> None:
-    """A file that a record of an installation names and that is not there gives nothing."""
+def test_missing_file_has_no_docstrings(tmp_path: Path) -> None:
+    """A file that RECORD lists and that does not exist gives no docstrings."""
     assert parse_docstrings(("package", tmp_path, "nothing.py")) == []
 
 
-def test_a_strange_escape_warns_nobody(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    """Invalid escapes in other people's files are theirs."""
+def test_invalid_escape_does_not_warn(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """Invalid escapes in source files give no warning."""
     assert len(read_text(tmp_path, '"""A \\d pattern."""\n')) == 1
     assert not recwarn.list
 
@@ -155,7 +154,7 @@ SKIPPED = [
 
 
 def test_test_folders_and_copies_are_skipped(site: Path) -> None:
-    """Of a distribution's files, tests, vendored copies and what lies outside its folder are left out."""
+    """Tests, vendored copies and files outside the distribution's folder are skipped."""
     kept = ["pkg/__init__.py", "pkg/contest.py", "pkg/latest/module.py"]
     install(site, "some-pkg", [*kept, *SKIPPED, "pkg/data.txt"])
     assert SKIPPED
@@ -164,44 +163,22 @@ def test_test_folders_and_copies_are_skipped(site: Path) -> None:
 
 
 def test_the_standard_library_is_read_without_its_tests() -> None:
-    """The standard library's files are found, its tests and the packages installed below it are not."""
+    """Standard library files are listed; its tests and site-packages are not."""
     found = [path for package, _, path in list_source_files([]) if package == STANDARD_LIBRARY]
     assert {"ast.py", "json/decoder.py"} <= set(found)
     assert not [path for path in found if {"test", "tests", "site-packages"}.intersection(Path(path).parts[:-1])]
 
 
-def test_a_distribution_that_is_not_installed_has_no_files() -> None:
+def test_missing_distribution_has_no_files() -> None:
     """An unknown name adds nothing."""
     assert list_source_files(["there-is-no-such-distribution"]) == list_source_files([])
 
 
-def test_the_closure_is_what_is_needed_at_run_time(site: Path) -> None:
-    """Requirements are followed by their normal names; extras, other platforms' and absent ones add nothing."""
-    install(
-        site,
-        "top-dist",
-        requires=[
-            "Mid.Dist>=1",
-            'extra-dist; extra == "dev"',
-            'other-dist; sys_platform == "no such platform"',
-            "absent-dist",
-        ],
-    )
-    install(site, "mid-dist", requires=["leaf_dist", "top-dist"])
-    for name in ("leaf-dist", "extra-dist", "other-dist"):
-        install(site, name)
-    found = resolve_dependencies("top-dist")
-    assert {"mid-dist", "leaf-dist"} <= set(found)
-    assert not {"extra-dist", "other-dist"} & set(found)
-    assert found == sorted(set(found))
-
-
-def test_harvest_reads_files_in_order(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One list a file comes back in the order of the files, though several processes read them."""
+def test_files_are_read_in_order(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several processes read the files; one list per file is returned, in the order of the files."""
     install(site, "leaf-dist", [f"leaf/module_{index:03}.py" for index in range(100)])
-    install(site, "top-dist", requires=["leaf-dist"])
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(site / "no standard library")})
-    found = list(extract_docstrings("top-dist", workers=2))
+    found = list(extract_docstrings(list_source_files(["leaf-dist"]), workers=2))
     assert [docstring.text for docstrings in found for docstring in docstrings] == [
         f"leaf/module_{index:03}.py" for index in range(100)
     ]
@@ -215,7 +192,7 @@ def docstring(summary: str, body: str = BODY, between: str = "\n\n") -> Docstrin
     return Docstring("package", "module.py:f", summary + between + body)
 
 
-def test_a_pair_is_the_rest_and_the_summary_line() -> None:
+def test_pair_is_the_body_and_the_summary_line() -> None:
     """Article is the docstring without its first line, summary that line, both without blank ends."""
     made = build_pair(docstring("Return the sum of two numbers."))
     assert made is not None
@@ -249,19 +226,19 @@ PAIRS = {
 
 
 @pytest.mark.parametrize("name", NO_PAIRS)
-def test_what_is_no_pair(name: str) -> None:
-    """Each rule alone keeps a docstring from being an example."""
+def test_docstring_without_a_usable_summary_is_not_a_pair(name: str) -> None:
+    """Each rule on its own excludes a docstring."""
     assert build_pair(NO_PAIRS[name]) is None
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_what_is_just_a_pair(name: str) -> None:
-    """What lies exactly on a limit is an example."""
+def test_docstring_at_a_limit_is_a_pair(name: str) -> None:
+    """A docstring exactly at a limit is a pair."""
     assert build_pair(PAIRS[name]) is not None
 
 
-def test_limits_are_in_the_cases() -> None:
-    """The cases above lie on the limits, not somewhere near them."""
+def test_cases_are_at_the_limits() -> None:
+    """The cases above are exactly at the limits."""
     lengths = {name: len(case.text.split("\n")[0]) for name, case in (NO_PAIRS | PAIRS).items()}
     assert lengths["one letter short"] == SHORT - 1
     assert lengths["shortest summary"] == SHORT
@@ -269,7 +246,7 @@ def test_limits_are_in_the_cases() -> None:
     assert lengths["one letter long"] == LONG + 1
 
 
-def test_letters_are_what_copies_share() -> None:
+def test_normalization_ignores_case_and_signs() -> None:
     """Case, spaces, line breaks and signs do not make two texts different; letters and digits do."""
     assert normalize_text("Return the\n  *sum*, of 2.") == normalize_text("return THE sum of 2")
     assert normalize_text("sum of 2") != normalize_text("sum of 3")

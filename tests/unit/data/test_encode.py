@@ -199,7 +199,7 @@ def test_a_tokenizer_without_an_end_token_is_refused() -> None:
     """A model that cannot learn to stop is refused."""
     tokenizer = word_tokenizer()
     tokenizer.eos_token = None
-    with pytest.raises(OutOfRangeError, match="has no end token"):
+    with pytest.raises(OutOfRangeError, match="has no end-of-sequence token"):
         Encoder(tokenizer, layout())
 
 
@@ -230,13 +230,13 @@ def test_a_layout_fills_what_virtual_tokens_leave(
 
 def test_real_and_virtual_tokens_must_fit_the_positions() -> None:
     """One token too many is refused with all three numbers and the one that would do."""
-    with pytest.raises(OutOfRangeError, match=r"max_tokens=45 and 20 virtual tokens exceed the model's 64 .*=44 or le"):
+    with pytest.raises(OutOfRangeError, match=r"max_length=45 and 20 virtual tokens exceed the model's 64 .*=44 or le"):
         fit(45, 64, 20)
 
 
 def test_a_model_without_positions_needs_a_limit() -> None:
     """Where the config does not say how long a sequence may be, the recipe must."""
-    with pytest.raises(OutOfRangeError, match=r"no number of positions; set data\.max_tokens"):
+    with pytest.raises(OutOfRangeError, match=r"no number of positions; set data\.max_length"):
         fit(None, None)
 
 

@@ -66,7 +66,7 @@ def test_numbers_become_text(column: str, write_rows: WriteRows) -> None:
 def test_lists_are_no_text(write_rows: WriteRows) -> None:
     """A column of lists is refused, and not made into the text of a list."""
     rows = [{"article": ["a", "b"], "summary": "s"}]
-    with pytest.raises(DataError, match=r"column 'article' of the train split of .* holds no text"):
+    with pytest.raises(DataError, match=r"column 'article' of the train split of .* does not contain text"):
         Files(train=write_rows("rows.jsonl", rows)).load("train")
 
 
@@ -157,14 +157,14 @@ def test_a_table_without_rows(write_rows: WriteRows, tmp_path: Path) -> None:
 
 def test_a_split_without_a_file(write_rows: WriteRows) -> None:
     """A split that the recipe needs and names no file for is told by the knob to set."""
-    with pytest.raises(EmptySplitError, match=r"data\.source\.validation names no file; set it"):
+    with pytest.raises(EmptySplitError, match=r"data\.source\.validation is not set; set it to a file"):
         Files(train=write_rows("rows.jsonl", ROWS)).load("validation")
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     """A missing file is told by its knob and by the place that was looked at."""
     missing = str(tmp_path / "nothing.jsonl")
-    with pytest.raises(DataNotFoundError, match=r"data\.source\.train=.*nothing\.jsonl.* is not there \(looked at /"):
+    with pytest.raises(DataNotFoundError, match=r"data\.source\.train=.*nothing\.jsonl.* does not exist \(tried /"):
         Files(train=missing).load("train")
 
 
@@ -198,7 +198,7 @@ def test_an_example_without_a_value(ending: str, column: str, write_rows: WriteR
 
 def test_an_unknown_ending_is_refused() -> None:
     """A format that cannot be read is refused with those that can, before anything is read."""
-    with pytest.raises(ValueError, match=r"must name a file ending in \.jsonl, \.json, \.csv, \.parquet"):
+    with pytest.raises(ValueError, match=r"must be a file that ends in \.jsonl, \.json, \.csv, \.parquet"):
         Files(train="rows.xml")
 
 
@@ -253,7 +253,7 @@ def test_a_clone_of_a_repository_has_its_configurations(config: str, tmp_path: P
 def test_a_split_that_a_copy_lacks(tmp_path: Path) -> None:
     """A split that is not there is an empty split, and the sentence names those that are."""
     source = Hub(path=str(repository_copy(tmp_path / "clone")))
-    with pytest.raises(EmptySplitError, match=r"split validation.*is not there: .*train.*test"):
+    with pytest.raises(EmptySplitError, match=r"split validation.*does not exist: .*train.*test"):
         source.load("validation")
 
 
@@ -274,11 +274,13 @@ def test_a_column_that_a_copy_lacks(tmp_path: Path) -> None:
 def test_a_folder_without_data(name: str, tmp_path: Path) -> None:
     """A folder that is empty or not there is told with what was tried and how to point to a local copy."""
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataNotFoundError, match=r"from a folder, the hub or the cache.*set data\.source\.path"):
+    with pytest.raises(DataNotFoundError, match=r"from a folder, the Hub or the cache.*set data\.source\.path"):
         Hub(path=str(tmp_path / name), config=None).load("test")
 
 
-@pytest.mark.parametrize("act", [lambda hub: hub.load("test"), lambda hub: hub.identity()], ids=["load", "identity"])
+@pytest.mark.parametrize(
+    "act", [lambda hub: hub.load("test"), lambda hub: hub.fingerprint()], ids=["load", "fingerprint"]
+)
 def test_a_hub_that_may_not_be_asked(act: Callable[[Hub], object], monkeypatch: pytest.MonkeyPatch) -> None:
     """Offline and without a cached copy: one sentence with what was wanted and how to use a local copy."""
     import datasets
@@ -289,7 +291,7 @@ def test_a_hub_that_may_not_be_asked(act: Callable[[Hub], object], monkeypatch: 
     with pytest.raises(HubUnreachableError) as caught:
         act(Hub())
     sentence = str(caught.value)
-    assert sentence.startswith("the hub did not answer for abisee/cnn_dailymail (config 3.0.0, split t")
+    assert sentence.startswith("the Hub did not answer for abisee/cnn_dailymail (config 3.0.0, split t")
     assert "set data.source.path to its folder, or data.source.kind=files" in sentence
     assert "\n" not in sentence
 

@@ -132,7 +132,7 @@ def test_refusals(planned: Any, workshop: Workshop, tmp_path: Path) -> None:
         planned("zero3_nvme", Full(), optimizer=OPTIMIZER_CLASSES["deepspeed_cpu_adam"]())
     with pytest.raises(CombinationError, match="needs the matrices"):
         planned("zero2", Full(), optimizer=OPTIMIZER_CLASSES["galore"](rank=8))
-    with pytest.raises(OutOfRangeError, match="cannot be shared by 5 processes"):
+    with pytest.raises(OutOfRangeError, match="is not divisible by 5 processes"):
         planned("ddp", Full(), 5)
     recipe = workshop.recipe(Full())
     with pytest.raises(MissingFileError, match=r"accelerate config .* does not exist"):

@@ -1,4 +1,4 @@
-"""ROUGE of summaries, one by one."""
+"""ROUGE of each summary."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ METRIC_DIR = Path(__file__).parent / "rouge_metric"
 
 
 def compute_rouge(generated: Sequence[str], references: Sequence[str]) -> dict[str, tuple[float, ...]]:
-    """F-measures in percent of each summary: rouge1, rouge2, rougeL, rougeLsum."""
+    """Return the F-measure of each summary in percent, by rouge1, rouge2, rougeL and rougeLsum."""
     import evaluate
 
     metric = evaluate.load(str(METRIC_DIR))

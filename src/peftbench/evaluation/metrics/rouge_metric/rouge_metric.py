@@ -1,9 +1,9 @@
-"""ROUGE for ``evaluate.load``, from a path of our own: by name it would be fetched from the hub.
+"""ROUGE for ``evaluate.load`` by path; loading it by name would need the Hub.
 
 The scores are those of the rouge-score package (F-measure, stemmed), one per example.
 """
 
-# Each import stands on a line of its own: evaluate's scanner reads "import a, b" as a package named "a,".
+# One import per line: evaluate's scanner reads "import a, b" as a package named "a,".
 import datasets
 import evaluate
 from rouge_score import rouge_scorer
@@ -12,8 +12,9 @@ ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
 class RougeMetric(evaluate.Metric):  # type: ignore[misc]
-    """``compute(predictions=..., references=...)`` gives, for each kind of ROUGE, a list of one F-measure (0 to 1) an
-    example. For rougeLsum, sentences are separated by line breaks.
+    """``compute(predictions=..., references=...)`` returns, for each type of ROUGE, one F-measure (0 to 1) per example.
+
+    For rougeLsum, sentences must be separated by line breaks.
     """
 
     def _info(self) -> evaluate.MetricInfo:
