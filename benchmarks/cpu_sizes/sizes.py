@@ -49,7 +49,7 @@ def of_attention(kind: str) -> Callable[[int], object]:
         row = (1, HEADS, positions, WIDTH)
         query, key, value = (torch.randn(row, dtype=torch.bfloat16).requires_grad_() for _ in range(3))
         documents = PackedSequences.from_lengths([positions // 2, positions - positions // 2])
-        attention.causal_attention(layer, query, key, value, None, documents=documents)[0].sum().backward()
+        attention.causal_attention(layer, query, key, value, None, packed_sequences=documents)[0].sum().backward()
 
     return once
 

@@ -23,6 +23,7 @@ from peftbench.modeling.loading import LoadedModel, fuse_gelu, load_tokenizer
 from peftbench.recipe.schema import Model, Recipe
 from peftbench.record import FINAL_OUTCOMES, RECORD_FILE, RunRecord, read_record, train_peak_bytes
 from peftbench.run.runner import Run
+from peftbench.run.stages import adapt_model, gather_measurements
 
 NO_DEVICE = 2
 
@@ -34,25 +35,27 @@ class ArchitectureRun(Run):
         super().__init__(recipe)
         self.size = size
 
-    def _run_stages(self) -> None:
-        self.data_fingerprint = self.size.source.fingerprint()
-        self.oom_handler.enforce_budget(self.probe.memory_meter)
-        with self.probe.phase("load"):
-            base = self._architecture()
-        with self.probe.phase("build"):
-            built = self._build_model(base)
-        examples = RandomTokens(self.size, base.model.config.vocab_size)
-        self._set_example_counts("train", len(examples), 0)
-        self._train(built, examples, pad_token_id=0)
-        self._gather_measurements()
+    def run_stages(self) -> None:
+        """Build, train and gather the measurements."""
+        state = self.state
+        state.data_fingerprint = self.size.source.fingerprint()
+        self.oom_handler.enforce_budget(state.probe.memory_meter)
+        with state.probe.phase("load"):
+            base_model = self._build_base_model()
+        with state.probe.phase("build"):
+            adapted_model = adapt_model(state, base_model)
+        examples = RandomTokens(self.size, base_model.model.config.vocab_size)
+        state.set_example_counts("train", len(examples), 0)
+        self.train(adapted_model, examples, pad_token_id=0)
+        gather_measurements(state)
 
-    def _architecture(self) -> LoadedModel:
-        torch.manual_seed(self.recipe.train.seed)
+    def _build_base_model(self) -> LoadedModel:
+        torch.manual_seed(self.state.recipe.train.seed)
         with self.accelerator.device:
             model = AutoModelForCausalLM.from_config(
                 GPT2Config(**self.size.config), dtype=torch.float32, attn_implementation="sdpa"
             )
-        if self.recipe.model.fused_gelu:
+        if self.state.recipe.model.fused_gelu:
             fuse_gelu(model)
         return LoadedModel(model, load_tokenizer(Model()), "random weights")
 

@@ -43,9 +43,10 @@ from peftbench.common.filesystem import write_atomically
 from peftbench.distributed.accelerator import describe_device
 from peftbench.errors import PeftbenchError
 from peftbench.modeling.loading import build_from_config, get_max_positions, load_config, load_tokenizer
+from peftbench.optim import OPTIMIZER_LIBRARIES
 from peftbench.profiler.memory import MemoryMeter, build_memory_meter
 from peftbench.recipe.schema import Model
-from peftbench.run.record_builder import get_library_versions
+from peftbench.record.environment import get_library_versions
 
 MIB = 2**20
 LEFT = 16 * MIB
@@ -121,7 +122,7 @@ def _record(job: Job, trained: Trained, identity: str, started: str, held: int) 
         device_kind=device.type,
         device_name=device.name,
         threads=torch.get_num_threads(),
-        versions=get_library_versions() | _trl_version(),
+        versions=get_library_versions(OPTIMIZER_LIBRARIES) | _trl_version(),
         git=_git_state(),
         data_identity=identity,
         model_identity=trained.model_identity,

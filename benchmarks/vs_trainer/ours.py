@@ -18,32 +18,45 @@ from peftbench.optim import AdamW
 from peftbench.recipe.schema import Data, Evaluate, Model, Profile, Recipe, Train
 from peftbench.record import RunRecord
 from peftbench.run.runner import Run
+from peftbench.run.stages import adapt_model
 from peftbench.training.build import load_base_model
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from peftbench.training.callbacks import StepInfo
+
 
 class TimedRun(Run):
     """A run that is trained and measured like any other, and not evaluated."""
 
-    def __init__(self, recipe: Recipe, rows: Dataset, identity: str, end: int, clock: StepClock) -> None:
-        super().__init__(recipe)
-        self.rows, self.end, self.clock = rows, end, clock
-        self.identity_of_rows = identity
+    def __init__(
+        self, recipe: Recipe, rows: Dataset, data_fingerprint: str, pad_token_id: int, clock: StepClock
+    ) -> None:
+        super().__init__(recipe, step_callbacks=[ClockCallback(clock)])
+        self.rows, self.data_fingerprint, self.pad_token_id = rows, data_fingerprint, pad_token_id
 
-    def _run_stages(self) -> None:
-        self.data_fingerprint = self.identity_of_rows
-        self.oom_handler.enforce_budget(self.probe.memory_meter)
-        with self.probe.phase("load"):
-            base = load_base_model(self.recipe)
-        with self.probe.phase("build"):
-            built = self._build_model(base)
-        self._set_example_counts("train", len(self.rows), 0)
-        self._train(built, self.rows, pad_token_id=self.end)
+    def run_stages(self) -> None:
+        """Load, build and train."""
+        state = self.state
+        state.data_fingerprint = self.data_fingerprint
+        self.oom_handler.enforce_budget(state.probe.memory_meter)
+        with state.probe.phase("load"):
+            base_model = load_base_model(state.recipe)
+        with state.probe.phase("build"):
+            adapted_model = adapt_model(state, base_model)
+        state.set_example_counts("train", len(self.rows), 0)
+        self.train(adapted_model, self.rows, pad_token_id=self.pad_token_id)
 
-    def _after_step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        super()._after_step(*args, **kwargs)
+
+class ClockCallback:
+    """Stops the benchmark's clock after every step, after all other callbacks."""
+
+    def __init__(self, clock: StepClock) -> None:
+        self.clock = clock
+
+    def after_step(self, _info: StepInfo) -> None:
+        """Notify the clock."""
         self.clock.step_ended()
 
 
@@ -85,7 +98,8 @@ def run(job: Job, examples: Examples, positions: int) -> Trained:
         record, _ = done.execute()
     if record.outcome.kind != "ok":
         raise PeftbenchError(f"{job.case}, {job.arm}: {record.outcome.kind}: {record.outcome.error}")
-    shown, cost = done.progress.step_token_counts, done.training.flop_cost if done.training else None
+    token_counts = done.state.progress.step_token_counts
+    cost = done.state.training.flop_cost if done.state.training else None
     counted = record.flops.counted_step
     required = (
         cost.compute_model_flops(examples.required(COUNTED_STEP - 1, recipe.method.virtual_tokens)) if cost else None
@@ -95,8 +109,8 @@ def run(job: Job, examples: Examples, positions: int) -> Trained:
         losses=record.step_losses,
         step_seconds=clock.step_seconds,
         seconds=clock.seconds,
-        real_tokens=tuple(counts.real for counts in shown),
-        labelled_tokens=tuple(counts.labelled for counts in shown),
+        real_tokens=tuple(counts.real for counts in token_counts),
+        labelled_tokens=tuple(counts.labelled for counts in token_counts),
         memory=record.memory["train"],
         required_flops=required,
         executed_flops=counted.counted_flops if counted else None,

@@ -1,42 +1,42 @@
-"""What can go wrong by a user's hand, and the exit code of each.
+"""Errors that a user can fix, and the exit code of each.
 
 ::
 
     PeftbenchError                     1
-    ├── RecipeError                   10   a recipe that cannot be meant
-    │   ├── UnknownKeyError           11   a key or a name that does not exist; names the nearest
+    ├── RecipeError                   10   an invalid recipe
+    │   ├── UnknownKeyError           11   a key or name that does not exist; names the nearest one
     │   ├── WrongTypeError            12   a value of the wrong type
-    │   ├── OutOfRangeError           13   a value outside what is allowed, or two that contradict each other
-    │   └── MissingFileError          14   a file named on the command line or in a recipe is not there
-    ├── DataError                     20
-    │   ├── DataNotFoundError         21   a data set that is not there; says what was tried
-    │   ├── EmptySplitError           22
-    │   ├── MissingColumnError        23   names the nearest column
+    │   ├── OutOfRangeError           13   a value out of range, or two values that contradict each other
+    │   └── MissingFileError          14   a file named on the command line or in a recipe does not exist
+    ├── DataError                     20   examples that cannot be used
+    │   ├── DataNotFoundError         21   a data set that was not found; lists the places searched
+    │   ├── EmptySplitError           22   a split without examples, or with too few
+    │   ├── MissingColumnError        23   a column that does not exist; names the nearest one
     │   ├── SequenceTooShortError     24   no room for prompt plus summary
-    │   └── HubUnreachableError       25   the hub did not answer (models too)
-    ├── ModelError                    30
-    │   ├── ModelNotFoundError        31   a base that is not there; says what was tried
-    │   ├── TargetModulesError        32   target modules that match nothing
-    │   └── UnsupportedModelError     33   an architecture a method cannot handle
-    ├── EngineError                   40   the engine that started is not the one asked for
-    │   ├── PrecisionError            41   a precision this device does not have
-    │   ├── CombinationError          42   a method, optimizer or precision that this engine cannot run
-    │   ├── OptimizerError            43   an optimizer whose library is not there, or cannot be used here
-    │   └── CheckpointError           44   a checkpoint that this engine cannot go on from
-    ├── OutputError                   50   a place that cannot be written
-    │   ├── DiskFullError             51
-    │   └── BusyError                 52   a folder in which another process works
+    │   └── HubUnreachableError       25   the Hub did not answer (for models too)
+    ├── ModelError                    30   a base model that cannot be used
+    │   ├── ModelNotFoundError        31   a base model that was not found; lists the places searched
+    │   ├── TargetModulesError        32   target modules that match no module
+    │   └── UnsupportedModelError     33   an architecture that a method or recipe key does not support
+    ├── EngineError                   40   the launched engine is not the one the recipe requests
+    │   ├── PrecisionError            41   a precision that the device does not support
+    │   ├── CombinationError          42   a method, optimizer or precision that the engine does not support
+    │   ├── OptimizerError            43   an optimizer whose library is missing or does not work here
+    │   └── CheckpointError           44   a checkpoint that this launch cannot resume from
+    ├── OutputError                   50   a path that cannot be written
+    │   ├── DiskFullError             51   no space left, or the quota is exceeded
+    │   └── RunLockedError            52   a run folder in which another process works
     ├── RecordError                   60   a record that cannot be read
-    ├── BudgetError                   80   a budget that cannot be meant
-    │   ├── DeviceError               81   a device of which nothing is known
-    │   ├── NotEstimatedError         82   a memory that is not predicted, instead of a wrong figure
-    │   └── NoRoomError               83   a budget below the weights alone
-    └── SlurmError                    90   a job that SLURM cannot be given, or that would lead nowhere
-        └── TimeLimitError            91   a time that ends before a step does
+    ├── BudgetError                   80   an invalid budget
+    │   ├── DeviceError               81   an unknown device
+    │   ├── EstimateUnavailableError  82   memory that cannot be estimated
+    │   └── BudgetTooSmallError       83   a budget below the size of the weights
+    └── SlurmError                    90   a job that SLURM cannot accept, or that would make no progress
+        └── TimeLimitError            91   a time limit shorter than a step and its checkpoint
 
-A run that started and did not end well is no exception but an outcome, with an exit code of its own
-(``peftbench.record.EXIT_CODES``); nor is a figure that fell, for which ``report --compare`` ends with ``REGRESSED``.
-Each message is one sentence: what was given, what is allowed, what to do.
+A run that started and did not succeed raises none of these: it has an outcome, with an exit code of its own
+(``peftbench.record.EXIT_CODES``). A metric that regressed beyond its threshold ends ``peftbench compare`` with
+``REGRESSION_EXIT_CODE``. Each message is one sentence: what was given, what is allowed, what to do.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ import difflib
 from collections.abc import Iterable
 
 REGRESSION_EXIT_CODE = 61
-"""Exit code of a comparison in which a figure fell by more than its threshold."""
+"""Exit code of a comparison in which a metric regressed by more than its threshold."""
 
 
 class PeftbenchError(Exception):
-    """A mistake that one sentence explains. ``hint``, where there is one, says what to do next."""
+    """An error that a user can fix: one sentence, with an optional ``hint`` on what to do."""
 
     exit_code = 1
 
@@ -63,13 +63,13 @@ class PeftbenchError(Exception):
 
 
 class RecipeError(PeftbenchError):
-    """A recipe that cannot be meant."""
+    """An invalid recipe."""
 
     exit_code = 10
 
 
 class UnknownKeyError(RecipeError):
-    """A key or a name that does not exist."""
+    """A key or name that does not exist."""
 
     exit_code = 11
 
@@ -81,13 +81,13 @@ class WrongTypeError(RecipeError):
 
 
 class OutOfRangeError(RecipeError):
-    """A value outside what is allowed, or two that contradict each other."""
+    """A value out of range, or two values that contradict each other."""
 
     exit_code = 13
 
 
 class MissingFileError(RecipeError):
-    """A file named on the command line or in a recipe is not there."""
+    """A file named on the command line or in a recipe does not exist."""
 
     exit_code = 14
 
@@ -99,19 +99,19 @@ class DataError(PeftbenchError):
 
 
 class DataNotFoundError(DataError):
-    """A data set that is not there."""
+    """A data set that was not found."""
 
     exit_code = 21
 
 
 class EmptySplitError(DataError):
-    """A split without examples, or without enough of them."""
+    """A split without examples, or with too few."""
 
     exit_code = 22
 
 
 class MissingColumnError(DataError):
-    """A column that a data set does not have."""
+    """A column that does not exist in the data set."""
 
     exit_code = 23
 
@@ -123,79 +123,79 @@ class SequenceTooShortError(DataError):
 
 
 class HubUnreachableError(DataError):
-    """The hub did not answer."""
+    """The Hub did not answer."""
 
     exit_code = 25
 
 
 class ModelError(PeftbenchError):
-    """A base that cannot be used."""
+    """A base model that cannot be used."""
 
     exit_code = 30
 
 
 class ModelNotFoundError(ModelError):
-    """A base that is not there."""
+    """A base model that was not found."""
 
     exit_code = 31
 
 
 class TargetModulesError(ModelError):
-    """Target modules that match nothing."""
+    """Target modules that match no module."""
 
     exit_code = 32
 
 
 class UnsupportedModelError(ModelError):
-    """An architecture that a method or a knob cannot handle."""
+    """An architecture that a method or recipe key does not support."""
 
     exit_code = 33
 
 
 class EngineError(PeftbenchError):
-    """The engine that started is not the one asked for."""
+    """The launched engine is not the one the recipe requests."""
 
     exit_code = 40
 
 
 class PrecisionError(EngineError):
-    """A precision that this device does not have."""
+    """A precision that the device does not support."""
 
     exit_code = 41
 
 
 class CombinationError(EngineError):
-    """A method, optimizer or precision that the engine cannot run."""
+    """A method, optimizer or precision that the engine does not support."""
 
     exit_code = 42
 
 
 class OptimizerError(EngineError):
-    """An optimizer whose library is not there, or cannot be used here."""
+    """An optimizer whose library is missing or does not work here."""
 
     exit_code = 43
 
 
 class CheckpointError(EngineError):
-    """A checkpoint that this engine or number of processes cannot go on from."""
+    """A checkpoint that this launch cannot resume from."""
 
     exit_code = 44
 
 
 class OutputError(PeftbenchError):
-    """A place that cannot be written."""
+    """A path that cannot be written."""
 
     exit_code = 50
 
 
 class DiskFullError(OutputError):
-    """No space left, or the quota is used up."""
+    """No space left, or the quota is exceeded."""
 
     exit_code = 51
 
 
 class RunLockedError(OutputError):
-    """A folder in which another process works."""
+    """A run folder in which another process works."""
 
     exit_code = 52
 
@@ -207,43 +207,43 @@ class RecordError(PeftbenchError):
 
 
 class BudgetError(PeftbenchError):
-    """A budget that is no size, or that nothing could fit."""
+    """An invalid budget."""
 
     exit_code = 80
 
 
 class DeviceError(BudgetError):
-    """A device of which nothing is known."""
+    """An unknown device."""
 
     exit_code = 81
 
 
 class EstimateUnavailableError(BudgetError):
-    """A memory that is not predicted, instead of a wrong figure."""
+    """Memory that cannot be estimated."""
 
     exit_code = 82
 
 
 class BudgetTooSmallError(BudgetError):
-    """A budget below the weights alone."""
+    """A budget below the size of the weights."""
 
     exit_code = 83
 
 
 class SlurmError(PeftbenchError):
-    """A job that SLURM cannot be given, or that would lead nowhere."""
+    """A job that SLURM cannot accept, or that would make no progress."""
 
     exit_code = 90
 
 
 class TimeLimitError(SlurmError):
-    """A time that ends before a step and its checkpoint do."""
+    """A time limit shorter than a step and its checkpoint."""
 
     exit_code = 91
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
-    """``did you mean 'x'? (allowed: x, y, z)``, or the allowed names alone where none is near."""
+    """Return ``did you mean 'x'? (allowed: x, y, z)``, or only the allowed names if none is similar."""
     names = list(allowed)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     listed = ", ".join(names)

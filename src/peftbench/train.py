@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import sys
-import traceback
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from peftbench.common.console import cli_errors, quiet_libraries
-from peftbench.errors import PeftbenchError
+from peftbench.common.console import cli_errors, refuse_renamed_options
+from peftbench.common.libraries import quiet_libraries
+from peftbench.distributed import launcher_env
 from peftbench.recipe.loader import load_recipe, to_commented_yaml
-from peftbench.record import EXIT_CODES, RECORD_FILE, Outcome, RunRecord
+from peftbench.record import EXIT_CODES, Outcome, RunRecord
+from peftbench.run.result_line import build_result_line, exit_immediately, is_main_process, print_result_line
 from peftbench.run.shutdown import ShutdownSignal, ignore_signals
+from peftbench.run_dir.layout import RunDir
 from peftbench.run_dir.results import load_existing_result
 
 if TYPE_CHECKING:
@@ -27,31 +26,26 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-def is_main_process() -> bool:
-    """Whether this is the process that speaks for all, before any engine has started."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 @app.command()
 def train(
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Knobs to change, as train.steps=100.")
+        list[str] | None,
+        typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Recipe keys to override, e.g. train.steps=100."),
     ] = None,
     config: Annotated[
-        list[Path] | None, typer.Option("--config", help="A recipe; several are merged from left to right.")
+        list[Path] | None, typer.Option("--config", help="Recipe file; several are merged from left to right.")
     ] = None,
-    unless_finished: Annotated[
-        bool,
-        typer.Option("--unless-finished", help="Leave a run alone that has its result: its outcome is told again."),
+    skip_finished: Annotated[
+        bool, typer.Option("--skip-finished", help="Skip the run if its record already exists; print its outcome.")
     ] = False,
     print_config: Annotated[
-        bool, typer.Option("--print-config", help="Print the resolved recipe with each knob's meaning, and stop.")
+        bool, typer.Option("--print-config", help="Print the resolved recipe with a comment for each key, and exit.")
     ] = False,
 ) -> None:
     """Run one recipe and write its record.
 
-    The last line on standard output is one JSON object: the outcome, and the path of the record. Logs and progress go
-    to standard error. Start several processes with "accelerate launch --config_file accel_configs/cpu2.yaml".
+    The last line on standard output is one JSON object with the outcome and the path of the record. Logs and progress
+    go to standard error. Start several processes with "accelerate launch --config_file accel_configs/cpu2.yaml".
     """
     with cli_errors(on_error=print_result_line):
         recipe = load_recipe(config or [], overrides or [])
@@ -59,111 +53,53 @@ def train(
             if is_main_process():
                 print(to_commented_yaml(recipe), end="")
             return
-        before = load_existing_result(recipe) if unless_finished else None
-        if before is not None:
-            _print_existing_result(recipe, before)
-            raise typer.Exit(EXIT_CODES[before.outcome.kind])
-        outcome, record, code = run_recipe(recipe)
-        print_result_line(_build_result_line(recipe, outcome, record))
-        if outcome.kind != "ok" and _is_distributed():
-            _exit_immediately(code)
-        raise typer.Exit(code)
+        existing = load_existing_result(recipe) if skip_finished else None
+        if existing is not None:
+            _print_existing_result(recipe, existing)
+            raise typer.Exit(EXIT_CODES[existing.outcome.kind])
+        outcome, record_path, exit_code = run_recipe(recipe)
+        print_result_line(build_result_line(recipe.name, outcome, record_path))
+        if outcome.kind != "ok" and launcher_env.launched_world_size() > 1:
+            exit_immediately(exit_code)
+        raise typer.Exit(exit_code)
 
 
 def _print_existing_result(recipe: Recipe, record: RunRecord) -> None:
     if is_main_process():
-        print(f"{recipe.name} has its result already", file=sys.stderr, flush=True)
-    print_result_line(_build_result_line(recipe, record.outcome, Path(recipe.output_dir) / recipe.name / RECORD_FILE))
+        print(f"{recipe.name} already has a result", file=sys.stderr, flush=True)
+    print_result_line(build_result_line(recipe.name, record.outcome, RunDir.from_recipe(recipe).record_file))
 
 
 def run_recipe(recipe: Recipe) -> tuple[Outcome, Path | None, int]:
-    """Run ``recipe``; returns the outcome, the path of the record written and the exit code.
+    """Run ``recipe``; return the outcome, the path of the record if one was written, and the exit code.
 
-    Whatever libraries print goes to standard error.
+    Output that libraries print to standard output is redirected to standard error.
 
     Raises:
         PeftbenchError: the recipe cannot be run; nothing was written.
     """
     with contextlib.redirect_stdout(sys.stderr):
-        folder = Path(recipe.output_dir) / recipe.name
-        place = folder / RECORD_FILE
-        stop = ShutdownSignal()
-        stop.install_handlers()
+        shutdown_signal = ShutdownSignal()
+        shutdown_signal.install_handlers()
         quiet_libraries()
+        from peftbench.run.outcome import resolve_error
         from peftbench.run.runner import Run
 
-        started: Run | None = None
+        run: Run | None = None
         try:
-            started = Run(recipe, stop)
-            started.failure_channel.watch(partial(_abort_with_failed_rank, started))
-            outcome = started.execute()[0].outcome
-        except PeftbenchError as error:
-            if started is None or not started.is_record_written:
-                raise
-            print(f"error: {error}", file=sys.stderr, flush=True)  # what was measured is kept
-            return Outcome(kind="failed", error=str(error)), place, error.exit_code
-        except Exception as error:  # a fault of the program: whoever reads its traceback can mend it
-            traceback.print_exc()
-            kept = place if started is not None and started.is_record_written else None
-            return Outcome(kind="failed", error=f"{type(error).__name__}: {error}"), kept, EXIT_CODES["failed"]
-        return outcome, place, EXIT_CODES[outcome.kind]
-
-
-def _abort_with_failed_rank(run: Run, failure: dict[str, Any]) -> None:
-    """End this rank, which may wait for ever for one that is out of memory or gone; from a thread."""
-    code = EXIT_CODES[failure["outcome"]["kind"]]
-    try:
-        if is_main_process():
-            outcome, record = run.abort_with(failure)
-            print(f"error: {outcome.error}", file=sys.stderr, flush=True)
-            print_result_line(_build_result_line(run.recipe, outcome, record), sys.__stdout__)
-        else:
-            print(f"error: {failure['outcome']['error']}", file=sys.stderr, flush=True)
-            run.failure_channel.wait_for_record()
-    except PeftbenchError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        print_result_line({"outcome": "failed", "name": run.recipe.name, "error": str(error)}, sys.__stdout__)
-        code = error.exit_code
-    except BaseException as error:  # whatever it is, the process must end, for others wait for it
-        traceback.print_exc()
-        print_result_line(
-            {"outcome": "failed", "name": run.recipe.name, "error": f"{type(error).__name__}: {error}"}, sys.__stdout__
-        )
-        code = EXIT_CODES["failed"]
-    finally:
-        _exit_immediately(code)
-
-
-def _is_distributed() -> bool:
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def _exit_immediately(exit_code: int) -> NoReturn:
-    """End the process without closing what binds it to others, which would wait for them."""
-    for stream in (sys.__stdout__, sys.__stderr__):
-        if stream is not None:
-            stream.flush()
-    os._exit(exit_code)
-
-
-def _build_result_line(recipe: Recipe, outcome: Outcome, record_path: Path | None) -> dict[str, object]:
-    return {
-        "outcome": outcome.kind,
-        "record": None if record_path is None else str(record_path),
-        "name": recipe.name,
-        "error": outcome.error,
-        "suggestion": outcome.suggestion,
-    }
-
-
-def print_result_line(result: dict[str, object], file: TextIO | None = None) -> None:
-    """The last line on standard output, from one process."""
-    if is_main_process():
-        print(json.dumps({key: value for key, value in result.items() if value is not None}), flush=True, file=file)
+            run = Run(recipe, shutdown_signal)
+            run.abort_on_rank_failure()
+            record, path = run.execute()
+        except Exception as error:
+            record_path = run.record_path if run is not None else None
+            outcome, exit_code = resolve_error(error, record_path)
+            return outcome, record_path, exit_code
+        return record.outcome, path, EXIT_CODES[record.outcome.kind]
 
 
 def main() -> None:
     """Run the command line."""
+    refuse_renamed_options(sys.argv[1:], {"--unless-finished": "--skip-finished"})
     try:
         app()
     finally:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate.state import PartialState
 
-import peftbench.run.runner
+import peftbench.run.stages
 from peftbench.data.sources import Files
 from peftbench.distributed.compatibility import Combination
 from peftbench.distributed.engines import ENGINES, EngineKind
@@ -76,7 +76,7 @@ def recipe(point: Combination, base: str, data: str, folder: Path) -> Recipe:
 def keep_digests(folder: Path, engine: str) -> None:
     """Have every process tell, at the end of a training, the hash of its own weights, where it has them whole."""
 
-    def told(kind: EngineKind, started: Any, model: torch.nn.Module, *, here: bool) -> None:
+    def told(kind: EngineKind, started: Any, model: torch.nn.Module, *, on_this_rank: bool) -> None:
         if not kind.shards_weights:
             digest = hashlib.blake2b(digest_size=16)
             for parameter in model.parameters():
@@ -84,9 +84,9 @@ def keep_digests(folder: Path, engine: str) -> None:
             place = folder / engine / f"weights-{os.environ.get('RANK', '0')}"
             with place.open("a", encoding="utf-8") as file:
                 file.write(f"{digest.hexdigest()}\n")
-        gather_full_model(kind, started, model, on_this_rank=here)
+        gather_full_model(kind, started, model, on_this_rank=on_this_rank)
 
-    setattr(peftbench.run.runner, "bring_home", told)  # noqa: B010 — a name that it imports
+    setattr(peftbench.run.stages, "gather_full_model", told)  # noqa: B010 — a name that it imports
 
 
 def stopped_and_resumed(made: Recipe) -> None:

@@ -87,7 +87,8 @@ def built_from(recipe: Recipe, accelerator: Accelerator) -> AdaptedModel:
 
 def trainer_from(recipe: Recipe, accelerator: Accelerator, built: AdaptedModel | None = None) -> TrainingComponents:
     """What a run's loop drives, over the recipe's examples."""
-    from peftbench.training.build import build_encoder, build_training, load_encoded_split
+    from peftbench.training.build import build_training
+    from peftbench.training.data import build_encoder, load_encoded_split
 
     built = built or built_from(recipe, accelerator)
     encoder = build_encoder(recipe, built.base)

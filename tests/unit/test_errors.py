@@ -1,4 +1,4 @@
-"""Every mistake has a class, a place in the tree of the module's docstring, and an exit code of its own."""
+"""Every error class has an exit code of its own and a line in the module's docstring."""
 
 from __future__ import annotations
 
@@ -13,57 +13,57 @@ from peftbench.common.console import INTERRUPT_EXIT_CODE
 from peftbench.errors import REGRESSION_EXIT_CODE, PeftbenchError, did_you_mean
 from peftbench.record import EXIT_CODES
 
-SHELL = {2, 126, 127, 130}
-"""Exit codes that typer, the shell and Ctrl-C already have."""
+SHELL_EXIT_CODES = {2, 126, 127, 130}
+"""Exit codes that typer, the shell and Ctrl-C use."""
 
 
 def classes(root: type[PeftbenchError] = PeftbenchError) -> Iterator[type[PeftbenchError]]:
-    """``root`` and every class below it."""
+    """Yield ``root`` and all its subclasses."""
     yield root
     for child in root.__subclasses__():
         yield from classes(child)
 
 
-def drawn() -> dict[str, tuple[int, str | None]]:
-    """Exit code and parent of every class in the docstring's tree, by its name."""
-    found: dict[str, tuple[int, str | None]] = {}
-    above: list[tuple[int, str]] = []
+def parse_docstring_tree() -> dict[str, tuple[int, str | None]]:
+    """Return exit code and parent of every class in the docstring's tree, by name."""
+    tree: dict[str, tuple[int, str | None]] = {}
+    ancestors: list[tuple[int, str]] = []
     for line in (errors.__doc__ or "").splitlines():
         match = re.match(r"^([\s│├└─]*)(\w+Error) +(\d+)\b", line)
         if not match:
             continue
         depth, name = len(match.group(1)), match.group(2)
-        above = [entry for entry in above if entry[0] < depth]
-        found[name] = (int(match.group(3)), above[-1][1] if above else None)
-        above.append((depth, name))
-    return found
+        ancestors = [entry for entry in ancestors if entry[0] < depth]
+        tree[name] = (int(match.group(3)), ancestors[-1][1] if ancestors else None)
+        ancestors.append((depth, name))
+    return tree
 
 
 CLASSES = list(classes())
 
 
-def test_there_are_classes_to_check() -> None:
-    """The walk finds the whole tree, so that the tests over it test something."""
+def test_class_walk_and_docstring_parser_find_the_tree() -> None:
+    """The helpers of this file find all classes, so that the tests below check something."""
     assert len(CLASSES) >= 19
-    assert len(drawn()) >= 19
+    assert len(parse_docstring_tree()) >= 19
 
 
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
-def test_a_class_has_a_code_of_its_own(kind: type[PeftbenchError]) -> None:
-    """A class states its exit code itself, and it is one that a process can end with."""
+def test_class_defines_its_exit_code(kind: type[PeftbenchError]) -> None:
+    """Every class defines an exit code itself, below the shell's codes for signals."""
     assert "exit_code" in vars(kind)
     assert 0 < kind.exit_code < 126
 
 
 def test_exit_codes_are_distinct() -> None:
-    """No two errors, no error and an outcome, a comparison or the shell share an exit code."""
+    """Errors, outcomes, comparisons and the shell share no exit code."""
     codes = [kind.exit_code for kind in CLASSES] + [*EXIT_CODES.values(), REGRESSION_EXIT_CODE]
     assert len(codes) == len(set(codes))
-    assert not SHELL.intersection(codes)
+    assert not SHELL_EXIT_CODES.intersection(codes)
 
 
-def test_the_page_has_every_code_once() -> None:
-    """docs/reference/errors.md names each code that a command can end with, and no other."""
+def test_errors_page_lists_every_exit_code_once() -> None:
+    """docs/reference/errors.md lists each exit code of the commands, and no other."""
     page = Path(__file__).resolve().parents[2] / "docs" / "reference" / "errors.md"
     listed = sorted(int(code) for code in re.findall(r"\| (\d+) (?=\|)", page.read_text(encoding="utf-8")))
     ends = (
@@ -72,17 +72,17 @@ def test_the_page_has_every_code_once() -> None:
     assert listed == sorted(ends)
 
 
-def test_the_docstring_draws_every_class() -> None:
-    """The tree in the docstring names every class, its exit code and its parent, and no other."""
+def test_docstring_tree_matches_the_classes() -> None:
+    """The tree in the docstring has every class with its exit code and parent, and no other."""
     real = {
         kind.__name__: (kind.exit_code, None if kind is PeftbenchError else kind.__base__.__name__)  # type: ignore[union-attr]
         for kind in CLASSES
     }
-    assert drawn() == real
+    assert parse_docstring_tree() == real
 
 
-def test_a_sentence_and_what_to_do() -> None:
-    """The hint follows the message in the same sentence, and only where there is one."""
+def test_hint_follows_the_message() -> None:
+    """The hint is appended to the message, if there is one."""
     assert str(PeftbenchError("this is wrong", "do that")) == "this is wrong; do that"
     assert str(PeftbenchError("this is wrong")) == "this is wrong"
 
@@ -90,10 +90,10 @@ def test_a_sentence_and_what_to_do() -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("gobal_batch", "did you mean 'global_batch'? (allowed: steps, global_batch)"),
-        ("zzzzz", "allowed: steps, global_batch"),
+        ("gobal_batch", "did you mean 'global_batch_size'? (allowed: steps, global_batch_size)"),
+        ("zzzzz", "allowed: steps, global_batch_size"),
     ],
 )
-def test_nearest_names_what_may_have_been_meant(name: str, expected: str) -> None:
-    """A misspelt name gets the nearest allowed one, a strange one only the list."""
+def test_did_you_mean_suggests_the_nearest_name(name: str, expected: str) -> None:
+    """A misspelt name gets the nearest allowed one, an unrelated one only the list."""
     assert did_you_mean(name, ["steps", "global_batch_size"]) == expected

@@ -1,1 +1,1 @@
-"""TODO-DOC cli."""
+"""The peftbench command line."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,42 +29,25 @@ def compare_folders(
     thresholds: Sequence[str],
     as_json: bool,
     page_path: Path | None,
-    other_options: Mapping[str, object],
 ) -> str | None:
-    """Print two folders side by side; returns a sentence that says what fell, or None where nothing did.
+    """Print the comparison of two folders, and write it as a page to ``page_path`` unless that is None.
 
-    A page of it goes to ``html``, if that is given. ``others`` are what else the command has, by name, and None where
-    it was not given.
+    Returns:
+        A sentence that names the regressed metrics, None if there is no regression.
 
     Raises:
-        OutOfRangeError: something was given that is of one folder's report.
-        PeftbenchError: a threshold that cannot be meant, or a folder whose records cannot be compared.
+        PeftbenchError: an invalid threshold, or a folder whose records cannot be compared.
     """
-    if mixed := [name for name, value in other_options.items() if value is not None]:
-        raise OutOfRangeError(f"--compare A B says which two folders are compared; leave {join_with_and(mixed)} out")
-    found = diff_suites(*folders, parse_thresholds(thresholds))
+    diff = diff_suites(*folders, parse_thresholds(thresholds))
     if page_path is not None:
         from peftbench.report.page.build import render_diff_page  # the page's libraries take a second
 
-        write_atomically(page_path, render_diff_page(found))
+        write_atomically(page_path, render_diff_page(diff))
     if as_json:
-        typer.echo(found.model_dump_json(indent=1))
+        typer.echo(diff.model_dump_json(indent=1))
     else:
-        print_diff(found)
-    return regression_summary(found) if found.regressed else None
-
-
-def require_folder(folder: Path | None, other_options: Mapping[str, object]) -> Path:
-    """The folder whose report is made, where none are compared.
-
-    Raises:
-        OutOfRangeError: there is none, or something was given that is of a comparison (``others``, as above).
-    """
-    if mixed := [name for name, value in other_options.items() if value is not None]:
-        raise OutOfRangeError(f"{join_with_and(mixed)} cannot be meant for one folder; give two by --compare A B")
-    if folder is None:
-        raise OutOfRangeError("there is no folder to report on; give the one that a suite wrote to, or --compare A B")
-    return folder
+        print_diff(diff)
+    return regression_summary(diff) if diff.regressed else None
 
 
 def load_records(folder: Path, price_per_hour: float | None, *, allow_empty: bool) -> dict[Path, RunRecord]:
@@ -87,13 +70,15 @@ def reject_unused_options(
     Raises:
         OutOfRangeError: there is something of the kind.
     """
-    instead = [name for name, value in {"--into": update_file, "--by": group_by}.items() if value is not None]
+    instead = [
+        name for name, value in {"--update-file": update_file, "--group-by": group_by}.items() if value is not None
+    ]
     if page_path is not None and instead:
         raise OutOfRangeError(
             f"--html says where the page goes, and {join_with_and(instead)} makes none; leave one out"
         )
     if marker is not None and update_file is None:
-        raise OutOfRangeError("--block names a place in a file; give the file by --into")
+        raise OutOfRangeError("--marker names a section of a file; give the file with --update-file")
 
 
 def print_section(

@@ -1,1 +1,1 @@
-"""TODO-DOC common."""
+"""Foundations without any domain knowledge: schemas, files, units, text, console."""

@@ -1,4 +1,4 @@
-"""Where files go and how they are written: whole or not at all."""
+"""Cache folder, atomic writes, disk errors and packaged JSON files."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ ResourceT = TypeVar("ResourceT", bound=BaseModel)
 
 CACHE_DIR_ENV = "PEFTBENCH_CACHE"
 UNWRITABLE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM})
-"""Numbers of the system's errors that speak of the place written to, not of what was read."""
+"""``errno`` values caused by the destination of a write, not by the data that was read."""
 
 
 def cache_dir() -> Path:
-    """Folder for what can be made again: ``$PEFTBENCH_CACHE``, else the platform's cache folder for peftbench."""
+    """Return the cache folder: ``$PEFTBENCH_CACHE``, else the platform's cache folder for peftbench."""
     return Path(os.environ.get(CACHE_DIR_ENV) or platformdirs.user_cache_dir("peftbench"))
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write ``text`` (UTF-8) so that ``path`` holds either its old content or all of the new, after a crash too.
+    """Write ``text`` (UTF-8) to ``path`` atomically: after a crash the file has its full old or full new content.
 
     Raises:
-        DiskFullError: no space, or the quota is used up; nothing is left behind.
-        OutputError: the folder cannot be made or written.
+        DiskFullError: no space left, or quota exceeded; no partial file remains.
+        OutputError: the folder cannot be created or written.
     """
     temporary = None
     try:
@@ -46,7 +46,7 @@ def write_atomically(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_get_umask())
         temporary.replace(path)
-    except BaseException as error:  # an interrupt and a text that has no encoding must leave nothing behind either
+    except BaseException as error:  # also on interrupts and encoding errors: leave no temporary file
         if temporary is not None:
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
@@ -55,14 +55,14 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_error(path: Path, error: OSError) -> OutputError:
-    """The exception that tells a user why ``path`` could not be written."""
+    """Return the exception that explains why ``path`` could not be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFullError(f"the disk is full: {path} could not be written ({error.strerror})")
     return OutputError(f"cannot write {path}: {error.strerror or error}")
 
 
 def as_os_error(error: Exception) -> OSError:
-    """What a failed write says to the system; safetensors has an exception of its own, with the number in its text."""
+    """Return ``error`` as an OSError. safetensors raises its own exception, with the errno in its text."""
     if isinstance(error, OSError):
         return error
     number = re.search(r"os error (\d+)", str(error))
@@ -76,7 +76,7 @@ def _get_umask() -> int:
 
 
 def load_json_resources(package: str, kind: type[ResourceT]) -> dict[str, ResourceT]:
-    """Every file of ``package``, by its name without the ending, in order."""
+    """Load every JSON file of ``package``, sorted by its name without the suffix."""
     files = (path for path in resources.files(package).iterdir() if path.name.endswith(".json"))
-    found = {path.name.removesuffix(".json"): kind.model_validate_json(path.read_bytes()) for path in files}
-    return dict(sorted(found.items()))
+    loaded = {path.name.removesuffix(".json"): kind.model_validate_json(path.read_bytes()) for path in files}
+    return dict(sorted(loaded.items()))

@@ -1,4 +1,4 @@
-"""The kind of thing a recipe is made of."""
+"""Base classes of recipe sections and of records."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from pydantic import BaseModel, ConfigDict
 
 
 class ConfigSection(BaseModel):
-    """A frozen group of knobs that knows no key but its own. Each field's description is its one-line meaning."""
+    """A frozen group of recipe keys; unknown keys are errors. Each field's docstring is its help text, one line."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class RecordModel(BaseModel):
-    """A part of a record: frozen, of known fields alone."""
+    """A frozen part of a record; unknown fields are errors."""
 
-    # JSON has no NaN or infinity; as null they could not be read back where a number must be.
+    # JSON has no NaN or infinity. Written as null they could not be read back into a number field.
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")

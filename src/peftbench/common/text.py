@@ -1,4 +1,4 @@
-"""Texts that OmegaConf shall read as they are."""
+"""Small text helpers."""
 
 from __future__ import annotations
 
@@ -9,5 +9,11 @@ _INTERPOLATION_PATTERN = re.compile(r"(\\*)\$\{")
 
 
 def escape_interpolation(text: str) -> str:
-    r"""``text`` with OmegaConf's interpolations escaped: of ``\`` before one, each stands for itself only doubled."""
+    r"""Return ``text`` with OmegaConf's interpolations escaped; each ``\`` before one is doubled to stay literal."""
     return _INTERPOLATION_PATTERN.sub(r"\1\1\\${", text)
+
+
+def first_line(error: BaseException, max_length: int | None = None) -> str:
+    """Return the first line of an error's message, its type's name if the message is empty."""
+    text = str(error).strip()
+    return text.splitlines()[0][:max_length] if text else type(error).__name__

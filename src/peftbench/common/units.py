@@ -1,4 +1,4 @@
-"""Sizes of memory as people write them."""
+"""Parse and format memory sizes."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ _MIB, _GIB = 2**20, 2**30
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "16GiB", "16GB" (10^9), "15.5 GiB" or a plain number of bytes.
+    """Return the bytes of "16GiB", "16GB" (10^9), "15.5 GiB" or a plain number of bytes.
 
     Raises:
-        BudgetError: it is no size, or none at all.
+        BudgetError: ``text`` is not a size, or it is zero.
     """
     try:
         size = int(_BYTE_SIZE_ADAPTER.validate_python(text))
     except ValidationError as error:
-        raise BudgetError(f"{text!r} is no size of memory; write it as 16GiB or 15500MiB") from error
+        raise BudgetError(f"{text!r} is not a memory size; write it as, for example, 16GiB or 15500MiB") from error
     if size <= 0:
-        raise BudgetError(f"a budget of {text!r} leaves no memory at all; write it as 16GiB or 15500MiB")
+        raise BudgetError(f"a memory budget of {text!r} is empty; write it as, for example, 16GiB or 15500MiB")
     return size
 
 
 def format_bytes(num_bytes: int, total_bytes: int | None = None) -> str:
-    """Short and for a person, with the whole where there is one: "96 of 112 MiB"; from 10 GiB on "13.1 of 16.0 GiB"."""
+    """Format a size for a person, with the total if given: "96 of 112 MiB"; from 10 GiB "13.1 of 16.0 GiB"."""
     sizes = [num_bytes] if total_bytes is None else [num_bytes, total_bytes]
     if max(sizes) < 10 * _GIB:
         return " of ".join(f"{size / _MIB:,.0f}" for size in sizes) + " MiB"

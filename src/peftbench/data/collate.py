@@ -111,8 +111,8 @@ class MicroBatch:
     attention_mask: torch.Tensor | None = None
     """(rows, width), where padding enters the loss and may not be looked at."""
     packed_sequences: PackedSequences | None = None
-    feature_mode: Literal["computed", "kept", "stored"] = "computed"
-    """What becomes of the hidden states: computed and forgotten, computed and kept in a store, or taken from there."""
+    feature_mode: Literal["recompute", "save", "load"] = "recompute"
+    """Hidden states: computed and not saved, computed and saved to the feature store, or loaded from it."""
 
     @property
     def model_inputs(self) -> dict[str, Any]:
@@ -122,7 +122,7 @@ class MicroBatch:
         given = {
             "input_ids": self.input_ids,
             "position_ids": self.packed_sequences.position_ids,
-            "documents": self.packed_sequences,
+            "packed_sequences": self.packed_sequences,
         }
         return given | (
             {"virtual": self.packed_sequences.virtual_token_indices}

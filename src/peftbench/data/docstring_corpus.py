@@ -1,8 +1,9 @@
-"""The offline default: summary lines to be written from the rest of their docstrings.
+"""The offline default corpus: write a docstring's summary line from the rest of the docstring.
 
-The text is what every installation of peftbench has on its disk: the standard library and peftbench's own run-time
-dependencies. It is split by distribution, so that no sentence of a held-out package is trained on, and what a held-out
-package shares with a training one (a copied docstring, the same summary line) is dropped from the held-out side.
+The text is the Python source of the standard library and of the distributions in :data:`CORPUS_DISTRIBUTIONS`, which
+come with peftbench. The corpus is split by distribution, so no sentence of a held-out package is trained on. Text that
+a held-out package shares with a training package (a copied docstring, the same summary line) is dropped from the
+held-out split.
 """
 
 from __future__ import annotations
@@ -27,25 +28,115 @@ from peftbench.data.docstring_parser import (
     extract_docstrings,
     list_source_files,
     normalize_text,
-    resolve_dependencies,
 )
+from peftbench.errors import DataNotFoundError
 
 DISTRIBUTION = "peftbench"
-# Self-contained libraries of different kinds, present under every platform's markers; all others are trained on.
+CORPUS_DISTRIBUTIONS: tuple[str, ...] = (
+    "absl-py",
+    "accelerate",
+    "altair",
+    "annotated-doc",
+    "annotated-types",
+    "anyio",
+    "attrs",
+    "bitsandbytes",
+    "certifi",
+    "charset-normalizer",
+    "click",
+    "cloudpickle",
+    "datasets",
+    "deepspeed",
+    "defusedxml",
+    "dill",
+    "einops",
+    "evaluate",
+    "filelock",
+    "fsspec",
+    "h11",
+    "hf-xet",
+    "hjson",
+    "httpcore2",
+    "httpx2",
+    "huggingface-hub",
+    "idna",
+    "jinja2",
+    "joblib",
+    "jsonschema",
+    "jsonschema-specifications",
+    "markdown-it-py",
+    "markupsafe",
+    "mdurl",
+    "mpmath",
+    "msgpack",
+    "multiprocess",
+    "narwhals",
+    "networkx",
+    "ninja",
+    "nltk",
+    "numpy",
+    "nvidia-ml-py",
+    "omegaconf",
+    "packaging",
+    "pandas",
+    "peft",
+    "platformdirs",
+    "psutil",
+    "py-cpuinfo",
+    "pyarrow",
+    "pydantic",
+    "pydantic-core",
+    "pygments",
+    "python-dateutil",
+    "pyyaml",
+    "referencing",
+    "regex",
+    "requests",
+    "rich",
+    "rouge-score",
+    "rpds-py",
+    "safetensors",
+    "scipy",
+    "setuptools",
+    "shellingham",
+    "six",
+    "sympy",
+    "tabulate",
+    "tokenizers",
+    "torch",
+    "tqdm",
+    "transformers",
+    "truststore",
+    "typer",
+    "typing-extensions",
+    "typing-inspection",
+    "tzdata",
+    "urllib3",
+    "vl-convert-python",
+    "xxhash",
+)
+"""Distributions that the corpus is read from, by normalized name (PEP 503), sorted.
+
+The list is fixed: it does not follow peftbench's requirements, so a new dependency leaves the corpus as it is.
+"""
+LINUX_ONLY = frozenset({"bitsandbytes", "deepspeed", "einops", "hjson", "msgpack", "ninja", "py-cpuinfo"})
+"""Distributions that peftbench installs on Linux only: bitsandbytes, DeepSpeed and its requirements."""
+
+# Self-contained libraries of different kinds, installed on every platform. All others are in the training split.
 HELD_OUT_PACKAGES = {"nltk": "validation", "networkx": "test"}
 SPLITS = ("train", "validation", "test")
-_CACHE_VERSION = 1  # part of the cache's name: raise it when the rules below or in harvest.py change
+_CACHE_VERSION = 2  # part of the cache's name: increase it when the rules here or in docstring_parser.py change
 
 
 @dataclass
 class Corpus:
-    """Distinct docstrings by split: whole ``documents`` for pretraining, ``pairs`` for fine-tuning."""
+    """Distinct docstrings by split: full ``documents`` for pretraining, ``pairs`` for fine-tuning."""
 
     documents: dict[str, list[str]] = field(default_factory=lambda: {split: [] for split in SPLITS})
     pairs: dict[str, list[SummarizationPair]] = field(default_factory=lambda: {split: [] for split in SPLITS})
 
     def fingerprint(self) -> str:
-        """Hash of every pair of every split, in order (BLAKE2b, 16 bytes, hexadecimal)."""
+        """Return the hash of every pair of every split, in order (BLAKE2b, 16 bytes, hexadecimal)."""
         digest = hashlib.blake2b(digest_size=16)
         for split in SPLITS:
             for example in self.pairs[split]:
@@ -54,7 +145,7 @@ class Corpus:
 
 
 def build_corpus(docstrings: Iterable[Docstring]) -> Corpus:
-    """Split by package and drop duplicates; the training side keeps what both sides have."""
+    """Split by package and drop duplicates; text in both a training and a held-out package stays in training."""
     corpus = Corpus()
     texts: set[str] = set()
     parts: set[str] = set()  # summary lines and bodies
@@ -78,29 +169,60 @@ def build_corpus(docstrings: Iterable[Docstring]) -> Corpus:
     return corpus
 
 
+def installed_distributions() -> dict[str, str]:
+    """Return the installed version of each distribution of the corpus.
+
+    A missing distribution is an error: skipping it would change the training examples and their fingerprint, and the
+    run would not be comparable with others. Only distributions that peftbench does not install on this platform are
+    skipped; the corpus of such a platform has its own fingerprint.
+
+    Raises:
+        DataNotFoundError: a distribution is not installed; the message has the pip command.
+    """
+    versions: dict[str, str] = {}
+    missing: list[str] = []
+    for name in CORPUS_DISTRIBUTIONS:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            if name not in LINUX_ONLY or platform.system() == "Linux":
+                missing.append(name)
+    if missing:
+        raise DataNotFoundError(
+            f"the docstring corpus is read from {', '.join(missing)}, which is not installed",
+            f"run: pip install {' '.join(missing)}",
+        )
+    return versions
+
+
 def read_corpus() -> Corpus:
-    """Harvest this environment (about 20 s on 2 cores), with a progress bar on a terminal."""
-    files = len(list_source_files(resolve_dependencies(DISTRIBUTION)))
+    """Read the corpus from this environment (about 20 s on 2 cores), with a progress bar on a terminal."""
+    files = list_source_files(installed_distributions())
     workers = min(8, os.cpu_count() or 1)
-    bar = tqdm(
-        extract_docstrings(DISTRIBUTION, workers), total=files, desc="reading docstrings", unit="file", disable=None
+    progress = tqdm(
+        extract_docstrings(files, workers), total=len(files), desc="reading docstrings", unit="file", disable=None
     )
-    return build_corpus(docstring for found in bar for docstring in found)
+    return build_corpus(docstring for docstrings in progress for docstring in docstrings)
 
 
 def environment_key() -> str:
-    """Names the corpus before it is read: the interpreter and the exact versions it is read from."""
-    versions = [f"{name}=={metadata.version(name)}" for name in resolve_dependencies(DISTRIBUTION)]
+    """Return the name of this environment's corpus: a hash of the interpreter's and the distributions' versions."""
+    versions = [f"{name}=={version}" for name, version in installed_distributions().items()]
     text = json.dumps([_CACHE_VERSION, platform.python_version(), HELD_OUT_PACKAGES, versions])
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def cache_pair_files() -> tuple[dict[str, Path], str]:
-    """Paths of the pairs as JSON lines, by split, and their fingerprint; harvested once an environment, then cached."""
+    """Return the paths of the pairs (JSON lines) by split, and their fingerprint; cached per environment.
+
+    Raises:
+        DataNotFoundError: a distribution of the corpus is not installed.
+        OutputError: the cache cannot be written.
+    """
     folder = cache_dir() / f"docstrings-{environment_key()}"
     paths = {split: folder / f"{split}.jsonl" for split in SPLITS}
     fingerprint = folder / "fingerprint"
-    if fingerprint.exists():  # complete, since it is written last; a cache that cannot be written can be read
+    if fingerprint.exists():  # written last, so the cache is complete; a read-only cache works too
         return paths, fingerprint.read_text(encoding="utf-8")
     lock = FileLock(folder / "lock")
     try:

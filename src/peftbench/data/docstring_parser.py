@@ -1,8 +1,8 @@
-"""Harvest docstrings from Python source trees, by reading them: nothing is imported or executed.
+"""Extract docstrings from Python source files. Files are parsed; nothing is imported or executed.
 
-The unit is one docstring, exactly as :func:`inspect.cleandoc` (PEP 257 indentation rules) prints it, with the
-distribution it came from. Two views are taken from it: the whole text, on which the shipped base is pretrained, and the
-pair *(rest of the docstring, summary line)*, on which every method is fine-tuned.
+Each docstring is cleaned by :func:`inspect.cleandoc` (PEP 257 indentation rules) and stored with its distribution. The
+full text is used to pretrain the shipped base model. The pair *(rest of the docstring, summary line)* is used for
+fine-tuning.
 """
 
 from __future__ import annotations
@@ -12,27 +12,25 @@ import inspect
 import re
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-
-from packaging.requirements import Requirement
 
 STANDARD_LIBRARY = "python"
 SUMMARY_CHARS = (20, 200)
 MIN_BODY_CHARS = 150
 MIN_SUMMARY_WORDS = 4
 
-# Tests and vendored copies repeat other packages' text; the standard library's site-packages belongs to others.
+# Tests and vendored copies repeat other packages' text; site-packages is not part of the standard library.
 _SKIPPED_FOLDERS = frozenset({"test", "tests", "testing", "idle_test", "_vendor", "site-packages", "__pycache__"})
 _DOCSTRING_NODES = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 @dataclass(frozen=True, slots=True)
 class Docstring:
-    """One docstring: where it was found (``package``, ``where`` as ``path:qualified name``) and its clean text."""
+    """One docstring: its ``package``, its ``location`` (``path:qualified name``) and its cleaned ``text``."""
 
     package: str
     location: str
@@ -41,7 +39,7 @@ class Docstring:
 
 @dataclass(frozen=True, slots=True)
 class SummarizationPair:
-    """One summarisation example: ``article`` is the docstring without its summary line, ``summary`` that line."""
+    """One summarization example: ``article`` is the docstring without its summary line, ``summary`` is that line."""
 
     package: str
     location: str
@@ -49,56 +47,31 @@ class SummarizationPair:
     summary: str
 
 
-def resolve_dependencies(distribution: str) -> list[str]:
-    """Names of the installed distributions that ``distribution`` needs at run time, itself and extras excluded.
-
-    Walks ``Requires-Dist`` as far as its environment markers hold here (PEP 508), so that development tools which
-    happen to be installed beside the project do not change the corpus.
-    """
-    found: dict[str, None] = {}
-    queue = [distribution]
-    while queue:
-        try:
-            required = metadata.distribution(queue.pop()).requires or []
-        except metadata.PackageNotFoundError:
-            continue
-        for requirement in map(Requirement, required):
-            name = canonicalize_name(requirement.name)
-            if name in found or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
-                continue
-            found[name] = None
-            queue.append(name)
-    return sorted(found)
-
-
-def canonicalize_name(name: str) -> str:
-    """A distribution's name in its normal form (PEP 503)."""
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
 def list_source_files(distributions: Iterable[str]) -> list[tuple[str, Path, str]]:
-    """Python files of the standard library and of ``distributions``: ``(package, root folder, path below it)``."""
+    """List Python files of the standard library and of ``distributions``: ``(package, root folder, relative path)``.
+
+    A distribution that is not installed adds no files.
+    """
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     files = [(STANDARD_LIBRARY, stdlib, str(path.relative_to(stdlib))) for path in stdlib.rglob("*.py")]
     for name in distributions:
         try:
-            found = metadata.distribution(name)
+            distribution = metadata.distribution(name)
         except metadata.PackageNotFoundError:
             continue
-        root = Path(str(found.locate_file("")))
-        files += [(name, root, str(path)) for path in found.files or () if path.suffix == ".py"]
-    return sorted(
-        f for f in files if not _SKIPPED_FOLDERS.intersection(Path(f[2]).parts[:-1]) and not _is_test_file(f[2])
-    )
+        root = Path(str(distribution.locate_file("")))
+        files += [(name, root, str(path)) for path in distribution.files or () if path.suffix == ".py"]
+    return sorted(file for file in files if not _is_skipped(file[2]))
 
 
-def _is_test_file(path: str) -> bool:
+def _is_skipped(path: str) -> bool:
     name = Path(path).name
-    return name.startswith("test_") or name.endswith("_test.py") or ".." in path
+    is_test = name.startswith("test_") or name.endswith("_test.py")
+    return is_test or ".." in path or bool(_SKIPPED_FOLDERS.intersection(Path(path).parts[:-1]))
 
 
 def parse_docstrings(source_file: tuple[str, Path, str]) -> list[Docstring]:
-    """Every docstring of one Python file, in order of appearance; a file that does not parse has none."""
+    """Return every docstring of one Python file, in order of appearance; none if the file cannot be parsed."""
     package, root, path = source_file
     try:
         with warnings.catch_warnings():
@@ -119,21 +92,17 @@ def _walk_docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
         yield from _walk_docstrings(child, f"{name}.{below}".strip(".") if below else name)
 
 
-def extract_docstrings(distribution: str, workers: int = 2) -> Iterator[list[Docstring]]:
-    """Docstrings of the standard library and the run-time dependencies of ``distribution``, file by file, in order.
-
-    Yields one list a file, so that a caller can show progress against ``len(sources(closure(distribution)))``.
-    """
-    files = list_source_files(resolve_dependencies(distribution))
+def extract_docstrings(files: Sequence[tuple[str, Path, str]], workers: int = 2) -> Iterator[list[Docstring]]:
+    """Yield the docstrings of each of ``files`` (see :func:`list_source_files`) in order, one list per file."""
     with ProcessPoolExecutor(workers) as pool:
         yield from pool.map(parse_docstrings, files, chunksize=64)
 
 
 def build_pair(docstring: Docstring) -> SummarizationPair | None:
-    """The docstring as a summarisation pair, or None where PEP 257 gives no summary line worth predicting.
+    """Return the docstring as a summarization pair, or None if it has no usable PEP 257 summary line.
 
-    A summary is the first line, followed by a blank one, of 20 to 200 characters and at least four words, ending in a
-    full stop; the rest must have at least 150 characters.
+    The summary is the first line: 20 to 200 characters, at least four words, ends in a full stop, followed by a blank
+    line. The rest must have at least 150 characters.
     """
     summary, _, rest = docstring.text.partition("\n")
     summary, article = summary.strip(), rest.strip()
@@ -146,5 +115,5 @@ def build_pair(docstring: Docstring) -> SummarizationPair | None:
 
 
 def normalize_text(text: str) -> str:
-    """What two copies of a text share: its lower-case letters and digits. The key for finding duplicates."""
+    """Return the lower-case letters and digits of ``text``, the key for finding duplicates."""
     return re.sub(r"[^a-z0-9]+", "", text.lower())

@@ -1,1 +1,1 @@
-"""What happens: bind to the machine, build from the recipe, run the one loop."""
+"""Engines that spread a training over processes and devices, and how the processes of one run communicate."""

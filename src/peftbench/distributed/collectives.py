@@ -1,4 +1,4 @@
-"""What ranks do one after another, refuse together, and know of each other."""
+"""Operations over the ranks of a run: one after another, errors raised on all, and objects gathered."""
 
 from __future__ import annotations
 
@@ -15,22 +15,32 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+def get_dp_rank(accelerator: Accelerator) -> int:
+    """Return this process's index among those that divide the data: all of them, since no engine shares examples."""
+    return int(accelerator.process_index)
+
+
+def get_dp_world_size(accelerator: Accelerator) -> int:
+    """Return the number of processes that divide the data."""
+    return int(accelerator.num_processes)
+
+
 def main_process_first(accelerator: Accelerator, fn: Callable[[], T]) -> T:
-    """``work`` on the main process, then on the others, which find what it left in caches.
+    """Call ``fn`` on the main process, then on the others, which read the caches that it filled.
 
     Raises:
-        PeftbenchError: the main process cannot do it; every rank raises the same, and none waits for another.
+        PeftbenchError: ``fn`` failed on the main process; every rank raises the same error.
     """
-    made: list[T] = []
-    broadcast_from_main(accelerator, lambda: made.append(fn()))  # whose result may be too much to send
-    return made[0] if accelerator.is_main_process else fn()
+    results: list[T] = []
+    broadcast_from_main(accelerator, lambda: results.append(fn()))  # the result may be too large to send
+    return results[0] if accelerator.is_main_process else fn()
 
 
 def broadcast_from_main(accelerator: Accelerator, fn: Callable[[], T]) -> T:
-    """What ``work`` gives on the main process, on all of them.
+    """Call ``fn`` on the main process and return its result on every rank.
 
     Raises:
-        PeftbenchError: the main process cannot do it; every rank raises the same.
+        PeftbenchError: ``fn`` failed on the main process; every rank raises the same error.
     """
     result: T | PeftbenchError | None = None
     if accelerator.is_main_process:
@@ -46,6 +56,6 @@ def broadcast_from_main(accelerator: Accelerator, fn: Callable[[], T]) -> T:
 
 
 def all_gather_objects(accelerator: Accelerator, value: T) -> list[T]:
-    """What each rank has, by rank."""
-    found: list[T] = gather_object([value]) if accelerator.num_processes > 1 else [value]
-    return found
+    """Return each rank's value, in the order of ranks."""
+    values: list[T] = gather_object([value]) if accelerator.num_processes > 1 else [value]
+    return values

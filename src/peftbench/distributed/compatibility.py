@@ -1,44 +1,56 @@
-"""Which method, optimizer and precision runs on which engine, and with what more: one table, from which the tests and
-the docs are made.
+"""The compatibility table: which method, optimizer, precision and optional feature runs on which engine.
 
-Whatever no rule refuses is run by the tests (tests/distributed/), two processes where the engine spreads over several.
+Tests and docs are generated from it. tests/distributed/ runs every combination that no rule refuses on CPU, with two
+processes if the engine supports several.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from peftbench.distributed.engines import ENGINES
+from peftbench.distributed.engines import ENGINES, EngineKind
 from peftbench.errors import CombinationError
 from peftbench.methods import METHODS
-from peftbench.optim import OPTIMIZERS
+from peftbench.optim import OPTIMIZERS, Optimizer
 
-ADAPTER_METHODS = frozenset({"lora", "prompt_tuning"})
-"""Methods that add to the base and change nothing of it."""
 PRECISIONS = ("fp32", "bf16", "fp16")
-QUANTIZATION, CHECKPOINTING, ACTIVATION_OFFLOAD = "quantization", "checkpoints", "activation_offload"
+QUANTIZATION, CHECKPOINTING, ACTIVATION_OFFLOAD = "quantization", "checkpointing", "activation_offloading"
 MICRO_BATCH_TOKENS, COMPILE, LIGER = "micro_batch_tokens", "compile", "liger"
-FEATURE_CACHE = "trunk_cache"
+FEATURE_CACHE = "feature_cache"
 OPTIONAL_FEATURES = {
-    QUANTIZATION: ("model.quantization", "null"),
-    CHECKPOINTING: ("checkpoint.interval", "null"),
     ACTIVATION_OFFLOAD: ("train.activation_offloading", "false"),
-    MICRO_BATCH_TOKENS: ("train.micro_batch_tokens", "null"),
+    CHECKPOINTING: ("checkpoint.interval", "null"),
     COMPILE: ("train.compile", "false"),
     LIGER: ("train.cross_entropy", "torch"),
+    MICRO_BATCH_TOKENS: ("train.micro_batch_tokens", "null"),
+    QUANTIZATION: ("model.quantization", "null"),
     FEATURE_CACHE: ("train.feature_cache", "null"),
 }
-"""What a recipe may ask for beside the four: its knob, and the value that leaves it out."""
-_DEEPSPEED_ENGINES = frozenset(name for name, kind in ENGINES.items() if kind.is_deepspeed)
-_OFFLOAD_ENGINES = frozenset(name for name, kind in ENGINES.items() if kind.offload_optimizer != "none")
-_SHARDED_ENGINES = frozenset(name for name, kind in ENGINES.items() if kind.shards_weights)
-_NVME_ENGINES = frozenset(name for name, kind in ENGINES.items() if kind.offloads_to_nvme)
-_8BIT_OPTIMIZERS = frozenset({"adamw8bit", "paged_adamw8bit", "lion8bit"})
-_MATRIX_OPTIMIZERS = frozenset(name for name, kind in OPTIMIZERS.items() if kind.needs_matrices)
-_STOCHASTIC_ROUNDING_OPTIMIZERS = frozenset(name for name, kind in OPTIMIZERS.items() if kind.weight_dtype == "bf16")
-_BITSANDBYTES_OPTIMIZERS = _8BIT_OPTIMIZERS | {"adamw32bit", "lion"}
+"""Optional features of a recipe: the key of each, and the value that disables it."""
+
+
+def _engines(condition: Callable[[EngineKind], bool]) -> frozenset[str]:
+    return frozenset(name for name, engine in ENGINES.items() if condition(engine))
+
+
+def _optimizers(condition: Callable[[type[Optimizer]], bool]) -> frozenset[str]:
+    return frozenset(name for name, optimizer in OPTIMIZERS.items() if condition(optimizer))
+
+
+_DEEPSPEED_ENGINES = _engines(lambda engine: engine.is_deepspeed)
+_FSDP_ENGINES = _engines(lambda engine: engine.is_fsdp)
+_OFFLOAD_ENGINES = _engines(lambda engine: engine.offload_optimizer != "none")
+_SHARDED_ENGINES = _engines(lambda engine: engine.shards_weights)
+_NVME_ENGINES = _engines(lambda engine: engine.offloads_to_nvme)
+_STOCHASTIC_ROUNDING_OPTIMIZERS = _optimizers(lambda optimizer: optimizer.weight_dtype == "bf16")
+_PAGED_OPTIMIZERS = _optimizers(lambda optimizer: optimizer.is_paged)
+_QUANTIZABLE_METHODS = frozenset(name for name, method in METHODS.items() if method.supports_quantized_base)
+_DTENSOR_LIMITATIONS: dict[str, frozenset[str]] = {}
+for _name, _optimizer in OPTIMIZERS.items():
+    if (_limitation := _optimizer.dtensor_limitation) is not None:
+        _DTENSOR_LIMITATIONS[_limitation] = _DTENSOR_LIMITATIONS.get(_limitation, frozenset()) | {_name}
 
 
 @dataclass(frozen=True)
@@ -53,13 +65,13 @@ class Combination:
 
     @property
     def name(self) -> str:
-        """Of method, optimizer and precision, fit for a folder."""
+        """Name of method, optimizer and precision, valid as a folder's name."""
         return f"{self.method}-{self.optimizer}-{self.precision}"
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What is refused. A set that is None holds everything."""
+    """A set of combinations that are refused, and the reason. A field that is None matches every value."""
 
     reason: str
     engines: frozenset[str] | None = None
@@ -68,10 +80,10 @@ class Rule:
     methods: frozenset[str] | None = None
     devices: frozenset[str] | None = None
     optional_feature: str | None = None
-    """Only where the recipe asks for this."""
+    """Matches only recipes that use this feature."""
 
     def matches(self, combination: Combination, device: str) -> bool:
-        """Whether it speaks of this combination on this kind of device."""
+        """True if the rule refuses this combination on this type of device."""
         return (self.optional_feature is None or self.optional_feature in combination.optional_features) and all(
             allowed is None or value in allowed
             for value, allowed in (
@@ -86,213 +98,197 @@ class Rule:
 
 RULES = (
     Rule(
-        "the optimizer is shown one flat vector of each process's part, and this one needs the matrices",
+        "DeepSpeed's ZeRO gives the optimizer one flat vector for each process, and this optimizer needs matrices",
         engines=_DEEPSPEED_ENGINES,
-        optimizers=_MATRIX_OPTIMIZERS,
+        optimizers=_optimizers(lambda optimizer: optimizer.needs_matrices),
+    ),
+    *(
+        Rule(limitation, engines=_FSDP_ENGINES, optimizers=optimizers)
+        for limitation, optimizers in _DTENSOR_LIMITATIONS.items()
     ),
     Rule(
-        "each process holds some rows of a matrix, of which a projection is another",
-        engines=frozenset({"fsdp2"}),
-        optimizers=_MATRIX_OPTIMIZERS - {"adafactor"},
-    ),
-    Rule(
-        "torch's Adafactor has operations that its sharded tensors do not take",
-        engines=frozenset({"fsdp2"}),
-        optimizers=frozenset({"adafactor"}),
-    ),
-    Rule(
-        "weights in bf16 are rounded by chance, by each process otherwise, and their copies would drift apart",
+        "stochastic rounding draws different random numbers on each rank, so that the replicas would diverge",
         engines=frozenset({"ddp"}),
         optimizers=_STOCHASTIC_ROUNDING_OPTIMIZERS,
     ),
     Rule(
-        "ZeRO steps copies of the weights in float32, and there would be nothing to round",
+        "ZeRO steps float32 copies of the weights, which need no stochastic rounding",
         engines=_DEEPSPEED_ENGINES,
         optimizers=_STOCHASTIC_ROUNDING_OPTIMIZERS,
     ),
     Rule(
-        "rounding by chance has not been tried over sharded tensors here",
-        engines=frozenset({"fsdp2"}),
-        optimizers=_STOCHASTIC_ROUNDING_OPTIMIZERS,
-    ),
-    Rule(
-        "it holds weights in bf16, of which other arithmetic would make copies",
+        "this optimizer keeps the weights in bf16, and another precision would convert them to copies",
         optimizers=_STOCHASTIC_ROUNDING_OPTIMIZERS,
         precisions=frozenset({"fp32", "fp16"}),
     ),
     Rule(
-        "bitsandbytes' kernels do not take torch's sharded tensors",
-        engines=frozenset({"fsdp2"}),
-        optimizers=_BITSANDBYTES_OPTIMIZERS,
-    ),
-    Rule(
-        "DeepSpeedCPUAdam steps states in the CPU's memory, and this engine has them on the device",
+        "DeepSpeedCPUAdam steps states in CPU memory, and this engine keeps them on the device",
         engines=frozenset(ENGINES) - _OFFLOAD_ENGINES,
-        optimizers=frozenset({"deepspeed_cpu_adam"}),
+        optimizers=_optimizers(lambda optimizer: optimizer.is_cpu_only),
     ),
     Rule(
-        "states on a disk are read and written by DeepSpeed's own Adam",
+        "only DeepSpeed's own Adam steps states on disk",
         engines=_NVME_ENGINES,
-        optimizers=frozenset(OPTIMIZERS) - {"deepspeed_cpu_adam"},
+        optimizers=_optimizers(lambda optimizer: optimizer.library != "deepspeed"),
     ),
     Rule(
-        "paged states lie in memory that a GPU's driver moves, and there is none on CPU",
-        optimizers=frozenset({"paged_adamw8bit"}),
+        "paged states need memory that a GPU's driver manages, and the CPU has none",
+        optimizers=_PAGED_OPTIMIZERS,
         devices=frozenset({"cpu"}),
     ),
     Rule(
-        "paged states lie in the GPU's memory or where its driver moves them, and offload puts them elsewhere",
+        "the GPU's driver places paged states, and this engine offloads states itself",
         engines=_OFFLOAD_ENGINES,
-        optimizers=frozenset({"paged_adamw8bit"}),
+        optimizers=_PAGED_OPTIMIZERS,
     ),
     Rule(
-        "DeepSpeed is told how many micro-batches a step has before the examples are read",
+        "DeepSpeed needs the number of micro-batches in a step before the examples are read",
         engines=_DEEPSPEED_ENGINES,
         optional_feature=MICRO_BATCH_TOKENS,
     ),
     Rule(
-        "blocks that are compiled have not been tried in the hands of this engine here",
+        "compiled blocks are untested on this engine",
         engines=frozenset(ENGINES) - {"single", "ddp"},
         optional_feature=COMPILE,
     ),
     Rule(
-        "Liger's kernels are for CUDA",
+        "Liger's kernels need CUDA",
         devices=frozenset({"cpu"}),
         optional_feature=LIGER,
     ),
     Rule(
-        "fp16 is GPU arithmetic",
+        "fp16 needs a GPU",
         precisions=frozenset({"fp16"}),
         devices=frozenset({"cpu"}),
     ),
     Rule(
-        "DeepSpeed's fp16 holds weights in fp16, and the recipe's keeps them in float32",
+        "DeepSpeed's fp16 keeps the weights in fp16, and the recipe's fp16 keeps them in float32",
         engines=_DEEPSPEED_ENGINES,
         precisions=frozenset({"fp16"}),
     ),
     Rule(
-        "a quantised base is held in values that cannot be trained, and this method trains them",
+        "quantized weights cannot be trained, and this method trains weights of the base model",
         optional_feature=QUANTIZATION,
-        methods=frozenset(METHODS) - ADAPTER_METHODS,
+        methods=frozenset(METHODS) - _QUANTIZABLE_METHODS,
     ),
     Rule(
-        "it shares weights out in parts, which has not been tried with the packed ones of a quantised base here",
+        "this engine shards the weights, and sharding packed weights of a quantized base model is untested",
         optional_feature=QUANTIZATION,
         engines=_SHARDED_ENGINES,
     ),
     Rule(
-        "states on a disk are not in a checkpoint",
+        "checkpoints do not include states on disk",
         optional_feature=CHECKPOINTING,
         engines=_NVME_ENGINES,
     ),
     Rule(
-        "paged states would come back from a checkpoint unpaged",
+        "paged states would be restored from a checkpoint as unpaged ones",
         optional_feature=CHECKPOINTING,
-        optimizers=frozenset({"paged_adamw8bit"}),
+        optimizers=_PAGED_OPTIMIZERS,
     ),
     Rule(
-        "the backward pass needs weights put together from parts, and activation offload would move those",
+        "the backward pass gathers sharded weights, and activation offloading would move them to the CPU",
         optional_feature=ACTIVATION_OFFLOAD,
         engines=_SHARDED_ENGINES,
     ),
     Rule(
-        "all processes must put the trunk's weights together at once, and those that read its states would not",
+        "all processes must gather the backbone's weights together, and those that read cached features would not",
         optional_feature=FEATURE_CACHE,
         engines=_SHARDED_ENGINES,
     ),
 )
-"""In the order in which they are asked; the first that refuses explains."""
-_OPTIMIZER_FALLBACKS = {
-    "paged_adamw8bit": ("adamw8bit",),
-    "lion8bit": ("lion",),
-    "adafactor": ("adamw8bit",),
-    "adamw_bf16": ("adamw8bit",),
-    "adamw8bit_bf16": ("adamw8bit",),
-    "galore": ("adamw8bit",),
-    "apollo": ("adamw8bit",),
+"""Ordered: the first rule that refuses a combination gives the reason."""
+FALLBACKS: dict[str, dict[str | None, tuple[str, ...]]] = {
+    "optimizer": {
+        **{name: optimizer.fallbacks for name, optimizer in OPTIMIZERS.items()},
+        None: ("adamw", "adamw8bit", "deepspeed_cpu_adam"),
+    },
+    "engine": {
+        **{name: engine.fallbacks for name, engine in ENGINES.items()},
+        None: ("zero2", "zero2_offload", "zero3_offload", "ddp", "single"),
+    },
+    "precision": {None: ("bf16", "fp32")},
 }
-"""Optimizers to try first in the place of one; for all others, and then: AdamW and its kin."""
-_DEFAULT_OPTIMIZER_FALLBACKS = ("adamw", "adamw8bit", "deepspeed_cpu_adam")
-_ENGINE_FALLBACKS = {
-    "zero2_offload": ("zero3_offload", "zero2"),
-    "zero3": ("fsdp2",),
-    "zero3_offload": ("zero2_offload",),
-    "zero3_nvme": ("zero3_offload",),
-    "fsdp2": ("zero3",),
-}
-"""Engines to try first in the place of one; for all others, and then: the plainest."""
-_DEFAULT_ENGINE_FALLBACKS = ("zero2", "zero2_offload", "zero3_offload", "ddp", "single")
+"""Alternatives to a value in the order to try them: those of the value itself, then those of None."""
 
 
 def find_blocking_rule(combination: Combination, device: str) -> Rule | None:
-    """The rule that refuses this combination on a device of this kind (cuda or cpu), None where it runs."""
+    """Return the rule that refuses this combination on a device of this type (cuda or cpu), None if it runs."""
     return next((rule for rule in RULES if rule.matches(combination, device)), None)
 
 
 def find_nearest_supported(combination: Combination, device: str) -> list[Combination]:
-    """The nearest that run on this kind of device: one thing is another, or as few as it takes; the first of each kind.
+    """Return the nearest combinations that run on this type of device.
 
-    The method stays unless nothing else helps.
+    These change as few parts as possible; for each set of changed parts it is the first that runs.
+
+    The method changes only if a quantized base model requires it.
     """
-    tried = {
-        "optimizer": (*_OPTIMIZER_FALLBACKS.get(combination.optimizer, ()), *_DEFAULT_OPTIMIZER_FALLBACKS),
-        "precision": ("bf16", "fp32"),
-        "engine": (*_ENGINE_FALLBACKS.get(combination.engine, ()), *_DEFAULT_ENGINE_FALLBACKS),
-        "extras": tuple(combination.optional_features - {extra} for extra in sorted(combination.optional_features)),
-        "method": tuple(sorted(ADAPTER_METHODS)) if QUANTIZATION in combination.optional_features else (),
+    features = combination.optional_features
+    alternatives: dict[str, tuple[str | frozenset[str], ...]] = {
+        "optimizer": _list_fallbacks("optimizer", combination.optimizer),
+        "precision": _list_fallbacks("precision", combination.precision),
+        "engine": _list_fallbacks("engine", combination.engine),
+        "optional_features": tuple(features - {feature} for feature in OPTIONAL_FEATURES if feature in features),
+        "method": tuple(sorted(_QUANTIZABLE_METHODS)) if QUANTIZATION in features else (),
     }
-    for changes in range(1, len(tried) + 1):
-        found = []
-        for names in itertools.combinations(tried, changes):
-            points = (
-                replace(combination, **dict(zip(names, values, strict=True)))
-                for values in itertools.product(*(tried[name] for name in names))
+    for num_changes in range(1, len(alternatives) + 1):
+        nearest = []
+        for names in itertools.combinations(alternatives, num_changes):
+            candidates = (
+                replace(combination, **dict(zip(names, values, strict=True)))  # type: ignore[arg-type]
+                for values in itertools.product(*(alternatives[name] for name in names))
             )
-            found += list(itertools.islice((p for p in points if find_blocking_rule(p, device) is None), 1))
-        if found:
-            return found
+            nearest += list(itertools.islice((c for c in candidates if find_blocking_rule(c, device) is None), 1))
+        if nearest:
+            return nearest
     return []
 
 
+def _list_fallbacks(part: str, value: str) -> tuple[str, ...]:
+    return (*FALLBACKS[part].get(value, ()), *FALLBACKS[part][None])
+
+
 def check(combination: Combination, device: str) -> None:
-    """Refuse before anything is loaded.
+    """Check a combination before anything is loaded.
 
     Raises:
-        CombinationError: it cannot run; says why, and the nearest that can.
+        CombinationError: it does not run; the message has the reason and the nearest combinations that do.
     """
     rule = find_blocking_rule(combination, device)
     if rule is None:
         return
-    more = f" with {OPTIONAL_FEATURES[rule.optional_feature][0]}" if rule.optional_feature else ""
-    instead = ", or ".join(
-        describe_changes(combination, point, device) for point in find_nearest_supported(combination, device)
+    feature = f" with {OPTIONAL_FEATURES[rule.optional_feature][0]}" if rule.optional_feature else ""
+    alternatives = ", or ".join(
+        describe_changes(combination, nearest, device) for nearest in find_nearest_supported(combination, device)
     )
     raise CombinationError(
-        f"{combination.method} with optimizer.kind={combination.optimizer} in {combination.precision}{more} does not "
-        f"run on {combination.engine}: {rule.reason}; use {instead}"
+        f"{combination.method} with optimizer.kind={combination.optimizer} in {combination.precision}{feature} does "
+        f"not run on {combination.engine}: {rule.reason}; use {alternatives}"
     )
 
 
 def describe_changes(requested: Combination, alternative: Combination, device: str) -> str:
-    """How to come from one combination to another, in the words of recipes and launches."""
-    knobs = {"method": "method.kind", "optimizer": "optimizer.kind", "precision": "train.precision"}
-    files = {"single": "single_gpu" if device == "cuda" else "cpu", "ddp": "ddp" if device == "cuda" else "cpu2"}
-    said = [
-        f"{knob}={getattr(alternative, name)}"
-        for name, knob in knobs.items()
+    """Describe the changes from one combination to another as recipe keys and an accelerate config."""
+    keys = {"method": "method.kind", "optimizer": "optimizer.kind", "precision": "train.precision"}
+    configs = {"single": "single_gpu" if device == "cuda" else "cpu", "ddp": "ddp" if device == "cuda" else "cpu2"}
+    changes = [
+        f"{key}={getattr(alternative, name)}"
+        for name, key in keys.items()
         if getattr(alternative, name) != getattr(requested, name)
     ]
     if alternative.engine != requested.engine:
-        said.append(f"accel_configs/{files.get(alternative.engine, alternative.engine)}.yaml")
-    said += [
-        "=".join(OPTIONAL_FEATURES[extra])
-        for extra in sorted(requested.optional_features - alternative.optional_features)
+        changes.append(f"accel_configs/{configs.get(alternative.engine, alternative.engine)}.yaml")
+    changes += [
+        f"{key}={value}"
+        for feature, (key, value) in OPTIONAL_FEATURES.items()
+        if feature in requested.optional_features - alternative.optional_features
     ]
-    return " with ".join(said)
+    return " with ".join(changes)
 
 
 def iter_combinations(engine: str | None = None, optional_features: Iterable[str] = ()) -> Iterator[Combination]:
-    """Every point of the table, or those of one engine, with what a recipe may ask for beside."""
+    """Yield every combination, or those of one engine, with these optional features."""
     engines = ENGINES if engine is None else (engine,)
-    for point in itertools.product(METHODS, engines, OPTIMIZERS, PRECISIONS):
-        yield Combination(*point, frozenset(optional_features))
+    for values in itertools.product(METHODS, engines, OPTIMIZERS, PRECISIONS):
+        yield Combination(*values, frozenset(optional_features))

@@ -1,4 +1,4 @@
-"""docs/reference/compatibility.md, made from the table: python -m peftbench.distributed.compatibility_docs."""
+"""Prints docs/reference/compatibility.md: ``python -m peftbench.distributed.compatibility_docs``."""
 
 from __future__ import annotations
 
@@ -24,37 +24,40 @@ _DEVICES = ("cuda", "cpu")
 
 
 def render_markdown() -> str:
-    """The table as a page: what runs, and each refusal with its reason."""
-    notes: list[Rule] = []
+    """Render the compatibility table as a Markdown page, with the reason of each refusal."""
+    footnotes: list[Rule] = []
     rows = [
-        {"optimizer": f"`{optimizer}`", **{engine: _render_cell(engine, optimizer, notes) for engine in ENGINES}}
+        {"optimizer": f"`{optimizer}`", **{engine: _render_cell(engine, optimizer, footnotes) for engine in ENGINES}}
         for optimizer in OPTIMIZERS
     ]
-    more = [
-        {"knob": f"`{knob}`", **{engine: _render_optional_feature_cell(engine, extra, notes) for engine in ENGINES}}
-        for extra, (knob, _) in OPTIONAL_FEATURES.items()
+    features = [
+        {"key": f"`{key}`", **{engine: _render_optional_feature_cell(engine, feature, footnotes) for engine in ENGINES}}
+        for feature, (key, _) in OPTIONAL_FEATURES.items()
     ]
     reasons = "\n".join(
-        f"{index}. {rule.reason}. {_describe_common_alternatives(rule)}" for index, rule in enumerate(notes, start=1)
+        f"{index}. {_capitalize(rule.reason)}. {_describe_common_alternatives(rule)}"
+        for index, rule in enumerate(footnotes, start=1)
     )
-    changed = "\n".join(f"- `{name}`: {kind.approximation}." for name, kind in OPTIMIZERS.items() if kind.approximation)
+    approximations = "\n".join(
+        f"- `{name}`: {optimizer.approximation}." for name, optimizer in OPTIMIZERS.items() if optimizer.approximation
+    )
     return _PAGE_TEMPLATE.format(
         methods=", ".join(f"`{name}`" for name in METHODS),
         table=tabulate(rows, headers="keys", tablefmt="github"),
-        more=tabulate(more, headers="keys", tablefmt="github"),
+        features=tabulate(features, headers="keys", tablefmt="github"),
         reasons=reasons,
-        changed=changed,
+        approximations=approximations,
     )
 
 
 def _render_cell(engine: str, optimizer: str, footnotes: list[Rule]) -> str:
-    """The precisions that run on a GPU, and numbers of the reasons why others do not, or not on CPU."""
+    """Render the precisions that run on a GPU, and the footnotes of those that do not run there or on CPU."""
     runs, refused = [], []
     for precision in PRECISIONS:
         points = [Combination(method, engine, optimizer, precision) for method in METHODS]
         for device in _DEVICES:
             rules = {find_blocking_rule(point, device) for point in points}
-            assert len(rules) == 1, "a rule that tells methods apart needs a column for them"
+            assert len(rules) == 1, "a rule that depends on the method needs a column for methods"
             rule = rules.pop()
             if rule is None and device == "cuda":
                 runs.append(precision)
@@ -64,7 +67,7 @@ def _render_cell(engine: str, optimizer: str, footnotes: list[Rule]) -> str:
 
 
 def _render_optional_feature_cell(engine: str, optional_feature: str, footnotes: list[Rule]) -> str:
-    """Whether it goes with some of what runs on an engine, and numbers of the reasons why with others it does not."""
+    """Render "runs" if the feature runs with any combination of the engine, and the footnotes of its refusals."""
     rules = {
         find_blocking_rule(point, device)
         for device in _DEVICES
@@ -81,42 +84,52 @@ def _footnote_number(rule: Rule, footnotes: list[Rule]) -> int:
     return footnotes.index(rule) + 1
 
 
+def _capitalize(reason: str) -> str:
+    """Start a sentence with ``reason``, unless it starts with a name that is written in lower case."""
+    return reason if reason.startswith(("torch", "bitsandbytes", "fp16")) else reason[0].upper() + reason[1:]
+
+
 def _describe_common_alternatives(rule: Rule) -> str:
-    """What its refusals name most often in the place of what was asked for."""
-    named: Counter[str] = Counter()
+    """Return the two changes that refusals by this rule suggest most often."""
+    suggestions: Counter[str] = Counter()
     for device in rule.devices or ("cuda",):
         for point in iter_combinations(optional_features={rule.optional_feature} if rule.optional_feature else ()):
             if find_blocking_rule(point, device) is rule:
-                named.update(describe_changes(point, other, device) for other in find_nearest_supported(point, device))
-    return "Most often: " + " or ".join(f"`{words}`" for words, _ in named.most_common(2)) + "."
+                suggestions.update(
+                    describe_changes(point, other, device) for other in find_nearest_supported(point, device)
+                )
+    return "Use " + " or ".join(f"`{changes}`" for changes, _ in suggestions.most_common(2)) + "."
 
 
-_PAGE_TEMPLATE = """# What runs on what
+_PAGE_TEMPLATE = """# Compatibility
 
-Made by `make readme` from the table (`src/peftbench/distributed/compatibility.py`) that refuses a run before it loads
-anything and from which the tests are made. All methods ({methods})
-are alike in this, so each cell holds for all of them: the precisions that run on a GPU. A number tells why something
-does not, or not on CPU; the refusal itself names the nearest that does run.
+Generated by `make readme` from `src/peftbench/distributed/compatibility.py`. A run checks the same table before it loads
+anything, and the tests are generated from it. All methods ({methods}) have the same entries, so each
+cell applies to all of them. A cell lists the precisions that run on a GPU. A number refers to the reason why something
+does not run on that engine, or does not run on CPU. The error message of a refused run names the nearest combination
+that runs.
 
-`make test-engines` (some 20 minutes on two cores) trains every combination that runs on CPU, in two processes where the
-engine has them, and holds it against one process: the same losses and weights, to the tolerances in
-`tests/distributed/tolerances.py`, and the same again when it is stopped at a checkpoint and goes on. (Weights rounded by
-chance run in one process, and are held to learn and to go on identically.) `zero3_nvme` is run where libaio's
-development files are. No test has run what needs a GPU (fp16, paged states, activation offload) so far.
+`make test-engines` trains every combination that runs on CPU, with two processes if the engine supports several, and
+compares it with one process: losses and weights must agree to the tolerances of `tests/distributed/tolerances.py`. It
+also stops each run at a checkpoint, resumes it, and compares again. (Optimizers with stochastic rounding run in one
+process; their loss must fall, and they must resume identically.) `zero3_nvme` is tested if libaio's development files
+are installed. Combinations that need a GPU (fp16, paged states, activation offloading) have not been tested yet.
 
 {table}
 
-What a recipe may ask for beside, with what runs above:
+Optional features of a recipe, with the combinations above that run:
 
-{more}
+{features}
+
+Reasons:
 
 {reasons}
 
-## What changes what is computed
+## Optimizers that approximate
 
-All other optimizers do on every engine what they say. These approximate:
+All other optimizers compute their documented update on every engine. These approximate it:
 
-{changed}
+{approximations}
 """
 
 

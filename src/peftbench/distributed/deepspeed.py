@@ -1,13 +1,16 @@
-"""The only file that knows DeepSpeed's keys: a recipe's numbers are written in, and what came of them is read back."""
+"""DeepSpeed: writes the recipe's numbers into its config, reads its effective config back, and unwraps its optimizers.
+
+No other module uses DeepSpeed's config keys.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peftbench.distributed import launcher_env
 from peftbench.distributed.engines import EngineKind
 from peftbench.errors import EngineError, MissingFileError
 
@@ -17,7 +20,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 AUTO = "auto"
-_CONFIG_FILE_ENV = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 _RECIPE_KEYS = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -26,7 +28,7 @@ _RECIPE_KEYS = (
     "bf16.enabled",
     "fp16.enabled",
 )
-"""Keys whose values the recipe owns."""
+"""Keys whose values the recipe determines."""
 _ALLOWED_SECTIONS = frozenset(
     {
         "zero_optimization",
@@ -42,7 +44,7 @@ _ALLOWED_SECTIONS = frozenset(
         "memory_breakdown",
     }
 )
-"""Sections that say where state lies, or what is printed; any other could change what is computed."""
+"""Sections that place state or print; any other could change the computation."""
 _ALLOWED_ZERO_KEYS = frozenset(
     {
         "stage",
@@ -69,11 +71,6 @@ _ALLOWED_OFFLOAD_KEYS = frozenset(
 )
 
 
-def is_requested() -> bool:
-    """Whether the launcher asked for DeepSpeed."""
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
-
-
 def build_plugin(
     *,
     micro_batch_size: int,
@@ -82,125 +79,128 @@ def build_plugin(
     max_grad_norm: float | None,
     offload_dir: Path,
 ) -> DeepSpeedPlugin:
-    """Accelerate's plugin for the launcher's DeepSpeed file, with the recipe's numbers in it.
+    """Build accelerate's plugin from the launcher's DeepSpeed config and the recipe's numbers.
 
-    ``micro_batch`` is the largest of a process; DeepSpeed itself only reports by it. ``scratch`` is where states go
-    that are offloaded to a disk.
+    ``micro_batch_size`` is the largest of a process; DeepSpeed uses it only in its reports. ``offload_dir`` receives
+    state that is offloaded to disk.
 
     Raises:
-        MissingFileError, EngineError: the file is not there, or sets what the recipe owns.
+        MissingFileError, EngineError: the config file does not exist, or sets what the recipe determines.
     """
     config = _read_config()
     from accelerate.utils import DeepSpeedPlugin
 
     _check_keys(config)
     for key in _RECIPE_KEYS:
-        if (found := _get_nested(config, key)) not in (None, AUTO):
-            raise EngineError(f'the DeepSpeed file sets {key} to {found!r}, which is the recipe\'s; write "auto" there')
+        if (value := _get_nested(config, key)) not in (None, AUTO):
+            raise EngineError(
+                f'the DeepSpeed config sets {key} to {value!r}, which the recipe determines; set it to "auto"'
+            )
     config["train_micro_batch_size_per_gpu"] = micro_batch_size
     config["gradient_accumulation_steps"] = gradient_accumulation_steps
     config["train_batch_size"] = micro_batch_size * gradient_accumulation_steps * world_size
-    config["gradient_clipping"] = max_grad_norm or 0.0  # left alone, accelerate makes it 1
-    for part in ("offload_optimizer", "offload_param"):
-        offload = config.get("zero_optimization", {}).get(part)
-        if offload and offload.get("nvme_path") == AUTO:  # left alone, accelerate makes it a folder "none"
+    config["gradient_clipping"] = max_grad_norm or 0.0  # unset, accelerate makes it 1
+    for section in ("offload_optimizer", "offload_param"):
+        offload = config.get("zero_optimization", {}).get(section)
+        if offload and offload.get("nvme_path") == AUTO:  # unset, accelerate makes it a folder "none"
             offload["nvme_path"] = str(offload_dir)
-    # Each process loads the base whole, as under every other engine, and gives its part away afterwards: weights that
-    # are drawn in parts are other weights, and methods could not be applied to them.
+    # Each process loads the full base model, as under every other engine, and is sharded afterwards: weights that are
+    # initialized in shards have other values, and methods cannot be applied to them.
     return DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False)
 
 
 def _check_keys(config: Mapping[str, Any]) -> None:
     zero = config["zero_optimization"]
     _check_types(zero)
-    parts = [("", config, _ALLOWED_SECTIONS | set(_RECIPE_KEYS)), ("zero_optimization.", zero, _ALLOWED_ZERO_KEYS)]
-    parts += [
-        (f"zero_optimization.{part}.", zero.get(part) or {}, _ALLOWED_OFFLOAD_KEYS)
-        for part in ("offload_optimizer", "offload_param")
+    sections = [("", config, _ALLOWED_SECTIONS | set(_RECIPE_KEYS)), ("zero_optimization.", zero, _ALLOWED_ZERO_KEYS)]
+    sections += [
+        (f"zero_optimization.{section}.", zero.get(section) or {}, _ALLOWED_OFFLOAD_KEYS)
+        for section in ("offload_optimizer", "offload_param")
     ]
-    for place, found, known in parts:
-        if other := sorted(set(found) - known):
+    for prefix, section, allowed in sections:
+        if unknown := sorted(set(section) - allowed):
             raise EngineError(
-                f"the DeepSpeed file has {place}{other[0]}, which can change what is computed and is the recipe's to "
-                f"say; take it out (a file may have: {', '.join(sorted(known))})"
+                f"the DeepSpeed config sets {prefix}{unknown[0]}, which can change the computation that the recipe "
+                f"determines; remove it (allowed: {', '.join(sorted(allowed))})"
             )
 
 
 def _check_types(zero: Mapping[str, Any]) -> None:
-    wrong = None
+    mistake = None
     if zero.get("stage") not in (1, 2, 3):
-        wrong = "stage", zero.get("stage"), "1, 2 or 3"
-    for part in ("offload_optimizer", "offload_param"):
-        if not isinstance(zero.get(part) or {}, Mapping):
-            wrong = part, zero[part], 'a section, as {"device": "cpu"}'
+        mistake = "stage", zero.get("stage"), "1, 2 or 3"
+    for section in ("offload_optimizer", "offload_param"):
+        if not isinstance(zero.get(section) or {}, Mapping):
+            mistake = section, zero[section], 'a section, e.g. {"device": "cpu"}'
     for key in ("reduce_bucket_size", "allgather_bucket_size", "sub_group_size", *(k for k in zero if "stage3_" in k)):
         if key in zero and zero[key] != AUTO and not isinstance(zero[key], (int, float)):
-            wrong = key, zero[key], 'a number or "auto"'
-    if wrong:
-        raise EngineError("the DeepSpeed file sets zero_optimization.{} to {!r}; it must be {}".format(*wrong))
+            mistake = key, zero[key], 'a number or "auto"'
+    if mistake:
+        raise EngineError("the DeepSpeed config sets zero_optimization.{} to {!r}; it must be {}".format(*mistake))
 
 
 def _read_config() -> dict[str, Any]:
-    named = os.environ.get(_CONFIG_FILE_ENV)
-    if not named:
+    path = launcher_env.get_deepspeed_config_path()
+    if path is None:
         raise EngineError(
-            "DeepSpeed was asked for without a file; use accel_configs/zero2.yaml or another that names one, or "
-            "--deepspeed_config_file ds_configs/zero2.json"
+            "DeepSpeed was requested without a config file; use an accelerate config that names one (e.g. "
+            "accel_configs/zero2.yaml), or --deepspeed_config_file ds_configs/zero2.json"
         )
     try:
-        config = json.loads(Path(named).read_text(encoding="utf-8"))
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise MissingFileError(
-            f"there is no DeepSpeed file {named}", "its path is read from the folder you are in: run from the project's"
+            f"DeepSpeed config {path} not found",
+            "the path is relative to the current folder; launch from the project's",
         ) from error
     except ValueError as error:
-        raise EngineError(f"the DeepSpeed file {named} is not JSON: {error}") from error
+        raise EngineError(f"the DeepSpeed config {path} is not JSON: {error}") from error
     if not isinstance(config, dict) or not isinstance(config.get("zero_optimization"), dict):
-        raise EngineError(f"the DeepSpeed file {named} has no section zero_optimization; ds_configs/zero2.json has one")
+        raise EngineError(f"the DeepSpeed config {path} has no section zero_optimization; see ds_configs/zero2.json")
     return config
 
 
 def _get_nested(config: Mapping[str, Any], key: str) -> Any:
-    found: Any = config
-    for part in key.split("."):
-        found = found.get(part) if isinstance(found, Mapping) else None
-    return found
+    value: Any = config
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
 
 
 def check_nvme_support() -> None:
-    """Whether states can be put on a disk.
+    """Check that DeepSpeed can offload to disk.
 
     Raises:
-        EngineError: what DeepSpeed's access to disks is compiled with is not there; its own error names no remedy.
+        EngineError: DeepSpeed's disk access cannot be compiled; DeepSpeed's own error does not say how to fix it.
     """
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible(verbose=False):
         raise EngineError(
-            "DeepSpeed reads and writes disks through libaio, whose development files are not here; install them "
-            "(Debian: libaio-dev, Red Hat: libaio-devel), or use accel_configs/zero3_offload.yaml"
+            "NVMe offload needs the development files of libaio, which were not found; install them (Debian: "
+            "libaio-dev, Red Hat: libaio-devel), or use accel_configs/zero3_offload.yaml"
         )
 
 
 def restore_hf_loading() -> None:
-    """Let transformers load models as it does without DeepSpeed; accelerate tells it otherwise at stage 3."""
+    """Make transformers load full models, as without DeepSpeed; at stage 3 accelerate makes it load shards."""
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()
 
 
 def read_effective_config(engine: Any) -> dict[str, object]:
-    """What a started DeepSpeedEngine says of itself, in the recipe's words."""
+    """Return the settings of a started DeepSpeedEngine, with the keys of :func:`build_expected_config`."""
     return {
         "engine": type(engine).__name__,
         "zero_stage": int(engine.zero_optimization_stage()),
         "offload_optimizer": _offload_device_name(engine.zero_offload_optimizer()),
         "offload_parameters": _offload_device_name(engine.zero_offload_param()),
         "max_grad_norm": float(engine.gradient_clipping()) or None,
-        "accumulation": int(engine.gradient_accumulation_steps()),
+        "gradient_accumulation_steps": int(engine.gradient_accumulation_steps()),
         "micro_batch_size": int(engine.train_micro_batch_size_per_gpu()),
-        "weights": "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32",
-        "processes": int(engine.dp_world_size),
+        "weights_dtype": "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32",
+        "num_processes": int(engine.dp_world_size),
     }
 
 
@@ -213,17 +213,17 @@ def build_expected_config(
     max_grad_norm: float | None,
     weights_dtype: str,
 ) -> dict[str, object]:
-    """What :func:`effective` must say."""
+    """Return the settings that :func:`read_effective_config` must return."""
     return {
         "engine": "DeepSpeedEngine",
         "zero_stage": engine.zero_stage,
         "offload_optimizer": engine.offload_optimizer,
         "offload_parameters": engine.offload_parameters,
         "max_grad_norm": max_grad_norm,
-        "accumulation": gradient_accumulation_steps,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
         "micro_batch_size": micro_batch_size,
-        "weights": weights_dtype,
-        "processes": world_size,
+        "weights_dtype": weights_dtype,
+        "num_processes": world_size,
     }
 
 
@@ -233,15 +233,20 @@ def _offload_device_name(offload: Any) -> str:
 
 
 def unwrap_chain(optimizer: Any) -> Iterator[Any]:
-    """An optimizer and what it wraps, from accelerate's wrapper by ZeRO's to the one that steps."""
+    """Yield an optimizer and those it wraps: accelerate's wrapper, ZeRO's wrapper, and the one that steps."""
     yield optimizer
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
         yield optimizer
 
 
+def unwrap_optimizer(optimizer: Any) -> Any:
+    """Return the innermost optimizer, which steps."""
+    return list(unwrap_chain(optimizer))[-1]
+
+
 def master_weights(optimizer: Any) -> list[torch.Tensor]:
-    """This process's copies in float32 of what is trained, which ZeRO's optimizer steps; none under other engines."""
+    """Return this process's float32 copies of trained weights, which ZeRO's optimizer steps; empty on other engines."""
     for layer in unwrap_chain(optimizer):
         for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
             if hasattr(layer, name):
@@ -250,13 +255,13 @@ def master_weights(optimizer: Any) -> list[torch.Tensor]:
 
 
 def get_param_groups(optimizer: Any) -> list[dict[str, Any]]:
-    """Parameter groups with the tensors that the innermost optimizer steps.
+    """Return the parameter groups with the tensors that the innermost optimizer steps.
 
-    ZeRO's stage 3 puts them into its groups for the time of a step alone.
+    ZeRO stage 3 puts them into the optimizer's own groups only during a step.
     """
-    *outer, steps = unwrap_chain(optimizer)
-    groups = [dict(group) for group in steps.param_groups]
-    for layer in outer:
+    *wrappers, innermost = unwrap_chain(optimizer)
+    groups = [dict(group) for group in innermost.param_groups]
+    for layer in wrappers:
         if hasattr(layer, "fp32_partitioned_groups_flat"):
             for group in groups:
                 group["params"] = []
@@ -266,28 +271,26 @@ def get_param_groups(optimizer: Any) -> list[dict[str, Any]]:
 
 
 def gather_full_parameter(parameter: nn.Parameter) -> torch.Tensor:
-    """A parameter on the CPU, put together from all processes, of which each must come here: the copy in float32 where
-    it is trained.
-    """
+    """Gather a full parameter from all processes to the CPU: the float32 copy if it is trained. A collective."""
     from deepspeed import zero
     from deepspeed.utils import safe_get_full_fp32_param
 
     trained = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
     if trained is not None:
-        made: torch.Tensor = trained.detach().cpu().reshape(get_full_shape(parameter))
-        return made
+        full: torch.Tensor = trained.detach().cpu().reshape(get_full_shape(parameter))
+        return full
     with zero.GatheredParameters([parameter]):
         gathered: torch.Tensor = parameter.detach().cpu().clone()
     return gathered
 
 
 def get_full_shape(parameter: nn.Parameter) -> torch.Size:
-    """The shape of the whole parameter."""
+    """Return the shape of the full parameter."""
     return getattr(parameter, "ds_shape", parameter.shape)  # type: ignore[no-any-return]
 
 
 def count_local_bytes(parameter: nn.Parameter) -> int:
-    """Bytes of a parameter that this process holds between its uses."""
-    part = getattr(parameter, "ds_tensor", None)
-    held = parameter if part is None or parameter.numel() else part
-    return int(held.numel() * held.element_size())
+    """Count the bytes of a parameter that this process holds between uses."""
+    shard = getattr(parameter, "ds_tensor", None)
+    local = parameter if shard is None or parameter.numel() else shard
+    return int(local.numel() * local.element_size())

@@ -1,12 +1,12 @@
-"""ENGINES: how weights and states are spread over processes and devices, and which way the launcher asked for."""
+"""ENGINES: how weights, gradients and optimizer states are sharded and offloaded; and the launcher's choice of one."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from peftbench.distributed import launcher_env
 from peftbench.errors import EngineError
 
 OffloadDevice = Literal["none", "cpu", "nvme"]
@@ -14,35 +14,38 @@ OffloadDevice = Literal["none", "cpu", "nvme"]
 
 @dataclass(frozen=True)
 class EngineKind:
-    """One way of spreading weights, gradients and optimizer states."""
+    """One way to shard and offload weights, gradients and optimizer states."""
 
     name: str
     zero_stage: int = 0
-    """Stage of DeepSpeed's ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054), 0 for another engine."""
+    """Stage of DeepSpeed's ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054); 0 for other engines."""
     offload_optimizer: OffloadDevice = "none"
-    """Where optimizer states lie, if not on the device."""
+    """Where optimizer states are kept if not on the device."""
     offload_parameters: OffloadDevice = "none"
-    """Where weights lie while no layer needs them, if not on the device."""
+    """Where weights are kept between uses if not on the device."""
     is_fsdp: bool = False
-    """Whether it is torch's fully_shard."""
+    """True for torch's fully_shard."""
+    fallbacks: tuple[str, ...] = ()
+    """Most similar engines, which a refusal suggests first."""
 
     @property
     def is_deepspeed(self) -> bool:
-        """Whether DeepSpeed drives the step; its optimizer then steps within the backward pass."""
+        """True if DeepSpeed drives the step; its optimizer then steps within the backward pass."""
         return self.zero_stage > 0
 
     @property
     def shards_weights(self) -> bool:
-        """Whether a process holds only a part of the weights between their uses."""
+        """True if a process holds only a shard of the weights between uses."""
         return self.is_fsdp or self.zero_stage == 3
 
     @property
     def offloads_to_nvme(self) -> bool:
-        """Whether weights or optimizer states lie on a disk."""
+        """True if weights or optimizer states are kept on disk."""
         return "nvme" in (self.offload_optimizer, self.offload_parameters)
 
 
-SINGLE, DDP, FSDP2 = EngineKind("single"), EngineKind("ddp"), EngineKind("fsdp2", is_fsdp=True)
+SINGLE, DDP = EngineKind("single"), EngineKind("ddp")
+FSDP2 = EngineKind("fsdp2", is_fsdp=True, fallbacks=("zero3",))
 ENGINES: dict[str, EngineKind] = {
     kind.name: kind
     for kind in (
@@ -50,51 +53,54 @@ ENGINES: dict[str, EngineKind] = {
         DDP,
         EngineKind("zero1", 1),
         EngineKind("zero2", 2),
-        EngineKind("zero2_offload", 2, "cpu"),
-        EngineKind("zero3", 3),
-        EngineKind("zero3_offload", 3, "cpu", "cpu"),
-        EngineKind("zero3_nvme", 3, "nvme", "nvme"),
+        EngineKind("zero2_offload", 2, "cpu", fallbacks=("zero3_offload", "zero2")),
+        EngineKind("zero3", 3, fallbacks=("fsdp2",)),
+        EngineKind("zero3_offload", 3, "cpu", "cpu", fallbacks=("zero2_offload",)),
+        EngineKind("zero3_nvme", 3, "nvme", "nvme", fallbacks=("zero3_offload",)),
         FSDP2,
     )
 }
-"""By name; but for single, there is an accelerate file of that name in accel_configs/."""
+"""Engines by name. accel_configs/ has an accelerate config of the same name for each except single."""
 
 
 def detect_requested_engine(deepspeed_config: Mapping[str, Any] | None) -> EngineKind:
-    """The engine that the launcher's environment, or with DeepSpeed its configuration, asks for.
+    """Return the engine that the launcher requests, by its DeepSpeed config or else its environment.
 
     Raises:
-        EngineError: an engine that is not in the table.
+        EngineError: the requested engine is not in ENGINES.
     """
     if deepspeed_config is not None:
         zero = deepspeed_config.get("zero_optimization", {})
-        asked = EngineKind(
+        requested = EngineKind(
             "",
             int(zero.get("stage", 0)),
             _read_offload_device(zero, "offload_optimizer"),
             _read_offload_device(zero, "offload_param"),
         )
-        found = [kind for kind in ENGINES.values() if (kind.is_deepspeed and _has_same_sharding(kind, asked))]
-        if not found:
+        engines = [kind for kind in ENGINES.values() if kind.is_deepspeed]
+        for engine in engines:
+            if _has_same_sharding(engine, requested):
+                return engine
+        raise EngineError(
+            f"the DeepSpeed config sets ZeRO stage {requested.zero_stage} with optimizer states on "
+            f"{requested.offload_optimizer!r} and weights on {requested.offload_parameters!r}, which peftbench does "
+            f"not support; use one of ds_configs/: {', '.join(engine.name for engine in engines)}"
+        )
+    if launcher_env.is_fsdp_requested():
+        if (version := launcher_env.get_fsdp_version()) != "2":
             raise EngineError(
-                f"the DeepSpeed file asks for ZeRO stage {asked.zero_stage} with optimizer states on "
-                f"{asked.offload_optimizer!r} and weights on {asked.offload_parameters!r}, which is no engine of "
-                f"peftbench; use a file of ds_configs/: {', '.join(k.name for k in ENGINES.values() if k.is_deepspeed)}"
+                f"the accelerate config sets fsdp_version: {version}, which peftbench does not support; set "
+                "fsdp_version: 2, as in accel_configs/fsdp2.yaml"
             )
-        return found[0]
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        version = os.environ.get("FSDP_VERSION", "1")
-        if version != "2":
-            raise EngineError(f"FSDP version {version} was asked for; use fsdp_version: 2, as accel_configs/fsdp2.yaml")
-        if os.environ.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true":
-            raise EngineError("fsdp2 with offload is not run here; use accel_configs/zero3_offload.yaml")
+        if launcher_env.is_fsdp_offload_requested():
+            raise EngineError("peftbench does not support fsdp2 with offload; use accel_configs/zero3_offload.yaml")
         return FSDP2
-    return DDP if int(os.environ.get("WORLD_SIZE", "1")) > 1 else SINGLE
+    return DDP if launcher_env.launched_world_size() > 1 else SINGLE
 
 
 def _read_offload_device(zero: Mapping[str, Any], section: str) -> OffloadDevice:
-    place: OffloadDevice = (zero.get(section) or {}).get("device") or "none"
-    return place
+    device: OffloadDevice = (zero.get(section) or {}).get("device") or "none"
+    return device
 
 
 def _has_same_sharding(kind: EngineKind, requested: EngineKind) -> bool:

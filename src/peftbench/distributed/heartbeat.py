@@ -1,7 +1,7 @@
-"""How hosts of one run know of each other that they are there: each renews a file in the run's folder.
+"""Detects a lost host: each host of a run touches a file in the run's folder, and the others watch its time.
 
-A host that vanishes says nothing, and a collective waits for it until its own time is up, which must be enough for a
-rank that loads or evaluates: half an hour. The folder is shared by all hosts anyway, for checkpoints.
+Without it, a collective waits for a lost host until its timeout, which must allow for a rank that loads or evaluates:
+half an hour. All hosts share the run's folder anyway, for checkpoints.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from peftbench.distributed import launcher_env
 from peftbench.distributed.collectives import all_gather_objects
 from peftbench.errors import OutputError
 
@@ -22,14 +23,14 @@ if TYPE_CHECKING:
 
 HEARTBEAT_INTERVAL_SECONDS = 5.0
 HEARTBEAT_TIMEOUT_SECONDS = 60.0
-"""A host of which nothing was heard for so long is gone."""
+"""A host whose file has not changed for this long is lost."""
 _STALLED_SECONDS = 20.0
-"""Whoever has not looked for so long was held up itself, and knows nothing of the others."""
+"""After a pause of its own this long, a host restarts the timeouts of the others."""
 
 
 @dataclass
 class _Host:
-    """Another host, by the rank that leads there."""
+    """Another host."""
 
     name: str
     last_seen: str = ""
@@ -37,67 +38,70 @@ class _Host:
 
 
 class Heartbeat:
-    """Of this host, and those of the others. With one host there is nothing to hear."""
+    """Sends this host's heartbeat and checks those of the others. With one host it does nothing."""
 
     def __init__(self, accelerator: Accelerator, directory: Path) -> None:
-        """All ranks at once. ``folder``, which all hosts share, holds a file for each."""
+        """Exchange the hosts' names, and send the first heartbeat. A collective; all hosts share ``directory``.
+
+        Raises:
+            OutputError: the hosts do not share ``directory``.
+        """
         rank, name = accelerator.process_index, socket.gethostname()
-        node = os.environ.get("GROUP_RANK", "0")  # hosts may be alike in name
+        node = launcher_env.get_node_rank()  # host names need not be unique
         leads = accelerator.is_local_main_process
-        told = all_gather_objects(accelerator, (rank, node, name, leads))
+        ranks = all_gather_objects(accelerator, (rank, node, name, leads))
         self._directory, self._rank = directory, rank
-        self._hosts = {r: _Host(called) for r, other, called, leader in told if leader and other != node}
+        self._hosts = {r: _Host(host) for r, other, host, is_leader in ranks if is_leader and other != node}
         self._is_sender = leads and bool(self._hosts)
         self._sequence, self._last_sent_at, self._last_checked_at = 0, float("-inf"), time.monotonic()
         self.beat()
-        all_gather_objects(
-            accelerator, None
-        )  # each finds what the others wrote, and remembers no file that is not there
+        # A barrier, so that no host caches a file as missing that another is about to write.
+        all_gather_objects(accelerator, None)
         unseen = [host.name for leader, host in self._hosts.items() if not self._read_mtime(leader)]
         if any(all_gather_objects(accelerator, unseen)):
             raise OutputError(
-                f"{directory.parent} is not one folder for all machines of this run; give one that they share"
+                f"{directory.parent} is not shared by all machines of this run; set output_dir to a shared folder"
             )
 
     def beat(self) -> None:
-        """Say that this host is there, if it is time to."""
+        """Send this host's heartbeat if the interval has passed."""
         now = time.monotonic()
         if not self._is_sender or now - self._last_sent_at < HEARTBEAT_INTERVAL_SECONDS:
             return
         self._sequence, self._last_sent_at = self._sequence + 1, now
         path = self._path(self._rank)
-        with suppress(OSError):  # the others find out if it lasts
+        with suppress(OSError):  # if the error lasts, the other hosts report this one as lost
             self._directory.mkdir(parents=True, exist_ok=True)
             if not path.exists():
-                path.write_text("here", encoding="ascii")
-            os.utime(path, (self._sequence, self._sequence))  # for which there is room on a full disk
+                path.write_text("alive", encoding="ascii")
+            os.utime(path, (self._sequence, self._sequence))  # works on a full disk too
 
     def find_lost_host(self, only_rank: int | None = None) -> str | None:
-        """Which host is gone, in words, None while all are heard of; or ``only`` that which this rank leads.
+        """Describe a lost host, None if there is none; with ``only_rank`` check only the host of that rank.
 
-        By this host's clock alone.
+        Uses only this host's clock.
         """
         now = time.monotonic()
         stalled, self._last_checked_at = now - self._last_checked_at > _STALLED_SECONDS, now
         for rank, host in self._hosts.items():
             if only_rank is not None and rank != only_rank:
                 continue
-            found = self._read_mtime(rank)
-            if found != host.last_seen or stalled:
-                host.last_seen, host.last_seen_at = found, now
+            mtime = self._read_mtime(rank)
+            if mtime != host.last_seen or stalled:
+                host.last_seen, host.last_seen_at = mtime, now
             elif now - host.last_seen_at > HEARTBEAT_TIMEOUT_SECONDS:
-                return f"process {rank} on {host.name} is gone: nothing was heard of its host for {HEARTBEAT_TIMEOUT_SECONDS:.0f} s"
+                return f"lost process {rank} on {host.name}: no heartbeat for {HEARTBEAT_TIMEOUT_SECONDS:.0f} s"
         return None
 
     def close(self) -> None:
-        """Take the files away; whoever comes late may leave one, which nobody reads."""
+        """Delete the files. A host that is still sending may leave one, which nothing reads."""
         with suppress(OSError):
             for path in self._directory.iterdir():
                 path.unlink()
             self._directory.rmdir()
 
     def _path(self, rank: int) -> Path:
-        return self._directory / f"pulse{rank}"
+        return self._directory / f"rank{rank}"
 
     def _read_mtime(self, rank: int) -> str:
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""What an engine keeps between two steps beside a model's parameters, and what of it is for what."""
+"""Classifies the buffers that a distributed engine holds in addition to the model's parameters."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ _ZERO_BUFFER_ATTRIBUTES: dict[str, MemoryCategory] = {
     "grads_in_partition": "gradients",
     "temp_grad_buffer_for_gpu_offload": "buckets",
 }
-"""Attributes of ZeRO's optimizers, stages 1 to 3."""
+"""Attributes of ZeRO's optimizers (stages 1 to 3) and what they hold."""
 
 
 def collect_engine_buffers(
     prepared_model: nn.Module, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> EngineBuffers:
-    """Of what an engine made of ``model`` (``started``) and of the optimizer (``optimizer``), between two steps."""
+    """Return the buffers between two steps of the engine that wraps ``model`` as ``prepared_model``."""
     layers = list(deepspeed.unwrap_chain(optimizer))
 
-    def of_zero() -> list[tuple[MemoryCategory, torch.Tensor]]:
-        return [held for layer in layers for held in _iter_zero_buffers(layer)]
+    def collect_zero_buffers() -> list[tuple[MemoryCategory, torch.Tensor]]:
+        return [buffer for layer in layers for buffer in _iter_zero_buffers(layer)]
 
-    found = EngineBuffers(of_zero(), inner_optimizer=layers[-1], refresh=of_zero)
+    buffers = EngineBuffers(collect_zero_buffers(), inner_optimizer=layers[-1], refresh=collect_zero_buffers)
     for parameter in model.parameters():
-        if (part := getattr(parameter, "ds_tensor", None)) is not None:
-            found.tensors.append(("weights", part))
-    found.gathered += _iter_gathered_parameters(model)
-    found.untracked_bytes += _iter_ddp_buckets(prepared_model)
-    return found
+        if (shard := getattr(parameter, "ds_tensor", None)) is not None:
+            buffers.tensors.append(("weights", shard))
+    buffers.gathered += _iter_gathered_parameters(model)
+    buffers.untracked_bytes += _iter_ddp_buckets(prepared_model)
+    return buffers
 
 
 def _iter_zero_buffers(optimizer: object) -> Iterator[tuple[MemoryCategory, torch.Tensor]]:
-    for name, kind in _ZERO_BUFFER_ATTRIBUTES.items():
-        yield from ((kind, tensor) for tensor in iter_tensors(_flatten([getattr(optimizer, name, None)])))
+    for name, category in _ZERO_BUFFER_ATTRIBUTES.items():
+        yield from ((category, tensor) for tensor in iter_tensors(_flatten([getattr(optimizer, name, None)])))
     for bucket in getattr(optimizer, "ipg_buckets", {}).values():
         yield from (("buckets", tensor) for tensor in iter_tensors([bucket.buffer]))
 
@@ -64,25 +64,28 @@ def _flatten(values: Iterable[Any]) -> Iterator[object]:
 
 
 def _iter_gathered_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Parameters that fully_shard makes whole for a layer's time; each is one object, with memory or without."""
+    """Yield the full parameters that fully_shard gathers while a layer runs.
+
+    Each is the same object throughout; its memory is allocated and freed.
+    """
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():
         if isinstance(module, FSDPModule):
             for group in module._get_fsdp_state()._fsdp_param_groups:
                 yield from (
-                    whole for p in group.fsdp_params if (whole := getattr(p, "_unsharded_param", None)) is not None
+                    full for p in group.fsdp_params if (full := getattr(p, "_unsharded_param", None)) is not None
                 )
 
 
 def _iter_ddp_buckets(prepared_model: nn.Module) -> Iterator[tuple[MemoryCategory, int]]:
-    """Flat copies of the gradients to be sent, which DDP's reducer keeps where Python does not see them.
+    """Yield the sizes of the flat gradient copies that DDP's reducer all-reduces, which Python cannot see.
 
-    It makes them anew in the forward pass after the first step; those are seen as they are made.
+    The reducer rebuilds them in the forward pass after the first step; allocations from then on are tracked.
     """
     from torch.nn.parallel import DistributedDataParallel
 
     if isinstance(prepared_model, DistributedDataParallel):
-        said = prepared_model._get_ddp_logging_data()
-        if said.get("has_rebuilt_buckets"):
-            yield "buckets", sum(int(size) for size in str(said["rebuilt_bucket_sizes"]).split(","))
+        logging_data = prepared_model._get_ddp_logging_data()
+        if logging_data.get("has_rebuilt_buckets"):
+            yield "buckets", sum(int(size) for size in str(logging_data["rebuilt_bucket_sizes"]).split(","))

@@ -1,4 +1,4 @@
-"""Weights of which each process holds a part: made whole where something needs them whole, and counted as they lie."""
+"""Gathers sharded weights for code that needs full ones, and counts the bytes that each process holds."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def unshard_root(model: nn.Module) -> Iterator[None]:
-    """Hold whole what belongs to no layer (embeddings, soft tokens), for code that goes past the model's own forward.
+    """Gather the parameters outside of layers (embeddings, soft tokens) for code that bypasses the model's forward.
 
-    torch's fully_shard gathers it when the outermost module is called, which generation does not do where a method has
-    wrapped the base; layers are gathered by hooks of their own. Under other engines there is nothing to do.
+    torch's fully_shard gathers them when the outermost module is called, which generation does not do if a method wraps
+    the base model; layers have hooks of their own. Does nothing on other engines.
     """
     from torch.distributed.fsdp import FSDPModule
 
@@ -38,32 +38,30 @@ def unshard_root(model: nn.Module) -> Iterator[None]:
 
 
 def gather_full_model(engine: EngineKind, prepared_model: nn.Module, model: nn.Module, *, on_this_rank: bool) -> None:
-    """Make every weight of ``model`` whole again on the CPU of the processes where ``here``, for saving.
+    """Gather every weight of ``model`` to the CPU of each process with ``on_this_rank``, for saving. A collective.
 
-    ``started`` is what the engine made of it, and ends with this.
-
-    What was trained comes in float32, as the optimizer has it. Each process must come here; the model is not to be
-    trained afterwards.
+    Trained weights are float32, as the optimizer holds them. Neither ``model`` nor the engine's ``prepared_model`` can
+    be trained afterwards.
     """
     if not (engine.is_deepspeed or engine.is_fsdp):
         return
     _reshard(model)
-    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            places.setdefault(parameter, []).append((module, name))  # a tied one has several
-    for parameter, holders in places.items():
+            owners.setdefault(parameter, []).append((module, name))  # a tied parameter has several
+    for parameter, names in owners.items():
         weight = _gather_full_tensor(engine, parameter)
         if on_this_rank:
-            made = nn.Parameter(weight, requires_grad=parameter.requires_grad)
-            for module, name in holders:
-                module._parameters[name] = made
+            full = nn.Parameter(weight, requires_grad=parameter.requires_grad)
+            for module, name in names:
+                module._parameters[name] = full
     if engine.is_deepspeed:
-        prepared_model.destroy()  # type: ignore[operator]  # or its hooks would look for parts
+        prepared_model.destroy()  # type: ignore[operator]  # otherwise its hooks look for shards
 
 
 def _reshard(model: nn.Module) -> None:
-    """Let go of what fully_shard holds whole since the last forward pass."""
+    """Free the full parameters that fully_shard still holds after the last forward pass."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():
@@ -85,49 +83,50 @@ def state_bytes(
     optimizer_config: Optimizer,
     device_type: str,
 ) -> StateBytes | None:
-    """What this process keeps from step to step, by the sizes of its tensors, where it holds parts by theirs.
+    """Return the bytes of tensors, or of their shards, that this process keeps between steps.
 
-    ``device`` is the kind of device it runs on. None where states lie on a disk, of which DeepSpeed does not tell.
+    None if states are on disk, whose sizes DeepSpeed does not report.
     """
     if engine.offloads_to_nvme:
         return None
     _reshard(model)
     masters = deepspeed.master_weights(optimizer)
-    steps = list(deepspeed.unwrap_chain(optimizer))[-1]
+    innermost = deepspeed.unwrap_optimizer(optimizer)
     states = [
-        local_shard(tensor) for state in steps.state.values() for tensor in iter_tensors(state.values())
+        local_shard(tensor) for state in innermost.state.values() for tensor in iter_tensors(state.values())
     ] + masters
     groups = deepspeed.get_param_groups(optimizer)
-    given = optimizer_config.state_bytes(
+    expected = optimizer_config.state_bytes(
         [{**group, "params": [local_shard(p) for p in group["params"]]} for group in groups]
     )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = sum(local_shard(parameter).numel() * parameter.element_size() for parameter in trained)
-    if masters:  # from stage 2 on gradients are shared out as the states are
-        whole = sum(deepspeed.get_full_shape(p).numel() * p.element_size() for p in trained)
-        part = sum(master.numel() for master in masters) * trained[0].element_size()
-        gradients = part if engine.zero_stage > 1 else whole
-    weights, weights_away = _count_weight_bytes(engine, model, device_type)
-    gradients_away = gradients if engine.offload_optimizer != "none" and device_type != "cpu" else 0
-    # Paged states are the GPU's, which its driver may move.
-    here = [state for state in states if state.device.type == device_type or getattr(state, "is_paged", False)]
-    away = count_storage_bytes(states) - count_storage_bytes(here)
+    if masters:  # from stage 2 on gradients are sharded as the states are
+        full = sum(deepspeed.get_full_shape(p).numel() * p.element_size() for p in trained)
+        shard = sum(master.numel() for master in masters) * trained[0].element_size()
+        gradients = shard if engine.zero_stage > 1 else full
+    weights, offloaded_weights = _count_weight_bytes(engine, model, device_type)
+    offloaded_gradients = gradients if engine.offload_optimizer != "none" and device_type != "cpu" else 0
+    # Paged states count as the GPU's, although its driver may move them.
+    on_device = [state for state in states if state.device.type == device_type or getattr(state, "is_paged", False)]
+    offloaded_states = count_storage_bytes(states) - count_storage_bytes(on_device)
     return StateBytes(
         weights=weights,
-        gradients=gradients - gradients_away,
-        optimizer=count_storage_bytes(here),
-        cpu_offloaded=weights_away + gradients_away + away,
-        expected_optimizer=None if given is None else given + count_storage_bytes(masters),
+        gradients=gradients - offloaded_gradients,
+        optimizer=count_storage_bytes(on_device),
+        cpu_offloaded=offloaded_weights + offloaded_gradients + offloaded_states,
+        expected_optimizer=None if expected is None else expected + count_storage_bytes(masters),
     )
 
 
 def _count_weight_bytes(engine: EngineKind, model: nn.Module, device_type: str) -> tuple[int, int]:
-    """Bytes of weights and buffers on the device, and elsewhere."""
+    """Return the bytes of weights and buffers on the device, and those offloaded to the CPU."""
     if engine.zero_stage == 3:
-        here = count_storage_bytes(list(model.buffers()))
-        parts = sum(map(deepspeed.count_local_bytes, model.parameters()))
-        return (here, parts) if engine.offload_parameters != "none" and device_type != "cpu" else (here + parts, 0)
-    held = [local_shard(tensor) for tensor in (*model.parameters(), *model.buffers())]
-    # What turns a quantised weight back into numbers: scales, and a table.
-    held += iter_tensors(getattr(parameter, "quant_state", None) for parameter in model.parameters())
-    return count_storage_bytes(held), 0
+        buffers = count_storage_bytes(list(model.buffers()))
+        weights = sum(map(deepspeed.count_local_bytes, model.parameters()))
+        is_offloaded = engine.offload_parameters != "none" and device_type != "cpu"
+        return (buffers, weights) if is_offloaded else (buffers + weights, 0)
+    tensors = [local_shard(tensor) for tensor in (*model.parameters(), *model.buffers())]
+    # The scales and the code table by which quantized weights are dequantized.
+    tensors += iter_tensors(getattr(parameter, "quant_state", None) for parameter in model.parameters())
+    return count_storage_bytes(tensors), 0

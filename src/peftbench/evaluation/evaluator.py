@@ -18,7 +18,7 @@ from peftbench.distributed.sharding import unshard_root
 from peftbench.evaluation.intervals import bootstrap_interval
 from peftbench.evaluation.metrics.rouge import compute_rouge
 from peftbench.record import Interval, PerExample, Quality, Sample
-from peftbench.training.build import build_collator
+from peftbench.training.data import build_collator
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -82,8 +82,8 @@ class Evaluator:
         """
         lengths = [len(ids) for ids in self.dataset["input_ids"]]
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
-        mine = order[self.accelerator.process_index :: self.accelerator.num_processes]
-        longest = math.ceil(len(order) / self.accelerator.num_processes) if self.synced else len(mine)
+        mine = order[self.context.dp_rank :: self.context.dp_world_size]
+        longest = math.ceil(len(order) / self.context.dp_world_size) if self.synced else len(mine)
         starts = range(0, longest, self.config.batch_size)
         for start in tqdm(starts, desc=description, disable=None if self.accelerator.is_main_process else True):
             indices = mine[start : start + self.config.batch_size]

@@ -1,8 +1,8 @@
-"""Training over a frozen trunk's stored hidden states: each example passes the trunk once, and then the head alone.
+"""Train over a frozen backbone's stored hidden states: each example passes the backbone once, then only the head.
 
-The order of examples, the steps and the counts stay what they are. All ranks know from the plan which examples have
-been computed in an earlier step, by whichever rank, so all agree on what is computed without asking each other: the
-reduction that ends each step is after all writes in it.
+The order of examples, the steps and all counts stay the same. Every rank derives from the batch order which examples an
+earlier step has computed on any rank, so ranks agree on what to compute without communication: the all-reduce at the
+end of a step follows all writes of that step.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 
 
 class CachedFeatureLoss(CausalLMLoss):
-    """The loss of a model whose trunk is skipped where its hidden states are stored.
+    """Loss of a model that skips its backbone where the hidden states are stored.
 
-    The whole model is called either way, in whatever wrappers an engine has put it, so that gradients are averaged as
-    always and what a model does with its logits is done. In its middle the trunk's forward pass is replaced, which then
-    gives what it gave for one token, and the head is given the stored states. States that are computed are rounded to
-    the stored type too, so that a step's loss does not depend on where they came from.
+    The whole model is called either way, inside the engine's wrappers, so gradients are averaged as usual and whatever
+    the model does to its logits is done. The backbone's forward pass is replaced: it returns a cached one-token output,
+    and the head receives the stored states. Computed states are rounded to the stored dtype too, so a step's loss does
+    not depend on whether its states were computed or loaded.
     """
 
     computes_all_logits = False
@@ -47,12 +47,12 @@ class CachedFeatureLoss(CausalLMLoss):
         self.base, self.mask_reason, self.uses_masks = inner.base, inner.mask_reason, inner.uses_masks
         self.inner, self.store = inner, store
         self._step_inputs: _StepInputs | None = None
-        trunk: nn.Module = inner.base.base_model
+        backbone: nn.Module = inner.base.base_model
         with torch.no_grad():
             token = torch.zeros((1, 1), dtype=torch.long, device=inner.base.device)
-            self._single_token_output = trunk(input_ids=token, use_cache=False)
-        self._backbone_forward = trunk.forward
-        trunk.forward = self._forward_backbone_or_skip
+            self._single_token_output = backbone(input_ids=token, use_cache=False)
+        self._backbone_forward = backbone.forward
+        backbone.forward = self._forward_backbone_or_skip
         inner.select_positions = self._select_features
 
     def attention_context(self) -> AbstractContextManager[None]:
@@ -62,14 +62,14 @@ class CachedFeatureLoss(CausalLMLoss):
         return self.inner.logits(model, batch)
 
     def __call__(self, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
-        if batch.feature_mode == "computed":
+        if batch.feature_mode == "recompute":
             return self.inner(model, batch)
         device = batch.targets.device
-        states = None
-        if batch.feature_mode == "stored":
-            read = self.store.read(batch.example_indices, pin_memory=device.type == "cuda")
-            states = read.to(device, non_blocking=True).float()
-        self._step_inputs = _StepInputs(batch, states)
+        features = None
+        if batch.feature_mode == "load":
+            stored = self.store.read(batch.example_indices, pin_memory=device.type == "cuda")
+            features = stored.to(device, non_blocking=True).float()
+        self._step_inputs = _StepInputs(batch, features)
         try:
             return self.inner(model, batch)
         finally:
@@ -92,44 +92,43 @@ class CachedFeatureLoss(CausalLMLoss):
 
 @dataclass(frozen=True)
 class _StepInputs:
-    """What is being computed."""
+    """Inputs of the micro-batch being computed."""
 
     batch: MicroBatch
     features: torch.Tensor | None
-    """At labelled positions (labelled, width) in float32; None where the trunk is to compute them."""
+    """Hidden states at labelled positions (labelled, width), float32; None if the backbone computes them."""
 
 
 @dataclass(frozen=True)
 class CachedFeatureBatches(Batches):
-    """The same batches, each micro-batch marked with where its hidden states come from."""
+    """Batches whose micro-batches state whether their hidden states are saved to or loaded from the store."""
 
     cached_mask: torch.Tensor = field(kw_only=True)
-    """Which examples' states are stored before the next global batch, bool; kept up to date by :meth:`batch`."""
+    """True for examples whose states are stored before the next global batch; :meth:`build_batch` updates it."""
 
     def skip_first_batches(self, num_batches: int) -> Iterator[GlobalBatch]:
         return Batches.skip_first_batches(replace(self, cached_mask=self.cached_mask.clone()), num_batches)
 
     def build_batch(self, indices: Sequence[int]) -> GlobalBatch:
-        made = super().build_batch(indices)
-        self.cached_mask[list(indices)] = True  # by the time the next one is computed
-        return made
+        batch = super().build_batch(indices)
+        self.cached_mask[list(indices)] = True  # they are written before the next batch is computed
+        return batch
 
     def collate(self, examples: Sequence[tuple[Sequence[int], int, int]]) -> MicroBatch:
-        made = super().collate(examples)
-        return replace(
-            made, feature_mode="stored" if bool(self.cached_mask[list(made.example_indices)].all()) else "kept"
-        )
+        micro_batch = super().collate(examples)
+        is_cached = bool(self.cached_mask[list(micro_batch.example_indices)].all())
+        return replace(micro_batch, feature_mode="load" if is_cached else "save")
 
     def hardware_flop_units(self, micro_batch: MicroBatch) -> FlopUnits:
-        """Nothing of the trunk where it is skipped."""
-        if micro_batch.feature_mode == "stored":
+        """Return the FLOP units that are computed; only the head's if the backbone is skipped."""
+        if micro_batch.feature_mode == "load":
             return FlopUnits(labelled=len(micro_batch.targets))
         return super().hardware_flop_units(micro_batch)
 
 
 @dataclass(frozen=True)
 class CachedTraining:
-    """What a training over a store is driven with."""
+    """What a training run over a feature store uses instead of its loss and batches."""
 
     loss: CachedFeatureLoss
     batches: CachedFeatureBatches
@@ -139,42 +138,42 @@ class CachedTraining:
 def open_feature_cache(
     recipe: Recipe, base: PreTrainedModel, loss: CausalLMLoss, batches: Batches, accelerator: Accelerator
 ) -> CachedTraining:
-    """Open the store of this trunk's hidden states, or make it, and train over it; all ranks must come here.
+    """Open or create the store of this backbone's hidden states; a collective: all ranks must call it.
 
-    Its size is told on standard error before it is made.
+    Logs the store's size on standard error before creating it.
 
     Raises:
-        UnsupportedModelError: the model has no trunk apart from its head.
-        OutputError, DiskFullError: there is no place for the store.
+        UnsupportedModelError: the model has no backbone separate from its head.
+        OutputError, DiskFullError: the store's folder is not writable or the disk is too full.
     """
-    stored = recipe.train.feature_cache
-    assert stored is not None, "it is asked for"
+    dtype = recipe.train.feature_cache
+    assert dtype is not None, "train.feature_cache is set"
     if not isinstance(loss, LabelledLogitsLoss) or base.base_model is base:
         raise UnsupportedModelError(
-            f"{base.config.model_type} has no trunk apart from its head, whose output could be kept; set "
+            f"{base.config.model_type} has no backbone separate from its head, so its states cannot be cached; set "
             "train.feature_cache=null"
         )
 
-    trunk: nn.Module = base.base_model
-    assert not trunk.training, "a frozen trunk gives the same in every epoch, and dropout would not"
-    assert not any(parameter.requires_grad for parameter in trunk.parameters()), "nor would weights that are trained"
+    backbone: nn.Module = base.base_model
+    assert not backbone.training, "dropout would change the hidden states in each epoch"
+    assert not any(parameter.requires_grad for parameter in backbone.parameters()), "so would trainable weights"
 
-    def announce(said: str) -> None:
-        tqdm.write(said, file=sys.stderr)
+    def log(message: str) -> None:
+        tqdm.write(message, file=sys.stderr)
 
-    def opened() -> tuple[dict[str, Any], StoreLayout, torch.Tensor]:
-        examples, counts = hash_examples(batches.dataset)
-        of = build_cache_key(recipe, base, examples, accelerator.device, uses_masks=loss.uses_masks)
-        layout = StoreLayout(counts, loss.head.get_parameter("weight").shape[-1], stored)
-        return of, layout, open_store(of, layout, announce).completed_mask()
+    def open_on_main() -> tuple[dict[str, Any], StoreLayout, torch.Tensor]:
+        examples_hash, label_counts = hash_examples(batches.dataset)
+        cache_key = build_cache_key(recipe, base, examples_hash, accelerator.device, uses_masks=loss.uses_masks)
+        layout = StoreLayout(label_counts, loss.head.get_parameter("weight").shape[-1], dtype)
+        return cache_key, layout, open_store(cache_key, layout, log).completed_mask()
 
-    # By one for all: others would see what another run has written meanwhile, and compute less than the first.
-    of, layout, there = broadcast_from_main(accelerator, opened)
-    store = open_store(of, layout, announce)
-    same = {knob.name: getattr(batches, knob.name) for knob in fields(batches)}
+    # Read once for all ranks: another run may write meanwhile, and then ranks would disagree on what to compute.
+    cache_key, layout, cached_mask = broadcast_from_main(accelerator, open_on_main)
+    store = open_store(cache_key, layout, log)
+    settings = {item.name: getattr(batches, item.name) for item in fields(batches)}
     note = (
-        f"{describe_store(layout, store.directory)}, in {stored}: those of {int(there.sum()):,} of {layout.num_examples:,} examples "
-        "were there before the first step, and all others are computed once"
+        f"{describe_store(layout, store.directory)}, in {dtype}: {int(cached_mask.sum()):,} of {layout.num_examples:,} "
+        "examples were cached before the first step; the others are computed once"
     )
-    over_store = CachedFeatureBatches(**same, cached_mask=there)
-    return CachedTraining(CachedFeatureLoss(loss, store), over_store, (note,))
+    cached_batches = CachedFeatureBatches(**settings, cached_mask=cached_mask)
+    return CachedTraining(CachedFeatureLoss(loss, store), cached_batches, (note,))

@@ -1,4 +1,4 @@
-"""What hidden states depend on: the frozen weights, the examples and the arithmetic, each by its content."""
+"""Build the cache key: everything that hidden states depend on (frozen weights, examples, arithmetic), by content."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from peftbench.data.batches import EncodedExamples
     from peftbench.recipe.schema import Recipe
 
-_EXAMPLES_PER_BLOCK = 1000  # examples hashed at once
+_EXAMPLES_PER_BLOCK = 1000  # examples per read
 _PROVENANCE_KEYS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
-"""What a config says of its model's origin and not of its function; versions are told apart below."""
+"""Config keys that describe a model's origin, not its function; library versions have their own entry in the key."""
 
 
 def build_cache_key(
     recipe: Recipe, base: PreTrainedModel, examples_hash: str, device: torch.device, *, uses_masks: bool
 ) -> dict[str, Any]:
-    """Of a recipe's frozen trunk over examples of which ``examples`` is the hash: each thing by its name.
+    """Return the cache key of a recipe's frozen backbone over examples with hash ``examples_hash``.
 
-    ``masked``: whether attention is transformers' own.
+    ``uses_masks``: attention is transformers' own, with masks.
     """
     config = {key: value for key, value in base.config.to_diff_dict().items() if key not in _PROVENANCE_KEYS}
     return {
@@ -38,34 +38,34 @@ def build_cache_key(
         "code": hashlib.blake2b(Path(inspect.getfile(type(base))).read_bytes(), digest_size=16).hexdigest(),
         "config": hashlib.blake2b(repr(sorted(config.items())).encode(), digest_size=16).hexdigest(),
         "weights": hash_backbone(base),
-        "examples": examples_hash,
+        "examples_hash": examples_hash,
         "precision": recipe.train.precision,
         "attention": recipe.model.attention,
-        "masked": uses_masks,
-        "attends_in": "float32" if device.type == "cpu" and not uses_masks else "precision",
+        "uses_masks": uses_masks,
+        "attention_precision": "float32" if device.type == "cpu" and not uses_masks else "precision",
         "fused_gelu": recipe.model.fused_gelu,
         "compile": recipe.train.compile,
         "quantization": recipe.model.quantization,
-        "stored": recipe.train.feature_cache,
-        "device": device.type,  # whose kernels round in another order
+        "dtype": recipe.train.feature_cache,
+        "device": device.type,  # kernels of other devices round in another order
         "versions": {name: metadata.version(name) for name in ("torch", "transformers")},
     }
 
 
 def hash_backbone(base: PreTrainedModel) -> str:
-    """Hash of every parameter and buffer but the head's: names, types, shapes and bytes, wherever they came from."""
+    """Return a hash of every parameter and buffer except the head's: names, dtypes, shapes and bytes."""
     head: nn.Module | None = base.get_output_embeddings()
-    left_out = set() if head is None else {id(tensor) for tensor in itertools.chain(head.parameters(), head.buffers())}
+    excluded = set() if head is None else {id(tensor) for tensor in itertools.chain(head.parameters(), head.buffers())}
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(itertools.chain(base.named_parameters(), base.named_buffers())):
-        if id(tensor) not in left_out:
+        if id(tensor) not in excluded:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def hash_examples(examples: EncodedExamples) -> tuple[str, torch.Tensor]:
-    """Hash of all token ids and prompt lengths, and each example's labelled positions (int64)."""
+    """Return a hash of all token ids and prompt lengths, and the number of labelled positions per example (int64)."""
     digest = hashlib.blake2b(digest_size=16)
     counts: list[int] = []
     for start in range(0, len(examples), _EXAMPLES_PER_BLOCK):
@@ -74,7 +74,7 @@ def hash_examples(examples: EncodedExamples) -> tuple[str, torch.Tensor]:
         lengths = [len(row) for row in ids]
         for numbers in (lengths, prompts, itertools.chain.from_iterable(ids)):
             digest.update(_as_bytes(numbers))
-        # The first position of a row is never predicted, labelled or not.
+        # A row's first position is never predicted, so it never counts as labelled.
         counts += [length - max(prompt, 1) for length, prompt in zip(lengths, prompts, strict=True)]
     return digest.hexdigest(), torch.tensor(counts, dtype=torch.int64)
 

@@ -1,9 +1,9 @@
-"""A store of hidden states on disk: what a frozen trunk gave for the labelled positions of each training example.
+"""Disk store of a frozen backbone's hidden states at the labelled positions of each training example.
 
-A folder with three files: ``states``, the rows of all examples one after another; ``complete``, one byte for each
-example, 1 once its rows are written; and ``trunk.json``, what they are of. Several processes of one machine share it:
-each maps the files, and writes other examples. The name is a fingerprint of all that the states depend on, so whatever
-changes them finds another folder.
+A folder with three files: ``features``, the rows of all examples in order; ``completed``, one byte per example, 1 once
+its rows are written; and ``metadata.json``, the cache key and layout. An empty file ``durable`` marks a store that was
+flushed to disk. Processes of one machine share the store: each maps the files and writes different examples. The
+folder's name is a hash of the cache key, so anything that changes the states leads to another folder.
 """
 
 from __future__ import annotations
@@ -27,23 +27,28 @@ from peftbench.errors import DiskFullError, OutputError
 
 StorageDtype = Literal["fp32", "bf16"]
 STORAGE_DTYPES: dict[StorageDtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_FORMAT_VERSION = 1  # part of the name: raise it when what lies in the files changes
-_FEATURES_FILE, _COMPLETED_FILE, _METADATA_FILE, _DURABLE_FILE = "states", "complete", "trunk.json", "sealed"
+_FORMAT_VERSION = 2  # part of the folder name: raise it when the files or the cache key change
+_FEATURES_FILE, _COMPLETED_FILE, _METADATA_FILE, _DURABLE_FILE = (
+    "features",
+    "completed",
+    "metadata.json",
+    "durable",
+)
 _MADV_DONTNEED = getattr(mmap, "MADV_DONTNEED", None)
 _BLOCK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
 class StoreLayout:
-    """Where the rows of each example lie."""
+    """Position of each example's rows in the store."""
 
     label_counts: torch.Tensor
-    """Labelled positions of each example, int64."""
+    """Labelled positions per example, int64."""
     hidden_size: int
-    """Of a hidden state."""
+    """Width of a hidden state."""
     dtype: StorageDtype
     offsets: torch.Tensor = field(init=False)
-    """First row of each example, and behind the last one the number of all rows."""
+    """First row of each example, followed by the total number of rows."""
 
     def __post_init__(self) -> None:
         offsets = torch.cat((torch.zeros(1, dtype=torch.int64), self.label_counts.cumsum(0)))
@@ -51,89 +56,90 @@ class StoreLayout:
 
     @property
     def num_examples(self) -> int:
-        """How many there are."""
+        """Number of examples."""
         return len(self.label_counts)
 
     @property
     def num_positions(self) -> int:
-        """Rows of all of them."""
+        """Number of rows of all examples."""
         return int(self.offsets[-1])
 
     @property
     def nbytes(self) -> int:
-        """Size of the file of rows."""
+        """Size of the features file in bytes."""
         return self.num_positions * self.hidden_size * STORAGE_DTYPES[self.dtype].itemsize
 
     def rows(self, example: int) -> slice:
-        """Those of one example."""
+        """Return the rows of one example."""
         return slice(int(self.offsets[example]), int(self.offsets[example + 1]))
 
 
 class FeatureStore:
-    """An opened store; its files are whole and of the right size when it is made."""
+    """An open store; its files must be complete and of the right size."""
 
     def __init__(self, directory: Path, layout: StoreLayout) -> None:
         self.directory, self.layout = directory, layout
-        self._features_mmap, states = _map_file(directory / _FEATURES_FILE, STORAGE_DTYPES[layout.dtype])
-        self._features = states.view(layout.num_positions, layout.hidden_size)
+        self._features_mmap, features = _map_file(directory / _FEATURES_FILE, STORAGE_DTYPES[layout.dtype])
+        self._features = features.view(layout.num_positions, layout.hidden_size)
         self._completed_mmap, self._completed = _map_file(directory / _COMPLETED_FILE, torch.uint8)
 
     @property
     def nbytes(self) -> int:
-        """Of the file of rows."""
+        """Size of the features file in bytes."""
         return self.layout.nbytes
 
     def completed_mask(self) -> torch.Tensor:
-        """Which examples are there, bool: a copy, which what is written later does not change."""
+        """Return a copy of the mask of stored examples, bool; later writes do not change it."""
         return self._completed.bool()
 
     def write(self, examples: Sequence[int], features: torch.Tensor) -> None:
-        """Keep ``states`` (rows of all ``examples`` in their order, width), rounded to the stored type.
+        """Store ``features`` (rows of all ``examples`` in order, width), rounded to the stored dtype.
 
-        What is there already stays: another process may be reading it.
+        Examples that are already stored are not overwritten: another process may be reading them.
         """
         counts = self.layout.label_counts[list(examples)].tolist()
         if sum(counts) != len(features):
-            raise ValueError(f"{len(features)} states for the {sum(counts)} labelled positions of these examples")
+            raise ValueError(
+                f"got {len(features)} hidden states for the {sum(counts)} labelled positions of these examples"
+            )
         parts = features.detach().to(STORAGE_DTYPES[self.layout.dtype]).cpu().split(counts)
         for example, part in zip(examples, parts, strict=True):
             if not self._completed[example]:
                 self._features[self.layout.rows(example)] = part
-                self._completed[example] = (
-                    1  # not before: whoever is killed in between leaves an example that is not there
-                )
+                # Set after the rows: a process killed in between leaves the example marked as missing.
+                self._completed[example] = 1
         self._release_pages()
 
     def read(self, examples: Sequence[int], *, pin_memory: bool = False) -> torch.Tensor:
-        """Rows of all ``examples`` in their order, (rows, width) in the stored type, in page-locked memory if asked.
+        """Return the rows of all ``examples`` in order: (rows, width) in the stored dtype, optionally pinned.
 
         Raises:
-            KeyError: one is not there.
+            KeyError: an example is not stored.
         """
         if missing := [example for example in examples if not self._completed[example]]:
             raise KeyError(f"hidden states of example {missing[0]} are not in {self.directory}")
-        places = [self.layout.rows(example) for example in examples]
-        total = sum(place.stop - place.start for place in places)
-        made = torch.empty((total, self.layout.hidden_size), dtype=self._features.dtype, pin_memory=pin_memory)
-        torch.cat([self._features[place] for place in places], out=made)
+        slices = [self.layout.rows(example) for example in examples]
+        total = sum(rows.stop - rows.start for rows in slices)
+        features = torch.empty((total, self.layout.hidden_size), dtype=self._features.dtype, pin_memory=pin_memory)
+        torch.cat([self._features[rows] for rows in slices], out=features)
         self._release_pages()
-        return made
+        return features
 
     def mark_durable(self) -> None:
-        """Have the system write all to the disk, where all is there: then it is good after a crash of the machine too.
+        """Flush a complete store to disk and mark it, so that it stays valid after a crash of the machine.
 
-        Where that fails, it is good until then.
+        If flushing fails, the store stays valid until the next reboot.
         """
-        sealed = self.directory / _DURABLE_FILE
-        if sealed.exists() or not bool(self._completed.all()):
+        marker = self.directory / _DURABLE_FILE
+        if marker.exists() or not bool(self._completed.all()):
             return
         with contextlib.suppress(OSError, OutputError):
             self._features_mmap.flush()
             self._completed_mmap.flush()
-            write_atomically(sealed, "")
+            write_atomically(marker, "")
 
     def _release_pages(self) -> None:
-        """Take what was touched out of this process's memory (not of the system's cache), or its peak would hold it."""
+        """Release touched pages (they stay in the page cache), so that they do not count in this process's peak RSS."""
         if _MADV_DONTNEED is not None:
             self._features_mmap.madvise(_MADV_DONTNEED)
 
@@ -145,90 +151,90 @@ def _map_file(path: Path, dtype: torch.dtype) -> tuple[mmap.mmap, torch.Tensor]:
 
 
 def hash_cache_key(cache_key: Mapping[str, Any]) -> str:
-    """The name of the store of what ``of`` describes (values that JSON knows)."""
-    described = json.dumps([_FORMAT_VERSION, dict(cache_key)], sort_keys=True)
-    return hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
+    """Return the store's folder name: a hash of the cache key, whose values must be JSON-serializable."""
+    content = json.dumps([_FORMAT_VERSION, dict(cache_key)], sort_keys=True)
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
 def get_store_dir(cache_key: Mapping[str, Any]) -> Path:
-    """The folder of that store, in the user's cache."""
-    return cache_dir() / "trunk" / hash_cache_key(cache_key)
+    """Return the store's folder in the user's cache."""
+    return cache_dir() / "feature_cache" / hash_cache_key(cache_key)
 
 
 def open_store(cache_key: Mapping[str, Any], layout: StoreLayout, log: Callable[[str], None]) -> FeatureStore:
-    """The store of what ``of`` describes, made where it is not there or is damaged.
+    """Open the store of ``cache_key``; create it if it does not exist or is damaged.
 
-    ``announce`` is told its size before it is made.
+    ``log`` receives a message with the store's size before it is created.
 
     Raises:
-        DiskFullError: the disk has less room; nothing is left behind.
-        OutputError: it cannot be written there.
+        DiskFullError: the disk has too little free space; nothing is created.
+        OutputError: the folder is not writable.
     """
     folder = get_store_dir(cache_key)
-    wanted = {
-        "format": _FORMAT_VERSION,
-        "of": dict(cache_key),
-        "examples": layout.num_examples,
-        "positions": layout.num_positions,
-        "width": layout.hidden_size,
-        "stored": layout.dtype,
+    metadata = {
+        "format_version": _FORMAT_VERSION,
+        "cache_key": dict(cache_key),
+        "num_examples": layout.num_examples,
+        "num_positions": layout.num_positions,
+        "hidden_size": layout.hidden_size,
+        "dtype": layout.dtype,
     }
     try:
-        if not _is_valid_store(folder, layout, wanted):
-            _check_disk_space(folder, layout)  # before a folder is made for it
+        if not _is_valid_store(folder, layout, metadata):
+            _check_disk_space(folder, layout)  # before any folder is created
             folder.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(folder.with_name(f"{folder.name}.lock")):
-                if not _is_valid_store(folder, layout, wanted):  # another process may have made it meanwhile
+                if not _is_valid_store(folder, layout, metadata):  # another process may have created it meanwhile
                     shutil.rmtree(folder, ignore_errors=True)
                     log(describe_store(layout, folder))
-                    _create_store(folder, layout, wanted)
+                    _create_store(folder, layout, metadata)
         return FeatureStore(folder, layout)
     except OSError as error:
         raise write_error(folder, error) from error
 
 
 def describe_store(layout: StoreLayout, directory: Path) -> str:
-    """How large a store is, and where."""
-    return (
-        f"the hidden states of {layout.num_positions:,} labelled positions take {layout.nbytes:,} bytes in {directory}"
-    )
+    """Return a sentence with the store's size and folder."""
+    return f"hidden states of {layout.num_positions:,} labelled positions take {layout.nbytes:,} bytes in {directory}"
 
 
 def _is_valid_store(directory: Path, layout: StoreLayout, metadata: dict[str, Any]) -> bool:
-    """Whether the files are there, as large as they must be, and of what was asked for."""
+    """True if all files exist, have the right sizes, and the metadata matches."""
     try:
-        meta = json.loads((directory / _METADATA_FILE).read_text(encoding="utf-8"))
+        saved = json.loads((directory / _METADATA_FILE).read_text(encoding="utf-8"))
         flags = (directory / _COMPLETED_FILE).read_bytes()
         size = (directory / _FEATURES_FILE).stat().st_size
     except (OSError, ValueError):
         return False
-    # After a crash of the machine flags may be on the disk whose rows are not.
-    trusted = (directory / _DURABLE_FILE).exists() or meta.pop("boot", None) == _read_boot_id()
-    meta.pop("boot", None)
-    sizes = (size, len(flags)) == (layout.nbytes, layout.num_examples)
-    return trusted and sizes and meta == metadata and max(flags, default=0) <= 1
+    # After a crash of the machine, flags may be on disk while their rows are not.
+    boot_id = saved.pop("boot_id", None)
+    trusted = (directory / _DURABLE_FILE).exists() or boot_id == _read_boot_id()
+    sizes_match = (size, len(flags)) == (layout.nbytes, layout.num_examples)
+    return trusted and sizes_match and saved == metadata and max(flags, default=0) <= 1
 
 
 def _check_disk_space(directory: Path, layout: StoreLayout) -> None:
-    there = next(place for place in directory.parents if place.exists())
-    replaced = sum(path.stat().st_blocks * 512 for path in directory.glob("*"))  # a damaged one, say
-    free, needed = shutil.disk_usage(there).free + replaced, layout.nbytes + layout.num_examples
+    existing = next(parent for parent in directory.parents if parent.exists())
+    reclaimed = sum(path.stat().st_blocks * 512 for path in directory.glob("*"))  # e.g. a damaged store
+    free, needed = shutil.disk_usage(existing).free + reclaimed, layout.nbytes + layout.num_examples
     if free < needed:
         raise DiskFullError(
-            f"{describe_store(layout, directory)}, and its disk has {free:,} free; make room, set {CACHE_DIR_ENV} to a folder "
-            "on a larger disk, or train.feature_cache to "
+            f"{describe_store(layout, directory)}, but its disk has {free:,} bytes free; free some space, set "
+            f"{CACHE_DIR_ENV} to a folder on a larger disk, or set train.feature_cache to "
             + ("bf16, which takes half, or null" if layout.dtype == "fp32" else "null")
         )
 
 
 def _create_store(directory: Path, layout: StoreLayout, metadata: dict[str, Any]) -> None:
     unfinished = directory.with_name(f".{directory.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed: the lock is ours
+    shutil.rmtree(unfinished, ignore_errors=True)  # left by a killed process: this one holds the lock
     try:
         unfinished.mkdir()
         _allocate(unfinished / _FEATURES_FILE, layout.nbytes)
         _allocate(unfinished / _COMPLETED_FILE, layout.num_examples)
-        write_atomically(unfinished / _METADATA_FILE, json.dumps(metadata | {"boot": _read_boot_id()}, indent=1) + "\n")
+        write_atomically(
+            unfinished / _METADATA_FILE, json.dumps(metadata | {"boot_id": _read_boot_id()}, indent=1) + "\n"
+        )
         unfinished.rename(directory)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -236,7 +242,7 @@ def _create_store(directory: Path, layout: StoreLayout, metadata: dict[str, Any]
 
 
 def _allocate(path: Path, size: int) -> None:
-    """A file of zeros that has all of its room on the disk: a write through a map has no way to say that it is full."""
+    """Create a zero-filled file with its disk space reserved: a write through mmap cannot report a full disk."""
     with path.open("wb") as file:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, size)
@@ -246,7 +252,7 @@ def _allocate(path: Path, size: int) -> None:
 
 
 def _read_boot_id() -> str | None:
-    """What names this start of the machine, None where the system does not tell."""
+    """Return the id of the machine's current boot, None if the system has none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:

@@ -1,1 +1,1 @@
-"""Before a run: how much memory it will take, from a rehearsal of its step that computes nothing."""
+"""Memory estimates before a run, from a simulated training step on torch's meta device."""

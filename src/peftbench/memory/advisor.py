@@ -1,7 +1,7 @@
-"""What a run that ran out of memory would have needed, and what would have fitted: asked of the estimator.
+"""Estimate what a run that ran out of memory needs, and suggest a change that fits.
 
-It answers in a process of its own (``python -m peftbench.memory.advisor``), for the one that asks is short of memory,
-and may be one of several that are bound to each other.
+The estimator runs in a subprocess (``python -m peftbench.memory.advisor``): the calling process is short of memory and
+may belong to a distributed process group.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from peftbench.distributed.launcher_env import launched_world_size, select_launcher_env, without_launcher_env
 from peftbench.errors import BudgetTooSmallError, PeftbenchError
 from peftbench.memory.devices import get_device_facts, get_facts_by_torch_name
-from peftbench.memory.launch_config import build_launch_config, select_launcher_env
+from peftbench.memory.launch_config import build_launch_config
 from peftbench.memory.search import TECHNIQUES, MemoryTarget, choose_micro_batch, strategies, with_micro_batch
 from peftbench.recipe.schema import Recipe
 
@@ -23,66 +24,53 @@ if TYPE_CHECKING:
     from peftbench.memory.plan import Strategy
 
 _TIMEOUT_SECONDS = 300
-_STRIPPED_ENV_PREFIXES = (
-    "ACCELERATE_",
-    "FSDP_",
-    "TORCHELASTIC_",
-    "MASTER_",
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "GROUP_",
-    "ROLE_",
-    "DEEPSPEED_",
-)
 
 
 class AdviceRequest(BaseModel):
-    """A recipe, the bytes that each of its processes may take, and where it runs."""
+    """A recipe, the budget of each process, and the device and launcher that it runs with."""
 
     model_config = ConfigDict(frozen=True)
 
     recipe: Recipe
     budget_bytes: int
     device_name: str
-    """By torch's name for it, or cpu."""
+    """torch's name of the device, or cpu."""
     num_processes: int = 1
     launcher_env: dict[str, str] = {}
-    """What each process was told by its launcher."""
+    """Environment variables that the launcher set in each process."""
 
     @classmethod
     def from_environment(cls, recipe: Recipe, budget_bytes: int, device_name: str) -> AdviceRequest:
-        """With the launcher that started this process."""
+        """Build a request with the launcher of this process."""
         return cls(
             recipe=recipe,
             budget_bytes=budget_bytes,
             device_name=device_name,
             launcher_env=select_launcher_env(os.environ),
-            num_processes=int(os.environ.get("WORLD_SIZE", "1")),
+            num_processes=launched_world_size(),
         )
 
     def build_target(self) -> MemoryTarget:
-        """What is to be fitted."""
+        """Return the device and budget to fit."""
         facts = get_device_facts("cpu") if self.device_name == "cpu" else get_facts_by_torch_name(self.device_name)
-        world = build_launch_config(self.num_processes, self.launcher_env, with_micro_batch(self.recipe, 1))
-        return MemoryTarget(facts, self.device_name, self.budget_bytes, world)
+        launch_config = build_launch_config(self.num_processes, self.launcher_env, with_micro_batch(self.recipe, 1))
+        return MemoryTarget(facts, self.device_name, self.budget_bytes, launch_config)
 
 
 class Advice(BaseModel):
-    """The estimator's answer."""
+    """The estimator's result."""
 
     model_config = ConfigDict(frozen=True)
 
     estimated_peak_bytes: int | None = None
-    """What the recipe's process is predicted to hold, at least."""
+    """Predicted minimum of a process's memory."""
     suggestion: str | None = None
     error: str | None = None
-    """Why there is no answer."""
+    """Why the estimate or the search failed."""
 
 
 class MicroBatchChoice(BaseModel):
-    """What ``train.micro_batch_size=auto`` becomes."""
+    """The sizes that replace ``train.micro_batch_size=auto``."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -93,29 +81,29 @@ class MicroBatchChoice(BaseModel):
 
 
 def request_advice(request: AdviceRequest) -> Advice:
-    """Ask what would have fitted, and wait some minutes for it at most; what asks has a record to write."""
-    said, problem = _run_advisor(request, "advice")
+    """Run :func:`advise` in a subprocess, with a timeout of some minutes so that the run can write its record."""
+    line, error = _run_advisor(request, "advice")
     try:
-        return Advice.model_validate_json(said)
+        return Advice.model_validate_json(line)
     except ValidationError:
-        return Advice(problem=problem)
+        return Advice(error=error)
 
 
 def request_micro_batch(request: AdviceRequest) -> MicroBatchChoice:
-    """Ask what ``train.micro_batch_size=auto`` becomes."""
-    said, problem = _run_advisor(request, "settle")
+    """Run :func:`build_micro_batch_choice` in a subprocess."""
+    line, error = _run_advisor(request, "micro_batch")
     try:
-        return MicroBatchChoice.model_validate_json(said)
+        return MicroBatchChoice.model_validate_json(line)
     except ValidationError:
-        return MicroBatchChoice(problem=f"{problem}; set train.micro_batch_size to a number")
+        return MicroBatchChoice(error=f"{error}; set train.micro_batch_size to a number")
 
 
 def _run_advisor(request: AdviceRequest, request_kind: str) -> tuple[str, str]:
-    """The last line of an estimator in a process of its own, and why there may be none."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(_STRIPPED_ENV_PREFIXES)}
+    """Run the estimator in a subprocess; return its last line of output, or the error if that is invalid."""
+    environment = without_launcher_env(os.environ)
     environment["CUDA_VISIBLE_DEVICES"] = ""
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-m", __name__, request_kind],
             input=request.model_dump_json(),
             capture_output=True,
@@ -125,15 +113,13 @@ def _run_advisor(request: AdviceRequest, request_kind: str) -> tuple[str, str]:
             env=environment,
         )
     except OSError as error:
-        return "", f"the estimator could not be started: {error}"
-    except subprocess.TimeoutExpired as late:  # what it has said by then is what the recipe needs
-        said = late.stdout or b""
-        return _get_last_line(
-            said if isinstance(said, str) else said.decode()
-        ), f"the estimator took over {_TIMEOUT_SECONDS} seconds"
-    return _get_last_line(
-        done.stdout
-    ), f"the estimator gave no answer: {_get_last_line(done.stderr) or done.returncode}"
+        return "", f"the estimator could not start: {error}"
+    except subprocess.TimeoutExpired as timeout:  # the estimate is printed before the search starts
+        stdout: str | bytes = timeout.stdout or b""
+        line = _get_last_line(stdout if isinstance(stdout, str) else stdout.decode())
+        return line, f"the estimator took over {_TIMEOUT_SECONDS} seconds"
+    reason = _get_last_line(process.stderr) or process.returncode
+    return _get_last_line(process.stdout), f"the estimator failed: {reason}"
 
 
 def _get_last_line(text: str) -> str:
@@ -141,54 +127,60 @@ def _get_last_line(text: str) -> str:
 
 
 def advise(request: AdviceRequest) -> Advice:
-    """What the recipe needs, and the fastest change that is predicted to fit; one that trades nothing, if there is."""
+    """Estimate the recipe and find the fastest change predicted to fit, preferring changes without a trade-off."""
     from peftbench.memory.estimate import estimate
 
     recipe = request.recipe
     try:
-        room = request.build_target()
-        needed = estimate(recipe, room.facts, room.device_name, launch_config=room.launch_config).process_bytes[0]
+        target = request.build_target()
+        plan = estimate(recipe, target.facts, target.device_name, launch_config=target.launch_config)
     except PeftbenchError as error:
-        return Advice(problem=str(error))
-    print(Advice(needed_bytes=needed).model_dump_json(), flush=True)  # should the search take too long
+        return Advice(error=str(error))
+    needed = plan.process_bytes[0]
+    print(Advice(estimated_peak_bytes=needed).model_dump_json(), flush=True)  # in case the search times out
     free = ",".join(technique.name for technique in TECHNIQUES if technique.tradeoff is None)
     for allowed in (free, "all"):
         try:
-            fitting = strategies(recipe, allowed, room)
+            fitting = strategies(recipe, allowed, target)
         except BudgetTooSmallError as error:
-            return Advice(needed_bytes=needed, suggestion=f"nothing that was tried would fit: {error}")
+            return Advice(estimated_peak_bytes=needed, suggestion=f"no change fits: {error}")
         except PeftbenchError as error:
-            return Advice(needed_bytes=needed, problem=str(error))
+            return Advice(estimated_peak_bytes=needed, error=str(error))
         if fitting:
-            return Advice(needed_bytes=needed, suggestion=_format_suggestion(fitting[0]))
-    return Advice(needed_bytes=needed, suggestion="no smaller micro-batch and no technique of peftbench fit would fit")
+            return Advice(estimated_peak_bytes=needed, suggestion=_format_suggestion(fitting[0]))
+    return Advice(
+        estimated_peak_bytes=needed,
+        suggestion="no smaller micro-batch and no technique of peftbench fit is predicted to fit",
+    )
 
 
 def build_micro_batch_choice(request: AdviceRequest) -> MicroBatchChoice:
-    """What ``train.micro_batch_size=auto`` becomes, or why it cannot be said."""
+    """Resolve ``train.micro_batch_size=auto``, or return the error."""
     try:
         recipe, note = choose_micro_batch(request.recipe, request.build_target())
     except PeftbenchError as error:
-        return MicroBatchChoice(problem=str(error))
+        return MicroBatchChoice(error=str(error))
     return MicroBatchChoice(
-        micro_batch=recipe.train.resolved_micro_batch_size or 1, evaluation_batch=recipe.evaluate.batch_size, note=note
+        micro_batch_size=recipe.train.resolved_micro_batch_size or 1,
+        evaluation_batch_size=recipe.evaluate.batch_size,
+        note=note,
     )
 
 
 def _format_suggestion(strategy: Strategy) -> str:
-    trades = f", which trades {'; '.join(strategy.tradeoffs)}" if strategy.tradeoffs else ""
-    most = strategy.plan.process_bytes[1] / 2**20
-    return f"{' '.join(strategy.overrides)} is predicted to fit, with {most:,.0f} MiB at most{trades}"
+    tradeoffs = f" (trade-off: {'; '.join(strategy.tradeoffs)})" if strategy.tradeoffs else ""
+    upper = strategy.plan.process_bytes[1] / 2**20
+    return f"{' '.join(strategy.overrides)} is predicted to fit, with at most {upper:,.0f} MiB{tradeoffs}"
 
 
 def main() -> None:
-    """Answer the question on standard input: what would fit ("advice"), or what auto becomes ("settle")."""
-    from peftbench.common.console import quiet_libraries  # which a run that asks need not be able to import
+    """Read a request from stdin and print the result: "advice", or "micro_batch" to resolve auto."""
+    from peftbench.common.libraries import quiet_libraries  # not needed by the calling run
 
-    question = AdviceRequest.model_validate_json(sys.stdin.read())
+    request = AdviceRequest.model_validate_json(sys.stdin.read())
     quiet_libraries()
-    said: BaseModel = build_micro_batch_choice(question) if sys.argv[1] == "settle" else advise(question)
-    print(said.model_dump_json(), flush=True)
+    result: BaseModel = build_micro_batch_choice(request) if sys.argv[1] == "micro_batch" else advise(request)
+    print(result.model_dump_json(), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""A model of torch's caching allocator on CUDA: what it reserves from the driver for a given series of requests.
+"""Model torch's caching allocator on CUDA: the bytes that it reserves from the driver for a series of requests.
 
-Source: torch's c10/cuda/CUDACachingAllocator.cpp, its default settings (one stream, no expandable segments, no largest
-size to split). Requests are rounded to 512 bytes and served from the smallest free block that is large enough; what is
-left of a block is split off where that is worth it, and a block that is freed joins its free neighbours. Where no block
-is large enough a segment is taken from the driver: 2 MiB for small requests, 20 MiB for middle ones, for large ones as
-much as is asked for in whole 2 MiB. Segments are given back only when the driver has no more.
+Source: torch's c10/cuda/CUDACachingAllocator.cpp with default settings (one stream, no expandable segments, no
+max_split_size). A request is rounded up to 512 bytes and served from the smallest free block that is large enough. The
+rest of the block is split off if it is large enough, and a freed block merges with its free neighbors. If no block is
+large enough, a segment is requested from the driver: 2 MiB for small requests, 20 MiB for medium requests, and a
+multiple of 2 MiB for large ones. Segments are returned only when the driver has no memory left.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 
 MIB = 2**20
 MIN_BLOCK_SIZE = 512
-"""All sizes are multiples of this."""
+"""Block sizes are multiples of this."""
 SMALL_SIZE = MIB
-"""Largest request that is served from the pool of small blocks."""
+"""Largest request served from the pool of small blocks."""
 SMALL_BUFFER = 2 * MIB
 MIN_LARGE_ALLOC = 10 * MIB
 """Smallest request that gets a segment of its own size."""
@@ -27,7 +27,7 @@ ROUND_LARGE = 2 * MIB
 
 @dataclass(eq=False)
 class _Block:
-    """A piece of a segment, with the pieces around it."""
+    """A part of a segment, linked to its neighbors."""
 
     address: int
     size: int
@@ -43,7 +43,7 @@ class _Block:
 
 @dataclass
 class _BlockPool:
-    """Free blocks, the smallest first and among equals the one of the lowest address."""
+    """Free blocks, sorted by size and then by address."""
 
     blocks: list[_Block] = field(default_factory=list)
 
@@ -55,13 +55,13 @@ class _BlockPool:
         del self.blocks[index]
 
     def pop_best_fit(self, size: int) -> _Block | None:
-        """The smallest block of at least ``size``, no more in the pool."""
+        """Remove and return the smallest block of at least ``size`` bytes, or None."""
         index = bisect.bisect_left(self.blocks, (size, -1), key=lambda b: b.sort_key)
         return self.blocks.pop(index) if index < len(self.blocks) else None
 
 
 class OutOfMemoryError(Exception):
-    """The driver has no more to give."""
+    """The driver has too little memory left."""
 
     def __init__(self, requested_bytes: int) -> None:
         super().__init__(f"{requested_bytes} bytes")
@@ -69,22 +69,22 @@ class OutOfMemoryError(Exception):
 
 
 class CachingAllocator:
-    """Replays requests; ``capacity`` is what the driver has to give, None for as much as is asked for."""
+    """Replays requests; ``capacity`` is the driver's memory in bytes, None for unlimited."""
 
     def __init__(self, capacity: int | None = None) -> None:
         self.capacity = capacity
         self.allocated_bytes = self.reserved_bytes = self.peak_allocated_bytes = self.peak_reserved_bytes = 0
         self.num_alloc_retries = 0
-        """How often cached segments were given back because the driver had no more."""
+        """How often cached segments were released because the driver had no memory left."""
         self._pools = {True: _BlockPool(), False: _BlockPool()}
         self._live_blocks: dict[int, _Block] = {}
         self._next_address = 0
 
     def allocate(self, storage_id: int, size: int) -> None:
-        """Serve a request of ``size`` bytes, to be freed under ``name``.
+        """Allocate ``size`` bytes for ``storage_id``.
 
         Raises:
-            OutOfMemoryError: the driver has no more, even after all cached segments were given back.
+            OutOfMemoryError: the driver has too little memory, even after all cached segments are released.
         """
         if size == 0:
             return
@@ -104,9 +104,9 @@ class CachingAllocator:
         self.peak_allocated_bytes = max(self.peak_allocated_bytes, self.allocated_bytes)
 
     def free(self, storage_id: int) -> None:
-        """Take back what was served under ``name``."""
+        """Free the block of ``storage_id``."""
         block = self._live_blocks.pop(storage_id, None)
-        if block is None:  # of no bytes
+        if block is None:  # an allocation of 0 bytes
             return
         self.allocated_bytes -= block.size
         block.is_allocated = False
@@ -118,10 +118,10 @@ class CachingAllocator:
         pool.add(block)
 
     def empty_cache(self) -> None:
-        """Return every segment of which nothing is used to the driver, as ``torch.cuda.empty_cache`` does."""
+        """Return unused segments to the driver, like ``torch.cuda.empty_cache``."""
         for pool in self._pools.values():
-            whole = [block for block in pool.blocks if block.prev is None and block.next is None]
-            for block in whole:
+            unused = [block for block in pool.blocks if block.prev is None and block.next is None]
+            for block in unused:
                 pool.remove(block)
                 self.reserved_bytes -= block.size
 
@@ -136,19 +136,19 @@ class CachingAllocator:
                 raise OutOfMemoryError(size)
         self.reserved_bytes += segment
         self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
-        made = _Block(self._next_address, segment, is_small)
+        block = _Block(self._next_address, segment, is_small)
         self._next_address += segment
-        return made
+        return block
 
 
 class CpuPages:
-    """The CPU's, as a run under a budget sets it up: each block is taken from the system in pages and given back."""
+    """Models glibc's malloc as a run under a budget sets it up: each large block is mapped and unmapped in pages."""
 
     PAGE_SIZE = 4096
     MMAP_THRESHOLD = 64 * 2**10
-    """Bytes from which on a block has pages of its own; smaller ones share theirs."""
+    """Smallest block with its own pages, in bytes; smaller blocks share pages."""
     MMAP_HEADER = 80
-    """What the C library puts before a block of its own pages that is aligned to 64 bytes, as torch's are."""
+    """Bytes that glibc puts before a mapped block aligned to 64 bytes, as torch aligns its blocks."""
 
     def __init__(self, capacity: int | None = None) -> None:
         self.capacity = capacity
@@ -156,10 +156,10 @@ class CpuPages:
         self._live_bytes: dict[int, int] = {}
 
     def allocate(self, storage_id: int, size: int) -> None:
-        """Take ``size`` bytes, to be freed under ``name``.
+        """Allocate ``size`` bytes for ``storage_id``.
 
         Raises:
-            OutOfMemoryError: the system has no more.
+            OutOfMemoryError: the system has too little memory.
         """
         pages = size if size < self.MMAP_THRESHOLD else -(-(size + self.MMAP_HEADER) // self.PAGE_SIZE) * self.PAGE_SIZE
         if self.capacity is not None and self.allocated_bytes + pages > self.capacity:
@@ -169,15 +169,15 @@ class CpuPages:
         self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.allocated_bytes)
 
     def free(self, storage_id: int) -> None:
-        """Give back what was taken under ``name``."""
+        """Free the block of ``storage_id``."""
         self.allocated_bytes -= self._live_bytes.pop(storage_id, 0)
 
     def empty_cache(self) -> None:
-        """Nothing is cached."""
+        """Do nothing: no block is cached."""
 
 
 def _merge_blocks(first: _Block, second: _Block) -> _Block:
-    """Two neighbours as one block."""
+    """Merge two neighbors into one block."""
     first.size += second.size
     first.next = second.next
     if second.next is not None:

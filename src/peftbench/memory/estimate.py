@@ -1,4 +1,4 @@
-"""From a recipe to a plan, without a GPU and without weights."""
+"""Estimate the memory of a recipe without a GPU and without weights."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from peftbench.errors import BudgetTooSmallError, EstimateUnavailableError, Prec
 from peftbench.memory.allocator import OutOfMemoryError
 from peftbench.memory.families import with_bundled_config
 from peftbench.memory.launch_config import SINGLE_PROCESS, LaunchConfig
-from peftbench.memory.plan import PhasePeak, Plan, Verdict
-from peftbench.memory.replay import AllocatorReplay, PeakUsage, replay_allocator
+from peftbench.memory.plan import Plan, Verdict
+from peftbench.memory.replay import AllocatorReplay, replay_allocator
 from peftbench.memory.simulation.step import MemorySimulation
 from peftbench.modeling.loading import get_max_positions, load_config
-from peftbench.optim.bitsandbytes import AdamW8bit
 
 if TYPE_CHECKING:
     from peftbench.distributed.engines import EngineKind
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
 
 MIN_LABELLED_TOKENS = 64
-"""Labelled tokens of a row, where summaries are generated shorter: those to learn from may be longer."""
+"""Minimum of labelled tokens per row: reference summaries may be longer than evaluate.max_new_tokens."""
 
 
 def estimate(
@@ -39,53 +38,54 @@ def estimate(
     budget_bytes: int | None = None,
     launch_config: LaunchConfig = SINGLE_PROCESS,
 ) -> Plan:
-    """What ``recipe`` would hold on one GPU with these ``facts``, and whether that fits ``budget`` bytes.
+    """Return the memory plan of ``recipe`` on one device with these ``facts``, with a verdict for ``budget_bytes``.
 
-    With several processes, each on a GPU of its own, it is what the first of them holds.
+    With several processes, each on its own GPU, the plan is that of rank 0.
 
     Raises:
-        NotEstimatedError: something in it is not predicted, and is named.
-        NoRoomError: the budget is less than the weights alone.
-        PeftbenchError: the recipe itself cannot be run.
+        EstimateUnavailableError: the memory of some part of the recipe is not modeled; the message names the part.
+        BudgetTooSmallError: the budget is smaller than the weights.
+        PeftbenchError: the recipe itself cannot run.
     """
     _check_supported(recipe, launch_config.engine, facts.device_type)
     if recipe.train.precision == "bf16" and not facts.bf16:
-        raise PrecisionError(f"train.precision=bf16 is not there on {facts.torch_name}; use fp16 or fp32")
+        raise PrecisionError(f"{facts.torch_name} does not support train.precision=bf16; use fp16 or fp32")
     accumulation, rows = compute_micro_batching(
         recipe.train.global_batch_size, _max_micro_batch_size(recipe), launch_config.num_processes
     )
-    rehearsal = MemorySimulation(
+    simulation = MemorySimulation(
         _replace_paged_optimizer(recipe),
         facts.device_type,
         accumulation,
         has_padding=rows > 1,
         launch_config=launch_config,
     )
-    width = _max_sequence_length(recipe, rehearsal.max_positions)
+    width = _max_sequence_length(recipe, simulation.max_positions)
     labels = min(max(recipe.evaluate.max_new_tokens, MIN_LABELLED_TOKENS), width - 1)
-    flops = rehearsal.step_flops(max(1, recipe.train.global_batch_size // launch_config.num_processes), width, labels)
-    with rehearsal:
-        rehearsal.simulate_training(rows, width, labels)
-        rehearsal.simulate_evaluation(recipe.evaluate.batch_size, width, labels)
+    flops = simulation.step_flops(max(1, recipe.train.global_batch_size // launch_config.num_processes), width, labels)
+    with simulation:
+        simulation.simulate_training(rows, width, labels)
+        simulation.simulate_evaluation(recipe.evaluate.batch_size, width, labels)
         if recipe.evaluate.generate:
-            new = recipe.evaluate.max_new_tokens
-            rehearsal.simulate_generation(recipe.evaluate.batch_size * recipe.evaluate.num_beams, width - new, new)
-    events = list(rehearsal.memory_tracker.iter_events())
-    found = replay_allocator(events, facts.device_type)
+            new_tokens = recipe.evaluate.max_new_tokens
+            num_sequences = recipe.evaluate.batch_size * recipe.evaluate.num_beams
+            simulation.simulate_generation(num_sequences, width - new_tokens, new_tokens)
+    events = list(simulation.memory_tracker.iter_events())
+    replay = replay_allocator(events, facts.device_type)
     context, workspaces = _to_int_range(facts.context), _to_int_range(facts.workspaces)
     overhead = (context[0] + workspaces[0], context[1] + workspaces[1])
-    away = _count_paged_bytes(recipe, found)
-    process = (found.reserved_bytes - away + overhead[0], found.reserved_bytes + overhead[1])
+    paged_bytes = _count_paged_bytes(recipe, replay)
+    process = (replay.reserved_bytes - paged_bytes + overhead[0], replay.reserved_bytes + overhead[1])
     verdict, margin = None, None
     if budget_bytes is not None:
-        weights = found.peak.live_bytes_by_category["weights"]
+        weights = replay.peak.live_bytes_by_category.get("weights", 0)
         if budget_bytes < weights:
             raise BudgetTooSmallError(
-                f"{budget_bytes:,} bytes do not hold the {weights:,} of the weights alone; give more"
+                f"A budget of {budget_bytes:,} bytes is smaller than the weights alone ({weights:,} bytes); increase it"
             )
-        verdict = _decide_verdict(events, process, budget_bytes - overhead[0] + away, budget_bytes, facts.device_type)
+        tensor_bytes = budget_bytes - overhead[0] + paged_bytes
+        verdict = _decide_verdict(events, process, tensor_bytes, budget_bytes, facts.device_type)
         margin = (budget_bytes - process[1], budget_bytes - process[0])
-    parts = {name: _build_phase_peak(moment) for name, moment in found.peak_by_phase.items()}
     return Plan(
         name=recipe.name,
         engine=launch_config.engine.name,
@@ -97,76 +97,75 @@ def estimate(
         gradient_accumulation_steps=accumulation,
         evaluation_batch_size=recipe.evaluate.batch_size,
         step_flops=flops,
-        phase_peaks=parts,
-        peak_phase=found.peak.phase,
-        reserved_bytes=found.reserved_bytes,
+        phase_peaks=replay.peak_by_phase,
+        peak_phase=replay.peak_phase,
+        reserved_bytes=replay.reserved_bytes,
         process_bytes=process,
         cuda_context_bytes=context,
         workspace_bytes=workspaces,
         budget_bytes=budget_bytes,
         verdict=verdict,
         margin_bytes=margin,
-        notes=_build_notes(recipe, facts, width, labels, away),
+        notes=_build_notes(recipe, facts, width, labels, paged_bytes),
     )
 
 
 def _replace_paged_optimizer(recipe: Recipe) -> Recipe:
-    """The recipe with states that the driver does not move, and that are as large."""
-    if recipe.optimizer.kind != "paged_adamw8bit":
-        return recipe
-    return recipe.model_copy(update={"optimizer": AdamW8bit(**recipe.optimizer.model_dump(exclude={"kind"}))})
+    """Replace a paged optimizer with its unpaged variant, whose states have the same size."""
+    return recipe.model_copy(update={"optimizer": recipe.optimizer.without_paging()})
 
 
 def _count_paged_bytes(recipe: Recipe, replay: AllocatorReplay) -> int:
-    """Bytes that the driver can move to the CPU's memory."""
-    if recipe.optimizer.kind != "paged_adamw8bit":
+    """Return the bytes of optimizer state that the driver may page out to host memory."""
+    if not recipe.optimizer.is_paged:
         return 0
-    return max(moment.live_bytes_by_category["optimizer_state"] for moment in replay.peak_by_phase.values())
+    return max(peak.live_bytes_by_category.get("optimizer_state", 0) for peak in replay.peak_by_phase.values())
 
 
 def _to_int_range(size_range: tuple[int, int]) -> tuple[int, int]:
-    """Numbers, which JSON has, of pydantic's sizes."""
+    """Convert pydantic's ByteSize to int, which JSON can hold."""
     return int(size_range[0]), int(size_range[1])
 
 
 def _check_supported(recipe: Recipe, engine: EngineKind, device_type: DeviceType) -> None:
     if not recipe.method.is_trainable:
-        raise EstimateUnavailableError(f"{recipe.method.kind} trains nothing; estimate a recipe of a method that does")
+        raise EstimateUnavailableError(f"{recipe.method.kind} trains nothing; estimate a recipe whose method trains")
     check(build_combination(recipe, engine), device_type)
     if engine.offloads_to_nvme:
         raise EstimateUnavailableError(
-            f"what {engine.name} keeps on a disk, and brings, is not predicted; use zero3_offload"
+            f"The memory of state that {engine.name} offloads to NVMe is not modeled; use zero3_offload"
         )
     if device_type == "cpu" and recipe.train.precision != "fp32":
         raise EstimateUnavailableError(
-            "in bf16 the CPU's kernels convert what they are given in memory of their own, which is not predicted; use "
+            f"On CPU, {recipe.train.precision} kernels use conversion buffers that are not modeled; use "
             "train.precision=fp32, or --device with a GPU"
         )
     if recipe.model.quantization == "int8":
         raise EstimateUnavailableError(
-            "outliers of an int8 base depend on its values; use model.quantization=nf4 or null"
+            "The memory of int8 outliers depends on the weights' values; use model.quantization=nf4 or null"
         )
-    if recipe.optimizer.kind == "deepspeed_cpu_adam":
+    if recipe.optimizer.is_cpu_only:
         raise EstimateUnavailableError(
-            "deepspeed_cpu_adam would be compiled and steps for real; use optimizer.kind=adamw"
+            f"{recipe.optimizer.kind} runs a compiled kernel and cannot be simulated; use optimizer.kind=adamw"
         )
     if recipe.model.attention == "flash_attention_2":
         raise EstimateUnavailableError(
-            "flash_attention_2 is not predicted; use model.attention=sdpa, which is near to it"
+            "flash_attention_2 is not modeled; use model.attention=sdpa, which needs about the same memory"
         )
 
 
 def _max_micro_batch_size(recipe: Recipe) -> int | None:
-    """Most rows of a micro-batch; where it is given in tokens, as many of the longest as are not less than those."""
+    """Return the row limit of a micro-batch; train.micro_batch_tokens is divided by the longest row, rounded up."""
     if recipe.train.micro_batch_tokens is None:
         return recipe.train.resolved_micro_batch_size
-    with with_bundled_config(recipe.model) as at_hand:
-        width = _max_sequence_length(recipe, get_max_positions(load_config(at_hand))) + recipe.method.virtual_tokens
+    with with_bundled_config(recipe.model) as model_config:
+        max_positions = get_max_positions(load_config(model_config))
+    width = _max_sequence_length(recipe, max_positions) + recipe.method.virtual_tokens
     return math.ceil(recipe.train.micro_batch_tokens / width)
 
 
 def _max_sequence_length(recipe: Recipe, max_positions: int | None) -> int:
-    """Of the longest row, padded to its multiple."""
+    """Return the number of tokens in the longest row, padded to data.pad_to_multiple_of."""
     virtual = recipe.method.virtual_tokens
     longest = SequenceLayout.for_model(
         separator=recipe.data.separator,
@@ -187,7 +186,10 @@ def _decide_verdict(
     budget_bytes: int,
     device_type: DeviceType,
 ) -> Verdict:
-    """Fits by the most that it may take; does not fit if even the least beside ``tensors`` leaves those too little."""
+    """Return "fits" if the upper bound fits; "does not fit" if the replay runs out of memory at the lower bound.
+
+    ``tensor_bytes`` is what the smallest context and workspaces leave of the budget for tensors.
+    """
     if process_bytes[1] <= budget_bytes:
         return "fits"
     try:
@@ -197,26 +199,17 @@ def _decide_verdict(
     return "too close to say"
 
 
-def _build_phase_peak(peak: PeakUsage) -> PhasePeak:
-    return PhasePeak(
-        live_bytes=peak.live_bytes,
-        allocated_bytes=peak.allocated_bytes,
-        live_bytes_by_category={kind: value for kind, value in peak.live_bytes_by_category.items() if value},
-        operation=peak.operation,
-    )
-
-
 def _build_notes(
     recipe: Recipe, facts: DeviceFacts, sequence_length: int, labelled_tokens: int, paged_bytes: int
 ) -> tuple[str, ...]:
     notes = [
-        f"for rows of {sequence_length} tokens, as many as data.max_length or the model allows, with {labelled_tokens} of them labelled, "
-        f"as many as evaluate.max_new_tokens makes, and no fewer than {MIN_LABELLED_TOKENS}"
+        f"assumes rows of {sequence_length} tokens (the limit of data.max_length or the model), of which "
+        f"{labelled_tokens} are labelled (evaluate.max_new_tokens, at least {MIN_LABELLED_TOKENS})"
     ]
     if paged_bytes:
-        notes.append(f"the driver moves {paged_bytes:,} bytes of states to the CPU's memory where there is no room")
+        notes.append(f"the driver can page out up to {paged_bytes:,} bytes of optimizer state to host memory")
     if recipe.train.feature_cache is not None:
-        notes.append("for steps that compute the trunk; those that read its states from the trunk cache take less")
+        notes.append("assumes steps that compute the backbone; steps that read the feature cache need less")
     if not facts.calibrated:
-        notes.append("what only the device knows (context, workspaces) was not measured on one: uncalibrated")
+        notes.append("uncalibrated: context and workspaces were not measured on this device")
     return tuple(notes)

@@ -1,9 +1,9 @@
-"""Holds a process to less memory than its device has, so that what passes here passes where there is no more.
+"""Limit a process to less memory than its device has, to test a run for a smaller device.
 
-On CUDA torch's allocator is told the largest fraction of the device that it may take: the budget, less what a process
-holds there beside its tensors. On CPU the system refuses the process more data (``RLIMIT_DATA``, setrlimit(2)) than it
-had before the model was loaded and the budget; libraries are imported before that, and blocks of memory go back to the
-system as they are freed, or the C library's own hoard would count as the run's.
+On CUDA, the limit is torch's per-process memory fraction: the budget minus the context and workspaces of the process.
+On CPU, the limit is ``RLIMIT_DATA`` (setrlimit(2)): the data size before the model is loaded plus the budget. Libraries
+are imported before that. glibc is set to return freed blocks to the system, or its cache would count against the
+budget.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ _CPU_OVERHEAD_BYTES = int(get_device_facts("cpu").workspaces[0])
 
 @dataclass(frozen=True)
 class MemoryLimit:
-    """What holds this process to its budget."""
+    """An active memory limit of this process."""
 
     budget_bytes: int
     tensor_bytes: int
-    """What is left of the budget for tensors, and on CPU for whatever else the process allocates."""
+    """The part of the budget for tensors; on CPU it includes all other allocations of the process."""
     read_in_use_bytes: Callable[[], int]
-    """What of it is held now."""
+    """Returns the bytes in use now."""
     release: Callable[[], None]
-    """Let the process have as much as there is again."""
+    """Removes the limit."""
 
 
 def limit_memory(budget_bytes: int, device: torch.device, cuda_context_bytes: int | None) -> MemoryLimit:
-    """Hold this process to ``budget_bytes`` of ``device`` from now on.
+    """Limit this process to ``budget_bytes`` of ``device``.
 
-    ``context_bytes`` is what it holds of a GPU beside tensors, None where nothing tells.
+    ``cuda_context_bytes`` is the measured size of the CUDA context, None if unknown.
 
     Raises:
-        BudgetError: the device has less, or the budget leaves nothing for tensors.
+        BudgetError: the device has less memory, or the budget leaves no room for tensors.
     """
     if device.type == "cuda":
         return _limit_cuda_memory(budget_bytes, device, cuda_context_bytes)
@@ -64,18 +64,18 @@ def _limit_cuda_memory(budget_bytes: int, device: torch.device, cuda_context_byt
     properties = torch.cuda.get_device_properties(device)
     _check_capacity(budget_bytes, properties.total_memory, properties.name)
     facts = get_facts_by_torch_name(properties.name)
-    # What was measured is of before the first kernel, and kernels are loaded as they are needed.
-    beside = max(facts.context[1], cuda_context_bytes or 0) + facts.workspaces[1]
-    tensors = budget_bytes - beside
-    if tensors <= 0:
+    # The context was measured before the first kernel; kernels are loaded lazily.
+    overhead = max(facts.context[1], cuda_context_bytes or 0) + facts.workspaces[1]
+    tensor_bytes = budget_bytes - overhead
+    if tensor_bytes <= 0:
         raise BudgetError(
-            f"budget.memory={budget_bytes:,} bytes is no more than the {beside:,} that a process holds of "
-            f"{properties.name} beside its tensors; give more"
+            f"budget.memory={budget_bytes:,} bytes leaves no room for tensors: the CUDA context and workspaces on "
+            f"{properties.name} need {overhead:,}; increase it"
         )
-    torch.cuda.set_per_process_memory_fraction(tensors / properties.total_memory, device)
+    torch.cuda.set_per_process_memory_fraction(tensor_bytes / properties.total_memory, device)
     return MemoryLimit(
         budget_bytes,
-        tensors,
+        tensor_bytes,
         lambda: read_reserved_bytes(device),
         lambda: torch.cuda.set_per_process_memory_fraction(1.0, device),
     )
@@ -84,24 +84,24 @@ def _limit_cuda_memory(budget_bytes: int, device: torch.device, cuda_context_byt
 def _limit_cpu_memory(budget_bytes: int) -> MemoryLimit:
     total = _read_total_memory()
     if total is None or read_proc_status_bytes("VmData") is None:
-        raise BudgetError("budget.memory holds a run on CPU to a budget on Linux alone; take it out")
+        raise BudgetError("On CPU, budget.memory works only on Linux; remove it")
     _check_capacity(budget_bytes, total, "this machine")
     if budget_bytes < _CPU_OVERHEAD_BYTES:
         raise BudgetError(
-            f"budget.memory={budget_bytes:,} bytes is less than the {_CPU_OVERHEAD_BYTES:,} that a process on CPU takes beside its "
-            "tensors; give more"
+            f"budget.memory={budget_bytes:,} bytes is less than the {_CPU_OVERHEAD_BYTES:,} that a CPU process needs "
+            "in addition to its tensors; increase it"
         )
-    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # the stacks of transformers' threads count as data, however empty
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # stacks of loader threads count as data
     _import_libraries()
-    gc.collect()  # or cycles of before would be counted as held, and be the run's to have
+    gc.collect()  # garbage from earlier would raise the limit
     _disable_malloc_caching()
     before = read_proc_status_bytes("VmData") or 0
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     limit = before + budget_bytes
     if hard != resource.RLIM_INFINITY and limit > hard:
         raise BudgetError(
-            f"budget.memory={budget_bytes:,} bytes is more than this process may have, which is {hard:,} with the "
-            f"{before:,} that it has (ulimit -d); give less"
+            f"budget.memory={budget_bytes:,} bytes plus the {before:,} in use exceeds this process's hard limit of "
+            f"{hard:,} (ulimit -d); decrease it"
         )
     resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
     return MemoryLimit(
@@ -115,32 +115,32 @@ def _limit_cpu_memory(budget_bytes: int) -> MemoryLimit:
 def _check_capacity(budget_bytes: int, capacity_bytes: int, name: str) -> None:
     if budget_bytes > capacity_bytes:
         raise BudgetError(
-            f"budget.memory={budget_bytes:,} bytes is more than the {capacity_bytes:,} of {name}; give less, or take it out"
+            f"budget.memory={budget_bytes:,} bytes exceeds the {capacity_bytes:,} of {name}; decrease or remove it"
         )
 
 
 def _read_total_memory() -> int | None:
     with suppress(OSError, ValueError, IndexError):
-        first = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()[0]
-        return int(first.split()[1]) * 1024
+        total_line = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()[0]
+        return int(total_line.split()[1]) * 1024
     return None
 
 
 def _import_libraries() -> None:
-    """Import what a run imports as it goes, and start its threads: that is not the model's memory."""
+    """Import what a run imports lazily and start its threads, so that they do not count against the budget."""
     import datasets  # noqa: F401
     import nltk  # noqa: F401
     import peft  # noqa: F401
     import scipy.stats  # noqa: F401
     import transformers
     from rouge_score import rouge_scorer  # noqa: F401
-    from torch import _dynamo  # noqa: F401  # which torch's optimizers import when they first step
+    from torch import _dynamo  # noqa: F401  # imported by the first step of an optimizer
     from tqdm.auto import tqdm
 
-    # transformers imports a thing when it is first asked for it.
+    # transformers imports its classes on first access.
     for name in ("AutoModelForCausalLM", "AutoTokenizer", "GenerationConfig", "get_scheduler", "GPT2LMHeadModel"):
         getattr(transformers, name)
-    with tqdm(disable=None):  # whose first one starts a thread
+    with tqdm(disable=None):  # the first bar starts a thread
         pass
     layer = torch.nn.Linear(256, 256)
     optimizer = torch.optim.AdamW(layer.parameters())
@@ -149,8 +149,8 @@ def _import_libraries() -> None:
 
 
 def _disable_malloc_caching() -> None:
-    """Let the C library take each large block from the system and give it back; it would keep those up to 32 MiB."""
-    with suppress(OSError, AttributeError):  # another C library
+    """Make glibc map and unmap each large block; by default it caches blocks of up to 32 MiB."""
+    with suppress(OSError, AttributeError):  # not glibc
         library = ctypes.CDLL("libc.so.6")
         library.mallopt(_M_MMAP_THRESHOLD, CpuPages.MMAP_THRESHOLD)
         library.mallopt(_M_TRIM_THRESHOLD, CpuPages.MMAP_THRESHOLD)

@@ -1,4 +1,4 @@
-"""The answer before a run: what it would hold, by part and by kind, and whether that fits."""
+"""Results of estimate and fit: predicted memory by phase and category, and whether it fits."""
 
 from __future__ import annotations
 
@@ -16,87 +16,87 @@ class _FrozenModel(BaseModel):
 
 
 class PhasePeak(_FrozenModel):
-    """The peak of one part of a run: forward, backward, optimizer, evaluate, generate.
+    """Peak memory of one phase of a run: forward, backward, optimizer, evaluate, generate.
 
-    Under DeepSpeed, which steps in the backward pass, that and the optimizer are one.
+    DeepSpeed steps within its backward call; backward and optimizer are one phase there.
     """
 
     live_bytes: int
-    """Sizes of the tensors that are there."""
+    """Sizes of the live tensors."""
     allocated_bytes: int
-    """What torch's allocator gives for them."""
+    """Bytes that the allocator gives out for them: rounded up, and with remainders that it does not split off."""
     live_bytes_by_category: dict[str, int]
     operation: str
-    """Whose result made it the peak."""
+    """The operation at which the peak occurred."""
 
 
 class Plan(_FrozenModel):
-    """What a recipe would hold on one device of a kind, in the first of its processes."""
+    """Predicted memory of a recipe on one device, for rank 0."""
 
     name: str
     engine: str
     num_processes: int = 1
     device_name: str
     calibrated: bool
-    """Whether what only the device knows was measured on one."""
+    """True if context and workspaces were measured on such a device."""
     micro_batch_size: int
-    """Of a micro-batch."""
+    """Rows of a micro-batch."""
     sequence_length: int
-    """Real tokens of its longest row; virtual ones come on top."""
+    """Real tokens of the longest row; virtual tokens are added."""
     gradient_accumulation_steps: int
     evaluation_batch_size: int
-    """Examples at once in evaluation."""
+    """Rows of an evaluation batch."""
     step_flops: int | None
-    """Of one optimizer step of one process, over rows that are all as long as that; None where not known."""
+    """FLOPs of one optimizer step of one process, with all rows of that length; None if unknown."""
     phase_peaks: dict[str, PhasePeak]
     peak_phase: str
     reserved_bytes: int
-    """What the allocator takes from the driver."""
+    """Bytes that the allocator reserves from the driver."""
     cuda_context_bytes: tuple[int, int]
-    """Of the driver and of kernels that are loaded: at least and at most."""
+    """Bytes of the driver's context and of loaded kernels: minimum and maximum."""
     workspace_bytes: tuple[int, int]
-    """Of cuBLAS and its kin, at least and at most."""
+    """Bytes of workspaces of cuBLAS and similar libraries: minimum and maximum."""
     process_bytes: tuple[int, int]
-    """Of all three, at least and at most."""
+    """Bytes of the whole process, the sum of these three: minimum and maximum."""
     budget_bytes: int | None
     verdict: Verdict | None
     margin_bytes: tuple[int, int] | None
-    """What would be left of the budget (negative: what is missing), at least and at most."""
+    """Budget minus the process's bytes (negative if it does not fit): minimum and maximum."""
     notes: tuple[str, ...] = ()
 
     @property
     def peak(self) -> PhasePeak:
-        """The part that holds most."""
+        """The peak of the phase with the most allocated bytes."""
         return self.phase_peaks[self.peak_phase]
 
 
 class UnplannedRun(_FrozenModel):
-    """A run of a suite that is not predicted, and why."""
+    """A run of a suite without an estimate, and the reason."""
 
     name: str
     reason: str
 
 
 class Strategy(_FrozenModel):
-    """Ways of saving memory and the largest micro-batch that fit together."""
+    """A set of memory-saving techniques and the largest micro-batch that fits with it."""
 
     techniques: tuple[str, ...]
     overrides: tuple[str, ...]
-    """To the recipe, as on a command line."""
+    """Overrides of recipe keys, in command-line form."""
     tradeoffs: tuple[str, ...]
-    """What is another computation with them."""
+    """How results can change."""
     plan: Plan
     step_seconds: float | None
-    """Of a step at the device's peak FLOP/s by its data sheet; good for ratios. None where not known."""
+    """Seconds of a step at the device's peak FLOP/s by its data sheet, for ratios only; None if unknown."""
 
     @property
     def name(self) -> str:
-        """For a table."""
-        return " + ".join(self.techniques) or "as it is"
+        """The name shown in tables."""
+        return " + ".join(self.techniques) or "unchanged"
 
 
 class ModelFit(_FrozenModel):
-    """One model of a family, and the fastest way in which it fits; none where it does not."""
+    """One model of a family and the fastest strategy with which it fits, None if it does not fit."""
 
     name: str
     parameters: int
@@ -104,18 +104,18 @@ class ModelFit(_FrozenModel):
 
 
 class Verification(_FrozenModel):
-    """What runs under the budget have shown of the first answer."""
+    """Outcome of runs under the budget that verify the fastest strategy."""
 
     predicted_micro_batch_size: int
-    """The micro-batch that the search found."""
+    """The micro-batch size that the search returned."""
     outcome_by_micro_batch_size: dict[int, str]
-    """How each run ended, by its micro-batch, in the order in which they were run."""
+    """Outcome of each run by micro-batch size, in run order."""
     largest_micro_batch_size: int | None
-    """The largest micro-batch that ran; None where not even one example did."""
+    """The largest micro-batch size that ran; None if a micro-batch of 1 failed."""
 
 
 class Fit(_FrozenModel):
-    """What fits: strategies, the fastest first; or models of a family, the largest first."""
+    """What fits the budget: strategies, fastest first; or models of a family, largest first."""
 
     budget_bytes: int
     strategies: tuple[Strategy, ...] = ()
@@ -124,23 +124,23 @@ class Fit(_FrozenModel):
 
     @property
     def has_fit(self) -> bool:
-        """Whether anything does."""
+        """True if any strategy or model fits."""
         return bool(self.strategies) or any(model.strategy for model in self.models)
 
 
 def sort_fastest_first(candidates: Iterable[Strategy]) -> list[Strategy]:
-    """By predicted time, then the larger micro-batch, then the fewer techniques; the last are those of unknown time."""
+    """Sort by predicted time, then larger micro-batch, then fewer techniques; unknown times come last."""
     strategies = list(candidates)
-    taken = get_comparable_costs(strategies)
+    costs = get_comparable_costs(strategies)
     order = sorted(
         range(len(strategies)),
-        key=lambda i: (taken[i] or math.inf, -strategies[i].plan.micro_batch_size, len(strategies[i].techniques)),
+        key=lambda i: (costs[i] or math.inf, -strategies[i].plan.micro_batch_size, len(strategies[i].techniques)),
     )
     return [strategies[i] for i in order]
 
 
 def get_comparable_costs(strategies: Sequence[Strategy]) -> list[float | None]:
-    """What each takes: seconds where all have them, else FLOPs, for one is not compared with the other."""
+    """Return seconds if all strategies have them, else FLOPs, since the two cannot be compared."""
     if all(strategy.step_seconds is not None for strategy in strategies):
         return [strategy.step_seconds for strategy in strategies]
     return [strategy.plan.step_flops for strategy in strategies]

@@ -1,4 +1,4 @@
-"""Methods of fine-tuning: one file and one row each."""
+"""METHODS: fine-tuning methods and baselines, each with one file and one entry here."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BASELINES: dict[str, type[Method]] = {
 }
 
 METHOD_KINDS = METHODS | BASELINES
-"""Every name that ``method.kind`` may have."""
+"""Every value of ``method.kind``."""
 
 if TYPE_CHECKING:
     AnyMethod = Method

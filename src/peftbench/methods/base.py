@@ -1,7 +1,7 @@
-"""The Method protocol: what is trained, and what a method must be able to say about it.
+"""The base class of methods: which parameters are trained, and everything that other modules need to know about it.
 
-A method is a frozen part of the recipe (its knobs) that can be applied to a base. Whatever is special about one method
-is a method of its class; nothing outside this folder asks which one it has.
+A method is a frozen section of the recipe that can be applied to a base model. Everything specific to one method is in
+its class; no code outside this folder tests which method it has.
 """
 
 from __future__ import annotations
@@ -19,55 +19,59 @@ if TYPE_CHECKING:
 
 
 class Method(ConfigSection):
-    """What is trained. Subclasses give ``kind`` a literal, so that a recipe can name them."""
+    """A method's options. Each subclass gives ``kind`` a literal type, by which a recipe selects it."""
 
     is_trainable: ClassVar[bool] = True
-    """Whether there is anything to train; False for baselines."""
+    """True if it trains anything; False for baselines."""
     needs_model: ClassVar[bool] = True
-    """Whether it uses the base at all; False for baselines that only copy text."""
+    """True if it uses the base model; False for baselines that only copy text."""
+    keeps_base_frozen: ClassVar[bool] = False
+    """True if the base model's matrices and embeddings stay as loaded, and what is trained is added to them."""
+    supports_quantized_base: ClassVar[bool] = False
+    """True if the base model may be quantized (``model.quantization``)."""
 
     kind: str
-    """Which method."""
+    """Kind of method."""
 
     @property
     def virtual_tokens(self) -> int:
-        """Positions a sequence gains in front of its real tokens."""
+        """Number of positions in front of a sequence's real tokens."""
         return 0
 
     @property
     def has_frozen_backbone(self) -> bool:
-        """Whether all below the output head stays as it is, without dropout and in every step.
+        """True if everything below the output head is frozen and runs without dropout in every step.
 
-        No gradient is needed there, so the backward pass ends at the head; and what the trunk gives for an example is
-        the same in every epoch, so it can be computed once (``train.feature_cache``).
+        The backward pass then ends at the head, and the backbone's features of an example are the same in every epoch,
+        so that they can be computed once (``train.feature_cache``).
         """
         return False
 
     def trainable_parameters(self, base: PreTrainedModel) -> int:
-        """How many parameters this method trains on ``base`` (before :meth:`apply`), in closed form from its shapes.
+        """Count the parameters that this method trains on ``base`` (before :meth:`apply`), from the shapes alone.
 
         ``base`` may be on the meta device.
         """
         raise TypeError(f"{type(self).__name__} trains nothing")
 
     def apply(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
-        """Turn ``base`` into the model to train: ``requires_grad`` is set on exactly what is trained, in float32.
+        """Turn ``base`` into the model to train, with ``requires_grad`` on exactly the trained parameters, in float32.
 
         Raises:
-            ModelError: the method cannot handle this architecture, or its target modules match nothing.
+            ModelError: the method does not support this architecture, or its target modules match nothing.
         """
         raise TypeError(f"{type(self).__name__} trains nothing")
 
     def set_training(self, model: nn.Module) -> None:
-        """Put the applied model into the mode it is trained in."""
+        """Set the applied model to the mode in which it is trained."""
         model.train()
 
     def generate(
         self, model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, **generate_kwargs: Any
     ) -> torch.Tensor:
-        """New tokens (rows, at most ``max_new_tokens``) after prompts padded at the left.
+        """Generate the tokens (rows, at most ``max_new_tokens``) that follow left-padded prompts.
 
-        ``knobs`` are those of transformers' ``generate``.
+        ``generate_kwargs`` are those of transformers' ``generate``.
         """
         output: torch.Tensor = model.generate(  # type: ignore[operator]
             input_ids=input_ids, attention_mask=attention_mask, **generate_kwargs
@@ -75,15 +79,15 @@ class Method(ConfigSection):
         return output[:, input_ids.shape[1] :]
 
     def save(self, model: nn.Module, save_directory: Path) -> None:
-        """Write what was trained to ``folder`` in its ecosystem's format, safetensors only."""
+        """Save the trained parameters to ``save_directory`` in the format of peft or transformers, as safetensors."""
         model.save_pretrained(save_directory, safe_serialization=True)  # type: ignore[operator]
 
     def extract_summary(self, article: str) -> str | None:
-        """The summary, where a baseline copies it from the article without a model; None otherwise."""
+        """Return the summary if the method copies it from the article without a model, else None."""
         return None
 
 
 def freeze(parameters: Iterable[nn.Parameter]) -> None:
-    """No gradient for any of ``parameters``."""
+    """Disable gradients of all ``parameters``."""
     for parameter in parameters:
         parameter.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Baselines: what there is without training. They are rows of the comparison, not methods of it."""
+"""Baselines: results without training, for comparison with the methods."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ if TYPE_CHECKING:
 
 
 class ZeroShot(Method):
-    """The base as it is."""
+    """The base model as loaded."""
 
     is_trainable: ClassVar[bool] = False
+    keeps_base_frozen: ClassVar[bool] = True
+    supports_quantized_base: ClassVar[bool] = True
 
     kind: Literal["zero_shot"] = "zero_shot"
-    """Which method."""
+    """Kind of method."""
 
     def trainable_parameters(self, base: PreTrainedModel) -> int:
         return 0
@@ -29,15 +31,15 @@ class ZeroShot(Method):
 
 
 class Lead(Method):
-    """The first sentences of the article, the strongest simple baseline on news (See et al. 2017 use three)."""
+    """The first sentences of the article, the strongest simple baseline on news (See et al. 2017 copy three)."""
 
     is_trainable: ClassVar[bool] = False
     needs_model: ClassVar[bool] = False
 
     kind: Literal["lead"] = "lead"
-    """Which method."""
+    """Kind of method."""
     sentences: int = Field(default=3, gt=0)
-    """How many sentences to take."""
+    """Number of sentences to copy."""
 
     def extract_summary(self, article: str) -> str:
         from peftbench.data.sentences import split_prose_sentences

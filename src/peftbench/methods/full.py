@@ -1,4 +1,4 @@
-"""Full fine-tuning: every weight of the base."""
+"""Full fine-tuning: trains every weight of the base model."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
 
 
 class Full(Method):
-    """Train every weight of the base."""
+    """Train every weight of the base model."""
 
     kind: Literal["full"] = "full"
-    """Which method."""
+    """Kind of method."""
 
     def trainable_parameters(self, base: PreTrainedModel) -> int:
-        """All of them; a tied matrix counts once."""
+        """Count all parameters; a tied matrix counts once."""
         return sum(parameter.numel() for parameter in base.parameters())
 
     def apply(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

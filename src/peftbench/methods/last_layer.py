@@ -1,7 +1,7 @@
-"""Last-layer tuning: the output head, in three readings.
+"""Last-layer tuning: trains the output head, with three definitions of it.
 
-A causal language model's head is usually tied to its input embedding, so "train only the last layer" has two honest
-readings and one that was published.
+The head of a causal language model is usually tied to the input embedding, so "train only the last layer" has two
+meanings (untied, tied). A published study used a third (outside_blocks).
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ class LastLayer(Method):
     """Train the output head."""
 
     kind: Literal["last_layer"] = "last_layer"
-    """Which method."""
+    """Kind of method."""
     head: Literal["untied", "tied", "outside_blocks"] = "untied"
-    """untied (own copy, trunk frozen), tied (shared with the embedding) or as_published (all but "transformer.h.")."""
+    """untied (a copy; backbone frozen), tied (shared with the embedding), outside_blocks (all but "transformer.h.")."""
 
     @property
     def has_frozen_backbone(self) -> bool:
         return self.head == "untied"
 
     def trainable_parameters(self, base: PreTrainedModel) -> int:
-        """Vocabulary times width (and the head's bias); as_published: everything outside the blocks."""
+        """Vocabulary times width (plus the head's bias); outside_blocks: every parameter outside the blocks."""
         if self.head == "outside_blocks":
             return sum(p.numel() for name, p in base.named_parameters() if GPT2_BLOCK_PREFIX not in name)
         return sum(parameter.numel() for parameter in _get_output_head(base).parameters())
@@ -53,7 +53,7 @@ class LastLayer(Method):
         return base
 
     def set_training(self, model: nn.Module) -> None:
-        # No dropout in a frozen trunk: its features are the same in every epoch, as at evaluation.
+        # No dropout in a frozen backbone: its features are the same in every epoch and in evaluation.
         model.train(not self.has_frozen_backbone)
 
 
@@ -65,7 +65,7 @@ def _get_output_head(base: PreTrainedModel) -> nn.Linear:
 
 
 def _untie_head(base: PreTrainedModel) -> None:
-    """Give the head its own copy of its weight, in this model and in what is saved of it."""
+    """Give the head its own copy of its weight, in this model and in its saved config."""
     from torch import nn
 
     head = _get_output_head(base)
@@ -78,7 +78,7 @@ def _freeze_gpt2_blocks(base: PreTrainedModel) -> PreTrainedModel:
     blocks = [parameter for name, parameter in base.named_parameters() if GPT2_BLOCK_PREFIX in name]
     if not blocks:
         raise UnsupportedModelError(
-            f"method.head=outside_blocks freezes names with {GPT2_BLOCK_PREFIX!r}, and {base.config.model_type} has none; "
+            f"method.head=outside_blocks freezes names with {GPT2_BLOCK_PREFIX!r}; {base.config.model_type} has none; "
             "use a GPT-2 model or method.head=untied"
         )
     freeze(blocks)

@@ -1,9 +1,9 @@
-"""LoRA (Hu et al. 2021, arXiv:2106.09685) through peft: a low-rank update beside chosen matrices."""
+"""LoRA (Hu et al. 2021, arXiv:2106.09685) through peft: a low-rank update of chosen matrices."""
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -16,28 +16,31 @@ if TYPE_CHECKING:
 
 
 ALL_LINEAR = "all-linear"
-"""What peft calls every matrix but the output head."""
+"""peft's name for every matrix except the output head."""
 
 
 class Lora(Method):
     """Train a low-rank update of chosen matrices."""
 
+    keeps_base_frozen: ClassVar[bool] = True
+    supports_quantized_base: ClassVar[bool] = True
+
     kind: Literal["lora"] = "lora"
-    """Which method."""
+    """Kind of method."""
     r: int = Field(default=16, gt=0)
     """Rank of the update."""
     lora_alpha: float = Field(default=32.0, gt=0)
-    """The update is scaled by alpha / r (alpha / sqrt(r) with use_rslora)."""
+    """The update is scaled by lora_alpha / r (lora_alpha / sqrt(r) with use_rslora)."""
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the update's input."""
     target_modules: tuple[str, ...] | str | None = None
-    """Endings of modules' names, one regular expression, or all-linear; null takes peft's choice."""
+    """Module names or their suffixes, one regular expression, or all-linear; null: peft's default for the model."""
     bias: Literal["none", "all", "lora_only"] = "none"
-    """Which of the base's biases to train as well."""
+    """Biases of the base model to train as well."""
     use_dora: bool = False
-    """Train each output's magnitude apart from its direction (DoRA, Liu et al. 2024)."""
+    """Train magnitude and direction of each output separately (DoRA, Liu et al. 2024)."""
     use_rslora: bool = False
-    """Scale by alpha / sqrt(r), which keeps high ranks stable (rsLoRA, Kalajdzievski 2023)."""
+    """Scale by lora_alpha / sqrt(r), which is stable at high ranks (rsLoRA, Kalajdzievski 2023)."""
 
     @field_validator("target_modules")
     @classmethod
@@ -48,11 +51,13 @@ class Lora(Method):
             try:
                 re.compile(value)
             except re.error as error:
-                raise ValueError(f"is no regular expression ({error}); write [{value}] for endings of names") from error
+                raise ValueError(
+                    f"invalid regular expression ({error}); for a suffix of names write [{value}]"
+                ) from error
         return value
 
     def trainable_parameters(self, base: PreTrainedModel) -> int:
-        """R (in + out) for each adapted matrix, its outputs once more with DoRA, and the biases asked for."""
+        """Count r * (in + out) for each adapted matrix, plus its outputs with DoRA, plus the trained biases."""
         count = 0
         adapted = self._find_adapted_modules(base)
         for _, module in adapted:
@@ -78,7 +83,7 @@ class Lora(Method):
             target_modules=targets if isinstance(targets, str) else list(targets),
             use_dora=self.use_dora,
             use_rslora=self.use_rslora,
-            # Conv1D keeps its weight as (in, out), the transpose of a Linear's.
+            # Conv1D stores its weight as (in, out), the transpose of a Linear's.
             fan_in_fan_out=all(isinstance(module, Conv1D) for _, module in adapted),
         )
         return get_peft_model(base, config)
@@ -96,38 +101,38 @@ class Lora(Method):
         return default if isinstance(default, str) else tuple(default)
 
     def _find_adapted_modules(self, base: PreTrainedModel) -> list[tuple[str, nn.Module]]:
-        """The modules that will be adapted, by peft's rule: a full match of the expression, or a name's ending."""
+        """Return the modules that peft adapts: names that the expression matches fully, or that end with a target."""
         targets = self._resolve_target_modules(base)
         if targets == ALL_LINEAR:
             head = base.get_output_embeddings()
             return [(name, m) for name, m in base.named_modules() if _is_linear(m) and m is not head]
-        named = [(name, module) for name, module in base.named_modules() if name]
-        found: dict[str, nn.Module] = {}
+        modules = [(name, module) for name, module in base.named_modules() if name]
+        adapted: dict[str, nn.Module] = {}
         for target in [targets] if isinstance(targets, str) else targets:
             matches = _matches_pattern if isinstance(targets, str) else _matches_suffix
-            matched = {name: module for name, module in named if matches(target, name)}
-            if unfit := [name for name, module in matched.items() if not _is_adaptable(module)]:
+            matched = {name: module for name, module in modules if matches(target, name)}
+            if unsupported := [name for name, module in matched.items() if not _is_adaptable(module)]:
                 raise TargetModulesError(
-                    f"method.target_modules {target!r} matches {unfit[0]}, which has no matrix to adapt; "
-                    f"name modules that have: {', '.join(_list_linear_names(base))}"
+                    f"method.target_modules {target!r} matches {unsupported[0]}, which has no matrix to adapt; "
+                    f"modules with a matrix: {', '.join(_list_linear_names(base))}"
                 )
             if not matched and self.target_modules is not None:
-                ending = isinstance(targets, str) and any(_matches_suffix(target, name) for name, _ in named)
+                is_suffix = isinstance(targets, str) and any(_matches_suffix(target, name) for name, _ in modules)
                 hint = (
-                    f"write [{target}] for a name's ending"
-                    if ending
+                    f"write [{target}] for a suffix of names"
+                    if is_suffix
                     else did_you_mean(target, _list_linear_names(base))
                 )
                 raise TargetModulesError(
                     f"method.target_modules {target!r} matches no matrix of {base.config.model_type}; {hint}"
                 )
-            found |= matched
-        if not found:
+            adapted |= matched
+        if not adapted:
             raise UnsupportedModelError(
                 f"peft's default LoRA targets {targets!r} match nothing in this {base.config.model_type}; "
                 "set method.target_modules"
             )
-        return list(found.items())
+        return list(adapted.items())
 
 
 def _matches_pattern(pattern: str, name: str) -> bool:
@@ -156,10 +161,10 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _get_in_out_features(module: nn.Module) -> tuple[int, int]:
-    """(in, out) of a Linear, Conv1D or Embedding."""
+    """Return (in, out) of a Linear, Conv1D or Embedding."""
     from torch import nn
 
-    if isinstance(module, nn.Linear):  # whose weight may be packed
+    if isinstance(module, nn.Linear):  # its quantized weight may be packed
         return module.in_features, module.out_features
     rows, columns = module.weight.shape  # type: ignore[union-attr,misc]
     return rows, columns  # type: ignore[return-value]

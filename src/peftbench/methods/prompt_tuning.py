@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -19,14 +19,17 @@ if TYPE_CHECKING:
 class PromptTuning(Method):
     """Train soft tokens in front of every sequence."""
 
+    keeps_base_frozen: ClassVar[bool] = True
+    supports_quantized_base: ClassVar[bool] = True
+
     kind: Literal["prompt_tuning"] = "prompt_tuning"
-    """Which method."""
+    """Kind of method."""
     num_virtual_tokens: int = Field(default=20, gt=0)
-    """Number of soft tokens; they take positions of the model."""
+    """Number of soft tokens; they occupy positions of the model."""
     prompt_tuning_init: Literal["RANDOM", "TEXT", "SAMPLE_VOCAB"] = "RANDOM"
-    """Initial values: random, the embeddings of prompt_tuning_init_text, or embeddings drawn from the vocabulary."""
+    """Initial values: random, the embeddings of prompt_tuning_init_text, or random embeddings of the vocabulary."""
     prompt_tuning_init_text: str | None = None
-    """Text whose embeddings initialise the prompt with TEXT; repeated or cut to num_virtual_tokens."""
+    """Text whose embeddings initialize the soft tokens with TEXT; repeated or cut to num_virtual_tokens."""
 
     @field_validator("prompt_tuning_init", mode="before")
     @classmethod
@@ -36,7 +39,9 @@ class PromptTuning(Method):
     @model_validator(mode="after")
     def _check_init_text(self) -> PromptTuning:
         if (self.prompt_tuning_init == "TEXT") != bool(self.prompt_tuning_init_text):
-            raise ValueError("prompt_tuning_init: TEXT needs prompt_tuning_init_text, and no other value takes it")
+            raise ValueError(
+                "prompt_tuning_init: TEXT requires prompt_tuning_init_text; RANDOM and SAMPLE_VOCAB do not use it"
+            )
         return self
 
     @property
@@ -44,7 +49,7 @@ class PromptTuning(Method):
         return self.num_virtual_tokens
 
     def trainable_parameters(self, base: PreTrainedModel) -> int:
-        """Tokens times the width of the embedding."""
+        """Count soft tokens times the width of the embedding."""
         return self.num_virtual_tokens * int(base.get_input_embeddings().weight.shape[1])  # type: ignore[index,union-attr]
 
     def apply(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
@@ -69,17 +74,17 @@ class PromptTuning(Method):
     def generate(
         self, model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, **generate_kwargs: Any
     ) -> torch.Tensor:
-        # peft would put the soft tokens before the padding and drop the position ids, so that a prompt's distance from
-        # them, and with it the text, would depend on its neighbours in the batch. They belong right before the prompt.
+        # peft puts the soft tokens before the padding and drops the position ids, so that a prompt's distance from
+        # them, and its generated text, would depend on the rest of the batch. Here they directly precede the prompt.
         import torch
 
         base: PreTrainedModel = model.get_base_model()  # type: ignore[operator]
         soft: torch.Tensor = model.get_prompt(len(input_ids))  # type: ignore[operator]
         embedded = base.get_input_embeddings()(input_ids)
         mask = torch.cat((attention_mask.new_ones(soft.shape[:2]), attention_mask), dim=1)
-        mask, order = mask.sort(dim=1, stable=True)  # padding to the front, all else in the order it had
+        mask, order = mask.sort(dim=1, stable=True)  # padding first; a stable sort keeps the rest in order
         embeddings = torch.cat((soft.to(embedded.dtype), embedded), dim=1).take_along_dim(order[:, :, None], dim=1)
-        # Given embeddings alone, it returns the new tokens alone.
+        # Without input_ids, transformers returns only the new tokens.
         new: torch.Tensor = base.generate(inputs_embeds=embeddings, attention_mask=mask, **generate_kwargs)  # type: ignore[operator]
         return new
 
@@ -87,9 +92,9 @@ class PromptTuning(Method):
 def _forward_packed(
     model: Any, peft_forward: Callable[..., Any], *, virtual: torch.Tensor | None = None, **model_inputs: Any
 ) -> Any:
-    """A forward pass in which each document of a row has its own soft tokens, at ``virtual`` (documents x tokens,).
+    """Run a forward pass in which each document of a row has its own soft tokens, at ``virtual`` (documents x tokens,).
 
-    peft knows of one place for them, before the first token of a row; without ``virtual`` they stand there.
+    peft supports only one position, before the first token of a row, and is used if ``virtual`` is None.
     """
     import torch
 
@@ -97,7 +102,7 @@ def _forward_packed(
         return peft_forward(**model_inputs)
     base: PreTrainedModel = model.get_base_model()
     embedded = base.get_input_embeddings()(model_inputs.pop("input_ids"))
-    # As peft's get_prompt, which would fetch their numbers from the CPU's memory each time, and wait for the GPU.
+    # Like peft's get_prompt, which copies the token indices from the CPU on each call and so waits for the GPU.
     tokens = torch.arange(model.active_peft_config.num_virtual_tokens, device=virtual.device)
     soft = model.prompt_encoder[model.active_adapter](tokens.repeat(len(virtual) // len(tokens)))
     return base(inputs_embeds=embedded.index_copy(1, virtual, soft.to(embedded.dtype)[None]), **model_inputs)

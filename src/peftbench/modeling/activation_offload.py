@@ -1,4 +1,4 @@
-"""Activations kept in the CPU's memory between the forward and the backward pass."""
+"""Offload activations to CPU memory between the forward and the backward pass."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 MIN_OFFLOAD_BYTES = 2**20
-"""Bytes below which a tensor stays: moving it would take longer than it is worth."""
+"""Smaller tensors stay on the device: the copy would cost more time than the memory is worth."""
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,10 @@ class _OffloadedTensor:
 
 
 class ActivationOffload(saved_tensors_hooks):
-    """Moves what autograd keeps to pinned memory of the CPU, and back when the backward pass wants it.
+    """Moves tensors that autograd saves to pinned CPU memory, and back when the backward pass needs them.
 
-    Unlike torch's ``save_on_cpu`` it leaves alone weights, which stay on the device anyway, and small tensors. Copies
-    that autocast makes of weights are moved like activations. ``device`` is the kind of device that they leave.
+    Unlike torch's ``save_on_cpu``, it skips weights, which stay on the device anyway, and small tensors. Autocast's
+    copies of weights are moved like activations. ``device_type`` is the type of the device to offload from.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], device_type: str = "cuda") -> None:
@@ -39,9 +39,9 @@ class ActivationOffload(saved_tensors_hooks):
             or tensor.untyped_storage()._cdata in self._parameter_storages
         ):
             return tensor
-        moved = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        moved.copy_(tensor, non_blocking=True)
-        return _OffloadedTensor(moved, tensor.device)
+        host_copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        host_copy.copy_(tensor, non_blocking=True)
+        return _OffloadedTensor(host_copy, tensor.device)
 
 
 def _unpack(packed: torch.Tensor | _OffloadedTensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""Cross-entropy of a linear head, summed, without ever holding the logits of all positions.
+"""Summed cross-entropy of a linear head that never holds the logits of all positions.
 
-The gradient of a cross-entropy is known as soon as its logits are, so each chunk of positions is multiplied with the
-head, differentiated and forgotten in the forward pass; the backward pass multiplies by a number. Nothing is computed
-twice (as in Hsu et al. 2024, Liger Kernel, arXiv:2410.10989; here in plain torch, for any device).
+The gradient of a cross-entropy follows from its logits alone. So the forward pass computes each chunk's logits and
+gradients and frees the logits; the backward pass only scales the gradients. Nothing is computed twice (as in Hsu et al.
+2024, Liger Kernel, arXiv:2410.10989; here in plain torch, for any device).
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from torch.nn import functional
 from peftbench.errors import EngineError
 
 CHUNK_LOGITS = 2**25
-"""Most logits held at once: 128 MiB in float32, and as much for their gradient."""
+"""Maximum number of logits in memory: 128 MiB in float32, and the same for their gradient."""
 
 
 def chunked_cross_entropy_sum(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
 ) -> torch.Tensor:
-    """Sum (nats, float32) over positions of the cross-entropy of ``hidden @ weight.T + bias`` with ``targets``.
+    """Return the cross-entropy of ``hidden @ weight.T + bias`` with ``targets``, summed over positions (nats, float32).
 
     ``hidden`` (positions, width), ``weight`` (vocabulary, width), ``bias`` (vocabulary,), ``targets`` (positions,).
     """
     if hidden.shape[0] * weight.shape[0] <= CHUNK_LOGITS:
         return functional.cross_entropy(functional.linear(hidden, weight, bias).float(), targets, reduction="sum")
-    lowered = _compute_dtype(hidden)
-    wanted = torch.is_grad_enabled()
-    chunked: torch.Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, lowered, wanted)  # type: ignore[no-untyped-call]
-    return chunked
+    dtype = _compute_dtype(hidden)
+    grad_enabled = torch.is_grad_enabled()
+    loss: torch.Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, dtype, grad_enabled)  # type: ignore[no-untyped-call]
+    return loss
 
 
 @torch.no_grad()
 def cross_entropy_per_token(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
 ) -> torch.Tensor:
-    """As :func:`summed_cross_entropy`, of each position, and not to be differentiated: (positions,), float32."""
+    """Return the same cross-entropy for each position, without gradients: (positions,), float32."""
     rows = max(1, CHUNK_LOGITS // weight.shape[0])
     parts = zip(hidden.split(rows), targets.split(rows), strict=True)
     losses = [
@@ -49,19 +49,19 @@ def cross_entropy_per_token(
 
 
 def _compute_dtype(hidden: torch.Tensor) -> torch.dtype:
-    """Type that autocast has matrices multiplied in."""
-    kind = hidden.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
+    """Return the dtype of matrix products, which autocast may set."""
+    device_type = hidden.device.type
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
     return hidden.dtype
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Holds the logits of one chunk at a time."""
+    """Computes loss and gradients one chunk of logits at a time."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Any, weight: Any, bias: Any, targets: Any, dtype: Any, grad_enabled: Any) -> Any:  # noqa: PLR0917
-        """Loss and, where they are wanted, its gradients."""
+        """Compute the loss and the gradients that the backward pass needs."""
         needs = [grad_enabled and needed for needed in ctx.needs_input_grad[:3]]
         matrix = weight.to(dtype)
         rows = max(1, CHUNK_LOGITS // weight.shape[0])
@@ -89,28 +89,28 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        """Times the gradient that comes in; once, for what was made in the forward pass is given away.
+        """Scale the stored gradients in place by the incoming one; they are freed, so this works once.
 
         Raises:
-            RuntimeError: it was asked before.
+            RuntimeError: a second backward pass.
         """
         if not ctx.gradients:
-            raise RuntimeError("the gradients of this loss were given away already; compute the loss anew")
+            raise RuntimeError("this loss supports one backward pass, and it already ran; compute the loss again")
         scaled = [None if gradient is None else gradient.mul_(grad_outputs[0]) for gradient in ctx.gradients]
         ctx.gradients = ()
         return (*scaled, None, None, None)
 
 
 CrossEntropySum = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor], torch.Tensor]
-"""As :func:`summed_cross_entropy`."""
+"""Signature of :func:`chunked_cross_entropy_sum`."""
 Kernel = Literal["torch", "liger"]
 
 
 def _load_liger() -> CrossEntropySum:
-    """Liger Kernel's.
+    """Return Liger Kernel's fused loss.
 
     Raises:
-        EngineError: it is not installed.
+        EngineError: Liger Kernel is not installed.
     """
     try:
         from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
@@ -120,17 +120,17 @@ def _load_liger() -> CrossEntropySum:
         ) from error
     loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
 
-    def summed(
+    def liger_cross_entropy_sum(
         hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
     ) -> torch.Tensor:
         dtype = _compute_dtype(hidden)
-        if weight.requires_grad and not hidden.requires_grad:  # over a frozen trunk it would give no gradient at all
+        if weight.requires_grad and not hidden.requires_grad:  # else Liger computes no gradient over a frozen backbone
             hidden = hidden.detach().requires_grad_()
-        lowered = None if bias is None else bias.to(dtype)
-        found: torch.Tensor = loss(weight.to(dtype), hidden.to(dtype), targets, lowered)
-        return found.float()
+        cast_bias = None if bias is None else bias.to(dtype)
+        result: torch.Tensor = loss(weight.to(dtype), hidden.to(dtype), targets, cast_bias)
+        return result.float()
 
-    return summed
+    return liger_cross_entropy_sum
 
 
 KERNELS: dict[Kernel, Callable[[], CrossEntropySum]] = {

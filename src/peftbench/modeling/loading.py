@@ -1,4 +1,4 @@
-"""The base every method starts from: of the hub, a local folder, the shipped one, or an architecture alone."""
+"""Load the base model: from the Hub, a local folder, the shipped model, or random weights from a config."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftbench import shipped
+from peftbench.common.text import first_line
 from peftbench.errors import HubUnreachableError, ModelNotFoundError, OutOfRangeError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ _DROPOUT_KEYS = (
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A loaded base, its tokenizer and what exactly was loaded."""
+    """A loaded base model, its tokenizer and a fingerprint of its weights."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -38,17 +39,17 @@ class LoadedModel:
 
     @property
     def max_positions(self) -> int | None:
-        """How many positions the model has, None where its config does not say."""
+        """Number of positions of the model, None if its config has no limit."""
         return get_max_positions(self.model.config)
 
 
 def get_max_positions(config: PreTrainedConfig) -> int | None:
-    """How many positions a model has, None where its config does not say."""
+    """Return the number of positions of a model, None if its config has no limit."""
     return next((int(getattr(config, key)) for key in _POSITION_KEYS if getattr(config, key, None)), None)
 
 
 def load_config(model_config: Model) -> PreTrainedConfig:
-    """The base's config, with the recipe's dropout written in."""
+    """Load the base model's config and set the recipe's dropout in it."""
     from transformers import AutoConfig
 
     try:
@@ -60,24 +61,24 @@ def load_config(model_config: Model) -> PreTrainedConfig:
     except (OSError, ValueError) as error:
         raise _translate_error(model_config, "config", error) from error
     if model_config.dropout is not None:
-        found = [key for key in _DROPOUT_KEYS if hasattr(config, key)]
-        if not found and model_config.dropout > 0:
+        keys = [key for key in _DROPOUT_KEYS if hasattr(config, key)]
+        if not keys and model_config.dropout > 0:
             raise OutOfRangeError(
-                f"{config.model_type} has no dropout to set to {model_config.dropout}; leave model.dropout null"
+                f"{config.model_type} has no dropout, but model.dropout={model_config.dropout}; set model.dropout=null"
             )
-        for key in found:
+        for key in keys:
             setattr(config, key, model_config.dropout)
     return config  # type: ignore[no-any-return]
 
 
 def load_tokenizer(model_config: Model) -> PreTrainedTokenizerBase:
-    """The base's tokenizer."""
+    """Load the base model's tokenizer."""
     from transformers import AutoTokenizer
 
-    place = model_config.tokenizer or _resolve_model_path(model_config)
+    path = model_config.tokenizer or _resolve_model_path(model_config)
     try:
         return AutoTokenizer.from_pretrained(  # type: ignore[no-any-return]
-            place,
+            path,
             revision=None if model_config.tokenizer else model_config.revision,
             trust_remote_code=model_config.trust_remote_code,
         )
@@ -86,18 +87,19 @@ def load_tokenizer(model_config: Model) -> PreTrainedTokenizerBase:
 
 
 def load_model(model_config: Model, compute_dtype: torch.dtype | None = None) -> LoadedModel:
-    """Config, weights (in float32, or quantised) and tokenizer of the base.
+    """Load config, weights (float32, or quantized) and tokenizer of the base model.
 
-    ``arithmetic`` is the type that quantised weights are computed with, float32 by default.
+    ``compute_dtype`` is the dtype of matmuls with 4-bit weights, float32 by default.
 
     Raises:
-        ModelNotFoundError: nothing usable under that name; says what was tried.
-        HubUnreachableError: the hub did not answer and the cache has no copy.
-        UnsupportedModelError: the attention implementation asked for is not there, or it is no causal language model.
+        ModelNotFoundError: no usable model at that path; the message lists what was tried.
+        HubUnreachableError: the Hub did not answer and the cache has no copy.
+        UnsupportedModelError: the attention implementation is not installed, or the model is not a causal LM.
     """
     if model_config.revision is not None and Path(_resolve_model_path(model_config)).is_dir():
         raise OutOfRangeError(
-            f"model.revision={model_config.revision!r} is of the hub, and {_resolve_model_path(model_config)} is a folder"
+            f"model.revision={model_config.revision!r} applies to Hub models, but {_resolve_model_path(model_config)} "
+            "is a local folder; set model.revision=null"
         )
     config = load_config(model_config)
     tokenizer = load_tokenizer(model_config)
@@ -110,7 +112,7 @@ def load_model(model_config: Model, compute_dtype: torch.dtype | None = None) ->
 
 
 def fuse_gelu(model: PreTrainedModel) -> None:
-    """Put torch's kernel in the place of the same function written out, which saves three tensors for each."""
+    """Replace GELU written as separate operations by torch's kernel, which saves three activations per layer."""
     from transformers.activations import ACT2FN, NewGELUActivation
 
     for module in list(model.modules()):
@@ -120,11 +122,11 @@ def fuse_gelu(model: PreTrainedModel) -> None:
 
 
 def _build_quantization_kwargs(model_config: Model, compute_dtype: torch.dtype | None) -> dict[str, Any]:
-    """What from_pretrained must be told to quantise."""
+    """Return the arguments that make from_pretrained quantize."""
     if model_config.quantization is None:
         return {}
     if model_config.init == "random":
-        raise OutOfRangeError("model.quantization is of loaded weights; leave model.init at pretrained")
+        raise OutOfRangeError("model.quantization needs pretrained weights; set model.init=pretrained")
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -150,7 +152,7 @@ def _build_common_kwargs(model_config: Model) -> dict[str, Any]:
 
 
 def build_from_config(model_config: Model, config: PreTrainedConfig) -> PreTrainedModel:
-    """The architecture, with weights that torch initialises."""
+    """Build the architecture with randomly initialized weights."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_config(config, **_build_common_kwargs(model_config))  # type: ignore[no-any-return]
@@ -161,7 +163,7 @@ def _load_weights(model_config: Model, config: PreTrainedConfig, compute_dtype: 
     from transformers import AutoModelForCausalLM
 
     common = _build_common_kwargs(model_config)
-    quantised = _build_quantization_kwargs(model_config, compute_dtype)
+    quantization = _build_quantization_kwargs(model_config, compute_dtype)
     try:
         if model_config.init == "random":
             return build_from_config(model_config, config)
@@ -171,33 +173,31 @@ def _load_weights(model_config: Model, config: PreTrainedConfig, compute_dtype: 
             revision=model_config.revision,
             use_safetensors=True,
             output_loading_info=True,
-            **quantised,
+            **quantization,
             **common,
         )
         model, report = loaded
-        if missing := sorted(report["missing_keys"]):  # transformers would warn and make them up
-            raise ValueError(f"{len(missing)} of its tensors are missing ({', '.join(missing[:3])})")
+        if missing := sorted(report["missing_keys"]):  # transformers only warns and initializes them randomly
+            raise ValueError(f"{len(missing)} tensors are missing ({', '.join(missing[:3])})")
     except ImportError as error:
         raise UnsupportedModelError(
-            f"model.attention={model_config.attention} is not there: {_get_first_line(error)}"
+            f"model.attention={model_config.attention} is not installed: {_shorten(error)}"
         ) from error
     except (OSError, ValueError, SafetensorError) as error:
         if "Unrecognized configuration class" in str(error):
             raise UnsupportedModelError(
-                f"{config.model_type} is no causal language model; set model.path to one that is"
+                f"{config.model_type} is not a causal language model; set model.path to one that is"
             ) from error
         raise _translate_error(model_config, "weights", error) from error
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise
-        raise _translate_error(
-            model_config, "weights", ValueError("their shapes are not those of config.json")
-        ) from error
+        raise _translate_error(model_config, "weights", ValueError("their shapes do not match config.json")) from error
     return model
 
 
 def compute_model_fingerprint(model: PreTrainedModel, model_config: Model) -> str:
-    """What was loaded: the hub's commit, the hash of a folder's weights, or that the weights are random."""
+    """Return what was loaded: the Hub commit, the hash of a folder's weights, or "random weights"."""
     if model_config.init == "random":
         return "random weights"
     commit = getattr(model.config, "_commit_hash", None)
@@ -216,29 +216,28 @@ def _resolve_model_path(model_config: Model) -> str:
 
 
 def _translate_error(model_config: Model, component: str, error: Exception) -> ModelNotFoundError | HubUnreachableError:
-    """One sentence for what transformers says in many: what was tried, and how to point to a local copy."""
+    """Return a one-sentence error: what was tried, and how to use a local copy."""
     local = "set model.path to the folder of a local copy (config.json, model.safetensors and tokenizer files)"
-    place = (
+    path = (
         model_config.tokenizer
         if component == "tokenizer" and model_config.tokenizer
         else _resolve_model_path(model_config)
     )
-    if Path(place).is_dir():
+    if Path(path).is_dir():
         if component == "weights":
-            hint = "put model.safetensors there, or set model.init=random for the architecture alone"
-            return ModelNotFoundError(f"the folder {place} holds no usable weights: {_get_first_line(error)}", hint)
-        return ModelNotFoundError(f"the folder {place} holds no usable {component}: {_get_first_line(error)}", local)
+            hint = "put model.safetensors there, or set model.init=random for random weights"
+            return ModelNotFoundError(f"the folder {path} has no usable weights: {_shorten(error)}", hint)
+        return ModelNotFoundError(f"the folder {path} has no usable {component}: {_shorten(error)}", local)
     text = str(error).lower()
     if "couldn't connect" in text or "offline" in text or "connection" in text:
         return HubUnreachableError(
-            f"the hub did not answer for the {component} of {place!r}, "
-            "and neither a folder of that name nor a cached copy is there",
+            f"the Hub did not answer for the {component} of {path!r}, and no folder or cached copy of that name exists",
             local,
         )
     return ModelNotFoundError(
-        f"no {component} for {place!r} (tried a folder, the cache and the hub): {_get_first_line(error)}", local
+        f"no {component} for {path!r} (tried a folder, the cache and the Hub): {_shorten(error)}", local
     )
 
 
-def _get_first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".")[:200] if str(error).strip() else type(error).__name__
+def _shorten(error: Exception) -> str:
+    return first_line(error, max_length=200).rstrip(".")

@@ -1,4 +1,4 @@
-"""OPTIMIZERS: what turns gradients into steps. An optimizer sees only the parameters that require a gradient."""
+"""OPTIMIZERS: the optimizers that a recipe can choose. An optimizer receives only parameters that require gradients."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from peftbench.optim.torch_optimizers import SGD, Adafactor, AdamW
 
 __all__ = [
     "OPTIMIZERS",
+    "OPTIMIZER_LIBRARIES",
     "SGD",
     "Adafactor",
     "AdamW",
@@ -48,13 +49,18 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
     "apollo": Apollo,
 }
 
+OPTIMIZER_LIBRARIES = tuple(dict.fromkeys(optimizer.library for optimizer in OPTIMIZERS.values()))
+"""Distributions that implement them, for a record's library versions."""
+
 if TYPE_CHECKING:
     AnyOptimizer = Optimizer
 else:
-    # Knobs given without a kind are those of the default optimizer.
+    # Options without a kind are those of the default optimizer.
     AnyOptimizer = Annotated[
         Union[tuple(Annotated[optimizer, Tag(kind)] for kind, optimizer in OPTIMIZERS.items())],
         Discriminator(
-            lambda knobs: knobs.get("kind", "adamw") if isinstance(knobs, dict) else getattr(knobs, "kind", None)
+            lambda options: (
+                options.get("kind", "adamw") if isinstance(options, dict) else getattr(options, "kind", None)
+            )
         ),
     ]

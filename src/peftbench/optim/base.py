@@ -1,4 +1,4 @@
-"""What every optimizer answers."""
+"""The base class of optimizers: their common options, and the facts by which engines and memory plans choose."""
 
 from __future__ import annotations
 
@@ -18,23 +18,39 @@ if TYPE_CHECKING:
     Parameters = Iterable[nn.Parameter]
 
 EMBEDDINGS_KEY = "embeddings"
-"""Key of a parameter group that holds embeddings alone."""
+"""Key that marks a parameter group of embeddings."""
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Optimizer(ConfigSection):
-    """What all optimizers have in common."""
+    """An optimizer's options. Everything that other modules need to know about it is an attribute of its class."""
 
+    library: ClassVar[str] = "torch"
+    """Distribution that implements it, by its name on PyPI."""
+    optim_bits: ClassVar[int] = 32
+    """Bits of a value of its states."""
+    is_paged: ClassVar[bool] = False
+    """True if the GPU's driver may move its states to CPU memory."""
+    is_cpu_only: ClassVar[bool] = False
+    """True if it steps only states in CPU memory."""
+    is_fused: ClassVar[bool] = False
+    """True if one kernel steps all weights, on CPU and CUDA."""
     needs_matrices: ClassVar[bool] = False
-    """Whether it does something else to a matrix than to the vector of its values."""
+    """True if it treats a matrix differently from the vector of its values."""
+    dtensor_limitation: ClassVar[str | None] = None
+    """Why it cannot step DTensors (fsdp2's sharded tensors); None if it supports them."""
     weight_dtype: ClassVar[Literal["fp32", "bf16"]] = "fp32"
-    """Type that the weights it steps are held in."""
+    """Type of the weights that it steps."""
     approximation: ClassVar[str | None] = None
-    """Why its steps are no AdamW's, SGD's or Lion's but an approximation, None where they are."""
+    """How its steps differ from AdamW's, SGD's or Lion's; None if they do not."""
+    fallbacks: ClassVar[tuple[str, ...]] = ()
+    """Kinds of the most similar optimizers, which a refusal suggests first."""
+    low_memory_variants: ClassVar[tuple[str, ...]] = ()
+    """Kinds of optimizers with the same options and smaller states, which a memory search may use instead."""
 
     kind: str
-    """Which optimizer."""
+    """Kind of optimizer."""
     learning_rate: float = Field(default=1e-4, gt=0)
     """Peak learning rate."""
     weight_decay: float = Field(default=0.0, ge=0)
@@ -42,35 +58,39 @@ class Optimizer(ConfigSection):
 
     @abstractmethod
     def build(self, parameters: Parameters, embeddings: Parameters = ()) -> torch.optim.Optimizer:
-        """A torch optimizer over ``parameters``, of which ``embeddings`` are embeddings' matrices.
+        """Build a torch optimizer over ``parameters``, of which ``embeddings`` are the embedding matrices.
 
         Raises:
-            OptimizerError: the library it comes from is not installed, or cannot be used here.
+            OptimizerError: its library is not installed or does not work on this machine.
         """
 
     def on_prepared(self, param_groups: Sequence[dict[str, Any]]) -> None:
-        """Called once an engine has put its own tensors in place of the parameters, with the groups of them."""
+        """Adapt to the parameter groups of an engine, which may have replaced the parameters by tensors of its own."""
 
     def meta_context(self) -> AbstractContextManager[None]:
-        """Around steps on the meta device, where a library asks it for what it does not have."""
+        """Return a context for steps on the meta device, which patches library calls that need values."""
         return nullcontext()
+
+    def without_paging(self) -> Optimizer:
+        """Return an optimizer with states of the same size that the driver does not move."""
+        return self
 
     @abstractmethod
     def state_bytes(self, param_groups: Sequence[dict[str, Any]]) -> int | None:
-        """Bytes of its states after a step over the tensors of ``groups``, in closed form; None where there is none."""
+        """Compute the bytes of its states after a step over ``param_groups`` in closed form; None if none is known."""
 
 
 class AdamLike(Optimizer):
-    """What the kin of Adam have in common."""
+    """Options of Adam and its variants."""
 
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """Decay of the first and second moment."""
+    """Decay rates of the first and second moment."""
     eps: float = Field(default=1e-8, gt=0)
     """Added to the denominator."""
 
 
 def tensor_sizes(param_groups: Sequence[dict[str, Any]]) -> list[tuple[int, bool]]:
-    """Values of each tensor, and whether it is an embedding's that is kept apart."""
+    """Return the number of values of each tensor, and whether it is in a group of embeddings."""
     return [
         (parameter.numel(), bool(group.get(EMBEDDINGS_KEY))) for group in param_groups for parameter in group["params"]
     ]

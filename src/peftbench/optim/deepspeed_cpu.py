@@ -1,9 +1,9 @@
-"""An optimizer for states that lie in the CPU's memory."""
+"""DeepSpeed's optimizer for states in CPU memory."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from peftbench.errors import OptimizerError
 from peftbench.optim.base import AdamLike, tensor_sizes
@@ -15,16 +15,19 @@ if TYPE_CHECKING:
 
 
 class DeepSpeedCPUAdam(AdamLike):
-    """AdamW by DeepSpeed, vectorised for states that lie in the CPU's memory; compiled on first use."""
+    """AdamW of DeepSpeed, vectorized for states in CPU memory; compiled on first use."""
+
+    library: ClassVar[str] = "deepspeed"
+    is_cpu_only: ClassVar[bool] = True
 
     kind: Literal["deepspeed_cpu_adam"] = "deepspeed_cpu_adam"
-    """Which optimizer."""
+    """Kind of optimizer."""
 
     def build(self, parameters: Parameters, embeddings: Parameters = ()) -> torch.optim.Optimizer:
         from deepspeed.ops.adam import DeepSpeedCPUAdam as Adam
 
         try:
-            made: torch.optim.Optimizer = Adam(
+            optimizer: torch.optim.Optimizer = Adam(
                 list(parameters),
                 lr=self.learning_rate,
                 betas=self.betas,
@@ -37,7 +40,7 @@ class DeepSpeedCPUAdam(AdamLike):
                 f"deepspeed_cpu_adam could not be compiled ({str(error).splitlines()[0]}); install g++ and ninja, or "
                 "use optimizer.kind=adamw"
             ) from error
-        return made
+        return optimizer
 
     def state_bytes(self, param_groups: Sequence[dict[str, Any]]) -> int:
         return sum(8 * size for size, _ in tensor_sizes(param_groups))

@@ -1,4 +1,4 @@
-"""Optimizers that keep the moments of a matrix's gradient in a space of low rank."""
+"""Optimizers that keep the moments of a matrix's gradient in a low-rank space."""
 
 from __future__ import annotations
 
@@ -24,49 +24,54 @@ if TYPE_CHECKING:
 
 class _LowRank(AdamLike):
     needs_matrices: ClassVar[bool] = True
+    dtensor_limitation: ClassVar[str | None] = (
+        "FSDP shards matrices by rows, and projecting a shard is not the projection of the full matrix"
+    )
+    fallbacks: ClassVar[tuple[str, ...]] = ("adamw8bit",)
     library_module: ClassVar[str]
+    """Module to import from the library."""
     pip_extra: ClassVar[str]
-    """What of peftbench installs the library."""
+    """Extra of peftbench that installs the library."""
 
     rank: int = Field(default=128, gt=0)
-    """Rank that a matrix's gradient is projected to."""
+    """Rank of a matrix's projected gradient."""
     update_gap: int = Field(default=200, gt=0)
-    """Steps after which the projection is made anew."""
+    """Steps between updates of the projection."""
 
     def build(self, parameters: Parameters, embeddings: Parameters = ()) -> torch.optim.Optimizer:
         try:
             library = import_module(self.library_module)
         except ImportError as error:
             raise OptimizerError(
-                f"optimizer.kind={self.kind} needs {self.library_module.replace('_', '-')}; install peftbench[{self.pip_extra}]"
+                f"optimizer.kind={self.kind} needs {self.library}; install peftbench[{self.pip_extra}]"
             ) from error
         trained = list(parameters)
-        apart = {id(parameter) for parameter in embeddings}
-        matrices = [p for p in trained if p.ndim == 2 and id(p) not in apart and min(p.shape) > self.rank]
-        chosen = {id(parameter) for parameter in matrices}
+        embedding_ids = {id(parameter) for parameter in embeddings}
+        matrices = [p for p in trained if p.ndim == 2 and id(p) not in embedding_ids and min(p.shape) > self.rank]
+        matrix_ids = {id(parameter) for parameter in matrices}
         projected = {
             "params": matrices,
             "rank": self.rank,
             "update_proj_gap": self.update_gap,
             **self._projection_kwargs(),
         }
-        rest = {"params": [parameter for parameter in trained if id(parameter) not in chosen]}
-        made: torch.optim.Optimizer = self._get_library_class(library)(
+        rest = {"params": [parameter for parameter in trained if id(parameter) not in matrix_ids]}
+        optimizer: torch.optim.Optimizer = self._get_library_class(library)(
             [group for group in (projected, rest) if group["params"]],
             lr=self.learning_rate,
             betas=self.betas,
             eps=self.eps,
             weight_decay=self.weight_decay,
         )
-        return made
+        return optimizer
 
     @abstractmethod
-    def _get_library_class(self, library: ModuleType) -> Any:  # noqa: ANN401 — classes without types
-        """The library's class."""
+    def _get_library_class(self, library: ModuleType) -> Any:
+        """Return the library's optimizer class."""
 
     @abstractmethod
     def _projection_kwargs(self) -> dict[str, Any]:
-        """How matrices are projected, in the library's words."""
+        """Return the library's options of a projected parameter group."""
 
     def state_bytes(self, param_groups: Sequence[dict[str, Any]]) -> int:
         total = 0
@@ -80,21 +85,22 @@ class _LowRank(AdamLike):
 
 
 class GaLore(_LowRank):
-    """AdamW over gradients projected to a low rank (Zhao et al. 2024, arXiv:2403.03507); small matrices whole.
+    """AdamW over gradients projected to a low rank (Zhao et al. 2024, arXiv:2403.03507), except of small matrices.
 
-    From pytorch-optimizer, which corrects the bias of weight decay as it does that of a step.
+    From pytorch-optimizer, which applies the bias correction of a step to weight decay too.
     """
 
-    approximation: ClassVar[str | None] = "steps of matrices are of low rank"
+    library: ClassVar[str] = "pytorch-optimizer"
+    approximation: ClassVar[str | None] = "updates of matrices have low rank"
     library_module: ClassVar[str] = "pytorch_optimizer"
     pip_extra: ClassVar[str] = "optimizers"
 
     kind: Literal["galore"] = "galore"
-    """Which optimizer."""
+    """Kind of optimizer."""
     scale: float = Field(default=0.25, gt=0)
-    """Factor on a projected step."""
+    """Factor of a projected update."""
 
-    def _get_library_class(self, library: ModuleType) -> Any:  # noqa: ANN401
+    def _get_library_class(self, library: ModuleType) -> Any:
         return library.GaLore
 
     def _projection_kwargs(self) -> dict[str, Any]:
@@ -102,24 +108,25 @@ class GaLore(_LowRank):
 
 
 class Apollo(_LowRank):
-    """Gradients scaled as AdamW would in a random low-rank space (Zhu et al. 2024, arXiv:2412.05270).
+    """APOLLO: gradients with the scales that AdamW has in a random low-rank space (Zhu et al. 2024, arXiv:2412.05270).
 
-    By the authors' package, whose licence is for non-commercial use (CC BY-NC). Rank 1 with one scale a tensor and
-    ``scale=128`` is their APOLLO-Mini.
+    From the authors' package, whose license permits only non-commercial use (CC BY-NC). Rank 1 with one scale for each
+    tensor and ``scale=128`` is their APOLLO-Mini.
     """
 
-    approximation: ClassVar[str | None] = "steps of matrices have the gradient's direction, and scales of low rank"
+    library: ClassVar[str] = "apollo-torch"
+    approximation: ClassVar[str | None] = "updates of matrices have the gradient's direction and low-rank scales"
     library_module: ClassVar[str] = "apollo_torch"
     pip_extra: ClassVar[str] = "apollo"
 
     kind: Literal["apollo"] = "apollo"
-    """Which optimizer."""
+    """Kind of optimizer."""
     scale: float = Field(default=1.0, gt=0)
-    """A step is multiplied by its root."""
+    """The square root of it multiplies an update."""
     scale_of: Literal["channel", "tensor"] = "channel"
-    """What shares one scale."""
+    """Unit that shares one scale."""
 
-    def _get_library_class(self, library: ModuleType) -> Any:  # noqa: ANN401
+    def _get_library_class(self, library: ModuleType) -> Any:
         return library.APOLLOAdamW
 
     def _projection_kwargs(self) -> dict[str, Any]:
@@ -129,21 +136,21 @@ class Apollo(_LowRank):
     def meta_context(self) -> Iterator[None]:
         from apollo_torch import random_projector
 
-        drawn = random_projector.stable_randn
+        stable_randn = random_projector.stable_randn
 
-        def shaped(
+        def empty(
             shape: tuple[int, ...], seed: int, device: torch.device | None = None, dtype: torch.dtype | None = None
         ) -> torch.Tensor:
             import torch
 
             return torch.empty(shape, device=device, dtype=dtype)
 
-        random_projector.stable_randn = shaped
+        random_projector.stable_randn = empty
         try:
             yield
         finally:
-            random_projector.stable_randn = drawn
+            random_projector.stable_randn = stable_randn
 
     def state_bytes(self, param_groups: Sequence[dict[str, Any]]) -> int:
-        norms = sum(4 for group in param_groups if "rank" in group for _ in group["params"])  # of the step before
+        norms = sum(4 for group in param_groups if "rank" in group for _ in group["params"])  # of the previous step
         return super().state_bytes(param_groups) + norms

@@ -1,7 +1,7 @@
-"""AdamW over weights in bf16, rounded stochastically, from torchao.
+"""AdamW over bf16 weights with stochastic rounding, from torchao.
 
-A step of Adam is often smaller than half of what bf16 tells apart, and rounding to the nearest would lose it every
-time; rounded up as often as it is near to the upper value, it is kept on average.
+An update of Adam is often smaller than half the distance between two bf16 numbers, so that rounding to nearest always
+discards it. Stochastic rounding is unbiased: it keeps the update on average.
 """
 
 from __future__ import annotations
@@ -23,12 +23,16 @@ if TYPE_CHECKING:
 _BLOCK_SIZE = 256
 """Values that share one scale in an 8-bit state."""
 _MIN_8BIT_SIZE = 4096
-"""Values from which torchao keeps a tensor's states in 8 bits, if whole blocks of them."""
+"""Number of values from which torchao quantizes a tensor's states to 8 bits, if the blocks divide it."""
 
 
 class _StochasticRounding(AdamLike):
+    library: ClassVar[str] = "torchao"
     weight_dtype: ClassVar[Literal["fp32", "bf16"]] = "bf16"
+    dtensor_limitation: ClassVar[str | None] = "stochastic rounding of DTensors is untested"
+    fallbacks: ClassVar[tuple[str, ...]] = ("adamw8bit",)
     library_class: ClassVar[str]
+    """Name of its class in torchao.optim."""
 
     def build(self, parameters: Parameters, embeddings: Parameters = ()) -> torch.optim.Optimizer:
         try:
@@ -36,13 +40,13 @@ class _StochasticRounding(AdamLike):
         except ImportError as error:
             raise OptimizerError(f"optimizer.kind={self.kind} needs torchao; install peftbench[optimizers]") from error
         trained = list(parameters)
-        apart = {id(parameter) for parameter in embeddings} if self._has_32bit_embeddings() else set()
-        groups: list[dict[str, Any]] = [{"params": [p for p in trained if id(p) not in apart]}]
-        groups += [{"params": [p for p in trained if id(p) in apart], EMBEDDINGS_KEY: True}]
-        kind = _build_subclass(
-            getattr(torchao.optim, self.library_class), apart, all(parameter.is_cuda for parameter in trained)
+        fp32_ids = {id(parameter) for parameter in embeddings} if self._has_32bit_embeddings() else set()
+        groups: list[dict[str, Any]] = [{"params": [p for p in trained if id(p) not in fp32_ids]}]
+        groups += [{"params": [p for p in trained if id(p) in fp32_ids], EMBEDDINGS_KEY: True}]
+        library_class = _build_subclass(
+            getattr(torchao.optim, self.library_class), fp32_ids, all(parameter.is_cuda for parameter in trained)
         )
-        made: torch.optim.Optimizer = kind(
+        optimizer: torch.optim.Optimizer = library_class(
             [group for group in groups if group["params"]],
             lr=self.learning_rate,
             betas=self.betas,
@@ -50,25 +54,25 @@ class _StochasticRounding(AdamLike):
             weight_decay=self.weight_decay,
             bf16_stochastic_round=True,
         )
-        return made
+        return optimizer
 
     def _has_32bit_embeddings(self) -> bool:
         return False
 
 
-def _build_subclass(library_class: Any, fp32_parameter_ids: set[int], can_compile: bool) -> Any:  # noqa: ANN401 — classes of torchao's
-    """The library's class, with 32-bit states for the parameters of these addresses."""
+def _build_subclass(library_class: Any, fp32_parameter_ids: set[int], can_compile: bool) -> Any:
+    """Return a subclass of torchao's class with 32-bit states for the parameters with these ids."""
     import torch
 
     class Adapted(library_class):  # type: ignore[misc]
         def _new_buffer(self, parameter: torch.Tensor, signed: bool) -> torch.Tensor:
             if id(parameter) in fp32_parameter_ids:
                 return torch.zeros_like(parameter, dtype=torch.float32)
-            made: torch.Tensor = super()._new_buffer(parameter, signed)
-            return made
+            buffer: torch.Tensor = super()._new_buffer(parameter, signed)
+            return buffer
 
-        def step(self, closure: Any = None) -> Any:  # noqa: ANN401 — as torch has it
-            # On CPU compiling a step for every shape would take minutes.
+        def step(self, closure: Any = None) -> Any:
+            # On CPU, compiling a step for every shape takes minutes.
             with nullcontext() if can_compile else torch.compiler.set_stance("force_eager"):
                 return super().step(closure)
 
@@ -77,28 +81,32 @@ def _build_subclass(library_class: Any, fp32_parameter_ids: set[int], can_compil
 
 
 class AdamWBf16(_StochasticRounding):
-    """AdamW with weights and moments in bf16."""
+    """AdamW with bf16 weights and moments."""
 
-    approximation: ClassVar[str | None] = "weights and moments are held in bf16, rounded stochastically"
+    approximation: ClassVar[str | None] = "weights and moments are in bf16, rounded stochastically"
+    optim_bits: ClassVar[int] = 16
     library_class: ClassVar[str] = "_AdamW"
 
     kind: Literal["adamw_bf16"] = "adamw_bf16"
-    """Which optimizer."""
+    """Kind of optimizer."""
 
     def state_bytes(self, param_groups: Sequence[dict[str, Any]]) -> int:
         return sum(2 * 2 * size + 4 for size, _ in tensor_sizes(param_groups))
 
 
 class AdamW8bitBf16(_StochasticRounding):
-    """AdamW with weights in bf16 and moments in 8 bits."""
+    """AdamW with bf16 weights and 8-bit moments."""
 
-    approximation: ClassVar[str | None] = "weights are held in bf16, rounded stochastically, and moments in 8 bits"
+    optim_bits: ClassVar[int] = 8
+    approximation: ClassVar[str | None] = (
+        "weights are in bf16, rounded stochastically, and moments are quantized to 8 bits"
+    )
     library_class: ClassVar[str] = "AdamW8bit"
 
     kind: Literal["adamw8bit_bf16"] = "adamw8bit_bf16"
-    """Which optimizer."""
+    """Kind of optimizer."""
     embeddings_32bit: bool = True
-    """Keep the states of embeddings in 32 bits, as adamw8bit does; false has 8 bits everywhere."""
+    """Keep the states of embeddings in 32 bits, as adamw8bit does; false quantizes them too."""
 
     def _has_32bit_embeddings(self) -> bool:
         return self.embeddings_32bit
@@ -109,7 +117,7 @@ class AdamW8bitBf16(_StochasticRounding):
             if embedding:
                 total += 4 + 2 * 4 * size
                 continue
-            whole = size >= _MIN_8BIT_SIZE and size % _BLOCK_SIZE == 0
-            # Each state has a table of its own.
-            total += 4 + 2 * (size + 4 * math.ceil(size / _BLOCK_SIZE) + 4 * 256 if whole else 2 * size)
+            is_quantized = size >= _MIN_8BIT_SIZE and size % _BLOCK_SIZE == 0
+            # Each state has its own code table.
+            total += 4 + 2 * (size + 4 * math.ceil(size / _BLOCK_SIZE) + 4 * 256 if is_quantized else 2 * size)
         return total

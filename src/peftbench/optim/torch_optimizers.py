@@ -1,4 +1,4 @@
-"""Torch's own optimizers."""
+"""Optimizers of torch."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ if TYPE_CHECKING:
 
 
 _FUSED_DEVICES = frozenset({"cpu", "cuda"})
-"""Devices on which torch steps all of AdamW in one kernel."""
+"""Devices with a fused kernel of AdamW."""
 
 
 class AdamW(AdamLike):
-    """AdamW (Loshchilov and Hutter 2019), torch's own, in one kernel."""
+    """AdamW (Loshchilov and Hutter 2019) of torch, with its fused kernel."""
+
+    is_fused: ClassVar[bool] = True
+    low_memory_variants: ClassVar[tuple[str, ...]] = ("adamw8bit", "adamw8bit_bf16")
 
     kind: Literal["adamw"] = "adamw"
-    """Which optimizer."""
+    """Kind of optimizer."""
 
     def build(self, parameters: Parameters, embeddings: Parameters = ()) -> torch.optim.Optimizer:
         import torch
@@ -40,16 +43,16 @@ class AdamW(AdamLike):
         )
 
     def state_bytes(self, param_groups: Sequence[dict[str, Any]]) -> int:
-        return sum(8 * size + 4 for size, _ in tensor_sizes(param_groups))  # two moments, and a count of steps
+        return sum(8 * size + 4 for size, _ in tensor_sizes(param_groups))  # two moments and a step counter
 
 
 class SGD(Optimizer):
-    """Stochastic gradient descent with momentum, torch's own. Its weight decay is not decoupled."""
+    """Stochastic gradient descent of torch, with momentum. Its weight decay is not decoupled."""
 
     kind: Literal["sgd"] = "sgd"
-    """Which optimizer."""
+    """Kind of optimizer."""
     momentum: float = Field(default=0.0, ge=0, lt=1)
-    """Momentum; 0 keeps no state."""
+    """Momentum; with 0 it has no state."""
 
     def build(self, parameters: Parameters, embeddings: Parameters = ()) -> torch.optim.Optimizer:
         import torch
@@ -63,16 +66,18 @@ class SGD(Optimizer):
 
 
 class Adafactor(Optimizer):
-    """Adafactor (Shazeer and Stern 2018, arXiv:1804.04235), torch's own: rows and columns of a matrix's moment."""
+    """Adafactor (Shazeer and Stern 2018, arXiv:1804.04235) of torch, with factored second moments of matrices."""
 
     needs_matrices: ClassVar[bool] = True
+    dtensor_limitation: ClassVar[str | None] = "torch's Adafactor uses operations that DTensor does not support"
+    fallbacks: ClassVar[tuple[str, ...]] = ("adamw8bit",)
 
     kind: Literal["adafactor"] = "adafactor"
-    """Which optimizer."""
+    """Kind of optimizer."""
     beta2_decay: float = Field(default=-0.8, lt=0)
-    """Exponent by which the second moment's decay approaches 1."""
+    """Exponent with which the second moment's decay rate approaches 1."""
     clip: float = Field(default=1.0, gt=0)
-    """Most root mean square of an update."""
+    """Largest root mean square of an update."""
 
     def build(self, parameters: Parameters, embeddings: Parameters = ()) -> torch.optim.Optimizer:
         import torch
@@ -83,5 +88,5 @@ class Adafactor(Optimizer):
 
     def state_bytes(self, param_groups: Sequence[dict[str, Any]]) -> int:
         shapes = (tuple(p.shape) for group in param_groups for p in group["params"])
-        kept = (math.prod(s) if len(s) < 2 else math.prod(s[:-1]) + math.prod((*s[:-2], s[-1])) for s in shapes)
-        return sum(4 * values + 4 for values in kept)
+        state_sizes = (math.prod(s) if len(s) < 2 else math.prod(s[:-1]) + math.prod((*s[:-2], s[-1])) for s in shapes)
+        return sum(4 * size + 4 for size in state_sizes)

@@ -1,1 +1,1 @@
-"""The instruments. The Probe owns every clock, device synchronisation and peak reset."""
+"""Measurements of a run. The Probe owns every clock, device synchronization and peak reset."""

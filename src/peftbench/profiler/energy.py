@@ -1,4 +1,4 @@
-"""Energy of what a run is on: of the GPU's board by NVML, of the processors by RAPL, None where neither tells."""
+"""Measure the energy of a run's device: the GPU board by NVML, the CPUs by RAPL, None if neither is available."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ import torch
 from peftbench.profiler.nvml import Gpu
 
 POWERCAP_DIR = Path("/sys/class/powercap")
-"""Where Linux shows RAPL's counters (its powercap documentation); only root may read them on many systems."""
+"""Linux's directory of RAPL counters (see its powercap documentation); on many systems only root can read them."""
 _POLL_SECONDS = 60.0
 
 
 class EnergyMeter(Protocol):
-    """Counts energy from when it was made."""
+    """Counts energy since its creation."""
 
     def read_joules(self) -> float | None:
-        """So far."""
+        """Return the joules so far, None if unknown."""
 
     def poll(self) -> None:
-        """Look at counters that would run over unseen."""
+        """Read counters that could otherwise wrap unnoticed."""
 
 
 @dataclass
 class GpuEnergy:
-    """Of one GPU's board."""
+    """Energy of one GPU board."""
 
     gpu: Gpu
 
@@ -36,12 +36,12 @@ class GpuEnergy:
         return self.gpu.read_joules()
 
     def poll(self) -> None:
-        """The counter has 64 bits."""
+        """Do nothing: the counter has 64 bits."""
 
 
 @dataclass
 class _RaplPackage:
-    """One processor's counter, in microjoules, which starts anew at its range."""
+    """One CPU package's counter in microjoules, which wraps at its range."""
 
     counter_path: Path
     range_microjoules: int
@@ -53,18 +53,18 @@ class _RaplPackage:
         return cls(energy, int((directory / "max_energy_range_uj").read_text()), int(energy.read_text()))
 
     def read_delta(self) -> int:
-        """Microjoules since this was last asked, right as long as the counter ran over once at most."""
+        """Return the microjoules since the last call; correct if the counter wrapped at most once."""
         before, self.last_microjoules = self.last_microjoules, int(self.counter_path.read_text())
         return (self.last_microjoules - before) % (self.range_microjoules + 1)
 
 
 @dataclass
 class CpuEnergy:
-    """Of all processors of this machine, whatever else runs on them."""
+    """Energy of all CPU packages of this machine, including other programs."""
 
     packages: list[_RaplPackage]
     _microjoules: int | None = 0
-    """None once a counter could not be read: what it counted meanwhile is lost."""
+    """None after a counter could not be read, since its energy in between is lost."""
     _last_read_time: float = field(default_factory=time.monotonic)
 
     def read_joules(self) -> float | None:
@@ -79,14 +79,14 @@ class CpuEnergy:
         return self._microjoules / 1e6
 
     def poll(self) -> None:
-        """At 250 W a counter of usual range runs over after a quarter of an hour."""
+        """Read the counters once a minute: at 250 W a typical counter wraps after 15 minutes."""
         if time.monotonic() - self._last_read_time > _POLL_SECONDS:
             self.read_joules()
 
 
 @dataclass(frozen=True)
 class NoEnergy:
-    """Where nothing tells, or where another process of this machine counts for all."""
+    """No counter is available, or another process on this machine reads it."""
 
     constant_joules: float | None = None
 
@@ -94,23 +94,23 @@ class NoEnergy:
         return self.constant_joules
 
     def poll(self) -> None:
-        """Nothing to look at."""
+        """Do nothing."""
 
 
 def build_energy_meter(
     device: torch.device, *, reads_cpu_counters: bool = True, powercap_dir: Path = POWERCAP_DIR
 ) -> EnergyMeter:
-    """The meter of what ``device`` is.
+    """Return the energy meter for ``device``.
 
-    Processors are shared: only one process of a machine ``counts`` them, and the others say 0.
+    CPUs are shared: one process per machine has ``reads_cpu_counters``, the others report 0.
     """
     if device.type == "cuda":
         gpu = Gpu.from_device(device)
         return GpuEnergy(gpu) if gpu else NoEnergy()
     try:
-        # intel-rapl:0 is a processor, AMD's too; intel-rapl:0:1 is a part of it, and psys counts it once more.
-        folders = [f for f in sorted(powercap_dir.glob("intel-rapl:*")) if f.name.count(":") == 1]
-        packages = [_RaplPackage.from_dir(f) for f in folders if (f / "name").read_text().startswith("package")]
+        # intel-rapl:0 is a CPU package (on AMD too), intel-rapl:0:1 a part of it; psys includes the packages.
+        zones = [f for f in sorted(powercap_dir.glob("intel-rapl:*")) if f.name.count(":") == 1]
+        packages = [_RaplPackage.from_dir(f) for f in zones if (f / "name").read_text().startswith("package")]
     except (OSError, ValueError):
         return NoEnergy()
     if not packages:

@@ -1,21 +1,21 @@
-"""FLOPs: what a step requires, and what it executes, in closed form. A multiplication and an addition are two.
+"""Compute model and hardware FLOPs of a step in closed form. A multiply-add is two FLOPs.
 
-A model's matrix products are listed once, from a forward pass of a few tokens: what each costs for one position (or for
-one pair of query and key), whether its weight is trained, and whether a gradient must reach its input, which autograd
-itself says and which holds for any length. Backward, a product costs its forward once more for each of its two operands
-that needs a gradient. Both figures follow from that list by multiplication:
+A forward pass of a few tokens lists a model's matrix products once: the cost of each per position (or per pair of query
+and key), whether its weight is trained, and whether its input needs a gradient, according to autograd. This holds for
+any length. In the backward pass, a product costs its forward FLOPs once for each operand that needs a gradient. Both
+numbers follow from that list by multiplication:
 
-- **required**: real and virtual tokens only, the causal half of attention, the head at labelled positions, nothing
-  recomputed: what the mathematics of the method needs, whatever the implementation.
-- **executed**: every padded position, the head wherever it is computed, all pairs where a kernel does not skip those
-  that are masked, and what is computed twice: by gradient checkpointing, and by fused attention, whose backward pass is
-  five products and not four (Dao et al. 2022, arXiv:2205.14135, algorithm 4).
+- **Model FLOPs**: real and virtual tokens only, the causal half of attention, the head at labelled positions, no
+  recomputation: what the method needs, independent of the implementation.
+- **Hardware FLOPs**: all padded positions, the head at all computed positions, all pairs if a kernel does not skip
+  masked ones, and recomputation by gradient checkpointing and by fused attention, whose backward pass is five products
+  instead of four (Dao et al. 2022, arXiv:2205.14135, algorithm 4).
 
-Of a kernel that skips what is causally masked the lower triangle is counted, as its authors do (Dao 2023,
-arXiv:2307.08691, section 4.1); blocks on the diagonal, which it computes whole, are not.
+For a kernel that skips causally masked pairs, the lower triangle is counted, as its authors do (Dao 2023,
+arXiv:2307.08691, section 4.1); the upper halves of the diagonal blocks, which it computes too, are not counted.
 
-Two FLOPs for each weight and token: Kaplan et al. 2020, arXiv:2001.08361. Attention is counted and recomputation is not
-part of what is required: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, appendix B.
+Two FLOPs per weight and token: Kaplan et al. 2020, arXiv:2001.08361. Model FLOPs include attention and exclude
+recomputation: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, appendix B.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from peftbench.common.attention import ATTENTION_NAME
 from peftbench.data.collate import FlopUnits
 
 if TYPE_CHECKING:
@@ -36,25 +37,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FlopUnit = Literal["position", "pair", "causal_pair", "label", "column"]
-_NUM_TRACE_TOKENS = 3  # of the pass that lists products
+_NUM_TRACE_TOKENS = 3  # tokens of the forward pass that lists the products
 
 
 @dataclass(frozen=True)
 class MatmulCost:
-    """One matrix product of a forward pass, in FLOPs for one unit of ``per``."""
+    """One matrix product of a forward pass, in FLOPs per ``unit``."""
 
     forward_flops: int
     backward_flops: int
     hardware_backward_flops: int
     unit: FlopUnit
     block_index: int | None = None
-    """Number of the block (from 0) that gradient checkpointing computes again, None outside of blocks."""
+    """Index of the transformer block that contains it, which gradient checkpointing recomputes; None outside."""
     model_unit: FlopUnit | None = None
-    """The unit by which it is required, where more is computed."""
+    """The unit for model FLOPs, if hardware FLOPs use another."""
 
 
 def _get_unit_count(unit: FlopUnit, flop_units: FlopUnits) -> int:
-    """How often ``work`` has the unit."""
+    """Return the count of ``unit`` in ``flop_units``."""
     return {
         "position": flop_units.positions,
         "pair": flop_units.pairs,
@@ -66,14 +67,14 @@ def _get_unit_count(unit: FlopUnit, flop_units: FlopUnits) -> int:
 
 @dataclass(frozen=True)
 class FlopCost:
-    """A model's FLOPs, forward and backward, under one method."""
+    """Forward and backward FLOPs of a model with one method."""
 
     matmuls: tuple[MatmulCost, ...]
     recomputed_matmuls: tuple[MatmulCost, ...] = ()
-    """What gradient checkpointing computes once more."""
+    """Products that gradient checkpointing recomputes."""
 
     def compute_model_flops(self, flop_units: FlopUnits) -> int:
-        """FLOPs that training on ``work`` needs: real positions, causal pairs, the head at labels."""
+        """Return the FLOPs that training needs: real positions, causal pairs, the head at labels."""
         return sum(
             (p.forward_flops + p.backward_flops) * _get_unit_count(p.model_unit or p.unit, flop_units)
             for p in self.matmuls
@@ -81,7 +82,7 @@ class FlopCost:
         )
 
     def compute_hardware_flops(self, flop_units: FlopUnits) -> int:
-        """FLOPs that ``work`` takes."""
+        """Return the FLOPs that training executes."""
         once = sum(
             (p.forward_flops + p.hardware_backward_flops) * _get_unit_count(p.unit, flop_units) for p in self.matmuls
         )
@@ -89,18 +90,18 @@ class FlopCost:
 
 
 class UnsupportedFlopsError(Exception):
-    """A model computes something whose FLOPs are not known here."""
+    """A model computes something whose FLOPs are unknown."""
 
 
 class NonLinearFlopsError(UnsupportedFlopsError):
-    """A product that does not grow with the positions: no closed form here, but torch's counter sees it."""
+    """A product does not scale with the positions: it has no closed form here, but FlopCounter can count it."""
 
     def __init__(self) -> None:
-        super().__init__("a product over something else than the positions of a sequence")
+        super().__init__("a matrix product does not scale with the positions of a sequence")
 
 
-_SUPPORTED_ATTENTION = frozenset({"sdpa", "eager", "peftbench_causal"})
-"""Attention whose kernels are torch's own, with formulas in ``counter.py``."""
+_SUPPORTED_ATTENTION = frozenset({"sdpa", "eager", ATTENTION_NAME})
+"""Attention implementations that use torch's kernels, which have formulas in ``flop_counter.py``."""
 
 
 def count_flops(
@@ -111,15 +112,15 @@ def count_flops(
     gradient_checkpointing: bool,
     computes_all_logits: bool,
 ) -> FlopCost:
-    """List the products of ``model``, which a method made from ``base``, in one forward pass of a few tokens.
+    """List the matrix products of ``model``, which a method built from ``base_model``, in one short forward pass.
 
-    ``head_everywhere``: in training the head computes all positions, and not the labelled ones alone.
+    ``computes_all_logits``: the head computes all positions in training, instead of only labelled ones.
 
     Raises:
-        UncountableError: it has products of a kind that is not known here.
+        UnsupportedFlopsError: it has a kind of product that is unknown here.
     """
     if base_model.config._attn_implementation not in _SUPPORTED_ATTENTION:
-        raise UnsupportedFlopsError(f"attention as {base_model.config._attn_implementation}")
+        raise UnsupportedFlopsError(f"unknown attention implementation {base_model.config._attn_implementation}")
     trace = _MatmulTracer(
         base_model, _NUM_TRACE_TOKENS + virtual_tokens, head_unit="position" if computes_all_logits else "label"
     )
@@ -133,15 +134,15 @@ def count_flops(
 
 @contextmanager
 def _track_blocks(base_model: PreTrainedModel, tracer: _MatmulTracer) -> Iterator[None]:
-    """Tell ``trace`` which block is computed."""
+    """Set ``tracer.block_index`` while a block runs."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    def entered(number: int) -> Any:
-        return lambda *_: setattr(tracer, "block", number)
+    def set_block(number: int) -> Any:
+        return lambda *_: setattr(tracer, "block_index", number)
 
     blocks = [module for module in base_model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    handles = [block.register_forward_pre_hook(entered(number)) for number, block in enumerate(blocks)]
-    handles += [block.register_forward_hook(lambda *_: setattr(tracer, "block", None)) for block in blocks]
+    handles = [block.register_forward_pre_hook(set_block(number)) for number, block in enumerate(blocks)]
+    handles += [block.register_forward_hook(lambda *_: setattr(tracer, "block_index", None)) for block in blocks]
     try:
         yield
     finally:
@@ -151,21 +152,21 @@ def _track_blocks(base_model: PreTrainedModel, tracer: _MatmulTracer) -> Iterato
 
 @contextmanager
 def _record_quantized_layers(base_model: PreTrainedModel, tracer: _MatmulTracer) -> Iterator[None]:
-    """Note the products of bitsandbytes' layers as one each: inside are kernels that differ between devices."""
+    """Record each bitsandbytes layer as one product, since its kernels differ between devices."""
     from torch import nn
 
-    def entered(layer: Any, inputs: Any) -> None:
+    def record(layer: Any, inputs: Any) -> None:
         tracer.record_quantized_matmul(inputs[0], layer.in_features, layer.out_features)
         tracer.is_muted = True
 
-    def left(*_: Any) -> None:
+    def unmute(*_: Any) -> None:
         tracer.is_muted = False
 
     layers = [
         m for m in base_model.modules() if isinstance(m, nn.Linear) and type(m).__module__.startswith("bitsandbytes.")
     ]
-    handles = [layer.register_forward_pre_hook(entered) for layer in layers]
-    handles += [layer.register_forward_hook(left) for layer in layers]
+    handles = [layer.register_forward_pre_hook(record) for layer in layers]
+    handles += [layer.register_forward_hook(unmute) for layer in layers]
     try:
         yield
     finally:
@@ -173,7 +174,7 @@ def _record_quantized_layers(base_model: PreTrainedModel, tracer: _MatmulTracer)
             handle.remove()
 
 
-# Functions that keep nothing for the backward pass: only what comes before the last one that does is computed again.
+# Functions that save nothing for the backward pass. Recomputation stops after the last function that saves a tensor.
 _OPS_WITHOUT_SAVED_TENSORS = {
     "add",
     "add_",
@@ -216,15 +217,19 @@ _UNSUPPORTED_MATMULS = {
 
 
 def _is_unsupported_matmul(func: Any, name: str) -> bool:
-    """Whether a function is a product that is not known here, by what torch calls such; kernels of others all are."""
-    foreign = isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)) and "aten" not in str(func)
+    """True if a function may be an unknown matrix product, by its torch name; all third-party kernels may be."""
+    third_party = isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)) and "aten" not in str(func)
     return (
-        foreign or name in _UNSUPPORTED_MATMULS or name.endswith("mm") or name.startswith("conv") or "attention" in name
+        third_party
+        or name in _UNSUPPORTED_MATMULS
+        or name.endswith("mm")
+        or name.startswith("conv")
+        or "attention" in name
     )
 
 
 class _MatmulTracer(TorchFunctionMode):
-    """Sees every function of torch that is called, and notes the products."""
+    """Intercepts every call of a torch function and records matrix products."""
 
     def __init__(self, base_model: PreTrainedModel, num_positions: int, head_unit: FlopUnit) -> None:
         super().__init__()
@@ -234,22 +239,22 @@ class _MatmulTracer(TorchFunctionMode):
         self.num_positions = num_positions
         self.block_index: int | None = None
         self.is_muted = False
-        """Whether what is called belongs to a product that is noted already."""
+        """True inside a layer whose product is already recorded."""
         self._recorded_calls: list[tuple[int | None, list[MatmulCost]]] = []
-        """(block, its products) of every function that keeps something for the backward pass or is a product."""
+        """(block, its products) of every function that saves tensors for the backward pass or is a product."""
 
     def iter_matmuls(self) -> Iterator[MatmulCost]:
-        """Every product of the pass."""
+        """Yield every product of the pass."""
         for _, products in self._recorded_calls:
             yield from products
 
     def iter_recomputed_matmuls(self) -> Iterator[MatmulCost]:
-        """What checkpointing computes again: in each block, products before the last function that keeps anything."""
+        """Yield the products that checkpointing recomputes: in each block, those before the last saved tensor."""
         if all(block is None for block, _ in self._recorded_calls):
-            raise UnsupportedFlopsError("gradient checkpointing of a model without blocks that transformers knows")
+            raise UnsupportedFlopsError("gradient checkpointing of a model without GradientCheckpointingLayer blocks")
         last = {block: index for index, (block, _) in enumerate(self._recorded_calls)}
         for index, (block, products) in enumerate(self._recorded_calls):
-            needed = any(p.backward_flops for b, found in self._recorded_calls if b == block for p in found)
+            needed = any(p.backward_flops for b, matmuls in self._recorded_calls if b == block for p in matmuls)
             if block is not None and needed and index < last[block]:
                 yield from products
 
@@ -258,13 +263,13 @@ class _MatmulTracer(TorchFunctionMode):
         if self.is_muted:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        found = self._find_matmuls(func, name, args, kwargs)
-        if found or (self.block_index is not None and not _saves_no_tensors(name, args, kwargs)):
-            self._recorded_calls.append((self.block_index, found))
+        matmuls = self._find_matmuls(func, name, args, kwargs)
+        if matmuls or (self.block_index is not None and not _saves_no_tensors(name, args, kwargs)):
+            self._recorded_calls.append((self.block_index, matmuls))
         return func(*args, **kwargs)
 
     def record_quantized_matmul(self, inputs: torch.Tensor, in_features: int, out_features: int) -> None:
-        """A product with a quantised weight, which is never trained and keeps nothing that autograd knows of."""
+        """Record a product with a quantized weight, which is frozen and has no gradient."""
         if inputs.numel() // in_features != self.num_positions:
             raise NonLinearFlopsError
         forward = 2 * in_features * out_features
@@ -288,7 +293,7 @@ class _MatmulTracer(TorchFunctionMode):
         if name in {"matmul", "__matmul__", "mm", "bmm"}:
             return [self._build_matmul_cost(args[0], args[1])]
         if _is_unsupported_matmul(func, name):
-            raise UnsupportedFlopsError(f"{name} is no product that is known here")
+            raise UnsupportedFlopsError(f"unknown matrix product {name}")
         return []
 
     def _build_linear_cost(self, inputs: torch.Tensor, weight: torch.Tensor, in_features: int) -> MatmulCost:
@@ -305,8 +310,8 @@ class _MatmulTracer(TorchFunctionMode):
         scores, mix = 2 * query.shape[1] * query.shape[-1], 2 * query.shape[1] * value.shape[-1]
         probabilities = query.requires_grad or key.requires_grad
         backward = scores * (query.requires_grad + key.requires_grad) + mix * (probabilities + value.requires_grad)
-        fused = 2 * (scores + mix) + scores if backward else 0  # the scores once more, then four products
-        # With dropout of probabilities, attention on CPU is not fused (torch's sdp_utils_cpp.cpp).
+        fused = 2 * (scores + mix) + scores if backward else 0  # recomputed scores, then four products
+        # On CPU, attention with dropout is not fused (torch's sdp_utils_cpp.cpp).
         plain = query.device.type == "cpu" and dropout_p > 0
         per: FlopUnit = "causal_pair" if is_causal and not plain else "pair"
         return MatmulCost(scores + mix, backward, backward if plain else fused, per, self.block_index, "causal_pair")
@@ -326,8 +331,8 @@ class _MatmulTracer(TorchFunctionMode):
 
 
 def _saves_no_tensors(name: str, args: Any, kwargs: Any) -> bool:
-    """Whether a function leaves nothing for the backward pass."""
-    if name in {"mul", "__mul__", "__rmul__"}:  # by a number
+    """True if a function saves nothing for the backward pass."""
+    if name in {"mul", "__mul__", "__rmul__"}:  # times a number
         return not all(isinstance(factor, torch.Tensor) for factor in args[:2])
     if name == "dropout":
         probability = kwargs.get("p", args[1] if len(args) > 1 else 0.5)

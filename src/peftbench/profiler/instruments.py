@@ -1,4 +1,4 @@
-"""Instruments that slow a step down, and so look at warm-up steps alone."""
+"""Instruments that slow down a step and therefore run only in warm-up steps."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from peftbench.profiler.memory_breakdown import EngineBuffers, MemoryTracker
 from peftbench.profiler.memory_snapshot import record_memory_history
 
 FLOP_COUNT_STEP = 1
-"""Whose FLOPs are counted."""
+"""Number of the step whose FLOPs are counted."""
 MEMORY_HISTORY_STEPS = 2
-"""First steps whose allocations are noted: in the second the optimizer's states are there, and most that fits once fits
-then."""
+"""Number of first steps whose allocation history is recorded. Optimizer states exist from the second step, and most
+runs that pass it do not run out of memory later."""
 
 
 @dataclass
 class StepInstruments:
-    """What looks at the warm-up steps of one run."""
+    """Instruments for the warm-up steps of one run."""
 
     records_memory_history: bool
-    """Whether the allocator notes where allocations come from, for the snapshot of an out-of-memory."""
+    """True if the allocator records stack traces for the snapshot of an out-of-memory error."""
     flop_counter: FlopCounter | None = None
     memory_tracker: MemoryTracker | None = None
     memory_breakdown_step: int | None = None
 
     def get_step_context(self, number: int) -> AbstractContextManager[None] | None:
-        """What looks at step ``number``, counted from 1; None where nothing does."""
-        looking: list[AbstractContextManager[object]] = []
+        """Return the instruments of step ``number``, counted from 1, as one context; None if there are none."""
+        contexts: list[AbstractContextManager[object]] = []
         if self.records_memory_history and number <= MEMORY_HISTORY_STEPS:
-            looking.append(record_memory_history())
+            contexts.append(record_memory_history())
         if self.flop_counter is not None and number == FLOP_COUNT_STEP:
-            looking.append(self.flop_counter)
+            contexts.append(self.flop_counter)
         if self.memory_tracker is not None and number == self.memory_breakdown_step:
-            looking.append(self.memory_tracker)
-        return _enter_all(looking) if looking else None
+            contexts.append(self.memory_tracker)
+        return _enter_all(contexts) if contexts else None
 
 
 @contextmanager
@@ -62,16 +62,21 @@ def build_instruments(
     gradient_checkpointing: bool = False,
     get_engine_buffers: Callable[[], EngineBuffers] = EngineBuffers,
 ) -> StepInstruments:
-    """The instruments of a run on ``device``; ``part`` tells which part of the step is being done."""
-    book = None
+    """Build the instruments of a run on ``device``; ``get_step_part`` returns the current part of the step."""
+    memory_tracker = None
     if memory_breakdown_step is not None:
-        there = None if device.type == "cpu" else device.type
-        book = MemoryTracker(
-            model, optimizer, vocab_size, get_step_part, get_engine_buffers=get_engine_buffers, device_type=there
+        tracked_device = None if device.type == "cpu" else device.type
+        memory_tracker = MemoryTracker(
+            model,
+            optimizer,
+            vocab_size,
+            get_step_part,
+            get_engine_buffers=get_engine_buffers,
+            device_type=tracked_device,
         )
-    # Where checkpointing stops computing again, by an exception, torch 2.11 cannot look at Python's stack: the backward
-    # pass would end with a SystemError.
+    # Checkpointing ends a recomputation early with an exception. Reading the Python stack then fails in torch 2.11 with
+    # a SystemError in the backward pass.
     history = device.type == "cuda" and torch.cuda.get_allocator_backend() == "native" and not gradient_checkpointing
-    # Some optimizers multiply matrices too, and FLOPs are those of forward and backward pass.
+    # Some optimizers multiply matrices too; only forward and backward passes are counted.
     counter = FlopCounter(lambda: get_step_part() == "optimizer") if count_flops else None
-    return StepInstruments(history, counter, book, memory_breakdown_step)
+    return StepInstruments(history, counter, memory_tracker, memory_breakdown_step)

@@ -1,4 +1,4 @@
-"""Peak memory of a stretch of a run, exact and without polling."""
+"""Measure peak memory of a section of a run, exactly and without polling."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ _RESET_PEAK_RSS = "5"  # proc_pid_clear_refs(5): sets the peak resident set size
 
 
 class MemoryMeter(Protocol):
-    """Measures one lap after another: the end of one is the start of the next."""
+    """Measures consecutive laps: the end of one is the start of the next."""
 
     supports_step_parts: bool
-    """Whether a lap costs so little that each part of a step can have its own."""
+    """True if a lap is cheap enough for each part of a step."""
     cuda_context_bytes: int | None
-    """What the process took of the device before it held a tensor."""
+    """Device memory of the process before its first tensor, None if unknown."""
 
     def lap(self) -> Memory:
-        """Peaks since the lap before, in bytes."""
+        """Return the peaks since the previous lap, in bytes."""
 
     def read_process_bytes(self) -> int | None:
-        """What the process holds of the device now."""
+        """Return the device memory of the process now."""
 
     def read_in_use_bytes(self) -> int | None:
-        """What the run holds now, as far as it is known at next to no cost; no lap ends."""
+        """Return the run's memory now, if it is cheap to read; this ends no lap."""
 
     def empty_cache(self) -> None:
-        """Give back what is held for no tensor, so that a later peak is of what comes later."""
+        """Release cached memory, so that it does not count in later peaks."""
 
     def set_baseline(self) -> None:
-        """Count what the process holds now, before anything is loaded, to itself and not to the run."""
+        """Exclude the process's current memory, before anything is loaded, from the run's memory."""
 
 
 class CudaMemoryMeter:
-    """Peaks of torch's caching allocator on one device, which its own counters know at no cost to the device."""
+    """Peaks of torch's caching allocator on one device, from its own counters; needs no synchronization."""
 
     supports_step_parts = True
 
@@ -58,14 +58,14 @@ class CudaMemoryMeter:
         self.lap()
 
     def lap(self) -> Memory:
-        # The flat form of the same figures takes ten times as long to make.
-        told = torch.cuda.memory_stats_as_nested_dict(self.device)
+        # The flat form (memory_stats) takes ten times as long.
+        stats = torch.cuda.memory_stats_as_nested_dict(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        before, self._last_num_alloc_retries = self._last_num_alloc_retries, told.get("num_alloc_retries")
+        before, self._last_num_alloc_retries = self._last_num_alloc_retries, stats.get("num_alloc_retries")
         return Memory(
-            allocated_bytes=_get_peak(told, "allocated_bytes"),
-            reserved_bytes=_get_peak(told, "reserved_bytes"),
-            inactive_split_bytes=_get_peak(told, "inactive_split_bytes"),
+            allocated_bytes=_get_peak(stats, "allocated_bytes"),
+            reserved_bytes=_get_peak(stats, "reserved_bytes"),
+            inactive_split_bytes=_get_peak(stats, "inactive_split_bytes"),
             num_alloc_retries=None
             if before is None or self._last_num_alloc_retries is None
             else self._last_num_alloc_retries - before,
@@ -81,19 +81,19 @@ class CudaMemoryMeter:
         torch.cuda.empty_cache()
 
     def set_baseline(self) -> None:
-        """Tensors are counted from none on."""
+        """Do nothing: the counters start at zero."""
 
 
 def read_reserved_bytes(device: torch.device) -> int:
-    """What torch's allocator holds of a GPU now, its cache included."""
-    told = torch.cuda.memory_stats_as_nested_dict(device)
-    return int(told["reserved_bytes"]["all"]["current"])
+    """Return the bytes that torch's allocator has reserved on a GPU, including its cache."""
+    stats = torch.cuda.memory_stats_as_nested_dict(device)
+    return int(stats["reserved_bytes"]["all"]["current"])
 
 
 @cache
 def _measure_cuda_context_bytes(device: torch.device) -> int | None:
-    """What this process holds of the GPU beside torch's tensors, when it is first asked."""
-    torch.cuda.synchronize(device)  # the context is made here, if it was not before
+    """Measure the GPU memory of this process outside of torch's allocator, once per device."""
+    torch.cuda.synchronize(device)  # creates the context if there is none
     gpu = Gpu.from_device(device)
     in_use = gpu.read_process_bytes() if gpu else None
     return None if in_use is None else in_use - torch.cuda.memory_reserved(device)
@@ -104,7 +104,7 @@ def _get_peak(stats: dict[str, dict[str, dict[str, int]]], name: str) -> int | N
 
 
 class RssMeter:
-    """Peak resident set size of this process, and what was resident when the meter was made (None off Linux)."""
+    """Peak resident set size (RSS) of this process, and the RSS at the baseline; None except on Linux."""
 
     supports_step_parts = False
     cuda_context_bytes: int | None = None
@@ -115,7 +115,7 @@ class RssMeter:
         self.set_baseline()
 
     def set_baseline(self) -> None:
-        gc.collect()  # or cycles of before would be counted here, and be freed in the middle of the run
+        gc.collect()  # garbage freed during the run would falsify the baseline
         _release_freed_pages()
         self._baseline_bytes = read_proc_status_bytes("VmRSS")
         self.lap()
@@ -128,7 +128,7 @@ class RssMeter:
         try:
             _PROC_CLEAR_REFS.write_text(_RESET_PEAK_RSS, encoding="ascii")
             self._can_reset_peak = True
-        except OSError:  # not Linux, or not allowed
+        except OSError:  # not Linux, or no permission
             self._can_reset_peak = False
         return peak
 
@@ -140,62 +140,64 @@ class RssMeter:
         return None if resident is None or self._baseline_bytes is None else max(0, resident - self._baseline_bytes)
 
     def empty_cache(self) -> None:
-        """Each lap gives freed pages back already."""
+        """Do nothing: each lap returns freed pages to the system."""
 
 
 def build_memory_meter(device: torch.device) -> MemoryMeter:
-    """The meter of a device's memory."""
+    """Return the memory meter for ``device``."""
     return CudaMemoryMeter(device) if device.type == "cuda" else RssMeter()
 
 
 def max_memory(first: Memory | None, second: Memory) -> Memory:
-    """The larger peaks of two stretches, field by field; retries add up."""
+    """Return the larger peak of two sections, field by field; retries are added."""
     if first is None:
         return second
-    if _is_within(first, second):  # as most do, and this is asked at every part of a step
+    if _is_within(first, second):  # the common case, checked after every part of a step
         return first
-    resident = max(first, second, key=lambda memory: memory.rss_bytes or -1)
+    with_max_rss = max(first, second, key=lambda memory: memory.rss_bytes or -1)
     retries = [memory.num_alloc_retries for memory in (first, second) if memory.num_alloc_retries is not None]
-    return resident.model_copy(
+    return with_max_rss.model_copy(
         update={
             name: max((v for m in (first, second) if (v := getattr(m, name)) is not None), default=None)
             for name in _PEAK_FIELDS
         }
-        | {"allocation_retries": sum(retries) if retries else None}
+        | {"num_alloc_retries": sum(retries) if retries else None}
     )
 
 
 def _is_within(first: Memory, second: Memory) -> bool:
     if second.num_alloc_retries or (second.num_alloc_retries == 0 and first.num_alloc_retries is None):
         return False
-    for name in (*_PEAK_FIELDS, "resident_bytes"):
-        value, most = getattr(second, name), getattr(first, name)
-        if value is not None and (most is None or value > most):
+    for name in (*_PEAK_FIELDS, "rss_bytes"):
+        value, limit = getattr(second, name), getattr(first, name)
+        if value is not None and (limit is None or value > limit):
             return False
     return True
 
 
 def max_over_ranks(memory_by_rank: Sequence[dict[str, Memory]]) -> dict[str, Memory]:
-    """The largest of each figure over ranks, phase by phase."""
-    found: dict[str, Memory] = {}
+    """Return the maximum of each value over ranks, phase by phase."""
+    by_phase: dict[str, Memory] = {}
     for phase, memory in (item for rank in memory_by_rank for item in rank.items()):
-        most = max_memory(found.get(phase), memory)
-        retries = [m.num_alloc_retries for m in (found.get(phase, memory), memory) if m.num_alloc_retries is not None]
-        found[phase] = most.model_copy(update={"allocation_retries": max(retries, default=None)})
-    return found
+        largest = max_memory(by_phase.get(phase), memory)
+        retries = [
+            m.num_alloc_retries for m in (by_phase.get(phase, memory), memory) if m.num_alloc_retries is not None
+        ]
+        by_phase[phase] = largest.model_copy(update={"num_alloc_retries": max(retries, default=None)})
+    return by_phase
 
 
 def local_shard(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's part of a tensor that is shared out, any other tensor as it is."""
+    """Return the local shard of a DTensor; return any other tensor unchanged."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[no-any-return,operator]
 
 
 def iter_tensors(values: Iterable[object]) -> Iterator[torch.Tensor]:
-    """Tensors among ``values``, and those that objects among them hold (a projection, say)."""
+    """Yield tensors in ``values``, including those in attributes of objects (e.g. a projection)."""
     for value in values:
         if hasattr(value, "to_local"):
             yield local_shard(value)  # type: ignore[arg-type]
-        elif hasattr(value, "__tensor_flatten__"):  # a tensor made of others, as torchao's 8-bit states
+        elif hasattr(value, "__tensor_flatten__"):  # a tensor subclass with inner tensors, e.g. torchao's 8-bit states
             yield from iter_tensors(getattr(value, name) for name in value.__tensor_flatten__()[0])
         elif isinstance(value, torch.Tensor):
             yield value
@@ -206,13 +208,13 @@ def iter_tensors(values: Iterable[object]) -> Iterator[torch.Tensor]:
 
 
 def count_storage_bytes(tensors: list[torch.Tensor]) -> int:
-    """Bytes of the storages of ``tensors``, each once."""
+    """Return the total bytes of the tensors' storages; a shared storage counts once."""
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
     return sum(storage.nbytes() for storage in storages.values())
 
 
 def read_proc_status_bytes(key: str) -> int | None:
-    """A figure of /proc/self/status in bytes; the file speaks of kibibytes and calls them kB."""
+    """Return a value of /proc/self/status in bytes; its unit "kB" means KiB."""
     try:
         lines = _PROC_STATUS.read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:  # not Linux
@@ -224,6 +226,6 @@ def read_proc_status_bytes(key: str) -> int | None:
 
 
 def _release_freed_pages() -> None:
-    """Let glibc return what is free, so that a peak starts from what is in use."""
-    with suppress(OSError, AttributeError):  # another C library
+    """Make glibc return free memory to the system, so that a peak starts at the memory in use."""
+    with suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)

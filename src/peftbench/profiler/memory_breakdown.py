@@ -1,8 +1,8 @@
-"""Who holds the memory at its peak: every storage that torch makes is booked, with what it is for.
+"""Break down peak memory by category: every storage that torch allocates is tracked with its purpose.
 
-A ``TorchDispatchMode`` sees each operation's results, below autograd and in the backward pass too. A storage is booked
-when it first comes out of an operation, and leaves the book when torch releases it. What it is for shows by what
-happens to it, which may be later; so the book is read when the step is over.
+A ``TorchDispatchMode`` sees the results of each operation below autograd, including the backward pass. A storage is
+tracked from the first operation that returns it until torch releases it. Its category may follow only from a later
+operation, so the event log is read after the step.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ MEMORY_CATEGORIES: tuple[MemoryCategory, ...] = (
 
 @dataclass
 class _TrackedStorage:
-    """One storage: its size, and what it is for as far as that is known."""
+    """One storage: its size, and its category as far as known."""
 
     nbytes: int
     category: MemoryCategory = "temporaries"
@@ -57,37 +57,37 @@ class _TrackedStorage:
 
 @dataclass
 class EngineBuffers:
-    """What an engine keeps beside a model's parameters, between two steps."""
+    """Tensors that an engine keeps between steps in addition to the model's parameters."""
 
     tensors: list[tuple[MemoryCategory, torch.Tensor]] = field(default_factory=list)
     gathered: list[nn.Parameter] = field(default_factory=list)
-    """Parameters that are whole for a layer's time; their gradients are whole too."""
+    """Parameters that are gathered while a layer runs; their gradients are unsharded too."""
     untracked_bytes: list[tuple[MemoryCategory, int]] = field(default_factory=list)
-    """Of what no tensor of Python's stands for."""
+    """Memory without a Python tensor, e.g. buffers of a C++ reducer."""
     inner_optimizer: torch.optim.Optimizer | None = None
-    """The optimizer that steps, within all that wraps it."""
+    """The innermost optimizer, inside all wrappers."""
     refresh: Callable[[], Iterable[tuple[MemoryCategory, torch.Tensor]]] = tuple
-    """Asked when something is sent: what an engine keeps that it makes anew in each step."""
+    """Called at each collective; returns buffers that the engine allocates anew in each step."""
 
 
 @dataclass(frozen=True)
 class MemoryEvent:
-    """A storage is made or released."""
+    """A storage is allocated or released."""
 
     storage_id: int
-    """Number of the storage, from 0 in the order of time."""
+    """Number of the storage, from 0 in order of allocation."""
     nbytes: int
     is_allocation: bool
     category: MemoryCategory
     operation: str
     step_part: str | None
     is_after_mark: bool
-    """Whether it came after the mark."""
+    """True after the call of :meth:`MemoryTracker.mark`."""
 
 
 @dataclass(frozen=True)
 class MemoryPeak:
-    """The moment when most bytes were held."""
+    """The moment with the most live bytes."""
 
     nbytes: int
     bytes_by_category: dict[str, int]
@@ -96,17 +96,17 @@ class MemoryPeak:
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Books the storages of one step of training.
+    """Tracks the storages of one training step.
 
-    - weights: parameters and buffers, of which a process may hold a part; gathered_weights: whole ones that it borrows
-      for the time of a layer; weight_copies: those that autocast casts them into.
-    - gradients: what ends in a parameter's ``grad``; buckets: what is sent to other processes or comes from them.
-    - optimizer_state: what the optimizer keeps, float32 copies of the weights that it steps included.
-    - logits: of the vocabulary's width, from the head's output to its gradient.
-    - activations: made in the forward pass, or in its recomputation, and still there when the backward pass goes on.
+    - weights: parameters and buffers, or the process's shards of them; gathered_weights: unsharded parameters while a
+      layer runs; weight_copies: autocast's casts of them.
+    - gradients: storages that become a parameter's ``grad``; buckets: storages sent or received by collectives.
+    - optimizer_state: tensors in the optimizer's state, including float32 master weights.
+    - logits: tensors of the vocabulary's width, from the head's output to its gradient.
+    - activations: created in the forward pass or its recomputation, and still live in the backward pass.
     - temporaries: all others.
 
-    What kernels allocate and release within one operation is not seen.
+    Memory that a kernel allocates and releases within one operation is not seen.
     """
 
     def __init__(
@@ -119,9 +119,7 @@ class MemoryTracker(TorchDispatchMode):
         get_engine_buffers: Callable[[], EngineBuffers] = EngineBuffers,
         device_type: str | None = None,
     ) -> None:
-        """``holdings`` are asked for when it begins to look. ``device`` is the kind whose memory is booked, None for
-        every kind.
-        """
+        """``get_engine_buffers`` is called on entry. Only storages on ``device_type`` are tracked, None for all."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.model = model
         self.optimizer = optimizer
@@ -141,14 +139,14 @@ class MemoryTracker(TorchDispatchMode):
         self._refresh = EngineBuffers().refresh
 
     def mark(self) -> None:
-        """Look for the peak in what comes from here on."""
-        self._track_optimizer_state()  # of which not all comes out of operations
-        for tensor in self.model.parameters():  # those that stay whole, which an engine may have made anew
+        """Search for the peak only in later events."""
+        self._track_optimizer_state()  # some states are not the result of an operation
+        for tensor in self.model.parameters():  # an engine may have reallocated unsharded ones
             self._reassign(local_shard(tensor), "weights", {"gathered_weights", "temporaries", "buckets"})
         self._mark_index = len(self._event_log)
 
     def iter_events(self) -> Iterator[MemoryEvent]:
-        """The book, in the order of time."""
+        """Yield all events in order of time."""
         numbers: dict[int, int] = {}
         for index, (storage, sign, operation, part) in enumerate(self._event_log):
             number = numbers.setdefault(id(storage), len(numbers))
@@ -157,37 +155,37 @@ class MemoryTracker(TorchDispatchMode):
             )
 
     def find_peak(self) -> MemoryPeak:
-        """The largest sum of the book, after its mark."""
-        by_kind: dict[str, int] = dict.fromkeys(MEMORY_CATEGORIES, 0)
-        best = MemoryPeak(0, dict(by_kind), "", None)
+        """Return the peak of live bytes after the mark."""
+        by_category: dict[str, int] = dict.fromkeys(MEMORY_CATEGORIES, 0)
+        best = MemoryPeak(0, dict(by_category), "", None)
         total = 0
         for index, (storage, sign, operation, part) in enumerate(self._event_log):
-            by_kind[storage.category] += sign * storage.nbytes
+            by_category[storage.category] += sign * storage.nbytes
             total += sign * storage.nbytes
             if total > best.nbytes and index >= self._mark_index:
-                best = MemoryPeak(total, dict(by_kind), operation, part)
+                best = MemoryPeak(total, dict(by_category), operation, part)
         return best
 
     def __enter__(self) -> MemoryTracker:
-        held = self.get_engine_buffers()
-        self._refresh = held.refresh
+        buffers = self.get_engine_buffers()
+        self._refresh = buffers.refresh
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             self._track(local_shard(tensor), "weights")
-            for more in iter_tensors([getattr(tensor, "quant_state", None)]):
-                self._track(more, "weights")
-        for kind, tensor in held.tensors:
-            self._track(tensor, kind)
-        for kind, size in held.untracked_bytes:
-            self._event_log.append((_TrackedStorage(size, kind), 1, self._operation, self.get_step_part()))
-        for parameter in (*self.model.parameters(), *held.gathered):
+            for state in iter_tensors([getattr(tensor, "quant_state", None)]):
+                self._track(state, "weights")
+        for category, tensor in buffers.tensors:
+            self._track(tensor, category)
+        for category, size in buffers.untracked_bytes:
+            self._event_log.append((_TrackedStorage(size, category), 1, self._operation, self.get_step_part()))
+        for parameter in (*self.model.parameters(), *buffers.gathered):
             if parameter.grad is not None:
                 self._track(local_shard(parameter.grad), "gradients")
             if parameter.requires_grad:
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(self._track_parameter_gradient))
-        if held.inner_optimizer is not None:
-            self._hooks.append(held.inner_optimizer.register_step_pre_hook(self._track_optimizer_gradients))
+        if buffers.inner_optimizer is not None:
+            self._hooks.append(buffers.inner_optimizer.register_step_pre_hook(self._track_optimizer_gradients))
         self._track_optimizer_state()
-        for parameter in held.gathered:
+        for parameter in buffers.gathered:
             self._track(parameter, "gathered_weights")
         self._patches.enter_context(patch.object(torch.UntypedStorage, "resize_", self._build_tracked_resize()))
         super().__enter__()  # type: ignore[no-untyped-call]
@@ -204,19 +202,19 @@ class MemoryTracker(TorchDispatchMode):
         self._release_watches.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(hasattr(kind, "to_local") for kind in types):  # first what it comes to on this process's part
+        if any(hasattr(cls, "to_local") for cls in types):  # DTensor first dispatches to the local shard
             return NotImplemented
         self._operation = str(func)
         backward = torch._C._current_graph_task_id() != -1
-        if backward and not torch.is_grad_enabled():  # an operation of the backward pass, and not of a recomputation
+        if backward and not torch.is_grad_enabled():  # an operation of the backward pass itself, not of a recomputation
             self._mark_activations()
         self._reclassify_inputs(func, args)
         result = func(*args, **(kwargs or {}))
-        copied = self._is_weight_copy(func, args)
-        forward = self.get_step_part() == "forward" or (backward and torch.is_grad_enabled())
+        is_weight_copy = self._is_weight_copy(func, args)
+        is_forward = self.get_step_part() == "forward" or (backward and torch.is_grad_enabled())
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
-                self._track_result(tensor, is_weight_copy=copied, is_forward=forward)
+                self._track_result(tensor, is_weight_copy=is_weight_copy, is_forward=is_forward)
         return result
 
     def _track_result(self, tensor: torch.Tensor, *, is_weight_copy: bool, is_forward: bool) -> None:
@@ -229,22 +227,22 @@ class MemoryTracker(TorchDispatchMode):
             self._forward_storages[id(storage)] = storage
 
     def _reclassify_inputs(self, func: Any, args: Any) -> None:
-        """What is computed with as a weight and is none that is held, is borrowed; what is sent is a bucket."""
+        """Reclassify inputs: an untracked parameter is a gathered weight, an input of a collective is a bucket."""
         if func.namespace == "c10d":
             for tensor in tree_leaves(args):
                 if isinstance(tensor, torch.Tensor):
                     self._reassign(tensor, "buckets", {"temporaries", "gradients", "activations"})
-            for kind, tensor in self._refresh():
-                self._reassign(tensor, kind, {"temporaries", "gradients"})
+            for category, tensor in self._refresh():
+                self._reassign(tensor, category, {"temporaries", "gradients"})
         for tensor in args:
             if isinstance(tensor, nn.Parameter):
                 self._reassign(tensor, "gathered_weights", {"temporaries", "buckets", "activations"})
 
     def _reassign(self, tensor: torch.Tensor, category: MemoryCategory, from_categories: set[MemoryCategory]) -> None:
         storage = _get_storage(tensor)
-        booked = self._live_storages.get(storage._cdata) if storage is not None else None
-        if booked is not None and booked.category in from_categories:
-            booked.category = category
+        tracked = self._live_storages.get(storage._cdata) if storage is not None else None
+        if tracked is not None and tracked.category in from_categories:
+            tracked.category = category
 
     def _is_weight_copy(self, func: Any, args: Any) -> bool:
         if func is not torch.ops.aten._to_copy.default:
@@ -281,32 +279,32 @@ class MemoryTracker(TorchDispatchMode):
                 self._track(tensor, "optimizer_state")
 
     def _track(self, tensor: torch.Tensor, category: MemoryCategory) -> _TrackedStorage | None:
-        """The booked storage of ``tensor``, new or known; a known one takes over a kind that says more."""
+        """Track the storage of ``tensor`` if it is new; a known one can become gradient or optimizer state."""
         storage = _get_storage(tensor)
         if storage is None or self._is_on_other_device(storage):
             return None
         key = storage._cdata
-        booked = self._live_storages.get(key)
-        if booked is None:
-            booked = self._live_storages[key] = _TrackedStorage(storage.nbytes(), category)
-            self._event_log.append((booked, 1, self._operation, self.get_step_part()))
+        tracked = self._live_storages.get(key)
+        if tracked is None:
+            tracked = self._live_storages[key] = _TrackedStorage(storage.nbytes(), category)
+            self._event_log.append((tracked, 1, self._operation, self.get_step_part()))
             self._release_watches[key] = weakref.ref(storage, partial(self._on_release, key))
         elif category in {"gradients", "optimizer_state"}:
-            booked.category = category
-        return booked
+            tracked.category = category
+        return tracked
 
     def _build_tracked_resize(self) -> Callable[[torch.UntypedStorage, int], Any]:
         resize = torch.UntypedStorage.resize_
 
-        def resized(storage: torch.UntypedStorage, size: int) -> Any:
+        def tracked_resize(storage: torch.UntypedStorage, size: int) -> Any:
             result = resize(storage, size)
             self._on_resize(storage)
             return result
 
-        return resized
+        return tracked_resize
 
     def _on_resize(self, storage: torch.UntypedStorage) -> None:
-        """One that is given memory or gives it back and stays: to the book it is another one, for the same."""
+        """Log a resized storage as a release and an allocation of the same category."""
         if self._is_on_other_device(storage):
             return
         key = storage._cdata
@@ -329,8 +327,8 @@ class MemoryTracker(TorchDispatchMode):
 
 
 def _get_storage(tensor: torch.Tensor) -> torch.UntypedStorage | None:
-    """Where the tensor's elements lie, None where it has no storage of its own (a wrapper of others)."""
-    if hasattr(tensor, "to_local"):  # whose own is a name for the whole, which is nowhere
+    """Return the tensor's storage, None for a wrapper subclass without its own."""
+    if hasattr(tensor, "to_local"):  # a DTensor's own storage describes the unsharded tensor and holds no memory
         return None
     try:
         return tensor.untyped_storage()

@@ -1,4 +1,4 @@
-"""The state of the GPU's allocator at the moment it refuses: what a person opens to see who held the memory."""
+"""Write a snapshot of the CUDA allocator on an out-of-memory error, to see what used the memory."""
 
 from __future__ import annotations
 
@@ -8,39 +8,37 @@ from pathlib import Path
 
 import torch
 
-SNAPSHOT_FILE = "oom_snapshot.pickle"
-"""Beside the record. It is written and never read here; https://pytorch.org/memory_viz shows it in a browser."""
 _MAX_HISTORY_ENTRIES = 100_000
 
 
 def dump_on_oom(path: Path, on_oom: Callable[[], None]) -> None:
-    """Let every refusal of the CUDA allocator of this process write its state to ``path``, before anything is freed.
+    """On each out-of-memory error of this process's CUDA allocator, call ``on_oom`` and write a snapshot to ``path``.
 
-    ``told`` is called then, too.
+    The snapshot is written before anything is freed.
 
     Raises:
-        RuntimeError: the allocator is another than torch's own, which has no state to show.
+        RuntimeError: the allocator backend is not torch's native one and has no snapshot.
     """
     if torch.cuda.get_allocator_backend() != "native":
-        raise RuntimeError(f"the allocator {torch.cuda.get_allocator_backend()} has no snapshot")
+        raise RuntimeError(f"The allocator backend {torch.cuda.get_allocator_backend()} has no snapshot")
 
-    def refused(_device: int, _asked: int, _of_device: int, _free: int) -> None:
+    def write_snapshot(_device: int, _requested: int, _device_total: int, _device_free: int) -> None:
         on_oom()
         dump_snapshot(path)
 
-    torch._C._cuda_attach_out_of_memory_observer(refused)  # type: ignore[attr-defined]
+    torch._C._cuda_attach_out_of_memory_observer(write_snapshot)  # type: ignore[attr-defined]
 
 
 def dump_snapshot(path: Path) -> None:
-    """Write the state of the CUDA allocator of this process to ``path``, if that can be done."""
-    with suppress(Exception):  # a full disk must not hide the out-of-memory
+    """Write the state of this process's CUDA allocator to ``path``; ignore errors."""
+    with suppress(Exception):  # a full disk must not hide the out-of-memory error
         torch.cuda.memory._dump_snapshot(str(path))
 
 
 @contextmanager
 def record_memory_history() -> Iterator[None]:
-    """Note where each allocation comes from, which a snapshot then shows. It slows Python down."""
-    with suppress(RuntimeError, TypeError, AttributeError):  # torch's own, and free to change
+    """Record the Python stack of each allocation for a snapshot. This slows Python down."""
+    with suppress(RuntimeError, TypeError, AttributeError):  # private torch API
         torch.cuda.memory._record_memory_history(stacks="python", max_entries=_MAX_HISTORY_ENTRIES)
     try:
         yield

@@ -1,16 +1,15 @@
-"""What a device could compute: by its maker's data sheet, and by a short matrix product measured on it."""
+"""Peak FLOP/s of a device, from its data sheet and from a measured matrix product."""
 
 from __future__ import annotations
 
 import time
-from typing import Literal
 
 import torch
 
-Precision = Literal["fp32", "bf16", "fp16"]
+from peftbench.common.dtypes import TORCH_DTYPES
 
 PEAK_FLOPS: dict[str, dict[str, float]] = {
-    # Dense, with accumulation in fp32. fp32 is that of the ordinary cores, since torch leaves TF32 off.
+    # Dense, with accumulation in fp32. fp32 is without tensor cores, since torch disables TF32 by default.
     "Tesla T4": {"fp32": 8.1e12, "fp16": 65e12},
     "Tesla V100-SXM2": {"fp32": 15.7e12, "fp16": 125e12},
     "Tesla V100-PCIE": {"fp32": 14e12, "fp16": 112e12},
@@ -31,48 +30,43 @@ PEAK_FLOPS: dict[str, dict[str, float]] = {
     "NVIDIA H100 80GB HBM3": {"fp32": 66.9e12, "fp16": 989.4e12, "bf16": 989.4e12},
     "NVIDIA H200": {"fp32": 66.9e12, "fp16": 989.4e12, "bf16": 989.4e12},
 }
-"""FLOP/s by torch's name of a device, up to a hyphen.
+"""FLOP/s by torch's device name, which may continue with a hyphen.
 
 Sources, all NVIDIA's: data sheets of T4, V100 (2020), A10, A30, A40, A100 (2021), L4, L40S, RTX A6000 (half of the
-figure with sparsity) H200, H100 NVL and GH200 (2024; half of the
-figures with sparsity); the architecture white papers of H100 (SXM5 and PCIe), GA102 (RTX 3090) and Ada
+value with sparsity), H200, H100 NVL and GH200 (2024; half of the
+values with sparsity); the architecture white papers of H100 (SXM5 and PCIe), GA102 (RTX 3090) and Ada
 (RTX 4080, 4090; fp16 with accumulation in fp32).
 """
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _MATRIX_SIZES = {"cuda": 8192, "cpu": 1024}
 _MEASUREMENT_SECONDS = 0.1
 
 
 def get_peak_flops(device_name: str, precision: str) -> float | None:
-    """The data sheet's FLOP/s of the device called ``name``, None where it is not in the table."""
+    """Return the data sheet's FLOP/s of the device, None if it is not in the table."""
     if " MIG " in device_name:  # a slice of a device
         return None
-    found = [
-        peaks
-        for beginning, peaks in PEAK_FLOPS.items()
-        if device_name == beginning or device_name.startswith(f"{beginning}-")
-    ]
-    return found[0].get(precision) if found else None
+    matches = [peaks for name, peaks in PEAK_FLOPS.items() if device_name == name or device_name.startswith(f"{name}-")]
+    return matches[0].get(precision) if matches else None
 
 
 def measure_matmul_flops(device: torch.device, precision: str) -> float | None:
-    """FLOP/s of square matrix products on ``device`` now: the best of as many as fit a tenth of a second.
+    """Measure the FLOP/s of square matrix products on ``device``: the best within a tenth of a second.
 
-    None where the device has no memory left for them.
+    Return None if the device has too little free memory.
     """
     size = _MATRIX_SIZES.get(device.type, 1024)
     try:
         return _measure_best(
-            device, *(torch.rand((size, size), device=device).to(_DTYPES[precision]) for _ in range(3))
+            device, *(torch.rand((size, size), device=device).to(TORCH_DTYPES[precision]) for _ in range(3))
         )
-    except RuntimeError:  # out of memory, in one of its forms: the run itself went well and left no room
+    except RuntimeError:  # out of memory; the run itself succeeded and left no room
         return None
 
 
 def _measure_best(device: torch.device, left: torch.Tensor, right: torch.Tensor, output: torch.Tensor) -> float:
     best, deadline = 0.0, time.perf_counter() + _MEASUREMENT_SECONDS
-    torch.mm(left, right, out=output)  # kernels are chosen
+    torch.mm(left, right, out=output)  # warm-up: selects the kernel
     while True:
         _synchronize(device)
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Throughput, from what was timed after warm-up."""
+"""Compute throughput from the steps timed after warm-up."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 def compute_throughput(
     step_seconds: Sequence[float], token_counts: Sequence[TokenCounts], *, train_seconds: float, global_batch_size: int
 ) -> Throughput | None:
-    """Figures of the timed steps: their seconds, and their tokens over all ranks, per second of the whole phase.
+    """Return seconds of the timed steps, and samples and tokens of all ranks per second of the training phase.
 
-    The phase is longer than its steps by what it takes to make their batches. None where no step was timed.
+    The phase includes the time to build batches, its steps do not. Return None if no step was timed.
     """
     if not step_seconds:
         return None

@@ -1,1 +1,1 @@
-"""TODO-DOC recipe."""
+"""Recipes: schema, loading, fingerprints."""

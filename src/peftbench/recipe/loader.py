@@ -1,7 +1,7 @@
-"""Recipes as files: read, merged, validated, and shown with every knob's meaning.
+"""Read, merge and validate recipe files, and write a recipe as YAML with the meaning of every key.
 
-OmegaConf merges YAML files and ``key.sub=value`` overrides, pydantic validates; here is only what turns their findings
-into one sentence, and ``extends``, by which a file names the files it builds on.
+OmegaConf merges YAML files and ``key.sub=value`` overrides; pydantic validates. This module turns their errors into one
+sentence and implements ``extends``, which names the files that a recipe file builds on.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
+from peftbench.common.renamed_keys import RENAMED_KEYS, RENAMED_VALUES
 from peftbench.common.schema import ConfigSection
 from peftbench.common.text import escape_interpolation
 from peftbench.data.sources import SOURCES
@@ -37,12 +38,19 @@ _KIND_REGISTRIES: dict[str, Mapping[str, type[ConfigSection]]] = {
     "source": SOURCES,
     "optimizer": OPTIMIZERS,
 }
-_TYPE_DESCRIPTIONS = {"a valid array": "a list", "an object": "a group of knobs", "a valid tuple": "a list"}
+_TYPE_DESCRIPTIONS = {
+    "a valid array": "a list",
+    "a valid tuple": "a list",
+    "an object": "a group of keys",
+    "a valid dictionary": "a group of keys",
+    "a valid boolean": "true or false",
+    "a valid integer": "an integer",
+}
 _OUT_OF_RANGE_ERRORS = (
     "greater_than",
     "less_than",
     "too_short",
-    "overlong",
+    "too_long",
     "finite_number",
     "value_error",
     "literal_error",
@@ -50,66 +58,66 @@ _OUT_OF_RANGE_ERRORS = (
 
 
 def load_recipe(files: Sequence[Path], overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of ``files`` and ``overrides``, merged from left to right.
+    """Return the recipe of ``files`` and ``overrides``, merged from left to right.
 
     Raises:
-        MissingFileError: a file is not there.
-        RecipeError: what they say together is no recipe; its subclasses say why.
+        MissingFileError: a file does not exist.
+        RecipeError: the merged values are not a valid recipe; its subclasses give the reason.
     """
     if not files and not overrides:
-        raise RecipeError("no recipe was given", "use --config with a YAML file, as in --config recipes/demo/lora.yaml")
+        raise RecipeError("no recipe was given", "pass a YAML file, e.g. --config recipes/demo/lora.yaml")
     return parse_recipe(merge_configs(files, overrides))
 
 
 def merge_configs(files: Sequence[Path], overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """``files`` and ``overrides`` merged from left to right, not yet validated."""
-    result = OmegaConf.create({})
-    for part in [*(part for path in files for part in read_yaml(path)), _parse_overrides(overrides)]:
-        _drop_fields_of_other_kinds(result, part)
-        result = OmegaConf.merge(result, part)  # type: ignore[assignment]
-    return to_plain_dict(result)
+    """Merge ``files`` and ``overrides`` from left to right, without validation."""
+    merged = OmegaConf.create({})
+    for config in [*(config for path in files for config in read_yaml(path)), _parse_overrides(overrides)]:
+        _drop_fields_of_other_kinds(merged, config)
+        merged = OmegaConf.merge(merged, config)  # type: ignore[assignment]
+    return to_plain_dict(merged)
 
 
 def _drop_fields_of_other_kinds(base: DictConfig, override: DictConfig) -> None:
-    """Where ``later`` changes a group's kind, drop from ``earlier`` the knobs that the new kind does not have."""
-    for place, table in (("method", METHOD_KINDS), ("data.source", SOURCES), ("optimizer", OPTIMIZERS)):
-        group, new = OmegaConf.select(base, place), OmegaConf.select(override, f"{place}.kind")
-        known = isinstance(new, str) and new in table
-        if known and isinstance(group, DictConfig) and group.get("kind") not in (None, new):
-            for key in [key for key in group if key not in table[new].model_fields]:
+    """If ``override`` changes a group's kind, delete the keys from ``base`` that the new kind does not have."""
+    for group_path, kinds in (("method", METHOD_KINDS), ("data.source", SOURCES), ("optimizer", OPTIMIZERS)):
+        group, kind = OmegaConf.select(base, group_path), OmegaConf.select(override, f"{group_path}.kind")
+        is_known = isinstance(kind, str) and kind in kinds
+        if is_known and isinstance(group, DictConfig) and group.get("kind") not in (None, kind):
+            for key in [key for key in group if key not in kinds[kind].model_fields]:
                 del group[key]
 
 
 def read_yaml(path: Path, visited: tuple[Path, ...] = ()) -> Iterator[DictConfig]:
-    """A YAML file, after the files that its ``extends`` names (relative to itself)."""
+    """Yield the files that ``extends`` names (paths relative to ``path``), then the file itself."""
     if path.resolve() in visited:
-        raise RecipeError(f"{path} extends itself, by way of {' and '.join(str(p) for p in visited)}")
+        raise RecipeError(f"{path} extends itself, through {' and '.join(str(p) for p in visited)}")
     try:
         loaded = _read_recipe_from_record(path) or OmegaConf.load(path)
     except (FileNotFoundError, IsADirectoryError) as error:
-        there = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        hint = did_you_mean(path.name, sorted(there)) if there else "give the path of a YAML file"
-        raise MissingFileError(f"there is no file {path}", hint) from error
+        candidates = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        hint = did_you_mean(path.name, sorted(candidates)) if candidates else "pass the path of a YAML file"
+        raise MissingFileError(f"no file {path}", hint) from error
     except (yaml.YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException) as error:
         raise RecipeError(f"{path} is not valid YAML: {_to_one_line(error)}") from error
     if not isinstance(loaded, DictConfig):
-        raise RecipeError(f"{path} must hold keys and values at its top, not a list")
+        raise RecipeError(f"{path} must have keys and values at its top level, not a list")
     parents = loaded.pop(EXTENDS_KEY, [])
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, (list, ListConfig)) or not all(isinstance(parent, str) for parent in parents):
-        raise WrongTypeError(f"extends in {path} must be the path of a file or a list of them")
+        raise WrongTypeError(f"extends in {path} must be the path of a file or a list of paths")
     for parent in parents:
         yield from read_yaml(path.parent / parent, (*visited, path.resolve()))
     yield loaded
 
 
 def _read_recipe_from_record(path: Path) -> DictConfig | None:
-    """The recipe of a run's record, by which it can be repeated; None where the file is none."""
+    """Return the recipe of a run's record, so that the run can be repeated; None if the file is not a record."""
     if path.suffix != ".json":
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # YAML's to judge
+    except ValueError:  # not JSON; the caller reads it as YAML
         return None
     is_record = isinstance(values, dict) and "recipe_fingerprint" in values and isinstance(values.get("recipe"), dict)
     if not is_record:
@@ -120,7 +128,7 @@ def _read_recipe_from_record(path: Path) -> DictConfig | None:
 def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
     for override in overrides:
         if "=" not in override.lstrip("="):
-            raise RecipeError(f"{override!r} is no override; write key.sub=value, as in train.steps=100")
+            raise RecipeError(f"{override!r} is not a valid override; write key.sub=value, e.g. train.steps=100")
     try:
         return OmegaConf.from_dotlist(list(overrides))
     except (yaml.YAMLError, OmegaConfBaseException) as error:
@@ -128,7 +136,7 @@ def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
 
 
 def to_plain_dict(config: object) -> dict[str, Any]:
-    """Keys and values of an OmegaConf container, interpolations resolved."""
+    """Return the keys and values of an OmegaConf container, with interpolations resolved."""
     try:
         return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
@@ -136,65 +144,89 @@ def to_plain_dict(config: object) -> dict[str, Any]:
 
 
 def parse_recipe(values: Mapping[str, Any]) -> Recipe:
-    """A recipe from plain values, strictly: no text for a number, no number for a switch.
+    """Validate plain values strictly: no text for a number, no number for a boolean.
 
     Raises:
-        UnknownKeyError, WrongTypeError, OutOfRangeError, RecipeError: the first thing that is wrong, in one sentence.
+        UnknownKeyError, WrongTypeError, OutOfRangeError, RecipeError: the first error, in one sentence.
     """
     try:
-        # By way of JSON, where strict means: the types of YAML, and lists for tuples.
-        return Recipe.model_validate_json(json.dumps(values), strict=True)
+        # Strict validation of JSON accepts the types of YAML, and lists for tuples.
+        return Recipe.model_validate_json(json.dumps(values, default=_refuse_type), strict=True)
     except ValidationError as error:
-        # An unknown key explains what is missing beside it; so it goes first.
-        found = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-        _raise_recipe_error(dict(found[0]), Recipe)
-    except TypeError as error:  # a YAML date, say
-        raise WrongTypeError(
-            f"the recipe holds a value that is neither text, number, switch nor list: {error}"
-        ) from error
+        # A misspelt key also leaves the right key missing, so unknown keys are reported first.
+        errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        _raise_recipe_error(dict(errors[0]), Recipe)
+
+
+def _refuse_type(value: object) -> NoReturn:
+    raise WrongTypeError(
+        f"Invalid recipe: {value} has type {type(value).__name__}; a value must be text, a number, true, false, null, "
+        "a list or a group of keys"
+    )
 
 
 def _raise_recipe_error(error: dict[str, Any], root: type[ConfigSection]) -> NoReturn:
-    kind, message = str(error["type"]), str(error["msg"])
-    path, fields, table = _locate_error(error["loc"], root)
-    given = error.get("input")
+    kind, given = str(error["type"]), error.get("input")
+    path, fields, kinds = _locate_error(error["loc"], root)
     if kind == "extra_forbidden":
-        raise UnknownKeyError(f"there is no knob {path!r}", did_you_mean(str(error["loc"][-1]), fields))
+        _raise_unknown_key(path, fields)
     if kind == "union_tag_invalid":
         tag = str(error["ctx"]["tag"])
-        raise UnknownKeyError(f"there is no {path} of kind {tag!r}", did_you_mean(tag, table))
+        raise UnknownKeyError(f"Invalid recipe: there is no {path} of kind {tag!r}", did_you_mean(tag, kinds))
     if kind == "union_tag_not_found" and not isinstance(given, dict):
-        raise WrongTypeError(f"{path}={given!r} has the wrong type; it must be a group of knobs")
+        raise WrongTypeError(f"Invalid recipe: {path}={given!r} has the wrong type; it must be a group of keys")
     if kind == "union_tag_not_found":
-        raise RecipeError(f"{path}.kind is missing", f"allowed: {', '.join(table)}")
+        raise RecipeError(f"Invalid recipe: {path}.kind is missing", f"allowed: {', '.join(kinds)}")
     if kind == "missing":
-        raise RecipeError(f"{path} is missing; a recipe must say it")
+        raise RecipeError(f"Invalid recipe: {path} is missing; set it")
     if kind == "literal_error" and isinstance(given, str):
         names = [name.strip(" '") for name in str(error["ctx"]["expected"]).replace(" or ", ", ").split(",")]
-        raise OutOfRangeError(f"{path}={given!r} is not one of its values", did_you_mean(given, names))
-    reason = message.removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("Input ")
-    reason = _TYPE_DESCRIPTIONS.get(reason, reason)
+        renamed = RENAMED_VALUES.get(path, {}).get(given.lower())
+        hint = f"it was renamed to {renamed!r}" if renamed else did_you_mean(given, names)
+        raise OutOfRangeError(f"Invalid recipe: {path}={given!r} is not an allowed value", hint)
+    shown = path if isinstance(given, dict) else f"{path}={given!r}"
     if kind.startswith(_OUT_OF_RANGE_ERRORS):
-        shown = "" if isinstance(given, dict) else f"={given!r}"
-        raise OutOfRangeError(
-            f"{path}{shown}: {reason}" if kind == "value_error" else f"{path}{shown} must be {reason}"
-        )
-    raise WrongTypeError(f"{path}={given!r} has the wrong type; it must be {reason}")
+        separator = ": " if kind == "value_error" else " must be "
+        subject = f"{shown}{separator}" if error["loc"] else ""  # a message about several groups names its keys
+        raise OutOfRangeError(f"Invalid recipe: {subject}{_describe_requirement(error)}")
+    raise WrongTypeError(f"Invalid recipe: {shown} has the wrong type; it must be {_describe_requirement(error)}")
+
+
+def _raise_unknown_key(path: str, fields: Sequence[str]) -> NoReturn:
+    renamed = RENAMED_KEYS.get(path, "")
+    key = path.rpartition(".")[2]
+    hint = f"it was renamed to {renamed!r}" if renamed.rpartition(".")[2] in fields else did_you_mean(key, fields)
+    raise UnknownKeyError(f"Invalid recipe: there is no key {path!r}", hint)
+
+
+def _describe_requirement(error: dict[str, Any]) -> str:
+    """Return what a value must be, from pydantic's error, without pydantic's own words."""
+    context = error.get("ctx", {})
+    if error["type"] == "too_short":
+        return f"a list of at least {context['min_length']} values"
+    if error["type"] == "too_long":
+        return f"a list of at most {context['max_length']} values"
+    text = str(error["msg"])
+    for prefix in ("Value error, ", "Input should be ", "Input "):
+        text = text.removeprefix(prefix)
+    for pydantic_words, plain_words in _TYPE_DESCRIPTIONS.items():
+        text = text.replace(pydantic_words, plain_words)
+    return text.replace("a valid ", "a ")
 
 
 def _locate_error(location: Sequence[str | int], root: type[ConfigSection]) -> tuple[str, list[str], list[str]]:
-    """Where an error is: its dotted path, the knobs of the group it lies in, and the kinds that group may have."""
+    """Return the dotted path of an error, the keys of its group, and the kinds that the group can have."""
     group: type[ConfigSection] | None = root
     path: list[str] = []
     fields: list[str] = list(root.model_fields)
     table: Mapping[str, type[ConfigSection]] = {}
     for key in location:
         if isinstance(key, str) and key in table and path and path[-1] in _KIND_REGISTRIES and group is None:
-            group = table[key]  # the discriminator's value, which is not part of the path
+            group = table[key]  # the kind, which is not part of the path
             fields = list(group.model_fields)
             continue
         if group is None and path and isinstance(key, str) and key not in fields:
-            continue  # a branch of a union, as "tuple[str, ...]"
+            continue  # a branch of a union, e.g. "tuple[str, ...]"
         path.append(str(key))
         table = _KIND_REGISTRIES.get(str(key), {})
         if group is not None and str(key) in group.model_fields:
@@ -206,7 +238,7 @@ def _locate_error(location: Sequence[str | int], root: type[ConfigSection]) -> t
 
 
 def to_commented_yaml(recipe: Recipe) -> str:
-    """The resolved recipe as YAML, each knob with its one-line meaning; reads back as the same recipe."""
+    """Return the resolved recipe as YAML, each key with its one-line meaning. It reads back as the same recipe."""
     return "\n".join(_iter_commented_lines(recipe, 0)) + "\n"
 
 
@@ -223,17 +255,17 @@ def _iter_commented_lines(section: ConfigSection, depth: int) -> Iterator[str]:
 
 
 def to_inline_yaml(value: object) -> str:
-    """``value`` on one line of YAML that OmegaConf reads back as it is, ``${`` and all."""
+    """Return ``value`` as one line of YAML that OmegaConf reads back unchanged, text with ``${`` included."""
     text = yaml.safe_dump(_escape_interpolations(value), default_flow_style=True, width=10**6, allow_unicode=True)
     text = text.removesuffix("...\n").strip()
-    # Line breaks, and texts like 1e3, which OmegaConf alone takes for numbers, need JSON's quotes.
+    # Line breaks need JSON's quotes. So does text like 1e3, which OmegaConf reads as a number and YAML does not.
     if "\n" in text or OmegaConf.to_container(OmegaConf.create(f"x: {text}"), resolve=True) != {"x": value}:
         text = json.dumps(_escape_interpolations(value), ensure_ascii=False)
     return text
 
 
 def _escape_interpolations(value: object) -> object:
-    """``value`` with OmegaConf's interpolations escaped."""
+    """Return ``value`` with OmegaConf's interpolations escaped."""
     if isinstance(value, list):
         return [_escape_interpolations(item) for item in value]
     if isinstance(value, dict):
@@ -242,4 +274,7 @@ def _escape_interpolations(value: object) -> object:
 
 
 def _to_one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+    text = str(error)
+    if isinstance(error, OmegaConfBaseException):
+        text = text.partition("\n")[0]  # the next lines name OmegaConf's own types
+    return " ".join(text.split())[:300]

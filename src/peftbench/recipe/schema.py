@@ -1,19 +1,18 @@
-"""Recipe: everything that may change a number, typed and frozen. YAML goes in and comes out.
+"""Recipe schema: every key that can change a result, typed and frozen. Read from and written to YAML.
 
-Any knob of the project is found here, in a method's file (``methods/``), a source's file (``data/sources.py``) or an
-optimizer's class (``optim/``), with its unit and its meaning. Accelerate and DeepSpeed files say where a run happens,
-never what is computed.
+Every key is defined here, in a method's file (``methods/``), a source's file (``data/sources.py``) or an optimizer's
+class (``optim/``). Its docstring gives meaning and unit; ``peftbench show`` prints it. Accelerate and DeepSpeed config
+files set where a run executes, never what it computes.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
+from peftbench.common.fingerprint import fingerprint_recipe
 from peftbench.common.schema import ConfigSection
 from peftbench.common.units import parse_size
 from peftbench.data.sources import AnySource
@@ -26,114 +25,114 @@ Split = Literal["validation", "test"]
 
 
 class Model(ConfigSection):
-    """The base every method starts from."""
+    """Base model that every method starts from."""
 
     path: str = "shipped"
-    """A folder, a model's name on the hub, or "shipped" for the small base that comes with peftbench."""
+    """Local folder, model name on the Hub, or "shipped" for the small base model included in peftbench."""
     tokenizer: str | None = None
-    """Folder or hub name of the tokenizer, where it does not lie with the model."""
+    """Local folder or Hub name of the tokenizer; null: the model's own."""
     revision: str | None = None
-    """Branch, tag or commit on the hub; the commit that was loaded is recorded."""
+    """Branch, tag or commit on the Hub. The record has the commit that was loaded."""
     init: Literal["pretrained", "random"] = "pretrained"
-    """Whether to load weights, or to build the architecture alone with random ones (said so in the record)."""
+    """pretrained: load the weights; random: initialize the architecture with random weights (noted in the record)."""
     dropout: float | None = Field(default=None, ge=0, lt=1)
-    """Probability of every dropout in the base; null keeps what its config says."""
+    """Probability of every dropout layer in the base model; null: as in the model's config."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention implementation, as transformers names them; one that is not there is refused."""
+    """Attention implementation, by its name in transformers. One that is not available is an error."""
     fused_gelu: bool = True
-    """GPT-2's tanh GELU in one kernel: fewer activations, 2.4e-7 off; false is Hugging Face's to the last bit."""
+    """Compute GPT-2's tanh GELU in one kernel: fewer activations, 2.4e-7 off; false: bit-equal to transformers."""
     quantization: Literal["nf4", "nf4_double", "int8"] | None = None
-    """Hold the base in 4 or 8 bits (bitsandbytes) for methods that leave it as it is: lora (QLoRA), prompt_tuning."""
+    """Load the base model in 4 or 8 bits (bitsandbytes) for methods that keep it frozen: lora, prompt_tuning."""
     trust_remote_code: bool = False
-    """Run code that comes with the model. Only for a source you trust."""
+    """Run Python code from the model's repository. Use it only for a source you trust."""
 
 
 class Data(ConfigSection):
-    """Which examples, and how they become tokens."""
+    """Examples, and how they are tokenized and padded."""
 
     source: AnySource
-    """Where the examples come from: docstrings, files or hub."""
+    """Source of the examples: docstrings, files, hub or synthetic."""
     train: int | None = Field(default=None, gt=0)
-    """Examples drawn (seeded) from the training split; null takes all."""
+    """Number of examples sampled from the training split, with data.seed; null: all."""
     validation: int | None = Field(default=None, gt=0)
-    """Examples drawn from the validation split; null takes all."""
+    """Number of examples sampled from the validation split; null: all."""
     test: int | None = Field(default=None, gt=0)
-    """Examples drawn from the test split; null takes all."""
+    """Number of examples sampled from the test split; null: all."""
     seed: int = Field(default=0, ge=0, lt=2**32)
-    """Seed of the subsample: which examples are drawn."""
+    """Seed for sampling the examples."""
     max_length: int | None = Field(default=None, gt=0)
-    """Longest sequence in real tokens, virtual ones not counted; null takes what the model's positions leave."""
+    """Longest sequence in tokens, without virtual tokens; null: the model's positions minus the virtual tokens."""
     separator: str = "\nTL;DR:"
-    """Between article and summary. Must not end in a space, which belongs to the next word's token."""
+    """Text between article and summary. Must not end in a space: byte-level BPE puts it into the next word's token."""
     overlong: Literal["refuse", "drop"] = "refuse"
-    """What to do with an example whose summary leaves no room for any article; drops are counted in the record."""
+    """refuse: an error if a summary leaves no room for its article; drop: skip the example, count it in the record."""
     padding: Literal["auto", "free", "longest", "max_length"] = "auto"
-    """none: examples share a row and see no other; longest, max_tokens: pad to those; auto: none where it can be."""
+    """free: no padding, sequences share a row but not attention; longest, max_length: pad; auto: free if supported."""
     pad_to_multiple_of: int = Field(default=1, gt=0)
-    """Pad rows to multiples of so many positions; on CPU in 16 bits every new size costs memory and time, 64 helps."""
+    """Pad rows to a multiple of this. On CPU in 16 bits, each new shape costs memory and time: use 64."""
     label_padding: bool = False
-    """Label every token, padding too, in batches not grouped by length, as the published study did."""
+    """Label every token, padding included, and do not group batches by length, as in the published study."""
 
     @field_validator("separator")
     @classmethod
     def _check_separator(cls, value: str) -> str:
         if not value or value != value.rstrip(" "):
-            raise ValueError("must be a text that does not end in a space")
+            raise ValueError("must be non-empty text that does not end in a space")
         return value
 
     @model_validator(mode="after")
     def _check_padding(self) -> Data:
         if self.padding == "max_length" and self.max_length is None:
-            raise ValueError("padding to max_tokens needs data.max_length")
+            raise ValueError("padding=max_length needs data.max_length")
         if self.label_padding and self.padding == "free":
-            raise ValueError("as_published labels padding, and padding: free has none; use longest or max_tokens")
+            raise ValueError("label_padding=true needs padding, and padding=free has none; use longest or max_length")
         if self.label_padding and self.pad_to_multiple_of > 1:
-            raise ValueError("as_published labels padding, so pad_to_multiple_of would change the loss; leave it at 1")
+            raise ValueError("with label_padding=true, pad_to_multiple_of changes the loss; leave it at 1")
         if self.padding == "max_length" and self.pad_to_multiple_of > 1:
-            raise ValueError("padding to max_tokens makes all rows one width; leave pad_to_multiple_of at 1")
+            raise ValueError("padding=max_length gives all rows the same width; leave pad_to_multiple_of at 1")
         return self
 
 
 class Schedule(ConfigSection):
-    """The learning rate over the steps."""
+    """Learning rate schedule."""
 
     kind: Literal["linear", "cosine", "constant"] = "linear"
-    """Decay after warm-up: linearly to zero, along a half cosine to zero, or none."""
+    """Decay after warm-up: linear to zero, half cosine to zero, or none."""
     warmup_steps: int = Field(default=0, ge=0)
-    """Steps over which the rate rises linearly from zero."""
+    """Number of steps in which the learning rate rises linearly from zero."""
 
 
 class Train(ConfigSection):
-    """How long, how much at once and how exactly."""
+    """Training length, batch sizes, precision and memory techniques."""
 
     steps: int | None = Field(default=None, gt=0)
-    """Optimizer steps; give this or epochs."""
+    """Number of optimizer steps. Set this or epochs."""
     epochs: float | None = Field(default=None, gt=0)
-    """Passes over the training examples; steps are this times examples over global_batch, rounded up."""
+    """Passes over the training examples; steps = epochs x examples / global_batch_size, rounded up."""
     global_batch_size: int = Field(default=16, gt=0)
-    """Examples in one optimizer step, over all processes and micro-batches."""
+    """Examples per optimizer step, over all processes and micro-batches."""
     micro_batch_size: PositiveInt | Literal["auto"] | None = None
-    """Most examples in one forward pass of one process; null: all; auto: the most predicted to fit budget or GPU."""
+    """Micro-batch size per process. null: the process's whole share; auto: the largest size predicted to fit."""
     micro_batch_tokens: int | None = Field(default=None, gt=0)
-    """Most tokens in one forward pass (padding, virtual), instead of micro_batch; as few passes as keep to it."""
+    """Most tokens per forward pass, padding and virtual tokens included; replaces micro_batch_size."""
     precision: Precision = "fp32"
-    """Arithmetic of forward and backward pass; trained weights stay in float32, unless the optimizer says bf16."""
+    """Autocast precision of forward and backward pass. Trained weights are float32, except with a bf16 optimizer."""
     logits: Literal["labels_only", "all"] = "labels_only"
-    """Positions that the output head computes in training: those that predict a labelled token, or all; same loss."""
+    """Positions that the output head computes in training: those with a label, or all. The loss is the same."""
     cross_entropy: Literal["torch", "liger"] = "torch"
-    """What computes the loss from hidden states: torch, in chunks; or Liger Kernel, on CUDA, if it is installed."""
+    """Cross-entropy implementation: torch in chunks, or Liger Kernel (CUDA; must be installed)."""
     compile: bool = False
-    """Compile each block with torch.compile; the first steps take minutes: give profile.untimed_steps enough of them."""
+    """Compile each block with torch.compile. The first steps take minutes: raise profile.untimed_steps."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     activation_offloading: bool = False
-    """Keep activations in the CPU's memory until the backward pass: much less GPU memory, as slow as the bus is."""
+    """Offload activations to CPU memory until the backward pass: much less GPU memory, limited by the bus's speed."""
     feature_cache: Literal["fp32", "bf16"] | None = None
-    """Keep a frozen trunk's hidden states on disk in this type, and compute them in the first epoch alone."""
+    """Cache a frozen backbone's hidden states on disk in this dtype; later epochs read them. null: no cache."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
-    """Clip the global gradient norm to this; null does not clip."""
+    """Largest global gradient norm; larger gradients are clipped. null: no clipping."""
     seed: int = Field(default=0, ge=0, lt=2**32)
-    """Seed of new weights, of the order of batches and of dropout; the same order for every method."""
+    """Seed of new weights, batch order and dropout. Batch order is the same for every method."""
 
     @field_validator("micro_batch_size", mode="before")
     @classmethod
@@ -145,69 +144,70 @@ class Train(ConfigSection):
     @model_validator(mode="after")
     def _check_exclusive_settings(self) -> Train:
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError("needs exactly one of train.steps and train.epochs")
+            raise ValueError("set exactly one of train.steps and train.epochs")
         if self.micro_batch_tokens is not None and self.micro_batch_size is not None:
-            raise ValueError("takes micro_batch or micro_tokens, and not both")
+            raise ValueError("set micro_batch_size or micro_batch_tokens, not both")
         return self
 
     @property
     def resolved_micro_batch_size(self) -> int | None:
-        """``micro_batch`` as a number, once ``auto`` has become one."""
-        assert self.micro_batch_size != "auto", "a run settles it before anything is built"
+        """``micro_batch_size`` as a number; ``auto`` must be resolved before."""
+        assert self.micro_batch_size != "auto", "a run resolves auto before anything is built"
         return self.micro_batch_size
 
 
 class Evaluate(ConfigSection):
-    """What is measured after training, outside its clock."""
+    """Evaluation after training, not part of training time."""
 
     split: Split = "test"
-    """Which held-out split."""
+    """Held-out split to evaluate on."""
     batch_size: int = Field(default=16, gt=0)
-    """Examples at once in evaluation and generation, per process."""
+    """Batch size of evaluation and generation, per process."""
     generate: bool = True
-    """Write summaries (greedy, or by beams) and score them with ROUGE."""
+    """Generate summaries (greedy or beam search) and score them with ROUGE."""
     max_new_tokens: int = Field(default=64, gt=0)
-    """Longest generated summary, in tokens."""
+    """Most tokens of a generated summary."""
     num_beams: int = Field(default=1, gt=0)
-    """Beams of the search; 1 is greedy."""
+    """Number of beams; 1 is greedy decoding."""
     teacher_forced: bool = False
-    """Also give the study's ROUGE on teacher-forced argmax, under that name."""
+    """Also compute ROUGE of the teacher-forced argmax, as the published study did, as a separate metric."""
     bootstrap_resamples: int = Field(default=1000, ge=100)
-    """Bootstrap resamples behind each 95 % interval."""
+    """Number of bootstrap resamples for each 95 % interval."""
     saved_samples: int = Field(default=5, ge=0)
-    """Generated summaries kept in the record, with article and reference."""
+    """Number of generated summaries saved in the record, with article and reference."""
 
 
 class Profile(ConfigSection):
-    """How the run is measured."""
+    """Measurement of time, memory and cost."""
 
     untimed_steps: int = Field(default=5, ge=0)
-    """First steps of the training that are in no figure of time, throughput or memory."""
+    """Number of first training steps excluded from time, throughput and memory."""
     memory_breakdown: bool = False
-    """Record who holds the memory at its peak (weights, gradients, activations ...), in the last warm-up step."""
+    """Record peak memory by category (weights, gradients, activations ...), measured in the last untimed step."""
     price_per_hour: float | None = Field(default=None, gt=0)
-    """What one device costs an hour, in any currency; null shows no price."""
+    """Price of one device per hour, in any currency; null: no price is shown."""
 
     @model_validator(mode="after")
     def _check_breakdown_steps(self) -> Profile:
         if self.memory_breakdown and self.untimed_steps < 2:
             raise ValueError(
-                "a breakdown needs warmup_steps of 2 or more: it is made in the last, when optimizer states are there"
+                "memory_breakdown=true needs untimed_steps of at least 2: it is measured in the last untimed step, "
+                "after optimizer states are allocated"
             )
         return self
 
 
 class Budget(ConfigSection):
-    """What a run must do with, where there is more."""
+    """Memory limit to enforce on a larger device."""
 
     memory: str | None = None
-    """Hold each process to this much memory, as 16GiB, with all that it has on the GPU; on CPU beyond its libraries."""
+    """Memory limit per process, e.g. 16GiB; on GPU with the CUDA context, on CPU without libraries. null: no limit."""
 
     @field_validator("memory", mode="before")
     @classmethod
     def _check_memory_size(cls, value: object) -> object:
         if not isinstance(value, (int, str)) or isinstance(value, bool):
-            return value  # which is refused for its type
+            return value  # pydantic reports the wrong type
         try:
             parse_size(str(value))
         except BudgetError as error:
@@ -221,51 +221,51 @@ class Budget(ConfigSection):
 
 
 class Checkpoint(ConfigSection):
-    """What is kept while training, so that a run that was stopped goes on where it was; launch it again to do so."""
+    """Checkpoints of the full training state. A stopped run resumes from the latest one when it is launched again."""
 
     interval: int | None = Field(default=None, gt=0)
-    """Write the whole state of the training every so many steps; null never does."""
+    """Save the full training state every N steps; null: never."""
     keep_latest: int = Field(default=2, gt=0)
-    """How many of the newest are kept; all are taken away when the run has ended well."""
+    """Number of latest checkpoints to keep. All are deleted when the run succeeds."""
 
 
 class Recipe(ConfigSection):
-    """One run. The same recipe gives the same numbers on any engine and process count, up to rounding."""
+    """One run. The same recipe gives the same results on any engine and process count, up to rounding."""
 
     name: str
     """Name of the run and of its folder: letters, digits and . _ = + -"""
     output_dir: str = "runs"
-    """Folder for runs; the record is written to <output_dir>/<name>/record.json."""
+    """Folder for runs. The record is written to <output_dir>/<name>/record.json."""
     model: Model = Model()
-    """The base every method starts from."""
+    """Base model that every method starts from."""
     method: AnyMethod
-    """What is trained."""
+    """Fine-tuning method."""
     data: Data
-    """Which examples, and how they become tokens."""
+    """Examples, and how they are tokenized and padded."""
     optimizer: AnyOptimizer = AdamW()
-    """What turns gradients into steps."""
+    """Optimizer of the trained parameters."""
     schedule: Schedule = Schedule()
-    """The learning rate over the steps."""
+    """Learning rate schedule."""
     train: Train
-    """How long, how much at once and how exactly."""
+    """Training length, batch sizes, precision and memory techniques."""
     evaluate: Evaluate = Evaluate()
-    """What is measured after training, outside its clock."""
+    """Evaluation after training, not part of training time."""
     profile: Profile = Profile()
-    """How the run is measured."""
+    """Measurement of time, memory and cost."""
     budget: Budget = Budget()
-    """What a run must do with, where there is more."""
+    """Memory limit to enforce on a larger device."""
     checkpoint: Checkpoint = Checkpoint()
-    """What is kept while training, so that a run that was stopped goes on."""
+    """Checkpoints from which a stopped run resumes."""
     save_model: bool = True
-    """Keep what was trained, in its ecosystem's format, in <output_dir>/<name>/model."""
+    """Save the trained weights in <output_dir>/<name>/model, in the format of transformers or peft."""
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "swanlab"], ...] = ()
-    """Live trackers, through accelerate; none by default."""
+    """Experiment trackers, through accelerate."""
 
     @field_validator("name")
     @classmethod
     def _check_name(cls, value: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=+-]*", value):
-            raise ValueError("must start with a letter or digit and hold only letters, digits and . _ = + -")
+            raise ValueError("must start with a letter or digit and contain only letters, digits and . _ = + -")
         return value
 
     @model_validator(mode="after")
@@ -274,16 +274,15 @@ class Recipe(ConfigSection):
             return self
         if not self.method.has_frozen_backbone:
             raise ValueError(
-                f"train.feature_cache={self.train.feature_cache} keeps what a frozen trunk gives, and this "
-                f"{self.method.kind} has none; use last_layer with method.head=untied, or set train.feature_cache=null"
+                f"train.feature_cache={self.train.feature_cache} needs a method that trains only a head on a frozen "
+                f"backbone, and this {self.method.kind} does not; use last_layer with method.head=untied, or set "
+                "train.feature_cache=null"
             )
         if self.data.label_padding or self.train.logits == "all":
-            other = (
-                "data.label_padding=true labels padding" if self.data.label_padding else "train.logits=all wants more"
-            )
+            conflict = "data.label_padding=true" if self.data.label_padding else "train.logits=all"
             raise ValueError(
-                f"train.feature_cache keeps hidden states of each example's labelled positions, and {other}; set one of "
-                "the two to its default"
+                f"train.feature_cache stores hidden states of labelled positions only, and {conflict} needs more; "
+                "set one of the two to its default"
             )
         return self
 
@@ -291,17 +290,11 @@ class Recipe(ConfigSection):
     def _check_micro_batch_tokens(self) -> Recipe:
         if self.data.label_padding and self.train.micro_batch_tokens is not None:
             raise ValueError(
-                "data.label_padding takes examples as they are drawn; give train.micro_batch_size, not micro_tokens"
+                "data.label_padding=true keeps examples in sampling order, and train.micro_batch_tokens sorts them by "
+                "length; use train.micro_batch_size instead"
             )
         return self
 
     def fingerprint(self) -> str:
-        """Hash of every knob that may change a number; where the run is written and shown is left out."""
-        shown: dict[str, Any] = dict.fromkeys(("name", "output_dir", "save_model", "trackers", "checkpoint"), True)
-        # What is left at null changes nothing, and records from before there was such a knob stay valid.
-        if self.budget.memory is None:
-            shown["budget"] = True
-        if self.train.feature_cache is None:
-            shown["train"] = {"feature_cache"}
-        knobs = self.model_dump(mode="json", exclude=shown | {"profile": {"price_per_hour"}})
-        return hashlib.blake2b(json.dumps(knobs, sort_keys=True).encode(), digest_size=8).hexdigest()
+        """Return the hash of every key that can change a number."""
+        return fingerprint_recipe(self.model_dump(mode="json"))

@@ -1,6 +1,6 @@
-"""RunRecord: what is kept of a run, and the only thing a report is made from. Needs no torch.
+"""RunRecord: the only file a report reads. Imports no torch.
 
-Sizes are bytes and times seconds. What is not known is None, never a guess.
+Sizes are in bytes, times in seconds. An unknown value is None, never a guess.
 """
 
 from peftbench.record.measurements import (

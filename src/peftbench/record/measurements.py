@@ -1,4 +1,4 @@
-"""What was measured of a run, and where: bytes, seconds, tokens, floating-point operations."""
+"""Measurements of a run: bytes, seconds, tokens, floating-point operations, and the device."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from peftbench.common.schema import RecordModel
 
 
 class Tokens(RecordModel):
-    """Tokens trained on, over all ranks: four kinds that must not be mixed."""
+    """Tokens trained on, summed over ranks: four kinds that must not be mixed."""
 
     real: int
     padded: int
@@ -15,14 +15,14 @@ class Tokens(RecordModel):
 
 
 class ParameterCounts(RecordModel):
-    """Scalars of the model: all of them once, and the trained ones."""
+    """Number of scalars in the model (a tied tensor once) and of trainable ones."""
 
     total: int
     trainable: int
 
 
 class Device(RecordModel):
-    """Where a run happened."""
+    """Device of a run."""
 
     type: str
     name: str
@@ -31,14 +31,17 @@ class Device(RecordModel):
 
 
 class Engine(RecordModel):
-    """What really ran, compared with the recipe before the first step. micro_batch is None where tokens say it."""
+    """Effective engine settings, verified against the recipe before the first step.
+
+    ``micro_batch_size`` is None if micro-batches are limited by tokens.
+    """
 
     name: str | None = None
     """single, ddp, zero1 ... fsdp2."""
     distributed_type: str
-    """As accelerate names it."""
+    """Accelerate's name of it."""
     model_class: str | None = None
-    """Class that the model came to be of."""
+    """Class of the prepared model."""
     max_grad_norm: float | None = None
     mixed_precision: str
     optimizer_class: str
@@ -51,41 +54,41 @@ class Memory(RecordModel):
     """Peak bytes of one phase, or of one part of its steps."""
 
     allocated_bytes: int | None = None
-    """In tensors, on the GPU."""
+    """Bytes in tensors, on the GPU."""
     reserved_bytes: int | None = None
-    """Held by torch's allocator for tensors, on the GPU; what earlier phases left in its cache counts."""
+    """Bytes reserved by the CUDA caching allocator, blocks cached in earlier phases included."""
     inactive_split_bytes: int | None = None
-    """Most bytes in free pieces of split blocks: for tensors that fit, and not to be given back to the GPU."""
+    """Peak bytes in free parts of split blocks, which the allocator cannot release to the GPU."""
     num_alloc_retries: int | None = None
-    """How often the allocator found nothing free, emptied its cache and asked the GPU again."""
+    """Number of failed cudaMalloc calls after which the allocator flushed its cache and retried."""
     process_bytes: int | None = None
-    """Used by this process on the GPU at the end of the phase, by NVML: torch's, and what libraries hold beside."""
+    """GPU memory of the process at the end of the phase (NVML): torch, CUDA context and libraries."""
     rss_bytes: int | None = None
-    """Resident set size of the process."""
+    """Peak resident set size of the process."""
     baseline_rss_bytes: int | None = None
-    """What of it was resident before anything was loaded."""
+    """Resident set size before anything was loaded."""
 
     @property
     def fragmentation(self) -> float | None:
-        """Share of the reserved peak that tensors never filled at once: fragments, rounding, earlier phases' cache."""
+        """Fraction of peak reserved bytes not in tensors at the peak: fragments, rounding, cached blocks."""
         if self.allocated_bytes is None or not self.reserved_bytes:
             return None
         return 1 - self.allocated_bytes / self.reserved_bytes
 
 
 class StateBytes(RecordModel):
-    """What a method must keep from step to step, by the sizes of its tensors, of one rank."""
+    """Bytes of one rank that persist between steps, from tensor sizes."""
 
     weights: int
     """Parameters and buffers."""
     gradients: int
-    """One for each trained scalar, in the type it is trained in."""
+    """One scalar per trainable scalar, in its dtype."""
     optimizer: int
-    """States, and under ZeRO the copies in float32 that are stepped."""
+    """Optimizer states, and ZeRO's float32 master weights."""
     cpu_offloaded: int = 0
-    """Of all three, what lies in the CPU's memory beside a GPU, and is counted in none of them."""
+    """Bytes offloaded from the GPU to CPU memory; not included in the other three."""
     expected_optimizer: int | None = None
-    """The optimizer's bytes in closed form, wherever they lie; None where there is none."""
+    """Optimizer bytes in closed form, on any device; None if no formula exists."""
 
     @property
     def total(self) -> int:
@@ -94,36 +97,36 @@ class StateBytes(RecordModel):
 
 
 class MemoryBreakdown(RecordModel):
-    """Who held the memory when most of it was held, in one step outside of all other figures."""
+    """Peak memory by category, measured in one untimed step."""
 
     step: int
     micro_batch_size: int
-    """Of each micro-batch, at most."""
+    """Rows of the largest micro-batch."""
     sequence_length: int
-    """Positions of the widest micro-batch, virtual tokens not counted."""
+    """Positions of the longest row, virtual tokens excluded."""
     peak_bytes: int
-    """Most bytes in storages at once."""
+    """Peak bytes in tensor storages."""
     bytes_by_category: dict[str, int]
     """At the peak: weights, gathered_weights, weight_copies, gradients, buckets, optimizer_state, activations, logits,
     temporaries; of the first process.
     """
     operation: str
-    """Whose result made it the peak."""
+    """Operation whose result reached the peak."""
     step_part: str | None
-    """Of the step: forward, backward or optimizer; under DeepSpeed the last two are one."""
+    """Part of the step: forward, backward or optimizer; DeepSpeed merges the last two."""
 
 
 class CountedStep(RecordModel):
-    """FLOPs of one real step, over all ranks: counted as torch dispatched them, and in closed form."""
+    """FLOPs of one step, summed over ranks: counted from dispatched operations, and in closed form."""
 
     step: int
     counted_flops: int
     closed_form_flops: int | None
-    """None where the model computes something of unknown cost."""
+    """None if the cost of an operation of the model is unknown."""
 
 
 class TokensPerSecond(RecordModel):
-    """The four kinds of tokens, per second, over all ranks."""
+    """The four kinds of tokens per second, summed over ranks."""
 
     real: float
     padded: float
@@ -132,7 +135,7 @@ class TokensPerSecond(RecordModel):
 
 
 class Throughput(RecordModel):
-    """Speed of the timed steps, those after warm-up."""
+    """Speed of the timed steps."""
 
     steps: int
     step_seconds_median: float
@@ -141,45 +144,45 @@ class Throughput(RecordModel):
     samples_per_second: float
     tokens_per_second: TokensPerSecond
     data_time_fraction: float
-    """Part of the time that went to making batches and not to steps."""
+    """Fraction of the time spent on building batches."""
 
 
 class Flops(RecordModel):
     """Floating-point operations of all training steps and ranks: three numbers that must not share a column."""
 
     model_flops: int | None = None
-    """What the method's mathematics needs: real tokens, causal pairs, the head at labels, nothing computed twice."""
+    """FLOPs that the method requires: real tokens, causal pairs, the head at labels, no recomputation."""
     hardware_flops: int | None = None
-    """What was computed: padding, all pairs, the head everywhere, and what is computed twice."""
+    """FLOPs computed: padding, all pairs, the head at all computed positions, recomputation."""
     six_n: int | None = None
-    """The convention: six for each parameter outside the embeddings and token, padding included, frozen or not."""
+    """The 6N convention: 6 per token (padding included) and parameter (frozen or not) outside the embeddings."""
     counted_step: CountedStep | None = None
-    """The check of ``executed`` on a warm-up step; None where there was none."""
+    """Check of ``hardware_flops`` on an untimed step; None if not done."""
 
 
 class Compute(RecordModel):
-    """FLOP/s of the timed steps and of what they ran on, over all ranks."""
+    """FLOP/s of the timed steps and of the device, summed over ranks."""
 
     model_flops_per_second: float | None = None
     hardware_flops_per_second: float | None = None
     peak_flops_per_second: float | None = None
-    """By the maker's data sheet at the precision used; None for a device that is not in the table."""
+    """Data sheet value at the precision of the run; None for an unknown device."""
     matmul_flops_per_second: float | None = None
-    """Of a large matrix product, measured on every rank at once when the run ended."""
+    """FLOP/s of a large matrix product, measured on all ranks at once at the end of the run."""
 
     @property
     def mfu(self) -> float | None:
-        """Model FLOPs utilisation: required, of the peak (Chowdhery et al. 2022, appendix B)."""
+        """Model FLOPs utilization: model FLOP/s over peak (Chowdhery et al. 2022, appendix B)."""
         return _ratio(self.model_flops_per_second, self.peak_flops_per_second)
 
     @property
     def hfu(self) -> float | None:
-        """Hardware FLOPs utilisation: executed, of the peak."""
+        """Hardware FLOPs utilization: hardware FLOP/s over peak."""
         return _ratio(self.hardware_flops_per_second, self.peak_flops_per_second)
 
     @property
     def matmul_utilization(self) -> float | None:
-        """Required, of what a matrix product achieves."""
+        """Model FLOP/s over the FLOP/s of a large matrix product."""
         return _ratio(self.model_flops_per_second, self.matmul_flops_per_second)
 
 

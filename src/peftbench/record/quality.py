@@ -1,4 +1,4 @@
-"""How good a trained model is."""
+"""Quality of a model on held-out examples."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from peftbench.common.schema import RecordModel
 
 
 class Interval(RecordModel):
-    """A mean, and what it lies in: at 95 % and by a bootstrap in a record; a comparison says by what and how surely."""
+    """A mean with its interval: a 95 % bootstrap interval in a record; comparisons state method and level."""
 
     mean: float
     low: float
     high: float
 
     def __neg__(self) -> Interval:
-        """Of the negative values: what a less b is, as b less a."""
+        """Return the interval of the negated values (a - b becomes b - a)."""
         return Interval(mean=-self.mean, low=-self.high, high=-self.low)
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether it lies on one side of zero."""
+        """True if both ends have the same sign."""
         return self.low > 0 or self.high < 0
 
 
@@ -34,29 +34,29 @@ class Sample(RecordModel):
 
 
 class PerExample(RecordModel):
-    """The scores of each held-out example, in the split's order, so that runs can be compared example by example."""
+    """Scores of each held-out example, in the order of the split, for paired comparisons."""
 
     examples_fingerprint: str
-    """Digest of the examples' ids and references: runs are paired where it is the same."""
+    """Digest of ids and references; runs are paired if it is equal."""
     loss: tuple[float, ...] = ()
     """Cross-entropy of each example in nats, summed over its labelled tokens."""
     labelled_tokens: tuple[int, ...] = ()
-    """How many labelled tokens each has."""
+    """Labelled tokens of each example."""
     rouge: dict[str, tuple[float, ...]] = Field(default={})
-    """F-measures (0 to 100) of each generated summary, by kind."""
+    """F-measures (0 to 100) of each generated summary, by ROUGE type."""
 
 
 class Quality(RecordModel):
-    """How good the trained model is on held-out examples."""
+    """Quality of the trained model on held-out examples."""
 
     split: str
     num_examples: int
     loss: float | None = None
-    """Mean cross-entropy on summary and end tokens, in nats."""
+    """Mean cross-entropy of summary and end tokens, in nats."""
     perplexity: float | None = None
     rouge: dict[str, Interval] | None = None
     """F-measures (0 to 100) of generated summaries: rouge1, rouge2, rougeL, rougeLsum."""
     teacher_forced_argmax_rouge: dict[str, Interval] | None = None
-    """The published study's figure: the reference is shown token by token. Not comparable with ``rouge``."""
+    """The published study's metric: ROUGE of teacher-forced argmax tokens. Not comparable with ``rouge``."""
     samples: tuple[Sample, ...] = ()
     per_example: PerExample | None = None

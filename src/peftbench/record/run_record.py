@@ -1,7 +1,8 @@
-"""How a run ended, and all that is kept of it."""
+"""RunRecord: everything written about one run, and how records are read."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,8 +24,9 @@ from peftbench.record.measurements import (
     Tokens,
 )
 from peftbench.record.quality import Quality
+from peftbench.record.schema_v1 import upgrade_record
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 RECORD_FILE = "record.json"
 
 REQUIRED_KEYS = (
@@ -36,7 +38,7 @@ REQUIRED_KEYS = (
     "data.max_length",
     "data.label_padding",
 )
-"""Knobs that every recipe has, and without which a run can be compared with none."""
+"""Recipe keys that every comparison needs."""
 
 OutcomeKind = Literal["ok", "oom", "diverged", "preempted", "failed"]
 
@@ -48,33 +50,33 @@ FINAL_OUTCOMES = frozenset({"ok", "oom", "diverged"})
 
 
 class Outcome(RecordModel):
-    """How a run ended. An out-of-memory is a result too."""
+    """How a run ended. Running out of memory is a result too."""
 
     kind: OutcomeKind
     step: int | None = None
-    """Optimizer step (counted from 1) at which it ended, where it did not end well."""
+    """Optimizer step (counted from 1) at which a run that failed ended."""
     phase: str | None = None
     step_part: str | None = None
-    """Of the step: forward, backward or optimizer."""
+    """Part of that step: forward, backward or optimizer."""
     rank: int | None = None
-    """Which process it was, where there are several."""
+    """Rank that ran out of memory, in a distributed run."""
     requested_bytes: int | None = None
-    """What an out-of-memory asked for."""
+    """Size of the allocation that failed."""
     in_use_bytes: int | None = None
-    """What was held when that was refused: by torch's allocator on a GPU, of the budget on CPU."""
+    """Bytes in use when it failed: allocated by torch on a GPU, counted against the budget on CPU."""
     estimated_peak_bytes: int | None = None
-    """What the process is predicted to hold at its peak, at least."""
+    """Predicted peak of the process, a lower bound."""
     suggestion: str | None = None
-    """What is predicted to fit instead."""
+    """Settings predicted to fit."""
     memory_snapshot: str | None = None
-    """File beside the record with the GPU allocator's state when it refused, for pytorch.org/memory_viz."""
+    """File next to the record with the state of the CUDA allocator at the failure, for pytorch.org/memory_viz."""
     error: str | None = None
 
 
 class RunRecord(RecordModel):
-    """Everything kept of one run."""
+    """Everything written about one run."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     name: str
     started_at: str
     """ISO 8601, UTC."""
@@ -84,7 +86,7 @@ class RunRecord(RecordModel):
     device: Device
     library_versions: dict[str, str]
     git_commit: str | None = None
-    """Commit of the checkout that ran, with "+changes" where it had any."""
+    """Git commit of the source tree, with "+changes" if it had uncommitted changes."""
     engine: Engine | None = None
     parameters: ParameterCounts | None = None
     model_fingerprint: str | None = None
@@ -92,83 +94,83 @@ class RunRecord(RecordModel):
     num_examples: dict[str, int] = Field(default={})
     """Examples used, by split."""
     num_dropped_examples: dict[str, int] = Field(default={})
-    """Examples left out because their summary left no room for an article, by split."""
+    """Examples dropped because the summary leaves no room for the article, by split."""
     tokens: Tokens | None = None
     steps: int = 0
     skipped_steps: int = 0
-    """Steps among them that fp16's loss scaler took back, because a gradient overflowed."""
+    """Steps that the fp16 loss scaler skipped after a gradient overflow; included in ``steps``."""
     step_losses: tuple[float, ...] = ()
     """Training loss of each step: mean over the labelled tokens of the whole global batch, in nats."""
     step_tokens: tuple[int, ...] = ()
     """Real tokens of each step, over all ranks."""
     step_seconds: tuple[float, ...] = ()
-    """Of every step, the warm-up's too."""
+    """Duration of every step, untimed ones included."""
     untimed_steps: int = 0
-    """How many of the first steps are in no figure."""
+    """Number of first steps excluded from time, throughput and memory."""
     resumed_after: tuple[int, ...] = ()
-    """Steps after which another process went on from a checkpoint; its first ones are in no figure either."""
+    """Steps after which the run was resumed; the first steps after each are untimed too."""
     phase_seconds: dict[str, float] = Field(default={})
     throughput: Throughput | None = None
     memory: dict[str, Memory] = Field(default={})
-    """By phase; the most over ranks, or, where the run did not end well, of the main one and one out of memory."""
+    """Peak by phase, maximum over ranks; of a failed run, over the main rank and the one that ran out of memory."""
     memory_by_rank: tuple[dict[str, Memory], ...] = ()
-    """Each rank's own, until the end of evaluation."""
+    """Peak by phase of each rank, until the end of evaluation."""
     step_memory_by_rank: tuple[dict[str, Memory], ...] = ()
     step_memory: dict[str, Memory] = Field(default={})
-    """By part of the timed steps (of the warm-up's where there are none), where they can be told apart."""
+    """Peak by part of the timed steps (of the untimed steps if no step is timed), where the device can measure it."""
     step_part_seconds: dict[str, float] = Field(default={})
-    """By part, median over warm-up steps but the first and those that were inspected; the device was waited for."""
+    """Median seconds by part, over untimed steps except the first and instrumented ones; the device is synchronized."""
     part_timed_steps: tuple[int, ...] = ()
-    """Which steps those were, counted from 1."""
+    """Steps in that median, counted from 1."""
     cuda_context_bytes: int | None = None
-    """What the process took of the GPU before it held the model, by NVML; with several, what they talk through too."""
+    """GPU memory of the process before the model was loaded (NVML), communication buffers included."""
     state_bytes: StateBytes | None = None
-    """The most over ranks."""
+    """Maximum over ranks."""
     state_bytes_by_rank: tuple[StateBytes, ...] = ()
     memory_breakdown: MemoryBreakdown | None = None
     flops: Flops = Flops()
     compute: Compute = Compute()
     energy_joules: float | None = None
-    """Of the training phase: of all GPUs (NVML), or of the processors (RAPL) where it ran on them."""
+    """Energy of the training phase: all GPUs (NVML), or the CPU packages (RAPL) in a run on CPU."""
     quality: Quality | None = None
     notes: tuple[str, ...] = ()
-    """What was used instead of what was asked for, and what else a reader must know."""
+    """Substitutions and other facts that a reader needs."""
 
     def write(self, run_dir: Path) -> Path:
-        """Write to ``folder``/record.json, whole or not at all, and return the path."""
+        """Write ``run_dir``/record.json atomically and return its path."""
         path = run_dir / RECORD_FILE
         write_atomically(path, self.model_dump_json(indent=2) + "\n")
         return path
 
     def with_price_per_hour(self, price_per_hour: float) -> RunRecord:
-        """The same with another price of a device's hour."""
+        """Return a copy with another price of a device hour."""
         profile = self.recipe.get("profile", {}) | {"price_per_hour": price_per_hour}
         return self.model_copy(update={"recipe": self.recipe | {"profile": profile}})
 
     @property
     def joules_per_1000_samples(self) -> float | None:
-        """Energy of the training phase, by the samples of its steps."""
+        """Energy of the training phase per 1,000 training samples."""
         if self.energy_joules is None or self.throughput is None:
             return None
         return 1000 * self.energy_joules / (self.throughput.steps * int(self.recipe["train"]["global_batch_size"]))
 
     @property
     def training_cost(self) -> float | None:
-        """Of the training phase on all devices, in the currency of the recipe's ``profile.price_per_hour``."""
+        """Cost of the training phase on all devices, in the currency of ``profile.price_per_hour``."""
         hourly, seconds = self.recipe.get("profile", {}).get("price_per_hour"), self.train_seconds
-        devices = self.device.num_processes if self.device.type == "cuda" else 1  # processes on CPU share it
+        devices = self.device.num_processes if self.device.type == "cuda" else 1  # processes on a CPU share it
         return None if hourly is None or seconds is None else hourly * devices * seconds / 3600
 
     @property
     def train_seconds(self) -> float | None:
-        """Seconds of the training phase alone, warm-up steps left out."""
+        """Seconds of the training phase, without untimed steps."""
         return self.phase_seconds.get("train")
 
 
 def train_peak_bytes(record: RunRecord) -> int | None:
-    """Peak of the training phase: in tensors on a GPU; on CPU resident beyond what was before anything was loaded."""
+    """Return the peak of the training phase: tensors on a GPU; on CPU the RSS above its value before loading."""
     memory = record.memory.get("train")
-    if memory is None and record.outcome.kind == "oom":  # what it reached before it was refused more
+    if memory is None and record.outcome.kind == "oom":  # its peak before the failure
         memory = record.memory.get("warmup")
     if memory is None or memory.allocated_bytes is not None:
         return memory.allocated_bytes if memory else None
@@ -178,50 +180,60 @@ def train_peak_bytes(record: RunRecord) -> int | None:
 
 
 def read_record(path: Path) -> RunRecord:
-    """Read one record.
+    """Read one record; one of schema 1 is upgraded.
 
     Raises:
-        RecordError: the file is not a record of this schema, or its recipe is another program's.
+        RecordError: the file is not a record, or its recipe lacks a key that every comparison needs.
     """
     try:
-        record = RunRecord.model_validate_json(path.read_bytes())
+        record = RunRecord.model_validate_json(_upgrade(path.read_bytes()))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise RecordError(f"{path} is not a record of schema {SCHEMA_VERSION}: {where}: {first['msg']}") from error
+        location = ".".join(map(str, first["loc"])) or "the file"
+        raise RecordError(f"{path} is not a record of schema {SCHEMA_VERSION}: {location}: {first['msg']}") from error
     except OSError as error:
-        raise RecordError(f"{path} cannot be read: {error.strerror}") from error
-    for knob in REQUIRED_KEYS:
-        part, name = knob.split(".")
-        inside = record.recipe.get(part)
-        if not isinstance(inside, dict) or name not in inside:
-            raise RecordError(f"{path} is not a record: its recipe has no {knob}")
+        raise RecordError(f"Cannot read {path}: {error.strerror}") from error
+    for key in REQUIRED_KEYS:
+        section, name = key.split(".")
+        values = record.recipe.get(section)
+        if not isinstance(values, dict) or name not in values:
+            raise RecordError(f"{path} is not a record: its recipe has no {key}")
     return record
 
 
+def _upgrade(content: bytes) -> bytes:
+    try:
+        values = json.loads(content)
+    except ValueError:  # pydantic names the place
+        return content
+    if not isinstance(values, dict) or values.get("schema_version") != 1:
+        return content
+    return json.dumps(upgrade_record(values)).encode()
+
+
 def read_records(root: Path) -> list[RunRecord]:
-    """All records below ``folder``, by path.
+    """Read all records below ``root``, sorted by path.
 
     Raises:
-        RecordError: there are none, or one cannot be read.
+        RecordError: no record exists, or one cannot be read.
     """
     return list(read_records_by_path(root).values())
 
 
 def read_records_by_path(root: Path) -> dict[Path, RunRecord]:
-    """All records below ``folder`` by their files, in the order of those.
+    """Read all records below ``root``, keyed and sorted by path.
 
     Raises:
-        RecordError: there are none, or one cannot be read.
+        RecordError: no record exists, or one cannot be read.
     """
     records = find_records(root)
     if not records:
-        raise RecordError(f"no {RECORD_FILE} below {root}; give the folder that a run or a suite wrote to")
+        raise RecordError(f"No {RECORD_FILE} below {root}; give the output folder of a run or a suite")
     return records
 
 
 def find_records(root: Path) -> dict[Path, RunRecord]:
-    """All records below ``folder`` by their files, in the order of those; empty where there are none.
+    """Read all records below ``root``, keyed and sorted by path; empty if no record exists.
 
     Raises:
         RecordError: one cannot be read.

@@ -1,4 +1,4 @@
-"""What cannot be: figures of a table that contradict arithmetic, so that something was not measured as it should be."""
+"""Sanity checks: sentences for measurements that contradict arithmetic."""
 
 from __future__ import annotations
 
@@ -9,89 +9,87 @@ from dataclasses import dataclass
 from peftbench.record import RunRecord, train_peak_bytes
 
 TIME_RATIO_TOLERANCE = 1.15
-"""How far above its ceiling a ratio of times may lie, for noise and for kernels that run at unlike speeds."""
+"""Factor by which a time ratio may exceed its ceiling, for noise and for kernels of different efficiency."""
 
 MIN_PROFILED_STEPS = 3
-"""How many steps' passes must have been timed for their median to say something."""
+"""Least number of steps with timed parts for their median to be used."""
 
 RSS_SLACK_BYTES = 64 * 2**20
-"""Bytes: what a process on CPU may have given back since its baseline, and so may hold beside it unseen."""
+"""Bytes that a process on CPU may have freed since its baseline, so that its peak can be lower by as much."""
 
 
 def check_record(record: RunRecord) -> Iterator[str]:
-    """A sentence for each figure of one run that cannot be, whatever it is compared with."""
+    """Yield a sentence for each impossible measurement of one run."""
     peak, states = train_peak_bytes(record), record.state_bytes
     slack = RSS_SLACK_BYTES if record.device.type == "cpu" else 0
     if peak is not None and states is not None and peak + slack < states.total:
         yield (
-            f"the peak of the training, {peak:,} bytes, is below what it must have held: weights {states.weights:,}, "
-            f"gradients {states.gradients:,} and optimizer states {states.optimizer:,}"
+            f"the training peak of {peak:,} bytes is below the bytes of weights ({states.weights:,}), "
+            f"gradients ({states.gradients:,}) and optimizer states ({states.optimizer:,}) together"
         )
-    executed, able = record.compute.hardware_flops_per_second, record.compute.peak_flops_per_second
-    if executed is not None and able is not None and executed > able:
-        yield f"{executed:.3g} FLOP/s were computed on a device that by its data sheet can do {able:.3g}"
+    hardware, device_peak = record.compute.hardware_flops_per_second, record.compute.peak_flops_per_second
+    if hardware is not None and device_peak is not None and hardware > device_peak:
+        yield f"{hardware:.3g} FLOP/s exceed the device's data sheet peak of {device_peak:.3g} FLOP/s"
     step = record.flops.counted_step
     if step is not None and step.closed_form_flops is not None and step.counted_flops != step.closed_form_flops:
         yield (
-            f"step {step.step} executed {step.counted_flops:,} FLOPs by torch's count and {step.closed_form_flops:,} in closed "
-            "form, which misses something: the FLOPs of this run are not exact"
+            f"step {step.step}: torch counted {step.counted_flops:,} FLOPs and the closed form gives "
+            f"{step.closed_form_flops:,}, so the FLOPs of this run are not exact"
         )
 
 
 def check_step_times(records: Sequence[RunRecord]) -> Iterator[str]:
-    """A sentence for each run whose time differs from another's by more than what they computed does.
+    """Yield a sentence for each run whose steps are slower than another's by more than its extra FLOPs explain.
 
-    On one device a step that computes a third of the FLOPs can hardly take less than a third of the time. What else a
-    step does beside (the optimizer, the exchange of gradients) grows with the parameters trained, so where the slower
-    run trains more of them its forward and backward passes alone are judged. A larger ratio speaks of another load on
-    the machine, of time outside matrix products, or of an error. Only runs that were shown the same batches are paired,
-    and passes only where the same steps of both were timed, at least ``TIMED_STEPS`` of them. The sentence names the
-    run beside which it is the slowest, and how many more there are.
+    On one device, a step with a third of the FLOPs can hardly take less than a third of the time. Other work of a step
+    (optimizer, gradient reduction) grows with the trainable parameters. So if the slower run trains more parameters,
+    only its forward and backward passes are compared. A larger ratio means that the machine had another load, that time
+    went to work other than matrix products, or that a measurement is wrong. Only runs with the same batches are
+    compared, and step parts only if the same steps were timed in both, at least ``MIN_PROFILED_STEPS`` of them. The
+    sentence names the run with the largest ratio and the number of other such runs.
     """
-    like: dict[str, list[_RunTiming]] = {}
+    groups: dict[str, list[_RunTiming]] = {}
     for record in records:
         if record.throughput and record.flops.hardware_flops and record.steps:
-            like.setdefault(_build_comparison_key(record), []).append(_RunTiming.from_record(record))
-    for group in like.values():
+            groups.setdefault(_build_comparison_key(record), []).append(_RunTiming.from_record(record))
+    for group in groups.values():
         for slow in group:
-            beside = [(_compute_excess_ratio(slow, fast), fast) for fast in group if fast is not slow]
-            worse = [(above, fast) for above, fast in beside if above > TIME_RATIO_TOLERANCE]
-            if worse:
-                yield _describe_slow_run(slow, max(worse, key=lambda one: one[0])[1], len(worse) - 1)
+            ratios = [(_compute_excess_ratio(slow, fast), fast) for fast in group if fast is not slow]
+            exceeding = [(ratio, fast) for ratio, fast in ratios if ratio > TIME_RATIO_TOLERANCE]
+            if exceeding:
+                fastest = max(exceeding, key=lambda pair: pair[0])[1]
+                yield _describe_slow_run(slow, fastest, len(exceeding) - 1)
 
 
 def _compute_excess_ratio(slow: _RunTiming, fast: _RunTiming) -> float:
-    """How many times as long as its work allows the first took beside the second; 0 where that cannot be judged."""
-    # Less work may take as long as more: a small kernel costs its launch.
+    """Return the time ratio over the FLOPs ratio; 0 if the times are not comparable."""
+    # Less work may take the same time: a small kernel is bound by its launch.
     return _compute_time_ratio(slow, fast) / max(slow.flops_per_step / fast.flops_per_step, 1)
 
 
 def _compute_time_ratio(slow: _RunTiming, fast: _RunTiming) -> float:
-    """How many times as long the first took, in what is judged of the two; 0 where nothing is."""
+    """Return the ratio of the compared times; 0 if they are not comparable."""
     if slow.trainable_parameters > fast.trainable_parameters:
-        return (
-            slow.forward_backward_seconds / fast.forward_backward_seconds
-            if fast.forward_backward_seconds and slow.timed_steps == fast.timed_steps
-            else 0.0
-        )
-    return (
-        slow.step_seconds / fast.step_seconds if fast.step_seconds else 0.0
-    )  # a clock may not have ticked within a step
+        comparable = fast.forward_backward_seconds and slow.timed_steps == fast.timed_steps
+        return slow.forward_backward_seconds / fast.forward_backward_seconds if comparable else 0.0
+    # A step may be shorter than the clock's resolution.
+    return slow.step_seconds / fast.step_seconds if fast.step_seconds else 0.0
 
 
 def _describe_slow_run(slow: _RunTiming, fast: _RunTiming, num_others: int) -> str:
-    what = "forward and backward" if slow.trainable_parameters > fast.trainable_parameters else "a step"
-    more = f" (and likewise more than of {num_others:,} other run{'s' * (num_others > 1)})" if num_others else ""
+    part = "forward and backward" if slow.trainable_parameters > fast.trainable_parameters else "a step"
+    plural = "s" * (num_others > 1)
+    others = f" ({num_others:,} other run{plural} show{'s' * (num_others == 1)} the same)" if num_others else ""
     return (
-        f"{what} of {slow.name} took {_compute_time_ratio(slow, fast):.2f} times as long as of {fast.name} and computed only "
-        f"{slow.flops_per_step / fast.flops_per_step:.2f} times as much{more}: either one of them was disturbed, or its time is not in "
-        "matrix products (dropout and other element-wise work, on a CPU above all)"
+        f"{part} of {slow.name} took {_compute_time_ratio(slow, fast):.2f} times as long as of {fast.name} with only "
+        f"{slow.flops_per_step / fast.flops_per_step:.2f} times the FLOPs{others}: either the machine had "
+        "another load, or the time went to work other than matrix products (e.g. dropout on a CPU)"
     )
 
 
 @dataclass(frozen=True)
 class _RunTiming:
-    """What is compared of a run that was timed; made once a run, since pairs are many."""
+    """Times and FLOPs of one run that are compared; built once per run, because pairs are many."""
 
     name: str
     trainable_parameters: int
@@ -115,20 +113,20 @@ class _RunTiming:
 
 
 def _build_comparison_key(record: RunRecord) -> str:
-    """On what a run was made and what it was shown, which must be the same for its times to be compared."""
+    """Return the device, engine and batch settings, which must be equal for times to be comparable."""
     engine = record.engine.model_dump() if record.engine else None
     return json.dumps([record.device.model_dump(), engine, _list_batch_settings(record)], sort_keys=True)
 
 
 def _sum_forward_backward_seconds(record: RunRecord) -> float:
-    """Of the forward and backward pass alone, 0 where they are not known or exchange gradients between processes."""
+    """Return seconds of forward plus backward; 0 if unknown or if the backward pass includes gradient reduction."""
     if record.device.num_processes > 1 or len(record.part_timed_steps) < MIN_PROFILED_STEPS:
         return 0.0
     return record.step_part_seconds.get("forward", 0.0) + record.step_part_seconds.get("backward", 0.0)
 
 
 def _list_batch_settings(record: RunRecord) -> list[object]:
-    """What decides which examples stand in which step."""
+    """Return the settings that decide which examples are in which step."""
     train, data = record.recipe["train"], record.recipe["data"]
     return [
         record.data_fingerprint,

@@ -1,1 +1,1 @@
-"""TODO-DOC run."""
+"""One run: stages, outcome, checkpointing, record."""

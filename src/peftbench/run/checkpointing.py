@@ -1,4 +1,4 @@
-"""Lets a training be stopped and gone on with: keeps its state between steps, takes it up, ends it when asked to."""
+"""TrainingCheckpointer: save and resume a training, and end it on a stop request."""
 
 from __future__ import annotations
 
@@ -10,151 +10,177 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from peftbench.distributed.accelerator import OFFLOAD_DIR
 from peftbench.distributed.collectives import all_gather_objects
 from peftbench.errors import CheckpointError, TimeLimitError
-from peftbench.run.record_builder import build_memory_breakdown, get_library_versions
-from peftbench.run.shutdown import STOP_LEAD_ENV, StopRequested
+from peftbench.optim import OPTIMIZER_LIBRARIES
+from peftbench.record.environment import get_library_versions
+from peftbench.run.shutdown import StopRequested
+from peftbench.run_dir.stop_request import STOP_LEAD_ENV
 from peftbench.training.checkpoint import CheckpointManager, CheckpointMetadata
 from peftbench.training.state import capture_state, load_state
 
 if TYPE_CHECKING:
-    from peftbench.run.runner import Run
+    from peftbench.run.shutdown import ShutdownSignal
+    from peftbench.run.state import RunState
     from peftbench.training.build import AdaptedModel, TrainingComponents
+    from peftbench.training.callbacks import StepInfo
 
 
 class TrainingCheckpointer:
-    """Of one run, from when its model is built."""
+    """Checkpoints of one training. A step callback; the last one, since it may end the training."""
 
-    def __init__(self, run: Run, adapted_model: AdaptedModel) -> None:
-        self.run, self.adapted_model = run, adapted_model
-        origin = CheckpointMetadata(
-            run.requested_recipe.fingerprint(),
-            str(adapted_model.base.fingerprint),
-            str(run.data_fingerprint),
-            run.engine.name,
-            run.accelerator.num_processes,
-            run.accelerator.device.type,
-            {name: version for name, version in get_library_versions().items() if name not in {"datasets", "evaluate"}},
-        )
+    def __init__(
+        self,
+        state: RunState,
+        adapted_model: AdaptedModel,
+        training: TrainingComponents,
+        shutdown_signal: ShutdownSignal,
+    ) -> None:
+        self.state, self.adapted_model, self.training = state, adapted_model, training
+        self.shutdown_signal = shutdown_signal
         self.checkpoint_manager = CheckpointManager(
-            run.accelerator, run.run_dir, origin, run.recipe.checkpoint.keep_latest
+            state.accelerator,
+            state.run_dir.path,
+            _build_metadata(state, adapted_model),
+            state.recipe.checkpoint.keep_latest,
         )
         self.resume_step = 0
-        """Steps that were there when this process began."""
+        """Steps completed before this process."""
         self.last_saved_step: int | None = None
-        """Steps in the newest checkpoint, None where there is none."""
+        """Step of the newest checkpoint, None before the first."""
         self.save_seconds = 0.0
-        """What the last one took to write."""
+        """Seconds that the last save took."""
 
-    def maybe_resume(self, training: TrainingComponents) -> None:
-        """Go on from the newest checkpoint of this very run, where there is one.
+    def maybe_resume(self) -> None:
+        """Resume from the newest checkpoint of this training, if there is one.
 
         Raises:
-            CheckpointError: it cannot be.
+            CheckpointError: the checkpoint does not fit this launch, or cannot be read.
         """
-        run, accelerator = self.run, self.run.accelerator
-        found = self.checkpoint_manager.latest()
-        run.notes += self.checkpoint_manager.notes
-        if found is None:
+        state, progress = self.state, self.state.progress
+        checkpoint = self.checkpoint_manager.latest()
+        state.notes += self.checkpoint_manager.notes
+        if checkpoint is None:
             return
-        state, own = self.checkpoint_manager.load(found)
+        saved, is_own = self.checkpoint_manager.load(checkpoint)
         problem = None
         try:
-            load_state(state, accelerator, training, self.adapted_model.model, run.progress, restore_rng_state=own)
-        except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-            problem = f"{found.path} does not fit: {error}"
-        if problems := [said for said in all_gather_objects(accelerator, problem) if said is not None]:
-            raise CheckpointError(problems[0], f"remove {found.path.parent} to begin anew")
-        run.probe.load_state_dict(state["probe"], same_world_size=own)
-        run.resumed_measurements = state["kept"] if own else {}
-        self.resume_step = self.last_saved_step = run.progress.completed_steps
-        run.resumed_after = [*state["resumed_after"], self.resume_step]
-        if not own:
-            run.notes.append(
-                f"its first {self.resume_step} steps were made by {found.metadata.world_size} processes, and are in no "
-                "figure of speed, memory or energy"
+            load_state(
+                saved, state.accelerator, self.training, self.adapted_model.model, progress, restore_rng_state=is_own
             )
-        run.notes.append(f"it was stopped and went on after step {self.resume_step}")
+        except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+            problem = f"Cannot resume from {checkpoint.path}: {error}"
+        if problems := [text for text in all_gather_objects(state.accelerator, problem) if text is not None]:
+            raise CheckpointError(problems[0], f"delete {checkpoint.path.parent} to start over")
+        state.probe.load_state_dict(saved["probe"], same_world_size=is_own)
+        state.resumed_measurements = saved["measurements"] if is_own else {}
+        self.resume_step = self.last_saved_step = progress.completed_steps
+        state.resumed_after = [*saved["resumed_after"], self.resume_step]
+        if not is_own:
+            state.notes.append(
+                f"The first {self.resume_step} steps ran on {checkpoint.metadata.world_size} processes and are "
+                "excluded from speed, memory and energy."
+            )
+        state.notes.append(f"Resumed from step {self.resume_step}.")
 
-    def after_step(self, step: int, training: TrainingComponents) -> None:
-        """Keep the state where that is due.
+    def after_step(self, info: StepInfo) -> None:
+        """Save a checkpoint if one is due; end the training if any rank was requested to stop.
 
         Raises:
-            Interrupted: a rank was asked to stop; the state is kept.
+            StopRequested: a rank was requested to stop; the checkpoint is saved.
+            TimeLimitError: a step and its checkpoint take longer than the time between stop request and time limit.
         """
-        by, every = self._reduce_stop_reason(), self.run.recipe.checkpoint.interval
-        if by is not None or (every and step % every == 0):
-            self.save(training)
-        if by is not None:
-            raise StopRequested(by, on_all_ranks=True)
-        self._check_time_limit(step, training)
+        reason, interval = self._reduce_stop_reason(), self.state.recipe.checkpoint.interval
+        if reason is not None or (interval and info.step % interval == 0):
+            self.save()
+        if reason is not None:
+            raise StopRequested(reason, on_all_ranks=True)
+        self._check_time_limit(info.step)
 
-    def save_before_evaluation(self, training: TrainingComponents) -> None:
-        """Keep the state before the evaluation, where many could not agree to do so in the middle of one."""
-        wanted = self.run.recipe.checkpoint.interval or "SLURM_JOB_ID" in os.environ
-        if self.run.accelerator.num_processes > 1 and wanted:
-            self.save(training)
+    def save_before_evaluation(self) -> None:
+        """Save a checkpoint after the last step of a distributed run that may be interrupted.
 
-    def save(self, training: TrainingComponents) -> None:
-        """Write a checkpoint of the last step, if there is none.
+        Saving is collective, and during evaluation the ranks could not agree on a moment for it.
+        """
+        may_be_stopped = self.state.recipe.checkpoint.interval or "SLURM_JOB_ID" in os.environ
+        if self.state.accelerator.num_processes > 1 and may_be_stopped:
+            self.save()
+
+    def save(self) -> None:
+        """Save a checkpoint of the last step, unless it is saved already. Collective.
 
         Raises:
             OutputError: it cannot be written.
         """
-        run, step = self.run, self.run.progress.completed_steps
+        state, step = self.state, self.state.progress.completed_steps
         if self.last_saved_step == step:
             return
-        looked, found = run.instruments, build_memory_breakdown(run)
-        counted = (
-            looked.flop_counter.total_flops
-            if looked and looked.flop_counter
-            else run.resumed_measurements.get("counted")
-        )
-        state = capture_state(run.accelerator, training, self.adapted_model.model, run.progress)
-        with run.probe.exclude_memory():
-            state |= {
-                "probe": run.probe.state_dict(),
-                "resumed_after": run.resumed_after,
-                "kept": {"counted": counted, "breakdown": found.model_dump() if found else None},
+        breakdown = state.build_memory_breakdown()
+        to_save = capture_state(state.accelerator, self.training, self.adapted_model.model, state.progress)
+        with state.probe.exclude_memory():
+            to_save |= {
+                "probe": state.probe.state_dict(),
+                "resumed_after": state.resumed_after,
+                "measurements": {
+                    "counted_flops": state.get_counted_flops(),
+                    "memory_breakdown": breakdown.model_dump() if breakdown else None,
+                },
             }
             start = time.perf_counter()
-            self.checkpoint_manager.save(step, state)
+            self.checkpoint_manager.save(step, to_save)
             self.save_seconds = time.perf_counter() - start
         self.last_saved_step = step
 
     def delete_all(self) -> None:
-        """Take all checkpoints away: the run has its result."""
-        if self.run.recipe.method.is_trainable:
-            self.checkpoint_manager.delete_all()
-            shutil.rmtree(self.run.run_dir / OFFLOAD_DIR, ignore_errors=True)
+        """Delete all checkpoints of this training, since its record is written."""
+        self.checkpoint_manager.delete_all()
+        shutil.rmtree(self.state.run_dir.offload_dir, ignore_errors=True)
 
-    def _check_time_limit(self, step: int, training: TrainingComponents) -> None:
-        """Whether a job that is told to stop so long before its end can finish a step and keep it until then.
+    def _check_time_limit(self, step: int) -> None:
+        """Check, after the first steps, that a step and its checkpoint fit between stop request and time limit.
 
         Raises:
-            TimeLimitError: it cannot; on all ranks.
+            TimeLimitError: they do not; raised on all ranks.
         """
-        lead, done = os.environ.get(STOP_LEAD_ENV), step - self.resume_step
+        lead, steps_done = os.environ.get(STOP_LEAD_ENV), step - self.resume_step
         if lead is None:
             return
-        if done == 2:  # early, so that even a short time gains something; how long it takes is known then
-            self.save(training)
-        # The first steps are slower than all others: kernels are compiled, instruments look.
-        if done != max(2, self.run.recipe.profile.untimed_steps + 1):
+        if steps_done == 2:  # early, so that even a short job makes progress; it also measures the save time
+            self.save()
+        # The first steps are slower than all others: kernels are compiled, instruments are active.
+        if steps_done != max(2, self.state.recipe.profile.untimed_steps + 1):
             return
-        last = min(self.run.probe.step_seconds[-2:])
-        seconds = max(all_gather_objects(self.run.accelerator, last + self.save_seconds))
+        step_seconds = min(self.state.probe.step_seconds[-2:])
+        seconds = max(all_gather_objects(self.state.accelerator, step_seconds + self.save_seconds))
         if seconds > float(lead):
             raise TimeLimitError(
-                f"a step takes {last:.1f} s and its checkpoint {self.save_seconds:.1f} s, and the job is told to stop "
-                f"{lead} s before its end; tell it sooner, as slurm.signal=B:USR1@{2 * math.ceil(seconds)}"
+                f"a step takes {step_seconds:.1f} s and its checkpoint {self.save_seconds:.1f} s, but the job "
+                f"receives its stop signal only {lead} s before the time limit",
+                f"send it earlier, e.g. slurm.signal=B:USR1@{2 * math.ceil(seconds)}",
             )
 
     def _reduce_stop_reason(self) -> str | None:
-        """What asked any of the ranks to stop; all have the same answer."""
-        by, accelerator = self.run.shutdown_signal.reason, self.run.accelerator
+        """Return why any rank was requested to stop, None on all ranks if none was. Collective."""
+        reason, accelerator = self.shutdown_signal.reason, self.state.accelerator
         if accelerator.num_processes == 1:
-            return by
-        asked: Any = accelerator.reduce(torch.tensor(float(by is not None), device=accelerator.device))
-        return (by or "another process") if float(asked) else None
+            return reason
+        num_requests: Any = accelerator.reduce(torch.tensor(float(reason is not None), device=accelerator.device))
+        return (reason or "another process") if float(num_requests) else None
+
+
+def _build_metadata(state: RunState, adapted_model: AdaptedModel) -> CheckpointMetadata:
+    data_libraries = {"datasets", "evaluate"}  # their versions change no training state
+    versions = {
+        name: version
+        for name, version in get_library_versions(OPTIMIZER_LIBRARIES).items()
+        if name not in data_libraries
+    }
+    return CheckpointMetadata(
+        state.requested_recipe.fingerprint(),
+        str(adapted_model.base.fingerprint),
+        str(state.data_fingerprint),
+        state.engine.name,
+        state.accelerator.num_processes,
+        state.accelerator.device.type,
+        versions,
+    )

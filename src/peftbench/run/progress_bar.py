@@ -1,4 +1,4 @@
-"""While a run trains: one line on the terminal, renewed after its steps."""
+"""ProgressBar: one line on the terminal, updated after every training step."""
 
 from __future__ import annotations
 
@@ -9,22 +9,26 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
 from peftbench.common.units import format_bytes
 
+if TYPE_CHECKING:
+    from peftbench.training.callbacks import StepInfo
+
 _RATE_WINDOW_STEPS = 20
-"""Steps that tokens per second are of."""
+"""Number of latest steps over which tokens per second is averaged."""
 _BAR_FORMAT = "{desc} |{bar}| {n_fmt}/{total_fmt}{postfix}, {remaining} left"
 _RESERVED_COLUMNS = 68
-"""Columns that all but the name usually takes, with a bar of one."""
+"""Columns that everything except the name usually takes, with a bar of one column."""
 
 
 class ProgressBar:
-    """Step, loss, real tokens per second, memory and time left of one training; leaving it ends the line.
+    """Step, loss, real tokens per second, memory and time left of one training. A step callback and a context manager.
 
-    Nothing is written, and nothing looked up, where standard error is no terminal.
+    Writes nothing and reads no memory if standard error is not a terminal.
     """
 
     def __init__(
@@ -37,12 +41,9 @@ class ProgressBar:
         budget_bytes: int | None,
         enabled: bool,
     ) -> None:
-        """A run of that name begins with ``step`` of its ``steps`` done; ``shown`` is false on all ranks but one.
-
-        ``memory`` tells the bytes that stand against the budget.
-        """
+        """Show the bar if ``enabled``; ``read_memory_bytes`` returns the bytes that count against the budget."""
         self._read_memory_bytes, self._budget_bytes = read_memory_bytes, budget_bytes
-        # A width that follows the terminal's keeps it one line; tqdm cuts what is too long where there is a bar.
+        # dynamic_ncols keeps it on one line when the terminal is resized; tqdm truncates a line that is too long.
         self._bar = tqdm(
             total=total_steps,
             initial=completed_steps,
@@ -62,27 +63,27 @@ class ProgressBar:
     ) -> None:
         self._bar.close()
 
-    def update(self, loss: float, real_tokens: int) -> None:
-        """Another step is done, with that loss and so many real tokens over all ranks."""
+    def after_step(self, info: StepInfo) -> None:
+        """Advance by one step."""
         if self._bar.disable:
             return
-        self._token_history.append((time.monotonic(), real_tokens))
-        (began, _), *later = self._token_history
-        rate = sum(tokens for _, tokens in later) / max(later[-1][0] - began, 1e-9)
+        self._token_history.append((time.monotonic(), info.real_tokens))
+        (start, _), *later = self._token_history
+        rate = sum(tokens for _, tokens in later) / max(later[-1][0] - start, 1e-9)
         self._bar.set_postfix_str(
-            format_metrics(loss, rate, self._read_memory_bytes(), self._budget_bytes), refresh=False
+            format_metrics(info.loss, rate, self._read_memory_bytes(), self._budget_bytes), refresh=False
         )
         self._bar.update()
 
 
 def format_metrics(loss: float, tokens_per_second: float, memory_bytes: int | None, budget_bytes: int | None) -> str:
-    """What a line says of the last steps: loss in nats, real tokens per second, memory of its budget."""
+    """Return the text after the bar: loss in nats, real tokens per second, memory and budget."""
     memory = "memory unknown" if memory_bytes is None else format_bytes(memory_bytes, budget_bytes)
     return f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s, {memory}"
 
 
 def shorten_name(name: str, max_columns: int) -> str:
-    """A run's name in so many columns, but 12 at least; its end tells the runs of a suite apart."""
+    """Keep the end of a name, where runs of a suite differ; at least 12 columns."""
     max_columns = max(max_columns, 12)
     return name if len(name) <= max_columns else f"…{name[1 - max_columns :]}"
 

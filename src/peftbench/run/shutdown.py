@@ -1,8 +1,7 @@
-"""Ends a run when it is asked to: between two steps while it trains, at once elsewhere.
+"""ShutdownSignal: receive a stop request by signal or by stop file.
 
-It is asked by a signal (Ctrl-C, SIGTERM, SIGUSR1), or by a file in its folder, whose text says what asked. A launcher
-stands between a job's script and the processes it launched, on one node or on many, and a signal that the launcher does
-not know ends it, one that it knows leaves them half a minute; a file is seen by all of them, and hurries nobody.
+During training the run finishes its step first; in any other stage it stops at once. Signals are SIGINT (Ctrl-C),
+SIGTERM and SIGUSR1; for stop files see ``peftbench.run_dir.stop_request``.
 """
 
 from __future__ import annotations
@@ -10,73 +9,56 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
 SHUTDOWN_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-ATTEMPT_ENV = "PEFTBENCH_JOB"
-"""What an attempt is called by whoever starts it, so that a file which asked an earlier one asks nothing of it."""
-STOP_LEAD_ENV = "PEFTBENCH_STOP_LEAD"
-"""Seconds before its end at which a job is told to stop."""
 _POLL_SECONDS = 0.5
 
 
 class StopRequested(KeyboardInterrupt):
-    """A run was asked to stop, and does."""
+    """A run stops because it was requested to."""
 
     def __init__(self, reason: str, *, on_all_ranks: bool = False) -> None:
-        """``together``: all ranks stop here, and none need be told."""
+        """``on_all_ranks``: all ranks raise it at the same step, so that no rank has to notify the others."""
         super().__init__(reason)
         self.reason, self.on_all_ranks = reason, on_all_ranks
 
 
-def get_stop_file(run_dir: Path, environment: Mapping[str, str] = os.environ) -> Path:
-    """The file that asks the run in ``folder`` to stop, once it is there."""
-    job = environment.get(ATTEMPT_ENV, "")
-    return run_dir / f".stop{f'-{job}' if job else ''}"
-
-
-def clear_stop_files(*files: Path) -> None:
-    """Take away what asked a run, which has heard it, or is another one than was meant."""
-    for file in files:
-        with suppress(OSError):
-            file.unlink()
-
-
 def ignore_signals() -> None:
-    """Let the process end as it is about to: the interpreter would be killed by what comes while it closes."""
+    """Ignore signals during interpreter shutdown, so that a late signal cannot kill it."""
     for number in SHUTDOWN_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 class ShutdownSignal:
-    """Hears that a run is to stop."""
+    """A stop request, received or not."""
 
     def __init__(self) -> None:
         self.reason: str | None = None
-        """The signal's name, or what the file says; None while nobody asked."""
+        """The signal's name or the stop file's text; None before any request."""
         self._is_deferred = self._has_handlers = False
         self._file_reason: str | None = None
 
     def install_handlers(self) -> None:
-        """Hear signals from now on, and files that are watched; in the main thread."""
+        """Handle signals from now on, and stop files once they are watched. Call it in the main thread."""
         self._has_handlers = True
         for number in SHUTDOWN_SIGNALS:
             signal.signal(number, self._handle_signal)
 
     def watch_files(self, *files: Path) -> None:
-        """Hear the first of ``files`` that comes to be, from a thread."""
+        """Watch for the first of ``files`` to exist, in a thread."""
         if self._has_handlers:
             threading.Thread(target=self._poll_files, args=files, daemon=True).start()
 
     @contextmanager
     def defer_to_step_end(self) -> Iterator[None]:
-        """Within it a step is not broken off; whoever trains asks ``by`` after each. A second Ctrl-C breaks off.
+        """Within the context, only set ``reason``: the training loop checks it after each step. A second Ctrl-C raises.
 
         Raises:
-            Interrupted: it was asked, and nobody looked any more.
+            StopRequested: the request came after the last check.
         """
         self._is_deferred = True
         try:
@@ -87,26 +69,27 @@ class ShutdownSignal:
             raise StopRequested(self.reason)
 
     def defer(self) -> None:
-        """Let what is left be done: a record is being written. A second Ctrl-C breaks off still."""
+        """Raise no more from now on, except on a second Ctrl-C: the record is being written."""
         self._is_deferred = True
 
     def _handle_signal(self, signal_number: int, _frame: FrameType | None) -> None:
-        again, self.reason = self.reason is not None, self._file_reason or signal.Signals(signal_number).name
-        if not self._is_deferred or (again and signal_number == signal.SIGINT):
+        is_repeated = self.reason is not None
+        self.reason = self._file_reason or signal.Signals(signal_number).name
+        if not self._is_deferred or (is_repeated and signal_number == signal.SIGINT):
             raise StopRequested(self.reason)
 
     def _poll_files(self, *files: Path) -> None:
-        waiting = threading.Event()
+        wakeup = threading.Event()
         while (file := next(filter(_file_exists, files), None)) is None:
-            waiting.wait(_POLL_SECONDS)
+            wakeup.wait(_POLL_SECONDS)
         with suppress(OSError, ValueError):
             self._file_reason = file.read_text(encoding="utf-8").strip()
         self._file_reason = self._file_reason or file.name
-        os.kill(os.getpid(), signal.SIGUSR1)  # the main thread is to hear it, wherever it is
+        os.kill(os.getpid(), signal.SIGUSR1)  # interrupts the main thread, wherever it is
 
 
 def _file_exists(file: Path) -> bool:
     try:
         return file.exists()
-    except OSError:  # a shared file system that does not answer for a while
+    except OSError:  # e.g. a shared file system that is briefly unavailable
         return False

@@ -1,1 +1,1 @@
-"""TODO-DOC run_dir."""
+"""The files in a run's folder through which trainer, launcher, SLURM scripts and status reader communicate."""

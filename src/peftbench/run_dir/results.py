@@ -1,34 +1,33 @@
-"""Whether a recipe has its result already, so that no work is done twice."""
+"""Find the record of a recipe that already ran, so that it does not run again."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from peftbench.errors import PeftbenchError, RecordError
 from peftbench.recipe.schema import Recipe
-from peftbench.record import FINAL_OUTCOMES, RECORD_FILE, RunRecord, read_record
+from peftbench.record import FINAL_OUTCOMES, RunRecord, read_record
+from peftbench.run_dir.layout import RunDir
 
 
 def load_matching_record(recipe: Recipe) -> RunRecord | None:
-    """The record of this very recipe; one of a recipe that was changed since, or that cannot be read, is none."""
+    """Return the record of ``recipe``, None if it is missing, unreadable or of a changed recipe."""
     try:
-        record = read_record(Path(recipe.output_dir) / recipe.name / RECORD_FILE)
+        record = read_record(RunDir.from_recipe(recipe).record_file)
     except RecordError:
         return None
     if record.recipe_fingerprint != recipe.fingerprint():
         return None
-    # What no number depends on (a price, say) may have changed since, and is shown as it is now.
+    # Keys outside the fingerprint (e.g. a price) may have changed since: use their current values.
     return record.model_copy(update={"recipe": recipe.model_dump(mode="json")})
 
 
 def load_existing_result(recipe: Recipe) -> RunRecord | None:
-    """The record of this very recipe where it is a result, on the examples that lie there now."""
+    """Return the record of ``recipe`` if its outcome is final and its data has not changed, else None."""
     record = load_matching_record(recipe)
     if record is None or record.outcome.kind not in FINAL_OUTCOMES:
         return None
     source = recipe.data.source
     try:
-        same = not source.is_mutable or record.data_fingerprint == source.fingerprint()
-    except PeftbenchError:  # the run will say why
+        is_current = not source.is_mutable or record.data_fingerprint == source.fingerprint()
+    except PeftbenchError:  # the run itself will report it
         return None
-    return record if same else None
+    return record if is_current else None

@@ -1,9 +1,9 @@
-"""Pretrain the shipped base on the docstring corpus, training split only.
+"""Pretrain the shipped base model on the docstring corpus, training split only.
 
     python -m peftbench.shipped.pretrain --out FOLDER
 
-makes the tokenizer, the weights (float16, safetensors) and the model card. Matrices are trained with Muon and
-everything else with AdamW, because a CPU's hour buys few tokens and Muon needs the fewest of them (Jordan et al. 2024;
+writes the tokenizer, the weights (float16, safetensors) and the model card. Matrices are trained with Muon and all
+other parameters with AdamW: on a CPU, tokens are scarce, and Muon needs the fewest of them (Jordan et al. 2024;
 learning rates matched to AdamW's as in Moonshot's "Muon is scalable for LLM training", 2025).
 """
 
@@ -30,12 +30,12 @@ EOS_TOKEN = "<|endoftext|>"  # noqa: S105
 VOCAB_SIZE = 4096
 CONTEXT_LENGTH = 512
 WARMUP_STEPS = 100
-DECAY_FRACTION = 0.4  # the learning rate is constant until this share of the steps is left, then falls linearly to 0
+DECAY_FRACTION = 0.4  # the last 40 % of the steps decay the learning rate linearly to 0; before, it is constant
 EVAL_BATCHES = 8
 
 
 def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 4,096 pieces whose one special token ends a text, as GPT-2's does."""
+    """Train a byte-level BPE of 4,096 tokens; its one special token ends a text, as in GPT-2."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -54,17 +54,17 @@ def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
 
 
 def pack_documents(documents: list[str], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
-    """Token ids of all documents, each followed by the end token, as one row after another: (rows, POSITIONS + 1)."""
+    """Return the token ids of all documents, each followed by the end token: (rows, CONTEXT_LENGTH + 1)."""
     encoded = tokenizer.backend_tokenizer.encode_batch(documents)
     end = tokenizer.eos_token_id
     flat = torch.tensor([token for document in encoded for token in (*document.ids, end)])
     rows = (len(flat) - 1) // CONTEXT_LENGTH
-    # Rows overlap by one token, so that every token is predicted exactly once an epoch.
+    # Rows overlap by one token, so that every token is predicted exactly once per epoch.
     return flat[: rows * CONTEXT_LENGTH + 1].unfold(0, CONTEXT_LENGTH + 1, CONTEXT_LENGTH)
 
 
 def build_model(eos_token_id: int) -> GPT2LMHeadModel:
-    """4 layers of 256 units, 4.3 million parameters, no dropout, random weights."""
+    """Build a GPT-2 of 4 layers and 256 units: 4.3 million parameters, random weights, no dropout."""
     config = GPT2Config(
         vocab_size=VOCAB_SIZE,
         n_positions=CONTEXT_LENGTH,
@@ -83,7 +83,7 @@ def build_model(eos_token_id: int) -> GPT2LMHeadModel:
 
 
 def build_optimizers(model: GPT2LMHeadModel, learning_rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for embeddings, biases and norms."""
+    """Return Muon for the blocks' matrices and AdamW for embeddings, biases and norms."""
     inner: list[torch.nn.Parameter] = [p for n, p in model.named_parameters() if p.ndim == 2 and "transformer.h." in n]
     rest = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "transformer.h." in n)]
     return [
@@ -93,41 +93,41 @@ def build_optimizers(model: GPT2LMHeadModel, learning_rate: float) -> list[torch
 
 
 def compute_lr_factor(step: int, steps: int) -> float:
-    """Share of the peak learning rate at ``step``: linear warm-up, plateau, linear decay to zero."""
+    """Return the fraction of the peak learning rate at ``step``: linear warm-up, plateau, linear decay to zero."""
     return min(1.0, (step + 1) / WARMUP_STEPS, (steps - step) / (DECAY_FRACTION * steps))
 
 
 def compute_loss(model: GPT2LMHeadModel, rows: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of each row's next tokens, in nats, under bfloat16 autocast; rows (B, POSITIONS + 1)."""
+    """Return the mean next-token cross-entropy (nats) under bfloat16 autocast; rows (B, CONTEXT_LENGTH + 1)."""
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(rows[:, :-1]).logits
         return cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
 
 
 def compute_held_out_loss(model: GPT2LMHeadModel, rows: torch.Tensor) -> float:
-    """Mean loss on the first rows of the validation packages' documents."""
+    """Return the mean loss on the first rows of the validation packages' documents."""
     with torch.inference_mode():
         return sum(compute_loss(model, part).item() for part in rows.split(16)[:EVAL_BATCHES]) / EVAL_BATCHES
 
 
 def pretrain(model: GPT2LMHeadModel, rows: torch.Tensor, held_out_rows: torch.Tensor, run: PretrainingRun) -> None:
-    """Train in place; the loss curve is appended to ``run.curve`` as (step, training loss, held-out loss)."""
+    """Train in place; append (step, training loss, held-out loss) to ``run.loss_curve``."""
     order = torch.Generator().manual_seed(run.seed)
     batches: list[torch.Tensor] = []
-    steppers = build_optimizers(model, run.learning_rate)
+    optimizers = build_optimizers(model, run.learning_rate)
     recent: list[float] = []
     for step in (bar := tqdm(range(run.steps), desc="pretraining", mininterval=10)):
         if not batches:  # a new epoch, reshuffled
             batches = list(torch.randperm(len(rows), generator=order).split(run.batch_rows)[::-1])
-        for stepper in steppers:
-            for group in stepper.param_groups:
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
                 group["lr"] = run.learning_rate * compute_lr_factor(step, run.steps)
         loss = compute_loss(model, rows[batches.pop()])
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for stepper in steppers:
-            stepper.step()
-            stepper.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         recent.append(loss.item())
         if (step + 1) % 100 == 0 or step + 1 == run.steps:
             run.loss_curve.append((step + 1, sum(recent) / len(recent), compute_held_out_loss(model, held_out_rows)))
@@ -138,7 +138,7 @@ def pretrain(model: GPT2LMHeadModel, rows: torch.Tensor, held_out_rows: torch.Te
 def save_pretrained(
     model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, run: PretrainingRun, save_directory: Path
 ) -> None:
-    """Write weights in float16, tokenizer, loss curve and model card."""
+    """Write weights (float16), tokenizer, loss curve and model card."""
     model.config.use_cache = True
     model.half().save_pretrained(save_directory)
     tokenizer.save_pretrained(save_directory)
@@ -147,17 +147,17 @@ def save_pretrained(
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder to write the model, its tokenizer and its card to.")],
+    out: Annotated[Path, typer.Option(help="Output folder for the model, its tokenizer and its card.")],
     steps: Annotated[int, typer.Option(help="Optimizer steps; 100 take about a minute and a half on 2 cores.")] = 3600,
     batch_rows: Annotated[int, typer.Option(help="Rows of 512 tokens in a batch.")] = 16,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of both optimizers.")] = 2e-3,
-    seed: Annotated[int, typer.Option(help="Seed of initialisation and data order.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of initialization and data order.")] = 0,
 ) -> None:
-    """Pretrain the shipped base on the docstring corpus, training split only."""
+    """Pretrain the shipped base model on the docstring corpus, training split only."""
     torch.manual_seed(seed)
     random.seed(seed)
     corpus: Corpus = read_corpus()
-    # The corpus is sorted by package; the end of a row should not tell what the next one is about.
+    # The corpus is sorted by package; shuffle, so that a row's start does not reveal its package.
     documents = random.sample(corpus.documents["train"], len(corpus.documents["train"]))
     tokenizer = train_tokenizer(documents)
     rows, held_out = pack_documents(documents, tokenizer), pack_documents(corpus.documents["validation"], tokenizer)

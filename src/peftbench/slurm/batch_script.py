@@ -1,4 +1,4 @@
-"""The text of a job's script: one task a run, told before its time is up, begun anew where it was stopped."""
+"""The batch script of a job: one task per run, stopped before the time limit and requeued."""
 
 from __future__ import annotations
 
@@ -11,52 +11,54 @@ from peftbench.errors import SlurmError
 from peftbench.slurm.options import STOP_SIGNAL_FORMAT, parse_lead_seconds
 
 ACCELERATE_CONFIG_FILE, DEEPSPEED_CONFIG_FILE = "accelerate.yaml", "deepspeed.json"
-"""In a run's folder: the engine's files, as they were when it was submitted."""
+"""Copies of the engine's config files in a run's folder, as they were at submission."""
 _BASE_PORT = 29500
 
 
 @dataclass(frozen=True)
 class Job:
-    """What one script runs."""
+    """The runs of one batch script."""
 
     name: str
     run_dirs: tuple[Path, ...]
-    """Of the runs, absolute, each with its recipe."""
+    """Absolute run folders, each with its recipe."""
     log_dir: Path
-    """Folder for what is printed."""
+    """Folder of the job's logs."""
     options: dict[str, str | None] = field(default_factory=dict)
-    """For sbatch, beyond those that are set here."""
+    """sbatch options in addition to those that peftbench sets."""
     nodes: int = 1
     gpus_per_node: int = 0
     processes_per_node: int = 1
     uses_accelerate: bool = False
-    """Whether accelerate launches it, with the file in each run's folder."""
+    """True if accelerate launches the runs, with the config file in each run's folder."""
     uses_deepspeed: bool = False
     max_parallel: int | None = None
-    """How many runs may be under way together, None for all."""
+    """Maximum number of concurrent array tasks, None for no limit."""
     max_requeues: int = 10
-    """How often a job that was stopped for its time begins anew."""
+    """Maximum number of requeues after the time limit."""
     python: str = sys.executable
     working_dir: Path = field(default_factory=Path.cwd)
-    """Folder that it runs in, to which a recipe's paths are relative."""
+    """Working directory of the job, to which a recipe's paths are relative."""
 
     def __post_init__(self) -> None:
         for text in (self.name, *map(str, (*self.run_dirs, self.log_dir, self.working_dir))):
             if any(ord(character) < ord(" ") for character in text):
-                raise SlurmError(f"{text!r} holds a character that no job's script can; give another name")
-        if "\\" in str(self.log_dir):  # which tells SLURM to take the % in a log's name for itself
+                raise SlurmError(
+                    f"{text!r} has a control character, which a batch script cannot contain; give another name"
+                )
+        if "\\" in str(self.log_dir):  # SLURM would not expand the % in a log's name
             raise SlurmError(
-                f"{str(self.log_dir)!r} holds a backslash, which no log of SLURM's can; give another --out"
+                f"{str(self.log_dir)!r} has a backslash, which SLURM does not allow in log paths; give another --out"
             )
 
     @property
     def is_array(self) -> bool:
-        """Whether it is an array."""
+        """True if the job is an array."""
         return len(self.run_dirs) > 1
 
 
 def render_script(job: Job) -> str:
-    """The script as sbatch reads it; nothing in it is expanded that was given by a user."""
+    """Return the script for sbatch. Names and paths are quoted, so that the shell expands nothing in them."""
     lines = [
         f"#SBATCH --{name}" + ("" if value is None else f"={_quote_value(value)}")
         for name, value in build_sbatch_directives(job).items()
@@ -65,12 +67,12 @@ def render_script(job: Job) -> str:
 
 
 def build_sbatch_directives(job: Job) -> dict[str, str | None]:
-    """All options of sbatch for it; None for one that stands alone."""
+    """Return all sbatch options of the job; the value None marks a flag."""
     last = len(job.run_dirs) - 1
-    at_once = f"%{job.max_parallel}" if job.max_parallel else ""
+    limit = f"%{job.max_parallel}" if job.max_parallel else ""
     return {
         "job-name": job.name,
-        **({"array": f"0-{last}{at_once}"} if job.is_array else {}),
+        **({"array": f"0-{last}{limit}"} if job.is_array else {}),
         "nodes": str(job.nodes),
         "ntasks-per-node": "1",
         **({"gpus-per-node": str(job.gpus_per_node)} if job.gpus_per_node else {}),
@@ -84,7 +86,7 @@ def build_sbatch_directives(job: Job) -> dict[str, str | None]:
 
 
 def _quote_value(value: str) -> str:
-    """For sbatch, which reads its lines much as a shell does, without expanding anything."""
+    """Return a value quoted for an #SBATCH line, which sbatch splits like a shell but without expansion."""
     if all(character.isalnum() or character in "_-.,:/@%+=*[]" for character in value):
         return value
     escaped = value.replace("\\", "\\\\").replace('"', '\\"')
@@ -93,36 +95,36 @@ def _quote_value(value: str) -> str:
 
 def _render_body(job: Job) -> list[str]:
     python = shlex.quote(job.python)
-    again = f'exec {python} -m peftbench.slurm.requeue --at-most {job.max_requeues} --code "$code" "$folder"'
+    requeue = f'exec {python} -m peftbench.slurm.requeue --max-requeues {job.max_requeues} --code "$code" "$folder"'
     return [
-        "# One folder a run, with its recipe and whatever else it needs.",
+        "# One folder per run, with its recipe and the engine's config files.",
         "folders=(",
         *(f"  {shlex.quote(str(folder))}" for folder in job.run_dirs),
         ")",
         "folder=${folders[${SLURM_ARRAY_TASK_ID:-0}]}",
         "",
-        "# SLURM tells this script alone that its time is nearly up; a file tells the run, on however many nodes.",
+        "# Before the time limit SLURM signals only this script. A file passes the stop request on to all nodes.",
         "export PEFTBENCH_JOB=${SLURM_JOB_ID}-${SLURM_RESTART_COUNT:-0}",
         f"export PEFTBENCH_STOP_LEAD={parse_lead_seconds(job.options)}",
-        "# srun gives a task one CPU unless it is told how many the job has for it (since SLURM 22.05).",
+        "# Since SLURM 22.05, srun gives a task one CPU unless SRUN_CPUS_PER_TASK is set.",
         '[ -z "$SLURM_CPUS_PER_TASK" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK',
-        "export SLURM_EXPORT_ENV=ALL  # whatever the job was given, its steps are given all of it",
-        "told=",
-        """trap 'told=1; echo SIGUSR1 >"$folder/.stop-$PEFTBENCH_JOB"' USR1""",
+        "export SLURM_EXPORT_ENV=ALL  # job steps get the whole environment, whatever --export is",
+        "stop_requested=",
+        """trap 'stop_requested=1; echo SIGUSR1 >"$folder/.stop-$PEFTBENCH_JOB"' USR1""",
         "",
         *_render_launch(job, python),
         "run=$!",
         'wait "$run"; code=$?',
-        'while kill -0 "$run" 2>/dev/null; do wait "$run"; code=$?; done  # a signal ends a wait, and not the run',
-        'wait "$run"; code=$?  # which it may have ended just before the run did',
+        'while kill -0 "$run" 2>/dev/null; do wait "$run"; code=$?; done  # a signal interrupts wait, not the run',
+        'wait "$run"; code=$?  # the run may have ended right after such a signal',
         "",
         'rm -f "$folder/.stop-$PEFTBENCH_JOB"',
         *(
             []
             if "no-requeue" in job.options
             else [
-                "# It kept its last step: begin anew where it was stopped, but not for ever.",
-                f'if [ -n "$told" ]; then {again}; fi',
+                "# Requeue the stopped run; it resumes from its last checkpoint.",
+                f'if [ -n "$stop_requested" ]; then {requeue}; fi',
             ]
         ),
         'exit "$code"',
@@ -131,26 +133,26 @@ def _render_body(job: Job) -> list[str]:
 
 def _render_launch(job: Job, python: str) -> list[str]:
     if not job.uses_accelerate:
-        return [f'srun {python} -m peftbench.train --unless-finished --config "$folder/recipe.yaml" &']
-    several = [
+        return [f'srun {python} -m peftbench.train --skip-finished --config "$folder/recipe.yaml" &']
+    rendezvous = [
         'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
         f"port=$(({_BASE_PORT} + SLURM_JOB_ID % 1000))",
         "export head port folder",
     ]
-    machines = [
+    multi_node = [
         '--machine_rank "$SLURM_NODEID"',
         '--main_process_ip "$head"',
         '--main_process_port "$port"',
         "--rdzv_backend c10d",
-        '--rdzv_conf "is_host=$((SLURM_NODEID == 0))"',  # torch would guess it from names
+        '--rdzv_conf "is_host=$((SLURM_NODEID == 0))"',  # torch would derive it from host names
         *(["--deepspeed_multinode_launcher standard"] if job.uses_deepspeed else []),
     ]
     launch = [
         f"{python} -m accelerate.commands.launch --quiet",
         f'--config_file "$folder/{ACCELERATE_CONFIG_FILE}"',
-        *(machines if job.nodes > 1 else ["--main_process_port 0"]),
-        '-m peftbench.train --unless-finished --config "$folder/recipe.yaml"',
+        *(multi_node if job.nodes > 1 else ["--main_process_port 0"]),
+        '-m peftbench.train --skip-finished --config "$folder/recipe.yaml"',
     ]
     if job.nodes == 1:
         return [f"srun {' '.join(launch)} &"]
-    return [*several, f"srun --kill-on-bad-exit=1 bash -c {shlex.quote('exec ' + ' '.join(launch))} &"]
+    return [*rendezvous, f"srun --kill-on-bad-exit=1 bash -c {shlex.quote('exec ' + ' '.join(launch))} &"]

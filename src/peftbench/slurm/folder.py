@@ -1,4 +1,4 @@
-"""Prints the folder that a recipe's run writes to, for scripts: python -m peftbench.slurm.folder --config RECIPE."""
+"""Alias of ``peftbench show --run-dir`` for job scripts: ``python -m peftbench.slurm.folder --config RECIPE``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Annotated, Optional
 import typer
 
 from peftbench.common.console import cli_errors
-from peftbench.common.filesystem import write_error
 from peftbench.recipe.loader import load_recipe
+from peftbench.run_dir.layout import RunDir
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -17,17 +17,11 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def print_run_dir(
     overrides: Annotated[Optional[list[str]], typer.Argument(metavar="[KEY.SUB=VALUE]...")] = None,
-    config: Annotated[Optional[list[Path]], typer.Option("--config", help="A recipe.")] = None,
+    config: Annotated[Optional[list[Path]], typer.Option("--config", help="Recipe file.")] = None,
 ) -> None:
-    """Print the folder that a recipe's run writes to."""
+    """Create the folder that a recipe's run writes to and print its path."""
     with cli_errors():
-        recipe = load_recipe(config or [], overrides or [])
-        place = Path(recipe.output_dir) / recipe.name
-        try:
-            place.mkdir(parents=True, exist_ok=True)  # in which a file may have to be made
-        except OSError as error:
-            raise write_error(place, error) from error
-        print(place)
+        print(RunDir.from_recipe(load_recipe(config or [], overrides or [])).create())
 
 
 if __name__ == "__main__":

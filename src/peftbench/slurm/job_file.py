@@ -1,4 +1,4 @@
-"""Which job of SLURM a run was last handed in as, in a file beside its recipe."""
+"""The file in a run's folder with the SLURM job that it was last submitted as."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ JOB_FILE = "job.json"
 
 
 class JobFile(BaseModel):
-    """A job, as far as it concerns one run."""
+    """The SLURM job of one run."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     job_id: str
-    """As SLURM's commands name it: 12, or 12_3 of an array."""
+    """SLURM's job id: 12, or 12_3 for an array task."""
     log_path: str | None = None
-    """What it printed."""
+    """The job's log."""
     requeue_count: int = 0
-    """How often it has begun itself anew."""
+    """How often the job has requeued itself."""
 
     def write(self, run_dir: Path) -> None:
-        """Keep it in a run's folder.
+        """Write the file to a run's folder.
 
         Raises:
             OutputError: it cannot be written.
@@ -34,17 +34,17 @@ class JobFile(BaseModel):
         write_atomically(run_dir / JOB_FILE, self.model_dump_json() + "\n")
 
     def read_final_result(self) -> dict[str, object] | None:
-        """What the run said at its end: the last line of its log, where that is what a run says."""
+        """Return the result line of the run, which is the last line of JSON in its log; None if the log has none."""
         with suppress(OSError, ValueError, TypeError):
             path = Path(self.log_path or "")
             for line in reversed(path.read_text(encoding="utf-8", errors="replace").splitlines()):
-                if line.startswith("{") and isinstance(said := json.loads(line), dict) and "outcome" in said:
-                    return said
+                if line.startswith("{") and isinstance(result := json.loads(line), dict) and "outcome" in result:
+                    return result
         return None
 
 
 def read_job_file(run_dir: Path) -> JobFile | None:
-    """What a run in ``folder`` was last handed in as, None where it was not, or where that cannot be read."""
+    """Return the last job of the run in ``run_dir``, None if it was not submitted or the file cannot be read."""
     try:
         return JobFile.model_validate_json((run_dir / JOB_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, ValidationError):

@@ -1,4 +1,4 @@
-"""Options of sbatch(1): which there are, and which of them peftbench sets itself."""
+"""Options of sbatch(1): the known ones, and those that peftbench sets itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from peftbench.errors import SlurmError, TimeLimitError, did_you_mean
 
 STOP_SIGNAL_FORMAT, DEFAULT_LEAD_SECONDS = "B:USR1@{}", 120
-"""What SLURM is to send a job's script before its time is up, and how long before."""
+"""The signal that SLURM sends to the batch script before the time limit, and the seconds before the limit."""
 
 _FLAG_OPTIONS = frozenset(
     {
@@ -30,7 +30,7 @@ _FLAG_OPTIONS = frozenset(
         "use-min-nodes",
     }
 )
-"""Those that stand alone; some of them take a value too."""
+"""Options that need no value; some take one."""
 _VALUE_OPTIONS = frozenset(
     {
         "account",
@@ -108,100 +108,103 @@ _VALUE_OPTIONS = frozenset(
     }
 )
 _RESERVED_OPTIONS = {
-    "array": "one task a run; --at-once says how many run together",
+    "array": "the array has one task per run; --max-parallel limits concurrent tasks",
     "nodes": "give --nodes",
     "gpus-per-node": "give --gpus-per-node",
-    "ntasks": "there is one on each node",
-    "ntasks-per-node": "there is one on each node",
-    "ntasks-per-gpu": "there is one on each node",
-    "ntasks-per-core": "there is one on each node",
-    "ntasks-per-socket": "there is one on each node",
-    "requeue": "jobs are, or give slurm.no-requeue=true",
-    "open-mode": "a log is gone on with",
-    "chdir": "jobs run where they were submitted",
-    "input": "nothing is read",
-    "wrap": "the script is written",
-    "output": "logs lie in slurm/ below the runs' folder",
-    "wait": "follow it with peftbench status",
+    "ntasks": "each node has one task",
+    "ntasks-per-node": "each node has one task",
+    "ntasks-per-gpu": "each node has one task",
+    "ntasks-per-core": "each node has one task",
+    "ntasks-per-socket": "each node has one task",
+    "requeue": "jobs are requeued; slurm.no-requeue=true turns that off",
+    "open-mode": "logs are appended to",
+    "chdir": "jobs run in the folder of the submission",
+    "input": "jobs read no input",
+    "wrap": "peftbench writes the script",
+    "output": "logs are in slurm/ in the output folder",
+    "wait": "follow the job with peftbench status",
     "test-only": "give --dry-run",
-    "parsable": "it is read here",
-    "quiet": "what is said is short",
-    "verbose": "hand in the script that --dry-run writes",
-    "ignore-pbs": "there is nothing of PBS in the script",
+    "parsable": "peftbench reads the job id",
+    "quiet": "the output is already short",
+    "verbose": "submit the script of --dry-run by hand",
+    "ignore-pbs": "the script has no PBS directives",
 }
-"""Those that are set already, and how."""
+"""Options that peftbench sets, and how."""
 ALLOWED_OPTIONS = tuple(sorted(_FLAG_OPTIONS | _VALUE_OPTIONS))
-"""All that may be given."""
+"""All options that a user may set."""
 
 _TIME_PATTERN = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
 _STOP_SIGNAL_PATTERN = re.compile(r"B:(?:SIG)?USR1@(\d+)")
 
 
 def parse_sbatch_options(options: Mapping[str, Any]) -> dict[str, str | None]:
-    """Options by name, as sbatch spells them, each with its value, or None where it stands alone.
+    """Return options under sbatch's names with their values; the value None marks a flag.
 
-    ``given`` has them by name, with dashes or underscores; false and null leave one out.
+    Names in ``options`` may have dashes or underscores. The values false and null leave an option out.
 
     Raises:
-        SlurmError: there is no such option, or it is not for a user to set, or its value cannot be meant.
+        SlurmError: an unknown option, one that peftbench sets itself, or an invalid value.
     """
-    found: dict[str, str | None] = {}
+    parsed: dict[str, str | None] = {}
     for key, value in options.items():
         name = str(key).replace("_", "-")
         if name in _RESERVED_OPTIONS:
             raise SlurmError(f"slurm.{key} is set by peftbench itself: {_RESERVED_OPTIONS[name]}")
         if name not in ALLOWED_OPTIONS:
             hint = did_you_mean(name, ALLOWED_OPTIONS)
-            raise SlurmError(f"sbatch has no option {name!r} that can be given as slurm.{key}", hint)
+            raise SlurmError(f"unknown sbatch option {name!r} in slurm.{key}", hint)
         if value is None or value is False:
             continue
-        found[name] = _format_value(name, value)
-    return found
+        parsed[name] = _format_value(name, value)
+    return parsed
 
 
 def _format_value(name: str, value: object) -> str | None:
     if value is True:
         if name not in _FLAG_OPTIONS:
-            raise SlurmError(f"slurm.{name}=true says nothing; sbatch's --{name} wants a value")
+            raise SlurmError(f"slurm.{name}=true is invalid; sbatch's --{name} needs a value")
         return None
     if not isinstance(value, (str, int, float)):
-        raise SlurmError(f"slurm.{name} must be a text or a number, not {value!r}")
+        raise SlurmError(f"slurm.{name} must be a string or a number, not {value!r}")
     text = str(value)
     if any(ord(character) < ord(" ") for character in text):
-        raise SlurmError(f"slurm.{name}={text!r} has a character that no option can hold")
+        raise SlurmError(f"slurm.{name}={text!r} has a control character")
     return text
 
 
 def parse_lead_seconds(options: Mapping[str, str | None]) -> int:
-    """How long before the end of its time a job is told.
+    """Return the seconds between a job's stop request and its time limit.
 
     Raises:
-        SlurmError: it would be told in another way than the one that its script hears.
+        SlurmError: a signal that the batch script does not handle.
     """
-    given = options.get("signal")
-    if given is None:
+    stop_signal = options.get("signal")
+    if stop_signal is None:
         return DEFAULT_LEAD_SECONDS
-    if (found := _STOP_SIGNAL_PATTERN.fullmatch(given)) is None:
+    if (match := _STOP_SIGNAL_PATTERN.fullmatch(stop_signal)) is None:
         raise SlurmError(
-            f"slurm.signal={given!r} is not what a job's script hears; give B:USR1@SECONDS, as {STOP_SIGNAL_FORMAT.format(300)}"
+            f"the batch script does not handle slurm.signal={stop_signal!r}; give B:USR1@SECONDS, e.g. "
+            f"{STOP_SIGNAL_FORMAT.format(300)}"
         )
-    return int(found[1])
+    return int(match[1])
 
 
 def parse_time_limit(time: str) -> int | None:
-    """Seconds of a time as sbatch takes it (minutes, minutes:seconds, hours:minutes:seconds, days-...), None if none.
+    """Return the seconds of sbatch's --time (minutes, minutes:seconds, hours:minutes:seconds, days-...).
+
+    Returns None for an unlimited time.
 
     Raises:
-        SlurmError: it is no time.
+        SlurmError: an invalid time.
     """
     if time.lower() in {"infinite", "unlimited", "0"}:
         return None
-    if (found := _TIME_PATTERN.fullmatch(time)) is None:
-        raise SlurmError(f"slurm.time={time!r} is no time; give minutes, hours:minutes:seconds or days-hours")
-    parts = [int(part) for part in found["parts"].split(":")]
-    if found["days"] is not None:  # days-hours[:minutes[:seconds]]
+    if (match := _TIME_PATTERN.fullmatch(time)) is None:
+        raise SlurmError(f"slurm.time={time!r} is not a valid time; give minutes, hours:minutes:seconds or days-hours")
+    parts = [int(part) for part in match["parts"].split(":")]
+    if match["days"] is not None:  # days-hours[:minutes[:seconds]]
         hours, minutes, seconds = (*parts, 0, 0)[:3]
-        return ((int(found["days"]) * 24 + hours) * 60 + minutes) * 60 + seconds
+        return ((int(match["days"]) * 24 + hours) * 60 + minutes) * 60 + seconds
     if len(parts) == 3:
         hours, minutes, seconds = parts
     else:
@@ -210,15 +213,15 @@ def parse_time_limit(time: str) -> int | None:
 
 
 def check_time_limit(options: Mapping[str, str | None]) -> None:
-    """Whether the time leaves some before the signal.
+    """Check that the time limit is longer than the lead time of the stop signal.
 
     Raises:
-        TimeLimitError: the job would be told to stop before it began.
+        TimeLimitError: the stop request would come before the job's start.
     """
     time, lead = options.get("time"), parse_lead_seconds(options)
     seconds = None if time is None else parse_time_limit(time)
     if seconds is not None and seconds <= lead:
         raise TimeLimitError(
-            f"slurm.time={time} is {seconds} s, and the job is told to stop {lead} s before its end, so that no step "
-            f"could be trained; give more, or a later signal as slurm.signal={STOP_SIGNAL_FORMAT.format(max(1, seconds // 4))}"
+            f"slurm.time={time} is {seconds} s, but the job is stopped {lead} s before its time limit; give a longer "
+            f"time, or a later signal, e.g. slurm.signal={STOP_SIGNAL_FORMAT.format(max(1, seconds // 4))}"
         )

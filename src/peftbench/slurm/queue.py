@@ -1,4 +1,4 @@
-"""What SLURM's queue says of a user's jobs."""
+"""The user's jobs in SLURM's queue."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ _TERMINAL_STATES = frozenset({"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NO
 
 
 class QueuedJob(NamedTuple):
-    """A job that is in the queue."""
+    """A job in the queue."""
 
     state: str
-    """As squeue(1) has it: PENDING, RUNNING, ..."""
+    """State as in squeue(1): PENDING, RUNNING, ..."""
     reason: str
-    """Why it waits, or None as a word."""
+    """Why the job is pending; the string "None" if it is not."""
 
     @property
     def is_active(self) -> bool:
-        """Whether it is still to run, or runs."""
+        """True if the job is pending or running."""
         return self.state not in _TERMINAL_STATES
 
 
 def list_queued_jobs() -> dict[str, QueuedJob]:
-    """Each of the user's jobs, by name (12, or 12_3 of an array); nothing where there is no SLURM.
+    """Return the user's jobs by id (12, or 12_3 for an array task); an empty dictionary if SLURM is not installed.
 
     Raises:
-        SlurmError: it does not answer.
+        SlurmError: squeue fails or times out.
     """
     if shutil.which(_SQUEUE_COMMAND[0]) is None:
         return {}
     try:
-        told = subprocess.run(
+        done = subprocess.run(
             _SQUEUE_COMMAND, capture_output=True, text=True, timeout=_SQUEUE_TIMEOUT_SECONDS, check=True
         )
     except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        raise SlurmError(f"squeue does not answer ({' '.join(said.split())})", "try again when it does") from None
-    rows = (line.split("|") for line in told.stdout.splitlines())
+        reason = getattr(error, "stderr", None) or str(error)
+        raise SlurmError(f"squeue failed ({' '.join(reason.split())})", "try again later") from None
+    rows = (line.split("|") for line in done.stdout.splitlines())
     return {row[0]: QueuedJob(row[1], row[2]) for row in rows if len(row) == 3}

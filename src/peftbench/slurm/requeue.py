@@ -1,6 +1,6 @@
-"""What becomes of a job whose run was stopped for its time: begun anew, unless that would lead nowhere.
+"""Requeue a job whose run was stopped at the time limit, unless the run made no progress.
 
-Run by a job's script when the run has ended: python -m peftbench.slurm.requeue --at-most N FOLDER
+The batch script runs it after the run has ended: ``python -m peftbench.slurm.requeue --max-requeues N FOLDER``.
 """
 
 from __future__ import annotations
@@ -15,80 +15,80 @@ from pathlib import Path
 from peftbench.common.console import INTERRUPT_EXIT_CODE
 from peftbench.errors import PeftbenchError, SlurmError, TimeLimitError
 from peftbench.record import EXIT_CODES, RECORD_FILE, RunRecord, read_record
+from peftbench.run_dir.layout import CHECKPOINT_METADATA_FILE, RunDir
 from peftbench.run_dir.status import get_slurm_job_id, read_status
 from peftbench.slurm.job_file import JobFile, read_job_file
 
 _STOPPED_EXIT_CODES = frozenset({EXIT_CODES["preempted"], INTERRUPT_EXIT_CODE, 1, *range(128, 160)})
-"""Exit codes of a run that was stopped, of a launcher whose processes were, and of what a signal has ended."""
+"""Exit codes of a stopped run, of a launcher whose processes were stopped, and of a process ended by a signal."""
 
 
 def requeue(run_dir: Path, max_requeues: int, exit_code: int = EXIT_CODES["preempted"]) -> int:
-    """Begin the job anew, if its run can gain by it; returns the exit code of its script.
+    """Requeue the job if its run made progress. Return the exit code for the batch script.
 
-    ``code`` is what the run ended with.
+    ``exit_code`` is the run's.
 
     Raises:
-        SlurmError: it cannot, and why.
-        TimeLimitError: it was stopped before it had begun, or kept nothing, or came no further in its time.
-        RecordError: its record cannot be read.
+        SlurmError: outside a job, after ``max_requeues`` requeues, or if scontrol fails.
+        TimeLimitError: the run stopped before its start, saved no checkpoint, or completed no step.
+        RecordError: the run's record cannot be read.
     """
-    job, status = get_slurm_job_id(), read_status(run_dir)
-    if job is None:
-        raise SlurmError(f"{run_dir} was stopped outside of SLURM; run it again to go on")
-    if exit_code not in _STOPPED_EXIT_CODES:  # it came to an end of its own while it was told to stop
+    job_id, status = get_slurm_job_id(), read_status(run_dir)
+    if job_id is None:
+        raise SlurmError(f"{run_dir} was stopped outside SLURM; run it again to resume")
+    if exit_code not in _STOPPED_EXIT_CODES:  # the run ended by itself although a stop was requested
         return exit_code
     if status is None or (status.job_id, status.restart_count) != (
-        job,
+        job_id,
         int(os.environ.get("SLURM_RESTART_COUNT", "0")),
     ):
-        raise _build_time_limit_error(f"it was told to stop before the run in {run_dir} had begun")
+        raise _build_time_limit_error(f"the stop request came before the start of the run in {run_dir}")
     record = _read_record_since(status.started_at, run_dir)
     if record is not None and record.outcome.kind != "preempted":
         return EXIT_CODES[record.outcome.kind]
-    if record is None and not _has_checkpoint_since(
-        status.started_at, run_dir
-    ):  # it was killed before it could write one
-        raise _build_time_limit_error(f"{run_dir} was killed after it had been told to stop, and kept nothing")
+    if record is None and not _has_checkpoint_since(status.started_at, run_dir):  # killed before it wrote a record
+        raise _build_time_limit_error(f"the run in {run_dir} was killed after the stop request and saved no checkpoint")
     if record is not None and not made_progress(record):
-        raise _build_time_limit_error(f"{run_dir} {_describe_position(record)} before it was told to stop")
-    before = read_job_file(run_dir)
-    if before is None or before.job_id != job:  # handed in by hand
-        before = JobFile(job_id=job)
-    if before.requeue_count >= max_requeues:
+        raise _build_time_limit_error(f"the run in {run_dir} {_describe_position(record)} before the stop request")
+    job_file = read_job_file(run_dir)
+    if job_file is None or job_file.job_id != job_id:  # submitted without peftbench submit
+        job_file = JobFile(job_id=job_id)
+    if job_file.requeue_count >= max_requeues:
         raise SlurmError(
-            f"job {job} has begun itself anew {before.requeue_count} times, which is as often as it may; submit again"
+            f"job {job_id} was requeued {job_file.requeue_count} times, the limit; submit it again to resume"
         )
-    # Before: SLURM ends this very process when it does so.
-    before.model_copy(update={"requeued": before.requeue_count + 1}).write(run_dir)
+    attempt = job_file.requeue_count + 1
+    # Written first, since SLURM ends this process when it requeues the job.
+    job_file.model_copy(update={"requeue_count": attempt}).write(run_dir)
     try:
-        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+        done = subprocess.run(["scontrol", "requeue", job_id], capture_output=True, text=True, check=False)
     except OSError as error:
-        raise SlurmError(f"job {job} could not be begun anew: scontrol cannot be run ({error.strerror})") from error
+        raise SlurmError(f"cannot requeue job {job_id}: cannot run scontrol ({error.strerror})") from error
     if done.returncode:
-        raise SlurmError(f"job {job} could not be begun anew: {done.stderr.strip()}")
-    after = f"after step {record.outcome.step}" if record is not None else "from its newest checkpoint"
-    print(f"job {job} begins itself anew for the {before.requeue_count + 1}. time, {after}", flush=True)
+        raise SlurmError(f"cannot requeue job {job_id}: {done.stderr.strip()}")
+    position = f"after step {record.outcome.step}" if record is not None else "from its latest checkpoint"
+    print(f"requeued job {job_id} (requeue {attempt} of {max_requeues}), resuming {position}", flush=True)
     return EXIT_CODES["preempted"]
 
 
 def made_progress(record: RunRecord) -> bool:
-    """Whether the last process of a run finished a step and kept it."""
+    """True if the last process of a run completed a step and saved it."""
     step = record.outcome.step
     return step is not None and step > _get_resume_step(record) and step <= record.steps
 
 
 def _describe_position(record: RunRecord) -> str:
     if not record.steps:
-        return f"came no further than its phase {record.outcome.phase}"
-    return f"began at step {_get_resume_step(record)} and came no further"
+        return f"reached only its phase {record.outcome.phase}"
+    return f"made no progress from step {_get_resume_step(record)}"
 
 
 def _build_time_limit_error(reason: str) -> TimeLimitError:
-    return TimeLimitError(f"the job's time is too short: {reason}; give a longer slurm.time, and submit again")
+    return TimeLimitError(f"the job's time limit is too short: {reason}; give a longer slurm.time and submit again")
 
 
 def _read_record_since(started_at: str, run_dir: Path) -> RunRecord | None:
-    """The record of the attempt that began then; one that lies there may be of an attempt before."""
+    """Return the record of the attempt that started then; None if the record is of an earlier attempt."""
     if not (run_dir / RECORD_FILE).exists():
         return None
     record = read_record(run_dir / RECORD_FILE)
@@ -97,7 +97,8 @@ def _read_record_since(started_at: str, run_dir: Path) -> RunRecord | None:
 
 def _has_checkpoint_since(started_at: str, run_dir: Path) -> bool:
     since = datetime.datetime.fromisoformat(started_at).timestamp()
-    return any(path.stat().st_mtime >= since for path in run_dir.glob("checkpoints/*/step-*[0-9]/checkpoint.json"))
+    checkpoints = RunDir(run_dir).find_checkpoints()
+    return any((path / CHECKPOINT_METADATA_FILE).stat().st_mtime >= since for path in checkpoints)
 
 
 def _get_resume_step(record: RunRecord) -> int:
@@ -108,11 +109,11 @@ def main() -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--at-most", type=int, default=10)
+    parser.add_argument("--max-requeues", "--at-most", type=int, default=10)  # queued jobs use the old name
     parser.add_argument("--code", type=int, default=EXIT_CODES["preempted"])
-    asked = parser.parse_args()
+    args = parser.parse_args()
     try:
-        return requeue(asked.folder, asked.at_most, asked.code)
+        return requeue(args.folder, args.max_requeues, args.code)
     except PeftbenchError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return int(error.exit_code)

@@ -1,4 +1,4 @@
-"""Submits runs to SLURM: what they need is written into their folders first, then one job an array, or one a run."""
+"""Submit runs to SLURM: write the files that they need to their folders, then submit one job or job array."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from peftbench.common.filesystem import write_atomically, write_error
 from peftbench.errors import MissingFileError, OutputError, SlurmError, did_you_mean
 from peftbench.recipe.loader import to_commented_yaml
 from peftbench.recipe.schema import Recipe
+from peftbench.run_dir.layout import RunDir
 from peftbench.run_dir.lock import raise_if_locked
 from peftbench.slurm.batch_script import (
     ACCELERATE_CONFIG_FILE,
@@ -33,41 +34,41 @@ _ACCELERATE_CONFIG_DIR = "accel_configs"
 
 @dataclass(frozen=True)
 class Submission:
-    """What was written, and what SLURM called it."""
+    """The files written for a job, and its id once submitted."""
 
     script_path: Path
     script_text: str
     run_dirs: tuple[Path, ...]
     log_dir: Path
     sbatch_args: tuple[str, ...] = ()
-    """Its options, once more, for sbatch: what the environment says would come before the script's."""
+    """The script's options as sbatch arguments: SBATCH_* environment variables override the script, not arguments."""
     job_id: str | None = None
 
 
 @dataclass(frozen=True)
 class LaunchFile:
-    """An accelerate file, and what it says of a launch."""
+    """An accelerate config file and its content."""
 
     path: Path
     config: dict[str, Any]
 
     @property
     def deepspeed_config_path(self) -> Path | None:
-        """The DeepSpeed file that it names."""
+        """The DeepSpeed config file that it names, None if it names none."""
         inner = self.config.get("deepspeed_config") or {}
         if not isinstance(inner, dict):
-            raise SlurmError(f"{self.path}: deepspeed_config must hold keys and values")
-        named = inner.get("deepspeed_config_file")
-        if named is None:
+            raise SlurmError(f"{self.path}: deepspeed_config must be a mapping")
+        name = inner.get("deepspeed_config_file")
+        if name is None:
             return None
-        found = [place for place in (Path(named), self.path.resolve().parent.parent / named) if place.is_file()]
-        if not found:
-            raise MissingFileError(f"{self.path} names the DeepSpeed file {named}, and there is none")
-        return found[0].resolve()
+        paths = [path for path in (Path(name), self.path.resolve().parent.parent / name) if path.is_file()]
+        if not paths:
+            raise MissingFileError(f"{self.path} names the DeepSpeed config {name}, which does not exist")
+        return paths[0].resolve()
 
     @property
     def processes_per_node(self) -> int:
-        """Of each machine, as the file has it."""
+        """Number of processes per node in the config file."""
         try:
             machines = int(self.config.get("num_machines") or 1)
             return max(1, int(self.config.get("num_processes") or 1) // machines)
@@ -76,23 +77,24 @@ class LaunchFile:
 
 
 def find_launch_file(name: str) -> LaunchFile:
-    """The engine of a file, or of that name in ``accel_configs/``.
+    """Return the accelerate config of that name in ``accel_configs/``, or at that path.
 
     Raises:
-        MissingFileError: there is none.
+        MissingFileError: the file does not exist.
+        SlurmError: the file is not valid.
     """
     known = {path.stem: path for folder in _find_accelerate_config_dirs() for path in sorted(folder.glob("*.yaml"))}
     path = known.get(name) or Path(name)
     if not path.is_file():
         raise MissingFileError(
-            f"there is no engine {name!r}", did_you_mean(name, known) if known else "give a file's path"
+            f"unknown engine {name!r}", did_you_mean(name, known) if known else "give the path of an accelerate config"
         )
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SlurmError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(config, dict):
-        raise SlurmError(f"{path} must hold keys and values, as accelerate config writes them")
+        raise SlurmError(f"{path} must be a mapping, as written by accelerate config")
     return LaunchFile(path, config)
 
 
@@ -107,17 +109,17 @@ def _find_accelerate_config_dirs() -> list[Path]:
 def prepare_submission(
     recipes: Sequence[Recipe], job: Job, launch_file: LaunchFile | None, script_dir: Path
 ) -> Submission:
-    """Write everything that the runs need: resolved recipes, the engine's files, the script. Nothing is submitted.
+    """Write the resolved recipes, the engine's config files and the batch script. Submit nothing.
 
     Raises:
-        BusyError: a run is under way already.
+        RunLockedError: another process works in one of the folders.
         OutputError: a folder cannot be written.
     """
     for folder in job.run_dirs:
         raise_if_locked(folder)
     for recipe, folder in zip(recipes, job.run_dirs, strict=True):
         absolute = recipe.model_copy(update={"output_dir": str(folder.parent)})
-        write_atomically(folder / "recipe.yaml", to_commented_yaml(absolute))
+        write_atomically(RunDir(folder).recipe_file, to_commented_yaml(absolute))
         if launch_file is not None:
             _write_launch_files(launch_file, folder, job)
     text = render_script(job)
@@ -137,7 +139,7 @@ def _write_launch_files(launch_file: LaunchFile, run_dir: Path, job: Job) -> Non
     config = launch_file.config | {
         "num_machines": job.nodes,
         "num_processes": job.nodes * job.processes_per_node,
-        "same_network": False,  # accelerate tells c10d where to meet only then
+        "same_network": False,  # otherwise accelerate passes no rendezvous endpoint to c10d
     }
     if (deepspeed := launch_file.deepspeed_config_path) is not None:
         write_atomically(run_dir / DEEPSPEED_CONFIG_FILE, deepspeed.read_text(encoding="utf-8"))
@@ -149,17 +151,17 @@ def _write_launch_files(launch_file: LaunchFile, run_dir: Path, job: Job) -> Non
 
 
 def submit_job(submission: Submission) -> Submission:
-    """Hand the script to sbatch.
+    """Submit the script with sbatch.
 
     Raises:
-        SlurmError: there is none, or it refused.
+        SlurmError: sbatch does not exist or refuses the script.
     """
     if shutil.which("sbatch") is None:
         raise SlurmError(
-            f"there is no sbatch on this machine; submit {submission.script_path} where there is SLURM, or run the suite "
-            "here with peftbench compare"
+            f"no sbatch on this machine; submit {submission.script_path} on a machine with SLURM, or run the suite "
+            "here with peftbench run"
         )
-    # Of a job that this is submitted from nothing must travel along: a task's number, a count, a step's CPUs.
+    # If this process is itself in a job, its task id, restart count and CPUs must not reach the new job.
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -174,11 +176,11 @@ def submit_job(submission: Submission) -> Submission:
     )
     if done.returncode:
         raise SlurmError(f"sbatch refused {submission.script_path}: {' '.join(done.stderr.split())}")
-    job = done.stdout.strip().split(";")[0]
+    job_id = done.stdout.strip().split(";")[0]
     for index, folder in enumerate(submission.run_dirs):
-        name = f"{job}_{index}" if len(submission.run_dirs) > 1 else job
+        name = f"{job_id}_{index}" if len(submission.run_dirs) > 1 else job_id
         try:
             JobFile(job_id=name, log_path=str(submission.log_dir / f"{name}.log")).write(folder)
         except OutputError as error:
-            raise SlurmError(f"job {job} was submitted, but that cannot be noted: {error}") from error
-    return replace(submission, job_id=job)
+            raise SlurmError(f"job {job_id} was submitted, but its job file cannot be written: {error}") from error
+    return replace(submission, job_id=job_id)

@@ -1,1 +1,1 @@
-"""Several runs: recipes times axes, each in a fresh process."""
+"""Suites: all combinations of recipes and axis values, each run in a new process."""

@@ -1,4 +1,4 @@
-"""From a suite file to its runs: recipes times axes."""
+"""Expand a suite file into its runs: every recipe with every combination of axis values."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from peftbench.recipe.loader import merge_configs, parse_recipe, read_yaml, to_i
 from peftbench.recipe.schema import Recipe
 
 SEED_KEY = "train.seed"
-"""The knob that --seeds varies: new weights, the order of batches, dropout; the examples stay the same."""
+"""The key that --seeds varies: initial weights, batch order and dropout; the examples stay the same."""
 
 
 class Suite(ConfigSection):
-    """A comparison: which recipes, changed how, launched by what."""
+    """The keys of a suite file."""
 
     name: str
     """Name of the suite."""
     recipes: tuple[str, ...] = Field(min_length=1)
-    """Recipe files, relative to the suite's own."""
+    """Recipe files, relative to the suite file."""
     overrides: tuple[str, ...] = ()
-    """key.sub=value for every recipe."""
+    """Overrides KEY.SUB=VALUE for every recipe."""
     axes: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(default={})
-    """Knobs to vary, as {train.seed: [0, 1, 2]}; every recipe runs with every combination."""
+    """Keys to vary, e.g. {train.seed: [0, 1, 2]}; every recipe runs with every combination."""
     slurm: dict[str, str | int | float | bool | None] = Field(default={})
-    """Options of sbatch for peftbench submit, as {partition: gpu, time: "4:00:00"}."""
+    """Options of sbatch for peftbench submit, e.g. {partition: gpu, time: "4:00:00"}."""
     accelerate: str | None = None
-    """Accelerate config file, relative to the suite's own; null runs one process without a launcher."""
+    """Accelerate config file, relative to the suite file; null runs one process without a launcher."""
 
 
 def read_suite(path: Path) -> Suite:
-    """The suite of a file.
+    """Return the suite in a file.
 
     Raises:
-        RecipeError: it is no suite; its subclasses say why.
+        RecipeError: the file is not a valid suite.
     """
     values: dict[str, Any] = {}
     for part in read_yaml(path):
@@ -48,49 +48,49 @@ def read_suite(path: Path) -> Suite:
     try:
         return Suite.model_validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
-        # An unknown key explains what is missing beside it; so it goes first.
-        found = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-        key = ".".join(map(str, found["loc"]))
-        if found["type"] == "extra_forbidden":
+        # A misspelt key also makes a required key missing, so the unknown key is reported first.
+        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        key = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
             hint = did_you_mean(key, Suite.model_fields)
-            raise UnknownKeyError(f"{path} is no suite: there is no key {key!r}", hint) from error
-        raise RecipeError(f"{path} is no suite: {key}: {found['msg']}") from error
+            raise UnknownKeyError(f"{path} is not a valid suite: unknown key {key!r}", hint) from error
+        raise RecipeError(f"{path} is not a valid suite: {key}: {first['msg']}") from error
 
 
 def expand(
     path: Path, overrides: Sequence[str] = (), out: Path | None = None, seeds: int | None = None
 ) -> list[Recipe]:
-    """Every run of the suite in ``path``, each a valid recipe with a name of its own; with so many ``seeds`` each.
+    """Return the recipes of all runs of the suite in ``path``, each with a unique name; ``seeds`` repeats them.
 
     Raises:
-        RecipeError: a recipe is not valid, two runs have one name, or seeds are asked for twice; nothing has run yet.
+        RecipeError: a recipe is invalid, two runs have the same name, or both an axis and ``seeds`` vary the seed.
     """
     suite = read_suite(path)
     if seeds is not None and SEED_KEY in suite.axes:
         raise OutOfRangeError(
-            f"{path} varies {SEED_KEY} itself", "leave --seeds out, or take that axis out of the suite"
+            f"{path} already has an axis {SEED_KEY}", "leave --seeds out, or remove that axis from the suite"
         )
     recipes: list[Recipe] = []
     for name in suite.recipes:
         file = path.parent / name
         for point in _iter_grid_points(suite.axes):
             changes = [f"{key}={json.dumps(value)}" for key, value in point]
-            place = [f"output_dir={to_inline_yaml(str(out))}"] if out is not None else []
-            values = merge_configs([file], [*suite.overrides, *changes, *overrides, *place])
+            output = [f"output_dir={to_inline_yaml(str(out))}"] if out is not None else []
+            values = merge_configs([file], [*suite.overrides, *changes, *overrides, *output])
             values["name"] = "-".join(
                 [str(values.get("name", file.stem)), *(_format_axis_label(k, v) for k, v in point)]
             )
             recipes += with_seeds(parse_recipe(values), seeds)
     names = [recipe.name for recipe in recipes]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise RecipeError(f"several runs of {path} are named {', '.join(twice)}; give each recipe a name of its own")
+    if duplicates := sorted({name for name in names if names.count(name) > 1}):
+        raise RecipeError(f"several runs of {path} are named {', '.join(duplicates)}; give each recipe a unique name")
     return recipes
 
 
 def with_seeds(recipe: Recipe, seeds: int | None) -> list[Recipe]:
-    """``recipe`` with its own train.seed and the ones that follow it, named as an axis would name them.
+    """Return ``recipe`` repeated with ``seeds`` consecutive seeds from its train.seed, named like runs of a seed axis.
 
-    It is left as it is where ``seeds`` is None, and where the method trains nothing, so that no seed changes its run.
+    Returns the recipe unchanged if ``seeds`` is None, or if the method trains nothing and no seed changes the run.
 
     Raises:
         OutOfRangeError: a seed is too large.
@@ -108,18 +108,18 @@ def with_seeds(recipe: Recipe, seeds: int | None) -> list[Recipe]:
 
 
 def resolve_accelerate_config(path: Path) -> Path | None:
-    """The accelerate config file that the suite in ``path`` names, None where it names none.
+    """Return the accelerate config file that the suite in ``path`` names, None if it names none.
 
     Raises:
-        MissingFileError: it is not there.
+        MissingFileError: the file does not exist.
     """
-    named = read_suite(path).accelerate
-    if named is None:
+    name = read_suite(path).accelerate
+    if name is None:
         return None
-    found = path.parent / named
-    if not found.is_file():
-        raise MissingFileError(f"{path} names the accelerate config {named}, and there is no {found}")
-    return found
+    file = path.parent / name
+    if not file.is_file():
+        raise MissingFileError(f"{path} names the accelerate config {name}, but {file} does not exist")
+    return file
 
 
 def _iter_grid_points(axes: dict[str, tuple[Any, ...]]) -> Iterator[tuple[tuple[str, Any], ...]]:
@@ -127,6 +127,6 @@ def _iter_grid_points(axes: dict[str, tuple[Any, ...]]) -> Iterator[tuple[tuple[
 
 
 def _format_axis_label(key: str, value: object) -> str:
-    """``seed=1`` of the axis ``train.seed``; what a folder's name cannot hold becomes an underscore."""
+    """Return e.g. ``seed=1`` for the axis ``train.seed``; characters unfit for a folder name become underscores."""
     text = value if isinstance(value, str) else json.dumps(value)
     return f"{key.rsplit('.', 1)[-1]}=" + "".join(c if c.isalnum() or c in "._+-" else "_" for c in text)

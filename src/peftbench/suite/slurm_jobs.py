@@ -1,4 +1,4 @@
-"""From a suite or a recipe to the one job, or the array of jobs, that runs what is not finished."""
+"""Plan a SLURM job, or an array of jobs, for the unfinished runs of a suite or a recipe."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from peftbench.errors import SlurmError
 from peftbench.recipe.loader import load_recipe, read_yaml, to_inline_yaml
 from peftbench.recipe.schema import Recipe
+from peftbench.run_dir.layout import RunDir
 from peftbench.run_dir.lock import is_locked
 from peftbench.run_dir.results import load_existing_result
 from peftbench.slurm.batch_script import Job
@@ -21,28 +22,28 @@ from peftbench.suite.expand import expand, read_suite, resolve_accelerate_config
 
 
 def is_suite(path: Path) -> bool:
-    """Whether a file is a suite and no recipe.
+    """True if the file is a suite rather than a recipe.
 
     Raises:
-        RecipeError: it cannot be read.
+        RecipeError: the file cannot be read.
     """
     return any("recipes" in part for part in read_yaml(path))
 
 
 @dataclass(frozen=True)
 class SubmissionPlan:
-    """What a suite or a recipe asks of SLURM."""
+    """The runs to submit, their job and engine."""
 
     recipes: tuple[Recipe, ...]
-    """Of runs that have no result and are in no queue."""
+    """Recipes of the runs without a result that are not in the queue."""
     job: Job
     launch_file: LaunchFile | None
     script_dir: Path
-    """Folder for the script."""
+    """Folder of the job script."""
     num_finished: int
-    """Runs that have their result."""
+    """Number of runs that have a result."""
     active_owners: tuple[str, ...]
-    """Who has the runs that are in the queue, or under way, already."""
+    """The jobs and processes that already run, or wait to run, some of the runs."""
 
 
 def plan_submission(
@@ -58,105 +59,113 @@ def plan_submission(
     max_requeues: int,
     seeds: int | None = None,
 ) -> SubmissionPlan:
-    """The runs of ``target`` that are left to do, their job, their engine, and the folder for the script.
+    """Return the unfinished runs of ``target`` with their job, engine and script folder.
 
-    ``options`` are for sbatch, as ``time=1:00:00``; a suite's own ``slurm`` comes before them. With ``seeds``, what
-    trains runs with so many of them.
+    ``options`` are sbatch options such as ``time=1:00:00``; they override the ``slurm`` key of a suite. ``seeds`` is
+    the number of seeds per run that trains.
 
     Raises:
-        RecipeError, SlurmError: what was given cannot be meant; nothing was written.
+        RecipeError, SlurmError: invalid input; nothing was written.
     """
-    recipes, name, given, named = _load_target(target, overrides, out, seeds)
-    chosen = parse_sbatch_options(given | dict(map(_parse_option, options)))
-    check_time_limit(chosen)
-    launcher = find_launch_file(engine or str(named)) if engine or named else None
-    if launcher is None and nodes > 1:
-        raise SlurmError("--nodes wants an engine that spreads a training over machines; give --engine, as zero2")
+    recipes, name, suite_options, suite_engine = _load_target(target, overrides, out, seeds)
+    sbatch_options = parse_sbatch_options(suite_options | dict(map(_parse_option, options)))
+    check_time_limit(sbatch_options)
+    launch_file = find_launch_file(engine or str(suite_engine)) if engine or suite_engine else None
+    if launch_file is None and nodes > 1:
+        raise SlurmError("--nodes needs a distributed engine; give --engine, e.g. zero2")
     unfinished = [recipe for recipe in recipes if load_existing_result(recipe) is None]
-    lasting = {key for key, found in list_queued_jobs().items() if found.is_active}
-    waiting = {
-        _get_run_dir(recipe): key for recipe in unfinished if (key := _find_active_owner(_get_run_dir(recipe), lasting))
+    active_jobs = {job_id for job_id, queued in list_queued_jobs().items() if queued.is_active}
+    active_owners = {
+        _get_run_dir(recipe): owner
+        for recipe in unfinished
+        if (owner := _find_active_owner(_get_run_dir(recipe), active_jobs))
     }
-    left = tuple(recipe for recipe in unfinished if _get_run_dir(recipe) not in waiting)
+    to_submit = tuple(recipe for recipe in unfinished if _get_run_dir(recipe) not in active_owners)
     root = Path(recipes[0].output_dir).resolve()
-    place_of_script = root if len(recipes) > 1 else root / recipes[0].name
-    on_cpu = launcher is not None and bool(launcher.config.get("use_cpu"))
-    per_node = 1 if launcher is None else launcher.processes_per_node
+    script_dir = root if len(recipes) > 1 else root / recipes[0].name
+    on_cpu = launch_file is not None and bool(launch_file.config.get("use_cpu"))
+    per_node = 1 if launch_file is None else launch_file.processes_per_node
     gpus = (0 if on_cpu else per_node) if gpus_per_node is None else gpus_per_node
     job = Job(
         name=name,
-        run_dirs=tuple(map(_get_run_dir, left)),
-        log_dir=place_of_script / LOG_DIR,
-        options=chosen,
+        run_dirs=tuple(map(_get_run_dir, to_submit)),
+        log_dir=script_dir / LOG_DIR,
+        options=sbatch_options,
         nodes=nodes,
         gpus_per_node=gpus,
         processes_per_node=gpus or per_node,
-        uses_accelerate=launcher is not None,
-        uses_deepspeed=launcher is not None and launcher.deepspeed_config_path is not None,
+        uses_accelerate=launch_file is not None,
+        uses_deepspeed=launch_file is not None and launch_file.deepspeed_config_path is not None,
         max_parallel=max_parallel,
         max_requeues=max_requeues,
     )
-    return SubmissionPlan(left, job, launcher, place_of_script, len(recipes) - len(unfinished), tuple(waiting.values()))
+    num_finished = len(recipes) - len(unfinished)
+    return SubmissionPlan(to_submit, job, launch_file, script_dir, num_finished, tuple(active_owners.values()))
 
 
 def _load_target(
     target: Path, overrides: Sequence[str], out: Path | None, seeds: int | None
 ) -> tuple[list[Recipe], str, dict[str, Any], Path | None]:
-    """Recipes, name, options for sbatch and accelerate file."""
+    """Return the recipes, the name, the sbatch options and the accelerate config of a suite or a recipe."""
     if is_suite(target):
         suite = read_suite(target)
         recipes = expand(target, overrides, out, seeds)
         return recipes, suite.name, _check_quoted_times(suite.slurm), resolve_accelerate_config(target)
-    place = [f"output_dir={to_inline_yaml(str(out))}"] if out is not None else []
-    recipe = load_recipe([target], [*overrides, *place])
+    output = [f"output_dir={to_inline_yaml(str(out))}"] if out is not None else []
+    recipe = load_recipe([target], [*overrides, *output])
     return with_seeds(recipe, seeds), recipe.name, {}, None
 
 
 def _find_active_owner(run_dir: Path, active_jobs: Set[str]) -> str | None:
-    """Whose it is already: a job's, or a process's that was started by hand."""
-    if (before := read_job_file(run_dir)) is not None and before.job_id in active_jobs:
-        return f"job {before.job_id}"
-    return f"a process, in {run_dir}" if is_locked(run_dir) else None
+    """Return the active job of a run, or the process that runs it outside SLURM; None if neither exists."""
+    if (job_file := read_job_file(run_dir)) is not None and job_file.job_id in active_jobs:
+        return f"job {job_file.job_id}"
+    return f"a process in {run_dir}" if is_locked(run_dir) else None
 
 
 def _get_run_dir(recipe: Recipe) -> Path:
-    return Path(recipe.output_dir).resolve() / recipe.name
+    return RunDir.from_recipe(recipe).path.resolve()
 
 
 def _parse_option(argument: str) -> tuple[str, str | bool | None]:
-    """A name and its value, which is text as sbatch would be given it: YAML takes 1:00:00 for 3,600."""
+    """Return the name and the value as text. It is not parsed as YAML, which would read 1:00:00 as 3600."""
     name, equals, value = argument.partition("=")
     if not equals or not name:
-        raise SlurmError(f"slurm.{argument} is no option; write slurm.OPTION=VALUE, as slurm.time=4:00:00")
-    words: dict[str, bool | None] = {"true": True, "false": False, "null": None}
-    return name, words.get(value, value)
+        raise SlurmError(f"slurm.{argument} is not an option; write slurm.OPTION=VALUE, e.g. slurm.time=4:00:00")
+    constants: dict[str, bool | None] = {"true": True, "false": False, "null": None}
+    return name, constants.get(value, value)
 
 
 def _check_quoted_times(options: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("time", "time-min", "time_min", "begin", "deadline"):
         if isinstance(options.get(name), (int, float)):
-            raise SlurmError(f"the suite's slurm.{name} must be in quotes, for YAML takes 1:00:00 for 3,600")
+            raise SlurmError(f"slurm.{name} of the suite must be quoted, since YAML reads 1:00:00 as the number 3600")
     return dict(options)
 
 
 def describe_skipped_runs(plan: SubmissionPlan) -> list[str]:
-    """What is not submitted, and why."""
-    said = []
+    """Return one line per reason why runs are not submitted."""
+    lines = []
     if plan.num_finished:
-        said.append(f"{plan.num_finished} {'have' if plan.num_finished > 1 else 'has'} a result already, left out")
+        lines.append(f"skipped {_format_num_runs(plan.num_finished)} with a result")
     if plan.active_owners:
-        said.append(f"{len(plan.active_owners)} under way already, left out: {', '.join(plan.active_owners)}")
-    return said
+        num_active = _format_num_runs(len(plan.active_owners))
+        lines.append(f"skipped {num_active} already queued or running: {', '.join(plan.active_owners)}")
+    return lines
+
+
+def _format_num_runs(number: int) -> str:
+    return f"{number} run{'' if number == 1 else 's'}"
 
 
 def describe_next_steps(submission: Submission) -> str:
-    """What a person does next."""
-    folders = submission.run_dirs
-    place = submission.script_path.parent
+    """Return the commands that follow, cancel and report a submitted job."""
+    folder = submission.script_path.parent
+    num_runs = _format_num_runs(len(submission.run_dirs))
     return (
-        f"submitted job {submission.job_id}: {len(folders)} run{'s' if len(folders) > 1 else ''}, by {submission.script_path}\n"
-        f"follow:  peftbench status {place}\n"
+        f"submitted job {submission.job_id}: {num_runs}, script {submission.script_path}\n"
+        f"follow:  peftbench status {folder}\n"
         f"logs:    {submission.log_dir}\n"
         f"cancel:  scancel {submission.job_id}\n"
-        f"results: peftbench report {place}"
+        f"results: peftbench report {folder}"
     )

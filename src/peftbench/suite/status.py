@@ -1,4 +1,4 @@
-"""How the runs below a folder stand, from their files alone; and from SLURM's queue, where there is one."""
+"""The state of all runs in a folder, from their files and, if SLURM is installed, from its queue."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tabulate import tabulate
 from peftbench.common.units import format_bytes
 from peftbench.errors import MissingFileError, RecordError
 from peftbench.record import FINAL_OUTCOMES, RECORD_FILE, RunRecord, read_record
+from peftbench.run_dir.layout import CHECKPOINTS_DIR, RECIPE_FILE, STATUS_FILE, RunDir
 from peftbench.run_dir.lock import is_locked
-from peftbench.run_dir.status import STATUS_FILE as STATUS
 from peftbench.run_dir.status import Status, read_status
 from peftbench.slurm.job_file import JobFile, read_job_file
 from peftbench.slurm.queue import QueuedJob
@@ -22,7 +22,7 @@ from peftbench.slurm.queue import QueuedJob
 
 @dataclass(frozen=True)
 class RunStatus:
-    """Of one run."""
+    """The state of one run."""
 
     name: str
     state: str
@@ -33,104 +33,107 @@ class RunStatus:
     seconds_left: float | None = None
     job_id: str | None = None
     detail: str = ""
-    """What explains the state."""
+    """Explanation of the state."""
     loss: float | None = None
-    """Of the last step, in nats."""
+    """Loss of the last step, in nats."""
     memory_bytes: int | None = None
-    """What its main process held after the last step, as its budget counts it."""
+    """Memory of the main process after the last step, counted like the memory budget."""
     budget_bytes: int | None = None
 
 
 def collect_run_statuses(
     folder: Path, queue: Mapping[str, QueuedJob], *, include_hosts: bool = True
 ) -> list[RunStatus]:
-    """Every run below ``folder``, by path; ``queue`` is what SLURM says, and may be empty.
+    """Return the state of every run in ``folder`` and its subfolders, sorted by path.
 
-    Without ``hosts`` no machine is named.
+    ``queue`` has SLURM's jobs by id and may be empty. ``include_hosts`` adds host names to the details.
 
     Raises:
-        MissingFileError: there is none.
+        MissingFileError: the folder has no run.
     """
-    places = sorted({path.parent for name in ("recipe.yaml", RECORD_FILE, STATUS) for path in folder.rglob(name)})
-    places = [place for place in places if "checkpoints" not in place.relative_to(folder).parts]
-    if not places:
-        raise MissingFileError(f"there is no run below {folder}", "give the folder that a suite wrote to")
+    run_dirs = sorted({path.parent for name in (RECIPE_FILE, RECORD_FILE, STATUS_FILE) for path in folder.rglob(name)})
+    run_dirs = [run_dir for run_dir in run_dirs if CHECKPOINTS_DIR not in run_dir.relative_to(folder).parts]
+    if not run_dirs:
+        raise MissingFileError(f"no run in {folder}", "give the output folder of a run or a suite")
     return [
-        _build_run_status(place, str(place.relative_to(folder)), queue, include_hosts=include_hosts) for place in places
+        _build_run_status(run_dir, str(run_dir.relative_to(folder)), queue, include_hosts=include_hosts)
+        for run_dir in run_dirs
     ]
 
 
 def find_unfinished_runs(folder: Path) -> list[RunStatus]:
-    """Runs below ``folder`` of which a page would not tell how they stand, by their files alone.
+    """Return the runs in ``folder`` that are waiting, running or gone, or that failed without a record.
 
-    They wait, run or are gone, with an older record or with none; or they were refused and have none. The page may be
-    shared: no machine is named.
+    The states come from files alone. Details have no host names, since a page with them may be shared.
     """
     try:
-        found = collect_run_statuses(folder, {}, include_hosts=False)
+        rows = collect_run_statuses(folder, {}, include_hosts=False)
     except MissingFileError:
         return []
-    open_ones = {"waiting", "running", "gone"}
+    unfinished_states = {"waiting", "running", "gone"}
     return [
-        one
-        for one in found
-        if one.state in open_ones or (one.state == "failed" and not (folder / one.name / RECORD_FILE).exists())
+        row
+        for row in rows
+        if row.state in unfinished_states or (row.state == "failed" and not (folder / row.name / RECORD_FILE).exists())
     ]
 
 
 def _build_run_status(run_dir: Path, name: str, queue: Mapping[str, QueuedJob], *, include_hosts: bool) -> RunStatus:
-    status, before = read_status(run_dir), read_job_file(run_dir)
-    job = before.job_id if before else None
+    status, job_file = read_status(run_dir), read_job_file(run_dir)
+    job_id = job_file.job_id if job_file else None
     record = None
     with suppress(RecordError):
         record = read_record(run_dir / RECORD_FILE)
-    # A process may have been started by hand, or be of the job before.
-    asked = next((found for key in (job, status.job_id if status else None) if key and (found := queue.get(key))), None)
-    elsewhere = status is not None and status.host != socket.gethostname()  # where a lock may not be seen from here
+    # The process may belong to an earlier job than the job file, or to none if it was started by hand.
+    job_ids = (job_id, status.job_id if status else None)
+    queued = next((job for key in job_ids if key and (job := queue.get(key))), None)
+    on_other_host = status is not None and status.host != socket.gethostname()  # its lock may be invisible here
     if is_locked(run_dir) or (
-        elsewhere and asked is not None and asked.state == "RUNNING" and _is_newer_than_record(status, record)
+        on_other_host and queued is not None and queued.state == "RUNNING" and _is_newer_than_record(status, record)
     ):
-        return _build_running_status(name, status, job, include_hosts=include_hosts)
-    lasts = asked is not None and asked.is_active and asked.state != "COMPLETING"
-    if asked is not None and lasts and not (record and record.outcome.kind in FINAL_OUTCOMES):
-        after = f"after step {record.outcome.step}, " if record is not None and record.outcome.step else ""
-        why = "starting" if asked.state == "RUNNING" else asked.state if asked.reason == "None" else asked.reason
-        return RunStatus(name, "waiting", job_id=job, detail=f"{after}{why.lower()}")
-    if before is not None and (refused := _find_refusal(before, run_dir)):
-        return RunStatus(name, "failed", job_id=job, detail=refused)
+        return _build_running_status(name, status, job_id, include_hosts=include_hosts)
+    will_run = queued is not None and queued.is_active and queued.state != "COMPLETING"
+    if queued is not None and will_run and not (record and record.outcome.kind in FINAL_OUTCOMES):
+        position = f"after step {record.outcome.step}, " if record is not None and record.outcome.step else ""
+        reason = "starting" if queued.state == "RUNNING" else queued.state if queued.reason == "None" else queued.reason
+        return RunStatus(name, "waiting", job_id=job_id, detail=f"{position}{reason.lower()}")
+    if job_file is not None and (refusal := _find_refusal(job_file, run_dir)):
+        return RunStatus(name, "failed", job_id=job_id, detail=refusal)
     if record is not None and _is_record_current(status, record):
-        return _build_ended_status(run_dir, name, record, status, job)
+        return _build_ended_status(run_dir, name, record, status, job_id)
     if status is not None:
-        kept = f"; step {newest} is kept" if (newest := _find_latest_checkpoint_step(run_dir)) else ""
-        where = f" on {status.host}" if include_hosts else ""
+        latest = RunDir(run_dir).find_latest_checkpoint_step()
+        checkpoint = f"; checkpoint of step {latest}" if latest else ""
+        host = f" on {status.host}" if include_hosts else ""
         return RunStatus(
             name,
             "gone",
             status.step,
             status.total_steps,
-            job_id=job,
-            detail=f"last seen at {status.updated_at}{where}{kept}; run it again to go on",
+            job_id=job_id,
+            detail=f"last update at {status.updated_at}{host}{checkpoint}; run it again to resume",
             loss=status.loss,
             memory_bytes=status.memory_bytes,
             budget_bytes=status.budget_bytes,
         )
-    return RunStatus(name, "waiting", job_id=job, detail="" if job is None else f"job {job} is not in the queue")
+    detail = "" if job_id is None else f"job {job_id} is not in the queue"
+    return RunStatus(name, "waiting", job_id=job_id, detail=detail)
 
 
 def _find_refusal(job_file: JobFile, run_dir: Path) -> str | None:
-    """Why a job's run was refused, of which its log alone has word."""
-    said = job_file.read_final_result()
-    if said is None or said["outcome"] != "refused" or job_file.log_path is None:
+    """Return the error of a refused run, which only the job's log has; None if the run started."""
+    result = job_file.read_final_result()
+    if result is None or result["outcome"] != "refused" or job_file.log_path is None:
         return None
-    told, others = Path(job_file.log_path).stat().st_mtime, [run_dir / RECORD_FILE, run_dir / STATUS]
-    later = all(told > path.stat().st_mtime for path in others if path.exists())
-    return str(said.get("error")) if later else None
+    log_time, files = Path(job_file.log_path).stat().st_mtime, [run_dir / RECORD_FILE, run_dir / STATUS_FILE]
+    is_latest = all(log_time > path.stat().st_mtime for path in files if path.exists())
+    return str(result.get("error")) if is_latest else None
 
 
 def _build_running_status(name: str, status: Status | None, job_id: str | None, *, include_hosts: bool) -> RunStatus:
     if status is None:
         return RunStatus(name, "running", job_id=job_id, detail="starting")
-    here = "" if not include_hosts or status.host == socket.gethostname() else f" on {status.host}"
+    host = "" if not include_hosts or status.host == socket.gethostname() else f" on {status.host}"
     return RunStatus(
         name,
         "running",
@@ -139,7 +142,7 @@ def _build_running_status(name: str, status: Status | None, job_id: str | None, 
         status.tokens_per_second,
         status.seconds_left,
         status.job_id or job_id,
-        f"{status.phase}{here}",
+        f"{status.phase}{host}",
         status.loss,
         status.memory_bytes,
         status.budget_bytes,
@@ -152,21 +155,21 @@ def _build_ended_status(
     outcome = record.outcome
     speed = record.throughput.tokens_per_second.real if record.throughput else None
     state = "finished" if outcome.kind in FINAL_OUTCOMES else outcome.kind
-    said = "" if outcome.kind == "ok" else (outcome.error or outcome.kind)
+    detail = "" if outcome.kind == "ok" else (outcome.error or outcome.kind)
     if outcome.kind in {"oom", "diverged"}:
-        said = f"{outcome.kind}: {said}"
-    steps, step = status.total_steps if status else None, record.steps
-    kept = _find_latest_checkpoint_step(run_dir)
-    if state in {"preempted", "failed"} and kept is not None and kept > step:  # it ended before it had taken that up
-        step, said = kept, f"{said}; step {kept} is kept"
+        detail = f"{outcome.kind}: {detail}"
+    total_steps, step = status.total_steps if status else None, record.steps
+    latest = RunDir(run_dir).find_latest_checkpoint_step()
+    if state in {"preempted", "failed"} and latest is not None and latest > step:  # it ended before it could resume
+        step, detail = latest, f"{detail}; checkpoint of step {latest}"
     return RunStatus(
         name,
         state,
         step,
-        steps,
+        total_steps,
         speed,
         job_id=job_id,
-        detail=(said.splitlines() or [""])[0],
+        detail=(detail.splitlines() or [""])[0],
         loss=record.step_losses[-1] if record.step_losses and step == record.steps else None,
         memory_bytes=status.memory_bytes if status else None,
         budget_bytes=status.budget_bytes if status else None,
@@ -174,7 +177,7 @@ def _build_ended_status(
 
 
 def _is_newer_than_record(status: Status | None, record: RunRecord | None) -> bool:
-    """Whether a process began after the one that wrote the record."""
+    """True if the process started after the one that wrote the record."""
     return record is None or (status is not None and status.started_at > record.started_at)
 
 
@@ -182,13 +185,8 @@ def _is_record_current(status: Status | None, record: RunRecord) -> bool:
     return status is None or record.started_at >= status.started_at
 
 
-def _find_latest_checkpoint_step(run_dir: Path) -> int | None:
-    steps = [int(path.parent.name.removeprefix("step-")) for path in run_dir.glob("checkpoints/*/step-*[0-9]/*.json")]
-    return max(steps, default=None)
-
-
 def render_status_table(rows: Sequence[RunStatus]) -> str:
-    """A line for every run, and how many there are of each state; without columns that say nothing of any run."""
+    """Return a table with one row per run, without empty columns, and the number of runs per state."""
     lines = [
         [
             row.name,
@@ -203,12 +201,12 @@ def render_status_table(rows: Sequence[RunStatus]) -> str:
         ]
         for row in rows
     ]
-    heads = ["run", "state", "step", "loss", "tokens/s", "memory", "left", "job", ""]
-    told = [column for column in range(len(heads)) if any(line[column] not in {"–", ""} for line in lines)]
-    heads, lines = [heads[column] for column in told], [[line[column] for column in told] for line in lines]
+    headers = ["run", "state", "step", "loss", "tokens/s", "memory", "time left", "job", ""]
+    filled = [column for column in range(len(headers)) if any(line[column] not in {"–", ""} for line in lines)]
+    headers, lines = [headers[column] for column in filled], [[line[column] for column in filled] for line in lines]
     states = [row.state for row in rows]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    return f"{tabulate(lines, headers=heads, disable_numparse=True)}\n\n{len(rows)} runs: {counts}"
+    return f"{tabulate(lines, headers=headers, disable_numparse=True)}\n\n{len(rows)} runs: {counts}"
 
 
 def _format_duration(seconds: float) -> str:

@@ -1,9 +1,8 @@
-"""Proves an answer of the search by running it: the largest micro-batch that fits, and the next one, which does not."""
+"""Verify a search result by running it: the largest micro-batch must fit and the next larger one must not."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from peftbench.errors import BudgetError
@@ -11,27 +10,26 @@ from peftbench.memory.devices import UNKNOWN_DEVICE, DeviceFacts
 from peftbench.memory.plan import Strategy, Verification
 from peftbench.memory.search import MemoryTarget, apply_strategy, list_micro_batch_sizes
 from peftbench.recipe.schema import Budget, Checkpoint, Profile, Recipe
-from peftbench.record import RECORD_FILE, RunRecord, read_record
+from peftbench.record import RunRecord, read_record
+from peftbench.run_dir.layout import RunDir
 from peftbench.suite.launch import RunResult
 
 _VERIFICATION_STEPS = 3
-"""In the second the optimizer's states are there, and the third is as any other."""
+"""Optimizer states exist from the second step on; the third step is representative of all later ones."""
 
 
 def check_local_device(facts: DeviceFacts) -> None:
-    """Whether this machine has the device of the answer, so that it can be proved.
+    """Check that this machine has the device that the answer is for.
 
     Raises:
-        BudgetError: it has another.
+        BudgetError: it has another device.
     """
     import torch
 
-    here = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    if facts.torch_name != here and not (facts is UNKNOWN_DEVICE and here != "CPU"):
-        instead = "give --device cpu" if here == "CPU" else "leave --device out"
-        raise BudgetError(
-            f"--verify runs the answer here, on {here}, and the answer is for {facts.torch_name}; {instead}"
-        )
+    local_device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    if facts.torch_name != local_device and not (facts is UNKNOWN_DEVICE and local_device != "CPU"):
+        hint = "give --device cpu" if local_device == "CPU" else "leave --device out"
+        raise BudgetError(f"--verify runs on {local_device}, but the answer is for {facts.torch_name}; {hint}")
 
 
 def verify_strategy(
@@ -42,19 +40,19 @@ def verify_strategy(
     launch: Callable[[Recipe], RunResult],
     log_message: Callable[[str], None],
 ) -> Verification:
-    """Run what was found for ``recipe``, and the next larger micro-batch, under the budget of ``room``.
+    """Run ``strategy`` on ``recipe`` with the predicted micro-batch and the next larger one, under the target's budget.
 
-    Where the first does not run, smaller ones are, and where the second does, larger ones, until the edge is found.
-    Each run takes three steps of rows as long as can be, and one batch of evaluation; ``launch`` runs one.
+    If the first is out of memory, try smaller ones; if the second fits, try larger ones, until the limit is found.
+    Each run has three training steps at the maximum sequence length and one evaluation batch. ``launch`` starts a run.
 
     Raises:
-        BudgetError: a run ended neither well nor out of memory, which proves nothing.
+        BudgetError: a run ended neither well nor out of memory.
     """
     chosen, predicted = apply_strategy(recipe, strategy), strategy.plan.micro_batch_size
     sizes = list_micro_batch_sizes(chosen, target.launch_config.num_processes)
     outcomes: dict[int, str] = {}
 
-    def runs(index: int) -> bool:
+    def fits(index: int) -> bool:
         with TemporaryDirectory(prefix="peftbench-") as folder:
             record = _run_and_read_record(
                 _build_short_recipe(
@@ -67,12 +65,12 @@ def verify_strategy(
         return record.outcome.kind == "ok"
 
     index = sizes.index(predicted)
-    if runs(index):
-        while index + 1 < len(sizes) and runs(index + 1):
+    if fits(index):
+        while index + 1 < len(sizes) and fits(index + 1):
             index += 1
     else:
         index -= 1
-        while index >= 0 and not runs(index):
+        while index >= 0 and not fits(index):
             index -= 1
     return Verification(
         predicted_micro_batch_size=predicted,
@@ -85,10 +83,8 @@ def _run_and_read_record(recipe: Recipe, launch: Callable[[Recipe], RunResult]) 
     result = launch(recipe)
     if result.outcome not in {"ok", "oom"}:
         size = recipe.train.resolved_micro_batch_size
-        raise BudgetError(
-            f"a run with micro-batches of {size} proves nothing, for it ended as {result.outcome}: {result.error}"
-        )
-    return read_record(Path(recipe.output_dir) / recipe.name / RECORD_FILE)
+        raise BudgetError(f"cannot verify micro-batch {size}: the run ended as {result.outcome}: {result.error}")
+    return read_record(RunDir.from_recipe(recipe).record_file)
 
 
 def _build_short_recipe(recipe: Recipe, width: int, micro_batch_size: int, budget: int, output_dir: str) -> Recipe:
@@ -116,7 +112,7 @@ def _build_short_recipe(recipe: Recipe, width: int, micro_batch_size: int, budge
 def _describe_outcome(micro_batch_size: int, record: RunRecord) -> str:
     outcome = record.outcome
     if outcome.kind == "ok":
-        return f"micro-batch {micro_batch_size}: ran"
+        return f"micro-batch {micro_batch_size}: fits"
     where = f"step {outcome.step}, {outcome.step_part}" if outcome.step else str(outcome.phase)
-    asked = f", where it asked for {outcome.requested_bytes:,} bytes more" if outcome.requested_bytes else ""
-    return f"micro-batch {micro_batch_size}: out of memory in {where}{asked}"
+    request = f", requesting {outcome.requested_bytes:,} bytes more" if outcome.requested_bytes else ""
+    return f"micro-batch {micro_batch_size}: out of memory in {where}{request}"

@@ -1,6 +1,7 @@
-"""Checkpoints: folders that are whole or not there, the newest few of them, each with what it may be read by.
+"""Write, select and read checkpoints: atomic folders, of which the newest few are kept.
 
-Processes decide together: the main one chooses, and what one of them cannot do is refused by all, so that none waits.
+The main process selects the checkpoint to load. An error on one process is raised on all of them, so that none blocks
+in a collective.
 """
 
 from __future__ import annotations
@@ -21,23 +22,28 @@ from safetensors import SafetensorError
 from peftbench.common.filesystem import as_os_error, write_error
 from peftbench.distributed.collectives import all_gather_objects
 from peftbench.errors import CheckpointError
+from peftbench.run_dir.layout import (
+    CHECKPOINT_METADATA_FILE,
+    PARTIAL_SUFFIX,
+    RunDir,
+    get_checkpoint_name,
+    list_checkpoints,
+)
 from peftbench.training import serialization
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-CHECKPOINTS_DIR = "checkpoints"
-PER_RANK_KEYS = ("random", "probe", "kept")
-"""Parts of a state that each process has of its own, where all else is alike."""
-_METADATA_FILE = "checkpoint.json"
-_PARTIAL_SUFFIX = ".unfinished"
+PER_RANK_KEYS = ("rng_state", "probe", "measurements")
+"""Parts of a state that differ between processes even if the model is replicated."""
+_FORMAT_VERSION = 2  # raise it when the files or keys of a checkpoint change
 _READ_ERRORS = (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError)
 _WRITE_ERRORS = (OSError, SafetensorError, TypeError, RuntimeError, MemoryError)
 
 
 @dataclass(frozen=True)
 class CheckpointMetadata:
-    """What a checkpoint is of, and what made it."""
+    """Identifies the training that wrote a checkpoint, and the environment it ran in."""
 
     recipe_fingerprint: str
     model_fingerprint: str
@@ -49,23 +55,23 @@ class CheckpointMetadata:
 
     @property
     def training_id(self) -> str:
-        """What is trained on what, in one word: of another recipe, base or data it is another."""
+        """Hash of recipe, base model and data; names the folder of this training's checkpoints."""
         identity = json.dumps([self.recipe_fingerprint, self.model_fingerprint, self.data_fingerprint])
         return hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
 
     @property
     def replicated(self) -> bool:
-        """Whether each process has everything, so that any number of them can go on with the first one's part."""
+        """True if each process holds the full state, so that any number of processes can resume from rank 0's files."""
         return self.engine in {"single", "ddp"}
 
     def incompatibilities(self, other: CheckpointMetadata) -> list[str]:
-        """What keeps this one from going on with what ``other`` made, in words."""
-        found = (
+        """Return why this run cannot resume from a checkpoint written with ``other``; empty if it can."""
+        differences = (
             []
             if self.replicated and other.replicated
             else [
-                f"{what} {theirs} instead of {mine}"
-                for what, mine, theirs in (
+                f"{name} {theirs} instead of {mine}"
+                for name, mine, theirs in (
                     ("engine", self.engine, other.engine),
                     ("processes", self.world_size, other.world_size),
                 )
@@ -73,8 +79,8 @@ class CheckpointMetadata:
             ]
         )
         if self.device != other.device:
-            found.append(f"device {other.device} instead of {self.device}")
-        return found + [
+            differences.append(f"device {other.device} instead of {self.device}")
+        return differences + [
             f"{name} {other.versions.get(name)} instead of {version}"
             for name, version in self.versions.items()
             if other.versions.get(name) != version
@@ -83,52 +89,53 @@ class CheckpointMetadata:
 
 @dataclass(frozen=True)
 class CheckpointRef:
-    """A checkpoint to go on from."""
+    """A checkpoint to resume from."""
 
     path: Path
     metadata: CheckpointMetadata
 
 
 class CheckpointManager:
-    """The checkpoints of one run, in a folder of its own for each recipe, base and data."""
+    """Manages the checkpoints of one run, in a separate folder for each recipe, base model and data."""
 
     def __init__(self, accelerator: Accelerator, run_dir: Path, metadata: CheckpointMetadata, keep_latest: int) -> None:
         self.accelerator, self.metadata, self.keep_latest = accelerator, metadata, keep_latest
-        self.directory = run_dir / CHECKPOINTS_DIR / metadata.training_id
+        self.run_dir = RunDir(run_dir)
+        self.directory = self.run_dir.checkpoints_dir / metadata.training_id
         self.notes: list[str] = []
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write this process's part; when all have, the checkpoint is there, and the oldest beyond ``keep`` are not.
+        """Write this process's part; once all are written, commit the checkpoint and delete the oldest ones.
 
         Raises:
-            OutputError, DiskFullError: a process cannot write; all raise, and the checkpoints before stay.
+            OutputError, DiskFullError: a process cannot write; all processes raise, and earlier checkpoints stay.
         """
-        final = self.directory / f"step-{step:08d}"
-        unfinished = final.with_name(f"{final.name}{_PARTIAL_SUFFIX}")
+        final = self.directory / get_checkpoint_name(step)
+        unfinished = final.with_name(f"{final.name}{PARTIAL_SUFFIX}")
         rank = self.accelerator.process_index
-        if self.metadata.replicated and rank > 0:  # the first has the rest
+        if self.metadata.replicated and rank > 0:  # rank 0 writes the rest
             state = {key: state[key] for key in PER_RANK_KEYS if key in state}
 
-        def begin() -> None:
+        def prepare() -> None:
             if self.accelerator.is_main_process:
                 shutil.rmtree(unfinished, ignore_errors=True)
                 unfinished.mkdir(parents=True)
 
-        def finish() -> None:
+        def commit() -> None:
             if self.accelerator.is_main_process:
                 self._commit(step, unfinished, final)
 
-        for work in (begin, lambda: serialization.save_tree(state, unfinished / _rank_dir_name(rank)), finish):
-            self._run_on_all_ranks(work, final, unfinished)
+        for action in (prepare, lambda: serialization.save_tree(state, unfinished / _rank_dir_name(rank)), commit):
+            self._run_on_all_ranks(action, final, unfinished)
 
     def _run_on_all_ranks(self, fn: Callable[[], None], final_dir: Path, partial_dir: Path) -> None:
         problem: tuple[int | None, str] | None = None
         try:
             fn()
         except _WRITE_ERRORS as error:
-            found = as_os_error(error)
-            problem = found.errno, found.strerror or str(found)
-        problems = [said for said in all_gather_objects(self.accelerator, problem) if said is not None]
+            os_error = as_os_error(error)
+            problem = os_error.errno, os_error.strerror or str(os_error)
+        problems = [other for other in all_gather_objects(self.accelerator, problem) if other is not None]
         if problems:
             if self.accelerator.is_main_process:
                 shutil.rmtree(partial_dir, ignore_errors=True)
@@ -137,10 +144,15 @@ class CheckpointManager:
     def _commit(self, step: int, partial_dir: Path, final_dir: Path) -> None:
         for rank in range(self.accelerator.num_processes):
             if not (partial_dir / _rank_dir_name(rank)).is_dir():
-                raise OSError(None, f"the part of process {rank} is not there: all processes must share this folder")
+                raise OSError(None, f"the files of process {rank} are missing: all processes must share this folder")
         files = {str(path.relative_to(partial_dir)): _hash_file(path) for path in sorted(partial_dir.rglob("*.*"))}
-        meta = {"step": step, "origin": asdict(self.metadata), "files": files}
-        (partial_dir / _METADATA_FILE).write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        content = {
+            "format_version": _FORMAT_VERSION,
+            "step": step,
+            "metadata": asdict(self.metadata),
+            "files": files,
+        }
+        (partial_dir / CHECKPOINT_METADATA_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
         for path in (*partial_dir.rglob("*"), partial_dir):
             _fsync(path)
         shutil.rmtree(final_dir, ignore_errors=True)
@@ -150,78 +162,87 @@ class CheckpointManager:
             shutil.rmtree(old, ignore_errors=True)
 
     def list_checkpoints(self) -> list[Path]:
-        """Finished checkpoints, the newest first."""
-        return sorted((path.parent for path in self.directory.glob(f"step-*[0-9]/{_METADATA_FILE}")), reverse=True)
+        """Return the complete checkpoints, newest first."""
+        return list_checkpoints(self.directory)
 
     def latest(self) -> CheckpointRef | None:
-        """The newest whole checkpoint of this very run, None where there is none; what is damaged is told and removed.
+        """Return the newest valid checkpoint of this run, None if it has none; damaged ones are noted and deleted.
 
         Raises:
-            CheckpointError: it was made by something that cannot be left (engine, processes, device, versions).
+            CheckpointError: the checkpoint has an old format, or another engine, number of processes, device or library
+                version wrote it.
         """
         chosen: tuple[CheckpointRef | None, list[str], str | None] = (None, [], None)
         if self.accelerator.is_main_process:
             chosen = self._select_latest()
         if self.accelerator.num_processes > 1:
             (chosen,) = broadcast_object_list([chosen])
-        found, notes, refusal = chosen
+        checkpoint, notes, refusal = chosen
         self.notes += notes
         if refusal is not None:
             raise CheckpointError(refusal)
-        return found
+        return checkpoint
 
     def _select_latest(self) -> tuple[CheckpointRef | None, list[str], str | None]:
         others = [path for path in self.directory.parent.glob("*") if path.is_dir() and path != self.directory]
-        notes = [
-            f"checkpoints of another recipe, base or data lie in {path} and were left alone" for path in sorted(others)
-        ]
-        for path in self.directory.glob(f"*{_PARTIAL_SUFFIX}"):
+        for path in self.run_dir.find_checkpoints():
+            if (version := _read_format_version(path / CHECKPOINT_METADATA_FILE)) not in (None, _FORMAT_VERSION):
+                return (
+                    None,
+                    [],
+                    (
+                        f"Cannot resume from {path}: it has checkpoint format {version}, and this version reads "
+                        f"format {_FORMAT_VERSION}. Delete {path.parent} to start over."
+                    ),
+                )
+        notes = [f"{path} has checkpoints of another recipe, base model or data; kept" for path in sorted(others)]
+        for path in self.directory.glob(f"*{PARTIAL_SUFFIX}"):
             shutil.rmtree(path, ignore_errors=True)
         for path in self.list_checkpoints():
-            origin = _read_valid_metadata(path)
-            if origin is None:
-                notes.append(f"the checkpoint {path.name} was damaged and was taken away")
+            metadata = _read_valid_metadata(path)
+            if metadata is None:
+                notes.append(f"the checkpoint {path.name} was damaged; deleted")
                 shutil.rmtree(path, ignore_errors=True)
                 continue
-            if differences := self.metadata.incompatibilities(origin):
+            if differences := self.metadata.incompatibilities(metadata):
                 return (
                     None,
                     notes,
                     (
-                        f"{path} cannot be gone on with, since it was made with {', '.join(differences)}; launch it as it "
-                        f"was, or remove {self.directory} to begin anew"
+                        f"Cannot resume from {path}: it was written with {', '.join(differences)}. Launch with the "
+                        f"same settings, or delete {self.directory} to start over."
                     ),
                 )
-            return CheckpointRef(path, origin), notes, None
+            return CheckpointRef(path, metadata), notes, None
         return None, notes, None
 
     def load(self, checkpoint: CheckpointRef) -> tuple[dict[str, Any], bool]:
-        """The state of this process in a checkpoint, and whether it was this very process's.
+        """Return this process's state in a checkpoint, and whether the same process wrote it.
 
         Raises:
-            CheckpointError: a process cannot read its part; all raise.
+            CheckpointError: a process cannot read its files; all processes raise.
         """
         rank, own = self.accelerator.process_index, checkpoint.metadata == self.metadata
         state: dict[str, Any] = {}
         problem = None
         try:
-            first = 0 if self.metadata.replicated else rank
+            source = 0 if self.metadata.replicated else rank
             state = serialization.load_tree(
-                checkpoint.path / _rank_dir_name(first), self.accelerator.device, device_keys=("optimizer",)
+                checkpoint.path / _rank_dir_name(source), self.accelerator.device, device_keys=("optimizer",)
             )
-            if own and first != rank:
+            if own and source != rank:
                 state |= serialization.load_tree(checkpoint.path / _rank_dir_name(rank), self.accelerator.device)
         except _READ_ERRORS as error:
-            problem = f"process {rank} cannot read its part of {checkpoint.path}: {error}"
-        if problems := [said for said in all_gather_objects(self.accelerator, problem) if said is not None]:
-            raise CheckpointError(problems[0], f"remove {self.directory} to begin anew")
+            problem = f"process {rank} cannot read its files of {checkpoint.path}: {error}"
+        if problems := [other for other in all_gather_objects(self.accelerator, problem) if other is not None]:
+            raise CheckpointError(problems[0], f"delete {self.directory} to start over")
         return state, own
 
     def delete_all(self) -> None:
-        """Take those of this training away, with what was not finished."""
+        """Delete this training's checkpoints, including incomplete ones."""
         if self.accelerator.is_main_process:
             shutil.rmtree(self.directory, ignore_errors=True)
-            with contextlib.suppress(OSError):  # others may lie there
+            with contextlib.suppress(OSError):  # not empty if another training has checkpoints
                 self.directory.parent.rmdir()
 
 
@@ -230,22 +251,30 @@ def _rank_dir_name(rank: int) -> str:
 
 
 def _read_valid_metadata(path: Path) -> CheckpointMetadata | None:
-    """Where a checkpoint is from, None where a file of it is missing or is not what was written."""
+    """Return a checkpoint's metadata, None if one of its files is missing or changed."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        meta: dict[str, Any] = json.loads((path / _METADATA_FILE).read_text(encoding="utf-8"))
-        if all(_hash_file(path / name) == digest for name, digest in meta["files"].items()):
-            return CheckpointMetadata(**meta["origin"])
+        content: dict[str, Any] = json.loads((path / CHECKPOINT_METADATA_FILE).read_text(encoding="utf-8"))
+        if all(_hash_file(path / name) == digest for name, digest in content["files"].items()):
+            return CheckpointMetadata(**content["metadata"])
+    return None
+
+
+def _read_format_version(path: Path) -> int | None:
+    """Return the format version in a checkpoint's metadata file, 1 if it has none; None if the file is not readable."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        version: int = json.loads(path.read_text(encoding="utf-8")).get("format_version", 1)
+        return version
     return None
 
 
 def _hash_file(path: Path) -> str:
     with path.open("rb") as file:
-        made: Callable[[], Any] = lambda: hashlib.blake2b(digest_size=16)  # noqa: E731
-        return hashlib.file_digest(file, made).hexdigest()
+        new_hash: Callable[[], Any] = lambda: hashlib.blake2b(digest_size=16)  # noqa: E731
+        return hashlib.file_digest(file, new_hash).hexdigest()
 
 
 def _fsync(path: Path) -> None:
-    """Have the system write a file or a folder's names to the disk now."""
+    """Flush a file, or a folder's directory entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,10 +1,10 @@
-"""The one loop: every method and every engine passes through it."""
+"""The training loop, shared by every method and every engine."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -13,6 +13,8 @@ import torch
 
 from peftbench.data.batches import GlobalBatch
 from peftbench.data.collate import FlopUnits, TokenCounts
+from peftbench.distributed.collectives import get_dp_world_size
+from peftbench.training.callbacks import StepCallback, StepInfo
 from peftbench.training.prefetch import prefetch
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class DivergedError(Exception):
-    """A loss is not a finite number, at or after ``step`` (counted from 1)."""
+    """The loss of ``step`` (counted from 1) is not a finite number."""
 
     def __init__(self, step: int, message: str) -> None:
         super().__init__(message)
@@ -32,32 +34,33 @@ class DivergedError(Exception):
 
 @dataclass
 class TrainProgress:
-    """What training has done so far; kept up to date, so that it outlives whatever ends the loop."""
+    """Results of the completed steps; updated after each step, so it is valid however the loop ends."""
 
     losses: list[float] = field(default_factory=list)
     step_token_counts: list[TokenCounts] = field(default_factory=list)
     """Tokens of each step, over all ranks."""
     step_required: list[FlopUnits] = field(default_factory=list)
+    """Model FLOP units of each step, over all ranks."""
     step_executed: list[FlopUnits] = field(default_factory=list)
-    """What each step needed and what it computed, over all ranks."""
+    """Hardware FLOP units of each step, over all ranks."""
     step_shapes: list[tuple[int, int]] = field(default_factory=list)
-    """Most rows and most real positions of this rank's micro-batches, by step."""
+    """(rows, real positions) of this rank's largest micro-batch in each step."""
     skipped_steps: int = 0
-    """Steps that fp16's loss scaler took back, because a gradient overflowed."""
+    """Steps that fp16's loss scaler skipped because a gradient overflowed."""
 
     @property
     def token_counts(self) -> TokenCounts:
-        """Tokens of all steps."""
+        """Token counts of all steps."""
         return sum(self.step_token_counts, TokenCounts())
 
     @property
     def completed_steps(self) -> int:
-        """Finished optimizer steps."""
+        """Number of completed optimizer steps."""
         return len(self.losses)
 
 
 def no_timer(_part: str) -> AbstractContextManager[None]:
-    """A part of a step that nobody looks at."""
+    """Time nothing: the default for ``train_step``'s ``part``."""
     return nullcontext()
 
 
@@ -68,10 +71,10 @@ def train_step(
     max_grad_norm: float | None,
     part: Callable[[str], AbstractContextManager[None]] = no_timer,
 ) -> float:
-    """One optimizer step; returns the mean loss over the labelled tokens of the whole global batch, in nats."""
-    # Engines average gradients over processes, and accelerate over micro-batches; the loss wants their sum over the
-    # tokens of all of them.
-    scale = accelerator.num_processes * accelerator.gradient_accumulation_steps / batch.token_counts.labelled
+    """Run one optimizer step; return the mean loss (nats) over the labelled tokens of the global batch."""
+    # Engines average gradients over processes and accelerate averages over micro-batches; the scale turns that into
+    # the mean over all labelled tokens.
+    scale = get_dp_world_size(accelerator) * accelerator.gradient_accumulation_steps / batch.token_counts.labelled
     total = torch.zeros((), device=accelerator.device)
     for micro_batch in batch.micro_batches:
         with accelerator.accumulate(training.model):
@@ -85,9 +88,9 @@ def train_step(
             accelerator.clip_grad_norm_(training.model.parameters(), max_grad_norm)
         training.optimizer.step()
         training.optimizer.zero_grad()
-    if not accelerator.optimizer_step_was_skipped:  # fp16's loss scaler found an overflow and takes the step back
+    if not accelerator.optimizer_step_was_skipped:  # fp16's loss scaler found an overflow and skipped the step
         training.lr_scheduler.step()
-    return float(accelerator.reduce(total).item()) / batch.token_counts.labelled  # the step's one synchronisation
+    return float(accelerator.reduce(total).item()) / batch.token_counts.labelled  # the step's only synchronization
 
 
 def train(
@@ -97,19 +100,19 @@ def train(
     progress: TrainProgress,
     *,
     max_grad_norm: float | None,
-    on_step: Callable[[int, dict[str, float]], None],
+    callbacks: Sequence[StepCallback] = (),
 ) -> None:
-    """Run all steps that ``progress`` does not hold yet.
+    """Run the steps that are not in ``progress`` yet.
 
-    ``on_step`` is told (step, what was measured), outside the step's clock.
+    ``callbacks`` are called in order after each step, outside of the step's timing.
 
     Raises:
-        DivergedError: a loss is not finite; ``progress`` holds every step before it.
+        DivergedError: a loss is not finite; ``progress`` has all steps before it.
     """
-    left = itertools.islice(
+    remaining = itertools.islice(
         training.batches.skip_first_batches(progress.completed_steps), training.total_steps - progress.completed_steps
     )
-    for batch in prefetch(left, accelerator.device):
+    for batch in prefetch(remaining, accelerator.device):
         learning_rate = float(training.lr_scheduler.get_last_lr()[0])
         with probe.step():
             loss = train_step(accelerator, training, batch, max_grad_norm, probe.part)
@@ -124,4 +127,8 @@ def train(
         progress.step_executed.append(batch.hardware_flop_units)
         progress.step_shapes.append(batch.max_shape)
         with probe.paused():
-            on_step(progress.completed_steps, {"loss": loss, "learning_rate": learning_rate})
+            info = StepInfo(
+                progress.completed_steps, training.total_steps, loss, learning_rate, batch.token_counts.real
+            )
+            for callback in callbacks:
+                callback.after_step(info)

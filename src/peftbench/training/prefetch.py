@@ -1,4 +1,4 @@
-"""The next batch is made, and put where a GPU can fetch it, while this one is trained on."""
+"""Build the next batch, and pin its memory, while the current one is trained on."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ if TYPE_CHECKING:
 
 
 def prefetch(batches: Iterator[GlobalBatch], device: torch.device) -> Iterator[GlobalBatch]:
-    """The same batches, each made while the one before it is used, where ``device`` is not what makes them.
+    """Yield the same batches; on a GPU, a thread builds each one while the previous one is used.
 
-    On CPU there is nothing to be gained: whoever makes a batch takes its cores from whoever trains.
+    On CPU, batches are built on demand: a thread would only compete with training for cores.
     """
     if device.type == "cpu":
         yield from batches
         return
 
-    def made() -> GlobalBatch | None:
+    def build_next() -> GlobalBatch | None:
         batch = next(batches, None)
         return None if batch is None else batch.pin_memory()
 
-    with ThreadPoolExecutor(1, thread_name_prefix="batches") as maker:
-        coming = maker.submit(made)
-        while (batch := coming.result()) is not None:
-            coming = maker.submit(made)
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as executor:
+        future = executor.submit(build_next)
+        while (batch := future.result()) is not None:
+            future = executor.submit(build_next)
             yield batch

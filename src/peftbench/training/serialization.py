@@ -1,7 +1,7 @@
-"""Nested state as safetensors and JSON: what a pickle would hold, without anything that could be executed on reading.
+"""Save nested state as safetensors and JSON: like a pickle, but loading it executes no code.
 
-A tree is made of dictionaries (keys: text or whole numbers), lists, tuples, tensors, numbers, text, switches and None.
-Tensors that share their memory are written once and share it again when read.
+A tree consists of dicts (keys: str or int), lists, tuples, tensors, numbers, strings, bools and None. Tensors that
+share memory are written once and share memory again after loading.
 """
 
 from __future__ import annotations
@@ -13,69 +13,72 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-TENSORS_FILE, STRUCTURE_FILE = "tensors.safetensors", "skeleton.json"
+TENSORS_FILE, STRUCTURE_FILE = "tensors.safetensors", "structure.json"
 _SCALAR_TYPES = (str, int, float, bool, type(None))
 
 
 def save_tree(tree: object, directory: Path) -> None:
-    """Write ``tree`` to the new folder ``folder``.
+    """Write ``tree`` to the new folder ``directory``.
 
     Raises:
-        TypeError: something in it is none of what a tree is made of.
-        OSError, SafetensorError: it cannot be written.
+        TypeError: the tree has a value of another type.
+        OSError, SafetensorError: the folder is not writable.
     """
     directory.mkdir(parents=True)
     tensors: dict[str, torch.Tensor] = {}
-    skeleton = _flatten_tree(tree, tensors, {})
+    structure = _flatten_tree(tree, tensors, {})
     save_file(tensors, directory / TENSORS_FILE)
-    (directory / STRUCTURE_FILE).write_text(json.dumps(skeleton), encoding="utf-8")
+    (directory / STRUCTURE_FILE).write_text(json.dumps(structure), encoding="utf-8")
 
 
-def load_tree(directory: Path, device: torch.device, device_keys: tuple[str, ...] = ()) -> Any:  # noqa: ANN401 — whatever was written
-    """The tree in ``folder``, on the CPU; below the keys ``moved``, what lay on another device comes to ``device``.
+def load_tree(directory: Path, device: torch.device, device_keys: tuple[str, ...] = ()) -> Any:  # noqa: ANN401 — returns the type that was saved
+    """Load a tree to the CPU; tensors under ``device_keys`` that were saved from another device go to ``device``.
 
     Raises:
-        OSError, SafetensorError, ValueError: it is not there or not whole.
+        OSError, SafetensorError, ValueError: the files are missing or damaged.
     """
     tensors = load_file(directory / TENSORS_FILE)
-    skeleton = json.loads((directory / STRUCTURE_FILE).read_text(encoding="utf-8"))
+    structure = json.loads((directory / STRUCTURE_FILE).read_text(encoding="utf-8"))
     cpu = torch.device("cpu")
-    if isinstance(skeleton, dict) and "dict" in skeleton:
-        at: dict[str, torch.Tensor] = {}
-        here: dict[str, torch.Tensor] = {}
+    if isinstance(structure, dict) and "dict" in structure:
+        on_device: dict[str, torch.Tensor] = {}
+        on_cpu: dict[str, torch.Tensor] = {}
         return {
             key: _unflatten_tree(
-                below, tensors, at if key in device_keys else here, device if key in device_keys else cpu
+                child, tensors, on_device if key in device_keys else on_cpu, device if key in device_keys else cpu
             )
-            for key, below in skeleton["dict"]
+            for key, child in structure["dict"]
         }
-    return _unflatten_tree(skeleton, tensors, {}, cpu)
+    return _unflatten_tree(structure, tensors, {}, cpu)
 
 
 def _flatten_tree(value: object, tensors: dict[str, torch.Tensor], seen: dict[tuple[object, ...], str]) -> object:
     if isinstance(value, torch.Tensor):
-        found = value.detach()
-        key = (found.data_ptr(), tuple(found.shape), found.stride(), found.dtype)
-        name = seen.get(key) if found.numel() else None
+        tensor = value.detach()
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        name = seen.get(key) if tensor.numel() else None
         if name is None:
             name = seen[key] = str(len(tensors))
-            # A copy, since safetensors refuses tensors that overlap.
-            tensors[name] = found.to("cpu", copy=True).contiguous()
+            # Copied because safetensors refuses tensors that overlap.
+            tensors[name] = tensor.to("cpu", copy=True).contiguous()
         return {"tensor": name, "on_cpu": value.device.type == "cpu"}
     if isinstance(value, dict):
-        if unfit := [key for key in value if not isinstance(key, (str, int))]:
-            raise TypeError(f"a key of a state is a {type(unfit[0]).__name__}")
-        return {"dict": [[key, _flatten_tree(below, tensors, seen)] for key, below in value.items()]}
+        if invalid := [key for key in value if not isinstance(key, (str, int))]:
+            raise TypeError(f"a state has a key of type {type(invalid[0]).__name__}; only str and int can be saved")
+        return {"dict": [[key, _flatten_tree(child, tensors, seen)] for key, child in value.items()]}
     if isinstance(value, (list, tuple)):
         kind = "list" if isinstance(value, list) else "tuple"
-        return {kind: [_flatten_tree(below, tensors, seen) for below in value]}
+        return {kind: [_flatten_tree(child, tensors, seen) for child in value]}
     if isinstance(value, _SCALAR_TYPES):
         return value
-    raise TypeError(f"a {type(value).__name__} cannot be part of a state")
+    raise TypeError(f"a state has a value of type {type(value).__name__}, which cannot be saved")
 
 
 def _unflatten_tree(
-    value: Any, tensors: dict[str, torch.Tensor], placed: dict[str, torch.Tensor], device: torch.device
+    value: Any,  # noqa: ANN401 — parsed JSON
+    tensors: dict[str, torch.Tensor],
+    placed: dict[str, torch.Tensor],
+    device: torch.device,
 ) -> Any:  # noqa: ANN401
     if not isinstance(value, dict):
         return value
@@ -84,8 +87,8 @@ def _unflatten_tree(
         if name not in placed:
             placed[name] = tensors[name] if value["on_cpu"] else tensors[name].to(device)
         return placed[name]
-    (kind, below), *_ = value.items()
+    (kind, children), *_ = value.items()
     if kind == "dict":
-        return {key: _unflatten_tree(item, tensors, placed, device) for key, item in below}
-    items = [_unflatten_tree(item, tensors, placed, device) for item in below]
+        return {key: _unflatten_tree(item, tensors, placed, device) for key, item in children}
+    items = [_unflatten_tree(item, tensors, placed, device) for item in children]
     return items if kind == "list" else tuple(items)

@@ -1,4 +1,4 @@
-"""The state of a training between two steps: what must come back for the next step to be the one it would have been."""
+"""Capture and restore everything a training run needs to resume bit-identically between two steps."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ if TYPE_CHECKING:
     from peftbench.training.build import TrainingComponents
     from peftbench.training.loop import TrainProgress
 
-# What an optimizer's state may hold beside tensors and numbers: by name, so that nothing else is made on reading.
+# Classes that an optimizer's state may hold in addition to tensors and numbers; loading creates no other class.
 _OPTIM_STATE_8BIT = "OptimState8bit"
 _PROJECTOR_MODULES = {
     "GaLoreProjector": "pytorch_optimizer.optimizer.utils.galore",
     "GradientProjector": "apollo_torch.random_projector",
 }
-"""And where it is."""
+"""Class name -> the module that defines it."""
 
 
 def capture_state(
     accelerator: Accelerator, training: TrainingComponents, model: nn.Module, progress: TrainProgress
 ) -> dict[str, Any]:
-    """This process's part of the state: trained weights, optimizer, schedule, scaler, random numbers and counts."""
+    """Return this rank's state: trainable weights, optimizer, scheduler, scaler, RNG states and progress."""
     groups = deepspeed.get_param_groups(training.optimizer)
-    steps = list(deepspeed.unwrap_chain(training.optimizer))[-1]
+    inner = deepspeed.unwrap_optimizer(training.optimizer)
     return {
         "weights": {
             name: _local_tensor(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
         },
-        "masters": deepspeed.master_weights(training.optimizer),
+        "master_weights": deepspeed.master_weights(training.optimizer),
         "optimizer": [
-            [_serialize_state(steps.state.get(tensor, {})) for tensor in group["params"]] for group in groups
+            [_serialize_state(inner.state.get(tensor, {})) for tensor in group["params"]] for group in groups
         ],
-        "groups": [{key: value for key, value in group.items() if key != "params"} for group in groups],
-        "schedule": {
+        "param_groups": [{key: value for key, value in group.items() if key != "params"} for group in groups],
+        "lr_scheduler": {
             key: value for key, value in training.lr_scheduler.state_dict().items() if not key.startswith("lr_la")
         },
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
-        "random": _get_rng_state(),
+        "rng_state": _get_rng_state(),
         "progress": _serialize_progress(progress),
     }
 
@@ -63,52 +63,55 @@ def load_state(
     *,
     restore_rng_state: bool = True,
 ) -> None:
-    """Put a captured state back, in place; ``own_random_state`` is false where it was another process's.
+    """Restore a captured state in place; pass ``restore_rng_state=False`` for another rank's state.
 
     Raises:
-        ValueError: it does not fit this model and optimizer.
+        ValueError: the state does not fit this model and optimizer.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if set(trained) != set(state["weights"]):
-        raise ValueError("other weights are trained")
+        raise ValueError("the checkpoint's trainable parameters differ from this model's")
     with torch.no_grad():
         for name, parameter in trained.items():
             _copy_into(_local_tensor(parameter), state["weights"][name])
-        for master, kept in zip(deepspeed.master_weights(training.optimizer), state["masters"], strict=True):
-            _copy_into(master, kept)
+        for master, saved in zip(deepspeed.master_weights(training.optimizer), state["master_weights"], strict=True):
+            _copy_into(master, saved)
     groups = deepspeed.get_param_groups(training.optimizer)
-    steps = list(deepspeed.unwrap_chain(training.optimizer))[-1]
-    for group, states, knobs in zip(groups, state["optimizer"], state["groups"], strict=True):
-        group.update(knobs)
-        for tensor, kept in zip(group["params"], states, strict=True):
-            if kept:
-                steps.state[tensor] = {
-                    key: _as_dtensor_like(value, tensor) for key, value in _deserialize_state(kept).items()
+    inner = deepspeed.unwrap_optimizer(training.optimizer)
+    for group, states, options in zip(groups, state["optimizer"], state["param_groups"], strict=True):
+        group.update(options)
+        for tensor, saved in zip(group["params"], states, strict=True):
+            if saved:
+                inner.state[tensor] = {
+                    key: _as_dtensor_like(value, tensor) for key, value in _deserialize_state(saved).items()
                 }
-    for group, knobs in zip(steps.param_groups, state["groups"], strict=True):
-        group.update(knobs)
-    training.lr_scheduler.load_state_dict(training.lr_scheduler.state_dict() | state["schedule"])
+    for group, options in zip(inner.param_groups, state["param_groups"], strict=True):
+        group.update(options)
+    training.lr_scheduler.load_state_dict(training.lr_scheduler.state_dict() | state["lr_scheduler"])
     if accelerator.scaler is not None and state["scaler"] is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
     if restore_rng_state:
-        _set_rng_state(state["random"])
+        _set_rng_state(state["rng_state"])
     _load_progress(progress, state["progress"])
 
 
 def _local_tensor(parameter: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a parameter for good; ZeRO's stage 3 makes the whole from the parts."""
-    part: torch.Tensor | None = getattr(parameter, "ds_tensor", None)
-    return local_shard(parameter.data) if part is None else part
+    """Return the part of a parameter that this rank stores; ZeRO-3 gathers the full one from these shards."""
+    shard: torch.Tensor | None = getattr(parameter, "ds_tensor", None)
+    return local_shard(parameter.data) if shard is None else shard
 
 
 def _copy_into(tensor: torch.Tensor, source: torch.Tensor) -> None:
     if tensor.shape != source.shape or tensor.dtype != source.dtype:
-        raise ValueError(f"a tensor of {tuple(source.shape)} {source.dtype} is kept for one of {tuple(tensor.shape)}")
+        raise ValueError(
+            f"the checkpoint has a tensor of shape {tuple(source.shape)} {source.dtype} where the model needs "
+            f"{tuple(tensor.shape)} {tensor.dtype}"
+        )
     tensor.copy_(source)
 
 
 def _serialize_state(state: dict[str, Any]) -> dict[str, Any]:
-    """One tensor's optimizer state without classes."""
+    """Return one tensor's optimizer state as plain containers, without custom classes."""
     return {key: _serialize_value(value) for key, value in state.items()}
 
 
@@ -134,17 +137,17 @@ def _deserialize_value(value: dict[str, Any]) -> object:
 
         dtype = getattr(torch, value["dtype"])
         if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"{value['dtype']} is no type of torch")
+            raise ValueError(f"{value['dtype']} is not a torch dtype")
         return OptimState8bit.__tensor_unflatten__(value[_OPTIM_STATE_8BIT], (value["signed"], dtype))
-    ((name, kept),) = value.items()
-    kind = getattr(import_module(_PROJECTOR_MODULES[name]), name)
-    made = object.__new__(kind)
-    vars(made).update(kept)
-    return made
+    ((name, attributes),) = value.items()
+    projector_class = getattr(import_module(_PROJECTOR_MODULES[name]), name)
+    projector = object.__new__(projector_class)
+    vars(projector).update(attributes)
+    return projector
 
 
 def _as_dtensor_like(value: object, tensor: torch.Tensor) -> object:
-    """A state as the tensor that it belongs to: a part of a sharded one, where that is one and their shapes agree."""
+    """Return a state as a DTensor with the sharding of its parameter; scalars and unsharded states stay as they are."""
     if not hasattr(tensor, "to_local") or not isinstance(value, torch.Tensor) or value.dim() == 0:
         return value
     from torch.distributed.tensor import DTensor
@@ -156,11 +159,11 @@ def _as_dtensor_like(value: object, tensor: torch.Tensor) -> object:
 
 
 def _get_rng_state() -> dict[str, Any]:
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    algorithm, keys, position, has_gauss, gauss = np.random.get_state()
     return {
         "python": random.getstate(),
         "numpy": [
-            str(kind),
+            str(algorithm),
             torch.from_numpy(np.asarray(keys).astype(np.int64)),
             int(position),
             int(has_gauss),
@@ -173,8 +176,8 @@ def _get_rng_state() -> dict[str, Any]:
 
 def _set_rng_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
-    kind, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    algorithm, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((algorithm, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())
@@ -183,18 +186,18 @@ def _set_rng_state(state: dict[str, Any]) -> None:
 def _serialize_progress(progress: TrainProgress) -> dict[str, Any]:
     return {
         "losses": list(progress.losses),
-        "skipped": progress.skipped_steps,
-        "shapes": list(progress.step_shapes),
-        "counts": [asdict(count) for count in progress.step_token_counts],
-        "required": [asdict(work) for work in progress.step_required],
-        "executed": [asdict(work) for work in progress.step_executed],
+        "skipped_steps": progress.skipped_steps,
+        "step_shapes": list(progress.step_shapes),
+        "step_token_counts": [asdict(counts) for counts in progress.step_token_counts],
+        "step_required": [asdict(units) for units in progress.step_required],
+        "step_executed": [asdict(units) for units in progress.step_executed],
     }
 
 
 def _load_progress(progress: TrainProgress, saved: dict[str, Any]) -> None:
     progress.losses[:] = saved["losses"]
-    progress.skipped_steps = saved["skipped"]
-    progress.step_shapes[:] = saved["shapes"]
-    progress.step_token_counts[:] = [TokenCounts(**count) for count in saved["counts"]]
-    progress.step_required[:] = [FlopUnits(**work) for work in saved["required"]]
-    progress.step_executed[:] = [FlopUnits(**work) for work in saved["executed"]]
+    progress.skipped_steps = saved["skipped_steps"]
+    progress.step_shapes[:] = saved["step_shapes"]
+    progress.step_token_counts[:] = [TokenCounts(**counts) for counts in saved["step_token_counts"]]
+    progress.step_required[:] = [FlopUnits(**units) for units in saved["step_required"]]
+    progress.step_executed[:] = [FlopUnits(**units) for units in saved["step_executed"]]

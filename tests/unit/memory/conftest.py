@@ -1,4 +1,4 @@
-"""Examples whose rows have all as many labels, as those of a rehearsal have."""
+"""Corpora whose rows all have the same number of labels, like those of a simulation."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from peftbench.record import RunRecord
 from tests.helpers.corpus import examples, write_corpus
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Files]:
-    """Short ones that are padded to max_tokens, and long ones that are cut to them, so that none has padding."""
-    made = {}
+    """Short examples that are padded to data.max_length, and long ones that are cut to it without padding."""
+    corpora = {}
     for padding, times in (("max_length", 1), ("free", 12)):
-        written = [
+        train = [
             example | {"article": " ".join([example["article"]] * times), "summary": "harbour council vote"}
             for example in examples(24, seed=1)
         ]
-        splits = {"train": written, "validation": written[:4], "test": written[:4]}
-        made[padding] = write_corpus(tmp_path_factory.mktemp(padding), splits)
-    return made
+        splits = {"train": train, "validation": train[:4], "test": train[:4]}
+        corpora[padding] = write_corpus(tmp_path_factory.mktemp(padding), splits)
+    return corpora
 
 
 def labels_a_row(record: RunRecord, global_batch: int) -> int:
-    """Labelled tokens of each example, which are alike."""
+    """Return the labelled tokens per example, which are equal for all."""
     assert record.tokens is not None
     labels, left = divmod(record.tokens.labelled, global_batch * record.steps)
     assert left == 0 < labels

@@ -1,4 +1,4 @@
-"""Runs recipes one after another in the processes that a launcher started: ``launched.py RECIPE.json...``."""
+"""Run recipes one after another in the processes of one launch: ``launched.py RECIPE.json...``."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from tests.distributed.battery import fresh_process
 
 
 def main() -> None:
-    """Run what is named."""
+    """Run the recipes given on the command line."""
     torch.set_num_threads(1)
-    # A run ends its process's part in the group; here the next one goes on in it.
+    # A run destroys the process group at its end; the next run here needs it.
     PartialState.destroy_process_group = lambda *_: None  # type: ignore[assignment,method-assign]
     for name in sys.argv[1:]:
         fresh_process()
         try:
             Run(Recipe.model_validate_json(Path(name).read_text(encoding="utf-8"))).execute()
-        except Exception:  # the others are run all the same
+        except Exception:  # the other recipes still run
             traceback.print_exc()
 
 

@@ -1,4 +1,4 @@
-"""A book replayed: peaks by part, and what the allocator reserves over a whole run."""
+"""Replayed events: the peak of each phase, and the bytes that the allocator reserves over a run."""
 
 from __future__ import annotations
 
@@ -11,34 +11,47 @@ from peftbench.profiler.memory_breakdown import MemoryEvent
 WEIGHTS = MemoryEvent(0, 12 * MIB, True, "weights", "", None, False)
 
 
-def held(storage: int, size: int, part: str) -> list[MemoryEvent]:
-    """A storage that is made and released."""
-    return [MemoryEvent(storage, size * MIB, made, "activations", "aten.mm", part, True) for made in (True, False)]
+def allocate_and_free(storage: int, size: int, part: str) -> list[MemoryEvent]:
+    """Return the events of a storage that is allocated and released."""
+    return [
+        MemoryEvent(storage, size * MIB, is_allocation, "activations", "aten.mm", part, True)
+        for is_allocation in (True, False)
+    ]
 
 
-def test_peaks_by_part_and_kind() -> None:
-    """Each part has its own, with what was there before it; the largest is the run's."""
-    found = replay_allocator([WEIGHTS, *held(1, 30, "forward"), *held(2, 20, "backward")])
-    assert {name: moment.live_bytes for name, moment in found.peak_by_phase.items()} == {
+def test_peak_of_each_phase_by_category() -> None:
+    """A phase's peak includes earlier storages; the largest is the run's peak."""
+    replay = replay_allocator([WEIGHTS, *allocate_and_free(1, 30, "forward"), *allocate_and_free(2, 20, "backward")])
+    assert {name: peak.live_bytes for name, peak in replay.peak_by_phase.items()} == {
         "forward": 42 * MIB,
         "backward": 32 * MIB,
     }
-    assert found.peak.phase == "forward"
-    assert (found.peak.live_bytes_by_category["weights"], found.peak.live_bytes_by_category["activations"]) == (
+    assert replay.peak_phase == "forward"
+    assert (replay.peak.live_bytes_by_category["weights"], replay.peak.live_bytes_by_category["activations"]) == (
         12 * MIB,
         30 * MIB,
     )
 
 
-def test_the_cache_is_given_back_between_phases() -> None:
-    """As a run does: the 30 MiB of training do not stand beside the 40 of evaluation; within training they would."""
-    assert replay_allocator([WEIGHTS, *held(1, 30, "forward"), *held(2, 40, "evaluate")]).reserved_bytes == 52 * MIB
-    assert replay_allocator([WEIGHTS, *held(1, 30, "forward"), *held(2, 40, "backward")]).reserved_bytes == 82 * MIB
+def test_cache_is_emptied_before_evaluation() -> None:
+    """The 30 MiB cached in training are released before the 40 MiB of evaluation, but not within training."""
+    assert (
+        replay_allocator(
+            [WEIGHTS, *allocate_and_free(1, 30, "forward"), *allocate_and_free(2, 40, "evaluate")]
+        ).reserved_bytes
+        == 52 * MIB
+    )
+    assert (
+        replay_allocator(
+            [WEIGHTS, *allocate_and_free(1, 30, "forward"), *allocate_and_free(2, 40, "backward")]
+        ).reserved_bytes
+        == 82 * MIB
+    )
 
 
-def test_a_capacity_that_is_not_enough() -> None:
-    """Says so, once nothing cached is left to give back."""
-    events = [WEIGHTS, *held(1, 30, "forward"), *held(2, 40, "backward")]
+def test_capacity_too_small() -> None:
+    """The cache is released first; then the replay runs out of memory."""
+    events = [WEIGHTS, *allocate_and_free(1, 30, "forward"), *allocate_and_free(2, 40, "backward")]
     assert replay_allocator(events, capacity=52 * MIB).reserved_bytes == 52 * MIB
     with pytest.raises(OutOfMemoryError):
         replay_allocator(events, capacity=50 * MIB)

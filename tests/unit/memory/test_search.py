@@ -1,4 +1,4 @@
-"""The largest micro-batch is the largest, and each way of saving memory is tried once."""
+"""The search returns the largest micro-batch, and tries each set of techniques once."""
 
 from __future__ import annotations
 
@@ -28,34 +28,34 @@ NAMES = [technique.name for technique in TECHNIQUES]
 SIZES = [1, 2, 3, 4, 6, 12]
 
 
-@pytest.mark.parametrize("limit", range(14))
-def test_the_largest_is_found(limit: int) -> None:
-    """For every limit from none to more than all, with few tries."""
-    tried: list[int] = []
+def test_find_largest_fitting() -> None:
+    """For every limit, with at most four tries."""
+    for limit in range(14):
+        tried: list[int] = []
 
-    def holds(size: int) -> bool:
-        tried.append(size)
-        return size <= limit
+        def has_capacity(size: int, limit: int = limit, tried: list[int] = tried) -> bool:
+            tried.append(size)
+            return size <= limit
 
-    found = find_largest_fitting(SIZES, holds, lambda size: size <= limit)
-    assert found == max((size for size in SIZES if size <= limit), default=None)
-    assert len(tried) == len(set(tried)) <= 4
+        largest = find_largest_fitting(SIZES, has_capacity, limit.__ge__)
+        assert largest == max((size for size in SIZES if size <= limit), default=None)
+        assert len(tried) == len(set(tried)) <= 4
 
 
 @pytest.mark.parametrize("fitting", [set(), {1}, {4}, {1, 2, 4}, {1, 2, 3, 4, 6}, {2, 6}])
-def test_fragments_hide_no_larger_size(fitting: set[int]) -> None:
-    """Where tensors of up to 6 have room, the largest that the allocator fits is found, whatever smaller ones do."""
+def test_fragmented_sizes_are_skipped(fitting: set[int]) -> None:
+    """The largest size that the allocator fits is found, even if smaller sizes do not fit."""
     assert find_largest_fitting(SIZES, lambda size: size <= 6, fitting.__contains__) == max(fitting, default=None)
 
 
-def test_sizes_are_those_that_a_process_can_have(workshop: Workshop) -> None:
-    """Each number of micro-batches is one size; all in all they are never more than the global batch."""
+def test_list_micro_batch_sizes(workshop: Workshop) -> None:
+    """One size per number of micro-batches."""
     assert list_micro_batch_sizes(workshop.recipe(Full(), train={"global_batch_size": 12})) == SIZES
     assert list_micro_batch_sizes(workshop.recipe(Full(), train={"global_batch_size": 7})) == [1, 2, 3, 4, 7]
 
 
-def test_every_set_once(workshop: Workshop) -> None:
-    """No two that change the same knob, and none that changes nothing: of five, GELU is fused already."""
+def test_list_technique_sets(workshop: Workshop) -> None:
+    """No two techniques of a set change the same key, and each changes the recipe (GELU is already fused)."""
     sets = list_technique_sets(workshop.recipe(Full()), NAMES, UNKNOWN_DEVICE)
     assert sets[0] == ()
     names = {tuple(technique.name for technique in chosen) for chosen in sets}
@@ -66,42 +66,46 @@ def test_every_set_once(workshop: Workshop) -> None:
     assert list_technique_sets(other, ["adamw8bit"], UNKNOWN_DEVICE) == [()]
     without_bf16 = list_technique_sets(workshop.recipe(Full()), NAMES, get_device_facts("t4"))
     assert {technique.name for chosen in without_bf16 for technique in chosen} == {"checkpointing", "adamw8bit"}
-    with pytest.raises(BudgetError, match="there is no technique 'bf61'; did you mean 'bf16'"):
+    with pytest.raises(BudgetError, match="Unknown technique 'bf61'; did you mean 'bf16'"):
         list_technique_sets(other, ["bf61"], UNKNOWN_DEVICE)
 
 
-def test_a_technique_changes_its_knobs_alone(workshop: Workshop) -> None:
-    """The rate and all else stay."""
+def test_technique_changes_only_its_keys(workshop: Workshop) -> None:
+    """The learning rate and all other keys are unchanged."""
     recipe = workshop.recipe(Full(), optimizer=OPTIMIZERS["adamw"](kind="adamw", learning_rate=3e-4))
     known = {technique.name: technique for technique in TECHNIQUES}
-    made = known["bf16_weights"].apply(recipe)
-    assert (made.optimizer.kind, made.optimizer.learning_rate) == ("adamw8bit_bf16", 3e-4)
-    assert made.train.precision == "bf16"
-    assert made.model_copy(update={"optimizer": recipe.optimizer, "train": recipe.train}) == recipe
+    changed = known["bf16_weights"].apply(recipe)
+    assert (changed.optimizer.kind, changed.optimizer.learning_rate) == ("adamw8bit_bf16", 3e-4)
+    assert changed.train.precision == "bf16"
+    assert changed.model_copy(update={"optimizer": recipe.optimizer, "train": recipe.train}) == recipe
 
 
-def test_at_the_edge(workshop: Workshop) -> None:
-    """At the bytes of the plan for 16 these are found and 32 do not fit; with one byte less not even 16."""
+def test_budget_at_the_limit(workshop: Workshop) -> None:
+    """At the bytes of the plan for 16, 16 fits and 32 does not; with one byte less, 16 does not fit."""
     recipe = workshop.recipe(Full(), train={"global_batch_size": 32}, evaluate={"batch_size": 1})
     budget = estimate(with_micro_batch(recipe, 16), UNKNOWN_DEVICE, "a GPU").process_bytes[1]
-    found = find_strategy(recipe, (), MemoryTarget(UNKNOWN_DEVICE, "a GPU", budget))
-    assert found is not None
-    assert (found.plan.micro_batch_size, found.plan.gradient_accumulation_steps, found.plan.verdict) == (16, 2, "fits")
-    assert found.overrides == ("train.micro_batch_size=16",)
+    fitting = find_strategy(recipe, (), MemoryTarget(UNKNOWN_DEVICE, "a GPU", budget))
+    assert fitting is not None
+    assert (fitting.plan.micro_batch_size, fitting.plan.gradient_accumulation_steps, fitting.plan.verdict) == (
+        16,
+        2,
+        "fits",
+    )
+    assert fitting.overrides == ("train.micro_batch_size=16",)
     assert estimate(with_micro_batch(recipe, 32), UNKNOWN_DEVICE, "a GPU", budget).verdict != "fits"
     less = find_strategy(recipe, (), MemoryTarget(UNKNOWN_DEVICE, "a GPU", budget - 1))
     assert less is not None
     assert less.plan.micro_batch_size < 16
     assert (
         find_strategy(
-            recipe, (), MemoryTarget(UNKNOWN_DEVICE, "a GPU", found.plan.peak.live_bytes_by_category["weights"] + 1)
+            recipe, (), MemoryTarget(UNKNOWN_DEVICE, "a GPU", fitting.plan.peak.live_bytes_by_category["weights"] + 1)
         )
         is None
     )
 
 
-def test_time_is_of_flops_and_of_the_device(workshop: Workshop) -> None:
-    """Checkpointing computes more; a device's bf16 is faster than its fp32; an unknown one has no seconds."""
+def test_step_seconds(workshop: Workshop) -> None:
+    """Checkpointing is slower, bf16 is faster than fp32, an unknown device has no seconds."""
     recipe = workshop.recipe(Full(), train={"global_batch_size": 4}, evaluate={"batch_size": 1})
     known = {technique.name: technique for technique in TECHNIQUES}
     facts = get_device_facts("h100")
@@ -122,15 +126,15 @@ def test_time_is_of_flops_and_of_the_device(workshop: Workshop) -> None:
     assert unknown.step_seconds is None
 
 
-def test_a_batch_of_evaluation_that_does_not_fit_is_halved(workshop: Workshop) -> None:
-    """Where evaluation is what takes most, its batch goes down and training's does not; the changes say so."""
+def test_evaluation_batch_is_halved(workshop: Workshop) -> None:
+    """If evaluation needs the most memory, its batch size is reduced, and the overrides show it."""
     recipe = workshop.recipe(Full(), train={"global_batch_size": 2}, evaluate={"batch_size": 64})
     whole = estimate(recipe, UNKNOWN_DEVICE, "a GPU")
     assert whole.peak_phase == "evaluate"
     half = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"batch_size": 32})})
-    found = find_strategy(
+    fitting = find_strategy(
         recipe, (), MemoryTarget(UNKNOWN_DEVICE, "a GPU", estimate(half, UNKNOWN_DEVICE, "a GPU").process_bytes[1])
     )
-    assert found is not None
-    assert found.overrides == ("train.micro_batch_size=2", "evaluate.batch_size=32")
-    assert apply_strategy(recipe, found).evaluate.batch_size == 32
+    assert fitting is not None
+    assert fitting.overrides == ("train.micro_batch_size=2", "evaluate.batch_size=32")
+    assert apply_strategy(recipe, fitting).evaluate.batch_size == 32

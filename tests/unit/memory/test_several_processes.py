@@ -1,4 +1,4 @@
-"""What a rehearsal of one of several processes books is what such a process really holds, on the CPU, to the byte."""
+"""The simulated peak of rank 0 of two processes equals that of a real launch on CPU, to the byte."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from tests.unit.memory.conftest import labels_a_row
 
 PROCESSES = 2
 WIDTH, SHORT = 48, 24
-"""Tokens of a row; the shorter is shorter than any example, so that no row of a micro-batch is padded."""
+"""Tokens per row; SHORT is shorter than any example, so that no row of a micro-batch is padded."""
 BUCKET = 300_000
-"""Values of ZeRO's buckets, so that there are several: with those of ds_configs/ they are most of a small step."""
+"""Elements of ZeRO's buckets, so that there are several; the sizes in ds_configs/ would dominate a small step."""
 SCALARS = 16
-"""Bytes of what an engine keeps from the step before, of which a real book, which begins with a step, does not know."""
+"""Bytes that an engine keeps from the previous step; tracking of the real run starts after their allocation."""
 RUNS = 3
-"""Of each training; the smallest peak counts: gloo's threads sometimes hold what they sent for a little longer."""
+"""Runs of each training. The smallest peak counts: gloo's threads sometimes release sent buffers late."""
 METHODS: dict[str, Method] = {"full": Full(), "lora": Lora(r=4)}
 
 
 class Case(NamedTuple):
-    """A training; the default is one micro-batch of padded rows."""
+    """One training; by default with one micro-batch of padded rows."""
 
     method: str
     precision: str = "fp32"
@@ -51,7 +51,7 @@ class Case(NamedTuple):
         return "-".join(map(str, self))
 
     def recipe(self, base: str, source: Files, output: Path) -> Recipe:
-        """Three steps; who held the memory is looked at in the second."""
+        """Return a recipe of three steps with the memory breakdown in the second."""
         width: dict[str, Any] = {"max_length": SHORT, "overlong": "drop"} if self.micro_batch else {"max_length": WIDTH}
         return Recipe(
             name=self.name,
@@ -95,49 +95,49 @@ Given = Callable[[str], Path]
 
 @pytest.fixture(scope="module")
 def launcher(tmp_path_factory: pytest.TempPathFactory) -> Given:
-    """Given an engine, its accelerate file; ZeRO's first stages have small buckets."""
+    """Return a function from engine to accelerate config; ZeRO-1 and ZeRO-2 have small buckets."""
     folder = tmp_path_factory.mktemp("accelerate")
 
-    def written(engine: str) -> Path:
+    def write_config(engine: str) -> Path:
         name = {"ddp": "cpu2"}.get(engine, engine)
         path = REPOSITORY / "accel_configs" / f"{name}.yaml"
         if engine not in {"zero1", "zero2"}:
             return path
-        asked = json.loads((REPOSITORY / "ds_configs" / f"{engine}.json").read_text(encoding="utf-8"))
-        asked["zero_optimization"] |= {"reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
-        (folder / f"{engine}.json").write_text(json.dumps(asked), encoding="utf-8")
+        ds_config = json.loads((REPOSITORY / "ds_configs" / f"{engine}.json").read_text(encoding="utf-8"))
+        ds_config["zero_optimization"] |= {"reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
+        (folder / f"{engine}.json").write_text(json.dumps(ds_config), encoding="utf-8")
         text = path.read_text(encoding="utf-8").replace(f"ds_configs/{engine}.json", str(folder / f"{engine}.json"))
         (folder / path.name).write_text(text, encoding="utf-8")
         return folder / path.name
 
-    return written
+    return write_config
 
 
 @pytest.fixture(scope="module")
 def recipes(
     base_folder: Callable[[str], Path], sources: dict[str, Files], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, Case], Recipe]:
-    """Given an engine and a case, its recipe."""
+    """Return a function from engine and case to a recipe."""
     output = tmp_path_factory.mktemp("several")
 
-    def made(engine: str, case: Case) -> Recipe:
+    def build_recipe(engine: str, case: Case) -> Recipe:
         source = sources["free" if case.micro_batch else "max_length"]
         return case.recipe(str(base_folder(case.architecture)), source, output / engine)
 
-    return made
+    return build_recipe
 
 
 @pytest.fixture(scope="module")
-def held(launcher: Given, recipes: Callable[[str, Case], Recipe], request: pytest.FixtureRequest) -> Any:
-    """Given an engine and a case, what its first process held; all that this session asks for run in one launch."""
-    users: list[Any] = [item for item in request.session.items if "held" in getattr(item, "fixturenames", ())]
+def measured(launcher: Given, recipes: Callable[[str, Case], Recipe], request: pytest.FixtureRequest) -> Any:
+    """Return a function from engine and case to rank 0's record; all selected cases of an engine share one launch."""
+    users: list[Any] = [item for item in request.session.items if "measured" in getattr(item, "fixturenames", ())]
     done: set[str] = set()
 
-    def recorded(engine: str, case: Case) -> RunRecord:
-        asked = [item.callspec.params["case"] for item in users if item.callspec.params["engine"] == engine]
+    def read_smallest(engine: str, case: Case) -> RunRecord:
+        cases = [item.callspec.params["case"] for item in users if item.callspec.params["engine"] == engine]
         if engine not in done:
             done.add(engine)
-            launch(launcher(engine), [run for case in asked for run in runs(recipes(engine, case))])
+            launch(launcher(engine), [run for case in cases for run in runs(recipes(engine, case))])
         places = [Path(run.output_dir) / run.name / "record.json" for run in runs(recipes(engine, case))]
         record = min(map(read_record, places), key=lambda record: record.memory_breakdown.peak_bytes)  # type: ignore[union-attr]
         assert record.engine is not None
@@ -148,21 +148,21 @@ def held(launcher: Given, recipes: Callable[[str, Case], Recipe], request: pytes
         assert record.memory_breakdown is not None
         assert record.state_bytes is not None
         kinds = record.memory_breakdown.bytes_by_category
-        # Counted by other means, at the end of the run; by then ZeRO's third stage has weights whole from evaluation.
+        # Counted independently at the end of the run, when ZeRO-3 still holds weights gathered in evaluation.
         assert kinds["optimizer_state"] == record.state_bytes.optimizer
         assert kinds["weights"] == record.state_bytes.weights or engine == "zero3"
         return record
 
-    return recorded
+    return read_smallest
 
 
 def runs(recipe: Recipe) -> list[Recipe]:
-    """The same training several times."""
+    """Return the recipe under several names."""
     return [recipe.model_copy(update={"name": f"{recipe.name}-{number}"}) for number in range(RUNS)]
 
 
 def launch(accelerate: Path, recipes: list[Recipe]) -> None:
-    """Run them in two processes."""
+    """Run the recipes in two processes."""
     files = []
     for recipe in recipes:
         place = Path(recipe.output_dir) / f"{recipe.name}.json"
@@ -179,7 +179,7 @@ def launch(accelerate: Path, recipes: list[Recipe]) -> None:
         str(PROCESSES),
         "--main_process_port",
         "0",
-        str(REPOSITORY / "tests" / "budget" / "launched.py"),
+        str(REPOSITORY / "tests" / "unit" / "memory" / "launched.py"),
         *files,
     ]
     environment = os.environ | {
@@ -192,35 +192,35 @@ def launch(accelerate: Path, recipes: list[Recipe]) -> None:
         subprocess.run(command, cwd=REPOSITORY, env=environment, check=False, stdout=log, stderr=log, timeout=240)
 
 
-def rehearsed(recipe: Recipe, accelerate: Path, labels: int) -> MemoryPeak:
-    """The peak of the same step, of which nothing was computed."""
-    world = load_launch_config(accelerate, PROCESSES, recipe)
+def simulate(recipe: Recipe, accelerate: Path, labels: int) -> MemoryPeak:
+    """Return the simulated peak of the same step."""
+    launch_config = load_launch_config(accelerate, PROCESSES, recipe)
     accumulation, rows = compute_micro_batching(
         recipe.train.global_batch_size, recipe.train.resolved_micro_batch_size, PROCESSES
     )
     with MemorySimulation(
-        recipe, "cpu", accumulation, has_padding=recipe.data.max_length == WIDTH, launch_config=world
-    ) as rehearsal:
-        rehearsal.simulate_training(rows, recipe.data.max_length or 0, labels)
-    return rehearsal.memory_tracker.find_peak()
+        recipe, "cpu", accumulation, has_padding=recipe.data.max_length == WIDTH, launch_config=launch_config
+    ) as simulation:
+        simulation.simulate_training(rows, recipe.data.max_length or 0, labels)
+    return simulation.memory_tracker.find_peak()
 
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(("engine", "case"), POINTS)
-def test_the_peak_of_one_of_several_processes(  # noqa: PLR0917 — fixtures
+def test_simulated_peak_of_rank_0_equals_the_real_one(  # noqa: PLR0917 — fixtures
     engine: str,
     case: Case,
-    held: Any,
+    measured: Any,
     launcher: Given,
     recipes: Callable[[str, Case], Recipe],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Parts of weights and states, buckets, gathered weights and all else: each as where it was really made."""
-    monkeypatch.chdir(REPOSITORY)  # from which accelerate files name DeepSpeed's
-    record: RunRecord = held(engine, case)
-    recipe, found = recipes(engine, case), record.memory_breakdown
-    assert found is not None
-    expected = rehearsed(recipe, launcher(engine), labels_a_row(record, recipe.train.global_batch_size))
-    assert (expected.operation, expected.step_part) == (found.operation, found.step_part)
-    assert expected.nbytes == pytest.approx(found.peak_bytes, rel=0, abs=SCALARS)
-    assert expected.bytes_by_category == pytest.approx(found.bytes_by_category, rel=0, abs=SCALARS)
+    """Shards of weights and states, buckets, gathered weights and all other categories are equal."""
+    monkeypatch.chdir(REPOSITORY)  # accelerate configs name DeepSpeed's configs relative to it
+    record: RunRecord = measured(engine, case)
+    recipe, breakdown = recipes(engine, case), record.memory_breakdown
+    assert breakdown is not None
+    simulated = simulate(recipe, launcher(engine), labels_a_row(record, recipe.train.global_batch_size))
+    assert (simulated.operation, simulated.step_part) == (breakdown.operation, breakdown.step_part)
+    assert simulated.nbytes == pytest.approx(breakdown.peak_bytes, rel=0, abs=SCALARS)
+    assert simulated.bytes_by_category == pytest.approx(breakdown.bytes_by_category, rel=0, abs=SCALARS)

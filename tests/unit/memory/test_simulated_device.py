@@ -1,4 +1,4 @@
-"""Steered calls on the meta device cast as often as torch's own autocast does on the CPU."""
+"""Emulated autocast on the meta device casts exactly as often as torch's autocast on CPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peftbench.memory.simulation.device import DeviceEmulation
 
 
 class Casts(TorchDispatchMode):
-    """Counts casts."""
+    """Counts cast operations."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -26,22 +26,22 @@ class Casts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def casts_of(device: str, block: AbstractContextManager[Any], *, trained: bool) -> tuple[int, torch.dtype]:
-    """How often two products with one weight cast, and the type of what comes out."""
+def count_casts(device: str, block: AbstractContextManager[Any], *, trained: bool) -> tuple[int, torch.dtype]:
+    """Return the number of casts in two products with one weight, and the dtype of the output."""
     weight = nn.Parameter(torch.zeros(4, 4, device=device), requires_grad=trained)
     inputs = torch.zeros(2, 4, device=device)
     with Casts() as casts, block:
-        made = functional.linear(functional.linear(inputs, weight), weight)
-    return casts.count, made.dtype
+        output = functional.linear(functional.linear(inputs, weight), weight)
+    return casts.count, output.dtype
 
 
 @pytest.mark.parametrize("trained", [True, False])
-def test_copies_of_weights_are_kept_as_long_as_autocast_keeps_them(trained: bool) -> None:
-    """One copy of a trained weight for all its uses, and one for each use of a frozen one."""
-    real = casts_of("cpu", torch.autocast("cpu", dtype=torch.bfloat16), trained=trained)
-    steering = DeviceEmulation("cpu", torch.bfloat16, has_padding=True)
-    with steering:
-        assert casts_of("meta", steering.autocast(), trained=trained) == real
-        assert casts_of("meta", steering.autocast(), trained=trained) == real  # no copy outlives its block
-        assert casts_of("meta", steering.autocast(enabled=False), trained=trained) == (0, torch.float32)
+def test_weight_casts_are_cached_like_in_torch(trained: bool) -> None:
+    """One cast of a trained weight for all its uses, one per use of a frozen weight."""
+    real = count_casts("cpu", torch.autocast("cpu", dtype=torch.bfloat16), trained=trained)
+    emulation = DeviceEmulation("cpu", torch.bfloat16, has_padding=True)
+    with emulation:
+        assert count_casts("meta", emulation.autocast(), trained=trained) == real
+        assert count_casts("meta", emulation.autocast(), trained=trained) == real  # the cache ends with its block
+        assert count_casts("meta", emulation.autocast(enabled=False), trained=trained) == (0, torch.float32)
     assert real[0] == (2 if trained else 3)

@@ -1,7 +1,9 @@
-"""What a rehearsal books is what a real step on the CPU holds, to the byte."""
+"""The simulated peak equals the live bytes of a real training step on CPU, to the byte."""
 
 from __future__ import annotations
 
+import itertools
+import random
 from typing import Any
 
 import pytest
@@ -16,61 +18,89 @@ from peftbench.optim import OPTIMIZERS
 from peftbench.profiler.memory_breakdown import MemoryPeak
 from peftbench.recipe.schema import Profile, Recipe
 from peftbench.record import MemoryBreakdown
-from tests.helpers.methods import every_method
+from tests.helpers.methods import ONE_OF_EACH
 from tests.helpers.models import FAMILIES
 from tests.helpers.workshop import Workshop
 from tests.unit.memory.conftest import labels_a_row
 
-KINDS: dict[str, Any] = dict(OPTIMIZERS)
+OPTIMIZER_CLASSES: dict[str, Any] = dict(OPTIMIZERS)
 WIDTH = 48
 SHORT = 30
-"""Shorter than any example, so that no row is padded."""
+"""Tokens per row, fewer than in any example, so that no row is padded."""
+SWEEP = list(
+    itertools.product(ONE_OF_EACH, FAMILIES, ("fp32", "bf16"), ("stored", "checkpointing"), ("max_length", "free"))
+)
+"""Every method x architecture x precision x checkpointing x padding."""
+FAST = {
+    ("full", "gpt2_tied", "fp32", "stored", "max_length"),
+    ("lora", "llama_untied", "bf16", "stored", "free"),
+    ("prompt_tuning", "llama_tied", "bf16", "checkpointing", "max_length"),
+    ("last_layer", "gpt2_tied", "bf16", "stored", "max_length"),
+    *random.Random(29).sample(SWEEP, len(SWEEP) // 10 - 4),  # noqa: S311
+}
+"""A tenth of the sweep for the fast suite, which has each value of each axis; the rest is slow."""
+POINTS = [pytest.param(*point, id="-".join(point), marks=() if point in FAST else pytest.mark.slow) for point in SWEEP]
+FAST_OPTIMIZERS = {"adamw", "adamw8bit_bf16", "adafactor", "galore"}
+"""One optimizer per way of keeping states: per parameter, 8-bit, factored, low-rank; the others are slow here, and
+test_estimate.py checks the states of each."""
 
 
-def made_and_rehearsed(recipe: Recipe, workshop: Workshop) -> tuple[MemoryBreakdown, MemoryPeak]:
-    """Of six rows at once: the peak of a step that was made, and of the rehearsed one."""
+def measure_and_simulate(recipe: Recipe, workshop: Workshop) -> tuple[MemoryBreakdown, MemoryPeak]:
+    """Return the measured and the simulated peak of a step of six rows."""
     record = workshop.run(recipe)
-    found = record.memory_breakdown
-    assert found is not None
+    measured = record.memory_breakdown
+    assert measured is not None
     assert record.tokens is not None
     assert record.tokens.padded == 6 * WIDTH * record.steps
     assert (record.tokens.real == record.tokens.padded) == (recipe.data.padding == "free")
-    with MemorySimulation(recipe, "cpu", 1) as rehearsal:
-        rehearsal.simulate_training(6, WIDTH, labels_a_row(record, 6))
-    return found, rehearsal.memory_tracker.find_peak()
+    with MemorySimulation(recipe, "cpu", 1) as simulation:
+        simulation.simulate_training(6, WIDTH, labels_a_row(record, 6))
+    return measured, simulation.memory_tracker.find_peak()
 
 
-@every_method
-@pytest.mark.parametrize("architecture", FAMILIES)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("padding", ["max_length", "free"])
-def test_the_peak_of_a_real_step(  # noqa: PLR0917
-    method: Method,
+def test_fast_tenth_covers_every_value() -> None:
+    """Each method, architecture, precision, checkpointing mode and padding is in the fast suite."""
+    assert set(SWEEP) >= FAST
+    for axis in range(5):
+        assert {point[axis] for point in FAST} == {point[axis] for point in SWEEP}
+
+
+@pytest.mark.parametrize(("method", "architecture", "precision", "activations", "padding"), POINTS)
+def test_simulated_peak_equals_that_of_a_real_step(  # noqa: PLR0917
+    method: str,
     architecture: str,
     precision: str,
-    checkpointing: bool,
+    activations: str,
     padding: str,
     workshop: Workshop,
     sources: dict[str, Files],
 ) -> None:
-    """Weights, gradients, states, activations, logits and temporaries: each as in the step that was really made."""
+    """Total and bytes of each category are equal."""
+    checkpointing = activations == "checkpointing"
     recipe = workshop.recipe(
-        method,
+        ONE_OF_EACH[method],
         architecture=architecture,
         data={"padding": padding, "max_length": WIDTH, "source": sources[padding]},
         train={"precision": precision, "gradient_checkpointing": checkpointing, "steps": 3, "global_batch_size": 6},
         profile=Profile(untimed_steps=2, memory_breakdown=True),
     )
-    found, expected = made_and_rehearsed(recipe, workshop)
-    assert expected.nbytes == pytest.approx(found.peak_bytes, rel=1e-6)
-    assert expected.bytes_by_category == found.bytes_by_category
+    measured, simulated = measure_and_simulate(recipe, workshop)
+    assert simulated.nbytes == pytest.approx(measured.peak_bytes, rel=1e-6)
+    assert simulated.bytes_by_category == measured.bytes_by_category
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "nf4_double"])
-@pytest.mark.parametrize("method", [Lora(r=4), PromptTuning(num_virtual_tokens=5)], ids=["lora", "prompt_tuning"])
-def test_over_a_packed_base(method: Method, quantization: str, workshop: Workshop, sources: dict[str, Files]) -> None:
-    """Four bits a weight, their scales, and what is unpacked in the backward pass."""
+@pytest.mark.parametrize(
+    ("method", "quantization"),
+    [
+        (Lora(r=4), "nf4_double"),
+        (PromptTuning(num_virtual_tokens=5), "nf4"),
+        pytest.param(Lora(r=4), "nf4", marks=pytest.mark.slow),
+        pytest.param(PromptTuning(num_virtual_tokens=5), "nf4_double", marks=pytest.mark.slow),
+    ],
+    ids=["lora-nf4_double", "prompt_tuning-nf4", "lora-nf4", "prompt_tuning-nf4_double"],
+)
+def test_quantized_base(method: Method, quantization: str, workshop: Workshop, sources: dict[str, Files]) -> None:
+    """Packed weights, scales, and weights dequantized in the backward pass are simulated."""
     recipe = workshop.recipe(
         method,
         model={"quantization": quantization},
@@ -78,29 +108,35 @@ def test_over_a_packed_base(method: Method, quantization: str, workshop: Worksho
         train={"steps": 3, "global_batch_size": 6},
         profile=Profile(untimed_steps=2, memory_breakdown=True),
     )
-    found, expected = made_and_rehearsed(recipe, workshop)
-    assert (expected.nbytes, expected.bytes_by_category) == (found.peak_bytes, found.bytes_by_category)
+    measured, simulated = measure_and_simulate(recipe, workshop)
+    assert (simulated.nbytes, simulated.bytes_by_category) == (measured.peak_bytes, measured.bytes_by_category)
 
 
-@pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - {"paged_adamw8bit", "deepspeed_cpu_adam"}))
-def test_every_optimizer(name: str, workshop: Workshop, sources: dict[str, Files]) -> None:
-    """States and what a step makes beside them, with accumulation, so that gradients are there at the peak."""
-    kind = KINDS[name](**({"rank": 8} if name in {"galore", "apollo"} else {}))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in FAST_OPTIMIZERS else pytest.mark.slow)
+        for name in sorted(set(OPTIMIZERS) - {"paged_adamw8bit", "deepspeed_cpu_adam"})
+    ],
+)
+def test_optimizer_step(name: str, workshop: Workshop, sources: dict[str, Files]) -> None:
+    """States and temporaries of an optimizer step, with accumulation, so that gradients are live at the peak."""
+    optimizer = OPTIMIZER_CLASSES[name](**({"rank": 8} if name in {"galore", "apollo"} else {}))
     recipe = workshop.recipe(
         Full(),
-        optimizer=kind,
+        optimizer=optimizer,
         data={"padding": "max_length", "max_length": SHORT, "overlong": "drop", "source": sources["free"]},
         train={"steps": 3, "global_batch_size": 6, "micro_batch_size": 2, "precision": "bf16"},
         profile=Profile(untimed_steps=2, memory_breakdown=True),
     )
     record = workshop.run(recipe)
-    found = record.memory_breakdown
-    assert found is not None
+    measured = record.memory_breakdown
+    assert measured is not None
     assert record.tokens is not None
     assert record.tokens.real == record.tokens.padded
-    with MemorySimulation(recipe, "cpu", 3, has_padding=False) as rehearsal:
-        rehearsal.simulate_training(2, SHORT, labels_a_row(record, 6))
-    expected = rehearsal.memory_tracker.find_peak()
-    # torchao's scalars on the CPU live a little longer than there: 16 bytes of them.
-    assert expected.bytes_by_category == pytest.approx(found.bytes_by_category, rel=1e-6, abs=16)
-    assert (expected.operation, expected.step_part) == (found.operation, found.step_part)
+    with MemorySimulation(recipe, "cpu", 3, has_padding=False) as simulation:
+        simulation.simulate_training(2, SHORT, labels_a_row(record, 6))
+    simulated = simulation.memory_tracker.find_peak()
+    # torchao's CPU scalars live slightly longer than in the simulation: 16 bytes.
+    assert simulated.bytes_by_category == pytest.approx(measured.bytes_by_category, rel=1e-6, abs=16)
+    assert (simulated.operation, simulated.step_part) == (measured.operation, measured.step_part)

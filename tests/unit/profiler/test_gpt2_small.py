@@ -1,4 +1,4 @@
-"""GPT-2 small on real articles: what each method executes, beside the others, is what one writes on paper."""
+"""GPT-2 small on real articles: hardware FLOPs of each method, relative to each other, match the formulas."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ LAYERS, WIDTH, VOCABULARY = 12, 768, 50257
 METHODS: tuple[Method, ...] = (Full(), LastLayer(), Lora(r=RANK), PromptTuning(num_virtual_tokens=SOFT))
 
 
-def on_paper(kind: str, length: int, labels: Fraction) -> Fraction:
-    """FLOPs of one sequence, forward and backward, with fused attention's fifth backward product."""
+def compute_by_formula(kind: str, length: int, labels: Fraction) -> Fraction:
+    """Return forward and backward FLOPs of one sequence, with fused attention's fifth backward product."""
     blocks = 24 * LAYERS * WIDTH**2 * length
     attention = Fraction(7, 2) * 4 * length * (length + 1) / 2 * WIDTH * LAYERS
     head = 2 * labels * WIDTH * VOCABULARY
     low = 2 * length * LAYERS * 4 * WIDTH * RANK
-    first = 2 * length * (3 * WIDTH**2 + WIDTH * RANK)  # nobody trains what the first block is given
+    first = 2 * length * (3 * WIDTH**2 + WIDTH * RANK)  # the first block's input needs no gradient
     return {
         "full": 3 * blocks + attention + 3 * head,
         "last_layer": blocks + attention * Fraction(2, 7) + 2 * head,
@@ -38,7 +38,7 @@ def on_paper(kind: str, length: int, labels: Fraction) -> Fraction:
 
 @pytest.mark.slow
 def test_ratios_between_methods(shared_data: Path, workshop: Workshop) -> None:
-    """Two steps of each method on real CNN/DailyMail: FLOPs as counted, and their ratios as on paper, exactly."""
+    """Two steps of each method on CNN/DailyMail: FLOPs equal the count, and their ratios the formulas, exactly."""
     news = shared_data / "cnn_dailymail"
     source = Files(train=str(news / "train.jsonl"), test=str(news / "test.jsonl"), summary="highlights", id="id")
     executed, labels = {}, set()
@@ -62,15 +62,15 @@ def test_ratios_between_methods(shared_data: Path, workshop: Workshop) -> None:
         step = record.flops.counted_step
         assert step is not None
         assert step.counted_flops == step.closed_form_flops
-        assert (record.flops.hardware_flops or 0) > step.counted_flops  # two steps, of unlike numbers of labels
+        assert (record.flops.hardware_flops or 0) > step.counted_flops  # two steps with different numbers of labels
         assert record.flops.hardware_flops is not None
         assert record.tokens is not None
         executed[method.kind] = record.flops.hardware_flops
         labels.add(Fraction(record.tokens.labelled, 4))
-    (labelled,) = labels  # the same examples for every method; all that is counted is linear in them
+    (labelled,) = labels  # the same examples for every method; FLOPs are linear in them
     lengths = {method.kind: REAL + method.virtual_tokens for method in METHODS}
     for kind, flops in executed.items():
-        expected = on_paper(kind, lengths[kind], labelled) / on_paper("full", REAL, labelled)
+        expected = compute_by_formula(kind, lengths[kind], labelled) / compute_by_formula("full", REAL, labelled)
         assert Fraction(flops, executed["full"]) == expected
-        assert flops == 4 * on_paper(kind, lengths[kind], labelled)
+        assert flops == 4 * compute_by_formula(kind, lengths[kind], labelled)
     assert len(executed) == 4

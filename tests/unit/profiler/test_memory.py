@@ -1,4 +1,4 @@
-"""Peaks of known size, each in the phase it belongs to."""
+"""Peaks of known size, each in its phase."""
 
 from __future__ import annotations
 
@@ -25,43 +25,43 @@ from peftbench.record import Memory
 
 MIB = 2**20
 SLACK = 4 * MIB
-"""What an interpreter may allocate beside: the kernel counts resident pages of the whole process."""
+"""Bytes that the interpreter may allocate meanwhile, since RSS is that of the whole process."""
 
 
 def touch(size: int) -> None:
-    """Make ``size`` bytes resident, and give them back."""
+    """Make ``size`` bytes resident and release them."""
     with mmap.mmap(-1, size) as pages:
         for start in range(0, size, mmap.PAGESIZE):
             pages[start] = 1
 
 
-def grown(memory: Memory) -> int:
-    """Peak beyond what was resident at the start."""
+def above_baseline(memory: Memory) -> int:
+    """Return the peak above the baseline."""
     if memory.rss_bytes is None or memory.baseline_rss_bytes is None:
-        pytest.skip("this kernel does not tell a process its peak")
+        pytest.skip("this kernel does not report a process's peak RSS")
     return memory.rss_bytes - memory.baseline_rss_bytes
 
 
 @pytest.mark.parametrize("size", [64 * MIB, 256 * MIB])
-def test_a_peak_of_known_size(size: int) -> None:
-    """What was resident for a moment is the peak, though it is gone when the peak is read."""
+def test_peak_of_released_pages(size: int) -> None:
+    """Released pages count in the peak of their lap."""
     meter = RssMeter()
     meter.lap()
     touch(size)
-    assert grown(meter.lap()) == pytest.approx(size, abs=SLACK)
+    assert above_baseline(meter.lap()) == pytest.approx(size, abs=SLACK)
 
 
-def test_a_tensor_of_known_size() -> None:
-    """A tensor counts with its bytes."""
+def test_peak_of_tensor() -> None:
+    """A tensor adds its bytes."""
     meter = RssMeter()
     meter.lap()
-    held = torch.ones(32 * MIB)
-    peak = grown(meter.lap())
-    assert peak == pytest.approx(held.numel() * held.element_size(), abs=SLACK)
+    tensor = torch.ones(32 * MIB)
+    peak = above_baseline(meter.lap())
+    assert peak == pytest.approx(tensor.numel() * tensor.element_size(), abs=SLACK)
 
 
-def test_what_nobody_can_reach_any_more_is_not_counted_before() -> None:
-    """Cycles that were not collected yet are gone at the baseline, and cannot be freed below it later."""
+def test_baseline_excludes_garbage() -> None:
+    """Uncollected cycles are freed before the baseline is read."""
     RssMeter()
     before = RssMeter().lap().baseline_rss_bytes
     cycle: list[Any] = [mmap.mmap(-1, 64 * MIB)]
@@ -75,32 +75,32 @@ def test_what_nobody_can_reach_any_more_is_not_counted_before() -> None:
     finally:
         gc.enable()
     if before is None or after is None:
-        pytest.skip("this kernel does not tell a process its peak")
+        pytest.skip("this kernel does not report a process's peak RSS")
     assert after - before < SLACK
 
 
-def test_a_phase_forgets_the_peak_before_it() -> None:
-    """A large allocation during evaluation does not show in training before or after it, nor in a phase between."""
+def test_peaks_of_phases_are_independent() -> None:
+    """A large allocation in evaluation does not count in training or in later phases."""
     probe = Probe(torch.device("cpu"))
     for phase, size in (("build", 256), ("train", 64), ("evaluate", 512), ("train", 32), ("save", 1)):
         with probe.phase(phase):
             touch(size * MIB)
-    assert grown(probe.memory["train"]) == pytest.approx(64 * MIB, abs=SLACK)
-    assert grown(probe.memory["evaluate"]) == pytest.approx(512 * MIB, abs=SLACK)
-    assert grown(probe.memory["save"]) == pytest.approx(1 * MIB, abs=SLACK)
+    assert above_baseline(probe.memory["train"]) == pytest.approx(64 * MIB, abs=SLACK)
+    assert above_baseline(probe.memory["evaluate"]) == pytest.approx(512 * MIB, abs=SLACK)
+    assert above_baseline(probe.memory["save"]) == pytest.approx(1 * MIB, abs=SLACK)
 
 
-def test_a_phase_entered_twice_keeps_the_larger_peak() -> None:
-    """The peak of a phase is that of all its stretches."""
+def test_phase_entered_twice_keeps_larger_peak() -> None:
+    """The peak of a phase is the maximum over its sections."""
     probe = Probe(torch.device("cpu"))
     for size in (16, 128, 32):
         with probe.phase("build"):
             touch(size * MIB)
-    assert grown(probe.memory["build"]) == pytest.approx(128 * MIB, abs=SLACK)
+    assert above_baseline(probe.memory["build"]) == pytest.approx(128 * MIB, abs=SLACK)
 
 
-def test_a_phase_that_raises_keeps_its_peak() -> None:
-    """An out-of-memory is when the peak matters most."""
+def test_phase_that_raises_keeps_its_peak() -> None:
+    """The peak is recorded although the phase raised."""
     probe = Probe(torch.device("cpu"))
 
     def fail() -> None:
@@ -110,43 +110,43 @@ def test_a_phase_that_raises_keeps_its_peak() -> None:
 
     with pytest.raises(ZeroDivisionError):
         fail()
-    assert grown(probe.memory["train"]) == pytest.approx(64 * MIB, abs=SLACK)
+    assert above_baseline(probe.memory["train"]) == pytest.approx(64 * MIB, abs=SLACK)
 
 
-def test_where_the_kernel_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not known is None, never a guess."""
+def test_unknown_peak_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without permission to reset the peak, all fields are None."""
 
-    class Refused:
+    class ReadOnlyFile:
         def write_text(self, *_: object, **__: object) -> None:
             raise PermissionError
 
-    monkeypatch.setattr("peftbench.profiler.memory._PROC_CLEAR_REFS", Refused())
+    monkeypatch.setattr("peftbench.profiler.memory._PROC_CLEAR_REFS", ReadOnlyFile())
     meter = RssMeter()
     meter.lap()
     assert meter.lap() == Memory()
 
 
-def test_what_is_held_now() -> None:
-    """It is there while it is held, gone with it, and reading it changes no peak."""
+def test_read_in_use_bytes() -> None:
+    """A live tensor counts, a freed one does not, and reading changes no peak."""
     meter = RssMeter()
     meter.lap()
     touch(64 * MIB)
     before = meter.read_in_use_bytes()
-    held = torch.ones(32 * MIB)
+    tensor = torch.ones(32 * MIB)
     with_it = meter.read_in_use_bytes()
-    size = held.numel() * held.element_size()
-    del held
+    size = tensor.numel() * tensor.element_size()
+    del tensor
     after = meter.read_in_use_bytes()
-    peak = grown(meter.lap())
+    peak = above_baseline(meter.lap())
     if before is None or with_it is None or after is None:
-        pytest.skip("this system does not tell a process what it holds")
+        pytest.skip("this system does not report a process's RSS")
     assert with_it - before == pytest.approx(size, abs=SLACK)
     assert after == pytest.approx(before, abs=SLACK)
     assert peak == pytest.approx(size, abs=SLACK)
 
 
-def test_larger_takes_each_field_of_the_larger() -> None:
-    """Peaks of the GPU are compared one by one; a resident peak goes with its own baseline."""
+def test_max_memory_by_field() -> None:
+    """GPU peaks are compared field by field; a peak RSS keeps its own baseline."""
     first = Memory(allocated_bytes=5, reserved_bytes=8, rss_bytes=20, baseline_rss_bytes=1)
     second = Memory(allocated_bytes=7, reserved_bytes=6, rss_bytes=10, baseline_rss_bytes=9)
     expected = Memory(allocated_bytes=7, reserved_bytes=8, rss_bytes=20, baseline_rss_bytes=1)
@@ -155,14 +155,14 @@ def test_larger_takes_each_field_of_the_larger() -> None:
     assert max_memory(Memory(), Memory()) == Memory()
 
 
-def test_retries_add_up() -> None:
-    """How often something happened in two stretches is its number in the first and in the second."""
+def test_max_memory_adds_retries() -> None:
+    """Allocation retries of two sections are added."""
     first, second = Memory(num_alloc_retries=2, process_bytes=9), Memory(num_alloc_retries=3, inactive_split_bytes=4)
     assert max_memory(first, second) == Memory(num_alloc_retries=5, process_bytes=9, inactive_split_bytes=4)
 
 
-def test_over_ranks_the_largest_counts() -> None:
-    """Each figure's largest over ranks, phase by phase; what happened on one rank is not added to another's."""
+def test_max_over_ranks() -> None:
+    """The maximum of each field per phase; retries of ranks are not added."""
     first = {"train": Memory(allocated_bytes=5, num_alloc_retries=2), "save": Memory(allocated_bytes=1)}
     second = {"train": Memory(allocated_bytes=4, reserved_bytes=9, num_alloc_retries=3)}
     expected = {"train": Memory(allocated_bytes=5, reserved_bytes=9, num_alloc_retries=3), "save": first["save"]}
@@ -171,9 +171,9 @@ def test_over_ranks_the_largest_counts() -> None:
     assert max_over_ranks([]) == {}
 
 
-def test_what_torch_s_counters_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Peaks are read by their names and reset, retries are those since the lap before."""
-    told: dict[str, Any] = {
+def test_cuda_meter_reads_torch_counters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peaks are read and reset; retries are counted since the previous lap."""
+    stats: dict[str, Any] = {
         "allocated_bytes": {"all": {"peak": 10, "current": 1}},
         "reserved_bytes": {"all": {"peak": 20, "current": 2}},
         "inactive_split_bytes": {"all": {"peak": 5, "current": 3}},
@@ -182,39 +182,39 @@ def test_what_torch_s_counters_say(monkeypatch: pytest.MonkeyPatch) -> None:
     resets: list[object] = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 30)
-    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda _: told)
+    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda _: stats)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", resets.append)
-    monkeypatch.setattr(Gpu, "of", classmethod(lambda *_: SimpleNamespace(process_bytes=lambda: 500)))
+    monkeypatch.setattr(Gpu, "from_device", classmethod(lambda *_: SimpleNamespace(read_process_bytes=lambda: 500)))
     _measure_cuda_context_bytes.cache_clear()
     meter = CudaMemoryMeter(torch.device("cuda", 0))
     assert (meter.cuda_context_bytes, meter.read_process_bytes(), len(resets)) == (470, 500, 1)
-    assert (meter.read_in_use_bytes(), len(resets)) == (472, 1)  # what is reserved now, and the context
-    told["num_alloc_retries"] = 6
+    assert (meter.read_in_use_bytes(), len(resets)) == (472, 1)  # reserved bytes plus the context
+    stats["num_alloc_retries"] = 6
     expected = Memory(allocated_bytes=10, reserved_bytes=20, inactive_split_bytes=5, num_alloc_retries=2)
     assert meter.lap() == expected
-    assert meter.lap() == expected.model_copy(update={"allocation_retries": 0})
+    assert meter.lap() == expected.model_copy(update={"num_alloc_retries": 0})
     assert len(resets) == 3
-    del told["inactive_split_bytes"], told["num_alloc_retries"]
-    assert meter.lap() == Memory(allocated_bytes=10, reserved_bytes=20)  # what is not told is not zero
-    told["num_alloc_retries"] = 7
+    del stats["inactive_split_bytes"], stats["num_alloc_retries"]
+    assert meter.lap() == Memory(allocated_bytes=10, reserved_bytes=20)  # a missing counter is not zero
+    stats["num_alloc_retries"] = 7
     in_use = [900]
-    monkeypatch.setattr(Gpu, "of", classmethod(lambda *_: SimpleNamespace(process_bytes=in_use.pop)))
-    assert CudaMemoryMeter(torch.device("cuda", 0)).cuda_context_bytes == 470  # as it was when it was first asked
+    monkeypatch.setattr(Gpu, "from_device", classmethod(lambda *_: SimpleNamespace(read_process_bytes=in_use.pop)))
+    assert CudaMemoryMeter(torch.device("cuda", 0)).cuda_context_bytes == 470  # cached from the first measurement
     _measure_cuda_context_bytes.cache_clear()
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_tensor_of_known_size_on_cuda() -> None:
-    """A tensor counts with its bytes, also when it is gone; what was before it counts as held."""
+def test_peak_of_tensor_on_cuda() -> None:
+    """A freed tensor counts in the peak of its lap, on top of what was allocated before."""
     device = torch.device("cuda", 0)
     meter: MemoryMeter = build_memory_meter(device)
     assert isinstance(meter, CudaMemoryMeter)
     torch.cuda.empty_cache()
     meter.lap()
     before = meter.lap().allocated_bytes
-    held = torch.ones(32 * MIB, device=device)
-    del held
+    tensor = torch.ones(32 * MIB, device=device)
+    del tensor
     after = meter.lap()
     assert before is not None
     assert after.allocated_bytes == before + 128 * MIB
@@ -224,8 +224,8 @@ def test_a_tensor_of_known_size_on_cuda() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_parts_of_known_size_on_cuda() -> None:
-    """Tensors of known size land in the part that made them, on a real allocator."""
+def test_step_part_peaks_on_cuda() -> None:
+    """Tensors of known size count in the part that created them."""
     device = torch.device("cuda", 0)
     torch.cuda.empty_cache()
     probe = Probe(device)
@@ -234,6 +234,6 @@ def test_parts_of_known_size_on_cuda() -> None:
         for part, size in (("forward", 64), ("backward", 128), ("optimizer", 32)):
             with probe.part(part):
                 torch.ones(size * MIB, dtype=torch.uint8, device=device)
-    found = {part: memory.allocated_bytes for part, memory in probe.step_memory.items()}
-    assert found == {"forward": before + 64 * MIB, "backward": before + 128 * MIB, "optimizer": before + 32 * MIB}
+    peaks = {part: memory.allocated_bytes for part, memory in probe.step_memory.items()}
+    assert peaks == {"forward": before + 64 * MIB, "backward": before + 128 * MIB, "optimizer": before + 32 * MIB}
     assert probe.memory["train"].allocated_bytes == before + 128 * MIB

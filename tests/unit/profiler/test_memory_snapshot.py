@@ -1,4 +1,4 @@
-"""The snapshot of an out-of-memory, on a real CUDA allocator."""
+"""The snapshot of an out-of-memory error on a real CUDA allocator."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ pytestmark = [
 ]
 
 
-def test_a_refusal_shows_who_held_the_memory(tmp_path: Path) -> None:
-    """What was there when the allocator refused is in the file, with the function that made it."""
+def test_snapshot_shows_live_blocks(tmp_path: Path) -> None:
+    """A block that was live at the error is in the file, with the function that allocated it."""
     path = tmp_path / "oom_snapshot.pickle"
-    told: list[int] = []
-    dump_on_oom(path, lambda: told.append(torch.cuda.memory_allocated()))
+    allocated: list[int] = []
+    dump_on_oom(path, lambda: allocated.append(torch.cuda.memory_allocated()))
     with record_memory_history():
-        held = torch.ones(64 * 2**20, dtype=torch.uint8, device="cuda")
+        tensor = torch.ones(64 * 2**20, dtype=torch.uint8, device="cuda")
         with pytest.raises(torch.OutOfMemoryError):
             torch.ones(2**44, dtype=torch.uint8, device="cuda")
-    assert told[0] >= held.numel()
+    assert allocated[0] >= tensor.numel()
     snapshot = pickle.loads(path.read_bytes())  # noqa: S301 — written above
     blocks = [block for segment in snapshot["segments"] for block in segment["blocks"]]
-    (found,) = [block for block in blocks if block["size"] == held.numel()]
-    assert any(frame["name"] == "test_a_refusal_shows_who_held_the_memory" for frame in found["frames"])
+    (live_block,) = [block for block in blocks if block["size"] == tensor.numel()]
+    assert any(frame["name"] == "test_snapshot_shows_live_blocks" for frame in live_block["frames"])

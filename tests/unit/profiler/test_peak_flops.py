@@ -1,4 +1,4 @@
-"""What a device could compute."""
+"""Peak FLOP/s by data sheet and by measurement."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from peftbench.profiler.peak_flops import PEAK_FLOPS, get_peak_flops, measure_matmul_flops
 
 
-def test_a_known_device() -> None:
-    """Names are torch's, which may go on after what the table has."""
+def test_known_devices() -> None:
+    """Torch's names may continue after the name in the table."""
     assert get_peak_flops("NVIDIA A100-SXM4-40GB", "bf16") == 312e12
     assert get_peak_flops("NVIDIA H200", "fp32") == 66.9e12
     assert get_peak_flops("Tesla T4", "fp16") == 65e12
@@ -28,21 +28,21 @@ UNKNOWN = [
 
 
 @pytest.mark.parametrize(("name", "precision"), UNKNOWN)
-def test_what_is_not_in_the_table_is_unknown(name: str, precision: str) -> None:
-    """An unknown device, or a precision that a device does not have, is None and no other device's figure."""
+def test_unknown_device_is_none(name: str, precision: str) -> None:
+    """An unknown device or an unsupported precision gives None."""
     assert get_peak_flops(name, precision) is None
 
 
-def test_no_name_begins_another() -> None:
-    """One device has one row."""
+def test_no_name_is_prefix_of_another() -> None:
+    """Each device matches one row."""
     assert len(PEAK_FLOPS) >= 5
     assert not [(a, b) for a in PEAK_FLOPS for b in PEAK_FLOPS if a != b and a.startswith(f"{b}-")]
     assert get_peak_flops("NVIDIA A100-SXM4-80GB", "bf16") != get_peak_flops("NVIDIA A10", "bf16")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_achievable_is_what_a_product_takes(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A product of 1,024 x 1,024 that takes half a second is 2 x 1,024^3 operations in half a second."""
+def test_measured_flops_of_known_duration(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A 1,024 x 1,024 product in half a second is 2 x 1,024^3 FLOPs in half a second."""
     clock = [0.0]
 
     def product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -55,8 +55,8 @@ def test_achievable_is_what_a_product_takes(precision: str, monkeypatch: pytest.
     assert measure_matmul_flops(torch.device("cpu"), precision) == 2 * 1024**3 / 0.5
 
 
-def test_no_room_for_the_product_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that went well and filled the device does not fail by its last measurement."""
+def test_out_of_memory_in_measurement_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that filled the device does not fail in this measurement."""
 
     def fail(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")

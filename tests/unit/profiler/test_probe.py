@@ -1,7 +1,4 @@
-"""Three clocks that are kept apart: phases, steps, and what is paused and belongs to neither.
-
-Time is a clock that only the tests move, so that a second in a wrong place shows and a busy machine does not.
-"""
+"""Times of phases, steps and pauses, with a fake clock that only the tests advance."""
 
 from __future__ import annotations
 
@@ -20,25 +17,25 @@ from peftbench.profiler.probe import Probe
 
 @dataclass
 class Clock:
-    """A clock that stands still until it is told."""
+    """A clock that advances only by ``sleep``."""
 
     now: float = 1000.0
 
     def perf_counter(self) -> float:
-        """The time, as the probe asks for it."""
+        """Return the time."""
         return self.now
 
     def sleep(self, seconds: float) -> None:
-        """Let time pass."""
+        """Advance the time."""
         self.now += seconds
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The probe's only clock."""
-    made = Clock()
-    monkeypatch.setattr(peftbench.profiler.probe, "time", SimpleNamespace(perf_counter=made.perf_counter))
-    return made
+    """Replace the probe's clock."""
+    fake = Clock()
+    monkeypatch.setattr(peftbench.profiler.probe, "time", SimpleNamespace(perf_counter=fake.perf_counter))
+    return fake
 
 
 @pytest.fixture
@@ -47,8 +44,8 @@ def probe() -> Probe:
     return Probe(torch.device("cpu"))
 
 
-def test_real_sleeps_land_in_their_phases(probe: Probe) -> None:
-    """On the machine's own clock, a sleep is in its phase and a pause in none."""
+def test_phase_excludes_pause_on_real_clock(probe: Probe) -> None:
+    """On the real clock, a sleep counts in its phase and a pause does not."""
     with probe.phase("train"):
         time.sleep(0.1)
         with probe.paused():
@@ -56,11 +53,11 @@ def test_real_sleeps_land_in_their_phases(probe: Probe) -> None:
     assert 0.09 < probe.phase_seconds["train"] < 0.4
 
 
-def test_a_sleep_lands_in_its_phase(probe: Probe, clock: Clock) -> None:
-    """Each phase has the seconds spent in it and no other's; entered again, they add up."""
+def test_phase_seconds(probe: Probe, clock: Clock) -> None:
+    """Each phase has its own seconds; entered again, they add up."""
     with probe.phase("build"):
         clock.sleep(1)
-    clock.sleep(2)  # between phases, in none
+    clock.sleep(2)  # between phases
     with probe.phase("train"):
         clock.sleep(4)
     with probe.phase("build"):
@@ -69,8 +66,8 @@ def test_a_sleep_lands_in_its_phase(probe: Probe, clock: Clock) -> None:
     assert probe.step_seconds == []
 
 
-def test_a_sleep_lands_in_its_step(probe: Probe, clock: Clock) -> None:
-    """Each step has its own seconds, and the phase around them has all."""
+def test_step_seconds(probe: Probe, clock: Clock) -> None:
+    """Each step has its own seconds; the phase includes all of them and the time in between."""
     with probe.phase("train"):
         for seconds in (1, 2):
             with probe.step():
@@ -80,8 +77,8 @@ def test_a_sleep_lands_in_its_step(probe: Probe, clock: Clock) -> None:
     assert probe.phase_seconds == {"train": 11}
 
 
-def test_paused_time_is_in_none(probe: Probe, clock: Clock) -> None:
-    """What is paused is neither in the step around it nor in the phase, wherever in them it is."""
+def test_pause_counts_in_neither_step_nor_phase(probe: Probe, clock: Clock) -> None:
+    """A pause inside or between steps is excluded from both."""
     with probe.phase("train"):
         with probe.step():
             clock.sleep(1)
@@ -95,8 +92,8 @@ def test_paused_time_is_in_none(probe: Probe, clock: Clock) -> None:
     assert probe.phase_seconds == {"train": 21}
 
 
-def test_what_was_paused_before_is_not_taken_off_again(probe: Probe, clock: Clock) -> None:
-    """A pause shortens the phase it lies in and no later one."""
+def test_pause_shortens_only_its_own_phase(probe: Probe, clock: Clock) -> None:
+    """A later phase and its steps are unchanged."""
     with probe.phase("build"), probe.paused():
         clock.sleep(1)
     with probe.phase("train"), probe.step():
@@ -105,8 +102,8 @@ def test_what_was_paused_before_is_not_taken_off_again(probe: Probe, clock: Cloc
     assert probe.step_seconds == [2]
 
 
-def test_a_phase_that_raises_keeps_its_seconds(probe: Probe, clock: Clock) -> None:
-    """A phase that fails is measured until then and stays the current one, so that the outcome can name it."""
+def test_phase_that_raises_keeps_its_seconds(probe: Probe, clock: Clock) -> None:
+    """It is measured up to the error and stays the current phase, for the outcome."""
     with suppress(ZeroDivisionError), probe.phase("train"):
         clock.sleep(1)
         raise ZeroDivisionError
@@ -114,8 +111,8 @@ def test_a_phase_that_raises_keeps_its_seconds(probe: Probe, clock: Clock) -> No
     assert probe.current_phase == "train"
 
 
-def test_a_pause_that_raises_is_still_a_pause(probe: Probe, clock: Clock) -> None:
-    """A pause that fails belongs to no phase either."""
+def test_pause_that_raises_is_excluded(probe: Probe, clock: Clock) -> None:
+    """A pause that fails does not count in the phase."""
     with suppress(ZeroDivisionError), probe.phase("train"):
         clock.sleep(1)
         with probe.paused():
@@ -124,8 +121,8 @@ def test_a_pause_that_raises_is_still_a_pause(probe: Probe, clock: Clock) -> Non
     assert probe.phase_seconds == {"train": 1}
 
 
-def test_a_step_that_raises_is_no_step(probe: Probe, clock: Clock) -> None:
-    """Only finished steps are counted; the seconds of one that failed are in its phase."""
+def test_step_that_raises_is_not_recorded(probe: Probe, clock: Clock) -> None:
+    """Only finished steps are recorded; the seconds of a failed one count in its phase."""
     with suppress(ZeroDivisionError), probe.phase("train"), probe.step():
         clock.sleep(1)
         raise ZeroDivisionError
@@ -134,7 +131,7 @@ def test_a_step_that_raises_is_no_step(probe: Probe, clock: Clock) -> None:
 
 
 def test_current_phase(probe: Probe) -> None:
-    """The probe knows the phase it is in, and comes back to the outer one."""
+    """current_phase is the inner phase, and then the outer one again."""
     assert probe.current_phase is None
     with probe.phase("train"):
         assert probe.current_phase == "train"
@@ -144,26 +141,26 @@ def test_current_phase(probe: Probe) -> None:
     assert probe.current_phase is None
 
 
-def test_warm_up_is_a_phase_of_its_own(probe: Probe, clock: Clock) -> None:
-    """The first steps, and what is between them, are in the warm-up's seconds and not in the training's."""
+def test_warmup_is_a_separate_phase(probe: Probe, clock: Clock) -> None:
+    """The first steps and the time between them count in warmup, not in train."""
     with probe.training(untimed_steps=2):
         for seconds in (10, 20, 1, 2, 3):
-            clock.sleep(0.5)  # a batch is made
+            clock.sleep(0.5)  # a batch is built
             with probe.step():
                 clock.sleep(seconds)
     assert probe.phase_seconds == {"warmup": 31.0, "train": 7.5}
     assert probe.step_seconds == [10, 20, 1, 2, 3]
 
 
-def test_no_warm_up(probe: Probe, clock: Clock) -> None:
-    """With no warm-up steps everything is training."""
+def test_no_warmup(probe: Probe, clock: Clock) -> None:
+    """Without warm-up steps, all time is training."""
     with probe.training(untimed_steps=0), probe.step():
         clock.sleep(3)
     assert probe.phase_seconds == {"train": 3}
 
 
-def test_all_warm_up(probe: Probe, clock: Clock) -> None:
-    """With fewer steps than warm-up has, nothing is training, and no figure is made of nothing."""
+def test_only_warmup(probe: Probe, clock: Clock) -> None:
+    """With no more steps than warm-up steps, there is no train phase."""
     for steps in (1, 2):
         with probe.training(untimed_steps=2):
             for _ in range(steps):
@@ -174,8 +171,8 @@ def test_all_warm_up(probe: Probe, clock: Clock) -> None:
 
 
 @pytest.mark.parametrize(("fails_at", "phase"), [(1, "warmup"), (3, "train")])
-def test_a_step_that_raises_names_its_phase(fails_at: int, phase: str, probe: Probe, clock: Clock) -> None:
-    """What ends the loop is in the phase it happened in, with the seconds until then."""
+def test_error_in_step_keeps_its_phase(fails_at: int, phase: str, probe: Probe, clock: Clock) -> None:
+    """The phase of the error is current, with the seconds up to the error."""
 
     def run() -> None:
         with probe.training(untimed_steps=2):
@@ -191,46 +188,46 @@ def test_a_step_that_raises_names_its_phase(fails_at: int, phase: str, probe: Pr
     assert sum(probe.phase_seconds.values()) == fails_at + 1
 
 
-# --- peaks -----------------------------------------------------------------------------------------------------------
+# --- instruments ------------------------------------------------------------------------------------------------------
 
 
 @dataclass
-class Looker:
-    """An instrument that remembers what it looked at."""
+class FakeInstrument:
+    """Records the steps it was used for."""
 
-    looks_at: tuple[int, ...] = (1, 2)
+    instrumented: tuple[int, ...] = (1, 2)
     steps: list[int] = field(default_factory=list)
-    left: int = 0
+    exits: int = 0
 
-    def step(self, number: int) -> AbstractContextManager[None] | None:
-        """Look at a step, or not."""
+    def get_step_context(self, number: int) -> AbstractContextManager[None] | None:
+        """Return a context for instrumented steps."""
         self.steps.append(number)
-        return self.look() if number in self.looks_at else None
+        return self.measure() if number in self.instrumented else None
 
     @contextmanager
-    def look(self) -> Iterator[None]:
-        """Around a step."""
+    def measure(self) -> Iterator[None]:
+        """Wrap a step."""
         yield
-        self.left += 1
+        self.exits += 1
 
 
-def test_only_warm_up_steps_are_inspected(probe: Probe) -> None:
-    """What slows a step down is never around one that counts."""
-    looker = Looker()
-    with probe.training(untimed_steps=2, get_step_context=looker.step):
+def test_only_warmup_steps_are_instrumented(probe: Probe) -> None:
+    """Instruments, which slow a step down, are never used in a timed step."""
+    instrument = FakeInstrument()
+    with probe.training(untimed_steps=2, get_step_context=instrument.get_step_context):
         for _ in range(4):
             with probe.step():
                 pass
-    assert (looker.steps, looker.left) == ([1, 2], 2)
-    with probe.training(untimed_steps=0, get_step_context=looker.step), probe.step():
+    assert (instrument.steps, instrument.exits) == ([1, 2], 2)
+    with probe.training(untimed_steps=0, get_step_context=instrument.get_step_context), probe.step():
         pass
-    assert looker.steps == [1, 2]
+    assert instrument.steps == [1, 2]
 
 
-def test_parts_are_timed_in_warm_up_steps_that_nobody_looks_at(probe: Probe, clock: Clock) -> None:
-    """The median of each part's seconds, micro-batches added up; not of the first step, nor of one slowed down."""
-    looker = Looker(looks_at=(3,))
-    with probe.training(untimed_steps=5, get_step_context=looker.step):
+def test_parts_are_timed_in_warmup_steps_without_instruments(probe: Probe, clock: Clock) -> None:
+    """Median seconds of each part over micro-batches, without the first and the instrumented step."""
+    instrument = FakeInstrument(instrumented=(3,))
+    with probe.training(untimed_steps=5, get_step_context=instrument.get_step_context):
         for seconds in (100, 1, 50, 2, 9, 70):
             with probe.step():
                 for part in ("forward", "backward", "forward", "optimizer"):

@@ -1,4 +1,4 @@
-"""Peaks and energy land in the phases and the parts of steps that made them."""
+"""Peaks and energy count in their phases and parts of steps."""
 
 from __future__ import annotations
 
@@ -13,53 +13,53 @@ from peftbench.record import Memory
 
 @dataclass
 class Counters:
-    """A device's peak counter that only the tests move."""
+    """A fake memory meter that only the tests move."""
 
     supports_step_parts: bool = True
     cuda_context_bytes: int | None = 5
     peak: int = 0
-    held: int | None = 70
+    process_bytes: int | None = 70
     reserved: int = 0
 
     def lap(self) -> Memory:
-        """The peak since the lap before."""
-        told, self.peak = self.peak, 0
-        return Memory(allocated_bytes=told)
+        """Return and reset the peak."""
+        peak, self.peak = self.peak, 0
+        return Memory(allocated_bytes=peak)
 
     def read_in_use_bytes(self) -> int | None:
-        """Nobody watches."""
+        """Return None."""
         return None
 
     def read_process_bytes(self) -> int | None:
-        """What the driver says."""
-        return self.held
+        """Return the driver's value."""
+        return self.process_bytes
 
     def empty_cache(self) -> None:
-        """Give back what is reserved and not held."""
+        """Release reserved memory."""
         self.reserved = 0
 
     def set_baseline(self) -> None:
-        """Nothing was held before."""
+        """Do nothing."""
 
     def reach(self, allocated: int) -> None:
-        """Let something that large be there for a moment."""
+        """Allocate and free this size."""
         self.peak = max(self.peak, allocated)
 
 
 def measured(counters: Counters) -> Probe:
-    """A probe of the device with these counters."""
+    """Return a probe with this meter."""
     probe = Probe(torch.device("cpu"))
     probe.memory_meter = counters
     return probe
 
 
 def peaks(memory: dict[str, Memory]) -> dict[str, int | None]:
-    """Allocated bytes alone."""
+    """Return the allocated bytes."""
     return {name: peak.allocated_bytes for name, peak in memory.items()}
 
 
-def test_what_lies_within_counts_for_what_lies_around() -> None:
-    """A phase within a phase has its own peak, which is the outer one's too; what was before it is not."""
+def test_inner_peak_counts_in_outer_phase() -> None:
+    """A nested phase has its own peak, which also counts in the outer one; earlier peaks do not."""
     counters = Counters()
     probe = measured(counters)
     counters.reach(99)
@@ -74,24 +74,24 @@ def test_what_lies_within_counts_for_what_lies_around() -> None:
     assert {memory.process_bytes for memory in probe.memory.values()} == {70}
 
 
-def test_reserved_memory_is_given_back_between_phases_but_not_before_training() -> None:
-    """What warm-up has reserved is what training goes on with; an evaluation does not show training's cache."""
+def test_cache_is_emptied_between_phases_but_not_after_warmup() -> None:
+    """Training keeps what warm-up reserved; evaluation starts without training's cache."""
     counters = Counters()
     probe = measured(counters)
-    found: list[int] = []
+    reserved_at_start: list[int] = []
     counters.reserved = 9
     with probe.training(untimed_steps=1):
         for reserved in (5, 6):
             with probe.step():
-                found.append(counters.reserved)
+                reserved_at_start.append(counters.reserved)
                 counters.reserved = reserved
     with probe.phase("evaluate"):
-        found.append(counters.reserved)
-    assert found == [0, 5, 0]
+        reserved_at_start.append(counters.reserved)
+    assert reserved_at_start == [0, 5, 0]
 
 
-def step_of(probe: Probe, counters: Counters, forward: int, backward: int, optimizer: int) -> None:
-    """One step whose parts reach these sizes."""
+def run_step(probe: Probe, counters: Counters, forward: int, backward: int, optimizer: int) -> None:
+    """Run a step whose parts have these peaks."""
     with probe.step():
         for part, size in (("forward", forward), ("backward", backward), ("optimizer", optimizer)):
             with probe.part(part):
@@ -99,32 +99,32 @@ def step_of(probe: Probe, counters: Counters, forward: int, backward: int, optim
                 counters.reach(size)
 
 
-def test_parts_of_a_step_have_peaks_of_their_own() -> None:
-    """The largest of each part over all steps after warm-up; the phase has the largest of all."""
+def test_step_part_peaks() -> None:
+    """The maximum of each part over the steps after warm-up; the phase has the maximum of all."""
     counters = Counters()
     probe = measured(counters)
     with probe.training(untimed_steps=1):
-        step_of(probe, counters, 90, 80, 70)
-        step_of(probe, counters, 5, 9, 2)
-        step_of(probe, counters, 6, 8, 3)
+        run_step(probe, counters, 90, 80, 70)
+        run_step(probe, counters, 5, 9, 2)
+        run_step(probe, counters, 6, 8, 3)
         counters.reach(1)
     assert peaks(probe.step_memory) == {"forward": 6, "backward": 9, "optimizer": 3}
     assert peaks(probe.memory) == {"warmup": 90, "train": 9}
     assert probe.current_step_part is None
 
 
-def test_parts_are_not_told_apart_where_that_would_cost() -> None:
-    """A device whose laps take long has peaks of phases alone."""
+def test_no_step_part_peaks_with_expensive_laps() -> None:
+    """A device with expensive laps has only peaks of phases."""
     counters = Counters(supports_step_parts=False)
     probe = measured(counters)
     with probe.training(untimed_steps=0):
-        step_of(probe, counters, 5, 9, 2)
+        run_step(probe, counters, 5, 9, 2)
     assert probe.step_memory == {}
     assert peaks(probe.memory) == {"train": 9}
 
 
-def test_a_part_that_raises_keeps_its_peak_and_is_named() -> None:
-    """An out-of-memory in the backward pass is in the backward pass's peak."""
+def test_part_that_raises_keeps_its_peak_and_name() -> None:
+    """An error in the backward pass keeps its peak and its part."""
     counters = Counters()
     probe = measured(counters)
     with suppress(ZeroDivisionError), probe.training(untimed_steps=0), probe.step(), probe.part("backward"):
@@ -136,8 +136,8 @@ def test_a_part_that_raises_keeps_its_peak_and_is_named() -> None:
     assert peaks(probe.memory) == {"train": 4}
 
 
-def test_an_error_in_warm_up_keeps_the_peaks_of_its_parts() -> None:
-    """Most runs that do not fit end there: what they reached, by part and by the driver's word, is what is wanted."""
+def test_error_in_warmup_keeps_step_part_peaks() -> None:
+    """Most runs that do not fit end in warm-up; their peaks are kept by part, with the driver's value."""
     counters = Counters()
     probe = measured(counters)
     with suppress(ZeroDivisionError), probe.training(untimed_steps=2), probe.step():
@@ -151,54 +151,54 @@ def test_an_error_in_warm_up_keeps_the_peaks_of_its_parts() -> None:
     assert probe.memory["warmup"].process_bytes == 70
 
 
-def test_what_is_paused_peaks_in_nothing() -> None:
-    """An evaluation in the middle of training shows in no peak of the training, before or after it."""
+def test_pause_counts_in_no_peak() -> None:
+    """An evaluation during training counts in no training peak."""
     counters = Counters()
     probe = measured(counters)
     with probe.training(untimed_steps=0):
-        step_of(probe, counters, 5, 6, 2)
+        run_step(probe, counters, 5, 6, 2)
         with probe.paused():
             counters.reach(99)
-        step_of(probe, counters, 4, 3, 1)
+        run_step(probe, counters, 4, 3, 1)
     assert peaks(probe.memory) == {"train": 6}
     assert peaks(probe.step_memory) == {"forward": 5, "backward": 6, "optimizer": 2}
 
 
-def test_where_all_was_warm_up_parts_have_no_peaks() -> None:
-    """What was not measured has no figures."""
+def test_only_warmup_has_no_step_part_peaks() -> None:
+    """Without timed steps there are no peaks of parts."""
     counters = Counters()
     probe = measured(counters)
     with probe.training(untimed_steps=2):
-        step_of(probe, counters, 5, 9, 2)
+        run_step(probe, counters, 5, 9, 2)
     assert probe.step_memory == {}
 
 
-# --- energy and inspection -------------------------------------------------------------------------------------------
+# --- energy -------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Energy:
-    """A counter of energy that only the tests move."""
+    """A fake energy meter that only the tests move."""
 
     now: float | None = 100.0
-    kept_up: int = 0
+    num_polls: int = 0
 
     def read_joules(self) -> float | None:
-        """So far."""
+        """Return the joules so far."""
         return self.now
 
     def poll(self) -> None:
-        """Counted."""
-        self.kept_up += 1
+        """Count the call."""
+        self.num_polls += 1
 
     def spend(self, joules: float) -> None:
-        """Use some."""
+        """Add energy."""
         assert self.now is not None
         self.now += joules
 
 
-def test_energy_lands_in_its_phase() -> None:
-    """Each phase has what was used in it; warm-up is not in the training's; every step lets the counter keep up."""
+def test_energy_by_phase() -> None:
+    """Each phase has its own energy, warm-up is not training, and every step polls the meter."""
     energy = Energy()
     probe = Probe(torch.device("cpu"), energy)
     with probe.phase("build"):
@@ -209,11 +209,11 @@ def test_energy_lands_in_its_phase() -> None:
             with probe.step():
                 energy.spend(joules)
     assert probe.phase_joules == {"build": 1, "warmup": 4, "train": 24}
-    assert energy.kept_up == 3
+    assert energy.num_polls == 3
 
 
-def test_unknown_energy_is_no_figure() -> None:
-    """Where nothing tells, nothing is said."""
+def test_unknown_energy_is_not_recorded() -> None:
+    """Without a meter there is no energy."""
     probe = Probe(torch.device("cpu"))
     with probe.phase("train"):
         pass

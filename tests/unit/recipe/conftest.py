@@ -1,4 +1,4 @@
-"""What tests of recipes share."""
+"""Fixtures for tests of recipes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LEAST: dict[str, Any] = {
 
 
 def write(path: Path, values: dict[str, Any] | str) -> Path:
-    """A YAML file of ``values``, or of text as it is."""
+    """Write ``values`` as YAML, or text unchanged, and return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(values if isinstance(values, str) else yaml.safe_dump(values), encoding="utf-8")
     return path
@@ -25,8 +25,5 @@ def write(path: Path, values: dict[str, Any] | str) -> Path:
 
 @pytest.fixture
 def least(tmp_path: Path) -> Path:
-    """A file with no more than a recipe must say."""
+    """A file with only the required keys of a recipe."""
     return write(tmp_path / "least.yaml", LEAST)
-
-
-# --- merging ---------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Recipes as files: merged as written, shown with every knob's meaning."""
+"""Recipe files: merging, and YAML with the meaning of every key."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from peftbench.common.schema import ConfigSection
+from peftbench.data.sources import SOURCES
 from peftbench.errors import MissingFileError, RecipeError
 from peftbench.methods import METHOD_KINDS
 from peftbench.optim import OPTIMIZERS, SGD, AdamW
@@ -21,7 +22,7 @@ from tests.unit.recipe.conftest import LEAST, write
 
 
 def test_files_and_overrides_merge_from_left_to_right(least: Path, tmp_path: Path) -> None:
-    """A later file wins over an earlier one knob by knob, and an override over every file."""
+    """A later file replaces single keys of an earlier one, and overrides replace those of files."""
     second = write(tmp_path / "b.yaml", {"train": {"steps": 20, "seed": 1, "global_batch_size": 4}})
     third = write(tmp_path / "c.yaml", {"train": {"steps": 30, "seed": 2}})
     recipe = load_recipe([least, second, third], ["train.steps=40", "train.steps=50"])
@@ -29,26 +30,26 @@ def test_files_and_overrides_merge_from_left_to_right(least: Path, tmp_path: Pat
     assert load_recipe([least, third, second]).train.steps == 20
 
 
-def test_a_list_is_replaced_not_extended(least: Path, tmp_path: Path) -> None:
-    """A later list takes the place of an earlier one."""
+def test_list_is_replaced_not_extended(least: Path, tmp_path: Path) -> None:
+    """A later list replaces an earlier one."""
     first = write(tmp_path / "a.yaml", {"method": {"target_modules": ["c_attn", "c_proj"]}})
     recipe = load_recipe([least, first], ["method.target_modules=[c_fc]"])
     assert recipe.method.model_dump()["target_modules"] == ("c_fc",)
 
 
-def test_overrides_alone_make_a_recipe() -> None:
-    """No file is needed where the overrides say everything."""
+def test_recipe_from_overrides_alone() -> None:
+    """No file is needed if the overrides set every required key."""
     overrides = ["name=run", "method.kind=full", "data.source.kind=docstrings", "train.epochs=2"]
     assert load_recipe([], overrides).train.epochs == 2.0
 
 
-def test_an_override_says_null(least: Path) -> None:
-    """``null`` takes back what a file says."""
+def test_override_with_null(least: Path) -> None:
+    """``null`` unsets a value of a file."""
     assert load_recipe([least], ["train.steps=null", "train.epochs=1"]).train.steps is None
 
 
 def test_extends_is_relative_to_its_own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file extends another by a path from its own folder, wherever the command runs, and wins over it."""
+    """``extends`` is relative to the file's own folder, not the working directory; the file wins over its parent."""
     write(tmp_path / "base" / "common.yaml", LEAST)
     child = write(tmp_path / "sub" / "child.yaml", {"extends": "../base/common.yaml", "train": {"steps": 3}})
     monkeypatch.chdir(tmp_path.parent)
@@ -57,7 +58,7 @@ def test_extends_is_relative_to_its_own_file(tmp_path: Path, monkeypatch: pytest
 
 
 def test_extends_a_list_from_left_to_right(tmp_path: Path) -> None:
-    """Of several parents the later wins, and a parent's own parents come before it."""
+    """A later parent wins over an earlier one, and a parent over its own parents."""
     write(tmp_path / "root.yaml", LEAST | {"train": {"steps": 1, "seed": 1, "global_batch_size": 1}})
     write(tmp_path / "a.yaml", {"extends": "root.yaml", "train": {"steps": 2, "seed": 2}})
     write(tmp_path / "b.yaml", {"train": {"steps": 3}})
@@ -65,16 +66,16 @@ def test_extends_a_list_from_left_to_right(tmp_path: Path) -> None:
     assert (recipe.train.steps, recipe.train.seed, recipe.train.global_batch_size) == (3, 2, 1)
 
 
-def test_one_parent_by_two_ways_is_no_cycle(tmp_path: Path) -> None:
-    """Two parents may share a parent of their own."""
+def test_shared_parent_is_not_a_cycle(tmp_path: Path) -> None:
+    """Two parents may extend the same file."""
     write(tmp_path / "root.yaml", LEAST)
     for name in ("a", "b"):
         write(tmp_path / f"{name}.yaml", {"extends": "root.yaml"})
     assert load_recipe([write(tmp_path / "child.yaml", {"extends": ["a.yaml", "b.yaml"]})]).name == "run"
 
 
-def test_a_cycle_is_refused(tmp_path: Path) -> None:
-    """Files that extend each other, or themselves, are refused by name instead of read for ever."""
+def test_cycle_is_refused(tmp_path: Path) -> None:
+    """Files that extend each other, or themselves, are an error that names the file."""
     first = write(tmp_path / "a.yaml", LEAST | {"extends": "b.yaml"})
     write(tmp_path / "b.yaml", {"extends": "a.yaml"})
     itself = write(tmp_path / "c.yaml", LEAST | {"extends": "c.yaml"})
@@ -83,49 +84,45 @@ def test_a_cycle_is_refused(tmp_path: Path) -> None:
             load_recipe([path])
 
 
-def test_a_parent_that_is_not_there(tmp_path: Path) -> None:
-    """A missing parent is told by its path, with the file of its folder that may have been meant."""
+def test_missing_parent(tmp_path: Path) -> None:
+    """The error about a missing parent has its path and the nearest file of its folder."""
     write(tmp_path / "common.yaml", LEAST)
     child = write(tmp_path / "child.yaml", {"extends": "comon.yaml"})
     with pytest.raises(MissingFileError, match=r"no file .*comon\.yaml; did you mean 'common\.yaml'"):
         load_recipe([child])
 
 
-# --- shipped recipes and knobs ---------------------------------------------------------------------------------------
+# --- keys and their meaning ---------------------------------------------------------------------------------------
 
 
-def all_knobs() -> Iterator[tuple[str, str]]:
-    """Every knob that a recipe may have, as ``Class.name``, and its description."""
-    tables: list[type[ConfigSection]] = [*METHOD_KINDS.values(), *OPTIMIZERS.values()]
-    from peftbench.data.sources import SOURCES
-
-    waiting: list[type[ConfigSection]] = [Recipe, *tables, *SOURCES.values()]
+def all_keys() -> Iterator[tuple[str, str]]:
+    """Every key that a recipe may have, as ``Class.name``, and its description."""
+    queue: list[type[ConfigSection]] = [Recipe, *METHOD_KINDS.values(), *OPTIMIZERS.values(), *SOURCES.values()]
     seen: set[type[ConfigSection]] = set()
-    while waiting:
-        part = waiting.pop()
-        if part in seen:
+    while queue:
+        section = queue.pop()
+        if section in seen:
             continue
-        seen.add(part)
-        for name, field in part.model_fields.items():
-            yield f"{part.__name__}.{name}", field.description or ""
+        seen.add(section)
+        for name, field in section.model_fields.items():
+            yield f"{section.__name__}.{name}", field.description or ""
             if isinstance(field.annotation, type) and issubclass(field.annotation, ConfigSection):
-                waiting.append(field.annotation)
+                queue.append(field.annotation)
 
 
-def test_every_knob_says_what_it_means() -> None:
-    """Each knob of the recipe, of every method, source and optimizer has a description that fits one line."""
-    knobs = dict(all_knobs())
-    assert len(knobs) > 40
-    assert {"Recipe.name", "Train.steps", "Lora.r", "Files.train", "Hub.revision", "AdamW.betas"} <= set(knobs)
-    without = [knob for knob, meaning in knobs.items() if not meaning.strip() or "\n" in meaning.strip()]
-    assert not without
+def test_every_key_has_a_description() -> None:
+    """Each key of the recipe and of every method, source and optimizer has a description of one line."""
+    keys = dict(all_keys())
+    assert len(keys) > 40
+    assert {"Recipe.name", "Train.steps", "Lora.r", "Files.train", "Hub.revision", "AdamW.betas"} <= set(keys)
+    assert not [key for key, meaning in keys.items() if not meaning.strip() or "\n" in meaning.strip()]
 
 
-def test_explained_shows_each_knob_with_its_meaning(least: Path) -> None:
-    """Each knob stands on a line of its own, with its value and its meaning behind it."""
+def test_commented_yaml_has_one_line_per_key(least: Path) -> None:
+    """Each key is on its own line, followed by its value and its meaning."""
     lines = to_commented_yaml(load_recipe([least])).splitlines()
     assert all(re.fullmatch(r" *\w+:( .+)?  # \S.*", line) for line in lines)
-    assert any(re.fullmatch(r"  steps: 10  # Optimizer steps.*", line) for line in lines)
+    assert any(re.fullmatch(r"  steps: 10  # Number of optimizer steps.*", line) for line in lines)
     assert "    kind: docstrings  # Which source." in lines
 
 
@@ -145,89 +142,64 @@ def test_explained_shows_each_knob_with_its_meaning(least: Path) -> None:
         "model.revision='0123'",
     ],
 )
-def test_explained_reads_back(override: str, least: Path, tmp_path: Path) -> None:
-    """Values that YAML could take for something else come back as they were."""
+def test_commented_yaml_reads_back(override: str, least: Path, tmp_path: Path) -> None:
+    """Values that YAML could read as another type come back unchanged."""
     recipe = load_recipe([least], [override])
     assert recipe != load_recipe([least])
     assert load_recipe([write(tmp_path / "again.yaml", to_commented_yaml(recipe))]) == recipe
 
 
 @pytest.mark.parametrize(("text", "value"), [("1e-4", 1e-4), ("5e-4", 5e-4), ("0.1", 0.1), ("1", 1.0), ("1E-3", 1e-3)])
-def test_a_number_is_a_number_in_files_and_overrides(text: str, value: float, least: Path, tmp_path: Path) -> None:
-    """``1e-4``, which plain YAML takes for text, is a float in a file as in an override."""
+def test_number_is_a_number_in_files_and_overrides(text: str, value: float, least: Path, tmp_path: Path) -> None:
+    """``1e-4``, which plain YAML reads as text, is a float in a file and in an override."""
     file = write(tmp_path / "rate.yaml", f"optimizer: {{learning_rate: {text}}}\n")
     for recipe in (load_recipe([least, file]), load_recipe([least], [f"optimizer.learning_rate={text}"])):
         assert type(recipe.optimizer.learning_rate) is float
         assert recipe.optimizer.learning_rate == value
 
 
-def test_an_optimizer_without_a_kind_is_the_default_one(least: Path) -> None:
-    """Knobs alone are AdamW's; a kind is obeyed."""
+def test_optimizer_without_a_kind_is_adamw(least: Path) -> None:
+    """Without a kind, the keys are AdamW's."""
     assert isinstance(load_recipe([least], ["optimizer.learning_rate=0.5"]).optimizer, AdamW)
     assert isinstance(load_recipe([least], ["optimizer.kind=sgd", "optimizer.momentum=0.5"]).optimizer, SGD)
 
 
-def test_the_fingerprint_is_of_what_may_change_a_number(least: Path) -> None:
-    """Where a run is written and shown does not change the fingerprint; any other knob does."""
-    before = load_recipe([least]).fingerprint()
-    elsewhere = [
-        "name=other",
-        "output_dir=there",
-        "save_model=false",
-        "trackers=[tensorboard]",
-        "profile.price_per_hour=2",
-    ]
-    assert load_recipe([least], elsewhere).fingerprint() == before
-    changes = (
-        "train.seed=1",
-        "method.r=8",
-        "optimizer.learning_rate=1e-3",
-        "data.train=5",
-        "model.dropout=0.0",
-        "profile.untimed_steps=6",
-        "profile.memory_breakdown=true",
-    )
-    changed = {load_recipe([least], [change]).fingerprint() for change in changes}
-    assert len(changed) == len(changes)
-    assert before not in changed
-
-
-def test_a_recipe_is_frozen(least: Path) -> None:
-    """Nothing downstream edits a recipe."""
+def test_recipe_is_frozen(least: Path) -> None:
+    """A recipe cannot be modified."""
     recipe = load_recipe([least])
     with pytest.raises(ValueError, match="frozen"):
         recipe.train.steps = 1  # type: ignore[misc]
 
 
 def test_reading_a_recipe_needs_no_torch(least: Path) -> None:
-    """A mistake in a recipe is told without waiting for torch to load."""
+    """Loading a recipe imports no torch, so errors are reported at once."""
     code = (
         "import sys; from pathlib import Path; from peftbench.recipe.loader import load_recipe; "
         "load_recipe([Path(sys.argv[1])]); "
         "print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
     )
-    found = subprocess.run([sys.executable, "-c", code, str(least)], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
+    result = subprocess.run([sys.executable, "-c", code, str(least)], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize(
     "value", ["a ${b} c", "${data.seed}", "${", "1e3", "null", "a: b", "two\nlines", "#", "é '\"", r"\${b}"]
 )
 def test_any_text_reads_back(value: str, tmp_path: Path) -> None:
-    """What looks like an interpolation, a number or a comment is the text it is, once it was written."""
+    """Text that looks like an interpolation, a number or a comment is read back as the same text."""
     recipe = load_recipe([write(tmp_path / "least.yaml", LEAST)]).model_copy(update={"output_dir": value})
     again = load_recipe([write(tmp_path / "explained.yaml", to_commented_yaml(recipe))])
     assert again.output_dir == value
 
 
-def test_merged_is_not_yet_validated(tmp_path: Path) -> None:
-    """Files that say only part of a recipe can be merged and looked at."""
+def test_merge_does_not_validate(tmp_path: Path) -> None:
+    """Files that have only a part of a recipe can be merged."""
     part = write(tmp_path / "part.yaml", {"train": {"steps": 5}})
     assert merge_configs([part], ["train.seed=3"]) == {"train": {"steps": 5, "seed": 3}}
 
 
-def test_a_record_is_a_recipe(tmp_path: Path) -> None:
-    """Given a run's record, its very recipe is read, texts that look like interpolations too; knobs may be changed."""
+def test_record_is_read_as_a_recipe(tmp_path: Path) -> None:
+    """A run's record gives its exact recipe, text that looks like an interpolation included; overrides apply."""
     first = load_recipe([], ["name=a", "method.kind=lora", "data.source.kind=docstrings", "train.steps=3"])
     odd = first.model_copy(update={"data": first.data.model_copy(update={"separator": "\n${name}:"})})
     path = tmp_path / "record.json"

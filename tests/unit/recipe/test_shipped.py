@@ -1,4 +1,4 @@
-"""The recipes that come with peftbench."""
+"""The recipes in recipes/."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RECIPES = Path(__file__).resolve().parents[3] / "recipes"
 
 
 def shipped_recipes() -> list[Path]:
-    """Recipe files that say a run: neither the parents that others extend nor suites of recipes."""
+    """Recipe files of runs: neither parents that others extend nor suites."""
     return [
         path
         for path in sorted(RECIPES.rglob("*.yaml"))
@@ -25,16 +25,16 @@ def shipped_recipes() -> list[Path]:
 SHIPPED = shipped_recipes()
 
 
-def test_recipes_are_shipped() -> None:
-    """There are recipes for the tests below, one of each method among them."""
+def test_every_method_has_a_shipped_recipe() -> None:
+    """recipes/ has at least six runs, with each method among them."""
     assert len(SHIPPED) >= 6
     kinds = {load_recipe([path]).method.kind for path in SHIPPED}
     assert kinds >= {"full", "last_layer", "lora", "prompt_tuning", "lead", "zero_shot"}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(RECIPES)))
-def test_a_shipped_recipe_is_one(path: Path, tmp_path: Path) -> None:
-    """Every recipe file validates as it is, and what --print-config shows of it reads back as the same recipe."""
+def test_shipped_recipe_is_valid(path: Path, tmp_path: Path) -> None:
+    """Every recipe file is valid, and its commented YAML reads back as the same recipe."""
     recipe = load_recipe([path])
     again = load_recipe([write(tmp_path / "again.yaml", to_commented_yaml(recipe))])
     assert again == recipe

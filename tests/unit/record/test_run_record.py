@@ -1,4 +1,4 @@
-"""A record is written, read back the same, and refused in one sentence where it is none."""
+"""Records round-trip through JSON; invalid ones are refused in one sentence."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ RECIPE = {
 
 
 def record(**values: Any) -> RunRecord:
-    """A record with no more than it must have, and ``values``."""
+    """Return a record with the required fields and ``values``."""
     least: dict[str, Any] = {
         "name": "run",
         "started_at": "2026-01-02T03:04:05+00:00",
@@ -58,13 +58,13 @@ def record(**values: Any) -> RunRecord:
         "recipe_fingerprint": "0123456789abcdef",
         "outcome": Outcome(kind="ok"),
         "device": Device(type="cpu", name="a processor", num_processes=1),
-        "versions": {"torch": "2"},
+        "library_versions": {"torch": "2"},
     }
     return RunRecord(**least | values)
 
 
 def full_record() -> RunRecord:
-    """A record with every field set."""
+    """Return a record with every field set."""
     interval = Interval(mean=2.0, low=1.0, high=3.0)
     return record(
         outcome=Outcome(
@@ -77,7 +77,7 @@ def full_record() -> RunRecord:
             memory_snapshot="oom_snapshot.pickle",
         ),
         device=Device(type="cuda", name="a card", num_processes=2, memory_bytes=2**34),
-        git="abc+changes",
+        git_commit="abc+changes",
         engine=Engine(
             distributed_type="MULTI_CPU",
             mixed_precision="bf16",
@@ -87,13 +87,13 @@ def full_record() -> RunRecord:
             num_threads=1,
         ),
         parameters=ParameterCounts(total=10, trainable=1),
-        model_identity="blake2b 00",
-        data_identity="11",
-        examples={"train": 8},
-        dropped={"train": 1},
+        model_fingerprint="blake2b 00",
+        data_fingerprint="11",
+        num_examples={"train": 8},
+        num_dropped_examples={"train": 1},
         tokens=Tokens(real=5, padded=8, labelled=2, virtual=1),
         steps=2,
-        losses=(2.5, 1 / 3),
+        step_losses=(2.5, 1 / 3),
         step_seconds=(0.1, 0.2),
         step_tokens=(2, 3),
         phase_seconds={"train": 1.5},
@@ -108,13 +108,13 @@ def full_record() -> RunRecord:
             "forward": Memory(allocated_bytes=1, inactive_split_bytes=1, num_alloc_retries=0, process_bytes=9),
         },
         step_memory_by_rank=({"forward": Memory(allocated_bytes=1)},),
-        part_seconds={"forward": 0.5},
-        timed_steps=(2, 3),
+        step_part_seconds={"forward": 0.5},
+        part_timed_steps=(2, 3),
         resumed_after=(1,),
-        context_bytes=7,
+        cuda_context_bytes=7,
         state_bytes=StateBytes(weights=1, gradients=2, optimizer=3, cpu_offloaded=1, expected_optimizer=4),
         state_bytes_by_rank=(StateBytes(weights=1, gradients=2, optimizer=3),),
-        breakdown=MemoryBreakdown(
+        memory_breakdown=MemoryBreakdown(
             step=5,
             micro_batch_size=2,
             sequence_length=8,
@@ -144,7 +144,7 @@ def full_record() -> RunRecord:
             peak_flops_per_second=4e9,
             matmul_flops_per_second=3e9,
         ),
-        warmup_steps=1,
+        untimed_steps=1,
         memory_by_rank=({"train": Memory(allocated_bytes=1)}, {"train": Memory(allocated_bytes=2)}),
         throughput=Throughput(
             steps=3,
@@ -158,23 +158,23 @@ def full_record() -> RunRecord:
     )
 
 
-def test_the_full_record_is_full() -> None:
-    """Every field of a record is set in the one that the next test writes and reads."""
+def test_full_record_sets_every_field() -> None:
+    """The record of the round-trip test covers every field."""
     unset = set(RunRecord.model_fields) - full_record().model_fields_set - {"schema_version"}
     assert not unset
 
 
 @pytest.mark.parametrize("written", [record(), full_record()], ids=["least", "full"])
-def test_reads_back_the_same(written: RunRecord, tmp_path: Path) -> None:
-    """What is written is what is read, to the last digit, and the file is plain JSON."""
+def test_written_record_reads_back_equal(written: RunRecord, tmp_path: Path) -> None:
+    """The record read equals the one written, to the last digit; the file is plain JSON."""
     path = written.write(tmp_path / "new" / "folder")
     assert path == tmp_path / "new" / "folder" / RECORD_FILE
     assert read_record(path) == written
     assert json.loads(path.read_text(encoding="utf-8"))["schema_version"] == SCHEMA_VERSION
 
 
-def test_what_is_not_known_is_none() -> None:
-    """A record that was told nothing of a measurement says None, never zero."""
+def test_unknown_values_are_none() -> None:
+    """A value that was not measured is None, never zero."""
     bare = record()
     unknown = [bare.git_commit, bare.engine, bare.parameters, bare.tokens, bare.energy_joules, bare.quality]
     assert unknown == [None] * len(unknown)
@@ -182,10 +182,10 @@ def test_what_is_not_known_is_none() -> None:
     assert bare.flops == Flops(model_flops=None, hardware_flops=None, six_n=None)
 
 
-def test_numbers_that_json_lacks_survive(tmp_path: Path) -> None:
-    """A loss that is no number and an infinite perplexity read back as such, from JSON that any parser takes."""
+def test_nan_and_infinity_survive_json(tmp_path: Path) -> None:
+    """NaN losses and infinite perplexity round-trip through strict JSON."""
     quality = Quality(split="test", num_examples=1, loss=800.0, perplexity=math.inf)
-    path = record(losses=(1.0, math.nan, -math.inf), quality=quality).write(tmp_path)
+    path = record(step_losses=(1.0, math.nan, -math.inf), quality=quality).write(tmp_path)
 
     def refused(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
@@ -199,13 +199,13 @@ def test_numbers_that_json_lacks_survive(tmp_path: Path) -> None:
     assert again.quality.perplexity == math.inf
 
 
-def test_training_seconds_are_those_of_the_training_phase() -> None:
-    """Time spent to build and to evaluate is not training time."""
+def test_train_seconds_exclude_other_phases() -> None:
+    """Building and evaluation do not count as training time."""
     assert record(phase_seconds={"build": 5.0, "train": 1.5, "evaluate": 7.0}).train_seconds == 1.5
 
 
 def test_every_outcome_has_an_exit_code() -> None:
-    """Each outcome has a code of its own, 0 is ok, and what a suite does not repeat are outcomes."""
+    """Exit codes are distinct, ok is 0, and final outcomes are a subset."""
     assert set(EXIT_CODES) == set(get_args(OutcomeKind))
     assert len(set(EXIT_CODES.values())) == len(EXIT_CODES)
     assert EXIT_CODES["ok"] == 0
@@ -213,7 +213,7 @@ def test_every_outcome_has_an_exit_code() -> None:
 
 
 def changed(**values: Any) -> str:
-    """A record's JSON with some values replaced."""
+    """Return the JSON of a record with some values replaced."""
     return json.dumps(record().model_dump(mode="json") | values)
 
 
@@ -227,11 +227,11 @@ def changed(**values: Any) -> str:
         (changed(a_field_of_tomorrow=1), "a_field_of_tomorrow"),
         (changed(outcome={"kind": "splendid"}), "outcome.kind"),
         (changed(device=None), "device"),
-        (changed(losses=[1.0, None]), "losses.1"),
+        (changed(step_losses=[1.0, None]), "step_losses.1"),
     ],
 )
-def test_what_is_no_record_is_refused(text: str, where: str, tmp_path: Path) -> None:
-    """A file of another schema, or of none, is refused in one line that names the file and the place in it."""
+def test_invalid_record_is_refused_with_its_path(text: str, where: str, tmp_path: Path) -> None:
+    """The one-line error names the file and the location in it."""
     path = tmp_path / RECORD_FILE
     path.write_text(text, encoding="utf-8")
     with pytest.raises(RecordError) as caught:
@@ -254,8 +254,8 @@ def test_what_is_no_record_is_refused(text: str, where: str, tmp_path: Path) -> 
     ],
 )
 @pytest.mark.parametrize("whole", [False, True])
-def test_a_recipe_of_another_program_is_refused(missing: str, whole: bool, tmp_path: Path) -> None:
-    """What a comparison goes by must be in a recipe, or it is told in one sentence that names the knob and the file."""
+def test_recipe_without_a_required_key_is_refused(missing: str, whole: bool, tmp_path: Path) -> None:
+    """The error names the file and the missing key."""
     recipe: dict[str, Any] = dict(RECIPE)
     part, name = missing.split(".")
     recipe[part] = None if whole else {key: value for key, value in recipe[part].items() if key != name}
@@ -265,49 +265,49 @@ def test_a_recipe_of_another_program_is_refused(missing: str, whole: bool, tmp_p
     assert str(path) in str(raised.value)
 
 
-def test_a_record_that_is_not_there(tmp_path: Path) -> None:
-    """A missing file, or a folder in its place, is a RecordError with the path."""
+def test_missing_record_is_refused(tmp_path: Path) -> None:
+    """A missing file and a directory raise RecordError with the path."""
     for path in (tmp_path / "nothing.json", tmp_path):
-        with pytest.raises(RecordError, match="cannot be read"):
+        with pytest.raises(RecordError, match="Cannot read"):
             read_record(path)
 
 
-def test_records_are_found_below_a_folder_in_order(tmp_path: Path) -> None:
-    """All records below a folder are read, by path, and other files are left alone."""
+def test_read_records_finds_nested_records_in_order(tmp_path: Path) -> None:
+    """Records at any depth are read in path order; other files are ignored."""
     for name in ("b", "a", "c/deep"):
         record(name=name.replace("/", "-")).write(tmp_path / name)
     (tmp_path / "a" / "other.json").write_text("{}", encoding="utf-8")
     assert [found.name for found in read_records(tmp_path)] == ["a", "b", "c-deep"]
 
 
-def test_a_folder_without_records_is_refused(tmp_path: Path) -> None:
-    """No record at all is an error, not an empty report."""
-    with pytest.raises(RecordError, match=r"no record\.json below"):
+def test_folder_without_records_is_refused(tmp_path: Path) -> None:
+    """A folder without records is an error, not an empty report."""
+    with pytest.raises(RecordError, match=r"No record\.json below"):
         read_records(tmp_path)
 
 
-def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
-    """A record below a file is an OutputError."""
+def test_unwritable_path_raises_output_error(tmp_path: Path) -> None:
+    """Writing below a regular file raises OutputError."""
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(OutputError):
         record().write(tmp_path / "file")
 
 
-def test_a_record_is_frozen() -> None:
-    """Nothing changes a record after it was made."""
+def test_record_is_frozen() -> None:
+    """Assigning to a field raises."""
     with pytest.raises(ValueError, match="frozen"):
         record().name = "other"  # type: ignore[misc]
 
 
-def test_reading_records_needs_no_torch() -> None:
-    """A report is made where there is no torch: neither the module nor what it imports loads it."""
+def test_record_package_imports_no_torch() -> None:
+    """Importing peftbench.record loads none of torch, transformers and datasets."""
     code = "import sys, peftbench.record; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
 
 
-def test_utilisation_is_of_a_known_whole() -> None:
-    """Each share is of its own whole, and unknown where a part of it is."""
+def test_utilization_is_none_without_its_denominator() -> None:
+    """Each utilization divides by its own peak and is None if that is unknown."""
     known = Compute(
         model_flops_per_second=1.0,
         hardware_flops_per_second=2.0,
@@ -319,8 +319,8 @@ def test_utilisation_is_of_a_known_whole() -> None:
     assert (unknown.mfu, unknown.hfu, unknown.matmul_utilization) == (None, None, None)
 
 
-def test_what_a_run_cost() -> None:
-    """9 J over 3 timed steps of 4 samples are 750 J a thousand; 1.5 s on 2 devices at 12 an hour are 0.01."""
+def test_energy_and_cost_match_closed_form() -> None:
+    """9 J over 3 steps of 4 samples is 750 J per 1,000; 1.5 s on 2 devices at 12 per hour costs 0.01."""
     recipe = {"train": {"global_batch_size": 4}, "profile": {"price_per_hour": 12.0}}
     known = full_record().model_copy(update={"energy_joules": 9.0, "recipe": recipe})
     assert known.joules_per_1000_samples == 750

@@ -1,4 +1,4 @@
-"""The line of a run that trains, for known figures on a clock that only the test moves."""
+"""The progress bar's text, for known values and a clock that only the test advances."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import sys
 import pytest
 
 from peftbench.run.progress_bar import ProgressBar, format_metrics, shorten_name
+from peftbench.training.callbacks import StepInfo
 
 MIB = 2**20
 
 
 class Stream(io.StringIO):
-    """A stream that is a terminal, or is none."""
+    """A stream that is a terminal or not."""
 
     encoding = "utf-8"
 
@@ -27,22 +28,27 @@ class Stream(io.StringIO):
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time, as the line and tqdm ask for it."""
+    """The time that the bar and tqdm read."""
     now = [100.0]
     monkeypatch.setattr("peftbench.run.progress_bar.time.monotonic", lambda: now[0])
     monkeypatch.setattr("tqdm.std.time", lambda: now[0])
     return now
 
 
-def test_the_line_s_text(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gone on with after 10 of 20 steps, two seconds each: real tokens of the last steps, time left at this pace."""
+def info(step: int, loss: float, real_tokens: int) -> StepInfo:
+    """Results of a step of 20."""
+    return StepInfo(step=step, total_steps=20, loss=loss, learning_rate=1e-3, real_tokens=real_tokens)
+
+
+def test_text_of_a_resumed_training(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resumed after 10 of 20 steps, two seconds each: tokens per second and time left are those of the new steps."""
     monkeypatch.setattr(sys, "stderr", stream := Stream(terminal=True))
     with ProgressBar(
         "lora-r=8", 10, 20, read_memory_bytes=lambda: 96 * MIB, budget_bytes=112 * MIB, enabled=True
-    ) as line:
+    ) as bar:
         for step in range(11, 16):
             clock[0] += 2
-            line.update(loss=step / 8, real_tokens=20_000 + 1_000 * step)
+            bar.after_step(info(step, loss=step / 8, real_tokens=20_000 + 1_000 * step))
     shown = stream.getvalue()
     first, *later = [text.rstrip() for text in shown.split("\r") if text.strip()]
     assert first == "lora-r=8 |█████     | 10/20, ? left"
@@ -52,44 +58,42 @@ def test_the_line_s_text(clock: list[float], monkeypatch: pytest.MonkeyPatch) ->
     assert shown.endswith("\n")
 
 
-def test_tokens_per_second_are_of_the_last_steps(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A slow start is forgotten after twenty steps."""
+def test_tokens_per_second_average_over_last_twenty_steps(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow first step leaves the average after twenty steps."""
     monkeypatch.setattr(sys, "stderr", stream := Stream(terminal=True))
-    with ProgressBar("x", 0, 99, read_memory_bytes=lambda: None, budget_bytes=None, enabled=True) as line:
+    with ProgressBar("x", 0, 99, read_memory_bytes=lambda: None, budget_bytes=None, enabled=True) as bar:
         for seconds in (1000, *[0.5] * 19):
             clock[0] += seconds
-            line.update(loss=1.0, real_tokens=100)
+            bar.after_step(info(1, loss=1.0, real_tokens=100))
         assert ", 2 tokens/s," in stream.getvalue().split("\r")[-1]
         clock[0] += 0.5
-        line.update(loss=1.0, real_tokens=100)
+        bar.after_step(info(1, loss=1.0, real_tokens=100))
     assert ", 200 tokens/s, memory unknown," in stream.getvalue().split("\r")[-1]
 
 
-@pytest.mark.parametrize(("terminal", "shown"), [(False, True), (True, False)])
-def test_nothing_is_written_where_nobody_looks(terminal: bool, shown: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor is memory asked for: standard error is a file, or another rank has the line."""
+@pytest.mark.parametrize(("terminal", "enabled"), [(False, True), (True, False)])
+def test_disabled_bar_writes_nothing(terminal: bool, enabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a terminal, or on another rank, nothing is written and no memory is read."""
     monkeypatch.setattr(sys, "stderr", stream := Stream(terminal=terminal))
-    asked: list[int] = []
 
-    def memory() -> int:
-        asked.append(1)
-        return MIB
+    def read_memory_bytes() -> int:
+        pytest.fail("memory was read")
 
-    with ProgressBar("x", 0, 2, read_memory_bytes=memory, budget_bytes=None, enabled=shown) as line:
-        line.update(loss=1.0, real_tokens=5)
-        line.update(loss=1.0, real_tokens=5)
-    assert (stream.getvalue(), asked) == ("", [])
+    with ProgressBar("x", 0, 2, read_memory_bytes=read_memory_bytes, budget_bytes=None, enabled=enabled) as bar:
+        bar.after_step(info(1, loss=1.0, real_tokens=5))
+        bar.after_step(info(2, loss=1.0, real_tokens=5))
+    assert stream.getvalue() == ""
 
 
-def test_figures() -> None:
-    """Memory stands alone where there is no budget, and is called unknown where nothing tells it."""
+def test_format_metrics() -> None:
+    """Memory is shown alone without a budget, and as unknown if it cannot be read."""
     assert format_metrics(2.3144, 18_203.9, 96 * MIB, 112 * MIB) == "loss 2.314, 18,204 tokens/s, 96 of 112 MiB"
     assert format_metrics(12.5, 0.4, 96 * MIB, None) == "loss 12.500, 0 tokens/s, 96 MiB"
     assert format_metrics(1, 2, None, 112 * MIB) == "loss 1.000, 2 tokens/s, memory unknown"
 
 
 def test_long_names_keep_their_end() -> None:
-    """It tells the runs of a suite apart; however narrow the terminal, some of it is there."""
+    """The end tells the runs of a suite apart; at least 12 columns of it stay, however narrow the terminal."""
     assert shorten_name("lora-r=8", 12) == "lora-r=8"
     assert shorten_name("adamw8bit-path=openai-community_gpt2-large", 16) == "…nity_gpt2-large"
     assert shorten_name("adamw8bit-path=openai-community_gpt2-large", -9) == "…_gpt2-large"

@@ -1,8 +1,7 @@
-"""A run hears that it is to stop: by each signal and by a file, between steps while it trains and at once elsewhere."""
+"""Stop requests by signal and by file: after the step during training, at once in any other stage."""
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 import time
@@ -12,92 +11,93 @@ from pathlib import Path
 import pytest
 
 from peftbench.common.filesystem import write_atomically
-from peftbench.run.shutdown import ATTEMPT_ENV, SHUTDOWN_SIGNALS, ShutdownSignal, StopRequested, get_stop_file
+from peftbench.run.shutdown import SHUTDOWN_SIGNALS, ShutdownSignal, StopRequested
+from peftbench.run_dir.stop_request import ATTEMPT_ENV, clear_stop_files, get_stop_file
 
 
 @pytest.fixture
-def stop() -> Iterator[ShutdownSignal]:
-    """One that listens, in whose place the handlers before come back."""
-    before = {number: signal.getsignal(number) for number in SHUTDOWN_SIGNALS}
-    made = ShutdownSignal()
-    made.install_handlers()
-    yield made
-    for number, handler in before.items():
+def shutdown_signal() -> Iterator[ShutdownSignal]:
+    """One with handlers installed; the previous handlers are restored."""
+    previous_handlers = {number: signal.getsignal(number) for number in SHUTDOWN_SIGNALS}
+    shutdown_signal = ShutdownSignal()
+    shutdown_signal.install_handlers()
+    yield shutdown_signal
+    for number, handler in previous_handlers.items():
         signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", SHUTDOWN_SIGNALS)
-def test_elsewhere_it_stops_at_once(number: signal.Signals, stop: ShutdownSignal) -> None:
-    """While nothing is trained there is no step to finish."""
+def test_signal_outside_training_stops_at_once(number: signal.Signals, shutdown_signal: ShutdownSignal) -> None:
+    """A signal raises StopRequested with its name."""
     with pytest.raises(StopRequested) as caught:
         signal.raise_signal(number)
-    assert caught.value.reason == stop.reason == number.name
+    assert caught.value.reason == shutdown_signal.reason == number.name
 
 
 @pytest.mark.parametrize("number", SHUTDOWN_SIGNALS)
-def test_a_step_is_not_broken_off(number: signal.Signals, stop: ShutdownSignal) -> None:
-    """Within a training it is noted, for whoever asks after a step; if nobody does, it stops afterwards."""
-    after: list[str | None] = []
-    with pytest.raises(StopRequested), stop.defer_to_step_end():  # noqa: PT012
+def test_signal_during_training_is_deferred(number: signal.Signals, shutdown_signal: ShutdownSignal) -> None:
+    """A signal sets the reason, for the check after the step; an unchecked request raises at the end of training."""
+    reasons: list[str | None] = []
+    with pytest.raises(StopRequested), shutdown_signal.defer_to_step_end():  # noqa: PT012
         signal.raise_signal(number)
-        after.append(stop.reason)
-    assert after == [number.name]
+        reasons.append(shutdown_signal.reason)
+    assert reasons == [number.name]
 
 
-def test_whoever_is_impatient(stop: ShutdownSignal) -> None:
-    """A second Ctrl-C breaks a step off; a second SIGTERM, as launchers send them, does not."""
+def test_second_ctrl_c_interrupts_a_step(shutdown_signal: ShutdownSignal) -> None:
+    """A second SIGTERM, as launchers send it, does not."""
     done = []
-    with pytest.raises(StopRequested), stop.defer_to_step_end():  # noqa: PT012
+    with pytest.raises(StopRequested), shutdown_signal.defer_to_step_end():  # noqa: PT012
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
-        done.append("the step")
+        done.append("step")
         signal.raise_signal(signal.SIGINT)
-        done.append("more")
-    assert done == ["the step"]
+        done.append("another step")
+    assert done == ["step"]
 
 
-def test_a_record_is_written_to_its_end(stop: ShutdownSignal) -> None:
-    """What is left to be done is done."""
-    stop.defer()
+def test_signal_while_the_record_is_written_is_deferred(shutdown_signal: ShutdownSignal) -> None:
+    """After ``defer`` a signal only sets the reason."""
+    shutdown_signal.defer()
     signal.raise_signal(signal.SIGTERM)
-    assert stop.reason == "SIGTERM"
+    assert shutdown_signal.reason == "SIGTERM"
 
 
-def test_nobody_asked(stop: ShutdownSignal) -> None:
-    """A training that nobody stops ends as ever."""
-    with stop.defer_to_step_end():
+def test_training_without_a_request_ends_normally(shutdown_signal: ShutdownSignal) -> None:
+    """Nothing is raised and there is no reason."""
+    with shutdown_signal.defer_to_step_end():
         pass
-    assert stop.reason is None
+    assert shutdown_signal.reason is None
 
 
-@pytest.mark.parametrize(("text", "by"), [("SIGUSR1\n", "SIGUSR1"), ("", ".stop")])
-def test_a_file_asks(text: str, by: str, tmp_path: Path, stop: ShutdownSignal) -> None:
-    """Soon after it is there, the process is asked, by what the file says."""
+@pytest.mark.parametrize(("text", "reason"), [("SIGUSR1\n", "SIGUSR1"), ("", ".stop")])
+def test_stop_file(text: str, reason: str, tmp_path: Path, shutdown_signal: ShutdownSignal) -> None:
+    """A stop file requests a stop; its text is the reason, or its name if it is empty."""
     file = get_stop_file(tmp_path, {})
-    stop.watch_files(file)
+    shutdown_signal.watch_files(file)
     threading.Timer(0.2, lambda: write_atomically(file, text)).start()
-    until = time.monotonic() + 20
-    with pytest.raises(StopRequested), stop.defer_to_step_end():  # noqa: PT012
-        while stop.reason is None and time.monotonic() < until:
+    deadline = time.monotonic() + 20
+    with pytest.raises(StopRequested), shutdown_signal.defer_to_step_end():  # noqa: PT012
+        while shutdown_signal.reason is None and time.monotonic() < deadline:
             time.sleep(0.05)
-    assert stop.reason == by
+    assert shutdown_signal.reason == reason
 
 
-def test_another_attempts_file_asks_nothing(tmp_path: Path) -> None:
-    """Each attempt of a job has a file of its own, and a run by hand another."""
-    names = {
-        get_stop_file(tmp_path, environment).name
-        for environment in (
-            {},
-            {ATTEMPT_ENV: "7-0"},
-            {ATTEMPT_ENV: "7-1"},
-            {ATTEMPT_ENV: "8-0"},
-        )
-    }
+def test_each_attempt_has_its_own_stop_file(tmp_path: Path) -> None:
+    """A stop file for one attempt of a job has another name than that for the next."""
+    environments: list[dict[str, str]] = [{}, {ATTEMPT_ENV: "7-0"}, {ATTEMPT_ENV: "7-1"}, {ATTEMPT_ENV: "8-0"}]
+    names = {get_stop_file(tmp_path, environment).name for environment in environments}
     assert names == {".stop", ".stop-7-0", ".stop-7-1", ".stop-8-0"}
 
 
-def test_it_is_an_interrupt() -> None:
-    """So that whatever lets Ctrl-C through lets it through."""
+def test_clear_stop_files(tmp_path: Path) -> None:
+    """Existing files are deleted; missing ones are no error."""
+    file = get_stop_file(tmp_path, {})
+    file.touch()
+    clear_stop_files(file, tmp_path / "missing")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_stop_request_is_a_keyboard_interrupt() -> None:
+    """Code that lets Ctrl-C through lets a stop request through."""
     assert issubclass(StopRequested, KeyboardInterrupt)
-    assert os.name == "posix"

@@ -1,4 +1,4 @@
-"""What a suite need not run again."""
+"""Recipes that already have a result are found."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import pytest
 from peftbench.recipe.loader import parse_recipe
 from peftbench.recipe.schema import Recipe
 from peftbench.record import Outcome, OutcomeKind
+from peftbench.run_dir.layout import RunDir
 from peftbench.run_dir.results import load_existing_result
 from tests.unit.report.records import record
 
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
-    """A recipe over one file."""
+    """A recipe with a data file."""
     (tmp_path / "rows.jsonl").write_text(json.dumps({"article": "a", "summary": "s"}) + "\n", encoding="utf-8")
     return parse_recipe(
         {
@@ -30,22 +31,25 @@ def recipe(tmp_path: Path) -> Recipe:
     )
 
 
-def write(recipe: Recipe, **changes: Any) -> None:
-    """A record of ``recipe``, but for what is given."""
-    values = {"recipe_fingerprint": recipe.fingerprint(), "data_identity": recipe.data.source.fingerprint()} | changes
-    record("run", "lora", 10, **values).write(Path(recipe.output_dir) / recipe.name)
+def write_record(recipe: Recipe, **changes: Any) -> None:
+    """Write a record of ``recipe`` with ``changes``."""
+    values = {
+        "recipe_fingerprint": recipe.fingerprint(),
+        "data_fingerprint": recipe.data.source.fingerprint(),
+    } | changes
+    record("run", "lora", 10, **values).write(RunDir.from_recipe(recipe).path)
 
 
-def test_a_result_of_this_recipe_on_these_examples(recipe: Recipe) -> None:
-    """Nothing is finished before it ran; with its record it is."""
+def test_result_exists_once_the_record_is_written(recipe: Recipe) -> None:
+    """Without a record there is no result."""
     assert load_existing_result(recipe) is None
-    write(recipe)
+    write_record(recipe)
     assert load_existing_result(recipe) is not None
 
 
-def test_other_examples_in_the_same_file(recipe: Recipe, tmp_path: Path) -> None:
-    """Where the file was changed since, or is gone, the run is not finished, and will say what is wrong."""
-    write(recipe)
+def test_changed_data_invalidates_the_result(recipe: Recipe, tmp_path: Path) -> None:
+    """There is no result if the data file was changed or deleted after the run."""
+    write_record(recipe)
     with (tmp_path / "rows.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"article": "b", "summary": "t"}) + "\n")
     assert load_existing_result(recipe) is None
@@ -53,23 +57,23 @@ def test_other_examples_in_the_same_file(recipe: Recipe, tmp_path: Path) -> None
     assert load_existing_result(recipe) is None
 
 
-def test_another_recipe_of_the_name(recipe: Recipe) -> None:
-    """A changed recipe is another run."""
-    write(recipe, recipe_fingerprint="another")
+def test_changed_recipe_invalidates_the_result(recipe: Recipe) -> None:
+    """A record with another recipe fingerprint is not a result."""
+    write_record(recipe, recipe_fingerprint="another")
     assert load_existing_result(recipe) is None
 
 
 @pytest.mark.parametrize(
     ("kind", "final"), [("ok", True), ("oom", True), ("diverged", True), ("preempted", False), ("failed", False)]
 )
-def test_only_results_are_final(kind: OutcomeKind, final: bool, recipe: Recipe) -> None:
-    """An out-of-memory and a divergence are results; what was interrupted or failed is tried again."""
-    write(recipe, outcome=Outcome(kind=kind, step=1))
+def test_final_outcomes(kind: OutcomeKind, final: bool, recipe: Recipe) -> None:
+    """An out-of-memory error and a divergence are results; an interrupted or failed run is repeated."""
+    write_record(recipe, outcome=Outcome(kind=kind, step=1))
     assert (load_existing_result(recipe) is not None) == final
 
 
-def test_a_record_that_cannot_be_read(recipe: Recipe) -> None:
-    """What is no record is no result."""
-    write(recipe)
-    (Path(recipe.output_dir) / "run" / "record.json").write_text("{", encoding="utf-8")
+def test_unreadable_record_is_no_result(recipe: Recipe) -> None:
+    """A damaged record counts as missing."""
+    write_record(recipe)
+    RunDir.from_recipe(recipe).record_file.write_text("{", encoding="utf-8")
     assert load_existing_result(recipe) is None

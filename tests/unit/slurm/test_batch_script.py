@@ -1,4 +1,4 @@
-"""The scripts that are written, letter by letter."""
+"""Batch scripts: exact text, valid bash, quoting."""
 
 from __future__ import annotations
 
@@ -13,83 +13,78 @@ import pytest
 
 from peftbench.errors import SlurmError
 from peftbench.slurm.batch_script import Job, render_script
-from tests.unit.slurm.golden_scripts import KEPT, REFRESH, SCRIPTS
+from tests.unit.slurm.golden_scripts import GOLDEN_DIR, REFRESH, SCRIPTS
 
-NASTY = """it's "a" $(touch HACKED) `touch HACKED` \\ run; touch HACKED & #"""
+HOSTILE_NAME = """it's "a" $(touch HACKED) `touch HACKED` \\ run; touch HACKED & #"""
 
 
-def test_there_are_scripts() -> None:
-    """The list below is not empty, and no file is kept that nothing makes."""
+def test_golden_files_match_the_list_of_jobs() -> None:
+    """Each job has a golden file, and each golden file a job."""
     assert len(SCRIPTS) >= 5
-    assert {path.stem for path in KEPT.glob("*.sbatch")} == set(SCRIPTS)
+    assert {path.stem for path in GOLDEN_DIR.glob("*.sbatch")} == set(SCRIPTS)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_script_is_what_was_kept(name: str) -> None:
-    """What is submitted changes only on purpose."""
-    kept, made = (KEPT / f"{name}.sbatch").read_text(encoding="utf-8"), render_script(SCRIPTS[name])
-    difference = "\n".join(difflib.unified_diff(kept.splitlines(), made.splitlines(), "kept", "made", lineterm=""))
-    assert kept == made, f"{name} is another script now; if it is meant to be, run\n    {REFRESH}\n\n{difference}"
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_bash_can_read_it(name: str) -> None:
-    """Every one is valid for bash."""
-    done = subprocess.run(
-        ["bash", "-n"], input=render_script(SCRIPTS[name]), text=True, capture_output=True, check=False
-    )
+def test_script_equals_golden_file(name: str) -> None:
+    """A rendered script equals its golden file and is valid bash."""
+    expected, actual = (GOLDEN_DIR / f"{name}.sbatch").read_text(encoding="utf-8"), render_script(SCRIPTS[name])
+    diff = "\n".join(difflib.unified_diff(expected.splitlines(), actual.splitlines(), "golden", "actual", lineterm=""))
+    assert expected == actual, f"{name} has changed; if that is intended, run\n    {REFRESH}\n\n{diff}"
+    done = subprocess.run(["bash", "-n"], input=actual, text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
-def test_a_name_is_a_name(tmp_path: Path) -> None:
-    """Whatever a folder is called, nothing of it is carried out, and the run is told the very folder."""
-    folder = tmp_path / NASTY / "run"
+def test_folder_name_is_quoted(tmp_path: Path) -> None:
+    """Shell syntax in a folder's name is not executed, and the run gets the exact path."""
+    folder = tmp_path / HOSTILE_NAME / "run"
     folder.mkdir(parents=True)
-    said = tmp_path / "said"
-    stand_in = tmp_path / "bin"
-    stand_in.mkdir()
-    (stand_in / "srun").write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > {shlex.quote(str(said))}\n', encoding="utf-8")
-    (stand_in / "srun").chmod(0o755)
-    text = render_script(Job(name=NASTY, run_dirs=(folder,), log_dir=tmp_path / "logs"))
-    environment = {"PATH": f"{stand_in}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
+    arguments = tmp_path / "arguments"
+    fake_bin = tmp_path / "bin"
+    fake_bin.mkdir()
+    (fake_bin / "srun").write_text(
+        f'#!/bin/bash\nprintf "%s\\n" "$@" > {shlex.quote(str(arguments))}\n', encoding="utf-8"
+    )
+    (fake_bin / "srun").chmod(0o755)
+    text = render_script(Job(name=HOSTILE_NAME, run_dirs=(folder,), log_dir=tmp_path / "logs"))
+    environment = {"PATH": f"{fake_bin}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
     done = subprocess.run(
         ["bash", "-s"], input=text, text=True, cwd=tmp_path, env=environment, capture_output=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert str(folder / "recipe.yaml") in said.read_text(encoding="utf-8")
+    assert str(folder / "recipe.yaml") in arguments.read_text(encoding="utf-8")
     assert not list(tmp_path.rglob("HACKED"))
 
 
-@pytest.mark.parametrize("what", ["name", "logs", "folders"])
-def test_what_no_script_can_hold(what: str, tmp_path: Path) -> None:
-    """A line's end in a name would begin a line of the script."""
+@pytest.mark.parametrize("field", ["name", "log_dir", "run_dirs"])
+def test_control_characters_are_refused(field: str, tmp_path: Path) -> None:
+    """A newline in a name would start a new line of the script; a backslash in a log path disables its patterns."""
     bad = "x\ntouch HACKED #"
-    values: dict[str, Any] = {"name": "x", "logs": tmp_path, "folders": (tmp_path,)}
-    values[what] = {"name": bad, "logs": tmp_path / bad, "folders": (tmp_path / bad,)}[what]
-    with pytest.raises(SlurmError, match="a character that no job's script can"):
+    values: dict[str, Any] = {"name": "x", "log_dir": tmp_path, "run_dirs": (tmp_path,)}
+    values[field] = {"name": bad, "log_dir": tmp_path / bad, "run_dirs": (tmp_path / bad,)}[field]
+    with pytest.raises(SlurmError, match="has a control character, which a batch script cannot contain"):
         Job(**values)
     with pytest.raises(SlurmError, match="backslash"):
         Job(name="x", run_dirs=(tmp_path,), log_dir=tmp_path / "a\\b")
 
 
-def test_a_percent_is_a_percent(tmp_path: Path) -> None:
-    """SLURM has patterns for the names of logs."""
+def test_percent_in_log_path_is_escaped(tmp_path: Path) -> None:
+    """A % in a folder's name is not expanded by SLURM's log name patterns."""
     assert f"--output={tmp_path}/50%%j/%j.log" in render_script(
         Job(name="x", run_dirs=(tmp_path,), log_dir=tmp_path / "50%j")
     )
 
 
 @pytest.mark.parametrize("path", sorted(Path(__file__).parents[3].glob("launch/slurm/*.sbatch")), ids=lambda p: p.stem)
-def test_bash_can_read_what_is_written_by_hand(path: Path) -> None:
-    """Each script in launch/slurm is valid, and edited in one place."""
+def test_launch_script_is_valid_bash(path: Path) -> None:
+    """Each script in launch/slurm is valid and has one block of settings."""
     text = path.read_text(encoding="utf-8")
     assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0
-    assert text.count("the one place to edit") == 1
+    assert text.count("settings to edit") == 1
     assert "--signal=B:USR1@120" in text
 
 
-def test_there_are_scripts_by_hand() -> None:
-    """The list above is not empty."""
-    found = {path.stem for path in Path(__file__).parents[3].glob("launch/slurm/*.sbatch")}
-    assert found == {"single_gpu", "multi_gpu", "multi_node", "array"}
+def test_launch_scripts_exist() -> None:
+    """The list above is complete."""
+    names = {path.stem for path in Path(__file__).parents[3].glob("launch/slurm/*.sbatch")}
+    assert names == {"single_gpu", "multi_gpu", "multi_node", "array"}
     assert shutil.which("bash")

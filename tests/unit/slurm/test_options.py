@@ -1,4 +1,4 @@
-"""What sbatch may be told, and what it is told."""
+"""Options of sbatch: names, values, times and signals."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from peftbench.slurm.options import (
 )
 
 
-def test_options_as_sbatch_spells_them() -> None:
-    """Underscores are dashes, switches stand alone, and what is false or null is left out."""
-    given: dict[str, Any] = {
+def test_options_are_normalized() -> None:
+    """Underscores become dashes, flags have no value, and false and null leave an option out."""
+    options: dict[str, Any] = {
         "partition": "gpu",
         "cpus_per_task": 4,
         "exclusive": True,
@@ -27,7 +27,7 @@ def test_options_as_sbatch_spells_them() -> None:
         "qos": None,
         "time": "1:00:00",
     }
-    assert parse_sbatch_options(given) == {
+    assert parse_sbatch_options(options) == {
         "partition": "gpu",
         "cpus-per-task": "4",
         "exclusive": None,
@@ -37,26 +37,29 @@ def test_options_as_sbatch_spells_them() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("options", "message"),
     [
         (
             {"partion": "gpu"},
-            "sbatch has no option 'partion' that can be given as slurm.partion; did you mean 'partition'",
+            "unknown sbatch option 'partion' in slurm.partion; did you mean 'partition'",
         ),
-        ({"array": "0-3"}, "slurm.array is set by peftbench itself: one task a run; --at-once says how many"),
+        (
+            {"array": "0-3"},
+            "slurm.array is set by peftbench itself: the array has one task per run; --max-parallel limits",
+        ),
         ({"nodes": 2}, "slurm.nodes is set by peftbench itself: give --nodes"),
-        ({"partition": True}, "slurm.partition=true says nothing; sbatch's --partition wants a value"),
-        ({"partition": ["a", "b"]}, "slurm.partition must be a text or a number, not ['a', 'b']"),
-        ({"comment": "a\n#SBATCH --uid=0"}, "has a character that no option can hold"),
+        ({"partition": True}, "slurm.partition=true is invalid; sbatch's --partition needs a value"),
+        ({"partition": ["a", "b"]}, "slurm.partition must be a string or a number, not ['a', 'b']"),
+        ({"comment": "a\n#SBATCH --uid=0"}, "has a control character"),
     ],
 )
-def test_what_cannot_be_meant(given: dict[str, Any], said: str) -> None:
-    """Each is refused in one line, an unknown name with those that there are."""
+def test_invalid_options_are_refused(options: dict[str, Any], message: str) -> None:
+    """Each is refused in one line; an unknown name with the list of allowed ones."""
     with pytest.raises(SlurmError) as caught:
-        parse_sbatch_options(given)
-    assert said in str(caught.value)
+        parse_sbatch_options(options)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
-    if "partion" in given:
+    if "partion" in options:
         assert all(name in str(caught.value) for name in ALLOWED_OPTIONS)
 
 
@@ -74,25 +77,25 @@ def test_what_cannot_be_meant(given: dict[str, Any], said: str) -> None:
         ("0", None),
     ],
 )
-def test_times_as_sbatch_takes_them(time: str, seconds: int | None) -> None:
-    """Minutes alone, and then seconds, hours and days around them (sbatch(1), --time)."""
+def test_time_formats_of_sbatch(time: str, seconds: int | None) -> None:
+    """All formats of --time in sbatch(1)."""
     assert parse_time_limit(time) == seconds
 
 
 @pytest.mark.parametrize("time", ["soon", "1h", "1:2:3:4", "-5", "1-", ""])
-def test_what_is_no_time(time: str) -> None:
-    """It is refused."""
-    with pytest.raises(SlurmError, match="is no time; give minutes"):
+def test_invalid_time_is_refused(time: str) -> None:
+    """The message lists the formats."""
+    with pytest.raises(SlurmError, match="is not a valid time; give minutes"):
         parse_time_limit(time)
 
 
-def test_a_time_must_leave_some() -> None:
-    """A job that is told to stop before it can begin is refused; at one second more it is not."""
+def test_time_must_exceed_the_lead() -> None:
+    """A time limit not longer than the lead of the stop signal is refused; one second more is enough."""
     check_time_limit({})
     check_time_limit({"time": f"0:{DEFAULT_LEAD_SECONDS + 1}"})
-    with pytest.raises(TimeLimitError, match="is 120 s, and the job is told to stop 120 s before its end"):
+    with pytest.raises(TimeLimitError, match="is 120 s, but the job is stopped 120 s before its time limit"):
         check_time_limit({"time": "2"})
     check_time_limit({"time": "2", "signal": "B:USR1@30"})
     assert parse_lead_seconds({"signal": "B:SIGUSR1@45"}) == 45
-    with pytest.raises(SlurmError, match="is not what a job's script hears; give B:USR1@SECONDS"):
+    with pytest.raises(SlurmError, match=r"does not handle slurm\.signal='TERM@60'; give B:USR1@SECONDS"):
         parse_lead_seconds({"signal": "TERM@60"})

@@ -1,4 +1,4 @@
-"""From a suite file to its runs."""
+"""Expansion of a suite file into its runs."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ def folder(tmp_path: Path) -> Path:
 
 
 def suite(folder: Path, text: str) -> Path:
-    """A suite file beside the recipes."""
+    """Write a suite file next to the recipes."""
     path = folder / "suite.yaml"
     path.write_text(text)
     return path
 
 
-def test_there_are_shipped_suites() -> None:
-    """The search for shipped suites finds the demo's, the study's and the fair one's."""
+def test_shipped_suites_are_found() -> None:
+    """The list of shipped suites is not empty."""
     assert {path.parent.name for path in SUITES} >= {"demo", "study", "gpt2_cnn_dm"}
 
 
 @pytest.mark.parametrize("path", SUITES, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_every_shipped_suite_expands(path: Path) -> None:
-    """Every suite that is shipped is a list of valid recipes with names of their own."""
+def test_shipped_suite_expands(path: Path) -> None:
+    """A shipped suite expands to valid recipes with unique names."""
     names = [recipe.name for recipe in expand(path)]
     assert names
     assert len(names) == len(set(names))
 
 
 @pytest.mark.parametrize("path", [p for p in SUITES if p.parent.name == "gpt2_cnn_dm"], ids=lambda path: path.stem)
-def test_the_fair_suite_differs_in_method_and_learning_rate_alone(path: Path) -> None:
-    """One fair protocol: what two runs do not share is their name, their method and their learning rate."""
+def test_fair_suite_varies_only_method_and_learning_rate(path: Path) -> None:
+    """Two runs of the fair suite differ only in name, method and learning rate."""
     dumps = [recipe.model_dump(mode="json") for recipe in expand(path)]
     for dump in dumps:
         dump.pop("name")
@@ -61,22 +61,22 @@ def test_the_fair_suite_differs_in_method_and_learning_rate_alone(path: Path) ->
 
 
 def test_recipes_times_axes(folder: Path) -> None:
-    """Every recipe runs with every combination of the axes, under a name that says which."""
+    """Every recipe runs with every combination of axis values, and its name has the values."""
     path = suite(folder, "name: s\nrecipes: [full.yaml, lora.yaml]\naxes: {train.seed: [0, 1], data.seed: [5]}\n")
     recipes = expand(path)
     assert [r.name for r in recipes] == [f"{m}-seed={s}-seed=5" for m in ("full", "lora") for s in (0, 1)]
     assert [(r.train.seed, r.data.seed) for r in recipes] == [(0, 5), (1, 5)] * 2
 
 
-def test_the_command_line_has_the_last_word(folder: Path) -> None:
-    """Overrides of the command line win over the suite's, and --out over all."""
+def test_command_line_overrides_the_suite(folder: Path) -> None:
+    """Overrides of the command line win over the suite's, and --out wins over both."""
     path = suite(folder, "name: s\nrecipes: [full.yaml]\noverrides: [train.steps=3, output_dir=a]\n")
     (recipe,) = expand(path, ["train.steps=4"], Path("b c"))
     assert (recipe.train.steps, recipe.output_dir) == (4, "b c")
 
 
-def test_seeds_are_runs_of_what_trains(folder: Path) -> None:
-    """Each recipe that trains runs with its own seed and the next ones, named as by an axis; a baseline runs once."""
+def test_seeds_repeat_only_trained_runs(folder: Path) -> None:
+    """A recipe that trains is repeated with consecutive seeds, named like an axis; a baseline runs once."""
     (folder / "lora.yaml").write_text("extends: common.yaml\nname: lora\nmethod: {kind: lora}\ntrain: {seed: 7}\n")
     for kind in ("zero_shot", "lead"):
         (folder / f"{kind}.yaml").write_text(f"extends: common.yaml\nname: {kind}\nmethod: {{kind: {kind}}}\n")
@@ -90,8 +90,8 @@ def test_seeds_are_runs_of_what_trains(folder: Path) -> None:
     ]
 
 
-def test_a_seed_changes_nothing_else(folder: Path) -> None:
-    """A run of --seeds is the run that an axis of train.seed makes, and overrides have their word before it."""
+def test_seeds_equal_a_seed_axis(folder: Path) -> None:
+    """--seeds gives the same recipes as an axis over train.seed, and an override sets the first seed."""
     by_axis = suite(folder, "name: s\nrecipes: [full.yaml]\naxes: {data.seed: [5], train.seed: [3, 4]}\n")
     expected = expand(by_axis)
     path = suite(folder, "name: s\nrecipes: [full.yaml]\naxes: {data.seed: [5]}\n")
@@ -99,26 +99,26 @@ def test_a_seed_changes_nothing_else(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "overrides", "words"),
+    ("text", "overrides", "message"),
     [
-        ("axes: {train.seed: [0, 1]}\n", [], "varies train.seed itself; leave --seeds out"),
+        ("axes: {train.seed: [0, 1]}\n", [], "already has an axis train.seed; leave --seeds out"),
         ("", ["train.seed=4294967295"], "seed"),
     ],
 )
-def test_seeds_that_cannot_be(folder: Path, text: str, overrides: list[str], words: str) -> None:
-    """Seeds asked for twice, or beyond the largest one, are refused in one sentence."""
-    with pytest.raises(OutOfRangeError, match=words):
+def test_invalid_seeds_are_refused(folder: Path, text: str, overrides: list[str], message: str) -> None:
+    """A seed axis with --seeds, and a seed beyond the maximum, are refused."""
+    with pytest.raises(OutOfRangeError, match=message):
         expand(suite(folder, f"name: s\nrecipes: [full.yaml]\n{text}"), overrides, seeds=2)
 
 
-def test_two_runs_of_one_name_are_refused(folder: Path) -> None:
-    """Two runs that would write to one folder are refused before any has run."""
+def test_duplicate_names_are_refused(folder: Path) -> None:
+    """Two runs with one name would write to the same folder."""
     with pytest.raises(RecipeError, match="are named full"):
         expand(suite(folder, "name: s\nrecipes: [full.yaml, full.yaml]\n"))
 
 
 @pytest.mark.parametrize(
-    ("text", "error", "words"),
+    ("text", "error", "message"),
     [
         ("name: s\nrecipe: [full.yaml]\n", UnknownKeyError, "did you mean 'recipes'"),
         ("name: s\nrecipes: []\n", RecipeError, "recipes"),
@@ -127,14 +127,14 @@ def test_two_runs_of_one_name_are_refused(folder: Path) -> None:
         ("name: s\nrecipes: full.yaml\n", RecipeError, "recipes"),
     ],
 )
-def test_bad_suites(folder: Path, text: str, error: type[RecipeError], words: str) -> None:
-    """A suite that cannot be meant is refused in a sentence that names the nearest thing."""
-    with pytest.raises(error, match=words):
+def test_invalid_suites_are_refused(folder: Path, text: str, error: type[RecipeError], message: str) -> None:
+    """The message names the nearest valid key or file."""
+    with pytest.raises(error, match=message):
         expand(suite(folder, text))
 
 
-def test_accelerate_config_lies_beside_the_suite(folder: Path) -> None:
-    """An accelerate file is relative to the suite, none is None, and one that is not there is refused."""
+def test_accelerate_config_is_relative_to_the_suite(folder: Path) -> None:
+    """Without one the result is None; a file that does not exist is refused."""
     (folder / "cpu.yaml").write_text("use_cpu: true\n")
     assert resolve_accelerate_config(suite(folder, "name: s\nrecipes: [full.yaml]\n")) is None
     assert (

@@ -1,4 +1,4 @@
-"""Runs of a suite, one after another: what is to be seen while they run."""
+"""Running a suite: the state of waiting runs, older records, locked folders."""
 
 from __future__ import annotations
 
@@ -10,53 +10,53 @@ from peftbench.run_dir.lock import Lock
 from peftbench.suite import launch
 from peftbench.suite.launch import RunResult, run_one, run_suite
 from peftbench.suite.status import find_unfinished_runs
+from tests.helpers.records import minimal_record
 from tests.helpers.workshop import Workshop
-from tests.unit.record.test_run_record import record
 
 
 @pytest.fixture
 def recipes(workshop: Workshop) -> list[Recipe]:
-    """Two runs."""
+    """Return the recipes of two runs."""
     return [workshop.recipe(Full(), name=name) for name in ("first", "second")]
 
 
-def test_runs_that_wait_are_seen(recipes: list[Recipe], workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the first begins, whoever looks is told of all; what is finished already is not made to wait again."""
-    seen: list[list[tuple[str, str]]] = []
+def test_waiting_runs_have_a_state(recipes: list[Recipe], workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the first run starts, all runs are listed as waiting; a finished run is not."""
+    states: list[list[tuple[str, str]]] = []
 
-    def look(recipe: Recipe, *_: object, **__: object) -> RunResult:
-        seen.append([(one.name, one.state) for one in find_unfinished_runs(workshop.output)])
+    def fake_run(recipe: Recipe, *_: object, **__: object) -> RunResult:
+        states.append([(row.name, row.state) for row in find_unfinished_runs(workshop.output)])
         return RunResult(recipe.name, "ok")
 
-    monkeypatch.setattr(launch, "run_one", look)
+    monkeypatch.setattr(launch, "run_one", fake_run)
     run_suite(recipes, None, lambda _: None)
-    assert seen[0] == [("first", "waiting"), ("second", "waiting")]
+    assert states[0] == [("first", "waiting"), ("second", "waiting")]
     (workshop.output / "first" / "recipe.yaml").unlink()
-    monkeypatch.setattr(launch, "result_of", lambda recipe: object() if recipe.name == "first" else None)
+    monkeypatch.setattr(launch, "load_existing_result", lambda recipe: object() if recipe.name == "first" else None)
     assert [result.outcome for result in run_suite(recipes, None, lambda _: None)] == ["skipped", "ok"]
     assert not (workshop.output / "first" / "recipe.yaml").exists()
 
 
-def test_an_older_record_keeps_its_recipe_until_its_turn(
+def test_older_record_keeps_its_recipe_until_the_run_starts(
     recipes: list[Recipe], workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A result of a recipe that has changed since does not stand beside the new one while that waits."""
+    """A record of an earlier recipe is not paired with the new recipe file while the run waits."""
     folder = workshop.output / "second"
-    record().write(folder)
+    minimal_record().write(folder)
     (folder / "recipe.yaml").write_text("old: true\n", encoding="utf-8")
-    seen: list[str] = []
+    recipe_files: list[str] = []
 
-    def look(recipe: Recipe, *_: object, **__: object) -> RunResult:
-        seen.append((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    def fake_run(recipe: Recipe, *_: object, **__: object) -> RunResult:
+        recipe_files.append((folder / "recipe.yaml").read_text(encoding="utf-8"))
         return RunResult(recipe.name, "ok")
 
-    monkeypatch.setattr(launch, "run_one", look)
+    monkeypatch.setattr(launch, "run_one", fake_run)
     run_suite(recipes, None, lambda _: None)
-    assert seen[0] == "old: true\n"
+    assert recipe_files[0] == "old: true\n"
 
 
-def test_a_folder_that_another_holds_is_left_alone(recipes: list[Recipe], workshop: Workshop) -> None:
-    """No recipe goes there, the run is refused, and what a page says of it names no machine and no process."""
+def test_locked_folder_is_not_written(recipes: list[Recipe], workshop: Workshop) -> None:
+    """The run is refused, and the error for the page names neither host nor process."""
     folders = [workshop.output / recipe.name for recipe in recipes]
     locks = []
     for folder in folders:
@@ -64,9 +64,9 @@ def test_a_folder_that_another_holds_is_left_alone(recipes: list[Recipe], worksh
         locks.append(Lock(folder))
         locks[-1].acquire()
     results = run_suite(recipes, None, lambda _: None)
-    alone = run_one(recipes[0], None)
+    result = run_one(recipes[0], None)
     for lock in locks:
         lock.release()
-    assert [result.outcome for result in results] == ["refused", "refused"]
-    assert alone.shareable_error == f"{folders[0]} is in use"
+    assert [suite_result.outcome for suite_result in results] == ["refused", "refused"]
+    assert result.shareable_error == f"{folders[0]} is in use"
     assert not [path for folder in folders for path in folder.glob("recipe.yaml")]

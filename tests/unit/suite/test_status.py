@@ -1,4 +1,4 @@
-"""How runs stand, told from their files."""
+"""States of runs, from their files and from SLURM's queue."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from peftbench.run_dir.status import Status, StatusWriter, read_status
 from peftbench.slurm.job_file import JobFile
 from peftbench.slurm.queue import QueuedJob
 from peftbench.suite.status import RunStatus, collect_run_statuses, find_unfinished_runs, render_status_table
-from tests.unit.record.test_run_record import record as a_record
+from tests.helpers.records import minimal_record
 
 EARLY, LATE = "2026-01-01T10:00:00+00:00", "2026-01-01T11:00:00+00:00"
 
 
-def run(folder: Path, record: RunRecord | None = None, status: Status | None = None) -> Path:
-    """A run's folder."""
+def make_run(folder: Path, record: RunRecord | None = None, status: Status | None = None) -> Path:
+    """Create a run's folder and return it."""
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").touch()
     if record is not None:
@@ -31,42 +31,46 @@ def run(folder: Path, record: RunRecord | None = None, status: Status | None = N
     return folder
 
 
-def told(started_at: str = EARLY, step: int = 5) -> Status:
-    """A status as a process left it."""
-    return Status(pid=1, host="node7", started_at=started_at, updated_at=started_at, phase="train", step=step, steps=9)
+def status_at(started_at: str = EARLY, step: int = 5) -> Status:
+    """Return the status of a process on another host."""
+    return Status(
+        pid=1, host="node7", started_at=started_at, updated_at=started_at, phase="train", step=step, total_steps=9
+    )
 
 
-def ended(kind: str, error: str | None = None, started_at: str = EARLY) -> RunRecord:
-    """A record of a run that ended so."""
+def record_of(kind: str, error: str | None = None, started_at: str = EARLY) -> RunRecord:
+    """Return the record of a run with that outcome after five steps."""
     outcome = Outcome(kind=kind, step=5, error=error)  # type: ignore[arg-type]
-    return a_record().model_copy(update={"outcome": outcome, "started_at": started_at, "steps": 5})
+    return minimal_record().model_copy(update={"outcome": outcome, "started_at": started_at, "steps": 5})
 
 
-def one(folder: Path) -> RunStatus:
-    """How the only run stands."""
-    (found,) = collect_run_statuses(folder, {})
-    return found
+def get_status(folder: Path) -> RunStatus:
+    """Return the state of the only run in ``folder``."""
+    (row,) = collect_run_statuses(folder, {})
+    return row
 
 
 def test_every_state(tmp_path: Path) -> None:
-    """Each from what its process left, or leaves."""
-    run(tmp_path / "a_waiting")
-    run(tmp_path / "b_finished", ended("ok"), told())
-    run(tmp_path / "c_oom", ended("oom", "asked for too much"), told())
-    run(tmp_path / "d_preempted", ended("preempted", "stopped by SIGUSR1; step 5 is kept"), told())
-    run(tmp_path / "e_failed", ended("failed", "the disk is full\nmore"), told())
-    gone = run(tmp_path / "f_gone", None, told())
-    kept = gone / "checkpoints" / "x" / "step-00000004"
-    kept.mkdir(parents=True)
-    (kept / "checkpoint.json").touch()
-    lock = Lock(run(tmp_path / "g_running", ended("preempted"), told(LATE, 7)))
+    """Each state follows from the record, the status file, the lock and the checkpoints."""
+    make_run(tmp_path / "a_waiting")
+    make_run(tmp_path / "b_finished", record_of("ok"), status_at())
+    make_run(tmp_path / "c_oom", record_of("oom", "asked for too much"), status_at())
+    make_run(tmp_path / "d_preempted", record_of("preempted", "stopped by SIGUSR1"), status_at())
+    make_run(tmp_path / "e_failed", record_of("failed", "the disk is full\nmore"), status_at())
+    gone = make_run(tmp_path / "f_gone", None, status_at())
+    checkpoint = gone / "checkpoints" / "x" / "step-00000004"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "checkpoint.json").touch()
+    lock = Lock(make_run(tmp_path / "g_running", record_of("preempted"), status_at(LATE, 7)))
     lock.acquire()
-    early = run(tmp_path / "h_stopped_early", ended("preempted", "stopped by SIGTERM").model_copy(update={"steps": 0}))
+    early = make_run(
+        tmp_path / "h_stopped_early", record_of("preempted", "stopped by SIGTERM").model_copy(update={"steps": 0})
+    )
     (early / "checkpoints" / "x" / "step-00000004").mkdir(parents=True)
     (early / "checkpoints" / "x" / "step-00000004" / "checkpoint.json").touch()
-    found = {row.name[2:]: row for row in collect_run_statuses(tmp_path, {})}
+    rows = {row.name[2:]: row for row in collect_run_statuses(tmp_path, {})}
     lock.release()
-    assert {name: row.state for name, row in found.items()} == {
+    assert {name: row.state for name, row in rows.items()} == {
         "waiting": "waiting",
         "finished": "finished",
         "oom": "finished",
@@ -76,52 +80,55 @@ def test_every_state(tmp_path: Path) -> None:
         "running": "running",
         "stopped_early": "preempted",
     }
-    assert found["oom"].detail == "oom: asked for too much"
-    assert found["preempted"].detail == "stopped by SIGUSR1; step 5 is kept"
-    assert (found["stopped_early"].step, found["stopped_early"].detail) == (4, "stopped by SIGTERM; step 4 is kept")
-    assert found["failed"].detail == "the disk is full"
-    assert "on node7; step 4 is kept; run it again to go on" in found["gone"].detail
-    assert (found["running"].step, found["running"].total_steps) == (7, 9)
+    assert rows["oom"].detail == "oom: asked for too much"
+    assert rows["preempted"].detail == "stopped by SIGUSR1"
+    assert (rows["stopped_early"].step, rows["stopped_early"].detail) == (4, "stopped by SIGTERM; checkpoint of step 4")
+    assert rows["failed"].detail == "the disk is full"
+    assert "on node7; checkpoint of step 4; run it again to resume" in rows["gone"].detail
+    assert (rows["running"].step, rows["running"].total_steps) == (7, 9)
     text = render_status_table(collect_run_statuses(tmp_path, {}))
     assert "8 runs: " in text
     assert "2 finished" in text
 
 
-def test_a_page_names_no_machine(tmp_path: Path) -> None:
-    """What may be shared says when a run was last seen, and not where."""
-    run(tmp_path / "a_gone", None, told())
-    lock = Lock(run(tmp_path / "b_running", None, told()))
+def test_unfinished_runs_have_no_host_names(tmp_path: Path) -> None:
+    """A page may be shared: details have times but no hosts."""
+    make_run(tmp_path / "a_gone", None, status_at())
+    lock = Lock(make_run(tmp_path / "b_running", None, status_at()))
     lock.acquire()
-    found = find_unfinished_runs(tmp_path)
+    rows = find_unfinished_runs(tmp_path)
     lock.release()
-    assert [row.detail for row in found] == [f"last seen at {EARLY}; run it again to go on", "train"]
+    assert [row.detail for row in rows] == [f"last update at {EARLY}; run it again to resume", "train"]
 
 
-def test_the_table(tmp_path: Path) -> None:
-    """Loss and memory in short, beside what was there; what is known of no run has no column."""
-    news = {"loss": 2.3456, "memory_bytes": 96 * 2**20, "budget_bytes": 112 * 2**20, "tokens_per_second": 18204.4}
-    lock = Lock(run(tmp_path / "a", None, told().model_copy(update=news | {"seconds_left": 41.0})))
+def test_table_has_loss_and_memory_without_empty_columns(tmp_path: Path) -> None:
+    """Columns without a value in any row are left out."""
+    measured = {"loss": 2.3456, "memory_bytes": 96 * 2**20, "budget_bytes": 112 * 2**20, "tokens_per_second": 18204.4}
+    lock = Lock(make_run(tmp_path / "a", None, status_at().model_copy(update=measured | {"seconds_left": 41.0})))
     lock.acquire()
-    run(tmp_path / "b", ended("preempted", "stopped").model_copy(update={"losses": (3.0, 2.5), "throughput": None}))
+    make_run(
+        tmp_path / "b",
+        record_of("preempted", "stopped").model_copy(update={"step_losses": (3.0, 2.5), "throughput": None}),
+    )
     rows = collect_run_statuses(tmp_path, {})
     lock.release()
     assert render_status_table(rows).splitlines()[:4] == [
-        "run    state      step    loss    tokens/s    memory         left",
-        "-----  ---------  ------  ------  ----------  -------------  -------  --------------",
-        "a      running    5/9     2.346   18,204      96 of 112 MiB  0:00:41  train on node7",
-        "b      preempted  5/?     2.500   –           –              –        stopped",
+        "run    state      step    loss    tokens/s    memory         time left",
+        "-----  ---------  ------  ------  ----------  -------------  -----------  --------------",
+        "a      running    5/9     2.346   18,204      96 of 112 MiB  0:00:41      train on node7",
+        "b      preempted  5/?     2.500   –           –              –            stopped",
     ]
     assert (rows[0].loss, rows[0].memory_bytes, rows[0].budget_bytes) == (2.3456, 96 * 2**20, 112 * 2**20)
 
 
-def test_what_was_gone_on_with_and_died(tmp_path: Path) -> None:
-    """A record of an earlier attempt does not hide that the later one is gone."""
-    run(tmp_path / "x", ended("preempted"), told(LATE))
-    assert one(tmp_path).state == "gone"
+def test_record_of_an_earlier_attempt_does_not_hide_gone(tmp_path: Path) -> None:
+    """The status file of a later attempt is newer than the record."""
+    make_run(tmp_path / "x", record_of("preempted"), status_at(LATE))
+    assert get_status(tmp_path).state == "gone"
 
 
 @pytest.mark.parametrize(
-    ("queue", "state", "said"),
+    ("queue", "state", "detail"),
     [
         ({"12_3": QueuedJob("PENDING", "Resources")}, "waiting", "after step 5, resources"),
         ({"12_3": QueuedJob("REQUEUED", "None")}, "waiting", "after step 5, requeued"),
@@ -131,62 +138,62 @@ def test_what_was_gone_on_with_and_died(tmp_path: Path) -> None:
         ({"13": QueuedJob("PENDING", "Priority")}, "waiting", "after step 5, priority"),
     ],
 )
-def test_the_queue_knows_more(queue: dict[str, QueuedJob], state: str, said: str, tmp_path: Path) -> None:
-    """A run on another machine, whose lock cannot be seen here, and one that is to begin anew."""
+def test_queue_adds_states(queue: dict[str, QueuedJob], state: str, detail: str, tmp_path: Path) -> None:
+    """The queue shows a run on another host, whose lock may be invisible here, and a requeued one."""
     started = LATE if state == "running" else EARLY
-    folder = run(tmp_path / "x", ended("preempted", "stopped"), told(started))
-    job = next(iter(queue)) if "13" in queue else "12_3"  # 13 is what it was submitted as after it had stopped
-    (folder / "job.json").write_text(json.dumps({"job": job}), encoding="utf-8")
-    (found,) = collect_run_statuses(tmp_path, queue)
-    assert (found.state, found.detail) == (state, said)
+    folder = make_run(tmp_path / "x", record_of("preempted", "stopped"), status_at(started))
+    job = next(iter(queue)) if "13" in queue else "12_3"  # 13 is a new submission after the stop
+    (folder / "job.json").write_text(json.dumps({"job_id": job}), encoding="utf-8")
+    (row,) = collect_run_statuses(tmp_path, queue)
+    assert (row.state, row.detail) == (state, detail)
 
 
-def test_a_run_that_was_refused(tmp_path: Path) -> None:
-    """It leaves nothing but what its job's log says; a record that came later says more."""
+def test_refused_run_is_failed(tmp_path: Path) -> None:
+    """Only the job's log has the error of a refused run; a later record replaces it."""
     log = tmp_path / "12.log"
-    folder = run(tmp_path / "x")
+    folder = make_run(tmp_path / "x")
     JobFile(job_id="12", log_path=str(log)).write(folder)
-    assert one(tmp_path).state == "waiting"
+    assert get_status(tmp_path).state == "waiting"
     log.write_text('error: no\n{"outcome": "refused", "error": "there is no file rows.jsonl"}\nsrun: error\n')
-    assert (one(tmp_path).state, one(tmp_path).detail) == ("failed", "there is no file rows.jsonl")
+    assert (get_status(tmp_path).state, get_status(tmp_path).detail) == ("failed", "there is no file rows.jsonl")
     os.utime(log, (1, 1))
-    ended("ok").write(folder)
-    assert one(tmp_path).state == "finished"
+    record_of("ok").write(folder)
+    assert get_status(tmp_path).state == "finished"
 
 
-def test_a_page_has_a_run_that_was_refused(tmp_path: Path) -> None:
-    """One that left no record is listed with the reason; one with a record is on the page by that already."""
+def test_unfinished_runs_include_refused_ones(tmp_path: Path) -> None:
+    """A failed run without a record is listed with its error; one with a record is not."""
     log = tmp_path / "12.log"
-    JobFile(job_id="12", log_path=str(log)).write(run(tmp_path / "x"))
-    run(tmp_path / "y", ended("failed", "the disk is full"))
+    JobFile(job_id="12", log_path=str(log)).write(make_run(tmp_path / "x"))
+    make_run(tmp_path / "y", record_of("failed", "the disk is full"))
     log.write_text('{"outcome": "refused", "error": "there is no file rows.jsonl"}\n')
     assert [(row.name, row.detail) for row in find_unfinished_runs(tmp_path)] == [("x", "there is no file rows.jsonl")]
 
 
-def test_a_page_has_a_run_that_goes_on(tmp_path: Path) -> None:
-    """A record of an attempt before does not hide that it runs."""
-    lock = Lock(run(tmp_path / "x", ended("preempted"), told(LATE)))
+def test_unfinished_runs_include_a_resumed_one(tmp_path: Path) -> None:
+    """A record of an earlier attempt does not hide that the run is running."""
+    lock = Lock(make_run(tmp_path / "x", record_of("preempted"), status_at(LATE)))
     lock.acquire()
-    found = find_unfinished_runs(tmp_path)
+    rows = find_unfinished_runs(tmp_path)
     lock.release()
-    assert [row.state for row in found] == ["running"]
+    assert [row.state for row in rows] == ["running"]
 
 
-def test_folders_are_called_as_one_likes(tmp_path: Path) -> None:
-    """A run may be called model, and lie below a folder called checkpoints."""
-    run(tmp_path / "checkpoints" / "model", ended("ok"))
-    assert one(tmp_path / "checkpoints").name == "model"
+def test_folder_names_are_free(tmp_path: Path) -> None:
+    """A run may be named model and be in a folder named checkpoints."""
+    make_run(tmp_path / "checkpoints" / "model", record_of("ok"))
+    assert get_status(tmp_path / "checkpoints").name == "model"
 
 
-def test_a_folder_without_runs(tmp_path: Path) -> None:
-    """It is no error of the program."""
-    with pytest.raises(MissingFileError, match="there is no run below"):
+def test_folder_without_runs_is_refused(tmp_path: Path) -> None:
+    """The error is the user's, without a traceback."""
+    with pytest.raises(MissingFileError, match="no run in"):
         collect_run_statuses(tmp_path, {})
 
 
-def test_a_teller_is_read(tmp_path: Path) -> None:
-    """What one process tells another reads."""
-    folder = run(tmp_path / "x")
+def test_status_of_a_process_is_read(tmp_path: Path) -> None:
+    """A status without a lock belongs to a process that is gone."""
+    folder = make_run(tmp_path / "x")
     StatusWriter(folder, enabled=True).set_phase("load")
     assert read_status(folder) is not None
-    assert one(tmp_path).state == "gone"  # for nobody holds the folder
+    assert get_status(tmp_path).state == "gone"

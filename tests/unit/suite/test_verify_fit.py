@@ -1,93 +1,77 @@
-"""The edge is looked for from what was predicted, whichever way it was wrong."""
+"""Verification of a predicted micro-batch size that is right, too small or too large."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from peftbench.errors import BudgetError
 from peftbench.memory.devices import UNKNOWN_DEVICE, get_device_facts
-from peftbench.memory.plan import Verification
+from peftbench.memory.plan import Strategy
 from peftbench.memory.search import MemoryTarget, find_strategy
 from peftbench.methods.full import Full
 from peftbench.recipe.schema import Recipe
-from peftbench.record import Device, Outcome, RunRecord
+from peftbench.record import Outcome
 from peftbench.suite.launch import RunResult
 from peftbench.suite.verify_fit import check_local_device, verify_strategy
+from tests.helpers.records import minimal_record
 from tests.helpers.workshop import Workshop
 
 BUDGET = 2**31
 
 
-def proved(workshop: Workshop, fits: int) -> tuple[Verification, list[str], list[Recipe]]:
-    """Of a device on which up to ``fits`` rows fit, where four were predicted of twelve."""
+@pytest.fixture
+def planned(workshop: Workshop) -> tuple[Recipe, Strategy, MemoryTarget]:
+    """Return a recipe of 12 examples per step, a strategy that predicts micro-batches of 4, and its target."""
     recipe = workshop.recipe(Full(), train={"global_batch_size": 12}, evaluate={"batch_size": 2})
-    room = MemoryTarget(UNKNOWN_DEVICE, "a GPU", BUDGET)
-    found = find_strategy(recipe, (), room)
-    assert found is not None
-    found = found.model_copy(update={"plan": found.plan.model_copy(update={"rows": 4})})
-    said: list[str] = []
-    ran: list[Recipe] = []
-
-    def launch(asked: Recipe) -> RunResult:
-        ran.append(asked)
-        kind = "ok" if (asked.train.resolved_micro_batch_size or 0) <= fits else "oom"
-        RunRecord(
-            name=asked.name,
-            started_at="",
-            recipe=asked.model_dump(mode="json"),
-            recipe_fingerprint="",
-            library_versions={},
-            device=Device(type="cpu", name="", num_processes=1),
-            outcome=Outcome(kind=kind, step=2, step_part="forward", requested_bytes=7),  # type: ignore[arg-type]
-        ).write(Path(asked.output_dir) / asked.name)
-        return RunResult(asked.name, kind)
-
-    return verify_strategy(recipe, found, room, launch=launch, log_message=said.append), said, ran
+    target = MemoryTarget(UNKNOWN_DEVICE, "a GPU", BUDGET)
+    strategy = find_strategy(recipe, (), target)
+    assert strategy is not None
+    plan = strategy.plan.model_copy(update={"micro_batch_size": 4})
+    return recipe, strategy.model_copy(update={"plan": plan}), target
 
 
-@pytest.mark.parametrize(
-    ("fits", "tried"),
-    [
-        (4, [4, 6]),
-        (6, [4, 6, 12]),
-        (12, [4, 6, 12]),
-        (3, [4, 3]),
-        (1, [4, 3, 2, 1]),
-        (0, [4, 3, 2, 1]),
-    ],
-)
-def test_the_edge_is_found(fits: int, tried: list[int], workshop: Workshop) -> None:
-    """Upwards while it runs, downwards until it does; each size once, and the answer is what ran."""
-    proof, said, ran = proved(workshop, fits)
-    assert (
-        list(proof.outcome_by_micro_batch_size) == tried == [recipe.train.resolved_micro_batch_size for recipe in ran]
-    )
-    assert proof.largest_micro_batch_size == (fits or None)
-    assert proof.predicted_micro_batch_size == 4
-    assert len(said) == len(tried)
-    for recipe in ran:
-        assert (recipe.train.steps, recipe.train.global_batch_size, recipe.data.padding) == (3, 12, "max_length")
-        assert recipe.budget.memory_bytes == BUDGET
-        assert not Path(recipe.output_dir).exists()
+def make_launch(fits: int, recipes: list[Recipe]) -> Callable[[Recipe], RunResult]:
+    """Return a fake launch on a device that fits ``fits`` examples; it appends each recipe to ``recipes``."""
 
-
-def test_a_run_that_fails_proves_nothing(workshop: Workshop) -> None:
-    """It is no edge, and the answer is not given."""
-    recipe = workshop.recipe(Full(), train={"global_batch_size": 2}, evaluate={"batch_size": 1})
-    room = MemoryTarget(UNKNOWN_DEVICE, "a GPU", BUDGET)
-    found = find_strategy(recipe, (), room)
-    assert found is not None
-    with pytest.raises(BudgetError, match="micro-batches of 2 proves nothing, for it ended as failed: no such"):
-        verify_strategy(
-            recipe, found, room, launch=lambda asked: RunResult(asked.name, "failed", "no such"), log_message=print
+    def launch(recipe: Recipe) -> RunResult:
+        recipes.append(recipe)
+        kind = "ok" if (recipe.train.resolved_micro_batch_size or 0) <= fits else "oom"
+        outcome = Outcome(kind=kind, step=2, step_part="forward", requested_bytes=7)  # type: ignore[arg-type]
+        minimal_record(name=recipe.name, recipe=recipe.model_dump(mode="json"), outcome=outcome).write(
+            Path(recipe.output_dir) / recipe.name
         )
+        return RunResult(recipe.name, kind)
+
+    return launch
 
 
-def test_an_answer_is_proved_on_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a machine without a GPU that is the CPU."""
+def test_limit_is_found(planned: tuple[Recipe, Strategy, MemoryTarget]) -> None:
+    """Sizes are tried upwards while they fit, else downwards; each once. The answer is the largest that ran."""
+    expected = {4: [4, 6], 6: [4, 6, 12], 12: [4, 6, 12], 3: [4, 3], 1: [4, 3, 2, 1], 0: [4, 3, 2, 1]}
+    for fits, sizes in expected.items():
+        recipes: list[Recipe] = []
+        log: list[str] = []
+        proof = verify_strategy(*planned, launch=make_launch(fits, recipes), log_message=log.append)
+        assert list(proof.outcome_by_micro_batch_size) == sizes
+        assert [recipe.train.resolved_micro_batch_size for recipe in recipes] == sizes
+        assert proof.largest_micro_batch_size == (fits or None)
+        assert proof.predicted_micro_batch_size == 4
+        assert len(log) == len(sizes)
+        for recipe in recipes:
+            assert (recipe.train.steps, recipe.train.global_batch_size, recipe.data.padding) == (3, 12, "max_length")
+            assert recipe.budget.memory_bytes == BUDGET
+            assert not Path(recipe.output_dir).exists()
+    # A failure other than out of memory does not count as the limit.
+    with pytest.raises(BudgetError, match="cannot verify micro-batch 4: the run ended as failed: no such"):
+        verify_strategy(*planned, launch=lambda recipe: RunResult(recipe.name, "failed", "no such"), log_message=print)
+
+
+def test_verification_needs_the_device_of_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without a GPU can verify only answers for the CPU."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     check_local_device(get_device_facts("cpu"))
-    with pytest.raises(BudgetError, match="here, on CPU, and the answer is for Tesla T4; give --device cpu"):
+    with pytest.raises(BudgetError, match="--verify runs on CPU, but the answer is for Tesla T4; give --device cpu"):
         check_local_device(get_device_facts("t4"))

@@ -14,7 +14,8 @@ from peftbench.errors import EmptySplitError, OutOfRangeError, SequenceTooShortE
 from peftbench.methods.base import Method
 from peftbench.methods.full import Full
 from peftbench.methods.prompt_tuning import PromptTuning
-from peftbench.training.build import build_encoder, load_base_model, load_encoded_split, load_split
+from peftbench.training.build import load_base_model
+from peftbench.training.data import build_encoder, load_encoded_split, load_split
 from tests.helpers.methods import every_method
 from tests.helpers.models import POSITIONS
 from tests.helpers.training import built_from, trainer_from

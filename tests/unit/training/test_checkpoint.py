@@ -211,7 +211,7 @@ def test_a_record_that_cannot_be_written_costs_no_training(workshop: Workshop, m
     record = workshop.run(recipe)
     assert record.resumed_after == (4,)
     assert len(record.step_losses) == 4
-    assert not (workshop.output / recipe.name / checkpoint.CHECKPOINTS_DIR).exists()
+    assert not (workshop.output / recipe.name / "checkpoints").exists()
 
 
 def test_random_numbers_go_on() -> None:

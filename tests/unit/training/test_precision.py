@@ -76,7 +76,7 @@ def test_bf16_keeps_trained_weights_in_float32(method: Method, workshop: Worksho
     products = Products(built.base.model.config.vocab_size)
     progress = TrainProgress()
     with trainer.loss.attention_context(), products:
-        train(accelerator, trainer, Probe(accelerator.device), progress, max_grad_norm=1.0, on_step=lambda *_: None)
+        train(accelerator, trainer, Probe(accelerator.device), progress, max_grad_norm=1.0)
     assert products.seen == {torch.bfloat16}
     assert products.logits == {torch.bfloat16}
     assert products.losses == {torch.float32}

@@ -18,6 +18,7 @@ from peftbench.recipe.schema import Schedule
 from peftbench.training.build import TrainingComponents
 from peftbench.training.loop import TrainProgress, train, train_step
 from tests.helpers.batches import micro_batch, one_batch
+from tests.helpers.callbacks import StepRecorder
 from tests.helpers.training import trained, trainer_from, trainer_of
 from tests.helpers.workshop import Workshop
 
@@ -81,7 +82,7 @@ def test_schedules(kind: str, warmup: int, workshop: Workshop) -> None:
         optimizer=AdamW(learning_rate=2e-3),
     )
     used: list[float] = []
-    told: list[float] = []
+    recorder = StepRecorder()
     bare = trainer.optimizer.optimizer  # type: ignore[attr-defined]
     bare.register_step_pre_hook(lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"]))
     train(
@@ -90,10 +91,10 @@ def test_schedules(kind: str, warmup: int, workshop: Workshop) -> None:
         Probe(accelerator.device),
         TrainProgress(),
         max_grad_norm=None,
-        on_step=lambda _, values: told.append(values["learning_rate"]),
+        callbacks=[recorder],
     )
     assert used == pytest.approx([2e-3 * _rate_by_hand(kind, warmup, 10, index) for index in range(10)])
-    assert told == used
+    assert [info.learning_rate for info in recorder.infos] == used
 
 
 def test_optimizer_gets_the_recipe_s_knobs_and_trained_parameters_alone(workshop: Workshop) -> None:
@@ -110,7 +111,7 @@ def test_optimizer_gets_the_recipe_s_knobs_and_trained_parameters_alone(workshop
 def test_train_tells_every_step_and_counts_every_token(workshop: Workshop) -> None:
     """Each finished step is told once, in order, and the counts are those of all batches together."""
     accelerator, trainer = _trainer(workshop)
-    progress, told = TrainProgress(), list[tuple[int, float]]()
+    progress, recorder = TrainProgress(), StepRecorder()
     probe = Probe(accelerator.device)
     train(
         accelerator,
@@ -118,9 +119,9 @@ def test_train_tells_every_step_and_counts_every_token(workshop: Workshop) -> No
         probe,
         progress,
         max_grad_norm=1.0,
-        on_step=lambda step, values: told.append((step, values["loss"])),
+        callbacks=[recorder],
     )
-    assert told == list(enumerate(progress.losses, start=1))
+    assert [(info.step, info.loss) for info in recorder.infos] == list(enumerate(progress.losses, start=1))
     assert progress.completed_steps == len(probe.step_seconds) == 10
     batches = iter(trainer.batches)
     expected = [next(batches).token_counts for _ in range(10)]

@@ -1,1 +1,1 @@
-"""TODO-DOC metrics."""
+"""Metrics of generated text."""

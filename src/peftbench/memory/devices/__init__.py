@@ -1,4 +1,4 @@
-"""What only a device knows: one file each, of memory, the driver's context and the libraries' workspaces."""
+"""Device profiles, one JSON file each: total memory, CUDA context and library workspaces."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from peftbench.errors import DeviceError, did_you_mean
 
 
 class DeviceFacts(BaseModel):
-    """What is beside tensors on one kind of GPU. Ranges are what is known where nothing was measured."""
+    """Memory of one device model outside of tensors. Ranges are minimum and maximum if nothing was measured."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     torch_name: str
-    """As torch.cuda.get_device_name says it."""
+    """The name that torch.cuda.get_device_name returns."""
     memory: ByteSize
-    """What torch says it has."""
+    """Total memory that torch reports."""
     memory_source: str
     workspaces: tuple[ByteSize, ByteSize]
-    """Of cuBLAS and its kin, outside of what tensors take: at least and at most."""
+    """Workspaces of cuBLAS and similar libraries: minimum and maximum."""
     context: tuple[ByteSize, ByteSize]
-    """Of the driver and of kernels that are loaded when they are first needed."""
+    """The driver's context and lazily loaded kernels: minimum and maximum."""
     calibrated: bool
-    """Whether workspaces and context were measured on such a device."""
+    """True if workspaces and context were measured on such a device."""
     bf16: bool
-    """Whether it has bf16 arithmetic."""
+    """True if the device supports bf16."""
     device_type: Literal["cuda", "cpu"] = "cuda"
 
 
@@ -41,29 +41,29 @@ UNKNOWN_DEVICE = DeviceFacts(
     calibrated=False,
     bf16=True,
 )
-"""A device of which nothing is known but its memory."""
+"""A device without a profile."""
 
 
 @cache
 def load_devices() -> dict[str, DeviceFacts]:
-    """All that have a file, by its name."""
+    """Return all device profiles by file name."""
     return load_json_resources(__package__, DeviceFacts)
 
 
 def get_device_facts(name: str) -> DeviceFacts:
-    """The facts of the device of that name.
+    """Return the profile called ``name``.
 
     Raises:
-        DeviceError: there is no file for it; names the nearest.
+        DeviceError: there is no such profile; the message suggests the nearest name.
     """
     if name not in load_devices():
         raise DeviceError(
-            f"no device is called {name!r} here; give --budget with its memory instead, as --budget 16GiB",
+            f"Unknown device {name!r}; pass its memory instead, e.g. --budget 16GiB",
             did_you_mean(name, load_devices()) or f"known: {', '.join(load_devices())}",
         )
     return load_devices()[name]
 
 
 def get_facts_by_torch_name(torch_name: str) -> DeviceFacts:
-    """The facts of the device that torch calls so, or what is known of any."""
+    """Return the profile with this torch name, or UNKNOWN_DEVICE."""
     return next((facts for facts in load_devices().values() if facts.torch_name == torch_name), UNKNOWN_DEVICE)

@@ -1,4 +1,4 @@
-"""Families of models, by the numbers that their published configs differ in: what is known without a hub."""
+"""Model families with their published configs, available without the Hub."""
 
 from __future__ import annotations
 
@@ -25,51 +25,51 @@ class FamilyMember(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
-    """On the hub."""
+    """The model's name on the Hub."""
     parameters: int
-    """As published; a tied head is counted once."""
+    """Published number of parameters; a tied head is counted once."""
     config: dict[str, Any]
-    """As its config.json has them."""
+    """Keys of its config.json in which the members differ."""
 
 
 class Family(BaseModel):
-    """Models of one architecture, the smallest first."""
+    """Models of one architecture, smallest first."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     config: dict[str, Any]
-    """What all have in common."""
+    """Config keys that all members share."""
     members: tuple[FamilyMember, ...]
 
 
 @cache
 def load_families() -> dict[str, Family]:
-    """All that have a file, by its name."""
+    """Return all families by file name."""
     return load_json_resources(__package__, Family)
 
 
 def get_family(name: str) -> Family:
-    """The family of that name.
+    """Return the family called ``name``.
 
     Raises:
-        BudgetError: there is no file for it; names the nearest.
+        BudgetError: there is no such family; the message suggests the nearest name.
     """
     if name not in load_families():
-        raise BudgetError(f"no family of models is called {name!r} here", did_you_mean(name, load_families()))
+        raise BudgetError(f"Unknown model family {name!r}", did_you_mean(name, load_families()))
     return load_families()[name]
 
 
 @contextmanager
 def with_bundled_config(model: Model) -> Iterator[Model]:
-    """``model`` from a folder with its config, where it is one of a family; any other as it is.
+    """Point a model of a family to a temporary folder with its config; yield any other model unchanged.
 
-    No hub is asked, unless a revision is: configs of published models do not change.
+    This avoids a download, since configs of published models do not change. A model with a revision is unchanged.
     """
-    found = next((pair for pair in _iter_members() if pair[1].name == model.path), None)
-    if found is None or model.revision is not None or Path(model.path).exists():
+    match = next((pair for pair in _iter_members() if pair[1].name == model.path), None)
+    if match is None or model.revision is not None or Path(model.path).exists():
         yield model
         return
-    family, member = found
+    family, member = match
     with TemporaryDirectory(prefix="peftbench-") as folder:
         (Path(folder) / "config.json").write_text(json.dumps(family.config | member.config), encoding="utf-8")
         yield model.model_copy(update={"path": folder})

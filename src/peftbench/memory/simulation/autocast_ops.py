@@ -1,7 +1,8 @@
-"""What autocast casts on each kind of device, by the name under which torch's Python functions are called.
+"""The cast policy of each operation under autocast, by device type and Python function name.
 
-Source: torch's lists (aten/src/ATen/autocast_mode.h for CUDA, autocast_mode.cpp for the CPU), as of torch 2.13, and its
-documentation "Autocast Op Reference".
+The names are torch's CastPolicy values: lower_precision_fp, fp32, fp32_set_opt_dtype, promote. Source: torch's lists
+(aten/src/ATen/autocast_mode.h for CUDA, autocast_mode.cpp for the CPU), as of torch 2.13, and its documentation
+"Autocast Op Reference".
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ LOWER_PRECISION_FP = {
     "cuda": _MATMUL_OPS | {"mv", "addmv", "addr", "einsum", "chain_matmul", "linalg_multi_dot"},
     "cpu": _MATMUL_OPS,
 }
-"""Computed in the lower precision."""
+"""Inputs are cast to the autocast dtype."""
 _LOSS_OPS = frozenset(
     {
         "nll_loss",
@@ -86,14 +87,14 @@ FP32 = {
     },
     "cpu": _LOSS_OPS | {"prod", "quantile", "cdist", "trace", "cross_entropy", "binary_cross_entropy"},
 }
-"""Computed in float32, inputs cast."""
+"""Inputs are cast to float32."""
 FP32_SET_OPT_DTYPE = {
     "cuda": frozenset({"softmax", "log_softmax", "cumsum", "cumprod", "sum", "prod", "norm"}),
     "cpu": frozenset[str](),
 }
-"""Computed in float32 with ``dtype=float32``, so that no cast copy of the input is kept."""
+"""Called with ``dtype=float32``; no cast copy of the input is saved."""
 PROMOTE = {
     "cuda": frozenset({"cat", "stack", "addcdiv", "addcmul", "cross", "dot", "tensordot", "scatter_add", "index_put"}),
     "cpu": frozenset({"cat", "stack", "index_copy"}),
 }
-"""Computed in the widest type among the inputs."""
+"""Inputs are cast to the widest dtype among them."""

@@ -1,4 +1,4 @@
-"""DeepSpeed's idea of a device, for torch's meta device: it makes its buffers there, and asks it for no values."""
+"""A DeepSpeed accelerator for torch's meta device: buffers are created there and no values are read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class MetaAccelerator(CPU_Accelerator):  # type: ignore[misc]
-    """The CPU's, with another name; or as CUDA's in whether work is done when a call returns."""
+    """DeepSpeed's CPU accelerator on the meta device; for CUDA it reports asynchronous execution."""
 
     def __init__(self, device_type: DeviceType) -> None:
         super().__init__()
@@ -64,52 +64,52 @@ class MetaAccelerator(CPU_Accelerator):  # type: ignore[misc]
         return True
 
     def create_op_builder(self, op_name: str) -> Any:
-        return None  # nothing is compiled
+        return None  # no op is compiled
 
 
 class _Stream:
-    """All is done when a call returns."""
+    """A stream whose work is always finished."""
 
     def __init__(self, *_: object, **__: object) -> None:
         pass
 
     def synchronize(self) -> None:
-        """Nothing is waited for."""
+        """Do nothing."""
 
     def wait_stream(self, _: object) -> None:
-        """Nothing is waited for."""
+        """Do nothing."""
 
     def wait_event(self, _: object) -> None:
-        """Nothing is waited for."""
+        """Do nothing."""
 
     def record_event(self, *_: object) -> _Event:
-        """What has happened."""
+        """Return a finished event."""
         return _Event()
 
 
 class _Event:
-    """Has always happened."""
+    """An event that is always finished."""
 
     def __init__(self, **_: object) -> None:
         pass
 
     def record(self, *_: object) -> None:
-        """Nothing is waited for."""
+        """Do nothing."""
 
     def synchronize(self) -> None:
-        """Nothing is waited for."""
+        """Do nothing."""
 
     def wait(self, *_: object) -> None:
-        """Nothing is waited for."""
+        """Do nothing."""
 
     def query(self) -> bool:
-        """Whether it has happened."""
+        """Return True."""
         return True
 
 
 @contextmanager
 def use_meta_accelerator(emulation: DeviceEmulation) -> Iterator[None]:
-    """Have DeepSpeed take the meta device for its accelerator, with ``steering``'s casts."""
+    """Make the meta device DeepSpeed's accelerator, with the autocast of ``emulation``."""
     from deepspeed import comm
     from deepspeed.runtime.zero import linear
     from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
@@ -117,9 +117,9 @@ def use_meta_accelerator(emulation: DeviceEmulation) -> Iterator[None]:
 
     autocast = torch.autocast
 
-    def autocast_there(device_type: str, *given: Any, enabled: bool = True, **named: Any) -> Any:
+    def emulated_autocast(device_type: str, *args: Any, enabled: bool = True, **kwargs: Any) -> Any:
         if device_type != "meta":
-            return autocast(device_type, *given, **(named | {"enabled": enabled}))
+            return autocast(device_type, *args, **(kwargs | {"enabled": enabled}))
         return emulation.recompute() if enabled else nullcontext()
 
     with (
@@ -127,19 +127,19 @@ def use_meta_accelerator(emulation: DeviceEmulation) -> Iterator[None]:
         _restore_globals(comm.comm),
         patch.object(real_accelerator, "ds_accelerator", MetaAccelerator(emulation.device_type)),
         patch.object(comm.comm, "cdb", None),
-        patch.object(coordinator, "assert_ints_same_as_other_ranks", lambda _: None),  # they are not there to be asked
-        patch.object(torch, "autocast", autocast_there),
+        patch.object(coordinator, "assert_ints_same_as_other_ranks", lambda _: None),  # no other rank exists
+        patch.object(torch, "autocast", emulated_autocast),
         patch.object(linear, "_is_autocast_enabled", lambda _: emulation.is_autocast_enabled),
         patch.object(linear, "_get_autocast_dtype", lambda _: emulation.autocast_dtype),
         patch.object(torch.Tensor, "record_stream", lambda *_: None),
-        patch.object(torch.nn.functional, "linear", torch.nn.functional.linear),  # which stage 3 replaces for good
+        patch.object(torch.nn.functional, "linear", torch.nn.functional.linear),  # stage 3 replaces it permanently
     ):
         yield
 
 
 @contextmanager
 def _restore_globals(module: ModuleType) -> Iterator[None]:
-    """Put back what a module keeps of the processes it found, in variables of its own."""
+    """Restore a module's global variables, in which DeepSpeed keeps its process groups."""
     before = dict(vars(module))
     try:
         yield

@@ -1,8 +1,8 @@
-"""Has the meta device do what another device would: autocast's casts, and the kernels that torch chooses there.
+"""Emulate another device on the meta device: its autocast casts and the kernels that torch selects there.
 
-The meta device computes shapes and nothing else, so a model's step runs on it in a blink and without memory. But torch
-knows no autocast for it and decomposes attention and dropout as for no device in particular. A ``TorchFunctionMode``
-sees each call of a torch function before that and sends it where the device in question would.
+The meta device computes only shapes, so a model's step runs fast and needs no memory. But torch has no autocast for it
+and decomposes attention and dropout generically. A ``TorchFunctionMode`` intercepts each call of a torch function
+before that and dispatches it like the emulated device.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ from peftbench.modeling import attention, cross_entropy
 
 DeviceType = Literal["cuda", "cpu"]
 _FAKE_SCALARS = {"item": 1.0, "__float__": 1.0, "__int__": 1, "__bool__": True}
-"""What is made up where a number is asked for and any will do."""
+"""Values returned for reads of meta tensors where the value does not matter."""
 _MAX_FLASH_HEAD_DIM = 256
-"""Widest head of torch's flash attention on CUDA."""
+"""Largest head dimension of torch's flash attention on CUDA."""
 
 
 class DeviceEmulation(TorchFunctionMode):
-    """Steers calls on meta tensors to what ``device`` would do with ``precision`` (None: no autocast at all)."""
+    """Runs calls on meta tensors as ``device_type`` would; ``autocast_dtype`` None means no autocast."""
 
     def __init__(self, device_type: DeviceType, autocast_dtype: torch.dtype | None, *, has_padding: bool) -> None:
         super().__init__()
         self.device_type, self.autocast_dtype, self.has_padding = device_type, autocast_dtype, has_padding
         self.allow_fake_scalars = False
-        """Whether a number may be made up where one is asked of a tensor: an optimizer's, which changes no size."""
+        """True while reads of meta tensors return fake values: in the optimizer, where no size depends on them."""
         self._autocast_enabled = False
         self._autocast_depth = 0
         self._cached_casts: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor]] = {}
 
     @property
     def is_autocast_enabled(self) -> bool:
-        """Whether autocast is on."""
+        """True inside an enabled autocast block."""
         return self._autocast_enabled
 
     @contextmanager
     def autocast(self, *, enabled: bool = True) -> Iterator[None]:
-        """As ``torch.autocast`` on the device: copies of weights are kept until the outermost block is left."""
+        """Emulate ``torch.autocast``: cast copies of weights are cached until the outermost block exits."""
         before, self._autocast_enabled = self._autocast_enabled, enabled and self.autocast_dtype is not None
         self._autocast_depth += 1
         try:
@@ -62,28 +62,28 @@ class DeviceEmulation(TorchFunctionMode):
 
     @contextmanager
     def recompute(self) -> Iterator[None]:
-        """In the backward pass, where torch has set modes aside: for what is computed there once more."""
+        """Enter this mode with autocast for recomputation in the backward pass, where torch disables modes."""
         with self, self.autocast():
             yield
 
     @contextmanager
     def patch_libraries(self) -> Iterator[None]:
-        """Answer for helpers of transformers that look into tensors, and of torch that look at their device."""
+        """Patch helpers of transformers that read tensor values, and of torch that check a tensor's device."""
         from transformers import masking_utils
         from transformers.utils import generic
 
-        def autocast_or_not(device_type: str, enabled: bool = True, **_: Any) -> Any:
+        def emulated_maybe_autocast(device_type: str, enabled: bool = True, **_: Any) -> Any:
             return self.autocast(enabled=enabled) if self._autocast_enabled or enabled else nullcontext()
 
         with ExitStack() as patches:
 
-            def put(place: object, name: str, value: object) -> None:
-                patches.enter_context(patch.object(place, name, value))
+            def put(target: object, name: str, value: object) -> None:
+                patches.enter_context(patch.object(target, name, value))
 
             original = generic.maybe_autocast
             for module in list(sys.modules.values()):
                 if vars(module).get("maybe_autocast") is original:
-                    put(module, "maybe_autocast", autocast_or_not)
+                    put(module, "maybe_autocast", emulated_maybe_autocast)
             put(masking_utils, "fast_all", lambda _: not self.has_padding)
             put(masking_utils, "find_packed_sequence_indices", lambda *_, **__: None)
             put(
@@ -97,8 +97,8 @@ class DeviceEmulation(TorchFunctionMode):
                 lambda query: self.device_type == "cpu" and (self._autocast_enabled or _is_low_precision(query)),
             )
             if self.device_type == "cuda":
-                with_foreach = _foreach_utils._get_foreach_kernels_supported_devices()
-                put(_foreach_utils, "_get_foreach_kernels_supported_devices", lambda: [*with_foreach, "meta"])
+                foreach_devices = _foreach_utils._get_foreach_kernels_supported_devices()
+                put(_foreach_utils, "_get_foreach_kernels_supported_devices", lambda: [*foreach_devices, "meta"])
             put(adam, "_device_dtype_check_for_fused", lambda *_, **__: None)
             yield
 
@@ -143,12 +143,12 @@ class DeviceEmulation(TorchFunctionMode):
             return tensor
         if not (tensor.is_leaf and tensor.requires_grad and tensor.dtype == torch.float32):
             return tensor.to(self.autocast_dtype)
-        kept = self._cached_casts.get(id(tensor))  # autocast keeps the copies of what is trained
-        if kept is None or kept[0]() is not tensor:  # or of what was there before it, by that number
-            kept = self._cached_casts[id(tensor)] = weakref.ref(tensor), tensor.to(self.autocast_dtype)
-        return kept[1]
+        cached = self._cached_casts.get(id(tensor))  # autocast caches casts of trained leaves only
+        if cached is None or cached[0]() is not tensor:  # Python reuses the id of a freed tensor
+            cached = self._cached_casts[id(tensor)] = weakref.ref(tensor), tensor.to(self.autocast_dtype)
+        return cached[1]
 
-    def _dispatch_attention(  # noqa: PLR0917 — as torch has it
+    def _dispatch_attention(  # noqa: PLR0917 — torch's signature
         self,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -169,41 +169,43 @@ class DeviceEmulation(TorchFunctionMode):
                 return functional.scaled_dot_product_attention(
                     query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
                 )
-            made: torch.Tensor = kernels._scaled_dot_product_flash_attention_for_cpu(
+            output: torch.Tensor = kernels._scaled_dot_product_flash_attention_for_cpu(
                 query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
             )[0]
-            return made
+            return output
         low = query.dtype in (torch.float16, torch.bfloat16)
         if low and attn_mask is None and query.shape[-1] <= _MAX_FLASH_HEAD_DIM:
             width = query.shape[-1]
             pad = -width % 8
             if pad:
                 query, key, value = (functional.pad(t, (0, pad)) for t in (query, key, value))
-            made = kernels._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
-            return made[..., :width] if pad else made
-        if enable_gqa:  # which flash attention does by itself
-            shares = query.shape[1] // key.shape[1]
-            key, value = key.repeat_interleave(shares, 1), value.repeat_interleave(shares, 1)
+            output = kernels._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[
+                0
+            ]
+            return output[..., :width] if pad else output
+        if enable_gqa:  # only flash attention supports grouped heads natively
+            group_size = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(group_size, 1), value.repeat_interleave(group_size, 1)
         if attn_mask is not None:
             attn_mask = _pad_mask(attn_mask, query)
         training = any(t.requires_grad for t in (query, key, value))
-        made = kernels._scaled_dot_product_efficient_attention(
+        output = kernels._scaled_dot_product_efficient_attention(
             query, key, value, attn_mask, training, dropout_p, is_causal, scale=scale
         )[0]
-        return made
+        return output
 
 
 def _uses_flash_on_cpu(
     tensors: tuple[torch.Tensor | None, ...], dropout_p: float, is_causal: bool, *, enable_gqa: bool
 ) -> bool:
-    """Asked of torch itself, with tensors of the CPU that nobody writes to, and that so take no memory."""
+    """Query torch's backend choice with CPU tensors of the same shapes; they are never written and take no memory."""
     real = [None if t is None else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype) for t in tensors]
     choice = torch._fused_sdp_choice(*real, dropout_p, is_causal, enable_gqa=enable_gqa)  # type: ignore[arg-type, call-arg, misc]
     return bool(choice == torch.nn.attention.SDPBackend.FLASH_ATTENTION.value)
 
 
 def _pad_mask(mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """What the memory-efficient kernel is given: rows padded to multiples of 16 values."""
+    """Pad a mask's rows to a multiple of 16 values, as torch does for the memory-efficient kernel."""
     width = mask.shape[-1]
     if width % 16:
         mask = functional.pad(mask, (0, -width % 16))[..., :width]
@@ -211,11 +213,11 @@ def _pad_mask(mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
 
 
 def _cuda_dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
-    """CUDA's kernel, which keeps a mask of one byte a value."""
+    """Call CUDA's dropout kernel, which saves a mask of one byte per value."""
     if not training or p == 0.0:
         return input
-    made: torch.Tensor = torch.native_dropout(input, p, training)[0]
-    return made
+    output: torch.Tensor = torch.native_dropout(input, p, training)[0]
+    return output
 
 
 def _is_low_precision(value: object) -> bool:
@@ -233,13 +235,13 @@ def _iter_tensors(values: Any) -> Iterator[torch.Tensor]:
 def _map_tensors(
     args: tuple[Any, ...], kwargs: dict[str, Any], fn: Callable[[torch.Tensor], torch.Tensor]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    def one(value: Any) -> Any:
+    def map_value(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return fn(value) if value.is_floating_point() else value
         if isinstance(value, (list, tuple)):
-            return type(value)(one(below) for below in value)
+            return type(value)(map_value(item) for item in value)
         return value
 
-    # From the last to the first, as the compiler has it in torch's builds: the backward pass goes in that order too.
-    changed = [one(value) for value in reversed(args)]
-    return tuple(reversed(changed)), {key: one(value) for key, value in kwargs.items()}
+    # Last argument first: torch's builds evaluate casts in that order, and the backward pass follows it.
+    mapped = [map_value(value) for value in reversed(args)]
+    return tuple(reversed(mapped)), {key: map_value(value) for key, value in kwargs.items()}

@@ -1,4 +1,4 @@
-"""A base on the meta device: shapes from its config, and no values."""
+"""Build a base model on the meta device: shapes from its config, no values."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
     from peftbench.recipe.schema import Model
 
 _BLOCK_SIZE, _NESTED_BLOCK_SIZE = 64, 256
-"""Weights that share one scale, and scales that share one in their turn."""
+"""Weights per scale, and scales per second-level scale with double quantization."""
 
 
 def build_meta_model(model_config: Model, compute_dtype: torch.dtype) -> LoadedModel:
-    """The base as :func:`peftbench.modeling.loading.load_model` makes it; its config is all that is read.
+    """Build the model as :func:`peftbench.modeling.loading.load_model` does, from its config alone.
 
-    ``arithmetic`` is the type that quantised weights are computed with. It has no tokenizer.
+    ``compute_dtype`` is the dtype of computation with quantized weights. The result has no tokenizer.
 
     Raises:
-        ModelNotFoundError, HubUnreachableError, UnsupportedModelError: as ``load``.
+        ModelNotFoundError, HubUnreachableError, UnsupportedModelError: as ``load_model``.
     """
-    with with_bundled_config(model_config) as at_hand, torch.device("meta"):
-        model = build_from_config(at_hand, load_config(at_hand))
+    with with_bundled_config(model_config) as local_config, torch.device("meta"):
+        model = build_from_config(local_config, load_config(local_config))
     if model_config.fused_gelu:
         fuse_gelu(model)
     if model_config.quantization is not None:
@@ -37,7 +37,7 @@ def build_meta_model(model_config: Model, compute_dtype: torch.dtype) -> LoadedM
 
 
 def _quantize_to_4bit(model: nn.Module, compute_dtype: torch.dtype, *, double_quant: bool) -> None:
-    """Put bitsandbytes' 4-bit matrices in the place of those that transformers would quantise."""
+    """Replace the layers that transformers would quantize with bitsandbytes' 4-bit layers."""
     from bitsandbytes.functional import QuantState
     from bitsandbytes.nn.modules import Linear4bit, Params4bit
     from transformers import BitsAndBytesConfig
@@ -60,12 +60,12 @@ def _quantize_to_4bit(model: nn.Module, compute_dtype: torch.dtype, *, double_qu
         if isinstance(module, Linear4bit):
             shape = module.weight.shape
             scales = math.ceil(shape.numel() / _BLOCK_SIZE)
-            second: dict[str, Any] = {}
+            nested: dict[str, Any] = {}
             if double_quant:
                 code = empty(256, torch.float32)
                 outer = empty(math.ceil(scales / _NESTED_BLOCK_SIZE), torch.float32)
-                second["state2"] = QuantState(outer, code=code, blocksize=_NESTED_BLOCK_SIZE, dtype=torch.float32)
-                second["offset"] = empty(1, torch.float32)[0]
+                nested["state2"] = QuantState(outer, code=code, blocksize=_NESTED_BLOCK_SIZE, dtype=torch.float32)
+                nested["offset"] = empty(1, torch.float32)[0]
             state = QuantState(
                 empty(scales, torch.uint8 if double_quant else torch.float32),
                 shape=shape,
@@ -73,7 +73,7 @@ def _quantize_to_4bit(model: nn.Module, compute_dtype: torch.dtype, *, double_qu
                 blocksize=_BLOCK_SIZE,
                 quant_type="nf4",
                 dtype=torch.float32,
-                **second,
+                **nested,
             )
             packed = torch.empty(((shape.numel() + 1) // 2, 1), dtype=torch.uint8, device="meta")
             module.weight = Params4bit(

@@ -1,7 +1,7 @@
-"""One process that takes itself for the first of several: torch's fake process group, and accelerate over it.
+"""Run one process as rank 0 of several, with torch's fake process group and accelerate on top.
 
-Everything is as a launcher's process has it, but that the device is torch's meta device and that collectives send
-nothing. All of that is state of the process, and is put back at the end.
+The process is set up like one that a launcher started, except that its device is the meta device and collectives send
+nothing. This changes global state of the process, which is restored at the end.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ if TYPE_CHECKING:
 def fake_distributed(
     recipe: Recipe, launch_config: LaunchConfig, emulation: DeviceEmulation, fake_scalars: FakeScalars
 ) -> Iterator[AcceleratorContext]:
-    """The accelerator of ``world``'s first process, with what it changes in this process taken back at the end.
+    """Yield the accelerator of rank 0 of ``launch_config``, and restore the process's state at the end.
 
-    ``recipe`` says the numbers of a step.
+    ``recipe`` sets the batch sizes of a step.
 
     Raises:
-        EngineError: the launcher's files do not ask for the engine, or set what the recipe owns.
+        EngineError: the launcher's config does not select the engine, or sets a key that the recipe owns.
     """
     if distributed.is_initialized():
         raise EstimateUnavailableError(
-            "a plan of several processes cannot be made in one of several; make it before them"
+            "Estimates for several processes cannot run inside a distributed process; run them before the launch"
         )
     with ExitStack() as changes:
         changes.enter_context(suppress_library_output())
@@ -58,35 +58,35 @@ def fake_distributed(
             changes.enter_context(use_meta_accelerator(emulation))
         changes.enter_context(fake_scalars)
         engine, plugin = resolve_engine(recipe, Path(), launch_config.num_processes)
-        bound = create_accelerator(recipe, Path(), engine, plugin, cpu=True)
-        # A number, where the meta device has none.
-        changes.enter_context(patch.object(bound.accelerator, "reduce", lambda _: torch.zeros(())))
-        yield bound
+        context = create_accelerator(recipe, Path(), engine, plugin, cpu=True)
+        # Callers read the reduced value, which a meta tensor does not have.
+        changes.enter_context(patch.object(context.accelerator, "reduce", lambda _: torch.zeros(())))
+        yield context
 
 
 @contextmanager
 def _isolate_accelerate_state() -> Iterator[None]:
-    """Accelerate keeps its state for the process; that of here is another's."""
+    """Clear accelerate's process-wide state, and restore it at the end."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
-    states = [kind._shared_state for kind in (PartialState, AcceleratorState, GradientState)]
+    states = [cls._shared_state for cls in (PartialState, AcceleratorState, GradientState)]
     before = [dict(state) for state in states]
     for state in states:
         state.clear()
     try:
         yield
     finally:
-        for state, kept in zip(states, before, strict=True):
+        for state, saved in zip(states, before, strict=True):
             state.clear()
-            state.update(kept)
+            state.update(saved)
 
 
 @contextmanager
 def _init_fake_process_group(world_size: int) -> Iterator[None]:
-    """A process group of which this process is the first and the others are not there."""
+    """Initialize a process group in which this process is rank 0 and no other rank exists."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    with patch.object(sys, "excepthook", sys.excepthook):  # which torch wraps, to say the rank
+    with patch.object(sys, "excepthook", sys.excepthook):  # torch wraps it to print the rank
         distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
         try:
             yield
@@ -96,11 +96,11 @@ def _init_fake_process_group(world_size: int) -> Iterator[None]:
 
 @contextmanager
 def _patch_engines_for_meta(launch_config: LaunchConfig) -> Iterator[None]:
-    """Have torch's engines go on where they would look at values, or refuse weights that have none."""
+    """Patch checks of torch's engines that read values or reject meta tensors."""
     with ExitStack() as patches:
 
-        def put(place: object, name: str, value: object, **how: Any) -> None:
-            patches.enter_context(patch.object(place, name, value, **how))
+        def put(target: object, name: str, value: object, **options: Any) -> None:
+            patches.enter_context(patch.object(target, name, value, **options))
 
         if launch_config.engine.is_fsdp:
             from torch.distributed.fsdp import _fully_shard
@@ -108,17 +108,18 @@ def _patch_engines_for_meta(launch_config: LaunchConfig) -> Iterator[None]:
 
             put(FSDPParamGroup, "_validate_no_meta_params", lambda _: None)
             put(_fully_shard._fully_shard, "_get_device_from_mesh", lambda _: torch.device("meta"))
-            put(torch, "meta", torch.cpu, create=True)  # whose streams are none
+            put(torch, "meta", torch.cpu, create=True)  # it has no streams
             put(torch.Tensor, "data_ptr", _get_storage_id)
         if launch_config.engine == DDP:
             from torch.nn.parallel import DistributedDataParallel
             from torch.nn.parallel import distributed as ddp
 
-            made = DistributedDataParallel.__init__
+            original_init = DistributedDataParallel.__init__
 
-            def init(self: DistributedDataParallel, *given: Any, **named: Any) -> None:
-                made(self, *given, **named)
-                self.register_comm_hook(None, lambda _, bucket: _all_reduce_bucket(bucket))  # torch reads annotations
+            def init(self: DistributedDataParallel, *args: Any, **kwargs: Any) -> None:
+                original_init(self, *args, **kwargs)
+                # A lambda, since torch checks the annotations of a hook.
+                self.register_comm_hook(None, lambda _, bucket: _all_reduce_bucket(bucket))
 
             put(ddp, "_verify_param_shape_across_processes", lambda *_, **__: None)
             put(DistributedDataParallel, "__init__", init)
@@ -126,13 +127,13 @@ def _patch_engines_for_meta(launch_config: LaunchConfig) -> Iterator[None]:
 
 
 def _get_storage_id(tensor: torch.Tensor) -> int:
-    """One for each storage, by which accelerate knows a weight again; on the meta device all are 0."""
+    """Return a unique id per storage: accelerate identifies weights by data_ptr, which is 0 for all meta tensors."""
     return int(tensor.untyped_storage()._cdata)
 
 
 def _all_reduce_bucket(bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """What DDP's own way of sending comes to: the fake group's answers are not what it expects."""
+    """All-reduce a bucket; DDP's built-in reduction expects results that the fake group does not return."""
     distributed.all_reduce(bucket.buffer())
-    sent: torch.futures.Future[torch.Tensor] = torch.futures.Future()
-    sent.set_result(bucket.buffer())
-    return sent
+    future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+    future.set_result(bucket.buffer())
+    return future

@@ -1,4 +1,4 @@
-"""Answers for the values that engines ask of tensors on the meta device, where any will do."""
+"""Fake values for engines that read meta tensors where the value does not matter."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch.utils._pytree import tree_leaves, tree_map
 _ATEN = torch.ops.aten
 _FILL_OPS = {_ATEN.zeros.default, _ATEN.ones.default, _ATEN.full.default}
 _MIN_SKIPPED_NUMEL = 2**16
-"""Values below which a tensor on the CPU is computed: counts, tokens, a norm."""
+"""CPU tensors with fewer elements are computed: counts, tokens, a norm."""
 
 
 class FakeScalars(TorchDispatchMode):
-    """Makes up numbers that an engine reads, and computes nothing of what it keeps in the CPU's memory.
+    """Returns fake values for scalars that an engine reads, and skips computation on large CPU tensors.
 
-    An engine looks at a gradient's norm, say, and steps or does not; it is told 1, and that nothing overflowed. Off
-    while the model's own code runs, where a number can change a size. What is offloaded is allocated and never written,
-    so that it takes addresses and no memory.
+    An engine reads the gradient norm, for example, to decide whether to step: it gets 1 and no overflow. Disabled while
+    the model's own code runs, where a value can change a size. Offloaded tensors are allocated and never written, so
+    that they take address space but no memory.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class FakeScalars(TorchDispatchMode):
         self.is_enabled = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(hasattr(kind, "to_local") for kind in types):  # first what it comes to on this process's part
+        if any(hasattr(kind, "to_local") for kind in types):  # DTensor first dispatches to the local shard
             return NotImplemented
         kwargs = kwargs or {}
         if self.is_enabled and func is _ATEN._local_scalar_dense.default and args[0].is_meta:
@@ -52,18 +52,18 @@ def _is_large_cpu_tensor(tensor: torch.Tensor) -> bool:
 
 
 def _allocate_outputs(func: Any, args: Any, kwargs: Any) -> Any:
-    """What an operation on the CPU returns, with its memory as it was found."""
+    """Return the outputs of a CPU operation with uninitialized memory."""
     if func._schema.is_mutable:
-        returned = kwargs["out"] if "out" in kwargs else args[0]
-        return returned if func._schema.returns else None
+        output = kwargs["out"] if "out" in kwargs else args[0]
+        return output if func._schema.returns else None
     is_view = any(value.alias_info is not None for value in func._schema.returns)
     if is_view or kwargs.get("device", torch.device("cpu")) != torch.device("cpu"):
         return func(*args, **kwargs)
 
-    def to(device: str, value: Any) -> Any:
+    def empty_on(device: str, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return torch.device("meta") if isinstance(value, torch.device) and device == "meta" else value
         return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=device)
 
-    args, kwargs = tree_map(partial(to, "meta"), (args, kwargs))
-    return tree_map(partial(to, "cpu"), func(*args, **kwargs))
+    args, kwargs = tree_map(partial(empty_on, "meta"), (args, kwargs))
+    return tree_map(partial(empty_on, "cpu"), func(*args, **kwargs))

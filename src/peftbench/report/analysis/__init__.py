@@ -1,1 +1,1 @@
-"""TODO-DOC analysis."""
+"""Statistics over records: groups, intervals, significance, comparability."""

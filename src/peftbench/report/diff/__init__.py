@@ -1,1 +1,1 @@
-"""TODO-DOC diff."""
+"""Comparison of two result folders."""

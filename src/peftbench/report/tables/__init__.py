@@ -1,1 +1,1 @@
-"""TODO-DOC tables."""
+"""Tables over records."""

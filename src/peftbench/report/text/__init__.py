@@ -1,1 +1,1 @@
-"""TODO-DOC text."""
+"""Text formatting and escaping."""

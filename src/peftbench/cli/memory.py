@@ -1,0 +1,182 @@
+"""The commands ``estimate`` and ``fit``: GPU memory of a recipe, predicted without a GPU."""
+
+from __future__ import annotations
+
+import gc
+import json
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from peftbench.cli.options import (
+    AccelerateOption,
+    BudgetOption,
+    ConfigOption,
+    DeviceOption,
+    JsonOption,
+    OverridesArgument,
+    ProcessesOption,
+    print_to_stderr,
+)
+from peftbench.common.console import cli_errors
+
+if TYPE_CHECKING:
+    from peftbench.memory.devices import DeviceFacts
+    from peftbench.memory.launch_config import LaunchConfig
+    from peftbench.memory.search import MemoryTarget
+    from peftbench.recipe.schema import Recipe
+
+
+def estimate(
+    changes: OverridesArgument = None,
+    config: ConfigOption = None,
+    suite: Annotated[Optional[Path], typer.Option(help="Estimate all runs of a suite, one row each.")] = None,
+    budget: BudgetOption = None,
+    device: DeviceOption = None,
+    accelerate: AccelerateOption = None,
+    processes: ProcessesOption = None,
+    update_file: Annotated[
+        Optional[Path], typer.Option(help="Markdown file whose section named by --marker is replaced with the table.")
+    ] = None,
+    marker: Annotated[
+        str, typer.Option(help="Name of the section, between <!-- report:NAME --> and its end comment.")
+    ] = "plan",
+    as_json: JsonOption = False,
+) -> None:
+    """Estimate the GPU memory of a recipe and whether it fits. Needs neither a GPU nor the weights."""
+    from peftbench.common.libraries import imports_without_gc, quiet_libraries
+    from peftbench.errors import BudgetError
+    from peftbench.recipe.loader import load_recipe
+    from peftbench.suite.expand import expand, resolve_accelerate_config
+
+    with cli_errors():
+        facts = _load_device_facts(device)
+        if suite is not None and config:
+            raise BudgetError("--suite names the recipes itself; leave --config out")
+        recipes = [load_recipe(config or [], changes or [])] if suite is None else expand(suite, changes or [])
+        accelerate = accelerate or (resolve_accelerate_config(suite) if suite else None)
+        with imports_without_gc():
+            quiet_libraries()
+            from tqdm.auto import tqdm
+
+            from peftbench.memory.search import plan_run
+            from peftbench.report.tables.memory_plan import format_plan, format_plans
+            from peftbench.report.tables.table import insert_block
+        gc.freeze()  # imported objects live until the process ends: the collector need not traverse them
+
+        build_target = partial(_build_target, facts, device, budget, accelerate, processes)
+        if suite is None:
+            plan = build_target(recipes[0]).plan(recipes[0])
+            text = plan.model_dump_json(indent=1) if as_json else format_plan(plan)
+        else:
+            progress = tqdm(recipes, desc="simulating", unit="run", disable=None)
+            plans = [plan_run(recipe, partial(build_target, recipe)) for recipe in progress]
+            text = json.dumps([plan.model_dump() for plan in plans], indent=1) if as_json else format_plans(plans)
+        if update_file is not None:
+            insert_block(text, update_file, marker)
+        else:
+            print(text)
+
+
+def fit(
+    changes: OverridesArgument = None,
+    config: ConfigOption = None,
+    budget: BudgetOption = None,
+    device: DeviceOption = None,
+    accelerate: AccelerateOption = None,
+    processes: ProcessesOption = None,
+    techniques: Annotated[
+        str, typer.Option(help="Memory-saving techniques to try, e.g. checkpointing,bf16,adamw8bit; or all.")
+    ] = "checkpointing",
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Run the best answer and the next larger micro-batch on this machine.")
+    ] = False,
+    family: Annotated[
+        Optional[str],
+        typer.Option("--largest-model", metavar="FAMILY", help="Find the largest model of gpt2, llama3 or qwen2.5."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the largest micro-batch that fits, for each combination of memory-saving techniques."""
+    from peftbench.common.libraries import quiet_libraries
+    from peftbench.errors import OutOfRangeError
+    from peftbench.memory.plan import Fit
+    from peftbench.recipe.loader import load_recipe
+
+    with cli_errors():
+        facts = _load_device_facts(device)
+        if verify and family is not None:
+            raise OutOfRangeError("--verify runs the recipe's own model; leave --largest-model out")
+        recipe = load_recipe(config or [], changes or [])
+        quiet_libraries()
+        from peftbench.memory.search import find_largest_model, strategies
+        from peftbench.report.tables.memory_plan import format_fit
+        from peftbench.suite.launch import run_one
+        from peftbench.suite.verify_fit import check_local_device, verify_strategy
+
+        if verify:
+            check_local_device(facts)
+        target = _build_target(facts, device, budget, accelerate, processes, recipe)
+        if family is not None:
+            models = find_largest_model(recipe, family, techniques, target)
+            answer = Fit(budget_bytes=target.required_budget, models=models)
+        else:
+            answer = Fit(budget_bytes=target.required_budget, strategies=strategies(recipe, techniques, target))
+        if verify and answer.strategies:
+            launch = partial(run_one, accelerate=accelerate, processes=processes)
+            proof = verify_strategy(recipe, answer.strategies[0], target, launch=launch, log_message=print_to_stderr)
+            answer = answer.model_copy(update={"proof": proof})
+        print(answer.model_dump_json(indent=1) if as_json else format_fit(answer))
+        if not answer.has_fit:
+            raise typer.Exit(1)
+
+
+def _load_device_facts(device: str | None) -> DeviceFacts:
+    from peftbench.memory.devices import UNKNOWN_DEVICE, get_device_facts
+
+    return get_device_facts(device) if device else UNKNOWN_DEVICE
+
+
+def _build_target(
+    facts: DeviceFacts,
+    device: str | None,
+    budget: str | None,
+    accelerate: Path | None,
+    processes: int | None,
+    recipe: Recipe,
+) -> MemoryTarget:
+    """Return the device, the budget and the launch that ``recipe`` is planned for."""
+    from peftbench.memory.search import MemoryTarget
+
+    size = _resolve_budget(budget, facts, recipe)
+    return MemoryTarget(facts, device or facts.torch_name, size, _build_launch_config(accelerate, processes, recipe))
+
+
+def _resolve_budget(requested: str | None, facts: DeviceFacts, recipe: Recipe) -> int | None:
+    """Return the budget in bytes: the option's, else the recipe's, else the device's memory."""
+    from peftbench.common.units import parse_size
+    from peftbench.errors import BudgetError
+
+    device_bytes = int(facts.memory)
+    size = recipe.budget.memory_bytes if requested is None else parse_size(requested)
+    if size is not None and device_bytes and size > device_bytes:
+        raise BudgetError(
+            f"a budget of {size:,} bytes exceeds the {device_bytes:,} bytes of {facts.torch_name}; give less"
+        )
+    return size or device_bytes or None
+
+
+def _build_launch_config(accelerate_config: Path | None, processes: int | None, recipe: Recipe) -> LaunchConfig:
+    """Return the processes to plan for."""
+    from peftbench.errors import BudgetError
+    from peftbench.memory.launch_config import SINGLE_PROCESS, load_launch_config
+    from peftbench.memory.search import with_micro_batch
+
+    if accelerate_config is None and processes is not None:
+        raise BudgetError("--processes needs a distributed engine; give --accelerate too")
+    if accelerate_config is None:
+        return SINGLE_PROCESS
+    # The launch does not depend on the micro-batch size, which may be auto: any size will do.
+    return load_launch_config(accelerate_config, processes, with_micro_batch(recipe, 1))

@@ -1,0 +1,40 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+OverridesArgument = Annotated[
+    Optional[list[str]],
+    typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Recipe keys to change, e.g. train.steps=100."),
+]
+ConfigOption = Annotated[
+    Optional[list[Path]], typer.Option(help="Recipe file. Repeat the option to merge several, later files win.")
+]
+BudgetOption = Annotated[
+    Optional[str], typer.Option(help="Memory to fit, e.g. 16GiB. Default: budget.memory, or the device's memory.")
+]
+DeviceOption = Annotated[Optional[str], typer.Option(help="Device profile, e.g. t4, a10g, h100 or cpu.")]
+AccelerateOption = Annotated[
+    Optional[Path], typer.Option("--accelerate", help="Accelerate config file. Memory is estimated for one process.")
+]
+ProcessesOption = Annotated[
+    Optional[int], typer.Option(min=1, help="Number of processes. Default: the number in the accelerate config.")
+]
+SeedsOption = Annotated[
+    Optional[int],
+    typer.Option(min=1, help="Repeat each run that trains with N consecutive seeds, starting at train.seed."),
+]
+OutOption = Annotated[
+    Optional[Path], typer.Option(help="Output folder of the runs. Default: output_dir of each recipe.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def print_to_stderr(line: str) -> None:
+    """Print a line that is not part of a command's result."""
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,47 @@
+"""Commands and options that were renamed: the old spelling is refused with the new one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import click
+from typer.core import TyperGroup
+
+from peftbench.common.console import refuse_renamed_options
+
+_YAML_SUFFIXES = (".yaml", ".yml")
+
+RENAMED_OPTIONS: dict[str, dict[str, str]] = {
+    "report": {
+        "--into": "--update-file",
+        "--block": "--marker",
+        "--by": "--group-by",
+        "--compare": "the command peftbench compare A B",
+        "--threshold": "an option of peftbench compare A B",
+        "--json": "an option of peftbench compare A B",
+    },
+    "estimate": {"--into": "--update-file", "--block": "--marker"},
+    "fit": {"--allow": "--techniques"},
+    "submit": {"--at-once": "--max-parallel", "--restarts": "--max-requeues"},
+}
+"""Command: old option: what replaces it."""
+
+
+class CommandGroup(TyperGroup):
+    """The commands in the order of their registration. Old spellings are refused before parsing."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Refuse an old spelling, then parse."""
+        command = next((argument for argument in args if not argument.startswith("-")), "")
+        command_args = args[args.index(command) + 1 :] if command else []
+        if command == "compare":
+            _refuse_suite(command_args)
+        refuse_renamed_options(command_args, RENAMED_OPTIONS.get(command, {}))
+        return super().parse_args(ctx, args)
+
+
+def _refuse_suite(args: Sequence[str]) -> None:
+    """Refuse ``peftbench compare SUITE.yaml``, which is now ``peftbench run SUITE.yaml``."""
+    suite = next((argument for argument in args if argument.endswith(_YAML_SUFFIXES)), None)
+    if suite is not None:
+        refuse_renamed_options([suite], {suite: f"peftbench run {suite}"}, subject=f"peftbench compare {suite}")

@@ -1,0 +1,67 @@
+"""The commands ``report`` and ``compare``: tables and pages from the records of finished runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from peftbench.cli.options import JsonOption, print_to_stderr
+from peftbench.common.console import cli_errors
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a run or a suite.")],
+    html: Annotated[Optional[Path], typer.Option(help="Path of the page. Default: report.html in FOLDER.")] = None,
+    update_file: Annotated[
+        Optional[Path], typer.Option(help="Markdown file whose section named by --marker is replaced with the table.")
+    ] = None,
+    marker: Annotated[
+        Optional[str],
+        typer.Option(help="Name of the section, between <!-- report:NAME --> and its end comment. Default: table."),
+    ] = None,
+    group_by: Annotated[
+        Optional[str], typer.Option(help="Tabulate held-out loss by the values of a recipe key, e.g. train.seed.")
+    ] = None,
+    price_per_hour: Annotated[
+        Optional[float], typer.Option(min=0.0, help="Price of one device per hour. Default: the recipe's.")
+    ] = None,
+) -> None:
+    """Build the HTML page and the tables of a run folder."""
+    from peftbench.cli.report import load_records, print_report, print_section, reject_unused_options
+
+    with cli_errors():
+        reject_unused_options(html, update_file, marker, group_by)
+        if update_file is not None or group_by is not None:
+            records = load_records(folder, price_per_hour, allow_empty=False)
+            print_section(list(records.values()), update_file, marker, group_by)
+            return
+        # Imported here because only a page needs them, and the import takes a second.
+        from peftbench.report.page.content import UnfinishedRun
+        from peftbench.report.writer import write_report
+        from peftbench.suite.status import find_unfinished_runs
+
+        unfinished = [UnfinishedRun(row.name, row.state, row.detail) for row in find_unfinished_runs(folder)]
+        records, title = load_records(folder, price_per_hour, allow_empty=bool(unfinished)), folder.resolve().name
+        print_report(write_report(records, folder, title, page_path=html, unfinished_runs=unfinished), title)
+
+
+def compare(
+    before: Annotated[Path, typer.Argument(metavar="A", help="Folder with the results before a change.")],
+    after: Annotated[Path, typer.Argument(metavar="B", help="Folder with the results after it.")],
+    threshold: Annotated[
+        Optional[list[str]],
+        typer.Option(metavar="[METRIC=]PERCENT", help="Allowed regression of B, e.g. 5% or rougeL=2%. Default: 5%."),
+    ] = None,
+    as_json: JsonOption = False,
+    html: Annotated[Optional[Path], typer.Option(help="Path of a page with the comparison. Default: no page.")] = None,
+) -> None:
+    """Compare two result folders run by run. The exit code is 61 if a metric of B regressed beyond its threshold."""
+    from peftbench.cli.report import compare_folders
+    from peftbench.errors import REGRESSION_EXIT_CODE
+
+    with cli_errors():
+        if regression := compare_folders((before, after), threshold or [], as_json, html):
+            print_to_stderr(regression)
+            raise typer.Exit(REGRESSION_EXIT_CODE)

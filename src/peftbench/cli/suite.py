@@ -1,0 +1,71 @@
+"""The command ``run``: all runs of a suite on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from peftbench.cli.options import OutOption, OverridesArgument, SeedsOption, print_to_stderr
+from peftbench.common.console import INTERRUPT_EXIT_CODE, cli_errors
+
+if TYPE_CHECKING:
+    from peftbench.recipe.schema import Recipe
+    from peftbench.suite.launch import RunResult
+
+
+def run(
+    suite: Annotated[Path, typer.Argument(metavar="SUITE", help="Suite file: recipes, and keys to vary.")],
+    overrides: OverridesArgument = None,
+    out: OutOption = None,
+    accelerate: Annotated[
+        Optional[Path], typer.Option(help="Accelerate config file, e.g. accel_configs/cpu2.yaml. Default: the suite's.")
+    ] = None,
+    seeds: SeedsOption = None,
+) -> None:
+    """Run all recipes of a suite, each in a new process, and print the results table. Finished runs are skipped."""
+    from peftbench.errors import MissingFileError
+    from peftbench.suite.expand import expand, read_suite, resolve_accelerate_config
+    from peftbench.suite.launch import run_suite
+
+    with cli_errors():
+        recipes = expand(suite, overrides or [], out, seeds)
+        title = read_suite(suite).name
+        accelerate_config = accelerate or resolve_accelerate_config(suite)
+        if accelerate_config is not None and not accelerate_config.is_file():
+            raise MissingFileError(
+                f"the accelerate config {accelerate_config} does not exist", "accel_configs/ has examples"
+            )
+        try:
+            results = run_suite(recipes, accelerate_config, print_to_stderr)
+        except KeyboardInterrupt:
+            print_to_stderr("interrupted: finished runs are kept; run the same command again to resume")
+            raise typer.Exit(INTERRUPT_EXIT_CODE) from None
+        failed = [result for result in results if not result.succeeded]
+        _report_results(recipes, failed, title)
+        for result in failed:
+            print_to_stderr(f"{result.name}: {result.outcome}" + (f": {result.error}" if result.error else ""))
+        if failed:
+            raise typer.Exit(1)
+
+
+def _report_results(recipes: list[Recipe], failed: list[RunResult], title: str) -> None:
+    """Write and print the report of the runs that have a record; without any record do nothing."""
+    from peftbench.cli.report import print_report
+    from peftbench.report.page.content import UnfinishedRun
+    from peftbench.report.writer import write_report
+    from peftbench.run_dir.layout import RunDir
+    from peftbench.run_dir.results import load_matching_record
+
+    record_by_path = {RunDir.from_recipe(recipe).record_file: load_matching_record(recipe) for recipe in recipes}
+    records = {path: record for path, record in record_by_path.items() if record is not None}
+    if not records:
+        return
+    names = {record.name for record in records.values()}
+    unfinished = [
+        UnfinishedRun(result.name, result.outcome, result.shareable_error or result.error or "")
+        for result in failed
+        if result.name not in names
+    ]
+    print_report(write_report(records, Path(recipes[0].output_dir), title, unfinished_runs=unfinished), title)

@@ -1,0 +1,28 @@
+"""StepCallback: code that runs after every optimizer step, outside of the step's timing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """Results of one optimizer step."""
+
+    step: int
+    """Number of the step, counted from 1."""
+    total_steps: int
+    loss: float
+    """Mean over the labelled tokens of the global batch, in nats."""
+    learning_rate: float
+    """Learning rate that the step used."""
+    real_tokens: int
+    """Tokens of the global batch without padding, over all ranks."""
+
+
+class StepCallback(Protocol):
+    """Called after every optimizer step, on every rank and in the order of the list that ``train`` receives."""
+
+    def after_step(self, info: StepInfo) -> None:
+        """Handle a finished step. Time spent here is in no measurement."""

@@ -1,0 +1,26 @@
+"""Records of runs without measurements."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peftbench.record import Device, Outcome, RunRecord
+
+
+def minimal_record(**values: Any) -> RunRecord:
+    """Return a record with only the required keys; ``values`` replace or add some."""
+    required = {
+        "name": "run",
+        "started_at": "2026-07-11T00:00:00+00:00",
+        "recipe": {
+            "name": "run",
+            "method": {"kind": "lora"},
+            "train": {"seed": 0, "global_batch_size": 4, "precision": "fp32"},
+            "data": {"seed": 0, "max_length": 8, "label_padding": False},
+        },
+        "recipe_fingerprint": "0" * 16,
+        "library_versions": {"torch": "2"},
+        "device": Device(type="cpu", name="", num_processes=1),
+        "outcome": Outcome(kind="ok"),
+    }
+    return RunRecord(**required | values)

@@ -1,0 +1,85 @@
+"""Fingerprints: which keys are part of one, and at which values they are left out."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import pytest
+
+from peftbench.common.fingerprint import ANY_VALUE, NEUTRAL_VALUES, fingerprint_recipe
+from peftbench.recipe.loader import load_recipe
+from tests.helpers.paths import REPOSITORY
+
+FULL: dict[str, Any] = load_recipe(
+    [], ["name=run", "method.kind=lora", "data.source.kind=docstrings", "train.steps=10"]
+).model_dump(mode="json")
+
+
+def with_value(dotted: str, value: object) -> dict[str, Any]:
+    """A copy of the recipe with ``value`` at a dotted key."""
+    recipe = copy.deepcopy(FULL)
+    section, (*parents, key) = recipe, dotted.split(".")
+    for parent in parents:
+        section = section[parent]
+    section[key] = value
+    return recipe
+
+
+def without_key(dotted: str) -> dict[str, Any]:
+    """A copy of the recipe without a dotted key."""
+    recipe = with_value(dotted, None)
+    section, (*parents, key) = recipe, dotted.split(".")
+    for parent in parents:
+        section = section[parent]
+    del section[key]
+    return recipe
+
+
+@pytest.mark.parametrize("dotted", NEUTRAL_VALUES)
+def test_neutral_value_stays_out_of_the_fingerprint(dotted: str) -> None:
+    """At its neutral value a key changes nothing; at another value it does, unless it is never part of one."""
+    neutral = NEUTRAL_VALUES[dotted]
+    before = fingerprint_recipe(without_key(dotted))
+    other = fingerprint_recipe(with_value(dotted, "another value"))
+    if neutral is ANY_VALUE:
+        assert before == other == fingerprint_recipe(FULL)
+    else:
+        assert before == fingerprint_recipe(with_value(dotted, neutral))
+        assert before != other
+
+
+def test_a_new_key_with_a_neutral_value_keeps_old_fingerprints() -> None:
+    """A key added to a section, or a new section, leaves fingerprints of earlier recipes valid."""
+    neutral = NEUTRAL_VALUES | {"train.new": 0, "new": {"a": 1}}
+    assert fingerprint_recipe(with_value("train.new", 0) | {"new": {"a": 1}}, neutral) == fingerprint_recipe(FULL)
+    assert fingerprint_recipe(with_value("train.new", 1), neutral) != fingerprint_recipe(FULL)
+
+
+def test_the_recipe_is_not_modified() -> None:
+    """Computing a fingerprint leaves its argument unchanged."""
+    recipe = copy.deepcopy(FULL)
+    fingerprint_recipe(recipe)
+    assert recipe == FULL
+
+
+def test_every_other_key_changes_the_fingerprint() -> None:
+    """Each key of the recipe that is not in the list is part of the fingerprint."""
+    sections = [(name, value) for name, value in FULL.items() if isinstance(value, dict)]
+    keys = [f"{name}.{key}" for name, value in sections for key in value] + list(FULL)
+    listed = {*NEUTRAL_VALUES, "checkpoint.interval", "checkpoint.keep_latest"}
+    expected = [key for key in keys if key not in listed]
+    assert len(expected) > 40
+    before = fingerprint_recipe(FULL)
+    assert [key for key in expected if fingerprint_recipe(with_value(key, "another value")) == before] == []
+
+
+def test_committed_records_have_the_fingerprint_of_their_recipe() -> None:
+    """The committed demo records are not stale."""
+    records = sorted((REPOSITORY / "docs" / "results" / "demo").glob("*/record.json"))
+    assert records
+    for path in records:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["schema_version"] > 1:
+            assert record["recipe_fingerprint"] == fingerprint_recipe(record["recipe"])

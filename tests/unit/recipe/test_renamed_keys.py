@@ -1,0 +1,64 @@
+"""Old recipe keys and values are refused, and the error has the new name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peftbench.common.renamed_keys import RENAMED_KEYS, RENAMED_VALUES
+from peftbench.errors import OutOfRangeError, UnknownKeyError
+from peftbench.recipe.loader import load_recipe, parse_recipe
+from tests.unit.recipe.conftest import LEAST, write
+
+METHOD_KIND_OF_KEY = {
+    "lora_alpha": "lora",
+    "lora_dropout": "lora",
+    "num_virtual_tokens": "prompt_tuning",
+    "prompt_tuning_init": "prompt_tuning",
+    "prompt_tuning_init_text": "prompt_tuning",
+    "head": "last_layer",
+}
+VALUES = [(key, old, new) for key, values in RENAMED_VALUES.items() for old, new in values.items()]
+
+
+def method_override(key: str) -> list[str]:
+    """The override that selects the method which has ``key``; none for keys of other groups."""
+    kind = METHOD_KIND_OF_KEY.get(key.removeprefix("method."))
+    return [f"method.kind={kind}"] if kind else []
+
+
+@pytest.mark.parametrize("source", ["yaml", "override"])
+@pytest.mark.parametrize(("old", "new"), RENAMED_KEYS.items())
+def test_old_key_is_refused_with_its_new_name(old: str, new: str, source: str, least: Path, tmp_path: Path) -> None:
+    """Every renamed key is an unknown key, and the error names the new key."""
+    files, overrides = [least], method_override(new)
+    if source == "yaml":
+        section, key = old.split(".")
+        files.append(write(tmp_path / "old.yaml", {section: {key: 1}}))
+        files.append(write(tmp_path / "kind.yaml", "".join(f"method: {{kind: {o.split('=')[1]}}}" for o in overrides)))
+        files, overrides = [files[0], files[2], files[1]] if overrides else files[:2], []
+    else:
+        overrides.append(f"{old}=1")
+    with pytest.raises(UnknownKeyError, match=f"^Invalid recipe: there is no key '{old}'; it was renamed to '{new}'$"):
+        load_recipe(files, overrides)
+
+
+@pytest.mark.parametrize(("key", "old", "new"), VALUES)
+def test_old_value_is_refused_with_its_new_name(key: str, old: str, new: str, least: Path) -> None:
+    """Every renamed value is refused with the new value; a value that differs only in case is accepted."""
+    overrides = [*method_override(key), f"{key}={old}"]
+    if old.upper() == new:
+        text = ["method.prompt_tuning_init_text=a"] if new == "TEXT" else []
+        assert load_recipe([least], overrides + text).method.model_dump()["prompt_tuning_init"] == new
+        return
+    with pytest.raises(OutOfRangeError, match=f"(?i)={old!r} is not an allowed value; it was renamed to '{new}'$"):
+        load_recipe([least], overrides)
+
+
+def test_old_key_of_another_method_gets_the_usual_hint() -> None:
+    """A key that was renamed in lora is simply unknown in full, which has no such key under either name."""
+    values: dict[str, Any] = LEAST | {"method": {"kind": "full", "alpha": 1}}
+    with pytest.raises(UnknownKeyError, match=r"there is no key 'method\.alpha'; allowed: kind$"):
+        parse_recipe(values)

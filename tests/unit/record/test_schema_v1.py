@@ -1,0 +1,88 @@
+"""Records of schema 1 are read as records of schema 2."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from peftbench.common.fingerprint import fingerprint_recipe
+from peftbench.common.renamed_keys import RENAMED_KEYS, RENAMED_VALUES
+from peftbench.recipe.schema import Recipe
+from peftbench.record import RunRecord, read_record
+from peftbench.record.rewrite import rewrite_records
+from peftbench.record.schema_v1 import upgrade_recipe
+
+RECORD_V1 = Path(__file__).parent / "record_v1.json"
+
+
+def test_every_number_of_a_v1_record_is_kept() -> None:
+    """No number is lost or changed; only names are."""
+
+    def leaves(values: object) -> list[str]:
+        if isinstance(values, dict):
+            return [leaf for value in values.values() for leaf in leaves(value)]
+        if isinstance(values, (list, tuple)):
+            return [leaf for value in values for leaf in leaves(value)]
+        return [repr(values)] if isinstance(values, (int, float)) and not isinstance(values, bool) else []
+
+    old = json.loads(RECORD_V1.read_text())
+    new = json.loads(read_record(RECORD_V1).model_dump_json())
+    old["schema_version"] = new["schema_version"] = 0
+    assert len(leaves(old)) > 500
+    assert sorted(leaves(old)) == sorted(leaves(new))
+
+
+def test_v1_record_reads_as_schema_2_under_the_new_names() -> None:
+    """Values are found under the new names, and the fingerprint is that of the renamed recipe."""
+    old, record = json.loads(RECORD_V1.read_text()), read_record(RECORD_V1)
+    assert record.schema_version == 2
+    assert record.flops.model_flops == old["flops"]["required"]
+    assert record.data_fingerprint == old["data_identity"]
+    assert record.memory["train"].rss_bytes == old["memory"]["train"]["resident_bytes"]
+    assert record.recipe["method"]["lora_alpha"] == old["recipe"]["method"]["alpha"]
+    assert record.recipe["train"]["logits"] == "labels_only"
+    recipe = Recipe.model_validate(record.recipe)
+    assert record.recipe_fingerprint == fingerprint_recipe(record.recipe) == recipe.fingerprint()
+
+
+def test_v1_record_of_another_recipe_keeps_its_fingerprint(tmp_path: Path) -> None:
+    """A fingerprint that does not belong to the recipe in the record is not replaced by one that does."""
+    values = json.loads(RECORD_V1.read_text()) | {"recipe_fingerprint": "0123456789abcdef"}
+    (tmp_path / "record.json").write_text(json.dumps(values))
+    assert read_record(tmp_path / "record.json").recipe_fingerprint == "0123456789abcdef"
+
+
+def test_every_renamed_key_is_upgraded() -> None:
+    """Each old key of the map, at a value of its own, is found under the new key."""
+    for kind in ("lora", "prompt_tuning"):
+        old: dict[str, dict[str, object]] = {"method": {"kind": kind}}
+        mine = {"lora": ("alpha", "dropout"), "prompt_tuning": ("tokens", "init", "init_text")}[kind]
+        names = [name for name in RENAMED_KEYS if not name.startswith("method.") or name.split(".")[1] in mine]
+        for name in names:
+            section, key = name.split(".")
+            old.setdefault(section, {})[key] = name
+        new = upgrade_recipe(old)
+        for name in names:
+            section, key = RENAMED_KEYS[name].split(".")
+            assert new[section][key] == name
+        assert len(names) > 15
+
+
+def test_every_renamed_value_is_upgraded() -> None:
+    """Each old value of the map becomes the new one."""
+    assert RENAMED_VALUES
+    for name, values in RENAMED_VALUES.items():
+        section, key = name.split(".")
+        for old, new in values.items():
+            assert upgrade_recipe({section: {"kind": "last_layer", key: old}})[section][key] == new
+
+
+def test_rewriting_is_idempotent(tmp_path: Path) -> None:
+    """A record is rewritten once; a second time changes no byte."""
+    path = tmp_path / "record.json"
+    path.write_bytes(RECORD_V1.read_bytes())
+    assert rewrite_records(tmp_path) == 1
+    first = path.read_bytes()
+    assert RunRecord.model_validate_json(first).schema_version == 2
+    assert rewrite_records(tmp_path) == 1
+    assert path.read_bytes() == first
