@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,6 +13,7 @@ from peftbench.data.collate import MicroBatch
 from peftbench.methods.base import Method
 from peftbench.modeling.loss import CausalLMLoss, build_loss
 from tests.helpers.batches import micro_batch, packed
+from tests.helpers.gpu import without_waiting
 from tests.helpers.methods import every_method
 from tests.helpers.training import base_of, trained
 
@@ -26,16 +27,6 @@ pytestmark = [
 ]
 CUDA = torch.device("cuda")
 Fresh = Callable[[str], "PreTrainedModel"]
-
-
-@contextmanager
-def without_waiting() -> Iterator[None]:
-    """Whatever makes the host wait for the GPU is an error."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def _found(

@@ -93,7 +93,7 @@ FAMILIES = ARCHITECTURES | {"qwen3": qwen3_config}
 
 
 def random_base(config: PreTrainedConfig) -> PreTrainedModel:
-    """A base of that architecture with the same random weights every time, set up as ``peftbench.modeling.loading.load_model`` does."""
+    """Return a base model with the same random weights every time, set up as ``load_model`` does."""
     from transformers import AutoModelForCausalLM
 
     config.use_cache = False

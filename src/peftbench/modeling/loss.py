@@ -56,7 +56,7 @@ class CausalLMLoss:
 
     @torch.no_grad()
     def per_token(self, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
-        """Return the cross-entropy (nats, float32) of each labelled token, ordered as ``batch.targets``: (labelled,)."""
+        """Return each labelled token's cross-entropy (nats, float32), ordered as ``batch.targets``: (labelled,)."""
         return cross_entropy(self.logits(model, batch).float(), batch.targets, reduction="none")
 
 

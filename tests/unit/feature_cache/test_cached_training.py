@@ -17,17 +17,17 @@ from peftbench.common.filesystem import CACHE_DIR_ENV
 from peftbench.distributed.accelerator import build_accelerator
 from peftbench.errors import DiskFullError, UnsupportedModelError
 from peftbench.feature_cache.cached_training import CachedFeatureBatches, CachedFeatureLoss
-from peftbench.feature_cache.store import StorageDtype, StoreLayout, open_store
+from peftbench.feature_cache.store import StoreLayout, open_store
 from peftbench.methods.last_layer import LastLayer
 from peftbench.modeling.loss import LabelledLogitsLoss, build_loss
-from peftbench.optim import AdamW
-from peftbench.recipe.schema import Checkpoint, Profile, Recipe
+from peftbench.recipe.schema import Checkpoint, Recipe
 from peftbench.record import RunRecord
 from peftbench.run.runner import Run
 from peftbench.training.checkpoint import CheckpointManager
-from tests.gpu.test_training import without_waiting
 from tests.helpers.batches import LENGTHS_AND_PROMPTS, micro_batch, packed
+from tests.helpers.cached_training import BATCH, EPOCHS, recipe
 from tests.helpers.disks import mounted
+from tests.helpers.gpu import without_waiting
 from tests.helpers.models import FAMILIES
 from tests.helpers.training import built_from, forget_accelerators, trainer_from
 from tests.helpers.workshop import Workshop
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from peftbench.data.collate import MicroBatch
     from peftbench.training.build import AdaptedModel, TrainingComponents
 
-EPOCHS, EXAMPLES, BATCH = 3, 24, 6
+EXAMPLES = 24
 STEPS = EPOCHS * EXAMPLES // BATCH
 HEAD = "lm_head.weight"
 BF16_APART = 4e-4
@@ -54,24 +54,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "cache"
     monkeypatch.setenv(CACHE_DIR_ENV, str(folder))
     return folder
-
-
-def recipe(workshop: Workshop, name: str, stored: StorageDtype | None, **parts: Any) -> Recipe:
-    """Three epochs of a head, in two micro-batches a step."""
-    train = {
-        "steps": None,
-        "epochs": EPOCHS,
-        "global_batch_size": BATCH,
-        "micro_batch_size": 3,
-        "feature_cache": stored,
-    }
-    train |= parts.pop("train", {})
-    knobs: dict[str, Any] = {
-        "optimizer": AdamW(learning_rate=1e-2),
-        "profile": Profile(untimed_steps=1),
-        "save_model": True,
-    } | parts
-    return workshop.recipe(LastLayer(), train=train, name=name, **knobs)
 
 
 def head_of(workshop: Workshop, name: str) -> torch.Tensor:
@@ -164,11 +146,11 @@ def test_the_record_says_what_was_kept(workshop: Workshop, capsys: pytest.Captur
     first, second = (workshop.run(recipe(workshop, name, "bf16")) for name in ("first", "second"))
     assert first.tokens is not None
     positions = first.tokens.labelled // EPOCHS
-    said = f"the hidden states of {positions:,} labelled positions take {positions * 64 * 2:,} bytes in "
+    said = f"hidden states of {positions:,} labelled positions take {positions * 64 * 2:,} bytes in "
     for record, there in ((first, 0), (second, EXAMPLES)):
         (note,) = (note for note in record.notes if "hidden states" in note)
         assert note.startswith(said)
-        assert f"in bf16: those of {there} of 24 examples were there before the first step" in note
+        assert f"in bf16: {there} of 24 examples were cached before the first step" in note
     assert capsys.readouterr().err.count(said) == 1
 
 
@@ -219,7 +201,7 @@ def test_stored_states_reach_a_gpu_without_waiting(
     over = CachedFeatureLoss(loss, open_store({}, layout, lambda _: None))
     head = base.get_output_embeddings().weight
     found = []
-    for trunk, waits in (("computed", True), ("kept", True), ("stored", True), ("stored", False)):
+    for trunk, waits in (("recompute", True), ("save", True), ("load", True), ("load", False)):
         batch = _marked(packed(), trunk).to(torch.device("cuda"))
         torch.cuda.synchronize()
         base.zero_grad()
@@ -291,8 +273,8 @@ def test_what_follows_a_head_is_done_over_stored_states_too(fresh_base: Callable
             expected = loss(base, batch)
     over = CachedFeatureLoss(loss, open_store({}, layout, lambda _: None))  # type: ignore[arg-type]
     with over.attention_context():
-        kept = over(base, _marked(packed(), "kept"))
-        stored = over(base, _marked(packed(), "stored"))
+        kept = over(base, _marked(packed(), "save"))
+        stored = over(base, _marked(packed(), "load"))
         assert over(base, packed()) == kept == stored
     assert float(kept) == pytest.approx(float(expected), rel=1e-6)
 
@@ -320,7 +302,7 @@ def test_a_plan_is_the_same_each_time_it_is_asked(workshop: Workshop) -> None:
     for _ in range(2):
         found = trainer.batches.skip_first_batches(0)
         plans.append([part.feature_mode for _ in range(8) for part in next(found).micro_batches])
-    assert plans[0] == plans[1] == ["kept"] * 8 + ["stored"] * 8
+    assert plans[0] == plans[1] == ["save"] * 8 + ["load"] * 8
 
 
 def test_a_model_without_a_trunk_of_its_own(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,7 +311,9 @@ def test_a_model_without_a_trunk_of_its_own(workshop: Workshop, monkeypatch: pyt
     accelerator = build_accelerator(made, workshop.output).accelerator
     built = built_from(made, accelerator)
     monkeypatch.setattr(type(built.base.model), "base_model", property(lambda base: base), raising=False)
-    with pytest.raises(UnsupportedModelError, match=r"gpt2 has no trunk apart from its head.*train.feature_cache=null"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"gpt2 has no backbone separate from its head.*train.feature_cache=null"
+    ):
         trainer_from(made, accelerator, built)
 
 
@@ -339,7 +323,7 @@ def test_a_full_disk_ends_a_run_before_it_starts(
     """One sentence, and nothing of the run is left either."""
     with mounted(tmp_path / "disk", "size=16k") as disk:
         monkeypatch.setenv(CACHE_DIR_ENV, str(disk))
-        with pytest.raises(DiskFullError, match=r"take 54,528 bytes in .* has 16,384 free; make room"):
+        with pytest.raises(DiskFullError, match=r"take 54,528 bytes in .* has 16,384 bytes free; free some space"):
             workshop.run(recipe(workshop, "run", "fp32"))
         assert not list(disk.iterdir())
     assert not (workshop.output / "run").exists()

@@ -15,9 +15,9 @@ from peftbench.methods.last_layer import LastLayer
 from peftbench.modeling.loading import load_model
 from peftbench.optim import AdamW
 from tests.helpers.batches import LENGTHS_AND_PROMPTS, rows
+from tests.helpers.cached_training import recipe
 from tests.helpers.models import FAMILIES
 from tests.helpers.workshop import Workshop
-from tests.unit.feature_cache.test_cached_training import recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,6 +15,7 @@ import torch
 
 from peftbench.common.filesystem import CACHE_DIR_ENV
 from peftbench.errors import DiskFullError, OutputError
+from peftbench.feature_cache import store as store_module
 from peftbench.feature_cache.store import (
     FeatureStore,
     StorageDtype,
@@ -63,10 +64,10 @@ def test_sizes_are_exact_and_stated_before(stored: StorageDtype, size: int) -> N
     """One row for each labelled position and one byte for each example, all of it allocated; said once."""
     said: list[str] = []
     store = opened(stored, said)
-    assert (store.directory / "states").stat().st_size == store.nbytes == size
-    assert (store.directory / "complete").stat().st_size == 4
-    assert (store.directory / "states").stat().st_blocks * 512 >= size
-    assert said == [f"the hidden states of 27 labelled positions take {size:,} bytes in {store.directory}"]
+    assert (store.directory / "features").stat().st_size == store.nbytes == size
+    assert (store.directory / "completed").stat().st_size == 4
+    assert (store.directory / "features").stat().st_blocks * 512 >= size
+    assert said == [f"hidden states of 27 labelled positions take {size:,} bytes in {store.directory}"]
     opened(stored, said)
     assert len(said) == 1
 
@@ -108,7 +109,7 @@ def test_what_is_there_stays() -> None:
     store.write((0, 1), states((0, 1), seed=1))
     assert torch.equal(store.read((1,)), states((1,)))
     assert torch.equal(store.read((0,)), states((0, 1), seed=1)[:3])
-    with pytest.raises(ValueError, match="13 states for the 14"):
+    with pytest.raises(ValueError, match="got 13 hidden states for the 14"):
         store.write((3,), torch.zeros(13, WIDTH))
 
 
@@ -121,7 +122,7 @@ def test_no_page_of_it_stays_in_the_process() -> None:
     for example in range(8):
         store.write((example,), torch.ones(4096, 1024))
         assert store.read((example,)).sum() == 4096 * 1024
-    found = Path("/proc/self/smaps").read_text(encoding="utf-8").split(str(store.directory / "states"), 1)[1]
+    found = Path("/proc/self/smaps").read_text(encoding="utf-8").split(str(store.directory / "features"), 1)[1]
     resident = next(line for line in found.splitlines() if line.startswith("Rss:"))
     assert int(resident.split()[1]) == 0
 
@@ -135,29 +136,29 @@ def test_the_name_is_of_all_that_states_depend_on() -> None:
 
 
 def _states_cut(folder: Path) -> None:
-    os.truncate(folder / "states", 27 * 8 * 4 - 1)
+    os.truncate(folder / "features", 27 * 8 * 4 - 1)
 
 
 def _flags_grown(folder: Path) -> None:
-    (folder / "complete").write_bytes(b"\1" * 5)
+    (folder / "completed").write_bytes(b"\1" * 5)
 
 
 def _flags_odd(folder: Path) -> None:
-    (folder / "complete").write_bytes(b"\1\1\7\1")
+    (folder / "completed").write_bytes(b"\1\1\7\1")
 
 
 def _meta_gone(folder: Path) -> None:
-    (folder / "trunk.json").unlink()
+    (folder / "metadata.json").unlink()
 
 
 def _meta_torn(folder: Path) -> None:
-    path = folder / "trunk.json"
+    path = folder / "metadata.json"
     path.write_text(path.read_text(encoding="utf-8")[:-9], encoding="utf-8")
 
 
 def _meta_of_another(folder: Path) -> None:
-    path = folder / "trunk.json"
-    path.write_text(path.read_text(encoding="utf-8").replace('"width": 8', '"width": 9'), encoding="utf-8")
+    path = folder / "metadata.json"
+    path.write_text(path.read_text(encoding="utf-8").replace('"hidden_size": 8', '"hidden_size": 9'), encoding="utf-8")
 
 
 DAMAGES = [_states_cut, _flags_grown, _flags_odd, _meta_gone, _meta_torn, _meta_of_another]
@@ -174,7 +175,7 @@ def test_a_damaged_one_is_made_anew(damage: Any) -> None:
     again = opened(announced=said)
     assert len(said) == 1
     assert not again.completed_mask().any()
-    assert (again.directory / "states").stat().st_size == again.nbytes
+    assert (again.directory / "features").stat().st_size == again.nbytes
     if damage is not _states_cut and damage is not _flags_grown and damage is not _flags_odd:
         assert torch.equal(store.read((0, 1)), before)
 
@@ -184,19 +185,19 @@ def test_after_a_crash_of_the_machine_only_what_was_sealed_is_believed(monkeypat
     store = opened()
     store.write((0, 1, 2), states((0, 1, 2)))
     store.mark_durable()
-    monkeypatch.setattr(store, "_read_boot_id", lambda: "another")
+    monkeypatch.setattr(store_module, "_read_boot_id", lambda: "another")
     assert not opened().completed_mask().any()
     store = opened()
     store.write((0, 1, 2, 3), states((0, 1, 2, 3)))
     store.mark_durable()
-    monkeypatch.setattr(store, "_read_boot_id", lambda: "a third")
+    monkeypatch.setattr(store_module, "_read_boot_id", lambda: "a third")
     assert opened().completed_mask().all()
 
 
 SCRIPT = """
 import os, signal, sys, torch
-from peftbench.feature_cache.store import Layout, open_store
-store = open_store({"weights": "w", "examples": "e", "stored": "fp32"}, Layout(torch.tensor([3, 9, 1, 14]), 8, "fp32"),
+from peftbench.feature_cache.store import StoreLayout, open_store
+store = open_store({"weights": "w", "examples": "e", "stored": "fp32"}, StoreLayout(torch.tensor([3, 9, 1, 14]), 8, "fp32"),
                    lambda said: print("made", flush=True))
 """
 
@@ -217,7 +218,7 @@ def test_kill_between_rows_and_flag_leaves_the_example_out() -> None:
             def __getitem__(self, example): return 0
             def __setitem__(self, example, value): os.kill(os.getpid(), signal.SIGKILL)
 
-        store._flags = Killer()
+        store._completed = Killer()
         store.write((1,), torch.full((9, 8), 5.0))
     """)
     process.communicate(timeout=120)
@@ -271,7 +272,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_made(
         assert said == []
         assert list(disk.iterdir()) == []
         assert "take 128,000 bytes in" in str(raised.value)
-        assert "has 65,536 free" in str(raised.value)
+        assert "has 65,536 bytes free" in str(raised.value)
         assert f"set {CACHE_DIR_ENV} to a folder on a larger disk" in str(raised.value)
         store = open_store(OF, StoreLayout(torch.tensor([500]), WIDTH, "fp32"), said.append)  # what fits is made
         store.write((0,), torch.ones(500, WIDTH))
@@ -289,7 +290,7 @@ def test_a_disk_that_fills_up_meanwhile_leaves_nothing_half_written(
         )  # as if another had taken it since
         with pytest.raises(DiskFullError, match="the disk is full"):
             open_store(OF, StoreLayout(torch.tensor([1000] * 4), WIDTH, "fp32"), print)
-        assert [path.name for path in (disk / "trunk").iterdir()] == [f"{get_store_dir(OF).name}.lock"]
+        assert [path.name for path in (disk / "feature_cache").iterdir()] == [f"{get_store_dir(OF).name}.lock"]
         store = open_store(OF, StoreLayout(torch.tensor([1000]), WIDTH, "fp32"), print)
         (disk / "other").write_bytes(bytes(os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize))
         assert os.statvfs(disk).f_bavail == 0

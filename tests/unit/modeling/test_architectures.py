@@ -350,7 +350,7 @@ def test_what_mixes_documents_is_refused(case: str) -> None:
 @pytest.mark.parametrize("case", MIXING)
 def test_what_is_refused_does_mix_them(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Were it not refused, the comparison above would fail: it can tell."""
-    monkeypatch.setattr("peftbench.modeling.loss.why_not", lambda _: None)
+    monkeypatch.setattr("peftbench.modeling.loss.find_mask_free_blocker", lambda _: None)
     made.cache_clear()
     try:
         assert not made(case)[0].uses_masks

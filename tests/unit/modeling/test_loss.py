@@ -154,5 +154,7 @@ def test_as_published_labels_everything(fresh_base: Fresh) -> None:
     model = fresh_base("gpt2_tied").eval()
     with torch.no_grad():
         theirs = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.input_ids).loss
-        ours = summed_loss(model, batch, masked=True)  # as a run does it: here padding asks, and may not be looked at
+        ours = summed_loss(
+            model, batch, use_masks=True
+        )  # as a run does it: here padding asks, and may not be looked at
         assert ours.item() == pytest.approx(26 * theirs.item(), rel=1e-5)

@@ -32,7 +32,7 @@ def test_trains_over_a_quantised_base(method: Method, quantization: str, worksho
     assert plain.state_bytes is not None
     assert small.state_bytes is not None
     assert small.state_bytes.weights < plain.state_bytes.weights
-    rounds = any("the int8 base rounds what it multiplies to fp16" in note for note in small.notes)
+    rounds = any("the int8 base model rounds its matmul inputs to fp16" in note for note in small.notes)
     assert rounds == (quantization == "int8")
     assert (small.parameters, small.flops.model_flops) == (plain.parameters, plain.flops.model_flops)
 

@@ -211,14 +211,14 @@ def test_config_is_compared_knob_by_knob(tmp_path: Path, capsys: pytest.CaptureF
         return one.model_copy(update={"recipe": one.recipe | recipe | {"data": data}})
 
     source: dict[str, Any] = {"kind": "files", "options": {"columns": ["a", "b"], "strict": 1}}
-    old = made("x", {"data": {"source": source}, "save_model": False}, versions={"torch": "1", "peft": "3"})
+    old = made("x", {"data": {"source": source}, "save_model": False}, library_versions={"torch": "1", "peft": "3"})
     source = {"kind": "files", "options": {"columns": ["a", "c"], "strict": True}, "split": None}
     new = made(
         "x",
         {"data": {"source": source}, "save_model": 0, "output_dir": "elsewhere"},
-        versions={"torch": "2", "peft": "3"},
-        git="abc",
-        data_identity="d",
+        library_versions={"torch": "2", "peft": "3"},
+        git_commit="abc",
+        data_fingerprint="d",
     )
     pair = held(tmp_path, old, new)
     assert list(pair.config_changes) == [
@@ -238,11 +238,11 @@ def test_config_is_compared_knob_by_knob(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_what_changed_in_all_runs_is_shown_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Changes that all runs share come first and once, others with the runs that have them."""
-    left = suite(tmp_path / "A", *(run(name, versions={"torch": "1"}) for name in ("a", "b", "c")))
+    left = suite(tmp_path / "A", *(run(name, library_versions={"torch": "1"}) for name in ("a", "b", "c")))
     right = suite(
         tmp_path / "B",
         *(
-            run(name, versions={"torch": "2"}, global_batch=batch, seed=seed)
+            run(name, library_versions={"torch": "2"}, global_batch=batch, seed=seed)
             for name, batch, seed in (("a", 16, 0), ("b", 32, 0), ("c", 32, 7))
         ),
     )

@@ -322,7 +322,7 @@ def test_hardly_any_examples(count: int) -> None:
 def test_runs_of_several_commits() -> None:
     """Between the seeds of one configuration nothing else should differ, the code neither."""
     runs = seeds("full", "full", [0, 0, 0]) + seeds("lora", "lora", [1, 2, 3])
-    runs = [run.model_copy(update={"git": "a" if i < 4 else "b"}) for i, run in enumerate(runs)]
+    runs = [run.model_copy(update={"git_commit": "a" if i < 4 else "b"}) for i, run in enumerate(runs)]
     assert of(runs, "Made by") == (
         "Made by more than one commit, so that the runs of each may differ in more than seeds: lora."
     )

@@ -83,7 +83,7 @@ def test_loss_and_gradients_are_those_of_all_positions(  # noqa: PLR0917
     """Against transformers' own attention and mask over padded rows, with logits at every position."""
     plain = _applied(method, fresh_base(architecture), tokenizer)
     batch = micro_batch(virtual=method.virtual_tokens)
-    expected = _loss_and_gradients(plain, loss_for(plain, labelled=False, masked=True), batch)
+    expected = _loss_and_gradients(plain, loss_for(plain, labelled_only=False, use_masks=True), batch)
     model = _applied(method, fresh_base(architecture), tokenizer)
     loss = loss_for(model)
     assert isinstance(loss, LabelledLogitsLoss)
@@ -142,10 +142,10 @@ def test_a_cpu_attends_in_float32(
     documents = PackedSequences.from_lengths([5, 7]) if share_a_row else None
     layer = nn.Module()
     with torch.autocast("cpu", precision):
-        low, _ = causal_attention(layer, query, key, value, None, documents=documents)
+        low, _ = causal_attention(layer, query, key, value, None, packed_sequences=documents)
     assert set(given) == {(torch.float32, False)}
     assert low.dtype == precision
-    high, _ = causal_attention(layer, query.float(), key.float(), value.float(), None, documents=documents)
+    high, _ = causal_attention(layer, query.float(), key.float(), value.float(), None, packed_sequences=documents)
     assert torch.equal(low, high.to(precision))
 
 
@@ -163,7 +163,7 @@ def test_what_follows_a_head_is_kept(architecture: str, fresh_base: Fresh) -> No
 
     batch = micro_batch()
     plain, model = capped(fresh_base(architecture)), capped(fresh_base(architecture))
-    expected = _loss_and_gradients(plain, loss_for(plain, labelled=False, masked=True), batch)
+    expected = _loss_and_gradients(plain, loss_for(plain, labelled_only=False, use_masks=True), batch)
     loss = loss_for(model)
     assert isinstance(loss, LabelledLogitsLoss)
     assert not loss.head_is_output
@@ -177,7 +177,7 @@ def test_a_model_without_a_head_to_be_found(fresh_base: Fresh, monkeypatch: pyte
     monkeypatch.setattr(type(base), "get_output_embeddings", lambda _: None)
     loss, notes = build_loss(base)
     assert loss.computes_all_logits
-    assert notes == ("the head of gpt2 was not found; logits are computed at every position",)
+    assert notes == ("the output head of gpt2 was not found; logits are computed at every position",)
     _assert_equal(_loss_and_gradients(base, loss, packed()), expected)
 
 
@@ -242,5 +242,5 @@ def test_chunks_give_the_loss_and_gradients_of_the_whole(
         assert (whole is None) == (chunked is None)
         if whole is not None and chunked is not None:
             torch.testing.assert_close(chunked, whole, rtol=1e-6, atol=1e-6)
-    with pytest.raises(RuntimeError, match="compute the loss anew"):
+    with pytest.raises(RuntimeError, match="compute the loss again"):
         loss.backward()  # type: ignore[no-untyped-call]

@@ -52,7 +52,7 @@ def test_what_cannot_be_counted_is_unknown(workshop: Workshop) -> None:
     """FLOPs that are not known are None in the record, and a note says why."""
     record = workshop.run(workshop.recipe(Lora(r=2, use_dora=True)))
     assert (record.flops.model_flops, record.flops.hardware_flops) == (None, None)
-    assert any("FLOPs are not known" in note for note in record.notes)
+    assert any("FLOPs are unknown" in note for note in record.notes)
 
 
 def test_warm_up_is_in_no_figure(workshop: Workshop) -> None:
@@ -140,8 +140,8 @@ def test_a_run_too_short_for_its_breakdown_has_none(workshop: Workshop) -> None:
 class GpuLike:
     """A meter as a GPU's: a peak for every part, and retries that must be counted once."""
 
-    every_part: bool = True
-    context_bytes: int | None = 11
+    supports_step_parts: bool = True
+    cuda_context_bytes: int | None = 11
     laps: int = 0
 
     def lap(self) -> Memory:
@@ -149,21 +149,24 @@ class GpuLike:
         self.laps += 1
         return Memory(allocated_bytes=10**9, reserved_bytes=2 * 10**9, inactive_split_bytes=5, num_alloc_retries=1)
 
-    def held_bytes(self) -> int | None:
+    def read_in_use_bytes(self) -> int | None:
         """What a status has; it is in no record."""
         return 7 * 10**9
 
-    def process_bytes(self) -> int | None:
+    def read_process_bytes(self) -> int | None:
         """What the driver says."""
         return 3 * 10**9
 
-    def forget(self) -> None:
-        """Nothing is held for no tensor."""
+    def empty_cache(self) -> None:
+        """Do nothing: there is no cache."""
+
+    def set_baseline(self) -> None:
+        """Do nothing: there is no baseline."""
 
 
 def test_a_gpu_s_figures_in_a_record(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts, context, the driver's figure and every retry once, from the meter to the record."""
-    monkeypatch.setattr("peftbench.profiler.probe.meter_for", lambda _: GpuLike())
+    monkeypatch.setattr("peftbench.profiler.probe.build_memory_meter", lambda _: GpuLike())
     record = workshop.run(
         workshop.recipe(Full(), train={"steps": 5, "micro_batch_size": 3}, profile=Profile(untimed_steps=2))
     )

@@ -19,7 +19,9 @@ CUDA = torch.device("cuda")
 @pytest.fixture(autouse=True)
 def pinned_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that is pinned needs a driver; here a batch only notes that it was asked to be."""
-    monkeypatch.setattr(GlobalBatch, "pinned", lambda batch: GlobalBatch(batch.micro_batches[::-1], batch.counts))
+    monkeypatch.setattr(
+        GlobalBatch, "pin_memory", lambda batch: GlobalBatch(batch.micro_batches[::-1], batch.token_counts)
+    )
 
 
 def _made(count: int) -> list[GlobalBatch]:

@@ -19,7 +19,7 @@ def test_shows_what_changed(scheme: str, opened: Open, tmp_path: Path) -> None:
     """What fell, what changed in config, and names as they are; no script, no word on the console, no network."""
     before, after = tmp_path / "A", tmp_path / "B"
     record(HOSTILE, "lora", 10, loss=3.0).write(before / "a")
-    record(HOSTILE, "lora", 10, loss=4.0, global_batch=8, git=HOSTILE).write(after / "a")
+    record(HOSTILE, "lora", 10, loss=4.0, global_batch=8, git_commit=HOSTILE).write(after / "a")
     page = tmp_path / "page.html"
     page.write_text(render_diff_page(diff_suites(before, after)), encoding="utf-8")
     found = opened(page, color_scheme=scheme)

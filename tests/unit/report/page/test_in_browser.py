@@ -195,7 +195,7 @@ HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window
 
 def test_what_a_model_wrote_stays_text(opened: Open, tmp_path: Path) -> None:
     """Markup in summaries, articles, names, notes and devices is shown as it is, and none of it runs."""
-    bad = record(HOSTILE, "lora", 10, notes=(HOSTILE,), git=HOSTILE, versions={HOSTILE: HOSTILE})
+    bad = record(HOSTILE, "lora", 10, notes=(HOSTILE,), git_commit=HOSTILE, library_versions={HOSTILE: HOSTILE})
     assert bad.quality is not None
     sample = Sample(id=HOSTILE, article=HOSTILE, reference=HOSTILE, generated=HOSTILE)
     bad = bad.model_copy(

@@ -62,7 +62,7 @@ def test_a_warm_up_that_took_more_is_not_drawn_beyond_the_peak() -> None:
 def test_a_gpu_bar_is_all_that_the_process_took() -> None:
     """Tensors, what the allocator kept beside them, and the context: what a budget is held against."""
     train = Memory(allocated_bytes=80 * MIB, reserved_bytes=90 * MIB)
-    one = record("a", "full", 1, memory={"train": train}, context_bytes=30 * MIB, device=GPU)
+    one = record("a", "full", 1, memory={"train": train}, cuda_context_bytes=30 * MIB, device=GPU)
     assert dict(memory_chart.peak_by_category(one)) == {"rest": 80 * MIB, "cache": 10 * MIB, "context": 30 * MIB}
 
 
