@@ -45,7 +45,7 @@ def test_refused_pairs(
     [
         (("c_attn", "q_porj"), "'q_porj' matches no matrix"),  # one that is there does not hide one that is not
         (("c_attn", "ln_1"), "'ln_1' matches transformer.h.0.ln_1, which has no matrix to adapt"),
-        ("c_attn", r"'c_attn' matches no matrix of gpt2; write \[c_attn\] for a name's ending"),
+        ("c_attn", r"'c_attn' matches no matrix of gpt2; write \[c_attn\] for a suffix of names"),
         (r".*\.attn", "matches transformer.h.0.attn, which has no matrix"),
     ],
 )

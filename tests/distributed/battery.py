@@ -1,7 +1,8 @@
 """Runs combinations of the compatibility table, one after another, in the processes that a launcher started.
 
-``python -m accelerate.commands.launch --config_file F tests/distributed/battery.py FOLDER BASE DATA ENGINE NAME...``: the
-record of each lies in FOLDER/ENGINE/NAME/record.json, with what was trained; what was refused leaves a sentence there.
+``python -m accelerate.commands.launch --config_file F tests/distributed/battery.py FOLDER BASE DATA ENGINE NAME...``
+
+Each writes FOLDER/ENGINE/NAME/record.json and its trained weights, or the traceback of a failure.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from tests.helpers.training import forget_accelerators
 STEPS = 6
 REFUSED = "refused.txt"
 UNTRAINED = "untrained"
-"""In the place of an optimizer: steps so small that the weights stay what they were."""
+"""Instead of an optimizer: SGD with steps so small that the weights do not change."""
 RESUMED = "-resumed"
 LINEAR = torch.nn.functional.linear
 KNOBS: dict[str, dict[str, object]] = {"lora": {"r": 4}, "prompt_tuning": {"num_virtual_tokens": 5}}
@@ -74,9 +75,9 @@ def recipe(point: Combination, base: str, data: str, folder: Path) -> Recipe:
 
 
 def keep_digests(folder: Path, engine: str) -> None:
-    """Have every process tell, at the end of a training, the hash of its own weights, where it has them whole."""
+    """Make every process append the hash of its weights to a file after each training, if it holds full weights."""
 
-    def told(kind: EngineKind, started: Any, model: torch.nn.Module, *, on_this_rank: bool) -> None:
+    def hash_and_gather(kind: EngineKind, prepared_model: Any, model: torch.nn.Module, *, on_this_rank: bool) -> None:
         if not kind.shards_weights:
             digest = hashlib.blake2b(digest_size=16)
             for parameter in model.parameters():
@@ -84,13 +85,13 @@ def keep_digests(folder: Path, engine: str) -> None:
             place = folder / engine / f"weights-{os.environ.get('RANK', '0')}"
             with place.open("a", encoding="utf-8") as file:
                 file.write(f"{digest.hexdigest()}\n")
-        gather_full_model(kind, started, model, on_this_rank=on_this_rank)
+        gather_full_model(kind, prepared_model, model, on_this_rank=on_this_rank)
 
-    setattr(peftbench.run.stages, "gather_full_model", told)  # noqa: B010 — a name that it imports
+    setattr(peftbench.run.stages, "gather_full_model", hash_and_gather)  # noqa: B010 — a name that it imports
 
 
 def stopped_and_resumed(made: Recipe) -> None:
-    """The same training once more, stopped right after a checkpoint, and then gone on with."""
+    """Repeat the training, stop it right after a checkpoint, and resume it."""
     again = made.model_copy(update={"name": f"{made.name}{RESUMED}", "checkpoint": Checkpoint(interval=STEPS // 2)})
     save = CheckpointManager.save
 
@@ -110,15 +111,15 @@ def stopped_and_resumed(made: Recipe) -> None:
 
 
 def fresh_process() -> None:
-    """As far as one process can be another."""
+    """Reset what a new process would not have."""
     forget_accelerators()
-    torch.nn.functional.linear = LINEAR  # ZeRO stage 3 puts another in its place, for the life of a process
+    torch.nn.functional.linear = LINEAR  # ZeRO stage 3 replaces it for the rest of the process
 
 
 def main() -> None:
-    """Run what is named."""
+    """Run the combinations named on the command line."""
     torch.set_num_threads(1)
-    # A run ends its process's part in the group; here the next one goes on in it.
+    # A run destroys the process group; here the next run uses it.
     PartialState.destroy_process_group = lambda *_: None  # type: ignore[assignment,method-assign]
     folder, base, data, engine, *names = sys.argv[1:]
     keep_digests(Path(folder), engine)

@@ -1,4 +1,4 @@
-"""Launches an engine once for all its combinations."""
+"""Launches each engine once for all its combinations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peftbench.distributed.engines import ENGINES
 from tests.distributed.battery import UNTRAINED
 from tests.helpers.paths import REPOSITORY
 
-BATTERY = REPOSITORY / "tests" / "engines" / "battery.py"
+BATTERY = REPOSITORY / "tests" / "distributed" / "battery.py"
 CONFIGS = {"single": "cpu", "ddp": "cpu2"}
 PROCESSES = 2
 
@@ -24,7 +24,7 @@ Ran = Callable[[str], Path]
 
 
 def runnable(engine: str) -> list[Combination]:
-    """What the table says runs on CPU."""
+    """Return the combinations that run on CPU by the compatibility table."""
     return [point for point in iter_combinations(engine) if find_blocking_rule(point, "cpu") is None]
 
 
@@ -63,14 +63,14 @@ def launch(engine: str, points: Sequence[Combination], folder: Path, base: Path,
 def places(
     base_folder: Callable[[str], Path], corpus: Files, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path, Path]:
-    """Where runs go, the base, and the data."""
+    """Folders of the runs, the base model and the data."""
     assert corpus.train is not None
     return tmp_path_factory.mktemp("engines"), base_folder("gpt2_tied"), Path(corpus.train).parent
 
 
 @pytest.fixture(scope="session")
 def ran(places: tuple[Path, Path, Path], request: pytest.FixtureRequest) -> Ran:
-    """Given the name of an engine, the folder of its runs: of all that are asked for in this session."""
+    """Return a function from an engine's name to the folder of its runs, of all combinations of this session."""
     users = (item for item in request.session.items if "ran" in getattr(item, "fixturenames", ()))
     asked = {item.callspec.params["point"] for item in users if hasattr(item, "callspec")}
     done: set[str] = set()
@@ -91,4 +91,4 @@ def ran(places: tuple[Path, Path, Path], request: pytest.FixtureRequest) -> Ran:
 
 
 SEVERAL = [name for name in ENGINES if name != "single"]
-"""Engines of two processes, all of which run on CPU."""
+"""Engines with two processes; all run on CPU."""

@@ -1,4 +1,4 @@
-"""What started is what was asked for, or nothing starts."""
+"""build_accelerator refuses a launch that contradicts the recipe, the launcher or the machine."""
 
 from __future__ import annotations
 
@@ -11,60 +11,68 @@ from peftbench.methods.last_layer import LastLayer
 from tests.helpers.workshop import Workshop
 
 
-def test_a_tracker_that_is_not_installed(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Accelerate would warn and go on without; a person who asked to watch would see nothing."""
+def test_missing_tracker_is_refused(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate would only warn, and the run would not be tracked."""
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
-    with pytest.raises(EngineError, match="the trackers tensorboard are not installed"):
+    with pytest.raises(EngineError, match="trackers not installed: tensorboard"):
         build_accelerator(workshop.recipe(Full(), trackers=("tensorboard",)), workshop.output)
 
 
-def test_accumulation_from_outside(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An accumulation set in the environment would divide every gradient once more."""
+def test_gradient_accumulation_of_the_environment_is_refused(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would divide every gradient again."""
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
-    with pytest.raises(EngineError, match="accumulate 4 times, and the recipe owns that"):
+    with pytest.raises(EngineError, match="sets 4 gradient accumulation steps, which the recipe determines"):
         build_accelerator(workshop.recipe(Full()), workshop.output)
 
 
-def test_a_trunk_cache_of_several_machines(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mapped file is one machine's; processes on two are told so before they have met."""
+def test_feature_cache_on_several_machines_is_refused(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache is a memory-mapped file of one machine; the check comes before processes form a group."""
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     train = {"feature_cache": "fp32", "global_batch_size": 8}
-    with pytest.raises(EngineError, match="that all 4 processes map, and 2 of them are on this machine"):
+    with pytest.raises(EngineError, match="needs all 4 processes on one machine, and 2 of them are on this one"):
         build_accelerator(workshop.recipe(LastLayer(), train=train), workshop.output)
 
 
-def test_processes_for_gpus_on_a_machine_without(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several processes that were to have a GPU each do not silently share a CPU."""
+def test_processes_for_gpus_without_a_gpu_are_refused(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several processes that each expect a GPU do not silently share the CPU."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.delenv("ACCELERATE_USE_CPU")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(EngineError, match="2 processes were started for GPUs and there is no GPU"):
+    with pytest.raises(EngineError, match="started 2 processes for GPUs, and this machine has no GPU"):
         build_accelerator(workshop.recipe(Full()), workshop.output)
 
 
-@pytest.mark.parametrize(("asked", "said"), [("False", 1), ("True", 0)])
-def test_a_gpu_that_was_not_found_is_said(
-    asked: str, said: int, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("use_cpu", "num_warnings"), [("False", 1), ("True", 0)])
+def test_missing_gpu_is_noted(
+    use_cpu: str, num_warnings: int, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One process on a machine without a GPU runs on its CPU; where that was not asked for, the record says so."""
+    """Without a GPU one process runs on the CPU; the record notes it unless the CPU was requested."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", asked)
-    assert (
-        len(collect_environment_warnings(build_accelerator(workshop.recipe(Full()), workshop.output).accelerator))
-        == said
-    )
+    monkeypatch.setenv("ACCELERATE_USE_CPU", use_cpu)
+    accelerator = build_accelerator(workshop.recipe(Full()), workshop.output).accelerator
+    assert len(collect_environment_warnings(accelerator)) == num_warnings
 
 
-def test_an_address_from_outside_is_no_sign_of_a_failed_launch(
-    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a cluster the address may be exported for every job; only what the launcher itself set tells of several."""
+def test_exported_master_addr_is_not_a_failed_launch(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster may export MASTER_ADDR for every job; only a launcher's own value means that workers are missing."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(
-        "peftbench.distributed.accelerator._is_set_in_parent_process", lambda variable: variable == "MASTER_ADDR"
+        "peftbench.distributed.launcher_env.is_set_in_parent_process", lambda variable: variable == "MASTER_ADDR"
     )
     assert build_accelerator(workshop.recipe(Full()), workshop.output).accelerator.num_processes == 1
+
+
+def test_missing_workers_are_refused(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher that set an address but no rank started one of several processes."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr("peftbench.distributed.launcher_env.is_set_in_parent_process", lambda _: False)
+    with pytest.raises(EngineError, match="requests several processes and the launcher started one"):
+        build_accelerator(workshop.recipe(Full()), workshop.output)

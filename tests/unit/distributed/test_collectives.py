@@ -1,4 +1,4 @@
-"""Ranks do things one after another, and refuse together."""
+"""Ranks run one after another, and raise the main process's error together."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from peftbench.errors import DataError
 
 
 def rank(number: int) -> Any:
-    """What is asked of an accelerator, for one of two processes."""
+    """Return a stand-in for the accelerator of one of two processes."""
     return SimpleNamespace(is_main_process=number == 0, num_processes=2)
 
 
-def test_the_main_process_tells_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mistake that the main process finds is sent to the others before it is raised, whole."""
+def test_main_process_broadcasts_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The main process sends its error to the others before raising it."""
     sent: list[Any] = []
 
     def broadcast(items: list[Any]) -> list[Any]:
@@ -25,24 +25,24 @@ def test_the_main_process_tells_what_it_refuses(monkeypatch: pytest.MonkeyPatch)
         return items
 
     monkeypatch.setattr("peftbench.distributed.collectives.broadcast_object_list", broadcast)
-    mistake = DataError("no rows", "give some")
+    error = DataError("no rows", "give some")
 
-    def work() -> None:
-        raise mistake
+    def fail() -> None:
+        raise error
 
     with pytest.raises(DataError, match="no rows; give some"):
-        main_process_first(rank(0), work)
-    assert sent == [mistake]
+        main_process_first(rank(0), fail)
+    assert sent == [error]
 
 
-def test_the_others_refuse_as_the_main_process_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rank that is told of a mistake raises it and does not begin, whatever it would have found itself."""
+def test_other_ranks_raise_the_main_process_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that receives an error raises it without calling the function."""
     monkeypatch.setattr("peftbench.distributed.collectives.broadcast_object_list", lambda _: [DataError("no rows")])
     with pytest.raises(DataError, match="no rows"):
-        main_process_first(rank(1), lambda: pytest.fail("it began"))
+        main_process_first(rank(1), lambda: pytest.fail("it was called"))
 
 
-def test_the_others_go_on_when_it_went_well(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every rank has the result of its own work."""
+def test_every_rank_returns_its_own_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an error, each rank calls the function itself."""
     monkeypatch.setattr("peftbench.distributed.collectives.broadcast_object_list", lambda items: items)
     assert [main_process_first(rank(number), lambda: number) for number in (0, 1)] == [0, 1]  # noqa: B023

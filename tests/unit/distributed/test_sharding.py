@@ -1,4 +1,4 @@
-"""What is kept from step to step."""
+"""Bytes that are kept between steps."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from peftbench.optim import AdamW
 from peftbench.record import StateBytes
 
 
-def test_states_of_known_size() -> None:
-    """A tied weight counts once, a frozen one has no gradient, AdamW keeps two numbers a trained scalar and a count."""
+def test_state_bytes_match_known_sizes() -> None:
+    """A tied weight counts once, a frozen one has no gradient; AdamW has two moments and a step counter per tensor."""
     model = nn.Module()
     model.first, model.second = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
     model.tied, model.frozen = nn.Linear(8, 8, bias=False), nn.Linear(8, 4, bias=False)
@@ -25,7 +25,7 @@ def test_states_of_known_size() -> None:
     )
     sum(parameter.sum() for parameter in model.parameters()).backward()  # type: ignore[union-attr]
     optimizer.step()
-    found = state_bytes(SINGLE, model, optimizer, AdamW(), "cpu")
-    assert found is not None
-    assert found.optimizer == found.expected_optimizer == 2 * 512 + 2 * 4
-    assert found.total == found.weights + found.gradients + found.optimizer == 650 + 512 + 1032
+    measured = state_bytes(SINGLE, model, optimizer, AdamW(), "cpu")
+    assert measured is not None
+    assert measured.optimizer == measured.expected_optimizer == 2 * 512 + 2 * 4
+    assert measured.total == measured.weights + measured.gradients + measured.optimizer == 650 + 512 + 1032

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from peftbench.distributed.accelerator import build_accelerator
-from peftbench.distributed.compatibility import ADAPTER_METHODS
 from peftbench.errors import CombinationError
 from peftbench.methods import METHODS
 from peftbench.methods.base import Method
@@ -15,7 +14,7 @@ from peftbench.training.build import load_base_model
 from tests.helpers.methods import ONE_OF_EACH
 from tests.helpers.workshop import Workshop
 
-OVER_FROZEN = {name: method for name, method in ONE_OF_EACH.items() if name in ADAPTER_METHODS}
+OVER_FROZEN = {name: method for name, method in ONE_OF_EACH.items() if method.supports_quantized_base}
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "nf4_double", "int8"])
@@ -53,9 +52,11 @@ def test_what_is_found_out_of_a_base_leaves_no_trace(quantization: str, workshop
     assert all(weight.data_ptr() == place and torch.equal(weight, copy) for weight, place, copy in weights)
 
 
-@pytest.mark.parametrize("name", sorted(set(METHODS) - ADAPTER_METHODS))
+@pytest.mark.parametrize("name", sorted(name for name, method in METHODS.items() if not method.supports_quantized_base))
 def test_what_would_train_it_is_refused(name: str, workshop: Workshop) -> None:
     """Before it is loaded."""
     recipe = workshop.recipe(ONE_OF_EACH[name], model={"quantization": "nf4"})
-    with pytest.raises(CombinationError, match=r"trains them; use model\.quantization=null, or method\.kind=lora"):
+    with pytest.raises(
+        CombinationError, match=r"trains weights of the base model; use model\.quantization=null, or method\.kind=lora"
+    ):
         build_accelerator(recipe, workshop.output)

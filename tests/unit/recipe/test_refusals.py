@@ -41,7 +41,7 @@ MISTAKES: list[tuple[str, type[RecipeError], str]] = [
     # Out of range.
     ("train.steps=0", OutOfRangeError, "train.steps=0 must be greater than 0"),
     ("train.seed=4294967296", OutOfRangeError, "train.seed=4294967296 must be less than 4294967296"),
-    ("method.target_modules='c_attn('", OutOfRangeError, "method.target_modules='c_attn(': is no regular expression"),
+    ("method.target_modules='c_attn('", OutOfRangeError, "method.target_modules='c_attn(': invalid regular expression"),
     ("train.global_batch_size=-1", OutOfRangeError, "train.global_batch_size=-1 must be greater than 0"),
     ("model.dropout=1.0", OutOfRangeError, "model.dropout=1.0 must be less than 1"),
     ("optimizer.learning_rate=0.0", OutOfRangeError, "optimizer.learning_rate=0.0 must be greater than 0"),

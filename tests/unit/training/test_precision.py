@@ -52,7 +52,7 @@ def test_emulated_bf16_is_refused(workshop: Workshop, monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Old GPU")
-    with pytest.raises(PrecisionError, match=r"bf16 is not there on Old GPU.*use fp16 or fp32"):
+    with pytest.raises(PrecisionError, match=r"bf16 is not supported by Old GPU.*use fp16 or fp32"):
         build_accelerator(workshop.recipe(Full(), train={"precision": "bf16"}), workshop.output)
 
 
@@ -61,7 +61,7 @@ def test_a_world_that_did_not_form_is_refused(workshop: Workshop, monkeypatch: p
     recipe = workshop.recipe(Full())
     build_accelerator(recipe, workshop.output)  # the process's state is now that of a world of one
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(EngineError, match="started 2 processes and 1 formed one world"):
+    with pytest.raises(EngineError, match="started 2 processes, and 1 joined the process group"):
         build_accelerator(recipe, workshop.output)
 
 
