@@ -54,7 +54,9 @@ class AcceleratorContext:
     precision: Precision = "fp32"
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Return an autocast context in the recipe's precision, for forward passes that the engine does not autocast."""
+        """Return an autocast context in the recipe's precision, for forward passes that the engine does not
+        autocast.
+        """
         dtype = get_autocast_dtype(self.precision)
         return torch.autocast(self.accelerator.device.type, dtype=dtype, enabled=dtype is not None)
 

@@ -52,11 +52,12 @@ def format_plan(plan: Plan) -> str:
             colalign=("left", *["right"] * (len(shown) + 2)),
         ),
         "",
-        f"{plan.name}: {plan.gradient_accumulation_steps} micro-batches of {plan.micro_batch_size} x {plan.sequence_length} tokens on {plan.device_name}"
-        + _engine_clause(plan),
+        f"{plan.name}: {plan.gradient_accumulation_steps} micro-batches of {plan.micro_batch_size} x "
+        f"{plan.sequence_length} tokens on {plan.device_name}" + _engine_clause(plan),
         f"peak: {_format_mib(plan.peak.allocated_bytes)} MiB allocated in {plan.peak_phase}, at {plan.peak.operation}; "
         f"{_format_mib(plan.reserved_bytes)} MiB reserved",
-        f"process: {_format_mib(low)} to {_format_mib(high)} MiB, with the context ({_format_range(plan.cuda_context_bytes)}) and the libraries' "
+        f"process: {_format_mib(low)} to {_format_mib(high)} MiB, with the context "
+        f"({_format_range(plan.cuda_context_bytes)}) and the libraries' "
         f"workspaces ({_format_range(plan.workspace_bytes)})",
     ]
     if plan.verdict is not None and plan.budget_bytes is not None and plan.margin_bytes is not None:

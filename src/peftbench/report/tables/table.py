@@ -213,7 +213,8 @@ def _bullet_list(sentences: Sequence[str]) -> str:
 def _environment_lines(records: Sequence[RunRecord]) -> list[str]:
     lines = {
         f"{r.device.name} ({r.device.type}, {r.device.num_processes} process{'es' * (r.device.num_processes > 1)}), "
-        f"torch {r.library_versions.get('torch', 'unknown')}, transformers {r.library_versions.get('transformers', 'unknown')}, "
+        f"torch {r.library_versions.get('torch', 'unknown')}, transformers "
+        f"{r.library_versions.get('transformers', 'unknown')}, "
         f"peft {r.library_versions.get('peft', 'unknown')}; data {r.data_fingerprint}; examples {r.num_examples}"
         for r in records
     }
