@@ -119,8 +119,8 @@ def _recipe_settings(record: RunRecord) -> dict[str, Any]:
 
 
 def _environment_facts(record: RunRecord) -> dict[str, Any]:
-    made = {"versions", "device", "engine", "git", "data_identity", "model_identity"}
-    return dict(flatten(record.model_dump(mode="json", include=made)))
+    fields = {"library_versions", "device", "engine", "git_commit", "data_fingerprint", "model_fingerprint"}
+    return dict(flatten(record.model_dump(mode="json", include=fields)))
 
 
 def _is_equal(first: object, second: object) -> bool:
