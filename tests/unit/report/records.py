@@ -54,7 +54,7 @@ def record(name: str, kind: str, trainable: int | None, **changes: Any) -> RunRe
         "recipe_fingerprint": "f",
         "outcome": Outcome(kind="ok"),
         "device": Device(type="cpu", name="a CPU", num_processes=1),
-        "versions": {},
+        "library_versions": {},
         "parameters": ParameterCounts(total=1000, trainable=trainable) if trainable is not None else None,
         "tokens": Tokens(real=1, padded=2, labelled=1, virtual=0),
         "steps": 5,

@@ -60,8 +60,8 @@ def test_nothing_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_hostile_names_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Neither markup nor HTML nor pipes are taken for what they seem, and nothing moves the terminal's cursor."""
     names = ["[red]a[/red]", "<script>b", "c | d", ":boom:", "e\x1b[2J\nf\u202e"]
-    left = suite(tmp_path / "A[bold]", *(run(name, versions={"torch": name}) for name in names))
-    right = suite(tmp_path / "B", *(run(name, versions={"torch": "[/]"}, peak=2000) for name in names))
+    left = suite(tmp_path / "A[bold]", *(run(name, library_versions={"torch": name}) for name in names))
+    right = suite(tmp_path / "B", *(run(name, library_versions={"torch": "[/]"}, peak=2000) for name in names))
     found = diff_suites(left, right)
     console = Console(force_terminal=True, width=200, color_system="standard")
     print_diff(found, console)

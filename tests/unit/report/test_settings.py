@@ -41,7 +41,7 @@ def test_many_values_are_counted_and_not_listed() -> None:
 
 def test_surroundings_say_where_and_with_what() -> None:
     """Device, engine, versions, commit and identities; what nothing tells is unknown."""
-    one = record("a", "full", 1, versions={"torch": "2"}, git="abc")
+    one = record("a", "full", 1, library_versions={"torch": "2"}, git_commit="abc")
     found = {knob.name: knob.runs_by_value for knob in environment_settings([one])}
     assert found["torch"] == {"2": 1}
     assert found["commit"] == {"abc": 1}
@@ -71,7 +71,7 @@ def _engine(name: str) -> Engine:
 )
 def test_a_run_is_repeated_by_its_own_engine(engine: str, device: str, launcher: list[str]) -> None:
     """The command names the file of the engine that ran, as many processes, and the record, quoted for a shell."""
-    one = record("a b", "full", 1, git="abcd+changes", engine=_engine(engine))
+    one = record("a b", "full", 1, git_commit="abcd+changes", engine=_engine(engine))
     one = one.model_copy(update={"device": Device(type=device, name="x", num_processes=2)})
     lines = reproduce_commands(one, Path("runs/it's here/record.json"))
     saves = shlex.split(lines[0])
@@ -94,10 +94,10 @@ def test_a_launcher_that_no_record_names_is_not_made_up() -> None:
     assert "#" not in "".join(reproduce_commands(record("a", "full", 1), Path("record.json"))[1:])
 
 
-@pytest.mark.parametrize("git", ["-f", "--orphan=x", "main", "", "+changes", "abcd\nrm x", "$(x)"])
-def test_only_a_commit_is_checked_out(git: str) -> None:
+@pytest.mark.parametrize("git_commit", ["-f", "--orphan=x", "main", "", "+changes", "abcd\nrm x", "$(x)"])
+def test_only_a_commit_is_checked_out(git_commit: str) -> None:
     """What a record has in its place may be an option, or another's branch."""
-    lines = reproduce_commands(record("a", "full", 1, git=git), Path("record.json"))
+    lines = reproduce_commands(record("a", "full", 1, git_commit=git_commit), Path("record.json"))
     assert lines[1] == "# its commit is not known"
     assert not [line for line in lines if line.startswith("git")]
 

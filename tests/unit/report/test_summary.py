@@ -290,7 +290,7 @@ def test_baselines_alone() -> None:
 
 def test_an_unfair_table_says_so_first() -> None:
     """Runs of other batches are compared, but not as methods, and their costs are not."""
-    said = summarize([full(), lora(9, global_batch=2)])
+    said = summarize([full(), lora(9, global_batch_size=2)])
     assert said[0].startswith("These runs differ in more than their method")
     assert said[0].endswith("so that no difference is put down to the method.")
     assert "for other steps or batches" in said[2]
@@ -322,7 +322,7 @@ def test_hardly_any_examples(count: int) -> None:
 def test_runs_of_several_commits() -> None:
     """Between the seeds of one configuration nothing else should differ, the code neither."""
     runs = seeds("full", "full", [0, 0, 0]) + seeds("lora", "lora", [1, 2, 3])
-    runs = [run.model_copy(update={"git": "a" if i < 4 else "b"}) for i, run in enumerate(runs)]
+    runs = [run.model_copy(update={"git_commit": "a" if i < 4 else "b"}) for i, run in enumerate(runs)]
     assert of(runs, "Made by") == (
         "Made by more than one commit, so that the runs of each may differ in more than seeds: lora."
     )
