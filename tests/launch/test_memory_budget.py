@@ -27,9 +27,9 @@ _STARVED = """
 import os
 import peftbench.run.oom
 
-hold = peftbench.run.oom.hold
+limit_memory = peftbench.run.oom.limit_memory
 starved = os.environ["RANK"] in os.environ["STARVED"]
-peftbench.run.oom.hold = lambda budget, *rest: hold(budget if starved else 4 * 2**30, *rest)
+peftbench.run.oom.limit_memory = lambda budget, *rest: limit_memory(budget if starved else 4 * 2**30, *rest)
 
 from peftbench.train import main
 

@@ -11,13 +11,13 @@ import pytest
 from tests.launch.test_run_suite import CONFIG, record_of, run
 
 STOP = """
-from peftbench.training.checkpoint import Checkpoints
+from peftbench.training.checkpoint import CheckpointManager
 from peftbench.train import main
-save = Checkpoints.save
+save = CheckpointManager.save
 def saved_and_stopped(*given):
     save(*given)
     raise KeyboardInterrupt
-Checkpoints.save = saved_and_stopped
+CheckpointManager.save = saved_and_stopped
 main()
 """
 ARGUMENTS = [
@@ -41,12 +41,12 @@ def test_one_process_begins_and_two_go_on(project: Path, caches: dict[str, str])
     ended: subprocess.CompletedProcess[str] = run([*launch, *ARGUMENTS], project, caches)
     assert ended.returncode == 0, ended.stderr
     record, whole = record_of(project, "run"), record_of(project, "whole")
-    assert record["device"]["processes"] == 2
+    assert record["device"]["num_processes"] == 2
     assert record["resumed_after"] == [3]
-    assert record["losses"] == pytest.approx(whole["losses"], rel=2e-5)
+    assert record["step_losses"] == pytest.approx(whole["step_losses"], rel=2e-5)
     assert record["quality"]["loss"] == pytest.approx(whole["quality"]["loss"], rel=2e-5)
     assert record["throughput"]["steps"] == 8 - 3 - 2
     assert record["flops"]["counted_step"] is None
-    assert any("first 3 steps were made by 1 processes" in note for note in record["notes"])
+    assert any("first 3 steps ran on 1 processes" in note for note in record["notes"])
     for kind in ("real", "labelled"):
         assert record["tokens"][kind] == whole["tokens"][kind]

@@ -120,7 +120,7 @@ def test_interrupted_compare_says_how_to_go_on(project: Path, caches: dict[str, 
     assert interrupted["outcome"]["kind"] == "preempted"
     assert interrupted["outcome"]["phase"] in {"warmup", "train"}  # a busy machine is not far after two seconds
     step = interrupted["outcome"]["step"]
-    assert interrupted["outcome"]["error"] == f"stopped by SIGINT; step {step} is kept"
+    assert interrupted["outcome"]["error"] == f"stopped by SIGINT; checkpoint of step {step}"
     assert len(interrupted["losses"]) == step
     (project / "suite.yaml").write_text("name: s\nrecipes: [recipe.yaml]\naxes: {train.steps: [2]}\n")
     finished = run(command, project, caches)

@@ -111,16 +111,16 @@ def test_a_step_is_kept_and_gone_on_from(
     stopped = record_of(project, "run")
     step = stopped["outcome"]["step"]
     assert stopped["outcome"]["kind"] == last["outcome"] == "preempted"
-    assert 0 < step == len(stopped["losses"]) < STEPS
+    assert 0 < step == len(stopped["step_losses"]) < STEPS
     by = ".stop" if way == "file" else way
-    assert stopped["outcome"]["error"] == f"stopped by {by}; step {step} is kept"
-    assert stopped["losses"] == undisturbed["losses"][:step]
+    assert stopped["outcome"]["error"] == f"stopped by {by}; checkpoint of step {step}"
+    assert stopped["step_losses"] == undisturbed["step_losses"][:step]
     assert not (project / "out" / "run" / ".stop").exists()
     ended = run([*ALONE, *ARGUMENTS], project, caches)
     assert ended.returncode == 0, ended.stderr
     record = record_of(project, "run")
     assert record["resumed_after"] == [step]
-    assert record["losses"] == undisturbed["losses"]
+    assert record["step_losses"] == undisturbed["step_losses"]
     assert record["quality"] == undisturbed["quality"]
     assert record["tokens"] == undisturbed["tokens"]
     assert record["throughput"]["steps"] == STEPS - min(step, 2) - 2  # of both processes
@@ -161,7 +161,7 @@ def test_stopped_while_it_evaluates(project: Path, caches: dict[str, str]) -> No
     assert ended.returncode == 0, ended.stderr
     record = record_of(project, "run")
     assert record["resumed_after"] == [STEPS]
-    assert record["losses"] == stopped["losses"]
+    assert record["step_losses"] == stopped["step_losses"]
     assert record["quality"]["rouge"] is not None
 
 
@@ -174,7 +174,7 @@ def test_a_second_process_is_refused(project: Path, caches: dict[str, str]) -> N
     assert f"out/run is in use by process {status['pid']} on " in second.stderr
     assert "Traceback" not in second.stderr
     (project / "suite.yaml").write_text("name: s\nrecipes: [recipe.yaml]\n", encoding="utf-8")
-    compared = run(peftbench("compare", "suite.yaml", f"train.steps={STEPS}"), project, caches)
+    compared = run(peftbench("run", "suite.yaml", f"train.steps={STEPS}"), project, caches)
     assert compared.returncode == 1
     assert "run: refused: out/run is in use by process" in compared.stderr
     process.kill()
@@ -214,7 +214,7 @@ def test_a_full_disk_while_it_saves(
         assert ended.returncode == 0, ended.stderr
         record = json.loads((disk / "run" / "record.json").read_text(encoding="utf-8"))
     assert record["resumed_after"]
-    assert record["losses"] == undisturbed["losses"]
+    assert record["step_losses"] == undisturbed["step_losses"]
 
 
 def fill(file: Path, room: int) -> None:
@@ -249,14 +249,14 @@ def test_a_damaged_checkpoint(project: Path, caches: dict[str, str], undisturbed
     record = record_of(project, "run")
     assert record["resumed_after"] == [int(before.name.removeprefix("step-"))]
     assert any(newest.name in note for note in record["notes"]), record["notes"]
-    assert record["losses"] == undisturbed["losses"]
+    assert record["step_losses"] == undisturbed["step_losses"]
 
 
 @pytest.mark.slow
 def test_a_suite_that_is_killed_takes_its_run_along(project: Path, caches: dict[str, str]) -> None:
     """Kill -9 of compare: the run under way is told, keeps its step and ends, so that the next compare can go on."""
     (project / "suite.yaml").write_text("name: s\nrecipes: [recipe.yaml]\n", encoding="utf-8")
-    words = ["compare", "suite.yaml", "train.steps=100000"]
+    words = ["run", "suite.yaml", "train.steps=100000"]
     suite = subprocess.Popen(
         peftbench(*words), cwd=project, env=caches, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -267,7 +267,7 @@ def test_a_suite_that_is_killed_takes_its_run_along(project: Path, caches: dict[
     while psutil.pid_exists(status["pid"]) and time.monotonic() < until:
         time.sleep(0.1)
     assert not psutil.pid_exists(status["pid"])
-    assert record_of(project, "run")["outcome"]["error"].startswith("stopped by SIGTERM; step ")
+    assert record_of(project, "run")["outcome"]["error"].startswith("stopped by SIGTERM; checkpoint of step ")
 
 
 @pytest.mark.slow
@@ -289,13 +289,13 @@ def test_two_processes_stop_together(
     stopped = record_of(project, "run")
     assert stopped["outcome"]["kind"] == "preempted", errors
     step = stopped["outcome"]["step"]
-    assert f"step {step} is kept" in stopped["outcome"]["error"]
+    assert f"checkpoint of step {step}" in stopped["outcome"]["error"]
     assert not (project / "out" / "run" / ".stop").exists()
     ended = run([*TWO, *ARGUMENTS], project, caches)
     assert ended.returncode == 0, ended.stderr
     record = record_of(project, "run")
     assert record["resumed_after"] == [step]
-    assert record["losses"] == undisturbed_two["losses"]
+    assert record["step_losses"] == undisturbed_two["step_losses"]
 
 
 @pytest.mark.slow
@@ -320,7 +320,7 @@ def test_two_processes_are_stopped_while_they_evaluate(way: str, project: Path, 
     assert ended.returncode == 0, ended.stderr
     record = record_of(project, "run")
     assert record["resumed_after"] == [STEPS]
-    assert record["losses"] == stopped["losses"]
+    assert record["step_losses"] == stopped["step_losses"]
 
 
 @pytest.mark.slow
@@ -332,6 +332,6 @@ def test_a_job_that_is_told_too_late(lead: str, project: Path, caches: dict[str,
         assert done.returncode == 0, done.stderr
         return
     assert done.returncode == 91, done.stderr
-    assert "the job is told to stop 0.001 s before its end; tell it sooner, as slurm.signal=B:USR1@" in done.stderr
+    assert "stop signal only 0.001 s before the time limit; send it earlier, e.g. slurm.signal=B:USR1@" in done.stderr
     record = record_of(project, "run")
-    assert (record["outcome"]["kind"], len(record["losses"])) == ("failed", 3)
+    assert (record["outcome"]["kind"], len(record["step_losses"])) == ("failed", 3)

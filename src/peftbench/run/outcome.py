@@ -134,7 +134,7 @@ class OutcomeHandler:
         saved_step = self.checkpointer.last_saved_step if self.checkpointer else None
         outcome = Outcome(kind="preempted", **position, error=f"stopped by {reason}")
         if saved_step is not None and saved_step == completed_steps:
-            error = f"{outcome.error}; step {saved_step} is saved"
+            error = f"{outcome.error}; checkpoint of step {saved_step}"
             outcome = Outcome(kind="preempted", **position | {"step": saved_step}, error=error)
         if not (isinstance(interrupt, StopRequested) and interrupt.on_all_ranks):
             self._report_to_other_ranks(outcome)

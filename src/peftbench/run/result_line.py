@@ -7,11 +7,12 @@ import os
 import sys
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
+from peftbench.common.console import get_launched_rank
+
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from peftbench.common.console import get_launched_rank
-from peftbench.record import Outcome
+    from peftbench.record import Outcome
 
 
 def is_main_process() -> bool:

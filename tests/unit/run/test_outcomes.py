@@ -155,7 +155,7 @@ def test_interrupt_while_saving_leaves_no_partial_model(workshop: Workshop, monk
     monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", interrupt)
     record = workshop.run(recipe)
     assert (record.outcome.kind, record.outcome.phase) == ("preempted", "save")
-    assert record.outcome.error == "stopped by an interrupt; step 3 is saved"
+    assert record.outcome.error == "stopped by an interrupt; checkpoint of step 3"
     names = {path.name for path in (workshop.output / "run").iterdir()}
     assert names == {".lock", "checkpoints", "record.json", "status.json"}
 

@@ -96,7 +96,7 @@ def test_one_that_is_not_whole_is_passed_over(damage: str, make: Make) -> None:
     else:
         (newest / "checkpoint.json").write_text("{", encoding="utf-8")
     assert step_of(kept) == 1
-    assert kept.notes == ["the checkpoint step-00000002 was damaged and was taken away"]
+    assert kept.notes == ["the checkpoint step-00000002 was damaged; deleted"]
     assert [path.name for path in kept.list_checkpoints()] == ["step-00000001"]
 
 
@@ -116,10 +116,10 @@ def test_a_full_disk_leaves_the_one_before(make: Make, monkeypatch: pytest.Monke
 
 def test_what_another_process_cannot_write_is_refused_by_all(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """This one wrote its part and hears of the other's full disk; nothing is left of either."""
-    kept = make(engine="zero2", processes=2)
+    kept = make(engine="zero2", world_size=2)
     kept.save(1, state(1))
     full = (errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(checkpoint, "gathered", lambda _, mine: [mine, full])
+    monkeypatch.setattr(checkpoint, "all_gather_objects", lambda _, mine: [mine, full])
     with pytest.raises(DiskFullError, match="step-00000002 could not be written"):
         kept.save(2, state(2))
     assert [path.name for path in kept.directory.iterdir()] == ["step-00000001"]
@@ -131,17 +131,17 @@ def test_a_part_that_another_process_cannot_read(make: Make, monkeypatch: pytest
     kept.save(1, state(1))
     found = kept.latest()
     assert found is not None
-    monkeypatch.setattr(checkpoint, "gathered", lambda _, mine: [mine, "process 1 cannot read its part"])
-    with pytest.raises(CheckpointError, match="process 1 cannot read its part; remove"):
+    monkeypatch.setattr(checkpoint, "all_gather_objects", lambda _, mine: [mine, "process 1 cannot read its part"])
+    with pytest.raises(CheckpointError, match="process 1 cannot read its part; delete"):
         kept.load(found)
 
 
 def test_a_part_that_is_not_there(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes that do not share the folder would each have half a checkpoint."""
-    kept = make(engine="zero2", processes=2)
+    kept = make(engine="zero2", world_size=2)
     monkeypatch.setattr(Accelerator, "num_processes", 2)
-    monkeypatch.setattr(checkpoint, "gathered", lambda _, mine: [mine])
-    with pytest.raises(OutputError, match="the part of process 1 is not there: all processes must share this folder"):
+    monkeypatch.setattr(checkpoint, "all_gather_objects", lambda _, mine: [mine])
+    with pytest.raises(OutputError, match="the files of process 1 are missing: all processes must share this folder"):
         kept.save(1, state(1))
 
 
@@ -156,14 +156,14 @@ def test_what_was_left_by_a_kill_is_no_checkpoint(make: Make) -> None:
     assert len(list(kept.directory.iterdir())) == 1
 
 
-@pytest.mark.parametrize("what", ["recipe_fingerprint", "model_identity", "data_identity"])
+@pytest.mark.parametrize("what", ["recipe_fingerprint", "model_fingerprint", "data_fingerprint"])
 def test_of_another_recipe(what: str, make: Make) -> None:
     """What another recipe, base or data left is neither gone on with nor taken away, and that is said."""
     make().save(1, state(1))
     make().save(9, state(9))
     other = make(keep=1, **{what: "another"})
     assert other.latest() is None
-    assert "left alone" in other.notes[0]
+    assert "another recipe, base model or data" in other.notes[0]
     other.save(5, state(5))  # an earlier step than those
     assert step_of(other) == 5
     other.delete_all()
@@ -178,22 +178,22 @@ def test_of_another_recipe(what: str, make: Make) -> None:
 def test_another_device_or_library(changes: dict[str, object], said: str, make: Make) -> None:
     """States have other forms there: refused, with what was and what is."""
     make().save(1, state(1))
-    with pytest.raises(CheckpointError, match=f"since it was made with {said}; launch it as it was, or remove"):
+    with pytest.raises(CheckpointError, match=f"it was written with {said}. Launch with the same settings, or delete"):
         make(**changes).latest()
 
 
 def test_another_number_of_processes(make: Make) -> None:
     """Where each has everything, any number goes on; where parts are kept, it is refused in a sentence."""
     make().save(1, state(1))
-    several = make(engine="ddp", processes=4)
+    several = make(engine="ddp", world_size=4)
     found = several.latest()
     assert found is not None
     assert several.load(found)[1] is False
     several.delete_all()
-    make(engine="zero2", processes=2).save(1, state(1))
-    assert make(engine="zero2", processes=2).latest() is not None
-    for changes in ({"engine": "zero2", "processes": 4}, {"engine": "zero3", "processes": 2}, {}):
-        with pytest.raises(CheckpointError, match=r"made with (engine zero2|processes 2) instead of"):
+    make(engine="zero2", world_size=2).save(1, state(1))
+    assert make(engine="zero2", world_size=2).latest() is not None
+    for changes in ({"engine": "zero2", "world_size": 4}, {"engine": "zero3", "world_size": 2}, {}):
+        with pytest.raises(CheckpointError, match=r"written with (engine zero2|processes 2) instead of"):
             make(**changes).latest()
 
 
@@ -261,7 +261,7 @@ def test_a_run_goes_on_to_the_last_bit(method: Full, workshop: Workshop) -> None
     assert resumed.quality == undisturbed.quality
     assert (resumed.tokens, resumed.flops, resumed.steps) == (undisturbed.tokens, undisturbed.flops, 8)
     assert resumed.resumed_after == (3,)
-    assert "it was stopped and went on after step 3" in resumed.notes
+    assert "Resumed from step 3." in resumed.notes
     assert undisturbed.resumed_after == ()
     assert len(resumed.step_seconds) == 8
     assert not (workshop.output / "stopped" / "checkpoints").exists()
