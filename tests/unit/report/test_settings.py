@@ -14,7 +14,8 @@ import pytest
 from peftbench.distributed.engines import ENGINES
 from peftbench.recipe.loader import load_recipe, parse_recipe
 from peftbench.record import Device, Engine, RunRecord
-from peftbench.report.settings import environment_settings, flatten, recipe_settings, reproduce_commands
+from peftbench.report.reproduce import reproduce_commands
+from peftbench.report.settings import environment_settings, flatten, recipe_settings
 from tests.helpers.paths import REPOSITORY
 from tests.unit.report.records import record
 

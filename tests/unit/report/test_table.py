@@ -25,6 +25,7 @@ from peftbench.record import (
     Throughput,
     TokensPerSecond,
 )
+from peftbench.report.runs import sort_records
 from peftbench.report.tables.columns import COLUMNS
 from peftbench.report.tables.table import (
     _rich_table,
@@ -36,7 +37,6 @@ from peftbench.report.tables.table import (
     markdown_table,
     natural_width,
     print_table,
-    sort_records,
 )
 from peftbench.report.text.escape import terminal_safe
 from tests.unit.report.records import record
@@ -96,7 +96,13 @@ def test_a_column_is_sorted_by_what_it_shows() -> None:
         memory={"train": Memory(allocated_bytes=5 * 2**20, reserved_bytes=8 * 2**20)},
         compute=Compute(model_flops_per_second=1.0, hardware_flops_per_second=3.0, peak_flops_per_second=4.0),
     )
-    shown = {"energy (J / 1k samples)": 2500.0, "tokens/s": 123.0, "model TFLOPs": 2e12, "MFU": 0.25, "peak mem (MiB)": 5 * 2**20}
+    shown = {
+        "energy (J / 1k samples)": 2500.0,
+        "tokens/s": 123.0,
+        "model TFLOPs": 2e12,
+        "MFU": 0.25,
+        "peak mem (MiB)": 5 * 2**20,
+    }
     found = {column.title: next(iter(column.raw_values(one).values())) for column in COLUMNS}
     assert {title: found[title] for title in shown} == shown
 

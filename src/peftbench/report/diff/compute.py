@@ -181,9 +181,17 @@ def _diff_metrics(
 
 def _diff_outcome(before: RunRecord, after: RunRecord) -> MetricDiff:
     old, new = before.outcome.kind, after.outcome.kind
-    verdict: DiffVerdict = "equal" if old == new else "regressed" if old == "ok" else "improved" if new == "ok" else "changed"
+    verdict: DiffVerdict = (
+        "equal" if old == new else "regressed" if old == "ok" else "improved" if new == "ok" else "changed"
+    )
     return MetricDiff(
-        name=OUTCOME_METRIC, unit="", better="ok", before=old, after=new, verdict=verdict, regressed=verdict == "regressed"
+        name=OUTCOME_METRIC,
+        unit="",
+        better="ok",
+        before=old,
+        after=new,
+        verdict=verdict,
+        regressed=verdict == "regressed",
     )
 
 

@@ -11,8 +11,8 @@ from typing import Any, Literal
 from peftbench.common.schema import RecordModel
 from peftbench.errors import RecordError
 from peftbench.record import RunRecord, read_records_by_path
+from peftbench.report.runs import sort_records
 from peftbench.report.settings import NAMING_KEYS, flatten
-from peftbench.report.tables.table import sort_records
 
 MatchedBy = Literal["name", "recipe", "path"]
 

@@ -10,7 +10,7 @@ import altair as alt
 
 from peftbench.report.page.memory_chart import CATEGORY_LABELS
 from peftbench.report.page.series import NUM_COLORS, X_AXES, ChartRow, ColorGroups, pareto_front
-from peftbench.report.tables.columns import finite_or_none
+from peftbench.report.text.formatting import finite_or_none
 
 NUM_CATEGORY_COLORS = 14
 """Variables --m0 to --m13 of the style; those of groups are --k0 to --k7."""
@@ -239,7 +239,9 @@ def memory_bars(rows: Sequence[ChartRow], limit_rows: Sequence[ChartRow], captio
         return None
     runs = list(dict.fromkeys(str(row["run"]) for row in rows))
     categories = [category for category in CATEGORY_LABELS.values() if any(row["category"] == category for row in rows)]
-    colours = [f"var(--m{list(CATEGORY_LABELS.values()).index(category) % NUM_CATEGORY_COLORS})" for category in categories]
+    colours = [
+        f"var(--m{list(CATEGORY_LABELS.values()).index(category) % NUM_CATEGORY_COLORS})" for category in categories
+    ]
     y = alt.Y("run:N", title=None, sort=runs, axis=alt.Axis(labelLimit=220))
     bars = (
         _layer("runs")
@@ -248,7 +250,9 @@ def memory_bars(rows: Sequence[ChartRow], limit_rows: Sequence[ChartRow], captio
             x=alt.X("MiB:Q", title="MiB", stack="zero"),
             y=y,
             order=alt.Order("order:Q"),
-            color=alt.Color("category:N", title=None, sort=categories, scale=alt.Scale(domain=categories, range=colours)),
+            color=alt.Color(
+                "category:N", title=None, sort=categories, scale=alt.Scale(domain=categories, range=colours)
+            ),
             tooltip=[alt.Tooltip("run:N"), alt.Tooltip("category:N"), alt.Tooltip("MiB:Q", format=",.1f")],
         )
     )
@@ -333,7 +337,10 @@ def throughput_chart(rows: Sequence[ChartRow], groups: ColorGroups) -> Chart | N
     y = alt.Y("run:N", title=None, sort=runs, axis=alt.Axis(labelLimit=220, grid=True))
     base = _layer("runs")
     colour = _color_encoding(groups, rows, legend=False)
-    tips = [alt.Tooltip("run:N"), *(alt.Tooltip(f"{name}:Q", format=",.0f") for name in ("tokens_per_second", "p10", "p90"))]
+    tips = [
+        alt.Tooltip("run:N"),
+        *(alt.Tooltip(f"{name}:Q", format=",.0f") for name in ("tokens_per_second", "p10", "p90")),
+    ]
     title = "real tokens a second"
     chart = alt.layer(
         base.mark_rule(strokeWidth=6, opacity=0.45).encode(

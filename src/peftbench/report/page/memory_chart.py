@@ -8,7 +8,7 @@ from peftbench.common.units import parse_size
 from peftbench.errors import BudgetError
 from peftbench.record import RunRecord, train_peak_bytes
 from peftbench.report.page.series import ChartRow
-from peftbench.report.tables.columns import run_label
+from peftbench.report.runs import run_label
 
 CATEGORY_LABELS = {
     "weights": "weights",

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from peftbench.evaluation.intervals import paired_intervals, t_interval
 from peftbench.record import Interval, RunRecord
 from peftbench.report.analysis.run_groups import RunGroup
-from peftbench.report.tables.columns import finite_or_none, run_label
+from peftbench.report.runs import run_label
+from peftbench.report.text.formatting import finite_or_none
 
 ChartRow = dict[str, str | int | float | None]
 

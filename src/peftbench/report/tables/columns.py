@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 from peftbench.record import Interval, RunRecord, TokensPerSecond, train_peak_bytes
-from peftbench.report.text.formatting import method_kind
+from peftbench.report.runs import method_kind, run_label
+from peftbench.report.text.formatting import CellValue
 
 UNKNOWN_TEXT = "unknown"
-CellValue = str | int | float | None
-_CellValueT = TypeVar("_CellValueT", bound=CellValue)
-
-
-def finite_or_none(value: _CellValueT) -> _CellValueT | None:
-    """None for a float that is no number, of which JSON knows nothing; anything else as it is."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)
@@ -30,16 +22,6 @@ class Column:
     format_text: Callable[[RunRecord], str]
     optional: bool = False
     """Shown only where some record has a value to show, "unknown" included."""
-
-
-def run_label(record: RunRecord) -> str:
-    """The run's name, and its method where the name does not say it."""
-    return append_method(record.name, method_kind(record))
-
-
-def append_method(name: str, kind: str) -> str:
-    """A name, and its method where it does not say it."""
-    return name if kind in name else f"{name} ({kind})"
 
 
 def _format_count(value: int | None) -> str:
@@ -90,11 +72,7 @@ def _rouge_column(rouge_type: str, title: str, *, teacher_forced: bool = False) 
         score = found(record)
         return f"{score.mean:.1f} ({score.low:.1f}–{score.high:.1f})" if score else "–"
 
-    meaning = (
-        "under teacher forcing (the published study's metric)"
-        if teacher_forced
-        else "of generated summaries"
-    )
+    meaning = "under teacher forcing (the published study's metric)" if teacher_forced else "of generated summaries"
     return Column(
         title,
         f"{rouge_type} F-measure {meaning}, in percent, with 95 % bootstrap interval over examples.",
@@ -188,8 +166,7 @@ COLUMNS: tuple[Column, ...] = (
     ),
     Column(
         "est. need (MiB)",
-        "For runs out of memory: predicted peak memory of the process (lower bound), "
-        "from peftbench estimate.",
+        "For runs out of memory: predicted peak memory of the process (lower bound), from peftbench estimate.",
         lambda r: {
             "estimated_peak_bytes": r.outcome.estimated_peak_bytes,
             "in_use_bytes": r.outcome.in_use_bytes,

@@ -53,7 +53,9 @@ def test_a_warm_up_that_took_more_is_not_drawn_beyond_the_peak() -> None:
         step_part=None,
     )
     states = StateBytes(weights=4 * MIB, gradients=0, optimizer=0)
-    one = record("a", "full", 1, memory={"train": Memory(allocated_bytes=5 * MIB)}, memory_breakdown=found, state_bytes=states)
+    one = record(
+        "a", "full", 1, memory={"train": Memory(allocated_bytes=5 * MIB)}, memory_breakdown=found, state_bytes=states
+    )
     assert dict(memory_chart.peak_by_category(one)) == {"weights": 4 * MIB, "unattributed": MIB}
     small = one.model_copy(update={"memory": {"train": Memory(allocated_bytes=3 * MIB)}})
     assert dict(memory_chart.peak_by_category(small)) == {"unattributed": 3 * MIB}
@@ -63,7 +65,11 @@ def test_a_gpu_bar_is_all_that_the_process_took() -> None:
     """Tensors, what the allocator kept beside them, and the context: what a budget is held against."""
     train = Memory(allocated_bytes=80 * MIB, reserved_bytes=90 * MIB)
     one = record("a", "full", 1, memory={"train": train}, cuda_context_bytes=30 * MIB, device=GPU)
-    assert dict(memory_chart.peak_by_category(one)) == {"unattributed": 80 * MIB, "allocator_cache": 10 * MIB, "cuda_context": 30 * MIB}
+    assert dict(memory_chart.peak_by_category(one)) == {
+        "unattributed": 80 * MIB,
+        "allocator_cache": 10 * MIB,
+        "cuda_context": 30 * MIB,
+    }
 
 
 def test_an_out_of_memory_shows_what_it_held_and_asked_for() -> None:
