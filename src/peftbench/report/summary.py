@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from decimal import ROUND_FLOOR
 
 from peftbench.record import Interval, RunRecord
-from peftbench.report.analysis.comparability import protocol_differs
-from peftbench.report.analysis.costs import cost_clause, why_not_comparable
+from peftbench.report.analysis.comparability import protocol_differs, why_not_comparable
+from peftbench.report.analysis.costs import cost_clause
 from peftbench.report.analysis.outcomes import outcome_sentences
 from peftbench.report.analysis.run_groups import RunGroup
 from peftbench.report.analysis.significance import ALPHA, MIN_EXAMPLES, ComparisonSet, PairComparison, compare_groups

@@ -11,10 +11,10 @@ from peftbench.record import RunRecord
 from peftbench.report.analysis.significance import compare_groups
 from peftbench.report.page.build import render_page
 from peftbench.report.page.content import UnfinishedRun, build_page_data
-from peftbench.report.runs import with_unique_names
+from peftbench.report.runs import sort_records, with_unique_names
 from peftbench.report.summary import summarize
 from peftbench.report.tables.export import json_table, latex_table
-from peftbench.report.tables.table import collect_notes, csv_table, markdown_report, sort_records
+from peftbench.report.tables.table import collect_notes, csv_table, markdown_report
 
 PAGE_FILE = "report.html"
 RESULTS_FILE = "RESULTS.md"

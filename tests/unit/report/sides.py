@@ -73,7 +73,7 @@ def scored(
     quality = made.quality.model_copy(
         update={
             "rouge": {"rougeL": Interval(mean=mean, low=mean, high=mean)},
-            "by_example": PerExample(
+            "per_example": PerExample(
                 examples_fingerprint=identity, loss=losses, labelled_tokens=labelled, rouge={"rougeL": rouge}
             ),
         }

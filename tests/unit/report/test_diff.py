@@ -43,13 +43,13 @@ def test_every_figure_has_its_exact_change(tmp_path: Path) -> None:
         "rouge2": same,
         "rougeL": same,
         "rougeLsum": same,
-        "training_seconds": (12.5, 12.0, -0.04, "within", False),
-        "tokens_per_second": (1000.0, 1200.0, 0.2, "gained", False),
-        "train_peak_bytes": (1000, 1100, 0.1, "fell", True),
-        "required_flops": (100, 100, 0.0, "equal", False),
-        "executed_flops": (200, 180, -0.1, "gained", False),
-        "mfu": (0.25, 0.125, -0.5, "fell", True),
-        "training_joules": (40.0, 42.0, 0.05, "within", False),
+        "train_seconds": (12.5, 12.0, -0.04, "within", False),
+        "tokens_per_second": (1000.0, 1200.0, 0.2, "improved", False),
+        "train_peak_bytes": (1000, 1100, 0.1, "regressed", True),
+        "model_flops": (100, 100, 0.0, "equal", False),
+        "hardware_flops": (200, 180, -0.1, "improved", False),
+        "mfu": (0.25, 0.125, -0.5, "regressed", True),
+        "train_joules": (40.0, 42.0, 0.05, "within", False),
     }
     assert {f.name for f in found.values() if f.better == "higher"} == {
         "rouge1",
@@ -65,18 +65,18 @@ def test_every_figure_has_its_exact_change(tmp_path: Path) -> None:
     ("before", "after", "threshold", "verdict"),
     [
         ({"loss": 1.1}, {"loss": 1.155}, "5", "within"),  # a little more than 5 % in binary fractions
-        ({"loss": 1.1}, {"loss": 1.1550001}, "5%", "fell"),
+        ({"loss": 1.1}, {"loss": 1.1550001}, "5%", "regressed"),
         ({"loss": 1.1}, {"loss": 1.045}, "5%", "within"),
-        ({"loss": 1.1}, {"loss": 1.0449999}, "5%", "gained"),
+        ({"loss": 1.1}, {"loss": 1.0449999}, "5%", "improved"),
         ({"speed": 1000.0}, {"speed": 900.0}, "10%", "within"),
-        ({"speed": 1000.0}, {"speed": 899.9}, "10%", "fell"),
-        ({"speed": 1000.0}, {"speed": 1100.1}, "10%", "gained"),
+        ({"speed": 1000.0}, {"speed": 899.9}, "10%", "regressed"),
+        ({"speed": 1000.0}, {"speed": 1100.1}, "10%", "improved"),
         ({"peak": 1000}, {"peak": 1025}, "2.5%", "within"),
-        ({"peak": 1000}, {"peak": 1026}, "2.5%", "fell"),
-        ({"peak": 1000}, {"peak": 974}, "2.5%", "gained"),
-        ({"peak": 1000}, {"peak": 1001}, "0", "fell"),
+        ({"peak": 1000}, {"peak": 1026}, "2.5%", "regressed"),
+        ({"peak": 1000}, {"peak": 974}, "2.5%", "improved"),
+        ({"peak": 1000}, {"peak": 1001}, "0", "regressed"),
         ({"peak": 1000}, {"peak": 1000}, "0%", "equal"),
-        ({"peak": 0}, {"peak": 1}, "1000%", "fell"),
+        ({"peak": 0}, {"peak": 1}, "1000%", "regressed"),
     ],
 )
 def test_a_figure_falls_beyond_its_threshold_and_not_at_it(
@@ -86,7 +86,7 @@ def test_a_figure_falls_beyond_its_threshold_and_not_at_it(
     name = {"loss": "held_out_loss", "speed": "tokens_per_second", "peak": "train_peak_bytes"}[next(iter(before))]
     pair = held(tmp_path, run(**before), run(**after), f"{name}={threshold}")
     assert figures(pair)[name].verdict == verdict
-    assert pair.regressed == (verdict == "fell")
+    assert pair.regressed == (verdict == "regressed")
 
 
 def test_a_threshold_of_one_figure_goes_before_that_of_all(tmp_path: Path) -> None:
@@ -160,9 +160,9 @@ def test_two_records_of_one_name_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("before", "after", "verdict"),
     [
-        ("ok", "oom", "fell"),
-        ("ok", "failed", "fell"),
-        ("oom", "ok", "gained"),
+        ("ok", "oom", "regressed"),
+        ("ok", "failed", "regressed"),
+        ("oom", "ok", "improved"),
         ("oom", "diverged", "changed"),
         ("oom", "oom", "equal"),
     ],
@@ -172,8 +172,8 @@ def test_an_outcome_is_a_figure(before: Any, after: Any, verdict: str, tmp_path:
     pair = held(tmp_path, run(outcome=Outcome(kind=before)), run(outcome=Outcome(kind=after)))
     outcome, *others = pair.metrics
     assert (outcome.before, outcome.after, outcome.verdict) == (before, after, verdict)
-    assert pair.regressed == (verdict == "fell")
-    assert {f.verdict for f in others} == ({"lost"} if before == "ok" else {"new"} if after == "ok" else set())
+    assert pair.regressed == (verdict == "regressed")
+    assert {f.verdict for f in others} == ({"missing"} if before == "ok" else {"new"} if after == "ok" else set())
 
 
 def test_an_out_of_memory_says_so_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,14 +192,14 @@ def test_a_figure_that_is_known_no_more_falls(tmp_path: Path, capsys: pytest.Cap
     left, right = suite(tmp_path / "A", old), suite(tmp_path / "B", run(loss=float("nan"), energy_joules=None))
     found = diff_suites(left, right)
     told = figures(found.runs[0])
-    assert {name for name, figure in told.items() if figure.regressed} == {"held_out_loss", "training_joules"}
-    assert {name for name, figure in told.items() if figure.verdict == "new"} == {"required_flops", "executed_flops"}
+    assert {name for name, figure in told.items() if figure.regressed} == {"held_out_loss", "train_joules"}
+    assert {name for name, figure in told.items() if figure.verdict == "new"} == {"model_flops", "hardware_flops"}
     assert "lora held_out_loss 3.2500 unknown fell: not known any more" in printed(found, capsys)
     assert regression_summary(found).endswith(
-        "lora (held_out_loss not known any more; training_joules not known any more)"
+        "lora (held_out_loss not known any more; train_joules not known any more)"
     )
-    assert json.loads(found.model_dump_json())["pairs"][0]["figures"][1]["after"] is None
-    assert "required_flops" not in figures(held(tmp_path, old, old))
+    assert json.loads(found.model_dump_json())["runs"][0]["metrics"][1]["after"] is None
+    assert "model_flops" not in figures(held(tmp_path, old, old))
 
 
 def test_config_is_compared_knob_by_knob(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -226,9 +226,9 @@ def test_config_is_compared_knob_by_knob(tmp_path: Path, capsys: pytest.CaptureF
         SettingChange(key="data.source.options.strict", before=1, after=True),
         SettingChange(key="save_model", before=False, after=0),
         SettingChange(key="data.source.split", only_in="B"),
-        SettingChange(key="versions.torch", before="1", after="2"),
-        SettingChange(key="git", before=None, after="abc"),
-        SettingChange(key="data_identity", before=None, after="d"),
+        SettingChange(key="library_versions.torch", before="1", after="2"),
+        SettingChange(key="git_commit", before=None, after="abc"),
+        SettingChange(key="data_fingerprint", before=None, after="d"),
     ]
     text = printed(diff_suites(tmp_path / "A", tmp_path / "B"), capsys)
     assert 'data.source.options.columns ["a", "b"] ["a", "c"] all' in text
@@ -242,15 +242,15 @@ def test_what_changed_in_all_runs_is_shown_once(tmp_path: Path, capsys: pytest.C
     right = suite(
         tmp_path / "B",
         *(
-            run(name, library_versions={"torch": "2"}, global_batch=batch, seed=seed)
+            run(name, library_versions={"torch": "2"}, global_batch_size=batch, seed=seed)
             for name, batch, seed in (("a", 16, 0), ("b", 32, 0), ("c", 32, 7))
         ),
     )
     found = diff_suites(left, right)
-    assert [change.key for change in found.common_changes] == ["versions.torch"]
+    assert [change.key for change in found.common_changes] == ["library_versions.torch"]
     table = printed(found, capsys).split("config")[1]
     assert re.findall(r"^(\S+ \S+ \S+ .+)$", table, re.MULTILINE)[1:4] == [
-        "versions.torch 1 2 all",
+        "library_versions.torch 1 2 all",
         "train.global_batch_size 16 32 b, c",
         "train.seed 0 7 c",
     ]

@@ -19,7 +19,7 @@ def test_json_has_every_figure_and_what_it_means() -> None:
     assert found["summary"] == ["A sentence."]
     assert set(found["columns"]) == {column.title for column in COLUMNS}
     assert [run["run"] for run in found["runs"]] == ["a", "b"]
-    assert found["runs"][0]["trained_parameters"] == 10
+    assert found["runs"][0]["trainable_parameters"] == 10
     assert found["runs"][0]["rougeL"] == 31.25
     assert found["runs"][0]["mfu"] is None
     assert found["runs"][0]["recipe"]["method"]["kind"] == "lora"

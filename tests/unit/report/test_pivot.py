@@ -35,16 +35,18 @@ def test_a_seed_counts_once() -> None:
 
 def test_by_knob_is_a_row_a_method_and_a_column_a_value() -> None:
     """Each loss stands under its value, the lowest is bold, and a run without one shows how it ended."""
-    rows = [record(f"l{batch}", "lora", 10, global_batch=batch, loss=loss) for batch, loss in ((16, 2.0), (2, 1.5))]
-    rows += [record("f2", "full", 1000, global_batch=2, loss=1.0)]
-    rows += [record("f16", "full", 1000, global_batch=16, quality=None, outcome=Outcome(kind="diverged", step=3))]
+    rows = [
+        record(f"l{batch}", "lora", 10, global_batch_size=batch, loss=loss) for batch, loss in ((16, 2.0), (2, 1.5))
+    ]
+    rows += [record("f2", "full", 1000, global_batch_size=2, loss=1.0)]
+    rows += [record("f16", "full", 1000, global_batch_size=16, quality=None, outcome=Outcome(kind="diverged", step=3))]
     assert rows_by_setting(rows, "train.global_batch_size") == [
         {"method": "lora", "2": "**1.500**", "16": "2.000"},
         {"method": "full", "2": "**1.000**", "16": "diverged"},
     ]
 
 
-@pytest.mark.parametrize("knob", ["train.globel_batch", "train.seed.x", "nothing"])
+@pytest.mark.parametrize("knob", ["train.globel_batch_size", "train.seed.x", "nothing"])
 def test_a_knob_that_no_run_has(knob: str) -> None:
     """A misspelt knob is told in one sentence."""
     with pytest.raises(UnknownKeyError, match=knob):

@@ -39,7 +39,7 @@ def test_a_label_is_what_names_share(names: list[str], label: str) -> None:
 
 def test_labels_are_told_apart() -> None:
     """Two recipes whose runs have one name are two configurations with a label each."""
-    found = group_runs([record("lora", "lora", 10), record("lora", "lora", 10, global_batch=2)])
+    found = group_runs([record("lora", "lora", 10), record("lora", "lora", 10, global_batch_size=2)])
     assert [one.label for one in found] == ["lora", "lora #2"]
 
 
@@ -51,14 +51,14 @@ def test_two_devices_are_not_two_seeds() -> None:
     rows = [
         record("lora", "lora", 10),
         record("lora", "lora", 10, seed=1, device=CARD),
-        record("lora", "lora", 10, seed=2, device=CARD.model_copy(update={"processes": 2})),
+        record("lora", "lora", 10, seed=2, device=CARD.model_copy(update={"num_processes": 2})),
     ]
     found = group_runs(rows)
     assert [one.label for one in found] == ["lora on a CPU", "lora on a GPU", "lora on a GPU with 2 processes"]
     assert [one.runs for one in found] == [(row,) for row in rows]
 
 
-@pytest.mark.parametrize("what", ["data_identity", "model_identity"])
+@pytest.mark.parametrize("what", ["data_fingerprint", "model_fingerprint"])
 def test_another_base_or_other_data_are_not_another_seed(what: str) -> None:
     """What a run trained, and on what, is no seed's doing; a run that ended before it knew stands with its like."""
     rows = [

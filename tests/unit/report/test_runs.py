@@ -46,7 +46,7 @@ def test_a_name_that_repeats_gives_way_to_its_path() -> None:
 def two_suites(folder: Path) -> None:
     """Records of two runs of one name, with other losses."""
     for suite, losses in (("demo", (3.0, 2.0)), ("demo_seeds", (5.0, 4.0))):
-        record("lora", "lora", 10, losses=losses).write(folder / suite / "lora")
+        record("lora", "lora", 10, step_losses=losses).write(folder / suite / "lora")
 
 
 def test_two_runs_of_one_name_are_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,8 @@ import pytest
 from peftbench.distributed.engines import ENGINES
 from peftbench.recipe.loader import load_recipe, parse_recipe
 from peftbench.record import Device, Engine, RunRecord
-from peftbench.report.settings import environment_settings, flatten, recipe_settings, reproduce_commands
+from peftbench.report.reproduce import reproduce_commands
+from peftbench.report.settings import environment_settings, flatten, recipe_settings
 from tests.helpers.paths import REPOSITORY
 from tests.unit.report.records import record
 
@@ -94,10 +95,10 @@ def test_a_launcher_that_no_record_names_is_not_made_up() -> None:
     assert "#" not in "".join(reproduce_commands(record("a", "full", 1), Path("record.json"))[1:])
 
 
-@pytest.mark.parametrize("git", ["-f", "--orphan=x", "main", "", "+changes", "abcd\nrm x", "$(x)"])
-def test_only_a_commit_is_checked_out(git: str) -> None:
+@pytest.mark.parametrize("git_commit", ["-f", "--orphan=x", "main", "", "+changes", "abcd\nrm x", "$(x)"])
+def test_only_a_commit_is_checked_out(git_commit: str) -> None:
     """What a record has in its place may be an option, or another's branch."""
-    lines = reproduce_commands(record("a", "full", 1, git_commit=git), Path("record.json"))
+    lines = reproduce_commands(record("a", "full", 1, git_commit=git_commit), Path("record.json"))
     assert lines[1] == "# its commit is not known"
     assert not [line for line in lines if line.startswith("git")]
 

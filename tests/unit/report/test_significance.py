@@ -80,7 +80,7 @@ def test_a_difference_that_seeds_do_not_share_is_none() -> None:
 
 def test_every_pair_is_corrected_for_all() -> None:
     """Four configurations are six comparisons, and each interval is that of a confidence of 1 - 0.05 / 6."""
-    rows = [judged(str(i), "lora", scores(i, i), global_batch=i + 1) for i in range(4)]
+    rows = [judged(str(i), "lora", scores(i, i), global_batch_size=i + 1) for i in range(4)]
     compared = compare_groups(rows)
     assert (len(compared.pair_comparisons), compared.num_comparisons) == (6, 6)
     for found in compared.pair_comparisons:
@@ -273,6 +273,6 @@ def test_chance_is_called_a_difference_as_seldom_as_is_said(examples: int, sprea
     for draw in range(200):
         random = numpy.random.default_rng(draw)
         made = random.normal(size=(4, examples)) if spread == "normal" else random.gamma(1.0, size=(4, examples))
-        rows = [judged(str(i), "lora", list(own), global_batch=i + 1) for i, own in enumerate(made)]
+        rows = [judged(str(i), "lora", list(own), global_batch_size=i + 1) for i, own in enumerate(made)]
         wrong += any(one.is_significant for one in compare_groups(rows).pair_comparisons)
     assert 1 <= wrong <= 16

@@ -290,7 +290,7 @@ def test_baselines_alone() -> None:
 
 def test_an_unfair_table_says_so_first() -> None:
     """Runs of other batches are compared, but not as methods, and their costs are not."""
-    said = summarize([full(), lora(9, global_batch=2)])
+    said = summarize([full(), lora(9, global_batch_size=2)])
     assert said[0].startswith("These runs differ in more than their method")
     assert said[0].endswith("so that no difference is put down to the method.")
     assert "for other steps or batches" in said[2]

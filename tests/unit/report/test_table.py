@@ -25,6 +25,7 @@ from peftbench.record import (
     Throughput,
     TokensPerSecond,
 )
+from peftbench.report.runs import sort_records
 from peftbench.report.tables.columns import COLUMNS
 from peftbench.report.tables.table import (
     _rich_table,
@@ -36,7 +37,6 @@ from peftbench.report.tables.table import (
     markdown_table,
     natural_width,
     print_table,
-    sort_records,
 )
 from peftbench.report.text.escape import terminal_safe
 from tests.unit.report.records import record
@@ -96,7 +96,13 @@ def test_a_column_is_sorted_by_what_it_shows() -> None:
         memory={"train": Memory(allocated_bytes=5 * 2**20, reserved_bytes=8 * 2**20)},
         compute=Compute(model_flops_per_second=1.0, hardware_flops_per_second=3.0, peak_flops_per_second=4.0),
     )
-    shown = {"J/1,000 samples": 2500.0, "tokens/s": 123.0, "required TFLOP": 2e12, "MFU": 0.25, "peak MiB": 5 * 2**20}
+    shown = {
+        "energy (J / 1k samples)": 2500.0,
+        "tokens/s": 123.0,
+        "model TFLOPs": 2e12,
+        "MFU": 0.25,
+        "peak mem (MiB)": 5 * 2**20,
+    }
     found = {column.title: next(iter(column.raw_values(one).values())) for column in COLUMNS}
     assert {title: found[title] for title in shown} == shown
 
@@ -116,11 +122,11 @@ def test_memory_and_flops_have_columns_where_they_are_known() -> None:
     )
     rows = {row["run"]: row for row in csv.DictReader(io.StringIO(csv_table([on_gpu, on_cpu])))}
     assert (rows["a"]["train_peak_bytes"], rows["b"]["train_peak_bytes"]) == (str(3 * 2**20), str(100 * 2**20))
-    assert (rows["a"]["required_flops"], rows["b"]["required_flops"]) == ("", "2500000000000")
+    assert (rows["a"]["model_flops"], rows["b"]["model_flops"]) == ("", "2500000000000")
     table = markdown_table([on_gpu, on_cpu])
     assert "| 100 |" in " ".join(table.split())
     assert "2.5 |" in table
-    assert "peak MiB" not in markdown_table([record("c", "full", 1)])
+    assert "peak mem (MiB)" not in markdown_table([record("c", "full", 1)])
 
 
 def test_teacher_forced_rouge_has_a_column_of_its_own() -> None:
@@ -142,7 +148,7 @@ def test_csv_keeps_full_precision() -> None:
     """The CSV holds raw values with units in their names, and nothing for what is unknown."""
     (row,) = csv.DictReader(io.StringIO(csv_table([record("a", "lora", 10, loss=1 / 3)])))
     assert float(row["held_out_loss"]) == 1 / 3
-    assert (row["trained_share"], row["rougeL_low"], row["training_seconds"]) == ("0.01", "30.0", "12.5")
+    assert (row["trainable_fraction"], row["rougeL_low"], row["train_seconds"]) == ("0.01", "30.0", "12.5")
     assert row["teacher_forced_argmax_rougeL"] == ""
 
 
@@ -150,7 +156,7 @@ def test_unequal_runs_are_said_to_be_unequal() -> None:
     """A table of runs with different batches carries a note; one of equal runs does not."""
     equal = [record("a", "full", 1000), record("b", "lora", 10)]
     assert collect_notes(equal) == []
-    assert "more than their method" in collect_notes([*equal, record("c", "lora", 10, global_batch=2)])[0]
+    assert "more than their method" in collect_notes([*equal, record("c", "lora", 10, global_batch_size=2)])[0]
 
 
 def test_an_out_of_memory_is_a_row() -> None:
@@ -329,9 +335,9 @@ def test_what_is_unknown_is_said() -> None:
     assert energy == "energy is unknown: neither NVML nor RAPL tells it here"
     assert collect_notes([known]) == []
     cells = row(markdown_table([unknown]))
-    assert (cells["MFU"], cells["J/1,000 samples"]) == ("unknown", "unknown")
+    assert (cells["MFU"], cells["energy (J / 1k samples)"]) == ("unknown", "unknown")
     assert "MFU" not in row(markdown_table([record("lead", "lead", None, tokens=None)]))
     table = markdown_table([known.with_price_per_hour(3600.0)])
     cells = row(table)
-    assert cells["J/1,000 samples"] == "500"
-    assert float(cells["price"]) == 12  # of 12.5 seconds, to two digits
+    assert cells["energy (J / 1k samples)"] == "500"
+    assert float(cells["training cost"]) == 12  # of 12.5 seconds, to two digits

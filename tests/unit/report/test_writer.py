@@ -56,7 +56,7 @@ def test_a_page_of_what_is_there(tmp_path: Path) -> None:
     found = peftbench("report", "out", cwd=tmp_path)
     assert found.returncode == 0, found.stderr
     page = (tmp_path / "out" / PAGE_FILE).read_text(encoding="utf-8")
-    assert "Not finished" in page
+    assert "Unfinished runs" in page
     assert ">second<" in page
     record("first", "lora", 10).write(tmp_path / "out" / "first")
     assert peftbench("report", "out", cwd=tmp_path).returncode == 0
@@ -96,7 +96,7 @@ def test_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     def fails(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(writer, "content", fails)
+    monkeypatch.setattr(writer, "build_page_data", fails)
     with pytest.raises(ZeroDivisionError):
         write_report({tmp_path / "a" / "record.json": record("a", "lora", 1)}, tmp_path, "t")
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""What must be equal for a comparison to be one of methods."""
+"""Whether runs differ only in their method, and whether their costs can be compared."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import json
 from collections.abc import Sequence
 
 from peftbench.record import RunRecord
-from peftbench.report.analysis.run_groups import Seed, seed_of
+from peftbench.report.analysis.run_groups import RunGroup, Seed, seed_of
 
 
 def protocol_differs(records: Sequence[RunRecord]) -> bool:
-    """Whether runs that trained differ in more than their method: in batches, steps, examples or lengths."""
-    shown: dict[Seed, set[str]] = {}  # the tokens that runs of one seed were shown
+    """True if the runs, all trained, differ in more than their method: in batches, steps, examples or lengths."""
+    token_counts: dict[Seed, set[str]] = {}  # of the runs of each seed
     for record in records:
-        shown.setdefault(seed_of(record), set()).add(json.dumps(_token_counts(record)))
+        token_counts.setdefault(seed_of(record), set()).add(json.dumps(_token_counts(record)))
     return len({json.dumps(_protocol_key(record)) for record in records}) > 1 or any(
-        len(one) > 1 for one in shown.values()
+        len(counts) > 1 for counts in token_counts.values()
     )
 
 
 def _protocol_key(record: RunRecord) -> list[object]:
-    """Equal in all runs, whatever their seeds."""
+    """Return values that must be equal in all runs, for any seed."""
     recipe = record.recipe
     return [
         record.data_fingerprint,
@@ -35,5 +35,17 @@ def _protocol_key(record: RunRecord) -> list[object]:
 
 
 def _token_counts(record: RunRecord) -> list[int]:
-    """Equal where the order of examples is."""
+    """Return token counts, which are equal if the order of examples is."""
     return [record.tokens.real, record.tokens.labelled] if record.tokens else []
+
+
+def why_not_comparable(group: RunGroup, reference: RunGroup) -> str | None:
+    """Return why the costs of two groups cannot be compared; None if they can."""
+    runs = (*group.ok_runs, *reference.ok_runs)
+    if len({(run.device.type, run.device.name, run.device.num_processes) for run in runs}) > 1:
+        return "on a different device"
+    if len({run.engine and (run.engine.name, run.engine.distributed_type, run.engine.num_threads) for run in runs}) > 1:
+        return "on a different engine"
+    if len({(run.steps, run.recipe["train"]["global_batch_size"]) for run in runs}) > 1:
+        return "with different steps or batches"
+    return None

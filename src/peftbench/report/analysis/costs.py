@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from peftbench.record.sanity_checks import RSS_SLACK_BYTES
+from peftbench.report.analysis.comparability import why_not_comparable
 from peftbench.report.analysis.run_groups import RunGroup
 from peftbench.report.text.formatting import join_with_and
 
@@ -43,18 +44,6 @@ def cost_clause(group: RunGroup, reference: RunGroup) -> str:
     said = f", at {join_with_and(told)}" if told else ""
     whose = f"{'those' if len(same) > 1 else 'that'} of {reference.label}"
     return said + (f"; its {join_with_and(same, 'its ')} cannot be told apart from {whose}" if same else "")
-
-
-def why_not_comparable(group: RunGroup, reference: RunGroup) -> str | None:
-    """Why costs do not compare, None where they do."""
-    runs = (*group.ok_runs, *reference.ok_runs)
-    if len({(run.device.type, run.device.name, run.device.num_processes) for run in runs}) > 1:
-        return "on another device"
-    if len({run.engine and (run.engine.name, run.engine.distributed_type, run.engine.num_threads) for run in runs}) > 1:
-        return "on another engine"
-    if len({(run.steps, run.recipe["train"]["global_batch_size"]) for run in runs}) > 1:
-        return "for other steps or batches"
-    return None
 
 
 def _has_similar_speed(group: RunGroup, reference: RunGroup) -> bool:

@@ -12,9 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from peftbench.record import RunRecord, train_peak_bytes
-from peftbench.report.tables.columns import append_method
+from peftbench.report.runs import append_method, method_kind
 from peftbench.report.text.escape import printable_line
-from peftbench.report.text.formatting import method_kind
 
 Seed = tuple[int, int]
 """train.seed and data.seed."""

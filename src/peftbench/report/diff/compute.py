@@ -19,7 +19,7 @@ from peftbench.report.analysis.significance import MIN_EXAMPLES, bonferroni_conf
 from peftbench.report.diff.matching import Match, MatchedBy, Runs, SettingChange, diff_settings, match_runs
 from peftbench.report.diff.metrics import LOSS_METRIC, METRICS, OUTCOME_METRIC, Metric, Thresholds, metric_value
 
-DiffVerdict = Literal["fell", "gained", "within", "equal", "lost", "untold", "new", "changed"]
+DiffVerdict = Literal["regressed", "improved", "within", "equal", "missing", "not_reported", "new", "changed"]
 """Of a figure: worse or better by more than its threshold, by less, the same; known no more, or not told by the other
 device, or known only now (these two are neither good nor bad); of an outcome, another that is not "ok" either.
 """
@@ -181,9 +181,17 @@ def _diff_metrics(
 
 def _diff_outcome(before: RunRecord, after: RunRecord) -> MetricDiff:
     old, new = before.outcome.kind, after.outcome.kind
-    verdict: DiffVerdict = "equal" if old == new else "fell" if old == "ok" else "gained" if new == "ok" else "changed"
+    verdict: DiffVerdict = (
+        "equal" if old == new else "regressed" if old == "ok" else "improved" if new == "ok" else "changed"
+    )
     return MetricDiff(
-        name=OUTCOME_METRIC, unit="", better="ok", before=old, after=new, verdict=verdict, regressed=verdict == "fell"
+        name=OUTCOME_METRIC,
+        unit="",
+        better="ok",
+        before=old,
+        after=new,
+        verdict=verdict,
+        regressed=verdict == "regressed",
     )
 
 
@@ -194,8 +202,8 @@ def _diff_metric(
     if old is None and new is None:
         return None
     change, verdict = _classify_change(metric, old, new, threshold)
-    if verdict == "lost" and metric.device_dependent and _device_label(before) != _device_label(after):
-        verdict = "untold"
+    if verdict == "missing" and metric.device_dependent and _device_label(before) != _device_label(after):
+        verdict = "not_reported"
     return MetricDiff(
         name=metric.name,
         unit=metric.unit,
@@ -205,7 +213,7 @@ def _diff_metric(
         relative_change=change,
         threshold=float(threshold),
         verdict=verdict,
-        regressed=verdict in {"fell", "lost"},
+        regressed=verdict in {"regressed", "missing"},
         paired_interval=paired_interval,
     )
 
@@ -219,14 +227,14 @@ def _classify_change(
     fractions, a little more than that.
     """
     if before is None or after is None:
-        return None, "new" if before is None else "lost"
+        return None, "new" if before is None else "missing"
     was, more = Fraction(str(before)), Fraction(str(after)) - Fraction(str(before))
     change = float(more / abs(was)) if was else 0.0 if not more else None
     allowed = threshold * abs(was)
     worse = more if metric.better == "lower" else -more
     if not more:
         return change, "equal"
-    return change, "fell" if worse > allowed else "gained" if -worse > allowed else "within"
+    return change, "regressed" if worse > allowed else "improved" if -worse > allowed else "within"
 
 
 @dataclass(frozen=True)

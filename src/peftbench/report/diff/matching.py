@@ -11,8 +11,8 @@ from typing import Any, Literal
 from peftbench.common.schema import RecordModel
 from peftbench.errors import RecordError
 from peftbench.record import RunRecord, read_records_by_path
+from peftbench.report.runs import sort_records
 from peftbench.report.settings import NAMING_KEYS, flatten
-from peftbench.report.tables.table import sort_records
 
 MatchedBy = Literal["name", "recipe", "path"]
 
@@ -119,8 +119,8 @@ def _recipe_settings(record: RunRecord) -> dict[str, Any]:
 
 
 def _environment_facts(record: RunRecord) -> dict[str, Any]:
-    made = {"versions", "device", "engine", "git", "data_identity", "model_identity"}
-    return dict(flatten(record.model_dump(mode="json", include=made)))
+    fields = {"library_versions", "device", "engine", "git_commit", "data_fingerprint", "model_fingerprint"}
+    return dict(flatten(record.model_dump(mode="json", include=fields)))
 
 
 def _is_equal(first: object, second: object) -> bool:

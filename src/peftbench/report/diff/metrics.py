@@ -57,7 +57,7 @@ METRICS: dict[str, Metric] = {
             is_quality=True,
         ),
         *map(_rouge_metric, ("rouge1", "rouge2", "rougeL", "rougeLsum")),
-        Metric("training_seconds", "seconds", "lower", lambda r: r.train_seconds, "{:,.1f} s".format),
+        Metric("train_seconds", "seconds", "lower", lambda r: r.train_seconds, "{:,.1f} s".format),
         Metric(
             "tokens_per_second",
             "real tokens per second",
@@ -66,12 +66,12 @@ METRICS: dict[str, Metric] = {
             "{:,.0f}/s".format,
         ),
         Metric("train_peak_bytes", "bytes", "lower", train_peak_bytes, lambda size: f"{size / 2**20:,.1f} MiB"),
-        Metric("required_flops", "FLOP", "lower", lambda r: r.flops.model_flops, lambda n: f"{n / 1e12:.4g} TFLOP"),
-        Metric("executed_flops", "FLOP", "lower", lambda r: r.flops.hardware_flops, lambda n: f"{n / 1e12:.4g} TFLOP"),
-        Metric("mfu", "share of the peak", "higher", lambda r: r.compute.mfu, "{:.2%}".format, device_dependent=True),
+        Metric("model_flops", "FLOP", "lower", lambda r: r.flops.model_flops, lambda n: f"{n / 1e12:.4g} TFLOPs"),
+        Metric("hardware_flops", "FLOP", "lower", lambda r: r.flops.hardware_flops, lambda n: f"{n / 1e12:.4g} TFLOPs"),
         Metric(
-            "training_joules", "joules", "lower", lambda r: r.energy_joules, "{:,.4g} J".format, device_dependent=True
+            "mfu", "fraction of the peak", "higher", lambda r: r.compute.mfu, "{:.2%}".format, device_dependent=True
         ),
+        Metric("train_joules", "joules", "lower", lambda r: r.energy_joules, "{:,.4g} J".format, device_dependent=True),
     )
 }
 """By name, in the order in which they are shown."""

@@ -18,7 +18,7 @@ from peftbench.report.diff.metrics import METRICS, OUTCOME_METRIC
 from peftbench.report.tables.table import natural_width
 from peftbench.report.text.escape import terminal_safe
 
-_VERDICT_STYLES = {"fell": "red", "lost": "red", "gained": "green"}
+_VERDICT_STYLES = {"regressed": "red", "missing": "red", "improved": "green"}
 """Beside the words, never instead of them."""
 
 
@@ -156,7 +156,7 @@ def _new_table(title: str, column_titles: Sequence[str]) -> Table:
 def metric_cells(run_diff: RunDiff) -> list[tuple[tuple[str, str, str, str, str], DiffVerdict]]:
     """Figure, before, after, change and verdict in words of each row that is worth showing, and the verdict."""
     if run_diff.after is None:
-        return [(("", "", "", "", "fell: missing in B"), "fell")]
+        return [(("", "", "", "", "fell: missing in B"), "regressed")]
     if run_diff.before is None:
         return [(("", "", "", "", "new in B"), "new")]
     rows: list[tuple[tuple[str, str, str, str, str], DiffVerdict]] = []
@@ -202,20 +202,20 @@ def _format_interval(interval: Interval) -> str:
 
 def describe_verdict(metric: MetricDiff) -> str:
     """A figure's verdict in words, and for quality whether the examples support it."""
-    if metric.name == OUTCOME_METRIC and metric.verdict == "fell":
+    if metric.name == OUTCOME_METRIC and metric.verdict == "regressed":
         return "fell: a run that did not end well has no other figures"
     threshold = f"{100 * (metric.threshold or 0):.4g}%"
     words = {
-        "fell": f"fell by more than {threshold}",
-        "gained": f"gained more than {threshold}",
+        "regressed": f"fell by more than {threshold}",
+        "improved": f"gained more than {threshold}",
         "within": f"within {threshold}",
-        "lost": "fell: not known any more",
+        "missing": "fell: not known any more",
         "new": "known only now",
-        "untold": "not told by that device",
+        "not_reported": "not told by that device",
         "changed": "ended otherwise",
     }
-    if metric.name == OUTCOME_METRIC and metric.verdict == "gained":
-        return "gained"
+    if metric.name == OUTCOME_METRIC and metric.verdict == "improved":
+        return "improved"
     return ", ".join((words[metric.verdict], *_significance_phrases(metric)))
 
 
@@ -235,7 +235,7 @@ def _regression_phrases(run_diff: RunDiff) -> list[str]:
     for figure in visible_metrics(run_diff):
         if figure.name == OUTCOME_METRIC and figure.regressed:
             found.append(f"{OUTCOME_METRIC} {figure.before}, now {figure.after}")
-        elif figure.verdict == "lost":
+        elif figure.verdict == "missing":
             found.append(f"{figure.name} not known any more")
         elif figure.regressed:
             found.append(

@@ -17,16 +17,16 @@ from peftbench.report.diff.render import config_cells, footer_lines, header_line
 from peftbench.report.page.charts import chart_specs
 from peftbench.report.page.content import PageData
 
-_DIFF_COLUMNS = ("figure", "before", "after", "change", "verdict")
+_DIFF_COLUMNS = ("metric", "before", "after", "change", "verdict")
 _SECTIONS = {
-    "summary": "In words",
-    "trade-offs": "What quality costs",
-    "table": "The comparison",
-    "memory": "Memory and speed",
-    "losses": "How the loss fell",
+    "summary": "Summary",
+    "trade-offs": "Quality vs. cost",
+    "table": "Comparison",
+    "memory": "Memory and throughput",
+    "losses": "Training loss",
     "samples": "Examples",
-    "protocol": "The protocol",
-    "repeat": "How to repeat it",
+    "protocol": "Protocol",
+    "reproduce": "Reproduce",
 }
 
 
@@ -55,8 +55,8 @@ def render_diff_page(diff: SuiteDiff) -> str:
         for cells, verdict in metric_cells(pair)
     ]
     sentences = [*([regression_summary(diff)] if diff.regressed else []), *header_lines(diff)[2:], *footer_lines(diff)]
-    return _load_template("beside.html.jinja").render(
-        found=diff,
+    return _load_template("diff.html.jinja").render(
+        diff=diff,
         rows=rows,
         config=list(config_cells(diff)),
         sentences=sentences,

@@ -10,7 +10,7 @@ import altair as alt
 
 from peftbench.report.page.memory_chart import CATEGORY_LABELS
 from peftbench.report.page.series import NUM_COLORS, X_AXES, ChartRow, ColorGroups, pareto_front
-from peftbench.report.tables.columns import finite_or_none
+from peftbench.report.text.formatting import finite_or_none
 
 NUM_CATEGORY_COLORS = 14
 """Variables --m0 to --m13 of the style; those of groups are --k0 to --k7."""
@@ -42,9 +42,9 @@ class CostAxis:
 
 
 COST_AXES = (
-    CostAxis("MiB", "peak memory, MiB"),
-    CostAxis("seconds", "seconds of training"),
-    CostAxis("TFLOP", "required TFLOP"),
+    CostAxis("MiB", "peak memory (MiB)"),
+    CostAxis("seconds", "train time (s)"),
+    CostAxis("TFLOPs", "model TFLOPs"),
 )
 
 
@@ -238,8 +238,10 @@ def memory_bars(rows: Sequence[ChartRow], limit_rows: Sequence[ChartRow], captio
     if not rows:
         return None
     runs = list(dict.fromkeys(str(row["run"]) for row in rows))
-    parts = [part for part in CATEGORY_LABELS.values() if any(row["part"] == part for row in rows)]
-    colours = [f"var(--m{list(CATEGORY_LABELS.values()).index(part) % NUM_CATEGORY_COLORS})" for part in parts]
+    categories = [category for category in CATEGORY_LABELS.values() if any(row["category"] == category for row in rows)]
+    colours = [
+        f"var(--m{list(CATEGORY_LABELS.values()).index(category) % NUM_CATEGORY_COLORS})" for category in categories
+    ]
     y = alt.Y("run:N", title=None, sort=runs, axis=alt.Axis(labelLimit=220))
     bars = (
         _layer("runs")
@@ -248,8 +250,10 @@ def memory_bars(rows: Sequence[ChartRow], limit_rows: Sequence[ChartRow], captio
             x=alt.X("MiB:Q", title="MiB", stack="zero"),
             y=y,
             order=alt.Order("order:Q"),
-            color=alt.Color("part:N", title=None, sort=parts, scale=alt.Scale(domain=parts, range=colours)),
-            tooltip=[alt.Tooltip("run:N"), alt.Tooltip("part:N"), alt.Tooltip("MiB:Q", format=",.1f")],
+            color=alt.Color(
+                "category:N", title=None, sort=categories, scale=alt.Scale(domain=categories, range=colours)
+            ),
+            tooltip=[alt.Tooltip("run:N"), alt.Tooltip("category:N"), alt.Tooltip("MiB:Q", format=",.1f")],
         )
     )
     layers = [bars]
@@ -263,7 +267,7 @@ def memory_bars(rows: Sequence[ChartRow], limit_rows: Sequence[ChartRow], captio
         caption,
         alt.layer(*layers).properties(height=34 * len(runs)),
         data={"runs": rows, "budgets": limit_rows},
-        fields=["run", "part", "MiB"],
+        fields=["run", "category", "MiB"],
     )
 
 
@@ -333,14 +337,17 @@ def throughput_chart(rows: Sequence[ChartRow], groups: ColorGroups) -> Chart | N
     y = alt.Y("run:N", title=None, sort=runs, axis=alt.Axis(labelLimit=220, grid=True))
     base = _layer("runs")
     colour = _color_encoding(groups, rows, legend=False)
-    tips = [alt.Tooltip("run:N"), *(alt.Tooltip(f"{name}:Q", format=",.0f") for name in ("speed", "slow", "fast"))]
+    tips = [
+        alt.Tooltip("run:N"),
+        *(alt.Tooltip(f"{name}:Q", format=",.0f") for name in ("tokens_per_second", "p10", "p90")),
+    ]
     title = "real tokens a second"
     chart = alt.layer(
         base.mark_rule(strokeWidth=6, opacity=0.45).encode(
-            x=alt.X("slow:Q", title=title), x2="fast:Q", y=y, color=colour, tooltip=tips
+            x=alt.X("p10:Q", title=title), x2="p90:Q", y=y, color=colour, tooltip=tips
         ),
         base.mark_point(filled=True, size=90, opacity=1).encode(
-            x=alt.X("speed:Q", title=title), y=y, color=colour, tooltip=tips
+            x=alt.X("tokens_per_second:Q", title=title), y=y, color=colour, tooltip=tips
         ),
     ).properties(height=28 * len(runs))
     caption = (
@@ -354,7 +361,7 @@ def throughput_chart(rows: Sequence[ChartRow], groups: ColorGroups) -> Chart | N
         caption,
         chart,
         data={"runs": rows},
-        fields=["run", "speed", "slow", "fast"],
+        fields=["run", "tokens_per_second", "p10", "p90"],
     )
 
 

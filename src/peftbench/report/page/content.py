@@ -7,17 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from peftbench.record import RunRecord, Sample
-from peftbench.report.analysis.costs import why_not_comparable
+from peftbench.record import RunRecord
+from peftbench.report.analysis.comparability import why_not_comparable
 from peftbench.report.analysis.run_groups import RunGroup
 from peftbench.report.analysis.significance import ComparisonSet, PairComparison, compare_groups
 from peftbench.report.page import charts, memory_chart, series
 from peftbench.report.page.charts import Chart
 from peftbench.report.page.series import ChartRow, ColorGroups
-from peftbench.report.settings import Setting, environment_settings, recipe_settings, reproduce_commands
-from peftbench.report.tables.columns import CellValue, Column, finite_or_none, format_outcome, run_label
-from peftbench.report.tables.table import collect_notes, sort_records, visible_columns
-from peftbench.report.text.formatting import decimal_places, format_decimal, method_kind, round_outward
+from peftbench.report.reproduce import reproduce_commands
+from peftbench.report.runs import method_kind, run_label, sample_key, sort_records
+from peftbench.report.settings import Setting, environment_settings, recipe_settings
+from peftbench.report.tables.columns import Column, format_outcome
+from peftbench.report.tables.table import collect_notes, visible_columns
+from peftbench.report.text.formatting import CellValue, decimal_places, finite_or_none, format_decimal, round_outward
 
 MAX_DRAWN_RUNS = 24
 """Runs whose curves, bars and summaries are drawn, at most; all are in the table, the trade-offs and the data."""
@@ -261,9 +263,5 @@ def _collect_examples(records: Sequence[RunRecord]) -> list[ExampleSummaries]:
     found: dict[tuple[str, str, str], dict[str, str]] = {}
     for record in records:
         for sample in record.quality.samples if record.quality else ():
-            found.setdefault(_sample_key(sample), {})[run_label(record)] = sample.generated
+            found.setdefault(sample_key(sample), {})[run_label(record)] = sample.generated
     return [ExampleSummaries(*key, generated) for key, generated in found.items()]
-
-
-def _sample_key(sample: Sample) -> tuple[str, str, str]:
-    return sample.id, sample.article, sample.reference

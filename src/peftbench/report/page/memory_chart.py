@@ -8,7 +8,7 @@ from peftbench.common.units import parse_size
 from peftbench.errors import BudgetError
 from peftbench.record import RunRecord, train_peak_bytes
 from peftbench.report.page.series import ChartRow
-from peftbench.report.tables.columns import run_label
+from peftbench.report.runs import run_label
 
 CATEGORY_LABELS = {
     "weights": "weights",
@@ -20,11 +20,11 @@ CATEGORY_LABELS = {
     "activations": "activations",
     "logits": "logits",
     "temporaries": "temporaries",
-    "rest": "the rest of the peak",
-    "cache": "allocator's cache",
-    "context": "CUDA context",
-    "held": "held when refused",
-    "asked": "asked for and refused",
+    "unattributed": "unattributed",
+    "allocator_cache": "allocator cache",
+    "cuda_context": "CUDA context",
+    "in_use": "in use at the failure",
+    "requested": "requested allocation",
 }
 """In the order in which they are stacked, and what the legend calls them."""
 
@@ -37,13 +37,13 @@ def memory_bar_rows(records: Sequence[RunRecord]) -> list[ChartRow]:
     return [
         {
             "run": run_label(record),
-            "part": CATEGORY_LABELS[part],
-            "order": list(CATEGORY_LABELS).index(part),
+            "category": CATEGORY_LABELS[category],
+            "order": list(CATEGORY_LABELS).index(category),
             "MiB": size / 2**20,
             "bytes": size,
         }
         for record in records
-        for part, size in peak_by_category(record)
+        for category, size in peak_by_category(record)
     ]
 
 
@@ -56,7 +56,11 @@ def peak_by_category(record: RunRecord) -> Iterator[tuple[str, int]]:
     """
     outcome, peak = record.outcome, train_peak_bytes(record)
     if outcome.kind == "oom":
-        refused = {"held": outcome.in_use_bytes, "asked": outcome.requested_bytes, "context": record.cuda_context_bytes}
+        refused = {
+            "in_use": outcome.in_use_bytes,
+            "requested": outcome.requested_bytes,
+            "cuda_context": record.cuda_context_bytes,
+        }
         yield from ((part, size) for part, size in refused.items() if size)
         return
     if peak is None:
@@ -64,13 +68,13 @@ def peak_by_category(record: RunRecord) -> Iterator[tuple[str, int]]:
     known = _attributed_bytes(record, peak)
     yield from ((part, known[part]) for part in CATEGORY_LABELS if known.get(part))
     if (rest := peak - sum(known.values())) > 0:
-        yield "rest", rest
+        yield "unattributed", rest
     memory = record.memory.get("train")
     if memory is not None and memory.allocated_bytes is not None and memory.reserved_bytes is not None:
         if (cache := memory.reserved_bytes - memory.allocated_bytes) > 0:
-            yield "cache", cache
+            yield "allocator_cache", cache
         if record.cuda_context_bytes:
-            yield "context", record.cuda_context_bytes
+            yield "cuda_context", record.cuda_context_bytes
 
 
 def _attributed_bytes(record: RunRecord, peak: int) -> dict[str, int]:

@@ -1,5 +1,5 @@
 "use strict";
-// Sorting, by the pattern of the ARIA authoring practices; what is not known stays last either way.
+// Sorting, following the ARIA authoring practices. Unknown values stay last in both directions.
 const table = document.getElementById("runs");
 const body = table.tBodies[0];
 const heads = [...table.tHead.rows[0].cells];
@@ -24,38 +24,38 @@ function sortBy(column) {
 }
 heads.forEach((head, column) => head.querySelector("button").addEventListener("click", () => sortBy(column)));
 
-// A column's meaning is put beside its title, and goes away with Escape.
-let placed = () => {};
+// Tooltips with column descriptions, placed next to the title; Escape hides them.
+let placeTooltip = () => {};
 for (const button of table.tHead.querySelectorAll("button")) {
-  const meaning = button.nextElementSibling;
+  const description = button.nextElementSibling;
   const place = () => {
     const box = button.getBoundingClientRect();
-    meaning.style.left = `${Math.max(8, Math.min(box.left, document.documentElement.clientWidth - meaning.offsetWidth - 8))}px`;
-    const below = box.bottom + meaning.offsetHeight <= document.documentElement.clientHeight;
-    meaning.style.top = `${below ? box.bottom : Math.max(0, box.top - meaning.offsetHeight)}px`;
+    description.style.left = `${Math.max(8, Math.min(box.left, document.documentElement.clientWidth - description.offsetWidth - 8))}px`;
+    const below = box.bottom + description.offsetHeight <= document.documentElement.clientHeight;
+    description.style.top = `${below ? box.bottom : Math.max(0, box.top - description.offsetHeight)}px`;
   };
   const show = () => {
-    document.body.classList.remove("away"); // at once: Escape may come before the next frame
-    placed = place;
+    document.body.classList.remove("tooltips-hidden"); // at once: Escape may come before the next frame
+    placeTooltip = place;
     requestAnimationFrame(place);
   };
   button.addEventListener("pointerenter", show);
   button.addEventListener("focus", show);
 }
-document.addEventListener("scroll", () => placed(), { capture: true, passive: true });
-document.addEventListener("keydown", (event) => { if (event.key === "Escape") document.body.classList.add("away"); });
+document.addEventListener("scroll", () => placeTooltip(), { capture: true, passive: true });
+document.addEventListener("keydown", (event) => { if (event.key === "Escape") document.body.classList.add("tooltips-hidden"); });
 
 const filter = document.getElementById("filter");
 const count = document.getElementById("count");
 filter.addEventListener("input", () => {
-  const words = filter.value.toLowerCase().split(/\s+/).filter(Boolean);
-  let left = 0;
+  const terms = filter.value.toLowerCase().split(/\s+/).filter(Boolean);
+  let shown = 0;
   for (const row of body.rows) {
     const text = `${row.cells[0].textContent} ${row.cells[row.cells.length - 1].textContent}`.toLowerCase();
-    row.hidden = !words.every((word) => text.includes(word));
-    left += !row.hidden;
+    row.hidden = !terms.every((term) => text.includes(term));
+    shown += !row.hidden;
   }
-  count.textContent = words.length ? `${left} of ${body.rows.length}` : "";
+  count.textContent = terms.length ? `${shown} of ${body.rows.length}` : "";
 });
 
 const downloads = JSON.parse(document.getElementById("downloads").textContent);
@@ -70,7 +70,7 @@ for (const button of document.querySelectorAll("[data-download]")) {
   });
 }
 
-// Charts: drawn without eval (ast), so that the page's policy may forbid it; SVG, for screen readers and paper.
+// Charts use Vega's expression interpreter (ast), since the page's CSP forbids eval; SVG for screen readers and print.
 const specs = JSON.parse(document.getElementById("charts").textContent);
 for (const box of document.querySelectorAll("[data-chart]")) {
   vegaEmbed(box, specs[box.dataset.chart], { actions: false, ast: true, renderer: "svg", tooltip: { disableDefaultStyle: false } })

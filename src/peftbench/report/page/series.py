@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from peftbench.evaluation.intervals import paired_intervals, t_interval
 from peftbench.record import Interval, RunRecord
 from peftbench.report.analysis.run_groups import RunGroup
-from peftbench.report.tables.columns import finite_or_none, run_label
+from peftbench.report.runs import run_label
+from peftbench.report.text.formatting import finite_or_none
 
 ChartRow = dict[str, str | int | float | None]
 
@@ -99,9 +100,9 @@ def throughput_rows(records: Sequence[RunRecord], color_groups: ColorGroups) -> 
             {
                 "run": run_label(record),
                 "group": color_groups[record],
-                "slow": slow,
-                "fast": fast,
-                "speed": measured.tokens_per_second.real,
+                "p10": slow,
+                "p90": fast,
+                "tokens_per_second": measured.tokens_per_second.real,
             }
         )
     return rows
@@ -162,7 +163,7 @@ def trade_off_rows(run_groups: Sequence[RunGroup], color_groups: ColorGroups, *,
                 "seeds": len(values),
                 "MiB": None if peak is None else peak / 2**20,
                 "seconds": one.mean_train_seconds,
-                "TFLOP": None if flops is None else flops / 1e12,
+                "TFLOPs": None if flops is None else flops / 1e12,
             }
         )
     return made

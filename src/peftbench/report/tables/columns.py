@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 from peftbench.record import Interval, RunRecord, TokensPerSecond, train_peak_bytes
-from peftbench.report.text.formatting import method_kind
+from peftbench.report.runs import method_kind, run_label
+from peftbench.report.text.formatting import CellValue
 
 UNKNOWN_TEXT = "unknown"
-CellValue = str | int | float | None
-_CellValueT = TypeVar("_CellValueT", bound=CellValue)
-
-
-def finite_or_none(value: _CellValueT) -> _CellValueT | None:
-    """None for a float that is no number, of which JSON knows nothing; anything else as it is."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)
@@ -30,16 +22,6 @@ class Column:
     format_text: Callable[[RunRecord], str]
     optional: bool = False
     """Shown only where some record has a value to show, "unknown" included."""
-
-
-def run_label(record: RunRecord) -> str:
-    """The run's name, and its method where the name does not say it."""
-    return append_method(record.name, method_kind(record))
-
-
-def append_method(name: str, kind: str) -> str:
-    """A name, and its method where it does not say it."""
-    return name if kind in name else f"{name} ({kind})"
 
 
 def _format_count(value: int | None) -> str:
@@ -90,14 +72,10 @@ def _rouge_column(rouge_type: str, title: str, *, teacher_forced: bool = False) 
         score = found(record)
         return f"{score.mean:.1f} ({score.low:.1f}–{score.high:.1f})" if score else "–"
 
-    meaning = (
-        "with the reference shown token by token; the published study's figure"
-        if teacher_forced
-        else "of generated summaries"
-    )
+    meaning = "under teacher forcing (the published study's metric)" if teacher_forced else "of generated summaries"
     return Column(
         title,
-        f"{rouge_type} F-measure {meaning}, percent, 95 % bootstrap interval over examples",
+        f"{rouge_type} F-measure {meaning}, in percent, with 95 % bootstrap interval over examples.",
         raw,
         text,
         optional=True,
@@ -110,7 +88,7 @@ def _allocator_values(record: RunRecord) -> dict[str, CellValue]:
     return {
         "train_reserved_bytes": memory.reserved_bytes if memory else None,
         "train_fragmentation": memory.fragmentation if memory else None,
-        "train_allocation_retries": memory.num_alloc_retries if memory else None,
+        "train_num_alloc_retries": memory.num_alloc_retries if memory else None,
     }
 
 
@@ -124,13 +102,13 @@ DROP_ORDER = (
     "ROUGE-Lsum",
     "ROUGE-2",
     "ROUGE-1",
-    "share",
-    "price",
-    "required TFLOP",
-    "of achievable",
-    "J/1,000 samples",
+    "trainable %",
+    "training cost",
+    "model TFLOPs",
+    "% of matmul peak",
+    "energy (J / 1k samples)",
     "MFU",
-    "trained",
+    "trainable params",
     "tokens/s",
 )
 """Columns that a narrow terminal goes without, in this order; they are in the report."""
@@ -138,25 +116,25 @@ DROP_ORDER = (
 COLUMNS: tuple[Column, ...] = (
     Column(
         "run",
-        "name of the run, and its method",
+        "Run name and method.",
         lambda r: {"run": r.name, "method": method_kind(r)},
         run_label,
     ),
     Column(
-        "trained",
-        "scalars that training changes",
-        lambda r: {"trained_parameters": _trainable_parameters(r)},
+        "trainable params",
+        "Number of trainable parameters.",
+        lambda r: {"trainable_parameters": _trainable_parameters(r)},
         lambda r: "–" if _trainable_parameters(r) is None else _format_count(_trainable_parameters(r)),
     ),
     Column(
-        "share",
-        "trained parameters, of the base's",
-        lambda r: {"trained_share": _trainable_fraction(r)},
+        "trainable %",
+        "Trainable parameters in percent of all parameters of the model.",
+        lambda r: {"trainable_fraction": _trainable_fraction(r)},
         lambda r: "–" if (share := _trainable_fraction(r)) is None else f"{share:.2%}",
     ),
     Column(
         "held-out loss",
-        "mean cross-entropy on summary and end tokens of held-out examples, nats; lower is better",
+        "Mean cross-entropy over summary and end tokens of held-out examples, in nats; lower is better.",
         lambda r: {"held_out_loss": _held_out_loss(r)},
         lambda r: "–" if (loss := _held_out_loss(r)) is None else f"{loss:.3f}",
     ),
@@ -166,74 +144,77 @@ COLUMNS: tuple[Column, ...] = (
     _rouge_column("rougeLsum", "ROUGE-Lsum"),
     _rouge_column("rougeL", "ROUGE-L, teacher-forced argmax", teacher_forced=True),
     Column(
-        "training s",
-        "seconds of training, no loading, encoding or evaluation, and without the warm-up steps",
-        lambda r: {"training_seconds": r.train_seconds},
+        "train time (s)",
+        "Seconds of the training phase, without untimed steps, loading, encoding and evaluation.",
+        lambda r: {"train_seconds": r.train_seconds},
         _format_train_seconds,
     ),
     Column(
         "tokens/s",
-        "real tokens (no padding, no virtual ones) trained on per second, over all processes",
+        "Real tokens (no padding, no virtual tokens) trained on per second, summed over all processes.",
         lambda r: {f"{kind}_tokens_per_second": _tokens_per_second(r, kind) for kind in TokensPerSecond.model_fields},
         lambda r: "–" if (speed := _tokens_per_second(r, "real")) is None else f"{speed:,.0f}",
         optional=True,
     ),
     Column(
-        "peak MiB",
-        "most memory while training: in tensors on the GPU; on CPU resident memory beyond what the process "
-        "had before anything was loaded",
+        "peak mem (MiB)",
+        "Peak memory of the training phase: bytes in tensors on a GPU; on CPU, RSS above its value before "
+        "anything was loaded.",
         lambda r: {"train_peak_bytes": train_peak_bytes(r)} | _allocator_values(r),
         lambda r: "–" if (peak := train_peak_bytes(r)) is None else f"{peak / 2**20:,.0f}",
         optional=True,
     ),
     Column(
-        "needs MiB",
-        "of a run that was out of memory: what its process is predicted to hold at its peak, at least, "
-        "by peftbench estimate",
+        "est. need (MiB)",
+        "For runs out of memory: predicted peak memory of the process (lower bound), from peftbench estimate.",
         lambda r: {
-            "needed_bytes": r.outcome.estimated_peak_bytes,
-            "held_bytes": r.outcome.in_use_bytes,
+            "estimated_peak_bytes": r.outcome.estimated_peak_bytes,
+            "in_use_bytes": r.outcome.in_use_bytes,
             "requested_bytes": r.outcome.requested_bytes,
         },
         lambda r: "–" if (needed := r.outcome.estimated_peak_bytes) is None else f"{needed / 2**20:,.0f}",
         optional=True,
     ),
     Column(
-        "required TFLOP",
-        "floating-point operations that all steps needed, in 10^12: real tokens, causal attention, "
-        "the output head at labels, a backward pass only where the method needs one",
-        lambda r: {f"{kind}_flops": getattr(r.flops, kind) for kind in ("required", "executed", "six_n")},
+        "model TFLOPs",
+        "Floating-point operations required by all steps, in 10^12: real tokens, causal attention, "
+        "output head at labelled positions, backward pass only where the method needs it.",
+        lambda r: {
+            "model_flops": r.flops.model_flops,
+            "hardware_flops": r.flops.hardware_flops,
+            "six_n_flops": r.flops.six_n,
+        },
         lambda r: "–" if r.flops.model_flops is None else f"{r.flops.model_flops / 1e12:.3g}",
         optional=True,
     ),
     Column(
         "MFU",
-        "model FLOPs utilisation: required FLOPs a second, of the device's peak by its maker's data sheet",
+        "Model FLOPs utilization: model FLOPs per second over the device's data sheet peak.",
         lambda r: {"mfu": r.compute.mfu, "hfu": r.compute.hfu},
         lambda r: _text_or_unknown(r, None if r.compute.mfu is None else f"{r.compute.mfu:.1%}"),
         optional=True,
     ),
     Column(
-        "of achievable",
-        "required FLOPs a second, of what a large matrix product then achieved on the device",
-        lambda r: {"of_achievable": r.compute.matmul_utilization},
+        "% of matmul peak",
+        "Model FLOPs per second over the FLOP/s of a large matrix product, measured on the device after the run.",
+        lambda r: {"matmul_utilization": r.compute.matmul_utilization},
         lambda r: "–" if r.compute.matmul_utilization is None else f"{r.compute.matmul_utilization:.1%}",
         optional=True,
     ),
     Column(
-        "J/1,000 samples",
-        "joules of the training phase by 1,000 samples: of the GPUs' boards (NVML), or of the "
-        "processors (RAPL) where it ran on them, whatever else ran there; pauses (trackers) included",
-        lambda r: {"joules_per_1000_samples": r.joules_per_1000_samples, "training_joules": r.energy_joules},
+        "energy (J / 1k samples)",
+        "Joules of the training phase per 1,000 samples: all GPUs (NVML), or the CPU packages (RAPL) for runs on CPU, "
+        "including other processes and pauses (trackers).",
+        lambda r: {"joules_per_1000_samples": r.joules_per_1000_samples, "train_joules": r.energy_joules},
         lambda r: _text_or_unknown(r, None if (j := r.joules_per_1000_samples) is None else f"{j:,.3g}"),
         optional=True,
     ),
     Column(
-        "price",
-        "of the seconds of training on all devices, at profile.price_per_hour",
-        lambda r: {"training_price": r.training_cost},
+        "training cost",
+        "Training time on all devices times profile.price_per_hour.",
+        lambda r: {"training_cost": r.training_cost},
         lambda r: "–" if r.training_cost is None else f"{r.training_cost:,.2g}",
         optional=True,
     ),
-    Column("outcome", "how the run ended", lambda r: {"outcome": r.outcome.kind}, format_outcome),
+    Column("outcome", "How the run ended.", lambda r: {"outcome": r.outcome.kind}, format_outcome),
 )

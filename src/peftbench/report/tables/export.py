@@ -7,9 +7,11 @@ import re
 from collections.abc import Sequence
 
 from peftbench.record import RunRecord
-from peftbench.report.tables.columns import COLUMNS, finite_or_none
-from peftbench.report.tables.table import collect_notes, render_table, sort_records
+from peftbench.report.runs import sort_records
+from peftbench.report.tables.columns import COLUMNS
+from peftbench.report.tables.table import collect_notes, render_table
 from peftbench.report.text.escape import escaped_line
+from peftbench.report.text.formatting import finite_or_none
 
 
 def json_table(records: Sequence[RunRecord], summary: Sequence[str], note_lines: Sequence[str] | None = None) -> str:

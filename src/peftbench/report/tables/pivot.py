@@ -12,7 +12,8 @@ from peftbench.errors import UnknownKeyError
 from peftbench.evaluation.intervals import t_interval
 from peftbench.record import RunRecord
 from peftbench.report.analysis.run_groups import group_runs, same_recipe_groups
-from peftbench.report.text.formatting import method_kind, round_outward
+from peftbench.report.runs import method_kind
+from peftbench.report.text.formatting import round_outward
 
 
 def seed_rows(records: Sequence[RunRecord]) -> list[dict[str, str]]:

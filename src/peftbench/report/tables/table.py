@@ -16,21 +16,17 @@ from tabulate import tabulate
 
 from peftbench.common.filesystem import write_atomically
 from peftbench.errors import RecordError
-from peftbench.record import RunRecord, Sample
+from peftbench.record import RunRecord
 from peftbench.record.sanity_checks import check_step_times
 from peftbench.report.analysis.comparability import protocol_differs
 from peftbench.report.analysis.outcomes import oom_sentence
-from peftbench.report.tables.columns import COLUMNS, DROP_ORDER, Column, run_label
+from peftbench.report.runs import run_label, sample_key, sort_records
+from peftbench.report.tables.columns import COLUMNS, DROP_ORDER, Column
 from peftbench.report.tables.pivot import rows_by_setting, seed_rows
 from peftbench.report.text.escape import escape_markdown, escape_spreadsheet_formula, terminal_safe
 
 _UNBOUNDED_WIDTH = 10_000  # characters: more than any table takes
 _COLUMN_GAP = 2  # characters: what the terminal's table has behind each column
-
-
-def sort_records(records: Sequence[RunRecord]) -> list[RunRecord]:
-    """Baselines first, then by trained parameters, then by name."""
-    return sorted(records, key=lambda r: (r.parameters.trainable if r.parameters else -1, r.name))
 
 
 def visible_columns(records: Sequence[RunRecord]) -> list[Column]:
@@ -228,17 +224,12 @@ def _sample_sections(records: Sequence[RunRecord]) -> list[str]:
     first = with_samples[0].quality.samples[0]  # type: ignore[union-attr]
     lines = [["reference", first.reference]]
     for record in with_samples:
-        same = [sample for sample in record.quality.samples if _sample_key(sample) == _sample_key(first)]  # type: ignore[union-attr]
+        same = [sample for sample in record.quality.samples if sample_key(sample) == sample_key(first)]  # type: ignore[union-attr]
         lines += [[run_label(record), sample.generated] for sample in same]
     quoted = "\n".join(f"> {escape_markdown(line)}".rstrip() for line in first.article.splitlines())
     cells = [[escape_markdown(text) for text in line] for line in lines]
     made = tabulate(cells, headers=["run", "summary"], tablefmt="github", disable_numparse=True)
     return [escape_markdown(first.id), quoted, made]
-
-
-def _sample_key(sample: Sample) -> tuple[str, str, str]:
-    """What makes two samples those of one example: other data may use the same ids."""
-    return sample.id, sample.article, sample.reference
 
 
 def insert_table(records: Sequence[RunRecord], file: Path, marker: str, group_by: str | None = None) -> None:

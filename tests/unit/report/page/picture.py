@@ -29,7 +29,7 @@ def digest() -> str:
     report = REPOSITORY / "src" / "peftbench" / "report"
     looks = [
         *(report / "page" / name for name in ("page.html.jinja", "page.css", "page.js", "charts.py", "series.py")),
-        *(report / name for name in ("words.py", "columns.py")),
+        *(report / name for name in ("summary.py", "tables/columns.py")),
     ]
     found = hashlib.blake2b(digest_size=8)
     for path in [*sorted(RECORDS.rglob(RECORD_FILE)), *looks]:

@@ -85,7 +85,7 @@ def _seen(colour: str, sight: str) -> list[float]:
 def test_colours_are_told_apart_by_everybody(theme: dict[str, str], sight: str) -> None:
     """No two groups look alike, nor two parts of a bar: several times what can just be noticed lies between them."""
     groups = [f"--k{index}" for index in range(NUM_COLORS)]
-    tensors = [f"--m{index}" for index in range(list(CATEGORY_LABELS).index("rest") + 1)]
+    tensors = [f"--m{index}" for index in range(list(CATEGORY_LABELS).index("unattributed") + 1)]
     assert len(tensors) == 10
     for names in (groups, tensors):
         for one, other in itertools.combinations(names, 2):

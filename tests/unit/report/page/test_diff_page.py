@@ -19,7 +19,7 @@ def test_shows_what_changed(scheme: str, opened: Open, tmp_path: Path) -> None:
     """What fell, what changed in config, and names as they are; no script, no word on the console, no network."""
     before, after = tmp_path / "A", tmp_path / "B"
     record(HOSTILE, "lora", 10, loss=3.0).write(before / "a")
-    record(HOSTILE, "lora", 10, loss=4.0, global_batch=8, git_commit=HOSTILE).write(after / "a")
+    record(HOSTILE, "lora", 10, loss=4.0, global_batch_size=8, git_commit=HOSTILE).write(after / "a")
     page = tmp_path / "page.html"
     page.write_text(render_diff_page(diff_suites(before, after)), encoding="utf-8")
     found = opened(page, color_scheme=scheme)
@@ -27,11 +27,11 @@ def test_shows_what_changed(scheme: str, opened: Open, tmp_path: Path) -> None:
     assert found.asked == [page.as_uri()]
     assert found.see("window.hacked") is None
     assert found.see("document.querySelectorAll('script, img').length") == 0
-    row = found.page.locator(".figures-beside tbody tr").inner_text()
+    row = found.page.locator(".metric-diff tbody tr").inner_text()
     assert HOSTILE in row
     assert "held_out_loss" in row
     assert "fell by more than 5%" in row
-    config = found.page.locator("section", has_text="What changed in config").inner_text()
+    config = found.page.locator("section", has_text="Changed settings").inner_text()
     assert "train.global_batch_size" in config
     assert "16" in config
     assert found.see("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
@@ -58,7 +58,7 @@ def test_is_accessible(scheme: str, opened: Open, tmp_path: Path) -> None:
     """Axe finds no violation on the page of two suites either."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
     record("a", "lora", 10, loss=3.0).write(tmp_path / "A" / "a")
-    record("a", "lora", 10, loss=4.0, global_batch=8).write(tmp_path / "B" / "a")
+    record("a", "lora", 10, loss=4.0, global_batch_size=8).write(tmp_path / "B" / "a")
     page = tmp_path / "page.html"
     page.write_text(render_diff_page(diff_suites(tmp_path / "A", tmp_path / "B")), encoding="utf-8")
     found = axe.Axe().run(opened(page, color_scheme=scheme, bypass_csp=True).page).response
@@ -84,4 +84,4 @@ def test_what_another_device_does_not_tell_has_not_fallen(tmp_path: Path) -> Non
     assert diff_suites(tmp_path / "A", tmp_path / "same").regressed
     other = diff_suites(tmp_path / "A", tmp_path / "other")
     assert not other.regressed
-    assert [figure.verdict for figure in other.runs[0].metrics if figure.name == "training_joules"] == ["untold"]
+    assert [figure.verdict for figure in other.runs[0].metrics if figure.name == "train_joules"] == ["not_reported"]

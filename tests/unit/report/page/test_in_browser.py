@@ -79,13 +79,13 @@ def test_sorts_by_what_is_meant(opened: Open, tmp_path: Path) -> None:
         found: list[str] = page.see("[...document.querySelectorAll('#runs tbody th')].map(h => h.textContent)")
         return found
 
-    button = page.page.locator(f"{by_title('peak MiB')} button")
+    button = page.page.locator(f"{by_title('peak mem (MiB)')} button")
     button.click()
     assert order() == ["last_layer", "prompt_tuning", "lora", "full", "lead_1", "zero_shot"]
-    assert page.page.locator(by_title("peak MiB")).get_attribute("aria-sort") == "ascending"
+    assert page.page.locator(by_title("peak mem (MiB)")).get_attribute("aria-sort") == "ascending"
     button.press("Enter")
     assert order() == ["full", "lora", "prompt_tuning", "last_layer", "lead_1", "zero_shot"]
-    assert page.page.locator(by_title("peak MiB")).get_attribute("aria-sort") == "descending"
+    assert page.page.locator(by_title("peak mem (MiB)")).get_attribute("aria-sort") == "descending"
     page.page.locator(f"{by_title('run')} button").press("Space")
     assert order() == sorted(order())
     assert page.page.locator("#runs th[aria-sort=none]").count() == page.page.locator("#runs thead th").count() - 1
@@ -132,7 +132,7 @@ def test_a_point_says_whose_it_is(opened: Open, tmp_path: Path) -> None:
 def test_what_is_no_number_is_sorted_last(opened: Open, tmp_path: Path) -> None:
     """A diverged run's loss is no figure: it stays last both ways, and the chart and the table are whole."""
     bad = record(
-        "bad", "lora", 10, loss=float("nan"), outcome=Outcome(kind="diverged", step=2), losses=(1.0, float("inf"))
+        "bad", "lora", 10, loss=float("nan"), outcome=Outcome(kind="diverged", step=2), step_losses=(1.0, float("inf"))
     )
     rows = [bad, record("a", "full", 1000, loss=2.0), record("b", "full", 1000, loss=3.0)]
     page = opened(page_of({tmp_path / one.name / "record.json": one for one in rows}, tmp_path))
@@ -151,7 +151,7 @@ def test_small_numbers_are_numbers(opened: Open, tmp_path: Path) -> None:
         for name, (part, whole) in sizes.items()
     ]
     page = opened(page_of({tmp_path / one.name / "record.json": one for one in rows}, tmp_path))
-    page.page.locator(f"{by_title('share')} button").click()
+    page.page.locator(f"{by_title('trainable %')} button").click()
     order = page.see("[...document.querySelectorAll('#runs tbody th')].map(h => h.textContent)")
     assert order == ["few (lora)", "some (lora)", "half (lora)"]
 
@@ -201,7 +201,7 @@ def test_what_a_model_wrote_stays_text(opened: Open, tmp_path: Path) -> None:
     bad = bad.model_copy(
         update={
             "quality": bad.quality.model_copy(update={"samples": (sample,)}),
-            "losses": (3.0, 2.0),
+            "step_losses": (3.0, 2.0),
             "step_seconds": (1.0, 1.0),
             "device": bad.device.model_copy(update={"name": HOSTILE}),
             "memory": {"train": Memory(allocated_bytes=2**20)},
@@ -262,7 +262,7 @@ def test_what_did_not_fit_is_there(opened: Open, tmp_path: Path) -> None:
     bars = page.see(
         "[...document.querySelectorAll('#chart-memory [aria-label]')].map(e => e.getAttribute('aria-label'))"
     )
-    assert any("asked for and refused" in str(bar) for bar in bars)
+    assert any("requested allocation" in str(bar) for bar in bars)
     assert sum("what: budget" in str(bar) and "112" in str(bar) for bar in bars) == 1
     assert "full (oom at step 2)" in page.page.locator("#trade-offs").inner_text()
 
@@ -282,7 +282,7 @@ def _many(count: int) -> dict[Path, RunRecord]:
         )
         values: dict[str, Any] = {
             "quality": quality,
-            "losses": tuple(3 + 1 / (step + 1) for step in range(500)),
+            "step_losses": tuple(3 + 1 / (step + 1) for step in range(500)),
             "steps": 500,
             "step_seconds": (0.1,) * 500,
             "step_tokens": (100,) * 500,
@@ -301,8 +301,8 @@ def test_a_thousand_runs(opened: Open, tmp_path: Path) -> None:
     page = opened(page_of(_many(1000), tmp_path))
     assert page.said == []
     assert page.page.locator("#runs tbody tr").count() == 1000
-    page.page.locator(f"{by_title('required TFLOP')} button").click()
-    page.page.locator(f"{by_title('required TFLOP')} button").click()
+    page.page.locator(f"{by_title('model TFLOPs')} button").click()
+    page.page.locator(f"{by_title('model TFLOPs')} button").click()
     assert page.page.locator("#runs tbody tr").first.locator("th").inner_text() == "prompt_tuning-999"
     page.page.fill("#filter", "lora-2")
     assert page.page.locator("#count").inner_text().endswith("of 1000")

@@ -31,13 +31,13 @@ def test_bars_add_up_to_the_peak() -> None:
     rows = memory_chart.memory_bar_rows([plain, plain.model_copy(update={"name": "b", "memory_breakdown": found})])
     for run in ("a (full)", "b (full)"):
         assert sum(int(row["bytes"] or 0) for row in rows if row["run"] == run) == 100 * MIB
-    parts = [row["part"] for row in rows if row["run"] == "b (full)"]
-    assert parts == ["weights", "activations", "temporaries", "the rest of the peak"]
-    assert [row["part"] for row in rows if row["run"] == "a (full)"] == [
+    parts = [row["category"] for row in rows if row["run"] == "b (full)"]
+    assert parts == ["weights", "activations", "temporaries", "unattributed"]
+    assert [row["category"] for row in rows if row["run"] == "a (full)"] == [
         "weights",
         "gradients",
         "optimizer states",
-        "the rest of the peak",
+        "unattributed",
     ]
 
 
@@ -53,26 +53,32 @@ def test_a_warm_up_that_took_more_is_not_drawn_beyond_the_peak() -> None:
         step_part=None,
     )
     states = StateBytes(weights=4 * MIB, gradients=0, optimizer=0)
-    one = record("a", "full", 1, memory={"train": Memory(allocated_bytes=5 * MIB)}, breakdown=found, state_bytes=states)
-    assert dict(memory_chart.peak_by_category(one)) == {"weights": 4 * MIB, "rest": MIB}
+    one = record(
+        "a", "full", 1, memory={"train": Memory(allocated_bytes=5 * MIB)}, memory_breakdown=found, state_bytes=states
+    )
+    assert dict(memory_chart.peak_by_category(one)) == {"weights": 4 * MIB, "unattributed": MIB}
     small = one.model_copy(update={"memory": {"train": Memory(allocated_bytes=3 * MIB)}})
-    assert dict(memory_chart.peak_by_category(small)) == {"rest": 3 * MIB}
+    assert dict(memory_chart.peak_by_category(small)) == {"unattributed": 3 * MIB}
 
 
 def test_a_gpu_bar_is_all_that_the_process_took() -> None:
     """Tensors, what the allocator kept beside them, and the context: what a budget is held against."""
     train = Memory(allocated_bytes=80 * MIB, reserved_bytes=90 * MIB)
     one = record("a", "full", 1, memory={"train": train}, cuda_context_bytes=30 * MIB, device=GPU)
-    assert dict(memory_chart.peak_by_category(one)) == {"rest": 80 * MIB, "cache": 10 * MIB, "context": 30 * MIB}
+    assert dict(memory_chart.peak_by_category(one)) == {
+        "unattributed": 80 * MIB,
+        "allocator_cache": 10 * MIB,
+        "cuda_context": 30 * MIB,
+    }
 
 
 def test_an_out_of_memory_shows_what_it_held_and_asked_for() -> None:
     """Its bar is as long as what would have been needed at that moment."""
     outcome = Outcome(kind="oom", step=1, in_use_bytes=90 * MIB, requested_bytes=30 * MIB)
     one = record("a", "full", 1, outcome=outcome, memory={"warmup": Memory(allocated_bytes=MIB)})
-    assert [(row["part"], row["bytes"]) for row in memory_chart.memory_bar_rows([one])] == [
-        ("held when refused", 90 * MIB),
-        ("asked for and refused", 30 * MIB),
+    assert [(row["category"], row["bytes"]) for row in memory_chart.memory_bar_rows([one])] == [
+        ("in use at the failure", 90 * MIB),
+        ("requested allocation", 30 * MIB),
     ]
 
 

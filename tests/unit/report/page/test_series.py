@@ -28,19 +28,19 @@ def points(records: list[RunRecord], *, rouge: bool) -> list[ChartRow]:
 def test_curves_over_each_that_is_known() -> None:
     """A loss stands at its step, at the tokens and at the seconds that were gone when it was known."""
     first, second, third = curves(
-        record("a", "full", 1, losses=(3.0, 2.0, 1.0), step_tokens=(10, 20, 30), step_seconds=(0.5, 0.25, 0.25))
+        record("a", "full", 1, step_losses=(3.0, 2.0, 1.0), step_tokens=(10, 20, 30), step_seconds=(0.5, 0.25, 0.25))
     )
     assert [first[name] for name in ("loss", "step", "tokens", "seconds")] == [3.0, 1.0, 10.0, 0.5]
     assert [second[name] for name in ("loss", "step", "tokens", "seconds")] == [2.0, 2.0, 30.0, 0.75]
     assert [third[name] for name in ("loss", "step", "tokens", "seconds")] == [1.0, 3.0, 60.0, 1.0]
-    (older,) = curves(record("b", "full", 1, losses=(3.0,), step_seconds=(0.5,)))
+    (older,) = curves(record("b", "full", 1, step_losses=(3.0,), step_seconds=(0.5,)))
     assert "tokens" not in older
 
 
 def test_long_curves_are_thinned_to_means() -> None:
     """Of 1,000 steps 200 points are left, each the mean of five, and no step is lost or counted twice."""
     losses = tuple(float(step) for step in range(1000))
-    rows = curves(record("a", "full", 1, losses=losses, step_seconds=(1.0,) * 1000))
+    rows = curves(record("a", "full", 1, step_losses=losses, step_seconds=(1.0,) * 1000))
     assert len(rows) == series.MAX_CURVE_POINTS
     assert rows[0]["loss"] == 2.0
     assert rows[-1]["loss"] == 997.0
@@ -49,7 +49,7 @@ def test_long_curves_are_thinned_to_means() -> None:
 
 def test_a_loss_that_is_no_number_is_no_point() -> None:
     """JSON has no NaN, and a page that held one would show nothing."""
-    rows = curves(record("a", "full", 1, losses=(1.0, math.nan, math.inf)))
+    rows = curves(record("a", "full", 1, step_losses=(1.0, math.nan, math.inf)))
     assert [row["loss"] for row in rows] == [1.0, None, None]
 
 
@@ -73,14 +73,14 @@ def _speed(**changes: Any) -> ChartRow:
 def test_speed_spreads_over_the_timed_steps() -> None:
     """Of steps of 100 to 1,100 tokens in a second each, evenly; warm-ups, a resumption's too, do not count."""
     tokens = (9999, *range(100, 700, 100), 9999, *range(700, 1200, 100))
-    row = _speed(step_tokens=tokens, step_seconds=(1.0,) * 13, warmup_steps=1, resumed_after=(7,))
-    assert (row["speed"], row["slow"], row["fast"]) == (1100.0, 200.0, 1000.0)
+    row = _speed(step_tokens=tokens, step_seconds=(1.0,) * 13, untimed_steps=1, resumed_after=(7,))
+    assert (row["tokens_per_second"], row["p10"], row["p90"]) == (1100.0, 200.0, 1000.0)
 
 
 def test_speed_of_an_older_record_spreads_by_its_percentiles() -> None:
     """At 1,000 tokens a step, steps of 0.5 to 2 s are 500 to 2,000 tokens a second."""
     row = _speed()
-    assert (row["speed"], row["slow"], row["fast"]) == (1100.0, 500.0, 2000.0)
+    assert (row["tokens_per_second"], row["p10"], row["p90"]) == (1100.0, 500.0, 2000.0)
 
 
 def test_groups_are_configurations_where_they_are_few() -> None:
