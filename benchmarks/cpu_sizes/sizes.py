@@ -1,8 +1,8 @@
 """Measure what a new tensor shape costs on a CPU: attention in 16 bits or float32, rows of any length or of a multiple.
 
 Run: python benchmarks/cpu_sizes/sizes.py
-Each case runs in its own process: GPT-2 small's attention or its four matrices, forward and backward, over rows of random
-lengths.
+Each case runs in its own process: GPT-2 small's attention or its four matrices, forward and backward, over rows of
+random lengths.
 """
 
 from __future__ import annotations

@@ -89,13 +89,11 @@ def main() -> None:
             f"peftbench report: {statistics.median(seconds):.1f} s, median of {args.repeats} ({min(seconds):.1f} to "
             f"{max(seconds):.1f})"
         )
-        browser_seconds = time_browser(page)
-        if browser_seconds is None:
+        timings = time_browser(page)
+        if timings is None:
             print("not opened: playwright or chromium is not installed")
         else:
-            print(
-                f"in Chromium: {browser_seconds[0]:.1f} s until every chart is drawn, {browser_seconds[1]:.2f} s to sort"
-            )
+            print(f"in Chromium: {timings[0]:.1f} s until every chart is drawn, {timings[1]:.2f} s to sort")
 
 
 if __name__ == "__main__":

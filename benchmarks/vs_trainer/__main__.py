@@ -1,7 +1,7 @@
 """Compare speed, memory and FLOPs of peftbench, HF Trainer and TRL's SFTTrainer on the same training.
 
-Each measurement runs in its own process (arm.py). Arms alternate, and a ratio compares two measurements of one repeat. A
-measurement with a record of the same settings is skipped.
+Each measurement runs in its own process (arm.py). Arms alternate, and a ratio compares two measurements of one repeat.
+A measurement with a record of the same settings is skipped.
 
 Run: python benchmarks/vs_trainer --data FOLDER --model FOLDER
      python benchmarks/vs_trainer --report FOLDER [--update-file README.md]

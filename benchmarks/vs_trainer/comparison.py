@@ -47,7 +47,7 @@ def problems(records: Sequence[Measured]) -> list[str]:
                     found.append(f"{where}: its model FLOPs differ from peftbench's")
                 if theirs.trainable_parameters != ours.trainable_parameters:
                     found.append(
-                        f"{where}: it trains {theirs.trainable_parameters:,} parameters; peftbench trains another number"
+                        f"{where}: it trains {theirs.trainable_parameters:,} parameters; peftbench trains others"
                     )
     return found
 

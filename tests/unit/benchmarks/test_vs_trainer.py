@@ -301,7 +301,7 @@ print(arm.measure(Job(arm="peftbench", **settings)).peak_bytes)
         ({"losses": [float("nan"), 2.0]}, "losses up to nan%"),
         ({"real_tokens": [49, 100]}, "its steps have other tokens than peftbench's"),
         ({"labelled_tokens": [5, 11]}, "its steps have other tokens than peftbench's"),
-        ({"trainable_parameters": 11}, "it trains 11 parameters; peftbench trains another number"),
+        ({"trainable_parameters": 11}, "it trains 11 parameters; peftbench trains others"),
         ({"required_flops": 51}, "its model FLOPs differ from peftbench's"),
         ({"device_name": "another"}, "the records have more than one device: a CPU, another"),
         ({"git": "def"}, "the records have more than one checkout: abc, def"),
@@ -367,7 +367,7 @@ def test_too_few_examples_are_refused(options: list[str], tmp_path: Path) -> Non
 
 
 def test_main_script_imports_no_cuda_library() -> None:
-    """The process that starts the arms imports nothing that could hold a part of the GPU beside them."""
+    """The process that starts the arms imports nothing that could allocate GPU memory."""
     code = (
         f"import runpy, sys; sys.path.insert(0, {str(FOLDER)!r}); runpy.run_path({str(FOLDER / '__main__.py')!r}); "
         "sys.exit(bool({'torch', 'transformers', 'bitsandbytes', 'trl'} & set(sys.modules)))"
