@@ -1,8 +1,8 @@
-"""What a size that was not met before costs on a CPU: attention in 16 bits or in float32, rows of any length or not.
+"""Measure what a new tensor shape costs on a CPU: attention in 16 bits or float32, rows of any length or of a multiple.
 
 Run: python benchmarks/cpu_sizes/sizes.py
-Each line is of a process of its own, in which GPT-2 small's attention or its four matrices, forward and backward, see
-rows of random lengths.
+Each case runs in its own process: GPT-2 small's attention or its four matrices, forward and backward, over rows of
+random lengths.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from peftbench.profiler.memory import read_proc_status_bytes
 MIB = 2**20
 HEADS, WIDTH = 12, 64
 SHORTEST, LONGEST = 200, 1000
-"""Of documents, and rows have two of them."""
+"""Document lengths; a row has two documents."""
 TIMES = 150
 Case = tuple[str, str, int]
 CASES: tuple[Case, ...] = (
@@ -39,8 +39,8 @@ CASES: tuple[Case, ...] = (
 )
 
 
-def of_attention(kind: str) -> Callable[[int], object]:
-    """Forward and backward of two documents in a row, as the loop has it or as torch would without being told."""
+def build_attention_pass(kind: str) -> Callable[[int], object]:
+    """Build the forward and backward pass of two documents in a row, as in training or as torch's default."""
     if kind == "16 bits":
         attention._is_upcast_to_float32 = _never
     layer = torch.nn.Module()
@@ -58,8 +58,8 @@ def _never(query: torch.Tensor) -> bool:
     return False
 
 
-def of_matrices(kind: str) -> Callable[[int], object]:
-    """Forward and backward of a block's four matrices."""
+def build_matrix_pass(kind: str) -> Callable[[int], object]:
+    """Build the forward and backward pass of a block's four matrices."""
     dtype = torch.bfloat16 if kind == "16 bits" else torch.float32
     shapes = ((768, 2304), (768, 768), (768, 3072), (3072, 768))
     layers = [torch.nn.Linear(*shape, dtype=dtype) for shape in shapes]
@@ -73,8 +73,8 @@ def of_matrices(kind: str) -> Callable[[int], object]:
 
 
 def measure(what: str, kind: str, multiple: int) -> tuple[float, float, float]:
-    """Milliseconds of a length's first and second time (medians), and bytes that the process kept in the end."""
-    once = (of_attention if what == "attention" else of_matrices)(kind)
+    """Return milliseconds of a length's first and second pass (medians), and bytes the process kept at the end."""
+    once = (build_attention_pass if what == "attention" else build_matrix_pass)(kind)
     drawn, timed = torch.Generator().manual_seed(0), []
     once(LONGEST)
     before = _resident()
@@ -97,18 +97,18 @@ def _resident() -> int:
 
 
 def main() -> None:
-    """Each case in a process of its own, and a table."""
+    """Measure each case in its own process and print a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--threads", type=int, default=2, help="of torch (2)")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads (2)")
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    torch.set_num_threads(asked.threads)
-    if asked.case is not None:
-        print(*measure(*CASES[asked.case]))
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.case is not None:
+        print(*measure(*CASES[args.case]))
         return
     table = []
     for index, case in enumerate(CASES):
-        command = [sys.executable, __file__, "--threads", str(asked.threads), "--case", str(index)]
+        command = [sys.executable, __file__, "--threads", str(args.threads), "--case", str(index)]
         first, second, kept = map(float, subprocess.check_output(command, text=True).split())  # noqa: S603
         table.append([*case, f"{first:.1f}", f"{second:.1f}", f"{first / second:.2f}x", f"{kept / MIB:,.0f}"])
     heads = ["what", "in", "rows of a multiple of", "first time, ms", "second, ms", "first / second", "kept, MiB"]

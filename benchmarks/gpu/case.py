@@ -61,13 +61,13 @@ class ArchitectureRun(Run):
 
 
 def device_name() -> str:
-    """Torch's name of the device, fit for a folder."""
+    """Return torch's device name as a folder name."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")
 
 
 def measure(out: Path, name: str, *, tiny: bool) -> None:
-    """Run one case and print a line about it."""
+    """Run one case and print its result in one line."""
     recipe, size = next(case for case in cases(tiny=tiny, folder=str(out / device_name())) if case[0].name == name)
     if _has_record(out / device_name() / recipe.name / RECORD_FILE):
         print(f"{recipe.name}: has a record", flush=True)
@@ -78,21 +78,21 @@ def measure(out: Path, name: str, *, tiny: bool) -> None:
     with contextlib.redirect_stdout(sys.stderr):
         try:
             record, _ = ArchitectureRun(recipe, size).execute()
-            said = described(record)
+            summary = summarize(record)
         except PeftbenchError as error:
-            said = f"refused: {error}"
-    print(f"{recipe.name}: {said}", flush=True)
+            summary = f"refused: {error}"
+    print(f"{recipe.name}: {summary}", flush=True)
 
 
 def _has_record(path: Path) -> bool:
     try:
         return path.exists() and read_record(path).outcome.kind in FINAL_OUTCOMES
-    except RecordError:  # of another version; this one takes its place
+    except RecordError:  # another version: measure again
         return False
 
 
-def described(record: RunRecord) -> str:
-    """A record in one line."""
+def summarize(record: RunRecord) -> str:
+    """Return a record in one line."""
     if record.throughput is None:
         return f"{record.outcome.kind} in {record.outcome.phase}, {record.outcome.step_part}: {record.outcome.error}"
     peak, speed = train_peak_bytes(record), record.throughput
@@ -107,20 +107,20 @@ def described(record: RunRecord) -> str:
 
 
 def main() -> int:
-    """Name the cases, or measure one."""
+    """Print the names of the cases, or measure one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="The cases of the tiny model.")
+    parser.add_argument("--tiny", action="store_true", help="Use the tiny model.")
     parser.add_argument("--names", action="store_true", help="Print the names of all cases.")
     parser.add_argument("--out", type=Path, help="Folder for records.")
     parser.add_argument("name", nargs="?", help="The case to measure.")
-    given = parser.parse_args()
-    if given.names:
-        print("\n".join(recipe.name for recipe, _ in cases(tiny=given.tiny)))
+    args = parser.parse_args()
+    if args.names:
+        print("\n".join(recipe.name for recipe, _ in cases(tiny=args.tiny)))
         return 0
-    if not given.tiny and not torch.cuda.is_available():
-        print("there is no CUDA device; give --tiny for a try on CPU", file=sys.stderr)
+    if not args.tiny and not torch.cuda.is_available():
+        print("no CUDA device found; use --tiny to try it on CPU", file=sys.stderr)
         return NO_DEVICE
-    measure(given.out, given.name, tiny=given.tiny)
+    measure(args.out, args.name, tiny=args.tiny)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What measure.py measures: models, and the recipes over them."""
+"""The models and recipes that measure.py measures."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ SOFT_TOKENS = 20
 
 @dataclass(frozen=True)
 class Size:
-    """A model, and what it is shown."""
+    """A model and the shape of its training data."""
 
     config: dict[str, Any]
     source: Synthetic
     rows: int
     width: int
-    """Real tokens of each row; soft ones come on top, within the model's positions."""
+    """Real tokens per row; virtual tokens are added within the model's positions."""
     warmup_steps: int
     steps: int
 
 
 class RandomTokens:
-    """Encoded examples of the source's lengths; a row too long loses the end of its article."""
+    """Random tokens with the source's lengths; the article of an overlong row is truncated."""
 
     def __init__(self, size: Size, vocabulary: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -80,7 +80,7 @@ LADDER = {
     "gpt2-xl": Size({"n_layer": 48, "n_embd": 1600, "n_head": 25}, CNN_DAILYMAIL, 6, 1024 - SOFT_TOKENS, 6, 15),
 }
 CARD = "16GiB"
-"""What the ladder's runs are held to."""
+"""Memory budget of the ladder's runs."""
 STEPS: dict[str, dict[str, Any]] = {
     "fp32": {
         "precision": "fp32",
@@ -90,19 +90,19 @@ STEPS: dict[str, dict[str, Any]] = {
         "checkpointing": False,
     },
     "bf16": {"precision": "bf16"},
-    "labelled_logits": {"logits": "labelled"},
+    "labelled_logits": {"logits": "labels_only"},
     "fused_gelu": {"fused_gelu": True},
     "adamw8bit": {"optimizer": "adamw8bit"},
     "checkpointing": {"checkpointing": True},
     "bf16_weights": {"optimizer": "adamw8bit_bf16"},
 }
-"""Each changes the one before it, as recipes/budget16 does."""
+"""Each step adds to the previous one, as in recipes/budget16."""
 
 
-def of_methods(sizes: Mapping[str, Size], folder: str) -> Iterator[tuple[Recipe, Size]]:
-    """Every method in both precisions; checkpointing a frozen trunk is none, since it is left out there."""
-    knobs: dict[str, dict[str, Any]] = {"prompt_tuning": {"num_virtual_tokens": SOFT_TOKENS}}
-    methods = [kind(**knobs.get(name, {})) for name, kind in METHODS.items()]
+def iter_method_cases(sizes: Mapping[str, Size], folder: str) -> Iterator[tuple[Recipe, Size]]:
+    """Yield every method in both precisions, with and without checkpointing (which a frozen backbone does not use)."""
+    method_keys: dict[str, dict[str, Any]] = {"prompt_tuning": {"num_virtual_tokens": SOFT_TOKENS}}
+    methods = [kind(**method_keys.get(name, {})) for name, kind in METHODS.items()]
     cases = itertools.product(sizes.items(), ("bf16", "fp32"), (False, True), methods)
     for (model, size), precision, checkpointing, method in cases:
         if checkpointing and method.has_frozen_backbone:
@@ -128,26 +128,26 @@ def of_methods(sizes: Mapping[str, Size], folder: str) -> Iterator[tuple[Recipe,
         )
 
 
-def of_the_ladder(sizes: Mapping[str, Size], folder: str) -> Iterator[tuple[Recipe, Size]]:
-    """Full fine-tuning with less and less memory, each step on every size, in a card's memory."""
+def iter_ladder_cases(sizes: Mapping[str, Size], folder: str) -> Iterator[tuple[Recipe, Size]]:
+    """Yield full fine-tuning with one more memory technique per step, on every size, within a card's memory."""
     for model, size in sizes.items():
-        knobs: dict[str, Any] = {}
+        settings: dict[str, Any] = {}
         for index, (step, change) in enumerate(STEPS.items()):
-            knobs = knobs | change
+            settings = settings | change
             yield (
                 Recipe(
                     name=f"{model}_{index}_{step}",
                     output_dir=folder,
-                    model=Model(path=model, init="random", fused_gelu=knobs["fused_gelu"]),
+                    model=Model(path=model, init="random", fused_gelu=settings["fused_gelu"]),
                     method=Full(),
                     data=Data(source=size.source, max_length=size.width, padding="max_length"),
-                    optimizer=OPTIMIZERS[knobs["optimizer"]](kind=knobs["optimizer"]),
+                    optimizer=OPTIMIZERS[settings["optimizer"]](kind=settings["optimizer"]),
                     train=Train(
                         steps=size.warmup_steps + size.steps,
                         global_batch_size=size.rows,
-                        precision=knobs["precision"],
-                        gradient_checkpointing=knobs["checkpointing"],
-                        logits=knobs["logits"],
+                        precision=settings["precision"],
+                        gradient_checkpointing=settings["checkpointing"],
+                        logits=settings["logits"],
                     ),
                     evaluate=Evaluate(generate=False),
                     profile=Profile(untimed_steps=size.warmup_steps),
@@ -159,7 +159,7 @@ def of_the_ladder(sizes: Mapping[str, Size], folder: str) -> Iterator[tuple[Reci
 
 
 def cases(*, tiny: bool, folder: str = "") -> Iterator[tuple[Recipe, Size]]:
-    """All of them: the methods first, then the ladder, which needs a card."""
-    yield from of_methods(TINY if tiny else SIZES, folder)
+    """Yield all cases: methods first, then the ladder, which needs a GPU."""
+    yield from iter_method_cases(TINY if tiny else SIZES, folder)
     if not tiny:
-        yield from of_the_ladder(LADDER, folder)
+        yield from iter_ladder_cases(LADDER, folder)

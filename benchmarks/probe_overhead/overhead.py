@@ -1,4 +1,4 @@
-"""What the Probe itself takes of a step: its calls alone, many times, against the median step of given records.
+"""Measure the time of the Probe's calls alone, relative to the median step of given records.
 
 Run: python benchmarks/probe_overhead/overhead.py docs/results/demo
 """
@@ -23,34 +23,34 @@ REPEATS = 7
 PARTS = ("forward", "backward", "optimizer")
 
 
-class StandIn:
-    """A meter that reads at every part as a GPU's does, and finds always the same."""
+class FakeMeter:
+    """A meter that is read at every part of a step, as on a GPU, and returns constants."""
 
     supports_step_parts = True
     cuda_context_bytes: int | None = None
 
     def lap(self) -> Memory:
-        """What CudaMeter makes of the allocator's counters."""
+        """Return what CudaMeter builds from the allocator's counters."""
         return Memory(allocated_bytes=1, reserved_bytes=2, inactive_split_bytes=3, num_alloc_retries=0)
 
     def read_in_use_bytes(self) -> int | None:
-        """Asked where somebody watches, which is not timed here."""
+        """Return None: only the progress bar calls it, which is not timed here."""
         return None
 
     def read_process_bytes(self) -> int | None:
-        """Asked at the end of a phase, which is not timed here."""
+        """Return None: called at the end of a phase, which is not timed here."""
         return None
 
     def set_baseline(self) -> None:
-        """Nothing was held before."""
+        """Do nothing: there is no earlier memory."""
 
     def empty_cache(self) -> None:
-        """Asked at the start of a phase."""
+        """Do nothing: called at the start of a phase."""
 
 
-def seconds_a_step(device: torch.device, meter: MemoryMeter | None = None) -> list[float]:
-    """Seconds that one timed step of one micro-batch and the pause after it spend in the Probe, once a repeat."""
-    found = []
+def measure_step_seconds(device: torch.device, meter: MemoryMeter | None = None) -> list[float]:
+    """Return, per repeat, the Probe's seconds in one timed step with one micro-batch and in the pause after it."""
+    seconds = []
     for _ in range(REPEATS):
         probe = Probe(device, build_energy_meter(device))
         probe.memory_meter = meter or probe.memory_meter
@@ -63,21 +63,21 @@ def seconds_a_step(device: torch.device, meter: MemoryMeter | None = None) -> li
                             pass
                 with probe.paused():
                     pass
-            found.append((time.perf_counter() - start) / CALLS)
-    return found
+            seconds.append((time.perf_counter() - start) / CALLS)
+    return seconds
 
 
-def seconds_a_phase(device: torch.device) -> list[float]:
-    """Seconds that entering and leaving one phase takes, with the reset and the reading of its peak."""
-    found = []
+def measure_phase_seconds(device: torch.device) -> list[float]:
+    """Return, per repeat, the seconds to enter and leave a phase, including reset and reading of its peak."""
+    seconds = []
     for _ in range(REPEATS):
         probe = Probe(device)
         start = time.perf_counter()
         for _ in range(100):
             with probe.phase("train"):
                 pass
-        found.append((time.perf_counter() - start) / 100)
-    return found
+        seconds.append((time.perf_counter() - start) / 100)
+    return seconds
 
 
 def main() -> None:
@@ -86,9 +86,9 @@ def main() -> None:
     parser.add_argument("records", type=Path, help="Folder with records of runs on this kind of machine.")
     folder = parser.parse_args().records
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    step, phase = statistics.median(seconds_a_step(device)), statistics.median(seconds_a_phase(device))
+    step, phase = statistics.median(measure_step_seconds(device)), statistics.median(measure_phase_seconds(device))
     print(f"on {device}: {step * 1e6:.2f} us a step, {phase * 1e6:.0f} us a phase (medians of {REPEATS})")
-    parts = statistics.median(seconds_a_step(device, StandIn()))
+    parts = statistics.median(measure_step_seconds(device, FakeMeter()))
     print(f"with a peak for every part, the reading itself left out: {parts * 1e6:.2f} us a step\n")
     rows = [
         {

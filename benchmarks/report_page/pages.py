@@ -1,10 +1,10 @@
-"""How long the report of many runs takes to be made, and to be opened: the records of a suite, over and over.
+"""Measure how long the report of many runs takes to build and to open, with copies of a suite's records.
 
     python benchmarks/report_page/pages.py docs/results/demo --runs 1000
 
-Each copy has a name, a seed and a learning rate of its own, so that nothing is drawn, compared or shown once for many.
-Records are written first and are not in the time; what is timed is ``peftbench report`` in a process of its own, and,
-where playwright and Chromium are there, the browser until every chart is drawn, and a click that sorts.
+Each copy has its own name, seed and learning rate, so that no work is shared. Writing records is not timed. Timed are
+``peftbench report`` in its own process and, if playwright and Chromium are installed, the browser until every chart is
+drawn and a click that sorts.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from peftbench.record import RunRecord, read_records
 _DRAWN = "[...document.querySelectorAll('[data-chart]')].every(b => b.dataset.drawn)"
 
 
-def many(records: Sequence[RunRecord], count: int, folder: Path, seeds: int) -> None:
-    """Write ``count`` records to ``folder``, in turn those of ``records``, in configurations of ``seeds`` runs."""
+def write_copies(records: Sequence[RunRecord], count: int, folder: Path, seeds: int) -> None:
+    """Write ``count`` copies of ``records`` to ``folder``, in groups of ``seeds`` runs."""
     for index in range(count):
         one = records[index % len(records)]
         recipe = json.loads(json.dumps(one.recipe))
@@ -38,16 +38,16 @@ def many(records: Sequence[RunRecord], count: int, folder: Path, seeds: int) -> 
         one.model_copy(update={"name": recipe["name"], "recipe": recipe}).write(folder / recipe["name"])
 
 
-def made(folder: Path) -> float:
-    """Seconds of ``peftbench report``, from the start of its process to the end."""
+def time_report(folder: Path) -> float:
+    """Return the seconds of ``peftbench report``, from process start to end."""
     command = [sys.executable, "-c", "from peftbench.cli.app import main; main()", "report", str(folder)]
     start = time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)  # noqa: S603 — a command of ours
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)  # noqa: S603
     return time.perf_counter() - start
 
 
-def opened(page: Path) -> tuple[float, float] | None:
-    """Seconds until every chart is drawn, and of sorting by the fourth column; None where there is no browser."""
+def time_browser(page: Path) -> tuple[float, float] | None:
+    """Return seconds until every chart is drawn, and to sort by the fourth column; None without a browser."""
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
@@ -73,27 +73,27 @@ def opened(page: Path) -> tuple[float, float] | None:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("records", type=Path, help="folder of the records that are copied")
+    parser.add_argument("records", type=Path, help="folder of the records to copy")
     parser.add_argument("--runs", type=int, default=1000)
-    parser.add_argument("--seeds", type=int, default=5, help="runs of each configuration")
+    parser.add_argument("--seeds", type=int, default=5, help="runs per group")
     parser.add_argument("--repeats", type=int, default=3)
-    given = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        many(read_records(given.records), given.runs, folder, given.seeds)
+        write_copies(read_records(args.records), args.runs, folder, args.seeds)
         size = sum(path.stat().st_size for path in folder.rglob("record.json"))
-        seconds = [made(folder) for _ in range(given.repeats)]
+        seconds = [time_report(folder) for _ in range(args.repeats)]
         page = folder / "report.html"
-        print(f"{given.runs:,} records, {size / 2**20:,.0f} MiB; the page has {page.stat().st_size / 2**20:.1f} MiB")
+        print(f"{args.runs:,} records, {size / 2**20:,.0f} MiB; the page has {page.stat().st_size / 2**20:.1f} MiB")
         print(
-            f"peftbench report: {statistics.median(seconds):.1f} s, median of {given.repeats} ({min(seconds):.1f} to "
+            f"peftbench report: {statistics.median(seconds):.1f} s, median of {args.repeats} ({min(seconds):.1f} to "
             f"{max(seconds):.1f})"
         )
-        looked = opened(page)
-        if looked is None:
-            print("it was not opened: playwright or chromium is not there")
+        timings = time_browser(page)
+        if timings is None:
+            print("not opened: playwright or chromium is not installed")
         else:
-            print(f"in Chromium: {looked[0]:.1f} s until every chart is drawn, {looked[1]:.2f} s to sort")
+            print(f"in Chromium: {timings[0]:.1f} s until every chart is drawn, {timings[1]:.2f} s to sort")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
-"""One process, one arm: trains, measures and writes one record. ``__main__.py`` starts it.
+"""Train one arm, measure it and write one record. ``__main__.py`` starts this as a process.
 
 Run: python benchmarks/vs_trainer/arm.py prepare CONFIG_FOLDER OUT SEED
      python benchmarks/vs_trainer/arm.py measure JOBS.json
-It needs torch, transformers, accelerate, peft and datasets (trl in its arms), and of peftbench's other requirements
-pydantic and platformdirs alone.
+It needs only torch, transformers, accelerate, peft, datasets, pydantic and platformdirs (and trl for its arms).
 """
 
 from __future__ import annotations
 
 import os
 
-# Before any library of the hub is imported, since each reads its environment once.
+# Set before importing any Hugging Face library, since each reads the environment once.
 os.environ |= {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_OFFLINE": "1",
@@ -50,46 +49,46 @@ from peftbench.record.environment import get_library_versions
 
 MIB = 2**20
 LEFT = 16 * MIB
-"""What an arm may leave to the next one in its process without a note."""
+"""Memory an arm may leave allocated in its process without a note, bytes."""
 
 
 def prepare(config: Path, out: Path, seed: int) -> None:
-    """Save the base that all arms start from: the architecture with seeded random weights, and its tokenizer."""
-    knobs = Model(path=str(config))
-    tokenizer = load_tokenizer(knobs)
+    """Save the base model of all arms: the architecture with seeded random weights, and its tokenizer."""
+    model = Model(path=str(config))
+    tokenizer = load_tokenizer(model)
     torch.manual_seed(seed)
-    build_from_config(knobs, load_config(knobs)).save_pretrained(out)
+    build_from_config(model, load_config(model)).save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
 def measure(job: Job) -> Measured:
-    """Train one arm, in a process whose memory so far belongs to libraries alone."""
+    """Train one arm, in a process that has only imported libraries."""
     torch.set_num_threads(job.spec.threads)
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     _import_all(job)
     meter: MemoryMeter = build_memory_meter(torch.device(job.spec.device))
-    # Of every arm, and not the one that peftbench's Run takes when it begins: tokenizer and examples are there by then.
+    # The same baseline for every arm. peftbench's Run takes its own later, after tokenizer and examples are loaded.
     baseline = meter.lap().baseline_rss_bytes
     held = torch.cuda.memory_allocated() if job.spec.device == "cuda" else 0
-    knobs = Model(path=job.base)
-    room = get_max_positions(load_config(knobs))
-    if room is None:
-        raise PeftbenchError("the model's config gives no number of positions; use one that does")
-    examples = read_examples(job, load_tokenizer(knobs), room)
+    model = Model(path=job.base)
+    max_positions = get_max_positions(load_config(model))
+    if max_positions is None:
+        raise PeftbenchError("the model's config has no number of positions; use a model that has one")
+    examples = read_examples(job, load_tokenizer(model), max_positions)
     if job.arm == OURS:
         import ours
 
-        trained = ours.run(job, examples, room)
+        trained = ours.run(job, examples, max_positions)
     else:
         import peers
 
-        trained = peers.run(job, examples, room, meter)
-    memory = trained.memory.model_copy(update={"resident_baseline_bytes": baseline})
+        trained = peers.run(job, examples, max_positions, meter)
+    memory = trained.memory.model_copy(update={"baseline_rss_bytes": baseline})
     return _record(job, replace(trained, memory=memory), examples.identity, started, held)
 
 
 def _import_all(job: Job) -> None:
-    """Import what the arm will use, so that no library is counted as memory of the training."""
+    """Import the arm's libraries, so that none counts as training memory."""
     import datasets  # noqa: F401
     import peft  # noqa: F401
     import transformers.models.gpt2.modeling_gpt2  # noqa: F401
@@ -99,7 +98,7 @@ def _import_all(job: Job) -> None:
     else:
         import peers  # noqa: F401
 
-        with contextlib.suppress(ImportError):  # accelerate looks whether it has such a model, where it is installed
+        with contextlib.suppress(ImportError):  # accelerate checks for a DeepSpeed model if it is installed
             import deepspeed  # noqa: F401
     if job.arm in NEEDS_TRL:
         import trl.trainer.sft_trainer  # noqa: F401
@@ -108,8 +107,8 @@ def _import_all(job: Job) -> None:
 def _record(job: Job, trained: Trained, identity: str, started: str, held: int) -> Measured:
     from accelerate import Accelerator
 
-    device = describe_device(Accelerator())  # whose state is the arm's own
-    notes = [*trained.notes, *([f"{held:,} bytes were held by arms before"] if held > LEFT else [])]
+    device = describe_device(Accelerator())  # shares the arm's state
+    notes = [*trained.notes, *([f"{held:,} bytes were still allocated by earlier arms"] if held > LEFT else [])]
     spec = job.spec
     return Measured(
         case=job.case,
@@ -150,48 +149,51 @@ def _git_state() -> str | None:
     here = Path(__file__).resolve().parent
     command = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)  # noqa: S603
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)  # noqa: S603
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return found.stdout.strip() or None if found.returncode == 0 else None
+    return result.stdout.strip() or None if result.returncode == 0 else None
 
 
-def described(measured: Measured) -> str:
-    """A record in one line."""
+def summarize(measured: Measured) -> str:
+    """Return a record in one line."""
     peak = measured.peak_bytes
-    share = "unknown"
+    flop_ratio = "unknown"
     if measured.required_flops and measured.executed_flops:
-        share = f"{measured.required_flops / measured.executed_flops:.1%}"
+        flop_ratio = f"{measured.required_flops / measured.executed_flops:.1%}"
     return (
         f"{measured.case}, {measured.arm}, repeat {measured.repeat}: {measured.tokens_per_second:,.0f} real tokens/s, "
-        f"peak {'unknown' if peak is None else f'{peak / MIB:,.0f} MiB'}, required of executed FLOPs {share}, "
+        f"peak {'unknown' if peak is None else f'{peak / MIB:,.0f} MiB'}, model FLOPs / hardware FLOPs {flop_ratio}, "
         f"last loss {measured.losses[-1]:.5f}"
     )
 
 
 def measure_all(jobs: Sequence[Job], seconds: float | None) -> None:
-    """One after another, each with its record; none is begun after so many seconds."""
+    """Measure each job and write its record; start none after ``seconds``."""
     started = time.monotonic()
     for index, job in enumerate(jobs):
         if seconds is not None and time.monotonic() - started > seconds:
-            print(f"no time for the other {len(jobs) - index}; the same call goes on with them", flush=True)
+            print(
+                f"time is up; {len(jobs) - index} measurements are left; run the same command again to resume",
+                flush=True,
+            )
             return
         with contextlib.redirect_stdout(sys.stderr):
             measured = measure(job)
         write_atomically(Path(job.out), measured.model_dump_json(indent=1) + "\n")
-        print(described(measured), flush=True)
-        forget()
+        print(summarize(measured), flush=True)
+        reset_process()
 
 
-def forget() -> None:
-    """Leave nothing of an arm to the next one in this process."""
+def reset_process() -> None:
+    """Free the memory and state of an arm before the next one in this process."""
     from accelerate.state import AcceleratorState, GradientState
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     gc.collect()
     if torch.cuda.is_available():
-        with contextlib.suppress(AttributeError):  # torch's own, and free to change
+        with contextlib.suppress(AttributeError):  # a private function of torch
             torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
 
@@ -201,7 +203,7 @@ def _quiet() -> None:
     transformers_logging.disable_progress_bar()
     for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # Sets its own level when it is imported.
+    # It sets its own level on import.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     warnings.filterwarnings("ignore")
 
@@ -213,8 +215,8 @@ def main() -> int:
         if sys.argv[1] == "prepare":
             prepare(Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))
             return 0
-        asked = json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
-        measure_all([Job.model_validate(entry) for entry in asked["jobs"]], asked["seconds"])
+        request = json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
+        measure_all([Job.model_validate(entry) for entry in request["jobs"]], request["seconds"])
     except PeftbenchError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return int(error.exit_code)

@@ -1,4 +1,4 @@
-"""The one clock of all arms, told of the end of every step."""
+"""The clock of all arms, called at the end of every step."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from peftbench.record import Memory
 
 @dataclass
 class StepClock:
-    """Seconds of the steps after warm-up, whatever happens between them, and their peak memory.
+    """Measures the seconds of the steps after warm-up, including everything between them, and their peak memory.
 
-    The device is waited for at the end of the warm-up and at the end of all; steps between are timed by events on it.
+    It synchronizes with the device after warm-up and after the last step; steps between are timed with CUDA events.
     """
 
     device: torch.device
     warmup: int
     total: int
     meter: MemoryMeter | None = None
-    """None where the arm has its own."""
+    """None if the arm has its own."""
     memory: Memory | None = None
     seconds: float = 0.0
     _ended: int = 0
@@ -30,7 +30,7 @@ class StepClock:
     _start: float = 0.0
 
     def step_ended(self) -> None:
-        """Called right after every optimizer step."""
+        """Record the end of an optimizer step."""
         self._ended += 1
         if self._ended == self.warmup:
             self._wait()
@@ -47,7 +47,7 @@ class StepClock:
 
     @property
     def step_seconds(self) -> tuple[float, ...]:
-        """Of each timed step."""
+        """Return the seconds of each timed step."""
         return tuple(_between(first, second) for first, second in zip(self._marks, self._marks[1:], strict=False))
 
     def _mark(self) -> float | torch.cuda.Event:

@@ -1,4 +1,4 @@
-"""The examples of all arms, encoded once each by peftbench's encoder and in peftbench's order."""
+"""The examples of all arms, encoded by peftbench's encoder and in peftbench's order."""
 
 from __future__ import annotations
 
@@ -27,38 +27,38 @@ SEPARATOR: str = Data.model_fields["separator"].default
 
 @dataclass(frozen=True)
 class Examples:
-    """Encoded examples, and the global batches that a training draws from them."""
+    """Encoded examples, and the global batches drawn from them."""
 
     rows: tuple[tuple[list[int], int], ...]
-    """Token ids of each, and how many of them are not labelled."""
+    """Token ids of each example, and how many of them are not labels."""
     batches: tuple[tuple[int, ...], ...]
-    """Indices of the examples of each step."""
+    """Example indices of each step."""
     end: int
-    """The end token."""
+    """Id of the end token."""
     identity: str
     """Hash of the file."""
 
     def dataset(self) -> Dataset:
-        """Each once, as peftbench's loop takes them."""
+        """Return each example once, in the format of peftbench's training loop."""
         from datasets import Dataset
 
         ids, prompts = zip(*self.rows, strict=True)
         return Dataset.from_dict({"input_ids": list(ids), "prompt_tokens": list(prompts)})
 
     def step(self, index: int) -> list[tuple[list[int], int]]:
-        """What a step is shown, shortest first, as peftbench has it within a global batch."""
+        """Return a step's examples, shortest first, as in peftbench's global batch."""
         return sorted((self.rows[i] for i in self.batches[index]), key=lambda row: len(row[0]))
 
     def real_tokens(self) -> tuple[int, ...]:
-        """Of each step."""
+        """Return the real tokens of each step."""
         return tuple(sum(len(ids) for ids, _ in self.step(index)) for index in range(len(self.batches)))
 
     def labelled_tokens(self) -> tuple[int, ...]:
-        """Of each step."""
+        """Return the labels of each step."""
         return tuple(sum(len(ids) - prompt for ids, prompt in self.step(i)) for i in range(len(self.batches)))
 
     def required(self, index: int, virtual_tokens: int) -> FlopUnits:
-        """What a step needs: real and virtual positions, causal pairs, the head at labels."""
+        """Return a step's model FLOP units: real and virtual positions, causal pairs, the head at labels."""
         lengths = [len(ids) + virtual_tokens for ids, _ in self.step(index)]
         pairs = sum(length * (length + 1) // 2 for length in lengths)
         return FlopUnits(
@@ -67,13 +67,13 @@ class Examples:
 
 
 def read_examples(job: Job, tokenizer: PreTrainedTokenizerBase, positions: int) -> Examples:
-    """The first examples of the file, as many as the case has.
+    """Read the first examples of the file, as many as the case needs.
 
     Raises:
-        DataError: they cannot be read, or there are too few.
+        DataError: a line is invalid, or the file has too few examples.
     """
     spec, path = job.spec, Path(job.train)
-    longest = positions - spec.soft_tokens  # with every method, so that all are shown the same
+    longest = positions - spec.soft_tokens  # for every method, so that all see the same text
     encoder = Encoder(
         tokenizer,
         SequenceLayout.for_model(
@@ -91,7 +91,7 @@ def read_examples(job: Job, tokenizer: PreTrainedTokenizerBase, positions: int) 
             if len(rows) == wanted:
                 break
     if len(rows) < wanted:
-        raise EmptySplitError(f"{path} has {len(rows)} usable examples and {wanted} are needed; give fewer steps")
+        raise EmptySplitError(f"{path} has {len(rows)} usable examples, but {wanted} are needed; use fewer steps")
     unordered = Examples(tuple(rows), (), encoder.eos_token_id, "")
     batches = Batches(unordered.dataset(), Collator(pad_token_id=encoder.eos_token_id), spec.batch, None, spec.seed)
     order = batches.sample_indices()
@@ -106,7 +106,7 @@ def _pair(path: Path, number: int, line: str) -> tuple[str, str]:
         row = json.loads(line)
         article, summary = (str(row[column]) for column in COLUMNS)
     except json.JSONDecodeError as error:
-        raise DataError(f"line {number} of {path} is no JSON ({error.msg})") from error
+        raise DataError(f"line {number} of {path} is not JSON ({error.msg})") from error
     except (KeyError, TypeError) as error:
-        raise MissingColumnError(f"line {number} of {path} has not the columns {' and '.join(COLUMNS)}") from error
+        raise MissingColumnError(f"line {number} of {path} lacks the columns {' and '.join(COLUMNS)}") from error
     return article, summary

@@ -1,4 +1,4 @@
-"""peftbench's arm: a recipe, its own Run and its own loop; only data and clock are the benchmark's."""
+"""peftbench's arm: a recipe and peftbench's Run and loop; only data and clock belong to the benchmark."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from clock import StepClock
 from examples import Examples
-from spec import CASES, Job, own_knobs
+from spec import CASES, Job, own_settings
 from trained import COUNTED_STEP, Trained, method_of
 
 from peftbench.common.filesystem import cache_dir
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class TimedRun(Run):
-    """A run that is trained and measured like any other, and not evaluated."""
+    """A run that is trained and measured as usual, without evaluation."""
 
     def __init__(
         self, recipe: Recipe, rows: Dataset, data_fingerprint: str, pad_token_id: int, clock: StepClock
@@ -61,7 +61,7 @@ class ClockCallback:
 
 
 def recipe_of(job: Job, folder: str, positions: int) -> Recipe:
-    """The recipe: what all arms share, and else peftbench's defaults."""
+    """Return the recipe: the shared settings, and peftbench's defaults for the rest."""
     spec = job.spec
     return Recipe(
         name=CASES[job.case].method,
@@ -76,7 +76,7 @@ def recipe_of(job: Job, folder: str, positions: int) -> Recipe:
             precision=spec.precision,
             max_grad_norm=spec.max_grad_norm,
             seed=spec.seed,
-            **own_knobs(job.case, spec),
+            **own_settings(job.case, spec),
         ),
         evaluate=Evaluate(generate=False),
         profile=Profile(untimed_steps=spec.warmup_steps(job.case)),
@@ -85,10 +85,10 @@ def recipe_of(job: Job, folder: str, positions: int) -> Recipe:
 
 
 def run(job: Job, examples: Examples, positions: int) -> Trained:
-    """Train, and tell how it went.
+    """Train and return the measurements.
 
     Raises:
-        PeftbenchError: it did not end well.
+        PeftbenchError: the outcome is not ok.
     """
     spec = job.spec
     clock = StepClock(torch.device(spec.device), spec.warmup_steps(job.case), spec.total_steps(job.case))
@@ -122,8 +122,8 @@ def run(job: Job, examples: Examples, positions: int) -> Trained:
 
 
 def _without_paths(record: RunRecord) -> dict[str, Any]:
-    """The recipe, without where its files lie on the machine that ran it."""
-    kept = {key: value for key, value in record.recipe.items() if key not in {"output_dir", "name"}}
-    kept["model"] = {key: value for key, value in kept["model"].items() if key not in {"path", "tokenizer"}}
-    kept["data"] = {key: value for key, value in kept["data"].items() if key != "source"}
-    return kept
+    """Return the recipe without the paths of the machine."""
+    recipe = {key: value for key, value in record.recipe.items() if key not in {"output_dir", "name"}}
+    recipe["model"] = {key: value for key, value in recipe["model"].items() if key not in {"path", "tokenizer"}}
+    recipe["data"] = {key: value for key, value in recipe["data"].items() if key != "source"}
+    return recipe

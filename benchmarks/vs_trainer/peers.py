@@ -1,4 +1,4 @@
-"""The arms of HF Trainer and of TRL's SFTTrainer, watched from outside: what is timed is their own step."""
+"""The arms of HF Trainer and TRL's SFTTrainer; their own steps are timed through callbacks."""
 
 from __future__ import annotations
 
@@ -33,31 +33,31 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 IGNORED = -100
-"""Label of a position that is not to be predicted, as transformers has it."""
+"""Label of a position without loss, as in transformers."""
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 
 @dataclass(eq=False)
 class Watch(TrainerCallback):  # type: ignore[misc]  # transformers' class has no types
-    """Notes what a trainer does, and never waits for the device."""
+    """Records a trainer's losses and tokens without synchronizing with the device."""
 
     clock: StepClock
     accumulation: int
     losses: list[torch.Tensor] = field(default_factory=list)
-    """Of each micro-batch, which add up to a step's: each is a sum by the labelled tokens of the whole step."""
+    """Loss of each micro-batch, divided by the labels of the whole step; they add up to the step's loss."""
     tokens: list[tuple[int, int]] = field(default_factory=list)
-    """Real and labelled ones of each micro-batch that was collated."""
+    """Real tokens and labels of each collated micro-batch."""
     counter: FlopCounter = field(default_factory=FlopCounter)
 
     def on_step_end(self, *_: object, **__: object) -> None:
         self.clock.step_ended()
 
     def looking(self) -> AbstractContextManager[object]:
-        """Counts the FLOPs of the micro-batches of one warm-up step."""
+        """Return a FLOP counter for the micro-batches of one warm-up step, otherwise a null context."""
         return self.counter if len(self.losses) // self.accumulation == COUNTED_STEP - 1 else nullcontext()
 
     def counted(self, collate: Collate) -> Collate:
-        """A collator that notes what it is given."""
+        """Return a collator that records its tokens."""
 
         def noting(rows: list[dict[str, Any]]) -> dict[str, Any]:
             real = sum(sum(row["attention_mask"]) if "attention_mask" in row else len(row["input_ids"]) for row in rows)
@@ -67,11 +67,11 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers' class has n
         return noting
 
     def step_losses(self) -> tuple[float, ...]:
-        """One for each step."""
+        """Return the loss of each step."""
         return tuple(float(sum(part)) for part in _parts([loss.item() for loss in self.losses], self.accumulation))
 
     def step_tokens(self, index: int) -> tuple[int, ...]:
-        """Real (0) or labelled (1) ones of each step; a loader may have collated a batch more than was trained on."""
+        """Return real tokens (0) or labels (1) of each step; the loader may have collated one batch too many."""
         trained = [pair[index] for pair in self.tokens[: len(self.losses)]]
         return tuple(sum(part) for part in _parts(trained, self.accumulation))
 
@@ -81,18 +81,18 @@ def _parts(values: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 
 
 def _labelled(labels: list[int] | numpy.ndarray) -> int:
-    """How many are to be predicted; told fast, since it is told within a timed step."""
+    """Return the number of labels; fast, since it runs within a timed step."""
     ignored = labels.count(IGNORED) if isinstance(labels, list) else numpy.count_nonzero(labels == IGNORED)
     return len(labels) - int(ignored)
 
 
 class Watched:
-    """Put in front of a trainer's class, it shows each micro-batch's loss to the watch."""
+    """Mixin of a trainer that passes each micro-batch's loss to the watch."""
 
     watch: Watch
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: ANN401
-        """The trainer's own."""
+        """Run the trainer's step and record its loss."""
         with self.watch.looking():
             loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
         self.watch.losses.append(loss)
@@ -100,17 +100,17 @@ class Watched:
 
 
 class WatchedTrainer(Watched, Trainer):
-    """HF Trainer."""
+    """HF Trainer with a watch."""
 
 
 def flattens(job: Job) -> bool:
-    """Whether this arm puts a batch into one row: with flash attention, and where peft keeps the positions."""
+    """True if this arm flattens a batch into one row: with flash attention, and if peft keeps position ids."""
     best, soft = job.arm.endswith("_best"), job.case == "prompt_tuning"  # peft drops position_ids with soft tokens
     return best and not soft and job.spec.device == "cuda" and bool(is_flash_attn_2_available())
 
 
 def run(job: Job, examples: Examples, positions: int, meter: MemoryMeter) -> Trained:
-    """Train, and tell how it went."""
+    """Train and return the measurements."""
     spec, flat = job.spec, flattens(job)
     model = applied(job, flattens=flat)
     cost = model.cost()
@@ -152,7 +152,7 @@ def run(job: Job, examples: Examples, positions: int, meter: MemoryMeter) -> Tra
 
 
 def _shared(job: Job, folder: str) -> dict[str, Any]:
-    """The arguments of all peers."""
+    """Return the arguments that all peers share."""
     spec = job.spec
     return {
         "output_dir": folder,
@@ -174,10 +174,10 @@ def _shared(job: Job, folder: str) -> dict[str, Any]:
 
 
 def _rows(job: Job, examples: Examples, width: int) -> Dataset:
-    """All steps' examples in order, labelled at their summaries.
+    """Return all steps' examples in order, with labels at their summaries.
 
-    TRL's best has them as arrays, which its collator makes tensors of sooner than of lists (as peftbench's does). HF
-    Trainer's collators make lists of arrays first, and are slower with them.
+    TRL's best arm gets arrays, which its collator (like peftbench's) converts faster than lists. HF Trainer's collators
+    convert arrays to lists first, which is slower.
     """
     from datasets import Dataset
 
@@ -196,7 +196,7 @@ def _rows(job: Job, examples: Examples, width: int) -> Dataset:
 
 
 def _hf(job: Job, model: Applied, arguments: dict[str, Any], rows: Dataset) -> Any:  # noqa: ANN401
-    """HF Trainer; every row padded in the study's arm, the longest of a batch at best."""
+    """Build HF Trainer; the study's arm pads every row fully, the best arm to the longest of a batch."""
     if job.arm == "hf_study":
         collate: Any = default_data_collator
     elif flattens(job):
@@ -209,15 +209,15 @@ def _hf(job: Job, model: Applied, arguments: dict[str, Any], rows: Dataset) -> A
 
 
 def _trl(job: Job, model: Applied, arguments: dict[str, Any], rows: Dataset) -> Any:  # noqa: ANN401
-    """TRL's SFTTrainer, over rows that are token ids already."""
+    """Build TRL's SFTTrainer over encoded rows."""
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
     class WatchedSFTTrainer(Watched, SFTTrainer):  # type: ignore[misc]
-        """TRL's."""
+        """TRL's SFTTrainer with a watch."""
 
     return WatchedSFTTrainer(
-        model=model.model,  # type: ignore[arg-type]  # a method says no more than that it is a module
+        model=model.model,  # type: ignore[arg-type]  # a method's model is typed as a module
         args=SFTConfig(**arguments),
         train_dataset=rows,
         processing_class=model.base.tokenizer,
@@ -228,5 +228,9 @@ def _notes(job: Job, flat: bool) -> Iterator[str]:
     if job.arm in NEEDS_TRL:
         yield f"trl {metadata.version('trl')}"
     if job.arm.endswith("_best") and not flat:
-        why = "peft drops the positions of a flattened batch" if job.case == "prompt_tuning" else "no flash-attn here"
+        why = (
+            "peft drops the position ids of a flattened batch"
+            if job.case == "prompt_tuning"
+            else "flash-attn is not installed"
+        )
         yield f"padded, not flattened: {why}"

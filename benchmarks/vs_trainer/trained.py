@@ -1,4 +1,4 @@
-"""What an arm gives back, and the model that every arm trains."""
+"""The measurements of an arm, and the model that every arm trains."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
-from spec import Job, method_knobs
+from spec import Job, method_settings
 
 from peftbench.methods import AnyMethod
 from peftbench.methods.base import Method
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     from torch import nn
 
 COUNTED_STEP = 1
-"""Whose FLOPs are counted, as peftbench counts those of its first."""
+"""Step whose FLOPs are counted: the first, as in peftbench."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A training that has ended."""
+    """A finished training."""
 
     losses: tuple[float, ...]
     step_seconds: tuple[float, ...]
     seconds: float
     real_tokens: tuple[int, ...]
-    """Of each step, as this arm was really shown them."""
+    """Per step, as this arm received them."""
     labelled_tokens: tuple[int, ...]
     memory: Memory
     required_flops: int | None
@@ -43,39 +43,39 @@ class Trained:
 
 @dataclass(frozen=True)
 class Applied:
-    """A base with the method applied to it by peftbench's own code, so that all arms train the same model."""
+    """A base model adapted by peftbench's code, so that all arms train the same model."""
 
     method: Method
     base: LoadedModel
     model: nn.Module
 
     def cost(self) -> FlopCost | None:
-        """Its products, None where they are not known."""
+        """Return its FLOP cost; None if unknown."""
         try:
             return count_flops(
                 self.model,
                 self.base.model,
                 virtual_tokens=self.method.virtual_tokens,
                 gradient_checkpointing=False,
-                computes_all_logits=False,  # of what is required it changes nothing, and all else is counted
+                computes_all_logits=False,  # changes no model FLOPs; hardware FLOPs are counted
             )
         except UnsupportedFlopsError:
             return None
 
     @property
     def trainable_parameters(self) -> int:
-        """How many scalars are trained."""
+        """Return the number of trainable scalars."""
         return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
 
 
 def method_of(job: Job) -> Method:
-    """The case's method, with the benchmark's knobs."""
-    found: Method = TypeAdapter(AnyMethod).validate_python(method_knobs(job.case, job.spec))
-    return found
+    """Return the case's method with the benchmark's settings."""
+    method: Method = TypeAdapter(AnyMethod).validate_python(method_settings(job.case, job.spec))
+    return method
 
 
 def applied(job: Job, *, flattens: bool) -> Applied:
-    """The peers' model: Hugging Face's own modules, where peftbench's arm has its fused GELU (2.4e-7 off)."""
+    """Return the peers' model: Hugging Face's modules, where peftbench uses its fused GELU (2.4e-7 off)."""
     from accelerate.utils import set_seed
 
     base = load_model(
@@ -86,7 +86,7 @@ def applied(job: Job, *, flattens: bool) -> Applied:
             attention="flash_attention_2" if flattens else "sdpa",
         )
     )
-    set_seed(job.spec.seed)  # where peftbench has it too: new weights depend on the seed alone
+    set_seed(job.spec.seed)  # at the same point as peftbench: new weights depend on the seed only
     method = method_of(job)
     model = method.apply(base.model, base.tokenizer)
     method.set_training(model)

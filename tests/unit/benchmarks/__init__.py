@@ -1,1 +1,1 @@
-"""The benchmarks, where they can be tried."""
+"""Tests of the benchmarks on small inputs."""

@@ -1,4 +1,4 @@
-"""The 8-bit benchmark's table is that of its records, and its recipes can be read."""
+"""The 8-bit benchmark's table, records and recipes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tests.unit.report.test_shipped_results import unlike
 FOLDER = REPOSITORY / "benchmarks" / "eight_bit"
 
 
-def test_the_readme_shows_the_records() -> None:
-    """Line by line what table.py prints."""
+def test_readme_table_matches_records() -> None:
+    """The README has the lines that table.py prints."""
     printed = subprocess.run(
         [sys.executable, str(FOLDER / "table.py"), str(FOLDER / "records")], capture_output=True, text=True, check=True
     ).stdout
@@ -24,25 +24,25 @@ def test_the_readme_shows_the_records() -> None:
     assert shown == printed
 
 
-def test_the_records_are_of_the_recipes() -> None:
-    """Every knob, but for the places of the data and of the model."""
+def test_records_match_recipes() -> None:
+    """Every key is equal, except the paths of data and model."""
     records = {record.name: record for record in read_records(FOLDER / "records")}
     recipes = {recipe.name: recipe for recipe in expand(FOLDER / "suite.yaml", [], None)}
     assert set(records) == set(recipes) == {"adamw", "adamw8bit", "all_in_8bit"}
     for name, recipe in recipes.items():
-        kept, asked = records[name].recipe, recipe.model_dump(mode="json")
-        assert kept["model"].pop("path") != asked["model"].pop("path")
+        recorded, expected = records[name].recipe, recipe.model_dump(mode="json")
+        assert recorded["model"].pop("path") != expected["model"].pop("path")
         for split in ("train", "test"):
-            kept["data"]["source"][split] = asked["data"]["source"][split]
-        assert unlike(kept, asked) == []
+            recorded["data"]["source"][split] = expected["data"]["source"][split]
+        assert unlike(recorded, expected) == []
 
 
-def test_states_are_smaller_and_losses_are_not_others() -> None:
-    """About four times where all are in 8 bits; bytes as the closed form says; 20 losses within a thousandth."""
+def test_8bit_states_are_smaller_at_equal_losses() -> None:
+    """All-8-bit states take a quarter, bytes equal the closed form, and 20 losses agree within a thousandth."""
     records = {record.name: record for record in read_records(FOLDER / "records")}
     states = {name: record.state_bytes for name, record in records.items()}
-    assert all(found is not None and found.optimizer == found.expected_optimizer for found in states.values())
-    sizes = {name: found.optimizer for name, found in states.items() if found is not None}
+    assert all(size is not None and size.optimizer == size.expected_optimizer for size in states.values())
+    sizes = {name: size.optimizer for name, size in states.items() if size is not None}
     assert sizes["adamw"] / sizes["all_in_8bit"] == pytest.approx(4, rel=0.02)
     assert records["all_in_8bit"].step_losses == pytest.approx(records["adamw"].step_losses, rel=1e-3)
     assert len(records["adamw"].step_losses) == 20

@@ -1,4 +1,4 @@
-"""The GPU script, on a tiny model: every case, without data, hub or most of the libraries."""
+"""The GPU benchmark on a tiny model: every case, without data, Hub or most libraries."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ HIDE = f"import sys; sys.modules.update(dict.fromkeys({ABSENT!r}))"
 
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The script with what a machine need not have hidden from it and its processes, on CPU."""
+    """Return the command, with optional libraries hidden from it and its processes, on CPU."""
     hidden = tmp_path_factory.mktemp("hidden")
     (hidden / "sitecustomize.py").write_text(HIDE, encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(hidden), prepend=":")
@@ -44,8 +44,8 @@ def call(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFacto
     return [sys.executable, str(SCRIPT)]
 
 
-def test_the_script_itself_starts_no_cuda() -> None:
-    """The process that starts the cases imports nothing that could hold a part of the GPU beside them."""
+def test_measure_script_imports_no_cuda_library() -> None:
+    """The process that starts the cases imports nothing that could allocate GPU memory."""
     code = (
         f"import runpy, sys; runpy.run_path({str(SCRIPT)!r}); "
         "sys.exit(bool({'torch', 'transformers', 'bitsandbytes', 'peftbench'} & set(sys.modules)))"
@@ -53,19 +53,19 @@ def test_the_script_itself_starts_no_cuda() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_what_is_hidden_is_hidden(call: list[str]) -> None:
-    """The other tests prove something: a library that is named absent cannot be imported."""
+def test_hidden_library_cannot_be_imported(call: list[str]) -> None:
+    """The fixture hides the libraries, which the other tests rely on."""
     done = subprocess.run([call[0], "-c", "import datasets"], check=False, capture_output=True, text=True)
     assert "halted; None in sys.modules" in done.stderr
 
 
 @pytest.mark.slow  # some twenty processes, one after another
-def test_every_case_is_measured_once(call: list[str], tmp_path: Path) -> None:
-    """Four methods in two precisions, with and without checkpointing; the next call finds all records there."""
+def test_every_case_is_measured_once_and_predicted(call: list[str], tmp_path: Path) -> None:
+    """Four methods in two precisions, with and without checkpointing; the second call skips all of them."""
     out = [*call, "--tiny", "--out", str(tmp_path)]
     first = subprocess.run(out, check=True, capture_output=True, text=True)
     records = {record.name: record for record in read_records(tmp_path)}
-    checkpointed = len(METHODS) - 1  # not the one whose trunk is frozen
+    checkpointed = len(METHODS) - 1  # not the method with a frozen backbone
     assert len(records) == 2 * (len(METHODS) + checkpointed) == len(first.stdout.splitlines())
     assert {record.recipe["method"]["kind"] for record in records.values()} == set(METHODS)
     for record in records.values():
@@ -98,17 +98,17 @@ def test_every_case_is_measured_once(call: list[str], tmp_path: Path) -> None:
     assert [line.split(": ")[1] for line in second.stdout.splitlines()] == ["has a record"] * len(records)
 
 
-def test_no_time_left(call: list[str], tmp_path: Path) -> None:
-    """A call whose time is over says what it left."""
+def test_time_limit_is_reported(call: list[str], tmp_path: Path) -> None:
+    """After the time limit the script prints the number of remaining cases."""
     done = subprocess.run(
         [*call, "--tiny", "--minutes", "0", "--out", str(tmp_path)], check=True, capture_output=True, text=True
     )
-    assert done.stdout == "no time for the other 14 cases; the same call goes on with them\n"
+    assert done.stdout == "time is up; 14 cases are left; run the same command again to resume\n"
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_missing_is_said(call: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine without a library that is needed hears of it, and not of a process that returned 1."""
+def test_missing_library_is_named(call: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing required library is named in the error."""
     (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['pydantic'] = None", encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     done = subprocess.run([*call, "--tiny"], check=False, capture_output=True, text=True)
@@ -116,8 +116,8 @@ def test_what_is_missing_is_said(call: list[str], tmp_path: Path, monkeypatch: p
     assert "import of pydantic halted" in done.stderr
 
 
-def test_a_record_of_another_version_is_made_again(call: list[str], tmp_path: Path) -> None:
-    """What cannot be read is no record, and does not stand in its case's way for ever."""
+def test_unreadable_record_is_measured_again(call: list[str], tmp_path: Path) -> None:
+    """A record with an unknown schema version is replaced."""
     folder = tmp_path / "cpu" / "tiny_full_bf16"
     folder.mkdir(parents=True)
     (folder / "record.json").write_text('{"schema_version": 0}', encoding="utf-8")
@@ -126,10 +126,10 @@ def test_a_record_of_another_version_is_made_again(call: list[str], tmp_path: Pa
     assert read_records(folder)[0].outcome.kind == "ok"
 
 
-def test_without_a_gpu(call: list[str]) -> None:
-    """In full size it does not go on to run for days on a CPU."""
+def test_full_size_without_gpu_is_refused(call: list[str]) -> None:
+    """The full benchmark does not start on a CPU."""
     if Path("/dev/nvidia0").exists():
-        pytest.skip("there is a GPU here")
+        pytest.skip("this machine has a GPU")
     done = subprocess.run(call, check=False, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "there is no CUDA device; give --tiny for a try on CPU" in done.stderr
+    assert "no CUDA device found; use --tiny to try it on CPU" in done.stderr

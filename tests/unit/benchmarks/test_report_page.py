@@ -1,4 +1,4 @@
-"""The benchmark of the page of many runs, on few."""
+"""The report benchmark with few runs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tests.helpers.paths import REPOSITORY
 FOLDER = REPOSITORY / "benchmarks" / "report_page"
 
 
-def test_it_measures_the_page() -> None:
-    """It says how many records there were, and how long their report took."""
+def test_report_time_is_printed() -> None:
+    """The script prints the number of records and the time of the report."""
     command = [sys.executable, str(FOLDER / "pages.py"), str(REPOSITORY / "docs" / "results" / "demo")]
     done = subprocess.run(
         [*command, "--runs", "12", "--repeats", "1"], capture_output=True, text=True, check=True, timeout=120
@@ -22,10 +22,10 @@ def test_it_measures_the_page() -> None:
     assert re.fullmatch(r"peftbench report: \d+\.\d s, median of 1 \(\S+ to \S+\)", second)
 
 
-def test_the_readme_has_figures() -> None:
-    """Of the command that it names, and below the ten seconds that a thousand runs may take."""
+def test_readme_time_is_within_limit() -> None:
+    """The README's time for a thousand runs is below ten seconds."""
     text = (FOLDER / "README.md").read_text(encoding="utf-8")
-    found = re.search(r"^peftbench report: (\d+\.\d) s", text, re.MULTILINE)
-    assert found is not None
-    assert float(found[1]) < 10
+    match = re.search(r"^peftbench report: (\d+\.\d) s", text, re.MULTILINE)
+    assert match is not None
+    assert float(match[1]) < 10
     assert "1,000 records" in text

@@ -1,4 +1,4 @@
-"""HF Trainer, TRL and peftbench side by side, on a tiny GPT-2: the same training by all, and a table of it."""
+"""HF Trainer, TRL and peftbench on a tiny GPT-2: equal training, and the table."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ TINY = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 64}
 
 
 @pytest.fixture
-def given(tmp_path: Path) -> list[str]:
-    """A data folder of short articles and a model folder without weights, as options."""
+def options(tmp_path: Path) -> list[str]:
+    """Return the options for a data folder of short articles and a model folder without weights."""
     data, model = tmp_path / "data", tmp_path / "model"
     data.mkdir()
     model.mkdir()
     text = "the river rose again last night and the town by the bridge had to be left"
-    words = text.split()
+    tokens = text.split()
     rows = [
-        {"article": " ".join(words[: 3 + i % 12]), "highlights": " ".join(words[i % 5 : i % 5 + 2 + i % 7])}
+        {"article": " ".join(tokens[: 3 + i % 12]), "highlights": " ".join(tokens[i % 5 : i % 5 + 2 + i % 7])}
         for i in range(40)
     ]
     (data / "train.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
@@ -54,15 +54,15 @@ def given(tmp_path: Path) -> list[str]:
     return ["--data", str(data), "--model", str(model)]
 
 
-def call(*words: str) -> subprocess.CompletedProcess[str]:
+def call(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the benchmark on one core of the CPU."""
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(FOLDER), *words]
+    command = [sys.executable, str(FOLDER), *arguments]
     return subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
 
 
 def measured(folder: Path) -> dict[tuple[str, str], dict[str, object]]:
-    """Records by case and arm."""
+    """Return records by case and arm."""
     records = [json.loads(path.read_text(encoding="utf-8")) for path in folder.rglob("*.json")]
     return {(record["case"], record["arm"]): record for record in records}
 
@@ -87,12 +87,12 @@ SMALL = (
 )
 
 
-def agree(records: dict[tuple[str, str], dict[str, object]], case: str, arms: tuple[str, ...]) -> None:
-    """All arms of a case were shown the same and came to the same losses."""
+def assert_arms_agree(records: dict[tuple[str, str], dict[str, object]], case: str, arms: tuple[str, ...]) -> None:
+    """Check that all arms of a case have equal tokens and losses."""
     ours = records[case, "peftbench"]
     losses = ours["losses"]
     assert isinstance(losses, list)
-    if case == "full":  # whose steps are long enough to be seen through the differences between batches
+    if case == "full":  # its steps are large compared with the differences between batches
         assert losses[-1] < losses[0] - 0.01
     for arm in arms:
         theirs = records[case, arm]
@@ -103,16 +103,16 @@ def agree(records: dict[tuple[str, str], dict[str, object]], case: str, arms: tu
 
 
 @pytest.mark.timeout(240)
-def test_two_arms_are_one_training(given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_arms_have_equal_losses(options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """HF Trainer's best and peftbench: equal losses in fp32, a table, and records that are not measured again.
 
-    The arms need none of the libraries that a bare machine with a GPU has not; the table needs tabulate.
+    The arms run with optional libraries hidden; the table needs tabulate.
     """
     out, hidden = tmp_path / "records", tmp_path / "hidden"
     hidden.mkdir()
     hide = f"import sys; sys.modules.update(dict.fromkeys({ABSENT!r}))"
     (hidden / "sitecustomize.py").write_text(hide, encoding="utf-8")
-    words = [*given, *SMALL, "--methods", "full", "--arms", "hf_best", "peftbench", "--out", str(out)]
+    words = [*options, *SMALL, "--methods", "full", "--arms", "hf_best", "peftbench", "--out", str(out)]
     with monkeypatch.context() as bare:
         bare.setenv("PYTHONPATH", str(hidden), prepend=":")
         first = call(*words)
@@ -123,9 +123,9 @@ def test_two_arms_are_one_training(given: list[str], tmp_path: Path, monkeypatch
     assert done.returncode == 0, done.stderr
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.json")} == stamps
     records = measured(out)
-    agree(records, "full", ("hf_best",))
+    assert_arms_agree(records, "full", ("hf_best",))
     ours = records["full", "peftbench"]
-    assert str(tmp_path) not in json.dumps(records["full", "hf_best"]) + json.dumps(ours)  # no place of this machine
+    assert str(tmp_path) not in json.dumps(records["full", "hf_best"]) + json.dumps(ours)  # no path of this machine
     lines = [line for line in done.stdout.splitlines() if line.startswith("| full")]
     assert ["HF Trainer, its best flags" in lines[0], "peftbench" in lines[1]] == [True, True]
     assert "NOT COMPARABLE" not in done.stdout
@@ -134,15 +134,15 @@ def test_two_arms_are_one_training(given: list[str], tmp_path: Path, monkeypatch
 @needs_trl
 @pytest.mark.slow  # 25 processes, one after another
 @pytest.mark.timeout(1500)
-def test_all_arms_are_one_training_with_every_method(given: list[str], tmp_path: Path) -> None:
-    """Five arms, four methods and the second epoch of one: equal losses, tokens and required FLOPs."""
+def test_all_arms_have_equal_losses_with_every_method(options: list[str], tmp_path: Path) -> None:
+    """Five arms, four methods and the second epoch of one: equal losses, tokens and model FLOPs."""
     out = tmp_path / "records"
-    done = call(*given, *SMALL, "--out", str(out))
+    done = call(*options, *SMALL, "--out", str(out))
     assert done.returncode == 0, done.stderr
     records = measured(out)
     assert set(records) == {(case, arm) for case in CASES for arm in ARMS}
     for case in CASES:
-        agree(records, case, ARMS)
+        assert_arms_agree(records, case, ARMS)
     for record in records.values():
         executed, required = record["executed_flops"], record["required_flops"]
         assert isinstance(executed, int)
@@ -150,18 +150,18 @@ def test_all_arms_are_one_training_with_every_method(given: list[str], tmp_path:
         assert 0 < required <= executed, (record["case"], record["arm"])
     notes = json.dumps(records["last_layer_epoch2", "peftbench"]["notes"])
     assert "hidden states" in notes
-    assert "those of 0 of" in notes  # and not those of another arm or repeat
+    assert "those of 0 of" in notes  # nothing cached by another arm or repeat
     assert str(Path.home()) not in notes
     again = records["last_layer_epoch2", "peftbench"]["real_tokens"]
     assert isinstance(again, list)
     assert sum(again[:2]) == sum(again[2:])  # two steps an epoch, over the same examples
     methods, targets = done.stdout.split("\n\n")[:2]
-    assert methods.count("\n| ") == 1 + len(CASES) * len(ARMS)  # below a line for each measurement
+    assert methods.count("\n| ") == 1 + len(CASES) * len(ARMS)  # a header and a line per measurement
     assert targets.count("\n| ") == 2 * (len(CASES) + 1)
 
 
 def record(arm: str, repeat: int, **changes: object) -> dict[str, object]:
-    """A record with round figures."""
+    """Return a record with round numbers."""
     return {
         "case": "full",
         "arm": arm,
@@ -184,25 +184,25 @@ def record(arm: str, repeat: int, **changes: object) -> dict[str, object]:
         "train_seconds": 2.0,
         "real_tokens": [50, 100],
         "labelled_tokens": [5, 10],
-        "memory": {"resident_bytes": 3 * 2**20, "resident_baseline_bytes": 2**20},
+        "memory": {"rss_bytes": 3 * 2**20, "baseline_rss_bytes": 2**20},
         "counted_step": 1,
         "required_flops": 50,
         "executed_flops": 100,
     } | changes
 
 
-def written(folder: Path, *records: dict[str, object]) -> Path:
-    """A folder with these records."""
-    for found in records:
-        path = folder / str(found["case"]) / f"{found['arm']}-{found['repeat']}.json"
+def write_records(folder: Path, *records: dict[str, object]) -> Path:
+    """Write records to a folder and return it."""
+    for entry in records:
+        path = folder / str(entry["case"]) / f"{entry['arm']}-{entry['repeat']}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found), encoding="utf-8")
+        path.write_text(json.dumps(entry), encoding="utf-8")
     return folder
 
 
-def test_a_ratio_is_of_a_pair(tmp_path: Path) -> None:
-    """Median, least and most of the ratios of each repeat, and not the ratio of medians; into a file's block too."""
-    folder = written(
+def test_ratio_compares_records_of_one_repeat(tmp_path: Path) -> None:
+    """The table has median and range of ratios per repeat, not the ratio of medians; also in a file's block."""
+    folder = write_records(
         tmp_path / "records",
         *(record("hf_best", repeat, train_seconds=seconds) for repeat, seconds in ((1, 8.0), (2, 2.0), (3, 12.0))),
         *(record("peftbench", repeat, train_seconds=seconds) for repeat, seconds in ((1, 2.0), (2, 1.0), (3, 4.0))),
@@ -221,24 +221,24 @@ def test_a_ratio_is_of_a_pair(tmp_path: Path) -> None:
     assert [cell.strip() for cell in ours.split("|")[3:-1]] == ["50", "–", "2", "–", "50.0%", "–"]
     page = tmp_path / "README.md"
     page.write_text("above\n<!-- report:x -->\nold\n<!-- end of report:x -->\nbelow\n", encoding="utf-8")
-    assert call("--report", str(folder), "--into", str(page), "--block", "x").returncode == 0
+    assert call("--report", str(folder), "--update-file", str(page), "--marker", "x").returncode == 0
     assert page.read_text(encoding="utf-8").startswith("above\n<!-- report:x -->\n\n| method")
     assert "3.00x (2.00–4.00)" in page.read_text(encoding="utf-8")
 
 
-def test_what_was_to_be_reached(tmp_path: Path) -> None:
-    """Beside the study's arm and the fastest other one, by medians that are not rounded; memory beside the same."""
+def test_targets_use_unrounded_medians(tmp_path: Path) -> None:
+    """Speed and memory relative to the study's arm and the fastest other arm, by unrounded medians."""
     mib = 2**20
 
     def measured_in(case: str, arm: str, seconds: float, peak: int) -> dict[str, object]:
-        memory = {"resident_bytes": (100 + peak) * mib, "resident_baseline_bytes": 100 * mib}
+        memory = {"rss_bytes": (100 + peak) * mib, "baseline_rss_bytes": 100 * mib}
         return record(arm, 1, case=case, train_seconds=seconds, memory=memory)
 
-    folder = written(
+    folder = write_records(
         tmp_path / "records",
         *(
-            measured_in("full", arm, *figures)
-            for arm, figures in {
+            measured_in("full", arm, *values)
+            for arm, values in {
                 "hf_study": (10.0, 100),
                 "hf_best": (7.0, 5),
                 "trl_best": (5.58, 60),
@@ -246,8 +246,8 @@ def test_what_was_to_be_reached(tmp_path: Path) -> None:
             }.items()
         ),
         *(
-            measured_in("last_layer_epoch2", arm, *figures)
-            for arm, figures in {
+            measured_in("last_layer_epoch2", arm, *values)
+            for arm, values in {
                 "hf_best": (12.0, 1),
                 "peftbench": (1.0, 1),
             }.items()
@@ -260,7 +260,7 @@ def test_what_was_to_be_reached(tmp_path: Path) -> None:
     later = "speed, last layer, from the second epoch on"
     assert rows == [
         ["speed, full", study, "at least 2.50x", "2.50x", "yes"],
-        ["speed, full", best, "at least 1.40x", "1.40x", "no"],  # 1.395 is shown as 1.40 and is less
+        ["speed, full", best, "at least 1.40x", "1.40x", "no"],  # 1.395 is displayed as 1.40 but is less
         [later, study, "at least 20.00x", "–", "–"],
         [later, "the best other arm: HF Trainer, its best flags", "at least 12.00x", "12.00x", "yes"],
         ["peak memory, full", study, "at most 0.45x", "0.45x", "yes"],
@@ -268,8 +268,8 @@ def test_what_was_to_be_reached(tmp_path: Path) -> None:
     ]
 
 
-def test_all_arms_count_memory_from_one_point(given: list[str], tmp_path: Path) -> None:
-    """What is loaded with the examples is in the peak of peftbench's arm too, whose own baseline is a later one."""
+def test_all_arms_have_one_memory_baseline(options: list[str], tmp_path: Path) -> None:
+    """Memory of loaded examples counts in the peak of peftbench's arm, whose own baseline is later."""
     base, held = tmp_path / "base", 256 * 2**20
     code = f"""
 import sys
@@ -277,16 +277,16 @@ from pathlib import Path
 sys.path.insert(0, {str(FOLDER)!r})
 import arm
 from spec import Job, Spec
-arm.prepare(Path({given[3]!r}), Path({str(base)!r}), 0)
+arm.prepare(Path({options[3]!r}), Path({str(base)!r}), 0)
 read = arm.read_examples
-def heavy(*given):
+def heavy(*args):
     global ballast
     ballast = b"x" * {held}
-    return read(*given)
+    return read(*args)
 arm.read_examples = heavy
 spec = Spec(precision="fp32", soft_tokens=4, warmup=1, steps=1)
-told = dict(spec=spec, case="full", repeat=1, train={given[1] + "/train.jsonl"!r}, base={str(base)!r}, out="")
-print(arm.measure(Job(arm="peftbench", **told)).peak_bytes)
+settings = dict(spec=spec, case="full", repeat=1, train={options[1] + "/train.jsonl"!r}, base={str(base)!r}, out="")
+print(arm.measure(Job(arm="peftbench", **settings)).peak_bytes)
 """
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -294,43 +294,43 @@ print(arm.measure(Job(arm="peftbench", **told)).peak_bytes)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
-        ({"losses": [3.0, 2.1]}, "losses up to 5.000% from peftbench's, and 0.100% is allowed"),
+        ({"losses": [3.0, 2.1]}, "losses up to 5.000% from peftbench's, 0.100% is allowed"),
         ({"losses": [3.0, 2.003]}, "losses up to 0.150% from peftbench's"),
         ({"losses": [float("nan"), 2.0]}, "losses up to nan%"),
-        ({"real_tokens": [49, 100]}, "its steps were not shown peftbench's tokens"),
-        ({"labelled_tokens": [5, 11]}, "its steps were not shown peftbench's tokens"),
-        ({"trainable_parameters": 11}, "it trains 11 parameters, not peftbench's"),
-        ({"required_flops": 51}, "it would require other FLOPs"),
-        ({"device_name": "another"}, "the records are not of one device: a CPU, another"),
-        ({"git": "def"}, "the records are not of one checkout: abc, def"),
+        ({"real_tokens": [49, 100]}, "its steps have other tokens than peftbench's"),
+        ({"labelled_tokens": [5, 11]}, "its steps have other tokens than peftbench's"),
+        ({"trainable_parameters": 11}, "it trains 11 parameters; peftbench trains others"),
+        ({"required_flops": 51}, "its model FLOPs differ from peftbench's"),
+        ({"device_name": "another"}, "the records have more than one device: a CPU, another"),
+        ({"git": "def"}, "the records have more than one checkout: abc, def"),
     ],
 )
-def test_what_is_unlike_is_not_compared(tmp_path: Path, changes: dict[str, object], said: str) -> None:
-    """Other tokens, losses, parameters or places are told under the table, which ends with 1 and goes into no file."""
-    folder = written(tmp_path / "records", record("hf_best", 1, **changes), record("peftbench", 1))
+def test_different_records_are_not_compared(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    """Differing tokens, losses, parameters or devices are listed below the table; exit code 1, no file changes."""
+    folder = write_records(tmp_path / "records", record("hf_best", 1, **changes), record("peftbench", 1))
     done = call("--report", str(folder))
     assert done.returncode == 1
     assert "NOT COMPARABLE: " in done.stdout
-    assert said in done.stdout
+    assert message in done.stdout
     page = tmp_path / "README.md"
     page.write_text("<!-- report:vs_trainer -->\n<!-- end of report:vs_trainer -->", encoding="utf-8")
     before = page.read_text(encoding="utf-8")
-    refused = call("--report", str(folder), "--into", str(page))
+    refused = call("--report", str(folder), "--update-file", str(page))
     assert refused.returncode == 60
-    assert said in refused.stderr
+    assert message in refused.stderr
     assert page.read_text(encoding="utf-8") == before
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "said"),
+    ("arguments", "code", "message"),
     [
-        (["--data", "nowhere"], 14, "error: there is no train.jsonl in --data nowhere\n"),
-        (["--model", "nowhere"], 14, "error: there is no config.json in --model nowhere\n"),
+        (["--data", "nowhere"], 14, "error: --data nowhere has no train.jsonl\n"),
+        (["--model", "nowhere"], 14, "error: --model nowhere has no config.json\n"),
         (["--methods", "soup"], 13, "error: --methods soup is not one of full, lora, prompt_tuning"),
         (["--arms", "soup"], 13, "error: --arms soup is not one of hf_study"),
-        (["--arms", "hf_best"], 13, "error: --arms must have peftbench"),
+        (["--arms", "hf_best"], 13, "error: --arms must include peftbench"),
         (["--repeats", "0"], 13, "error: --repeats must be 1 or more\n"),
         (
             ["--device", "cpu", "--batch", "3", "--micro-batch", "2"],
@@ -338,36 +338,36 @@ def test_what_is_unlike_is_not_compared(tmp_path: Path, changes: dict[str, objec
             "batch 3 cannot be cut into micro-batches of 2",
         ),
         (["--device", "cpu", "--steps", "0"], 13, "error: --steps: "),
-        (["--device", "cpu", "--together"], 13, "error: --together is for a GPU"),
-        (["--report", "nowhere"], 60, "error: there are no records below nowhere"),
+        (["--device", "cpu", "--together"], 13, "error: --together needs a GPU"),
+        (["--report", "nowhere"], 60, "error: nowhere has no records"),
     ],
 )
-def test_refusals(given: list[str], words: list[str], code: int, said: str) -> None:
-    """One sentence and an exit code, before anything runs."""
-    done = call(*given, *words)
+def test_invalid_options_are_refused(options: list[str], arguments: list[str], code: int, message: str) -> None:
+    """Invalid options end with one sentence and an exit code before anything runs."""
+    done = call(*options, *arguments)
     assert done.returncode == code
-    assert said in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_folders_must_be_named() -> None:
-    """There is no default place of data."""
+def test_data_folder_is_required() -> None:
+    """--data has no default."""
     done = call("--device", "cpu")
     assert done.returncode == 14
     assert done.stderr == "error: --data must name a folder with train.jsonl\n"
 
 
-def test_too_few_examples(given: list[str], tmp_path: Path) -> None:
-    """An arm's refusal is its sentence, and the call fails."""
+def test_too_few_examples_are_refused(options: list[str], tmp_path: Path) -> None:
+    """An arm's error is printed and the command fails."""
     words = ["--arms", "peftbench", "--methods", "full", "--steps", "50", "--out", str(tmp_path / "records")]
-    done = call(*given, *SMALL, *words)
+    done = call(*options, *SMALL, *words)
     assert done.returncode == 1
-    assert "has 40 usable examples and 204 are needed; give fewer steps" in done.stderr
+    assert "has 40 usable examples, but 204 are needed; use fewer steps" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_the_caller_starts_no_cuda() -> None:
-    """The process that starts the arms imports nothing that could hold a part of the GPU beside them."""
+def test_main_script_imports_no_cuda_library() -> None:
+    """The process that starts the arms imports nothing that could allocate GPU memory."""
     code = (
         f"import runpy, sys; sys.path.insert(0, {str(FOLDER)!r}); runpy.run_path({str(FOLDER / '__main__.py')!r}); "
         "sys.exit(bool({'torch', 'transformers', 'bitsandbytes', 'trl'} & set(sys.modules)))"
@@ -375,8 +375,8 @@ def test_the_caller_starts_no_cuda() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_without_trl(given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its arms are left out, and that is said."""
+def test_arms_of_missing_trl_are_skipped(options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without trl its arms are skipped with a message."""
     hidden = tmp_path / "hidden"
     hidden.mkdir()
     hide = (
@@ -385,19 +385,19 @@ def test_without_trl(given: list[str], tmp_path: Path, monkeypatch: pytest.Monke
     )
     (hidden / "sitecustomize.py").write_text(hide, encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(hidden), prepend=":")
-    done = call(*given, "--device", "cpu", "--minutes", "-1", "--out", str(tmp_path / "records"))
+    done = call(*options, "--device", "cpu", "--minutes", "-1", "--out", str(tmp_path / "records"))
     assert "left out, since trl is not installed: trl_default, trl_best" in done.stderr
-    assert "no time for the other 45" in done.stdout
+    assert "time is up; 45 measurements are left" in done.stdout
 
 
 @pytest.mark.parametrize(
     ("records", "block"),
     [("cpu_bf16", "vs_trainer"), ("cpu_bf16_four", "vs_trainer_four"), ("cuda_bf16", "vs_trainer_gpu")],
 )
-def test_the_readme_shows_the_committed_records(records: str, block: str, tmp_path: Path) -> None:
-    """Making a block again from its records changes nothing."""
+def test_readme_blocks_match_committed_records(records: str, block: str, tmp_path: Path) -> None:
+    """Regenerating a block from its records changes nothing."""
     page = tmp_path / "README.md"
     page.write_bytes((FOLDER / "README.md").read_bytes())
-    done = call("--report", str(FOLDER / "records" / records), "--into", str(page), "--block", block)
+    done = call("--report", str(FOLDER / "records" / records), "--update-file", str(page), "--marker", block)
     assert done.returncode == 0, done.stderr
     assert page.read_bytes() == (FOLDER / "README.md").read_bytes()

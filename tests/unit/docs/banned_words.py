@@ -42,7 +42,7 @@ NAMES = (
     Pattern(r"\bteller\b", "status_writer, StatusWriter"),
     Pattern(r"\bContinuity\b", "TrainingCheckpointer"),
     Pattern(r"rehears\w*", "simulate, simulation"),
-    Pattern(r"\btrunks?\b|trunk_|_trunk", "backbone; feature cache", ("trunk_cache",)),
+    Pattern(r"\btrunks?\b|trunk_|_trunk", "backbone; feature cache", ("trunk_cache", r"PEFTBENCH_CACHE/trunk/")),
     Pattern(r"\bknobs?\b", "key (of a recipe), option (of the command line)"),
     Pattern(r"befall\w*|befell", "happen to"),
     Pattern(r"\bshelf\b|\bshelves\b", "bundled files"),
