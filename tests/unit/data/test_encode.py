@@ -108,7 +108,7 @@ def test_blank_ends_of_a_summary_do_not_count(encoder: Encoder) -> None:
 @pytest.mark.parametrize("separator", ["TL;DR: ", " ", ""])
 def test_a_separator_that_ends_in_a_space_is_refused(separator: str) -> None:
     """The space would be tokenised otherwise in generation than in training, so the recipe refuses it."""
-    with pytest.raises(ValueError, match="must be a text that does not end in a space"):
+    with pytest.raises(ValueError, match="must be non-empty text that does not end in a space"):
         Data(source=Files(train="x.csv"), separator=separator)
     assert Data(source=Files(train="x.csv"), separator="TL;DR:\n").separator == "TL;DR:\n"
 
