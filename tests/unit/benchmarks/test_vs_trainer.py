@@ -268,6 +268,7 @@ def test_targets_use_unrounded_medians(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow  # a training process
 def test_all_arms_have_one_memory_baseline(options: list[str], tmp_path: Path) -> None:
     """Memory of loaded examples counts in the peak of peftbench's arm, whose own baseline is later."""
     base, held = tmp_path / "base", 256 * 2**20
@@ -357,6 +358,7 @@ def test_data_folder_is_required() -> None:
     assert done.stderr == "error: --data must name a folder with train.jsonl\n"
 
 
+@pytest.mark.slow  # two processes
 def test_too_few_examples_are_refused(options: list[str], tmp_path: Path) -> None:
     """An arm's error is printed and the command fails."""
     words = ["--arms", "peftbench", "--methods", "full", "--steps", "50", "--out", str(tmp_path / "records")]

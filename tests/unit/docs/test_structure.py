@@ -18,6 +18,7 @@ SAME_MEANING = {
     "report": "the command, and its typer group",
     "Array": "type alias of a NumPy array of floats",
     "T": "type variable",
+    "train": "the command of one run, and the training loop",
 }
 
 
