@@ -278,7 +278,9 @@ def test_a_folder_without_data(name: str, tmp_path: Path) -> None:
         Hub(path=str(tmp_path / name), config=None).load("test")
 
 
-@pytest.mark.parametrize("act", [lambda hub: hub.load("test"), lambda hub: hub.fingerprint()], ids=["load", "fingerprint"])
+@pytest.mark.parametrize(
+    "act", [lambda hub: hub.load("test"), lambda hub: hub.fingerprint()], ids=["load", "fingerprint"]
+)
 def test_a_hub_that_may_not_be_asked(act: Callable[[Hub], object], monkeypatch: pytest.MonkeyPatch) -> None:
     """Offline and without a cached copy: one sentence with what was wanted and how to use a local copy."""
     import datasets
