@@ -229,16 +229,19 @@ def test_counts_are_those_of_all_ranks(split: tuple[int, int | None, int], datas
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, None])
-def test_counts_owe_nothing_to_the_number_of_processes(micro_batch: int | None, dataset: Dataset) -> None:
+def test_counts_do_not_depend_on_the_number_of_processes(micro_batch: int | None, dataset: Dataset) -> None:
     """The four counts are equal for 1, 2 and 4 processes; without a limit padding follows the cut, and the rest is."""
     collator = Collator(PAD, virtual_tokens=5)
     counts = [
         first(batches(dataset, 8, micro_batch, world_size=world_size, collator=collator), 3) for world_size in (1, 2, 4)
     ]
     for step in zip(*counts, strict=True):
-        assert len({(batch.counts.real, batch.counts.labelled, batch.counts.virtual) for batch in step}) == 1
+        assert (
+            len({(batch.token_counts.real, batch.token_counts.labelled, batch.token_counts.virtual) for batch in step})
+            == 1
+        )
         if micro_batch is not None:
-            assert len({batch.counts for batch in step}) == 1
+            assert len({batch.token_counts for batch in step}) == 1
 
 
 def test_counts_by_hand() -> None:

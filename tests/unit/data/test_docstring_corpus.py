@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import platform
 from importlib import metadata
 from pathlib import Path
 
@@ -239,7 +240,7 @@ def test_missing_distribution_is_named_with_its_pip_command(
             raise metadata.PackageNotFoundError(name)
         return version(name)
 
-    monkeypatch.setattr(docstring_corpus.metadata, "version", without_missing)
+    monkeypatch.setattr(metadata, "version", without_missing)
     with pytest.raises(DataNotFoundError, match=f"run: pip install {' '.join(missing)}$"):
         cache_pair_files()
 
@@ -253,8 +254,8 @@ def test_linux_only_distributions_are_skipped_elsewhere(monkeypatch: pytest.Monk
             raise metadata.PackageNotFoundError(name)
         return version(name)
 
-    monkeypatch.setattr(docstring_corpus.metadata, "version", without_deepspeed)
-    monkeypatch.setattr(docstring_corpus.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(metadata, "version", without_deepspeed)
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")
     assert set(CORPUS_DISTRIBUTIONS) - set(installed_distributions()) == {"deepspeed"}
 
 

@@ -68,7 +68,7 @@ def test_splits_and_seeds_differ_and_repeat() -> None:
 
 def test_lengths_that_fall_are_refused() -> None:
     """Quantiles rise."""
-    with pytest.raises(ValidationError, match="must not fall"):
+    with pytest.raises(ValidationError, match="must be in ascending order"):
         Synthetic(article_tokens=(9, 8))
 
 

@@ -55,7 +55,7 @@ def test_loss_by_hand(
         counts.append(len(targets))
     by_hand = sum(sums) / sum(counts)
     for batch in (1, 3, 16):
-        found = evaluation(method, model, batch=batch).compute_held_out_loss()
+        found = evaluation(method, model, batch_size=batch).compute_held_out_loss()
         assert found.loss == pytest.approx(by_hand, rel=1e-5)
         assert found.nll_sums == pytest.approx(sums, rel=1e-4)
         assert found.label_counts == tuple(counts)
@@ -69,8 +69,11 @@ def test_an_example_without_a_prompt(applied: Applied, evaluation: MakeEvaluatio
         lambda row, index: {"prompt_tokens": 0 if index == 2 else row["prompt_tokens"]}, with_indices=True
     )
     model = applied(ZeroShot(), "gpt2_tied")
-    measured = evaluation(ZeroShot(), model, bare, batch=3)
-    found, before = measured.compute_held_out_loss(), evaluation(ZeroShot(), model, batch=3).compute_held_out_loss()
+    measured = evaluation(ZeroShot(), model, bare, batch_size=3)
+    found, before = (
+        measured.compute_held_out_loss(),
+        evaluation(ZeroShot(), model, batch_size=3).compute_held_out_loss(),
+    )
     assert found.label_counts[2] == len(encoded[2]["input_ids"]) - 1
     others = [index for index in range(len(encoded)) if index != 2]
     assert [found.label_counts[index] for index in others] == [before.label_counts[index] for index in others]
@@ -90,7 +93,7 @@ def test_a_memorised_example_is_found_again(
     The most likely token at a position must be read one before the token itself, or nothing of this holds.
     """
     model = fresh_base("gpt2_tied")
-    measured = evaluation(Full(), model, batch=4, max_new_tokens=20)
+    measured = evaluation(Full(), model, batch_size=4, max_new_tokens=20)
     known = list(encoded["summary"])
     assert measured.decode_teacher_forced() != known
     batch = measured.collator.collate(encoded["input_ids"], encoded["prompt_tokens"])
@@ -112,7 +115,7 @@ def test_a_memorised_example_is_found_again(
 def test_quality_is_put_together(applied: Applied, evaluation: MakeEvaluation, encoded: Dataset) -> None:
     """A quality says of how many examples it is, keeps as many samples as asked for, each with its own reference."""
     model = applied(ZeroShot(), "gpt2_tied")
-    measured = evaluation(ZeroShot(), model, samples=3, teacher_forced=True)
+    measured = evaluation(ZeroShot(), model, saved_samples=3, teacher_forced=True)
     quality = measured.evaluate(Probe(torch.device("cpu")))
     assert (quality.split, quality.num_examples) == ("test", 7)
     assert quality.loss == measured.compute_held_out_loss().loss

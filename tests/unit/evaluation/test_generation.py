@@ -69,8 +69,8 @@ def test_batch_and_padding_change_no_text(
     With soft tokens this is a trap: padding must not come between them and the prompt.
     """
     model = moved_bench(case).model
-    together = evaluation(case.method, model, batch=16).generate_summaries()
-    assert together == evaluation(case.method, model, batch=1).generate_summaries()
+    together = evaluation(case.method, model, batch_size=16).generate_summaries()
+    assert together == evaluation(case.method, model, batch_size=1).generate_summaries()
     assert together == [_by_hand(model, encoder, article) for article in encoded["article"]]
     assert len(set(together)) > 1  # texts that differ, so that their order is known too
 
@@ -82,9 +82,9 @@ def test_beams_do_not_depend_on_the_batch(
 ) -> None:
     """A search by beams finds the same summaries together and one by one, and others than a greedy one."""
     model = moved_bench(Case("num_beams", method, architecture)).model
-    together = evaluation(method, model, batch=16, beams=3).generate_summaries()
-    assert together == evaluation(method, model, batch=1, beams=3).generate_summaries()
-    assert together != evaluation(method, model, batch=16).generate_summaries()
+    together = evaluation(method, model, batch_size=16, num_beams=3).generate_summaries()
+    assert together == evaluation(method, model, batch_size=1, num_beams=3).generate_summaries()
+    assert together != evaluation(method, model, batch_size=16).generate_summaries()
 
 
 @every_method
