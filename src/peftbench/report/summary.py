@@ -80,7 +80,7 @@ def _commit_sentences(groups: Sequence[RunGroup]) -> list[str]:
 
 
 def _select_reference(groups: Sequence[RunGroup]) -> tuple[RunGroup, str]:
-    """Return the reference among ``groups`` (sorted by mean, best first), and a clause if it was selected by its mean."""
+    """Return the reference among ``groups`` (best mean first), and a clause if its mean selected it."""
     full = [one for one in groups if one.method_kind == _REFERENCE_METHOD]
     if full:
         return full[0], ", the best of its method by this metric" if len(full) > 1 else ""
