@@ -1,4 +1,4 @@
-"""What ``peftbench report`` does, with one folder or with two."""
+"""Actions of the commands ``report`` and ``compare``."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def compare_folders(
 
 
 def load_records(folder: Path, price_per_hour: float | None, *, allow_empty: bool) -> dict[Path, RunRecord]:
-    """The records below a folder by their files, no two of one name, at another price of an hour where one is given.
+    """Return the records below a folder, keyed by path, with unique names and, if given, another hourly price.
 
     Raises:
-        RecordError: one cannot be read, or there are none, unless there ``may_be_none``.
+        RecordError: a record cannot be read, or none exists and ``allow_empty`` is False.
     """
     records = with_unique_names(find_records(folder) if allow_empty else read_records_by_path(folder))
     if price_per_hour is None:
@@ -65,17 +65,17 @@ def load_records(folder: Path, price_per_hour: float | None, *, allow_empty: boo
 def reject_unused_options(
     page_path: Path | None, update_file: Path | None, marker: str | None, group_by: str | None
 ) -> None:
-    """Refuse what would be ignored where one folder is reported on.
+    """Refuse options that would have no effect.
 
     Raises:
-        OutOfRangeError: there is something of the kind.
+        OutOfRangeError: an option has no effect.
     """
-    instead = [
+    no_page_options = [
         name for name, value in {"--update-file": update_file, "--group-by": group_by}.items() if value is not None
     ]
-    if page_path is not None and instead:
+    if page_path is not None and no_page_options:
         raise OutOfRangeError(
-            f"--html says where the page goes, and {join_with_and(instead)} makes none; leave one out"
+            f"--html has no effect with {join_with_and(no_page_options)}, which writes no page; omit one of them"
         )
     if marker is not None and update_file is None:
         raise OutOfRangeError("--marker names a section of a file; give the file with --update-file")
@@ -84,11 +84,11 @@ def reject_unused_options(
 def print_section(
     records: Sequence[RunRecord], update_file: Path | None, marker: str | None, group_by: str | None
 ) -> None:
-    """Put the table between its markers in a file, or print the one by a knob.
+    """Insert the table into a file, or print the losses grouped by a key.
 
     Raises:
-        RecordError: the file has no such markers.
-        UnknownKeyError: the recipes have no such knob.
+        RecordError: the file lacks the section.
+        UnknownKeyError: the recipes lack the key.
     """
     if update_file is not None:
         insert_table(records, update_file, marker or "table", group_by)
@@ -97,7 +97,7 @@ def print_section(
 
 
 def print_report(report: WrittenReport, title: str) -> None:
-    """Print the comparison, the words, and where the page is; the last line is ``report:`` and the page's path."""
+    """Print the table, the summary and, as last line, ``report:`` with the path of the page."""
     if report.records:
         print_table(report.records, title, note_lines=report.notes)
     for sentence in report.summary:

@@ -1,1 +1,1 @@
-"""What people look at, made from records alone, without torch."""
+"""Tables, HTML pages and comparisons, made from records alone. Imports no torch."""

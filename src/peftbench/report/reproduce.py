@@ -50,7 +50,7 @@ def reproduce_commands(record: RunRecord, record_path: Path) -> list[str]:
 
 
 def _checkout_command(git_commit: str) -> str:
-    """Return the checkout command. A record may come from anyone, so only a hexadecimal hash is accepted as a commit."""
+    """Return the checkout command. A record may come from anyone, so only a hexadecimal hash is accepted."""
     commit, *changes = git_commit.split("+")
     if not re.fullmatch(r"[0-9a-f]{4,64}", commit):
         return "# the commit of the run is unknown"

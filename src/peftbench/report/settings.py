@@ -79,7 +79,7 @@ def _count_values(values: Sequence[str]) -> dict[str, int]:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Yield every value of nested mappings with its dotted key, prefixed with ``prefix``; an empty mapping is a value."""
+    """Yield (dotted key, value) for nested mappings, keys prefixed with ``prefix``; an empty mapping is a value."""
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
             yield from flatten(value, f"{prefix}{key}.")

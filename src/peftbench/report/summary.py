@@ -1,4 +1,4 @@
-"""The comparison in words, which say only what intervals support."""
+"""Summary sentences of a comparison. They claim only what intervals support."""
 
 from __future__ import annotations
 
@@ -14,55 +14,55 @@ from peftbench.report.analysis.significance import ALPHA, MIN_EXAMPLES, Comparis
 from peftbench.report.text.formatting import decimal_places, format_decimal, join_with_and, round_outward, truncate_list
 
 MAX_SENTENCES = 12
-"""On configurations, and on how runs ended; the table has the others."""
+"""Maximum number of sentences on configurations, and on outcomes; the table has the others."""
 
 _REFERENCE_METHOD = "full"
-"""The method whose costs the others are there to spare."""
+"""Method that the others are compared with."""
 
 
 def summarize(records: Sequence[RunRecord], comparison_set: ComparisonSet | None = None) -> list[str]:
-    """Sentences on all runs, the most important first. What no interval supports is never called a difference.
+    """Return sentences on all runs, most important first. Only differences supported by intervals are called that.
 
-    ``compared`` is what :func:`differences` made of the same records, where it was made already.
+    ``comparison_set`` is the result of :func:`compare_groups` for the same records, if already computed.
     """
     comparison_set = comparison_set or compare_groups(records)
-    said = []
+    sentences = []
     if protocol_differs([run for run in records if run.tokens is not None and run.outcome.kind == "ok"]):
-        said.append(
-            "These runs differ in more than their method (batches, steps, examples or lengths are not the same), so "
-            "that no difference is put down to the method"
+        sentences.append(
+            "These runs differ in more than their method (in batches, steps, examples or lengths), so a difference may "
+            "not be due to the method"
         )
-    enough = comparison_set.pair_comparisons and comparison_set.num_examples >= MIN_EXAMPLES
-    said += _quality_sentences(comparison_set) if enough else _cost_sentences(comparison_set)
-    said += _commit_sentences(comparison_set.groups)
-    said += _truncate_sentences([end for one in comparison_set.groups for end in outcome_sentences(one)])
-    return [f"{sentence}." for sentence in (*said, *comparison_set.exclusion_notes)]
+    has_enough_examples = comparison_set.pair_comparisons and comparison_set.num_examples >= MIN_EXAMPLES
+    sentences += _quality_sentences(comparison_set) if has_enough_examples else _cost_sentences(comparison_set)
+    sentences += _commit_sentences(comparison_set.groups)
+    sentences += _truncate_sentences([s for group in comparison_set.groups for s in outcome_sentences(group)])
+    return [f"{sentence}." for sentence in (*sentences, *comparison_set.exclusion_notes)]
 
 
 def _quality_sentences(comparison_set: ComparisonSet) -> list[str]:
-    """Every compared configuration beside one of them, the baselines, and what the intervals are."""
-    figure, there = comparison_set.pair_comparisons[0].metric, comparison_set.comparable_groups
-    reference, chosen = _select_reference(there)
+    """Return a sentence for each configuration compared with the reference, the baselines, and the intervals."""
+    metric, groups = comparison_set.pair_comparisons[0].metric, comparison_set.comparable_groups
+    reference, selection = _select_reference(groups)
     others = [
-        found
-        for one in there
-        if (one.is_trained or not reference.is_trained)
-        and (found := comparison_set.between(one, reference)) is not None
+        comparison
+        for group in groups
+        if (group.is_trained or not reference.is_trained)
+        and (comparison := comparison_set.between(group, reference)) is not None
     ]
-    picked = {one for found in comparison_set.pair_comparisons for one in (found.first, found.second)}
-    better = "higher" if figure.higher_is_better else "lower"
+    compared = {group for pair in comparison_set.pair_comparisons for group in (pair.first, pair.second)}
+    better = "higher" if metric.higher_is_better else "lower"
     return [
-        f"Compared by {figure.name} ({better} is better) with {reference.label}{chosen}",
+        f"Compared by {metric.name} ({better} is better) with {reference.label}{selection}",
         *_truncate_sentences(
-            [_quality_sentence(found) + cost_clause(found.first, reference) for found in others],
-            len(there) - len(picked),
+            [_quality_sentence(pair) + cost_clause(pair.first, reference) for pair in others],
+            len(groups) - len(compared),
         ),
         *filter(
             None,
             (
-                _baseline_sentence(o, comparison_set)
-                for o in there
-                if o in picked and reference.is_trained and not o.is_trained
+                _baseline_sentence(group, comparison_set)
+                for group in groups
+                if group in compared and reference.is_trained and not group.is_trained
             ),
         ),
         _interval_sentence(comparison_set),
@@ -70,30 +70,30 @@ def _quality_sentences(comparison_set: ComparisonSet) -> list[str]:
 
 
 def _commit_sentences(groups: Sequence[RunGroup]) -> list[str]:
-    """That code may differ within a configuration, as nothing but seeds should."""
+    """Return a warning if the runs of a configuration were made by different commits."""
     commits = {one.label: {run.git_commit for run in one.ok_runs if run.git_commit is not None} for one in groups}
     several = [label for label, known in commits.items() if len(known) > 1]
-    which = (
-        f"the runs of each may differ in more than seeds: {join_with_and(truncate_list(several))}" if several else ""
-    )
-    return [f"Made by more than one commit, so that {which}"] if several else []
+    if not several:
+        return []
+    labels = join_with_and(truncate_list(several))
+    return [f"Runs of one configuration come from different commits, so not only seeds may differ: {labels}"]
 
 
 def _select_reference(groups: Sequence[RunGroup]) -> tuple[RunGroup, str]:
-    """What the others are compared with, of configurations with the best mean first, and whether the mean chose it."""
+    """Return the reference among ``groups`` (best mean first), and a clause if its mean selected it."""
     full = [one for one in groups if one.method_kind == _REFERENCE_METHOD]
     if full:
-        return full[0], ", the best of its method by the same figure" if len(full) > 1 else ""
+        return full[0], ", the best of its method by this metric" if len(full) > 1 else ""
     trained = [one for one in groups if one.is_trained]
-    return (trained or groups)[0], f", chosen as the best {'of those that train ' if trained else ''}by the same figure"
+    return (trained or groups)[0], f", selected as the best {'trained ' if trained else ''}configuration by this metric"
 
 
 def _quality_sentence(comparison: PairComparison) -> str:
-    """The first beside the second: which is better, or how far apart they can be at most."""
+    """Return which of the two is better, or the largest difference that the interval allows."""
     first, second, unit = comparison.first.label, comparison.second.label, comparison.metric.unit
     interval, digits = comparison.interval, comparison.metric.decimals
     if interval.low == interval.high == 0:
-        return f"{first} scores as {second} does on every example"
+        return f"{first} has the same score as {second} on every example"
     if comparison.better_group is not None:
         away = interval if interval.mean > 0 else -interval
         low, high = round_outward(away, digits)
@@ -110,10 +110,11 @@ def _quality_sentence(comparison: PairComparison) -> str:
     why = "not significant" + (f" over {comparison.num_seeds} seeds" if by_seeds_alone else "")
     mean, low, high = _with_sign(format_decimal(interval.mean, digits)), _with_sign(low), _with_sign(high)
     if float(within) >= comparison.metric.max_difference:
-        few = (
+        count = (
             f"{comparison.num_seeds} seeds" if comparison.interval_over_seeds else f"{comparison.num_examples} examples"
         )
-        return f"{first} cannot be told apart from {second} (difference {mean}; of {few} the interval leaves the scale)"
+        reason = f"with {count} the interval exceeds the scale"
+        return f"{first} and {second} are indistinguishable (difference {mean}; {reason})"
     return f"{first} is within {within} {unit} of {second} (difference {mean}, interval {low} to {high}; {why})"
 
 
@@ -122,92 +123,102 @@ def _with_sign(text: str) -> str:
 
 
 def _baseline_sentence(baseline: RunGroup, comparison_set: ComparisonSet) -> str:
-    """Which of the trained configurations differ from one that trains nothing; empty where none was compared."""
-    found = [
-        between
-        for one in comparison_set.comparable_groups
-        if one.is_trained and (between := comparison_set.between(one, baseline)) is not None
+    """Return which trained configurations differ from a baseline; empty if none was compared."""
+    pairs = [
+        pair
+        for group in comparison_set.comparable_groups
+        if group.is_trained and (pair := comparison_set.between(group, baseline)) is not None
     ]
-    better = [one for one in found if one.better_group is one.first]
-    worse = [one for one in found if one.better_group is baseline]
-    said = [_better_or_worse_clause(which, than) for which, than in ((better, "better"), (worse, "worse")) if which]
-    if not better and found:
-        said.insert(0, _none_better_sentence(found, comparison_set))
-    return "; ".join(said)
+    better = [pair for pair in pairs if pair.better_group is pair.first]
+    worse = [pair for pair in pairs if pair.better_group is baseline]
+    clauses = [_better_or_worse_clause(some, word) for some, word in ((better, "better"), (worse, "worse")) if some]
+    if not better and pairs:
+        clauses.insert(0, _none_better_sentence(pairs, comparison_set))
+    return "; ".join(clauses)
 
 
 def _none_better_sentence(pair_comparisons: Sequence[PairComparison], comparison_set: ComparisonSet) -> str:
-    """That no trained configuration is better than a baseline, of those that were compared with it."""
+    """Return that none of the trained configurations compared with a baseline is better."""
     baseline = pair_comparisons[0].second.label
     if len(pair_comparisons) == sum(one.is_trained for one in comparison_set.groups):
-        return f"No trained configuration is better than {baseline} beyond chance"
+        return f"No trained configuration is significantly better than {baseline}"
     if len(pair_comparisons) == 1:
-        return f"{pair_comparisons[0].first.label}, which alone was compared with {baseline}, is not better than it beyond chance"
-    return f"None of the {len(pair_comparisons)} that train and were compared is better than {baseline} beyond chance"
+        return (
+            f"{pair_comparisons[0].first.label}, the only configuration compared with {baseline}, is not significantly "
+            "better"
+        )
+    return (
+        f"None of the {len(pair_comparisons)} trained configurations compared with {baseline} is significantly better"
+    )
 
 
 def _better_or_worse_clause(pair_comparisons: Sequence[PairComparison], direction: str) -> str:
-    """Several that differ from one in the same direction, by the least that the intervals leave of any of them."""
-    figure, than = pair_comparisons[0].metric, pair_comparisons[0].second.label
+    """Return the configurations better (or worse) than a baseline, with the smallest bound of their intervals."""
+    metric, baseline = pair_comparisons[0].metric, pair_comparisons[0].second.label
     least = min(min(abs(one.interval.low), abs(one.interval.high)) for one in pair_comparisons)
     digits = max(
-        figure.decimals, decimal_places(round_outward(Interval(mean=least, low=least, high=least), figure.decimals)[0])
+        metric.decimals, decimal_places(round_outward(Interval(mean=least, low=least, high=least), metric.decimals)[0])
     )
     which = (
         f"{join_with_and([one.first.label for one in pair_comparisons])} {'are' if len(pair_comparisons) > 1 else 'is'}"
     )
-    return f"{which} {direction} than {than}, by {format_decimal(least, digits, ROUND_FLOOR)} {figure.unit} at least"
+    return (
+        f"{which} {direction} than {baseline}, by {format_decimal(least, digits, ROUND_FLOOR)} {metric.unit} at least"
+    )
 
 
 def _interval_sentence(comparison_set: ComparisonSet) -> str:
-    """What kind of intervals those are, said once."""
+    """Return the kind and the confidence of the intervals."""
     count = (
-        f"all {comparison_set.num_comparisons:,} comparisons together"
+        f"for all {comparison_set.num_comparisons:,} comparisons simultaneously"
         if comparison_set.num_comparisons > 1
-        else "the one comparison"
+        else "for the single comparison"
     )
     how = "paired bootstrap" if comparison_set.uses_bootstrap else "Student's t of paired differences"
-    said = f"Intervals hold with {100 * (1 - ALPHA):.3g} % for {count}: {how} over {comparison_set.num_examples:,} held-out examples"
+    sentence = (
+        f"Intervals have {100 * (1 - ALPHA):.3g} % confidence {count}: {how} over {comparison_set.num_examples:,} "
+        "held-out examples"
+    )
     trained = [one for one in comparison_set.pair_comparisons if one.first.is_trained or one.second.is_trained]
     seeds = sorted({one.num_seeds for one in trained})
     if not seeds:
-        return said
+        return sentence
     if seeds == [1]:
-        return f"{said}, one seed each; another seed may order them otherwise"
+        return f"{sentence}, one seed each; another seed may change the order"
     if seeds[0] == 1:
         return (
-            f"{said} and Student's t over up to {seeds[-1]} seeds where a pair has several, whichever reaches further; "
-            "a pair of one seed may be ordered otherwise by another"
+            f"{sentence}, and Student's t over up to {seeds[-1]} seeds for pairs with several (the wider of both); "
+            "another seed may change the order of pairs with one"
         )
     over = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    return f"{said} and Student's t over {over} seeds, whichever reaches further"
+    return f"{sentence}, and Student's t over {over} seeds (the wider of both)"
 
 
 def _cost_sentences(comparison_set: ComparisonSet) -> list[str]:
-    """Costs beside full fine-tuning alone, and why nothing is said of quality where it was compared."""
-    there = [one for one in comparison_set.groups if one.is_trained]
-    reference = next((one for one in there if one.method_kind == _REFERENCE_METHOD), None)
-    said = []
+    """Return costs compared with full fine-tuning, and why quality is not compared."""
+    trained = [one for one in comparison_set.groups if one.is_trained]
+    reference = next((one for one in trained if one.method_kind == _REFERENCE_METHOD), None)
+    sentences = []
     if reference is not None:
-        beside = (_cost_sentence(one, reference) for one in there if one is not reference)
-        said = _truncate_sentences([sentence for sentence in beside if sentence])
+        costs = (_cost_sentence(one, reference) for one in trained if one is not reference)
+        sentences = _truncate_sentences([sentence for sentence in costs if sentence])
     if comparison_set.pair_comparisons:
-        said.append(
-            f"Nothing is concluded about quality from {comparison_set.num_examples} held-out examples: of fewer than "
-            f"{MIN_EXAMPLES} one odd example can make a difference"
+        sentences.append(
+            f"No conclusion about quality: {comparison_set.num_examples} held-out examples are too few (at least "
+            f"{MIN_EXAMPLES} are needed)"
         )
-    return said
+    return sentences
 
 
 def _cost_sentence(group: RunGroup, reference: RunGroup) -> str:
-    """Costs alone; empty where none are known."""
+    """Return the costs only; empty if none are known."""
     if (reason := why_not_comparable(group, reference)) is not None:
-        return f"{group.label} ran {reason} than {reference.label}, so that costs are not compared"
-    told = cost_clause(group, reference)
-    return f"{group.label} is compared with {reference.label} by costs alone{told}" if told else ""
+        return f"{group.label} ran {reason} than {reference.label}, so costs are not compared"
+    costs = cost_clause(group, reference)
+    return f"{group.label} is compared with {reference.label} by costs only{costs}" if costs else ""
 
 
 def _truncate_sentences(sentences: Sequence[str], num_omitted: int = 0) -> list[str]:
-    """The first sentences, and how many others there would be."""
+    """Return the first ``MAX_SENTENCES`` sentences, and the number of omitted ones."""
     num_omitted += max(len(sentences) - MAX_SENTENCES, 0)
     return [*sentences[:MAX_SENTENCES], *([f"And {num_omitted:,} more in the table"] if num_omitted else [])]

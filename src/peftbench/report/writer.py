@@ -1,4 +1,4 @@
-"""Everything that a report writes: the page, RESULTS.md, and the data for other programs."""
+"""Write a report: the HTML page, RESULTS.md, and the data as CSV, JSON and LaTeX."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ RESULTS_FILE = "RESULTS.md"
 
 @dataclass(frozen=True)
 class WrittenReport:
-    """What was written."""
+    """A written report."""
 
     page_path: Path
     summary: list[str]
-    """The comparison in words."""
+    """Sentences of the summary."""
     records: list[RunRecord]
-    """What was reported on, no two of one name."""
+    """The reported runs, with unique names."""
     notes: list[str]
-    """What a reader must know beside the figures."""
+    """Notes that a reader of the tables needs."""
 
 
 def write_report(
@@ -41,42 +41,42 @@ def write_report(
     page_path: Path | None = None,
     unfinished_runs: Sequence[UnfinishedRun] = (),
 ) -> WrittenReport:
-    """Write the page, RESULTS.md and the data as CSV, JSON and LaTeX to ``folder``.
+    """Write the page, RESULTS.md and the data as CSV, JSON and LaTeX to ``output_dir``.
 
-    ``records`` are by the paths of their files, which is how the page says to repeat them. The page goes to ``html``
-    where that is given.
+    ``records`` are keyed by the paths of their files, which the reproduce commands use. ``page_path`` overrides the
+    path of the page.
 
     Raises:
         OutputError: a file cannot be written.
     """
     records = with_unique_names(records)
     rows = list(records.values())
-    compared = compare_groups(rows)
-    said, told = summarize(rows, compared), collect_notes(sort_records(rows))
-    data = build_downloads(rows, said, told)
-    results = markdown_report(rows, title, said, told)
-    shown = render_page(
+    comparison_set = compare_groups(rows)
+    summary, notes = summarize(rows, comparison_set), collect_notes(sort_records(rows))
+    downloads = build_downloads(rows, summary, notes)
+    markdown = markdown_report(rows, title, summary, notes)
+    page = render_page(
         build_page_data(
-            records, title, said, comparison_set=compared, note_lines=told, unfinished_runs=unfinished_runs
+            records, title, summary, comparison_set=comparison_set, note_lines=notes, unfinished_runs=unfinished_runs
         ),
-        data,
+        downloads,
     )
-    # All is made before anything is written, so that what lies there is of one report.
-    for one in data.values():
-        write_atomically(output_dir / one["name"], one["text"])
-    write_atomically(output_dir / RESULTS_FILE, results)
+    # Render everything before writing anything, so that the files are of one report.
+    for download in downloads.values():
+        write_atomically(output_dir / download["name"], download["text"])
+    write_atomically(output_dir / RESULTS_FILE, markdown)
     path = page_path or output_dir / PAGE_FILE
-    write_atomically(path, shown)
-    return WrittenReport(path, said, rows, told)
+    write_atomically(path, page)
+    return WrittenReport(path, summary, rows, notes)
 
 
 def build_downloads(
     records: Sequence[RunRecord], summary: Sequence[str], note_lines: Sequence[str] | None = None
 ) -> dict[str, dict[str, str]]:
-    """The data as files, by kind: each with its name, media type and text; ``told`` are the notes, if made already."""
-    made = {
+    """Return the data files by kind, each with name, media type and text. ``note_lines`` are computed if None."""
+    contents = {
         "csv": ("text/csv", csv_table(records)),
         "json": ("application/json", json_table(records, summary, note_lines)),
         "tex": ("text/x-tex", latex_table(records)),
     }
-    return {kind: {"name": f"results.{kind}", "type": type_, "text": text} for kind, (type_, text) in made.items()}
+    return {kind: {"name": f"results.{kind}", "type": type_, "text": text} for kind, (type_, text) in contents.items()}

@@ -28,16 +28,16 @@ DEMO = REPOSITORY / "docs" / "results" / "demo"
     ("words", "kind", "sentence"),
     [
         (["rogueL=2%"], UnknownKeyError, "did you mean 'rougeL'?"),
-        (["outcome=2%"], UnknownKeyError, "there is no figure 'outcome'"),
-        (["=2%"], UnknownKeyError, "there is no figure ''"),
-        (["five"], WrongTypeError, "'five' is no threshold; give a percentage of zero or more, as 5% or rougeL=2%"),
-        (["rougeL="], WrongTypeError, "'rougeL=' is no threshold"),
-        (["rougeL=-2%"], WrongTypeError, "is no threshold"),
-        (["nan"], WrongTypeError, "is no threshold"),
-        (["1e999999999"], WrongTypeError, "is no threshold"),
-        (["5 %%"], WrongTypeError, "is no threshold"),
-        (["0.05"], WrongTypeError, "'0.05' may mean 5% or 0.05%"),
-        (["5%", "6%"], OutOfRangeError, "--threshold is given twice for all figures"),
+        (["outcome=2%"], UnknownKeyError, "unknown metric 'outcome'"),
+        (["=2%"], UnknownKeyError, "unknown metric ''"),
+        (["five"], WrongTypeError, "'five' is not a threshold; give a nonnegative percentage, e.g. 5% or rougeL=2%"),
+        (["rougeL="], WrongTypeError, "'rougeL=' is not a threshold"),
+        (["rougeL=-2%"], WrongTypeError, "is not a threshold"),
+        (["nan"], WrongTypeError, "is not a threshold"),
+        (["1e999999999"], WrongTypeError, "is not a threshold"),
+        (["5 %%"], WrongTypeError, "is not a threshold"),
+        (["0.05"], WrongTypeError, "'0.05' is ambiguous; write 5% or 0.05%"),
+        (["5%", "6%"], OutOfRangeError, "--threshold is given twice for all metrics"),
         (["mfu=5%", "mfu=6%"], OutOfRangeError, "--threshold is given twice for mfu"),
     ],
 )
@@ -81,22 +81,22 @@ def test_a_verdict_needs_no_colour_and_no_wide_terminal(tmp_path: Path, capsys: 
     left, right = suite(tmp_path / "A", run()), suite(tmp_path / "B", run(peak=2000, speed=5000.0))
     print_diff(diff_suites(left, right), Console(force_terminal=True, width=80, color_system=None))
     out = capsys.readouterr().out
-    table = out.split("figures")[1]
+    table = out.split("changed metrics")[1]
     assert max(map(len, table.splitlines())) <= 80
-    assert "fell by more than 5%" in table
-    assert "gained more than 5%" in table
+    assert "regressed by more than 5%" in table
+    assert "improved by more than 5%" in table
 
 
 def test_the_command_has_an_exit_code_of_its_own(tmp_path: Path) -> None:
     """REGRESSED where a figure fell and zero where none did; the figures as JSON where that is asked for."""
     left, right = suite(tmp_path / "A", run()), suite(tmp_path / "B", run(peak=1060))
-    compare = ["report", "--compare", str(left), str(right)]
+    compare = ["compare", str(left), str(right)]
     done = CliRunner().invoke(app, compare)
     assert done.exit_code == REGRESSION_EXIT_CODE
-    assert done.stderr == "fell by more than allowed: lora (train_peak_bytes +6%)\n"
+    assert done.stderr == "regressed beyond the threshold: lora (train_peak_bytes +6%)\n"
     done = CliRunner().invoke(app, [*compare, "--threshold", "train_peak_bytes=6%"])
     assert (done.exit_code, done.stderr) == (0, "")
-    assert done.stdout.endswith("nothing fell by more than its threshold\n")
+    assert done.stdout.endswith("no metric regressed beyond its threshold\n")
     done = CliRunner().invoke(app, [*compare, "--json"])
     assert done.exit_code == REGRESSION_EXIT_CODE
     assert SuiteDiff.model_validate_json(done.stdout) == diff_suites(left, right)
@@ -105,18 +105,14 @@ def test_the_command_has_an_exit_code_of_its_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "sentence"),
     [
-        ("", 13, "there is no folder to report on; give the one that a suite wrote to, or --compare A B"),
-        ("A --compare A A", 13, "--compare A B says which two folders are compared; leave FOLDER out"),
-        ("--compare A A --into x --block table", 13, "leave --into and --block out"),
-        ("--compare A A --by train.steps", 13, "leave --by out"),
-        ("--compare A A --price-per-hour 0", 13, "leave --price-per-hour out"),
-        ("A --json", 13, "--json cannot be meant for one folder; give two by --compare A B"),
-        ("A --threshold 5%", 13, "--threshold cannot be meant for one folder"),
-        ("--compare A A --threshold rogueL=5", 11, "did you mean 'rougeL'?"),
-        ("--compare A A --threshold many", 12, "'many' is no threshold"),
-        ("--compare A nowhere", 60, "no record.json below nowhere"),
-        ("--compare nowhere A", 60, "no record.json below nowhere"),
-        ("--compare A", 2, "requires 2 arguments"),
+        ("report", 2, "Missing argument 'FOLDER'"),
+        ("report A --compare A A", 2, "--compare is now the command peftbench compare A B"),
+        ("report A --json", 2, "--json is now an option of peftbench compare A B"),
+        ("compare A A --threshold rogueL=5", 11, "did you mean 'rougeL'?"),
+        ("compare A A --threshold many", 12, "'many' is not a threshold"),
+        ("compare A nowhere", 60, "No record.json below nowhere"),
+        ("compare nowhere A", 60, "No record.json below nowhere"),
+        ("compare A", 2, "Missing argument 'B'"),
     ],
 )
 def test_a_command_that_cannot_be_meant(
@@ -126,7 +122,7 @@ def test_a_command_that_cannot_be_meant(
     suite(tmp_path / "A", run())
     monkeypatch.chdir(tmp_path)
     there = sorted(tmp_path.rglob("*"))
-    done = CliRunner().invoke(app, ["report", *arguments.split()])
+    done = CliRunner().invoke(app, arguments.split())
     assert done.exit_code == code, done.output
     assert sentence in done.stderr
     assert not done.stdout
@@ -148,7 +144,7 @@ def test_the_demo_and_a_changed_copy(tmp_path: Path) -> None:
     shutil.rmtree(copy / "full")
 
     def compared(*sides: Path) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", "from peftbench.cli.app import main; main()", "report", "--compare"]
+        command = [sys.executable, "-c", "from peftbench.cli.app import main; main()", "compare"]
         return subprocess.run([*command, *map(str, sides)], capture_output=True, text=True, check=False, timeout=120)
 
     same = compared(DEMO, DEMO)
@@ -157,12 +153,12 @@ def test_the_demo_and_a_changed_copy(tmp_path: Path) -> None:
     worse = compared(DEMO, copy)
     assert worse.returncode == REGRESSION_EXIT_CODE
     assert worse.stderr == (
-        "fell by more than allowed: lora (held_out_loss +10%, not supported by the interval), full (missing in B)\n"
+        "regressed beyond the threshold: lora (held_out_loss +10%, not significant), full (missing in B)\n"
     )
     lines = [" ".join(line.split()) for line in worse.stdout.splitlines()]
     assert f"method.r {old.recipe['method']['r']} 99 lora" in lines
-    assert any(line.startswith("lora held_out_loss") and "fell by more than 5%" in line for line in lines)
-    assert "full fell: missing in B" in lines
+    assert any(line.startswith("lora held_out_loss") and "regressed by more than 5%" in line for line in lines)
+    assert "full regressed: run is missing in B" in lines
 
 
 def test_a_comparison_needs_no_torch(tmp_path: Path) -> None:
@@ -172,7 +168,7 @@ def test_a_comparison_needs_no_torch(tmp_path: Path) -> None:
         "import sys; from peftbench.cli.app import app; app(standalone_mode=False); "
         "sys.exit(bool({'torch', 'transformers', 'accelerate', 'datasets', 'peft'} & set(sys.modules)))"
     )
-    command = [sys.executable, "-c", code, "report", "--compare", *map(str, sides)]
+    command = [sys.executable, "-c", code, "compare", *map(str, sides)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "+133% (" in done.stdout

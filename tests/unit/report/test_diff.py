@@ -112,9 +112,9 @@ def test_a_missing_run_falls_and_a_new_one_does_not(tmp_path: Path, capsys: pyte
         (None, "come", None, False),
     ]
     assert found.regressed
-    assert regression_summary(found) == "fell by more than allowed: gone (missing in B)"
+    assert regression_summary(found) == "regressed beyond the threshold: gone (missing in B)"
     text = printed(found, capsys)
-    assert "\ngone fell: missing in B\n" in text
+    assert "\ngone regressed: run is missing in B\n" in text
     assert "\ncome new in B\n" in text
     shutil.rmtree(left / "gone")
     assert not diff_suites(left, right).regressed
@@ -150,7 +150,7 @@ def test_two_records_of_one_name_are_refused(tmp_path: Path) -> None:
     """A folder in which a name stands twice is told with both places."""
     left, right = suite(tmp_path / "A", run()), suite(tmp_path / "B", run())
     run().write(right / "again")
-    sentence = f"{right} has two records of a run named 'lora', in again and lora; give a folder"
+    sentence = f"{right} has two runs named 'lora', in again and lora; run names must be unique"
     with pytest.raises(RecordError, match=re.escape(sentence)):
         diff_suites(left, right)
     with pytest.raises(RecordError, match=re.escape(sentence)):
@@ -180,9 +180,9 @@ def test_an_out_of_memory_says_so_once(tmp_path: Path, capsys: pytest.CaptureFix
     """Where the outcome fell, it alone is shown: that the rest is gone goes without saying."""
     left, right = suite(tmp_path / "A", run()), suite(tmp_path / "B", run(outcome=Outcome(kind="oom", step=1)))
     found = diff_suites(left, right)
-    assert regression_summary(found) == "fell by more than allowed: lora (outcome ok, now oom)"
+    assert regression_summary(found) == "regressed beyond the threshold: lora (outcome ok, now oom)"
     text = printed(found, capsys)
-    assert "lora outcome ok oom fell: a run that did not end well has no other figures" in text
+    assert "lora outcome ok oom regressed: the run has no metrics without outcome ok" in text
     assert "train_peak_bytes" not in text
 
 
@@ -194,10 +194,8 @@ def test_a_figure_that_is_known_no_more_falls(tmp_path: Path, capsys: pytest.Cap
     told = figures(found.runs[0])
     assert {name for name, figure in told.items() if figure.regressed} == {"held_out_loss", "train_joules"}
     assert {name for name, figure in told.items() if figure.verdict == "new"} == {"model_flops", "hardware_flops"}
-    assert "lora held_out_loss 3.2500 unknown fell: not known any more" in printed(found, capsys)
-    assert regression_summary(found).endswith(
-        "lora (held_out_loss not known any more; train_joules not known any more)"
-    )
+    assert "lora held_out_loss 3.2500 unknown regressed: no longer known" in printed(found, capsys)
+    assert regression_summary(found).endswith("lora (held_out_loss no longer known; train_joules no longer known)")
     assert json.loads(found.model_dump_json())["runs"][0]["metrics"][1]["after"] is None
     assert "model_flops" not in figures(held(tmp_path, old, old))
 
@@ -232,8 +230,8 @@ def test_config_is_compared_knob_by_knob(tmp_path: Path, capsys: pytest.CaptureF
     ]
     text = printed(diff_suites(tmp_path / "A", tmp_path / "B"), capsys)
     assert 'data.source.options.columns ["a", "b"] ["a", "c"] all' in text
-    assert "data.source.split not there null all" in text
-    assert "no figure changed" in text
+    assert "data.source.split not set null all" in text
+    assert "no metric changed" in text
 
 
 def test_what_changed_in_all_runs_is_shown_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -248,7 +246,7 @@ def test_what_changed_in_all_runs_is_shown_once(tmp_path: Path, capsys: pytest.C
     )
     found = diff_suites(left, right)
     assert [change.key for change in found.common_changes] == ["library_versions.torch"]
-    table = printed(found, capsys).split("config")[1]
+    table = printed(found, capsys).split("changed settings")[1]
     assert re.findall(r"^(\S+ \S+ \S+ .+)$", table, re.MULTILINE)[1:4] == [
         "library_versions.torch 1 2 all",
         "train.global_batch_size 16 32 b, c",
@@ -264,10 +262,10 @@ def test_two_machines_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert found.different_devices
     assert figures(found.runs[0])["tokens_per_second"].regressed
     assert SettingChange(key="device.name", before="a CPU", after="a GPU") in found.common_changes
-    *_, line = printed(found, capsys).split("config")[0].splitlines()
-    assert line == "times and memory are of two machines: A ran on a CPU (cpu), B on a GPU (cuda)"
+    *_, line = printed(found, capsys).split("changed settings")[0].splitlines()
+    assert line == "times and memory are from different devices: A ran on a CPU (cpu), B on a GPU (cuda)"
     assert not diff_suites(left, left).different_devices
-    assert "two machines" not in printed(diff_suites(left, left), capsys)
+    assert "different devices" not in printed(diff_suites(left, left), capsys)
 
 
 def test_a_change_that_the_examples_support(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -279,8 +277,8 @@ def test_a_change_that_the_examples_support(tmp_path: Path, capsys: pytest.Captu
     assert figure.paired_interval is not None
     assert figure.paired_interval.interval == Interval(mean=-2, low=-2, high=-2)
     assert figure.paired_interval.significant is True
-    assert regression_summary(found).endswith("lora (rougeL -6.67%, supported by the interval)")
-    assert "-6.67% (-2 to -2) fell by more than 5%, supported by the interval" in printed(found, capsys)
+    assert regression_summary(found).endswith("lora (rougeL -6.67%, significant)")
+    assert "-6.67% (-2 to -2) regressed by more than 5%, significant" in printed(found, capsys)
 
 
 def test_a_change_that_the_examples_do_not_support(tmp_path: Path) -> None:
@@ -293,7 +291,7 @@ def test_a_change_that_the_examples_do_not_support(tmp_path: Path) -> None:
     assert figure.paired_interval.interval.low < 0 < figure.paired_interval.interval.high
     assert figure.paired_interval.significant is False
     sentence = regression_summary(diff_suites(tmp_path / "A", tmp_path / "B"))
-    assert sentence.endswith("lora (rougeL -21.1%, not supported by the interval)")
+    assert sentence.endswith("lora (rougeL -21.1%, not significant)")
 
 
 def test_a_loss_is_weighed_by_its_tokens(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_a_launcher_that_no_record_names_is_not_made_up() -> None:
     """Of a run in several processes the commands say so, before one that has a single process."""
     one = record("a", "full", 1).model_copy(update={"device": Device(type="cuda", name="x", num_processes=8)})
     *_, said, trains = reproduce_commands(one, Path("record.json"))
-    assert said == "# it ran in 8 processes, by a launcher that the record does not name"
+    assert said == "# the run used 8 processes; the record does not name the launcher"
     assert trains.startswith("python launch/train.py ")
     assert "#" not in "".join(reproduce_commands(record("a", "full", 1), Path("record.json"))[1:])
 
@@ -99,7 +99,7 @@ def test_a_launcher_that_no_record_names_is_not_made_up() -> None:
 def test_only_a_commit_is_checked_out(git_commit: str) -> None:
     """What a record has in its place may be an option, or another's branch."""
     lines = reproduce_commands(record("a", "full", 1, git_commit=git_commit), Path("record.json"))
-    assert lines[1] == "# its commit is not known"
+    assert lines[1] == "# the commit of the run is unknown"
     assert not [line for line in lines if line.startswith("git")]
 
 

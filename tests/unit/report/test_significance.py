@@ -124,7 +124,7 @@ def test_only_shared_seeds_are_paired() -> None:
     assert found.num_seeds == 2
     compared = compare_groups([lora[0], *full[1:]])
     assert compared.pair_comparisons == ()
-    assert compared.exclusion_notes == ("lora-seed=0 and full have no seed in common, and are not compared",)
+    assert compared.exclusion_notes == ("lora-seed=0 and full have no common seed and are not compared",)
 
 
 def test_either_way_round() -> None:
@@ -202,18 +202,18 @@ GOOD = judged("good", "full", scores(0, 1))
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        (OLD, "Without scores by example, as older records are, and so not compared: old (lora)"),
+        (OLD, "Not compared, no per-example scores in the record: old (lora)"),
         (
             judged("odd", "lora", scores(0, 2), identity="others"),
-            "Evaluated on other examples than most, and so not compared: odd (lora)",
+            "Not compared, evaluated on different examples than most: odd (lora)",
         ),
         (
             judged("short", "lora", scores(0, 2)[:-1]),
-            "With another number of scores than most, and so not compared: short (lora)",
+            "Not compared, a different number of scores than most: short (lora)",
         ),
         (
             judged("none", "lora", None, losses=[math.nan] * COUNT, labelled=[1] * COUNT),
-            "With a score that is no number, and so not compared: none (lora)",
+            "Not compared, a score is not finite: none (lora)",
         ),
     ],
 )
@@ -233,7 +233,7 @@ def test_losses_of_other_tokens_do_not_compare() -> None:
     rows = [judged(name, name, None, losses=nats, labelled=one) for name in ("full", "lora")]
     compared = compare_groups([*rows, judged("last_layer", "last_layer", None, losses=nats, labelled=[4] * COUNT)])
     assert len(compared.pair_comparisons) == 1
-    assert compared.exclusion_notes[0].startswith("With losses over other tokens than most")
+    assert compared.exclusion_notes[0].startswith("Not compared, losses over different tokens than most")
 
 
 def test_where_one_wrote_nothing_all_are_compared_by_loss() -> None:
@@ -248,8 +248,8 @@ def test_where_one_wrote_nothing_all_are_compared_by_loss() -> None:
     assert compared.metric is not None
     assert compared.metric.unit == "nats"
     assert compared.exclusion_notes == (
-        "Without summaries, so that all are compared by held-out loss: lora",
-        "Without a held-out loss, by which the others are compared: lead_1",
+        "All runs are compared by held-out loss, because these have no generated summaries: lora",
+        "Not compared, no held-out loss: lead_1",
     )
 
 
@@ -263,7 +263,7 @@ def test_of_nothing() -> None:
     """No record is no comparison, and so is one."""
     assert compare_groups([]).pair_comparisons == ()
     assert compare_groups([GOOD]).pair_comparisons == ()
-    assert "No two configurations" in compare_groups([GOOD]).exclusion_notes[0]
+    assert "no two configurations" in compare_groups([GOOD]).exclusion_notes[0]
 
 
 @pytest.mark.parametrize(("examples", "spread"), [(20, "normal"), (60, "skewed")])

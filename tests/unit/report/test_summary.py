@@ -16,7 +16,7 @@ COUNT = 100
 BASE = noise(COUNT, 0, spread=10)
 VERDICT = re.compile(r"\b(?:better|worse|higher|lower|wins?|beats?)\b")
 OPENING = "Compared by ROUGE-L of generated summaries (higher is better) with full."
-ONE_SEED = "one seed each; another seed may order them otherwise."
+ONE_SEED = "one seed each; another seed may change the order."
 
 
 def scores(off: float, seed: int = 1, spread: float = 3.0) -> list[float]:
@@ -45,7 +45,7 @@ def of(records: list[RunRecord], about: str) -> str:
 def verdicts(said: list[str]) -> list[str]:
     """Sentences that call one better or worse than another, and not that none is."""
     plain = (sentence.replace("(higher is better)", "").replace("(lower is better)", "") for sentence in said)
-    without = (re.sub(r"N[^;.]* is better than \S+ beyond chance", "", sentence) for sentence in plain)
+    without = (re.sub(r"N[^;.]* is significantly better( than \S+)?", "", sentence) for sentence in plain)
     return [sentence for sentence in without if VERDICT.search(sentence)]
 
 
@@ -65,9 +65,10 @@ def test_a_difference_and_none(off: float, words: str) -> None:
     said = summarize([full(), lora(off)])
     assert said[0] == OPENING
     assert re.match(words, said[1])
-    assert said[1].endswith(" at 86 % of its memory, 82 % of its time in one run each and 69 % of its required FLOPs.")
+    assert said[1].endswith(" at 86 % of its memory, 82 % of its time (single runs) and 69 % of its model FLOPs.")
     assert said[2:] == [
-        f"Intervals hold with 95 % for the one comparison: paired bootstrap over {COUNT} held-out examples, {ONE_SEED}"
+        f"Intervals have 95 % confidence for the single comparison: paired bootstrap over {COUNT} held-out examples, "
+        f"{ONE_SEED}"
     ]
 
 
@@ -88,22 +89,22 @@ def test_within_is_the_further_end() -> None:
 @pytest.mark.parametrize(
     ("changes", "end"),
     [
-        (costly(860, 0.82, 69, device="another GPU"), "; it ran on another device, so that costs are not compared."),
-        (costly(860, 0.82, 69, engine="zero2"), "; it ran on another engine, so that costs are not compared."),
-        ({"steps": 6}, "; it ran for other steps or batches, so that costs are not compared."),
+        (costly(860, 0.82, 69, device="another GPU"), "; it ran on a different device, so costs are not compared."),
+        (costly(860, 0.82, 69, engine="zero2"), "; it ran on a different engine, so costs are not compared."),
+        ({"steps": 6}, "; it ran with different steps or batches, so costs are not compared."),
         (
             costly(860, 0.98, 69),
-            ", at 86 % of its memory and 69 % of its required FLOPs; its time cannot be told apart from that of full.",
+            ", at 86 % of its memory and 69 % of its model FLOPs; time does not differ measurably.",
         ),
         (
             {"throughput": costly(1, 0.1, 1)["throughput"].model_copy(update={"steps": 9})},
-            ", at 86 % of its memory and 69 % of its required FLOPs.",
+            ", at 86 % of its memory and 69 % of its model FLOPs.",
         ),
-        ({"memory": {}}, ", at 82 % of its time in one run each and 69 % of its required FLOPs."),
-        ({"memory": {}, "throughput": None}, ", at 69 % of its required FLOPs."),
+        ({"memory": {}}, ", at 82 % of its time (single runs) and 69 % of its model FLOPs."),
+        ({"memory": {}, "throughput": None}, ", at 69 % of its model FLOPs."),
         (
             costly(3, 2.5, 1),
-            ", at 0.3 % of its memory, 250 % of its time in one run each and 1 % of its required FLOPs.",
+            ", at 0.3 % of its memory, 250 % of its time (single runs) and 1 % of its model FLOPs.",
         ),
     ],
 )
@@ -156,7 +157,7 @@ def test_memory_that_cannot_be_told_apart(
     """Peaks that overlap over seeds, or on a CPU lie as near as pages come and go, are no difference."""
     sizes = [[mib * 2**20 for mib in given] for given in (reference, peaks)]
     sentence = of([*_peaks("full", sizes[0], device), *_peaks("lora", sizes[1], device)], "lora")
-    assert ("its memory and its time cannot be told apart from those of full" in sentence) == (told is None)
+    assert ("memory and time do not differ measurably" in sentence) == (told is None)
     assert ("of its memory" in sentence) == (told is not None)
     assert told is None or told in sentence
 
@@ -164,7 +165,7 @@ def test_memory_that_cannot_be_told_apart(
 def test_a_ratio_of_times_is_of_runs_where_there_are_several() -> None:
     """One run each says of their own steps alone that the one is faster, and that is said; of three seeds it is not."""
     slow, fast = costly(860, 1.0, 69), costly(860, 0.5, 69)
-    assert "50 % of its time in one run each and" in of([full(), lora(4.0, **fast)], "lora")
+    assert "50 % of its time (single runs) and" in of([full(), lora(4.0, **fast)], "lora")
     rows = [judged(f"full-seed={s}", "full", scores(0, s), seed=s, data_seed=0, **slow) for s in range(3)]
     rows += [judged(f"lora-seed={s}", "lora", scores(9, s + 3), seed=s, data_seed=0, **fast) for s in range(3)]
     assert "50 % of its time and 100 % of" in of(rows, "lora")
@@ -181,7 +182,7 @@ def test_seeds_that_agree_and_seeds_that_do_not() -> None:
     agreed = summarize([*seeds("full", "full", [0, 0, 0]), *seeds("lora", "lora", [5.5, 6, 6.5])])
     assert agreed[1].startswith("lora is better than full by 6.0 ROUGE-L (interval 4.")
     assert agreed[-1].endswith(
-        f"paired bootstrap over {COUNT} held-out examples and Student's t over 3 seeds, whichever reaches further."
+        f"paired bootstrap over {COUNT} held-out examples held-out examples, and Student's t over 3 seeds (the wider of both)."
     )
     lucky = [*seeds("full", "full", [0, 0, 0]), *seeds("lora", "lora", [12, 0, 0])]
     (found,) = compare_groups(lucky).pair_comparisons
@@ -196,15 +197,17 @@ def test_pairs_of_one_seed_beside_pairs_of_several() -> None:
     """Of one seed there is no interval over seeds, and the caution stays."""
     rows = [*seeds("full", "full", [0, 0, 0]), *seeds("lora", "lora", [6, 6, 6]), *seeds("head", "last_layer", [0])]
     assert summarize(rows)[-1].endswith(
-        f"over {COUNT} held-out examples and Student's t over up to 3 seeds where a pair has several, whichever "
-        "reaches further; a pair of one seed may be ordered otherwise by another."
+        f"over {COUNT} held-out examples, and Student's t over up to 3 seeds for pairs with several (the wider of both); "
+        "another seed may change the order of pairs with one."
     )
 
 
 def test_an_interval_beyond_the_scale_is_no_bound() -> None:
     """ROUGE-L ends at 100: where two seeds leave more than that, no bound is named."""
     said = summarize([*seeds("full", "full", [0, 0]), *seeds("lora", "lora", [14, -6])])
-    assert said[1] == "lora cannot be told apart from full (difference +4.0; of 2 seeds the interval leaves the scale)."
+    assert said[1] == (
+        "lora and full are indistinguishable (difference +4.0; with 2 seeds the interval exceeds the scale)."
+    )
 
 
 def test_the_reference_is_full_or_was_chosen() -> None:
@@ -213,11 +216,11 @@ def test_the_reference_is_full_or_was_chosen() -> None:
     oom = full(quality=None, outcome=Outcome(kind="oom", step=2))
     assert summarize([full(), last, lora(9)])[0] == OPENING
     assert summarize([oom, last, lora(9)])[0] == (
-        "Compared by ROUGE-L of generated summaries (higher is better) with lora, chosen as the best of those that "
-        "train by the same figure."
+        "Compared by ROUGE-L of generated summaries (higher is better) with lora, selected as the best trained "
+        "configuration by this metric."
     )
     two = [full(), judged("full-slow", "full", scores(-9, 3), method={"x": 1}), lora(0)]
-    assert summarize(two)[0] == OPENING.replace("full.", "full, the best of its method by the same figure.")
+    assert summarize(two)[0] == OPENING.replace("full.", "full, the best of its method by this metric.")
 
 
 @pytest.mark.parametrize(
@@ -233,15 +236,15 @@ def test_the_reference_is_full_or_was_chosen() -> None:
                 estimated_peak_bytes=120 * 2**20,
                 suggestion="train.micro_batch_size=1 is predicted to fit",
             ),
-            "full: out of memory in the backward pass of step 2, where it asked for 4.0 MiB; predicted to need 120 MiB "
-            "at least; train.micro_batch_size=1 is predicted to fit.",
+            "full: out of memory in the backward pass of step 2 (requested 4.0 MiB); estimated need: at least 120 "
+            "MiB; train.micro_batch_size=1 is predicted to fit.",
         ),
         (Outcome(kind="oom", phase="load"), "full: out of memory in load."),
         (Outcome(kind="oom"), "full: out of memory."),
-        (Outcome(kind="diverged", step=40), "full: diverged at step 40, so that nothing is said of what it learned."),
+        (Outcome(kind="diverged", step=40), "full: diverged at step 40, so its quality is not compared."),
         (
             Outcome(kind="preempted", step=3),
-            "full: was stopped at step 3 and has no result; the same command goes on with it.",
+            "full: was stopped at step 3 and has no result; run the same command to resume it.",
         ),
         (Outcome(kind="failed", phase="train", error="one\n two"), "full: failed in train: one two."),
         (Outcome(kind="failed", error="x" * 999), f"full: failed: {'x' * 200}…."),
@@ -261,14 +264,14 @@ def test_some_seeds_that_ended_otherwise() -> None:
     runs[4] = runs[4].model_copy(update={"outcome": Outcome(kind="diverged", step=7)})
     said = summarize(runs)
     assert "over 2 seeds" in said[2]
-    assert said[3] == "lora (1 of 3 runs): diverged at step 7, so that nothing is said of what it learned."
+    assert said[3] == "lora (1 of 3 runs): diverged at step 7, so its quality is not compared."
 
 
 def test_baselines_beside_what_was_trained() -> None:
     """Which are better than the untrained base, and that none is better than the lead, which is the sentence to see."""
     rows = [full(), lora(2), judged("zero_shot", "zero_shot", scores(-9, 3)), judged("lead_1", "lead", scores(2, 4))]
     none = (
-        r"No trained configuration is better than lead_1 beyond chance; full is worse than lead_1, by 1\.\d ROUGE-L at"
+        r"No trained configuration is significantly better than lead_1; full is worse than lead_1, by 1\.\d ROUGE-L at"
     )
     assert re.match(none, of(rows, "No"))
     sentence = of(rows, "lora and full are better than zero_shot, by ")
@@ -282,7 +285,7 @@ def test_baselines_beside_what_was_trained() -> None:
 def test_baselines_alone() -> None:
     """Without a trained configuration the baselines are compared, and no seed is spoken of."""
     said = summarize([judged("zero_shot", "zero_shot", scores(-9, 3)), judged("lead_1", "lead", scores(2, 4))])
-    assert said[0].endswith("with lead_1, chosen as the best by the same figure.")
+    assert said[0].endswith("with lead_1, selected as the best configuration by this metric.")
     assert said[1].startswith("zero_shot is worse than lead_1 by 1")
     assert said[2].endswith("held-out examples.")
     assert len(said) == 3
@@ -292,8 +295,8 @@ def test_an_unfair_table_says_so_first() -> None:
     """Runs of other batches are compared, but not as methods, and their costs are not."""
     said = summarize([full(), lora(9, global_batch_size=2)])
     assert said[0].startswith("These runs differ in more than their method")
-    assert said[0].endswith("so that no difference is put down to the method.")
-    assert "for other steps or batches" in said[2]
+    assert said[0].endswith("so a difference may not be due to the method.")
+    assert "with different steps or batches" in said[2]
 
 
 def test_few_examples() -> None:
@@ -303,10 +306,9 @@ def test_few_examples() -> None:
         judged("lora", "lora", [9.0] * 16, **costly(3, 2, 9)),
     ]
     assert summarize(rows) == [
-        "lora is compared with full by costs alone, at 33 % of its memory, 200 % of its time in one run each and 100 % "
-        "of its required FLOPs.",
-        "Nothing is concluded about quality from 16 held-out examples: of fewer than 20 one odd example can make a "
-        "difference.",
+        "lora is compared with full by costs only, at 33 % of its memory, 200 % of its time (single runs) and 100 % "
+        "of its model FLOPs.",
+        "No conclusion about quality: 16 held-out examples are too few (at least 20 are needed).",
     ]
 
 
@@ -316,15 +318,17 @@ def test_hardly_any_examples(count: int) -> None:
     rows = [judged("full", "full", BASE[:count]), judged("lora", "lora", scores(4)[:count])]
     said = summarize(rows)
     assert len(said) == 1
-    assert said[0].startswith("Of a single held-out example" if count == 1 else "Nothing is concluded about quality")
+    assert said[0].startswith(
+        "No conclusion about quality: one held-out" if count == 1 else "No conclusion about quality: 2 held-out"
+    )
 
 
 def test_runs_of_several_commits() -> None:
     """Between the seeds of one configuration nothing else should differ, the code neither."""
     runs = seeds("full", "full", [0, 0, 0]) + seeds("lora", "lora", [1, 2, 3])
     runs = [run.model_copy(update={"git_commit": "a" if i < 4 else "b"}) for i, run in enumerate(runs)]
-    assert of(runs, "Made by") == (
-        "Made by more than one commit, so that the runs of each may differ in more than seeds: lora."
+    assert of(runs, "Runs of one") == (
+        "Runs of one configuration come from different commits, so not only seeds may differ: lora."
     )
     assert len(compare_groups(runs).groups) == 2
     assert not any("commit" in one for one in summarize(runs[:4]))
@@ -334,12 +338,12 @@ def test_a_baseline_that_shares_no_seed_is_in_no_sentence_but_one() -> None:
     """Beside a baseline of other seeds nothing was compared, and there is no "none of 0"."""
     base = [judged(f"base-seed={s}", "zero_shot", scores(-9, s), seed=s) for s in (7, 8)]
     said = summarize([full(), lora(4), *base])
-    assert not any("beyond chance" in one or "None of" in one for one in said)
-    assert "full and base (zero_shot) have no seed in common, and are not compared." in said
+    assert not any("significantly" in one or "None of" in one for one in said)
+    assert "full and base (zero_shot) have no common seed and are not compared." in said
     more = [*base, judged("base-seed=0", "zero_shot", scores(9, 3))]
     one = judged("last", "last_layer", scores(0), seed=3)
-    assert of([full(), one, *more], "full, which").startswith(
-        "full, which alone was compared with base (zero_shot), is not better than it beyond chance"
+    assert of([full(), one, *more], "full, the only").startswith(
+        "full, the only configuration compared with base (zero_shot), is not significantly better"
     )
 
 
@@ -347,15 +351,15 @@ def test_old_records() -> None:
     """Without scores by example nothing is concluded about quality, which is said once; costs are told."""
     rows = [record("full", "full", 1, **costly(9, 1, 9)), record("lora", "lora", 1, loss=9.0, **costly(3, 2, 9))]
     said = summarize(rows)
-    assert said[0].startswith("lora is compared with full by costs alone, at 33 %")
+    assert said[0].startswith("lora is compared with full by costs only, at 33 %")
     assert said[1:] == [
-        "Without scores by example, as older records are, and so not compared: full and lora.",
-        "No two configurations can be compared example by example, so that nothing is concluded about quality.",
+        "Not compared, no per-example scores in the record: full and lora.",
+        "No conclusion about quality: no two configurations have comparable per-example scores.",
     ]
     unknown = [record("full", "full", 1), record("lora", "lora", 1)]
     assert len(summarize(unknown)) == 2
     apart = [rows[0], record("lora", "lora", 1, **costly(3, 2, 9, device="b"))]
-    assert summarize(apart)[0] == "lora ran on another device than full, so that costs are not compared."
+    assert summarize(apart)[0] == "lora ran on a different device than full, so costs are not compared."
 
 
 def test_a_loss_that_is_lower_is_better() -> None:
@@ -374,7 +378,7 @@ def test_the_very_same_scores() -> None:
     """Nothing tells two configurations apart that score alike on every example, and no interval of no width says so."""
     assert (
         of([judged("full", "full", BASE), judged("lora", "lora", BASE)], "lora")
-        == "lora scores as full does on every example."
+        == "lora has the same score as full on every example."
     )
 
 
@@ -413,6 +417,6 @@ def test_chance_is_put_into_words_as_seldom_as_is_said() -> None:
 def test_of_nothing() -> None:
     """One record says nothing of others."""
     assert summarize([full()]) == [
-        "No two configurations can be compared example by example, so that nothing is concluded about quality."
+        "No conclusion about quality: no two configurations have comparable per-example scores."
     ]
     assert summarize([full()], compare_groups([full()])) == summarize([full()])

@@ -173,7 +173,7 @@ def test_the_table_without_a_terminal_shows_every_run_and_column(capsys: pytest.
     assert "first (full)" in printed
     assert "second (lora)" in printed
     assert all(title in printed for title in ("ROUGE-1", "ROUGE-2", "ROUGE-L", "ROUGE-Lsum"))
-    assert "no room" not in printed
+    assert "do not fit" not in printed
 
 
 def test_a_narrow_terminal_leaves_columns_out_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
@@ -190,8 +190,8 @@ def test_a_narrow_terminal_leaves_columns_out_and_says_so(capsys: pytest.Capture
     assert max(map(len, printed.splitlines())) <= 80
     assert "124,439,808" in printed
     assert "prompt_tuning" in printed
-    assert "ROUGE-L" in printed.split("no room")[0]
-    assert "(no room here for ROUGE-Lsum, ROUGE-2, ROUGE-1: see the report)" in printed
+    assert "ROUGE-L" in printed.split("columns that do not fit")[0]
+    assert "(columns that do not fit: ROUGE-Lsum, ROUGE-2, ROUGE-1; see the report)" in printed
 
 
 def test_the_report_shows_the_same_example_by_every_run() -> None:
@@ -305,7 +305,7 @@ def test_tables_go_between_their_markers_only(tmp_path: Path) -> None:
     assert once.startswith("before\n")
     assert once.endswith("after\n")
     assert "old" not in once
-    with pytest.raises(RecordError, match="no place for the table"):
+    with pytest.raises(RecordError, match="has no section 'y'"):
         insert_table([record("a", "full", 1000)], file, "y")
 
 
@@ -331,8 +331,8 @@ def test_what_is_unknown_is_said() -> None:
         record("b", "lora", 1, throughput=speed, energy_joules=40.0, compute=Compute(peak_flops_per_second=1e9)),
     )
     mfu, energy = collect_notes([unknown])
-    assert mfu == "MFU is unknown: the data sheet's FLOP/s of a CPU at fp32 are not in the table"
-    assert energy == "energy is unknown: neither NVML nor RAPL tells it here"
+    assert mfu == "MFU is unknown: no data sheet FLOP/s for a CPU at fp32"
+    assert energy == "energy is unknown: neither NVML nor RAPL is available"
     assert collect_notes([known]) == []
     cells = row(markdown_table([unknown]))
     assert (cells["MFU"], cells["energy (J / 1k samples)"]) == ("unknown", "unknown")

@@ -113,10 +113,9 @@ def test_a_folder_given_as_an_absolute_path_tells_no_place(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ("--html p.html --into p.md", "--html says where the page goes, and --into makes none; leave one out"),
-        ("--html p.html --by train.seed", "--html says where the page goes, and --by makes none; leave one out"),
-        ("--block x", "--block names a place in a file; give the file by --into"),
-        ("--block x --by train.seed", "--block names a place in a file; give the file by --into"),
+        ("--html p.html --update-file p.md", "--html has no effect with --update-file, which writes no page"),
+        ("--html p.html --group-by train.seed", "--html has no effect with --group-by, which writes no page"),
+        ("--marker x --group-by train.seed", "--marker names a section of a file; give the file with --update-file"),
     ],
 )
 def test_nothing_is_ignored(arguments: str, sentence: str, tmp_path: Path) -> None:
@@ -129,7 +128,7 @@ def test_nothing_is_ignored(arguments: str, sentence: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "arguments", ["out --by train.seed", "out --into p.md", "--compare out out", "--compare out out --json"]
+    "arguments", ["report out --group-by train.seed", "report out --update-file p.md", "compare out out"]
 )
 def test_charts_are_loaded_for_a_page_alone(arguments: str, tmp_path: Path) -> None:
     """What makes no page waits for no library of charts."""
@@ -139,6 +138,6 @@ def test_charts_are_loaded_for_a_page_alone(arguments: str, tmp_path: Path) -> N
         "import sys\nfrom peftbench.cli.app import app\napp(sys.argv[1:], standalone_mode=False)\n"
         "sys.exit(bool({'altair', 'jinja2', 'vl_convert'} & set(sys.modules)))"
     )
-    command = [sys.executable, "-c", code, "report", *arguments.split()]
+    command = [sys.executable, "-c", code, *arguments.split()]
     done = subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""How runs ended that did not end well, in words."""
+"""Sentences on runs that did not end with outcome ok."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from peftbench.report.text.escape import printable_line
 _MIB = 2**20
 _STEP_PART_NAMES = {"forward": "the forward pass", "backward": "the backward pass", "optimizer": "the optimizer step"}
 _MAX_ERROR_CHARS = 200
-"""Characters of an error that are shown."""
+"""Maximum number of shown characters of an error."""
 
 
 def outcome_sentences(group: RunGroup) -> Iterator[str]:
-    """A sentence for each kind of end of a configuration's runs but a good one, of the first that ended so."""
+    """Yield a sentence for each outcome of a group except ok, about the first run with it."""
     by_kind: dict[str, list[RunRecord]] = {}
     for run in group.runs:
         by_kind.setdefault(run.outcome.kind, []).append(run)
@@ -31,9 +31,9 @@ def _outcome_clause(outcome: Outcome) -> str:
         case "oom":
             return oom_sentence(outcome)
         case "diverged":
-            return f"diverged{at}, so that nothing is said of what it learned"
+            return f"diverged{at}, so its quality is not compared"
         case "preempted":
-            return f"was stopped{at} and has no result; the same command goes on with it"
+            return f"was stopped{at} and has no result; run the same command to resume it"
         case _:
             error = printable_line(outcome.error or "")
             short = f"{error[:_MAX_ERROR_CHARS]}…" if len(error) > _MAX_ERROR_CHARS else error
@@ -42,15 +42,15 @@ def _outcome_clause(outcome: Outcome) -> str:
 
 
 def oom_sentence(outcome: Outcome) -> str:
-    """Where a run was out of memory, by how much, what it is predicted to need, and what would fit."""
+    """Return where a run ran out of memory, the sizes, the predicted need and the suggested settings."""
     place = _STEP_PART_NAMES.get(outcome.step_part or "", outcome.step_part or outcome.phase)
     where = (f" in {place}" if place else "") + (f" of step {outcome.step}" if outcome.step is not None else "")
-    asked = [
-        f"{what} {size / _MIB:,.1f} MiB"
-        for what, size in (("asked for", outcome.requested_bytes), ("held", outcome.in_use_bytes))
+    sizes = [
+        f"{label} {size / _MIB:,.1f} MiB"
+        for label, size in (("requested", outcome.requested_bytes), ("in use", outcome.in_use_bytes))
         if size is not None
     ]
-    told = f"out of memory{where}" + (f", where it {' and '.join(asked)}" if asked else "")
+    sentence = f"out of memory{where}" + (f" ({', '.join(sizes)})" if sizes else "")
     if outcome.estimated_peak_bytes is not None:
-        told += f"; predicted to need {outcome.estimated_peak_bytes / _MIB:,.0f} MiB at least"
-    return told + (f"; {printable_line(outcome.suggestion)}" if outcome.suggestion else "")
+        sentence += f"; estimated need: at least {outcome.estimated_peak_bytes / _MIB:,.0f} MiB"
+    return sentence + (f"; {printable_line(outcome.suggestion)}" if outcome.suggestion else "")

@@ -1,4 +1,4 @@
-"""Configurations: the runs that differ in nothing but their seeds, and what they come to together."""
+"""Groups of runs that differ only in their seeds, and their mean metrics."""
 
 from __future__ import annotations
 
@@ -21,51 +21,51 @@ Seed = tuple[int, int]
 SEED_KEYS = ("train.seed", "data.seed")
 
 NON_NUMERIC_KEYS = ("name", "output_dir", "save_model", "trackers", "checkpoint", "profile.price_per_hour")
-"""Knobs that change no number: what a recipe's fingerprint leaves out. A test holds the two together."""
+"""Keys that change no result: those that a recipe's fingerprint excludes. A test checks that both agree."""
 
 NEUTRAL_WHEN_NULL = {"budget": "budget.memory", "train.feature_cache": "train.feature_cache"}
-"""Knobs that change nothing as long as another one is null or, in an older record, is not there."""
+"""Keys that change nothing while the key in the value is null or absent."""
 
 
 @dataclass(frozen=True, eq=False)
 class RunGroup:
-    """Runs of one recipe, with other seeds. Equal only to itself, so that it can be a key."""
+    """Runs of one recipe with different seeds. Compared by identity, so that it can be a dict key."""
 
     label: str
-    """What the runs' names share, on one line, and the method where that does not say it; no two have the same."""
+    """Common part of the runs' names, on one line, with the method if the name lacks it; unique."""
     method_kind: str
-    """Of the method."""
+    """Kind of the method, e.g. lora."""
     runs: tuple[RunRecord, ...]
 
     @property
     def ok_runs(self) -> tuple[RunRecord, ...]:
-        """The runs that ended well: figures are of these."""
+        """Runs with outcome ok; all metrics are of these."""
         return tuple(run for run in self.runs if run.outcome.kind == "ok")
 
     @property
     def is_trained(self) -> bool:
-        """Whether a run that ended well changed a parameter; of a baseline none does, and no seed matters to it."""
+        """True if a run with outcome ok trained parameters; False for baselines, which do not depend on seeds."""
         return any(run.parameters is not None and run.parameters.trainable > 0 for run in self.ok_runs)
 
     @property
     def mean_peak_bytes(self) -> float | None:
-        """Mean peak of the training phase; None where a run's is not known."""
+        """Mean peak bytes of the training phase; None if unknown for a run."""
         return _mean_if_known(train_peak_bytes(run) for run in self.ok_runs)
 
     @property
     def peak_bytes_range(self) -> tuple[int, int] | None:
-        """The least and the greatest peak of the runs' training phases, in bytes; None where one is not known."""
+        """Smallest and largest peak bytes of the training phase; None if unknown for a run."""
         known = [peak for run in self.ok_runs if (peak := train_peak_bytes(run)) is not None]
         return (min(known), max(known)) if known and len(known) == len(self.ok_runs) else None
 
     @property
     def mean_train_seconds(self) -> float | None:
-        """Mean seconds of the training phase; None where a run's are not known."""
+        """Mean seconds of the training phase; None if unknown for a run."""
         return _mean_if_known(run.train_seconds for run in self.ok_runs)
 
     @property
     def step_seconds_range(self) -> tuple[float, float] | None:
-        """The least tenth and the greatest ninetieth percentile of the runs' step seconds; None where not known."""
+        """Smallest 10th and largest 90th percentile of step seconds; None if unknown for a run."""
         speeds = [run.throughput for run in self.ok_runs if run.throughput is not None]
         if not speeds or len(speeds) < len(self.ok_runs):
             return None
@@ -73,74 +73,71 @@ class RunGroup:
 
     @property
     def mean_model_flops(self) -> float | None:
-        """Mean of the FLOPs that all steps needed; None where a run's are not known."""
+        """Mean model FLOPs of all steps; None if unknown for a run."""
         return _mean_if_known(run.flops.model_flops for run in self.ok_runs)
 
     @property
     def held_out_losses(self) -> tuple[float, ...]:
-        """Held-out losses in nats, one a seed, of the runs that have one that is a number."""
+        """Held-out losses in nats, one per seed, finite ones only."""
         return self._mean_by_seed(lambda run: run.quality.loss if run.quality else None)
 
     @property
     def rouge_l_scores(self) -> tuple[float, ...]:
-        """ROUGE-L (0 to 100) of generated summaries, one a seed, of the runs that wrote some."""
+        """ROUGE-L (0 to 100) of generated summaries, one per seed, of the runs that generated some."""
         return self._mean_by_seed(_rouge_l_score)
 
     def _mean_by_seed(self, get_value: Callable[[RunRecord], float | None]) -> tuple[float, ...]:
-        """A figure of each seed: one that was run twice tells no more of seeds than one that was run once."""
-        found: dict[Seed, list[float]] = {}
+        """Return the mean value of each seed, so that a repeated run does not count as another seed."""
+        values: dict[Seed, list[float]] = {}
         for run in self.ok_runs:
             value = get_value(run)
             if value is not None and math.isfinite(value):
-                found.setdefault(seed_of(run), []).append(value)
-        return tuple(statistics.fmean(same) for same in found.values())
+                values.setdefault(seed_of(run), []).append(value)
+        return tuple(statistics.fmean(same) for same in values.values())
 
 
 def seed_of(run: RunRecord) -> Seed:
-    """What a run is paired with another one by."""
+    """Return the seeds by which runs are paired."""
     return int(run.recipe["train"]["seed"]), int(run.recipe["data"]["seed"])
 
 
 def group_runs(records: Sequence[RunRecord]) -> list[RunGroup]:
-    """The configurations of ``records``, in the order in which their first runs come."""
-    found = [
+    """Return the groups of ``records``, in the order of their first runs."""
+    groups = [
         _build_group(runs)
         for same in same_recipe_groups(records, SEED_KEYS)
-        for there in _group_by(same, _device_key)
-        for runs in _split_by_fingerprints(there)
+        for on_device in _group_by(same, _device_key)
+        for runs in _split_by_fingerprints(on_device)
     ]
-    first = {id(record): place for place, record in enumerate(records)}
-    return _with_unique_labels(sorted(found, key=lambda one: first[id(one.runs[0])]))
+    first = {id(record): index for index, record in enumerate(records)}
+    return _with_unique_labels(sorted(groups, key=lambda group: first[id(group.runs[0])]))
 
 
 def same_recipe_groups(records: Sequence[RunRecord], keys: Sequence[str]) -> list[list[RunRecord]]:
-    """Groups of records whose recipes differ in nothing but ``knobs`` and what changes no number.
-
-    They are in the order in which they first come.
-    """
+    """Group records whose recipes differ only in ``keys`` and in keys that change no result, in first-seen order."""
     return _group_by(records, lambda record: recipe_key(record.recipe, keys))
 
 
 def recipe_key(recipe: Mapping[str, Any], ignored_keys: Sequence[str] = ()) -> str:
-    """JSON of a recipe without ``knobs`` and without what changes no number."""
-    out = [*NON_NUMERIC_KEYS, *ignored_keys]
-    out += [knob for knob, asked in NEUTRAL_WHEN_NULL.items() if _get_key(recipe, asked) is None]
-    left = dict(recipe)
-    for knob in out:
-        *parents, last = knob.split(".")
-        place = left
+    """Return a recipe as JSON, without ``ignored_keys`` and keys that change no result."""
+    dropped = [*NON_NUMERIC_KEYS, *ignored_keys]
+    dropped += [key for key, condition in NEUTRAL_WHEN_NULL.items() if _get_key(recipe, condition) is None]
+    remaining = dict(recipe)
+    for key in dropped:
+        *parents, last = key.split(".")
+        section = remaining
         for parent in parents:
-            place[parent] = dict(place.get(parent) or {})  # the recipe itself stays as it is
-            place = place[parent]
-        place.pop(last, None)
-    return json.dumps(left, sort_keys=True)
+            section[parent] = dict(section.get(parent) or {})  # a copy: the recipe must not change
+            section = section[parent]
+        section.pop(last, None)
+    return json.dumps(remaining, sort_keys=True)
 
 
 def _get_key(recipe: Mapping[str, Any], key: str) -> object:
-    place: object = recipe
+    value: object = recipe
     for part in key.split("."):
-        place = place.get(part) if isinstance(place, Mapping) else None
-    return place
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
 
 
 def _group_by(records: Iterable[RunRecord], key: Callable[[RunRecord], object]) -> list[list[RunRecord]]:
@@ -155,33 +152,33 @@ def _device_key(record: RunRecord) -> tuple[str, str, int]:
 
 
 def _split_by_fingerprints(records: Sequence[RunRecord]) -> list[list[RunRecord]]:
-    """Groups of one base and of one data set. A run that ended before it knew them stands with the first that fits."""
+    """Split runs by model and data fingerprint. A run that failed before they were known joins the first match."""
     groups: list[tuple[dict[str, str], list[RunRecord]]] = []
-    for record in sorted(records, key=lambda one: (one.model_fingerprint, one.data_fingerprint).count(None)):
-        origin = {"model": record.model_fingerprint, "data": record.data_fingerprint}
-        known = {what: identity for what, identity in origin.items() if identity is not None}
-        for there, runs in groups:
-            if all(there.get(what, identity) == identity for what, identity in known.items()):
-                there.update(known)
+    for record in sorted(records, key=lambda r: (r.model_fingerprint, r.data_fingerprint).count(None)):
+        fingerprints = {"model": record.model_fingerprint, "data": record.data_fingerprint}
+        known = {name: value for name, value in fingerprints.items() if value is not None}
+        for group_fingerprints, runs in groups:
+            if all(group_fingerprints.get(name, value) == value for name, value in known.items()):
+                group_fingerprints.update(known)
                 runs.append(record)
                 break
         else:
             groups.append((known, [record]))
-    place = {id(record): index for index, record in enumerate(records)}
-    return [sorted(runs, key=lambda run: place[id(run)]) for _, runs in groups]
+    position = {id(record): index for index, record in enumerate(records)}
+    return [sorted(runs, key=lambda run: position[id(run)]) for _, runs in groups]
 
 
 def _with_unique_labels(groups: Sequence[RunGroup]) -> list[RunGroup]:
-    """With a label of its own for each: with its device where that is what differs, else numbered."""
+    """Make labels unique: append the device if the devices differ, else a number."""
     named = []
     for one in groups:
         devices = [_device_key(other.runs[0]) for other in groups if other.label == one.label]
-        alone = len(devices) > 1 and len(set(devices)) == len(devices)
-        named.append(replace(one, label=f"{one.label} on {_device_label(one.runs[0])}") if alone else one)
+        differ_by_device = len(devices) > 1 and len(set(devices)) == len(devices)
+        named.append(replace(one, label=f"{one.label} on {_device_label(one.runs[0])}") if differ_by_device else one)
     seen: Counter[str] = Counter()
     for index, one in enumerate(named):
         seen[one.label] += 1
-        if seen[one.label] > 1:  # two suites in one folder may have runs of one name
+        if seen[one.label] > 1:  # two suites in one folder may use the same run name
             named[index] = replace(one, label=f"{one.label} #{seen[one.label]}")
     return named
 
@@ -199,19 +196,19 @@ def _build_group(runs: Sequence[RunRecord]) -> RunGroup:
 
 
 def _rouge_l_score(run: RunRecord) -> float | None:
-    found = (run.quality.rouge or {}).get("rougeL") if run.quality else None
-    return found.mean if found else None
+    score = (run.quality.rouge or {}).get("rougeL") if run.quality else None
+    return score.mean if score else None
 
 
 def _common_name(names: Sequence[str]) -> str:
-    """What names share: of ``lora-seed=0`` and ``lora-seed=1`` it is ``lora``."""
-    words = [name.split("-") for name in names]
-    if len({len(one) for one in words}) == 1:
-        same = "-".join(places[0] for places in zip(*words, strict=True) if len(set(places)) == 1)
-        if same:
-            return same
-    beginning = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
-    return "".join(letters[0] for letters in beginning).rstrip("-_=. ")
+    """Return the common part of names, e.g. ``lora`` of ``lora-seed=0`` and ``lora-seed=1``."""
+    split_names = [name.split("-") for name in names]
+    if len({len(parts) for parts in split_names}) == 1:
+        common = "-".join(parts[0] for parts in zip(*split_names, strict=True) if len(set(parts)) == 1)
+        if common:
+            return common
+    prefix = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+    return "".join(letters[0] for letters in prefix).rstrip("-_=. ")
 
 
 def _mean_if_known(values: Iterable[float | None]) -> float | None:

@@ -1,4 +1,4 @@
-"""The scores that can be compared: of one figure, of the same examples, by configuration and seed."""
+"""Scores that can be compared: one metric, the same examples, by group and seed."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class QualityMetric:
-    """What is compared."""
+    """A metric of quality."""
 
     key: Literal["rougeL", "loss"]
-    """Which it is, whatever it is called."""
+    """Identifier of the metric."""
     name: str
     unit: str
     decimals: int
-    """Behind the point, where a bound needs no more."""
+    """Default number of decimals."""
     higher_is_better: bool
     max_difference: float
-    """Two cannot be further apart, so that an interval that reaches there says nothing."""
+    """Largest possible difference; an interval that reaches it is uninformative."""
 
 
 ROUGE_L = QualityMetric(
@@ -44,22 +44,22 @@ HELD_OUT_LOSS = QualityMetric("loss", "held-out loss", "nats", 3, higher_is_bett
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores (examples,) by configuration and seed, of one figure and the same examples."""
+    """Scores of shape (examples,) by group and seed, of one metric and the same examples."""
 
     metric: QualityMetric | None = None
     weights: Array = field(default_factory=lambda: numpy.ones(0))
-    """(examples,): the labelled tokens of a loss, summed; ones of ROUGE."""
+    """(examples,): labelled tokens of each example for a loss, ones for ROUGE."""
     by_group_and_seed: dict[RunGroup, dict[Seed, Array]] = field(default_factory=dict)
     exclusion_notes: tuple[str, ...] = ()
-    """A sentence for each reason why runs are not among them."""
+    """One sentence per reason for the exclusion of runs."""
 
     @property
     def num_examples(self) -> int:
-        """How many there are."""
+        """Number of examples."""
         return len(self.weights)
 
     def mean(self, group: RunGroup) -> float:
-        """Of a configuration, over its seeds, in the figure's unit."""
+        """Return the mean over a group's seeds, in the metric's unit."""
         return statistics.fmean(
             float(score.sum() / self.weights.sum()) for score in self.by_group_and_seed[group].values()
         )
@@ -73,29 +73,31 @@ class _ScoredRun:
 
 
 def collect_scores(groups: Sequence[RunGroup]) -> Scores:
-    """What can be compared of the runs that ended well: by ROUGE-L where all of them have it, else by held-out loss.
+    """Return comparable scores of the runs with outcome ok: ROUGE-L if all of them have it, else held-out loss.
 
-    Of several sets of examples it is the one that most configurations were judged on.
+    If runs were evaluated on different examples, those of most groups are used.
     """
-    told: list[str] = []
-    judged = [(one, run, run.quality) for one in groups for run in one.ok_runs if run.quality is not None]
-    runs = [_ScoredRun(one, run, found.per_example) for one, run, found in judged if found.per_example is not None]
+    notes: list[str] = []
+    evaluated = [(one, run, run.quality) for one in groups for run in one.ok_runs if run.quality is not None]
+    runs = [
+        _ScoredRun(one, run, quality.per_example) for one, run, quality in evaluated if quality.per_example is not None
+    ]
     _add_note(
-        told,
-        (one for one, _, found in judged if found.per_example is None),
-        "Without scores by example, as older records are, and so not compared",
+        notes,
+        (one for one, _, quality in evaluated if quality.per_example is None),
+        "Not compared, no per-example scores in the record",
     )
-    runs = _filter_runs(runs, told, _has_finite_scores, "With a score that is no number, and so not compared")
-    most = _most_common((run.group, run.scores.examples_fingerprint) for run in runs)
+    runs = _filter_runs(runs, notes, _has_finite_scores, "Not compared, a score is not finite")
+    fingerprint = _most_common((run.group, run.scores.examples_fingerprint) for run in runs)
     runs = _filter_runs(
         runs,
-        told,
-        lambda run: run.scores.examples_fingerprint == most,
-        "Evaluated on other examples than most, and so not compared",
+        notes,
+        lambda run: run.scores.examples_fingerprint == fingerprint,
+        "Not compared, evaluated on different examples than most",
     )
     if runs and all("rougeL" in run.scores.rouge for run in runs):
-        return _collect_rouge_scores(runs, told)
-    return _collect_loss_scores(runs, told)
+        return _collect_rouge_scores(runs, notes)
+    return _collect_loss_scores(runs, notes)
 
 
 def _collect_rouge_scores(runs: list[_ScoredRun], exclusion_notes: list[str]) -> Scores:
@@ -104,7 +106,7 @@ def _collect_rouge_scores(runs: list[_ScoredRun], exclusion_notes: list[str]) ->
         runs,
         exclusion_notes,
         lambda run: len(run.scores.rouge["rougeL"]) == length,
-        "With another number of scores than most, and so not compared",
+        "Not compared, a different number of scores than most",
     )
     if not length:
         return Scores(exclusion_notes=tuple(exclusion_notes))
@@ -119,19 +121,23 @@ def _collect_rouge_scores(runs: list[_ScoredRun], exclusion_notes: list[str]) ->
 def _collect_loss_scores(runs: list[_ScoredRun], exclusion_notes: list[str]) -> Scores:
     if any("rougeL" in run.scores.rouge for run in runs):
         without = (run.group for run in runs if "rougeL" not in run.scores.rouge)
-        _add_note(exclusion_notes, without, "Without summaries, so that all are compared by held-out loss")
+        _add_note(
+            exclusion_notes,
+            without,
+            "All runs are compared by held-out loss, because these have no generated summaries",
+        )
     runs = _filter_runs(
         runs,
         exclusion_notes,
         lambda run: bool(run.scores.loss),
-        "Without a held-out loss, by which the others are compared",
+        "Not compared, no held-out loss",
     )
     tokens = _most_common((run.group, run.scores.labelled_tokens) for run in runs)
     runs = _filter_runs(
         runs,
         exclusion_notes,
         lambda run: run.scores.labelled_tokens == tokens and len(run.scores.loss) == len(tokens),
-        "With losses over other tokens than most, as of another tokenizer, and so not compared",
+        "Not compared, losses over different tokens than most (another tokenizer)",
     )
     if not tokens or not any(tokens):
         return Scores(exclusion_notes=tuple(exclusion_notes))
@@ -150,35 +156,35 @@ def _has_finite_scores(run: _ScoredRun) -> bool:
 def _scores_by_group_and_seed(
     runs: Sequence[_ScoredRun], get_scores: Callable[[_ScoredRun], Sequence[float]]
 ) -> dict[RunGroup, dict[Seed, Array]]:
-    """Scores by configuration and seed; where a seed was run twice, their mean."""
-    found: dict[RunGroup, dict[Seed, list[Sequence[float]]]] = {}
+    """Return scores by group and seed; the mean if a seed was run several times."""
+    scores: dict[RunGroup, dict[Seed, list[Sequence[float]]]] = {}
     for run in runs:
-        found.setdefault(run.group, {}).setdefault(seed_of(run.record), []).append(get_scores(run))
+        scores.setdefault(run.group, {}).setdefault(seed_of(run.record), []).append(get_scores(run))
     return {
-        one: {seed: numpy.asarray(same, dtype=float).mean(axis=0) for seed, same in seeds.items()}
-        for one, seeds in found.items()
+        one: {seed: numpy.asarray(repeats, dtype=float).mean(axis=0) for seed, repeats in seeds.items()}
+        for one, seeds in scores.items()
     }
 
 
 def _most_common(values: Iterable[tuple[RunGroup, _T]]) -> _T | None:
-    """What most configurations have; None where there are none."""
-    common = Counter(what for _, what in dict.fromkeys(values)).most_common(1)
+    """Return the value that most groups have; None if there are no values."""
+    common = Counter(value for _, value in dict.fromkeys(values)).most_common(1)
     return common[0][0] if common else None
 
 
 def _filter_runs(
     runs: list[_ScoredRun], exclusion_notes: list[str], predicate: Callable[[_ScoredRun], bool], reason: str
 ) -> list[_ScoredRun]:
-    """The good ones, and a sentence on the others."""
+    """Return the runs that satisfy ``predicate``, and add a note on the others."""
     kept = [run for run in runs if predicate(run)]
     if len(kept) < len(runs):
-        stay = set(map(id, kept))
-        _add_note(exclusion_notes, (run.group for run in runs if id(run) not in stay), reason)
+        kept_ids = set(map(id, kept))
+        _add_note(exclusion_notes, (run.group for run in runs if id(run) not in kept_ids), reason)
     return kept
 
 
 def _add_note(exclusion_notes: list[str], groups: Iterable[RunGroup], reason: str) -> None:
-    """One sentence on some configurations, if there are any."""
+    """Add one note on ``groups``, if there are any."""
     labels = list(dict.fromkeys(one.label for one in groups))
     if labels:
         exclusion_notes.append(f"{reason}: {join_with_and(truncate_list(labels))}")

@@ -1,4 +1,4 @@
-"""Configurations compared in pairs, on the examples that both were judged on: what differs, and what only seems to."""
+"""Pairwise comparisons of groups of runs on shared examples, with simultaneous intervals."""
 
 from __future__ import annotations
 
@@ -15,61 +15,61 @@ from peftbench.report.analysis.run_groups import RunGroup, group_runs
 from peftbench.report.analysis.scores import HELD_OUT_LOSS, ROUGE_L, QualityMetric, Scores, collect_scores
 
 MIN_EXAMPLES = 20
-"""Of fewer a mean is not yet distributed as an interval takes it to be, and one odd example can make a difference."""
+"""Minimum number of examples for a difference to be called significant; with fewer, one outlier decides."""
 
 MAX_GROUPS_FOR_ALL_PAIRS = 10
-"""Configurations, of which every pair is compared. More are as many pairs as nobody reads."""
+"""Maximum number of groups for which every pair is compared."""
 
 _MIN_INTERVAL_EXAMPLES = 2
-"""Examples: one alone does not vary."""
+"""Minimum number of examples for an interval."""
 
 ALPHA = 0.05
-"""How often, at most, chance alone makes any of all comparisons seem to be a difference."""
+"""Family-wise error rate: probability of at least one false difference among all comparisons."""
 
 
 @dataclass(frozen=True, eq=False)
 class PairComparison:
-    """Two configurations on one figure. Its intervals hold for all comparisons together (Bonferroni)."""
+    """Two groups compared by one metric. Intervals are simultaneous over all comparisons (Bonferroni)."""
 
     first: RunGroup
     second: RunGroup
     metric: QualityMetric
     interval_over_examples: Interval
-    """The first's mean less the second's, in the figure's unit, each example's averaged over the paired seeds."""
+    """Mean over examples of first minus second, in the metric's unit, averaged over the paired seeds."""
     interval_over_seeds: Interval | None
-    """The same difference over paired seeds; None where there are no two."""
+    """The same difference over paired seeds; None with fewer than two."""
     num_seeds: int
-    """How many were paired; 1 where neither trains."""
+    """Number of paired seeds; 1 if neither group trains."""
     num_examples: int
     num_comparisons: int
-    """How many were corrected for: all that could have been picked."""
+    """Number of comparisons corrected for, those not shown included."""
 
     @property
     def mean_difference(self) -> float:
-        """The first's mean less the second's, in the figure's unit."""
+        """Mean of the first minus mean of the second, in the metric's unit."""
         return self.interval_over_examples.mean
 
     @property
     def interval(self) -> Interval:
-        """What holds both intervals, so that it excludes zero where both do on one side."""
+        """Smallest interval that contains both; it excludes zero if both do on the same side."""
         both = [self.interval_over_examples, *([self.interval_over_seeds] if self.interval_over_seeds else [])]
         return Interval(mean=self.mean_difference, low=min(one.low for one in both), high=max(one.high for one in both))
 
     @property
     def is_significant(self) -> bool:
-        """Whether there is a difference beyond chance: of examples, and of seeds where there were several."""
+        """True if the difference is significant over examples, and over seeds if there are several."""
         return self.num_examples >= MIN_EXAMPLES and self.interval.excludes_zero
 
     @property
     def better_group(self) -> RunGroup | None:
-        """Which of the two; None where that is not supported."""
+        """The better group; None if the difference is not significant."""
         if not self.is_significant:
             return None
         return self.first if (self.mean_difference > 0) == self.metric.higher_is_better else self.second
 
     @property
     def verdict(self) -> str:
-        """What a table says of the two."""
+        """Verdict for a table."""
         if self.num_examples < MIN_EXAMPLES:
             return "too few examples"
         return f"{self.better_group.label} is better" if self.better_group else "not significant"
@@ -77,72 +77,70 @@ class PairComparison:
 
 @dataclass(frozen=True, eq=False)
 class ComparisonSet:
-    """All differences of some records."""
+    """All pairwise comparisons of some records."""
 
     groups: tuple[RunGroup, ...]
-    """All configurations, in the order of their records."""
+    """All groups, in the order of their records."""
     metric: QualityMetric | None
-    """What quality is: what the pairs are compared by, or where there are none ROUGE-L if every configuration whose
-    quality is known has it, else the held-out loss. None where no quality is known."""
+    """Metric of the comparisons. Without comparisons, ROUGE-L if all groups with a known quality have it, else
+    held-out loss; None if no quality is known.
+    """
     comparable_groups: tuple[RunGroup, ...]
-    """Those that can be compared, the best mean first."""
+    """Groups that can be compared, best mean first."""
     pair_comparisons: tuple[PairComparison, ...]
     exclusion_notes: tuple[str, ...]
-    """A sentence for each reason why something was not compared."""
+    """One sentence per reason for an exclusion."""
     num_examples: int
     num_comparisons: int
-    """How many pairs the configurations make, and the intervals are corrected for."""
+    """Number of pairs of comparable groups, which the intervals are corrected for."""
 
     @property
     def uses_bootstrap(self) -> bool:
-        """Whether the intervals over examples are of resamples; else they are Student's t."""
+        """True if the intervals over examples are bootstrap intervals, else Student's t."""
         return uses_bootstrap(self.num_examples, bonferroni_confidence(self.num_comparisons))
 
     def between(self, first: RunGroup, second: RunGroup) -> PairComparison | None:
-        """The difference of two, as ``first`` less ``second``; None where they were not compared."""
-        for one in self.pair_comparisons:
-            if (one.first, one.second) == (first, second):
-                return one
-            if (one.first, one.second) == (second, first):
-                return _swap(one)
+        """Return the comparison of two groups as ``first`` minus ``second``; None if they were not compared."""
+        for pair in self.pair_comparisons:
+            if (pair.first, pair.second) == (first, second):
+                return pair
+            if (pair.first, pair.second) == (second, first):
+                return _swap(pair)
         return None
 
 
 def compare_groups(records: Sequence[RunRecord]) -> ComparisonSet:
-    """Every pair of configurations that can be compared; of more than ten, the best of each method against each other.
+    """Compare every pair of comparable groups; with more than ten groups, only the best of each method.
 
-    Runs are paired by their seeds, and example by example. The confidence of each interval is 1 - 0.05 by the number of
-    pairs that there are, also of those that were not picked, since the picking went by the same figure.
+    Runs are paired by seed and by example. The confidence of each interval is 1 - 0.05 / (number of pairs). Pairs that
+    are not shown count too, because the selection uses the same metric.
     """
-    every = tuple(group_runs(records))
-    found = collect_scores(every)
-    told, means = list(found.exclusion_notes), {one: found.mean(one) for one in found.by_group_and_seed}
-    figure = found.metric if len(means) > 1 and found.metric is not None else _select_fallback_metric(every)
-    there = sorted(means, key=means.__getitem__, reverse=found.metric is None or found.metric.higher_is_better)
-    comparisons = len(there) * (len(there) - 1) // 2
-    if found.metric is None or comparisons == 0:
-        told.append(
-            "No two configurations can be compared example by example, so that nothing is concluded about quality"
-        )
-        return ComparisonSet(every, figure, tuple(there), (), tuple(told), found.num_examples, comparisons)
-    if found.num_examples < _MIN_INTERVAL_EXAMPLES:
-        told.append(
-            "Of a single held-out example nothing is concluded about quality: no interval says what chance does"
-        )
-        return ComparisonSet(every, figure, tuple(there), (), tuple(told), found.num_examples, comparisons)
-    picked = there
-    if len(there) > MAX_GROUPS_FOR_ALL_PAIRS:
-        picked = list({one.method_kind: one for one in reversed(there)}.values())[::-1]
-        told.append(
-            f"Of {len(there):,} configurations only the best of each method by {found.metric.name} are compared; the "
-            f"intervals are corrected for all {comparisons:,} pairs that could have been picked"
-        )
-    made, apart = _compare_pairs(picked, found, comparisons)
-    return ComparisonSet(every, figure, tuple(there), tuple(made), (*told, *apart), found.num_examples, comparisons)
+    groups = tuple(group_runs(records))
+    scores = collect_scores(groups)
+    notes, means = list(scores.exclusion_notes), {group: scores.mean(group) for group in scores.by_group_and_seed}
+    metric = scores.metric if len(means) > 1 and scores.metric is not None else _select_fallback_metric(groups)
+    ranked = sorted(means, key=means.__getitem__, reverse=scores.metric is None or scores.metric.higher_is_better)
+    num_pairs = len(ranked) * (len(ranked) - 1) // 2
+    pairs: list[PairComparison] = []
+    if scores.metric is None or num_pairs == 0:
+        notes.append("No conclusion about quality: no two configurations have comparable per-example scores")
+    elif scores.num_examples < _MIN_INTERVAL_EXAMPLES:
+        notes.append("No conclusion about quality: one held-out example gives no interval")
+    else:
+        selected = ranked
+        if len(ranked) > MAX_GROUPS_FOR_ALL_PAIRS:
+            selected = list({group.method_kind: group for group in reversed(ranked)}.values())[::-1]
+            notes.append(
+                f"Of {len(ranked):,} configurations only the best of each method by {scores.metric.name} are compared; "
+                f"the intervals are corrected for all {num_pairs:,} pairs"
+            )
+        pairs, unpaired_notes = _compare_pairs(selected, scores, num_pairs)
+        notes += unpaired_notes
+    return ComparisonSet(groups, metric, tuple(ranked), tuple(pairs), tuple(notes), scores.num_examples, num_pairs)
 
 
 def _select_fallback_metric(groups: Sequence[RunGroup]) -> QualityMetric | None:
-    """By what a quality is shown where no two are compared."""
+    """Return the metric to show if no two groups are compared."""
     known = [one for one in groups if one.rouge_l_scores or one.held_out_losses]
     if not known:
         return None
@@ -152,25 +150,25 @@ def _select_fallback_metric(groups: Sequence[RunGroup]) -> QualityMetric | None:
 def _compare_pairs(
     groups: Sequence[RunGroup], scores_by_group: Scores, num_comparisons: int
 ) -> tuple[list[PairComparison], list[str]]:
-    """The differences of every pair, and a sentence for each pair that shares no seed."""
+    """Return the comparison of every pair, and a note for each pair without a common seed."""
     assert scores_by_group.metric is not None
-    paired, apart = [], []
+    paired, unpaired_notes = [], []
     for first, second in itertools.combinations(groups, 2):
         by_seed = _differences_by_seed(first, second, scores_by_group)
         if by_seed is None:
-            apart.append(f"{first.label} and {second.label} have no seed in common, and are not compared")
+            unpaired_notes.append(f"{first.label} and {second.label} have no common seed and are not compared")
         else:
             paired.append((first, second, by_seed))
     if not paired:
-        return [], apart
+        return [], unpaired_notes
     confidence, weights = bonferroni_confidence(num_comparisons), scores_by_group.weights
-    whole = numpy.stack([by_seed.mean(axis=0) for _, _, by_seed in paired])
-    intervals = paired_intervals(whole, weights, confidence=confidence)
-    made = []
+    differences = numpy.stack([by_seed.mean(axis=0) for _, _, by_seed in paired])
+    intervals = paired_intervals(differences, weights, confidence=confidence)
+    comparisons = []
     for (first, second, by_seed), interval in zip(paired, intervals, strict=True):
         means = by_seed.sum(axis=1) / weights.sum()
         over_seeds = t_interval(list(means), confidence=confidence) if len(means) > 1 else None
-        made.append(
+        comparisons.append(
             PairComparison(
                 first,
                 second,
@@ -182,30 +180,31 @@ def _compare_pairs(
                 num_comparisons,
             )
         )
-    return made, apart
+    return comparisons, unpaired_notes
 
 
 def _differences_by_seed(first: RunGroup, second: RunGroup, scores_by_group: Scores) -> NDArray[numpy.float64] | None:
-    """Each example's difference, (seeds, examples); None where the two have no seed in common."""
-    one, other = scores_by_group.by_group_and_seed[first], scores_by_group.by_group_and_seed[second]
-    # No seed changes what a method does that trains nothing: its run stands for every seed.
-    if not first.is_trained and len(one) == 1:
-        (alone,) = one.values()
-        return numpy.stack([alone - score for score in other.values()])
-    if not second.is_trained and len(other) == 1:
-        (alone,) = other.values()
-        return numpy.stack([score - alone for score in one.values()])
-    shared = [seed for seed in one if seed in other]
-    return numpy.stack([one[seed] - other[seed] for seed in shared]) if shared else None
+    """Return differences of shape (seeds, examples); None if the groups have no common seed."""
+    by_group = scores_by_group.by_group_and_seed
+    first_scores, second_scores = by_group[first], by_group[second]
+    # A baseline does not depend on the seed: its single run is paired with every seed.
+    if not first.is_trained and len(first_scores) == 1:
+        (baseline,) = first_scores.values()
+        return numpy.stack([baseline - score for score in second_scores.values()])
+    if not second.is_trained and len(second_scores) == 1:
+        (baseline,) = second_scores.values()
+        return numpy.stack([score - baseline for score in first_scores.values()])
+    shared = [seed for seed in first_scores if seed in second_scores]
+    return numpy.stack([first_scores[seed] - second_scores[seed] for seed in shared]) if shared else None
 
 
 def bonferroni_confidence(num_comparisons: int) -> float:
-    """The confidence of each of so many intervals that hold all together at 1 - ``LEVEL`` (Bonferroni)."""
+    """Return the confidence of each of ``num_comparisons`` simultaneous intervals at 1 - ``ALPHA`` (Bonferroni)."""
     return 1 - ALPHA / max(num_comparisons, 1)
 
 
 def _swap(comparison: PairComparison) -> PairComparison:
-    """The same, as the second less the first."""
+    """Return the comparison as second minus first."""
     return PairComparison(
         comparison.second,
         comparison.first,

@@ -1,6 +1,6 @@
-"""Two suites side by side, before and after or on two machines: what changed in config, and what in figures.
+"""Comparison of two result folders: changed settings and metrics.
 
-Data alone; ``beside_text`` is what a person reads of it. Shares are of what a figure was before: 0.05 is five percent.
+Data only; ``render`` formats it. Relative changes are fractions of the value before: 0.05 is five percent.
 """
 
 from __future__ import annotations
@@ -20,63 +20,64 @@ from peftbench.report.diff.matching import Match, MatchedBy, Runs, SettingChange
 from peftbench.report.diff.metrics import LOSS_METRIC, METRICS, OUTCOME_METRIC, Metric, Thresholds, metric_value
 
 DiffVerdict = Literal["regressed", "improved", "within", "equal", "missing", "not_reported", "new", "changed"]
-"""Of a figure: worse or better by more than its threshold, by less, the same; known no more, or not told by the other
-device, or known only now (these two are neither good nor bad); of an outcome, another that is not "ok" either.
+"""Verdict on a metric. regressed, improved: worse or better by more than the threshold; within: by less; missing: no
+longer known; not_reported: not measurable on the other device; new: not known before. changed: an outcome that was
+not "ok" and is not "ok" changed.
 """
 
 
 class PairedInterval(RecordModel):
-    """What the examples say of a change in quality."""
+    """Interval of a change in quality, paired over examples."""
 
     interval: Interval | None = None
-    """Of the mean difference, after less before, in the figure's unit: paired, over examples.
+    """Interval of the mean difference, after minus before, in the metric's unit.
 
-    All intervals of the comparison hold together with 95 %.
+    All intervals of a comparison are simultaneous at 95 %.
     """
     significant: bool | None = None
-    """Whether the interval leaves zero out; None where there is no interval, and of fewer than 20 examples."""
+    """True if the interval excludes zero; None without an interval or with fewer than 20 examples."""
     missing_reason: str | None = None
-    """Why there is no interval."""
+    """Reason for a missing interval."""
 
 
 class MetricDiff(RecordModel):
-    """One figure of a run, before and after."""
+    """One metric of a run, before and after."""
 
     name: str
     unit: str
     better: Literal["higher", "lower", "ok"]
-    """Which direction is good; of an outcome, which value."""
+    """Direction of improvement; for an outcome, the good value."""
     before: int | float | str | None
     after: int | float | str | None
     relative_change: float | None = None
-    """As a share of ``before``; None where a figure is unknown, was zero or is no number."""
+    """Fraction of ``before``; None if a value is unknown, zero before, or not a number."""
     threshold: float | None = None
-    """By which share it may be worse."""
+    """Allowed fraction by which the metric may be worse."""
     verdict: DiffVerdict
     regressed: bool
-    """Worse by more than the threshold, or known no more."""
+    """Worse by more than the threshold, or no longer known."""
     paired_interval: PairedInterval | None = None
-    """Of a quality figure that is known before and after."""
+    """Set for a quality metric known before and after."""
 
 
 class RunDiff(RecordModel):
     """One run in both folders, or in one of them."""
 
     before: str | None
-    """Its name there; None where it is new."""
+    """Name before; None if the run is new."""
     after: str | None
-    """Its name there; None where it is missing, which is a fall."""
+    """Name after; None if the run is missing, which is a regression."""
     matched_by: MatchedBy | None
     config_changes: tuple[SettingChange, ...] = ()
-    """What changed, name and output_dir left out."""
+    """Changed settings, name and output_dir excluded."""
     metrics: tuple[MetricDiff, ...] = ()
-    """The outcome, and what is known of it on either side."""
+    """The outcome, and every metric known before or after."""
     regressed: bool
-    """It is missing, or one of its figures fell."""
+    """True if the run is missing or one of its metrics regressed."""
 
     @property
     def label(self) -> str:
-        """The run's name, or both where it has two."""
+        """Name of the run, or both names if they differ."""
         names = dict.fromkeys(name for name in (self.before, self.after) if name is not None)
         return " -> ".join(names)
 
@@ -87,32 +88,32 @@ class SuiteSide(RecordModel):
     folder: str
     num_runs: int
     devices: tuple[str, ...]
-    """Where its runs that are in both folders were made, as "a CPU (cpu)"."""
+    """Devices of the runs that are in both folders, e.g. "NVIDIA L4 (cuda)"."""
 
 
 class SuiteDiff(RecordModel):
-    """Two folders side by side."""
+    """Comparison of two result folders."""
 
     before: SuiteSide
-    """A."""
+    """Folder A."""
     after: SuiteSide
-    """B."""
+    """Folder B."""
     different_devices: bool
-    """Some run was made on another device than before, so that its times and memory are of two."""
+    """True if a run used another device than before, so that times and memory are not comparable."""
     common_changes: tuple[SettingChange, ...]
-    """What changed alike in all runs that are in both; it is in each pair's ``config`` too."""
+    """Changes shared by all runs in both folders; also in each run's ``config_changes``."""
     runs: tuple[RunDiff, ...]
     regressed: bool
-    """Some run did."""
+    """True if a run regressed."""
     changed: bool
-    """Anything at all is not what it was."""
+    """True if anything differs."""
 
 
 def diff_suites(before: Path, after: Path, thresholds: Thresholds | None = None) -> SuiteDiff:
-    """Hold the records below two folders against each other, run by run.
+    """Compare the records below two folders, run by run.
 
     Raises:
-        RecordError: a folder has no records, one cannot be read, or two of a folder are of one name.
+        RecordError: a folder has no records, one cannot be read, or two in a folder have the same name.
     """
     limits = thresholds or Thresholds()
     left, right = Runs.load(before), Runs.load(after)
@@ -130,7 +131,7 @@ def diff_suites(before: Path, after: Path, thresholds: Thresholds | None = None)
         runs=pairs,
         regressed=any(pair.regressed for pair in pairs),
         changed=any(
-            pair.matched_by is None or pair.config_changes or any(figure.verdict != "equal" for figure in pair.metrics)
+            pair.matched_by is None or pair.config_changes or any(metric.verdict != "equal" for metric in pair.metrics)
             for pair in pairs
         ),
     )
@@ -142,11 +143,11 @@ def _build_side(runs: Runs, records: Sequence[RunRecord]) -> SuiteSide:
 
 
 def _device_label(record: RunRecord) -> str:
-    return f"{record.device.name or 'a device without a name'} ({record.device.type})"
+    return f"{record.device.name or 'unnamed device'} ({record.device.type})"
 
 
 def _common_changes(run_diffs: Sequence[RunDiff]) -> tuple[SettingChange, ...]:
-    """As JSON they are compared, for which true is not 1."""
+    """Return changes shared by all runs. They are compared as JSON, where true differs from 1."""
     others = [{change.model_dump_json() for change in pair.config_changes} for pair in run_diffs[1:]]
     first = run_diffs[0].config_changes if run_diffs else ()
     return tuple(change for change in first if all(change.model_dump_json() in other for other in others))
@@ -157,33 +158,35 @@ def _diff_run(match: Match, thresholds: Thresholds, intervals: Mapping[str, Pair
     names = (old.name if old else None, new.name if new else None)
     if old is None or new is None:
         return RunDiff(before=names[0], after=names[1], matched_by=None, regressed=new is None)
-    figures = _diff_metrics(old, new, thresholds, intervals)
+    metrics = _diff_metrics(old, new, thresholds, intervals)
     return RunDiff(
         before=names[0],
         after=names[1],
         matched_by=match.matched_by,
         config_changes=diff_settings(old, new),
-        metrics=figures,
-        regressed=any(figure.regressed for figure in figures),
+        metrics=metrics,
+        regressed=any(metric.regressed for metric in metrics),
     )
 
 
 def _diff_metrics(
     before: RunRecord, after: RunRecord, thresholds: Thresholds, intervals: Mapping[str, PairedInterval]
 ) -> tuple[MetricDiff, ...]:
-    """The outcome, then every figure that is known before or after."""
+    """Return the outcome, then every metric known before or after."""
     known = [
-        _diff_metric(kind, before, after, thresholds.for_metric(name), intervals.get(name))
-        for name, kind in METRICS.items()
+        _diff_metric(metric, before, after, thresholds.for_metric(name), intervals.get(name))
+        for name, metric in METRICS.items()
     ]
-    return (_diff_outcome(before, after), *(figure for figure in known if figure is not None))
+    return (_diff_outcome(before, after), *(metric for metric in known if metric is not None))
 
 
 def _diff_outcome(before: RunRecord, after: RunRecord) -> MetricDiff:
     old, new = before.outcome.kind, after.outcome.kind
-    verdict: DiffVerdict = (
-        "equal" if old == new else "regressed" if old == "ok" else "improved" if new == "ok" else "changed"
-    )
+    verdict: DiffVerdict = "changed"
+    if old == new:
+        verdict = "equal"
+    elif "ok" in (old, new):
+        verdict = "regressed" if old == "ok" else "improved"
     return MetricDiff(
         name=OUTCOME_METRIC,
         unit="",
@@ -221,77 +224,78 @@ def _diff_metric(
 def _classify_change(
     metric: Metric, before: float | None, after: float | None, threshold: Fraction
 ) -> tuple[float | None, DiffVerdict]:
-    """Relative change and verdict.
+    """Return relative change and verdict.
 
-    Figures are taken as they are written in decimals, so that 3.15 is five percent more than 3 and not, as in binary
-    fractions, a little more than that.
+    Values are compared as decimals: 3.15 is exactly five percent more than 3, in binary fractions slightly more.
     """
     if before is None or after is None:
         return None, "new" if before is None else "missing"
-    was, more = Fraction(str(before)), Fraction(str(after)) - Fraction(str(before))
-    change = float(more / abs(was)) if was else 0.0 if not more else None
-    allowed = threshold * abs(was)
-    worse = more if metric.better == "lower" else -more
-    if not more:
+    old, difference = Fraction(str(before)), Fraction(str(after)) - Fraction(str(before))
+    change = float(difference / abs(old)) if old else 0.0 if not difference else None
+    allowed = threshold * abs(old)
+    worse = difference if metric.better == "lower" else -difference
+    if not difference:
         return change, "equal"
     return change, "regressed" if worse > allowed else "improved" if -worse > allowed else "within"
 
 
 @dataclass(frozen=True)
 class _ExampleDifferences:
-    """One figure of both runs, example by example."""
+    """Differences of one metric between two runs, per example."""
 
     differences: tuple[float, ...]
-    """After less before."""
+    """After minus before."""
     weights: tuple[int, ...] | None
-    """The labelled tokens of a loss."""
+    """Labelled tokens of each example for a loss, None for ROUGE."""
 
 
 def _example_differences(metric: Metric, before: RunRecord, after: RunRecord) -> _ExampleDifferences | str | None:
-    """The difference in a figure by example, or why there is none; None where it is not known, or not of quality."""
+    """Return per-example differences, or the reason for their absence; None if unknown or not a quality metric."""
     if not metric.is_quality or metric_value(metric, before) is None or metric_value(metric, after) is None:
         return None
-    figure = metric.name
+    name = metric.name
     old, new = (record.quality.per_example if record.quality else None for record in (before, after))
-    here, there = (_finite_scores(figure, scores) for scores in (old, new))
-    if old is None or new is None or not here or not there:
-        return "not both records have the scores of each example"
-    if old.examples_fingerprint != new.examples_fingerprint or len(here) != len(there):
-        return "they were not evaluated on the same examples"
-    if figure == LOSS_METRIC and old.labelled_tokens != new.labelled_tokens:
-        return "their summaries are not of the same tokens"
-    if len(here) < 2:
+    before_scores, after_scores = (_finite_scores(name, scores) for scores in (old, new))
+    if old is None or new is None or not before_scores or not after_scores:
+        return "per-example scores are missing in at least one record"
+    if old.examples_fingerprint != new.examples_fingerprint or len(before_scores) != len(after_scores):
+        return "the runs were not evaluated on the same examples"
+    if name == LOSS_METRIC and old.labelled_tokens != new.labelled_tokens:
+        return "the summaries have different tokens"
+    if len(before_scores) < 2:
         return "too few examples"
-    differences = tuple(late - early for early, late in zip(here, there, strict=True))
-    return _ExampleDifferences(differences, old.labelled_tokens if figure == LOSS_METRIC else None)
+    differences = tuple(late - early for early, late in zip(before_scores, after_scores, strict=True))
+    return _ExampleDifferences(differences, old.labelled_tokens if name == LOSS_METRIC else None)
 
 
 def compute_paired_intervals(matches: Sequence[Match]) -> list[dict[str, PairedInterval]]:
-    """What the examples say of every figure of quality: for each match, by name.
+    """Return the intervals of all quality metrics: for each match, by metric name.
 
-    Intervals are corrected for how many they are. Those over the same examples are made together, which resamples once.
+    Intervals are corrected for their number. Those with the same weights share one resampling.
     """
-    found: dict[tuple[int, str], _ExampleDifferences | str] = {}
-    for place, match in enumerate(matches):
+    differences: dict[tuple[int, str], _ExampleDifferences | str] = {}
+    for index, match in enumerate(matches):
         if match.before is not None and match.after is not None:
-            of_figures = {name: _example_differences(kind, match.before, match.after) for name, kind in METRICS.items()}
-            found |= {(place, name): said for name, said in of_figures.items() if said is not None}
-    confidence = bonferroni_confidence(sum(isinstance(one, _ExampleDifferences) for one in found.values()))
-    paired = {key: PairedInterval(missing_reason=why) for key, why in found.items() if isinstance(why, str)}
-    alike: dict[tuple[int, tuple[int, ...] | None], dict[tuple[int, str], _ExampleDifferences]] = {}
-    for key, one in found.items():
+            by_metric = {name: _example_differences(kind, match.before, match.after) for name, kind in METRICS.items()}
+            differences |= {(index, name): result for name, result in by_metric.items() if result is not None}
+    confidence = bonferroni_confidence(sum(isinstance(one, _ExampleDifferences) for one in differences.values()))
+    paired = {
+        key: PairedInterval(missing_reason=reason) for key, reason in differences.items() if isinstance(reason, str)
+    }
+    same_weights: dict[tuple[int, tuple[int, ...] | None], dict[tuple[int, str], _ExampleDifferences]] = {}
+    for key, one in differences.items():
         if isinstance(one, str):
             continue
-        if not any(one.differences):  # nothing to draw from, and a suite that is as it was shall take no time
+        if not any(one.differences):  # an unchanged suite needs no resampling
             paired[key] = _build_paired_interval(Interval(mean=0.0, low=0.0, high=0.0), len(one.differences))
         else:
-            alike.setdefault((len(one.differences), one.weights), {})[key] = one
-    for (count, weights), group in alike.items():
+            same_weights.setdefault((len(one.differences), one.weights), {})[key] = one
+    for (count, weights), group in same_weights.items():
         intervals = paired_intervals([one.differences for one in group.values()], weights, confidence=confidence)
         paired |= {key: _build_paired_interval(interval, count) for key, interval in zip(group, intervals, strict=True)}
     by_match: list[dict[str, PairedInterval]] = [{} for _ in matches]
-    for (place, name), judged in paired.items():
-        by_match[place][name] = judged
+    for (index, name), interval_of_metric in paired.items():
+        by_match[index][name] = interval_of_metric
     return by_match
 
 
@@ -302,8 +306,8 @@ def _build_paired_interval(interval: Interval, num_examples: int) -> PairedInter
 
 
 def _finite_scores(metric_name: str, scores: PerExample | None) -> tuple[float, ...]:
-    """Of each example; none where one of them is not finite, or a loss is of nobody knows how many tokens."""
+    """Return per-example scores; empty if one is not finite or the token counts of a loss are missing."""
     if scores is None or (metric_name == LOSS_METRIC and len(scores.loss) != len(scores.labelled_tokens)):
         return ()
-    found = scores.loss if metric_name == LOSS_METRIC else scores.rouge.get(metric_name, ())
-    return found if all(map(math.isfinite, found)) else ()
+    values = scores.loss if metric_name == LOSS_METRIC else scores.rouge.get(metric_name, ())
+    return values if all(map(math.isfinite, values)) else ()

@@ -1,4 +1,4 @@
-"""Which run of one folder is which of another, and what changed in what they were asked."""
+"""Match the runs of two folders, and compare their settings and environment."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ MatchedBy = Literal["name", "recipe", "path"]
 
 
 class SettingChange(RecordModel):
-    """One knob, or one fact of where and with what a run was made, that is not what it was."""
+    """A changed recipe key or property of the environment."""
 
     key: str
-    """Dotted, as train.steps; of what is no knob: versions.torch, device.name, engine.kind, git, data_identity."""
+    """Dotted recipe key, e.g. train.steps, or record field, e.g. library_versions.torch, device.name, git_commit."""
     before: Any = None
     after: Any = None
     only_in: Literal["A", "B"] | None = None
-    """Where just one of the two runs has such a knob at all; the other's value is then None."""
+    """Set if only one of the runs has the key; the other's value is then None."""
 
 
 @dataclass(frozen=True)
 class Runs:
-    """All records below a folder, by their own folders' paths below it."""
+    """All records below a folder, keyed by the relative path of their folder."""
 
     folder: Path
     by_path: Mapping[str, RunRecord]
 
     @classmethod
     def load(cls, folder: Path) -> Runs:
-        """Read them.
+        """Read all records.
 
         Raises:
-            RecordError: there are none, one cannot be read, or two have the same name.
+            RecordError: there are no records, one cannot be read, or two have the same name.
         """
         by_path = {
             path.parent.relative_to(folder).as_posix(): record for path, record in read_records_by_path(folder).items()
@@ -49,8 +49,8 @@ class Runs:
         for path, record in by_path.items():
             if record.name in first:
                 raise RecordError(
-                    f"{folder} has two records of a run named {record.name!r}, in {first[record.name]} and {path}; "
-                    "give a folder in which each name is once, as that of one suite"
+                    f"{folder} has two runs named {record.name!r}, in {first[record.name]} and {path}; run names must "
+                    "be unique, so give the folder of a single suite"
                 )
             first[record.name] = path
         return cls(folder, by_path)
@@ -58,7 +58,7 @@ class Runs:
 
 @dataclass(frozen=True)
 class Match:
-    """Two records that are of the same run; one of them is None where the other folder has none."""
+    """Two records of the same run; one is None if only the other folder has it."""
 
     before: RunRecord | None
     after: RunRecord | None
@@ -66,38 +66,37 @@ class Match:
 
 
 def match_runs(before: Runs, after: Runs) -> list[Match]:
-    """Every run of either folder once: those of ``before`` in a report's order, then the new ones.
+    """Return every run of either folder once: those of ``before`` in report order, then the new ones.
 
-    Names come first, then recipes, then paths. What would fit several runs matches none, since any choice would be a
-    guess.
+    Runs are matched by name, then by recipe, then by path. An ambiguous key matches nothing.
     """
     left, right = dict(before.by_path), dict(after.by_path)
-    found: dict[int, Match] = {}
+    matches: dict[int, Match] = {}
     keys: list[tuple[MatchedBy, Callable[[str, RunRecord], Hashable]]] = [
         ("name", lambda path, record: record.name),
         ("recipe", lambda path, record: record.recipe_fingerprint),
         ("path", lambda path, record: path),
     ]
     for by, key in keys:
-        here, there = _unique_paths_by_key(left, key), _unique_paths_by_key(right, key)
-        for value in here.keys() & there.keys():
-            one, other = left.pop(here[value]), right.pop(there[value])
-            found[id(one)] = Match(one, other, by)
-    pairs = [found.get(id(one), Match(one, None)) for one in sort_records(list(before.by_path.values()))]
-    return pairs + [Match(None, other) for other in sort_records(list(right.values()))]
+        left_paths, right_paths = _unique_paths_by_key(left, key), _unique_paths_by_key(right, key)
+        for value in left_paths.keys() & right_paths.keys():
+            old, new = left.pop(left_paths[value]), right.pop(right_paths[value])
+            matches[id(old)] = Match(old, new, by)
+    pairs = [matches.get(id(old), Match(old, None)) for old in sort_records(list(before.by_path.values()))]
+    return pairs + [Match(None, new) for new in sort_records(list(right.values()))]
 
 
 def _unique_paths_by_key(
     runs: Mapping[str, RunRecord], key: Callable[[str, RunRecord], Hashable]
 ) -> dict[Hashable, str]:
-    """Paths of those runs whose key no other of them has."""
+    """Return the paths of the runs with a unique key, by key."""
     keys = {path: key(path, record) for path, record in runs.items()}
-    often = Counter(keys.values())
-    return {value: path for path, value in keys.items() if often[value] == 1}
+    counts = Counter(keys.values())
+    return {value: path for path, value in keys.items() if counts[value] == 1}
 
 
 def diff_settings(before: RunRecord, after: RunRecord) -> tuple[SettingChange, ...]:
-    """What differs between two runs beside their figures: knobs first, then where and with what they were made."""
+    """Return the differences between two runs except metrics: recipe keys first, then the environment."""
     return (
         *_diff_values(_recipe_settings(before), _recipe_settings(after)),
         *_diff_values(_environment_facts(before), _environment_facts(after)),
@@ -105,13 +104,13 @@ def diff_settings(before: RunRecord, after: RunRecord) -> tuple[SettingChange, .
 
 
 def _diff_values(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[SettingChange]:
-    for knob in dict.fromkeys((*old, *new)):
-        if knob not in new:
-            yield SettingChange(key=knob, before=old[knob], only_in="A")
-        elif knob not in old:
-            yield SettingChange(key=knob, after=new[knob], only_in="B")
-        elif not _is_equal(old[knob], new[knob]):
-            yield SettingChange(key=knob, before=old[knob], after=new[knob])
+    for key in dict.fromkeys((*old, *new)):
+        if key not in new:
+            yield SettingChange(key=key, before=old[key], only_in="A")
+        elif key not in old:
+            yield SettingChange(key=key, after=new[key], only_in="B")
+        elif not _is_equal(old[key], new[key]):
+            yield SettingChange(key=key, before=old[key], after=new[key])
 
 
 def _recipe_settings(record: RunRecord) -> dict[str, Any]:
@@ -124,5 +123,5 @@ def _environment_facts(record: RunRecord) -> dict[str, Any]:
 
 
 def _is_equal(first: object, second: object) -> bool:
-    # Python has True == 1, and a knob that was a number and is a switch now has changed.
+    # In Python True == 1, but a key that changed from a number to a boolean has changed.
     return bool(first == second) and isinstance(first, bool) == isinstance(second, bool)

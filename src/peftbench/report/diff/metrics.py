@@ -1,4 +1,4 @@
-"""The figures by which two runs are held against each other, and how far each may change for the worse."""
+"""Metrics by which two runs are compared, and their regression thresholds."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ from peftbench.record import RunRecord, train_peak_bytes
 Better = Literal["higher", "lower"]
 
 OUTCOME_METRIC = "outcome"
-"""The figure that is no number, and comes first."""
+"""The only metric that is not a number; shown first."""
 
 LOSS_METRIC = "held_out_loss"
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure of a run: where a record has it, in which unit, and which direction is good."""
+    """A metric of a run: how to read it from a record, its unit and its good direction."""
 
     name: str
     unit: str
     better: Better
     get_value: Callable[[RunRecord], float | None]
-    """In ``unit``; None where the record does not say."""
+    """Return the value in ``unit``; None if the record lacks it."""
     format_value: Callable[[float], str]
-    """As a person reads it, unit included."""
+    """Format a value, unit included."""
     is_quality: bool = False
-    """It is a mean over held-out examples."""
+    """True for a mean over held-out examples."""
     device_dependent: bool = False
-    """Some devices do not tell it, so that on another one it may be unknown, and has not fallen."""
+    """True if some devices cannot measure it, so that a missing value on another device is not a regression."""
 
 
 def _rouge_metric(rouge_type: str) -> Metric:
     def mean(record: RunRecord) -> float | None:
-        found = (record.quality.rouge or {}).get(rouge_type) if record.quality else None
-        return found.mean if found else None
+        score = (record.quality.rouge or {}).get(rouge_type) if record.quality else None
+        return score.mean if score else None
 
     return Metric(rouge_type, "percent", "higher", mean, "{:.2f}".format, is_quality=True)
 
 
 METRICS: dict[str, Metric] = {
-    kind.name: kind
-    for kind in (
+    metric.name: metric
+    for metric in (
         Metric(
             LOSS_METRIC,
             "nats",
@@ -74,61 +74,58 @@ METRICS: dict[str, Metric] = {
         Metric("train_joules", "joules", "lower", lambda r: r.energy_joules, "{:,.4g} J".format, device_dependent=True),
     )
 }
-"""By name, in the order in which they are shown."""
+"""Metrics by name, in display order."""
 
 
 def metric_value(metric: Metric, record: RunRecord) -> float | None:
-    """A run's figure in ``kind.unit``, or None where there is none.
+    """Return a run's value in ``metric.unit``; None if unknown, not finite, or the run's outcome is not ok.
 
-    A run that did not end well has figures of some of its steps, which are no figures of the run; and a loss that is
-    not finite is none.
+    Values of a run that failed cover only some of its steps.
     """
-    found = metric.get_value(record) if record.outcome.kind == "ok" else None
-    return found if found is not None and math.isfinite(found) else None
+    value = metric.get_value(record) if record.outcome.kind == "ok" else None
+    return value if value is not None and math.isfinite(value) else None
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """How far a figure may change for the worse before it fell: shares of what it was, so 1/20 for five percent."""
+    """Allowed regression of each metric, as a fraction of the value before: 1/20 is five percent."""
 
     default: Fraction = Fraction(5, 100)
     by_metric: Mapping[str, Fraction] = field(default_factory=dict)
 
     def for_metric(self, metric_name: str) -> Fraction:
-        """That of one figure."""
+        """Return the threshold of a metric."""
         return self.by_metric.get(metric_name, self.default)
 
 
 def parse_thresholds(specs: Sequence[str]) -> Thresholds:
-    """Thresholds of ``5%`` (or ``5``), which is that of every figure, and ``rougeL=2%``, which is that of one.
+    """Parse thresholds: ``5%`` (or ``5``) for all metrics, ``rougeL=2%`` for one.
 
     Raises:
-        UnknownKeyError: there is no such figure; names the nearest.
-        WrongTypeError: what is given is no percentage.
-        OutOfRangeError: one figure has two.
+        UnknownKeyError: no such metric; the message names the nearest.
+        WrongTypeError: not a percentage.
+        OutOfRangeError: a metric has two thresholds.
     """
-    found: dict[str | None, Fraction] = {}
-    for word in specs:
-        name, equals, number = word.rpartition("=")
+    thresholds: dict[str | None, Fraction] = {}
+    for spec in specs:
+        name, equals, number = spec.rpartition("=")
         if equals and name not in METRICS:
-            raise UnknownKeyError(
-                f"there is no figure {name!r} that a threshold could be of", did_you_mean(name, METRICS)
-            )
+            raise UnknownKeyError(f"--threshold: unknown metric {name!r}", did_you_mean(name, METRICS))
         key = name if equals else None
-        if key in found:
-            raise OutOfRangeError(f"--threshold is given twice for {key or 'all figures'}", "give one of the two")
-        found[key] = _parse_percentage(number, word)
-    default = found.pop(None, Thresholds.default)
-    return Thresholds(default, {name: share for name, share in found.items() if name is not None})
+        if key in thresholds:
+            raise OutOfRangeError(f"--threshold is given twice for {key or 'all metrics'}", "give it once")
+        thresholds[key] = _parse_percentage(number, spec)
+    default = thresholds.pop(None, Thresholds.default)
+    return Thresholds(default, {name: share for name, share in thresholds.items() if name is not None})
 
 
 def _parse_percentage(number: str, spec: str) -> Fraction:
-    # Nothing with an exponent: 1e999999999 would be computed in full.
+    # No exponents: Fraction would expand 1e999999999 in full.
     match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)(%?)", number, re.ASCII)
     if match is None:
-        raise WrongTypeError(f"{spec!r} is no threshold; give a percentage of zero or more, as 5% or rougeL=2%")
+        raise WrongTypeError(f"{spec!r} is not a threshold; give a nonnegative percentage, e.g. 5% or rougeL=2%")
     percent, sign = Fraction(match[1]), match[2]
     if 0 < percent < 1 and not sign:
         share = f"{float(100 * percent):g}%"
-        raise WrongTypeError(f"{spec!r} may mean {share} or {match[1]}%; write the one that is meant, with its %")
+        raise WrongTypeError(f"{spec!r} is ambiguous; write {share} or {match[1]}%")
     return percent / 100

@@ -1,4 +1,4 @@
-"""Two suites side by side as a person reads them, in a terminal or a log."""
+"""Text of a comparison of two result folders, for a terminal or a log."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from peftbench.report.tables.table import natural_width
 from peftbench.report.text.escape import terminal_safe
 
 _VERDICT_STYLES = {"regressed": "red", "missing": "red", "improved": "green"}
-"""Beside the words, never instead of them."""
+"""Colors in addition to the text, never instead of it."""
 
 
 def print_diff(diff: SuiteDiff, console: Console | None = None) -> None:
-    """Print what changed: config first, then a row for each run and figure that is not what it was."""
+    """Print the changed settings, then a row for each run and changed metric."""
     console = console or Console()
     tables = [table for table in (_config_table(diff), _metrics_table(diff)) if table is not None]
-    if not console.is_terminal:  # a file or a pipe has room
+    if not console.is_terminal:  # a file or a pipe has no width limit
         width = max((natural_width(console, table) for table in tables), default=console.width)
         console = Console(file=console.file, width=max(width, console.width))
     _print_lines(console, header_lines(diff))
@@ -36,11 +36,11 @@ def print_diff(diff: SuiteDiff, console: Console | None = None) -> None:
 
 
 def regression_summary(diff: SuiteDiff) -> str:
-    """One sentence that names the figures of the runs that fell; there must be some."""
+    """Return one sentence that names the regressed metrics of each run; requires a regression."""
     runs = [
         f"{terminal_safe(pair.label)} ({'; '.join(_regression_phrases(pair))})" for pair in diff.runs if pair.regressed
     ]
-    return f"fell by more than allowed: {', '.join(runs)}"
+    return f"regressed beyond the threshold: {', '.join(runs)}"
 
 
 def _print_lines(console: Console, lines: Sequence[str]) -> None:
@@ -49,11 +49,11 @@ def _print_lines(console: Console, lines: Sequence[str]) -> None:
 
 
 def header_lines(diff: SuiteDiff) -> list[str]:
-    """What the two are, and whether they are of two machines."""
+    """Return both folders, and a warning if their devices differ."""
     lines = [_side_line("A, before", diff.before), _side_line("B, after", diff.after)]
     if diff.different_devices:
         old, new = (terminal_safe(" and ".join(side.devices)) for side in (diff.before, diff.after))
-        lines.append(f"times and memory are of two machines: A ran on {old}, B on {new}")
+        lines.append(f"times and memory are from different devices: A ran on {old}, B on {new}")
     return lines
 
 
@@ -62,46 +62,46 @@ def _side_line(title: str, side: SuiteSide) -> str:
 
 
 def footer_lines(diff: SuiteDiff) -> list[str]:
-    """What is to be known of the figures, and that nothing changed or fell where that is so."""
+    """Return notes on the intervals, and that nothing changed or regressed if so."""
     if not diff.changed:
         return ["nothing changed"]
     lines = []
     if any(
-        figure.paired_interval and figure.paired_interval.interval and _has_changed(figure)
-        for p in diff.runs
-        for figure in p.metrics
+        metric.paired_interval and metric.paired_interval.interval and _has_changed(metric)
+        for run in diff.runs
+        for metric in run.metrics
     ):
         lines.append(interval_note(diff))
     reasons = {
-        f.paired_interval.missing_reason
-        for p in diff.runs
-        for f in p.metrics
-        if f.paired_interval and f.paired_interval.missing_reason and _has_changed(f)
+        metric.paired_interval.missing_reason
+        for run in diff.runs
+        for metric in run.metrics
+        if metric.paired_interval and metric.paired_interval.missing_reason and _has_changed(metric)
     }
     lines += [f"no interval: {reason}" for reason in sorted(reason for reason in reasons if reason)]
     if not any(metric_cells(pair) for pair in diff.runs):
-        lines.append("no figure changed")
-    return lines if diff.regressed else [*lines, "nothing fell by more than its threshold"]
+        lines.append("no metric changed")
+    return lines if diff.regressed else [*lines, "no metric regressed beyond its threshold"]
 
 
 def interval_note(diff: SuiteDiff) -> str:
-    """What the brackets hold, and of how many intervals all are to hold together."""
-    paired = [figure.paired_interval for pair in diff.runs for figure in pair.metrics if figure.paired_interval]
+    """Return what the brackets contain, and the simultaneous confidence of the intervals."""
+    paired = [metric.paired_interval for run in diff.runs for metric in run.metrics if metric.paired_interval]
     known = [one for one in paired if one.interval]
-    together = f"all {len(known):,} hold together" if len(known) > 1 else "it holds"
-    few = (
-        f"; of fewer than {MIN_EXAMPLES} examples none is supported"
+    scope = f"for all {len(known):,} simultaneously" if len(known) > 1 else ""
+    too_few = (
+        f"; with fewer than {MIN_EXAMPLES} examples no change is called significant"
         if any(one.significant is None for one in known)
         else ""
     )
     return (
-        f"in brackets: the difference's interval, paired over examples; {together} with {100 * (1 - ALPHA):.3g} %, and "
-        f"{'they know' if len(known) > 1 else 'it knows'} nothing of seeds{few}"
+        f"in brackets: interval of the difference, paired over examples, with {100 * (1 - ALPHA):.3g} % confidence"
+        f"{' ' * bool(scope)}{scope}; it does not include the variation between seeds{too_few}"
     )
 
 
 def config_rows(diff: SuiteDiff) -> list[tuple[SettingChange, str]]:
-    """Each change once, with the names of the runs that have it; those of all runs come first."""
+    """Return each change once, with the names of its runs; changes of all runs come first."""
     runs: dict[str, tuple[SettingChange, list[str]]] = {}
     for pair in diff.runs:
         for change in pair.config_changes:
@@ -112,27 +112,27 @@ def config_rows(diff: SuiteDiff) -> list[tuple[SettingChange, str]]:
 
 
 def config_cells(diff: SuiteDiff) -> Iterator[tuple[str, str, str, str]]:
-    """Knob, value before, value after and the runs, of each change."""
+    """Yield key, value before, value after and runs of each change."""
     for change, runs in config_rows(diff):
-        absent = {"A": ("", "not there"), "B": ("not there", "")}.get(change.only_in or "", ("", ""))
+        absent = {"A": ("", "not set"), "B": ("not set", "")}.get(change.only_in or "", ("", ""))
         yield change.key, absent[0] or _format_value(change.before), absent[1] or _format_value(change.after), runs
 
 
 def _config_table(diff: SuiteDiff) -> Table | None:
-    table = _new_table("config", ("knob", "before", "after", "in runs"))
+    table = _new_table("changed settings", ("key", "before", "after", "in runs"))
     for cells in config_cells(diff):
         table.add_row(*(Text(terminal_safe(cell)) for cell in cells))
     return table if table.row_count else None
 
 
 def _format_value(value: object) -> str:
-    """Text as it is, anything else as JSON, as it would be written on a command line."""
+    """Return text unchanged, anything else as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _metrics_table(diff: SuiteDiff) -> Table | None:
-    """One row a run and figure, the run's name beside the first of them."""
-    table = _new_table("figures", ("run", "figure", "before", "after", "change", "verdict"))
+    """Return a table with a row for each run and changed metric; the name is in the run's first row."""
+    table = _new_table("changed metrics", ("run", "metric", "before", "after", "change", "verdict"))
     for column in table.columns[2:5]:
         column.justify = "right"
     for pair in diff.runs:
@@ -154,22 +154,22 @@ def _new_table(title: str, column_titles: Sequence[str]) -> Table:
 
 
 def metric_cells(run_diff: RunDiff) -> list[tuple[tuple[str, str, str, str, str], DiffVerdict]]:
-    """Figure, before, after, change and verdict in words of each row that is worth showing, and the verdict."""
+    """Return cells (metric, before, after, change, verdict text) and verdict of each shown row."""
     if run_diff.after is None:
-        return [(("", "", "", "", "fell: missing in B"), "regressed")]
+        return [(("", "", "", "", "regressed: run is missing in B"), "regressed")]
     if run_diff.before is None:
         return [(("", "", "", "", "new in B"), "new")]
     rows: list[tuple[tuple[str, str, str, str, str], DiffVerdict]] = []
-    for figure in visible_metrics(run_diff):
-        before, after = format_metric_value(figure, figure.before), format_metric_value(figure, figure.after)
-        rows.append(((figure.name, before, after, format_change(figure), describe_verdict(figure)), figure.verdict))
+    for metric in visible_metrics(run_diff):
+        before, after = format_metric_value(metric, metric.before), format_metric_value(metric, metric.after)
+        rows.append(((metric.name, before, after, format_change(metric), describe_verdict(metric)), metric.verdict))
     return rows
 
 
 def visible_metrics(run_diff: RunDiff) -> list[MetricDiff]:
-    """Figures that are not what they were; of a run that ended otherwise, its outcome says what became of the rest."""
-    outcome = [figure for figure in run_diff.metrics if figure.name == OUTCOME_METRIC and figure.verdict != "equal"]
-    return outcome or [figure for figure in run_diff.metrics if _has_changed(figure)]
+    """Return the changed metrics; only the outcome if it changed, because it explains the others."""
+    outcome = [metric for metric in run_diff.metrics if metric.name == OUTCOME_METRIC and metric.verdict != "equal"]
+    return outcome or [metric for metric in run_diff.metrics if _has_changed(metric)]
 
 
 def _has_changed(metric: MetricDiff) -> bool:
@@ -177,14 +177,14 @@ def _has_changed(metric: MetricDiff) -> bool:
 
 
 def format_metric_value(metric: MetricDiff, value: float | str | None) -> str:
-    """A figure's value as a person reads it, unit included."""
+    """Format a metric's value, unit included."""
     if value is None:
         return "unknown"
     return value if isinstance(value, str) else METRICS[metric.name].format_value(value)
 
 
 def format_change(metric: MetricDiff) -> str:
-    """A figure's relative change, and in brackets the interval of the difference in the figure's own unit."""
+    """Format a metric's relative change, with the interval of the difference (in its unit) in brackets."""
     interval = metric.paired_interval.interval if metric.paired_interval else None
     return _format_relative_change(metric) + (f" ({_format_interval(interval)})" if interval else "")
 
@@ -201,44 +201,44 @@ def _format_interval(interval: Interval) -> str:
 
 
 def describe_verdict(metric: MetricDiff) -> str:
-    """A figure's verdict in words, and for quality whether the examples support it."""
+    """Return the text of a verdict, for quality with its significance."""
     if metric.name == OUTCOME_METRIC and metric.verdict == "regressed":
-        return "fell: a run that did not end well has no other figures"
+        return "regressed: the run has no metrics without outcome ok"
     threshold = f"{100 * (metric.threshold or 0):.4g}%"
-    words = {
-        "regressed": f"fell by more than {threshold}",
-        "improved": f"gained more than {threshold}",
+    texts = {
+        "regressed": f"regressed by more than {threshold}",
+        "improved": f"improved by more than {threshold}",
         "within": f"within {threshold}",
-        "missing": "fell: not known any more",
-        "new": "known only now",
-        "not_reported": "not told by that device",
-        "changed": "ended otherwise",
+        "missing": "regressed: no longer known",
+        "new": "not known before",
+        "not_reported": "not measurable on that device",
+        "changed": "different outcome",
     }
     if metric.name == OUTCOME_METRIC and metric.verdict == "improved":
         return "improved"
-    return ", ".join((words[metric.verdict], *_significance_phrases(metric)))
+    return ", ".join((texts[metric.verdict], *_significance_phrases(metric)))
 
 
 def _significance_phrases(metric: MetricDiff) -> Iterator[str]:
-    """Whether the examples bear a change in quality out."""
+    """Yield whether the examples support a change in quality."""
     if metric.paired_interval is not None:
-        unsaid = "no interval" if metric.paired_interval.interval is None else "too few examples to support it"
-        said = {True: "supported by the interval", False: "not supported by the interval", None: unsaid}
-        yield said[metric.paired_interval.significant]
+        unknown = "no interval" if metric.paired_interval.interval is None else "too few examples"
+        texts = {True: "significant", False: "not significant", None: unknown}
+        yield texts[metric.paired_interval.significant]
 
 
 def _regression_phrases(run_diff: RunDiff) -> list[str]:
-    """What fell of a run, in words."""
+    """Return a phrase for each regressed metric of a run."""
     if run_diff.after is None:
         return ["missing in B"]
-    found = []
-    for figure in visible_metrics(run_diff):
-        if figure.name == OUTCOME_METRIC and figure.regressed:
-            found.append(f"{OUTCOME_METRIC} {figure.before}, now {figure.after}")
-        elif figure.verdict == "missing":
-            found.append(f"{figure.name} not known any more")
-        elif figure.regressed:
-            found.append(
-                ", ".join((f"{figure.name} {_format_relative_change(figure)}", *_significance_phrases(figure)))
+    phrases = []
+    for metric in visible_metrics(run_diff):
+        if metric.name == OUTCOME_METRIC and metric.regressed:
+            phrases.append(f"{OUTCOME_METRIC} {metric.before}, now {metric.after}")
+        elif metric.verdict == "missing":
+            phrases.append(f"{metric.name} no longer known")
+        elif metric.regressed:
+            phrases.append(
+                ", ".join((f"{metric.name} {_format_relative_change(metric)}", *_significance_phrases(metric)))
             )
-    return found
+    return phrases

@@ -1,1 +1,1 @@
-"""The page: one file that holds everything it shows, made from records alone, which opens without a network."""
+"""The self-contained HTML page of a report."""

@@ -1,4 +1,4 @@
-"""The page as one file: text escaped, scripts known by their digests, nothing fetched."""
+"""Render pages as self-contained HTML: escaped text, scripts allowed by their digests, no network access."""
 
 from __future__ import annotations
 
@@ -31,28 +31,28 @@ _SECTIONS = {
 
 
 def render_page(page_data: PageData, downloads: Mapping[str, Mapping[str, str]]) -> str:
-    """The page's HTML; ``downloads`` are files by their kind, each with name, type and text."""
+    """Return the page as HTML. ``downloads`` are files by kind, each with name, media type and text."""
     library, script = _bundle_vega(), _read_page_file("page.js")
-    there = _visible_sections(page_data)
+    visible = _visible_sections(page_data)
     return _load_template("page.html.jinja").render(
         page=page_data,
         specs=chart_specs(page_data.all_charts),
         downloads=downloads,
-        sections=[(name, title) for name, title in _SECTIONS.items() if name in there],
-        # Only these two may run: a script that a model wrote would not, even if it were not escaped.
-        allowed_scripts=Markup(" ".join(map(_csp_hash, (library, script)))),  # noqa: S704 — made of digests alone
+        sections=[(name, title) for name, title in _SECTIONS.items() if name in visible],
+        # Only these two may run. A script in generated text would not, even if it were not escaped.
+        allowed_scripts=Markup(" ".join(map(_csp_hash, (library, script)))),  # noqa: S704 — digests only
         library=Markup(library),  # noqa: S704
         script=Markup(script),  # noqa: S704
-        style=Markup(_read_page_file("page.css")),  # noqa: S704 — files of ours
+        style=Markup(_read_page_file("page.css")),  # noqa: S704 — own file
     )
 
 
 def render_diff_page(diff: SuiteDiff) -> str:
-    """The HTML of two suites side by side; it needs no script."""
+    """Return the comparison of two result folders as HTML without scripts."""
     rows = [
-        {"run": pair.label, "verdict_class": verdict} | dict(zip(_DIFF_COLUMNS, cells, strict=True))
-        for pair in diff.runs
-        for cells, verdict in metric_cells(pair)
+        {"run": run.label, "verdict_class": verdict} | dict(zip(_DIFF_COLUMNS, cells, strict=True))
+        for run in diff.runs
+        for cells, verdict in metric_cells(run)
     ]
     sentences = [*([regression_summary(diff)] if diff.regressed else []), *header_lines(diff)[2:], *footer_lines(diff)]
     return _load_template("diff.html.jinja").render(
@@ -60,7 +60,7 @@ def render_diff_page(diff: SuiteDiff) -> str:
         rows=rows,
         config=list(config_cells(diff)),
         sentences=sentences,
-        style=Markup(_read_page_file("page.css")),  # noqa: S704 — a file of ours
+        style=Markup(_read_page_file("page.css")),  # noqa: S704 — own file
     )
 
 
@@ -70,7 +70,7 @@ def _load_template(name: str) -> Template:
 
 
 def _visible_sections(page_data: PageData) -> set[str]:
-    """Sections that have something to show."""
+    """Return the sections with content."""
     optional = {
         "trade-offs": page_data.trade_off_charts,
         "memory": page_data.memory_chart or page_data.throughput_chart,
@@ -86,7 +86,7 @@ def _read_page_file(name: str) -> str:
 
 @cache
 def _bundle_vega() -> str:
-    """Vega, Vega-Lite and vega-embed in one script, as vl-convert carries them."""
+    """Return Vega, Vega-Lite and vega-embed as one script, from vl-convert."""
     import vl_convert
     from altair import SCHEMA_VERSION
 

@@ -1,4 +1,4 @@
-"""The charts, in Vega-Lite by way of Altair. Colours are the page's own variables, so that they follow its theme."""
+"""Charts as Vega-Lite specifications, from Altair. Colors are CSS variables, so they follow the page's theme."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peftbench.report.page.series import NUM_COLORS, X_AXES, ChartRow, ColorGrou
 from peftbench.report.text.formatting import finite_or_none
 
 NUM_CATEGORY_COLORS = 14
-"""Variables --m0 to --m13 of the style; those of groups are --k0 to --k7."""
+"""CSS variables --m0 to --m13 for memory categories; those of groups are --k0 to --k7."""
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right", "triangle-left")
 LABEL_POSITIONS: dict[str, tuple[Literal["left", "right"], int, int]] = {
     "right above": ("left", 9, -7),
@@ -21,21 +21,21 @@ LABEL_POSITIONS: dict[str, tuple[Literal["left", "right"], int, int]] = {
     "left above": ("right", -9, -7),
     "left below": ("right", -9, 13),
 }
-"""Where a point's name may stand: how its text is aligned, and how far off, in pixels."""
+"""Positions of a point's label: text alignment and offset in pixels."""
 MAX_TABLE_ROWS = 200
-"""Rows that a chart's table has, at most."""
+"""Maximum number of rows of a chart's table."""
 SMOOTHING_RADIUS = 6
-"""Points to either side that a smoothed curve is the mean of."""
+"""Points on each side in the moving average of a curve."""
 MAX_LABELLED_POINTS = 12
-"""Points that have their name beside them, at most; with more of them names would cover each other."""
+"""Maximum number of labelled points; more labels would overlap."""
 
 
-_LEGEND = alt.Legend(symbolOpacity=1, symbolStrokeWidth=2)  # whatever a layer's own
+_LEGEND = alt.Legend(symbolOpacity=1, symbolStrokeWidth=2)  # independent of the layers' opacity
 
 
 @dataclass(frozen=True)
 class CostAxis:
-    """What a quality is drawn against."""
+    """A cost against which quality is drawn."""
 
     field: str
     title: str
@@ -50,7 +50,7 @@ COST_AXES = (
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart, what stands under it, and what a screen reader says of it."""
+    """A chart with its caption and its data table."""
 
     name: str
     title: str
@@ -58,7 +58,7 @@ class Chart:
     spec: dict[str, Any]
     table_headers: list[str]
     table_rows: list[list[str]]
-    """What it shows as a table, for those who do not see it; empty where that would be a page of its own."""
+    """Data as a table, for screen readers; empty if too long."""
 
 
 def _format_cell(value: str | float | None) -> str:
@@ -66,7 +66,7 @@ def _format_cell(value: str | float | None) -> str:
 
 
 def _format_number(value: float) -> str:
-    """Four digits, and all of those before the point."""
+    """Format with four significant digits, and all digits before the decimal point."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
@@ -80,9 +80,9 @@ def _build_chart(
     fields: Sequence[str] = (),
     table_source: Sequence[ChartRow] | None = None,
 ) -> Chart:
-    """``data`` are the rows by the names that the chart's layers call them; Altair checks the chart without them.
+    """Build a chart from ``data``: rows by dataset name. Altair validates the chart without them.
 
-    The rows that most are named after, "runs", are shown as a table too, with those ``fields``; or those ``told``.
+    The dataset "runs" (or ``table_source``) is shown as a table of ``fields`` too.
     """
     described = chart.properties(
         width="container",
@@ -99,18 +99,18 @@ def _build_chart(
 
 
 def _drop_non_finite(row: ChartRow) -> ChartRow:
-    """A row without floats that are no numbers: JSON knows none, and one of them would take the whole page away."""
+    """Replace NaN and infinity with None: JSON cannot represent them, and one would break the whole page."""
     return {key: finite_or_none(value) if isinstance(value, float) else value for key, value in row.items()}
 
 
 def _layer(dataset: str) -> alt.Chart:
-    """A layer of the rows of that name."""
+    """Return a layer of a dataset."""
     return alt.Chart(alt.NamedData(name=dataset))
 
 
 def _theme() -> dict[str, Any]:
     ink, faint = "var(--ink)", "var(--line)"
-    words = {
+    labels = {
         "labelColor": ink,
         "titleColor": ink,
         "labelFontSize": 12,
@@ -121,23 +121,23 @@ def _theme() -> dict[str, Any]:
         "background": "transparent",
         "font": "system-ui, sans-serif",
         "view": {"stroke": "transparent"},
-        "axis": {**words, "gridColor": faint, "domainColor": ink, "tickColor": ink},
-        "legend": {**words, "orient": "bottom", "columns": 3, "labelLimit": 260, "symbolSize": 90},
+        "axis": {**labels, "gridColor": faint, "domainColor": ink, "tickColor": ink},
+        "legend": {**labels, "orient": "bottom", "columns": 3, "labelLimit": 260, "symbolSize": 90},
         "text": {"color": ink},
         "rule": {"color": ink},
     }
 
 
 def _color_encoding(groups: ColorGroups, rows: Sequence[ChartRow], *, legend: bool = True) -> alt.Color:
-    """A colour for each of the groups, the same in every chart, and a legend of those that ``rows`` are of."""
-    there = _present_groups(groups, rows)
-    scale = alt.Scale(domain=there, range=[f"var(--k{groups.names.index(name) % NUM_COLORS})" for name in there])
+    """Return a color for each group, the same in every chart, with a legend of the groups of ``rows``."""
+    present = _present_groups(groups, rows)
+    scale = alt.Scale(domain=present, range=[f"var(--k{groups.names.index(name) % NUM_COLORS})" for name in present])
     return alt.Color("group:N", title=groups.title, scale=scale, legend=_LEGEND if legend else None)
 
 
 def _shape_encoding(groups: ColorGroups, rows: Sequence[ChartRow]) -> alt.Shape:
-    there = _present_groups(groups, rows)
-    scale = alt.Scale(domain=there, range=[SHAPES[groups.names.index(name) % len(SHAPES)] for name in there])
+    present = _present_groups(groups, rows)
+    scale = alt.Scale(domain=present, range=[SHAPES[groups.names.index(name) % len(SHAPES)] for name in present])
     return alt.Shape("group:N", title=groups.title, scale=scale)
 
 
@@ -154,75 +154,76 @@ def trade_off(
     higher_is_better: bool,
     comparable: bool,
 ) -> Chart | None:
-    """Quality against a cost, with intervals, and the line of those that none beats; None where nothing is known.
+    """Return quality against a cost, with intervals and the Pareto front; None without data.
 
-    Baselines, which cost no training, are lines across. Of runs that are not ``alike`` in device, engine and length no
-    front is drawn, for their costs do not compare.
+    Baselines are horizontal lines. Without ``comparable`` costs (device, engine, steps) no front is drawn.
     """
-    judged = [point for point in points if point.get("quality") is not None]
-    known = [point for point in judged if point.get(cost.field) is not None]
+    evaluated = [point for point in points if point.get("quality") is not None]
+    known = [point for point in evaluated if point.get(cost.field) is not None]
     if not known:
         return None
-    best = pareto_front(known, cost.field, "quality", higher_is_better=higher_is_better) if comparable else []
-    free = [point for point in judged if point["baseline"]]
+    front = pareto_front(known, cost.field, "quality", higher_is_better=higher_is_better) if comparable else []
+    baselines = [point for point in evaluated if point["baseline"]]
     data = {
-        "front": best,
+        "front": front,
         "runs": known,
         "intervals": [point for point in known if point.get("low") is not None],
-        "across": free if len(free) <= MAX_LABELLED_POINTS else [],
+        "baselines": baselines if len(baselines) <= MAX_LABELLED_POINTS else [],
         **_rows_by_label_position(known, cost),
     }
-    layers = _trade_off_layers(cost, title, groups, judged, higher_is_better=higher_is_better)
-    chart = alt.layer(*(layer for name, made in layers.items() if data[name] for layer in made)).properties(height=300)
-    said = ", ".join(str(point["run"]) for point in best[:MAX_LABELLED_POINTS]) + (
-        ", …" if len(best) > MAX_LABELLED_POINTS else ""
+    layers = _trade_off_layers(cost, title, groups, evaluated, higher_is_better=higher_is_better)
+    chart = alt.layer(*(layer for name, named in layers.items() if data[name] for layer in named)).properties(
+        height=300
+    )
+    names = ", ".join(str(point["run"]) for point in front[:MAX_LABELLED_POINTS]) + (
+        ", …" if len(front) > MAX_LABELLED_POINTS else ""
     )
     caption = (
-        f"Pareto front of what was trained, by the means alone: {said}."
+        f"Pareto front of the trained configurations, by means only: {names}."
         if comparable
-        else "These ran on several devices or engines, or for other steps: no Pareto front is drawn."
+        else "No Pareto front: devices, engines, steps or batches differ."
     )
     fields = ["run", cost.field, "quality", "low", "high", "seeds"]
-    where = f"{title} against {cost.title}"
-    return _build_chart(f"quality-{cost.field.lower()}", where, caption, chart, data=data, fields=fields)
+    heading = f"{title} vs. {cost.title}"
+    return _build_chart(f"quality-{cost.field.lower()}", heading, caption, chart, data=data, fields=fields)
 
 
 def _rows_by_label_position(points: Sequence[ChartRow], cost: CostAxis) -> dict[str, list[ChartRow]]:
-    """Points by the side that their names go to: within the chart, and a neighbour's not over one's own."""
-    found: dict[str, list[ChartRow]] = {side: [] for side in LABEL_POSITIONS}
+    """Return points by label position, so that labels stay inside the chart and do not overlap their neighbors."""
+    by_position: dict[str, list[ChartRow]] = {side: [] for side in LABEL_POSITIONS}
     if len(points) > MAX_LABELLED_POINTS:
-        return found
+        return by_position
     order = sorted(points, key=lambda point: float(point[cost.field] or 0))
     for index, point in enumerate(order):
-        across = "left" if index and index == len(order) - 1 else "right"
-        found[f"{across} {'below' if index % 2 else 'above'}"].append(point)
-    return found
+        side = "left" if index and index == len(order) - 1 else "right"
+        by_position[f"{side} {'below' if index % 2 else 'above'}"].append(point)
+    return by_position
 
 
 def _trade_off_layers(
     cost: CostAxis, title: str, groups: ColorGroups, rows: Sequence[ChartRow], *, higher_is_better: bool
 ) -> dict[str, list[alt.Chart]]:
-    """By the name of the rows that each draws; those without rows must be left out, or Vega warns of them."""
+    """Return layers by dataset name. Layers without rows must be omitted, because Vega warns about them."""
     x = alt.X(f"{cost.field}:Q", title=cost.title, scale=alt.Scale(zero=False, padding=24))
     scale = alt.Scale(zero=False, reverse=not higher_is_better)
     y, low = alt.Y("quality:Q", title=title, scale=scale), alt.Y("low:Q", title=title, scale=scale)
-    colour, shape = _color_encoding(groups, rows), _shape_encoding(groups, rows)
-    figures = (cost.field, "quality", "low", "high", "seeds")
-    tips = [alt.Tooltip("run:N"), *(alt.Tooltip(f"{name}:Q", format=",.4~r") for name in figures)]
+    color, shape = _color_encoding(groups, rows), _shape_encoding(groups, rows)
+    fields = (cost.field, "quality", "low", "high", "seeds")
+    tips = [alt.Tooltip("run:N"), *(alt.Tooltip(f"{name}:Q", format=",.4~r") for name in fields)]
     line = _layer("front").mark_line(interpolate="step-after", color="var(--front)", strokeDash=[5, 4], strokeWidth=1.5)
     return {
         "front": [line.encode(x=x, y=y)],
-        "intervals": [_layer("intervals").mark_rule(strokeWidth=1.5).encode(x=x, y=low, y2="high:Q", color=colour)],
+        "intervals": [_layer("intervals").mark_rule(strokeWidth=1.5).encode(x=x, y=low, y2="high:Q", color=color)],
         "runs": [
             _layer("runs")
             .mark_point(filled=True, size=110, opacity=1)
-            .encode(x=x, y=y, color=colour, shape=shape, tooltip=tips)
+            .encode(x=x, y=y, color=color, shape=shape, tooltip=tips)
         ],
-        "across": [
-            _layer("across")
+        "baselines": [
+            _layer("baselines")
             .mark_rule(strokeDash=[2, 3], strokeWidth=1.3)
-            .encode(y=y, color=colour, tooltip=[tips[0], tips[2]]),
-            _layer("across")
+            .encode(y=y, color=color, tooltip=[tips[0], tips[2]]),
+            _layer("baselines")
             .mark_text(align="left", dx=3, dy=-7, fontSize=11)
             .encode(x=alt.value(0), y=y, text="run:N"),
         ],
@@ -234,12 +235,12 @@ def _trade_off_layers(
 
 
 def memory_bars(rows: Sequence[ChartRow], limit_rows: Sequence[ChartRow], caption: str) -> Chart | None:
-    """Where the peak of each run went, stacked, and its budget."""
+    """Return stacked bars of each run's peak memory by category, with its limit; None without data."""
     if not rows:
         return None
     runs = list(dict.fromkeys(str(row["run"]) for row in rows))
     categories = [category for category in CATEGORY_LABELS.values() if any(row["category"] == category for row in rows)]
-    colours = [
+    colors = [
         f"var(--m{list(CATEGORY_LABELS.values()).index(category) % NUM_CATEGORY_COLORS})" for category in categories
     ]
     y = alt.Y("run:N", title=None, sort=runs, axis=alt.Axis(labelLimit=220))
@@ -251,7 +252,7 @@ def memory_bars(rows: Sequence[ChartRow], limit_rows: Sequence[ChartRow], captio
             y=y,
             order=alt.Order("order:Q"),
             color=alt.Color(
-                "category:N", title=None, sort=categories, scale=alt.Scale(domain=categories, range=colours)
+                "category:N", title=None, sort=categories, scale=alt.Scale(domain=categories, range=colors)
             ),
             tooltip=[alt.Tooltip("run:N"), alt.Tooltip("category:N"), alt.Tooltip("MiB:Q", format=",.1f")],
         )
@@ -259,11 +260,15 @@ def memory_bars(rows: Sequence[ChartRow], limit_rows: Sequence[ChartRow], captio
     layers = [bars]
     if limit_rows:
         mark = _layer("budgets").mark_tick(color="var(--ink)", thickness=4, bandSize=34)
-        tips = [alt.Tooltip("run:N"), alt.Tooltip("what:N"), alt.Tooltip("limit:Q", title="MiB", format=",.0f")]
+        tips = [
+            alt.Tooltip("run:N"),
+            alt.Tooltip("limit_kind:N", title="limit"),
+            alt.Tooltip("limit:Q", title="MiB", format=",.0f"),
+        ]
         layers.append(mark.encode(x="limit:Q", y=y, tooltip=tips))
     return _build_chart(
         "memory",
-        "Where the memory goes",
+        "Peak memory by category",
         caption,
         alt.layer(*layers).properties(height=34 * len(runs)),
         data={"runs": rows, "budgets": limit_rows},
@@ -272,57 +277,57 @@ def memory_bars(rows: Sequence[ChartRow], limit_rows: Sequence[ChartRow], captio
 
 
 def _curve_samples(rows: Sequence[ChartRow]) -> list[ChartRow]:
-    """The first, the middle and the last point of each run's curve."""
+    """Return the first, middle and last point of each run's curve."""
     runs: dict[object, list[ChartRow]] = {}
     for row in rows:
         runs.setdefault(row["run"], []).append(row)
-    places = [(points, sorted({0, len(points) // 2, len(points) - 1})) for points in runs.values()]
-    return [points[place] for points, chosen in places for place in chosen]
+    samples = [(points, sorted({0, len(points) // 2, len(points) - 1})) for points in runs.values()]
+    return [points[index] for points, indices in samples for index in indices]
 
 
 def loss_curves(rows: Sequence[ChartRow], groups: ColorGroups) -> list[Chart]:
-    """The training loss over each of what is known of all."""
+    """Return a chart of the training loss for each x axis with data."""
     drawn = []
-    for over, words in X_AXES.items():
-        known = [row for row in rows if over in row]
+    for axis, axis_title in X_AXES.items():
+        known = [row for row in rows if axis in row]
         if not known:
             continue
-        colour = _color_encoding(groups, known)
+        color = _color_encoding(groups, known)
         dash = alt.StrokeDash("group:N", legend=None)
-        x = alt.X(f"{over}:Q", title=words)
+        x = alt.X(f"{axis}:Q", title=axis_title)
         scale = alt.Scale(zero=False)
         base = _layer("runs").transform_window(
             smooth="mean(loss)",
             frame=[-SMOOTHING_RADIUS, SMOOTHING_RADIUS],
             groupby=["run"],
-            sort=[alt.SortField(over)],
+            sort=[alt.SortField(axis)],
         )
-        tips = [alt.Tooltip("run:N"), alt.Tooltip(f"{over}:Q", format=",.0f"), alt.Tooltip("loss:Q", format=".3f")]
+        tips = [alt.Tooltip("run:N"), alt.Tooltip(f"{axis}:Q", format=",.0f"), alt.Tooltip("loss:Q", format=".3f")]
         chart = alt.layer(
             base.mark_line(strokeWidth=1, opacity=0.22).encode(
-                x=x, y=alt.Y("loss:Q", title="training loss, nats", scale=scale), color=colour, detail="run:N"
+                x=x, y=alt.Y("loss:Q", title="training loss (nats)", scale=scale), color=color, detail="run:N"
             ),
             base.mark_line(strokeWidth=1.9).encode(
                 x=x,
-                y=alt.Y("smooth:Q", title="training loss, nats", scale=scale),
-                color=colour,
+                y=alt.Y("smooth:Q", title="training loss (nats)", scale=scale),
+                color=color,
                 detail="run:N",
                 strokeDash=dash,
                 tooltip=tips,
             ),
         ).properties(height=260)
-        left_out = len({row["run"] for row in rows} - {row["run"] for row in known})
-        caption = f"Over {words}." + (
-            f" Not drawn, for their records do not say it: {left_out} of the runs." if left_out else ""
+        num_omitted = len({row["run"] for row in rows} - {row["run"] for row in known})
+        caption = f"Over {axis_title}." + (
+            f" {num_omitted} runs are omitted: their records lack it." if num_omitted else ""
         )
         drawn.append(
             _build_chart(
-                f"loss-{over}",
-                f"Training loss by {over}",
+                f"loss-{axis}",
+                f"Training loss by {axis}",
                 caption,
                 chart,
                 data={"runs": known},
-                fields=["run", over, "loss"],
+                fields=["run", axis, "loss"],
                 table_source=_curve_samples(known),
             )
         )
@@ -330,34 +335,33 @@ def loss_curves(rows: Sequence[ChartRow], groups: ColorGroups) -> list[Chart]:
 
 
 def throughput_chart(rows: Sequence[ChartRow], groups: ColorGroups) -> Chart | None:
-    """Real tokens a second, with the spread of the steps."""
+    """Return real tokens per second with the percentiles of the steps; None without data."""
     if not rows:
         return None
     runs = list(dict.fromkeys(str(row["run"]) for row in rows))
     y = alt.Y("run:N", title=None, sort=runs, axis=alt.Axis(labelLimit=220, grid=True))
     base = _layer("runs")
-    colour = _color_encoding(groups, rows, legend=False)
+    color = _color_encoding(groups, rows, legend=False)
     tips = [
         alt.Tooltip("run:N"),
         *(alt.Tooltip(f"{name}:Q", format=",.0f") for name in ("tokens_per_second", "p10", "p90")),
     ]
-    title = "real tokens a second"
+    title = "real tokens per second"
     chart = alt.layer(
         base.mark_rule(strokeWidth=6, opacity=0.45).encode(
-            x=alt.X("p10:Q", title=title), x2="p90:Q", y=y, color=colour, tooltip=tips
+            x=alt.X("p10:Q", title=title), x2="p90:Q", y=y, color=color, tooltip=tips
         ),
         base.mark_point(filled=True, size=90, opacity=1).encode(
-            x=alt.X("tokens_per_second:Q", title=title), y=y, color=colour, tooltip=tips
+            x=alt.X("tokens_per_second:Q", title=title), y=y, color=color, tooltip=tips
         ),
     ).properties(height=28 * len(runs))
     caption = (
-        "The point is the mean over all timed seconds, the table's figure; the bar reaches from the tenth to the "
-        "ninetieth percentile of the timed steps. A mean lies outside where a few steps were very slow or fast, or "
-        "where time went to making batches."
+        "Point: mean over all timed seconds, as in the table. Bar: 10th to 90th percentile of the timed steps. The "
+        "mean can be outside the bar if a few steps were very slow or fast, or if building batches took time."
     )
     return _build_chart(
-        "speed",
-        "Throughput and its spread",
+        "throughput",
+        "Throughput",
         caption,
         chart,
         data={"runs": rows},
@@ -366,5 +370,5 @@ def throughput_chart(rows: Sequence[ChartRow], groups: ColorGroups) -> Chart | N
 
 
 def chart_specs(charts: Sequence[Chart]) -> Mapping[str, dict[str, Any]]:
-    """Specifications by the names of the figures they go to."""
-    return {drawing.name: drawing.spec for drawing in charts}
+    """Return Vega-Lite specifications by chart name."""
+    return {chart.name: chart.spec for chart in charts}

@@ -1,4 +1,4 @@
-"""What the page says, section by section, before it is drawn."""
+"""Data of the page, section by section."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from peftbench.report.tables.table import collect_notes, visible_columns
 from peftbench.report.text.formatting import CellValue, decimal_places, finite_or_none, format_decimal, round_outward
 
 MAX_DRAWN_RUNS = 24
-"""Runs whose curves, bars and summaries are drawn, at most; all are in the table, the trade-offs and the data."""
+"""Maximum number of runs with curves, bars and summaries; the table, trade-offs and downloads have all runs."""
 
 MAX_NOTES = 60
-"""Notes that are shown, at most."""
+"""Maximum number of shown notes."""
 
 
 @dataclass(frozen=True)
 class TableCell:
-    """What a person reads, and what a column is sorted by."""
+    """Text and sort value of a table cell."""
 
     text: str
     sort_value: CellValue
@@ -38,7 +38,7 @@ class TableCell:
 
 @dataclass(frozen=True)
 class TableRow:
-    """A run's row of the table."""
+    """Table row of a run."""
 
     outcome: str
     cells: list[TableCell]
@@ -46,7 +46,7 @@ class TableRow:
 
 @dataclass(frozen=True)
 class ExampleSummaries:
-    """One example, with what each run made of it."""
+    """One example with the summary of each run."""
 
     id: str
     article: str
@@ -56,7 +56,7 @@ class ExampleSummaries:
 
 @dataclass(frozen=True)
 class UnfinishedRun:
-    """A run that has no result yet."""
+    """A run without a result."""
 
     name: str
     state: str
@@ -65,7 +65,7 @@ class UnfinishedRun:
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """A comparison of two configurations."""
+    """Table row of a comparison of two configurations."""
 
     first: str
     second: str
@@ -76,7 +76,7 @@ class ComparisonRow:
 
 @dataclass(frozen=True)
 class PageData:
-    """All that the page shows."""
+    """All data of the page."""
 
     title: str
     summary: list[str]
@@ -93,31 +93,31 @@ class PageData:
     environment: list[Setting]
     reproduce_commands: dict[str, list[str]]
     drawn_runs_note: str
-    """Which runs the charts show, where it is not all."""
+    """Which runs the charts show; empty if all."""
     has_pareto_front: bool
-    """Whether a Pareto front is drawn."""
+    """True if a Pareto front is drawn."""
     uses_rouge: bool
-    """Whether quality is ROUGE-L, or the held-out loss."""
+    """True if quality is ROUGE-L, False if held-out loss."""
     undrawn_runs: list[str]
-    """Runs without a quality, and why, which a trade-off cannot show."""
+    """Runs that the trade-off charts cannot show, with the reason."""
     unfinished_runs: list[UnfinishedRun]
     comparisons: list[ComparisonRow]
     metric_name: str
-    """What the pairs are compared by."""
+    """Metric of the comparisons."""
 
     max_curve_points: ClassVar[int] = series.MAX_CURVE_POINTS
     smoothing_window: ClassVar[int] = 2 * charts.SMOOTHING_RADIUS + 1
 
     @property
     def better_direction(self) -> str:
-        """Where in a trade-off the good runs lie."""
-        return "Further up and further left is better" + ("." if self.uses_rouge else ": a loss falls upwards.")
+        """Sentence on the direction of better runs in a trade-off chart."""
+        return "Up and to the left is better" + ("." if self.uses_rouge else " (the loss axis is inverted).")
 
     @property
     def all_charts(self) -> list[Chart]:
-        """Every chart, in the page's order."""
-        found = [*self.trade_off_charts, self.memory_chart, *self.loss_charts, self.throughput_chart]
-        return [drawing for drawing in found if drawing is not None]
+        """All charts, in page order."""
+        charts_or_none = [*self.trade_off_charts, self.memory_chart, *self.loss_charts, self.throughput_chart]
+        return [chart for chart in charts_or_none if chart is not None]
 
 
 def build_page_data(
@@ -129,40 +129,40 @@ def build_page_data(
     note_lines: Sequence[str] | None = None,
     unfinished_runs: Sequence[UnfinishedRun] = (),
 ) -> PageData:
-    """What the page says of ``records``, by the paths of their files.
+    """Build the page data of ``records``, keyed by the paths of their files.
 
-    ``compared`` is what ``differences`` made of them, and ``told`` their notes, where these were made already.
+    ``comparison_set`` and ``note_lines`` are used if already computed.
     """
     rows = sort_records(list(records.values()))
     columns, drawn = visible_columns(rows), select_drawn_runs(rows)
     comparison_set = comparison_set or compare_groups(rows)
-    place = {id(record): number for number, record in enumerate(rows)}
-    groups = ColorGroups.from_run_groups(sorted(comparison_set.groups, key=lambda one: place[id(one.runs[0])]))
-    by_rouge = comparison_set.metric is not None and comparison_set.metric.key == "rougeL"
-    points = series.trade_off_rows(comparison_set.groups, groups, uses_rouge=by_rouge)
-    all_knobs, note_lines = recipe_settings(rows), collect_notes(rows) if note_lines is None else note_lines
-    found_at = {id(record): path for path, record in records.items()}
+    position = {id(record): index for index, record in enumerate(rows)}
+    groups = ColorGroups.from_run_groups(sorted(comparison_set.groups, key=lambda g: position[id(g.runs[0])]))
+    uses_rouge = comparison_set.metric is not None and comparison_set.metric.key == "rougeL"
+    points = series.trade_off_rows(comparison_set.groups, groups, uses_rouge=uses_rouge)
+    settings, note_lines = recipe_settings(rows), collect_notes(rows) if note_lines is None else note_lines
+    paths = {id(record): path for path, record in records.items()}
     return PageData(
         title=title,
         summary=list(summary),
         columns=columns,
         rows=[_build_table_row(record, columns) for record in rows],
-        trade_off_charts=_trade_off_charts(points, groups, comparison_set.groups, uses_rouge=by_rouge),
+        trade_off_charts=_trade_off_charts(points, groups, comparison_set.groups, uses_rouge=uses_rouge),
         memory_chart=_memory_chart(_add_oom_runs(drawn, rows)),
         loss_charts=charts.loss_curves(series.loss_curve_rows(drawn, groups), groups),
         throughput_chart=charts.throughput_chart(series.throughput_rows(drawn, groups), groups),
         examples=_collect_examples(drawn),
-        equal_settings=[knob for knob in all_knobs if knob.is_constant],
-        differing_settings=[knob for knob in all_knobs if not knob.is_constant],
+        equal_settings=[setting for setting in settings if setting.is_constant],
+        differing_settings=[setting for setting in settings if not setting.is_constant],
         notes=[
             *note_lines[:MAX_NOTES],
-            *([f"and {len(note_lines) - MAX_NOTES} more, in the data"] if len(note_lines) > MAX_NOTES else []),
+            *([f"and {len(note_lines) - MAX_NOTES} more in the downloads"] if len(note_lines) > MAX_NOTES else []),
         ],
         environment=environment_settings(rows),
-        reproduce_commands={run_label(record): reproduce_commands(record, found_at[id(record)]) for record in rows},
+        reproduce_commands={run_label(record): reproduce_commands(record, paths[id(record)]) for record in rows},
         drawn_runs_note=_drawn_runs_note(drawn, rows),
         has_pareto_front=_has_comparable_costs(comparison_set.groups),
-        uses_rouge=by_rouge,
+        uses_rouge=uses_rouge,
         undrawn_runs=_list_undrawn_runs(points, comparison_set.groups),
         unfinished_runs=list(unfinished_runs),
         comparisons=[_build_comparison_row(one) for one in comparison_set.pair_comparisons],
@@ -171,45 +171,46 @@ def build_page_data(
 
 
 def select_drawn_runs(records: Sequence[RunRecord]) -> list[RunRecord]:
-    """The runs that are drawn: all, or the best of each method and then the best of all, in the table's order."""
+    """Return the runs to draw, in table order: all, or the best of each method and then the best overall."""
     if len(records) <= MAX_DRAWN_RUNS:
         return list(records)
     by_quality = sorted(records, key=_quality_rank)
-    first = {method_kind(record): record for record in reversed(by_quality)}
-    taken = list(dict.fromkeys(map(id, [*first.values(), *by_quality])))[:MAX_DRAWN_RUNS]
-    return [record for record in records if id(record) in taken]
+    best_by_method = {method_kind(record): record for record in reversed(by_quality)}
+    selected = list(dict.fromkeys(map(id, [*best_by_method.values(), *by_quality])))[:MAX_DRAWN_RUNS]
+    return [record for record in records if id(record) in selected]
 
 
 def _quality_rank(record: RunRecord) -> tuple[bool, bool, float, float]:
-    """Smaller is better: ended well, with ROUGE-L, by that, then by held-out loss."""
+    """Return a sort key, best first: outcome ok, has ROUGE-L, ROUGE-L, held-out loss."""
     score, loss = series.rouge_l_interval(record), finite_or_none(record.quality.loss if record.quality else None)
     by_score = -(score.mean if score else 0.0)
     return record.outcome.kind != "ok", score is None, by_score, float("inf") if loss is None else loss
 
 
 def _add_oom_runs(drawn: Sequence[RunRecord], records: Sequence[RunRecord]) -> list[RunRecord]:
-    """Those that are drawn, and what did not fit, which a chart of memory is for."""
-    there = {id(record) for record in drawn}
-    refused = [record for record in records if record.outcome.kind == "oom" and id(record) not in there]
-    return [*drawn, *refused[:MAX_DRAWN_RUNS]]
+    """Return the drawn runs and those out of memory, for the memory chart."""
+    drawn_ids = {id(record) for record in drawn}
+    oom_runs = [record for record in records if record.outcome.kind == "oom" and id(record) not in drawn_ids]
+    return [*drawn, *oom_runs[:MAX_DRAWN_RUNS]]
 
 
 def _drawn_runs_note(drawn: Sequence[RunRecord], records: Sequence[RunRecord]) -> str:
     if len(drawn) == len(records):
         return ""
-    return f"Of {len(records):,} runs {len(drawn)} are drawn here: the best of each method, then the best of all."
+    return f"{len(drawn)} of {len(records):,} runs are shown: the best of each method, then the best overall."
 
 
 def _list_undrawn_runs(points: Sequence[ChartRow], groups: Sequence[RunGroup]) -> list[str]:
-    """What has no place in a trade-off, and why."""
-    left = []
+    """Return the groups that the trade-off charts cannot show, with the reason."""
+    undrawn = []
     for point, one in zip(points, groups, strict=True):
         if point["quality"] is None:
-            ends = dict.fromkeys(format_outcome(run) for run in one.runs if run.outcome.kind != "ok")
-            left.append(f"{one.label} ({', '.join(ends) or 'no quality is known'})")
+            outcomes = dict.fromkeys(format_outcome(run) for run in one.runs if run.outcome.kind != "ok")
+            undrawn.append(f"{one.label} ({', '.join(outcomes) or 'quality unknown'})")
         elif not point["baseline"] and all(point[cost.field] is None for cost in charts.COST_AXES):
-            left.append(f"{one.label} (no cost is known)")
-    return [*left[:MAX_DRAWN_RUNS], *([f"and {len(left) - MAX_DRAWN_RUNS} more"] if len(left) > MAX_DRAWN_RUNS else [])]
+            undrawn.append(f"{one.label} (costs unknown)")
+    num_hidden = len(undrawn) - MAX_DRAWN_RUNS
+    return [*undrawn[:MAX_DRAWN_RUNS], *([f"and {num_hidden} more"] if num_hidden > 0 else [])]
 
 
 def _build_comparison_row(comparison: PairComparison) -> ComparisonRow:
@@ -222,10 +223,10 @@ def _build_comparison_row(comparison: PairComparison) -> ComparisonRow:
 
 
 def _build_table_row(record: RunRecord, columns: Sequence[Column]) -> TableRow:
-    name, *figures = (TableCell(column.format_text(record), _sort_value(column, record)) for column in columns)
-    # An interval goes below its mean, which keeps the table narrow.
+    name, *values = (TableCell(column.format_text(record), _sort_value(column, record)) for column in columns)
+    # Intervals on a second line keep the table narrow.
     return TableRow(
-        record.outcome.kind, [name, *(TableCell(one.text.replace(" (", "\n("), one.sort_value) for one in figures)]
+        record.outcome.kind, [name, *(TableCell(cell.text.replace(" (", "\n("), cell.sort_value) for cell in values)]
     )
 
 
@@ -236,32 +237,31 @@ def _sort_value(column: Column, record: RunRecord) -> CellValue:
 def _trade_off_charts(
     points: Sequence[ChartRow], color_groups: ColorGroups, run_groups: Sequence[RunGroup], *, uses_rouge: bool
 ) -> list[Chart]:
-    alike = _has_comparable_costs(run_groups)
-    title = "ROUGE-L" if uses_rouge else "held-out loss, nats"
+    comparable = _has_comparable_costs(run_groups)
+    title = "ROUGE-L" if uses_rouge else "held-out loss (nats)"
     drawn = [
-        charts.trade_off(points, color_groups, cost, title, higher_is_better=uses_rouge, comparable=alike)
+        charts.trade_off(points, color_groups, cost, title, higher_is_better=uses_rouge, comparable=comparable)
         for cost in charts.COST_AXES
     ]
-    return [drawing for drawing in drawn if drawing is not None]
+    return [chart for chart in drawn if chart is not None]
 
 
 def _has_comparable_costs(groups: Sequence[RunGroup]) -> bool:
-    """Whether the costs of all that was trained compare."""
+    """True if the costs of all trained groups can be compared."""
     trained = [one for one in groups if one.is_trained]
     return all(why_not_comparable(one, trained[0]) is None for one in trained)
 
 
 def _memory_chart(records: Sequence[RunRecord]) -> Chart | None:
-    lines, far = memory_chart.memory_limit_rows(records)
-    return charts.memory_bars(
-        memory_chart.memory_bar_rows(records), lines, memory_chart.memory_caption(records, lines, far)
-    )
+    limits, far_limits_note = memory_chart.memory_limit_rows(records)
+    caption = memory_chart.memory_caption(records, limits, far_limits_note)
+    return charts.memory_bars(memory_chart.memory_bar_rows(records), limits, caption)
 
 
 def _collect_examples(records: Sequence[RunRecord]) -> list[ExampleSummaries]:
-    """The examples whose summaries were kept, with those of every run; nothing is mixed that has another article."""
-    found: dict[tuple[str, str, str], dict[str, str]] = {}
+    """Return the examples with saved summaries, with the summary of every run."""
+    summaries: dict[tuple[str, str, str], dict[str, str]] = {}
     for record in records:
         for sample in record.quality.samples if record.quality else ():
-            found.setdefault(sample_key(sample), {})[run_label(record)] = sample.generated
-    return [ExampleSummaries(*key, generated) for key, generated in found.items()]
+            summaries.setdefault(sample_key(sample), {})[run_label(record)] = sample.generated
+    return [ExampleSummaries(*key, generated) for key, generated in summaries.items()]

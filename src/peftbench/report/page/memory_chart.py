@@ -1,4 +1,4 @@
-"""Where the memory of each run's training went, by part, and the line that it had to stay below."""
+"""Rows and caption of the memory chart: each run's peak by category, and its limit."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ CATEGORY_LABELS = {
     "in_use": "in use at the failure",
     "requested": "requested allocation",
 }
-"""In the order in which they are stacked, and what the legend calls them."""
+"""Legend labels of the categories, in stacking order."""
 
 MAX_LIMIT_RATIO = 4.0
-"""A line farther out than so many times the longest bar is told and not drawn, or no bar could be seen."""
+"""Limits beyond this multiple of the longest bar are listed in the caption instead of drawn."""
 
 
 def memory_bar_rows(records: Sequence[RunRecord]) -> list[ChartRow]:
-    """Each run's parts, in bytes and MiB."""
+    """Return each run's peak by category, in bytes and MiB."""
     return [
         {
             "run": run_label(record),
@@ -48,25 +48,24 @@ def memory_bar_rows(records: Sequence[RunRecord]) -> list[ChartRow]:
 
 
 def peak_by_category(record: RunRecord) -> Iterator[tuple[str, int]]:
-    """What stood against the budget at the peak of the training, by part; "rest" is what no instrument told apart.
+    """Yield category and bytes of the peak of training; "unattributed" is what no instrument could attribute.
 
-    On a GPU that is what the process took of it: tensors, what the allocator kept beside them, and the context. On a
-    CPU it is resident memory beyond what was there before anything was loaded. Of a run that was out of memory it is
-    what was held and what was asked for, as the budget counts it.
+    On a GPU: tensors, the allocator cache and the CUDA context. On CPU: RSS above its value before anything was loaded.
+    For a run out of memory: bytes in use and the requested allocation, as the budget counts them.
     """
     outcome, peak = record.outcome, train_peak_bytes(record)
     if outcome.kind == "oom":
-        refused = {
+        failure = {
             "in_use": outcome.in_use_bytes,
             "requested": outcome.requested_bytes,
             "cuda_context": record.cuda_context_bytes,
         }
-        yield from ((part, size) for part, size in refused.items() if size)
+        yield from ((category, size) for category, size in failure.items() if size)
         return
     if peak is None:
         return
     known = _attributed_bytes(record, peak)
-    yield from ((part, known[part]) for part in CATEGORY_LABELS if known.get(part))
+    yield from ((category, known[category]) for category in CATEGORY_LABELS if known.get(category))
     if (rest := peak - sum(known.values())) > 0:
         yield "unattributed", rest
     memory = record.memory.get("train")
@@ -78,69 +77,69 @@ def peak_by_category(record: RunRecord) -> Iterator[tuple[str, int]]:
 
 
 def _attributed_bytes(record: RunRecord, peak: int) -> dict[str, int]:
-    """Parts that were told apart. A breakdown is of a step of the warm-up, which may have taken more than training."""
+    """Return attributed bytes. A breakdown covers one untimed step, whose peak may exceed that of training."""
     states = record.state_bytes
-    by_size = (
+    from_states = (
         {"weights": states.weights, "gradients": states.gradients, "optimizer_state": states.optimizer}
         if states is not None
         else {}
     )
-    told = (record.memory_breakdown.bytes_by_category if record.memory_breakdown is not None else {}, by_size)
-    return next((known for known in told if known and sum(known.values()) <= peak), {})
+    candidates = (record.memory_breakdown.bytes_by_category if record.memory_breakdown is not None else {}, from_states)
+    return next((known for known in candidates if known and sum(known.values()) <= peak), {})
 
 
 def find_memory_limit(record: RunRecord) -> tuple[str, int] | None:
-    """What the bar had to stay below: the recipe's budget, else the GPU's memory; None where it is measured otherwise.
+    """Return the limit of a bar: the recipe's budget, else the GPU's memory; None if it is not comparable.
 
-    On a CPU a budget counts what a process may hold, and the bar is what is resident, pages of files too: only what was
-    refused is in the budget's own measure.
+    On CPU the budget does not count file-backed pages, but RSS does. So only the bar of a run out of memory is
+    comparable with the budget.
     """
     if record.device.type == "cpu" and record.outcome.kind != "oom":
         return None
-    asked = (record.recipe.get("budget") or {}).get("memory")
+    budget = (record.recipe.get("budget") or {}).get("memory")
     try:
-        if asked is not None:
-            return "budget", parse_size(str(asked))
-    except BudgetError:  # a record that was made by hand
+        if budget is not None:
+            return "budget", parse_size(str(budget))
+    except BudgetError:  # a record edited by hand
         return None
     size = record.device.memory_bytes
     return None if size is None or record.device.type == "cpu" else ("device memory", size)
 
 
 def memory_limit_rows(records: Sequence[RunRecord]) -> tuple[list[ChartRow], str]:
-    """A line for each run that has one near enough, and a sentence on those that lie far beyond."""
+    """Return a row for each limit close enough to draw, and a sentence on the others."""
     longest = max((sum(size for _, size in peak_by_category(record)) for record in records), default=0)
     rows: list[ChartRow] = []
     far: dict[str, int] = {}
     for record in records:
-        if (found := find_memory_limit(record)) is None or not any(peak_by_category(record)):
+        if (limit := find_memory_limit(record)) is None or not any(peak_by_category(record)):
             continue
-        what, size = found
+        name, size = limit
         if size > MAX_LIMIT_RATIO * longest:
-            far[what] = min(size, far.get(what, size))
+            far[name] = min(size, far.get(name, size))
         else:
-            rows.append({"run": run_label(record), "what": what, "limit": size / 2**20})
-    told = " and ".join(f"the {what} of {size / 2**20:,.0f} MiB or more" for what, size in far.items())
-    return rows, f"Not drawn, for it lies far beyond the right edge: {told}." if told else ""
+            rows.append({"run": run_label(record), "limit_kind": name, "limit": size / 2**20})
+    limits = " and ".join(f"the {name} of at least {size / 2**20:,.0f} MiB" for name, size in far.items())
+    return rows, f"Not drawn, far beyond the bars: {limits}." if limits else ""
 
 
 def memory_caption(records: Sequence[RunRecord], limit_rows: Sequence[ChartRow], far_limits_note: str) -> str:
-    """What the bars are, of these records."""
-    said = ["Peak of the training phase."]
+    """Return the caption of the chart for these records."""
+    sentences = ["Peak memory of the training phase."]
     if any(record.memory_breakdown for record in records):
-        said.append(
-            "Where a breakdown was asked for, parts are of one step of the warm-up in the first process, and what "
-            "the training took beyond them is the rest."
+        sentences.append(
+            "With profile.memory_breakdown, categories are of one untimed step of the first process; what training "
+            "used in addition is unattributed."
         )
     if any(record.state_bytes and not record.memory_breakdown for record in records):
-        before = "Without one, weights" if any(record.memory_breakdown for record in records) else "Weights"
-        said.append(f"{before}, gradients and optimizer states are by their tensors' sizes, and the rest is not known.")
+        subject = "Without it, weights" if any(record.memory_breakdown for record in records) else "Weights"
+        sentences.append(f"{subject}, gradients and optimizer states are from tensor sizes; the rest is unattributed.")
     if any(record.device.type == "cpu" for record in records):
-        said.append(
-            "On a CPU a bar is resident memory beyond what was there before anything was loaded, libraries' too. A "
-            "budget does not count like that: its line stands only beside what was refused, in its own measure."
+        sentences.append(
+            "On CPU a bar is RSS above its value before anything was loaded. A budget does not count file-backed "
+            "pages, so its limit is drawn only for runs out of memory."
         )
     if limit_rows:
-        whats = " or the ".join(dict.fromkeys(str(row["what"]) for row in limit_rows))
-        said.append(f"The upright line is the {whats}.")
-    return " ".join([*said, *([far_limits_note] if far_limits_note else [])])
+        kinds = " or the ".join(dict.fromkeys(str(row["limit_kind"]) for row in limit_rows))
+        sentences.append(f"The vertical line is the {kinds}.")
+    return " ".join([*sentences, *([far_limits_note] if far_limits_note else [])])

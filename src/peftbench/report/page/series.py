@@ -1,4 +1,4 @@
-"""What the charts draw, as rows of plain values: thinned where there is more than an eye or a screen can take."""
+"""Data rows of the charts; long curves are downsampled."""
 
 from __future__ import annotations
 
@@ -20,88 +20,91 @@ from peftbench.report.text.formatting import finite_or_none
 ChartRow = dict[str, str | int | float | None]
 
 MAX_CURVE_POINTS = 200
-"""Of a curve, at most: where there are more steps, a point is the mean of several."""
+"""Maximum number of points of a curve; with more steps, a point is the mean of several."""
 
-X_AXES = {"step": "optimizer step", "tokens": "real tokens trained on", "seconds": "seconds of steps, warm-up included"}
-"""What a loss is drawn over, and what the axis says."""
+X_AXES = {
+    "step": "optimizer step",
+    "tokens": "real tokens trained on",
+    "seconds": "step time (s), untimed steps included",
+}
+"""X axes of the loss curves, with their titles."""
 
 
 NUM_COLORS = 8
-"""Colours and shapes that can be told apart; of more configurations, methods have one each."""
+"""Number of distinguishable colors and shapes; with more configurations, each method has one."""
 
 
 @dataclass(frozen=True)
 class ColorGroups:
-    """What has a colour and a shape of its own, the same in every chart."""
+    """Groups with their own color and shape, the same in every chart."""
 
     title: str
     names: tuple[str, ...]
     by_run: Mapping[int, str]
-    """By the identity of a record."""
+    """Group name by the id() of a record."""
 
     @classmethod
     def from_run_groups(cls, run_groups: Sequence[RunGroup]) -> ColorGroups:
-        """Configurations, or their methods where there are more than ``COLOURS`` of them."""
-        few = len(run_groups) <= NUM_COLORS
-        by_run = {id(run): one.label if few else one.method_kind for one in run_groups for run in one.runs}
-        return cls("run" if few else "method", tuple(dict.fromkeys(by_run.values())), by_run)
+        """Color by configuration, or by method if there are more than ``NUM_COLORS`` configurations."""
+        by_group = len(run_groups) <= NUM_COLORS
+        by_run = {id(run): group.label if by_group else group.method_kind for group in run_groups for run in group.runs}
+        return cls("run" if by_group else "method", tuple(dict.fromkeys(by_run.values())), by_run)
 
     def __getitem__(self, record: RunRecord) -> str:
         return self.by_run[id(record)]
 
 
 def loss_curve_rows(records: Sequence[RunRecord], color_groups: ColorGroups) -> list[ChartRow]:
-    """The training loss of each run, over steps, real tokens and seconds, at ``POINTS`` points or fewer."""
+    """Return each run's training loss over steps, real tokens and seconds, at most ``MAX_CURVE_POINTS`` points."""
     rows: list[ChartRow] = []
     for record in records:
         losses = numpy.asarray(record.step_losses, dtype=float)
         if not len(losses):
             continue
-        over = {"step": numpy.arange(1, len(losses) + 1, dtype=float)}
-        for name, each in (("tokens", record.step_tokens), ("seconds", record.step_seconds)):
-            if len(each) == len(losses):
-                over[name] = numpy.cumsum(numpy.asarray(each, dtype=float))
-        thin = [_downsample(losses), *map(_downsample, over.values())]
-        for loss, *places in zip(*thin, strict=True):
+        x_values = {"step": numpy.arange(1, len(losses) + 1, dtype=float)}
+        for name, per_step in (("tokens", record.step_tokens), ("seconds", record.step_seconds)):
+            if len(per_step) == len(losses):
+                x_values[name] = numpy.cumsum(numpy.asarray(per_step, dtype=float))
+        downsampled = [_downsample(losses), *map(_downsample, x_values.values())]
+        for loss, *xs in zip(*downsampled, strict=True):
             rows.append(
                 {
                     "run": run_label(record),
                     "group": color_groups[record],
                     "loss": finite_or_none(float(loss)),
-                    **{name: float(place) for name, place in zip(over, places, strict=True)},
+                    **{name: float(x) for name, x in zip(x_values, xs, strict=True)},
                 }
             )
     return rows
 
 
 def _downsample(values: NDArray[numpy.float64]) -> NDArray[numpy.float64]:
-    """Means of neighbours, as many as there may be points."""
+    """Return at most ``MAX_CURVE_POINTS`` means of neighboring values."""
     parts = numpy.array_split(values, min(MAX_CURVE_POINTS, len(values)))
     return numpy.array([part.mean() for part in parts])
 
 
 def throughput_rows(records: Sequence[RunRecord], color_groups: ColorGroups) -> list[ChartRow]:
-    """Real tokens a second of each run: mean over its timed seconds, tenth and ninetieth percentile of its timed steps.
+    """Return each run's real tokens per second: mean, and 10th and 90th percentile of its timed steps.
 
-    Of a record without the tokens of each step, those are its mean tokens a step by the steps' percentiles.
+    For a record without tokens per step, the percentiles are mean tokens per step over the percentiles of step seconds.
     """
     rows: list[ChartRow] = []
     for record in records:
         measured = record.throughput
         if measured is None or record.tokens is None or not record.steps:
             continue
-        known = measured.step_seconds_p10 > 0
-        a_step = record.tokens.real / record.steps
-        by_percentiles = (
-            (a_step / measured.step_seconds_p90, a_step / measured.step_seconds_p10) if known else (None, None)
-        )
-        slow, fast = _token_rate_percentiles(record) or by_percentiles
+        tokens_per_step = record.tokens.real / record.steps
+        fallback: tuple[float | None, float | None] = (None, None)
+        if measured.step_seconds_p10 > 0:
+            fallback = (tokens_per_step / measured.step_seconds_p90, tokens_per_step / measured.step_seconds_p10)
+        p10, p90 = _token_rate_percentiles(record) or fallback
         rows.append(
             {
                 "run": run_label(record),
                 "group": color_groups[record],
-                "p10": slow,
-                "p90": fast,
+                "p10": p10,
+                "p90": p90,
                 "tokens_per_second": measured.tokens_per_second.real,
             }
         )
@@ -109,21 +112,21 @@ def throughput_rows(records: Sequence[RunRecord], color_groups: ColorGroups) -> 
 
 
 def _token_rate_percentiles(record: RunRecord) -> tuple[float, float] | None:
-    """Tenth and ninetieth percentile of the timed steps' tokens a second; None where they are not known."""
+    """Return 10th and 90th percentile of the timed steps' tokens per second; None if unknown."""
     seconds, tokens = numpy.asarray(record.step_seconds, dtype=float), numpy.asarray(record.step_tokens, dtype=float)
     if len(seconds) != len(tokens) or not len(seconds) or not (seconds > 0).all():
         return None
     timed = numpy.ones(len(seconds), dtype=bool)
-    for began in (0, *record.resumed_after):
-        timed[began : began + record.untimed_steps] = False
+    for start in (0, *record.resumed_after):
+        timed[start : start + record.untimed_steps] = False
     if not timed.any():
         return None
-    slow, fast = numpy.quantile(tokens[timed] / seconds[timed], [0.1, 0.9])
-    return float(slow), float(fast)
+    p10, p90 = numpy.quantile(tokens[timed] / seconds[timed], [0.1, 0.9])
+    return float(p10), float(p90)
 
 
 def pareto_front(points: Sequence[ChartRow], cost: str, quality: str, *, higher_is_better: bool) -> list[ChartRow]:
-    """Those of ``points`` that none is better than at the same cost or less (Pareto), from the cheapest on."""
+    """Return the Pareto-optimal points, cheapest first: no other is better at the same or a lower cost."""
     sign = -1.0 if higher_is_better else 1.0
     known = [point for point in points if point.get(cost) is not None and point.get(quality) is not None]
     known.sort(key=lambda point: (float(point[cost] or 0), sign * float(point[quality] or 0)))
@@ -132,27 +135,27 @@ def pareto_front(points: Sequence[ChartRow], cost: str, quality: str, *, higher_
 
 
 def rouge_l_interval(record: RunRecord) -> Interval | None:
-    """ROUGE-L of the generated summaries."""
+    """Return ROUGE-L of the generated summaries; None if unknown."""
     return (record.quality.rouge or {}).get("rougeL") if record.quality else None
 
 
 def trade_off_rows(run_groups: Sequence[RunGroup], color_groups: ColorGroups, *, uses_rouge: bool) -> list[ChartRow]:
-    """What each configuration brought and took: means over its seeds, and the 95 % interval of its quality.
+    """Return quality and costs of each group: means over seeds, and the 95 % interval of its quality.
 
-    Quality is ROUGE-L or else the held-out loss. With several seeds the interval is over them, else over examples; None
-    where the record has no scores of those.
+    Quality is ROUGE-L or held-out loss. The interval is over seeds if there are several, else over examples; None if
+    the record has no per-example scores.
     """
-    by_examples = {} if uses_rouge else _loss_intervals(run_groups)
-    made: list[ChartRow] = []
+    example_intervals = {} if uses_rouge else _loss_intervals(run_groups)
+    rows: list[ChartRow] = []
     for one in run_groups:
         values = one.rouge_l_scores if uses_rouge else one.held_out_losses
-        interval = by_examples.get(one)
+        interval = example_intervals.get(one)
         if len(values) > 1:
             interval = t_interval(list(values))
         elif uses_rouge and values:
             interval = next(filter(None, map(rouge_l_interval, one.ok_runs)))
         peak, flops = one.mean_peak_bytes, one.mean_model_flops
-        made.append(
+        rows.append(
             {
                 "run": one.label,
                 "group": color_groups[one.runs[0]],
@@ -166,18 +169,21 @@ def trade_off_rows(run_groups: Sequence[RunGroup], color_groups: ColorGroups, *,
                 "TFLOPs": None if flops is None else flops / 1e12,
             }
         )
-    return made
+    return rows
 
 
 def _loss_intervals(run_groups: Sequence[RunGroup]) -> dict[RunGroup, Interval]:
-    """Of the held-out loss of each configuration of one seed, over its examples; those of the same tokens together."""
-    alike: dict[tuple[int, ...], list[tuple[RunGroup, tuple[float, ...]]]] = {}
+    """Return intervals over examples of the losses of groups with one seed; equal tokens share one resampling."""
+    same_tokens: dict[tuple[int, ...], list[tuple[RunGroup, tuple[float, ...]]]] = {}
     for one in run_groups:
-        each = one.ok_runs[0].quality.per_example if len(one.held_out_losses) == 1 and one.ok_runs[0].quality else None
-        if each is not None and len(each.loss) == len(each.labelled_tokens) > 1 and all(map(math.isfinite, each.loss)):
-            alike.setdefault(each.labelled_tokens, []).append((one, each.loss))
-    found: dict[RunGroup, Interval] = {}
-    for labelled, losses in alike.items():
+        quality = one.ok_runs[0].quality if len(one.held_out_losses) == 1 else None
+        scores = quality.per_example if quality else None
+        if scores is None or not all(map(math.isfinite, scores.loss)):
+            continue
+        if len(scores.loss) == len(scores.labelled_tokens) > 1:
+            same_tokens.setdefault(scores.labelled_tokens, []).append((one, scores.loss))
+    intervals_by_group: dict[RunGroup, Interval] = {}
+    for labelled, losses in same_tokens.items():
         intervals = paired_intervals([loss for _, loss in losses], labelled)
-        found |= {one: interval for (one, _), interval in zip(losses, intervals, strict=True)}
-    return found
+        intervals_by_group |= {one: interval for (one, _), interval in zip(losses, intervals, strict=True)}
+    return intervals_by_group

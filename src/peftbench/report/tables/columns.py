@@ -1,4 +1,4 @@
-"""The columns of the comparison: what each shows, in plain text and as a raw value, and what it means."""
+"""Columns of the comparison table: text, raw values and descriptions."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ UNKNOWN_TEXT = "unknown"
 
 @dataclass(frozen=True)
 class Column:
-    """One column. ``raw`` gives a record's values by CSV name (units in names); ``text`` shows the first."""
+    """One column. ``raw_values`` returns values by CSV name (with units); ``format_text`` shows the first."""
 
     title: str
     description: str
     raw_values: Callable[[RunRecord], dict[str, CellValue]]
     format_text: Callable[[RunRecord], str]
     optional: bool = False
-    """Shown only where some record has a value to show, "unknown" included."""
+    """Shown only if a record has a value, "unknown" included."""
 
 
 def _format_count(value: int | None) -> str:
@@ -46,7 +46,7 @@ def _tokens_per_second(record: RunRecord, kind: str) -> float | None:
 
 
 def _text_or_unknown(record: RunRecord, text: str | None) -> str:
-    """A figure of the timed steps: unknown where there are such steps and nothing tells it."""
+    """Return ``text``; if empty, "unknown" for a run with timed steps and a dash for others."""
     return text or (UNKNOWN_TEXT if record.throughput else "–")
 
 
@@ -57,25 +57,25 @@ def _held_out_loss(record: RunRecord) -> float | None:
 def _rouge_column(rouge_type: str, title: str, *, teacher_forced: bool = False) -> Column:
     name = f"teacher_forced_argmax_{rouge_type}" if teacher_forced else rouge_type
 
-    def found(record: RunRecord) -> Interval | None:
+    def get_score(record: RunRecord) -> Interval | None:
         if record.quality is None:
             return None
         scores = record.quality.teacher_forced_argmax_rouge if teacher_forced else record.quality.rouge
         return (scores or {}).get(rouge_type)
 
     def raw(record: RunRecord) -> dict[str, CellValue]:
-        score = found(record)
+        score = get_score(record)
         values = (score.mean, score.low, score.high) if score else (None, None, None)
         return dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
 
     def text(record: RunRecord) -> str:
-        score = found(record)
+        score = get_score(record)
         return f"{score.mean:.1f} ({score.low:.1f}–{score.high:.1f})" if score else "–"
 
-    meaning = "under teacher forcing (the published study's metric)" if teacher_forced else "of generated summaries"
+    condition = "under teacher forcing (the published study's metric)" if teacher_forced else "of generated summaries"
     return Column(
         title,
-        f"{rouge_type} F-measure {meaning}, in percent, with 95 % bootstrap interval over examples.",
+        f"{rouge_type} F-measure {condition}, in percent, with 95 % bootstrap interval over examples.",
         raw,
         text,
         optional=True,
@@ -83,7 +83,7 @@ def _rouge_column(rouge_type: str, title: str, *, teacher_forced: bool = False) 
 
 
 def _allocator_values(record: RunRecord) -> dict[str, CellValue]:
-    """What a GPU's allocator made of the training, unknown on CPU."""
+    """Return statistics of the CUDA allocator in the training phase; None on CPU."""
     memory = record.memory.get("train")
     return {
         "train_reserved_bytes": memory.reserved_bytes if memory else None,
@@ -93,7 +93,7 @@ def _allocator_values(record: RunRecord) -> dict[str, CellValue]:
 
 
 def format_outcome(record: RunRecord) -> str:
-    """How a run ended, and at which step where not well."""
+    """Return the outcome, with the step of a failure."""
     outcome = record.outcome
     return outcome.kind + (f" at step {outcome.step}" if outcome.step is not None else "")
 
@@ -111,7 +111,7 @@ DROP_ORDER = (
     "trainable params",
     "tokens/s",
 )
-"""Columns that a narrow terminal goes without, in this order; they are in the report."""
+"""Columns dropped on a narrow terminal, in this order; the report has them."""
 
 COLUMNS: tuple[Column, ...] = (
     Column(

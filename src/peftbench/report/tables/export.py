@@ -1,4 +1,4 @@
-"""The comparison for other programs and other pages: JSON, and a table for LaTeX."""
+"""The comparison as JSON and as a LaTeX table."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from peftbench.report.text.formatting import finite_or_none
 
 
 def json_table(records: Sequence[RunRecord], summary: Sequence[str], note_lines: Sequence[str] | None = None) -> str:
-    """Every figure of every run at full precision, with what the columns mean, the summary and the notes.
+    """Return all values of all runs at full precision, with column descriptions, summary and notes.
 
-    ``told`` are the notes, where they are made already.
+    ``note_lines`` avoids collecting the notes again.
     """
     rows = sort_records(records)
     return (
@@ -49,7 +49,8 @@ def json_table(records: Sequence[RunRecord], summary: Sequence[str], note_lines:
 
 
 def latex_table(records: Sequence[RunRecord]) -> str:
-    r"""The comparison as a ``tabular`` with the rules of the package booktabs, for ``\input``."""
-    made = render_table(records, "latex_booktabs", escaped_line)  # which escapes what LaTeX would take for its own
-    made = re.sub(r"^(\s*)(?=[\[*])", r"\1{}", made, flags=re.MULTILINE)  # else an option of the \\ before it
-    return "% needs \\usepackage{booktabs}; made by peftbench report\n" + made.replace("–", "--") + "\n"
+    r"""Return the comparison as a ``tabular`` of the package booktabs, for ``\input``."""
+    table = render_table(records, "latex_booktabs", escaped_line)  # tabulate escapes LaTeX's special characters
+    # LaTeX would read a cell that starts with [ or * as an option of the \\ before it.
+    table = re.sub(r"^(\s*)(?=[\[*])", r"\1{}", table, flags=re.MULTILINE)
+    return "% needs \\usepackage{booktabs}; made by peftbench report\n" + table.replace("–", "--") + "\n"

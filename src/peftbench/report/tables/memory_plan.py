@@ -1,4 +1,4 @@
-"""A plan as a person reads it."""
+"""Text of memory plans and of fit results."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ _CATEGORY_LABELS = {
 
 
 def format_plan(plan: Plan) -> str:
-    """A table of parts by kinds, and a sentence for each thing to know."""
+    """Return a table of the peaks of each phase by category, and the totals."""
     shown = [
-        kind
-        for kind in _CATEGORY_LABELS
-        if any(kind in part.live_bytes_by_category for part in plan.phase_peaks.values())
+        category
+        for category in _CATEGORY_LABELS
+        if any(category in peak.live_bytes_by_category for peak in plan.phase_peaks.values())
     ]
     rows = [
         {
             "MiB at the peak of": name,
-            **{_CATEGORY_LABELS[kind]: _format_mib(part.live_bytes_by_category.get(kind, 0)) for kind in shown},
-            "live": _format_mib(part.live_bytes),
-            "allocated": _format_mib(part.allocated_bytes),
+            **{_CATEGORY_LABELS[key]: _format_mib(peak.live_bytes_by_category.get(key, 0)) for key in shown},
+            "live": _format_mib(peak.live_bytes),
+            "allocated": _format_mib(peak.allocated_bytes),
         }
-        for name, part in plan.phase_peaks.items()
+        for name, peak in plan.phase_peaks.items()
     ]
     low, high = plan.process_bytes
     lines = [
@@ -53,12 +53,11 @@ def format_plan(plan: Plan) -> str:
         ),
         "",
         f"{plan.name}: {plan.gradient_accumulation_steps} micro-batches of {plan.micro_batch_size} x "
-        f"{plan.sequence_length} tokens on {plan.device_name}" + _engine_clause(plan),
+        f"{plan.sequence_length} tokens on {plan.device_name}{_engine_clause(plan)}",
         f"peak: {_format_mib(plan.peak.allocated_bytes)} MiB allocated in {plan.peak_phase}, at {plan.peak.operation}; "
         f"{_format_mib(plan.reserved_bytes)} MiB reserved",
-        f"process: {_format_mib(low)} to {_format_mib(high)} MiB, with the context "
-        f"({_format_range(plan.cuda_context_bytes)}) and the libraries' "
-        f"workspaces ({_format_range(plan.workspace_bytes)})",
+        f"process: {_format_mib(low)} to {_format_mib(high)} MiB, including the context "
+        f"({_format_range(plan.cuda_context_bytes)}) and library workspaces ({_format_range(plan.workspace_bytes)})",
     ]
     if plan.verdict is not None and plan.budget_bytes is not None and plan.margin_bytes is not None:
         lines.append(f"in {_format_mib(plan.budget_bytes)} MiB: {plan.verdict} ({_format_margin(*plan.margin_bytes)})")
@@ -66,9 +65,9 @@ def format_plan(plan: Plan) -> str:
 
 
 def format_plans(plans: Sequence[Plan | UnplannedRun]) -> str:
-    """A table of a suite's runs by who holds their peaks, and a sentence for each that is not predicted."""
-    made = [plan for plan in plans if isinstance(plan, Plan)]
-    shown = [kind for kind in _CATEGORY_LABELS if any(kind in plan.peak.live_bytes_by_category for plan in made)]
+    """Return a table of a suite's peaks by category, and a note for each run without an estimate."""
+    planned = [plan for plan in plans if isinstance(plan, Plan)]
+    shown = [kind for kind in _CATEGORY_LABELS if any(kind in plan.peak.live_bytes_by_category for plan in planned)]
     rows = [
         {
             "MiB at its peak": plan.name,
@@ -79,40 +78,40 @@ def format_plans(plans: Sequence[Plan | UnplannedRun]) -> str:
             "process": f"{_format_mib(plan.process_bytes[0])} to {_format_mib(plan.process_bytes[1])}",
             **({f"in {_format_mib(plan.budget_bytes)} MiB": plan.verdict} if plan.budget_bytes is not None else {}),
         }
-        for plan in made
+        for plan in planned
     ]
-    notes = dict.fromkeys(note for plan in made for note in plan.notes)
-    left_out = [f"{plan.name}: {plan.reason}" for plan in plans if isinstance(plan, UnplannedRun)]
+    notes = dict.fromkeys(note for plan in planned for note in plan.notes)
+    unplanned = [f"{plan.name}: {plan.reason}" for plan in plans if isinstance(plan, UnplannedRun)]
     table = tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
-    return "\n".join((table, "", *(f"note: {note}" for note in (*left_out, *notes))))
+    return "\n".join((table, "", *(f"note: {note}" for note in (*unplanned, *notes))))
 
 
 def format_fit(fit: Fit) -> str:
-    """A table of what fits, the fastest by predicted time first, and how to run the first."""
+    """Return a table of the strategies that fit, fastest first by predicted time, and the overrides of the first."""
     if fit.models:
         return _format_models(fit)
     if not fit.strategies:
-        return f"nothing that was tried fits {_format_mib(fit.budget_bytes)} MiB, not even with micro-batches of one example"
-    taken = get_comparable_costs(fit.strategies)
+        return f"No strategy fits {_format_mib(fit.budget_bytes)} MiB: all were tried down to a micro-batch size of 1."
+    costs = get_comparable_costs(fit.strategies)
     rows = [
         {
             "strategy": strategy.name,
             "micro-batch": strategy.plan.micro_batch_size,
-            "allocated, MiB": _format_mib(strategy.plan.peak.allocated_bytes),
-            "process at most, MiB": _format_mib(strategy.plan.process_bytes[1]),
-            "time": _format_ratio(seconds, taken[0]),
-            "trades": "; ".join(strategy.tradeoffs) or "nothing",
+            "allocated (MiB)": _format_mib(strategy.plan.peak.allocated_bytes),
+            "process, at most (MiB)": _format_mib(strategy.plan.process_bytes[1]),
+            "time": _format_ratio(cost, costs[0]),
+            "trade-offs": "; ".join(strategy.tradeoffs) or "none",
         }
-        for strategy, seconds in zip(fit.strategies, taken, strict=True)
+        for strategy, cost in zip(fit.strategies, costs, strict=True)
     ]
     best = fit.strategies[0]
-    by = "the data sheet's FLOP/s" if best.step_seconds else "FLOPs alone, whatever their precision"
+    basis = "data sheet FLOP/s" if best.step_seconds else "FLOPs, ignoring their precision"
     return "\n".join(
         (
             tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True),
             "",
-            f"time: predicted of one step by {by}, of the fastest's",
-            f"the first: {' '.join(best.overrides)}",
+            f"time: predicted step time relative to the fastest, from {basis}",
+            f"overrides of the first: {' '.join(best.overrides)}",
             *([_format_verification(fit.verification)] if fit.verification else []),
             *(f"note: {note}" for note in best.plan.notes),
         )
@@ -120,14 +119,14 @@ def format_fit(fit: Fit) -> str:
 
 
 def _format_models(fit: Fit) -> str:
-    """A table of a family's models, from the largest to the first that fits."""
+    """Return a table of a family's models, from the largest to the first that fits."""
     rows = [
         {
             "model": model.name,
             "parameters": f"{model.parameters:,}",
             f"in {_format_mib(fit.budget_bytes)} MiB": "fits" if model.strategy else "does not fit",
-            "with": " ".join(model.strategy.overrides) if model.strategy else "",
-            "process at most, MiB": _format_mib(model.strategy.plan.process_bytes[1]) if model.strategy else "",
+            "overrides": " ".join(model.strategy.overrides) if model.strategy else "",
+            "process, at most (MiB)": _format_mib(model.strategy.plan.process_bytes[1]) if model.strategy else "",
         }
         for model in fit.models
     ]
@@ -137,15 +136,14 @@ def _format_models(fit: Fit) -> str:
 
 def _format_verification(verification: Verification) -> str:
     ran = "; ".join(
-        f"{size} {'ran' if kind == 'ok' else 'was out of memory'}"
+        f"{size} {'ran' if kind == 'ok' else 'ran out of memory'}"
         for size, kind in verification.outcome_by_micro_batch_size.items()
     )
-    found = (
-        f"{verification.largest_micro_batch_size} is the largest that runs"
-        if verification.largest_micro_batch_size
-        else "not even one example runs"
+    largest = verification.largest_micro_batch_size or "none"
+    return (
+        f"verified under the budget: micro-batch {ran}; predicted largest: {verification.predicted_micro_batch_size}, "
+        f"measured largest: {largest}"
     )
-    return f"verified under the budget: micro-batch {ran}; predicted {verification.predicted_micro_batch_size}, and {found}"
 
 
 def _format_range(sizes: tuple[int, int]) -> str:
@@ -153,7 +151,7 @@ def _format_range(sizes: tuple[int, int]) -> str:
 
 
 def _engine_clause(plan: Plan) -> str:
-    return f", {plan.engine}, per process, of {plan.num_processes}" if plan.engine != "single" else ""
+    return f", {plan.engine}, per process ({plan.num_processes} processes)" if plan.engine != "single" else ""
 
 
 def _format_ratio(value: float | None, reference: float | None) -> str:

@@ -1,4 +1,4 @@
-"""Runs side by side: over seeds, and by the values of a knob."""
+"""Pivot tables: statistics over seeds, and losses by the values of a recipe key."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from peftbench.report.text.formatting import round_outward
 
 
 def seed_rows(records: Sequence[RunRecord]) -> list[dict[str, str]]:
-    """A row for each configuration of several runs: mean and standard deviation of loss and ROUGE-L over its seeds.
+    """Return a row for each group with several seeds: mean ± standard deviation of loss and ROUGE-L.
 
-    In brackets stands the mean's 95 % interval over seeds, by Student's t.
+    In brackets: the mean's 95 % interval over seeds (Student's t).
     """
     return [
         {
@@ -34,10 +34,10 @@ def seed_rows(records: Sequence[RunRecord]) -> list[dict[str, str]]:
 
 
 def rows_by_setting(records: Sequence[RunRecord], key: str) -> list[dict[str, str]]:
-    """Held-out loss of runs that differ in ``knob`` (dotted) alone: a row a method, a column a value, the lowest bold.
+    """Return held-out losses of runs that differ only in ``key``: a row per method, a column per value, lowest in bold.
 
     Raises:
-        UnknownKeyError: a recipe has no such knob.
+        UnknownKeyError: a recipe lacks the key.
     """
     values = sorted({_setting_value(r.recipe, key) for r in records}, key=lambda value: (isinstance(value, str), value))
     rows = []
@@ -60,15 +60,15 @@ def _is_finite(loss: float | None) -> TypeGuard[float]:
 
 
 def _setting_value(recipe: dict[str, Any], key: str) -> float | str:
-    """A number as it is, anything else as JSON."""
-    place: object = recipe
+    """Return the value of a dotted key: a number unchanged, anything else as JSON."""
+    value: object = recipe
     for part in key.split("."):
-        if not isinstance(place, dict) or part not in place:
+        if not isinstance(value, dict) or part not in value:
             raise UnknownKeyError(
-                f"these runs have no knob {key!r}", "give one that all have, as train.global_batch_size"
+                f"these runs have no recipe key {key!r}", "give a key of all recipes, e.g. train.global_batch_size"
             )
-        place = place[part]
-    return place if isinstance(place, (int, float)) and not isinstance(place, bool) else json.dumps(place)
+        value = value[part]
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else json.dumps(value)
 
 
 def _format_mean_std(values: Sequence[float], decimals: int) -> str:

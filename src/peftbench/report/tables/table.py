@@ -1,4 +1,4 @@
-"""The comparison table, for the terminal, in Markdown and as CSV."""
+"""The comparison table for the terminal, as Markdown and as CSV."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from peftbench.report.tables.columns import COLUMNS, DROP_ORDER, Column
 from peftbench.report.tables.pivot import rows_by_setting, seed_rows
 from peftbench.report.text.escape import escape_markdown, escape_spreadsheet_formula, terminal_safe
 
-_UNBOUNDED_WIDTH = 10_000  # characters: more than any table takes
-_COLUMN_GAP = 2  # characters: what the terminal's table has behind each column
+_UNBOUNDED_WIDTH = 10_000  # characters, wider than any table
+_COLUMN_GAP = 2  # characters after each column of the terminal table
 
 
 def visible_columns(records: Sequence[RunRecord]) -> list[Column]:
-    """The columns that these records fill."""
+    """Return the columns that are not empty for these records."""
     return [
         column
         for column in COLUMNS
@@ -41,10 +41,10 @@ def visible_columns(records: Sequence[RunRecord]) -> list[Column]:
 def print_table(
     records: Sequence[RunRecord], title: str, console: Console | None = None, note_lines: Sequence[str] | None = None
 ) -> None:
-    """Print the comparison, and what differs between seeds where several were run.
+    """Print the comparison, the notes, and statistics over seeds if there are several.
 
-    Columns that a narrow terminal has no room for are left to the report, which is said. ``told`` are the notes, where
-    they are made already.
+    On a narrow terminal some columns are dropped; their names are printed. ``note_lines`` avoids collecting the notes
+    again.
     """
     console = console or Console()
     rows = sort_records(records)
@@ -52,38 +52,38 @@ def print_table(
         column.title: [terminal_safe(column.format_text(record)) for record in rows]
         for column in visible_columns(records)
     }
-    for column in list(cells)[1:]:  # an interval goes below its mean, which keeps the table within a terminal
+    for column in list(cells)[1:]:  # intervals on a second line keep the table narrow
         cells[column] = [cell.replace(" (", "\n(") for cell in cells[column]]
-    left_out = _drop_columns(cells, console.width) if console.is_terminal else []
-    if not console.is_terminal:  # a file or a pipe has room
+    dropped = _drop_columns(cells, console.width) if console.is_terminal else []
+    if not console.is_terminal:  # a file or a pipe has no width limit
         console = Console(file=console.file, width=_table_width(cells))
     console.print(_rich_table(cells, title))
-    said = [f"(no room here for {', '.join(left_out)}: see the report)"] if left_out else []
-    said += [f"note: {terminal_safe(note)}" for note in (collect_notes(rows) if note_lines is None else note_lines)]
+    lines = [f"(columns that do not fit: {', '.join(dropped)}; see the report)"] if dropped else []
+    lines += [f"note: {terminal_safe(note)}" for note in (collect_notes(rows) if note_lines is None else note_lines)]
     if seeds := seed_rows(rows):
-        said.append(terminal_table(seeds))
-    for lines in said:
-        console.print(Text(lines), soft_wrap=True)
+        lines.append(terminal_table(seeds))
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)
 
 
 def natural_width(console: Console, table: Table) -> int:
-    """What a table would take, in characters, if nothing in it had to be folded."""
+    """Return the width of a table in characters without folding."""
     return console.measure(table, options=console.options.update_width(_UNBOUNDED_WIDTH)).maximum
 
 
 def _drop_columns(cells: dict[str, list[str]], width: int) -> list[str]:
-    """Take columns out until the table fits, as far as there are some that it can go without; returns their titles."""
-    left_out = []
+    """Remove columns of ``DROP_ORDER`` until the table fits; return their titles."""
+    dropped = []
     for title in DROP_ORDER:
         if _table_width(cells) <= width:
             break
         if cells.pop(title, None) is not None:
-            left_out.append(title)
-    return left_out
+            dropped.append(title)
+    return dropped
 
 
 def _table_width(cells: Mapping[str, Sequence[str]]) -> int:
-    """``natural_width`` of the table of these cells, which of a thousand rows takes rich a second."""
+    """Return ``natural_width`` of the table, computed directly: rich needs a second for a thousand rows."""
     lines = [
         [line for cell in (title.replace(" ", "\n"), *column) for line in cell.split("\n")]
         for title, column in cells.items()
@@ -104,12 +104,12 @@ def _rich_table(cells: Mapping[str, Sequence[str]], title: str) -> Table:
         edge = index in (0, len(cells) - 1)
         table.add_column(column.replace(" ", "\n"), justify="left" if edge else "right", overflow="fold")
     for row in zip(*cells.values(), strict=True):
-        table.add_row(*map(Text, row))  # as text: a name may look like rich's markup
+        table.add_row(*map(Text, row))  # as Text: a name may contain rich markup
     return table
 
 
 def terminal_table(rows: Sequence[dict[str, str]]) -> str:
-    """Rows of equal keys as a table for a terminal."""
+    """Format rows with equal keys as a table for a terminal."""
     heads = [terminal_safe(head) for head in rows[0]]
     return tabulate(
         [[terminal_safe(cell) for cell in row.values()] for row in rows], heads, "simple", disable_numparse=True
@@ -117,41 +117,41 @@ def terminal_table(rows: Sequence[dict[str, str]]) -> str:
 
 
 def collect_notes(records: Sequence[RunRecord]) -> list[str]:
-    """What a reader must know beside the figures: what was unequal, what was used instead, what was noticed."""
-    found = [f"{record.name}: {oom_sentence(record.outcome)}" for record in records if record.outcome.kind == "oom"]
-    found += [f"{record.name}: {note}" for record in records for note in record.notes]
+    """Return notes that a reader needs: unequal protocols, substitutions, failures, suspicious step times."""
+    notes = [f"{record.name}: {oom_sentence(record.outcome)}" for record in records if record.outcome.kind == "oom"]
+    notes += [f"{record.name}: {note}" for record in records for note in record.notes]
     trained = [record for record in records if record.tokens is not None and record.outcome.kind == "ok"]
     if protocol_differs(trained):
-        found.append(
-            "these runs differ in more than their method: batches, steps, examples or lengths are not the same"
-        )
-    judged = {(r.quality.split, r.quality.num_examples, r.data_fingerprint) for r in records if r.quality is not None}
-    if len(judged) > 1:
-        found.append("these runs were not evaluated on the same examples")
-    return [*found, *check_step_times(records), *_unknown_metric_notes(trained)]
+        notes.append("these runs differ in more than their method (in batches, steps, examples or lengths)")
+    evaluated = {
+        (r.quality.split, r.quality.num_examples, r.data_fingerprint) for r in records if r.quality is not None
+    }
+    if len(evaluated) > 1:
+        notes.append("these runs were not evaluated on the same examples")
+    return [*notes, *check_step_times(records), *_unknown_metric_notes(trained)]
 
 
 def _unknown_metric_notes(records: Sequence[RunRecord]) -> list[str]:
-    """Why figures are unknown that nothing here tells."""
+    """Return why MFU or energy are unknown."""
     measured = [record for record in records if record.throughput is not None]
-    found = {
-        f"MFU is unknown: the data sheet's FLOP/s of {record.device.name or 'this device'} at "
-        f"{record.recipe['train']['precision']} are not in the table"
+    notes = {
+        f"MFU is unknown: no data sheet FLOP/s for {record.device.name or 'this device'} at "
+        f"{record.recipe['train']['precision']}"
         for record in measured
         if record.compute.peak_flops_per_second is None
     }
     if any(record.energy_joules is None for record in measured):
-        found.add("energy is unknown: neither NVML nor RAPL tells it here")
-    return sorted(found)
+        notes.add("energy is unknown: neither NVML nor RAPL is available")
+    return sorted(notes)
 
 
 def markdown_table(records: Sequence[RunRecord]) -> str:
-    """The comparison as a Markdown table."""
+    """Return the comparison as a Markdown table."""
     return render_table(records, "github", escape_markdown)
 
 
 def render_table(records: Sequence[RunRecord], table_format: str, escape: Callable[[str], str]) -> str:
-    """The comparison as tabulate's ``kind`` of table, with every text by ``write``; figures stand to the right."""
+    """Return the comparison in tabulate's ``table_format``, with escaped texts and right-aligned numbers."""
     columns = visible_columns(records)
     cells = [[escape(column.format_text(record)) for column in columns] for record in sort_records(records)]
     align = ["left", *["right"] * (len(columns) - 2), "left"]
@@ -160,9 +160,9 @@ def render_table(records: Sequence[RunRecord], table_format: str, escape: Callab
 
 
 def csv_table(records: Sequence[RunRecord]) -> str:
-    """Every column's raw values, full precision, optional ones included; empty where unknown.
+    """Return the raw values of every column at full precision, optional columns included; unknown values are empty.
 
-    Texts stand in quotes, so that a spreadsheet which splits at semicolons finds no cell within one.
+    Strings are quoted, so that a spreadsheet that splits at semicolons does not split them.
     """
     rows = [
         {k: v for column in COLUMNS for k, v in column.raw_values(record).items()} for record in sort_records(records)
@@ -181,24 +181,24 @@ def csv_table(records: Sequence[RunRecord]) -> str:
 def markdown_report(
     records: Sequence[RunRecord], title: str, summary: Sequence[str], note_lines: Sequence[str] | None = None
 ) -> str:
-    """The whole report: in words, table, notes, what the columns mean, what was compared, sample summaries.
+    """Return the report: summary, table, notes, column descriptions, environment and sample summaries.
 
-    ``told`` are the notes, where they are made already.
+    ``note_lines`` avoids collecting the notes again.
     """
     rows = sort_records(records)
     parts = [f"# {escape_markdown(title)}", _bullet_list(summary), markdown_table(records)]
     if seeds := seed_rows(rows):
         parts += ["## Over seeds", _github_table(seeds)]
-    if found := collect_notes(rows) if note_lines is None else note_lines:
-        parts += ["## Notes", _bullet_list(found)]
-    meanings = (
+    if notes := collect_notes(rows) if note_lines is None else note_lines:
+        parts += ["## Notes", _bullet_list(notes)]
+    descriptions = (
         f"- **{escape_markdown(column.title)}**: {escape_markdown(column.description)}"
         for column in visible_columns(records)
     )
-    parts += ["## Columns", "\n".join(meanings)]
-    parts += ["## Where and with what", _bullet_list(_environment_lines(records))]
+    parts += ["## Columns", "\n".join(descriptions)]
+    parts += ["## Environment", _bullet_list(_environment_lines(records))]
     if samples := _sample_sections(rows):
-        parts += ["## The same example, by every run", *samples]
+        parts += ["## Example: summaries of every run", *samples]
     return "\n\n".join(parts) + "\n"
 
 
@@ -209,9 +209,8 @@ def _bullet_list(sentences: Sequence[str]) -> str:
 def _environment_lines(records: Sequence[RunRecord]) -> list[str]:
     lines = {
         f"{r.device.name} ({r.device.type}, {r.device.num_processes} process{'es' * (r.device.num_processes > 1)}), "
-        f"torch {r.library_versions.get('torch', 'unknown')}, transformers "
-        f"{r.library_versions.get('transformers', 'unknown')}, "
-        f"peft {r.library_versions.get('peft', 'unknown')}; data {r.data_fingerprint}; examples {r.num_examples}"
+        + ", ".join(f"{name} {r.library_versions.get(name, 'unknown')}" for name in ("torch", "transformers", "peft"))
+        + f"; data {r.data_fingerprint}; examples {r.num_examples}"
         for r in records
     }
     return sorted(lines)
@@ -228,25 +227,25 @@ def _sample_sections(records: Sequence[RunRecord]) -> list[str]:
         lines += [[run_label(record), sample.generated] for sample in same]
     quoted = "\n".join(f"> {escape_markdown(line)}".rstrip() for line in first.article.splitlines())
     cells = [[escape_markdown(text) for text in line] for line in lines]
-    made = tabulate(cells, headers=["run", "summary"], tablefmt="github", disable_numparse=True)
-    return [escape_markdown(first.id), quoted, made]
+    table = tabulate(cells, headers=["run", "summary"], tablefmt="github", disable_numparse=True)
+    return [escape_markdown(first.id), quoted, table]
 
 
 def insert_table(records: Sequence[RunRecord], file: Path, marker: str, group_by: str | None = None) -> None:
-    """Replace what stands in ``file`` between the markers of ``block`` by the table, so that no figure is typed.
+    """Replace the section ``marker`` of ``file`` with the table, so that no number is typed by hand.
 
-    With ``knob`` it is the table of the loss by that knob; with runs of several seeds, the one over seeds.
+    With ``group_by``, insert the losses by that key; with several seeds, the statistics over seeds.
 
     Raises:
         RecordError: the file has no such markers.
-        UnknownKeyError: the recipes have no such knob.
+        UnknownKeyError: the recipes lack the key.
     """
     grouped = rows_by_setting(records, group_by) if group_by else seed_rows(sort_records(records))
     insert_block(_github_table(grouped) if grouped else markdown_table(records), file, marker)
 
 
 def insert_block(content: str, file: Path, marker: str) -> None:
-    """Replace what stands in ``file`` between the markers of ``block`` by what was made.
+    """Replace the section ``marker`` of ``file`` with ``content``.
 
     Raises:
         RecordError: the file has no such markers.
@@ -258,13 +257,13 @@ def insert_block(content: str, file: Path, marker: str) -> None:
         _, after = rest.split(end, 1)
     except (OSError, ValueError) as error:
         raise RecordError(
-            f"{file} has no place for the table; put the lines {begin} and {end} where it shall go"
+            f"{file} has no section {marker!r}; add the lines {begin} and {end} where the table belongs"
         ) from error
     write_atomically(file, f"{before}{begin}\n\n{content}\n\n{end}{after}")
 
 
 def _github_table(rows: Sequence[dict[str, str]]) -> str:
-    """Rows of equal keys in Markdown; of their cells only the method is anyone's text, and the others may be bold."""
+    """Format rows with equal keys as Markdown. Only the method is escaped: the other cells may be bold."""
     heads = [escape_markdown(head) for head in rows[0]]
     cells = [[escape_markdown(cell) if key == "method" else cell for key, cell in row.items()] for row in rows]
     return tabulate(cells, headers=heads, tablefmt="github", disable_numparse=True)

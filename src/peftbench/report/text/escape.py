@@ -1,27 +1,27 @@
-"""Text that anyone may have written, as a run's name or a summary, for the places in which it is shown."""
+"""Escape untrusted text, e.g. run names and summaries, for terminals, Markdown and spreadsheets."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 
-_MARKDOWN_CHARS = re.compile(r"[\\`*\[\]|~$]|(?<!\w)_|_(?!\w)")  # GitHub takes no underscore within a word for emphasis
+_MARKDOWN_CHARS = re.compile(r"[\\`*\[\]|~$]|(?<!\w)_|_(?!\w)")  # an underscore inside a word is not emphasis
 _AUTOLINK = re.compile(r":(?=//)|(?<=www)\.", re.IGNORECASE)
 _EMAIL_AT_SIGN = re.compile(r"(?<=[\w.+-])@(?=[\w.\\-])")
-"""GitHub makes a link of a mail address when backslashes are gone; only what is not text between keeps it from that."""
+"""GitHub links mail addresses after it removes backslashes; only a comment before the @ prevents that."""
 
 _HTML_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 _LINE_START_MARKUP = re.compile(r"[#=]|[-+](?=[-\s]|$)|(?<=\d)[.)](?=\s|$)")
-"""What makes a heading, a rule or a list of a line that begins with it, or with a number and it."""
+"""Markup that, at the start of a line (or after a number there), makes a heading, a rule or a list."""
 
 
 def terminal_safe(text: str) -> str:
-    """``text`` on one line, without what could move a terminal's cursor or turn its writing around."""
+    """Return ``text`` on one line, with characters escaped that could move the cursor or change the text direction."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def escaped_line(text: str) -> str:
-    """``text`` with single spaces between its words, and control characters by their numbers: for a text as it is."""
+    """Return ``text`` on one line, with single spaces and escaped control characters."""
     line = " ".join(text.split())
     if line.isprintable():
         return line
@@ -29,12 +29,12 @@ def escaped_line(text: str) -> str:
 
 
 def printable_line(text: str) -> str:
-    """``text`` with single spaces between its words, and without anything that is not printed: for a sentence."""
+    """Return ``text`` on one line, with single spaces and without unprintable characters."""
     return " ".join("".join(char if char.isprintable() else " " for char in text).split())
 
 
 def escape_markdown(text: str) -> str:
-    """``text`` on one line of Markdown that shows it as it is, in a table too: no markup, no HTML, no link."""
+    """Return one line of Markdown that shows ``text`` literally, also in a table: no markup, HTML or links."""
     line = escaped_line(text)
     number = re.match(r"\d*", line)
     start = number.end() if number else 0
@@ -43,10 +43,10 @@ def escape_markdown(text: str) -> str:
     for char, entity in _HTML_ENTITIES.items():
         shown = shown.replace(char, entity)
     shown = _EMAIL_AT_SIGN.sub("<!-- -->@", shown)
-    # Nothing before it was escaped: there are digits at most.
+    # ``start`` is still valid: only digits precede it, which are never escaped.
     return f"{shown[:start]}\\{shown[start:]}" if opens else shown
 
 
 def escape_spreadsheet_formula(value: str) -> str:
-    """A text that no spreadsheet takes for a formula: an apostrophe goes before what could begin one."""
+    """Prefix an apostrophe if a spreadsheet could read the text as a formula."""
     return f"'{value}" if value.startswith(("=", "+", "-", "@", "\t", "\r")) else value

@@ -30,7 +30,7 @@ def test_shows_what_changed(scheme: str, opened: Open, tmp_path: Path) -> None:
     row = found.page.locator(".metric-diff tbody tr").inner_text()
     assert HOSTILE in row
     assert "held_out_loss" in row
-    assert "fell by more than 5%" in row
+    assert "regressed by more than 5%" in row
     config = found.page.locator("section", has_text="Changed settings").inner_text()
     assert "train.global_batch_size" in config
     assert "16" in config

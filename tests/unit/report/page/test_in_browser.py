@@ -263,7 +263,7 @@ def test_what_did_not_fit_is_there(opened: Open, tmp_path: Path) -> None:
         "[...document.querySelectorAll('#chart-memory [aria-label]')].map(e => e.getAttribute('aria-label'))"
     )
     assert any("requested allocation" in str(bar) for bar in bars)
-    assert sum("what: budget" in str(bar) and "112" in str(bar) for bar in bars) == 1
+    assert sum("limit: budget" in str(bar) and "112" in str(bar) for bar in bars) == 1
     assert "full (oom at step 2)" in page.page.locator("#trade-offs").inner_text()
 
 
@@ -306,7 +306,7 @@ def test_a_thousand_runs(opened: Open, tmp_path: Path) -> None:
     assert page.page.locator("#runs tbody tr").first.locator("th").inner_text() == "prompt_tuning-999"
     page.page.fill("#filter", "lora-2")
     assert page.page.locator("#count").inner_text().endswith("of 1000")
-    assert "Of 1,000 runs 24 are drawn here" in page.page.locator("#losses").inner_text()
+    assert "24 of 1,000 runs are shown" in page.page.locator("#losses").inner_text()
     assert page.page.locator(".example tbody tr").count() == 25
 
 

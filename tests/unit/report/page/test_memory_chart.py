@@ -138,9 +138,9 @@ def test_every_real_bar_has_a_caption() -> None:
     """What bars are is said for records of every kind of device that there are records of."""
     rows, far = memory_chart.memory_limit_rows(REAL)
     said = memory_chart.memory_caption(REAL, rows, far)
-    assert "On a CPU" in said
-    assert "Without one, weights" in said
+    assert "On CPU" in said
+    assert "Without it, weights" in said
     plain = memory_chart.memory_caption(
         [record("a", "full", 1, state_bytes=StateBytes(weights=1, gradients=1, optimizer=1))], [], ""
     )
-    assert plain.startswith("Peak of the training phase. Weights, gradients")
+    assert plain.startswith("Peak memory of the training phase. Weights, gradients")
