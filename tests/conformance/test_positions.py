@@ -36,7 +36,7 @@ def test_layout_leaves_room_for_virtual_tokens(case: Case) -> None:
     room = POSITIONS - case.method.virtual_tokens
     assert _layout(case, None).max_length == room
     assert _layout(case, room).max_length == room
-    with pytest.raises(OutOfRangeError, match=rf"max_tokens={room + 1} .*{POSITIONS} positions.*max_tokens={room} "):
+    with pytest.raises(OutOfRangeError, match=rf"max_length={room + 1} .*{POSITIONS} positions.*max_length={room} "):
         _layout(case, room + 1)
 
 

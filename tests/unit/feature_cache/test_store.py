@@ -197,8 +197,8 @@ def test_after_a_crash_of_the_machine_only_what_was_sealed_is_believed(monkeypat
 SCRIPT = """
 import os, signal, sys, torch
 from peftbench.feature_cache.store import StoreLayout, open_store
-store = open_store({"weights": "w", "examples": "e", "stored": "fp32"}, StoreLayout(torch.tensor([3, 9, 1, 14]), 8, "fp32"),
-                   lambda said: print("made", flush=True))
+layout = StoreLayout(torch.tensor([3, 9, 1, 14]), 8, "fp32")
+store = open_store({"weights": "w", "examples": "e", "stored": "fp32"}, layout, lambda line: print("made", flush=True))
 """
 
 

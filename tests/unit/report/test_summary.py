@@ -182,7 +182,7 @@ def test_seeds_that_agree_and_seeds_that_do_not() -> None:
     agreed = summarize([*seeds("full", "full", [0, 0, 0]), *seeds("lora", "lora", [5.5, 6, 6.5])])
     assert agreed[1].startswith("lora is better than full by 6.0 ROUGE-L (interval 4.")
     assert agreed[-1].endswith(
-        f"paired bootstrap over {COUNT} held-out examples held-out examples, and Student's t over 3 seeds (the wider of both)."
+        f"paired bootstrap over {COUNT} held-out examples, and Student's t over 3 seeds (the wider of both)."
     )
     lucky = [*seeds("full", "full", [0, 0, 0]), *seeds("lora", "lora", [12, 0, 0])]
     (found,) = compare_groups(lucky).pair_comparisons
@@ -197,7 +197,8 @@ def test_pairs_of_one_seed_beside_pairs_of_several() -> None:
     """Of one seed there is no interval over seeds, and the caution stays."""
     rows = [*seeds("full", "full", [0, 0, 0]), *seeds("lora", "lora", [6, 6, 6]), *seeds("head", "last_layer", [0])]
     assert summarize(rows)[-1].endswith(
-        f"over {COUNT} held-out examples, and Student's t over up to 3 seeds for pairs with several (the wider of both); "
+        f"over {COUNT} held-out examples, and Student's t over up to 3 seeds for pairs with several "
+        "(the wider of both); "
         "another seed may change the order of pairs with one."
     )
 
