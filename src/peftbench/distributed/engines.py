@@ -20,9 +20,9 @@ class EngineKind:
     zero_stage: int = 0
     """Stage of DeepSpeed's ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054); 0 for other engines."""
     offload_optimizer: OffloadDevice = "none"
-    """Where optimizer states are kept if not on the device."""
+    """Device of offloaded optimizer states."""
     offload_parameters: OffloadDevice = "none"
-    """Where weights are kept between uses if not on the device."""
+    """Device of offloaded weights between uses."""
     is_fsdp: bool = False
     """True for torch's fully_shard."""
     fallbacks: tuple[str, ...] = ()

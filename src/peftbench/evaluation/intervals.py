@@ -94,7 +94,7 @@ def uses_bootstrap(examples: int, confidence: float) -> bool:
     """True if an interval over ``examples`` examples is bootstrapped, False if it is Student's t.
 
     Student's t is used if the bootstrap needs more than ``MAX_RESAMPLES`` resamples (few examples, high confidence) or
-    more than ``MAX_DRAWS`` draws (so many examples that their mean is normal). A single example has no interval.
+    more than ``MAX_DRAWS`` draws (enough examples for their mean to be normal). A single example has no interval.
     """
     if examples < 2:
         return False

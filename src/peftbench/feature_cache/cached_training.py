@@ -128,7 +128,7 @@ class CachedFeatureBatches(Batches):
 
 @dataclass(frozen=True)
 class CachedTraining:
-    """What a training run over a feature store uses instead of its loss and batches."""
+    """Replacements of loss and batches in a training run over a feature store."""
 
     loss: CachedFeatureLoss
     batches: CachedFeatureBatches

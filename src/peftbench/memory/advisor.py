@@ -66,7 +66,7 @@ class Advice(BaseModel):
     """Predicted minimum of a process's memory."""
     suggestion: str | None = None
     error: str | None = None
-    """Why the estimate or the search failed."""
+    """Reason for which the estimate or the search failed."""
 
 
 class MicroBatchChoice(BaseModel):

@@ -75,7 +75,7 @@ class CachingAllocator:
         self.capacity = capacity
         self.allocated_bytes = self.reserved_bytes = self.peak_allocated_bytes = self.peak_reserved_bytes = 0
         self.num_alloc_retries = 0
-        """How often cached segments were released because the driver had no memory left."""
+        """Number of times that cached segments were released because the driver had no memory left."""
         self._pools = {True: _BlockPool(), False: _BlockPool()}
         self._live_blocks: dict[int, _Block] = {}
         self._next_address = 0

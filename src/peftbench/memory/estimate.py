@@ -203,8 +203,8 @@ def _build_notes(
     recipe: Recipe, facts: DeviceFacts, sequence_length: int, labelled_tokens: int, paged_bytes: int
 ) -> tuple[str, ...]:
     notes = [
-        f"assumes rows of {sequence_length} tokens (the limit of data.max_length or the model), of which "
-        f"{labelled_tokens} are labelled (evaluate.max_new_tokens, at least {MIN_LABELLED_TOKENS})"
+        f"assumes rows of {sequence_length} tokens (the limit of data.max_length or the model) with "
+        f"{labelled_tokens} labelled tokens (evaluate.max_new_tokens, at least {MIN_LABELLED_TOKENS})"
     ]
     if paged_bytes:
         notes.append(f"the driver can page out up to {paged_bytes:,} bytes of optimizer state to host memory")

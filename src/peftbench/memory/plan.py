@@ -84,7 +84,7 @@ class Strategy(_FrozenModel):
     overrides: tuple[str, ...]
     """Overrides of recipe keys, in command-line form."""
     tradeoffs: tuple[str, ...]
-    """How results can change."""
+    """Possible change of results."""
     plan: Plan
     step_seconds: float | None
     """Seconds of a step at the device's peak FLOP/s by its data sheet, for ratios only; None if unknown."""
@@ -115,7 +115,7 @@ class Verification(_FrozenModel):
 
 
 class Fit(_FrozenModel):
-    """What fits the budget: strategies, fastest first; or models of a family, largest first."""
+    """Strategies that fit the budget, fastest first; or models of a family, largest first."""
 
     budget_bytes: int
     strategies: tuple[Strategy, ...] = ()

@@ -70,7 +70,7 @@ class Technique:
     overrides: dict[str, ConfigOverrides]
     """New values by recipe section and key."""
     tradeoff: str | None
-    """How results can change; None if only the time changes."""
+    """Possible change of results; None if only the time changes."""
 
     def is_applicable(self, recipe: Recipe, facts: DeviceFacts) -> bool:
         """True if it changes the recipe, and the method, optimizer and device support it."""
@@ -146,7 +146,7 @@ def find_largest_fitting(
 def plan_run(recipe: Recipe, build_target: Callable[[], MemoryTarget]) -> Plan | UnplannedRun:
     """Return the plan of one run of a suite, or the reason why it has none.
 
-    If the weights alone exceed the budget, the plan says "does not fit".
+    If the weights alone exceed the budget, the verdict is "does not fit".
     """
     try:
         target = build_target()

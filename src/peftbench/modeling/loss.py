@@ -36,7 +36,7 @@ class CausalLMLoss:
         """Initialize; ``use_masks`` keeps transformers' own attention with masks."""
         self.base = base
         self.mask_reason = None if use_masks else find_mask_free_blocker(base)
-        """Why the model needs transformers' attention with masks, None if it does not."""
+        """Reason for which the model needs transformers' attention with masks, None if it does not."""
         self.uses_masks = use_masks or self.mask_reason is not None
         self.attention_fn: attention.AttentionFunction = attention.causal_attention
         """Attention used without masks."""
@@ -119,7 +119,7 @@ class LabelledLogitsLoss(CausalLMLoss):
 
 @dataclass(frozen=True)
 class _HeadRequest:
-    """What the head computes: logits at ``predictors``, or the loss of ``targets`` there, summed or per token."""
+    """Request to the head: logits at ``predictors``, or the loss of ``targets`` there, summed or per token."""
 
     predictors: torch.Tensor
     targets: torch.Tensor | None = None

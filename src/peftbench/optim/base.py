@@ -39,11 +39,11 @@ class Optimizer(ConfigSection):
     needs_matrices: ClassVar[bool] = False
     """True if it treats a matrix differently from the vector of its values."""
     dtensor_limitation: ClassVar[str | None] = None
-    """Why it cannot step DTensors (fsdp2's sharded tensors); None if it supports them."""
+    """Reason for which it cannot step DTensors (fsdp2's sharded tensors); None if it supports them."""
     weight_dtype: ClassVar[Literal["fp32", "bf16"]] = "fp32"
     """Type of the weights that it steps."""
     approximation: ClassVar[str | None] = None
-    """How its steps differ from AdamW's, SGD's or Lion's; None if they do not."""
+    """Difference of its steps from AdamW's, SGD's or Lion's; None if they are equal."""
     fallbacks: ClassVar[tuple[str, ...]] = ()
     """Kinds of the most similar optimizers, which a refusal suggests first."""
     low_memory_variants: ClassVar[tuple[str, ...]] = ()
@@ -58,7 +58,7 @@ class Optimizer(ConfigSection):
 
     @abstractmethod
     def build(self, parameters: Parameters, embeddings: Parameters = ()) -> torch.optim.Optimizer:
-        """Build a torch optimizer over ``parameters``, of which ``embeddings`` are the embedding matrices.
+        """Build a torch optimizer over ``parameters``; ``embeddings`` are the embedding matrices among them.
 
         Raises:
             OptimizerError: its library is not installed or does not work on this machine.

@@ -67,7 +67,7 @@ class EngineBuffers:
     inner_optimizer: torch.optim.Optimizer | None = None
     """The innermost optimizer, inside all wrappers."""
     refresh: Callable[[], Iterable[tuple[MemoryCategory, torch.Tensor]]] = tuple
-    """Called at each collective; returns buffers that the engine allocates anew in each step."""
+    """Called at each collective; returns buffers that the engine allocates again in each step."""
 
 
 @dataclass(frozen=True)

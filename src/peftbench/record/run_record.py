@@ -50,7 +50,7 @@ FINAL_OUTCOMES = frozenset({"ok", "oom", "diverged"})
 
 
 class Outcome(RecordModel):
-    """How a run ended. Running out of memory is a result too."""
+    """Outcome of a run. Running out of memory is a result too."""
 
     kind: OutcomeKind
     step: int | None = None

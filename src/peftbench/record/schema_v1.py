@@ -74,7 +74,7 @@ _NEUTRAL_VALUES = {_NEW_KEYS.get(key, key): value for key, value in NEUTRAL_VALU
 def upgrade_record(values: dict[str, Any]) -> dict[str, Any]:
     """Return a record of schema 1 (parsed JSON) as one of schema 2.
 
-    The recipe's fingerprint is computed anew from the renamed keys, but only if the old one matches the old keys.
+    The recipe's fingerprint is recomputed from the renamed keys, but only if the old one matches the old keys.
     """
     record = _rename(values, _RECORD) | {"schema_version": 2}
     for path, fields in _SECTIONS.items():

@@ -1,4 +1,4 @@
-"""How a run ended: from an exception, a signal or another rank's failure to an outcome, a record and an exit code."""
+"""Outcome of a run: from an exception, a signal or another rank's failure to an outcome, a record and an exit code."""
 
 from __future__ import annotations
 

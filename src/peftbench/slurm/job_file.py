@@ -23,7 +23,7 @@ class JobFile(BaseModel):
     log_path: str | None = None
     """The job's log."""
     requeue_count: int = 0
-    """How often the job has requeued itself."""
+    """Number of times that the job has requeued itself."""
 
     def write(self, run_dir: Path) -> None:
         """Write the file to a run's folder.

@@ -19,7 +19,7 @@ class QueuedJob(NamedTuple):
     state: str
     """State as in squeue(1): PENDING, RUNNING, ..."""
     reason: str
-    """Why the job is pending; the string "None" if it is not."""
+    """Reason for which the job is pending; the string "None" if it is not."""
 
     @property
     def is_active(self) -> bool:

@@ -32,7 +32,7 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class RunResult:
-    """How one run of a suite ended: its outcome, "skipped", "refused" or "crashed"; the error, unless it succeeded."""
+    """Result of one run of a suite: its outcome, "skipped", "refused" or "crashed"; the error, unless it succeeded."""
 
     name: str
     outcome: str

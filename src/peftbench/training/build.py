@@ -50,7 +50,7 @@ class AdaptedModel:
 
 @dataclass(frozen=True)
 class TrainingComponents:
-    """What the training loop needs."""
+    """Components that the training loop drives."""
 
     model: nn.Module
     loss: CausalLMLoss

@@ -1,4 +1,4 @@
-"""Write, select and read checkpoints: atomic folders, of which the newest few are kept.
+"""Write, select and read checkpoints: atomic folders; only the newest few are kept.
 
 The main process selects the checkpoint to load. An error on one process is raised on all of them, so that none blocks
 in a collective.

@@ -1,4 +1,4 @@
-"""Whether runs differ only in their method, and whether their costs can be compared."""
+"""Comparability of runs: differences other than the method, and reasons not to compare costs."""
 
 from __future__ import annotations
 

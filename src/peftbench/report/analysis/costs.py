@@ -16,8 +16,8 @@ def cost_clause(group: RunGroup, reference: RunGroup) -> str:
 
     Model FLOPs are exact. Memory and time are compared by their means, and only if their ranges do not overlap: the
     ranges of the runs' peaks (on CPU with a tolerance of ``RSS_SLACK_BYTES``), and the ranges from the 10th to the 90th
-    percentile of step seconds. For single runs the clause says so of the time, which varies between runs; a peak does
-    not.
+    percentile of step seconds. The clause marks a time from single runs, because time varies between runs and a peak
+    does not.
     """
     if not (group.is_trained and reference.is_trained):
         return ""
