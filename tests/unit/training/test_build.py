@@ -101,12 +101,12 @@ def test_padding_to_a_fixed_width(workshop: Workshop) -> None:
             assert part.input_ids.shape == (6, 48 if padding == "max_length" else max(part.lengths))
 
 
-def test_a_multiple_of_more_than_there_is(workshop: Workshop) -> None:
+def test_rows_are_padded_to_a_multiple(workshop: Workshop) -> None:
     """Rows cannot be padded beyond the model's positions."""
     recipe = workshop.recipe(Full(), data={"pad_to_multiple_of": POSITIONS + 1})
     with pytest.raises(OutOfRangeError, match=f"is more than the {POSITIONS} positions of the model; set {POSITIONS}"):
         trainer_from(recipe, build_accelerator(recipe, workshop.output).accelerator)
-    with pytest.raises(ValidationError, match="pad_to_multiple_of would change the loss; leave it at 1"):
+    with pytest.raises(ValidationError, match="pad_to_multiple_of changes the loss; leave it at 1"):
         workshop.recipe(Full(), data={"pad_to_multiple_of": 8, "label_padding": True})
 
 
