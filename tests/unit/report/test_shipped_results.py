@@ -17,11 +17,11 @@ from peftbench.suite.expand import expand
 from tests.helpers.paths import REPOSITORY
 
 LINES = re.findall(
-    r"peftbench report (\S+) --into (\S+) --block (\S+)(?: --by (\S+))?",
+    r"peftbench report (\S+) --update-file (\S+) --marker (\S+)(?: --group-by (\S+))?",
     (REPOSITORY / "Makefile").read_text(encoding="utf-8"),
 )
 PLANS = re.findall(
-    r"peftbench estimate (.+) --into (\S+) --block (\S+)", (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    r"peftbench estimate (.+) --update-file (\S+) --marker (\S+)", (REPOSITORY / "Makefile").read_text(encoding="utf-8")
 )
 SUITES = {"demo": "suite.yaml", "demo_budget": "budget.yaml", "demo_seeds": "seeds.yaml", "demo_rates": "rates.yaml"}
 
@@ -46,8 +46,8 @@ def test_every_block_is_made_by_make_readme() -> None:
 def test_a_page_shows_what_is_planned_now(arguments: str, file: str, block: str, tmp_path: Path) -> None:
     """Making a block again by the estimator changes nothing."""
     page = Path(shutil.copy(REPOSITORY / file, tmp_path))
-    command = ["-c", "from peftbench.cli.app import main; main()", "estimate", *arguments.split(), "--into", str(page)]
-    subprocess.run([sys.executable, *command, "--block", block], check=True, cwd=REPOSITORY, timeout=280)
+    command = ["-c", "from peftbench.cli.app import main; main()", "estimate", *arguments.split(), "--update-file", str(page)]
+    subprocess.run([sys.executable, *command, "--marker", block], check=True, cwd=REPOSITORY, timeout=280)
     assert page.read_text(encoding="utf-8") == (REPOSITORY / file).read_text(encoding="utf-8")
 
 
