@@ -80,7 +80,7 @@ class Encoder:
         self.eos_token_id = _require_eos_token_id(tokenizer)
         self.prefix_ids = self._find_prefix_ids()
         self.separator_ids = self._tokenize(layout.separator)
-        # In byte-level BPE the space before a word is part of its token; SentencePiece adds the space itself.
+        # In byte-level BPE a leading space is part of the token; SentencePiece adds the space itself.
         self._summary_prefix = (
             "" if str(tokenizer.convert_ids_to_tokens(self._tokenize("a"))[0]).startswith("\u2581") else " "
         )

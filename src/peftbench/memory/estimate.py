@@ -63,13 +63,7 @@ def estimate(
     width = _max_sequence_length(recipe, simulation.max_positions)
     labels = min(max(recipe.evaluate.max_new_tokens, MIN_LABELLED_TOKENS), width - 1)
     flops = simulation.step_flops(max(1, recipe.train.global_batch_size // launch_config.num_processes), width, labels)
-    with simulation:
-        simulation.simulate_training(rows, width, labels)
-        simulation.simulate_evaluation(recipe.evaluate.batch_size, width, labels)
-        if recipe.evaluate.generate:
-            new_tokens = recipe.evaluate.max_new_tokens
-            num_sequences = recipe.evaluate.batch_size * recipe.evaluate.num_beams
-            simulation.simulate_generation(num_sequences, width - new_tokens, new_tokens)
+    _simulate_phases(simulation, recipe, rows, width, labels)
     events = list(simulation.memory_tracker.iter_events())
     replay = replay_allocator(events, facts.device_type)
     context, workspaces = _to_int_range(facts.context), _to_int_range(facts.workspaces)
@@ -108,6 +102,17 @@ def estimate(
         margin_bytes=margin,
         notes=_build_notes(recipe, facts, width, labels, paged_bytes),
     )
+
+
+def _simulate_phases(simulation: MemorySimulation, recipe: Recipe, rows: int, width: int, labels: int) -> None:
+    """Simulate training, evaluation and, if the recipe generates, generation."""
+    evaluate = recipe.evaluate
+    with simulation:
+        simulation.simulate_training(rows, width, labels)
+        simulation.simulate_evaluation(evaluate.batch_size, width, labels)
+        if evaluate.generate:
+            num_sequences = evaluate.batch_size * evaluate.num_beams
+            simulation.simulate_generation(num_sequences, width - evaluate.max_new_tokens, evaluate.max_new_tokens)
 
 
 def _replace_paged_optimizer(recipe: Recipe) -> Recipe:

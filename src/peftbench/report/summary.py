@@ -131,7 +131,9 @@ def _baseline_sentence(baseline: RunGroup, comparison_set: ComparisonSet) -> str
     ]
     better = [pair for pair in pairs if pair.better_group is pair.first]
     worse = [pair for pair in pairs if pair.better_group is baseline]
-    clauses = [_better_or_worse_clause(some, word) for some, word in ((better, "better"), (worse, "worse")) if some]
+    clauses = [
+        _better_or_worse_clause(some, verdict) for some, verdict in ((better, "better"), (worse, "worse")) if some
+    ]
     if not better and pairs:
         clauses.insert(0, _none_better_sentence(pairs, comparison_set))
     return "; ".join(clauses)

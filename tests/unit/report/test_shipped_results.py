@@ -46,7 +46,14 @@ def test_every_block_is_made_by_make_readme() -> None:
 def test_a_page_shows_what_is_planned_now(arguments: str, file: str, block: str, tmp_path: Path) -> None:
     """Making a block again by the estimator changes nothing."""
     page = Path(shutil.copy(REPOSITORY / file, tmp_path))
-    command = ["-c", "from peftbench.cli.app import main; main()", "estimate", *arguments.split(), "--update-file", str(page)]
+    command = [
+        "-c",
+        "from peftbench.cli.app import main; main()",
+        "estimate",
+        *arguments.split(),
+        "--update-file",
+        str(page),
+    ]
     subprocess.run([sys.executable, *command, "--marker", block], check=True, cwd=REPOSITORY, timeout=280)
     assert page.read_text(encoding="utf-8") == (REPOSITORY / file).read_text(encoding="utf-8")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-_MARKDOWN_CHARS = re.compile(r"[\\`*\[\]|~$]|(?<!\w)_|_(?!\w)")  # an underscore inside a word is not emphasis
+_MARKDOWN_CHARS = re.compile(r"[\\`*\[\]|~$]|(?<!\w)_|_(?!\w)")  # an underscore between letters is not emphasis
 _AUTOLINK = re.compile(r":(?=//)|(?<=www)\.", re.IGNORECASE)
 _EMAIL_AT_SIGN = re.compile(r"(?<=[\w.+-])@(?=[\w.\\-])")
 """GitHub links mail addresses after it removes backslashes; only a comment before the @ prevents that."""

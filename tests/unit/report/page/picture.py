@@ -20,7 +20,7 @@ RECORDS = REPOSITORY / "docs" / "results" / "demo"
 PICTURE = REPOSITORY / "docs" / "report.png"
 SIZE = (1280, 1500)
 _TEXT = (
-    "The page of the demo: in words, then ROUGE-L against memory, time and FLOPs with the Pareto front, then the table"
+    "The page of the demo: summary, then ROUGE-L against memory, time and FLOPs with the Pareto front, then the table"
 )
 
 
