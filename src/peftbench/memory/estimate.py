@@ -70,16 +70,7 @@ def estimate(
     overhead = (context[0] + workspaces[0], context[1] + workspaces[1])
     paged_bytes = _count_paged_bytes(recipe, replay)
     process = (replay.reserved_bytes - paged_bytes + overhead[0], replay.reserved_bytes + overhead[1])
-    verdict, margin = None, None
-    if budget_bytes is not None:
-        weights = replay.peak.live_bytes_by_category.get("weights", 0)
-        if budget_bytes < weights:
-            raise BudgetTooSmallError(
-                f"A budget of {budget_bytes:,} bytes is smaller than the weights alone ({weights:,} bytes); increase it"
-            )
-        tensor_bytes = budget_bytes - overhead[0] + paged_bytes
-        verdict = _decide_verdict(events, process, tensor_bytes, budget_bytes, facts.device_type)
-        margin = (budget_bytes - process[1], budget_bytes - process[0])
+    verdict, margin = _judge_budget(events, replay, process, overhead[0] - paged_bytes, budget_bytes, facts)
     return Plan(
         name=recipe.name,
         engine=launch_config.engine.name,
@@ -102,6 +93,30 @@ def estimate(
         margin_bytes=margin,
         notes=_build_notes(recipe, facts, width, labels, paged_bytes),
     )
+
+
+def _judge_budget(
+    events: list[MemoryEvent],
+    replay: AllocatorReplay,
+    process: tuple[int, int],
+    other_bytes: int,
+    budget_bytes: int | None,
+    facts: DeviceFacts,
+) -> tuple[Verdict | None, tuple[int, int] | None]:
+    """Return the verdict and the margin in bytes; None without a budget. ``other_bytes`` are not in tensors.
+
+    Raises:
+        BudgetTooSmallError: the budget is smaller than the weights.
+    """
+    if budget_bytes is None:
+        return None, None
+    weights = replay.peak.live_bytes_by_category.get("weights", 0)
+    if budget_bytes < weights:
+        raise BudgetTooSmallError(
+            f"A budget of {budget_bytes:,} bytes is smaller than the weights alone ({weights:,} bytes); increase it"
+        )
+    verdict = _decide_verdict(events, process, budget_bytes - other_bytes, budget_bytes, facts.device_type)
+    return verdict, (budget_bytes - process[1], budget_bytes - process[0])
 
 
 def _simulate_phases(simulation: MemorySimulation, recipe: Recipe, rows: int, width: int, labels: int) -> None:
