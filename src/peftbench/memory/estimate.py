@@ -70,7 +70,9 @@ def estimate(
     overhead = (context[0] + workspaces[0], context[1] + workspaces[1])
     paged_bytes = _count_paged_bytes(recipe, replay)
     process = (replay.reserved_bytes - paged_bytes + overhead[0], replay.reserved_bytes + overhead[1])
-    verdict, margin = _judge_budget(events, replay, process, overhead[0] - paged_bytes, budget_bytes, facts)
+    verdict, margin = _judge_budget(
+        events, replay, process, facts, budget_bytes=budget_bytes, other_bytes=overhead[0] - paged_bytes
+    )
     return Plan(
         name=recipe.name,
         engine=launch_config.engine.name,
@@ -99,9 +101,10 @@ def _judge_budget(
     events: list[MemoryEvent],
     replay: AllocatorReplay,
     process: tuple[int, int],
-    other_bytes: int,
-    budget_bytes: int | None,
     facts: DeviceFacts,
+    *,
+    budget_bytes: int | None,
+    other_bytes: int,
 ) -> tuple[Verdict | None, tuple[int, int] | None]:
     """Return the verdict and the margin in bytes; None without a budget. ``other_bytes`` are not in tensors.
 
