@@ -38,9 +38,7 @@ def estimate(
     budget_bytes: int | None = None,
     launch_config: LaunchConfig = SINGLE_PROCESS,
 ) -> Plan:
-    """Return the memory plan of ``recipe`` on one device with these ``facts``, with a verdict for ``budget_bytes``.
-
-    With several processes, each on its own GPU, the plan is that of rank 0.
+    """Return the memory plan of ``recipe`` on one device (rank 0), with a verdict for ``budget_bytes``.
 
     Raises:
         EstimateUnavailableError: the memory of some part of the recipe is not modeled; the message names the part.
@@ -54,7 +52,11 @@ def estimate(
         recipe.train.global_batch_size, _max_micro_batch_size(recipe), launch_config.num_processes
     )
     simulation = MemorySimulation(
-        _replace_paged_optimizer(recipe), facts.device_type, accumulation, has_padding=rows > 1, launch_config=launch_config
+        _replace_paged_optimizer(recipe),
+        facts.device_type,
+        accumulation,
+        has_padding=rows > 1,
+        launch_config=launch_config,
     )
     width = _max_sequence_length(recipe, simulation.max_positions)
     labels = min(max(recipe.evaluate.max_new_tokens, MIN_LABELLED_TOKENS), width - 1)
