@@ -51,12 +51,9 @@ def estimate(
     accumulation, rows = compute_micro_batching(
         recipe.train.global_batch_size, _max_micro_batch_size(recipe), launch_config.num_processes
     )
+    unpaged = _replace_paged_optimizer(recipe)
     simulation = MemorySimulation(
-        _replace_paged_optimizer(recipe),
-        facts.device_type,
-        accumulation,
-        has_padding=rows > 1,
-        launch_config=launch_config,
+        unpaged, facts.device_type, accumulation, has_padding=rows > 1, launch_config=launch_config
     )
     width = _max_sequence_length(recipe, simulation.max_positions)
     labels = min(max(recipe.evaluate.max_new_tokens, MIN_LABELLED_TOKENS), width - 1)
