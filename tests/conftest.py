@@ -1,7 +1,7 @@
-"""What all tests share: an own cache, small bases with random weights, a small corpus, and recipes over them.
+"""Fixtures for all tests: a private cache, small base models with random weights, a small corpus, and recipes.
 
-Nothing here needs the network or a file outside the repository. Tests of larger shared data take the ``shared_data``
-fixture, which skips them where that data is absent.
+None of them needs the network or files outside the repository. Tests of larger data use the ``shared_data`` fixture,
+which skips them if that data does not exist.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import tempfile
 
-# Before any library of the hub is imported, since each reads its environment once: a cache of this run's own, so that
-# no test passes by what an earlier run left behind, and no hub, so that none passes by the network.
+# Set before a Hugging Face library is imported, because each reads its environment once. The private cache keeps files
+# of earlier test runs out; offline mode keeps the network out.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="peftbench-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -41,14 +41,14 @@ torch.set_num_threads(1)
 
 
 def pytest_unconfigure() -> None:
-    """Leave no cache behind."""
+    """Delete the private cache."""
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
-def one_process_is_one_run() -> Iterator[None]:
-    """Accelerate keeps its state for the process, and a process is one run; here it is one test."""
-    with patch.dict(os.environ):  # engines write their rank into it
+def isolated_process_state() -> Iterator[None]:
+    """Reset accelerate's process-wide state and the environment for each test."""
+    with patch.dict(os.environ):  # engines write their rank to the environment
         forget_accelerators()
         yield
         forget_accelerators()
@@ -56,13 +56,13 @@ def one_process_is_one_run() -> Iterator[None]:
 
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is bound in this test is bound to the CPU, on a machine with a GPU too."""
+    """Make accelerate use the CPU, even on a machine with a GPU."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
 
 
 @pytest.fixture
 def accelerator() -> Accelerator:
-    """One process on CPU in float32."""
+    """Return an accelerator for one process on CPU in float32."""
     from accelerate import Accelerator
 
     return Accelerator(cpu=True, mixed_precision="no")
@@ -70,16 +70,16 @@ def accelerator() -> Accelerator:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Public data too large for the repository, kept beside it."""
+    """Return the folder of public data next to the repository, which is too large to commit."""
     folder = REPOSITORY.parent / "shared" / "data"
     if not folder.is_dir():
-        pytest.skip("the shared data is not beside this checkout (../shared/data)")
+        pytest.skip("../shared/data does not exist")
     return folder
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerBase:
-    """The shipped base's tokenizer, of which tests use only that its ids are below its vocabulary's size."""
+    """Return the tokenizer of the shipped base model. Tests rely only on ids below its vocabulary size."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(shipped.SHIPPED_MODEL_DIR)  # type: ignore[no-any-return]
@@ -87,15 +87,15 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="session")
 def fresh_base() -> Callable[[str], PreTrainedModel]:
-    """Given the name of an architecture, a new copy of its base, always with the same weights."""
-    made: dict[str, PreTrainedModel] = {}
+    """Return a function from an architecture's name to a new copy of its base model, always with the same weights."""
+    models: dict[str, PreTrainedModel] = {}
 
-    def copied(architecture: str) -> PreTrainedModel:
-        if architecture not in made:
-            made[architecture] = random_base(FAMILIES[architecture]())
-        return copy.deepcopy(made[architecture])
+    def copy_base(architecture: str) -> PreTrainedModel:
+        if architecture not in models:
+            models[architecture] = random_base(FAMILIES[architecture]())
+        return copy.deepcopy(models[architecture])
 
-    return copied
+    return copy_base
 
 
 @pytest.fixture(scope="session")
@@ -104,27 +104,27 @@ def base_folder(
     tokenizer: PreTrainedTokenizerBase,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[str], Path]:
-    """Given the name of an architecture, a folder with its base and tokenizer, for a recipe's ``model.path``."""
-    made: dict[str, Path] = {}
+    """Return a function from an architecture's name to a folder with its model and tokenizer, for ``model.path``."""
+    folders: dict[str, Path] = {}
 
-    def saved(architecture: str) -> Path:
-        if architecture not in made:
-            folder = made[architecture] = tmp_path_factory.mktemp(architecture)
+    def save_base(architecture: str) -> Path:
+        if architecture not in folders:
+            folder = folders[architecture] = tmp_path_factory.mktemp(architecture)
             fresh_base(architecture).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-        return made[architecture]
+        return folders[architecture]
 
-    return saved
+    return save_base
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    """A few dozen examples in three splits."""
+    """Return a source with a few dozen examples in three splits."""
     splits = {"train": examples(24, seed=1), "validation": examples(8, seed=2), "test": examples(8, seed=3)}
     return write_corpus(tmp_path_factory.mktemp("corpus"), splits)
 
 
 @pytest.fixture
 def workshop(base_folder: Callable[[str], Path], corpus: Files, tmp_path: Path, on_cpu: None) -> Workshop:
-    """Recipes over small bases, run on CPU."""
+    """Return a factory of recipes over small base models, which run on CPU."""
     return Workshop(base_folder, corpus, tmp_path)

@@ -245,6 +245,7 @@ class TimeLimitError(SlurmError):
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
     """Return ``did you mean 'x'? (allowed: x, y, z)``, or only the allowed names if none is similar."""
     names = list(allowed)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    completions = sorted((allowed_name for allowed_name in names if name and allowed_name.startswith(name)), key=len)
+    close = completions[:1] or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     listed = ", ".join(names)
     return f"did you mean {close[0]!r}? (allowed: {listed})" if close else f"allowed: {listed}"

@@ -33,19 +33,21 @@ def train(
         typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Recipe keys to override, e.g. train.steps=100."),
     ] = None,
     config: Annotated[
-        list[Path] | None, typer.Option("--config", help="Recipe file; several are merged from left to right.")
+        list[Path] | None,
+        typer.Option("--config", help="Recipe file. Repeat the option to merge several; later files win."),
     ] = None,
     skip_finished: Annotated[
-        bool, typer.Option("--skip-finished", help="Skip the run if its record already exists; print its outcome.")
+        bool, typer.Option("--skip-finished", help="If the run has already finished, only print its outcome.")
     ] = False,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the resolved recipe with a comment for each key, and exit.")
     ] = False,
 ) -> None:
-    """Run one recipe and write its record.
+    """Run one recipe and write its results to record.json.
 
     The last line on standard output is one JSON object with the outcome and the path of the record. Logs and progress
-    go to standard error. Start several processes with "accelerate launch --config_file accel_configs/cpu2.yaml".
+    go to standard error. To run several processes: accelerate launch --config_file accel_configs/cpu2.yaml
+    launch/train.py --config RECIPE.yaml
     """
     with cli_errors(on_error=print_result_line):
         recipe = load_recipe(config or [], overrides or [])

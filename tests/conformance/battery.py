@@ -1,4 +1,4 @@
-"""Which methods meet which architectures. A new row of ``METHODS`` needs a row here, and then passes every test."""
+"""Variants of every method, by architecture. A new row of ``METHODS`` needs a row here; every test then includes it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ VARIANTS: dict[str, dict[str, Method]] = {
     "last_layer": {
         "head_untied": LastLayer(),
         "head_tied": LastLayer(head="tied"),
-        "head_as_published": LastLayer(head="outside_blocks"),
+        "head_outside_blocks": LastLayer(head="outside_blocks"),
     },
     "lora": {
         "lora": Lora(r=4, lora_alpha=6),
@@ -37,7 +37,7 @@ VARIANTS: dict[str, dict[str, Method]] = {
         "lora_rslora": Lora(r=4, lora_alpha=6, use_rslora=True),
         "lora_bias_all": Lora(r=4, lora_alpha=6, bias="all"),
         "lora_bias_lora_only": Lora(r=4, lora_alpha=6, bias="lora_only"),
-        # One expression for matrices that widen and matrices that narrow, in both architectures.
+        # One expression for matrices with more outputs than inputs and with fewer, in both architectures.
         "lora_expression": Lora(
             r=4, lora_alpha=6, target_modules=r".*\.(c_attn|c_fc|q_proj|up_proj|mlp\.c_proj|down_proj)"
         ),
@@ -47,24 +47,24 @@ VARIANTS: dict[str, dict[str, Method]] = {
         "prompt_text": PromptTuning(
             num_virtual_tokens=5,
             prompt_tuning_init="TEXT",
-            prompt_tuning_init_text="Summarise the article above in one sentence.",
+            prompt_tuning_init_text="Summarize the article above in one sentence.",
         ),
         "prompt_vocabulary": PromptTuning(num_virtual_tokens=5, prompt_tuning_init="SAMPLE_VOCAB"),
     },
 }
-"""Each kind's variants that differ in what is trained or how it starts."""
+"""Variants of each method that differ in trained parameters or initialization."""
 
 REFUSED = frozenset(
     {
         ("head_tied", "llama_untied"),
-        ("head_as_published", "llama_tied"),
-        ("head_as_published", "llama_untied"),
+        ("head_outside_blocks", "llama_tied"),
+        ("head_outside_blocks", "llama_untied"),
     }
 )
 """Pairs of variant and architecture that a method refuses."""
 
 RATES = {"full": 3e-3, "last_layer": 3e-2, "lora": 2e-2, "prompt_tuning": 0.3}
-"""Learning rates at which each kind fits one batch soon."""
+"""Learning rates at which each method fits one batch within a few steps."""
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,12 @@ CASES = [
 ]
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
-"""Runs a test for every method, variant and architecture."""
+"""Mark that runs a test for every method, variant and architecture."""
 
 
 @dataclass
 class Bench:
-    """A method applied to a small base."""
+    """A method applied to a small base model."""
 
     case: Case
     base: PreTrainedModel
@@ -101,16 +101,16 @@ class Bench:
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """A new optimizer over what is trained. No weight decay: without a gradient nothing moves."""
+        """Return a new optimizer of the trained parameters, without weight decay: only gradients change them."""
         return torch.optim.AdamW(trained(self.model).values(), lr=RATES[self.case.method.kind], weight_decay=0.0)
 
-    def everything(self) -> dict[str, torch.Tensor]:
-        """Every parameter and buffer by name, a tied one once."""
+    def named_tensors(self) -> dict[str, torch.Tensor]:
+        """Return all parameters and buffers by name; a tied one once."""
         return dict(self.model.named_parameters()) | dict(self.model.named_buffers())
 
     @torch.no_grad()
     def logits(self, batch: MicroBatch) -> torch.Tensor:
-        """Logits at the real positions, as at evaluation."""
+        """Return the logits at the real positions, as in evaluation."""
         from tests.helpers.batches import logits
 
         self.model.eval()
@@ -121,7 +121,7 @@ MakeBench = Callable[[Case], Bench]
 
 
 def bench_of(case: Case, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Bench:
-    """``case``'s method applied to ``base``, in training mode."""
+    """Apply the method of ``case`` to ``base``, in training mode."""
     torch.manual_seed(3)
     model = case.method.apply(base, tokenizer)
     case.method.set_training(model)

@@ -1,4 +1,4 @@
-"""The battery's workbench."""
+"""Fixtures of the conformance tests."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def make_bench(fresh_base: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerBase) -> MakeBench:
-    """Applies a case's method to a new copy of its base."""
+    """Return a function that applies a case's method to a new copy of its base model."""
 
-    def made(case: Case) -> Bench:
+    def build_bench(case: Case) -> Bench:
         return bench_of(case, fresh_base(case.architecture), tokenizer)
 
-    return made
+    return build_bench

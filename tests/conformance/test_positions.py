@@ -1,4 +1,4 @@
-"""No method, virtual tokens and all, runs over the positions of a model; every one may use them to the last."""
+"""Every method can use all positions of a model, virtual tokens included, and no more."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def _layout(case: Case, max_tokens: int | None) -> SequenceLayout:
     )
 
 
-def test_some_method_has_virtual_tokens() -> None:
-    """The tests below meet methods with virtual tokens and methods without."""
+def test_cases_have_methods_with_and_without_virtual_tokens() -> None:
+    """The tests below cover both kinds."""
     assert {case.method.virtual_tokens > 0 for case in CASES} == {True, False}
 
 
 @every_case
 def test_layout_leaves_room_for_virtual_tokens(case: Case) -> None:
-    """Left to itself a layout takes what virtual tokens leave; one token more is refused with both numbers."""
+    """The default length is the number of positions without virtual tokens; one more is refused with both numbers."""
     room = POSITIONS - case.method.virtual_tokens
     assert _layout(case, None).max_length == room
     assert _layout(case, room).max_length == room
@@ -41,8 +41,8 @@ def test_layout_leaves_room_for_virtual_tokens(case: Case) -> None:
 
 
 @every_case
-def test_longest_sequence_is_trained_on(case: Case, make_bench: MakeBench) -> None:
-    """A sequence that fills the model to its last position has a loss, and logits at its real positions alone."""
+def test_longest_sequence_has_a_finite_loss(case: Case, make_bench: MakeBench) -> None:
+    """The sequence fills all positions of the model; logits are only those of the real positions."""
     room = _layout(case, None).max_length
     bench = make_bench(case)
     batch = micro_batch([(room, 4), (9, 3)], virtual=case.method.virtual_tokens)
@@ -51,15 +51,15 @@ def test_longest_sequence_is_trained_on(case: Case, make_bench: MakeBench) -> No
 
 
 @every_case
-def test_longest_prompt_is_generated_from(case: Case, make_bench: MakeBench) -> None:
-    """A prompt that leaves room for the new tokens alone is continued to the model's last position."""
+def test_longest_prompt_can_be_continued(case: Case, make_bench: MakeBench) -> None:
+    """Prompt and new tokens fill all positions of the model."""
     bench = make_bench(case)
     bench.model.eval()
     width = _layout(case, None).max_length - NEW_TOKENS
     ids = torch.randint(1, 4096, (2, width), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, : width // 2] = 0
-    new = case.method.generate(
+    generated = case.method.generate(
         bench.model,
         ids,
         mask,
@@ -70,12 +70,12 @@ def test_longest_prompt_is_generated_from(case: Case, make_bench: MakeBench) -> 
         eos_token_id=0,
         pad_token_id=0,
     )
-    assert new.shape == (2, NEW_TOKENS)
+    assert generated.shape == (2, NEW_TOKENS)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.architecture == "gpt2_tied"], ids=str)
-def test_one_token_more_would_overrun(case: Case, make_bench: MakeBench) -> None:
-    """With learnt positions one token more has none left, so the tests above do reach the last one."""
+def test_one_token_more_raises_an_index_error(case: Case, make_bench: MakeBench) -> None:
+    """Learned position embeddings have no row for it, so the tests above reach the last position."""
     with pytest.raises(IndexError):
         summed_loss(
             make_bench(case).model,

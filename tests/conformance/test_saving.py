@@ -1,4 +1,4 @@
-"""What a method saves can be loaded by its ecosystem, and is the same model."""
+"""A saved model can be loaded with peft or transformers, and has the same logits."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel
 
-WITHOUT_CODE = {".safetensors", ".json", ".md"}
-"""Endings of files that can run nothing when they are read."""
+SAFE_SUFFIXES = {".safetensors", ".json", ".md"}
+"""Suffixes of files that execute no code when they are loaded."""
 
 
 @every_case
-def test_saved_and_loaded_is_the_same_model(
+def test_loaded_model_has_identical_logits(
     case: Case,
     make_bench: MakeBench,
     accelerator: Accelerator,
     fresh_base: Callable[[str], PreTrainedModel],
     tmp_path: Path,
 ) -> None:
-    """Trained, saved and loaded the way its ecosystem does, a model gives the same logits to the last bit."""
+    """A trained adapter is loaded with peft, a trained model with transformers."""
     bench = make_bench(case)
     untrained = bench.logits(micro_batch())
     case.method.set_training(bench.model)
@@ -55,25 +55,25 @@ def test_saved_and_loaded_is_the_same_model(
 
 
 @every_case
-def test_saves_weights_as_safetensors_alone(case: Case, make_bench: MakeBench, tmp_path: Path) -> None:
-    """Weights are saved as safetensors, and nothing is that could run code when it is read."""
+def test_weights_are_saved_only_as_safetensors(case: Case, make_bench: MakeBench, tmp_path: Path) -> None:
+    """No saved file can execute code when it is loaded."""
     case.method.save(make_bench(case).model, tmp_path)
-    endings = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
-    assert ".safetensors" in endings
-    assert endings <= WITHOUT_CODE
+    suffixes = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
+    assert ".safetensors" in suffixes
+    assert suffixes <= SAFE_SUFFIXES
 
 
 @every_case
-def test_saves_what_was_trained_and_no_more(case: Case, make_bench: MakeBench, tmp_path: Path) -> None:
-    """What is saved holds what was trained: an adapter alone, or a whole model where the base itself was trained."""
+def test_adapter_or_whole_model_is_saved(case: Case, make_bench: MakeBench, tmp_path: Path) -> None:
+    """The number of saved values is that of the adapter, or of the whole model if base weights were trained."""
     from safetensors.torch import load_file
 
     bench = make_bench(case)
     case.method.save(bench.model, tmp_path)
-    scalars = 0
+    num_values = 0
     for path in tmp_path.glob("*.safetensors"):
-        scalars += sum(tensor.numel() for tensor in load_file(path).values())
+        num_values += sum(tensor.numel() for tensor in load_file(path).values())
     if isinstance(bench.model, PeftModel):
-        assert scalars == case.method.trainable_parameters(meta_base(ARCHITECTURES[case.architecture]()))
+        assert num_values == case.method.trainable_parameters(meta_base(ARCHITECTURES[case.architecture]()))
     else:
-        assert scalars == sum(parameter.numel() for parameter in bench.model.parameters())
+        assert num_values == sum(parameter.numel() for parameter in bench.model.parameters())

@@ -1,4 +1,4 @@
-"""Every method trains exactly what it says, and says how much that is."""
+"""Optimizer steps change exactly the trained parameters of a method, whose number matches the closed form."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 def test_battery_covers_every_method() -> None:
-    """The battery has a row for every method, each row meets every architecture that it does not refuse."""
+    """Every method has variants, and every variant is combined with each architecture that it does not refuse."""
     assert METHODS
     assert ARCHITECTURES
     assert set(VARIANTS) == set(METHODS) == set(RATES) == {case.method.kind for case in CASES}
-    assert {kind: type(method) for kind, method in ONE_OF_EACH.items()} == METHODS  # what other tests run through
+    assert {kind: type(method) for kind, method in ONE_OF_EACH.items()} == METHODS  # used by other tests
     assert all(variants for variants in VARIANTS.values())
     assert all(type(m) is METHODS[kind] for kind, variants in VARIANTS.items() for m in variants.values())
     variants = [variant for kind in VARIANTS.values() for variant in kind]
@@ -31,31 +31,33 @@ def test_battery_covers_every_method() -> None:
 
 
 @every_case
-def test_trains_exactly_what_it_says(case: Case, make_bench: MakeBench, accelerator: Accelerator) -> None:
-    """After optimizer steps, every tensor that requires a gradient has changed, and all others are the same bits."""
+def test_steps_change_exactly_the_trained_parameters(
+    case: Case, make_bench: MakeBench, accelerator: Accelerator
+) -> None:
+    """Every tensor that requires a gradient changes, and all others stay bit-identical."""
     bench = make_bench(case)
     trainer = trainer_of(accelerator, bench.model, bench.optimizer)
-    before = {name: tensor.detach().clone() for name, tensor in bench.everything().items()}
-    # Two steps: at the first, LoRA's one factor is zero and gives the other no gradient.
+    before = {name: tensor.detach().clone() for name, tensor in bench.named_tensors().items()}
+    # Two steps: in the first, LoRA's B is zero, so that A has no gradient.
     for _ in range(2):
         train_step(accelerator, trainer, one_batch(micro_batch(virtual=case.method.virtual_tokens)), max_grad_norm=1.0)
-    changed = {name for name, tensor in bench.everything().items() if not torch.equal(tensor, before[name])}
+    changed = {name for name, tensor in bench.named_tensors().items() if not torch.equal(tensor, before[name])}
     assert changed == set(trained(bench.model))
     assert changed
 
 
 @every_case
-def test_a_trunk_that_is_said_to_be_frozen_is(case: Case, make_bench: MakeBench) -> None:
-    """Nothing in it is trained or dropped out, so what it gives can be kept; any other gets a gradient."""
-    trunk = make_bench(case).base.base_model
-    trained_there = any(parameter.requires_grad for parameter in trunk.parameters())
-    dropping = any(module.training for module in trunk.modules())
-    assert case.method.has_frozen_backbone is not (trained_there or dropping)
+def test_frozen_backbone_has_no_trained_parameter_and_no_dropout(case: Case, make_bench: MakeBench) -> None:
+    """Its hidden states can be cached. Any other backbone has a trained parameter or is in training mode."""
+    backbone = make_bench(case).base.base_model
+    has_trained_parameter = any(parameter.requires_grad for parameter in backbone.parameters())
+    has_training_mode = any(module.training for module in backbone.modules())
+    assert case.method.has_frozen_backbone is not (has_trained_parameter or has_training_mode)
 
 
 @every_case
-def test_trainable_count_is_the_closed_form(case: Case, make_bench: MakeBench) -> None:
-    """The closed form, from shapes without weights, equals the number of scalars that require a gradient."""
+def test_trainable_count_matches_closed_form(case: Case, make_bench: MakeBench) -> None:
+    """The closed form uses shapes without weights; it equals the number of scalars that require a gradient."""
     counted = sum(parameter.numel() for parameter in trained(make_bench(case).model).values())
     assert counted == case.method.trainable_parameters(meta_base(ARCHITECTURES[case.architecture]()))
     assert counted > 0
@@ -63,29 +65,29 @@ def test_trainable_count_is_the_closed_form(case: Case, make_bench: MakeBench) -
 
 @every_case
 def test_trained_weights_are_float32(case: Case, make_bench: MakeBench) -> None:
-    """What an optimizer steps is in float32."""
+    """Each parameter that the optimizer updates is in float32."""
     assert {parameter.dtype for parameter in trained(make_bench(case).model).values()} == {torch.float32}
 
 
 @every_case
-def test_loss_depends_on_what_is_trained_and_on_nothing_else(case: Case, make_bench: MakeBench) -> None:
-    """The leaves of the loss's graph are the trained parameters: none is left out, and nothing is kept for others."""
+def test_loss_depends_on_exactly_the_trained_parameters(case: Case, make_bench: MakeBench) -> None:
+    """The leaves of the loss's autograd graph are the trained parameters."""
     bench = make_bench(case)
     loss = summed_loss(bench.model, micro_batch(virtual=case.method.virtual_tokens))
-    leaves, todo, seen = set(), [loss.grad_fn], set()
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
+    leaves, pending, visited = set(), [loss.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in visited:
             continue
-        seen.add(node)
+        visited.add(node)
         leaves |= {id(node.variable)} if hasattr(node, "variable") else set()
-        todo += [parent for parent, _ in node.next_functions]
+        pending += [parent for parent, _ in node.next_functions]
     assert leaves == {id(parameter) for parameter in trained(bench.model).values()}
 
 
 @every_case
-def test_trunk_frozen_says_where_the_backward_pass_ends(case: Case, make_bench: MakeBench) -> None:
-    """The head's input has no gradient where the method says that its trunk is frozen, and one where it does not."""
+def test_backward_pass_ends_at_a_frozen_backbone(case: Case, make_bench: MakeBench) -> None:
+    """The head's input requires a gradient only if the backbone is not frozen."""
     bench = make_bench(case)
     loss = loss_for(bench.model)
     needs_gradient: list[bool] = []

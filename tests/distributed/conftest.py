@@ -1,4 +1,4 @@
-"""Launches each engine once for all its combinations."""
+"""Fixtures that launch each engine once for all its combinations."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ BATTERY = REPOSITORY / "tests" / "distributed" / "battery.py"
 CONFIGS = {"single": "cpu", "ddp": "cpu2"}
 PROCESSES = 2
 
-Ran = Callable[[str], Path]
+RunEngine = Callable[[str], Path]
 
 
-def runnable(engine: str) -> list[Combination]:
-    """Return the combinations that run on CPU by the compatibility table."""
+def list_runnable(engine: str) -> list[Combination]:
+    """Return the combinations of an engine that run on CPU according to the compatibility table."""
     return [point for point in iter_combinations(engine) if find_blocking_rule(point, "cpu") is None]
 
 
@@ -60,35 +60,35 @@ def launch(engine: str, points: Sequence[Combination], folder: Path, base: Path,
 
 
 @pytest.fixture(scope="session")
-def places(
+def folders(
     base_folder: Callable[[str], Path], corpus: Files, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path, Path]:
-    """Folders of the runs, the base model and the data."""
+    """Return the folders of the runs, the base model and the data."""
     assert corpus.train is not None
     return tmp_path_factory.mktemp("engines"), base_folder("gpt2_tied"), Path(corpus.train).parent
 
 
 @pytest.fixture(scope="session")
-def ran(places: tuple[Path, Path, Path], request: pytest.FixtureRequest) -> Ran:
-    """Return a function from an engine's name to the folder of its runs, of all combinations of this session."""
-    users = (item for item in request.session.items if "ran" in getattr(item, "fixturenames", ()))
-    asked = {item.callspec.params["point"] for item in users if hasattr(item, "callspec")}
-    done: set[str] = set()
+def run_engine(folders: tuple[Path, Path, Path], request: pytest.FixtureRequest) -> RunEngine:
+    """Return a function that runs an engine's combinations of this session once, and returns the folder of the runs."""
+    users = (item for item in request.session.items if "run_engine" in getattr(item, "fixturenames", ()))
+    selected = {item.callspec.params["point"] for item in users if hasattr(item, "callspec")}
+    launched: set[str] = set()
 
-    def folder(engine: str) -> Path:
-        if engine not in done:
-            done.add(engine)
-            same = [p for p in runnable(engine) if engine != "single" and p in asked]
+    def run(engine: str) -> Path:
+        if engine not in launched:
+            launched.add(engine)
+            points = [p for p in list_runnable(engine) if engine != "single" and p in selected]
             if engine == "single":
-                names = {point.name for point in asked if point.optimizer != "deepspeed_cpu_adam"}
-                names |= {p.name.replace("deepspeed_cpu_adam", "adamw") for p in asked}
-                same = [p for p in runnable("single") if p.name in names]
-                same += [Combination(method, "single", UNTRAINED, "fp32") for method in {p.method for p in asked}]
-            launch(engine, same, *places)
-        return places[0] / engine
+                names = {point.name for point in selected if point.optimizer != "deepspeed_cpu_adam"}
+                names |= {p.name.replace("deepspeed_cpu_adam", "adamw") for p in selected}
+                points = [p for p in list_runnable("single") if p.name in names]
+                points += [Combination(method, "single", UNTRAINED, "fp32") for method in {p.method for p in selected}]
+            launch(engine, points, *folders)
+        return folders[0] / engine
 
-    return folder
+    return run
 
 
-SEVERAL = [name for name in ENGINES if name != "single"]
+DISTRIBUTED_ENGINES = [name for name in ENGINES if name != "single"]
 """Engines with two processes; all run on CPU."""

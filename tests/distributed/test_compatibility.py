@@ -1,4 +1,4 @@
-"""The compatibility table: what it says runs does, what it refuses is refused, and the page is made from it."""
+"""The compatibility table: allowed combinations train like one process, and the others are refused."""
 
 from __future__ import annotations
 
@@ -39,97 +39,109 @@ from peftbench.methods import METHODS
 from peftbench.optim import OPTIMIZERS
 from peftbench.record import RunRecord, read_record
 from peftbench.run.runner import Run
-from tests.distributed.battery import RESUMED, STEPS, UNTRAINED, fresh_process, recipe
-from tests.distributed.conftest import SEVERAL, Ran, runnable
-from tests.distributed.tolerances import moved_apart, resumed_alone, resumed_apart, tolerance
+from tests.distributed.battery import RESUMED, STEPS, UNTRAINED, build_recipe, fresh_process
+from tests.distributed.conftest import DISTRIBUTED_ENGINES, RunEngine, list_runnable
+from tests.distributed.tolerances import resume_tolerance, resume_tolerance_single, tolerance, weight_tolerance
 from tests.helpers.methods import ONE_OF_EACH
 from tests.helpers.paths import REPOSITORY
 from tests.helpers.workshop import Workshop
 
 PAGE = REPOSITORY / "docs" / "reference" / "compatibility.md"
-SLICE = [
+ADAMW_FP32 = [
     point
     for engine in ("ddp", "zero2", "fsdp2")
-    for point in runnable(engine)
+    for point in list_runnable(engine)
     if (point.optimizer, point.precision) == ("adamw", "fp32")
 ]
-ALL = [point for engine in SEVERAL for point in runnable(engine)]
-REST = [point for point in ALL if point not in SLICE]
-ALONE = [
+DISTRIBUTED = [point for engine in DISTRIBUTED_ENGINES for point in list_runnable(engine)]
+REST = [point for point in DISTRIBUTED if point not in ADAMW_FP32]
+SINGLE_ONLY = [
     point
-    for point in runnable("single")
-    if not any(find_blocking_rule(dataclasses.replace(point, engine=engine), "cpu") is None for engine in SEVERAL)
+    for point in list_runnable("single")
+    if not any(
+        find_blocking_rule(dataclasses.replace(point, engine=engine), "cpu") is None for engine in DISTRIBUTED_ENGINES
+    )
 ]
-"""What runs in one process only."""
-EVERY = [
+"""Combinations that run in one process only."""
+ALL_COMBINATIONS = [
     point
     for extras in ((), *((extra,) for extra in OPTIONAL_FEATURES))
     for point in iter_combinations(optional_features=extras)
 ]
-REFUSED = [point for point in EVERY if any(find_blocking_rule(point, device) is not None for device in ("cpu", "cuda"))]
-ON_CPU = [rule for rule in RULES if any(p.precision != "fp16" and find_blocking_rule(p, "cpu") is rule for p in EVERY)]
-"""Rules that refuse something on CPU that fp16 is no part of."""
+REFUSED = [
+    point
+    for point in ALL_COMBINATIONS
+    if any(find_blocking_rule(point, device) is not None for device in ("cpu", "cuda"))
+]
+CPU_RULES = [
+    rule
+    for rule in RULES
+    if any(p.precision != "fp16" and find_blocking_rule(p, "cpu") is rule for p in ALL_COMBINATIONS)
+]
+"""Rules that refuse a combination without fp16 on CPU."""
 PARTS = tuple(field.name for field in dataclasses.fields(Combination))
 
 
-def test_the_table_is_whole() -> None:
-    """Every combination is either run or refused, every engine runs each method, and no rule is idle."""
+def test_table_covers_every_combination() -> None:
+    """Each combination runs or is refused, each engine runs each method, and each rule refuses a combination."""
     assert len(list(iter_combinations())) == len(METHODS) * len(ENGINES) * len(OPTIMIZERS) * 3
-    assert {point.optimizer for point in ALONE} == {"adamw_bf16", "adamw8bit_bf16"}
-    assert {(p.engine, p.method) for p in ALL} == {(engine, method) for engine in SEVERAL for method in METHODS}
-    assert set(SLICE) < set(ALL)
-    found = {find_blocking_rule(point, device) for point in EVERY for device in ("cpu", "cuda")}
-    assert found == {None, *RULES}
-    of_a_gpu = {rule for rule in RULES if rule not in ON_CPU}
+    assert {point.optimizer for point in SINGLE_ONLY} == {"adamw_bf16", "adamw8bit_bf16"}
+    assert {(p.engine, p.method) for p in DISTRIBUTED} == {
+        (engine, method) for engine in DISTRIBUTED_ENGINES for method in METHODS
+    }
+    assert set(ADAMW_FP32) < set(DISTRIBUTED)
+    used_rules = {find_blocking_rule(point, device) for point in ALL_COMBINATIONS for device in ("cpu", "cuda")}
+    assert used_rules == {None, *RULES}
+    gpu_rules = {rule for rule in RULES if rule not in CPU_RULES}
     assert all(
-        rule.precisions == frozenset({"fp16"}) or "paged_adamw8bit" in (rule.optimizers or ()) for rule in of_a_gpu
+        rule.precisions == frozenset({"fp16"}) or "paged_adamw8bit" in (rule.optimizers or ()) for rule in gpu_rules
     )
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("engine", ENGINES)
-def test_what_is_refused_is_told_why_and_what_to_do(engine: str, optimizer: str) -> None:
-    """One sentence with the reason and something that does run, as near as can be."""
+def test_refusal_has_the_reason_and_the_nearest_alternative(engine: str, optimizer: str) -> None:
+    """All nearest alternatives run, and they differ from the refused combination in equally many parts."""
     for point, device in itertools.product(REFUSED, ("cpu", "cuda")):
         rule = find_blocking_rule(point, device) if (point.engine, point.optimizer) == (engine, optimizer) else None
         if rule is None:
             continue
-        found = find_nearest_supported(point, device)
-        assert found
-        assert all(find_blocking_rule(other, device) is None for other in found)
-        assert len({_changes(point, other) for other in found}) == 1
+        alternatives = find_nearest_supported(point, device)
+        assert alternatives
+        assert all(find_blocking_rule(other, device) is None for other in alternatives)
+        assert len({_count_changes(point, other) for other in alternatives}) == 1
         with pytest.raises(CombinationError) as raised:
             check(point, device)
-        assert f"{rule.reason}; use {describe_changes(point, found[0], device)}" in str(raised.value)
+        assert f"{rule.reason}; use {describe_changes(point, alternatives[0], device)}" in str(raised.value)
 
 
-def _changes(point: Combination, other: Combination) -> int:
+def _count_changes(point: Combination, other: Combination) -> int:
     return sum(getattr(point, part) != getattr(other, part) for part in PARTS)
 
 
-def test_one_change_where_one_is_enough() -> None:
-    """Over all that run: no refusal names two changes where one would do."""
+def test_nearest_alternative_has_the_fewest_changes() -> None:
+    """No supported combination with the same method differs in fewer parts."""
     for device in ("cpu", "cuda"):
-        runs = [point for point in EVERY if find_blocking_rule(point, device) is None]
+        supported = [point for point in ALL_COMBINATIONS if find_blocking_rule(point, device) is None]
         for point in REFUSED[::7]:
             if find_blocking_rule(point, device) is not None:
-                same = (
+                candidates = (
                     other
-                    for other in runs
+                    for other in supported
                     if other.optional_features <= point.optional_features and other.method == point.method
                 )
-                assert _changes(point, find_nearest_supported(point, device)[0]) <= min(
-                    _changes(point, other) for other in same
+                assert _count_changes(point, find_nearest_supported(point, device)[0]) <= min(
+                    _count_changes(point, other) for other in candidates
                 )
 
 
-@pytest.mark.parametrize("rule", ON_CPU, ids=lambda rule: rule.reason[:40])
-def test_a_launch_is_refused_by_each_rule(rule: Rule, workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From a real recipe and a launcher's environment, before processes have met."""
+@pytest.mark.parametrize("rule", CPU_RULES, ids=lambda rule: rule.reason[:40])
+def test_each_rule_refuses_a_launch(rule: Rule, workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recipe and a launcher's environment are refused before the process group starts."""
     point = next(
-        p for p in EVERY if p.precision != "fp16" and find_blocking_rule(p, "cpu") is rule and _can_be_meant(p)
+        p for p in ALL_COMBINATIONS if p.precision != "fp16" and find_blocking_rule(p, "cpu") is rule and _has_recipe(p)
     )
-    _launched_as(point.engine, monkeypatch)
+    _set_launcher_environment(point.engine, monkeypatch)
     monkeypatch.setattr("peftbench.distributed.deepspeed.check_nvme_support", lambda: None)
     recipe = workshop.recipe(
         ONE_OF_EACH[point.method],
@@ -155,12 +167,12 @@ def test_a_launch_is_refused_by_each_rule(rule: Rule, workshop: Workshop, monkey
     assert rule.reason in str(raised.value)
 
 
-def _can_be_meant(point: Combination) -> bool:
-    """Whether there is a recipe for it at all: that of a trunk kept on disk is of a method that freezes it."""
+def _has_recipe(point: Combination) -> bool:
+    """True if a valid recipe exists: one with a feature cache needs a method with a frozen backbone."""
     return FEATURE_CACHE not in point.optional_features or ONE_OF_EACH[point.method].has_frozen_backbone
 
 
-def _launched_as(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def _set_launcher_environment(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kind = ENGINES[engine]
     monkeypatch.setenv("WORLD_SIZE", "1" if kind is SINGLE else "2")
     if kind.is_deepspeed:
@@ -171,52 +183,56 @@ def _launched_as(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("FSDP_VERSION", "2")
 
 
-def assert_held_against_one_process(point: Combination, ran: Ran) -> None:
-    """The run ended well, its loss fell, and losses, states and weights are those of one process."""
+def assert_matches_one_process(point: Combination, run_engine: RunEngine) -> None:
+    """Check that the run ended as ok, its loss decreased, and losses, states and weights match those of one process."""
     if ENGINES[point.engine].offloads_to_nvme:
         _skip_without_libaio()
-    record, folder = _record(ran(point.engine), point)
+    record, folder = _read_record(run_engine(point.engine), point)
     assert record.outcome.kind == "ok"
     assert record.engine is not None
     assert record.engine.name == point.engine
     assert record.device.num_processes == 2
-    alone, reference = _record(
-        ran("single"),
+    single, single_folder = _read_record(
+        run_engine("single"),
         Combination(point.method, "single", point.optimizer.replace("deepspeed_cpu_adam", "adamw"), point.precision),
     )
     allowed = tolerance(point)
     assert record.step_losses[-1] < record.step_losses[0]
     assert record.quality is not None
-    assert alone.quality is not None
-    assert record.quality.loss == pytest.approx(alone.quality.loss, rel=allowed)
-    each, expected = record.quality.per_example, alone.quality.per_example
-    assert each is not None
+    assert single.quality is not None
+    assert record.quality.loss == pytest.approx(single.quality.loss, rel=allowed)
+    per_example, expected = record.quality.per_example, single.quality.per_example
+    assert per_example is not None
     assert expected is not None
-    assert each.loss == pytest.approx(expected.loss, rel=20 * allowed)
-    assert (each.examples_fingerprint, each.labelled_tokens) == (
+    assert per_example.loss == pytest.approx(expected.loss, rel=20 * allowed)
+    assert (per_example.examples_fingerprint, per_example.labelled_tokens) == (
         expected.examples_fingerprint,
         expected.labelled_tokens,
     )
-    assert (record.flops.model_flops, record.tokens) == (alone.flops.model_flops, alone.tokens)
+    assert (record.flops.model_flops, record.tokens) == (single.flops.model_flops, single.tokens)
     assert len(record.state_bytes_by_rank) == (0 if ENGINES[point.engine].offloads_to_nvme else 2)
     for states in record.state_bytes_by_rank:
         assert states.expected_optimizer == states.optimizer + states.cpu_offloaded
-    untrained = ran("single") / f"{point.method}-{UNTRAINED}-fp32"
-    moved = _distance(folder, reference) / _distance(reference, untrained)
-    losses = max(abs(mine / its - 1) for mine, its in zip(record.step_losses, alone.step_losses, strict=True))
-    print(f"{point.engine}-{point.name}: losses {losses:.2e}/{allowed:.0e}, weights {moved:.4f}/{moved_apart(point)}")  # noqa: T201
-    assert moved < moved_apart(point)
-    assert losses < allowed
-    _goes_on(alone, reference, resumed_alone(point))
+    untrained = run_engine("single") / f"{point.method}-{UNTRAINED}-fp32"
+    weight_difference = _distance(folder, single_folder) / _distance(single_folder, untrained)
+    loss_difference = max(abs(a / b - 1) for a, b in zip(record.step_losses, single.step_losses, strict=True))
+    allowed_weights = weight_tolerance(point)
+    print(  # noqa: T201
+        f"{point.engine}-{point.name}: losses {loss_difference:.2e}/{allowed:.0e}, "
+        f"weights {weight_difference:.4f}/{allowed_weights}"
+    )
+    assert weight_difference < allowed_weights
+    assert loss_difference < allowed
+    _assert_resumed_run_matches(single, single_folder, resume_tolerance_single(point))
     if not ENGINES[point.engine].offloads_to_nvme:
-        _goes_on(record, folder, resumed_apart(point))
+        _assert_resumed_run_matches(record, folder, resume_tolerance(point))
     if not ENGINES[point.engine].shards_weights:
         first, second = ((folder.parent / f"weights-{rank}").read_text(encoding="utf-8") for rank in (0, 1))
-        assert first == second  # each process's own, of every run of the engine
+        assert first == second  # digests of rank 0 and rank 1 after each run of the engine
         assert first
     if ENGINES[point.engine].zero_stage == 3 and point.method == "full":
         loaded = AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
-        assert all(torch.equal(loaded[name], tensor) for name, tensor in _weights(folder).items())
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in _load_weights(folder).items())
 
 
 def _skip_without_libaio() -> None:
@@ -226,8 +242,8 @@ def _skip_without_libaio() -> None:
         pytest.skip(str(error))
 
 
-def _goes_on(record: RunRecord, folder: Path, allowed: float) -> None:
-    """Stopped after a checkpoint and launched again: the same losses, step by step, and the same weights."""
+def _assert_resumed_run_matches(record: RunRecord, folder: Path, allowed: float) -> None:
+    """Check that the stopped and resumed run has the same loss in each step and the same weights."""
     resumed = read_record(folder.with_name(f"{folder.name}{RESUMED}") / "record.json")
     assert resumed.outcome.kind == "ok"
     assert resumed.resumed_after == (STEPS // 2,)
@@ -236,84 +252,90 @@ def _goes_on(record: RunRecord, folder: Path, allowed: float) -> None:
     assert resumed.step_losses == pytest.approx(record.step_losses, rel=allowed, abs=0)
     assert resumed.quality.loss == pytest.approx(record.quality.loss, rel=allowed, abs=0)
     assert (resumed.tokens, resumed.flops) == (record.tokens, record.flops)
-    assert _distance(folder.with_name(f"{folder.name}{RESUMED}"), folder) <= allowed * _size(folder)
+    assert _distance(folder.with_name(f"{folder.name}{RESUMED}"), folder) <= allowed * _norm(folder)
 
 
-def _record(folder: Path, point: Combination) -> tuple[RunRecord, Path]:
-    place = folder / point.name
-    said = "".join(path.read_text(encoding="utf-8") for path in sorted(place.glob("*-refused.txt")))
-    assert (place / "record.json").exists(), said or f"no record: {(folder.parent / f'{point.engine}.log')}"
-    assert not said, said
-    return read_record(place / "record.json"), place
+def _read_record(folder: Path, point: Combination) -> tuple[RunRecord, Path]:
+    run_dir = folder / point.name
+    traceback = "".join(path.read_text(encoding="utf-8") for path in sorted(run_dir.glob("*-refused.txt")))
+    assert (run_dir / "record.json").exists(), traceback or f"no record: {(folder.parent / f'{point.engine}.log')}"
+    assert not traceback, traceback
+    return read_record(run_dir / "record.json"), run_dir
 
 
-def _weights(folder: Path) -> dict[str, torch.Tensor]:
+def _load_weights(folder: Path) -> dict[str, torch.Tensor]:
     (path,) = folder.glob("model/*.safetensors")
     return load_file(path)
 
 
 def _distance(folder: Path, reference: Path) -> float:
-    """Between what two runs saved, which has the same names, shapes and types."""
-    mine, theirs = _weights(folder), _weights(reference)
-    assert {name: (t.shape, t.dtype) for name, t in mine.items()} == {n: (t.shape, t.dtype) for n, t in theirs.items()}
-    return math.sqrt(sum(float((mine[name].double() - theirs[name].double()).square().sum()) for name in theirs))
+    """Return the L2 distance between the saved weights of two runs; names, shapes and dtypes must be equal."""
+    a, b = _load_weights(folder), _load_weights(reference)
+    assert {name: (t.shape, t.dtype) for name, t in a.items()} == {name: (t.shape, t.dtype) for name, t in b.items()}
+    return math.sqrt(sum(float((a[name].double() - b[name].double()).square().sum()) for name in b))
 
 
-def _size(folder: Path) -> float:
-    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in _weights(folder).values()))
+def _norm(folder: Path) -> float:
+    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in _load_weights(folder).values()))
 
 
-@pytest.mark.timeout(1800)  # where it is run with all others, the first of an engine runs all of them
+@pytest.mark.timeout(1800)  # the first test of an engine runs all its combinations
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("point", SLICE, ids=lambda point: f"{point.engine}-{point.name}")
-def test_two_processes_train_as_one(point: Combination, ran: Ran) -> None:
-    """AdamW in float32, on one engine of each kind."""
-    assert_held_against_one_process(point, ran)
+@pytest.mark.parametrize("point", ADAMW_FP32, ids=lambda point: f"{point.engine}-{point.name}")
+def test_two_processes_match_one_with_adamw(point: Combination, run_engine: RunEngine) -> None:
+    """AdamW in float32 runs on one engine of each kind."""
+    assert_matches_one_process(point, run_engine)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("point", REST, ids=lambda point: f"{point.engine}-{point.name}")
-def test_every_combination_that_is_said_to_run(point: Combination, ran: Ran) -> None:
-    """All others that run on CPU."""
-    assert_held_against_one_process(point, ran)
+def test_two_processes_match_one_with_every_other_combination(point: Combination, run_engine: RunEngine) -> None:
+    """All other combinations that the table allows on CPU run."""
+    assert_matches_one_process(point, run_engine)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("point", ALONE, ids=lambda point: f"{point.engine}-{point.name}")
-def test_what_runs_in_one_process_alone(point: Combination, ran: Ran) -> None:
-    """It learns, keeps the states that it should, and goes on identically."""
-    record, folder = _record(ran("single"), point)
+@pytest.mark.parametrize("point", SINGLE_ONLY, ids=lambda point: f"{point.engine}-{point.name}")
+def test_single_process_combination_trains_and_resumes(point: Combination, run_engine: RunEngine) -> None:
+    """Its loss decreases, its optimizer states have the expected size, and a resumed run is bit-identical."""
+    record, folder = _read_record(run_engine("single"), point)
     assert record.outcome.kind == "ok"
     assert record.step_losses[-1] < record.step_losses[0]
     assert record.state_bytes is not None
     assert record.state_bytes.expected_optimizer == record.state_bytes.optimizer
-    _goes_on(record, folder, 0.0)
+    _assert_resumed_run_matches(record, folder, 0.0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("point", [p for p in runnable("single") if p not in ALONE], ids=lambda point: point.name)
+@pytest.mark.parametrize(
+    "point", [p for p in list_runnable("single") if p not in SINGLE_ONLY], ids=lambda point: point.name
+)
 def test_tolerances_catch_a_lost_process(
-    point: Combination, places: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    point: Combination, folders: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Were half of the gradients to go missing, as those of a process that is not heard, the tests above would fail."""
-    _, base, data = places
-    made = recipe(point, str(base), str(data), tmp_path)
-    whole, _ = Run(made).execute()
+    """Without half of the gradients, as if one process were lost, losses or weights exceed the tolerances."""
+    _, base, data = folders
+    recipe = build_recipe(point, str(base), str(data), tmp_path)
+    complete, _ = Run(recipe).execute()
     fresh_process()
     calls = itertools.count()
     backward = Accelerator.backward
     monkeypatch.setattr(Accelerator, "backward", lambda self, loss: backward(self, loss * (next(calls) % 2)))
-    lost, _ = Run(made.model_copy(update={"name": "lost"})).execute()
+    lost, _ = Run(recipe.model_copy(update={"name": "lost"})).execute()
     fresh_process()
     untrained, _ = Run(
-        recipe(dataclasses.replace(point, optimizer=UNTRAINED), str(base), str(data), tmp_path)
+        build_recipe(dataclasses.replace(point, optimizer=UNTRAINED), str(base), str(data), tmp_path)
     ).execute()
-    places_of = [tmp_path / "single" / name for name in (whole.name, "lost", untrained.name)]
-    losses = max(abs(mine / its - 1) for mine, its in zip(lost.step_losses, whole.step_losses, strict=True))
-    moved = _distance(places_of[1], places_of[0]) / _distance(places_of[0], places_of[2])
-    print(f"{point.name}: losses {losses:.2e}/{tolerance(point):.0e}, weights {moved:.3f}/{moved_apart(point)}")  # noqa: T201
-    assert losses > tolerance(point) or moved > moved_apart(point)
+    run_dirs = [tmp_path / "single" / name for name in (complete.name, "lost", untrained.name)]
+    loss_difference = max(abs(a / b - 1) for a, b in zip(lost.step_losses, complete.step_losses, strict=True))
+    weight_difference = _distance(run_dirs[1], run_dirs[0]) / _distance(run_dirs[0], run_dirs[2])
+    allowed_weights = weight_tolerance(point)
+    print(  # noqa: T201
+        f"{point.name}: losses {loss_difference:.2e}/{tolerance(point):.0e}, "
+        f"weights {weight_difference:.3f}/{allowed_weights}"
+    )
+    assert loss_difference > tolerance(point) or weight_difference > allowed_weights

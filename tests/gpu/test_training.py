@@ -1,4 +1,4 @@
-"""What only a GPU can show of the lean step: its kernels give the CPU's loss, and nothing in a step waits for them."""
+"""The training step on a GPU: packed rows give the loss of padded rows, and the host never synchronizes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peftbench.modeling.loss import CausalLMLoss, build_loss
 from tests.helpers.batches import micro_batch, packed
 from tests.helpers.gpu import without_waiting
 from tests.helpers.methods import every_method
-from tests.helpers.training import base_of, trained
+from tests.helpers.training import base_model_of, trained
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,35 +29,35 @@ CUDA = torch.device("cuda")
 Fresh = Callable[[str], "PreTrainedModel"]
 
 
-def _found(
-    model: nn.Module, loss: CausalLMLoss, batch: MicroBatch, dtype: torch.dtype | None, *, waits: bool = False
+def _compute_loss_and_gradients(
+    model: nn.Module, loss: CausalLMLoss, batch: MicroBatch, dtype: torch.dtype | None, *, synchronizes: bool = False
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients, over all that is trained, of a batch that is on the GPU before the clock starts."""
+    """Return the loss and the gradients of all trainable parameters; fail if the host synchronizes, unless allowed."""
     model.zero_grad()
-    there = batch.to(CUDA)
+    cuda_batch = batch.to(CUDA)
     torch.cuda.synchronize()
-    with nullcontext() if waits else without_waiting(), loss.attention_context():
+    with nullcontext() if synchronizes else without_waiting(), loss.attention_context():
         with torch.autocast("cuda", dtype=dtype, enabled=dtype is not None):
-            found = loss(model, there)
-        found.backward()  # type: ignore[no-untyped-call]
-    return found.item(), {name: p.grad.float().clone() for name, p in trained(model).items() if p.grad is not None}
+            summed = loss(model, cuda_batch)
+        summed.backward()  # type: ignore[no-untyped-call]
+    return summed.item(), {name: p.grad.float().clone() for name, p in trained(model).items() if p.grad is not None}
 
 
 def _assert_near(
-    found: tuple[float, dict[str, torch.Tensor]], expected: tuple[float, dict[str, torch.Tensor]], off: float
+    actual: tuple[float, dict[str, torch.Tensor]], expected: tuple[float, dict[str, torch.Tensor]], tolerance: float
 ) -> None:
-    assert found[0] == pytest.approx(expected[0], rel=off)
-    assert found[1].keys() == expected[1].keys()
-    assert found[1]
+    assert actual[0] == pytest.approx(expected[0], rel=tolerance)
+    assert actual[1].keys() == expected[1].keys()
+    assert actual[1]
     for name, gradient in expected[1].items():
-        assert (found[1][name] - gradient).norm() <= 10 * off * gradient.norm(), name
+        assert (actual[1][name] - gradient).norm() <= 10 * tolerance * gradient.norm(), name
 
 
 @every_method
 @pytest.mark.parametrize("architecture", ["gpt2_tied", "llama_untied"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("kernel", ["torch", "liger"])
-def test_packed_rows_are_padded_ones(  # noqa: PLR0917
+def test_packed_rows_match_padded_rows(  # noqa: PLR0917
     kernel: str,
     dtype: torch.dtype | None,
     architecture: str,
@@ -65,31 +65,32 @@ def test_packed_rows_are_padded_ones(  # noqa: PLR0917
     fresh_base: Fresh,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Documents in torch's kernel for unlike lengths, against transformers' mask over padding."""
+    """Loss and gradients of torch's variable-length attention match those of transformers' padding mask."""
     if kernel == "liger":
         pytest.importorskip("liger_kernel")
     torch.manual_seed(3)
     model = method.apply(fresh_base(architecture), tokenizer).to(CUDA)
     method.set_training(model)
-    plain, _ = build_loss(base_of(model), labelled_only=False, use_masks=True)
+    padded_loss, _ = build_loss(base_model_of(model), labelled_only=False, use_masks=True)
     model.zero_grad()
     batch = micro_batch(virtual=method.virtual_tokens)
     with torch.autocast("cuda", dtype=dtype, enabled=dtype is not None):
-        summed = plain(model, batch.to(CUDA))
+        summed = padded_loss(model, batch.to(CUDA))
     summed.backward()  # type: ignore[no-untyped-call]
     expected = (
         summed.item(),
         {name: p.grad.float().clone() for name, p in trained(model).items() if p.grad is not None},
     )
-    loss, notes = build_loss(base_of(model), kernel=kernel)  # type: ignore[arg-type]
+    loss, notes = build_loss(base_model_of(model), kernel=kernel)  # type: ignore[arg-type]
     assert not notes
-    # Liger counts its targets on the host.
-    found = _found(model, loss, packed(virtual=method.virtual_tokens), dtype, waits=kernel == "liger")
-    _assert_near(found, expected, 1e-4 if dtype is None else 2e-2)
+    # Liger counts its targets on the host, which synchronizes.
+    batch = packed(virtual=method.virtual_tokens)
+    actual = _compute_loss_and_gradients(model, loss, batch, dtype, synchronizes=kernel == "liger")
+    _assert_near(actual, expected, 1e-4 if dtype is None else 2e-2)
 
 
-def test_a_document_does_not_look_into_another(fresh_base: Fresh) -> None:
-    """In torch's kernel for unlike lengths too, to the last bit."""
+def test_document_does_not_attend_to_another(fresh_base: Fresh) -> None:
+    """In torch's variable-length attention, changing one document leaves the logits of the others bit-identical."""
     base = fresh_base("gpt2_tied").eval()
     base.to("cuda")  # type: ignore[arg-type]
     loss, _ = build_loss(base)
@@ -101,7 +102,7 @@ def test_a_document_does_not_look_into_another(fresh_base: Fresh) -> None:
         changed, batch.logit_indices, batch.targets, batch.lengths, packed_sequences=batch.packed_sequences
     )
     with torch.no_grad(), loss.attention_context(), torch.autocast("cuda", dtype=torch.bfloat16):
-        before, after = (loss.logits(base, shown.to(CUDA)) for shown in (batch, other))
+        before, after = (loss.logits(base, packed_batch.to(CUDA)) for packed_batch in (batch, other))
     first = batch.lengths[0] - 6
     assert not torch.equal(before[:first], after[:first])
     assert torch.equal(before[first:], after[first:])

@@ -23,9 +23,9 @@ def recipe(workshop: Workshop, name: str, stored: StorageDtype | None, **parts: 
         "feature_cache": stored,
     }
     train |= parts.pop("train", {})
-    knobs: dict[str, Any] = {
+    values: dict[str, Any] = {
         "optimizer": AdamW(learning_rate=1e-2),
         "profile": Profile(untimed_steps=1),
         "save_model": True,
     } | parts
-    return workshop.recipe(LastLayer(), train=train, name=name, **knobs)
+    return workshop.recipe(LastLayer(), train=train, name=name, **values)

@@ -1,4 +1,4 @@
-"""A step callback that keeps what it receives."""
+"""A step callback that stores the results of each step."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from peftbench.training.callbacks import StepInfo
 
 
 class StepRecorder:
-    """Keeps the info of every step."""
+    """Stores the results of each step in ``infos``."""
 
     def __init__(self) -> None:
         self.infos: list[StepInfo] = []
 
     def after_step(self, info: StepInfo) -> None:
-        """Keep ``info``."""
+        """Store ``info``."""
         self.infos.append(info)

@@ -21,7 +21,7 @@ _WORDS = _TEXT.split()
 
 
 def examples(count: int, seed: int) -> list[dict[str, str]]:
-    """Articles of 4 to 30 words with summaries of 1 to 5."""
+    """Return articles of 4 to 30 random words with summaries of 1 to 5 words."""
     generator = torch.Generator().manual_seed(seed)
 
     def text(low: int, high: int) -> str:
@@ -32,9 +32,9 @@ def examples(count: int, seed: int) -> list[dict[str, str]]:
 
 
 def write_corpus(folder: Path, splits: dict[str, list[dict[str, str]]]) -> Files:
-    """``splits`` as files, and the source that reads them."""
-    for split, written in splits.items():
-        lines = [json.dumps(example) + "\n" for example in written]
+    """Write each split to a file and return the source that reads them."""
+    for split, split_examples in splits.items():
+        lines = [json.dumps(example) + "\n" for example in split_examples]
         (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
-    places = {split: str(folder / f"{split}.jsonl") for split in splits}
-    return Files(id="id", **places)  # type: ignore[arg-type]
+    paths = {split: str(folder / f"{split}.jsonl") for split in splits}
+    return Files(id="id", **paths)  # type: ignore[arg-type]

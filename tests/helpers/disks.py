@@ -1,4 +1,4 @@
-"""File systems that are really full or really read-only, where a test may mount one."""
+"""Small or read-only file systems for tests. Mounting one needs root."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import pytest
 
 @contextmanager
 def mounted(folder: Path, options: str) -> Iterator[Path]:
-    """A tmpfs with ``options`` (``size=4k``, ``ro``) at ``folder``; skips the test where this user may not mount one.
+    """Mount a tmpfs with ``options``, e.g. ``size=4k`` or ``ro``, at ``folder``; skip the test if this user cannot.
 
-    Permissions would not do: root, as which tests run in containers, may write everywhere.
+    File permissions cannot replace it: tests in containers run as root, which ignores them.
     """
     if shutil.which("mount") is None or shutil.which("umount") is None:
-        pytest.skip("there is no mount command")
+        pytest.skip("the mount command was not found")
     folder.mkdir(parents=True)
-    made = subprocess.run(
+    result = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, text=True, check=False
     )
-    if made.returncode != 0:
-        pytest.skip(f"this user cannot mount a tmpfs: {made.stderr.strip()}")
+    if result.returncode != 0:
+        pytest.skip(f"this user cannot mount a tmpfs: {result.stderr.strip()}")
     try:
         yield folder
     finally:

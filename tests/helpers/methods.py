@@ -1,4 +1,4 @@
-"""Every method once, and parametrised marks over methods and architectures."""
+"""One instance of every method, and parametrize marks over methods and architectures."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ ONE_OF_EACH: dict[str, Method] = {
     "lora": Lora(r=4),
     "prompt_tuning": PromptTuning(num_virtual_tokens=5),
 }
-"""Every method once, as plain as can be; the conformance battery proves that none is missing."""
+"""One instance of every method with few changed keys; the conformance battery checks that none is missing."""
 
 
 every_method = pytest.mark.parametrize("method", ONE_OF_EACH.values(), ids=ONE_OF_EACH)
-"""Runs a test for every method, for what does not depend on a method's variants."""
+"""Run a test with every method, in one variant each."""
 
 
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
-"""Runs a test for every small architecture."""
+"""Run a test with every small architecture."""

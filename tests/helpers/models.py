@@ -1,4 +1,4 @@
-"""Small bases with random weights, one of each kind of architecture that must be told apart."""
+"""Small base models with random weights, one of each kind of architecture that methods distinguish."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 POSITIONS = 64
-"""Positions of every small base: short enough to be filled to the last one."""
+"""Context length of every small base model: short enough that tests can fill it."""
 
 
 def gpt2_config(**changes: Any) -> PreTrainedConfig:
-    """A GPT-2 of two layers that ties its head, as all GPT-2 do.
+    """Return a GPT-2 of two layers with a tied head.
 
-    Its weights are drawn wide, or a frozen trunk under a frozen head could lower no loss by more than a hair.
+    The initializer range is large: with small weights, training parts of a frozen model would hardly lower the loss.
     """
     from transformers import GPT2Config
 
@@ -38,7 +38,7 @@ def gpt2_config(**changes: Any) -> PreTrainedConfig:
 
 
 def llama_config(**changes: Any) -> PreTrainedConfig:
-    """A Llama of two layers with grouped keys and values."""
+    """Return a Llama of two layers with grouped-query attention."""
     from transformers import LlamaConfig
 
     values: dict[str, Any] = {
@@ -62,12 +62,12 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama_tied": lambda: llama_config(tie_word_embeddings=True),
     "llama_untied": lambda: llama_config(tie_word_embeddings=False, attention_bias=True),
 }
-"""One of each kind that methods must tell apart: Conv1D or Linear, learnt or rotary positions, tied or untied head,
-with biases or without."""
+"""One architecture of each kind that methods distinguish: Conv1D or Linear, learned or rotary positions, tied or untied
+head, with or without biases."""
 
 
 def qwen3_config(**changes: Any) -> PreTrainedConfig:
-    """A Qwen3 of two layers, which normalises queries and keys, with heads wider than their share."""
+    """Return a Qwen3 of two layers: it normalizes queries and keys, and its head_dim exceeds hidden size / heads."""
     from transformers import Qwen3Config
 
     values: dict[str, Any] = {
@@ -89,17 +89,17 @@ def qwen3_config(**changes: Any) -> PreTrainedConfig:
 
 
 FAMILIES = ARCHITECTURES | {"qwen3": qwen3_config}
-"""With one more, for what must hold of any causal language model and not of the kinds that methods tell apart."""
+"""``ARCHITECTURES`` and Qwen3, for tests that apply to every causal language model."""
 
 
 def random_base(config: PreTrainedConfig) -> PreTrainedModel:
-    """Return a base model with the same random weights every time, set up as ``load_model`` does."""
+    """Return a base model with the same random weights every time, configured like ``load_model`` does."""
     from transformers import AutoModelForCausalLM
 
     config.use_cache = False
     torch.manual_seed(11)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    # Biases start at zero and gains at one, where a wrong sign or a missing term could hide.
+    # Biases start at zero and norm weights at one; those values would hide a wrong sign or a missing term.
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -109,21 +109,21 @@ def random_base(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def embeddings_of(model: PreTrainedModel) -> torch.Tensor:
-    """The input embedding's matrix."""
+    """Return the matrix of the input embedding."""
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, torch.Tensor)
     return weight
 
 
 def head_of(model: PreTrainedModel) -> torch.Tensor:
-    """The output head's matrix."""
+    """Return the matrix of the output head."""
     weight = model.get_output_embeddings().weight
     assert isinstance(weight, torch.Tensor)
     return weight
 
 
 def meta_base(config: PreTrainedConfig) -> PreTrainedModel:
-    """The architecture without any weights."""
+    """Return the architecture on the meta device, without weights."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""What a run builds, built around small models."""
+"""The objects that a run builds, for small models."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ if TYPE_CHECKING:
     from peftbench.training.build import AdaptedModel, TrainingComponents
 
 
-def base_of(model: nn.Module) -> PreTrainedModel:
-    """What a method was applied to."""
+def base_model_of(model: nn.Module) -> PreTrainedModel:
+    """Return the base model that a method was applied to."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[return-value,operator]
 
 
-def loss_for(model: nn.Module, **knobs: Any) -> CausalLMLoss:
-    """How a run computes the loss of that model."""
+def loss_for(model: nn.Module, **options: Any) -> CausalLMLoss:
+    """Return the loss function that a run uses for a model."""
     from peftbench.modeling.loss import build_loss
 
-    return build_loss(base_of(model), **knobs)[0]
+    return build_loss(base_model_of(model), **options)[0]
 
 
-def summed_loss(model: nn.Module, batch: MicroBatch, **knobs: Any) -> torch.Tensor:
-    """The loss of a micro-batch as a run computes it."""
-    loss = loss_for(model, **knobs)
+def summed_loss(model: nn.Module, batch: MicroBatch, **options: Any) -> torch.Tensor:
+    """Return the loss of a micro-batch as a run computes it."""
+    loss = loss_for(model, **options)
     with loss.attention_context():
         return loss(model, batch)
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that require a gradient; a tied one once."""
+    """Return the parameters that require a gradient, a tied one once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def built_around(model: nn.Module) -> AdaptedModel:
-    """As much of what a run builds as an evaluation needs."""
+    """Return an adapted model with the fields that an evaluation needs."""
     from peftbench.record import ParameterCounts
     from peftbench.training.build import AdaptedModel
 
@@ -55,7 +55,7 @@ def built_around(model: nn.Module) -> AdaptedModel:
 
 
 def trainer_of(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingComponents:
-    """What the loop drives, around a model and an optimizer at a constant rate, with batches of ``rows``."""
+    """Return the components of the training loop, with a constant learning rate and batches of ``rows``."""
     from datasets import Dataset
     from transformers import get_scheduler
 
@@ -70,7 +70,7 @@ def trainer_of(accelerator: Accelerator, model: nn.Module, optimizer: torch.opti
 
 
 def alone(accelerator: Accelerator) -> AcceleratorContext:
-    """One process without an engine, in the accelerator's precision."""
+    """Return the context of a single process, in the accelerator's precision."""
     from peftbench.distributed.accelerator import AcceleratorContext
     from peftbench.distributed.engines import SINGLE
 
@@ -79,14 +79,14 @@ def alone(accelerator: Accelerator) -> AcceleratorContext:
 
 
 def built_from(recipe: Recipe, accelerator: Accelerator) -> AdaptedModel:
-    """What a run builds, from the base that it loads."""
+    """Return the adapted model that a run of ``recipe`` builds."""
     from peftbench.training.build import apply_method, load_base_model
 
     return apply_method(recipe, load_base_model(recipe), alone(accelerator))
 
 
 def trainer_from(recipe: Recipe, accelerator: Accelerator, built: AdaptedModel | None = None) -> TrainingComponents:
-    """What a run's loop drives, over the recipe's examples."""
+    """Return the components of the training loop, with the recipe's training examples."""
     from peftbench.training.build import build_training
     from peftbench.training.data import build_encoder, load_encoded_split
 
@@ -97,8 +97,8 @@ def trainer_from(recipe: Recipe, accelerator: Accelerator, built: AdaptedModel |
 
 
 def forget_accelerators() -> None:
-    """Let the next accelerator be another one."""
-    if "accelerate" in sys.modules:  # a test that never used it need not import it either
+    """Reset accelerate's process-wide state, so that the next accelerator is independent."""
+    if "accelerate" in sys.modules:  # do not import it for tests that do not use it
         from accelerate.state import AcceleratorState, GradientState
 
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -1,4 +1,4 @@
-"""Makes recipes over small models and a small corpus, and runs them."""
+"""A factory of recipes over small models and a small corpus."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Workshop:
-    """Makes recipes over the small bases and the small corpus, and runs them."""
+    """Creates recipes over the small base models and the small corpus, and runs them."""
 
     base_folder: Callable[[str], Path]
     source: Files
@@ -35,26 +35,26 @@ class Workshop:
         evaluate: dict[str, Any] | None = None,
         **parts: Any,
     ) -> Recipe:
-        """A short run of ``method``; what is given replaces single knobs, or whole parts by name."""
-        knobs_of_model = {"path": str(self.base_folder(architecture))} | (model or {})
-        knobs_of_data = {"source": self.source, "max_length": 48, "separator": " TL;DR:"} | (data or {})
-        knobs_of_train = {"steps": 3, "global_batch_size": 6} | (train or {})
-        knobs_of_evaluate = {"generate": False, "max_new_tokens": 8, "bootstrap_resamples": 100} | (evaluate or {})
+        """Return the recipe of a short run. Dicts replace keys of a section, ``parts`` replace whole sections."""
+        model_keys = {"path": str(self.base_folder(architecture))} | (model or {})
+        data_keys = {"source": self.source, "max_length": 48, "separator": " TL;DR:"} | (data or {})
+        train_keys = {"steps": 3, "global_batch_size": 6} | (train or {})
+        evaluate_keys = {"generate": False, "max_new_tokens": 8, "bootstrap_resamples": 100} | (evaluate or {})
         values: dict[str, Any] = {
             "name": "run",
             "output_dir": str(self.output),
             "save_model": False,
             "method": method,
-            "model": Model(**knobs_of_model),
-            "data": Data(**knobs_of_data),
-            "train": Train(**knobs_of_train),
-            "evaluate": Evaluate(**knobs_of_evaluate),
+            "model": Model(**model_keys),
+            "data": Data(**data_keys),
+            "train": Train(**train_keys),
+            "evaluate": Evaluate(**evaluate_keys),
             "profile": Profile(untimed_steps=0),
         }
         return Recipe(**values | parts)
 
     def run(self, recipe: Recipe) -> RunRecord:
-        """The record of a run of ``recipe``, as in a process of its own."""
+        """Run ``recipe`` with a new accelerator and return its record."""
         from peftbench.run.runner import Run
 
         forget_accelerators()

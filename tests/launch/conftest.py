@@ -1,4 +1,4 @@
-"""Fixtures that run the entry point in a process of its own, in its own folder."""
+"""Fixtures that run the entry point in a subprocess, in a temporary folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import yaml
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch" / "train.py"
 ROWS = [
-    {  # of unlike lengths, on both sides: equal ones would hide a mean of means
+    {  # with different lengths: equal ones would hide a mean of means
         "article": f"The council met on day {number}. It voted on the bridge. " * (2 + number % 5),
         "summary": f"The council votes on day {number} on a bridge." + " And on a road." * (number % 3),
     }
@@ -33,7 +33,7 @@ RECIPE = {
 
 @pytest.fixture(scope="session")
 def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Environment of the launched processes: caches of their own, one thread, no GPU, and no hub."""
+    """Return the environment of launched processes: private caches, one thread, no GPU, and no Hub."""
     folder = tmp_path_factory.mktemp("caches")
     return os.environ | {
         "HF_HOME": str(folder / "huggingface"),
@@ -46,14 +46,14 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """The folder that commands run in, with a recipe that can be run and the examples it names."""
+    """Return the working directory of commands, with a valid recipe and its examples."""
     folder = tmp_path / "work"
     folder.mkdir()
-    return written(folder)
+    return write_project(folder)
 
 
-def written(folder: Path) -> Path:
-    """``folder``, with a recipe that can be run and the examples it names."""
+def write_project(folder: Path) -> Path:
+    """Write a valid recipe and its examples to ``folder`` and return it."""
     (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE), encoding="utf-8")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
     return folder
@@ -61,12 +61,12 @@ def written(folder: Path) -> Path:
 
 @pytest.fixture
 def launch(project: Path, caches: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Given the arguments, what ``python launch/train.py`` did; ``env`` adds to the environment."""
+    """Return a function that runs ``python launch/train.py``; ``env`` adds to the environment."""
 
-    def launched(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    def run_train_script(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(LAUNCH), *arguments]
         return subprocess.run(
             command, cwd=project, env=caches | (env or {}), capture_output=True, text=True, timeout=280, check=False
         )
 
-    return launched
+    return run_train_script

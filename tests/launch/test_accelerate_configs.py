@@ -1,4 +1,4 @@
-"""Accelerate configs set where a run happens and no key of a recipe."""
+"""Accelerate configs set devices and processes, but no key of a recipe."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ OWNED_BY_RECIPES = {
 
 
 def keys(value: object) -> set[str]:
-    """Every key of a tree."""
+    """Return every key of a nested mapping."""
     if not isinstance(value, dict):
         return set()
-    return set(value) | {key for below in value.values() for key in keys(below)}
+    return set(value) | {key for child in value.values() for key in keys(child)}
 
 
-def test_the_files_are_found() -> None:
-    """The search finds the shipped files."""
+def test_accelerate_configs_are_found() -> None:
+    """The other test of this file needs a complete list."""
     assert {path.stem for path in FILES} >= {"cpu", "cpu2", "single_gpu", "ddp"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_nothing_that_changes_numbers(path: Path) -> None:
-    """No accelerate file sets what belongs to a recipe, at any depth."""
+def test_accelerate_config_sets_no_recipe_key(path: Path) -> None:
+    """No accelerate config has a recipe's setting at any depth."""
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert content
     assert not keys(content) & OWNED_BY_RECIPES

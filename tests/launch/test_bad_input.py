@@ -1,4 +1,4 @@
-"""Users' mistakes: each gives one sentence and its exit code, and leaves no files."""
+"""Invalid input ends with one sentence and its exit code, and leaves no files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tests.helpers.disks import mounted
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 Mistake = tuple[str, type[PeftbenchError], str]
 
-# Found before torch is imported: arguments, error class, part of the message.
+# Refused before torch is imported: arguments, error class, part of the message.
 EARLY: list[Mistake] = [
     ("train.gobal_batch_size=4", UnknownKeyError, "did you mean 'global_batch_size'?"),
     ("method.kind=lorra", UnknownKeyError, "did you mean 'lora'?"),
@@ -48,7 +48,7 @@ EARLY: list[Mistake] = [
     ("--config rows.jsonl", RecipeError, "rows.jsonl is not valid YAML"),
     ("steps", RecipeError, "'steps'"),
 ]
-# Found when the data is read: the lead baseline needs examples but no model.
+# Refused when the data is read: the lead baseline needs examples but no model.
 DATA: list[Mistake] = [
     ("data.source.test=empty.jsonl", EmptySplitError, "empty.jsonl"),
     ("data.source.summary=sumary", MissingColumnError, "has no column 'sumary'; did you mean 'summary'?"),
@@ -59,7 +59,7 @@ MORE_DATA: list[Mistake] = [
     ("data.source.test=broken.jsonl", DataError, "broken.jsonl cannot be read as json"),
     ("data.test=9", EmptySplitError, "data.test=9 asks for more than the 8 examples of the test split"),
 ]
-# Found when the model is loaded and adapted.
+# Refused when the model is loaded and adapted.
 MODEL: list[Mistake] = [
     ("model.path=./no/such/base", ModelNotFoundError, "no config for './no/such/base' (tried a folder, the cache and"),
     ("data.max_length=16", SequenceTooShortError, "8 of 8 examples of the test split do not fit 16 tokens"),
@@ -72,7 +72,7 @@ MORE_MODEL: list[Mistake] = [
 
 
 def cases(quick: list[Mistake], more: list[Mistake] | None = None) -> list[ParameterSet]:
-    """Return a test's parameters: each starts a process that imports torch, so all but the first are slow."""
+    """Return a test's parameters, all marked slow: each starts a process that imports torch."""
     return [
         *(pytest.param(*mistake, id=mistake[0], marks=pytest.mark.slow) for mistake in [*quick, *(more or [])]),
     ]
@@ -91,7 +91,7 @@ def check(done: subprocess.CompletedProcess[str], kind: type[PeftbenchError], se
 
 
 def test_mistakes_cover_many_error_classes() -> None:
-    """The lists are not empty."""
+    """The lists of mistakes are not empty, and they have at least eleven classes of error."""
     assert len(EARLY) >= 9
     assert len(DATA) >= 3
     assert len(MODEL) >= 3
@@ -102,11 +102,11 @@ def test_mistakes_cover_many_error_classes() -> None:
 def test_invalid_recipe_is_refused(
     arguments: str, kind: type[PeftbenchError], sentence: str, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is written."""
+    """The error is one sentence, and no run folder is created."""
     monkeypatch.chdir(project)
-    words = arguments.split(" ") if arguments.startswith("--") else ["--config", "recipe.yaml", arguments]
-    result = CliRunner().invoke(app, words)
-    check(subprocess.CompletedProcess(words, result.exit_code, result.stdout, result.stderr), kind, sentence)
+    options = arguments.split(" ") if arguments.startswith("--") else ["--config", "recipe.yaml", arguments]
+    result = CliRunner().invoke(app, options)
+    check(subprocess.CompletedProcess(options, result.exit_code, result.stdout, result.stderr), kind, sentence)
     assert not (project / "out").exists()
 
 
@@ -140,23 +140,23 @@ def test_unusable_model_is_refused(
 
 
 @pytest.mark.slow
-def test_an_output_folder_below_a_file(launch: Launch, project: Path) -> None:
-    """A place that cannot be made is told before the work, and the file in its way is untouched."""
+def test_output_folder_below_a_file_is_refused(launch: Launch, project: Path) -> None:
+    """The error comes before training, and the file is unchanged."""
     check(launch("--config", "recipe.yaml", "output_dir=rows.jsonl"), OutputError, "cannot write rows.jsonl/run: ")
     assert (project / "rows.jsonl").read_text(encoding="utf-8").startswith("{")
 
 
 @pytest.mark.slow
-def test_an_output_folder_on_a_read_only_disk(launch: Launch, project: Path) -> None:
-    """A disk that nobody may write to is told before the work."""
+def test_output_folder_on_a_read_only_disk_is_refused(launch: Launch, project: Path) -> None:
+    """The error comes before training."""
     with mounted(project / "disk", "ro"):
         done = launch("--config", "recipe.yaml", "output_dir=disk")
         check(done, OutputError, "cannot write disk/run: Read-only file system")
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_up_with_the_record(launch: Launch, project: Path) -> None:
-    """A disk with no room for the record is told as full, and neither half a record nor an empty folder is left."""
+def test_disk_too_small_for_the_record_is_an_error(launch: Launch, project: Path) -> None:
+    """The error reports a full disk, and no partial record or empty folder remains."""
     with mounted(project / "disk", "size=4k") as disk:
         done = launch("--config", "recipe.yaml", "output_dir=disk", "method.kind=lead")
         check(done, DiskFullError, "the disk is full: disk/run/record.json could not be written")
@@ -164,8 +164,8 @@ def test_a_disk_that_fills_up_with_the_record(launch: Launch, project: Path) -> 
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_up_with_the_model(launch: Launch, project: Path) -> None:
-    """A disk with no room for the trained model is told as full; no half model is left and the record is kept."""
+def test_disk_too_small_for_the_model_keeps_the_record(launch: Launch, project: Path) -> None:
+    """The error reports a full disk, no partial model remains, and the record is complete."""
     with mounted(project / "disk", "size=64k") as disk:
         done = launch("--config", "recipe.yaml", "output_dir=disk", "method.r=64")
         assert done.returncode == DiskFullError.exit_code
@@ -181,19 +181,19 @@ def test_a_disk_that_fills_up_with_the_model(launch: Launch, project: Path) -> N
 
 
 @pytest.mark.slow
-def test_a_run_that_was_there_before_is_left_alone(launch: Launch, project: Path) -> None:
-    """A refused run takes back only the folders it made: what lay in its place stays."""
-    kept = project / "out" / "run" / "record.json"
-    kept.parent.mkdir(parents=True)
-    kept.write_text("an earlier record", encoding="utf-8")
+def test_refused_run_keeps_an_existing_record(launch: Launch, project: Path) -> None:
+    """A refused run deletes only the folders that it created."""
+    existing = project / "out" / "run" / "record.json"
+    existing.parent.mkdir(parents=True)
+    existing.write_text("an earlier record", encoding="utf-8")
     check(launch("--config", "recipe.yaml", "train.precision=fp16"), PrecisionError, "fp16 needs a GPU")
-    assert kept.read_text(encoding="utf-8") == "an earlier record"
+    assert existing.read_text(encoding="utf-8") == "an earlier record"
 
 
 @pytest.mark.slow
-def test_a_hub_that_does_not_answer(launch: Launch, project: Path) -> None:
-    """A hub that really refuses every connection is told in the same sentence, within the library's own retries."""
-    # Port 9 discards: nothing listens there, so each of the library's tries is refused at once.
+def test_unreachable_hub_is_an_error(launch: Launch, project: Path) -> None:
+    """If the Hub refuses every connection, the error is the same as in offline mode."""
+    # Nothing listens on port 9 (discard), so each retry of the library is refused at once.
     unreachable = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
     done = launch("--config", "recipe.yaml", "method.kind=lead", "data.source.kind=hub", env=unreachable)
     check(done, HubUnreachableError, "the Hub did not answer for abisee/cnn_dailymail")

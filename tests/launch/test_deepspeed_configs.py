@@ -1,4 +1,4 @@
-"""DeepSpeed configs set how state is sharded and no key of a recipe; each engine has its files."""
+"""DeepSpeed configs set how states are sharded, but no key of a recipe; each engine has its files."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ FILES = sorted((REPOSITORY / "ds_configs").glob("*.json"))
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A DeepSpeed file."""
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    """Return the values of a DeepSpeed config."""
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return values
 
 
-def test_the_files_are_found() -> None:
-    """One for each engine of DeepSpeed, and none more."""
+def test_each_deepspeed_engine_has_a_config() -> None:
+    """Each DeepSpeed engine has one config, and there are no others."""
     assert {path.stem for path in FILES} == {name for name, kind in ENGINES.items() if kind.is_deepspeed}
     assert len(FILES) == 6
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_every_value_of_the_recipe_is_auto(path: Path) -> None:
-    """Clipping, accumulation, batch sizes and precision come from the recipe; optimizer and schedule are not there."""
+def test_recipe_values_are_auto(path: Path) -> None:
+    """Clipping, accumulation, batch sizes and precision are auto; the config has no optimizer or schedule."""
     config = read(path)
     assert {key: _get_nested(config, key) for key in _RECIPE_KEYS} == dict.fromkeys(_RECIPE_KEYS, AUTO)
     _check_keys(config)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_file_is_the_engine_of_its_name(path: Path) -> None:
-    """Stage and offload are those of the table; no file has DeepSpeed put another optimizer in the recipe's place."""
+def test_config_matches_the_engine_of_its_name(path: Path) -> None:
+    """Stage and offload match the engine table, and DeepSpeed does not replace the recipe's optimizer."""
     config = read(path)
     kind = detect_requested_engine(config)
     assert kind is ENGINES[path.stem]
@@ -47,7 +47,7 @@ def test_a_file_is_the_engine_of_its_name(path: Path) -> None:
 
 @pytest.mark.parametrize("name", [name for name in ENGINES if name != "single"])
 def test_every_engine_has_an_accelerate_file(name: str) -> None:
-    """It is launched by the file of its name, which names the DeepSpeed file of that name."""
+    """Each engine has an accelerate config of its name, which refers to the DeepSpeed config of that name."""
     content = yaml.safe_load((REPOSITORY / "accel_configs" / f"{name}.yaml").read_text(encoding="utf-8"))
     if ENGINES[name].is_deepspeed:
         assert content["deepspeed_config"] == {

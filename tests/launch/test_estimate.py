@@ -1,4 +1,4 @@
-"""``peftbench estimate`` and ``peftbench fit``: one process, the others in-process."""
+"""``peftbench estimate`` and ``peftbench fit``, in subprocesses and in this process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def invoke(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Resu
 
 
 def test_estimate_command_prints_a_table_or_json(project: Path, caches: dict[str, str]) -> None:
-    """Nothing is written."""
+    """The table and the JSON have the plan, and no run folder is created."""
     result = run(peftbench("estimate", "--config", "recipe.yaml", "--device", "t4"), project, caches)
     assert result.returncode == 0, result.stderr
     assert "| backward" in result.stdout
@@ -59,22 +59,22 @@ def test_invalid_input_is_refused(arguments: list[str], code: int, message: str,
 
 @pytest.mark.slow
 def test_fit_prints_each_strategy(project: Path, caches: dict[str, str]) -> None:
-    """Each strategy has its largest micro-batch and the overrides to run it; no fit gives exit code 1."""
+    """Each strategy has its largest micro-batch and the overrides to run it; the exit code is 1 if nothing fits."""
     done = run(
         peftbench("fit", "--config", "recipe.yaml", "--budget", "2GiB", "--techniques", "checkpointing,bf16"),
         project,
         caches,
     )
     assert done.returncode == 0, done.stderr
-    for way in ("as it is", "checkpointing", "bf16", "checkpointing + bf16"):
-        assert f"| {way} " in done.stdout
+    for strategy in ("as it is", "checkpointing", "bf16", "checkpointing + bf16"):
+        assert f"| {strategy} " in done.stdout
     assert "train.micro_batch_size=4" in done.stdout
     small = run(peftbench("fit", "--config", "recipe.yaml", "--budget", "64MiB"), project, caches)
     assert small.returncode == 1
     assert "64 MiB" in small.stdout
-    nothing = run(peftbench("fit", "--config", "recipe.yaml"), project, caches)
-    assert (nothing.returncode, nothing.stdout) == (80, "")
-    assert "--budget" in nothing.stderr
+    refused = run(peftbench("fit", "--config", "recipe.yaml"), project, caches)
+    assert (refused.returncode, refused.stdout) == (80, "")
+    assert "--budget" in refused.stderr
 
 
 def test_auto_micro_batch_is_resolved(invoke: Callable[..., Result]) -> None:
@@ -84,7 +84,7 @@ def test_auto_micro_batch_is_resolved(invoke: Callable[..., Result]) -> None:
     assert json.loads(done.stdout)["micro_batch_size"] == 4
 
 
-def test_suite_is_estimated_run_by_run(project: Path, invoke: Callable[..., Result]) -> None:
+def test_suite_estimate_has_one_entry_per_run(project: Path, invoke: Callable[..., Result]) -> None:
     """The suite's accelerate config is used; a run that cannot be estimated has a reason instead of a plan."""
     (project / "two.yaml").write_text(
         "{distributed_type: MULTI_GPU, num_machines: 1, num_processes: 2, use_cpu: true, gpu_ids: '-1,-1'}",
@@ -104,7 +104,7 @@ def test_suite_is_estimated_run_by_run(project: Path, invoke: Callable[..., Resu
 
 
 @pytest.mark.slow
-def test_techniques_that_the_engine_refuses_are_left_out(project: Path, caches: dict[str, str]) -> None:
+def test_fit_omits_techniques_that_the_engine_refuses(project: Path, caches: dict[str, str]) -> None:
     """bf16 weights do not run on ZeRO; the other techniques are listed."""
     arguments = [
         "--techniques",

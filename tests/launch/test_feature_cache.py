@@ -1,4 +1,4 @@
-"""The feature cache with real processes: several of them, and one that is killed."""
+"""The feature cache in whole processes: two processes share it, and a killed run resumes."""
 
 from __future__ import annotations
 
@@ -31,17 +31,20 @@ HEAD = "lm_head.weight"
 
 
 def one_process(*arguments: str) -> list[str]:
-    """The command line of a run by itself."""
+    """Return the command of a run in one process."""
     return [sys.executable, "-m", "peftbench.train", *ARGUMENTS, *arguments]
 
 
 def two_processes(engine: str, folder: Path, *arguments: str) -> list[str]:
-    """The command line of a run in two, from the repository, where the files of engines name each other."""
+    """Return the command of a run in two processes.
+
+    It must run in the repository, because engine configs refer to each other by relative paths.
+    """
     (folder / "recipe.yaml").write_text(
         (folder / "recipe.yaml").read_text(encoding="utf-8").replace(" rows.jsonl", f" {folder}/rows.jsonl"),
         encoding="utf-8",
     )
-    asked = [argument.replace("recipe.yaml", str(folder / "recipe.yaml")) for argument in ARGUMENTS]
+    arguments_with_path = [argument.replace("recipe.yaml", str(folder / "recipe.yaml")) for argument in ARGUMENTS]
     return [
         sys.executable,
         "-m",
@@ -52,44 +55,44 @@ def two_processes(engine: str, folder: Path, *arguments: str) -> list[str]:
         "2",
         "-m",
         "peftbench.train",
-        *asked,
+        *arguments_with_path,
         f"output_dir={folder / 'out'}",
         *arguments,
     ]
 
 
-def head_of(folder: Path, name: str) -> object:
-    """What a run has trained."""
+def load_head(folder: Path, name: str) -> object:
+    """Return the trained head of a run."""
     return load_file(folder / "out" / name / "model" / "model.safetensors")[HEAD]
 
 
-def states_of(caches: dict[str, str]) -> list[Path]:
-    """Stores in the cache."""
-    return [path.parent for path in Path(caches["PEFTBENCH_CACHE"]).glob("trunk/*/states")]
+def find_stores(caches: dict[str, str]) -> list[Path]:
+    """Return the folders of the stores in the cache."""
+    return [path.parent for path in Path(caches["PEFTBENCH_CACHE"]).glob("feature_cache/*/features")]
 
 
 @pytest.fixture
-def own(caches: dict[str, str], tmp_path: Path) -> dict[str, str]:
-    """The environment with a cache of the test's own."""
+def own_cache(caches: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    """Return the environment with a cache for this test only."""
     return caches | {"PEFTBENCH_CACHE": str(tmp_path / "cache"), "DS_ACCELERATOR": "cpu"}
 
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("engine", [pytest.param(name, marks=pytest.mark.slow) for name in ("cpu2", "zero1", "zero2")])
-def test_two_processes_share_one_store(engine: str, project: Path, own: dict[str, str]) -> None:
-    """Each reads what the other computed: losses, head and FLOPs are those of one process over the same store or none.
+def test_two_processes_share_one_store(engine: str, project: Path, own_cache: dict[str, str]) -> None:
+    """Losses, head and model FLOPs match one process without a cache, with a new store and with a complete one.
 
-    ``zero2`` gives each half of the gradients, which must be averaged over micro-batches that skip the trunk.
+    With ``zero2`` each process holds half of the gradients, averaged over micro-batches that skip the backbone.
     """
-    plain = run(one_process("name=plain"), project, own)
+    plain = run(one_process("name=plain"), project, own_cache)
     assert plain.returncode == 0, plain.stderr
-    kept = run(two_processes(engine, project, "train.feature_cache=fp32", "name=kept"), REPOSITORY, own)
-    assert kept.returncode == 0, kept.stderr
-    again = run(two_processes(engine, project, "train.feature_cache=fp32", "name=again"), REPOSITORY, own)
-    assert again.returncode == 0, again.stderr
-    records = {name: record_of(project, name) for name in ("plain", "kept", "again")}
+    first = run(two_processes(engine, project, "train.feature_cache=fp32", "name=first"), REPOSITORY, own_cache)
+    assert first.returncode == 0, first.stderr
+    second = run(two_processes(engine, project, "train.feature_cache=fp32", "name=second"), REPOSITORY, own_cache)
+    assert second.returncode == 0, second.stderr
+    records = {name: record_of(project, name) for name in ("plain", "first", "second")}
     expected = records["plain"]
-    for name in ("kept", "again"):
+    for name in ("first", "second"):
         record = records[name]
         assert record["device"]["num_processes"] == 2
         assert record["step_losses"] == pytest.approx(expected["step_losses"], rel=1e-5)
@@ -97,35 +100,40 @@ def test_two_processes_share_one_store(engine: str, project: Path, own: dict[str
         assert record["quality"]["loss"] == pytest.approx(expected["quality"]["loss"], rel=1e-5)
         assert record["flops"]["model_flops"] == expected["flops"]["model_flops"]
         assert record["flops"]["counted_step"]["counted_flops"] == record["flops"]["counted_step"]["closed_form_flops"]
-        mine, theirs = head_of(project, name), head_of(project, "plain")
-        assert float((mine - theirs).norm()) < 1e-4 * float(theirs.norm())  # type: ignore[operator,attr-defined]
-    executed = [records[name]["flops"]["hardware_flops"] for name in ("plain", "kept", "again")]
-    assert executed[0] - executed[2] == EPOCHS * (executed[1] - executed[2]) > 0
-    (store,) = states_of(own)
-    assert (store / "complete").read_bytes() == b"\1" * 8
+        head, expected_head = load_head(project, name), load_head(project, "plain")
+        assert float((head - expected_head).norm()) < 1e-4 * float(expected_head.norm())  # type: ignore[operator,attr-defined]
+    hardware_flops = [records[name]["flops"]["hardware_flops"] for name in ("plain", "first", "second")]
+    without, filling, reading = hardware_flops
+    assert without - reading == EPOCHS * (filling - reading) > 0
+    (store,) = find_stores(own_cache)
+    assert (store / "completed").read_bytes() == b"\1" * 8
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("after", [1, 4], ids=["in_the_first_epoch", "in_the_third"])
-def test_killed_run_resumes(after: int, project: Path, own: dict[str, str]) -> None:
+def test_killed_run_with_feature_cache_resumes(after: int, project: Path, own_cache: dict[str, str]) -> None:
     """After SIGKILL the remaining steps match an undisturbed run."""
-    knobs = ("train.feature_cache=fp32", "checkpoint.interval=1")
-    plain = run(one_process("name=plain"), project, own)
+    overrides = ("train.feature_cache=fp32", "checkpoint.interval=1")
+    plain = run(one_process("name=plain"), project, own_cache)
     assert plain.returncode == 0, plain.stderr
     process = subprocess.Popen(
-        one_process("name=kept", *knobs), cwd=project, env=own, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        one_process("name=killed", *overrides),
+        cwd=project,
+        env=own_cache,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
-    while not list(project.glob(f"out/kept/checkpoints/*/step-{after:08d}")):
-        assert process.poll() is None, "it ended before it was killed"
+    while not list(project.glob(f"out/killed/checkpoints/*/step-{after:08d}")):
+        assert process.poll() is None, "the run ended before it was killed"
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    ended = run(one_process("name=kept", *knobs), project, own)
-    assert ended.returncode == 0, ended.stderr
-    record, expected = record_of(project, "kept"), record_of(project, "plain")
+    resumed = run(one_process("name=killed", *overrides), project, own_cache)
+    assert resumed.returncode == 0, resumed.stderr
+    record, expected = record_of(project, "killed"), record_of(project, "plain")
     assert record["resumed_after"][0] >= after
     assert record["step_losses"] == pytest.approx(expected["step_losses"], rel=1e-6)
-    mine, theirs = head_of(project, "kept"), head_of(project, "plain")
-    assert float((mine - theirs).norm()) < 1e-5 * float(theirs.norm())  # type: ignore[operator,attr-defined]
-    (store,) = states_of(own)
-    assert (store / "sealed").exists()
+    head, expected_head = load_head(project, "killed"), load_head(project, "plain")
+    assert float((head - expected_head).norm()) < 1e-5 * float(expected_head.norm())  # type: ignore[operator,attr-defined]
+    (store,) = find_stores(own_cache)
+    assert (store / "durable").exists()

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments: in a step, during a checkpoint, between two runs. No saved step is lost."""
+"""A suite is killed at random moments: in a step, in a checkpoint, between two runs. No saved step is lost."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ axes: {{train.seed: [0, 1]}}
 """
 
 
-def newest(folder: Path) -> list[str]:
-    """What lies in the folders of checkpoints now, finished or not."""
+def list_checkpoint_names(folder: Path) -> list[str]:
+    """Return the names of all checkpoints, complete or not."""
     return sorted(path.name for path in folder.glob("out/*/checkpoints/*/*"))
 
 
-def kept(folder: Path) -> dict[str, int]:
-    """The newest finished step of each run; one more than there are where its record is written."""
-    found = {path.parents[2].name: 0 for path in folder.glob("out/*/checkpoints/*/*")}
+def find_latest_steps(folder: Path) -> dict[str, int]:
+    """Return the step of each run's newest complete checkpoint, ``STEPS + 1`` if its record exists."""
+    steps = {path.parents[2].name: 0 for path in folder.glob("out/*/checkpoints/*/*")}
     for path in folder.glob("out/*/checkpoints/*/step-*[0-9]/checkpoint.json"):
         name, step = path.parents[3].name, int(path.parent.name.removeprefix("step-"))
-        found[name] = max(found.get(name, 0), step)
-    return found | {path.parent.name: STEPS + 1 for path in folder.glob("out/*/record.json")}
+        steps[name] = max(steps.get(name, 0), step)
+    return steps | {path.parent.name: STEPS + 1 for path in folder.glob("out/*/record.json")}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_twenty_kills(project: Path, caches: dict[str, str]) -> None:
-    """Each launch resumes, and the final losses are bit-identical to an undisturbed suite."""
+def test_killed_suite_matches_undisturbed_suite(project: Path, caches: dict[str, str]) -> None:
+    """After twenty kills each launch resumes, and the losses are bit-identical to those of an undisturbed suite."""
     seed = random.randrange(2**32)  # noqa: S311
-    print("seed of the moments:", seed)  # noqa: T201
-    moments = random.Random(seed)  # noqa: S311
+    print("seed of the kill times:", seed)  # noqa: T201
+    generator = random.Random(seed)  # noqa: S311
     (project / "suite.yaml").write_text(SUITE, encoding="utf-8")
     undisturbed = run(peftbench("run", "suite.yaml"), project, caches)
     assert undisturbed.returncode == 0, undisturbed.stderr
     names = ("run-seed=0", "run-seed=1")
     expected = {name: record_of(project, name) for name in names}
     (project / "out").rename(project / "undisturbed")
-    unfinished, before_it = 0, dict[str, int]()
+    num_unfinished, previous_steps = 0, dict[str, int]()
     for kill in range(KILLS):
         process = subprocess.Popen(
             peftbench("run", "suite.yaml"),
@@ -59,36 +59,37 @@ def test_twenty_kills(project: Path, caches: dict[str, str]) -> None:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        before = newest(project)
-        if kill % 4:  # the others while it starts: between two runs, or before one has begun
-            while newest(project) == before and process.poll() is None:
+        before = list_checkpoint_names(project)
+        if kill % 4:  # every fourth kill comes at start-up, between two runs or before the first
+            while list_checkpoint_names(project) == before and process.poll() is None:
                 time.sleep(0.01)
-            time.sleep(moments.uniform(0, 0.3))
+            time.sleep(generator.uniform(0, 0.3))
         else:
-            time.sleep(moments.uniform(0, 5))
-        assert process.poll() is None, "the suite has ended: there are too few steps for so many kills"
+            time.sleep(generator.uniform(0, 5))
+        assert process.poll() is None, f"the suite ended before {KILLS} kills; raise STEPS"
         suite = psutil.Process(process.pid)
-        for one in (*suite.children(recursive=True), suite):  # a run is in a session of its own
+        for member in (*suite.children(recursive=True), suite):  # each run has its own session
             with contextlib.suppress(psutil.NoSuchProcess):
-                one.kill()
+                member.kill()
         process.wait()
-        unfinished += any(name.endswith(".unfinished") for name in newest(project))
-        held = kept(project)
-        assert all(held[name] >= step for name, step in before_it.items()), (before_it, held)
-        before_it = held
-    print("kills that came while a checkpoint was written:", unfinished)  # noqa: T201
-    assert 0 < unfinished < KILLS
-    ended = run(peftbench("run", "suite.yaml"), project, caches)
-    assert ended.returncode == 0, ended.stderr
+        num_unfinished += any(name.endswith(".unfinished") for name in list_checkpoint_names(project))
+        latest_steps = find_latest_steps(project)
+        assert all(latest_steps[name] >= step for name, step in previous_steps.items()), (previous_steps, latest_steps)
+        previous_steps = latest_steps
+    print("kills during a checkpoint:", num_unfinished)  # noqa: T201
+    assert 0 < num_unfinished < KILLS
+    final = run(peftbench("run", "suite.yaml"), project, caches)
+    assert final.returncode == 0, final.stderr
     for name in names:
         record = record_of(project, name)
         assert record["outcome"]["kind"] == "ok"
         assert record["step_losses"] == expected[name]["step_losses"]
         assert record["quality"] == expected[name]["quality"]
         assert not (project / "out" / name / "checkpoints").exists()
-    # Each went on from a later step than the launch before it, and from the step that the last kill had left.
+    # Each launch resumed from a later step than the previous one, and the last from the newest checkpoint.
     for name in names:
-        after = record_of(project, name)["resumed_after"]
-        assert after == sorted(after)
-        assert before_it.get(name, STEPS + 1) in {STEPS + 1, after[-1] if after else 0}
+        resumed_after = record_of(project, name)["resumed_after"]
+        assert resumed_after == sorted(resumed_after)
+        last_step = resumed_after[-1] if resumed_after else 0
+        assert previous_steps.get(name, STEPS + 1) in {STEPS + 1, last_step}
     assert sum(len(record_of(project, name)["resumed_after"]) for name in names) > KILLS // 4

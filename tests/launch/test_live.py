@@ -1,4 +1,4 @@
-"""The progress line of a run on a terminal."""
+"""The progress bar of a run on a terminal."""
 
 from __future__ import annotations
 
@@ -22,37 +22,37 @@ MIB = 2**20
 LINE = re.compile(r"run \|.+\| (\d)/6, loss (\d+\.\d{3}), [\d,]+ tokens/s, (\d+) of 1,024 MiB, \d\d:\d\d left *")
 
 
-def watched(command: list[str], folder: Path, env: dict[str, str]) -> str:
-    """What a command writes to standard error, which is a terminal with so many columns."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, COLUMNS, 0, 0))
-    process = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=theirs)
-    os.close(theirs)
-    seen = b""
+def read_terminal(command: list[str], folder: Path, env: dict[str, str]) -> str:
+    """Run a command and return its stderr, which is a terminal with ``COLUMNS`` columns."""
+    controller, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, COLUMNS, 0, 0))
+    process = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=terminal)
+    os.close(terminal)
+    output = b""
     try:
-        while piece := os.read(ours, 65536):
-            seen += piece
-    except OSError:  # how Linux says that nobody has the other end any more
+        while chunk := os.read(controller, 65536):
+            output += chunk
+    except OSError:  # Linux raises EIO once every process has closed the terminal
         pass
     finally:
-        os.close(ours)
-    assert process.wait(60) == 0, seen.decode()
-    return seen.decode()
+        os.close(controller)
+    assert process.wait(60) == 0, output.decode()
+    return output.decode()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a run on CPU has a budget on Linux alone")
+@pytest.mark.skipif(sys.platform != "linux", reason="a memory budget on CPU needs Linux")
 def test_progress_line_on_a_terminal(project: Path, caches: dict[str, str]) -> None:
-    """One line has step, loss, tokens/s, memory and time left; the status file has the same values."""
+    """The line has step, loss, tokens/s, memory and time left; the status file has the same values."""
     command = [sys.executable, str(LAUNCH), "--config", "recipe.yaml", "train.steps=6", "budget.memory=1GiB"]
-    seen = watched(command, project, caches)
-    begin, end = seen.index("run |"), seen.rindex("tokens/s")
-    assert "\n" not in seen[begin:end]
-    shown = [text for text in re.split(r"[\r\n]+", seen[begin:]) if text.startswith("run |")]
-    assert all(len(text) <= COLUMNS for text in shown)
-    assert "0/6, ? left" in shown[0]
-    found = [LINE.fullmatch(text) for text in shown[1:]]
-    assert all(found), shown
-    last = found[-1]
+    output = read_terminal(command, project, caches)
+    begin, end = output.index("run |"), output.rindex("tokens/s")
+    assert "\n" not in output[begin:end]
+    lines = [text for text in re.split(r"[\r\n]+", output[begin:]) if text.startswith("run |")]
+    assert all(len(text) <= COLUMNS for text in lines)
+    assert "0/6, ? left" in lines[0]
+    matches = [LINE.fullmatch(text) for text in lines[1:]]
+    assert all(matches), lines
+    last = matches[-1]
     assert last is not None
     assert last[1] == "6"
     status = read_status(project / "out" / "run")
@@ -67,7 +67,7 @@ def test_progress_line_on_a_terminal(project: Path, caches: dict[str, str]) -> N
 
 @pytest.mark.slow
 def test_no_progress_line_without_a_terminal(project: Path, caches: dict[str, str]) -> None:
-    """The log is empty, and the status file has the values."""
+    """Stderr is empty, and the status file has the values."""
     command = [sys.executable, str(LAUNCH), "--config", "recipe.yaml", "train.steps=2"]
     done = subprocess.run(command, cwd=project, env=caches, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr

@@ -18,10 +18,10 @@ from tests.helpers.paths import REPOSITORY
 from tests.launch.conftest import RECIPE
 from tests.launch.test_run_suite import peftbench, run
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA holds a process on Linux alone")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA limits memory on Linux only")
 MIB = 2**20
 TOO_LITTLE, ENOUGH = 136, 400
-"""MiB for the shipped base with AdamW in fp32: weights, gradients and moments take 67, activations and logits 88."""
+"""Budgets in MiB. With AdamW in fp32 the shipped base model needs 67 for its states, 88 for activations and logits."""
 CPU2 = REPOSITORY / "accel_configs" / "cpu2.yaml"
 _STARVED = """
 import os
@@ -39,7 +39,7 @@ main()
 
 @pytest.fixture
 def full(project: Path) -> Path:
-    """A recipe of full fine-tuning, all rows in one micro-batch and as long as can be."""
+    """Write a recipe of full fine-tuning with one micro-batch per step and rows of max_length, and return its path."""
     recipe: dict[str, Any] = RECIPE | {
         "method": {"kind": "full"},
         "train": {"steps": 3, "global_batch_size": 8},
@@ -53,8 +53,8 @@ def full(project: Path) -> Path:
     return path
 
 
-def refused(project: Path) -> RunRecord:
-    """The record of a run that was out of memory, which says all that is known."""
+def read_oom_record(project: Path) -> RunRecord:
+    """Return the record of a run that ran out of memory, after checking that its outcome is complete."""
     record = read_record(project / "out" / "run" / "record.json")
     outcome = record.outcome
     assert outcome.kind == "oom"
@@ -76,23 +76,23 @@ def test_oom_suggestion_fits(
     done = launch("--config", str(full), f"budget.memory={TOO_LITTLE}MiB")
     assert done.returncode == 70, done.stderr
     assert "Traceback" not in done.stderr
-    record = refused(project)
+    record = read_oom_record(project)
     assert record.outcome.rank is None
     assert record.outcome.estimated_peak_bytes is not None
     assert record.outcome.estimated_peak_bytes > TOO_LITTLE * MIB
     suggestion = record.outcome.suggestion
     assert suggestion is not None
     assert json.loads(done.stdout.splitlines()[-1])["suggestion"] == suggestion
-    changes = [word for word in suggestion.split(" is predicted")[0].split() if "=" in word]
+    changes = [part for part in suggestion.split(" is predicted")[0].split() if "=" in part]
     assert changes
-    followed = launch("--config", str(full), f"budget.memory={TOO_LITTLE}MiB", *changes)
-    assert followed.returncode == 0, followed.stderr
+    repeated = launch("--config", str(full), f"budget.memory={TOO_LITTLE}MiB", *changes)
+    assert repeated.returncode == 0, repeated.stderr
     assert read_record(project / "out" / "run" / "record.json").recipe["train"]["global_batch_size"] == 8
 
 
 @pytest.mark.slow
 def test_sufficient_budget(full: Path, launch: Callable[..., subprocess.CompletedProcess[str]], project: Path) -> None:
-    """The run completes, and its peak is counted like the budget."""
+    """The run completes, and its peak memory is below the budget."""
     done = launch("--config", str(full), f"budget.memory={ENOUGH}MiB")
     assert done.returncode == 0, done.stderr
     memory = read_record(project / "out" / "run" / "record.json").memory["train"]
@@ -103,7 +103,7 @@ def test_sufficient_budget(full: Path, launch: Callable[..., subprocess.Complete
 
 @pytest.mark.slow
 def test_suite_continues_after_oom(full: Path, project: Path, caches: dict[str, str]) -> None:
-    """A run out of memory is a row with its estimated bytes, and the next run starts."""
+    """The report has a row with the estimated bytes of the run that ran out of memory, and the next run starts."""
     (project / "suite.yaml").write_text(
         yaml.safe_dump(
             {
@@ -132,7 +132,7 @@ def test_suite_continues_after_oom(full: Path, project: Path, caches: dict[str, 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("starved", ["1", *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in ("0", "01"))])
 def test_oom_on_one_rank_ends_all(starved: str, full: Path, project: Path, caches: dict[str, str]) -> None:
-    """All ranks end soon, one record names the rank, and nothing else is left behind."""
+    """All ranks end, one record has the rank, and no other files remain."""
     script = project / "starved.py"
     script.write_text(_STARVED, encoding="utf-8")
     command = [
@@ -159,10 +159,10 @@ def test_oom_on_one_rank_ends_all(starved: str, full: Path, project: Path, cache
         check=False,
     )
     assert done.returncode != 0
-    line = json.loads(done.stdout.splitlines()[-1])
-    assert line["outcome"] == "oom", done.stderr
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert last["outcome"] == "oom", done.stderr
     assert [text for text in done.stdout.splitlines() if text.startswith("{")] == [done.stdout.splitlines()[-1]]
-    assert str(refused(project).outcome.rank) in starved
+    assert str(read_oom_record(project).outcome.rank) in starved
     assert {path.name for path in (project / "out" / "run").iterdir()} == {".lock", "record.json", "status.json"}
 
 
@@ -186,7 +186,7 @@ def test_auto_micro_batch_fits(
 
 @pytest.mark.slow
 def test_fit_verify_finds_the_limit(full: Path, project: Path, caches: dict[str, str]) -> None:
-    """The answer fits the budget, and the next larger micro-batch is out of memory."""
+    """All sizes up to the reported one end as ok, and all larger ones run out of memory."""
     done = run(
         peftbench(
             "fit",
@@ -214,7 +214,7 @@ def test_fit_verify_finds_the_limit(full: Path, project: Path, caches: dict[str,
     assert {
         proof["outcome_by_micro_batch_size"][str(size)] for size in sizes if size > proof["largest_micro_batch_size"]
     } == {"oom"}
-    assert proof["predicted_micro_batch_size"] <= proof["largest_micro_batch_size"]  # what is said to fit does
+    assert proof["predicted_micro_batch_size"] <= proof["largest_micro_batch_size"]  # the prediction fits
     assert not (project / "out").exists()
 
 

@@ -40,19 +40,19 @@ ARGUMENTS = [
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_qlora_two_processes_match_one(project: Path, caches: dict[str, str]) -> None:
-    """Under DDP and ZeRO-2 the same losses; where the packed base would be cut it is refused, and no model saved."""
-    alone = run([sys.executable, "-m", "peftbench.train", *ARGUMENTS, "name=single"], project, caches)
-    assert alone.returncode == 0, alone.stderr
+    """DDP and ZeRO-2 give the same losses; ZeRO-3 would shard packed weights, so it is refused and saves no model."""
+    single_process = run([sys.executable, "-m", "peftbench.train", *ARGUMENTS, "name=single"], project, caches)
+    assert single_process.returncode == 0, single_process.stderr
     single = record_of(project, "single")
     assert single["step_losses"][-1] < single["step_losses"][0]
     for name, config in ENGINES.items():
         launch = [sys.executable, "-m", "accelerate.commands.launch", *config, "-m", "peftbench.train"]
-        ended = run([*launch, *ARGUMENTS, f"name={name}"], project, caches | {"DS_ACCELERATOR": "cpu"})
+        result = run([*launch, *ARGUMENTS, f"name={name}"], project, caches | {"DS_ACCELERATOR": "cpu"})
         if name == "zero3":
-            assert "those of a quantised base belong together" in ended.stdout + ended.stderr
+            assert "packed weights of a quantized base model" in result.stdout + result.stderr
             assert not list((project / "out").glob("zero3/model*"))
             continue
-        assert ended.returncode == 0, ended.stderr
+        assert result.returncode == 0, result.stderr
         record = record_of(project, name)
         assert (record["engine"]["name"], record["device"]["num_processes"]) == (name, 2)
         assert record["step_losses"] == pytest.approx(single["step_losses"], rel=2e-5)

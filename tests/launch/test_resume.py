@@ -14,10 +14,10 @@ STOP = """
 from peftbench.training.checkpoint import CheckpointManager
 from peftbench.train import main
 save = CheckpointManager.save
-def saved_and_stopped(*given):
-    save(*given)
+def save_and_stop(*arguments):
+    save(*arguments)
     raise KeyboardInterrupt
-CheckpointManager.save = saved_and_stopped
+CheckpointManager.save = save_and_stop
 main()
 """
 ARGUMENTS = [
@@ -32,14 +32,14 @@ ARGUMENTS = [
 
 @pytest.mark.multiprocess
 def test_resume_with_more_processes(project: Path, caches: dict[str, str]) -> None:
-    """The steps are the same; measurements of the first process are excluded from those of the two."""
+    """The losses are the same; throughput excludes the steps of the first process."""
     undisturbed = run([sys.executable, "-m", "peftbench.train", *ARGUMENTS, "name=whole"], project, caches)
     assert undisturbed.returncode == 0, undisturbed.stderr
     stopped = run([sys.executable, "-c", STOP, *ARGUMENTS], project, caches)
     assert record_of(project, "run")["outcome"]["kind"] == "preempted", stopped.stderr
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIG), "-m", "peftbench.train"]
-    ended: subprocess.CompletedProcess[str] = run([*launch, *ARGUMENTS], project, caches)
-    assert ended.returncode == 0, ended.stderr
+    resumed: subprocess.CompletedProcess[str] = run([*launch, *ARGUMENTS], project, caches)
+    assert resumed.returncode == 0, resumed.stderr
     record, whole = record_of(project, "run"), record_of(project, "whole")
     assert record["device"]["num_processes"] == 2
     assert record["resumed_after"] == [3]

@@ -24,23 +24,23 @@ SUITE = "name: s\nrecipes: [recipe.yaml]\naxes: {method.r: [1, 2]}\n"
 
 
 def peftbench(*arguments: str) -> list[str]:
-    """The command line of ``peftbench``, from this environment."""
+    """Return a command that runs ``peftbench`` with this interpreter."""
     return [sys.executable, "-c", "from peftbench.cli.app import main; main()", *arguments]
 
 
 def run(command: list[str], folder: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """A command run to its end in ``folder``."""
+    """Run a command in ``folder`` and return the completed process."""
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=280, check=False)
 
 
 def record_of(folder: Path, name: str) -> dict[str, Any]:
-    """What a run kept."""
-    found: dict[str, Any] = json.loads((folder / "out" / name / "record.json").read_text(encoding="utf-8"))
-    return found
+    """Return the record of a run."""
+    values: dict[str, Any] = json.loads((folder / "out" / name / "record.json").read_text(encoding="utf-8"))
+    return values
 
 
 def test_suite_skips_finished_runs_and_repeats_changed_ones(project: Path, caches: dict[str, str]) -> None:
-    """Started again, a suite repeats no finished run; a changed recipe is another run and is run again."""
+    """A second start repeats no finished run; a run with a changed recipe is repeated."""
     (project / "suite.yaml").write_text(SUITE)
     first = run(peftbench("run", "suite.yaml"), project, caches)
     assert first.returncode == 0, first.stderr
@@ -66,7 +66,7 @@ def test_suite_skips_finished_runs_and_repeats_changed_ones(project: Path, cache
 
 @pytest.mark.slow
 def test_reproduce_commands_repeat_the_run(project: Path, caches: dict[str, str]) -> None:
-    """The page's commands train to the same losses from the record alone."""
+    """The commands of the report page need only the record, and give the same losses."""
     (project / "suite.yaml").write_text(SUITE.replace("[1, 2]", "[2]"))
     done = run(
         peftbench("run", "suite.yaml", "train.steps=3", "data.padding=longest", "data.pad_to_multiple_of=7"),
@@ -77,12 +77,12 @@ def test_reproduce_commands_repeat_the_run(project: Path, caches: dict[str, str]
     page = (project / "out" / "report.html").read_text(encoding="utf-8")
     (printed,) = re.findall(r"<code>([^<]*launch/train.py[^<]*)</code>", page)
     (project / "recipe.yaml").unlink()
-    # The folder is no checkout: what would make it that of the run's commit is left out.
+    # The folder is not a git checkout, so the commands that restore the run's commit are left out.
     lines = [line for line in html.unescape(printed).splitlines() if not re.match("git checkout|pip install", line)]
     assert len(lines) == 2
     for line in lines:
-        here = line.replace("launch/", f"{shlex.quote(str(REPOSITORY))}/launch/")
-        again = run(["bash", "-c", f'python() {{ {shlex.quote(sys.executable)} "$@"; }}; {here}'], project, caches)
+        command = line.replace("launch/", f"{shlex.quote(str(REPOSITORY))}/launch/")
+        again = run(["bash", "-c", f'python() {{ {shlex.quote(sys.executable)} "$@"; }}; {command}'], project, caches)
         assert again.returncode == 0, again.stderr
     assert (project.parent / "run-r=2.json").is_file()
     repeated = json.loads((project / "out_again" / "run-r=2" / "record.json").read_text(encoding="utf-8"))
@@ -93,7 +93,7 @@ def test_reproduce_commands_repeat_the_run(project: Path, caches: dict[str, str]
 
 @pytest.mark.slow
 def test_interrupted_suite_resumes(project: Path, caches: dict[str, str]) -> None:
-    """Ctrl-C in the second run keeps the first, records where the second was, leaves no process and says what to do."""
+    """Ctrl-C in the second run keeps the first, records the step, ends all processes, and prints how to resume."""
     (project / "suite.yaml").write_text("name: s\nrecipes: [recipe.yaml]\naxes: {train.steps: [2, 100000]}\n")
     command = peftbench("run", "suite.yaml", "trackers=[tensorboard]")
     process = subprocess.Popen(
@@ -103,24 +103,29 @@ def test_interrupted_suite_resumes(project: Path, caches: dict[str, str]) -> Non
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # A shell has what it starts in the background ignore interrupts, these tests too.
+        # If a shell started these tests in the background, child processes ignore SIGINT unless it is reset.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
     second = project / "out" / "run-steps=100000"
     deadline = time.monotonic() + 200
-    while not list(second.rglob("events.out.*")) and time.monotonic() < deadline:  # its training has begun
+    while (
+        not list(second.rglob("events.out.*")) and time.monotonic() < deadline
+    ):  # the tracker creates it when training starts
         time.sleep(0.2)
     time.sleep(2)
     os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 130, said
-    assert "run the same command again to resume" in said
-    assert "Traceback" not in said
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130, stderr
+    assert "run the same command again to resume" in stderr
+    assert "Traceback" not in stderr
     assert subprocess.run(["pgrep", "-f", str(project)], capture_output=True, check=False).returncode == 1
     assert record_of(project, "run-steps=2")["outcome"]["kind"] == "ok"
     interrupted = record_of(project, "run-steps=100000")
     assert interrupted["outcome"]["kind"] == "preempted"
-    assert interrupted["outcome"]["phase"] in {"warmup", "train"}  # a busy machine is not far after two seconds
+    assert interrupted["outcome"]["phase"] in {
+        "warmup",
+        "train",
+    }  # on a busy machine, two seconds may not be enough to leave warmup
     step = interrupted["outcome"]["step"]
     assert interrupted["outcome"]["error"] == f"stopped by SIGINT; checkpoint of step {step}"
     assert len(interrupted["step_losses"]) == step
@@ -132,7 +137,7 @@ def test_interrupted_suite_resumes(project: Path, caches: dict[str, str]) -> Non
 
 @pytest.mark.slow
 def test_suite_ignores_record_of_another_recipe(project: Path, caches: dict[str, str]) -> None:
-    """A refused run has no row, even if an earlier recipe of the same name left a record."""
+    """A refused run has no row, even if a record of an earlier recipe with the same name exists."""
     (project / "suite.yaml").write_text("name: mine\nrecipes: [recipe.yaml]\n")
     first = run(peftbench("run", "suite.yaml", "method.kind=lead"), project, caches)
     assert first.returncode == 0, first.stderr
@@ -147,7 +152,7 @@ def test_suite_ignores_record_of_another_recipe(project: Path, caches: dict[str,
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_bad_data_ends_all_processes_with_one_error(project: Path, caches: dict[str, str]) -> None:
-    """The error of the main process ends all ranks; none waits and none adds a traceback."""
+    """The error of the main process ends all ranks; no rank blocks or prints a traceback."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIG)]
     script = str(REPOSITORY / "launch" / "train.py")
     done = run(
@@ -156,14 +161,14 @@ def test_bad_data_ends_all_processes_with_one_error(project: Path, caches: dict[
         caches,
     )
     assert json.loads(done.stdout.strip().splitlines()[-1])["exit_code"] == 21
-    ours = done.stderr.split("torch/distributed/elastic")[0]
-    assert ours.count("error: ") == 1
-    assert "Traceback" not in ours
+    before_launcher = done.stderr.split("torch/distributed/elastic")[0]
+    assert before_launcher.count("error: ") == 1
+    assert "Traceback" not in before_launcher
 
 
 @pytest.mark.multiprocess
-def test_two_processes_agree_with_one(project: Path, caches: dict[str, str]) -> None:
-    """The same recipe on one and on two processes: same losses to 1e-4, same evaluation, each example counted once."""
+def test_two_processes_match_one(project: Path, caches: dict[str, str]) -> None:
+    """Losses agree to 1e-4, the evaluation is the same, and each example counts once."""
     changes = ["train.steps=4", "train.micro_batch_size=1", "evaluate.generate=true", "evaluate.batch_size=3"]
     one = run(
         [sys.executable, str(REPOSITORY / "launch" / "train.py"), "--config", "recipe.yaml", *changes, "name=one"],
@@ -219,7 +224,7 @@ def test_indivisible_global_batch_is_refused(project: Path, caches: dict[str, st
     assert done.returncode != 0
     last = json.loads(done.stdout.strip().splitlines()[-1])
     assert (last["outcome"], last["exit_code"]) == ("refused", 13)
-    assert "cannot be shared by 2 processes" in last["error"]
+    assert "is not divisible by 2 processes" in last["error"]
     assert not (project / "out" / "run" / "record.json").exists()
 
 
@@ -233,5 +238,5 @@ def test_single_process_instead_of_several_is_refused(project: Path, caches: dic
     done = run([*launcher, str(REPOSITORY / "launch" / "train.py"), "--config", "recipe.yaml"], project, caches)
     last = json.loads(done.stdout.strip().splitlines()[-1])
     assert (last["outcome"], last["exit_code"]) == ("refused", 40)
-    assert "asked for several processes and started one" in last["error"]
+    assert "requests several processes and the launcher started one" in last["error"]
     assert not (project / "out").exists()

@@ -1,4 +1,4 @@
-"""Stop requests to whole processes: the step is saved, and the resumed run is bit-identical."""
+"""Stop requests to whole processes: a checkpoint is saved, and the resumed run is bit-identical."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ import pytest
 
 from peftbench.errors import DiskFullError
 from tests.helpers.disks import mounted
-from tests.launch.conftest import LAUNCH, written
+from tests.launch.conftest import LAUNCH, write_project
 from tests.launch.test_run_suite import CONFIG, peftbench, record_of, run
 
 pytestmark = pytest.mark.xdist_group("hosts")
 STEPS = 40
 ARGUMENTS = ["--config", "recipe.yaml", f"train.steps={STEPS}", "model.dropout=0.1", "profile.untimed_steps=2"]
-ALONE = [sys.executable, str(LAUNCH)]
-TWO = [
+ONE_PROCESS = [sys.executable, str(LAUNCH)]
+TWO_PROCESSES = [
     sys.executable,
     "-m",
     "accelerate.commands.launch",
@@ -37,10 +37,10 @@ TWO = [
 ]
 
 
-def begin(command: list[str], project: Path, caches: dict[str, str], *more: str) -> subprocess.Popen[str]:
-    """Start a run."""
+def start_run(command: list[str], project: Path, caches: dict[str, str], *overrides: str) -> subprocess.Popen[str]:
+    """Start a run and return its process."""
     return subprocess.Popen(
-        [*command, *ARGUMENTS, *more],
+        [*command, *ARGUMENTS, *overrides],
         cwd=project,
         env=caches,
         text=True,
@@ -49,81 +49,85 @@ def begin(command: list[str], project: Path, caches: dict[str, str], *more: str)
     )
 
 
-def await_training(project: Path, process: subprocess.Popen[str], since: int | None = None) -> dict[str, Any]:
-    """Until it trains, after a process that has left its status there; its own."""
-    until = time.monotonic() + 200
-    while time.monotonic() < until:
+def wait_for_training(project: Path, process: subprocess.Popen[str], previous_pid: int | None = None) -> dict[str, Any]:
+    """Wait until a run trains and return its status; a status of ``previous_pid`` is ignored."""
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()
         try:
             status: dict[str, Any] = json.loads((project / "out" / "run" / "status.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             status = {"phase": ""}
-        if status["phase"] in {"warmup", "train"} and status["pid"] != since:
+        if status["phase"] in {"warmup", "train"} and status["pid"] != previous_pid:
             return status
         time.sleep(0.05)
-    raise AssertionError("it did not begin to train")
+    raise AssertionError("the run did not start to train")
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, caches: dict[str, str]) -> dict[str, Any]:
-    """The record of a run that nobody stopped."""
-    return by_itself(ALONE, tmp_path_factory.mktemp("undisturbed"), caches)
+    """Return the record of an uninterrupted run."""
+    return run_to_end(ONE_PROCESS, tmp_path_factory.mktemp("undisturbed"), caches)
 
 
 @pytest.fixture(scope="module")
 def undisturbed_two(tmp_path_factory: pytest.TempPathFactory, caches: dict[str, str]) -> dict[str, Any]:
-    """The same of two processes."""
-    return by_itself(TWO, tmp_path_factory.mktemp("undisturbed"), caches)
+    """Return the record of an uninterrupted run of two processes."""
+    return run_to_end(TWO_PROCESSES, tmp_path_factory.mktemp("undisturbed"), caches)
 
 
-def by_itself(command: list[str], folder: Path, caches: dict[str, str]) -> dict[str, Any]:
-    """The record of a run to its end, in a folder of its own."""
-    done = run([*command, *ARGUMENTS], written(folder), caches)
+def run_to_end(command: list[str], folder: Path, caches: dict[str, str]) -> dict[str, Any]:
+    """Run the recipe in an empty folder and return the record."""
+    done = run([*command, *ARGUMENTS], write_project(folder), caches)
     assert done.returncode == 0, done.stderr
     return record_of(folder, "run")
 
 
-def by_signal(number: signal.Signals) -> Callable[[Path, subprocess.Popen[str]], None]:
-    """Tell the process itself."""
+def signal_sender(number: signal.Signals) -> Callable[[Path, subprocess.Popen[str]], None]:
+    """Return a function that sends a signal to the process."""
     return lambda _, process: process.send_signal(number)
 
 
-def by_file(project: Path, _process: subprocess.Popen[str]) -> None:
-    """As a job's script does."""
+def create_stop_file(project: Path, _process: subprocess.Popen[str]) -> None:
+    """Create the stop file, as the batch script of a job does."""
     (project / "out" / "run" / ".stop").touch()
 
 
-WAYS = {name: by_signal(signal.Signals[name]) for name in ("SIGINT", "SIGTERM", "SIGUSR1")} | {"file": by_file}
+STOP_REQUESTS = {name: signal_sender(signal.Signals[name]) for name in ("SIGINT", "SIGTERM", "SIGUSR1")} | {
+    "file": create_stop_file
+}
 
 
-@pytest.mark.parametrize("way", [way if way == "SIGINT" else pytest.param(way, marks=pytest.mark.slow) for way in WAYS])
+@pytest.mark.parametrize(
+    "way", [way if way == "SIGINT" else pytest.param(way, marks=pytest.mark.slow) for way in STOP_REQUESTS]
+)
 def test_stop_saves_a_step_and_resumes(
     way: str, project: Path, caches: dict[str, str], undisturbed: dict[str, Any]
 ) -> None:
-    """Without a checkpoint interval; the record has the outcome preempted and the step."""
-    process = begin(ALONE, project, caches)
-    await_training(project, process)
+    """Even without a checkpoint interval, the record has the outcome preempted and the saved step."""
+    process = start_run(ONE_PROCESS, project, caches)
+    wait_for_training(project, process)
     time.sleep(0.5)
-    WAYS[way](project, process)
-    said, errors = process.communicate(timeout=60)
+    STOP_REQUESTS[way](project, process)
+    output, errors = process.communicate(timeout=60)
     assert process.returncode == 72, errors
-    last = json.loads(said.strip().splitlines()[-1])
+    last = json.loads(output.strip().splitlines()[-1])
     stopped = record_of(project, "run")
     step = stopped["outcome"]["step"]
     assert stopped["outcome"]["kind"] == last["outcome"] == "preempted"
     assert 0 < step == len(stopped["step_losses"]) < STEPS
-    by = ".stop" if way == "file" else way
-    assert stopped["outcome"]["error"] == f"stopped by {by}; checkpoint of step {step}"
+    reason = ".stop" if way == "file" else way
+    assert stopped["outcome"]["error"] == f"stopped by {reason}; checkpoint of step {step}"
     assert stopped["step_losses"] == undisturbed["step_losses"][:step]
     assert not (project / "out" / "run" / ".stop").exists()
-    ended = run([*ALONE, *ARGUMENTS], project, caches)
-    assert ended.returncode == 0, ended.stderr
+    resumed = run([*ONE_PROCESS, *ARGUMENTS], project, caches)
+    assert resumed.returncode == 0, resumed.stderr
     record = record_of(project, "run")
     assert record["resumed_after"] == [step]
     assert record["step_losses"] == undisturbed["step_losses"]
     assert record["quality"] == undisturbed["quality"]
     assert record["tokens"] == undisturbed["tokens"]
-    assert record["throughput"]["steps"] == STEPS - min(step, 2) - 2  # of both processes
+    assert record["throughput"]["steps"] == STEPS - min(step, 2) - 2  # both processes have untimed steps
     assert not (project / "out" / "run" / "checkpoints").exists()
 
 
@@ -135,21 +139,21 @@ LONG_EVALUATION = [
 ]
 
 
-def await_evaluation(project: Path, process: subprocess.Popen[str]) -> None:
-    """Until it generates."""
-    until = time.monotonic() + 200
+def wait_for_generation(project: Path, process: subprocess.Popen[str]) -> None:
+    """Wait until a run generates."""
+    deadline = time.monotonic() + 200
     status = project / "out" / "run" / "status.json"
-    while time.monotonic() < until and not (status.exists() and '"generate"' in status.read_text(encoding="utf-8")):
+    while time.monotonic() < deadline and not (status.exists() and '"generate"' in status.read_text(encoding="utf-8")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
 
 
 @pytest.mark.slow
 def test_stop_during_evaluation(project: Path, caches: dict[str, str]) -> None:
-    """The training is saved and only the evaluation is repeated; repeated signals do no harm."""
-    more = LONG_EVALUATION
-    process = begin(ALONE, project, caches, *more)
-    await_evaluation(project, process)
+    """The trained weights are saved, only the evaluation is repeated, and repeated signals have no further effect."""
+    overrides = LONG_EVALUATION
+    process = start_run(ONE_PROCESS, project, caches, *overrides)
+    wait_for_generation(project, process)
     for _ in range(20):
         process.send_signal(signal.SIGTERM)
         time.sleep(0.005)
@@ -157,8 +161,8 @@ def test_stop_during_evaluation(project: Path, caches: dict[str, str]) -> None:
     assert process.returncode == 72, errors
     stopped = record_of(project, "run")
     assert (stopped["outcome"]["phase"], stopped["outcome"]["step"]) == ("generate", STEPS)
-    ended = run([*ALONE, *ARGUMENTS, *more], project, caches)
-    assert ended.returncode == 0, ended.stderr
+    resumed = run([*ONE_PROCESS, *ARGUMENTS, *overrides], project, caches)
+    assert resumed.returncode == 0, resumed.stderr
     record = record_of(project, "run")
     assert record["resumed_after"] == [STEPS]
     assert record["step_losses"] == stopped["step_losses"]
@@ -167,103 +171,105 @@ def test_stop_during_evaluation(project: Path, caches: dict[str, str]) -> None:
 
 @pytest.mark.slow
 def test_second_process_is_refused(project: Path, caches: dict[str, str]) -> None:
-    """One error with its exit code; the first run is undisturbed, and SIGKILL releases the folder."""
-    process = begin(ALONE, project, caches, "train.steps=100000")
-    status = await_training(project, process)
-    second = run([*ALONE, *ARGUMENTS], project, caches)
+    """The second process ends with one error, the first run continues, and SIGKILL releases the folder."""
+    process = start_run(ONE_PROCESS, project, caches, "train.steps=100000")
+    status = wait_for_training(project, process)
+    second = run([*ONE_PROCESS, *ARGUMENTS], project, caches)
     assert second.returncode == 52, second.stderr
     assert f"out/run is in use by process {status['pid']} on " in second.stderr
     assert "Traceback" not in second.stderr
     (project / "suite.yaml").write_text("name: s\nrecipes: [recipe.yaml]\n", encoding="utf-8")
-    compared = run(peftbench("run", "suite.yaml", f"train.steps={STEPS}"), project, caches)
-    assert compared.returncode == 1
-    assert "run: refused: out/run is in use by process" in compared.stderr
+    suite = run(peftbench("run", "suite.yaml", f"train.steps={STEPS}"), project, caches)
+    assert suite.returncode == 1
+    assert "run: refused: out/run is in use by process" in suite.stderr
     process.kill()
     process.communicate()
-    told = run(peftbench("status", "out"), project, caches)
-    assert "gone" in told.stdout
-    third = begin(ALONE, project, caches, "train.steps=100000")
-    assert await_training(project, third, since=status["pid"])["pid"] == third.pid
+    status_table = run(peftbench("status", "out"), project, caches)
+    assert "gone" in status_table.stdout
+    third = start_run(ONE_PROCESS, project, caches, "train.steps=100000")
+    assert wait_for_training(project, third, previous_pid=status["pid"])["pid"] == third.pid
     third.kill()
     third.communicate()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("room", [0, 65536], ids=["no room", "room for a record"])
-def test_full_disk_during_save(room: int, project: Path, caches: dict[str, str], undisturbed: dict[str, Any]) -> None:
-    """The run ends with an error, earlier checkpoints stay, and with free space it resumes from them."""
+@pytest.mark.parametrize("free_bytes", [0, 65536], ids=["no room", "room for a record"])
+def test_full_disk_during_save(
+    free_bytes: int, project: Path, caches: dict[str, str], undisturbed: dict[str, Any]
+) -> None:
+    """The run ends with an error, earlier checkpoints remain, and with free space it resumes from them."""
     with mounted(project / "small", "size=12m") as disk:
-        more = [f"output_dir={disk}", "checkpoint.interval=2", "checkpoint.keep_latest=1"]
-        process = begin(ALONE, project, caches, *more)
-        kept = disk / "run" / "checkpoints"
-        until = time.monotonic() + 200
-        while not list(kept.rglob("step-*[0-9]/checkpoint.json")) and time.monotonic() < until:
+        overrides = [f"output_dir={disk}", "checkpoint.interval=2", "checkpoint.keep_latest=1"]
+        process = start_run(ONE_PROCESS, project, caches, *overrides)
+        checkpoints = disk / "run" / "checkpoints"
+        deadline = time.monotonic() + 200
+        while not list(checkpoints.rglob("step-*[0-9]/checkpoint.json")) and time.monotonic() < deadline:
             time.sleep(0.01)
-        fill(disk / "filler", room)
+        fill_disk(disk / "filler", free_bytes)
         _, errors = process.communicate(timeout=120)
         assert process.returncode == DiskFullError.exit_code, errors
         assert "the disk is full: " in errors
         assert "Traceback" not in errors
-        assert len(list(kept.rglob("step-*[0-9]"))) == 1
-        if room:
+        assert len(list(checkpoints.rglob("step-*[0-9]"))) == 1
+        if free_bytes:
             record = json.loads((disk / "run" / "record.json").read_text(encoding="utf-8"))
             assert record["outcome"]["kind"] == "failed"
         (disk / "filler").unlink()
-        ended = run([*ALONE, *ARGUMENTS, *more], project, caches)
-        assert ended.returncode == 0, ended.stderr
+        resumed = run([*ONE_PROCESS, *ARGUMENTS, *overrides], project, caches)
+        assert resumed.returncode == 0, resumed.stderr
         record = json.loads((disk / "run" / "record.json").read_text(encoding="utf-8"))
     assert record["resumed_after"]
     assert record["step_losses"] == undisturbed["step_losses"]
 
 
-def fill(file: Path, room: int) -> None:
-    """Take all that a disk has but so many bytes."""
+def fill_disk(file: Path, free_bytes: int) -> None:
+    """Write to ``file`` until the disk is full except for ``free_bytes``."""
     with file.open("wb", buffering=0) as filler, suppress(OSError):
         while True:
             filler.write(bytes(4096))
     with file.open("r+b") as filler:
-        filler.truncate(max(0, file.stat().st_size - room))
+        filler.truncate(max(0, file.stat().st_size - free_bytes))
 
 
 @pytest.mark.slow
 def test_damaged_checkpoint_is_skipped(project: Path, caches: dict[str, str], undisturbed: dict[str, Any]) -> None:
-    """The run resumes from the previous checkpoint and notes that."""
-    process = begin(ALONE, project, caches, "checkpoint.interval=2")
-    kept = project / "out" / "run" / "checkpoints"
-    until = time.monotonic() + 200
-    while len(list(kept.rglob("step-*[0-9]/checkpoint.json"))) < 2 and time.monotonic() < until:
+    """The run resumes from the previous checkpoint, and its record has a note."""
+    process = start_run(ONE_PROCESS, project, caches, "checkpoint.interval=2")
+    checkpoints = project / "out" / "run" / "checkpoints"
+    deadline = time.monotonic() + 200
+    while len(list(checkpoints.rglob("step-*[0-9]/checkpoint.json"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     process.kill()
     process.communicate()
-    whole = [path for path in kept.rglob("step-*") if path.name.removeprefix("step-").isdigit()]
-    before, newest = sorted(whole, key=lambda path: int(path.name.removeprefix("step-")))[-2:]
+    complete = [path for path in checkpoints.rglob("step-*") if path.name.removeprefix("step-").isdigit()]
+    previous, newest = sorted(complete, key=lambda path: int(path.name.removeprefix("step-")))[-2:]
     largest = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     with largest.open("r+b") as file:
         file.seek(largest.stat().st_size // 2)
         byte = file.read(1)
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte[0] ^ 1]))
-    ended = run([*ALONE, *ARGUMENTS, "checkpoint.interval=2"], project, caches)
-    assert ended.returncode == 0, ended.stderr
+    resumed = run([*ONE_PROCESS, *ARGUMENTS, "checkpoint.interval=2"], project, caches)
+    assert resumed.returncode == 0, resumed.stderr
     record = record_of(project, "run")
-    assert record["resumed_after"] == [int(before.name.removeprefix("step-"))]
+    assert record["resumed_after"] == [int(previous.name.removeprefix("step-"))]
     assert any(newest.name in note for note in record["notes"]), record["notes"]
     assert record["step_losses"] == undisturbed["step_losses"]
 
 
 @pytest.mark.slow
 def test_killed_suite_stops_its_run(project: Path, caches: dict[str, str]) -> None:
-    """After SIGKILL of the suite the current run saves its step and ends."""
+    """After SIGKILL of the suite process, the current run saves a checkpoint and ends."""
     (project / "suite.yaml").write_text("name: s\nrecipes: [recipe.yaml]\n", encoding="utf-8")
-    words = ["run", "suite.yaml", "train.steps=100000"]
+    arguments = ["run", "suite.yaml", "train.steps=100000"]
     suite = subprocess.Popen(
-        peftbench(*words), cwd=project, env=caches, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        peftbench(*arguments), cwd=project, env=caches, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    status = await_training(project, suite)  # type: ignore[arg-type]
+    status = wait_for_training(project, suite)  # type: ignore[arg-type]
     suite.kill()
     suite.wait()
-    until = time.monotonic() + 60
-    while psutil.pid_exists(status["pid"]) and time.monotonic() < until:
+    deadline = time.monotonic() + 60
+    while psutil.pid_exists(status["pid"]) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not psutil.pid_exists(status["pid"])
     assert record_of(project, "run")["outcome"]["error"].startswith("stopped by SIGTERM; checkpoint of step ")
@@ -275,23 +281,23 @@ def test_killed_suite_stops_its_run(project: Path, caches: dict[str, str]) -> No
 def test_two_processes_stop_at_the_same_step(
     way: str, project: Path, caches: dict[str, str], undisturbed_two: dict[str, Any]
 ) -> None:
-    """Whether the launcher, one rank or a file gets the request, both ranks finish the same step."""
-    process = begin(TWO, project, caches)
-    status = await_training(project, process)
+    """The request goes to the launcher, to one rank, or to the stop file; both ranks stop after the same step."""
+    process = start_run(TWO_PROCESSES, project, caches)
+    status = wait_for_training(project, process)
     time.sleep(0.5)
     if way == "one rank":
         (other,) = (c for c in psutil.Process(process.pid).children(recursive=True) if c.pid != status["pid"])
         other.send_signal(signal.SIGUSR1)
     else:
-        WAYS[way](project, process)
+        STOP_REQUESTS[way](project, process)
     _, errors = process.communicate(timeout=90)
     stopped = record_of(project, "run")
     assert stopped["outcome"]["kind"] == "preempted", errors
     step = stopped["outcome"]["step"]
     assert f"checkpoint of step {step}" in stopped["outcome"]["error"]
     assert not (project / "out" / "run" / ".stop").exists()
-    ended = run([*TWO, *ARGUMENTS], project, caches)
-    assert ended.returncode == 0, ended.stderr
+    resumed = run([*TWO_PROCESSES, *ARGUMENTS], project, caches)
+    assert resumed.returncode == 0, resumed.stderr
     record = record_of(project, "run")
     assert record["resumed_after"] == [step]
     assert record["step_losses"] == undisturbed_two["step_losses"]
@@ -301,22 +307,22 @@ def test_two_processes_stop_at_the_same_step(
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("way", ["file", "one rank"])
 def test_two_processes_stop_during_evaluation(way: str, project: Path, caches: dict[str, str]) -> None:
-    """There is one record, and the training is saved."""
-    more = [*LONG_EVALUATION, f"checkpoint.interval={STEPS}"]
-    process = begin(TWO, project, caches, *more)
-    await_evaluation(project, process)
+    """One record exists, and the trained weights are saved."""
+    overrides = [*LONG_EVALUATION, f"checkpoint.interval={STEPS}"]
+    process = start_run(TWO_PROCESSES, project, caches, *overrides)
+    wait_for_generation(project, process)
     pid = json.loads((project / "out" / "run" / "status.json").read_text(encoding="utf-8"))["pid"]
     if way == "one rank":
         (other,) = (c for c in psutil.Process(process.pid).children(recursive=True) if c.pid != pid)
         other.send_signal(signal.SIGUSR1)
     else:
-        WAYS[way](project, process)
+        STOP_REQUESTS[way](project, process)
     _, errors = process.communicate(timeout=90)
     stopped = record_of(project, "run")
     assert (stopped["outcome"]["kind"], stopped["outcome"]["step"]) == ("preempted", STEPS), errors
     assert not list((project / "out" / "run").glob(".ended-*"))
-    ended = run([*TWO, *ARGUMENTS, *more], project, caches)
-    assert ended.returncode == 0, ended.stderr
+    resumed = run([*TWO_PROCESSES, *ARGUMENTS, *overrides], project, caches)
+    assert resumed.returncode == 0, resumed.stderr
     record = record_of(project, "run")
     assert record["resumed_after"] == [STEPS]
     assert record["step_losses"] == stopped["step_losses"]
@@ -325,8 +331,8 @@ def test_two_processes_stop_during_evaluation(way: str, project: Path, caches: d
 @pytest.mark.slow
 @pytest.mark.parametrize("lead", ["0.001", "600"])
 def test_lead_shorter_than_a_step_is_refused(lead: str, project: Path, caches: dict[str, str]) -> None:
-    """A step that takes longer than the stop lead is refused as soon as it is measured."""
-    done = run([*ALONE, *ARGUMENTS], project, caches | {"PEFTBENCH_STOP_LEAD": lead})
+    """The run fails after the first measured steps if one takes longer than the lead of the stop signal."""
+    done = run([*ONE_PROCESS, *ARGUMENTS], project, caches | {"PEFTBENCH_STOP_LEAD": lead})
     if lead == "600":
         assert done.returncode == 0, done.stderr
         return

@@ -1,4 +1,4 @@
-"""Two hosts: network namespaces connected only by a virtual link, like the nodes of a cluster."""
+"""Two hosts: network namespaces that only a virtual link connects, like the nodes of a cluster."""
 
 from __future__ import annotations
 
@@ -25,51 +25,51 @@ from tests.launch.test_run_suite import record_of
 pytestmark = [pytest.mark.xdist_group("hosts"), pytest.mark.slow, pytest.mark.multiprocess, pytest.mark.timeout(900)]
 ADDRESSES = ("10.219.0.1", "10.219.0.2")
 NAMES = Path("/etc/netns")
-"""Where ip-netns(8) finds what is in /etc of a namespace alone."""
+"""Folder of each namespace's own files of /etc, see ip-netns(8)."""
 STEPS = 12
 SECONDS = 120
-"""Within which a run whose other host is gone must have ended."""
+"""Time within which a run must end after it has lost a host."""
 
 
 @dataclass(frozen=True)
 class Hosts:
-    """Two of them, by the names of their namespaces."""
+    """Two connected network namespaces."""
 
     names: tuple[str, str]
     link: str
 
-    def command(self, host: int, words: list[str]) -> list[str]:
-        """A command that runs on one of them, which has its own name."""
+    def command(self, host: int, arguments: list[str]) -> list[str]:
+        """Return a command that runs in one namespace, with the namespace's name as host name."""
         name = self.names[host]
-        named = ["unshare", "--uts", "sh", "-c", f'hostname {name}; exec "$@"', "sh"]
-        return ["ip", "netns", "exec", name, *named, *words]
+        set_hostname = ["unshare", "--uts", "sh", "-c", f'hostname {name}; exec "$@"', "sh"]
+        return ["ip", "netns", "exec", name, *set_hostname, *arguments]
 
 
-def ip(*words: str) -> None:
-    """One command of iproute2."""
-    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+def ip(*arguments: str) -> None:
+    """Run an ip command of iproute2."""
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
 
 
 @pytest.fixture
 def hosts() -> Iterator[Hosts]:
-    """Two hosts with a link between them, or the reason why there are none."""
+    """Create two hosts with a link between them; skip if this machine cannot."""
     if shutil.which("ip") is None:
-        pytest.skip("there is no ip command; apt-get install iproute2")
+        pytest.skip("the ip command was not found; apt-get install iproute2")
     if os.geteuid() != 0:
-        pytest.skip("network namespaces are made by root alone")
-    mark = f"pb{os.getpid() % 100000}"
-    names, link = (f"{mark}a", f"{mark}b"), mark[:12]
+        pytest.skip("only root can create network namespaces")
+    prefix = f"pb{os.getpid() % 100000}"
+    names, link = (f"{prefix}a", f"{prefix}b"), prefix[:12]
     try:
         try:
             for name in names:
                 ip("netns", "add", name)
         except subprocess.CalledProcessError as error:
-            pytest.skip(f"no network namespace can be made here: {error.stderr.strip()}")
+            pytest.skip(f"cannot create a network namespace: {error.stderr.strip()}")
         ip("link", "add", link, "netns", names[0], "type", "veth", "peer", "name", link, "netns", names[1])
-        known = "".join(f"{address} {name}\n" for name, address in zip(names, ADDRESSES, strict=True))
+        host_entries = "".join(f"{address} {name}\n" for name, address in zip(names, ADDRESSES, strict=True))
         for name, address in zip(names, ADDRESSES, strict=True):
             (NAMES / name).mkdir(parents=True)
-            (NAMES / name / "hosts").write_text(f"127.0.0.1 localhost\n{known}", encoding="utf-8")
+            (NAMES / name / "hosts").write_text(f"127.0.0.1 localhost\n{host_entries}", encoding="utf-8")
             ip("-n", name, "addr", "add", f"{address}/24", "dev", link)
             ip("-n", name, "link", "set", link, "up")
             ip("-n", name, "link", "set", "lo", "up")
@@ -84,32 +84,32 @@ def hosts() -> Iterator[Hosts]:
 
 
 @dataclass(frozen=True)
-class Two:
-    """One run on both hosts."""
+class TwoHostRun:
+    """A run with one process on each host."""
 
     processes: tuple[subprocess.Popen[str], subprocess.Popen[str]]
 
-    def end(self, seconds: float) -> list[str]:
-        """What each said, after both have ended."""
-        until = time.monotonic() + seconds
-        said = []
+    def wait(self, seconds: float) -> list[str]:
+        """Wait until both processes have ended, kill them after a timeout, and return the output of each."""
+        deadline = time.monotonic() + seconds
+        outputs = []
         try:
             for process in self.processes:
-                out, errors = process.communicate(timeout=max(1.0, until - time.monotonic()))
-                said.append(out + errors)
+                out, errors = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
+                outputs.append(out + errors)
         finally:
             for process in self.processes:
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
-        return said
+        return outputs
 
 
-def begin(hosts: Hosts, project: Path, caches: dict[str, str], port: int, *more: str) -> Two:
-    """A run of one process on each host, with ZeRO-2, that meet at the first (c10d)."""
+def start_run(hosts: Hosts, project: Path, caches: dict[str, str], port: int, *overrides: str) -> TwoHostRun:
+    """Start a ZeRO-2 run with one process on each host; the first host runs the c10d rendezvous."""
     environment = caches | {"PYTHONUNBUFFERED": "1"}
-    made = []
+    processes = []
     for host in range(2):
-        words = [
+        arguments = [
             sys.executable,
             "-m",
             "accelerate.commands.launch",
@@ -135,17 +135,17 @@ def begin(hosts: Hosts, project: Path, caches: dict[str, str], port: int, *more:
             str(LAUNCH),
             "--config",
             "recipe.yaml",
-            *more,
+            *overrides,
         ]
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        command = hosts.command(host, words)
-        made.append(subprocess.Popen(command, cwd=project, env=environment, start_new_session=True, **streams))  # type: ignore[call-overload]
-    return Two((made[0], made[1]))
+        command = hosts.command(host, arguments)
+        processes.append(subprocess.Popen(command, cwd=project, env=environment, start_new_session=True, **streams))  # type: ignore[call-overload]
+    return TwoHostRun((processes[0], processes[1]))
 
 
 @pytest.fixture
 def project(project: Path) -> Path:
-    """A training of a few steps with ZeRO-2 on CPUs."""
+    """Return a project with a short ZeRO-2 training on CPU."""
     engine = yaml.safe_load((REPOSITORY / "accel_configs" / "zero2.yaml").read_text(encoding="utf-8"))
     engine["use_cpu"] = True
     engine["deepspeed_config"]["deepspeed_config_file"] = str(REPOSITORY / "ds_configs" / "zero2.json")
@@ -155,9 +155,9 @@ def project(project: Path) -> Path:
     return project
 
 
-def on_one_host(project: Path, caches: dict[str, str]) -> None:
-    """The same two processes on one host."""
-    words = [
+def run_on_one_host(project: Path, caches: dict[str, str]) -> None:
+    """Run the same two processes on one host."""
+    arguments = [
         sys.executable,
         "-m",
         "accelerate.commands.launch",
@@ -171,39 +171,39 @@ def on_one_host(project: Path, caches: dict[str, str]) -> None:
         "recipe.yaml",
         "name=one",
     ]
-    done = subprocess.run(words, cwd=project, env=caches, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(arguments, cwd=project, env=caches, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
 
 
 def test_two_hosts_match_one(hosts: Hosts, project: Path, caches: dict[str, str]) -> None:
-    """The losses are the same; a lost host ends the run in time with an error, and the run resumes."""
-    on_one_host(project, caches)
-    one = record_of(project, "one")
-    whole = begin(hosts, project, caches, 29511, "name=two").end(150)
-    assert record_of(project, "two")["outcome"]["kind"] == "ok", whole
-    assert record_of(project, "two")["step_losses"] == one["step_losses"]
+    """The losses are equal; after the loss of a host the run ends in time with an error, and it resumes."""
+    run_on_one_host(project, caches)
+    one_host = record_of(project, "one")
+    outputs = start_run(hosts, project, caches, 29511, "name=two").wait(150)
+    assert record_of(project, "two")["outcome"]["kind"] == "ok", outputs
+    assert record_of(project, "two")["step_losses"] == one_host["step_losses"]
 
-    two = begin(hosts, project, caches, 29512, "train.steps=12", "name=lost")
+    lost_run = start_run(hosts, project, caches, 29512, "train.steps=12", "name=lost")
     status = project / "out" / "lost" / "status.json"
-    kept = project / "out" / "lost" / "checkpoints"
-    until = time.monotonic() + 200
-    while time.monotonic() < until and not list(kept.rglob("step-*[0-9]/checkpoint.json")):
-        assert two.processes[0].poll() is None, two.end(1)
+    checkpoints = project / "out" / "lost" / "checkpoints"
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and not list(checkpoints.rglob("step-*[0-9]/checkpoint.json")):
+        assert lost_run.processes[0].poll() is None, lost_run.wait(1)
         time.sleep(0.05)
-    # It vanishes: nothing of it answers any more, and nothing says that it is gone.
+    # Cut the link before the kill, so that the other host sees no closed connection.
     ip("-n", hosts.names[1], "link", "set", hosts.link, "down")
-    vanished = psutil.Process(two.processes[1].pid)
-    for process in (*vanished.children(recursive=True), vanished):
+    lost_host = psutil.Process(lost_run.processes[1].pid)
+    for process in (*lost_host.children(recursive=True), lost_host):
         process.kill()
     start = time.monotonic()
-    said = two.end(SECONDS)
+    outputs = lost_run.wait(SECONDS)
     assert time.monotonic() - start < SECONDS
     assert json.loads(status.read_text(encoding="utf-8"))["phase"] in {"warmup", "train"}
-    assert "is gone: nothing was heard of its host" in said[0], said[0]
+    assert "no heartbeat for" in outputs[0], outputs[0]
 
     ip("-n", hosts.names[1], "link", "set", hosts.link, "up")
-    ended = begin(hosts, project, caches, 29513, "name=lost").end(150)
+    outputs = start_run(hosts, project, caches, 29513, "name=lost").wait(150)
     record = record_of(project, "lost")
-    assert record["outcome"]["kind"] == "ok", ended
+    assert record["outcome"]["kind"] == "ok", outputs
     assert record["resumed_after"]
-    assert record["step_losses"] == one["step_losses"]
+    assert record["step_losses"] == one_host["step_losses"]

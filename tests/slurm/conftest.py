@@ -1,4 +1,4 @@
-"""One cluster for all tests of a folder, where there can be one."""
+"""One SLURM cluster for all tests of this folder. Without SLURM they are skipped."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Iterator
 import pytest
 
 from tests.launch import conftest as launching
-from tests.slurm.cluster import Cluster, cluster, why_not
+from tests.slurm.cluster import Cluster, cluster, find_missing_requirement
 
 caches = launching.caches
-"""Environment of launched processes, the same fixture."""
+"""The fixture of tests/launch: the environment of launched processes."""
 
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[Cluster]:
-    """A SLURM that runs, or the reason why there is none."""
-    if (reason := why_not()) is not None:
+    """Start a cluster for the session; skip if this machine cannot run one."""
+    if (reason := find_missing_requirement()) is not None:
         pytest.skip(reason)
-    with cluster() as found:
-        yield found
+    with cluster() as running_cluster:
+        yield running_cluster

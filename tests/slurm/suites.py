@@ -1,4 +1,4 @@
-"""Suites as a user runs them, on a cluster and without, and what must be the same of both."""
+"""Helpers that run suites on a cluster and locally, and compare their records."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-CLOCKED = frozenset(
+VARYING_FIELDS = frozenset(
     {
         "started_at",
         "recipe",
@@ -25,34 +25,34 @@ CLOCKED = frozenset(
         "notes",
     }
 )
-"""What a clock or the system's memory says in a record, or where and how often it was run."""
+"""Fields of a record that differ between equal runs: times, memory, the place of the run, the number of attempts."""
 
 
-def peftbench(folder: Path, environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
-    """What a command did."""
-    command = [sys.executable, "-c", "from peftbench.cli.app import main; main()", *words]
+def peftbench(folder: Path, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a ``peftbench`` command and return the completed process."""
+    command = [sys.executable, "-c", "from peftbench.cli.app import main; main()", *arguments]
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1200, check=False
     )
 
 
 def record(runs: Path, name: str) -> dict[str, Any]:
-    """A run's record."""
-    found: dict[str, Any] = json.loads((runs / name / "record.json").read_text(encoding="utf-8"))
-    return found
+    """Return the record of a run."""
+    values: dict[str, Any] = json.loads((runs / name / "record.json").read_text(encoding="utf-8"))
+    return values
 
 
-def standing(folder: Path, runs: str, environment: dict[str, str]) -> list[dict[str, Any]]:
-    """How the runs stand."""
-    told = peftbench(folder, environment, "status", runs, "--json")
-    assert told.returncode == 0, told.stderr
-    found: list[dict[str, Any]] = json.loads(told.stdout)
-    return found
+def read_statuses(folder: Path, runs: str, environment: dict[str, str]) -> list[dict[str, Any]]:
+    """Return the rows of ``peftbench status``, one for each run."""
+    result = peftbench(folder, environment, "status", runs, "--json")
+    assert result.returncode == 0, result.stderr
+    rows: list[dict[str, Any]] = json.loads(result.stdout)
+    return rows
 
 
-def assert_same(interrupted: dict[str, Any], undisturbed: dict[str, Any]) -> None:
-    """Each a run's record: complete, and equal to the last bit in all that no clock says."""
+def assert_equal_results(interrupted: dict[str, Any], undisturbed: dict[str, Any]) -> None:
+    """Check that the interrupted run ended as ok, and that its record is bit-identical except in varying fields."""
     assert interrupted["outcome"]["kind"] == "ok", interrupted["outcome"]
     assert interrupted.keys() == undisturbed.keys()
-    other = [key for key in interrupted if key not in CLOCKED and interrupted[key] != undisturbed[key]]
-    assert not other, f"{interrupted['name']}: {other}"
+    different = [key for key in interrupted if key not in VARYING_FIELDS and interrupted[key] != undisturbed[key]]
+    assert not different, f"{interrupted['name']}: {different}"

@@ -1,4 +1,4 @@
-"""A suite through a real SLURM: interrupted in every way that there is, and in the end the same as without."""
+"""A suite on a real SLURM cluster: it is interrupted in several ways, and its results equal those of local runs."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import yaml
 
 from tests.launch.conftest import RECIPE, ROWS
 from tests.slurm.cluster import Cluster, wait_until
-from tests.slurm.suites import assert_same, peftbench, record, standing
+from tests.slurm.suites import assert_equal_results, peftbench, read_statuses, record
 
 pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(1500)]
 SHORT, LONG = 6, 600
 SUITE = {"name": "survivors", "recipes": ["short.yaml", "requeued.yaml", "out_of_time.yaml", "cancelled.yaml"]}
 LEAD = 15
-"""Seconds before the end of its minute at which a job is told; SLURM may tell it up to 60 sooner."""
+"""Seconds between the stop signal and the time limit of one minute. SLURM may send it up to 60 s earlier."""
 
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A suite of four recipes, one of which is done at once and three of which take a while."""
+    """Return a folder with a suite of four recipes: one short and three long."""
     folder = tmp_path / "a folder with $(spaces)"
     folder.mkdir()
     for path in SUITE["recipes"]:
@@ -33,13 +33,13 @@ def project(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_suite_comes_through(project: Path, slurm: Cluster, caches: dict[str, str]) -> None:
-    """One run is requeued by an administrator, one runs out of time, one is cancelled and submitted again."""
+def test_interrupted_suite_matches_undisturbed_suite(project: Path, slurm: Cluster, caches: dict[str, str]) -> None:
+    """One run is requeued by hand, one reaches its time limit, and one is cancelled and submitted again."""
     environment = caches | slurm.environment | {"OMP_NUM_THREADS": "1"}
     undisturbed = peftbench(project, environment, "run", "suite.yaml")
     assert undisturbed.returncode == 0, undisturbed.stderr
 
-    words = [
+    arguments = [
         "submit",
         "suite.yaml",
         "--out",
@@ -51,7 +51,7 @@ def test_a_suite_comes_through(project: Path, slurm: Cluster, caches: dict[str, 
         "slurm.time=1",
         f"slurm.signal=B:USR1@{LEAD}",
     ]
-    submitted = peftbench(project, environment, *words)
+    submitted = peftbench(project, environment, *arguments)
     assert submitted.returncode == 0, submitted.stderr
     job = submitted.stdout.split()[2].rstrip(":")
     runs = project / "cluster"
@@ -68,36 +68,36 @@ def test_a_suite_comes_through(project: Path, slurm: Cluster, caches: dict[str, 
     slurm.send("scancel", f"{job}_3")
     slurm.await_empty(900)
 
-    standings = {row["name"]: row for row in standing(project, "cluster", environment)}
-    assert standings["cancelled"]["state"] == "preempted", standings
-    assert {standings[name]["state"] for name in ("short", "requeued", "out_of_time")} == {"finished"}, standings
-    assert record(runs, "out_of_time")["resumed_after"], "it was never out of time"
-    assert record(runs, "requeued")["resumed_after"], "it lost what it had"
+    statuses = {row["name"]: row for row in read_statuses(project, "cluster", environment)}
+    assert statuses["cancelled"]["state"] == "preempted", statuses
+    assert {statuses[name]["state"] for name in ("short", "requeued", "out_of_time")} == {"finished"}, statuses
+    assert record(runs, "out_of_time")["resumed_after"], "the run never reached its time limit"
+    assert record(runs, "requeued")["resumed_after"], "the run did not resume from its checkpoint"
 
-    again = peftbench(project, environment, *words)
+    again = peftbench(project, environment, *arguments)
     assert again.returncode == 0, again.stderr
     assert "1 run," in again.stdout
     slurm.await_empty(600)
     for name in (path.removesuffix(".yaml") for path in SUITE["recipes"]):
-        assert_same(record(runs, name), record(project / "local", name))
-    nothing = peftbench(project, environment, *words)
-    assert nothing.stdout == "nothing left to submit\n", nothing
+        assert_equal_results(record(runs, name), record(project / "local", name))
+    last_submission = peftbench(project, environment, *arguments)
+    assert last_submission.stdout == "nothing left to submit\n", last_submission
 
 
-def test_a_time_in_which_nothing_can_be_done(project: Path, slurm: Cluster, caches: dict[str, str]) -> None:
-    """It is not begun anew for ever: the first attempt that came no further is the last, and says why."""
+def test_time_limit_without_progress_is_an_error(project: Path, slurm: Cluster, caches: dict[str, str]) -> None:
+    """An attempt that completes no step is not requeued; its log has the reason."""
     environment = caches | slurm.environment | {"OMP_NUM_THREADS": "1"}
-    words = ["submit", "requeued.yaml", "--out", "short", "--gpus-per-node", "0", "slurm.time=1"]
-    refused = peftbench(project, environment, *words)
+    arguments = ["submit", "requeued.yaml", "--out", "short", "--gpus-per-node", "0", "slurm.time=1"]
+    refused = peftbench(project, environment, *arguments)
     assert refused.returncode == 91
-    assert "told to stop 120 s before its end" in refused.stderr
+    assert "the job is stopped 120 s before its time limit" in refused.stderr
     assert not (project / "short").exists()
-    submitted = peftbench(project, environment, *words, "slurm.signal=B:USR1@59")
+    submitted = peftbench(project, environment, *arguments, "slurm.signal=B:USR1@59")
     assert submitted.returncode == 0, submitted.stderr
     wait_until(lambda: "RUNNING" in slurm.queue().values(), 60, slurm.logs)
-    # As SLURM would within half a minute, but surely before its training begins.
+    # SLURM would send the signal within half a minute; send it here, so that it arrives before training starts.
     slurm.run("scancel", "--batch", "--signal=USR1", submitted.stdout.split()[2].rstrip(":"))
     slurm.await_empty(300)
-    said = "".join(path.read_text(encoding="utf-8") for path in (project / "short").rglob("*.log"))
-    assert "the job's time limit is too short" in said, said
-    assert said.count("the job's time limit is too short") == 1
+    log = "".join(path.read_text(encoding="utf-8") for path in (project / "short").rglob("*.log"))
+    assert "the job's time limit is too short" in log, log
+    assert log.count("the job's time limit is too short") == 1

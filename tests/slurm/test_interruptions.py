@@ -1,4 +1,4 @@
-"""Thirty interruptions of every kind, at random, over a suite of eight runs: each has the same result, once."""
+"""Thirty random interruptions of a suite of eight runs. Each run ends once, with the same result as undisturbed."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ import yaml
 
 from tests.launch.conftest import RECIPE, ROWS
 from tests.slurm.cluster import Cluster
-from tests.slurm.suites import assert_same, peftbench, record
+from tests.slurm.suites import assert_equal_results, peftbench, record
 
 pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(2400)]
 SEED = int(os.environ.get("PEFTBENCH_INTERRUPTIONS", "20"))
-"""Another one is another test of the same thing."""
+"""Seed of the interruptions; another seed gives other moments and runs."""
 METHODS = ("lora", "full", "prompt_tuning", "last_layer")
 STEPS, INTERRUPTIONS, SECONDS = 260, 30, 1500
 
 
 def by_kill(_: Cluster, run: Run) -> None:
-    """As a process that the system ends for want of memory, or a node that loses its power."""
+    """Kill the process, as the kernel does when memory runs out, or as a power failure does."""
     with suppress(ProcessLookupError):
         os.kill(run.status["pid"], signal.SIGKILL)
 
 
 def by_term(slurm: Cluster, run: Run) -> None:
-    """As scancel does, or whoever wants the node for another job."""
+    """Send SIGTERM to the job, as scancel and preemption do."""
     slurm.send("scancel", "--signal=TERM", run.status["job_id"])
 
 
 def by_usr1(slurm: Cluster, run: Run) -> None:
-    """As SLURM tells the script before its time is up."""
+    """Send SIGUSR1 to the batch script, as SLURM does before the time limit."""
     slurm.send("scancel", "--batch", "--signal=USR1", run.status["job_id"])
 
 
 def by_requeue(slurm: Cluster, run: Run) -> None:
-    """As an administrator does."""
+    """Requeue the job, as an administrator does."""
     slurm.send("scontrol", "requeue", run.status["job_id"])
 
 
@@ -59,49 +59,52 @@ WAYS: dict[str, Callable[[Cluster, Run], None]] = {
 
 @dataclass
 class Run:
-    """One of the suite, as its files tell."""
+    """A run of the suite, as its files describe it."""
 
     folder: Path
-    interrupted: int = 0
+    num_interruptions: int = 0
 
     @property
     def status(self) -> dict[str, Any]:
-        """What it last said."""
+        """Return its last status, empty if there is none."""
         with suppress(OSError, ValueError):
-            found: dict[str, Any] = json.loads((self.folder / "status.json").read_text(encoding="utf-8"))
-            return found
+            values: dict[str, Any] = json.loads((self.folder / "status.json").read_text(encoding="utf-8"))
+            return values
         return {}
 
     @property
-    def ended_well(self) -> bool:
-        """Whether it has its result."""
+    def is_ok(self) -> bool:
+        """True if its record has the outcome ok."""
         with suppress(OSError, ValueError):
             return bool(record(self.folder.parent, self.folder.name)["outcome"]["kind"] == "ok")
         return False
 
     def can_be_interrupted(self, way: str, *, anywhere: bool) -> bool:
-        """Whether a process trains it, or loads or evaluates it; one with a result is not killed before it says so."""
+        """True if its process is in a phase that ``way`` may interrupt: training; with ``anywhere`` also other phases.
+
+        A kill during evaluation is excluded, so that no process is killed between its record and its last output line.
+        """
         phases = {"warmup", "train"}
         if anywhere:
             phases |= {"load", "build", *(() if way == "kill" else ("evaluate",))}
         status = self.status
-        return status.get("phase") in phases and Path(f"/proc/{status['pid']}").exists() and not self.ended_well
+        return status.get("phase") in phases and Path(f"/proc/{status['pid']}").exists() and not self.is_ok
 
     def interrupt(self, way: str, slurm: Cluster) -> bool:
-        """Stop it in one of the ways; whether that process is gone, and has no result."""
+        """Interrupt the run. Return True if its process has ended without a result."""
         pid = self.status["pid"]
         WAYS[way](slurm, self)
-        until = time.monotonic() + 20
-        while Path(f"/proc/{pid}").exists() and time.monotonic() < until:
+        deadline = time.monotonic() + 20
+        while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
-        gone = not Path(f"/proc/{pid}").exists() and not self.ended_well
-        self.interrupted += gone
-        return gone
+        was_interrupted = not Path(f"/proc/{pid}").exists() and not self.is_ok
+        self.num_interruptions += was_interrupted
+        return was_interrupted
 
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """Eight runs: four methods with two seeds each, with dropout where there is one, and checkpoints now and then."""
+    """Return a folder with a suite of eight runs: four methods with two seeds each, dropout and checkpoints."""
     recipe = RECIPE | {
         "output_dir": "local",
         "checkpoint": {"interval": 20},
@@ -112,8 +115,8 @@ def project(tmp_path: Path) -> Path:
         for seed in (1, 2):
             name = f"{method}_{seed}"
             train = {"steps": STEPS, "global_batch_size": 4, "seed": seed}
-            made = recipe | {"name": name, "train": train, "method": {"kind": method}}
-            (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(made), encoding="utf-8")
+            values = recipe | {"name": name, "train": train, "method": {"kind": method}}
+            (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
             names.append(f"{name}.yaml")
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump({"name": "eight", "recipes": names}), encoding="utf-8")
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
@@ -121,63 +124,66 @@ def project(tmp_path: Path) -> Path:
 
 
 def interrupt_all(runs: list[Run], slurm: Cluster, submit: Callable[[], str]) -> list[tuple[str, str, str, int]]:
-    """Submit, interrupt at random, submit what was ended, until all have their result; what was done to which."""
-    chance = random.Random(SEED)  # noqa: S311 - nothing to keep secret
-    deck = [way for way in WAYS for _ in range(INTERRUPTIONS // len(WAYS) + 1)]
-    chance.shuffle(deck)
-    done: list[tuple[str, str, str, int]] = []
-    until = time.monotonic() + SECONDS
-    while not all(run.ended_well for run in runs):
-        assert time.monotonic() < until, f"{done}\n{slurm.queue()}\n{slurm.logs()}"
+    """Interrupt random runs, and submit them again, until all have ended as ok.
+
+    Return run, kind of interruption, phase and step of each interruption.
+    """
+    generator = random.Random(SEED)  # noqa: S311 - not used for cryptography
+    ways = [way for way in WAYS for _ in range(INTERRUPTIONS // len(WAYS) + 1)]
+    generator.shuffle(ways)
+    interruptions: list[tuple[str, str, str, int]] = []
+    deadline = time.monotonic() + SECONDS
+    while not all(run.is_ok for run in runs):
+        assert time.monotonic() < deadline, f"{interruptions}\n{slurm.queue()}\n{slurm.logs()}"
         if not slurm.queue():
             submit()
-        time.sleep(chance.uniform(0.2, 3.0))
-        way, anywhere = deck[len(done)], len(done) % 3 == 0
-        open_to = [run for run in runs if run.can_be_interrupted(way, anywhere=anywhere)]
-        if not open_to or len(done) == INTERRUPTIONS:
+        time.sleep(generator.uniform(0.2, 3.0))
+        way, anywhere = ways[len(interruptions)], len(interruptions) % 3 == 0
+        candidates = [run for run in runs if run.can_be_interrupted(way, anywhere=anywhere)]
+        if not candidates or len(interruptions) == INTERRUPTIONS:
             continue
-        run = min(open_to, key=lambda found: (found.interrupted, chance.random()))
+        run = min(candidates, key=lambda candidate: (candidate.num_interruptions, generator.random()))
         phase, step = run.status["phase"], run.status["step"]
         if run.interrupt(way, slurm):
-            done.append((run.folder.name, way, phase, step))
-    return done
+            interruptions.append((run.folder.name, way, phase, step))
+    return interruptions
 
 
-def test_thirty_interruptions(project: Path, slurm: Cluster, caches: dict[str, str]) -> None:
-    """Every loss is what it would have been, to the last bit, and every run has ended well exactly once."""
+def test_interrupted_runs_match_undisturbed_runs(project: Path, slurm: Cluster, caches: dict[str, str]) -> None:
+    """Every loss is bit-identical, and every run has ended as ok exactly once."""
     environment = caches | slurm.environment | {"OMP_NUM_THREADS": "1"}
     undisturbed = peftbench(project, environment, "run", "suite.yaml")
     assert undisturbed.returncode == 0, undisturbed.stderr
 
     def submit() -> str:
-        words = ["submit", "suite.yaml", "--out", "cluster", "--gpus-per-node", "0", "--max-parallel", "2"]
-        said = peftbench(project, environment, *words)
-        assert said.returncode == 0, said.stderr
-        return said.stdout
+        arguments = ["submit", "suite.yaml", "--out", "cluster", "--gpus-per-node", "0", "--max-parallel", "2"]
+        submitted = peftbench(project, environment, *arguments)
+        assert submitted.returncode == 0, submitted.stderr
+        return submitted.stdout
 
     cluster = project / "cluster"
     names = [path.stem for path in sorted(project.glob("*_[12].yaml"))]
     assert len(names) == 8
-    done = interrupt_all([Run(cluster / name) for name in names], slurm, submit)
+    interruptions = interrupt_all([Run(cluster / name) for name in names], slurm, submit)
     slurm.await_empty(120)
-    print(*done, sep="\n")  # noqa: T201 - which is shown where it fails
-    assert len(done) == INTERRUPTIONS, done
-    assert set(Counter(way for _, way, *_ in done)) == set(WAYS)
+    print(*interruptions, sep="\n")  # noqa: T201 - pytest shows it if the test fails
+    assert len(interruptions) == INTERRUPTIONS, interruptions
+    assert set(Counter(way for _, way, *_ in interruptions)) == set(WAYS)
     for name in names:
-        assert_same(record(cluster, name), record(project / "local", name))
+        assert_equal_results(record(cluster, name), record(project / "local", name))
     logs = "".join(path.read_text(encoding="utf-8") for path in (cluster / "slurm").glob("*.log"))
     assert "Traceback" not in logs
-    ended = Counter(line["name"] for line in last_lines(logs) if line["outcome"] == "ok")
-    assert ended == dict.fromkeys(names, 1)
+    num_ok = Counter(line["name"] for line in parse_outcome_lines(logs) if line["outcome"] == "ok")
+    assert num_ok == dict.fromkeys(names, 1)
     assert sum(len(record(cluster, name)["resumed_after"]) for name in names) >= len(names)
 
 
-def last_lines(logs: str) -> list[dict[str, str]]:
-    """What each process said at its end."""
-    found = []
+def parse_outcome_lines(logs: str) -> list[dict[str, str]]:
+    """Return the JSON line that each process printed at its end."""
+    outcomes = []
     for line in logs.splitlines():
         with suppress(ValueError):
-            said = json.loads(line)
-            if isinstance(said, dict) and "name" in said:
-                found.append(said)
-    return found
+            outcome = json.loads(line)
+            if isinstance(outcome, dict) and "name" in outcome:
+                outcomes.append(outcome)
+    return outcomes

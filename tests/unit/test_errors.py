@@ -17,11 +17,11 @@ SHELL_EXIT_CODES = {2, 126, 127, 130}
 """Exit codes that typer, the shell and Ctrl-C use."""
 
 
-def classes(root: type[PeftbenchError] = PeftbenchError) -> Iterator[type[PeftbenchError]]:
+def iter_classes(root: type[PeftbenchError] = PeftbenchError) -> Iterator[type[PeftbenchError]]:
     """Yield ``root`` and all its subclasses."""
     yield root
     for child in root.__subclasses__():
-        yield from classes(child)
+        yield from iter_classes(child)
 
 
 def parse_docstring_tree() -> dict[str, tuple[int, str | None]]:
@@ -39,7 +39,7 @@ def parse_docstring_tree() -> dict[str, tuple[int, str | None]]:
     return tree
 
 
-CLASSES = list(classes())
+CLASSES = list(iter_classes())
 
 
 def test_class_walk_and_docstring_parser_find_the_tree() -> None:
@@ -66,19 +66,19 @@ def test_errors_page_lists_every_exit_code_once() -> None:
     """docs/reference/errors.md lists each exit code of the commands, and no other."""
     page = Path(__file__).resolve().parents[2] / "docs" / "reference" / "errors.md"
     listed = sorted(int(code) for code in re.findall(r"\| (\d+) (?=\|)", page.read_text(encoding="utf-8")))
-    ends = (
+    expected = (
         {kind.exit_code for kind in CLASSES} | set(EXIT_CODES.values()) | {REGRESSION_EXIT_CODE, INTERRUPT_EXIT_CODE, 2}
     )
-    assert listed == sorted(ends)
+    assert listed == sorted(expected)
 
 
 def test_docstring_tree_matches_the_classes() -> None:
     """The tree in the docstring has every class with its exit code and parent, and no other."""
-    real = {
+    expected = {
         kind.__name__: (kind.exit_code, None if kind is PeftbenchError else kind.__base__.__name__)  # type: ignore[union-attr]
         for kind in CLASSES
     }
-    assert parse_docstring_tree() == real
+    assert parse_docstring_tree() == expected
 
 
 def test_hint_follows_the_message() -> None:
@@ -95,5 +95,5 @@ def test_hint_follows_the_message() -> None:
     ],
 )
 def test_did_you_mean_suggests_the_nearest_name(name: str, expected: str) -> None:
-    """A misspelt name gets the nearest allowed one, an unrelated one only the list."""
+    """A misspelled name gets the nearest allowed name, an unrelated one only the list."""
     assert did_you_mean(name, ["steps", "global_batch_size"]) == expected

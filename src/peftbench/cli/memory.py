@@ -32,20 +32,21 @@ if TYPE_CHECKING:
 def estimate(
     changes: OverridesArgument = None,
     config: ConfigOption = None,
-    suite: Annotated[Optional[Path], typer.Option(help="Estimate all runs of a suite, one row each.")] = None,
+    suite: Annotated[Optional[Path], typer.Option(help="Suite file. Estimate all its runs, one row each.")] = None,
     budget: BudgetOption = None,
     device: DeviceOption = None,
     accelerate: AccelerateOption = None,
     processes: ProcessesOption = None,
     update_file: Annotated[
-        Optional[Path], typer.Option(help="Markdown file whose section named by --marker is replaced with the table.")
+        Optional[Path],
+        typer.Option(help="Markdown file in which to replace the section named by --marker with the table."),
     ] = None,
     marker: Annotated[
-        str, typer.Option(help="Name of the section, between <!-- report:NAME --> and its end comment.")
+        str, typer.Option(help="NAME of the section, from <!-- report:NAME --> to <!-- end of report:NAME -->.")
     ] = "plan",
     as_json: JsonOption = False,
 ) -> None:
-    """Estimate the GPU memory of a recipe and whether it fits. Needs neither a GPU nor the weights."""
+    """Estimate the peak memory of a recipe and whether it fits the budget. Needs neither a GPU nor the weights."""
     from peftbench.common.libraries import imports_without_gc, quiet_libraries
     from peftbench.errors import BudgetError
     from peftbench.recipe.loader import load_recipe
@@ -88,18 +89,27 @@ def fit(
     accelerate: AccelerateOption = None,
     processes: ProcessesOption = None,
     techniques: Annotated[
-        str, typer.Option(help="Memory-saving techniques to try, e.g. checkpointing,bf16,adamw8bit; or all.")
+        str,
+        typer.Option(help="Memory-saving techniques to try, e.g. checkpointing (gradient checkpointing),bf16; or all."),
     ] = "checkpointing",
     verify: Annotated[
-        bool, typer.Option("--verify", help="Run the best answer and the next larger micro-batch on this machine.")
+        bool,
+        typer.Option(
+            "--verify",
+            help="Run the best configuration on this machine, at its largest micro-batch and at the next larger one.",
+        ),
     ] = False,
     family: Annotated[
         Optional[str],
-        typer.Option("--largest-model", metavar="FAMILY", help="Find the largest model of gpt2, llama3 or qwen2.5."),
+        typer.Option(
+            "--largest-model",
+            metavar="FAMILY",
+            help="Find the largest model of a family that fits instead: gpt2, llama3 or qwen2.5.",
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Find the largest micro-batch that fits, for each combination of memory-saving techniques."""
+    """Find the largest micro-batch that fits the budget, for each combination of memory-saving techniques."""
     from peftbench.common.libraries import quiet_libraries
     from peftbench.errors import OutOfRangeError
     from peftbench.memory.plan import Fit
@@ -163,9 +173,14 @@ def _resolve_budget(requested: str | None, facts: DeviceFacts, recipe: Recipe) -
     size = recipe.budget.memory_bytes if requested is None else parse_size(requested)
     if size is not None and device_bytes and size > device_bytes:
         raise BudgetError(
-            f"a budget of {size:,} bytes exceeds the {device_bytes:,} bytes of {facts.torch_name}; give less"
+            f"the budget of {_format_gib(size)} exceeds the {_format_gib(device_bytes)} of {facts.torch_name}; "
+            "lower it, or omit it to use all of the device's memory"
         )
     return size or device_bytes or None
+
+
+def _format_gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
 
 
 def _build_launch_config(accelerate_config: Path | None, processes: int | None, recipe: Recipe) -> LaunchConfig:

@@ -10,24 +10,36 @@ import typer
 
 OverridesArgument = Annotated[
     Optional[list[str]],
-    typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Recipe keys to change, e.g. train.steps=100."),
+    typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Recipe keys to override, e.g. train.steps=100."),
 ]
 ConfigOption = Annotated[
-    Optional[list[Path]], typer.Option(help="Recipe file. Repeat the option to merge several, later files win.")
+    Optional[list[Path]], typer.Option(help="Recipe file. Repeat the option to merge several; later files win.")
 ]
 BudgetOption = Annotated[
-    Optional[str], typer.Option(help="Memory to fit, e.g. 16GiB. Default: budget.memory, or the device's memory.")
+    Optional[str],
+    typer.Option(help="Memory limit of each process, e.g. 16GiB. Default: budget.memory, or the device's memory."),
 ]
-DeviceOption = Annotated[Optional[str], typer.Option(help="Device profile, e.g. t4, a10g, h100 or cpu.")]
+DeviceOption = Annotated[
+    Optional[str],
+    typer.Option(
+        help="Device to plan for, e.g. t4, a10g, h100 or cpu. Default: an unnamed GPU, limited by the budget."
+    ),
+]
 AccelerateOption = Annotated[
-    Optional[Path], typer.Option("--accelerate", help="Accelerate config file. Memory is estimated for one process.")
+    Optional[Path],
+    typer.Option(
+        "--accelerate",
+        help="Accelerate config file. The result is the memory of one process. Default: a single process.",
+    ),
 ]
 ProcessesOption = Annotated[
     Optional[int], typer.Option(min=1, help="Number of processes. Default: the number in the accelerate config.")
 ]
 SeedsOption = Annotated[
     Optional[int],
-    typer.Option(min=1, help="Repeat each run that trains with N consecutive seeds, starting at train.seed."),
+    typer.Option(
+        min=1, help="Train each method N times, with seeds train.seed, train.seed + 1 and so on. Baselines run once."
+    ),
 ]
 OutOption = Annotated[
     Optional[Path], typer.Option(help="Output folder of the runs. Default: output_dir of each recipe.")

@@ -12,14 +12,17 @@ from peftbench.common.console import cli_errors
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a run or a suite.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Output folder of a run or a suite.")],
     html: Annotated[Optional[Path], typer.Option(help="Path of the page. Default: report.html in FOLDER.")] = None,
     update_file: Annotated[
-        Optional[Path], typer.Option(help="Markdown file whose section named by --marker is replaced with the table.")
+        Optional[Path],
+        typer.Option(help="Markdown file in which to replace the section named by --marker with the table."),
     ] = None,
     marker: Annotated[
         Optional[str],
-        typer.Option(help="Name of the section, between <!-- report:NAME --> and its end comment. Default: table."),
+        typer.Option(
+            help="NAME of the section, from <!-- report:NAME --> to <!-- end of report:NAME -->. Default: table."
+        ),
     ] = None,
     group_by: Annotated[
         Optional[str], typer.Option(help="Tabulate held-out loss by the values of a recipe key, e.g. train.seed.")
@@ -28,7 +31,7 @@ def report(
         Optional[float], typer.Option(min=0.0, help="Price of one device per hour. Default: the recipe's.")
     ] = None,
 ) -> None:
-    """Build the HTML page and the tables of a run folder."""
+    """Build the HTML page and the tables from the records in a folder."""
     from peftbench.cli.report import load_records, print_report, print_section, reject_unused_options
 
     with cli_errors():
@@ -49,15 +52,18 @@ def report(
 
 def compare(
     before: Annotated[Path, typer.Argument(metavar="A", help="Folder with the results before a change.")],
-    after: Annotated[Path, typer.Argument(metavar="B", help="Folder with the results after it.")],
+    after: Annotated[Path, typer.Argument(metavar="B", help="Folder with the results after the change.")],
     threshold: Annotated[
         Optional[list[str]],
-        typer.Option(metavar="[METRIC=]PERCENT", help="Allowed regression of B, e.g. 5% or rougeL=2%. Default: 5%."),
+        typer.Option(
+            metavar="[METRIC=]PERCENT",
+            help="Allowed relative regression of all metrics (5%) or of one (rougeL=2%). Repeatable. Default: 5%.",
+        ),
     ] = None,
     as_json: JsonOption = False,
     html: Annotated[Optional[Path], typer.Option(help="Path of a page with the comparison. Default: no page.")] = None,
 ) -> None:
-    """Compare two result folders run by run. The exit code is 61 if a metric of B regressed beyond its threshold."""
+    """Compare two result folders run by run. Exit with code 61 if a metric of B is worse beyond --threshold."""
     from peftbench.cli.report import compare_folders
     from peftbench.errors import REGRESSION_EXIT_CODE
 

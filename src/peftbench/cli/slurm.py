@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from peftbench.cli.options import JsonOption, OutOption, OverridesArgument, SeedsOption, print_to_stderr
+from peftbench.cli.options import JsonOption, OutOption, SeedsOption, print_to_stderr
 from peftbench.common.console import cli_errors
 
 _SBATCH_PREFIX = "slurm."
@@ -17,26 +17,39 @@ _SBATCH_PREFIX = "slurm."
 
 def submit(
     target: Annotated[Path, typer.Argument(metavar="SUITE_OR_RECIPE", help="Suite or recipe file.")],
-    overrides: OverridesArgument = None,
+    overrides: Annotated[
+        Optional[list[str]],
+        typer.Argument(
+            metavar="[KEY.SUB=VALUE]...", help="Recipe keys to override, and sbatch options as slurm.OPTION=VALUE."
+        ),
+    ] = None,
     engine: Annotated[
         Optional[str],
-        typer.Option(help="Config of accel_configs/, e.g. zero2, or a file. Default: the suite's, or one process."),
+        typer.Option(
+            help="Accelerate config: name in accel_configs/ (zero2) or file. Default: the suite's, or one process."
+        ),
     ] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes per run.")] = 1,
     gpus_per_node: Annotated[
-        Optional[int], typer.Option(min=0, help="GPUs per node; 0 for CPU. Default: the engine config's number, or 1.")
+        Optional[int],
+        typer.Option(
+            min=0, help="GPUs per node; 0 for CPU. Default: the accelerate config's processes per node, or 1."
+        ),
     ] = None,
     max_parallel: Annotated[
-        Optional[int], typer.Option(min=1, help="Max. concurrent array tasks. Default: all.")
+        Optional[int],
+        typer.Option(min=1, help="Maximum number of array tasks that run at the same time. Default: all."),
     ] = None,
-    max_requeues: Annotated[int, typer.Option(min=0, help="Max. requeues after the time limit.")] = 10,
+    max_requeues: Annotated[
+        int, typer.Option(min=0, help="Maximum number of times that a job requeues itself at its time limit.")
+    ] = 10,
     seeds: SeedsOption = None,
     out: OutOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Write all files and print the script, but do not submit it.")
     ] = False,
 ) -> None:
-    """Submit a suite to SLURM as a job array, or a recipe as one job. slurm.OPTION=VALUE sets an sbatch option."""
+    """Submit a suite to SLURM as a job array, or a recipe as one job."""
     from peftbench.slurm.submit import prepare_submission, submit_job
     from peftbench.suite.slurm_jobs import describe_next_steps, describe_skipped_runs, plan_submission
 
@@ -67,10 +80,13 @@ def submit(
 
 
 def status(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a run or a suite.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Output folder of a run or a suite.")],
     as_json: JsonOption = False,
 ) -> None:
-    """List the runs in a folder by state: waiting, running, finished, preempted, failed or gone."""
+    """Show the state of each run in a folder, and the step, loss, speed, memory and time left of running ones.
+
+    States: waiting, running, finished, preempted, failed, or gone (the process ended without reporting it).
+    """
     from peftbench.errors import SlurmError
     from peftbench.slurm.queue import QueuedJob, list_queued_jobs
     from peftbench.suite.status import collect_run_statuses, render_status_table
@@ -80,6 +96,6 @@ def status(
         try:
             queue = list_queued_jobs()
         except SlurmError as error:
-            print_to_stderr(f"the states come from files alone: {error.message}")
+            print_to_stderr(f"warning: squeue gave no answer, so states come from files alone: {error.message}")
         rows = collect_run_statuses(folder, queue)
         print(json.dumps([asdict(row) for row in rows], indent=1) if as_json else render_status_table(rows))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def run(
-    suite: Annotated[Path, typer.Argument(metavar="SUITE", help="Suite file: recipes, and keys to vary.")],
+    suite: Annotated[Path, typer.Argument(metavar="SUITE", help="Suite file: lists recipes and the keys to vary.")],
     overrides: OverridesArgument = None,
     out: OutOption = None,
     accelerate: Annotated[
@@ -24,7 +24,10 @@ def run(
     ] = None,
     seeds: SeedsOption = None,
 ) -> None:
-    """Run all recipes of a suite, each in a new process, and print the results table. Finished runs are skipped."""
+    """Run all runs of a suite in new processes; print the table and the summary, and write the report page.
+
+    Runs that have finished are skipped; interrupted ones resume.
+    """
     from peftbench.errors import MissingFileError
     from peftbench.suite.expand import expand, read_suite, resolve_accelerate_config
     from peftbench.suite.launch import run_suite

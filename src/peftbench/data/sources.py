@@ -95,7 +95,9 @@ class Files(Source):
     def _split_path(self, split: str) -> Path:
         name = getattr(self, split)
         if name is None:
-            raise EmptySplitError(f"the {split} split is needed, but data.source.{split} is not set; set it to a file")
+            raise EmptySplitError(
+                f"this recipe needs a {split} split, but data.source.{split} is not set; set it to the path of a file"
+            )
         path = Path(name)
         if not path.is_file():
             raise DataNotFoundError(

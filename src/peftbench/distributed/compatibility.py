@@ -132,7 +132,7 @@ RULES = (
         optimizers=_optimizers(lambda optimizer: optimizer.library != "deepspeed"),
     ),
     Rule(
-        "paged states need memory that a GPU's driver manages, and the CPU has none",
+        "paged states need CUDA unified memory, which a CPU lacks",
         optimizers=_PAGED_OPTIMIZERS,
         devices=frozenset({"cpu"}),
     ),
@@ -262,9 +262,10 @@ def check(combination: Combination, device: str) -> None:
     alternatives = ", or ".join(
         describe_changes(combination, nearest, device) for nearest in find_nearest_supported(combination, device)
     )
+    engine = "a single process" if combination.engine == "single" else combination.engine
     raise CombinationError(
         f"{combination.method} with optimizer.kind={combination.optimizer} in {combination.precision}{feature} does "
-        f"not run on {combination.engine}: {rule.reason}; use {alternatives}"
+        f"not run on {engine}: {rule.reason}; use {alternatives}"
     )
 
 

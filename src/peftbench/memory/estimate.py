@@ -155,8 +155,8 @@ def _check_supported(recipe: Recipe, engine: EngineKind, device_type: DeviceType
         )
     if device_type == "cpu" and recipe.train.precision != "fp32":
         raise EstimateUnavailableError(
-            f"On CPU, {recipe.train.precision} kernels use conversion buffers that are not modeled; use "
-            "train.precision=fp32, or --device with a GPU"
+            f"There is no memory estimate for train.precision={recipe.train.precision} on CPU: the conversion buffers "
+            "of its kernels are not simulated; use train.precision=fp32"
         )
     if recipe.model.quantization == "int8":
         raise EstimateUnavailableError(

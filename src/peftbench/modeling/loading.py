@@ -228,6 +228,8 @@ def _translate_error(model_config: Model, component: str, error: Exception) -> M
             hint = "put model.safetensors there, or set model.init=random for random weights"
             return ModelNotFoundError(f"the folder {path} has no usable weights: {_shorten(error)}", hint)
         return ModelNotFoundError(f"the folder {path} has no usable {component}: {_shorten(error)}", local)
+    if path.startswith(("/", "~", ".")) or path.count("/") > 1:  # not the name of a model on the Hub
+        return ModelNotFoundError(f"folder {path!r} does not exist", local)
     text = str(error).lower()
     if "couldn't connect" in text or "offline" in text or "connection" in text:
         return HubUnreachableError(

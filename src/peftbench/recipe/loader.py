@@ -31,6 +31,7 @@ from peftbench.errors import (
 from peftbench.methods import METHOD_KINDS
 from peftbench.optim import OPTIMIZERS
 from peftbench.recipe.schema import Recipe
+from peftbench.record.schema_v1 import upgrade_recipe
 
 EXTENDS_KEY = "extends"
 _KIND_REGISTRIES: dict[str, Mapping[str, type[ConfigSection]]] = {
@@ -95,7 +96,7 @@ def read_yaml(path: Path, visited: tuple[Path, ...] = ()) -> Iterator[DictConfig
     try:
         loaded = _read_recipe_from_record(path) or OmegaConf.load(path)
     except (FileNotFoundError, IsADirectoryError) as error:
-        candidates = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        candidates = [p.name for p in path.parent.glob("[!.]*.yaml")] if path.parent.is_dir() else []
         hint = did_you_mean(path.name, sorted(candidates)) if candidates else "pass the path of a YAML file"
         raise MissingFileError(f"no file {path}", hint) from error
     except (yaml.YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException) as error:
@@ -122,7 +123,8 @@ def _read_recipe_from_record(path: Path) -> DictConfig | None:
     is_record = isinstance(values, dict) and "recipe_fingerprint" in values and isinstance(values.get("recipe"), dict)
     if not is_record:
         return None
-    return OmegaConf.create({key: _escape_interpolations(value) for key, value in values["recipe"].items()})
+    recipe = upgrade_recipe(values["recipe"]) if values.get("schema_version") == 1 else values["recipe"]
+    return OmegaConf.create({key: _escape_interpolations(value) for key, value in recipe.items()})
 
 
 def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
@@ -195,7 +197,12 @@ def _raise_recipe_error(error: dict[str, Any], root: type[ConfigSection]) -> NoR
 def _raise_unknown_key(path: str, fields: Sequence[str]) -> NoReturn:
     renamed = RENAMED_KEYS.get(path, "")
     key = path.rpartition(".")[2]
-    hint = f"it was renamed to {renamed!r}" if renamed.rpartition(".")[2] in fields else did_you_mean(key, fields)
+    section = path.removesuffix(key)
+    hint = (
+        f"it was renamed to {renamed!r}"
+        if renamed.rpartition(".")[2] in fields
+        else did_you_mean(key, fields).replace("did you mean '", f"did you mean '{section}")
+    )
     raise UnknownKeyError(f"Invalid recipe: there is no key {path!r}", hint)
 
 

@@ -30,6 +30,7 @@ from peftbench.record.run_record import (
     read_record,
     read_records,
     read_records_by_path,
+    read_schema_version,
     train_peak_bytes,
 )
 
@@ -61,5 +62,6 @@ __all__ = [
     "read_record",
     "read_records",
     "read_records_by_path",
+    "read_schema_version",
     "train_peak_bytes",
 ]

@@ -201,6 +201,15 @@ def read_record(path: Path) -> RunRecord:
     return record
 
 
+def read_schema_version(path: Path) -> int | None:
+    """Return the schema version that a record was written with; None if the file is missing or not a record."""
+    try:
+        version = json.loads(path.read_bytes())["schema_version"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return version if isinstance(version, int) else None
+
+
 def _upgrade(content: bytes) -> bytes:
     try:
         values = json.loads(content)

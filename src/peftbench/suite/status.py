@@ -51,6 +51,8 @@ def collect_run_statuses(
     Raises:
         MissingFileError: the folder has no run.
     """
+    if not folder.is_dir():
+        raise MissingFileError(f"folder {str(folder)!r} does not exist", "give the output folder of a run or a suite")
     run_dirs = sorted({path.parent for name in (RECIPE_FILE, RECORD_FILE, STATUS_FILE) for path in folder.rglob(name)})
     run_dirs = [run_dir for run_dir in run_dirs if CHECKPOINTS_DIR not in run_dir.relative_to(folder).parts]
     if not run_dirs:

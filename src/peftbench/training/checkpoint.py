@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from peftbench.common.filesystem import as_os_error, write_error
 from peftbench.distributed.collectives import all_gather_objects
 from peftbench.errors import CheckpointError
+from peftbench.record import SCHEMA_VERSION, read_schema_version
 from peftbench.run_dir.layout import (
     CHECKPOINT_METADATA_FILE,
     PARTIAL_SUFFIX,
@@ -185,16 +186,8 @@ class CheckpointManager:
 
     def _select_latest(self) -> tuple[CheckpointRef | None, list[str], str | None]:
         others = [path for path in self.directory.parent.glob("*") if path.is_dir() and path != self.directory]
-        for path in self.run_dir.find_checkpoints():
-            if (version := _read_format_version(path / CHECKPOINT_METADATA_FILE)) not in (None, _FORMAT_VERSION):
-                return (
-                    None,
-                    [],
-                    (
-                        f"Cannot resume from {path}: it has checkpoint format {version}, and this version reads "
-                        f"format {_FORMAT_VERSION}. Delete {path.parent} to start over."
-                    ),
-                )
+        if refusal := self._find_old_format():
+            return None, [], refusal
         notes = [f"{path} has checkpoints of another recipe, base model or data; kept" for path in sorted(others)]
         for path in self.directory.glob(f"*{PARTIAL_SUFFIX}"):
             shutil.rmtree(path, ignore_errors=True)
@@ -215,6 +208,25 @@ class CheckpointManager:
                 )
             return CheckpointRef(path, metadata), notes, None
         return None, notes, None
+
+    def _find_old_format(self) -> str | None:
+        """Return a refusal if a checkpoint has another format; it names the old record that the run would replace."""
+        for path in self.run_dir.find_checkpoints():
+            version = _read_format_version(path / CHECKPOINT_METADATA_FILE)
+            if version in (None, _FORMAT_VERSION):
+                continue
+            record_file = self.run_dir.record_file
+            schema_version = read_schema_version(record_file)
+            replaced = (
+                f"; the run then replaces {record_file}, a record of schema {schema_version}"
+                if schema_version not in (None, SCHEMA_VERSION)
+                else ""
+            )
+            return (
+                f"Cannot resume from {path}: it has checkpoint format {version}, and this version reads format "
+                f"{_FORMAT_VERSION}. Delete {path.parent} to start over{replaced}."
+            )
+        return None
 
     def load(self, checkpoint: CheckpointRef) -> tuple[dict[str, Any], bool]:
         """Return this process's state in a checkpoint, and whether the same process wrote it.

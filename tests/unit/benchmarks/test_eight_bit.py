@@ -10,22 +10,22 @@ import pytest
 from peftbench.record import read_records
 from peftbench.suite.expand import expand
 from tests.helpers.paths import REPOSITORY
-from tests.unit.report.test_shipped_results import unlike
+from tests.unit.report.test_shipped_results import find_changed_keys
 
 FOLDER = REPOSITORY / "benchmarks" / "eight_bit"
 
 
 def test_readme_table_matches_records() -> None:
     """The README has the lines that table.py prints."""
-    printed = subprocess.run(
+    expected = subprocess.run(
         [sys.executable, str(FOLDER / "table.py"), str(FOLDER / "records")], capture_output=True, text=True, check=True
     ).stdout
-    shown = (FOLDER / "README.md").read_text(encoding="utf-8").split("<!-- table -->\n")[1].split("<!-- end")[0]
-    assert shown == printed
+    table = (FOLDER / "README.md").read_text(encoding="utf-8").split("<!-- table -->\n")[1].split("<!-- end")[0]
+    assert table == expected
 
 
 def test_records_match_recipes() -> None:
-    """Every key is equal, except the paths of data and model."""
+    """Every key is equal except the paths of data and model."""
     records = {record.name: record for record in read_records(FOLDER / "records")}
     recipes = {recipe.name: recipe for recipe in expand(FOLDER / "suite.yaml", [], None)}
     assert set(records) == set(recipes) == {"adamw", "adamw8bit", "all_in_8bit"}
@@ -34,11 +34,11 @@ def test_records_match_recipes() -> None:
         assert recorded["model"].pop("path") != expected["model"].pop("path")
         for split in ("train", "test"):
             recorded["data"]["source"][split] = expected["data"]["source"][split]
-        assert unlike(recorded, expected) == []
+        assert find_changed_keys(recorded, expected) == []
 
 
 def test_8bit_states_are_smaller_at_equal_losses() -> None:
-    """All-8-bit states take a quarter, bytes equal the closed form, and 20 losses agree within a thousandth."""
+    """All-8-bit states need a quarter of the bytes, which equal the closed form, and 20 losses agree within 0.1 %."""
     records = {record.name: record for record in read_records(FOLDER / "records")}
     states = {name: record.state_bytes for name, record in records.items()}
     assert all(size is not None and size.optimizer == size.expected_optimizer for size in states.values())

@@ -1,4 +1,4 @@
-"""The GPU benchmark on a tiny model: every case, without data, Hub or most libraries."""
+"""The GPU benchmark on a tiny model: every case, without data, the Hub or most libraries."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ HIDE = f"import sys; sys.modules.update(dict.fromkeys({ABSENT!r}))"
 
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Return the command, with optional libraries hidden from it and its processes, on CPU."""
+    """Return the command of the benchmark on CPU; it and its subprocesses cannot import optional libraries."""
     hidden = tmp_path_factory.mktemp("hidden")
     (hidden / "sitecustomize.py").write_text(HIDE, encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(hidden), prepend=":")
@@ -54,19 +54,19 @@ def test_measure_script_imports_no_cuda_library() -> None:
 
 
 def test_hidden_library_cannot_be_imported(call: list[str]) -> None:
-    """The fixture hides the libraries, which the other tests rely on."""
+    """The other tests rely on the fixture, which hides the libraries."""
     done = subprocess.run([call[0], "-c", "import datasets"], check=False, capture_output=True, text=True)
     assert "halted; None in sys.modules" in done.stderr
 
 
-@pytest.mark.slow  # some twenty processes, one after another
+@pytest.mark.slow  # about twenty processes, one after another
 def test_every_case_is_measured_once_and_predicted(call: list[str], tmp_path: Path) -> None:
     """Four methods in two precisions, with and without checkpointing; the second call skips all of them."""
-    out = [*call, "--tiny", "--out", str(tmp_path)]
-    first = subprocess.run(out, check=True, capture_output=True, text=True)
+    command = [*call, "--tiny", "--out", str(tmp_path)]
+    first = subprocess.run(command, check=True, capture_output=True, text=True)
     records = {record.name: record for record in read_records(tmp_path)}
-    checkpointed = len(METHODS) - 1  # not the method with a frozen backbone
-    assert len(records) == 2 * (len(METHODS) + checkpointed) == len(first.stdout.splitlines())
+    num_checkpointed = len(METHODS) - 1  # all but the method with a frozen backbone
+    assert len(records) == 2 * (len(METHODS) + num_checkpointed) == len(first.stdout.splitlines())
     assert {record.recipe["method"]["kind"] for record in records.values()} == set(METHODS)
     for record in records.values():
         assert (record.outcome.kind, record.notes) == ("ok", ())
@@ -79,11 +79,11 @@ def test_every_case_is_measured_once_and_predicted(call: list[str], tmp_path: Pa
         assert record.state_bytes is not None
         assert record.memory_breakdown.peak_bytes > record.state_bytes.total
     assert len({record.tokens.real for record in records.values() if record.tokens}) == 1
-    plain, again = records["tiny_full_fp32"].flops, records["tiny_full_fp32_checkpointing"].flops
-    assert plain.model_flops == again.model_flops
+    plain, checkpointing = records["tiny_full_fp32"].flops, records["tiny_full_fp32_checkpointing"].flops
+    assert plain.model_flops == checkpointing.model_flops
     assert plain.hardware_flops is not None
-    assert again.hardware_flops is not None
-    assert plain.hardware_flops < again.hardware_flops
+    assert checkpointing.hardware_flops is not None
+    assert plain.hardware_flops < checkpointing.hardware_flops
     assert "FLOPs as counted" in first.stdout
     predicted = subprocess.run(
         [call[0], str(SCRIPT.with_name("predict.py")), "--tiny", str(tmp_path)],
@@ -94,7 +94,7 @@ def test_every_case_is_measured_once_and_predicted(call: list[str], tmp_path: Pa
     )
     assert predicted.stdout.count("| tensors |") == len(records)
     assert "tensors: off by 0.000% in the median, 0.000% at worst" in predicted.stdout
-    second = subprocess.run(out, check=True, capture_output=True, text=True)
+    second = subprocess.run(command, check=True, capture_output=True, text=True)
     assert [line.split(": ")[1] for line in second.stdout.splitlines()] == ["has a record"] * len(records)
 
 

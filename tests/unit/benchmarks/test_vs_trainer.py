@@ -61,7 +61,7 @@ def call(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
 
 
-def measured(folder: Path) -> dict[tuple[str, str], dict[str, object]]:
+def read_measurements(folder: Path) -> dict[tuple[str, str], dict[str, object]]:
     """Return records by case and arm."""
     records = [json.loads(path.read_text(encoding="utf-8")) for path in folder.rglob("*.json")]
     return {(record["case"], record["arm"]): record for record in records}
@@ -89,43 +89,43 @@ SMALL = (
 
 def assert_arms_agree(records: dict[tuple[str, str], dict[str, object]], case: str, arms: tuple[str, ...]) -> None:
     """Check that all arms of a case have equal tokens and losses."""
-    ours = records[case, "peftbench"]
-    losses = ours["losses"]
+    reference = records[case, "peftbench"]
+    losses = reference["losses"]
     assert isinstance(losses, list)
     if case == "full":  # its steps are large compared with the differences between batches
         assert losses[-1] < losses[0] - 0.01
     for arm in arms:
-        theirs = records[case, arm]
-        for same in ("real_tokens", "labelled_tokens", "trainable_parameters", "required_flops", "data_identity"):
-            assert theirs[same] == ours[same], (case, arm, same)
-        # TRL's default multiplies in bf16 whatever the others do.
-        assert theirs["losses"] == pytest.approx(losses, rel=1e-3 if arm == "trl_default" else 1e-5), (case, arm)
+        other = records[case, arm]
+        for key in ("real_tokens", "labelled_tokens", "trainable_parameters", "required_flops", "data_identity"):
+            assert other[key] == reference[key], (case, arm, key)
+        # TRL's default always multiplies in bf16, so its tolerance is larger.
+        assert other["losses"] == pytest.approx(losses, rel=1e-3 if arm == "trl_default" else 1e-5), (case, arm)
 
 
 @pytest.mark.timeout(240)
 def test_two_arms_have_equal_losses(options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """HF Trainer's best and peftbench: equal losses in fp32, a table, and records that are not measured again.
+    """HF Trainer's best flags and peftbench have equal losses in fp32; a second call prints a table without measuring.
 
-    The arms run with optional libraries hidden; the table needs tabulate.
+    The first call cannot import optional libraries, so it prints no table.
     """
     out, hidden = tmp_path / "records", tmp_path / "hidden"
     hidden.mkdir()
     hide = f"import sys; sys.modules.update(dict.fromkeys({ABSENT!r}))"
     (hidden / "sitecustomize.py").write_text(hide, encoding="utf-8")
-    words = [*options, *SMALL, "--methods", "full", "--arms", "hf_best", "peftbench", "--out", str(out)]
-    with monkeypatch.context() as bare:
-        bare.setenv("PYTHONPATH", str(hidden), prepend=":")
-        first = call(*words)
+    arguments = [*options, *SMALL, "--methods", "full", "--arms", "hf_best", "peftbench", "--out", str(out)]
+    with monkeypatch.context() as without_libraries:
+        without_libraries.setenv("PYTHONPATH", str(hidden), prepend=":")
+        first = call(*arguments)
     assert first.returncode == 0, first.stderr
     assert "no table: tabulate is not installed" in first.stderr
-    stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*.json")}
-    done = call(*words)
+    modification_times = {path: path.stat().st_mtime_ns for path in out.rglob("*.json")}
+    done = call(*arguments)
     assert done.returncode == 0, done.stderr
-    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.json")} == stamps
-    records = measured(out)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.json")} == modification_times
+    records = read_measurements(out)
     assert_arms_agree(records, "full", ("hf_best",))
-    ours = records["full", "peftbench"]
-    assert str(tmp_path) not in json.dumps(records["full", "hf_best"]) + json.dumps(ours)  # no path of this machine
+    text = json.dumps(records["full", "hf_best"]) + json.dumps(records["full", "peftbench"])
+    assert str(tmp_path) not in text  # no path of this machine
     lines = [line for line in done.stdout.splitlines() if line.startswith("| full")]
     assert ["HF Trainer, its best flags" in lines[0], "peftbench" in lines[1]] == [True, True]
     assert "NOT COMPARABLE" not in done.stdout
@@ -135,11 +135,11 @@ def test_two_arms_have_equal_losses(options: list[str], tmp_path: Path, monkeypa
 @pytest.mark.slow  # 25 processes, one after another
 @pytest.mark.timeout(1500)
 def test_all_arms_have_equal_losses_with_every_method(options: list[str], tmp_path: Path) -> None:
-    """Five arms, four methods and the second epoch of one: equal losses, tokens and model FLOPs."""
+    """Losses, tokens and model FLOPs are equal for five arms, four methods, and the second epoch of one method."""
     out = tmp_path / "records"
     done = call(*options, *SMALL, "--out", str(out))
     assert done.returncode == 0, done.stderr
-    records = measured(out)
+    records = read_measurements(out)
     assert set(records) == {(case, arm) for case in CASES for arm in ARMS}
     for case in CASES:
         assert_arms_agree(records, case, ARMS)
@@ -152,9 +152,9 @@ def test_all_arms_have_equal_losses_with_every_method(options: list[str], tmp_pa
     assert "hidden states" in notes
     assert "those of 0 of" in notes  # nothing cached by another arm or repeat
     assert str(Path.home()) not in notes
-    again = records["last_layer_epoch2", "peftbench"]["real_tokens"]
-    assert isinstance(again, list)
-    assert sum(again[:2]) == sum(again[2:])  # two steps an epoch, over the same examples
+    real_tokens = records["last_layer_epoch2", "peftbench"]["real_tokens"]
+    assert isinstance(real_tokens, list)
+    assert sum(real_tokens[:2]) == sum(real_tokens[2:])  # two steps an epoch, over the same examples
     methods, targets = done.stdout.split("\n\n")[:2]
     assert methods.count("\n| ") == 1 + len(CASES) * len(ARMS)  # a header and a line per measurement
     assert targets.count("\n| ") == 2 * (len(CASES) + 1)
@@ -201,7 +201,7 @@ def write_records(folder: Path, *records: dict[str, object]) -> Path:
 
 
 def test_ratio_compares_records_of_one_repeat(tmp_path: Path) -> None:
-    """The table has median and range of ratios per repeat, not the ratio of medians; also in a file's block."""
+    """The table and the block in a file have median and range of the ratios per repeat, not the ratio of medians."""
     folder = write_records(
         tmp_path / "records",
         *(record("hf_best", repeat, train_seconds=seconds) for repeat, seconds in ((1, 8.0), (2, 2.0), (3, 12.0))),
@@ -209,8 +209,8 @@ def test_ratio_compares_records_of_one_repeat(tmp_path: Path) -> None:
     )
     done = call("--report", str(folder))
     assert done.returncode == 0, done.stderr
-    peer, ours = (line for line in done.stdout.splitlines() if line.startswith("| full"))
-    assert [cell.strip() for cell in peer.split("|")[3:-1]] == [
+    other, peftbench = (line for line in done.stdout.splitlines() if line.startswith("| full"))
+    assert [cell.strip() for cell in other.split("|")[3:-1]] == [
         "12",
         "3.00x (2.00–4.00)",
         "2",
@@ -218,7 +218,7 @@ def test_ratio_compares_records_of_one_repeat(tmp_path: Path) -> None:
         "50.0%",
         "0.0e+00",
     ]
-    assert [cell.strip() for cell in ours.split("|")[3:-1]] == ["50", "–", "2", "–", "50.0%", "–"]
+    assert [cell.strip() for cell in peftbench.split("|")[3:-1]] == ["50", "–", "2", "–", "50.0%", "–"]
     page = tmp_path / "README.md"
     page.write_text("above\n<!-- report:x -->\nold\n<!-- end of report:x -->\nbelow\n", encoding="utf-8")
     assert call("--report", str(folder), "--update-file", str(page), "--marker", "x").returncode == 0
@@ -227,7 +227,7 @@ def test_ratio_compares_records_of_one_repeat(tmp_path: Path) -> None:
 
 
 def test_targets_use_unrounded_medians(tmp_path: Path) -> None:
-    """Speed and memory relative to the study's arm and the fastest other arm, by unrounded medians."""
+    """Targets compare speed and memory with the study's arm and the best other arm, before rounding."""
     mib = 2**20
 
     def measured_in(case: str, arm: str, seconds: float, peak: int) -> dict[str, object]:
@@ -270,8 +270,8 @@ def test_targets_use_unrounded_medians(tmp_path: Path) -> None:
 
 @pytest.mark.slow  # a training process
 def test_all_arms_have_one_memory_baseline(options: list[str], tmp_path: Path) -> None:
-    """Memory of loaded examples counts in the peak of peftbench's arm, whose own baseline is later."""
-    base, held = tmp_path / "base", 256 * 2**20
+    """The peak of peftbench's arm includes the loaded examples, although its own baseline is measured later."""
+    base, ballast_bytes = tmp_path / "base", 256 * 2**20
     code = f"""
 import sys
 from pathlib import Path
@@ -282,7 +282,7 @@ arm.prepare(Path({options[3]!r}), Path({str(base)!r}), 0)
 read = arm.read_examples
 def heavy(*args):
     global ballast
-    ballast = b"x" * {held}
+    ballast = b"x" * {ballast_bytes}
     return read(*args)
 arm.read_examples = heavy
 spec = Spec(precision="fp32", soft_tokens=4, warmup=1, steps=1)
@@ -291,7 +291,7 @@ print(arm.measure(Job(arm="peftbench", **settings)).peak_bytes)
 """
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[-1]) > held
+    assert int(done.stdout.split()[-1]) > ballast_bytes
 
 
 @pytest.mark.parametrize(
@@ -309,7 +309,7 @@ print(arm.measure(Job(arm="peftbench", **settings)).peak_bytes)
     ],
 )
 def test_different_records_are_not_compared(tmp_path: Path, changes: dict[str, object], message: str) -> None:
-    """Differing tokens, losses, parameters or devices are listed below the table; exit code 1, no file changes."""
+    """Differences are listed below the table, the exit code is 1, and no file is changed."""
     folder = write_records(tmp_path / "records", record("hf_best", 1, **changes), record("peftbench", 1))
     done = call("--report", str(folder))
     assert done.returncode == 1
@@ -361,8 +361,8 @@ def test_data_folder_is_required() -> None:
 @pytest.mark.slow  # two processes
 def test_too_few_examples_are_refused(options: list[str], tmp_path: Path) -> None:
     """An arm's error is printed and the command fails."""
-    words = ["--arms", "peftbench", "--methods", "full", "--steps", "50", "--out", str(tmp_path / "records")]
-    done = call(*options, *SMALL, *words)
+    arguments = ["--arms", "peftbench", "--methods", "full", "--steps", "50", "--out", str(tmp_path / "records")]
+    done = call(*options, *SMALL, *arguments)
     assert done.returncode == 1
     assert "has 40 usable examples, but 204 are needed; use fewer steps" in done.stderr
     assert "Traceback" not in done.stderr

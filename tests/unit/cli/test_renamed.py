@@ -29,17 +29,19 @@ from peftbench.common.console import USAGE_EXIT_CODE
     ],
 )
 def test_old_spelling_is_refused_with_the_new_one(command_line: str, message: str) -> None:
-    """The message is one sentence and the exit code that of a usage error."""
+    """Check that the error is one sentence with the new spelling and the exit code is that of a usage error."""
     result = CliRunner().invoke(app, command_line.split())
     assert result.exit_code == USAGE_EXIT_CODE == CliRunner().invoke(app, ["report", "--no-such-option"]).exit_code
     assert result.stderr == f"error: {message}\n"
     assert result.stdout == ""
 
 
-def test_train_refuses_the_old_option(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """launch/train.py --unless-finished is refused too."""
+def test_train_script_refuses_the_old_option(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Check that launch/train.py refuses --unless-finished."""
     monkeypatch.setattr("sys.argv", ["train.py", "--unless-finished", "--config", "recipe.yaml"])
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(SystemExit) as excinfo:
         train.main()
-    assert caught.value.code == USAGE_EXIT_CODE
+    assert excinfo.value.code == USAGE_EXIT_CODE
     assert capsys.readouterr().err == "error: --unless-finished is now --skip-finished\n"

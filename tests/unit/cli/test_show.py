@@ -1,4 +1,4 @@
-"""``peftbench show``."""
+"""The command ``peftbench show``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.launch.conftest import RECIPE
 
 @pytest.fixture
 def recipe_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Write a recipe to a folder with a "=" in its name, as the folders of a suite's axes have."""
+    """Write a recipe to a folder with "=" in its name, like the run folders of a suite with axes."""
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "lora-seed=0" / "recipe.yaml"
     path.parent.mkdir()
@@ -25,22 +25,22 @@ def recipe_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_glossary_has_every_column() -> None:
-    """Each line has a column's title and description."""
+def test_show_glossary_prints_every_column() -> None:
+    """Check that each line has a column's title and description."""
     result = CliRunner().invoke(app, ["show", "--glossary"])
     assert result.exit_code == 0, result.output
     assert result.output.splitlines() == [f"{column.title}: {column.description}" for column in COLUMNS]
 
 
 def test_existing_file_is_not_an_override(recipe_file: Path) -> None:
-    """A path with a "=" is a recipe file if it exists."""
+    """Check that an existing path with "=" is read as a recipe file."""
     result = CliRunner().invoke(app, ["show", str(recipe_file), "train.steps=7"])
     assert result.exit_code == 0, result.output
     assert "steps: 7" in result.output
 
 
 def test_run_dir_is_created_and_printed(recipe_file: Path) -> None:
-    """``show --run-dir`` and its alias for job scripts print the same folder, and fail if it cannot be created."""
+    """Check ``show --run-dir``, its alias for job scripts, and the error if the folder cannot be created."""
     result = CliRunner().invoke(app, ["show", "--run-dir", str(recipe_file), "name=first"])
     assert (result.exit_code, result.output) == (0, "out/first\n")
     assert Path("out/first").is_dir()

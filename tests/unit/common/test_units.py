@@ -1,4 +1,4 @@
-"""Sizes of memory as people read them."""
+"""Formatting of byte counts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MIB, GIB = 2**20, 2**30
 
 
 @pytest.mark.parametrize(
-    ("size", "of", "text"),
+    ("num_bytes", "total_bytes", "text"),
     [
         (96 * MIB, 112 * MIB, "96 of 112 MiB"),
         (96 * MIB, None, "96 MiB"),
@@ -21,6 +21,6 @@ MIB, GIB = 2**20, 2**30
         (12 * GIB, None, "12.0 GiB"),
     ],
 )
-def test_in_one_unit(size: int, of: int | None, text: str) -> None:
-    """That of the larger: MiB below ten GiB."""
-    assert format_bytes(size, of) == text
+def test_format_bytes_uses_one_unit(num_bytes: int, total_bytes: int | None, text: str) -> None:
+    """Check that the larger size selects the unit: MiB below 10 GiB, else GiB."""
+    assert format_bytes(num_bytes, total_bytes) == text

@@ -1,4 +1,4 @@
-"""A cache of each test's own, and examples written to files."""
+"""Fixtures for data: a separate cache for each test, and files of examples."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Rows = Sequence[dict[str, Any]]
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Both caches, ours and that of ``datasets``, are empty when a test starts and gone when it ends."""
+    """Give each test its own empty caches, for peftbench and for ``datasets``; return their folder."""
     import datasets
 
     monkeypatch.setenv("PEFTBENCH_CACHE", str(tmp_path / "cache" / "peftbench"))
@@ -24,7 +24,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def write_rows(tmp_path: Path) -> Callable[[str, Rows], str]:
-    """Given a file's name and rows, writes them in the format of its ending and returns the path."""
+    """Return a function that writes rows to a file, in the format of its suffix, and returns the path."""
 
     def write(name: str, rows: Rows) -> str:
         import pandas as pd

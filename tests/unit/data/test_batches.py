@@ -1,4 +1,4 @@
-"""Batches: one order whatever the method, micro-batch and number of processes, and counts that are exact."""
+"""Batches: one order for every method, micro-batch size and number of processes, and exact counts."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ SPLITS = [
     )
     if global_batch % world_size == 0
 ]
-"""Every way of cutting a step that is allowed: (global batch, micro-batch, processes)."""
+"""Every allowed way to split a step: (global batch size, micro-batch size, processes)."""
 
 
 def length(index: int) -> int:
-    """Tokens of an example: lengths come in no order, and several are alike."""
+    """Return the number of tokens of an example; lengths are not sorted, and some are equal."""
     return 3 + (index * 7) % 11
 
 
 def prompt(index: int) -> int:
-    """Tokens of an example that are prompt; at least one, and at least one is left."""
+    """Return the number of prompt tokens of an example; at least one, and at least one token is labeled."""
     return 1 + index % (length(index) - 1)
 
 
 @pytest.fixture(scope="module")
 def dataset() -> Dataset:
-    """Encoded examples whose tokens say which example they are of: example 3 is 301, 302, ..."""
+    """Return encoded examples whose tokens identify them: example 3 is 400, 401, 402, ..."""
     from datasets import Dataset
 
-    ids = [[(index + 1) * 100 + place for place in range(length(index))] for index in range(EXAMPLES)]
+    ids = [[(index + 1) * 100 + position for position in range(length(index))] for index in range(EXAMPLES)]
     return Dataset.from_dict({"input_ids": ids, "prompt_tokens": [prompt(index) for index in range(EXAMPLES)]})
 
 
@@ -59,30 +59,30 @@ def batches(
     world_size: int = 1,
     collator: Collator | None = None,
 ) -> Batches:
-    """Batches over ``dataset``."""
+    """Return the batches over ``dataset``."""
     return Batches(dataset, collator or Collator(PAD), global_batch, micro_batch, seed, rank, world_size)
 
 
-def first(made: Batches, count: int) -> list[GlobalBatch]:
-    """The first global batches."""
-    return list(itertools.islice(made, count))
+def take(global_batches: Batches, count: int) -> list[GlobalBatch]:
+    """Return the first ``count`` global batches."""
+    return list(itertools.islice(global_batches, count))
 
 
 def rows(micro_batch: MicroBatch) -> list[int]:
-    """Which examples a micro-batch holds."""
+    """Return the indices of the examples in a micro-batch."""
     return [int(row[0]) // 100 - 1 for row in micro_batch.input_ids]
 
 
 def examples(batch: GlobalBatch) -> list[int]:
-    """Which examples a rank sees in a step."""
+    """Return the indices of the examples that a rank processes in a step."""
     return [index for micro_batch in batch.micro_batches for index in rows(micro_batch)]
 
 
 def every_rank(dataset: Dataset, split: tuple[int, int | None, int], count: int) -> list[list[GlobalBatch]]:
-    """For each step, the global batch as every rank sees it."""
+    """Return the global batch of every rank, for each of the first ``count`` steps."""
     global_batch, micro_batch, world_size = split
     ranks = [
-        first(batches(dataset, global_batch, micro_batch, rank=rank, world_size=world_size), count)
+        take(batches(dataset, global_batch, micro_batch, rank=rank, world_size=world_size), count)
         for rank in range(world_size)
     ]
     return [list(step) for step in zip(*ranks, strict=True)]
@@ -91,15 +91,15 @@ def every_rank(dataset: Dataset, split: tuple[int, int | None, int], count: int)
 # --- order -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_order_is_the_seed_s_alone(dataset: Dataset) -> None:
-    """The same seed gives the same order, another seed another one."""
+def test_order_depends_on_the_seed(dataset: Dataset) -> None:
+    """The same seed gives the same order, and other seeds give other orders."""
     orders = {seed: list(itertools.islice(batches(dataset, seed=seed).sample_indices(), 100)) for seed in range(3)}
     assert list(itertools.islice(batches(dataset, seed=0).sample_indices(), 100)) == orders[0]
     assert orders[0] != orders[1] != orders[2] != orders[0]
 
 
-def test_the_order_owes_nothing_to_torch_s_own_seed(dataset: Dataset) -> None:
-    """What else draws random numbers, new weights and dropout for one, does not change the order, nor it theirs."""
+def test_order_is_independent_of_torch_s_global_generator(dataset: Dataset) -> None:
+    """Sampling does not use the global generator, which e.g. initializes weights."""
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
@@ -109,26 +109,26 @@ def test_the_order_owes_nothing_to_torch_s_own_seed(dataset: Dataset) -> None:
     assert list(itertools.islice(batches(dataset).sample_indices(), 50)) == order
 
 
-def test_there_are_splits_to_check() -> None:
-    """The list of splits has accumulation, several processes, both, and neither in it."""
+def test_splits_cover_every_number_of_processes() -> None:
+    """The list of splits is long, and has one to four processes."""
     assert len(SPLITS) > 50
     assert {world_size for _, _, world_size in SPLITS} == {1, 2, 3, 4}
 
 
 @pytest.mark.parametrize("split", SPLITS, ids=str)
-def test_a_step_is_the_same_examples_however_it_is_cut(split: tuple[int, int | None, int], dataset: Dataset) -> None:
-    """Over all ranks and micro-batches a step holds each example of the next stretch of the order, once."""
+def test_step_has_the_same_examples_for_every_split(split: tuple[int, int | None, int], dataset: Dataset) -> None:
+    """Over all ranks and micro-batches, a step has each of the next examples in the order once."""
     global_batch = split[0]
     order = batches(dataset).sample_indices()
     for step in every_rank(dataset, split, 3):
-        seen = [index for rank in step for index in examples(rank)]
-        assert Counter(seen) == Counter(itertools.islice(order, global_batch))
-        assert len(seen) == global_batch
+        indices = [index for rank in step for index in examples(rank)]
+        assert Counter(indices) == Counter(itertools.islice(order, global_batch))
+        assert len(indices) == global_batch
 
 
 @pytest.mark.parametrize("split", SPLITS, ids=str)
-def test_ranks_have_equal_work(split: tuple[int, int | None, int], dataset: Dataset) -> None:
-    """Every rank runs the same number of micro-batches, none is empty and none is larger than asked."""
+def test_ranks_have_equal_numbers_of_micro_batches(split: tuple[int, int | None, int], dataset: Dataset) -> None:
+    """No micro-batch is empty or larger than the limit, and their sizes differ by at most one."""
     global_batch, micro_batch, world_size = split
     expected = batches(dataset, global_batch, micro_batch, world_size=world_size).gradient_accumulation_steps
     for step in every_rank(dataset, split, 3):
@@ -143,43 +143,43 @@ def test_ranks_have_equal_work(split: tuple[int, int | None, int], dataset: Data
     ("global_batch", "micro_batch", "world_size", "accumulation"),
     [(8, None, 1, 1), (8, 8, 1, 1), (8, 3, 1, 3), (8, 1, 1, 8), (8, None, 4, 1), (8, 1, 4, 2), (8, 64, 2, 1)],
 )
-def test_accumulation(
+def test_gradient_accumulation_steps(
     global_batch: int, micro_batch: int | None, world_size: int, accumulation: int, dataset: Dataset
 ) -> None:
-    """As few micro-batches as the limit allows; without a limit there is no accumulation."""
+    """The number of micro-batches is the lowest that the limit allows; without a limit it is one."""
     assert (
         batches(dataset, global_batch, micro_batch, world_size=world_size).gradient_accumulation_steps == accumulation
     )
 
 
 @pytest.mark.parametrize("global_batch", [4, 8, 40])
-def test_an_epoch_sees_each_example_once(global_batch: int, dataset: Dataset) -> None:
-    """Each stretch of the data set's length has every example once, and the stretches differ in order."""
+def test_epoch_has_each_example_once(global_batch: int, dataset: Dataset) -> None:
+    """Each epoch has every example once, in another order."""
     steps = EXAMPLES // global_batch
-    seen = [index for batch in first(batches(dataset, global_batch, 2), 3 * steps) for index in examples(batch)]
-    epochs = [seen[start : start + EXAMPLES] for start in range(0, 3 * EXAMPLES, EXAMPLES)]
+    indices = [index for batch in take(batches(dataset, global_batch, 2), 3 * steps) for index in examples(batch)]
+    epochs = [indices[start : start + EXAMPLES] for start in range(0, 3 * EXAMPLES, EXAMPLES)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(EXAMPLES))] * 3
     order = list(itertools.islice(batches(dataset).sample_indices(), 2 * EXAMPLES))
     assert order[:EXAMPLES] != order[EXAMPLES:]
 
 
-def test_a_batch_may_reach_into_the_next_epoch(dataset: Dataset) -> None:
-    """Where a global batch does not divide the examples none is left out: 4 steps of 30 are 3 epochs of 40."""
-    seen = [index for batch in first(batches(dataset, 30), 4) for index in examples(batch)]
-    assert Counter(seen) == dict.fromkeys(range(EXAMPLES), 3)
+def test_batch_can_continue_into_the_next_epoch(dataset: Dataset) -> None:
+    """No example is dropped if the batch size does not divide their number: 4 steps of 30 are 3 epochs of 40."""
+    indices = [index for batch in take(batches(dataset, 30), 4) for index in examples(batch)]
+    assert Counter(indices) == dict.fromkeys(range(EXAMPLES), 3)
 
 
-def test_like_lengths_share_a_micro_batch(dataset: Dataset) -> None:
-    """Inside a step micro-batches go from short to long, so that padding is lost between neighbours only."""
-    batch = first(batches(dataset, 12, 3), 1)[0]
+def test_micro_batches_group_similar_lengths(dataset: Dataset) -> None:
+    """Within a step, examples are sorted by length, so that little padding is needed."""
+    batch = take(batches(dataset, 12, 3), 1)[0]
     lengths = [length(index) for index in examples(batch)]
     assert lengths == sorted(lengths)
     assert len(batch.micro_batches) == 4
 
 
 @pytest.mark.parametrize(("global_batch", "world_size"), [(8, 3), (1, 2), (6, 4)])
-def test_a_batch_that_cannot_be_shared_is_refused(global_batch: int, world_size: int, dataset: Dataset) -> None:
-    """A global batch that the processes do not divide is refused with both numbers."""
+def test_indivisible_global_batch_is_refused(global_batch: int, world_size: int, dataset: Dataset) -> None:
+    """The error has the global batch size and the number of processes."""
     with pytest.raises(
         OutOfRangeError, match=f"global_batch_size={global_batch} is not divisible by {world_size} proc"
     ):
@@ -202,8 +202,8 @@ def test_a_batch_that_cannot_be_shared_is_refused(global_batch: int, world_size:
         (1000, 10, 1.1, 110),
     ],
 )
-def test_epochs_become_steps(count: int, global_batch: int, epochs: float, steps: int) -> None:
-    """Steps are epochs times examples over the global batch, rounded up, without a step for a rounding error."""
+def test_epochs_are_converted_to_steps(count: int, global_batch: int, epochs: float, steps: int) -> None:
+    """Steps are epochs * examples / global batch size, rounded up; a rounding error adds no step."""
     from datasets import Dataset
 
     dataset = Dataset.from_dict({"input_ids": [[1, 2]] * count, "prompt_tokens": [1] * count})
@@ -215,25 +215,25 @@ def test_epochs_become_steps(count: int, global_batch: int, epochs: float, steps
 
 
 @pytest.mark.parametrize("split", SPLITS, ids=str)
-def test_counts_are_those_of_all_ranks(split: tuple[int, int | None, int], dataset: Dataset) -> None:
-    """Every rank knows the step's counts: its examples' tokens and labels, and the positions that all ranks compute."""
+def test_counts_are_summed_over_all_ranks(split: tuple[int, int | None, int], dataset: Dataset) -> None:
+    """Every rank has the counts of the whole step: tokens, labels and computed positions."""
     for step in every_rank(dataset, split, 2):
-        seen = [index for rank in step for index in examples(rank)]
+        indices = [index for rank in step for index in examples(rank)]
         shapes = [part.input_ids.shape for rank in step for part in rank.micro_batches]
         expected = TokenCounts(
-            real=sum(length(index) for index in seen),
+            real=sum(length(index) for index in indices),
             padded=sum(height * width for height, width in shapes),
-            labelled=sum(length(index) - prompt(index) for index in seen),
+            labelled=sum(length(index) - prompt(index) for index in indices),
         )
         assert [rank.token_counts for rank in step] == [expected] * len(step)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, None])
-def test_counts_do_not_depend_on_the_number_of_processes(micro_batch: int | None, dataset: Dataset) -> None:
-    """The four counts are equal for 1, 2 and 4 processes; without a limit padding follows the cut, and the rest is."""
+def test_counts_are_independent_of_the_number_of_processes(micro_batch: int | None, dataset: Dataset) -> None:
+    """All counts are equal for 1, 2 and 4 processes; without a micro-batch limit, all except padding."""
     collator = Collator(PAD, virtual_tokens=5)
     counts = [
-        first(batches(dataset, 8, micro_batch, world_size=world_size, collator=collator), 3) for world_size in (1, 2, 4)
+        take(batches(dataset, 8, micro_batch, world_size=world_size, collator=collator), 3) for world_size in (1, 2, 4)
     ]
     for step in zip(*counts, strict=True):
         assert (
@@ -244,15 +244,18 @@ def test_counts_do_not_depend_on_the_number_of_processes(micro_batch: int | None
             assert len({batch.token_counts for batch in step}) == 1
 
 
-def test_counts_by_hand() -> None:
-    """Two rows of 5 and 3 tokens with prompts of 2 and 1, counted by hand, and their sum with another batch."""
+def test_collate_and_counts_match_hand_computed_values() -> None:
+    """Two rows of 5 and 3 tokens with prompts of 2 and 1, and the sum of their counts with another batch's."""
     collator = Collator(PAD, virtual_tokens=4)
     batch = collator.collate([[11, 12, 13, 14, 15], [21, 22, 23]], [2, 1])
     assert batch.input_ids.tolist() == [[11, 12, 13, 14, 15], [21, 22, 23, PAD, PAD]]
-    assert batch.attention_mask is None  # what is at the right of a token it never looks at
+    assert batch.attention_mask is None  # a causal model does not attend to later positions
     assert batch.lengths == (5, 3)
-    no = -100
-    assert labels_of(batch, virtual_tokens=4).tolist() == [[no, no, 13, 14, 15], [no, 22, 23, no, no]]
+    ignored = -100
+    assert labels_of(batch, virtual_tokens=4).tolist() == [
+        [ignored, ignored, 13, 14, 15],
+        [ignored, 22, 23, ignored, ignored],
+    ]
     assert batch.logit_indices.tolist() == [4 + 1, 4 + 2, 4 + 3, 9 + 4 + 0, 9 + 4 + 1]
     assert batch.targets.tolist() == [13, 14, 15, 22, 23]
     counts = collator.count_tokens(batch)
@@ -260,28 +263,28 @@ def test_counts_by_hand() -> None:
     assert counts + TokenCounts(1, 2, 3, 4) == TokenCounts(9, 12, 8, 12)
 
 
-def test_the_first_position_is_never_predicted() -> None:
-    """A row without any prompt has one label less than tokens, since nothing stands before its first one."""
+def test_first_position_is_not_labeled() -> None:
+    """A row without a prompt has one label fewer than tokens: nothing predicts its first token."""
     collator = Collator(PAD)
     assert collator.count_tokens(collator.collate([[1, 2, 3]], [0])).labelled == 2
 
 
-def test_padding_to_a_width() -> None:
-    """Every micro-batch may be padded to one width, which changes no other count."""
+def test_padding_to_a_length_changes_the_padded_count_only() -> None:
+    """Every micro-batch is padded to this width."""
     narrow, wide = Collator(PAD), Collator(PAD, pad_to_length=9)
-    examples_ = ([[11, 12, 13], [21, 22]], [1, 1])
-    batch = wide.collate(*examples_)
+    rows_and_prompts = ([[11, 12, 13], [21, 22]], [1, 1])
+    batch = wide.collate(*rows_and_prompts)
     assert batch.input_ids.shape == labels_of(batch).shape == (2, 9)
     assert batch.input_ids[:, 3:].eq(PAD).all()
     assert batch.lengths == (3, 2)
-    counts, expected = wide.count_tokens(batch), narrow.count_tokens(narrow.collate(*examples_))
+    counts, expected = wide.count_tokens(batch), narrow.count_tokens(narrow.collate(*rows_and_prompts))
     assert (counts.real, counts.labelled, counts.padded) == (expected.real, expected.labelled, 18)
 
 
-def test_virtual_tokens_change_no_batch(dataset: Dataset) -> None:
-    """A method with virtual tokens sees the same rows in the same micro-batches as one without."""
-    with_virtual = first(batches(dataset, 8, 3, collator=Collator(PAD, virtual_tokens=20)), 3)
-    without = first(batches(dataset, 8, 3), 3)
+def test_virtual_tokens_do_not_change_batches(dataset: Dataset) -> None:
+    """Methods with and without virtual tokens get the same rows in the same micro-batches."""
+    with_virtual = take(batches(dataset, 8, 3, collator=Collator(PAD, virtual_tokens=20)), 3)
+    without = take(batches(dataset, 8, 3), 3)
     for one, other in zip(with_virtual, without, strict=True):
         assert [rows(part) for part in one.micro_batches] == [rows(part) for part in other.micro_batches]
         assert one.token_counts.virtual == 8 * 20
@@ -291,13 +294,13 @@ def test_virtual_tokens_change_no_batch(dataset: Dataset) -> None:
 # --- as published ----------------------------------------------------------------------------------------------------
 
 
-def test_as_published_every_position_is_labelled() -> None:
-    """The study's batches label prompts and padding too, and the count says so."""
+def test_label_padding_labels_every_position() -> None:
+    """As in the published study, prompts and padding are labeled and counted."""
     collator = Collator(PAD, pad_to_length=6, label_padding=True)
     batch = collator.collate([[11, 12, 13], [21, 22]], [1, 1])
     labels = labels_of(batch)
     assert torch.equal(labels[:, 1:], batch.input_ids[:, 1:])
-    assert labels[:, 0].eq(-100).all()  # before which there is nothing to predict it from
+    assert labels[:, 0].eq(-100).all()  # nothing predicts the first token
     assert batch.attention_mask is not None
     assert batch.attention_mask.tolist() == [[1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0]]
     assert collator.count_tokens(batch) == TokenCounts(real=5, padded=12, labelled=10, virtual=0)
@@ -305,16 +308,16 @@ def test_as_published_every_position_is_labelled() -> None:
     assert batch.input_ids[0, 1] == 12  # labels are a copy
 
 
-def test_as_published_batches_are_not_sorted(dataset: Dataset) -> None:
-    """The study's batches keep the order of the draw."""
-    made = batches(dataset, 8, 2, collator=Collator(PAD, label_padding=True))
-    order = list(itertools.islice(made.sample_indices(), 8))
-    assert examples(first(made, 1)[0]) == order
+def test_label_padding_keeps_the_sampled_order(dataset: Dataset) -> None:
+    """As in the published study, examples are not sorted by length."""
+    unsorted = batches(dataset, 8, 2, collator=Collator(PAD, label_padding=True))
+    order = list(itertools.islice(unsorted.sample_indices(), 8))
+    assert examples(take(unsorted, 1)[0]) == order
     assert [length(index) for index in order] != sorted(length(index) for index in order)
 
 
-def test_rows_of_a_multiple() -> None:
-    """Soft tokens are part of what is a multiple, padding has none, and no row is longer than the model's positions."""
+def test_padding_to_a_multiple_matches_hand_computed_values() -> None:
+    """Virtual tokens count towards the multiple, and no row exceeds the model's positions."""
     padder, packer = Collator(PAD, 4, pad_to_multiple_of=8), PaddingFreeCollator(PAD, 4, pad_to_multiple_of=8)
     rows, prompts = [[5] * 7, [6] * 9], [3, 4]
     padded, packed = padder.collate(rows, prompts), packer.collate(rows, prompts)
@@ -337,10 +340,10 @@ def test_rows_of_a_multiple() -> None:
     assert short.count_positions([7, 9]) == 2 * 14
 
 
-# --- under a budget of tokens ----------------------------------------------------------------------------------------
+# --- token limit -----------------------------------------------------------------------------------------------------
 
 
-CUT = {
+COLLATORS = {
     "padded": Collator(PAD),
     "packed": PaddingFreeCollator(PAD),
     "virtual": PaddingFreeCollator(PAD, 4),
@@ -349,63 +352,67 @@ CUT = {
 }
 
 
-@pytest.mark.parametrize("collator", CUT.values(), ids=CUT)
+@pytest.mark.parametrize("collator", COLLATORS.values(), ids=COLLATORS)
 @pytest.mark.parametrize(("global_batch", "world_size"), [(8, 1), (8, 2), (40, 4), (6, 3)])
 @pytest.mark.parametrize("tokens", [24, 26, 60, 10_000])
-def test_micro_batches_keep_to_a_number_of_tokens(
+def test_micro_batches_stay_within_a_token_limit(
     tokens: int, global_batch: int, world_size: int, collator: Collator, dataset: Dataset
 ) -> None:
-    """In every step of a run, on every rank, with as few micro-batches as do; the steps see the same examples."""
+    """In every step and on every rank, with the fewest micro-batches; the steps keep their examples."""
     steps = 9
-    within = [
+    limited = [
         batches(dataset, global_batch, None, collator=collator, rank=rank, world_size=world_size).limited_to_tokens(
             tokens, steps
         )
         for rank in range(world_size)
     ]
-    plain = [first(batches(dataset, global_batch, 1, collator=collator), steps)][0]
-    most, sizes = 0, []
+    one_by_one = [take(batches(dataset, global_batch, 1, collator=collator), steps)][0]
+    max_parts, sizes = 0, []
     for step in range(steps):
-        ranks = [first(made, steps)[step] for made in within]
+        ranks = [take(batches_of_rank, steps)[step] for batches_of_rank in limited]
         parts = [part for batch in ranks for part in batch.micro_batches]
-        assert {len(batch.micro_batches) for batch in ranks} == {within[0].gradient_accumulation_steps}
+        assert {len(batch.micro_batches) for batch in ranks} == {limited[0].gradient_accumulation_steps}
         sizes += [collator.count_positions(part.lengths) for part in parts]
         assert sorted(index for part in parts for index in part.example_indices) == sorted(
-            index for part in plain[step].micro_batches for index in part.example_indices
+            index for part in one_by_one[step].micro_batches for index in part.example_indices
         )
         assert {(b.token_counts.real, b.token_counts.labelled, b.model_flop_units) for b in ranks} == {
-            (plain[step].token_counts.real, plain[step].token_counts.labelled, plain[step].model_flop_units)
+            (
+                one_by_one[step].token_counts.real,
+                one_by_one[step].token_counts.labelled,
+                one_by_one[step].model_flop_units,
+            )
         }
-        drawn = sorted(length for part in parts for length in part.lengths)
-        most = max(most, math.ceil(fewest(drawn, collator, tokens) / world_size))
+        lengths = sorted(length for part in parts for length in part.lengths)
+        max_parts = max(max_parts, math.ceil(count_fewest_parts(lengths, collator, tokens) / world_size))
     assert max(sizes) <= tokens
-    assert within[0].gradient_accumulation_steps == most
+    assert limited[0].gradient_accumulation_steps == max_parts
 
 
-def fewest(lengths: list[int], collator: Collator, tokens: int) -> int:
-    """How few runs of neighbours keep to ``tokens``, by trying every first run."""
+def count_fewest_parts(lengths: list[int], collator: Collator, tokens: int) -> int:
+    """Return the fewest consecutive groups of at most ``tokens`` positions; each takes as many examples as fit."""
     if not lengths:
         return 0
     fitting = [size for size in range(1, len(lengths) + 1) if collator.count_positions(lengths[:size]) <= tokens]
-    return 1 + fewest(lengths[max(fitting) :], collator, tokens)
+    return 1 + count_fewest_parts(lengths[max(fitting) :], collator, tokens)
 
 
-def test_parts_under_a_number_of_tokens_are_of_like_size() -> None:
-    """Of all ways to cut seven examples into three runs, none has a smaller largest part."""
+def test_split_evenly_minimizes_the_largest_part() -> None:
+    """No way to split seven examples into three consecutive parts has a smaller largest part."""
     lengths = [3, 4, 5, 9, 10, 11, 20]
     for collator in (Collator(PAD), PaddingFreeCollator(PAD)):
-        ways = [(0, one, two, 7) for one in range(1, 6) for two in range(one + 1, 7)]
+        boundaries = [(0, one, two, 7) for one in range(1, 6) for two in range(one + 1, 7)]
         best = min(
-            max(collator.count_positions(lengths[start:stop]) for start, stop in itertools.pairwise(way))
-            for way in ways
+            max(collator.count_positions(lengths[start:stop]) for start, stop in itertools.pairwise(boundary))
+            for boundary in boundaries
         )
-        cut = list(_split_evenly(lengths, collator.count_positions, 3))
-        assert [start for start, _ in cut] == [0, *(stop for _, stop in cut[:-1])]
-        assert cut[-1][1] == 7
-        assert max(collator.count_positions(lengths[start:stop]) for start, stop in cut) == best
+        parts = list(_split_evenly(lengths, collator.count_positions, 3))
+        assert [start for start, _ in parts] == [0, *(stop for _, stop in parts[:-1])]
+        assert parts[-1][1] == 7
+        assert max(collator.count_positions(lengths[start:stop]) for start, stop in parts) == best
 
 
-def test_a_budget_below_the_longest_example_is_refused(dataset: Dataset) -> None:
-    """It names what the longest takes, virtual tokens included."""
+def test_token_limit_below_the_longest_example_is_refused(dataset: Dataset) -> None:
+    """The error has the length of the longest example with virtual tokens."""
     with pytest.raises(OutOfRangeError, match="less than the 17 positions of the longest example"):
         batches(dataset, collator=PaddingFreeCollator(PAD, 4)).limited_to_tokens(16, 1)

@@ -27,36 +27,37 @@ from peftbench.data.sources import Docstrings
 from peftbench.errors import DataNotFoundError, OutputError
 
 VALIDATION, TEST = (
-    next(name for name, split in HELD_OUT_PACKAGES.items() if split == want) for want in ("validation", "test")
+    next(package for package, split in HELD_OUT_PACKAGES.items() if split == held_out)
+    for held_out in ("validation", "test")
 )
 
 
 def text(topic: str, body: str | None = None) -> str:
-    """A docstring that is a pair; two of them share nothing by default."""
-    return f"Say something short about {topic}.\n\n" + (body or f"The body tells of {topic} at length. " * 6)
+    """Return a docstring that is a valid pair; by default two of them share no text."""
+    return f"Say something short about {topic}.\n\n" + (body or f"The body describes {topic} at length. " * 6)
 
 
 def docstring(package: str, content: str) -> Docstring:
-    """A docstring of ``package``."""
+    """Return a docstring of ``package``."""
     return Docstring(package, f"{package}.py:{len(content)}", content)
 
 
 def summaries(corpus: Corpus) -> dict[str, list[str]]:
-    """Topics of each split's pairs."""
+    """Return the topics of each split's pairs."""
     start = len("Say something short about ")
     return {split: [pair.summary[start:-1] for pair in corpus.pairs[split]] for split in SPLITS}
 
 
 def test_splits_by_package() -> None:
     """Held-out packages go to their split only, all others to training, in any order of reading."""
-    found = [docstring(package, text(f"apples of {package}")) for package in (TEST, "numpy", VALIDATION, "python")]
+    docstrings = [docstring(package, text(f"apples of {package}")) for package in (TEST, "numpy", VALIDATION, "python")]
     expected = {
         "train": ["apples of numpy", "apples of python"],
         "validation": [f"apples of {VALIDATION}"],
         "test": [f"apples of {TEST}"],
     }
-    assert summaries(build_corpus(found)) == expected
-    corpus = build_corpus(reversed(found))
+    assert summaries(build_corpus(docstrings)) == expected
+    corpus = build_corpus(reversed(docstrings))
     assert {split: set(names) for split, names in summaries(corpus).items()} == {
         split: set(names) for split, names in expected.items()
     }
@@ -71,9 +72,9 @@ def test_splits_by_package() -> None:
         text("pears"),
         text("pears").upper().replace("\n\n", "\n\n\n"),
         text("pears", body="Another body, of the held-out package alone. " * 5),
-        text("plums", body="The body tells of pears at length. " * 6),
+        text("plums", body="The body describes pears at length. " * 6),
     ],
-    ids=["whole", "whole but for case and spaces", "summary", "body"],
+    ids=["whole", "whole except case and spaces", "summary", "body"],
 )
 def test_shared_text_stays_in_training_only(package: str, copied: str) -> None:
     """A copied docstring, summary line or body is dropped from the held-out split: pairs and documents."""
@@ -86,11 +87,13 @@ def test_shared_text_stays_in_training_only(package: str, copied: str) -> None:
     assert corpus.documents[split] == [text("figs")]
 
 
-def test_training_text_without_a_body_counts() -> None:
+def test_summary_in_training_without_a_body_is_dropped_elsewhere() -> None:
     """A summary line that training has without a body is dropped from the held-out split."""
-    lone = "Say something short about pears."
-    corpus = build_corpus([docstring("numpy", lone), docstring(TEST, text("pears")), docstring(TEST, text("figs"))])
-    assert corpus.documents["train"] == [lone]
+    summary_only = "Say something short about pears."
+    corpus = build_corpus(
+        [docstring("numpy", summary_only), docstring(TEST, text("pears")), docstring(TEST, text("figs"))]
+    )
+    assert corpus.documents["train"] == [summary_only]
     assert summaries(corpus)["test"] == ["figs"]
 
 
@@ -100,7 +103,7 @@ def test_copies_within_a_split_count_once() -> None:
         [
             docstring("numpy", text("pears")),
             docstring("scipy", text("pears")),
-            docstring("scipy", text("plums", body="The body tells of pears at length. " * 6)),
+            docstring("scipy", text("plums", body="The body describes pears at length. " * 6)),
         ]
     )
     assert summaries(corpus)["train"] == ["pears"]
@@ -108,7 +111,7 @@ def test_copies_within_a_split_count_once() -> None:
 
 
 def example(article: str, split: str = "train") -> Corpus:
-    """A corpus of one pair."""
+    """Return a corpus of one pair."""
     corpus = Corpus()
     corpus.pairs[split].append(SummarizationPair("package", "where", article, "summary"))
     return corpus
@@ -129,98 +132,100 @@ def test_fingerprint_depends_on_every_pair() -> None:
     two, reversed_two = Corpus(), Corpus()
     two.pairs["train"] += [pair, dataclasses.replace(pair, article="b")]
     reversed_two.pairs["train"] += two.pairs["train"][::-1]
-    prints = [corpus.fingerprint(), *(other.fingerprint() for other in [*others, two, reversed_two])]
-    assert len(set(prints)) == len(prints) == 9
+    fingerprints = [corpus.fingerprint(), *(other.fingerprint() for other in [*others, two, reversed_two])]
+    assert len(set(fingerprints)) == len(fingerprints) == 9
 
 
 # --- the cache -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def harvests(monkeypatch: pytest.MonkeyPatch) -> list[Corpus]:
+def read_corpora(monkeypatch: pytest.MonkeyPatch) -> list[Corpus]:
     """Replace the environment's corpus by a few pairs; the list has one entry per read."""
-    done: list[Corpus] = []
+    corpora: list[Corpus] = []
 
-    def small() -> Corpus:
+    def build_small_corpus() -> Corpus:
         packages = ("numpy", "scipy", VALIDATION, TEST)
-        done.append(build_corpus(docstring(package, text(f"É apples of {package}")) for package in packages))
-        return done[-1]
+        corpora.append(build_corpus(docstring(package, text(f"É apples of {package}")) for package in packages))
+        return corpora[-1]
 
-    monkeypatch.setattr(docstring_corpus, "read_corpus", small)
-    return done
+    monkeypatch.setattr(docstring_corpus, "read_corpus", build_small_corpus)
+    return corpora
 
 
-def test_cache_is_in_the_cache_folder(harvests: list[Corpus], own_cache: Path) -> None:
+def test_cache_is_in_the_cache_folder(read_corpora: list[Corpus], own_cache: Path) -> None:
     """Pairs are below $PEFTBENCH_CACHE, one file per split, with their fingerprint."""
     paths, fingerprint = cache_pair_files()
     assert set(paths) == set(SPLITS)
     assert all(path.is_file() and (own_cache / "peftbench") in path.parents for path in paths.values())
-    assert fingerprint == harvests[0].fingerprint()
+    assert fingerprint == read_corpora[0].fingerprint()
 
 
-def test_second_call_reads_the_cache(harvests: list[Corpus], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_call_reads_the_cache(
+    read_corpora: list[Corpus], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The environment is read once per cache, and the cached content is the same."""
     first = cache_pair_files()
     assert cache_pair_files() == first
-    assert len(harvests) == 1
+    assert len(read_corpora) == 1
     monkeypatch.setenv("PEFTBENCH_CACHE", str(tmp_path / "another"))
     assert cache_pair_files()[1] == first[1]
-    assert len(harvests) == 2
+    assert len(read_corpora) == 2
 
 
-def test_another_environment_has_its_own_cache(harvests: list[Corpus], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_environment_has_its_own_cache(read_corpora: list[Corpus], monkeypatch: pytest.MonkeyPatch) -> None:
     """Another version of a distribution uses another cache folder."""
     before, paths = environment_key(), cache_pair_files()[0]
     monkeypatch.setattr("peftbench.data.docstring_corpus.metadata.version", lambda name: "0.0.0")
     assert environment_key() != before
     assert cache_pair_files()[0] != paths
-    assert len(harvests) == 2
+    assert len(read_corpora) == 2
 
 
-def test_interrupted_read_is_repeated(harvests: list[Corpus], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_read_is_repeated(read_corpora: list[Corpus], monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache without its fingerprint, as after an interrupt, is not used."""
     paths, fingerprint = cache_pair_files()
     paths["test"].with_name("fingerprint").unlink()
     paths["test"].write_text("", encoding="utf-8")
     assert cache_pair_files() == (paths, fingerprint)
-    assert len(harvests) == 2
+    assert len(read_corpora) == 2
     assert paths["test"].read_text(encoding="utf-8")
 
 
-def test_source_returns_the_pairs(harvests: list[Corpus]) -> None:
+def test_source_returns_the_pairs(read_corpora: list[Corpus]) -> None:
     """The docstrings source has the corpus's pairs in order, and its fingerprint."""
     source = Docstrings()
     for split in SPLITS:
         dataset = source.load(split)
-        pairs = harvests[0].pairs[split]
+        pairs = read_corpora[0].pairs[split]
         assert pairs
         assert list(dataset["article"]) == [pair.article for pair in pairs]
         assert list(dataset["summary"]) == [pair.summary for pair in pairs]
         assert list(dataset["id"]) == [pair.location for pair in pairs]
-    assert source.fingerprint() == harvests[0].fingerprint()
+    assert source.fingerprint() == read_corpora[0].fingerprint()
 
 
-def test_unwritable_cache(harvests: list[Corpus], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritable_cache(read_corpora: list[Corpus], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache folder below a file is an error before anything is read."""
     (tmp_path / "file").write_text("", encoding="utf-8")
     monkeypatch.setenv("PEFTBENCH_CACHE", str(tmp_path / "file" / "below"))
     with pytest.raises(OutputError, match="cannot write"):
         cache_pair_files()
-    assert not harvests
+    assert not read_corpora
 
 
 # --- which distributions ---------------------------------------------------------------------------------------------
 
 
 def test_list_of_distributions_is_fixed() -> None:
-    """The list does not change, since the demo's committed records were made from it."""
+    """The demo's committed records depend on this list."""
     assert list(CORPUS_DISTRIBUTIONS) == sorted(set(CORPUS_DISTRIBUTIONS))
     assert set(HELD_OUT_PACKAGES) <= set(CORPUS_DISTRIBUTIONS)
     assert hashlib.blake2b(" ".join(CORPUS_DISTRIBUTIONS).encode(), digest_size=8).hexdigest() == "9d2a0ae16027dabe"
 
 
 def test_corpus_does_not_depend_on_requirements(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A dependency that is added, or moved to an extra, leaves the corpus's distributions and its cache as they are."""
+    """Adding a dependency, or moving one to an extra, does not change the corpus's distributions or its cache."""
     before, key = installed_distributions(), environment_key()
     for requirements in (["new-dependency"], ['altair; extra == "report"'], None):
         monkeypatch.setattr(metadata.PathDistribution, "requires", requirements)
@@ -267,13 +272,15 @@ def test_corpus_of_this_environment() -> None:
     """This environment gives thousands of pairs in all splits, and no held-out text in training."""
     corpus = read_corpus()
     assert len(corpus.pairs["train"]) > 10_000
-    trained = {normalize_text(part) for pair in corpus.pairs["train"] for part in (pair.article, pair.summary)}
+    training_texts = {normalize_text(part) for pair in corpus.pairs["train"] for part in (pair.article, pair.summary)}
     for split in ("validation", "test"):
         held_out = corpus.pairs[split]
         assert len(held_out) > 100
         assert {pair.package for pair in held_out} == {
-            name for name, place in HELD_OUT_PACKAGES.items() if place == split
+            package for package, package_split in HELD_OUT_PACKAGES.items() if package_split == split
         }
-        assert not [pair for pair in held_out if {normalize_text(pair.article), normalize_text(pair.summary)} & trained]
+        assert not [
+            pair for pair in held_out if {normalize_text(pair.article), normalize_text(pair.summary)} & training_texts
+        ]
     assert not {pair.package for pair in corpus.pairs["train"]} & set(HELD_OUT_PACKAGES)
     assert len({normalize_text(pair.article) for pair in corpus.pairs["train"]}) == len(corpus.pairs["train"])

@@ -21,7 +21,7 @@ from peftbench.data.docstring_parser import (
     parse_docstrings,
 )
 
-BODY = "This paragraph says more about it, at some length. " * 4
+BODY = "This paragraph adds more details, at some length. " * 4
 
 
 def read_text(folder: Path, text: str | bytes) -> list[Docstring]:
@@ -32,7 +32,7 @@ def read_text(folder: Path, text: str | bytes) -> list[Docstring]:
 
 
 def install(site: Path, name: str, files: Sequence[str] = (), requires: Sequence[str] = ()) -> None:
-    """A distribution as an installer leaves it, with ``files`` that hold one docstring each."""
+    """Write a distribution as an installer does, with ``files`` that have one docstring each."""
     info = site / f"{name.replace('-', '_')}-1.0.dist-info"
     info.mkdir(parents=True)
     needed = "".join(f"Requires-Dist: {requirement}\n" for requirement in requires)
@@ -45,7 +45,7 @@ def install(site: Path, name: str, files: Sequence[str] = (), requires: Sequence
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder where distributions can be installed."""
+    """Return a folder where distributions can be installed."""
     folder = tmp_path / "site"
     folder.mkdir()
     monkeypatch.syspath_prepend(str(folder))
@@ -56,7 +56,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_reads_every_docstring_with_its_qualified_name(tmp_path: Path) -> None:
-    """Modules, classes, functions, coroutines and what lies in them are found in order, and text elsewhere is not."""
+    """Modules, classes, functions and coroutines are read in order, nested ones too; other strings are ignored."""
     text = '''"""The module."""
 x = """a string that is no docstring"""
 class A:
@@ -75,8 +75,8 @@ if True:
     def conditional():
         """The conditional one."""
 '''
-    found = [(docstring.location, docstring.text) for docstring in read_text(tmp_path, text)]
-    assert found == [
+    docstrings = [(docstring.location, docstring.text) for docstring in read_text(tmp_path, text)]
+    assert docstrings == [
         ("module.py:<module>", "The module."),
         ("module.py:A", "The class."),
         ("module.py:A.wait", "The coroutine."),
@@ -88,21 +88,21 @@ if True:
 
 
 def test_nothing_is_imported(tmp_path: Path) -> None:
-    """A module that would raise, and write a file, when it is imported is still read, and does neither."""
+    """A module that raises and writes a file on import is read without either."""
     text = f'''"""Dangerous."""
 open({str(tmp_path / "executed")!r}, "w").close()
 raise SystemExit("imported")
 def after():
     """Never reached, but read."""
 '''
-    before = set(sys.modules)
+    modules = set(sys.modules)
     assert [docstring.text for docstring in read_text(tmp_path, text)] == ["Dangerous.", "Never reached, but read."]
     assert not (tmp_path / "executed").exists()
-    assert "module" not in set(sys.modules) - before
+    assert "module" not in set(sys.modules) - modules
 
 
 def test_indentation_is_removed(tmp_path: Path) -> None:
-    """The text is what inspect.cleandoc prints: common margin and blank ends removed."""
+    """As with inspect.cleandoc, the common margin and blank lines at both ends are removed."""
     text = 'def f():\n    """Summary.\n\n    First.\n        Indented.\n    """\n'
     assert [docstring.text for docstring in read_text(tmp_path, text)] == ["Summary.\n\nFirst.\n    Indented."]
 
@@ -130,12 +130,12 @@ def test_declared_encoding_is_used(tmp_path: Path) -> None:
 
 
 def test_missing_file_has_no_docstrings(tmp_path: Path) -> None:
-    """A file that RECORD lists and that does not exist gives no docstrings."""
+    """A file can be listed in RECORD and not exist."""
     assert parse_docstrings(("package", tmp_path, "nothing.py")) == []
 
 
 def test_invalid_escape_does_not_warn(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    """Invalid escapes in source files give no warning."""
+    """Parsing a source file with an invalid escape gives no warning."""
     assert len(read_text(tmp_path, '"""A \\d pattern."""\n')) == 1
     assert not recwarn.list
 
@@ -158,19 +158,19 @@ def test_test_folders_and_copies_are_skipped(site: Path) -> None:
     kept = ["pkg/__init__.py", "pkg/contest.py", "pkg/latest/module.py"]
     install(site, "some-pkg", [*kept, *SKIPPED, "pkg/data.txt"])
     assert SKIPPED
-    found = [(package, path) for package, _, path in list_source_files(["some-pkg"]) if package != STANDARD_LIBRARY]
-    assert found == [("some-pkg", path) for path in sorted(kept)]
+    files = [(package, path) for package, _, path in list_source_files(["some-pkg"]) if package != STANDARD_LIBRARY]
+    assert files == [("some-pkg", path) for path in sorted(kept)]
 
 
-def test_the_standard_library_is_read_without_its_tests() -> None:
+def test_standard_library_is_read_without_its_tests() -> None:
     """Standard library files are listed; its tests and site-packages are not."""
-    found = [path for package, _, path in list_source_files([]) if package == STANDARD_LIBRARY]
-    assert {"ast.py", "json/decoder.py"} <= set(found)
-    assert not [path for path in found if {"test", "tests", "site-packages"}.intersection(Path(path).parts[:-1])]
+    files = [path for package, _, path in list_source_files([]) if package == STANDARD_LIBRARY]
+    assert {"ast.py", "json/decoder.py"} <= set(files)
+    assert not [path for path in files if {"test", "tests", "site-packages"}.intersection(Path(path).parts[:-1])]
 
 
 def test_missing_distribution_has_no_files() -> None:
-    """An unknown name adds nothing."""
+    """An unknown name adds no files."""
     assert list_source_files(["there-is-no-such-distribution"]) == list_source_files([])
 
 
@@ -178,8 +178,8 @@ def test_files_are_read_in_order(site: Path, monkeypatch: pytest.MonkeyPatch) ->
     """Several processes read the files; one list per file is returned, in the order of the files."""
     install(site, "leaf-dist", [f"leaf/module_{index:03}.py" for index in range(100)])
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(site / "no standard library")})
-    found = list(extract_docstrings(list_source_files(["leaf-dist"]), workers=2))
-    assert [docstring.text for docstrings in found for docstring in docstrings] == [
+    lists = list(extract_docstrings(list_source_files(["leaf-dist"]), workers=2))
+    assert [docstring.text for docstrings in lists for docstring in docstrings] == [
         f"leaf/module_{index:03}.py" for index in range(100)
     ]
 
@@ -188,18 +188,18 @@ def test_files_are_read_in_order(site: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def docstring(summary: str, body: str = BODY, between: str = "\n\n") -> Docstring:
-    """A docstring of this summary line and body."""
+    """Return a docstring with this summary line and body."""
     return Docstring("package", "module.py:f", summary + between + body)
 
 
 def test_pair_is_the_body_and_the_summary_line() -> None:
-    """Article is the docstring without its first line, summary that line, both without blank ends."""
-    made = build_pair(docstring("Return the sum of two numbers."))
-    assert made is not None
-    assert (made.package, made.location) == ("package", "module.py:f")
-    assert made.summary == "Return the sum of two numbers."
-    assert made.article == BODY.strip()
-    assert made.summary not in made.article
+    """The summary is the first line and the article the rest; both are stripped."""
+    pair = build_pair(docstring("Return the sum of two numbers."))
+    assert pair is not None
+    assert (pair.package, pair.location) == ("package", "module.py:f")
+    assert pair.summary == "Return the sum of two numbers."
+    assert pair.article == BODY.strip()
+    assert pair.summary not in pair.article
 
 
 SHORT, LONG = SUMMARY_CHARS
@@ -227,18 +227,18 @@ PAIRS = {
 
 @pytest.mark.parametrize("name", NO_PAIRS)
 def test_docstring_without_a_usable_summary_is_not_a_pair(name: str) -> None:
-    """Each rule on its own excludes a docstring."""
+    """Each rule alone excludes a docstring."""
     assert build_pair(NO_PAIRS[name]) is None
 
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_docstring_at_a_limit_is_a_pair(name: str) -> None:
-    """A docstring exactly at a limit is a pair."""
+    """The limits of the rules are inclusive."""
     assert build_pair(PAIRS[name]) is not None
 
 
 def test_cases_are_at_the_limits() -> None:
-    """The cases above are exactly at the limits."""
+    """Check that the cases above are exactly at the limits."""
     lengths = {name: len(case.text.split("\n")[0]) for name, case in (NO_PAIRS | PAIRS).items()}
     assert lengths["one letter short"] == SHORT - 1
     assert lengths["shortest summary"] == SHORT
@@ -246,8 +246,8 @@ def test_cases_are_at_the_limits() -> None:
     assert lengths["one letter long"] == LONG + 1
 
 
-def test_normalization_ignores_case_and_signs() -> None:
-    """Case, spaces, line breaks and signs do not make two texts different; letters and digits do."""
+def test_normalization_ignores_case_spaces_and_punctuation() -> None:
+    """Only letters and digits distinguish two texts."""
     assert normalize_text("Return the\n  *sum*, of 2.") == normalize_text("return THE sum of 2")
     assert normalize_text("sum of 2") != normalize_text("sum of 3")
     assert re.fullmatch(r"[a-z0-9]*", normalize_text("É, ß & 12!"))

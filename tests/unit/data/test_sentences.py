@@ -1,4 +1,4 @@
-"""Where a sentence ends."""
+"""Sentence splitting, with line breaks and without."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from peftbench.data.sentences import split_prose_sentences, split_sentences
 TEXT = "Compute the path between source and all other\nreachable nodes. It may fail.\n\nNotes\n-----\nG : graph"
 
 
-def test_lines_end_sentences_of_a_list() -> None:
-    """For ROUGE-Lsum, whose texts have a sentence a line, a line break ends one."""
+def test_split_sentences_ends_a_sentence_at_a_line_break() -> None:
+    """ROUGE-Lsum expects one sentence per line."""
     assert split_sentences("One. Two\nthree\n") == ["One.", "Two", "three"]
 
 
-def test_lines_do_not_end_sentences_of_prose() -> None:
-    """In an article a line ends where it was full; only a blank line ends a sentence that has no full stop."""
+def test_split_prose_sentences_ignores_single_line_breaks() -> None:
+    """The lines of an article are wrapped: a sentence without a full stop ends only at a blank line."""
     assert split_prose_sentences(TEXT) == [
         "Compute the path between source and all other reachable nodes.",
         "It may fail.",

@@ -1,4 +1,4 @@
-"""Every source gives the same three columns, and says in one sentence why it cannot."""
+"""Data sources: all return the same three columns, and each error is one sentence."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FORMATS = (".jsonl", ".csv", ".parquet")
 
 
 def rows_of(source: Source, split: str = "train") -> list[dict[str, str]]:
-    """Everything that a source gives of a split."""
+    """Return all rows of a split, as dictionaries of the three columns."""
     dataset = source.load(split)
     assert set(dataset.column_names) == set(EXAMPLE_COLUMNS)
     return [{column: row[column] for column in EXAMPLE_COLUMNS} for row in dataset]
@@ -33,28 +33,28 @@ def rows_of(source: Source, split: str = "train") -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("ending", FORMATS)
-def test_files_of_every_format_give_the_same(ending: str, write_rows: WriteRows) -> None:
-    """The same rows as JSON lines, CSV or Parquet are the same three columns of text, in order; others are dropped."""
+def test_every_file_format_gives_the_same_rows(ending: str, write_rows: WriteRows) -> None:
+    """JSON lines, CSV and Parquet give the same three text columns in order; other columns are dropped."""
     source = Files(train=write_rows(f"rows{ending}", ROWS), id="key")
     assert rows_of(source) == [{"id": row["key"], "article": row["article"], "summary": row["summary"]} for row in ROWS]
 
 
 @pytest.mark.parametrize("ending", FORMATS)
-def test_columns_may_have_other_names(ending: str, write_rows: WriteRows) -> None:
-    """Columns are taken by the names that the recipe gives, even where they cross."""
+def test_columns_are_selected_by_the_recipe_s_names(ending: str, write_rows: WriteRows) -> None:
+    """This holds even if the recipe swaps the names ``article`` and ``summary``."""
     path = write_rows(f"rows{ending}", [{"summary": "the text", "article": "the summary", "text": "neither"}])
-    found = rows_of(Files(train=path, article="summary", summary="article"))
-    assert found == [{"id": "0", "article": "the text", "summary": "the summary"}]
+    rows = rows_of(Files(train=path, article="summary", summary="article"))
+    assert rows == [{"id": "0", "article": "the text", "summary": "the summary"}]
 
 
 def test_rows_without_an_id_are_numbered(write_rows: WriteRows) -> None:
-    """Without a column for it, the id is the row's number, from 0."""
+    """Without an id column, the id is the row's number, counted from 0."""
     assert [row["id"] for row in rows_of(Files(train=write_rows("rows.jsonl", ROWS)))] == ["0", "1"]
 
 
 @pytest.mark.parametrize("column", ["id", "article", "summary"])
-def test_numbers_become_text(column: str, write_rows: WriteRows) -> None:
-    """A column of numbers is text, whether or not it is called what it becomes."""
+def test_numbers_are_converted_to_text(column: str, write_rows: WriteRows) -> None:
+    """A column of numbers becomes text, with and without renaming."""
     rows = [{"id": "a", "article": "text", "summary": "s", column: number} for number in (1, 2)]
     source = Files(train=write_rows("rows.jsonl", rows), id="id")
     assert [row[column] for row in rows_of(source)] == ["1", "2"]
@@ -63,67 +63,71 @@ def test_numbers_become_text(column: str, write_rows: WriteRows) -> None:
     assert [row[column] for row in rows_of(source)] == ["1", "2"]
 
 
-def test_lists_are_no_text(write_rows: WriteRows) -> None:
-    """A column of lists is refused, and not made into the text of a list."""
+def test_column_of_lists_is_refused(write_rows: WriteRows) -> None:
+    """Lists are not converted to text."""
     rows = [{"article": ["a", "b"], "summary": "s"}]
     with pytest.raises(DataError, match=r"column 'article' of the train split of .* does not contain text"):
         Files(train=write_rows("rows.jsonl", rows)).load("train")
 
 
-def test_a_file_that_gives_nothing_when_read(tmp_path: Path) -> None:
-    """What is a file and gives nothing is told by its path, not by a traceback."""
+def test_unreadable_file_is_refused_with_its_path(tmp_path: Path) -> None:
+    """A file whose read fails is a DataError with its path."""
     (tmp_path / "rows.jsonl").symlink_to("/proc/self/mem")
     with pytest.raises(DataError, match=r"rows\.jsonl cannot be read"):
         Files(train=str(tmp_path / "rows.jsonl")).fingerprint()
 
 
-def test_a_local_copy_changes_in_place(tmp_path: Path) -> None:
-    """A folder in the place of the hub's data set may change; the hub's own is asked for by its commit."""
+def test_local_copy_of_a_hub_dataset_is_mutable(tmp_path: Path) -> None:
+    """A local folder can change; a data set of the Hub is pinned to a commit."""
     assert Hub(path=str(tmp_path)).is_mutable
     assert not Hub().is_mutable
 
 
 @pytest.mark.parametrize("column", ["article", "summary"])
-def test_blank_text_is_missing(column: str, write_rows: WriteRows) -> None:
-    """An example with nothing to read or nothing to write is refused by its number."""
+def test_blank_text_is_refused(column: str, write_rows: WriteRows) -> None:
+    """The error has the number of the example whose article or summary is blank."""
     rows = [{"article": "a", "summary": "s"}, {"article": "a", "summary": "s", column: " \n"}]
     with pytest.raises(DataError, match=rf"example 1 of the train split of .* has no {column}"):
         Files(train=write_rows("rows.jsonl", rows)).load("train")
 
 
 def test_each_split_has_its_own_file(write_rows: WriteRows) -> None:
-    """Splits do not mix."""
+    """A split's rows come from its file only."""
     splits = ("train", "validation", "test")
     files = {split: write_rows(f"{split}.jsonl", [{"article": split, "summary": "s"}]) for split in splits}
     source = Files(**files)  # type: ignore[arg-type]
     assert [rows_of(source, split)[0]["article"] for split in splits] == list(splits)
 
 
-def test_a_changed_file_is_read_again(write_rows: WriteRows) -> None:
-    """A file that was changed since it was last read is not taken from the cache, and has another identity."""
+def test_changed_file_is_read_again(write_rows: WriteRows) -> None:
+    """After a change, the cache is not used and the fingerprint differs."""
     source = Files(train=write_rows("rows.jsonl", [{"article": "old", "summary": "s"}]))
-    before, identity = rows_of(source), source.fingerprint()
+    old_rows, old_fingerprint = rows_of(source), source.fingerprint()
     path = write_rows("rows.jsonl", [{"article": "new", "summary": "s"}])
-    os.utime(path, (1, 1))  # an older date than before, as a restored file has
-    assert before[0]["article"] == "old"
+    os.utime(path, (1, 1))  # older than the first file, like a file restored from a backup
+    assert old_rows[0]["article"] == "old"
     assert rows_of(source)[0]["article"] == "new"
-    assert source.fingerprint() != identity
+    assert source.fingerprint() != old_fingerprint
 
 
-def test_the_identity_is_of_the_content(write_rows: WriteRows) -> None:
-    """Two copies of a file under different names are the same data."""
+def test_fingerprint_depends_on_the_content_only(write_rows: WriteRows) -> None:
+    """Two copies of a file with different names have the same fingerprint."""
     first, second = (Files(train=write_rows(name, ROWS)) for name in ("one.jsonl", "deep/two.jsonl"))
     assert first.fingerprint() == second.fingerprint()
 
 
 @pytest.mark.parametrize(
-    ("name", "nearest"), [("artcle", r"did you mean 'article'\?"), ("zzz", "allowed: key, article, summary, other")]
+    ("name", "suggestion"), [("artcle", r"did you mean 'article'\?"), ("zzz", "allowed: key, article, summary, other")]
 )
 @pytest.mark.parametrize("ending", FORMATS)
-def test_a_missing_column_names_the_nearest(ending: str, name: str, nearest: str, write_rows: WriteRows) -> None:
-    """A column that is not there is told with the split, the file, and the column that may have been meant."""
+def test_missing_column_is_refused_with_the_closest_name(
+    ending: str, name: str, suggestion: str, write_rows: WriteRows
+) -> None:
+    """The error has the split, the file, and the closest column name or all of them."""
     source = Files(train=write_rows(f"rows{ending}", ROWS), article=name)
-    with pytest.raises(MissingColumnError, match=rf"train split of .*rows\{ending} has no column '{name}'; {nearest}"):
+    with pytest.raises(
+        MissingColumnError, match=rf"train split of .*rows\{ending} has no column '{name}'; {suggestion}"
+    ):
         source.load("train")
 
 
@@ -137,15 +141,15 @@ def test_a_missing_column_names_the_nearest(ending: str, name: str, nearest: str
         ("header.csv", "article,summary\n"),
     ],
 )
-def test_a_file_without_examples(name: str, content: str, tmp_path: Path) -> None:
-    """A file of no bytes, of blank lines, or with a header alone is an empty split, told by its path."""
+def test_file_without_examples_is_an_empty_split(name: str, content: str, tmp_path: Path) -> None:
+    """An empty file, blank lines, or only a header: the error has the file's name."""
     (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(EmptySplitError, match=name):
         Files(train=str(tmp_path / name)).load("train")
 
 
-def test_a_table_without_rows(write_rows: WriteRows, tmp_path: Path) -> None:
-    """A Parquet file with columns and no rows is an empty split."""
+def test_parquet_file_without_rows_is_an_empty_split(write_rows: WriteRows, tmp_path: Path) -> None:
+    """The file has columns, and the error has its name."""
     import pandas as pd
 
     pd.DataFrame({"article": pd.Series([], dtype=str), "summary": pd.Series([], dtype=str)}).to_parquet(
@@ -155,14 +159,14 @@ def test_a_table_without_rows(write_rows: WriteRows, tmp_path: Path) -> None:
         Files(train=str(tmp_path / "none.parquet")).load("train")
 
 
-def test_a_split_without_a_file(write_rows: WriteRows) -> None:
-    """A split that the recipe needs and names no file for is told by the knob to set."""
+def test_split_without_a_file_is_refused_with_its_key(write_rows: WriteRows) -> None:
+    """The error has the key that must be set to a file."""
     with pytest.raises(EmptySplitError, match=r"data\.source\.validation is not set; set it to a file"):
         Files(train=write_rows("rows.jsonl", ROWS)).load("validation")
 
 
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    """A missing file is told by its knob and by the place that was looked at."""
+def test_missing_file_is_refused_with_its_key_and_path(tmp_path: Path) -> None:
+    """The error has the key, its value and the absolute path that does not exist."""
     missing = str(tmp_path / "nothing.jsonl")
     with pytest.raises(DataNotFoundError, match=r"data\.source\.train=.*nothing\.jsonl.* does not exist \(tried /"):
         Files(train=missing).load("train")
@@ -177,27 +181,27 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         ("list.jsonl", b"[1, 2\n"),
     ],
 )
-def test_a_file_that_cannot_be_read(name: str, content: bytes, tmp_path: Path) -> None:
-    """A broken file is a DataError of one line with its path and the format that was tried."""
+def test_invalid_file_is_refused_with_its_path_and_format(name: str, content: bytes, tmp_path: Path) -> None:
+    """An invalid file is a DataError of one line with its name and the expected format."""
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=rf"{name} cannot be read as (json|csv|parquet): .+") as caught:
+    with pytest.raises(DataError, match=rf"{name} cannot be read as (json|csv|parquet): .+") as error:
         Files(train=str(tmp_path / name)).load("train")
-    assert type(caught.value) is DataError
-    assert "\n" not in str(caught.value)
+    assert type(error.value) is DataError
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("column", ["article", "summary", "key"])
 @pytest.mark.parametrize("ending", FORMATS)
-def test_an_example_without_a_value(ending: str, column: str, write_rows: WriteRows) -> None:
-    """A null is told by its row and column; it does not become the word None."""
+def test_null_is_refused_with_its_row_and_column(ending: str, column: str, write_rows: WriteRows) -> None:
+    """A null is not converted to the text None."""
     path = write_rows(f"rows{ending}", [ROWS[0], ROWS[1] | {column: None}])
-    with pytest.raises(DataError, match=f"example 1 of the train split of .* has no {column}") as caught:
+    with pytest.raises(DataError, match=f"example 1 of the train split of .* has no {column}") as error:
         Files(train=path, id="key").load("train")
-    assert type(caught.value) is DataError
+    assert type(error.value) is DataError
 
 
-def test_an_unknown_ending_is_refused() -> None:
-    """A format that cannot be read is refused with those that can, before anything is read."""
+def test_unknown_file_suffix_is_refused() -> None:
+    """The recipe is invalid, and the error lists the allowed suffixes."""
     with pytest.raises(ValueError, match=r"must be a file that ends in \.jsonl, \.json, \.csv, \.parquet"):
         Files(train="rows.xml")
 
@@ -206,7 +210,7 @@ def test_an_unknown_ending_is_refused() -> None:
 
 
 def jsonl_copy(folder: Path) -> Path:
-    """A data set's folder with one file a split."""
+    """Write a data set with one JSON lines file per split; return its folder."""
     folder.mkdir()
     for split in ("train", "validation", "test"):
         rows = [{"article": f"{split} {n}", "highlights": f"h{n}", "id": f"{split}-{n}"} for n in range(2)]
@@ -215,7 +219,7 @@ def jsonl_copy(folder: Path) -> Path:
 
 
 def repository_copy(folder: Path) -> Path:
-    """A clone of a data set's repository: Parquet files by configuration, named in the card's header."""
+    """Write a clone of a data set's repository: Parquet files per config, listed in the card's header."""
     import pandas as pd
 
     header = ["---", "configs:"]
@@ -230,82 +234,84 @@ def repository_copy(folder: Path) -> Path:
     return folder
 
 
-def test_a_folder_takes_the_place_of_the_hub(tmp_path: Path) -> None:
-    """A folder with a file a split is read as the data set it is a copy of, split by split."""
+def test_local_folder_is_read_like_a_hub_dataset(tmp_path: Path) -> None:
+    """Each split is read from its file, and the fingerprint changes with the content."""
     source = Hub(path=str(jsonl_copy(tmp_path / "copy")), config=None)
     for split in ("train", "validation", "test"):
         assert rows_of(source, split) == [
             {"id": f"{split}-{n}", "article": f"{split} {n}", "summary": f"h{n}"} for n in range(2)
         ]
-    before = source.fingerprint()
+    old_fingerprint = source.fingerprint()
     file = next(path for path in sorted((tmp_path / "copy").rglob("*")) if path.is_file())
     file.write_text(file.read_text(encoding="utf-8") + "\n", encoding="utf-8")
-    assert source.fingerprint() != before
+    assert source.fingerprint() != old_fingerprint
 
 
 @pytest.mark.parametrize("config", ["1.0.0", "3.0.0"])
-def test_a_clone_of_a_repository_has_its_configurations(config: str, tmp_path: Path) -> None:
-    """A clone is read by the configuration that the recipe names, as on the hub."""
+def test_clone_of_a_repository_is_read_by_config(config: str, tmp_path: Path) -> None:
+    """As on the Hub, the recipe's config selects the files."""
     source = Hub(path=str(repository_copy(tmp_path / "clone")), config=config)
     assert rows_of(source, "test") == [{"id": "i", "article": f"{config} test", "summary": "h"}]
 
 
-def test_a_split_that_a_copy_lacks(tmp_path: Path) -> None:
-    """A split that is not there is an empty split, and the sentence names those that are."""
+def test_missing_split_is_refused_with_the_available_ones(tmp_path: Path) -> None:
+    """The error is an EmptySplitError."""
     source = Hub(path=str(repository_copy(tmp_path / "clone")))
     with pytest.raises(EmptySplitError, match=r"split validation.*does not exist: .*train.*test"):
         source.load("validation")
 
 
-def test_a_configuration_that_a_copy_lacks(tmp_path: Path) -> None:
-    """A configuration that is not there is told with those that are."""
+def test_missing_config_is_refused_with_the_available_ones(tmp_path: Path) -> None:
+    """The error is a DataNotFoundError."""
     with pytest.raises(DataNotFoundError, match=r"config 2\.0\.0.*Available: .*3\.0\.0"):
         Hub(path=str(repository_copy(tmp_path / "clone")), config="2.0.0").load("train")
 
 
-def test_a_column_that_a_copy_lacks(tmp_path: Path) -> None:
-    """Columns are checked as in files."""
+def test_missing_column_of_a_folder_is_refused_with_the_closest_name(tmp_path: Path) -> None:
+    """The check is the same as for files."""
     source = Hub(path=str(jsonl_copy(tmp_path / "copy")), config=None, summary="highlight")
     with pytest.raises(MissingColumnError, match=r"has no column 'highlight'; did you mean 'highlights'\?"):
         source.load("test")
 
 
 @pytest.mark.parametrize("name", ["nothing", "empty"])
-def test_a_folder_without_data(name: str, tmp_path: Path) -> None:
-    """A folder that is empty or not there is told with what was tried and how to point to a local copy."""
+def test_folder_without_data_is_refused(name: str, tmp_path: Path) -> None:
+    """An empty or missing folder: the error lists what was tried and the key for a local copy."""
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataNotFoundError, match=r"from a folder, the Hub or the cache.*set data\.source\.path"):
         Hub(path=str(tmp_path / name), config=None).load("test")
 
 
 @pytest.mark.parametrize(
-    "act", [lambda hub: hub.load("test"), lambda hub: hub.fingerprint()], ids=["load", "fingerprint"]
+    "call", [lambda hub: hub.load("test"), lambda hub: hub.fingerprint()], ids=["load", "fingerprint"]
 )
-def test_a_hub_that_may_not_be_asked(act: Callable[[Hub], object], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Offline and without a cached copy: one sentence with what was wanted and how to use a local copy."""
+def test_offline_hub_is_refused_with_a_local_alternative(
+    call: Callable[[Hub], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Offline without a cached copy: one sentence with the data set and how to use a local copy."""
     import datasets
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(HubUnreachableError) as caught:
-        act(Hub())
-    sentence = str(caught.value)
-    assert sentence.startswith("the Hub did not answer for abisee/cnn_dailymail (config 3.0.0, split t")
-    assert "set data.source.path to its folder, or data.source.kind=files" in sentence
-    assert "\n" not in sentence
+    with pytest.raises(HubUnreachableError) as error:
+        call(Hub())
+    message = str(error.value)
+    assert message.startswith("the Hub did not answer for abisee/cnn_dailymail (config 3.0.0, split t")
+    assert "set data.source.path to its folder, or data.source.kind=files" in message
+    assert "\n" not in message
 
 
 # --- larger shared data ----------------------------------------------------------------------------------------------
 
 
-def test_cnn_dailymail_from_a_folder(shared_data: Path) -> None:
-    """A real slice of CNN/DailyMail, as a folder, gives examples with text on both sides in every split."""
+def test_cnn_dailymail_is_read_from_a_folder(shared_data: Path) -> None:
+    """Every split has examples with a non-blank article and summary."""
     folder = shared_data / "cnn_dailymail"
     if not folder.is_dir():
         pytest.skip("the slice of CNN/DailyMail is not in the shared data")
     source = Hub(path=str(folder), config=None)
     for split in ("train", "validation", "test"):
-        found = rows_of(source, split)
-        assert len(found) >= 100
-        assert all(row["article"].strip() and row["summary"].strip() for row in found)
+        rows = rows_of(source, split)
+        assert len(rows) >= 100
+        assert all(row["article"].strip() and row["summary"].strip() for row in rows)

@@ -1,4 +1,4 @@
-"""Examples without meaning: their lengths are those of the distribution they are drawn from."""
+"""Synthetic examples: random text whose lengths follow a given distribution."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 
 def test_lengths_follow_their_quantiles() -> None:
-    """Of many examples, the quantiles are those given, to what chance makes of them."""
+    """The quantiles of many sampled lengths match the given ones within sampling error."""
     source = Synthetic(examples=20_000)
     articles, summaries = zip(*source.sample_lengths("train"), strict=True)
-    for drawn, given in ((articles, source.article_tokens), (summaries, source.summary_tokens)):
-        found = numpy.quantile(drawn, numpy.linspace(0, 1, len(given)))
-        assert found[1:-1] == pytest.approx(given[1:-1], rel=0.03)
-        assert (min(drawn), max(drawn)) == pytest.approx((given[0], given[-1]), rel=0.1)
+    for lengths, quantiles in ((articles, source.article_tokens), (summaries, source.summary_tokens)):
+        sampled = numpy.quantile(lengths, numpy.linspace(0, 1, len(quantiles)))
+        assert sampled[1:-1] == pytest.approx(quantiles[1:-1], rel=0.03)
+        assert (min(lengths), max(lengths)) == pytest.approx((quantiles[0], quantiles[-1]), rel=0.1)
 
 
-def test_texts_have_the_lengths_drawn(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Under the shipped tokenizer every word is one token, so a text has exactly as many as were drawn."""
+def test_texts_have_the_sampled_lengths(tokenizer: PreTrainedTokenizerBase) -> None:
+    """With the shipped tokenizer each word is one token, so texts have exactly the sampled number of tokens."""
     source = Synthetic(examples=20, article_tokens=(5, 90), summary_tokens=(1, 9))
     rows, lengths = source.load("train"), source.sample_lengths("train")
     assert len(rows) == 20
@@ -37,8 +37,8 @@ def test_texts_have_the_lengths_drawn(tokenizer: PreTrainedTokenizerBase) -> Non
             assert len(tokenizer(" " + text)["input_ids"]) == expected
 
 
-def test_real_lengths_are_the_default(shared_data: Path) -> None:
-    """The default lengths are the deciles of real CNN/DailyMail pairs under GPT-2's own tokenizer."""
+def test_default_lengths_match_cnn_dailymail(shared_data: Path) -> None:
+    """The default quantiles are the deciles of CNN/DailyMail pairs with GPT-2's tokenizer."""
     import json
 
     from transformers import AutoTokenizer
@@ -52,8 +52,8 @@ def test_real_lengths_are_the_default(shared_data: Path) -> None:
         assert tuple(numpy.quantile(lengths, numpy.linspace(0, 1, 11)).round().astype(int)) == expected
 
 
-def test_splits_and_seeds_differ_and_repeat() -> None:
-    """The same source gives the same examples every time; splits and seeds have others."""
+def test_examples_depend_on_split_and_seed_only() -> None:
+    """Equal sources give equal examples; another split or seed gives others."""
     first = Synthetic(examples=8)
     assert first.load("train")["article"] == Synthetic(examples=8).load("train")["article"]
     others = [
@@ -63,17 +63,17 @@ def test_splits_and_seeds_differ_and_repeat() -> None:
     ]
     assert all(lengths != first.sample_lengths("train") for lengths in others)
     assert first.fingerprint() == Synthetic(examples=8).fingerprint()
-    assert len({s.fingerprint() for s in (first, Synthetic(examples=9), Synthetic(examples=8, seed=1))}) == 3
+    assert len({source.fingerprint() for source in (first, Synthetic(examples=9), Synthetic(examples=8, seed=1))}) == 3
 
 
-def test_lengths_that_fall_are_refused() -> None:
-    """Quantiles rise."""
+def test_descending_quantiles_are_refused() -> None:
+    """Quantiles must be in ascending order."""
     with pytest.raises(ValidationError, match="must be in ascending order"):
         Synthetic(article_tokens=(9, 8))
 
 
-def test_a_run_over_synthetic_examples(workshop: Workshop) -> None:
-    """A whole run needs no data at all."""
+def test_run_trains_on_synthetic_examples(workshop: Workshop) -> None:
+    """A whole run needs no data files."""
     source = Synthetic(examples=12, article_tokens=(3, 30), summary_tokens=(1, 5))
     record = workshop.run(workshop.recipe(Full(), data={"source": source}))
     assert record.outcome.kind == "ok"

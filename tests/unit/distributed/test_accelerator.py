@@ -21,7 +21,7 @@ def test_missing_tracker_is_refused(workshop: Workshop, monkeypatch: pytest.Monk
 def test_gradient_accumulation_of_the_environment_is_refused(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It would divide every gradient again."""
+    """Accelerate would divide every gradient again."""
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     with pytest.raises(EngineError, match="sets 4 gradient accumulation steps, which the recipe determines"):
         build_accelerator(workshop.recipe(Full()), workshop.output)
@@ -37,7 +37,7 @@ def test_feature_cache_on_several_machines_is_refused(workshop: Workshop, monkey
 
 
 def test_processes_for_gpus_without_a_gpu_are_refused(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several processes that each expect a GPU do not silently share the CPU."""
+    """Otherwise processes that each expect a GPU would silently share the CPU."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.delenv("ACCELERATE_USE_CPU")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

@@ -11,9 +11,9 @@ from peftbench.distributed.collectives import main_process_first
 from peftbench.errors import DataError
 
 
-def rank(number: int) -> Any:
-    """Return a stand-in for the accelerator of one of two processes."""
-    return SimpleNamespace(is_main_process=number == 0, num_processes=2)
+def fake_accelerator(rank: int) -> Any:
+    """Return a fake accelerator of one of two processes."""
+    return SimpleNamespace(is_main_process=rank == 0, num_processes=2)
 
 
 def test_main_process_broadcasts_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,7 +31,7 @@ def test_main_process_broadcasts_its_error(monkeypatch: pytest.MonkeyPatch) -> N
         raise error
 
     with pytest.raises(DataError, match="no rows; give some"):
-        main_process_first(rank(0), fail)
+        main_process_first(fake_accelerator(0), fail)
     assert sent == [error]
 
 
@@ -39,10 +39,10 @@ def test_other_ranks_raise_the_main_process_error(monkeypatch: pytest.MonkeyPatc
     """A rank that receives an error raises it without calling the function."""
     monkeypatch.setattr("peftbench.distributed.collectives.broadcast_object_list", lambda _: [DataError("no rows")])
     with pytest.raises(DataError, match="no rows"):
-        main_process_first(rank(1), lambda: pytest.fail("it was called"))
+        main_process_first(fake_accelerator(1), lambda: pytest.fail("the function was called"))
 
 
 def test_every_rank_returns_its_own_result(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without an error, each rank calls the function itself."""
     monkeypatch.setattr("peftbench.distributed.collectives.broadcast_object_list", lambda items: items)
-    assert [main_process_first(rank(number), lambda: number) for number in (0, 1)] == [0, 1]  # noqa: B023
+    assert [main_process_first(fake_accelerator(number), lambda: number) for number in (0, 1)] == [0, 1]  # noqa: B023

@@ -1,4 +1,4 @@
-"""Which engine a launch requests, and which settings of its config files are refused."""
+"""The engine that a launch requests, and settings of its config files that are refused."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from tests.helpers.workshop import Workshop
 ZERO2: dict[str, Any] = json.loads((REPOSITORY / "ds_configs" / "zero2.json").read_text(encoding="utf-8"))
 
 
-def test_engine_without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One process, several, or version 2 of FSDP."""
+def test_requested_engine_without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is single, ddp or fsdp2; version 1 of FSDP is refused."""
     monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert detect_requested_engine(None) is SINGLE
@@ -41,11 +41,11 @@ def test_engine_without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
         detect_requested_engine(None)
 
 
-def test_unknown_engine_is_refused() -> None:
+def test_unsupported_deepspeed_config_is_refused() -> None:
     """The message lists the supported DeepSpeed engines."""
-    unknown = {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}
+    unsupported = {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}
     with pytest.raises(EngineError, match=r"ZeRO stage 1 with optimizer states on 'cpu'.*zero2_offload"):
-        detect_requested_engine(unknown)
+        detect_requested_engine(unsupported)
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ OWNED = [
 def test_config_with_recipe_owned_keys_is_refused(
     key: str, value: object, deepspeed_config: Path, workshop: Workshop
 ) -> None:
-    """Before any process starts."""
+    """The error is raised before any process starts."""
     deepspeed_config.write_text(json.dumps(ZERO2 | {key: value}), encoding="utf-8")
     with pytest.raises(
         EngineError, match=f"the DeepSpeed config sets (zero_optimization.)?{key}.*the recipe determines"
@@ -86,7 +86,7 @@ def test_config_with_recipe_owned_keys_is_refused(
 def test_missing_or_malformed_config_is_refused(
     deepspeed_config: Path, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The message says that the path is relative to the current folder."""
+    """The message states that the path is relative to the current folder."""
     with pytest.raises(MissingFileError, match=r"DeepSpeed config .*ds\.json not found; the path is relative"):
         build_accelerator(workshop.recipe(Full()), workshop.output)
     deepspeed_config.write_text("{", encoding="utf-8")
@@ -98,24 +98,24 @@ def test_missing_or_malformed_config_is_refused(
 
 
 def test_unsupported_combination_is_refused_before_launch(deepspeed_config: Path, workshop: Workshop) -> None:
-    """Before processes form a group."""
+    """The error is raised before processes form a group."""
     deepspeed_config.write_text(json.dumps(ZERO2), encoding="utf-8")
     with pytest.raises(CombinationError, match=r"full with optimizer\.kind=galore in fp32 does not run on zero2"):
         build_accelerator(workshop.recipe(Full(), optimizer=GaLore()), workshop.output)
 
 
-def test_plugin_has_the_recipe_numbers(deepspeed_config: Path) -> None:
-    """In DeepSpeed's terms; no clipping is 0, since an unset value would become 1."""
+def test_plugin_has_the_numbers_of_the_recipe(deepspeed_config: Path) -> None:
+    """No clipping is 0 in DeepSpeed, whose default is 1."""
     deepspeed_config.write_text(json.dumps(ZERO2), encoding="utf-8")
-    for clip, written in ((0.7, 0.7), (None, 0.0)):
+    for max_grad_norm, expected in ((0.7, 0.7), (None, 0.0)):
         config = deepspeed.build_plugin(
             micro_batch_size=3,
             gradient_accumulation_steps=2,
             world_size=4,
-            max_grad_norm=clip,
+            max_grad_norm=max_grad_norm,
             offload_dir=Path("nowhere"),
         ).deepspeed_config
-        assert config["gradient_clipping"] == written
+        assert config["gradient_clipping"] == expected
         assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (3, 2)
         assert config["train_batch_size"] == 24
 
@@ -156,7 +156,7 @@ def test_accelerate_config_that_changes_the_computation_is_refused(
 def test_config_with_wrong_types_is_refused(
     key: str, value: object, allowed: str, deepspeed_config: Path, workshop: Workshop
 ) -> None:
-    """The message has the given value and the allowed ones."""
+    """The message states the given value and the allowed ones."""
     zero = ZERO2["zero_optimization"] | {key: value}
     deepspeed_config.write_text(json.dumps(ZERO2 | {"zero_optimization": zero}), encoding="utf-8")
     message = f"sets zero_optimization.{key} to {value!r}; it must be {allowed}"
@@ -169,13 +169,13 @@ def test_compiled_model_is_refused(workshop: Workshop) -> None:
     recipe = workshop.recipe(Full())
     context = build_accelerator(recipe, workshop.output)
     model = torch.nn.Linear(2, 2)
-    steps = torch.optim.AdamW(model.parameters())
+    optimizer = torch.optim.AdamW(model.parameters())
     with pytest.raises(EngineError, match="engine 'OptimizedModule' instead of 'no wrapper'"):
-        verify_engine_config(recipe, context, torch.compile(model, backend="eager"), steps, steps)
+        verify_engine_config(recipe, context, torch.compile(model, backend="eager"), optimizer, optimizer)
 
 
 def test_nvme_offload_uses_the_run_folder(deepspeed_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For weights and optimizer states; without libaio the message says what to install."""
+    """Weights and optimizer states use it; if libaio is missing, the message names the package to install."""
     config = json.loads((REPOSITORY / "ds_configs" / "zero3_nvme.json").read_text(encoding="utf-8"))
     deepspeed_config.write_text(json.dumps(config), encoding="utf-8")
     zero = deepspeed.build_plugin(
@@ -203,13 +203,13 @@ def test_settings_that_differ_from_the_recipe_are_refused(workshop: Workshop) ->
     recipe = workshop.recipe(Full(), train={"micro_batch_size": 3})
     context = build_accelerator(recipe, workshop.output)
     model = torch.nn.Linear(2, 2)
-    steps = torch.optim.AdamW(model.parameters())
-    verify_engine_config(recipe, context, model, steps, steps)
+    optimizer = torch.optim.AdamW(model.parameters())
+    verify_engine_config(recipe, context, model, optimizer, optimizer)
     context.accelerator.gradient_accumulation_steps = 5
     other = torch.optim.SGD(model.parameters())
     message = r"gradient_accumulation_steps 5 instead of 2, optimizer '.*SGD' instead of '.*AdamW'"
     with pytest.raises(EngineError, match=message):
-        verify_engine_config(recipe, context, model, other, steps)
+        verify_engine_config(recipe, context, model, other, optimizer)
     context.accelerator.gradient_accumulation_steps = 2
     with pytest.raises(EngineError, match=r"fsdp2 did not start .*engine 'no wrapper' instead of 'FSDPModule'"):
-        verify_engine_config(recipe, dataclasses.replace(context, engine=FSDP2), model, steps, steps)
+        verify_engine_config(recipe, dataclasses.replace(context, engine=FSDP2), model, optimizer, optimizer)

@@ -1,4 +1,4 @@
-"""A host detects lost hosts, and does not report one after a pause of its own."""
+"""A host detects lost hosts, and reports none right after it was paused itself."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def hosts(tmp_path: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_silent_host_is_lost_after_the_timeout(hosts: Any, clock: list[float]) -> None:
-    """After the timeout and not before; the message names process and host."""
+    """It is not lost before the timeout; the message names process and host."""
     first, second = hosts("0", "1")
     for _ in range(40):
         clock[0] += HEARTBEAT_INTERVAL_SECONDS
@@ -76,7 +76,7 @@ def test_paused_host_restarts_the_timeout(hosts: Any, clock: list[float]) -> Non
 
 
 def test_hosts_without_a_shared_folder_are_refused(hosts: Any) -> None:
-    """They would lose each other's heartbeats and stop a healthy run."""
+    """Their ranks would not read each other's heartbeats and would stop a healthy run."""
     with pytest.raises(OutputError, match="is not shared by all machines of this run"):
         hosts("0", "1", shared=False)
 
@@ -87,9 +87,9 @@ def test_only_the_host_of_the_given_rank_is_checked(hosts: Any, clock: list[floa
     for _ in range(int(HEARTBEAT_TIMEOUT_SECONDS / HEARTBEAT_INTERVAL_SECONDS) + 2):
         clock[0] += HEARTBEAT_INTERVAL_SECONDS
         second.beat()
-        gone = third.find_lost_host(1), third.find_lost_host(0)
-    assert gone[0] is None
-    assert gone[1] is not None
+        lost_hosts = third.find_lost_host(1), third.find_lost_host(0)
+    assert lost_hosts[0] is None
+    assert lost_hosts[1] is not None
 
 
 def test_one_file_per_host(hosts: Any, tmp_path: Path) -> None:

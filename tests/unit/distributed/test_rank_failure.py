@@ -1,4 +1,4 @@
-"""A failing rank notifies the others once, and no rank waits for a record that is written."""
+"""A failing rank notifies the others once, and ranks wait only until the record is written."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_no_callback_if_the_rank_ends_within_the_grace_period(rank: Any) -> None
     called = threading.Event()
     first.watch(lambda _: called.set())
     second.report_failure(FAILURE)
-    assert not called.wait(0.1)  # it has read the failure, and waits
+    assert not called.wait(0.1)  # the rank has read the failure and waits
     first.mark_record_written()
     assert not called.wait(0.6)
 
@@ -104,7 +104,7 @@ def test_files_of_a_killed_run_are_ignored(rank: Any, tmp_path: Path) -> None:
 
 
 def test_one_process_does_nothing(rank: Any, tmp_path: Path) -> None:
-    """No file, no thread, no waiting."""
+    """It writes no file, starts no thread and does not wait."""
     single = rank(0, world_size=1)
     before = threading.active_count()
     single.watch(lambda _: None)
@@ -116,7 +116,7 @@ def test_one_process_does_nothing(rank: Any, tmp_path: Path) -> None:
 
 
 def test_partial_file_is_read_again(rank: Any, tmp_path: Path) -> None:
-    """A file that is not valid JSON yet counts as no failure."""
+    """A file that is not yet valid JSON counts as no failure."""
     first = rank(0)
     directory = tmp_path / ".ended-this-run"
     (directory / "rank1.json").write_text("{", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Bytes that are kept between steps."""
+"""Bytes of weights, gradients and optimizer states between steps."""
 
 from __future__ import annotations
 

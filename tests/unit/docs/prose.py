@@ -52,14 +52,8 @@ def list_files() -> list[str]:
     """List the tracked and new text files that are checked, relative to the repository's root."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *SCANNED]
     names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    # Tests are checked on request (make prose PATHS=tests) until their text is rewritten.
     return sorted(
-        name
-        for name in set(names)
-        if name not in EXEMPT
-        and not name.startswith("tests/")
-        and Path(name).suffix in SUFFIXES
-        and (ROOT / name).is_file()
+        name for name in set(names) if name not in EXEMPT and Path(name).suffix in SUFFIXES and (ROOT / name).is_file()
     )
 
 

@@ -1,4 +1,4 @@
-"""The repository's text against the list of banned words and phrases."""
+"""The search for banned words and phrases."""
 
 import pytest
 
@@ -6,18 +6,18 @@ from tests.unit.docs.prose import check, find_banned, list_files
 
 
 def test_repository_has_no_banned_phrase() -> None:
-    """Every file of source, tests, docs and recipes is free of the list's phrases."""
-    found = check(list_files())
-    assert not found, f"{len(found)} banned phrases:\n" + "\n".join(found[:50])
+    """Check all files of source, tests, docs and recipes."""
+    findings = check(list_files())
+    assert not findings, f"{len(findings)} banned phrases:\n" + "\n".join(findings[:50])
 
 
 @pytest.mark.parametrize(
-    "planted",
+    "text",
     [
         "def take" + "_up(): ...",
         "the run goes" + " on with its next step",
         "a recipe that cannot\n# be " + "meant",
-        '"a budget, as" ' + '", as 16' + 'GiB"',
+        '"a budget, as" ' + '", a' + 's 16GiB"',
         "the kn" + "ob of the recipe",
         "this re" + "hearsal is exact",
         '"""' + 'What a run holds."""',
@@ -25,21 +25,21 @@ def test_repository_has_no_banned_phrase() -> None:
         "a quant" + "ised base",
     ],
 )
-def test_planted_phrase_is_reported(planted: str) -> None:
-    """A banned phrase is reported with its line, also across a line break."""
-    found = list(find_banned("first line\n" + planted))
-    assert found
-    assert found[0][0] == 2
+def test_banned_phrase_is_reported(text: str) -> None:
+    """Check that a banned phrase is reported with its line, also across a line break."""
+    findings = list(find_banned("first line\n" + text))
+    assert findings
+    assert findings[0][0] == 2
 
 
-@pytest.mark.parametrize("plain", ["for example 16GiB", "frequent words in random order", "handle.tell()", "family"])
-def test_allowed_uses_are_not_reported(plain: str) -> None:
-    """Allowed uses of an ambiguous word, and plain text, are not reported."""
-    assert not list(find_banned(plain))
+@pytest.mark.parametrize("text", ["for example 16GiB", "frequent words in random order", "handle.tell()", "family"])
+def test_allowed_uses_are_not_reported(text: str) -> None:
+    """Check allowed uses of an ambiguous word, and plain text."""
+    assert not list(find_banned(text))
 
 
 def test_scan_covers_every_kind_of_text() -> None:
-    """Source, docs, recipes, launch scripts and benchmarks are scanned; the list itself is not."""
+    """Check that source, docs, recipes, launch scripts and benchmarks are scanned and the list itself is not."""
     names = list_files()
     for prefix in ("src/", "docs/", "recipes/", "launch/", "benchmarks/", "README.md", "CONTRIBUTING.md"):
         assert any(name.startswith(prefix) for name in names), prefix

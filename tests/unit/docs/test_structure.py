@@ -1,4 +1,4 @@
-"""The package's structure: what is at its top, file and function limits, and names that are defined once."""
+"""Structure of the package: modules at its top, limits of files and functions, and unique public names."""
 
 import ast
 from collections import defaultdict
@@ -10,7 +10,7 @@ PACKAGE = ROOT / "src" / "peftbench"
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
 
-# Public names that several modules define with one meaning.
+# Public names that several modules may define, each with one meaning.
 SAME_MEANING = {
     "main": "entry point of a command line",
     "app": "typer application",
@@ -22,11 +22,11 @@ SAME_MEANING = {
 }
 
 
-def _sources() -> list[Path]:
+def _list_sources() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
-def _public_names(tree: ast.Module) -> set[str]:
+def _find_public_names(tree: ast.Module) -> set[str]:
     names: set[str] = set()
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
@@ -40,23 +40,27 @@ def _public_names(tree: ast.Module) -> set[str]:
 
 def find_duplicates(sources: dict[str, str]) -> dict[str, list[str]]:
     """Return each public name that more than one module defines, with the modules."""
-    modules: dict[str, list[str]] = defaultdict(list)
+    modules_by_name: dict[str, list[str]] = defaultdict(list)
     for module, text in sources.items():
-        for name in _public_names(ast.parse(text)):
-            modules[name].append(module)
-    return {name: found for name, found in sorted(modules.items()) if len(found) > 1 and name not in SAME_MEANING}
+        for name in _find_public_names(ast.parse(text)):
+            modules_by_name[name].append(module)
+    return {
+        name: modules
+        for name, modules in sorted(modules_by_name.items())
+        if len(modules) > 1 and name not in SAME_MEANING
+    }
 
 
 def test_public_names_are_defined_once() -> None:
-    """No public class, function or constant is defined in two modules, save those listed with one meaning."""
+    """Check that no two modules define the same public name, except the names in ``SAME_MEANING``."""
     duplicates = find_duplicates(
-        {str(path.relative_to(PACKAGE)): path.read_text(encoding="utf-8") for path in _sources()}
+        {str(path.relative_to(PACKAGE)): path.read_text(encoding="utf-8") for path in _list_sources()}
     )
     assert not duplicates, "\n".join(f"{name}: {', '.join(modules)}" for name, modules in duplicates.items())
 
 
 def test_duplicate_name_is_reported() -> None:
-    """Two modules with one public name are reported; private and imported names are not."""
+    """Check that a public name in two modules is reported; private and imported names are not."""
     sources = {
         "a.py": "FILE = 1\n_x = 2\ndef main(): ...",
         "b.py": "from a import FILE\n_x = 3\ndef main(): ...",
@@ -66,15 +70,15 @@ def test_duplicate_name_is_reported() -> None:
 
 
 def test_package_top_has_only_entry_points_and_errors() -> None:
-    """Only train.py, errors.py, __init__.py and __main__.py are modules at the package's top."""
+    """Check that train.py, errors.py, __init__.py and __main__.py are the only modules at the package's top."""
     modules = {path.name for path in PACKAGE.glob("*.py")}
     assert modules <= {"train.py", "errors.py", "__init__.py", "__main__.py"}
 
 
 def test_files_and_functions_stay_within_limits() -> None:
-    """A file has at most 500 lines, a function at most 60, and no line switches the formatter off."""
+    """Check lengths of files (500 lines) and functions (60), and that no line switches the formatter off."""
     too_long = []
-    for path in _sources():
+    for path in _list_sources():
         text = path.read_text(encoding="utf-8")
         name = str(path.relative_to(ROOT))
         if len(text.splitlines()) > MAX_FILE_LINES:

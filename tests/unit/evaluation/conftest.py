@@ -1,4 +1,4 @@
-"""Evaluations of small models on a handful of examples."""
+"""Fixtures for evaluation: small models and a few examples."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ if TYPE_CHECKING:
 NEW_TOKENS = 10
 MAX_TOKENS = 48
 
-MakeEvaluation = Callable[..., Evaluator]
-Applied = Callable[[Method, str], nn.Module]
+BuildEvaluator = Callable[..., Evaluator]
+ApplyMethod = Callable[[Method, str], nn.Module]
 
 
 @pytest.fixture
-def applied(fresh_base: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerBase) -> Applied:
-    """Given a method and the name of an architecture, the method applied to a new copy of its base."""
+def apply_method(fresh_base: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerBase) -> ApplyMethod:
+    """Return a function that applies a method to a new copy of an architecture's base model."""
 
-    def made(method: Method, architecture: str) -> nn.Module:
+    def apply(method: Method, architecture: str) -> nn.Module:
         torch.manual_seed(3)
         return method.apply(fresh_base(architecture), tokenizer)
 
-    return made
+    return apply
 
 
 @pytest.fixture(scope="session")
 def encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
-    """Encodes for bases with ``POSITIONS`` positions, with room for a few virtual tokens."""
+    """Return an encoder for models with ``POSITIONS`` positions, with room for a few virtual tokens."""
     layout = SequenceLayout.for_model(
         separator=" TL;DR:", max_length=MAX_TOKENS, max_new_tokens=NEW_TOKENS, max_positions=POSITIONS, virtual_tokens=8
     )
@@ -51,7 +51,7 @@ def encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
 
 @pytest.fixture(scope="session")
 def encoded(encoder: Encoder) -> Dataset:
-    """Seven encoded examples, in no order of length."""
+    """Return seven encoded examples that are not sorted by length."""
     dataset, dropped = encoder.encode_split(Dataset.from_list(examples(7, seed=4)), "test", "refuse")
     assert dropped == 0
     lengths = [len(ids) for ids in dataset["input_ids"]]
@@ -60,11 +60,11 @@ def encoded(encoder: Encoder) -> Dataset:
 
 
 @pytest.fixture
-def evaluation(accelerator: Accelerator, encoder: Encoder, encoded: Dataset, workshop: Workshop) -> MakeEvaluation:
-    """Given a method and the model it made, their evaluation; what is given by name replaces single knobs."""
+def build_evaluator(accelerator: Accelerator, encoder: Encoder, encoded: Dataset, workshop: Workshop) -> BuildEvaluator:
+    """Return a function that builds an evaluator of a method's model; keyword arguments set keys of ``evaluate``."""
 
-    def made(method: Method, model: nn.Module, dataset: Dataset = encoded, **knobs: Any) -> Evaluator:
-        recipe = workshop.recipe(method, evaluate={"generate": True, "max_new_tokens": NEW_TOKENS, **knobs})
+    def build(method: Method, model: nn.Module, dataset: Dataset = encoded, **keys: Any) -> Evaluator:
+        recipe = workshop.recipe(method, evaluate={"generate": True, "max_new_tokens": NEW_TOKENS, **keys})
         return Evaluator(alone(accelerator), built_around(model), encoder, dataset, recipe)
 
-    return made
+    return build

@@ -1,4 +1,4 @@
-"""Held-out loss, teacher-forced argmax, and what is put together from them."""
+"""Evaluator: held-out loss, teacher-forced argmax, and the quality in the record."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.helpers.batches import one_batch
 from tests.helpers.methods import every_architecture, every_method
 from tests.helpers.training import alone, built_around, forget_accelerators, trained, trainer_of
 from tests.helpers.workshop import Workshop
-from tests.unit.evaluation.conftest import Applied, MakeEvaluation
+from tests.unit.evaluation.conftest import ApplyMethod, BuildEvaluator
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -33,92 +33,100 @@ Fresh = Callable[[str], "PreTrainedModel"]
 
 @every_method
 @every_architecture
-def test_loss_by_hand(
+def test_held_out_loss_matches_hand_computed_value(
     architecture: str,
     method: Method,
-    applied: Applied,
-    evaluation: MakeEvaluation,
+    apply_method: ApplyMethod,
+    build_evaluator: BuildEvaluator,
     encoded: Dataset,
 ) -> None:
-    """The held-out loss is the mean over all summary and end tokens of minus their log-probability.
+    """The held-out loss is the mean negative log-probability of all summary and end tokens.
 
-    It does not depend on the batch, and is not the mean over examples.
+    It is independent of the batch size, and differs from the mean over examples.
     """
-    model = applied(method, architecture).eval()
+    model = apply_method(method, architecture).eval()
     sums, counts = [], []
     for row in encoded:
         ids = torch.tensor([row["input_ids"]])
         with torch.no_grad():
-            scores = model(input_ids=ids).logits[0, -ids.shape[1] :].double().log_softmax(-1)
+            log_probs = model(input_ids=ids).logits[0, -ids.shape[1] :].double().log_softmax(-1)
         targets = range(row["prompt_tokens"], ids.shape[1])
-        sums.append(-sum(scores[position - 1, ids[0, position]].item() for position in targets))
+        sums.append(-sum(log_probs[position - 1, ids[0, position]].item() for position in targets))
         counts.append(len(targets))
-    by_hand = sum(sums) / sum(counts)
+    expected = sum(sums) / sum(counts)
     for batch in (1, 3, 16):
-        found = evaluation(method, model, batch_size=batch).compute_held_out_loss()
-        assert found.loss == pytest.approx(by_hand, rel=1e-5)
-        assert found.nll_sums == pytest.approx(sums, rel=1e-4)
-        assert found.label_counts == tuple(counts)
+        held_out = build_evaluator(method, model, batch_size=batch).compute_held_out_loss()
+        assert held_out.loss == pytest.approx(expected, rel=1e-5)
+        assert held_out.nll_sums == pytest.approx(sums, rel=1e-4)
+        assert held_out.label_counts == tuple(counts)
     mean_of_means = sum(total / count for total, count in zip(sums, counts, strict=True)) / len(counts)
-    assert mean_of_means != pytest.approx(by_hand, rel=1e-4)
+    assert mean_of_means != pytest.approx(expected, rel=1e-4)
 
 
-def test_an_example_without_a_prompt(applied: Applied, evaluation: MakeEvaluation, encoded: Dataset) -> None:
-    """Its first token has nothing before it that could predict it, and is in no loss; the others are as they were."""
+def test_first_token_without_a_prompt_is_not_in_the_loss(
+    apply_method: ApplyMethod, build_evaluator: BuildEvaluator, encoded: Dataset
+) -> None:
+    """Nothing predicts the first token of a row; the losses of the other examples do not change."""
     bare = encoded.map(
         lambda row, index: {"prompt_tokens": 0 if index == 2 else row["prompt_tokens"]}, with_indices=True
     )
-    model = applied(ZeroShot(), "gpt2_tied")
-    measured = evaluation(ZeroShot(), model, bare, batch_size=3)
-    found, before = (
-        measured.compute_held_out_loss(),
-        evaluation(ZeroShot(), model, batch_size=3).compute_held_out_loss(),
+    model = apply_method(ZeroShot(), "gpt2_tied")
+    evaluator = build_evaluator(ZeroShot(), model, bare, batch_size=3)
+    held_out, original = (
+        evaluator.compute_held_out_loss(),
+        build_evaluator(ZeroShot(), model, batch_size=3).compute_held_out_loss(),
     )
-    assert found.label_counts[2] == len(encoded[2]["input_ids"]) - 1
+    assert held_out.label_counts[2] == len(encoded[2]["input_ids"]) - 1
     others = [index for index in range(len(encoded)) if index != 2]
-    assert [found.label_counts[index] for index in others] == [before.label_counts[index] for index in others]
-    assert [found.nll_sums[index] for index in others] == pytest.approx([before.nll_sums[index] for index in others])
-    assert len(measured.decode_teacher_forced()) == len(encoded)
+    assert [held_out.label_counts[index] for index in others] == [original.label_counts[index] for index in others]
+    assert [held_out.nll_sums[index] for index in others] == pytest.approx(
+        [original.nll_sums[index] for index in others]
+    )
+    assert len(evaluator.decode_teacher_forced()) == len(encoded)
 
 
-def test_a_memorised_example_is_found_again(
+def test_memorized_summaries_are_decoded(
     fresh_base: Fresh,
     accelerator: Accelerator,
     encoder: Encoder,
     encoded: Dataset,
-    evaluation: MakeEvaluation,
+    build_evaluator: BuildEvaluator,
 ) -> None:
-    """Once examples are known by heart, teacher-forced argmax gives each summary back, in the split's order.
+    """After overfitting, teacher-forced argmax decodes each summary, in the split's order.
 
-    The most likely token at a position must be read one before the token itself, or nothing of this holds.
+    This fails if logits are not shifted by one position: the logits before a token predict it.
     """
     model = fresh_base("gpt2_tied")
-    measured = evaluation(Full(), model, batch_size=4, max_new_tokens=20)
-    known = list(encoded["summary"])
-    assert measured.decode_teacher_forced() != known
-    batch = measured.collator.collate(encoded["input_ids"], encoded["prompt_tokens"])
+    evaluator = build_evaluator(Full(), model, batch_size=4, max_new_tokens=20)
+    summaries = list(encoded["summary"])
+    assert evaluator.decode_teacher_forced() != summaries
+    batch = evaluator.collator.collate(encoded["input_ids"], encoded["prompt_tokens"])
     trainer = trainer_of(accelerator, model, torch.optim.AdamW(trained(model).values(), lr=3e-3))
     model.train()
     for _ in range(60):
         loss = train_step(accelerator, trainer, one_batch(batch), max_grad_norm=1.0)
     assert loss < 0.1
-    assert measured.decode_teacher_forced() == known
-    # Generated, too, where the article was short enough to be whole in the prompt with room for new tokens.
-    whole = [encoder.encode_prompt(row["article"]) == row["input_ids"][: row["prompt_tokens"]] for row in encoded]
+    assert evaluator.decode_teacher_forced() == summaries
+    # Generation gives the same summaries if the prompt does not truncate the article more than training did.
+    same_prompt = [encoder.encode_prompt(row["article"]) == row["input_ids"][: row["prompt_tokens"]] for row in encoded]
     pairs = [
-        pair for pair, kept in zip(zip(measured.generate_summaries(), known, strict=True), whole, strict=True) if kept
+        pair
+        for pair, same in zip(zip(evaluator.generate_summaries(), summaries, strict=True), same_prompt, strict=True)
+        if same
     ]
     assert len(pairs) >= 3
     assert [generated for generated, _ in pairs] == [summary for _, summary in pairs]
 
 
-def test_quality_is_put_together(applied: Applied, evaluation: MakeEvaluation, encoded: Dataset) -> None:
-    """A quality says of how many examples it is, keeps as many samples as asked for, each with its own reference."""
-    model = applied(ZeroShot(), "gpt2_tied")
-    measured = evaluation(ZeroShot(), model, saved_samples=3, teacher_forced=True)
-    quality = measured.evaluate(Probe(torch.device("cpu")))
+def test_quality_has_all_metrics_and_samples(
+    apply_method: ApplyMethod, build_evaluator: BuildEvaluator, encoded: Dataset
+) -> None:
+    """It has the number of examples, the metrics, and the requested number of samples with their references."""
+    model = apply_method(ZeroShot(), "gpt2_tied")
+    evaluator = build_evaluator(ZeroShot(), model, saved_samples=3, teacher_forced=True)
+    quality = evaluator.evaluate(Probe(torch.device("cpu")))
     assert (quality.split, quality.num_examples) == ("test", 7)
-    assert quality.loss == measured.compute_held_out_loss().loss
+    assert quality.loss == evaluator.compute_held_out_loss().loss
     assert quality.loss is not None
     assert quality.perplexity == pytest.approx(math.exp(quality.loss))
     assert quality.rouge is not None
@@ -126,47 +134,49 @@ def test_quality_is_put_together(applied: Applied, evaluation: MakeEvaluation, e
     assert set(quality.rouge) == set(quality.teacher_forced_argmax_rouge) == {"rouge1", "rouge2", "rougeL", "rougeLsum"}
     assert [sample.id for sample in quality.samples] == list(encoded["id"])[:3]
     assert [sample.reference for sample in quality.samples] == list(encoded["summary"])[:3]
-    assert [sample.generated for sample in quality.samples] == measured.generate_summaries()[:3]
-    each = quality.per_example
-    assert each is not None
-    assert len(each.loss) == len(each.labelled_tokens) == 7
-    assert sum(each.loss) / sum(each.labelled_tokens) == pytest.approx(quality.loss)
-    assert {kind: sum(scores) / 7 for kind, scores in each.rouge.items()} == pytest.approx(
+    assert [sample.generated for sample in quality.samples] == evaluator.generate_summaries()[:3]
+    per_example = quality.per_example
+    assert per_example is not None
+    assert len(per_example.loss) == len(per_example.labelled_tokens) == 7
+    assert sum(per_example.loss) / sum(per_example.labelled_tokens) == pytest.approx(quality.loss)
+    assert {kind: sum(scores) / 7 for kind, scores in per_example.rouge.items()} == pytest.approx(
         {kind: interval.mean for kind, interval in quality.rouge.items()}
     )
 
 
-def test_examples_are_known_by_what_they_are(applied: Applied, evaluation: MakeEvaluation, encoded: Dataset) -> None:
-    """Two methods' scores of the same examples can be paired; with another reference, or order, they cannot."""
-    knobs = Evaluate()
-    same = [build_quality(knobs, encoded, list(encoded[column])) for column in ("summary", "article")]
-    identities = [quality.per_example.examples_fingerprint for quality in same if quality.per_example]
-    assert identities[0] == identities[1]
-    other = encoded.select(range(6, -1, -1))
-    turned = build_quality(knobs, other, list(other["summary"])).per_example
-    assert turned is not None
-    assert turned.examples_fingerprint != identities[0]
+def test_examples_fingerprint_depends_on_examples_and_order(
+    apply_method: ApplyMethod, build_evaluator: BuildEvaluator, encoded: Dataset
+) -> None:
+    """Scores can be paired only if the examples, their references and their order are equal."""
+    config = Evaluate()
+    same = [build_quality(config, encoded, list(encoded[column])) for column in ("summary", "article")]
+    fingerprints = [quality.per_example.examples_fingerprint for quality in same if quality.per_example]
+    assert fingerprints[0] == fingerprints[1]
+    reversed_split = encoded.select(range(6, -1, -1))
+    reversed_scores = build_quality(config, reversed_split, list(reversed_split["summary"])).per_example
+    assert reversed_scores is not None
+    assert reversed_scores.examples_fingerprint != fingerprints[0]
     summaries = [*encoded["summary"][:-1], "another"]
     changed = encoded.remove_columns("summary").add_column("summary", summaries)
-    with_another = build_quality(knobs, changed, summaries).per_example
-    assert with_another is not None
-    assert with_another.examples_fingerprint != identities[0]
+    changed_scores = build_quality(config, changed, summaries).per_example
+    assert changed_scores is not None
+    assert changed_scores.examples_fingerprint != fingerprints[0]
 
 
-def test_only_what_is_asked_for(applied: Applied, evaluation: MakeEvaluation) -> None:
-    """Without generation there is a loss and no ROUGE, and no figure of the study's under any name."""
-    model = applied(ZeroShot(), "gpt2_tied")
-    quality = evaluation(ZeroShot(), model, generate=False).evaluate(Probe(torch.device("cpu")))
+def test_rouge_is_none_without_generation(apply_method: ApplyMethod, build_evaluator: BuildEvaluator) -> None:
+    """The loss is computed; ROUGE, teacher-forced ROUGE and samples are absent."""
+    model = apply_method(ZeroShot(), "gpt2_tied")
+    quality = build_evaluator(ZeroShot(), model, generate=False).evaluate(Probe(torch.device("cpu")))
     assert quality.loss is not None
     assert quality.rouge is None
     assert quality.teacher_forced_argmax_rouge is None
     assert quality.samples == ()
 
 
-def test_precision_is_the_same_with_and_without_training(
+def test_untrained_model_is_evaluated_in_the_recipe_s_precision(
     fresh_base: Fresh, encoder: Encoder, encoded: Dataset, workshop: Workshop
 ) -> None:
-    """A base that was never prepared for training is evaluated in the recipe's precision, as a trained one is."""
+    """A model gives the same results with and without being prepared by accelerate."""
     from accelerate import Accelerator
 
     losses = {}
@@ -175,11 +185,11 @@ def test_precision_is_the_same_with_and_without_training(
             forget_accelerators()
             accelerator = Accelerator(cpu=True, mixed_precision=precision)
             model = fresh_base("gpt2_tied")
-            built = built_around(model)  # before, as in a run: what a model may do without is found out in float32
+            built = built_around(model)  # before prepare, as in a run: the loss inspects the model in float32
             if prepared:
                 accelerator.prepare(model)
-            measured = Evaluator(alone(accelerator), built, encoder, encoded, workshop.recipe(ZeroShot()))
-            losses[prepared, precision] = (measured.compute_held_out_loss().loss, measured.decode_teacher_forced())
+            evaluator = Evaluator(alone(accelerator), built, encoder, encoded, workshop.recipe(ZeroShot()))
+            losses[prepared, precision] = (evaluator.compute_held_out_loss().loss, evaluator.decode_teacher_forced())
     assert losses[False, "no"] == losses[True, "no"]
     assert losses[False, "bf16"] == losses[True, "bf16"]
     assert losses[True, "bf16"][0] != losses[True, "no"][0]

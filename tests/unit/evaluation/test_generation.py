@@ -1,4 +1,4 @@
-"""A summary depends on its article alone: not on its batch, its padding or the cache of keys and values."""
+"""Generation: a summary depends on its article only, not on batch, padding or key-value cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.conformance.battery import Bench, Case, bench_of, every_case
 from tests.helpers.batches import logits, micro_batch, one_batch
 from tests.helpers.methods import every_architecture, every_method
 from tests.helpers.training import trainer_of
-from tests.unit.evaluation.conftest import NEW_TOKENS, MakeEvaluation
+from tests.unit.evaluation.conftest import NEW_TOKENS, BuildEvaluator
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def moved_bench(
+def trained_bench(
     fresh_base: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator
 ) -> Callable[[Case], Bench]:
-    """A case's method on its base, a few steps away from where it started, so that what was trained is in the text."""
+    """Return a function that builds a case's bench and trains it for three steps, which changes the generated text."""
 
-    def made(case: Case) -> Bench:
+    def build(case: Case) -> Bench:
         bench = bench_of(case, fresh_base(case.architecture), tokenizer)
         trainer = trainer_of(accelerator, bench.model, bench.optimizer)
         for _ in range(3):
@@ -39,11 +39,11 @@ def moved_bench(
             )
         return bench
 
-    return made
+    return build
 
 
-def _by_hand(model: nn.Module, encoder: Encoder, article: str) -> str:
-    """Greedy generation the slow way: the whole sequence again for every token, as a training step would see it."""
+def _generate_without_cache(model: nn.Module, encoder: Encoder, article: str) -> str:
+    """Generate greedily with a forward pass over the whole sequence for every token."""
     model.eval()
     ids = encoder.encode_prompt(article)
     start = len(ids)
@@ -57,42 +57,42 @@ def _by_hand(model: nn.Module, encoder: Encoder, article: str) -> str:
 
 
 @every_case
-def test_batch_and_padding_change_no_text(
+def test_batch_padding_and_cache_do_not_change_the_summaries(
     case: Case,
-    moved_bench: Callable[[Case], Bench],
-    evaluation: MakeEvaluation,
+    trained_bench: Callable[[Case], Bench],
+    build_evaluator: BuildEvaluator,
     encoder: Encoder,
     encoded: Dataset,
 ) -> None:
-    """Generated together, padded at the left, summaries are those generated one by one, and those found by hand.
+    """Left-padded batches give the same summaries as single prompts, and as generation without a cache.
 
-    With soft tokens this is a trap: padding must not come between them and the prompt.
+    With virtual tokens, padding must not be between them and the prompt.
     """
-    model = moved_bench(case).model
-    together = evaluation(case.method, model, batch_size=16).generate_summaries()
-    assert together == evaluation(case.method, model, batch_size=1).generate_summaries()
-    assert together == [_by_hand(model, encoder, article) for article in encoded["article"]]
-    assert len(set(together)) > 1  # texts that differ, so that their order is known too
+    model = trained_bench(case).model
+    batched = build_evaluator(case.method, model, batch_size=16).generate_summaries()
+    assert batched == build_evaluator(case.method, model, batch_size=1).generate_summaries()
+    assert batched == [_generate_without_cache(model, encoder, article) for article in encoded["article"]]
+    assert len(set(batched)) > 1  # the texts differ, so their order is checked too
 
 
 @every_method
 @every_architecture
-def test_beams_do_not_depend_on_the_batch(
-    architecture: str, method: Method, moved_bench: Callable[[Case], Bench], evaluation: MakeEvaluation
+def test_beam_search_is_independent_of_the_batch(
+    architecture: str, method: Method, trained_bench: Callable[[Case], Bench], build_evaluator: BuildEvaluator
 ) -> None:
-    """A search by beams finds the same summaries together and one by one, and others than a greedy one."""
-    model = moved_bench(Case("num_beams", method, architecture)).model
-    together = evaluation(method, model, batch_size=16, num_beams=3).generate_summaries()
-    assert together == evaluation(method, model, batch_size=1, num_beams=3).generate_summaries()
-    assert together != evaluation(method, model, batch_size=16).generate_summaries()
+    """Batched and single beam search give the same summaries, which differ from greedy ones."""
+    model = trained_bench(Case("num_beams", method, architecture)).model
+    batched = build_evaluator(method, model, batch_size=16, num_beams=3).generate_summaries()
+    assert batched == build_evaluator(method, model, batch_size=1, num_beams=3).generate_summaries()
+    assert batched != build_evaluator(method, model, batch_size=16).generate_summaries()
 
 
 @every_method
-def test_model_is_as_before_after_generation(
-    method: Method, moved_bench: Callable[[Case], Bench], evaluation: MakeEvaluation
+def test_generation_does_not_change_the_model(
+    method: Method, trained_bench: Callable[[Case], Bench], build_evaluator: BuildEvaluator
 ) -> None:
-    """Generation leaves no cache and no other trace: the model predicts the same as before, to the last bit."""
-    bench = moved_bench(Case("trace", method, "gpt2_tied"))
+    """Logits are bit-identical before and after generation."""
+    bench = trained_bench(Case("trace", method, "gpt2_tied"))
     before = bench.logits(micro_batch())
-    evaluation(method, bench.model).generate_summaries()
+    build_evaluator(method, bench.model).generate_summaries()
     assert torch.equal(bench.logits(micro_batch()), before)

@@ -1,4 +1,4 @@
-"""Bootstrap intervals: they hold the mean, narrow with more data, and have no width where nothing varies."""
+"""Confidence intervals: coverage, width, paired differences, and agreement with scipy and Student's t."""
 
 from __future__ import annotations
 
@@ -29,162 +29,170 @@ def _width(interval: Interval) -> float:
 
 
 @pytest.mark.parametrize("count", [2, 5, 40, 700])
-def test_mean_is_inside(count: int) -> None:
-    """The interval is around the sample's mean, within the sample's range."""
+def test_interval_contains_the_mean(count: int) -> None:
+    """The interval is within the sample's range."""
     scores = _scores(count)
-    found = bootstrap_interval(scores, resamples=300)
-    assert found.mean == pytest.approx(sum(scores) / count)
-    assert min(scores) <= found.low < found.mean < found.high <= max(scores)
+    interval = bootstrap_interval(scores, resamples=300)
+    assert interval.mean == pytest.approx(sum(scores) / count)
+    assert min(scores) <= interval.low < interval.mean < interval.high <= max(scores)
 
 
-def test_narrower_with_more_data() -> None:
-    """More examples of the same kind give a narrower interval."""
+def test_interval_narrows_with_more_examples() -> None:
+    """The samples are from the same distribution."""
     widths = [_width(bootstrap_interval(_scores(count), resamples=300)) for count in (10, 100, 1000)]
     assert widths[0] > widths[1] > widths[2] > 0
 
 
-def test_width_is_that_of_a_mean() -> None:
-    """With many examples the interval is the textbook's: 1.96 standard errors to either side."""
+def test_width_matches_the_normal_approximation() -> None:
+    """With many examples the interval extends 1.96 standard errors to each side."""
     scores = _scores(900)
     expected = 2 * 1.96 * float(numpy.std(scores)) / math.sqrt(len(scores))
     assert _width(bootstrap_interval(scores, resamples=2000)) == pytest.approx(expected, rel=0.15)
 
 
-def test_holds_the_truth_as_often_as_it_says() -> None:
-    """Of 200 samples' intervals, about 95 % hold the mean of what they were drawn from."""
-    held = 0
+def test_coverage_is_about_95_percent() -> None:
+    """About 95 % of 200 samples' intervals contain the mean of their distribution."""
+    covered = 0
     for seed in range(200):
-        found = bootstrap_interval(_scores(60, seed), resamples=200)
-        held += found.low <= 20.0 <= found.high
-    assert 0.88 <= held / 200 <= 0.99
+        interval = bootstrap_interval(_scores(60, seed), resamples=200)
+        covered += interval.low <= 20.0 <= interval.high
+    assert 0.88 <= covered / 200 <= 0.99
 
 
 @pytest.mark.parametrize("values", [[3.5], [3.5, 3.5], [0.0] * 50, [100.0] * 7])
-def test_constant_values_have_no_width(values: list[float]) -> None:
-    """Equal values have an interval of no width, and one value alone has none either; no warning, no NaN."""
-    found = bootstrap_interval(values, resamples=100)
-    assert (found.mean, found.low, found.high) == (values[0],) * 3
+def test_constant_values_have_zero_width(values: list[float]) -> None:
+    """This includes a single value; no bound is NaN, and scipy does not warn."""
+    interval = bootstrap_interval(values, resamples=100)
+    assert (interval.mean, interval.low, interval.high) == (values[0],) * 3
 
 
-def test_the_same_every_time() -> None:
-    """The resampling is seeded: the same values give the same interval, another seed one a little different."""
+def test_resampling_is_seeded() -> None:
+    """The same seed gives the same interval, and another seed gives another."""
     scores = _scores(30)
     assert bootstrap_interval(scores, resamples=200) == bootstrap_interval(scores, resamples=200)
     assert bootstrap_interval(scores, resamples=200) != bootstrap_interval(scores, resamples=200, seed=1)
 
 
-def test_pairs_cancel_what_is_hard_for_both() -> None:
-    """Two methods that differ by 1 on every example, give or take little, are told apart; unpaired they are not."""
-    hard, noise = _scores(60), numpy.random.default_rng(1).normal(1.0, 0.5, 60)
-    paired = paired_interval(list(noise))
+def test_pairing_cancels_the_difficulty_of_examples() -> None:
+    """A difference of about 1 on every example is significant if paired, and is not if unpaired."""
+    scores, differences = _scores(60), numpy.random.default_rng(1).normal(1.0, 0.5, 60)
+    paired = paired_interval(list(differences))
     assert 0 < paired.low < paired.mean < paired.high
-    first = bootstrap_interval(hard, 1000)
-    second = bootstrap_interval([score + more for score, more in zip(hard, noise, strict=True)], 1000)
+    first = bootstrap_interval(scores, 1000)
+    second = bootstrap_interval(
+        [score + difference for score, difference in zip(scores, differences, strict=True)], 1000
+    )
     assert second.low < first.high
 
 
-def test_weights_make_a_ratio_of_sums() -> None:
-    """Of losses by tokens, a difference is the sum of the ones by that of the others, as a loss is."""
+def test_weighted_interval_is_of_a_ratio_of_sums() -> None:
+    """With weights, e.g. label counts, the mean is the sum of differences over the sum of weights."""
     assert paired_interval([2.0, 3.0, 4.0], [1.0, 2.0, 1.0]).mean == 9 / 4
-    found = paired_interval([3.0, 8.0] * 50, [2.0, 4.0] * 50)  # 1.5 and 2.0, so 11/6
-    assert found.mean == pytest.approx(11 / 6)
-    assert 1.5 < found.low < found.mean < found.high < 2.0
+    interval = paired_interval([3.0, 8.0] * 50, [2.0, 4.0] * 50)  # 1.5 and 2.0, so 11/6
+    assert interval.mean == pytest.approx(11 / 6)
+    assert 1.5 < interval.low < interval.mean < interval.high < 2.0
 
 
-def test_more_certain_is_wider() -> None:
-    """An interval that is corrected for many comparisons is wider than one that is not, and still inside the sample."""
+def test_interval_widens_with_confidence() -> None:
+    """Correcting for more comparisons widens the interval, which stays within the sample's range."""
     values = [score - 20 for score in _scores(60)]
     widths = [_width(paired_interval(values, confidence=1 - 0.05 / tests)) for tests in (1, 15, 1000)]
     assert widths[0] < widths[1] < widths[2] < max(values) - min(values)
 
 
-def test_over_seeds_by_hand() -> None:
-    """Of 1, 2 and 3: 2, give or take 4.303 (Student's t at 2 degrees of freedom) times 1 / sqrt(3)."""
-    found = t_interval([1.0, 2.0, 3.0])
-    assert found.mean == 2.0
-    assert found.high - 2.0 == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
-    assert 2.0 - found.low == pytest.approx(found.high - 2.0)
+def test_t_interval_matches_hand_computed_value() -> None:
+    """For 1, 2 and 3 it is 2 +- 4.303 (Student's t with 2 degrees of freedom) / sqrt(3)."""
+    interval = t_interval([1.0, 2.0, 3.0])
+    assert interval.mean == 2.0
+    assert interval.high - 2.0 == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
+    assert 2.0 - interval.low == pytest.approx(interval.high - 2.0)
     assert t_interval([1.5, 1.5]) == Interval(mean=1.5, low=1.5, high=1.5)
 
 
-def test_no_difference_is_found_as_often_as_it_says() -> None:
-    """Of 200 pairs of methods that do not differ, about 5 % seem to; corrected for 20 comparisons, hardly any."""
-    draws = [list(numpy.random.default_rng(seed).normal(size=60)) for seed in range(200)]
-    plain = sum(not found.low <= 0 <= found.high for found in map(paired_interval, draws))
-    corrected = [paired_interval(draw, confidence=1 - 0.05 / 20) for draw in draws]
+def test_false_positive_rate_is_about_5_percent() -> None:
+    """Without a true difference, about 5 % of 200 intervals exclude 0; corrected for 20 comparisons, almost none do."""
+    samples = [list(numpy.random.default_rng(seed).normal(size=60)) for seed in range(200)]
+    plain = sum(not interval.low <= 0 <= interval.high for interval in map(paired_interval, samples))
+    corrected = [paired_interval(sample, confidence=1 - 0.05 / 20) for sample in samples]
     assert 1 <= plain <= 24
-    assert sum(not found.low <= 0 <= found.high for found in corrected) <= 3
+    assert sum(not interval.low <= 0 <= interval.high for interval in corrected) <= 3
 
 
-def test_pairs_together_are_pairs_one_by_one() -> None:
-    """Several differences over the same examples have the intervals that each has alone, with weights and without."""
+def test_several_pairs_give_the_intervals_of_single_pairs() -> None:
+    """This holds with and without weights."""
     pairs, weights = [_scores(50, seed) for seed in range(3)], [1.0 + i % 4 for i in range(50)]
     for weight in (None, weights):
         alone = [paired_interval(one, weight) for one in pairs]
-        assert [found.low for found in paired_intervals(pairs, weight)] == pytest.approx([one.low for one in alone])
+        assert [interval.low for interval in paired_intervals(pairs, weight)] == pytest.approx(
+            [one.low for one in alone]
+        )
 
 
-def test_in_parts_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pairs whose means have no room in memory together see the same resamples one part after another."""
+def test_chunked_means_give_the_same_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the means of all pairs exceed the memory limit, every chunk of pairs uses the same resamples."""
     pairs = [_scores(30, seed) for seed in range(5)]
-    whole = paired_intervals(pairs)
+    one_chunk = paired_intervals(pairs)
     monkeypatch.setattr(intervals, "_MEANS_PER_CHUNK", 20_000)
-    assert [one.low for one in paired_intervals(pairs)] == pytest.approx([one.low for one in whole])
+    assert [one.low for one in paired_intervals(pairs)] == pytest.approx([one.low for one in one_chunk])
 
 
 @pytest.mark.parametrize(("examples", "comparisons"), [(30_000, 1), (30, 5000), (2, 1), (2, 100)])
-def test_where_draws_say_little_it_is_t(examples: int, comparisons: int) -> None:
-    """Of very many examples, or far out in the tails, it is the textbook's interval of paired differences."""
+def test_student_s_t_is_used_beyond_the_resampling_limits(examples: int, comparisons: int) -> None:
+    """This applies to very many examples, or to a very high confidence for the number of examples."""
     confidence, values = 1 - 0.05 / comparisons, _scores(examples)
     assert not uses_bootstrap(examples, confidence)
-    far = t.isf((1 - confidence) / 2, examples - 1) * numpy.std(values, ddof=1) / math.sqrt(examples)
-    found = paired_interval(values, confidence=confidence)
-    assert (found.low, found.high) == pytest.approx((numpy.mean(values) - far, numpy.mean(values) + far))
+    half_width = t.isf((1 - confidence) / 2, examples - 1) * numpy.std(values, ddof=1) / math.sqrt(examples)
+    interval = paired_interval(values, confidence=confidence)
+    assert (interval.low, interval.high) == pytest.approx(
+        (numpy.mean(values) - half_width, numpy.mean(values) + half_width)
+    )
 
 
-def test_both_kinds_agree_where_both_can_be() -> None:
-    """Of many examples, a ratio's interval by resampling is that by t within some percent."""
+def test_bootstrap_agrees_with_student_s_t() -> None:
+    """For many examples the widths of a ratio's intervals agree within 5 %."""
     for weights in ([1.0] * 490, [1.0 + i % 9 for i in range(490)]):
         values = [score - 20 for score in _scores(490)]
-        drawn, far = paired_interval(values, weights), paired_interval(values * 60, weights * 60)
+        resampled, by_t = paired_interval(values, weights), paired_interval(values * 60, weights * 60)
         assert uses_bootstrap(490, 0.95)
         assert not uses_bootstrap(60 * 490, 0.95)
-        assert _width(drawn) == pytest.approx(math.sqrt(60) * _width(far), rel=0.05)
+        assert _width(resampled) == pytest.approx(math.sqrt(60) * _width(by_t), rel=0.05)
 
 
-def test_a_whole_test_split_is_resampled() -> None:
-    """Of CNN/DailyMail's 11,490 examples, for every pair of six, within seconds; no batch is of the whole of it."""
+def test_full_test_split_is_resampled_in_seconds() -> None:
+    """The sample has CNN/DailyMail's 11,490 examples and the 15 pairs of six runs, processed in chunks."""
     values = numpy.random.default_rng(0).normal(size=(15, 11_490))
     assert uses_bootstrap(11_490, 1 - 0.05 / 15)
-    begun = time.perf_counter()
-    found = paired_intervals(values, confidence=1 - 0.05 / 15)
-    assert time.perf_counter() - begun < 10
-    far = t.isf(0.05 / 30, 11_489) / math.sqrt(11_490)
-    assert [_width(one) for one in found] == pytest.approx([2 * far] * 15, rel=0.08)
+    start = time.perf_counter()
+    pair_intervals = paired_intervals(values, confidence=1 - 0.05 / 15)
+    assert time.perf_counter() - start < 10
+    half_width = t.isf(0.05 / 30, 11_489) / math.sqrt(11_490)
+    assert [_width(one) for one in pair_intervals] == pytest.approx([2 * half_width] * 15, rel=0.08)
 
 
 @pytest.mark.parametrize("weights", [None, [1.0 + i % 4 for i in range(40)]])
-def test_resamples_are_those_of_scipy(weights: list[float] | None) -> None:
-    """Of the same ratio scipy's own percentile bootstrap has the same interval, as near as another draw is."""
+def test_paired_interval_matches_scipy_s_bootstrap(weights: list[float] | None) -> None:
+    """Scipy's percentile bootstrap of the same ratio gives the same interval within sampling error."""
     values, weight = numpy.asarray(_scores(40)) - 20, numpy.asarray(weights or [1.0] * 40)
 
-    def ratio(drawn: numpy.ndarray, axis: int) -> numpy.ndarray:
-        return values[drawn].sum(axis) / weight[drawn].sum(axis)  # type: ignore[no-any-return]
+    def ratio(indices: numpy.ndarray, axis: int) -> numpy.ndarray:
+        return values[indices].sum(axis) / weight[indices].sum(axis)  # type: ignore[no-any-return]
 
-    far = t.isf(0.025, 39) * math.sqrt(40 / 39)
-    theirs = bootstrap(
+    expanded_quantile = t.isf(0.025, 39) * math.sqrt(40 / 39)
+    scipy_interval = bootstrap(
         (numpy.arange(40),),
         ratio,
         n_resamples=10_000,
         method="percentile",
         rng=numpy.random.default_rng(1),
-        confidence_level=1 - 2 * float(norm.sf(far)),
+        confidence_level=1 - 2 * float(norm.sf(expanded_quantile)),
     ).confidence_interval
-    ours = paired_interval(list(values), weights)
-    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.05 * _width(ours))
+    interval = paired_interval(list(values), weights)
+    assert (interval.low, interval.high) == pytest.approx(
+        (scipy_interval.low, scipy_interval.high), abs=0.05 * _width(interval)
+    )
 
 
-def test_one_example_has_no_interval_by_resamples() -> None:
-    """There is nothing to draw from, and no degree of freedom."""
+def test_fewer_than_two_examples_are_not_resampled() -> None:
+    """One example has no variance."""
     assert not uses_bootstrap(1, 0.95)
     assert not uses_bootstrap(0, 0.95)

@@ -1,4 +1,4 @@
-"""ROUGE in percent, offline."""
+"""ROUGE scores in percent, computed offline."""
 
 from __future__ import annotations
 
@@ -19,44 +19,44 @@ def _means(generated: list[str], references: list[str]) -> dict[str, float]:
     return {kind: statistics.mean(scores) for kind, scores in compute_rouge(generated, references).items()}
 
 
-def test_identical_texts() -> None:
-    """Texts that are their references score 100 in every kind."""
+def test_identical_texts_score_100() -> None:
+    """This holds for every kind of ROUGE."""
     assert _means(TEXTS, TEXTS) == dict.fromkeys(KINDS, 100.0)
 
 
-def test_disjoint_texts() -> None:
-    """Texts that share no word with their references score 0 in every kind; so do empty ones."""
+def test_disjoint_texts_score_0() -> None:
+    """This holds for every kind of ROUGE, and for empty texts."""
     assert _means(OTHERS, TEXTS) == dict.fromkeys(KINDS, 0.0)
     assert _means(["", ""], TEXTS) == dict.fromkeys(KINDS, 0.0)
 
 
-def test_by_hand() -> None:
-    """Two of three words, all of two: precision 2/3, recall 1, so F is 0.8; of word pairs 1 of 2 and 1 of 1."""
-    found = _means(["the river rose"], ["the river"])
-    assert found == pytest.approx({"rouge1": 80, "rouge2": 100 * 2 / 3, "rougeL": 80, "rougeLsum": 80})
+def test_scores_match_hand_computed_values() -> None:
+    """Unigrams: precision 2/3 and recall 1, so F1 is 0.8. Bigrams: precision 1/2 and recall 1."""
+    means = _means(["the river rose"], ["the river"])
+    assert means == pytest.approx({"rouge1": 80, "rouge2": 100 * 2 / 3, "rougeL": 80, "rougeLsum": 80})
 
 
 def test_words_are_stemmed() -> None:
-    """Words count by their stems."""
+    """Two forms of a verb match."""
     assert _means(["votes"], ["voting"])["rouge1"] == 100
 
 
-def test_only_rouge_lsum_looks_at_sentences() -> None:
-    """Sentences in another order cost rougeL and not rougeLsum, and sentences are found by peftbench's own splitter."""
-    found = _means(["The vote was close. The river rose."], ["The river rose. The vote was close."])
-    assert found["rouge1"] == found["rougeLsum"] == 100
-    assert found["rougeL"] < 100
+def test_rouge_lsum_ignores_the_order_of_sentences() -> None:
+    """Reordered sentences lower rougeL and not rougeLsum; peftbench's own splitter finds the sentences."""
+    means = _means(["The vote was close. The river rose."], ["The river rose. The vote was close."])
+    assert means["rouge1"] == means["rougeLsum"] == 100
+    assert means["rougeL"] < 100
 
 
-def test_each_text_meets_its_own_reference() -> None:
-    """Scores are of pairs: with the references in another order they are not what they were."""
-    found = compute_rouge([TEXTS[0], OTHERS[0]], [TEXTS[0], TEXTS[1]])["rouge1"]
-    assert found == (100, 0)
+def test_each_text_is_scored_with_its_own_reference() -> None:
+    """Reordering the references changes the scores."""
+    scores = compute_rouge([TEXTS[0], OTHERS[0]], [TEXTS[0], TEXTS[1]])["rouge1"]
+    assert scores == (100, 0)
     assert _means(TEXTS, TEXTS[::-1])["rouge1"] < 50
 
 
-def test_works_offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The metric asks nothing of any network: with every way to one closed, it gives the same scores."""
+def test_rouge_works_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The metric opens no connection: with sockets blocked it gives the same scores."""
 
     def refuse(*_: Any, **__: Any) -> NoReturn:
         raise OSError("there is no network")

@@ -1,4 +1,4 @@
-"""The name of a store: whatever changes a hidden state is in it, and nothing else."""
+"""The cache key of a feature store: which settings and tensors change it."""
 
 from __future__ import annotations
 
@@ -23,83 +23,88 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def identity(
-    workshop: Workshop, examples: str = "e", device: str = "cpu", *, masked: bool = False, **parts: Any
+def build_key(
+    workshop: Workshop, examples_hash: str = "e", device: str = "cpu", *, uses_masks: bool = False, **parts: Any
 ) -> Any:
-    """Of a recipe's trunk, loaded anew."""
-    made = recipe(workshop, "run", parts.pop("stored", "fp32"), **parts)
-    base = load_model(made.model).model
+    """Return the cache key of a recipe's backbone, loaded from disk."""
+    run_recipe = recipe(workshop, "run", parts.pop("storage_dtype", "fp32"), **parts)
+    base = load_model(run_recipe.model).model
     LastLayer().apply(base, None)  # type: ignore[arg-type]
-    return build_cache_key(made, base, examples, torch.device(device), uses_masks=masked)
+    return build_cache_key(run_recipe, base, examples_hash, torch.device(device), uses_masks=uses_masks)
 
 
-def test_where_a_trunk_came_from_does_not_matter(workshop: Workshop, tmp_path: Path) -> None:
-    """A copy in another folder, another rate, seed, schedule or length: the same states."""
-    mine = identity(workshop)
+def test_cache_key_ignores_model_folder_and_training_settings(workshop: Workshop, tmp_path: Path) -> None:
+    """Check that a copied model folder and other learning rate, seed and epochs keep the key."""
+    key = build_key(workshop)
     shutil.copytree(workshop.base_folder("gpt2_tied"), tmp_path / "copy")
-    assert identity(workshop, model={"path": str(tmp_path / "copy")}) == mine
-    assert identity(workshop, optimizer=AdamW(learning_rate=0.5), train={"seed": 3, "epochs": 1}) == mine
+    assert build_key(workshop, model={"path": str(tmp_path / "copy")}) == key
+    assert build_key(workshop, optimizer=AdamW(learning_rate=0.5), train={"seed": 3, "epochs": 1}) == key
 
 
-def test_whatever_changes_states_changes_the_name(workshop: Workshop) -> None:
-    """One thing at a time, each of which gives another."""
-    mine = identity(workshop)
-    others = [
-        identity(workshop, **parts)
+def test_cache_key_depends_on_everything_that_changes_hidden_states(workshop: Workshop) -> None:
+    """Change one setting at a time and check that all keys differ."""
+    key = build_key(workshop)
+    other_keys = [
+        build_key(workshop, **parts)
         for parts in (
             {"architecture": "llama_tied"},
             {"train": {"precision": "bf16"}},
             {"model": {"attention": "eager"}},
             {"model": {"fused_gelu": False}},
-            {"stored": "bf16"},
-            {"examples": "f"},
+            {"storage_dtype": "bf16"},
+            {"examples_hash": "f"},
             {"device": "cuda"},
-            {"masked": True},
+            {"uses_masks": True},
             {"train": {"compile": True}},
         )
     ]
-    assert mine not in others
-    assert len({repr(other) for other in others}) == len(others)
+    assert key not in other_keys
+    assert len({repr(other_key) for other_key in other_keys}) == len(other_keys)
 
 
-def test_every_frozen_tensor_is_in_the_hash_and_the_head_is_not(fresh_base: Callable[[str], PreTrainedModel]) -> None:
-    """One value of one parameter or buffer is enough; what training moves is nothing to the trunk."""
+def test_hash_backbone_covers_every_tensor_except_the_head(fresh_base: Callable[[str], PreTrainedModel]) -> None:
+    """Change one element of each parameter and buffer: only a change of the head keeps the hash."""
     for architecture in FAMILIES:
         base = fresh_base(architecture)
         LastLayer().apply(base, None)  # type: ignore[arg-type]
-        before = hash_backbone(base)
+        original_hash = hash_backbone(base)
         head = base.get_output_embeddings().weight
         tensors = [*base.parameters(), *base.buffers()]
         assert len(tensors) > 10
         with torch.no_grad():
             for tensor in tensors:
-                kept = tensor.clone()
+                original = tensor.clone()
                 tensor.view(-1)[-1] += 1
-                assert (hash_backbone(base) == before) is (tensor is head)
-                tensor.copy_(kept)
-        assert hash_backbone(base) == before
+                assert (hash_backbone(base) == original_hash) is (tensor is head)
+                tensor.copy_(original)
+        assert hash_backbone(base) == original_hash
 
 
-def test_examples_are_hashed_whole_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Token by token and in their order, however they are read; a row's first token is never predicted."""
+def test_hash_examples_covers_all_tokens_and_counts_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that tokens, prompt lengths and order change the hash, and the block size does not change the counts.
+
+    A row's first token is never predicted, so it is not counted.
+    """
     from datasets import Dataset
 
-    made = [*rows(LENGTHS_AND_PROMPTS), {"input_ids": [5, 6, 7], "prompt_tokens": 0}]
+    examples = [*rows(LENGTHS_AND_PROMPTS), {"input_ids": [5, 6, 7], "prompt_tokens": 0}]
 
-    def read(examples: list[dict[str, Any]]) -> tuple[str, list[int]]:
-        digest, counts = hash_examples(Dataset.from_list(examples))
+    def hash_and_count(rows_to_hash: list[dict[str, Any]]) -> tuple[str, list[int]]:
+        digest, counts = hash_examples(Dataset.from_list(rows_to_hash))
         return digest, counts.tolist()
 
-    digest, counts = read(made)
+    digest, counts = hash_and_count(examples)
     assert counts == [3, 9, 1, 14, 2]
-    others = [
-        read([*made[:4], {"input_ids": [5, 6, 8], "prompt_tokens": 0}]),
-        read([*made[:4], {"input_ids": [5, 6, 7], "prompt_tokens": 1}]),
-        read([*made[1:], made[0]]),
-        read(made[:4]),
-        read([*made[:4], {"input_ids": [5, 6], "prompt_tokens": 0}, {"input_ids": [7], "prompt_tokens": 0}]),
+    variants = [
+        hash_and_count([*examples[:4], {"input_ids": [5, 6, 8], "prompt_tokens": 0}]),
+        hash_and_count([*examples[:4], {"input_ids": [5, 6, 7], "prompt_tokens": 1}]),
+        hash_and_count([*examples[1:], examples[0]]),
+        hash_and_count(examples[:4]),
+        hash_and_count(
+            [*examples[:4], {"input_ids": [5, 6], "prompt_tokens": 0}, {"input_ids": [7], "prompt_tokens": 0}]
+        ),
     ]
-    assert digest not in {other for other, _ in others}
-    assert len({other for other, _ in others}) == 5
+    assert digest not in {variant for variant, _ in variants}
+    assert len({variant for variant, _ in variants}) == 5
     monkeypatch.setattr("peftbench.feature_cache.key._EXAMPLES_PER_BLOCK", 2)
-    assert read(made)[1] == counts
+    assert hash_and_count(examples)[1] == counts

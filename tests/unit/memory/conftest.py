@@ -1,4 +1,4 @@
-"""Corpora whose rows all have the same number of labels, like those of a simulation."""
+"""Corpora whose rows all have the same number of labels, as in a simulated step."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Files]:
     return corpora
 
 
-def labels_a_row(record: RunRecord, global_batch: int) -> int:
-    """Return the labelled tokens per example, which are equal for all."""
+def count_labels_per_row(record: RunRecord, global_batch: int) -> int:
+    """Return the labeled tokens per example, which all examples share."""
     assert record.tokens is not None
-    labels, left = divmod(record.tokens.labelled, global_batch * record.steps)
-    assert left == 0 < labels
+    labels, remainder = divmod(record.tokens.labelled, global_batch * record.steps)
+    assert remainder == 0 < labels
     return labels

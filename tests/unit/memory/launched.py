@@ -23,7 +23,7 @@ def main() -> None:
         fresh_process()
         try:
             Run(Recipe.model_validate_json(Path(name).read_text(encoding="utf-8"))).execute()
-        except Exception:  # the other recipes still run
+        except Exception:  # run the other recipes
             traceback.print_exc()
 
 

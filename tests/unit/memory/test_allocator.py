@@ -1,4 +1,4 @@
-"""The model of CUDA's caching allocator against cases worked out by hand from its source."""
+"""The model of CUDA's caching allocator, compared with cases computed by hand from its source."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_small_requests_share_a_segment() -> None:
     assert (allocator.allocated_bytes, allocator.reserved_bytes) == (512 + 1024, 2 * MIB)
     allocator.allocate(3, MIB)
     assert (allocator.allocated_bytes, allocator.reserved_bytes) == (512 + 1024 + MIB, 2 * MIB)
-    allocator.allocate(4, MIB)  # does not fit in the rest
+    allocator.allocate(4, MIB)  # does not fit in the rest of the segment
     assert allocator.reserved_bytes == 4 * MIB
 
 
@@ -43,8 +43,8 @@ def test_large_requests_have_own_segments() -> None:
     assert (allocator.allocated_bytes, allocator.reserved_bytes) == (12 * MIB + 10 * MIB + MIN_BLOCK_SIZE, 24 * MIB)
 
 
-def test_best_fit() -> None:
-    """With 40, 30 and 20 MiB free, a request of 25 takes the 30 and splits off 5."""
+def test_smallest_sufficient_block_is_used() -> None:
+    """With blocks of 40, 30 and 20 MiB free, a request of 25 MiB uses the block of 30 and splits off 5."""
     allocator = CachingAllocator()
     for name, size in enumerate((40, 30, 20)):
         allocator.allocate(name, size * MIB)
@@ -52,7 +52,7 @@ def test_best_fit() -> None:
         allocator.free(name)
     allocator.allocate(9, 25 * MIB)
     assert (allocator.allocated_bytes, allocator.reserved_bytes) == (25 * MIB, 90 * MIB)
-    allocator.allocate(10, 30 * MIB)  # the rest of the 30 is too small: uses the 40
+    allocator.allocate(10, 30 * MIB)  # the rest of the 30 MiB block is too small; the 40 MiB block is used
     allocator.allocate(11, 5 * MIB)
     assert allocator.reserved_bytes == 90 * MIB
     assert allocator.peak_allocated_bytes == 90 * MIB
@@ -73,7 +73,7 @@ def test_free_neighbors_merge() -> None:
         assert allocator.reserved_bytes == allocator.allocated_bytes == 0
 
 
-def test_partly_used_segment_stays() -> None:
+def test_partly_used_segment_is_not_released() -> None:
     """empty_cache releases only unused segments."""
     allocator = CachingAllocator()
     allocator.allocate(1, 30 * MIB)
@@ -84,7 +84,7 @@ def test_partly_used_segment_stays() -> None:
 
 
 def test_cache_is_released_before_out_of_memory() -> None:
-    """Like torch; the error has the requested bytes."""
+    """As in torch; the error has the requested bytes."""
     allocator = CachingAllocator(capacity=100 * MIB)
     allocator.allocate(1, 60 * MIB)
     allocator.free(1)
@@ -95,7 +95,7 @@ def test_cache_is_released_before_out_of_memory() -> None:
     assert raised.value.requested_bytes == 30 * MIB
 
 
-def test_random_requests_keep_the_accounts() -> None:
+def test_random_requests_keep_byte_counts_consistent() -> None:
     """Live <= allocated <= reserved bytes at all times, and all memory is released at the end."""
     generator = random.Random(0)  # noqa: S311
     allocator = CachingAllocator()

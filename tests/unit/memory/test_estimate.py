@@ -1,4 +1,4 @@
-"""Plans from a config alone, for every method and optimizer, and their verdicts."""
+"""Memory plans from a model config without weights, for every method and optimizer, and their verdicts."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ OPTIMIZER_CLASSES: dict[str, Any] = dict(OPTIMIZERS)
 
 
 @pytest.fixture
-def planned(workshop: Workshop, tmp_path: Path) -> Any:
-    """Return a function that plans a method from a folder with nothing but a config."""
+def make_plan(workshop: Workshop, tmp_path: Path) -> Any:
+    """Return a function that plans a method from a folder that has only a config."""
 
     def plan_method(method: Method, budget: int | None = None, architecture: str = "gpt2_tied", **parts: Any) -> Plan:
-        folder = tmp_path / "config_alone"
+        folder = tmp_path / "config_only"
         folder.mkdir(exist_ok=True)
         config = workshop.base_folder(architecture) / "config.json"
         (folder / "config.json").write_text(config.read_text(encoding="utf-8"), encoding="utf-8")
@@ -49,9 +49,9 @@ def planned(workshop: Workshop, tmp_path: Path) -> Any:
     return plan_method
 
 
-def test_feature_cache_is_planned_as_empty(planned: Any) -> None:
-    """The plan is that of the first epoch, which needs the most memory, with a note."""
-    plain, cached = (planned(LastLayer(), train={"feature_cache": stored}) for stored in (None, "bf16"))
+def test_feature_cache_is_planned_as_empty(make_plan: Any) -> None:
+    """The plan is that of the first epoch, which needs the most memory; a note states it."""
+    plain, cached = (make_plan(LastLayer(), train={"feature_cache": dtype}) for dtype in (None, "bf16"))
     assert cached.phase_peaks == plain.phase_peaks
     assert cached.process_bytes == plain.process_bytes
     assert set(cached.notes) - set(plain.notes) == {
@@ -68,9 +68,9 @@ def test_feature_cache_is_planned_as_empty(planned: Any) -> None:
         for precision in ("fp32", "bf16", "fp16")
     ],
 )
-def test_plan_has_every_phase(method: Method, architecture: str, precision: str, planned: Any) -> None:
+def test_plan_has_every_phase(method: Method, architecture: str, precision: str, make_plan: Any) -> None:
     """Training, evaluation and generation are planned; live <= allocated <= reserved bytes."""
-    plan = planned(
+    plan = make_plan(
         method, architecture=architecture, train={"precision": precision}, evaluate={"generate": True, "batch_size": 3}
     )
     assert set(plan.phase_peaks) == {"forward", "backward", "optimizer", "evaluate", "generate"}
@@ -84,7 +84,7 @@ def test_plan_has_every_phase(method: Method, architecture: str, precision: str,
 
 @pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - {"paged_adamw8bit", "deepspeed_cpu_adam"}))
 def test_optimizer_state_bytes_match_closed_form(name: str, workshop: Workshop) -> None:
-    """Simulated states equal the closed form; some optimizers keep step counters on CPU, 4 bytes per tensor."""
+    """Simulated states equal the closed form; some optimizers have step counters on the CPU, 4 bytes per tensor."""
     optimizer = OPTIMIZER_CLASSES[name](**({"rank": 8} if name in {"galore", "apollo"} else {}))
     recipe = workshop.recipe(
         Full(),
@@ -105,50 +105,52 @@ def test_optimizer_state_bytes_match_closed_form(name: str, workshop: Workshop) 
     )
 
 
-def test_accumulation_holds_gradients_in_the_forward_pass(planned: Any) -> None:
+def test_accumulation_holds_gradients_in_the_forward_pass(make_plan: Any) -> None:
     """One micro-batch has no gradients in the forward pass; smaller micro-batches have fewer activations."""
-    whole = planned(Full(), train={"global_batch_size": 8, "micro_batch_size": 8})
-    halves = planned(Full(), train={"global_batch_size": 8, "micro_batch_size": 4})
-    assert "gradients" not in whole.phase_peaks["forward"].live_bytes_by_category
-    assert halves.phase_peaks["forward"].live_bytes_by_category["gradients"] > 0
+    single = make_plan(Full(), train={"global_batch_size": 8, "micro_batch_size": 8})
+    accumulated = make_plan(Full(), train={"global_batch_size": 8, "micro_batch_size": 4})
+    assert "gradients" not in single.phase_peaks["forward"].live_bytes_by_category
+    assert accumulated.phase_peaks["forward"].live_bytes_by_category["gradients"] > 0
     assert (
-        halves.phase_peaks["forward"].live_bytes_by_category["activations"]
-        < whole.phase_peaks["forward"].live_bytes_by_category["activations"]
+        accumulated.phase_peaks["forward"].live_bytes_by_category["activations"]
+        < single.phase_peaks["forward"].live_bytes_by_category["activations"]
     )
-    assert (halves.micro_batch_size, halves.gradient_accumulation_steps) == (4, 2)
+    assert (accumulated.micro_batch_size, accumulated.gradient_accumulation_steps) == (4, 2)
 
 
-def test_checkpointing_and_bf16_reduce_activations(planned: Any) -> None:
-    """Less than half with checkpointing, less than 80 % with bf16."""
-    plain, again, half = (
-        planned(Full(), train={"gradient_checkpointing": on, "precision": precision}, evaluate={"batch_size": 1})
+def test_checkpointing_and_bf16_reduce_activations(make_plan: Any) -> None:
+    """Activations take less than half the bytes with checkpointing, and less than 80 % with bf16."""
+    plain, checkpointed, in_bf16 = (
+        make_plan(
+            Full(), train={"gradient_checkpointing": checkpointing, "precision": precision}, evaluate={"batch_size": 1}
+        )
         .phase_peaks["forward"]
         .live_bytes_by_category["activations"]
-        for on, precision in ((False, "fp32"), (True, "fp32"), (False, "bf16"))
+        for checkpointing, precision in ((False, "fp32"), (True, "fp32"), (False, "bf16"))
     )
-    assert again < 0.5 * plain
-    assert half < 0.8 * plain
+    assert checkpointed < 0.5 * plain
+    assert in_bf16 < 0.8 * plain
 
 
-def test_pad_to_multiple_of_widens_rows(planned: Any) -> None:
-    """48 tokens are padded to 64, virtual tokens included; this also applies to micro_batch_tokens."""
-    wide, plain = (planned(Full(), data=data) for data in ({"pad_to_multiple_of": 32}, {"max_length": 64}))
+def test_pad_to_multiple_of_widens_rows(make_plan: Any) -> None:
+    """Rows of 48 tokens are padded to 64, including virtual tokens; this also applies to micro_batch_tokens."""
+    padded, longer = (make_plan(Full(), data=data) for data in ({"pad_to_multiple_of": 32}, {"max_length": 64}))
     assert (
-        (wide.sequence_length, wide.phase_peaks)
-        == (plain.sequence_length, plain.phase_peaks)
-        == (64, plain.phase_peaks)
+        (padded.sequence_length, padded.phase_peaks)
+        == (longer.sequence_length, longer.phase_peaks)
+        == (64, longer.phase_peaks)
     )
-    assert planned(PromptTuning(num_virtual_tokens=5), data={"pad_to_multiple_of": 32}).sequence_length == 59
-    assert planned(Full(), data={"pad_to_multiple_of": 32}, train={"micro_batch_tokens": 128}).micro_batch_size == 2
+    assert make_plan(PromptTuning(num_virtual_tokens=5), data={"pad_to_multiple_of": 32}).sequence_length == 59
+    assert make_plan(Full(), data={"pad_to_multiple_of": 32}, train={"micro_batch_tokens": 128}).micro_batch_size == 2
 
 
-def test_verdict_by_budget(planned: Any) -> None:
-    """Fits at the upper bound, does not fit below the allocated bytes, too close to say in between."""
-    plan = planned(Full())
+def test_verdict_by_budget(make_plan: Any) -> None:
+    """The recipe fits at the upper bound, does not fit below the lower one, and is too close to say in between."""
+    plan = make_plan(Full())
     low, high = plan.process_bytes
     verdicts = {}
     for budget in (high, high - 1, low, low - 40 * MIB, plan.peak.live_bytes_by_category["weights"] + 300 * MIB):
-        budgeted = planned(Full(), budget=budget)
+        budgeted = make_plan(Full(), budget=budget)
         verdicts[budget] = budgeted.verdict
         assert budgeted.margin_bytes == (budget - high, budget - low)
     assert verdicts[high] == "fits"
@@ -157,7 +159,7 @@ def test_verdict_by_budget(planned: Any) -> None:
 
 
 def test_unmodeled_recipes_are_refused(workshop: Workshop) -> None:
-    """Each with a message that names the reason."""
+    """Each message names the reason."""
     refused: tuple[tuple[Method, dict[str, Any], str], ...] = (
         (Lora(), {"model": {"quantization": "int8"}}, "int8 outliers depends on the weights"),
         (Full(), {"model": {"attention": "flash_attention_2"}}, "flash_attention_2 is not modeled"),
@@ -168,21 +170,21 @@ def test_unmodeled_recipes_are_refused(workshop: Workshop) -> None:
             estimate(workshop.recipe(method, **changes), UNKNOWN_DEVICE, "a GPU")
 
 
-def test_paged_states_lower_the_minimum(planned: Any) -> None:
+def test_paged_states_lower_the_minimum(make_plan: Any) -> None:
     """The maximum equals that of unpaged states, the minimum excludes the states."""
-    plain = planned(Full(), optimizer=OPTIMIZERS["adamw8bit"](kind="adamw8bit"))
-    paged = planned(Full(), optimizer=OPTIMIZERS["paged_adamw8bit"](kind="paged_adamw8bit"))
+    plain = make_plan(Full(), optimizer=OPTIMIZERS["adamw8bit"](kind="adamw8bit"))
+    paged = make_plan(Full(), optimizer=OPTIMIZERS["paged_adamw8bit"](kind="paged_adamw8bit"))
     states = plain.peak.live_bytes_by_category["optimizer_state"]
     assert paged.phase_peaks == plain.phase_peaks
     assert paged.process_bytes == (plain.process_bytes[0] - states, plain.process_bytes[1])
     assert any(f"{states:,} bytes of optimizer state" in note for note in paged.notes)
 
 
-def test_offloaded_activations_leave_the_device(planned: Any) -> None:
-    """Except small ones and those fetched for the backward pass; weights do not change."""
+def test_offloaded_activations_leave_the_device(make_plan: Any) -> None:
+    """Except small activations and those fetched for the backward pass; weights do not change."""
     shape = {"path": "openai-community/gpt2"}
     plain, offloaded = (
-        planned(
+        make_plan(
             Full(),
             model=shape,
             train={"activation_offloading": offload, "global_batch_size": 2},
@@ -197,10 +199,10 @@ def test_offloaded_activations_leave_the_device(planned: Any) -> None:
     assert offloaded.peak.allocated_bytes < plain.peak.allocated_bytes
 
 
-def test_budget_below_the_weights_is_refused(planned: Any) -> None:
-    """The error has both sizes."""
+def test_budget_below_the_weights_is_refused(make_plan: Any) -> None:
+    """The error states both sizes."""
     with pytest.raises(BudgetError, match=r"budget of 1,000 bytes is smaller than the weights alone"):
-        planned(Full(), budget=1000)
+        make_plan(Full(), budget=1000)
 
 
 @pytest.mark.parametrize(
@@ -213,14 +215,14 @@ def test_budget_below_the_weights_is_refused(planned: Any) -> None:
         ("12gib", 12 * 2**30),
     ],
 )
-def test_parse_size(text: str, size: int) -> None:
-    """Binary and decimal prefixes differ."""
+def test_parse_size_reads_units(text: str, size: int) -> None:
+    """Binary and decimal prefixes have different factors."""
     assert parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["much", "", "16GiBs", "-3GiB", "0"])
-def test_no_sizes(text: str) -> None:
-    """One sentence, with how to write it."""
+def test_invalid_size_is_refused(text: str) -> None:
+    """The error has an example of a valid size."""
     with pytest.raises(BudgetError, match="write it as 16GiB"):
         parse_size(text)
 
@@ -238,42 +240,42 @@ def test_device_profiles() -> None:
         get_device_facts("a100-40")
 
 
-def test_json_round_trip(planned: Any) -> None:
-    """A plan equals its JSON, read back."""
-    plan = planned(Full())
+def test_json_round_trip(make_plan: Any) -> None:
+    """A plan equals the plan read from its JSON."""
+    plan = make_plan(Full())
     assert Plan(**json.loads(plan.model_dump_json())) == plan
 
 
-def test_model_that_reads_values_is_refused(planned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_that_reads_tensor_values_is_refused(make_plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error names the module."""
     from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
     forward = GPT2MLP.forward
 
-    def reads_value(self: Any, hidden_states: Any) -> Any:
+    def forward_with_value(self: Any, hidden_states: Any) -> Any:
         return forward(self, hidden_states) * hidden_states.mean().item()
 
-    monkeypatch.setattr(GPT2MLP, "forward", reads_value)
+    monkeypatch.setattr(GPT2MLP, "forward", forward_with_value)
     with pytest.raises(
         EstimateUnavailableError, match=r"transformer\.h\.0\.mlp \(gpt2\) cannot be simulated without tensor"
     ):
-        planned(Full())
+        make_plan(Full())
 
 
-def test_other_errors_propagate(planned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_propagate(make_plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error that is not about missing values is raised unchanged."""
     from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
-    def broken(self: Any, hidden_states: Any) -> Any:
+    def failing_forward(self: Any, hidden_states: Any) -> Any:
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(GPT2MLP, "forward", broken)
+    monkeypatch.setattr(GPT2MLP, "forward", failing_forward)
     with pytest.raises(RuntimeError, match="something else"):
-        planned(Full())
+        make_plan(Full())
 
 
 def test_device_without_bf16_is_refused(workshop: Workshop) -> None:
-    """Like the run itself."""
+    """The run itself refuses it too."""
     with pytest.raises(PrecisionError, match=r"Tesla T4 does not support train.precision=bf16; use fp16 or fp32"):
         estimate(workshop.recipe(Full(), train={"precision": "bf16"}), get_device_facts("t4"), "t4")
 
@@ -294,7 +296,7 @@ PUBLISHED = {
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "precision"), PUBLISHED)
 def test_gpt2_small_matches_independent_trace(method: str, precision: str, workshop: Workshop) -> None:
-    """Within 1 %."""
+    """The simulated peak is within 1 % of the traced one."""
     by_name: Method = {
         "full": Full(),
         "lora": Lora(r=8),

@@ -1,4 +1,4 @@
-"""The bundled families match the published models: exact parameter counts."""
+"""The bundled families have the exact parameter counts of the published models."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from peftbench.recipe.schema import Model
 ALL = [(name, family, member) for name, family in load_families().items() for member in family.members]
 
 
-def test_bundled_families() -> None:
-    """Members are sorted by size; an unknown name suggests the nearest one."""
+def test_families_are_sorted_by_size() -> None:
+    """The error for an unknown family suggests the nearest name."""
     assert set(load_families()) == {"gpt2", "llama3", "qwen2.5"}
     for family in load_families().values():
         sizes = [member.parameters for member in family.members]
@@ -27,16 +27,16 @@ def test_bundled_families() -> None:
 
 
 @pytest.mark.parametrize(("name", "family", "member"), ALL, ids=[member.name for _, _, member in ALL])
-def test_parameter_count_as_published(name: str, family: Family, member: FamilyMember) -> None:
-    """The count is that of transformers' model on the meta device."""
+def test_parameter_count_matches_transformers(name: str, family: Family, member: FamilyMember) -> None:
+    """Transformers builds the model on the meta device."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**family.config | member.config))
     assert model.num_parameters() == member.parameters
     assert model.config.model_type == {"gpt2": "gpt2", "llama3": "llama", "qwen2.5": "qwen2"}[name]
 
 
-def test_bundled_config_is_used_for_a_name_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model with a revision, or a local folder of that name, is unchanged."""
+def test_bundled_config_is_used_only_for_a_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model with a revision, or with a local folder of that name, does not use it."""
     with with_bundled_config(Model(path="openai-community/gpt2-xl")) as bundled:
         assert AutoConfig.from_pretrained(bundled.path).n_layer == 48
     assert not Path(bundled.path).exists()

@@ -41,7 +41,7 @@ POINTS = [
 
 
 @pytest.fixture
-def planned(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> Any:
+def make_plan(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a function that plans rank 0 of a training with an engine."""
     monkeypatch.chdir(REPOSITORY)
 
@@ -56,9 +56,9 @@ def planned(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize(("engine", "method"), POINTS)
-def test_plan_of_every_engine_has_every_phase(engine: str, method: str, planned: Any) -> None:
+def test_plan_of_every_engine_has_every_phase(engine: str, method: str, make_plan: Any) -> None:
     """Training, evaluation and generation are planned; DeepSpeed steps within its backward call."""
-    plan = planned(
+    plan = make_plan(
         engine, ONE_OF_EACH[method], 3, train={"precision": "bf16"}, evaluate={"generate": True, "batch_size": 2}
     )
     steps = {"backward_and_optimizer"} if ENGINES[engine].is_deepspeed else {"backward", "optimizer"}
@@ -74,10 +74,10 @@ def test_plan_of_every_engine_has_every_phase(engine: str, method: str, planned:
     assert f"{engine}, per process, of 3" in format_plan(plan)
 
 
-def test_sharded_and_offloaded_tensors(planned: Any) -> None:
+def test_sharded_and_offloaded_tensors(make_plan: Any) -> None:
     """ZeRO-1 to 3 and FSDP2 shard states, ZeRO-3 and FSDP2 weights; offloaded tensors are not on the device."""
     live_bytes = {
-        (engine, processes): planned(engine, Full(), processes).phase_peaks["forward"].live_bytes_by_category
+        (engine, processes): make_plan(engine, Full(), processes).phase_peaks["forward"].live_bytes_by_category
         for engine in PLANNED
         for processes in ((2, 4) if engine in {"ddp", "zero1", "zero2", "zero3", "fsdp2"} else (2,))
     }
@@ -97,7 +97,7 @@ def test_sharded_and_offloaded_tensors(planned: Any) -> None:
     assert live_bytes["zero3_offload", 2].get("weights", 0) < 0.1 * live_bytes["zero3", 2]["weights"]
 
 
-def test_plan_restores_global_state(planned: Any, workshop: Workshop) -> None:
+def test_plan_restores_global_state(make_plan: Any, workshop: Workshop) -> None:
     """Patched functions and process state are restored, and the next plans are equal."""
     from deepspeed.accelerator import get_accelerator
 
@@ -118,22 +118,22 @@ def test_plan_restores_global_state(planned: Any, workshop: Workshop) -> None:
 
     state = read_state()
     engines = ("ddp", "zero2", "zero3_offload", "fsdp2")  # one per kind of patch
-    first = [planned(engine, Lora(r=4)) for engine in engines]
+    first = [make_plan(engine, Lora(r=4)) for engine in engines]
     assert read_state() == state
     assert not torch.distributed.is_initialized()
     assert not hasattr(torch, "meta")
-    assert [planned(engine, Lora(r=4)) for engine in engines] == first
+    assert [make_plan(engine, Lora(r=4)) for engine in engines] == first
     assert estimate(single, UNKNOWN_DEVICE, "a GPU") == before
 
 
-def test_refusals(planned: Any, workshop: Workshop, tmp_path: Path) -> None:
-    """Each with a message that names the reason."""
+def test_unsupported_launches_are_refused(make_plan: Any, workshop: Workshop, tmp_path: Path) -> None:
+    """Each message names the reason."""
     with pytest.raises(EstimateUnavailableError, match="zero3_nvme offloads to NVMe is not modeled"):
-        planned("zero3_nvme", Full(), optimizer=OPTIMIZER_CLASSES["deepspeed_cpu_adam"]())
+        make_plan("zero3_nvme", Full(), optimizer=OPTIMIZER_CLASSES["deepspeed_cpu_adam"]())
     with pytest.raises(CombinationError, match="needs the matrices"):
-        planned("zero2", Full(), optimizer=OPTIMIZER_CLASSES["galore"](rank=8))
+        make_plan("zero2", Full(), optimizer=OPTIMIZER_CLASSES["galore"](rank=8))
     with pytest.raises(OutOfRangeError, match="is not divisible by 5 processes"):
-        planned("ddp", Full(), 5)
+        make_plan("ddp", Full(), 5)
     recipe = workshop.recipe(Full())
     with pytest.raises(MissingFileError, match=r"accelerate config .* does not exist"):
         load_launch_config(tmp_path / "none.yaml", None, recipe)
@@ -145,16 +145,16 @@ def test_refusals(planned: Any, workshop: Workshop, tmp_path: Path) -> None:
 
 
 def test_config_of_one_process_is_single(workshop: Workshop) -> None:
-    """The number of processes is the file's."""
+    """The number of processes is that of the file."""
     launch_config = load_launch_config(REPOSITORY / "accel_configs" / "single_gpu.yaml", None, workshop.recipe(Full()))
     assert (launch_config.is_single_process, launch_config.num_processes) == (True, 1)
 
 
 @pytest.mark.slow
-def test_command_prints_json_alone(workshop: Workshop, tmp_path: Path) -> None:
+def test_command_prints_only_json(workshop: Workshop, tmp_path: Path) -> None:
     """Messages of DeepSpeed and torch are suppressed."""
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(workshop.recipe(Full()).model_dump_json(), encoding="utf-8")  # which is YAML too
+    recipe.write_text(workshop.recipe(Full()).model_dump_json(), encoding="utf-8")  # JSON is valid YAML
     command = [
         sys.executable,
         "-c",

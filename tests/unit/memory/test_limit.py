@@ -42,8 +42,8 @@ print(json.dumps({"at_first": at_first, "with_one": with_one, "without": without
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA limits memory only on Linux")
-def test_limit_on_cpu() -> None:
-    """With 100 of 256 MiB in use, 150 fit and 200 do not; freed memory is available; a released limit is gone."""
+def test_cpu_limit_refuses_larger_allocations() -> None:
+    """With 100 of 256 MiB in use, 150 MiB fit and 200 do not; freed memory is available; release removes the limit."""
     process = subprocess.run([sys.executable, "-c", _SCRIPT], capture_output=True, text=True, timeout=120, check=False)
     assert process.returncode == 0, process.stderr
     result = json.loads(process.stdout)
@@ -71,7 +71,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 @pytest.mark.parametrize("context", [None, 400 * MIB, 2048 * MIB])
-def test_limit_on_cuda(context: int | None, gpu: list[float]) -> None:
+def test_cuda_limit_is_the_budget_minus_overhead(context: int | None, gpu: list[float]) -> None:
     """The limit is the budget minus workspaces and the larger of the measured and the profile's context."""
     facts, device = get_device_facts("t4"), torch.device("cuda", 0)
     active = limit_memory(8 * 2**30, device, context)
@@ -85,7 +85,7 @@ def test_limit_on_cuda(context: int | None, gpu: list[float]) -> None:
 
 
 def test_invalid_budgets_are_refused(gpu: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Larger than the device, or no room for tensors; no limit is set."""
+    """A budget larger than the device or without room for tensors sets no limit."""
     device = torch.device("cuda", 0)
     with pytest.raises(BudgetError, match=r"exceeds the 15,633,\d+,\d+ of Tesla T4; decrease or remove it"):
         limit_memory(16 * 2**30, device, None)

@@ -1,4 +1,4 @@
-"""Replayed events: the peak of each phase, and the bytes that the allocator reserves over a run."""
+"""Replay of memory events: the peak of each phase, and the bytes that the allocator reserves in a run."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_cache_is_emptied_before_evaluation() -> None:
     )
 
 
-def test_capacity_too_small() -> None:
+def test_insufficient_capacity_raises_out_of_memory() -> None:
     """The cache is released first; then the replay runs out of memory."""
     events = [WEIGHTS, *allocate_and_free(1, 30, "forward"), *allocate_and_free(2, 40, "backward")]
     assert replay_allocator(events, capacity=52 * MIB).reserved_bytes == 52 * MIB

@@ -28,8 +28,8 @@ NAMES = [technique.name for technique in TECHNIQUES]
 SIZES = [1, 2, 3, 4, 6, 12]
 
 
-def test_find_largest_fitting() -> None:
-    """For every limit, with at most four tries."""
+def test_largest_fitting_size_is_found() -> None:
+    """For every limit, the search tests at most four sizes."""
     for limit in range(14):
         tried: list[int] = []
 
@@ -48,13 +48,13 @@ def test_fragmented_sizes_are_skipped(fitting: set[int]) -> None:
     assert find_largest_fitting(SIZES, lambda size: size <= 6, fitting.__contains__) == max(fitting, default=None)
 
 
-def test_list_micro_batch_sizes(workshop: Workshop) -> None:
-    """One size per number of micro-batches."""
+def test_micro_batch_sizes_of_a_global_batch(workshop: Workshop) -> None:
+    """There is one size per number of micro-batches."""
     assert list_micro_batch_sizes(workshop.recipe(Full(), train={"global_batch_size": 12})) == SIZES
     assert list_micro_batch_sizes(workshop.recipe(Full(), train={"global_batch_size": 7})) == [1, 2, 3, 4, 7]
 
 
-def test_list_technique_sets(workshop: Workshop) -> None:
+def test_technique_sets_of_a_recipe(workshop: Workshop) -> None:
     """No two techniques of a set change the same key, and each changes the recipe (GELU is already fused)."""
     sets = list_technique_sets(workshop.recipe(Full()), NAMES, UNKNOWN_DEVICE)
     assert sets[0] == ()
@@ -80,8 +80,8 @@ def test_technique_changes_only_its_keys(workshop: Workshop) -> None:
     assert changed.model_copy(update={"optimizer": recipe.optimizer, "train": recipe.train}) == recipe
 
 
-def test_budget_at_the_limit(workshop: Workshop) -> None:
-    """At the bytes of the plan for 16, 16 fits and 32 does not; with one byte less, 16 does not fit."""
+def test_fit_changes_at_the_planned_bytes(workshop: Workshop) -> None:
+    """With the planned bytes of micro-batch 16, 16 fits and 32 does not; with one byte less, 16 does not fit."""
     recipe = workshop.recipe(Full(), train={"global_batch_size": 32}, evaluate={"batch_size": 1})
     budget = estimate(with_micro_batch(recipe, 16), UNKNOWN_DEVICE, "a GPU").process_bytes[1]
     fitting = find_strategy(recipe, (), MemoryTarget(UNKNOWN_DEVICE, "a GPU", budget))
@@ -93,9 +93,9 @@ def test_budget_at_the_limit(workshop: Workshop) -> None:
     )
     assert fitting.overrides == ("train.micro_batch_size=16",)
     assert estimate(with_micro_batch(recipe, 32), UNKNOWN_DEVICE, "a GPU", budget).verdict != "fits"
-    less = find_strategy(recipe, (), MemoryTarget(UNKNOWN_DEVICE, "a GPU", budget - 1))
-    assert less is not None
-    assert less.plan.micro_batch_size < 16
+    smaller = find_strategy(recipe, (), MemoryTarget(UNKNOWN_DEVICE, "a GPU", budget - 1))
+    assert smaller is not None
+    assert smaller.plan.micro_batch_size < 16
     assert (
         find_strategy(
             recipe, (), MemoryTarget(UNKNOWN_DEVICE, "a GPU", fitting.plan.peak.live_bytes_by_category["weights"] + 1)
@@ -104,23 +104,23 @@ def test_budget_at_the_limit(workshop: Workshop) -> None:
     )
 
 
-def test_step_seconds(workshop: Workshop) -> None:
+def test_step_seconds_by_technique(workshop: Workshop) -> None:
     """Checkpointing is slower, bf16 is faster than fp32, an unknown device has no seconds."""
     recipe = workshop.recipe(Full(), train={"global_batch_size": 4}, evaluate={"batch_size": 1})
     known = {technique.name: technique for technique in TECHNIQUES}
     facts = get_device_facts("h100")
-    plain, again, half = (
+    plain, checkpointed, in_bf16 = (
         find_strategy(recipe, chosen, MemoryTarget(facts, "h100", 2**34))
         for chosen in ((), (known["checkpointing"],), (known["bf16"],))
     )
     assert plain is not None
-    assert again is not None
-    assert half is not None
+    assert checkpointed is not None
+    assert in_bf16 is not None
     assert plain.step_seconds is not None
-    assert again.step_seconds is not None
-    assert half.step_seconds is not None
-    assert 1.05 < again.step_seconds / plain.step_seconds < 1.5
-    assert half.step_seconds < plain.step_seconds / 10
+    assert checkpointed.step_seconds is not None
+    assert in_bf16.step_seconds is not None
+    assert 1.05 < checkpointed.step_seconds / plain.step_seconds < 1.5
+    assert in_bf16.step_seconds < plain.step_seconds / 10
     unknown = find_strategy(recipe, (), MemoryTarget(UNKNOWN_DEVICE, "a GPU", 2**34))
     assert unknown is not None
     assert unknown.step_seconds is None

@@ -23,7 +23,7 @@ from peftbench.profiler.memory_breakdown import MemoryPeak
 from peftbench.recipe.schema import Data, Evaluate, Model, Profile, Recipe, Train
 from peftbench.record import RunRecord, read_record
 from tests.helpers.paths import REPOSITORY
-from tests.unit.memory.conftest import labels_a_row
+from tests.unit.memory.conftest import count_labels_per_row
 
 PROCESSES = 2
 WIDTH, SHORT = 48, 24
@@ -90,11 +90,11 @@ POINTS = [
     for case in CASES
 ]
 
-Given = Callable[[str], Path]
+AccelerateConfig = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
-def launcher(tmp_path_factory: pytest.TempPathFactory) -> Given:
+def accelerate_config(tmp_path_factory: pytest.TempPathFactory) -> AccelerateConfig:
     """Return a function from engine to accelerate config; ZeRO-1 and ZeRO-2 have small buckets."""
     folder = tmp_path_factory.mktemp("accelerate")
 
@@ -128,18 +128,20 @@ def recipes(
 
 
 @pytest.fixture(scope="module")
-def measured(launcher: Given, recipes: Callable[[str, Case], Recipe], request: pytest.FixtureRequest) -> Any:
-    """Return a function from engine and case to rank 0's record; all selected cases of an engine share one launch."""
-    users: list[Any] = [item for item in request.session.items if "measured" in getattr(item, "fixturenames", ())]
-    done: set[str] = set()
+def measure(
+    accelerate_config: AccelerateConfig, recipes: Callable[[str, Case], Recipe], request: pytest.FixtureRequest
+) -> Any:
+    """Return a function from engine and case to rank 0's record; all selected cases of an engine run in one launch."""
+    items: list[Any] = [item for item in request.session.items if "measure" in getattr(item, "fixturenames", ())]
+    launched_engines: set[str] = set()
 
     def read_smallest(engine: str, case: Case) -> RunRecord:
-        cases = [item.callspec.params["case"] for item in users if item.callspec.params["engine"] == engine]
-        if engine not in done:
-            done.add(engine)
-            launch(launcher(engine), [run for case in cases for run in runs(recipes(engine, case))])
-        places = [Path(run.output_dir) / run.name / "record.json" for run in runs(recipes(engine, case))]
-        record = min(map(read_record, places), key=lambda record: record.memory_breakdown.peak_bytes)  # type: ignore[union-attr]
+        cases = [item.callspec.params["case"] for item in items if item.callspec.params["engine"] == engine]
+        if engine not in launched_engines:
+            launched_engines.add(engine)
+            launch(accelerate_config(engine), [run for case in cases for run in repeat_recipe(recipes(engine, case))])
+        paths = [Path(run.output_dir) / run.name / "record.json" for run in repeat_recipe(recipes(engine, case))]
+        record = min(map(read_record, paths), key=lambda record: record.memory_breakdown.peak_bytes)  # type: ignore[union-attr]
         assert record.engine is not None
         assert record.engine.name == engine
         if case.micro_batch:
@@ -147,16 +149,16 @@ def measured(launcher: Given, recipes: Callable[[str, Case], Recipe], request: p
             assert record.tokens.real == record.tokens.padded
         assert record.memory_breakdown is not None
         assert record.state_bytes is not None
-        kinds = record.memory_breakdown.bytes_by_category
-        # Counted independently at the end of the run, when ZeRO-3 still holds weights gathered in evaluation.
-        assert kinds["optimizer_state"] == record.state_bytes.optimizer
-        assert kinds["weights"] == record.state_bytes.weights or engine == "zero3"
+        bytes_by_category = record.memory_breakdown.bytes_by_category
+        # Counted independently at the end of the run, when weights that ZeRO-3 gathered in evaluation are still live.
+        assert bytes_by_category["optimizer_state"] == record.state_bytes.optimizer
+        assert bytes_by_category["weights"] == record.state_bytes.weights or engine == "zero3"
         return record
 
     return read_smallest
 
 
-def runs(recipe: Recipe) -> list[Recipe]:
+def repeat_recipe(recipe: Recipe) -> list[Recipe]:
     """Return the recipe under several names."""
     return [recipe.model_copy(update={"name": f"{recipe.name}-{number}"}) for number in range(RUNS)]
 
@@ -165,10 +167,10 @@ def launch(accelerate: Path, recipes: list[Recipe]) -> None:
     """Run the recipes in two processes."""
     files = []
     for recipe in recipes:
-        place = Path(recipe.output_dir) / f"{recipe.name}.json"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(recipe.model_dump_json(), encoding="utf-8")
-        files.append(str(place))
+        path = Path(recipe.output_dir) / f"{recipe.name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(recipe.model_dump_json(), encoding="utf-8")
+        files.append(str(path))
     command = [
         sys.executable,
         "-m",
@@ -210,17 +212,19 @@ def simulate(recipe: Recipe, accelerate: Path, labels: int) -> MemoryPeak:
 def test_simulated_peak_of_rank_0_equals_the_real_one(  # noqa: PLR0917 — fixtures
     engine: str,
     case: Case,
-    measured: Any,
-    launcher: Given,
+    measure: Any,
+    accelerate_config: AccelerateConfig,
     recipes: Callable[[str, Case], Recipe],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Shards of weights and states, buckets, gathered weights and all other categories are equal."""
     monkeypatch.chdir(REPOSITORY)  # accelerate configs name DeepSpeed's configs relative to it
-    record: RunRecord = measured(engine, case)
+    record: RunRecord = measure(engine, case)
     recipe, breakdown = recipes(engine, case), record.memory_breakdown
     assert breakdown is not None
-    simulated = simulate(recipe, launcher(engine), labels_a_row(record, recipe.train.global_batch_size))
+    simulated = simulate(
+        recipe, accelerate_config(engine), count_labels_per_row(record, recipe.train.global_batch_size)
+    )
     assert (simulated.operation, simulated.step_part) == (breakdown.operation, breakdown.step_part)
     assert simulated.nbytes == pytest.approx(breakdown.peak_bytes, rel=0, abs=SCALARS)
     assert simulated.bytes_by_category == pytest.approx(breakdown.bytes_by_category, rel=0, abs=SCALARS)

@@ -1,4 +1,4 @@
-"""The simulated peak equals the live bytes of a real training step on CPU, to the byte."""
+"""The simulated peak equals the peak of live bytes in a real training step on CPU, to the byte."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from peftbench.record import MemoryBreakdown
 from tests.helpers.methods import ONE_OF_EACH
 from tests.helpers.models import FAMILIES
 from tests.helpers.workshop import Workshop
-from tests.unit.memory.conftest import labels_a_row
+from tests.unit.memory.conftest import count_labels_per_row
 
 OPTIMIZER_CLASSES: dict[str, Any] = dict(OPTIMIZERS)
 WIDTH = 48
@@ -38,7 +38,7 @@ FAST = {
     ("last_layer", "gpt2_tied", "bf16", "stored", "max_length"),
     *random.Random(29).sample(SWEEP, len(SWEEP) // 10 - 4),  # noqa: S311
 }
-"""A tenth of the sweep for the fast suite, which has each value of each axis; the rest is slow."""
+"""A tenth of the sweep, which has each value of each axis, for the fast tests; the rest is slow."""
 POINTS = [pytest.param(*point, id="-".join(point), marks=() if point in FAST else pytest.mark.slow) for point in SWEEP]
 FAST_OPTIMIZERS = {"adamw", "adamw8bit_bf16", "adafactor", "galore"}
 """One optimizer per way of keeping states: per parameter, 8-bit, factored, low-rank; the others are slow here, and
@@ -54,12 +54,12 @@ def measure_and_simulate(recipe: Recipe, workshop: Workshop) -> tuple[MemoryBrea
     assert record.tokens.padded == 6 * WIDTH * record.steps
     assert (record.tokens.real == record.tokens.padded) == (recipe.data.padding == "free")
     with MemorySimulation(recipe, "cpu", 1) as simulation:
-        simulation.simulate_training(6, WIDTH, labels_a_row(record, 6))
+        simulation.simulate_training(6, WIDTH, count_labels_per_row(record, 6))
     return measured, simulation.memory_tracker.find_peak()
 
 
 def test_fast_tenth_covers_every_value() -> None:
-    """Each method, architecture, precision, checkpointing mode and padding is in the fast suite."""
+    """Each method, architecture, precision, checkpointing mode and padding is in the fast tests."""
     assert set(SWEEP) >= FAST
     for axis in range(5):
         assert {point[axis] for point in FAST} == {point[axis] for point in SWEEP}
@@ -99,8 +99,10 @@ def test_simulated_peak_equals_that_of_a_real_step(  # noqa: PLR0917
     ],
     ids=["lora-nf4_double", "prompt_tuning-nf4", "lora-nf4", "prompt_tuning-nf4_double"],
 )
-def test_quantized_base(method: Method, quantization: str, workshop: Workshop, sources: dict[str, Files]) -> None:
-    """Packed weights, scales, and weights dequantized in the backward pass are simulated."""
+def test_simulated_peak_with_a_quantized_base(
+    method: Method, quantization: str, workshop: Workshop, sources: dict[str, Files]
+) -> None:
+    """It includes packed weights, scales, and weights dequantized in the backward pass."""
     recipe = workshop.recipe(
         method,
         model={"quantization": quantization},
@@ -119,8 +121,8 @@ def test_quantized_base(method: Method, quantization: str, workshop: Workshop, s
         for name in sorted(set(OPTIMIZERS) - {"paged_adamw8bit", "deepspeed_cpu_adam"})
     ],
 )
-def test_optimizer_step(name: str, workshop: Workshop, sources: dict[str, Files]) -> None:
-    """States and temporaries of an optimizer step, with accumulation, so that gradients are live at the peak."""
+def test_simulated_peak_of_an_optimizer_step(name: str, workshop: Workshop, sources: dict[str, Files]) -> None:
+    """It includes states, temporaries and, with accumulation, gradients that are live at the peak."""
     optimizer = OPTIMIZER_CLASSES[name](**({"rank": 8} if name in {"galore", "apollo"} else {}))
     recipe = workshop.recipe(
         Full(),
@@ -135,7 +137,7 @@ def test_optimizer_step(name: str, workshop: Workshop, sources: dict[str, Files]
     assert record.tokens is not None
     assert record.tokens.real == record.tokens.padded
     with MemorySimulation(recipe, "cpu", 3, has_padding=False) as simulation:
-        simulation.simulate_training(2, SHORT, labels_a_row(record, 6))
+        simulation.simulate_training(2, SHORT, count_labels_per_row(record, 6))
     simulated = simulation.memory_tracker.find_peak()
     # torchao's CPU scalars live slightly longer than in the simulation: 16 bytes.
     assert simulated.bytes_by_category == pytest.approx(measured.bytes_by_category, rel=1e-6, abs=16)

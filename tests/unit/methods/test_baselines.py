@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def test_every_kind_has_one_name() -> None:
-    """Methods and baselines share no name, each is known under its own kind, and together they are all kinds."""
+def test_kinds_of_methods_and_baselines_are_distinct() -> None:
+    """The default of each class's kind is its key in the registry, and METHOD_KINDS has both registries."""
     assert METHODS
     assert BASELINES
     assert not set(METHODS) & set(BASELINES)
@@ -28,15 +28,15 @@ def test_every_kind_has_one_name() -> None:
 
 
 def test_only_methods_train() -> None:
-    """Methods train, baselines do not, and a baseline asked to train says so."""
+    """Methods are trainable, baselines are not."""
     assert all(method.is_trainable for method in METHODS.values())
     assert not any(baseline.is_trainable for baseline in BASELINES.values())
 
 
-def test_zero_shot_is_the_base(
+def test_zero_shot_logits_equal_those_of_the_base(
     fresh_base: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Zero-shot changes nothing and requires no gradient."""
+    """No parameter requires a gradient."""
     model = ZeroShot().apply(fresh_base("gpt2_tied"), tokenizer).eval()
     assert not trained(model)
     with torch.no_grad():
@@ -47,20 +47,20 @@ def test_zero_shot_is_the_base(
     ("sentences", "expected"),
     [(1, "It rained."), (2, "It rained. The river rose."), (9, "It rained. The river rose. No bridge held.")],
 )
-def test_lead_takes_the_first_sentences(sentences: int, expected: str) -> None:
-    """A lead is the article's first sentences, or all there are."""
+def test_lead_extracts_the_first_sentences(sentences: int, expected: str) -> None:
+    """A shorter article is extracted as a whole."""
     assert Lead(sentences=sentences).extract_summary("It rained. The river rose.\nNo bridge held.") == expected
 
 
-def test_only_a_lead_extracts() -> None:
-    """A method that writes its summaries with a model copies none."""
+def test_only_lead_extracts_a_summary() -> None:
+    """Methods that generate summaries with a model return None."""
     assert Full().extract_summary("It rained.") is None
     assert ZeroShot().extract_summary("It rained.") is None
 
 
-def test_lead_has_nothing_to_train(
+def test_lead_cannot_be_applied_to_a_model(
     fresh_base: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """A baseline without a model cannot be applied to one."""
+    """The error states that Lead trains nothing."""
     with pytest.raises(TypeError, match="Lead trains nothing"):
         Lead().apply(fresh_base("gpt2_tied"), tokenizer)

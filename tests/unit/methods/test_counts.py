@@ -1,4 +1,4 @@
-"""Trainable parameters of real architectures, without their weights."""
+"""Trainable parameters of GPT-2 small, computed from its shapes without weights."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from tests.helpers.training import trained
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-PUBLISHED: list[tuple[Method, int]] = [
+COUNTS_BY_HAND: list[tuple[Method, int]] = [
     (Full(), 124_439_808),
     (LastLayer(head="untied"), 38_597_376),  # 50,257 x 768
     (LastLayer(head="tied"), 38_597_376),
-    # What "freeze names with transformer.h." leaves: embedding, positions (1,024 x 768) and the last norm.
+    # Everything outside transformer.h: embedding, positions (1,024 x 768) and the final norm.
     (LastLayer(head="outside_blocks"), 38_597_376 + 786_432 + 1_536),
     (Lora(r=16), 589_824),  # 12 layers x 16 x (768 + 2,304)
     (Lora(r=16, use_dora=True), 589_824 + 12 * 2_304),
     (Lora(r=8, target_modules=("c_attn", "c_proj", "c_fc")), 12 * 8 * (768 + 2304 + 768 + 768 + 2 * (768 + 3072))),
     (PromptTuning(num_virtual_tokens=20), 15_360),  # 20 x 768
 ]
-"""GPT-2 small, by hand."""
+"""Trainable parameters of GPT-2 small, counted by hand."""
 
 
 def _plain_gpt2(_: pytest.FixtureRequest) -> PreTrainedConfig:
@@ -50,20 +50,22 @@ def _hub_gpt2(request: pytest.FixtureRequest) -> PreTrainedConfig:
 
 
 def test_counts_cover_every_method() -> None:
-    """Every method has a count by hand."""
+    """Every method has at least one row."""
     assert METHODS
-    assert {method.kind for method, _ in PUBLISHED} == set(METHODS)
+    assert {method.kind for method, _ in COUNTS_BY_HAND} == set(METHODS)
 
 
 @pytest.mark.parametrize("config", [_plain_gpt2, _hub_gpt2])
-@pytest.mark.parametrize(("method", "expected"), PUBLISHED, ids=[f"{m.kind}-{count}" for m, count in PUBLISHED])
-def test_counts_of_gpt2_small(
+@pytest.mark.parametrize(
+    ("method", "expected"), COUNTS_BY_HAND, ids=[f"{m.kind}-{count}" for m, count in COUNTS_BY_HAND]
+)
+def test_closed_form_matches_counts_by_hand(
     method: Method,
     expected: int,
     config: Callable[[pytest.FixtureRequest], PreTrainedConfig],
     request: pytest.FixtureRequest,
 ) -> None:
-    """The closed form gives GPT-2 small's counts to the last parameter, on the meta device."""
+    """The counts are equal for the default config and the published one, on the meta device."""
     base = meta_base(config(request))
     assert {parameter.device.type for parameter in base.parameters()} == {"meta"}
     assert method.trainable_parameters(base) == expected
@@ -71,14 +73,13 @@ def test_counts_of_gpt2_small(
 
 @pytest.mark.parametrize(
     ("method", "expected"),
-    [(method, count) for method, count in PUBLISHED if method.kind != "prompt_tuning"],
-    ids=[f"{m.kind}-{count}" for m, count in PUBLISHED if m.kind != "prompt_tuning"],
+    [(method, count) for method, count in COUNTS_BY_HAND if method.kind != "prompt_tuning"],
+    ids=[f"{m.kind}-{count}" for m, count in COUNTS_BY_HAND if m.kind != "prompt_tuning"],
 )
-def test_applied_to_gpt2_small(method: Method, expected: int, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Applied to GPT-2 small without weights, as many scalars require a gradient as the closed form says.
-
-    Prompt tuning is left out: peft copies real embeddings even for a random start.
-    """
+def test_applied_method_trains_the_counted_parameters(
+    method: Method, expected: int, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Prompt tuning is excluded: peft copies real embeddings even for a random initialization."""
     from transformers import GPT2Config
 
     model = method.apply(meta_base(GPT2Config()), tokenizer)
@@ -86,7 +87,7 @@ def test_applied_to_gpt2_small(method: Method, expected: int, tokenizer: PreTrai
 
 
 def test_baselines_train_nothing() -> None:
-    """A zero-shot baseline has no trained parameter, and a lead baseline cannot even be asked."""
+    """The count of zero-shot is 0; lead has no model, so that its count raises an error."""
     from transformers import GPT2Config
 
     from peftbench.methods import BASELINES

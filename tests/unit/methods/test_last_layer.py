@@ -1,4 +1,4 @@
-"""Last-layer tuning: three readings of "the head", each honest about what it trains."""
+"""Last-layer tuning: the parameters that each value of ``head`` trains, and the saved model."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def _train(accelerator: Accelerator, model: PreTrainedModel, steps: int = 3) -> 
 
 
 @every_architecture
-def test_untied_keeps_the_embedding_and_saves_a_distinct_head(
+def test_untied_trains_and_saves_a_separate_head(
     architecture: str,
     fresh_base: Callable[[str], PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
     accelerator: Accelerator,
     tmp_path: Path,
 ) -> None:
-    """The head is trained apart from the embedding, and stays apart in what is saved and loaded again."""
+    """The embedding is unchanged, and the loaded model has the same separate head."""
     original = embeddings_of(fresh_base(architecture))
     method = LastLayer()
     model = method.apply(fresh_base(architecture), tokenizer)
@@ -57,10 +57,10 @@ def test_untied_keeps_the_embedding_and_saves_a_distinct_head(
 
 
 @every_architecture
-def test_untied_starts_where_the_base_is(
+def test_untied_initial_logits_equal_those_of_the_base(
     architecture: str, fresh_base: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Before a step, the untied model predicts what the base does, to the last bit."""
+    """Before the first step, logits are bit-identical."""
     batch = micro_batch()
     base = fresh_base(architecture).eval()
     method = LastLayer()
@@ -70,8 +70,8 @@ def test_untied_starts_where_the_base_is(
         assert torch.equal(logits(untied, batch), logits(base, batch))
 
 
-def test_untied_trunk_is_in_evaluation_mode(tokenizer: PreTrainedTokenizerBase) -> None:
-    """A frozen trunk has no dropout in training; a trunk that gradients pass through has it."""
+def test_untied_backbone_is_in_evaluation_mode(tokenizer: PreTrainedTokenizerBase) -> None:
+    """A frozen backbone has no dropout in training; a backbone that receives gradients has."""
     losses = {}
     for head in ("untied", "tied"):
         method = LastLayer(head=head)
@@ -85,27 +85,27 @@ def test_untied_trunk_is_in_evaluation_mode(tokenizer: PreTrainedTokenizerBase) 
 
 
 @every_architecture
-def test_untied_keeps_no_activation_below_the_head(
+def test_untied_saves_no_activation_below_the_head(
     architecture: str, fresh_base: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Nothing below the head is recorded for the backward pass: no module of the trunk returns a graph."""
+    """No module of the backbone returns a tensor with a grad_fn, and only the head's weight has a gradient."""
     method = LastLayer()
     model = method.apply(fresh_base(architecture), tokenizer)
     method.set_training(model)
-    recorded: list[str] = []
+    modules_with_graph: list[str] = []
 
-    def note(name: str) -> Callable[[torch.nn.Module, object, object], None]:
+    def build_hook(name: str) -> Callable[[torch.nn.Module, object, object], None]:
         def hook(module: torch.nn.Module, inputs: object, output: object) -> None:
             tensors = output if isinstance(output, (tuple, list)) else (output,)
             if any(isinstance(tensor, torch.Tensor) and tensor.grad_fn is not None for tensor in tensors):
-                recorded.append(name)
+                modules_with_graph.append(name)
 
         return hook
 
     for name, module in model.named_modules():
-        module.register_forward_hook(note(name))
+        module.register_forward_hook(build_hook(name))
     loss = summed_loss(model, micro_batch())
-    assert recorded == ["lm_head"]
+    assert modules_with_graph == ["lm_head"]
     loss.backward()  # type: ignore[no-untyped-call]
     assert [name for name, parameter in model.named_parameters() if parameter.grad is not None] == ["lm_head.weight"]
 
@@ -118,7 +118,7 @@ def test_tied_trains_the_shared_matrix_and_stays_tied(
     accelerator: Accelerator,
     tmp_path: Path,
 ) -> None:
-    """The one matrix is trained in both of its places, and is one matrix again after loading."""
+    """Embedding and head are one trained matrix, also after saving and loading."""
     method = LastLayer(head="tied")
     model = method.apply(fresh_base(architecture), tokenizer)
     method.set_training(model)
@@ -131,10 +131,10 @@ def test_tied_trains_the_shared_matrix_and_stays_tied(
     assert torch.equal(head_of(loaded), head_of(model))
 
 
-def test_as_published_leaves_everything_outside_the_blocks(
+def test_outside_blocks_trains_embedding_positions_and_final_norm(
     fresh_base: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """What the published study called its last layer is the embedding, the positions and the final norm."""
+    """The published study called these parameters its last layer."""
     model = LastLayer(head="outside_blocks").apply(fresh_base("gpt2_tied"), tokenizer)
     assert set(trained(model)) == {
         "transformer.wte.weight",
@@ -144,8 +144,8 @@ def test_as_published_leaves_everything_outside_the_blocks(
     }
 
 
-def test_a_base_without_a_head_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
-    """A model that predicts no token has no head to train, and the error says so."""
+def test_model_without_a_head_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    """The error states that the model has no output head."""
     from transformers import GPT2Config, GPT2Model
 
     from peftbench.errors import UnsupportedModelError

@@ -1,4 +1,4 @@
-"""LoRA: the orientation of its matrices, its targets, and that it starts at the base."""
+"""LoRA: merged weights, initialization, scaling and target modules."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def _config_of(model: nn.Module) -> Any:
 
 @every_architecture
 @pytest.mark.parametrize("variant", list(VARIANTS))
-def test_merged_is_the_same_model(
+def test_merged_model_has_equal_logits(
     variant: str,
     architecture: str,
     fresh_base: Callable[[str], PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
     accelerator: Accelerator,
 ) -> None:
-    """Folded into the base's matrices, a trained update gives the same logits: it lies the right way round."""
+    """A trained update is merged into the matrices of the base; a transposed update would change the logits."""
     torch.manual_seed(3)
     model = VARIANTS[variant].apply(fresh_base(architecture), tokenizer)
     trainer = trainer_of(accelerator, model, torch.optim.AdamW(trained(model).values(), lr=1e-2))
@@ -50,41 +50,43 @@ def test_merged_is_the_same_model(
         train_step(accelerator, trainer, one_batch(micro_batch()), max_grad_norm=None)
     model.eval()
     with torch.no_grad():
-        apart = logits(model, micro_batch())
+        unmerged = logits(model, micro_batch())
         base = logits(fresh_base(architecture).eval(), micro_batch())
         merged = logits(model.merge_and_unload().eval(), micro_batch())  # type: ignore[operator]
-    torch.testing.assert_close(merged, apart, rtol=1e-4, atol=1e-4)
-    assert (merged - base).abs().max() > 0.1  # the update was large enough to be seen
+    torch.testing.assert_close(merged, unmerged, rtol=1e-4, atol=1e-4)
+    assert (merged - base).abs().max() > 0.1  # the update is large enough to affect the logits
 
 
 @every_architecture
-def test_conv1d_is_fan_in_fan_out(
+def test_conv1d_sets_fan_in_fan_out(
     architecture: str, fresh_base: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """GPT-2's Conv1D holds its weight transposed and is adapted so, a Linear is not; peft has nothing to correct."""
-    with warnings.catch_warnings(record=True) as caught:
+    """GPT-2's Conv1D stores its weight transposed, a Linear does not; peft emits no warning about the setting."""
+    with warnings.catch_warnings(record=True) as warnings_emitted:
         warnings.simplefilter("always")
         model = Lora(r=4).apply(fresh_base(architecture), tokenizer)
     assert _config_of(model).fan_in_fan_out is (architecture == "gpt2_tied")
-    assert not [warning for warning in caught if "fan_in_fan_out" in str(warning.message)]
+    assert not [warning for warning in warnings_emitted if "fan_in_fan_out" in str(warning.message)]
 
 
 @every_architecture
 @pytest.mark.parametrize("variant", list(VARIANTS))
-def test_starts_at_the_base(
+def test_initial_logits_equal_those_of_the_base(
     variant: str,
     architecture: str,
     fresh_base: Callable[[str], PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Before a step the update is nothing, so that every method starts from the same predictions."""
+    """The initial update is zero, so that all methods start with the same predictions."""
     model = VARIANTS[variant].apply(fresh_base(architecture), tokenizer).eval()
     with torch.no_grad():
         expected = logits(fresh_base(architecture).eval(), micro_batch())
         torch.testing.assert_close(logits(model, micro_batch()), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_scale_of_the_update(fresh_base: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerBase) -> None:
+def test_scaling_of_the_update(
+    fresh_base: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerBase
+) -> None:
     """The update is scaled by alpha / r, and by alpha / sqrt(r) with rsLoRA."""
     for method, expected in ((Lora(r=16, lora_alpha=8), 0.5), (Lora(r=16, lora_alpha=8, use_rslora=True), 2.0)):
         model = method.apply(fresh_base("gpt2_tied"), tokenizer)
@@ -92,22 +94,22 @@ def test_scale_of_the_update(fresh_base: Callable[[str], PreTrainedModel], token
         assert scales == {expected}
 
 
-def test_names_choose_by_their_endings(
+def test_target_modules_select_by_suffix_or_expression(
     fresh_base: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """A list names modules by their endings, one expression must match whole names, and null is peft's choice."""
-    chosen = {
+    """A list selects modules by suffix, a regular expression must match the whole name, and null is peft's default."""
+    methods = {
         "names": Lora(r=2, target_modules=("attn.c_proj",)),
         "expression": Lora(r=2, target_modules=r"transformer\.h\.1\..*c_fc"),
         "null": Lora(r=2),
         "all": Lora(r=2, target_modules="all-linear"),
     }
-    found = {
+    adapted = {
         key: {name.split(".lora_")[0].removeprefix("base_model.model.transformer.") for name in trained(model)}
-        for key, method in chosen.items()
+        for key, method in methods.items()
         for model in [method.apply(fresh_base("gpt2_tied"), tokenizer)]
     }
-    assert found == {
+    assert adapted == {
         "names": {"h.0.attn.c_proj", "h.1.attn.c_proj"},
         "expression": {"h.1.mlp.c_fc"},
         "null": {"h.0.attn.c_attn", "h.1.attn.c_attn"},
@@ -117,8 +119,8 @@ def test_names_choose_by_their_endings(
     }
 
 
-def test_an_architecture_without_default_targets_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Where peft has no choice for an architecture, the error says which knob to set; with it set, it works."""
+def test_architecture_without_default_targets_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    """The error names the key to set; with that key set, the method applies."""
     from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
     base = OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=64, n_positions=16, n_embd=16, n_layer=1, n_head=2))

@@ -1,4 +1,4 @@
-"""Prompt tuning: where it starts, and what its knobs must say together."""
+"""Prompt tuning: initialization of the soft prompt, and keys that contradict each other."""
 
 from __future__ import annotations
 
@@ -18,22 +18,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def _soft_tokens(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int, **knobs: Any) -> torch.Tensor:
+def _build_soft_prompt(
+    base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int, **keys: Any
+) -> torch.Tensor:
     torch.manual_seed(seed)
-    (only,) = trained(PromptTuning(**knobs).apply(base, tokenizer)).values()
-    return only.detach().clone()
+    (soft_prompt,) = trained(PromptTuning(**keys).apply(base, tokenizer)).values()
+    return soft_prompt.detach().clone()
 
 
 @every_architecture
-def test_starts_from_the_text(
+def test_text_initialization_repeats_the_embeddings_of_the_text(
     architecture: str, fresh_base: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """With init: text the soft tokens are the embeddings of that text's tokens, repeated to their number."""
+    """The soft prompt has the embeddings of the text's tokens, repeated up to num_virtual_tokens."""
     text = "the village council"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     count = len(ids) + 2
     expected = embeddings_of(fresh_base(architecture))[torch.tensor((ids * count)[:count])]
-    found = _soft_tokens(
+    soft_prompt = _build_soft_prompt(
         fresh_base(architecture),
         tokenizer,
         0,
@@ -41,28 +43,28 @@ def test_starts_from_the_text(
         prompt_tuning_init="TEXT",
         prompt_tuning_init_text=text,
     )
-    assert torch.equal(found, expected)
+    assert torch.equal(soft_prompt, expected)
 
 
 @every_architecture
-def test_starts_from_the_vocabulary(
+def test_vocabulary_initialization_uses_token_embeddings(
     architecture: str, fresh_base: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """With init: vocabulary each soft token is the embedding of some token of the vocabulary."""
+    """Each virtual token starts as the embedding of a token of the vocabulary."""
     embeddings = embeddings_of(fresh_base(architecture))
-    found = _soft_tokens(
+    soft_prompt = _build_soft_prompt(
         fresh_base(architecture), tokenizer, 0, num_virtual_tokens=6, prompt_tuning_init="SAMPLE_VOCAB"
     )
-    assert all((embeddings == token).all(dim=1).any() for token in found)
+    assert all((embeddings == token).all(dim=1).any() for token in soft_prompt)
 
 
 @pytest.mark.parametrize("init", ["RANDOM", "SAMPLE_VOCAB"])
-def test_start_depends_on_the_seed_alone(
+def test_initialization_depends_only_on_the_seed(
     init: str, fresh_base: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """The same seed starts from the same soft tokens, another seed from others."""
+    """The same seed gives the same soft prompt, and a different seed a different one."""
     first, again, other = (
-        _soft_tokens(fresh_base("gpt2_tied"), tokenizer, seed, num_virtual_tokens=6, prompt_tuning_init=init)
+        _build_soft_prompt(fresh_base("gpt2_tied"), tokenizer, seed, num_virtual_tokens=6, prompt_tuning_init=init)
         for seed in (0, 0, 1)
     )
     assert torch.equal(first, again)
@@ -70,7 +72,7 @@ def test_start_depends_on_the_seed_alone(
 
 
 @pytest.mark.parametrize(
-    "knobs",
+    "keys",
     [
         {"prompt_tuning_init": "TEXT"},
         {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": ""},
@@ -78,7 +80,7 @@ def test_start_depends_on_the_seed_alone(
         {"num_virtual_tokens": 0},
     ],
 )
-def test_knobs_that_contradict_each_other(knobs: dict[str, Any]) -> None:
-    """A text without init: text, init: text without one, and no token at all are refused."""
+def test_contradictory_keys_are_refused(keys: dict[str, Any]) -> None:
+    """A text without TEXT initialization, TEXT initialization without a text, and zero virtual tokens."""
     with pytest.raises(ValidationError):
-        PromptTuning(**knobs)
+        PromptTuning(**keys)

@@ -1,4 +1,4 @@
-"""A trained Llama of 260 thousand parameters, which is no GPT-2 in any of the ways that matter here."""
+"""Every method on stories260K, a trained Llama of 260 thousand parameters."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from tests.helpers.training import trained, trainer_of
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-BY_HAND: list[tuple[Method, int]] = [
-    # Embedding; five times queries and outputs, keys and values, the MLP's three, two norms; the last norm.
+COUNTS_BY_HAND: list[tuple[Method, int]] = [
+    # Embedding; in each of 5 layers q and o, k and v, the three MLP matrices, two norms; the final norm.
     (Full(), 512 * 64 + 5 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 172 + 2 * 64) + 64),
     (LastLayer(), 512 * 64),
     (Lora(r=8), 5 * 8 * ((64 + 64) + (64 + 32))),  # q and v of 5 layers; v has half the heads
@@ -35,24 +35,24 @@ BY_HAND: list[tuple[Method, int]] = [
 
 @pytest.fixture
 def stories(shared_data: Path) -> LoadedModel:
-    """The base, loaded as a recipe would."""
+    """Return the model, loaded like in a run."""
     folder = shared_data / "models" / "stories260K"
     if not folder.is_dir():
         pytest.skip("stories260K is not in the shared data")
     return load_model(Model(path=str(folder)))
 
 
-def test_every_method_is_tried() -> None:
-    """The list below has every method once."""
+def test_counts_cover_every_method() -> None:
+    """Each method has exactly one row."""
     assert METHODS
-    assert [method.kind for method, _ in BY_HAND] == list(METHODS)
+    assert [method.kind for method, _ in COUNTS_BY_HAND] == list(METHODS)
 
 
-@pytest.mark.parametrize(("method", "expected"), BY_HAND, ids=[method.kind for method, _ in BY_HAND])
-def test_one_step_on_a_trained_model(
+@pytest.mark.parametrize(("method", "expected"), COUNTS_BY_HAND, ids=[method.kind for method, _ in COUNTS_BY_HAND])
+def test_one_step_lowers_the_loss(
     method: Method, expected: int, stories: LoadedModel, accelerator: Accelerator
 ) -> None:
-    """One step trains what was counted by hand, from a loss of a model that knows its stories, to a lower one."""
+    """The trained parameters are those counted by hand, and the first loss is that of a trained model."""
     assert method.trainable_parameters(stories.model) == expected
     torch.manual_seed(0)
     model = method.apply(stories.model, stories.tokenizer)
@@ -64,6 +64,6 @@ def test_one_step_on_a_trained_model(
     trainer = trainer_of(accelerator, model, torch.optim.SGD(trained(model).values(), lr=0.01))
     before = train_step(accelerator, trainer, batch, max_grad_norm=1.0)
     after = train_step(accelerator, trainer, batch, max_grad_norm=1.0)
-    # Uniform guessing is log 512 = 6.2; soft tokens of random noise in front cost a little.
+    # A uniform prediction has a loss of log 512 = 6.2; a random soft prompt increases the loss.
     assert before < (5.5 if method.virtual_tokens else 2.0)
     assert after < before

@@ -1,4 +1,4 @@
-"""Activations in the CPU's memory: the same gradients, and nothing moved that stays anyway."""
+"""Activation offloading to host memory: gradients are unchanged, weights and small tensors stay on the device."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from peftbench.modeling.activation_offload import MIN_OFFLOAD_BYTES, ActivationO
 from tests.helpers.workshop import Workshop
 
 
-def test_on_cpu_nothing_moves_and_it_is_said(workshop: Workshop) -> None:
-    """There they are already; the losses are those without."""
+def test_offloading_is_off_on_cpu_with_a_note(workshop: Workshop) -> None:
+    """On CPU activations are already in host memory; losses do not change."""
     plain, offloaded = (
-        workshop.run(workshop.recipe(Full(), train={"activation_offloading": switch})) for switch in (False, True)
+        workshop.run(workshop.recipe(Full(), train={"activation_offloading": enabled})) for enabled in (False, True)
     )
     assert offloaded.step_losses == plain.step_losses
     assert "activation offloading is off: on CPU, activations are already in host memory" in offloaded.notes
     assert plain.notes == ()
 
 
-def test_what_moves_and_what_comes_back() -> None:
-    """Activations alone: the copy is another tensor of the same values, and gradients are the same to the last bit."""
+def test_only_large_activations_are_offloaded() -> None:
+    """A large activation is copied, weights and small tensors are not; gradients are bit-identical."""
     width = 1024
     model = nn.Sequential(*(nn.Sequential(nn.Linear(width, width), nn.GELU()) for _ in range(2)))
     inputs = torch.randn(MIN_OFFLOAD_BYTES // width, width)
@@ -45,17 +45,17 @@ def test_what_moves_and_what_comes_back() -> None:
             loss = model(inputs).square().mean()
         loss.backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
-    assert all(torch.equal(first, second) for first, second in zip(*gradients, strict=True))
+    assert all(torch.equal(plain, offloaded) for plain, offloaded in zip(*gradients, strict=True))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_activations_leave_the_gpu_and_gradients_are_the_same() -> None:
-    """Between the passes the GPU holds weights and small tensors alone."""
+def test_offloading_frees_gpu_memory_and_keeps_gradients() -> None:
+    """Between the forward and backward pass, less than a quarter of the activation bytes is on the GPU."""
     width = 1024
     model = nn.Sequential(*(nn.Sequential(nn.Linear(width, width), nn.GELU()) for _ in range(4))).cuda()
     inputs = torch.randn(MIN_OFFLOAD_BYTES // width, width, device="cuda")
-    gradients, held = [], []
+    gradients, live_bytes = [], []
     for offload in (False, True):
         model.zero_grad()
         torch.cuda.synchronize()
@@ -65,11 +65,11 @@ def test_activations_leave_the_gpu_and_gradients_are_the_same() -> None:
                 loss = model(inputs).square().mean()
         else:
             loss = model(inputs).square().mean()
-        held.append(torch.cuda.memory_allocated() - before)
+        live_bytes.append(torch.cuda.memory_allocated() - before)
         loss.backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
-    assert held[1] < held[0] / 4
-    assert all(torch.equal(first, second) for first, second in zip(*gradients, strict=True))
+    assert live_bytes[1] < live_bytes[0] / 4
+    assert all(torch.equal(plain, offloaded) for plain, offloaded in zip(*gradients, strict=True))
     hooks = ActivationOffload(model.parameters())
     assert hooks._pack(model[0][0].weight) is model[0][0].weight  # type: ignore[index]
     assert isinstance(hooks._pack(inputs), _OffloadedTensor)

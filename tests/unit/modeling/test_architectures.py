@@ -1,6 +1,6 @@
-"""Over many architectures: a base goes without masks only where each document gives what it gives alone.
+"""Mask-free attention on many architectures: used only if it computes the same logits as separate documents.
 
-Bases are tiny, with random weights. What they are held to is transformers' own attention over each document by itself.
+Models are tiny, with random weights. The reference is transformers' own attention, one document per forward pass.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 VOCABULARY, HIDDEN, LAYERS, HEADS, HEAD = 64, 32, 2, 4, 8
 SHORT = 16
-"""Positions that some variants were trained on: fewer than the longest document has."""
+"""Maximum positions of some variants: fewer than the tokens of the longest document."""
 DOCUMENTS = ((14, 3), (20, 5), (9, 1), (1, 1), (20, 19))
-"""Tokens of each, and how many of them are prompt; one has no label, and one a single one."""
-ALLOWED = 1e-4
-"""How far losses and logits may be apart, relatively; the worst was 4e-6, and the nearest of what is refused 0.05."""
+"""Tokens and prompt tokens of each document; one document has no label, and one has a single label."""
+TOLERANCE = 1e-4
+"""Maximum relative difference of losses and logits. Largest measured: 4e-6; smallest of a refused model: 0.05."""
 
 PLAIN: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -43,7 +43,7 @@ PLAIN: dict[str, Any] = {
     "eos_token_id": 2,
 }
 ENCODER: dict[str, Any] = PLAIN | {"is_decoder": True}
-HALF: dict[str, Any] = {
+DECODER: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "d_model": HIDDEN,
     "max_position_embeddings": 64,
@@ -57,8 +57,8 @@ HALF: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-"""The decoder of an encoder and a decoder, by itself."""
-OLD: dict[str, Any] = {
+"""The decoder of an encoder-decoder model, used by itself."""
+GPT2_KEYS: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "n_embd": HIDDEN,
     "n_layer": LAYERS,
@@ -67,7 +67,7 @@ OLD: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-WITH_WIDTH = PLAIN | {"head_dim": HEAD}
+WITH_HEAD_DIM = PLAIN | {"head_dim": HEAD}
 EXPERTS = PLAIN | {
     "num_experts": 4,
     "num_local_experts": 4,
@@ -97,8 +97,8 @@ MAMBA = {
     "mamba_d_state": 8,
     "mamba_chunk_size": 8,
 }
-BY_LENGTH = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-LONG = {
+DYNAMIC_ROPE = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
     "short_factor": [1.0] * (HEAD // 2),
@@ -152,7 +152,7 @@ CASES: dict[str, dict[str, Any]] = {
         PLAIN,
     ),
     **dict.fromkeys(
-        ("gemma", "glm", "glm4", "helium", "hunyuan_v1_dense", "ministral3", "qwen3", "seed_oss"), WITH_WIDTH
+        ("gemma", "glm", "glm4", "helium", "hunyuan_v1_dense", "ministral3", "qwen3", "seed_oss"), WITH_HEAD_DIM
     ),
     **dict.fromkeys(
         (
@@ -198,40 +198,40 @@ CASES: dict[str, dict[str, Any]] = {
     ),
     **dict.fromkeys(
         ("bart", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart", "trocr", "whisper"),
-        HALF,
+        DECODER,
     ),
-    **dict.fromkeys(("gpt2", "gpt-sw3", "gpt_bigcode", "openai-gpt"), OLD),
-    **dict.fromkeys(("codegen", "gptj"), OLD | {"rotary_dim": 4}),
+    **dict.fromkeys(("gpt2", "gpt-sw3", "gpt_bigcode", "openai-gpt"), GPT2_KEYS),
+    **dict.fromkeys(("codegen", "gptj"), GPT2_KEYS | {"rotary_dim": 4}),
     "bloom": PLAIN | {"n_layer": LAYERS, "n_head": HEADS},
-    "ctrl": OLD | {"dff": HIDDEN},
+    "ctrl": GPT2_KEYS | {"dff": HIDDEN},
     "cohere2": PLAIN | WINDOW,
     "exaone4": PLAIN | WINDOW,
-    "falcon_h1": WITH_WIDTH | MAMBA,
+    "falcon_h1": WITH_HEAD_DIM | MAMBA,
     "lfm2, convolutions": PLAIN | {"layer_types": ["conv", "full_attention"]},
-    "llama, rotation by length": PLAIN | {"max_position_embeddings": SHORT, "rope_parameters": BY_LENGTH},
+    "llama, dynamic RoPE": PLAIN | {"max_position_embeddings": SHORT, "rope_parameters": DYNAMIC_ROPE},
     "llama4_text": EXPERTS | {"head_dim": HEAD, "intermediate_size_mlp": 48},
     "llama4_text, chunks": EXPERTS | {"head_dim": HEAD, "intermediate_size_mlp": 48} | CHUNKS,
     "minimax_m3_vl_text, sparse": EXPERTS
     | {"layer_types": ["full_attention", "minimax_m3_sparse"], "index_block_size": 4, "index_topk_blocks": 1},
-    "ministral": WITH_WIDTH | WINDOW,
+    "ministral": WITH_HEAD_DIM | WINDOW,
     "mistral, window": PLAIN | WINDOW,
     "mpt": {"vocab_size": VOCABULARY, "d_model": HIDDEN, "n_heads": HEADS, "n_layers": LAYERS},
     "olmo3": PLAIN | WINDOW,
     "opt": PLAIN | {"ffn_dim": HIDDEN, "word_embed_proj_dim": HIDDEN},
-    "phi3, long": PLAIN | {"original_max_position_embeddings": SHORT, "rope_parameters": LONG},
+    "phi3, LongRoPE": PLAIN | {"original_max_position_embeddings": SHORT, "rope_parameters": LONGROPE},
     "phi3, window": PLAIN | WINDOW,
     "qwen2, window": PLAIN | WINDOW | {"use_sliding_window": True, "max_window_layers": 0},
     "starcoder2, window": PLAIN | WINDOW,
     "xglm": PLAIN | {"d_model": HIDDEN, "num_layers": LAYERS, "attention_heads": HEADS, "ffn_dim": HIDDEN},
 }
-"""Configs by model type, and by what varies it."""
+"""Configs by model type and, after a comma, variant."""
 
-GOOD = ("cohere", "gpt2", "gpt_neox", "granite", "llama", "olmo2", "opt", "phi", "qwen2", "qwen3")
-"""What must go without masks."""
-LENGTHS_MATTER = ("llama, rotation by length", "phi3, long")
-"""Where a position is embedded by how long a whole row is: padding changes them too, whoever attends."""
+MASK_FREE = ("cohere", "gpt2", "gpt_neox", "granite", "llama", "olmo2", "opt", "phi", "qwen2", "qwen3")
+"""Cases that must run without masks."""
+LENGTH_DEPENDENT = ("llama, dynamic RoPE", "phi3, LongRoPE")
+"""Cases whose position embedding depends on the length of the whole row, so that padding changes their logits too."""
 MIXING = (
-    *LENGTHS_MATTER,
+    *LENGTH_DEPENDENT,
     "bart",
     "blenderbot",
     "blenderbot-small",
@@ -249,17 +249,18 @@ MIXING = (
     "xlm-roberta",
     "xlm-roberta-xl",
 )
-"""What mixes documents that share a row where it is given no mask: positions of its own, state or chunks of the row."""
+"""Cases that mix the documents of a row without a mask: they compute their own positions, or keep state across the row,
+or attend in chunks of the row."""
 
 
-def encoded() -> list[list[int]]:
-    """Random tokens of each document."""
+def draw_documents() -> list[list[int]]:
+    """Return random tokens of each document."""
     return [[1 + token % (VOCABULARY - 1) for token in row["input_ids"]] for row in rows(DOCUMENTS)]
 
 
 @functools.cache
-def plain_base(case: str) -> PreTrainedModel:
-    """A base that nothing of this project has touched, with weights wide enough that all of it matters."""
+def build_base(case: str) -> PreTrainedModel:
+    """Return an unmodified transformers model, with weights large enough that each of them affects the logits."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(case.split(",", maxsplit=1)[0], **CASES[case])
@@ -275,86 +276,86 @@ def plain_base(case: str) -> PreTrainedModel:
 
 
 @functools.cache
-def alone(case: str) -> torch.Tensor:
-    """Logits that predict the labels, each document by itself as transformers computes it: (labels, vocabulary)."""
-    found = []
-    for tokens, (_, prompt) in zip(encoded(), DOCUMENTS, strict=True):
-        base = copy.deepcopy(plain_base(case))  # some remember how long a row they have seen
+def compute_reference_logits(case: str) -> torch.Tensor:
+    """Return the logits that predict the labels, one document per forward pass: (labels, vocabulary)."""
+    logits = []
+    for tokens, (_, prompt) in zip(draw_documents(), DOCUMENTS, strict=True):
+        base = copy.deepcopy(build_base(case))  # some models store the length of the longest row so far
         with torch.no_grad():
-            found.append(base(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, prompt - 1 : -1])
-    return torch.cat(found)
+            logits.append(base(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, prompt - 1 : -1])
+    return torch.cat(logits)
 
 
 @functools.cache
-def made(case: str) -> tuple[CausalLMLoss, tuple[str, ...]]:
-    """The loss of a copy of that base, and its notes."""
-    return build_loss(copy.deepcopy(plain_base(case)))
+def build_cached_loss(case: str) -> tuple[CausalLMLoss, tuple[str, ...]]:
+    """Return the loss of a copy of the base, and its notes."""
+    return build_loss(copy.deepcopy(build_base(case)))
 
 
-def batch_of(collator: Collator) -> MicroBatch:
-    """The documents, as ``collator`` lays them out."""
-    return collator.collate(encoded(), [prompt for _, prompt in DOCUMENTS])
+def collate_documents(collator: Collator) -> MicroBatch:
+    """Return the documents in one micro-batch."""
+    return collator.collate(draw_documents(), [prompt for _, prompt in DOCUMENTS])
 
 
-def assert_as_alone(case: str, collator: Collator) -> None:
-    """Logits at every label, and the loss."""
-    (loss, _), expected, batch = made(case), alone(case), batch_of(collator)
+def assert_matches_reference(case: str, collator: Collator) -> None:
+    """Compare the logits at every label, the summed loss and the loss of each token with the reference."""
+    (loss, _), expected, batch = build_cached_loss(case), compute_reference_logits(case), collate_documents(collator)
     with torch.no_grad(), loss.attention_context():
         logits, summed = loss.logits(loss.base, batch), loss(loss.base, batch)
         by_token = loss.per_token(loss.base, batch)
-    apart = float((logits - expected).abs().max() / expected.abs().max())
-    assert apart <= ALLOWED, f"logits of {case} are {apart:.1e} apart under {type(collator).__name__}"
-    each = cross_entropy(expected, batch.targets, reduction="none")
-    assert summed.item() == pytest.approx(each.sum().item(), rel=ALLOWED)
-    assert float((by_token - each).abs().max() / each.max()) <= ALLOWED
+    difference = float((logits - expected).abs().max() / expected.abs().max())
+    assert difference <= TOLERANCE, f"logits of {case} differ by {difference:.1e} with {type(collator).__name__}"
+    expected_losses = cross_entropy(expected, batch.targets, reduction="none")
+    assert summed.item() == pytest.approx(expected_losses.sum().item(), rel=TOLERANCE)
+    assert float((by_token - expected_losses).abs().max() / expected_losses.max()) <= TOLERANCE
 
 
-def test_there_are_cases() -> None:
-    """The sweep is not empty, nor is what it says of either kind."""
-    masked = {case for case in CASES if made(case)[0].uses_masks}
+def test_sweep_has_cases_with_and_without_masks() -> None:
+    """At least 80 architectures, 30 cases with masks and 30 without."""
+    masked = {case for case in CASES if build_cached_loss(case)[0].uses_masks}
     assert len({case.split(",")[0] for case in CASES}) >= 80
     assert len(masked) >= 30
     assert len(CASES) - len(masked) >= 30
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_documents_give_what_each_gives_alone(case: str) -> None:
-    """Packed into one row, or else it is told why they cannot be; and in padded rows."""
-    loss, notes = made(case)
+def test_batched_documents_match_separate_forward_passes(case: str) -> None:
+    """Packed into one row without masks, and in padded rows; a case that needs masks states the reason in its notes."""
+    loss, notes = build_cached_loss(case)
     assert loss.uses_masks == (loss.mask_reason is not None)
     if loss.uses_masks:
         assert loss.mask_reason
         assert any(loss.mask_reason in note for note in notes)
     else:
-        assert_as_alone(case, PaddingFreeCollator(0))
-    if case not in LENGTHS_MATTER:
-        assert_as_alone(case, Collator(0))
+        assert_matches_reference(case, PaddingFreeCollator(0))
+    if case not in LENGTH_DEPENDENT:
+        assert_matches_reference(case, Collator(0))
 
 
-@pytest.mark.parametrize("case", GOOD)
-def test_what_must_go_without_masks(case: str) -> None:
-    """A check that refused everything would be no check."""
-    assert made(case)[0].mask_reason is None
+@pytest.mark.parametrize("case", MASK_FREE)
+def test_mask_free_architectures_use_no_masks(case: str) -> None:
+    """This fails if the check refuses every architecture."""
+    assert build_cached_loss(case)[0].mask_reason is None
 
 
 @pytest.mark.parametrize("case", MIXING)
-def test_what_mixes_documents_is_refused(case: str) -> None:
-    """With the reason, and its attention is left as it was."""
-    loss, _ = made(case)
+def test_mixing_architectures_use_masks(case: str) -> None:
+    """The reason is recorded, and the attention implementation of the model is unchanged."""
+    loss, _ = build_cached_loss(case)
     assert loss.mask_reason
     assert loss.uses_masks
     with loss.attention_context():
-        assert loss.base.config._attn_implementation == plain_base(case).config._attn_implementation
+        assert loss.base.config._attn_implementation == build_base(case).config._attn_implementation
 
 
 @pytest.mark.parametrize("case", MIXING)
-def test_what_is_refused_does_mix_them(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Were it not refused, the comparison above would fail: it can tell."""
+def test_mixing_architectures_fail_without_masks(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the check disabled, the comparison with the reference fails."""
     monkeypatch.setattr("peftbench.modeling.loss.find_mask_free_blocker", lambda _: None)
-    made.cache_clear()
+    build_cached_loss.cache_clear()
     try:
-        assert not made(case)[0].uses_masks
+        assert not build_cached_loss(case)[0].uses_masks
         with pytest.raises((AssertionError, TypeError)):
-            assert_as_alone(case, PaddingFreeCollator(0))
+            assert_matches_reference(case, PaddingFreeCollator(0))
     finally:
-        made.cache_clear()
+        build_cached_loss.cache_clear()

@@ -1,4 +1,4 @@
-"""The base: loaded in float32 as the recipe says, known by its weights, and refused in one sentence where it is not."""
+"""Loading a base model: float32 weights, its fingerprint, the keys of the recipe, and one-sentence errors."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ Folder = Callable[[str], Path]
 
 
 @pytest.fixture
-def own_folder(base_folder: Folder, tmp_path: Path) -> Path:
-    """A copy of an untied Llama's folder, to be spoilt."""
+def folder_copy(base_folder: Folder, tmp_path: Path) -> Path:
+    """Return a copy of an untied Llama's folder, which a test may modify."""
     return Path(shutil.copytree(base_folder("llama_untied"), tmp_path / "base"))
 
 
 @every_architecture
-def test_loads_what_was_saved(architecture: str, base_folder: Folder) -> None:
-    """A folder's base has its weights, in float32, no cache in training, and the tokenizer beside it."""
+def test_folder_is_loaded_in_float32(architecture: str, base_folder: Folder) -> None:
+    """Weights equal the saved ones, the KV cache is disabled, and the folder's tokenizer is loaded."""
     base = loading.load_model(Model(path=str(base_folder(architecture))))
     saved = load_file(base_folder(architecture) / "model.safetensors")
     loaded = base.model.state_dict()
@@ -51,8 +51,8 @@ def test_loads_what_was_saved(architecture: str, base_folder: Folder) -> None:
     assert base.model.generation_config.pad_token_id is not None
 
 
-def test_the_shipped_base() -> None:
-    """The base that comes with the package loads by its name, in float32 whatever it is stored in, with its hash."""
+def test_bundled_model_is_loaded_by_its_name() -> None:
+    """Its weights are float32, whatever their stored dtype, and its fingerprint is a hash of them."""
     base = loading.load_model(Model(path=shipped.SHIPPED_MODEL))
     assert {parameter.dtype for parameter in base.model.parameters()} == {torch.float32}
     assert base.fingerprint.startswith("blake2b ")
@@ -60,65 +60,65 @@ def test_the_shipped_base() -> None:
 
 
 @every_architecture
-def test_random_weights_are_said_to_be_random(architecture: str, base_folder: Folder) -> None:
-    """The architecture alone has weights of no file, which depend on the seed, and the record says so."""
-    knobs = Model(path=str(base_folder(architecture)), init="random")
+def test_random_weights_depend_on_the_seed(architecture: str, base_folder: Folder) -> None:
+    """With init=random no saved weight is used, and the fingerprint states that the weights are random."""
+    model = Model(path=str(base_folder(architecture)), init="random")
     weights = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        base = loading.load_model(knobs)
+        base = loading.load_model(model)
         weights.append(base.model.get_input_embeddings().weight.detach())  # type: ignore[operator,union-attr]
     assert base.fingerprint == "random weights"
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
-    assert not torch.equal(weights[0], loading.load_model(Model(path=knobs.path)).model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    assert not torch.equal(weights[0], loading.load_model(Model(path=model.path)).model.get_input_embeddings().weight)  # type: ignore[arg-type]
 
 
-def test_random_weights_need_no_file(own_folder: Path) -> None:
-    """The architecture alone is made from a config, without weights."""
-    (own_folder / "model.safetensors").unlink()
-    assert loading.load_model(Model(path=str(own_folder), init="random")).fingerprint == "random weights"
+def test_random_weights_need_only_a_config(folder_copy: Path) -> None:
+    """A folder without weights is loaded with init=random."""
+    (folder_copy / "model.safetensors").unlink()
+    assert loading.load_model(Model(path=str(folder_copy), init="random")).fingerprint == "random weights"
 
 
-def test_identity_is_of_the_weights(own_folder: Path, base_folder: Folder) -> None:
-    """Two folders with the same weights have one identity, and one other number makes another."""
+def test_fingerprint_depends_on_the_weights(folder_copy: Path, base_folder: Folder) -> None:
+    """Two folders with equal weights have the same fingerprint; a change of one value changes it."""
     original = loading.load_model(Model(path=str(base_folder("llama_untied")))).fingerprint
-    assert loading.load_model(Model(path=str(own_folder))).fingerprint == original
-    weights = load_file(own_folder / "model.safetensors")
+    assert loading.load_model(Model(path=str(folder_copy))).fingerprint == original
+    weights = load_file(folder_copy / "model.safetensors")
     weights["lm_head.weight"][0, 0] += 1
-    save_file(weights, own_folder / "model.safetensors", metadata={"format": "pt"})
-    assert loading.load_model(Model(path=str(own_folder))).fingerprint != original
+    save_file(weights, folder_copy / "model.safetensors", metadata={"format": "pt"})
+    assert loading.load_model(Model(path=str(folder_copy))).fingerprint != original
 
 
-def test_identity_of_a_hub_model(base_folder: Folder) -> None:
-    """Of a base from the hub the commit is known, and is its identity."""
+def test_fingerprint_of_a_hub_model_is_its_commit(base_folder: Folder) -> None:
+    """Transformers stores the commit in the config of a model from the hub."""
     base = loading.load_model(Model(path=str(base_folder("gpt2_tied"))))
     base.model.config._commit_hash = "0123abc"
     assert loading.compute_model_fingerprint(base.model, Model(path="some/model")) == "commit 0123abc"
 
 
-def test_dropout_of_the_recipe(base_folder: Folder) -> None:
-    """The recipe's dropout is that of every dropout in the base; null leaves its config's."""
+def test_recipe_dropout_sets_every_dropout_rate(base_folder: Folder) -> None:
+    """With null, the rates of the config are kept."""
     path = str(base_folder("gpt2_tied"))
     modules = loading.load_model(Model(path=path, dropout=0.25)).model.modules()
-    found = [module.p for module in modules if isinstance(module, torch.nn.Dropout)]
-    assert found
-    assert set(found) == {0.25}
+    rates = [module.p for module in modules if isinstance(module, torch.nn.Dropout)]
+    assert rates
+    assert set(rates) == {0.25}
     llama = loading.load_config(Model(path=str(base_folder("llama_tied")), dropout=0.25))
     assert llama.attention_dropout == 0.25
     assert loading.load_config(Model(path=path)).resid_pdrop == 0.0
 
 
-def test_dropout_where_there_is_none(tmp_path: Path) -> None:
-    """Asking for dropout where an architecture has none is refused, and asking for none is not."""
+def test_dropout_is_refused_for_an_architecture_without_dropout(tmp_path: Path) -> None:
+    """A rate of 0 is accepted."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}), encoding="utf-8")
     with pytest.raises(OutOfRangeError, match=r"mamba has no dropout, but model\.dropout=0\.1"):
         loading.load_config(Model(path=str(tmp_path), dropout=0.1))
     assert loading.load_config(Model(path=str(tmp_path), dropout=0.0)).model_type == "mamba"
 
 
-def test_positions_under_either_name() -> None:
-    """Positions are found under either of their names, and are None where a config has neither."""
+def test_max_positions_is_read_under_either_key() -> None:
+    """The value is None if a config has neither key."""
     from transformers import MambaConfig
 
     assert loading.get_max_positions(gpt2_config(n_positions=77)) == 77
@@ -126,133 +126,133 @@ def test_positions_under_either_name() -> None:
     assert loading.get_max_positions(MambaConfig()) is None
 
 
-def test_attention_is_the_one_asked_for(base_folder: Folder) -> None:
-    """The attention implementation is the recipe's."""
+def test_attention_implementation_is_that_of_the_recipe(base_folder: Folder) -> None:
+    """The loaded config has the requested implementation."""
     path = str(base_folder("gpt2_tied"))
     for attention in ("sdpa", "eager"):
         base = loading.load_model(Model.model_validate({"path": path, "attention": attention}))
         assert base.model.config._attn_implementation == attention
 
 
-def test_attention_that_is_not_there(base_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flash attention where it is not installed is refused, never replaced."""
+def test_flash_attention_that_is_not_installed_is_refused(base_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other implementation replaces it."""
     from transformers import AutoModelForCausalLM
 
-    def refuse(*_: Any, **__: Any) -> None:
+    def raise_error(*_: Any, **__: Any) -> None:
         raise ImportError("FlashAttention2 has been toggled on, but\nmore lines")
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", raise_error)
     with pytest.raises(UnsupportedModelError, match="flash_attention_2 is not installed: FlashAttention2 has been"):
         loading.load_model(Model(path=str(base_folder("gpt2_tied")), attention="flash_attention_2"))
 
 
-def test_tokenizer_from_elsewhere(own_folder: Path, base_folder: Folder) -> None:
-    """A base without a tokenizer of its own takes the one that the recipe names."""
-    (own_folder / "tokenizer.json").unlink()
-    (own_folder / "tokenizer_config.json").unlink()
-    elsewhere = base_folder("gpt2_tied")
-    base = loading.load_model(Model(path=str(own_folder), tokenizer=str(elsewhere)))
-    assert base.tokenizer.name_or_path == str(elsewhere)
+def test_tokenizer_of_another_folder(folder_copy: Path, base_folder: Folder) -> None:
+    """A model without a tokenizer uses the one that the recipe names."""
+    (folder_copy / "tokenizer.json").unlink()
+    (folder_copy / "tokenizer_config.json").unlink()
+    tokenizer_folder = base_folder("gpt2_tied")
+    base = loading.load_model(Model(path=str(folder_copy), tokenizer=str(tokenizer_folder)))
+    assert base.tokenizer.name_or_path == str(tokenizer_folder)
 
 
-def _without_weights(folder: Path) -> None:
+def _delete_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
-def _pickled(folder: Path) -> None:
+def _pickle_weights(folder: Path) -> None:
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    _without_weights(folder)
+    _delete_weights(folder)
 
 
-def _cut_short(folder: Path) -> None:
+def _truncate_weights(folder: Path) -> None:
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
 
 
-def _without_head(folder: Path) -> None:
+def _delete_head(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     del weights["lm_head.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _other_shape(folder: Path) -> None:
+def _reshape_head(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     weights["lm_head.weight"] = torch.zeros(10, 64)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _without_tokenizer(folder: Path) -> None:
+def _delete_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
 
 
-def _spoilt_tokenizer(folder: Path) -> None:
+def _empty_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
 
 
-def _spoilt_config(folder: Path) -> None:
+def _corrupt_config(folder: Path) -> None:
     (folder / "config.json").write_text("{ no json", encoding="utf-8")
 
 
-def _unknown_type(folder: Path) -> None:
+def _set_unknown_type(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": "nosuch"}), encoding="utf-8")
 
 
-SPOILT: list[tuple[Callable[[Path], None], str]] = [
-    (_without_weights, r"no usable weights.*put model\.safetensors there, or set model\.init=random"),
-    (_pickled, "no usable weights"),
-    (_cut_short, "no usable weights"),
-    (_without_head, r"no usable weights: 1 tensors are missing \(lm_head\.weight\)"),
-    (_other_shape, r"no usable weights: their shapes do not match config\.json"),
-    (_without_tokenizer, "no usable tokenizer"),
-    (_spoilt_tokenizer, "no usable tokenizer"),
-    (_spoilt_config, "no usable config"),
-    (_unknown_type, "no usable config: .*nosuch"),
+DAMAGES: list[tuple[Callable[[Path], None], str]] = [
+    (_delete_weights, r"no usable weights.*put model\.safetensors there, or set model\.init=random"),
+    (_pickle_weights, "no usable weights"),
+    (_truncate_weights, "no usable weights"),
+    (_delete_head, r"no usable weights: 1 tensors are missing \(lm_head\.weight\)"),
+    (_reshape_head, r"no usable weights: their shapes do not match config\.json"),
+    (_delete_tokenizer, "no usable tokenizer"),
+    (_empty_tokenizer, "no usable tokenizer"),
+    (_corrupt_config, "no usable config"),
+    (_set_unknown_type, "no usable config: .*nosuch"),
 ]
 
 
-@pytest.mark.parametrize(("spoil", "expected"), SPOILT, ids=[spoil.__name__.strip("_") for spoil, _ in SPOILT])
-def test_a_spoilt_folder(spoil: Callable[[Path], None], expected: str, own_folder: Path) -> None:
-    """Whatever is missing or broken in a folder is said in one sentence that names it; nothing is made up instead."""
-    loading.load_model(Model(path=str(own_folder)))
-    spoil(own_folder)
-    with pytest.raises(ModelNotFoundError, match=expected) as caught:
-        loading.load_model(Model(path=str(own_folder)))
-    assert str(own_folder) in str(caught.value)
-    assert "\n" not in str(caught.value)
+@pytest.mark.parametrize(("damage", "expected"), DAMAGES, ids=[damage.__name__.strip("_") for damage, _ in DAMAGES])
+def test_damaged_folder_is_refused(damage: Callable[[Path], None], expected: str, folder_copy: Path) -> None:
+    """The error is one sentence that names the folder and the missing or invalid part."""
+    loading.load_model(Model(path=str(folder_copy)))
+    damage(folder_copy)
+    with pytest.raises(ModelNotFoundError, match=expected) as raised:
+        loading.load_model(Model(path=str(folder_copy)))
+    assert str(folder_copy) in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
-def test_pickled_weights_are_never_read(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file that could run code when it is read is not opened."""
-    _pickled(own_folder)
+def test_pickled_weights_are_never_read(folder_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that could execute code when it is loaded is not opened."""
+    _pickle_weights(folder_copy)
 
-    def refuse(*_: Any, **__: Any) -> None:
+    def raise_error(*_: Any, **__: Any) -> None:
         raise AssertionError("a pickle was opened")
 
-    monkeypatch.setattr(torch, "load", refuse)
+    monkeypatch.setattr(torch, "load", raise_error)
     with pytest.raises(ModelNotFoundError):
-        loading.load_model(Model(path=str(own_folder)))
+        loading.load_model(Model(path=str(folder_copy)))
 
 
-def test_no_causal_language_model(own_folder: Path) -> None:
-    """An encoder-decoder is refused for what it is."""
-    (own_folder / "config.json").write_text(json.dumps({"model_type": "t5"}), encoding="utf-8")
+def test_encoder_decoder_is_refused(folder_copy: Path) -> None:
+    """The error names the model type."""
+    (folder_copy / "config.json").write_text(json.dumps({"model_type": "t5"}), encoding="utf-8")
     with pytest.raises(UnsupportedModelError, match="t5 is not a causal language model"):
-        loading.load_model(Model(path=str(own_folder), init="random"))
+        loading.load_model(Model(path=str(folder_copy), init="random"))
 
 
 @pytest.mark.parametrize(
-    ("path", "kind"),
+    ("path", "error"),
     [("nobody/nothing", HubUnreachableError), ("/no/such/folder", ModelNotFoundError), ("./no", ModelNotFoundError)],
 )
-def test_nothing_of_that_name(path: str, kind: type[PeftbenchError]) -> None:
-    """A name that is neither a folder nor in the cache, with no hub to ask, is said to be so, with what to do."""
-    with pytest.raises(kind, match=r"set model\.path to the folder of a local copy") as caught:
+def test_unknown_model_path_is_refused(path: str, error: type[PeftbenchError]) -> None:
+    """The path is not a folder, not in the cache, and the hub is unreachable: the error states what to set."""
+    with pytest.raises(error, match=r"set model\.path to the folder of a local copy") as raised:
         loading.load_model(Model(path=path))
-    assert repr(path) in str(caught.value)
+    assert repr(path) in str(raised.value)
 
 
-def test_architectures_of_the_tests_are_what_they_say(base_folder: Folder) -> None:
-    """The small bases that all tests run through are tied and untied as their names say."""
+def test_small_models_are_tied_as_named(base_folder: Folder) -> None:
+    """Embedding and head share a matrix in exactly the models whose name ends in _tied."""
     assert ARCHITECTURES
     for architecture in ARCHITECTURES:
         model = loading.load_model(Model(path=str(base_folder(architecture)))).model
@@ -260,32 +260,34 @@ def test_architectures_of_the_tests_are_what_they_say(base_folder: Folder) -> No
         assert shared is architecture.endswith("_tied")
 
 
-def test_the_fused_gelu_is_the_same_function(base_folder: Folder) -> None:
-    """One kernel in place of the formula written out: the same logits to rounding; off, to the last bit of theirs."""
+def test_fused_gelu_matches_the_formula(base_folder: Folder) -> None:
+    """Fused, logits are equal up to rounding and one tensor is saved; unfused, logits equal those of transformers."""
     folder = str(base_folder("gpt2_tied"))
     ids = torch.arange(1, 40)[None]
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
     plain = loading.load_model(Model(path=folder, fused_gelu=False)).model
     fused = loading.load_model(Model(path=folder)).model
-    assert torch.equal(plain(input_ids=ids).logits, theirs)
-    assert torch.allclose(fused(input_ids=ids).logits, theirs, atol=2e-5)
-    assert not torch.equal(fused(input_ids=ids).logits, theirs)
-    kept: dict[str, int] = {}
+    assert torch.equal(plain(input_ids=ids).logits, expected)
+    assert torch.allclose(fused(input_ids=ids).logits, expected, atol=2e-5)
+    assert not torch.equal(fused(input_ids=ids).logits, expected)
+    saved_values: dict[str, int] = {}
     for name, model in (("plain", plain), ("fused", fused)):
         sizes: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):  # type: ignore[misc]
             blocks: Any = model.transformer
             blocks.h[0].mlp.act(torch.randn(7, 11, requires_grad=True))
-        kept[name] = sum(sizes)
-    assert kept["fused"] == 77
-    assert kept["plain"] >= 3 * 77
-    assert fused.config.activation_function == "gelu_new"  # as it will be saved
+        saved_values[name] = sum(sizes)
+    assert saved_values["fused"] == 77
+    assert saved_values["plain"] >= 3 * 77
+    assert fused.config.activation_function == "gelu_new"  # the config to be saved is unchanged
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "nf4_double", "int8"])
 @pytest.mark.parametrize("architecture", ["gpt2_tied", "llama_untied"])
-def test_a_quantised_base(quantization: Any, architecture: str, base_folder: Folder) -> None:
-    """Matrices of the blocks in a byte or half, all else in float32, and as many parameters as without."""
+def test_quantized_base_packs_the_matrices_of_the_blocks(
+    quantization: Any, architecture: str, base_folder: Folder
+) -> None:
+    """They take one byte or half a byte per weight, other weights are float32; the parameter count is unchanged."""
     folder = str(base_folder(architecture))
     plain, base = (loading.load_model(Model(path=folder, quantization=q)).model for q in (None, quantization))
     packed = [p for p in base.parameters() if p.dtype in {torch.uint8, torch.int8}]
@@ -300,7 +302,7 @@ def test_a_quantised_base(quantization: Any, architecture: str, base_folder: Fol
     assert base.num_parameters() == plain.num_parameters()
 
 
-def test_an_architecture_alone_is_not_quantised(base_folder: Folder) -> None:
-    """There is nothing loaded that could be."""
+def test_quantization_of_random_weights_is_refused(base_folder: Folder) -> None:
+    """The error names the key."""
     with pytest.raises(OutOfRangeError, match=r"model\.quantization needs pretrained weights"):
         loading.load_model(Model(path=str(base_folder("gpt2_tied")), init="random", quantization="nf4"))

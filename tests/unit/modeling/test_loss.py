@@ -1,4 +1,4 @@
-"""The loss is a sum over labelled tokens, and a global batch's gradient does not depend on how it was cut."""
+"""The loss is a sum over labeled tokens, and the gradient of a global batch does not depend on its micro-batches."""
 
 from __future__ import annotations
 
@@ -25,136 +25,134 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 UNEQUAL = ((20, 19), (12, 1), (25, 24), (30, 2), (9, 8), (17, 3), (8, 7))
-"""Seven rows with 1, 11, 1, 28, 1, 14 and 1 labelled tokens."""
+"""Seven rows with 1, 11, 1, 28, 1, 14 and 1 labeled tokens."""
 
 
-Fresh = Callable[[str], "PreTrainedModel"]
+BaseFactory = Callable[[str], "PreTrainedModel"]
 
 
 class Recorder(torch.optim.SGD):
-    """Keeps the gradients that it was asked to step on."""
+    """SGD that stores the gradients of its last step."""
 
     def __init__(self, parameters: list[nn.Parameter], learning_rate: float = 0.0) -> None:
         super().__init__(parameters, lr=learning_rate)
-        self.seen: list[torch.Tensor] = []
-        self.trained = parameters
-        self.register_step_pre_hook(self._keep)
+        self.gradients: list[torch.Tensor] = []
+        self.trained_parameters = parameters
+        self.register_step_pre_hook(self._store_gradients)
 
-    def _keep(self, *_: object) -> None:
-        self.seen = [parameter.grad.clone() for parameter in self.trained if parameter.grad is not None]
+    def _store_gradients(self, *_: object) -> None:
+        self.gradients = [parameter.grad.clone() for parameter in self.trained_parameters if parameter.grad is not None]
 
 
-def _applied(method: Method, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+def _apply_method(method: Method, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
     torch.manual_seed(3)
     model = method.apply(base, tokenizer)
     method.set_training(model)
     return model
 
 
-def _batches(micro_batch_size: int | None, method: Method) -> Batches:
+def _build_batches(micro_batch_size: int | None, method: Method) -> Batches:
     collator = Collator(pad_token_id=0, virtual_tokens=method.virtual_tokens)
     return Batches(Dataset.from_list(rows(UNEQUAL)), collator, len(UNEQUAL), micro_batch_size, seed=0)
 
 
 @every_method
 @every_architecture
-def test_loss_is_what_transformers_says(
-    architecture: str, method: Method, fresh_base: Fresh, tokenizer: PreTrainedTokenizerBase
+def test_mean_loss_matches_transformers(
+    architecture: str, method: Method, fresh_base: BaseFactory, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Divided by the labelled tokens, the loss of a batch is the one transformers gives for the same labels."""
-    model, soft = _applied(method, fresh_base(architecture), tokenizer).eval(), method.virtual_tokens
-    batch = micro_batch(virtual=soft)
+    """The loss divided by the number of labeled tokens equals the loss of transformers for the same labels."""
+    model = _apply_method(method, fresh_base(architecture), tokenizer).eval()
+    batch = micro_batch(virtual=method.virtual_tokens)
     with torch.no_grad():
-        mask = mask_of(batch)
-        theirs = model(input_ids=batch.input_ids, attention_mask=mask, labels=labels_of(batch, soft)).loss
-        assert (summed_loss(model, batch) / labelled(batch)).item() == pytest.approx(theirs.item(), rel=1e-6)
+        labels = labels_of(batch, method.virtual_tokens)
+        expected = model(input_ids=batch.input_ids, attention_mask=mask_of(batch), labels=labels).loss
+        assert (summed_loss(model, batch) / labelled(batch)).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 @every_architecture
-def test_loss_by_hand(architecture: str, fresh_base: Fresh) -> None:
-    """The loss of a batch is the sum, over rows alone and unpadded, of minus the log-probability of each target."""
+def test_loss_matches_sum_over_targets_by_hand(architecture: str, fresh_base: BaseFactory) -> None:
+    """The loss of a batch is the sum of minus the log-probability of each target, from one unpadded row at a time."""
     model = fresh_base(architecture).eval()
     batch = micro_batch()
     by_hand = 0.0
     for ids, length, labels in zip(batch.input_ids, batch.lengths, labels_of(batch), strict=True):
         with torch.no_grad():
-            scores = model(input_ids=ids[None, :length]).logits[0].double().log_softmax(-1)
+            log_probabilities = model(input_ids=ids[None, :length]).logits[0].double().log_softmax(-1)
         by_hand -= sum(
-            scores[position - 1, ids[position]].item() for position in range(1, length) if labels[position] != -100
+            log_probabilities[position - 1, ids[position]].item()
+            for position in range(1, length)
+            if labels[position] != -100
         )
     with torch.no_grad():
         assert summed_loss(model, batch).item() == pytest.approx(by_hand, rel=1e-5)
 
 
-def test_logits_are_those_of_real_positions(fresh_base: Fresh, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Logits of virtual tokens are cut off in front: what is left stands over the tokens that it predicts from."""
-    model = _applied(PromptTuning(num_virtual_tokens=5), fresh_base("gpt2_tied"), tokenizer).eval()
+def test_logits_exclude_virtual_tokens(fresh_base: BaseFactory, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The first logits, those of virtual tokens, are cut off; the others are at the positions of the real tokens."""
+    model = _apply_method(PromptTuning(num_virtual_tokens=5), fresh_base("gpt2_tied"), tokenizer).eval()
     batch = micro_batch()
     with torch.no_grad():
-        everything = model(input_ids=batch.input_ids, attention_mask=mask_of(batch)).logits
-        cut = logits(model, batch)
-    assert everything.shape[1] == batch.input_ids.shape[1] + 5
-    assert torch.equal(cut, everything[:, 5:])
+        all_logits = model(input_ids=batch.input_ids, attention_mask=mask_of(batch)).logits
+        real_logits = logits(model, batch)
+    assert all_logits.shape[1] == batch.input_ids.shape[1] + 5
+    assert torch.equal(real_logits, all_logits[:, 5:])
 
 
 @every_method
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 4])
-def test_micro_batches_change_no_gradient(
+def test_gradient_does_not_depend_on_micro_batch_size(
     micro_batch_size: int,
     method: Method,
-    fresh_base: Fresh,
+    fresh_base: BaseFactory,
     tokenizer: PreTrainedTokenizerBase,
     accelerator: Accelerator,
 ) -> None:
-    """However a global batch is cut, its loss and gradient are those of the mean over all its labelled tokens."""
-    found = {}
+    """Loss and gradient are those of the mean over all labeled tokens of the global batch."""
+    results = {}
     for size in (None, micro_batch_size):
-        model = _applied(method, fresh_base("gpt2_tied"), tokenizer)
+        model = _apply_method(method, fresh_base("gpt2_tied"), tokenizer)
         recorder = Recorder(list(trained(model).values()))
-        batch = next(iter(_batches(size, method)))
+        batch = next(iter(_build_batches(size, method)))
         assert len(batch.micro_batches) == (1 if size is None else -(-len(UNEQUAL) // size))
         loss = train_step(accelerator, trainer_of(accelerator, model, recorder), batch, max_grad_norm=None)
-        found[size] = (loss, recorder.seen)
-    (loss, gradients), (loss_again, gradients_again) = found[None], found[micro_batch_size]
-    assert loss_again == pytest.approx(loss, rel=1e-5)
-    assert len(gradients) == len(gradients_again) > 0
-    for whole, cut in zip(gradients, gradients_again, strict=True):
-        torch.testing.assert_close(cut, whole, rtol=1e-4, atol=1e-5)
+        results[size] = (loss, recorder.gradients)
+    (loss, gradients), (accumulated_loss, accumulated_gradients) = results[None], results[micro_batch_size]
+    assert accumulated_loss == pytest.approx(loss, rel=1e-5)
+    assert len(gradients) == len(accumulated_gradients) > 0
+    for gradient, accumulated in zip(gradients, accumulated_gradients, strict=True):
+        torch.testing.assert_close(accumulated, gradient, rtol=1e-4, atol=1e-5)
 
 
-def test_mean_of_means_would_differ(
-    fresh_base: Fresh, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator
+def test_mean_of_micro_batch_means_differs(
+    fresh_base: BaseFactory, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator
 ) -> None:
-    """On the same batch the mean of the micro-batches' means is another loss with another gradient.
-
-    So the test above could not pass with it.
-    """
-    model = _applied(Full(), fresh_base("gpt2_tied"), tokenizer)
+    """The mean of the micro-batches' means has another loss and gradient, so the test above would fail with it."""
+    model = _apply_method(Full(), fresh_base("gpt2_tied"), tokenizer)
     recorder = Recorder(list(trained(model).values()))
-    batch = next(iter(_batches(1, Full())))
+    batch = next(iter(_build_batches(1, Full())))
     loss = train_step(accelerator, trainer_of(accelerator, model, recorder), batch, max_grad_norm=None)
     means = [summed_loss(model, part) / labelled(part) for part in batch.micro_batches]
     wrong = torch.stack(means).mean()
     wrong.backward()  # type: ignore[no-untyped-call]
     assert abs(wrong.item() - loss) > 1e-2 * loss
-    theirs = torch.cat(
+    wrong_gradient = torch.cat(
         [parameter.grad.flatten() for parameter in trained(model).values() if parameter.grad is not None]
     )
-    ours = torch.cat([gradient.flatten() for gradient in recorder.seen])
-    assert (theirs - ours).norm() > 0.1 * ours.norm()
+    gradient = torch.cat([gradient.flatten() for gradient in recorder.gradients])
+    assert (wrong_gradient - gradient).norm() > 0.1 * gradient.norm()
 
 
-def test_as_published_labels_everything(fresh_base: Fresh) -> None:
-    """Labelled as the study did, padding enters the loss, and a step divides by all the positions that entered."""
-    made = rows([(9, 6), (14, 5)])
+def test_label_padding_labels_every_position(fresh_base: BaseFactory) -> None:
+    """With label_padding, as in the published study, padding has labels too and counts as labeled tokens."""
+    examples = rows([(9, 6), (14, 5)])
     batch = Collator(pad_token_id=0, label_padding=True).collate(
-        [row["input_ids"] for row in made], [row["prompt_tokens"] for row in made]
+        [row["input_ids"] for row in examples], [row["prompt_tokens"] for row in examples]
     )
     assert labelled(batch) == 2 * (14 - 1)
     model = fresh_base("gpt2_tied").eval()
     with torch.no_grad():
-        theirs = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.input_ids).loss
-        ours = summed_loss(
-            model, batch, use_masks=True
-        )  # as a run does it: here padding asks, and may not be looked at
-        assert ours.item() == pytest.approx(26 * theirs.item(), rel=1e-5)
+        mean_loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.input_ids).loss
+        # As in a run: padding is labeled, so other positions need a mask that hides it.
+        loss = summed_loss(model, batch, use_masks=True)
+        assert loss.item() == pytest.approx(26 * mean_loss.item(), rel=1e-5)

@@ -1,4 +1,4 @@
-"""Methods over a frozen base in 4 or 8 bits (QLoRA), and which are refused."""
+"""Methods on a base model in 4 or 8 bits (QLoRA): which of them train, and which are refused."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from peftbench.training.build import load_base_model
 from tests.helpers.methods import ONE_OF_EACH
 from tests.helpers.workshop import Workshop
 
-OVER_FROZEN = {name: method for name, method in ONE_OF_EACH.items() if method.supports_quantized_base}
+SUPPORTED = {name: method for name, method in ONE_OF_EACH.items() if method.supports_quantized_base}
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "nf4_double", "int8"])
-@pytest.mark.parametrize("method", OVER_FROZEN.values(), ids=OVER_FROZEN)
-def test_trains_over_a_quantised_base(method: Method, quantization: str, workshop: Workshop) -> None:
-    """The loss falls, the base takes less, FLOPs are those of the plain one and the count agrees."""
-    plain, small = (
+@pytest.mark.parametrize("method", SUPPORTED.values(), ids=SUPPORTED)
+def test_supported_methods_train_on_a_quantized_base(method: Method, quantization: str, workshop: Workshop) -> None:
+    """The loss decreases, weights take fewer bytes, and parameters and model FLOPs equal those of a float32 base."""
+    plain, quantized = (
         workshop.run(workshop.recipe(method, model={"quantization": bits}, train={"steps": 8, "micro_batch_size": 3}))
         for bits in (None, quantization)
     )
-    assert small.outcome.kind == "ok"
-    assert min(small.step_losses[-2:]) < small.step_losses[0]
-    assert small.step_losses == pytest.approx(plain.step_losses, rel=0.05)
+    assert quantized.outcome.kind == "ok"
+    assert min(quantized.step_losses[-2:]) < quantized.step_losses[0]
+    assert quantized.step_losses == pytest.approx(plain.step_losses, rel=0.05)
     assert plain.state_bytes is not None
-    assert small.state_bytes is not None
-    assert small.state_bytes.weights < plain.state_bytes.weights
-    rounds = any("the int8 base model rounds its matmul inputs to fp16" in note for note in small.notes)
+    assert quantized.state_bytes is not None
+    assert quantized.state_bytes.weights < plain.state_bytes.weights
+    rounds = any("the int8 base model rounds its matmul inputs to fp16" in note for note in quantized.notes)
     assert rounds == (quantization == "int8")
-    assert (small.parameters, small.flops.model_flops) == (plain.parameters, plain.flops.model_flops)
+    assert (quantized.parameters, quantized.flops.model_flops) == (plain.parameters, plain.flops.model_flops)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
-def test_what_is_found_out_of_a_base_leaves_no_trace(quantization: str, workshop: Workshop) -> None:
-    """Its losses are probed in forward passes: weights stay as they are packed, and no layer has chosen its type."""
+def test_build_loss_does_not_modify_a_quantized_base(quantization: str, workshop: Workshop) -> None:
+    """Forward passes that probe the model change neither the packed weights nor any attribute of a layer."""
     base = load_base_model(workshop.recipe(ONE_OF_EACH["lora"], model={"quantization": quantization})).model
     base.get_submodule(next(name for name, _ in base.named_modules() if name.endswith("mlp"))).train()
     before = [dict(vars(module)) for module in base.modules()]
@@ -49,12 +49,12 @@ def test_what_is_found_out_of_a_base_leaves_no_trace(quantization: str, workshop
     for module, attributes in zip(base.modules(), before, strict=True):
         assert vars(module).keys() == attributes.keys()
         assert all(vars(module)[name] is value for name, value in attributes.items())
-    assert all(weight.data_ptr() == place and torch.equal(weight, copy) for weight, place, copy in weights)
+    assert all(weight.data_ptr() == address and torch.equal(weight, copy) for weight, address, copy in weights)
 
 
 @pytest.mark.parametrize("name", sorted(name for name, method in METHODS.items() if not method.supports_quantized_base))
-def test_what_would_train_it_is_refused(name: str, workshop: Workshop) -> None:
-    """Before it is loaded."""
+def test_methods_that_train_base_weights_are_refused(name: str, workshop: Workshop) -> None:
+    """The error is raised before the base model is loaded."""
     recipe = workshop.recipe(ONE_OF_EACH[name], model={"quantization": "nf4"})
     with pytest.raises(
         CombinationError, match=r"trains weights of the base model; use model\.quantization=null, or method\.kind=lora"

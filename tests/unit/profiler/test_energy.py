@@ -61,8 +61,8 @@ def test_packages_are_added_without_subdomains(powercap: Powercap) -> None:
     assert meter.read_joules() == 0.7
 
 
-def test_counter_wraps(powercap: Powercap) -> None:
-    """A counter restarts at 0 after its range: from 900,000 to 100,000 are 200,001 microjoules."""
+def test_counter_overflow_is_corrected(powercap: Powercap) -> None:
+    """A counter restarts at 0 after its range: from 900,000 to 100,000 it counted 200,001 microjoules."""
     powercap.set_counter("intel-rapl:0", 900_000)
     meter = build_energy_meter(CPU, powercap_dir=powercap.folder)
     powercap.set_counter("intel-rapl:0", 100_000)
@@ -77,16 +77,16 @@ def test_counters_are_polled_once_a_minute(powercap: Powercap, monkeypatch: pyte
     meter = build_energy_meter(CPU, powercap_dir=powercap.folder)
     assert isinstance(meter, CpuEnergy)
     meter._last_read_time = 0.0
-    for at, shown in ((30, 600_000), (61, 800_000), (122, 300_000)):  # the last one wrapped
+    for at, microjoules in ((30, 600_000), (61, 800_000), (122, 300_000)):  # the last one wrapped
         now[0] = at
-        powercap.set_counter("intel-rapl:0", shown)
+        powercap.set_counter("intel-rapl:0", microjoules)
         meter.poll()
         assert (meter._microjoules == 0) == (at == 30)  # not yet read
     assert meter._microjoules == 800_000 + (300_000 - 800_000) % (RANGE + 1)
 
 
 def test_unreadable_counters_are_unknown(tmp_path: Path, powercap: Powercap) -> None:
-    """No directory, no package, an unreadable counter, or a counter that disappeared."""
+    """A missing directory or package, an unreadable counter, and a counter that disappeared."""
     assert build_energy_meter(CPU, powercap_dir=tmp_path / "none") == NoEnergy()
     meter = build_energy_meter(CPU, powercap_dir=powercap.folder)
     (powercap.folder / "intel-rapl:0" / "energy_uj").unlink()
@@ -106,10 +106,10 @@ def test_only_one_rank_per_machine_reads_cpu_counters(powercap: Powercap) -> Non
     assert build_energy_meter(CPU, reads_cpu_counters=False, powercap_dir=empty).read_joules() is None
 
 
-# --- the driver ------------------------------------------------------------------------------------------------------
+# --- GPU driver ------------------------------------------------------------------------------------------------------
 
 
-def refuse(*_: Any) -> Any:
+def raise_not_supported(*_: Any) -> Any:
     """Raise like the binding if the driver does not support a call."""
     raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
 
@@ -119,7 +119,7 @@ def process(pid: int, used: int | None) -> SimpleNamespace:
     return SimpleNamespace(pid=pid, usedGpuMemory=used)
 
 
-LISTS = [
+PROCESS_LISTS = [
     ([process(7, 100), process(42, 200)], 200),  # this process among others
     ([process(7, 100)], 100),  # the only process: in a container, with a host pid
     ([process(7, 100), process(8, 200)], None),  # cannot be identified
@@ -128,26 +128,26 @@ LISTS = [
 ]
 
 
-@pytest.mark.parametrize(("listed", "expected"), LISTS)
-def test_read_process_bytes(
-    listed: list[SimpleNamespace], expected: int | None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("processes", "expected"), PROCESS_LISTS)
+def test_process_bytes_by_pid(
+    processes: list[SimpleNamespace], expected: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The driver's value for this process, None if it cannot be identified."""
+    """The value is None if this process cannot be identified."""
     monkeypatch.setattr("os.getpid", lambda: 42)
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses", lambda _: listed)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses", lambda _: processes)
     assert Gpu("handle").read_process_bytes() == expected
 
 
-def test_board_energy_in_millijoules(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The driver's millijoules are converted to joules."""
+def test_gpu_energy_is_converted_to_joules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver reports millijoules."""
     monkeypatch.setattr(pynvml, "nvmlDeviceGetTotalEnergyConsumption", lambda handle: 1234 if handle == "h" else 0)
     assert GpuEnergy(Gpu("h")).read_joules() == 1.234
 
 
 def test_unsupported_driver_calls_are_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU without an energy counter, a driver that does not list processes, no driver."""
+    """A GPU without an energy counter, a driver that does not list processes, and a missing driver."""
     for name in ("nvmlDeviceGetTotalEnergyConsumption", "nvmlDeviceGetComputeRunningProcesses", "nvmlInit"):
-        monkeypatch.setattr(pynvml, name, refuse)
+        monkeypatch.setattr(pynvml, name, raise_not_supported)
     assert Gpu("h").read_joules() is None
     assert Gpu("h").read_process_bytes() is None
     assert Gpu.from_device(CUDA) is None

@@ -26,14 +26,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ROWS, WIDTH = 3, 16
-EVERY = {name: method for variants in VARIANTS.values() for name, method in variants.items() if "dora" not in name}
+METHOD_VARIANTS = {
+    name: method for variants in VARIANTS.values() for name, method in variants.items() if "dora" not in name
+}
 
-PAIRS = [(variant, name) for variant in EVERY for name in ARCHITECTURES if (variant, name) not in REFUSED]
+PAIRS = [(variant, name) for variant in METHOD_VARIANTS for name in ARCHITECTURES if (variant, name) not in REFUSED]
 CASES = [
     (variant, architecture, checkpointing)
     for variant, architecture in PAIRS
     for checkpointing in (False, True)
-    if not (checkpointing and EVERY[variant].has_frozen_backbone)  # it has no effect there
+    if not (checkpointing and METHOD_VARIANTS[variant].has_frozen_backbone)  # it has no effect there
 ]
 
 
@@ -54,12 +56,12 @@ def is_plain(point: tuple[Any, ...]) -> bool:
 
 
 def full_rectangle(method: Method, rows: int = ROWS, width: int = WIDTH) -> FlopUnits:
-    """Return the units of rows without padding whose positions are all labelled."""
+    """Return the units of rows without padding whose positions are all labeled."""
     width += method.virtual_tokens
     return FlopUnits(rows * width, rows * width**2, rows * width * (width + 1) // 2, rows * width, width)
 
 
-def counted(model: nn.Module, device: str = "cpu") -> int:
+def count_dispatched_flops(model: nn.Module, device: str = "cpu") -> int:
     """Return the FLOPs dispatched in one forward and backward pass."""
     ids = torch.zeros((ROWS, WIDTH), dtype=torch.long, device=device)
     mask = None if device == "meta" else torch.ones_like(ids)
@@ -80,10 +82,10 @@ def with_dropout(base: PreTrainedModel, probability: float) -> PreTrainedModel:
 
 def test_cases_cover_every_method() -> None:
     """Every method and architecture is in the sweep."""
-    assert {method.kind for method in EVERY.values()} == set(VARIANTS)
+    assert {method.kind for method in METHOD_VARIANTS.values()} == set(VARIANTS)
     assert {architecture for _, architecture in PAIRS} == set(ARCHITECTURES)
-    assert {EVERY[variant].kind for variant, _, checkpointing in CASES if checkpointing} == set(VARIANTS)
-    assert any(EVERY[variant].has_frozen_backbone for variant, _ in PAIRS)
+    assert {METHOD_VARIANTS[variant].kind for variant, _, checkpointing in CASES if checkpointing} == set(VARIANTS)
+    assert any(METHOD_VARIANTS[variant].has_frozen_backbone for variant, _ in PAIRS)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +101,7 @@ def test_closed_form_equals_dispatched_flops(  # noqa: PLR0917
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Hardware FLOPs include recomputation and fused attention."""
-    method = EVERY[variant]
+    method = METHOD_VARIANTS[variant]
     base = with_dropout(fresh_base(architecture), dropout)
     model = method.apply(base, tokenizer).train()
     if checkpointing:
@@ -111,7 +113,7 @@ def test_closed_form_equals_dispatched_flops(  # noqa: PLR0917
         gradient_checkpointing=checkpointing,
         computes_all_logits=True,
     )
-    assert flop_cost.compute_hardware_flops(full_rectangle(method)) == counted(model)
+    assert flop_cost.compute_hardware_flops(full_rectangle(method)) == count_dispatched_flops(model)
 
 
 @pytest.mark.parametrize(("variant", "architecture", "checkpointing"), mark_slow(CASES, is_plain, seed=2))
@@ -125,7 +127,7 @@ def test_closed_form_equals_dispatched_flops_on_meta(  # noqa: PLR0917
 ) -> None:
     """The same on the meta device, with eager attention."""
     monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda *_, **__: None)
-    method = EVERY[variant]
+    method = METHOD_VARIANTS[variant]
     base = with_dropout(fresh_base(architecture), 0.0)
     base.set_attn_implementation("eager")
     model = method.apply(base, tokenizer).train()
@@ -138,7 +140,7 @@ def test_closed_form_equals_dispatched_flops_on_meta(  # noqa: PLR0917
         gradient_checkpointing=checkpointing,
         computes_all_logits=True,
     )
-    assert flop_cost.compute_hardware_flops(full_rectangle(method)) == counted(model.to("meta"), "meta")
+    assert flop_cost.compute_hardware_flops(full_rectangle(method)) == count_dispatched_flops(model.to("meta"), "meta")
 
 
 def test_gpt2_small_matches_textbook_formulas(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -177,7 +179,7 @@ def test_gpt2_small_matches_textbook_formulas(tokenizer: PreTrainedTokenizerBase
 def test_model_flops_exclude_padding_and_recomputation(
     fresh_base: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Padding, future pairs, unlabelled head positions and recomputation count only as hardware FLOPs."""
+    """Padding, future pairs, head positions without a label and recomputation count only as hardware FLOPs."""
     base = fresh_base("gpt2_tied")
     model = Full().apply(base, tokenizer)
     plain = count_flops(model, base, virtual_tokens=0, gradient_checkpointing=False, computes_all_logits=False)
@@ -197,12 +199,12 @@ def test_model_flops_exclude_padding_and_recomputation(
     executed = plain.compute_hardware_flops(hardware_units)
     assert needed < plain.compute_hardware_flops(collator.hardware_flop_units(unpadded)) < executed
     assert executed < recomputed.compute_hardware_flops(hardware_units)
-    # The head, forward and backward, at the 27 positions that predict no label.
+    # Forward and backward pass of the head at the 27 positions without a label.
     assert all_logits.compute_hardware_flops(hardware_units) - executed == 27 * 6 * 64 * 4096
 
 
-def test_virtual_tokens_count() -> None:
-    """Virtual tokens are positions with attention, in model and hardware FLOPs."""
+def test_virtual_tokens_count_as_positions() -> None:
+    """They also take part in attention, in model and hardware FLOPs."""
     collator = Collator(pad_token_id=0, virtual_tokens=5)
     batch = collator.collate([[1] * 9, [1] * 4], [6, 2])
     expected = FlopUnits(14 + 9, 14**2 + 9**2, 14 * 15 // 2 + 9 * 10 // 2, 3 + 2, 14 + 9)
@@ -221,15 +223,15 @@ def test_mask_disables_causal_skipping() -> None:
     assert collator.hardware_flop_units(unpadded) == FlopUnits(18, 2 * 81, 2 * 45, 2 * 8, 9)
 
 
-def test_counter_on_known_products() -> None:
+def test_counter_matches_known_products() -> None:
     """A matrix product counts two FLOPs per multiply-add."""
     with FlopCounter() as counter:
         torch.ones(3, 5) @ torch.ones(5, 7)
     assert counter.total_flops == 2 * 3 * 5 * 7
-    left, right, into = torch.ones(3, 5), torch.ones(5, 7), torch.ones(3, 7)
+    left, right, output = torch.ones(3, 5), torch.ones(5, 7), torch.ones(3, 7)
     with FlopCounter() as counter:
-        torch.addmm(into, left, right, beta=2)
-        into.addmm_(left, right)
+        torch.addmm(output, left, right, beta=2)
+        output.addmm_(left, right)
     assert counter.total_flops == 2 * 2 * 3 * 5 * 7
 
 
@@ -242,7 +244,7 @@ def test_dora_is_refused(fresh_base: Callable[[str], PreTrainedModel], tokenizer
 
 
 def test_unknown_products_are_refused(tokenizer: PreTrainedTokenizerBase) -> None:
-    """BLOOM uses baddbmm and Mixtral grouped products: both raise and are not counted as zero."""
+    """BLOOM uses baddbmm and Mixtral grouped products: both raise an error and do not count as zero."""
     from transformers import BloomConfig, BloomForCausalLM, MixtralConfig, MixtralForCausalLM
 
     mixtral = MixtralConfig(

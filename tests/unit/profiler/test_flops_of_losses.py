@@ -1,4 +1,4 @@
-"""FLOPs of the training losses: the closed form equals the dispatched count, with little overhead."""
+"""FLOPs of the training losses: the closed form equals the dispatched count, and little is recomputed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from peftbench.profiler.flops import FlopCost, count_flops
 from tests.helpers.batches import LENGTHS_AND_PROMPTS, rows
 from tests.helpers.methods import ONE_OF_EACH, every_method
 from tests.helpers.training import loss_for
-from tests.unit.profiler.test_flops import CASES, EVERY, is_plain, mark_slow, with_dropout
+from tests.unit.profiler.test_flops import CASES, METHOD_VARIANTS, is_plain, mark_slow, with_dropout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,13 +28,13 @@ EVEN = ((20, 6), (20, 19), (20, 4))
 """Rows of one length, without padding."""
 
 
-def collated(collator: Collator, lengths_and_prompts: tuple[tuple[int, int], ...]) -> MicroBatch:
+def collate_rows(collator: Collator, lengths_and_prompts: tuple[tuple[int, int], ...]) -> MicroBatch:
     """Return random rows of these lengths in one micro-batch."""
     examples = rows(lengths_and_prompts)
     return collator.collate([row["input_ids"] for row in examples], [row["prompt_tokens"] for row in examples])
 
 
-def counted(model: nn.Module, loss: CausalLMLoss, batch: MicroBatch) -> int | None:
+def count_dispatched_flops(model: nn.Module, loss: CausalLMLoss, batch: MicroBatch) -> int | None:
     """Return the FLOPs dispatched for a loss and its gradients."""
     with loss.attention_context(), FlopCounter() as counter:
         loss(model, batch).backward()  # type: ignore[no-untyped-call]
@@ -42,8 +42,8 @@ def counted(model: nn.Module, loss: CausalLMLoss, batch: MicroBatch) -> int | No
     return total
 
 
-def closed_form(model: nn.Module, base: PreTrainedModel, loss: CausalLMLoss, **options: Any) -> FlopCost:
-    """Return the FLOP cost like a run does."""
+def compute_closed_form(model: nn.Module, base: PreTrainedModel, loss: CausalLMLoss, **options: Any) -> FlopCost:
+    """Return the FLOP cost as in a run."""
     with loss.attention_context():
         return count_flops(model, base, computes_all_logits=loss.computes_all_logits, **options)
 
@@ -63,8 +63,8 @@ def test_closed_form_of_loss_equals_dispatched_flops(  # noqa: PLR0917
     tokenizer: PreTrainedTokenizerBase,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Padded and padding-free, logits whole and in chunks, rows of different and equal lengths: equal exactly."""
-    method = EVERY[variant]
+    """Exactly, for padded and padding-free rows, whole and chunked logits, and different and equal row lengths."""
+    method = METHOD_VARIANTS[variant]
     base = with_dropout(fresh_base(architecture), dropout)
     model = method.apply(base, tokenizer)
     method.set_training(model)
@@ -73,7 +73,7 @@ def test_closed_form_of_loss_equals_dispatched_flops(  # noqa: PLR0917
     loss = loss_for(model)
     assert isinstance(loss, LabelledLogitsLoss)
     assert not loss.uses_masks
-    flop_cost = closed_form(
+    flop_cost = compute_closed_form(
         model, base, loss, virtual_tokens=method.virtual_tokens, gradient_checkpointing=checkpointing
     )
     virtual = method.virtual_tokens
@@ -84,10 +84,10 @@ def test_closed_form_of_loss_equals_dispatched_flops(  # noqa: PLR0917
         PaddingFreeCollator(0, virtual, pad_to_multiple_of=64),
     ):
         for lengths in (LENGTHS_AND_PROMPTS, EVEN):
-            batch = collated(collator, lengths)
+            batch = collate_rows(collator, lengths)
             for chunk in (2**25, 3 * 4096):
                 monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", chunk)
-                assert flop_cost.compute_hardware_flops(collator.hardware_flop_units(batch)) == counted(
+                assert flop_cost.compute_hardware_flops(collator.hardware_flop_units(batch)) == count_dispatched_flops(
                     model, loss, batch
                 )
             assert flop_cost.compute_model_flops(collator.model_flop_units(batch)) <= flop_cost.compute_hardware_flops(
@@ -110,7 +110,7 @@ def test_all_logits_masks_and_eager_attention_are_counted(
     fresh_base: Callable[[str], PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """The head at all positions, padded labels with a mask, and eager attention, which skips no pair."""
+    """The head at all positions, labeled padding with a mask, and eager attention, which computes all pairs."""
     base = with_dropout(fresh_base(architecture), 0.0)
     base.set_attn_implementation(attention)
     model = method.apply(base, tokenizer)
@@ -122,18 +122,18 @@ def test_all_logits_masks_and_eager_attention_are_counted(
         {"labelled_only": False, "use_masks": True},
     ):
         loss = loss_for(model, **options)
-        flop_cost = closed_form(model, base, loss, virtual_tokens=virtual, gradient_checkpointing=False)
+        flop_cost = compute_closed_form(model, base, loss, virtual_tokens=virtual, gradient_checkpointing=False)
         for collator in (Collator(0, virtual), Collator(0, virtual, label_padding=True)):
             for lengths in (LENGTHS_AND_PROMPTS, EVEN):
                 if collator.label_padding and not loss.uses_masks:
                     continue
-                batch = collated(collator, lengths)
-                assert flop_cost.compute_hardware_flops(collator.hardware_flop_units(batch)) == counted(
+                batch = collate_rows(collator, lengths)
+                assert flop_cost.compute_hardware_flops(collator.hardware_flop_units(batch)) == count_dispatched_flops(
                     model, loss, batch
                 )
 
 
-def news(count: int) -> list[tuple[int, int]]:
+def draw_news_lengths(count: int) -> list[tuple[int, int]]:
     """Return lengths of examples and their prompts as in CNN/DailyMail: about 840 tokens with 60 labels."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.normal(840.0, 200.0, (count,), generator=generator).clamp(200, 1000).int().tolist()
@@ -143,16 +143,18 @@ def news(count: int) -> list[tuple[int, int]]:
 
 @every_method
 def test_hardware_flops_are_within_3_percent_of_model_flops(method: Method, tokenizer: PreTrainedTokenizerBase) -> None:
-    """GPT-2 small over padding-free news: only attention's scores are recomputed."""
+    """GPT-2 small over padding-free news articles: only attention's scores are recomputed."""
     base = GPT2LMHeadModel(GPT2Config(attn_pdrop=0.0))
     model = method.apply(base, tokenizer)
     method.set_training(model)
     loss = loss_for(model)
-    flop_cost = closed_form(model, base, loss, virtual_tokens=method.virtual_tokens, gradient_checkpointing=False)
+    flop_cost = compute_closed_form(
+        model, base, loss, virtual_tokens=method.virtual_tokens, gradient_checkpointing=False
+    )
     packer = PaddingFreeCollator(0, method.virtual_tokens)
     model_units, hardware_units = FlopUnits(), FlopUnits()
     for start in range(0, 48, 6):
-        batch = collated(packer, tuple(news(48)[start : start + 6]))
+        batch = collate_rows(packer, tuple(draw_news_lengths(48)[start : start + 6]))
         model_units = model_units + packer.model_flop_units(batch)
         hardware_units = hardware_units + packer.hardware_flop_units(batch)
     assert 800 < model_units.positions / 48 - method.virtual_tokens < 880

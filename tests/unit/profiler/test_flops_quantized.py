@@ -1,4 +1,4 @@
-"""FLOPs of 4-bit and 8-bit base models: bitsandbytes' kernels, unknown to torch's formulas, count in full."""
+"""FLOPs of 4-bit and 8-bit base models: bitsandbytes' kernels, for which torch has no formula, are counted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peftbench.methods.prompt_tuning import PromptTuning
 from peftbench.profiler.flop_counter import FlopCounter
 from peftbench.profiler.flops import count_flops
 from tests.helpers.models import ARCHITECTURES
-from tests.unit.profiler.test_flops import counted, full_rectangle, mark_slow
+from tests.unit.profiler.test_flops import count_dispatched_flops, full_rectangle, mark_slow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,7 +35,7 @@ BITS: dict[str, dict[str, Any]] = {
 }
 
 
-def quantized(folder: Path, bits: str) -> PreTrainedModel:
+def load_quantized(folder: Path, bits: str) -> PreTrainedModel:
     """Load the base model with quantized blocks."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -70,9 +70,9 @@ def test_closed_form_equals_dispatched_flops(  # noqa: PLR0917
     fresh_base: Callable[[str], PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """A quantized base executes the same FLOPs as in float32, counted and in closed form."""
+    """A quantized base executes the same FLOPs as in float32, dispatched and in closed form."""
     totals = []
-    for base in (quantized(base_folder(architecture), bits), fresh_base(architecture)):
+    for base in (load_quantized(base_folder(architecture), bits), fresh_base(architecture)):
         model = method.apply(base, tokenizer).train()
         if checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -83,14 +83,14 @@ def test_closed_form_equals_dispatched_flops(  # noqa: PLR0917
             gradient_checkpointing=checkpointing,
             computes_all_logits=True,
         )
-        assert closed_form.compute_hardware_flops(full_rectangle(method)) == counted(model)
-        totals.append(counted(model))
+        assert closed_form.compute_hardware_flops(full_rectangle(method)) == count_dispatched_flops(model)
+        totals.append(count_dispatched_flops(model))
     assert totals[0] == totals[1] or checkpointing  # recomputation ends after the last saved tensor, which differs
     assert totals[0] <= totals[1]
 
 
-def test_products_of_known_size() -> None:
-    """Inputs (3, 64) times weights (32, 64), with each of bitsandbytes' products that runs on CPU."""
+def test_counter_matches_known_quantized_products() -> None:
+    """Multiply inputs (3, 64) by weights (32, 64) with each bitsandbytes kernel that runs on CPU."""
     import bitsandbytes  # noqa: F401
 
     kernels = torch.ops.bitsandbytes

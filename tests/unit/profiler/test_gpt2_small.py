@@ -1,4 +1,4 @@
-"""GPT-2 small on real articles: hardware FLOPs of each method, relative to each other, match the formulas."""
+"""GPT-2 small on real articles: the ratios of hardware FLOPs between methods match the formulas."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from peftbench.methods.prompt_tuning import PromptTuning
 from peftbench.recipe.schema import Profile
 from tests.helpers.workshop import Workshop
 
-RANK, SOFT, REAL = 8, 20, 108
+RANK, VIRTUAL_TOKENS, REAL_TOKENS = 8, 20, 108
 LAYERS, WIDTH, VOCABULARY = 12, 768, 50257
-METHODS: tuple[Method, ...] = (Full(), LastLayer(), Lora(r=RANK), PromptTuning(num_virtual_tokens=SOFT))
+METHODS: tuple[Method, ...] = (Full(), LastLayer(), Lora(r=RANK), PromptTuning(num_virtual_tokens=VIRTUAL_TOKENS))
 
 
 def compute_by_formula(kind: str, length: int, labels: Fraction) -> Fraction:
@@ -37,8 +37,8 @@ def compute_by_formula(kind: str, length: int, labels: Fraction) -> Fraction:
 
 
 @pytest.mark.slow
-def test_ratios_between_methods(shared_data: Path, workshop: Workshop) -> None:
-    """Two steps of each method on CNN/DailyMail: FLOPs equal the count, and their ratios the formulas, exactly."""
+def test_flop_ratios_match_formulas(shared_data: Path, workshop: Workshop) -> None:
+    """In two steps on CNN/DailyMail, FLOPs equal the dispatched count, and their ratios equal the formulas exactly."""
     news = shared_data / "cnn_dailymail"
     source = Files(train=str(news / "train.jsonl"), test=str(news / "test.jsonl"), summary="highlights", id="id")
     executed, labels = {}, set()
@@ -51,7 +51,7 @@ def test_ratios_between_methods(shared_data: Path, workshop: Workshop) -> None:
                     "source": source,
                     "train": 8,
                     "test": 1,
-                    "max_length": REAL,
+                    "max_length": REAL_TOKENS,
                     "padding": "max_length",
                     "overlong": "drop",
                 },
@@ -67,10 +67,10 @@ def test_ratios_between_methods(shared_data: Path, workshop: Workshop) -> None:
         assert record.tokens is not None
         executed[method.kind] = record.flops.hardware_flops
         labels.add(Fraction(record.tokens.labelled, 4))
-    (labelled,) = labels  # the same examples for every method; FLOPs are linear in them
-    lengths = {method.kind: REAL + method.virtual_tokens for method in METHODS}
+    (labeled,) = labels  # the same examples for every method; FLOPs are linear in them
+    lengths = {method.kind: REAL_TOKENS + method.virtual_tokens for method in METHODS}
     for kind, flops in executed.items():
-        expected = compute_by_formula(kind, lengths[kind], labelled) / compute_by_formula("full", REAL, labelled)
+        expected = compute_by_formula(kind, lengths[kind], labeled) / compute_by_formula("full", REAL_TOKENS, labeled)
         assert Fraction(flops, executed["full"]) == expected
-        assert flops == 4 * compute_by_formula(kind, lengths[kind], labelled)
+        assert flops == 4 * compute_by_formula(kind, lengths[kind], labeled)
     assert len(executed) == 4

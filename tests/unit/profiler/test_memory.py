@@ -1,4 +1,4 @@
-"""Peaks of known size, each in its phase."""
+"""Memory peaks of known size, and the phases that they count in."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from peftbench.record import Memory
 
 MIB = 2**20
 SLACK = 4 * MIB
-"""Bytes that the interpreter may allocate meanwhile, since RSS is that of the whole process."""
+"""Bytes that the interpreter may allocate during a test, since RSS is that of the whole process."""
 
 
 def touch(size: int) -> None:
@@ -43,16 +43,16 @@ def above_baseline(memory: Memory) -> int:
 
 
 @pytest.mark.parametrize("size", [64 * MIB, 256 * MIB])
-def test_peak_of_released_pages(size: int) -> None:
-    """Released pages count in the peak of their lap."""
+def test_released_pages_count_in_the_peak(size: int) -> None:
+    """The peak of a lap includes pages that were released in it."""
     meter = RssMeter()
     meter.lap()
     touch(size)
     assert above_baseline(meter.lap()) == pytest.approx(size, abs=SLACK)
 
 
-def test_peak_of_tensor() -> None:
-    """A tensor adds its bytes."""
+def test_peak_includes_a_tensor() -> None:
+    """The peak grows by the bytes of the tensor."""
     meter = RssMeter()
     meter.lap()
     tensor = torch.ones(32 * MIB)
@@ -126,21 +126,21 @@ def test_unknown_peak_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert meter.lap() == Memory()
 
 
-def test_read_in_use_bytes() -> None:
-    """A live tensor counts, a freed one does not, and reading changes no peak."""
+def test_in_use_bytes_count_live_tensors() -> None:
+    """A freed tensor does not count, and a reading does not change the peak."""
     meter = RssMeter()
     meter.lap()
     touch(64 * MIB)
     before = meter.read_in_use_bytes()
     tensor = torch.ones(32 * MIB)
-    with_it = meter.read_in_use_bytes()
+    with_tensor = meter.read_in_use_bytes()
     size = tensor.numel() * tensor.element_size()
     del tensor
     after = meter.read_in_use_bytes()
     peak = above_baseline(meter.lap())
-    if before is None or with_it is None or after is None:
+    if before is None or with_tensor is None or after is None:
         pytest.skip("this system does not report a process's RSS")
-    assert with_it - before == pytest.approx(size, abs=SLACK)
+    assert with_tensor - before == pytest.approx(size, abs=SLACK)
     assert after == pytest.approx(before, abs=SLACK)
     assert peak == pytest.approx(size, abs=SLACK)
 
@@ -161,8 +161,8 @@ def test_max_memory_adds_retries() -> None:
     assert max_memory(first, second) == Memory(num_alloc_retries=5, process_bytes=9, inactive_split_bytes=4)
 
 
-def test_max_over_ranks() -> None:
-    """The maximum of each field per phase; retries of ranks are not added."""
+def test_max_over_ranks_by_field_and_phase() -> None:
+    """Retries of ranks are not added."""
     first = {"train": Memory(allocated_bytes=5, num_alloc_retries=2), "save": Memory(allocated_bytes=1)}
     second = {"train": Memory(allocated_bytes=4, reserved_bytes=9, num_alloc_retries=3)}
     expected = {"train": Memory(allocated_bytes=5, reserved_bytes=9, num_alloc_retries=3), "save": first["save"]}
@@ -205,7 +205,7 @@ def test_cuda_meter_reads_torch_counters(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_peak_of_tensor_on_cuda() -> None:
+def test_peak_includes_a_freed_tensor_on_cuda() -> None:
     """A freed tensor counts in the peak of its lap, on top of what was allocated before."""
     device = torch.device("cuda", 0)
     meter: MemoryMeter = build_memory_meter(device)

@@ -62,7 +62,7 @@ def bytes_of(*tensors: torch.Tensor) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def two_layers(inputs: torch.Tensor) -> Step:
+def build_two_layer_step(inputs: torch.Tensor) -> Step:
     """Return a step of two linear layers without biases, with a ReLU in between; the loss is the sum of outputs."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(WIDTH, OUT, bias=False), nn.ReLU(), nn.Linear(OUT, VOCABULARY, bias=False))
@@ -73,7 +73,7 @@ def two_layers(inputs: torch.Tensor) -> Step:
 
 def test_categories_of_known_tensors() -> None:
     """Weights, states, activations and logits of two linear layers, to the byte."""
-    step = two_layers(torch.ones(ROWS, WIDTH))
+    step = build_two_layer_step(torch.ones(ROWS, WIDTH))
     peak = step.track(VOCABULARY).find_peak()
     weights = (WIDTH * OUT + OUT * VOCABULARY) * FLOAT
     counters = 2 * FLOAT  # AdamW's step counter per weight
@@ -89,7 +89,7 @@ def test_categories_of_known_tensors() -> None:
 
 def test_gradients_at_the_optimizer_peak() -> None:
     """With small activations the peak is in the optimizer, with all gradients live."""
-    step = two_layers(torch.ones(1, WIDTH))
+    step = build_two_layer_step(torch.ones(1, WIDTH))
     peak = step.track(VOCABULARY).find_peak()
     assert peak.step_part == "optimizer"
     assert peak.bytes_by_category["gradients"] == (WIDTH * OUT + OUT * VOCABULARY) * FLOAT
@@ -143,7 +143,7 @@ def test_step_that_raises_is_tracked_up_to_the_error() -> None:
     assert not any(p._post_accumulate_grad_hooks for p in step.model.parameters())
 
 
-def allocated_peak(step: Step, start_bytes: int) -> int:
+def measure_allocator_peak(step: Step, start_bytes: int) -> int:
     """Return the peak of torch's allocator during one step, starting from ``start_bytes``."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
@@ -169,7 +169,7 @@ def allocated_peak(step: Step, start_bytes: int) -> int:
         seed=6,
     ),
 )
-def test_peak_equals_that_of_torch_s_allocator(  # noqa: PLR0917
+def test_peak_equals_torch_allocator_peak(  # noqa: PLR0917
     method: Method,
     bf16: bool,
     checkpointing: bool,
@@ -177,7 +177,7 @@ def test_peak_equals_that_of_torch_s_allocator(  # noqa: PLR0917
     fresh_base: Callable[[str], PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """The peak equals torch's within 1 %, the memory that kernels allocate and free internally."""
+    """They are equal within 1 %, the memory that kernels allocate and free internally."""
     base = fresh_base(architecture)
     model = method.apply(base, tokenizer).train()
     if checkpointing and not method.has_frozen_backbone:
@@ -197,7 +197,9 @@ def test_peak_equals_that_of_torch_s_allocator(  # noqa: PLR0917
     nbytes_by_storage = {storage._cdata: storage.nbytes() for storage in storages}
     inputs = bytes_of(batch.input_ids, mask, labels)
     peak = step.track(base.config.vocab_size).find_peak()
-    assert peak.nbytes == pytest.approx(allocated_peak(step, sum(nbytes_by_storage.values()) + inputs), rel=0.01)
+    assert peak.nbytes == pytest.approx(
+        measure_allocator_peak(step, sum(nbytes_by_storage.values()) + inputs), rel=0.01
+    )
     assert sum(peak.bytes_by_category.values()) == peak.nbytes
     assert set(peak.bytes_by_category) == set(MEMORY_CATEGORIES)
     assert peak.bytes_by_category["logits"] >= 6 * 39 * base.config.vocab_size * FLOAT
@@ -212,22 +214,22 @@ def test_every_category_is_documented() -> None:
 
 
 def test_resized_storage_keeps_its_category() -> None:
-    """Like the unsharded weights of fully_shard, which are resized to 0 and back."""
+    """E.g. the unsharded weights of fully_shard, which are resized to 0 and back."""
     model = nn.Linear(WIDTH, OUT)
-    whole = nn.Parameter(torch.zeros(VOCABULARY))
-    storage, size = whole.untyped_storage(), VOCABULARY * FLOAT
+    unsharded = nn.Parameter(torch.zeros(VOCABULARY))
+    storage, size = unsharded.untyped_storage(), VOCABULARY * FLOAT
     storage.resize_(0)
     tracker = MemoryTracker(
         model,
         torch.optim.SGD(model.parameters()),
         VOCABULARY,
         lambda: "forward",
-        get_engine_buffers=lambda: EngineBuffers(gathered=[whole]),
+        get_engine_buffers=lambda: EngineBuffers(gathered=[unsharded]),
     )
     with tracker:
         for _ in range(2):
             storage.resize_(size)
-            whole * 2
+            unsharded * 2
             storage.resize_(0)
     sizes = [
         (event.nbytes, event.is_allocation, event.category) for event in tracker.iter_events() if event.nbytes == size

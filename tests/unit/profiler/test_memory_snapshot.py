@@ -1,4 +1,4 @@
-"""The snapshot of an out-of-memory error on a real CUDA allocator."""
+"""The memory snapshot after an out-of-memory error of the real CUDA allocator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Peak FLOP/s by data sheet and by measurement."""
+"""Peak FLOP/s of a device, from its data sheet and measured."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from peftbench.profiler.peak_flops import PEAK_FLOPS, get_peak_flops, measure_matmul_flops
 
 
-def test_known_devices() -> None:
-    """Torch's names may continue after the name in the table."""
+def test_peak_flops_of_known_devices() -> None:
+    """Torch's device name may be longer than the name in the table."""
     assert get_peak_flops("NVIDIA A100-SXM4-40GB", "bf16") == 312e12
     assert get_peak_flops("NVIDIA H200", "fp32") == 66.9e12
     assert get_peak_flops("Tesla T4", "fp16") == 65e12
@@ -56,7 +56,7 @@ def test_measured_flops_of_known_duration(precision: str, monkeypatch: pytest.Mo
 
 
 def test_out_of_memory_in_measurement_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that filled the device does not fail in this measurement."""
+    """A run on a full device does not fail in this measurement."""
 
     def fail(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")

@@ -1,4 +1,4 @@
-"""Times of phases, steps and pauses, with a fake clock that only the tests advance."""
+"""Seconds of phases, steps and pauses, with a fake clock that only the tests advance."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.fixture
 def probe() -> Probe:
-    """A probe on CPU."""
+    """Return a probe on CPU."""
     return Probe(torch.device("cpu"))
 
 
@@ -53,8 +53,8 @@ def test_phase_excludes_pause_on_real_clock(probe: Probe) -> None:
     assert 0.09 < probe.phase_seconds["train"] < 0.4
 
 
-def test_phase_seconds(probe: Probe, clock: Clock) -> None:
-    """Each phase has its own seconds; entered again, they add up."""
+def test_phase_seconds_are_added_by_phase(probe: Probe, clock: Clock) -> None:
+    """Each phase has its own seconds; those of several sections are added."""
     with probe.phase("build"):
         clock.sleep(1)
     clock.sleep(2)  # between phases
@@ -66,7 +66,7 @@ def test_phase_seconds(probe: Probe, clock: Clock) -> None:
     assert probe.step_seconds == []
 
 
-def test_step_seconds(probe: Probe, clock: Clock) -> None:
+def test_step_seconds_are_listed_by_step(probe: Probe, clock: Clock) -> None:
     """Each step has its own seconds; the phase includes all of them and the time in between."""
     with probe.phase("train"):
         for seconds in (1, 2):
@@ -130,8 +130,8 @@ def test_step_that_raises_is_not_recorded(probe: Probe, clock: Clock) -> None:
     assert probe.phase_seconds == {"train": 1}
 
 
-def test_current_phase(probe: Probe) -> None:
-    """current_phase is the inner phase, and then the outer one again."""
+def test_current_phase_is_the_innermost(probe: Probe) -> None:
+    """After an inner phase, the outer phase is current again."""
     assert probe.current_phase is None
     with probe.phase("train"):
         assert probe.current_phase == "train"
@@ -152,14 +152,14 @@ def test_warmup_is_a_separate_phase(probe: Probe, clock: Clock) -> None:
     assert probe.step_seconds == [10, 20, 1, 2, 3]
 
 
-def test_no_warmup(probe: Probe, clock: Clock) -> None:
+def test_training_without_warmup_has_no_warmup_phase(probe: Probe, clock: Clock) -> None:
     """Without warm-up steps, all time is training."""
     with probe.training(untimed_steps=0), probe.step():
         clock.sleep(3)
     assert probe.phase_seconds == {"train": 3}
 
 
-def test_only_warmup(probe: Probe, clock: Clock) -> None:
+def test_warmup_alone_has_no_train_phase(probe: Probe, clock: Clock) -> None:
     """With no more steps than warm-up steps, there is no train phase."""
     for steps in (1, 2):
         with probe.training(untimed_steps=2):

@@ -1,4 +1,4 @@
-"""Peaks and energy count in their phases and parts of steps."""
+"""Memory peaks and energy by phase and by part of a step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peftbench.record import Memory
 
 @dataclass
 class Counters:
-    """A fake memory meter that only the tests move."""
+    """A fake memory meter that only the tests change."""
 
     supports_step_parts: bool = True
     cuda_context_bytes: int | None = 5
@@ -46,7 +46,7 @@ class Counters:
         self.peak = max(self.peak, allocated)
 
 
-def measured(counters: Counters) -> Probe:
+def build_probe(counters: Counters) -> Probe:
     """Return a probe with this meter."""
     probe = Probe(torch.device("cpu"))
     probe.memory_meter = counters
@@ -61,7 +61,7 @@ def peaks(memory: dict[str, Memory]) -> dict[str, int | None]:
 def test_inner_peak_counts_in_outer_phase() -> None:
     """A nested phase has its own peak, which also counts in the outer one; earlier peaks do not."""
     counters = Counters()
-    probe = measured(counters)
+    probe = build_probe(counters)
     counters.reach(99)
     with probe.phase("outer"):
         counters.reach(3)
@@ -77,7 +77,7 @@ def test_inner_peak_counts_in_outer_phase() -> None:
 def test_cache_is_emptied_between_phases_but_not_after_warmup() -> None:
     """Training keeps what warm-up reserved; evaluation starts without training's cache."""
     counters = Counters()
-    probe = measured(counters)
+    probe = build_probe(counters)
     reserved_at_start: list[int] = []
     counters.reserved = 9
     with probe.training(untimed_steps=1):
@@ -99,10 +99,10 @@ def run_step(probe: Probe, counters: Counters, forward: int, backward: int, opti
                 counters.reach(size)
 
 
-def test_step_part_peaks() -> None:
-    """The maximum of each part over the steps after warm-up; the phase has the maximum of all."""
+def test_step_part_peaks_exclude_warmup() -> None:
+    """Each part has its maximum over the steps after warm-up; the phase has the maximum of all parts."""
     counters = Counters()
-    probe = measured(counters)
+    probe = build_probe(counters)
     with probe.training(untimed_steps=1):
         run_step(probe, counters, 90, 80, 70)
         run_step(probe, counters, 5, 9, 2)
@@ -113,10 +113,10 @@ def test_step_part_peaks() -> None:
     assert probe.current_step_part is None
 
 
-def test_no_step_part_peaks_with_expensive_laps() -> None:
-    """A device with expensive laps has only peaks of phases."""
+def test_expensive_laps_disable_step_part_peaks() -> None:
+    """Only the peaks of phases are recorded."""
     counters = Counters(supports_step_parts=False)
-    probe = measured(counters)
+    probe = build_probe(counters)
     with probe.training(untimed_steps=0):
         run_step(probe, counters, 5, 9, 2)
     assert probe.step_memory == {}
@@ -126,7 +126,7 @@ def test_no_step_part_peaks_with_expensive_laps() -> None:
 def test_part_that_raises_keeps_its_peak_and_name() -> None:
     """An error in the backward pass keeps its peak and its part."""
     counters = Counters()
-    probe = measured(counters)
+    probe = build_probe(counters)
     with suppress(ZeroDivisionError), probe.training(untimed_steps=0), probe.step(), probe.part("backward"):
         counters.reach(4)
         raise ZeroDivisionError
@@ -137,9 +137,9 @@ def test_part_that_raises_keeps_its_peak_and_name() -> None:
 
 
 def test_error_in_warmup_keeps_step_part_peaks() -> None:
-    """Most runs that do not fit end in warm-up; their peaks are kept by part, with the driver's value."""
+    """Most runs that do not fit fail in warm-up; peaks of parts and the driver's value are recorded."""
     counters = Counters()
-    probe = measured(counters)
+    probe = build_probe(counters)
     with suppress(ZeroDivisionError), probe.training(untimed_steps=2), probe.step():
         with probe.part("forward"):
             counters.reach(3)
@@ -154,7 +154,7 @@ def test_error_in_warmup_keeps_step_part_peaks() -> None:
 def test_pause_counts_in_no_peak() -> None:
     """An evaluation during training counts in no training peak."""
     counters = Counters()
-    probe = measured(counters)
+    probe = build_probe(counters)
     with probe.training(untimed_steps=0):
         run_step(probe, counters, 5, 6, 2)
         with probe.paused():
@@ -164,10 +164,10 @@ def test_pause_counts_in_no_peak() -> None:
     assert peaks(probe.step_memory) == {"forward": 5, "backward": 6, "optimizer": 2}
 
 
-def test_only_warmup_has_no_step_part_peaks() -> None:
+def test_warmup_alone_has_no_step_part_peaks() -> None:
     """Without timed steps there are no peaks of parts."""
     counters = Counters()
-    probe = measured(counters)
+    probe = build_probe(counters)
     with probe.training(untimed_steps=2):
         run_step(probe, counters, 5, 9, 2)
     assert probe.step_memory == {}
@@ -178,7 +178,7 @@ def test_only_warmup_has_no_step_part_peaks() -> None:
 
 @dataclass
 class Energy:
-    """A fake energy meter that only the tests move."""
+    """A fake energy meter that only the tests change."""
 
     now: float | None = 100.0
     num_polls: int = 0
@@ -197,7 +197,7 @@ class Energy:
         self.now += joules
 
 
-def test_energy_by_phase() -> None:
+def test_energy_counts_in_its_phase() -> None:
     """Each phase has its own energy, warm-up is not training, and every step polls the meter."""
     energy = Energy()
     probe = Probe(torch.device("cpu"), energy)

@@ -25,5 +25,5 @@ def write(path: Path, values: dict[str, Any] | str) -> Path:
 
 @pytest.fixture
 def least(tmp_path: Path) -> Path:
-    """A file with only the required keys of a recipe."""
+    """Write a file with only the required keys of a recipe, and return its path."""
     return write(tmp_path / "least.yaml", LEAST)

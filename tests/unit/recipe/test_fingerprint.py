@@ -1,4 +1,4 @@
-"""Fingerprints: which keys are part of one, and at which values they are left out."""
+"""Fingerprints of recipes: which keys are part of one, and which values are left out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FULL: dict[str, Any] = load_recipe(
 
 
 def with_value(dotted: str, value: object) -> dict[str, Any]:
-    """A copy of the recipe with ``value`` at a dotted key."""
+    """Return a copy of the recipe with ``value`` at a dotted key."""
     recipe = copy.deepcopy(FULL)
     section, (*parents, key) = recipe, dotted.split(".")
     for parent in parents:
@@ -28,7 +28,7 @@ def with_value(dotted: str, value: object) -> dict[str, Any]:
 
 
 def without_key(dotted: str) -> dict[str, Any]:
-    """A copy of the recipe without a dotted key."""
+    """Return a copy of the recipe without a dotted key."""
     recipe = with_value(dotted, None)
     section, (*parents, key) = recipe, dotted.split(".")
     for parent in parents:
@@ -39,7 +39,7 @@ def without_key(dotted: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("dotted", NEUTRAL_VALUES)
 def test_neutral_value_stays_out_of_the_fingerprint(dotted: str) -> None:
-    """At its neutral value a key changes nothing; at another value it does, unless it is never part of one."""
+    """Only another value than the neutral one changes the fingerprint; with ``ANY_VALUE`` no value does."""
     neutral = NEUTRAL_VALUES[dotted]
     before = fingerprint_recipe(without_key(dotted))
     other = fingerprint_recipe(with_value(dotted, "another value"))
@@ -50,15 +50,15 @@ def test_neutral_value_stays_out_of_the_fingerprint(dotted: str) -> None:
         assert before != other
 
 
-def test_a_new_key_with_a_neutral_value_keeps_old_fingerprints() -> None:
+def test_new_key_with_a_neutral_value_keeps_old_fingerprints() -> None:
     """A key added to a section, or a new section, leaves fingerprints of earlier recipes valid."""
     neutral = NEUTRAL_VALUES | {"train.new": 0, "new": {"a": 1}}
     assert fingerprint_recipe(with_value("train.new", 0) | {"new": {"a": 1}}, neutral) == fingerprint_recipe(FULL)
     assert fingerprint_recipe(with_value("train.new", 1), neutral) != fingerprint_recipe(FULL)
 
 
-def test_the_recipe_is_not_modified() -> None:
-    """Computing a fingerprint leaves its argument unchanged."""
+def test_fingerprint_recipe_leaves_its_argument_unchanged() -> None:
+    """The function deletes keys only from a copy."""
     recipe = copy.deepcopy(FULL)
     fingerprint_recipe(recipe)
     assert recipe == FULL

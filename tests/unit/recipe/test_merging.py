@@ -1,4 +1,4 @@
-"""Recipe files: merging, and YAML with the meaning of every key."""
+"""Recipe files: merging, and YAML with a description of every key."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def test_recipe_from_overrides_alone() -> None:
     assert load_recipe([], overrides).train.epochs == 2.0
 
 
-def test_override_with_null(least: Path) -> None:
-    """``null`` unsets a value of a file."""
+def test_null_override_unsets_a_value(least: Path) -> None:
+    """An override with ``null`` removes the value of a file."""
     assert load_recipe([least], ["train.steps=null", "train.epochs=1"]).train.steps is None
 
 
@@ -57,7 +57,7 @@ def test_extends_is_relative_to_its_own_file(tmp_path: Path, monkeypatch: pytest
     assert (recipe.train.steps, recipe.name) == (3, "run")
 
 
-def test_extends_a_list_from_left_to_right(tmp_path: Path) -> None:
+def test_extends_merges_a_list_from_left_to_right(tmp_path: Path) -> None:
     """A later parent wins over an earlier one, and a parent over its own parents."""
     write(tmp_path / "root.yaml", LEAST | {"train": {"steps": 1, "seed": 1, "global_batch_size": 1}})
     write(tmp_path / "a.yaml", {"extends": "root.yaml", "train": {"steps": 2, "seed": 2}})
@@ -84,7 +84,7 @@ def test_cycle_is_refused(tmp_path: Path) -> None:
             load_recipe([path])
 
 
-def test_missing_parent(tmp_path: Path) -> None:
+def test_missing_parent_is_refused(tmp_path: Path) -> None:
     """The error about a missing parent has its path and the nearest file of its folder."""
     write(tmp_path / "common.yaml", LEAST)
     child = write(tmp_path / "child.yaml", {"extends": "comon.yaml"})
@@ -92,11 +92,11 @@ def test_missing_parent(tmp_path: Path) -> None:
         load_recipe([child])
 
 
-# --- keys and their meaning ---------------------------------------------------------------------------------------
+# --- keys and their descriptions ----------------------------------------------------------------------------------
 
 
 def all_keys() -> Iterator[tuple[str, str]]:
-    """Every key that a recipe may have, as ``Class.name``, and its description."""
+    """Yield each key of a recipe in the form ``Class.name``, with its description."""
     queue: list[type[ConfigSection]] = [Recipe, *METHOD_KINDS.values(), *OPTIMIZERS.values(), *SOURCES.values()]
     seen: set[type[ConfigSection]] = set()
     while queue:
@@ -115,15 +115,15 @@ def test_every_key_has_a_description() -> None:
     keys = dict(all_keys())
     assert len(keys) > 40
     assert {"Recipe.name", "Train.steps", "Lora.r", "Files.train", "Hub.revision", "AdamW.betas"} <= set(keys)
-    assert not [key for key, meaning in keys.items() if not meaning.strip() or "\n" in meaning.strip()]
+    assert not [key for key, text in keys.items() if not text.strip() or "\n" in text.strip()]
 
 
 def test_commented_yaml_has_one_line_per_key(least: Path) -> None:
-    """Each key is on its own line, followed by its value and its meaning."""
+    """Each key is on its own line, followed by its value and its description."""
     lines = to_commented_yaml(load_recipe([least])).splitlines()
     assert all(re.fullmatch(r" *\w+:( .+)?  # \S.*", line) for line in lines)
     assert any(re.fullmatch(r"  steps: 10  # Number of optimizer steps.*", line) for line in lines)
-    assert "    kind: docstrings  # Which source." in lines
+    assert "    kind: docstrings  # Kind of source." in lines
 
 
 @pytest.mark.parametrize(
@@ -143,14 +143,14 @@ def test_commented_yaml_has_one_line_per_key(least: Path) -> None:
     ],
 )
 def test_commented_yaml_reads_back(override: str, least: Path, tmp_path: Path) -> None:
-    """Values that YAML could read as another type come back unchanged."""
+    """Values that YAML could read as another type are read back unchanged."""
     recipe = load_recipe([least], [override])
     assert recipe != load_recipe([least])
     assert load_recipe([write(tmp_path / "again.yaml", to_commented_yaml(recipe))]) == recipe
 
 
 @pytest.mark.parametrize(("text", "value"), [("1e-4", 1e-4), ("5e-4", 5e-4), ("0.1", 0.1), ("1", 1.0), ("1E-3", 1e-3)])
-def test_number_is_a_number_in_files_and_overrides(text: str, value: float, least: Path, tmp_path: Path) -> None:
+def test_number_is_a_float_in_files_and_overrides(text: str, value: float, least: Path, tmp_path: Path) -> None:
     """``1e-4``, which plain YAML reads as text, is a float in a file and in an override."""
     file = write(tmp_path / "rate.yaml", f"optimizer: {{learning_rate: {text}}}\n")
     for recipe in (load_recipe([least, file]), load_recipe([least], [f"optimizer.learning_rate={text}"])):
@@ -185,20 +185,20 @@ def test_reading_a_recipe_needs_no_torch(least: Path) -> None:
 @pytest.mark.parametrize(
     "value", ["a ${b} c", "${data.seed}", "${", "1e3", "null", "a: b", "two\nlines", "#", "é '\"", r"\${b}"]
 )
-def test_any_text_reads_back(value: str, tmp_path: Path) -> None:
+def test_commented_yaml_reads_back_any_text(value: str, tmp_path: Path) -> None:
     """Text that looks like an interpolation, a number or a comment is read back as the same text."""
     recipe = load_recipe([write(tmp_path / "least.yaml", LEAST)]).model_copy(update={"output_dir": value})
     again = load_recipe([write(tmp_path / "explained.yaml", to_commented_yaml(recipe))])
     assert again.output_dir == value
 
 
-def test_merge_does_not_validate(tmp_path: Path) -> None:
-    """Files that have only a part of a recipe can be merged."""
+def test_merge_accepts_partial_recipes(tmp_path: Path) -> None:
+    """``merge_configs`` does not check that required keys are set."""
     part = write(tmp_path / "part.yaml", {"train": {"steps": 5}})
     assert merge_configs([part], ["train.seed=3"]) == {"train": {"steps": 5, "seed": 3}}
 
 
-def test_record_is_read_as_a_recipe(tmp_path: Path) -> None:
+def test_recipe_of_a_record_can_be_loaded(tmp_path: Path) -> None:
     """A run's record gives its exact recipe, text that looks like an interpolation included; overrides apply."""
     first = load_recipe([], ["name=a", "method.kind=lora", "data.source.kind=docstrings", "train.steps=3"])
     odd = first.model_copy(update={"data": first.data.model_copy(update={"separator": "\n${name}:"})})

@@ -13,7 +13,7 @@ from peftbench.recipe.loader import load_recipe, parse_recipe
 from tests.unit.recipe.conftest import LEAST, write
 
 MISTAKES: list[tuple[str, type[RecipeError], str]] = [
-    # Unknown and misspelt keys and kinds: the path, and the nearest name of that group.
+    # Unknown and misspelled keys and kinds: the path, and the nearest name in that group.
     ("train.gobal_batch=4", UnknownKeyError, "'train.gobal_batch'; did you mean 'global_batch_size'?"),
     ("trian.steps=4", UnknownKeyError, "'trian'; did you mean 'train'?"),
     ("method.rr=4", UnknownKeyError, "'method.rr'; "),
@@ -81,19 +81,19 @@ def test_mistakes_cover_every_error_class() -> None:
 
 
 @pytest.mark.parametrize(("override", "kind", "message"), MISTAKES, ids=[mistake[0] for mistake in MISTAKES])
-def test_mistake_is_one_sentence(override: str, kind: type[RecipeError], message: str, least: Path) -> None:
-    """A wrong key or value raises its own error class: one line with the path, what was given and what is allowed."""
+def test_mistake_is_refused_in_one_sentence(override: str, kind: type[RecipeError], message: str, least: Path) -> None:
+    """The error has its own class and one line with the path, the invalid value and the allowed ones."""
     with pytest.raises(RecipeError) as caught:
         load_recipe([least], [override])
     assert type(caught.value) is kind
     text = str(caught.value)
     assert text.startswith("Invalid recipe: ")
     assert message in text
-    assert not [word for word in ("\n", "pydantic", "OmegaConf", "Input", "dictionary", "Tuple") if word in text]
+    assert not [term for term in ("\n", "pydantic", "OmegaConf", "Input", "dictionary", "Tuple") if term in text]
 
 
 @pytest.mark.parametrize("missing", ["name", "method", "data", "train"])
-def test_required_key_is_missing(missing: str) -> None:
+def test_missing_required_key_is_refused(missing: str) -> None:
     """A recipe without its name, method, data or length is refused with the path of the missing key."""
     with pytest.raises(RecipeError, match=f"^Invalid recipe: {missing} is missing; set it$"):
         parse_recipe({key: value for key, value in LEAST.items() if key != missing})
@@ -106,7 +106,7 @@ def test_extends_must_be_a_path_or_paths(extends: str, tmp_path: Path) -> None:
         load_recipe([write(tmp_path / "a.yaml", f"extends: {extends}\nname: a\n")])
 
 
-def test_group_without_a_kind() -> None:
+def test_group_without_a_kind_is_refused() -> None:
     """A method or a source without a kind is refused with the allowed kinds."""
     with pytest.raises(RecipeError, match=r"^Invalid recipe: method\.kind is missing; allowed: full, .*lora"):
         parse_recipe(LEAST | {"method": {"r": 4}})
@@ -139,22 +139,22 @@ def test_feature_cache_needs_a_frozen_backbone(values: dict[str, Any], message: 
     assert message in str(caught.value)
 
 
-def test_misspelt_key_is_reported_before_the_missing_one() -> None:
-    """If a misspelt key leaves the right one missing, the error is about the misspelt key."""
+def test_misspelled_key_is_reported_before_the_missing_one() -> None:
+    """If a required key is misspelled, the error is about the misspelled key."""
     values = {key: value for key, value in LEAST.items() if key != "name"}
     with pytest.raises(UnknownKeyError, match="'nam'; did you mean 'name'"):
         parse_recipe(values | {"nam": "run"})
 
 
-def test_missing_file(least: Path) -> None:
-    """The error about a missing file has the nearest name in its folder; a folder instead of a file is one too."""
+def test_missing_file_is_refused(least: Path) -> None:
+    """The error has the nearest name in the folder; a folder in place of a file counts as missing."""
     with pytest.raises(MissingFileError, match=r"no file .*lest\.yaml; did you mean 'least\.yaml'"):
         load_recipe([least.with_name("lest.yaml")])
     with pytest.raises(MissingFileError, match="no file"):
         load_recipe([least.parent])
 
 
-def test_no_recipe() -> None:
+def test_empty_input_is_refused() -> None:
     """Without files and overrides the error names the option to use."""
     with pytest.raises(RecipeError, match=r"no recipe was given; pass a YAML file, e\.g\. --config"):
         load_recipe([])
@@ -170,38 +170,38 @@ def test_no_recipe() -> None:
         ("name: ???\n", "cannot be resolved"),
     ],
 )
-def test_file_is_not_a_recipe(text: str, message: str, tmp_path: Path) -> None:
-    """Broken YAML, a list, or a reference to a missing key is refused in one line, without OmegaConf's words."""
+def test_file_without_a_recipe_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    """Broken YAML, a list, or a reference to a missing key is refused in one line, without OmegaConf's message."""
     with pytest.raises(RecipeError, match=message) as caught:
         load_recipe([write(tmp_path / "bad.yaml", text)])
     assert type(caught.value) is RecipeError
-    assert not [word for word in ("\n", "full_key", "object_type") if word in str(caught.value)]
+    assert not [term for term in ("\n", "full_key", "object_type") if term in str(caught.value)]
 
 
-def test_file_is_not_utf8(tmp_path: Path) -> None:
-    """A file that is not UTF-8 is refused as invalid YAML."""
+def test_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    """The error reports invalid YAML."""
     path = tmp_path / "bytes.yaml"
     path.write_bytes(b"name: \xff\xfe\n")
     with pytest.raises(RecipeError, match=r"bytes\.yaml is not valid YAML"):
         load_recipe([path])
 
 
-def test_value_of_a_type_that_yaml_lacks(least: Path, tmp_path: Path) -> None:
-    """A date in a file is read as text; a date object passed by a program is a wrong type."""
+def test_date_in_a_file_is_text(least: Path, tmp_path: Path) -> None:
+    """A date object passed by a program has the wrong type."""
     assert load_recipe([least, write(tmp_path / "date.yaml", "name: 2026-01-02\n")]).name == "2026-01-02"
     with pytest.raises(WrongTypeError, match="2026-01-02 has type date; a value must be text, a number"):
         parse_recipe(LEAST | {"name": datetime.date(2026, 1, 2)})
 
 
 @pytest.mark.parametrize("override", ["steps", "=5", "--steps"])
-def test_override_without_key_or_value(override: str, least: Path) -> None:
-    """An override without a key or a value is refused with an example."""
+def test_override_without_key_or_value_is_refused(override: str, least: Path) -> None:
+    """The error has an example of a valid override."""
     with pytest.raises(RecipeError, match=r"is not a valid override; write key\.sub=value"):
         load_recipe([least], [override])
 
 
-def test_override_is_not_yaml(least: Path) -> None:
-    """An override whose value cannot be parsed is refused, not taken as text."""
+def test_override_with_invalid_yaml_is_refused(least: Path) -> None:
+    """A value that cannot be parsed is not used as text."""
     with pytest.raises(RecipeError, match="cannot read the overrides"):
         load_recipe([least], ["method.target_modules=[a"])
 

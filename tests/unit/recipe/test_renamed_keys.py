@@ -24,7 +24,7 @@ VALUES = [(key, old, new) for key, values in RENAMED_VALUES.items() for old, new
 
 
 def method_override(key: str) -> list[str]:
-    """The override that selects the method which has ``key``; none for keys of other groups."""
+    """Return the override that selects the method of ``key``, empty for keys of other groups."""
     kind = METHOD_KIND_OF_KEY.get(key.removeprefix("method."))
     return [f"method.kind={kind}"] if kind else []
 
@@ -58,7 +58,7 @@ def test_old_value_is_refused_with_its_new_name(key: str, old: str, new: str, le
 
 
 def test_old_key_of_another_method_gets_the_usual_hint() -> None:
-    """A key that was renamed in lora is simply unknown in full, which has no such key under either name."""
+    """The method full has neither the old nor the new key of lora, so the key is unknown."""
     values: dict[str, Any] = LEAST | {"method": {"kind": "full", "alpha": 1}}
     with pytest.raises(UnknownKeyError, match=r"there is no key 'method\.alpha'; allowed: kind$"):
         parse_recipe(values)

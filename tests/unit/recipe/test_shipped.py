@@ -13,8 +13,8 @@ from tests.unit.recipe.conftest import write
 RECIPES = Path(__file__).resolve().parents[3] / "recipes"
 
 
-def shipped_recipes() -> list[Path]:
-    """Recipe files of runs: neither parents that others extend nor suites."""
+def find_shipped_recipes() -> list[Path]:
+    """Return the recipe files of runs, without common parents and suites."""
     return [
         path
         for path in sorted(RECIPES.rglob("*.yaml"))
@@ -22,11 +22,11 @@ def shipped_recipes() -> list[Path]:
     ]
 
 
-SHIPPED = shipped_recipes()
+SHIPPED = find_shipped_recipes()
 
 
 def test_every_method_has_a_shipped_recipe() -> None:
-    """recipes/ has at least six runs, with each method among them."""
+    """recipes/ has at least six runs, and each method is used."""
     assert len(SHIPPED) >= 6
     kinds = {load_recipe([path]).method.kind for path in SHIPPED}
     assert kinds >= {"full", "last_layer", "lora", "prompt_tuning", "lead", "zero_shot"}

@@ -51,7 +51,7 @@ RECIPE = {
 
 def record(**values: Any) -> RunRecord:
     """Return a record with the required fields and ``values``."""
-    least: dict[str, Any] = {
+    required: dict[str, Any] = {
         "name": "run",
         "started_at": "2026-01-02T03:04:05+00:00",
         "recipe": RECIPE,
@@ -60,7 +60,7 @@ def record(**values: Any) -> RunRecord:
         "device": Device(type="cpu", name="a processor", num_processes=1),
         "library_versions": {"torch": "2"},
     }
-    return RunRecord(**least | values)
+    return RunRecord(**required | values)
 
 
 def full_record() -> RunRecord:
@@ -164,12 +164,12 @@ def test_full_record_sets_every_field() -> None:
     assert not unset
 
 
-@pytest.mark.parametrize("written", [record(), full_record()], ids=["least", "full"])
-def test_written_record_reads_back_equal(written: RunRecord, tmp_path: Path) -> None:
+@pytest.mark.parametrize("original", [record(), full_record()], ids=["minimal", "full"])
+def test_written_record_reads_back_equal(original: RunRecord, tmp_path: Path) -> None:
     """The record read equals the one written, to the last digit; the file is plain JSON."""
-    path = written.write(tmp_path / "new" / "folder")
+    path = original.write(tmp_path / "new" / "folder")
     assert path == tmp_path / "new" / "folder" / RECORD_FILE
-    assert read_record(path) == written
+    assert read_record(path) == original
     assert json.loads(path.read_text(encoding="utf-8"))["schema_version"] == SCHEMA_VERSION
 
 
@@ -187,10 +187,10 @@ def test_nan_and_infinity_survive_json(tmp_path: Path) -> None:
     quality = Quality(split="test", num_examples=1, loss=800.0, perplexity=math.inf)
     path = record(step_losses=(1.0, math.nan, -math.inf), quality=quality).write(tmp_path)
 
-    def refused(constant: str) -> None:
+    def fail(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
-    json.loads(path.read_text(encoding="utf-8"), parse_constant=refused)
+    json.loads(path.read_text(encoding="utf-8"), parse_constant=fail)
     again = read_record(path)
     assert again.step_losses[0] == 1.0
     assert math.isnan(again.step_losses[1])
@@ -212,7 +212,7 @@ def test_every_outcome_has_an_exit_code() -> None:
     assert set(EXIT_CODES) > FINAL_OUTCOMES
 
 
-def changed(**values: Any) -> str:
+def dump_with(**values: Any) -> str:
     """Return the JSON of a record with some values replaced."""
     return json.dumps(record().model_dump(mode="json") | values)
 
@@ -223,11 +223,11 @@ def changed(**values: Any) -> str:
         ("", "the file"),
         ("{not json", "the file"),
         ("[]", "the file"),
-        (changed(schema_version=SCHEMA_VERSION + 1), "schema_version"),
-        (changed(a_field_of_tomorrow=1), "a_field_of_tomorrow"),
-        (changed(outcome={"kind": "splendid"}), "outcome.kind"),
-        (changed(device=None), "device"),
-        (changed(step_losses=[1.0, None]), "step_losses.1"),
+        (dump_with(schema_version=SCHEMA_VERSION + 1), "schema_version"),
+        (dump_with(a_field_of_tomorrow=1), "a_field_of_tomorrow"),
+        (dump_with(outcome={"kind": "splendid"}), "outcome.kind"),
+        (dump_with(device=None), "device"),
+        (dump_with(step_losses=[1.0, None]), "step_losses.1"),
     ],
 )
 def test_invalid_record_is_refused_with_its_path(text: str, where: str, tmp_path: Path) -> None:
@@ -253,14 +253,16 @@ def test_invalid_record_is_refused_with_its_path(text: str, where: str, tmp_path
         "data.label_padding",
     ],
 )
-@pytest.mark.parametrize("whole", [False, True])
-def test_recipe_without_a_required_key_is_refused(missing: str, whole: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("section_is_null", [False, True])
+def test_recipe_without_a_required_key_is_refused(missing: str, section_is_null: bool, tmp_path: Path) -> None:
     """The error names the file and the missing key."""
     recipe: dict[str, Any] = dict(RECIPE)
-    part, name = missing.split(".")
-    recipe[part] = None if whole else {key: value for key, value in recipe[part].items() if key != name}
+    section, name = missing.split(".")
+    values = {key: value for key, value in recipe[section].items() if key != name}
+    recipe[section] = None if section_is_null else values
     path = full_record().model_copy(update={"recipe": recipe}).write(tmp_path)
-    with pytest.raises(RecordError, match=f"is not a record: its recipe has no {part if whole else missing}") as raised:
+    key = section if section_is_null else missing
+    with pytest.raises(RecordError, match=f"is not a record: its recipe has no {key}") as raised:
         read_record(path)
     assert str(path) in str(raised.value)
 
@@ -277,7 +279,7 @@ def test_read_records_finds_nested_records_in_order(tmp_path: Path) -> None:
     for name in ("b", "a", "c/deep"):
         record(name=name.replace("/", "-")).write(tmp_path / name)
     (tmp_path / "a" / "other.json").write_text("{}", encoding="utf-8")
-    assert [found.name for found in read_records(tmp_path)] == ["a", "b", "c-deep"]
+    assert [entry.name for entry in read_records(tmp_path)] == ["a", "b", "c-deep"]
 
 
 def test_folder_without_records_is_refused(tmp_path: Path) -> None:
@@ -300,10 +302,10 @@ def test_record_is_frozen() -> None:
 
 
 def test_record_package_imports_no_torch() -> None:
-    """Importing peftbench.record loads none of torch, transformers and datasets."""
+    """Importing peftbench.record imports none of torch, transformers and datasets."""
     code = "import sys, peftbench.record; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
 
 
 def test_utilization_is_none_without_its_denominator() -> None:
@@ -333,15 +335,15 @@ def test_energy_and_cost_match_closed_form() -> None:
     assert record(phase_seconds={"train": 1.5}).training_cost is None
 
 
-def test_the_peak_of_a_run_that_was_refused_memory_in_warm_up() -> None:
-    """What it reached is its peak; of a run that ended well, warm-up is in no figure."""
+def test_peak_of_a_run_out_of_memory_in_warmup() -> None:
+    """The peak is that of warmup; for a run that ended as ok, warmup does not count."""
     memory = {"warmup": Memory(allocated_bytes=7)}
     assert train_peak_bytes(record(outcome=Outcome(kind="oom", phase="warmup"), memory=memory)) == 7
     assert train_peak_bytes(record(memory=memory)) is None
 
 
-def test_fragmentation() -> None:
-    """Of 100 bytes held, 75 were in tensors at most."""
+def test_fragmentation_is_the_unallocated_fraction_of_reserved_bytes() -> None:
+    """It is None if no bytes are reserved or the value is unknown."""
     assert Memory(allocated_bytes=75, reserved_bytes=100).fragmentation == 0.25
     assert Memory(allocated_bytes=0, reserved_bytes=0).fragmentation is None
     assert Memory(rss_bytes=3).fragmentation is None

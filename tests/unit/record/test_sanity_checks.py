@@ -32,14 +32,12 @@ def timed(name: str, seconds: float, flops: int, device: str = "a CPU") -> RunRe
         data_time_fraction=0,
         tokens_per_second=TokensPerSecond(real=1, padded=1, labelled=1, virtual=0),
     )
-    place = Device(type="cpu", name=device, num_processes=1)
-    return record(
-        name, "lora", 10, throughput=speed, flops=Flops(hardware_flops=flops, model_flops=flops), device=place
-    )
+    cpu = Device(type="cpu", name=device, num_processes=1)
+    return record(name, "lora", 10, throughput=speed, flops=Flops(hardware_flops=flops, model_flops=flops), device=cpu)
 
 
 def test_time_ratio_above_flops_ratio_is_reported() -> None:
-    """Twice the FLOPs in three times the time is reported, also below the table."""
+    """Three times the time for twice the FLOPs is reported, also below the table."""
     records = [timed("full", 3.0, 200), timed("lora", 1.0, 100)]
     (sentence,) = check_step_times(records)
     assert "a step of full took 3.00 times as long as of lora with only 2.00 times the FLOPs" in sentence
@@ -53,7 +51,7 @@ def test_time_ratio_within_tolerance_is_not_reported(seconds: float) -> None:
 
 
 def test_less_work_in_more_time_is_reported() -> None:
-    """Less work must not take longer than more; equal time is plausible, because kernel launches dominate."""
+    """A step with fewer FLOPs must not take longer; equal time is plausible, because kernel launches dominate."""
     for flops in (201, 100, 10):
         (sentence,) = check_step_times([timed("full", 1.0, 200), timed("lora", 1.5, flops)])
         assert "a step of lora took 1.50 times as long" in sentence
@@ -75,11 +73,11 @@ def test_zero_step_time_is_ignored() -> None:
     assert list(check_step_times([timed("full", 1.0, 200), timed("lora", 0.0, 100)])) == []
 
 
-@pytest.mark.parametrize("unlike", [{"seed": 1}, {"global_batch_size": 8}])
-def test_different_batches_are_not_compared(unlike: dict[str, int]) -> None:
+@pytest.mark.parametrize("changed_keys", [{"seed": 1}, {"global_batch_size": 8}])
+def test_different_batches_are_not_compared(changed_keys: dict[str, int]) -> None:
     """Only runs with the same batches are compared, because row lengths differ otherwise."""
     slow, fast = timed("full", 3.0, 200), timed("lora", 1.0, 100)
-    other = fast.recipe | {"train": fast.recipe["train"] | unlike}
+    other = fast.recipe | {"train": fast.recipe["train"] | changed_keys}
     assert list(check_step_times([slow, fast.model_copy(update={"recipe": other})])) == []
     assert list(check_step_times([slow, fast.model_copy(update={"steps": 6})])) == []
     assert len(list(check_step_times([slow, fast]))) == 1
@@ -107,9 +105,9 @@ def test_forward_backward_is_compared_if_slower_run_trains_more() -> None:
                 "part_timed_steps": (2, 3, 4),
             }
         )
-        found = list(check_step_times([slow, fast]))
-        assert len(found) == expected_count
-        assert not found or found[0].startswith("forward and backward of full took 2.60 times")
+        sentences = list(check_step_times([slow, fast]))
+        assert len(sentences) == expected_count
+        assert not sentences or sentences[0].startswith("forward and backward of full took 2.60 times")
         two = [
             run.model_copy(update={"device": Device(type="cpu", name="a CPU", num_processes=2)}) for run in (slow, fast)
         ]
@@ -141,7 +139,7 @@ def test_peak_below_state_bytes_is_reported() -> None:
 
 
 def test_rss_peak_has_slack() -> None:
-    """On CPU the RSS may fall below its baseline by the slack, and by no more."""
+    """On CPU the RSS peak may be below the state bytes by at most the slack."""
     states = StateBytes(weights=RSS_SLACK_BYTES, gradients=10, optimizer=0)
     for peak, expected_count in ((9, 1), (10, 0)):
         memory = Memory(rss_bytes=1000 + peak, baseline_rss_bytes=1000)

@@ -16,7 +16,7 @@ RECORD_V1 = Path(__file__).parent / "record_v1.json"
 
 
 def test_every_number_of_a_v1_record_is_kept() -> None:
-    """No number is lost or changed; only names are."""
+    """The upgrade changes names only."""
 
     def leaves(values: object) -> list[str]:
         if isinstance(values, dict):
@@ -33,7 +33,7 @@ def test_every_number_of_a_v1_record_is_kept() -> None:
 
 
 def test_v1_record_reads_as_schema_2_under_the_new_names() -> None:
-    """Values are found under the new names, and the fingerprint is that of the renamed recipe."""
+    """Values have the new names, and the fingerprint is that of the renamed recipe."""
     old, record = json.loads(RECORD_V1.read_text()), read_record(RECORD_V1)
     assert record.schema_version == 2
     assert record.flops.model_flops == old["flops"]["required"]
@@ -46,18 +46,18 @@ def test_v1_record_reads_as_schema_2_under_the_new_names() -> None:
 
 
 def test_v1_record_of_another_recipe_keeps_its_fingerprint(tmp_path: Path) -> None:
-    """A fingerprint that does not belong to the recipe in the record is not replaced by one that does."""
+    """A fingerprint that does not match the recipe in the record is not replaced."""
     values = json.loads(RECORD_V1.read_text()) | {"recipe_fingerprint": "0123456789abcdef"}
     (tmp_path / "record.json").write_text(json.dumps(values))
     assert read_record(tmp_path / "record.json").recipe_fingerprint == "0123456789abcdef"
 
 
 def test_every_renamed_key_is_upgraded() -> None:
-    """Each old key of the map, at a value of its own, is found under the new key."""
+    """Each old key, set to a unique value, is renamed to the new key."""
     for kind in ("lora", "prompt_tuning"):
         old: dict[str, dict[str, object]] = {"method": {"kind": kind}}
-        mine = {"lora": ("alpha", "dropout"), "prompt_tuning": ("tokens", "init", "init_text")}[kind]
-        names = [name for name in RENAMED_KEYS if not name.startswith("method.") or name.split(".")[1] in mine]
+        keys_of_kind = {"lora": ("alpha", "dropout"), "prompt_tuning": ("tokens", "init", "init_text")}[kind]
+        names = [name for name in RENAMED_KEYS if not name.startswith("method.") or name.split(".")[1] in keys_of_kind]
         for name in names:
             section, key = name.split(".")
             old.setdefault(section, {})[key] = name

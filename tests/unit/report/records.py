@@ -1,4 +1,4 @@
-"""Records with known figures."""
+"""Run records with known metrics."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from peftbench.record import (
 
 
 def record(name: str, kind: str, trainable: int | None, **changes: Any) -> RunRecord:
-    """A record with known figures."""
+    """Build a record with known metrics."""
     recipe = {
         "name": name,
         "output_dir": "runs",
@@ -74,11 +74,11 @@ def judged(
     identity: str = "these",
     **changes: Any,
 ) -> RunRecord:
-    """A record with the scores of each example: ROUGE-L, or nats with their tokens. Baselines train nothing."""
+    """Build a record with per-example scores: ROUGE-L, or nats with token counts. A baseline trains nothing."""
     count = len(rouge_l if rouge_l is not None else losses)
     score = Interval(mean=float(numpy.mean(rouge_l)), low=0, high=100) if rouge_l is not None else None
     rouge = {"rougeL": tuple(map(float, rouge_l))} if rouge_l is not None else {}
-    trained = kind not in ("zero_shot", "lead")
+    is_trained = kind not in ("zero_shot", "lead")
     quality = Quality(
         split="test",
         num_examples=count,
@@ -88,13 +88,15 @@ def judged(
             examples_fingerprint=identity, loss=tuple(losses), labelled_tokens=tuple(labelled), rouge=rouge
         ),
     )
-    of_method: dict[str, Any] = {"steps": 20} if trained else {"tokens": None, "steps": 0, "phase_seconds": {}}
-    changes = {"quality": quality} | of_method | changes
-    return record(name, kind, 10 if trained else 0, **changes)
+    method_fields: dict[str, Any] = {"steps": 20} if is_trained else {"tokens": None, "steps": 0, "phase_seconds": {}}
+    changes = {"quality": quality} | method_fields | changes
+    return record(name, kind, 10 if is_trained else 0, **changes)
 
 
-def costly(memory: int, seconds: float, flops: int, *, engine: str = "single", device: str = "a GPU") -> dict[str, Any]:
-    """What a record says of a training of 20 steps of so many seconds each, within 5 %, at so many bytes and FLOPs."""
+def build_costs(
+    memory: int, seconds: float, flops: int, *, engine: str = "single", device: str = "a GPU"
+) -> dict[str, Any]:
+    """Return record fields of 20 steps: peak bytes, step seconds (10th and 90th percentile within 5 %), model FLOPs."""
     speed = Throughput(
         steps=20,
         step_seconds_median=seconds,
@@ -124,5 +126,5 @@ def costly(memory: int, seconds: float, flops: int, *, engine: str = "single", d
 
 
 def noise(count: int, seed: int, spread: float = 5.0) -> list[float]:
-    """Scores around 30."""
+    """Return normally distributed scores with mean 30."""
     return [float(value) for value in 30 + spread * numpy.random.default_rng(seed).normal(size=count)]

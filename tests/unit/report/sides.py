@@ -1,4 +1,4 @@
-"""Suites with known figures, to be held against each other."""
+"""Suites with known metrics, to be compared with each other."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from peftbench.report.diff.render import print_diff
 from tests.unit.report.records import record
 
 
-def suite(folder: Path, *records: RunRecord) -> Path:
-    """``folder`` with these records, each in a folder named after its run, as far as a name can be one."""
+def write_suite(folder: Path, *records: RunRecord) -> Path:
+    """Write each record to a folder named after its run, and return ``folder``."""
     folder.mkdir(exist_ok=True)
-    for one in records:
-        one.write(folder / re.sub(r"\W", "_", one.name))
+    for run_record in records:
+        run_record.write(folder / re.sub(r"\W", "_", run_record.name))
     return folder
 
 
-def held(tmp_path: Path, before: RunRecord, after: RunRecord, *thresholds: str) -> RunDiff:
-    """One run held against another."""
-    sides = suite(tmp_path / "A", before), suite(tmp_path / "B", after)
-    (pair,) = diff_suites(*sides, parse_thresholds(thresholds)).runs
+def compare_runs(tmp_path: Path, before: RunRecord, after: RunRecord, *thresholds: str) -> RunDiff:
+    """Write two runs as suites A and B, and return their comparison."""
+    suites = write_suite(tmp_path / "A", before), write_suite(tmp_path / "B", after)
+    (pair,) = diff_suites(*suites, parse_thresholds(thresholds)).runs
     return pair
 
 
-def figures(pair: RunDiff) -> dict[str, MetricDiff]:
-    """By name."""
-    return {figure.name: figure for figure in pair.metrics}
+def metrics_by_name(pair: RunDiff) -> dict[str, MetricDiff]:
+    """Return the compared metrics by name."""
+    return {metric.name: metric for metric in pair.metrics}
 
 
-def run(name: str = "lora", **changes: Any) -> RunRecord:
-    """A run with every figure known, of a recipe of its own."""
+def build_run(name: str = "lora", **changes: Any) -> RunRecord:
+    """Build a run whose metrics are all known, with its name as its recipe fingerprint."""
     speed = Throughput(
         steps=5,
         step_seconds_median=1,
@@ -58,7 +58,7 @@ def run(name: str = "lora", **changes: Any) -> RunRecord:
     return record(name, "lora", 10, **(values | changes))
 
 
-def scored(
+def build_scored_run(
     rouge: tuple[float, ...],
     losses: tuple[float, ...] = (),
     *,
@@ -66,11 +66,11 @@ def scored(
     labelled: tuple[int, ...] = (),
     loss: float = 3.25,
 ) -> RunRecord:
-    """A run with each example's scores, whose means are as they must be."""
-    made = run(loss=loss)
-    assert made.quality is not None
+    """Build a run with per-example scores and their mean ROUGE-L."""
+    run = build_run(loss=loss)
+    assert run.quality is not None
     mean = sum(rouge) / len(rouge)
-    quality = made.quality.model_copy(
+    quality = run.quality.model_copy(
         update={
             "rouge": {"rougeL": Interval(mean=mean, low=mean, high=mean)},
             "per_example": PerExample(
@@ -78,10 +78,10 @@ def scored(
             ),
         }
     )
-    return made.model_copy(update={"quality": quality})
+    return run.model_copy(update={"quality": quality})
 
 
-def printed(found: SuiteDiff, capsys: pytest.CaptureFixture[str], console: Console | None = None) -> str:
-    """What is printed, columns apart by one space."""
-    print_diff(found, console)
+def capture_printed(diff: SuiteDiff, capsys: pytest.CaptureFixture[str], console: Console | None = None) -> str:
+    """Print the comparison and return the output, with one space between columns."""
+    print_diff(diff, console)
     return "\n".join(" ".join(line.split()) for line in capsys.readouterr().out.splitlines())

@@ -1,4 +1,4 @@
-"""Two suites side by side, as the command shows them: words, exit codes, refusals."""
+"""The compare command: printed text, exit codes and refused arguments."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from peftbench.report.diff.compute import SuiteDiff, diff_suites
 from peftbench.report.diff.metrics import parse_thresholds
 from peftbench.report.diff.render import print_diff, regression_summary
 from tests.helpers.paths import REPOSITORY
-from tests.unit.report.sides import printed, run, scored, suite
+from tests.unit.report.sides import build_run, build_scored_run, capture_printed, write_suite
 
 DEMO = REPOSITORY / "docs" / "results" / "demo"
 
 
 @pytest.mark.parametrize(
-    ("words", "kind", "sentence"),
+    ("thresholds", "error_class", "message"),
     [
         (["rogueL=2%"], UnknownKeyError, "did you mean 'rougeL'?"),
         (["outcome=2%"], UnknownKeyError, "unknown metric 'outcome'"),
@@ -41,44 +41,49 @@ DEMO = REPOSITORY / "docs" / "results" / "demo"
         (["mfu=5%", "mfu=6%"], OutOfRangeError, "--threshold is given twice for mfu"),
     ],
 )
-def test_a_threshold_that_cannot_be_meant(words: list[str], kind: type[PeftbenchError], sentence: str) -> None:
-    """What is no percentage, and of no figure, is refused in one sentence."""
-    with pytest.raises(kind, match=re.escape(sentence)) as refused:
-        parse_thresholds(words)
-    assert "\n" not in str(refused.value)
+def test_invalid_threshold_is_refused(thresholds: list[str], error_class: type[PeftbenchError], message: str) -> None:
+    """Refuse a threshold that is not a percentage or names an unknown metric, in a message of one line."""
+    with pytest.raises(error_class, match=re.escape(message)) as error:
+        parse_thresholds(thresholds)
+    assert "\n" not in str(error.value)
 
 
-def test_nothing_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two equal suites have no table at all."""
-    left = suite(tmp_path / "A", scored((1.0, 2.0), (1.0, 2.0), labelled=(1, 2)), run("b"))
-    found = diff_suites(left, shutil.copytree(left, tmp_path / "B"))
-    assert not found.changed
-    assert not found.regressed
-    assert printed(found, capsys).splitlines()[2:] == ["nothing changed"]
+def test_equal_suites_print_nothing_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Print no table if two suites are equal."""
+    left = write_suite(tmp_path / "A", build_scored_run((1.0, 2.0), (1.0, 2.0), labelled=(1, 2)), build_run("b"))
+    diff = diff_suites(left, shutil.copytree(left, tmp_path / "B"))
+    assert not diff.changed
+    assert not diff.regressed
+    assert capture_printed(diff, capsys).splitlines()[2:] == ["nothing changed"]
 
 
-def test_hostile_names_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Neither markup nor HTML nor pipes are taken for what they seem, and nothing moves the terminal's cursor."""
+def test_hostile_names_are_printed_literally(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Print markup, HTML and pipes as text, and escape control characters."""
     names = ["[red]a[/red]", "<script>b", "c | d", ":boom:", "e\x1b[2J\nf\u202e"]
-    left = suite(tmp_path / "A[bold]", *(run(name, library_versions={"torch": name}) for name in names))
-    right = suite(tmp_path / "B", *(run(name, library_versions={"torch": "[/]"}, peak=2000) for name in names))
-    found = diff_suites(left, right)
+    left = write_suite(tmp_path / "A[bold]", *(build_run(name, library_versions={"torch": name}) for name in names))
+    right = write_suite(
+        tmp_path / "B", *(build_run(name, library_versions={"torch": "[/]"}, peak=2000) for name in names)
+    )
+    diff = diff_suites(left, right)
     console = Console(force_terminal=True, width=200, color_system="standard")
-    print_diff(found, console)
+    print_diff(diff, console)
     out = capsys.readouterr().out
-    text = re.sub(r"\x1b\[[0-9;]*m", "", out)  # colours are the only sequences there are
+    text = re.sub(r"\x1b\[[0-9;]*m", "", out)  # only color sequences are allowed
     assert "\x1b" not in text
     shown = [*names[:-1], r"e\x1b[2J\nf\u202e"]
-    assert all(text.count(name) >= 3 for name in shown)  # as a value, as a run of the change, and in the figures
+    assert all(text.count(name) >= 3 for name in shown)  # as a value, as a run with the change, and in the metrics
     assert "[/]" in text
     assert "A[bold] (5 runs)" in text
-    assert all(name in regression_summary(found) for name in shown)
-    assert "\n" not in regression_summary(found)
+    assert all(name in regression_summary(diff) for name in shown)
+    assert "\n" not in regression_summary(diff)
 
 
-def test_a_verdict_needs_no_colour_and_no_wide_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """On 80 columns every line fits, and words alone say which figure fell and which gained."""
-    left, right = suite(tmp_path / "A", run()), suite(tmp_path / "B", run(peak=2000, speed=5000.0))
+def test_verdict_is_readable_in_80_columns_without_color(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Check that each line fits into 80 columns, and that text alone marks regressed and improved metrics."""
+    left, right = (
+        write_suite(tmp_path / "A", build_run()),
+        write_suite(tmp_path / "B", build_run(peak=2000, speed=5000.0)),
+    )
     print_diff(diff_suites(left, right), Console(force_terminal=True, width=80, color_system=None))
     out = capsys.readouterr().out
     table = out.split("changed metrics")[1]
@@ -87,23 +92,23 @@ def test_a_verdict_needs_no_colour_and_no_wide_terminal(tmp_path: Path, capsys: 
     assert "improved by more than 5%" in table
 
 
-def test_the_command_has_an_exit_code_of_its_own(tmp_path: Path) -> None:
-    """REGRESSED where a figure fell and zero where none did; the figures as JSON where that is asked for."""
-    left, right = suite(tmp_path / "A", run()), suite(tmp_path / "B", run(peak=1060))
+def test_regression_has_its_own_exit_code(tmp_path: Path) -> None:
+    """Exit with REGRESSION_EXIT_CODE if a metric regressed, else with zero; --json prints the comparison as JSON."""
+    left, right = write_suite(tmp_path / "A", build_run()), write_suite(tmp_path / "B", build_run(peak=1060))
     compare = ["compare", str(left), str(right)]
-    done = CliRunner().invoke(app, compare)
-    assert done.exit_code == REGRESSION_EXIT_CODE
-    assert done.stderr == "regressed beyond the threshold: lora (train_peak_bytes +6%)\n"
-    done = CliRunner().invoke(app, [*compare, "--threshold", "train_peak_bytes=6%"])
-    assert (done.exit_code, done.stderr) == (0, "")
-    assert done.stdout.endswith("no metric regressed beyond its threshold\n")
-    done = CliRunner().invoke(app, [*compare, "--json"])
-    assert done.exit_code == REGRESSION_EXIT_CODE
-    assert SuiteDiff.model_validate_json(done.stdout) == diff_suites(left, right)
+    result = CliRunner().invoke(app, compare)
+    assert result.exit_code == REGRESSION_EXIT_CODE
+    assert result.stderr == "regressed beyond the threshold: lora (train_peak_bytes +6%)\n"
+    result = CliRunner().invoke(app, [*compare, "--threshold", "train_peak_bytes=6%"])
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.endswith("no metric regressed beyond its threshold\n")
+    result = CliRunner().invoke(app, [*compare, "--json"])
+    assert result.exit_code == REGRESSION_EXIT_CODE
+    assert SuiteDiff.model_validate_json(result.stdout) == diff_suites(left, right)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "sentence"),
+    ("arguments", "exit_code", "message"),
     [
         ("report", 2, "Missing argument 'FOLDER'"),
         ("report A --compare A A", 2, "--compare is now the command peftbench compare A B"),
@@ -115,24 +120,24 @@ def test_the_command_has_an_exit_code_of_its_own(tmp_path: Path) -> None:
         ("compare A", 2, "Missing argument 'B'"),
     ],
 )
-def test_a_command_that_cannot_be_meant(
-    arguments: str, code: int, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_invalid_command_is_refused(
+    arguments: str, exit_code: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What does not go together, and what is not there, is refused in one sentence; nothing is written."""
-    suite(tmp_path / "A", run())
+    """Refuse invalid options and folders without records in one sentence, and write nothing."""
+    write_suite(tmp_path / "A", build_run())
     monkeypatch.chdir(tmp_path)
-    there = sorted(tmp_path.rglob("*"))
-    done = CliRunner().invoke(app, arguments.split())
-    assert done.exit_code == code, done.output
-    assert sentence in done.stderr
-    assert not done.stdout
-    assert sorted(tmp_path.rglob("*")) == there
+    files_before = sorted(tmp_path.rglob("*"))
+    result = CliRunner().invoke(app, arguments.split())
+    assert result.exit_code == exit_code, result.output
+    assert message in result.stderr
+    assert not result.stdout
+    assert sorted(tmp_path.rglob("*")) == files_before
 
 
-def test_the_demo_and_a_changed_copy(tmp_path: Path) -> None:
-    """The whole command, on shipped records: exit code, what goes to standard output, and what to standard error."""
-    copy = shutil.copytree(DEMO, tmp_path / "after")
-    old = read_record(copy / "lora" / RECORD_FILE)
+def test_changed_copy_of_the_demo_regresses(tmp_path: Path) -> None:
+    """Run the command on shipped records; check its exit code, standard output and standard error."""
+    changed_demo = shutil.copytree(DEMO, tmp_path / "after")
+    old = read_record(changed_demo / "lora" / RECORD_FILE)
     assert old.quality is not None
     assert old.quality.loss is not None
     old.model_copy(
@@ -140,17 +145,17 @@ def test_the_demo_and_a_changed_copy(tmp_path: Path) -> None:
             "recipe": old.recipe | {"method": old.recipe["method"] | {"r": 99}},
             "quality": old.quality.model_copy(update={"loss": old.quality.loss * 1.1}),
         }
-    ).write(copy / "lora")
-    shutil.rmtree(copy / "full")
+    ).write(changed_demo / "lora")
+    shutil.rmtree(changed_demo / "full")
 
-    def compared(*sides: Path) -> subprocess.CompletedProcess[str]:
+    def run_compare(*suites: Path) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", "from peftbench.cli.app import main; main()", "compare"]
-        return subprocess.run([*command, *map(str, sides)], capture_output=True, text=True, check=False, timeout=120)
+        return subprocess.run([*command, *map(str, suites)], capture_output=True, text=True, check=False, timeout=120)
 
-    same = compared(DEMO, DEMO)
+    same = run_compare(DEMO, DEMO)
     assert (same.returncode, same.stderr) == (0, "")
     assert same.stdout.splitlines()[-1] == "nothing changed"
-    worse = compared(DEMO, copy)
+    worse = run_compare(DEMO, changed_demo)
     assert worse.returncode == REGRESSION_EXIT_CODE
     assert worse.stderr == (
         "regressed beyond the threshold: lora (held_out_loss +10%, not significant), full (missing in B)\n"
@@ -161,14 +166,17 @@ def test_the_demo_and_a_changed_copy(tmp_path: Path) -> None:
     assert "full regressed: run is missing in B" in lines
 
 
-def test_a_comparison_needs_no_torch(tmp_path: Path) -> None:
-    """Neither reading, nor drawing intervals, nor printing brings in torch or a library of models."""
-    sides = suite(tmp_path / "A", scored((1.0, 2.0))), suite(tmp_path / "B", scored((2.0, 5.0)))
+def test_compare_imports_no_torch(tmp_path: Path) -> None:
+    """Check that a comparison with intervals imports neither torch nor a model library."""
+    suites = (
+        write_suite(tmp_path / "A", build_scored_run((1.0, 2.0))),
+        write_suite(tmp_path / "B", build_scored_run((2.0, 5.0))),
+    )
     code = (
         "import sys; from peftbench.cli.app import app; app(standalone_mode=False); "
         "sys.exit(bool({'torch', 'transformers', 'accelerate', 'datasets', 'peft'} & set(sys.modules)))"
     )
-    command = [sys.executable, "-c", code, "compare", *map(str, sides)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "+133% (" in done.stdout
+    command = [sys.executable, "-c", code, "compare", *map(str, suites)]
+    result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "+133% (" in result.stdout

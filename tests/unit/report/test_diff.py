@@ -1,4 +1,4 @@
-"""Two suites side by side: known records before and after give exact changes."""
+"""Comparison of two suites: known records before and after give exact changes."""
 
 from __future__ import annotations
 
@@ -18,12 +18,19 @@ from peftbench.report.diff.matching import Runs, SettingChange, match_runs
 from peftbench.report.diff.metrics import METRICS, parse_thresholds
 from peftbench.report.diff.render import regression_summary
 from tests.unit.report.records import noise
-from tests.unit.report.sides import figures, held, printed, run, scored, suite
+from tests.unit.report.sides import (
+    build_run,
+    build_scored_run,
+    capture_printed,
+    compare_runs,
+    metrics_by_name,
+    write_suite,
+)
 
 
-def test_every_figure_has_its_exact_change(tmp_path: Path) -> None:
-    """Each figure has its values before and after, its change as a share of what it was, and its verdict."""
-    new = run(
+def test_every_metric_has_its_exact_change(tmp_path: Path) -> None:
+    """Check each metric's values before and after, its relative change and its verdict."""
+    new = build_run(
         loss=3.3475,
         speed=1200.0,
         peak=1100,
@@ -32,17 +39,17 @@ def test_every_figure_has_its_exact_change(tmp_path: Path) -> None:
         flops=Flops(model_flops=100, hardware_flops=180),
         compute=Compute(model_flops_per_second=0.5, peak_flops_per_second=4.0),
     )
-    found = figures(held(tmp_path, run(), new))
-    told = {name: (f.before, f.after, f.relative_change, f.verdict, f.regressed) for name, f in found.items()}
-    assert list(told) == ["outcome", *METRICS]
-    same = (31.25, 31.25, 0.0, "equal", False)
-    assert told == {
+    metrics = metrics_by_name(compare_runs(tmp_path, build_run(), new))
+    changes = {name: (m.before, m.after, m.relative_change, m.verdict, m.regressed) for name, m in metrics.items()}
+    assert list(changes) == ["outcome", *METRICS]
+    unchanged = (31.25, 31.25, 0.0, "equal", False)
+    assert changes == {
         "outcome": ("ok", "ok", None, "equal", False),
         "held_out_loss": (3.25, 3.3475, 0.03, "within", False),
-        "rouge1": same,
-        "rouge2": same,
-        "rougeL": same,
-        "rougeLsum": same,
+        "rouge1": unchanged,
+        "rouge2": unchanged,
+        "rougeL": unchanged,
+        "rougeLsum": unchanged,
         "train_seconds": (12.5, 12.0, -0.04, "within", False),
         "tokens_per_second": (1000.0, 1200.0, 0.2, "improved", False),
         "train_peak_bytes": (1000, 1100, 0.1, "regressed", True),
@@ -51,7 +58,7 @@ def test_every_figure_has_its_exact_change(tmp_path: Path) -> None:
         "mfu": (0.25, 0.125, -0.5, "regressed", True),
         "train_joules": (40.0, 42.0, 0.05, "within", False),
     }
-    assert {f.name for f in found.values() if f.better == "higher"} == {
+    assert {metric.name for metric in metrics.values() if metric.better == "higher"} == {
         "rouge1",
         "rouge2",
         "rougeL",
@@ -64,7 +71,7 @@ def test_every_figure_has_its_exact_change(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("before", "after", "threshold", "verdict"),
     [
-        ({"loss": 1.1}, {"loss": 1.155}, "5", "within"),  # a little more than 5 % in binary fractions
+        ({"loss": 1.1}, {"loss": 1.155}, "5", "within"),  # slightly more than 5 % in floating point
         ({"loss": 1.1}, {"loss": 1.1550001}, "5%", "regressed"),
         ({"loss": 1.1}, {"loss": 1.045}, "5%", "within"),
         ({"loss": 1.1}, {"loss": 1.0449999}, "5%", "improved"),
@@ -79,22 +86,22 @@ def test_every_figure_has_its_exact_change(tmp_path: Path) -> None:
         ({"peak": 0}, {"peak": 1}, "1000%", "regressed"),
     ],
 )
-def test_a_figure_falls_beyond_its_threshold_and_not_at_it(
+def test_metric_regresses_only_beyond_its_threshold(
     before: dict[str, Any], after: dict[str, Any], threshold: str, verdict: str, tmp_path: Path
 ) -> None:
-    """Exactly at the threshold is no fall, just beyond is one, whichever direction is good."""
+    """Check that a change equal to the threshold is no regression, whether higher or lower is better."""
     name = {"loss": "held_out_loss", "speed": "tokens_per_second", "peak": "train_peak_bytes"}[next(iter(before))]
-    pair = held(tmp_path, run(**before), run(**after), f"{name}={threshold}")
-    assert figures(pair)[name].verdict == verdict
+    pair = compare_runs(tmp_path, build_run(**before), build_run(**after), f"{name}={threshold}")
+    assert metrics_by_name(pair)[name].verdict == verdict
     assert pair.regressed == (verdict == "regressed")
 
 
-def test_a_threshold_of_one_figure_goes_before_that_of_all(tmp_path: Path) -> None:
-    """The same change falls where its figure's own threshold says so, and not where it does not."""
-    sides = run(loss=2.0, speed=100.0), run(loss=2.2, speed=90.0)
+def test_threshold_of_a_metric_overrides_the_default(tmp_path: Path) -> None:
+    """Check that a change regresses only if it exceeds its metric's threshold or, without one, the default."""
+    runs = build_run(loss=2.0, speed=100.0), build_run(loss=2.2, speed=90.0)
     strict, loose = ("held_out_loss=2%", "20%"), ("20", "tokens_per_second=9.99%")
-    assert [f.name for f in held(tmp_path, *sides, *strict).metrics if f.regressed] == ["held_out_loss"]
-    assert [f.name for f in held(tmp_path, *sides, *loose).metrics if f.regressed] == ["tokens_per_second"]
+    assert [m.name for m in compare_runs(tmp_path, *runs, *strict).metrics if m.regressed] == ["held_out_loss"]
+    assert [m.name for m in compare_runs(tmp_path, *runs, *loose).metrics if m.regressed] == ["tokens_per_second"]
     assert (
         parse_thresholds([]).for_metric("rougeL")
         == parse_thresholds(["5%"]).for_metric("mfu")
@@ -102,18 +109,21 @@ def test_a_threshold_of_one_figure_goes_before_that_of_all(tmp_path: Path) -> No
     )
 
 
-def test_a_missing_run_falls_and_a_new_one_does_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A run that is only before is missing, one that is only after is new."""
-    left, right = suite(tmp_path / "A", run("kept"), run("gone")), suite(tmp_path / "B", run("kept"), run("come"))
-    found = diff_suites(left, right)
-    assert [(pair.before, pair.after, pair.matched_by, pair.regressed) for pair in found.runs] == [
+def test_missing_run_regresses_and_new_run_does_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Check that a run only in A is missing and a run only in B is new."""
+    left, right = (
+        write_suite(tmp_path / "A", build_run("kept"), build_run("gone")),
+        write_suite(tmp_path / "B", build_run("kept"), build_run("come")),
+    )
+    diff = diff_suites(left, right)
+    assert [(pair.before, pair.after, pair.matched_by, pair.regressed) for pair in diff.runs] == [
         ("gone", None, None, True),
         ("kept", "kept", "name", False),
         (None, "come", None, False),
     ]
-    assert found.regressed
-    assert regression_summary(found) == "regressed beyond the threshold: gone (missing in B)"
-    text = printed(found, capsys)
+    assert diff.regressed
+    assert regression_summary(diff) == "regressed beyond the threshold: gone (missing in B)"
+    text = capture_printed(diff, capsys)
     assert "\ngone regressed: run is missing in B\n" in text
     assert "\ncome new in B\n" in text
     shutil.rmtree(left / "gone")
@@ -121,15 +131,15 @@ def test_a_missing_run_falls_and_a_new_one_does_not(tmp_path: Path, capsys: pyte
 
 
 def test_runs_are_matched_by_name_then_recipe_then_path(tmp_path: Path) -> None:
-    """A renamed run is found by its recipe, a run of another recipe by its path, and what fits two by neither."""
-    names = {"by_name": "1", "old": "2", "place": "3", "twin_1": "t", "twin_2": "t"}
-    left = suite(tmp_path / "A", *(run(name, recipe_fingerprint=of) for name, of in names.items()))
+    """Match a renamed run by its recipe and a run of another recipe by its path; leave ambiguous runs unmatched."""
+    fingerprints = {"by_name": "1", "old": "2", "place": "3", "twin_1": "t", "twin_2": "t"}
+    left = write_suite(tmp_path / "A", *(build_run(name, recipe_fingerprint=f) for name, f in fingerprints.items()))
     right = tmp_path / "B"
-    places = {"elsewhere": ("by_name", "9"), "new": ("new", "2"), "place": ("other", "8"), "twin": ("twin", "t")}
-    for place, (name, of) in places.items():
-        run(name, recipe_fingerprint=of).write(right / place)
-    found = diff_suites(left, right)
-    assert {(pair.label, pair.matched_by) for pair in found.runs} == {
+    runs_by_path = {"elsewhere": ("by_name", "9"), "new": ("new", "2"), "place": ("other", "8"), "twin": ("twin", "t")}
+    for path, (name, fingerprint) in runs_by_path.items():
+        build_run(name, recipe_fingerprint=fingerprint).write(right / path)
+    diff = diff_suites(left, right)
+    assert {(pair.label, pair.matched_by) for pair in diff.runs} == {
         ("by_name", "name"),
         ("old -> new", "recipe"),
         ("place -> other", "path"),
@@ -139,21 +149,21 @@ def test_runs_are_matched_by_name_then_recipe_then_path(tmp_path: Path) -> None:
     }
 
 
-def test_two_folders_of_one_run_each_are_matched(tmp_path: Path) -> None:
-    """The folders of two runs can be compared whatever the runs' names are."""
-    run("a").write(tmp_path / "A")
-    run("b").write(tmp_path / "B")
+def test_folders_with_one_run_each_are_matched(tmp_path: Path) -> None:
+    """Match the single runs of two folders although their names differ."""
+    build_run("a").write(tmp_path / "A")
+    build_run("b").write(tmp_path / "B")
     assert [pair.label for pair in diff_suites(tmp_path / "A", tmp_path / "B").runs] == ["a -> b"]
 
 
-def test_two_records_of_one_name_are_refused(tmp_path: Path) -> None:
-    """A folder in which a name stands twice is told with both places."""
-    left, right = suite(tmp_path / "A", run()), suite(tmp_path / "B", run())
-    run().write(right / "again")
-    sentence = f"{right} has two runs named 'lora', in again and lora; run names must be unique"
-    with pytest.raises(RecordError, match=re.escape(sentence)):
+def test_duplicate_run_name_is_refused(tmp_path: Path) -> None:
+    """Check that the error message names both folders."""
+    left, right = write_suite(tmp_path / "A", build_run()), write_suite(tmp_path / "B", build_run())
+    build_run().write(right / "again")
+    message = f"{right} has two runs named 'lora', in again and lora; run names must be unique"
+    with pytest.raises(RecordError, match=re.escape(message)):
         diff_suites(left, right)
-    with pytest.raises(RecordError, match=re.escape(sentence)):
+    with pytest.raises(RecordError, match=re.escape(message)):
         diff_suites(right, left)
 
 
@@ -167,58 +177,68 @@ def test_two_records_of_one_name_are_refused(tmp_path: Path) -> None:
         ("oom", "oom", "equal"),
     ],
 )
-def test_an_outcome_is_a_figure(before: Any, after: Any, verdict: str, tmp_path: Path) -> None:
-    """From ok to anything else is a fall, to ok a gain; what a run did before it failed is no figure of it."""
-    pair = held(tmp_path, run(outcome=Outcome(kind=before)), run(outcome=Outcome(kind=after)))
+def test_outcome_is_compared_like_a_metric(before: Any, after: Any, verdict: str, tmp_path: Path) -> None:
+    """Check that a change from ok regresses and a change to ok improves; a failed run has no other metrics."""
+    pair = compare_runs(tmp_path, build_run(outcome=Outcome(kind=before)), build_run(outcome=Outcome(kind=after)))
     outcome, *others = pair.metrics
     assert (outcome.before, outcome.after, outcome.verdict) == (before, after, verdict)
     assert pair.regressed == (verdict == "regressed")
-    assert {f.verdict for f in others} == ({"missing"} if before == "ok" else {"new"} if after == "ok" else set())
+    assert {metric.verdict for metric in others} == (
+        {"missing"} if before == "ok" else {"new"} if after == "ok" else set()
+    )
 
 
-def test_an_out_of_memory_says_so_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Where the outcome fell, it alone is shown: that the rest is gone goes without saying."""
-    left, right = suite(tmp_path / "A", run()), suite(tmp_path / "B", run(outcome=Outcome(kind="oom", step=1)))
-    found = diff_suites(left, right)
-    assert regression_summary(found) == "regressed beyond the threshold: lora (outcome ok, now oom)"
-    text = printed(found, capsys)
+def test_oom_is_reported_in_one_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Print only the outcome if it regressed, and no row for each missing metric."""
+    left, right = (
+        write_suite(tmp_path / "A", build_run()),
+        write_suite(tmp_path / "B", build_run(outcome=Outcome(kind="oom", step=1))),
+    )
+    diff = diff_suites(left, right)
+    assert regression_summary(diff) == "regressed beyond the threshold: lora (outcome ok, now oom)"
+    text = capture_printed(diff, capsys)
     assert "lora outcome ok oom regressed: the run has no metrics without outcome ok" in text
     assert "train_peak_bytes" not in text
 
 
-def test_a_figure_that_is_known_no_more_falls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A figure that was known and is not, or is no number any more, is said; unknown on both sides it is left out."""
-    old = run(flops=Flops())
-    left, right = suite(tmp_path / "A", old), suite(tmp_path / "B", run(loss=float("nan"), energy_joules=None))
-    found = diff_suites(left, right)
-    told = figures(found.runs[0])
-    assert {name for name, figure in told.items() if figure.regressed} == {"held_out_loss", "train_joules"}
-    assert {name for name, figure in told.items() if figure.verdict == "new"} == {"model_flops", "hardware_flops"}
-    assert "lora held_out_loss 3.2500 unknown regressed: no longer known" in printed(found, capsys)
-    assert regression_summary(found).endswith("lora (held_out_loss no longer known; train_joules no longer known)")
-    assert json.loads(found.model_dump_json())["runs"][0]["metrics"][1]["after"] is None
-    assert "model_flops" not in figures(held(tmp_path, old, old))
+def test_metric_no_longer_known_regresses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Check that a metric that became unknown or NaN regresses, and that one unknown on both sides is left out."""
+    old = build_run(flops=Flops())
+    left, right = (
+        write_suite(tmp_path / "A", old),
+        write_suite(tmp_path / "B", build_run(loss=float("nan"), energy_joules=None)),
+    )
+    diff = diff_suites(left, right)
+    metrics = metrics_by_name(diff.runs[0])
+    assert {name for name, metric in metrics.items() if metric.regressed} == {"held_out_loss", "train_joules"}
+    assert {name for name, metric in metrics.items() if metric.verdict == "new"} == {"model_flops", "hardware_flops"}
+    assert "lora held_out_loss 3.2500 unknown regressed: no longer known" in capture_printed(diff, capsys)
+    assert regression_summary(diff).endswith("lora (held_out_loss no longer known; train_joules no longer known)")
+    assert json.loads(diff.model_dump_json())["runs"][0]["metrics"][1]["after"] is None
+    assert "model_flops" not in metrics_by_name(compare_runs(tmp_path, old, old))
 
 
-def test_config_is_compared_knob_by_knob(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Nested knobs, ones of one side, lists and what a run was made with are named; name and folder are not."""
+def test_config_is_compared_key_by_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Compare nested keys, keys of one side, lists, versions, commit and data, but not name and output_dir."""
 
-    def made(name: str, recipe: dict[str, Any], **changes: Any) -> RunRecord:
-        one = run(name, **changes)
-        data = one.recipe["data"] | recipe.pop("data")
-        return one.model_copy(update={"recipe": one.recipe | recipe | {"data": data}})
+    def build_with_recipe(name: str, recipe: dict[str, Any], **changes: Any) -> RunRecord:
+        base = build_run(name, **changes)
+        data = base.recipe["data"] | recipe.pop("data")
+        return base.model_copy(update={"recipe": base.recipe | recipe | {"data": data}})
 
     source: dict[str, Any] = {"kind": "files", "options": {"columns": ["a", "b"], "strict": 1}}
-    old = made("x", {"data": {"source": source}, "save_model": False}, library_versions={"torch": "1", "peft": "3"})
+    old = build_with_recipe(
+        "x", {"data": {"source": source}, "save_model": False}, library_versions={"torch": "1", "peft": "3"}
+    )
     source = {"kind": "files", "options": {"columns": ["a", "c"], "strict": True}, "split": None}
-    new = made(
+    new = build_with_recipe(
         "x",
         {"data": {"source": source}, "save_model": 0, "output_dir": "elsewhere"},
         library_versions={"torch": "2", "peft": "3"},
         git_commit="abc",
         data_fingerprint="d",
     )
-    pair = held(tmp_path, old, new)
+    pair = compare_runs(tmp_path, old, new)
     assert list(pair.config_changes) == [
         SettingChange(key="data.source.options.columns", before=["a", "b"], after=["a", "c"]),
         SettingChange(key="data.source.options.strict", before=1, after=True),
@@ -228,25 +248,25 @@ def test_config_is_compared_knob_by_knob(tmp_path: Path, capsys: pytest.CaptureF
         SettingChange(key="git_commit", before=None, after="abc"),
         SettingChange(key="data_fingerprint", before=None, after="d"),
     ]
-    text = printed(diff_suites(tmp_path / "A", tmp_path / "B"), capsys)
+    text = capture_printed(diff_suites(tmp_path / "A", tmp_path / "B"), capsys)
     assert 'data.source.options.columns ["a", "b"] ["a", "c"] all' in text
     assert "data.source.split not set null all" in text
     assert "no metric changed" in text
 
 
-def test_what_changed_in_all_runs_is_shown_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Changes that all runs share come first and once, others with the runs that have them."""
-    left = suite(tmp_path / "A", *(run(name, library_versions={"torch": "1"}) for name in ("a", "b", "c")))
-    right = suite(
+def test_change_shared_by_all_runs_is_shown_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """List changes that all runs share first and once, then other changes with the names of their runs."""
+    left = write_suite(tmp_path / "A", *(build_run(name, library_versions={"torch": "1"}) for name in ("a", "b", "c")))
+    right = write_suite(
         tmp_path / "B",
         *(
-            run(name, library_versions={"torch": "2"}, global_batch_size=batch, seed=seed)
+            build_run(name, library_versions={"torch": "2"}, global_batch_size=batch, seed=seed)
             for name, batch, seed in (("a", 16, 0), ("b", 32, 0), ("c", 32, 7))
         ),
     )
-    found = diff_suites(left, right)
-    assert [change.key for change in found.common_changes] == ["library_versions.torch"]
-    table = printed(found, capsys).split("changed settings")[1]
+    diff = diff_suites(left, right)
+    assert [change.key for change in diff.common_changes] == ["library_versions.torch"]
+    table = capture_printed(diff, capsys).split("changed settings")[1]
     assert re.findall(r"^(\S+ \S+ \S+ .+)$", table, re.MULTILINE)[1:4] == [
         "library_versions.torch 1 2 all",
         "train.global_batch_size 16 32 b, c",
@@ -254,51 +274,54 @@ def test_what_changed_in_all_runs_is_shown_once(tmp_path: Path, capsys: pytest.C
     ]
 
 
-def test_two_machines_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Where a device differs the top says so, and figures of time are compared all the same."""
-    card = Device(type="cuda", name="a GPU", num_processes=1)
-    left, right = suite(tmp_path / "A", run()), suite(tmp_path / "B", run(device=card, speed=10.0))
-    found = diff_suites(left, right)
-    assert found.different_devices
-    assert figures(found.runs[0])["tokens_per_second"].regressed
-    assert SettingChange(key="device.name", before="a CPU", after="a GPU") in found.common_changes
-    *_, line = printed(found, capsys).split("changed settings")[0].splitlines()
+def test_different_devices_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Name both devices above the tables, and still compare times."""
+    gpu = Device(type="cuda", name="a GPU", num_processes=1)
+    left, right = (
+        write_suite(tmp_path / "A", build_run()),
+        write_suite(tmp_path / "B", build_run(device=gpu, speed=10.0)),
+    )
+    diff = diff_suites(left, right)
+    assert diff.different_devices
+    assert metrics_by_name(diff.runs[0])["tokens_per_second"].regressed
+    assert SettingChange(key="device.name", before="a CPU", after="a GPU") in diff.common_changes
+    *_, line = capture_printed(diff, capsys).split("changed settings")[0].splitlines()
     assert line == "times and memory are from different devices: A ran on a CPU (cpu), B on a GPU (cuda)"
     assert not diff_suites(left, left).different_devices
-    assert "different devices" not in printed(diff_suites(left, left), capsys)
+    assert "different devices" not in capture_printed(diff_suites(left, left), capsys)
 
 
-def test_a_change_that_the_examples_support(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each example lost two points: the interval has no width, leaves zero out, and the sentence says so."""
-    left = suite(tmp_path / "A", scored((10.0, 20.0, 60.0) * 7))
-    right = suite(tmp_path / "B", scored((8.0, 18.0, 58.0) * 7))
-    found = diff_suites(left, right)
-    figure = figures(found.runs[0])["rougeL"]
-    assert figure.paired_interval is not None
-    assert figure.paired_interval.interval == Interval(mean=-2, low=-2, high=-2)
-    assert figure.paired_interval.significant is True
-    assert regression_summary(found).endswith("lora (rougeL -6.67%, significant)")
-    assert "-6.67% (-2 to -2) regressed by more than 5%, significant" in printed(found, capsys)
+def test_equal_change_on_every_example_is_significant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Lower each example's score by two points, so that the interval has no width and excludes zero."""
+    left = write_suite(tmp_path / "A", build_scored_run((10.0, 20.0, 60.0) * 7))
+    right = write_suite(tmp_path / "B", build_scored_run((8.0, 18.0, 58.0) * 7))
+    diff = diff_suites(left, right)
+    metric = metrics_by_name(diff.runs[0])["rougeL"]
+    assert metric.paired_interval is not None
+    assert metric.paired_interval.interval == Interval(mean=-2, low=-2, high=-2)
+    assert metric.paired_interval.significant is True
+    assert regression_summary(diff).endswith("lora (rougeL -6.67%, significant)")
+    assert "-6.67% (-2 to -2) regressed by more than 5%, significant" in capture_printed(diff, capsys)
 
 
-def test_a_change_that_the_examples_do_not_support(tmp_path: Path) -> None:
-    """A mean that fell by the chance of one example falls, and the sentence says that the interval has zero in it."""
-    left, right = scored((10.0, 10.0, 60.0, 10.0) * 5), scored((14.0, 13.0, 30.0, 14.0) * 5)
-    pair = held(tmp_path, left, right)
-    figure = figures(pair)["rougeL"]
-    assert figure.paired_interval is not None
-    assert figure.paired_interval.interval is not None
-    assert figure.paired_interval.interval.low < 0 < figure.paired_interval.interval.high
-    assert figure.paired_interval.significant is False
-    sentence = regression_summary(diff_suites(tmp_path / "A", tmp_path / "B"))
-    assert sentence.endswith("lora (rougeL -21.1%, not significant)")
+def test_change_within_sampling_noise_is_not_significant(tmp_path: Path) -> None:
+    """Check that a lower mean regresses, but is reported as not significant if its interval contains zero."""
+    left, right = build_scored_run((10.0, 10.0, 60.0, 10.0) * 5), build_scored_run((14.0, 13.0, 30.0, 14.0) * 5)
+    pair = compare_runs(tmp_path, left, right)
+    metric = metrics_by_name(pair)["rougeL"]
+    assert metric.paired_interval is not None
+    assert metric.paired_interval.interval is not None
+    assert metric.paired_interval.interval.low < 0 < metric.paired_interval.interval.high
+    assert metric.paired_interval.significant is False
+    message = regression_summary(diff_suites(tmp_path / "A", tmp_path / "B"))
+    assert message.endswith("lora (rougeL -21.1%, not significant)")
 
 
-def test_a_loss_is_weighed_by_its_tokens(tmp_path: Path) -> None:
-    """The interval's mean is the difference of the two losses, which are of tokens and not of examples."""
-    old = scored((1.0, 1.0), (3.0, 10.0), labelled=(1, 9), loss=1.3)
-    new = scored((1.0, 1.0), (5.0, 12.0), labelled=(1, 9), loss=1.7)
-    paired = figures(held(tmp_path, old, new))["held_out_loss"].paired_interval
+def test_loss_interval_is_weighted_by_tokens(tmp_path: Path) -> None:
+    """Check that the interval's mean is the difference of the two losses, which are means over tokens."""
+    old = build_scored_run((1.0, 1.0), (3.0, 10.0), labelled=(1, 9), loss=1.3)
+    new = build_scored_run((1.0, 1.0), (5.0, 12.0), labelled=(1, 9), loss=1.7)
+    paired = metrics_by_name(compare_runs(tmp_path, old, new))["held_out_loss"].paired_interval
     assert paired is not None
     assert paired.interval is not None
     assert paired.interval.mean == pytest.approx(0.4)
@@ -314,65 +337,73 @@ def test_a_loss_is_weighed_by_its_tokens(tmp_path: Path) -> None:
         ({"losses": ()}, "not both records have the scores of each example"),
     ],
 )
-def test_scores_that_cannot_be_paired(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
-    """Where examples, tokens or scores are not the same there is no interval, and the reason is told."""
+def test_unpairable_scores_have_no_interval(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    """Check that different examples, tokens or missing scores give no interval, and that the reason is recorded."""
     scores: dict[str, Any] = {"losses": (3.0, 10.0), "labelled": (1, 9)}
-    pair = held(tmp_path, scored((1.0, 1.0), **scores), scored((1.0, 1.0), **(scores | changes), loss=4.0))
-    figure = figures(pair)["held_out_loss"]
-    assert figure.paired_interval is not None
-    assert (figure.paired_interval.interval, figure.paired_interval.significant) == (None, None)
-    assert figure.paired_interval.missing_reason == reason
-    sentence = regression_summary(diff_suites(tmp_path / "A", tmp_path / "B"))
-    assert sentence.endswith("lora (held_out_loss +23.1%, no interval)")
+    pair = compare_runs(
+        tmp_path, build_scored_run((1.0, 1.0), **scores), build_scored_run((1.0, 1.0), **(scores | changes), loss=4.0)
+    )
+    metric = metrics_by_name(pair)["held_out_loss"]
+    assert metric.paired_interval is not None
+    assert (metric.paired_interval.interval, metric.paired_interval.significant) == (None, None)
+    assert metric.paired_interval.missing_reason == reason
+    message = regression_summary(diff_suites(tmp_path / "A", tmp_path / "B"))
+    assert message.endswith("lora (held_out_loss +23.1%, no interval)")
 
 
 @pytest.mark.parametrize("count", [1, 2, 19])
-def test_few_examples_support_nothing(count: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of one example there is no interval, and of fewer than twenty none supports anything, however narrow it is."""
-    sides = suite(tmp_path / "A", scored((10.0,) * count)), suite(tmp_path / "B", scored((8.0,) * count))
-    found = diff_suites(*sides)
-    paired = figures(found.runs[0])["rougeL"].paired_interval
+def test_few_examples_are_never_significant(count: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Check that one example has no interval, and that an interval over fewer than 20 is never significant."""
+    suites = (
+        write_suite(tmp_path / "A", build_scored_run((10.0,) * count)),
+        write_suite(tmp_path / "B", build_scored_run((8.0,) * count)),
+    )
+    diff = diff_suites(*suites)
+    paired = metrics_by_name(diff.runs[0])["rougeL"].paired_interval
     assert paired is not None
     assert paired.significant is None
     assert paired.missing_reason == ("too few examples" if count == 1 else None)
     assert (paired.interval is None) == (count == 1)
-    why = "no interval" if count == 1 else "too few examples to support it"
-    assert regression_summary(found).endswith(f"lora (rougeL -20%, {why})")
-    said = printed(found, capsys)
-    assert ("no interval: too few examples" in said) == (count == 1)
-    assert ("; of fewer than 20 examples none is supported" in said) == (count > 1)
+    reason = "no interval" if count == 1 else "too few examples to support it"
+    assert regression_summary(diff).endswith(f"lora (rougeL -20%, {reason})")
+    output = capture_printed(diff, capsys)
+    assert ("no interval: too few examples" in output) == (count == 1)
+    assert ("; of fewer than 20 examples none is supported" in output) == (count > 1)
 
 
-def test_intervals_are_corrected_for_how_many_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Four runs with one such figure each are four intervals of 1 - 0.05 / 4; by hand, over the same examples."""
+def test_intervals_are_corrected_for_their_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Compare the intervals of four runs with paired intervals of confidence 1 - 0.05 / 4."""
     before, after = noise(60, 0), [noise(60, seed) for seed in range(1, 5)]
-    old = [scored(tuple(before)).model_copy(update={"name": f"r{i}"}) for i in range(4)]
-    new = [scored(tuple(one)).model_copy(update={"name": f"r{i}"}) for i, one in enumerate(after)]
-    found = diff_suites(suite(tmp_path / "A", *old), suite(tmp_path / "B", *new))
-    for pair, late in zip(found.runs, after, strict=True):
-        paired = figures(pair)["rougeL"].paired_interval
-        expected = paired_interval([b - a for a, b in zip(before, late, strict=True)], confidence=1 - 0.05 / 4)
+    old = [build_scored_run(tuple(before)).model_copy(update={"name": f"r{i}"}) for i in range(4)]
+    new = [build_scored_run(tuple(scores)).model_copy(update={"name": f"r{i}"}) for i, scores in enumerate(after)]
+    diff = diff_suites(write_suite(tmp_path / "A", *old), write_suite(tmp_path / "B", *new))
+    for pair, scores in zip(diff.runs, after, strict=True):
+        paired = metrics_by_name(pair)["rougeL"].paired_interval
+        expected = paired_interval([b - a for a, b in zip(before, scores, strict=True)], confidence=1 - 0.05 / 4)
         assert paired is not None
         assert paired.interval is not None
         assert (paired.interval.low, paired.interval.high) == pytest.approx((expected.low, expected.high))
-    said = "paired over examples; all 4 hold together with 95 %, and they know nothing of seeds"
-    assert said in printed(found, capsys)
+    note = "paired over examples; all 4 hold together with 95 %, and they know nothing of seeds"
+    assert note in capture_printed(diff, capsys)
 
 
-def test_chance_supports_a_change_as_seldom_as_is_said(tmp_path: Path) -> None:
-    """Of 60 comparisons of ten runs that do not differ, some 5 % have a supported change; uncorrected some 40 %."""
-    wrong = 0
+def test_false_positives_stay_within_stated_level(tmp_path: Path) -> None:
+    """Compare ten runs with equal true scores 60 times: about 5 % differ significantly; uncorrected, about 40 %."""
+    false_positives = 0
     for draw in range(60):
         names = [f"r{i}" for i in range(10)]
-        sides = [
+        suites = [
             Runs(
                 tmp_path,
                 {
-                    name: scored(tuple(noise(40, 1000 * draw + 100 * side + i))).model_copy(update={"name": name})
+                    name: build_scored_run(tuple(noise(40, 1000 * draw + 100 * side + i))).model_copy(
+                        update={"name": name}
+                    )
                     for i, name in enumerate(names)
                 },
             )
             for side in range(2)
         ]
-        wrong += any(one["rougeL"].significant for one in compute_paired_intervals(match_runs(*sides)))
-    assert wrong <= 9
+        intervals = compute_paired_intervals(match_runs(*suites))
+        false_positives += any(by_metric["rougeL"].significant for by_metric in intervals)
+    assert false_positives <= 9

@@ -1,4 +1,4 @@
-"""Text that anyone may have written, as it is shown."""
+"""Escaping of untrusted text for Markdown, terminals and spreadsheets."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ from peftbench.report.text.escape import (
         ("a\x1b[2J\u2028b", "a\\\\x1b\\[2J b"),
     ],
 )
-def test_markdown_shows_a_text_as_it_is(text: str, shown: str) -> None:
-    """On one line, with no markup of its own; what GitHub takes for none stays easy to read."""
+def test_escape_markdown_shows_text_literally(text: str, shown: str) -> None:
+    """Escape markup and put the text on one line; text that GitHub shows unchanged stays as it is."""
     assert escape_markdown(text) == shown
 
 
-def test_other_places() -> None:
-    """A terminal's cursor does not move, words of any language stay, and no spreadsheet computes."""
+def test_escape_for_terminal_and_spreadsheet() -> None:
+    """Escape control characters, keep text of any language, and put an apostrophe before formulas."""
     assert terminal_safe("a\n\x1b[2J") == "a\\n\\x1b[2J"
     assert escaped_line(" a \n b\x00 نمی\u200cخواهم") == "a b\\x00 نمی\u200cخواهم"
     assert printable_line(" a \n b\x00c \u202e") == "a b c"

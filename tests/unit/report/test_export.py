@@ -1,4 +1,4 @@
-"""The comparison for other programs."""
+"""Export of the comparison as JSON and LaTeX."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from peftbench.report.tables.export import json_table, latex_table
 from tests.unit.report.records import record
 
 
-def test_json_has_every_figure_and_what_it_means() -> None:
-    """One object a run with each column's raw values, the recipe and where it ran; unknown is null."""
-    found = json.loads(json_table([record("a", "lora", 10), record("b", "full", 1000)], ["A sentence."]))
-    assert found["summary"] == ["A sentence."]
-    assert set(found["columns"]) == {column.title for column in COLUMNS}
-    assert [run["run"] for run in found["runs"]] == ["a", "b"]
-    assert found["runs"][0]["trainable_parameters"] == 10
-    assert found["runs"][0]["rougeL"] == 31.25
-    assert found["runs"][0]["mfu"] is None
-    assert found["runs"][0]["recipe"]["method"]["kind"] == "lora"
+def test_json_has_every_metric_and_its_description() -> None:
+    """Write one object per run with each column's raw values and the recipe; an unknown value is null."""
+    table = json.loads(json_table([record("a", "lora", 10), record("b", "full", 1000)], ["A sentence."]))
+    assert table["summary"] == ["A sentence."]
+    assert set(table["columns"]) == {column.title for column in COLUMNS}
+    assert [run["run"] for run in table["runs"]] == ["a", "b"]
+    assert table["runs"][0]["trainable_parameters"] == 10
+    assert table["runs"][0]["rougeL"] == 31.25
+    assert table["runs"][0]["mfu"] is None
+    assert table["runs"][0]["recipe"]["method"]["kind"] == "lora"
 
 
-def test_json_is_json_of_a_diverged_run_too() -> None:
-    """A loss that is no number is null: JSON knows no NaN, and a strict reader would refuse it."""
+def test_json_of_a_diverged_run_has_no_nan() -> None:
+    """Write a NaN loss as null, because JSON has no NaN and strict parsers refuse it."""
     text = json_table([record("a", "lora", 10, loss=float("nan"), outcome=Outcome(kind="diverged", step=2))], [])
-    found = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
-    assert found["runs"][0]["held_out_loss"] is None
+    table = json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is not valid JSON"))
+    assert table["runs"][0]["held_out_loss"] is None
 
 
-def test_latex_is_a_table_of_booktabs() -> None:
-    """As many cells in each row as the tabular has columns, between the rules of booktabs."""
+def test_latex_is_a_booktabs_table() -> None:
+    """Write one cell per column of the tabular in each row, between the rules of booktabs."""
     text = latex_table([record("a", "lora", 10), record("b", "full", 1000)])
     columns = re.search(r"\\begin\{tabular\}\{([lr]+)\}", text)
     assert columns is not None
@@ -44,8 +44,8 @@ def test_latex_is_a_table_of_booktabs() -> None:
     assert [text.count(rule) for rule in ("\\toprule", "\\midrule", "\\bottomrule")] == [1, 1, 1]
 
 
-def test_latex_escapes_what_it_would_take_for_its_own() -> None:
-    """A run's name may hold what LaTeX reads as commands, comments or columns."""
+def test_latex_escapes_special_characters() -> None:
+    """Escape what LaTeX would read as commands, comments or columns in a run's name."""
     text = latex_table([record(r"a_b & 50 % of $x$ #1 {\input{x}}", "lora", 10)])
     assert r"a\_b \& 50 \% of \$x\$ \#1 \{" in text
     assert r"\input{x}" not in text
@@ -53,14 +53,14 @@ def test_latex_escapes_what_it_would_take_for_its_own() -> None:
 
 
 @pytest.mark.parametrize("name", ["[2cm] lora", "* lora"])
-def test_latex_takes_no_name_for_an_option(name: str) -> None:
-    r"""What follows ``\\`` or ``\midrule`` in brackets would be a length, and a star would be swallowed."""
+def test_latex_name_is_not_read_as_an_argument(name: str) -> None:
+    r"""Check that braces precede a name in brackets or with a star: after ``\\`` LaTeX reads these as arguments."""
     rows = latex_table([record(f"{name} 1", "lora", 10), record(f"{name} 2", "lora", 10)]).splitlines()
     assert [row.strip()[: len(name) + 4] for row in rows if name in row] == [f"{{}}{name} 1", f"{{}}{name} 2"]
 
 
-def test_a_line_break_in_a_name_breaks_no_row() -> None:
-    """A row of the tabular is a line."""
+def test_latex_row_of_a_name_with_line_break_is_one_line() -> None:
+    """Replace line breaks and control characters in the name."""
     text = latex_table([record("a\n\nb\x00", "lora", 10)])
     (row,) = [line for line in text.splitlines() if "a b" in line]
     assert row.rstrip().endswith("\\\\")

@@ -1,4 +1,4 @@
-"""Shown intervals hold the true ones, and reach zero only where those do."""
+"""Number formatting: a shown interval contains the true one, and contains zero only if the true one does."""
 
 from __future__ import annotations
 
@@ -25,24 +25,26 @@ from peftbench.report.text.formatting import decimal_places, format_decimal, rou
         (-1e300, 1e300, 1, (f"-{int(1e300)}.0", f"{int(1e300)}.0")),
     ],
 )
-def test_by_hand(low: float, high: float, digits: int, shown: tuple[str, str]) -> None:
-    """Ends go away from the mean; more digits stand there only where an end would be taken for zero."""
+def test_round_outward_matches_known_intervals(low: float, high: float, digits: int, shown: tuple[str, str]) -> None:
+    """Round both ends away from the mean, with more digits only if an end would become zero."""
     assert round_outward(Interval(mean=(low + high) / 2, low=low, high=high), digits) == shown
 
 
-def test_any_interval() -> None:
-    """Whatever the interval, the shown one holds it and excludes zero exactly where it does."""
-    draw = random.Random(0)  # noqa: S311 (of a test)
+def test_round_outward_contains_any_interval() -> None:
+    """Check that the shown interval contains the true one, and excludes zero if and only if the true one does."""
+    generator = random.Random(0)  # noqa: S311 (not for cryptography)
     for _ in range(2000):
-        low = draw.choice((-1, 1)) * 10 ** draw.uniform(-8, 6)
-        high = low + 10 ** draw.uniform(-8, 6)
-        a, b = map(float, round_outward(Interval(mean=low, low=low, high=high), draw.randrange(4)))
-        assert a <= low <= high <= b
-        assert (a > 0 or b < 0) == (low > 0 or high < 0)
+        low = generator.choice((-1, 1)) * 10 ** generator.uniform(-8, 6)
+        high = low + 10 ** generator.uniform(-8, 6)
+        shown_low, shown_high = map(
+            float, round_outward(Interval(mean=low, low=low, high=high), generator.randrange(4))
+        )
+        assert shown_low <= low <= high <= shown_high
+        assert (shown_low > 0 or shown_high < 0) == (low > 0 or high < 0)
 
 
-def test_zero_has_no_sign() -> None:
-    """What rounds to zero is no small negative number."""
+def test_rounded_zero_has_no_sign() -> None:
+    """Format a small negative number as zero."""
     assert format_decimal(-0.04, 1) == "0.0"
     assert format_decimal(-math.pi, 3) == "-3.142"
     assert (decimal_places("0.034"), decimal_places("7")) == (3, 0)

@@ -1,4 +1,4 @@
-"""Runs side by side."""
+"""Tables with one row per method: over seeds, and by the value of a key."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from peftbench.report.tables.pivot import rows_by_setting, seed_rows
 from tests.unit.report.records import record
 
 
-def test_over_seeds_groups_what_differs_in_seeds_alone() -> None:
-    """Mean, standard deviation and t's interval (4.3027 / sqrt(3) to either side, rounded outward) over three seeds.
+def test_seed_rows_aggregate_runs_that_differ_in_seed() -> None:
+    """Check mean, standard deviation and Student's t interval (4.3027 / sqrt(3) on each side, rounded outward).
 
-    A run of another recipe is not mixed in.
+    A run of another recipe is not included.
     """
     rows = [record(f"lora-seed={s}", "lora", 10, seed=s, loss=loss) for s, loss in enumerate((1.0, 2.0, 3.0))]
     (row,) = seed_rows([*rows, record("b", "full", 1000)])
@@ -25,16 +25,16 @@ def test_over_seeds_groups_what_differs_in_seeds_alone() -> None:
     }
 
 
-def test_a_seed_counts_once() -> None:
-    """``full`` of seed 0, run twice, is one seed beside 1 and 2: by hand, of 1 and 3, 2 and 3, the mean of three."""
+def test_repeated_seed_counts_once() -> None:
+    """Average two runs of seed 0, so that the values of the three seeds are 2, 2 and 3.5."""
     runs = [("full", 0, 1.0), ("full-seed=0", 0, 3.0), ("full-seed=1", 1, 2.0), ("full-seed=2", 2, 3.5)]
     (row,) = seed_rows([record(name, "full", 9, seed=seed, loss=loss) for name, seed, loss in runs])
     assert row["seeds"] == "3"
     assert row["held-out loss"].startswith("2.500 ± 0.866 (")
 
 
-def test_by_knob_is_a_row_a_method_and_a_column_a_value() -> None:
-    """Each loss stands under its value, the lowest is bold, and a run without one shows how it ended."""
+def test_rows_by_setting_have_one_column_per_value() -> None:
+    """Show one row per method with the lowest loss in bold, and the outcome of a run without a loss."""
     rows = [
         record(f"l{batch}", "lora", 10, global_batch_size=batch, loss=loss) for batch, loss in ((16, 2.0), (2, 1.5))
     ]
@@ -46,18 +46,18 @@ def test_by_knob_is_a_row_a_method_and_a_column_a_value() -> None:
     ]
 
 
-@pytest.mark.parametrize("knob", ["train.globel_batch_size", "train.seed.x", "nothing"])
-def test_a_knob_that_no_run_has(knob: str) -> None:
-    """A misspelt knob is told in one sentence."""
-    with pytest.raises(UnknownKeyError, match=knob):
-        rows_by_setting([record("a", "lora", 10)], knob)
+@pytest.mark.parametrize("key", ["train.globel_batch_size", "train.seed.x", "nothing"])
+def test_unknown_key_is_refused(key: str) -> None:
+    """Check that the error message names the key."""
+    with pytest.raises(UnknownKeyError, match=key):
+        rows_by_setting([record("a", "lora", 10)], key)
 
 
-def test_a_loss_that_is_no_number_is_no_figure() -> None:
-    """A diverged run neither breaks the mean over seeds nor wins a search; its outcome stands in its place."""
-    bad = record("a2", "lora", 10, seed=2, loss=float("nan"), outcome=Outcome(kind="diverged", step=5))
+def test_nan_loss_is_excluded() -> None:
+    """Exclude a diverged run from the mean and from the lowest loss, and show its outcome."""
+    diverged = record("a2", "lora", 10, seed=2, loss=float("nan"), outcome=Outcome(kind="diverged", step=5))
     rows = [record(f"a{s}", "lora", 10, seed=s, loss=loss) for s, loss in enumerate((1.0, 2.0))]
-    (over,) = seed_rows([bad, *rows])
-    assert over["held-out loss"].startswith("1.500 ± 0.707 (")
-    (by,) = rows_by_setting([bad, *rows], "train.seed")
-    assert by == {"method": "lora", "0": "**1.000**", "1": "2.000", "2": "diverged"}
+    (seed_row,) = seed_rows([diverged, *rows])
+    assert seed_row["held-out loss"].startswith("1.500 ± 0.707 (")
+    (row,) = rows_by_setting([diverged, *rows], "train.seed")
+    assert row == {"method": "lora", "0": "**1.000**", "1": "2.000", "2": "diverged"}

@@ -1,4 +1,4 @@
-"""Runs that differ in seeds alone stand together, under the name they share."""
+"""Run groups: runs that differ only in seeds, labeled with the common part of their names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peftbench.methods.last_layer import LastLayer
 from peftbench.record import Device, Outcome
 from peftbench.report.analysis.run_groups import group_runs, recipe_key
 from tests.helpers.workshop import Workshop
-from tests.unit.report.records import costly, judged, noise, record
+from tests.unit.report.records import build_costs, judged, noise, record
 
 
 @pytest.mark.parametrize(
@@ -31,49 +31,49 @@ from tests.unit.report.records import costly, judged, noise, record
         ([" \n"], "lora"),
     ],
 )
-def test_a_label_is_what_names_share(names: list[str], label: str) -> None:
-    """Of one run it is its name, of several what they share; on one line; with the method where it is not said."""
-    (one,) = group_runs([record(name, "lora", 10, seed=seed) for seed, name in enumerate(names)])
-    assert (one.label, one.method_kind, len(one.runs)) == (label, "lora", len(names))
+def test_label_is_the_common_part_of_names(names: list[str], label: str) -> None:
+    """Use a single run's own name, on one line, and append the method if the label lacks it."""
+    (group,) = group_runs([record(name, "lora", 10, seed=seed) for seed, name in enumerate(names)])
+    assert (group.label, group.method_kind, len(group.runs)) == (label, "lora", len(names))
 
 
-def test_labels_are_told_apart() -> None:
-    """Two recipes whose runs have one name are two configurations with a label each."""
-    found = group_runs([record("lora", "lora", 10), record("lora", "lora", 10, global_batch_size=2)])
-    assert [one.label for one in found] == ["lora", "lora #2"]
+def test_equal_names_get_distinct_labels() -> None:
+    """Group two recipes whose runs have the same name."""
+    groups = group_runs([record("lora", "lora", 10), record("lora", "lora", 10, global_batch_size=2)])
+    assert [group.label for group in groups] == ["lora", "lora #2"]
 
 
-CARD = Device(type="cuda", name="a GPU", num_processes=1)
+GPU = Device(type="cuda", name="a GPU", num_processes=1)
 
 
-def test_two_devices_are_not_two_seeds() -> None:
-    """Runs of one recipe on a CPU, on a GPU and on two are three configurations, and the labels say which is which."""
+def test_runs_on_different_devices_form_separate_groups() -> None:
+    """Group runs of one recipe by device and number of processes, and add both to the labels."""
     rows = [
         record("lora", "lora", 10),
-        record("lora", "lora", 10, seed=1, device=CARD),
-        record("lora", "lora", 10, seed=2, device=CARD.model_copy(update={"num_processes": 2})),
+        record("lora", "lora", 10, seed=1, device=GPU),
+        record("lora", "lora", 10, seed=2, device=GPU.model_copy(update={"num_processes": 2})),
     ]
-    found = group_runs(rows)
-    assert [one.label for one in found] == ["lora on a CPU", "lora on a GPU", "lora on a GPU with 2 processes"]
-    assert [one.runs for one in found] == [(row,) for row in rows]
+    groups = group_runs(rows)
+    assert [group.label for group in groups] == ["lora on a CPU", "lora on a GPU", "lora on a GPU with 2 processes"]
+    assert [group.runs for group in groups] == [(row,) for row in rows]
 
 
-@pytest.mark.parametrize("what", ["data_fingerprint", "model_fingerprint"])
-def test_another_base_or_other_data_are_not_another_seed(what: str) -> None:
-    """What a run trained, and on what, is no seed's doing; a run that ended before it knew stands with its like."""
+@pytest.mark.parametrize("fingerprint_field", ["data_fingerprint", "model_fingerprint"])
+def test_different_model_or_data_form_separate_groups(fingerprint_field: str) -> None:
+    """Check that a run that failed before its fingerprints were known joins the first group."""
     rows = [
         record("lora-seed=2", "lora", 10, seed=2, outcome=Outcome(kind="failed")),
-        record("lora-seed=0", "lora", 10, seed=0, **{what: "a"}),
-        record("lora-seed=1", "lora", 10, seed=1, **{what: "b"}),
-        record("lora-seed=3", "lora", 10, seed=3, **{what: "a"}),
+        record("lora-seed=0", "lora", 10, seed=0, **{fingerprint_field: "a"}),
+        record("lora-seed=1", "lora", 10, seed=1, **{fingerprint_field: "b"}),
+        record("lora-seed=3", "lora", 10, seed=3, **{fingerprint_field: "a"}),
     ]
-    found = group_runs(rows)
-    assert sorted([run.name[-1] for run in one.runs] for one in found) == [["1"], ["2", "0", "3"]]
-    assert len({one.label for one in found}) == 2
+    groups = group_runs(rows)
+    assert sorted([run.name[-1] for run in group.runs] for group in groups) == [["1"], ["2", "0", "3"]]
+    assert len({group.label for group in groups}) == 2
 
 
-def test_what_changes_no_number_divides_nothing() -> None:
-    """A saved model, a tracker or another price are in a recipe, and the run is the same."""
+def test_keys_without_effect_on_results_keep_one_group() -> None:
+    """Group runs that differ in saving, tracking, checkpoints or price; a memory budget separates them."""
     first = record("lora-seed=0", "lora", 10)
     other = record("lora-seed=1", "lora", 10, seed=1)
     changed = other.recipe | {
@@ -85,87 +85,89 @@ def test_what_changes_no_number_divides_nothing() -> None:
         "train": other.recipe["train"] | {"feature_cache": None},
     }
     first = first.model_copy(update={"recipe": first.recipe | {"profile": {}}})
-    (one,) = group_runs([first, other.model_copy(update={"recipe": changed})])
-    assert len(one.runs) == 2
-    held = changed | {"budget": {"memory": "1 GiB"}}
-    assert len(group_runs([first, other.model_copy(update={"recipe": held})])) == 2
+    (group,) = group_runs([first, other.model_copy(update={"recipe": changed})])
+    assert len(group.runs) == 2
+    with_budget = changed | {"budget": {"memory": "1 GiB"}}
+    assert len(group_runs([first, other.model_copy(update={"recipe": with_budget})])) == 2
 
 
-def _leaves(part: BaseModel, place: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    for name in type(part).model_fields:
-        inside = getattr(part, name)
-        yield from _leaves(inside, (*place, name)) if isinstance(inside, BaseModel) else [(*place, name)]
+def _iterate_keys(section: BaseModel, parents: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        yield from _iterate_keys(value, (*parents, name)) if isinstance(value, BaseModel) else [(*parents, name)]
 
 
-def _changed(part: BaseModel, knob: tuple[str, ...]) -> Any:
-    """With another value there, whatever its type."""
-    first, *rest = knob
-    value = _changed(getattr(part, first), tuple(rest)) if rest else "another value"
-    return part.model_copy(update={first: value})
+def _change_key(section: BaseModel, key: tuple[str, ...]) -> Any:
+    """Return a copy with another value for this key, whatever its type."""
+    first, *rest = key
+    value = _change_key(getattr(section, first), tuple(rest)) if rest else "another value"
+    return section.model_copy(update={first: value})
 
 
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
-@pytest.mark.parametrize("asked", [{}, {"budget": {"memory": "1GiB"}, "train": {"steps": 1, "feature_cache": "fp32"}}])
-def test_what_changes_no_number_is_what_a_fingerprint_leaves_out(asked: dict[str, Any], workshop: Workshop) -> None:
-    """For each knob of a recipe: runs that differ in it are one configuration where their fingerprints are equal."""
-    recipe = workshop.recipe(LastLayer(), **asked)
-    knobs = list(_leaves(recipe))
-    assert len(knobs) > 40
-    for knob in knobs:
-        other = _changed(recipe, knob)
-        same = recipe_key(recipe.model_dump(mode="json")) == recipe_key(other.model_dump(mode="json"))
-        assert same == (recipe.fingerprint() == other.fingerprint()), ".".join(knob)
+@pytest.mark.parametrize(
+    "sections", [{}, {"budget": {"memory": "1GiB"}, "train": {"steps": 1, "feature_cache": "fp32"}}]
+)
+def test_group_key_and_fingerprint_ignore_the_same_keys(sections: dict[str, Any], workshop: Workshop) -> None:
+    """Change each key of a recipe: the group key changes if and only if the fingerprint changes."""
+    recipe = workshop.recipe(LastLayer(), **sections)
+    keys = list(_iterate_keys(recipe))
+    assert len(keys) > 40
+    for key in keys:
+        other = _change_key(recipe, key)
+        same_group = recipe_key(recipe.model_dump(mode="json")) == recipe_key(other.model_dump(mode="json"))
+        assert same_group == (recipe.fingerprint() == other.fingerprint()), ".".join(key)
 
 
-def test_a_seed_that_was_run_twice_is_one() -> None:
-    """A suite's own run of seed 0 and the same of ``--seeds`` are one seed, whose figures are averaged first."""
+def test_repeated_seed_counts_once() -> None:
+    """Average the metrics of two runs with seed 0, e.g. a suite's own run and one of ``--seeds``."""
     names = ["full", "full-seed=0", "full-seed=1", "full-seed=2"]
     rows = [
         judged(name, "full", [score], losses=[score], labelled=[1], seed=seed)
         for name, score, seed in zip(names, (1.0, 3.0, 5.0, 9.0), (0, 0, 1, 2), strict=True)
     ]
-    (one,) = group_runs(rows)
-    assert (one.label, len(one.runs)) == ("full", 4)
-    assert one.held_out_losses == one.rouge_l_scores == (2.0, 5.0, 9.0)
+    (group,) = group_runs(rows)
+    assert (group.label, len(group.runs)) == ("full", 4)
+    assert group.held_out_losses == group.rouge_l_scores == (2.0, 5.0, 9.0)
 
 
-def test_records_stay_as_they_are() -> None:
-    """Grouping looks at recipes and changes none."""
-    there = record("lora-seed=3", "lora", 10, seed=3)
-    before = copy.deepcopy(there.recipe)
-    group_runs([there])
-    assert there.recipe == before
+def test_grouping_does_not_modify_records() -> None:
+    """Compare the recipe before and after grouping."""
+    run_record = record("lora-seed=3", "lora", 10, seed=3)
+    before = copy.deepcopy(run_record.recipe)
+    group_runs([run_record])
+    assert run_record.recipe == before
 
 
-def test_figures_are_means_of_the_runs_that_ended_well() -> None:
-    """By hand: of 100 and 300 bytes 200; a run that did not end well is in no figure, but is a run."""
+def test_metrics_are_means_of_runs_with_outcome_ok() -> None:
+    """Check that a diverged run belongs to the group but is in none of its means."""
     runs = [
-        judged("lora-seed=0", "lora", [1.0, 3.0], seed=0, **costly(100, 1.0, 10)),
-        judged("lora-seed=1", "lora", [3.0, 5.0], seed=1, **costly(300, 2.0, 20)),
-        judged("lora-seed=2", "lora", [9.0, 9.0], seed=2, outcome=Outcome(kind="diverged"), **(costly(9, 9.0, 9))),
+        judged("lora-seed=0", "lora", [1.0, 3.0], seed=0, **build_costs(100, 1.0, 10)),
+        judged("lora-seed=1", "lora", [3.0, 5.0], seed=1, **build_costs(300, 2.0, 20)),
+        judged("lora-seed=2", "lora", [9.0, 9.0], seed=2, outcome=Outcome(kind="diverged"), **(build_costs(9, 9.0, 9))),
     ]
-    (one,) = group_runs(runs)
-    assert (len(one.runs), len(one.ok_runs), one.is_trained) == (3, 2, True)
-    assert (one.mean_peak_bytes, one.mean_train_seconds, one.mean_model_flops) == (200, 30.0, 15)
-    assert one.step_seconds_range == pytest.approx((0.95, 2.1))
-    assert (one.rouge_l_scores, one.held_out_losses) == ((2.0, 4.0), ())
+    (group,) = group_runs(runs)
+    assert (len(group.runs), len(group.ok_runs), group.is_trained) == (3, 2, True)
+    assert (group.mean_peak_bytes, group.mean_train_seconds, group.mean_model_flops) == (200, 30.0, 15)
+    assert group.step_seconds_range == pytest.approx((0.95, 2.1))
+    assert (group.rouge_l_scores, group.held_out_losses) == ((2.0, 4.0), ())
 
 
-def test_what_one_run_does_not_tell_is_unknown() -> None:
-    """A mean over some runs alone would be another configuration's figure."""
-    known = costly(100, 1.0, 10)
+def test_mean_is_unknown_if_one_run_lacks_the_value() -> None:
+    """Return None, because a mean over some runs would describe another configuration."""
+    known = build_costs(100, 1.0, 10)
     unknown = record("lora-seed=1", "lora", 10, seed=1, phase_seconds={}, device=known["device"])
-    (one,) = group_runs([judged("lora-seed=0", "lora", noise(3, 0), seed=0, **known), unknown])
-    assert (one.mean_peak_bytes, one.mean_train_seconds, one.mean_model_flops, one.step_seconds_range) == (
+    (group,) = group_runs([judged("lora-seed=0", "lora", noise(3, 0), seed=0, **known), unknown])
+    assert (group.mean_peak_bytes, group.mean_train_seconds, group.mean_model_flops, group.step_seconds_range) == (
         None,
         None,
         None,
         None,
     )
-    assert one.held_out_losses == (3.25,)
+    assert group.held_out_losses == (3.25,)
 
 
-def test_baselines_train_nothing() -> None:
-    """Neither the untrained base nor the lead has a trained parameter; full fine-tuning has."""
+def test_baselines_are_not_trained() -> None:
+    """Check the untrained base, the lead and full fine-tuning."""
     rows = [judged("b", "zero_shot", [1.0]), record("l", "lead", None), record("f", "full", 10)]
-    assert [one.is_trained for one in group_runs(rows)] == [False, False, True]
+    assert [group.is_trained for group in group_runs(rows)] == [False, False, True]

@@ -1,4 +1,4 @@
-"""What was equal, what was not, and the commands that repeat a run."""
+"""Settings that runs share or that differ, and the commands that reproduce a run."""
 
 from __future__ import annotations
 
@@ -20,37 +20,38 @@ from tests.helpers.paths import REPOSITORY
 from tests.unit.report.records import record
 
 
-def test_knobs_are_equal_or_counted() -> None:
-    """A knob with one value is equal; another has each value with how many runs have it, and a lack of it counts."""
+def test_settings_are_constant_or_counted_by_value() -> None:
+    """Count the runs of each value of a key; a missing key counts as a value."""
     rows = [record("a", "lora", 1, method={"r": 8}), record("b", "lora", 1, method={"r": 8}), record("c", "full", 1)]
-    found = {knob.name: knob for knob in recipe_settings(rows)}
-    assert found["train.global_batch_size"].is_constant
-    assert found["train.global_batch_size"].runs_by_value == {"16": 3}
-    assert found["method.kind"].runs_by_value == {"lora": 2, "full": 1}
-    assert found["method.r"].runs_by_value == {"8": 2, "–": 1}
-    assert "name" not in found
-    assert "output_dir" not in found
+    settings = {setting.name: setting for setting in recipe_settings(rows)}
+    assert settings["train.global_batch_size"].is_constant
+    assert settings["train.global_batch_size"].runs_by_value == {"16": 3}
+    assert settings["method.kind"].runs_by_value == {"lora": 2, "full": 1}
+    assert settings["method.r"].runs_by_value == {"8": 2, "–": 1}
+    assert "name" not in settings
+    assert "output_dir" not in settings
 
 
-def test_many_values_are_counted_and_not_listed() -> None:
-    """Of a hundred values a dozen are shown, and how many more there are."""
-    found = {knob.name: knob for knob in recipe_settings([record(f"a{s}", "full", 1, seed=s) for s in range(100)])}
-    seeds = found["train.seed"]
+def test_list_of_values_is_truncated() -> None:
+    """Show 12 of 100 values, and count the hidden ones."""
+    rows = [record(f"a{s}", "full", 1, seed=s) for s in range(100)]
+    settings = {setting.name: setting for setting in recipe_settings(rows)}
+    seeds = settings["train.seed"]
     assert len(seeds.shown_values) == 12
     assert seeds.num_hidden_values == 88
 
 
-def test_surroundings_say_where_and_with_what() -> None:
-    """Device, engine, versions, commit and identities; what nothing tells is unknown."""
-    one = record("a", "full", 1, library_versions={"torch": "2"}, git_commit="abc")
-    found = {knob.name: knob.runs_by_value for knob in environment_settings([one])}
-    assert found["torch"] == {"2": 1}
-    assert found["commit"] == {"abc": 1}
-    assert found["device"] == {"a CPU (cpu)": 1}
-    assert found["device memory"] == {"unknown": 1}
+def test_environment_settings_have_versions_commit_and_device() -> None:
+    """Check that a value missing from the record is unknown."""
+    run_record = record("a", "full", 1, library_versions={"torch": "2"}, git_commit="abc")
+    settings = {setting.name: setting.runs_by_value for setting in environment_settings([run_record])}
+    assert settings["torch"] == {"2": 1}
+    assert settings["commit"] == {"abc": 1}
+    assert settings["device"] == {"a CPU (cpu)": 1}
+    assert settings["device memory"] == {"unknown": 1}
 
 
-def _engine(name: str) -> Engine:
+def _build_engine(name: str) -> Engine:
     return Engine(
         name=name,
         distributed_type="X",
@@ -70,58 +71,58 @@ def _engine(name: str) -> Engine:
         ("zero2", "cuda", ["accelerate", "launch", "--config_file", "accel_configs/zero2.yaml"]),
     ],
 )
-def test_a_run_is_repeated_by_its_own_engine(engine: str, device: str, launcher: list[str]) -> None:
-    """The command names the file of the engine that ran, as many processes, and the record, quoted for a shell."""
-    one = record("a b", "full", 1, git_commit="abcd+changes", engine=_engine(engine))
-    one = one.model_copy(update={"device": Device(type=device, name="x", num_processes=2)})
-    lines = reproduce_commands(one, Path("runs/it's here/record.json"))
-    saves = shlex.split(lines[0])
-    assert saves[0] == "python"
-    assert saves[-2:] == ["runs/it's here/record.json", "../a_b.json"]
+def test_reproduce_commands_use_the_engine_of_the_run(engine: str, device: str, launcher: list[str]) -> None:
+    """Check the launcher and its config file, the number of processes and the record's path, quoted for a shell."""
+    run_record = record("a b", "full", 1, git_commit="abcd+changes", engine=_build_engine(engine))
+    run_record = run_record.model_copy(update={"device": Device(type=device, name="x", num_processes=2)})
+    lines = reproduce_commands(run_record, Path("runs/it's here/record.json"))
+    save_arguments = shlex.split(lines[0])
+    assert save_arguments[0] == "python"
+    assert save_arguments[-2:] == ["runs/it's here/record.json", "../a_b.json"]
     assert lines[1].startswith("git checkout abcd  # ")
-    words = shlex.split(lines[-1])
-    assert words[: len(launcher)] == launcher
-    assert words[words.index("--config") + 1] == "../a_b.json"
-    assert ("--num_processes" in words) == (engine != "single")
-    assert words[-1] == "output_dir=runs_again"
+    arguments = shlex.split(lines[-1])
+    assert arguments[: len(launcher)] == launcher
+    assert arguments[arguments.index("--config") + 1] == "../a_b.json"
+    assert ("--num_processes" in arguments) == (engine != "single")
+    assert arguments[-1] == "output_dir=runs_again"
 
 
-def test_a_launcher_that_no_record_names_is_not_made_up() -> None:
-    """Of a run in several processes the commands say so, before one that has a single process."""
-    one = record("a", "full", 1).model_copy(update={"device": Device(type="cuda", name="x", num_processes=8)})
-    *_, said, trains = reproduce_commands(one, Path("record.json"))
-    assert said == "# the run used 8 processes; the record does not name the launcher"
-    assert trains.startswith("python launch/train.py ")
+def test_unknown_launcher_is_noted_in_a_comment() -> None:
+    """Print a comment with the number of processes before a command with a single process."""
+    run_record = record("a", "full", 1).model_copy(update={"device": Device(type="cuda", name="x", num_processes=8)})
+    *_, comment, train_command = reproduce_commands(run_record, Path("record.json"))
+    assert comment == "# the run used 8 processes; the record does not name the launcher"
+    assert train_command.startswith("python launch/train.py ")
     assert "#" not in "".join(reproduce_commands(record("a", "full", 1), Path("record.json"))[1:])
 
 
 @pytest.mark.parametrize("git_commit", ["-f", "--orphan=x", "main", "", "+changes", "abcd\nrm x", "$(x)"])
-def test_only_a_commit_is_checked_out(git_commit: str) -> None:
-    """What a record has in its place may be an option, or another's branch."""
+def test_only_a_commit_hash_is_checked_out(git_commit: str) -> None:
+    """Reject options, branch names and shell code in place of a commit hash."""
     lines = reproduce_commands(record("a", "full", 1, git_commit=git_commit), Path("record.json"))
     assert lines[1] == "# the commit of the run is unknown"
     assert not [line for line in lines if line.startswith("git")]
 
 
-def test_no_file_is_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file of the recipe's name outside the checkout may be anything."""
+def test_save_command_overwrites_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that the command fails if a file with the recipe's name exists outside the checkout."""
     checkout = tmp_path / "checkout"
     checkout.mkdir()
     monkeypatch.chdir(checkout)
-    there = tmp_path / "a.json"
+    existing_file = tmp_path / "a.json"
     for text in ("plain", "${x}"):
-        one = record("a", "full", 1, method={"text": text})
-        saves = reproduce_commands(one, one.write(checkout / "runs"))[0].replace(
+        run_record = record("a", "full", 1, method={"text": text})
+        save_command = reproduce_commands(run_record, run_record.write(checkout / "runs"))[0].replace(
             "python", shlex.quote(sys.executable), 1
         )
-        there.write_text("mine", encoding="utf-8")
-        done = subprocess.run(["bash", "-c", saves], capture_output=True, text=True, check=False)
-        assert done.returncode != 0
-        assert "FileExistsError" in done.stderr
-        assert there.read_text(encoding="utf-8") == "mine"
+        existing_file.write_text("mine", encoding="utf-8")
+        result = subprocess.run(["bash", "-c", save_command], capture_output=True, text=True, check=False)
+        assert result.returncode != 0
+        assert "FileExistsError" in result.stderr
+        assert existing_file.read_text(encoding="utf-8") == "mine"
 
 
-LEAST: dict[str, Any] = {
+MINIMAL_RECIPE: dict[str, Any] = {
     "name": "x",
     "data": {"source": {"kind": "docstrings"}},
     "method": {"kind": "full"},
@@ -149,45 +150,45 @@ LEAST: dict[str, Any] = {
         "~",
     ],
 )
-def test_the_commands_give_the_same_recipe(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever texts a recipe holds: what the first command saves is read as the recipe, wherever it then writes to."""
+def test_reproduce_commands_restore_the_recipe(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the first command and load the file it saves: only output_dir differs, whatever text the recipe contains."""
     checkout = tmp_path / "checkout"
     checkout.mkdir()
     monkeypatch.chdir(checkout)
-    values = LEAST | {"output_dir": text, "data": LEAST["data"] | {"separator": text}}
+    values = MINIMAL_RECIPE | {"output_dir": text, "data": MINIMAL_RECIPE["data"] | {"separator": text}}
     recipe = parse_recipe(values)
-    one = record(f"../{text}", "full", 1).model_copy(update={"recipe": recipe.model_dump(mode="json")})
-    place = one.write(checkout / "runs")
-    saves, _, trains = reproduce_commands(one, place)
-    assert str(tmp_path) not in saves
-    subprocess.run(["bash", "-c", saves.replace("python", shlex.quote(sys.executable), 1)], check=True)
+    run_record = record(f"../{text}", "full", 1).model_copy(update={"recipe": recipe.model_dump(mode="json")})
+    record_path = run_record.write(checkout / "runs")
+    save_command, _, train_command = reproduce_commands(run_record, record_path)
+    assert str(tmp_path) not in save_command
+    subprocess.run(["bash", "-c", save_command.replace("python", shlex.quote(sys.executable), 1)], check=True)
     (saved,) = tmp_path.glob("*.json")
-    words = shlex.split(trains)
-    assert Path(words[words.index("--config") + 1]).resolve() == saved
+    arguments = shlex.split(train_command)
+    assert Path(arguments[arguments.index("--config") + 1]).resolve() == saved
     assert load_recipe([saved]) == recipe
-    assert load_recipe([saved], words[-1:]).output_dir == f"{Path(text)}_again"
-    assert load_recipe([place]) == recipe
+    assert load_recipe([saved], arguments[-1:]).output_dir == f"{Path(text)}_again"
+    assert load_recipe([record_path]) == recipe
 
 
-def test_a_recipe_is_saved_under_a_safe_name() -> None:
-    """No name leads out of the folder, hides the file, or is longer than a file system takes."""
+def test_saved_recipe_has_a_safe_file_name() -> None:
+    """Check that no run name leaves the folder, hides the file or exceeds the length limit of file systems."""
     for name in ("../../x", ".x", "-x", "a/b c\n", "é", "x" * 1000):
-        word = shlex.split(reproduce_commands(record(name, "full", 1), Path("record.json"))[0])[-1]
-        assert re.fullmatch(r"\.\./[\w=+,][\w.=+,-]{0,99}\.json", word, flags=re.ASCII), word
+        file_name = shlex.split(reproduce_commands(record(name, "full", 1), Path("record.json"))[0])[-1]
+        assert re.fullmatch(r"\.\./[\w=+,][\w.=+,-]{0,99}\.json", file_name, flags=re.ASCII), file_name
 
 
-def test_groups_are_flattened() -> None:
-    """By dotted places, below what is given; an empty group is a value."""
+def test_flatten_returns_dotted_keys() -> None:
+    """Prepend the given prefix; an empty section is a value."""
     assert dict(flatten({"a": {"b": 1, "c": {}}, "d": [2]}, "x.")) == {"x.a.b": 1, "x.a.c": {}, "x.d": [2]}
 
 
-def test_every_engine_that_a_record_may_name_has_its_file() -> None:
-    """No command names a file that is not there."""
+def test_every_engine_has_its_config_file() -> None:
+    """Check that each command names an existing file."""
     assert len(ENGINES) >= 5
     for name in ENGINES:
-        one = record("a", "full", 1, engine=_engine(name))
+        base = record("a", "full", 1, engine=_build_engine(name))
         for device in ("cpu", "cuda"):
-            here: RunRecord = one.model_copy(update={"device": Device(type=device, name="x", num_processes=2)})
-            words = shlex.split(reproduce_commands(here, Path("record.json"))[-1])
-            if "--config_file" in words:
-                assert (REPOSITORY / words[words.index("--config_file") + 1]).is_file(), (name, device)
+            run_record: RunRecord = base.model_copy(update={"device": Device(type=device, name="x", num_processes=2)})
+            arguments = shlex.split(reproduce_commands(run_record, Path("record.json"))[-1])
+            if "--config_file" in arguments:
+                assert (REPOSITORY / arguments[arguments.index("--config_file") + 1]).is_file(), (name, device)

@@ -1,4 +1,4 @@
-"""The figures in README and docs: made from the committed records, by runs of the shipped recipes."""
+"""The results in README and docs: generated from committed records of the shipped recipes."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from peftbench.report.tables.table import insert_table
 from peftbench.suite.expand import expand
 from tests.helpers.paths import REPOSITORY
 
-LINES = re.findall(
+REPORT_COMMANDS = re.findall(
     r"peftbench report (\S+) --update-file (\S+) --marker (\S+)(?: --group-by (\S+))?",
     (REPOSITORY / "Makefile").read_text(encoding="utf-8"),
 )
-PLANS = re.findall(
+ESTIMATE_COMMANDS = re.findall(
     r"peftbench estimate (.+) --update-file (\S+) --marker (\S+)", (REPOSITORY / "Makefile").read_text(encoding="utf-8")
 )
 SUITES = {"demo": "suite.yaml", "demo_budget": "budget.yaml", "demo_seeds": "seeds.yaml", "demo_rates": "rates.yaml"}
 
 
-def test_every_block_is_made_by_make_readme() -> None:
-    """The blocks in the pages are those that the Makefile fills, and there are some."""
+def test_make_readme_fills_every_block() -> None:
+    """Compare the blocks of the Markdown files with those that the Makefile fills."""
     pages = [REPOSITORY / "README.md", *(REPOSITORY / "docs").rglob("*.md")]
     blocks = {
         (str(page.relative_to(REPOSITORY)), block)
@@ -35,16 +35,18 @@ def test_every_block_is_made_by_make_readme() -> None:
         for block in re.findall(r"<!-- report:(\S+) -->", page.read_text(encoding="utf-8"))
     }
     assert len(blocks) >= 5
-    made = {(file, block) for _, file, block, _ in LINES} | {(file, block) for _, file, block in PLANS}
-    assert blocks == made | {("README.md", "picture")}
+    filled = {(file, block) for _, file, block, _ in REPORT_COMMANDS} | {
+        (file, block) for _, file, block in ESTIMATE_COMMANDS
+    }
+    assert blocks == filled | {("README.md", "picture")}
 
 
 @pytest.mark.parametrize(
     ("arguments", "file", "block"),
-    [pytest.param(*plan, id=plan[2], marks=[pytest.mark.slow] * ("--suite" in plan[0])) for plan in PLANS],
+    [pytest.param(*plan, id=plan[2], marks=[pytest.mark.slow] * ("--suite" in plan[0])) for plan in ESTIMATE_COMMANDS],
 )
-def test_a_page_shows_what_is_planned_now(arguments: str, file: str, block: str, tmp_path: Path) -> None:
-    """Making a block again by the estimator changes nothing."""
+def test_estimate_block_is_current(arguments: str, file: str, block: str, tmp_path: Path) -> None:
+    """Generate the block again with the estimator, and compare the file with the committed one."""
     page = Path(shutil.copy(REPOSITORY / file, tmp_path))
     command = [
         "-c",
@@ -58,56 +60,58 @@ def test_a_page_shows_what_is_planned_now(arguments: str, file: str, block: str,
     assert page.read_text(encoding="utf-8") == (REPOSITORY / file).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(("folder", "file", "block", "by"), LINES, ids=[line[2] for line in LINES])
-def test_a_page_shows_what_its_records_say(folder: str, file: str, block: str, by: str, tmp_path: Path) -> None:
-    """Making a block again from its records changes nothing: no figure was typed, and none is old."""
+@pytest.mark.parametrize(
+    ("folder", "file", "block", "group_by"), REPORT_COMMANDS, ids=[line[2] for line in REPORT_COMMANDS]
+)
+def test_report_block_matches_its_records(folder: str, file: str, block: str, group_by: str, tmp_path: Path) -> None:
+    """Generate the block again from its records: no number was typed, and none is outdated."""
     page = Path(shutil.copy(REPOSITORY / file, tmp_path))
-    insert_table(read_records(REPOSITORY / folder), page, block, by or None)
+    insert_table(read_records(REPOSITORY / folder), page, block, group_by or None)
     assert page.read_text(encoding="utf-8") == (REPOSITORY / file).read_text(encoding="utf-8")
 
 
 PADDED = {"demo_rates"}
-"""Suites whose records are of before rows were packed, as their page says."""
+"""Suites whose records are older than packed rows, as their page states."""
 
 
 @pytest.mark.parametrize("name", SUITES)
-def test_the_records_are_of_the_shipped_suite(name: str) -> None:
-    """Every run of the suite has its record, of what the recipe asks for now, ended well, from a clean checkout."""
+def test_records_match_the_shipped_suite(name: str) -> None:
+    """Check that each run of the suite has a record of the current recipe, with its outcome, from a clean checkout."""
     records = {record.name: record for record in read_records(REPOSITORY / "docs" / "results" / name)}
     recipes = {recipe.name: recipe for recipe in expand(REPOSITORY / "recipes" / "demo" / SUITES[name])}
     assert set(records) == set(recipes)
-    for run, record in records.items():
-        assert unlike(record.recipe, recipes[run].model_dump(mode="json")) == []
+    for run_name, record in records.items():
+        assert find_changed_keys(record.recipe, recipes[run_name].model_dump(mode="json")) == []
         assert record.recipe["data"]["padding"] == ("longest" if name in PADDED else "auto")
-        assert record.outcome.kind == ("oom" if (name, run) == ("demo_budget", "full") else "ok")
+        assert record.outcome.kind == ("oom" if (name, run_name) == ("demo_budget", "full") else "ok")
         assert record.git_commit
         assert "+changes" not in record.git_commit
 
 
-def unlike(recorded: dict[str, Any], now: dict[str, Any], place: str = "") -> list[str]:
-    """Knobs of a record that the recipe of today sets otherwise; ones that came later are not in the record.
+def find_changed_keys(recorded: dict[str, Any], current: dict[str, Any], prefix: str = "") -> list[str]:
+    """Return the keys of a record whose value differs in the current recipe; newer keys are not in the record.
 
-    Rows were padded to the longest before they were packed, which changes no loss beyond rounding.
+    Rows were padded to the longest before packing was added. Packing changes losses only by rounding.
     """
-    found = []
+    changed_keys = []
     for key, value in recorded.items():
         if isinstance(value, dict):
-            found += unlike(value, now[key], f"{place}{key}.")
-        elif value != now[key] and (place + key, value, now[key]) != ("data.padding", "longest", "auto"):
-            found.append(f"{place}{key}")
-    return found
+            changed_keys += find_changed_keys(value, current[key], f"{prefix}{key}.")
+        elif value != current[key] and (prefix + key, value, current[key]) != ("data.padding", "longest", "auto"):
+            changed_keys.append(f"{prefix}{key}")
+    return changed_keys
 
 
-def test_the_demo_means_something() -> None:
-    """Full fine-tuning clearly beats the untrained base on held-out loss and, intervals apart, on ROUGE-L."""
+def test_full_fine_tuning_beats_the_untrained_base_in_the_demo() -> None:
+    """Check that full fine-tuning has a clearly lower held-out loss and an entirely higher ROUGE-L interval."""
     records = {r.name: r for r in read_records(REPOSITORY / "docs" / "results" / "demo")}
-    full, base = quality(records["full"]), quality(records["zero_shot"])
+    full, base = read_loss_and_rouge(records["full"]), read_loss_and_rouge(records["zero_shot"])
     assert full[0] < base[0] - 0.2
     assert full[1][0] > base[1][1]
 
 
-def test_the_budget_tells_its_story() -> None:
-    """Full fine-tuning would have needed more than there was, and says what would fit; the others stay inside."""
+def test_full_fine_tuning_exceeds_the_budget_of_the_demo() -> None:
+    """Check that full fine-tuning needs more than the budget and suggests what fits, and that LoRA needs the least."""
     records = {r.name: r for r in read_records(REPOSITORY / "docs" / "results" / "demo_budget")}
     budget = 112 * 2**20
     outcome = records["full"].outcome
@@ -120,20 +124,22 @@ def test_the_budget_tells_its_story() -> None:
     assert 0 < (peaks["lora"] or 0) < min(peaks["full_in_8bit"] or 0, peaks["full"] or 0)
 
 
-def test_the_order_of_methods_holds_over_seeds() -> None:
-    """By held-out loss the four methods come in one order, whatever the seed, and all before the untrained base."""
+def test_order_of_methods_by_loss_is_the_same_for_all_seeds() -> None:
+    """Sort the four methods by held-out loss for each seed; all are better than the untrained base."""
     losses: dict[int, dict[str, float]] = {}
     for record in read_records(REPOSITORY / "docs" / "results" / "demo_seeds"):
-        losses.setdefault(record.recipe["train"]["seed"], {})[record.recipe["method"]["kind"]] = quality(record)[0]
+        losses.setdefault(record.recipe["train"]["seed"], {})[record.recipe["method"]["kind"]] = read_loss_and_rouge(
+            record
+        )[0]
     orders = {tuple(sorted(by_method, key=by_method.__getitem__)) for by_method in losses.values()}
     assert len(losses) == 3
     assert orders == {("full", "lora", "prompt_tuning", "last_layer")}
     base = {r.name: r for r in read_records(REPOSITORY / "docs" / "results" / "demo")}["zero_shot"]
-    assert max(max(by_method.values()) for by_method in losses.values()) < quality(base)[0]
+    assert max(max(by_method.values()) for by_method in losses.values()) < read_loss_and_rouge(base)[0]
 
 
-def quality(record: RunRecord) -> tuple[float, tuple[float, float]]:
-    """Loss, and the ends of ROUGE-L's interval."""
+def read_loss_and_rouge(record: RunRecord) -> tuple[float, tuple[float, float]]:
+    """Return the held-out loss and the ends of the ROUGE-L interval."""
     assert record.quality is not None
     assert record.quality.loss is not None
     assert record.quality.rouge is not None
@@ -144,6 +150,6 @@ def quality(record: RunRecord) -> tuple[float, tuple[float, float]]:
 @pytest.mark.parametrize(
     "path", sorted((REPOSITORY / "docs" / "results").rglob(RECORD_FILE)), ids=lambda p: p.parent.name
 )
-def test_no_record_names_a_place_on_the_machine_it_ran_on(path: Path) -> None:
-    """Records that are published hold no absolute path."""
+def test_published_record_has_no_absolute_path(path: Path) -> None:
+    """Search the JSON for values that start with a slash."""
     assert not re.search(r'": "/', path.read_text(encoding="utf-8"))

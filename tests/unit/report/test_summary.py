@@ -1,4 +1,4 @@
-"""The comparison in words: what intervals support is said, and nothing else."""
+"""The summary of a comparison: its sentences state what the intervals support, and nothing else."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from peftbench.record import Device, Memory, Outcome, RunRecord
 from peftbench.report.analysis.significance import compare_groups
 from peftbench.report.summary import MAX_SENTENCES, summarize
-from tests.unit.report.records import costly, judged, noise, record
+from tests.unit.report.records import build_costs, judged, noise, record
 
 COUNT = 100
 BASE = noise(COUNT, 0, spread=10)
@@ -19,38 +19,42 @@ OPENING = "Compared by ROUGE-L of generated summaries (higher is better) with fu
 ONE_SEED = "one seed each; another seed may change the order."
 
 
-def scores(off: float, seed: int = 1, spread: float = 3.0) -> list[float]:
-    """Of a method whose mean is just ``off`` from full fine-tuning's, and which finds the same examples hard."""
-    own = noise(COUNT, seed, spread)
-    middle = sum(own) / COUNT
-    return [base + off + one - middle for base, one in zip(BASE, own, strict=True)]
+def scores(shift: float, seed: int = 1, spread: float = 3.0) -> list[float]:
+    """Return scores that correlate with those of full fine-tuning and whose mean differs by exactly ``shift``."""
+    noisy = noise(COUNT, seed, spread)
+    mean = sum(noisy) / COUNT
+    return [base + shift + value - mean for base, value in zip(BASE, noisy, strict=True)]
 
 
-def full(**changes: object) -> RunRecord:
-    """Full fine-tuning, at 1,000 bytes, a second a step and 100 FLOPs unless said otherwise."""
-    return judged("full", "full", BASE, **(costly(1000, 1.0, 100) | changes))
+def build_full_run(**changes: object) -> RunRecord:
+    """Build a run of full fine-tuning, by default with 1,000 bytes, one second per step and 100 FLOPs."""
+    return judged("full", "full", BASE, **(build_costs(1000, 1.0, 100) | changes))
 
 
-def lora(off: float, **changes: object) -> RunRecord:
-    """LoRA, at less of everything."""
-    return judged("lora", "lora", scores(off), **(costly(860, 0.82, 69) | changes))
+def build_lora_run(shift: float, **changes: object) -> RunRecord:
+    """Build a LoRA run, by default with lower costs than full fine-tuning."""
+    return judged("lora", "lora", scores(shift), **(build_costs(860, 0.82, 69) | changes))
 
 
-def of(records: list[RunRecord], about: str) -> str:
-    """The one sentence that begins so."""
-    (found,) = [sentence for sentence in summarize(records) if sentence.startswith(about)]
-    return found
+def find_sentence(records: list[RunRecord], prefix: str) -> str:
+    """Return the one sentence of the summary that starts with ``prefix``."""
+    (match,) = [sentence for sentence in summarize(records) if sentence.startswith(prefix)]
+    return match
 
 
-def verdicts(said: list[str]) -> list[str]:
-    """Sentences that call one better or worse than another, and not that none is."""
-    plain = (sentence.replace("(higher is better)", "").replace("(lower is better)", "") for sentence in said)
-    without = (re.sub(r"N[^;.]* is significantly better( than \S+)?", "", sentence) for sentence in plain)
-    return [sentence for sentence in without if VERDICT.search(sentence)]
+def find_verdicts(sentences: list[str]) -> list[str]:
+    """Return the sentences that call one configuration better or worse than another."""
+    without_directions = (
+        sentence.replace("(higher is better)", "").replace("(lower is better)", "") for sentence in sentences
+    )
+    without_denials = (
+        re.sub(r"N[^;.]* is significantly better( than \S+)?", "", sentence) for sentence in without_directions
+    )
+    return [sentence for sentence in without_denials if VERDICT.search(sentence)]
 
 
 @pytest.mark.parametrize(
-    ("off", "words"),
+    ("shift", "pattern"),
     [
         (4.0, r"lora is better than full by 4\.0 ROUGE-L \(interval 3\.\d to 4\.\d\), at"),
         (-4.0, r"lora is worse than full by 4\.0 ROUGE-L \(interval 3\.\d to 4\.\d\), at"),
@@ -60,62 +64,65 @@ def verdicts(said: list[str]) -> list[str]:
         ),
     ],
 )
-def test_a_difference_and_none(off: float, words: str) -> None:
-    """A real one has its direction, size and interval; another only how far apart the two can be at most."""
-    said = summarize([full(), lora(off)])
-    assert said[0] == OPENING
-    assert re.match(words, said[1])
-    assert said[1].endswith(" at 86 % of its memory, 82 % of its time (single runs) and 69 % of its model FLOPs.")
-    assert said[2:] == [
+def test_difference_sentence_matches_significance(shift: float, pattern: str) -> None:
+    """State the direction, size and interval of a significant difference, and a bound for any other."""
+    sentences = summarize([build_full_run(), build_lora_run(shift)])
+    assert sentences[0] == OPENING
+    assert re.match(pattern, sentences[1])
+    assert sentences[1].endswith(" at 86 % of its memory, 82 % of its time (single runs) and 69 % of its model FLOPs.")
+    assert sentences[2:] == [
         f"Intervals have 95 % confidence for the single comparison: paired bootstrap over {COUNT} held-out examples, "
         f"{ONE_SEED}"
     ]
 
 
-def test_within_is_the_further_end() -> None:
-    """The bound is what the interval supports, whichever side of zero reaches further."""
-    for off in (0.3, -0.3):
-        sentence = of([full(), lora(off)], "lora")
-        within, low, high = re.search(r"within (\S+) .* interval (\S+) to ([^;]+);", sentence).groups()  # type: ignore[union-attr]
-        assert float(within) == max(-float(low), float(high))
-        (found,) = compare_groups([full(), lora(off)]).pair_comparisons
+def test_bound_is_the_larger_end_of_the_interval() -> None:
+    """Check that the bound covers the interval, whichever side of zero reaches further."""
+    for shift in (0.3, -0.3):
+        sentence = find_sentence([build_full_run(), build_lora_run(shift)], "lora")
+        bound, low, high = re.search(r"within (\S+) .* interval (\S+) to ([^;]+);", sentence).groups()  # type: ignore[union-attr]
+        assert float(bound) == max(-float(low), float(high))
+        (pair,) = compare_groups([build_full_run(), build_lora_run(shift)]).pair_comparisons
         assert (
-            max(-found.interval.low, found.interval.high)
-            <= float(within)
-            <= 0.1 + max(-found.interval.low, found.interval.high)
+            max(-pair.interval.low, pair.interval.high)
+            <= float(bound)
+            <= 0.1 + max(-pair.interval.low, pair.interval.high)
         )
 
 
 @pytest.mark.parametrize(
-    ("changes", "end"),
+    ("changes", "ending"),
     [
-        (costly(860, 0.82, 69, device="another GPU"), "; it ran on a different device, so costs are not compared."),
-        (costly(860, 0.82, 69, engine="zero2"), "; it ran on a different engine, so costs are not compared."),
+        (
+            build_costs(860, 0.82, 69, device="another GPU"),
+            "; it ran on a different device, so costs are not compared.",
+        ),
+        (build_costs(860, 0.82, 69, engine="zero2"), "; it ran on a different engine, so costs are not compared."),
         ({"steps": 6}, "; it ran with different steps or batches, so costs are not compared."),
         (
-            costly(860, 0.98, 69),
+            build_costs(860, 0.98, 69),
             ", at 86 % of its memory and 69 % of its model FLOPs; time does not differ measurably.",
         ),
         (
-            {"throughput": costly(1, 0.1, 1)["throughput"].model_copy(update={"steps": 9})},
+            {"throughput": build_costs(1, 0.1, 1)["throughput"].model_copy(update={"steps": 9})},
             ", at 86 % of its memory and 69 % of its model FLOPs.",
         ),
         ({"memory": {}}, ", at 82 % of its time (single runs) and 69 % of its model FLOPs."),
         ({"memory": {}, "throughput": None}, ", at 69 % of its model FLOPs."),
         (
-            costly(3, 2.5, 1),
+            build_costs(3, 2.5, 1),
             ", at 0.3 % of its memory, 250 % of its time (single runs) and 1 % of its model FLOPs.",
         ),
     ],
 )
-def test_costs(changes: dict[str, object], end: str) -> None:
-    """Costs of like runs are ratios; time where steps' ranges lie apart; what is not known is left out."""
-    assert of([full(), lora(4.0, **changes)], "lora").endswith(f"){end}")
+def test_costs_are_compared_between_similar_runs(changes: dict[str, object], ending: str) -> None:
+    """Report costs as ratios, time only if the ranges of step times do not overlap, and leave out unknown costs."""
+    assert find_sentence([build_full_run(), build_lora_run(4.0, **changes)], "lora").endswith(f"){ending}")
 
 
-def _peaks(kind: str, sizes: list[int], device: str) -> list[RunRecord]:
-    """A run for each peak, all as fast."""
-    where = Device(type=device, name="it", num_processes=1)
+def _build_runs_with_peaks(kind: str, sizes: list[int], device_type: str) -> list[RunRecord]:
+    """Build one run per peak size in bytes, all equally fast."""
+    device = Device(type=device_type, name="it", num_processes=1)
     return [
         judged(
             f"{kind}-seed={s}",
@@ -123,23 +130,23 @@ def _peaks(kind: str, sizes: list[int], device: str) -> list[RunRecord]:
             scores(0, s),
             seed=s,
             data_seed=0,
-            **costly(1, 1.0, 100)
+            **build_costs(1, 1.0, 100)
             | {
-                "device": where,
-                "memory": {"train": _memory(size, device)},
+                "device": device,
+                "memory": {"train": _build_memory(size, device_type)},
             },
         )
         for s, size in enumerate(sizes)
     ]
 
 
-def _memory(size: int, device: str) -> Memory:
+def _build_memory(size: int, device_type: str) -> Memory:
     on_cpu = Memory(rss_bytes=2**30 + size, baseline_rss_bytes=2**30)
-    return on_cpu if device == "cpu" else Memory(allocated_bytes=size)
+    return on_cpu if device_type == "cpu" else Memory(allocated_bytes=size)
 
 
 @pytest.mark.parametrize(
-    ("device", "reference", "peaks", "told"),
+    ("device_type", "reference", "peaks", "expected"),
     [
         ("cuda", [100], [101], "101 % of its memory"),
         ("cuda", [100], [100], "100 % of its memory"),
@@ -151,51 +158,64 @@ def _memory(size: int, device: str) -> Memory:
         ("cpu", [800], [880], "110 % of its memory"),
     ],
 )
-def test_memory_that_cannot_be_told_apart(
-    device: str, reference: list[int], peaks: list[int], told: str | None
+def test_memory_ratio_needs_measurable_difference(
+    device_type: str, reference: list[int], peaks: list[int], expected: str | None
 ) -> None:
-    """Peaks that overlap over seeds, or on a CPU lie as near as pages come and go, are no difference."""
-    sizes = [[mib * 2**20 for mib in given] for given in (reference, peaks)]
-    sentence = of([*_peaks("full", sizes[0], device), *_peaks("lora", sizes[1], device)], "lora")
-    assert ("memory and time do not differ measurably" in sentence) == (told is None)
-    assert ("of its memory" in sentence) == (told is not None)
-    assert told is None or told in sentence
+    """Report no ratio if peaks overlap over seeds or, on a CPU, differ by less than the noise of RSS."""
+    sizes = [[mib * 2**20 for mib in sizes_mib] for sizes_mib in (reference, peaks)]
+    runs = [
+        *_build_runs_with_peaks("full", sizes[0], device_type),
+        *_build_runs_with_peaks("lora", sizes[1], device_type),
+    ]
+    sentence = find_sentence(runs, "lora")
+    assert ("memory and time do not differ measurably" in sentence) == (expected is None)
+    assert ("of its memory" in sentence) == (expected is not None)
+    assert expected is None or expected in sentence
 
 
-def test_a_ratio_of_times_is_of_runs_where_there_are_several() -> None:
-    """One run each says of their own steps alone that the one is faster, and that is said; of three seeds it is not."""
-    slow, fast = costly(860, 1.0, 69), costly(860, 0.5, 69)
-    assert "50 % of its time (single runs) and" in of([full(), lora(4.0, **fast)], "lora")
+def test_time_ratio_of_single_runs_is_marked() -> None:
+    """Mark a time ratio as one of single runs with one seed per method, but not with three."""
+    slow, fast = build_costs(860, 1.0, 69), build_costs(860, 0.5, 69)
+    assert "50 % of its time (single runs) and" in find_sentence(
+        [build_full_run(), build_lora_run(4.0, **fast)], "lora"
+    )
     rows = [judged(f"full-seed={s}", "full", scores(0, s), seed=s, data_seed=0, **slow) for s in range(3)]
     rows += [judged(f"lora-seed={s}", "lora", scores(9, s + 3), seed=s, data_seed=0, **fast) for s in range(3)]
-    assert "50 % of its time and 100 % of" in of(rows, "lora")
+    assert "50 % of its time and 100 % of" in find_sentence(rows, "lora")
 
 
-def seeds(name: str, kind: str, offs: list[float]) -> list[RunRecord]:
-    """A run for each seed."""
-    first = sum(map(ord, name))
-    return [judged(f"{name}-seed={s}", kind, scores(off, first + s), seed=s, data_seed=0) for s, off in enumerate(offs)]
+def build_seeds(name: str, kind: str, shifts: list[float]) -> list[RunRecord]:
+    """Build one run per seed, each with its own shift of the mean."""
+    noise_seed = sum(map(ord, name))
+    return [
+        judged(f"{name}-seed={s}", kind, scores(shift, noise_seed + s), seed=s, data_seed=0)
+        for s, shift in enumerate(shifts)
+    ]
 
 
-def test_seeds_that_agree_and_seeds_that_do_not() -> None:
-    """Three seeds of one mind support a difference that one lucky seed among three does not."""
-    agreed = summarize([*seeds("full", "full", [0, 0, 0]), *seeds("lora", "lora", [5.5, 6, 6.5])])
-    assert agreed[1].startswith("lora is better than full by 6.0 ROUGE-L (interval 4.")
-    assert agreed[-1].endswith(
+def test_difference_must_be_shared_by_seeds() -> None:
+    """Call a difference significant if three seeds share it, but not if one of three seeds causes it."""
+    sentences = summarize([*build_seeds("full", "full", [0, 0, 0]), *build_seeds("lora", "lora", [5.5, 6, 6.5])])
+    assert sentences[1].startswith("lora is better than full by 6.0 ROUGE-L (interval 4.")
+    assert sentences[-1].endswith(
         f"paired bootstrap over {COUNT} held-out examples, and Student's t over 3 seeds (the wider of both)."
     )
-    lucky = [*seeds("full", "full", [0, 0, 0]), *seeds("lora", "lora", [12, 0, 0])]
-    (found,) = compare_groups(lucky).pair_comparisons
-    assert found.interval_over_examples.low > 0
-    assert verdicts(summarize(lucky)) == []
+    one_outlier = [*build_seeds("full", "full", [0, 0, 0]), *build_seeds("lora", "lora", [12, 0, 0])]
+    (pair,) = compare_groups(one_outlier).pair_comparisons
+    assert pair.interval_over_examples.low > 0
+    assert find_verdicts(summarize(one_outlier)) == []
     assert re.match(
-        r"lora is within \d\d\.\d ROUGE-L of full \(.*; not significant over 3 seeds\)", summarize(lucky)[1]
+        r"lora is within \d\d\.\d ROUGE-L of full \(.*; not significant over 3 seeds\)", summarize(one_outlier)[1]
     )
 
 
-def test_pairs_of_one_seed_beside_pairs_of_several() -> None:
-    """Of one seed there is no interval over seeds, and the caution stays."""
-    rows = [*seeds("full", "full", [0, 0, 0]), *seeds("lora", "lora", [6, 6, 6]), *seeds("head", "last_layer", [0])]
+def test_pairs_with_one_seed_keep_the_seed_warning() -> None:
+    """Check that the warning about seeds stays for pairs with one seed, which have no interval over seeds."""
+    rows = [
+        *build_seeds("full", "full", [0, 0, 0]),
+        *build_seeds("lora", "lora", [6, 6, 6]),
+        *build_seeds("head", "last_layer", [0]),
+    ]
     assert summarize(rows)[-1].endswith(
         f"over {COUNT} held-out examples, and Student's t over up to 3 seeds for pairs with several "
         "(the wider of both); "
@@ -203,29 +223,29 @@ def test_pairs_of_one_seed_beside_pairs_of_several() -> None:
     )
 
 
-def test_an_interval_beyond_the_scale_is_no_bound() -> None:
-    """ROUGE-L ends at 100: where two seeds leave more than that, no bound is named."""
-    said = summarize([*seeds("full", "full", [0, 0]), *seeds("lora", "lora", [14, -6])])
-    assert said[1] == (
+def test_interval_wider_than_scale_gives_no_bound() -> None:
+    """State no bound if two seeds give an interval wider than the scale of ROUGE-L, which ends at 100."""
+    sentences = summarize([*build_seeds("full", "full", [0, 0]), *build_seeds("lora", "lora", [14, -6])])
+    assert sentences[1] == (
         "lora and full are indistinguishable (difference +4.0; with 2 seeds the interval exceeds the scale)."
     )
 
 
-def test_the_reference_is_full_or_was_chosen() -> None:
-    """Full fine-tuning if it ended well; else the best mean, of which it is said that the same figure chose it."""
-    last = judged("last_layer", "last_layer", scores(-8, 2))
-    oom = full(quality=None, outcome=Outcome(kind="oom", step=2))
-    assert summarize([full(), last, lora(9)])[0] == OPENING
-    assert summarize([oom, last, lora(9)])[0] == (
+def test_reference_is_full_fine_tuning_or_best_mean() -> None:
+    """Use full fine-tuning if it ended ok, else the best mean; then state that the same metric selected it."""
+    last_layer = judged("last_layer", "last_layer", scores(-8, 2))
+    full_oom = build_full_run(quality=None, outcome=Outcome(kind="oom", step=2))
+    assert summarize([build_full_run(), last_layer, build_lora_run(9)])[0] == OPENING
+    assert summarize([full_oom, last_layer, build_lora_run(9)])[0] == (
         "Compared by ROUGE-L of generated summaries (higher is better) with lora, selected as the best trained "
         "configuration by this metric."
     )
-    two = [full(), judged("full-slow", "full", scores(-9, 3), method={"x": 1}), lora(0)]
-    assert summarize(two)[0] == OPENING.replace("full.", "full, the best of its method by this metric.")
+    two_full_runs = [build_full_run(), judged("full-slow", "full", scores(-9, 3), method={"x": 1}), build_lora_run(0)]
+    assert summarize(two_full_runs)[0] == OPENING.replace("full.", "full, the best of its method by this metric.")
 
 
 @pytest.mark.parametrize(
-    ("outcome", "sentence"),
+    ("outcome", "expected"),
     [
         (
             Outcome(
@@ -251,60 +271,65 @@ def test_the_reference_is_full_or_was_chosen() -> None:
         (Outcome(kind="failed", error="x" * 999), f"full: failed: {'x' * 200}…."),
     ],
 )
-def test_how_a_run_ended_is_said(outcome: Outcome, sentence: str) -> None:
-    """A run without a result is told, with what would fit, and stands in no comparison."""
-    said = summarize([full(quality=None, outcome=outcome), lora(0)])
-    assert sentence in said
-    assert sum("full" in one for one in said) == 1
-    assert verdicts(said) == []
+def test_outcome_other_than_ok_is_reported(outcome: Outcome, expected: str) -> None:
+    """Report the outcome with a suggestion that fits, and leave the run out of all comparisons."""
+    sentences = summarize([build_full_run(quality=None, outcome=outcome), build_lora_run(0)])
+    assert expected in sentences
+    assert sum("full" in sentence for sentence in sentences) == 1
+    assert find_verdicts(sentences) == []
 
 
-def test_some_seeds_that_ended_otherwise() -> None:
-    """Of three seeds one diverged: the others are compared, and the one is told."""
-    runs = [*seeds("full", "full", [0, 0, 0]), *seeds("lora", "lora", [5.5, 6, 6.5])]
+def test_diverged_seed_is_reported_and_not_compared() -> None:
+    """Compare the two seeds with outcome ok, and report the third."""
+    runs = [*build_seeds("full", "full", [0, 0, 0]), *build_seeds("lora", "lora", [5.5, 6, 6.5])]
     runs[4] = runs[4].model_copy(update={"outcome": Outcome(kind="diverged", step=7)})
-    said = summarize(runs)
-    assert "over 2 seeds" in said[2]
-    assert said[3] == "lora (1 of 3 runs): diverged at step 7, so its quality is not compared."
+    sentences = summarize(runs)
+    assert "over 2 seeds" in sentences[2]
+    assert sentences[3] == "lora (1 of 3 runs): diverged at step 7, so its quality is not compared."
 
 
-def test_baselines_beside_what_was_trained() -> None:
-    """Which are better than the untrained base, and that none is better than the lead, which is the sentence to see."""
-    rows = [full(), lora(2), judged("zero_shot", "zero_shot", scores(-9, 3)), judged("lead_1", "lead", scores(2, 4))]
-    none = (
+def test_baselines_are_compared_with_trained_configurations() -> None:
+    """List the configurations that are better than the untrained base, and state that none is better than the lead."""
+    rows = [
+        build_full_run(),
+        build_lora_run(2),
+        judged("zero_shot", "zero_shot", scores(-9, 3)),
+        judged("lead_1", "lead", scores(2, 4)),
+    ]
+    none_better = (
         r"No trained configuration is significantly better than lead_1; full is worse than lead_1, by 1\.\d ROUGE-L at"
     )
-    assert re.match(none, of(rows, "No"))
-    sentence = of(rows, "lora and full are better than zero_shot, by ")
-    least = float(re.search(r"by (\S+) ROUGE-L at least", sentence).group(1))  # type: ignore[union-attr]
-    compared = compare_groups(rows)
-    base = compared.groups[2]
-    bounds = [found.interval.low for one in compared.groups[:2] if (found := compared.between(one, base))]
-    assert least <= min(bounds) < least + 0.1
+    assert re.match(none_better, find_sentence(rows, "No"))
+    sentence = find_sentence(rows, "lora and full are better than zero_shot, by ")
+    stated_bound = float(re.search(r"by (\S+) ROUGE-L at least", sentence).group(1))  # type: ignore[union-attr]
+    comparisons = compare_groups(rows)
+    base = comparisons.groups[2]
+    bounds = [pair.interval.low for group in comparisons.groups[:2] if (pair := comparisons.between(group, base))]
+    assert stated_bound <= min(bounds) < stated_bound + 0.1
 
 
-def test_baselines_alone() -> None:
-    """Without a trained configuration the baselines are compared, and no seed is spoken of."""
-    said = summarize([judged("zero_shot", "zero_shot", scores(-9, 3)), judged("lead_1", "lead", scores(2, 4))])
-    assert said[0].endswith("with lead_1, selected as the best configuration by this metric.")
-    assert said[1].startswith("zero_shot is worse than lead_1 by 1")
-    assert said[2].endswith("held-out examples.")
-    assert len(said) == 3
+def test_baselines_alone_are_compared_without_seeds() -> None:
+    """Compare baselines if nothing was trained, without a note about seeds."""
+    sentences = summarize([judged("zero_shot", "zero_shot", scores(-9, 3)), judged("lead_1", "lead", scores(2, 4))])
+    assert sentences[0].endswith("with lead_1, selected as the best configuration by this metric.")
+    assert sentences[1].startswith("zero_shot is worse than lead_1 by 1")
+    assert sentences[2].endswith("held-out examples.")
+    assert len(sentences) == 3
 
 
-def test_an_unfair_table_says_so_first() -> None:
-    """Runs of other batches are compared, but not as methods, and their costs are not."""
-    said = summarize([full(), lora(9, global_batch_size=2)])
-    assert said[0].startswith("These runs differ in more than their method")
-    assert said[0].endswith("so a difference may not be due to the method.")
-    assert "with different steps or batches" in said[2]
+def test_different_batch_sizes_are_noted_first() -> None:
+    """Note first that the runs differ in more than their method, and leave out costs."""
+    sentences = summarize([build_full_run(), build_lora_run(9, global_batch_size=2)])
+    assert sentences[0].startswith("These runs differ in more than their method")
+    assert sentences[0].endswith("so a difference may not be due to the method.")
+    assert "with different steps or batches" in sentences[2]
 
 
-def test_few_examples() -> None:
-    """Of 16 examples nothing is concluded, however far apart the means are; costs are told."""
+def test_few_examples_allow_no_conclusion() -> None:
+    """Draw no conclusion about quality from 16 examples, however different the means are, but compare costs."""
     rows = [
-        judged("full", "full", [1.0] * 16, **costly(9, 1, 9)),
-        judged("lora", "lora", [9.0] * 16, **costly(3, 2, 9)),
+        judged("full", "full", [1.0] * 16, **build_costs(9, 1, 9)),
+        judged("lora", "lora", [9.0] * 16, **build_costs(3, 2, 9)),
     ]
     assert summarize(rows) == [
         "lora is compared with full by costs only, at 33 % of its memory, 200 % of its time (single runs) and 100 % "
@@ -314,110 +339,114 @@ def test_few_examples() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_hardly_any_examples(count: int) -> None:
-    """Of one held-out example, or two, nothing is concluded, and nothing breaks."""
+def test_one_or_two_examples_allow_no_conclusion(count: int) -> None:
+    """Report only that the examples are too few."""
     rows = [judged("full", "full", BASE[:count]), judged("lora", "lora", scores(4)[:count])]
-    said = summarize(rows)
-    assert len(said) == 1
-    assert said[0].startswith(
+    sentences = summarize(rows)
+    assert len(sentences) == 1
+    assert sentences[0].startswith(
         "No conclusion about quality: one held-out" if count == 1 else "No conclusion about quality: 2 held-out"
     )
 
 
-def test_runs_of_several_commits() -> None:
-    """Between the seeds of one configuration nothing else should differ, the code neither."""
-    runs = seeds("full", "full", [0, 0, 0]) + seeds("lora", "lora", [1, 2, 3])
+def test_seeds_from_different_commits_are_reported() -> None:
+    """Report a configuration whose seeds ran on different commits; they stay one group."""
+    runs = build_seeds("full", "full", [0, 0, 0]) + build_seeds("lora", "lora", [1, 2, 3])
     runs = [run.model_copy(update={"git_commit": "a" if i < 4 else "b"}) for i, run in enumerate(runs)]
-    assert of(runs, "Runs of one") == (
+    assert find_sentence(runs, "Runs of one") == (
         "Runs of one configuration come from different commits, so not only seeds may differ: lora."
     )
     assert len(compare_groups(runs).groups) == 2
-    assert not any("commit" in one for one in summarize(runs[:4]))
+    assert not any("commit" in sentence for sentence in summarize(runs[:4]))
 
 
-def test_a_baseline_that_shares_no_seed_is_in_no_sentence_but_one() -> None:
-    """Beside a baseline of other seeds nothing was compared, and there is no "none of 0"."""
+def test_baseline_without_common_seed_is_reported_once() -> None:
+    """Report only that it is not compared, without a count such as "none of 0"."""
     base = [judged(f"base-seed={s}", "zero_shot", scores(-9, s), seed=s) for s in (7, 8)]
-    said = summarize([full(), lora(4), *base])
-    assert not any("significantly" in one or "None of" in one for one in said)
-    assert "full and base (zero_shot) have no common seed and are not compared." in said
-    more = [*base, judged("base-seed=0", "zero_shot", scores(9, 3))]
-    one = judged("last", "last_layer", scores(0), seed=3)
-    assert of([full(), one, *more], "full, the only").startswith(
+    sentences = summarize([build_full_run(), build_lora_run(4), *base])
+    assert not any("significantly" in sentence or "None of" in sentence for sentence in sentences)
+    assert "full and base (zero_shot) have no common seed and are not compared." in sentences
+    with_common_seed = [*base, judged("base-seed=0", "zero_shot", scores(9, 3))]
+    last_layer = judged("last", "last_layer", scores(0), seed=3)
+    assert find_sentence([build_full_run(), last_layer, *with_common_seed], "full, the only").startswith(
         "full, the only configuration compared with base (zero_shot), is not significantly better"
     )
 
 
-def test_old_records() -> None:
-    """Without scores by example nothing is concluded about quality, which is said once; costs are told."""
-    rows = [record("full", "full", 1, **costly(9, 1, 9)), record("lora", "lora", 1, loss=9.0, **costly(3, 2, 9))]
-    said = summarize(rows)
-    assert said[0].startswith("lora is compared with full by costs only, at 33 %")
-    assert said[1:] == [
+def test_records_without_scores_compare_costs_only() -> None:
+    """Report once that per-example scores are missing, draw no conclusion about quality, and compare costs."""
+    rows = [
+        record("full", "full", 1, **build_costs(9, 1, 9)),
+        record("lora", "lora", 1, loss=9.0, **build_costs(3, 2, 9)),
+    ]
+    sentences = summarize(rows)
+    assert sentences[0].startswith("lora is compared with full by costs only, at 33 %")
+    assert sentences[1:] == [
         "Not compared, no per-example scores in the record: full and lora.",
         "No conclusion about quality: no two configurations have comparable per-example scores.",
     ]
-    unknown = [record("full", "full", 1), record("lora", "lora", 1)]
-    assert len(summarize(unknown)) == 2
-    apart = [rows[0], record("lora", "lora", 1, **costly(3, 2, 9, device="b"))]
-    assert summarize(apart)[0] == "lora ran on a different device than full, so costs are not compared."
+    without_costs = [record("full", "full", 1), record("lora", "lora", 1)]
+    assert len(summarize(without_costs)) == 2
+    other_device = [rows[0], record("lora", "lora", 1, **build_costs(3, 2, 9, device="b"))]
+    assert summarize(other_device)[0] == "lora ran on a different device than full, so costs are not compared."
 
 
-def test_a_loss_that_is_lower_is_better() -> None:
-    """Held-out loss has its own unit, digits and direction."""
+def test_lower_loss_is_better() -> None:
+    """Report held-out loss with its own unit, number of digits and direction."""
     tokens = [10] * COUNT
     rows = [
         judged("full", "full", None, losses=[31.0 + 0.1 * (i % 2) for i in range(COUNT)], labelled=tokens),
         judged("lora", "lora", None, losses=[29.0] * COUNT, labelled=tokens),
     ]
-    said = summarize(rows)
-    assert said[0] == "Compared by held-out loss (lower is better) with full."
-    assert re.fullmatch(r"lora is better than full by 0\.205 nats \(interval 0\.20\d to 0\.20\d\)\.", said[1])
+    sentences = summarize(rows)
+    assert sentences[0] == "Compared by held-out loss (lower is better) with full."
+    assert re.fullmatch(r"lora is better than full by 0\.205 nats \(interval 0\.20\d to 0\.20\d\)\.", sentences[1])
 
 
-def test_the_very_same_scores() -> None:
-    """Nothing tells two configurations apart that score alike on every example, and no interval of no width says so."""
+def test_equal_scores_are_reported_as_equal() -> None:
+    """Report equal scores on all examples instead of an interval without width."""
     assert (
-        of([judged("full", "full", BASE), judged("lora", "lora", BASE)], "lora")
+        find_sentence([judged("full", "full", BASE), judged("lora", "lora", BASE)], "lora")
         == "lora has the same score as full on every example."
     )
 
 
-def test_many_configurations_stay_short() -> None:
-    """Twenty methods are told in twelve sentences, and how many more there are; thirty ends likewise."""
-    rows = [full()] + [judged(f"m{i:02}", f"m{i:02}", scores(0, i)) for i in range(20)]
-    said = summarize(rows)
-    assert sum(" is within " in one for one in said) == MAX_SENTENCES
-    assert "And 8 more in the table." in said
-    ended = [record(f"d{i:02}", f"d{i:02}", 1, outcome=Outcome(kind="diverged")) for i in range(30)]
-    assert len(summarize(ended)) == MAX_SENTENCES + 2
-    assert "And 18 more in the table." in summarize(ended)
+def test_number_of_sentences_is_limited() -> None:
+    """Report at most MAX_SENTENCES comparisons and as many outcomes, and count the rest."""
+    rows = [build_full_run()] + [judged(f"m{i:02}", f"m{i:02}", scores(0, i)) for i in range(20)]
+    sentences = summarize(rows)
+    assert sum(" is within " in sentence for sentence in sentences) == MAX_SENTENCES
+    assert "And 8 more in the table." in sentences
+    diverged = [record(f"d{i:02}", f"d{i:02}", 1, outcome=Outcome(kind="diverged")) for i in range(30)]
+    assert len(summarize(diverged)) == MAX_SENTENCES + 2
+    assert "And 18 more in the table." in summarize(diverged)
 
 
 @pytest.mark.parametrize(
     "name", ["better\nworse", "x | y", "<script>alert(1)</script>", "", "a" * 300, "\x00\x1b[2J", "{0}%s"]
 )
-def test_names_are_names(name: str) -> None:
-    """Whatever a run is called, each sentence is one line, and holds the name as it is."""
-    said = summarize([full(), judged(name, "lora", scores(4))])
-    assert all(one.isprintable() and one.endswith(".") for one in said)
-    assert " ".join(name.replace("\x00", " ").replace("\x1b", " ").split()) in said[1]
-    assert " is better than full by " in said[1]
+def test_any_run_name_is_kept_on_one_line(name: str) -> None:
+    """Check that each sentence is one printable line and contains the name."""
+    sentences = summarize([build_full_run(), judged(name, "lora", scores(4))])
+    assert all(sentence.isprintable() and sentence.endswith(".") for sentence in sentences)
+    assert " ".join(name.replace("\x00", " ").replace("\x1b", " ").split()) in sentences[1]
+    assert " is better than full by " in sentences[1]
 
 
-def test_chance_is_put_into_words_as_seldom_as_is_said() -> None:
-    """Over 200 tables of a baseline and three methods that do not differ, at most some 5 % say better or worse."""
-    wrong = 0
+def test_false_positives_stay_within_stated_level() -> None:
+    """Summarize 200 tables of four methods with equal true scores: about 5 % state better or worse."""
+    false_positives = 0
     for draw in range(200):
         random = numpy.random.default_rng(draw)
         kinds = ("full", "lora", "last_layer", "zero_shot")
-        wrong += bool(verdicts(summarize([judged(kind, kind, list(random.normal(30, 9, size=40))) for kind in kinds])))
-    assert 1 <= wrong <= 16
+        rows = [judged(kind, kind, list(random.normal(30, 9, size=40))) for kind in kinds]
+        false_positives += bool(find_verdicts(summarize(rows)))
+    assert 1 <= false_positives <= 16
 
 
-def test_of_nothing() -> None:
-    """One record says nothing of others."""
-    assert summarize([full()]) == [
+def test_single_record_allows_no_conclusion() -> None:
+    """Report only that no two configurations can be compared."""
+    assert summarize([build_full_run()]) == [
         "No conclusion about quality: no two configurations have comparable per-example scores."
     ]
-    assert summarize([full()], compare_groups([full()])) == summarize([full()])
+    assert summarize([build_full_run()], compare_groups([build_full_run()])) == summarize([build_full_run()])

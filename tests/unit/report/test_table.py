@@ -1,4 +1,4 @@
-"""The tables, from records alone."""
+"""Tables built from records."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ from peftbench.report.text.escape import terminal_safe
 from tests.unit.report.records import record
 
 
-def test_a_report_needs_no_torch() -> None:
-    """Importing the report brings in neither torch nor any library of models."""
+def test_report_imports_no_torch() -> None:
+    """Check that importing the report imports neither torch nor a model library."""
     code = (
         "import sys, peftbench.report.tables.table, peftbench.record; "
         "sys.exit(bool({'torch', 'transformers', 'accelerate', 'datasets', 'peft'} & set(sys.modules)))"
@@ -51,14 +51,14 @@ def test_a_report_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_order_of_rows() -> None:
-    """Baselines come first, then methods by trained parameters."""
+def test_rows_are_sorted_by_trainable_parameters() -> None:
+    """Sort baselines first, then methods by their number of trainable parameters."""
     rows = [record("b", "full", 1000), record("a", "lora", 10), record("c", "zero_shot", 0), record("d", "lead", None)]
     assert [row.name for row in sort_records(rows)] == ["d", "c", "a", "b"]
 
 
-def test_cells_of_known_figures() -> None:
-    """A table shows each figure where its column says, and a dash for what is not known."""
+def test_cells_match_known_metrics() -> None:
+    """Show each metric in its column, and a dash for an unknown value."""
     text = markdown_table([record("mine", "lora", 10), record("lead_1", "lead", None, phase_seconds={}, tokens=None)])
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
     score = "31.2 (30.0–32.5)"
@@ -66,17 +66,17 @@ def test_cells_of_known_figures() -> None:
     assert lines[3] == ["mine (lora)", "10", "1.00%", "3.250", score, score, score, score, "12.5", "ok"]
 
 
-def test_every_column_has_a_meaning_and_own_csv_names() -> None:
-    """Columns explain themselves, and no two of them write the same CSV field."""
+def test_columns_have_descriptions_and_unique_csv_names() -> None:
+    """Check that each column has a description and that no two columns write the same CSV field."""
     names = [name for column in COLUMNS for name in column.raw_values(record("x", "full", 1))]
     assert len(COLUMNS) > 8
     assert all(column.description for column in COLUMNS)
     assert len(names) == len(set(names))
 
 
-def test_a_column_is_sorted_by_what_it_shows() -> None:
-    """The first of a column's raw values is the one that its text is of, so that sorting by it sorts what is seen."""
-    each = TokensPerSecond(real=123.0, padded=200.0, labelled=50.0, virtual=7.0)
+def test_column_is_sorted_by_the_value_it_shows() -> None:
+    """Check that a column's first raw value, which sorts the rows, matches the text it shows."""
+    tokens_per_second = TokensPerSecond(real=123.0, padded=200.0, labelled=50.0, virtual=7.0)
     speed = Throughput(
         steps=10,
         step_seconds_median=1,
@@ -84,9 +84,9 @@ def test_a_column_is_sorted_by_what_it_shows() -> None:
         step_seconds_p90=1,
         samples_per_second=1,
         data_time_fraction=0,
-        tokens_per_second=each,
+        tokens_per_second=tokens_per_second,
     )
-    one = record(
+    run_record = record(
         "a",
         "full",
         640,
@@ -96,19 +96,19 @@ def test_a_column_is_sorted_by_what_it_shows() -> None:
         memory={"train": Memory(allocated_bytes=5 * 2**20, reserved_bytes=8 * 2**20)},
         compute=Compute(model_flops_per_second=1.0, hardware_flops_per_second=3.0, peak_flops_per_second=4.0),
     )
-    shown = {
+    expected = {
         "energy (J / 1k samples)": 2500.0,
         "tokens/s": 123.0,
         "model TFLOPs": 2e12,
         "MFU": 0.25,
         "peak mem (MiB)": 5 * 2**20,
     }
-    found = {column.title: next(iter(column.raw_values(one).values())) for column in COLUMNS}
-    assert {title: found[title] for title in shown} == shown
+    first_values = {column.title: next(iter(column.raw_values(run_record).values())) for column in COLUMNS}
+    assert {title: first_values[title] for title in expected} == expected
 
 
-def test_memory_and_flops_have_columns_where_they_are_known() -> None:
-    """Training's own peak is shown: in tensors on a GPU, beyond the baseline on CPU; unknown leaves the column out."""
+def test_memory_and_flops_have_columns_if_known() -> None:
+    """Show the training peak: allocated bytes on a GPU, bytes above the baseline on a CPU; omit an unknown column."""
     on_gpu = record("a", "full", 1, memory={"train": Memory(allocated_bytes=3 * 2**20, reserved_bytes=9 * 2**20)})
     on_cpu = record(
         "b",
@@ -129,8 +129,8 @@ def test_memory_and_flops_have_columns_where_they_are_known() -> None:
     assert "peak mem (MiB)" not in markdown_table([record("c", "full", 1)])
 
 
-def test_teacher_forced_rouge_has_a_column_of_its_own() -> None:
-    """The study's figure never shares a column with ROUGE of generated summaries, and shows only where it was asked."""
+def test_teacher_forced_rouge_has_its_own_column() -> None:
+    """Keep it separate from ROUGE of generated summaries; show the column only if a run computed it."""
     plain = record("a", "full", 1)
     forced = {"rougeL": Interval(mean=77.0, low=76.0, high=78.0)}
     assert plain.quality is not None
@@ -145,28 +145,28 @@ def test_teacher_forced_rouge_has_a_column_of_its_own() -> None:
 
 
 def test_csv_keeps_full_precision() -> None:
-    """The CSV holds raw values with units in their names, and nothing for what is unknown."""
+    """Write raw values with units in the column names, and an empty cell for an unknown value."""
     (row,) = csv.DictReader(io.StringIO(csv_table([record("a", "lora", 10, loss=1 / 3)])))
     assert float(row["held_out_loss"]) == 1 / 3
     assert (row["trainable_fraction"], row["rougeL_low"], row["train_seconds"]) == ("0.01", "30.0", "12.5")
     assert row["teacher_forced_argmax_rougeL"] == ""
 
 
-def test_unequal_runs_are_said_to_be_unequal() -> None:
-    """A table of runs with different batches carries a note; one of equal runs does not."""
+def test_unequal_runs_have_a_note() -> None:
+    """Add a note to a table of runs with different batch sizes, but not to one of equal runs."""
     equal = [record("a", "full", 1000), record("b", "lora", 10)]
     assert collect_notes(equal) == []
     assert "more than their method" in collect_notes([*equal, record("c", "lora", 10, global_batch_size=2)])[0]
 
 
-def test_an_out_of_memory_is_a_row() -> None:
-    """A run that did not fit is a row with its step, not an absence."""
+def test_oom_run_has_a_row() -> None:
+    """Show a run that did not fit with the step at which it ran out of memory."""
     outcome = Outcome(kind="oom", step=1, phase="train", requested_bytes=2**30)
     assert "oom at step 1" in markdown_table([record("a", "full", 1000, outcome=outcome, quality=None)])
 
 
-def test_the_table_without_a_terminal_shows_every_run_and_column(capsys: pytest.CaptureFixture[str]) -> None:
-    """What is printed without a terminal has every run and every column, unwrapped enough to be read."""
+def test_table_without_terminal_shows_every_run_and_column(capsys: pytest.CaptureFixture[str]) -> None:
+    """Check that each run name and each ROUGE column title is printed without a line break."""
     rows = [record("first", "full", 1000), record("second", "lora", 10)]
     print_table(rows, "title", Console(force_terminal=False))
     printed = capsys.readouterr().out
@@ -176,8 +176,8 @@ def test_the_table_without_a_terminal_shows_every_run_and_column(capsys: pytest.
     assert "do not fit" not in printed
 
 
-def test_a_narrow_terminal_leaves_columns_out_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    """On 80 columns every run is on one line, ROUGE-L stays, and what had no room is named."""
+def test_narrow_terminal_lists_omitted_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    """On 80 columns, print each run on one line, keep ROUGE-L, and name the columns that do not fit."""
     gpt2 = {
         name: ParameterCounts(total=124_439_808, trainable=n) for name, n in (("full", 124_439_808), ("tuned", 15_360))
     }
@@ -194,8 +194,8 @@ def test_a_narrow_terminal_leaves_columns_out_and_says_so(capsys: pytest.Capture
     assert "(columns that do not fit: ROUGE-Lsum, ROUGE-2, ROUGE-1; see the report)" in printed
 
 
-def test_the_report_shows_the_same_example_by_every_run() -> None:
-    """The report puts every run's summary of one example side by side; a pipe cannot break its table."""
+def test_report_shows_the_same_example_for_every_run() -> None:
+    """Show all summaries of one example in one table, and escape pipes in it."""
     text = markdown_report([record("a", "full", 1000), record("b", "lora", 10)], "T", ["A | sentence."])
     assert "- A \\| sentence." in text
     assert "by a" in text
@@ -203,8 +203,8 @@ def test_the_report_shows_the_same_example_by_every_run() -> None:
     assert "ref \\| x" in text
 
 
-def test_summaries_of_other_examples_are_not_shown_as_of_the_same() -> None:
-    """Two sets of data may number their examples alike."""
+def test_summary_of_another_example_with_equal_id_is_not_shown() -> None:
+    """Compare the articles too, because two data sets may use the same ids."""
     other = record("other", "lora", 10)
     assert other.quality is not None
     sample = Sample(id="a", article="another", reference="ref | x", generated="by other")
@@ -217,24 +217,24 @@ def test_summaries_of_other_examples_are_not_shown_as_of_the_same() -> None:
 HOSTILE = "a [/b]\n# x | `y` <script>1</script> *z* \x1b[2J =1"
 
 
-def hostile() -> RunRecord:
-    """A record in which whatever anyone may write is hostile."""
-    one = record(HOSTILE, "lora", 10, notes=(HOSTILE,))
-    assert one.quality is not None
+def build_hostile_record() -> RunRecord:
+    """Build a record with hostile text in each text field that a user or a model can write."""
+    run_record = record(HOSTILE, "lora", 10, notes=(HOSTILE,))
+    assert run_record.quality is not None
     sample = Sample(id=HOSTILE, article=f"{HOSTILE}\n---\n- x", reference=HOSTILE, generated=HOSTILE)
-    return one.model_copy(update={"quality": one.quality.model_copy(update={"samples": (sample,)})})
+    return run_record.model_copy(update={"quality": run_record.quality.model_copy(update={"samples": (sample,)})})
 
 
-def test_markdown_shows_hostile_text_as_it_is() -> None:
-    """Of names, notes, sentences, titles and summaries none breaks a table, or brings in markup or HTML."""
-    rows = [hostile(), record("prompt_tuning", "prompt_tuning", 100)]
+def test_markdown_escapes_hostile_text() -> None:
+    """Check that names, notes, sentences, titles and summaries break no table and add no markup or HTML."""
+    rows = [build_hostile_record(), record("prompt_tuning", "prompt_tuning", 100)]
     text = markdown_report(rows, HOSTILE, [HOSTILE])
     shown = "a \\[/b\\] # x \\| \\`y\\` &lt;script&gt;1&lt;/script&gt; \\*z\\* \\\\x1b\\[2J =1"
     assert text.startswith(f"# {shown}\n\n- {shown}\n\n| run ")
     assert f"- {shown}: {shown}\n" in text
     assert f"\n\n{shown}\n\n> a" in text
     assert "\n> \\---\n> \\- x\n" in text
-    assert text.count(f"| {shown} ") == 4  # its row, the reference, and its summary with its name
+    assert text.count(f"| {shown} ") == 4  # the run's row, the reference, and the summary with the run's name
     assert text.count("| prompt_tuning ") == 1
     assert "<script" not in text
     assert all(char == "\n" or char.isprintable() for char in text)
@@ -243,21 +243,25 @@ def test_markdown_shows_hostile_text_as_it_is() -> None:
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table[:4]}) == 1
 
 
-def test_summaries_that_look_like_numbers_stay_as_they_are() -> None:
-    """A model may write "1e3" alone, which is not 1000."""
-    one = record("a", "full", 1)
-    assert one.quality is not None
+def test_summaries_that_look_like_numbers_stay_text() -> None:
+    """Keep a summary such as "1e3", which is not 1000."""
+    run_record = record("a", "full", 1)
+    assert run_record.quality is not None
     sample = Sample(id="a", article="x", reference="1e3", generated="1_000")
-    one = one.model_copy(update={"quality": one.quality.model_copy(update={"samples": (sample,)})})
-    text = markdown_report([one], "T", [])
+    run_record = run_record.model_copy(update={"quality": run_record.quality.model_copy(update={"samples": (sample,)})})
+    text = markdown_report([run_record], "T", [])
     assert "| reference | 1e3 " in text
     assert "| 1_000 " in text
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_hostile_names_are_shown_as_text_in_a_terminal(terminal: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    """No markup is read, no cursor moves, no row breaks; over seeds too."""
-    rows = [hostile(), record(f"{HOSTILE}-2", "lora", 10, seed=1), record("[bold]:smile:[/bold]", "full", 1)]
+def test_terminal_escapes_hostile_names(terminal: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """Check that names apply no markup, move no cursor and break no row, in the table over seeds too."""
+    rows = [
+        build_hostile_record(),
+        record(f"{HOSTILE}-2", "lora", 10, seed=1),
+        record("[bold]:smile:[/bold]", "full", 1),
+    ]
     print_table(rows, HOSTILE, Console(force_terminal=terminal, width=300, color_system=None))
     printed = capsys.readouterr().out
     assert "[bold]:smile:[/bold] (full)" in printed
@@ -266,14 +270,14 @@ def test_hostile_names_are_shown_as_text_in_a_terminal(terminal: bool, capsys: p
     assert "\x1b[2J" not in printed
 
 
-def test_the_width_is_what_rich_takes() -> None:
-    """Counted by cells, with wide letters and lines of their own."""
+def test_table_width_equals_width_in_rich() -> None:
+    """Count terminal cells, with wide characters and line breaks."""
     for cells in ({"a": ["x"]}, {"a": ["x", "yyy"], "b c": ["1\n(2 to 3)", "2"], "end": ["ok", "漢字"]}):
         assert _table_width(cells) == natural_width(Console(width=10), _rich_table(cells, "title"))
 
 
-def test_a_knob_of_any_name_has_its_table(tmp_path: Path) -> None:
-    """Values of a knob are heads of the table, which they do not break; the lowest stays bold."""
+def test_grouped_table_escapes_values_of_the_key(tmp_path: Path) -> None:
+    """Check that values in the table head do not break it, and that the lowest loss stays bold."""
     rows = [record(f"a{i}", "lora", 10, method={"x": x}, loss=2.0 + i) for i, x in enumerate(("a|b", "<i>"))]
     file = tmp_path / "page.md"
     file.write_text("<!-- report:x -->\n<!-- end of report:x -->\n")
@@ -284,8 +288,8 @@ def test_a_knob_of_any_name_has_its_table(tmp_path: Path) -> None:
     assert "**2.000**" in cells
 
 
-def test_no_cell_is_a_formula_in_a_spreadsheet() -> None:
-    """A text that could begin one has an apostrophe before it; a number stays a number."""
+def test_csv_escapes_spreadsheet_formulas() -> None:
+    """Prefix text that could start a formula with an apostrophe; a number stays a number."""
     (row,) = csv.DictReader(io.StringIO(csv_table([record("=cmd()", "lora", 10, loss=-1.5)])))
     assert (row["run"], row["held_out_loss"]) == ("'=cmd()", "-1.5")
     head, line, _ = csv_table([record("a;=1+1", "lora", 10, loss=-1.5)]).split("\n")
@@ -294,29 +298,29 @@ def test_no_cell_is_a_formula_in_a_spreadsheet() -> None:
     assert ",-1.5," in line
 
 
-def test_tables_go_between_their_markers_only(tmp_path: Path) -> None:
-    """Inserting a table replaces the block and nothing else; doing it again changes nothing."""
+def test_insert_table_replaces_only_its_block(tmp_path: Path) -> None:
+    """Check that inserting again changes nothing, and that an unknown marker is refused."""
     file = tmp_path / "page.md"
     file.write_text("before\n<!-- report:x -->\nold\n<!-- end of report:x -->\nafter\n")
     insert_table([record("a", "full", 1000)], file, "x")
-    once = file.read_text()
+    after_first_insert = file.read_text()
     insert_table([record("a", "full", 1000)], file, "x")
-    assert file.read_text() == once
-    assert once.startswith("before\n")
-    assert once.endswith("after\n")
-    assert "old" not in once
+    assert file.read_text() == after_first_insert
+    assert after_first_insert.startswith("before\n")
+    assert after_first_insert.endswith("after\n")
+    assert "old" not in after_first_insert
     with pytest.raises(RecordError, match="has no section 'y'"):
         insert_table([record("a", "full", 1000)], file, "y")
 
 
-def row(table: str) -> dict[str, str]:
-    """The cells of a Markdown table's only row, by title."""
+def parse_single_row(table: str) -> dict[str, str]:
+    """Return the cells of a Markdown table with one row, by column title."""
     head, _, cells = table.splitlines()
     return {k.strip(): v.strip() for k, v in zip(head.split("|"), cells.split("|"), strict=True)}
 
 
-def test_what_is_unknown_is_said() -> None:
-    """A figure that nothing tells is unknown, and a line says why; where nothing was trained there is no column."""
+def test_unknown_metrics_have_notes() -> None:
+    """Note why a metric is unknown; omit its column if nothing was trained."""
     speed = Throughput(
         steps=5,
         step_seconds_median=1,
@@ -334,10 +338,10 @@ def test_what_is_unknown_is_said() -> None:
     assert mfu == "MFU is unknown: no data sheet FLOP/s for a CPU at fp32"
     assert energy == "energy is unknown: neither NVML nor RAPL is available"
     assert collect_notes([known]) == []
-    cells = row(markdown_table([unknown]))
+    cells = parse_single_row(markdown_table([unknown]))
     assert (cells["MFU"], cells["energy (J / 1k samples)"]) == ("unknown", "unknown")
-    assert "MFU" not in row(markdown_table([record("lead", "lead", None, tokens=None)]))
+    assert "MFU" not in parse_single_row(markdown_table([record("lead", "lead", None, tokens=None)]))
     table = markdown_table([known.with_price_per_hour(3600.0)])
-    cells = row(table)
+    cells = parse_single_row(table)
     assert cells["energy (J / 1k samples)"] == "500"
-    assert float(cells["training cost"]) == 12  # of 12.5 seconds, to two digits
+    assert float(cells["training cost"]) == 12  # 12.5 seconds, rounded to two digits

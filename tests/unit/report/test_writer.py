@@ -1,4 +1,4 @@
-"""What a report writes."""
+"""The files that a report writes."""
 
 from __future__ import annotations
 
@@ -16,66 +16,66 @@ from peftbench.report.writer import PAGE_FILE, RESULTS_FILE, write_report
 from tests.unit.report.page.pages import SHIPPED, shipped
 from tests.unit.report.records import record
 
-WRITTEN = {PAGE_FILE, RESULTS_FILE, "results.csv", "results.json", "results.tex"}
+REPORT_FILES = {PAGE_FILE, RESULTS_FILE, "results.csv", "results.json", "results.tex"}
 
 
-def peftbench(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """A command of ``peftbench``, run to its end."""
+def run_peftbench(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run ``peftbench`` with these arguments and return its output and exit status."""
     command = [sys.executable, "-c", "from peftbench.cli.app import main; main()", *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_everything_is_written_and_said(tmp_path: Path) -> None:
-    """Page, Markdown, CSV, JSON and LaTeX, all with the same words."""
+def test_report_writes_all_formats(tmp_path: Path) -> None:
+    """Write page, Markdown, CSV, JSON and LaTeX, with the same summary in Markdown and JSON."""
     assert write_report(shipped("demo"), tmp_path, "demo").page_path == tmp_path / PAGE_FILE
-    assert {path.name for path in tmp_path.iterdir()} == WRITTEN
+    assert {path.name for path in tmp_path.iterdir()} == REPORT_FILES
     markdown = (tmp_path / RESULTS_FILE).read_text(encoding="utf-8")
     assert markdown.startswith("# demo\n\n- ")
     sentence = markdown.splitlines()[2].removeprefix("- ")
     assert sentence in (tmp_path / "results.json").read_text(encoding="utf-8")
 
 
-def test_the_command_names_the_page(tmp_path: Path) -> None:
-    """The last line of ``peftbench report`` is where the page is, which --html says."""
+def test_command_prints_the_path_of_the_page(tmp_path: Path) -> None:
+    """Write the page to the path of --html, and print this path last."""
     folder = tmp_path / "demo"
-    for path, one in shipped("demo").items():
-        one.write(folder / path.parent.name)
-    found = peftbench("report", "demo", "--html", "here/page.html", cwd=tmp_path)
-    assert found.returncode == 0, found.stderr
-    assert found.stdout.splitlines()[-1] == "report: here/page.html"
+    for path, run_record in shipped("demo").items():
+        run_record.write(folder / path.parent.name)
+    result = run_peftbench("report", "demo", "--html", "here/page.html", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "report: here/page.html"
     page = (tmp_path / "here" / "page.html").read_text(encoding="utf-8")
     assert " demo/lora/record.json ../lora.json\n" in page
-    assert {path.name for path in folder.iterdir() if path.is_file()} == WRITTEN - {PAGE_FILE}
+    assert {path.name for path in folder.iterdir() if path.is_file()} == REPORT_FILES - {PAGE_FILE}
 
 
-def test_a_page_of_what_is_there(tmp_path: Path) -> None:
-    """While runs wait, the page has those that ended, and names the others; with none at all it names them still."""
+def test_page_lists_finished_and_unfinished_runs(tmp_path: Path) -> None:
+    """Write the page of two unfinished runs, then write it again after the first run ended."""
     for name in ("first", "second"):
         (tmp_path / "out" / name).mkdir(parents=True)
         (tmp_path / "out" / name / "recipe.yaml").write_text("name: x\n", encoding="utf-8")
-    found = peftbench("report", "out", cwd=tmp_path)
-    assert found.returncode == 0, found.stderr
+    result = run_peftbench("report", "out", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
     page = (tmp_path / "out" / PAGE_FILE).read_text(encoding="utf-8")
     assert "Unfinished runs" in page
     assert ">second<" in page
     record("first", "lora", 10).write(tmp_path / "out" / "first")
-    assert peftbench("report", "out", cwd=tmp_path).returncode == 0
+    assert run_peftbench("report", "out", cwd=tmp_path).returncode == 0
     page = (tmp_path / "out" / PAGE_FILE).read_text(encoding="utf-8")
     assert ">second</th><td>waiting</td>" in page
     assert ">first</th><td>" not in page
 
 
-def test_nothing_at_all_is_a_mistake(tmp_path: Path) -> None:
-    """A folder without any run is told in one sentence, and nothing is written to it."""
+def test_folder_without_runs_is_refused(tmp_path: Path) -> None:
+    """Print one sentence and write nothing to the folder."""
     (tmp_path / "empty").mkdir()
-    found = peftbench("report", "empty", cwd=tmp_path)
-    assert found.returncode == 60
-    assert found.stderr.count("\n") == 1
+    result = run_peftbench("report", "empty", cwd=tmp_path)
+    assert result.returncode == 60
+    assert result.stderr.count("\n") == 1
     assert list((tmp_path / "empty").iterdir()) == []
 
 
 def test_unfinished_runs_are_escaped(tmp_path: Path) -> None:
-    """What a log said of a run may be anything."""
+    """Escape the name and the log line of an unfinished run."""
     rows = [UnfinishedRun("<b>x</b>", "gone", "<script>1</script>")]
     text = write_report({}, tmp_path, "t", unfinished_runs=rows).page_path.read_text(encoding="utf-8")
     assert "<b>x</b>" not in text
@@ -83,55 +83,55 @@ def test_unfinished_runs_are_escaped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_a_report_of_shipped_records_says_something(name: str, tmp_path: Path) -> None:
-    """Of records of any age there are words."""
-    said = write_report(find_records(SHIPPED[name]), tmp_path, name).summary
-    assert said
-    assert all(sentence.strip() for sentence in said)
+def test_shipped_records_have_a_summary(name: str, tmp_path: Path) -> None:
+    """Check that the summary has sentences and that none is empty."""
+    summary = write_report(find_records(SHIPPED[name]), tmp_path, name).summary
+    assert summary
+    assert all(sentence.strip() for sentence in summary)
 
 
-def test_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the page cannot be made, nothing is written: no table beside an older page."""
+def test_no_file_is_written_if_the_page_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write no new table next to an older page."""
 
-    def fails(*_: object, **__: object) -> None:
+    def raise_error(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(writer, "build_page_data", fails)
+    monkeypatch.setattr(writer, "build_page_data", raise_error)
     with pytest.raises(ZeroDivisionError):
         write_report({tmp_path / "a" / "record.json": record("a", "lora", 1)}, tmp_path, "t")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_given_as_an_absolute_path_tells_no_place(tmp_path: Path) -> None:
-    """What lies below the current directory is named as seen from there."""
+def test_report_of_absolute_path_has_relative_paths(tmp_path: Path) -> None:
+    """Write paths below the current directory as relative paths."""
     record("first", "lora", 10).write(tmp_path / "out" / "first")
-    assert peftbench("report", str(tmp_path / "out"), cwd=tmp_path).returncode == 0
+    assert run_peftbench("report", str(tmp_path / "out"), cwd=tmp_path).returncode == 0
     for path in (tmp_path / "out").glob("*.*"):
         assert str(tmp_path) not in path.read_text(encoding="utf-8"), path
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "message"),
     [
         ("--html p.html --update-file p.md", "--html has no effect with --update-file, which writes no page"),
         ("--html p.html --group-by train.seed", "--html has no effect with --group-by, which writes no page"),
         ("--marker x --group-by train.seed", "--marker names a section of a file; give the file with --update-file"),
     ],
 )
-def test_nothing_is_ignored(arguments: str, sentence: str, tmp_path: Path) -> None:
-    """What would change nothing is refused in one sentence, and nothing is written."""
+def test_option_without_effect_is_refused(arguments: str, message: str, tmp_path: Path) -> None:
+    """Refuse the option in one sentence, and write nothing."""
     record("first", "lora", 10).write(tmp_path / "out" / "first")
-    found = peftbench("report", "out", *arguments.split(), cwd=tmp_path)
-    assert found.returncode == 13
-    assert sentence in found.stderr
+    result = run_peftbench("report", "out", *arguments.split(), cwd=tmp_path)
+    assert result.returncode == 13
+    assert message in result.stderr
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["first"]
 
 
 @pytest.mark.parametrize(
     "arguments", ["report out --group-by train.seed", "report out --update-file p.md", "compare out out"]
 )
-def test_charts_are_loaded_for_a_page_alone(arguments: str, tmp_path: Path) -> None:
-    """What makes no page waits for no library of charts."""
+def test_chart_libraries_are_imported_only_for_a_page(arguments: str, tmp_path: Path) -> None:
+    """Check that commands without a page import neither altair nor jinja2 nor vl_convert."""
     record("first", "lora", 10).write(tmp_path / "out" / "first")
     (tmp_path / "p.md").write_text("<!-- report:table -->\n<!-- end of report:table -->\n", encoding="utf-8")
     code = (
@@ -139,5 +139,5 @@ def test_charts_are_loaded_for_a_page_alone(arguments: str, tmp_path: Path) -> N
         "sys.exit(bool({'altair', 'jinja2', 'vl_convert'} & set(sys.modules)))"
     )
     command = [sys.executable, "-c", code, *arguments.split()]
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    result = subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

@@ -40,8 +40,8 @@ def test_limit_is_the_budget_or_the_gpu_memory(
     assert OomHandler(recipe, torch.device(device), workshop.output, 0).budget_bytes == expected
 
 
-def test_bytes_in_use(workshop: Workshop) -> None:
-    """Under a limit: what it counts plus its allowance for everything but tensors; otherwise the meter's value."""
+def test_held_bytes_include_the_allowance_of_the_limit(workshop: Workshop) -> None:
+    """With a limit, its allowance for memory outside tensors is added; without one, the meter's value is returned."""
     handler = OomHandler(workshop.recipe(Full()), torch.device("cpu"), workshop.output, 0)
     assert handler.held_bytes(InUseMeter()) == 3 * GIB
     handler.memory_limit = MemoryLimit(8 * GIB, 7 * GIB, read_in_use_bytes=lambda: 5 * GIB, release=lambda: None)
@@ -61,8 +61,10 @@ def test_bytes_in_use(workshop: Workshop) -> None:
         (RuntimeError("could not create a primitive"), False, None),
     ],
 )
-def test_out_of_memory_errors(error: Exception, is_oom: bool, requested_bytes: int | None, workshop: Workshop) -> None:
-    """Errors of all allocators are recognized, with the requested size if the message has it."""
+def test_is_oom_recognizes_every_allocator(
+    error: Exception, is_oom: bool, requested_bytes: int | None, workshop: Workshop
+) -> None:
+    """The outcome has the requested size if the message contains it."""
     handler = OomHandler(workshop.recipe(Full()), torch.device("cpu"), workshop.output, 0)
     assert handler.is_oom(error) == is_oom
     outcome = handler.build_outcome(error, {"phase": "train", "step": 2, "step_part": "forward"}, None)

@@ -33,7 +33,7 @@ BadLoss = Callable[[LabelledLogitsLoss, nn.Module, MicroBatch], torch.Tensor]
 
 
 def fail_from_call(number: int, replace_loss: Callable[[torch.Tensor], torch.Tensor]) -> BadLoss:
-    """Return a loss that is the true one until call ``number``, and the result of ``replace_loss`` from then on."""
+    """Return a loss function that applies ``replace_loss`` to the true loss from call ``number`` on."""
     num_calls = 0
     true_loss = LabelledLogitsLoss.__call__
 
@@ -114,7 +114,7 @@ def test_non_finite_loss_is_a_divergence(value: float, workshop: Workshop, monke
 
 
 def test_held_out_loss_that_is_not_finite_is_a_divergence(workshop: Workshop) -> None:
-    """A model that the last step ruined is found by its held-out loss."""
+    """If the last step ruins the weights, the held-out loss reports it."""
     recipe = workshop.recipe(
         Full(), optimizer=SGD(learning_rate=1e30), train={"steps": 1, "max_grad_norm": None}, save_model=True
     )
@@ -126,7 +126,7 @@ def test_held_out_loss_that_is_not_finite_is_a_divergence(workshop: Workshop) ->
 
 
 def test_new_run_replaces_the_saved_model(workshop: Workshop) -> None:
-    """The model folder has only what the last run saved: no files of another method, no model after a divergence."""
+    """The model folder has only files of the last run: none of another method, and no model after a divergence."""
     folder = workshop.output / "run" / "model"
     workshop.run(workshop.recipe(Full(), save_model=True))
     assert (folder / "model.safetensors").exists()
@@ -161,7 +161,7 @@ def test_interrupt_while_saving_leaves_no_partial_model(workshop: Workshop, monk
 
 
 def test_data_fingerprint_is_computed_before_training(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A data source that is gone after training does not cost the record."""
+    """A data source that is deleted during training does not affect the record."""
     fingerprint = workshop.source.fingerprint()
 
     def remove_source(_: torch.Tensor) -> torch.Tensor:
@@ -183,7 +183,7 @@ def test_steps_skipped_by_the_loss_scaler_are_counted(workshop: Workshop, monkey
 
 
 def test_gradient_checkpointing_of_a_frozen_backbone_is_skipped(workshop: Workshop) -> None:
-    """Where it would cost memory it is not applied, and the record has a note; elsewhere there is no note."""
+    """With a frozen backbone it would only cost memory, so the record has a note instead; with lora it is applied."""
     train = {"gradient_checkpointing": True}
     (note,) = workshop.run(workshop.recipe(LastLayer(), train=train)).notes
     assert "gradient checkpointing" in note.lower()
@@ -191,7 +191,7 @@ def test_gradient_checkpointing_of_a_frozen_backbone_is_skipped(workshop: Worksh
 
 
 def test_out_of_memory_is_an_outcome(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The record says where memory ran out and how much was requested."""
+    """The record has the phase, the step, the part of the step, and the requested bytes."""
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has")
     monkeypatch.setattr(LabelledLogitsLoss, "__call__", fail_from_call(2, raise_error(error)))
     record = workshop.run(workshop.recipe(Full()))
@@ -213,7 +213,7 @@ def test_bug_is_recorded_and_raised(workshop: Workshop, monkeypatch: pytest.Monk
 
 
 def test_interrupt_is_recorded(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The outcome of an interrupted run is preempted, with the step it was in."""
+    """The outcome of an interrupted run is preempted, with the current step."""
     monkeypatch.setattr(LabelledLogitsLoss, "__call__", fail_from_call(3, raise_error(KeyboardInterrupt())))
     record = workshop.run(workshop.recipe(Full()))
     assert (record.outcome.kind, record.outcome.phase, record.outcome.step) == ("preempted", "train", 3)

@@ -28,7 +28,7 @@ class Stream(io.StringIO):
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time that the bar and tqdm read."""
+    """Return a list with the time that the bar and tqdm read."""
     now = [100.0]
     monkeypatch.setattr("peftbench.run.progress_bar.time.monotonic", lambda: now[0])
     monkeypatch.setattr("tqdm.std.time", lambda: now[0])
@@ -36,7 +36,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def info(step: int, loss: float, real_tokens: int) -> StepInfo:
-    """Results of a step of 20."""
+    """Return the results of one of 20 steps."""
     return StepInfo(step=step, total_steps=20, loss=loss, learning_rate=1e-3, real_tokens=real_tokens)
 
 
@@ -49,17 +49,17 @@ def test_text_of_a_resumed_training(clock: list[float], monkeypatch: pytest.Monk
         for step in range(11, 16):
             clock[0] += 2
             bar.after_step(info(step, loss=step / 8, real_tokens=20_000 + 1_000 * step))
-    shown = stream.getvalue()
-    first, *later = [text.rstrip() for text in shown.split("\r") if text.strip()]
+    output = stream.getvalue()
+    first, *later = [text.rstrip() for text in output.split("\r") if text.strip()]
     assert first == "lora-r=8 |█████     | 10/20, ? left"
     assert later[0] == "lora-r=8 |█████▌    | 11/20, loss 1.375, 15,500 tokens/s, 96 of 112 MiB, 00:18 left"
     assert later[-1] == "lora-r=8 |███████▌  | 15/20, loss 1.875, 16,500 tokens/s, 96 of 112 MiB, 00:10 left"
-    assert shown.count("\n") == 1
-    assert shown.endswith("\n")
+    assert output.count("\n") == 1
+    assert output.endswith("\n")
 
 
 def test_tokens_per_second_average_over_last_twenty_steps(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A slow first step leaves the average after twenty steps."""
+    """A slow first step no longer counts after twenty more steps."""
     monkeypatch.setattr(sys, "stderr", stream := Stream(terminal=True))
     with ProgressBar("x", 0, 99, read_memory_bytes=lambda: None, budget_bytes=None, enabled=True) as bar:
         for seconds in (1000, *[0.5] * 19):
@@ -85,15 +85,15 @@ def test_disabled_bar_writes_nothing(terminal: bool, enabled: bool, monkeypatch:
     assert stream.getvalue() == ""
 
 
-def test_format_metrics() -> None:
-    """Memory is shown alone without a budget, and as unknown if it cannot be read."""
+def test_format_metrics_with_and_without_budget() -> None:
+    """Without a budget the text has only the memory in use; memory that cannot be read is unknown."""
     assert format_metrics(2.3144, 18_203.9, 96 * MIB, 112 * MIB) == "loss 2.314, 18,204 tokens/s, 96 of 112 MiB"
     assert format_metrics(12.5, 0.4, 96 * MIB, None) == "loss 12.500, 0 tokens/s, 96 MiB"
     assert format_metrics(1, 2, None, 112 * MIB) == "loss 1.000, 2 tokens/s, memory unknown"
 
 
 def test_long_names_keep_their_end() -> None:
-    """The end tells the runs of a suite apart; at least 12 columns of it stay, however narrow the terminal."""
+    """Runs of a suite differ at the end of their names; at least 12 columns of it remain on a narrow terminal."""
     assert shorten_name("lora-r=8", 12) == "lora-r=8"
     assert shorten_name("adamw8bit-path=openai-community_gpt2-large", 16) == "…nity_gpt2-large"
     assert shorten_name("adamw8bit-path=openai-community_gpt2-large", -9) == "…_gpt2-large"

@@ -17,7 +17,7 @@ from peftbench.run_dir.stop_request import ATTEMPT_ENV, clear_stop_files, get_st
 
 @pytest.fixture
 def shutdown_signal() -> Iterator[ShutdownSignal]:
-    """One with handlers installed; the previous handlers are restored."""
+    """Install the signal handlers and return their object; restore the previous handlers afterwards."""
     previous_handlers = {number: signal.getsignal(number) for number in SHUTDOWN_SIGNALS}
     shutdown_signal = ShutdownSignal()
     shutdown_signal.install_handlers()
@@ -45,15 +45,15 @@ def test_signal_during_training_is_deferred(number: signal.Signals, shutdown_sig
 
 
 def test_second_ctrl_c_interrupts_a_step(shutdown_signal: ShutdownSignal) -> None:
-    """A second SIGTERM, as launchers send it, does not."""
-    done = []
+    """A second SIGTERM does not interrupt the step, because launchers send it twice."""
+    finished = []
     with pytest.raises(StopRequested), shutdown_signal.defer_to_step_end():  # noqa: PT012
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
-        done.append("step")
+        finished.append("step")
         signal.raise_signal(signal.SIGINT)
-        done.append("another step")
-    assert done == ["step"]
+        finished.append("another step")
+    assert finished == ["step"]
 
 
 def test_signal_while_the_record_is_written_is_deferred(shutdown_signal: ShutdownSignal) -> None:
@@ -71,8 +71,8 @@ def test_training_without_a_request_ends_normally(shutdown_signal: ShutdownSigna
 
 
 @pytest.mark.parametrize(("text", "reason"), [("SIGUSR1\n", "SIGUSR1"), ("", ".stop")])
-def test_stop_file(text: str, reason: str, tmp_path: Path, shutdown_signal: ShutdownSignal) -> None:
-    """A stop file requests a stop; its text is the reason, or its name if it is empty."""
+def test_stop_file_requests_a_stop(text: str, reason: str, tmp_path: Path, shutdown_signal: ShutdownSignal) -> None:
+    """The reason is the text of the file, or its name if the file is empty."""
     file = get_stop_file(tmp_path, {})
     shutdown_signal.watch_files(file)
     threading.Timer(0.2, lambda: write_atomically(file, text)).start()
@@ -84,14 +84,14 @@ def test_stop_file(text: str, reason: str, tmp_path: Path, shutdown_signal: Shut
 
 
 def test_each_attempt_has_its_own_stop_file(tmp_path: Path) -> None:
-    """A stop file for one attempt of a job has another name than that for the next."""
+    """The name contains the job id and the number of the attempt."""
     environments: list[dict[str, str]] = [{}, {ATTEMPT_ENV: "7-0"}, {ATTEMPT_ENV: "7-1"}, {ATTEMPT_ENV: "8-0"}]
     names = {get_stop_file(tmp_path, environment).name for environment in environments}
     assert names == {".stop", ".stop-7-0", ".stop-7-1", ".stop-8-0"}
 
 
-def test_clear_stop_files(tmp_path: Path) -> None:
-    """Existing files are deleted; missing ones are no error."""
+def test_clear_stop_files_ignores_missing_files(tmp_path: Path) -> None:
+    """Existing files are deleted."""
     file = get_stop_file(tmp_path, {})
     file.touch()
     clear_stop_files(file, tmp_path / "missing")
@@ -99,5 +99,5 @@ def test_clear_stop_files(tmp_path: Path) -> None:
 
 
 def test_stop_request_is_a_keyboard_interrupt() -> None:
-    """Code that lets Ctrl-C through lets a stop request through."""
+    """Code that does not catch Ctrl-C does not catch a stop request either."""
     assert issubclass(StopRequested, KeyboardInterrupt)

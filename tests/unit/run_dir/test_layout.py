@@ -18,7 +18,7 @@ from peftbench.run_dir.layout import (
 
 
 def add_checkpoint(run_dir: RunDir, training: str, step: int, *, complete: bool = True) -> Path:
-    """Create the folder of a checkpoint."""
+    """Create the folder of a checkpoint and return it."""
     folder = run_dir.checkpoints_dir / training / get_checkpoint_name(step)
     folder.mkdir(parents=True)
     if complete:
@@ -26,7 +26,7 @@ def add_checkpoint(run_dir: RunDir, training: str, step: int, *, complete: bool 
     return folder
 
 
-def test_folder_of_a_recipe() -> None:
+def test_run_dir_of_a_recipe_has_the_documented_paths() -> None:
     """The folder is output_dir/name; its files have the documented names."""
     recipe: Any = SimpleNamespace(output_dir="runs", name="lora")
     run_dir = RunDir.from_recipe(recipe)
@@ -39,8 +39,8 @@ def test_folder_of_a_recipe() -> None:
     assert run_dir.snapshot_file(3) == Path("runs/lora/rank3_oom_snapshot.pickle")
 
 
-def test_checkpoints_newest_first(tmp_path: Path) -> None:
-    """Complete checkpoints of all trainings are found, by step; incomplete ones are not."""
+def test_find_checkpoints_sorts_by_step(tmp_path: Path) -> None:
+    """Complete checkpoints of all trainings are listed, the newest first; incomplete ones are ignored."""
     run_dir = RunDir(tmp_path)
     assert run_dir.find_checkpoints() == []
     assert run_dir.find_latest_checkpoint_step() is None

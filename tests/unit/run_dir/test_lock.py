@@ -1,4 +1,4 @@
-"""The lock on a run's folder excludes other processes, and ends with its process."""
+"""The lock of a run folder excludes other processes, and ends with its process."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_second_lock_is_refused(tmp_path: Path) -> None:
     assert not is_locked(tmp_path)
 
 
-def test_lock_ends_with_its_process(tmp_path: Path) -> None:
+def test_killed_process_releases_its_lock(tmp_path: Path) -> None:
     """After kill -9 the folder is not locked."""
     process = subprocess.Popen([sys.executable, "-c", HOLD_LOCK, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

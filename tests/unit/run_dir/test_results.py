@@ -1,4 +1,4 @@
-"""Recipes that already have a result are found."""
+"""Detection of recipes that already have a result."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.unit.report.records import record
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
-    """A recipe with a data file."""
+    """Return a recipe whose data file exists."""
     (tmp_path / "rows.jsonl").write_text(json.dumps({"article": "a", "summary": "s"}) + "\n", encoding="utf-8")
     return parse_recipe(
         {
@@ -66,7 +66,7 @@ def test_changed_recipe_invalidates_the_result(recipe: Recipe) -> None:
 @pytest.mark.parametrize(
     ("kind", "final"), [("ok", True), ("oom", True), ("diverged", True), ("preempted", False), ("failed", False)]
 )
-def test_final_outcomes(kind: OutcomeKind, final: bool, recipe: Recipe) -> None:
+def test_only_final_outcomes_are_results(kind: OutcomeKind, final: bool, recipe: Recipe) -> None:
     """An out-of-memory error and a divergence are results; an interrupted or failed run is repeated."""
     write_record(recipe, outcome=Outcome(kind=kind, step=1))
     assert (load_existing_result(recipe) is not None) == final

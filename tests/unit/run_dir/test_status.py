@@ -1,4 +1,4 @@
-"""status.json as a run writes it."""
+"""status.json, which a run writes while it runs."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def test_phases_are_written_at_once_and_steps_at_intervals(tmp_path: Path, monke
     assert (read_status(tmp_path) or status).step == 30
 
 
-def test_steps_of_an_earlier_process(tmp_path: Path) -> None:
-    """They are written with the next phase, even if this process trains no step."""
+def test_steps_of_an_earlier_process_are_written(tmp_path: Path) -> None:
+    """They are part of the next status, even if this process trains no step."""
     writer = StatusWriter(tmp_path, enabled=True)
     writer.start_training(30, 30, loss=2.5)
     writer.set_phase("evaluate")
@@ -49,7 +49,7 @@ def test_memory_is_read_once_per_write(tmp_path: Path, monkeypatch: pytest.Monke
     sizes = [200, 100]
     writer = StatusWriter(tmp_path, enabled=True)
     writer.start_training(0, 9, read_memory_bytes=sizes.pop, budget_bytes=300)
-    for step in (1, 2, 9):  # the second comes too soon after the first to be written
+    for step in (1, 2, 9):  # the interval is too short to write the second step
         clock[0] += 3
         writer.update_step(step, 9, 50, loss=step / 2)
     assert sizes == []
@@ -85,8 +85,8 @@ def test_unreadable_status_is_none(tmp_path: Path) -> None:
     assert read_status(tmp_path) is None
 
 
-def test_slurm_job_id(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The id has the form that squeue prints, with the task of an array."""
+def test_slurm_job_id_has_the_array_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The id has the format of squeue."""
     for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
         monkeypatch.delenv(name, raising=False)
     assert get_slurm_job_id() is None

@@ -84,7 +84,7 @@ def test_launch_script_is_valid_bash(path: Path) -> None:
 
 
 def test_launch_scripts_exist() -> None:
-    """The list above is complete."""
+    """The test above needs a complete list."""
     names = {path.stem for path in Path(__file__).parents[3].glob("launch/slurm/*.sbatch")}
     assert names == {"single_gpu", "multi_gpu", "multi_node", "array"}
     assert shutil.which("bash")

@@ -1,4 +1,4 @@
-"""Options of sbatch: names, values, times and signals."""
+"""sbatch options: names, values, times and signals."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_options_are_normalized() -> None:
     ],
 )
 def test_invalid_options_are_refused(options: dict[str, Any], message: str) -> None:
-    """Each is refused in one line; an unknown name with the list of allowed ones."""
+    """The error has one line; for an unknown option it lists the allowed ones."""
     with pytest.raises(SlurmError) as caught:
         parse_sbatch_options(options)
     assert message in str(caught.value)
@@ -77,8 +77,8 @@ def test_invalid_options_are_refused(options: dict[str, Any], message: str) -> N
         ("0", None),
     ],
 )
-def test_time_formats_of_sbatch(time: str, seconds: int | None) -> None:
-    """All formats of --time in sbatch(1)."""
+def test_time_limit_accepts_every_sbatch_format(time: str, seconds: int | None) -> None:
+    """The formats are those of --time in sbatch(1)."""
     assert parse_time_limit(time) == seconds
 
 

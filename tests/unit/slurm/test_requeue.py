@@ -1,4 +1,4 @@
-"""When a stopped job is requeued."""
+"""Requeueing of stopped jobs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LATER = "2999-01-01T00:00:00+00:00"
 def record(
     kind: str = "preempted", step: int | None = 7, steps: int = 7, resumed_after: tuple[int, ...] = ()
 ) -> RunRecord:
-    """Return the record of a run that ended like that after ``steps`` steps."""
+    """Return the record of a run that ended with ``kind`` after ``steps`` steps."""
     outcome = Outcome(kind=kind, step=step)  # type: ignore[arg-type]
     changes = {"outcome": outcome, "steps": steps, "resumed_after": resumed_after, "started_at": LATER}
     return minimal_record().model_copy(update=changes)
@@ -52,15 +52,15 @@ def test_run_with_progress_is_requeued(tmp_path: Path, scontrol: Path) -> None:
     "job_file", [None, JobFile(job_id="11_3", requeue_count=7), JobFile(job_id="12_3", log_path="a log")]
 )
 def test_requeues_are_counted_and_limited(job_file: JobFile | None, tmp_path: Path, scontrol: Path) -> None:
-    """Requeues of this job count, with or without a job file; those of another job and by SLURM itself do not."""
+    """Requeues of this job count, with or without a job file; requeues of another job or by SLURM itself do not."""
     record().write(tmp_path)
     if job_file is not None:
         job_file.write(tmp_path)
     for number in (1, 2):
         requeue(tmp_path, max_requeues=2)
-        written = read_job_file(tmp_path)
-        assert written is not None
-        assert (written.job_id, written.requeue_count) == ("12_3", number)
+        current = read_job_file(tmp_path)
+        assert current is not None
+        assert (current.job_id, current.requeue_count) == ("12_3", number)
     with pytest.raises(SlurmError, match="job 12_3 was requeued 2 times, the limit; submit it again"):
         requeue(tmp_path, max_requeues=2)
     assert scontrol.read_text(encoding="utf-8") == "requeue 12_3\n" * 2
@@ -95,7 +95,7 @@ def test_killed_run_with_new_checkpoint_is_requeued(tmp_path: Path, scontrol: Pa
 def test_run_without_progress_is_not_requeued(
     run_record: RunRecord, message: str, tmp_path: Path, scontrol: Path
 ) -> None:
-    """The error names the last position."""
+    """The error has the last step or phase."""
     run_record.write(tmp_path)
     with pytest.raises(TimeLimitError, match=message):
         requeue(tmp_path, 9)
@@ -133,8 +133,8 @@ def test_unreadable_record_is_not_requeued(tmp_path: Path, scontrol: Path) -> No
 
 
 @pytest.mark.parametrize("code", [0, 51, 70, 91])
-def test_exit_code_of_an_ended_run_wins(code: int, tmp_path: Path, scontrol: Path) -> None:
-    """A run that ended by itself after the stop request is not requeued, whatever its record says."""
+def test_exit_code_of_an_ended_run_is_returned(code: int, tmp_path: Path, scontrol: Path) -> None:
+    """A run that ended by itself after the stop request is not requeued, even if its outcome is preempted."""
     record().write(tmp_path)
     assert requeue(tmp_path, 9, code) == code
     assert not scontrol.exists()
@@ -150,7 +150,7 @@ def test_outside_slurm_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("option", ["--max-requeues", "--at-most"])
-def test_command_line_takes_the_old_option(
+def test_command_line_accepts_the_old_option(
     option: str, tmp_path: Path, scontrol: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Scripts of jobs that are still queued use --at-most."""
@@ -161,7 +161,7 @@ def test_command_line_takes_the_old_option(
     assert "requeued job 12_3 (requeue 1 of 1), resuming after step 7" in capsys.readouterr().out
 
 
-def test_one_step_is_progress() -> None:
-    """One completed step after the resume step is enough."""
+def test_one_step_after_the_resume_step_is_progress() -> None:
+    """A run without a completed step made no progress."""
     assert made_progress(record(step=1, steps=1))
     assert not made_progress(record(step=1, steps=1, resumed_after=(1,)))

@@ -21,15 +21,15 @@ train: {steps: 2}
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with two recipes over one parent."""
+    """Return a folder with two recipes that extend one file."""
     (tmp_path / "common.yaml").write_text(COMMON)
     for name in ("full", "lora"):
         (tmp_path / f"{name}.yaml").write_text(f"extends: common.yaml\nname: {name}\nmethod: {{kind: {name}}}\n")
     return tmp_path
 
 
-def suite(folder: Path, text: str) -> Path:
-    """Write a suite file next to the recipes."""
+def write_suite(folder: Path, text: str) -> Path:
+    """Write a suite file next to the recipes and return its path."""
     path = folder / "suite.yaml"
     path.write_text(text)
     return path
@@ -60,9 +60,9 @@ def test_fair_suite_varies_only_method_and_learning_rate(path: Path) -> None:
     assert all(dump == dumps[0] for dump in dumps)
 
 
-def test_recipes_times_axes(folder: Path) -> None:
-    """Every recipe runs with every combination of axis values, and its name has the values."""
-    path = suite(folder, "name: s\nrecipes: [full.yaml, lora.yaml]\naxes: {train.seed: [0, 1], data.seed: [5]}\n")
+def test_every_recipe_runs_with_every_axis_value(folder: Path) -> None:
+    """All combinations of axes are expanded, and a run's name contains its values."""
+    path = write_suite(folder, "name: s\nrecipes: [full.yaml, lora.yaml]\naxes: {train.seed: [0, 1], data.seed: [5]}\n")
     recipes = expand(path)
     assert [r.name for r in recipes] == [f"{m}-seed={s}-seed=5" for m in ("full", "lora") for s in (0, 1)]
     assert [(r.train.seed, r.data.seed) for r in recipes] == [(0, 5), (1, 5)] * 2
@@ -70,17 +70,17 @@ def test_recipes_times_axes(folder: Path) -> None:
 
 def test_command_line_overrides_the_suite(folder: Path) -> None:
     """Overrides of the command line win over the suite's, and --out wins over both."""
-    path = suite(folder, "name: s\nrecipes: [full.yaml]\noverrides: [train.steps=3, output_dir=a]\n")
+    path = write_suite(folder, "name: s\nrecipes: [full.yaml]\noverrides: [train.steps=3, output_dir=a]\n")
     (recipe,) = expand(path, ["train.steps=4"], Path("b c"))
     assert (recipe.train.steps, recipe.output_dir) == (4, "b c")
 
 
 def test_seeds_repeat_only_trained_runs(folder: Path) -> None:
-    """A recipe that trains is repeated with consecutive seeds, named like an axis; a baseline runs once."""
+    """A recipe that trains is repeated with consecutive seeds, and its name contains the seed; a baseline runs once."""
     (folder / "lora.yaml").write_text("extends: common.yaml\nname: lora\nmethod: {kind: lora}\ntrain: {seed: 7}\n")
     for kind in ("zero_shot", "lead"):
         (folder / f"{kind}.yaml").write_text(f"extends: common.yaml\nname: {kind}\nmethod: {{kind: {kind}}}\n")
-    path = suite(folder, "name: s\nrecipes: [zero_shot.yaml, lead.yaml, full.yaml, lora.yaml]\n")
+    path = write_suite(folder, "name: s\nrecipes: [zero_shot.yaml, lead.yaml, full.yaml, lora.yaml]\n")
     recipes = expand(path, seeds=3)
     assert [(r.name, r.train.seed) for r in recipes] == [
         ("zero_shot", 0),
@@ -92,9 +92,9 @@ def test_seeds_repeat_only_trained_runs(folder: Path) -> None:
 
 def test_seeds_equal_a_seed_axis(folder: Path) -> None:
     """--seeds gives the same recipes as an axis over train.seed, and an override sets the first seed."""
-    by_axis = suite(folder, "name: s\nrecipes: [full.yaml]\naxes: {data.seed: [5], train.seed: [3, 4]}\n")
+    by_axis = write_suite(folder, "name: s\nrecipes: [full.yaml]\naxes: {data.seed: [5], train.seed: [3, 4]}\n")
     expected = expand(by_axis)
-    path = suite(folder, "name: s\nrecipes: [full.yaml]\naxes: {data.seed: [5]}\n")
+    path = write_suite(folder, "name: s\nrecipes: [full.yaml]\naxes: {data.seed: [5]}\n")
     assert expand(path, ["train.seed=3"], seeds=2) == expected
 
 
@@ -108,13 +108,13 @@ def test_seeds_equal_a_seed_axis(folder: Path) -> None:
 def test_invalid_seeds_are_refused(folder: Path, text: str, overrides: list[str], message: str) -> None:
     """A seed axis with --seeds, and a seed beyond the maximum, are refused."""
     with pytest.raises(OutOfRangeError, match=message):
-        expand(suite(folder, f"name: s\nrecipes: [full.yaml]\n{text}"), overrides, seeds=2)
+        expand(write_suite(folder, f"name: s\nrecipes: [full.yaml]\n{text}"), overrides, seeds=2)
 
 
 def test_duplicate_names_are_refused(folder: Path) -> None:
     """Two runs with one name would write to the same folder."""
     with pytest.raises(RecipeError, match="are named full"):
-        expand(suite(folder, "name: s\nrecipes: [full.yaml, full.yaml]\n"))
+        expand(write_suite(folder, "name: s\nrecipes: [full.yaml, full.yaml]\n"))
 
 
 @pytest.mark.parametrize(
@@ -130,16 +130,16 @@ def test_duplicate_names_are_refused(folder: Path) -> None:
 def test_invalid_suites_are_refused(folder: Path, text: str, error: type[RecipeError], message: str) -> None:
     """The message names the nearest valid key or file."""
     with pytest.raises(error, match=message):
-        expand(suite(folder, text))
+        expand(write_suite(folder, text))
 
 
 def test_accelerate_config_is_relative_to_the_suite(folder: Path) -> None:
     """Without one the result is None; a file that does not exist is refused."""
     (folder / "cpu.yaml").write_text("use_cpu: true\n")
-    assert resolve_accelerate_config(suite(folder, "name: s\nrecipes: [full.yaml]\n")) is None
+    assert resolve_accelerate_config(write_suite(folder, "name: s\nrecipes: [full.yaml]\n")) is None
     assert (
-        resolve_accelerate_config(suite(folder, "name: s\nrecipes: [full.yaml]\naccelerate: cpu.yaml\n"))
+        resolve_accelerate_config(write_suite(folder, "name: s\nrecipes: [full.yaml]\naccelerate: cpu.yaml\n"))
         == folder / "cpu.yaml"
     )
     with pytest.raises(MissingFileError, match=r"gpu\.yaml"):
-        resolve_accelerate_config(suite(folder, "name: s\nrecipes: [full.yaml]\naccelerate: gpu.yaml\n"))
+        resolve_accelerate_config(write_suite(folder, "name: s\nrecipes: [full.yaml]\naccelerate: gpu.yaml\n"))

@@ -1,4 +1,4 @@
-"""Running a suite: the state of waiting runs, older records, locked folders."""
+"""Running a suite: states of waiting runs, older records, locked folders."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def recipes(workshop: Workshop) -> list[Recipe]:
     return [workshop.recipe(Full(), name=name) for name in ("first", "second")]
 
 
-def test_waiting_runs_have_a_state(recipes: list[Recipe], workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the first run starts, all runs are listed as waiting; a finished run is not."""
+def test_waiting_runs_are_listed(recipes: list[Recipe], workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All runs are listed as waiting while the first one starts; a finished run is not listed."""
     states: list[list[tuple[str, str]]] = []
 
     def fake_run(recipe: Recipe, *_: object, **__: object) -> RunResult:
@@ -40,7 +40,7 @@ def test_waiting_runs_have_a_state(recipes: list[Recipe], workshop: Workshop, mo
 def test_older_record_keeps_its_recipe_until_the_run_starts(
     recipes: list[Recipe], workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A record of an earlier recipe is not paired with the new recipe file while the run waits."""
+    """While the run waits, the folder keeps the recipe file that belongs to its record."""
     folder = workshop.output / "second"
     minimal_record().write(folder)
     (folder / "recipe.yaml").write_text("old: true\n", encoding="utf-8")
@@ -55,8 +55,8 @@ def test_older_record_keeps_its_recipe_until_the_run_starts(
     assert recipe_files[0] == "old: true\n"
 
 
-def test_locked_folder_is_not_written(recipes: list[Recipe], workshop: Workshop) -> None:
-    """The run is refused, and the error for the page names neither host nor process."""
+def test_run_in_a_locked_folder_is_refused(recipes: list[Recipe], workshop: Workshop) -> None:
+    """Nothing is written to the folder, and the error for the report page has neither host nor process."""
     folders = [workshop.output / recipe.name for recipe in recipes]
     locks = []
     for folder in folders:

@@ -39,7 +39,7 @@ def status_at(started_at: str = EARLY, step: int = 5) -> Status:
 
 
 def record_of(kind: str, error: str | None = None, started_at: str = EARLY) -> RunRecord:
-    """Return the record of a run with that outcome after five steps."""
+    """Return the record of a run with outcome ``kind`` after five steps."""
     outcome = Outcome(kind=kind, step=5, error=error)  # type: ignore[arg-type]
     return minimal_record().model_copy(update={"outcome": outcome, "started_at": started_at, "steps": 5})
 
@@ -50,7 +50,7 @@ def get_status(folder: Path) -> RunStatus:
     return row
 
 
-def test_every_state(tmp_path: Path) -> None:
+def test_state_of_every_kind_of_run(tmp_path: Path) -> None:
     """Each state follows from the record, the status file, the lock and the checkpoints."""
     make_run(tmp_path / "a_waiting")
     make_run(tmp_path / "b_finished", record_of("ok"), status_at())
@@ -92,7 +92,7 @@ def test_every_state(tmp_path: Path) -> None:
 
 
 def test_unfinished_runs_have_no_host_names(tmp_path: Path) -> None:
-    """A page may be shared: details have times but no hosts."""
+    """Report pages are shared, so details have times but no hosts."""
     make_run(tmp_path / "a_gone", None, status_at())
     lock = Lock(make_run(tmp_path / "b_running", None, status_at()))
     lock.acquire()
@@ -121,8 +121,8 @@ def test_table_has_loss_and_memory_without_empty_columns(tmp_path: Path) -> None
     assert (rows[0].loss, rows[0].memory_bytes, rows[0].budget_bytes) == (2.3456, 96 * 2**20, 112 * 2**20)
 
 
-def test_record_of_an_earlier_attempt_does_not_hide_gone(tmp_path: Path) -> None:
-    """The status file of a later attempt is newer than the record."""
+def test_status_newer_than_the_record_is_gone(tmp_path: Path) -> None:
+    """The record is that of an earlier attempt, and the process of the later attempt has ended."""
     make_run(tmp_path / "x", record_of("preempted"), status_at(LATE))
     assert get_status(tmp_path).state == "gone"
 
@@ -139,7 +139,7 @@ def test_record_of_an_earlier_attempt_does_not_hide_gone(tmp_path: Path) -> None
     ],
 )
 def test_queue_adds_states(queue: dict[str, QueuedJob], state: str, detail: str, tmp_path: Path) -> None:
-    """The queue shows a run on another host, whose lock may be invisible here, and a requeued one."""
+    """The queue adds runs on other hosts, whose locks may be invisible, and requeued runs."""
     started = LATE if state == "running" else EARLY
     folder = make_run(tmp_path / "x", record_of("preempted", "stopped"), status_at(started))
     job = next(iter(queue)) if "13" in queue else "12_3"  # 13 is a new submission after the stop
@@ -171,7 +171,7 @@ def test_unfinished_runs_include_refused_ones(tmp_path: Path) -> None:
 
 
 def test_unfinished_runs_include_a_resumed_one(tmp_path: Path) -> None:
-    """A record of an earlier attempt does not hide that the run is running."""
+    """A run with a record of an earlier attempt is listed as running."""
     lock = Lock(make_run(tmp_path / "x", record_of("preempted"), status_at(LATE)))
     lock.acquire()
     rows = find_unfinished_runs(tmp_path)
@@ -179,20 +179,20 @@ def test_unfinished_runs_include_a_resumed_one(tmp_path: Path) -> None:
     assert [row.state for row in rows] == ["running"]
 
 
-def test_folder_names_are_free(tmp_path: Path) -> None:
-    """A run may be named model and be in a folder named checkpoints."""
+def test_run_may_have_the_name_of_a_subfolder(tmp_path: Path) -> None:
+    """A run named model in a folder named checkpoints is listed."""
     make_run(tmp_path / "checkpoints" / "model", record_of("ok"))
     assert get_status(tmp_path / "checkpoints").name == "model"
 
 
 def test_folder_without_runs_is_refused(tmp_path: Path) -> None:
-    """The error is the user's, without a traceback."""
+    """The error is a MissingFileError, which commands print without a traceback."""
     with pytest.raises(MissingFileError, match="no run in"):
         collect_run_statuses(tmp_path, {})
 
 
-def test_status_of_a_process_is_read(tmp_path: Path) -> None:
-    """A status without a lock belongs to a process that is gone."""
+def test_status_without_a_lock_is_gone(tmp_path: Path) -> None:
+    """The process that wrote the status has ended."""
     folder = make_run(tmp_path / "x")
     StatusWriter(folder, enabled=True).set_phase("load")
     assert read_status(folder) is not None

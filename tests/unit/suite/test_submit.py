@@ -24,7 +24,7 @@ Submit = Callable[..., Result]
 
 @pytest.fixture
 def submit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Submit:
-    """Return the command, in a folder with a suite of two recipes and without any SLURM command."""
+    """Return a function that runs ``submit`` in a folder with a suite of two recipes, without SLURM commands."""
     folder = tmp_path / "work"
     folder.mkdir()
     for name in ("one", "two"):
@@ -88,8 +88,10 @@ def test_seeds_become_array_tasks(submit: Submit, target: str, names: tuple[str,
             assert (recipe.name, recipe.train.seed) == (f"{name}-seed={seed}", seed)
 
 
-def test_submission(submit: Submit, slurm: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sbatch gets the options as arguments and no variables of an enclosing job; the next commands are printed."""
+def test_submit_passes_options_and_a_clean_environment(
+    submit: Submit, slurm: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Options become arguments; sbatch receives no variables of an enclosing job; the next commands are printed."""
     argument_file = slurm(sbatch="echo '12;cluster'")
     for name in ("SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURM_CONF"):
         monkeypatch.setenv(name, "7")
@@ -153,7 +155,7 @@ def test_active_and_finished_runs_are_skipped(submit: Submit, slurm: Callable[..
     ],
 )
 def test_invalid_input_is_refused(arguments: list[str], code: int, message: str, submit: Submit) -> None:
-    """Each error has one sentence and its exit code, and nothing is written."""
+    """Each error is one sentence with its exit code, and no file is written."""
     before = sorted(Path().rglob("*"))
     result = submit(*arguments)
     assert result.exit_code == code, result.output
@@ -168,7 +170,7 @@ def test_invalid_input_is_refused(arguments: list[str], code: int, message: str,
 def test_script_is_kept_if_sbatch_fails(
     sbatch: str | None, message: str, submit: Submit, slurm: Callable[..., Path]
 ) -> None:
-    """If sbatch does not exist or refuses, the script is written all the same."""
+    """If sbatch was not found or fails, the script still exists."""
     if sbatch is not None:
         slurm(sbatch=sbatch)
     result = submit("one.yaml")
@@ -178,8 +180,8 @@ def test_script_is_kept_if_sbatch_fails(
     assert read_job_file(Path("out/one")) is None
 
 
-def test_failing_squeue(submit: Submit, slurm: Callable[..., Path], tmp_path: Path) -> None:
-    """Nothing is submitted, since a run could already be queued; ``status`` uses the files alone."""
+def test_failing_squeue_is_an_error(submit: Submit, slurm: Callable[..., Path], tmp_path: Path) -> None:
+    """Nothing is submitted, because a run could already be queued; ``status`` uses only the files."""
     slurm()
     (tmp_path / "bin" / "squeue").write_text("#!/bin/sh\necho down >&2; exit 1\n", encoding="utf-8")
     result = submit("one.yaml")
@@ -191,7 +193,7 @@ def test_failing_squeue(submit: Submit, slurm: Callable[..., Path], tmp_path: Pa
 
 
 def test_engine_configs_are_copied(submit: Submit) -> None:
-    """The copies have the job's number of processes; an engine may also be the path of a file."""
+    """The copies have the job's number of processes; ``--engine`` also accepts the path of a file."""
     result = submit("one.yaml", "--engine", "zero2", "--nodes", "3", "--gpus-per-node", "4", "--dry-run")
     assert result.exit_code == 0, result.output
     assert "#SBATCH --nodes=3\n" in result.stdout
@@ -207,7 +209,7 @@ def test_engine_configs_are_copied(submit: Submit) -> None:
 
 
 def test_script_uses_this_python(submit: Submit) -> None:
-    """The script has the path of the current interpreter and is valid bash."""
+    """The script contains the path of the current interpreter and is valid bash."""
     text = submit("one.yaml", "--dry-run").stdout
     assert subprocess.run(["/bin/bash", "-n"], input=text, text=True, check=False).returncode == 0
     assert sys.executable in text

@@ -48,8 +48,8 @@ def make_launch(fits: int, recipes: list[Recipe]) -> Callable[[Recipe], RunResul
     return launch
 
 
-def test_limit_is_found(planned: tuple[Recipe, Strategy, MemoryTarget]) -> None:
-    """Sizes are tried upwards while they fit, else downwards; each once. The answer is the largest that ran."""
+def test_verification_reports_the_largest_size_that_ran(planned: tuple[Recipe, Strategy, MemoryTarget]) -> None:
+    """Larger sizes are tried while they fit; if the predicted one does not, smaller ones are. Each size runs once."""
     expected = {4: [4, 6], 6: [4, 6, 12], 12: [4, 6, 12], 3: [4, 3], 1: [4, 3, 2, 1], 0: [4, 3, 2, 1]}
     for fits, sizes in expected.items():
         recipes: list[Recipe] = []
@@ -69,8 +69,8 @@ def test_limit_is_found(planned: tuple[Recipe, Strategy, MemoryTarget]) -> None:
         verify_strategy(*planned, launch=lambda recipe: RunResult(recipe.name, "failed", "no such"), log_message=print)
 
 
-def test_verification_needs_the_device_of_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine without a GPU can verify only answers for the CPU."""
+def test_verification_needs_the_estimated_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without a GPU can verify only estimates for the CPU."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     check_local_device(get_device_facts("cpu"))
     with pytest.raises(BudgetError, match="--verify runs on CPU, but the answer is for Tesla T4; give --device cpu"):

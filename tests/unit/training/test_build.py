@@ -1,4 +1,4 @@
-"""From a recipe to what is run."""
+"""Building the components of a run from its recipe."""
 
 from __future__ import annotations
 
@@ -23,55 +23,55 @@ from tests.helpers.workshop import Workshop
 
 
 @every_method
-def test_checkpointing_where_there_is_something_to_recompute(method: Method, workshop: Workshop) -> None:
-    """The recipe's switch turns checkpointing on, but for a frozen trunk, which it would only cost; losses agree."""
+def test_gradient_checkpointing_is_enabled_unless_the_backbone_is_frozen(method: Method, workshop: Workshop) -> None:
+    """The losses do not change. A frozen backbone has nothing to recompute."""
     losses = {}
-    for switch in (False, True):
-        recipe = workshop.recipe(method, train={"gradient_checkpointing": switch}, model={"dropout": 0.1})
-        losses[switch] = workshop.run(recipe).step_losses
+    for enabled in (False, True):
+        recipe = workshop.recipe(method, train={"gradient_checkpointing": enabled}, model={"dropout": 0.1})
+        losses[enabled] = workshop.run(recipe).step_losses
     assert losses[True] == pytest.approx(losses[False], rel=1e-5)
     built = built_from(recipe, build_accelerator(recipe, workshop.output).accelerator)
     assert built.base.model.is_gradient_checkpointing is not method.has_frozen_backbone
 
 
 @every_method
-def test_parameters_of_the_record(method: Method, workshop: Workshop) -> None:
-    """The record counts the base's scalars once, tied ones too, and the trained ones by the closed form."""
+def test_parameter_counts_match_the_closed_form(method: Method, workshop: Workshop) -> None:
+    """Tied parameters are counted once, and trainable ones are those that require a gradient."""
     recipe = workshop.recipe(method)
     built = built_from(recipe, build_accelerator(recipe, workshop.output).accelerator)
     assert built.parameters.trainable == sum(p.numel() for p in built.model.parameters() if p.requires_grad)
-    # Embedding, positions, two blocks of 12 h^2 + 13 h, the last norm.
+    # Token embedding, position embedding, two blocks of 12 h^2 + 13 h, final norm.
     assert built.parameters.total == 4096 * 64 + 64 * 64 + 2 * (12 * 64**2 + 13 * 64) + 2 * 64
 
 
 def test_subsample_is_seeded(workshop: Workshop) -> None:
-    """A subsample has the size asked for, is the same for the same seed, and another for another."""
-    first, again, other = (
+    """It has the requested size and depends on the seed only."""
+    first, same_seed, other_seed = (
         load_split(workshop.recipe(Full(), data={"train": 10, "seed": seed}), "train")["id"] for seed in (0, 0, 1)
     )
     assert len(set(first)) == 10
-    assert first == again
-    assert first != other
+    assert first == same_seed
+    assert first != other_seed
 
 
-def test_more_examples_than_there_are(workshop: Workshop) -> None:
-    """Asking for more examples than a split has is refused with their number."""
+def test_subsample_larger_than_the_split_is_refused(workshop: Workshop) -> None:
+    """The error has the number of examples in the split."""
     with pytest.raises(EmptySplitError, match=r"data\.train=25 .*the 24 examples"):
         load_split(workshop.recipe(Full(), data={"train": 25}), "train")
 
 
-def test_virtual_tokens_take_positions(workshop: Workshop) -> None:
-    """A recipe that fits the model without virtual tokens is refused with them, and says what would fit."""
-    fits = workshop.recipe(Full(), data={"max_length": POSITIONS})
-    assert build_encoder(fits, load_base_model(fits)).layout.max_length == POSITIONS
+def test_virtual_tokens_reduce_the_allowed_max_length(workshop: Workshop) -> None:
+    """A max_length that fits without virtual tokens is refused with them; the error has the largest that fits."""
+    recipe = workshop.recipe(Full(), data={"max_length": POSITIONS})
+    assert build_encoder(recipe, load_base_model(recipe)).layout.max_length == POSITIONS
     with pytest.raises(OutOfRangeError, match=f"set data.max_length={POSITIONS - 5} or less"):
         build_encoder(
-            workshop.recipe(PromptTuning(num_virtual_tokens=5), data={"max_length": POSITIONS}), load_base_model(fits)
+            workshop.recipe(PromptTuning(num_virtual_tokens=5), data={"max_length": POSITIONS}), load_base_model(recipe)
         )
 
 
-def test_no_room_for_an_article(workshop: Workshop) -> None:
-    """A limit that leaves no room for an article is refused before anything is trained."""
+def test_max_length_without_room_for_an_article_is_refused(workshop: Workshop) -> None:
+    """The check runs before training."""
     recipe = workshop.recipe(Full(), data={"max_length": 10}, evaluate={"max_new_tokens": 8})
     with pytest.raises(SequenceTooShortError):
         load_encoded_split(
@@ -82,10 +82,10 @@ def test_no_room_for_an_article(workshop: Workshop) -> None:
         )
 
 
-def test_padding_to_a_fixed_width(workshop: Workshop) -> None:
-    """Padded to max_tokens, every micro-batch has that width; padded to the longest, none is wider than it must be.
+def test_padding_modes_give_the_expected_widths(workshop: Workshop) -> None:
+    """With "max_length" the width is max_length; with "longest" it is the length of the longest row.
 
-    Without padding all its examples share one row that holds nothing else; that is what is done where nothing is said.
+    With "free", and with "auto" here, the examples are packed into one row without padding.
     """
     for padding in ("max_length", "longest", "free", "auto"):
         recipe = workshop.recipe(Full(), data={"padding": padding})
@@ -101,8 +101,8 @@ def test_padding_to_a_fixed_width(workshop: Workshop) -> None:
             assert part.input_ids.shape == (6, 48 if padding == "max_length" else max(part.lengths))
 
 
-def test_rows_are_padded_to_a_multiple(workshop: Workshop) -> None:
-    """Rows cannot be padded beyond the model's positions."""
+def test_invalid_pad_to_multiple_of_is_refused(workshop: Workshop) -> None:
+    """It must not exceed the model's positions, and must be 1 with label_padding."""
     recipe = workshop.recipe(Full(), data={"pad_to_multiple_of": POSITIONS + 1})
     with pytest.raises(OutOfRangeError, match=f"is more than the {POSITIONS} positions of the model; set {POSITIONS}"):
         trainer_from(recipe, build_accelerator(recipe, workshop.output).accelerator)
@@ -111,10 +111,10 @@ def test_rows_are_padded_to_a_multiple(workshop: Workshop) -> None:
 
 
 @every_method
-def test_six_n_is_what_hf_trainer_reports(method: Method, workshop: Workshop) -> None:
-    """The very figure that HF Trainer gives for the model as the method left it."""
+def test_six_n_matches_hf_trainer(method: Method, workshop: Workshop) -> None:
+    """HF Trainer's estimate for the adapted model is 6 * N * tokens with the same N."""
     recipe = workshop.recipe(method)
     built = built_from(recipe, build_accelerator(recipe, workshop.output).accelerator)
     inputs = {"input_ids": torch.zeros(3, 7, dtype=torch.long)}
-    by_trainer = Trainer.floating_point_ops(SimpleNamespace(model=built.model), inputs)  # type: ignore[arg-type]
-    assert 6 * built.six_n_parameters * 3 * 7 == by_trainer > 0
+    trainer_flops = Trainer.floating_point_ops(SimpleNamespace(model=built.model), inputs)  # type: ignore[arg-type]
+    assert 6 * built.six_n_parameters * 3 * 7 == trainer_flops > 0

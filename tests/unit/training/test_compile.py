@@ -1,4 +1,4 @@
-"""Compiled blocks compute what they did before."""
+"""Compiled blocks give the same losses as eager ones."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tests.helpers.workshop import Workshop
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [Full(), Lora(r=4)], ids=lambda method: method.kind)
-def test_losses_are_those_of_blocks_that_are_not(method: Method, workshop: Workshop) -> None:
-    """In float32, to six digits; FLOPs are in closed form alone: the counter does not see into what is compiled."""
+def test_compiled_losses_match_eager_losses(method: Method, workshop: Workshop) -> None:
+    """In float32, to six digits. No step's FLOPs are counted: the counter does not see inside compiled blocks."""
     from torch._dynamo.utils import counters
 
     counters.clear()

@@ -1,4 +1,4 @@
-"""What is not computed changes nothing: labelled positions alone, chunks and packed rows give the same gradients."""
+"""Saved computation: logits at labeled positions only, chunks and packed rows give the same gradients."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ Fresh = Callable[[str], "PreTrainedModel"]
 every_family = pytest.mark.parametrize("architecture", FAMILIES)
 
 
-def test_there_are_families() -> None:
-    """The matrix is not empty."""
+def test_model_families_are_not_empty() -> None:
+    """The tests below run over at least four model families."""
     assert len(FAMILIES) >= 4
 
 
-def _applied(method: Method, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+def _apply_method(method: Method, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
     torch.manual_seed(3)
     model = method.apply(base, tokenizer)
     method.set_training(model)
-    with torch.no_grad():  # LoRA's second matrix starts at zero, and then the first has no gradient
+    with torch.no_grad():  # LoRA's B starts at zero, so A would have no gradient
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
@@ -48,30 +48,30 @@ def _loss_and_gradients(
 ) -> tuple[float, dict[str, torch.Tensor]]:
     model.zero_grad()
     with loss.attention_context():
-        found = loss(model, batch)
-        found.backward()  # type: ignore[no-untyped-call]
+        loss_value = loss(model, batch)
+        loss_value.backward()  # type: ignore[no-untyped-call]
     gradients = {name: parameter.grad for name, parameter in trained(model).items()}
     assert gradients
     assert all(gradient is not None and bool(gradient.any()) for gradient in gradients.values())
-    return found.item(), {name: gradient.clone() for name, gradient in gradients.items() if gradient is not None}
+    return loss_value.item(), {name: gradient.clone() for name, gradient in gradients.items() if gradient is not None}
 
 
-def _assert_equal(
-    found: tuple[float, dict[str, torch.Tensor]], expected: tuple[float, dict[str, torch.Tensor]]
+def _assert_close(
+    actual: tuple[float, dict[str, torch.Tensor]], expected: tuple[float, dict[str, torch.Tensor]]
 ) -> None:
-    assert found[0] == pytest.approx(expected[0], rel=1e-5)
-    assert found[1].keys() == expected[1].keys()
+    assert actual[0] == pytest.approx(expected[0], rel=1e-5)
+    assert actual[1].keys() == expected[1].keys()
     for name, gradient in expected[1].items():
         scale = gradient.abs().max().item()
-        close = torch.isclose(found[1][name], gradient, rtol=1e-4, atol=2e-5 * scale)
-        assert close.all(), f"{name}: {(found[1][name] - gradient).abs().max().item()} of {scale}"
+        close = torch.isclose(actual[1][name], gradient, rtol=1e-4, atol=2e-5 * scale)
+        assert close.all(), f"{name}: {(actual[1][name] - gradient).abs().max().item()} of {scale}"
 
 
 @every_method
 @every_family
 @pytest.mark.parametrize("chunk", [2**25, 3 * 4096], ids=["whole", "chunks"])
 @pytest.mark.parametrize("multiple", [None, 1, 32], ids=["padded", "packed", "packed to a multiple"])
-def test_loss_and_gradients_are_those_of_all_positions(  # noqa: PLR0917
+def test_loss_and_gradients_match_masked_attention_with_all_logits(  # noqa: PLR0917
     multiple: int | None,
     chunk: int,
     architecture: str,
@@ -80,34 +80,34 @@ def test_loss_and_gradients_are_those_of_all_positions(  # noqa: PLR0917
     tokenizer: PreTrainedTokenizerBase,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Against transformers' own attention and mask over padded rows, with logits at every position."""
-    plain = _applied(method, fresh_base(architecture), tokenizer)
+    """The reference is transformers' attention with masks over padded rows, and logits at every position."""
+    plain = _apply_method(method, fresh_base(architecture), tokenizer)
     batch = micro_batch(virtual=method.virtual_tokens)
     expected = _loss_and_gradients(plain, loss_for(plain, labelled_only=False, use_masks=True), batch)
-    model = _applied(method, fresh_base(architecture), tokenizer)
+    model = _apply_method(method, fresh_base(architecture), tokenizer)
     loss = loss_for(model)
     assert isinstance(loss, LabelledLogitsLoss)
     assert loss.head_is_output
     assert not loss.uses_masks
     monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", chunk)
-    spared = packed(virtual=method.virtual_tokens, multiple=multiple) if multiple else batch
+    cheaper_batch = packed(virtual=method.virtual_tokens, multiple=multiple) if multiple else batch
     if multiple == 32:
-        assert spared.input_ids.shape[1] == 32 * math.ceil(
+        assert cheaper_batch.input_ids.shape[1] == 32 * math.ceil(
             packed(virtual=method.virtual_tokens).input_ids.shape[1] / 32
         )
-    _assert_equal(_loss_and_gradients(model, loss, spared), expected)
+    _assert_close(_loss_and_gradients(model, loss, cheaper_batch), expected)
 
 
 @every_method
 @every_family
-def test_no_document_looks_into_another(
+def test_packed_documents_do_not_attend_to_each_other(
     architecture: str, method: Method, fresh_base: Fresh, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Other tokens in one document of a row change its own loss, and no other's by a single bit."""
-    model = _applied(method, fresh_base(architecture), tokenizer).eval()
+    """Changing the tokens of one document changes its logits; those of the others stay bit-identical."""
+    model = _apply_method(method, fresh_base(architecture), tokenizer).eval()
     loss = loss_for(model)
     batch = packed(virtual=method.virtual_tokens)
-    labels = [length - prompt for length, prompt in LENGTHS_AND_PROMPTS]
+    label_counts = [length - prompt for length, prompt in LENGTHS_AND_PROMPTS]
     assert batch.packed_sequences is not None
     start, end = batch.packed_sequences.cu_seqlens[1:3].tolist()
     changed = batch.input_ids.clone()
@@ -116,25 +116,25 @@ def test_no_document_looks_into_another(
         changed, batch.logit_indices, batch.targets, batch.lengths, packed_sequences=batch.packed_sequences
     )
     with torch.no_grad(), loss.attention_context():
-        before, after = (loss.logits(model, shown).split(labels) for shown in (batch, other))
+        before, after = (loss.logits(model, packed_batch).split(label_counts) for packed_batch in (batch, other))
     assert [torch.equal(one, two) for one, two in zip(before, after, strict=True)] == [True, False, True, True]
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("share_a_row", [True, False])
 @pytest.mark.parametrize("rotated", [False, True], ids=["as they are", "rotated"])
-def test_a_cpu_attends_in_float32(
+def test_cpu_attention_computes_in_float32(
     rotated: bool, share_a_row: bool, precision: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Under autocast too, which would narrow queries and keys that were rotated in float32; it goes out in 16 bits."""
-    given: list[tuple[torch.dtype, bool]] = []
+    """Under autocast too, which would cast rotated float32 queries and keys; the output has the 16-bit dtype."""
+    calls: list[tuple[torch.dtype, bool]] = []
     original = nn.functional.scaled_dot_product_attention
 
-    def listening(query: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
-        given.append((query.dtype, torch.is_autocast_enabled("cpu")))
-        return original(query, *others, **named)
+    def record_call(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append((query.dtype, torch.is_autocast_enabled("cpu")))
+        return original(query, *args, **kwargs)
 
-    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", listening)
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", record_call)
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 1, 4, 12, 16).to(precision)
     if rotated:
@@ -143,18 +143,18 @@ def test_a_cpu_attends_in_float32(
     layer = nn.Module()
     with torch.autocast("cpu", precision):
         low, _ = causal_attention(layer, query, key, value, None, packed_sequences=documents)
-    assert set(given) == {(torch.float32, False)}
+    assert set(calls) == {(torch.float32, False)}
     assert low.dtype == precision
     high, _ = causal_attention(layer, query.float(), key.float(), value.float(), None, packed_sequences=documents)
     assert torch.equal(low, high.to(precision))
 
 
 @every_family
-def test_what_follows_a_head_is_kept(architecture: str, fresh_base: Fresh) -> None:
-    """Where a model caps its logits, the head gives logits and not the loss, and the loss is still the same."""
+def test_operations_after_the_head_are_kept(architecture: str, fresh_base: Fresh) -> None:
+    """If a model caps its logits, the head returns logits instead of the loss, and the loss does not change."""
 
     def capped(base: PreTrainedModel) -> PreTrainedModel:
-        def cap(_module: object, _given: object, output: object) -> object:
+        def cap(_module: object, _args: object, output: object) -> object:
             output.logits = 3 * torch.tanh(output.logits / 3)  # type: ignore[attr-defined]
             return output
 
@@ -167,22 +167,22 @@ def test_what_follows_a_head_is_kept(architecture: str, fresh_base: Fresh) -> No
     loss = loss_for(model)
     assert isinstance(loss, LabelledLogitsLoss)
     assert not loss.head_is_output
-    _assert_equal(_loss_and_gradients(model, loss, packed()), expected)
+    _assert_close(_loss_and_gradients(model, loss, packed()), expected)
 
 
-def test_a_model_without_a_head_to_be_found(fresh_base: Fresh, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its logits are computed everywhere, which is said; the loss is the same."""
+def test_model_without_an_output_head_computes_all_logits(fresh_base: Fresh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A note reports it, and the loss does not change."""
     base = fresh_base("gpt2_tied")
     expected = _loss_and_gradients(base, loss_for(base), micro_batch())
     monkeypatch.setattr(type(base), "get_output_embeddings", lambda _: None)
     loss, notes = build_loss(base)
     assert loss.computes_all_logits
     assert notes == ("the output head of gpt2 was not found; logits are computed at every position",)
-    _assert_equal(_loss_and_gradients(base, loss, packed()), expected)
+    _assert_close(_loss_and_gradients(base, loss, packed()), expected)
 
 
-def test_attention_that_cannot_go_without_masks(fresh_base: Fresh) -> None:
-    """A window that slides is no whole causal attention, and eager attention is left as it is; both are said."""
+def test_unsupported_attention_keeps_its_masks(fresh_base: Fresh) -> None:
+    """Sliding-window and eager attention run in transformers, each with a reason."""
     from transformers import AutoModelForCausalLM, MistralConfig
 
     config = MistralConfig(
@@ -203,8 +203,8 @@ def test_attention_that_cannot_go_without_masks(fresh_base: Fresh) -> None:
     assert build_loss(base)[0].mask_reason == "its attention is eager"
 
 
-def test_generation_is_left_alone(fresh_base: Fresh) -> None:
-    """Outside of a loss the head computes what it is given, and attention is transformers'."""
+def test_generation_is_unchanged_after_a_loss(fresh_base: Fresh) -> None:
+    """Outside a loss, the head computes all positions and attention is transformers' own."""
     base = fresh_base("gpt2_tied").eval()
     ids = torch.arange(1, 9)[None]
     with torch.no_grad():
@@ -217,28 +217,26 @@ def test_generation_is_left_alone(fresh_base: Fresh) -> None:
 
 
 @pytest.mark.parametrize("frozen", [(), ("hidden",), ("weight", "bias")], ids=["none", "hidden", "head"])
-def test_chunks_give_the_loss_and_gradients_of_the_whole(
-    frozen: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Inputs are in float64, and logits in float32 as always; where something is frozen it gets no gradient."""
+def test_chunked_cross_entropy_matches_one_chunk(frozen: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs are in float64 and logits in float32; a frozen input gets no gradient."""
     generator = torch.Generator().manual_seed(1)
 
-    def drawn(*shape: int) -> torch.Tensor:
+    def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    values = {"hidden": drawn(11, 5), "weight": drawn(7, 5), "bias": drawn(7)}
+    values = {"hidden": draw(11, 5), "weight": draw(7, 5), "bias": draw(7)}
     targets = torch.randint(7, (11,), generator=generator)
-    found = []
+    results = []
     for limit in (7 * 11, 7 * 4):
         monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", limit)
-        given = {name: value.clone().requires_grad_(name not in frozen) for name, value in values.items()}
-        loss = cross_entropy.chunked_cross_entropy_sum(given["hidden"], given["weight"], given["bias"], targets)
+        inputs = {name: value.clone().requires_grad_(name not in frozen) for name, value in values.items()}
+        loss = cross_entropy.chunked_cross_entropy_sum(inputs["hidden"], inputs["weight"], inputs["bias"], targets)
         (loss * 0.25).backward()  # type: ignore[no-untyped-call]
-        by_token = cross_entropy.cross_entropy_per_token(given["hidden"], given["weight"], given["bias"], targets)
+        by_token = cross_entropy.cross_entropy_per_token(inputs["hidden"], inputs["weight"], inputs["bias"], targets)
         assert by_token.shape == (11,)
         assert by_token.sum().item() == pytest.approx(loss.item(), rel=1e-6)
-        found.append([loss.detach(), by_token, *(given[name].grad for name in given)])
-    for whole, chunked in zip(*found, strict=True):
+        results.append([loss.detach(), by_token, *(inputs[name].grad for name in inputs)])
+    for whole, chunked in zip(*results, strict=True):
         assert (whole is None) == (chunked is None)
         if whole is not None and chunked is not None:
             torch.testing.assert_close(chunked, whole, rtol=1e-6, atol=1e-6)

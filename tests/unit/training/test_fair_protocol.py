@@ -1,4 +1,4 @@
-"""The fair protocol: the same tokens, order and steps for every method, whatever is spared, cut or padded."""
+"""Fair comparison: every method and every performance setting trains on the same tokens, order and steps."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from peftbench.record import RunRecord
 
 STEPS, EXAMPLES, BATCH = 5, 24, 6
-"""One pass over the examples, and a step of another."""
+"""One epoch, and one step of the next."""
 
 Setting = dict[str, dict[str, Any]]
-"""Knobs of the recipe's parts."""
+"""Keys of the recipe, by section."""
 
 SETTINGS: dict[str, Setting] = {
     "packed": {"data": {"padding": "free"}},
@@ -40,110 +40,114 @@ SETTINGS: dict[str, Setting] = {
     "by tokens, padded": {"data": {"padding": "longest"}, "train": {"micro_batch_tokens": 120}},
     "one by one": {"train": {"micro_batch_size": 1}},
 }
-"""What may change how fast a run is, and how much memory it takes, and nothing else; the first is held up as right."""
-STORED: dict[str, Setting] = {
-    "over stored states": {"train": {"feature_cache": "fp32"}},
-    "over stored states, padded": {
+"""Settings that change only speed and memory; the first is the reference."""
+FEATURE_CACHE_SETTINGS: dict[str, Setting] = {
+    "feature cache": {"train": {"feature_cache": "fp32"}},
+    "feature cache, padded": {
         "data": {"padding": "longest"},
         "train": {"feature_cache": "fp32", "micro_batch_size": 1},
     },
 }
-"""The same, for a trunk that is frozen."""
+"""The same, for methods with a frozen backbone."""
 
 Step = list[tuple[int, tuple[list[int], list[int]]]]
-"""Which examples a step was given, each with its tokens and their labels, by their numbers."""
+"""Examples of a step: index, tokens and labels of each, sorted by index."""
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache of the test's own."""
+    """Give each test its own cache."""
     monkeypatch.setenv(CACHE_DIR_ENV, str(tmp_path / "cache"))
 
 
 @pytest.fixture
-def trained_on(monkeypatch: pytest.MonkeyPatch) -> list[GlobalBatch]:
-    """Every global batch that a run has trained on, as the loop was given it."""
-    given: list[GlobalBatch] = []
-    step: Callable[..., float] = loop.train_step
+def trained_batches(monkeypatch: pytest.MonkeyPatch) -> list[GlobalBatch]:
+    """Return a list to which the training loop appends every global batch."""
+    batches: list[GlobalBatch] = []
+    original_step: Callable[..., float] = loop.train_step
 
-    def kept(accelerator: Any, trainer: Any, batch: GlobalBatch, *rest: Any) -> float:
-        given.append(batch)
-        return step(accelerator, trainer, batch, *rest)
+    def record_batch(accelerator: Any, trainer: Any, batch: GlobalBatch, *rest: Any) -> float:
+        batches.append(batch)
+        return original_step(accelerator, trainer, batch, *rest)
 
-    monkeypatch.setattr(loop, "train_step", kept)
-    return given
+    monkeypatch.setattr(loop, "train_step", record_batch)
+    return batches
 
 
-def run(workshop: Workshop, method: Method, setting: Setting, given: list[GlobalBatch]) -> tuple[RunRecord, list[Step]]:
-    """The record of a run, and what its steps were given."""
+def run(
+    workshop: Workshop, method: Method, setting: Setting, trained_batches: list[GlobalBatch]
+) -> tuple[RunRecord, list[Step]]:
+    """Train with a setting; return the record and the examples of each step."""
     train = {"steps": STEPS, "global_batch_size": BATCH} | setting.get("train", {})
-    given.clear()
+    trained_batches.clear()
     record = workshop.run(workshop.recipe(method, data=setting.get("data"), train=train))
     assert record.outcome.kind == "ok"
-    return record, [of_step(batch, method.virtual_tokens) for batch in given]
+    return record, [examples_of(batch, method.virtual_tokens) for batch in trained_batches]
 
 
-def of_step(batch: GlobalBatch, virtual_tokens: int) -> Step:
-    """What was given, however it was cut."""
+def examples_of(batch: GlobalBatch, virtual_tokens: int) -> Step:
+    """Return the examples of a global batch, for any split into micro-batches."""
     parts = (zip(part.example_indices, shown(part, virtual_tokens), strict=True) for part in batch.micro_batches)
     return sorted(example for part in parts for example in part)
 
 
 def protocol(record: RunRecord) -> tuple[int, int, int, int, int | None]:
-    """Real, labelled and virtual tokens, steps, and FLOPs that are required."""
+    """Return real, labeled and virtual tokens, steps, and model FLOPs."""
     assert record.tokens is not None
     tokens = record.tokens
     return tokens.real, tokens.labelled, tokens.virtual, record.steps, record.flops.model_flops
 
 
 def settings_of(method: Method) -> dict[str, Setting]:
-    """All that may be set otherwise for it."""
-    return SETTINGS | (STORED if method.has_frozen_backbone else {})
+    """Return all settings that the method supports."""
+    return SETTINGS | (FEATURE_CACHE_SETTINGS if method.has_frozen_backbone else {})
 
 
-def test_one_of_the_methods_has_a_frozen_trunk() -> None:
-    """Or the settings over stored states would be of no method."""
+def test_one_method_has_a_frozen_backbone() -> None:
+    """Otherwise no method would use the feature cache settings."""
     assert any(method.has_frozen_backbone for method in ONE_OF_EACH.values())
 
 
 @every_method
-def test_no_setting_changes_what_is_trained_on(
-    method: Method, workshop: Workshop, trained_on: list[GlobalBatch]
+def test_performance_settings_do_not_change_the_training(
+    method: Method, workshop: Workshop, trained_batches: list[GlobalBatch]
 ) -> None:
-    """Tokens, examples of each step, steps, required FLOPs and losses are the same, though what is computed is not."""
-    found = {name: run(workshop, method, setting, trained_on) for name, setting in settings_of(method).items()}
-    plain, steps = found["packed"]
+    """Tokens, examples of each step, steps, model FLOPs and losses are equal, although hardware FLOPs differ."""
+    runs = {name: run(workshop, method, setting, trained_batches) for name, setting in settings_of(method).items()}
+    plain, steps = runs["packed"]
     assert len(steps) == STEPS == plain.steps
     assert plain.flops.model_flops
-    for name, (record, of_steps) in found.items():
+    for name, (record, examples) in runs.items():
         assert protocol(record) == protocol(plain), name
-        assert of_steps == steps, name
+        assert examples == steps, name
         assert record.step_losses == pytest.approx(plain.step_losses, rel=1e-5, abs=0), name
-    executed = {record.flops.hardware_flops for record, _ in found.values()}
+    executed = {record.flops.hardware_flops for record, _ in runs.values()}
     assert None not in executed
-    assert len(executed) >= 4, "what the settings change is counted"
-    padded = {name: record.tokens.padded for name, (record, _) in found.items() if record.tokens is not None}
+    assert len(executed) >= 4, "the settings change the hardware FLOPs"
+    padded = {name: record.tokens.padded for name, (record, _) in runs.items() if record.tokens is not None}
     assert padded["packed"] < padded["padded to the longest"] < padded["padded to max_tokens"]
-    cuts = {
+    accumulation_steps = {
         name: record.engine.gradient_accumulation_steps
-        for name, (record, _) in found.items()
+        for name, (record, _) in runs.items()
         if record.engine is not None
     }
-    assert (cuts["packed"], cuts["one by one"]) == (1, BATCH)
-    assert 1 < cuts["by tokens"] < BATCH
+    assert (accumulation_steps["packed"], accumulation_steps["one by one"]) == (1, BATCH)
+    assert 1 < accumulation_steps["by tokens"] < BATCH
 
 
-def test_methods_differ_in_virtual_tokens_alone(workshop: Workshop, trained_on: list[GlobalBatch]) -> None:
-    """In tokens, steps and the examples of each, with all that can be spared and with nothing."""
-    nothing_spared: Setting = {"data": {"padding": "max_length"}, "train": {"logits": "all", "micro_batch_size": 1}}
-    expected, steps = run(workshop, ONE_OF_EACH["full"], nothing_spared, trained_on)
-    drawn = [number for step in steps for number, _ in step]
-    assert sorted(drawn[:EXAMPLES]) == list(range(EXAMPLES))
+def test_methods_train_on_the_same_data_except_virtual_tokens(
+    workshop: Workshop, trained_batches: list[GlobalBatch]
+) -> None:
+    """Tokens, steps and the examples of each step are equal, with the slowest and the fastest setting."""
+    slow: Setting = {"data": {"padding": "max_length"}, "train": {"logits": "all", "micro_batch_size": 1}}
+    expected, steps = run(workshop, ONE_OF_EACH["full"], slow, trained_batches)
+    indices = [index for step in steps for index, _ in step]
+    assert sorted(indices[:EXAMPLES]) == list(range(EXAMPLES))
     real, labelled, _, count, _ = protocol(expected)
     for method in ONE_OF_EACH.values():
-        spared = STORED["over stored states"] if method.has_frozen_backbone else SETTINGS["packed"]
-        for setting in (nothing_spared, spared):
-            record, of_steps = run(workshop, method, setting, trained_on)
+        fast = FEATURE_CACHE_SETTINGS["feature cache"] if method.has_frozen_backbone else SETTINGS["packed"]
+        for setting in (slow, fast):
+            record, examples = run(workshop, method, setting, trained_batches)
             virtual = STEPS * BATCH * method.virtual_tokens
             assert protocol(record)[:4] == (real, labelled, virtual, count), method.kind
-            assert of_steps == steps, method.kind
+            assert examples == steps, method.kind

@@ -1,4 +1,4 @@
-"""A precision that is not there is refused, and one that is touches no trained weight."""
+"""Precision: unsupported ones are refused, and trained weights stay in float32."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ from tests.helpers.training import built_from, forget_accelerators, trained, tra
 from tests.helpers.workshop import Workshop
 
 
-class Products(TorchFunctionMode):
-    """Notes what types products with weights have, those of the vocabulary's width too, and the losses of them."""
+class DtypeRecorder(TorchFunctionMode):
+    """Records the dtypes of linear layers' outputs, of logits (outputs of the vocabulary's size) and of losses."""
 
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
         self.vocabulary = vocabulary
-        self.seen: set[torch.dtype] = set()
+        self.hidden: set[torch.dtype] = set()
         self.logits: set[torch.dtype] = set()
         self.losses: set[torch.dtype] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in {functional.linear, torch.addmm}:
-            (self.logits if result.shape[-1] == self.vocabulary else self.seen).add(result.dtype)
+            (self.logits if result.shape[-1] == self.vocabulary else self.hidden).add(result.dtype)
         if func is functional.cross_entropy:
             self.losses.add(result.dtype)
         return result
 
 
 def test_fp16_on_cpu_is_refused(workshop: Workshop) -> None:
-    """fp16 needs a GPU: on CPU a run does not start, and the error names what would work."""
+    """The error lists the precisions that a CPU supports."""
     with pytest.raises(PrecisionError, match=r"fp16 needs a GPU.*use bf16 or fp32"):
         build_accelerator(workshop.recipe(Full(), train={"precision": "fp16"}), workshop.output)
 
 
 def test_emulated_bf16_is_refused(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU that would only emulate bf16 a run does not start, and the error names the GPU."""
+    """On a GPU without native bf16 the run does not start; the error has the GPU's name."""
     monkeypatch.delenv("ACCELERATE_USE_CPU")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
@@ -56,10 +56,10 @@ def test_emulated_bf16_is_refused(workshop: Workshop, monkeypatch: pytest.Monkey
         build_accelerator(workshop.recipe(Full(), train={"precision": "bf16"}), workshop.output)
 
 
-def test_a_world_that_did_not_form_is_refused(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a launcher says two processes and one has come up, the run does not start."""
+def test_wrong_world_size_is_refused(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the launcher started two processes and one joined the process group, the run does not start."""
     recipe = workshop.recipe(Full())
-    build_accelerator(recipe, workshop.output)  # the process's state is now that of a world of one
+    build_accelerator(recipe, workshop.output)  # accelerate's state now has world size 1
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(EngineError, match="started 2 processes, and 1 joined the process group"):
         build_accelerator(recipe, workshop.output)
@@ -67,19 +67,19 @@ def test_a_world_that_did_not_form_is_refused(workshop: Workshop, monkeypatch: p
 
 @every_method
 def test_bf16_keeps_trained_weights_in_float32(method: Method, workshop: Workshop) -> None:
-    """Under bf16 the forward pass is in bfloat16; weights, gradients and the optimizer's states stay in float32."""
+    """The forward pass is in bfloat16; losses, weights and optimizer states are in float32."""
     recipe = workshop.recipe(method, train={"precision": "bf16", "steps": 2})
     accelerator = build_accelerator(recipe, workshop.output).accelerator
     built = built_from(recipe, accelerator)
     trainer = trainer_from(recipe, accelerator, built)
     method.set_training(built.model)
-    products = Products(built.base.model.config.vocab_size)
+    dtypes = DtypeRecorder(built.base.model.config.vocab_size)
     progress = TrainProgress()
-    with trainer.loss.attention_context(), products:
+    with trainer.loss.attention_context(), dtypes:
         train(accelerator, trainer, Probe(accelerator.device), progress, max_grad_norm=1.0)
-    assert products.seen == {torch.bfloat16}
-    assert products.logits == {torch.bfloat16}
-    assert products.losses == {torch.float32}
+    assert dtypes.hidden == {torch.bfloat16}
+    assert dtypes.logits == {torch.bfloat16}
+    assert dtypes.losses == {torch.float32}
     assert progress.completed_steps == 2
     assert {parameter.dtype for parameter in built.model.parameters()} == {torch.float32}
     states = trainer.optimizer.optimizer.state  # type: ignore[attr-defined]
@@ -87,8 +87,8 @@ def test_bf16_keeps_trained_weights_in_float32(method: Method, workshop: Worksho
     assert {state["exp_avg"].dtype for state in states.values()} == {torch.float32}
 
 
-def test_bf16_is_near_fp32_and_not_the_same(workshop: Workshop) -> None:
-    """The first loss under bf16 is that of float32 but for rounding."""
+def test_bf16_loss_is_close_to_fp32(workshop: Workshop) -> None:
+    """The first loss differs by rounding only."""
     losses = {}
     for precision in ("fp32", "bf16"):
         forget_accelerators()
@@ -100,8 +100,8 @@ def test_bf16_is_near_fp32_and_not_the_same(workshop: Workshop) -> None:
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
 
 
-def test_a_base_in_half_precision_is_trained_in_float32(workshop: Workshop) -> None:
-    """Weights saved in fp16, as the shipped base's are, are loaded in float32 before anything is trained."""
+def test_fp16_base_model_is_loaded_in_float32(workshop: Workshop) -> None:
+    """The shipped base model is saved in fp16."""
     recipe = workshop.recipe(Full(), model={"path": "shipped"})
     accelerator = build_accelerator(recipe, workshop.output).accelerator
     model = built_from(recipe, accelerator).model
@@ -110,10 +110,10 @@ def test_a_base_in_half_precision_is_trained_in_float32(workshop: Workshop) -> N
 
 @every_method
 @pytest.mark.parametrize("kind", [AdamWBf16, AdamW8bitBf16])
-def test_what_is_trained_in_bf16_over_what_is_not(
+def test_bf16_parameters_train_on_a_float32_base(
     kind: type[AdamWBf16 | AdamW8bitBf16], method: Method, workshop: Workshop
 ) -> None:
-    """A head kept in bf16 over a trunk in float32, say: what a model may do without is found out, and it trains."""
+    """With mixed dtypes, e.g. a bf16 head on a float32 backbone, the loss decreases and attention needs no masks."""
     recipe = workshop.recipe(method, train={"precision": "bf16"}, optimizer=kind(learning_rate=1e-2))
     record = workshop.run(recipe)
     assert record.outcome.kind == "ok"

@@ -1,4 +1,4 @@
-"""Batches are made ahead: in order, one at a time, errors and all, and nothing is left behind."""
+"""Prefetching: batches are built in order, one ahead, errors are raised, and threads end."""
 
 from __future__ import annotations
 
@@ -17,57 +17,57 @@ CUDA = torch.device("cuda")
 
 
 @pytest.fixture(autouse=True)
-def pinned_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that is pinned needs a driver; here a batch only notes that it was asked to be."""
+def fake_pin_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace pinning, which needs a GPU driver: a pinned batch has its micro-batches reversed."""
     monkeypatch.setattr(
         GlobalBatch, "pin_memory", lambda batch: GlobalBatch(batch.micro_batches[::-1], batch.token_counts)
     )
 
 
-def _made(count: int) -> list[GlobalBatch]:
+def _build_batches(count: int) -> list[GlobalBatch]:
     return [one_batch(micro_batch(seed=seed), micro_batch(seed=seed + 100)) for seed in range(count)]
 
 
-def test_the_same_batches_in_the_same_order() -> None:
-    """Each as it was made, and put into pinned memory."""
-    made = _made(5)
-    found = list(prefetch(iter(made), CUDA))
-    assert [batch.micro_batches for batch in found] == [batch.micro_batches[::-1] for batch in made]
+def test_prefetch_yields_the_same_batches_pinned() -> None:
+    """The batches keep their order, and each is pinned."""
+    batches = _build_batches(5)
+    prefetched = list(prefetch(iter(batches), CUDA))
+    assert [batch.micro_batches for batch in prefetched] == [batch.micro_batches[::-1] for batch in batches]
 
 
-def test_one_is_made_while_another_is_used() -> None:
-    """By another thread, and never more than one ahead."""
-    started, makers = [0], set()
+def test_one_batch_is_built_ahead_by_a_thread() -> None:
+    """At most one batch is built ahead, and the thread ends with the iterator."""
+    num_started, threads = [0], set()
 
-    def making() -> Iterator[GlobalBatch]:
-        for batch in _made(6):
-            started[0] += 1
-            makers.add(threading.current_thread())
+    def build() -> Iterator[GlobalBatch]:
+        for batch in _build_batches(6):
+            num_started[0] += 1
+            threads.add(threading.current_thread())
             yield batch
 
-    for used, _ in enumerate(prefetch(making(), CUDA), start=1):
-        assert used <= started[0] <= used + 1
-    assert threading.main_thread() not in makers
-    assert not any(thread.is_alive() for thread in makers)
+    for num_used, _ in enumerate(prefetch(build(), CUDA), start=1):
+        assert num_used <= num_started[0] <= num_used + 1
+    assert threading.main_thread() not in threads
+    assert not any(thread.is_alive() for thread in threads)
 
 
-def test_on_cpu_they_are_made_when_they_are_asked_for() -> None:
-    """By whoever asks."""
-    made = _made(3)
-    source = iter(made)
+def test_batches_are_built_on_demand_on_cpu() -> None:
+    """After the first batch, the source still has the second."""
+    batches = _build_batches(3)
+    source = iter(batches)
     first = next(prefetch(source, torch.device("cpu")))
-    assert first is made[0]
-    assert next(source) is made[1]
+    assert first is batches[0]
+    assert next(source) is batches[1]
 
 
-def test_an_error_comes_where_its_batch_would() -> None:
-    """And after the batches before it."""
+def test_error_is_raised_in_place_of_its_batch() -> None:
+    """The batches before it are returned first."""
 
-    def failing() -> Iterator[GlobalBatch]:
-        yield from _made(2)
+    def build_two_and_fail() -> Iterator[GlobalBatch]:
+        yield from _build_batches(2)
         raise ValueError("no third")
 
-    found = prefetch(failing(), CUDA)
-    assert len(list(itertools.islice(found, 2))) == 2
+    prefetched = prefetch(build_two_and_fail(), CUDA)
+    assert len(list(itertools.islice(prefetched, 2))) == 2
     with pytest.raises(ValueError, match="no third"):
-        next(found)
+        next(prefetched)

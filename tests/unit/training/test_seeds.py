@@ -1,4 +1,4 @@
-"""The same recipe gives the same numbers; methods are compared on the same examples in the same order."""
+"""Seeds: a recipe is reproducible, and all methods train on the same examples in the same order."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 @every_method
-def test_the_same_recipe_twice(method: Method, workshop: Workshop) -> None:
-    """Run twice, a recipe gives the same losses and the same held-out loss to the last bit, dropout and all."""
+def test_same_recipe_gives_bit_identical_losses(method: Method, workshop: Workshop) -> None:
+    """Two runs with dropout have the same training losses and held-out loss."""
     recipe = workshop.recipe(method, model={"dropout": 0.1}, train={"steps": 4, "micro_batch_size": 4})
     first, second = workshop.run(recipe), workshop.run(recipe)
     assert first.step_losses == second.step_losses
@@ -38,51 +38,51 @@ def test_the_same_recipe_twice(method: Method, workshop: Workshop) -> None:
 @pytest.mark.parametrize(
     ("method", "change"),
     [
-        (Full(), {"train": {"seed": 1}}),  # another order of examples
+        (Full(), {"train": {"seed": 1}}),  # changes the order of examples
         (LastLayer(), {"train": {"seed": 1}}),
-        (Lora(r=4), {"train": {"seed": 1}}),  # another start
+        (Lora(r=4), {"train": {"seed": 1}}),  # changes the initial weights
         (PromptTuning(num_virtual_tokens=5), {"train": {"seed": 1}}),
     ],
     ids=["full", "last_layer", "lora", "prompt_tuning"],
 )
-def test_another_seed(method: Method, change: dict[str, Any], workshop: Workshop) -> None:
-    """Another seed of training is another run for every method: another order, other new weights."""
+def test_training_seed_changes_the_losses(method: Method, change: dict[str, Any], workshop: Workshop) -> None:
+    """For every method, the seed changes the order of examples or the initial weights."""
     plain = workshop.recipe(method, model=change.get("model"))
     first, second = workshop.run(plain), workshop.run(workshop.recipe(method, **change))
     assert first.step_losses != second.step_losses
 
 
-def test_seed_of_dropout(workshop: Workshop) -> None:
-    """With the same examples in every step, whatever their order, another seed still changes what dropout drops."""
+def test_training_seed_changes_dropout(workshop: Workshop) -> None:
+    """One step over all examples has the same loss for every seed, unless dropout is on."""
 
     def loss(dropout: float, seed: int) -> float:
-        knobs = {"global_batch_size": 24, "steps": 1, "seed": seed}  # all examples there are
-        return workshop.run(workshop.recipe(Full(), model={"dropout": dropout}, train=knobs)).step_losses[0]
+        train = {"global_batch_size": 24, "steps": 1, "seed": seed}  # all examples
+        return workshop.run(workshop.recipe(Full(), model={"dropout": dropout}, train=train)).step_losses[0]
 
     assert loss(0.0, 0) == pytest.approx(loss(0.0, 1), abs=1e-5)
     assert abs(loss(0.1, 0) - loss(0.1, 1)) > 1e-4
 
 
-def test_seed_of_data_changes_no_order(workshop: Workshop) -> None:
-    """Where all examples are taken, nothing depends on the seed that draws them."""
+def test_data_seed_does_not_change_the_order(workshop: Workshop) -> None:
+    """The data seed selects a subsample; if all examples are used, it has no effect."""
     first, second = (workshop.run(workshop.recipe(Full(), data={"seed": seed})) for seed in (0, 1))
     assert first.step_losses == second.step_losses
 
 
 @pytest.mark.parametrize("padding", ["free", "longest"])
 def test_order_is_the_same_for_every_method(padding: str, workshop: Workshop) -> None:
-    """Every method is shown the same tokens with the same labels in the same order, and only virtual ones are added."""
-    seen: dict[str, list[GlobalBatch]] = {}
+    """All methods get the same tokens and labels in the same order; methods only add virtual tokens."""
+    batches_by_method: dict[str, list[GlobalBatch]] = {}
     for method in ONE_OF_EACH.values():
         forget_accelerators()
         recipe = workshop.recipe(method, data={"padding": padding}, train={"micro_batch_size": 4})
         accelerator = build_accelerator(recipe, workshop.output).accelerator
         batches = iter(trainer_from(recipe, accelerator).batches)
-        seen[method.kind] = [next(batches) for _ in range(6)]  # more than one pass over the examples
-    reference = seen.pop("full")
-    assert len(seen) == len(METHODS) - 1
+        batches_by_method[method.kind] = [next(batches) for _ in range(6)]  # more than one epoch
+    reference = batches_by_method.pop("full")
+    assert len(batches_by_method) == len(METHODS) - 1
     assert not torch.equal(reference[0].micro_batches[0].input_ids, reference[4].micro_batches[0].input_ids)
-    for kind, batches_of_kind in seen.items():
+    for kind, batches_of_kind in batches_by_method.items():
         for theirs, ours in zip(reference, batches_of_kind, strict=True):
             for their_part, our_part in zip(theirs.micro_batches, ours.micro_batches, strict=True):
                 assert shown(their_part, 0) == shown(our_part, ONE_OF_EACH[kind].virtual_tokens)

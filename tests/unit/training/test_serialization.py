@@ -1,4 +1,4 @@
-"""State comes back as it was, and nothing else than state can be written or read."""
+"""Serialization: a state is restored exactly, and other objects are refused."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from peftbench.training import serialization
 CPU = torch.device("cpu")
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
-    """Types, keys, numbers to the last bit, empty and scalar tensors."""
+def test_load_tree_restores_the_saved_tree(tmp_path: Path) -> None:
+    """Types, keys, exact numbers, and empty and scalar tensors are restored."""
     tree = {
         "text": "a",
         3: [1, 2.5, None, True],
@@ -30,32 +30,32 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         },
     }
     serialization.save_tree(tree, tmp_path / "state")
-    found = serialization.load_tree(tmp_path / "state", CPU)
-    tensors, kept = found.pop("tensors"), tree.pop("tensors")
-    assert found == tree
-    assert isinstance(found["pair"][1], tuple)
-    assert isinstance(kept, dict)
-    for name, tensor in kept.items():
+    loaded = serialization.load_tree(tmp_path / "state", CPU)
+    tensors, saved_tensors = loaded.pop("tensors"), tree.pop("tensors")
+    assert loaded == tree
+    assert isinstance(loaded["pair"][1], tuple)
+    assert isinstance(saved_tensors, dict)
+    for name, tensor in saved_tensors.items():
         assert tensors[name].dtype == tensor.dtype
         assert tensors[name].shape == tensor.shape
         assert torch.equal(tensors[name], tensor)
 
 
-def test_parts_of_one_memory(tmp_path: Path) -> None:
-    """A tensor that two share is written once and shared again; a view of another shape is its own."""
-    code = torch.arange(1000.0)
-    serialization.save_tree({"a": code, "b": code, "c": code[::2], "d": code.clone()}, tmp_path / "state")
-    found = serialization.load_tree(tmp_path / "state", CPU)
-    assert found["a"].data_ptr() == found["b"].data_ptr()
-    assert len({found[name].data_ptr() for name in "acd"}) == 3
-    assert torch.equal(found["c"], code[::2])
+def test_shared_tensors_are_written_once(tmp_path: Path) -> None:
+    """A tensor used twice shares memory again after loading; a view of another shape is separate."""
+    tensor = torch.arange(1000.0)
+    serialization.save_tree({"a": tensor, "b": tensor, "c": tensor[::2], "d": tensor.clone()}, tmp_path / "state")
+    loaded = serialization.load_tree(tmp_path / "state", CPU)
+    assert loaded["a"].data_ptr() == loaded["b"].data_ptr()
+    assert len({loaded[name].data_ptr() for name in "acd"}) == 3
+    assert torch.equal(loaded["c"], tensor[::2])
     assert (tmp_path / "state" / serialization.TENSORS_FILE).stat().st_size < 4 * 2600 + 1000
 
 
-@pytest.mark.parametrize("stranger", [object(), {1, 2}, {(1, 2): 3}, lambda: None])
-def test_nothing_that_could_be_executed(stranger: object, tmp_path: Path) -> None:
-    """An object of a class is refused when it is written, and so never made when it is read."""
+@pytest.mark.parametrize("value", [object(), {1, 2}, {(1, 2): 3}, lambda: None])
+def test_other_objects_are_refused(value: object, tmp_path: Path) -> None:
+    """Saving an object of any other class fails, so loading never executes code."""
     with pytest.raises(TypeError):
-        serialization.save_tree({"a": [stranger]}, tmp_path / "state")
-    written = [path.suffix for path in tmp_path.rglob("*.*")]
-    assert set(written) <= {".safetensors", ".json"}
+        serialization.save_tree({"a": [value]}, tmp_path / "state")
+    suffixes = [path.suffix for path in tmp_path.rglob("*.*")]
+    assert set(suffixes) <= {".safetensors", ".json"}

@@ -1,4 +1,4 @@
-"""One optimizer step: clipping, the schedule's place in it, and what it returns."""
+"""One optimizer step: gradient clipping, the learning rate schedule and the returned loss."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def _moved(accelerator: Accelerator, model: PreTrainedModel, max_grad_norm: float | None) -> float:
-    """Norm of what plain gradient descent at rate 1 moves, which is the norm of the gradient it was given."""
+def _update_norm(accelerator: Accelerator, model: PreTrainedModel, max_grad_norm: float | None) -> float:
+    """Return the norm of one SGD update at learning rate 1, which equals the norm of the clipped gradient."""
     before = {name: parameter.detach().clone() for name, parameter in trained(model).items()}
     trainer = trainer_of(accelerator, model, torch.optim.SGD(trained(model).values(), lr=1.0))
     train_step(accelerator, trainer, one_batch(micro_batch()), max_grad_norm)
@@ -36,24 +36,26 @@ def _moved(accelerator: Accelerator, model: PreTrainedModel, max_grad_norm: floa
     return math.sqrt(sum(square.item() for square in squares))
 
 
-def test_clipping_bounds_the_gradient(fresh_base: Callable[[str], PreTrainedModel], accelerator: Accelerator) -> None:
-    """A gradient longer than the bound is cut to it, a shorter one and one without a bound are left alone."""
-    whole = _moved(accelerator, fresh_base("gpt2_tied"), None)
-    assert whole > 0.5
-    assert _moved(accelerator, fresh_base("gpt2_tied"), 0.25) == pytest.approx(0.25, rel=1e-3)
-    assert _moved(accelerator, fresh_base("gpt2_tied"), 2 * whole) == pytest.approx(whole, rel=1e-3)
-
-
-def test_step_returns_the_loss_before_it(
+def test_clipping_limits_the_gradient_norm(
     fresh_base: Callable[[str], PreTrainedModel], accelerator: Accelerator
 ) -> None:
-    """The loss of a step is that of the weights it started from; no gradient is left for the next one."""
+    """A larger gradient is scaled to the limit; a smaller one, or one without a limit, does not change."""
+    norm = _update_norm(accelerator, fresh_base("gpt2_tied"), None)
+    assert norm > 0.5
+    assert _update_norm(accelerator, fresh_base("gpt2_tied"), 0.25) == pytest.approx(0.25, rel=1e-3)
+    assert _update_norm(accelerator, fresh_base("gpt2_tied"), 2 * norm) == pytest.approx(norm, rel=1e-3)
+
+
+def test_step_returns_the_loss_before_its_update(
+    fresh_base: Callable[[str], PreTrainedModel], accelerator: Accelerator
+) -> None:
+    """The loss is that of the weights at the start of the step, and the gradients are cleared after it."""
     model = fresh_base("gpt2_tied")
     trainer = trainer_of(accelerator, model, torch.optim.SGD(trained(model).values(), lr=0.1))
     first, second = (train_step(accelerator, trainer, one_batch(micro_batch()), None) for _ in range(2))
-    other = fresh_base("gpt2_tied")
-    still = trainer_of(accelerator, other, torch.optim.SGD(trained(other).values(), lr=0.0))
-    assert train_step(accelerator, still, one_batch(micro_batch()), None) == first
+    same_model = fresh_base("gpt2_tied")
+    without_update = trainer_of(accelerator, same_model, torch.optim.SGD(trained(same_model).values(), lr=0.0))
+    assert train_step(accelerator, without_update, one_batch(micro_batch()), None) == first
     assert second < first
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
 
@@ -64,27 +66,27 @@ def _trainer(workshop: Workshop, **parts: Any) -> tuple[Accelerator, TrainingCom
     return accelerator, trainer_from(recipe, accelerator)
 
 
-def _rate_by_hand(kind: str, warmup: int, steps: int, step: int) -> float:
-    """Share of the peak rate at ``step``, counted from 0."""
+def _expected_rate(kind: str, warmup: int, steps: int, step: int) -> float:
+    """Return the fraction of the peak learning rate at ``step``, counted from 0."""
     if step < warmup:
         return step / warmup
-    done = (step - warmup) / (steps - warmup)
-    return {"constant": 1.0, "linear": 1.0 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[kind]
+    progress = (step - warmup) / (steps - warmup)
+    return {"constant": 1.0, "linear": 1.0 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[kind]
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
 @pytest.mark.parametrize("warmup", [0, 4])
-def test_schedules(kind: str, warmup: int, workshop: Workshop) -> None:
-    """At every step the optimizer has the rate of the schedule's formula, warm-up first, and trackers are told it."""
+def test_learning_rate_follows_the_schedule(kind: str, warmup: int, workshop: Workshop) -> None:
+    """The optimizer uses the rate of the schedule's formula in every step, and callbacks receive it."""
     accelerator, trainer = _trainer(
         workshop,
         schedule=Schedule.model_validate({"kind": kind, "warmup_steps": warmup}),
         optimizer=AdamW(learning_rate=2e-3),
     )
-    used: list[float] = []
+    rates: list[float] = []
     recorder = StepRecorder()
-    bare = trainer.optimizer.optimizer  # type: ignore[attr-defined]
-    bare.register_step_pre_hook(lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"]))
+    optimizer = trainer.optimizer.optimizer  # type: ignore[attr-defined]
+    optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
     train(
         accelerator,
         trainer,
@@ -93,23 +95,23 @@ def test_schedules(kind: str, warmup: int, workshop: Workshop) -> None:
         max_grad_norm=None,
         callbacks=[recorder],
     )
-    assert used == pytest.approx([2e-3 * _rate_by_hand(kind, warmup, 10, index) for index in range(10)])
-    assert [info.learning_rate for info in recorder.infos] == used
+    assert rates == pytest.approx([2e-3 * _expected_rate(kind, warmup, 10, index) for index in range(10)])
+    assert [info.learning_rate for info in recorder.infos] == rates
 
 
-def test_optimizer_gets_the_recipe_s_knobs_and_trained_parameters_alone(workshop: Workshop) -> None:
-    """The optimizer that steps is the recipe's, with its knobs, over what requires a gradient."""
+def test_optimizer_has_the_recipe_s_settings_and_the_trained_parameters(workshop: Workshop) -> None:
+    """It is of the recipe's class, and its parameters are exactly those that require a gradient."""
     _, trainer = _trainer(workshop, optimizer=SGD(learning_rate=0.5, momentum=0.9, weight_decay=0.01))
-    bare = trainer.optimizer.optimizer  # type: ignore[attr-defined]
-    assert type(bare) is torch.optim.SGD
-    (group,) = bare.param_groups
+    optimizer = trainer.optimizer.optimizer  # type: ignore[attr-defined]
+    assert type(optimizer) is torch.optim.SGD
+    (group,) = optimizer.param_groups
     assert (group["momentum"], group["weight_decay"], group["initial_lr"]) == (0.9, 0.01, 0.5)
     assert {id(p) for p in group["params"]} == {id(p) for p in trained(trainer.model).values()}
     assert group["params"]
 
 
-def test_train_tells_every_step_and_counts_every_token(workshop: Workshop) -> None:
-    """Each finished step is told once, in order, and the counts are those of all batches together."""
+def test_train_calls_callbacks_and_counts_tokens(workshop: Workshop) -> None:
+    """Callbacks receive each step once, in order, and the token counts are the sum over all batches."""
     accelerator, trainer = _trainer(workshop)
     progress, recorder = TrainProgress(), StepRecorder()
     probe = Probe(accelerator.device)
@@ -129,8 +131,8 @@ def test_train_tells_every_step_and_counts_every_token(workshop: Workshop) -> No
     assert progress.token_counts.labelled == sum(counts.labelled for counts in expected) > 0
 
 
-def test_steps_from_epochs(workshop: Workshop) -> None:
-    """A length in epochs is in steps what covers the examples, rounded up: 24 examples, 1.5 epochs, 10 a step."""
+def test_epochs_are_converted_to_steps(workshop: Workshop) -> None:
+    """24 examples, 1.5 epochs and 10 examples per step are 4 steps, rounded up."""
     recipe = workshop.recipe(Full(), train={"steps": None, "epochs": 1.5, "global_batch_size": 10})
     accelerator = build_accelerator(recipe, workshop.output).accelerator
     assert trainer_from(recipe, accelerator).total_steps == 4

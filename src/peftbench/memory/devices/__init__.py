@@ -58,8 +58,9 @@ def get_device_facts(name: str) -> DeviceFacts:
     """
     if name not in load_devices():
         raise DeviceError(
-            f"Unknown device {name!r}; pass its memory instead, e.g. --budget 16GiB",
-            did_you_mean(name, load_devices()) or f"known: {', '.join(load_devices())}",
+            f"Unknown device {name!r}",
+            f"{did_you_mean(name, load_devices())}; for another device, omit --device and pass its memory, "
+            "e.g. --budget 16GiB",
         )
     return load_devices()[name]
 

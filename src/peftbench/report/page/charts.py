@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import altair as alt
 
-from peftbench.report.page.memory_chart import CATEGORY_LABELS
 from peftbench.report.page.series import NUM_COLORS, X_AXES, ChartRow, ColorGroups, pareto_front
 from peftbench.report.text.formatting import finite_or_none
+from peftbench.report.text.memory_categories import MEMORY_CATEGORY_LABELS
 
 NUM_CATEGORY_COLORS = 14
 """CSS variables --m0 to --m13 for memory categories; those of groups are --k0 to --k7."""
@@ -239,10 +239,9 @@ def memory_bars(rows: Sequence[ChartRow], limit_rows: Sequence[ChartRow], captio
     if not rows:
         return None
     runs = list(dict.fromkeys(str(row["run"]) for row in rows))
-    categories = [category for category in CATEGORY_LABELS.values() if any(row["category"] == category for row in rows)]
-    colors = [
-        f"var(--m{list(CATEGORY_LABELS.values()).index(category) % NUM_CATEGORY_COLORS})" for category in categories
-    ]
+    labels = list(MEMORY_CATEGORY_LABELS.values())
+    categories = [label for label in labels if any(row["category"] == label for row in rows)]
+    colors = [f"var(--m{labels.index(category) % NUM_CATEGORY_COLORS})" for category in categories]
     y = alt.Y("run:N", title=None, sort=runs, axis=alt.Axis(labelLimit=220))
     bars = (
         _layer("runs")

@@ -9,24 +9,7 @@ from peftbench.errors import BudgetError
 from peftbench.record import RunRecord, train_peak_bytes
 from peftbench.report.page.series import ChartRow
 from peftbench.report.runs import run_label
-
-CATEGORY_LABELS = {
-    "weights": "weights",
-    "gathered_weights": "gathered weights",
-    "weight_copies": "autocast copies",
-    "gradients": "gradients",
-    "buckets": "buckets",
-    "optimizer_state": "optimizer states",
-    "activations": "activations",
-    "logits": "logits",
-    "temporaries": "temporaries",
-    "unattributed": "unattributed",
-    "allocator_cache": "allocator cache",
-    "cuda_context": "CUDA context",
-    "in_use": "in use at the failure",
-    "requested": "requested allocation",
-}
-"""Legend labels of the categories, in stacking order."""
+from peftbench.report.text.memory_categories import MEMORY_CATEGORY_LABELS
 
 MAX_LIMIT_RATIO = 4.0
 """Limits beyond this multiple of the longest bar are listed in the caption instead of drawn."""
@@ -37,8 +20,8 @@ def memory_bar_rows(records: Sequence[RunRecord]) -> list[ChartRow]:
     return [
         {
             "run": run_label(record),
-            "category": CATEGORY_LABELS[category],
-            "order": list(CATEGORY_LABELS).index(category),
+            "category": MEMORY_CATEGORY_LABELS[category],
+            "order": list(MEMORY_CATEGORY_LABELS).index(category),
             "MiB": size / 2**20,
             "bytes": size,
         }
@@ -65,7 +48,7 @@ def peak_by_category(record: RunRecord) -> Iterator[tuple[str, int]]:
     if peak is None:
         return
     known = _attributed_bytes(record, peak)
-    yield from ((category, known[category]) for category in CATEGORY_LABELS if known.get(category))
+    yield from ((category, known[category]) for category in MEMORY_CATEGORY_LABELS if known.get(category))
     if (rest := peak - sum(known.values())) > 0:
         yield "unattributed", rest
     memory = record.memory.get("train")

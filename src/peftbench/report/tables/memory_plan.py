@@ -8,35 +8,25 @@ from typing import TYPE_CHECKING
 from tabulate import tabulate
 
 from peftbench.memory.plan import Plan, UnplannedRun, get_comparable_costs
+from peftbench.report.text.memory_categories import MEMORY_CATEGORY_LABELS
 
 if TYPE_CHECKING:
     from peftbench.memory.plan import Fit, Verification
 
 _MIB = 2**20
-_CATEGORY_LABELS = {
-    "weights": "weights",
-    "gathered_weights": "gathered weights",
-    "weight_copies": "autocast copies",
-    "gradients": "gradients",
-    "buckets": "buckets",
-    "optimizer_state": "states",
-    "activations": "activations",
-    "logits": "logits",
-    "temporaries": "temporaries",
-}
 
 
 def format_plan(plan: Plan) -> str:
     """Return a table of the peaks of each phase by category, and the totals."""
     shown = [
         category
-        for category in _CATEGORY_LABELS
+        for category in MEMORY_CATEGORY_LABELS
         if any(category in peak.live_bytes_by_category for peak in plan.phase_peaks.values())
     ]
     rows = [
         {
             "MiB at the peak of": name,
-            **{_CATEGORY_LABELS[key]: _format_mib(peak.live_bytes_by_category.get(key, 0)) for key in shown},
+            **{MEMORY_CATEGORY_LABELS[key]: _format_mib(peak.live_bytes_by_category.get(key, 0)) for key in shown},
             "live": _format_mib(peak.live_bytes),
             "allocated": _format_mib(peak.allocated_bytes),
         }
@@ -67,12 +57,17 @@ def format_plan(plan: Plan) -> str:
 def format_plans(plans: Sequence[Plan | UnplannedRun]) -> str:
     """Return a table of a suite's peaks by category, and a note for each run without an estimate."""
     planned = [plan for plan in plans if isinstance(plan, Plan)]
-    shown = [kind for kind in _CATEGORY_LABELS if any(kind in plan.peak.live_bytes_by_category for plan in planned)]
+    shown = [
+        kind for kind in MEMORY_CATEGORY_LABELS if any(kind in plan.peak.live_bytes_by_category for plan in planned)
+    ]
     rows = [
         {
             "MiB at its peak": plan.name,
             "in": plan.peak_phase,
-            **{_CATEGORY_LABELS[kind]: _format_mib(plan.peak.live_bytes_by_category.get(kind, 0)) for kind in shown},
+            **{
+                MEMORY_CATEGORY_LABELS[kind]: _format_mib(plan.peak.live_bytes_by_category.get(kind, 0))
+                for kind in shown
+            },
             "live": _format_mib(plan.peak.live_bytes),
             "reserved": _format_mib(plan.reserved_bytes),
             "process": f"{_format_mib(plan.process_bytes[0])} to {_format_mib(plan.process_bytes[1])}",

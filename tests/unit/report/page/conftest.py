@@ -1,4 +1,4 @@
-"""A real browser that opens the page from a file, with no network; skips where there is none."""
+"""A real browser that opens the page from a file without a network; tests are skipped if it is not installed."""
 
 from __future__ import annotations
 
@@ -17,57 +17,57 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 @dataclass
-class Opened:
-    """A page in the browser, and what happened when it was opened."""
+class OpenedPage:
+    """A page in the browser, with its console messages and requests."""
 
-    page: Page
-    said: list[str] = field(default_factory=list)
-    """Everything on the console, and every error."""
-    asked: list[str] = field(default_factory=list)
-    """Every address that it asked for."""
+    tab: Page
+    console: list[str] = field(default_factory=list)
+    """Console messages and uncaught errors."""
+    requests: list[str] = field(default_factory=list)
+    """Requested addresses."""
 
-    def see(self, script: str) -> Any:
-        """What a script in the page gives."""
-        return self.page.evaluate(script)
+    def evaluate(self, script: str) -> Any:
+        """Return the value of a script in the page."""
+        return self.tab.evaluate(script)
 
 
-Open = Callable[..., Opened]
+OpenPage = Callable[..., OpenedPage]
 
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
-    """A headless Chromium."""
+    """Start a headless Chromium; skip the test if it is not installed."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = next((found for name in BROWSERS if (found := shutil.which(name))), None)
-    if path is None:
-        pytest.skip(f"none of {', '.join(BROWSERS)} is on the path: apt-get install chromium")
-    with playwright.sync_playwright() as started:
-        # As root, in a container, its sandbox cannot be had; what it opens is ours.
-        chromium = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
+    executable_path = next((executable for name in BROWSERS if (executable := shutil.which(name))), None)
+    if executable_path is None:
+        pytest.skip(f"none of {', '.join(BROWSERS)} is on PATH; run apt-get install chromium")
+    with playwright.sync_playwright() as playwright_api:
+        # Chromium has no sandbox for root in a container; the pages are our own.
+        chromium = playwright_api.chromium.launch(executable_path=executable_path, args=["--no-sandbox"])
         yield chromium
         chromium.close()
 
 
 @pytest.fixture
-def opened(browser: Browser) -> Iterator[Open]:
-    """Opens a file, waits until every chart is drawn or has failed, and notes all that is said and asked for."""
+def open_page(browser: Browser) -> Iterator[OpenPage]:
+    """Yield a function that opens a file and waits until each chart is drawn or has failed."""
     contexts = []
 
-    def open_file(path: Path, *, width: int = 1280, height: int = 900, **knobs: Any) -> Opened:
-        context = browser.new_context(viewport={"width": width, "height": height}, **knobs)
+    def open_file(path: Path, *, width: int = 1280, height: int = 900, **context_options: Any) -> OpenedPage:
+        context = browser.new_context(viewport={"width": width, "height": height}, **context_options)
         contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(30_000)
-        found = Opened(page)
-        page.on("console", lambda message: found.said.append(f"{message.type}: {message.text}"))
-        page.on("pageerror", lambda error: found.said.append(f"error: {error}"))
-        page.on("request", lambda request: found.asked.append(request.url))
-        page.goto(path.resolve().as_uri())
-        if knobs.get("java_script_enabled", True):
-            page.wait_for_function(
+        tab = context.new_page()
+        tab.set_default_timeout(30_000)
+        opened_page = OpenedPage(tab)
+        tab.on("console", lambda message: opened_page.console.append(f"{message.type}: {message.text}"))
+        tab.on("pageerror", lambda error: opened_page.console.append(f"error: {error}"))
+        tab.on("request", lambda request: opened_page.requests.append(request.url))
+        tab.goto(path.resolve().as_uri())
+        if context_options.get("java_script_enabled", True):
+            tab.wait_for_function(
                 "[...document.querySelectorAll('[data-chart]')].every(b => b.dataset.drawn || b.matches('.failed'))"
             )
-        return found
+        return opened_page
 
     yield open_file
     for context in contexts:

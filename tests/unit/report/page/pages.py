@@ -1,4 +1,4 @@
-"""Pages of shipped and of made-up records."""
+"""Pages of shipped and of synthetic records."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from peftbench.report.writer import build_downloads
 from tests.helpers.paths import REPOSITORY
 
 SHIPPED = {path.name: path for path in sorted((REPOSITORY / "docs" / "results").iterdir()) if path.is_dir()}
-"""Folders of records that come with the project."""
+"""Folders of the records in docs/results, by name."""
 
 
 def shipped(name: str) -> dict[Path, RunRecord]:
-    """The records of a shipped suite."""
+    """Return the records of a shipped suite."""
     return {path: read_record(path) for path in sorted(SHIPPED[name].rglob(RECORD_FILE))}
 
 
-def page_of(
+def write_page(
     records: Mapping[Path, RunRecord],
     folder: Path,
     *,
@@ -28,8 +28,8 @@ def page_of(
     summary: Sequence[str] = ("A sentence.",),
     unfinished: Sequence[UnfinishedRun] = (),
 ) -> Path:
-    """The page of ``records``, in ``folder``."""
+    """Write the page of ``records`` to ``folder`` and return its path."""
     path = folder / "report.html"
-    shown = build_page_data(records, title, summary, unfinished_runs=unfinished)
-    path.write_text(render_page(shown, build_downloads(list(records.values()), summary)), encoding="utf-8")
+    page_data = build_page_data(records, title, summary, unfinished_runs=unfinished)
+    path.write_text(render_page(page_data, build_downloads(list(records.values()), summary)), encoding="utf-8")
     return path

@@ -1,6 +1,6 @@
-"""The picture of the page in README.md: ``python -m tests.unit.report.page.picture``, or make picture.
+"""Screenshot of the page for README.md: ``python -m tests.unit.report.page.picture``, or ``make picture``.
 
-It needs Chromium. README.md keeps the digest of what the picture was made of, by which a test knows an old one.
+It needs Chromium. README.md has a digest of everything the picture shows, so that a test can detect an old picture.
 """
 
 from __future__ import annotations
@@ -24,41 +24,41 @@ _TEXT = (
 )
 
 
-def digest() -> str:
-    """Of the records and of what gives the page its looks."""
+def compute_digest() -> str:
+    """Return a digest of the records and of the sources that define the page's appearance."""
     report = REPOSITORY / "src" / "peftbench" / "report"
-    looks = [
+    sources = [
         *(report / "page" / name for name in ("page.html.jinja", "page.css", "page.js", "charts.py", "series.py")),
         *(report / name for name in ("summary.py", "tables/columns.py")),
     ]
-    found = hashlib.blake2b(digest_size=8)
-    for path in [*sorted(RECORDS.rglob(RECORD_FILE)), *looks]:
-        found.update(path.read_bytes())
-    return found.hexdigest()
+    hasher = hashlib.blake2b(digest_size=8)
+    for path in [*sorted(RECORDS.rglob(RECORD_FILE)), *sources]:
+        hasher.update(path.read_bytes())
+    return hasher.hexdigest()
 
 
-def block() -> str:
-    """What README.md has between its markers."""
-    return f"[![{_TEXT}](docs/report.png)](docs/guides/report.md)\n\n<!-- made of {digest()} -->"
+def render_block() -> str:
+    """Return the content of the "picture" block of README.md."""
+    return f"[![{_TEXT}](docs/report.png)](docs/guides/report.md)\n\n<!-- made of {compute_digest()} -->"
 
 
-def take() -> None:
-    """Make the page, look at it, and put the picture into README.md."""
+def take_picture() -> None:
+    """Write the page, take a screenshot and update README.md."""
     from playwright.sync_api import sync_playwright
 
     browser = shutil.which("chromium")
     if browser is None:
-        sys.exit("there is no chromium on the path; apt-get install chromium")
+        sys.exit("chromium is not on PATH; run apt-get install chromium")
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         page = write_report(find_records(RECORDS), Path(folder), "demo").page_path
         chromium = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
-        window = chromium.new_page(viewport={"width": SIZE[0], "height": SIZE[1]}, color_scheme="light")
-        window.goto(page.as_uri())
-        window.wait_for_function("[...document.querySelectorAll('[data-chart]')].every(b => b.dataset.drawn)")
-        window.screenshot(path=PICTURE)
+        tab = chromium.new_page(viewport={"width": SIZE[0], "height": SIZE[1]}, color_scheme="light")
+        tab.goto(page.as_uri())
+        tab.wait_for_function("[...document.querySelectorAll('[data-chart]')].every(b => b.dataset.drawn)")
+        tab.screenshot(path=PICTURE)
         chromium.close()
-    insert_block(block(), REPOSITORY / "README.md", "picture")
+    insert_block(render_block(), REPOSITORY / "README.md", "picture")
 
 
 if __name__ == "__main__":
-    take()
+    take_picture()

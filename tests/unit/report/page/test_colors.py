@@ -1,4 +1,4 @@
-"""The page's colours: seen on their paper in every theme, and told apart without colours."""
+"""The page's colors: contrast with the background in each theme, and distance for each color vision."""
 
 from __future__ import annotations
 
@@ -9,40 +9,42 @@ import re
 import pytest
 
 from peftbench.report.page.charts import NUM_CATEGORY_COLORS, SHAPES
-from peftbench.report.page.memory_chart import CATEGORY_LABELS
 from peftbench.report.page.series import NUM_COLORS
+from peftbench.report.text.memory_categories import MEMORY_CATEGORY_LABELS
 from tests.helpers.paths import REPOSITORY
 
 STYLE = (REPOSITORY / "src" / "peftbench" / "report" / "page" / "page.css").read_text(encoding="utf-8")
 THEMES = [
     dict(re.findall(r"(--[a-z0-9]+): (#[0-9a-f]{3,6})", block)) for block in re.findall(r":root \{(.*?)\}", STYLE, re.S)
 ]
-"""Variables and their colours: light, dark, paper."""
+"""Variables and their colors in the light, dark and print themes."""
 
 
-def _light(colour: str) -> list[float]:
-    """Linear red, green and blue (0 to 1) of ``#rrggbb`` or ``#rgb``."""
-    digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
-    values = [int(digits[place : place + 2], 16) / 255 for place in (0, 2, 4)]
+def _linear_rgb(color: str) -> list[float]:
+    """Return linear red, green and blue (0 to 1) of ``#rrggbb`` or ``#rgb``."""
+    digits = color[1:] if len(color) == 7 else "".join(2 * digit for digit in color[1:])
+    values = [int(digits[start : start + 2], 16) / 255 for start in (0, 2, 4)]
     return [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in values]
 
 
-def _contrast(one: str, other: str) -> float:
-    """By WCAG 2.2: from 1 for equal colours to 21 for black on white."""
-    levels = sorted(sum(w * v for w, v in zip((0.2126, 0.7152, 0.0722), _light(c), strict=True)) for c in (one, other))
-    return (levels[1] + 0.05) / (levels[0] + 0.05)
+def _contrast(first: str, second: str) -> float:
+    """Return the contrast by WCAG 2.2: from 1 for equal colors to 21 for black on white."""
+    luminances = sorted(
+        sum(w * v for w, v in zip((0.2126, 0.7152, 0.0722), _linear_rgb(c), strict=True)) for c in (first, second)
+    )
+    return (luminances[1] + 0.05) / (luminances[0] + 0.05)
 
 
-def test_there_are_three_themes() -> None:
-    """Light, dark and paper, each with all variables."""
+def test_page_has_three_themes() -> None:
+    """Check that the light, dark and print themes define the same variables."""
     assert len(THEMES) == 3
     assert len({frozenset(theme) for theme in THEMES}) == 1
     assert {f"--k{index}" for index in range(NUM_COLORS)} <= set(THEMES[0])
 
 
-@pytest.mark.parametrize("theme", THEMES, ids=["light", "dark", "paper"])
-def test_colours_stand_out_from_their_paper(theme: dict[str, str]) -> None:
-    """Text at 4.5 to 1 and marks at 3 to 1, as the WCAG ask for."""
+@pytest.mark.parametrize("theme", THEMES, ids=["light", "dark", "print"])
+def test_colors_contrast_with_the_background(theme: dict[str, str]) -> None:
+    """Check the minimum contrasts of WCAG: 4.5 to 1 for text and 3 to 1 for marks."""
     assert _contrast("#000", "#fff") == pytest.approx(21)
     for name in ("--ink", "--soft", "--accent", "--good", "--bad"):
         assert _contrast(theme[name], theme["--paper"]) >= 4.5, name
@@ -51,12 +53,12 @@ def test_colours_stand_out_from_their_paper(theme: dict[str, str]) -> None:
         assert _contrast(theme[name], theme["--paper"]) >= 3, name
 
 
-SIGHTS = {
-    "all": ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)),
+COLOR_VISIONS = {
+    "normal": ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)),
     "deuteranopia": ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.011820, 0.042940, 0.968881)),
     "protanopia": ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998)),
 }
-"""How linear colours look to those who see all of them, and to those who do not (Machado, Oliveira, Fernandes 2009)."""
+"""Matrices from linear RGB to perceived linear RGB (Machado, Oliveira, Fernandes 2009)."""
 
 LMS = (
     (0.4122214708, 0.5363325363, 0.0514459929),
@@ -70,29 +72,29 @@ LAB = (
 )
 
 
-def _times(matrix: tuple[tuple[float, ...], ...], vector: list[float]) -> list[float]:
+def _multiply(matrix: tuple[tuple[float, ...], ...], vector: list[float]) -> list[float]:
     return [sum(w * v for w, v in zip(row, vector, strict=True)) for row in matrix]
 
 
-def _seen(colour: str, sight: str) -> list[float]:
-    """OKLab (Ottosson 2020) of a colour as somebody sees it: a just noticeable difference is about 0.02."""
-    linear = [min(max(value, 0.0), 1.0) for value in _times(SIGHTS[sight], _light(colour))]
-    return _times(LAB, [value ** (1 / 3) for value in _times(LMS, linear)])
+def _perceive(color: str, vision: str) -> list[float]:
+    """Return a color in OKLab (Ottosson 2020) for a color vision; a just noticeable difference is about 0.02."""
+    linear = [min(max(value, 0.0), 1.0) for value in _multiply(COLOR_VISIONS[vision], _linear_rgb(color))]
+    return _multiply(LAB, [value ** (1 / 3) for value in _multiply(LMS, linear)])
 
 
-@pytest.mark.parametrize("sight", SIGHTS)
-@pytest.mark.parametrize("theme", THEMES, ids=["light", "dark", "paper"])
-def test_colours_are_told_apart_by_everybody(theme: dict[str, str], sight: str) -> None:
-    """No two groups look alike, nor two parts of a bar: several times what can just be noticed lies between them."""
+@pytest.mark.parametrize("vision", COLOR_VISIONS)
+@pytest.mark.parametrize("theme", THEMES, ids=["light", "dark", "print"])
+def test_colors_differ_for_every_color_vision(theme: dict[str, str], vision: str) -> None:
+    """Check that run groups, and the categories of a bar, differ by several just noticeable differences."""
     groups = [f"--k{index}" for index in range(NUM_COLORS)]
-    tensors = [f"--m{index}" for index in range(list(CATEGORY_LABELS).index("unattributed") + 1)]
-    assert len(tensors) == 10
-    for names in (groups, tensors):
-        for one, other in itertools.combinations(names, 2):
-            apart = math.dist(_seen(theme[one], sight), _seen(theme[other], sight))
-            assert apart > 0.08, (one, other, apart)
+    categories = [f"--m{index}" for index in range(list(MEMORY_CATEGORY_LABELS).index("unattributed") + 1)]
+    assert len(categories) == 10
+    for names in (groups, categories):
+        for first, second in itertools.combinations(names, 2):
+            distance = math.dist(_perceive(theme[first], vision), _perceive(theme[second], vision))
+            assert distance > 0.08, (first, second, distance)
 
 
-def test_every_group_has_a_shape_of_its_own() -> None:
-    """Where no colour is seen at all, a point's shape says whose it is."""
+def test_every_group_has_its_own_shape() -> None:
+    """Check that a point's shape identifies its group without color."""
     assert len(set(SHAPES)) == NUM_COLORS

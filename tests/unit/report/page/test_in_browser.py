@@ -1,4 +1,4 @@
-"""The page as a person meets it: in a real browser, from a file, without a network."""
+"""The page in a real browser, opened from a file without a network."""
 
 from __future__ import annotations
 
@@ -22,255 +22,266 @@ from peftbench.record import (
     StateBytes,
     read_records,
 )
-from tests.unit.report.page.conftest import Open
-from tests.unit.report.page.pages import SHIPPED, page_of, shipped
+from tests.unit.report.page.conftest import OpenPage
+from tests.unit.report.page.pages import SHIPPED, shipped, write_page
 from tests.unit.report.records import record
 
 SIZES = [(1440, 900), (820, 1180), (375, 700)]
-"""A screen, a tablet, a phone."""
+"""Viewports of a screen, a tablet and a phone."""
 
 
-def by_title(title: str) -> str:
-    """The head of a column."""
+def header_selector(title: str) -> str:
+    """Return the selector of a column's header."""
     return f"#runs thead th[data-column='{title}']"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", SIZES, ids=["screen", "tablet", "phone"])
-def test_opens_without_a_word(size: tuple[int, int], scheme: str, opened: Open, tmp_path: Path) -> None:
-    """Nothing is said on the console, nothing is asked of a network, every chart is drawn, nothing sticks out."""
-    path = page_of(shipped("demo"), tmp_path)
-    page = opened(path, width=size[0], height=size[1], color_scheme=scheme)
-    assert page.said == []
-    assert page.asked == [path.resolve().as_uri()]
-    drawn = page.see("[...document.querySelectorAll('[data-chart]')].map(b => [b.dataset.drawn, b.innerText])")
+def test_page_opens_without_console_messages(
+    size: tuple[int, int], scheme: str, open_page: OpenPage, tmp_path: Path
+) -> None:
+    """Check that the page requests nothing else, draws every chart, and has no element wider than the window."""
+    path = write_page(shipped("demo"), tmp_path)
+    page = open_page(path, width=size[0], height=size[1], color_scheme=scheme)
+    assert page.console == []
+    assert page.requests == [path.resolve().as_uri()]
+    drawn = page.evaluate("[...document.querySelectorAll('[data-chart]')].map(b => [b.dataset.drawn, b.innerText])")
     assert len(drawn) >= 6
     assert all(state == "yes" for state, _ in drawn)
-    marks = page.see("[...document.querySelectorAll('[data-chart] svg')].map(s => s.querySelectorAll('path').length)")
+    marks = page.evaluate(
+        "[...document.querySelectorAll('[data-chart] svg')].map(s => s.querySelectorAll('path').length)"
+    )
     assert len(marks) == len(drawn)
     assert min(marks) >= 5
-    names = page.see("[...document.querySelectorAll('[id]')].map(e => e.id)")
-    assert len(names) == len(set(names))
-    assert page.see("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
-    sticking_out = page.see(
+    ids = page.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)")
+    assert len(ids) == len(set(ids))
+    assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    too_wide = page.evaluate(
         "[...document.querySelectorAll('.chart')].filter(b => b.querySelector('svg').getBoundingClientRect().width "
         "> b.getBoundingClientRect().width + 1).length"
     )
-    assert sticking_out == 0
+    assert too_wide == 0
 
 
-def test_colours_follow_the_theme(opened: Open, tmp_path: Path) -> None:
-    """The charts' ink is the page's own, in light and in dark and, when it goes to paper, black on white."""
-    path = page_of(shipped("demo"), tmp_path)
+def test_chart_colors_follow_the_theme(open_page: OpenPage, tmp_path: Path) -> None:
+    """Check that chart text has the page's text color in light and dark, and is black in print."""
+    path = write_page(shipped("demo"), tmp_path)
     ink = "getComputedStyle(document.querySelector('.chart svg text')).fill"
-    found = {scheme: opened(path, color_scheme=scheme).see(ink) for scheme in ("light", "dark")}
-    assert found == {"light": "rgb(27, 27, 31)", "dark": "rgb(233, 233, 238)"}
-    on_paper = opened(path, color_scheme="dark")
-    on_paper.page.emulate_media(media="print")
-    assert on_paper.see(ink) == "rgb(0, 0, 0)"
-    assert on_paper.page.pdf().startswith(b"%PDF")
+    ink_by_scheme = {scheme: open_page(path, color_scheme=scheme).evaluate(ink) for scheme in ("light", "dark")}
+    assert ink_by_scheme == {"light": "rgb(27, 27, 31)", "dark": "rgb(233, 233, 238)"}
+    printed = open_page(path, color_scheme="dark")
+    printed.tab.emulate_media(media="print")
+    assert printed.evaluate(ink) == "rgb(0, 0, 0)"
+    assert printed.tab.pdf().startswith(b"%PDF")
 
 
-def test_sorts_by_what_is_meant(opened: Open, tmp_path: Path) -> None:
-    """By numbers and not by their digits, both ways, by mouse and by key; what is not known stays last."""
-    page = opened(page_of(shipped("demo"), tmp_path))
+def test_table_sorts_by_value(open_page: OpenPage, tmp_path: Path) -> None:
+    """Check numeric order in both directions, by mouse and by keyboard; unknown values stay last."""
+    page = open_page(write_page(shipped("demo"), tmp_path))
 
-    def order() -> list[str]:
-        found: list[str] = page.see("[...document.querySelectorAll('#runs tbody th')].map(h => h.textContent)")
-        return found
+    def run_order() -> list[str]:
+        names: list[str] = page.evaluate("[...document.querySelectorAll('#runs tbody th')].map(h => h.textContent)")
+        return names
 
-    button = page.page.locator(f"{by_title('peak mem (MiB)')} button")
+    button = page.tab.locator(f"{header_selector('peak mem (MiB)')} button")
     button.click()
-    assert order() == ["last_layer", "prompt_tuning", "lora", "full", "lead_1", "zero_shot"]
-    assert page.page.locator(by_title("peak mem (MiB)")).get_attribute("aria-sort") == "ascending"
+    assert run_order() == ["last_layer", "prompt_tuning", "lora", "full", "lead_1", "zero_shot"]
+    assert page.tab.locator(header_selector("peak mem (MiB)")).get_attribute("aria-sort") == "ascending"
     button.press("Enter")
-    assert order() == ["full", "lora", "prompt_tuning", "last_layer", "lead_1", "zero_shot"]
-    assert page.page.locator(by_title("peak mem (MiB)")).get_attribute("aria-sort") == "descending"
-    page.page.locator(f"{by_title('run')} button").press("Space")
-    assert order() == sorted(order())
-    assert page.page.locator("#runs th[aria-sort=none]").count() == page.page.locator("#runs thead th").count() - 1
+    assert run_order() == ["full", "lora", "prompt_tuning", "last_layer", "lead_1", "zero_shot"]
+    assert page.tab.locator(header_selector("peak mem (MiB)")).get_attribute("aria-sort") == "descending"
+    page.tab.locator(f"{header_selector('run')} button").press("Space")
+    assert run_order() == sorted(run_order())
+    assert page.tab.locator("#runs th[aria-sort=none]").count() == page.tab.locator("#runs thead th").count() - 1
 
 
-def test_a_column_says_what_it_means(opened: Open, tmp_path: Path) -> None:
-    """Pointed at or focused, a title shows its definition inside the window; Escape takes it away."""
-    page = opened(page_of(shipped("demo"), tmp_path), width=375, height=700)
-    meaning = page.page.locator(f"{by_title('held-out loss')} [role=tooltip]")
-    assert not meaning.is_visible()
-    page.page.locator(f"{by_title('held-out loss')} button").hover()
-    assert "cross-entropy" in meaning.inner_text()
-    page.page.wait_for_timeout(100)
-    box = meaning.bounding_box()
+def test_column_header_shows_its_definition(open_page: OpenPage, tmp_path: Path) -> None:
+    """Check that the tooltip opens on hover and focus, fits the window, closes on Escape and describes its button."""
+    page = open_page(write_page(shipped("demo"), tmp_path), width=375, height=700)
+    tooltip = page.tab.locator(f"{header_selector('held-out loss')} [role=tooltip]")
+    assert not tooltip.is_visible()
+    page.tab.locator(f"{header_selector('held-out loss')} button").hover()
+    assert "cross-entropy" in tooltip.inner_text()
+    page.tab.wait_for_timeout(100)
+    box = tooltip.bounding_box()
     assert box is not None
     assert box["x"] >= 0
     assert box["x"] + box["width"] <= 375
-    page.page.mouse.move(0, 0)
-    meaning.wait_for(state="hidden")
-    page.page.locator(f"{by_title('run')} button").focus()
-    page.page.keyboard.press("Tab")
-    page.page.keyboard.press("Tab")
-    page.page.keyboard.press("Tab")
-    assert meaning.is_visible()
-    page.page.keyboard.press("Escape")
-    assert not meaning.is_visible()
-    described = page.page.locator(f"{by_title('held-out loss')} button").get_attribute("aria-describedby")
-    assert meaning.get_attribute("id") == described
+    page.tab.mouse.move(0, 0)
+    tooltip.wait_for(state="hidden")
+    page.tab.locator(f"{header_selector('run')} button").focus()
+    page.tab.keyboard.press("Tab")
+    page.tab.keyboard.press("Tab")
+    page.tab.keyboard.press("Tab")
+    assert tooltip.is_visible()
+    page.tab.keyboard.press("Escape")
+    assert not tooltip.is_visible()
+    described = page.tab.locator(f"{header_selector('held-out loss')} button").get_attribute("aria-describedby")
+    assert tooltip.get_attribute("id") == described
 
 
-def test_a_point_says_whose_it_is(opened: Open, tmp_path: Path) -> None:
-    """Pointed at, a mark of a chart shows its run and its figures; a screen reader has them in its label."""
-    page = opened(page_of(shipped("demo"), tmp_path))
-    point = page.page.locator("#chart-quality-mib svg .mark-symbol.role-mark path[aria-label*='full']").first
+def test_chart_point_shows_its_run(open_page: OpenPage, tmp_path: Path) -> None:
+    """Check the tooltip of a mark, and the label of a mark for screen readers."""
+    page = open_page(write_page(shipped("demo"), tmp_path))
+    point = page.tab.locator("#chart-quality-mib svg .mark-symbol.role-mark path[aria-label*='full']").first
     label = point.get_attribute("aria-label")
     assert label is not None
     assert "run: full" in label
     point.scroll_into_view_if_needed()
     point.hover(force=True)
-    page.page.wait_for_selector("#vg-tooltip-element.visible")
-    assert "full" in page.page.locator("#vg-tooltip-element").inner_text()
+    page.tab.wait_for_selector("#vg-tooltip-element.visible")
+    assert "full" in page.tab.locator("#vg-tooltip-element").inner_text()
 
 
-def test_what_is_no_number_is_sorted_last(opened: Open, tmp_path: Path) -> None:
-    """A diverged run's loss is no figure: it stays last both ways, and the chart and the table are whole."""
-    bad = record(
-        "bad", "lora", 10, loss=float("nan"), outcome=Outcome(kind="diverged", step=2), step_losses=(1.0, float("inf"))
+def test_non_finite_value_is_sorted_last(open_page: OpenPage, tmp_path: Path) -> None:
+    """Check that a diverged run is last in both directions and causes no console message."""
+    diverged = record(
+        "diverged",
+        "lora",
+        10,
+        loss=float("nan"),
+        outcome=Outcome(kind="diverged", step=2),
+        step_losses=(1.0, float("inf")),
     )
-    rows = [bad, record("a", "full", 1000, loss=2.0), record("b", "full", 1000, loss=3.0)]
-    page = opened(page_of({tmp_path / one.name / "record.json": one for one in rows}, tmp_path))
-    assert page.said == []
-    for best in ("a (full)", "b (full)"):
-        page.page.locator(f"{by_title('held-out loss')} button").click()
-        order = page.see("[...document.querySelectorAll('#runs tbody th')].map(h => h.textContent)")
-        assert (order[0], order[-1]) == (best, "bad (lora)")
+    rows = [diverged, record("a", "full", 1000, loss=2.0), record("b", "full", 1000, loss=3.0)]
+    page = open_page(write_page({tmp_path / run.name / "record.json": run for run in rows}, tmp_path))
+    assert page.console == []
+    for first in ("a (full)", "b (full)"):
+        page.tab.locator(f"{header_selector('held-out loss')} button").click()
+        order = page.evaluate("[...document.querySelectorAll('#runs tbody th')].map(h => h.textContent)")
+        assert (order[0], order[-1]) == (first, "diverged (lora)")
 
 
-def test_small_numbers_are_numbers(opened: Open, tmp_path: Path) -> None:
-    """Five of ten million is less than one of a thousand, though its first digit is larger and it has an exponent."""
+def test_numbers_with_an_exponent_are_sorted_by_value(open_page: OpenPage, tmp_path: Path) -> None:
+    """Check that 5 of 10,000,000 is below 1 of 1,000, although it has a larger first digit and an exponent."""
     sizes = {"few": (5, 10_000_000), "some": (1, 1000), "half": (1, 2)}
     rows = [
-        record(name, "lora", 10, parameters=ParameterCounts(trainable=part, total=whole))
-        for name, (part, whole) in sizes.items()
+        record(name, "lora", 10, parameters=ParameterCounts(trainable=trainable, total=total))
+        for name, (trainable, total) in sizes.items()
     ]
-    page = opened(page_of({tmp_path / one.name / "record.json": one for one in rows}, tmp_path))
-    page.page.locator(f"{by_title('trainable %')} button").click()
-    order = page.see("[...document.querySelectorAll('#runs tbody th')].map(h => h.textContent)")
+    page = open_page(write_page({tmp_path / run.name / "record.json": run for run in rows}, tmp_path))
+    page.tab.locator(f"{header_selector('trainable %')} button").click()
+    order = page.evaluate("[...document.querySelectorAll('#runs tbody th')].map(h => h.textContent)")
     assert order == ["few (lora)", "some (lora)", "half (lora)"]
 
 
-def test_a_phone_shows_long_names(opened: Open, tmp_path: Path) -> None:
-    """With everything opened, names as long as a sweep's make nothing stick out of a phone."""
-    page = opened(page_of(shipped("demo_rates"), tmp_path), width=375, height=700)
-    page.see("document.querySelectorAll('details').forEach(d => { d.open = true; })")
-    assert page.see("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+def test_long_names_fit_a_phone(open_page: OpenPage, tmp_path: Path) -> None:
+    """Check that names of a sweep cause no horizontal scrolling with all details open."""
+    page = open_page(write_page(shipped("demo_rates"), tmp_path), width=375, height=700)
+    page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+    assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
 
 
-def test_finds_a_run(opened: Open, tmp_path: Path) -> None:
-    """Words in the field leave the rows that have them all, and say how many those are."""
-    page = opened(page_of(shipped("demo_budget"), tmp_path))
-    page.page.fill("#filter", "FULL oom")
-    assert page.page.locator("#runs tbody tr:visible").count() == 1
-    assert page.page.locator("#count").inner_text() == "1 of 3"
-    page.page.fill("#filter", "")
-    assert page.page.locator("#runs tbody tr:visible").count() == 3
+def test_filter_shows_matching_runs(open_page: OpenPage, tmp_path: Path) -> None:
+    """Check that the filter keeps rows that have all of its terms, and that the page shows their number."""
+    page = open_page(write_page(shipped("demo_budget"), tmp_path))
+    page.tab.fill("#filter", "FULL oom")
+    assert page.tab.locator("#runs tbody tr:visible").count() == 1
+    assert page.tab.locator("#count").inner_text() == "1 of 3"
+    page.tab.fill("#filter", "")
+    assert page.tab.locator("#runs tbody tr:visible").count() == 3
 
 
 @pytest.mark.parametrize("kind", ["csv", "json", "tex"])
-def test_the_data_can_be_had(kind: str, opened: Open, tmp_path: Path) -> None:
-    """A button saves the file that the report writes, whole."""
-    page = opened(page_of(shipped("demo"), tmp_path))
-    with page.page.expect_download() as waiting:
-        page.page.click(f"[data-download={kind}]")
-    text = Path(waiting.value.path()).read_text(encoding="utf-8")
-    assert waiting.value.suggested_filename == f"results.{kind}"
+def test_data_can_be_downloaded(kind: str, open_page: OpenPage, tmp_path: Path) -> None:
+    """Check that a button saves the complete file that the report writes."""
+    page = open_page(write_page(shipped("demo"), tmp_path))
+    with page.tab.expect_download() as download:
+        page.tab.click(f"[data-download={kind}]")
+    text = Path(download.value.path()).read_text(encoding="utf-8")
+    assert download.value.suggested_filename == f"results.{kind}"
     if kind == "csv":
         assert {row["run"] for row in csv.DictReader(io.StringIO(text))} == {r.name for r in shipped("demo").values()}
     elif kind == "json":
         assert len(json.loads(text)["runs"]) == len(shipped("demo"))
     else:
         assert "\\toprule" in text
-    assert page.said == []
+    assert page.console == []
 
 
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>\"'&{{ 7 * 7 }}"
 
 
-def test_what_a_model_wrote_stays_text(opened: Open, tmp_path: Path) -> None:
-    """Markup in summaries, articles, names, notes and devices is shown as it is, and none of it runs."""
-    bad = record(HOSTILE, "lora", 10, notes=(HOSTILE,), git_commit=HOSTILE, library_versions={HOSTILE: HOSTILE})
-    assert bad.quality is not None
+def test_markup_in_records_is_shown_as_text(open_page: OpenPage, tmp_path: Path) -> None:
+    """Check that markup in summaries, articles, names, notes and devices does not run."""
+    hostile = record(HOSTILE, "lora", 10, notes=(HOSTILE,), git_commit=HOSTILE, library_versions={HOSTILE: HOSTILE})
+    assert hostile.quality is not None
     sample = Sample(id=HOSTILE, article=HOSTILE, reference=HOSTILE, generated=HOSTILE)
-    bad = bad.model_copy(
+    hostile = hostile.model_copy(
         update={
-            "quality": bad.quality.model_copy(update={"samples": (sample,)}),
+            "quality": hostile.quality.model_copy(update={"samples": (sample,)}),
             "step_losses": (3.0, 2.0),
             "step_seconds": (1.0, 1.0),
-            "device": bad.device.model_copy(update={"name": HOSTILE}),
+            "device": hostile.device.model_copy(update={"name": HOSTILE}),
             "memory": {"train": Memory(allocated_bytes=2**20)},
         }
     )
-    page = opened(page_of({tmp_path / "bad" / "record.json": bad}, tmp_path, title=HOSTILE, summary=[HOSTILE]))
-    page.page.wait_for_timeout(300)
-    assert page.said == []
-    assert len(page.asked) == 1
-    assert page.see("window.hacked") is None
-    assert page.see("document.querySelectorAll('img').length") == 0
-    assert page.see("document.querySelectorAll('script').length") == 4
-    assert page.page.locator("blockquote").inner_text() == HOSTILE
-    assert page.page.locator("td.text").nth(1).inner_text() == HOSTILE
-    assert page.page.title() == f"{HOSTILE} – peftbench"
-    mark = page.page.locator("#chart-quality-mib svg .mark-symbol.role-mark path").first
+    page = open_page(
+        write_page({tmp_path / "hostile" / "record.json": hostile}, tmp_path, title=HOSTILE, summary=[HOSTILE])
+    )
+    page.tab.wait_for_timeout(300)
+    assert page.console == []
+    assert len(page.requests) == 1
+    assert page.evaluate("window.hacked") is None
+    assert page.evaluate("document.querySelectorAll('img').length") == 0
+    assert page.evaluate("document.querySelectorAll('script').length") == 4
+    assert page.tab.locator("blockquote").inner_text() == HOSTILE
+    assert page.tab.locator("td.text").nth(1).inner_text() == HOSTILE
+    assert page.tab.title() == f"{HOSTILE} – peftbench"
+    mark = page.tab.locator("#chart-quality-mib svg .mark-symbol.role-mark path").first
     mark.hover(force=True)
-    page.page.wait_for_selector("#vg-tooltip-element.visible")
-    assert page.see("document.querySelectorAll('#vg-tooltip-element img, #vg-tooltip-element script').length") == 0
-    assert page.see("window.hacked") is None
+    page.tab.wait_for_selector("#vg-tooltip-element.visible")
+    assert page.evaluate("document.querySelectorAll('#vg-tooltip-element img, #vg-tooltip-element script').length") == 0
+    assert page.evaluate("window.hacked") is None
 
 
-def test_a_script_that_is_not_ours_would_not_run(opened: Open, tmp_path: Path) -> None:
-    """Even unescaped it would not: the page's policy knows its own scripts by their digests, and no eval."""
-    path = page_of(shipped("demo"), tmp_path)
+def test_injected_script_is_blocked(open_page: OpenPage, tmp_path: Path) -> None:
+    """Check that the content security policy allows only the page's own scripts, by their digests."""
+    path = write_page(shipped("demo"), tmp_path)
     text = path.read_text(encoding="utf-8")
     path.write_text(text.replace("</main>", "<script>window.hacked = 1</script></main>"), encoding="utf-8")
-    page = opened(path)
-    assert page.see("window.hacked") is None
-    assert any("Content Security Policy" in line for line in page.said)
+    page = open_page(path)
+    assert page.evaluate("window.hacked") is None
+    assert any("Content Security Policy" in line for line in page.console)
 
 
-def test_nothing_is_lost_without_scripts(opened: Open, tmp_path: Path) -> None:
-    """Where no script runs, the table and all text are there, and what is missing is said."""
-    page = opened(page_of(shipped("demo"), tmp_path), java_script_enabled=False)
-    assert page.page.locator("#runs tbody tr").count() == 6
-    assert page.page.locator("noscript").is_visible()
+def test_page_without_scripts_has_table_and_notice(open_page: OpenPage, tmp_path: Path) -> None:
+    """Check that the table is complete and a notice states what is missing."""
+    page = open_page(write_page(shipped("demo"), tmp_path), java_script_enabled=False)
+    assert page.tab.locator("#runs tbody tr").count() == 6
+    assert page.tab.locator("noscript").is_visible()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_is_accessible(scheme: str, opened: Open, tmp_path: Path) -> None:
-    """axe, the usual checker of the WCAG's rules, finds no violation: contrast, labels, order of heads, roles."""
+def test_page_is_accessible(scheme: str, open_page: OpenPage, tmp_path: Path) -> None:
+    """Check that axe, a WCAG checker, finds no violation, e.g. in contrast, labels, heading order or roles."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
-    page = opened(page_of(shipped("demo"), tmp_path), color_scheme=scheme, bypass_csp=True)
-    found = axe.Axe().run(page.page, options={"runOnly": ["wcag2a", "wcag2aa", "wcag21aa", "best-practice"]}).response
-    assert [(v["id"], [node["html"][:200] for node in v["nodes"]][:3]) for v in found["violations"]] == []
-    assert len(found["passes"]) > 20
+    page = open_page(write_page(shipped("demo"), tmp_path), color_scheme=scheme, bypass_csp=True)
+    results = axe.Axe().run(page.tab, options={"runOnly": ["wcag2a", "wcag2aa", "wcag21aa", "best-practice"]}).response
+    assert [(rule["id"], [node["html"][:200] for node in rule["nodes"]][:3]) for rule in results["violations"]] == []
+    assert len(results["passes"]) > 20
 
 
-def test_what_did_not_fit_is_there(opened: Open, tmp_path: Path) -> None:
-    """A run that was out of memory has its row, its bar with what it asked for, and a line for the budget."""
-    page = opened(page_of(shipped("demo_budget"), tmp_path))
-    row = page.page.locator(
+def test_run_out_of_memory_is_shown(open_page: OpenPage, tmp_path: Path) -> None:
+    """Check the row of the run, its bar with the requested allocation, and the line of the budget."""
+    page = open_page(write_page(shipped("demo_budget"), tmp_path))
+    row = page.tab.locator(
         "#runs tbody tr",
-        has=page.page.locator("th", has_text="full (oom)").or_(page.page.locator("th:text-is('full')")),
+        has=page.tab.locator("th", has_text="full (oom)").or_(page.tab.locator("th:text-is('full')")),
     )
     assert "oom at step 2" in row.first.inner_text()
-    bars = page.see(
+    bars = page.evaluate(
         "[...document.querySelectorAll('#chart-memory [aria-label]')].map(e => e.getAttribute('aria-label'))"
     )
     assert any("requested allocation" in str(bar) for bar in bars)
     assert sum("limit: budget" in str(bar) and "112" in str(bar) for bar in bars) == 1
-    assert "full (oom at step 2)" in page.page.locator("#trade-offs").inner_text()
+    assert "full (oom at step 2)" in page.tab.locator("#trade-offs").inner_text()
 
 
-def _many(count: int) -> dict[Path, RunRecord]:
-    """Runs of four methods, of many rates and seeds, each with curves."""
+def _build_records(count: int) -> dict[Path, RunRecord]:
+    """Return records of runs of four methods, each with its own seed and loss curve."""
     kinds = ("full", "last_layer", "lora", "prompt_tuning")
-    made = {}
+    records = {}
     for index in range(count):
         kind, score = kinds[index % 4], 20 + (index * 37 % 100) / 10
         quality = Quality(
@@ -292,32 +303,32 @@ def _many(count: int) -> dict[Path, RunRecord]:
             "outcome": Outcome(kind="ok"),
             "seed": index,
         }
-        made[Path(f"runs/{kind}-{index}/record.json")] = record(f"{kind}-{index}", kind, 10 + index % 4, **values)
-    return made
+        records[Path(f"runs/{kind}-{index}/record.json")] = record(f"{kind}-{index}", kind, 10 + index % 4, **values)
+    return records
 
 
-def test_a_thousand_runs(opened: Open, tmp_path: Path) -> None:
-    """The page of 1,000 runs opens, sorts and finds; curves and summaries are of a few, which it says."""
-    page = opened(page_of(_many(1000), tmp_path))
-    assert page.said == []
-    assert page.page.locator("#runs tbody tr").count() == 1000
-    page.page.locator(f"{by_title('model TFLOPs')} button").click()
-    page.page.locator(f"{by_title('model TFLOPs')} button").click()
-    assert page.page.locator("#runs tbody tr").first.locator("th").inner_text() == "prompt_tuning-999"
-    page.page.fill("#filter", "lora-2")
-    assert page.page.locator("#count").inner_text().endswith("of 1000")
-    assert "24 of 1,000 runs are shown" in page.page.locator("#losses").inner_text()
-    assert page.page.locator(".example tbody tr").count() == 25
+def test_page_of_1000_runs_sorts_and_filters(open_page: OpenPage, tmp_path: Path) -> None:
+    """Check that the page shows curves and summaries of a few runs only, and states their number."""
+    page = open_page(write_page(_build_records(1000), tmp_path))
+    assert page.console == []
+    assert page.tab.locator("#runs tbody tr").count() == 1000
+    page.tab.locator(f"{header_selector('model TFLOPs')} button").click()
+    page.tab.locator(f"{header_selector('model TFLOPs')} button").click()
+    assert page.tab.locator("#runs tbody tr").first.locator("th").inner_text() == "prompt_tuning-999"
+    page.tab.fill("#filter", "lora-2")
+    assert page.tab.locator("#count").inner_text().endswith("of 1000")
+    assert "24 of 1,000 runs are shown" in page.tab.locator("#losses").inner_text()
+    assert page.tab.locator(".example tbody tr").count() == 25
 
 
-def test_there_are_pages() -> None:
-    """Every folder of shipped records makes a page, and there are some."""
+def test_shipped_suites_exist() -> None:
+    """Check that the test of every shipped suite has suites."""
     assert len(SHIPPED) >= 4
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_every_shipped_suite_has_a_page(name: str, opened: Open, tmp_path: Path) -> None:
-    """Of records of any age, and of suites without a trade-off, a page is made that opens without a word."""
-    page = opened(page_of(shipped(name), tmp_path))
-    assert page.said == []
-    assert page.page.locator("#runs tbody tr").count() == len(read_records(SHIPPED[name]))
+def test_every_shipped_suite_opens_without_console_messages(name: str, open_page: OpenPage, tmp_path: Path) -> None:
+    """Check pages of records of any version and of suites without a trade-off."""
+    page = open_page(write_page(shipped(name), tmp_path))
+    assert page.console == []
+    assert page.tab.locator("#runs tbody tr").count() == len(read_records(SHIPPED[name]))
