@@ -29,7 +29,7 @@ from peftbench.data.sources import Files
 from tests.helpers.corpus import examples, write_corpus
 from tests.helpers.models import FAMILIES, random_base
 from tests.helpers.paths import REPOSITORY
-from tests.helpers.training import forget_accelerators
+from tests.helpers.training import reset_accelerators
 from tests.helpers.workshop import Workshop
 
 if TYPE_CHECKING:
@@ -49,9 +49,9 @@ def pytest_unconfigure() -> None:
 def isolated_process_state() -> Iterator[None]:
     """Reset accelerate's process-wide state and the environment for each test."""
     with patch.dict(os.environ):  # engines write their rank to the environment
-        forget_accelerators()
+        reset_accelerators()
         yield
-        forget_accelerators()
+        reset_accelerators()
 
 
 @pytest.fixture

@@ -90,7 +90,7 @@ STEPS: dict[str, dict[str, Any]] = {
         "checkpointing": False,
     },
     "bf16": {"precision": "bf16"},
-    "labelled_logits": {"logits": "labels_only"},
+    "labeled_logits": {"logits": "labels_only"},
     "fused_gelu": {"fused_gelu": True},
     "adamw8bit": {"optimizer": "adamw8bit"},
     "checkpointing": {"checkpointing": True},

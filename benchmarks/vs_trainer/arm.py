@@ -131,7 +131,7 @@ def _record(job: Job, trained: Trained, identity: str, started: str, held: int) 
         step_seconds=trained.step_seconds,
         train_seconds=trained.seconds,
         real_tokens=trained.real_tokens,
-        labelled_tokens=trained.labelled_tokens,
+        labeled_tokens=trained.labeled_tokens,
         memory=trained.memory,
         counted_step=COUNTED_STEP,
         required_flops=trained.required_flops,

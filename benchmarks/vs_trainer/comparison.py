@@ -34,7 +34,7 @@ def problems(records: Sequence[Measured]) -> list[str]:
         for arm in ARMS:
             for theirs, ours in pair_records(records, case, arm):
                 where = f"{case}, {arm}, repeat {theirs.repeat}"
-                if (theirs.real_tokens, theirs.labelled_tokens) != (ours.real_tokens, ours.labelled_tokens):
+                if (theirs.real_tokens, theirs.labeled_tokens) != (ours.real_tokens, ours.labeled_tokens):
                     found.append(f"{where}: its steps have other tokens than peftbench's")
                 elif len(theirs.losses) != len(ours.losses):
                     found.append(f"{where}: {len(theirs.losses)} steps; peftbench has {len(ours.losses)}")

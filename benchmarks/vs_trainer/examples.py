@@ -53,7 +53,7 @@ class Examples:
         """Return the real tokens of each step."""
         return tuple(sum(len(ids) for ids, _ in self.step(index)) for index in range(len(self.batches)))
 
-    def labelled_tokens(self) -> tuple[int, ...]:
+    def labeled_tokens(self) -> tuple[int, ...]:
         """Return the labels of each step."""
         return tuple(sum(len(ids) - prompt for ids, prompt in self.step(i)) for i in range(len(self.batches)))
 
@@ -61,9 +61,7 @@ class Examples:
         """Return a step's model FLOP units: real and virtual positions, causal pairs, the head at labels."""
         lengths = [len(ids) + virtual_tokens for ids, _ in self.step(index)]
         pairs = sum(length * (length + 1) // 2 for length in lengths)
-        return FlopUnits(
-            positions=sum(lengths), pairs=pairs, causal_pairs=pairs, labelled=self.labelled_tokens()[index]
-        )
+        return FlopUnits(positions=sum(lengths), pairs=pairs, causal_pairs=pairs, labeled=self.labeled_tokens()[index])
 
 
 def read_examples(job: Job, tokenizer: PreTrainedTokenizerBase, positions: int) -> Examples:

@@ -52,7 +52,7 @@ class Measured(BaseModel):
     """From the end of warm-up to the end of the last step, synchronized at both."""
     real_tokens: tuple[int, ...]
     """Per step."""
-    labelled_tokens: tuple[int, ...]
+    labeled_tokens: tuple[int, ...]
     """Per step."""
     memory: Memory
     """Peak memory of the timed steps."""

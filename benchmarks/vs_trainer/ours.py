@@ -110,7 +110,7 @@ def run(job: Job, examples: Examples, positions: int) -> Trained:
         step_seconds=clock.step_seconds,
         seconds=clock.seconds,
         real_tokens=tuple(counts.real for counts in token_counts),
-        labelled_tokens=tuple(counts.labelled for counts in token_counts),
+        labeled_tokens=tuple(counts.labeled for counts in token_counts),
         memory=record.memory["train"],
         required_flops=required,
         executed_flops=counted.counted_flops if counted else None,

@@ -61,7 +61,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers' class has n
 
         def noting(rows: list[dict[str, Any]]) -> dict[str, Any]:
             real = sum(sum(row["attention_mask"]) if "attention_mask" in row else len(row["input_ids"]) for row in rows)
-            self.tokens.append((real, sum(_labelled(row["labels"]) for row in rows)))
+            self.tokens.append((real, sum(_labeled(row["labels"]) for row in rows)))
             return collate(rows)
 
         return noting
@@ -80,7 +80,7 @@ def _parts(values: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     return (values[start : start + size] for start in range(0, len(values), size))
 
 
-def _labelled(labels: list[int] | numpy.ndarray) -> int:
+def _labeled(labels: list[int] | numpy.ndarray) -> int:
     """Return the number of labels; fast, since it runs within a timed step."""
     ignored = labels.count(IGNORED) if isinstance(labels, list) else numpy.count_nonzero(labels == IGNORED)
     return len(labels) - int(ignored)
@@ -138,7 +138,7 @@ def run(job: Job, examples: Examples, positions: int, meter: MemoryMeter) -> Tra
         step_seconds=clock.step_seconds,
         seconds=clock.seconds,
         real_tokens=watch.step_tokens(0),
-        labelled_tokens=watch.step_tokens(1),
+        labeled_tokens=watch.step_tokens(1),
         memory=clock.memory,
         required_flops=required,
         executed_flops=None

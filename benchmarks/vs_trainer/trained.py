@@ -31,7 +31,7 @@ class Trained:
     seconds: float
     real_tokens: tuple[int, ...]
     """Per step, as this arm received them."""
-    labelled_tokens: tuple[int, ...]
+    labeled_tokens: tuple[int, ...]
     memory: Memory
     required_flops: int | None
     executed_flops: int | None

@@ -16,7 +16,7 @@ from peftbench.methods.last_layer import LastLayer
 from peftbench.methods.lora import Lora
 from peftbench.methods.prompt_tuning import PromptTuning
 from tests.helpers.models import ARCHITECTURES
-from tests.helpers.training import trained
+from tests.helpers.training import trainable_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -102,7 +102,9 @@ class Bench:
     @property
     def optimizer(self) -> torch.optim.Optimizer:
         """Return a new optimizer of the trained parameters, without weight decay: only gradients change them."""
-        return torch.optim.AdamW(trained(self.model).values(), lr=RATES[self.case.method.kind], weight_decay=0.0)
+        return torch.optim.AdamW(
+            trainable_parameters(self.model).values(), lr=RATES[self.case.method.kind], weight_decay=0.0
+        )
 
     def named_tensors(self) -> dict[str, torch.Tensor]:
         """Return all parameters and buffers by name; a tied one once."""

@@ -10,7 +10,7 @@ import torch
 from peftbench.training.loop import train_step
 from tests.conformance.battery import Bench, Case, MakeBench, every_case
 from tests.helpers.batches import micro_batch, one_batch
-from tests.helpers.training import loss_for, trained, trainer_of
+from tests.helpers.training import assemble_training, loss_for, trainable_parameters
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def test_fits_one_batch(case: Case, make_bench: MakeBench, accelerator: Accelerator) -> None:
     """In 40 steps on one batch, the loss decreases by more than a third."""
     bench = make_bench(case)
-    trainer = trainer_of(accelerator, bench.model, bench.optimizer)
+    trainer = assemble_training(accelerator, bench.model, bench.optimizer)
     batch = one_batch(micro_batch(virtual=case.method.virtual_tokens))
     losses = [train_step(accelerator, trainer, batch, max_grad_norm=1.0) for _ in range(40)]
     assert losses[-1] < losses[0] * 2 / 3
@@ -33,7 +33,7 @@ def _compute_loss_and_gradients(bench: Bench, loss_fn: CausalLMLoss) -> tuple[fl
     with loss_fn.attention_context():
         loss = loss_fn(bench.model, micro_batch(virtual=bench.case.method.virtual_tokens))
         loss.backward()  # type: ignore[no-untyped-call]
-    gradients = {name: parameter.grad for name, parameter in trained(bench.model).items()}
+    gradients = {name: parameter.grad for name, parameter in trainable_parameters(bench.model).items()}
     return loss.item(), {name: gradient for name, gradient in gradients.items() if gradient is not None}
 
 
@@ -49,7 +49,7 @@ def test_checkpointing_keeps_loss_and_gradients(case: Case, make_bench: MakeBenc
     loss, gradients = _compute_loss_and_gradients(plain, losses[0])
     recomputed_loss, recomputed_gradients = _compute_loss_and_gradients(checkpointed, losses[1])
     assert recomputed_loss == pytest.approx(loss, rel=1e-6)
-    assert gradients.keys() == recomputed_gradients.keys() == trained(plain.model).keys()
+    assert gradients.keys() == recomputed_gradients.keys() == trainable_parameters(plain.model).keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(recomputed_gradients[name], gradient, rtol=1e-5, atol=1e-6)
     # A frozen backbone is in evaluation mode, where nothing is recomputed.

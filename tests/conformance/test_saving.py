@@ -15,7 +15,7 @@ from peftbench.training.loop import train_step
 from tests.conformance.battery import Case, MakeBench, every_case
 from tests.helpers.batches import logits, micro_batch, one_batch
 from tests.helpers.models import ARCHITECTURES, meta_base
-from tests.helpers.training import trainer_of
+from tests.helpers.training import assemble_training
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -37,7 +37,7 @@ def test_loaded_model_has_identical_logits(
     bench = make_bench(case)
     untrained = bench.logits(micro_batch())
     case.method.set_training(bench.model)
-    trainer = trainer_of(accelerator, bench.model, bench.optimizer)
+    trainer = assemble_training(accelerator, bench.model, bench.optimizer)
     for _ in range(2):
         train_step(accelerator, trainer, one_batch(micro_batch(virtual=case.method.virtual_tokens)), max_grad_norm=1.0)
     expected = bench.logits(micro_batch())

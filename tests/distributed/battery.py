@@ -27,7 +27,7 @@ from peftbench.optim import OPTIMIZERS
 from peftbench.recipe.schema import Checkpoint, Data, Evaluate, Model, Profile, Recipe, Schedule, Train
 from peftbench.run.runner import Run
 from peftbench.training.checkpoint import CheckpointManager
-from tests.helpers.training import forget_accelerators
+from tests.helpers.training import reset_accelerators
 
 STEPS = 6
 REFUSED = "refused.txt"
@@ -106,18 +106,18 @@ def run_stopped_and_resumed(recipe: Recipe) -> None:
 
     CheckpointManager.save = save_and_stop  # type: ignore[assignment,method-assign]
     try:
-        fresh_process()
+        run_fresh_process()
         record, _ = Run(repeated).execute()
         assert record.outcome.kind == "preempted"
     finally:
         CheckpointManager.save = save  # type: ignore[assignment,method-assign]
-    fresh_process()
+    run_fresh_process()
     Run(repeated).execute()
 
 
-def fresh_process() -> None:
+def run_fresh_process() -> None:
     """Reset the global state that a new process would not have."""
-    forget_accelerators()
+    reset_accelerators()
     torch.nn.functional.linear = LINEAR  # ZeRO stage 3 replaces it globally
 
 
@@ -131,7 +131,7 @@ def main() -> None:
     for name in names:
         method, optimizer, precision = name.split("-")
         point = Combination(method, engine, optimizer, precision)
-        fresh_process()
+        run_fresh_process()
         point_recipe = build_recipe(point, base, data, Path(folder))
         try:
             Run(point_recipe).execute()

@@ -39,7 +39,7 @@ from peftbench.methods import METHODS
 from peftbench.optim import OPTIMIZERS
 from peftbench.record import RunRecord, read_record
 from peftbench.run.runner import Run
-from tests.distributed.battery import RESUMED, STEPS, UNTRAINED, build_recipe, fresh_process
+from tests.distributed.battery import RESUMED, STEPS, UNTRAINED, build_recipe, run_fresh_process
 from tests.distributed.conftest import DISTRIBUTED_ENGINES, RunEngine, list_runnable
 from tests.distributed.tolerances import resume_tolerance, resume_tolerance_single, tolerance, weight_tolerance
 from tests.helpers.methods import ONE_OF_EACH
@@ -205,9 +205,9 @@ def assert_matches_one_process(point: Combination, run_engine: RunEngine) -> Non
     assert per_example is not None
     assert expected is not None
     assert per_example.loss == pytest.approx(expected.loss, rel=20 * allowed)
-    assert (per_example.examples_fingerprint, per_example.labelled_tokens) == (
+    assert (per_example.examples_fingerprint, per_example.labeled_tokens) == (
         expected.examples_fingerprint,
-        expected.labelled_tokens,
+        expected.labeled_tokens,
     )
     assert (record.flops.model_flops, record.tokens) == (single.flops.model_flops, single.tokens)
     assert len(record.state_bytes_by_rank) == (0 if ENGINES[point.engine].offloads_to_nvme else 2)
@@ -321,12 +321,12 @@ def test_tolerances_catch_a_lost_process(
     _, base, data = folders
     recipe = build_recipe(point, str(base), str(data), tmp_path)
     complete, _ = Run(recipe).execute()
-    fresh_process()
+    run_fresh_process()
     calls = itertools.count()
     backward = Accelerator.backward
     monkeypatch.setattr(Accelerator, "backward", lambda self, loss: backward(self, loss * (next(calls) % 2)))
     lost, _ = Run(recipe.model_copy(update={"name": "lost"})).execute()
-    fresh_process()
+    run_fresh_process()
     untrained, _ = Run(
         build_recipe(dataclasses.replace(point, optimizer=UNTRAINED), str(base), str(data), tmp_path)
     ).execute()

@@ -13,9 +13,9 @@ from peftbench.data.collate import MicroBatch
 from peftbench.methods.base import Method
 from peftbench.modeling.loss import CausalLMLoss, build_loss
 from tests.helpers.batches import micro_batch, packed
-from tests.helpers.gpu import without_waiting
+from tests.helpers.gpu import forbid_gpu_sync
 from tests.helpers.methods import every_method
-from tests.helpers.training import base_model_of, trained
+from tests.helpers.training import base_model_of, trainable_parameters
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,11 +36,13 @@ def _compute_loss_and_gradients(
     model.zero_grad()
     cuda_batch = batch.to(CUDA)
     torch.cuda.synchronize()
-    with nullcontext() if synchronizes else without_waiting(), loss.attention_context():
+    with nullcontext() if synchronizes else forbid_gpu_sync(), loss.attention_context():
         with torch.autocast("cuda", dtype=dtype, enabled=dtype is not None):
             summed = loss(model, cuda_batch)
         summed.backward()  # type: ignore[no-untyped-call]
-    return summed.item(), {name: p.grad.float().clone() for name, p in trained(model).items() if p.grad is not None}
+    return summed.item(), {
+        name: p.grad.float().clone() for name, p in trainable_parameters(model).items() if p.grad is not None
+    }
 
 
 def _assert_near(
@@ -71,7 +73,7 @@ def test_packed_rows_match_padded_rows(  # noqa: PLR0917
     torch.manual_seed(3)
     model = method.apply(fresh_base(architecture), tokenizer).to(CUDA)
     method.set_training(model)
-    padded_loss, _ = build_loss(base_model_of(model), labelled_only=False, use_masks=True)
+    padded_loss, _ = build_loss(base_model_of(model), labeled_only=False, use_masks=True)
     model.zero_grad()
     batch = micro_batch(virtual=method.virtual_tokens)
     with torch.autocast("cuda", dtype=dtype, enabled=dtype is not None):
@@ -79,7 +81,7 @@ def test_packed_rows_match_padded_rows(  # noqa: PLR0917
     summed.backward()  # type: ignore[no-untyped-call]
     expected = (
         summed.item(),
-        {name: p.grad.float().clone() for name, p in trained(model).items() if p.grad is not None},
+        {name: p.grad.float().clone() for name, p in trainable_parameters(model).items() if p.grad is not None},
     )
     loss, notes = build_loss(base_model_of(model), kernel=kernel)  # type: ignore[arg-type]
     assert not notes

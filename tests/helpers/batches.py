@@ -48,7 +48,7 @@ def packed(
     return PaddingFreeCollator(0, virtual, pad_to_multiple_of=multiple).collate(ids, prompt_tokens)
 
 
-def labelled(batch: MicroBatch) -> int:
+def count_labeled_tokens(batch: MicroBatch) -> int:
     """Return the number of tokens in the loss of ``batch``."""
     return len(batch.targets)
 
@@ -71,7 +71,7 @@ def labels_of(batch: MicroBatch, virtual_tokens: int = 0) -> torch.Tensor:
     return rows_of_labels[:, virtual_tokens:]
 
 
-def shown(batch: MicroBatch, virtual_tokens: int) -> list[tuple[list[int], list[int]]]:
+def list_tokens_and_labels(batch: MicroBatch, virtual_tokens: int) -> list[tuple[list[int], list[int]]]:
     """Return the tokens and labels of each example of padded or packed rows, -100 for tokens without a label."""
     if batch.packed_sequences is None:
         ids, labels = list(batch.input_ids), list(labels_of(batch, virtual_tokens))

@@ -12,7 +12,7 @@ import pytest
 
 
 @contextmanager
-def mounted(folder: Path, options: str) -> Iterator[Path]:
+def mount_tmpfs(folder: Path, options: str) -> Iterator[Path]:
     """Mount a tmpfs with ``options``, e.g. ``size=4k`` or ``ro``, at ``folder``; skip the test if this user cannot.
 
     File permissions cannot replace it: tests in containers run as root, which ignores them.

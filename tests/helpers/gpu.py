@@ -9,7 +9,7 @@ import torch
 
 
 @contextmanager
-def without_waiting() -> Iterator[None]:
+def forbid_gpu_sync() -> Iterator[None]:
     """Raise an error wherever the host synchronizes with the GPU."""
     torch.cuda.set_sync_debug_mode("error")
     try:

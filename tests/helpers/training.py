@@ -40,12 +40,12 @@ def summed_loss(model: nn.Module, batch: MicroBatch, **options: Any) -> torch.Te
         return loss(model, batch)
 
 
-def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that require a gradient, a tied one once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def built_around(model: nn.Module) -> AdaptedModel:
+def wrap_model(model: nn.Module) -> AdaptedModel:
     """Return an adapted model with the fields that an evaluation needs."""
     from peftbench.record import ParameterCounts
     from peftbench.training.build import AdaptedModel
@@ -54,7 +54,9 @@ def built_around(model: nn.Module) -> AdaptedModel:
     return AdaptedModel(base, ParameterCounts(total=0, trainable=0), model, (), False, 0, loss_for(model))
 
 
-def trainer_of(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingComponents:
+def assemble_training(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> TrainingComponents:
     """Return the components of the training loop, with a constant learning rate and batches of ``rows``."""
     from datasets import Dataset
     from transformers import get_scheduler
@@ -69,7 +71,7 @@ def trainer_of(accelerator: Accelerator, model: nn.Module, optimizer: torch.opti
     return TrainingComponents(prepared, loss_for(model), wrapped, schedule, batches, total_steps=1)
 
 
-def alone(accelerator: Accelerator) -> AcceleratorContext:
+def single_process_context(accelerator: Accelerator) -> AcceleratorContext:
     """Return the context of a single process, in the accelerator's precision."""
     from peftbench.distributed.accelerator import AcceleratorContext
     from peftbench.distributed.engines import SINGLE
@@ -78,25 +80,27 @@ def alone(accelerator: Accelerator) -> AcceleratorContext:
     return AcceleratorContext(accelerator, SINGLE, "fp32" if precision == "no" else precision)  # type: ignore[arg-type]
 
 
-def built_from(recipe: Recipe, accelerator: Accelerator) -> AdaptedModel:
+def build_adapted_model(recipe: Recipe, accelerator: Accelerator) -> AdaptedModel:
     """Return the adapted model that a run of ``recipe`` builds."""
     from peftbench.training.build import apply_method, load_base_model
 
-    return apply_method(recipe, load_base_model(recipe), alone(accelerator))
+    return apply_method(recipe, load_base_model(recipe), single_process_context(accelerator))
 
 
-def trainer_from(recipe: Recipe, accelerator: Accelerator, built: AdaptedModel | None = None) -> TrainingComponents:
+def build_training_components(
+    recipe: Recipe, accelerator: Accelerator, built: AdaptedModel | None = None
+) -> TrainingComponents:
     """Return the components of the training loop, with the recipe's training examples."""
     from peftbench.training.build import build_training
     from peftbench.training.data import build_encoder, load_encoded_split
 
-    built = built or built_from(recipe, accelerator)
+    built = built or build_adapted_model(recipe, accelerator)
     encoder = build_encoder(recipe, built.base)
     examples = load_encoded_split(recipe, encoder, "train", accelerator).dataset
-    return build_training(recipe, built, examples, encoder.eos_token_id, alone(accelerator))
+    return build_training(recipe, built, examples, encoder.eos_token_id, single_process_context(accelerator))
 
 
-def forget_accelerators() -> None:
+def reset_accelerators() -> None:
     """Reset accelerate's process-wide state, so that the next accelerator is independent."""
     if "accelerate" in sys.modules:  # do not import it for tests that do not use it
         from accelerate.state import AcceleratorState, GradientState

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from peftbench.data.sources import Files
 from peftbench.methods.base import Method
 from peftbench.recipe.schema import Data, Evaluate, Model, Profile, Recipe, Train
-from tests.helpers.training import forget_accelerators
+from tests.helpers.training import reset_accelerators
 
 if TYPE_CHECKING:
     from peftbench.record import RunRecord
@@ -57,6 +57,6 @@ class Workshop:
         """Run ``recipe`` with a new accelerator and return its record."""
         from peftbench.run.runner import Run
 
-        forget_accelerators()
+        reset_accelerators()
         record, _ = Run(recipe).execute()
         return record

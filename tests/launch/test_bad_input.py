@@ -31,7 +31,7 @@ from peftbench.errors import (
     WrongTypeError,
 )
 from peftbench.train import app
-from tests.helpers.disks import mounted
+from tests.helpers.disks import mount_tmpfs
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 Mistake = tuple[str, type[PeftbenchError], str]
@@ -149,7 +149,7 @@ def test_output_folder_below_a_file_is_refused(launch: Launch, project: Path) ->
 @pytest.mark.slow
 def test_output_folder_on_a_read_only_disk_is_refused(launch: Launch, project: Path) -> None:
     """The error comes before training."""
-    with mounted(project / "disk", "ro"):
+    with mount_tmpfs(project / "disk", "ro"):
         done = launch("--config", "recipe.yaml", "output_dir=disk")
         check(done, OutputError, "cannot write disk/run: Read-only file system")
 
@@ -157,7 +157,7 @@ def test_output_folder_on_a_read_only_disk_is_refused(launch: Launch, project: P
 @pytest.mark.slow
 def test_disk_too_small_for_the_record_is_an_error(launch: Launch, project: Path) -> None:
     """The error reports a full disk, and no partial record or empty folder remains."""
-    with mounted(project / "disk", "size=4k") as disk:
+    with mount_tmpfs(project / "disk", "size=4k") as disk:
         done = launch("--config", "recipe.yaml", "output_dir=disk", "method.kind=lead")
         check(done, DiskFullError, "the disk is full: disk/run/record.json could not be written")
         assert list(disk.iterdir()) == []
@@ -166,7 +166,7 @@ def test_disk_too_small_for_the_record_is_an_error(launch: Launch, project: Path
 @pytest.mark.slow
 def test_disk_too_small_for_the_model_keeps_the_record(launch: Launch, project: Path) -> None:
     """The error reports a full disk, no partial model remains, and the record is complete."""
-    with mounted(project / "disk", "size=64k") as disk:
+    with mount_tmpfs(project / "disk", "size=64k") as disk:
         done = launch("--config", "recipe.yaml", "output_dir=disk", "method.r=64")
         assert done.returncode == DiskFullError.exit_code
         (sentence,) = done.stderr.splitlines()

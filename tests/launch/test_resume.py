@@ -48,5 +48,5 @@ def test_resume_with_more_processes(project: Path, caches: dict[str, str]) -> No
     assert record["throughput"]["steps"] == 8 - 3 - 2
     assert record["flops"]["counted_step"] is None
     assert any("first 3 steps ran on 1 processes" in note for note in record["notes"])
-    for kind in ("real", "labelled"):
+    for kind in ("real", "labeled"):
         assert record["tokens"][kind] == whole["tokens"][kind]

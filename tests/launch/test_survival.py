@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from peftbench.errors import DiskFullError
-from tests.helpers.disks import mounted
+from tests.helpers.disks import mount_tmpfs
 from tests.launch.conftest import LAUNCH, write_project
 from tests.launch.test_run_suite import CONFIG, peftbench, record_of, run
 
@@ -198,7 +198,7 @@ def test_full_disk_during_save(
     free_bytes: int, project: Path, caches: dict[str, str], undisturbed: dict[str, Any]
 ) -> None:
     """The run ends with an error, earlier checkpoints remain, and with free space it resumes from them."""
-    with mounted(project / "small", "size=12m") as disk:
+    with mount_tmpfs(project / "small", "size=12m") as disk:
         overrides = [f"output_dir={disk}", "checkpoint.interval=2", "checkpoint.keep_latest=1"]
         process = start_run(ONE_PROCESS, project, caches, *overrides)
         checkpoints = disk / "run" / "checkpoints"

@@ -2,7 +2,7 @@
 
 A global batch is a random sample that does not depend on the number of processes. Examples are sorted by length only
 within a global batch, so grouping saves padding and does not change the gradient. Every rank computes the full plan, so
-counting the labelled tokens of a global batch needs no communication.
+counting the labeled tokens of a global batch needs no communication.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class EncodedExamples(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, indices: list[int], /) -> Mapping[str, Sequence[Any]]:
-        """Return ``input_ids`` (lists of token ids) and ``prompt_tokens`` (number of unlabelled tokens of each)."""
+        """Return ``input_ids`` (lists of token ids) and ``prompt_tokens`` (number of unlabeled tokens of each)."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ class TokenCounts(_FieldwiseSum):
     """Tokens of articles, separators, summaries and end tokens."""
     padded: int = 0
     """Computed positions: real tokens and padding, without virtual tokens."""
-    labelled: int = 0
+    labeled: int = 0
     """Positions that contribute to the loss."""
     virtual: int = 0
     """Virtual tokens that a method adds before the sequences."""
@@ -46,7 +46,7 @@ class FlopUnits(_FieldwiseSum):
     """Query-key pairs, for kernels that compute all of them."""
     causal_pairs: int = 0
     """Query-key pairs, for kernels that skip keys after their query."""
-    labelled: int = 0
+    labeled: int = 0
     """Positions that contribute to the loss."""
     columns: int = 0
     """Width of each micro-batch, counted once: the positions of its rotary embeddings."""
@@ -101,15 +101,15 @@ class MicroBatch:
     input_ids: torch.Tensor
     """(rows, width); a packed row also has a position for each virtual token."""
     logit_indices: torch.Tensor
-    """Positions that predict the labelled tokens: (labelled,), in the flattened rows with virtual tokens."""
+    """Positions that predict the labeled tokens: (labeled,), in the flattened rows with virtual tokens."""
     targets: torch.Tensor
-    """The labelled tokens: (labelled,), row by row."""
+    """The labeled tokens: (labeled,), row by row."""
     lengths: tuple[int, ...]
     """Real tokens of each example."""
     example_indices: tuple[int, ...] = ()
     """Indices of the examples in their dataset, in the order of ``lengths``."""
     attention_mask: torch.Tensor | None = None
-    """(rows, width); only if padding is labelled and must not be attended to."""
+    """(rows, width); only if padding is labeled and must not be attended to."""
     packed_sequences: PackedSequences | None = None
     feature_mode: Literal["recompute", "save", "load"] = "recompute"
     """Hidden states: computed and not saved, computed and saved to the feature store, or loaded from it."""
@@ -187,7 +187,7 @@ class Collator:
     def collate(
         self, rows: Sequence[Sequence[int]], prompt_lengths: Sequence[int], example_indices: Sequence[int] = ()
     ) -> MicroBatch:
-        """Collate ``rows`` of token ids, with the number of unlabelled tokens at the start of each."""
+        """Collate ``rows`` of token ids, with the number of unlabeled tokens at the start of each."""
         width = self.padded_width(max(map(len, rows)))
         input_ids = torch.full((len(rows), width), self.pad_token_id)
         for index, row in enumerate(rows):
@@ -217,7 +217,7 @@ class Collator:
         return TokenCounts(sum(batch.lengths), batch.input_ids.numel(), len(batch.targets), rows * self.virtual_tokens)
 
     def model_flop_units(self, batch: MicroBatch) -> FlopUnits:
-        """Return the work for real and virtual tokens with causal attention, and the head at labelled positions."""
+        """Return the work for real and virtual tokens with causal attention, and the head at labeled positions."""
         return self._flop_units_of_lengths(batch, [length + self.virtual_tokens for length in batch.lengths])
 
     def hardware_flop_units(self, batch: MicroBatch) -> FlopUnits:
@@ -254,11 +254,11 @@ class PaddingFreeCollator(Collator):
             int(start) + self.virtual_tokens + torch.arange(max(1, prompt), len(row))
             for start, row, prompt in zip(documents.cu_seqlens, rows, prompt_lengths, strict=False)
         ]
-        labelled = torch.cat(places)
+        labeled = torch.cat(places)
         return MicroBatch(
             input_ids[None],
-            labelled - 1,
-            input_ids[labelled],
+            labeled - 1,
+            input_ids[labeled],
             tuple(map(len, rows)),
             tuple(example_indices),
             packed_sequences=documents,

@@ -39,13 +39,13 @@ class HeldOutLoss:
     """Held-out loss of each example, in the split's order."""
 
     nll_sums: tuple[float, ...]
-    """Sum over the example's labelled tokens, in nats."""
+    """Sum over the example's labeled tokens, in nats."""
     label_counts: tuple[int, ...]
-    """Number of the example's labelled tokens."""
+    """Number of the example's labeled tokens."""
 
     @property
     def loss(self) -> float:
-        """Mean over the labelled tokens of all examples, in nats."""
+        """Mean over the labeled tokens of all examples, in nats."""
         return math.fsum(self.nll_sums) / sum(self.label_counts)
 
 
@@ -165,10 +165,10 @@ class Evaluator:
 
 
 def _split_by_row(rows: Sequence[dict[str, Any]], token_values: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield each row's index and its slice of ``token_values``, which has the labelled tokens of all rows in order."""
+    """Yield each row's index and its slice of ``token_values``, which has the labeled tokens of all rows in order."""
     # The first token of a row is never predicted, so it has no label even without a prompt.
-    labelled = [len(row["input_ids"]) - max(1, row["prompt_tokens"]) for row in rows]
-    for row, own in zip(rows, token_values.split(labelled), strict=True):
+    labeled = [len(row["input_ids"]) - max(1, row["prompt_tokens"]) for row in rows]
+    for row, own in zip(rows, token_values.split(labeled), strict=True):
         yield row["index"], own
 
 
@@ -200,7 +200,7 @@ def build_quality(
         per_example=PerExample(
             examples_fingerprint=_hash_examples(dataset["id"], references),
             loss=held_out.nll_sums if held_out else (),
-            labelled_tokens=held_out.label_counts if held_out else (),
+            labeled_tokens=held_out.label_counts if held_out else (),
             rouge=scores,
         ),
     )

@@ -23,7 +23,7 @@ from peftbench.distributed.collectives import broadcast_from_main
 from peftbench.errors import UnsupportedModelError
 from peftbench.feature_cache.key import build_cache_key, hash_examples
 from peftbench.feature_cache.store import STORAGE_DTYPES, FeatureStore, StoreLayout, describe_store, open_store
-from peftbench.modeling.loss import CausalLMLoss, LabelledLogitsLoss, select_positions
+from peftbench.modeling.loss import CausalLMLoss, LabeledLogitsLoss, select_positions
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -43,7 +43,7 @@ class CachedFeatureLoss(CausalLMLoss):
 
     computes_all_logits = False
 
-    def __init__(self, inner: LabelledLogitsLoss, store: FeatureStore) -> None:
+    def __init__(self, inner: LabeledLogitsLoss, store: FeatureStore) -> None:
         self.base, self.mask_reason, self.uses_masks = inner.base, inner.mask_reason, inner.uses_masks
         self.inner, self.store = inner, store
         self._step_inputs: _StepInputs | None = None
@@ -96,7 +96,7 @@ class _StepInputs:
 
     batch: MicroBatch
     features: torch.Tensor | None
-    """Hidden states at labelled positions (labelled, width), float32; None if the backbone computes them."""
+    """Hidden states at labeled positions (labeled, width), float32; None if the backbone computes them."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class CachedFeatureBatches(Batches):
     def hardware_flop_units(self, micro_batch: MicroBatch) -> FlopUnits:
         """Return the FLOP units that are computed; only the head's if the backbone is skipped."""
         if micro_batch.feature_mode == "load":
-            return FlopUnits(labelled=len(micro_batch.targets))
+            return FlopUnits(labeled=len(micro_batch.targets))
         return super().hardware_flop_units(micro_batch)
 
 
@@ -148,7 +148,7 @@ def open_feature_cache(
     """
     dtype = recipe.train.feature_cache
     assert dtype is not None, "train.feature_cache is set"
-    if not isinstance(loss, LabelledLogitsLoss) or base.base_model is base:
+    if not isinstance(loss, LabeledLogitsLoss) or base.base_model is base:
         raise UnsupportedModelError(
             f"{base.config.model_type} has no backbone separate from its head, so its states cannot be cached; set "
             "train.feature_cache=null"

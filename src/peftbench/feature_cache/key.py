@@ -65,7 +65,7 @@ def hash_backbone(base: PreTrainedModel) -> str:
 
 
 def hash_examples(examples: EncodedExamples) -> tuple[str, torch.Tensor]:
-    """Return a hash of all token ids and prompt lengths, and the number of labelled positions per example (int64)."""
+    """Return a hash of all token ids and prompt lengths, and the number of labeled positions per example (int64)."""
     digest = hashlib.blake2b(digest_size=16)
     counts: list[int] = []
     for start in range(0, len(examples), _EXAMPLES_PER_BLOCK):
@@ -74,7 +74,7 @@ def hash_examples(examples: EncodedExamples) -> tuple[str, torch.Tensor]:
         lengths = [len(row) for row in ids]
         for numbers in (lengths, prompts, itertools.chain.from_iterable(ids)):
             digest.update(_as_bytes(numbers))
-        # A row's first position is never predicted, so it never counts as labelled.
+        # A row's first position is never predicted, so it never counts as labeled.
         counts += [length - max(prompt, 1) for length, prompt in zip(lengths, prompts, strict=True)]
     return digest.hexdigest(), torch.tensor(counts, dtype=torch.int64)
 

@@ -1,4 +1,4 @@
-"""Disk store of a frozen backbone's hidden states at the labelled positions of each training example.
+"""Disk store of a frozen backbone's hidden states at the labeled positions of each training example.
 
 A folder with three files: ``features``, the rows of all examples in order; ``completed``, one byte per example, 1 once
 its rows are written; and ``metadata.json``, the cache key and layout. An empty file ``durable`` marks a store that was
@@ -43,7 +43,7 @@ class StoreLayout:
     """Position of each example's rows in the store."""
 
     label_counts: torch.Tensor
-    """Labelled positions per example, int64."""
+    """Labeled positions per example, int64."""
     hidden_size: int
     """Width of a hidden state."""
     dtype: StorageDtype
@@ -100,7 +100,7 @@ class FeatureStore:
         counts = self.layout.label_counts[list(examples)].tolist()
         if sum(counts) != len(features):
             raise ValueError(
-                f"got {len(features)} hidden states for the {sum(counts)} labelled positions of these examples"
+                f"got {len(features)} hidden states for the {sum(counts)} labeled positions of these examples"
             )
         parts = features.detach().to(STORAGE_DTYPES[self.layout.dtype]).cpu().split(counts)
         for example, part in zip(examples, parts, strict=True):
@@ -195,7 +195,7 @@ def open_store(cache_key: Mapping[str, Any], layout: StoreLayout, log: Callable[
 
 def describe_store(layout: StoreLayout, directory: Path) -> str:
     """Return a sentence with the store's size and folder."""
-    return f"hidden states of {layout.num_positions:,} labelled positions take {layout.nbytes:,} bytes in {directory}"
+    return f"hidden states of {layout.num_positions:,} labeled positions take {layout.nbytes:,} bytes in {directory}"
 
 
 def _is_valid_store(directory: Path, layout: StoreLayout, metadata: dict[str, Any]) -> bool:

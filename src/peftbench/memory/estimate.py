@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from peftbench.recipe.schema import Recipe
 
 
-MIN_LABELLED_TOKENS = 64
-"""Minimum of labelled tokens per row: reference summaries may be longer than evaluate.max_new_tokens."""
+MIN_LABELED_TOKENS = 64
+"""Minimum of labeled tokens per row: reference summaries may be longer than evaluate.max_new_tokens."""
 
 
 def estimate(
@@ -56,7 +56,7 @@ def estimate(
         unpaged, facts.device_type, accumulation, has_padding=rows > 1, launch_config=launch_config
     )
     width = _max_sequence_length(recipe, simulation.max_positions)
-    labels = min(max(recipe.evaluate.max_new_tokens, MIN_LABELLED_TOKENS), width - 1)
+    labels = min(max(recipe.evaluate.max_new_tokens, MIN_LABELED_TOKENS), width - 1)
     flops = simulation.step_flops(max(1, recipe.train.global_batch_size // launch_config.num_processes), width, labels)
     _simulate_phases(simulation, recipe, rows, width, labels)
     events = list(simulation.memory_tracker.iter_events())
@@ -218,11 +218,11 @@ def _decide_verdict(
 
 
 def _build_notes(
-    recipe: Recipe, facts: DeviceFacts, sequence_length: int, labelled_tokens: int, paged_bytes: int
+    recipe: Recipe, facts: DeviceFacts, sequence_length: int, labeled_tokens: int, paged_bytes: int
 ) -> tuple[str, ...]:
     notes = [
         f"assumes rows of {sequence_length} tokens (the limit of data.max_length or the model) with "
-        f"{labelled_tokens} labelled tokens (evaluate.max_new_tokens, at least {MIN_LABELLED_TOKENS})"
+        f"{labeled_tokens} labeled tokens (evaluate.max_new_tokens, at least {MIN_LABELED_TOKENS})"
     ]
     if paged_bytes:
         notes.append(f"the driver can page out up to {paged_bytes:,} bytes of optimizer state to host memory")

@@ -1,6 +1,6 @@
-"""Causal-LM loss: cross-entropy summed over labelled tokens; the loop divides by their number in the global batch.
+"""Causal-LM loss: cross-entropy summed over labeled tokens; the loop divides by their number in the global batch.
 
-A sum, not a mean: micro-batches differ in labelled tokens, so the mean of their means is not the mean over all tokens.
+A sum, not a mean: micro-batches differ in labeled tokens, so the mean of their means is not the mean over all tokens.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class CausalLMLoss:
-    """Computes the logits of all positions and selects the labelled ones."""
+    """Computes the logits of all positions and selects the labeled ones."""
 
     computes_all_logits: ClassVar[bool] = True
     """True if the head computes logits at all positions."""
@@ -46,22 +46,22 @@ class CausalLMLoss:
         return nullcontext() if self.uses_masks else attention.mask_free_attention(self.base, self.attention_fn)
 
     def logits(self, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
-        """Return the logits that predict the labelled tokens: (labelled, vocabulary)."""
+        """Return the logits that predict the labeled tokens: (labeled, vocabulary)."""
         all_logits: torch.Tensor = model(**batch.model_inputs, use_cache=False).logits
         return all_logits.flatten(0, 1)[batch.logit_indices]
 
     def __call__(self, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
-        """Return the cross-entropy (nats, float32) summed over labelled tokens."""
+        """Return the cross-entropy (nats, float32) summed over labeled tokens."""
         return cross_entropy(self.logits(model, batch).float(), batch.targets, reduction="sum")
 
     @torch.no_grad()
     def per_token(self, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
-        """Return each labelled token's cross-entropy (nats, float32), ordered as ``batch.targets``: (labelled,)."""
+        """Return each labeled token's cross-entropy (nats, float32), ordered as ``batch.targets``: (labeled,)."""
         return cross_entropy(self.logits(model, batch).float(), batch.targets, reduction="none")
 
 
-class LabelledLogitsLoss(CausalLMLoss):
-    """Computes the head only at hidden states that predict a labelled token.
+class LabeledLogitsLoss(CausalLMLoss):
+    """Computes the head only at hidden states that predict a labeled token.
 
     Replaces the head's forward pass inside whatever wrappers the model has. If the head's output is the model's output,
     the head returns the loss itself, so the logits of all labels are never in memory at once.
@@ -86,7 +86,7 @@ class LabelledLogitsLoss(CausalLMLoss):
         """Selects the head's inputs from hidden states (rows, width, hidden size) and positions."""
         self._head_request: _HeadRequest | None = None
         self._head_forward = head.forward
-        head.forward = partial(_forward_labelled_positions, self)
+        head.forward = partial(_forward_labeled_positions, self)
 
     def logits(self, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
         with self._set_head_request(_HeadRequest(batch.logit_indices)):
@@ -127,50 +127,50 @@ class _HeadRequest:
 
 
 def select_positions(hidden: torch.Tensor, predictors: torch.Tensor) -> torch.Tensor:
-    """Return the hidden states at ``predictors``: (labelled, hidden size)."""
+    """Return the hidden states at ``predictors``: (labeled, hidden size)."""
     return hidden.flatten(0, 1).index_select(0, predictors)
 
 
-def _forward_labelled_positions(
-    loss: LabelledLogitsLoss, hidden: torch.Tensor, *args: Any, **kwargs: Any
+def _forward_labeled_positions(
+    loss: LabeledLogitsLoss, hidden: torch.Tensor, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
-    """Replace a head's forward pass: (rows, positions, width) in; (1, labelled, vocabulary) or losses out."""
+    """Replace a head's forward pass: (rows, positions, width) in; (1, labeled, vocabulary) or losses out."""
     request = loss._head_request
     if request is None:  # outside of a loss, e.g. in generation
         return loss._head_forward(hidden, *args, **kwargs)  # type: ignore[no-any-return]
-    labelled = loss.select_positions(hidden, request.predictors)
+    labeled = loss.select_positions(hidden, request.predictors)
     if request.targets is None:
-        return loss._head_forward(labelled[None], *args, **kwargs)  # type: ignore[no-any-return]
+        return loss._head_forward(labeled[None], *args, **kwargs)  # type: ignore[no-any-return]
     bias: torch.Tensor | None = loss.head.bias  # type: ignore[assignment]
     loss_fn = loss.cross_entropy_sum if request.is_summed else cross_entropy_per_token
-    return loss_fn(labelled, loss.head.weight, bias, request.targets)  # type: ignore[arg-type]
+    return loss_fn(labeled, loss.head.weight, bias, request.targets)  # type: ignore[arg-type]
 
 
 def build_loss(
-    base: PreTrainedModel, *, labelled_only: bool = True, use_masks: bool = False, kernel: Kernel = "torch"
+    base: PreTrainedModel, *, labeled_only: bool = True, use_masks: bool = False, kernel: Kernel = "torch"
 ) -> tuple[CausalLMLoss, tuple[str, ...]]:
     """Return the loss of a base model with a method applied, and notes on savings that the model does not support.
 
-    ``labelled_only``: compute the head at labelled positions only; ``use_masks``: keep transformers' own attention.
+    ``labeled_only``: compute the head at labeled positions only; ``use_masks``: keep transformers' own attention.
 
     Raises:
         UnsupportedModelError: the kernel is not torch's, and the head cannot compute this model's loss.
     """
-    head = base.get_output_embeddings() if labelled_only else None
+    head = base.get_output_embeddings() if labeled_only else None
     head_output, model_output = _run_head_and_model(base, head) if head is not None else (None, None)
     loss: CausalLMLoss
     if head is not None and head_output is not None:
         is_output = head_output is model_output
-        loss = LabelledLogitsLoss(base, head, head_is_output=is_output, use_masks=use_masks, kernel=kernel)
+        loss = LabeledLogitsLoss(base, head, head_is_output=is_output, use_masks=use_masks, kernel=kernel)
     else:
         loss = CausalLMLoss(base, use_masks=use_masks)
-    if kernel != "torch" and not (isinstance(loss, LabelledLogitsLoss) and loss.head_is_output):
+    if kernel != "torch" and not (isinstance(loss, LabeledLogitsLoss) and loss.head_is_output):
         raise UnsupportedModelError(
             f"train.cross_entropy={kernel} needs train.logits=labels_only and a model that returns its linear head's "
             f"output unchanged, which {base.config.model_type} does not here; use train.cross_entropy=torch"
         )
     notes = []
-    if labelled_only and loss.computes_all_logits:
+    if labeled_only and loss.computes_all_logits:
         notes.append(
             f"the output head of {base.config.model_type} was not found; logits are computed at every position"
         )

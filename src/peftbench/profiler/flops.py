@@ -5,7 +5,7 @@ and key), whether its weight is trained, and whether its input needs a gradient,
 any length. In the backward pass, a product costs its forward FLOPs once for each operand that needs a gradient. Both
 numbers follow from that list by multiplication:
 
-- **Model FLOPs**: real and virtual tokens only, the causal half of attention, the head at labelled positions, no
+- **Model FLOPs**: real and virtual tokens only, the causal half of attention, the head at labeled positions, no
   recomputation: what the method needs, independent of the implementation.
 - **Hardware FLOPs**: all padded positions, the head at all computed positions, all pairs if a kernel does not skip
   masked ones, and recomputation by gradient checkpointing and by fused attention, whose backward pass is five products
@@ -60,7 +60,7 @@ def _get_unit_count(unit: FlopUnit, flop_units: FlopUnits) -> int:
         "position": flop_units.positions,
         "pair": flop_units.pairs,
         "causal_pair": flop_units.causal_pairs,
-        "label": flop_units.labelled,
+        "label": flop_units.labeled,
         "column": flop_units.columns,
     }[unit]
 
@@ -114,7 +114,7 @@ def count_flops(
 ) -> FlopCost:
     """List the matrix products of ``model``, which a method built from ``base_model``, in one short forward pass.
 
-    ``computes_all_logits``: the head computes all positions in training, instead of only labelled ones.
+    ``computes_all_logits``: the head computes all positions in training, instead of only labeled ones.
 
     Raises:
         UnsupportedFlopsError: it has a kind of product that is unknown here.

@@ -281,7 +281,7 @@ class Recipe(ConfigSection):
         if self.data.label_padding or self.train.logits == "all":
             conflict = "data.label_padding=true" if self.data.label_padding else "train.logits=all"
             raise ValueError(
-                f"train.feature_cache stores hidden states of labelled positions only, and {conflict} needs more; "
+                f"train.feature_cache stores hidden states of labeled positions only, and {conflict} needs more; "
                 "set one of the two to its default"
             )
         return self

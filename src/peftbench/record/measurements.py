@@ -10,7 +10,7 @@ class Tokens(RecordModel):
 
     real: int
     padded: int
-    labelled: int
+    labeled: int
     virtual: int
 
 
@@ -130,7 +130,7 @@ class TokensPerSecond(RecordModel):
 
     real: float
     padded: float
-    labelled: float
+    labeled: float
     virtual: float
 
 

@@ -39,9 +39,9 @@ class PerExample(RecordModel):
     examples_fingerprint: str
     """Digest of ids and references; runs are paired if it is equal."""
     loss: tuple[float, ...] = ()
-    """Cross-entropy of each example in nats, summed over its labelled tokens."""
-    labelled_tokens: tuple[int, ...] = ()
-    """Labelled tokens of each example."""
+    """Cross-entropy of each example in nats, summed over its labeled tokens."""
+    labeled_tokens: tuple[int, ...] = ()
+    """Labeled tokens of each example."""
     rouge: dict[str, tuple[float, ...]] = Field(default={})
     """F-measures (0 to 100) of each generated summary, by ROUGE type."""
 

@@ -100,7 +100,7 @@ class RunRecord(RecordModel):
     skipped_steps: int = 0
     """Steps that the fp16 loss scaler skipped after a gradient overflow; included in ``steps``."""
     step_losses: tuple[float, ...] = ()
-    """Training loss of each step: mean over the labelled tokens of the whole global batch, in nats."""
+    """Training loss of each step: mean over the labeled tokens of the whole global batch, in nats."""
     step_tokens: tuple[int, ...] = ()
     """Real tokens of each step, over all ranks."""
     step_seconds: tuple[float, ...] = ()

@@ -52,7 +52,9 @@ _SECTIONS: dict[str, Fields] = {
         "bytes_by_kind": "bytes_by_category",
         "part": "step_part",
     },
+    "tokens": {"labelled": "labeled"},
     "throughput": {"data_share": "data_time_fraction"},
+    "throughput.tokens_per_second": {"labelled": "labeled"},
     "flops": {"required": "model_flops", "executed": "hardware_flops"},
     "flops.counted_step": {"counted": "counted_flops", "closed_form": "closed_form_flops"},
     "compute": {
@@ -62,7 +64,7 @@ _SECTIONS: dict[str, Fields] = {
         "achievable_per_second": "matmul_flops_per_second",
     },
     "quality": {"examples": "num_examples", "by_example": "per_example"},
-    "quality.per_example": {"identity": "examples_fingerprint", "labelled": "labelled_tokens"},
+    "quality.per_example": {"identity": "examples_fingerprint", "labelled": "labeled_tokens"},
 }
 """New field names by section of the record, in order: a nested section follows the one it is in."""
 

@@ -114,7 +114,7 @@ def apply_method(recipe: Recipe, base: LoadedModel, context: AcceleratorContext)
     parameters = ParameterCounts(total=total, trainable=trainable)
     loss, loss_notes = build_loss(
         base.model,
-        labelled_only=recipe.train.logits == "labels_only",
+        labeled_only=recipe.train.logits == "labels_only",
         use_masks=recipe.data.label_padding,
         kernel=recipe.train.cross_entropy,
     )

@@ -14,7 +14,7 @@ class StepInfo:
     """Number of the step, counted from 1."""
     total_steps: int
     loss: float
-    """Mean over the labelled tokens of the global batch, in nats."""
+    """Mean over the labeled tokens of the global batch, in nats."""
     learning_rate: float
     """Learning rate that the step used."""
     real_tokens: int

@@ -71,10 +71,10 @@ def train_step(
     max_grad_norm: float | None,
     part: Callable[[str], AbstractContextManager[None]] = no_timer,
 ) -> float:
-    """Run one optimizer step; return the mean loss (nats) over the labelled tokens of the global batch."""
+    """Run one optimizer step; return the mean loss (nats) over the labeled tokens of the global batch."""
     # Engines average gradients over processes and accelerate averages over micro-batches; the scale turns that into
-    # the mean over all labelled tokens.
-    scale = get_dp_world_size(accelerator) * accelerator.gradient_accumulation_steps / batch.token_counts.labelled
+    # the mean over all labeled tokens.
+    scale = get_dp_world_size(accelerator) * accelerator.gradient_accumulation_steps / batch.token_counts.labeled
     total = torch.zeros((), device=accelerator.device)
     for micro_batch in batch.micro_batches:
         with accelerator.accumulate(training.model):
@@ -90,7 +90,7 @@ def train_step(
         training.optimizer.zero_grad()
     if not accelerator.optimizer_step_was_skipped:  # fp16's loss scaler found an overflow and skipped the step
         training.lr_scheduler.step()
-    return float(accelerator.reduce(total).item()) / batch.token_counts.labelled  # the step's only synchronization
+    return float(accelerator.reduce(total).item()) / batch.token_counts.labeled  # the step's only synchronization
 
 
 def train(

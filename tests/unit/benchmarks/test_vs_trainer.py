@@ -96,7 +96,7 @@ def assert_arms_agree(records: dict[tuple[str, str], dict[str, object]], case: s
         assert losses[-1] < losses[0] - 0.01
     for arm in arms:
         other = records[case, arm]
-        for key in ("real_tokens", "labelled_tokens", "trainable_parameters", "required_flops", "data_identity"):
+        for key in ("real_tokens", "labeled_tokens", "trainable_parameters", "required_flops", "data_identity"):
             assert other[key] == reference[key], (case, arm, key)
         # TRL's default always multiplies in bf16, so its tolerance is larger.
         assert other["losses"] == pytest.approx(losses, rel=1e-3 if arm == "trl_default" else 1e-5), (case, arm)
@@ -183,7 +183,7 @@ def record(arm: str, repeat: int, **changes: object) -> dict[str, object]:
         "step_seconds": [1.0],
         "train_seconds": 2.0,
         "real_tokens": [50, 100],
-        "labelled_tokens": [5, 10],
+        "labeled_tokens": [5, 10],
         "memory": {"rss_bytes": 3 * 2**20, "baseline_rss_bytes": 2**20},
         "counted_step": 1,
         "required_flops": 50,
@@ -301,7 +301,7 @@ print(arm.measure(Job(arm="peftbench", **settings)).peak_bytes)
         ({"losses": [3.0, 2.003]}, "losses up to 0.150% from peftbench's"),
         ({"losses": [float("nan"), 2.0]}, "losses up to nan%"),
         ({"real_tokens": [49, 100]}, "its steps have other tokens than peftbench's"),
-        ({"labelled_tokens": [5, 11]}, "its steps have other tokens than peftbench's"),
+        ({"labeled_tokens": [5, 11]}, "its steps have other tokens than peftbench's"),
         ({"trainable_parameters": 11}, "it trains 11 parameters; peftbench trains others"),
         ({"required_flops": 51}, "its model FLOPs differ from peftbench's"),
         ({"device_name": "another"}, "the records have more than one device: a CPU, another"),

@@ -11,7 +11,7 @@ import pytest
 
 from peftbench.common.filesystem import CACHE_DIR_ENV, cache_dir, write_atomically, write_error
 from peftbench.errors import DiskFullError, OutputError
-from tests.helpers.disks import mounted
+from tests.helpers.disks import mount_tmpfs
 
 TEXT = "né en ligne\n" * 1000
 
@@ -83,7 +83,7 @@ def test_unencodable_text_leaves_no_temporary_file(tmp_path: Path) -> None:
 
 def test_full_disk_raises_disk_full_error(tmp_path: Path) -> None:
     """Fill a real file system: DiskFullError has the path, the old file is unchanged, and no other file is left."""
-    with mounted(tmp_path / "disk", "size=8k") as disk:
+    with mount_tmpfs(tmp_path / "disk", "size=8k") as disk:
         path = disk / "file.txt"
         write_atomically(path, "old")
         with pytest.raises(DiskFullError, match=r"the disk is full: .*file\.txt"):
@@ -121,7 +121,7 @@ def test_path_below_a_file_raises_output_error(tmp_path: Path) -> None:
 def test_read_only_disk_raises_output_error(tmp_path: Path) -> None:
     """Write to a file system that is read-only for every user, including root."""
     with (
-        mounted(tmp_path / "disk", "ro") as disk,
+        mount_tmpfs(tmp_path / "disk", "ro") as disk,
         pytest.raises(OutputError, match="Read-only file system") as excinfo,
     ):
         write_atomically(disk / "file.txt", "text")

@@ -223,7 +223,7 @@ def test_counts_are_summed_over_all_ranks(split: tuple[int, int | None, int], da
         expected = TokenCounts(
             real=sum(length(index) for index in indices),
             padded=sum(height * width for height, width in shapes),
-            labelled=sum(length(index) - prompt(index) for index in indices),
+            labeled=sum(length(index) - prompt(index) for index in indices),
         )
         assert [rank.token_counts for rank in step] == [expected] * len(step)
 
@@ -237,7 +237,7 @@ def test_counts_are_independent_of_the_number_of_processes(micro_batch: int | No
     ]
     for step in zip(*counts, strict=True):
         assert (
-            len({(batch.token_counts.real, batch.token_counts.labelled, batch.token_counts.virtual) for batch in step})
+            len({(batch.token_counts.real, batch.token_counts.labeled, batch.token_counts.virtual) for batch in step})
             == 1
         )
         if micro_batch is not None:
@@ -259,14 +259,14 @@ def test_collate_and_counts_match_hand_computed_values() -> None:
     assert batch.logit_indices.tolist() == [4 + 1, 4 + 2, 4 + 3, 9 + 4 + 0, 9 + 4 + 1]
     assert batch.targets.tolist() == [13, 14, 15, 22, 23]
     counts = collator.count_tokens(batch)
-    assert counts == TokenCounts(real=8, padded=10, labelled=5, virtual=8)
+    assert counts == TokenCounts(real=8, padded=10, labeled=5, virtual=8)
     assert counts + TokenCounts(1, 2, 3, 4) == TokenCounts(9, 12, 8, 12)
 
 
 def test_first_position_is_not_labeled() -> None:
     """A row without a prompt has one label fewer than tokens: nothing predicts its first token."""
     collator = Collator(PAD)
-    assert collator.count_tokens(collator.collate([[1, 2, 3]], [0])).labelled == 2
+    assert collator.count_tokens(collator.collate([[1, 2, 3]], [0])).labeled == 2
 
 
 def test_padding_to_a_length_changes_the_padded_count_only() -> None:
@@ -278,7 +278,7 @@ def test_padding_to_a_length_changes_the_padded_count_only() -> None:
     assert batch.input_ids[:, 3:].eq(PAD).all()
     assert batch.lengths == (3, 2)
     counts, expected = wide.count_tokens(batch), narrow.count_tokens(narrow.collate(*rows_and_prompts))
-    assert (counts.real, counts.labelled, counts.padded) == (expected.real, expected.labelled, 18)
+    assert (counts.real, counts.labeled, counts.padded) == (expected.real, expected.labeled, 18)
 
 
 def test_virtual_tokens_do_not_change_batches(dataset: Dataset) -> None:
@@ -303,7 +303,7 @@ def test_label_padding_labels_every_position() -> None:
     assert labels[:, 0].eq(-100).all()  # nothing predicts the first token
     assert batch.attention_mask is not None
     assert batch.attention_mask.tolist() == [[1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0]]
-    assert collator.count_tokens(batch) == TokenCounts(real=5, padded=12, labelled=10, virtual=0)
+    assert collator.count_tokens(batch) == TokenCounts(real=5, padded=12, labeled=10, virtual=0)
     batch.targets[0] = 99
     assert batch.input_ids[0, 1] == 12  # labels are a copy
 
@@ -376,10 +376,10 @@ def test_micro_batches_stay_within_a_token_limit(
         assert sorted(index for part in parts for index in part.example_indices) == sorted(
             index for part in one_by_one[step].micro_batches for index in part.example_indices
         )
-        assert {(b.token_counts.real, b.token_counts.labelled, b.model_flop_units) for b in ranks} == {
+        assert {(b.token_counts.real, b.token_counts.labeled, b.model_flop_units) for b in ranks} == {
             (
                 one_by_one[step].token_counts.real,
-                one_by_one[step].token_counts.labelled,
+                one_by_one[step].token_counts.labeled,
                 one_by_one[step].model_flop_units,
             )
         }

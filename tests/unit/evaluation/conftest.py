@@ -15,7 +15,7 @@ from peftbench.evaluation.evaluator import Evaluator
 from peftbench.methods.base import Method
 from tests.helpers.corpus import examples
 from tests.helpers.models import POSITIONS
-from tests.helpers.training import alone, built_around
+from tests.helpers.training import single_process_context, wrap_model
 from tests.helpers.workshop import Workshop
 
 if TYPE_CHECKING:
@@ -65,6 +65,6 @@ def build_evaluator(accelerator: Accelerator, encoder: Encoder, encoded: Dataset
 
     def build(method: Method, model: nn.Module, dataset: Dataset = encoded, **keys: Any) -> Evaluator:
         recipe = workshop.recipe(method, evaluate={"generate": True, "max_new_tokens": NEW_TOKENS, **keys})
-        return Evaluator(alone(accelerator), built_around(model), encoder, dataset, recipe)
+        return Evaluator(single_process_context(accelerator), wrap_model(model), encoder, dataset, recipe)
 
     return build

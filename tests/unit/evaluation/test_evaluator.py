@@ -20,7 +20,13 @@ from peftbench.recipe.schema import Evaluate
 from peftbench.training.loop import train_step
 from tests.helpers.batches import one_batch
 from tests.helpers.methods import every_architecture, every_method
-from tests.helpers.training import alone, built_around, forget_accelerators, trained, trainer_of
+from tests.helpers.training import (
+    assemble_training,
+    reset_accelerators,
+    single_process_context,
+    trainable_parameters,
+    wrap_model,
+)
 from tests.helpers.workshop import Workshop
 from tests.unit.evaluation.conftest import ApplyMethod, BuildEvaluator
 
@@ -101,7 +107,7 @@ def test_memorized_summaries_are_decoded(
     summaries = list(encoded["summary"])
     assert evaluator.decode_teacher_forced() != summaries
     batch = evaluator.collator.collate(encoded["input_ids"], encoded["prompt_tokens"])
-    trainer = trainer_of(accelerator, model, torch.optim.AdamW(trained(model).values(), lr=3e-3))
+    trainer = assemble_training(accelerator, model, torch.optim.AdamW(trainable_parameters(model).values(), lr=3e-3))
     model.train()
     for _ in range(60):
         loss = train_step(accelerator, trainer, one_batch(batch), max_grad_norm=1.0)
@@ -137,8 +143,8 @@ def test_quality_has_all_metrics_and_samples(
     assert [sample.generated for sample in quality.samples] == evaluator.generate_summaries()[:3]
     per_example = quality.per_example
     assert per_example is not None
-    assert len(per_example.loss) == len(per_example.labelled_tokens) == 7
-    assert sum(per_example.loss) / sum(per_example.labelled_tokens) == pytest.approx(quality.loss)
+    assert len(per_example.loss) == len(per_example.labeled_tokens) == 7
+    assert sum(per_example.loss) / sum(per_example.labeled_tokens) == pytest.approx(quality.loss)
     assert {kind: sum(scores) / 7 for kind, scores in per_example.rouge.items()} == pytest.approx(
         {kind: interval.mean for kind, interval in quality.rouge.items()}
     )
@@ -182,13 +188,15 @@ def test_untrained_model_is_evaluated_in_the_recipe_s_precision(
     losses = {}
     for prepared in (False, True):
         for precision in ("no", "bf16"):
-            forget_accelerators()
+            reset_accelerators()
             accelerator = Accelerator(cpu=True, mixed_precision=precision)
             model = fresh_base("gpt2_tied")
-            built = built_around(model)  # before prepare, as in a run: the loss inspects the model in float32
+            built = wrap_model(model)  # before prepare, as in a run: the loss inspects the model in float32
             if prepared:
                 accelerator.prepare(model)
-            evaluator = Evaluator(alone(accelerator), built, encoder, encoded, workshop.recipe(ZeroShot()))
+            evaluator = Evaluator(
+                single_process_context(accelerator), built, encoder, encoded, workshop.recipe(ZeroShot())
+            )
             losses[prepared, precision] = (evaluator.compute_held_out_loss().loss, evaluator.decode_teacher_forced())
     assert losses[False, "no"] == losses[True, "no"]
     assert losses[False, "bf16"] == losses[True, "bf16"]

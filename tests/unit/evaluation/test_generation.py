@@ -16,7 +16,7 @@ from peftbench.training.loop import train_step
 from tests.conformance.battery import Bench, Case, bench_of, every_case
 from tests.helpers.batches import logits, micro_batch, one_batch
 from tests.helpers.methods import every_architecture, every_method
-from tests.helpers.training import trainer_of
+from tests.helpers.training import assemble_training
 from tests.unit.evaluation.conftest import NEW_TOKENS, BuildEvaluator
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def trained_bench(
 
     def build(case: Case) -> Bench:
         bench = bench_of(case, fresh_base(case.architecture), tokenizer)
-        trainer = trainer_of(accelerator, bench.model, bench.optimizer)
+        trainer = assemble_training(accelerator, bench.model, bench.optimizer)
         for _ in range(3):
             train_step(
                 accelerator, trainer, one_batch(micro_batch(virtual=case.method.virtual_tokens)), max_grad_norm=1.0

@@ -19,17 +19,17 @@ from peftbench.errors import DiskFullError, UnsupportedModelError
 from peftbench.feature_cache.cached_training import CachedFeatureBatches, CachedFeatureLoss
 from peftbench.feature_cache.store import StoreLayout, open_store
 from peftbench.methods.last_layer import LastLayer
-from peftbench.modeling.loss import LabelledLogitsLoss, build_loss
+from peftbench.modeling.loss import LabeledLogitsLoss, build_loss
 from peftbench.recipe.schema import Checkpoint, Recipe
 from peftbench.record import RunRecord
 from peftbench.run.runner import Run
 from peftbench.training.checkpoint import CheckpointManager
 from tests.helpers.batches import LENGTHS_AND_PROMPTS, micro_batch, packed
 from tests.helpers.cached_training import BATCH, EPOCHS, recipe
-from tests.helpers.disks import mounted
-from tests.helpers.gpu import without_waiting
+from tests.helpers.disks import mount_tmpfs
+from tests.helpers.gpu import forbid_gpu_sync
 from tests.helpers.models import FAMILIES
-from tests.helpers.training import built_from, forget_accelerators, trainer_from
+from tests.helpers.training import build_adapted_model, build_training_components, reset_accelerators
 from tests.helpers.workshop import Workshop
 
 if TYPE_CHECKING:
@@ -105,14 +105,14 @@ def record_skips(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
 def head_flops(record: RunRecord) -> int:
     """Return the FLOPs of the head over all labeled positions: forward pass and weight gradient."""
     assert record.tokens is not None
-    return 2 * 2 * 4096 * 64 * record.tokens.labelled
+    return 2 * 2 * 4096 * 64 * record.tokens.labeled
 
 
 def build_run(run_recipe: Recipe, workshop: Workshop) -> tuple[AdaptedModel, TrainingComponents]:
     """Return what a run builds: the adapted model and the training components."""
     accelerator = build_accelerator(run_recipe, workshop.output).accelerator
-    built = built_from(run_recipe, accelerator)
-    return built, trainer_from(run_recipe, accelerator, built)
+    built = build_adapted_model(run_recipe, accelerator)
+    return built, build_training_components(run_recipe, accelerator, built)
 
 
 @pytest.mark.parametrize("padding", ["free", "longest"])
@@ -149,8 +149,8 @@ def test_record_notes_the_feature_cache(workshop: Workshop, capsys: pytest.Captu
     """Check that a note has size, folder and number of cached examples, and that the size is logged once."""
     first, second = (workshop.run(recipe(workshop, name, "bf16")) for name in ("first", "second"))
     assert first.tokens is not None
-    positions = first.tokens.labelled // EPOCHS
-    size_message = f"hidden states of {positions:,} labelled positions take {positions * 64 * 2:,} bytes in "
+    positions = first.tokens.labeled // EPOCHS
+    size_message = f"hidden states of {positions:,} labeled positions take {positions * 64 * 2:,} bytes in "
     for record, num_cached in ((first, 0), (second, EXAMPLES)):
         (note,) = (note for note in record.notes if "hidden states" in note)
         assert note.startswith(size_message)
@@ -203,7 +203,7 @@ def test_loading_states_to_a_gpu_does_not_synchronize(
     base = fresh_base("gpt2_tied").eval().cuda()
     LastLayer().apply(base, None)  # type: ignore[arg-type]
     loss, _ = build_loss(base)
-    assert isinstance(loss, LabelledLogitsLoss)
+    assert isinstance(loss, LabeledLogitsLoss)
     layout = StoreLayout(torch.tensor([length - prompt for length, prompt in LENGTHS_AND_PROMPTS]), 64, "fp32")
     cached_loss = CachedFeatureLoss(loss, open_store({}, layout, lambda _: None))
     head = base.get_output_embeddings().weight
@@ -212,7 +212,7 @@ def test_loading_states_to_a_gpu_does_not_synchronize(
         batch = _with_feature_mode(packed(), mode).to(torch.device("cuda"))
         torch.cuda.synchronize()
         base.zero_grad()
-        with nullcontext() if may_wait else without_waiting(), cached_loss.attention_context():
+        with nullcontext() if may_wait else forbid_gpu_sync(), cached_loss.attention_context():
             with torch.autocast("cuda", dtype=dtype, enabled=dtype is not None):
                 loss_sum = cached_loss(base, batch)
             loss_sum.backward()  # type: ignore[no-untyped-call]
@@ -232,7 +232,7 @@ def run_until_first_checkpoint(run_recipe: Recipe, monkeypatch: pytest.MonkeyPat
 
     with monkeypatch.context() as patched:
         patched.setattr(CheckpointManager, "save", save_and_interrupt)
-        forget_accelerators()
+        reset_accelerators()
         assert Run(run_recipe).execute()[0].outcome.kind == "preempted"
 
 
@@ -316,19 +316,19 @@ def test_model_without_a_separate_backbone_is_refused(workshop: Workshop, monkey
     """Check that the error has the model type and the key to change."""
     run_recipe = recipe(workshop, "run", "fp32")
     accelerator = build_accelerator(run_recipe, workshop.output).accelerator
-    built = built_from(run_recipe, accelerator)
+    built = build_adapted_model(run_recipe, accelerator)
     monkeypatch.setattr(type(built.base.model), "base_model", property(lambda base: base), raising=False)
     with pytest.raises(
         UnsupportedModelError, match=r"gpt2 has no backbone separate from its head.*train.feature_cache=null"
     ):
-        trainer_from(run_recipe, accelerator, built)
+        build_training_components(run_recipe, accelerator, built)
 
 
 def test_full_disk_fails_before_the_run_folder_is_created(
     workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Check that the error has the sizes, and that no file of the cache or the run is left."""
-    with mounted(tmp_path / "disk", "size=16k") as disk:
+    with mount_tmpfs(tmp_path / "disk", "size=16k") as disk:
         monkeypatch.setenv(CACHE_DIR_ENV, str(disk))
         with pytest.raises(DiskFullError, match=r"take 54,528 bytes in .* has 16,384 bytes free; free some space"):
             workshop.run(recipe(workshop, "run", "fp32"))

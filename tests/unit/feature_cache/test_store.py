@@ -24,7 +24,7 @@ from peftbench.feature_cache.store import (
     hash_cache_key,
     open_store,
 )
-from tests.helpers.disks import mounted
+from tests.helpers.disks import mount_tmpfs
 from tests.helpers.paths import REPOSITORY
 
 COUNTS = (3, 9, 1, 14)
@@ -67,7 +67,7 @@ def test_file_sizes_are_exact_and_logged_once(dtype: StorageDtype, size: int) ->
     assert (store.directory / "features").stat().st_size == store.nbytes == size
     assert (store.directory / "completed").stat().st_size == 4
     assert (store.directory / "features").stat().st_blocks * 512 >= size
-    assert log == [f"hidden states of 27 labelled positions take {size:,} bytes in {store.directory}"]
+    assert log == [f"hidden states of 27 labeled positions take {size:,} bytes in {store.directory}"]
     open_test_store(dtype, log)
     assert len(log) == 1
 
@@ -280,7 +280,7 @@ def test_two_processes_share_one_store() -> None:
 
 def test_too_small_disk_is_refused_before_any_file_is_created(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check that the error has the required bytes, the free bytes and what to do."""
-    with mounted(tmp_path / "disk", "size=64k") as disk:
+    with mount_tmpfs(tmp_path / "disk", "size=64k") as disk:
         monkeypatch.setenv(CACHE_DIR_ENV, str(disk / "cache"))
         log: list[str] = []
         with pytest.raises(DiskFullError) as excinfo:
@@ -299,7 +299,7 @@ def test_too_small_disk_is_refused_before_any_file_is_created(tmp_path: Path, mo
 
 def test_disk_space_is_reserved_when_the_store_is_created(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check that a write through mmap succeeds on a disk that was filled after the store was created."""
-    with mounted(tmp_path / "disk", "size=64k") as disk:
+    with mount_tmpfs(tmp_path / "disk", "size=64k") as disk:
         monkeypatch.setenv(CACHE_DIR_ENV, str(disk))
         monkeypatch.setattr(
             "peftbench.feature_cache.store._check_disk_space", lambda *_: None
@@ -317,7 +317,7 @@ def test_disk_space_is_reserved_when_the_store_is_created(tmp_path: Path, monkey
 
 def test_read_only_cache_folder_raises_output_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check that an unwritable cache folder raises the error of any unwritable path."""
-    with mounted(tmp_path / "disk", "ro") as disk:
+    with mount_tmpfs(tmp_path / "disk", "ro") as disk:
         monkeypatch.setenv(CACHE_DIR_ENV, str(disk / "cache"))
         with pytest.raises(OutputError, match="cannot write"):
             open_test_store()

@@ -26,6 +26,6 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Files]:
 def count_labels_per_row(record: RunRecord, global_batch: int) -> int:
     """Return the labeled tokens per example, which all examples share."""
     assert record.tokens is not None
-    labels, remainder = divmod(record.tokens.labelled, global_batch * record.steps)
+    labels, remainder = divmod(record.tokens.labeled, global_batch * record.steps)
     assert remainder == 0 < labels
     return labels

@@ -11,7 +11,7 @@ from accelerate.state import PartialState
 
 from peftbench.recipe.schema import Recipe
 from peftbench.run.runner import Run
-from tests.distributed.battery import fresh_process
+from tests.distributed.battery import run_fresh_process
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     # A run destroys the process group at its end; the next run here needs it.
     PartialState.destroy_process_group = lambda *_: None  # type: ignore[assignment,method-assign]
     for name in sys.argv[1:]:
-        fresh_process()
+        run_fresh_process()
         try:
             Run(Recipe.model_validate_json(Path(name).read_text(encoding="utf-8"))).execute()
         except Exception:  # run the other recipes

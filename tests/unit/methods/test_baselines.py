@@ -12,7 +12,7 @@ from peftbench.methods import BASELINES, METHOD_KINDS, METHODS
 from peftbench.methods.baselines import Lead, ZeroShot
 from peftbench.methods.full import Full
 from tests.helpers.batches import logits, micro_batch
-from tests.helpers.training import trained
+from tests.helpers.training import trainable_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,7 +38,7 @@ def test_zero_shot_logits_equal_those_of_the_base(
 ) -> None:
     """No parameter requires a gradient."""
     model = ZeroShot().apply(fresh_base("gpt2_tied"), tokenizer).eval()
-    assert not trained(model)
+    assert not trainable_parameters(model)
     with torch.no_grad():
         assert torch.equal(logits(model, micro_batch()), logits(fresh_base("gpt2_tied").eval(), micro_batch()))
 

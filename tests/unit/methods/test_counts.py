@@ -15,7 +15,7 @@ from peftbench.methods.last_layer import LastLayer
 from peftbench.methods.lora import Lora
 from peftbench.methods.prompt_tuning import PromptTuning
 from tests.helpers.models import meta_base
-from tests.helpers.training import trained
+from tests.helpers.training import trainable_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -83,7 +83,7 @@ def test_applied_method_trains_the_counted_parameters(
     from transformers import GPT2Config
 
     model = method.apply(meta_base(GPT2Config()), tokenizer)
-    assert sum(parameter.numel() for parameter in trained(model).values()) == expected
+    assert sum(parameter.numel() for parameter in trainable_parameters(model).values()) == expected
 
 
 def test_baselines_train_nothing() -> None:

@@ -16,7 +16,7 @@ from peftbench.training.loop import train_step
 from tests.helpers.batches import logits, micro_batch, one_batch
 from tests.helpers.methods import every_architecture
 from tests.helpers.models import embeddings_of, gpt2_config, head_of, random_base
-from tests.helpers.training import summed_loss, trained, trainer_of
+from tests.helpers.training import assemble_training, summed_loss, trainable_parameters
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def _train(accelerator: Accelerator, model: PreTrainedModel, steps: int = 3) -> None:
-    trainer = trainer_of(accelerator, model, torch.optim.AdamW(trained(model).values(), lr=1e-2))
+    trainer = assemble_training(accelerator, model, torch.optim.AdamW(trainable_parameters(model).values(), lr=1e-2))
     for _ in range(steps):
         train_step(accelerator, trainer, one_batch(micro_batch()), max_grad_norm=None)
 
@@ -122,7 +122,7 @@ def test_tied_trains_the_shared_matrix_and_stays_tied(
     method = LastLayer(head="tied")
     model = method.apply(fresh_base(architecture), tokenizer)
     method.set_training(model)
-    assert len(trained(model)) == 1
+    assert len(trainable_parameters(model)) == 1
     _train(accelerator, model)
     assert head_of(model) is embeddings_of(model)
     method.save(model, tmp_path)
@@ -136,7 +136,7 @@ def test_outside_blocks_trains_embedding_positions_and_final_norm(
 ) -> None:
     """The published study called these parameters its last layer."""
     model = LastLayer(head="outside_blocks").apply(fresh_base("gpt2_tied"), tokenizer)
-    assert set(trained(model)) == {
+    assert set(trainable_parameters(model)) == {
         "transformer.wte.weight",
         "transformer.wpe.weight",
         "transformer.ln_f.weight",

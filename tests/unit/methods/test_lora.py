@@ -15,7 +15,7 @@ from peftbench.methods.lora import Lora
 from peftbench.training.loop import train_step
 from tests.helpers.batches import logits, micro_batch, one_batch
 from tests.helpers.methods import every_architecture
-from tests.helpers.training import trained, trainer_of
+from tests.helpers.training import assemble_training, trainable_parameters
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -45,7 +45,7 @@ def test_merged_model_has_equal_logits(
     """A trained update is merged into the matrices of the base; a transposed update would change the logits."""
     torch.manual_seed(3)
     model = VARIANTS[variant].apply(fresh_base(architecture), tokenizer)
-    trainer = trainer_of(accelerator, model, torch.optim.AdamW(trained(model).values(), lr=1e-2))
+    trainer = assemble_training(accelerator, model, torch.optim.AdamW(trainable_parameters(model).values(), lr=1e-2))
     for _ in range(5):
         train_step(accelerator, trainer, one_batch(micro_batch()), max_grad_norm=None)
     model.eval()
@@ -105,7 +105,10 @@ def test_target_modules_select_by_suffix_or_expression(
         "all": Lora(r=2, target_modules="all-linear"),
     }
     adapted = {
-        key: {name.split(".lora_")[0].removeprefix("base_model.model.transformer.") for name in trained(model)}
+        key: {
+            name.split(".lora_")[0].removeprefix("base_model.model.transformer.")
+            for name in trainable_parameters(model)
+        }
         for key, method in methods.items()
         for model in [method.apply(fresh_base("gpt2_tied"), tokenizer)]
     }
@@ -126,4 +129,4 @@ def test_architecture_without_default_targets_is_refused(tokenizer: PreTrainedTo
     base = OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=64, n_positions=16, n_embd=16, n_layer=1, n_head=2))
     with pytest.raises(UnsupportedModelError, match=r"method\.target_modules"):
         Lora().apply(base, tokenizer)
-    assert trained(Lora(target_modules=("c_attn",)).apply(base, tokenizer))
+    assert trainable_parameters(Lora(target_modules=("c_attn",)).apply(base, tokenizer))

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from peftbench.methods.prompt_tuning import PromptTuning
 from tests.helpers.methods import every_architecture
 from tests.helpers.models import embeddings_of
-from tests.helpers.training import trained
+from tests.helpers.training import trainable_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,7 +22,7 @@ def _build_soft_prompt(
     base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int, **keys: Any
 ) -> torch.Tensor:
     torch.manual_seed(seed)
-    (soft_prompt,) = trained(PromptTuning(**keys).apply(base, tokenizer)).values()
+    (soft_prompt,) = trainable_parameters(PromptTuning(**keys).apply(base, tokenizer)).values()
     return soft_prompt.detach().clone()
 
 

@@ -19,7 +19,7 @@ from peftbench.modeling.loading import LoadedModel, load_model
 from peftbench.recipe.schema import Model
 from peftbench.training.loop import train_step
 from tests.helpers.batches import one_batch
-from tests.helpers.training import trained, trainer_of
+from tests.helpers.training import assemble_training, trainable_parameters
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -57,11 +57,11 @@ def test_one_step_lowers_the_loss(
     torch.manual_seed(0)
     model = method.apply(stories.model, stories.tokenizer)
     method.set_training(model)
-    assert sum(parameter.numel() for parameter in trained(model).values()) == expected
+    assert sum(parameter.numel() for parameter in trainable_parameters(model).values()) == expected
     text = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
     ids = stories.tokenizer(text)["input_ids"]
     batch = one_batch(Collator(0, method.virtual_tokens).collate([ids], [1]))
-    trainer = trainer_of(accelerator, model, torch.optim.SGD(trained(model).values(), lr=0.01))
+    trainer = assemble_training(accelerator, model, torch.optim.SGD(trainable_parameters(model).values(), lr=0.01))
     before = train_step(accelerator, trainer, batch, max_grad_norm=1.0)
     after = train_step(accelerator, trainer, batch, max_grad_norm=1.0)
     # A uniform prediction has a loss of log 512 = 6.2; a random soft prompt increases the loss.

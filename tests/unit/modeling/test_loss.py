@@ -16,9 +16,9 @@ from peftbench.methods.base import Method
 from peftbench.methods.full import Full
 from peftbench.methods.prompt_tuning import PromptTuning
 from peftbench.training.loop import train_step
-from tests.helpers.batches import labelled, labels_of, logits, mask_of, micro_batch, rows
+from tests.helpers.batches import count_labeled_tokens, labels_of, logits, mask_of, micro_batch, rows
 from tests.helpers.methods import every_architecture, every_method
-from tests.helpers.training import summed_loss, trained, trainer_of
+from tests.helpers.training import assemble_training, summed_loss, trainable_parameters
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -67,7 +67,9 @@ def test_mean_loss_matches_transformers(
     with torch.no_grad():
         labels = labels_of(batch, method.virtual_tokens)
         expected = model(input_ids=batch.input_ids, attention_mask=mask_of(batch), labels=labels).loss
-        assert (summed_loss(model, batch) / labelled(batch)).item() == pytest.approx(expected.item(), rel=1e-6)
+        assert (summed_loss(model, batch) / count_labeled_tokens(batch)).item() == pytest.approx(
+            expected.item(), rel=1e-6
+        )
 
 
 @every_architecture
@@ -112,10 +114,10 @@ def test_gradient_does_not_depend_on_micro_batch_size(
     results = {}
     for size in (None, micro_batch_size):
         model = _apply_method(method, fresh_base("gpt2_tied"), tokenizer)
-        recorder = Recorder(list(trained(model).values()))
+        recorder = Recorder(list(trainable_parameters(model).values()))
         batch = next(iter(_build_batches(size, method)))
         assert len(batch.micro_batches) == (1 if size is None else -(-len(UNEQUAL) // size))
-        loss = train_step(accelerator, trainer_of(accelerator, model, recorder), batch, max_grad_norm=None)
+        loss = train_step(accelerator, assemble_training(accelerator, model, recorder), batch, max_grad_norm=None)
         results[size] = (loss, recorder.gradients)
     (loss, gradients), (accumulated_loss, accumulated_gradients) = results[None], results[micro_batch_size]
     assert accumulated_loss == pytest.approx(loss, rel=1e-5)
@@ -129,15 +131,15 @@ def test_mean_of_micro_batch_means_differs(
 ) -> None:
     """The mean of the micro-batches' means has another loss and gradient, so the test above would fail with it."""
     model = _apply_method(Full(), fresh_base("gpt2_tied"), tokenizer)
-    recorder = Recorder(list(trained(model).values()))
+    recorder = Recorder(list(trainable_parameters(model).values()))
     batch = next(iter(_build_batches(1, Full())))
-    loss = train_step(accelerator, trainer_of(accelerator, model, recorder), batch, max_grad_norm=None)
-    means = [summed_loss(model, part) / labelled(part) for part in batch.micro_batches]
+    loss = train_step(accelerator, assemble_training(accelerator, model, recorder), batch, max_grad_norm=None)
+    means = [summed_loss(model, part) / count_labeled_tokens(part) for part in batch.micro_batches]
     wrong = torch.stack(means).mean()
     wrong.backward()  # type: ignore[no-untyped-call]
     assert abs(wrong.item() - loss) > 1e-2 * loss
     wrong_gradient = torch.cat(
-        [parameter.grad.flatten() for parameter in trained(model).values() if parameter.grad is not None]
+        [parameter.grad.flatten() for parameter in trainable_parameters(model).values() if parameter.grad is not None]
     )
     gradient = torch.cat([gradient.flatten() for gradient in recorder.gradients])
     assert (wrong_gradient - gradient).norm() > 0.1 * gradient.norm()
@@ -149,7 +151,7 @@ def test_label_padding_labels_every_position(fresh_base: BaseFactory) -> None:
     batch = Collator(pad_token_id=0, label_padding=True).collate(
         [row["input_ids"] for row in examples], [row["prompt_tokens"] for row in examples]
     )
-    assert labelled(batch) == 2 * (14 - 1)
+    assert count_labeled_tokens(batch) == 2 * (14 - 1)
     model = fresh_base("gpt2_tied").eval()
     with torch.no_grad():
         mean_loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.input_ids).loss

@@ -9,7 +9,7 @@ from peftbench.distributed.accelerator import build_accelerator
 from peftbench.errors import CombinationError
 from peftbench.methods import METHODS
 from peftbench.methods.base import Method
-from peftbench.modeling.loss import LabelledLogitsLoss, build_loss
+from peftbench.modeling.loss import LabeledLogitsLoss, build_loss
 from peftbench.training.build import load_base_model
 from tests.helpers.methods import ONE_OF_EACH
 from tests.helpers.workshop import Workshop
@@ -44,7 +44,7 @@ def test_build_loss_does_not_modify_a_quantized_base(quantization: str, workshop
     before = [dict(vars(module)) for module in base.modules()]
     weights = [(parameter, parameter.data_ptr(), parameter.detach().clone()) for parameter in base.parameters()]
     loss, _ = build_loss(base)
-    assert isinstance(loss, LabelledLogitsLoss)
+    assert isinstance(loss, LabeledLogitsLoss)
     vars(loss.head).pop("forward")
     for module, attributes in zip(base.modules(), before, strict=True):
         assert vars(module).keys() == attributes.keys()

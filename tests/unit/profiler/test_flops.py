@@ -188,7 +188,7 @@ def test_model_flops_exclude_padding_and_recomputation(
     unpadded = collator.collate([[1] * 9], [6])
     with_padding = Collator(pad_token_id=0, pad_to_length=30).collate([[1] * 9], [6])
     assert collator.model_flop_units(unpadded) == FlopUnits(
-        positions=9, pairs=81, causal_pairs=45, labelled=3, columns=9
+        positions=9, pairs=81, causal_pairs=45, labeled=3, columns=9
     )
     assert collator.model_flop_units(with_padding) == collator.model_flop_units(unpadded)
     assert collator.hardware_flop_units(with_padding) == FlopUnits(30, 900, 465, 3, 30)

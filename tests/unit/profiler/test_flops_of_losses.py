@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from peftbench.data.collate import Collator, FlopUnits, MicroBatch, PaddingFreeCollator
 from peftbench.methods.base import Method
 from peftbench.modeling import cross_entropy
-from peftbench.modeling.loss import CausalLMLoss, LabelledLogitsLoss
+from peftbench.modeling.loss import CausalLMLoss, LabeledLogitsLoss
 from peftbench.profiler.flop_counter import FlopCounter
 from peftbench.profiler.flops import FlopCost, count_flops
 from tests.helpers.batches import LENGTHS_AND_PROMPTS, rows
@@ -71,7 +71,7 @@ def test_closed_form_of_loss_equals_dispatched_flops(  # noqa: PLR0917
     if checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     loss = loss_for(model)
-    assert isinstance(loss, LabelledLogitsLoss)
+    assert isinstance(loss, LabeledLogitsLoss)
     assert not loss.uses_masks
     flop_cost = compute_closed_form(
         model, base, loss, virtual_tokens=method.virtual_tokens, gradient_checkpointing=checkpointing
@@ -117,9 +117,9 @@ def test_all_logits_masks_and_eager_attention_are_counted(
     method.set_training(model)
     virtual = method.virtual_tokens
     for options in (
-        {"labelled_only": False},
+        {"labeled_only": False},
         {"use_masks": True},
-        {"labelled_only": False, "use_masks": True},
+        {"labeled_only": False, "use_masks": True},
     ):
         loss = loss_for(model, **options)
         flop_cost = compute_closed_form(model, base, loss, virtual_tokens=virtual, gradient_checkpointing=False)
@@ -158,7 +158,7 @@ def test_hardware_flops_are_within_3_percent_of_model_flops(method: Method, toke
         model_units = model_units + packer.model_flop_units(batch)
         hardware_units = hardware_units + packer.hardware_flop_units(batch)
     assert 800 < model_units.positions / 48 - method.virtual_tokens < 880
-    assert 50 < model_units.labelled / 48 < 70
+    assert 50 < model_units.labeled / 48 < 70
     assert model_units == hardware_units
     recomputed = 12 * 2 * 768 * model_units.causal_pairs * (not method.has_frozen_backbone)
     assert flop_cost.compute_hardware_flops(hardware_units) - flop_cost.compute_model_flops(model_units) == recomputed

@@ -66,7 +66,7 @@ def test_flop_ratios_match_formulas(shared_data: Path, workshop: Workshop) -> No
         assert record.flops.hardware_flops is not None
         assert record.tokens is not None
         executed[method.kind] = record.flops.hardware_flops
-        labels.add(Fraction(record.tokens.labelled, 4))
+        labels.add(Fraction(record.tokens.labeled, 4))
     (labeled,) = labels  # the same examples for every method; FLOPs are linear in them
     lengths = {method.kind: REAL_TOKENS + method.virtual_tokens for method in METHODS}
     for kind, flops in executed.items():

@@ -17,7 +17,7 @@ from peftbench.profiler.memory_breakdown import MEMORY_CATEGORIES, EngineBuffers
 from tests.helpers.batches import labels_of, mask_of, micro_batch
 from tests.helpers.methods import ONE_OF_EACH
 from tests.helpers.models import ARCHITECTURES
-from tests.helpers.training import trained
+from tests.helpers.training import trainable_parameters
 from tests.unit.profiler.test_flops import mark_slow
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ def test_peak_equals_torch_allocator_peak(  # noqa: PLR0917
     assert sum(peak.bytes_by_category.values()) == peak.nbytes
     assert set(peak.bytes_by_category) == set(MEMORY_CATEGORIES)
     assert peak.bytes_by_category["logits"] >= 6 * 39 * base.config.vocab_size * FLOAT
-    assert peak.bytes_by_category["gradients"] <= bytes_of(*trained(model).values())
+    assert peak.bytes_by_category["gradients"] <= bytes_of(*trainable_parameters(model).values())
 
 
 def test_every_category_is_documented() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-LEAST: dict[str, Any] = {
+REQUIRED_KEYS: dict[str, Any] = {
     "name": "run",
     "method": {"kind": "lora"},
     "data": {"source": {"kind": "docstrings"}},
@@ -26,4 +26,4 @@ def write(path: Path, values: dict[str, Any] | str) -> Path:
 @pytest.fixture
 def least(tmp_path: Path) -> Path:
     """Write a file with only the required keys of a recipe, and return its path."""
-    return write(tmp_path / "least.yaml", LEAST)
+    return write(tmp_path / "least.yaml", REQUIRED_KEYS)

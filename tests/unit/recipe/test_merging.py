@@ -18,7 +18,7 @@ from peftbench.methods import METHOD_KINDS
 from peftbench.optim import OPTIMIZERS, SGD, AdamW
 from peftbench.recipe.loader import load_recipe, merge_configs, to_commented_yaml
 from peftbench.recipe.schema import Recipe
-from tests.unit.recipe.conftest import LEAST, write
+from tests.unit.recipe.conftest import REQUIRED_KEYS, write
 
 
 def test_files_and_overrides_merge_from_left_to_right(least: Path, tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_null_override_unsets_a_value(least: Path) -> None:
 
 def test_extends_is_relative_to_its_own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``extends`` is relative to the file's own folder, not the working directory; the file wins over its parent."""
-    write(tmp_path / "base" / "common.yaml", LEAST)
+    write(tmp_path / "base" / "common.yaml", REQUIRED_KEYS)
     child = write(tmp_path / "sub" / "child.yaml", {"extends": "../base/common.yaml", "train": {"steps": 3}})
     monkeypatch.chdir(tmp_path.parent)
     recipe = load_recipe([child])
@@ -59,7 +59,7 @@ def test_extends_is_relative_to_its_own_file(tmp_path: Path, monkeypatch: pytest
 
 def test_extends_merges_a_list_from_left_to_right(tmp_path: Path) -> None:
     """A later parent wins over an earlier one, and a parent over its own parents."""
-    write(tmp_path / "root.yaml", LEAST | {"train": {"steps": 1, "seed": 1, "global_batch_size": 1}})
+    write(tmp_path / "root.yaml", REQUIRED_KEYS | {"train": {"steps": 1, "seed": 1, "global_batch_size": 1}})
     write(tmp_path / "a.yaml", {"extends": "root.yaml", "train": {"steps": 2, "seed": 2}})
     write(tmp_path / "b.yaml", {"train": {"steps": 3}})
     recipe = load_recipe([write(tmp_path / "child.yaml", {"extends": ["a.yaml", "b.yaml"]})])
@@ -68,7 +68,7 @@ def test_extends_merges_a_list_from_left_to_right(tmp_path: Path) -> None:
 
 def test_shared_parent_is_not_a_cycle(tmp_path: Path) -> None:
     """Two parents may extend the same file."""
-    write(tmp_path / "root.yaml", LEAST)
+    write(tmp_path / "root.yaml", REQUIRED_KEYS)
     for name in ("a", "b"):
         write(tmp_path / f"{name}.yaml", {"extends": "root.yaml"})
     assert load_recipe([write(tmp_path / "child.yaml", {"extends": ["a.yaml", "b.yaml"]})]).name == "run"
@@ -76,9 +76,9 @@ def test_shared_parent_is_not_a_cycle(tmp_path: Path) -> None:
 
 def test_cycle_is_refused(tmp_path: Path) -> None:
     """Files that extend each other, or themselves, are an error that names the file."""
-    first = write(tmp_path / "a.yaml", LEAST | {"extends": "b.yaml"})
+    first = write(tmp_path / "a.yaml", REQUIRED_KEYS | {"extends": "b.yaml"})
     write(tmp_path / "b.yaml", {"extends": "a.yaml"})
-    itself = write(tmp_path / "c.yaml", LEAST | {"extends": "c.yaml"})
+    itself = write(tmp_path / "c.yaml", REQUIRED_KEYS | {"extends": "c.yaml"})
     for path in (first, itself):
         with pytest.raises(RecipeError, match=f"{path.name} extends itself"):
             load_recipe([path])
@@ -86,7 +86,7 @@ def test_cycle_is_refused(tmp_path: Path) -> None:
 
 def test_missing_parent_is_refused(tmp_path: Path) -> None:
     """The error about a missing parent has its path and the nearest file of its folder."""
-    write(tmp_path / "common.yaml", LEAST)
+    write(tmp_path / "common.yaml", REQUIRED_KEYS)
     child = write(tmp_path / "child.yaml", {"extends": "comon.yaml"})
     with pytest.raises(MissingFileError, match=r"no file .*comon\.yaml; did you mean 'common\.yaml'"):
         load_recipe([child])
@@ -187,7 +187,7 @@ def test_reading_a_recipe_needs_no_torch(least: Path) -> None:
 )
 def test_commented_yaml_reads_back_any_text(value: str, tmp_path: Path) -> None:
     """Text that looks like an interpolation, a number or a comment is read back as the same text."""
-    recipe = load_recipe([write(tmp_path / "least.yaml", LEAST)]).model_copy(update={"output_dir": value})
+    recipe = load_recipe([write(tmp_path / "least.yaml", REQUIRED_KEYS)]).model_copy(update={"output_dir": value})
     again = load_recipe([write(tmp_path / "explained.yaml", to_commented_yaml(recipe))])
     assert again.output_dir == value
 

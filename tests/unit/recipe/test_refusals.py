@@ -10,7 +10,7 @@ import pytest
 
 from peftbench.errors import MissingFileError, OutOfRangeError, RecipeError, UnknownKeyError, WrongTypeError
 from peftbench.recipe.loader import load_recipe, parse_recipe
-from tests.unit.recipe.conftest import LEAST, write
+from tests.unit.recipe.conftest import REQUIRED_KEYS, write
 
 MISTAKES: list[tuple[str, type[RecipeError], str]] = [
     # Unknown and misspelled keys and kinds: the path, and the nearest name in that group.
@@ -96,7 +96,7 @@ def test_mistake_is_refused_in_one_sentence(override: str, kind: type[RecipeErro
 def test_missing_required_key_is_refused(missing: str) -> None:
     """A recipe without its name, method, data or length is refused with the path of the missing key."""
     with pytest.raises(RecipeError, match=f"^Invalid recipe: {missing} is missing; set it$"):
-        parse_recipe({key: value for key, value in LEAST.items() if key != missing})
+        parse_recipe({key: value for key, value in REQUIRED_KEYS.items() if key != missing})
 
 
 @pytest.mark.parametrize("extends", ["5", "", "[5]", "{a: b}"])
@@ -109,12 +109,12 @@ def test_extends_must_be_a_path_or_paths(extends: str, tmp_path: Path) -> None:
 def test_group_without_a_kind_is_refused() -> None:
     """A method or a source without a kind is refused with the allowed kinds."""
     with pytest.raises(RecipeError, match=r"^Invalid recipe: method\.kind is missing; allowed: full, .*lora"):
-        parse_recipe(LEAST | {"method": {"r": 4}})
+        parse_recipe(REQUIRED_KEYS | {"method": {"r": 4}})
     with pytest.raises(
         RecipeError,
         match=r"^Invalid recipe: data\.source\.kind is missing; allowed: docstrings, files, hub, synthetic$",
     ):
-        parse_recipe(LEAST | {"data": {"source": {}}})
+        parse_recipe(REQUIRED_KEYS | {"data": {"source": {}}})
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_group_without_a_kind_is_refused() -> None:
         ({"method": {"kind": "last_layer", "head": "tied"}}, "and this last_layer does not; use last_layer with"),
         ({"method": {"kind": "zero_shot"}}, "and this zero_shot does not"),
         (
-            {"data": LEAST["data"] | {"label_padding": True}},
+            {"data": REQUIRED_KEYS["data"] | {"label_padding": True}},
             "data.label_padding=true needs more; set one of the two",
         ),
         ({"train": {"steps": 1, "feature_cache": "bf16", "logits": "all"}}, "and train.logits=all needs more; set"),
@@ -132,7 +132,7 @@ def test_group_without_a_kind_is_refused() -> None:
 )
 def test_feature_cache_needs_a_frozen_backbone(values: dict[str, Any], message: str) -> None:
     """Settings whose hidden states cannot be cached are refused before anything is loaded."""
-    cached = LEAST | {"method": {"kind": "last_layer"}, "train": {"steps": 1, "feature_cache": "bf16"}}
+    cached = REQUIRED_KEYS | {"method": {"kind": "last_layer"}, "train": {"steps": 1, "feature_cache": "bf16"}}
     assert parse_recipe(cached).train.feature_cache == "bf16"
     with pytest.raises(OutOfRangeError) as caught:
         parse_recipe(cached | values)
@@ -141,7 +141,7 @@ def test_feature_cache_needs_a_frozen_backbone(values: dict[str, Any], message: 
 
 def test_misspelled_key_is_reported_before_the_missing_one() -> None:
     """If a required key is misspelled, the error is about the misspelled key."""
-    values = {key: value for key, value in LEAST.items() if key != "name"}
+    values = {key: value for key, value in REQUIRED_KEYS.items() if key != "name"}
     with pytest.raises(UnknownKeyError, match="'nam'; did you mean 'name'"):
         parse_recipe(values | {"nam": "run"})
 
@@ -190,7 +190,7 @@ def test_date_in_a_file_is_text(least: Path, tmp_path: Path) -> None:
     """A date object passed by a program has the wrong type."""
     assert load_recipe([least, write(tmp_path / "date.yaml", "name: 2026-01-02\n")]).name == "2026-01-02"
     with pytest.raises(WrongTypeError, match="2026-01-02 has type date; a value must be text, a number"):
-        parse_recipe(LEAST | {"name": datetime.date(2026, 1, 2)})
+        parse_recipe(REQUIRED_KEYS | {"name": datetime.date(2026, 1, 2)})
 
 
 @pytest.mark.parametrize("override", ["steps", "=5", "--steps"])

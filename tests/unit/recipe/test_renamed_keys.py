@@ -10,7 +10,7 @@ import pytest
 from peftbench.common.renamed_keys import RENAMED_KEYS, RENAMED_VALUES
 from peftbench.errors import OutOfRangeError, UnknownKeyError
 from peftbench.recipe.loader import load_recipe, parse_recipe
-from tests.unit.recipe.conftest import LEAST, write
+from tests.unit.recipe.conftest import REQUIRED_KEYS, write
 
 METHOD_KIND_OF_KEY = {
     "lora_alpha": "lora",
@@ -59,6 +59,6 @@ def test_old_value_is_refused_with_its_new_name(key: str, old: str, new: str, le
 
 def test_old_key_of_another_method_gets_the_usual_hint() -> None:
     """The method full has neither the old nor the new key of lora, so the key is unknown."""
-    values: dict[str, Any] = LEAST | {"method": {"kind": "full", "alpha": 1}}
+    values: dict[str, Any] = REQUIRED_KEYS | {"method": {"kind": "full", "alpha": 1}}
     with pytest.raises(UnknownKeyError, match=r"there is no key 'method\.alpha'; allowed: kind$"):
         parse_recipe(values)

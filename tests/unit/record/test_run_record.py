@@ -91,7 +91,7 @@ def full_record() -> RunRecord:
         data_fingerprint="11",
         num_examples={"train": 8},
         num_dropped_examples={"train": 1},
-        tokens=Tokens(real=5, padded=8, labelled=2, virtual=1),
+        tokens=Tokens(real=5, padded=8, labeled=2, virtual=1),
         steps=2,
         step_losses=(2.5, 1 / 3),
         step_seconds=(0.1, 0.2),
@@ -133,7 +133,7 @@ def full_record() -> RunRecord:
             teacher_forced_argmax_rouge={"rougeL": interval},
             samples=(Sample(id="1", article="é", reference="b", generated="c"),),
             per_example=PerExample(
-                examples_fingerprint="22", loss=(0.1, 1 / 3), labelled_tokens=(1, 2), rouge={"rouge1": (1.5, 2.5)}
+                examples_fingerprint="22", loss=(0.1, 1 / 3), labeled_tokens=(1, 2), rouge={"rouge1": (1.5, 2.5)}
             ),
         ),
         notes=("a note",),
@@ -152,7 +152,7 @@ def full_record() -> RunRecord:
             step_seconds_p10=0.4,
             step_seconds_p90=0.6,
             samples_per_second=8.0,
-            tokens_per_second=TokensPerSecond(real=1.0, padded=2.0, labelled=0.5, virtual=0.0),
+            tokens_per_second=TokensPerSecond(real=1.0, padded=2.0, labeled=0.5, virtual=0.0),
             data_time_fraction=0.1,
         ),
     )

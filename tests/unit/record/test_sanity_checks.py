@@ -18,7 +18,7 @@ from peftbench.record import (
 )
 from peftbench.record.sanity_checks import RSS_SLACK_BYTES, check_record, check_step_times
 from peftbench.report.tables.table import collect_notes
-from tests.unit.report.records import record
+from tests.unit.report.records import build_record
 
 
 def timed(name: str, seconds: float, flops: int, device: str = "a CPU") -> RunRecord:
@@ -30,10 +30,12 @@ def timed(name: str, seconds: float, flops: int, device: str = "a CPU") -> RunRe
         step_seconds_p90=seconds,
         samples_per_second=1.0,
         data_time_fraction=0,
-        tokens_per_second=TokensPerSecond(real=1, padded=1, labelled=1, virtual=0),
+        tokens_per_second=TokensPerSecond(real=1, padded=1, labeled=1, virtual=0),
     )
     cpu = Device(type="cpu", name=device, num_processes=1)
-    return record(name, "lora", 10, throughput=speed, flops=Flops(hardware_flops=flops, model_flops=flops), device=cpu)
+    return build_record(
+        name, "lora", 10, throughput=speed, flops=Flops(hardware_flops=flops, model_flops=flops), device=cpu
+    )
 
 
 def test_time_ratio_above_flops_ratio_is_reported() -> None:
@@ -90,7 +92,7 @@ def test_different_devices_are_not_compared() -> None:
 
 def test_runs_without_measurements_are_not_compared() -> None:
     """A run without throughput is skipped."""
-    assert list(check_step_times([record("a", "full", 1), timed("lora", 1.0, 100)])) == []
+    assert list(check_step_times([build_record("a", "full", 1), timed("lora", 1.0, 100)])) == []
 
 
 def test_forward_backward_is_compared_if_slower_run_trains_more() -> None:
@@ -130,7 +132,7 @@ STATES = StateBytes(weights=100, gradients=20, optimizer=40)
 def test_peak_below_state_bytes_is_reported() -> None:
     """Weights, gradients and states are in memory together at the optimizer step."""
     low, enough = (
-        record("a", "full", 1, device=CARD, state_bytes=STATES, memory={"train": Memory(allocated_bytes=peak)})
+        build_record("a", "full", 1, device=CARD, state_bytes=STATES, memory={"train": Memory(allocated_bytes=peak)})
         for peak in (159, 160)
     )
     (sentence,) = check_record(low)
@@ -144,7 +146,7 @@ def test_rss_peak_has_slack() -> None:
     for peak, expected_count in ((9, 1), (10, 0)):
         memory = Memory(rss_bytes=1000 + peak, baseline_rss_bytes=1000)
         assert (
-            len(list(check_record(record("a", "full", 1, state_bytes=states, memory={"train": memory}))))
+            len(list(check_record(build_record("a", "full", 1, state_bytes=states, memory={"train": memory}))))
             == expected_count
         )
 
@@ -152,13 +154,15 @@ def test_rss_peak_has_slack() -> None:
 def test_flops_above_device_peak_are_reported() -> None:
     """More FLOP/s than the data sheet peak is impossible."""
     for executed, expected_count in ((101.0, 1), (100.0, 0)):
-        run = record("a", "full", 1, compute=Compute(hardware_flops_per_second=executed, peak_flops_per_second=100.0))
+        run = build_record(
+            "a", "full", 1, compute=Compute(hardware_flops_per_second=executed, peak_flops_per_second=100.0)
+        )
         assert len(list(check_record(run))) == expected_count
-    assert list(check_record(record("a", "full", 1, compute=Compute(hardware_flops_per_second=1e30)))) == []
+    assert list(check_record(build_record("a", "full", 1, compute=Compute(hardware_flops_per_second=1e30)))) == []
 
 
 def test_counted_flops_must_equal_closed_form() -> None:
     """A difference between torch's count and the closed form is reported."""
     for closed_form, expected_count in ((7, 1), (8, 0), (None, 0)):
         step = CountedStep(step=1, counted_flops=8, closed_form_flops=closed_form)
-        assert len(list(check_record(record("a", "full", 1, flops=Flops(counted_step=step))))) == expected_count
+        assert len(list(check_record(build_record("a", "full", 1, flops=Flops(counted_step=step))))) == expected_count

@@ -25,7 +25,7 @@ from peftbench.record import (
 )
 
 
-def record(name: str, kind: str, trainable: int | None, **changes: Any) -> RunRecord:
+def build_record(name: str, kind: str, trainable: int | None, **changes: Any) -> RunRecord:
     """Build a record with known metrics."""
     recipe = {
         "name": name,
@@ -56,7 +56,7 @@ def record(name: str, kind: str, trainable: int | None, **changes: Any) -> RunRe
         "device": Device(type="cpu", name="a CPU", num_processes=1),
         "library_versions": {},
         "parameters": ParameterCounts(total=1000, trainable=trainable) if trainable is not None else None,
-        "tokens": Tokens(real=1, padded=2, labelled=1, virtual=0),
+        "tokens": Tokens(real=1, padded=2, labeled=1, virtual=0),
         "steps": 5,
         "quality": quality,
         "phase_seconds": {"train": 12.5},
@@ -64,13 +64,13 @@ def record(name: str, kind: str, trainable: int | None, **changes: Any) -> RunRe
     return RunRecord(**(values | changes))
 
 
-def judged(
+def build_judged_record(
     name: str,
     kind: str,
     rouge_l: Sequence[float] | None,
     *,
     losses: Sequence[float] = (),
-    labelled: Sequence[int] = (),
+    labeled: Sequence[int] = (),
     identity: str = "these",
     **changes: Any,
 ) -> RunRecord:
@@ -82,15 +82,15 @@ def judged(
     quality = Quality(
         split="test",
         num_examples=count,
-        loss=sum(losses) / sum(labelled) if labelled else None,
+        loss=sum(losses) / sum(labeled) if labeled else None,
         rouge={"rougeL": score} if score else None,
         per_example=PerExample(
-            examples_fingerprint=identity, loss=tuple(losses), labelled_tokens=tuple(labelled), rouge=rouge
+            examples_fingerprint=identity, loss=tuple(losses), labeled_tokens=tuple(labeled), rouge=rouge
         ),
     )
     method_fields: dict[str, Any] = {"steps": 20} if is_trained else {"tokens": None, "steps": 0, "phase_seconds": {}}
     changes = {"quality": quality} | method_fields | changes
-    return record(name, kind, 10 if is_trained else 0, **changes)
+    return build_record(name, kind, 10 if is_trained else 0, **changes)
 
 
 def build_costs(
@@ -104,7 +104,7 @@ def build_costs(
         step_seconds_p90=1.05 * seconds,
         samples_per_second=1.0,
         data_time_fraction=0.0,
-        tokens_per_second=TokensPerSecond(real=1, padded=1, labelled=1, virtual=0),
+        tokens_per_second=TokensPerSecond(real=1, padded=1, labeled=1, virtual=0),
     )
     return {
         "memory": {"train": Memory(allocated_bytes=memory)},
@@ -125,6 +125,6 @@ def build_costs(
     }
 
 
-def noise(count: int, seed: int, spread: float = 5.0) -> list[float]:
+def draw_scores(count: int, seed: int, spread: float = 5.0) -> list[float]:
     """Return normally distributed scores with mean 30."""
     return [float(value) for value in 30 + spread * numpy.random.default_rng(seed).normal(size=count)]

@@ -19,7 +19,7 @@ from peftbench.report.diff.compute import SuiteDiff, diff_suites
 from peftbench.report.diff.metrics import parse_thresholds
 from peftbench.report.diff.render import print_diff, regression_summary
 from tests.helpers.paths import REPOSITORY
-from tests.unit.report.sides import build_run, build_scored_run, capture_printed, write_suite
+from tests.unit.report.suites import build_run, build_scored_run, capture_printed, write_suite
 
 DEMO = REPOSITORY / "docs" / "results" / "demo"
 
@@ -50,7 +50,7 @@ def test_invalid_threshold_is_refused(thresholds: list[str], error_class: type[P
 
 def test_equal_suites_print_nothing_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Print no table if two suites are equal."""
-    left = write_suite(tmp_path / "A", build_scored_run((1.0, 2.0), (1.0, 2.0), labelled=(1, 2)), build_run("b"))
+    left = write_suite(tmp_path / "A", build_scored_run((1.0, 2.0), (1.0, 2.0), labeled=(1, 2)), build_run("b"))
     diff = diff_suites(left, shutil.copytree(left, tmp_path / "B"))
     assert not diff.changed
     assert not diff.regressed

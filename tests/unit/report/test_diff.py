@@ -17,8 +17,8 @@ from peftbench.report.diff.compute import compute_paired_intervals, diff_suites
 from peftbench.report.diff.matching import Runs, SettingChange, match_runs
 from peftbench.report.diff.metrics import METRICS, parse_thresholds
 from peftbench.report.diff.render import regression_summary
-from tests.unit.report.records import noise
-from tests.unit.report.sides import (
+from tests.unit.report.records import draw_scores
+from tests.unit.report.suites import (
     build_run,
     build_scored_run,
     capture_printed,
@@ -319,8 +319,8 @@ def test_change_within_sampling_noise_is_not_significant(tmp_path: Path) -> None
 
 def test_loss_interval_is_weighted_by_tokens(tmp_path: Path) -> None:
     """Check that the interval's mean is the difference of the two losses, which are means over tokens."""
-    old = build_scored_run((1.0, 1.0), (3.0, 10.0), labelled=(1, 9), loss=1.3)
-    new = build_scored_run((1.0, 1.0), (5.0, 12.0), labelled=(1, 9), loss=1.7)
+    old = build_scored_run((1.0, 1.0), (3.0, 10.0), labeled=(1, 9), loss=1.3)
+    new = build_scored_run((1.0, 1.0), (5.0, 12.0), labeled=(1, 9), loss=1.7)
     paired = metrics_by_name(compare_runs(tmp_path, old, new))["held_out_loss"].paired_interval
     assert paired is not None
     assert paired.interval is not None
@@ -330,16 +330,16 @@ def test_loss_interval_is_weighted_by_tokens(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"identity": "other"}, "they were not evaluated on the same examples"),
-        ({"labelled": (1, 8)}, "their summaries are not of the same tokens"),
-        ({"labelled": ()}, "not both records have the scores of each example"),
-        ({"losses": (1.0, float("inf"))}, "not both records have the scores of each example"),
-        ({"losses": ()}, "not both records have the scores of each example"),
+        ({"identity": "other"}, "the runs were not evaluated on the same examples"),
+        ({"labeled": (1, 8)}, "the summaries have different tokens"),
+        ({"labeled": ()}, "per-example scores are missing in at least one record"),
+        ({"losses": (1.0, float("inf"))}, "per-example scores are missing in at least one record"),
+        ({"losses": ()}, "per-example scores are missing in at least one record"),
     ],
 )
 def test_unpairable_scores_have_no_interval(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
     """Check that different examples, tokens or missing scores give no interval, and that the reason is recorded."""
-    scores: dict[str, Any] = {"losses": (3.0, 10.0), "labelled": (1, 9)}
+    scores: dict[str, Any] = {"losses": (3.0, 10.0), "labeled": (1, 9)}
     pair = compare_runs(
         tmp_path, build_scored_run((1.0, 1.0), **scores), build_scored_run((1.0, 1.0), **(scores | changes), loss=4.0)
     )
@@ -364,16 +364,16 @@ def test_few_examples_are_never_significant(count: int, tmp_path: Path, capsys: 
     assert paired.significant is None
     assert paired.missing_reason == ("too few examples" if count == 1 else None)
     assert (paired.interval is None) == (count == 1)
-    reason = "no interval" if count == 1 else "too few examples to support it"
+    reason = "no interval" if count == 1 else "too few examples"
     assert regression_summary(diff).endswith(f"lora (rougeL -20%, {reason})")
     output = capture_printed(diff, capsys)
     assert ("no interval: too few examples" in output) == (count == 1)
-    assert ("; of fewer than 20 examples none is supported" in output) == (count > 1)
+    assert ("; with fewer than 20 examples no change is called significant" in output) == (count > 1)
 
 
 def test_intervals_are_corrected_for_their_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Compare the intervals of four runs with paired intervals of confidence 1 - 0.05 / 4."""
-    before, after = noise(60, 0), [noise(60, seed) for seed in range(1, 5)]
+    before, after = draw_scores(60, 0), [draw_scores(60, seed) for seed in range(1, 5)]
     old = [build_scored_run(tuple(before)).model_copy(update={"name": f"r{i}"}) for i in range(4)]
     new = [build_scored_run(tuple(scores)).model_copy(update={"name": f"r{i}"}) for i, scores in enumerate(after)]
     diff = diff_suites(write_suite(tmp_path / "A", *old), write_suite(tmp_path / "B", *new))
@@ -383,7 +383,10 @@ def test_intervals_are_corrected_for_their_number(tmp_path: Path, capsys: pytest
         assert paired is not None
         assert paired.interval is not None
         assert (paired.interval.low, paired.interval.high) == pytest.approx((expected.low, expected.high))
-    note = "paired over examples; all 4 hold together with 95 %, and they know nothing of seeds"
+    note = (
+        "paired over examples, with 95 % confidence for all 4 simultaneously; "
+        "it does not include the variation between seeds"
+    )
     assert note in capture_printed(diff, capsys)
 
 
@@ -396,7 +399,7 @@ def test_false_positives_stay_within_stated_level(tmp_path: Path) -> None:
             Runs(
                 tmp_path,
                 {
-                    name: build_scored_run(tuple(noise(40, 1000 * draw + 100 * side + i))).model_copy(
+                    name: build_scored_run(tuple(draw_scores(40, 1000 * draw + 100 * side + i))).model_copy(
                         update={"name": name}
                     )
                     for i, name in enumerate(names)

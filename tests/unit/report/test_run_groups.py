@@ -13,7 +13,7 @@ from peftbench.methods.last_layer import LastLayer
 from peftbench.record import Device, Outcome
 from peftbench.report.analysis.run_groups import group_runs, recipe_key
 from tests.helpers.workshop import Workshop
-from tests.unit.report.records import build_costs, judged, noise, record
+from tests.unit.report.records import build_costs, build_judged_record, build_record, draw_scores
 
 
 @pytest.mark.parametrize(
@@ -33,13 +33,13 @@ from tests.unit.report.records import build_costs, judged, noise, record
 )
 def test_label_is_the_common_part_of_names(names: list[str], label: str) -> None:
     """Use a single run's own name, on one line, and append the method if the label lacks it."""
-    (group,) = group_runs([record(name, "lora", 10, seed=seed) for seed, name in enumerate(names)])
+    (group,) = group_runs([build_record(name, "lora", 10, seed=seed) for seed, name in enumerate(names)])
     assert (group.label, group.method_kind, len(group.runs)) == (label, "lora", len(names))
 
 
 def test_equal_names_get_distinct_labels() -> None:
     """Group two recipes whose runs have the same name."""
-    groups = group_runs([record("lora", "lora", 10), record("lora", "lora", 10, global_batch_size=2)])
+    groups = group_runs([build_record("lora", "lora", 10), build_record("lora", "lora", 10, global_batch_size=2)])
     assert [group.label for group in groups] == ["lora", "lora #2"]
 
 
@@ -49,9 +49,9 @@ GPU = Device(type="cuda", name="a GPU", num_processes=1)
 def test_runs_on_different_devices_form_separate_groups() -> None:
     """Group runs of one recipe by device and number of processes, and add both to the labels."""
     rows = [
-        record("lora", "lora", 10),
-        record("lora", "lora", 10, seed=1, device=GPU),
-        record("lora", "lora", 10, seed=2, device=GPU.model_copy(update={"num_processes": 2})),
+        build_record("lora", "lora", 10),
+        build_record("lora", "lora", 10, seed=1, device=GPU),
+        build_record("lora", "lora", 10, seed=2, device=GPU.model_copy(update={"num_processes": 2})),
     ]
     groups = group_runs(rows)
     assert [group.label for group in groups] == ["lora on a CPU", "lora on a GPU", "lora on a GPU with 2 processes"]
@@ -62,10 +62,10 @@ def test_runs_on_different_devices_form_separate_groups() -> None:
 def test_different_model_or_data_form_separate_groups(fingerprint_field: str) -> None:
     """Check that a run that failed before its fingerprints were known joins the first group."""
     rows = [
-        record("lora-seed=2", "lora", 10, seed=2, outcome=Outcome(kind="failed")),
-        record("lora-seed=0", "lora", 10, seed=0, **{fingerprint_field: "a"}),
-        record("lora-seed=1", "lora", 10, seed=1, **{fingerprint_field: "b"}),
-        record("lora-seed=3", "lora", 10, seed=3, **{fingerprint_field: "a"}),
+        build_record("lora-seed=2", "lora", 10, seed=2, outcome=Outcome(kind="failed")),
+        build_record("lora-seed=0", "lora", 10, seed=0, **{fingerprint_field: "a"}),
+        build_record("lora-seed=1", "lora", 10, seed=1, **{fingerprint_field: "b"}),
+        build_record("lora-seed=3", "lora", 10, seed=3, **{fingerprint_field: "a"}),
     ]
     groups = group_runs(rows)
     assert sorted([run.name[-1] for run in group.runs] for group in groups) == [["1"], ["2", "0", "3"]]
@@ -74,8 +74,8 @@ def test_different_model_or_data_form_separate_groups(fingerprint_field: str) ->
 
 def test_keys_without_effect_on_results_keep_one_group() -> None:
     """Group runs that differ in saving, tracking, checkpoints or price; a memory budget separates them."""
-    first = record("lora-seed=0", "lora", 10)
-    other = record("lora-seed=1", "lora", 10, seed=1)
+    first = build_record("lora-seed=0", "lora", 10)
+    other = build_record("lora-seed=1", "lora", 10, seed=1)
     changed = other.recipe | {
         "save_model": True,
         "trackers": ["tensorboard"],
@@ -123,7 +123,7 @@ def test_repeated_seed_counts_once() -> None:
     """Average the metrics of two runs with seed 0, e.g. a suite's own run and one of ``--seeds``."""
     names = ["full", "full-seed=0", "full-seed=1", "full-seed=2"]
     rows = [
-        judged(name, "full", [score], losses=[score], labelled=[1], seed=seed)
+        build_judged_record(name, "full", [score], losses=[score], labeled=[1], seed=seed)
         for name, score, seed in zip(names, (1.0, 3.0, 5.0, 9.0), (0, 0, 1, 2), strict=True)
     ]
     (group,) = group_runs(rows)
@@ -133,7 +133,7 @@ def test_repeated_seed_counts_once() -> None:
 
 def test_grouping_does_not_modify_records() -> None:
     """Compare the recipe before and after grouping."""
-    run_record = record("lora-seed=3", "lora", 10, seed=3)
+    run_record = build_record("lora-seed=3", "lora", 10, seed=3)
     before = copy.deepcopy(run_record.recipe)
     group_runs([run_record])
     assert run_record.recipe == before
@@ -142,9 +142,11 @@ def test_grouping_does_not_modify_records() -> None:
 def test_metrics_are_means_of_runs_with_outcome_ok() -> None:
     """Check that a diverged run belongs to the group but is in none of its means."""
     runs = [
-        judged("lora-seed=0", "lora", [1.0, 3.0], seed=0, **build_costs(100, 1.0, 10)),
-        judged("lora-seed=1", "lora", [3.0, 5.0], seed=1, **build_costs(300, 2.0, 20)),
-        judged("lora-seed=2", "lora", [9.0, 9.0], seed=2, outcome=Outcome(kind="diverged"), **(build_costs(9, 9.0, 9))),
+        build_judged_record("lora-seed=0", "lora", [1.0, 3.0], seed=0, **build_costs(100, 1.0, 10)),
+        build_judged_record("lora-seed=1", "lora", [3.0, 5.0], seed=1, **build_costs(300, 2.0, 20)),
+        build_judged_record(
+            "lora-seed=2", "lora", [9.0, 9.0], seed=2, outcome=Outcome(kind="diverged"), **(build_costs(9, 9.0, 9))
+        ),
     ]
     (group,) = group_runs(runs)
     assert (len(group.runs), len(group.ok_runs), group.is_trained) == (3, 2, True)
@@ -156,8 +158,8 @@ def test_metrics_are_means_of_runs_with_outcome_ok() -> None:
 def test_mean_is_unknown_if_one_run_lacks_the_value() -> None:
     """Return None, because a mean over some runs would describe another configuration."""
     known = build_costs(100, 1.0, 10)
-    unknown = record("lora-seed=1", "lora", 10, seed=1, phase_seconds={}, device=known["device"])
-    (group,) = group_runs([judged("lora-seed=0", "lora", noise(3, 0), seed=0, **known), unknown])
+    unknown = build_record("lora-seed=1", "lora", 10, seed=1, phase_seconds={}, device=known["device"])
+    (group,) = group_runs([build_judged_record("lora-seed=0", "lora", draw_scores(3, 0), seed=0, **known), unknown])
     assert (group.mean_peak_bytes, group.mean_train_seconds, group.mean_model_flops, group.step_seconds_range) == (
         None,
         None,
@@ -169,5 +171,9 @@ def test_mean_is_unknown_if_one_run_lacks_the_value() -> None:
 
 def test_baselines_are_not_trained() -> None:
     """Check the untrained base, the lead and full fine-tuning."""
-    rows = [judged("b", "zero_shot", [1.0]), record("l", "lead", None), record("f", "full", 10)]
+    rows = [
+        build_judged_record("b", "zero_shot", [1.0]),
+        build_record("l", "lead", None),
+        build_record("f", "full", 10),
+    ]
     assert [group.is_trained for group in group_runs(rows)] == [False, False, True]

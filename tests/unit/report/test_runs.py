@@ -15,12 +15,12 @@ from peftbench.report.page.content import build_page_data
 from peftbench.report.runs import with_unique_names
 from peftbench.report.tables.table import csv_table
 from peftbench.report.writer import write_report
-from tests.unit.report.records import record
+from tests.unit.report.records import build_record
 
 
 def unique_names(*runs: tuple[str, str, str]) -> dict[str, str]:
     """Return the unique names of runs, which are given as path, name and method kind, by path."""
-    records = {Path(path) / "record.json": record(name, kind, 1) for path, name, kind in runs}
+    records = {Path(path) / "record.json": build_record(name, kind, 1) for path, name, kind in runs}
     return {str(path.parent): run_record.name for path, run_record in with_unique_names(records).items()}
 
 
@@ -46,7 +46,7 @@ def test_duplicate_name_is_replaced_by_the_path() -> None:
 def write_two_suites(folder: Path) -> None:
     """Write two suites, each with a run named lora, with different losses."""
     for suite, losses in (("demo", (3.0, 2.0)), ("demo_seeds", (5.0, 4.0))):
-        record("lora", "lora", 10, step_losses=losses).write(folder / suite / "lora")
+        build_record("lora", "lora", 10, step_losses=losses).write(folder / suite / "lora")
 
 
 def test_runs_with_equal_names_stay_separate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,5 +75,5 @@ def test_runs_with_equal_names_stay_separate(tmp_path: Path, capsys: pytest.Capt
 
 def test_write_report_makes_names_unique(tmp_path: Path) -> None:
     """Pass records that were not read from a folder, e.g. those of a suite that just ended."""
-    records = {tmp_path / suite / "record.json": record("x", "lora", 10) for suite in ("a", "b")}
+    records = {tmp_path / suite / "record.json": build_record("x", "lora", 10) for suite in ("a", "b")}
     assert [run_record.name for run_record in write_report(records, tmp_path, "t").records] == ["a", "b"]

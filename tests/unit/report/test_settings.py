@@ -17,12 +17,16 @@ from peftbench.record import Device, Engine, RunRecord
 from peftbench.report.reproduce import reproduce_commands
 from peftbench.report.settings import environment_settings, flatten, recipe_settings
 from tests.helpers.paths import REPOSITORY
-from tests.unit.report.records import record
+from tests.unit.report.records import build_record
 
 
 def test_settings_are_constant_or_counted_by_value() -> None:
     """Count the runs of each value of a key; a missing key counts as a value."""
-    rows = [record("a", "lora", 1, method={"r": 8}), record("b", "lora", 1, method={"r": 8}), record("c", "full", 1)]
+    rows = [
+        build_record("a", "lora", 1, method={"r": 8}),
+        build_record("b", "lora", 1, method={"r": 8}),
+        build_record("c", "full", 1),
+    ]
     settings = {setting.name: setting for setting in recipe_settings(rows)}
     assert settings["train.global_batch_size"].is_constant
     assert settings["train.global_batch_size"].runs_by_value == {"16": 3}
@@ -34,7 +38,7 @@ def test_settings_are_constant_or_counted_by_value() -> None:
 
 def test_list_of_values_is_truncated() -> None:
     """Show 12 of 100 values, and count the hidden ones."""
-    rows = [record(f"a{s}", "full", 1, seed=s) for s in range(100)]
+    rows = [build_record(f"a{s}", "full", 1, seed=s) for s in range(100)]
     settings = {setting.name: setting for setting in recipe_settings(rows)}
     seeds = settings["train.seed"]
     assert len(seeds.shown_values) == 12
@@ -43,7 +47,7 @@ def test_list_of_values_is_truncated() -> None:
 
 def test_environment_settings_have_versions_commit_and_device() -> None:
     """Check that a value missing from the record is unknown."""
-    run_record = record("a", "full", 1, library_versions={"torch": "2"}, git_commit="abc")
+    run_record = build_record("a", "full", 1, library_versions={"torch": "2"}, git_commit="abc")
     settings = {setting.name: setting.runs_by_value for setting in environment_settings([run_record])}
     assert settings["torch"] == {"2": 1}
     assert settings["commit"] == {"abc": 1}
@@ -73,7 +77,7 @@ def _build_engine(name: str) -> Engine:
 )
 def test_reproduce_commands_use_the_engine_of_the_run(engine: str, device: str, launcher: list[str]) -> None:
     """Check the launcher and its config file, the number of processes and the record's path, quoted for a shell."""
-    run_record = record("a b", "full", 1, git_commit="abcd+changes", engine=_build_engine(engine))
+    run_record = build_record("a b", "full", 1, git_commit="abcd+changes", engine=_build_engine(engine))
     run_record = run_record.model_copy(update={"device": Device(type=device, name="x", num_processes=2)})
     lines = reproduce_commands(run_record, Path("runs/it's here/record.json"))
     save_arguments = shlex.split(lines[0])
@@ -89,17 +93,19 @@ def test_reproduce_commands_use_the_engine_of_the_run(engine: str, device: str, 
 
 def test_unknown_launcher_is_noted_in_a_comment() -> None:
     """Print a comment with the number of processes before a command with a single process."""
-    run_record = record("a", "full", 1).model_copy(update={"device": Device(type="cuda", name="x", num_processes=8)})
+    run_record = build_record("a", "full", 1).model_copy(
+        update={"device": Device(type="cuda", name="x", num_processes=8)}
+    )
     *_, comment, train_command = reproduce_commands(run_record, Path("record.json"))
     assert comment == "# the run used 8 processes; the record does not name the launcher"
     assert train_command.startswith("python launch/train.py ")
-    assert "#" not in "".join(reproduce_commands(record("a", "full", 1), Path("record.json"))[1:])
+    assert "#" not in "".join(reproduce_commands(build_record("a", "full", 1), Path("record.json"))[1:])
 
 
 @pytest.mark.parametrize("git_commit", ["-f", "--orphan=x", "main", "", "+changes", "abcd\nrm x", "$(x)"])
 def test_only_a_commit_hash_is_checked_out(git_commit: str) -> None:
     """Reject options, branch names and shell code in place of a commit hash."""
-    lines = reproduce_commands(record("a", "full", 1, git_commit=git_commit), Path("record.json"))
+    lines = reproduce_commands(build_record("a", "full", 1, git_commit=git_commit), Path("record.json"))
     assert lines[1] == "# the commit of the run is unknown"
     assert not [line for line in lines if line.startswith("git")]
 
@@ -111,7 +117,7 @@ def test_save_command_overwrites_no_file(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(checkout)
     existing_file = tmp_path / "a.json"
     for text in ("plain", "${x}"):
-        run_record = record("a", "full", 1, method={"text": text})
+        run_record = build_record("a", "full", 1, method={"text": text})
         save_command = reproduce_commands(run_record, run_record.write(checkout / "runs"))[0].replace(
             "python", shlex.quote(sys.executable), 1
         )
@@ -157,7 +163,7 @@ def test_reproduce_commands_restore_the_recipe(text: str, tmp_path: Path, monkey
     monkeypatch.chdir(checkout)
     values = MINIMAL_RECIPE | {"output_dir": text, "data": MINIMAL_RECIPE["data"] | {"separator": text}}
     recipe = parse_recipe(values)
-    run_record = record(f"../{text}", "full", 1).model_copy(update={"recipe": recipe.model_dump(mode="json")})
+    run_record = build_record(f"../{text}", "full", 1).model_copy(update={"recipe": recipe.model_dump(mode="json")})
     record_path = run_record.write(checkout / "runs")
     save_command, _, train_command = reproduce_commands(run_record, record_path)
     assert str(tmp_path) not in save_command
@@ -173,7 +179,7 @@ def test_reproduce_commands_restore_the_recipe(text: str, tmp_path: Path, monkey
 def test_saved_recipe_has_a_safe_file_name() -> None:
     """Check that no run name leaves the folder, hides the file or exceeds the length limit of file systems."""
     for name in ("../../x", ".x", "-x", "a/b c\n", "é", "x" * 1000):
-        file_name = shlex.split(reproduce_commands(record(name, "full", 1), Path("record.json"))[0])[-1]
+        file_name = shlex.split(reproduce_commands(build_record(name, "full", 1), Path("record.json"))[0])[-1]
         assert re.fullmatch(r"\.\./[\w=+,][\w.=+,-]{0,99}\.json", file_name, flags=re.ASCII), file_name
 
 
@@ -186,7 +192,7 @@ def test_every_engine_has_its_config_file() -> None:
     """Check that each command names an existing file."""
     assert len(ENGINES) >= 5
     for name in ENGINES:
-        base = record("a", "full", 1, engine=_build_engine(name))
+        base = build_record("a", "full", 1, engine=_build_engine(name))
         for device in ("cpu", "cuda"):
             run_record: RunRecord = base.model_copy(update={"device": Device(type=device, name="x", num_processes=2)})
             arguments = shlex.split(reproduce_commands(run_record, Path("record.json"))[-1])

@@ -11,26 +11,31 @@ from scipy.stats import t
 from peftbench.evaluation.intervals import paired_interval
 from peftbench.record import Outcome, RunRecord
 from peftbench.report.analysis.significance import MIN_EXAMPLES, compare_groups
-from tests.unit.report.records import judged, noise, record
+from tests.unit.report.records import build_judged_record, build_record, draw_scores
 
 COUNT = 60
-BASE = noise(COUNT, 0, spread=10)
+BASE = draw_scores(COUNT, 0, spread=10)
 
 
 def scores(shift: float, seed: int, spread: float = 3.0, count: int = COUNT) -> list[float]:
     """Return scores that correlate with BASE and whose mean differs by about ``shift``."""
-    return [base + shift + value - 30 for base, value in zip(BASE, noise(count, seed, spread), strict=False)]
+    return [base + shift + value - 30 for base, value in zip(BASE, draw_scores(count, seed, spread), strict=False)]
 
 
 def build_seeds(name: str, kind: str, shifts: list[float], noise_seed: int) -> list[RunRecord]:
     """Build one run per seed, each with its own shift of the mean."""
-    return [judged(f"{name}-seed={s}", kind, scores(shift, noise_seed + s), seed=s) for s, shift in enumerate(shifts)]
+    return [
+        build_judged_record(f"{name}-seed={s}", kind, scores(shift, noise_seed + s), seed=s)
+        for s, shift in enumerate(shifts)
+    ]
 
 
 def test_pair_matches_paired_interval() -> None:
     """Compare the mean difference and its interval with those of the per-example differences; there is one seed."""
     first, second = scores(4, 1), scores(0, 2)
-    (pair,) = compare_groups([judged("a", "lora", first), judged("b", "full", second)]).pair_comparisons
+    (pair,) = compare_groups(
+        [build_judged_record("a", "lora", first), build_judged_record("b", "full", second)]
+    ).pair_comparisons
     expected = paired_interval([a - b for a, b in zip(first, second, strict=True)])
     assert (pair.first.label, pair.second.label) == ("a (lora)", "b (full)")
     assert pair.interval_over_examples.mean == pytest.approx(numpy.mean(first) - numpy.mean(second))
@@ -80,7 +85,7 @@ def test_difference_caused_by_one_seed_is_not_significant() -> None:
 
 def test_intervals_are_corrected_for_all_pairs() -> None:
     """Compare the intervals of four configurations with those of confidence 1 - 0.05 / 6, for six pairs."""
-    rows = [judged(str(i), "lora", scores(i, i), global_batch_size=i + 1) for i in range(4)]
+    rows = [build_judged_record(str(i), "lora", scores(i, i), global_batch_size=i + 1) for i in range(4)]
     comparisons = compare_groups(rows)
     assert (len(comparisons.pair_comparisons), comparisons.num_comparisons) == (6, 6)
     for pair in comparisons.pair_comparisons:
@@ -96,8 +101,8 @@ def test_loss_is_weighted_by_tokens_and_lower_is_better() -> None:
     full_losses = [3.1 * n for n in tokens]
     (pair,) = compare_groups(
         [
-            judged("full", "full", None, losses=full_losses, labelled=tokens),
-            judged("lora", "lora", None, losses=lora_losses, labelled=tokens),
+            build_judged_record("full", "full", None, losses=full_losses, labeled=tokens),
+            build_judged_record("lora", "lora", None, losses=lora_losses, labeled=tokens),
         ]
     ).pair_comparisons
     assert pair.metric.unit == "nats"
@@ -111,7 +116,11 @@ def test_baseline_is_paired_with_every_seed() -> None:
     """Pair the single run of a baseline with all three seeds, whatever its own seed is."""
     lora = build_seeds("lora", "lora", [4, 5, 6], 10)
     comparisons = compare_groups(
-        [*lora, judged("base", "zero_shot", scores(0, 5), seed=9), judged("lead", "lead", scores(1, 6))]
+        [
+            *lora,
+            build_judged_record("base", "zero_shot", scores(0, 5), seed=9),
+            build_judged_record("lead", "lead", scores(1, 6)),
+        ]
     )
     assert sorted(pair.num_seeds for pair in comparisons.pair_comparisons) == [1, 3, 3]
     assert comparisons.exclusion_notes == ()
@@ -148,19 +157,26 @@ def test_swapping_groups_negates_the_difference() -> None:
 def test_significance_needs_min_examples() -> None:
     """Check that any difference over 19 examples is not significant, and that one over 20 can be."""
     for count, significant in ((MIN_EXAMPLES - 1, False), (MIN_EXAMPLES, True)):
-        rows = [judged("a", "lora", scores(40, 1, count=count)), judged("b", "full", scores(0, 2, count=count))]
+        rows = [
+            build_judged_record("a", "lora", scores(40, 1, count=count)),
+            build_judged_record("b", "full", scores(0, 2, count=count)),
+        ]
         (pair,) = compare_groups(rows).pair_comparisons
         assert pair.interval.low > 0
         assert pair.is_significant is significant
         assert pair.verdict == ("a (lora) is better" if significant else "too few examples")
-    (pair,) = compare_groups([judged("a", "lora", scores(0, 1)), judged("b", "full", scores(0, 2))]).pair_comparisons
+    (pair,) = compare_groups(
+        [build_judged_record("a", "lora", scores(0, 1)), build_judged_record("b", "full", scores(0, 2))]
+    ).pair_comparisons
     assert pair.verdict == "not significant"
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_one_or_two_examples_are_not_significant(count: int) -> None:
     """Report that one example has no interval; two examples have one, which is not significant."""
-    comparisons = compare_groups([judged("a", "lora", [40.0, 42.0][:count]), judged("b", "full", [30.0, 31.0][:count])])
+    comparisons = compare_groups(
+        [build_judged_record("a", "lora", [40.0, 42.0][:count]), build_judged_record("b", "full", [30.0, 31.0][:count])]
+    )
     assert [pair.verdict for pair in comparisons.pair_comparisons] == ["too few examples"] * (count - 1)
     assert (len(comparisons.exclusion_notes), comparisons.num_examples, comparisons.uses_bootstrap) == (
         2 - count,
@@ -173,11 +189,11 @@ def test_one_or_two_examples_are_not_significant(count: int) -> None:
 
 def test_metric_without_comparisons() -> None:
     """Use ROUGE-L if all runs with a known quality have it, else the loss; None if no quality is known."""
-    with_rouge = record("older", "full", 10)
+    with_rouge = build_record("older", "full", 10)
     assert with_rouge.quality is not None
     quality_without_rouge = with_rouge.quality.model_copy(update={"rouge": None})
-    without_rouge = record("mute", "lora", 10, quality=quality_without_rouge)
-    oom = record("ended", "lora", 10, quality=None, method={"x": 1}, outcome=Outcome(kind="oom"))
+    without_rouge = build_record("mute", "lora", 10, quality=quality_without_rouge)
+    oom = build_record("ended", "lora", 10, quality=None, method={"x": 1}, outcome=Outcome(kind="oom"))
     for rows, key in (
         ([GOOD], "rougeL"),
         ([with_rouge, oom], "rougeL"),
@@ -194,7 +210,7 @@ def test_metric_without_comparisons() -> None:
 def test_more_than_ten_configurations_compare_best_of_each_method() -> None:
     """Compare the best of three methods among twelve configurations, corrected for all 66 pairs."""
     kinds = ("lora", "full", "last_layer")
-    rows = [judged(f"{kinds[i % 3]}-{i}", kinds[i % 3], scores(i, i), method={"i": i}) for i in range(12)]
+    rows = [build_judged_record(f"{kinds[i % 3]}-{i}", kinds[i % 3], scores(i, i), method={"i": i}) for i in range(12)]
     comparisons = compare_groups(rows)
     assert [group.label for group in comparisons.comparable_groups[:3]] == ["last_layer-11", "full-10", "lora-9"]
     assert [(pair.first.label, pair.second.label) for pair in comparisons.pair_comparisons] == [
@@ -206,8 +222,8 @@ def test_more_than_ten_configurations_compare_best_of_each_method() -> None:
     assert "corrected for all 66 pairs" in comparisons.exclusion_notes[0]
 
 
-OLD = record("old", "lora", 10)
-GOOD = judged("good", "full", scores(0, 1))
+OLD = build_record("old", "lora", 10)
+GOOD = build_judged_record("good", "full", scores(0, 1))
 
 
 @pytest.mark.parametrize(
@@ -215,22 +231,22 @@ GOOD = judged("good", "full", scores(0, 1))
     [
         (OLD, "Not compared, no per-example scores in the record: old (lora)"),
         (
-            judged("odd", "lora", scores(0, 2), identity="others"),
+            build_judged_record("odd", "lora", scores(0, 2), identity="others"),
             "Not compared, evaluated on different examples than most: odd (lora)",
         ),
         (
-            judged("short", "lora", scores(0, 2)[:-1]),
+            build_judged_record("short", "lora", scores(0, 2)[:-1]),
             "Not compared, a different number of scores than most: short (lora)",
         ),
         (
-            judged("none", "lora", None, losses=[math.nan] * COUNT, labelled=[1] * COUNT),
+            build_judged_record("none", "lora", None, losses=[math.nan] * COUNT, labeled=[1] * COUNT),
             "Not compared, a score is not finite: none (lora)",
         ),
     ],
 )
 def test_unpairable_run_is_reported(other: RunRecord, note: str) -> None:
     """Report the run in one note, and compare the others."""
-    comparisons = compare_groups([GOOD, judged("best", "last_layer", scores(3, 4)), other])
+    comparisons = compare_groups([GOOD, build_judged_record("best", "last_layer", scores(3, 4)), other])
     assert [(pair.first.method_kind, pair.second.method_kind) for pair in comparisons.pair_comparisons] == [
         ("last_layer", "full")
     ]
@@ -241,8 +257,10 @@ def test_unpairable_run_is_reported(other: RunRecord, note: str) -> None:
 def test_losses_over_different_tokens_are_not_compared() -> None:
     """Exclude a loss whose tokenizer gives other token counts."""
     losses, tokens = [9.0] * COUNT, [3] * COUNT
-    rows = [judged(name, name, None, losses=losses, labelled=tokens) for name in ("full", "lora")]
-    comparisons = compare_groups([*rows, judged("last_layer", "last_layer", None, losses=losses, labelled=[4] * COUNT)])
+    rows = [build_judged_record(name, name, None, losses=losses, labeled=tokens) for name in ("full", "lora")]
+    comparisons = compare_groups(
+        [*rows, build_judged_record("last_layer", "last_layer", None, losses=losses, labeled=[4] * COUNT)]
+    )
     assert len(comparisons.pair_comparisons) == 1
     assert comparisons.exclusion_notes[0].startswith("Not compared, losses over different tokens than most")
 
@@ -251,9 +269,9 @@ def test_runs_are_compared_by_loss_if_one_has_no_summaries() -> None:
     """Note which runs have no summaries, and which baseline is left out because it has no loss."""
     tokens = [4] * COUNT
     rows = [
-        judged("full", "full", scores(0, 1), losses=[9.0] * COUNT, labelled=tokens),
-        judged("lora", "lora", None, losses=[8.0] * COUNT, labelled=tokens),
-        judged("lead_1", "lead", scores(0, 2)),
+        build_judged_record("full", "full", scores(0, 1), losses=[9.0] * COUNT, labeled=tokens),
+        build_judged_record("lora", "lora", None, losses=[8.0] * COUNT, labeled=tokens),
+        build_judged_record("lead_1", "lead", scores(0, 2)),
     ]
     comparisons = compare_groups(rows)
     assert comparisons.metric is not None
@@ -266,7 +284,9 @@ def test_runs_are_compared_by_loss_if_one_has_no_summaries() -> None:
 
 def test_preempted_run_is_not_compared() -> None:
     """Exclude a preempted run even if its record contains scores."""
-    comparisons = compare_groups([GOOD, judged("lora", "lora", scores(9, 2), outcome=Outcome(kind="preempted"))])
+    comparisons = compare_groups(
+        [GOOD, build_judged_record("lora", "lora", scores(9, 2), outcome=Outcome(kind="preempted"))]
+    )
     assert (comparisons.pair_comparisons, [group.label for group in comparisons.groups]) == (
         (),
         ["good (full)", "lora"],
@@ -287,6 +307,9 @@ def test_false_positives_stay_within_stated_level(examples: int, spread: str) ->
     for draw in range(200):
         random = numpy.random.default_rng(draw)
         samples = random.normal(size=(4, examples)) if spread == "normal" else random.gamma(1.0, size=(4, examples))
-        rows = [judged(str(i), "lora", list(values), global_batch_size=i + 1) for i, values in enumerate(samples)]
+        rows = [
+            build_judged_record(str(i), "lora", list(values), global_batch_size=i + 1)
+            for i, values in enumerate(samples)
+        ]
         false_positives += any(pair.is_significant for pair in compare_groups(rows).pair_comparisons)
     assert 1 <= false_positives <= 16

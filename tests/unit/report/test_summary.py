@@ -10,10 +10,10 @@ import pytest
 from peftbench.record import Device, Memory, Outcome, RunRecord
 from peftbench.report.analysis.significance import compare_groups
 from peftbench.report.summary import MAX_SENTENCES, summarize
-from tests.unit.report.records import build_costs, judged, noise, record
+from tests.unit.report.records import build_costs, build_judged_record, build_record, draw_scores
 
 COUNT = 100
-BASE = noise(COUNT, 0, spread=10)
+BASE = draw_scores(COUNT, 0, spread=10)
 VERDICT = re.compile(r"\b(?:better|worse|higher|lower|wins?|beats?)\b")
 OPENING = "Compared by ROUGE-L of generated summaries (higher is better) with full."
 ONE_SEED = "one seed each; another seed may change the order."
@@ -21,19 +21,19 @@ ONE_SEED = "one seed each; another seed may change the order."
 
 def scores(shift: float, seed: int = 1, spread: float = 3.0) -> list[float]:
     """Return scores that correlate with those of full fine-tuning and whose mean differs by exactly ``shift``."""
-    noisy = noise(COUNT, seed, spread)
+    noisy = draw_scores(COUNT, seed, spread)
     mean = sum(noisy) / COUNT
     return [base + shift + value - mean for base, value in zip(BASE, noisy, strict=True)]
 
 
 def build_full_run(**changes: object) -> RunRecord:
     """Build a run of full fine-tuning, by default with 1,000 bytes, one second per step and 100 FLOPs."""
-    return judged("full", "full", BASE, **(build_costs(1000, 1.0, 100) | changes))
+    return build_judged_record("full", "full", BASE, **(build_costs(1000, 1.0, 100) | changes))
 
 
 def build_lora_run(shift: float, **changes: object) -> RunRecord:
     """Build a LoRA run, by default with lower costs than full fine-tuning."""
-    return judged("lora", "lora", scores(shift), **(build_costs(860, 0.82, 69) | changes))
+    return build_judged_record("lora", "lora", scores(shift), **(build_costs(860, 0.82, 69) | changes))
 
 
 def find_sentence(records: list[RunRecord], prefix: str) -> str:
@@ -124,7 +124,7 @@ def _build_runs_with_peaks(kind: str, sizes: list[int], device_type: str) -> lis
     """Build one run per peak size in bytes, all equally fast."""
     device = Device(type=device_type, name="it", num_processes=1)
     return [
-        judged(
+        build_judged_record(
             f"{kind}-seed={s}",
             kind,
             scores(0, s),
@@ -179,8 +179,10 @@ def test_time_ratio_of_single_runs_is_marked() -> None:
     assert "50 % of its time (single runs) and" in find_sentence(
         [build_full_run(), build_lora_run(4.0, **fast)], "lora"
     )
-    rows = [judged(f"full-seed={s}", "full", scores(0, s), seed=s, data_seed=0, **slow) for s in range(3)]
-    rows += [judged(f"lora-seed={s}", "lora", scores(9, s + 3), seed=s, data_seed=0, **fast) for s in range(3)]
+    rows = [build_judged_record(f"full-seed={s}", "full", scores(0, s), seed=s, data_seed=0, **slow) for s in range(3)]
+    rows += [
+        build_judged_record(f"lora-seed={s}", "lora", scores(9, s + 3), seed=s, data_seed=0, **fast) for s in range(3)
+    ]
     assert "50 % of its time and 100 % of" in find_sentence(rows, "lora")
 
 
@@ -188,7 +190,7 @@ def build_seeds(name: str, kind: str, shifts: list[float]) -> list[RunRecord]:
     """Build one run per seed, each with its own shift of the mean."""
     noise_seed = sum(map(ord, name))
     return [
-        judged(f"{name}-seed={s}", kind, scores(shift, noise_seed + s), seed=s, data_seed=0)
+        build_judged_record(f"{name}-seed={s}", kind, scores(shift, noise_seed + s), seed=s, data_seed=0)
         for s, shift in enumerate(shifts)
     ]
 
@@ -233,14 +235,18 @@ def test_interval_wider_than_scale_gives_no_bound() -> None:
 
 def test_reference_is_full_fine_tuning_or_best_mean() -> None:
     """Use full fine-tuning if it ended ok, else the best mean; then state that the same metric selected it."""
-    last_layer = judged("last_layer", "last_layer", scores(-8, 2))
+    last_layer = build_judged_record("last_layer", "last_layer", scores(-8, 2))
     full_oom = build_full_run(quality=None, outcome=Outcome(kind="oom", step=2))
     assert summarize([build_full_run(), last_layer, build_lora_run(9)])[0] == OPENING
     assert summarize([full_oom, last_layer, build_lora_run(9)])[0] == (
         "Compared by ROUGE-L of generated summaries (higher is better) with lora, selected as the best trained "
         "configuration by this metric."
     )
-    two_full_runs = [build_full_run(), judged("full-slow", "full", scores(-9, 3), method={"x": 1}), build_lora_run(0)]
+    two_full_runs = [
+        build_full_run(),
+        build_judged_record("full-slow", "full", scores(-9, 3), method={"x": 1}),
+        build_lora_run(0),
+    ]
     assert summarize(two_full_runs)[0] == OPENING.replace("full.", "full, the best of its method by this metric.")
 
 
@@ -293,8 +299,8 @@ def test_baselines_are_compared_with_trained_configurations() -> None:
     rows = [
         build_full_run(),
         build_lora_run(2),
-        judged("zero_shot", "zero_shot", scores(-9, 3)),
-        judged("lead_1", "lead", scores(2, 4)),
+        build_judged_record("zero_shot", "zero_shot", scores(-9, 3)),
+        build_judged_record("lead_1", "lead", scores(2, 4)),
     ]
     none_better = (
         r"No trained configuration is significantly better than lead_1; full is worse than lead_1, by 1\.\d ROUGE-L at"
@@ -310,7 +316,12 @@ def test_baselines_are_compared_with_trained_configurations() -> None:
 
 def test_baselines_alone_are_compared_without_seeds() -> None:
     """Compare baselines if nothing was trained, without a note about seeds."""
-    sentences = summarize([judged("zero_shot", "zero_shot", scores(-9, 3)), judged("lead_1", "lead", scores(2, 4))])
+    sentences = summarize(
+        [
+            build_judged_record("zero_shot", "zero_shot", scores(-9, 3)),
+            build_judged_record("lead_1", "lead", scores(2, 4)),
+        ]
+    )
     assert sentences[0].endswith("with lead_1, selected as the best configuration by this metric.")
     assert sentences[1].startswith("zero_shot is worse than lead_1 by 1")
     assert sentences[2].endswith("held-out examples.")
@@ -328,8 +339,8 @@ def test_different_batch_sizes_are_noted_first() -> None:
 def test_few_examples_allow_no_conclusion() -> None:
     """Draw no conclusion about quality from 16 examples, however different the means are, but compare costs."""
     rows = [
-        judged("full", "full", [1.0] * 16, **build_costs(9, 1, 9)),
-        judged("lora", "lora", [9.0] * 16, **build_costs(3, 2, 9)),
+        build_judged_record("full", "full", [1.0] * 16, **build_costs(9, 1, 9)),
+        build_judged_record("lora", "lora", [9.0] * 16, **build_costs(3, 2, 9)),
     ]
     assert summarize(rows) == [
         "lora is compared with full by costs only, at 33 % of its memory, 200 % of its time (single runs) and 100 % "
@@ -341,7 +352,7 @@ def test_few_examples_allow_no_conclusion() -> None:
 @pytest.mark.parametrize("count", [1, 2])
 def test_one_or_two_examples_allow_no_conclusion(count: int) -> None:
     """Report only that the examples are too few."""
-    rows = [judged("full", "full", BASE[:count]), judged("lora", "lora", scores(4)[:count])]
+    rows = [build_judged_record("full", "full", BASE[:count]), build_judged_record("lora", "lora", scores(4)[:count])]
     sentences = summarize(rows)
     assert len(sentences) == 1
     assert sentences[0].startswith(
@@ -362,12 +373,12 @@ def test_seeds_from_different_commits_are_reported() -> None:
 
 def test_baseline_without_common_seed_is_reported_once() -> None:
     """Report only that it is not compared, without a count such as "none of 0"."""
-    base = [judged(f"base-seed={s}", "zero_shot", scores(-9, s), seed=s) for s in (7, 8)]
+    base = [build_judged_record(f"base-seed={s}", "zero_shot", scores(-9, s), seed=s) for s in (7, 8)]
     sentences = summarize([build_full_run(), build_lora_run(4), *base])
     assert not any("significantly" in sentence or "None of" in sentence for sentence in sentences)
     assert "full and base (zero_shot) have no common seed and are not compared." in sentences
-    with_common_seed = [*base, judged("base-seed=0", "zero_shot", scores(9, 3))]
-    last_layer = judged("last", "last_layer", scores(0), seed=3)
+    with_common_seed = [*base, build_judged_record("base-seed=0", "zero_shot", scores(9, 3))]
+    last_layer = build_judged_record("last", "last_layer", scores(0), seed=3)
     assert find_sentence([build_full_run(), last_layer, *with_common_seed], "full, the only").startswith(
         "full, the only configuration compared with base (zero_shot), is not significantly better"
     )
@@ -376,8 +387,8 @@ def test_baseline_without_common_seed_is_reported_once() -> None:
 def test_records_without_scores_compare_costs_only() -> None:
     """Report once that per-example scores are missing, draw no conclusion about quality, and compare costs."""
     rows = [
-        record("full", "full", 1, **build_costs(9, 1, 9)),
-        record("lora", "lora", 1, loss=9.0, **build_costs(3, 2, 9)),
+        build_record("full", "full", 1, **build_costs(9, 1, 9)),
+        build_record("lora", "lora", 1, loss=9.0, **build_costs(3, 2, 9)),
     ]
     sentences = summarize(rows)
     assert sentences[0].startswith("lora is compared with full by costs only, at 33 %")
@@ -385,9 +396,9 @@ def test_records_without_scores_compare_costs_only() -> None:
         "Not compared, no per-example scores in the record: full and lora.",
         "No conclusion about quality: no two configurations have comparable per-example scores.",
     ]
-    without_costs = [record("full", "full", 1), record("lora", "lora", 1)]
+    without_costs = [build_record("full", "full", 1), build_record("lora", "lora", 1)]
     assert len(summarize(without_costs)) == 2
-    other_device = [rows[0], record("lora", "lora", 1, **build_costs(3, 2, 9, device="b"))]
+    other_device = [rows[0], build_record("lora", "lora", 1, **build_costs(3, 2, 9, device="b"))]
     assert summarize(other_device)[0] == "lora ran on a different device than full, so costs are not compared."
 
 
@@ -395,8 +406,8 @@ def test_lower_loss_is_better() -> None:
     """Report held-out loss with its own unit, number of digits and direction."""
     tokens = [10] * COUNT
     rows = [
-        judged("full", "full", None, losses=[31.0 + 0.1 * (i % 2) for i in range(COUNT)], labelled=tokens),
-        judged("lora", "lora", None, losses=[29.0] * COUNT, labelled=tokens),
+        build_judged_record("full", "full", None, losses=[31.0 + 0.1 * (i % 2) for i in range(COUNT)], labeled=tokens),
+        build_judged_record("lora", "lora", None, losses=[29.0] * COUNT, labeled=tokens),
     ]
     sentences = summarize(rows)
     assert sentences[0] == "Compared by held-out loss (lower is better) with full."
@@ -406,18 +417,18 @@ def test_lower_loss_is_better() -> None:
 def test_equal_scores_are_reported_as_equal() -> None:
     """Report equal scores on all examples instead of an interval without width."""
     assert (
-        find_sentence([judged("full", "full", BASE), judged("lora", "lora", BASE)], "lora")
+        find_sentence([build_judged_record("full", "full", BASE), build_judged_record("lora", "lora", BASE)], "lora")
         == "lora has the same score as full on every example."
     )
 
 
 def test_number_of_sentences_is_limited() -> None:
     """Report at most MAX_SENTENCES comparisons and as many outcomes, and count the rest."""
-    rows = [build_full_run()] + [judged(f"m{i:02}", f"m{i:02}", scores(0, i)) for i in range(20)]
+    rows = [build_full_run()] + [build_judged_record(f"m{i:02}", f"m{i:02}", scores(0, i)) for i in range(20)]
     sentences = summarize(rows)
     assert sum(" is within " in sentence for sentence in sentences) == MAX_SENTENCES
     assert "And 8 more in the table." in sentences
-    diverged = [record(f"d{i:02}", f"d{i:02}", 1, outcome=Outcome(kind="diverged")) for i in range(30)]
+    diverged = [build_record(f"d{i:02}", f"d{i:02}", 1, outcome=Outcome(kind="diverged")) for i in range(30)]
     assert len(summarize(diverged)) == MAX_SENTENCES + 2
     assert "And 18 more in the table." in summarize(diverged)
 
@@ -427,7 +438,7 @@ def test_number_of_sentences_is_limited() -> None:
 )
 def test_any_run_name_is_kept_on_one_line(name: str) -> None:
     """Check that each sentence is one printable line and contains the name."""
-    sentences = summarize([build_full_run(), judged(name, "lora", scores(4))])
+    sentences = summarize([build_full_run(), build_judged_record(name, "lora", scores(4))])
     assert all(sentence.isprintable() and sentence.endswith(".") for sentence in sentences)
     assert " ".join(name.replace("\x00", " ").replace("\x1b", " ").split()) in sentences[1]
     assert " is better than full by " in sentences[1]
@@ -439,7 +450,7 @@ def test_false_positives_stay_within_stated_level() -> None:
     for draw in range(200):
         random = numpy.random.default_rng(draw)
         kinds = ("full", "lora", "last_layer", "zero_shot")
-        rows = [judged(kind, kind, list(random.normal(30, 9, size=40))) for kind in kinds]
+        rows = [build_judged_record(kind, kind, list(random.normal(30, 9, size=40))) for kind in kinds]
         false_positives += bool(find_verdicts(summarize(rows)))
     assert 1 <= false_positives <= 16
 

@@ -39,7 +39,7 @@ from peftbench.report.tables.table import (
     print_table,
 )
 from peftbench.report.text.escape import terminal_safe
-from tests.unit.report.records import record
+from tests.unit.report.records import build_record
 
 
 def test_report_imports_no_torch() -> None:
@@ -53,13 +53,20 @@ def test_report_imports_no_torch() -> None:
 
 def test_rows_are_sorted_by_trainable_parameters() -> None:
     """Sort baselines first, then methods by their number of trainable parameters."""
-    rows = [record("b", "full", 1000), record("a", "lora", 10), record("c", "zero_shot", 0), record("d", "lead", None)]
+    rows = [
+        build_record("b", "full", 1000),
+        build_record("a", "lora", 10),
+        build_record("c", "zero_shot", 0),
+        build_record("d", "lead", None),
+    ]
     assert [row.name for row in sort_records(rows)] == ["d", "c", "a", "b"]
 
 
 def test_cells_match_known_metrics() -> None:
     """Show each metric in its column, and a dash for an unknown value."""
-    text = markdown_table([record("mine", "lora", 10), record("lead_1", "lead", None, phase_seconds={}, tokens=None)])
+    text = markdown_table(
+        [build_record("mine", "lora", 10), build_record("lead_1", "lead", None, phase_seconds={}, tokens=None)]
+    )
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
     score = "31.2 (30.0–32.5)"
     assert lines[2] == ["lead_1", "–", "–", "3.250", score, score, score, score, "–", "ok"]
@@ -68,7 +75,7 @@ def test_cells_match_known_metrics() -> None:
 
 def test_columns_have_descriptions_and_unique_csv_names() -> None:
     """Check that each column has a description and that no two columns write the same CSV field."""
-    names = [name for column in COLUMNS for name in column.raw_values(record("x", "full", 1))]
+    names = [name for column in COLUMNS for name in column.raw_values(build_record("x", "full", 1))]
     assert len(COLUMNS) > 8
     assert all(column.description for column in COLUMNS)
     assert len(names) == len(set(names))
@@ -76,7 +83,7 @@ def test_columns_have_descriptions_and_unique_csv_names() -> None:
 
 def test_column_is_sorted_by_the_value_it_shows() -> None:
     """Check that a column's first raw value, which sorts the rows, matches the text it shows."""
-    tokens_per_second = TokensPerSecond(real=123.0, padded=200.0, labelled=50.0, virtual=7.0)
+    tokens_per_second = TokensPerSecond(real=123.0, padded=200.0, labeled=50.0, virtual=7.0)
     speed = Throughput(
         steps=10,
         step_seconds_median=1,
@@ -86,7 +93,7 @@ def test_column_is_sorted_by_the_value_it_shows() -> None:
         data_time_fraction=0,
         tokens_per_second=tokens_per_second,
     )
-    run_record = record(
+    run_record = build_record(
         "a",
         "full",
         640,
@@ -109,8 +116,8 @@ def test_column_is_sorted_by_the_value_it_shows() -> None:
 
 def test_memory_and_flops_have_columns_if_known() -> None:
     """Show the training peak: allocated bytes on a GPU, bytes above the baseline on a CPU; omit an unknown column."""
-    on_gpu = record("a", "full", 1, memory={"train": Memory(allocated_bytes=3 * 2**20, reserved_bytes=9 * 2**20)})
-    on_cpu = record(
+    on_gpu = build_record("a", "full", 1, memory={"train": Memory(allocated_bytes=3 * 2**20, reserved_bytes=9 * 2**20)})
+    on_cpu = build_record(
         "b",
         "full",
         1,
@@ -126,15 +133,15 @@ def test_memory_and_flops_have_columns_if_known() -> None:
     table = markdown_table([on_gpu, on_cpu])
     assert "| 100 |" in " ".join(table.split())
     assert "2.5 |" in table
-    assert "peak mem (MiB)" not in markdown_table([record("c", "full", 1)])
+    assert "peak mem (MiB)" not in markdown_table([build_record("c", "full", 1)])
 
 
 def test_teacher_forced_rouge_has_its_own_column() -> None:
     """Keep it separate from ROUGE of generated summaries; show the column only if a run computed it."""
-    plain = record("a", "full", 1)
+    plain = build_record("a", "full", 1)
     forced = {"rougeL": Interval(mean=77.0, low=76.0, high=78.0)}
     assert plain.quality is not None
-    with_forced = record(
+    with_forced = build_record(
         "b", "full", 1, quality=plain.quality.model_copy(update={"teacher_forced_argmax_rouge": forced})
     )
     assert "teacher-forced" not in markdown_table([plain])
@@ -146,7 +153,7 @@ def test_teacher_forced_rouge_has_its_own_column() -> None:
 
 def test_csv_keeps_full_precision() -> None:
     """Write raw values with units in the column names, and an empty cell for an unknown value."""
-    (row,) = csv.DictReader(io.StringIO(csv_table([record("a", "lora", 10, loss=1 / 3)])))
+    (row,) = csv.DictReader(io.StringIO(csv_table([build_record("a", "lora", 10, loss=1 / 3)])))
     assert float(row["held_out_loss"]) == 1 / 3
     assert (row["trainable_fraction"], row["rougeL_low"], row["train_seconds"]) == ("0.01", "30.0", "12.5")
     assert row["teacher_forced_argmax_rougeL"] == ""
@@ -154,20 +161,20 @@ def test_csv_keeps_full_precision() -> None:
 
 def test_unequal_runs_have_a_note() -> None:
     """Add a note to a table of runs with different batch sizes, but not to one of equal runs."""
-    equal = [record("a", "full", 1000), record("b", "lora", 10)]
+    equal = [build_record("a", "full", 1000), build_record("b", "lora", 10)]
     assert collect_notes(equal) == []
-    assert "more than their method" in collect_notes([*equal, record("c", "lora", 10, global_batch_size=2)])[0]
+    assert "more than their method" in collect_notes([*equal, build_record("c", "lora", 10, global_batch_size=2)])[0]
 
 
 def test_oom_run_has_a_row() -> None:
     """Show a run that did not fit with the step at which it ran out of memory."""
     outcome = Outcome(kind="oom", step=1, phase="train", requested_bytes=2**30)
-    assert "oom at step 1" in markdown_table([record("a", "full", 1000, outcome=outcome, quality=None)])
+    assert "oom at step 1" in markdown_table([build_record("a", "full", 1000, outcome=outcome, quality=None)])
 
 
 def test_table_without_terminal_shows_every_run_and_column(capsys: pytest.CaptureFixture[str]) -> None:
     """Check that each run name and each ROUGE column title is printed without a line break."""
-    rows = [record("first", "full", 1000), record("second", "lora", 10)]
+    rows = [build_record("first", "full", 1000), build_record("second", "lora", 10)]
     print_table(rows, "title", Console(force_terminal=False))
     printed = capsys.readouterr().out
     assert "first (full)" in printed
@@ -182,8 +189,8 @@ def test_narrow_terminal_lists_omitted_columns(capsys: pytest.CaptureFixture[str
         name: ParameterCounts(total=124_439_808, trainable=n) for name, n in (("full", 124_439_808), ("tuned", 15_360))
     }
     rows = [
-        record("full", "full", 1, parameters=gpt2["full"]),
-        record("prompt_tuning", "prompt_tuning", 1, parameters=gpt2["tuned"]),
+        build_record("full", "full", 1, parameters=gpt2["full"]),
+        build_record("prompt_tuning", "prompt_tuning", 1, parameters=gpt2["tuned"]),
     ]
     print_table(rows, "title", Console(force_terminal=True, width=80, color_system=None))
     printed = capsys.readouterr().out
@@ -196,7 +203,7 @@ def test_narrow_terminal_lists_omitted_columns(capsys: pytest.CaptureFixture[str
 
 def test_report_shows_the_same_example_for_every_run() -> None:
     """Show all summaries of one example in one table, and escape pipes in it."""
-    text = markdown_report([record("a", "full", 1000), record("b", "lora", 10)], "T", ["A | sentence."])
+    text = markdown_report([build_record("a", "full", 1000), build_record("b", "lora", 10)], "T", ["A | sentence."])
     assert "- A \\| sentence." in text
     assert "by a" in text
     assert "by b" in text
@@ -205,11 +212,11 @@ def test_report_shows_the_same_example_for_every_run() -> None:
 
 def test_summary_of_another_example_with_equal_id_is_not_shown() -> None:
     """Compare the articles too, because two data sets may use the same ids."""
-    other = record("other", "lora", 10)
+    other = build_record("other", "lora", 10)
     assert other.quality is not None
     sample = Sample(id="a", article="another", reference="ref | x", generated="by other")
     other = other.model_copy(update={"quality": other.quality.model_copy(update={"samples": (sample,)})})
-    text = markdown_report([record("b", "lora", 10), other], "T", [])
+    text = markdown_report([build_record("b", "lora", 10), other], "T", [])
     assert "by b" in text
     assert "by other" not in text
 
@@ -219,7 +226,7 @@ HOSTILE = "a [/b]\n# x | `y` <script>1</script> *z* \x1b[2J =1"
 
 def build_hostile_record() -> RunRecord:
     """Build a record with hostile text in each text field that a user or a model can write."""
-    run_record = record(HOSTILE, "lora", 10, notes=(HOSTILE,))
+    run_record = build_record(HOSTILE, "lora", 10, notes=(HOSTILE,))
     assert run_record.quality is not None
     sample = Sample(id=HOSTILE, article=f"{HOSTILE}\n---\n- x", reference=HOSTILE, generated=HOSTILE)
     return run_record.model_copy(update={"quality": run_record.quality.model_copy(update={"samples": (sample,)})})
@@ -227,7 +234,7 @@ def build_hostile_record() -> RunRecord:
 
 def test_markdown_escapes_hostile_text() -> None:
     """Check that names, notes, sentences, titles and summaries break no table and add no markup or HTML."""
-    rows = [build_hostile_record(), record("prompt_tuning", "prompt_tuning", 100)]
+    rows = [build_hostile_record(), build_record("prompt_tuning", "prompt_tuning", 100)]
     text = markdown_report(rows, HOSTILE, [HOSTILE])
     shown = "a \\[/b\\] # x \\| \\`y\\` &lt;script&gt;1&lt;/script&gt; \\*z\\* \\\\x1b\\[2J =1"
     assert text.startswith(f"# {shown}\n\n- {shown}\n\n| run ")
@@ -245,7 +252,7 @@ def test_markdown_escapes_hostile_text() -> None:
 
 def test_summaries_that_look_like_numbers_stay_text() -> None:
     """Keep a summary such as "1e3", which is not 1000."""
-    run_record = record("a", "full", 1)
+    run_record = build_record("a", "full", 1)
     assert run_record.quality is not None
     sample = Sample(id="a", article="x", reference="1e3", generated="1_000")
     run_record = run_record.model_copy(update={"quality": run_record.quality.model_copy(update={"samples": (sample,)})})
@@ -259,8 +266,8 @@ def test_terminal_escapes_hostile_names(terminal: bool, capsys: pytest.CaptureFi
     """Check that names apply no markup, move no cursor and break no row, in the table over seeds too."""
     rows = [
         build_hostile_record(),
-        record(f"{HOSTILE}-2", "lora", 10, seed=1),
-        record("[bold]:smile:[/bold]", "full", 1),
+        build_record(f"{HOSTILE}-2", "lora", 10, seed=1),
+        build_record("[bold]:smile:[/bold]", "full", 1),
     ]
     print_table(rows, HOSTILE, Console(force_terminal=terminal, width=300, color_system=None))
     printed = capsys.readouterr().out
@@ -278,7 +285,7 @@ def test_table_width_equals_width_in_rich() -> None:
 
 def test_grouped_table_escapes_values_of_the_key(tmp_path: Path) -> None:
     """Check that values in the table head do not break it, and that the lowest loss stays bold."""
-    rows = [record(f"a{i}", "lora", 10, method={"x": x}, loss=2.0 + i) for i, x in enumerate(("a|b", "<i>"))]
+    rows = [build_record(f"a{i}", "lora", 10, method={"x": x}, loss=2.0 + i) for i, x in enumerate(("a|b", "<i>"))]
     file = tmp_path / "page.md"
     file.write_text("<!-- report:x -->\n<!-- end of report:x -->\n")
     insert_table(rows, file, "x", "method.x")
@@ -290,9 +297,9 @@ def test_grouped_table_escapes_values_of_the_key(tmp_path: Path) -> None:
 
 def test_csv_escapes_spreadsheet_formulas() -> None:
     """Prefix text that could start a formula with an apostrophe; a number stays a number."""
-    (row,) = csv.DictReader(io.StringIO(csv_table([record("=cmd()", "lora", 10, loss=-1.5)])))
+    (row,) = csv.DictReader(io.StringIO(csv_table([build_record("=cmd()", "lora", 10, loss=-1.5)])))
     assert (row["run"], row["held_out_loss"]) == ("'=cmd()", "-1.5")
-    head, line, _ = csv_table([record("a;=1+1", "lora", 10, loss=-1.5)]).split("\n")
+    head, line, _ = csv_table([build_record("a;=1+1", "lora", 10, loss=-1.5)]).split("\n")
     assert head.startswith('"run","method",')
     assert line.startswith('"a;=1+1","lora",')
     assert ",-1.5," in line
@@ -302,15 +309,15 @@ def test_insert_table_replaces_only_its_block(tmp_path: Path) -> None:
     """Check that inserting again changes nothing, and that an unknown marker is refused."""
     file = tmp_path / "page.md"
     file.write_text("before\n<!-- report:x -->\nold\n<!-- end of report:x -->\nafter\n")
-    insert_table([record("a", "full", 1000)], file, "x")
+    insert_table([build_record("a", "full", 1000)], file, "x")
     after_first_insert = file.read_text()
-    insert_table([record("a", "full", 1000)], file, "x")
+    insert_table([build_record("a", "full", 1000)], file, "x")
     assert file.read_text() == after_first_insert
     assert after_first_insert.startswith("before\n")
     assert after_first_insert.endswith("after\n")
     assert "old" not in after_first_insert
     with pytest.raises(RecordError, match="has no section 'y'"):
-        insert_table([record("a", "full", 1000)], file, "y")
+        insert_table([build_record("a", "full", 1000)], file, "y")
 
 
 def parse_single_row(table: str) -> dict[str, str]:
@@ -328,11 +335,11 @@ def test_unknown_metrics_have_notes() -> None:
         step_seconds_p90=1,
         samples_per_second=1.0,
         data_time_fraction=0,
-        tokens_per_second=TokensPerSecond(real=1, padded=1, labelled=1, virtual=0),
+        tokens_per_second=TokensPerSecond(real=1, padded=1, labeled=1, virtual=0),
     )
     unknown, known = (
-        record("a", "full", 1, throughput=speed),
-        record("b", "lora", 1, throughput=speed, energy_joules=40.0, compute=Compute(peak_flops_per_second=1e9)),
+        build_record("a", "full", 1, throughput=speed),
+        build_record("b", "lora", 1, throughput=speed, energy_joules=40.0, compute=Compute(peak_flops_per_second=1e9)),
     )
     mfu, energy = collect_notes([unknown])
     assert mfu == "MFU is unknown: no data sheet FLOP/s for a CPU at fp32"
@@ -340,7 +347,7 @@ def test_unknown_metrics_have_notes() -> None:
     assert collect_notes([known]) == []
     cells = parse_single_row(markdown_table([unknown]))
     assert (cells["MFU"], cells["energy (J / 1k samples)"]) == ("unknown", "unknown")
-    assert "MFU" not in parse_single_row(markdown_table([record("lead", "lead", None, tokens=None)]))
+    assert "MFU" not in parse_single_row(markdown_table([build_record("lead", "lead", None, tokens=None)]))
     table = markdown_table([known.with_price_per_hour(3600.0)])
     cells = parse_single_row(table)
     assert cells["energy (J / 1k samples)"] == "500"

@@ -13,8 +13,8 @@ from peftbench.record import find_records
 from peftbench.report import writer
 from peftbench.report.page.content import UnfinishedRun
 from peftbench.report.writer import PAGE_FILE, RESULTS_FILE, write_report
-from tests.unit.report.page.pages import SHIPPED, shipped
-from tests.unit.report.records import record
+from tests.unit.report.page.pages import SHIPPED, load_shipped_records
+from tests.unit.report.records import build_record
 
 REPORT_FILES = {PAGE_FILE, RESULTS_FILE, "results.csv", "results.json", "results.tex"}
 
@@ -27,7 +27,7 @@ def run_peftbench(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str
 
 def test_report_writes_all_formats(tmp_path: Path) -> None:
     """Write page, Markdown, CSV, JSON and LaTeX, with the same summary in Markdown and JSON."""
-    assert write_report(shipped("demo"), tmp_path, "demo").page_path == tmp_path / PAGE_FILE
+    assert write_report(load_shipped_records("demo"), tmp_path, "demo").page_path == tmp_path / PAGE_FILE
     assert {path.name for path in tmp_path.iterdir()} == REPORT_FILES
     markdown = (tmp_path / RESULTS_FILE).read_text(encoding="utf-8")
     assert markdown.startswith("# demo\n\n- ")
@@ -38,7 +38,7 @@ def test_report_writes_all_formats(tmp_path: Path) -> None:
 def test_command_prints_the_path_of_the_page(tmp_path: Path) -> None:
     """Write the page to the path of --html, and print this path last."""
     folder = tmp_path / "demo"
-    for path, run_record in shipped("demo").items():
+    for path, run_record in load_shipped_records("demo").items():
         run_record.write(folder / path.parent.name)
     result = run_peftbench("report", "demo", "--html", "here/page.html", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -58,7 +58,7 @@ def test_page_lists_finished_and_unfinished_runs(tmp_path: Path) -> None:
     page = (tmp_path / "out" / PAGE_FILE).read_text(encoding="utf-8")
     assert "Unfinished runs" in page
     assert ">second<" in page
-    record("first", "lora", 10).write(tmp_path / "out" / "first")
+    build_record("first", "lora", 10).write(tmp_path / "out" / "first")
     assert run_peftbench("report", "out", cwd=tmp_path).returncode == 0
     page = (tmp_path / "out" / PAGE_FILE).read_text(encoding="utf-8")
     assert ">second</th><td>waiting</td>" in page
@@ -98,13 +98,13 @@ def test_no_file_is_written_if_the_page_fails(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(writer, "build_page_data", raise_error)
     with pytest.raises(ZeroDivisionError):
-        write_report({tmp_path / "a" / "record.json": record("a", "lora", 1)}, tmp_path, "t")
+        write_report({tmp_path / "a" / "record.json": build_record("a", "lora", 1)}, tmp_path, "t")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_report_of_absolute_path_has_relative_paths(tmp_path: Path) -> None:
     """Write paths below the current directory as relative paths."""
-    record("first", "lora", 10).write(tmp_path / "out" / "first")
+    build_record("first", "lora", 10).write(tmp_path / "out" / "first")
     assert run_peftbench("report", str(tmp_path / "out"), cwd=tmp_path).returncode == 0
     for path in (tmp_path / "out").glob("*.*"):
         assert str(tmp_path) not in path.read_text(encoding="utf-8"), path
@@ -120,7 +120,7 @@ def test_report_of_absolute_path_has_relative_paths(tmp_path: Path) -> None:
 )
 def test_option_without_effect_is_refused(arguments: str, message: str, tmp_path: Path) -> None:
     """Refuse the option in one sentence, and write nothing."""
-    record("first", "lora", 10).write(tmp_path / "out" / "first")
+    build_record("first", "lora", 10).write(tmp_path / "out" / "first")
     result = run_peftbench("report", "out", *arguments.split(), cwd=tmp_path)
     assert result.returncode == 13
     assert message in result.stderr
@@ -132,7 +132,7 @@ def test_option_without_effect_is_refused(arguments: str, message: str, tmp_path
 )
 def test_chart_libraries_are_imported_only_for_a_page(arguments: str, tmp_path: Path) -> None:
     """Check that commands without a page import neither altair nor jinja2 nor vl_convert."""
-    record("first", "lora", 10).write(tmp_path / "out" / "first")
+    build_record("first", "lora", 10).write(tmp_path / "out" / "first")
     (tmp_path / "p.md").write_text("<!-- report:table -->\n<!-- end of report:table -->\n", encoding="utf-8")
     code = (
         "import sys\nfrom peftbench.cli.app import app\napp(sys.argv[1:], standalone_mode=False)\n"

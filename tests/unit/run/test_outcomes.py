@@ -18,7 +18,7 @@ from peftbench.methods.baselines import Lead, ZeroShot
 from peftbench.methods.full import Full
 from peftbench.methods.last_layer import LastLayer
 from peftbench.methods.lora import Lora
-from peftbench.modeling.loss import LabelledLogitsLoss
+from peftbench.modeling.loss import LabeledLogitsLoss
 from peftbench.optim import SGD
 from peftbench.record import RunRecord, read_record
 from peftbench.run.runner import Run
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-BadLoss = Callable[[LabelledLogitsLoss, nn.Module, MicroBatch], torch.Tensor]
+BadLoss = Callable[[LabeledLogitsLoss, nn.Module, MicroBatch], torch.Tensor]
 
 
 def fail_from_call(number: int, replace_loss: Callable[[torch.Tensor], torch.Tensor]) -> BadLoss:
     """Return a loss function that applies ``replace_loss`` to the true loss from call ``number`` on."""
     num_calls = 0
-    true_loss = LabelledLogitsLoss.__call__
+    true_loss = LabeledLogitsLoss.__call__
 
-    def loss(self: LabelledLogitsLoss, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
+    def loss(self: LabeledLogitsLoss, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
         nonlocal num_calls
         num_calls += 1
         value = true_loss(self, model, batch)
@@ -61,7 +61,7 @@ def check_successful_record(record: RunRecord, method: Method) -> None:
     assert record.steps == len(record.step_losses) == len(record.step_seconds) == 3
     assert record.num_examples == {"train": 24, "test": 8}
     assert record.tokens is not None
-    assert record.tokens.padded >= record.tokens.real > record.tokens.labelled > 0
+    assert record.tokens.padded >= record.tokens.real > record.tokens.labeled > 0
     assert record.tokens.virtual == 3 * 6 * method.virtual_tokens
     assert record.parameters is not None
     assert record.parameters.trainable > 0
@@ -105,7 +105,7 @@ def test_successful_run_of_other_architectures(architecture: str, workshop: Work
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_non_finite_loss_is_a_divergence(value: float, workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """The record names the step with the first loss that is not finite, and keeps all steps before it."""
-    monkeypatch.setattr(LabelledLogitsLoss, "__call__", fail_from_call(3, lambda loss: loss * value))
+    monkeypatch.setattr(LabeledLogitsLoss, "__call__", fail_from_call(3, lambda loss: loss * value))
     record = workshop.run(workshop.recipe(Full(), train={"steps": 5}))
     assert (record.outcome.kind, record.outcome.step, record.outcome.phase) == ("diverged", 3, "train")
     assert len(record.step_losses) == record.steps == 2
@@ -168,7 +168,7 @@ def test_data_fingerprint_is_computed_before_training(workshop: Workshop, monkey
         monkeypatch.setattr(Files, "fingerprint", lambda _: pytest.fail("computed again"))
         return torch.ones((), requires_grad=True)
 
-    monkeypatch.setattr(LabelledLogitsLoss, "__call__", fail_from_call(1, remove_source))
+    monkeypatch.setattr(LabeledLogitsLoss, "__call__", fail_from_call(1, remove_source))
     assert workshop.run(workshop.recipe(Full())).data_fingerprint == fingerprint
 
 
@@ -193,7 +193,7 @@ def test_gradient_checkpointing_of_a_frozen_backbone_is_skipped(workshop: Worksh
 def test_out_of_memory_is_an_outcome(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """The record has the phase, the step, the part of the step, and the requested bytes."""
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has")
-    monkeypatch.setattr(LabelledLogitsLoss, "__call__", fail_from_call(2, raise_error(error)))
+    monkeypatch.setattr(LabeledLogitsLoss, "__call__", fail_from_call(2, raise_error(error)))
     record = workshop.run(workshop.recipe(Full()))
     outcome = record.outcome
     assert (outcome.kind, outcome.phase, outcome.step, outcome.step_part) == ("oom", "train", 2, "forward")
@@ -204,7 +204,7 @@ def test_out_of_memory_is_an_outcome(workshop: Workshop, monkeypatch: pytest.Mon
 def test_bug_is_recorded_and_raised(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """Any other exception is raised, after a record with outcome failed was written."""
     error = ZeroDivisionError("a bug")
-    monkeypatch.setattr(LabelledLogitsLoss, "__call__", fail_from_call(2, raise_error(error)))
+    monkeypatch.setattr(LabeledLogitsLoss, "__call__", fail_from_call(2, raise_error(error)))
     with pytest.raises(ZeroDivisionError):
         Run(workshop.recipe(Full())).execute()
     outcome = read_record(workshop.output / "run" / "record.json").outcome
@@ -214,7 +214,7 @@ def test_bug_is_recorded_and_raised(workshop: Workshop, monkeypatch: pytest.Monk
 
 def test_interrupt_is_recorded(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """The outcome of an interrupted run is preempted, with the current step."""
-    monkeypatch.setattr(LabelledLogitsLoss, "__call__", fail_from_call(3, raise_error(KeyboardInterrupt())))
+    monkeypatch.setattr(LabeledLogitsLoss, "__call__", fail_from_call(3, raise_error(KeyboardInterrupt())))
     record = workshop.run(workshop.recipe(Full()))
     assert (record.outcome.kind, record.outcome.phase, record.outcome.step) == ("preempted", "train", 3)
 

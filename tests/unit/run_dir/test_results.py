@@ -13,7 +13,7 @@ from peftbench.recipe.schema import Recipe
 from peftbench.record import Outcome, OutcomeKind
 from peftbench.run_dir.layout import RunDir
 from peftbench.run_dir.results import load_existing_result
-from tests.unit.report.records import record
+from tests.unit.report.records import build_record
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def write_record(recipe: Recipe, **changes: Any) -> None:
         "recipe_fingerprint": recipe.fingerprint(),
         "data_fingerprint": recipe.data.source.fingerprint(),
     } | changes
-    record("run", "lora", 10, **values).write(RunDir.from_recipe(recipe).path)
+    build_record("run", "lora", 10, **values).write(RunDir.from_recipe(recipe).path)
 
 
 def test_result_exists_once_the_record_is_written(recipe: Recipe) -> None:

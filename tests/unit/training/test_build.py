@@ -18,7 +18,7 @@ from peftbench.training.build import load_base_model
 from peftbench.training.data import build_encoder, load_encoded_split, load_split
 from tests.helpers.methods import every_method
 from tests.helpers.models import POSITIONS
-from tests.helpers.training import built_from, trainer_from
+from tests.helpers.training import build_adapted_model, build_training_components
 from tests.helpers.workshop import Workshop
 
 
@@ -30,7 +30,7 @@ def test_gradient_checkpointing_is_enabled_unless_the_backbone_is_frozen(method:
         recipe = workshop.recipe(method, train={"gradient_checkpointing": enabled}, model={"dropout": 0.1})
         losses[enabled] = workshop.run(recipe).step_losses
     assert losses[True] == pytest.approx(losses[False], rel=1e-5)
-    built = built_from(recipe, build_accelerator(recipe, workshop.output).accelerator)
+    built = build_adapted_model(recipe, build_accelerator(recipe, workshop.output).accelerator)
     assert built.base.model.is_gradient_checkpointing is not method.has_frozen_backbone
 
 
@@ -38,7 +38,7 @@ def test_gradient_checkpointing_is_enabled_unless_the_backbone_is_frozen(method:
 def test_parameter_counts_match_the_closed_form(method: Method, workshop: Workshop) -> None:
     """Tied parameters are counted once, and trainable ones are those that require a gradient."""
     recipe = workshop.recipe(method)
-    built = built_from(recipe, build_accelerator(recipe, workshop.output).accelerator)
+    built = build_adapted_model(recipe, build_accelerator(recipe, workshop.output).accelerator)
     assert built.parameters.trainable == sum(p.numel() for p in built.model.parameters() if p.requires_grad)
     # Token embedding, position embedding, two blocks of 12 h^2 + 13 h, final norm.
     assert built.parameters.total == 4096 * 64 + 64 * 64 + 2 * (12 * 64**2 + 13 * 64) + 2 * 64
@@ -90,7 +90,7 @@ def test_padding_modes_give_the_expected_widths(workshop: Workshop) -> None:
     for padding in ("max_length", "longest", "free", "auto"):
         recipe = workshop.recipe(Full(), data={"padding": padding})
         accelerator = build_accelerator(recipe, workshop.output).accelerator
-        batch = next(iter(trainer_from(recipe, accelerator).batches))
+        batch = next(iter(build_training_components(recipe, accelerator).batches))
         (part,) = batch.micro_batches
         assert len(part.lengths) == 6
         assert len(set(part.lengths)) > 1
@@ -105,7 +105,7 @@ def test_invalid_pad_to_multiple_of_is_refused(workshop: Workshop) -> None:
     """It must not exceed the model's positions, and must be 1 with label_padding."""
     recipe = workshop.recipe(Full(), data={"pad_to_multiple_of": POSITIONS + 1})
     with pytest.raises(OutOfRangeError, match=f"is more than the {POSITIONS} positions of the model; set {POSITIONS}"):
-        trainer_from(recipe, build_accelerator(recipe, workshop.output).accelerator)
+        build_training_components(recipe, build_accelerator(recipe, workshop.output).accelerator)
     with pytest.raises(ValidationError, match="pad_to_multiple_of changes the loss; leave it at 1"):
         workshop.recipe(Full(), data={"pad_to_multiple_of": 8, "label_padding": True})
 
@@ -114,7 +114,7 @@ def test_invalid_pad_to_multiple_of_is_refused(workshop: Workshop) -> None:
 def test_six_n_matches_hf_trainer(method: Method, workshop: Workshop) -> None:
     """HF Trainer's estimate for the adapted model is 6 * N * tokens with the same N."""
     recipe = workshop.recipe(method)
-    built = built_from(recipe, build_accelerator(recipe, workshop.output).accelerator)
+    built = build_adapted_model(recipe, build_accelerator(recipe, workshop.output).accelerator)
     inputs = {"input_ids": torch.zeros(3, 7, dtype=torch.long)}
     trainer_flops = Trainer.floating_point_ops(SimpleNamespace(model=built.model), inputs)  # type: ignore[arg-type]
     assert 6 * built.six_n_parameters * 3 * 7 == trainer_flops > 0

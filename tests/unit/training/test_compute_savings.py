@@ -14,11 +14,11 @@ from peftbench.data.collate import MicroBatch, PackedSequences
 from peftbench.methods.base import Method
 from peftbench.modeling import cross_entropy
 from peftbench.modeling.attention import causal_attention
-from peftbench.modeling.loss import CausalLMLoss, LabelledLogitsLoss, build_loss
+from peftbench.modeling.loss import CausalLMLoss, LabeledLogitsLoss, build_loss
 from tests.helpers.batches import LENGTHS_AND_PROMPTS, micro_batch, packed
 from tests.helpers.methods import every_method
 from tests.helpers.models import FAMILIES
-from tests.helpers.training import loss_for, trained
+from tests.helpers.training import loss_for, trainable_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,7 +50,7 @@ def _loss_and_gradients(
     with loss.attention_context():
         loss_value = loss(model, batch)
         loss_value.backward()  # type: ignore[no-untyped-call]
-    gradients = {name: parameter.grad for name, parameter in trained(model).items()}
+    gradients = {name: parameter.grad for name, parameter in trainable_parameters(model).items()}
     assert gradients
     assert all(gradient is not None and bool(gradient.any()) for gradient in gradients.values())
     return loss_value.item(), {name: gradient.clone() for name, gradient in gradients.items() if gradient is not None}
@@ -83,10 +83,10 @@ def test_loss_and_gradients_match_masked_attention_with_all_logits(  # noqa: PLR
     """The reference is transformers' attention with masks over padded rows, and logits at every position."""
     plain = _apply_method(method, fresh_base(architecture), tokenizer)
     batch = micro_batch(virtual=method.virtual_tokens)
-    expected = _loss_and_gradients(plain, loss_for(plain, labelled_only=False, use_masks=True), batch)
+    expected = _loss_and_gradients(plain, loss_for(plain, labeled_only=False, use_masks=True), batch)
     model = _apply_method(method, fresh_base(architecture), tokenizer)
     loss = loss_for(model)
-    assert isinstance(loss, LabelledLogitsLoss)
+    assert isinstance(loss, LabeledLogitsLoss)
     assert loss.head_is_output
     assert not loss.uses_masks
     monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", chunk)
@@ -163,9 +163,9 @@ def test_operations_after_the_head_are_kept(architecture: str, fresh_base: Fresh
 
     batch = micro_batch()
     plain, model = capped(fresh_base(architecture)), capped(fresh_base(architecture))
-    expected = _loss_and_gradients(plain, loss_for(plain, labelled_only=False, use_masks=True), batch)
+    expected = _loss_and_gradients(plain, loss_for(plain, labeled_only=False, use_masks=True), batch)
     loss = loss_for(model)
-    assert isinstance(loss, LabelledLogitsLoss)
+    assert isinstance(loss, LabeledLogitsLoss)
     assert not loss.head_is_output
     _assert_close(_loss_and_gradients(model, loss, packed()), expected)
 

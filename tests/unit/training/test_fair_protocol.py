@@ -12,7 +12,7 @@ from peftbench.common.filesystem import CACHE_DIR_ENV
 from peftbench.data.batches import GlobalBatch
 from peftbench.methods.base import Method
 from peftbench.training import loop
-from tests.helpers.batches import shown
+from tests.helpers.batches import list_tokens_and_labels
 from tests.helpers.methods import ONE_OF_EACH, every_method
 from tests.helpers.workshop import Workshop
 
@@ -87,7 +87,10 @@ def run(
 
 def examples_of(batch: GlobalBatch, virtual_tokens: int) -> Step:
     """Return the examples of a global batch, for any split into micro-batches."""
-    parts = (zip(part.example_indices, shown(part, virtual_tokens), strict=True) for part in batch.micro_batches)
+    parts = (
+        zip(part.example_indices, list_tokens_and_labels(part, virtual_tokens), strict=True)
+        for part in batch.micro_batches
+    )
     return sorted(example for part in parts for example in part)
 
 
@@ -95,7 +98,7 @@ def protocol(record: RunRecord) -> tuple[int, int, int, int, int | None]:
     """Return real, labeled and virtual tokens, steps, and model FLOPs."""
     assert record.tokens is not None
     tokens = record.tokens
-    return tokens.real, tokens.labelled, tokens.virtual, record.steps, record.flops.model_flops
+    return tokens.real, tokens.labeled, tokens.virtual, record.steps, record.flops.model_flops
 
 
 def settings_of(method: Method) -> dict[str, Setting]:
@@ -143,11 +146,11 @@ def test_methods_train_on_the_same_data_except_virtual_tokens(
     expected, steps = run(workshop, ONE_OF_EACH["full"], slow, trained_batches)
     indices = [index for step in steps for index, _ in step]
     assert sorted(indices[:EXAMPLES]) == list(range(EXAMPLES))
-    real, labelled, _, count, _ = protocol(expected)
+    real, labeled, _, count, _ = protocol(expected)
     for method in ONE_OF_EACH.values():
         fast = FEATURE_CACHE_SETTINGS["feature cache"] if method.has_frozen_backbone else SETTINGS["packed"]
         for setting in (slow, fast):
             record, examples = run(workshop, method, setting, trained_batches)
             virtual = STEPS * BATCH * method.virtual_tokens
-            assert protocol(record)[:4] == (real, labelled, virtual, count), method.kind
+            assert protocol(record)[:4] == (real, labeled, virtual, count), method.kind
             assert examples == steps, method.kind

@@ -17,7 +17,12 @@ from peftbench.optim.stochastic_rounding import AdamW8bitBf16, AdamWBf16
 from peftbench.profiler.probe import Probe
 from peftbench.training.loop import TrainProgress, train, train_step
 from tests.helpers.methods import every_method
-from tests.helpers.training import built_from, forget_accelerators, trained, trainer_from
+from tests.helpers.training import (
+    build_adapted_model,
+    build_training_components,
+    reset_accelerators,
+    trainable_parameters,
+)
 from tests.helpers.workshop import Workshop
 
 
@@ -70,8 +75,8 @@ def test_bf16_keeps_trained_weights_in_float32(method: Method, workshop: Worksho
     """The forward pass is in bfloat16; losses, weights and optimizer states are in float32."""
     recipe = workshop.recipe(method, train={"precision": "bf16", "steps": 2})
     accelerator = build_accelerator(recipe, workshop.output).accelerator
-    built = built_from(recipe, accelerator)
-    trainer = trainer_from(recipe, accelerator, built)
+    built = build_adapted_model(recipe, accelerator)
+    trainer = build_training_components(recipe, accelerator, built)
     method.set_training(built.model)
     dtypes = DtypeRecorder(built.base.model.config.vocab_size)
     progress = TrainProgress()
@@ -83,7 +88,7 @@ def test_bf16_keeps_trained_weights_in_float32(method: Method, workshop: Worksho
     assert progress.completed_steps == 2
     assert {parameter.dtype for parameter in built.model.parameters()} == {torch.float32}
     states = trainer.optimizer.optimizer.state  # type: ignore[attr-defined]
-    assert len(states) == len(trained(built.model)) > 0
+    assert len(states) == len(trainable_parameters(built.model)) > 0
     assert {state["exp_avg"].dtype for state in states.values()} == {torch.float32}
 
 
@@ -91,10 +96,10 @@ def test_bf16_loss_is_close_to_fp32(workshop: Workshop) -> None:
     """The first loss differs by rounding only."""
     losses = {}
     for precision in ("fp32", "bf16"):
-        forget_accelerators()
+        reset_accelerators()
         recipe = workshop.recipe(Full(), train={"precision": precision})
         accelerator = build_accelerator(recipe, workshop.output).accelerator
-        trainer = trainer_from(recipe, accelerator)
+        trainer = build_training_components(recipe, accelerator)
         losses[precision] = train_step(accelerator, trainer, next(iter(trainer.batches)), max_grad_norm=None)
     assert losses["bf16"] != losses["fp32"]
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
@@ -104,7 +109,7 @@ def test_fp16_base_model_is_loaded_in_float32(workshop: Workshop) -> None:
     """The shipped base model is saved in fp16."""
     recipe = workshop.recipe(Full(), model={"path": "shipped"})
     accelerator = build_accelerator(recipe, workshop.output).accelerator
-    model = built_from(recipe, accelerator).model
+    model = build_adapted_model(recipe, accelerator).model
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 

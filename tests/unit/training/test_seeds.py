@@ -14,9 +14,9 @@ from peftbench.methods.full import Full
 from peftbench.methods.last_layer import LastLayer
 from peftbench.methods.lora import Lora
 from peftbench.methods.prompt_tuning import PromptTuning
-from tests.helpers.batches import shown
+from tests.helpers.batches import list_tokens_and_labels
 from tests.helpers.methods import ONE_OF_EACH, every_method
-from tests.helpers.training import forget_accelerators, trainer_from
+from tests.helpers.training import build_training_components, reset_accelerators
 from tests.helpers.workshop import Workshop
 
 if TYPE_CHECKING:
@@ -74,10 +74,10 @@ def test_order_is_the_same_for_every_method(padding: str, workshop: Workshop) ->
     """All methods get the same tokens and labels in the same order; methods only add virtual tokens."""
     batches_by_method: dict[str, list[GlobalBatch]] = {}
     for method in ONE_OF_EACH.values():
-        forget_accelerators()
+        reset_accelerators()
         recipe = workshop.recipe(method, data={"padding": padding}, train={"micro_batch_size": 4})
         accelerator = build_accelerator(recipe, workshop.output).accelerator
-        batches = iter(trainer_from(recipe, accelerator).batches)
+        batches = iter(build_training_components(recipe, accelerator).batches)
         batches_by_method[method.kind] = [next(batches) for _ in range(6)]  # more than one epoch
     reference = batches_by_method.pop("full")
     assert len(batches_by_method) == len(METHODS) - 1
@@ -85,12 +85,14 @@ def test_order_is_the_same_for_every_method(padding: str, workshop: Workshop) ->
     for kind, batches_of_kind in batches_by_method.items():
         for theirs, ours in zip(reference, batches_of_kind, strict=True):
             for their_part, our_part in zip(theirs.micro_batches, ours.micro_batches, strict=True):
-                assert shown(their_part, 0) == shown(our_part, ONE_OF_EACH[kind].virtual_tokens)
+                assert list_tokens_and_labels(their_part, 0) == list_tokens_and_labels(
+                    our_part, ONE_OF_EACH[kind].virtual_tokens
+                )
                 assert their_part.lengths == our_part.lengths
                 assert their_part.example_indices == our_part.example_indices
-            assert (theirs.token_counts.real, theirs.token_counts.padded, theirs.token_counts.labelled) == (
+            assert (theirs.token_counts.real, theirs.token_counts.padded, theirs.token_counts.labeled) == (
                 ours.token_counts.real,
                 ours.token_counts.padded,
-                ours.token_counts.labelled,
+                ours.token_counts.labeled,
             )
             assert (ours.token_counts.virtual > 0) == (kind == "prompt_tuning")

@@ -19,7 +19,7 @@ from peftbench.training.build import TrainingComponents
 from peftbench.training.loop import TrainProgress, train, train_step
 from tests.helpers.batches import micro_batch, one_batch
 from tests.helpers.callbacks import StepRecorder
-from tests.helpers.training import trained, trainer_from, trainer_of
+from tests.helpers.training import assemble_training, build_training_components, trainable_parameters
 from tests.helpers.workshop import Workshop
 
 if TYPE_CHECKING:
@@ -29,10 +29,12 @@ if TYPE_CHECKING:
 
 def _update_norm(accelerator: Accelerator, model: PreTrainedModel, max_grad_norm: float | None) -> float:
     """Return the norm of one SGD update at learning rate 1, which equals the norm of the clipped gradient."""
-    before = {name: parameter.detach().clone() for name, parameter in trained(model).items()}
-    trainer = trainer_of(accelerator, model, torch.optim.SGD(trained(model).values(), lr=1.0))
+    before = {name: parameter.detach().clone() for name, parameter in trainable_parameters(model).items()}
+    trainer = assemble_training(accelerator, model, torch.optim.SGD(trainable_parameters(model).values(), lr=1.0))
     train_step(accelerator, trainer, one_batch(micro_batch()), max_grad_norm)
-    squares = [((parameter - before[name]).double() ** 2).sum() for name, parameter in trained(model).items()]
+    squares = [
+        ((parameter - before[name]).double() ** 2).sum() for name, parameter in trainable_parameters(model).items()
+    ]
     return math.sqrt(sum(square.item() for square in squares))
 
 
@@ -51,10 +53,12 @@ def test_step_returns_the_loss_before_its_update(
 ) -> None:
     """The loss is that of the weights at the start of the step, and the gradients are cleared after it."""
     model = fresh_base("gpt2_tied")
-    trainer = trainer_of(accelerator, model, torch.optim.SGD(trained(model).values(), lr=0.1))
+    trainer = assemble_training(accelerator, model, torch.optim.SGD(trainable_parameters(model).values(), lr=0.1))
     first, second = (train_step(accelerator, trainer, one_batch(micro_batch()), None) for _ in range(2))
     same_model = fresh_base("gpt2_tied")
-    without_update = trainer_of(accelerator, same_model, torch.optim.SGD(trained(same_model).values(), lr=0.0))
+    without_update = assemble_training(
+        accelerator, same_model, torch.optim.SGD(trainable_parameters(same_model).values(), lr=0.0)
+    )
     assert train_step(accelerator, without_update, one_batch(micro_batch()), None) == first
     assert second < first
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
@@ -63,7 +67,7 @@ def test_step_returns_the_loss_before_its_update(
 def _trainer(workshop: Workshop, **parts: Any) -> tuple[Accelerator, TrainingComponents]:
     recipe = workshop.recipe(Lora(r=2), train={"steps": 10}, **parts)
     accelerator = build_accelerator(recipe, workshop.output).accelerator
-    return accelerator, trainer_from(recipe, accelerator)
+    return accelerator, build_training_components(recipe, accelerator)
 
 
 def _expected_rate(kind: str, warmup: int, steps: int, step: int) -> float:
@@ -106,7 +110,7 @@ def test_optimizer_has_the_recipe_s_settings_and_the_trained_parameters(workshop
     assert type(optimizer) is torch.optim.SGD
     (group,) = optimizer.param_groups
     assert (group["momentum"], group["weight_decay"], group["initial_lr"]) == (0.9, 0.01, 0.5)
-    assert {id(p) for p in group["params"]} == {id(p) for p in trained(trainer.model).values()}
+    assert {id(p) for p in group["params"]} == {id(p) for p in trainable_parameters(trainer.model).values()}
     assert group["params"]
 
 
@@ -128,11 +132,11 @@ def test_train_calls_callbacks_and_counts_tokens(workshop: Workshop) -> None:
     batches = iter(trainer.batches)
     expected = [next(batches).token_counts for _ in range(10)]
     assert progress.token_counts.real == sum(counts.real for counts in expected)
-    assert progress.token_counts.labelled == sum(counts.labelled for counts in expected) > 0
+    assert progress.token_counts.labeled == sum(counts.labeled for counts in expected) > 0
 
 
 def test_epochs_are_converted_to_steps(workshop: Workshop) -> None:
     """24 examples, 1.5 epochs and 10 examples per step are 4 steps, rounded up."""
     recipe = workshop.recipe(Full(), train={"steps": None, "epochs": 1.5, "global_batch_size": 10})
     accelerator = build_accelerator(recipe, workshop.output).accelerator
-    assert trainer_from(recipe, accelerator).total_steps == 4
+    assert build_training_components(recipe, accelerator).total_steps == 4

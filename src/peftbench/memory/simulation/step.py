@@ -257,10 +257,10 @@ class MemorySimulation:
                 f"{module} ({model_type}) cannot be simulated without tensor values: {str(error).splitlines()[0]}"
             ) from error
 
-    def simulate_training(self, batch_size: int, sequence_length: int, labelled_tokens: LabelCounts) -> None:
+    def simulate_training(self, batch_size: int, sequence_length: int, labeled_tokens: LabelCounts) -> None:
         """Run two steps of (batch_size, sequence_length) micro-batches; peaks are those of the second step.
 
-        Optimizer states exist from the second step. The last ``labelled_tokens`` of each row are labelled (one number
+        Optimizer states exist from the second step. The last ``labeled_tokens`` of each row are labeled (one number
         for all rows or one per row), or all tokens if the recipe labels all.
 
         With a distributed engine, one more step runs first, in which the engine creates its plans and buffers.
@@ -269,7 +269,7 @@ class MemorySimulation:
         if self.launch_config.is_single_process or self.launch_config.engine == DDP:
             _autocast_forward(self.model, self.emulation)
         batches = [
-            self._build_batch(batch_size, sequence_length, labelled_tokens, self.num_micro_batches)
+            self._build_batch(batch_size, sequence_length, labeled_tokens, self.num_micro_batches)
             for _ in range(self.training.total_steps)
         ]
         with self.loss.attention_context():
@@ -284,10 +284,10 @@ class MemorySimulation:
         limit = self.recipe.train.max_grad_norm
         train_step(self.accelerator, self.training, batch, limit, self.step_parts.part)  # type: ignore[arg-type]
 
-    def step_flops(self, batch_size: int, sequence_length: int, labelled_tokens: int) -> int | None:
+    def step_flops(self, batch_size: int, sequence_length: int, labeled_tokens: int) -> int | None:
         """Return the FLOPs of a batch of (batch_size, sequence_length) tokens, or None if unknown."""
         flop_units = self.collator.hardware_flop_units(
-            self._build_micro_batch(batch_size, sequence_length, labelled_tokens)
+            self._build_micro_batch(batch_size, sequence_length, labeled_tokens)
         )
         self.recipe.method.set_training(self.model)
         try:
@@ -307,11 +307,11 @@ class MemorySimulation:
         return flop_cost.compute_hardware_flops(flop_units)
 
     @torch.no_grad()
-    def simulate_evaluation(self, batch_size: int, sequence_length: int, labelled_tokens: int) -> None:
+    def simulate_evaluation(self, batch_size: int, sequence_length: int, labeled_tokens: int) -> None:
         """Simulate the evaluation loss of one batch."""
         self.model.eval()
         self.emulation.has_padding = batch_size > 1
-        batch = self._build_batch(batch_size, sequence_length, labelled_tokens, 1).micro_batches[0]
+        batch = self._build_batch(batch_size, sequence_length, labeled_tokens, 1).micro_batches[0]
         with self.step_parts.part("evaluate"), self.emulation.autocast(), self.loss.attention_context():
             self.loss.per_token(self.model, batch.to(self.accelerator.device))
 
@@ -350,15 +350,15 @@ class MemorySimulation:
                 group["fused"] = True
 
     def _build_batch(
-        self, batch_size: int, sequence_length: int, labelled_tokens: LabelCounts, num_micro_batches: int
+        self, batch_size: int, sequence_length: int, labeled_tokens: LabelCounts, num_micro_batches: int
     ) -> GlobalBatch:
         micro_batches = tuple(
-            self._build_micro_batch(batch_size, sequence_length, labelled_tokens) for _ in range(num_micro_batches)
+            self._build_micro_batch(batch_size, sequence_length, labeled_tokens) for _ in range(num_micro_batches)
         )
-        return GlobalBatch(micro_batches, TokenCounts(labelled=1))
+        return GlobalBatch(micro_batches, TokenCounts(labeled=1))
 
-    def _build_micro_batch(self, batch_size: int, sequence_length: int, labelled_tokens: LabelCounts) -> MicroBatch:
-        label_counts = [labelled_tokens] * batch_size if isinstance(labelled_tokens, int) else labelled_tokens
+    def _build_micro_batch(self, batch_size: int, sequence_length: int, labeled_tokens: LabelCounts) -> MicroBatch:
+        label_counts = [labeled_tokens] * batch_size if isinstance(labeled_tokens, int) else labeled_tokens
         # A GPU gets a copy of each batch. On CPU, only DDP and fully_shard copy it, since their device is "cpu:0".
         is_on_device = self.device_type == "cpu" and (
             self.launch_config.is_single_process or self.launch_config.engine.is_deepspeed

@@ -36,7 +36,7 @@ def _protocol_key(record: RunRecord) -> list[object]:
 
 def _token_counts(record: RunRecord) -> list[int]:
     """Return token counts, which are equal if the order of examples is."""
-    return [record.tokens.real, record.tokens.labelled] if record.tokens else []
+    return [record.tokens.real, record.tokens.labeled] if record.tokens else []
 
 
 def why_not_comparable(group: RunGroup, reference: RunGroup) -> str | None:

@@ -48,7 +48,7 @@ class Scores:
 
     metric: QualityMetric | None = None
     weights: Array = field(default_factory=lambda: numpy.ones(0))
-    """(examples,): labelled tokens of each example for a loss, ones for ROUGE."""
+    """(examples,): labeled tokens of each example for a loss, ones for ROUGE."""
     by_group_and_seed: dict[RunGroup, dict[Seed, Array]] = field(default_factory=dict)
     exclusion_notes: tuple[str, ...] = ()
     """One sentence per reason for the exclusion of runs."""
@@ -132,11 +132,11 @@ def _collect_loss_scores(runs: list[_ScoredRun], exclusion_notes: list[str]) -> 
         lambda run: bool(run.scores.loss),
         "Not compared, no held-out loss",
     )
-    tokens = _most_common((run.group, run.scores.labelled_tokens) for run in runs)
+    tokens = _most_common((run.group, run.scores.labeled_tokens) for run in runs)
     runs = _filter_runs(
         runs,
         exclusion_notes,
-        lambda run: run.scores.labelled_tokens == tokens and len(run.scores.loss) == len(tokens),
+        lambda run: run.scores.labeled_tokens == tokens and len(run.scores.loss) == len(tokens),
         "Not compared, losses over different tokens than most (another tokenizer)",
     )
     if not tokens or not any(tokens):

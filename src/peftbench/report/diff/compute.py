@@ -246,7 +246,7 @@ class _ExampleDifferences:
     differences: tuple[float, ...]
     """After minus before."""
     weights: tuple[int, ...] | None
-    """Labelled tokens of each example for a loss, None for ROUGE."""
+    """Labeled tokens of each example for a loss, None for ROUGE."""
 
 
 def _example_differences(metric: Metric, before: RunRecord, after: RunRecord) -> _ExampleDifferences | str | None:
@@ -260,12 +260,12 @@ def _example_differences(metric: Metric, before: RunRecord, after: RunRecord) ->
         return "per-example scores are missing in at least one record"
     if old.examples_fingerprint != new.examples_fingerprint or len(before_scores) != len(after_scores):
         return "the runs were not evaluated on the same examples"
-    if name == LOSS_METRIC and old.labelled_tokens != new.labelled_tokens:
+    if name == LOSS_METRIC and old.labeled_tokens != new.labeled_tokens:
         return "the summaries have different tokens"
     if len(before_scores) < 2:
         return "too few examples"
     differences = tuple(late - early for early, late in zip(before_scores, after_scores, strict=True))
-    return _ExampleDifferences(differences, old.labelled_tokens if name == LOSS_METRIC else None)
+    return _ExampleDifferences(differences, old.labeled_tokens if name == LOSS_METRIC else None)
 
 
 def compute_paired_intervals(matches: Sequence[Match]) -> list[dict[str, PairedInterval]]:
@@ -307,7 +307,7 @@ def _build_paired_interval(interval: Interval, num_examples: int) -> PairedInter
 
 def _finite_scores(metric_name: str, scores: PerExample | None) -> tuple[float, ...]:
     """Return per-example scores; empty if one is not finite or the token counts of a loss are missing."""
-    if scores is None or (metric_name == LOSS_METRIC and len(scores.loss) != len(scores.labelled_tokens)):
+    if scores is None or (metric_name == LOSS_METRIC and len(scores.loss) != len(scores.labeled_tokens)):
         return ()
     values = scores.loss if metric_name == LOSS_METRIC else scores.rouge.get(metric_name, ())
     return values if all(map(math.isfinite, values)) else ()

@@ -26,8 +26,8 @@ MAX_TABLE_ROWS = 200
 """Maximum number of rows of a chart's table."""
 SMOOTHING_RADIUS = 6
 """Points on each side in the moving average of a curve."""
-MAX_LABELLED_POINTS = 12
-"""Maximum number of labelled points; more labels would overlap."""
+MAX_LABELED_POINTS = 12
+"""Maximum number of labeled points; more labels would overlap."""
 
 
 _LEGEND = alt.Legend(symbolOpacity=1, symbolStrokeWidth=2)  # independent of the layers' opacity
@@ -168,15 +168,15 @@ def trade_off(
         "front": front,
         "runs": known,
         "intervals": [point for point in known if point.get("low") is not None],
-        "baselines": baselines if len(baselines) <= MAX_LABELLED_POINTS else [],
+        "baselines": baselines if len(baselines) <= MAX_LABELED_POINTS else [],
         **_rows_by_label_position(known, cost),
     }
     layers = _trade_off_layers(cost, title, groups, evaluated, higher_is_better=higher_is_better)
     chart = alt.layer(*(layer for name, named in layers.items() if data[name] for layer in named)).properties(
         height=300
     )
-    names = ", ".join(str(point["run"]) for point in front[:MAX_LABELLED_POINTS]) + (
-        ", …" if len(front) > MAX_LABELLED_POINTS else ""
+    names = ", ".join(str(point["run"]) for point in front[:MAX_LABELED_POINTS]) + (
+        ", …" if len(front) > MAX_LABELED_POINTS else ""
     )
     caption = (
         f"Pareto front of the trained configurations, by means only: {names}."
@@ -191,7 +191,7 @@ def trade_off(
 def _rows_by_label_position(points: Sequence[ChartRow], cost: CostAxis) -> dict[str, list[ChartRow]]:
     """Return points by label position, so that labels stay inside the chart and do not overlap their neighbors."""
     by_position: dict[str, list[ChartRow]] = {side: [] for side in LABEL_POSITIONS}
-    if len(points) > MAX_LABELLED_POINTS:
+    if len(points) > MAX_LABELED_POINTS:
         return by_position
     order = sorted(points, key=lambda point: float(point[cost.field] or 0))
     for index, point in enumerate(order):
@@ -261,7 +261,7 @@ def memory_bars(rows: Sequence[ChartRow], limit_rows: Sequence[ChartRow], captio
         mark = _layer("budgets").mark_tick(color="var(--ink)", thickness=4, bandSize=34)
         tips = [
             alt.Tooltip("run:N"),
-            alt.Tooltip("limit_kind:N", title="limit"),
+            alt.Tooltip("limit_kind:N", title="limited by"),
             alt.Tooltip("limit:Q", title="MiB", format=",.0f"),
         ]
         layers.append(mark.encode(x="limit:Q", y=y, tooltip=tips))

@@ -180,10 +180,10 @@ def _loss_intervals(run_groups: Sequence[RunGroup]) -> dict[RunGroup, Interval]:
         scores = quality.per_example if quality else None
         if scores is None or not all(map(math.isfinite, scores.loss)):
             continue
-        if len(scores.loss) == len(scores.labelled_tokens) > 1:
-            same_tokens.setdefault(scores.labelled_tokens, []).append((one, scores.loss))
+        if len(scores.loss) == len(scores.labeled_tokens) > 1:
+            same_tokens.setdefault(scores.labeled_tokens, []).append((one, scores.loss))
     intervals_by_group: dict[RunGroup, Interval] = {}
-    for labelled, losses in same_tokens.items():
-        intervals = paired_intervals([loss for _, loss in losses], labelled)
+    for labeled, losses in same_tokens.items():
+        intervals = paired_intervals([loss for _, loss in losses], labeled)
         intervals_by_group |= {one: interval for (one, _), interval in zip(losses, intervals, strict=True)}
     return intervals_by_group

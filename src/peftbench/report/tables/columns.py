@@ -178,7 +178,7 @@ COLUMNS: tuple[Column, ...] = (
     Column(
         "model TFLOPs",
         "Floating-point operations required by all steps, in 10^12: real tokens, causal attention, "
-        "output head at labelled positions, backward pass only where the method needs it.",
+        "output head at labeled positions, backward pass only where the method needs it.",
         lambda r: {
             "model_flops": r.flops.model_flops,
             "hardware_flops": r.flops.hardware_flops,

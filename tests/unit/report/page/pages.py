@@ -15,7 +15,7 @@ SHIPPED = {path.name: path for path in sorted((REPOSITORY / "docs" / "results").
 """Folders of the records in docs/results, by name."""
 
 
-def shipped(name: str) -> dict[Path, RunRecord]:
+def load_shipped_records(name: str) -> dict[Path, RunRecord]:
     """Return the records of a shipped suite."""
     return {path: read_record(path) for path in sorted(SHIPPED[name].rglob(RECORD_FILE))}
 

@@ -11,15 +11,15 @@ from peftbench.report.diff.compute import diff_suites
 from peftbench.report.page.build import render_diff_page
 from tests.unit.report.page.conftest import OpenPage
 from tests.unit.report.page.test_in_browser import HOSTILE
-from tests.unit.report.records import judged, record
+from tests.unit.report.records import build_judged_record, build_record
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_diff_page_shows_changes(scheme: str, open_page: OpenPage, tmp_path: Path) -> None:
     """Check regressed metrics, changed settings and escaped names; no script, console message or network request."""
     before, after = tmp_path / "A", tmp_path / "B"
-    record(HOSTILE, "lora", 10, loss=3.0).write(before / "a")
-    record(HOSTILE, "lora", 10, loss=4.0, global_batch_size=8, git_commit=HOSTILE).write(after / "a")
+    build_record(HOSTILE, "lora", 10, loss=3.0).write(before / "a")
+    build_record(HOSTILE, "lora", 10, loss=4.0, global_batch_size=8, git_commit=HOSTILE).write(after / "a")
     path = tmp_path / "page.html"
     path.write_text(render_diff_page(diff_suites(before, after)), encoding="utf-8")
     page = open_page(path, color_scheme=scheme)
@@ -42,10 +42,10 @@ def test_interval_notation_is_explained_once_if_used(open_page: OpenPage, tmp_pa
 
     def page_text(name: str, *losses: float) -> str:
         for side, loss in zip(("A", "B"), losses, strict=True):
-            with_interval = judged(
-                "a", "lora", None, losses=[loss + step / 100 for step in range(30)], labelled=(1,) * 30
+            with_interval = build_judged_record(
+                "a", "lora", None, losses=[loss + step / 100 for step in range(30)], labeled=(1,) * 30
             )
-            (record("a", "lora", 10, loss=loss) if name == "plain" else with_interval).write(
+            (build_record("a", "lora", 10, loss=loss) if name == "plain" else with_interval).write(
                 tmp_path / name / side / "a"
             )
         path = tmp_path / f"{name}.html"
@@ -61,8 +61,8 @@ def test_interval_notation_is_explained_once_if_used(open_page: OpenPage, tmp_pa
 def test_diff_page_is_accessible(scheme: str, open_page: OpenPage, tmp_path: Path) -> None:
     """Check that axe finds no violation."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
-    record("a", "lora", 10, loss=3.0).write(tmp_path / "A" / "a")
-    record("a", "lora", 10, loss=4.0, global_batch_size=8).write(tmp_path / "B" / "a")
+    build_record("a", "lora", 10, loss=3.0).write(tmp_path / "A" / "a")
+    build_record("a", "lora", 10, loss=4.0, global_batch_size=8).write(tmp_path / "B" / "a")
     path = tmp_path / "page.html"
     path.write_text(render_diff_page(diff_suites(tmp_path / "A", tmp_path / "B")), encoding="utf-8")
     results = axe.Axe().run(open_page(path, color_scheme=scheme, bypass_csp=True).tab).response
@@ -71,7 +71,7 @@ def test_diff_page_is_accessible(scheme: str, open_page: OpenPage, tmp_path: Pat
 
 def test_equal_suites_have_no_table(open_page: OpenPage, tmp_path: Path) -> None:
     """Check that the page reports no change."""
-    record("a", "lora", 10).write(tmp_path / "A" / "a")
+    build_record("a", "lora", 10).write(tmp_path / "A" / "a")
     path = tmp_path / "page.html"
     path.write_text(render_diff_page(diff_suites(tmp_path / "A", tmp_path / "A")), encoding="utf-8")
     page = open_page(path)
@@ -82,9 +82,9 @@ def test_equal_suites_have_no_table(open_page: OpenPage, tmp_path: Path) -> None
 def test_metric_that_another_device_does_not_report_is_not_a_regression(tmp_path: Path) -> None:
     """Check that missing energy is a regression only if both runs used the same device."""
     energy = {"energy_joules": 10.0}
-    record("a", "lora", 10, **energy).write(tmp_path / "A" / "a")
-    record("a", "lora", 10).write(tmp_path / "same" / "a")
-    record("a", "lora", 10, device=Device(type="cpu", name="another", num_processes=1)).write(
+    build_record("a", "lora", 10, **energy).write(tmp_path / "A" / "a")
+    build_record("a", "lora", 10).write(tmp_path / "same" / "a")
+    build_record("a", "lora", 10, device=Device(type="cpu", name="another", num_processes=1)).write(
         tmp_path / "other_device" / "a"
     )
     assert diff_suites(tmp_path / "A", tmp_path / "same").regressed

@@ -23,8 +23,8 @@ from peftbench.record import (
     read_records,
 )
 from tests.unit.report.page.conftest import OpenPage
-from tests.unit.report.page.pages import SHIPPED, shipped, write_page
-from tests.unit.report.records import record
+from tests.unit.report.page.pages import SHIPPED, load_shipped_records, write_page
+from tests.unit.report.records import build_record
 
 SIZES = [(1440, 900), (820, 1180), (375, 700)]
 """Viewports of a screen, a tablet and a phone."""
@@ -41,7 +41,7 @@ def test_page_opens_without_console_messages(
     size: tuple[int, int], scheme: str, open_page: OpenPage, tmp_path: Path
 ) -> None:
     """Check that the page requests nothing else, draws every chart, and has no element wider than the window."""
-    path = write_page(shipped("demo"), tmp_path)
+    path = write_page(load_shipped_records("demo"), tmp_path)
     page = open_page(path, width=size[0], height=size[1], color_scheme=scheme)
     assert page.console == []
     assert page.requests == [path.resolve().as_uri()]
@@ -65,7 +65,7 @@ def test_page_opens_without_console_messages(
 
 def test_chart_colors_follow_the_theme(open_page: OpenPage, tmp_path: Path) -> None:
     """Check that chart text has the page's text color in light and dark, and is black in print."""
-    path = write_page(shipped("demo"), tmp_path)
+    path = write_page(load_shipped_records("demo"), tmp_path)
     ink = "getComputedStyle(document.querySelector('.chart svg text')).fill"
     ink_by_scheme = {scheme: open_page(path, color_scheme=scheme).evaluate(ink) for scheme in ("light", "dark")}
     assert ink_by_scheme == {"light": "rgb(27, 27, 31)", "dark": "rgb(233, 233, 238)"}
@@ -77,7 +77,7 @@ def test_chart_colors_follow_the_theme(open_page: OpenPage, tmp_path: Path) -> N
 
 def test_table_sorts_by_value(open_page: OpenPage, tmp_path: Path) -> None:
     """Check numeric order in both directions, by mouse and by keyboard; unknown values stay last."""
-    page = open_page(write_page(shipped("demo"), tmp_path))
+    page = open_page(write_page(load_shipped_records("demo"), tmp_path))
 
     def run_order() -> list[str]:
         names: list[str] = page.evaluate("[...document.querySelectorAll('#runs tbody th')].map(h => h.textContent)")
@@ -97,7 +97,7 @@ def test_table_sorts_by_value(open_page: OpenPage, tmp_path: Path) -> None:
 
 def test_column_header_shows_its_definition(open_page: OpenPage, tmp_path: Path) -> None:
     """Check that the tooltip opens on hover and focus, fits the window, closes on Escape and describes its button."""
-    page = open_page(write_page(shipped("demo"), tmp_path), width=375, height=700)
+    page = open_page(write_page(load_shipped_records("demo"), tmp_path), width=375, height=700)
     tooltip = page.tab.locator(f"{header_selector('held-out loss')} [role=tooltip]")
     assert not tooltip.is_visible()
     page.tab.locator(f"{header_selector('held-out loss')} button").hover()
@@ -122,7 +122,7 @@ def test_column_header_shows_its_definition(open_page: OpenPage, tmp_path: Path)
 
 def test_chart_point_shows_its_run(open_page: OpenPage, tmp_path: Path) -> None:
     """Check the tooltip of a mark, and the label of a mark for screen readers."""
-    page = open_page(write_page(shipped("demo"), tmp_path))
+    page = open_page(write_page(load_shipped_records("demo"), tmp_path))
     point = page.tab.locator("#chart-quality-mib svg .mark-symbol.role-mark path[aria-label*='full']").first
     label = point.get_attribute("aria-label")
     assert label is not None
@@ -135,7 +135,7 @@ def test_chart_point_shows_its_run(open_page: OpenPage, tmp_path: Path) -> None:
 
 def test_non_finite_value_is_sorted_last(open_page: OpenPage, tmp_path: Path) -> None:
     """Check that a diverged run is last in both directions and causes no console message."""
-    diverged = record(
+    diverged = build_record(
         "diverged",
         "lora",
         10,
@@ -143,7 +143,7 @@ def test_non_finite_value_is_sorted_last(open_page: OpenPage, tmp_path: Path) ->
         outcome=Outcome(kind="diverged", step=2),
         step_losses=(1.0, float("inf")),
     )
-    rows = [diverged, record("a", "full", 1000, loss=2.0), record("b", "full", 1000, loss=3.0)]
+    rows = [diverged, build_record("a", "full", 1000, loss=2.0), build_record("b", "full", 1000, loss=3.0)]
     page = open_page(write_page({tmp_path / run.name / "record.json": run for run in rows}, tmp_path))
     assert page.console == []
     for first in ("a (full)", "b (full)"):
@@ -156,7 +156,7 @@ def test_numbers_with_an_exponent_are_sorted_by_value(open_page: OpenPage, tmp_p
     """Check that 5 of 10,000,000 is below 1 of 1,000, although it has a larger first digit and an exponent."""
     sizes = {"few": (5, 10_000_000), "some": (1, 1000), "half": (1, 2)}
     rows = [
-        record(name, "lora", 10, parameters=ParameterCounts(trainable=trainable, total=total))
+        build_record(name, "lora", 10, parameters=ParameterCounts(trainable=trainable, total=total))
         for name, (trainable, total) in sizes.items()
     ]
     page = open_page(write_page({tmp_path / run.name / "record.json": run for run in rows}, tmp_path))
@@ -167,14 +167,14 @@ def test_numbers_with_an_exponent_are_sorted_by_value(open_page: OpenPage, tmp_p
 
 def test_long_names_fit_a_phone(open_page: OpenPage, tmp_path: Path) -> None:
     """Check that names of a sweep cause no horizontal scrolling with all details open."""
-    page = open_page(write_page(shipped("demo_rates"), tmp_path), width=375, height=700)
+    page = open_page(write_page(load_shipped_records("demo_rates"), tmp_path), width=375, height=700)
     page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
     assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
 
 
 def test_filter_shows_matching_runs(open_page: OpenPage, tmp_path: Path) -> None:
     """Check that the filter keeps rows that have all of its terms, and that the page shows their number."""
-    page = open_page(write_page(shipped("demo_budget"), tmp_path))
+    page = open_page(write_page(load_shipped_records("demo_budget"), tmp_path))
     page.tab.fill("#filter", "FULL oom")
     assert page.tab.locator("#runs tbody tr:visible").count() == 1
     assert page.tab.locator("#count").inner_text() == "1 of 3"
@@ -185,15 +185,17 @@ def test_filter_shows_matching_runs(open_page: OpenPage, tmp_path: Path) -> None
 @pytest.mark.parametrize("kind", ["csv", "json", "tex"])
 def test_data_can_be_downloaded(kind: str, open_page: OpenPage, tmp_path: Path) -> None:
     """Check that a button saves the complete file that the report writes."""
-    page = open_page(write_page(shipped("demo"), tmp_path))
+    page = open_page(write_page(load_shipped_records("demo"), tmp_path))
     with page.tab.expect_download() as download:
         page.tab.click(f"[data-download={kind}]")
     text = Path(download.value.path()).read_text(encoding="utf-8")
     assert download.value.suggested_filename == f"results.{kind}"
     if kind == "csv":
-        assert {row["run"] for row in csv.DictReader(io.StringIO(text))} == {r.name for r in shipped("demo").values()}
+        assert {row["run"] for row in csv.DictReader(io.StringIO(text))} == {
+            r.name for r in load_shipped_records("demo").values()
+        }
     elif kind == "json":
-        assert len(json.loads(text)["runs"]) == len(shipped("demo"))
+        assert len(json.loads(text)["runs"]) == len(load_shipped_records("demo"))
     else:
         assert "\\toprule" in text
     assert page.console == []
@@ -204,7 +206,9 @@ HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window
 
 def test_markup_in_records_is_shown_as_text(open_page: OpenPage, tmp_path: Path) -> None:
     """Check that markup in summaries, articles, names, notes and devices does not run."""
-    hostile = record(HOSTILE, "lora", 10, notes=(HOSTILE,), git_commit=HOSTILE, library_versions={HOSTILE: HOSTILE})
+    hostile = build_record(
+        HOSTILE, "lora", 10, notes=(HOSTILE,), git_commit=HOSTILE, library_versions={HOSTILE: HOSTILE}
+    )
     assert hostile.quality is not None
     sample = Sample(id=HOSTILE, article=HOSTILE, reference=HOSTILE, generated=HOSTILE)
     hostile = hostile.model_copy(
@@ -237,7 +241,7 @@ def test_markup_in_records_is_shown_as_text(open_page: OpenPage, tmp_path: Path)
 
 def test_injected_script_is_blocked(open_page: OpenPage, tmp_path: Path) -> None:
     """Check that the content security policy allows only the page's own scripts, by their digests."""
-    path = write_page(shipped("demo"), tmp_path)
+    path = write_page(load_shipped_records("demo"), tmp_path)
     text = path.read_text(encoding="utf-8")
     path.write_text(text.replace("</main>", "<script>window.hacked = 1</script></main>"), encoding="utf-8")
     page = open_page(path)
@@ -247,7 +251,7 @@ def test_injected_script_is_blocked(open_page: OpenPage, tmp_path: Path) -> None
 
 def test_page_without_scripts_has_table_and_notice(open_page: OpenPage, tmp_path: Path) -> None:
     """Check that the table is complete and a notice states what is missing."""
-    page = open_page(write_page(shipped("demo"), tmp_path), java_script_enabled=False)
+    page = open_page(write_page(load_shipped_records("demo"), tmp_path), java_script_enabled=False)
     assert page.tab.locator("#runs tbody tr").count() == 6
     assert page.tab.locator("noscript").is_visible()
 
@@ -256,7 +260,7 @@ def test_page_without_scripts_has_table_and_notice(open_page: OpenPage, tmp_path
 def test_page_is_accessible(scheme: str, open_page: OpenPage, tmp_path: Path) -> None:
     """Check that axe, a WCAG checker, finds no violation, e.g. in contrast, labels, heading order or roles."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
-    page = open_page(write_page(shipped("demo"), tmp_path), color_scheme=scheme, bypass_csp=True)
+    page = open_page(write_page(load_shipped_records("demo"), tmp_path), color_scheme=scheme, bypass_csp=True)
     results = axe.Axe().run(page.tab, options={"runOnly": ["wcag2a", "wcag2aa", "wcag21aa", "best-practice"]}).response
     assert [(rule["id"], [node["html"][:200] for node in rule["nodes"]][:3]) for rule in results["violations"]] == []
     assert len(results["passes"]) > 20
@@ -264,7 +268,7 @@ def test_page_is_accessible(scheme: str, open_page: OpenPage, tmp_path: Path) ->
 
 def test_run_out_of_memory_is_shown(open_page: OpenPage, tmp_path: Path) -> None:
     """Check the row of the run, its bar with the requested allocation, and the line of the budget."""
-    page = open_page(write_page(shipped("demo_budget"), tmp_path))
+    page = open_page(write_page(load_shipped_records("demo_budget"), tmp_path))
     row = page.tab.locator(
         "#runs tbody tr",
         has=page.tab.locator("th", has_text="full (oom)").or_(page.tab.locator("th:text-is('full')")),
@@ -274,7 +278,7 @@ def test_run_out_of_memory_is_shown(open_page: OpenPage, tmp_path: Path) -> None
         "[...document.querySelectorAll('#chart-memory [aria-label]')].map(e => e.getAttribute('aria-label'))"
     )
     assert any("requested allocation" in str(bar) for bar in bars)
-    assert sum("limit: budget" in str(bar) and "112" in str(bar) for bar in bars) == 1
+    assert sum("limited by: budget" in str(bar) and "112" in str(bar) for bar in bars) == 1
     assert "full (oom at step 2)" in page.tab.locator("#trade-offs").inner_text()
 
 
@@ -303,7 +307,9 @@ def _build_records(count: int) -> dict[Path, RunRecord]:
             "outcome": Outcome(kind="ok"),
             "seed": index,
         }
-        records[Path(f"runs/{kind}-{index}/record.json")] = record(f"{kind}-{index}", kind, 10 + index % 4, **values)
+        records[Path(f"runs/{kind}-{index}/record.json")] = build_record(
+            f"{kind}-{index}", kind, 10 + index % 4, **values
+        )
     return records
 
 
@@ -329,6 +335,6 @@ def test_shipped_suites_exist() -> None:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_suite_opens_without_console_messages(name: str, open_page: OpenPage, tmp_path: Path) -> None:
     """Check pages of records of any version and of suites without a trade-off."""
-    page = open_page(write_page(shipped(name), tmp_path))
+    page = open_page(write_page(load_shipped_records(name), tmp_path))
     assert page.console == []
     assert page.tab.locator("#runs tbody tr").count() == len(read_records(SHIPPED[name]))

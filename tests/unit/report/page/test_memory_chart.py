@@ -7,7 +7,7 @@ import pytest
 from peftbench.record import Device, Memory, MemoryBreakdown, Outcome, RunRecord, StateBytes, find_records
 from peftbench.report.page import memory_chart
 from tests.helpers.paths import REPOSITORY
-from tests.unit.report.records import record
+from tests.unit.report.records import build_record
 
 MIB = 2**20
 GPU = Device(type="cuda", name="a GPU", num_processes=1, memory_bytes=300 * MIB)
@@ -27,7 +27,7 @@ def test_bar_categories_sum_to_the_peak() -> None:
         operation="x",
         step_part="backward",
     )
-    without_breakdown = record("a", "full", 1, memory=peak, state_bytes=states)
+    without_breakdown = build_record("a", "full", 1, memory=peak, state_bytes=states)
     rows = memory_chart.memory_bar_rows(
         [without_breakdown, without_breakdown.model_copy(update={"name": "b", "memory_breakdown": breakdown})]
     )
@@ -58,7 +58,7 @@ def test_categories_that_exceed_the_training_peak_are_not_used() -> None:
         step_part=None,
     )
     states = StateBytes(weights=4 * MIB, gradients=0, optimizer=0)
-    run = record(
+    run = build_record(
         "a",
         "full",
         1,
@@ -74,7 +74,7 @@ def test_categories_that_exceed_the_training_peak_are_not_used() -> None:
 def test_gpu_bar_includes_allocator_cache_and_context() -> None:
     """Check that the bar has tensors, the allocator cache and the CUDA context, which a budget counts."""
     train = Memory(allocated_bytes=80 * MIB, reserved_bytes=90 * MIB)
-    run = record("a", "full", 1, memory={"train": train}, cuda_context_bytes=30 * MIB, device=GPU)
+    run = build_record("a", "full", 1, memory={"train": train}, cuda_context_bytes=30 * MIB, device=GPU)
     assert dict(memory_chart.peak_by_category(run)) == {
         "unattributed": 80 * MIB,
         "allocator_cache": 10 * MIB,
@@ -85,7 +85,7 @@ def test_gpu_bar_includes_allocator_cache_and_context() -> None:
 def test_bar_of_a_run_out_of_memory_has_bytes_in_use_and_requested() -> None:
     """Check that the bar is as long as the memory that was needed at the failure."""
     outcome = Outcome(kind="oom", step=1, in_use_bytes=90 * MIB, requested_bytes=30 * MIB)
-    run = record("a", "full", 1, outcome=outcome, memory={"warmup": Memory(allocated_bytes=MIB)})
+    run = build_record("a", "full", 1, outcome=outcome, memory={"warmup": Memory(allocated_bytes=MIB)})
     assert [(row["category"], row["bytes"]) for row in memory_chart.memory_bar_rows([run])] == [
         ("in use at the failure", 90 * MIB),
         ("requested allocation", 30 * MIB),
@@ -93,7 +93,7 @@ def test_bar_of_a_run_out_of_memory_has_bytes_in_use_and_requested() -> None:
 
 
 def _record_with_limit(budget: str | None, device: Device, **changes: object) -> RunRecord:
-    run = record("a", "full", 1, memory={"train": Memory(allocated_bytes=100 * MIB)}, device=device, **changes)
+    run = build_record("a", "full", 1, memory={"train": Memory(allocated_bytes=100 * MIB)}, device=device, **changes)
     return run.model_copy(update={"recipe": run.recipe | {"budget": {"memory": budget}}})
 
 
@@ -127,7 +127,7 @@ def test_far_limit_is_in_the_caption_and_not_drawn() -> None:
     far, near = _record_with_limit("80GiB", GPU), _record_with_limit("112MiB", GPU)
     rows, far_limits_note = memory_chart.memory_limit_rows([far, near.model_copy(update={"name": "b"})])
     assert [(row["run"], row["limit"]) for row in rows] == [("b (full)", 112.0)]
-    assert "the budget of 81,920 MiB" in far_limits_note
+    assert "the budget of at least 81,920 MiB" in far_limits_note
 
 
 COMMITTED = [
@@ -156,6 +156,6 @@ def test_caption_describes_the_bars_of_committed_records() -> None:
     assert "On CPU" in caption
     assert "Without it, weights" in caption
     states_caption = memory_chart.memory_caption(
-        [record("a", "full", 1, state_bytes=StateBytes(weights=1, gradients=1, optimizer=1))], [], ""
+        [build_record("a", "full", 1, state_bytes=StateBytes(weights=1, gradients=1, optimizer=1))], [], ""
     )
     assert states_caption.startswith("Peak memory of the training phase. Weights, gradients")

@@ -11,7 +11,7 @@ from peftbench.record import RunRecord, Throughput, Tokens, TokensPerSecond
 from peftbench.report.analysis.run_groups import group_runs
 from peftbench.report.page import series
 from peftbench.report.page.series import ChartRow, ColorGroups
-from tests.unit.report.records import judged, noise, record
+from tests.unit.report.records import build_judged_record, build_record, draw_scores
 
 
 def curve_rows(*records: RunRecord) -> list[ChartRow]:
@@ -28,19 +28,21 @@ def trade_off_points(records: list[RunRecord], *, rouge: bool) -> list[ChartRow]
 def test_loss_curves_have_steps_tokens_and_seconds() -> None:
     """Check that each loss has its step and the cumulative tokens and seconds, or no tokens in an older record."""
     first, second, third = curve_rows(
-        record("a", "full", 1, step_losses=(3.0, 2.0, 1.0), step_tokens=(10, 20, 30), step_seconds=(0.5, 0.25, 0.25))
+        build_record(
+            "a", "full", 1, step_losses=(3.0, 2.0, 1.0), step_tokens=(10, 20, 30), step_seconds=(0.5, 0.25, 0.25)
+        )
     )
     assert [first[name] for name in ("loss", "step", "tokens", "seconds")] == [3.0, 1.0, 10.0, 0.5]
     assert [second[name] for name in ("loss", "step", "tokens", "seconds")] == [2.0, 2.0, 30.0, 0.75]
     assert [third[name] for name in ("loss", "step", "tokens", "seconds")] == [1.0, 3.0, 60.0, 1.0]
-    (older,) = curve_rows(record("b", "full", 1, step_losses=(3.0,), step_seconds=(0.5,)))
+    (older,) = curve_rows(build_record("b", "full", 1, step_losses=(3.0,), step_seconds=(0.5,)))
     assert "tokens" not in older
 
 
 def test_long_curves_are_downsampled_to_means() -> None:
     """Check that 1,000 steps become 200 points, each the mean of five steps."""
     losses = tuple(float(step) for step in range(1000))
-    rows = curve_rows(record("a", "full", 1, step_losses=losses, step_seconds=(1.0,) * 1000))
+    rows = curve_rows(build_record("a", "full", 1, step_losses=losses, step_seconds=(1.0,) * 1000))
     assert len(rows) == series.MAX_CURVE_POINTS
     assert rows[0]["loss"] == 2.0
     assert rows[-1]["loss"] == 997.0
@@ -49,12 +51,12 @@ def test_long_curves_are_downsampled_to_means() -> None:
 
 def test_non_finite_loss_becomes_none() -> None:
     """Check NaN and infinity, which JSON cannot represent."""
-    rows = curve_rows(record("a", "full", 1, step_losses=(1.0, math.nan, math.inf)))
+    rows = curve_rows(build_record("a", "full", 1, step_losses=(1.0, math.nan, math.inf)))
     assert [row["loss"] for row in rows] == [1.0, None, None]
 
 
 def _throughput_row(**changes: Any) -> ChartRow:
-    rates = TokensPerSecond(real=1100.0, padded=1.0, labelled=1.0, virtual=0.0)
+    rates = TokensPerSecond(real=1100.0, padded=1.0, labeled=1.0, virtual=0.0)
     throughput = Throughput(
         steps=8,
         step_seconds_median=1.0,
@@ -64,8 +66,8 @@ def _throughput_row(**changes: Any) -> ChartRow:
         tokens_per_second=rates,
         data_time_fraction=0.0,
     )
-    tokens = Tokens(real=10_000, padded=1, labelled=1, virtual=0)
-    run = record("a", "full", 1, throughput=throughput, tokens=tokens, steps=10, **changes)
+    tokens = Tokens(real=10_000, padded=1, labeled=1, virtual=0)
+    run = build_record("a", "full", 1, throughput=throughput, tokens=tokens, steps=10, **changes)
     (row,) = series.throughput_rows([run], ColorGroups.from_run_groups(group_runs([run])))
     return row
 
@@ -85,7 +87,7 @@ def test_throughput_percentiles_of_an_older_record_use_step_seconds() -> None:
 
 def test_colors_are_by_configuration_up_to_eight() -> None:
     """Check that each of eight configurations has a color; with nine, each method has one."""
-    runs = [record(f"r{n}", "lora" if n % 2 else "full", 10, method={"r": n}) for n in range(9)]
+    runs = [build_record(f"r{n}", "lora" if n % 2 else "full", 10, method={"r": n}) for n in range(9)]
     few, many = (ColorGroups.from_run_groups(group_runs(subset)) for subset in (runs[:8], runs))
     assert (few.title, len(few.names)) == ("run", 8)
     assert (many.title, set(many.names)) == ("method", {"lora", "full"})
@@ -114,7 +116,7 @@ def test_pareto_front_matches_points_chosen_by_hand() -> None:
 
 def test_trade_off_point_averages_seeds() -> None:
     """Check the mean and its interval for several seeds; a single seed has the interval of its record."""
-    runs = [record(f"a-seed={s}", "lora", 10, seed=s, phase_seconds={"train": 10.0 + s}) for s in range(3)]
+    runs = [build_record(f"a-seed={s}", "lora", 10, seed=s, phase_seconds={"train": 10.0 + s}) for s in range(3)]
     (point,) = trade_off_points(runs, rouge=True)
     assert (point["run"], point["quality"], point["seconds"], point["seeds"]) == ("a (lora)", 31.25, 11.0, 3)
     assert (point["low"], point["high"]) == (31.25, 31.25)
@@ -124,8 +126,10 @@ def test_trade_off_point_averages_seeds() -> None:
 
 def test_loss_of_one_seed_has_an_interval_over_examples() -> None:
     """Check that the interval contains the loss and is within the range of the losses of the examples."""
-    losses = noise(40, 1)
-    (point,) = trade_off_points([judged("a", "lora", None, losses=losses, labelled=(10,) * 40)], rouge=False)
+    losses = draw_scores(40, 1)
+    (point,) = trade_off_points(
+        [build_judged_record("a", "lora", None, losses=losses, labeled=(10,) * 40)], rouge=False
+    )
     assert point["quality"] == pytest.approx(sum(losses) / 400)
     low, high = float(point["low"] or 0), float(point["high"] or 0)
     assert min(losses) / 10 < low < float(point["quality"] or 0) < high < max(losses) / 10

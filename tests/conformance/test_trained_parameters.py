@@ -12,7 +12,7 @@ from tests.conformance.battery import CASES, RATES, REFUSED, VARIANTS, Case, Mak
 from tests.helpers.batches import micro_batch, one_batch
 from tests.helpers.methods import ONE_OF_EACH
 from tests.helpers.models import ARCHITECTURES, meta_base
-from tests.helpers.training import loss_for, summed_loss, trained, trainer_of
+from tests.helpers.training import assemble_training, loss_for, summed_loss, trainable_parameters
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -36,13 +36,13 @@ def test_steps_change_exactly_the_trained_parameters(
 ) -> None:
     """Every tensor that requires a gradient changes, and all others stay bit-identical."""
     bench = make_bench(case)
-    trainer = trainer_of(accelerator, bench.model, bench.optimizer)
+    trainer = assemble_training(accelerator, bench.model, bench.optimizer)
     before = {name: tensor.detach().clone() for name, tensor in bench.named_tensors().items()}
     # Two steps: in the first, LoRA's B is zero, so that A has no gradient.
     for _ in range(2):
         train_step(accelerator, trainer, one_batch(micro_batch(virtual=case.method.virtual_tokens)), max_grad_norm=1.0)
     changed = {name for name, tensor in bench.named_tensors().items() if not torch.equal(tensor, before[name])}
-    assert changed == set(trained(bench.model))
+    assert changed == set(trainable_parameters(bench.model))
     assert changed
 
 
@@ -58,7 +58,7 @@ def test_frozen_backbone_has_no_trained_parameter_and_no_dropout(case: Case, mak
 @every_case
 def test_trainable_count_matches_closed_form(case: Case, make_bench: MakeBench) -> None:
     """The closed form uses shapes without weights; it equals the number of scalars that require a gradient."""
-    counted = sum(parameter.numel() for parameter in trained(make_bench(case).model).values())
+    counted = sum(parameter.numel() for parameter in trainable_parameters(make_bench(case).model).values())
     assert counted == case.method.trainable_parameters(meta_base(ARCHITECTURES[case.architecture]()))
     assert counted > 0
 
@@ -66,7 +66,7 @@ def test_trainable_count_matches_closed_form(case: Case, make_bench: MakeBench) 
 @every_case
 def test_trained_weights_are_float32(case: Case, make_bench: MakeBench) -> None:
     """Each parameter that the optimizer updates is in float32."""
-    assert {parameter.dtype for parameter in trained(make_bench(case).model).values()} == {torch.float32}
+    assert {parameter.dtype for parameter in trainable_parameters(make_bench(case).model).values()} == {torch.float32}
 
 
 @every_case
@@ -82,7 +82,7 @@ def test_loss_depends_on_exactly_the_trained_parameters(case: Case, make_bench: 
         visited.add(node)
         leaves |= {id(node.variable)} if hasattr(node, "variable") else set()
         pending += [parent for parent, _ in node.next_functions]
-    assert leaves == {id(parameter) for parameter in trained(bench.model).values()}
+    assert leaves == {id(parameter) for parameter in trainable_parameters(bench.model).values()}
 
 
 @every_case

@@ -13,7 +13,7 @@ from peftbench.record import Compute, Flops, Interval, Memory, PerExample, RunRe
 from peftbench.report.diff.compute import MetricDiff, RunDiff, SuiteDiff, diff_suites
 from peftbench.report.diff.metrics import parse_thresholds
 from peftbench.report.diff.render import print_diff
-from tests.unit.report.records import record
+from tests.unit.report.records import build_record
 
 
 def write_suite(folder: Path, *records: RunRecord) -> Path:
@@ -45,7 +45,7 @@ def build_run(name: str = "lora", **changes: Any) -> RunRecord:
         step_seconds_p90=1,
         samples_per_second=1.0,
         data_time_fraction=0,
-        tokens_per_second=TokensPerSecond(real=changes.pop("speed", 1000.0), padded=1, labelled=1, virtual=0),
+        tokens_per_second=TokensPerSecond(real=changes.pop("speed", 1000.0), padded=1, labeled=1, virtual=0),
     )
     values: dict[str, Any] = {
         "throughput": speed,
@@ -55,7 +55,7 @@ def build_run(name: str = "lora", **changes: Any) -> RunRecord:
         "flops": Flops(model_flops=100, hardware_flops=200),
         "compute": Compute(model_flops_per_second=1.0, peak_flops_per_second=4.0),
     }
-    return record(name, "lora", 10, **(values | changes))
+    return build_record(name, "lora", 10, **(values | changes))
 
 
 def build_scored_run(
@@ -63,7 +63,7 @@ def build_scored_run(
     losses: tuple[float, ...] = (),
     *,
     identity: str = "same",
-    labelled: tuple[int, ...] = (),
+    labeled: tuple[int, ...] = (),
     loss: float = 3.25,
 ) -> RunRecord:
     """Build a run with per-example scores and their mean ROUGE-L."""
@@ -74,7 +74,7 @@ def build_scored_run(
         update={
             "rouge": {"rougeL": Interval(mean=mean, low=mean, high=mean)},
             "per_example": PerExample(
-                examples_fingerprint=identity, loss=losses, labelled_tokens=labelled, rouge={"rougeL": rouge}
+                examples_fingerprint=identity, loss=losses, labeled_tokens=labeled, rouge={"rougeL": rouge}
             ),
         }
     )
