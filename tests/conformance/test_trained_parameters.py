@@ -56,6 +56,18 @@ def test_frozen_backbone_has_no_trained_parameter_and_no_dropout(case: Case, mak
 
 
 @every_case
+def test_method_states_whether_the_base_stays_frozen(case: Case, make_bench: MakeBench) -> None:
+    """``keeps_base_frozen`` is True for exactly the methods that train no matrix of the base model."""
+    base_names = dict(meta_base(ARCHITECTURES[case.architecture]()).named_parameters(remove_duplicate=False))
+    trained_matrices = {
+        name.removeprefix("base_model.model.").replace(".base_layer", "")
+        for name, parameter in trainable_parameters(make_bench(case).model).items()
+        if parameter.dim() > 1
+    }
+    assert case.method.keeps_base_frozen is trained_matrices.isdisjoint(base_names)
+
+
+@every_case
 def test_trainable_count_matches_closed_form(case: Case, make_bench: MakeBench) -> None:
     """The closed form uses shapes without weights; it equals the number of scalars that require a gradient."""
     counted = sum(parameter.numel() for parameter in trainable_parameters(make_bench(case).model).values())

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 from peftbench.common.fingerprint import fingerprint_recipe
 from peftbench.common.renamed_keys import RENAMED_KEYS, RENAMED_VALUES
+from peftbench.recipe.loader import load_recipe
 from peftbench.recipe.schema import Recipe
 from peftbench.record import RunRecord, read_record
 from peftbench.record.rewrite import rewrite_records
 from peftbench.record.schema_v1 import upgrade_recipe
-
-RECORD_V1 = Path(__file__).parent / "record_v1.json"
+from peftbench.report.diff.compute import diff_suites
+from peftbench.report.tables.table import markdown_table
+from tests.helpers.paths import RECORD_V1
 
 
 def test_every_number_of_a_v1_record_is_kept() -> None:
@@ -86,3 +89,23 @@ def test_rewriting_is_idempotent(tmp_path: Path) -> None:
     assert RunRecord.model_validate_json(first).schema_version == 2
     assert rewrite_records(tmp_path) == 1
     assert path.read_bytes() == first
+
+
+def test_run_of_a_v1_record_is_repeated() -> None:
+    """The record is a recipe file; its old keys are read under the new names."""
+    recipe = load_recipe([RECORD_V1], ["train.steps=3"])
+    assert recipe.train.steps == 3
+    assert load_recipe([RECORD_V1], []).fingerprint() == read_record(RECORD_V1).recipe_fingerprint
+
+
+def test_v1_record_has_the_same_table_and_no_difference_to_its_upgrade(tmp_path: Path) -> None:
+    """Report and compare read a record of schema 1."""
+    for side in ("A", "B"):
+        (tmp_path / side / "run").mkdir(parents=True)
+        shutil.copy(RECORD_V1, tmp_path / side / "run" / "record.json")
+    assert rewrite_records(tmp_path / "B") == 1
+    records = [read_record(tmp_path / side / "run" / "record.json") for side in ("A", "B")]
+    assert markdown_table(records[:1]) == markdown_table(records[1:])
+    diff = diff_suites(tmp_path / "A", tmp_path / "B")
+    assert (len(diff.runs), diff.regressed, diff.changed) == (1, False, False)
+    assert len(diff.runs[0].metrics) > 5

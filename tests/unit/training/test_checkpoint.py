@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from peftbench.training import checkpoint, serialization
 from peftbench.training.checkpoint import CheckpointManager, CheckpointMetadata
 from peftbench.training.state import _get_rng_state, _set_rng_state
 from tests.helpers.methods import every_method
+from tests.helpers.paths import RECORD_V1
 from tests.helpers.workshop import Workshop
 
 METADATA = CheckpointMetadata("recipe", "model", "data", "single", 1, "cpu", {"torch": "1"})
@@ -98,6 +101,25 @@ def test_damaged_checkpoint_is_deleted_and_the_previous_one_loaded(damage: str, 
     assert load_latest_step(manager) == 1
     assert manager.notes == ["the checkpoint step-00000002 was damaged; deleted"]
     assert [path.name for path in manager.list_checkpoints()] == ["step-00000001"]
+
+
+@pytest.mark.parametrize("has_record", [False, True], ids=["checkpoint_only", "with_record"])
+def test_checkpoint_of_the_old_format_is_refused(has_record: bool, make_manager: MakeManager, tmp_path: Path) -> None:
+    """The refusal names the checkpoint and the record of schema 1, and nothing is deleted."""
+    old = tmp_path / "checkpoints" / "0123456789abcdef" / "step-00000005"
+    (old / "rank-0").mkdir(parents=True)
+    origin = {"recipe_fingerprint": "recipe", "model_identity": "model", "data_identity": "data", "processes": 1}
+    (old / "checkpoint.json").write_text(json.dumps({"step": 5, "origin": origin, "files": {}}), encoding="utf-8")
+    if has_record:
+        shutil.copy(RECORD_V1, tmp_path / "record.json")
+    with pytest.raises(CheckpointError) as refusal:
+        make_manager().latest()
+    replaced = f"; the run then replaces {tmp_path / 'record.json'}, a record of schema 1" if has_record else ""
+    assert str(refusal.value) == (
+        f"Cannot resume from {old}: it has checkpoint format 1, and this version reads format 2. "
+        f"Delete {old.parent} to start over{replaced}."
+    )
+    assert (old / "checkpoint.json").exists()
 
 
 def test_full_disk_keeps_the_previous_checkpoint(make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch) -> None:
