@@ -125,7 +125,7 @@ class MicroBatch:
             "packed_sequences": self.packed_sequences,
         }
         return given | (
-            {"virtual": self.packed_sequences.virtual_token_indices}
+            {"virtual_token_indices": self.packed_sequences.virtual_token_indices}
             if len(self.packed_sequences.virtual_token_indices)
             else {}
         )

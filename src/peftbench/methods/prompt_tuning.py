@@ -90,19 +90,26 @@ class PromptTuning(Method):
 
 
 def _forward_packed(
-    model: Any, peft_forward: Callable[..., Any], *, virtual: torch.Tensor | None = None, **model_inputs: Any
+    model: Any,
+    peft_forward: Callable[..., Any],
+    *,
+    virtual_token_indices: torch.Tensor | None = None,
+    **model_inputs: Any,
 ) -> Any:
-    """Run a forward pass in which each document of a row has its own soft tokens, at ``virtual`` (documents x tokens,).
+    """Run a forward pass in which each document of a row has its own soft tokens.
 
-    peft supports only one position, before the first token of a row, and is used if ``virtual`` is None.
+    ``virtual_token_indices`` (documents x tokens,) are their positions in the row. peft supports only one place, before
+    the first token of a row; its forward pass is used if there are no indices.
     """
     import torch
 
-    if virtual is None:
+    if virtual_token_indices is None:
         return peft_forward(**model_inputs)
     base: PreTrainedModel = model.get_base_model()
     embedded = base.get_input_embeddings()(model_inputs.pop("input_ids"))
     # Like peft's get_prompt, which copies the token indices from the CPU on each call and so waits for the GPU.
-    tokens = torch.arange(model.active_peft_config.num_virtual_tokens, device=virtual.device)
-    soft = model.prompt_encoder[model.active_adapter](tokens.repeat(len(virtual) // len(tokens)))
-    return base(inputs_embeds=embedded.index_copy(1, virtual, soft.to(embedded.dtype)[None]), **model_inputs)
+    tokens = torch.arange(model.active_peft_config.num_virtual_tokens, device=virtual_token_indices.device)
+    soft = model.prompt_encoder[model.active_adapter](tokens.repeat(len(virtual_token_indices) // len(tokens)))
+    return base(
+        inputs_embeds=embedded.index_copy(1, virtual_token_indices, soft.to(embedded.dtype)[None]), **model_inputs
+    )
