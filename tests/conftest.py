@@ -54,6 +54,19 @@ def isolated_process_state() -> Iterator[None]:
         reset_accelerators()
 
 
+@pytest.fixture(scope="session")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Return the environment of launched processes: private caches, one thread, no GPU, and no Hub."""
+    folder = tmp_path_factory.mktemp("caches")
+    return os.environ | {
+        "HF_HOME": str(folder / "huggingface"),
+        "PEFTBENCH_CACHE": str(folder / "peftbench"),
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make accelerate use the CPU, even on a machine with a GPU."""

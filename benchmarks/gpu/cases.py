@@ -15,7 +15,7 @@ from peftbench.methods.full import Full
 from peftbench.optim import OPTIMIZERS
 from peftbench.recipe.schema import Budget, Data, Evaluate, Model, Profile, Recipe, Train
 
-SOFT_TOKENS = 20
+NUM_VIRTUAL_TOKENS = 20
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Size:
     rows: int
     width: int
     """Real tokens per row; virtual tokens are added within the model's positions."""
-    warmup_steps: int
+    untimed_steps: int
     steps: int
 
 
@@ -52,8 +52,10 @@ class RandomTokens:
 
 CNN_DAILYMAIL = Synthetic(examples=256)
 SIZES = {
-    "gpt2": Size({}, CNN_DAILYMAIL, 6, 1024 - SOFT_TOKENS, 6, 15),
-    "gpt2-medium": Size({"n_layer": 24, "n_embd": 1024, "n_head": 16}, CNN_DAILYMAIL, 6, 1024 - SOFT_TOKENS, 6, 15),
+    "gpt2": Size({}, CNN_DAILYMAIL, 6, 1024 - NUM_VIRTUAL_TOKENS, 6, 15),
+    "gpt2-medium": Size(
+        {"n_layer": 24, "n_embd": 1024, "n_head": 16}, CNN_DAILYMAIL, 6, 1024 - NUM_VIRTUAL_TOKENS, 6, 15
+    ),
 }
 TINY = {
     "tiny": Size(
@@ -68,7 +70,7 @@ TINY = {
         },
         Synthetic(examples=24, article_tokens=(9, 60), summary_tokens=(3, 9)),
         4,
-        64 - SOFT_TOKENS,
+        64 - NUM_VIRTUAL_TOKENS,
         2,
         4,
     ),
@@ -76,8 +78,10 @@ TINY = {
 LADDER = {
     "gpt2": SIZES["gpt2"],
     "gpt2-medium": SIZES["gpt2-medium"],
-    "gpt2-large": Size({"n_layer": 36, "n_embd": 1280, "n_head": 20}, CNN_DAILYMAIL, 6, 1024 - SOFT_TOKENS, 6, 15),
-    "gpt2-xl": Size({"n_layer": 48, "n_embd": 1600, "n_head": 25}, CNN_DAILYMAIL, 6, 1024 - SOFT_TOKENS, 6, 15),
+    "gpt2-large": Size(
+        {"n_layer": 36, "n_embd": 1280, "n_head": 20}, CNN_DAILYMAIL, 6, 1024 - NUM_VIRTUAL_TOKENS, 6, 15
+    ),
+    "gpt2-xl": Size({"n_layer": 48, "n_embd": 1600, "n_head": 25}, CNN_DAILYMAIL, 6, 1024 - NUM_VIRTUAL_TOKENS, 6, 15),
 }
 CARD = "16GiB"
 """Memory budget of the ladder's runs."""
@@ -90,7 +94,7 @@ STEPS: dict[str, dict[str, Any]] = {
         "checkpointing": False,
     },
     "bf16": {"precision": "bf16"},
-    "labeled_logits": {"logits": "labels_only"},
+    "labels_only": {"logits": "labels_only"},
     "fused_gelu": {"fused_gelu": True},
     "adamw8bit": {"optimizer": "adamw8bit"},
     "checkpointing": {"checkpointing": True},
@@ -101,7 +105,7 @@ STEPS: dict[str, dict[str, Any]] = {
 
 def iter_method_cases(sizes: Mapping[str, Size], folder: str) -> Iterator[tuple[Recipe, Size]]:
     """Yield every method in both precisions, with and without checkpointing (which a frozen backbone does not use)."""
-    method_keys: dict[str, dict[str, Any]] = {"prompt_tuning": {"num_virtual_tokens": SOFT_TOKENS}}
+    method_keys: dict[str, dict[str, Any]] = {"prompt_tuning": {"num_virtual_tokens": NUM_VIRTUAL_TOKENS}}
     methods = [kind(**method_keys.get(name, {})) for name, kind in METHODS.items()]
     cases = itertools.product(sizes.items(), ("bf16", "fp32"), (False, True), methods)
     for (model, size), precision, checkpointing, method in cases:
@@ -115,13 +119,13 @@ def iter_method_cases(sizes: Mapping[str, Size], folder: str) -> Iterator[tuple[
                 method=method,
                 data=Data(source=size.source, max_length=size.width, padding="max_length"),
                 train=Train(
-                    steps=size.warmup_steps + size.steps,
+                    steps=size.untimed_steps + size.steps,
                     global_batch_size=size.rows,
                     precision=precision,
                     gradient_checkpointing=checkpointing,
                 ),
                 evaluate=Evaluate(generate=False),
-                profile=Profile(untimed_steps=size.warmup_steps, memory_breakdown=True),
+                profile=Profile(untimed_steps=size.untimed_steps, memory_breakdown=True),
                 save_model=False,
             ),
             size,
@@ -143,14 +147,14 @@ def iter_ladder_cases(sizes: Mapping[str, Size], folder: str) -> Iterator[tuple[
                     data=Data(source=size.source, max_length=size.width, padding="max_length"),
                     optimizer=OPTIMIZERS[settings["optimizer"]](kind=settings["optimizer"]),
                     train=Train(
-                        steps=size.warmup_steps + size.steps,
+                        steps=size.untimed_steps + size.steps,
                         global_batch_size=size.rows,
                         precision=settings["precision"],
                         gradient_checkpointing=settings["checkpointing"],
                         logits=settings["logits"],
                     ),
                     evaluate=Evaluate(generate=False),
-                    profile=Profile(untimed_steps=size.warmup_steps),
+                    profile=Profile(untimed_steps=size.untimed_steps),
                     budget=Budget(memory=CARD),
                     save_model=False,
                 ),

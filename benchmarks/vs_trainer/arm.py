@@ -84,7 +84,7 @@ def measure(job: Job) -> Measured:
 
         trained = peers.run(job, examples, max_positions, meter)
     memory = trained.memory.model_copy(update={"baseline_rss_bytes": baseline})
-    return _record(job, replace(trained, memory=memory), examples.identity, started, held)
+    return _record(job, replace(trained, memory=memory), examples.fingerprint, started, held)
 
 
 def _import_all(job: Job) -> None:
@@ -104,7 +104,7 @@ def _import_all(job: Job) -> None:
         import trl.trainer.sft_trainer  # noqa: F401
 
 
-def _record(job: Job, trained: Trained, identity: str, started: str, held: int) -> Measured:
+def _record(job: Job, trained: Trained, data_fingerprint: str, started: str, held: int) -> Measured:
     from accelerate import Accelerator
 
     device = describe_device(Accelerator())  # shares the arm's state
@@ -123,10 +123,10 @@ def _record(job: Job, trained: Trained, identity: str, started: str, held: int) 
         threads=torch.get_num_threads(),
         versions=get_library_versions(OPTIMIZER_LIBRARIES) | _trl_version(),
         git=_git_state(),
-        data_identity=identity,
-        model_identity=trained.model_identity,
+        data_fingerprint=data_fingerprint,
+        model_fingerprint=trained.model_fingerprint,
         trainable_parameters=trained.trainable_parameters,
-        warmup_steps=spec.warmup_steps(job.case),
+        untimed_steps=spec.untimed_steps(job.case),
         losses=trained.losses,
         step_seconds=trained.step_seconds,
         train_seconds=trained.seconds,
@@ -134,8 +134,8 @@ def _record(job: Job, trained: Trained, identity: str, started: str, held: int) 
         labeled_tokens=trained.labeled_tokens,
         memory=trained.memory,
         counted_step=COUNTED_STEP,
-        required_flops=trained.required_flops,
-        executed_flops=trained.executed_flops,
+        model_flops=trained.model_flops,
+        hardware_flops=trained.hardware_flops,
     )
 
 
@@ -159,8 +159,8 @@ def summarize(measured: Measured) -> str:
     """Return a record in one line."""
     peak = measured.peak_bytes
     flop_ratio = "unknown"
-    if measured.required_flops and measured.executed_flops:
-        flop_ratio = f"{measured.required_flops / measured.executed_flops:.1%}"
+    if measured.model_flops and measured.hardware_flops:
+        flop_ratio = f"{measured.model_flops / measured.hardware_flops:.1%}"
     return (
         f"{measured.case}, {measured.arm}, repeat {measured.repeat}: {measured.tokens_per_second:,.0f} real tokens/s, "
         f"peak {'unknown' if peak is None else f'{peak / MIB:,.0f} MiB'}, model FLOPs / hardware FLOPs {flop_ratio}, "

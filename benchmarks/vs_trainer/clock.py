@@ -13,13 +13,13 @@ from peftbench.record import Memory
 
 @dataclass
 class StepClock:
-    """Measures the seconds of the steps after warm-up, including everything between them, and their peak memory.
+    """Measures the seconds of the timed steps, including everything between them, and their peak memory.
 
-    It synchronizes with the device after warm-up and after the last step; steps between are timed with CUDA events.
+    It synchronizes with the device after the untimed steps and after the last step; CUDA events time the steps between.
     """
 
     device: torch.device
-    warmup: int
+    untimed_steps: int
     total: int
     meter: MemoryMeter | None = None
     """None if the arm has its own."""
@@ -32,12 +32,12 @@ class StepClock:
     def step_ended(self) -> None:
         """Record the end of an optimizer step."""
         self._ended += 1
-        if self._ended == self.warmup:
+        if self._ended == self.untimed_steps:
             self._wait()
             if self.meter is not None:
                 self.meter.lap()
             self._start = time.perf_counter()
-        if self._ended >= self.warmup:
+        if self._ended >= self.untimed_steps:
             self._marks.append(self._mark())
         if self._ended == self.total:
             self._wait()

@@ -43,7 +43,7 @@ def problems(records: Sequence[Measured]) -> list[str]:
                         f"{where}: losses up to {max_loss_difference(theirs, ours):.3%} from peftbench's, "
                         f"{tolerance(arm, theirs.spec):.3%} is allowed"
                     )
-                if theirs.required_flops not in {None, ours.required_flops}:
+                if theirs.model_flops not in {None, ours.model_flops}:
                     found.append(f"{where}: its model FLOPs differ from peftbench's")
                 if theirs.trainable_parameters != ours.trainable_parameters:
                     found.append(
@@ -56,8 +56,8 @@ def _unlike(records: Sequence[Measured]) -> Iterator[tuple[str, set[str]]]:
     properties: dict[str, Callable[[Measured], str]] = {
         "device": lambda r: r.device_name,
         "spec": lambda r: r.spec.model_dump_json(),
-        "data": lambda r: r.data_identity,
-        "base": lambda r: r.model_identity,
+        "data": lambda r: r.data_fingerprint,
+        "base": lambda r: r.model_fingerprint,
         "checkout": lambda r: str(r.git),
     }
     for what, of in properties.items():
@@ -80,7 +80,7 @@ def row(records: Sequence[Measured], case: str, arm: str) -> dict[str, str] | No
         return None
     pairs = pair_records(records, case, arm) if arm != OURS else []
     peaks = [record.peak_bytes for record in mine if record.peak_bytes is not None]
-    shares = [r.required_flops / r.executed_flops for r in mine if r.required_flops and r.executed_flops]
+    shares = [r.model_flops / r.hardware_flops for r in mine if r.model_flops and r.hardware_flops]
     faster = [ours.tokens_per_second / theirs.tokens_per_second for theirs, ours in pairs]
     smaller = [theirs.peak_bytes / ours.peak_bytes for theirs, ours in pairs if theirs.peak_bytes and ours.peak_bytes]
     return {
@@ -168,9 +168,9 @@ def _origin(records: Sequence[Measured]) -> list[str]:
         named = ", ".join(f"{name} {versions[name]}" for name in _SHOWN if name in versions)
         found.add(
             f"{record.device_name} ({record.device_kind}, {record.threads} threads), {spec.precision}, "
-            f"{spec.batch} examples per step, {spec.steps} timed steps after {record.warmup_steps} warm-up steps, "
+            f"{spec.batch} examples per step, {spec.steps} timed steps after {record.untimed_steps} untimed steps, "
             f"dropout {spec.dropout}; "
-            f"{named}; data {record.data_identity[:8]}, base {record.model_identity.split()[-1][:8]}"
+            f"{named}; data {record.data_fingerprint[:8]}, base {record.model_fingerprint.split()[-1][:8]}"
         )
     repeats = len({record.repeat for record in records})
     return [*sorted(found), f"{repeats} repeats: medians; for ratios also the range"]

@@ -35,7 +35,7 @@ class Examples:
     """Example indices of each step."""
     end: int
     """Id of the end token."""
-    identity: str
+    fingerprint: str
     """Hash of the file."""
 
     def dataset(self) -> Dataset:
@@ -57,7 +57,7 @@ class Examples:
         """Return the labels of each step."""
         return tuple(sum(len(ids) - prompt for ids, prompt in self.step(i)) for i in range(len(self.batches)))
 
-    def required(self, index: int, virtual_tokens: int) -> FlopUnits:
+    def count_flop_units(self, index: int, virtual_tokens: int) -> FlopUnits:
         """Return a step's model FLOP units: real and virtual positions, causal pairs, the head at labels."""
         lengths = [len(ids) + virtual_tokens for ids, _ in self.step(index)]
         pairs = sum(length * (length + 1) // 2 for length in lengths)
@@ -71,7 +71,7 @@ def read_examples(job: Job, tokenizer: PreTrainedTokenizerBase, positions: int) 
         DataError: a line is invalid, or the file has too few examples.
     """
     spec, path = job.spec, Path(job.train)
-    longest = positions - spec.soft_tokens  # for every method, so that all see the same text
+    longest = positions - spec.num_virtual_tokens  # for every method, so that all see the same text
     encoder = Encoder(
         tokenizer,
         SequenceLayout.for_model(

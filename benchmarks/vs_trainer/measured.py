@@ -5,17 +5,32 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from spec import Spec
 
 from peftbench.errors import RecordError
 from peftbench.record import Memory
 
-_OLD_MEMORY_KEYS = {
-    "resident_bytes": "rss_bytes",
-    "resident_baseline_bytes": "baseline_rss_bytes",
-    "allocation_retries": "num_alloc_retries",
+_RENAMED: dict[str | None, dict[str, str]] = {
+    None: {
+        "data_identity": "data_fingerprint",
+        "model_identity": "model_fingerprint",
+        "required_flops": "model_flops",
+        "executed_flops": "hardware_flops",
+        "warmup_steps": "untimed_steps",
+    },
+    "spec": {"soft_tokens": "num_virtual_tokens"},
+    "memory": {
+        "resident_bytes": "rss_bytes",
+        "resident_baseline_bytes": "baseline_rss_bytes",
+        "allocation_retries": "num_alloc_retries",
+    },
 }
+"""Section (None: the top level) of a record of schema 1: old key: new key."""
+
+
+def _rename_keys(values: dict[str, Any], section: str | None) -> dict[str, Any]:
+    return {_RENAMED[section].get(key, key): value for key, value in values.items()}
 
 
 class Measured(BaseModel):
@@ -23,7 +38,7 @@ class Measured(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     case: str
     arm: str
     repeat: int
@@ -39,17 +54,17 @@ class Measured(BaseModel):
     versions: dict[str, str]
     git: str | None
     """Commit of the checkout, with "+changes" if it was modified."""
-    data_identity: str
-    model_identity: str
+    data_fingerprint: str
+    model_fingerprint: str
     trainable_parameters: int
-    warmup_steps: int
-    """Number of first steps that are excluded from time and memory."""
+    untimed_steps: int
+    """Number of first steps, excluded from time and memory."""
     losses: tuple[float, ...]
     """Mean over the labels of the global batch, per step, in nats."""
     step_seconds: tuple[float, ...]
     """From the end of the previous step to the end of each timed step."""
     train_seconds: float
-    """From the end of warm-up to the end of the last step, synchronized at both."""
+    """From the end of the untimed steps to the end of the last step, synchronized at both."""
     real_tokens: tuple[int, ...]
     """Per step."""
     labeled_tokens: tuple[int, ...]
@@ -58,23 +73,24 @@ class Measured(BaseModel):
     """Peak memory of the timed steps."""
     counted_step: int
     """Step, counted from 1, whose FLOPs were counted."""
-    required_flops: int | None
-    executed_flops: int | None
+    model_flops: int | None
+    hardware_flops: int | None
 
-    @field_validator("memory", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _upgrade_memory(cls, values: object) -> object:
-        """Rename the keys of records from before 2026-11-29."""
-        return (
-            {_OLD_MEMORY_KEYS.get(key, key): value for key, value in values.items()}
-            if isinstance(values, dict)
-            else values
-        )
+    def _upgrade(cls, values: object) -> object:
+        """Rename the keys of a record of schema 1."""
+        if not isinstance(values, dict) or values.get("schema_version") != 1:
+            return values
+        record = _rename_keys(values, None) | {"schema_version": 2}
+        return record | {
+            name: _rename_keys(record[name], name) for name in ("spec", "memory") if isinstance(record.get(name), dict)
+        }
 
     @property
     def tokens_per_second(self) -> float:
         """Return real tokens of the timed steps per second, including the time between steps."""
-        return sum(self.real_tokens[self.warmup_steps :]) / self.train_seconds
+        return sum(self.real_tokens[self.untimed_steps :]) / self.train_seconds
 
     @property
     def peak_bytes(self) -> int | None:

@@ -68,7 +68,7 @@ def recipe_of(job: Job, folder: str, positions: int) -> Recipe:
         output_dir=folder,
         model=Model(path=job.base, dropout=spec.dropout),
         method=method_of(job),
-        data=Data(source=Files(train=job.train, summary="highlights"), max_length=positions - spec.soft_tokens),
+        data=Data(source=Files(train=job.train, summary="highlights"), max_length=positions - spec.num_virtual_tokens),
         optimizer=AdamW(learning_rate=spec.learning_rate, weight_decay=spec.weight_decay),
         train=Train(
             steps=spec.total_steps(job.case),
@@ -79,7 +79,7 @@ def recipe_of(job: Job, folder: str, positions: int) -> Recipe:
             **own_settings(job.case, spec),
         ),
         evaluate=Evaluate(generate=False),
-        profile=Profile(untimed_steps=spec.warmup_steps(job.case)),
+        profile=Profile(untimed_steps=spec.untimed_steps(job.case)),
         save_model=False,
     )
 
@@ -91,18 +91,20 @@ def run(job: Job, examples: Examples, positions: int) -> Trained:
         PeftbenchError: the outcome is not ok.
     """
     spec = job.spec
-    clock = StepClock(torch.device(spec.device), spec.warmup_steps(job.case), spec.total_steps(job.case))
+    clock = StepClock(torch.device(spec.device), spec.untimed_steps(job.case), spec.total_steps(job.case))
     with tempfile.TemporaryDirectory() as folder:
         recipe = recipe_of(job, folder, positions)
-        done = TimedRun(recipe, examples.dataset(), examples.identity, examples.end, clock)
+        done = TimedRun(recipe, examples.dataset(), examples.fingerprint, examples.end, clock)
         record, _ = done.execute()
     if record.outcome.kind != "ok":
         raise PeftbenchError(f"{job.case}, {job.arm}: {record.outcome.kind}: {record.outcome.error}")
     token_counts = done.state.progress.step_token_counts
     cost = done.state.training.flop_cost if done.state.training else None
     counted = record.flops.counted_step
-    required = (
-        cost.compute_model_flops(examples.required(COUNTED_STEP - 1, recipe.method.virtual_tokens)) if cost else None
+    model_flops = (
+        cost.compute_model_flops(examples.count_flop_units(COUNTED_STEP - 1, recipe.method.virtual_tokens))
+        if cost
+        else None
     )
     assert record.parameters is not None
     return Trained(
@@ -112,10 +114,10 @@ def run(job: Job, examples: Examples, positions: int) -> Trained:
         real_tokens=tuple(counts.real for counts in token_counts),
         labeled_tokens=tuple(counts.labeled for counts in token_counts),
         memory=record.memory["train"],
-        required_flops=required,
-        executed_flops=counted.counted_flops if counted else None,
+        model_flops=model_flops,
+        hardware_flops=counted.counted_flops if counted else None,
         trainable_parameters=record.parameters.trainable,
-        model_identity=str(record.model_fingerprint),
+        model_fingerprint=str(record.model_fingerprint),
         settings=_without_paths(record),
         notes=tuple(note.replace(str(cache_dir()), "$PEFTBENCH_CACHE") for note in record.notes),
     )

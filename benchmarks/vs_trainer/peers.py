@@ -52,19 +52,19 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers' class has n
     def on_step_end(self, *_: object, **__: object) -> None:
         self.clock.step_ended()
 
-    def looking(self) -> AbstractContextManager[object]:
-        """Return a FLOP counter for the micro-batches of one warm-up step, otherwise a null context."""
+    def count_flops(self) -> AbstractContextManager[object]:
+        """Return a FLOP counter for the micro-batches of the counted step, otherwise a null context."""
         return self.counter if len(self.losses) // self.accumulation == COUNTED_STEP - 1 else nullcontext()
 
-    def counted(self, collate: Collate) -> Collate:
+    def record_tokens(self, collate: Collate) -> Collate:
         """Return a collator that records its tokens."""
 
-        def noting(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        def collate_and_record(rows: list[dict[str, Any]]) -> dict[str, Any]:
             real = sum(sum(row["attention_mask"]) if "attention_mask" in row else len(row["input_ids"]) for row in rows)
             self.tokens.append((real, sum(_labeled(row["labels"]) for row in rows)))
             return collate(rows)
 
-        return noting
+        return collate_and_record
 
     def step_losses(self) -> tuple[float, ...]:
         """Return the loss of each step."""
@@ -93,7 +93,7 @@ class Watched:
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: ANN401
         """Run the trainer's step and record its loss."""
-        with self.watch.looking():
+        with self.watch.count_flops():
             loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
         self.watch.losses.append(loss)
         return loss
@@ -105,8 +105,9 @@ class WatchedTrainer(Watched, Trainer):
 
 def flattens(job: Job) -> bool:
     """True if this arm flattens a batch into one row: with flash attention, and if peft keeps position ids."""
-    best, soft = job.arm.endswith("_best"), job.case == "prompt_tuning"  # peft drops position_ids with soft tokens
-    return best and not soft and job.spec.device == "cuda" and bool(is_flash_attn_2_available())
+    if not job.arm.endswith("_best") or job.case == "prompt_tuning":  # peft drops position ids with virtual tokens
+        return False
+    return job.spec.device == "cuda" and bool(is_flash_attn_2_available())
 
 
 def run(job: Job, examples: Examples, positions: int, meter: MemoryMeter) -> Trained:
@@ -114,21 +115,25 @@ def run(job: Job, examples: Examples, positions: int, meter: MemoryMeter) -> Tra
     spec, flat = job.spec, flattens(job)
     model = applied(job, flattens=flat)
     cost = model.cost()
-    required = (
-        cost.compute_model_flops(examples.required(COUNTED_STEP - 1, model.method.virtual_tokens)) if cost else None
+    model_flops = (
+        cost.compute_model_flops(examples.count_flop_units(COUNTED_STEP - 1, model.method.virtual_tokens))
+        if cost
+        else None
     )
     settings = peer_settings(job.arm, spec, flattens=flat)
     width = positions - model.method.virtual_tokens
     tokenizer = model.base.tokenizer
     tokenizer.pad_token = tokenizer.eos_token
     total = spec.total_steps(job.case)
-    clock = StepClock(torch.device(spec.device), spec.warmup_steps(job.case), total, meter)
+    clock = StepClock(torch.device(spec.device), spec.untimed_steps(job.case), total, meter)
     watch = Watch(clock, settings["gradient_accumulation_steps"])
     with tempfile.TemporaryDirectory() as folder:
-        make = _trl if job.arm in NEEDS_TRL else _hf
-        trainer = make(job, model, _shared(job, folder) | settings, _rows(job, examples, width))
+        build_trainer = _build_sft_trainer if job.arm in NEEDS_TRL else _build_hf_trainer
+        trainer = build_trainer(
+            job, model, _shared_arguments(job, folder) | settings, _build_rows(job, examples, width)
+        )
         trainer.watch = watch
-        trainer.data_collator = watch.counted(trainer.data_collator)
+        trainer.data_collator = watch.record_tokens(trainer.data_collator)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(watch)
         trainer.train()
@@ -140,18 +145,18 @@ def run(job: Job, examples: Examples, positions: int, meter: MemoryMeter) -> Tra
         real_tokens=watch.step_tokens(0),
         labeled_tokens=watch.step_tokens(1),
         memory=clock.memory,
-        required_flops=required,
-        executed_flops=None
+        model_flops=model_flops,
+        hardware_flops=None
         if flat
         else watch.counter.total_flops,  # torch's counter does not know flash-attn's kernels
         trainable_parameters=model.trainable_parameters,
-        model_identity=model.base.fingerprint,
+        model_fingerprint=model.base.fingerprint,
         settings=settings,
-        notes=tuple(_notes(job, flat)),
+        notes=tuple(_list_notes(job, flat)),
     )
 
 
-def _shared(job: Job, folder: str) -> dict[str, Any]:
+def _shared_arguments(job: Job, folder: str) -> dict[str, Any]:
     """Return the arguments that all peers share."""
     spec = job.spec
     return {
@@ -173,7 +178,7 @@ def _shared(job: Job, folder: str) -> dict[str, Any]:
     }
 
 
-def _rows(job: Job, examples: Examples, width: int) -> Dataset:
+def _build_rows(job: Job, examples: Examples, width: int) -> Dataset:
     """Return all steps' examples in order, with labels at their summaries.
 
     TRL's best arm gets arrays, which its collator (like peftbench's) converts faster than lists. HF Trainer's collators
@@ -195,7 +200,7 @@ def _rows(job: Job, examples: Examples, width: int) -> Dataset:
     return rows.with_format("numpy") if job.arm == "trl_best" else rows
 
 
-def _hf(job: Job, model: Applied, arguments: dict[str, Any], rows: Dataset) -> Any:  # noqa: ANN401
+def _build_hf_trainer(job: Job, model: Applied, arguments: dict[str, Any], rows: Dataset) -> Any:  # noqa: ANN401
     """Build HF Trainer; the study's arm pads every row fully, the best arm to the longest of a batch."""
     if job.arm == "hf_study":
         collate: Any = default_data_collator
@@ -208,7 +213,7 @@ def _hf(job: Job, model: Applied, arguments: dict[str, Any], rows: Dataset) -> A
     )
 
 
-def _trl(job: Job, model: Applied, arguments: dict[str, Any], rows: Dataset) -> Any:  # noqa: ANN401
+def _build_sft_trainer(job: Job, model: Applied, arguments: dict[str, Any], rows: Dataset) -> Any:  # noqa: ANN401
     """Build TRL's SFTTrainer over encoded rows."""
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
@@ -224,7 +229,7 @@ def _trl(job: Job, model: Applied, arguments: dict[str, Any], rows: Dataset) -> 
     )
 
 
-def _notes(job: Job, flat: bool) -> Iterator[str]:
+def _list_notes(job: Job, flat: bool) -> Iterator[str]:
     if job.arm in NEEDS_TRL:
         yield f"trl {metadata.version('trl')}"
     if job.arm.endswith("_best") and not flat:

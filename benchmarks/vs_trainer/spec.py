@@ -91,7 +91,7 @@ class Spec(ConfigSection):
     """The global gradient norm is clipped to this."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Every dropout of the base model. Above zero the arms draw different masks, so losses differ."""
-    soft_tokens: int = Field(default=20, gt=0)
+    num_virtual_tokens: int = Field(default=20, gt=0)
     """Virtual tokens of prompt tuning; every method's sequences are shorter by this number."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the base model's weights, new weights and the order of examples."""
@@ -104,13 +104,13 @@ class Spec(ConfigSection):
             raise ValueError(f"batch {self.batch} cannot be cut into micro-batches of {self.micro_batch}")
         return self
 
-    def warmup_steps(self, case: str) -> int:
+    def untimed_steps(self, case: str) -> int:
         """Return the steps before the clock starts: the first epoch if the second is timed."""
         return self.steps if CASES[case].later_epoch else self.warmup
 
     def total_steps(self, case: str) -> int:
         """Return the number of training steps."""
-        return self.warmup_steps(case) + self.steps
+        return self.untimed_steps(case) + self.steps
 
     def examples(self, case: str) -> int:
         """Return the number of distinct examples, i.e. of one epoch."""
@@ -151,7 +151,7 @@ def tolerance(arm: str, spec: Spec) -> float:
 def method_settings(case: str, spec: Spec) -> dict[str, Any]:
     """Return the recipe's method section; the rest is peftbench's defaults."""
     method = CASES[case].method
-    return {"kind": method} | ({"num_virtual_tokens": spec.soft_tokens} if method == "prompt_tuning" else {})
+    return {"kind": method} | ({"num_virtual_tokens": spec.num_virtual_tokens} if method == "prompt_tuning" else {})
 
 
 def own_settings(case: str, spec: Spec) -> dict[str, Any]:

@@ -33,10 +33,10 @@ class Trained:
     """Per step, as this arm received them."""
     labeled_tokens: tuple[int, ...]
     memory: Memory
-    required_flops: int | None
-    executed_flops: int | None
+    model_flops: int | None
+    hardware_flops: int | None
     trainable_parameters: int
-    model_identity: str
+    model_fingerprint: str
     settings: dict[str, Any]
     notes: tuple[str, ...] = ()
 

@@ -1,1 +1,1 @@
-"""Which way of fine-tuning fits, what it costs and what it brings."""
+"""Compare methods of fine-tuning by memory, time and quality."""

@@ -30,7 +30,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def train(
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Recipe keys to override, e.g. train.steps=100."),
+        typer.Argument(metavar="KEY.SUB=VALUE", help="Recipe keys to override, e.g. train.steps=100."),
     ] = None,
     config: Annotated[
         list[Path] | None,
@@ -49,7 +49,7 @@ def train(
     go to standard error. To run several processes: accelerate launch --config_file accel_configs/cpu2.yaml
     launch/train.py --config RECIPE.yaml
     """
-    with cli_errors(on_error=print_result_line):
+    with cli_errors(on_error=print_result_line, rank=launcher_env.get_rank()):
         recipe = load_recipe(config or [], overrides or [])
         if print_config:
             if is_main_process():
@@ -61,7 +61,7 @@ def train(
             raise typer.Exit(EXIT_CODES[existing.outcome.kind])
         outcome, record_path, exit_code = run_recipe(recipe)
         print_result_line(build_result_line(recipe.name, outcome, record_path))
-        if outcome.kind != "ok" and launcher_env.launched_world_size() > 1:
+        if outcome.kind != "ok" and launcher_env.get_world_size() > 1:
             exit_immediately(exit_code)
         raise typer.Exit(exit_code)
 

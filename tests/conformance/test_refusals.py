@@ -43,9 +43,9 @@ def test_unsupported_architecture_is_refused(
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        (("c_attn", "q_porj"), "'q_porj' matches no matrix"),  # a valid target does not hide an invalid one
+        (("c_attn", "q_porj"), "'q_porj' matches no module"),  # a valid target does not hide an invalid one
         (("c_attn", "ln_1"), "'ln_1' matches transformer.h.0.ln_1, which has no matrix to adapt"),
-        ("c_attn", r"'c_attn' matches no matrix of gpt2; write \[c_attn\] for a suffix of names"),
+        ("c_attn", r"'c_attn' matches no module of gpt2; write \[c_attn\] for a suffix of names"),
         (r".*\.attn", "matches transformer.h.0.attn, which has no matrix"),
     ],
 )
@@ -79,7 +79,7 @@ def test_target_modules_without_a_match_are_refused(
     base = fresh_base(architecture)
     method = Lora(target_modules=targets)
     valid_name = "c_attn" if architecture == "gpt2_tied" else "q_proj"
-    with pytest.raises(TargetModulesError, match=f"matches no matrix.*{valid_name}"):
+    with pytest.raises(TargetModulesError, match=f"matches no module.*{valid_name}"):
         method.apply(base, tokenizer)
     with pytest.raises(TargetModulesError):
         method.trainable_parameters(base)

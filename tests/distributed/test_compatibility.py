@@ -40,8 +40,8 @@ from peftbench.optim import OPTIMIZERS
 from peftbench.record import RunRecord, read_record
 from peftbench.run.runner import Run
 from tests.distributed.battery import RESUMED, STEPS, UNTRAINED, build_recipe, run_fresh_process
-from tests.distributed.conftest import DISTRIBUTED_ENGINES, RunEngine, list_runnable
 from tests.distributed.tolerances import resume_tolerance, resume_tolerance_single, tolerance, weight_tolerance
+from tests.helpers.engines import DISTRIBUTED_ENGINES, RunEngine, list_runnable
 from tests.helpers.methods import ONE_OF_EACH
 from tests.helpers.paths import REPOSITORY
 from tests.helpers.workshop import Workshop
@@ -281,7 +281,17 @@ def _norm(folder: Path) -> float:
 
 @pytest.mark.timeout(1800)  # the first test of an engine runs all its combinations
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("point", ADAMW_FP32, ids=lambda point: f"{point.engine}-{point.name}")
+@pytest.mark.parametrize(
+    "point",
+    [
+        pytest.param(
+            point,
+            id=f"{point.engine}-{point.name}",
+            marks=() if (point.engine, point.method) == ("ddp", "lora") else pytest.mark.slow,
+        )
+        for point in ADAMW_FP32
+    ],
+)
 def test_two_processes_match_one_with_adamw(point: Combination, run_engine: RunEngine) -> None:
     """AdamW in float32 runs on one engine of each kind."""
     assert_matches_one_process(point, run_engine)

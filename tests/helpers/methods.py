@@ -12,6 +12,7 @@ from peftbench.methods.last_layer import LastLayer
 from peftbench.methods.lora import Lora
 from peftbench.methods.prompt_tuning import PromptTuning
 from tests.helpers.models import ARCHITECTURES
+from tests.helpers.sweeps import mark_others_slow
 
 if TYPE_CHECKING:
     pass
@@ -27,6 +28,11 @@ ONE_OF_EACH: dict[str, Method] = {
 
 every_method = pytest.mark.parametrize("method", ONE_OF_EACH.values(), ids=ONE_OF_EACH)
 """Run a test with every method, in one variant each."""
+
+
+def one_method_fast(*fast: str) -> pytest.MarkDecorator:
+    """Run a test with every method; those not named in ``fast`` are slow."""
+    return pytest.mark.parametrize("method", mark_others_slow(ONE_OF_EACH, *fast))
 
 
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)

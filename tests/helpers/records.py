@@ -1,4 +1,4 @@
-"""Records of runs without measurements."""
+"""Records of runs without measurements, and a value derived from a record."""
 
 from __future__ import annotations
 
@@ -24,3 +24,11 @@ def minimal_record(**values: Any) -> RunRecord:
         "outcome": Outcome(kind="ok"),
     }
     return RunRecord(**required | values)
+
+
+def count_labels_per_row(record: RunRecord, global_batch: int) -> int:
+    """Return the labeled tokens per example, which all examples share."""
+    assert record.tokens is not None
+    labels, remainder = divmod(record.tokens.labeled, global_batch * record.steps)
+    assert remainder == 0 < labels
+    return labels

@@ -38,7 +38,7 @@ Mistake = tuple[str, type[PeftbenchError], str]
 
 # Refused before torch is imported: arguments, error class, part of the message.
 EARLY: list[Mistake] = [
-    ("train.gobal_batch_size=4", UnknownKeyError, "did you mean 'global_batch_size'?"),
+    ("train.gobal_batch_size=4", UnknownKeyError, "did you mean 'train.global_batch_size'?"),
     ("method.kind=lorra", UnknownKeyError, "did you mean 'lora'?"),
     ("train.steps=ten", WrongTypeError, "train.steps='ten'"),
     ("train.steps=0", OutOfRangeError, "train.steps=0 must be greater than 0"),
@@ -61,12 +61,12 @@ MORE_DATA: list[Mistake] = [
 ]
 # Refused when the model is loaded and adapted.
 MODEL: list[Mistake] = [
-    ("model.path=./no/such/base", ModelNotFoundError, "no config for './no/such/base' (tried a folder, the cache and"),
+    ("model.path=./no/such/base", ModelNotFoundError, "folder './no/such/base' does not exist"),
     ("data.max_length=16", SequenceTooShortError, "8 of 8 examples of the test split do not fit 16 tokens"),
-    ("method.target_modules=[c_atn]", TargetModulesError, "'c_atn' matches no matrix of gpt2; did you mean 'c_attn'?"),
+    ("method.target_modules=[c_atn]", TargetModulesError, "'c_atn' matches no module of gpt2; did you mean 'c_attn'?"),
 ]
 MORE_MODEL: list[Mistake] = [
-    ("model.path=no-such-base", HubUnreachableError, "the hub did not answer for the config of 'no-such-base'"),
+    ("model.path=no-such-base", HubUnreachableError, "the Hub did not answer for the config of 'no-such-base'"),
     ("train.precision=fp16", PrecisionError, "train.precision=fp16 needs a GPU"),
 ]
 
@@ -198,5 +198,5 @@ def test_unreachable_hub_is_an_error(launch: Launch, project: Path) -> None:
     done = launch("--config", "recipe.yaml", "method.kind=lead", "data.source.kind=hub", env=unreachable)
     check(done, HubUnreachableError, "the Hub did not answer for abisee/cnn_dailymail")
     done = launch("--config", "recipe.yaml", "model.path=no-such-base", env=unreachable)
-    check(done, HubUnreachableError, "the hub did not answer for the config of 'no-such-base'")
+    check(done, HubUnreachableError, "the Hub did not answer for the config of 'no-such-base'")
     assert not (project / "out").exists()

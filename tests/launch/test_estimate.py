@@ -38,15 +38,15 @@ def test_estimate_command_prints_a_table_or_json(project: Path, caches: dict[str
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--budget", "much"], 80, "'much' is not a memory size; write it as, for example, 16GiB"),
+        (["--budget", "much"], 80, "'much' is not a memory size; write e.g. 16GiB"),
         (["--device", "t5"], 81, "did you mean 't4'?"),
         (["model.quantization=int8"], 82, "int8"),
-        (["--budget", "80GiB", "--device", "t4"], 80, "bytes of Tesla T4; give less"),
-        (["budget.memory=16GiB", "--device", "t4"], 80, "bytes of Tesla T4; give less"),
+        (["--budget", "80GiB", "--device", "t4"], 80, "GiB of Tesla T4; lower it"),
+        (["budget.memory=16GiB", "--device", "t4"], 80, "GiB of Tesla T4; lower it"),
         (["--budget", ""], 80, "''"),
         (["train.micro_batch_size=auto"], 80, "--budget"),
         (["--suite", "nothing.yaml"], 80, "--suite names the recipes itself; leave --config out"),
-        (["train.step=3"], 11, "did you mean 'steps'?"),
+        (["train.step=3"], 11, "did you mean 'train.steps'?"),
     ],
 )
 def test_invalid_input_is_refused(arguments: list[str], code: int, message: str, invoke: Callable[..., Result]) -> None:

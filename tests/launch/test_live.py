@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from peftbench.run_dir.status import read_status
-from tests.launch.conftest import LAUNCH
+from tests.helpers.project import LAUNCH
 
 COLUMNS = 80
 MIB = 2**20

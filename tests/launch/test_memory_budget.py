@@ -15,7 +15,7 @@ import yaml
 
 from peftbench.record import RunRecord, read_record
 from tests.helpers.paths import REPOSITORY
-from tests.launch.conftest import RECIPE
+from tests.helpers.project import RECIPE
 from tests.launch.test_run_suite import peftbench, run
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA limits memory on Linux only")
@@ -69,6 +69,7 @@ def read_oom_record(project: Path) -> RunRecord:
     return record
 
 
+@pytest.mark.slow
 def test_oom_suggestion_fits(
     full: Path, project: Path, launch: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
@@ -206,15 +207,19 @@ def test_fit_verify_finds_the_limit(full: Path, project: Path, caches: dict[str,
         caches,
     )
     assert done.returncode == 0, done.stderr
-    proof = json.loads(done.stdout)["proof"]
-    sizes = sorted(map(int, proof["outcome_by_micro_batch_size"]))
+    verification = json.loads(done.stdout)["verification"]
+    sizes = sorted(map(int, verification["outcome_by_micro_batch_size"]))
     assert {
-        proof["outcome_by_micro_batch_size"][str(size)] for size in sizes if size <= proof["largest_micro_batch_size"]
+        verification["outcome_by_micro_batch_size"][str(size)]
+        for size in sizes
+        if size <= verification["largest_micro_batch_size"]
     } == {"ok"}
     assert {
-        proof["outcome_by_micro_batch_size"][str(size)] for size in sizes if size > proof["largest_micro_batch_size"]
+        verification["outcome_by_micro_batch_size"][str(size)]
+        for size in sizes
+        if size > verification["largest_micro_batch_size"]
     } == {"oom"}
-    assert proof["predicted_micro_batch_size"] <= proof["largest_micro_batch_size"]  # the prediction fits
+    assert verification["predicted_micro_batch_size"] <= verification["largest_micro_batch_size"]  # the prediction fits
     assert not (project / "out").exists()
 
 

@@ -30,6 +30,7 @@ ARGUMENTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_resume_with_more_processes(project: Path, caches: dict[str, str]) -> None:
     """The losses are the same; throughput excludes the steps of the first process."""

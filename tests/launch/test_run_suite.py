@@ -39,6 +39,7 @@ def record_of(folder: Path, name: str) -> dict[str, Any]:
     return values
 
 
+@pytest.mark.slow
 def test_suite_skips_finished_runs_and_repeats_changed_ones(project: Path, caches: dict[str, str]) -> None:
     """A second start repeats no finished run; a run with a changed recipe is repeated."""
     (project / "suite.yaml").write_text(SUITE)
@@ -166,6 +167,7 @@ def test_bad_data_ends_all_processes_with_one_error(project: Path, caches: dict[
     assert "Traceback" not in before_launcher
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_processes_match_one(project: Path, caches: dict[str, str]) -> None:
     """Losses agree to 1e-4, the evaluation is the same, and each example counts once."""

@@ -18,7 +18,7 @@ import pytest
 
 from peftbench.errors import DiskFullError
 from tests.helpers.disks import mount_tmpfs
-from tests.launch.conftest import LAUNCH, write_project
+from tests.helpers.project import LAUNCH, write_project
 from tests.launch.test_run_suite import CONFIG, peftbench, record_of, run
 
 pytestmark = pytest.mark.xdist_group("hosts")
@@ -98,9 +98,7 @@ STOP_REQUESTS = {name: signal_sender(signal.Signals[name]) for name in ("SIGINT"
 }
 
 
-@pytest.mark.parametrize(
-    "way", [way if way == "SIGINT" else pytest.param(way, marks=pytest.mark.slow) for way in STOP_REQUESTS]
-)
+@pytest.mark.parametrize("way", [pytest.param(way, marks=pytest.mark.slow) for way in STOP_REQUESTS])
 def test_stop_saves_a_step_and_resumes(
     way: str, project: Path, caches: dict[str, str], undisturbed: dict[str, Any]
 ) -> None:

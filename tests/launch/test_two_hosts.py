@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from tests.helpers.paths import REPOSITORY
-from tests.launch.conftest import LAUNCH, RECIPE
+from tests.helpers.project import LAUNCH, RECIPE
 from tests.launch.test_run_suite import record_of
 
 pytestmark = [pytest.mark.xdist_group("hosts"), pytest.mark.slow, pytest.mark.multiprocess, pytest.mark.timeout(900)]

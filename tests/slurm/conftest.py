@@ -6,11 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.launch import conftest as launching
 from tests.slurm.cluster import Cluster, cluster, find_missing_requirement
-
-caches = launching.caches
-"""The fixture of tests/launch: the environment of launched processes."""
 
 
 @pytest.fixture(scope="session")

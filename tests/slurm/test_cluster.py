@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.launch.conftest import RECIPE, ROWS
+from tests.helpers.project import RECIPE, ROWS
 from tests.slurm.cluster import Cluster, wait_until
 from tests.slurm.suites import assert_equal_results, peftbench, read_statuses, record
 

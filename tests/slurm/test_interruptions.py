@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.launch.conftest import RECIPE, ROWS
+from tests.helpers.project import RECIPE, ROWS
 from tests.slurm.cluster import Cluster
 from tests.slurm.suites import assert_equal_results, peftbench, record
 

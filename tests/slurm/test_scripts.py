@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from tests.helpers.paths import REPOSITORY
-from tests.launch.conftest import RECIPE, ROWS
+from tests.helpers.project import RECIPE, ROWS
 from tests.slurm.cluster import Cluster, wait_until
 from tests.slurm.suites import peftbench, read_statuses, record
 

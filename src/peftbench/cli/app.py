@@ -6,7 +6,7 @@ import typer
 
 from peftbench.cli.memory import estimate, fit
 from peftbench.cli.renamed import CommandGroup
-from peftbench.cli.results import compare, report
+from peftbench.cli.report import compare, report
 from peftbench.cli.show import show
 from peftbench.cli.slurm import status, submit
 from peftbench.cli.suite import run

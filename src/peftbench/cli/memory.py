@@ -25,6 +25,7 @@ from peftbench.common.console import cli_errors
 if TYPE_CHECKING:
     from peftbench.memory.devices import DeviceFacts
     from peftbench.memory.launch_config import LaunchConfig
+    from peftbench.memory.plan import Fit
     from peftbench.memory.search import MemoryTarget
     from peftbench.recipe.schema import Recipe
 
@@ -123,8 +124,7 @@ def fit(
         quiet_libraries()
         from peftbench.memory.search import find_largest_model, strategies
         from peftbench.report.tables.memory_plan import format_fit
-        from peftbench.suite.launch import run_one
-        from peftbench.suite.verify_fit import check_local_device, verify_strategy
+        from peftbench.suite.verify_fit import check_local_device
 
         if verify:
             check_local_device(facts)
@@ -135,12 +135,20 @@ def fit(
         else:
             answer = Fit(budget_bytes=target.required_budget, strategies=strategies(recipe, techniques, target))
         if verify and answer.strategies:
-            launch = partial(run_one, accelerate=accelerate, processes=processes)
-            proof = verify_strategy(recipe, answer.strategies[0], target, launch=launch, log_message=print_to_stderr)
-            answer = answer.model_copy(update={"proof": proof})
+            answer = _verify(answer, recipe, target, accelerate, processes)
         print(answer.model_dump_json(indent=1) if as_json else format_fit(answer))
         if not answer.has_fit:
             raise typer.Exit(1)
+
+
+def _verify(answer: Fit, recipe: Recipe, target: MemoryTarget, accelerate: Path | None, processes: int | None) -> Fit:
+    """Run the best strategy on this machine and return the answer with the result."""
+    from peftbench.suite.launch import run_one
+    from peftbench.suite.verify_fit import verify_strategy
+
+    launch = partial(run_one, accelerate=accelerate, processes=processes)
+    result = verify_strategy(recipe, answer.strategies[0], target, launch=launch, log_message=print_to_stderr)
+    return answer.model_copy(update={"verification": result})
 
 
 def _load_device_facts(device: str | None) -> DeviceFacts:

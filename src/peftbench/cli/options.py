@@ -10,7 +10,7 @@ import typer
 
 OverridesArgument = Annotated[
     Optional[list[str]],
-    typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Recipe keys to override, e.g. train.steps=100."),
+    typer.Argument(metavar="KEY.SUB=VALUE", help="Recipe keys to override, e.g. train.steps=100."),
 ]
 ConfigOption = Annotated[
     Optional[list[Path]], typer.Option(help="Recipe file. Repeat the option to merge several; later files win.")

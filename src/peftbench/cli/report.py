@@ -1,105 +1,73 @@
-"""Actions of the commands ``report`` and ``compare``."""
+"""The commands ``report`` and ``compare``: tables and pages from the records of finished runs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated, Optional
 
 import typer
 
-from peftbench.common.filesystem import write_atomically
-from peftbench.errors import OutOfRangeError
-from peftbench.record import RunRecord, find_records, read_records_by_path
-from peftbench.report.diff.compute import diff_suites
-from peftbench.report.diff.metrics import parse_thresholds
-from peftbench.report.diff.render import print_diff, regression_summary
-from peftbench.report.runs import with_unique_names
-from peftbench.report.tables.pivot import rows_by_setting
-from peftbench.report.tables.table import insert_table, print_table, terminal_table
-from peftbench.report.text.escape import terminal_safe
-from peftbench.report.text.formatting import join_with_and
-
-if TYPE_CHECKING:
-    from peftbench.report.writer import WrittenReport
+from peftbench.cli.options import JsonOption, print_to_stderr
+from peftbench.common.console import cli_errors
 
 
-def compare_folders(
-    folders: tuple[Path, Path],
-    thresholds: Sequence[str],
-    as_json: bool,
-    page_path: Path | None,
-) -> str | None:
-    """Print the comparison of two folders, and write it as a page to ``page_path`` unless that is None.
-
-    Returns:
-        A sentence that names the regressed metrics, None if there is no regression.
-
-    Raises:
-        PeftbenchError: an invalid threshold, or a folder whose records cannot be compared.
-    """
-    diff = diff_suites(*folders, parse_thresholds(thresholds))
-    if page_path is not None:
-        from peftbench.report.page.build import render_diff_page  # the page's libraries take a second
-
-        write_atomically(page_path, render_diff_page(diff))
-    if as_json:
-        typer.echo(diff.model_dump_json(indent=1))
-    else:
-        print_diff(diff)
-    return regression_summary(diff) if diff.regressed else None
-
-
-def load_records(folder: Path, price_per_hour: float | None, *, allow_empty: bool) -> dict[Path, RunRecord]:
-    """Return the records below a folder, keyed by path, with unique names and, if given, another hourly price.
-
-    Raises:
-        RecordError: a record cannot be read, or none exists and ``allow_empty`` is False.
-    """
-    records = with_unique_names(find_records(folder) if allow_empty else read_records_by_path(folder))
-    if price_per_hour is None:
-        return records
-    return {path: record.with_price_per_hour(price_per_hour) for path, record in records.items()}
-
-
-def reject_unused_options(
-    page_path: Path | None, update_file: Path | None, marker: str | None, group_by: str | None
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Output folder of a run or a suite.")],
+    html: Annotated[Optional[Path], typer.Option(help="Path of the page. Default: report.html in FOLDER.")] = None,
+    update_file: Annotated[
+        Optional[Path],
+        typer.Option(help="Markdown file in which to replace the section named by --marker with the table."),
+    ] = None,
+    marker: Annotated[
+        Optional[str],
+        typer.Option(
+            help="NAME of the section, from <!-- report:NAME --> to <!-- end of report:NAME -->. Default: table."
+        ),
+    ] = None,
+    group_by: Annotated[
+        Optional[str], typer.Option(help="Tabulate held-out loss by the values of a recipe key, e.g. train.seed.")
+    ] = None,
+    price_per_hour: Annotated[
+        Optional[float], typer.Option(min=0.0, help="Price of one device per hour. Default: the recipe's.")
+    ] = None,
 ) -> None:
-    """Refuse options that would have no effect.
+    """Build the HTML page and the tables from the records in a folder."""
+    from peftbench.cli.report_actions import load_records, print_report, print_section, reject_unused_options
 
-    Raises:
-        OutOfRangeError: an option has no effect.
-    """
-    no_page_options = [
-        name for name, value in {"--update-file": update_file, "--group-by": group_by}.items() if value is not None
-    ]
-    if page_path is not None and no_page_options:
-        raise OutOfRangeError(
-            f"--html has no effect with {join_with_and(no_page_options)}, which writes no page; omit one of them"
-        )
-    if marker is not None and update_file is None:
-        raise OutOfRangeError("--marker names a section of a file; give the file with --update-file")
+    with cli_errors():
+        reject_unused_options(html, update_file, marker, group_by)
+        if update_file is not None or group_by is not None:
+            records = load_records(folder, price_per_hour, allow_empty=False)
+            print_section(list(records.values()), update_file, marker, group_by)
+            return
+        # Imported here because only a page needs them, and the import takes a second.
+        from peftbench.report.page.content import UnfinishedRun
+        from peftbench.report.writer import write_report
+        from peftbench.suite.status import find_unfinished_runs
+
+        unfinished = [UnfinishedRun(row.name, row.state, row.detail) for row in find_unfinished_runs(folder)]
+        records, title = load_records(folder, price_per_hour, allow_empty=bool(unfinished)), folder.resolve().name
+        print_report(write_report(records, folder, title, page_path=html, unfinished_runs=unfinished), title)
 
 
-def print_section(
-    records: Sequence[RunRecord], update_file: Path | None, marker: str | None, group_by: str | None
+def compare(
+    before: Annotated[Path, typer.Argument(metavar="A", help="Folder with the results before a change.")],
+    after: Annotated[Path, typer.Argument(metavar="B", help="Folder with the results after the change.")],
+    threshold: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            metavar="[METRIC=]PERCENT",
+            help="Allowed relative regression of all metrics (5%) or of one (rougeL=2%). Repeatable. Default: 5%.",
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+    html: Annotated[Optional[Path], typer.Option(help="Path of a page with the comparison. Default: no page.")] = None,
 ) -> None:
-    """Insert the table into a file, or print the losses grouped by a key.
+    """Compare two result folders run by run. Exit with code 61 if a metric of B is worse beyond --threshold."""
+    from peftbench.cli.report_actions import compare_folders
+    from peftbench.errors import REGRESSION_EXIT_CODE
 
-    Raises:
-        RecordError: the file lacks the section.
-        UnknownKeyError: the recipes lack the key.
-    """
-    if update_file is not None:
-        insert_table(records, update_file, marker or "table", group_by)
-    elif group_by is not None:
-        typer.echo(terminal_table(rows_by_setting(records, group_by)))
-
-
-def print_report(report: WrittenReport, title: str) -> None:
-    """Print the table, the summary and, as last line, ``report:`` with the path of the page."""
-    if report.records:
-        print_table(report.records, title, note_lines=report.notes)
-    for sentence in report.summary:
-        typer.echo(f"- {terminal_safe(sentence)}")
-    typer.echo(f"report: {report.page_path}")
+    with cli_errors():
+        if regression := compare_folders((before, after), threshold or [], as_json, html):
+            print_to_stderr(regression)
+            raise typer.Exit(REGRESSION_EXIT_CODE)

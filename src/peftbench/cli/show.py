@@ -13,9 +13,7 @@ from peftbench.common.console import cli_errors
 def show(
     recipe: Annotated[
         Optional[list[str]],
-        typer.Argument(
-            metavar="[RECIPE.yaml]... [KEY.SUB=VALUE]", help="Recipe files, then overrides. Later files win."
-        ),
+        typer.Argument(metavar="RECIPE.yaml | KEY.SUB=VALUE", help="Recipe files, then overrides. Later files win."),
     ] = None,
     glossary: Annotated[bool, typer.Option("--glossary", help="Print the meaning of each table column.")] = False,
     run_dir: Annotated[

@@ -13,16 +13,15 @@ from peftbench.cli.options import JsonOption, OutOption, SeedsOption, print_to_s
 from peftbench.common.console import cli_errors
 
 _SBATCH_PREFIX = "slurm."
+_OverridesArgument = Annotated[
+    Optional[list[str]],
+    typer.Argument(metavar="KEY.SUB=VALUE", help="Recipe keys to override, and sbatch options as slurm.OPTION=VALUE."),
+]
 
 
 def submit(
     target: Annotated[Path, typer.Argument(metavar="SUITE_OR_RECIPE", help="Suite or recipe file.")],
-    overrides: Annotated[
-        Optional[list[str]],
-        typer.Argument(
-            metavar="[KEY.SUB=VALUE]...", help="Recipe keys to override, and sbatch options as slurm.OPTION=VALUE."
-        ),
-    ] = None,
+    overrides: _OverridesArgument = None,
     engine: Annotated[
         Optional[str],
         typer.Option(
@@ -54,11 +53,11 @@ def submit(
     from peftbench.suite.slurm_jobs import describe_next_steps, describe_skipped_runs, plan_submission
 
     with cli_errors():
-        arguments = overrides or []
+        recipe_overrides, sbatch_options = _split_arguments(overrides or [])
         plan = plan_submission(
             target,
-            [argument for argument in arguments if not argument.startswith(_SBATCH_PREFIX)],
-            [argument.removeprefix(_SBATCH_PREFIX) for argument in arguments if argument.startswith(_SBATCH_PREFIX)],
+            recipe_overrides,
+            sbatch_options,
             out=out,
             engine=engine,
             nodes=nodes,
@@ -77,6 +76,13 @@ def submit(
             print(submission.script_text)
             return
         print(describe_next_steps(submit_job(submission)))
+
+
+def _split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Return the recipe overrides and the sbatch options, the latter without their prefix."""
+    sbatch_options = [argument for argument in arguments if argument.startswith(_SBATCH_PREFIX)]
+    overrides = [argument for argument in arguments if argument not in sbatch_options]
+    return overrides, [option.removeprefix(_SBATCH_PREFIX) for option in sbatch_options]
 
 
 def status(

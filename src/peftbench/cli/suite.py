@@ -55,7 +55,7 @@ def run(
 
 def _report_results(recipes: list[Recipe], failed: list[RunResult], title: str) -> None:
     """Write and print the report of the runs that have a record; without any record do nothing."""
-    from peftbench.cli.report import print_report
+    from peftbench.cli.report_actions import print_report
     from peftbench.report.page.content import UnfinishedRun
     from peftbench.report.writer import write_report
     from peftbench.run_dir.layout import RunDir

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,21 +16,16 @@ USAGE_EXIT_CODE = 2
 """Exit code of a command line that cannot be parsed, as in click."""
 
 
-def get_launched_rank() -> int:
-    """Return this process's rank by the launcher's environment: 0 for the main process, and without a launcher."""
-    return int(os.environ.get("RANK", "0"))
-
-
 @contextmanager
-def cli_errors(on_error: Callable[[dict[str, object]], None] | None = None) -> Iterator[None]:
+def cli_errors(on_error: Callable[[dict[str, object]], None] | None = None, rank: int = 0) -> Iterator[None]:
     """Print a user's mistake as one sentence on standard error, without a traceback, and exit with its exit code.
 
-    ``on_error`` receives the error as a dictionary, for a program that reads standard output.
+    ``on_error`` receives the error as a dictionary, for a program that reads standard output. Of several processes, the
+    one with ``rank`` 0 prints errors that are the same on every rank.
     """
     try:
         yield
     except PeftbenchError as error:
-        rank = get_launched_rank()
         if rank == 0 or isinstance(error, (EngineError, OutputError)):  # the others are the same on every rank
             prefix = "" if rank == 0 else f"[rank {rank}] "
             print(f"{prefix}error: {error}", file=sys.stderr, flush=True)

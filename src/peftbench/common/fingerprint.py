@@ -23,18 +23,28 @@ NEUTRAL_VALUES: dict[str, Any] = {
 """Dotted key: the value at which a run reproduces one made before the key existed, so that it stays out."""
 
 
-def fingerprint_recipe(recipe: Mapping[str, Any], neutral: Mapping[str, Any] = NEUTRAL_VALUES) -> str:
-    """Return the hash (16 hexadecimal digits) of every key of ``recipe`` (JSON values) that can change a number.
+def drop_neutral_keys(recipe: Mapping[str, Any], neutral: Mapping[str, Any] = NEUTRAL_VALUES) -> dict[str, Any]:
+    """Return a copy of ``recipe`` without the keys of ``neutral`` that have their neutral value.
 
-    A key of ``neutral`` is left out at its neutral value. A new key with a neutral value therefore makes neither
-    finished runs nor committed records stale.
+    A new key with a neutral value therefore makes neither finished runs nor committed records stale.
     """
-    values = {name: dict(value) if isinstance(value, Mapping) else value for name, value in recipe.items()}
-    for dotted, value in neutral.items():
+    values = dict(recipe)
+    # Deepest first: a section is neutral after the neutral keys in it are dropped.
+    for dotted, value in sorted(neutral.items(), key=lambda item: -item[0].count(".")):
         *parents, key = dotted.split(".")
         section: Any = values
         for parent in parents:
-            section = section.get(parent, {})
+            if not isinstance(section.get(parent), Mapping):
+                section = {}
+                break
+            section[parent] = dict(section[parent])  # a copy: the argument must not change
+            section = section[parent]
         if key in section and (value is ANY_VALUE or section[key] == value):
             del section[key]
-    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=8).hexdigest()
+    return values
+
+
+def fingerprint_recipe(recipe: Mapping[str, Any], neutral: Mapping[str, Any] = NEUTRAL_VALUES) -> str:
+    """Return the hash (16 hexadecimal digits) of every key of ``recipe`` (JSON values) that can change a number."""
+    content = json.dumps(drop_neutral_keys(recipe, neutral), sort_keys=True)
+    return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()

@@ -19,9 +19,9 @@ def parse_size(text: str) -> int:
     try:
         size = int(_BYTE_SIZE_ADAPTER.validate_python(text))
     except ValidationError as error:
-        raise BudgetError(f"{text!r} is not a memory size; write it as, for example, 16GiB or 15500MiB") from error
+        raise BudgetError(f"{text!r} is not a memory size; write e.g. 16GiB or 15500MiB") from error
     if size <= 0:
-        raise BudgetError(f"a memory budget of {text!r} is empty; write it as, for example, 16GiB or 15500MiB")
+        raise BudgetError(f"a memory budget of {text!r} is empty; write e.g. 16GiB or 15500MiB")
     return size
 
 

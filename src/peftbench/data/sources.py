@@ -217,7 +217,7 @@ def _load_file(builder: str, path: Path) -> Dataset:
         last = _exception_chain(error)[-1]
         if isinstance(last, OSError) and last.errno in UNWRITABLE_ERRNOS:
             raise write_error(Path(last.filename or HF_DATASETS_CACHE), last) from error
-        if any(words in str(last) for words in _EMPTY_FILE_MESSAGES):
+        if any(message in str(last) for message in _EMPTY_FILE_MESSAGES):
             raise EmptySplitError(f"{path} has no examples; give a file with at least one") from error
         raise DataError(
             f"{path} cannot be read as {builder}: {str(last).splitlines()[0] if str(last) else last!r}"

@@ -35,7 +35,7 @@ class Synthetic(Source):
     summary_tokens: Quantiles = (15, 41, 46, 50, 54, 57, 60, 63, 67, 72, 145)
     """Quantiles of summary lengths in tokens, in the same format."""
     seed: int = Field(default=0, ge=0, lt=2**32)
-    """Seed for lengths and words."""
+    """Seed for the texts and their lengths."""
 
     # The defaults are the deciles of 675 pairs of CNN/DailyMail 3.0.0's training split under GPT-2's tokenizer.
 
@@ -63,10 +63,10 @@ class Synthetic(Source):
     def load(self, split: str) -> Dataset:
         from datasets import Dataset
 
-        words, generator = _WORDS.split(), self._make_generator(split)
+        vocabulary, generator = _WORDS.split(), self._make_generator(split)
 
         def text(count: int) -> str:
-            return " ".join(words[index] for index in generator.integers(len(words), size=count))
+            return " ".join(vocabulary[index] for index in generator.integers(len(vocabulary), size=count))
 
         return Dataset.from_list(
             [

@@ -90,7 +90,7 @@ def build_accelerator(recipe: Recipe, run_dir: Path) -> AcceleratorContext:
     cpu = launcher_env.runs_on_cpu()
     preflight.check_precision(recipe.train.precision, cpu)
     preflight.check_trackers(recipe.trackers)
-    world_size = launcher_env.launched_world_size()
+    world_size = launcher_env.get_world_size()
     accumulation_steps, _ = _compute_micro_batching(recipe, world_size)
     preflight.check_gradient_accumulation(accumulation_steps)
     engine, plugin = resolve_engine(recipe, run_dir, world_size)
@@ -106,7 +106,7 @@ def build_accelerator(recipe: Recipe, run_dir: Path) -> AcceleratorContext:
     return context
 
 
-def resolve_engine(recipe: Recipe, run_dir: Path, world_size: int) -> tuple[EngineKind, DeepSpeedPlugin | None]:
+def resolve_engine(recipe: Recipe, run_dir: Path, dp_world_size: int) -> tuple[EngineKind, DeepSpeedPlugin | None]:
     """Return the engine that the launcher requests, and accelerate's plugin if the engine is DeepSpeed.
 
     Raises:
@@ -115,11 +115,11 @@ def resolve_engine(recipe: Recipe, run_dir: Path, world_size: int) -> tuple[Engi
     preflight.check_recipe_owned_settings()
     plugin = None
     if launcher_env.is_deepspeed_requested():
-        accumulation_steps, micro_batch_size = _compute_micro_batching(recipe, world_size)
+        accumulation_steps, micro_batch_size = _compute_micro_batching(recipe, dp_world_size)
         plugin = deepspeed.build_plugin(
             micro_batch_size=micro_batch_size,
             gradient_accumulation_steps=accumulation_steps,
-            world_size=world_size,
+            world_size=dp_world_size,
             max_grad_norm=recipe.train.max_grad_norm,
             offload_dir=RunDir(run_dir).offload_dir,
         )
@@ -130,7 +130,7 @@ def create_accelerator(
     recipe: Recipe, run_dir: Path, engine: EngineKind, plugin: DeepSpeedPlugin | None, *, cpu: bool
 ) -> AcceleratorContext:
     """Create the accelerator that drives ``engine`` in the launched processes."""
-    world_size = launcher_env.launched_world_size()
+    world_size = launcher_env.get_world_size()
     accumulation_steps, _ = _compute_micro_batching(recipe, world_size)
     if cpu and engine.is_fsdp:
         _enable_fsdp_on_cpu()
@@ -168,9 +168,9 @@ def build_combination(recipe: Recipe, engine: EngineKind) -> Combination:
     return Combination(recipe.method.kind, engine.name, recipe.optimizer.kind, recipe.train.precision, features)
 
 
-def _compute_micro_batching(recipe: Recipe, world_size: int) -> tuple[int, int]:
+def _compute_micro_batching(recipe: Recipe, dp_world_size: int) -> tuple[int, int]:
     """Return the gradient accumulation steps, and the micro-batch size of a process."""
-    return compute_micro_batching(recipe.train.global_batch_size, recipe.train.resolved_micro_batch_size, world_size)
+    return compute_micro_batching(recipe.train.global_batch_size, recipe.train.resolved_micro_batch_size, dp_world_size)
 
 
 def _build_fsdp_plugin() -> FullyShardedDataParallelPlugin:
@@ -190,14 +190,14 @@ def _enable_fsdp_on_cpu() -> None:
 def collect_environment_warnings(accelerator: Accelerator) -> list[str]:
     """Return notes for the record on the device of the run."""
     # A script that was started without a launcher requested no device.
-    launched = launcher_env.launched_by_accelerate()
+    launched = launcher_env.is_launched_by_accelerate()
     if accelerator.device.type == "cpu" and launched and not launcher_env.is_cpu_requested():
         return ["No GPU was found; the run used the CPU."]
     return []
 
 
 def _verify_process_group(accelerator: Accelerator, engine: EngineKind) -> None:
-    launched = launcher_env.launched_world_size()
+    launched = launcher_env.get_world_size()
     if accelerator.num_processes != launched:
         raise EngineError(
             f"the launcher started {launched} processes, and {accelerator.num_processes} joined the process group "

@@ -12,7 +12,7 @@ from peftbench.errors import PeftbenchError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 def get_dp_rank(accelerator: Accelerator) -> int:
@@ -25,24 +25,24 @@ def get_dp_world_size(accelerator: Accelerator) -> int:
     return int(accelerator.num_processes)
 
 
-def main_process_first(accelerator: Accelerator, fn: Callable[[], T]) -> T:
+def main_process_first(accelerator: Accelerator, fn: Callable[[], _T]) -> _T:
     """Call ``fn`` on the main process, then on the others, which read the caches that it filled.
 
     Raises:
         PeftbenchError: ``fn`` failed on the main process; every rank raises the same error.
     """
-    results: list[T] = []
+    results: list[_T] = []
     broadcast_from_main(accelerator, lambda: results.append(fn()))  # the result may be too large to send
     return results[0] if accelerator.is_main_process else fn()
 
 
-def broadcast_from_main(accelerator: Accelerator, fn: Callable[[], T]) -> T:
+def broadcast_from_main(accelerator: Accelerator, fn: Callable[[], _T]) -> _T:
     """Call ``fn`` on the main process and return its result on every rank.
 
     Raises:
         PeftbenchError: ``fn`` failed on the main process; every rank raises the same error.
     """
-    result: T | PeftbenchError | None = None
+    result: _T | PeftbenchError | None = None
     if accelerator.is_main_process:
         try:
             result = fn()
@@ -55,7 +55,7 @@ def broadcast_from_main(accelerator: Accelerator, fn: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def all_gather_objects(accelerator: Accelerator, value: T) -> list[T]:
+def all_gather_objects(accelerator: Accelerator, value: _T) -> list[_T]:
     """Return each rank's value, in the order of ranks."""
-    values: list[T] = gather_object([value]) if accelerator.num_processes > 1 else [value]
+    values: list[_T] = gather_object([value]) if accelerator.num_processes > 1 else [value]
     return values

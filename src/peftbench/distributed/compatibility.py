@@ -7,12 +7,13 @@ processes if the engine supports several.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from peftbench.distributed.engines import ENGINES, EngineKind
 from peftbench.errors import CombinationError
 from peftbench.methods import METHODS
+from peftbench.methods.base import Method
 from peftbench.optim import OPTIMIZERS, Optimizer
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -39,6 +40,23 @@ def _optimizers(condition: Callable[[type[Optimizer]], bool]) -> frozenset[str]:
     return frozenset(name for name, optimizer in OPTIMIZERS.items() if condition(optimizer))
 
 
+def _group_by_limitation(limitations: Mapping[str, str | None]) -> dict[str, frozenset[str]]:
+    """Return the names with each limitation, without those that have none."""
+    groups: dict[str, frozenset[str]] = {}
+    for name, limitation in limitations.items():
+        if limitation is not None:
+            groups[limitation] = groups.get(limitation, frozenset()) | {name}
+    return groups
+
+
+def _get_quantization_limitation(method: type[Method]) -> str | None:
+    if method.supports_quantized_base:
+        return None
+    if method.keeps_base_frozen:
+        return "this method is untested with a quantized base model"
+    return "quantized weights cannot be trained, and this method trains weights of the base model"
+
+
 _DEEPSPEED_ENGINES = _engines(lambda engine: engine.is_deepspeed)
 _FSDP_ENGINES = _engines(lambda engine: engine.is_fsdp)
 _OFFLOAD_ENGINES = _engines(lambda engine: engine.offload_optimizer != "none")
@@ -47,10 +65,6 @@ _NVME_ENGINES = _engines(lambda engine: engine.offloads_to_nvme)
 _STOCHASTIC_ROUNDING_OPTIMIZERS = _optimizers(lambda optimizer: optimizer.weight_dtype == "bf16")
 _PAGED_OPTIMIZERS = _optimizers(lambda optimizer: optimizer.is_paged)
 _QUANTIZABLE_METHODS = frozenset(name for name, method in METHODS.items() if method.supports_quantized_base)
-_DTENSOR_LIMITATIONS: dict[str, frozenset[str]] = {}
-for _name, _optimizer in OPTIMIZERS.items():
-    if (_limitation := _optimizer.dtensor_limitation) is not None:
-        _DTENSOR_LIMITATIONS[_limitation] = _DTENSOR_LIMITATIONS.get(_limitation, frozenset()) | {_name}
 
 
 @dataclass(frozen=True)
@@ -104,7 +118,9 @@ RULES = (
     ),
     *(
         Rule(limitation, engines=_FSDP_ENGINES, optimizers=optimizers)
-        for limitation, optimizers in _DTENSOR_LIMITATIONS.items()
+        for limitation, optimizers in _group_by_limitation(
+            {name: optimizer.dtensor_limitation for name, optimizer in OPTIMIZERS.items()}
+        ).items()
     ),
     Rule(
         "stochastic rounding draws different random numbers on each rank, so that the replicas would diverge",
@@ -166,10 +182,11 @@ RULES = (
         engines=_DEEPSPEED_ENGINES,
         precisions=frozenset({"fp16"}),
     ),
-    Rule(
-        "quantized weights cannot be trained, and this method trains weights of the base model",
-        optional_feature=QUANTIZATION,
-        methods=frozenset(METHODS) - _QUANTIZABLE_METHODS,
+    *(
+        Rule(limitation, optional_feature=QUANTIZATION, methods=methods)
+        for limitation, methods in _group_by_limitation(
+            {name: _get_quantization_limitation(method) for name, method in METHODS.items()}
+        ).items()
     ),
     Rule(
         "this engine shards the weights, and sharding packed weights of a quantized base model is untested",
@@ -201,7 +218,7 @@ RULES = (
 FALLBACKS: dict[str, dict[str | None, tuple[str, ...]]] = {
     "optimizer": {
         **{name: optimizer.fallbacks for name, optimizer in OPTIMIZERS.items()},
-        None: ("adamw", "adamw8bit", "deepspeed_cpu_adam"),
+        None: tuple(name for name, optimizer in OPTIMIZERS.items() if optimizer.is_common_fallback),
     },
     "engine": {
         **{name: engine.fallbacks for name, engine in ENGINES.items()},

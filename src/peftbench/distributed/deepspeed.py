@@ -171,7 +171,7 @@ def check_nvme_support() -> None:
     """Check that DeepSpeed can offload to disk.
 
     Raises:
-        EngineError: DeepSpeed's disk access cannot be compiled; DeepSpeed's own error does not say how to fix it.
+        EngineError: DeepSpeed's disk access cannot be compiled; DeepSpeed's own error has no remedy.
     """
     from deepspeed.ops.op_builder import AsyncIOBuilder
 

@@ -95,7 +95,7 @@ def detect_requested_engine(deepspeed_config: Mapping[str, Any] | None) -> Engin
         if launcher_env.is_fsdp_offload_requested():
             raise EngineError("peftbench does not support fsdp2 with offload; use accel_configs/zero3_offload.yaml")
         return FSDP2
-    return DDP if launcher_env.launched_world_size() > 1 else SINGLE
+    return DDP if launcher_env.get_world_size() > 1 else SINGLE
 
 
 def _read_offload_device(zero: Mapping[str, Any], section: str) -> OffloadDevice:

@@ -1,6 +1,6 @@
 """The environment variables by which ``accelerate launch`` and torchrun configure their processes.
 
-No other module reads them, except for RANK in ``common.console.get_launched_rank``. Only ``runs_on_cpu`` imports torch.
+No other module reads them. Only ``runs_on_cpu`` imports torch.
 """
 
 from __future__ import annotations
@@ -28,14 +28,19 @@ _LAUNCHER_ENV_PREFIXES = (
 """Prefixes of everything that a launcher sets for its processes."""
 
 
-def launched_world_size() -> int:
+def get_rank() -> int:
+    """Return this process's rank: 0 for the main process, and without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def get_world_size() -> int:
     """Return the number of processes that the launcher started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def get_local_world_size() -> int:
     """Return the number of processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", launched_world_size()))
+    return int(os.environ.get("LOCAL_WORLD_SIZE", get_world_size()))
 
 
 def get_node_rank() -> str:
@@ -55,17 +60,17 @@ def is_cpu_requested() -> bool:
     return os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
 
 
-def hides_all_gpus() -> bool:
+def is_every_gpu_hidden() -> bool:
     """True if CUDA_VISIBLE_DEVICES hides every GPU."""
     return set(os.environ.get("CUDA_VISIBLE_DEVICES", "all").split(",")) <= {"", "-1"}
 
 
-def launched_by_accelerate() -> bool:
+def is_launched_by_accelerate() -> bool:
     """True if ``accelerate launch`` started this process; a plain ``python`` sets neither variable."""
     return not {"ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU"}.isdisjoint(os.environ)
 
 
-def lost_its_workers() -> bool:
+def has_lost_workers() -> bool:
     """True if the launcher was configured for several processes and started only this one.
 
     For some configs (e.g. MULTI_CPU without mpirun) accelerate's launcher sets the address of a rendezvous but no rank.
@@ -149,5 +154,5 @@ def build_first_process_env(
         "MASTER_PORT": "0",
         "OMP_NUM_THREADS": "1",  # otherwise accelerate sets the threads of this process
     }
-    kept = {key: value for key, value in environ.items() if not key.startswith(ACCELERATE_ENV_PREFIXES)}
-    return kept | first_process | dict(launcher_env)
+    inherited = {key: value for key, value in environ.items() if not key.startswith(ACCELERATE_ENV_PREFIXES)}
+    return inherited | first_process | dict(launcher_env)

@@ -42,7 +42,7 @@ def check_single_node() -> None:
     Raises:
         EngineError: the processes are on several machines.
     """
-    world_size, local_world_size = launcher_env.launched_world_size(), launcher_env.get_local_world_size()
+    world_size, local_world_size = launcher_env.get_world_size(), launcher_env.get_local_world_size()
     if local_world_size != world_size:
         raise EngineError(
             f"train.feature_cache needs all {world_size} processes on one machine, and {local_world_size} of them are "
@@ -71,15 +71,15 @@ def check_launch(cpu: bool, engine: EngineKind) -> None:
     Raises:
         EngineError: the launcher started one of several processes, or processes for GPUs on a machine without one.
     """
-    if launcher_env.lost_its_workers():
+    if launcher_env.has_lost_workers():
         raise EngineError(
             "the accelerate config requests several processes and the launcher started one; set distributed_type: "
             "MULTI_GPU, as in accel_configs/cpu2.yaml and ddp.yaml"
         )
     if engine not in (SINGLE, DDP):
         return  # DeepSpeed and FSDP run on CPU with the same config files, and the record names the device
-    world_size = launcher_env.launched_world_size()
-    if cpu and world_size > 1 and not launcher_env.hides_all_gpus() and not launcher_env.is_cpu_requested():
+    world_size = launcher_env.get_world_size()
+    if cpu and world_size > 1 and not launcher_env.is_every_gpu_hidden() and not launcher_env.is_cpu_requested():
         raise EngineError(
             f"the launcher started {world_size} processes for GPUs, and this machine has no GPU; for several processes "
             "on CPU use accel_configs/cpu2.yaml"

@@ -90,20 +90,20 @@ def state_bytes(
     if engine.offloads_to_nvme:
         return None
     _reshard(model)
-    masters = deepspeed.master_weights(optimizer)
+    master_weights = deepspeed.master_weights(optimizer)
     innermost = deepspeed.unwrap_optimizer(optimizer)
     states = [
         local_shard(tensor) for state in innermost.state.values() for tensor in iter_tensors(state.values())
-    ] + masters
+    ] + master_weights
     groups = deepspeed.get_param_groups(optimizer)
     expected = optimizer_config.state_bytes(
         [{**group, "params": [local_shard(p) for p in group["params"]]} for group in groups]
     )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = sum(local_shard(parameter).numel() * parameter.element_size() for parameter in trained)
-    if masters:  # from stage 2 on gradients are sharded as the states are
+    if master_weights:  # from stage 2 on gradients are sharded as the states are
         full = sum(deepspeed.get_full_shape(p).numel() * p.element_size() for p in trained)
-        shard = sum(master.numel() for master in masters) * trained[0].element_size()
+        shard = sum(master.numel() for master in master_weights) * trained[0].element_size()
         gradients = shard if engine.zero_stage > 1 else full
     weights, offloaded_weights = _count_weight_bytes(engine, model, device_type)
     offloaded_gradients = gradients if engine.offload_optimizer != "none" and device_type != "cpu" else 0
@@ -115,7 +115,7 @@ def state_bytes(
         gradients=gradients - offloaded_gradients,
         optimizer=count_storage_bytes(on_device),
         cpu_offloaded=offloaded_weights + offloaded_gradients + offloaded_states,
-        expected_optimizer=None if expected is None else expected + count_storage_bytes(masters),
+        expected_optimizer=None if expected is None else expected + count_storage_bytes(master_weights),
     )
 
 

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from peftbench.distributed.sharding import unshard_root
 from peftbench.evaluation.intervals import bootstrap_interval
-from peftbench.evaluation.metrics.rouge import compute_rouge
+from peftbench.evaluation.metrics.registry import compute_scores
 from peftbench.record import Interval, PerExample, Quality, Sample
 from peftbench.training.data import build_collator
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from peftbench.recipe.schema import Evaluate, Recipe
     from peftbench.training.build import AdaptedModel
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 _MAX_SAMPLE_CHARS = 600  # of an article, in the record
 
 
@@ -93,15 +93,15 @@ class Evaluator:
     def compute_held_out_loss(self) -> HeldOutLoss:
         """Compute the cross-entropy over summary and end tokens of each example, in the split's order."""
         self.model.eval()
-        found: list[tuple[int, tuple[float, int]]] = []
+        row_losses: list[tuple[int, tuple[float, int]]] = []
         for rows, count in self._iterate_local_batches("held-out loss"):
             batch = self._collate(rows)
             # An untrained model was not prepared by accelerate, so it does not autocast by itself.
             with self.context.autocast(), self.loss_fn.attention_context():
                 losses = self.loss_fn.per_token(self.model, batch.to(self.accelerator.device)).cpu().double()
             if count:
-                found += [(index, (float(one.sum()), len(one))) for index, one in _split_by_row(rows, losses)]
-        summed, counts = zip(*self._gather_in_order(found), strict=True)
+                row_losses += [(index, (float(one.sum()), len(one))) for index, one in _split_by_row(rows, losses)]
+        summed, counts = zip(*self._gather_in_order(row_losses), strict=True)
         return HeldOutLoss(summed, counts)
 
     @torch.no_grad()  # not inference_mode, in which sharded weights cannot be gathered
@@ -159,7 +159,7 @@ class Evaluator:
     def _collate(self, rows: list[dict[str, Any]]) -> MicroBatch:
         return self.collator.collate([row["input_ids"] for row in rows], [row["prompt_tokens"] for row in rows])
 
-    def _gather_in_order(self, local_results: list[tuple[int, T]]) -> list[T]:
+    def _gather_in_order(self, local_results: list[tuple[int, _T]]) -> list[_T]:
         gathered = gather_object(local_results) if self.accelerator.num_processes > 1 else local_results
         return [one for _, one in sorted(gathered, key=itemgetter(0))]
 
@@ -182,10 +182,10 @@ def build_quality(
 ) -> Quality:
     """Score generated texts against the split's summaries, in its order, and select the samples to save."""
     references = dataset["summary"]
-    kept = zip(dataset["id"], dataset["article"], references, generated or (), strict=False)
+    examples = zip(dataset["id"], dataset["article"], references, generated or (), strict=False)
     loss = None if held_out is None else held_out.loss
-    scores = compute_rouge(generated, references) if generated is not None else {}
-    shown = compute_rouge(teacher_forced, references) if teacher_forced is not None else {}
+    scores = compute_scores(generated, references) if generated is not None else {}
+    shown = compute_scores(teacher_forced, references) if teacher_forced is not None else {}
     return Quality(
         split=config.split,
         num_examples=len(dataset),
@@ -195,7 +195,7 @@ def build_quality(
         teacher_forced_argmax_rouge=_compute_intervals(shown, config.bootstrap_resamples) or None,
         samples=tuple(
             Sample(id=id, article=article[:_MAX_SAMPLE_CHARS], reference=reference, generated=text)
-            for (id, article, reference, text), _ in zip(kept, range(config.saved_samples), strict=False)
+            for (id, article, reference, text), _ in zip(examples, range(config.saved_samples), strict=False)
         ),
         per_example=PerExample(
             examples_fingerprint=_hash_examples(dataset["id"], references),

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from peftbench.record import Interval
 
-Array = NDArray[numpy.float64]
+_Array = NDArray[numpy.float64]
 
 MIN_RESAMPLES = 10_000
 """Minimum resamples for a difference; a higher confidence needs more."""
@@ -72,12 +72,12 @@ def paired_intervals(
 
     The interval is the expanded percentile interval (Hesterberg 2015, What teachers should know about the bootstrap):
     with few examples plain percentiles are too narrow, more so at high confidence. If
-    :func:`uses_bootstrap` is False, it is Student's t. All pairs use the same resamples. Needs at least two examples.
+    :func:`can_bootstrap` is False, it is Student's t. All pairs use the same resamples. Needs at least two examples.
     """
     values = numpy.asarray(differences, dtype=float)
     weight = numpy.ones(values.shape[1]) if weights is None else numpy.asarray(weights, dtype=float)
     means = _ratio_of_sums(values, weight)
-    if uses_bootstrap(values.shape[1], confidence):
+    if can_bootstrap(values.shape[1], confidence):
         expanded = _expanded_confidence(values.shape[1], confidence)
         parts = math.ceil(len(values) * _required_resamples(expanded) / _MEANS_PER_CHUNK)
         ends = [_bootstrap_bounds(part, weight, expanded, seed) for part in numpy.array_split(values, parts)]
@@ -90,7 +90,7 @@ def paired_intervals(
     return [Interval(mean=float(m), low=float(a), high=float(b)) for m, a, b in zip(means, lows, highs, strict=True)]
 
 
-def uses_bootstrap(examples: int, confidence: float) -> bool:
+def can_bootstrap(examples: int, confidence: float) -> bool:
     """True if an interval over ``examples`` examples is bootstrapped, False if it is Student's t.
 
     Student's t is used if the bootstrap needs more than ``MAX_RESAMPLES`` resamples (few examples, high confidence) or
@@ -128,7 +128,7 @@ def _required_resamples(confidence: float) -> float:
     return max(MIN_RESAMPLES, math.ceil(_MIN_TAIL_RESAMPLES / (1 - confidence))) if confidence < 1 else math.inf
 
 
-def _bootstrap_bounds(values: Array, weights: Array, confidence: float, seed: int) -> tuple[Array, Array]:
+def _bootstrap_bounds(values: _Array, weights: _Array, confidence: float, seed: int) -> tuple[_Array, _Array]:
     """Return the bounds (pairs,) of bootstrap intervals of ratios, from resampled examples.
 
     scipy's bootstrap gathers the values of every pair for every draw. Here the number of times each example is drawn is
@@ -148,7 +148,7 @@ def _bootstrap_bounds(values: Array, weights: Array, confidence: float, seed: in
     return low, high
 
 
-def _t_bounds(values: Array, weights: Array, means: Array, confidence: float) -> tuple[Array, Array]:
+def _t_bounds(values: _Array, weights: _Array, means: _Array, confidence: float) -> tuple[_Array, _Array]:
     """Return the bounds (pairs,) of Student's t intervals of linearized ratios (Cochran 1977, chapter 6)."""
     from scipy.stats import sem, t
 
@@ -157,6 +157,6 @@ def _t_bounds(values: Array, weights: Array, means: Array, confidence: float) ->
     return means - far, means + far
 
 
-def _ratio_of_sums(values: Array, weights: Array, axis: int = -1) -> Array:
-    ratio: Array = values.sum(axis) / weights.sum(axis)
+def _ratio_of_sums(values: _Array, weights: _Array, axis: int = -1) -> _Array:
+    ratio: _Array = values.sum(axis) / weights.sum(axis)
     return ratio

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from peftbench.distributed.launcher_env import launched_world_size, select_launcher_env, without_launcher_env
+from peftbench.distributed.launcher_env import get_world_size, select_launcher_env, without_launcher_env
 from peftbench.errors import BudgetTooSmallError, PeftbenchError
 from peftbench.memory.devices import get_device_facts, get_facts_by_torch_name
 from peftbench.memory.launch_config import build_launch_config
@@ -47,7 +47,7 @@ class AdviceRequest(BaseModel):
             budget_bytes=budget_bytes,
             device_name=device_name,
             launcher_env=select_launcher_env(os.environ),
-            num_processes=launched_world_size(),
+            num_processes=get_world_size(),
         )
 
     def build_target(self) -> MemoryTarget:

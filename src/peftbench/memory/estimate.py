@@ -49,7 +49,7 @@ def estimate(
     if recipe.train.precision == "bf16" and not facts.bf16:
         raise PrecisionError(f"{facts.torch_name} does not support train.precision=bf16; use fp16 or fp32")
     accumulation, rows = compute_micro_batching(
-        recipe.train.global_batch_size, _max_micro_batch_size(recipe), launch_config.num_processes
+        recipe.train.global_batch_size, _max_micro_batch_size(recipe), launch_config.dp_world_size
     )
     unpaged = _replace_paged_optimizer(recipe)
     simulation = MemorySimulation(
@@ -57,7 +57,7 @@ def estimate(
     )
     width = _max_sequence_length(recipe, simulation.max_positions)
     labels = min(max(recipe.evaluate.max_new_tokens, MIN_LABELED_TOKENS), width - 1)
-    flops = simulation.step_flops(max(1, recipe.train.global_batch_size // launch_config.num_processes), width, labels)
+    flops = simulation.step_flops(max(1, recipe.train.global_batch_size // launch_config.dp_world_size), width, labels)
     _simulate_phases(simulation, recipe, rows, width, labels)
     events = list(simulation.memory_tracker.iter_events())
     replay = replay_allocator(events, facts.device_type)

@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest.mock import patch
@@ -37,6 +37,11 @@ class LaunchConfig:
         """True for one process without an engine."""
         return self.engine == SINGLE
 
+    @property
+    def dp_world_size(self) -> int:
+        """Number of processes that divide the data: all of them, since no engine shares examples."""
+        return self.num_processes
+
     def patch_environ(self) -> AbstractContextManager[object]:
         """Replace this process's launcher variables with those of rank 0."""
         environ = build_first_process_env(os.environ, self.num_processes, self.launcher_env)
@@ -64,13 +69,11 @@ def build_launch_config(num_processes: int, launcher_env: Mapping[str, str], rec
     Raises:
         EngineError: the engine is unknown.
     """
-    with (
-        suppress_library_output(),
-        LaunchConfig(num_processes=num_processes, launcher_env=launcher_env).patch_environ(),
-    ):
-        engine, _ = resolve_engine(recipe, Path(), num_processes)
-    check_divisible(recipe.train.global_batch_size, num_processes)
-    return LaunchConfig(engine, num_processes, launcher_env)
+    launch_config = LaunchConfig(num_processes=num_processes, launcher_env=launcher_env)
+    with suppress_library_output(), launch_config.patch_environ():
+        engine, _ = resolve_engine(recipe, Path(), launch_config.dp_world_size)
+    check_divisible(recipe.train.global_batch_size, launch_config.dp_world_size)
+    return replace(launch_config, engine=engine)
 
 
 @contextmanager

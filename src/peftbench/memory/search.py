@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -99,28 +99,34 @@ class Technique:
         return changed
 
 
+def _build_optimizer_techniques() -> Iterator[Technique]:
+    """Yield a technique for each low-memory variant of an optimizer."""
+    for kind in dict.fromkeys(kind for optimizer in OPTIMIZERS.values() for kind in optimizer.low_memory_variants):
+        variant = OPTIMIZERS[kind]
+        name, overrides, tradeoff = kind, {"optimizer": {"kind": kind}}, f"moments in {variant.optim_bits} bits"
+        if (dtype := variant.weight_dtype) != "fp32":
+            name, tradeoff = f"{dtype}_weights", f"weights in {dtype}, rounded stochastically, and {tradeoff}"
+            overrides["train"] = {"precision": dtype}
+        yield Technique(name, overrides, tradeoff)
+
+
 TECHNIQUES = (
     Technique("labels_only", {"train": {"logits": "labels_only"}}, None),
     Technique("checkpointing", {"train": {"gradient_checkpointing": True}}, None),
     Technique("fused_gelu", {"model": {"fused_gelu": True}}, "the last digit of GELU (2.4e-7)"),
     Technique("bf16", {"train": {"precision": "bf16"}}, "arithmetic in bf16"),
-    Technique("adamw8bit", {"optimizer": {"kind": "adamw8bit"}}, "moments in 8 bits"),
-    Technique(
-        "bf16_weights",
-        {"optimizer": {"kind": "adamw8bit_bf16"}, "train": {"precision": "bf16"}},
-        "weights in bf16, rounded stochastically, and moments in 8 bits",
-    ),
+    *_build_optimizer_techniques(),
 )
-"""Ordered by how early one would try them."""
+"""Ordered by how early one would try them. Names are unique."""
 
 
-def list_micro_batch_sizes(recipe: Recipe, num_processes: int = 1) -> list[int]:
+def list_micro_batch_sizes(recipe: Recipe, dp_world_size: int = 1) -> list[int]:
     """Return every possible micro-batch size of one process, in ascending order.
 
     Limits that split a step into the same number of micro-batches give the same size.
     """
     limits = range(1, recipe.train.global_batch_size + 1)
-    return sorted({compute_micro_batching(recipe.train.global_batch_size, limit, num_processes)[1] for limit in limits})
+    return sorted({compute_micro_batching(recipe.train.global_batch_size, limit, dp_world_size)[1] for limit in limits})
 
 
 def find_largest_fitting(
@@ -197,7 +203,7 @@ def best_plan(recipe: Recipe, target: MemoryTarget) -> Plan | None:
         return candidate.peak.allocated_bytes + overhead <= target.required_budget
 
     largest = find_largest_fitting(
-        list_micro_batch_sizes(recipe, target.launch_config.num_processes),
+        list_micro_batch_sizes(recipe, target.launch_config.dp_world_size),
         has_capacity,
         lambda size: plan(size).verdict == "fits",
     )

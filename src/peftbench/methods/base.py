@@ -28,10 +28,21 @@ class Method(ConfigSection):
     keeps_base_frozen: ClassVar[bool] = False
     """True if the base model's matrices and embeddings stay as loaded, and what is trained is added to them."""
     supports_quantized_base: ClassVar[bool] = False
-    """True if the base model may be quantized (``model.quantization``)."""
+    """True if the base model may be quantized (``model.quantization``), which needs ``keeps_base_frozen``."""
 
     kind: str
     """Kind of method."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Check the attributes of a subclass.
+
+        Raises:
+            TypeError: it trains the base model and supports a quantized one, whose matrices cannot be trained.
+        """
+        super().__pydantic_init_subclass__(**kwargs)
+        if cls.supports_quantized_base and not cls.keeps_base_frozen:
+            raise TypeError(f"{cls.__name__} supports a quantized base, so it must set keeps_base_frozen = True")
 
     @property
     def virtual_tokens(self) -> int:
@@ -79,7 +90,7 @@ class Method(ConfigSection):
         return output[:, input_ids.shape[1] :]
 
     def save(self, model: nn.Module, save_directory: Path) -> None:
-        """Save the trained parameters to ``save_directory`` in the format of peft or transformers, as safetensors."""
+        """Save the trained parameters as safetensors in ``save_directory``, in the format of peft or transformers."""
         model.save_pretrained(save_directory, safe_serialization=True)  # type: ignore[operator]
 
     def extract_summary(self, article: str) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -46,8 +46,12 @@ class Optimizer(ConfigSection):
     """Difference of its steps from AdamW's, SGD's or Lion's; None if they are equal."""
     fallbacks: ClassVar[tuple[str, ...]] = ()
     """Kinds of the most similar optimizers, which a refusal suggests first."""
+    is_common_fallback: ClassVar[bool] = False
+    """True if a refusal of any optimizer suggests it, after that optimizer's own fallbacks."""
     low_memory_variants: ClassVar[tuple[str, ...]] = ()
     """Kinds of optimizers with the same options and smaller states, which a memory search may use instead."""
+    state_classes: ClassVar[Mapping[str, str]] = {}
+    """Name -> module of the classes of its states in addition to tensors and numbers."""
 
     kind: str
     """Kind of optimizer."""

@@ -97,6 +97,7 @@ _QUANTIZED_MOMENTS = "moments are quantized to 8 bits, with one scale for each 2
 class AdamW8bit(_BitsAndBytesAdamW):
     """AdamW with 8-bit moments."""
 
+    is_common_fallback: ClassVar[bool] = True
     approximation: ClassVar[str | None] = _QUANTIZED_MOMENTS
     library_class: ClassVar[str] = "AdamW8bit"
 

@@ -19,6 +19,7 @@ class DeepSpeedCPUAdam(AdamLike):
 
     library: ClassVar[str] = "deepspeed"
     is_cpu_only: ClassVar[bool] = True
+    is_common_fallback: ClassVar[bool] = True
 
     kind: Literal["deepspeed_cpu_adam"] = "deepspeed_cpu_adam"
     """Kind of optimizer."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -92,6 +92,7 @@ class GaLore(_LowRank):
 
     library: ClassVar[str] = "pytorch-optimizer"
     approximation: ClassVar[str | None] = "updates of matrices have low rank"
+    state_classes: ClassVar[Mapping[str, str]] = {"GaLoreProjector": "pytorch_optimizer.optimizer.utils.galore"}
     library_module: ClassVar[str] = "pytorch_optimizer"
     pip_extra: ClassVar[str] = "optimizers"
 
@@ -116,6 +117,7 @@ class Apollo(_LowRank):
 
     library: ClassVar[str] = "apollo-torch"
     approximation: ClassVar[str | None] = "updates of matrices have the gradient's direction and low-rank scales"
+    state_classes: ClassVar[Mapping[str, str]] = {"GradientProjector": "apollo_torch.random_projector"}
     library_module: ClassVar[str] = "apollo_torch"
     pip_extra: ClassVar[str] = "apollo"
 

@@ -7,7 +7,7 @@ discards it. Stochastic rounding is unbiased: it keeps the update on average.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -101,6 +101,7 @@ class AdamW8bitBf16(_StochasticRounding):
     approximation: ClassVar[str | None] = (
         "weights are in bf16, rounded stochastically, and moments are quantized to 8 bits"
     )
+    state_classes: ClassVar[Mapping[str, str]] = {"OptimState8bit": "torchao.optim.subclass_8bit"}
     library_class: ClassVar[str] = "AdamW8bit"
 
     kind: Literal["adamw8bit_bf16"] = "adamw8bit_bf16"

@@ -24,6 +24,7 @@ class AdamW(AdamLike):
     """AdamW (Loshchilov and Hutter 2019) of torch, with its fused kernel."""
 
     is_fused: ClassVar[bool] = True
+    is_common_fallback: ClassVar[bool] = True
     low_memory_variants: ClassVar[tuple[str, ...]] = ("adamw8bit", "adamw8bit_bf16")
 
     kind: Literal["adamw"] = "adamw"

@@ -38,7 +38,7 @@ class FlopCounter(TorchDispatchMode):
         return result
 
     def _count_kernel_flops(self, func: Any, args: Any, kwargs: Any, result: Any) -> int:
-        """Return the FLOPs of one kernel, 0 if it is no matrix product."""
+        """Return the FLOPs of one kernel, 0 if it is not a matrix product."""
         formula = self._formulas.get(func._overloadpacket)
         if func.namespace != "torch_attn" and formula is None:
             return 0

@@ -98,7 +98,7 @@ def read_yaml(path: Path, visited: tuple[Path, ...] = ()) -> Iterator[DictConfig
     except (FileNotFoundError, IsADirectoryError) as error:
         candidates = [p.name for p in path.parent.glob("[!.]*.yaml")] if path.parent.is_dir() else []
         hint = did_you_mean(path.name, sorted(candidates)) if candidates else "pass the path of a YAML file"
-        raise MissingFileError(f"no file {path}", hint) from error
+        raise MissingFileError(f"file {str(path)!r} does not exist", hint) from error
     except (yaml.YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException) as error:
         raise RecipeError(f"{path} is not valid YAML: {_to_one_line(error)}") from error
     if not isinstance(loaded, DictConfig):
@@ -207,7 +207,7 @@ def _raise_unknown_key(path: str, fields: Sequence[str]) -> NoReturn:
 
 
 def _describe_requirement(error: dict[str, Any]) -> str:
-    """Return what a value must be, from pydantic's error, without pydantic's own words."""
+    """Return what a value must be, from pydantic's error, in plain English."""
     context = error.get("ctx", {})
     if error["type"] == "too_short":
         return f"a list of at least {context['min_length']} values"

@@ -42,7 +42,7 @@ class Model(ConfigSection):
     fused_gelu: bool = True
     """Compute GPT-2's tanh GELU in one kernel: fewer activations, 2.4e-7 off; false: bit-equal to transformers."""
     quantization: Literal["nf4", "nf4_double", "int8"] | None = None
-    """Load the base model in 4 or 8 bits (bitsandbytes) for methods that keep it frozen: lora, prompt_tuning."""
+    """Load the base model in 4 or 8 bits (bitsandbytes); only for methods that keep its matrices frozen."""
     trust_remote_code: bool = False
     """Run Python code from the model's repository. Use it only for a source you trust."""
 

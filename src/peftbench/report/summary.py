@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from decimal import ROUND_FLOOR
 
 from peftbench.record import Interval, RunRecord
-from peftbench.report.analysis.comparability import protocol_differs, why_not_comparable
+from peftbench.report.analysis.comparability import has_protocol_differences, why_not_comparable
 from peftbench.report.analysis.costs import cost_clause
 from peftbench.report.analysis.outcomes import outcome_sentences
 from peftbench.report.analysis.run_groups import RunGroup
@@ -16,9 +16,6 @@ from peftbench.report.text.formatting import decimal_places, format_decimal, joi
 MAX_SENTENCES = 12
 """Maximum number of sentences on configurations, and on outcomes; the table has the others."""
 
-_REFERENCE_METHOD = "full"
-"""Method that the others are compared with."""
-
 
 def summarize(records: Sequence[RunRecord], comparison_set: ComparisonSet | None = None) -> list[str]:
     """Return sentences on all runs, most important first. Only differences supported by intervals are called that.
@@ -27,7 +24,7 @@ def summarize(records: Sequence[RunRecord], comparison_set: ComparisonSet | None
     """
     comparison_set = comparison_set or compare_groups(records)
     sentences = []
-    if protocol_differs([run for run in records if run.tokens is not None and run.outcome.kind == "ok"]):
+    if has_protocol_differences([run for run in records if run.tokens is not None and run.outcome.kind == "ok"]):
         sentences.append(
             "These runs differ in more than their method (in batches, steps, examples or lengths), so a difference may "
             "not be due to the method"
@@ -72,16 +69,22 @@ def _quality_sentences(comparison_set: ComparisonSet) -> list[str]:
 def _commit_sentences(groups: Sequence[RunGroup]) -> list[str]:
     """Return a warning if the runs of a configuration were made by different commits."""
     commits = {one.label: {run.git_commit for run in one.ok_runs if run.git_commit is not None} for one in groups}
-    several = [label for label, known in commits.items() if len(known) > 1]
-    if not several:
+    mixed_labels = [label for label, known in commits.items() if len(known) > 1]
+    if not mixed_labels:
         return []
-    labels = join_with_and(truncate_list(several))
+    labels = join_with_and(truncate_list(mixed_labels))
     return [f"Runs of one configuration come from different commits, so not only seeds may differ: {labels}"]
+
+
+def _is_full_fine_tuning(group: RunGroup) -> bool:
+    """True if a run with outcome ok trained all parameters of the model."""
+    counts = [run.parameters for run in group.ok_runs if run.parameters is not None]
+    return any(count.trainable == count.total for count in counts)
 
 
 def _select_reference(groups: Sequence[RunGroup]) -> tuple[RunGroup, str]:
     """Return the reference among ``groups`` (best mean first), and a clause if its mean selected it."""
-    full = [one for one in groups if one.method_kind == _REFERENCE_METHOD]
+    full = [one for one in groups if _is_full_fine_tuning(one)]
     if full:
         return full[0], ", the best of its method by this metric" if len(full) > 1 else ""
     trained = [one for one in groups if one.is_trained]
@@ -176,7 +179,7 @@ def _interval_sentence(comparison_set: ComparisonSet) -> str:
         if comparison_set.num_comparisons > 1
         else "for the single comparison"
     )
-    how = "paired bootstrap" if comparison_set.uses_bootstrap else "Student's t of paired differences"
+    how = "paired bootstrap" if comparison_set.has_bootstrap_intervals else "Student's t of paired differences"
     sentence = (
         f"Intervals have {100 * (1 - ALPHA):.3g} % confidence {count}: {how} over {comparison_set.num_examples:,} "
         "held-out examples"
@@ -199,7 +202,7 @@ def _interval_sentence(comparison_set: ComparisonSet) -> str:
 def _cost_sentences(comparison_set: ComparisonSet) -> list[str]:
     """Return costs compared with full fine-tuning, and why quality is not compared."""
     trained = [one for one in comparison_set.groups if one.is_trained]
-    reference = next((one for one in trained if one.method_kind == _REFERENCE_METHOD), None)
+    reference = next((one for one in trained if _is_full_fine_tuning(one)), None)
     sentences = []
     if reference is not None:
         costs = (_cost_sentence(one, reference) for one in trained if one is not reference)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from peftbench.run.rank_measurements import RankMeasurements
     from peftbench.run.state import RunState
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 def build_record(state: RunState, outcome: Outcome, ranks: RankMeasurements, notes: Sequence[str]) -> RunRecord:
@@ -76,7 +76,7 @@ def build_record(state: RunState, outcome: Outcome, ranks: RankMeasurements, not
     return record.model_copy(update={"notes": (*notes, *check_record(record))})
 
 
-def _select_timed_steps(state: RunState, step_values: Sequence[T]) -> list[T]:
+def _select_timed_steps(state: RunState, step_values: Sequence[_T]) -> list[_T]:
     """Return the values of timed steps: those after the untimed steps of each process."""
     return [value for value, timed in zip(step_values, state.probe.timed_mask, strict=False) if timed]
 

@@ -7,7 +7,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
-from peftbench.common.console import get_launched_rank
+from peftbench.distributed import launcher_env
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def is_main_process() -> bool:
     """True in the process with rank 0; known before any engine has started."""
-    return get_launched_rank() == 0
+    return launcher_env.get_rank() == 0
 
 
 def build_result_line(name: str, outcome: Outcome, record_path: Path | None) -> dict[str, object]:

@@ -99,8 +99,8 @@ def _build_run_status(run_dir: Path, name: str, queue: Mapping[str, QueuedJob], 
         position = f"after step {record.outcome.step}, " if record is not None and record.outcome.step else ""
         reason = "starting" if queued.state == "RUNNING" else queued.state if queued.reason == "None" else queued.reason
         return RunStatus(name, "waiting", job_id=job_id, detail=f"{position}{reason.lower()}")
-    if job_file is not None and (refusal := _find_refusal(job_file, run_dir)):
-        return RunStatus(name, "failed", job_id=job_id, detail=refusal)
+    if job_file is not None and (error_message := _read_refusal(job_file, run_dir)):
+        return RunStatus(name, "failed", job_id=job_id, detail=error_message)
     if record is not None and _is_record_current(status, record):
         return _build_ended_status(run_dir, name, record, status, job_id)
     if status is not None:
@@ -122,7 +122,7 @@ def _build_run_status(run_dir: Path, name: str, queue: Mapping[str, QueuedJob], 
     return RunStatus(name, "waiting", job_id=job_id, detail=detail)
 
 
-def _find_refusal(job_file: JobFile, run_dir: Path) -> str | None:
+def _read_refusal(job_file: JobFile, run_dir: Path) -> str | None:
     """Return the error of a refused run, which only the job's log has; None if the run started."""
     result = job_file.read_final_result()
     if result is None or result["outcome"] != "refused" or job_file.log_path is None:

@@ -49,7 +49,7 @@ def verify_strategy(
         BudgetError: a run ended neither well nor out of memory.
     """
     chosen, predicted = apply_strategy(recipe, strategy), strategy.plan.micro_batch_size
-    sizes = list_micro_batch_sizes(chosen, target.launch_config.num_processes)
+    sizes = list_micro_batch_sizes(chosen, target.launch_config.dp_world_size)
     outcomes: dict[int, str] = {}
 
     def fits(index: int) -> bool:

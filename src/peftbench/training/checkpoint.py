@@ -178,16 +178,16 @@ class CheckpointManager:
             chosen = self._select_latest()
         if self.accelerator.num_processes > 1:
             (chosen,) = broadcast_object_list([chosen])
-        checkpoint, notes, refusal = chosen
+        checkpoint, notes, error_message = chosen
         self.notes += notes
-        if refusal is not None:
-            raise CheckpointError(refusal)
+        if error_message is not None:
+            raise CheckpointError(error_message)
         return checkpoint
 
     def _select_latest(self) -> tuple[CheckpointRef | None, list[str], str | None]:
         others = [path for path in self.directory.parent.glob("*") if path.is_dir() and path != self.directory]
-        if refusal := self._find_old_format():
-            return None, [], refusal
+        if error_message := self._find_old_format():
+            return None, [], error_message
         notes = [f"{path} has checkpoints of another recipe, base model or data; kept" for path in sorted(others)]
         for path in self.directory.glob(f"*{PARTIAL_SUFFIX}"):
             shutil.rmtree(path, ignore_errors=True)
@@ -202,15 +202,15 @@ class CheckpointManager:
                     None,
                     notes,
                     (
-                        f"Cannot resume from {path}: it was written with {', '.join(differences)}. Launch with the "
-                        f"same settings, or delete {self.directory} to start over."
+                        f"Cannot resume from {path}: it was written with {', '.join(differences)}; launch with the "
+                        f"same settings, or delete {self.directory} to start over"
                     ),
                 )
             return CheckpointRef(path, metadata), notes, None
         return None, notes, None
 
     def _find_old_format(self) -> str | None:
-        """Return a refusal if a checkpoint has another format; it names the old record that the run would replace."""
+        """Return an error message if a checkpoint has another format; it names the record that would be replaced."""
         for path in self.run_dir.find_checkpoints():
             version = _read_format_version(path / CHECKPOINT_METADATA_FILE)
             if version in (None, _FORMAT_VERSION):
@@ -224,7 +224,7 @@ class CheckpointManager:
             )
             return (
                 f"Cannot resume from {path}: it has checkpoint format {version}, and this version reads format "
-                f"{_FORMAT_VERSION}. Delete {path.parent} to start over{replaced}."
+                f"{_FORMAT_VERSION}; delete {path.parent} to start over{replaced}"
             )
         return None
 

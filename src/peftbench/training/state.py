@@ -12,6 +12,7 @@ import torch
 
 from peftbench.data.collate import FlopUnits, TokenCounts
 from peftbench.distributed import deepspeed
+from peftbench.optim import OPTIMIZERS
 from peftbench.profiler.memory import local_shard
 
 if TYPE_CHECKING:
@@ -21,13 +22,8 @@ if TYPE_CHECKING:
     from peftbench.training.build import TrainingComponents
     from peftbench.training.loop import TrainProgress
 
-# Classes that an optimizer's state may hold in addition to tensors and numbers; loading creates no other class.
-_OPTIM_STATE_8BIT = "OptimState8bit"
-_PROJECTOR_MODULES = {
-    "GaLoreProjector": "pytorch_optimizer.optimizer.utils.galore",
-    "GradientProjector": "apollo_torch.random_projector",
-}
-"""Class name -> the module that defines it."""
+_STATE_CLASSES = {name: module for optimizer in OPTIMIZERS.values() for name, module in optimizer.state_classes.items()}
+"""Name -> module of the classes that loading may create in addition to tensors and numbers; it creates no other."""
 
 
 def capture_state(
@@ -116,15 +112,14 @@ def _serialize_state(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _serialize_value(value: object) -> object:
-    if type(value).__name__ == _OPTIM_STATE_8BIT:
+    class_name = type(value).__name__
+    if class_name not in _STATE_CLASSES:
+        return local_shard(value) if isinstance(value, torch.Tensor) else value
+    if isinstance(value, torch.Tensor):  # a quantized state of torchao
         names, (signed, dtype) = value.__tensor_flatten__()  # type: ignore[attr-defined]
         parts = {name: getattr(value, name) for name in names}
-        return {_OPTIM_STATE_8BIT: parts, "signed": signed, "dtype": str(dtype).removeprefix("torch.")}
-    if isinstance(value, torch.Tensor):
-        return local_shard(value)
-    if (name := type(value).__name__) in _PROJECTOR_MODULES:
-        return {name: {key: _serialize_value(below) for key, below in vars(value).items()}}
-    return value
+        return {class_name: parts, "signed": signed, "dtype": str(dtype).removeprefix("torch.")}
+    return {class_name: {key: _serialize_value(below) for key, below in vars(value).items()}}
 
 
 def _deserialize_state(state: dict[str, Any]) -> dict[str, Any]:
@@ -132,18 +127,18 @@ def _deserialize_state(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _deserialize_value(value: dict[str, Any]) -> object:
-    if _OPTIM_STATE_8BIT in value:
-        from torchao.optim.subclass_8bit import OptimState8bit
-
+    class_name = next((name for name in value if name in _STATE_CLASSES), None)
+    if class_name is None:
+        raise ValueError(f"the checkpoint has an optimizer state of an unknown class, with the keys {sorted(value)}")
+    state_class = getattr(import_module(_STATE_CLASSES[class_name]), class_name)
+    if issubclass(state_class, torch.Tensor):
         dtype = getattr(torch, value["dtype"])
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"{value['dtype']} is not a torch dtype")
-        return OptimState8bit.__tensor_unflatten__(value[_OPTIM_STATE_8BIT], (value["signed"], dtype))
-    ((name, attributes),) = value.items()
-    projector_class = getattr(import_module(_PROJECTOR_MODULES[name]), name)
-    projector = object.__new__(projector_class)
-    vars(projector).update(attributes)
-    return projector
+        return state_class.__tensor_unflatten__(value[class_name], (value["signed"], dtype))  # type: ignore[attr-defined]
+    state = object.__new__(state_class)
+    vars(state).update(value[class_name])
+    return state
 
 
 def _as_dtensor_like(value: object, tensor: torch.Tensor) -> object:

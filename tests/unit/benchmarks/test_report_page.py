@@ -6,11 +6,14 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from tests.helpers.paths import REPOSITORY
 
 FOLDER = REPOSITORY / "benchmarks" / "report_page"
 
 
+@pytest.mark.slow
 def test_report_time_is_printed() -> None:
     """The script prints the number of records and the time of the report."""
     command = [sys.executable, str(FOLDER / "pages.py"), str(REPOSITORY / "docs" / "results" / "demo")]

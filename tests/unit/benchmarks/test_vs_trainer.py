@@ -76,7 +76,7 @@ SMALL = (
     "1",
     "--threads",
     "1",
-    "--soft-tokens",
+    "--num-virtual-tokens",
     "4",
     "--warmup",
     "1",
@@ -96,12 +96,13 @@ def assert_arms_agree(records: dict[tuple[str, str], dict[str, object]], case: s
         assert losses[-1] < losses[0] - 0.01
     for arm in arms:
         other = records[case, arm]
-        for key in ("real_tokens", "labeled_tokens", "trainable_parameters", "required_flops", "data_identity"):
+        for key in ("real_tokens", "labeled_tokens", "trainable_parameters", "model_flops", "data_fingerprint"):
             assert other[key] == reference[key], (case, arm, key)
         # TRL's default always multiplies in bf16, so its tolerance is larger.
         assert other["losses"] == pytest.approx(losses, rel=1e-3 if arm == "trl_default" else 1e-5), (case, arm)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_two_arms_have_equal_losses(options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """HF Trainer's best flags and peftbench have equal losses in fp32; a second call prints a table without measuring.
@@ -144,13 +145,13 @@ def test_all_arms_have_equal_losses_with_every_method(options: list[str], tmp_pa
     for case in CASES:
         assert_arms_agree(records, case, ARMS)
     for record in records.values():
-        executed, required = record["executed_flops"], record["required_flops"]
-        assert isinstance(executed, int)
-        assert isinstance(required, int)
-        assert 0 < required <= executed, (record["case"], record["arm"])
+        hardware_flops, model_flops = record["hardware_flops"], record["model_flops"]
+        assert isinstance(hardware_flops, int)
+        assert isinstance(model_flops, int)
+        assert 0 < model_flops <= hardware_flops, (record["case"], record["arm"])
     notes = json.dumps(records["last_layer_epoch2", "peftbench"]["notes"])
     assert "hidden states" in notes
-    assert "those of 0 of" in notes  # nothing cached by another arm or repeat
+    assert ": 0 of " in notes  # nothing cached by another arm or repeat
     assert str(Path.home()) not in notes
     real_tokens = records["last_layer_epoch2", "peftbench"]["real_tokens"]
     assert isinstance(real_tokens, list)
@@ -175,10 +176,10 @@ def record(arm: str, repeat: int, **changes: object) -> dict[str, object]:
         "threads": 1,
         "versions": {"torch": "2"},
         "git": "abc",
-        "data_identity": "d",
-        "model_identity": "m",
+        "data_fingerprint": "d",
+        "model_fingerprint": "m",
         "trainable_parameters": 10,
-        "warmup_steps": 1,
+        "untimed_steps": 1,
         "losses": [3.0, 2.0],
         "step_seconds": [1.0],
         "train_seconds": 2.0,
@@ -186,8 +187,8 @@ def record(arm: str, repeat: int, **changes: object) -> dict[str, object]:
         "labeled_tokens": [5, 10],
         "memory": {"rss_bytes": 3 * 2**20, "baseline_rss_bytes": 2**20},
         "counted_step": 1,
-        "required_flops": 50,
-        "executed_flops": 100,
+        "model_flops": 50,
+        "hardware_flops": 100,
     } | changes
 
 
@@ -224,6 +225,30 @@ def test_ratio_compares_records_of_one_repeat(tmp_path: Path) -> None:
     assert call("--report", str(folder), "--update-file", str(page), "--marker", "x").returncode == 0
     assert page.read_text(encoding="utf-8").startswith("above\n<!-- report:x -->\n\n| method")
     assert "3.00x (2.00–4.00)" in page.read_text(encoding="utf-8")
+
+
+def test_schema_1_record_reports_the_same_table(tmp_path: Path) -> None:
+    """A record with the keys of schema 1 yields the same table as one with the new keys."""
+    new = [record(arm, 1, spec={"num_virtual_tokens": 4}) for arm in ("hf_best", "peftbench")]
+    text = json.dumps(new)
+    for new_key, old_key in {
+        "data_fingerprint": "data_identity",
+        "model_fingerprint": "model_identity",
+        "model_flops": "required_flops",
+        "hardware_flops": "executed_flops",
+        "untimed_steps": "warmup_steps",
+        "num_virtual_tokens": "soft_tokens",
+        "baseline_rss_bytes": "resident_baseline_bytes",
+        "rss_bytes": "resident_bytes",
+    }.items():
+        text = text.replace(f'"{new_key}"', f'"{old_key}"')
+    old = [entry | {"schema_version": 1} for entry in json.loads(text)]
+    expected, reported = (
+        call("--report", str(write_records(tmp_path / name, *entries)))
+        for name, entries in (("new", new), ("old", old))
+    )
+    assert reported.returncode == 0, reported.stderr
+    assert reported.stdout == expected.stdout
 
 
 def test_targets_use_unrounded_medians(tmp_path: Path) -> None:
@@ -285,7 +310,7 @@ def heavy(*args):
     ballast = b"x" * {ballast_bytes}
     return read(*args)
 arm.read_examples = heavy
-spec = Spec(precision="fp32", soft_tokens=4, warmup=1, steps=1)
+spec = Spec(precision="fp32", num_virtual_tokens=4, warmup=1, steps=1)
 settings = dict(spec=spec, case="full", repeat=1, train={options[1] + "/train.jsonl"!r}, base={str(base)!r}, out="")
 print(arm.measure(Job(arm="peftbench", **settings)).peak_bytes)
 """
@@ -303,7 +328,7 @@ print(arm.measure(Job(arm="peftbench", **settings)).peak_bytes)
         ({"real_tokens": [49, 100]}, "its steps have other tokens than peftbench's"),
         ({"labeled_tokens": [5, 11]}, "its steps have other tokens than peftbench's"),
         ({"trainable_parameters": 11}, "it trains 11 parameters; peftbench trains others"),
-        ({"required_flops": 51}, "its model FLOPs differ from peftbench's"),
+        ({"model_flops": 51}, "its model FLOPs differ from peftbench's"),
         ({"device_name": "another"}, "the records have more than one device: a CPU, another"),
         ({"git": "def"}, "the records have more than one checkout: abc, def"),
     ],
@@ -377,6 +402,7 @@ def test_main_script_imports_no_cuda_library() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_arms_of_missing_trl_are_skipped(options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without trl its arms are skipped with a message."""
     hidden = tmp_path / "hidden"

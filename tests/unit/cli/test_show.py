@@ -12,7 +12,7 @@ from peftbench.cli.app import app
 from peftbench.errors import OutputError
 from peftbench.report.tables.columns import COLUMNS
 from peftbench.slurm import folder
-from tests.launch.conftest import RECIPE
+from tests.helpers.project import RECIPE
 
 
 @pytest.fixture

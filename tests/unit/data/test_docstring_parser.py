@@ -58,7 +58,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_reads_every_docstring_with_its_qualified_name(tmp_path: Path) -> None:
     """Modules, classes, functions and coroutines are read in order, nested ones too; other strings are ignored."""
     text = '''"""The module."""
-x = """a string that is no docstring"""
+x = """a string that is not a docstring"""
 class A:
     """The class."""
     async def wait(self):
@@ -102,7 +102,7 @@ def after():
 
 
 def test_indentation_is_removed(tmp_path: Path) -> None:
-    """As with inspect.cleandoc, the common margin and blank lines at both ends are removed."""
+    """The common margin and blank lines at both ends are removed, as by inspect.cleandoc."""
     text = 'def f():\n    """Summary.\n\n    First.\n        Indented.\n    """\n'
     assert [docstring.text for docstring in read_text(tmp_path, text)] == ["Summary.\n\nFirst.\n    Indented."]
 

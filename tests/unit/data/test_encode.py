@@ -250,7 +250,9 @@ def test_model_without_max_positions_needs_max_length() -> None:
 @pytest.mark.parametrize("new_tokens", [32, 33])
 def test_max_new_tokens_must_leave_room_for_an_article(new_tokens: int) -> None:
     """At least one token fewer than the length limit; the error has both numbers."""
-    with pytest.raises(SequenceTooShortError, match=rf"max_new_tokens={new_tokens} leaves no room .* in 32 tokens"):
+    with pytest.raises(
+        SequenceTooShortError, match=rf"max_length=32 is too short: .*max_new_tokens={new_tokens} leaves no room"
+    ):
         layout_for_model(32, 64, new_tokens=new_tokens)
     assert layout_for_model(32, 64, new_tokens=31).max_new_tokens == 31
 

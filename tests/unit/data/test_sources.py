@@ -161,7 +161,7 @@ def test_parquet_file_without_rows_is_an_empty_split(write_rows: WriteRows, tmp_
 
 def test_split_without_a_file_is_refused_with_its_key(write_rows: WriteRows) -> None:
     """The error has the key that must be set to a file."""
-    with pytest.raises(EmptySplitError, match=r"data\.source\.validation is not set; set it to a file"):
+    with pytest.raises(EmptySplitError, match=r"data\.source\.validation is not set; set it to the path of a file"):
         Files(train=write_rows("rows.jsonl", ROWS)).load("validation")
 
 
@@ -176,7 +176,7 @@ def test_missing_file_is_refused_with_its_key_and_path(tmp_path: Path) -> None:
     ("name", "content"),
     [
         ("broken.jsonl", b'{"article": "a", "summary": "b"}\n{"article": \n'),
-        ("broken.parquet", b"this is no parquet file, though it is named as one"),
+        ("broken.parquet", b"this is not a parquet file, though it is named as one"),
         ("broken.csv", b"article,summary\n\xff\xfe,b\n"),
         ("list.jsonl", b"[1, 2\n"),
     ],
@@ -249,7 +249,7 @@ def test_local_folder_is_read_like_a_hub_dataset(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("config", ["1.0.0", "3.0.0"])
 def test_clone_of_a_repository_is_read_by_config(config: str, tmp_path: Path) -> None:
-    """As on the Hub, the recipe's config selects the files."""
+    """The recipe's config selects the files, as on the Hub."""
     source = Hub(path=str(repository_copy(tmp_path / "clone")), config=config)
     assert rows_of(source, "test") == [{"id": "i", "article": f"{config} test", "summary": "h"}]
 

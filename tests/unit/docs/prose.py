@@ -3,10 +3,10 @@
 import subprocess
 import sys
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tests.unit.docs.banned_words import PATTERNS
+from tests.unit.docs.banned_words import PATTERNS, Pattern
 
 ROOT = Path(__file__).resolve().parents[3]
 EXEMPT = {"tests/unit/docs/banned_words.py"}
@@ -27,19 +27,18 @@ SCANNED = (
     "pyproject.toml",
     ".pre-commit-config.yaml",
 )
-SUFFIXES = {".py", ".md", ".yaml", ".yml", ".toml", ".sbatch", ".html", ".j2", ".js", ".sh", ""}
-_COMPILED = [(pattern, pattern.compile(), pattern.compile_allowed()) for pattern in PATTERNS]
+SUFFIXES = {".py", ".md", ".yaml", ".yml", ".toml", ".sbatch", ".html", ".j2", ".jinja", ".css", ".js", ".sh", ""}
 
 
-def find_banned(text: str) -> Iterator[tuple[int, str, str]]:
+def find_banned(text: str, patterns: Sequence[Pattern] = PATTERNS) -> Iterator[tuple[int, str, str]]:
     """Yield the line number, the phrase and its plain rewrite for each banned phrase of a text."""
     starts = [0, *(index + 1 for index, character in enumerate(text) if character == "\n")]
     reported: set[tuple[int, int]] = set()
-    for pattern, banned, allowed in _COMPILED:
+    for pattern in patterns:
         exempt: list[tuple[int, int]] | None = None
-        for match in banned.finditer(text):
+        for match in pattern.compile().finditer(text):
             if exempt is None:
-                exempt = [found.span() for phrase in allowed for found in phrase.finditer(text)]
+                exempt = [found.span() for phrase in pattern.compile_allowed() for found in phrase.finditer(text)]
             if any(start <= match.start() and match.end() <= end for start, end in exempt):
                 continue
             if any(start <= match.start() < end for start, end in reported):

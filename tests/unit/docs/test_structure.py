@@ -1,4 +1,4 @@
-"""Structure of the package: modules at its top, limits of files and functions, and unique public names."""
+"""Structure of the code: modules at the package's top, limits of files and functions, unique names, and imports."""
 
 import ast
 from collections import defaultdict
@@ -7,6 +7,7 @@ from pathlib import Path
 from tests.unit.docs.prose import ROOT
 
 PACKAGE = ROOT / "src" / "peftbench"
+CHECKED_FOLDERS = ("src", "tests", "benchmarks", "launch")
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
 
@@ -14,16 +15,17 @@ MAX_FUNCTION_LINES = 60
 SAME_MEANING = {
     "main": "entry point of a command line",
     "app": "typer application",
-    "estimate": "the command, and the function it calls",
-    "report": "the command, and its typer group",
-    "Array": "type alias of a NumPy array of floats",
-    "T": "type variable",
-    "train": "the command of one run, and the training loop",
+    "estimate": "predict the memory of a recipe: the command, and the function it calls",
+    "train": "train one model: the command, and the loop that it runs",
 }
 
 
 def _list_sources() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
+
+
+def _list_checked_files() -> list[Path]:
+    return sorted(path for folder in CHECKED_FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 
 def _find_public_names(tree: ast.Module) -> set[str]:
@@ -44,11 +46,35 @@ def find_duplicates(sources: dict[str, str]) -> dict[str, list[str]]:
     for module, text in sources.items():
         for name in _find_public_names(ast.parse(text)):
             modules_by_name[name].append(module)
-    return {
-        name: modules
-        for name, modules in sorted(modules_by_name.items())
-        if len(modules) > 1 and name not in SAME_MEANING
-    }
+    return {name: modules for name, modules in sorted(modules_by_name.items()) if len(modules) > 1}
+
+
+def find_long_code(name: str, text: str) -> list[str]:
+    """Return the file if it is too long or switches the formatter off, and each function that is too long."""
+    too_long = []
+    if len(text.splitlines()) > MAX_FILE_LINES:
+        too_long.append(name)
+    if any("# fmt: " + switch in text for switch in ("skip", "off")):
+        too_long.append(f"{name}: formatter switched off")
+    too_long += [
+        f"{name}:{node.lineno}: {node.name}"
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (node.end_lineno or 0) - node.lineno >= MAX_FUNCTION_LINES
+    ]
+    return too_long
+
+
+def find_conftest_imports(name: str, text: str) -> list[str]:
+    """Return each import of a conftest module, or of a name from one."""
+    imports = []
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.Import | ast.ImportFrom):
+            continue
+        parent = f"{node.module or ''}." if isinstance(node, ast.ImportFrom) else ""
+        modules = [parent + alias.name for alias in node.names]
+        imports += [f"{name}:{node.lineno}" for module in modules if "conftest" in module.split(".")]
+    return imports
 
 
 def test_public_names_are_defined_once() -> None:
@@ -56,7 +82,9 @@ def test_public_names_are_defined_once() -> None:
     duplicates = find_duplicates(
         {str(path.relative_to(PACKAGE)): path.read_text(encoding="utf-8") for path in _list_sources()}
     )
-    assert not duplicates, "\n".join(f"{name}: {', '.join(modules)}" for name, modules in duplicates.items())
+    unexpected = {name: modules for name, modules in duplicates.items() if name not in SAME_MEANING}
+    assert not unexpected, "\n".join(f"{name}: {', '.join(modules)}" for name, modules in unexpected.items())
+    assert set(SAME_MEANING) <= set(duplicates), "stale entries of SAME_MEANING"
 
 
 def test_duplicate_name_is_reported() -> None:
@@ -66,7 +94,7 @@ def test_duplicate_name_is_reported() -> None:
         "b.py": "from a import FILE\n_x = 3\ndef main(): ...",
         "c.py": "FILE: int = 2",
     }
-    assert find_duplicates(sources) == {"FILE": ["a.py", "c.py"]}
+    assert find_duplicates(sources) == {"FILE": ["a.py", "c.py"], "main": ["a.py", "b.py"]}
 
 
 def test_package_top_has_only_entry_points_and_errors() -> None:
@@ -78,16 +106,36 @@ def test_package_top_has_only_entry_points_and_errors() -> None:
 def test_files_and_functions_stay_within_limits() -> None:
     """Check lengths of files (500 lines) and functions (60), and that no line switches the formatter off."""
     too_long = []
-    for path in _list_sources():
-        text = path.read_text(encoding="utf-8")
-        name = str(path.relative_to(ROOT))
-        if len(text.splitlines()) > MAX_FILE_LINES:
-            too_long.append(name)
-        if "# fmt: " + "skip" in text:
-            too_long.append(f"{name}: formatter switched off")
-        too_long += [
-            f"{name}:{node.lineno}: {node.name}"
-            for node in ast.walk(ast.parse(text))
-            if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= MAX_FUNCTION_LINES
-        ]
+    for path in _list_checked_files():
+        too_long += find_long_code(str(path.relative_to(ROOT)), path.read_text(encoding="utf-8"))
     assert not too_long
+
+
+def test_long_file_and_function_are_reported() -> None:
+    """Check that 501 lines, a function of 61 lines and a switched-off formatter are reported, 500 and 60 are not."""
+    body = "    x = 1\n"
+    assert not find_long_code("a.py", "x = 1\n" * MAX_FILE_LINES)
+    assert not find_long_code("a.py", "def f():\n" + body * (MAX_FUNCTION_LINES - 1))
+    assert find_long_code("a.py", "x = 1\n" * (MAX_FILE_LINES + 1)) == ["a.py"]
+    assert find_long_code("a.py", "async def f():\n" + body * MAX_FUNCTION_LINES) == ["a.py:1: f"]
+    assert find_long_code("a.py", "x = [1,  2]  # fmt: " + "skip\n") == ["a.py: formatter switched off"]
+
+
+def test_no_module_imports_from_a_conftest() -> None:
+    """Check that shared test code is in tests/helpers; conftest.py has fixtures and hooks only."""
+    imports = []
+    for path in _list_checked_files():
+        imports += find_conftest_imports(str(path.relative_to(ROOT)), path.read_text(encoding="utf-8"))
+    assert not imports
+
+
+def test_import_from_a_conftest_is_reported() -> None:
+    """Check that each form of import is reported."""
+    for statement in (
+        "from a.conftest import X",
+        "from a import conftest as b",
+        "import conftest",
+        "from . import conftest",
+    ):
+        assert find_conftest_imports("b.py", statement) == ["b.py:1"], statement
+    assert not find_conftest_imports("b.py", "from a.helpers import conftests")

@@ -14,6 +14,7 @@ from peftbench.data.encode import Encoder, SequenceLayout
 from peftbench.evaluation.evaluator import Evaluator
 from peftbench.methods.base import Method
 from tests.helpers.corpus import examples
+from tests.helpers.evaluators import MAX_TOKENS, NEW_TOKENS, ApplyMethod, BuildEvaluator
 from tests.helpers.models import POSITIONS
 from tests.helpers.training import single_process_context, wrap_model
 from tests.helpers.workshop import Workshop
@@ -21,12 +22,6 @@ from tests.helpers.workshop import Workshop
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-NEW_TOKENS = 10
-MAX_TOKENS = 48
-
-BuildEvaluator = Callable[..., Evaluator]
-ApplyMethod = Callable[[Method, str], nn.Module]
 
 
 @pytest.fixture

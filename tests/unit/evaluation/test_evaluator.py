@@ -19,6 +19,7 @@ from peftbench.profiler.probe import Probe
 from peftbench.recipe.schema import Evaluate
 from peftbench.training.loop import train_step
 from tests.helpers.batches import one_batch
+from tests.helpers.evaluators import ApplyMethod, BuildEvaluator
 from tests.helpers.methods import every_architecture, every_method
 from tests.helpers.training import (
     assemble_training,
@@ -28,7 +29,6 @@ from tests.helpers.training import (
     wrap_model,
 )
 from tests.helpers.workshop import Workshop
-from tests.unit.evaluation.conftest import ApplyMethod, BuildEvaluator
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

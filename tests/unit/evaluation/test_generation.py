@@ -13,15 +13,32 @@ from torch import nn
 from peftbench.data.encode import Encoder
 from peftbench.methods.base import Method
 from peftbench.training.loop import train_step
-from tests.conformance.battery import Bench, Case, bench_of, every_case
+from tests.conformance.battery import CASES, Bench, Case, bench_of
 from tests.helpers.batches import logits, micro_batch, one_batch
-from tests.helpers.methods import every_architecture, every_method
+from tests.helpers.evaluators import NEW_TOKENS, BuildEvaluator
+from tests.helpers.methods import ONE_OF_EACH, one_method_fast
+from tests.helpers.models import ARCHITECTURES
+from tests.helpers.sweeps import mark_slow
 from tests.helpers.training import assemble_training
-from tests.unit.evaluation.conftest import NEW_TOKENS, BuildEvaluator
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+GENERATION_CASES = [
+    pytest.param(*point.values, id=str(point.values[0]), marks=point.marks)
+    for point in mark_slow(
+        [(case,) for case in CASES],
+        keep=lambda point: str(point[0]) in {"prompt-gpt2_tied", "lora-llama_tied"},
+        seed=3,
+    )
+]
+BEAM_CASES = mark_slow(
+    [(method, architecture) for method in ONE_OF_EACH.values() for architecture in ARCHITECTURES],
+    keep=lambda point: point[1] == "gpt2_tied" and point[0].kind == "prompt_tuning",
+    seed=4,
+)
 
 
 @pytest.fixture
@@ -56,7 +73,7 @@ def _generate_without_cache(model: nn.Module, encoder: Encoder, article: str) ->
     return encoder.decode(ids[start:])
 
 
-@every_case
+@pytest.mark.parametrize("case", GENERATION_CASES)
 def test_batch_padding_and_cache_do_not_change_the_summaries(
     case: Case,
     trained_bench: Callable[[Case], Bench],
@@ -75,8 +92,7 @@ def test_batch_padding_and_cache_do_not_change_the_summaries(
     assert len(set(batched)) > 1  # the texts differ, so their order is checked too
 
 
-@every_method
-@every_architecture
+@pytest.mark.parametrize(("method", "architecture"), BEAM_CASES)
 def test_beam_search_is_independent_of_the_batch(
     architecture: str, method: Method, trained_bench: Callable[[Case], Bench], build_evaluator: BuildEvaluator
 ) -> None:
@@ -87,7 +103,7 @@ def test_beam_search_is_independent_of_the_batch(
     assert batched != build_evaluator(method, model, batch_size=16).generate_summaries()
 
 
-@every_method
+@one_method_fast("lora")
 def test_generation_does_not_change_the_model(
     method: Method, trained_bench: Callable[[Case], Bench], build_evaluator: BuildEvaluator
 ) -> None:

@@ -12,10 +12,10 @@ from scipy.stats import bootstrap, norm, t
 from peftbench.evaluation import intervals
 from peftbench.evaluation.intervals import (
     bootstrap_interval,
+    can_bootstrap,
     paired_interval,
     paired_intervals,
     t_interval,
-    uses_bootstrap,
 )
 from peftbench.record import Interval
 
@@ -109,6 +109,7 @@ def test_t_interval_matches_hand_computed_value() -> None:
     assert t_interval([1.5, 1.5]) == Interval(mean=1.5, low=1.5, high=1.5)
 
 
+@pytest.mark.slow
 def test_false_positive_rate_is_about_5_percent() -> None:
     """Without a true difference, about 5 % of 200 intervals exclude 0; corrected for 20 comparisons, almost none do."""
     samples = [list(numpy.random.default_rng(seed).normal(size=60)) for seed in range(200)]
@@ -140,7 +141,7 @@ def test_chunked_means_give_the_same_intervals(monkeypatch: pytest.MonkeyPatch) 
 def test_student_s_t_is_used_beyond_the_resampling_limits(examples: int, comparisons: int) -> None:
     """This applies to very many examples, or to a very high confidence for the number of examples."""
     confidence, values = 1 - 0.05 / comparisons, _scores(examples)
-    assert not uses_bootstrap(examples, confidence)
+    assert not can_bootstrap(examples, confidence)
     half_width = t.isf((1 - confidence) / 2, examples - 1) * numpy.std(values, ddof=1) / math.sqrt(examples)
     interval = paired_interval(values, confidence=confidence)
     assert (interval.low, interval.high) == pytest.approx(
@@ -153,15 +154,15 @@ def test_bootstrap_agrees_with_student_s_t() -> None:
     for weights in ([1.0] * 490, [1.0 + i % 9 for i in range(490)]):
         values = [score - 20 for score in _scores(490)]
         resampled, by_t = paired_interval(values, weights), paired_interval(values * 60, weights * 60)
-        assert uses_bootstrap(490, 0.95)
-        assert not uses_bootstrap(60 * 490, 0.95)
+        assert can_bootstrap(490, 0.95)
+        assert not can_bootstrap(60 * 490, 0.95)
         assert _width(resampled) == pytest.approx(math.sqrt(60) * _width(by_t), rel=0.05)
 
 
 def test_full_test_split_is_resampled_in_seconds() -> None:
     """The sample has CNN/DailyMail's 11,490 examples and the 15 pairs of six runs, processed in chunks."""
     values = numpy.random.default_rng(0).normal(size=(15, 11_490))
-    assert uses_bootstrap(11_490, 1 - 0.05 / 15)
+    assert can_bootstrap(11_490, 1 - 0.05 / 15)
     start = time.perf_counter()
     pair_intervals = paired_intervals(values, confidence=1 - 0.05 / 15)
     assert time.perf_counter() - start < 10
@@ -194,5 +195,5 @@ def test_paired_interval_matches_scipy_s_bootstrap(weights: list[float] | None) 
 
 def test_fewer_than_two_examples_are_not_resampled() -> None:
     """One example has no variance."""
-    assert not uses_bootstrap(1, 0.95)
-    assert not uses_bootstrap(0, 0.95)
+    assert not can_bootstrap(1, 0.95)
+    assert not can_bootstrap(0, 0.95)

@@ -29,6 +29,7 @@ from tests.helpers.cached_training import BATCH, EPOCHS, recipe
 from tests.helpers.disks import mount_tmpfs
 from tests.helpers.gpu import forbid_gpu_sync
 from tests.helpers.models import FAMILIES
+from tests.helpers.sweeps import mark_others_slow
 from tests.helpers.training import build_adapted_model, build_training_components, reset_accelerators
 from tests.helpers.workshop import Workshop
 
@@ -116,7 +117,7 @@ def build_run(run_recipe: Recipe, workshop: Workshop) -> tuple[AdaptedModel, Tra
 
 
 @pytest.mark.parametrize("padding", ["free", "longest"])
-@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("architecture", mark_others_slow({name: name for name in FAMILIES}, "gpt2_tied"))
 def test_cached_training_gives_equal_losses_with_fewer_flops(
     architecture: str, padding: str, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,7 +159,7 @@ def test_record_notes_the_feature_cache(workshop: Workshop, capsys: pytest.Captu
     assert capsys.readouterr().err.count(size_message) == 1
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_bf16_states_keep_losses_within_tolerance(precision: str, workshop: Workshop) -> None:
     """Check losses over states stored in bf16; with bf16 arithmetic they equal those without a cache exactly.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from peftbench.data.sources import Files
-from peftbench.record import RunRecord
 from tests.helpers.corpus import examples, write_corpus
 
 
@@ -21,11 +20,3 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Files]:
         splits = {"train": train, "validation": train[:4], "test": train[:4]}
         corpora[padding] = write_corpus(tmp_path_factory.mktemp(padding), splits)
     return corpora
-
-
-def count_labels_per_row(record: RunRecord, global_batch: int) -> int:
-    """Return the labeled tokens per example, which all examples share."""
-    assert record.tokens is not None
-    labels, remainder = divmod(record.tokens.labeled, global_batch * record.steps)
-    assert remainder == 0 < labels
-    return labels

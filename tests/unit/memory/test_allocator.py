@@ -84,7 +84,7 @@ def test_partly_used_segment_is_not_released() -> None:
 
 
 def test_cache_is_released_before_out_of_memory() -> None:
-    """As in torch; the error has the requested bytes."""
+    """The cache is released first, as in torch; the error has the requested bytes."""
     allocator = CachingAllocator(capacity=100 * MIB)
     allocator.allocate(1, 60 * MIB)
     allocator.free(1)

@@ -31,8 +31,8 @@ from tests.helpers.workshop import Workshop
 
 OPTIMIZER_CLASSES: dict[str, Any] = dict(OPTIMIZERS)
 PLANNED = [name for name in ENGINES if name not in {"single", "zero3_nvme"}]
-FAST = {(engine, method) for number, engine in enumerate(PLANNED) for method in [list(ONE_OF_EACH)[number % 4]]}
-"""Each engine once, with the methods in turn; other combinations are slow."""
+FAST = {("ddp", "full"), ("zero2_offload", "prompt_tuning"), ("zero3", "last_layer"), ("fsdp2", "lora")}
+"""One engine of each kind, each with another method; other combinations are slow."""
 POINTS = [
     pytest.param(engine, method, marks=() if (engine, method) in FAST else pytest.mark.slow)
     for engine in PLANNED
@@ -71,9 +71,10 @@ def test_plan_of_every_engine_has_every_phase(engine: str, method: str, make_pla
     )
     for part in plan.phase_peaks.values():
         assert 0 < part.live_bytes == sum(part.live_bytes_by_category.values())
-    assert f"{engine}, per process, of 3" in format_plan(plan)
+    assert f"{engine}, per process (3 processes)" in format_plan(plan)
 
 
+@pytest.mark.slow
 def test_sharded_and_offloaded_tensors(make_plan: Any) -> None:
     """ZeRO-1 to 3 and FSDP2 shard states, ZeRO-3 and FSDP2 weights; offloaded tensors are not on the device."""
     live_bytes = {
@@ -97,6 +98,7 @@ def test_sharded_and_offloaded_tensors(make_plan: Any) -> None:
     assert live_bytes["zero3_offload", 2].get("weights", 0) < 0.1 * live_bytes["zero3", 2]["weights"]
 
 
+@pytest.mark.slow
 def test_plan_restores_global_state(make_plan: Any, workshop: Workshop) -> None:
     """Patched functions and process state are restored, and the next plans are equal."""
     from deepspeed.accelerator import get_accelerator
@@ -130,7 +132,7 @@ def test_unsupported_launches_are_refused(make_plan: Any, workshop: Workshop, tm
     """Each message names the reason."""
     with pytest.raises(EstimateUnavailableError, match="zero3_nvme offloads to NVMe is not modeled"):
         make_plan("zero3_nvme", Full(), optimizer=OPTIMIZER_CLASSES["deepspeed_cpu_adam"]())
-    with pytest.raises(CombinationError, match="needs the matrices"):
+    with pytest.raises(CombinationError, match="needs matrices"):
         make_plan("zero2", Full(), optimizer=OPTIMIZER_CLASSES["galore"](rank=8))
     with pytest.raises(OutOfRangeError, match="is not divisible by 5 processes"):
         make_plan("ddp", Full(), 5)

@@ -70,6 +70,14 @@ def test_technique_sets_of_a_recipe(workshop: Workshop) -> None:
         list_technique_sets(other, ["bf61"], UNKNOWN_DEVICE)
 
 
+def test_optimizer_techniques_come_from_low_memory_variants() -> None:
+    """Each low-memory variant of an optimizer has one technique, and all names are unique."""
+    kinds = [technique.overrides["optimizer"]["kind"] for technique in TECHNIQUES if "optimizer" in technique.overrides]
+    variants = {kind for optimizer in OPTIMIZERS.values() for kind in optimizer.low_memory_variants}
+    assert sorted(kinds) == sorted(variants)
+    assert len(set(NAMES)) == len(NAMES)
+
+
 def test_technique_changes_only_its_keys(workshop: Workshop) -> None:
     """The learning rate and all other keys are unchanged."""
     recipe = workshop.recipe(Full(), optimizer=OPTIMIZERS["adamw"](kind="adamw", learning_rate=3e-4))

@@ -23,7 +23,7 @@ from peftbench.profiler.memory_breakdown import MemoryPeak
 from peftbench.recipe.schema import Data, Evaluate, Model, Profile, Recipe, Train
 from peftbench.record import RunRecord, read_record
 from tests.helpers.paths import REPOSITORY
-from tests.unit.memory.conftest import count_labels_per_row
+from tests.helpers.records import count_labels_per_row
 
 PROCESSES = 2
 WIDTH, SHORT = 48, 24
@@ -83,9 +83,8 @@ CASES = [
     )
 ]
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
-FAST = {("zero2", CASES[0])}
 POINTS = [
-    pytest.param(engine, case, id=f"{engine}-{case.name}", marks=() if (engine, case) in FAST else pytest.mark.slow)
+    pytest.param(engine, case, id=f"{engine}-{case.name}", marks=pytest.mark.slow)
     for engine in ENGINES
     for case in CASES
 ]

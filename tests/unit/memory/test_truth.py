@@ -20,8 +20,8 @@ from peftbench.recipe.schema import Profile, Recipe
 from peftbench.record import MemoryBreakdown
 from tests.helpers.methods import ONE_OF_EACH
 from tests.helpers.models import FAMILIES
+from tests.helpers.records import count_labels_per_row
 from tests.helpers.workshop import Workshop
-from tests.unit.memory.conftest import count_labels_per_row
 
 OPTIMIZER_CLASSES: dict[str, Any] = dict(OPTIMIZERS)
 WIDTH = 48

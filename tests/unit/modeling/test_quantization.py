@@ -12,13 +12,14 @@ from peftbench.methods.base import Method
 from peftbench.modeling.loss import LabeledLogitsLoss, build_loss
 from peftbench.training.build import load_base_model
 from tests.helpers.methods import ONE_OF_EACH
+from tests.helpers.sweeps import mark_others_slow
 from tests.helpers.workshop import Workshop
 
 SUPPORTED = {name: method for name, method in ONE_OF_EACH.items() if method.supports_quantized_base}
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "nf4_double", "int8"])
-@pytest.mark.parametrize("method", SUPPORTED.values(), ids=SUPPORTED)
+@pytest.mark.parametrize("quantization", ["nf4", pytest.param("nf4_double", marks=pytest.mark.slow), "int8"])
+@pytest.mark.parametrize("method", mark_others_slow(SUPPORTED, "lora"))
 def test_supported_methods_train_on_a_quantized_base(method: Method, quantization: str, workshop: Workshop) -> None:
     """The loss decreases, weights take fewer bytes, and parameters and model FLOPs equal those of a float32 base."""
     plain, quantized = (

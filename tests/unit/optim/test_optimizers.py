@@ -15,7 +15,12 @@ from peftbench.errors import OptimizerError
 from peftbench.optim import OPTIMIZERS, AdamW8bit, AdamW8bitBf16, AdamWBf16, Optimizer
 
 OPTIMIZER_CLASSES: dict[str, Any] = dict(OPTIMIZERS)
-ON_CPU = sorted(name for name, kind in OPTIMIZERS.items() if not kind.is_paged)
+ON_CPU = [
+    # DeepSpeed compiles its optimizer for minutes.
+    pytest.param(name, marks=pytest.mark.slow if name == "deepspeed_cpu_adam" else ())
+    for name, kind in sorted(OPTIMIZERS.items())
+    if not kind.is_paged
+]
 EXTRA_KEYS: dict[str, dict[str, object]] = {
     "galore": {"rank": 8},
     "apollo": {"rank": 8},
@@ -52,6 +57,16 @@ def run_steps(kind: Optimizer, steps: int = 1) -> tuple[Small, list[torch.Tensor
             parameter.grad = gradient.to(parameter.dtype)
         optimizer.step()
     return model, before, optimizer
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_state_classes_name_every_class_of_a_state(name: str) -> None:
+    """A checkpoint restores objects of these classes only, in addition to tensors and numbers."""
+    kind = OPTIMIZER_CLASSES[name](learning_rate=RATE, **EXTRA_KEYS.get(name, {}))
+    _, _, optimizer = run_steps(kind)
+    classes = {type(value) for state in optimizer.state.values() for value in state.values()}
+    others = classes - {torch.Tensor, int, float, bool, type(None)}
+    assert {one.__name__: one.__module__ for one in others} == dict(kind.state_classes)
 
 
 @pytest.mark.parametrize("name", ON_CPU)

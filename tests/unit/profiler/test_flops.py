@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,6 +20,7 @@ from peftbench.profiler.flop_counter import FlopCounter
 from peftbench.profiler.flops import UnsupportedFlopsError, count_flops
 from tests.conformance.battery import REFUSED, VARIANTS
 from tests.helpers.models import ARCHITECTURES
+from tests.helpers.sweeps import mark_slow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,15 +37,6 @@ CASES = [
     for checkpointing in (False, True)
     if not (checkpointing and METHOD_VARIANTS[variant].has_frozen_backbone)  # it has no effect there
 ]
-
-
-def mark_slow(points: Sequence[Any], keep: Callable[[Any], bool], seed: int) -> list[Any]:
-    """Mark a sweep's points as slow, except those that ``keep`` selects and a seeded tenth."""
-    fast = set(random.Random(seed).sample(range(len(points)), len(points) // 10))  # noqa: S311
-    return [
-        pytest.param(*point, marks=() if index in fast or keep(point) else pytest.mark.slow)
-        for index, point in enumerate(points)
-    ]
 
 
 def is_plain(point: tuple[Any, ...]) -> bool:

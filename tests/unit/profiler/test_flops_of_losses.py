@@ -18,8 +18,9 @@ from peftbench.profiler.flop_counter import FlopCounter
 from peftbench.profiler.flops import FlopCost, count_flops
 from tests.helpers.batches import LENGTHS_AND_PROMPTS, rows
 from tests.helpers.methods import ONE_OF_EACH, every_method
+from tests.helpers.sweeps import mark_slow
 from tests.helpers.training import loss_for
-from tests.unit.profiler.test_flops import CASES, METHOD_VARIANTS, is_plain, mark_slow, with_dropout
+from tests.unit.profiler.test_flops import CASES, METHOD_VARIANTS, is_plain, with_dropout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -16,7 +16,8 @@ from peftbench.methods.prompt_tuning import PromptTuning
 from peftbench.profiler.flop_counter import FlopCounter
 from peftbench.profiler.flops import count_flops
 from tests.helpers.models import ARCHITECTURES
-from tests.unit.profiler.test_flops import count_dispatched_flops, full_rectangle, mark_slow
+from tests.helpers.sweeps import mark_slow
+from tests.unit.profiler.test_flops import count_dispatched_flops, full_rectangle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -17,8 +17,8 @@ from peftbench.profiler.memory_breakdown import MEMORY_CATEGORIES, EngineBuffers
 from tests.helpers.batches import labels_of, mask_of, micro_batch
 from tests.helpers.methods import ONE_OF_EACH
 from tests.helpers.models import ARCHITECTURES
+from tests.helpers.sweeps import mark_slow
 from tests.helpers.training import trainable_parameters
-from tests.unit.profiler.test_flops import mark_slow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -18,7 +18,7 @@ from peftbench.methods import METHOD_KINDS
 from peftbench.optim import OPTIMIZERS, SGD, AdamW
 from peftbench.recipe.loader import load_recipe, merge_configs, to_commented_yaml
 from peftbench.recipe.schema import Recipe
-from tests.unit.recipe.conftest import REQUIRED_KEYS, write
+from tests.helpers.recipe_files import REQUIRED_KEYS, write
 
 
 def test_files_and_overrides_merge_from_left_to_right(least: Path, tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_missing_parent_is_refused(tmp_path: Path) -> None:
     """The error about a missing parent has its path and the nearest file of its folder."""
     write(tmp_path / "common.yaml", REQUIRED_KEYS)
     child = write(tmp_path / "child.yaml", {"extends": "comon.yaml"})
-    with pytest.raises(MissingFileError, match=r"no file .*comon\.yaml; did you mean 'common\.yaml'"):
+    with pytest.raises(MissingFileError, match=r"comon\.yaml' does not exist; did you mean 'common\.yaml'"):
         load_recipe([child])
 
 

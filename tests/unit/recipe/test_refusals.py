@@ -10,17 +10,17 @@ import pytest
 
 from peftbench.errors import MissingFileError, OutOfRangeError, RecipeError, UnknownKeyError, WrongTypeError
 from peftbench.recipe.loader import load_recipe, parse_recipe
-from tests.unit.recipe.conftest import REQUIRED_KEYS, write
+from tests.helpers.recipe_files import REQUIRED_KEYS, write
 
 MISTAKES: list[tuple[str, type[RecipeError], str]] = [
     # Unknown and misspelled keys and kinds: the path, and the nearest name in that group.
-    ("train.gobal_batch=4", UnknownKeyError, "'train.gobal_batch'; did you mean 'global_batch_size'?"),
+    ("train.gobal_batch=4", UnknownKeyError, "'train.gobal_batch'; did you mean 'train.global_batch_size'?"),
     ("trian.steps=4", UnknownKeyError, "'trian'; did you mean 'train'?"),
     ("method.rr=4", UnknownKeyError, "'method.rr'; "),
-    ("method.alhpa=4", UnknownKeyError, "'method.alhpa'; did you mean 'lora_alpha'?"),
+    ("method.alhpa=4", UnknownKeyError, "'method.alhpa'; did you mean 'method.lora_alpha'?"),
     ("data.source.trian=x.csv", UnknownKeyError, "'data.source.trian'"),
-    ("optimizer.learning_rat=1", UnknownKeyError, "'optimizer.learning_rat'; did you mean 'learning_rate'?"),
-    ("evaluate.beam=2", UnknownKeyError, "'evaluate.beam'; did you mean 'num_beams'?"),
+    ("optimizer.learning_rat=1", UnknownKeyError, "'optimizer.learning_rat'; did you mean 'optimizer.learning_rate'?"),
+    ("evaluate.beam=2", UnknownKeyError, "'evaluate.beam'; did you mean 'evaluate.num_beams'?"),
     ("method.kind=lorra", UnknownKeyError, "no method of kind 'lorra'; did you mean 'lora'?"),
     ("data.source.kind=hubb", UnknownKeyError, "no data.source of kind 'hubb'; did you mean 'hub'?"),
     ("optimizer.kind=adam", UnknownKeyError, "no optimizer of kind 'adam'; did you mean 'adamw'?"),
@@ -148,9 +148,9 @@ def test_misspelled_key_is_reported_before_the_missing_one() -> None:
 
 def test_missing_file_is_refused(least: Path) -> None:
     """The error has the nearest name in the folder; a folder in place of a file counts as missing."""
-    with pytest.raises(MissingFileError, match=r"no file .*lest\.yaml; did you mean 'least\.yaml'"):
+    with pytest.raises(MissingFileError, match=r"lest\.yaml' does not exist; did you mean 'least\.yaml'"):
         load_recipe([least.with_name("lest.yaml")])
-    with pytest.raises(MissingFileError, match="no file"):
+    with pytest.raises(MissingFileError, match="does not exist"):
         load_recipe([least.parent])
 
 

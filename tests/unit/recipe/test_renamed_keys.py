@@ -10,7 +10,7 @@ import pytest
 from peftbench.common.renamed_keys import RENAMED_KEYS, RENAMED_VALUES
 from peftbench.errors import OutOfRangeError, UnknownKeyError
 from peftbench.recipe.loader import load_recipe, parse_recipe
-from tests.unit.recipe.conftest import REQUIRED_KEYS, write
+from tests.helpers.recipe_files import REQUIRED_KEYS, write
 
 METHOD_KIND_OF_KEY = {
     "lora_alpha": "lora",

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from peftbench.recipe.loader import load_recipe, to_commented_yaml
-from tests.unit.recipe.conftest import write
+from tests.helpers.recipe_files import write
 
 RECIPES = Path(__file__).resolve().parents[3] / "recipes"
 

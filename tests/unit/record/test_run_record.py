@@ -63,11 +63,10 @@ def record(**values: Any) -> RunRecord:
     return RunRecord(**required | values)
 
 
-def full_record() -> RunRecord:
-    """Return a record with every field set."""
-    interval = Interval(mean=2.0, low=1.0, high=3.0)
-    return record(
-        outcome=Outcome(
+def full_setup() -> dict[str, Any]:
+    """Return the fields that describe the run: outcome, environment, model and data."""
+    return {
+        "outcome": Outcome(
             kind="oom",
             step=3,
             phase="train",
@@ -76,9 +75,9 @@ def full_record() -> RunRecord:
             error="out of memory",
             memory_snapshot="oom_snapshot.pickle",
         ),
-        device=Device(type="cuda", name="a card", num_processes=2, memory_bytes=2**34),
-        git_commit="abc+changes",
-        engine=Engine(
+        "device": Device(type="cuda", name="a card", num_processes=2, memory_bytes=2**34),
+        "git_commit": "abc+changes",
+        "engine": Engine(
             distributed_type="MULTI_CPU",
             mixed_precision="bf16",
             optimizer_class="AdamW",
@@ -86,67 +85,42 @@ def full_record() -> RunRecord:
             gradient_accumulation_steps=4,
             num_threads=1,
         ),
-        parameters=ParameterCounts(total=10, trainable=1),
-        model_fingerprint="blake2b 00",
-        data_fingerprint="11",
-        num_examples={"train": 8},
-        num_dropped_examples={"train": 1},
-        tokens=Tokens(real=5, padded=8, labeled=2, virtual=1),
-        steps=2,
-        step_losses=(2.5, 1 / 3),
-        step_seconds=(0.1, 0.2),
-        step_tokens=(2, 3),
-        phase_seconds={"train": 1.5},
-        memory={"train": Memory(allocated_bytes=1, reserved_bytes=2, rss_bytes=3)},
-        flops=Flops(
+        "parameters": ParameterCounts(total=10, trainable=1),
+        "model_fingerprint": "blake2b 00",
+        "data_fingerprint": "11",
+        "num_examples": {"train": 8},
+        "num_dropped_examples": {"train": 1},
+        "notes": ("a note",),
+    }
+
+
+def full_steps() -> dict[str, Any]:
+    """Return the measurements of training steps: losses, tokens, times, FLOPs and energy."""
+    return {
+        "steps": 2,
+        "skipped_steps": 1,
+        "untimed_steps": 1,
+        "resumed_after": (1,),
+        "tokens": Tokens(real=5, padded=8, labeled=2, virtual=1),
+        "step_losses": (2.5, 1 / 3),
+        "step_seconds": (0.1, 0.2),
+        "step_tokens": (2, 3),
+        "step_part_seconds": {"forward": 0.5},
+        "part_timed_steps": (2, 3),
+        "phase_seconds": {"train": 1.5},
+        "flops": Flops(
             model_flops=1,
             hardware_flops=2,
             six_n=3,
             counted_step=CountedStep(step=1, counted_flops=2, closed_form_flops=2),
         ),
-        step_memory={
-            "forward": Memory(allocated_bytes=1, inactive_split_bytes=1, num_alloc_retries=0, process_bytes=9),
-        },
-        step_memory_by_rank=({"forward": Memory(allocated_bytes=1)},),
-        step_part_seconds={"forward": 0.5},
-        part_timed_steps=(2, 3),
-        resumed_after=(1,),
-        cuda_context_bytes=7,
-        state_bytes=StateBytes(weights=1, gradients=2, optimizer=3, cpu_offloaded=1, expected_optimizer=4),
-        state_bytes_by_rank=(StateBytes(weights=1, gradients=2, optimizer=3),),
-        memory_breakdown=MemoryBreakdown(
-            step=5,
-            micro_batch_size=2,
-            sequence_length=8,
-            peak_bytes=10,
-            bytes_by_category={"weights": 10},
-            operation="aten.mm",
-            step_part="forward",
-        ),
-        energy_joules=4.5,
-        quality=Quality(
-            split="test",
-            num_examples=2,
-            loss=1.0,
-            perplexity=math.e,
-            rouge={"rouge1": interval},
-            teacher_forced_argmax_rouge={"rougeL": interval},
-            samples=(Sample(id="1", article="é", reference="b", generated="c"),),
-            per_example=PerExample(
-                examples_fingerprint="22", loss=(0.1, 1 / 3), labeled_tokens=(1, 2), rouge={"rouge1": (1.5, 2.5)}
-            ),
-        ),
-        notes=("a note",),
-        skipped_steps=1,
-        compute=Compute(
+        "compute": Compute(
             model_flops_per_second=1e9,
             hardware_flops_per_second=2e9,
             peak_flops_per_second=4e9,
             matmul_flops_per_second=3e9,
         ),
-        untimed_steps=1,
-        memory_by_rank=({"train": Memory(allocated_bytes=1)}, {"train": Memory(allocated_bytes=2)}),
-        throughput=Throughput(
+        "throughput": Throughput(
             steps=3,
             step_seconds_median=0.5,
             step_seconds_p10=0.4,
@@ -155,7 +129,54 @@ def full_record() -> RunRecord:
             tokens_per_second=TokensPerSecond(real=1.0, padded=2.0, labeled=0.5, virtual=0.0),
             data_time_fraction=0.1,
         ),
+        "energy_joules": 4.5,
+    }
+
+
+def full_memory() -> dict[str, Any]:
+    """Return the measurements of memory."""
+    return {
+        "memory": {"train": Memory(allocated_bytes=1, reserved_bytes=2, rss_bytes=3)},
+        "memory_by_rank": ({"train": Memory(allocated_bytes=1)}, {"train": Memory(allocated_bytes=2)}),
+        "step_memory": {
+            "forward": Memory(allocated_bytes=1, inactive_split_bytes=1, num_alloc_retries=0, process_bytes=9),
+        },
+        "step_memory_by_rank": ({"forward": Memory(allocated_bytes=1)},),
+        "cuda_context_bytes": 7,
+        "state_bytes": StateBytes(weights=1, gradients=2, optimizer=3, cpu_offloaded=1, expected_optimizer=4),
+        "state_bytes_by_rank": (StateBytes(weights=1, gradients=2, optimizer=3),),
+        "memory_breakdown": MemoryBreakdown(
+            step=5,
+            micro_batch_size=2,
+            sequence_length=8,
+            peak_bytes=10,
+            bytes_by_category={"weights": 10},
+            operation="aten.mm",
+            step_part="forward",
+        ),
+    }
+
+
+def full_quality() -> Quality:
+    """Return a quality with every field set."""
+    interval = Interval(mean=2.0, low=1.0, high=3.0)
+    return Quality(
+        split="test",
+        num_examples=2,
+        loss=1.0,
+        perplexity=math.e,
+        rouge={"rouge1": interval},
+        teacher_forced_argmax_rouge={"rougeL": interval},
+        samples=(Sample(id="1", article="é", reference="b", generated="c"),),
+        per_example=PerExample(
+            examples_fingerprint="22", loss=(0.1, 1 / 3), labeled_tokens=(1, 2), rouge={"rouge1": (1.5, 2.5)}
+        ),
     )
+
+
+def full_record() -> RunRecord:
+    """Return a record with every field set."""
+    return record(**full_setup(), **full_steps(), **full_memory(), quality=full_quality())
 
 
 def test_full_record_sets_every_field() -> None:

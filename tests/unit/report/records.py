@@ -74,7 +74,10 @@ def build_judged_record(
     identity: str = "these",
     **changes: Any,
 ) -> RunRecord:
-    """Build a record with per-example scores: ROUGE-L, or nats with token counts. A baseline trains nothing."""
+    """Build a record with per-example scores: ROUGE-L, or nats with token counts.
+
+    Full fine-tuning trains all parameters, a baseline none.
+    """
     count = len(rouge_l if rouge_l is not None else losses)
     score = Interval(mean=float(numpy.mean(rouge_l)), low=0, high=100) if rouge_l is not None else None
     rouge = {"rougeL": tuple(map(float, rouge_l))} if rouge_l is not None else {}
@@ -90,7 +93,7 @@ def build_judged_record(
     )
     method_fields: dict[str, Any] = {"steps": 20} if is_trained else {"tokens": None, "steps": 0, "phase_seconds": {}}
     changes = {"quality": quality} | method_fields | changes
-    return build_record(name, kind, 10 if is_trained else 0, **changes)
+    return build_record(name, kind, 1000 if kind == "full" else 10 if is_trained else 0, **changes)
 
 
 def build_costs(

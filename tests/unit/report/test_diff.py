@@ -89,7 +89,7 @@ def test_every_metric_has_its_exact_change(tmp_path: Path) -> None:
 def test_metric_regresses_only_beyond_its_threshold(
     before: dict[str, Any], after: dict[str, Any], threshold: str, verdict: str, tmp_path: Path
 ) -> None:
-    """Check that a change equal to the threshold is no regression, whether higher or lower is better."""
+    """Check that a change equal to the threshold is not a regression, whether higher or lower is better."""
     name = {"loss": "held_out_loss", "speed": "tokens_per_second", "peak": "train_peak_bytes"}[next(iter(before))]
     pair = compare_runs(tmp_path, build_run(**before), build_run(**after), f"{name}={threshold}")
     assert metrics_by_name(pair)[name].verdict == verdict

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from peftbench.cli.report import load_records, print_report
+from peftbench.cli.report_actions import load_records, print_report
 from peftbench.record import RunRecord
 from peftbench.report.page.content import build_page_data
 from peftbench.report.runs import with_unique_names

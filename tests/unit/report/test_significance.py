@@ -178,7 +178,7 @@ def test_one_or_two_examples_are_not_significant(count: int) -> None:
         [build_judged_record("a", "lora", [40.0, 42.0][:count]), build_judged_record("b", "full", [30.0, 31.0][:count])]
     )
     assert [pair.verdict for pair in comparisons.pair_comparisons] == ["too few examples"] * (count - 1)
-    assert (len(comparisons.exclusion_notes), comparisons.num_examples, comparisons.uses_bootstrap) == (
+    assert (len(comparisons.exclusion_notes), comparisons.num_examples, comparisons.has_bootstrap_intervals) == (
         2 - count,
         count,
         False,

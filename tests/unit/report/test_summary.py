@@ -387,7 +387,7 @@ def test_baseline_without_common_seed_is_reported_once() -> None:
 def test_records_without_scores_compare_costs_only() -> None:
     """Report once that per-example scores are missing, draw no conclusion about quality, and compare costs."""
     rows = [
-        build_record("full", "full", 1, **build_costs(9, 1, 9)),
+        build_record("full", "full", 1000, **build_costs(9, 1, 9)),
         build_record("lora", "lora", 1, loss=9.0, **build_costs(3, 2, 9)),
     ]
     sentences = summarize(rows)

@@ -123,7 +123,7 @@ def test_duplicate_names_are_refused(folder: Path) -> None:
         ("name: s\nrecipe: [full.yaml]\n", UnknownKeyError, "did you mean 'recipes'"),
         ("name: s\nrecipes: []\n", RecipeError, "recipes"),
         ("name: s\nrecipes: [ful.yaml]\n", MissingFileError, "did you mean 'full.yaml'"),
-        ("name: s\nrecipes: [full.yaml]\naxes: {train.sed: [1]}\n", UnknownKeyError, "did you mean 'seed'"),
+        ("name: s\nrecipes: [full.yaml]\naxes: {train.sed: [1]}\n", UnknownKeyError, "did you mean 'train.seed'"),
         ("name: s\nrecipes: full.yaml\n", RecipeError, "recipes"),
     ],
 )

@@ -54,11 +54,11 @@ def test_verification_reports_the_largest_size_that_ran(planned: tuple[Recipe, S
     for fits, sizes in expected.items():
         recipes: list[Recipe] = []
         log: list[str] = []
-        proof = verify_strategy(*planned, launch=make_launch(fits, recipes), log_message=log.append)
-        assert list(proof.outcome_by_micro_batch_size) == sizes
+        verification = verify_strategy(*planned, launch=make_launch(fits, recipes), log_message=log.append)
+        assert list(verification.outcome_by_micro_batch_size) == sizes
         assert [recipe.train.resolved_micro_batch_size for recipe in recipes] == sizes
-        assert proof.largest_micro_batch_size == (fits or None)
-        assert proof.predicted_micro_batch_size == 4
+        assert verification.largest_micro_batch_size == (fits or None)
+        assert verification.predicted_micro_batch_size == 4
         assert len(log) == len(sizes)
         for recipe in recipes:
             assert (recipe.train.steps, recipe.train.global_batch_size, recipe.data.padding) == (3, 12, "max_length")

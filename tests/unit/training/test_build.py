@@ -16,13 +16,13 @@ from peftbench.methods.full import Full
 from peftbench.methods.prompt_tuning import PromptTuning
 from peftbench.training.build import load_base_model
 from peftbench.training.data import build_encoder, load_encoded_split, load_split
-from tests.helpers.methods import every_method
+from tests.helpers.methods import every_method, one_method_fast
 from tests.helpers.models import POSITIONS
 from tests.helpers.training import build_adapted_model, build_training_components
 from tests.helpers.workshop import Workshop
 
 
-@every_method
+@one_method_fast("last_layer", "lora")
 def test_gradient_checkpointing_is_enabled_unless_the_backbone_is_frozen(method: Method, workshop: Workshop) -> None:
     """The losses do not change. A frozen backbone has nothing to recompute."""
     losses = {}

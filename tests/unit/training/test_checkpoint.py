@@ -23,7 +23,7 @@ from peftbench.record import RunRecord
 from peftbench.training import checkpoint, serialization
 from peftbench.training.checkpoint import CheckpointManager, CheckpointMetadata
 from peftbench.training.state import _get_rng_state, _set_rng_state
-from tests.helpers.methods import every_method
+from tests.helpers.methods import one_method_fast
 from tests.helpers.paths import RECORD_V1
 from tests.helpers.workshop import Workshop
 
@@ -116,8 +116,8 @@ def test_checkpoint_of_the_old_format_is_refused(has_record: bool, make_manager:
         make_manager().latest()
     replaced = f"; the run then replaces {tmp_path / 'record.json'}, a record of schema 1" if has_record else ""
     assert str(refusal.value) == (
-        f"Cannot resume from {old}: it has checkpoint format 1, and this version reads format 2. "
-        f"Delete {old.parent} to start over{replaced}."
+        f"Cannot resume from {old}: it has checkpoint format 1, and this version reads format 2; "
+        f"delete {old.parent} to start over{replaced}"
     )
     assert (old / "checkpoint.json").exists()
 
@@ -203,7 +203,7 @@ def test_checkpoint_of_another_device_or_library_version_is_refused(
     """The format of a state can differ there; the error has both values."""
     make_manager().save(1, state(1))
     with pytest.raises(
-        CheckpointError, match=f"it was written with {difference}. Launch with the same settings, or delete"
+        CheckpointError, match=f"it was written with {difference}; launch with the same settings, or delete"
     ):
         make_manager(**changes).latest()
 
@@ -271,7 +271,7 @@ def run_until_first_checkpoint(workshop: Workshop, recipe: Recipe) -> None:
             workshop.run(recipe)
 
 
-@every_method
+@one_method_fast("lora")
 def test_resumed_run_is_bit_identical(method: Full, workshop: Workshop) -> None:
     """The run has dropout, gradient accumulation and a schedule; its record has the step it resumed from."""
     settings: dict[str, Any] = {

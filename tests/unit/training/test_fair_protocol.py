@@ -13,7 +13,7 @@ from peftbench.data.batches import GlobalBatch
 from peftbench.methods.base import Method
 from peftbench.training import loop
 from tests.helpers.batches import list_tokens_and_labels
-from tests.helpers.methods import ONE_OF_EACH, every_method
+from tests.helpers.methods import ONE_OF_EACH, one_method_fast
 from tests.helpers.workshop import Workshop
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def test_one_method_has_a_frozen_backbone() -> None:
     assert any(method.has_frozen_backbone for method in ONE_OF_EACH.values())
 
 
-@every_method
+@one_method_fast("last_layer")
 def test_performance_settings_do_not_change_the_training(
     method: Method, workshop: Workshop, trained_batches: list[GlobalBatch]
 ) -> None:

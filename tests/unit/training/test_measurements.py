@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -14,15 +14,20 @@ from peftbench.methods.lora import Lora
 from peftbench.profiler.flop_counter import FlopCounter
 from peftbench.recipe.schema import Profile
 from peftbench.record import Memory
-from tests.helpers.methods import every_architecture, every_method
+from tests.helpers.methods import ONE_OF_EACH, one_method_fast
+from tests.helpers.models import ARCHITECTURES
+from tests.helpers.sweeps import mark_slow
 from tests.helpers.workshop import Workshop
 
-if TYPE_CHECKING:
-    pass
+POINTS = mark_slow(
+    [(method, architecture) for method in ONE_OF_EACH.values() for architecture in ARCHITECTURES],
+    keep=lambda point: point[1] == "gpt2_tied" and point[0].kind in {"last_layer", "prompt_tuning"},
+    seed=5,
+)
+"""Every method on every architecture."""
 
 
-@every_architecture
-@every_method
+@pytest.mark.parametrize(("method", "architecture"), POINTS)
 def test_hardware_flops_match_torch_s_counter(method: Method, architecture: str, workshop: Workshop) -> None:
     """Torch counts the FLOPs of the same training; model FLOPs are at most as many."""
     recipe = workshop.recipe(method, architecture=architecture, train={"micro_batch_size": 4})
@@ -33,7 +38,7 @@ def test_hardware_flops_match_torch_s_counter(method: Method, architecture: str,
     def counted_step(*args: Any) -> float:
         with FlopCounter() as counter:
             loss: float = original_step(*args)
-        counts.append(counter.total)
+        counts.append(counter.total_flops)
         return loss
 
     with pytest.MonkeyPatch.context() as patch:
@@ -77,8 +82,7 @@ def test_untimed_steps_are_excluded_from_throughput(workshop: Workshop) -> None:
     assert flops * seconds == pytest.approx(plain.flops.model_flops - untimed.flops.model_flops)
 
 
-@every_architecture
-@every_method
+@pytest.mark.parametrize(("method", "architecture"), POINTS)
 def test_counted_flops_of_an_untimed_step_match_the_closed_form(
     method: Method, architecture: str, workshop: Workshop
 ) -> None:
@@ -107,7 +111,7 @@ def test_flops_without_a_closed_form_are_counted(workshop: Workshop) -> None:
     assert step.closed_form_flops is None
 
 
-@every_method
+@one_method_fast("lora")
 def test_memory_breakdown_matches_the_known_state_sizes(method: Method, workshop: Workshop) -> None:
     """The peak of the last untimed step is broken down on request; the losses do not change."""
     profile = Profile(untimed_steps=2, memory_breakdown=True)

@@ -16,7 +16,7 @@ from peftbench.methods.full import Full
 from peftbench.optim.stochastic_rounding import AdamW8bitBf16, AdamWBf16
 from peftbench.profiler.probe import Probe
 from peftbench.training.loop import TrainProgress, train, train_step
-from tests.helpers.methods import every_method
+from tests.helpers.methods import every_method, one_method_fast
 from tests.helpers.training import (
     build_adapted_model,
     build_training_components,
@@ -113,8 +113,8 @@ def test_fp16_base_model_is_loaded_in_float32(workshop: Workshop) -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-@every_method
-@pytest.mark.parametrize("kind", [AdamWBf16, AdamW8bitBf16])
+@one_method_fast("last_layer")
+@pytest.mark.parametrize("kind", [pytest.param(AdamWBf16, marks=pytest.mark.slow), AdamW8bitBf16])
 def test_bf16_parameters_train_on_a_float32_base(
     kind: type[AdamWBf16 | AdamW8bitBf16], method: Method, workshop: Workshop
 ) -> None:

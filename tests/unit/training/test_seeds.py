@@ -15,7 +15,7 @@ from peftbench.methods.last_layer import LastLayer
 from peftbench.methods.lora import Lora
 from peftbench.methods.prompt_tuning import PromptTuning
 from tests.helpers.batches import list_tokens_and_labels
-from tests.helpers.methods import ONE_OF_EACH, every_method
+from tests.helpers.methods import ONE_OF_EACH, one_method_fast
 from tests.helpers.training import build_training_components, reset_accelerators
 from tests.helpers.workshop import Workshop
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from peftbench.data.batches import GlobalBatch
 
 
-@every_method
+@one_method_fast("lora")
 def test_same_recipe_gives_bit_identical_losses(method: Method, workshop: Workshop) -> None:
     """Two runs with dropout have the same training losses and held-out loss."""
     recipe = workshop.recipe(method, model={"dropout": 0.1}, train={"steps": 4, "micro_batch_size": 4})
@@ -39,9 +39,9 @@ def test_same_recipe_gives_bit_identical_losses(method: Method, workshop: Worksh
     ("method", "change"),
     [
         (Full(), {"train": {"seed": 1}}),  # changes the order of examples
-        (LastLayer(), {"train": {"seed": 1}}),
+        pytest.param(LastLayer(), {"train": {"seed": 1}}, marks=pytest.mark.slow),
         (Lora(r=4), {"train": {"seed": 1}}),  # changes the initial weights
-        (PromptTuning(num_virtual_tokens=5), {"train": {"seed": 1}}),
+        pytest.param(PromptTuning(num_virtual_tokens=5), {"train": {"seed": 1}}, marks=pytest.mark.slow),
     ],
     ids=["full", "last_layer", "lora", "prompt_tuning"],
 )

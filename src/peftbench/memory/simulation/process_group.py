@@ -57,7 +57,7 @@ def fake_distributed(
 
             changes.enter_context(use_meta_accelerator(emulation))
         changes.enter_context(fake_scalars)
-        engine, plugin = resolve_engine(recipe, Path(), launch_config.num_processes)
+        engine, plugin = resolve_engine(recipe, Path(), launch_config.dp_world_size)
         context = create_accelerator(recipe, Path(), engine, plugin, cpu=True)
         # Callers read the reduced value, which a meta tensor does not have.
         changes.enter_context(patch.object(context.accelerator, "reduce", lambda _: torch.zeros(())))

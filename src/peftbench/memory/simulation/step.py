@@ -192,7 +192,7 @@ class MemorySimulation:
             return
         from peftbench.memory.simulation.process_group import fake_distributed
 
-        step_recipe = _build_single_step_recipe(self.recipe, self.num_micro_batches, self.launch_config.num_processes)
+        step_recipe = _build_single_step_recipe(self.recipe, self.num_micro_batches, self.launch_config.dp_world_size)
         context = self._contexts.enter_context(
             fake_distributed(step_recipe, self.launch_config, self.emulation, self.step_parts.fake_scalars)
         )
@@ -395,16 +395,16 @@ def _move_plain_tensors_to_meta(model: nn.Module) -> None:
             values.update({key: value.to("meta") for key, value in values.items() if isinstance(value, torch.Tensor)})
 
 
-def _build_single_step_recipe(recipe: Recipe, num_micro_batches: int, num_processes: int) -> Recipe:
+def _build_single_step_recipe(recipe: Recipe, num_micro_batches: int, dp_world_size: int) -> Recipe:
     """Return the recipe with ``num_micro_batches`` per step, for the engine's configuration.
 
     The precision is fp32, since :class:`DeviceEmulation` does the casts.
     """
     _, rows = compute_micro_batching(
-        recipe.train.global_batch_size, recipe.train.resolved_micro_batch_size, num_processes
+        recipe.train.global_batch_size, recipe.train.resolved_micro_batch_size, dp_world_size
     )
     overrides = {
-        "global_batch_size": rows * num_micro_batches * num_processes,
+        "global_batch_size": rows * num_micro_batches * dp_world_size,
         "micro_batch_size": rows,
         "micro_batch_tokens": None,
         "precision": "fp32",

@@ -9,7 +9,7 @@ from peftbench.record import RunRecord
 from peftbench.report.analysis.run_groups import RunGroup, Seed, seed_of
 
 
-def protocol_differs(records: Sequence[RunRecord]) -> bool:
+def has_protocol_differences(records: Sequence[RunRecord]) -> bool:
     """True if the runs, all trained, differ in more than their method: in batches, steps, examples or lengths."""
     token_counts: dict[Seed, set[str]] = {}  # of the runs of each seed
     for record in records:

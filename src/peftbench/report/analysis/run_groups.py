@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from peftbench.common.fingerprint import ANY_VALUE, NEUTRAL_VALUES, drop_neutral_keys
 from peftbench.record import RunRecord, train_peak_bytes
 from peftbench.report.runs import append_method, method_kind
 from peftbench.report.text.escape import printable_line
@@ -19,12 +20,6 @@ Seed = tuple[int, int]
 """train.seed and data.seed."""
 
 SEED_KEYS = ("train.seed", "data.seed")
-
-NON_NUMERIC_KEYS = ("name", "output_dir", "save_model", "trackers", "checkpoint", "profile.price_per_hour")
-"""Keys that change no result: those that a recipe's fingerprint excludes. A test checks that both agree."""
-
-NEUTRAL_WHEN_NULL = {"budget": "budget.memory", "train.feature_cache": "train.feature_cache"}
-"""Keys that change nothing while the key in the value is null or absent."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,24 +115,8 @@ def same_recipe_groups(records: Sequence[RunRecord], keys: Sequence[str]) -> lis
 
 def recipe_key(recipe: Mapping[str, Any], ignored_keys: Sequence[str] = ()) -> str:
     """Return a recipe as JSON, without ``ignored_keys`` and keys that change no result."""
-    dropped = [*NON_NUMERIC_KEYS, *ignored_keys]
-    dropped += [key for key, condition in NEUTRAL_WHEN_NULL.items() if _get_key(recipe, condition) is None]
-    remaining = dict(recipe)
-    for key in dropped:
-        *parents, last = key.split(".")
-        section = remaining
-        for parent in parents:
-            section[parent] = dict(section.get(parent) or {})  # a copy: the recipe must not change
-            section = section[parent]
-        section.pop(last, None)
-    return json.dumps(remaining, sort_keys=True)
-
-
-def _get_key(recipe: Mapping[str, Any], key: str) -> object:
-    value: object = recipe
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value
+    neutral = NEUTRAL_VALUES | dict.fromkeys(ignored_keys, ANY_VALUE)
+    return json.dumps(drop_neutral_keys(recipe, neutral), sort_keys=True)
 
 
 def _group_by(records: Iterable[RunRecord], key: Callable[[RunRecord], object]) -> list[list[RunRecord]]:

@@ -16,7 +16,7 @@ from peftbench.record import PerExample, RunRecord
 from peftbench.report.analysis.run_groups import RunGroup, Seed, seed_of
 from peftbench.report.text.formatting import join_with_and, truncate_list
 
-Array = NDArray[numpy.float64]
+_Array = NDArray[numpy.float64]
 
 _T = TypeVar("_T")
 
@@ -47,9 +47,9 @@ class Scores:
     """Scores of shape (examples,) by group and seed, of one metric and the same examples."""
 
     metric: QualityMetric | None = None
-    weights: Array = field(default_factory=lambda: numpy.ones(0))
+    weights: _Array = field(default_factory=lambda: numpy.ones(0))
     """(examples,): labeled tokens of each example for a loss, ones for ROUGE."""
-    by_group_and_seed: dict[RunGroup, dict[Seed, Array]] = field(default_factory=dict)
+    by_group_and_seed: dict[RunGroup, dict[Seed, _Array]] = field(default_factory=dict)
     exclusion_notes: tuple[str, ...] = ()
     """One sentence per reason for the exclusion of runs."""
 
@@ -155,7 +155,7 @@ def _has_finite_scores(run: _ScoredRun) -> bool:
 
 def _scores_by_group_and_seed(
     runs: Sequence[_ScoredRun], get_scores: Callable[[_ScoredRun], Sequence[float]]
-) -> dict[RunGroup, dict[Seed, Array]]:
+) -> dict[RunGroup, dict[Seed, _Array]]:
     """Return scores by group and seed; the mean if a seed was run several times."""
     scores: dict[RunGroup, dict[Seed, list[Sequence[float]]]] = {}
     for run in runs:
@@ -176,11 +176,11 @@ def _filter_runs(
     runs: list[_ScoredRun], exclusion_notes: list[str], predicate: Callable[[_ScoredRun], bool], reason: str
 ) -> list[_ScoredRun]:
     """Return the runs that satisfy ``predicate``, and add a note on the others."""
-    kept = [run for run in runs if predicate(run)]
-    if len(kept) < len(runs):
-        kept_ids = set(map(id, kept))
-        _add_note(exclusion_notes, (run.group for run in runs if id(run) not in kept_ids), reason)
-    return kept
+    included = [run for run in runs if predicate(run)]
+    if len(included) < len(runs):
+        included_ids = set(map(id, included))
+        _add_note(exclusion_notes, (run.group for run in runs if id(run) not in included_ids), reason)
+    return included
 
 
 def _add_note(exclusion_notes: list[str], groups: Iterable[RunGroup], reason: str) -> None:

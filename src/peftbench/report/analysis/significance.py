@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy
 from numpy.typing import NDArray
 
-from peftbench.evaluation.intervals import paired_intervals, t_interval, uses_bootstrap
+from peftbench.evaluation.intervals import can_bootstrap, paired_intervals, t_interval
 from peftbench.record import Interval, RunRecord
 from peftbench.report.analysis.run_groups import RunGroup, group_runs
 from peftbench.report.analysis.scores import HELD_OUT_LOSS, ROUGE_L, QualityMetric, Scores, collect_scores
@@ -95,9 +95,9 @@ class ComparisonSet:
     """Number of pairs of comparable groups, which the intervals are corrected for."""
 
     @property
-    def uses_bootstrap(self) -> bool:
+    def has_bootstrap_intervals(self) -> bool:
         """True if the intervals over examples are bootstrap intervals, else Student's t."""
-        return uses_bootstrap(self.num_examples, bonferroni_confidence(self.num_comparisons))
+        return can_bootstrap(self.num_examples, bonferroni_confidence(self.num_comparisons))
 
     def between(self, first: RunGroup, second: RunGroup) -> PairComparison | None:
         """Return the comparison of two groups as ``first`` minus ``second``; None if they were not compared."""

@@ -93,7 +93,7 @@ class PageData:
     environment: list[Setting]
     reproduce_commands: dict[str, list[str]]
     drawn_runs_note: str
-    """Which runs the charts show; empty if all."""
+    """Note that names the runs in the charts; empty if they show all."""
     has_pareto_front: bool
     """True if a Pareto front is drawn."""
     uses_rouge: bool

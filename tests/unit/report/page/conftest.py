@@ -3,35 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.helpers.browser import BROWSERS, OpenedPage, OpenPage
+
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-
-
-@dataclass
-class OpenedPage:
-    """A page in the browser, with its console messages and requests."""
-
-    tab: Page
-    console: list[str] = field(default_factory=list)
-    """Console messages and uncaught errors."""
-    requests: list[str] = field(default_factory=list)
-    """Requested addresses."""
-
-    def evaluate(self, script: str) -> Any:
-        """Return the value of a script in the page."""
-        return self.tab.evaluate(script)
-
-
-OpenPage = Callable[..., OpenedPage]
+    from playwright.sync_api import Browser
 
 
 @pytest.fixture(scope="session")

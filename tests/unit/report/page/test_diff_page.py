@@ -9,7 +9,7 @@ import pytest
 from peftbench.record import Device
 from peftbench.report.diff.compute import diff_suites
 from peftbench.report.page.build import render_diff_page
-from tests.unit.report.page.conftest import OpenPage
+from tests.helpers.browser import OpenPage
 from tests.unit.report.page.test_in_browser import HOSTILE
 from tests.unit.report.records import build_judged_record, build_record
 

@@ -22,11 +22,19 @@ from peftbench.record import (
     StateBytes,
     read_records,
 )
-from tests.unit.report.page.conftest import OpenPage
+from tests.helpers.browser import OpenPage
+from tests.helpers.sweeps import mark_others_slow
 from tests.unit.report.page.pages import SHIPPED, load_shipped_records, write_page
 from tests.unit.report.records import build_record
 
-SIZES = [(1440, 900), (820, 1180), (375, 700)]
+SIZES = {"screen": (1440, 900), "tablet": (820, 1180), "phone": (375, 700)}
+FAST_WINDOWS = {("screen", "light"), ("phone", "dark")}
+FAST_WINDOWS = {("screen", "light"), ("phone", "dark")}
+WINDOWS = [
+    pytest.param(size, scheme, id=f"{name}-{scheme}", marks=() if (name, scheme) in FAST_WINDOWS else pytest.mark.slow)
+    for name, size in SIZES.items()
+    for scheme in ("light", "dark")
+]
 """Viewports of a screen, a tablet and a phone."""
 
 
@@ -35,8 +43,7 @@ def header_selector(title: str) -> str:
     return f"#runs thead th[data-column='{title}']"
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("size", SIZES, ids=["screen", "tablet", "phone"])
+@pytest.mark.parametrize(("size", "scheme"), WINDOWS)
 def test_page_opens_without_console_messages(
     size: tuple[int, int], scheme: str, open_page: OpenPage, tmp_path: Path
 ) -> None:
@@ -256,7 +263,7 @@ def test_page_without_scripts_has_table_and_notice(open_page: OpenPage, tmp_path
     assert page.tab.locator("noscript").is_visible()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_page_is_accessible(scheme: str, open_page: OpenPage, tmp_path: Path) -> None:
     """Check that axe, a WCAG checker, finds no violation, e.g. in contrast, labels, heading order or roles."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
@@ -332,7 +339,7 @@ def test_shipped_suites_exist() -> None:
     assert len(SHIPPED) >= 4
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", mark_others_slow({name: name for name in SHIPPED}, "demo_seeds"))
 def test_every_shipped_suite_opens_without_console_messages(name: str, open_page: OpenPage, tmp_path: Path) -> None:
     """Check pages of records of any version and of suites without a trade-off."""
     page = open_page(write_page(load_shipped_records(name), tmp_path))

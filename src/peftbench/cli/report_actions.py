@@ -1,0 +1,105 @@
+"""Actions of the commands ``report`` and ``compare``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from peftbench.common.filesystem import write_atomically
+from peftbench.errors import OutOfRangeError
+from peftbench.record import RunRecord, find_records, read_records_by_path
+from peftbench.report.diff.compute import diff_suites
+from peftbench.report.diff.metrics import parse_thresholds
+from peftbench.report.diff.render import print_diff, regression_summary
+from peftbench.report.runs import with_unique_names
+from peftbench.report.tables.pivot import rows_by_setting
+from peftbench.report.tables.table import insert_table, print_table, terminal_table
+from peftbench.report.text.escape import terminal_safe
+from peftbench.report.text.formatting import join_with_and
+
+if TYPE_CHECKING:
+    from peftbench.report.writer import WrittenReport
+
+
+def compare_folders(
+    folders: tuple[Path, Path],
+    thresholds: Sequence[str],
+    as_json: bool,
+    page_path: Path | None,
+) -> str | None:
+    """Print the comparison of two folders, and write it as a page to ``page_path`` unless that is None.
+
+    Returns:
+        A sentence that names the regressed metrics, None if there is no regression.
+
+    Raises:
+        PeftbenchError: an invalid threshold, or a folder whose records cannot be compared.
+    """
+    diff = diff_suites(*folders, parse_thresholds(thresholds))
+    if page_path is not None:
+        from peftbench.report.page.build import render_diff_page  # the page's libraries take a second
+
+        write_atomically(page_path, render_diff_page(diff))
+    if as_json:
+        typer.echo(diff.model_dump_json(indent=1))
+    else:
+        print_diff(diff)
+    return regression_summary(diff) if diff.regressed else None
+
+
+def load_records(folder: Path, price_per_hour: float | None, *, allow_empty: bool) -> dict[Path, RunRecord]:
+    """Return the records below a folder, keyed by path, with unique names and, if given, another hourly price.
+
+    Raises:
+        RecordError: a record cannot be read, or none exists and ``allow_empty`` is False.
+    """
+    records = with_unique_names(find_records(folder) if allow_empty else read_records_by_path(folder))
+    if price_per_hour is None:
+        return records
+    return {path: record.with_price_per_hour(price_per_hour) for path, record in records.items()}
+
+
+def reject_unused_options(
+    page_path: Path | None, update_file: Path | None, marker: str | None, group_by: str | None
+) -> None:
+    """Refuse options that would have no effect.
+
+    Raises:
+        OutOfRangeError: an option has no effect.
+    """
+    no_page_options = [
+        name for name, value in {"--update-file": update_file, "--group-by": group_by}.items() if value is not None
+    ]
+    if page_path is not None and no_page_options:
+        raise OutOfRangeError(
+            f"--html has no effect with {join_with_and(no_page_options)}, which writes no page; omit one of them"
+        )
+    if marker is not None and update_file is None:
+        raise OutOfRangeError("--marker names a section of a file; give the file with --update-file")
+
+
+def print_section(
+    records: Sequence[RunRecord], update_file: Path | None, marker: str | None, group_by: str | None
+) -> None:
+    """Insert the table into a file, or print the losses grouped by a key.
+
+    Raises:
+        RecordError: the file lacks the section.
+        UnknownKeyError: the recipes lack the key.
+    """
+    if update_file is not None:
+        insert_table(records, update_file, marker or "table", group_by)
+    elif group_by is not None:
+        typer.echo(terminal_table(rows_by_setting(records, group_by)))
+
+
+def print_report(report: WrittenReport, title: str) -> None:
+    """Print the table, the summary and, as last line, ``report:`` with the path of the page."""
+    if report.records:
+        print_table(report.records, title, note_lines=report.notes)
+    for sentence in report.summary:
+        typer.echo(f"- {terminal_safe(sentence)}")
+    typer.echo(f"report: {report.page_path}")
