@@ -98,8 +98,8 @@ def test_sharded_and_offloaded_tensors(make_plan: Any) -> None:
     assert live_bytes["zero3_offload", 2].get("weights", 0) < 0.1 * live_bytes["zero3", 2]["weights"]
 
 
-@pytest.mark.slow
-def test_plan_restores_global_state(make_plan: Any, workshop: Workshop) -> None:
+@pytest.mark.parametrize("engines", [("zero2",), pytest.param(tuple(PLANNED), id="all", marks=pytest.mark.slow)])
+def test_plan_restores_global_state(engines: tuple[str, ...], make_plan: Any, workshop: Workshop) -> None:
     """Patched functions and process state are restored, and the next plans are equal."""
     from deepspeed.accelerator import get_accelerator
 
@@ -119,7 +119,6 @@ def test_plan_restores_global_state(make_plan: Any, workshop: Workshop) -> None:
         )
 
     state = read_state()
-    engines = ("ddp", "zero2", "zero3_offload", "fsdp2")  # one per kind of patch
     first = [make_plan(engine, Lora(r=4)) for engine in engines]
     assert read_state() == state
     assert not torch.distributed.is_initialized()
