@@ -40,7 +40,7 @@ def train(
         bool, typer.Option("--skip-finished", help="If the run has already finished, only print its outcome.")
     ] = False,
     print_config: Annotated[
-        bool, typer.Option("--print-config", help="Print the resolved recipe with a comment for each key, and exit.")
+        bool, typer.Option("--print-config", help="Print the resolved recipe like peftbench show, and exit.")
     ] = False,
 ) -> None:
     """Run one recipe and write its results to record.json.

@@ -40,7 +40,7 @@ def estimate(
     processes: ProcessesOption = None,
     update_file: Annotated[
         Optional[Path],
-        typer.Option(help="Markdown file in which to replace the section named by --marker with the table."),
+        typer.Option(help="Write the table to this Markdown file, in the section named by --marker."),
     ] = None,
     marker: Annotated[
         str, typer.Option(help="NAME of the section, from <!-- report:NAME --> to <!-- end of report:NAME -->.")
@@ -91,13 +91,15 @@ def fit(
     processes: ProcessesOption = None,
     techniques: Annotated[
         str,
-        typer.Option(help="Memory-saving techniques to try, e.g. checkpointing (gradient checkpointing),bf16; or all."),
+        typer.Option(
+            help="Techniques to try, e.g. checkpointing,bf16 (checkpointing: gradient checkpointing); or all."
+        ),
     ] = "checkpointing",
     verify: Annotated[
         bool,
         typer.Option(
             "--verify",
-            help="Run the best configuration on this machine, at its largest micro-batch and at the next larger one.",
+            help="Run the best result on this machine, at its micro-batch and at the next larger one.",
         ),
     ] = False,
     family: Annotated[
@@ -105,7 +107,7 @@ def fit(
         typer.Option(
             "--largest-model",
             metavar="FAMILY",
-            help="Find the largest model of a family that fits instead: gpt2, llama3 or qwen2.5.",
+            help="Find the largest model that fits instead of the micro-batch. FAMILY is gpt2, llama3 or qwen2.5.",
         ),
     ] = None,
     as_json: JsonOption = False,

@@ -17,19 +17,17 @@ ConfigOption = Annotated[
 ]
 BudgetOption = Annotated[
     Optional[str],
-    typer.Option(help="Memory limit of each process, e.g. 16GiB. Default: budget.memory, or the device's memory."),
+    typer.Option(help="Memory limit of each process, e.g. 16GiB. Default: budget.memory, else the memory of --device."),
 ]
 DeviceOption = Annotated[
     Optional[str],
-    typer.Option(
-        help="Device to plan for, e.g. t4, a10g, h100 or cpu. Default: an unnamed GPU, limited by the budget."
-    ),
+    typer.Option(help="Device to plan for, e.g. t4, a10g, h100 or cpu. Default: a GPU with the memory of the budget."),
 ]
 AccelerateOption = Annotated[
     Optional[Path],
     typer.Option(
         "--accelerate",
-        help="Accelerate config file. The result is the memory of one process. Default: a single process.",
+        help="Accelerate config file; the result is the memory per process. Default: not distributed.",
     ),
 ]
 ProcessesOption = Annotated[
@@ -42,7 +40,7 @@ SeedsOption = Annotated[
     ),
 ]
 OutOption = Annotated[
-    Optional[Path], typer.Option(help="Output folder of the runs. Default: output_dir of each recipe.")
+    Optional[Path], typer.Option(help="Parent of the run folders. Default: output_dir of each recipe.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

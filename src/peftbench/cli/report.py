@@ -16,7 +16,7 @@ def report(
     html: Annotated[Optional[Path], typer.Option(help="Path of the page. Default: report.html in FOLDER.")] = None,
     update_file: Annotated[
         Optional[Path],
-        typer.Option(help="Markdown file in which to replace the section named by --marker with the table."),
+        typer.Option(help="Write the table to this Markdown file, in the section named by --marker."),
     ] = None,
     marker: Annotated[
         Optional[str],
@@ -51,19 +51,19 @@ def report(
 
 
 def compare(
-    before: Annotated[Path, typer.Argument(metavar="A", help="Folder with the results before a change.")],
-    after: Annotated[Path, typer.Argument(metavar="B", help="Folder with the results after the change.")],
+    before: Annotated[Path, typer.Argument(metavar="BEFORE", help="Folder with the results before a change.")],
+    after: Annotated[Path, typer.Argument(metavar="AFTER", help="Folder with the results after the change.")],
     threshold: Annotated[
         Optional[list[str]],
         typer.Option(
             metavar="[METRIC=]PERCENT",
-            help="Allowed relative regression of all metrics (5%) or of one (rougeL=2%). Repeatable. Default: 5%.",
+            help="Largest relative regression allowed: 5% sets it for every metric, rougeL=2% for one. Default: 5%.",
         ),
     ] = None,
     as_json: JsonOption = False,
     html: Annotated[Optional[Path], typer.Option(help="Path of a page with the comparison. Default: no page.")] = None,
 ) -> None:
-    """Compare two result folders run by run. Exit with code 61 if a metric of B is worse beyond --threshold."""
+    """Compare two result folders run by run. Exit with code 61 if a metric got worse by more than --threshold."""
     from peftbench.cli.report_actions import compare_folders
     from peftbench.errors import REGRESSION_EXIT_CODE
 

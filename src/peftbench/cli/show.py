@@ -17,7 +17,11 @@ def show(
     ] = None,
     glossary: Annotated[bool, typer.Option("--glossary", help="Print the meaning of each table column.")] = False,
     run_dir: Annotated[
-        bool, typer.Option("--run-dir", help="Create the folder that the recipe's run writes to and print its path.")
+        bool,
+        typer.Option(
+            "--run-dir",
+            help="Instead of the recipe, print the path of its run folder; create the folder if it is missing.",
+        ),
     ] = False,
 ) -> None:
     """Print the resolved recipe with a one-line description of each key."""

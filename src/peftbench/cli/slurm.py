@@ -45,7 +45,10 @@ def submit(
     seeds: SeedsOption = None,
     out: OutOption = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Write all files and print the script, but do not submit it.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Write the batch script and the recipes and print the script, but do not submit it."
+        ),
     ] = False,
 ) -> None:
     """Submit a suite to SLURM as a job array, or a recipe as one job."""
@@ -91,7 +94,8 @@ def status(
 ) -> None:
     """Show the state of each run in a folder, and the step, loss, speed, memory and time left of running ones.
 
-    States: waiting, running, finished, preempted, failed, or gone (the process ended without reporting it).
+    States: waiting, running, finished (also out of memory or diverged), preempted (stopped by a time limit, preemption
+    or Ctrl-C, with a checkpoint), failed, or gone (the process died without recording an outcome).
     """
     from peftbench.errors import SlurmError
     from peftbench.slurm.queue import QueuedJob, list_queued_jobs
@@ -99,9 +103,12 @@ def status(
 
     with cli_errors():
         queue: dict[str, QueuedJob] = {}
+        warning = ""
         try:
             queue = list_queued_jobs()
         except SlurmError as error:
-            print_to_stderr(f"warning: squeue gave no answer, so states come from files alone: {error.message}")
+            warning = f"warning: {error.message}; the states of runs are read from their folders only"
         rows = collect_run_statuses(folder, queue)
+        if warning:
+            print_to_stderr(warning)
         print(json.dumps([asdict(row) for row in rows], indent=1) if as_json else render_status_table(rows))

@@ -96,6 +96,24 @@ class Rule:
     optional_feature: str | None = None
     """Matches only recipes that use this feature."""
 
+    def describe_refused(self, combination: Combination, device: str) -> str:
+        """Return the values of ``combination`` that the rule refuses together, and where, as one sentence."""
+        values = [
+            f"{key}={value}"
+            for key, value, allowed in (
+                ("method.kind", combination.method, self.methods),
+                ("optimizer.kind", combination.optimizer, self.optimizers),
+                ("train.precision", combination.precision, self.precisions),
+            )
+            if allowed is not None
+        ]
+        if self.optional_feature:
+            values.append(OPTIONAL_FEATURES[self.optional_feature][0])
+        engine = "a single process" if combination.engine == "single" else combination.engine
+        places = [f" on {engine}"] if self.engines is not None else []
+        places += [" on CPU" if device == "cpu" else " on a GPU"] if self.devices is not None else []
+        return f"{' with '.join(values) or 'this recipe'} does not run{''.join(places)}"
+
     def matches(self, combination: Combination, device: str) -> bool:
         """True if the rule refuses this combination on this type of device."""
         return (self.optional_feature is None or self.optional_feature in combination.optional_features) and all(
@@ -275,15 +293,10 @@ def check(combination: Combination, device: str) -> None:
     rule = find_blocking_rule(combination, device)
     if rule is None:
         return
-    feature = f" with {OPTIONAL_FEATURES[rule.optional_feature][0]}" if rule.optional_feature else ""
     alternatives = ", or ".join(
         describe_changes(combination, nearest, device) for nearest in find_nearest_supported(combination, device)
     )
-    engine = "a single process" if combination.engine == "single" else combination.engine
-    raise CombinationError(
-        f"{combination.method} with optimizer.kind={combination.optimizer} in {combination.precision}{feature} does "
-        f"not run on {engine}: {rule.reason}; use {alternatives}"
-    )
+    raise CombinationError(f"{rule.describe_refused(combination, device)}: {rule.reason}; use {alternatives}")
 
 
 def describe_changes(requested: Combination, alternative: Combination, device: str) -> str:

@@ -124,7 +124,8 @@ class Lora(Method):
                     else did_you_mean(target, _list_linear_names(base))
                 )
                 raise TargetModulesError(
-                    f"method.target_modules {target!r} matches no module of {base.config.model_type}; {hint}"
+                    f"method.target_modules {target!r} matches no module of the model (architecture "
+                    f"{base.config.model_type}); {hint}"
                 )
             adapted |= matched
         if not adapted:

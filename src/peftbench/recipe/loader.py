@@ -181,8 +181,9 @@ def _raise_recipe_error(error: dict[str, Any], root: type[ConfigSection]) -> NoR
         raise RecipeError(f"Invalid recipe: {path}.kind is missing", f"allowed: {', '.join(kinds)}")
     if kind == "missing":
         raise RecipeError(f"Invalid recipe: {path} is missing; set it")
-    if kind == "literal_error" and isinstance(given, str):
+    if kind == "literal_error":
         names = [name.strip(" '") for name in str(error["ctx"]["expected"]).replace(" or ", ", ").split(",")]
+        given = given if isinstance(given, str) else json.dumps(given)
         renamed = RENAMED_VALUES.get(path, {}).get(given.lower())
         hint = f"it was renamed to {renamed!r}" if renamed else did_you_mean(given, names)
         raise OutOfRangeError(f"Invalid recipe: {path}={given!r} is not an allowed value", hint)

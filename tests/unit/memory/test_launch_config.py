@@ -31,8 +31,8 @@ from tests.helpers.workshop import Workshop
 
 OPTIMIZER_CLASSES: dict[str, Any] = dict(OPTIMIZERS)
 PLANNED = [name for name in ENGINES if name not in {"single", "zero3_nvme"}]
-FAST = {("ddp", "full"), ("zero2_offload", "prompt_tuning"), ("zero3", "last_layer"), ("fsdp2", "lora")}
-"""One engine of each kind, each with another method; other combinations are slow."""
+FAST = {("ddp", "full"), ("zero2", "prompt_tuning"), ("zero3", "last_layer"), ("fsdp2", "lora")}
+"""One engine of each kind, each with another method; the rest is slow, e.g. offload, which compiles an optimizer."""
 POINTS = [
     pytest.param(engine, method, marks=() if (engine, method) in FAST else pytest.mark.slow)
     for engine in PLANNED

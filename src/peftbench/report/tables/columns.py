@@ -72,7 +72,7 @@ def _rouge_column(rouge_type: str, title: str, *, teacher_forced: bool = False) 
         score = get_score(record)
         return f"{score.mean:.1f} ({score.low:.1f}–{score.high:.1f})" if score else "–"
 
-    condition = "under teacher forcing (the published study's metric)" if teacher_forced else "of generated summaries"
+    condition = "under teacher forcing (the original study's metric)" if teacher_forced else "of generated summaries"
     return Column(
         title,
         f"{rouge_type} F-measure {condition}, in percent, with 95 % bootstrap interval over examples.",
@@ -116,7 +116,7 @@ DROP_ORDER = (
 COLUMNS: tuple[Column, ...] = (
     Column(
         "run",
-        "Run name and method.",
+        "Name of the run, with its method if the name lacks it.",
         lambda r: {"run": r.name, "method": method_kind(r)},
         run_label,
     ),
@@ -134,7 +134,7 @@ COLUMNS: tuple[Column, ...] = (
     ),
     Column(
         "held-out loss",
-        "Mean cross-entropy over summary and end tokens of held-out examples, in nats; lower is better.",
+        "Mean cross-entropy over summary tokens and EOS token of the test examples, in nats; lower is better.",
         lambda r: {"held_out_loss": _held_out_loss(r)},
         lambda r: "–" if (loss := _held_out_loss(r)) is None else f"{loss:.3f}",
     ),
@@ -145,7 +145,8 @@ COLUMNS: tuple[Column, ...] = (
     _rouge_column("rougeL", "ROUGE-L, teacher-forced argmax", teacher_forced=True),
     Column(
         "train time (s)",
-        "Seconds of the training phase, without untimed steps, loading, encoding and evaluation.",
+        "Seconds of training steps, without the first ones (profile.untimed_steps), loading, tokenization and "
+        "evaluation.",
         lambda r: {"train_seconds": r.train_seconds},
         _format_train_seconds,
     ),
@@ -158,15 +159,15 @@ COLUMNS: tuple[Column, ...] = (
     ),
     Column(
         "peak mem (MiB)",
-        "Peak memory of the training phase: bytes in tensors on a GPU; on CPU, RSS above its value before "
-        "anything was loaded.",
+        "Peak memory of the training phase: on a GPU, memory allocated to tensors (max_memory_allocated); on CPU, RSS "
+        "above its value before anything was loaded.",
         lambda r: {"train_peak_bytes": train_peak_bytes(r)} | _allocator_values(r),
         lambda r: "–" if (peak := train_peak_bytes(r)) is None else f"{peak / 2**20:,.0f}",
         optional=True,
     ),
     Column(
         "est. need (MiB)",
-        "For runs out of memory: predicted peak memory of the process (lower bound), from peftbench estimate.",
+        "For runs that ran out of memory: predicted peak memory of the process (lower bound), from peftbench estimate.",
         lambda r: {
             "estimated_peak_bytes": r.outcome.estimated_peak_bytes,
             "in_use_bytes": r.outcome.in_use_bytes,
@@ -204,7 +205,7 @@ COLUMNS: tuple[Column, ...] = (
     Column(
         "energy (J / 1k samples)",
         "Joules of the training phase per 1,000 samples: all GPUs (NVML), or the CPU packages (RAPL) for runs on CPU, "
-        "including other processes and pauses (trackers).",
+        "including other processes and the time that experiment trackers take.",
         lambda r: {"joules_per_1000_samples": r.joules_per_1000_samples, "train_joules": r.energy_joules},
         lambda r: _text_or_unknown(r, None if (j := r.joules_per_1000_samples) is None else f"{j:,.3g}"),
         optional=True,
