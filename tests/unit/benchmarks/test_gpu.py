@@ -116,6 +116,7 @@ def test_missing_library_is_named(call: list[str], tmp_path: Path, monkeypatch: 
     assert "import of pydantic halted" in done.stderr
 
 
+@pytest.mark.slow
 def test_unreadable_record_is_measured_again(call: list[str], tmp_path: Path) -> None:
     """A record with an unknown schema version is replaced."""
     folder = tmp_path / "cpu" / "tiny_full_bf16"
