@@ -63,7 +63,11 @@ MORE_DATA: list[Mistake] = [
 MODEL: list[Mistake] = [
     ("model.path=./no/such/base", ModelNotFoundError, "folder './no/such/base' does not exist"),
     ("data.max_length=16", SequenceTooShortError, "8 of 8 examples of the test split do not fit 16 tokens"),
-    ("method.target_modules=[c_atn]", TargetModulesError, "'c_atn' matches no module of gpt2; did you mean 'c_attn'?"),
+    (
+        "method.target_modules=[c_atn]",
+        TargetModulesError,
+        "'c_atn' matches no module of the model (architecture gpt2)",
+    ),
 ]
 MORE_MODEL: list[Mistake] = [
     ("model.path=no-such-base", HubUnreachableError, "the Hub did not answer for the config of 'no-such-base'"),

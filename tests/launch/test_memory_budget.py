@@ -69,7 +69,6 @@ def read_oom_record(project: Path) -> RunRecord:
     return record
 
 
-@pytest.mark.slow
 def test_oom_suggestion_fits(
     full: Path, project: Path, launch: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:

@@ -39,7 +39,6 @@ def record_of(folder: Path, name: str) -> dict[str, Any]:
     return values
 
 
-@pytest.mark.slow
 def test_suite_skips_finished_runs_and_repeats_changed_ones(project: Path, caches: dict[str, str]) -> None:
     """A second start repeats no finished run; a run with a changed recipe is repeated."""
     (project / "suite.yaml").write_text(SUITE)

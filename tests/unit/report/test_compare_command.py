@@ -117,7 +117,7 @@ def test_regression_has_its_own_exit_code(tmp_path: Path) -> None:
         ("compare A A --threshold many", 12, "'many' is not a threshold"),
         ("compare A nowhere", 60, "No record.json below nowhere"),
         ("compare nowhere A", 60, "No record.json below nowhere"),
-        ("compare A", 2, "Missing argument 'B'"),
+        ("compare A", 2, "Missing argument 'AFTER'"),
     ],
 )
 def test_invalid_command_is_refused(
