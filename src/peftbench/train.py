@@ -37,10 +37,12 @@ def train(
         typer.Option("--config", help="Recipe file. Repeat the option to merge several; later files win."),
     ] = None,
     skip_finished: Annotated[
-        bool, typer.Option("--skip-finished", help="If the run has already finished, only print its outcome.")
+        bool,
+        typer.Option("--skip-finished", metavar="", help="If the run has already finished, only print its outcome."),
     ] = False,
     print_config: Annotated[
-        bool, typer.Option("--print-config", help="Print the resolved recipe like peftbench show, and exit.")
+        bool,
+        typer.Option("--print-config", metavar="", help="Print the resolved recipe like peftbench show, and exit."),
     ] = False,
 ) -> None:
     """Run one recipe and write its results to record.json.

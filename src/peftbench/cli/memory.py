@@ -99,6 +99,7 @@ def fit(
         bool,
         typer.Option(
             "--verify",
+            metavar="",
             help="Run the best result on this machine, at its micro-batch and at the next larger one.",
         ),
     ] = False,

@@ -42,7 +42,7 @@ SeedsOption = Annotated[
 OutOption = Annotated[
     Optional[Path], typer.Option(help="Parent of the run folders. Default: output_dir of each recipe.")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+JsonOption = Annotated[bool, typer.Option("--json", metavar="", help="Print JSON.")]
 
 
 def print_to_stderr(line: str) -> None:

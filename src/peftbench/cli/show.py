@@ -15,11 +15,14 @@ def show(
         Optional[list[str]],
         typer.Argument(metavar="RECIPE.yaml | KEY.SUB=VALUE", help="Recipe files, then overrides. Later files win."),
     ] = None,
-    glossary: Annotated[bool, typer.Option("--glossary", help="Print the meaning of each table column.")] = False,
+    glossary: Annotated[
+        bool, typer.Option("--glossary", metavar="", help="Print the meaning of each table column.")
+    ] = False,
     run_dir: Annotated[
         bool,
         typer.Option(
             "--run-dir",
+            metavar="",
             help="Instead of the recipe, print the path of its run folder; create the folder if it is missing.",
         ),
     ] = False,

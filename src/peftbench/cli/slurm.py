@@ -47,7 +47,9 @@ def submit(
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Write the batch script and the recipes and print the script, but do not submit it."
+            "--dry-run",
+            metavar="",
+            help="Write the batch script and the recipes and print the script, but do not submit it.",
         ),
     ] = False,
 ) -> None:

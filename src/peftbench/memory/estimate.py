@@ -155,7 +155,7 @@ def _check_supported(recipe: Recipe, engine: EngineKind, device_type: DeviceType
         )
     if device_type == "cpu" and recipe.train.precision != "fp32":
         raise EstimateUnavailableError(
-            f"There is no memory estimate for train.precision={recipe.train.precision} on CPU, because the buffers in "
+            f"there is no memory estimate for train.precision={recipe.train.precision} on CPU, because the buffers in "
             "which CPU kernels convert it are not modeled; use train.precision=fp32"
         )
     if recipe.model.quantization == "int8":

@@ -60,7 +60,7 @@ def resolve_auto_micro_batch(recipe: Recipe) -> tuple[Recipe, str | None]:
         )
     choice = request_micro_batch(AdviceRequest.from_environment(recipe, budget, device))
     if choice.error is not None:
-        raise BudgetError(f"train.micro_batch_size=auto cannot be resolved. {choice.error}")
+        raise BudgetError(f"train.micro_batch_size=auto cannot be resolved: {choice.error}")
     resolved = with_evaluation_batch(with_micro_batch(recipe, choice.micro_batch_size), choice.evaluation_batch_size)
     return resolved, choice.note
 
