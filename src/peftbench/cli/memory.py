@@ -108,7 +108,7 @@ def fit(
         typer.Option(
             "--largest-model",
             metavar="FAMILY",
-            help="Find the largest model that fits instead of the micro-batch. FAMILY is gpt2, llama3 or qwen2.5.",
+            help="Find the largest model that fits, not the largest micro-batch. FAMILY: gpt2, llama3 or qwen2.5.",
         ),
     ] = None,
     as_json: JsonOption = False,

@@ -27,7 +27,7 @@ AccelerateOption = Annotated[
     Optional[Path],
     typer.Option(
         "--accelerate",
-        help="Accelerate config file; the result is the memory per process. Default: not distributed.",
+        help="Accelerate config file; all results are per process. Default: not distributed.",
     ),
 ]
 ProcessesOption = Annotated[

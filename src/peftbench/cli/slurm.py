@@ -18,6 +18,15 @@ _OverridesArgument = Annotated[
     typer.Argument(metavar="KEY.SUB=VALUE", help="Recipe keys to override, and sbatch options as slurm.OPTION=VALUE."),
 ]
 
+_DryRunOption = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        metavar="",
+        help="Write the batch script and the recipes and print the script, but do not submit it.",
+    ),
+]
+
 
 def submit(
     target: Annotated[Path, typer.Argument(metavar="SUITE_OR_RECIPE", help="Suite or recipe file.")],
@@ -44,14 +53,7 @@ def submit(
     ] = 10,
     seeds: SeedsOption = None,
     out: OutOption = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run",
-            metavar="",
-            help="Write the batch script and the recipes and print the script, but do not submit it.",
-        ),
-    ] = False,
+    dry_run: _DryRunOption = False,
 ) -> None:
     """Submit a suite to SLURM as a job array, or a recipe as one job."""
     from peftbench.slurm.submit import prepare_submission, submit_job
@@ -96,8 +98,8 @@ def status(
 ) -> None:
     """Show the state of each run in a folder, and the step, loss, speed, memory and time left of running ones.
 
-    States: waiting, running, finished (also out of memory or diverged), preempted (stopped by a time limit, preemption
-    or Ctrl-C, with a checkpoint), failed, or gone (the process died without recording an outcome).
+    States: waiting, running, finished (including runs that ran out of memory or diverged), preempted (stopped by a
+    time limit, preemption or Ctrl-C, with a checkpoint), failed, or gone (it died without recording an outcome).
     """
     from peftbench.errors import SlurmError
     from peftbench.slurm.queue import QueuedJob, list_queued_jobs
@@ -109,7 +111,7 @@ def status(
         try:
             queue = list_queued_jobs()
         except SlurmError as error:
-            warning = f"warning: {error.message}; the states of runs are read from their folders only"
+            warning = f"warning: {error.message}; states of runs are read from their folders only"
         rows = collect_run_statuses(folder, queue)
         if warning:
             print_to_stderr(warning)

@@ -66,7 +66,7 @@ class SequenceLayout:
         if max_new_tokens >= longest:
             raise SequenceTooShortError(
                 f"data.max_length={longest} is too short: evaluate.max_new_tokens={max_new_tokens} leaves no room for "
-                "the article; raise data.max_length or lower evaluate.max_new_tokens"
+                "the input; raise data.max_length or lower evaluate.max_new_tokens"
             )
         return cls(longest, separator, max_new_tokens)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -185,6 +185,7 @@ def _raise_recipe_error(error: dict[str, Any], root: type[ConfigSection]) -> NoR
         names = [name.strip(" '") for name in str(error["ctx"]["expected"]).replace(" or ", ", ").split(",")]
         given = given if isinstance(given, str) else json.dumps(given)
         renamed = RENAMED_VALUES.get(path, {}).get(given.lower())
+        names += ["null"] if _accepts_null(path, root) else []
         hint = f"it was renamed to {renamed!r}" if renamed else did_you_mean(given, names)
         raise OutOfRangeError(f"Invalid recipe: {path}={given!r} is not an allowed value", hint)
     shown = path if isinstance(given, dict) else f"{path}={given!r}"
@@ -193,6 +194,17 @@ def _raise_recipe_error(error: dict[str, Any], root: type[ConfigSection]) -> NoR
         subject = f"{shown}{separator}" if error["loc"] else ""  # a message about several groups names its keys
         raise OutOfRangeError(f"Invalid recipe: {subject}{_describe_requirement(error)}")
     raise WrongTypeError(f"Invalid recipe: {shown} has the wrong type; it must be {_describe_requirement(error)}")
+
+
+def _accepts_null(path: str, root: type[ConfigSection]) -> bool:
+    """True if the key at ``path`` may be null."""
+    annotation: Any = root
+    for name in path.split("."):
+        fields = getattr(annotation, "model_fields", {})
+        if name not in fields:
+            return False
+        annotation = fields[name].annotation
+    return type(None) in get_args(annotation)
 
 
 def _raise_unknown_key(path: str, fields: Sequence[str]) -> NoReturn:

@@ -204,15 +204,15 @@ COLUMNS: tuple[Column, ...] = (
     ),
     Column(
         "energy (J / 1k samples)",
-        "Joules of the training phase per 1,000 samples: all GPUs (NVML), or the CPU packages (RAPL) for runs on CPU, "
-        "including other processes and the time that experiment trackers take.",
+        "Joules of the training phase per 1,000 training examples: all GPUs of the run (NVML), or the CPU packages "
+        "(RAPL) for runs on CPU, including other processes and the time that experiment trackers take.",
         lambda r: {"joules_per_1000_samples": r.joules_per_1000_samples, "train_joules": r.energy_joules},
         lambda r: _text_or_unknown(r, None if (j := r.joules_per_1000_samples) is None else f"{j:,.3g}"),
         optional=True,
     ),
     Column(
         "training cost",
-        "Training time on all devices times profile.price_per_hour.",
+        "Training time, times the number of devices, times profile.price_per_hour.",
         lambda r: {"training_cost": r.training_cost},
         lambda r: "–" if r.training_cost is None else f"{r.training_cost:,.2g}",
         optional=True,
