@@ -242,10 +242,16 @@ class TimeLimitError(SlurmError):
     exit_code = 91
 
 
-def did_you_mean(name: str, allowed: Iterable[str]) -> str:
-    """Return ``did you mean 'x'? (allowed: x, y, z)``, or only the allowed names if none is similar."""
+def did_you_mean(name: str, allowed: Iterable[str], prefix: str = "") -> str:
+    """Return ``did you mean 'x'? (allowed: x, y, z)``, or only the allowed names if none is similar.
+
+    Args:
+        name: the unknown name.
+        allowed: the known names.
+        prefix: the section of a dotted key; it is shown before the suggested name.
+    """
     names = list(allowed)
     completions = sorted((allowed_name for allowed_name in names if name and allowed_name.startswith(name)), key=len)
     close = completions[:1] or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     listed = ", ".join(names)
-    return f"did you mean {close[0]!r}? (allowed: {listed})" if close else f"allowed: {listed}"
+    return f"did you mean {prefix + close[0]!r}? (allowed: {listed})" if close else f"allowed: {listed}"

@@ -15,8 +15,8 @@ from tests.slurm.suites import assert_equal_results, peftbench, read_statuses, r
 pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(1500)]
 SHORT, LONG = 6, 600
 SUITE = {"name": "survivors", "recipes": ["short.yaml", "requeued.yaml", "out_of_time.yaml", "cancelled.yaml"]}
-LEAD = 15
-"""Seconds between the stop signal and the time limit of one minute. SLURM may send it up to 60 s earlier."""
+MINUTES, LEAD = 10, 60
+"""Time limit of a job, and the seconds between the stop signal and the time limit."""
 
 
 @pytest.fixture
@@ -31,6 +31,13 @@ def project(tmp_path: Path) -> Path:
     (folder / "suite.yaml").write_text(yaml.safe_dump(SUITE), encoding="utf-8")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
     return folder
+
+
+def end_at_next_check(slurm: Cluster, job: str) -> None:
+    """Shorten the time limit of a running job so that its stop signal is due, and 20 to 80 s remain after it."""
+    *_, minutes, seconds = slurm.run("squeue", "--noheader", f"--jobs={job}", "--format=%M").strip().split(":")
+    limit = (60 * int(minutes) + int(seconds) + 20) // 60 + 1
+    slurm.run("scontrol", "update", f"jobid={job}", f"timelimit={limit}")
 
 
 def test_interrupted_suite_matches_undisturbed_suite(project: Path, slurm: Cluster, caches: dict[str, str]) -> None:
@@ -48,7 +55,7 @@ def test_interrupted_suite_matches_undisturbed_suite(project: Path, slurm: Clust
         "0",
         "--max-parallel",
         "2",
-        "slurm.time=1",
+        f"slurm.time={MINUTES}",
         f"slurm.signal=B:USR1@{LEAD}",
     ]
     submitted = peftbench(project, environment, *arguments)
@@ -64,8 +71,12 @@ def test_interrupted_suite_matches_undisturbed_suite(project: Path, slurm: Clust
 
     wait_until(lambda: step_of("requeued") > 2, 180, slurm.logs)
     slurm.run("scontrol", "requeue", f"{job}_1")
+    wait_until(lambda: step_of("out_of_time") > 2, 400, slurm.logs)
+    end_at_next_check(slurm, f"{job}_2")
     wait_until(lambda: step_of("cancelled") > 2, 400, slurm.logs)
     slurm.send("scancel", f"{job}_3")
+    wait_until(lambda: "Restarts=1" in slurm.run("scontrol", "show", "job", f"{job}_2"), 200, slurm.logs)
+    slurm.run("scontrol", "update", f"jobid={job}_2", f"timelimit={MINUTES}")
     slurm.await_empty(900)
 
     statuses = {row["name"]: row for row in read_statuses(project, "cluster", environment)}

@@ -183,11 +183,12 @@ def _raise_recipe_error(error: dict[str, Any], root: type[ConfigSection]) -> NoR
         raise RecipeError(f"Invalid recipe: {path} is missing; set it")
     if kind == "literal_error":
         names = [name.strip(" '") for name in str(error["ctx"]["expected"]).replace(" or ", ", ").split(",")]
-        given = given if isinstance(given, str) else json.dumps(given)
-        renamed = RENAMED_VALUES.get(path, {}).get(given.lower())
+        value = given if isinstance(given, str) else json.dumps(given)
+        quoted = repr(given) if isinstance(given, str) else value
+        renamed = RENAMED_VALUES.get(path, {}).get(value.lower())
         names += ["null"] if _accepts_null(path, root) else []
-        hint = f"it was renamed to {renamed!r}" if renamed else did_you_mean(given, names)
-        raise OutOfRangeError(f"Invalid recipe: {path}={given!r} is not an allowed value", hint)
+        hint = f"it was renamed to {renamed!r}" if renamed else did_you_mean(value, names)
+        raise OutOfRangeError(f"Invalid recipe: {path}={quoted} is not an allowed value", hint)
     shown = path if isinstance(given, dict) else f"{path}={given!r}"
     if kind.startswith(_OUT_OF_RANGE_ERRORS):
         separator = ": " if kind == "value_error" else " must be "
@@ -214,7 +215,7 @@ def _raise_unknown_key(path: str, fields: Sequence[str]) -> NoReturn:
     hint = (
         f"it was renamed to {renamed!r}"
         if renamed.rpartition(".")[2] in fields
-        else did_you_mean(key, fields).replace("did you mean '", f"did you mean '{section}")
+        else did_you_mean(key, fields, prefix=section)
     )
     raise UnknownKeyError(f"Invalid recipe: there is no key {path!r}", hint)
 

@@ -72,6 +72,7 @@ MISTAKES: list[tuple[str, type[RecipeError], str]] = [
     ("train.feature_cache=fp32", OutOfRangeError, "on a frozen backbone, and this lora does not; use last_layer"),
     ("data.source={kind: synthetic, article_tokens: [1]}", OutOfRangeError, "must be a list of at least 2 values"),
     ("train.feature_cache=fp16", OutOfRangeError, "train.feature_cache='fp16' is not an allowed value"),
+    ("train.feature_cache=true", OutOfRangeError, "train.feature_cache=true is not an allowed value; allowed: fp32"),
 ]
 
 
