@@ -132,7 +132,7 @@ def test_multi_gpu_and_multi_node_scripts_start_two_processes(
 def test_run_on_two_nodes_matches_one_node(project: Path, slurm: Cluster, caches: dict[str, str]) -> None:
     """One command submits the run. After a stop signal it is requeued on both nodes, and its losses match."""
     environment = caches | slurm.environment
-    arguments = ["first.yaml", "--engine", "zero2_cpu.yaml", "train.steps=300"]
+    arguments = ["first.yaml", "--accelerate", "zero2_cpu.yaml", "train.steps=300"]
     one = peftbench(project, environment, "submit", *arguments, "--gpus-per-node", "0", "--out", "one")
     assert one.returncode == 0, one.stderr
     slurm.await_empty(300)

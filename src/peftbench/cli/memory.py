@@ -43,7 +43,11 @@ def estimate(
         typer.Option(help="Write the table to this Markdown file, in the section named by --marker."),
     ] = None,
     marker: Annotated[
-        str, typer.Option(help="NAME of the section, from <!-- report:NAME --> to <!-- end of report:NAME -->.")
+        str,
+        typer.Option(
+            help="Name of the section, which starts with <!-- report:NAME --> and ends with "
+            "<!-- end of report:NAME -->."
+        ),
     ] = "plan",
     as_json: JsonOption = False,
 ) -> None:
@@ -100,7 +104,7 @@ def fit(
         typer.Option(
             "--verify",
             metavar="",
-            help="Run the best result on this machine, at its micro-batch and at the next larger one.",
+            help="Train briefly at the best result's micro-batch, which must fit, and at the next one, which must not.",
         ),
     ] = False,
     family: Annotated[

@@ -17,11 +17,16 @@ ConfigOption = Annotated[
 ]
 BudgetOption = Annotated[
     Optional[str],
-    typer.Option(help="Memory limit of each process, e.g. 16GiB. Default: budget.memory, else the memory of --device."),
+    typer.Option(
+        help="Memory limit of each process, e.g. 16GiB. Default: the recipe key budget.memory; if it is not set, the "
+        "memory of --device."
+    ),
 ]
 DeviceOption = Annotated[
     Optional[str],
-    typer.Option(help="Device to plan for, e.g. t4, a10g, h100 or cpu. Default: a GPU with the memory of the budget."),
+    typer.Option(
+        help="Device to plan for, e.g. t4, a10g, h100 or cpu. Default: a generic GPU, whose memory is the budget."
+    ),
 ]
 AccelerateOption = Annotated[
     Optional[Path],
@@ -40,7 +45,7 @@ SeedsOption = Annotated[
     ),
 ]
 OutOption = Annotated[
-    Optional[Path], typer.Option(help="Parent of the run folders. Default: output_dir of each recipe.")
+    Optional[Path], typer.Option(help="Folder that contains a folder for each run. Default: the recipe key output_dir.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", metavar="", help="Print JSON.")]
 

@@ -25,7 +25,7 @@ RENAMED_OPTIONS: dict[str, dict[str, str]] = {
     },
     "estimate": {"--into": "--update-file", "--block": "--marker"},
     "fit": {"--allow": "--techniques"},
-    "submit": {"--at-once": "--max-parallel", "--restarts": "--max-requeues"},
+    "submit": {"--engine": "--accelerate", "--at-once": "--max-parallel", "--restarts": "--max-requeues"},
 }
 """Command: old option: what replaces it."""
 

@@ -21,7 +21,8 @@ def report(
     marker: Annotated[
         Optional[str],
         typer.Option(
-            help="NAME of the section, from <!-- report:NAME --> to <!-- end of report:NAME -->. Default: table."
+            help="Name of the section, which starts with <!-- report:NAME --> and ends with "
+            "<!-- end of report:NAME -->. Default: table."
         ),
     ] = None,
     group_by: Annotated[

@@ -31,10 +31,11 @@ _DryRunOption = Annotated[
 def submit(
     target: Annotated[Path, typer.Argument(metavar="SUITE_OR_RECIPE", help="Suite or recipe file.")],
     overrides: _OverridesArgument = None,
-    engine: Annotated[
+    accelerate: Annotated[
         Optional[str],
         typer.Option(
-            help="Accelerate config: name in accel_configs/ (zero2) or file. Default: the suite's, or one process."
+            help="Accelerate config: a file, or the name of one in accel_configs/, e.g. zero2. Default: the suite's; "
+            "if it has none, one process."
         ),
     ] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes per run.")] = 1,
@@ -66,7 +67,7 @@ def submit(
             recipe_overrides,
             sbatch_options,
             out=out,
-            engine=engine,
+            accelerate=accelerate,
             nodes=nodes,
             gpus_per_node=gpus_per_node,
             max_parallel=max_parallel,
@@ -96,7 +97,7 @@ def status(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Output folder of a run or a suite.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Show the state of each run in a folder, and the step, loss, speed, memory and time left of running ones.
+    """Show the state of each run in a folder; while it trains, also its step, loss, speed, memory use and time left.
 
     States: waiting, running, finished (including runs that ran out of memory or diverged), preempted (stopped by a
     time limit, preemption or Ctrl-C, with a checkpoint), failed, or gone (it died without recording an outcome).

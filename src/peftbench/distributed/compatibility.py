@@ -130,7 +130,7 @@ class Rule:
 
 RULES = (
     Rule(
-        "DeepSpeed's ZeRO gives the optimizer one flat vector for each process, and this optimizer needs matrices",
+        "DeepSpeed ZeRO flattens the weights to vectors, and this optimizer needs matrices",
         engines=_DEEPSPEED_ENGINES,
         optimizers=_optimizers(lambda optimizer: optimizer.needs_matrices),
     ),

@@ -156,7 +156,7 @@ def _check_supported(recipe: Recipe, engine: EngineKind, device_type: DeviceType
     if device_type == "cpu" and recipe.train.precision != "fp32":
         raise EstimateUnavailableError(
             f"there is no memory estimate for train.precision={recipe.train.precision} on CPU, because the buffers "
-            "that CPU kernels use to convert values are not modeled; use train.precision=fp32"
+            "in which CPU kernels convert bf16 and fp16 values to float32 are not modeled; use train.precision=fp32"
         )
     if recipe.model.quantization == "int8":
         raise EstimateUnavailableError(

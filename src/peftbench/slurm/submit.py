@@ -87,7 +87,8 @@ def find_launch_file(name: str) -> LaunchFile:
     path = known.get(name) or Path(name)
     if not path.is_file():
         raise MissingFileError(
-            f"unknown engine {name!r}", did_you_mean(name, known) if known else "give the path of an accelerate config"
+            f"unknown accelerate config {name!r}",
+            did_you_mean(name, known) if known else "give the path of an accelerate config",
         )
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))

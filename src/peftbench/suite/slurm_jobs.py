@@ -52,7 +52,7 @@ def plan_submission(
     options: Sequence[str],
     *,
     out: Path | None,
-    engine: str | None,
+    accelerate: str | None,
     nodes: int,
     gpus_per_node: int | None,
     max_parallel: int | None,
@@ -67,12 +67,12 @@ def plan_submission(
     Raises:
         RecipeError, SlurmError: invalid input; nothing was written.
     """
-    recipes, name, suite_options, suite_engine = _load_target(target, overrides, out, seeds)
+    recipes, name, suite_options, suite_config = _load_target(target, overrides, out, seeds)
     sbatch_options = parse_sbatch_options(suite_options | dict(map(_parse_option, options)))
     check_time_limit(sbatch_options)
-    launch_file = find_launch_file(engine or str(suite_engine)) if engine or suite_engine else None
+    launch_file = find_launch_file(accelerate or str(suite_config)) if accelerate or suite_config else None
     if launch_file is None and nodes > 1:
-        raise SlurmError("--nodes needs a distributed engine; give --engine, e.g. zero2")
+        raise SlurmError("--nodes needs several processes; give --accelerate, e.g. zero2")
     unfinished = [recipe for recipe in recipes if load_existing_result(recipe) is None]
     active_jobs = {job_id for job_id, queued in list_queued_jobs().items() if queued.is_active}
     active_owners = {

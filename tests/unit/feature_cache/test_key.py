@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from peftbench.feature_cache.key import build_cache_key, hash_backbone, hash_examples
 from peftbench.methods.last_layer import LastLayer
@@ -41,9 +42,19 @@ def test_cache_key_ignores_model_folder_and_training_settings(workshop: Workshop
     assert build_key(workshop, optimizer=AdamW(learning_rate=0.5), train={"seed": 3, "epochs": 1}) == key
 
 
-def test_cache_key_depends_on_everything_that_changes_hidden_states(workshop: Workshop) -> None:
-    """Change one setting at a time and check that all keys differ."""
+def copy_with_another_weight(folder: Path, copy: Path) -> Path:
+    """Copy a model folder and add 1 to one element of one tensor."""
+    shutil.copytree(folder, copy)
+    tensors = load_file(copy / "model.safetensors")
+    tensors[min(tensors)].view(-1)[0] += 1
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+def test_cache_key_depends_on_everything_that_changes_hidden_states(workshop: Workshop, tmp_path: Path) -> None:
+    """Change one setting, or one weight, at a time and check that all keys differ."""
     key = build_key(workshop)
+    other_weights = copy_with_another_weight(workshop.base_folder("gpt2_tied"), tmp_path / "copy")
     other_keys = [
         build_key(workshop, **parts)
         for parts in (
@@ -56,6 +67,7 @@ def test_cache_key_depends_on_everything_that_changes_hidden_states(workshop: Wo
             {"device": "cuda"},
             {"uses_masks": True},
             {"train": {"compile": True}},
+            {"model": {"path": str(other_weights)}},
         )
     ]
     assert key not in other_keys

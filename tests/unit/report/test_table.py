@@ -106,7 +106,7 @@ def test_column_is_sorted_by_the_value_it_shows() -> None:
     expected = {
         "energy (J / 1k samples)": 2500.0,
         "tokens/s": 123.0,
-        "model TFLOPs": 2e12,
+        "model compute (TFLOP)": 2e12,
         "MFU": 0.25,
         "peak mem (MiB)": 5 * 2**20,
     }

@@ -141,8 +141,8 @@ def test_active_and_finished_runs_are_skipped(submit: Submit, slurm: Callable[..
     ("arguments", "code", "message"),
     [
         (["nothing.yaml"], 14, "nothing.yaml"),
-        (["one.yaml", "--engine", "zero9"], 14, "unknown engine 'zero9'; did you mean 'zero"),
-        (["one.yaml", "--nodes", "2"], 90, "--nodes needs a distributed engine"),
+        (["one.yaml", "--accelerate", "zero9"], 14, "unknown accelerate config 'zero9'; did you mean 'zero"),
+        (["one.yaml", "--nodes", "2"], 90, "--nodes needs several processes; give --accelerate"),
         (["one.yaml", "slurm.partiton=x"], 90, "did you mean 'partition'? (allowed: account, "),
         (["one.yaml", "slurm.array=1"], 90, "slurm.array is set by peftbench itself: the array has one task per run"),
         (["one.yaml", "slurm.time=2"], 91, "the job is stopped 120 s before its time limit"),
@@ -195,8 +195,8 @@ def test_failing_squeue_is_an_error(submit: Submit, slurm: Callable[..., Path], 
 
 
 def test_engine_configs_are_copied(submit: Submit) -> None:
-    """The copies have the job's number of processes; ``--engine`` also accepts the path of a file."""
-    result = submit("one.yaml", "--engine", "zero2", "--nodes", "3", "--gpus-per-node", "4", "--dry-run")
+    """The copies have the job's number of processes; ``--accelerate`` also accepts the path of a file."""
+    result = submit("one.yaml", "--accelerate", "zero2", "--nodes", "3", "--gpus-per-node", "4", "--dry-run")
     assert result.exit_code == 0, result.output
     assert "#SBATCH --nodes=3\n" in result.stdout
     folder = Path("out/one").resolve()
@@ -205,7 +205,7 @@ def test_engine_configs_are_copied(submit: Submit) -> None:
     assert engine["deepspeed_config"]["deepspeed_config_file"] == str(folder / "deepspeed.json")
     assert (folder / "deepspeed.json").read_text() == (REPOSITORY / "ds_configs" / "zero2.json").read_text()
     (folder / "mine.yaml").write_text("num_processes: many\n", encoding="utf-8")
-    result = submit("one.yaml", "--engine", str(folder / "mine.yaml"))
+    result = submit("one.yaml", "--accelerate", str(folder / "mine.yaml"))
     assert result.exit_code == 90
     assert "must be whole numbers" in result.stderr
 

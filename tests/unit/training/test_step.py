@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 from peftbench.distributed.accelerator import build_accelerator
 from peftbench.methods.full import Full
@@ -17,7 +18,7 @@ from peftbench.profiler.probe import Probe
 from peftbench.recipe.schema import Schedule
 from peftbench.training.build import TrainingComponents
 from peftbench.training.loop import TrainProgress, train, train_step
-from tests.helpers.batches import micro_batch, one_batch
+from tests.helpers.batches import LENGTHS_AND_PROMPTS, labels_of, logits, micro_batch, one_batch
 from tests.helpers.callbacks import StepRecorder
 from tests.helpers.training import assemble_training, build_training_components, trainable_parameters
 from tests.helpers.workshop import Workshop
@@ -46,6 +47,25 @@ def test_clipping_limits_the_gradient_norm(
     assert norm > 0.5
     assert _update_norm(accelerator, fresh_base("gpt2_tied"), 0.25) == pytest.approx(0.25, rel=1e-3)
     assert _update_norm(accelerator, fresh_base("gpt2_tied"), 2 * norm) == pytest.approx(norm, rel=1e-3)
+
+
+def test_gradient_is_that_of_the_mean_loss_per_labeled_token(
+    fresh_base: Callable[[str], PreTrainedModel], accelerator: Accelerator
+) -> None:
+    """Over two micro-batches with 12 and 15 labeled tokens, as transformers' logits and torch's loss give it."""
+    parts = [micro_batch(LENGTHS_AND_PROMPTS[:2]), micro_batch(LENGTHS_AND_PROMPTS[2:])]
+    model, reference = fresh_base("gpt2_tied"), fresh_base("gpt2_tied")
+    losses = [
+        cross_entropy(logits(reference, part)[:, :-1].mT, labels_of(part)[:, 1:], reduction="sum") for part in parts
+    ]
+    (sum(losses) / 27).backward()  # type: ignore[union-attr]
+    accelerator.gradient_accumulation_steps = len(parts)
+    before = {name: parameter.detach().clone() for name, parameter in trainable_parameters(model).items()}
+    trainer = assemble_training(accelerator, model, torch.optim.SGD(trainable_parameters(model).values(), lr=1.0))
+    train_step(accelerator, trainer, one_batch(*parts), None)
+    for name, parameter in trainable_parameters(reference).items():
+        update = before[name] - trainable_parameters(model)[name].detach()
+        torch.testing.assert_close(update, parameter.grad, rtol=1e-3, atol=1e-6)
 
 
 def test_step_returns_the_loss_before_its_update(

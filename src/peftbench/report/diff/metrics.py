@@ -66,8 +66,8 @@ METRICS: dict[str, Metric] = {
             "{:,.0f}/s".format,
         ),
         Metric("train_peak_bytes", "bytes", "lower", train_peak_bytes, lambda size: f"{size / 2**20:,.1f} MiB"),
-        Metric("model_flops", "FLOP", "lower", lambda r: r.flops.model_flops, lambda n: f"{n / 1e12:.4g} TFLOPs"),
-        Metric("hardware_flops", "FLOP", "lower", lambda r: r.flops.hardware_flops, lambda n: f"{n / 1e12:.4g} TFLOPs"),
+        Metric("model_flops", "FLOP", "lower", lambda r: r.flops.model_flops, lambda n: f"{n / 1e12:.4g} TFLOP"),
+        Metric("hardware_flops", "FLOP", "lower", lambda r: r.flops.hardware_flops, lambda n: f"{n / 1e12:.4g} TFLOP"),
         Metric(
             "mfu", "fraction of the peak", "higher", lambda r: r.compute.mfu, "{:.2%}".format, device_dependent=True
         ),

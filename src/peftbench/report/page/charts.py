@@ -44,7 +44,7 @@ class CostAxis:
 COST_AXES = (
     CostAxis("MiB", "peak memory (MiB)"),
     CostAxis("seconds", "train time (s)"),
-    CostAxis("TFLOPs", "model TFLOPs"),
+    CostAxis("TFLOPs", "model compute (TFLOP)"),
 )
 
 

@@ -104,8 +104,8 @@ DROP_ORDER = (
     "ROUGE-1",
     "trainable %",
     "training cost",
-    "model TFLOPs",
-    "% of matmul peak",
+    "model compute (TFLOP)",
+    "% of measured matmul",
     "energy (J / 1k samples)",
     "MFU",
     "trainable params",
@@ -177,7 +177,7 @@ COLUMNS: tuple[Column, ...] = (
         optional=True,
     ),
     Column(
-        "model TFLOPs",
+        "model compute (TFLOP)",
         "Floating-point operations required by all steps, in 10^12: real tokens, causal attention, "
         "output head at labeled positions, backward pass only where the method needs it.",
         lambda r: {
@@ -196,7 +196,7 @@ COLUMNS: tuple[Column, ...] = (
         optional=True,
     ),
     Column(
-        "% of matmul peak",
+        "% of measured matmul",
         "Model FLOPs per second over the FLOP/s of a large matrix product, measured on the device after the run.",
         lambda r: {"matmul_utilization": r.compute.matmul_utilization},
         lambda r: "–" if r.compute.matmul_utilization is None else f"{r.compute.matmul_utilization:.1%}",

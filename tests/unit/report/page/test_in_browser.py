@@ -325,8 +325,8 @@ def test_page_of_1000_runs_sorts_and_filters(open_page: OpenPage, tmp_path: Path
     page = open_page(write_page(_build_records(1000), tmp_path))
     assert page.console == []
     assert page.tab.locator("#runs tbody tr").count() == 1000
-    page.tab.locator(f"{header_selector('model TFLOPs')} button").click()
-    page.tab.locator(f"{header_selector('model TFLOPs')} button").click()
+    page.tab.locator(f"{header_selector('model compute (TFLOP)')} button").click()
+    page.tab.locator(f"{header_selector('model compute (TFLOP)')} button").click()
     assert page.tab.locator("#runs tbody tr").first.locator("th").inner_text() == "prompt_tuning-999"
     page.tab.fill("#filter", "lora-2")
     assert page.tab.locator("#count").inner_text().endswith("of 1000")
