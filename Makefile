@@ -17,12 +17,12 @@ test: .venv/installed
 
 # Every combination of the compatibility table that runs on CPU, each in two processes.
 test-engines: .venv/installed
-	$(BIN)/python -m pytest -m multiprocess tests/distributed
+	$(BIN)/python -m pytest -m "slow or multiprocess" tests/distributed
 
-# Families of models, memory simulations, whole-process tests and full sweeps.
+# Families of models, memory simulations, whole-process tests and full sweeps, except what the two other slow tiers run.
 test-slow: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not gpu and not slurm" \
-	    --ignore tests/distributed --ignore tests/slurm
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not gpu and not slurm" --ignore tests/distributed \
+	    --ignore tests/slurm --ignore tests/launch/test_survival.py --ignore tests/launch/test_two_hosts.py
 
 # A real SLURM in a temporary folder, as root, and interruptions of runs on one host and on two. Needs Debian's slurm-wlm and
 # munge (docs/guides/slurm.md). One worker waits for the cluster's jobs; the other runs the remaining tests.
