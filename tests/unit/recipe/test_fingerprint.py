@@ -67,9 +67,9 @@ def test_new_key_in_a_neutral_section_keeps_old_fingerprints() -> None:
 
 def test_fingerprint_recipe_leaves_its_argument_unchanged() -> None:
     """The function deletes keys only from a copy."""
-    recipe = copy.deepcopy(FULL)
+    recipe = {"name": "a", "train": {"feature_cache": None, "steps": 1}}
     fingerprint_recipe(recipe)
-    assert recipe == FULL
+    assert recipe == {"name": "a", "train": {"feature_cache": None, "steps": 1}}
 
 
 def test_every_other_key_changes_the_fingerprint() -> None:
