@@ -23,9 +23,10 @@ VARYING_FIELDS = frozenset(
         "compute",
         "energy_joules",
         "notes",
+        "git_commit",
     }
 )
-"""Fields of a record that differ between equal runs: times, memory, the place of the run, the number of attempts."""
+"""Fields that may differ between equal runs: times, memory, the place of the run, attempts, edits in the checkout."""
 
 
 def peftbench(folder: Path, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:

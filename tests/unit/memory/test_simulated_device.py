@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -45,3 +46,34 @@ def test_weight_casts_are_cached_like_in_torch(trained: bool) -> None:
         assert count_casts("meta", emulation.autocast(), trained=trained) == real  # the cache ends with its block
         assert count_casts("meta", emulation.autocast(enabled=False), trained=trained) == (0, torch.float32)
     assert real[0] == (2 if trained else 3)
+
+
+def count_live_casts(device: str, block: AbstractContextManager[Any]) -> list[int]:
+    """Use and free 50 weights, one after another; return how many of their casts live in the block and after it."""
+    storages: list[StorageWeakRef] = []
+
+    class CastStorages(Casts):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            output = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten._to_copy.default and args[0].shape == (4, 4):
+                storages.append(StorageWeakRef(output.untyped_storage()))
+            return output
+
+    alive = []
+    with CastStorages(), torch.no_grad():
+        with block:
+            for _ in range(50):
+                weight = nn.Parameter(torch.zeros(4, 4, device=device))
+                functional.linear(torch.zeros(2, 4, device=device), weight)
+                del weight
+            alive.append(sum(not storage.expired() for storage in storages))
+        alive.append(sum(not storage.expired() for storage in storages))
+    return alive
+
+
+def test_casts_of_freed_weights_live_as_long_as_in_torch() -> None:
+    """ZeRO-3 frees gathered weights in autocast; their casts stay until it ends, also when Python reuses an id."""
+    emulation = DeviceEmulation("cpu", torch.bfloat16, has_padding=False)
+    with emulation:
+        emulated = count_live_casts("meta", emulation.autocast())
+    assert emulated == count_live_casts("cpu", torch.autocast("cpu", torch.bfloat16)) == [50, 0]

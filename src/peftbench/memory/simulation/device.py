@@ -41,6 +41,8 @@ class DeviceEmulation(TorchFunctionMode):
         self._autocast_enabled = False
         self._autocast_depth = 0
         self._cached_casts: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor]] = {}
+        self._casts_of_freed_tensors: list[torch.Tensor] = []
+        """torch also keeps the cast of a freed tensor until autocast ends."""
 
     @property
     def is_autocast_enabled(self) -> bool:
@@ -59,6 +61,7 @@ class DeviceEmulation(TorchFunctionMode):
             self._autocast_depth -= 1
             if not self._autocast_depth:
                 self._cached_casts.clear()
+                self._casts_of_freed_tensors.clear()
 
     @contextmanager
     def recompute(self) -> Iterator[None]:
@@ -144,7 +147,10 @@ class DeviceEmulation(TorchFunctionMode):
         if not (tensor.is_leaf and tensor.requires_grad and tensor.dtype == torch.float32):
             return tensor.to(self.autocast_dtype)
         cached = self._cached_casts.get(id(tensor))  # autocast caches casts of trained leaves only
-        if cached is None or cached[0]() is not tensor:  # Python reuses the id of a freed tensor
+        if cached is not None and cached[0]() is not tensor:  # Python reuses the id of a freed tensor
+            self._casts_of_freed_tensors.append(cached[1])
+            cached = None
+        if cached is None:
             cached = self._cached_casts[id(tensor)] = weakref.ref(tensor), tensor.to(self.autocast_dtype)
         return cached[1]
 
