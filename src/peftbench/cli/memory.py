@@ -104,7 +104,7 @@ def fit(
         typer.Option(
             "--verify",
             metavar="",
-            help="Train briefly at the best result's micro-batch, which must fit, and at the next one, which must not.",
+            help="Train briefly with the fastest combination: its micro-batch must fit, the next larger one must not.",
         ),
     ] = False,
     family: Annotated[
