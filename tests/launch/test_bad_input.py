@@ -57,7 +57,7 @@ DATA: list[Mistake] = [
 MORE_DATA: list[Mistake] = [
     ("data.source.test=nothing.jsonl", DataNotFoundError, "data.source.test='nothing.jsonl' does not exist"),
     ("data.source.test=broken.jsonl", DataError, "broken.jsonl cannot be read as json"),
-    ("data.test=9", EmptySplitError, "data.test=9 asks for more than the 8 examples of the test split"),
+    ("data.test=9", EmptySplitError, "data.test=9 is more than the 8 examples of the test split"),
 ]
 # Refused when the model is loaded and adapted.
 MODEL: list[Mistake] = [
