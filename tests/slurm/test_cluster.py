@@ -12,9 +12,9 @@ from tests.helpers.project import RECIPE, ROWS
 from tests.slurm.cluster import Cluster, wait_until
 from tests.slurm.suites import assert_equal_results, peftbench, read_statuses, record
 
-pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(1500)]
-SHORT, LONG = 6, 600
-SUITE = {"name": "survivors", "recipes": ["short.yaml", "requeued.yaml", "out_of_time.yaml", "cancelled.yaml"]}
+pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(2400)]
+STEPS = {"short": 6, "requeued": 600, "out_of_time": 1200, "cancelled": 600}
+SUITE = {"name": "survivors", "recipes": [f"{name}.yaml" for name in STEPS]}
 MINUTES, LEAD = 10, 60
 """Time limit of a job, and the seconds between the stop signal and the time limit."""
 
@@ -24,19 +24,21 @@ def project(tmp_path: Path) -> Path:
     """Return a folder with a suite of four recipes: one short and three long."""
     folder = tmp_path / "a folder with $(spaces)"
     folder.mkdir()
-    for path in SUITE["recipes"]:
-        recipe = RECIPE | {"name": path.removesuffix(".yaml"), "output_dir": "local"}
-        recipe["train"] = {"steps": SHORT if path == "short.yaml" else LONG, "global_batch_size": 4}
-        (folder / path).write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    for name, steps in STEPS.items():
+        recipe = RECIPE | {"name": name, "output_dir": "local", "train": {"steps": steps, "global_batch_size": 4}}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     (folder / "suite.yaml").write_text(yaml.safe_dump(SUITE), encoding="utf-8")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
     return folder
 
 
 def end_at_next_check(slurm: Cluster, job: str) -> None:
-    """Shorten the time limit of a running job so that its stop signal is due, and 20 to 80 s remain after it."""
+    """Shorten the time limit of a running job to 45 to 105 s from now.
+
+    SLURM checks limits every 30 s and sends the stop signal at the first check in the last LEAD + 30 s.
+    """
     *_, minutes, seconds = slurm.run("squeue", "--noheader", f"--jobs={job}", "--format=%M").strip().split(":")
-    limit = (60 * int(minutes) + int(seconds) + 20) // 60 + 1
+    limit = (60 * int(minutes) + int(seconds) + 45) // 60 + 1
     slurm.run("scontrol", "update", f"jobid={job}", f"timelimit={limit}")
 
 
@@ -71,10 +73,10 @@ def test_interrupted_suite_matches_undisturbed_suite(project: Path, slurm: Clust
 
     wait_until(lambda: step_of("requeued") > 2, 180, slurm.logs)
     slurm.run("scontrol", "requeue", f"{job}_1")
-    wait_until(lambda: step_of("out_of_time") > 2, 400, slurm.logs)
-    end_at_next_check(slurm, f"{job}_2")
     wait_until(lambda: step_of("cancelled") > 2, 400, slurm.logs)
     slurm.send("scancel", f"{job}_3")
+    wait_until(lambda: step_of("out_of_time") > 2, 400, slurm.logs)
+    end_at_next_check(slurm, f"{job}_2")
     wait_until(lambda: "Restarts=1" in slurm.run("scontrol", "show", "job", f"{job}_2"), 200, slurm.logs)
     slurm.run("scontrol", "update", f"jobid={job}_2", f"timelimit={MINUTES}")
     slurm.await_empty(900)
@@ -89,7 +91,7 @@ def test_interrupted_suite_matches_undisturbed_suite(project: Path, slurm: Clust
     assert again.returncode == 0, again.stderr
     assert "1 run," in again.stdout
     slurm.await_empty(600)
-    for name in (path.removesuffix(".yaml") for path in SUITE["recipes"]):
+    for name in STEPS:
         assert_equal_results(record(runs, name), record(project / "local", name))
     last_submission = peftbench(project, environment, *arguments)
     assert last_submission.stdout == "nothing left to submit\n", last_submission

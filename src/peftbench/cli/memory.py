@@ -104,7 +104,7 @@ def fit(
         typer.Option(
             "--verify",
             metavar="",
-            help="Train briefly with the fastest combination: its micro-batch must fit, the next larger one must not.",
+            help="Check the fastest combination with two short runs: at its micro-batch and at the next larger one.",
         ),
     ] = False,
     family: Annotated[

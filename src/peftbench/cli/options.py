@@ -24,7 +24,7 @@ BudgetOption = Annotated[
 ]
 DeviceOption = Annotated[
     Optional[str],
-    typer.Option(help="Device to plan for, e.g. t4, a10g, h100 or cpu. Default: a generic GPU without a memory size."),
+    typer.Option(help="Device to plan for, e.g. t4, a10g, h100 or cpu. Default: a generic GPU of unknown memory size."),
 ]
 AccelerateOption = Annotated[
     Optional[Path],

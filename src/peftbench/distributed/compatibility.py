@@ -130,7 +130,7 @@ class Rule:
 
 RULES = (
     Rule(
-        "DeepSpeed ZeRO flattens the weights to vectors, and this optimizer needs matrices",
+        "DeepSpeed ZeRO flattens the weights into vectors, and this optimizer needs matrices",
         engines=_DEEPSPEED_ENGINES,
         optimizers=_optimizers(lambda optimizer: optimizer.needs_matrices),
     ),

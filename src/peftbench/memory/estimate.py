@@ -155,8 +155,8 @@ def _check_supported(recipe: Recipe, engine: EngineKind, device_type: DeviceType
         )
     if device_type == "cpu" and recipe.train.precision != "fp32":
         raise EstimateUnavailableError(
-            f"there is no memory estimate for train.precision={recipe.train.precision} on CPU: its "
-            "kernels convert values to float32 in buffers that are not modeled; use train.precision=fp32"
+            f"there is no memory estimate for train.precision={recipe.train.precision} on CPU, because "
+            "CPU kernels convert values to float32 in buffers that are not modeled; use train.precision=fp32"
         )
     if recipe.model.quantization == "int8":
         raise EstimateUnavailableError(

@@ -176,25 +176,29 @@ def _raise_recipe_error(error: dict[str, Any], root: type[ConfigSection]) -> NoR
         tag = str(error["ctx"]["tag"])
         raise UnknownKeyError(f"Invalid recipe: there is no {path} of kind {tag!r}", did_you_mean(tag, kinds))
     if kind == "union_tag_not_found" and not isinstance(given, dict):
-        raise WrongTypeError(f"Invalid recipe: {path}={given!r} has the wrong type; it must be a group of keys")
+        raise WrongTypeError(f"Invalid recipe: {path}={_quote(given)} has the wrong type; it must be a group of keys")
     if kind == "union_tag_not_found":
         raise RecipeError(f"Invalid recipe: {path}.kind is missing", f"allowed: {', '.join(kinds)}")
     if kind == "missing":
         raise RecipeError(f"Invalid recipe: {path} is missing; set it")
     if kind == "literal_error":
         names = [name.strip(" '") for name in str(error["ctx"]["expected"]).replace(" or ", ", ").split(",")]
-        value = given if isinstance(given, str) else json.dumps(given)
-        quoted = repr(given) if isinstance(given, str) else value
+        value = given if isinstance(given, str) else _quote(given)
         renamed = RENAMED_VALUES.get(path, {}).get(value.lower())
         names += ["null"] if _accepts_null(path, root) else []
         hint = f"it was renamed to {renamed!r}" if renamed else did_you_mean(value, names)
-        raise OutOfRangeError(f"Invalid recipe: {path}={quoted} is not an allowed value", hint)
-    shown = path if isinstance(given, dict) else f"{path}={given!r}"
+        raise OutOfRangeError(f"Invalid recipe: {path}={_quote(given)} is not an allowed value", hint)
+    shown = path if isinstance(given, dict) else f"{path}={_quote(given)}"
     if kind.startswith(_OUT_OF_RANGE_ERRORS):
         separator = ": " if kind == "value_error" else " must be "
         subject = f"{shown}{separator}" if error["loc"] else ""  # a message about several groups names its keys
         raise OutOfRangeError(f"Invalid recipe: {subject}{_describe_requirement(error)}")
     raise WrongTypeError(f"Invalid recipe: {shown} has the wrong type; it must be {_describe_requirement(error)}")
+
+
+def _quote(value: object) -> str:
+    """Return a value as YAML spells it: text in quotes, true, null, a list in brackets."""
+    return repr(value) if isinstance(value, str) else json.dumps(value, default=repr)
 
 
 def _accepts_null(path: str, root: type[ConfigSection]) -> bool:

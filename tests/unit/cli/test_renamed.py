@@ -24,6 +24,7 @@ from peftbench.common.console import USAGE_EXIT_CODE
         ("estimate --into README.md", "--into is now --update-file"),
         ("estimate --block plan", "--block is now --marker"),
         ("fit --allow all", "--allow is now --techniques"),
+        ("submit suite.yaml --engine zero2", "--engine is now --accelerate"),
         ("submit suite.yaml --at-once 2", "--at-once is now --max-parallel"),
         ("submit suite.yaml --restarts 2", "--restarts is now --max-requeues"),
     ],

@@ -27,7 +27,7 @@ MISTAKES: list[tuple[str, type[RecipeError], str]] = [
     # Wrong types, in each direction.
     ("train.steps=ten", WrongTypeError, "train.steps='ten' has the wrong type"),
     ("train.steps='10'", WrongTypeError, "train.steps='10' has the wrong type"),
-    ("train.steps=true", WrongTypeError, "train.steps=True has the wrong type"),
+    ("train.steps=true", WrongTypeError, "train.steps=true has the wrong type"),
     ("train.steps=1.5", WrongTypeError, "train.steps=1.5 has the wrong type"),
     ("train.gradient_checkpointing=1", WrongTypeError, "train.gradient_checkpointing=1 has the wrong type"),
     ("save_model='yes'", WrongTypeError, "save_model='yes' has the wrong type"),
@@ -36,7 +36,7 @@ MISTAKES: list[tuple[str, type[RecipeError], str]] = [
     ("train=5", WrongTypeError, "train=5 has the wrong type; it must be a group of keys"),
     ("method.target_modules=5", WrongTypeError, "method.target_modules=5 has the wrong type; it must be a list"),
     ("method.kind=[a]", UnknownKeyError, "there is no method of kind"),
-    ("model.path=[a]", WrongTypeError, "model.path=['a'] has the wrong type"),
+    ("model.path=[a]", WrongTypeError, 'model.path=["a"] has the wrong type'),
     ("method.r=four", WrongTypeError, "method.r='four' has the wrong type"),
     # Out of range.
     ("train.steps=0", OutOfRangeError, "train.steps=0 must be greater than 0"),

@@ -52,7 +52,7 @@ def test_clipping_limits_the_gradient_norm(
 def test_gradient_is_that_of_the_mean_loss_per_labeled_token(
     fresh_base: Callable[[str], PreTrainedModel], accelerator: Accelerator
 ) -> None:
-    """Over two micro-batches with 12 and 15 labeled tokens, as transformers' logits and torch's loss give it."""
+    """With two unequal micro-batches, the gradient equals that of transformers' logits and torch's loss."""
     parts = [micro_batch(LENGTHS_AND_PROMPTS[:2]), micro_batch(LENGTHS_AND_PROMPTS[2:])]
     model, reference = fresh_base("gpt2_tied"), fresh_base("gpt2_tied")
     losses = [
