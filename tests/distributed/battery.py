@@ -27,6 +27,7 @@ from peftbench.optim import OPTIMIZERS
 from peftbench.recipe.schema import Checkpoint, Data, Evaluate, Model, Profile, Recipe, Schedule, Train
 from peftbench.run.runner import Run
 from peftbench.training.checkpoint import CheckpointManager
+from tests.helpers.short_runs import freeze_imported_objects, use_small_matmul
 from tests.helpers.training import reset_accelerators
 
 STEPS = 6
@@ -121,6 +122,20 @@ def run_fresh_process() -> None:
     torch.nn.functional.linear = LINEAR  # ZeRO stage 3 replaces it globally
 
 
+def run_combination(folder: Path, base: str, data: str, point: Combination) -> None:
+    """Run one combination, then once more with a stop and a resume. Write the traceback of a failure."""
+    run_fresh_process()
+    recipe = build_recipe(point, base, data, folder)
+    try:
+        Run(recipe).execute()
+        if point.optimizer != UNTRAINED and not ENGINES[point.engine].offloads_to_nvme:
+            run_stopped_and_resumed(recipe)
+    except Exception:
+        run_dir = folder / point.engine / recipe.name
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / f"{os.environ.get('RANK', '0')}-{REFUSED}").write_text(traceback.format_exc(), encoding="utf-8")
+
+
 def main() -> None:
     """Run the combinations named on the command line."""
     torch.set_num_threads(1)
@@ -128,19 +143,11 @@ def main() -> None:
     PartialState.destroy_process_group = lambda *_: None  # type: ignore[assignment,method-assign]
     folder, base, data, engine, *names = sys.argv[1:]
     record_weight_digests(Path(folder), engine)
-    for name in names:
-        method, optimizer, precision = name.split("-")
-        point = Combination(method, engine, optimizer, precision)
-        run_fresh_process()
-        point_recipe = build_recipe(point, base, data, Path(folder))
-        try:
-            Run(point_recipe).execute()
-            if optimizer != UNTRAINED and not ENGINES[engine].offloads_to_nvme:
-                run_stopped_and_resumed(point_recipe)
-        except Exception:
-            run_dir = Path(folder) / engine / name
-            run_dir.mkdir(parents=True, exist_ok=True)
-            (run_dir / f"{os.environ.get('RANK', '0')}-{REFUSED}").write_text(traceback.format_exc(), encoding="utf-8")
+    with use_small_matmul():
+        for name in names:
+            method, optimizer, precision = name.split("-")
+            run_combination(Path(folder), base, data, Combination(method, engine, optimizer, precision))
+            freeze_imported_objects()
 
 
 if __name__ == "__main__":

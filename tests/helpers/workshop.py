@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from peftbench.data.sources import Files
 from peftbench.methods.base import Method
 from peftbench.recipe.schema import Data, Evaluate, Model, Profile, Recipe, Train
+from tests.helpers.short_runs import freeze_imported_objects, use_small_matmul
 from tests.helpers.training import reset_accelerators
 
 if TYPE_CHECKING:
@@ -58,5 +59,7 @@ class Workshop:
         from peftbench.run.runner import Run
 
         reset_accelerators()
-        record, _ = Run(recipe).execute()
+        with use_small_matmul():
+            record, _ = Run(recipe).execute()
+        freeze_imported_objects()
         return record
