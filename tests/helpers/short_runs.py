@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import gc
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
-from typing import Any
 from unittest.mock import patch
 
+_PEAK_FLOPS = "peftbench.profiler.peak_flops"
 
-def use_small_matmul() -> AbstractContextManager[Any]:
-    """Measure the device's FLOP/s after a run with a matrix product of 32 x 32."""
-    return patch("peftbench.profiler.peak_flops._MATRIX_SIZES", {"cpu": 32, "cuda": 32})
+
+@contextmanager
+def use_small_matmul() -> Iterator[None]:
+    """Measure the device's FLOP/s after a run with one matrix product of 32 x 32."""
+    with patch(f"{_PEAK_FLOPS}._MATRIX_SIZES", {"cpu": 32}), patch(f"{_PEAK_FLOPS}._MEASUREMENT_SECONDS", 0.0):
+        yield
 
 
 @cache
