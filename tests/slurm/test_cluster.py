@@ -13,7 +13,7 @@ from tests.slurm.cluster import Cluster, wait_until
 from tests.slurm.suites import assert_equal_results, peftbench, read_statuses, record
 
 pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(2400)]
-STEPS = {"short": 6, "requeued": 600, "out_of_time": 1200, "cancelled": 600}
+STEPS = {"short": 6, "requeued": 300, "out_of_time": 1200, "cancelled": 300}
 SUITE = {"name": "survivors", "recipes": [f"{name}.yaml" for name in STEPS]}
 MINUTES, LEAD = 10, 60
 """Time limit of a job, and the seconds between the stop signal and the time limit."""
