@@ -123,8 +123,8 @@ def test_suite_continues_after_oom(full: Path, project: Path, caches: dict[str, 
     assert record.outcome.estimated_peak_bytes is not None
     report = (project / "out" / "RESULTS.md").read_text(encoding="utf-8")
     assert re.search(rf"\| +{record.outcome.estimated_peak_bytes / MIB:,.0f} \|", report)
-    assert "needs MiB" in report
-    assert f"held {(record.outcome.in_use_bytes or 0) / MIB:,.1f} MiB" in report
+    assert "est. need (MiB)" in report
+    assert f"in use {(record.outcome.in_use_bytes or 0) / MIB:,.1f} MiB" in report
     assert "is predicted to fit" in report
 
 
@@ -180,7 +180,7 @@ def test_auto_micro_batch_fits(
     assert 1 <= record.engine.micro_batch_size < 8
     assert record.engine.micro_batch_size * record.engine.gradient_accumulation_steps >= 8
     (note,) = record.notes
-    assert note.startswith(f"train.micro_batch_size=auto became {record.engine.micro_batch_size}, ")
+    assert note.startswith(f"train.micro_batch_size=auto resolved to {record.engine.micro_batch_size}, ")
     assert "150 MiB" in note
 
 
