@@ -35,9 +35,9 @@ def resume_tolerance_single(combination: Combination) -> float:
     """Return the same for one process: zero, because the resumed run must be bit-identical.
 
     GaLore is an exception. On some processors the last digit of a singular value decomposition depends on the address
-    of its matrix. The largest measured differences were 5e-9 of the weights and 1.4e-7 of a loss.
+    of its matrix. The largest measured differences were 1.0e-6 of the weights and 1.4e-7 of a loss, without AVX-512.
     """
-    return 5e-7 if combination.optimizer == "galore" else 0.0
+    return 3e-6 if combination.optimizer == "galore" else 0.0
 
 
 def weight_tolerance(combination: Combination) -> float:
