@@ -96,7 +96,8 @@ def fit(
     techniques: Annotated[
         str,
         typer.Option(
-            help="Techniques to try, e.g. checkpointing,bf16 (checkpointing: gradient checkpointing); or all."
+            help="Comma-separated techniques to try, e.g. checkpointing,bf16, where checkpointing is gradient "
+            "checkpointing. all: every technique."
         ),
     ] = "checkpointing",
     verify: Annotated[
@@ -104,7 +105,8 @@ def fit(
         typer.Option(
             "--verify",
             metavar="",
-            help="Check the fastest combination with two short runs: at its micro-batch and at the next larger one.",
+            help="Check the fastest combination with two short runs: at the largest micro-batch predicted to fit, and "
+            "at the next larger one, which should run out of memory.",
         ),
     ] = False,
     family: Annotated[

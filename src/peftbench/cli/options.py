@@ -43,7 +43,8 @@ SeedsOption = Annotated[
     ),
 ]
 OutOption = Annotated[
-    Optional[Path], typer.Option(help="Folder that contains a folder for each run. Default: the recipe key output_dir.")
+    Optional[Path],
+    typer.Option(help="Output folder; each run gets its own subfolder. Default: the recipe key output_dir."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", metavar="", help="Print JSON.")]
 

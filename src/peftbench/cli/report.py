@@ -58,7 +58,8 @@ def compare(
         Optional[list[str]],
         typer.Option(
             metavar="[METRIC=]PERCENT",
-            help="Largest relative regression allowed: 5% sets it for every metric, rougeL=2% for one. Default: 5%.",
+            help="Largest relative regression allowed. PERCENT, e.g. 10%, applies to all metrics; METRIC=PERCENT, e.g. "
+            "rougeL=2%, applies to one metric. Default: 5%.",
         ),
     ] = None,
     as_json: JsonOption = False,

@@ -99,8 +99,9 @@ def status(
 ) -> None:
     """Show the state of each run in a folder; while it trains, also its step, loss, speed, memory use and time left.
 
-    States: waiting, running, finished (including runs that ran out of memory or diverged), preempted (stopped by a
-    time limit, preemption or Ctrl-C, with a checkpoint), failed, or gone (it died without recording an outcome).
+    States: waiting, running, finished (including runs that ran out of memory or diverged), preempted (stopped
+    early with a checkpoint: time limit, SLURM preemption or Ctrl-C), failed, or gone (the process died without
+    recording an outcome).
     """
     from peftbench.errors import SlurmError
     from peftbench.slurm.queue import QueuedJob, list_queued_jobs

@@ -17,6 +17,7 @@ from peftbench.methods.base import Method
 from peftbench.optim import OPTIMIZERS, Optimizer
 
 PRECISIONS = ("fp32", "bf16", "fp16")
+ACCEL_CONFIG_DIR = "accel_configs/"
 QUANTIZATION, CHECKPOINTING, ACTIVATION_OFFLOAD = "quantization", "checkpointing", "activation_offloading"
 MICRO_BATCH_TOKENS, COMPILE, LIGER = "micro_batch_tokens", "compile", "liger"
 FEATURE_CACHE = "feature_cache"
@@ -110,7 +111,7 @@ class Rule:
         if self.optional_feature:
             values.append(OPTIONAL_FEATURES[self.optional_feature][0])
         engine = "a single process" if combination.engine == "single" else combination.engine
-        places = [f" on {engine}"] if self.engines is not None else []
+        places = [f" with {engine}"] if self.engines is not None else []
         places += [" on CPU" if device == "cpu" else " on a GPU"] if self.devices is not None else []
         return f"{' with '.join(values) or 'this recipe'} does not run{''.join(places)}"
 
@@ -293,8 +294,11 @@ def check(combination: Combination, device: str) -> None:
     rule = find_blocking_rule(combination, device)
     if rule is None:
         return
-    alternatives = ", or ".join(
+    changes = [
         describe_changes(combination, nearest, device) for nearest in find_nearest_supported(combination, device)
+    ]
+    alternatives = ", or ".join(
+        f"the accelerate config {change}" if change.startswith(ACCEL_CONFIG_DIR) else change for change in changes
     )
     raise CombinationError(f"{rule.describe_refused(combination, device)}: {rule.reason}; use {alternatives}")
 
@@ -309,7 +313,7 @@ def describe_changes(requested: Combination, alternative: Combination, device: s
         if getattr(alternative, name) != getattr(requested, name)
     ]
     if alternative.engine != requested.engine:
-        changes.append(f"accel_configs/{configs.get(alternative.engine, alternative.engine)}.yaml")
+        changes.append(f"{ACCEL_CONFIG_DIR}{configs.get(alternative.engine, alternative.engine)}.yaml")
     changes += [
         f"{key}={value}"
         for feature, (key, value) in OPTIONAL_FEATURES.items()

@@ -100,7 +100,7 @@ def test_missing_or_malformed_config_is_refused(
 def test_unsupported_combination_is_refused_before_launch(deepspeed_config: Path, workshop: Workshop) -> None:
     """The error is raised before processes form a group."""
     deepspeed_config.write_text(json.dumps(ZERO2), encoding="utf-8")
-    with pytest.raises(CombinationError, match=r"optimizer\.kind=galore does not run on zero2"):
+    with pytest.raises(CombinationError, match=r"optimizer\.kind=galore does not run with zero2"):
         build_accelerator(workshop.recipe(Full(), optimizer=GaLore()), workshop.output)
 
 

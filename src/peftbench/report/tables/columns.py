@@ -105,7 +105,7 @@ DROP_ORDER = (
     "trainable %",
     "training cost",
     "model compute (TFLOP)",
-    "% of measured matmul",
+    "% of measured matmul FLOP/s",
     "energy (J / 1k samples)",
     "MFU",
     "trainable params",
@@ -196,7 +196,7 @@ COLUMNS: tuple[Column, ...] = (
         optional=True,
     ),
     Column(
-        "% of measured matmul",
+        "% of measured matmul FLOP/s",
         "Model FLOPs per second over the FLOP/s of a large matrix product, measured on the device after the run.",
         lambda r: {"matmul_utilization": r.compute.matmul_utilization},
         lambda r: "–" if r.compute.matmul_utilization is None else f"{r.compute.matmul_utilization:.1%}",
