@@ -57,7 +57,7 @@ def train(
             if is_main_process():
                 print(to_commented_yaml(recipe), end="")
             return
-        existing = load_existing_result(recipe) if skip_finished else None
+        existing = _load_existing_result(recipe) if skip_finished else None
         if existing is not None:
             _print_existing_result(recipe, existing)
             raise typer.Exit(EXIT_CODES[existing.outcome.kind])
@@ -66,6 +66,17 @@ def train(
         if outcome.kind != "ok" and launcher_env.get_world_size() > 1:
             exit_immediately(exit_code)
         raise typer.Exit(exit_code)
+
+
+def _load_existing_result(recipe: Recipe) -> RunRecord | None:
+    """Return the record of a finished run; a run of another device that resolved ``auto`` differently is none."""
+    if not RunDir.from_recipe(recipe).record_file.exists():
+        return None
+    with contextlib.redirect_stdout(sys.stderr):
+        quiet_libraries()
+        from peftbench.training.auto_settings import resolve_for_launch
+
+        return load_existing_result(resolve_for_launch(recipe)[0])
 
 
 def _print_existing_result(recipe: Recipe, record: RunRecord) -> None:

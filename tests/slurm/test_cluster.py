@@ -25,7 +25,9 @@ def project(tmp_path: Path) -> Path:
     folder = tmp_path / "a folder with $(spaces)"
     folder.mkdir()
     for name, steps in STEPS.items():
-        recipe = RECIPE | {"name": name, "output_dir": "local", "train": {"steps": steps, "global_batch_size": 4}}
+        train = {"steps": steps, "global_batch_size": 4, "precision": "fp32"}
+        model = {"path": "shipped", "attention": "sdpa"}  # submit cannot resolve auto and would submit finished runs
+        recipe = RECIPE | {"name": name, "output_dir": "local", "train": train, "model": model}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     (folder / "suite.yaml").write_text(yaml.safe_dump(SUITE), encoding="utf-8")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")

@@ -13,6 +13,7 @@ from peftbench.common.console import INTERRUPT_EXIT_CODE, cli_errors
 if TYPE_CHECKING:
     from peftbench.recipe.schema import Recipe
     from peftbench.suite.launch import RunResult
+    from peftbench.suite.results import ResultFinder
 
 
 def run(
@@ -31,6 +32,7 @@ def run(
     from peftbench.errors import MissingFileError
     from peftbench.suite.expand import expand, read_suite, resolve_accelerate_config
     from peftbench.suite.launch import run_suite
+    from peftbench.suite.results import ResultFinder
 
     with cli_errors():
         recipes = expand(suite, overrides or [], out, seeds)
@@ -46,22 +48,21 @@ def run(
             print_to_stderr("interrupted: finished runs are kept; run the same command again to resume")
             raise typer.Exit(INTERRUPT_EXIT_CODE) from None
         failed = [result for result in results if not result.succeeded]
-        _report_results(recipes, failed, title)
+        _report_results(recipes, failed, title, ResultFinder(accelerate_config))
         for result in failed:
             print_to_stderr(f"{result.name}: {result.outcome}" + (f": {result.error}" if result.error else ""))
         if failed:
             raise typer.Exit(1)
 
 
-def _report_results(recipes: list[Recipe], failed: list[RunResult], title: str) -> None:
+def _report_results(recipes: list[Recipe], failed: list[RunResult], title: str, finder: ResultFinder) -> None:
     """Write and print the report of the runs that have a record; without any record do nothing."""
     from peftbench.cli.report_actions import print_report
     from peftbench.report.page.content import UnfinishedRun
     from peftbench.report.writer import write_report
     from peftbench.run_dir.layout import RunDir
-    from peftbench.run_dir.results import load_matching_record
 
-    record_by_path = {RunDir.from_recipe(recipe).record_file: load_matching_record(recipe) for recipe in recipes}
+    record_by_path = {RunDir.from_recipe(recipe).record_file: finder.find_matching_record(recipe) for recipe in recipes}
     records = {path: record for path, record in record_by_path.items() if record is not None}
     if not records:
         return

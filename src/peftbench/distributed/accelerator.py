@@ -88,7 +88,7 @@ def build_accelerator(recipe: Recipe, run_dir: Path) -> AcceleratorContext:
         EngineError: the launch contradicts the recipe, or something else started than was requested.
     """
     cpu = launcher_env.runs_on_cpu()
-    preflight.check_precision(recipe.train.precision, cpu)
+    preflight.check_precision(recipe.train.resolved_precision, cpu)
     preflight.check_trackers(recipe.trackers)
     world_size = launcher_env.get_world_size()
     accumulation_steps, _ = _compute_micro_batching(recipe, world_size)
@@ -137,7 +137,7 @@ def create_accelerator(
     accelerator = Accelerator(
         # With cpu=True accelerate silently replaces DeepSpeed by DDP, and drops FSDP.
         cpu=cpu and engine in (SINGLE, DDP),
-        mixed_precision="no" if plugin else _ACCELERATE_PRECISION[recipe.train.precision],
+        mixed_precision="no" if plugin else _ACCELERATE_PRECISION[recipe.train.resolved_precision],
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=accumulation_steps, sync_with_dataloader=False
         ),
@@ -150,7 +150,7 @@ def create_accelerator(
     )
     if plugin:
         deepspeed.restore_hf_loading()
-    return AcceleratorContext(accelerator, engine, recipe.train.precision)
+    return AcceleratorContext(accelerator, engine, recipe.train.resolved_precision)
 
 
 def build_combination(recipe: Recipe, engine: EngineKind) -> Combination:
@@ -165,7 +165,9 @@ def build_combination(recipe: Recipe, engine: EngineKind) -> Combination:
         FEATURE_CACHE: recipe.train.feature_cache is not None,
     }
     features = frozenset(feature for feature, used in is_used.items() if used)
-    return Combination(recipe.method.kind, engine.name, recipe.optimizer.kind, recipe.train.precision, features)
+    return Combination(
+        recipe.method.kind, engine.name, recipe.optimizer.kind, recipe.train.resolved_precision, features
+    )
 
 
 def _compute_micro_batching(recipe: Recipe, dp_world_size: int) -> tuple[int, int]:
@@ -214,6 +216,22 @@ def _verify_process_group(accelerator: Accelerator, engine: EngineKind) -> None:
         )
 
 
+def verify_equal_recipes(accelerator: Accelerator, recipe: Recipe) -> None:
+    """Check that all ranks resolved ``auto`` to the same values. Collective.
+
+    Raises:
+        EngineError: they did not, since their machines differ.
+    """
+    values = collectives.all_gather_objects(
+        accelerator, (recipe.train.precision, recipe.model.attention, recipe.train.micro_batch_size)
+    )
+    if differing := sorted({str(value) for value in values if value != values[0]}):
+        raise EngineError(
+            f"the processes resolved train.precision, model.attention and train.micro_batch_size differently: "
+            f"{values[0]} and {', '.join(differing)}; set these keys in the recipe instead of auto"
+        )
+
+
 def verify_engine_config(
     recipe: Recipe,
     context: AcceleratorContext,
@@ -250,7 +268,7 @@ def verify_engine_config(
         effective |= deepspeed.read_effective_config(model)
     else:
         expected |= {"engine": {"fsdp2": "FSDPModule", "ddp": "DistributedDataParallel"}.get(engine.name, "no wrapper")}
-        expected |= {"precision": _ACCELERATE_PRECISION[recipe.train.precision]}
+        expected |= {"precision": _ACCELERATE_PRECISION[recipe.train.resolved_precision]}
         effective |= {"engine": _wrapper_name(model), "precision": str(accelerator.mixed_precision)}
     differences = [
         f"{key} {effective[key]!r} instead of {expected[key]!r}" for key in expected if effective[key] != expected[key]

@@ -39,7 +39,7 @@ def build_cache_key(
         "config": hashlib.blake2b(repr(sorted(config.items())).encode(), digest_size=16).hexdigest(),
         "weights": hash_backbone(base),
         "examples_hash": examples_hash,
-        "precision": recipe.train.precision,
+        "precision": recipe.train.resolved_precision,
         "attention": recipe.model.attention,
         "uses_masks": uses_masks,
         "attention_precision": "float32" if device.type == "cpu" and not uses_masks else "precision",

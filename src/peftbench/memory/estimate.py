@@ -46,7 +46,7 @@ def estimate(
         PeftbenchError: the recipe itself cannot run.
     """
     _check_supported(recipe, launch_config.engine, facts.device_type)
-    if recipe.train.precision == "bf16" and not facts.bf16:
+    if recipe.train.resolved_precision == "bf16" and facts.device_type == "cuda" and not facts.capability.has_bf16:
         raise PrecisionError(f"{facts.torch_name} does not support train.precision=bf16; use fp16 or fp32")
     accumulation, rows = compute_micro_batching(
         recipe.train.global_batch_size, _max_micro_batch_size(recipe), launch_config.dp_world_size
@@ -153,9 +153,9 @@ def _check_supported(recipe: Recipe, engine: EngineKind, device_type: DeviceType
         raise EstimateUnavailableError(
             f"The memory of state that {engine.name} offloads to NVMe is not modeled; use zero3_offload"
         )
-    if device_type == "cpu" and recipe.train.precision != "fp32":
+    if device_type == "cpu" and recipe.train.resolved_precision != "fp32":
         raise EstimateUnavailableError(
-            f"there is no memory estimate for train.precision={recipe.train.precision} on CPU, because "
+            f"there is no memory estimate for train.precision={recipe.train.resolved_precision} on CPU, because "
             "CPU kernels convert values to float32 in buffers that are not modeled; use train.precision=fp32"
         )
     if recipe.model.quantization == "int8":

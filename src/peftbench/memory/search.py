@@ -19,11 +19,12 @@ from peftbench.errors import (
     did_you_mean,
 )
 from peftbench.memory.estimate import estimate
-from peftbench.memory.families import get_family
+from peftbench.memory.families import get_family, with_bundled_config
 from peftbench.memory.launch_config import SINGLE_PROCESS, LaunchConfig
 from peftbench.memory.plan import ModelFit, Strategy, UnplannedRun, sort_fastest_first
 from peftbench.optim import OPTIMIZERS
 from peftbench.profiler.peak_flops import get_peak_flops
+from peftbench.training.auto_settings import resolve_auto_settings
 
 if TYPE_CHECKING:
     from peftbench.memory.devices import DeviceFacts
@@ -55,11 +56,24 @@ class MemoryTarget:
             raise BudgetError("No memory budget: pass --budget (e.g. 16GiB) or --device")
         return self.budget_bytes
 
+    def resolve(self, recipe: Recipe) -> tuple[Recipe, str | None]:
+        """Resolve the recipe's ``auto`` settings for this device and engine; return the recipe and a note.
+
+        Raises:
+            ModelNotFoundError, HubUnreachableError: attention is auto, and the model's config was not found.
+        """
+        if not recipe.has_auto_settings:
+            return recipe, None
+        with with_bundled_config(recipe.model) as local_model:
+            return resolve_auto_settings(recipe, self.launch_config.engine, self.facts.capability, local_model)
+
     def plan(self, recipe: Recipe) -> Plan:
         """Return the plan of ``recipe`` on this target; raises like :func:`peftbench.memory.estimate.estimate`."""
+        recipe, auto_note = self.resolve(recipe)
         if recipe.train.micro_batch_size == "auto":
             recipe, _ = choose_micro_batch(recipe, self)
-        return estimate(recipe, self.facts, self.device_name, self.budget_bytes, self.launch_config)
+        plan = estimate(recipe, self.facts, self.device_name, self.budget_bytes, self.launch_config)
+        return plan if auto_note is None else plan.model_copy(update={"notes": (auto_note, *plan.notes)})
 
 
 @dataclass(frozen=True)
@@ -75,7 +89,7 @@ class Technique:
     def is_applicable(self, recipe: Recipe, facts: DeviceFacts) -> bool:
         """True if it changes the recipe, and the method, optimizer and device support it."""
         if self.overrides.get("train", {}).get("precision") == "bf16" and (
-            not facts.bf16 or facts.device_type == "cpu"
+            not facts.capability.has_bf16 or facts.device_type == "cpu"
         ):
             return False
         if self.name == "checkpointing" and recipe.method.has_frozen_backbone:
@@ -291,12 +305,13 @@ def strategies(recipe: Recipe, allowed_techniques: str, target: MemoryTarget) ->
         if allowed_techniques == "all"
         else [n for n in allowed_techniques.split(",") if n]
     )
+    recipe, auto_note = target.resolve(recipe)
     sets = list_technique_sets(recipe, names, target.facts)
     bar = tqdm(sets, desc="simulating", unit="set", disable=None, leave=False)
     fitting = []
     for techniques in bar:
         try:
-            fitting.append(find_strategy(recipe, techniques, target))
+            fitting.append(find_strategy(recipe, techniques, target, auto_note))
         except (CombinationError, OptimizerError):  # the engine lacks a technique, or its library is not installed
             if not techniques:  # the recipe itself fails
                 raise
@@ -326,13 +341,20 @@ def find_largest_model(
     return tuple(tried)
 
 
-def find_strategy(recipe: Recipe, techniques: tuple[Technique, ...], target: MemoryTarget) -> Strategy | None:
-    """Return the largest micro-batch that fits ``target`` with these techniques, or None."""
+def find_strategy(
+    recipe: Recipe, techniques: tuple[Technique, ...], target: MemoryTarget, auto_note: str | None = None
+) -> Strategy | None:
+    """Return the largest micro-batch that fits ``target`` with these techniques, or None.
+
+    ``recipe`` has no ``auto`` settings left; ``auto_note`` gives the values that they resolved to.
+    """
     changed = with_techniques(recipe, techniques)
     plan = best_plan(changed, target)
     if plan is None:
         return None
-    peak = get_peak_flops(target.facts.torch_name, changed.train.precision)
+    if auto_note is not None:
+        plan = plan.model_copy(update={"notes": (auto_note, *plan.notes)})
+    peak = get_peak_flops(target.facts.torch_name, changed.train.resolved_precision)
     seconds = plan.step_flops / peak if plan.step_flops and peak else None
     keys = [
         (f"{part}.{key}", value)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from peftbench import shipped
 from peftbench.common.text import first_line
 from peftbench.errors import HubUnreachableError, ModelNotFoundError, OutOfRangeError, UnsupportedModelError
+from peftbench.modeling.attention_implementation import check_attention
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +55,7 @@ def load_config(model_config: Model) -> PreTrainedConfig:
 
     try:
         config = AutoConfig.from_pretrained(
-            _resolve_model_path(model_config),
+            resolve_model_path(model_config),
             revision=model_config.revision,
             trust_remote_code=model_config.trust_remote_code,
         )
@@ -75,7 +76,7 @@ def load_tokenizer(model_config: Model) -> PreTrainedTokenizerBase:
     """Load the base model's tokenizer."""
     from transformers import AutoTokenizer
 
-    path = model_config.tokenizer or _resolve_model_path(model_config)
+    path = model_config.tokenizer or resolve_model_path(model_config)
     try:
         return AutoTokenizer.from_pretrained(  # type: ignore[no-any-return]
             path,
@@ -96,12 +97,13 @@ def load_model(model_config: Model, compute_dtype: torch.dtype | None = None) ->
         HubUnreachableError: the Hub did not answer and the cache has no copy.
         UnsupportedModelError: the attention implementation is not installed, or the model is not a causal LM.
     """
-    if model_config.revision is not None and Path(_resolve_model_path(model_config)).is_dir():
+    if model_config.revision is not None and Path(resolve_model_path(model_config)).is_dir():
         raise OutOfRangeError(
-            f"model.revision={model_config.revision!r} applies to Hub models, but {_resolve_model_path(model_config)} "
+            f"model.revision={model_config.revision!r} applies to Hub models, but {resolve_model_path(model_config)} "
             "is a local folder; set model.revision=null"
         )
     config = load_config(model_config)
+    check_attention(model_config, config, resolve_model_path(model_config))
     tokenizer = load_tokenizer(model_config)
     model = _load_weights(model_config, config, compute_dtype)
     if model_config.fused_gelu:
@@ -146,7 +148,7 @@ def _build_common_kwargs(model_config: Model) -> dict[str, Any]:
 
     return {
         "trust_remote_code": model_config.trust_remote_code,
-        "attn_implementation": model_config.attention,
+        "attn_implementation": None if model_config.attention == "auto" else model_config.attention,
         "dtype": torch.float32,
     }
 
@@ -155,6 +157,7 @@ def build_from_config(model_config: Model, config: PreTrainedConfig) -> PreTrain
     """Build the architecture with randomly initialized weights."""
     from transformers import AutoModelForCausalLM
 
+    check_attention(model_config, config, resolve_model_path(model_config))
     return AutoModelForCausalLM.from_config(config, **_build_common_kwargs(model_config))  # type: ignore[no-any-return]
 
 
@@ -168,7 +171,7 @@ def _load_weights(model_config: Model, config: PreTrainedConfig, compute_dtype: 
         if model_config.init == "random":
             return build_from_config(model_config, config)
         loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
-            _resolve_model_path(model_config),
+            resolve_model_path(model_config),
             config=config,
             revision=model_config.revision,
             use_safetensors=True,
@@ -204,14 +207,15 @@ def compute_model_fingerprint(model: PreTrainedModel, model_config: Model) -> st
     if commit:
         return f"commit {commit}"
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(Path(_resolve_model_path(model_config)).glob("*.safetensors")):
+    for path in sorted(Path(resolve_model_path(model_config)).glob("*.safetensors")):
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     return f"blake2b {digest.hexdigest()}"
 
 
-def _resolve_model_path(model_config: Model) -> str:
+def resolve_model_path(model_config: Model) -> str:
+    """Return the folder or Hub name of the model."""
     return str(shipped.SHIPPED_MODEL_DIR) if model_config.path == shipped.SHIPPED_MODEL else model_config.path
 
 
@@ -221,7 +225,7 @@ def _translate_error(model_config: Model, component: str, error: Exception) -> M
     path = (
         model_config.tokenizer
         if component == "tokenizer" and model_config.tokenizer
-        else _resolve_model_path(model_config)
+        else resolve_model_path(model_config)
     )
     if Path(path).is_dir():
         if component == "weights":

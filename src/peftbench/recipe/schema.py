@@ -37,8 +37,8 @@ class Model(ConfigSection):
     """pretrained: load the weights; random: initialize the architecture with random weights (noted in the record)."""
     dropout: float | None = Field(default=None, ge=0, lt=1)
     """Probability of every dropout layer in the base model; null: as in the model's config."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention implementation, by its name in transformers. One that is not available is an error."""
+    attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
+    """Attention implementation, by its name in transformers; auto: the first that architecture and device support."""
     fused_gelu: bool = True
     """Compute GPT-2's tanh GELU in one kernel: fewer activations, 2.4e-7 off; false: bit-equal to transformers."""
     quantization: Literal["nf4", "nf4_double", "int8"] | None = None
@@ -115,8 +115,8 @@ class Train(ConfigSection):
     """Micro-batch size per process. null: the process's whole share; auto: the largest size predicted to fit."""
     micro_batch_tokens: int | None = Field(default=None, gt=0)
     """Most tokens per forward pass, padding and virtual tokens included; replaces micro_batch_size."""
-    precision: Precision = "fp32"
-    """Autocast precision of forward and backward pass. Trained weights are float32, except with a bf16 optimizer."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Autocast precision; trained weights stay float32, except with a bf16 optimizer. auto: what the device has."""
     logits: Literal["labels_only", "all"] = "labels_only"
     """Positions that the output head computes in training: those with a label, or all. The loss is the same."""
     cross_entropy: Literal["torch", "liger"] = "torch"
@@ -154,6 +154,12 @@ class Train(ConfigSection):
         """``micro_batch_size`` as a number; ``auto`` must be resolved before."""
         assert self.micro_batch_size != "auto", "a run resolves auto before anything is built"
         return self.micro_batch_size
+
+    @property
+    def resolved_precision(self) -> Precision:
+        """``precision`` without ``auto``, which must be resolved before."""
+        assert self.precision != "auto", "a run resolves auto before anything is built"
+        return self.precision
 
 
 class Evaluate(ConfigSection):
@@ -295,6 +301,11 @@ class Recipe(ConfigSection):
             )
         return self
 
+    @property
+    def has_auto_settings(self) -> bool:
+        """True if a key is ``auto`` whose meaning depends on the device and changes numbers."""
+        return self.train.precision == "auto" or (self.model.attention == "auto" and self.method.needs_model)
+
     def fingerprint(self) -> str:
-        """Return the hash of every key that can change a number."""
+        """Return the hash of every key that can change a number. Settings that are ``auto`` must be resolved before."""
         return fingerprint_recipe(self.model_dump(mode="json"))

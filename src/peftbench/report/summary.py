@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from decimal import ROUND_FLOOR
 
 from peftbench.record import Interval, RunRecord
-from peftbench.report.analysis.comparability import has_protocol_differences, why_not_comparable
+from peftbench.report.analysis.comparability import list_protocol_differences, why_not_comparable
 from peftbench.report.analysis.costs import cost_clause
 from peftbench.report.analysis.outcomes import outcome_sentences
 from peftbench.report.analysis.run_groups import RunGroup
@@ -24,10 +24,11 @@ def summarize(records: Sequence[RunRecord], comparison_set: ComparisonSet | None
     """
     comparison_set = comparison_set or compare_groups(records)
     sentences = []
-    if has_protocol_differences([run for run in records if run.tokens is not None and run.outcome.kind == "ok"]):
+    trained = [run for run in records if run.tokens is not None and run.outcome.kind == "ok"]
+    if differences := list_protocol_differences(trained):
         sentences.append(
-            "These runs differ in more than their method (in batches, steps, examples or lengths), so a difference may "
-            "not be due to the method"
+            f"These runs differ in more than their method: in {join_with_and(differences)}. A difference between them "
+            "may not be due to the method"
         )
     has_enough_examples = comparison_set.pair_comparisons and comparison_set.num_examples >= MIN_EXAMPLES
     sentences += _quality_sentences(comparison_set) if has_enough_examples else _cost_sentences(comparison_set)

@@ -114,7 +114,7 @@ def _build_compute(state: RunState, matmul_flops: float | None) -> Compute:
     if state.training is None or state.training.flop_cost is None or not seconds:
         return Compute()
     cost, progress = state.training.flop_cost, state.progress
-    peak = get_peak_flops(describe_device(state.accelerator).name, state.recipe.train.precision)
+    peak = get_peak_flops(describe_device(state.accelerator).name, state.recipe.train.resolved_precision)
     model_flops = sum(map(cost.compute_model_flops, _select_timed_steps(state, progress.step_required)))
     hardware_flops = sum(map(cost.compute_hardware_flops, _select_timed_steps(state, progress.step_executed)))
     return Compute(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from peftbench.common.filesystem import write_error
 from peftbench.data.docstring_corpus import DISTRIBUTION
-from peftbench.distributed.accelerator import build_accelerator, collect_environment_warnings
+from peftbench.distributed.accelerator import build_accelerator, collect_environment_warnings, verify_equal_recipes
 from peftbench.distributed.collectives import broadcast_from_main, main_process_first
 from peftbench.distributed.memory_owners import collect_engine_buffers
 from peftbench.distributed.rank_failure import FailureChannel
@@ -41,6 +41,7 @@ from peftbench.run_dir.layout import RunDir
 from peftbench.run_dir.lock import Lock
 from peftbench.run_dir.status import StatusWriter
 from peftbench.run_dir.stop_request import clear_stop_files, get_stop_file
+from peftbench.training.auto_settings import resolve_for_launch
 from peftbench.training.build import load_base_model
 from peftbench.training.data import build_encoder
 from peftbench.training.loop import train
@@ -68,12 +69,14 @@ class Run:
         """
         self.shutdown_signal = shutdown_signal or ShutdownSignal()
         self.step_callbacks = step_callbacks
+        recipe, auto_note = resolve_for_launch(recipe)
         resolved_recipe, micro_batch_note = resolve_auto_micro_batch(recipe)
         self.run_dir = RunDir.from_recipe(recipe)
         self._created_dirs = _create_run_dir(self.run_dir.path)
         self.lock = Lock(self.run_dir.path)
         try:
             context = build_accelerator(resolved_recipe, self.run_dir.path)
+            verify_equal_recipes(context.accelerator, resolved_recipe)
             broadcast_from_main(context.accelerator, self._acquire_lock)
         except BaseException:
             self._remove_created_dirs()
@@ -86,7 +89,7 @@ class Run:
         self.failure_channel = FailureChannel(accelerator, self.run_dir.path)
         probe = Probe(device, build_energy_meter(device, reads_cpu_counters=accelerator.is_local_main_process))
         probe.on_phase = self.status_writer.set_phase
-        notes = [*collect_environment_warnings(accelerator), *([micro_batch_note] if micro_batch_note else [])]
+        notes = [*collect_environment_warnings(accelerator), *filter(None, (auto_note, micro_batch_note))]
         self.state = RunState(recipe, resolved_recipe, self.run_dir, context, probe, notes)
         self.outcome_handler = OutcomeHandler(self.state, self.oom_handler, self.failure_channel, self.shutdown_signal)
 

@@ -79,7 +79,7 @@ def gather_measurements(state: RunState) -> None:
     """Measure the device's matmul speed if the run trained, and gather all ranks' measurements. Collective."""
     matmul_flops = None
     if state.recipe.method.is_trainable:
-        matmul_flops = measure_matmul_flops(state.accelerator.device, state.recipe.train.precision)
+        matmul_flops = measure_matmul_flops(state.accelerator.device, state.recipe.train.resolved_precision)
     state.rank_measurements = state.gather_rank_measurements(matmul_flops)
 
 

@@ -32,9 +32,9 @@ class RunState:
     """State of one run; filled as the run progresses, so that any outcome yields a complete record."""
 
     requested_recipe: Recipe
-    """The recipe as given."""
+    """The recipe as given, with the precision and attention that ``auto`` resolved to."""
     recipe: Recipe
-    """The recipe with ``train.micro_batch_size=auto`` resolved."""
+    """The requested recipe with ``train.micro_batch_size=auto`` resolved too."""
     run_dir: RunDir
     context: AcceleratorContext
     probe: Probe

@@ -23,8 +23,8 @@ from peftbench.recipe.schema import Recipe
 from peftbench.record import FINAL_OUTCOMES, RECORD_FILE
 from peftbench.run_dir.layout import RunDir
 from peftbench.run_dir.lock import is_locked, raise_if_locked
-from peftbench.run_dir.results import load_existing_result
 from peftbench.run_dir.stop_request import ATTEMPT_ENV, clear_stop_files, get_stop_file
+from peftbench.suite.results import ResultFinder
 
 ENTRY_POINT = "peftbench.train"
 _PR_SET_PDEATHSIG = 1
@@ -55,7 +55,8 @@ def run_suite(
         KeyboardInterrupt: on Ctrl-C, after the current run has stopped.
     """
     results: list[RunResult] = []
-    finished = {number for number, recipe in enumerate(recipes, 1) if load_existing_result(recipe) is not None}
+    existing = ResultFinder(accelerate)
+    finished = {number for number, recipe in enumerate(recipes, 1) if existing.find_existing_result(recipe) is not None}
     for number, recipe in enumerate(recipes, 1):  # lists the waiting runs in ``peftbench status``
         folder = RunDir.from_recipe(recipe).path
         # A record of a changed recipe keeps its own recipe file until the run starts.
@@ -63,7 +64,7 @@ def run_suite(
             _write_recipe(recipe, folder)
     for number, recipe in enumerate(recipes, 1):
         label = f"[{number}/{len(recipes)}] {recipe.name}"
-        if number in finished or load_existing_result(recipe) is not None:  # another process may have finished it
+        if number in finished or existing.find_existing_result(recipe) is not None:  # finished by another process
             log_message(f"{label}: finished before, skipped")
             results.append(RunResult(recipe.name, "skipped"))
             continue

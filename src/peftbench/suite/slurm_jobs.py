@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peftbench.errors import SlurmError
+from peftbench.errors import RecordError, SlurmError
 from peftbench.recipe.loader import load_recipe, read_yaml, to_inline_yaml
 from peftbench.recipe.schema import Recipe
+from peftbench.record import FINAL_OUTCOMES, read_record
 from peftbench.run_dir.layout import RunDir
 from peftbench.run_dir.lock import is_locked
 from peftbench.run_dir.results import load_existing_result
@@ -42,6 +43,8 @@ class SubmissionPlan:
     """Folder of the job script."""
     num_finished: int
     """Number of runs that have a result."""
+    num_undecided: int
+    """Number of runs to submit that have a result, which counts only if the job's device resolves ``auto`` equally."""
     active_owners: tuple[str, ...]
     """The jobs and processes that already run, or wait to run, some of the runs."""
 
@@ -100,7 +103,17 @@ def plan_submission(
         max_requeues=max_requeues,
     )
     num_finished = len(recipes) - len(unfinished)
-    return SubmissionPlan(to_submit, job, launch_file, script_dir, num_finished, tuple(active_owners.values()))
+    undecided = [recipe for recipe in to_submit if recipe.has_auto_settings and _has_result(recipe)]
+    return SubmissionPlan(
+        to_submit, job, launch_file, script_dir, num_finished, len(undecided), tuple(active_owners.values())
+    )
+
+
+def _has_result(recipe: Recipe) -> bool:
+    try:
+        return read_record(RunDir.from_recipe(recipe).record_file).outcome.kind in FINAL_OUTCOMES
+    except RecordError:
+        return False
 
 
 def _load_target(
@@ -144,10 +157,17 @@ def _check_quoted_times(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe_skipped_runs(plan: SubmissionPlan) -> list[str]:
-    """Return one line per reason why runs are not submitted."""
+    """Return one line per reason why runs are not submitted, or are submitted again."""
     lines = []
     if plan.num_finished:
         lines.append(f"skipped {_format_num_runs(plan.num_finished)} with a result")
+    if plan.num_undecided:
+        runs = _format_num_runs(plan.num_undecided)
+        verb = "is" if plan.num_undecided == 1 else "are"
+        lines.append(
+            f"{runs} with a result {verb} submitted again, since only the job's device resolves auto; the job skips a "
+            "run whose record has the same values"
+        )
     if plan.active_owners:
         num_active = _format_num_runs(len(plan.active_owners))
         lines.append(f"skipped {num_active} already queued or running: {', '.join(plan.active_owners)}")

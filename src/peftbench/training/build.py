@@ -82,7 +82,7 @@ def load_base_model(recipe: Recipe) -> LoadedModel:
         ModelError, HubUnreachableError: the model was not found or is not usable.
     """
     set_seed(recipe.train.seed)
-    return load_model(recipe.model, get_autocast_dtype(recipe.train.precision))
+    return load_model(recipe.model, get_autocast_dtype(recipe.train.resolved_precision))
 
 
 def apply_method(recipe: Recipe, base: LoadedModel, context: AcceleratorContext) -> AdaptedModel:
@@ -107,8 +107,8 @@ def apply_method(recipe: Recipe, base: LoadedModel, context: AcceleratorContext)
             parameter.data = parameter.data.to(torch.bfloat16) if parameter.requires_grad else parameter.data
     if recipe.train.activation_offloading and context.accelerator.device.type == "cpu":
         notes.append("activation offloading is off: on CPU, activations are already in host memory")
-    if recipe.model.quantization == "int8" and recipe.train.precision != "fp16":
-        notes.append(f"the int8 base model rounds its matmul inputs to fp16, not to {recipe.train.precision}")
+    if recipe.model.quantization == "int8" and recipe.train.resolved_precision != "fp16":
+        notes.append(f"the int8 base model rounds its matmul inputs to fp16, not to {recipe.train.resolved_precision}")
     if not (context.engine.shards_weights and recipe.method.is_trainable):  # sharded weights are moved shard by shard
         model.to(context.accelerator.device)
     parameters = ParameterCounts(total=total, trainable=trainable)

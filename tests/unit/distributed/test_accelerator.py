@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from peftbench.distributed.accelerator import build_accelerator, collect_environment_warnings
+from peftbench.distributed.accelerator import build_accelerator, collect_environment_warnings, verify_equal_recipes
 from peftbench.errors import EngineError
 from peftbench.methods.full import Full
 from peftbench.methods.last_layer import LastLayer
@@ -76,3 +76,17 @@ def test_missing_workers_are_refused(workshop: Workshop, monkeypatch: pytest.Mon
     monkeypatch.setattr("peftbench.distributed.launcher_env.is_set_in_parent_process", lambda _: False)
     with pytest.raises(EngineError, match="requests several processes and the launcher started one"):
         build_accelerator(workshop.recipe(Full()), workshop.output)
+
+
+def test_processes_that_resolved_auto_differently_are_refused(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of two machines has bf16: the processes would train in different precisions."""
+    recipe = workshop.recipe(Full())
+    context = build_accelerator(recipe, workshop.output)
+    verify_equal_recipes(context.accelerator, recipe)
+    monkeypatch.setattr(
+        "peftbench.distributed.collectives.all_gather_objects", lambda _, own: [own, ("bf16", *own[1:])]
+    )
+    with pytest.raises(EngineError, match=r"resolved train\.precision.*'fp32'.*'bf16'.*instead of auto"):
+        verify_equal_recipes(context.accelerator, recipe)

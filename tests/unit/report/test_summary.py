@@ -331,9 +331,29 @@ def test_baselines_alone_are_compared_without_seeds() -> None:
 def test_different_batch_sizes_are_noted_first() -> None:
     """Note first that the runs differ in more than their method, and leave out costs."""
     sentences = summarize([build_full_run(), build_lora_run(9, global_batch_size=2)])
-    assert sentences[0].startswith("These runs differ in more than their method")
-    assert sentences[0].endswith("so a difference may not be due to the method.")
+    assert sentences[0] == (
+        "These runs differ in more than their method: in train.global_batch_size (16 and 2). A difference between them "
+        "may not be due to the method."
+    )
     assert "with different steps or batches" in sentences[2]
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "difference"),
+    [
+        ("train", {"precision": "bf16"}, "train.precision (fp32 and bf16)"),
+        ("model", {"attention": "eager"}, "model.attention (null and eager)"),
+    ],
+)
+def test_auto_settings_that_resolved_differently_are_named(
+    section: str, values: dict[str, str], difference: str
+) -> None:
+    """Runs of one suite whose precision or attention differs are not comparable, in quality and in costs."""
+    other = build_lora_run(9)
+    recipe = other.recipe | {section: other.recipe.get(section, {}) | values}
+    sentences = summarize([build_full_run(), other.model_copy(update={"recipe": recipe})])
+    assert f"differ in more than their method: in {difference}." in sentences[0]
+    assert "ran with a different precision or attention" in sentences[2]
 
 
 def test_few_examples_allow_no_conclusion() -> None:

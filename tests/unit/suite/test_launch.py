@@ -9,6 +9,7 @@ from peftbench.recipe.schema import Recipe
 from peftbench.run_dir.lock import Lock
 from peftbench.suite import launch
 from peftbench.suite.launch import RunResult, run_one, run_suite
+from peftbench.suite.results import ResultFinder
 from peftbench.suite.status import find_unfinished_runs
 from tests.helpers.records import minimal_record
 from tests.helpers.workshop import Workshop
@@ -32,7 +33,9 @@ def test_waiting_runs_are_listed(recipes: list[Recipe], workshop: Workshop, monk
     run_suite(recipes, None, lambda _: None)
     assert states[0] == [("first", "waiting"), ("second", "waiting")]
     (workshop.output / "first" / "recipe.yaml").unlink()
-    monkeypatch.setattr(launch, "load_existing_result", lambda recipe: object() if recipe.name == "first" else None)
+    monkeypatch.setattr(
+        ResultFinder, "find_existing_result", lambda _, recipe: object() if recipe.name == "first" else None
+    )
     assert [result.outcome for result in run_suite(recipes, None, lambda _: None)] == ["skipped", "ok"]
     assert not (workshop.output / "first" / "recipe.yaml").exists()
 

@@ -32,7 +32,8 @@ def submit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Submit:
             "name": name,
             "output_dir": "out",
             "method": {"kind": "lora"},
-            "train": {"steps": 1},
+            "train": {"steps": 1, "precision": "fp32"},
+            "model": {"attention": "sdpa"},
         }
         recipe["data"] = {"source": {"kind": "files", "train": "rows.jsonl"}}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
@@ -135,6 +136,19 @@ def test_active_and_finished_runs_are_skipped(submit: Submit, slurm: Callable[..
     slurm("", "echo 14")
     assert "submitted job 14: 1 run," in submit("suite.yaml").stdout
     assert "--array" not in argument_file.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("key", ["train.precision=auto", "model.attention=auto"])
+def test_finished_run_with_auto_settings_is_submitted(key: str, submit: Submit, slurm: Callable[..., Path]) -> None:
+    """The login node cannot resolve auto; the job skips the run if its device resolves it to the recorded value."""
+    slurm()
+    recipe = load_recipe([Path("two.yaml")], [])
+    values = {"recipe_fingerprint": recipe.fingerprint(), "data_fingerprint": recipe.data.source.fingerprint()}
+    minimal_record(name="two", **values).write(Path("out/two"))
+    assert submit("two.yaml").stdout == "nothing left to submit\n"
+    result = submit("two.yaml", key)
+    assert "submitted job" in result.stdout
+    assert "1 run with a result is submitted again" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ByteSize, ConfigDict
 
 from peftbench.common.filesystem import load_json_resources
+from peftbench.distributed.device_capability import DeviceCapability
 from peftbench.errors import DeviceError, did_you_mean
 
 
@@ -27,9 +28,16 @@ class DeviceFacts(BaseModel):
     """The driver's context and lazily loaded kernels: minimum and maximum."""
     calibrated: bool
     """True if workspaces and context were measured on such a device."""
-    bf16: bool
-    """True if the device supports bf16."""
+    compute_capability: tuple[int, int] | None
+    """CUDA compute capability, e.g. (8, 6); None on CPU."""
     device_type: Literal["cuda", "cpu"] = "cuda"
+
+    @property
+    def capability(self) -> DeviceCapability:
+        """What the device computes natively. A CPU is planned in float32, since only that is modeled."""
+        if self.compute_capability is None:
+            return DeviceCapability("cpu")
+        return DeviceCapability.from_compute_capability(self.compute_capability)
 
 
 UNKNOWN_DEVICE = DeviceFacts(
@@ -39,9 +47,9 @@ UNKNOWN_DEVICE = DeviceFacts(
     workspaces=(ByteSize(8 << 20), ByteSize(64 << 20)),
     context=(ByteSize(300 << 20), ByteSize(1434 << 20)),
     calibrated=False,
-    bf16=True,
+    compute_capability=(8, 0),
 )
-"""A device without a profile."""
+"""A device without a profile; it is assumed to support bf16."""
 
 
 @cache

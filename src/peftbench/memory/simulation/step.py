@@ -116,12 +116,12 @@ class MemorySimulation:
         # Later micro-batches repeat the second one, except on CPU, where the tokens of all exist from the start.
         self.num_micro_batches = min(num_micro_batches, 2) if device_type == "cuda" else num_micro_batches
         self.accelerator: Any = _FakeAccelerator(self.num_micro_batches)
-        context = AcceleratorContext(self.accelerator, launch_config.engine, recipe.train.precision)
+        context = AcceleratorContext(self.accelerator, launch_config.engine, recipe.train.resolved_precision)
         self.emulation = DeviceEmulation(
-            device_type, get_autocast_dtype(recipe.train.precision), has_padding=has_padding
+            device_type, get_autocast_dtype(recipe.train.resolved_precision), has_padding=has_padding
         )
         with imports_without_gc():  # imports the architecture's code and the method's library
-            self.loaded_model = build_meta_model(recipe.model, TORCH_DTYPES[recipe.train.precision])
+            self.loaded_model = build_meta_model(recipe.model, TORCH_DTYPES[recipe.train.resolved_precision])
             with self._track_method_modules(), self.emulation.patch_libraries():
                 adapted = apply_method(recipe, self.loaded_model, context)
         self.model, self.loss = adapted.model, adapted.loss

@@ -3,35 +3,40 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from peftbench.record import RunRecord
 from peftbench.report.analysis.run_groups import RunGroup, Seed, seed_of
+from peftbench.report.text.formatting import join_with_and
+
+_PROTOCOL: dict[str, Callable[[RunRecord], object]] = {
+    "data": lambda record: record.data_fingerprint,
+    "base model": lambda record: record.model_fingerprint,
+    "number of examples": lambda record: record.num_examples,
+    "steps": lambda record: record.steps,
+    "train.global_batch_size": lambda record: record.recipe["train"]["global_batch_size"],
+    "data.max_length": lambda record: record.recipe["data"]["max_length"],
+    "data.label_padding": lambda record: record.recipe["data"]["label_padding"],
+    "train.precision": lambda record: record.recipe["train"]["precision"],
+    "model.attention": lambda record: record.recipe.get("model", {}).get("attention"),
+}
+"""What must be equal in all runs of a comparison, for any seed."""
 
 
-def has_protocol_differences(records: Sequence[RunRecord]) -> bool:
-    """True if the runs, all trained, differ in more than their method: in batches, steps, examples or lengths."""
+def list_protocol_differences(records: Sequence[RunRecord]) -> list[str]:
+    """Return what the runs, all trained, differ in other than their method; recipe keys come with their values."""
+    differences = []
+    for name, get_value in _PROTOCOL.items():
+        values = list(dict.fromkeys(json.dumps(get_value(record)) for record in records))
+        if len(values) > 1:
+            shown = [value.strip('"') for value in values]
+            differences.append(f"{name} ({join_with_and(shown)})" if "." in name else name)
     token_counts: dict[Seed, set[str]] = {}  # of the runs of each seed
     for record in records:
         token_counts.setdefault(seed_of(record), set()).add(json.dumps(_token_counts(record)))
-    return len({json.dumps(_protocol_key(record)) for record in records}) > 1 or any(
-        len(counts) > 1 for counts in token_counts.values()
-    )
-
-
-def _protocol_key(record: RunRecord) -> list[object]:
-    """Return values that must be equal in all runs, for any seed."""
-    recipe = record.recipe
-    return [
-        record.data_fingerprint,
-        record.model_fingerprint,
-        record.num_examples,
-        record.steps,
-        recipe["train"]["global_batch_size"],
-        recipe["data"]["max_length"],
-        recipe["data"]["label_padding"],
-        recipe["train"]["precision"],
-    ]
+    if not differences and any(len(counts) > 1 for counts in token_counts.values()):
+        differences.append("tokens, with equal seeds")
+    return differences
 
 
 def _token_counts(record: RunRecord) -> list[int]:
@@ -48,4 +53,6 @@ def why_not_comparable(group: RunGroup, reference: RunGroup) -> str | None:
         return "on a different engine"
     if len({(run.steps, run.recipe["train"]["global_batch_size"]) for run in runs}) > 1:
         return "with different steps or batches"
+    if len({(run.recipe["train"]["precision"], run.recipe.get("model", {}).get("attention")) for run in runs}) > 1:
+        return "with a different precision or attention"
     return None

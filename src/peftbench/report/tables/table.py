@@ -18,12 +18,13 @@ from peftbench.common.filesystem import write_atomically
 from peftbench.errors import RecordError
 from peftbench.record import RunRecord
 from peftbench.record.sanity_checks import check_step_times
-from peftbench.report.analysis.comparability import has_protocol_differences
+from peftbench.report.analysis.comparability import list_protocol_differences
 from peftbench.report.analysis.outcomes import oom_sentence
 from peftbench.report.runs import run_label, sample_key, sort_records
 from peftbench.report.tables.columns import COLUMNS, DROP_ORDER, Column
 from peftbench.report.tables.pivot import rows_by_setting, seed_rows
 from peftbench.report.text.escape import escape_markdown, escape_spreadsheet_formula, terminal_safe
+from peftbench.report.text.formatting import join_with_and
 
 _UNBOUNDED_WIDTH = 10_000  # characters, wider than any table
 _COLUMN_GAP = 2  # characters after each column of the terminal table
@@ -121,8 +122,8 @@ def collect_notes(records: Sequence[RunRecord]) -> list[str]:
     notes = [f"{record.name}: {oom_sentence(record.outcome)}" for record in records if record.outcome.kind == "oom"]
     notes += [f"{record.name}: {note}" for record in records for note in record.notes]
     trained = [record for record in records if record.tokens is not None and record.outcome.kind == "ok"]
-    if has_protocol_differences(trained):
-        notes.append("these runs differ in more than their method (in batches, steps, examples or lengths)")
+    if differences := list_protocol_differences(trained):
+        notes.append(f"these runs differ in more than their method: in {join_with_and(differences)}")
     evaluated = {
         (r.quality.split, r.quality.num_examples, r.data_fingerprint) for r in records if r.quality is not None
     }

@@ -1,0 +1,54 @@
+"""What a device computes natively: decides the precision and the attention implementation of ``auto``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from peftbench.distributed import launcher_env
+
+_CPU_BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+"""Names of torch.cpu.get_capabilities for x86-64 (first two) and ARM64."""
+
+
+@dataclass(frozen=True)
+class DeviceCapability:
+    """Native arithmetic of one type of device."""
+
+    device_type: Literal["cuda", "cpu"]
+    compute_capability: tuple[int, int] | None = None
+    """CUDA compute capability, e.g. (8, 0); None on CPU."""
+    has_bf16: bool = False
+    """True if the device multiplies bf16 natively: Ampere and newer, or a CPU with bf16 instructions."""
+    has_flash_attention: bool = False
+    """True if the package flash-attn is installed for this device."""
+
+    @classmethod
+    def from_compute_capability(
+        cls, compute_capability: tuple[int, int], *, has_flash_attention: bool = False
+    ) -> DeviceCapability:
+        """Return the capability of a CUDA device."""
+        return cls("cuda", compute_capability, compute_capability >= (8, 0), has_flash_attention)
+
+
+def detect_device_capability(*, use_cpu: bool | None = None) -> DeviceCapability:
+    """Return the capability of this process's device; no CUDA context is created.
+
+    ``use_cpu`` selects the CPU; None: as the launcher requests.
+    """
+    import torch
+
+    if launcher_env.runs_on_cpu() if use_cpu is None else use_cpu or not torch.cuda.is_available():
+        return DeviceCapability("cpu", has_bf16=_has_bf16_instructions())
+    from transformers.utils.import_utils import is_flash_attn_2_available
+
+    return DeviceCapability.from_compute_capability(
+        torch.cuda.get_device_capability(), has_flash_attention=is_flash_attn_2_available()
+    )
+
+
+def _has_bf16_instructions() -> bool:
+    import torch
+
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in _CPU_BF16_INSTRUCTIONS)
