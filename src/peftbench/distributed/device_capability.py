@@ -22,6 +22,8 @@ class DeviceCapability:
     """True if the device multiplies bf16 natively: Ampere and newer, or a CPU with bf16 instructions."""
     has_flash_attention: bool = False
     """True if the package flash-attn is installed for this device."""
+    is_planned: bool = False
+    """True if a memory estimate is for this device, rather than a run on it."""
 
     @classmethod
     def from_compute_capability(

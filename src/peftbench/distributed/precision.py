@@ -50,8 +50,9 @@ def _iter_preferences(recipe: Recipe, device: DeviceCapability) -> Iterator[tupl
 
 
 def _iter_cpu_preferences(recipe: Recipe, device: DeviceCapability) -> Iterator[tuple[Precision, str]]:
-    needs_estimate = recipe.train.micro_batch_size == "auto" or recipe.budget.memory is not None
-    if needs_estimate:
+    if device.is_planned:
+        yield "fp32", "on CPU only fp32 has a memory estimate"
+    elif recipe.train.micro_batch_size == "auto" or recipe.budget.memory is not None:
         key = "budget.memory" if recipe.budget.memory is not None else "train.micro_batch_size=auto"
         yield "fp32", f"{key} needs a memory estimate, and on CPU only fp32 has one"
     elif not device.has_bf16:

@@ -73,6 +73,10 @@ class Method(ConfigSection):
         """
         raise TypeError(f"{type(self).__name__} trains nothing")
 
+    def list_notes(self, base: PreTrainedModel) -> list[str]:
+        """Return sentences for the record about what :meth:`apply` does to ``base``; call it before that."""
+        return []
+
     def set_training(self, model: nn.Module) -> None:
         """Set the applied model to the mode in which it is trained."""
         model.train()

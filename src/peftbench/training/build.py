@@ -93,9 +93,9 @@ def apply_method(recipe: Recipe, base: LoadedModel, context: AcceleratorContext)
     """
     set_seed(recipe.train.seed)  # a method's new weights depend on the seed alone, not on how the base was loaded
     total = base.model.num_parameters()  # counts the scalars of quantized tensors, not their packed storage
+    notes = recipe.method.list_notes(base.model)
     model = recipe.method.apply(base.model, base.tokenizer)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    notes = []
     requested = recipe.train.gradient_checkpointing and recipe.method.is_trainable
     checkpointing = requested and not recipe.method.has_frozen_backbone
     if requested and not checkpointing:

@@ -26,8 +26,9 @@ COUNTS_BY_HAND: list[tuple[Method, int]] = [
     (LastLayer(head="tied"), 38_597_376),
     # Everything outside transformer.h: embedding, positions (1,024 x 768) and the final norm.
     (LastLayer(head="outside_blocks"), 38_597_376 + 786_432 + 1_536),
-    (Lora(r=16), 589_824),  # 12 layers x 16 x (768 + 2,304)
-    (Lora(r=16, use_dora=True), 589_824 + 12 * 2_304),
+    (Lora(r=16), 12 * 16 * ((768 + 2_304) + (768 + 768) + 2 * (768 + 3_072))),  # c_attn, c_proj, c_fc, mlp.c_proj
+    (Lora(r=16, target_modules=None), 589_824),  # peft's default, c_attn: 12 layers x 16 x (768 + 2,304)
+    (Lora(r=16, target_modules=None, use_dora=True), 589_824 + 12 * 2_304),
     (Lora(r=8, target_modules=("c_attn", "c_proj", "c_fc")), 12 * 8 * (768 + 2304 + 768 + 768 + 2 * (768 + 3072))),
     (PromptTuning(num_virtual_tokens=20), 15_360),  # 20 x 768
 ]

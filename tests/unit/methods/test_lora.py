@@ -101,8 +101,9 @@ def test_target_modules_select_by_suffix_or_expression(
     methods = {
         "names": Lora(r=2, target_modules=("attn.c_proj",)),
         "expression": Lora(r=2, target_modules=r"transformer\.h\.1\..*c_fc"),
-        "null": Lora(r=2),
+        "null": Lora(r=2, target_modules=None),
         "all": Lora(r=2, target_modules="all-linear"),
+        "default": Lora(r=2),
     }
     adapted = {
         key: {
@@ -119,14 +120,15 @@ def test_target_modules_select_by_suffix_or_expression(
         "all": {
             f"h.{block}.{name}" for block in (0, 1) for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
         },
+        "default": adapted["all"],
     }
 
 
-def test_architecture_without_default_targets_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
-    """The error names the key to set; with that key set, the method applies."""
+def test_architecture_without_peft_default_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    """With target_modules=null, the error names the key to set; all-linear applies."""
     from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
     base = OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=64, n_positions=16, n_embd=16, n_layer=1, n_head=2))
-    with pytest.raises(UnsupportedModelError, match=r"method\.target_modules"):
-        Lora().apply(base, tokenizer)
-    assert trainable_parameters(Lora(target_modules=("c_attn",)).apply(base, tokenizer))
+    with pytest.raises(UnsupportedModelError, match=r"set method\.target_modules=all-linear, or name modules"):
+        Lora(target_modules=None).apply(base, tokenizer)
+    assert trainable_parameters(Lora().apply(base, tokenizer))

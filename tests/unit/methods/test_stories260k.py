@@ -28,7 +28,8 @@ COUNTS_BY_HAND: list[tuple[Method, int]] = [
     # Embedding; in each of 5 layers q and o, k and v, the three MLP matrices, two norms; the final norm.
     (Full(), 512 * 64 + 5 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 172 + 2 * 64) + 64),
     (LastLayer(), 512 * 64),
-    (Lora(r=8), 5 * 8 * ((64 + 64) + (64 + 32))),  # q and v of 5 layers; v has half the heads
+    # q and o, k and v (which have half the heads), and the three MLP matrices of 5 layers.
+    (Lora(r=8), 5 * 8 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 172))),
     (PromptTuning(num_virtual_tokens=20), 20 * 64),
 ]
 
