@@ -21,7 +21,6 @@ from transformers import GPT2Config
 from peftbench.common.units import parse_size
 from peftbench.data.batches import Batches
 from peftbench.data.collate import Collator
-from peftbench.errors import BudgetTooSmallError
 from peftbench.memory.devices import get_facts_by_torch_name
 from peftbench.memory.estimate import estimate
 from peftbench.memory.replay import AllocatorReplay, replay_allocator
@@ -80,11 +79,8 @@ def build_verdict_row(recipe: Recipe, record: RunRecord) -> Row:
     """Return the predicted verdict and the outcome of a run with a memory budget."""
     facts = get_facts_by_torch_name(record.device.name)
     small = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"batch_size": 1})})
-    try:
-        plan = estimate(small, facts, record.device.name, parse_size(CARD))
-        predicted, needed = str(plan.verdict), f"{plan.process_bytes[0] / 2**20:,.0f}"
-    except BudgetTooSmallError:
-        predicted, needed = "does not fit", "more than its weights"
+    plan = estimate(small, facts, record.device.name, parse_size(CARD))
+    predicted, needed = str(plan.verdict), f"{plan.process_bytes[0] / 2**20:,.0f}"
     wrong = (predicted, record.outcome.kind) in {("fits", "oom"), ("does not fit", "ok")}
     return {
         "run": record.name,

@@ -30,7 +30,7 @@
     ├── BudgetError                   80   an invalid budget
     │   ├── DeviceError               81   an unknown device
     │   ├── EstimateUnavailableError  82   memory that cannot be estimated
-    │   └── BudgetTooSmallError       83   a budget below the size of the weights
+    │   └── DoesNotFitError           83   a recipe that is not predicted to fit (``peftbench estimate --check``)
     └── SlurmError                    90   a job that SLURM cannot accept, or that would make no progress
         └── TimeLimitError            91   a time limit shorter than a step and its checkpoint
 
@@ -224,8 +224,8 @@ class EstimateUnavailableError(BudgetError):
     exit_code = 82
 
 
-class BudgetTooSmallError(BudgetError):
-    """A budget below the size of the weights."""
+class DoesNotFitError(BudgetError):
+    """A recipe that is not predicted to fit its budget."""
 
     exit_code = 83
 

@@ -5,14 +5,24 @@ from __future__ import annotations
 import contextlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from peftbench.common.console import cli_errors, refuse_renamed_options
+from peftbench.common.console import cli_errors, expand_home_in_args, refuse_renamed_options
 from peftbench.common.libraries import quiet_libraries
+from peftbench.common.options import (
+    TRAIN_HELP,
+    ConfigOption,
+    OverridesArgument,
+    PrintConfigOption,
+    RecipeArgument,
+    SkipFinishedOption,
+    join_arguments,
+)
 from peftbench.distributed import launcher_env
-from peftbench.recipe.loader import load_recipe, to_commented_yaml
+from peftbench.recipe.arguments import load_recipe_from_arguments
+from peftbench.recipe.loader import to_commented_yaml
 from peftbench.record import EXIT_CODES, Outcome, RunRecord
 from peftbench.run.result_line import build_result_line, exit_immediately, is_main_process, print_result_line
 from peftbench.run.shutdown import ShutdownSignal, ignore_signals
@@ -26,33 +36,29 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.command()
+@app.command(help=TRAIN_HELP)
 def train(
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY.SUB=VALUE", help="Recipe keys to override, e.g. train.steps=100."),
-    ] = None,
-    config: Annotated[
-        list[Path] | None,
-        typer.Option("--config", help="Recipe file. Repeat the option to merge several; later files win."),
-    ] = None,
-    skip_finished: Annotated[
-        bool,
-        typer.Option("--skip-finished", metavar="", help="If the run has already finished, only print its outcome."),
-    ] = False,
-    print_config: Annotated[
-        bool,
-        typer.Option("--print-config", metavar="", help="Print the resolved recipe like peftbench show, and exit."),
-    ] = False,
+    recipe: RecipeArgument = None,
+    overrides: OverridesArgument = None,
+    config: ConfigOption = None,
+    skip_finished: SkipFinishedOption = False,
+    print_config: PrintConfigOption = False,
 ) -> None:
-    """Run one recipe and write its results to record.json.
+    """Parse the command line of ``launch/train.py``."""
+    train_from_arguments(
+        join_arguments(recipe, overrides), config or [], skip_finished=skip_finished, print_config=print_config
+    )
 
-    The last line on standard output is one JSON object with the outcome and the path of the record. Logs and progress
-    go to standard error. To run several processes: accelerate launch --config_file accel_configs/cpu2.yaml
-    launch/train.py --config RECIPE.yaml
+
+def train_from_arguments(
+    arguments: list[str], config: list[Path], *, skip_finished: bool = False, print_config: bool = False
+) -> None:
+    """Run the recipe that the arguments describe, print its outcome and exit with its exit code.
+
+    With ``print_config`` only print the recipe.
     """
     with cli_errors(on_error=print_result_line, rank=launcher_env.get_rank()):
-        recipe = load_recipe(config or [], overrides or [])
+        recipe = load_recipe_from_arguments("train", arguments, config)
         if print_config:
             if is_main_process():
                 print(to_commented_yaml(recipe), end="")
@@ -62,10 +68,24 @@ def train(
             _print_existing_result(recipe, existing)
             raise typer.Exit(EXIT_CODES[existing.outcome.kind])
         outcome, record_path, exit_code = run_recipe(recipe)
+        _print_table(record_path)
         print_result_line(build_result_line(recipe.name, outcome, record_path))
         if outcome.kind != "ok" and launcher_env.get_world_size() > 1:
             exit_immediately(exit_code)
         raise typer.Exit(exit_code)
+
+
+def _print_table(record_path: Path | None) -> None:
+    """Print the table of one run to standard error, on the main process."""
+    if record_path is None or not is_main_process():
+        return
+    from rich.console import Console
+
+    from peftbench.record import read_record
+    from peftbench.report.tables.table import print_table
+
+    record = read_record(record_path)
+    print_table([record], record.name, Console(stderr=True))
 
 
 def _load_existing_result(recipe: Recipe) -> RunRecord | None:
@@ -116,7 +136,7 @@ def main() -> None:
     """Run the command line."""
     refuse_renamed_options(sys.argv[1:], {"--unless-finished": "--skip-finished"})
     try:
-        app()
+        app(expand_home_in_args(sys.argv[1:]))
     finally:
         ignore_signals()
 

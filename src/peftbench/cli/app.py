@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from peftbench.cli.memory import estimate, fit
@@ -10,6 +12,8 @@ from peftbench.cli.report import compare, report
 from peftbench.cli.show import show
 from peftbench.cli.slurm import status, submit
 from peftbench.cli.suite import run
+from peftbench.cli.train import train
+from peftbench.common.options import TRAIN_HELP
 
 app = typer.Typer(
     cls=CommandGroup,
@@ -18,8 +22,27 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Compare fine-tuning methods for causal language models: memory, cost and quality.",
 )
-for _command in (run, submit, status, estimate, fit, report, compare, show):
-    app.command()(_command)
+
+
+def _print_version(requested: bool) -> None:
+    if requested:
+        from importlib.metadata import version
+
+        print(f"peftbench {version('peftbench')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _read_global_options(
+    version: Annotated[
+        bool, typer.Option("--version", metavar="", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Accept options without a command."""
+
+
+for _command in (run, train, submit, status, estimate, fit, report, compare, show):
+    app.command(help=TRAIN_HELP if _command is train else None)(_command)
 
 
 def main() -> None:

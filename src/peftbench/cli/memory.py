@@ -13,25 +13,26 @@ import typer
 from peftbench.cli.options import (
     AccelerateOption,
     BudgetOption,
-    ConfigOption,
     DeviceOption,
     JsonOption,
-    OverridesArgument,
     ProcessesOption,
+    print_progress,
     print_to_stderr,
 )
 from peftbench.common.console import cli_errors
+from peftbench.common.options import ConfigOption, OverridesArgument, RecipeArgument, join_arguments
 
 if TYPE_CHECKING:
     from peftbench.memory.devices import DeviceFacts
     from peftbench.memory.launch_config import LaunchConfig
-    from peftbench.memory.plan import Fit
+    from peftbench.memory.plan import Fit, Plan, UnplannedRun
     from peftbench.memory.search import MemoryTarget
     from peftbench.recipe.schema import Recipe
 
 
 def estimate(
-    changes: OverridesArgument = None,
+    recipe: RecipeArgument = None,
+    overrides: OverridesArgument = None,
     config: ConfigOption = None,
     suite: Annotated[Optional[Path], typer.Option(help="Suite file. Estimate all its runs, one row each.")] = None,
     budget: BudgetOption = None,
@@ -49,45 +50,92 @@ def estimate(
             "<!-- end of report:NAME -->."
         ),
     ] = "plan",
+    check: Annotated[
+        bool,
+        typer.Option("--check", metavar="", help="Exit with code 83 unless every verdict is fits; for scripts."),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Estimate the peak memory of a recipe and whether it fits the budget. Needs neither a GPU nor the weights."""
+    """Estimate the peak memory of a recipe and whether it fits the budget. Needs neither a GPU nor the weights.
+
+    If it does not fit, the cheapest change that is predicted to fit is printed too.
+    """
     from peftbench.common.libraries import imports_without_gc, quiet_libraries
-    from peftbench.errors import BudgetError
-    from peftbench.recipe.loader import load_recipe
-    from peftbench.suite.expand import expand, resolve_accelerate_config
 
     with cli_errors():
         facts = _load_device_facts(device)
-        if suite is not None and config:
-            raise BudgetError("--suite names the recipes itself; leave --config out")
-        recipes = [load_recipe(config or [], changes or [])] if suite is None else expand(suite, changes or [])
-        accelerate = accelerate or (resolve_accelerate_config(suite) if suite else None)
+        arguments = join_arguments(recipe, overrides)
+        recipes = _load_recipes(suite, arguments, config or [])
+        launch_file = _find_launch_file(accelerate, suite)
         with imports_without_gc():
             quiet_libraries()
             from tqdm.auto import tqdm
 
-            from peftbench.memory.search import plan_run
+            from peftbench.memory.search import check_verdicts, plan_run
             from peftbench.report.tables.memory_plan import format_plan, format_plans
             from peftbench.report.tables.table import insert_block
         gc.freeze()  # imported objects live until the process ends: the collector need not traverse them
 
-        build_target = partial(_build_target, facts, device, budget, accelerate, processes)
+        build_target = partial(_build_target, facts, device, budget, launch_file, processes)
+        plans: list[Plan | UnplannedRun]
         if suite is None:
-            plan = build_target(recipes[0]).plan(recipes[0])
-            text = plan.model_dump_json(indent=1) if as_json else format_plan(plan)
+            plan = _plan_with_suggestion(recipes[0], build_target(recipes[0]))
+            plans, text = [plan], plan.model_dump_json(indent=1) if as_json else format_plan(plan)
         else:
             progress = tqdm(recipes, desc="simulating", unit="run", disable=None)
-            plans = [plan_run(recipe, partial(build_target, recipe)) for recipe in progress]
+            plans = [plan_run(one, partial(build_target, one)) for one in progress]
             text = json.dumps([plan.model_dump() for plan in plans], indent=1) if as_json else format_plans(plans)
         if update_file is not None:
             insert_block(text, update_file, marker)
         else:
             print(text)
+        if check:
+            check_verdicts(plans)
+
+
+def _find_launch_file(accelerate: str | None, suite: Path | None = None) -> Path | None:
+    """Return the accelerate config of the option, else the suite's, None without one."""
+    from peftbench.distributed.accelerate_config import find_accelerate_config
+    from peftbench.suite.expand import resolve_accelerate_config
+
+    if accelerate is not None:
+        return find_accelerate_config(accelerate)
+    return None if suite is None else resolve_accelerate_config(suite)
+
+
+def _load_recipes(suite: Path | None, arguments: list[str], config: list[Path]) -> list[Recipe]:
+    """Return the recipe of the arguments, or the recipes of a suite.
+
+    Raises:
+        RecipeError: both were given, or a recipe is invalid.
+    """
+    from peftbench.errors import RecipeError
+    from peftbench.recipe.arguments import check_is_suite, load_recipe_from_arguments, split_arguments
+    from peftbench.suite.expand import expand
+
+    if suite is None:
+        return [load_recipe_from_arguments("estimate", arguments, config)]
+    files, overrides = split_arguments(arguments)
+    if files or config:
+        raise RecipeError(f"--suite names the recipes itself; leave {files[0] if files else '--config'} out")
+    check_is_suite(suite, "estimate --suite")
+    return expand(suite, overrides)
+
+
+def _plan_with_suggestion(recipe: Recipe, target: MemoryTarget) -> Plan:
+    """Return the plan of a recipe and, if it does not fit the budget, the cheapest change that does."""
+    from peftbench.memory.suggestion import suggest_change
+
+    plan = target.plan(recipe)
+    if plan.verdict in {None, "fits"}:
+        return plan
+    print_progress("searching for a change that fits")
+    return plan.model_copy(update={"suggestion": suggest_change(recipe, target)})
 
 
 def fit(
-    changes: OverridesArgument = None,
+    recipe_file: RecipeArgument = None,
+    overrides: OverridesArgument = None,
     config: ConfigOption = None,
     budget: BudgetOption = None,
     device: DeviceOption = None,
@@ -123,13 +171,14 @@ def fit(
     from peftbench.common.libraries import quiet_libraries
     from peftbench.errors import OutOfRangeError
     from peftbench.memory.plan import Fit
-    from peftbench.recipe.loader import load_recipe
+    from peftbench.recipe.arguments import load_recipe_from_arguments
 
     with cli_errors():
         facts = _load_device_facts(device)
         if verify and family is not None:
             raise OutOfRangeError("--verify runs the recipe's own model; leave --largest-model out")
-        recipe = load_recipe(config or [], changes or [])
+        arguments = join_arguments(recipe_file, overrides)
+        recipe = load_recipe_from_arguments("fit", arguments, config or [])
         quiet_libraries()
         from peftbench.memory.search import find_largest_model, strategies
         from peftbench.report.tables.memory_plan import format_fit
@@ -137,14 +186,15 @@ def fit(
 
         if verify:
             check_local_device(facts)
-        target = _build_target(facts, device, budget, accelerate, processes, recipe)
+        launch_file = _find_launch_file(accelerate)
+        target = _build_target(facts, device, budget, launch_file, processes, recipe)
         if family is not None:
             models = find_largest_model(recipe, family, techniques, target)
             answer = Fit(budget_bytes=target.required_budget, models=models)
         else:
             answer = Fit(budget_bytes=target.required_budget, strategies=strategies(recipe, techniques, target))
         if verify and answer.strategies:
-            answer = _verify(answer, recipe, target, accelerate, processes)
+            answer = _verify(answer, recipe, target, launch_file, processes)
         print(answer.model_dump_json(indent=1) if as_json else format_fit(answer))
         if not answer.has_fit:
             raise typer.Exit(1)

@@ -8,13 +8,6 @@ from typing import Annotated, Optional
 
 import typer
 
-OverridesArgument = Annotated[
-    Optional[list[str]],
-    typer.Argument(metavar="KEY.SUB=VALUE", help="Recipe keys to override, e.g. train.steps=100."),
-]
-ConfigOption = Annotated[
-    Optional[list[Path]], typer.Option(help="Recipe file. Repeat the option to merge several; later files win.")
-]
 BudgetOption = Annotated[
     Optional[str],
     typer.Option(
@@ -27,12 +20,15 @@ DeviceOption = Annotated[
     typer.Option(help="Device to plan for, e.g. t4, a10g, h100 or cpu. Default: a generic GPU of unknown memory size."),
 ]
 AccelerateOption = Annotated[
-    Optional[Path],
+    Optional[str],
     typer.Option(
         "--accelerate",
-        help="Accelerate config file; all results are per process. Default: not distributed.",
+        metavar="CONFIG",
+        help="Accelerate config: a file, or the name of one in accel_configs/, e.g. zero2. Default: the suite's; "
+        "without one, a single process.",
     ),
 ]
+"""Results of ``estimate`` and ``fit`` are per process."""
 ProcessesOption = Annotated[
     Optional[int], typer.Option(min=1, help="Number of processes. Default: the number in the accelerate config.")
 ]
@@ -47,6 +43,12 @@ OutOption = Annotated[
     typer.Option(help="Output folder; each run gets its own subfolder. Default: the recipe key output_dir."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", metavar="", help="Print JSON.")]
+
+
+def print_progress(line: str) -> None:
+    """Print a line about long work, if someone watches."""
+    if sys.stderr.isatty():
+        print_to_stderr(line)
 
 
 def print_to_stderr(line: str) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from typer.core import TyperGroup
 
-from peftbench.common.console import refuse_renamed_options
+from peftbench.common.console import expand_home_in_args, refuse_renamed_options
 
 if TYPE_CHECKING:
     from typer._click.core import Context  # typer has its own copy of click
@@ -31,7 +31,7 @@ RENAMED_OPTIONS: dict[str, dict[str, str]] = {
 
 
 class CommandGroup(TyperGroup):
-    """The commands in the order of their registration. Old spellings are refused before parsing."""
+    """The commands in the order of their registration. Before parsing, old spellings are refused and ``~`` expanded."""
 
     def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
         """Refuse an old spelling, then parse."""
@@ -40,7 +40,7 @@ class CommandGroup(TyperGroup):
         if command == "compare":
             _refuse_suite(command_args)
         refuse_renamed_options(command_args, RENAMED_OPTIONS.get(command, {}))
-        return super().parse_args(ctx, args)
+        return super().parse_args(ctx, expand_home_in_args(args))
 
 
 def _refuse_suite(args: Sequence[str]) -> None:

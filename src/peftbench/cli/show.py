@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 from peftbench.common.console import cli_errors
+from peftbench.common.options import ConfigOption, OverridesArgument, RecipeArgument, join_arguments
 
 
 def show(
-    recipe: Annotated[
-        Optional[list[str]],
-        typer.Argument(metavar="RECIPE.yaml | KEY.SUB=VALUE", help="Recipe files, then overrides. Later files win."),
-    ] = None,
+    recipe: RecipeArgument = None,
+    overrides: OverridesArgument = None,
+    config: ConfigOption = None,
     glossary: Annotated[
         bool, typer.Option("--glossary", metavar="", help="Print the meaning of each table column.")
     ] = False,
@@ -28,7 +27,8 @@ def show(
     ] = False,
 ) -> None:
     """Print the resolved recipe with a one-line description of each key."""
-    from peftbench.recipe.loader import load_recipe, to_commented_yaml
+    from peftbench.recipe.arguments import load_recipe_from_arguments
+    from peftbench.recipe.loader import to_commented_yaml
     from peftbench.report.tables.columns import COLUMNS
     from peftbench.run_dir.layout import RunDir
 
@@ -36,10 +36,7 @@ def show(
         if glossary:
             print("\n".join(f"{column.title}: {column.description}" for column in COLUMNS))
             return
-        arguments = recipe or []
-        # An existing file is a recipe even if its path has a "=", as the folders of a suite's axes have.
-        overrides = [argument for argument in arguments if "=" in argument and not Path(argument).is_file()]
-        resolved = load_recipe([Path(argument) for argument in arguments if argument not in overrides], overrides)
+        resolved = load_recipe_from_arguments("show", join_arguments(recipe, overrides), config or [])
         if run_dir:
             print(RunDir.from_recipe(resolved).create())
             return

@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from peftbench.cli.options import JsonOption, OutOption, SeedsOption, print_to_stderr
+from peftbench.cli.options import AccelerateOption, JsonOption, OutOption, SeedsOption, print_to_stderr
 from peftbench.common.console import cli_errors
 
 _SBATCH_PREFIX = "slurm."
@@ -31,13 +31,7 @@ _DryRunOption = Annotated[
 def submit(
     target: Annotated[Path, typer.Argument(metavar="SUITE_OR_RECIPE", help="Suite or recipe file.")],
     overrides: _OverridesArgument = None,
-    accelerate: Annotated[
-        Optional[str],
-        typer.Option(
-            help="Accelerate config: a file, or the name of one in accel_configs/, e.g. zero2. Default: the suite's; "
-            "if it has none, one process."
-        ),
-    ] = None,
+    accelerate: AccelerateOption = None,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes per run.")] = 1,
     gpus_per_node: Annotated[
         Optional[int],

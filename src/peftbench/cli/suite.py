@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from peftbench.cli.options import OutOption, OverridesArgument, SeedsOption, print_to_stderr
+from peftbench.cli.options import AccelerateOption, OutOption, SeedsOption, print_to_stderr
 from peftbench.common.console import INTERRUPT_EXIT_CODE, cli_errors
+from peftbench.common.options import OverridesArgument
 
 if TYPE_CHECKING:
     from peftbench.recipe.schema import Recipe
@@ -20,28 +21,24 @@ def run(
     suite: Annotated[Path, typer.Argument(metavar="SUITE", help="Suite file: lists recipes and the keys to vary.")],
     overrides: OverridesArgument = None,
     out: OutOption = None,
-    accelerate: Annotated[
-        Optional[Path], typer.Option(help="Accelerate config file, e.g. accel_configs/cpu2.yaml. Default: the suite's.")
-    ] = None,
+    accelerate: AccelerateOption = None,
     seeds: SeedsOption = None,
 ) -> None:
     """Run all runs of a suite in new processes; print the table and the summary, and write the report page.
 
     Runs that have finished are skipped; interrupted ones resume.
     """
-    from peftbench.errors import MissingFileError
+    from peftbench.distributed.accelerate_config import find_accelerate_config
+    from peftbench.recipe.arguments import check_is_suite
     from peftbench.suite.expand import expand, read_suite, resolve_accelerate_config
     from peftbench.suite.launch import run_suite
     from peftbench.suite.results import ResultFinder
 
     with cli_errors():
+        check_is_suite(suite, "run")
         recipes = expand(suite, overrides or [], out, seeds)
         title = read_suite(suite).name
-        accelerate_config = accelerate or resolve_accelerate_config(suite)
-        if accelerate_config is not None and not accelerate_config.is_file():
-            raise MissingFileError(
-                f"the accelerate config {accelerate_config} does not exist", "accel_configs/ has examples"
-            )
+        accelerate_config = find_accelerate_config(accelerate) if accelerate else resolve_accelerate_config(suite)
         try:
             results = run_suite(recipes, accelerate_config, print_to_stderr)
         except KeyboardInterrupt:

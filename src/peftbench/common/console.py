@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import typer
 
+from peftbench.common.text import expand_home
 from peftbench.errors import EngineError, OutputError, PeftbenchError
 
 INTERRUPT_EXIT_CODE = 130
@@ -35,6 +36,16 @@ def cli_errors(on_error: Callable[[dict[str, object]], None] | None = None, rank
     except KeyboardInterrupt:
         print("interrupted: nothing was written; run the same command again", file=sys.stderr, flush=True)
         raise typer.Exit(INTERRUPT_EXIT_CODE) from None
+
+
+def expand_home_in_args(args: Sequence[str]) -> list[str]:
+    """Return ``args`` with a leading ``~`` expanded, in values of options too: shells keep the one in --out=~/runs."""
+    expanded = []
+    for argument in args:
+        option, equals, value = argument.partition("=")
+        is_option = equals and option.startswith("--")
+        expanded.append(f"{option}={expand_home(value)}" if is_option else expand_home(argument))
+    return expanded
 
 
 def refuse_renamed_options(args: Sequence[str], renamed: Mapping[str, str], subject: str | None = None) -> None:

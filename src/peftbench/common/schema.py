@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+from peftbench.common.text import expand_home
+
+PathText = Annotated[str, AfterValidator(expand_home)]
+"""The path of a file or folder; a leading ``~`` is expanded."""
 
 
 class ConfigSection(BaseModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 INTERPOLATION_PREFIX = "${"
@@ -11,6 +12,11 @@ _INTERPOLATION_PATTERN = re.compile(r"(\\*)\$\{")
 def escape_interpolation(text: str) -> str:
     r"""Return ``text`` with OmegaConf's interpolations escaped; each ``\`` before one is doubled to stay literal."""
     return _INTERPOLATION_PATTERN.sub(r"\1\1\\${", text)
+
+
+def expand_home(path: str) -> str:
+    """Return ``path`` with a leading ``~`` or ``~user`` expanded; unchanged if there is no such user."""
+    return os.path.expanduser(path)  # noqa: PTH111 — Path.expanduser raises for an unknown user, and drops slashes
 
 
 def first_line(error: BaseException, max_length: int | None = None) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 from pydantic import Field, field_validator
 
 from peftbench.common.filesystem import UNWRITABLE_ERRNOS, write_error
+from peftbench.common.schema import PathText
 from peftbench.data.base import EXAMPLE_COLUMNS, Source
 from peftbench.data.synthetic import Synthetic
 from peftbench.errors import (
@@ -56,11 +57,11 @@ class Files(Source):
 
     kind: Literal["files"] = "files"
     """Kind of source."""
-    train: str
+    train: PathText
     """File of the training split: .jsonl, .csv or .parquet; a relative path starts at the working directory."""
-    validation: str | None = None
+    validation: PathText | None = None
     """File of the validation split."""
-    test: str | None = None
+    test: PathText | None = None
     """File of the test split."""
     article: str = "article"
     """Column with the text to summarize."""
@@ -112,7 +113,7 @@ class Hub(Source):
 
     kind: Literal["hub"] = "hub"
     """Kind of source."""
-    path: str = "abisee/cnn_dailymail"
+    path: PathText = "abisee/cnn_dailymail"
     """Name of the dataset on the Hub, or the folder of a local copy."""
     config: str | None = "3.0.0"
     """Configuration of the dataset; null: its default."""

@@ -9,19 +9,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from peftbench.distributed.launcher_env import get_world_size, select_launcher_env, without_launcher_env
-from peftbench.errors import BudgetTooSmallError, PeftbenchError
+from peftbench.errors import PeftbenchError
 from peftbench.memory.devices import get_device_facts, get_facts_by_torch_name
 from peftbench.memory.launch_config import build_launch_config
-from peftbench.memory.search import TECHNIQUES, MemoryTarget, choose_micro_batch, strategies, with_micro_batch
+from peftbench.memory.search import MemoryTarget, choose_micro_batch, with_micro_batch
+from peftbench.memory.suggestion import suggest_change
 from peftbench.recipe.schema import Recipe
-
-if TYPE_CHECKING:
-    from peftbench.memory.plan import Strategy
 
 _TIMEOUT_SECONDS = 300
 
@@ -127,7 +124,7 @@ def _get_last_line(text: str) -> str:
 
 
 def advise(request: AdviceRequest) -> Advice:
-    """Estimate the recipe and find the fastest change predicted to fit, preferring changes without a trade-off."""
+    """Estimate the recipe and find the cheapest change that is predicted to fit."""
     from peftbench.memory.estimate import estimate
 
     recipe = request.recipe
@@ -138,20 +135,10 @@ def advise(request: AdviceRequest) -> Advice:
         return Advice(error=str(error))
     needed = plan.process_bytes[0]
     print(Advice(estimated_peak_bytes=needed).model_dump_json(), flush=True)  # in case the search times out
-    free = ",".join(technique.name for technique in TECHNIQUES if technique.tradeoff is None)
-    for allowed in (free, "all"):
-        try:
-            fitting = strategies(recipe, allowed, target)
-        except BudgetTooSmallError as error:
-            return Advice(estimated_peak_bytes=needed, suggestion=f"no change fits: {error}")
-        except PeftbenchError as error:
-            return Advice(estimated_peak_bytes=needed, error=str(error))
-        if fitting:
-            return Advice(estimated_peak_bytes=needed, suggestion=_format_suggestion(fitting[0]))
-    return Advice(
-        estimated_peak_bytes=needed,
-        suggestion="no smaller micro-batch and no technique of peftbench fit is predicted to fit",
-    )
+    try:
+        return Advice(estimated_peak_bytes=needed, suggestion=suggest_change(recipe, target))
+    except PeftbenchError as error:
+        return Advice(estimated_peak_bytes=needed, error=str(error))
 
 
 def build_micro_batch_choice(request: AdviceRequest) -> MicroBatchChoice:
@@ -165,12 +152,6 @@ def build_micro_batch_choice(request: AdviceRequest) -> MicroBatchChoice:
         evaluation_batch_size=recipe.evaluate.batch_size,
         note=note,
     )
-
-
-def _format_suggestion(strategy: Strategy) -> str:
-    tradeoffs = f" (trade-off: {'; '.join(strategy.tradeoffs)})" if strategy.tradeoffs else ""
-    upper = strategy.plan.process_bytes[1] / 2**20
-    return f"{' '.join(strategy.overrides)} is predicted to fit, with at most {upper:,.0f} MiB{tradeoffs}"
 
 
 def main() -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from peftbench.common.units import format_bytes
 from peftbench.data.batches import compute_micro_batching
 from peftbench.data.collate import Collator
 from peftbench.data.encode import SequenceLayout
 from peftbench.distributed.accelerator import build_combination
 from peftbench.distributed.compatibility import check
-from peftbench.errors import BudgetTooSmallError, EstimateUnavailableError, PrecisionError
+from peftbench.errors import EstimateUnavailableError, PrecisionError
 from peftbench.memory.allocator import OutOfMemoryError
 from peftbench.memory.families import with_bundled_config
 from peftbench.memory.launch_config import SINGLE_PROCESS, LaunchConfig
@@ -42,10 +43,9 @@ def estimate(
 
     Raises:
         EstimateUnavailableError: the memory of some part of the recipe is not modeled; the message names the part.
-        BudgetTooSmallError: the budget is smaller than the weights.
         PeftbenchError: the recipe itself cannot run.
     """
-    _check_supported(recipe, launch_config.engine, facts.device_type)
+    check_supported(recipe, launch_config.engine, facts.device_type)
     if recipe.train.resolved_precision == "bf16" and facts.device_type == "cuda" and not facts.capability.has_bf16:
         raise PrecisionError(f"{facts.torch_name} does not support train.precision=bf16; use fp16 or fp32")
     accumulation, rows = compute_micro_batching(
@@ -66,7 +66,7 @@ def estimate(
     paged_bytes = _count_paged_bytes(recipe, replay)
     process = (replay.reserved_bytes - paged_bytes + overhead[0], replay.reserved_bytes + overhead[1])
     verdict, margin = _judge_budget(
-        events, replay, process, facts, budget_bytes=budget_bytes, other_bytes=overhead[0] - paged_bytes
+        events, process, facts, budget_bytes=budget_bytes, other_bytes=overhead[0] - paged_bytes
     )
     return Plan(
         name=recipe.name,
@@ -94,25 +94,15 @@ def estimate(
 
 def _judge_budget(
     events: list[MemoryEvent],
-    replay: AllocatorReplay,
     process: tuple[int, int],
     facts: DeviceFacts,
     *,
     budget_bytes: int | None,
     other_bytes: int,
 ) -> tuple[Verdict | None, tuple[int, int] | None]:
-    """Return the verdict and the margin in bytes; None without a budget. ``other_bytes`` are not in tensors.
-
-    Raises:
-        BudgetTooSmallError: the budget is smaller than the weights.
-    """
+    """Return the verdict and the margin in bytes; None without a budget. ``other_bytes`` are not in tensors."""
     if budget_bytes is None:
         return None, None
-    weights = replay.peak.live_bytes_by_category.get("weights", 0)
-    if budget_bytes < weights:
-        raise BudgetTooSmallError(
-            f"A budget of {budget_bytes:,} bytes is smaller than the weights alone ({weights:,} bytes); increase it"
-        )
     verdict = _decide_verdict(events, process, budget_bytes - other_bytes, budget_bytes, facts.device_type)
     return verdict, (budget_bytes - process[1], budget_bytes - process[0])
 
@@ -145,7 +135,13 @@ def _to_int_range(size_range: tuple[int, int]) -> tuple[int, int]:
     return int(size_range[0]), int(size_range[1])
 
 
-def _check_supported(recipe: Recipe, engine: EngineKind, device_type: DeviceType) -> None:
+def check_supported(recipe: Recipe, engine: EngineKind, device_type: DeviceType) -> None:
+    """Check that the recipe runs on the engine and device, and that its memory is modeled.
+
+    Raises:
+        CombinationError: it does not run.
+        EstimateUnavailableError: its memory is not modeled; the message names the part.
+    """
     if not recipe.method.is_trainable:
         raise EstimateUnavailableError(f"{recipe.method.kind} trains nothing; estimate a recipe whose method trains")
     check(build_combination(recipe, engine), device_type)
@@ -225,7 +221,7 @@ def _build_notes(
         f"{labeled_tokens} labeled tokens (evaluate.max_new_tokens, at least {MIN_LABELED_TOKENS})"
     ]
     if paged_bytes:
-        notes.append(f"the driver can page out up to {paged_bytes:,} bytes of optimizer state to host memory")
+        notes.append(f"the driver can page out up to {format_bytes(paged_bytes)} of optimizer state to host memory")
     if recipe.train.feature_cache is not None:
         notes.append("assumes steps that compute the backbone; steps that read the feature cache need less")
     if not facts.calibrated:

@@ -62,6 +62,8 @@ class Plan(_FrozenModel):
     verdict: Verdict | None
     margin_bytes: tuple[int, int] | None
     """Budget minus the process's bytes (negative if it does not fit): minimum and maximum."""
+    suggestion: str | None = None
+    """If the run does not fit: the cheapest change that is predicted to fit, or that there is none."""
     notes: tuple[str, ...] = ()
 
     @property

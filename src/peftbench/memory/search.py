@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
+from peftbench.common.units import format_bytes
 from peftbench.data.batches import compute_micro_batching
 from peftbench.errors import (
     BudgetError,
-    BudgetTooSmallError,
     CombinationError,
+    DoesNotFitError,
     OptimizerError,
     PeftbenchError,
     did_you_mean,
 )
-from peftbench.memory.estimate import estimate
+from peftbench.memory.estimate import check_supported, estimate
 from peftbench.memory.families import get_family, with_bundled_config
 from peftbench.memory.launch_config import SINGLE_PROCESS, LaunchConfig
+from peftbench.memory.lower_bound import compute_lower_bound
 from peftbench.memory.plan import ModelFit, Strategy, UnplannedRun, sort_fastest_first
 from peftbench.optim import OPTIMIZERS
 from peftbench.profiler.peak_flops import get_peak_flops
@@ -66,6 +68,15 @@ class MemoryTarget:
             return recipe, None
         with with_bundled_config(recipe.model) as local_model:
             return resolve_auto_settings(recipe, self.launch_config.engine, self.facts.capability, local_model)
+
+    def has_room(self, recipe: Recipe) -> bool:
+        """True unless weights, gradients and optimizer states alone exceed the budget. Simulates no step.
+
+        Raises:
+            PeftbenchError: the recipe cannot run on this target, or its memory is not modeled.
+        """
+        check_supported(recipe, self.launch_config.engine, self.facts.device_type)
+        return compute_lower_bound(recipe, self.launch_config) <= self.required_budget
 
     def plan(self, recipe: Recipe) -> Plan:
         """Return the plan of ``recipe`` on this target; raises like :func:`peftbench.memory.estimate.estimate`."""
@@ -164,21 +175,31 @@ def find_largest_fitting(
 
 
 def plan_run(recipe: Recipe, build_target: Callable[[], MemoryTarget]) -> Plan | UnplannedRun:
-    """Return the plan of one run of a suite, or the reason why it has none.
-
-    If the weights alone exceed the budget, the verdict is "does not fit".
-    """
+    """Return the plan of one run of a suite, or the reason why it has none."""
     try:
-        target = build_target()
-        try:
-            return target.plan(recipe)
-        except BudgetTooSmallError:
-            plan = replace(target, budget_bytes=None).plan(recipe)
-            budget, (low, high) = target.required_budget, plan.process_bytes
-            fields = {"budget_bytes": budget, "verdict": "does not fit", "margin_bytes": (budget - high, budget - low)}
-            return plan.model_copy(update=fields)
+        return build_target().plan(recipe)
     except PeftbenchError as error:
         return UnplannedRun(name=recipe.name, reason=str(error))
+
+
+def check_verdicts(plans: Sequence[Plan | UnplannedRun]) -> None:
+    """Check that every run is predicted to fit.
+
+    Raises:
+        DoesNotFitError: one is not, has no budget, or has no estimate.
+    """
+    refused = [plan for plan in plans if isinstance(plan, UnplannedRun) or plan.verdict != "fits"]
+    if not refused:
+        return
+    first = refused[0]
+    if isinstance(first, UnplannedRun):
+        raise DoesNotFitError(f"{first.name} has no estimate: {first.reason}")
+    if first.verdict is None or first.budget_bytes is None:
+        raise DoesNotFitError("--check needs a budget; give --budget, e.g. 16GiB, or --device")
+    raise DoesNotFitError(
+        f"{first.name} in {format_bytes(first.budget_bytes)}: {first.verdict}; it needs "
+        f"{' to '.join(format_bytes(size) for size in first.process_bytes)}"
+    )
 
 
 def find_evaluation_batch_size(recipe: Recipe, target: MemoryTarget) -> int | None:
@@ -197,9 +218,10 @@ def best_plan(recipe: Recipe, target: MemoryTarget) -> Plan | None:
     The global batch size does not change. The evaluation batch size is halved until evaluation fits.
 
     Raises:
-        BudgetTooSmallError: the budget is smaller than the weights.
         EstimateUnavailableError: the memory of some part of the recipe is not modeled.
     """
+    if not target.has_room(recipe):
+        return None
     batch = find_evaluation_batch_size(recipe, target)
     if batch is None:
         return None
@@ -234,10 +256,7 @@ def choose_micro_batch(recipe: Recipe, target: MemoryTarget) -> tuple[Recipe, st
         EstimateUnavailableError: the memory of some part of the recipe is not modeled.
     """
     size = f"{target.required_budget / 2**20:,.0f} MiB"
-    try:
-        plan = best_plan(recipe, target)
-    except BudgetTooSmallError:
-        plan = None
+    plan = best_plan(recipe, target)
     if plan is None:
         return with_micro_batch(recipe, 1), "even a micro-batch of 1 is not predicted to fit; running with 1 anyway"
     note = f"train.micro_batch_size=auto resolved to {plan.micro_batch_size}, the largest size predicted to fit {size}"
@@ -297,7 +316,7 @@ def strategies(recipe: Recipe, allowed_techniques: str, target: MemoryTarget) ->
     """Return the sets of techniques that fit, fastest first; ``allowed_techniques`` is "all" or a comma list.
 
     Raises:
-        BudgetError: a technique is unknown, or the budget is smaller than the weights.
+        BudgetError: a technique is unknown.
         EstimateUnavailableError: the memory of some part of the recipe is not modeled.
     """
     names = (
@@ -330,10 +349,7 @@ def find_largest_model(
     tried: list[ModelFit] = []
     for member in reversed(get_family(family_name).members):
         model = recipe.model.model_copy(update={"path": member.name, "revision": None})
-        try:
-            fitting = strategies(recipe.model_copy(update={"model": model}), allowed_techniques, target)
-        except BudgetTooSmallError:
-            fitting = []
+        fitting = strategies(recipe.model_copy(update={"model": model}), allowed_techniques, target)
         fastest = fitting[0] if fitting else None
         tried.append(ModelFit(name=member.name, parameters=member.parameters, strategy=fastest))
         if fastest is not None:
@@ -348,14 +364,18 @@ def find_strategy(
 
     ``recipe`` has no ``auto`` settings left; ``auto_note`` gives the values that they resolved to.
     """
-    changed = with_techniques(recipe, techniques)
-    plan = best_plan(changed, target)
+    plan = best_plan(with_techniques(recipe, techniques), target)
     if plan is None:
         return None
     if auto_note is not None:
         plan = plan.model_copy(update={"notes": (auto_note, *plan.notes)})
+    return build_strategy(recipe, techniques, plan, target)
+
+
+def build_strategy(recipe: Recipe, techniques: tuple[Technique, ...], plan: Plan, target: MemoryTarget) -> Strategy:
+    """Return the strategy of ``techniques`` whose plan on ``target`` is ``plan``."""
+    changed = with_techniques(recipe, techniques)
     peak = get_peak_flops(target.facts.torch_name, changed.train.resolved_precision)
-    seconds = plan.step_flops / peak if plan.step_flops and peak else None
     keys = [
         (f"{part}.{key}", value)
         for technique in techniques
@@ -363,6 +383,8 @@ def find_strategy(
         for key, value in change.items()
     ]
     keys.append(("train.micro_batch_size", plan.micro_batch_size))
+    if recipe.train.micro_batch_tokens is not None:
+        keys.append(("train.micro_batch_tokens", "null"))
     if plan.evaluation_batch_size != recipe.evaluate.batch_size:
         keys.append(("evaluate.batch_size", plan.evaluation_batch_size))
     return Strategy(
@@ -370,5 +392,5 @@ def find_strategy(
         overrides=tuple(f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in keys),
         tradeoffs=tuple(technique.tradeoff for technique in techniques if technique.tradeoff),
         plan=plan,
-        step_seconds=seconds,
+        step_seconds=plan.step_flops / peak if plan.step_flops and peak else None,
     )

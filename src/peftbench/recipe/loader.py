@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from peftbench.common.renamed_keys import RENAMED_KEYS, RENAMED_VALUES
 from peftbench.common.schema import ConfigSection
-from peftbench.common.text import escape_interpolation
+from peftbench.common.text import escape_interpolation, expand_home
 from peftbench.data.sources import SOURCES
 from peftbench.errors import (
     MissingFileError,
@@ -108,7 +108,7 @@ def read_yaml(path: Path, visited: tuple[Path, ...] = ()) -> Iterator[DictConfig
     if not isinstance(parents, (list, ListConfig)) or not all(isinstance(parent, str) for parent in parents):
         raise WrongTypeError(f"extends in {path} must be the path of a file or a list of paths")
     for parent in parents:
-        yield from read_yaml(path.parent / parent, (*visited, path.resolve()))
+        yield from read_yaml(path.parent / expand_home(parent), (*visited, path.resolve()))
     yield loaded
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from peftbench.common.fingerprint import fingerprint_recipe
-from peftbench.common.schema import ConfigSection
+from peftbench.common.schema import ConfigSection, PathText
 from peftbench.common.units import parse_size
 from peftbench.data.sources import AnySource
 from peftbench.errors import BudgetError
@@ -27,9 +27,9 @@ Split = Literal["validation", "test"]
 class Model(ConfigSection):
     """Base model that every method starts from."""
 
-    path: str = "shipped"
+    path: PathText = "shipped"
     """Local folder, model name on the Hub, or "shipped" for the small base model included in peftbench."""
-    tokenizer: str | None = None
+    tokenizer: PathText | None = None
     """Local folder or Hub name of the tokenizer; null: the model's own."""
     revision: str | None = None
     """Branch, tag or commit on the Hub. The record has the commit that was loaded."""
@@ -240,7 +240,7 @@ class Recipe(ConfigSection):
 
     name: str
     """Name of the run and of its folder: letters, digits and . _ = + -"""
-    output_dir: str = "runs"
+    output_dir: PathText = "runs"
     """Folder for runs. The record is written to <output_dir>/<name>/record.json."""
     model: Model = Model()
     """Base model that every method starts from."""

@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 
 from peftbench.common.filesystem import write_atomically, write_error
-from peftbench.errors import MissingFileError, OutputError, SlurmError, did_you_mean
+from peftbench.distributed.accelerate_config import find_accelerate_config
+from peftbench.errors import MissingFileError, OutputError, SlurmError
 from peftbench.recipe.loader import to_commented_yaml
 from peftbench.recipe.schema import Recipe
 from peftbench.run_dir.layout import RunDir
@@ -29,7 +30,6 @@ from peftbench.slurm.job_file import JobFile
 
 SCRIPT_FILE, LOG_DIR = "job.sbatch", "slurm"
 _INHERITED_VARIABLES = frozenset({"SLURM_CONF", "SLURM_CLUSTERS"})
-_ACCELERATE_CONFIG_DIR = "accel_configs"
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,7 @@ def find_launch_file(name: str) -> LaunchFile:
         MissingFileError: the file does not exist.
         SlurmError: the file is not valid.
     """
-    known = {path.stem: path for folder in _find_accelerate_config_dirs() for path in sorted(folder.glob("*.yaml"))}
-    path = known.get(name) or Path(name)
-    if not path.is_file():
-        raise MissingFileError(
-            f"unknown accelerate config {name!r}",
-            did_you_mean(name, known) if known else "give the path of an accelerate config",
-        )
+    path = find_accelerate_config(name)
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -97,14 +91,6 @@ def find_launch_file(name: str) -> LaunchFile:
     if not isinstance(config, dict):
         raise SlurmError(f"{path} must be a mapping, as written by accelerate config")
     return LaunchFile(path, config)
-
-
-def _find_accelerate_config_dirs() -> list[Path]:
-    return [
-        folder / _ACCELERATE_CONFIG_DIR
-        for folder in (Path(__file__).resolve().parents[3], Path.cwd())
-        if (folder / _ACCELERATE_CONFIG_DIR).is_dir()
-    ]
 
 
 def prepare_submission(

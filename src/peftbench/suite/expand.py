@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from peftbench.common.schema import ConfigSection
+from peftbench.common.text import expand_home
 from peftbench.errors import MissingFileError, OutOfRangeError, RecipeError, UnknownKeyError, did_you_mean
 from peftbench.recipe.loader import merge_configs, parse_recipe, read_yaml, to_inline_yaml, to_plain_dict
 from peftbench.recipe.schema import Recipe
@@ -72,7 +73,7 @@ def expand(
         )
     recipes: list[Recipe] = []
     for name in suite.recipes:
-        file = path.parent / name
+        file = path.parent / expand_home(name)
         for point in _iter_grid_points(suite.axes):
             changes = [f"{key}={json.dumps(value)}" for key, value in point]
             output = [f"output_dir={to_inline_yaml(str(out))}"] if out is not None else []
@@ -116,7 +117,7 @@ def resolve_accelerate_config(path: Path) -> Path | None:
     name = read_suite(path).accelerate
     if name is None:
         return None
-    file = path.parent / name
+    file = path.parent / expand_home(name)
     if not file.is_file():
         raise MissingFileError(f"{path} names the accelerate config {name}, but {file} does not exist")
     return file

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from peftbench.errors import RecordError, SlurmError
-from peftbench.recipe.loader import load_recipe, read_yaml, to_inline_yaml
+from peftbench.recipe.arguments import is_suite
+from peftbench.recipe.loader import load_recipe, to_inline_yaml
 from peftbench.recipe.schema import Recipe
 from peftbench.record import FINAL_OUTCOMES, read_record
 from peftbench.run_dir.layout import RunDir
@@ -20,15 +21,6 @@ from peftbench.slurm.options import check_time_limit, parse_sbatch_options
 from peftbench.slurm.queue import list_queued_jobs
 from peftbench.slurm.submit import LOG_DIR, LaunchFile, Submission, find_launch_file
 from peftbench.suite.expand import expand, read_suite, resolve_accelerate_config, with_seeds
-
-
-def is_suite(path: Path) -> bool:
-    """True if the file is a suite rather than a recipe.
-
-    Raises:
-        RecipeError: the file cannot be read.
-    """
-    return any("recipes" in part for part in read_yaml(path))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tabulate import tabulate
@@ -13,11 +14,38 @@ from peftbench.report.text.memory_categories import MEMORY_CATEGORY_LABELS
 if TYPE_CHECKING:
     from peftbench.memory.plan import Fit, Verification
 
-_MIB = 2**20
+_MIB, _GIB = 2**20, 2**30
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """The unit of all sizes of one text."""
+
+    name: str
+    num_bytes: int
+    decimals: int
+
+    @classmethod
+    def for_sizes(cls, sizes: Iterable[int]) -> _Unit:
+        """Return MiB, or GiB if a size has at least 10 GiB."""
+        return cls("GiB", _GIB, 2) if max(sizes, default=0) >= 10 * _GIB else cls("MiB", _MIB, 0)
+
+    def format(self, size: int) -> str:
+        """Return the size without the unit's name."""
+        return f"{size / self.num_bytes:,.{self.decimals}f}"
+
+    def with_name(self, size: int) -> str:
+        """Return the size with the unit's name, e.g. "14.56 GiB"."""
+        return f"{self.format(size)} {self.name}"
+
+    def format_range(self, sizes: tuple[int, int]) -> str:
+        """Return the minimum and maximum."""
+        return f"{self.format(sizes[0])} to {self.format(sizes[1])}"
 
 
 def format_plan(plan: Plan) -> str:
     """Return a table of the peaks of each phase by category, and the totals."""
+    unit = _Unit.for_sizes([plan.process_bytes[1], plan.budget_bytes or 0])
     shown = [
         category
         for category in MEMORY_CATEGORY_LABELS
@@ -25,10 +53,10 @@ def format_plan(plan: Plan) -> str:
     ]
     rows = [
         {
-            "MiB at the peak of": name,
-            **{MEMORY_CATEGORY_LABELS[key]: _format_mib(peak.live_bytes_by_category.get(key, 0)) for key in shown},
-            "live": _format_mib(peak.live_bytes),
-            "allocated": _format_mib(peak.allocated_bytes),
+            f"{unit.name} at the peak of": name,
+            **{MEMORY_CATEGORY_LABELS[key]: unit.format(peak.live_bytes_by_category.get(key, 0)) for key in shown},
+            "live": unit.format(peak.live_bytes),
+            "allocated": unit.format(peak.allocated_bytes),
         }
         for name, peak in plan.phase_peaks.items()
     ]
@@ -44,34 +72,39 @@ def format_plan(plan: Plan) -> str:
         "",
         f"{plan.name}: {plan.gradient_accumulation_steps} micro-batches of {plan.micro_batch_size} x "
         f"{plan.sequence_length} tokens on {plan.device_name}{_engine_clause(plan)}",
-        f"peak: {_format_mib(plan.peak.allocated_bytes)} MiB allocated in {plan.peak_phase}, at {plan.peak.operation}; "
-        f"{_format_mib(plan.reserved_bytes)} MiB reserved",
-        f"process: {_format_mib(low)} to {_format_mib(high)} MiB, including the context "
-        f"({_format_range(plan.cuda_context_bytes)}) and library workspaces ({_format_range(plan.workspace_bytes)})",
+        f"peak: {unit.with_name(plan.peak.allocated_bytes)} allocated in {plan.peak_phase}, at {plan.peak.operation}; "
+        f"{unit.with_name(plan.reserved_bytes)} reserved",
+        f"process: {unit.format(low)} to {unit.with_name(high)}, including the context "
+        f"({unit.format_range(plan.cuda_context_bytes)}) and library workspaces "
+        f"({unit.format_range(plan.workspace_bytes)})",
     ]
     if plan.verdict is not None and plan.budget_bytes is not None and plan.margin_bytes is not None:
-        lines.append(f"in {_format_mib(plan.budget_bytes)} MiB: {plan.verdict} ({_format_margin(*plan.margin_bytes)})")
+        margin = _format_margin(*plan.margin_bytes, unit)
+        lines.append(f"in {unit.with_name(plan.budget_bytes)}: {plan.verdict} ({margin})")
+    if plan.suggestion is not None:
+        lines.append(f"to fit: {plan.suggestion}")
     return "\n".join((*lines, *(f"note: {note}" for note in plan.notes)))
 
 
 def format_plans(plans: Sequence[Plan | UnplannedRun]) -> str:
     """Return a table of a suite's peaks by category, and a note for each run without an estimate."""
     planned = [plan for plan in plans if isinstance(plan, Plan)]
+    unit = _Unit.for_sizes([size for plan in planned for size in (plan.process_bytes[1], plan.budget_bytes or 0)])
     shown = [
         kind for kind in MEMORY_CATEGORY_LABELS if any(kind in plan.peak.live_bytes_by_category for plan in planned)
     ]
     rows = [
         {
-            "MiB at its peak": plan.name,
+            f"{unit.name} at its peak": plan.name,
             "in": plan.peak_phase,
             **{
-                MEMORY_CATEGORY_LABELS[kind]: _format_mib(plan.peak.live_bytes_by_category.get(kind, 0))
+                MEMORY_CATEGORY_LABELS[kind]: unit.format(plan.peak.live_bytes_by_category.get(kind, 0))
                 for kind in shown
             },
-            "live": _format_mib(plan.peak.live_bytes),
-            "reserved": _format_mib(plan.reserved_bytes),
-            "process": f"{_format_mib(plan.process_bytes[0])} to {_format_mib(plan.process_bytes[1])}",
-            **({f"in {_format_mib(plan.budget_bytes)} MiB": plan.verdict} if plan.budget_bytes is not None else {}),
+            "live": unit.format(plan.peak.live_bytes),
+            "reserved": unit.format(plan.reserved_bytes),
+            "process": f"{unit.format(plan.process_bytes[0])} to {unit.format(plan.process_bytes[1])}",
+            **({f"in {unit.with_name(plan.budget_bytes)}": plan.verdict} if plan.budget_bytes is not None else {}),
         }
         for plan in planned
     ]
@@ -83,17 +116,19 @@ def format_plans(plans: Sequence[Plan | UnplannedRun]) -> str:
 
 def format_fit(fit: Fit) -> str:
     """Return a table of the strategies that fit, fastest first by predicted time, and the overrides of the first."""
+    unit = _Unit.for_sizes([fit.budget_bytes])
     if fit.models:
-        return _format_models(fit)
+        return _format_models(fit, unit)
     if not fit.strategies:
-        return f"No strategy fits {_format_mib(fit.budget_bytes)} MiB: all were tried down to a micro-batch size of 1."
+        budget = unit.with_name(fit.budget_bytes)
+        return f"No strategy fits {budget}: all were tried down to a micro-batch size of 1."
     costs = get_comparable_costs(fit.strategies)
     rows = [
         {
             "strategy": strategy.name,
             "micro-batch": strategy.plan.micro_batch_size,
-            "allocated (MiB)": _format_mib(strategy.plan.peak.allocated_bytes),
-            "process, at most (MiB)": _format_mib(strategy.plan.process_bytes[1]),
+            f"allocated ({unit.name})": unit.format(strategy.plan.peak.allocated_bytes),
+            f"process, at most ({unit.name})": unit.format(strategy.plan.process_bytes[1]),
             "time": _format_ratio(cost, costs[0]),
             "trade-offs": "; ".join(strategy.tradeoffs) or "none",
         }
@@ -113,15 +148,17 @@ def format_fit(fit: Fit) -> str:
     )
 
 
-def _format_models(fit: Fit) -> str:
+def _format_models(fit: Fit, unit: _Unit) -> str:
     """Return a table of a family's models, from the largest to the first that fits."""
     rows = [
         {
             "model": model.name,
             "parameters": f"{model.parameters:,}",
-            f"in {_format_mib(fit.budget_bytes)} MiB": "fits" if model.strategy else "does not fit",
+            f"in {unit.with_name(fit.budget_bytes)}": "fits" if model.strategy else "does not fit",
             "overrides": " ".join(model.strategy.overrides) if model.strategy else "",
-            "process, at most (MiB)": _format_mib(model.strategy.plan.process_bytes[1]) if model.strategy else "",
+            f"process, at most ({unit.name})": unit.format(model.strategy.plan.process_bytes[1])
+            if model.strategy
+            else "",
         }
         for model in fit.models
     ]
@@ -141,10 +178,6 @@ def _format_verification(verification: Verification) -> str:
     )
 
 
-def _format_range(sizes: tuple[int, int]) -> str:
-    return f"{_format_mib(sizes[0])} to {_format_mib(sizes[1])}"
-
-
 def _engine_clause(plan: Plan) -> str:
     return f", {plan.engine}, per process ({plan.num_processes} processes)" if plan.engine != "single" else ""
 
@@ -153,13 +186,9 @@ def _format_ratio(value: float | None, reference: float | None) -> str:
     return f"{value / reference:.2f}x" if value and reference else "unknown"
 
 
-def _format_margin(low: int, high: int) -> str:
+def _format_margin(low: int, high: int, unit: _Unit) -> str:
     if low >= 0:
-        return f"{_format_mib(low)} to {_format_mib(high)} MiB to spare"
+        return f"{unit.format_range((low, high))} {unit.name} to spare"
     if high < 0:
-        return f"{_format_mib(-high)} to {_format_mib(-low)} MiB too much"
-    return f"from {_format_mib(-low)} MiB too much to {_format_mib(high)} MiB to spare"
-
-
-def _format_mib(num_bytes: int) -> str:
-    return f"{num_bytes / _MIB:,.0f}"
+        return f"{unit.format_range((-high, -low))} {unit.name} too much"
+    return f"from {unit.with_name(-low)} too much to {unit.with_name(high)} to spare"

@@ -1,0 +1,160 @@
+"""The cheapest change of a recipe with which it is predicted to fit its budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from peftbench.common.units import format_bytes
+from peftbench.data.batches import compute_micro_batching
+from peftbench.errors import CombinationError, EstimateUnavailableError, ModelError, OptimizerError
+from peftbench.memory.lower_bound import compute_lower_bound
+from peftbench.memory.search import (
+    TECHNIQUES,
+    MemoryTarget,
+    Technique,
+    build_strategy,
+    list_technique_sets,
+    with_evaluation_batch,
+    with_micro_batch,
+    with_techniques,
+)
+from peftbench.methods.lora import Lora
+
+if TYPE_CHECKING:
+    from peftbench.memory.plan import Plan, Strategy
+    from peftbench.recipe.schema import Recipe
+
+_FEW_SETS = 4
+"""Up to this number, sets are tried one by one, without a check that any of them can fit."""
+_LORA_TRADEOFF = "another method, whose learning rate must be chosen"
+_NF4_TRADEOFF = "base weights in 4 bits"
+
+
+def suggest_change(recipe: Recipe, target: MemoryTarget) -> str:
+    """Return a sentence with the cheapest change that is predicted to fit, or that none of peftbench's changes fits.
+
+    Raises:
+        BudgetError: the target has no budget.
+        PeftbenchError: the recipe itself cannot run.
+    """
+    recipe, _ = target.resolve(recipe)
+    strategy = find_cheapest_change(recipe, target)
+    if strategy is not None:
+        tradeoffs = f" (trade-off: {'; '.join(strategy.tradeoffs)})" if strategy.tradeoffs else ""
+        upper = format_bytes(strategy.plan.process_bytes[1])
+        return f"{' '.join(strategy.overrides)} is predicted to fit, with at most {upper}{tradeoffs}"
+    least = compute_lower_bound(recipe, target.launch_config)
+    needs = f"; weights, gradients and optimizer states of this recipe take {format_bytes(least)}" if least else ""
+    return f"no smaller micro-batch, technique or method of peftbench is predicted to fit{needs}"
+
+
+def find_cheapest_change(recipe: Recipe, target: MemoryTarget) -> Strategy | None:
+    """Return the first change that fits, cheapest first; None if none fits.
+
+    The order is: a smaller micro-batch; techniques that change no result; other techniques; LoRA; LoRA over 4-bit
+    weights. Within each, fewer trade-offs come first, then fewer techniques.
+    """
+    free = [technique.name for technique in TECHNIQUES if technique.tradeoff is None]
+    every = [technique.name for technique in TECHNIQUES]
+    for overrides, tradeoffs, variant in _iter_variants(recipe):
+        for allowed in (free, every):
+            try:
+                strategy = _find_first(variant, allowed, target)
+            except (CombinationError, EstimateUnavailableError, ModelError, OptimizerError):
+                if variant is recipe:
+                    raise
+                break
+            if strategy is not None:
+                return strategy.model_copy(
+                    update={
+                        "overrides": (*overrides, *strategy.overrides),
+                        "tradeoffs": (*tradeoffs, *strategy.tradeoffs),
+                    }
+                )
+    return None
+
+
+def _iter_variants(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], tuple[str, ...], Recipe]]:
+    """Yield overrides, trade-offs and the changed recipe, cheapest first; the recipe itself comes first."""
+    yield (), (), recipe
+    overrides: tuple[str, ...] = ()
+    tradeoffs: tuple[str, ...] = ()
+    if not recipe.method.keeps_base_frozen:
+        recipe = recipe.model_copy(update={"method": Lora()})
+        overrides, tradeoffs = ("method.kind=lora",), (_LORA_TRADEOFF,)
+        yield overrides, tradeoffs, recipe
+    if recipe.method.supports_quantized_base and recipe.model.quantization is None:
+        quantized = recipe.model_copy(update={"model": recipe.model.model_copy(update={"quantization": "nf4"})})
+        yield (*overrides, "model.quantization=nf4"), (*tradeoffs, _NF4_TRADEOFF), quantized
+
+
+def _find_first(recipe: Recipe, allowed: Sequence[str], target: MemoryTarget) -> Strategy | None:
+    """Return the strategy of the cheapest set of techniques that fits, None if none fits."""
+    sets = sorted(
+        list_technique_sets(recipe, allowed, target.facts),
+        key=lambda techniques: (sum(technique.tradeoff is not None for technique in techniques), len(techniques)),
+    )
+    if len(sets) > _FEW_SETS and not any(_may_fit(recipe, techniques, target) for techniques in _list_maximal(sets)):
+        return None
+    for techniques in sets:
+        try:
+            plan = _find_plan(with_techniques(recipe, techniques), target)
+        except (CombinationError, OptimizerError):
+            if not techniques:  # the recipe itself fails
+                raise
+            continue  # the engine lacks a technique, or its library is not installed
+        if plan is not None:
+            return build_strategy(recipe, techniques, plan, target)
+    return None
+
+
+def _find_plan(recipe: Recipe, target: MemoryTarget) -> Plan | None:
+    """Return a plan that fits, with micro-batch and evaluation batch halved as often as needed; None if none fits.
+
+    A search for the largest micro-batch, as ``peftbench fit`` does it, would take several times as long.
+    """
+    smallest = _plan_smallest(recipe, target)
+    if smallest is None:
+        return None
+    micro_batch = _get_micro_batch_size(recipe, target)
+    evaluation_batch = recipe.evaluate.batch_size
+    while micro_batch > 1 or evaluation_batch > 1:
+        plan = target.plan(with_evaluation_batch(with_micro_batch(recipe, micro_batch), evaluation_batch))
+        if plan.verdict == "fits":
+            return plan
+        if (plan.peak_phase in {"evaluate", "generate"} and evaluation_batch > 1) or micro_batch == 1:
+            evaluation_batch = max(1, evaluation_batch // 2)
+        else:
+            micro_batch = max(1, micro_batch // 2)
+    return smallest
+
+
+def _get_micro_batch_size(recipe: Recipe, target: MemoryTarget) -> int:
+    size = None if recipe.train.micro_batch_size == "auto" else recipe.train.resolved_micro_batch_size
+    return compute_micro_batching(recipe.train.global_batch_size, size, target.launch_config.dp_world_size)[1]
+
+
+def _plan_smallest(recipe: Recipe, target: MemoryTarget) -> Plan | None:
+    """Return the plan with micro-batch and evaluation batch of 1, None if it does not fit."""
+    if not target.has_room(recipe):
+        return None
+    plan = target.plan(with_evaluation_batch(with_micro_batch(recipe, 1), 1))
+    return plan if plan.verdict == "fits" else None
+
+
+def _list_maximal(sets: Sequence[tuple[Technique, ...]]) -> list[tuple[Technique, ...]]:
+    """Return the sets that are no part of another one, largest first: if none of them fits, no set does."""
+    names = [{technique.name for technique in techniques} for techniques in sets]
+    maximal = [
+        techniques for techniques, own in zip(sets, names, strict=True) if not any(own < other for other in names)
+    ]
+    return sorted(maximal, key=len, reverse=True)
+
+
+def _may_fit(recipe: Recipe, techniques: tuple[Technique, ...], target: MemoryTarget) -> bool:
+    """True if the recipe fits with these techniques and the smallest batches, or if they do not run together."""
+    try:
+        return _plan_smallest(with_techniques(recipe, techniques), target) is not None
+    except (CombinationError, OptimizerError):
+        return True  # smaller sets may run
