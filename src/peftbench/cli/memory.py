@@ -116,10 +116,10 @@ def _load_recipes(suite: Path | None, arguments: list[str], config: list[Path]) 
     if suite is None:
         return [load_recipe_from_arguments("estimate", arguments, config)]
     files, overrides = split_arguments(arguments)
-    if files or config:
-        raise RecipeError(f"--suite names the recipes itself; leave {files[0] if files else '--config'} out")
+    if files:
+        raise RecipeError(f"--suite names the recipes itself; leave {files[0]} out")
     check_is_suite(suite, "estimate --suite")
-    return expand(suite, overrides)
+    return expand(suite, overrides, config=config)
 
 
 def _plan_with_suggestion(recipe: Recipe, target: MemoryTarget) -> Plan:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Optional
 
 import typer
 
@@ -17,6 +18,12 @@ def show(
     glossary: Annotated[
         bool, typer.Option("--glossary", metavar="", help="Print the meaning of each table column.")
     ] = False,
+    diff: Annotated[
+        Optional[tuple[Path, Path]],
+        typer.Option(
+            "--diff", metavar="A B", help="Print the keys in which two recipes, or the records of two runs, differ."
+        ),
+    ] = None,
     run_dir: Annotated[
         bool,
         typer.Option(
@@ -28,6 +35,7 @@ def show(
 ) -> None:
     """Print the resolved recipe with a one-line description of each key."""
     from peftbench.recipe.arguments import load_recipe_from_arguments
+    from peftbench.recipe.differences import describe_recipe_differences
     from peftbench.recipe.loader import to_commented_yaml
     from peftbench.report.tables.columns import COLUMNS
     from peftbench.run_dir.layout import RunDir
@@ -35,6 +43,9 @@ def show(
     with cli_errors():
         if glossary:
             print("\n".join(f"{column.title}: {column.description}" for column in COLUMNS))
+            return
+        if diff is not None:
+            print(describe_recipe_differences(*diff))
             return
         resolved = load_recipe_from_arguments("show", join_arguments(recipe, overrides), config or [])
         if run_dir:

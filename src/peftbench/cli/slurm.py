@@ -11,6 +11,7 @@ import typer
 
 from peftbench.cli.options import AccelerateOption, JsonOption, OutOption, SeedsOption, print_to_stderr
 from peftbench.common.console import cli_errors
+from peftbench.common.options import ConfigOption
 
 _SBATCH_PREFIX = "slurm."
 _OverridesArgument = Annotated[
@@ -31,6 +32,7 @@ _DryRunOption = Annotated[
 def submit(
     target: Annotated[Path, typer.Argument(metavar="SUITE_OR_RECIPE", help="Suite or recipe file.")],
     overrides: _OverridesArgument = None,
+    config: ConfigOption = None,
     accelerate: AccelerateOption = None,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes per run.")] = 1,
     gpus_per_node: Annotated[
@@ -60,6 +62,7 @@ def submit(
             target,
             recipe_overrides,
             sbatch_options,
+            config=config or [],
             out=out,
             accelerate=accelerate,
             nodes=nodes,

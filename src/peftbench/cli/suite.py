@@ -9,7 +9,7 @@ import typer
 
 from peftbench.cli.options import AccelerateOption, OutOption, SeedsOption, print_to_stderr
 from peftbench.common.console import INTERRUPT_EXIT_CODE, cli_errors
-from peftbench.common.options import OverridesArgument
+from peftbench.common.options import ConfigOption, OverridesArgument
 
 if TYPE_CHECKING:
     from peftbench.recipe.schema import Recipe
@@ -20,9 +20,18 @@ if TYPE_CHECKING:
 def run(
     suite: Annotated[Path, typer.Argument(metavar="SUITE", help="Suite file: lists recipes and the keys to vary.")],
     overrides: OverridesArgument = None,
+    config: ConfigOption = None,
     out: OutOption = None,
     accelerate: AccelerateOption = None,
     seeds: SeedsOption = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            metavar="",
+            help="Run nothing; list the runs, which of them are skipped and why, their disk space and hours.",
+        ),
+    ] = False,
 ) -> None:
     """Run all runs of a suite in new processes; print the table and the summary, and write the report page.
 
@@ -30,15 +39,19 @@ def run(
     """
     from peftbench.distributed.accelerate_config import find_accelerate_config
     from peftbench.recipe.arguments import check_is_suite
+    from peftbench.suite.dry_run import format_planned_runs, plan_runs
     from peftbench.suite.expand import expand, read_suite, resolve_accelerate_config
     from peftbench.suite.launch import run_suite
     from peftbench.suite.results import ResultFinder
 
     with cli_errors():
         check_is_suite(suite, "run")
-        recipes = expand(suite, overrides or [], out, seeds)
+        recipes = expand(suite, overrides or [], out, seeds, config or [])
         title = read_suite(suite).name
         accelerate_config = find_accelerate_config(accelerate) if accelerate else resolve_accelerate_config(suite)
+        if dry_run:
+            print(format_planned_runs(plan_runs(recipes, accelerate_config)))
+            return
         try:
             results = run_suite(recipes, accelerate_config, print_to_stderr)
         except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from peftbench.memory.simulation.step import MemorySimulation
@@ -10,33 +11,57 @@ if TYPE_CHECKING:
     from peftbench.memory.launch_config import LaunchConfig
     from peftbench.recipe.schema import Recipe
 
-_cached_bounds: dict[tuple[str, ...], int] = {}
+
+@dataclass(frozen=True)
+class TensorSizes:
+    """Bytes of the tensors that training keeps whatever the micro-batch."""
+
+    weight_bytes: int
+    """Weights and buffers, trained or frozen; tied weights count once."""
+    trained_bytes: int
+    """Trained weights; their gradients have the same size."""
+    state_bytes: int
+    """Optimizer states; 0 if they are paged, or if their size depends on a built optimizer."""
+
+
+_sizes_by_key: dict[tuple[str, ...], TensorSizes] = {}
 
 
 def compute_lower_bound(recipe: Recipe, launch_config: LaunchConfig) -> int:
-    """Return the bytes of weights, gradients and optimizer states that training keeps whatever the micro-batch.
+    """Return the bytes of weights, gradients and optimizer states of one process.
 
-    Paged states, and everything of an engine that shards or offloads, count as zero.
+    Zero for an engine that shards or offloads.
 
     Raises:
         ModelError: the architecture is unknown, or the method does not support it.
     """
     if launch_config.engine.is_deepspeed or launch_config.engine.is_fsdp:
         return 0
+    sizes = measure_tensors(recipe)
+    return sizes.weight_bytes + sizes.trained_bytes + sizes.state_bytes
+
+
+def measure_tensors(recipe: Recipe) -> TensorSizes:
+    """Return the sizes of the model's tensors and of its optimizer states, without a simulated step.
+
+    Raises:
+        ModelError: the architecture is unknown, or the method does not support it.
+    """
     key = tuple(part.model_dump_json() for part in (recipe.model, recipe.method, recipe.optimizer))
-    if key not in _cached_bounds:
-        _cached_bounds[key] = _sum_state_bytes(recipe)
-    return _cached_bounds[key]
+    if key not in _sizes_by_key:
+        _sizes_by_key[key] = _measure(recipe)
+    return _sizes_by_key[key]
 
 
-def _sum_state_bytes(recipe: Recipe) -> int:
+def _measure(recipe: Recipe) -> TensorSizes:
     unpaged = recipe.model_copy(update={"optimizer": recipe.optimizer.without_paging()})
     model = MemorySimulation(unpaged, "cuda", num_micro_batches=1).model
     storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
-    weights = sum({storage._cdata: storage.nbytes() for storage in storages}.values())  # tied weights count once
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    gradients = sum(parameter.numel() * parameter.element_size() for parameter in trained)
     # States of projected matrices are smaller, and depend on the groups of a built optimizer.
     has_known_states = not (recipe.optimizer.is_paged or recipe.optimizer.needs_matrices)
-    states = (recipe.optimizer.state_bytes([{"params": trained}]) or 0) if has_known_states else 0
-    return weights + gradients + states
+    return TensorSizes(
+        weight_bytes=sum({storage._cdata: storage.nbytes() for storage in storages}.values()),
+        trained_bytes=sum(parameter.numel() * parameter.element_size() for parameter in trained),
+        state_bytes=(recipe.optimizer.state_bytes([{"params": trained}]) or 0) if has_known_states else 0,
+    )

@@ -70,10 +70,20 @@ def load_recipe(files: Sequence[Path], overrides: Sequence[str] = ()) -> Recipe:
     return parse_recipe(merge_configs(files, overrides))
 
 
-def merge_configs(files: Sequence[Path], overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Merge ``files`` and ``overrides`` from left to right, without validation."""
+def merge_configs(
+    files: Sequence[Path],
+    overrides: Sequence[str] = (),
+    later_files: Sequence[Path] = (),
+    later_overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Merge the arguments from left to right, without validation."""
     merged = OmegaConf.create({})
-    for config in [*(config for path in files for config in read_yaml(path)), _parse_overrides(overrides)]:
+    for config in (
+        *(config for path in files for config in read_yaml(path)),
+        _parse_overrides(overrides),
+        *(config for path in later_files for config in read_yaml(path)),
+        _parse_overrides(later_overrides),
+    ):
         _drop_fields_of_other_kinds(merged, config)
         merged = OmegaConf.merge(merged, config)  # type: ignore[assignment]
     return to_plain_dict(merged)

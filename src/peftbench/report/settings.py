@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from peftbench.common.nested_keys import flatten_keys
 from peftbench.record import RunRecord
 
 MAX_SHOWN_VALUES = 12
@@ -41,7 +41,7 @@ class Setting:
 
 def recipe_settings(records: Sequence[RunRecord]) -> list[Setting]:
     """Return all dotted recipe keys, in recipe order; a run without the key counts under "–"."""
-    recipes = [dict(flatten(record.recipe)) for record in records]
+    recipes = [dict(flatten_keys(record.recipe)) for record in records]
     names = dict.fromkeys(name for recipe in recipes for name in recipe if name not in NAMING_KEYS)
     return [
         Setting(name, _count_values([_format_value(recipe[name]) if name in recipe else "–" for recipe in recipes]))
@@ -76,15 +76,6 @@ def _environment_facts(record: RunRecord) -> dict[str, str | None]:
 
 def _count_values(values: Sequence[str]) -> dict[str, int]:
     return {value: values.count(value) for value in dict.fromkeys(values)}
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Yield (dotted key, value) for nested mappings, keys prefixed with ``prefix``; an empty mapping is a value."""
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _format_value(value: object) -> str:

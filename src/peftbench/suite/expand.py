@@ -59,9 +59,15 @@ def read_suite(path: Path) -> Suite:
 
 
 def expand(
-    path: Path, overrides: Sequence[str] = (), out: Path | None = None, seeds: int | None = None
+    path: Path,
+    overrides: Sequence[str] = (),
+    out: Path | None = None,
+    seeds: int | None = None,
+    config: Sequence[Path] = (),
 ) -> list[Recipe]:
     """Return the recipes of all runs of the suite in ``path``, each with a unique name; ``seeds`` repeats them.
+
+    The files of ``config`` and then ``overrides`` are merged into every recipe.
 
     Raises:
         RecipeError: a recipe is invalid, two runs have the same name, or both an axis and ``seeds`` vary the seed.
@@ -77,7 +83,7 @@ def expand(
         for point in _iter_grid_points(suite.axes):
             changes = [f"{key}={json.dumps(value)}" for key, value in point]
             output = [f"output_dir={to_inline_yaml(str(out))}"] if out is not None else []
-            values = merge_configs([file], [*suite.overrides, *changes, *overrides, *output])
+            values = merge_configs([file], [*suite.overrides, *changes], config, [*overrides, *output])
             values["name"] = "-".join(
                 [str(values.get("name", file.stem)), *(_format_axis_label(k, v) for k, v in point)]
             )

@@ -29,15 +29,15 @@ class ResultFinder:
 
     def find_existing_result(self, recipe: Recipe) -> RunRecord | None:
         """Return the record of a finished run of ``recipe`` whose data has not changed, None if there is none."""
-        resolved = self._resolve(recipe)
+        resolved = self.resolve(recipe)
         return None if resolved is None else load_existing_result(resolved)
 
     def find_matching_record(self, recipe: Recipe) -> RunRecord | None:
         """Return the record of ``recipe``, whatever its outcome; None if it is missing or of a changed recipe."""
-        resolved = self._resolve(recipe)
+        resolved = self.resolve(recipe)
         return None if resolved is None else load_matching_record(resolved)
 
-    def _resolve(self, recipe: Recipe) -> Recipe | None:
+    def resolve(self, recipe: Recipe) -> Recipe | None:
         """Return the resolved recipe; None without a record, or if it cannot be resolved, which the run will report."""
         if not RunDir.from_recipe(recipe).record_file.exists():
             return None

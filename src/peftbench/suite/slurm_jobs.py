@@ -46,6 +46,7 @@ def plan_submission(
     overrides: Sequence[str],
     options: Sequence[str],
     *,
+    config: Sequence[Path] = (),
     out: Path | None,
     accelerate: str | None,
     nodes: int,
@@ -56,13 +57,13 @@ def plan_submission(
 ) -> SubmissionPlan:
     """Return the unfinished runs of ``target`` with their job, engine and script folder.
 
-    ``options`` are sbatch options such as ``time=1:00:00``; they override the ``slurm`` key of a suite. ``seeds`` is
-    the number of seeds per run that trains.
+    The files of ``config`` are merged into every recipe. ``options`` are sbatch options such as ``time=1:00:00``; they
+    override the ``slurm`` key of a suite. ``seeds`` is the number of seeds per run that trains.
 
     Raises:
         RecipeError, SlurmError: invalid input; nothing was written.
     """
-    recipes, name, suite_options, suite_config = _load_target(target, overrides, out, seeds)
+    recipes, name, suite_options, suite_config = _load_target(target, overrides, config, out, seeds)
     sbatch_options = parse_sbatch_options(suite_options | dict(map(_parse_option, options)))
     check_time_limit(sbatch_options)
     launch_file = find_launch_file(accelerate or str(suite_config)) if accelerate or suite_config else None
@@ -109,15 +110,15 @@ def _has_result(recipe: Recipe) -> bool:
 
 
 def _load_target(
-    target: Path, overrides: Sequence[str], out: Path | None, seeds: int | None
+    target: Path, overrides: Sequence[str], config: Sequence[Path], out: Path | None, seeds: int | None
 ) -> tuple[list[Recipe], str, dict[str, Any], Path | None]:
     """Return the recipes, the name, the sbatch options and the accelerate config of a suite or a recipe."""
     if is_suite(target):
         suite = read_suite(target)
-        recipes = expand(target, overrides, out, seeds)
+        recipes = expand(target, overrides, out, seeds, config)
         return recipes, suite.name, _check_quoted_times(suite.slurm), resolve_accelerate_config(target)
     output = [f"output_dir={to_inline_yaml(str(out))}"] if out is not None else []
-    recipe = load_recipe([target], [*overrides, *output])
+    recipe = load_recipe([target, *config], [*overrides, *output])
     return with_seeds(recipe, seeds), recipe.name, {}, None
 
 

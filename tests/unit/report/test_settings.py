@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
+from peftbench.common.nested_keys import flatten_keys
 from peftbench.distributed.engines import ENGINES
 from peftbench.recipe.loader import load_recipe, parse_recipe
 from peftbench.record import Device, Engine, RunRecord
 from peftbench.report.reproduce import reproduce_commands
-from peftbench.report.settings import environment_settings, flatten, recipe_settings
+from peftbench.report.settings import environment_settings, recipe_settings
 from tests.helpers.paths import REPOSITORY
 from tests.unit.report.records import build_record
 
@@ -185,7 +186,7 @@ def test_saved_recipe_has_a_safe_file_name() -> None:
 
 def test_flatten_returns_dotted_keys() -> None:
     """Prepend the given prefix; an empty section is a value."""
-    assert dict(flatten({"a": {"b": 1, "c": {}}, "d": [2]}, "x.")) == {"x.a.b": 1, "x.a.c": {}, "x.d": [2]}
+    assert dict(flatten_keys({"a": {"b": 1, "c": {}}, "d": [2]}, "x.")) == {"x.a.b": 1, "x.a.c": {}, "x.d": [2]}
 
 
 def test_every_engine_has_its_config_file() -> None:

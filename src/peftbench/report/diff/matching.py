@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from peftbench.common.nested_keys import flatten_keys
 from peftbench.common.schema import RecordModel
 from peftbench.errors import RecordError
 from peftbench.record import RunRecord, read_records_by_path
 from peftbench.report.runs import sort_records
-from peftbench.report.settings import NAMING_KEYS, flatten
+from peftbench.report.settings import NAMING_KEYS
 
 MatchedBy = Literal["name", "recipe", "path"]
 
@@ -114,12 +115,12 @@ def _diff_values(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Set
 
 
 def _recipe_settings(record: RunRecord) -> dict[str, Any]:
-    return dict(flatten({key: value for key, value in record.recipe.items() if key not in NAMING_KEYS}))
+    return dict(flatten_keys({key: value for key, value in record.recipe.items() if key not in NAMING_KEYS}))
 
 
 def _environment_facts(record: RunRecord) -> dict[str, Any]:
     fields = {"library_versions", "device", "engine", "git_commit", "data_fingerprint", "model_fingerprint"}
-    return dict(flatten(record.model_dump(mode="json", include=fields)))
+    return dict(flatten_keys(record.model_dump(mode="json", include=fields)))
 
 
 def _is_equal(first: object, second: object) -> bool:

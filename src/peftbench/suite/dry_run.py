@@ -1,0 +1,124 @@
+"""What ``peftbench run`` would do: which runs start, resume or are skipped, with their disk space and hours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tabulate import tabulate
+
+from peftbench.common.fingerprint import drop_neutral_keys
+from peftbench.common.nested_keys import list_differences
+from peftbench.common.units import format_bytes
+from peftbench.errors import PeftbenchError, RecordError
+from peftbench.record import FINAL_OUTCOMES, RunRecord, read_record
+from peftbench.run_dir.layout import RunDir
+from peftbench.suite.results import ResultFinder
+
+if TYPE_CHECKING:
+    from peftbench.recipe.schema import Recipe
+
+_MAX_LISTED_KEYS = 3
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a suite that has not been started."""
+
+    name: str
+    action: str
+    """run, resume or skip."""
+    reason: str
+    disk_bytes: int | None
+    """Bytes that its saved model and checkpoints will take at most; None if unknown."""
+    hours: float | None
+    """Hours of the same recipe's last run with this name; None if there was none."""
+
+
+def plan_runs(recipes: Sequence[Recipe], accelerate: Path | None) -> list[PlannedRun]:
+    """Return what would happen to each recipe; nothing is written."""
+    finder = ResultFinder(accelerate)
+    return [_plan_run(recipe, finder) for recipe in recipes]
+
+
+def format_planned_runs(runs: Sequence[PlannedRun]) -> str:
+    """Return a table of the runs and a line with the sums."""
+    rows = [
+        (
+            run.name,
+            run.action,
+            run.reason,
+            "unknown" if run.disk_bytes is None else format_bytes(run.disk_bytes),
+            "unknown" if run.hours is None else f"{run.hours:.2f}",
+        )
+        for run in runs
+    ]
+    table = tabulate(rows, headers=["run", "action", "reason", "disk", "hours"], disable_numparse=True)
+    started = [run for run in runs if run.action != "skip"]
+    disk = format_bytes(sum(run.disk_bytes or 0 for run in started))
+    known = [run.hours for run in started if run.hours is not None]
+    hours = f"{sum(known):.2f} hours for the {len(known)} whose duration is known" if known else "unknown hours"
+    return f"{table}\n\n{len(started)} of {len(runs)} runs start: at least {disk} of disk space, {hours}"
+
+
+def _plan_run(recipe: Recipe, finder: ResultFinder) -> PlannedRun:
+    run_dir = RunDir.from_recipe(recipe)
+    record = _read_record_or_none(run_dir.record_file)
+    hours = None if record is None else sum(record.phase_seconds.values()) / 3600
+    if finder.find_existing_result(recipe) is not None:
+        return PlannedRun(recipe.name, "skip", "finished", 0, 0.0)
+    disk = _estimate_disk_bytes(recipe)
+    step = run_dir.find_latest_checkpoint_step()
+    if step is not None:
+        return PlannedRun(recipe.name, "resume", f"checkpoint of step {step}, if its recipe is the same", disk, None)
+    if record is None:
+        return PlannedRun(recipe.name, "run", "no record", disk, None)
+    return PlannedRun(recipe.name, "run", _explain_rerun(recipe, record, finder), disk, hours)
+
+
+def _read_record_or_none(path: Path) -> RunRecord | None:
+    try:
+        return read_record(path)
+    except RecordError:
+        return None
+
+
+def _explain_rerun(recipe: Recipe, record: RunRecord, finder: ResultFinder) -> str:
+    """Return why a record is no result of ``recipe``."""
+    if record.outcome.kind not in FINAL_OUTCOMES:
+        return f"its last attempt ended as {record.outcome.kind}"
+    resolved = finder.resolve(recipe)
+    if resolved is None:
+        return "auto cannot be resolved"
+    old, new = drop_neutral_keys(record.recipe), drop_neutral_keys(resolved.model_dump(mode="json"))
+    differences = list_differences(old, new)
+    if not differences:
+        return "its data has changed"
+    shown = [f"{key} was {before}, now {after}" for key, before, after in differences[:_MAX_LISTED_KEYS]]
+    more = len(differences) - _MAX_LISTED_KEYS
+    return "; ".join([*shown, *([f"and {more} more keys"] if more > 0 else [])])
+
+
+def _estimate_disk_bytes(recipe: Recipe) -> int | None:
+    """Return the bytes of the saved model and of the checkpoints that exist at once, None if unknown."""
+    if not recipe.method.is_trainable:
+        return 0
+    from peftbench.common.libraries import quiet_libraries
+
+    quiet_libraries()
+    from peftbench.memory.lower_bound import measure_tensors
+    from peftbench.memory.search import with_micro_batch
+    from peftbench.training.auto_settings import resolve_for_launch
+
+    try:
+        tensors = measure_tensors(with_micro_batch(resolve_for_launch(recipe)[0], 1))
+    except PeftbenchError:
+        return None
+    saved = tensors.trained_bytes if recipe.method.keeps_base_frozen else tensors.weight_bytes
+    model = saved if recipe.save_model else 0
+    checkpoint = tensors.trained_bytes + tensors.state_bytes
+    # A new checkpoint is complete before the oldest one is deleted.
+    copies = recipe.checkpoint.keep_latest + 1 if recipe.checkpoint.interval is not None else 0
+    return model + copies * checkpoint
