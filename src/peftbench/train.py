@@ -20,6 +20,7 @@ from peftbench.common.options import (
     SkipFinishedOption,
     join_arguments,
 )
+from peftbench.common.usage_errors import PlainCommand
 from peftbench.distributed import launcher_env
 from peftbench.recipe.arguments import load_recipe_from_arguments
 from peftbench.recipe.loader import to_commented_yaml
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.command(help=TRAIN_HELP)
+@app.command(cls=PlainCommand, help=TRAIN_HELP)
 def train(
     recipe: RecipeArgument = None,
     overrides: OverridesArgument = None,

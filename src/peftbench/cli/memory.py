@@ -236,11 +236,11 @@ def _resolve_budget(requested: str | None, facts: DeviceFacts, recipe: Recipe) -
     from peftbench.common.units import parse_size
     from peftbench.errors import BudgetError
 
-    device_bytes = int(facts.memory)
+    device_bytes = facts.least_memory
     size = recipe.budget.memory_bytes if requested is None else parse_size(requested)
-    if size is not None and device_bytes and size > device_bytes:
+    if size is not None and device_bytes and size > int(facts.memory[1]):
         raise BudgetError(
-            f"the budget of {_format_gib(size)} exceeds the {_format_gib(device_bytes)} of {facts.torch_name}; "
+            f"the budget of {_format_gib(size)} exceeds the {_format_gib(int(facts.memory[1]))} of {facts.torch_name}; "
             "lower it, or omit it to use all of the device's memory"
         )
     return size or device_bytes or None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from typer.core import TyperGroup
 
 from peftbench.common.console import expand_home_in_args, refuse_renamed_options
+from peftbench.common.usage_errors import USAGE_EXIT_CODE, PlainUsageErrors
+from peftbench.errors import did_you_mean
 
 if TYPE_CHECKING:
     from typer._click.core import Context  # typer has its own copy of click
@@ -30,17 +33,24 @@ RENAMED_OPTIONS: dict[str, dict[str, str]] = {
 """Command: old option: what replaces it."""
 
 
-class CommandGroup(TyperGroup):
+class CommandGroup(PlainUsageErrors, TyperGroup):
     """The commands in the order of their registration. Before parsing, old spellings are refused and ``~`` expanded."""
 
     def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
         """Refuse an old spelling, then parse."""
         command = next((argument for argument in args if not argument.startswith("-")), "")
         command_args = args[args.index(command) + 1 :] if command else []
+        if command and command not in self.commands:
+            _refuse_unknown_command(command, list(self.commands))
         if command == "compare":
             _refuse_suite(command_args)
         refuse_renamed_options(command_args, RENAMED_OPTIONS.get(command, {}))
         return super().parse_args(ctx, expand_home_in_args(args))
+
+
+def _refuse_unknown_command(command: str, known: Sequence[str]) -> NoReturn:
+    print(f"error: there is no command {command!r}; {did_you_mean(command, known)}", file=sys.stderr, flush=True)
+    raise SystemExit(USAGE_EXIT_CODE)
 
 
 def _refuse_suite(args: Sequence[str]) -> None:

@@ -9,12 +9,11 @@ from contextlib import contextmanager
 import typer
 
 from peftbench.common.text import expand_home
+from peftbench.common.usage_errors import USAGE_EXIT_CODE
 from peftbench.errors import EngineError, OutputError, PeftbenchError
 
 INTERRUPT_EXIT_CODE = 130
 """Exit code after Ctrl-C, as in shells."""
-USAGE_EXIT_CODE = 2
-"""Exit code of a command line that cannot be parsed, as in click."""
 
 
 @contextmanager

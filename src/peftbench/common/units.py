@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from peftbench.errors import BudgetError
 
 _BYTE_SIZE_ADAPTER = TypeAdapter(ByteSize)
+_SIZE_PATTERN = re.compile(r"\s*[0-9]+(\.[0-9]+)?\s*([kmgtp]?i?b)?\s*", re.IGNORECASE)
+"""The whole text must match: pydantic reads "16,384MiB" as 16 bytes."""
 _MIB, _GIB = 2**20, 2**30
 
 
@@ -16,6 +20,8 @@ def parse_size(text: str) -> int:
     Raises:
         BudgetError: ``text`` is not a size, or it is zero.
     """
+    if not _SIZE_PATTERN.fullmatch(text):
+        raise BudgetError(f"{text!r} is not a memory size; write e.g. 16GiB or 15500MiB")
     try:
         size = int(_BYTE_SIZE_ADAPTER.validate_python(text))
     except ValidationError as error:

@@ -21,6 +21,7 @@ PEAK_FLOPS: dict[str, dict[str, float]] = {
     "NVIDIA RTX A6000": {"fp32": 38.7e12, "fp16": 154.8e12, "bf16": 154.8e12},
     "NVIDIA GeForce RTX 3090": {"fp32": 35.6e12, "fp16": 71e12, "bf16": 71e12},
     "NVIDIA GeForce RTX 4080": {"fp32": 48.7e12, "fp16": 97.5e12, "bf16": 97.5e12},
+    "NVIDIA GeForce RTX 5090": {"fp32": 104.8e12, "fp16": 209.5e12, "bf16": 209.5e12},
     "NVIDIA GeForce RTX 4090": {"fp32": 82.6e12, "fp16": 165.2e12, "bf16": 165.2e12},
     "NVIDIA H100 PCIe": {"fp32": 51.2e12, "fp16": 756e12, "bf16": 756e12},
     "NVIDIA A100": {"fp32": 19.5e12, "fp16": 312e12, "bf16": 312e12},
@@ -28,14 +29,15 @@ PEAK_FLOPS: dict[str, dict[str, float]] = {
     "NVIDIA H100 NVL": {"fp32": 60e12, "fp16": 835.5e12, "bf16": 835.5e12},
     "NVIDIA GH200 480GB": {"fp32": 67e12, "fp16": 989.4e12, "bf16": 989.4e12},
     "NVIDIA H100 80GB HBM3": {"fp32": 66.9e12, "fp16": 989.4e12, "bf16": 989.4e12},
+    "NVIDIA B200": {"fp16": 2250e12, "bf16": 2250e12},
     "NVIDIA H200": {"fp32": 66.9e12, "fp16": 989.4e12, "bf16": 989.4e12},
 }
 """FLOP/s by torch's device name, which may continue with a hyphen.
 
 Sources, all NVIDIA's: data sheets of T4, V100 (2020), A10, A30, A40, A100 (2021), L4, L40S, RTX A6000 (half of the
-value with sparsity), H200, H100 NVL and GH200 (2024; half of the
-values with sparsity); the architecture white papers of H100 (SXM5 and PCIe), GA102 (RTX 3090) and Ada
-(RTX 4080, 4090; fp16 with accumulation in fp32).
+value with sparsity), H200, H100 NVL, GH200 (2024) and B200 (half of the values with sparsity; fp32 is given differently
+in two documents); the architecture white papers of H100 (SXM5 and PCIe), GA102 (RTX 3090), Ada (RTX 4080, 4090) and
+Blackwell (RTX 5090; fp16 with accumulation in fp32).
 """
 
 _MATRIX_SIZES = {"cuda": 8192, "cpu": 1024}

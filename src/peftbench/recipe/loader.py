@@ -7,9 +7,9 @@ sentence and implements ``extends``, which names the files that a recipe file bu
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, NamedTuple, NoReturn, get_args
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from peftbench.common.renamed_keys import RENAMED_KEYS, RENAMED_VALUES
 from peftbench.common.schema import ConfigSection
 from peftbench.common.text import escape_interpolation, expand_home
+from peftbench.common.validation_errors import describe_requirement
 from peftbench.data.sources import SOURCES
 from peftbench.errors import (
     MissingFileError,
@@ -30,6 +31,7 @@ from peftbench.errors import (
 )
 from peftbench.methods import METHOD_KINDS
 from peftbench.optim import OPTIMIZERS
+from peftbench.recipe.scalars import load_as_text, restore_text
 from peftbench.recipe.schema import Recipe
 from peftbench.record.schema_v1 import upgrade_recipe
 
@@ -38,14 +40,6 @@ _KIND_REGISTRIES: dict[str, Mapping[str, type[ConfigSection]]] = {
     "method": METHOD_KINDS,
     "source": SOURCES,
     "optimizer": OPTIMIZERS,
-}
-_TYPE_DESCRIPTIONS = {
-    "a valid array": "a list",
-    "a valid tuple": "a list",
-    "an object": "a group of keys",
-    "a valid dictionary": "a group of keys",
-    "a valid boolean": "true or false",
-    "a valid integer": "an integer",
 }
 _OUT_OF_RANGE_ERRORS = (
     "greater_than",
@@ -77,13 +71,20 @@ def merge_configs(
     later_overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Merge the arguments from left to right, without validation."""
-    merged = OmegaConf.create({})
-    for config in (
-        *(config for path in files for config in read_yaml(path)),
+    layers = [
+        *(layer for path in files for layer in read_layers(path)),
         _parse_overrides(overrides),
-        *(config for path in later_files for config in read_yaml(path)),
+        *(layer for path in later_files for layer in read_layers(path)),
         _parse_overrides(later_overrides),
-    ):
+    ]
+    values, written = (_merge([layer[part] for layer in layers]) for part in (0, 1))
+    restore_text(values, written, Recipe, _KIND_REGISTRIES)
+    return values
+
+
+def _merge(configs: Iterable[DictConfig]) -> dict[str, Any]:
+    merged = OmegaConf.create({})
+    for config in configs:
         _drop_fields_of_other_kinds(merged, config)
         merged = OmegaConf.merge(merged, config)  # type: ignore[assignment]
     return to_plain_dict(merged)
@@ -99,12 +100,32 @@ def _drop_fields_of_other_kinds(base: DictConfig, override: DictConfig) -> None:
                 del group[key]
 
 
-def read_yaml(path: Path, visited: tuple[Path, ...] = ()) -> Iterator[DictConfig]:
-    """Yield the files that ``extends`` names (paths relative to ``path``), then the file itself."""
+class Layer(NamedTuple):
+    """One file or the overrides, before merging."""
+
+    config: DictConfig
+    written: DictConfig
+    """The same with every scalar as the text that was written."""
+
+
+def read_yaml(path: Path) -> Iterator[DictConfig]:
+    """Yield the files that ``extends`` names, then the file itself; see :func:`read_layers`."""
+    yield from (layer.config for layer in read_layers(path))
+
+
+def read_layers(path: Path, visited: tuple[Path, ...] = ()) -> Iterator[Layer]:
+    """Yield the files that ``extends`` names (paths relative to ``path``), then the file itself.
+
+    Raises:
+        MissingFileError: a file does not exist.
+        RecipeError: a file is not valid YAML, or extends itself.
+    """
     if path.resolve() in visited:
         raise RecipeError(f"{path} extends itself, through {' and '.join(str(p) for p in visited)}")
     try:
-        loaded = _read_recipe_from_record(path) or OmegaConf.load(path)
+        record = _read_recipe_from_record(path)
+        loaded = OmegaConf.load(path) if record is None else record
+        written = record or OmegaConf.create(load_as_text(path.read_text(encoding="utf-8")) or {})
     except (FileNotFoundError, IsADirectoryError) as error:
         candidates = [p.name for p in path.parent.glob("[!.]*.yaml")] if path.parent.is_dir() else []
         hint = did_you_mean(path.name, sorted(candidates)) if candidates else "pass the path of a YAML file"
@@ -118,8 +139,12 @@ def read_yaml(path: Path, visited: tuple[Path, ...] = ()) -> Iterator[DictConfig
     if not isinstance(parents, (list, ListConfig)) or not all(isinstance(parent, str) for parent in parents):
         raise WrongTypeError(f"extends in {path} must be the path of a file or a list of paths")
     for parent in parents:
-        yield from read_yaml(path.parent / expand_home(parent), (*visited, path.resolve()))
-    yield loaded
+        yield from read_layers(path.parent / expand_home(parent), (*visited, path.resolve()))
+    if isinstance(written, DictConfig):
+        written.pop(EXTENDS_KEY, None)
+        yield Layer(loaded, written)
+    else:
+        yield Layer(loaded, loaded)
 
 
 def _read_recipe_from_record(path: Path) -> DictConfig | None:
@@ -137,12 +162,16 @@ def _read_recipe_from_record(path: Path) -> DictConfig | None:
     return OmegaConf.create({key: _escape_interpolations(value) for key, value in recipe.items()})
 
 
-def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
+def _parse_overrides(overrides: Sequence[str]) -> Layer:
     for override in overrides:
         if "=" not in override.lstrip("="):
             raise RecipeError(f"{override!r} is not a valid override; write key.sub=value, e.g. train.steps=100")
     try:
-        return OmegaConf.from_dotlist(list(overrides))
+        written = OmegaConf.create({})
+        for override in overrides:
+            key, _, value = override.partition("=")
+            OmegaConf.update(written, key, load_as_text(value), force_add=True)
+        return Layer(OmegaConf.from_dotlist(list(overrides)), written)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise RecipeError(f"cannot read the overrides {' '.join(overrides)}: {_to_one_line(error)}") from error
 
@@ -202,8 +231,8 @@ def _raise_recipe_error(error: dict[str, Any], root: type[ConfigSection]) -> NoR
     if kind.startswith(_OUT_OF_RANGE_ERRORS):
         separator = ": " if kind == "value_error" else " must be "
         subject = f"{shown}{separator}" if error["loc"] else ""  # a message about several groups names its keys
-        raise OutOfRangeError(f"Invalid recipe: {subject}{_describe_requirement(error)}")
-    raise WrongTypeError(f"Invalid recipe: {shown} has the wrong type; it must be {_describe_requirement(error)}")
+        raise OutOfRangeError(f"Invalid recipe: {subject}{describe_requirement(error)}")
+    raise WrongTypeError(f"Invalid recipe: {shown} has the wrong type; it must be {describe_requirement(error)}")
 
 
 def _quote(value: object) -> str:
@@ -232,21 +261,6 @@ def _raise_unknown_key(path: str, fields: Sequence[str]) -> NoReturn:
         else did_you_mean(key, fields, prefix=section)
     )
     raise UnknownKeyError(f"Invalid recipe: there is no key {path!r}", hint)
-
-
-def _describe_requirement(error: dict[str, Any]) -> str:
-    """Return what a value must be, from pydantic's error, in plain English."""
-    context = error.get("ctx", {})
-    if error["type"] == "too_short":
-        return f"a list of at least {context['min_length']} values"
-    if error["type"] == "too_long":
-        return f"a list of at most {context['max_length']} values"
-    text = str(error["msg"])
-    for prefix in ("Value error, ", "Input should be ", "Input "):
-        text = text.removeprefix(prefix)
-    for pydantic_words, plain_words in _TYPE_DESCRIPTIONS.items():
-        text = text.replace(pydantic_words, plain_words)
-    return text.replace("a valid ", "a ")
 
 
 def _locate_error(location: Sequence[str | int], root: type[ConfigSection]) -> tuple[str, list[str], list[str]]:

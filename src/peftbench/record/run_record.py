@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from pydantic import Field, ValidationError
 
 from peftbench.common.filesystem import write_atomically
 from peftbench.common.schema import RecordModel
+from peftbench.common.validation_errors import describe_requirement
 from peftbench.errors import RecordError
 from peftbench.record.measurements import (
     Compute,
@@ -189,8 +191,7 @@ def read_record(path: Path) -> RunRecord:
         record = RunRecord.model_validate_json(_upgrade(path.read_bytes()))
     except ValidationError as error:
         first = error.errors()[0]
-        location = ".".join(map(str, first["loc"])) or "the file"
-        raise RecordError(f"{path} is not a record of schema {SCHEMA_VERSION}: {location}: {first['msg']}") from error
+        raise RecordError(f"{path} is not a record of schema {SCHEMA_VERSION}: {_describe(first)}") from error
     except OSError as error:
         raise RecordError(f"Cannot read {path}: {error.strerror}") from error
     for key in REQUIRED_KEYS:
@@ -199,6 +200,16 @@ def read_record(path: Path) -> RunRecord:
         if not isinstance(values, dict) or name not in values:
             raise RecordError(f"{path} is not a record: its recipe has no {key}")
     return record
+
+
+def _describe(error: Mapping[str, Any]) -> str:
+    """Return what is wrong with a file, from one of pydantic's errors."""
+    location = ".".join(map(str, error["loc"]))
+    if error["type"] == "json_invalid":
+        return "it is not valid JSON"
+    if error["type"] == "extra_forbidden":
+        return f"{location} is not a field of it"
+    return f"{location or 'its content'} must be {describe_requirement(error)}"
 
 
 def read_schema_version(path: Path) -> int | None:

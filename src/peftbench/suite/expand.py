@@ -12,8 +12,10 @@ from pydantic import Field, ValidationError
 
 from peftbench.common.schema import ConfigSection
 from peftbench.common.text import expand_home
+from peftbench.common.validation_errors import describe_requirement
 from peftbench.errors import MissingFileError, OutOfRangeError, RecipeError, UnknownKeyError, did_you_mean
-from peftbench.recipe.loader import merge_configs, parse_recipe, read_yaml, to_inline_yaml, to_plain_dict
+from peftbench.recipe.loader import merge_configs, parse_recipe, read_layers, to_inline_yaml, to_plain_dict
+from peftbench.recipe.scalars import restore_text
 from peftbench.recipe.schema import Recipe
 
 SEED_KEY = "train.seed"
@@ -44,8 +46,11 @@ def read_suite(path: Path) -> Suite:
         RecipeError: the file is not a valid suite.
     """
     values: dict[str, Any] = {}
-    for part in read_yaml(path):
-        values |= to_plain_dict(part)
+    written: dict[str, Any] = {}
+    for layer in read_layers(path):
+        values |= to_plain_dict(layer.config)
+        written |= to_plain_dict(layer.written)
+    restore_text(values, written, Suite, {})
     try:
         return Suite.model_validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
@@ -55,7 +60,7 @@ def read_suite(path: Path) -> Suite:
         if first["type"] == "extra_forbidden":
             hint = did_you_mean(key, Suite.model_fields)
             raise UnknownKeyError(f"{path} is not a valid suite: unknown key {key!r}", hint) from error
-        raise RecipeError(f"{path} is not a valid suite: {key}: {first['msg']}") from error
+        raise RecipeError(f"{path} is not a valid suite: {key} must be {describe_requirement(first)}") from error
 
 
 def expand(

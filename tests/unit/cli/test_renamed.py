@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from peftbench import train
 from peftbench.cli.app import app
-from peftbench.common.console import USAGE_EXIT_CODE
+from peftbench.common.usage_errors import USAGE_EXIT_CODE
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def test_cpu_limit_refuses_larger_allocations() -> None:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Patch torch to a T4 and return the list of memory fractions that are set."""
     fractions: list[float] = []
-    total = int(get_device_facts("t4").memory)
+    total = get_device_facts("t4").least_memory
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name="Tesla T4", total_memory=total)
     )
@@ -77,8 +77,8 @@ def test_cuda_limit_is_the_budget_minus_overhead(context: int | None, gpu: list[
     active = limit_memory(8 * 2**30, device, context)
     overhead = max(context or 0, int(facts.context[1])) + int(facts.workspaces[1])
     assert active.tensor_bytes == 8 * 2**30 - overhead
-    assert gpu == [active.tensor_bytes / int(facts.memory)]
-    assert int(gpu[0] * int(facts.memory)) in {active.tensor_bytes, active.tensor_bytes - 1}
+    assert gpu == [active.tensor_bytes / facts.least_memory]
+    assert int(gpu[0] * facts.least_memory) in {active.tensor_bytes, active.tensor_bytes - 1}
     assert active.read_in_use_bytes() == 7
     active.release()
     assert gpu[1:] == [1.0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict
+from pydantic import BaseModel, ByteSize, ConfigDict, field_validator
 
 from peftbench.common.filesystem import load_json_resources
 from peftbench.distributed.device_capability import DeviceCapability
@@ -19,18 +19,31 @@ class DeviceFacts(BaseModel):
 
     torch_name: str
     """The name that torch.cuda.get_device_name returns."""
-    memory: ByteSize
-    """Total memory that torch reports."""
+    memory: tuple[ByteSize, ByteSize]
+    """Total memory that torch reports: minimum and maximum, equal if a source has torch's number."""
     memory_source: str
     workspaces: tuple[ByteSize, ByteSize]
     """Workspaces of cuBLAS and similar libraries: minimum and maximum."""
     context: tuple[ByteSize, ByteSize]
     """The driver's context and lazily loaded kernels: minimum and maximum."""
+    overhead_source: str
+    """Source of workspaces and context."""
     calibrated: bool
     """True if workspaces and context were measured on such a device."""
     compute_capability: tuple[int, int] | None
     """CUDA compute capability, e.g. (8, 6); None on CPU."""
+    compute_capability_source: str
     device_type: Literal["cuda", "cpu"] = "cuda"
+
+    @field_validator("memory", mode="before")
+    @classmethod
+    def _expand_single_size(cls, value: object) -> object:
+        return value if isinstance(value, (list, tuple)) else (value, value)
+
+    @property
+    def least_memory(self) -> int:
+        """The smallest total memory that torch may report, in bytes; 0 if unknown."""
+        return int(self.memory[0])
 
     @property
     def capability(self) -> DeviceCapability:
@@ -42,12 +55,14 @@ class DeviceFacts(BaseModel):
 
 UNKNOWN_DEVICE = DeviceFacts(
     torch_name="a GPU",
-    memory=ByteSize(0),
+    memory=(ByteSize(0), ByteSize(0)),
     memory_source="--budget",
     workspaces=(ByteSize(8 << 20), ByteSize(64 << 20)),
     context=(ByteSize(300 << 20), ByteSize(1434 << 20)),
+    overhead_source="the smallest and the largest known values of other devices",
     calibrated=False,
     compute_capability=(8, 0),
+    compute_capability_source="an assumption: bf16 and flash attention need it",
 )
 """A device without a profile; it is assumed to support bf16."""
 

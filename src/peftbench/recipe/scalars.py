@@ -1,0 +1,89 @@
+"""Scalars of YAML as they were written, for keys whose value is text.
+
+YAML reads ``off`` as false, ``010`` as 8 and ``1:30`` as 90. A key that holds text takes the characters instead, and a
+key that holds a number refuses those that YAML reads as another number than a person does.
+"""
+
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Mapping
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import yaml
+from pydantic.fields import FieldInfo
+
+from peftbench.common.schema import ConfigSection
+from peftbench.errors import WrongTypeError
+
+_AMBIGUOUS_NUMBER = re.compile(r"[-+]?0[0-9_]+|[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9]*)?")
+"""Octal and sexagesimal numbers of YAML 1.1."""
+
+
+def load_as_text(text: str) -> Any:  # noqa: ANN401 — any YAML value
+    """Return a YAML document whose scalars are all text, as written."""
+    return yaml.load(text, Loader=yaml.BaseLoader)  # noqa: S506 — builds only text, lists and dictionaries
+
+
+def restore_text(
+    values: dict[str, Any],
+    written: Mapping[str, Any],
+    section: type[ConfigSection],
+    kinds: Mapping[str, Mapping[str, type[ConfigSection]]],
+    prefix: str = "",
+) -> None:
+    """Replace values of text keys by the text as written, in place.
+
+    ``written`` has the structure of ``values``. ``kinds`` maps the key of a group to its classes by ``kind``.
+
+    Raises:
+        WrongTypeError: a number is ambiguous.
+    """
+    for key, field in section.model_fields.items():
+        if key not in values or key not in written:
+            continue
+        value, text, path = values[key], written[key], f"{prefix}{key}"
+        group = _find_group(key, field, value, kinds)
+        if group is not None and isinstance(value, dict) and isinstance(text, Mapping):
+            restore_text(value, text, group, kinds, f"{path}.")
+        else:
+            values[key] = _restore(value, text, field.annotation, path)
+
+
+def _find_group(
+    key: str, field: FieldInfo, value: object, kinds: Mapping[str, Mapping[str, type[ConfigSection]]]
+) -> type[ConfigSection] | None:
+    """Return the class of a group of keys, None if the key holds a value."""
+    if key in kinds and isinstance(value, dict):
+        return kinds[key].get(str(value.get("kind", getattr(field.default, "kind", None))))
+    annotation = field.annotation
+    return annotation if isinstance(annotation, type) and issubclass(annotation, ConfigSection) else None
+
+
+def _restore(value: object, text: object, annotation: object, path: str) -> object:
+    allowed = _list_types(annotation)
+    if isinstance(value, list) and isinstance(text, list) and len(value) == len(text):
+        items = [argument for kind in allowed if get_origin(kind) is tuple for argument in get_args(kind)]
+        return (
+            [_restore(*pair, Union[tuple(items)], path) for pair in zip(value, text, strict=True)] if items else value
+        )
+    if value is None or isinstance(value, (str, list, dict)) or not isinstance(text, str):
+        return value
+    if str in allowed and not allowed & {int, float, bool}:
+        return text
+    if allowed & {int, float} and _AMBIGUOUS_NUMBER.fullmatch(text):
+        plain = text.lstrip("-+0_") or "0"
+        raise WrongTypeError(
+            f"Invalid recipe: {path}={text} is ambiguous, since YAML reads it as {value}", f"write {plain} or {value}"
+        )
+    return value
+
+
+def _list_types(annotation: object) -> set[Any]:
+    """Return the types that an annotation allows, without None."""
+    if get_origin(annotation) is Annotated:
+        return _list_types(get_args(annotation)[0])
+    if get_origin(annotation) in {Union, types.UnionType}:
+        return {kind for argument in get_args(annotation) for kind in _list_types(argument)} - {type(None)}
+    return {annotation}

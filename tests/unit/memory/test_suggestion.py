@@ -1,0 +1,108 @@
+"""The cheapest change that fits a budget, the lower bound that rules out sets of techniques, and ``--check``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from peftbench.errors import DoesNotFitError
+from peftbench.memory.devices import UNKNOWN_DEVICE, get_device_facts
+from peftbench.memory.launch_config import SINGLE_PROCESS
+from peftbench.memory.lower_bound import compute_lower_bound, measure_tensors
+from peftbench.memory.plan import UnplannedRun
+from peftbench.memory.search import MemoryTarget, check_verdicts
+from peftbench.memory.suggestion import find_cheapest_change, suggest_change
+from peftbench.methods.base import Method
+from peftbench.methods.full import Full
+from peftbench.methods.lora import Lora
+from peftbench.optim import OPTIMIZERS
+from peftbench.recipe.arguments import load_recipe_from_arguments
+from peftbench.recipe.loader import to_commented_yaml
+from peftbench.recipe.schema import Recipe
+from tests.helpers.workshop import Workshop
+
+TRAIN = {"global_batch_size": 8, "micro_batch_size": 8}
+PARAMETERS = 4096 * 64 + 64 * 64 + 2 * (2 * 128 + 64 * 192 + 192 + 64 * 64 + 64 + 64 * 256 + 256 + 256 * 64 + 64) + 128
+"""Parameters of the small GPT-2 with a tied head."""
+
+
+def fit_exactly(recipe: Recipe) -> MemoryTarget:
+    """Return a CPU target with the budget that the recipe just fits."""
+    plan = MemoryTarget(get_device_facts("cpu"), "cpu", None).plan(recipe)
+    return MemoryTarget(get_device_facts("cpu"), "cpu", plan.process_bytes[1])
+
+
+@pytest.mark.parametrize("method", [Full(), Lora(r=2)])
+@pytest.mark.parametrize("kind", ["adamw", "sgd", "adamw8bit"])
+def test_lower_bound_is_the_bytes_of_weights_gradients_and_states(
+    method: Method, kind: str, workshop: Workshop
+) -> None:
+    """It is exact by closed form, and no plan is below it."""
+    optimizer = OPTIMIZERS[kind]()  # type: ignore[call-arg]
+    recipe = workshop.recipe(method, optimizer=optimizer, train=TRAIN)
+    sizes = measure_tensors(recipe)
+    trained = PARAMETERS if method.kind == "full" else 2 * sum((64 + 192, 64 + 64, 64 + 256, 256 + 64)) * 2
+    assert sizes.trained_bytes == 4 * trained
+    assert sizes.weight_bytes == 4 * (PARAMETERS + (trained if method.kind == "lora" else 0))
+    if kind == "sgd":
+        assert sizes.state_bytes == 0
+    plan = MemoryTarget(UNKNOWN_DEVICE, "a GPU", None).plan(recipe)
+    assert sizes.weight_bytes + sizes.trained_bytes + sizes.state_bytes <= plan.peak.allocated_bytes
+    assert compute_lower_bound(recipe, SINGLE_PROCESS) == (sizes.weight_bytes + sizes.trained_bytes + sizes.state_bytes)
+
+
+def test_smaller_micro_batch_is_the_cheapest_change(workshop: Workshop) -> None:
+    """A budget that a micro-batch of 2 fits is met without any technique, by halving."""
+    recipe = workshop.recipe(Full(), train=TRAIN, evaluate={"batch_size": 1})
+    small = recipe.model_copy(update={"train": recipe.train.model_copy(update={"micro_batch_size": 2})})
+    strategy = find_cheapest_change(recipe, fit_exactly(small))
+    assert strategy is not None
+    assert strategy.techniques == ()
+    assert strategy.overrides == ("train.micro_batch_size=2",)
+
+
+def test_lora_is_suggested_if_no_technique_of_full_fine_tuning_fits(workshop: Workshop) -> None:
+    """The suggestion is predicted to fit, and the trade-off names the other method."""
+    recipe = workshop.recipe(Full(), train=TRAIN, evaluate={"batch_size": 1})
+    lora = recipe.model_copy(update={"method": Lora()})
+    target = fit_exactly(lora.model_copy(update={"train": lora.train.model_copy(update={"micro_batch_size": 1})}))
+    sentence = suggest_change(recipe, target)
+    assert sentence.startswith("method.kind=lora ")
+    assert "is predicted to fit, with at most" in sentence
+    assert "another method, whose learning rate must be chosen" in sentence
+
+
+def test_suggested_overrides_fit(workshop: Workshop, tmp_path: Path) -> None:
+    """A plan of the recipe with the suggested overrides, given on the command line, fits."""
+    recipe = workshop.recipe(Full(), train=TRAIN)
+    target = fit_exactly(recipe.model_copy(update={"method": Lora()}))
+    strategy = find_cheapest_change(recipe, target)
+    assert strategy is not None
+    path = tmp_path / "recipe.yaml"
+    path.write_text(to_commented_yaml(recipe), encoding="utf-8")
+    changed = load_recipe_from_arguments("estimate", [str(path), *strategy.overrides], [])
+    assert target.plan(changed).verdict == "fits"
+
+
+def test_hopeless_budget_names_the_bytes_of_the_states(workshop: Workshop) -> None:
+    """Nothing fits 1 MiB; the sentence has the recipe's own lower bound."""
+    recipe = workshop.recipe(Full(), train=TRAIN)
+    sentence = suggest_change(recipe, MemoryTarget(get_device_facts("cpu"), "cpu", 2**20))
+    assert sentence.startswith(
+        "no smaller micro-batch, technique or method of peftbench is predicted to fit; weights, "
+    )
+    assert f"take {16 * PARAMETERS / 2**20:,.0f} MiB" in sentence
+
+
+def test_check_accepts_only_plans_that_fit(workshop: Workshop) -> None:
+    """A run without an estimate or without a budget is refused too."""
+    recipe = workshop.recipe(Full(), train=TRAIN)
+    facts = get_device_facts("cpu")
+    check_verdicts([MemoryTarget(facts, "cpu", 2**31).plan(recipe)])
+    with pytest.raises(DoesNotFitError, match="run in 1 MiB: does not fit; it needs"):
+        check_verdicts([MemoryTarget(facts, "cpu", 2**20).plan(recipe)])
+    with pytest.raises(DoesNotFitError, match="--check needs a budget"):
+        check_verdicts([MemoryTarget(facts, "cpu", None).plan(recipe)])
+    with pytest.raises(DoesNotFitError, match="run has no estimate: because"):
+        check_verdicts([UnplannedRun(name="run", reason="because")])
