@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +30,7 @@ from peftbench.run.result_line import build_result_line, exit_immediately, is_ma
 from peftbench.run.shutdown import ShutdownSignal, ignore_signals
 from peftbench.run_dir.layout import RunDir
 from peftbench.run_dir.results import load_existing_result
+from peftbench.run_dir.stop_request import ATTEMPT_ENV
 
 if TYPE_CHECKING:
     from peftbench.recipe.schema import Recipe
@@ -77,8 +79,8 @@ def train_from_arguments(
 
 
 def _print_table(record_path: Path | None) -> None:
-    """Print the table of one run to standard error, on the main process."""
-    if record_path is None or not is_main_process():
+    """Print the table of a single run to standard error; a suite and a job print or report all their runs."""
+    if record_path is None or not is_main_process() or ATTEMPT_ENV in os.environ:
         return
     from rich.console import Console
 

@@ -54,5 +54,11 @@ def launch_battery(engine: str, points: Sequence[Combination], folder: Path, bas
     }
     with (folder / f"{engine}.log").open("a", encoding="utf-8") as log:
         subprocess.run(
-            command, cwd=REPOSITORY, env=environment, check=False, stdout=log, stderr=log, timeout=60 + 30 * len(points)
+            command,
+            cwd=REPOSITORY,
+            env=environment,
+            check=False,
+            stdout=log,
+            stderr=log,
+            timeout=120 + 60 * len(points),
         )

@@ -26,7 +26,7 @@ def test_estimate_command_prints_a_table_or_json(project: Path, caches: dict[str
     result = run(peftbench("estimate", "--config", "recipe.yaml", "--device", "t4"), project, caches)
     assert result.returncode == 0, result.stderr
     assert "| backward" in result.stdout
-    assert "in 14,909 MiB: fits" in result.stdout
+    assert "in 14.56 GiB: fits" in result.stdout
     assert "uncalibrated" in result.stdout
     plan = json.loads(
         run(peftbench("estimate", "--config", "recipe.yaml", "--budget", "1GiB", "--json"), project, caches).stdout
@@ -45,7 +45,9 @@ def test_estimate_command_prints_a_table_or_json(project: Path, caches: dict[str
         (["budget.memory=16GiB", "--device", "t4"], 80, "GiB of Tesla T4; lower it"),
         (["--budget", ""], 80, "''"),
         (["train.micro_batch_size=auto"], 80, "--budget"),
-        (["--suite", "nothing.yaml"], 80, "--suite names the recipes itself; leave --config out"),
+        (["--suite", "nothing.yaml"], 14, "file 'nothing.yaml' does not exist"),
+        (["--suite", "recipe.yaml"], 10, "recipe.yaml is a recipe, and peftbench estimate --suite takes a suite"),
+        (["recipe.yaml", "--suite", "recipe.yaml"], 10, "--suite names the recipes itself; leave recipe.yaml out"),
         (["train.step=3"], 11, "did you mean 'train.steps'?"),
     ],
 )

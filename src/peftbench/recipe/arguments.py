@@ -11,6 +11,7 @@ from peftbench.recipe.schema import Recipe
 
 SUITE_KEY = "recipes"
 """The key that every suite file has and no recipe has."""
+_FILE_SUFFIXES = (".yaml", ".yml", ".json")
 _RECIPE_KEYS = frozenset(Recipe.model_fields) - {"name"}
 
 
@@ -24,6 +25,11 @@ def load_recipe_from_arguments(command: str, arguments: Sequence[str], config: S
         RecipeError: a file is a suite, an argument is neither a file nor an override, or the recipe is invalid.
     """
     files, overrides = split_arguments(arguments)
+    for file in files:
+        if file.suffix not in _FILE_SUFFIXES and not file.exists():
+            raise RecipeError(
+                f"{str(file)!r} is neither a recipe file nor an override; write key.sub=value, e.g. train.steps=100"
+            )
     if len(files) > 1:
         raise RecipeError(
             f"peftbench {command} takes one recipe file, and {files[1]} is a second one", "merge files with --config"

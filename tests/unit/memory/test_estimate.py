@@ -310,7 +310,7 @@ def test_gpt2_small_matches_independent_trace(method: str, precision: str, works
     """The simulated peak is within 1 % of the traced one."""
     by_name: Method = {
         "full": Full(),
-        "lora": Lora(r=8),
+        "lora": Lora(r=8, target_modules=None),
         "prompt_tuning": PromptTuning(num_virtual_tokens=20),
         "last_layer": LastLayer(),
     }[method]

@@ -80,7 +80,9 @@ def test_explicit_implementation_that_the_architecture_lacks_is_refused(gemma2_f
 
 def test_architecture_without_sdpa_is_trained_and_planned(gemma2_folder: Path, workshop: Workshop) -> None:
     """The record and the plan note eager."""
-    recipe = workshop.recipe(Lora(r=2), model={"path": str(gemma2_folder)}, train={"precision": "auto"})
+    recipe = workshop.recipe(
+        Lora(r=2), model={"path": str(gemma2_folder), "attention": "auto"}, train={"precision": "auto"}
+    )
     record = workshop.run(recipe)
     assert record.outcome.kind == "ok"
     assert record.recipe["model"]["attention"] == "eager"

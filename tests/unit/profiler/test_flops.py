@@ -157,7 +157,7 @@ def test_gpt2_small_matches_textbook_formulas(tokenizer: PreTrainedTokenizerBase
         "last_layer": 2.108,
         "lora": 3.431,
     }
-    for method in (Full(), LastLayer(), PromptTuning(num_virtual_tokens=20), Lora(r=8)):
+    for method in (Full(), LastLayer(), PromptTuning(num_virtual_tokens=20), Lora(r=8, target_modules=None)):
         base = GPT2LMHeadModel(GPT2Config(n_positions=length + 20, attn_pdrop=0.0))
         model = method.apply(base, tokenizer)
         flop_cost = count_flops(

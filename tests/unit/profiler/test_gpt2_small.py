@@ -18,7 +18,12 @@ from tests.helpers.workshop import Workshop
 
 RANK, VIRTUAL_TOKENS, REAL_TOKENS = 8, 20, 108
 LAYERS, WIDTH, VOCABULARY = 12, 768, 50257
-METHODS: tuple[Method, ...] = (Full(), LastLayer(), Lora(r=RANK), PromptTuning(num_virtual_tokens=VIRTUAL_TOKENS))
+METHODS: tuple[Method, ...] = (
+    Full(),
+    LastLayer(),
+    Lora(r=RANK, target_modules=None),
+    PromptTuning(num_virtual_tokens=VIRTUAL_TOKENS),
+)
 
 
 def compute_by_formula(kind: str, length: int, labels: Fraction) -> Fraction:

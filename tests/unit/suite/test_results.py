@@ -24,7 +24,7 @@ T4 = DeviceCapability.from_compute_capability((7, 5))
 @pytest.fixture
 def recipe(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     """Return a recipe in auto precision that finished in float32 on a CPU."""
-    recipe = workshop.recipe(Full(), train={"precision": "auto"})
+    recipe = workshop.recipe(Full(), model={"attention": "auto"}, train={"precision": "auto"})
     use_device(monkeypatch, DeviceCapability("cpu"))
     resolved, _ = resolve_for_launch(recipe)
     values = {"recipe_fingerprint": resolved.fingerprint(), "data_fingerprint": recipe.data.source.fingerprint()}
