@@ -13,6 +13,16 @@ if TYPE_CHECKING:
     from peftbench.data.collate import TokenCounts
 
 
+def explain_untimed_run(untimed_steps: int, total_steps: int) -> str | None:
+    """Return a note if no step of a run is timed, else None."""
+    if untimed_steps < total_steps:
+        return None
+    return (
+        f"profile.untimed_steps={untimed_steps} leaves none of the {total_steps} steps timed, so time, throughput and "
+        "energy stay unknown"
+    )
+
+
 def compute_throughput(
     step_seconds: Sequence[float], token_counts: Sequence[TokenCounts], *, train_seconds: float, global_batch_size: int
 ) -> Throughput | None:

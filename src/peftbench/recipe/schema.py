@@ -24,6 +24,17 @@ Precision = Literal["fp32", "bf16", "fp16"]
 Split = Literal["validation", "test"]
 
 
+MAX_NAME_LENGTH = 255
+"""Characters in the name of a run, which is the name of its folder."""
+
+
+def why_warmup_is_too_long(warmup_steps: int, steps: int) -> str | None:
+    """Return why no step is left after the warm-up, None if one is."""
+    if warmup_steps < steps:
+        return None
+    return f"schedule.warmup_steps={warmup_steps} leaves none of the {steps} steps after the warm-up; lower it"
+
+
 class Model(ConfigSection):
     """Base model that every method starts from."""
 
@@ -272,7 +283,18 @@ class Recipe(ConfigSection):
     def _check_name(cls, value: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=+-]*", value):
             raise ValueError("must start with a letter or digit and contain only letters, digits and . _ = + -")
+        if len(value) > MAX_NAME_LENGTH:
+            raise ValueError(
+                f"has {len(value)} characters, and the name of a folder may have {MAX_NAME_LENGTH}; shorten it"
+            )
         return value
+
+    @model_validator(mode="after")
+    def _check_warmup(self) -> Recipe:
+        steps = self.train.steps if self.method.is_trainable else None
+        if steps is not None and (reason := why_warmup_is_too_long(self.schedule.warmup_steps, steps)):
+            raise ValueError(reason)
+        return self
 
     @model_validator(mode="after")
     def _check_feature_cache(self) -> Recipe:

@@ -204,12 +204,12 @@ def read_record(path: Path) -> RunRecord:
 
 def _describe(error: Mapping[str, Any]) -> str:
     """Return what is wrong with a file, from one of pydantic's errors."""
-    location = ".".join(map(str, error["loc"]))
+    location = ".".join(map(str, error["loc"])) or "the file"
     if error["type"] == "json_invalid":
-        return "it is not valid JSON"
+        return "the file is not valid JSON"
     if error["type"] == "extra_forbidden":
-        return f"{location} is not a field of it"
-    return f"{location or 'its content'} must be {describe_requirement(error)}"
+        return f"{location} is not a field of a record"
+    return f"{location} must be {describe_requirement(error)}"
 
 
 def read_schema_version(path: Path) -> int | None:

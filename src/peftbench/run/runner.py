@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import tempfile
 from collections.abc import Sequence
 from functools import partial
@@ -19,6 +20,7 @@ from peftbench.errors import PeftbenchError
 from peftbench.profiler.energy import build_energy_meter
 from peftbench.profiler.instruments import StepInstruments, build_instruments
 from peftbench.profiler.probe import Probe
+from peftbench.profiler.throughput import explain_untimed_run
 from peftbench.record import RunRecord
 from peftbench.run.checkpointing import TrainingCheckpointer
 from peftbench.run.oom import OomHandler, resolve_auto_micro_batch
@@ -159,6 +161,10 @@ class Run:
         state, recipe = self.state, self.state.recipe
         with state.probe.phase("build"):
             training = build_training_components(state, adapted_model, examples, pad_token_id)
+        if note := explain_untimed_run(recipe.profile.untimed_steps, training.total_steps):
+            state.notes.append(note)
+            if self.accelerator.is_main_process:
+                sys.stderr.write(f"note: {note}\n")
         delete_saved_model(state)
         recipe.method.set_training(adapted_model.model)
         checkpointer = TrainingCheckpointer(state, adapted_model, training, self.shutdown_signal)
@@ -251,8 +257,8 @@ def _create_run_dir(run_dir: Path) -> list[Path]:
     Raises:
         OutputError: it cannot be created or written to.
     """
-    created = [directory for directory in (run_dir, *run_dir.parents) if not directory.exists()]
     try:
+        created = [directory for directory in (run_dir, *run_dir.parents) if not directory.exists()]
         run_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=run_dir):
             pass

@@ -16,11 +16,13 @@ from peftbench.common.dtypes import get_autocast_dtype
 from peftbench.data.batches import Batches, EncodedExamples
 from peftbench.distributed import deepspeed
 from peftbench.distributed.accelerator import AcceleratorContext, verify_engine_config
+from peftbench.errors import OutOfRangeError
 from peftbench.feature_cache.cached_training import open_feature_cache
 from peftbench.modeling.activation_offload import ActivationOffload
 from peftbench.modeling.loading import LoadedModel, load_model
 from peftbench.modeling.loss import CausalLMLoss, build_loss
 from peftbench.profiler.flops import FlopCost, NonLinearFlopsError, count_flops
+from peftbench.recipe.schema import why_warmup_is_too_long
 from peftbench.record import ParameterCounts
 from peftbench.training.data import as_numpy, build_collator
 
@@ -141,6 +143,8 @@ def build_training(
     accelerator, settings = context.accelerator, recipe.train
     cost, unknown_reason, counter_complete = _count_flops(recipe, adapted_model, context)
     batches, steps = _build_batches(recipe, adapted_model.loss, examples, pad_token_id, context)
+    if reason := why_warmup_is_too_long(recipe.schedule.warmup_steps, steps):  # epochs are known as steps only now
+        raise OutOfRangeError(reason)
     cached = (
         open_feature_cache(recipe, adapted_model.base.model, adapted_model.loss, batches, accelerator)
         if settings.feature_cache

@@ -258,7 +258,8 @@ def test_invalid_record_is_refused_with_its_path(text: str, where: str, tmp_path
     with pytest.raises(RecordError) as caught:
         read_record(path)
     assert str(path) in str(caught.value)
-    assert f": {where}: " in str(caught.value)
+    assert f": {where} " in str(caught.value)
+    assert "Input" not in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
