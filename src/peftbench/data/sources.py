@@ -12,6 +12,7 @@ from pydantic import Field, field_validator
 from peftbench.common.filesystem import UNWRITABLE_ERRNOS, write_error
 from peftbench.common.schema import PathText
 from peftbench.data.base import EXAMPLE_COLUMNS, Source
+from peftbench.data.file_errors import explain_unreadable_file
 from peftbench.data.synthetic import Synthetic
 from peftbench.errors import (
     DataError,
@@ -221,7 +222,7 @@ def _load_file(builder: str, path: Path) -> Dataset:
         if any(message in str(last) for message in _EMPTY_FILE_MESSAGES):
             raise EmptySplitError(f"{path} has no examples; give a file with at least one") from error
         raise DataError(
-            f"{path} cannot be read as {builder}: {str(last).splitlines()[0] if str(last) else last!r}"
+            f"{path} cannot be read as {builder}: {explain_unreadable_file(path, builder)}; correct the file"
         ) from error
 
 

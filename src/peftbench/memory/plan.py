@@ -131,12 +131,17 @@ class Fit(_FrozenModel):
 
 
 def sort_fastest_first(candidates: Iterable[Strategy]) -> list[Strategy]:
-    """Sort by predicted time, then larger micro-batch, then fewer techniques; unknown times come last."""
+    """Sort by predicted time, then fewer trade-offs, larger micro-batch, fewer techniques; unknown times come last."""
     strategies = list(candidates)
     costs = get_comparable_costs(strategies)
     order = sorted(
         range(len(strategies)),
-        key=lambda i: (costs[i] or math.inf, -strategies[i].plan.micro_batch_size, len(strategies[i].techniques)),
+        key=lambda i: (
+            costs[i] or math.inf,
+            len(strategies[i].tradeoffs),
+            -strategies[i].plan.micro_batch_size,
+            len(strategies[i].techniques),
+        ),
     )
     return [strategies[i] for i in order]
 

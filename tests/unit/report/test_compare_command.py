@@ -110,14 +110,14 @@ def test_regression_has_its_own_exit_code(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "message"),
     [
-        ("report", 2, "Missing argument 'FOLDER'"),
+        ("report", 2, "report needs FOLDER"),
         ("report A --compare A A", 2, "--compare is now the command peftbench compare A B"),
         ("report A --json", 2, "--json is now an option of peftbench compare A B"),
         ("compare A A --threshold rogueL=5", 11, "did you mean 'rougeL'?"),
         ("compare A A --threshold many", 12, "'many' is not a threshold"),
         ("compare A nowhere", 60, "No record.json below nowhere"),
         ("compare nowhere A", 60, "No record.json below nowhere"),
-        ("compare A", 2, "Missing argument 'AFTER'"),
+        ("compare A", 2, "compare needs AFTER"),
     ],
 )
 def test_invalid_command_is_refused(

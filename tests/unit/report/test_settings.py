@@ -173,7 +173,7 @@ def test_reproduce_commands_restore_the_recipe(text: str, tmp_path: Path, monkey
     arguments = shlex.split(train_command)
     assert Path(arguments[arguments.index("--config") + 1]).resolve() == saved
     assert load_recipe([saved]) == recipe
-    assert load_recipe([saved], arguments[-1:]).output_dir == f"{Path(text)}_again"
+    assert load_recipe([saved], arguments[-1:]).output_dir == f"{Path(recipe.output_dir)}_again"
     assert load_recipe([record_path]) == recipe
 
 
