@@ -49,7 +49,7 @@ readme: .venv/installed
 	$(BIN)/peftbench report docs/results/demo_budget --update-file README.md --marker budget
 	$(BIN)/peftbench report docs/results/demo_seeds --update-file docs/results/README.md --marker seeds
 	$(BIN)/peftbench report docs/results/demo_rates --update-file docs/results/README.md --marker rates --group-by optimizer.learning_rate
-	$(BIN)/peftbench estimate --config recipes/gpt2_cnn_dm/full.yaml train.precision=fp32 --device t4 --update-file docs/concepts/memory.md --marker plan
+	$(BIN)/peftbench estimate recipes/gpt2_cnn_dm/full.yaml train.precision=fp32 --device t4 --update-file docs/concepts/memory.md --marker plan
 	$(BIN)/peftbench estimate --suite recipes/budget16/suite.yaml --budget 16GiB --update-file docs/concepts/memory.md --marker ladder
 	$(BIN)/python benchmarks/vs_trainer --report benchmarks/vs_trainer/records/cpu_bf16 --update-file benchmarks/vs_trainer/README.md
 	$(BIN)/python benchmarks/vs_trainer --report benchmarks/vs_trainer/records/cpu_bf16_four --update-file benchmarks/vs_trainer/README.md --marker vs_trainer_four

@@ -1,4 +1,4 @@
-"""What a value must be, from an error of pydantic, in plain English."""
+"""Describe in plain English what a value must be, from an error of pydantic."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def describe_requirement(error: Mapping[str, Any]) -> str:
     """Return what the value must be, e.g. "an integer" or "greater than 0"; ``error`` is one of pydantic's errors()."""
     kind, context = str(error["type"]), error.get("ctx", {})
     if kind in _COMPARISONS:
-        words, key = _COMPARISONS[kind]
-        return f"{words} {context[key]}"
+        comparison, key = _COMPARISONS[kind]
+        return f"{comparison} {context[key]}"
     if kind == "too_short":
         return f"a list of at least {context['min_length']} values"
     if kind == "too_long":

@@ -1,4 +1,4 @@
-"""Why a data file cannot be read: the line and the fault, without the words of the library that reads it."""
+"""Explain why a data file cannot be read: the line and the fault, in place of the library's message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a device computes natively: decides the precision and the attention implementation of ``auto``."""
+"""The native arithmetic of a device, on which the precision and the attention implementation of ``auto`` depend."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def _find_first(recipe: Recipe, allowed: Sequence[str], target: MemoryTarget) ->
 def _find_plan(recipe: Recipe, target: MemoryTarget) -> Plan | None:
     """Return a plan that fits, with micro-batch and evaluation batch halved as often as needed; None if none fits.
 
-    A search for the largest micro-batch, as ``peftbench fit`` does it, would take several times as long.
+    The search of ``peftbench fit`` for the largest micro-batch would take several times as long.
     """
     smallest = _plan_smallest(recipe, target)
     if smallest is None:
@@ -144,7 +144,7 @@ def _plan_smallest(recipe: Recipe, target: MemoryTarget) -> Plan | None:
 
 
 def _list_maximal(sets: Sequence[tuple[Technique, ...]]) -> list[tuple[Technique, ...]]:
-    """Return the sets that are no part of another one, largest first: if none of them fits, no set does."""
+    """Return the sets that no other set contains, largest first: if none of them fits, no set does."""
     names = [{technique.name for technique in techniques} for techniques in sets]
     maximal = [
         techniques for techniques, own in zip(sets, names, strict=True) if not any(own < other for other in names)

@@ -59,7 +59,7 @@ def is_suite(path: Path) -> bool:
 
 
 def check_is_recipe(path: Path, command: str) -> None:
-    """Check that a file is no suite.
+    """Refuse a suite.
 
     Raises:
         RecipeError: it is a suite, or cannot be read.
@@ -79,7 +79,7 @@ def check_is_recipe(path: Path, command: str) -> None:
 
 
 def check_is_suite(path: Path, command: str) -> None:
-    """Check that a file is no recipe.
+    """Refuse a recipe.
 
     Raises:
         RecipeError: it is a recipe, or cannot be read.

@@ -22,7 +22,7 @@ _AMBIGUOUS_NUMBER = re.compile(r"[-+]?0[0-9_]+|[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(
 
 
 def load_as_text(text: str) -> Any:  # noqa: ANN401 — any YAML value
-    """Return a YAML document whose scalars are all text, as written."""
+    """Return a YAML document with every scalar as the text that was written."""
     return yaml.load(text, Loader=yaml.BaseLoader)  # noqa: S506 — builds only text, lists and dictionaries
 
 

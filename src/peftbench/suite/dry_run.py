@@ -1,4 +1,4 @@
-"""What ``peftbench run`` would do: which runs start, resume or are skipped, with their disk space and hours."""
+"""Plan what ``peftbench run`` would do: which runs start, resume or are skipped, with their disk space and hours."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _read_record_or_none(path: Path) -> RunRecord | None:
 
 
 def _explain_rerun(recipe: Recipe, record: RunRecord, finder: ResultFinder) -> str:
-    """Return why a record is no result of ``recipe``."""
+    """Return why a record does not count as a result of ``recipe``."""
     if record.outcome.kind not in FINAL_OUTCOMES:
         return f"its last attempt ended as {record.outcome.kind}"
     resolved = finder.resolve(recipe)

@@ -63,14 +63,14 @@ def test_recipe_command_takes_the_recipe_with_config_too(command: str, invoke: I
     ],
 )
 def test_suite_in_place_of_a_recipe_is_refused(command: str, hint: str, invoke: Invoke) -> None:
-    """The sentence says which it is, and what to do."""
+    """The sentence states which it is, and what to do."""
     result = invoke(command, "suite.yaml")
     assert result.exit_code == 10
     assert result.stderr == f"error: suite.yaml is a suite, and peftbench {command} takes a recipe; {hint}\n"
 
 
 def test_recipe_in_place_of_a_suite_is_refused(invoke: Invoke) -> None:
-    """The sentence says which it is, and what to do."""
+    """The sentence states which it is, and what to do."""
     result = invoke("run", "recipe.yaml")
     assert result.exit_code == 10
     assert result.stderr == (
@@ -121,7 +121,7 @@ def test_suite_command_merges_config_into_every_recipe(command: str, invoke: Inv
     ],
 )
 def test_usage_error_is_one_sentence(arguments: str, sentence: str, invoke: Invoke) -> None:
-    """Exit code 2; no word of the command-line library."""
+    """The exit code is 2, and no message of the command-line library is printed."""
     result = invoke(*arguments.split())
     assert result.exit_code == 2
     assert result.stderr.startswith(f"error: {sentence}")

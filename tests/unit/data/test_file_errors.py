@@ -1,4 +1,4 @@
-"""The fault of a data file that cannot be read: its line, in plain words."""
+"""The fault of a data file that cannot be read: its line, in plain English."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ GOOD = '{"article": "a", "summary": "s"}\n'
     ],
 )
 def test_fault_names_the_line(kind: str, text: str, fault: str, tmp_path: Path) -> None:
-    """The words are not those of the library."""
+    """The message is not that of the library."""
     path = tmp_path / "rows"
     path.write_text(text, encoding="utf-8")
     assert explain_unreadable_file(path, kind).startswith(fault)

@@ -47,7 +47,7 @@ class DeviceFacts(BaseModel):
 
     @property
     def capability(self) -> DeviceCapability:
-        """What the device computes natively. A CPU is planned in float32, since only that is modeled."""
+        """The device's native arithmetic. A CPU is planned in float32, since only that is modeled."""
         if self.compute_capability is None:
             return DeviceCapability("cpu", is_planned=True)
         return DeviceCapability.from_compute_capability(self.compute_capability)

@@ -20,7 +20,7 @@ _PROTOCOL: dict[str, Callable[[RunRecord], object]] = {
     "train.precision": lambda record: record.recipe["train"]["precision"],
     "model.attention": lambda record: record.recipe.get("model", {}).get("attention"),
 }
-"""What must be equal in all runs of a comparison, for any seed."""
+"""Values that must be equal in all runs of a comparison, for any seed."""
 
 
 def list_protocol_differences(records: Sequence[RunRecord]) -> list[str]:
