@@ -155,7 +155,7 @@ def test_finished_run_with_auto_settings_is_submitted(key: str, submit: Submit, 
     ("arguments", "code", "message"),
     [
         (["nothing.yaml"], 14, "nothing.yaml"),
-        (["one.yaml", "--accelerate", "zero9"], 14, "unknown accelerate config 'zero9'; did you mean 'zero"),
+        (["one.yaml", "--accelerate", "zero9"], 14, "there is no accelerate config 'zero9'; did you mean 'zero"),
         (["one.yaml", "--nodes", "2"], 90, "--nodes needs several processes; give --accelerate"),
         (["one.yaml", "slurm.partiton=x"], 90, "did you mean 'partition'? (allowed: account, "),
         (["one.yaml", "slurm.array=1"], 90, "slurm.array is set by peftbench itself: the array has one task per run"),
