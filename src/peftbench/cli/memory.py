@@ -16,6 +16,7 @@ from peftbench.cli.options import (
     DeviceOption,
     JsonOption,
     ProcessesOption,
+    UpdateFileOption,
     print_progress,
     print_to_stderr,
 )
@@ -30,30 +31,54 @@ if TYPE_CHECKING:
     from peftbench.recipe.schema import Recipe
 
 
+_SuiteOption = Annotated[Optional[Path], typer.Option(help="Suite file. Estimate all its runs, one row each.")]
+_MarkerOption = Annotated[
+    str,
+    typer.Option(
+        help="Name of the section, which starts with <!-- report:NAME --> and ends with <!-- end of report:NAME -->."
+    ),
+]
+_CheckOption = Annotated[
+    bool, typer.Option("--check", metavar="", help="Exit with code 83 unless every verdict is fits; for scripts.")
+]
+_TechniquesOption = Annotated[
+    str,
+    typer.Option(
+        help="Comma-separated techniques to try, e.g. checkpointing,bf16, where checkpointing is gradient "
+        "checkpointing. all: every technique."
+    ),
+]
+_VerifyOption = Annotated[
+    bool,
+    typer.Option(
+        "--verify",
+        metavar="",
+        help="Check the fastest combination with two short runs: at the largest micro-batch predicted to fit, and at "
+        "the next larger one, which should run out of memory.",
+    ),
+]
+_FamilyOption = Annotated[
+    Optional[str],
+    typer.Option(
+        "--largest-model",
+        metavar="FAMILY",
+        help="Find the largest model that fits, not the largest micro-batch. FAMILY: gpt2, llama3 or qwen2.5.",
+    ),
+]
+
+
 def estimate(
     recipe: RecipeArgument = None,
     overrides: OverridesArgument = None,
     config: ConfigOption = None,
-    suite: Annotated[Optional[Path], typer.Option(help="Suite file. Estimate all its runs, one row each.")] = None,
+    suite: _SuiteOption = None,
     budget: BudgetOption = None,
     device: DeviceOption = None,
     accelerate: AccelerateOption = None,
     processes: ProcessesOption = None,
-    update_file: Annotated[
-        Optional[Path],
-        typer.Option(help="Write the table to this Markdown file, in the section named by --marker."),
-    ] = None,
-    marker: Annotated[
-        str,
-        typer.Option(
-            help="Name of the section, which starts with <!-- report:NAME --> and ends with "
-            "<!-- end of report:NAME -->."
-        ),
-    ] = "plan",
-    check: Annotated[
-        bool,
-        typer.Option("--check", metavar="", help="Exit with code 83 unless every verdict is fits; for scripts."),
-    ] = False,
+    update_file: UpdateFileOption = None,
+    marker: _MarkerOption = "plan",
+    check: _CheckOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Estimate the peak memory of a recipe and whether it fits the budget. Needs neither a GPU nor the weights.
@@ -141,30 +166,9 @@ def fit(
     device: DeviceOption = None,
     accelerate: AccelerateOption = None,
     processes: ProcessesOption = None,
-    techniques: Annotated[
-        str,
-        typer.Option(
-            help="Comma-separated techniques to try, e.g. checkpointing,bf16, where checkpointing is gradient "
-            "checkpointing. all: every technique."
-        ),
-    ] = "checkpointing",
-    verify: Annotated[
-        bool,
-        typer.Option(
-            "--verify",
-            metavar="",
-            help="Check the fastest combination with two short runs: at the largest micro-batch predicted to fit, and "
-            "at the next larger one, which should run out of memory.",
-        ),
-    ] = False,
-    family: Annotated[
-        Optional[str],
-        typer.Option(
-            "--largest-model",
-            metavar="FAMILY",
-            help="Find the largest model that fits, not the largest micro-batch. FAMILY: gpt2, llama3 or qwen2.5.",
-        ),
-    ] = None,
+    techniques: _TechniquesOption = "checkpointing",
+    verify: _VerifyOption = False,
+    family: _FamilyOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Find the largest micro-batch that fits the budget, for each combination of memory-saving techniques."""

@@ -42,6 +42,10 @@ OutOption = Annotated[
     Optional[Path],
     typer.Option(help="Output folder; each run gets its own subfolder. Default: the recipe key output_dir."),
 ]
+UpdateFileOption = Annotated[
+    Optional[Path],
+    typer.Option(help="Write the table to this Markdown file, in the section named by --marker."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", metavar="", help="Print JSON.")]
 
 

@@ -7,17 +7,14 @@ from typing import Annotated, Optional
 
 import typer
 
-from peftbench.cli.options import JsonOption, print_to_stderr
+from peftbench.cli.options import JsonOption, UpdateFileOption, print_to_stderr
 from peftbench.common.console import cli_errors
 
 
 def report(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Output folder of a run or a suite.")],
     html: Annotated[Optional[Path], typer.Option(help="Path of the page. Default: report.html in FOLDER.")] = None,
-    update_file: Annotated[
-        Optional[Path],
-        typer.Option(help="Write the table to this Markdown file, in the section named by --marker."),
-    ] = None,
+    update_file: UpdateFileOption = None,
     marker: Annotated[
         Optional[str],
         typer.Option(

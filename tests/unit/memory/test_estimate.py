@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from peftbench.common.units import parse_size
+from peftbench.common.units import format_bytes, parse_size
 from peftbench.errors import BudgetError, DeviceError, EstimateUnavailableError, ModelError, PrecisionError
 from peftbench.memory.devices import UNKNOWN_DEVICE, get_device_facts, load_devices
 from peftbench.memory.estimate import estimate
@@ -181,7 +181,7 @@ def test_paged_states_lower_the_minimum(make_plan: Any) -> None:
     states = plain.peak.live_bytes_by_category["optimizer_state"]
     assert paged.phase_peaks == plain.phase_peaks
     assert paged.process_bytes == (plain.process_bytes[0] - states, plain.process_bytes[1])
-    assert any(f"{states:,} bytes of optimizer state" in note for note in paged.notes)
+    assert any(f"{format_bytes(states)} of optimizer state" in note for note in paged.notes)
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ class _Unit:
 
 def format_plan(plan: Plan) -> str:
     """Return a table of the peaks of each phase by category, and the totals."""
-    unit = _Unit.for_sizes([plan.process_bytes[1], plan.budget_bytes or 0])
+    unit, budget_unit = _Unit.for_sizes([plan.process_bytes[1]]), _Unit.for_sizes([plan.budget_bytes or 0])
     shown = [
         category
         for category in MEMORY_CATEGORY_LABELS
@@ -79,8 +79,8 @@ def format_plan(plan: Plan) -> str:
         f"({unit.format_range(plan.workspace_bytes)})",
     ]
     if plan.verdict is not None and plan.budget_bytes is not None and plan.margin_bytes is not None:
-        margin = _format_margin(*plan.margin_bytes, unit)
-        lines.append(f"in {unit.with_name(plan.budget_bytes)}: {plan.verdict} ({margin})")
+        margin = _format_margin(*plan.margin_bytes, _Unit.for_sizes([max(map(abs, plan.margin_bytes))]))
+        lines.append(f"in {budget_unit.with_name(plan.budget_bytes)}: {plan.verdict} ({margin})")
     if plan.suggestion is not None:
         lines.append(f"to fit: {plan.suggestion}")
     return "\n".join((*lines, *(f"note: {note}" for note in plan.notes)))
@@ -116,11 +116,11 @@ def format_plans(plans: Sequence[Plan | UnplannedRun]) -> str:
 
 def format_fit(fit: Fit) -> str:
     """Return a table of the strategies that fit, fastest first by predicted time, and the overrides of the first."""
-    unit = _Unit.for_sizes([fit.budget_bytes])
+    budget = _Unit.for_sizes([fit.budget_bytes]).with_name(fit.budget_bytes)
+    unit = _Unit.for_sizes([strategy.plan.process_bytes[1] for strategy in fit.strategies])
     if fit.models:
-        return _format_models(fit, unit)
+        return _format_models(fit, budget)
     if not fit.strategies:
-        budget = unit.with_name(fit.budget_bytes)
         return f"No strategy fits {budget}: all were tried down to a micro-batch size of 1."
     costs = get_comparable_costs(fit.strategies)
     rows = [
@@ -148,13 +148,14 @@ def format_fit(fit: Fit) -> str:
     )
 
 
-def _format_models(fit: Fit, unit: _Unit) -> str:
+def _format_models(fit: Fit, budget: str) -> str:
     """Return a table of a family's models, from the largest to the first that fits."""
+    unit = _Unit.for_sizes([model.strategy.plan.process_bytes[1] for model in fit.models if model.strategy])
     rows = [
         {
             "model": model.name,
             "parameters": f"{model.parameters:,}",
-            f"in {unit.with_name(fit.budget_bytes)}": "fits" if model.strategy else "does not fit",
+            f"in {budget}": "fits" if model.strategy else "does not fit",
             "overrides": " ".join(model.strategy.overrides) if model.strategy else "",
             f"process, at most ({unit.name})": unit.format(model.strategy.plan.process_bytes[1])
             if model.strategy
