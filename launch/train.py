@@ -1,4 +1,4 @@
-"""Run one recipe: ``accelerate launch [--config_file accel_configs/X.yaml] launch/train.py --config RECIPE.yaml``."""
+"""Run one recipe: ``accelerate launch [--config_file accel_configs/X.yaml] launch/train.py RECIPE.yaml``."""
 
 from peftbench.train import main
 

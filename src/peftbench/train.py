@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from peftbench.common.console import cli_errors, expand_home_in_args, refuse_renamed_options
+from peftbench.common.filesystem import path_exists
 from peftbench.common.libraries import quiet_libraries
 from peftbench.common.options import (
     TRAIN_HELP,
@@ -93,7 +94,7 @@ def _print_table(record_path: Path | None) -> None:
 
 def _load_existing_result(recipe: Recipe) -> RunRecord | None:
     """Return the record of a finished run; a run of another device that resolved ``auto`` differently is none."""
-    if not RunDir.from_recipe(recipe).record_file.exists():
+    if not path_exists(RunDir.from_recipe(recipe).record_file):
         return None
     with contextlib.redirect_stdout(sys.stderr):
         quiet_libraries()

@@ -173,7 +173,7 @@ def test_disk_too_small_for_the_model_keeps_the_record(launch: Launch, project: 
     with mount_tmpfs(project / "disk", "size=64k") as disk:
         done = launch("--config", "recipe.yaml", "output_dir=disk", "method.r=64")
         assert done.returncode == DiskFullError.exit_code
-        (sentence,) = done.stderr.splitlines()
+        (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert sentence.startswith("error: the disk is full: disk/run/model could not be written")
         last = json.loads(done.stdout.splitlines()[-1])
         assert (last["outcome"], last["record"]) == ("failed", "disk/run/record.json")

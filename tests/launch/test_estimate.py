@@ -68,7 +68,7 @@ def test_fit_prints_each_strategy(project: Path, caches: dict[str, str]) -> None
         caches,
     )
     assert done.returncode == 0, done.stderr
-    for strategy in ("as it is", "checkpointing", "bf16", "checkpointing + bf16"):
+    for strategy in ("unchanged", "checkpointing", "bf16", "checkpointing + bf16"):
         assert f"| {strategy} " in done.stdout
     assert "train.micro_batch_size=4" in done.stdout
     small = run(peftbench("fit", "--config", "recipe.yaml", "--budget", "64MiB"), project, caches)

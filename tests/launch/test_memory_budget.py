@@ -179,7 +179,8 @@ def test_auto_micro_batch_fits(
     assert record.engine.micro_batch_size is not None
     assert 1 <= record.engine.micro_batch_size < 8
     assert record.engine.micro_batch_size * record.engine.gradient_accumulation_steps >= 8
-    (note,) = record.notes
+    auto, note = record.notes
+    assert "train.precision is fp32 (budget.memory needs a memory estimate" in auto
     assert note.startswith(f"train.micro_batch_size=auto resolved to {record.engine.micro_batch_size}, ")
     assert "150 MiB" in note
 

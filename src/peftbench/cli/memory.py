@@ -115,7 +115,7 @@ def estimate(
         else:
             print(text)
         if check:
-            check_verdicts(plans)
+            check_verdicts([plan for one, plan in zip(recipes, plans, strict=True) if one.method.is_trainable])
 
 
 def _find_launch_file(accelerate: str | None, suite: Path | None = None) -> Path | None:
@@ -149,13 +149,18 @@ def _load_recipes(suite: Path | None, arguments: list[str], config: list[Path]) 
 
 def _plan_with_suggestion(recipe: Recipe, target: MemoryTarget) -> Plan:
     """Return the plan of a recipe and, if it does not fit the budget, the cheapest change that does."""
+    from peftbench.errors import PeftbenchError
     from peftbench.memory.suggestion import suggest_change
 
     plan = target.plan(recipe)
     if plan.verdict in {None, "fits"}:
         return plan
     print_progress("searching for a change that fits")
-    return plan.model_copy(update={"suggestion": suggest_change(recipe, target)})
+    try:
+        suggestion = suggest_change(recipe, target)
+    except PeftbenchError as error:  # the plan is valid without it
+        suggestion = f"no suggestion: {error}"
+    return plan.model_copy(update={"suggestion": suggestion})
 
 
 def fit(
@@ -198,7 +203,7 @@ def fit(
         else:
             answer = Fit(budget_bytes=target.required_budget, strategies=strategies(recipe, techniques, target))
         if verify and answer.strategies:
-            answer = _verify(answer, recipe, target, launch_file, processes)
+            answer = _verify(answer, target.resolve(recipe)[0], target, launch_file, processes)
         print(answer.model_dump_json(indent=1) if as_json else format_fit(answer))
         if not answer.has_fit:
             raise typer.Exit(1)

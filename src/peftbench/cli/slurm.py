@@ -53,11 +53,13 @@ def submit(
     dry_run: _DryRunOption = False,
 ) -> None:
     """Submit a suite to SLURM as a job array, or a recipe as one job."""
+    from peftbench.recipe.arguments import refuse_second_file
     from peftbench.slurm.submit import prepare_submission, submit_job
     from peftbench.suite.slurm_jobs import describe_next_steps, describe_skipped_runs, plan_submission
 
     with cli_errors():
         recipe_overrides, sbatch_options = _split_arguments(overrides or [])
+        refuse_second_file("submit", recipe_overrides)
         plan = plan_submission(
             target,
             recipe_overrides,

@@ -38,7 +38,7 @@ def run(
     Runs that have finished are skipped; interrupted ones resume.
     """
     from peftbench.distributed.accelerate_config import find_accelerate_config
-    from peftbench.recipe.arguments import check_is_suite
+    from peftbench.recipe.arguments import check_is_recipe, check_is_suite, refuse_second_file
     from peftbench.suite.dry_run import format_planned_runs, plan_runs
     from peftbench.suite.expand import expand, read_suite, resolve_accelerate_config
     from peftbench.suite.launch import run_suite
@@ -46,6 +46,9 @@ def run(
 
     with cli_errors():
         check_is_suite(suite, "run")
+        for file in config or []:
+            check_is_recipe(file, "run --config")
+        refuse_second_file("run", overrides or [])
         recipes = expand(suite, overrides or [], out, seeds, config or [])
         title = read_suite(suite).name
         accelerate_config = find_accelerate_config(accelerate) if accelerate else resolve_accelerate_config(suite)

@@ -22,6 +22,11 @@ UNWRITABLE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EA
 """``errno`` values caused by the destination of a write, not by the data that was read."""
 
 
+def path_exists(path: Path) -> bool:
+    """True if ``path`` exists; False also if its name is longer than the file system allows."""
+    return os.path.exists(path)  # noqa: PTH110 — Path.exists raises for such a name
+
+
 def cache_dir() -> Path:
     """Return the cache folder: ``$PEFTBENCH_CACHE``, else the platform's cache folder for peftbench."""
     return Path(os.environ.get(CACHE_DIR_ENV) or platformdirs.user_cache_dir("peftbench"))

@@ -29,4 +29,8 @@ def list_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> lis
     """Return (dotted key, first value, second value) of every key whose values differ, or that one of them lacks."""
     one, other = dict(flatten_keys(first)), dict(flatten_keys(second))
     pairs = {key: (one.get(key, MISSING), other.get(key, MISSING)) for key in one | other}
-    return [(key, before, after) for key, (before, after) in pairs.items() if before != after]
+    return [
+        (key, before, after)
+        for key, (before, after) in pairs.items()
+        if before != after or type(before) is not type(after)
+    ]

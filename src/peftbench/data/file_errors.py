@@ -10,16 +10,17 @@ from pathlib import Path
 
 def explain_unreadable_file(path: Path, kind: str) -> str:
     """Return what is wrong with a file of this kind (json, csv or parquet), as a clause."""
+    readers = {"json": _iter_json_faults, "csv": _iter_csv_faults}
+    if kind not in readers:
+        return f"it is not a valid {kind.capitalize()} file"
     try:
-        if kind == "json":
-            return next(_iter_json_faults(path), "its rows differ in the type of a column")
-        if kind == "csv":
-            return next(_iter_csv_faults(path), "its rows differ in the type of a column")
+        return next(readers[kind](path), "its rows differ in the type of a column")
+    except csv.Error as error:
+        return f"a value is not valid CSV ({error})"
+    except RecursionError:
+        return "a row is nested too deeply"
     except UnicodeDecodeError as error:
         return f"byte {error.start} is not UTF-8"
-    except OSError as error:
-        return f"it cannot be opened ({error.strerror})"
-    return f"it is not a valid {kind.capitalize()} file"
 
 
 def _iter_json_faults(path: Path) -> Iterator[str]:
@@ -38,7 +39,7 @@ def _iter_json_faults(path: Path) -> Iterator[str]:
                 yield f"line {number} is not a JSON object"
                 continue
             for key, value in row.items():
-                kind = type(value).__name__
+                kind = "number" if isinstance(value, (int, float)) else type(value).__name__
                 first = types.setdefault(key, (kind, number)) if value is not None else (kind, number)
                 if first[0] != kind:
                     yield f"column {key!r} is {first[0]} in line {first[1]} and {kind} in line {number}"
@@ -49,5 +50,5 @@ def _iter_csv_faults(path: Path) -> Iterator[str]:
         reader = csv.reader(file)
         header = next(reader, [])
         for row in reader:
-            if len(row) != len(header):
+            if row and len(row) != len(header):
                 yield f"line {reader.line_num} has {len(row)} values, and the header has {len(header)} columns"

@@ -44,8 +44,9 @@ def detect_device_capability(*, use_cpu: bool | None = None) -> DeviceCapability
         return DeviceCapability("cpu", has_bf16=_has_bf16_instructions())
     from transformers.utils.import_utils import is_flash_attn_2_available
 
+    device = launcher_env.get_local_rank() % torch.cuda.device_count()  # the process has not selected its device yet
     return DeviceCapability.from_compute_capability(
-        torch.cuda.get_device_capability(), has_flash_attention=is_flash_attn_2_available()
+        torch.cuda.get_device_capability(device), has_flash_attention=is_flash_attn_2_available()
     )
 
 

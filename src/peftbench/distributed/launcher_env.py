@@ -43,6 +43,11 @@ def get_local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", get_world_size()))
 
 
+def get_local_rank() -> int:
+    """Return this process's number among those on this machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def get_node_rank() -> str:
     """Return the number of this machine, which torchrun calls its group rank. Machines may share a host name."""
     return os.environ.get("GROUP_RANK", "0")

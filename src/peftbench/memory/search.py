@@ -186,7 +186,8 @@ def check_verdicts(plans: Sequence[Plan | UnplannedRun]) -> None:
     """Check that every run is predicted to fit.
 
     Raises:
-        DoesNotFitError: one is not, has no budget, or has no estimate.
+        DoesNotFitError: one is not, or has no estimate.
+        BudgetError: there is no budget.
     """
     refused = [plan for plan in plans if isinstance(plan, UnplannedRun) or plan.verdict != "fits"]
     if not refused:
@@ -195,7 +196,7 @@ def check_verdicts(plans: Sequence[Plan | UnplannedRun]) -> None:
     if isinstance(first, UnplannedRun):
         raise DoesNotFitError(f"{first.name} has no estimate: {first.reason}")
     if first.verdict is None or first.budget_bytes is None:
-        raise DoesNotFitError("--check needs a budget; give --budget, e.g. 16GiB, or --device")
+        raise BudgetError("--check needs a budget; give --budget, e.g. 16GiB, or --device")
     raise DoesNotFitError(
         f"{first.name} in {format_bytes(first.budget_bytes)}: {first.verdict}; it needs "
         f"{' to '.join(format_bytes(size) for size in first.process_bytes)}"

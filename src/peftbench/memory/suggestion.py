@@ -45,7 +45,8 @@ def suggest_change(recipe: Recipe, target: MemoryTarget) -> str:
         upper = format_bytes(strategy.plan.process_bytes[1])
         return f"{' '.join(strategy.overrides)} is predicted to fit, with at most {upper}{tradeoffs}"
     least = compute_lower_bound(recipe, target.launch_config)
-    needs = f"; weights, gradients and optimizer states of this recipe take {format_bytes(least)}" if least else ""
+    exceeds = least > target.required_budget
+    needs = f"; weights, gradients and optimizer states of this recipe take {format_bytes(least)}" if exceeds else ""
     return f"no smaller micro-batch, technique or method of peftbench is predicted to fit{needs}"
 
 
@@ -81,10 +82,14 @@ def _iter_variants(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], tuple[str,
     overrides: tuple[str, ...] = ()
     tradeoffs: tuple[str, ...] = ()
     if not recipe.method.keeps_base_frozen:
-        recipe = recipe.model_copy(update={"method": Lora()})
         overrides, tradeoffs = ("method.kind=lora",), (_LORA_TRADEOFF,)
+        recipe = recipe.model_copy(update={"method": Lora()})
+        if recipe.train.feature_cache is not None:  # it needs a method that trains only a head
+            recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"feature_cache": None})})
+            overrides = (*overrides, "train.feature_cache=null")
         yield overrides, tradeoffs, recipe
-    if recipe.method.supports_quantized_base and recipe.model.quantization is None:
+    can_quantize = recipe.model.quantization is None and recipe.model.init == "pretrained"
+    if recipe.method.supports_quantized_base and can_quantize:
         quantized = recipe.model_copy(update={"model": recipe.model.model_copy(update={"quantization": "nf4"})})
         yield (*overrides, "model.quantization=nf4"), (*tradeoffs, _NF4_TRADEOFF), quantized
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from peftbench.common.text import first_line
 from peftbench.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def select_attention(
     if "sdpa" in supported or not supported:
         reason = f"{config.model_type} does not support flash-attn" if can_use_flash else "flash-attn is not available"
         return "sdpa", reason
-    return "eager", f"{config.model_type} supports no other implementation"
+    return "eager", f"{config.model_type} does not support sdpa"
 
 
 def check_attention(model_config: Model, config: PreTrainedConfig, model_path: str) -> None:
@@ -64,9 +65,12 @@ def _find_model_class(model_config: Model, config: PreTrainedConfig, model_path:
 
     remote_code = getattr(config, "auto_map", None) or {}
     if model_config.trust_remote_code and "AutoModelForCausalLM" in remote_code:
-        remote: type[PreTrainedModel] = get_class_from_dynamic_module(
-            remote_code["AutoModelForCausalLM"], model_path, revision=model_config.revision
-        )
+        try:
+            remote: type[PreTrainedModel] = get_class_from_dynamic_module(
+                remote_code["AutoModelForCausalLM"], model_path, revision=model_config.revision
+            )
+        except (ImportError, OSError, AttributeError) as error:
+            raise UnsupportedModelError(f"the code in {model_path} cannot be loaded: {first_line(error)}") from error
         return remote
     model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
     return model_class[0] if isinstance(model_class, tuple) else model_class

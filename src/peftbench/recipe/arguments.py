@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def load_recipe_from_arguments(command: str, arguments: Sequence[str], config: S
     """
     files, overrides = split_arguments(arguments)
     for file in files:
-        if file.suffix not in _FILE_SUFFIXES and not file.exists():
+        if file.suffix not in _FILE_SUFFIXES and not os.path.exists(file):  # noqa: PTH110 — no error for a long name
             raise RecipeError(
                 f"{str(file)!r} is neither a recipe file nor an override; write key.sub=value, e.g. train.steps=100"
             )
@@ -40,12 +41,25 @@ def load_recipe_from_arguments(command: str, arguments: Sequence[str], config: S
     return load_recipe(paths, overrides)
 
 
+def refuse_second_file(command: str, arguments: Sequence[str]) -> None:
+    """Check that no argument after the first is a file.
+
+    Raises:
+        RecipeError: one is.
+    """
+    files, _ = split_arguments(arguments)
+    if existing := [file for file in files if os.path.exists(file)]:  # noqa: PTH110
+        raise RecipeError(
+            f"peftbench {command} takes one file, and {existing[0]} is a second one", "merge files with --config"
+        )
+
+
 def split_arguments(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
     """Return the files and the overrides.
 
     An existing file is a file even if its path has a "=", as the folders of a suite's axes have.
     """
-    files = [argument for argument in arguments if "=" not in argument or Path(argument).is_file()]
+    files = [argument for argument in arguments if "=" not in argument or os.path.isfile(argument)]  # noqa: PTH113
     return [Path(file) for file in files], [argument for argument in arguments if argument not in files]
 
 
@@ -86,4 +100,5 @@ def check_is_suite(path: Path, command: str) -> None:
     """
     keys = {str(key) for part in read_yaml(path) for key in part}
     if SUITE_KEY not in keys and keys & _RECIPE_KEYS:
-        raise RecipeError(f"{path} is a recipe, and peftbench {command} takes a suite", f"use peftbench train {path}")
+        hint = f"use peftbench estimate {path}" if command.startswith("estimate") else f"use peftbench train {path}"
+        raise RecipeError(f"{path} is a recipe, and peftbench {command} takes a suite", hint)

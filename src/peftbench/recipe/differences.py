@@ -20,11 +20,12 @@ def describe_recipe_differences(first: Path, second: Path) -> str:
     for path in (first, second):
         check_is_recipe(path, "show --diff")
     recipes = [load_recipe([path]).model_dump(mode="json") for path in (first, second)]
-    rows = [(key, _format(one), _format(other)) for key, one, other in list_differences(*recipes)]
+    rows = [(key, format_value(one), format_value(other)) for key, one, other in list_differences(*recipes)]
     if not rows:
         return f"{first} and {second} are the same recipe"
     return tabulate(rows, headers=["key", str(first), str(second)], disable_numparse=True)
 
 
-def _format(value: object) -> str:
+def format_value(value: object) -> str:
+    """Return a value as YAML spells it, and a dash for a missing key."""
     return str(value) if value is MISSING else to_inline_yaml(value)

@@ -41,6 +41,8 @@ _KIND_REGISTRIES: dict[str, Mapping[str, type[ConfigSection]]] = {
     "source": SOURCES,
     "optimizer": OPTIMIZERS,
 }
+_YAML_ERRORS = (yaml.YAMLError, OmegaConfBaseException, ValueError, LookupError, RecursionError)
+"""Everything that reading YAML raises; ValueError and LookupError are those of malformed numbers and keys."""
 _OUT_OF_RANGE_ERRORS = (
     "greater_than",
     "less_than",
@@ -60,7 +62,7 @@ def load_recipe(files: Sequence[Path], overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: the merged values are not a valid recipe; its subclasses give the reason.
     """
     if not files and not overrides:
-        raise RecipeError("no recipe was given", "pass a YAML file, e.g. --config recipes/demo/lora.yaml")
+        raise RecipeError("no recipe was given", "pass a YAML file, e.g. recipes/demo/lora.yaml")
     return parse_recipe(merge_configs(files, overrides))
 
 
@@ -84,18 +86,23 @@ def merge_configs(
 
 def _merge(configs: Iterable[DictConfig]) -> dict[str, Any]:
     merged = OmegaConf.create({})
-    for config in configs:
-        _drop_fields_of_other_kinds(merged, config)
-        merged = OmegaConf.merge(merged, config)  # type: ignore[assignment]
+    try:
+        for config in configs:
+            _drop_fields_of_other_kinds(merged, config)
+            merged = OmegaConf.merge(merged, config)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        raise RecipeError(f"the recipe cannot be merged: {_to_one_line(error)}") from error
     return to_plain_dict(merged)
 
 
 def _drop_fields_of_other_kinds(base: DictConfig, override: DictConfig) -> None:
     """If ``override`` changes a group's kind, delete the keys from ``base`` that the new kind does not have."""
     for group_path, kinds in (("method", METHOD_KINDS), ("data.source", SOURCES), ("optimizer", OPTIMIZERS)):
-        group, kind = OmegaConf.select(base, group_path), OmegaConf.select(override, f"{group_path}.kind")
-        is_known = isinstance(kind, str) and kind in kinds
-        if is_known and isinstance(group, DictConfig) and group.get("kind") not in (None, kind):
+        group, new_group = _select_group(base, group_path), _select_group(override, group_path)
+        kind = None if new_group is None else new_group.get("kind")
+        if not isinstance(kind, str) or kind not in kinds or group is None:
+            continue
+        if group.get("kind") not in (None, kind):
             for key in [key for key in group if key not in kinds[kind].model_fields]:
                 del group[key]
 
@@ -106,6 +113,14 @@ class Layer(NamedTuple):
     config: DictConfig
     written: DictConfig
     """The same with every scalar as the text that was written."""
+
+
+def _select_group(config: DictConfig, path: str) -> DictConfig | None:
+    """Return the group of keys at a dotted path, None if there is none."""
+    group: object = config
+    for key in path.split("."):
+        group = group.get(key) if isinstance(group, DictConfig) else None
+    return group if isinstance(group, DictConfig) else None
 
 
 def read_yaml(path: Path) -> Iterator[DictConfig]:
@@ -126,12 +141,16 @@ def read_layers(path: Path, visited: tuple[Path, ...] = ()) -> Iterator[Layer]:
         record = _read_recipe_from_record(path)
         loaded = OmegaConf.load(path) if record is None else record
         written = record or OmegaConf.create(load_as_text(path.read_text(encoding="utf-8")) or {})
-    except (FileNotFoundError, IsADirectoryError) as error:
+    except IsADirectoryError as error:
+        raise MissingFileError(f"{path} is a folder", "pass the path of a YAML file") from error
+    except FileNotFoundError as error:
         candidates = [p.name for p in path.parent.glob("[!.]*.yaml")] if path.parent.is_dir() else []
         hint = did_you_mean(path.name, sorted(candidates)) if candidates else "pass the path of a YAML file"
         raise MissingFileError(f"file {str(path)!r} does not exist", hint) from error
-    except (yaml.YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException) as error:
-        raise RecipeError(f"{path} is not valid YAML: {_to_one_line(error)}") from error
+    except OSError as error:
+        raise MissingFileError(f"{path} cannot be read: {error.strerror}") from error
+    except _YAML_ERRORS as error:
+        raise RecipeError(f"{path} is not valid YAML: {_explain_yaml_error(error)}") from error
     if not isinstance(loaded, DictConfig):
         raise RecipeError(f"{path} must have keys and values at its top level, not a list")
     parents = loaded.pop(EXTENDS_KEY, [])
@@ -172,8 +191,8 @@ def _parse_overrides(overrides: Sequence[str]) -> Layer:
             key, _, value = override.partition("=")
             OmegaConf.update(written, key, load_as_text(value), force_add=True)
         return Layer(OmegaConf.from_dotlist(list(overrides)), written)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise RecipeError(f"cannot read the overrides {' '.join(overrides)}: {_to_one_line(error)}") from error
+    except _YAML_ERRORS as error:
+        raise RecipeError(f"cannot read the overrides {' '.join(overrides)}: {_explain_yaml_error(error)}") from error
 
 
 def to_plain_dict(config: object) -> dict[str, Any]:
@@ -320,6 +339,14 @@ def _escape_interpolations(value: object) -> object:
     if isinstance(value, dict):
         return {key: _escape_interpolations(item) for key, item in value.items()}
     return escape_interpolation(value) if isinstance(value, str) else value
+
+
+def _explain_yaml_error(error: BaseException) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError)):
+        return _to_one_line(error)
+    return "a number or a key is malformed"
 
 
 def _to_one_line(error: BaseException) -> str:

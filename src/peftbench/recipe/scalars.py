@@ -21,9 +21,21 @@ _AMBIGUOUS_NUMBER = re.compile(r"[-+]?0[0-9_]+|[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(
 """Octal and sexagesimal numbers of YAML 1.1."""
 
 
+class _TextLoader(yaml.SafeLoader):
+    """Constructs every scalar as text; merge keys (``<<``) are merged."""
+
+
+def _construct_text(loader: _TextLoader, node: yaml.ScalarNode) -> object:
+    return loader.construct_scalar(node)
+
+
+for _tag in ("bool", "int", "float", "null", "timestamp", "str"):
+    _TextLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", _construct_text)
+
+
 def load_as_text(text: str) -> Any:  # noqa: ANN401 — any YAML value
     """Return a YAML document with every scalar as the text that was written."""
-    return yaml.load(text, Loader=yaml.BaseLoader)  # noqa: S506 — builds only text, lists and dictionaries
+    return yaml.load(text, Loader=_TextLoader)  # noqa: S506 — a subclass of SafeLoader
 
 
 def restore_text(
@@ -74,9 +86,8 @@ def _restore(value: object, text: object, annotation: object, path: str) -> obje
         return text
     if allowed & {int, float} and _AMBIGUOUS_NUMBER.fullmatch(text):
         plain = text.lstrip("-+0_") or "0"
-        raise WrongTypeError(
-            f"Invalid recipe: {path}={text} is ambiguous, since YAML reads it as {value}", f"write {plain} or {value}"
-        )
+        hint = f"write {value}" if ":" in text else f"write {plain} or {value}"
+        raise WrongTypeError(f"Invalid recipe: {path}={text} is ambiguous, since YAML reads it as {value}", hint)
     return value
 
 

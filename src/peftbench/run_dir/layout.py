@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peftbench.common.filesystem import write_error
+from peftbench.common.filesystem import path_exists, write_error
 from peftbench.record import RECORD_FILE
 
 if TYPE_CHECKING:
@@ -101,6 +101,8 @@ class RunDir:
 
     def find_checkpoints(self) -> list[Path]:
         """Return the complete checkpoints of all trainings in this folder, newest step first."""
+        if not path_exists(self.checkpoints_dir):
+            return []
         return [
             checkpoint
             for _, checkpoint in sorted(

@@ -12,7 +12,8 @@ from tabulate import tabulate
 from peftbench.common.fingerprint import drop_neutral_keys
 from peftbench.common.nested_keys import list_differences
 from peftbench.common.units import format_bytes
-from peftbench.errors import PeftbenchError, RecordError
+from peftbench.errors import RecordError
+from peftbench.recipe.differences import format_value
 from peftbench.record import FINAL_OUTCOMES, RunRecord, read_record
 from peftbench.run_dir.layout import RunDir
 from peftbench.suite.results import ResultFinder
@@ -34,7 +35,7 @@ class PlannedRun:
     disk_bytes: int | None
     """Bytes that its saved model and checkpoints will take at most; None if unknown."""
     hours: float | None
-    """Hours of the same recipe's last run with this name; None if there was none."""
+    """Hours of the last finished run of the same recipe; None if there was none."""
 
 
 def plan_runs(recipes: Sequence[Recipe], accelerate: Path | None) -> list[PlannedRun]:
@@ -60,13 +61,14 @@ def format_planned_runs(runs: Sequence[PlannedRun]) -> str:
     disk = format_bytes(sum(run.disk_bytes or 0 for run in started))
     known = [run.hours for run in started if run.hours is not None]
     hours = f"{sum(known):.2f} hours for the {len(known)} whose duration is known" if known else "unknown hours"
+    if not started:
+        return f"{table}\n\nnothing to run"
     return f"{table}\n\n{len(started)} of {len(runs)} runs start: at least {disk} of disk space, {hours}"
 
 
 def _plan_run(recipe: Recipe, finder: ResultFinder) -> PlannedRun:
     run_dir = RunDir.from_recipe(recipe)
     record = _read_record_or_none(run_dir.record_file)
-    hours = None if record is None else sum(record.phase_seconds.values()) / 3600
     if finder.find_existing_result(recipe) is not None:
         return PlannedRun(recipe.name, "skip", "finished", 0, 0.0)
     disk = _estimate_disk_bytes(recipe)
@@ -75,6 +77,8 @@ def _plan_run(recipe: Recipe, finder: ResultFinder) -> PlannedRun:
         return PlannedRun(recipe.name, "resume", f"checkpoint of step {step}, if its recipe is the same", disk, None)
     if record is None:
         return PlannedRun(recipe.name, "run", "no record", disk, None)
+    is_same = finder.find_matching_record(recipe) is not None and record.outcome.kind in FINAL_OUTCOMES
+    hours = sum(record.phase_seconds.values()) / 3600 if is_same else None
     return PlannedRun(recipe.name, "run", _explain_rerun(recipe, record, finder), disk, hours)
 
 
@@ -96,7 +100,10 @@ def _explain_rerun(recipe: Recipe, record: RunRecord, finder: ResultFinder) -> s
     differences = list_differences(old, new)
     if not differences:
         return "its data has changed"
-    shown = [f"{key} was {before}, now {after}" for key, before, after in differences[:_MAX_LISTED_KEYS]]
+    shown = [
+        f"{key} was {format_value(before)}, now {format_value(after)}"
+        for key, before, after in differences[:_MAX_LISTED_KEYS]
+    ]
     more = len(differences) - _MAX_LISTED_KEYS
     return "; ".join([*shown, *([f"and {more} more keys"] if more > 0 else [])])
 
@@ -114,7 +121,7 @@ def _estimate_disk_bytes(recipe: Recipe) -> int | None:
 
     try:
         tensors = measure_tensors(with_micro_batch(resolve_for_launch(recipe)[0], 1))
-    except PeftbenchError:
+    except Exception:  # whatever is wrong with the model, the run itself reports it
         return None
     saved = tensors.trained_bytes if recipe.method.keeps_base_frozen else tensors.weight_bytes
     model = saved if recipe.save_model else 0

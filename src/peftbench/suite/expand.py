@@ -33,6 +33,8 @@ class Suite(ConfigSection):
     """Overrides KEY.SUB=VALUE for every recipe."""
     axes: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(default={})
     """Keys to vary, e.g. {train.seed: [0, 1, 2]}; every recipe runs with every combination."""
+    written_axes: dict[str, Any] = Field(default={}, repr=False)
+    """Filled by :func:`read_suite`: the values of ``axes`` as text."""
     slurm: dict[str, str | int | float | bool | None] = Field(default={})
     """Options of sbatch for peftbench submit, e.g. {partition: gpu, time: "4:00:00"}."""
     accelerate: str | None = None
@@ -51,8 +53,11 @@ def read_suite(path: Path) -> Suite:
         values |= to_plain_dict(layer.config)
         written |= to_plain_dict(layer.written)
     restore_text(values, written, Suite, {})
+    if isinstance(values.get("slurm"), dict):
+        values["slurm"] = {key: _get_text(value, written["slurm"].get(key)) for key, value in values["slurm"].items()}
+    values["written_axes"] = written.get("axes", {}) if isinstance(values.get("axes"), dict) else {}
     try:
-        return Suite.model_validate_json(json.dumps(values), strict=True)
+        return Suite.model_validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
         # A misspelt key also makes a required key missing, so the unknown key is reported first.
         first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
@@ -85,12 +90,12 @@ def expand(
     recipes: list[Recipe] = []
     for name in suite.recipes:
         file = path.parent / expand_home(name)
-        for point in _iter_grid_points(suite.axes):
-            changes = [f"{key}={json.dumps(value)}" for key, value in point]
+        for point in _iter_grid_points(suite):
+            changes = [f"{key}={text}" for key, _, text in point]
             output = [f"output_dir={to_inline_yaml(str(out))}"] if out is not None else []
             values = merge_configs([file], [*suite.overrides, *changes], config, [*overrides, *output])
             values["name"] = "-".join(
-                [str(values.get("name", file.stem)), *(_format_axis_label(k, v) for k, v in point)]
+                [str(values.get("name", file.stem)), *(_format_axis_label(key, value) for key, value, _ in point)]
             )
             recipes += with_seeds(parse_recipe(values), seeds)
     names = [recipe.name for recipe in recipes]
@@ -134,8 +139,27 @@ def resolve_accelerate_config(path: Path) -> Path | None:
     return file
 
 
-def _iter_grid_points(axes: dict[str, tuple[Any, ...]]) -> Iterator[tuple[tuple[str, Any], ...]]:
-    yield from itertools.product(*([(key, value) for value in values] for key, values in axes.items()))
+def _iter_grid_points(suite: Suite) -> Iterator[tuple[tuple[str, Any, str], ...]]:
+    """Yield every combination of axis values: key, value for the name, and text of the override."""
+    axes = []
+    for key, values in suite.axes.items():
+        written = suite.written_axes.get(key)
+        texts = written if isinstance(written, list) and len(written) == len(values) else [None] * len(values)
+        axes.append([_build_axis_value(key, *pair) for pair in zip(values, texts, strict=True)])
+    yield from itertools.product(*axes)
+
+
+def _build_axis_value(key: str, value: object, written: object) -> tuple[str, object, str]:
+    text = _get_text(value, written)
+    if text is value:
+        return key, value, json.dumps(value)
+    return key, text if isinstance(value, bool) else value, str(text)
+
+
+def _get_text(value: object, written: object) -> object:
+    """Return a number or a boolean such as ``off`` as written; true, false, null and text are returned unchanged."""
+    is_constant = value is None or (isinstance(value, bool) and str(written).lower() in {"true", "false"})
+    return value if is_constant or isinstance(value, (str, list, dict)) or not isinstance(written, str) else written
 
 
 def _format_axis_label(key: str, value: object) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
-from peftbench.errors import PeftbenchError
+from peftbench.common.filesystem import path_exists
 from peftbench.run_dir.layout import RunDir
 from peftbench.run_dir.results import load_existing_result, load_matching_record
 
@@ -39,10 +39,10 @@ class ResultFinder:
 
     def resolve(self, recipe: Recipe) -> Recipe | None:
         """Return the resolved recipe; None without a record, or if it cannot be resolved, which the run will report."""
-        if not RunDir.from_recipe(recipe).record_file.exists():
+        if not path_exists(RunDir.from_recipe(recipe).record_file):
             return None
         if recipe.name not in self._resolved:
-            with suppress(PeftbenchError):
+            with suppress(Exception):  # whatever is wrong with the model, the run itself reports it
                 self._resolved[recipe.name] = resolve_for_accelerate_config(recipe, self.accelerate)
         return self._resolved.get(recipe.name)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peftbench.common.fingerprint import fingerprint_recipe
 from peftbench.errors import RecordError, SlurmError
-from peftbench.recipe.arguments import is_suite
+from peftbench.recipe.arguments import check_is_recipe, is_suite
 from peftbench.recipe.loader import load_recipe, to_inline_yaml
 from peftbench.recipe.schema import Recipe
 from peftbench.record import FINAL_OUTCOMES, read_record
@@ -63,6 +64,8 @@ def plan_submission(
     Raises:
         RecipeError, SlurmError: invalid input; nothing was written.
     """
+    for file in config:
+        check_is_recipe(file, "submit --config")
     recipes, name, suite_options, suite_config = _load_target(target, overrides, config, out, seeds)
     sbatch_options = parse_sbatch_options(suite_options | dict(map(_parse_option, options)))
     check_time_limit(sbatch_options)
@@ -103,10 +106,16 @@ def plan_submission(
 
 
 def _has_result(recipe: Recipe) -> bool:
+    """True if there is a finished record of the recipe with some values in place of ``auto``."""
     try:
-        return read_record(RunDir.from_recipe(recipe).record_file).outcome.kind in FINAL_OUTCOMES
+        record = read_record(RunDir.from_recipe(recipe).record_file)
     except RecordError:
         return False
+    values = recipe.model_dump(mode="json")
+    for section, key in (("train", "precision"), ("model", "attention")):
+        if values[section][key] == "auto":
+            values[section][key] = record.recipe.get(section, {}).get(key)
+    return record.outcome.kind in FINAL_OUTCOMES and fingerprint_recipe(values) == record.recipe_fingerprint
 
 
 def _load_target(
@@ -116,7 +125,7 @@ def _load_target(
     if is_suite(target):
         suite = read_suite(target)
         recipes = expand(target, overrides, out, seeds, config)
-        return recipes, suite.name, _check_quoted_times(suite.slurm), resolve_accelerate_config(target)
+        return recipes, suite.name, dict(suite.slurm), resolve_accelerate_config(target)
     output = [f"output_dir={to_inline_yaml(str(out))}"] if out is not None else []
     recipe = load_recipe([target, *config], [*overrides, *output])
     return with_seeds(recipe, seeds), recipe.name, {}, None
@@ -140,13 +149,6 @@ def _parse_option(argument: str) -> tuple[str, str | bool | None]:
         raise SlurmError(f"slurm.{argument} is not an option; write slurm.OPTION=VALUE, e.g. slurm.time=4:00:00")
     constants: dict[str, bool | None] = {"true": True, "false": False, "null": None}
     return name, constants.get(value, value)
-
-
-def _check_quoted_times(options: Mapping[str, Any]) -> dict[str, Any]:
-    for name in ("time", "time-min", "time_min", "begin", "deadline"):
-        if isinstance(options.get(name), (int, float)):
-            raise SlurmError(f"slurm.{name} of the suite must be quoted, since YAML reads 1:00:00 as the number 3600")
-    return dict(options)
 
 
 def describe_skipped_runs(plan: SubmissionPlan) -> list[str]:

@@ -19,7 +19,7 @@ GOOD = '{"article": "a", "summary": "s"}\n'
         (
             "json",
             GOOD + "\n" + '{"article": 5, "summary": "s"}\n',
-            "column 'article' is str in line 1 and int in line 3",
+            "column 'article' is str in line 1 and number in line 3",
         ),
         ("csv", "article,summary\na,b\na,b,c\n", "line 3 has 3 values, and the header has 2 columns"),
         ("parquet", "text", "it is not a valid Parquet file"),

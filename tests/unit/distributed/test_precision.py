@@ -99,7 +99,9 @@ def test_bf16_instructions_are_those_of_the_kernel(monkeypatch: pytest.MonkeyPat
 def test_detection_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The capability is torch's; a launcher or a config that requests the CPU wins."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (8, 6))
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (7 + device, 6))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     assert detect_device_capability() == DeviceCapability.from_compute_capability((8, 6))
     assert detect_device_capability(use_cpu=True).device_type == "cpu"

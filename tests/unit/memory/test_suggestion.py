@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from peftbench.errors import DoesNotFitError
+from peftbench.errors import BudgetError, DoesNotFitError
 from peftbench.memory.devices import UNKNOWN_DEVICE, get_device_facts
 from peftbench.memory.launch_config import SINGLE_PROCESS
 from peftbench.memory.lower_bound import compute_lower_bound, measure_tensors
@@ -102,7 +102,7 @@ def test_check_accepts_only_plans_that_fit(workshop: Workshop) -> None:
     check_verdicts([MemoryTarget(facts, "cpu", 2**31).plan(recipe)])
     with pytest.raises(DoesNotFitError, match="run in 1 MiB: does not fit; it needs"):
         check_verdicts([MemoryTarget(facts, "cpu", 2**20).plan(recipe)])
-    with pytest.raises(DoesNotFitError, match="--check needs a budget"):
+    with pytest.raises(BudgetError, match="--check needs a budget"):
         check_verdicts([MemoryTarget(facts, "cpu", None).plan(recipe)])
     with pytest.raises(DoesNotFitError, match="run has no estimate: because"):
         check_verdicts([UnplannedRun(name="run", reason="because")])

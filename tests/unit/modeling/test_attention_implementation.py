@@ -86,7 +86,7 @@ def test_architecture_without_sdpa_is_trained_and_planned(gemma2_folder: Path, w
     record = workshop.run(recipe)
     assert record.outcome.kind == "ok"
     assert record.recipe["model"]["attention"] == "eager"
-    assert any("model.attention is eager (gemma2 supports no other implementation)" in note for note in record.notes)
+    assert any("model.attention is eager (gemma2 does not support sdpa)" in note for note in record.notes)
     plan = MemoryTarget(load_devices()["t4"], "t4", None).plan(recipe)
     assert any("train.precision is fp16" in note and "model.attention is eager" in note for note in plan.notes)
 

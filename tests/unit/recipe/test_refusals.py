@@ -159,7 +159,7 @@ def test_missing_file_is_refused(least: Path) -> None:
 
 def test_empty_input_is_refused() -> None:
     """Without files and overrides the error names the option to use."""
-    with pytest.raises(RecipeError, match=r"no recipe was given; pass a YAML file, e\.g\. --config"):
+    with pytest.raises(RecipeError, match=r"no recipe was given; pass a YAML file, e\.g\. recipes/demo"):
         load_recipe([])
 
 

@@ -46,15 +46,15 @@ def test_finished_run_is_skipped(recipe: Recipe) -> None:
     write_record(recipe)
     (run,) = plan_runs([recipe], None)
     assert (run.action, run.reason, run.disk_bytes, run.hours) == ("skip", "finished", 0, 0.0)
-    assert format_planned_runs([run]).endswith("0 of 1 runs start: at least 0 MiB of disk space, unknown hours")
+    assert format_planned_runs([run]).endswith("nothing to run")
 
 
 def test_changed_recipe_runs_again_with_the_changed_keys(recipe: Recipe) -> None:
-    """The hours are those of the last run."""
+    """The hours of another recipe are not those of this one."""
     write_record(recipe)
     changed = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": 4})})
     (run,) = plan_runs([changed], None)
-    assert (run.action, run.reason, run.hours) == ("run", "train.steps was 3, now 4", 1.0)
+    assert (run.action, run.reason, run.hours) == ("run", "train.steps was 3, now 4", None)
 
 
 def test_failed_run_runs_again(recipe: Recipe) -> None:
@@ -64,9 +64,10 @@ def test_failed_run_runs_again(recipe: Recipe) -> None:
 
 
 def test_changed_data_runs_again(recipe: Recipe) -> None:
-    """The recipe is unchanged, and its data is not."""
+    """The recipe is unchanged, and its data is not; the hours of the last run are known."""
     write_record(recipe, data_fingerprint="other")
-    assert plan_runs([recipe], None)[0].reason == "its data has changed"
+    (run,) = plan_runs([recipe], None)
+    assert (run.reason, run.hours) == ("its data has changed", 1.0)
 
 
 def test_disk_space_of_models_and_checkpoints(workshop: Workshop) -> None:

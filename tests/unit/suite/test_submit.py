@@ -143,7 +143,11 @@ def test_finished_run_with_auto_settings_is_submitted(key: str, submit: Submit, 
     """The login node cannot resolve auto; the job skips the run if its device resolves it to the recorded value."""
     slurm()
     recipe = load_recipe([Path("two.yaml")], [])
-    values = {"recipe_fingerprint": recipe.fingerprint(), "data_fingerprint": recipe.data.source.fingerprint()}
+    values = {
+        "recipe": recipe.model_dump(mode="json"),
+        "recipe_fingerprint": recipe.fingerprint(),
+        "data_fingerprint": recipe.data.source.fingerprint(),
+    }
     minimal_record(name="two", **values).write(Path("out/two"))
     assert submit("two.yaml").stdout == "nothing left to submit\n"
     result = submit("two.yaml", key)
