@@ -162,10 +162,6 @@ def check_supported(recipe: Recipe, engine: EngineKind, device_type: DeviceType)
         raise EstimateUnavailableError(
             f"{recipe.optimizer.kind} runs a compiled kernel and cannot be simulated; use optimizer.kind=adamw"
         )
-    if recipe.model.attention == "flash_attention_2":
-        raise EstimateUnavailableError(
-            "flash_attention_2 is not modeled; use model.attention=sdpa, which needs about the same memory"
-        )
 
 
 def _max_micro_batch_size(recipe: Recipe) -> int | None:

@@ -61,9 +61,14 @@ class MemoryTarget:
     def resolve(self, recipe: Recipe) -> tuple[Recipe, str | None]:
         """Resolve the recipe's ``auto`` settings for this device and engine; return the recipe and a note.
 
+        flash_attention_2 is planned as sdpa, which keeps the same tensors.
+
         Raises:
             ModelNotFoundError, HubUnreachableError: attention is auto, and the model's config was not found.
         """
+        if recipe.model.attention == "flash_attention_2":
+            sdpa = recipe.model.model_copy(update={"attention": "sdpa"})
+            return recipe.model_copy(update={"model": sdpa}), "flash_attention_2 is planned as sdpa"
         if not recipe.has_auto_settings:
             return recipe, None
         with with_bundled_config(recipe.model) as local_model:
@@ -75,6 +80,7 @@ class MemoryTarget:
         Raises:
             PeftbenchError: the recipe cannot run on this target, or its memory is not modeled.
         """
+        recipe, _ = self.resolve(recipe)
         check_supported(recipe, self.launch_config.engine, self.facts.device_type)
         return compute_lower_bound(recipe, self.launch_config) <= self.required_budget
 

@@ -103,11 +103,18 @@ def mask_free_attention(base: PreTrainedModel, attention_fn: AttentionFunction =
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, attention_fn)
+    with use_attention(base, ATTENTION_NAME):
+        yield
+
+
+@contextmanager
+def use_attention(base: PreTrainedModel, name: str) -> Iterator[None]:
+    """Use the implementation that transformers knows by ``name`` in ``base``."""
     configs: dict[int, Any] = {id(m.config): m.config for m in base.modules() if hasattr(m, "config")}
     original = {key: config._attn_implementation for key, config in configs.items()}
     try:
         for config in configs.values():
-            config._attn_implementation = ATTENTION_NAME
+            config._attn_implementation = name
         yield
     finally:
         for key, config in configs.items():

@@ -15,7 +15,7 @@ import torch
 
 from peftbench.common.text import first_line
 from peftbench.data.collate import PackedSequences
-from peftbench.modeling.attention import causal_attention, mask_free_attention
+from peftbench.modeling.attention import causal_attention, mask_free_attention, use_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,14 +50,16 @@ def find_mask_free_blocker(base: PreTrainedModel) -> str | None:
     Call it before the engine casts the model to fewer bits. On the meta device, which has no values, packed sequences
     are not compared.
     """
-    if base.config._attn_implementation != "sdpa":
-        return f"its attention is {base.config._attn_implementation}"
+    implementation = base.config._attn_implementation
+    replaces_flash = implementation == "flash_attention_2" and base._supports_sdpa
+    if implementation != "sdpa" and not replaces_flash:
+        return f"its attention is {implementation}"
     rotary = getattr(base.config, "rope_parameters", None) or getattr(base.config, "rope_scaling", None) or {}
     types = {rotary.get("rope_type")} | {rope.get("rope_type") for rope in rotary.values() if isinstance(rope, dict)}
     if blocking := types & _LENGTH_DEPENDENT_ROPE_TYPES:
         return f"its {blocking.pop()} rotary embeddings depend on the longest sequence"
     try:
-        with isolated_forward(base):
+        with isolated_forward(base), use_attention(base, "sdpa"):
             return _check_masks(base) or _check_attention_kwargs(base) or _check_sequence_isolation(base)
     except Exception as error:  # model code may fail in any way on an unknown argument; it then keeps its masks
         return f"it does not accept packed sequences ({first_line(error, max_length=100)})"

@@ -166,7 +166,6 @@ def test_unmodeled_recipes_are_refused(workshop: Workshop) -> None:
     """Each message names the reason."""
     refused: tuple[tuple[Method, dict[str, Any], str], ...] = (
         (Lora(), {"model": {"quantization": "int8"}}, "int8 outliers depends on the weights"),
-        (Full(), {"model": {"attention": "flash_attention_2"}}, "flash_attention_2 is not modeled"),
         (ZeroShot(), {}, "zero_shot trains nothing"),
     )
     for method, changes, message in refused:

@@ -15,6 +15,7 @@ from peftbench.memory.search import MemoryTarget
 from peftbench.methods.lora import Lora
 from peftbench.modeling.attention_implementation import list_attention_implementations, select_attention
 from peftbench.modeling.loading import load_model
+from peftbench.modeling.mask_free import find_mask_free_blocker
 from peftbench.recipe.schema import Model
 from tests.helpers.models import gpt2_config, llama_config
 from tests.helpers.workshop import Workshop
@@ -96,3 +97,24 @@ def test_config_without_a_causal_model_has_no_implementation() -> None:
     from transformers import ViTConfig
 
     assert list_attention_implementations(Model(), ViTConfig(), "folder") == []
+
+
+def test_flash_attention_is_planned_as_sdpa(workshop: Workshop) -> None:
+    """The plan has the same bytes, and a note; flash-attn need not be installed."""
+    target = MemoryTarget(load_devices()["h100"], "h100", 2**34)
+    sdpa, flash = (
+        target.plan(workshop.recipe(Lora(r=2), model={"attention": name}, train={"precision": "bf16"}))
+        for name in ("sdpa", "flash_attention_2")
+    )
+    assert flash.phase_peaks == sdpa.phase_peaks
+    assert flash.notes == ("flash_attention_2 is planned as sdpa", *sdpa.notes)
+
+
+def test_packed_rows_do_not_depend_on_flash_attention(base_folder: Callable[[str], Path], gemma2_folder: Path) -> None:
+    """Mask-free attention replaces flash attention as it replaces sdpa, unless the architecture lacks sdpa."""
+    gpt2, gemma2 = (load_model(Model(path=str(path))).model for path in (base_folder("gpt2_tied"), gemma2_folder))
+    for model in (gpt2, gemma2):
+        model.config._attn_implementation = "flash_attention_2"
+    assert find_mask_free_blocker(gpt2) is None
+    assert gpt2.config._attn_implementation == "flash_attention_2"
+    assert find_mask_free_blocker(gemma2) == "its attention is flash_attention_2"

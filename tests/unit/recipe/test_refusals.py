@@ -153,7 +153,7 @@ def test_missing_file_is_refused(least: Path) -> None:
     """The error has the nearest name in the folder; a folder in place of a file counts as missing."""
     with pytest.raises(MissingFileError, match=r"lest\.yaml' does not exist; did you mean 'least\.yaml'"):
         load_recipe([least.with_name("lest.yaml")])
-    with pytest.raises(MissingFileError, match="does not exist"):
+    with pytest.raises(MissingFileError, match="is a folder; pass the path of a YAML file"):
         load_recipe([least.parent])
 
 
