@@ -39,7 +39,10 @@ _MarkerOption = Annotated[
     ),
 ]
 _CheckOption = Annotated[
-    bool, typer.Option("--check", metavar="", help="Exit with code 83 unless every verdict is fits; for scripts.")
+    bool,
+    typer.Option(
+        "--check", metavar="", help="Exit with code 83 unless every run is predicted to fit. Useful in scripts."
+    ),
 ]
 _TechniquesOption = Annotated[
     str,

@@ -29,7 +29,8 @@ def run(
         typer.Option(
             "--dry-run",
             metavar="",
-            help="Run nothing; list the runs, which of them are skipped and why, their disk space and hours.",
+            help="Run nothing. List the runs, which of them would be skipped and why, their disk space and, where "
+            "known, their wall-clock hours.",
         ),
     ] = False,
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
@@ -32,8 +33,13 @@ def parse_size(text: str) -> int:
 
 
 def format_bytes(num_bytes: int, total_bytes: int | None = None) -> str:
-    """Format a size for a person, with the total if given: "96 of 112 MiB"; from 10 GiB "13.1 of 16.0 GiB"."""
+    """Format a size for a person, with the total if given: "96 of 112 MiB"; from 10 GiB "13.1 of 16.0 GiB".
+
+    Sizes below 1 MiB are in KiB, rounded up, so that only nothing is zero.
+    """
     sizes = [num_bytes] if total_bytes is None else [num_bytes, total_bytes]
+    if max(sizes) < _MIB:
+        return " of ".join(f"{math.ceil(size / 1024):,}" for size in sizes) + " KiB"
     if max(sizes) < 10 * _GIB:
         return " of ".join(f"{size / _MIB:,.0f}" for size in sizes) + " MiB"
     return " of ".join(f"{size / _GIB:,.1f}" for size in sizes) + " GiB"

@@ -23,6 +23,7 @@ import torch
 from filelock import FileLock
 
 from peftbench.common.filesystem import CACHE_DIR_ENV, cache_dir, write_atomically, write_error
+from peftbench.common.units import format_bytes
 from peftbench.errors import DiskFullError, OutputError
 
 StorageDtype = Literal["fp32", "bf16"]
@@ -195,7 +196,9 @@ def open_store(cache_key: Mapping[str, Any], layout: StoreLayout, log: Callable[
 
 def describe_store(layout: StoreLayout, directory: Path) -> str:
     """Return a sentence with the store's size and folder."""
-    return f"hidden states of {layout.num_positions:,} labeled positions take {layout.nbytes:,} bytes in {directory}"
+    return (
+        f"hidden states of {layout.num_positions:,} labeled positions take {format_bytes(layout.nbytes)} in {directory}"
+    )
 
 
 def _is_valid_store(directory: Path, layout: StoreLayout, metadata: dict[str, Any]) -> bool:
@@ -219,7 +222,7 @@ def _check_disk_space(directory: Path, layout: StoreLayout) -> None:
     free, needed = shutil.disk_usage(existing).free + reclaimed, layout.nbytes + layout.num_examples
     if free < needed:
         raise DiskFullError(
-            f"{describe_store(layout, directory)}, but its disk has {free:,} bytes free; free some space, set "
+            f"{describe_store(layout, directory)}, but its disk has {format_bytes(free)} free; free some space, set "
             f"{CACHE_DIR_ENV} to a folder on a larger disk, or set train.feature_cache to "
             + ("bf16, which takes half, or null" if layout.dtype == "fp32" else "null")
         )

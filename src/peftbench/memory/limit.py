@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from peftbench.common.units import format_bytes
 from peftbench.errors import BudgetError
 from peftbench.memory.allocator import CpuPages
 from peftbench.memory.devices import get_device_facts, get_facts_by_torch_name
@@ -69,8 +70,8 @@ def _limit_cuda_memory(budget_bytes: int, device: torch.device, cuda_context_byt
     tensor_bytes = budget_bytes - overhead
     if tensor_bytes <= 0:
         raise BudgetError(
-            f"budget.memory={budget_bytes:,} bytes leaves no room for tensors: the CUDA context and workspaces on "
-            f"{properties.name} need {overhead:,}; increase it"
+            f"budget.memory={format_bytes(budget_bytes)} leaves no room for tensors: the CUDA context and workspaces "
+            f"on {properties.name} need {format_bytes(overhead)}; increase it"
         )
     torch.cuda.set_per_process_memory_fraction(tensor_bytes / properties.total_memory, device)
     return MemoryLimit(
@@ -88,8 +89,8 @@ def _limit_cpu_memory(budget_bytes: int) -> MemoryLimit:
     _check_capacity(budget_bytes, total, "this machine")
     if budget_bytes < _CPU_OVERHEAD_BYTES:
         raise BudgetError(
-            f"budget.memory={budget_bytes:,} bytes is less than the {_CPU_OVERHEAD_BYTES:,} that a CPU process needs "
-            "in addition to its tensors; increase it"
+            f"budget.memory={format_bytes(budget_bytes)} is less than the {format_bytes(_CPU_OVERHEAD_BYTES)} that a "
+            "CPU process needs in addition to its tensors; increase it"
         )
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # stacks of loader threads count as data
     _import_libraries()
@@ -100,8 +101,8 @@ def _limit_cpu_memory(budget_bytes: int) -> MemoryLimit:
     limit = before + budget_bytes
     if hard != resource.RLIM_INFINITY and limit > hard:
         raise BudgetError(
-            f"budget.memory={budget_bytes:,} bytes plus the {before:,} in use exceeds this process's hard limit of "
-            f"{hard:,} (ulimit -d); decrease it"
+            f"budget.memory={format_bytes(budget_bytes)} plus the {format_bytes(before)} in use exceeds this process's "
+            f"hard limit of {format_bytes(hard)} (ulimit -d); decrease it"
         )
     resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
     return MemoryLimit(
@@ -115,7 +116,8 @@ def _limit_cpu_memory(budget_bytes: int) -> MemoryLimit:
 def _check_capacity(budget_bytes: int, capacity_bytes: int, name: str) -> None:
     if budget_bytes > capacity_bytes:
         raise BudgetError(
-            f"budget.memory={budget_bytes:,} bytes exceeds the {capacity_bytes:,} of {name}; decrease or remove it"
+            f"budget.memory={format_bytes(budget_bytes)} exceeds the {format_bytes(capacity_bytes)} of {name}; "
+            "decrease or remove it"
         )
 
 

@@ -32,7 +32,7 @@ def why_warmup_is_too_long(warmup_steps: int, steps: int) -> str | None:
     """Return why no step is left after the warm-up, None if one is."""
     if warmup_steps < steps:
         return None
-    return f"schedule.warmup_steps={warmup_steps} leaves none of the {steps} steps after the warm-up; lower it"
+    return f"schedule.warmup_steps={warmup_steps} must be less than the number of training steps ({steps}); lower it"
 
 
 class Model(ConfigSection):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from tempfile import TemporaryDirectory
 
+from peftbench.common.units import format_bytes
 from peftbench.errors import BudgetError
 from peftbench.memory.devices import UNKNOWN_DEVICE, DeviceFacts
 from peftbench.memory.plan import Strategy, Verification
@@ -114,5 +115,5 @@ def _describe_outcome(micro_batch_size: int, record: RunRecord) -> str:
     if outcome.kind == "ok":
         return f"micro-batch {micro_batch_size}: fits"
     where = f"step {outcome.step}, {outcome.step_part}" if outcome.step else str(outcome.phase)
-    request = f", requesting {outcome.requested_bytes:,} bytes more" if outcome.requested_bytes else ""
+    request = f", requesting {format_bytes(outcome.requested_bytes)} more" if outcome.requested_bytes else ""
     return f"micro-batch {micro_batch_size}: out of memory in {where}{request}"

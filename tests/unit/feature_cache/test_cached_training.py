@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from peftbench.common.filesystem import CACHE_DIR_ENV
+from peftbench.common.units import format_bytes
 from peftbench.distributed.accelerator import build_accelerator
 from peftbench.errors import DiskFullError, UnsupportedModelError
 from peftbench.feature_cache.cached_training import CachedFeatureBatches, CachedFeatureLoss
@@ -151,7 +152,7 @@ def test_record_notes_the_feature_cache(workshop: Workshop, capsys: pytest.Captu
     first, second = (workshop.run(recipe(workshop, name, "bf16")) for name in ("first", "second"))
     assert first.tokens is not None
     positions = first.tokens.labeled // EPOCHS
-    size_message = f"hidden states of {positions:,} labeled positions take {positions * 64 * 2:,} bytes in "
+    size_message = f"hidden states of {positions:,} labeled positions take {format_bytes(positions * 64 * 2)} in "
     for record, num_cached in ((first, 0), (second, EXAMPLES)):
         (note,) = (note for note in record.notes if "hidden states" in note)
         assert note.startswith(size_message)
@@ -331,7 +332,7 @@ def test_full_disk_fails_before_the_run_folder_is_created(
     """Check that the error has the sizes, and that no file of the cache or the run is left."""
     with mount_tmpfs(tmp_path / "disk", "size=16k") as disk:
         monkeypatch.setenv(CACHE_DIR_ENV, str(disk))
-        with pytest.raises(DiskFullError, match=r"take 54,528 bytes in .* has 16,384 bytes free; free some space"):
+        with pytest.raises(DiskFullError, match=r"take 54 KiB in .* has 16 KiB free; free some space"):
             workshop.run(recipe(workshop, "run", "fp32"))
         assert not list(disk.iterdir())
     assert not (workshop.output / "run").exists()

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from peftbench.common.filesystem import CACHE_DIR_ENV
+from peftbench.common.units import format_bytes
 from peftbench.errors import DiskFullError, OutputError
 from peftbench.feature_cache import store as store_module
 from peftbench.feature_cache.store import (
@@ -67,7 +68,7 @@ def test_file_sizes_are_exact_and_logged_once(dtype: StorageDtype, size: int) ->
     assert (store.directory / "features").stat().st_size == store.nbytes == size
     assert (store.directory / "completed").stat().st_size == 4
     assert (store.directory / "features").stat().st_blocks * 512 >= size
-    assert log == [f"hidden states of 27 labeled positions take {size:,} bytes in {store.directory}"]
+    assert log == [f"hidden states of 27 labeled positions take {format_bytes(size)} in {store.directory}"]
     open_test_store(dtype, log)
     assert len(log) == 1
 
@@ -287,8 +288,8 @@ def test_too_small_disk_is_refused_before_any_file_is_created(tmp_path: Path, mo
             open_store(CACHE_KEY, StoreLayout(torch.tensor([1000] * 4), WIDTH, "fp32"), log.append)
         assert log == []
         assert list(disk.iterdir()) == []
-        assert "take 128,000 bytes in" in str(excinfo.value)
-        assert "has 65,536 bytes free" in str(excinfo.value)
+        assert "take 125 KiB in" in str(excinfo.value)
+        assert "has 64 KiB free" in str(excinfo.value)
         assert f"set {CACHE_DIR_ENV} to a folder on a larger disk" in str(excinfo.value)
         store = open_store(
             CACHE_KEY, StoreLayout(torch.tensor([500]), WIDTH, "fp32"), log.append

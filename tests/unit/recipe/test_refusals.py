@@ -71,8 +71,16 @@ MISTAKES: list[tuple[str, type[RecipeError], str]] = [
     ("train.feature_cache=fp32", OutOfRangeError, "on a frozen backbone, and this lora does not; use last_layer"),
     ("data.source={kind: synthetic, article_tokens: [1]}", OutOfRangeError, "must be a list of at least 2 values"),
     ("train.feature_cache=fp16", OutOfRangeError, "train.feature_cache='fp16' is not an allowed value"),
-    ("schedule.warmup_steps=10", OutOfRangeError, "schedule.warmup_steps=10 leaves none of the 10 steps after the"),
-    ("schedule.warmup_steps=300", OutOfRangeError, "schedule.warmup_steps=300 leaves none of the 10 steps after the"),
+    (
+        "schedule.warmup_steps=10",
+        OutOfRangeError,
+        "schedule.warmup_steps=10 must be less than the number of",
+    ),
+    (
+        "schedule.warmup_steps=300",
+        OutOfRangeError,
+        "schedule.warmup_steps=300 must be less than the number of",
+    ),
     ("name=" + 256 * "a", OutOfRangeError, "has 256 characters, and the name of a folder may have 255; shorten it"),
     ("train.feature_cache=true", OutOfRangeError, "train.feature_cache=true is not an allowed value; allowed: fp32"),
 ]
