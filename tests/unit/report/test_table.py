@@ -166,6 +166,12 @@ def test_unequal_runs_have_a_note() -> None:
     assert "more than their method" in collect_notes([*equal, build_record("c", "lora", 10, global_batch_size=2)])[0]
 
 
+def test_equal_notes_of_several_runs_are_printed_once() -> None:
+    """A note of all runs names no run; one of some runs names those."""
+    runs = [build_record(name, "lora", 10, notes=notes) for name, notes in (("a", ("x", "y")), ("b", ("x", "y")))]
+    assert collect_notes([*runs, build_record("c", "lora", 10, notes=("x",))]) == ["all runs: x", "a and b: y"]
+
+
 def test_oom_run_has_a_row() -> None:
     """Show a run that did not fit with the step at which it ran out of memory."""
     outcome = Outcome(kind="oom", step=1, phase="train", requested_bytes=2**30)

@@ -24,7 +24,7 @@ from peftbench.report.runs import run_label, sample_key, sort_records
 from peftbench.report.tables.columns import COLUMNS, DROP_ORDER, Column
 from peftbench.report.tables.pivot import rows_by_setting, seed_rows
 from peftbench.report.text.escape import escape_markdown, escape_spreadsheet_formula, terminal_safe
-from peftbench.report.text.formatting import join_with_and
+from peftbench.report.text.formatting import join_with_and, truncate_list
 
 _UNBOUNDED_WIDTH = 10_000  # characters, wider than any table
 _COLUMN_GAP = 2  # characters after each column of the terminal table
@@ -120,7 +120,7 @@ def terminal_table(rows: Sequence[dict[str, str]]) -> str:
 def collect_notes(records: Sequence[RunRecord]) -> list[str]:
     """Return notes that a reader needs: unequal protocols, substitutions, failures, suspicious step times."""
     notes = [f"{record.name}: {oom_sentence(record.outcome)}" for record in records if record.outcome.kind == "oom"]
-    notes += [f"{record.name}: {note}" for record in records for note in record.notes]
+    notes += _group_notes(records)
     trained = [record for record in records if record.tokens is not None and record.outcome.kind == "ok"]
     if differences := list_protocol_differences(trained):
         notes.append(f"these runs differ in more than their method: in {join_with_and(differences)}")
@@ -130,6 +130,18 @@ def collect_notes(records: Sequence[RunRecord]) -> list[str]:
     if len(evaluated) > 1:
         notes.append("these runs were not evaluated on the same examples")
     return [*notes, *check_step_times(records), *_unknown_metric_notes(trained)]
+
+
+def _group_notes(records: Sequence[RunRecord]) -> list[str]:
+    """Return the notes of the records, each once, with the names of its runs."""
+    names_by_note: dict[str, list[str]] = {}
+    for record in records:
+        for note in record.notes:
+            names_by_note.setdefault(note, []).append(record.name)
+    return [
+        f"{'all runs' if len(names) == len(records) > 1 else join_with_and(truncate_list(names))}: {note}"
+        for note, names in names_by_note.items()
+    ]
 
 
 def _unknown_metric_notes(records: Sequence[RunRecord]) -> list[str]:
