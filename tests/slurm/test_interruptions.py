@@ -108,13 +108,14 @@ def project(tmp_path: Path) -> Path:
     recipe = RECIPE | {
         "output_dir": "local",
         "checkpoint": {"interval": 20},
-        "model": {"path": "shipped", "dropout": 0.1},
+        # submit cannot resolve auto, and would submit finished runs again.
+        "model": {"path": "shipped", "dropout": 0.1, "attention": "sdpa"},
     }
     names = []
     for method in METHODS:
         for seed in (1, 2):
             name = f"{method}_{seed}"
-            train = {"steps": STEPS, "global_batch_size": 4, "seed": seed}
+            train = {"steps": STEPS, "global_batch_size": 4, "seed": seed, "precision": "fp32"}
             values = recipe | {"name": name, "train": train, "method": {"kind": method}}
             (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
             names.append(f"{name}.yaml")

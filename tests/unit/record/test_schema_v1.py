@@ -93,8 +93,8 @@ def test_rewriting_is_idempotent(tmp_path: Path) -> None:
 
 def test_run_of_a_v1_record_is_repeated() -> None:
     """The record is a recipe file; its old keys are read under the new names."""
-    recipe = load_recipe([RECORD_V1], ["train.steps=3"])
-    assert recipe.train.steps == 3
+    recipe = load_recipe([RECORD_V1], ["train.steps=30"])
+    assert recipe.train.steps == 30
     assert load_recipe([RECORD_V1], []).fingerprint() == read_record(RECORD_V1).recipe_fingerprint
 
 
