@@ -64,8 +64,6 @@ def plan_submission(
     Raises:
         RecipeError, SlurmError: invalid input; nothing was written.
     """
-    for file in config:
-        check_is_recipe(file, "submit --config")
     recipes, name, suite_options, suite_config = _load_target(target, overrides, config, out, seeds)
     sbatch_options = parse_sbatch_options(suite_options | dict(map(_parse_option, options)))
     check_time_limit(sbatch_options)
@@ -122,6 +120,8 @@ def _load_target(
     target: Path, overrides: Sequence[str], config: Sequence[Path], out: Path | None, seeds: int | None
 ) -> tuple[list[Recipe], str, dict[str, Any], Path | None]:
     """Return the recipes, the name, the sbatch options and the accelerate config of a suite or a recipe."""
+    for file in config:
+        check_is_recipe(file, "submit --config")
     if is_suite(target):
         suite = read_suite(target)
         recipes = expand(target, overrides, out, seeds, config)
