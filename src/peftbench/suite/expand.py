@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, PrivateAttr, ValidationError
 
 from peftbench.common.schema import ConfigSection
 from peftbench.common.text import expand_home
@@ -33,12 +33,26 @@ class Suite(ConfigSection):
     """Overrides KEY.SUB=VALUE for every recipe."""
     axes: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(default={})
     """Keys to vary, e.g. {train.seed: [0, 1, 2]}; every recipe runs with every combination."""
-    written_axes: dict[str, Any] = Field(default={}, repr=False)
-    """Filled by :func:`read_suite`: the values of ``axes`` as text."""
     slurm: dict[str, str | int | float | bool | None] = Field(default={})
     """Options of sbatch for peftbench submit, e.g. {partition: gpu, time: "4:00:00"}."""
     accelerate: str | None = None
     """Accelerate config file, relative to the suite file; null runs one process without a launcher."""
+    _written_axes: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    def with_written_axes(self, written: Mapping[str, Any]) -> Suite:
+        """Return a copy that knows how the values of ``axes`` were written."""
+        suite = self.model_copy()
+        suite._written_axes = dict(written)
+        return suite
+
+    def iter_grid_points(self) -> Iterator[tuple[tuple[str, Any, str], ...]]:
+        """Yield every combination of axis values: key, value for the name, and text of the override."""
+        axes = []
+        for key, values in self.axes.items():
+            written = self._written_axes.get(key)
+            texts = written if isinstance(written, list) and len(written) == len(values) else [None] * len(values)
+            axes.append([_build_axis_value(key, *pair) for pair in zip(values, texts, strict=True)])
+        yield from itertools.product(*axes)
 
 
 def read_suite(path: Path) -> Suite:
@@ -55,9 +69,9 @@ def read_suite(path: Path) -> Suite:
     restore_text(values, written, Suite, {})
     if isinstance(values.get("slurm"), dict):
         values["slurm"] = {key: _get_text(value, written["slurm"].get(key)) for key, value in values["slurm"].items()}
-    values["written_axes"] = written.get("axes", {}) if isinstance(values.get("axes"), dict) else {}
     try:
-        return Suite.model_validate_json(json.dumps(values, default=str), strict=True)
+        suite = Suite.model_validate_json(json.dumps(values, default=str), strict=True)
+        return suite.with_written_axes(written.get("axes") or {})
     except ValidationError as error:
         # A misspelt key also makes a required key missing, so the unknown key is reported first.
         first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
@@ -90,7 +104,7 @@ def expand(
     recipes: list[Recipe] = []
     for name in suite.recipes:
         file = path.parent / expand_home(name)
-        for point in _iter_grid_points(suite):
+        for point in suite.iter_grid_points():
             changes = [f"{key}={text}" for key, _, text in point]
             output = [f"output_dir={to_inline_yaml(str(out))}"] if out is not None else []
             values = merge_configs([file], [*suite.overrides, *changes], config, [*overrides, *output])
@@ -137,16 +151,6 @@ def resolve_accelerate_config(path: Path) -> Path | None:
     if not file.is_file():
         raise MissingFileError(f"{path} names the accelerate config {name}, but {file} does not exist")
     return file
-
-
-def _iter_grid_points(suite: Suite) -> Iterator[tuple[tuple[str, Any, str], ...]]:
-    """Yield every combination of axis values: key, value for the name, and text of the override."""
-    axes = []
-    for key, values in suite.axes.items():
-        written = suite.written_axes.get(key)
-        texts = written if isinstance(written, list) and len(written) == len(values) else [None] * len(values)
-        axes.append([_build_axis_value(key, *pair) for pair in zip(values, texts, strict=True)])
-    yield from itertools.product(*axes)
 
 
 def _build_axis_value(key: str, value: object, written: object) -> tuple[str, object, str]:

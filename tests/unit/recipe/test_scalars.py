@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from peftbench.errors import WrongTypeError
+from peftbench.errors import UnknownKeyError, WrongTypeError
 from peftbench.recipe.loader import load_recipe
-from peftbench.suite.expand import read_suite
+from peftbench.suite.expand import expand, read_suite
 from tests.helpers.recipe_files import REQUIRED_KEYS, write
 
 TEXTS = ["off", "yes", "010", "1", "1.5", "1e3", "2024-01-01", "0x1F", "true", "1_000", "1:30"]
@@ -62,3 +62,18 @@ def test_suite_name_is_taken_as_written(tmp_path: Path) -> None:
     """The same holds for the keys of a suite."""
     write(tmp_path / "a.yaml", REQUIRED_KEYS)
     assert read_suite(write(tmp_path / "s.yaml", "name: off\nrecipes: [a.yaml]\n")).name == "off"
+
+
+def test_axes_and_sbatch_options_of_a_suite_are_taken_as_written(tmp_path: Path) -> None:
+    """An axis over a text key keeps the text; an ambiguous number is refused; account 010 is not account 8."""
+    write(tmp_path / "a.yaml", REQUIRED_KEYS)
+    text = "name: s\nrecipes: [a.yaml]\n"
+    path = write(
+        tmp_path / "s.yaml", f"{text}slurm: {{account: 010, exclusive: true}}\naxes: {{model.revision: [off, 1.10]}}\n"
+    )
+    assert read_suite(path).slurm == {"account": "010", "exclusive": True}
+    assert [recipe.model.revision for recipe in expand(path)] == ["off", "1.10"]
+    with pytest.raises(WrongTypeError, match=r"train\.steps=010 is ambiguous"):
+        expand(write(tmp_path / "t.yaml", f"{text}axes: {{train.steps: [010]}}\n"))
+    with pytest.raises(UnknownKeyError, match=r"unknown key 'written_axes'"):
+        read_suite(write(tmp_path / "u.yaml", f"{text}written_axes: {{}}\n"))
