@@ -13,6 +13,7 @@ from typing import TypeVar
 import platformdirs
 from pydantic import BaseModel
 
+from peftbench.common.text import expand_home
 from peftbench.errors import DiskFullError, OutputError
 
 ResourceT = TypeVar("ResourceT", bound=BaseModel)
@@ -29,7 +30,7 @@ def path_exists(path: Path) -> bool:
 
 def cache_dir() -> Path:
     """Return the cache folder: ``$PEFTBENCH_CACHE``, else the platform's cache folder for peftbench."""
-    return Path(os.environ.get(CACHE_DIR_ENV) or platformdirs.user_cache_dir("peftbench"))
+    return Path(expand_home(os.environ.get(CACHE_DIR_ENV) or platformdirs.user_cache_dir("peftbench")))
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -40,22 +40,18 @@ CORPUS_DISTRIBUTIONS: tuple[str, ...] = (
     "annotated-types",
     "anyio",
     "attrs",
-    "bitsandbytes",
     "certifi",
     "charset-normalizer",
     "click",
     "cloudpickle",
     "datasets",
-    "deepspeed",
     "defusedxml",
     "dill",
-    "einops",
     "evaluate",
     "filelock",
     "fsspec",
     "h11",
     "hf-xet",
-    "hjson",
     "httpcore2",
     "httpx2",
     "huggingface-hub",
@@ -68,11 +64,9 @@ CORPUS_DISTRIBUTIONS: tuple[str, ...] = (
     "markupsafe",
     "mdurl",
     "mpmath",
-    "msgpack",
     "multiprocess",
     "narwhals",
     "networkx",
-    "ninja",
     "nltk",
     "numpy",
     "nvidia-ml-py",
@@ -82,7 +76,6 @@ CORPUS_DISTRIBUTIONS: tuple[str, ...] = (
     "peft",
     "platformdirs",
     "psutil",
-    "py-cpuinfo",
     "pyarrow",
     "pydantic",
     "pydantic-core",
@@ -117,10 +110,10 @@ CORPUS_DISTRIBUTIONS: tuple[str, ...] = (
 )
 """Distributions that the corpus is read from, by normalized name (PEP 503), sorted.
 
-The list is fixed: it does not follow peftbench's requirements, so a new dependency leaves the corpus as it is.
+The list is fixed: it does not follow peftbench's requirements, so a new dependency leaves the corpus as it is. It has
+no distribution that only DeepSpeed or bitsandbytes needs, and none that some platform lacks, so the corpus is the same
+with and without them.
 """
-LINUX_ONLY = frozenset({"bitsandbytes", "deepspeed", "einops", "hjson", "msgpack", "ninja", "py-cpuinfo"})
-"""Distributions that peftbench installs on Linux only: bitsandbytes, DeepSpeed and its requirements."""
 
 # Self-contained libraries of different kinds, installed on every platform. All others are in the training split.
 HELD_OUT_PACKAGES = {"nltk": "validation", "networkx": "test"}
@@ -173,8 +166,7 @@ def installed_distributions() -> dict[str, str]:
     """Return the installed version of each distribution of the corpus.
 
     A missing distribution is an error: skipping it would change the training examples and their fingerprint, and the
-    run would not be comparable with others. Only distributions that peftbench does not install on this platform are
-    skipped; the corpus of such a platform has its own fingerprint.
+    run would not be comparable with others.
 
     Raises:
         DataNotFoundError: a distribution is not installed; the message has the pip command.
@@ -185,8 +177,7 @@ def installed_distributions() -> dict[str, str]:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            if name not in LINUX_ONLY or platform.system() == "Linux":
-                missing.append(name)
+            missing.append(name)
     if missing:
         raise DataNotFoundError(
             f"the docstring corpus is read from {', '.join(missing)}, which is not installed",

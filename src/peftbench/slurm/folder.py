@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
-from peftbench.common.console import cli_errors
+from peftbench.common.console import cli_errors, expand_home_in_args
 from peftbench.recipe.loader import load_recipe
 from peftbench.run_dir.layout import RunDir
 
@@ -25,4 +26,4 @@ def print_run_dir(
 
 
 if __name__ == "__main__":
-    app()
+    app(expand_home_in_args(sys.argv[1:]))

@@ -132,6 +132,9 @@ def test_cache_dir_follows_the_environment_variable(tmp_path: Path, monkeypatch:
     """Check that an unset or empty variable selects the platform's cache folder."""
     monkeypatch.setenv(CACHE_DIR_ENV, str(tmp_path))
     assert cache_dir() == tmp_path
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv(CACHE_DIR_ENV, "~/cache")
+    assert cache_dir() == tmp_path / "cache"
     monkeypatch.delenv(CACHE_DIR_ENV)
     default = cache_dir()
     assert "peftbench" in default.parts

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import platform
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from peftbench.data import docstring_corpus
 from peftbench.data.docstring_corpus import (
@@ -217,11 +218,33 @@ def test_unwritable_cache(read_corpora: list[Corpus], tmp_path: Path, monkeypatc
 # --- which distributions ---------------------------------------------------------------------------------------------
 
 
+def required_distributions(name: str, environment: dict[str, str], without: tuple[str, ...] = ()) -> set[str]:
+    """Return what installing ``name`` installs in ``environment``, itself included, by normalized name.
+
+    Requirements of installed distributions are followed; those named in ``without`` are left out.
+    """
+    installed: set[tuple[str, str]] = set()
+    pending = [(name, "")]
+    while pending:
+        distribution, extra = pending.pop()
+        if (distribution, extra) in installed or distribution in without:
+            continue
+        installed.add((distribution, extra))
+        try:
+            lines = metadata.requires(distribution) or []
+        except metadata.PackageNotFoundError:  # of another platform
+            continue
+        for requirement in map(Requirement, lines):
+            if requirement.marker is None or requirement.marker.evaluate({**environment, "extra": extra}):
+                pending += [(canonicalize_name(requirement.name), each) for each in ("", *requirement.extras)]
+    return {distribution for distribution, _ in installed}
+
+
 def test_list_of_distributions_is_fixed() -> None:
     """The demo's committed records depend on this list."""
     assert list(CORPUS_DISTRIBUTIONS) == sorted(set(CORPUS_DISTRIBUTIONS))
     assert set(HELD_OUT_PACKAGES) <= set(CORPUS_DISTRIBUTIONS)
-    assert hashlib.blake2b(" ".join(CORPUS_DISTRIBUTIONS).encode(), digest_size=8).hexdigest() == "9d2a0ae16027dabe"
+    assert hashlib.blake2b(" ".join(CORPUS_DISTRIBUTIONS).encode(), digest_size=8).hexdigest() == "46d93b87c6fcadad"
 
 
 def test_corpus_does_not_depend_on_requirements(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,18 +273,19 @@ def test_missing_distribution_is_named_with_its_pip_command(
         cache_pair_files()
 
 
-def test_linux_only_distributions_are_skipped_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Off Linux, peftbench does not install DeepSpeed, so the corpus is read without it."""
-    version = metadata.version
+OPTIONAL_REQUIREMENTS = ("bitsandbytes", "deepspeed")
 
-    def without_deepspeed(name: str) -> str:
-        if name == "deepspeed":
-            raise metadata.PackageNotFoundError(name)
-        return version(name)
 
-    monkeypatch.setattr(metadata, "version", without_deepspeed)
-    monkeypatch.setattr(platform, "system", lambda: "Darwin")
-    assert set(CORPUS_DISTRIBUTIONS) - set(installed_distributions()) == {"deepspeed"}
+@pytest.mark.parametrize(
+    "system", [("Linux", "linux", "posix"), ("Darwin", "darwin", "posix"), ("Windows", "win32", "nt")]
+)
+def test_corpus_needs_neither_deepspeed_nor_bitsandbytes(system: tuple[str, str, str]) -> None:
+    """Every distribution of the corpus is installed on each platform by the other requirements alone."""
+    environment = dict(zip(("platform_system", "sys_platform", "os_name"), system, strict=True))
+    installed = required_distributions("peftbench", environment, without=OPTIONAL_REQUIREMENTS)
+    assert "torch" in installed
+    assert not installed & set(OPTIONAL_REQUIREMENTS)
+    assert set(CORPUS_DISTRIBUTIONS) <= installed
 
 
 # --- this environment ------------------------------------------------------------------------------------------------
