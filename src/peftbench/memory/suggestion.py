@@ -59,9 +59,9 @@ def find_cheapest_change(recipe: Recipe, target: MemoryTarget) -> Strategy | Non
     free = [technique.name for technique in TECHNIQUES if technique.tradeoff is None]
     every = [technique.name for technique in TECHNIQUES]
     for overrides, tradeoffs, variant in _iter_variants(recipe):
-        for allowed in (free, every):
+        for allowed, tried in ((free, None), (every, free)):
             try:
-                strategy = _find_first(variant, allowed, target)
+                strategy = _find_first(variant, allowed, tried, target)
             except (CombinationError, EstimateUnavailableError, ModelError, OptimizerError):
                 if variant is recipe:
                     raise
@@ -94,10 +94,19 @@ def _iter_variants(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], tuple[str,
         yield (*overrides, "model.quantization=nf4"), (*tradeoffs, _NF4_TRADEOFF), quantized
 
 
-def _find_first(recipe: Recipe, allowed: Sequence[str], target: MemoryTarget) -> Strategy | None:
-    """Return the strategy of the cheapest set of techniques that fits, None if none fits."""
+def _find_first(
+    recipe: Recipe, allowed: Sequence[str], tried: Sequence[str] | None, target: MemoryTarget
+) -> Strategy | None:
+    """Return the strategy of the cheapest set of techniques that fits, None if none fits.
+
+    Sets of the techniques in ``tried`` alone, with the empty set, do not fit and are left out.
+    """
     sets = sorted(
-        list_technique_sets(recipe, allowed, target.facts),
+        (
+            techniques
+            for techniques in list_technique_sets(recipe, allowed, target.facts)
+            if tried is None or not {technique.name for technique in techniques} <= set(tried)
+        ),
         key=lambda techniques: (sum(technique.tradeoff is not None for technique in techniques), len(techniques)),
     )
     if len(sets) > _FEW_SETS and not any(_may_fit(recipe, techniques, target) for techniques in _list_maximal(sets)):
