@@ -7,6 +7,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 .PHONY: demo test test-all test-engines test-slow test-slurm lint prose readme picture clean
 
 demo: .venv/installed
+	@echo "Two suites of 6 and 3 runs, about 5 minutes on two CPU cores, 8 on slow ones (measured: docs/results/README.md)."
 	$(BIN)/peftbench run recipes/demo/suite.yaml
 	$(BIN)/peftbench run recipes/demo/budget.yaml
 	@echo "Open in a browser: runs/demo/report.html and runs/demo_budget/report.html"
@@ -63,6 +64,7 @@ picture: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "peftbench needs Python 3.11 or newer; run make PYTHON=python3.11")'
+	@echo "Installing peftbench and its requirements into .venv (a few minutes, about 3 GB) ..."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,tensorboard]"

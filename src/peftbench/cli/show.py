@@ -34,6 +34,7 @@ def show(
     ] = False,
 ) -> None:
     """Print the resolved recipe with a one-line description of each key."""
+    from peftbench.errors import RecipeError
     from peftbench.recipe.arguments import load_recipe_from_arguments
     from peftbench.recipe.differences import describe_recipe_differences
     from peftbench.recipe.loader import to_commented_yaml
@@ -41,6 +42,10 @@ def show(
     from peftbench.run_dir.layout import RunDir
 
     with cli_errors():
+        others = [*join_arguments(recipe, overrides), *map(str, config or [])]
+        if others and (glossary or diff is not None):
+            usage = "--glossary takes no argument" if glossary else "--diff takes two files"
+            raise RecipeError(f"peftbench show {usage}, and {others[0]} was given too", "remove it")
         if glossary:
             print("\n".join(f"{column.title}: {column.description}" for column in COLUMNS))
             return

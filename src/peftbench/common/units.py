@@ -1,4 +1,4 @@
-"""Parse and format memory sizes."""
+"""Parse and format memory sizes, and format durations."""
 
 from __future__ import annotations
 
@@ -43,3 +43,10 @@ def format_bytes(num_bytes: int, total_bytes: int | None = None) -> str:
     if max(sizes) < 10 * _GIB:
         return " of ".join(f"{size / _MIB:,.0f}" for size in sizes) + " MiB"
     return " of ".join(f"{size / _GIB:,.1f}" for size in sizes) + " GiB"
+
+
+def format_duration(seconds: float) -> str:
+    """Format a duration as hours, minutes and seconds, e.g. 1:05:09."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

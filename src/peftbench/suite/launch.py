@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pathlib import Path
 import psutil
 
 from peftbench.common.filesystem import write_atomically
+from peftbench.common.units import format_duration
 from peftbench.errors import RunLockedError
 from peftbench.recipe.loader import to_commented_yaml
 from peftbench.recipe.schema import Recipe
@@ -69,8 +71,10 @@ def run_suite(
             results.append(RunResult(recipe.name, "skipped"))
             continue
         log_message(f"{label}: running")
+        start = time.monotonic()
         result = run_one(recipe, accelerate, log_message=log_message)
-        log_message(f"{label}: {result.outcome}" + (f" ({result.error})" if result.error else ""))
+        error = f" ({result.error})" if result.error else ""
+        log_message(f"{label}: {result.outcome} after {format_duration(time.monotonic() - start)}{error}")
         results.append(result)
     return results
 

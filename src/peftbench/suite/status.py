@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from peftbench.common.units import format_bytes
+from peftbench.common.units import format_bytes, format_duration
 from peftbench.errors import MissingFileError, RecordError
 from peftbench.record import FINAL_OUTCOMES, RECORD_FILE, RunRecord, read_record
 from peftbench.run_dir.layout import CHECKPOINTS_DIR, RECIPE_FILE, STATUS_FILE, RunDir
@@ -197,7 +197,7 @@ def render_status_table(rows: Sequence[RunStatus]) -> str:
             "–" if row.loss is None else f"{row.loss:.3f}",
             "–" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
             "–" if row.memory_bytes is None else format_bytes(row.memory_bytes, row.budget_bytes),
-            "–" if row.seconds_left is None else _format_duration(row.seconds_left),
+            "–" if row.seconds_left is None else format_duration(row.seconds_left),
             row.job_id or "–",
             row.detail,
         ]
@@ -209,9 +209,3 @@ def render_status_table(rows: Sequence[RunStatus]) -> str:
     states = [row.state for row in rows]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     return f"{tabulate(lines, headers=headers, disable_numparse=True)}\n\n{len(rows)} runs: {counts}"
-
-
-def _format_duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"

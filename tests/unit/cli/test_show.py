@@ -49,3 +49,20 @@ def test_run_dir_is_created_and_printed(recipe_file: Path) -> None:
     assert Path("out/second").is_dir()
     result = CliRunner().invoke(app, ["show", "--run-dir", str(recipe_file), f"output_dir={recipe_file}"])
     assert result.exit_code == OutputError.exit_code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "usage"),
+    [
+        (["--glossary", "name=x"], "--glossary takes no argument"),
+        (["--diff", "RECIPE", "RECIPE", "name=x"], "--diff takes two files"),
+        (["--diff", "RECIPE", "RECIPE", "--config", "name=x"], "--diff takes two files"),
+    ],
+)
+def test_show_refuses_arguments_that_it_would_ignore(arguments: list[str], usage: str, recipe_file: Path) -> None:
+    """--glossary and --diff use no overrides."""
+    result = CliRunner().invoke(app, ["show", *(str(recipe_file) if word == "RECIPE" else word for word in arguments)])
+    assert (result.exit_code, result.stderr) == (
+        10,
+        f"error: peftbench show {usage}, and name=x was given too; remove it\n",
+    )

@@ -1,10 +1,10 @@
-"""Formatting of byte counts."""
+"""Formatting of byte counts and durations."""
 
 from __future__ import annotations
 
 import pytest
 
-from peftbench.common.units import format_bytes
+from peftbench.common.units import format_bytes, format_duration
 
 MIB, GIB = 2**20, 2**30
 
@@ -24,3 +24,9 @@ MIB, GIB = 2**20, 2**30
 def test_format_bytes_uses_one_unit(num_bytes: int, total_bytes: int | None, text: str) -> None:
     """Check that the larger size selects the unit: MiB below 10 GiB, else GiB."""
     assert format_bytes(num_bytes, total_bytes) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00:00"), (59.6, "0:01:00"), (3_909, "1:05:09")])
+def test_format_duration(seconds: float, text: str) -> None:
+    """Seconds are rounded first, so that 60 seconds are a minute."""
+    assert format_duration(seconds) == text
