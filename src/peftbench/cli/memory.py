@@ -47,8 +47,8 @@ _CheckOption = Annotated[
 _TechniquesOption = Annotated[
     str,
     typer.Option(
-        help="Comma-separated techniques to try, e.g. checkpointing,bf16, where checkpointing is gradient "
-        "checkpointing. all: every technique."
+        help="Comma-separated names of techniques to try, e.g. checkpointing,bf16; all: every technique. The error for "
+        "an unknown name lists the known ones."
     ),
 ]
 _VerifyOption = Annotated[

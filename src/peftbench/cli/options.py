@@ -24,8 +24,8 @@ AccelerateOption = Annotated[
     typer.Option(
         "--accelerate",
         metavar="CONFIG",
-        help="Accelerate config: a file, or the name of one in accel_configs/, e.g. zero2. Default: the config that "
-        "the suite names, if any; otherwise a single process.",
+        help="Accelerate config: a file, or the name of one in accel_configs/, e.g. zero2. Default: the one that "
+        "the suite names, otherwise a single process.",
     ),
 ]
 """Results of ``estimate`` and ``fit`` are per process."""

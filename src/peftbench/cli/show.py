@@ -1,4 +1,4 @@
-"""The command ``show``: a resolved recipe, its run folder, or the glossary of the tables."""
+"""The command ``show``: a complete recipe, its run folder, or the glossary of the tables."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def show(
         ),
     ] = False,
 ) -> None:
-    """Print the resolved recipe with a one-line description of each key."""
+    """Print the complete recipe, defaults and overrides included, with a one-line description of each key."""
     from peftbench.errors import RecipeError
     from peftbench.recipe.arguments import load_recipe_from_arguments
     from peftbench.recipe.differences import describe_recipe_differences

@@ -24,7 +24,7 @@ SkipFinishedOption = Annotated[
     bool, typer.Option("--skip-finished", metavar="", help="If the run has already finished, only print its outcome.")
 ]
 PrintConfigOption = Annotated[
-    bool, typer.Option("--print-config", metavar="", help="Print the resolved recipe like peftbench show, and exit.")
+    bool, typer.Option("--print-config", metavar="", help="Print the complete recipe like peftbench show, and exit.")
 ]
 
 TRAIN_HELP = """Run one recipe and write its results to record.json.

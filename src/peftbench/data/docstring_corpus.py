@@ -180,8 +180,9 @@ def installed_distributions() -> dict[str, str]:
             missing.append(name)
     if missing:
         raise DataNotFoundError(
-            f"the docstring corpus is read from {', '.join(missing)}, which is not installed",
-            f"run: pip install {' '.join(missing)}",
+            f"the docstring corpus needs {'a package' if len(missing) == 1 else 'packages'} that "
+            f"{'is' if len(missing) == 1 else 'are'} not installed: {', '.join(missing)}",
+            f"run: pip install -c constraints.txt {' '.join(missing)}",
         )
     return versions
 

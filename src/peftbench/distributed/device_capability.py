@@ -23,7 +23,7 @@ class DeviceCapability:
     has_flash_attention: bool = False
     """True if the package flash-attn is installed for this device."""
     is_planned: bool = False
-    """True if a memory estimate is for this device, rather than a run on it."""
+    """True for the target of a memory estimate, False for the device of a run."""
 
     @classmethod
     def from_compute_capability(

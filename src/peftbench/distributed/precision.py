@@ -18,7 +18,7 @@ def resolve_precision(recipe: Recipe, engine: EngineKind, device: DeviceCapabili
     """Return the precision that ``train.precision=auto`` means, and the reason as a clause.
 
     It is the first in the device's order of preference that runs with the engine and the recipe's optimizer. If none
-    runs, the first is returned, which the compatibility rules refuse with their reason.
+    runs, it is the first; the compatibility check then refuses it and gives the reason.
     """
     ranked = list(_iter_preferences(recipe, device))
     refusal = ""
@@ -37,7 +37,7 @@ def with_precision(recipe: Recipe, precision: Precision) -> Recipe:
 
 
 def _iter_preferences(recipe: Recipe, device: DeviceCapability) -> Iterator[tuple[Precision, str]]:
-    """Yield precisions, best first, each with the reason for the first choice."""
+    """Yield precisions, best first, each with the reason to give if it is selected."""
     if device.device_type == "cpu":
         yield from _iter_cpu_preferences(recipe, device)
         return

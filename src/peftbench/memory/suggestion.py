@@ -32,7 +32,7 @@ _NF4_TRADEOFF = "base weights in 4 bits"
 
 
 def suggest_change(recipe: Recipe, target: MemoryTarget) -> str:
-    """Return a sentence with the cheapest change that is predicted to fit, or that none of peftbench's changes fits.
+    """Return a sentence with the cheapest change that is predicted to fit, or what was tried if nothing fits.
 
     Raises:
         BudgetError: the target has no budget.
@@ -43,11 +43,18 @@ def suggest_change(recipe: Recipe, target: MemoryTarget) -> str:
     if strategy is not None:
         tradeoffs = f" (trade-off: {'; '.join(strategy.tradeoffs)})" if strategy.tradeoffs else ""
         upper = format_bytes(strategy.plan.process_bytes[1])
-        return f"{' '.join(strategy.overrides)} is predicted to fit, with at most {upper}{tradeoffs}"
+        return f"with {' '.join(strategy.overrides)} the run is predicted to fit and to need at most {upper}{tradeoffs}"
     least = compute_lower_bound(recipe, target.launch_config)
     exceeds = least > target.required_budget
-    needs = f"; weights, gradients and optimizer states of this recipe take {format_bytes(least)}" if exceeds else ""
-    return f"no smaller micro-batch, technique or method of peftbench is predicted to fit{needs}"
+    needs = (
+        f"; weights, gradients and optimizer states of this recipe take at least {format_bytes(least)}"
+        if exceeds
+        else ""
+    )
+    names = ("method.kind=lora", "model.quantization=nf4")
+    others = [name for name in names if any(name in overrides for overrides, _, _ in _iter_variants(recipe))]
+    tried = " and ".join([", ".join(["smaller micro-batches, memory techniques", *others[:-1]]), *others[-1:]])
+    return f"{tried} were tried, and none is predicted to fit{needs}"
 
 
 def find_cheapest_change(recipe: Recipe, target: MemoryTarget) -> Strategy | None:
@@ -99,7 +106,7 @@ def _find_first(
 ) -> Strategy | None:
     """Return the strategy of the cheapest set of techniques that fits, None if none fits.
 
-    Sets of the techniques in ``tried`` alone, with the empty set, do not fit and are left out.
+    Sets whose techniques are all in ``tried``, the empty set included, are skipped: none of them fits.
     """
     sets = sorted(
         (

@@ -16,19 +16,19 @@ AttentionImplementation = Literal["flash_attention_2", "sdpa", "eager"]
 
 
 def select_attention(
-    model_config: Model, config: PreTrainedConfig, model_path: str, *, can_use_flash: bool
+    model_config: Model, config: PreTrainedConfig, model_path: str, *, flash_obstacle: str | None
 ) -> tuple[AttentionImplementation, str]:
     """Return the implementation that ``model.attention=auto`` means, and the reason as a clause.
 
-    ``model_path`` is the folder or Hub name of the model. ``can_use_flash``: flash-attn is installed, and device and
-    precision support it. For a config without a causal language model the result is "sdpa"; loading raises the error.
+    ``model_path`` is the folder or Hub name of the model. ``flash_obstacle`` states why the device or the precision
+    rules out flash attention; None if both support it. For a config without a causal language model the result is
+    "sdpa"; loading raises the error.
     """
     supported = list_attention_implementations(model_config, config, model_path)
-    if "flash_attention_2" in supported and can_use_flash:
+    if "flash_attention_2" in supported and flash_obstacle is None:
         return "flash_attention_2", "flash-attn is installed"
     if "sdpa" in supported or not supported:
-        reason = f"{config.model_type} does not support flash-attn" if can_use_flash else "flash-attn is not available"
-        return "sdpa", reason
+        return "sdpa", flash_obstacle or f"{config.model_type} does not support flash attention"
     return "eager", f"{config.model_type} does not support sdpa"
 
 

@@ -114,7 +114,7 @@ def load_model(model_config: Model, compute_dtype: torch.dtype | None = None) ->
 
 
 def fuse_gelu(model: PreTrainedModel) -> None:
-    """Replace GELU written as separate operations by torch's kernel, which saves three activations per layer."""
+    """Replace GELU written as separate operations by torch's kernel, which keeps three fewer activations per layer."""
     from transformers.activations import ACT2FN, NewGELUActivation
 
     for module in list(model.modules()):

@@ -57,7 +57,7 @@ def refuse_second_file(command: str, arguments: Sequence[str]) -> None:
 def split_arguments(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
     """Return the files and the overrides.
 
-    An existing file is a file even if its path has a "=", as the folders of a suite's axes have.
+    An argument with "=" is a file if that file exists: run folders of a suite with axes have "=" in their names.
     """
     files = [argument for argument in arguments if "=" not in argument or os.path.isfile(argument)]  # noqa: PTH113
     return [Path(file) for file in files], [argument for argument in arguments if argument not in files]

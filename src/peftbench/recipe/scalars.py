@@ -1,7 +1,7 @@
 """Scalars of YAML as they were written, for keys whose value is text.
 
-YAML reads ``off`` as false, ``010`` as 8 and ``1:30`` as 90. A key that holds text takes the characters instead, and a
-key that holds a number refuses those that YAML reads as another number than a person does.
+YAML reads ``off`` as false, ``010`` as 8 and ``1:30`` as 90. If the key holds text, it gets the characters as written.
+If the key holds a number, a number that YAML reads differently than a person is an error.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _restore(value: object, text: object, annotation: object, path: str) -> obje
     if str in allowed and not allowed & {int, float, bool}:
         return text
     if allowed & {int, float} and _AMBIGUOUS_NUMBER.fullmatch(text):
-        plain = text.lstrip("-+0_") or "0"
+        plain = ("-" if text.startswith("-") else "") + (text.lstrip("-+0_") or "0")
         hint = f"write {value}" if ":" in text else f"write {plain} or {value}"
         raise WrongTypeError(f"Invalid recipe: {path}={text} is ambiguous, since YAML reads it as {value}", hint)
     return value

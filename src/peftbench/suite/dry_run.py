@@ -26,7 +26,7 @@ _MAX_LISTED_KEYS = 3
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run of a suite that has not been started."""
+    """The planned action for one run of a suite: run, resume or skip."""
 
     name: str
     action: str
@@ -63,7 +63,9 @@ def format_planned_runs(runs: Sequence[PlannedRun]) -> str:
     hours = f"{sum(known):.2f} hours for the {len(known)} whose duration is known" if known else "unknown hours"
     if not started:
         return f"{table}\n\nnothing to run"
-    return f"{table}\n\n{len(started)} of {len(runs)} runs start: at least {disk} of disk space, {hours}"
+    unknown = sum(run.disk_bytes is None for run in started)
+    disk += f" (unknown for {unknown} of them)" if unknown else ""
+    return f"{table}\n\nto run: {len(started)} of {len(runs)}, with up to {disk} of disk space and {hours}"
 
 
 def _plan_run(recipe: Recipe, finder: ResultFinder) -> PlannedRun:

@@ -92,6 +92,7 @@ def _build_short_recipe(recipe: Recipe, width: int, micro_batch_size: int, budge
     split, batch = recipe.evaluate.split, recipe.evaluate.batch_size
     examples = min(getattr(recipe.data, split) or batch, batch)
     changes = {
+        "schedule": {"warmup_steps": 0},  # it must be shorter than the training
         "train": {"steps": _VERIFICATION_STEPS, "epochs": None, "micro_batch_size": micro_batch_size},
         "data": {"padding": "max_length", "pad_to_multiple_of": 1, "max_length": width, split: examples},
         "evaluate": {"saved_samples": 0},

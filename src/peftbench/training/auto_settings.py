@@ -52,10 +52,22 @@ def resolve_auto_settings(
         recipe = with_precision(recipe, precision)
         choices.append(f"train.precision is {precision} ({reason})")
     if recipe.model.attention == "auto" and recipe.method.needs_model:
-        can_use_flash = device.has_flash_attention and device.has_bf16 and recipe.train.resolved_precision != "fp32"
         model_config = local_model or recipe.model
         config, path = load_config(model_config), resolve_model_path(model_config)
-        attention, reason = select_attention(model_config, config, path, can_use_flash=can_use_flash)
+        attention, reason = select_attention(
+            model_config, config, path, flash_obstacle=_find_flash_obstacle(recipe, device)
+        )
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"attention": attention})})
         choices.append(f"model.attention is {attention} ({reason})")
     return recipe, f"auto: {', '.join(choices)}" if choices else None
+
+
+def _find_flash_obstacle(recipe: Recipe, device: DeviceCapability) -> str | None:
+    """Return why flash attention cannot run on the device in the recipe's precision, None if it can."""
+    if not device.has_bf16 or device.device_type == "cpu":
+        return "flash attention needs a GPU of compute capability 8.0 or newer"
+    if recipe.train.resolved_precision == "fp32":
+        return "flash attention does not support fp32"
+    if device.has_flash_attention:
+        return None
+    return "an estimate plans flash attention as sdpa" if device.is_planned else "flash-attn is not installed"

@@ -61,7 +61,7 @@ def test_run_dir_is_created_and_printed(recipe_file: Path) -> None:
 )
 def test_show_refuses_arguments_that_it_would_ignore(arguments: list[str], usage: str, recipe_file: Path) -> None:
     """--glossary and --diff use no overrides."""
-    result = CliRunner().invoke(app, ["show", *(str(recipe_file) if word == "RECIPE" else word for word in arguments)])
+    result = CliRunner().invoke(app, ["show", *(str(recipe_file) if text == "RECIPE" else text for text in arguments)])
     assert (result.exit_code, result.stderr) == (
         10,
         f"error: peftbench show {usage}, and name=x was given too; remove it\n",

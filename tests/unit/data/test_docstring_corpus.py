@@ -269,7 +269,7 @@ def test_missing_distribution_is_named_with_its_pip_command(
         return version(name)
 
     monkeypatch.setattr(metadata, "version", without_missing)
-    with pytest.raises(DataNotFoundError, match=f"run: pip install {' '.join(missing)}$"):
+    with pytest.raises(DataNotFoundError, match=f"run: pip install -c constraints.txt {' '.join(missing)}$"):
         cache_pair_files()
 
 

@@ -68,8 +68,8 @@ def test_lora_is_suggested_if_no_technique_of_full_fine_tuning_fits(workshop: Wo
     lora = recipe.model_copy(update={"method": Lora()})
     target = fit_exactly(lora.model_copy(update={"train": lora.train.model_copy(update={"micro_batch_size": 1})}))
     sentence = suggest_change(recipe, target)
-    assert sentence.startswith("method.kind=lora ")
-    assert "is predicted to fit, with at most" in sentence
+    assert sentence.startswith("with method.kind=lora ")
+    assert "the run is predicted to fit and to need at most" in sentence
     assert "another method, whose learning rate must be chosen" in sentence
 
 
@@ -90,9 +90,10 @@ def test_hopeless_budget_names_the_bytes_of_the_states(workshop: Workshop) -> No
     recipe = workshop.recipe(Full(), train=TRAIN)
     sentence = suggest_change(recipe, MemoryTarget(get_device_facts("cpu"), "cpu", 2**20))
     assert sentence.startswith(
-        "no smaller micro-batch, technique or method of peftbench is predicted to fit; weights, "
+        "smaller micro-batches, memory techniques, method.kind=lora and model.quantization=nf4 were tried, and none is "
+        "predicted to fit; weights, "
     )
-    assert f"take {16 * PARAMETERS / 2**20:,.0f} MiB" in sentence
+    assert f"take at least {16 * PARAMETERS / 2**20:,.0f} MiB" in sentence
 
 
 def test_check_accepts_only_plans_that_fit(workshop: Workshop) -> None:

@@ -42,6 +42,7 @@ def test_text_in_a_list_is_taken_as_written(least: Path) -> None:
     ("override", "message"),
     [
         ("train.steps=010", "train.steps=010 is ambiguous, since YAML reads it as 8; write 10 or 8"),
+        ("train.steps=-010", "train.steps=-010 is ambiguous, since YAML reads it as -8; write -10 or -8"),
         ("train.steps=1:30", "train.steps=1:30 is ambiguous, since YAML reads it as 90"),
         ("optimizer.betas=[0.9, 01]", "is ambiguous"),
     ],

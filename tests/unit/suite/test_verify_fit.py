@@ -25,7 +25,9 @@ BUDGET = 2**31
 @pytest.fixture
 def planned(workshop: Workshop) -> tuple[Recipe, Strategy, MemoryTarget]:
     """Return a recipe of 12 examples per step, a strategy that predicts micro-batches of 4, and its target."""
-    recipe = workshop.recipe(Full(), train={"global_batch_size": 12}, evaluate={"batch_size": 2})
+    recipe = workshop.recipe(
+        Full(), train={"global_batch_size": 12, "steps": 99}, schedule={"warmup_steps": 12}, evaluate={"batch_size": 2}
+    )
     target = MemoryTarget(UNKNOWN_DEVICE, "a GPU", BUDGET)
     strategy = find_strategy(recipe, (), target)
     assert strategy is not None
@@ -63,6 +65,7 @@ def test_verification_reports_the_largest_size_that_ran(planned: tuple[Recipe, S
         for recipe in recipes:
             assert (recipe.train.steps, recipe.train.global_batch_size, recipe.data.padding) == (3, 12, "max_length")
             assert recipe.budget.memory_bytes == BUDGET
+            assert Recipe.model_validate(recipe.model_dump()) == recipe
             assert not Path(recipe.output_dir).exists()
     # A failure other than out of memory does not count as the limit.
     with pytest.raises(BudgetError, match="cannot verify micro-batch 4: the run ended as failed: no such"):

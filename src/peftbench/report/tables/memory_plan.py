@@ -82,7 +82,7 @@ def format_plan(plan: Plan) -> str:
         margin = _format_margin(*plan.margin_bytes, _Unit.for_sizes([max(map(abs, plan.margin_bytes))]))
         lines.append(f"in {budget_unit.with_name(plan.budget_bytes)}: {plan.verdict} ({margin})")
     if plan.suggestion is not None:
-        lines.append(f"to fit: {plan.suggestion}")
+        lines.append(f"suggestion: {plan.suggestion}")
     return "\n".join((*lines, *(f"note: {note}" for note in plan.notes)))
 
 
