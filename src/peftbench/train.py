@@ -67,6 +67,7 @@ def train_from_arguments(
             if is_main_process():
                 print(to_commented_yaml(recipe), end="")
             return
+        _print_untimed_note(recipe)
         existing = _load_existing_result(recipe) if skip_finished else None
         if existing is not None:
             _print_existing_result(recipe, existing)
@@ -77,6 +78,16 @@ def train_from_arguments(
         if outcome.kind != "ok" and launcher_env.get_world_size() > 1:
             exit_immediately(exit_code)
         raise typer.Exit(exit_code)
+
+
+def _print_untimed_note(recipe: Recipe) -> None:
+    """Print before the run that no step will be timed; with train.epochs the number of steps is not known yet."""
+    from peftbench.profiler.throughput import explain_untimed_run
+
+    steps = recipe.train.steps if recipe.method.is_trainable else None
+    note = None if steps is None else explain_untimed_run(recipe.profile.untimed_steps, steps)
+    if note is not None and is_main_process():
+        print(f"note: {note}", file=sys.stderr, flush=True)
 
 
 def _print_table(record_path: Path | None) -> None:

@@ -59,6 +59,31 @@ def test_invalid_input_is_refused(arguments: list[str], code: int, message: str,
     assert result.stderr.count("error: ") == 1
 
 
+@pytest.mark.parametrize(("budget", "check_code"), [("2GiB", 0), ("20MiB", 83)])
+def test_check_exits_with_its_code_unless_the_run_fits(
+    budget: str, check_code: int, invoke: Callable[..., Result]
+) -> None:
+    """Without --check the exit code is 0 whatever the verdict; the plan is printed either way."""
+    arguments = ["estimate", "recipe.yaml", "--device", "cpu", "--budget", budget]
+    plain, checked = invoke(*arguments), invoke(*arguments, "--check")
+    assert (plain.exit_code, checked.exit_code) == (0, check_code), checked.output
+    verdict = "fits" if check_code == 0 else "does not fit"
+    assert f"MiB: {verdict} (" in plain.stdout
+    assert plain.stdout == checked.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_weights_above_the_budget_have_a_plan_and_a_suggestion(invoke: Callable[..., Result]) -> None:
+    """Full fine-tuning of Qwen2.5-7B does not fit 16 GiB; --check exits with 83 and one sentence."""
+    recipe = str(REPOSITORY / "recipes" / "gpt2_cnn_dm" / "full.yaml")
+    result = invoke("estimate", recipe, "model.path=Qwen/Qwen2.5-7B", "--budget", "16GiB", "--check")
+    assert result.exit_code == 83, result.output
+    assert "in 16.00 GiB: does not fit (" in result.stdout
+    assert "suggestion: with method.kind=lora " in result.stdout
+    assert result.stderr.count("error: ") == 1
+
+
 @pytest.mark.slow
 def test_fit_prints_each_strategy(project: Path, caches: dict[str, str]) -> None:
     """Each strategy has its largest micro-batch and the overrides to run it; the exit code is 1 if nothing fits."""

@@ -38,7 +38,7 @@ def run(
 
     Runs that have finished are skipped; interrupted ones resume.
     """
-    from peftbench.distributed.accelerate_config import find_accelerate_config
+    from peftbench.distributed.accelerate_config import find_accelerate_config, read_accelerate_config
     from peftbench.recipe.arguments import check_is_recipe, check_is_suite, refuse_second_file
     from peftbench.suite.dry_run import format_planned_runs, plan_runs
     from peftbench.suite.expand import expand, read_suite, resolve_accelerate_config
@@ -53,6 +53,8 @@ def run(
         recipes = expand(suite, overrides or [], out, seeds, config or [])
         title = read_suite(suite).name
         accelerate_config = find_accelerate_config(accelerate) if accelerate else resolve_accelerate_config(suite)
+        if accelerate_config is not None:
+            read_accelerate_config(accelerate_config)  # each run would fail on it
         if dry_run:
             print(format_planned_runs(plan_runs(recipes, accelerate_config)))
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,8 +11,10 @@ import typer
 
 from peftbench.common.text import expand_home
 from peftbench.common.usage_errors import USAGE_EXIT_CODE
-from peftbench.errors import EngineError, OutputError, PeftbenchError
+from peftbench.errors import EngineError, MissingFileError, OutputError, PeftbenchError
 
+_SHOWN_CHARACTERS = 60
+"""Number of characters of a too long path in its error."""
 INTERRUPT_EXIT_CODE = 130
 """Exit code after Ctrl-C, as in shells."""
 
@@ -24,7 +27,8 @@ def cli_errors(on_error: Callable[[dict[str, object]], None] | None = None, rank
     one with ``rank`` 0 prints errors that are the same on every rank.
     """
     try:
-        yield
+        with _refuse_long_paths():
+            yield
     except PeftbenchError as error:
         if rank == 0 or isinstance(error, (EngineError, OutputError)):  # the others are the same on every rank
             prefix = "" if rank == 0 else f"[rank {rank}] "
@@ -35,6 +39,24 @@ def cli_errors(on_error: Callable[[dict[str, object]], None] | None = None, rank
     except KeyboardInterrupt:
         print("interrupted: nothing was written; run the same command again", file=sys.stderr, flush=True)
         raise typer.Exit(INTERRUPT_EXIT_CODE) from None
+
+
+@contextmanager
+def _refuse_long_paths() -> Iterator[None]:
+    """Raise a user's error for a path whose name is longer than the file system allows.
+
+    Raises:
+        MissingFileError: the file system refused such a path.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        start = str(error.filename)[:_SHOWN_CHARACTERS]
+        raise MissingFileError(
+            f"the path {start}... does not exist: a name in it is longer than the file system allows", "shorten it"
+        ) from error
 
 
 def expand_home_in_args(args: Sequence[str]) -> list[str]:

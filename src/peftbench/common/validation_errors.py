@@ -18,6 +18,16 @@ _NAMES = {
     "missing": "set",
 }
 """Beginning of an error's type: the required kind of value."""
+OUT_OF_RANGE_ERRORS = (
+    "greater_than",
+    "less_than",
+    "too_short",
+    "too_long",
+    "finite_number",
+    "value_error",
+    "literal_error",
+)
+"""Beginnings of the types of errors about a value of the right type."""
 _COMPARISONS = {
     "greater_than_equal": ("at least", "ge"),
     "less_than_equal": ("at most", "le"),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from peftbench.errors import MissingFileError, did_you_mean
+import yaml
+
+from peftbench.errors import EngineError, MissingFileError, did_you_mean
 
 _DIR_NAME = "accel_configs"
 
@@ -23,6 +26,24 @@ def find_accelerate_config(name: str) -> Path:
             did_you_mean(path.stem, known) if known else "give the path of an accelerate config",
         )
     return path
+
+
+def read_accelerate_config(path: Path) -> dict[str, Any]:
+    """Return the keys of an accelerate config file.
+
+    Raises:
+        MissingFileError: the file cannot be read.
+        EngineError: it is not a YAML mapping.
+    """
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MissingFileError(f"cannot read the accelerate config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise EngineError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(config, dict):
+        raise EngineError(f"{path} must be a mapping, as written by accelerate config")
+    return config
 
 
 def _find_dirs() -> list[Path]:

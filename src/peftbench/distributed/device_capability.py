@@ -24,13 +24,21 @@ class DeviceCapability:
     """True if the package flash-attn is installed for this device."""
     is_planned: bool = False
     """True for the target of a memory estimate, False for the device of a run."""
+    is_assumed: bool = False
+    """True if an estimate names no device, so that one with bf16 is assumed."""
 
     @classmethod
     def from_compute_capability(
-        cls, compute_capability: tuple[int, int], *, has_flash_attention: bool = False
+        cls,
+        compute_capability: tuple[int, int],
+        *,
+        has_flash_attention: bool = False,
+        is_planned: bool = False,
+        is_assumed: bool = False,
     ) -> DeviceCapability:
         """Return the capability of a CUDA device."""
-        return cls("cuda", compute_capability, compute_capability >= (8, 0), has_flash_attention)
+        has_bf16 = compute_capability >= (8, 0)
+        return cls("cuda", compute_capability, has_bf16, has_flash_attention, is_planned, is_assumed)
 
 
 def detect_device_capability(*, use_cpu: bool | None = None) -> DeviceCapability:

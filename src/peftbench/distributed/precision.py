@@ -42,7 +42,9 @@ def _iter_preferences(recipe: Recipe, device: DeviceCapability) -> Iterator[tupl
         yield from _iter_cpu_preferences(recipe, device)
         return
     major, minor = device.compute_capability or (0, 0)
-    if device.has_bf16:
+    if device.is_assumed:
+        yield "bf16", "no device was named, and one that multiplies bf16 natively is assumed"
+    elif device.has_bf16:
         yield "bf16", f"compute capability {major}.{minor} multiplies bf16 natively"
     elif major >= 7:  # Volta and Turing: tensor cores for fp16 only
         yield "fp16", f"compute capability {major}.{minor} multiplies fp16 natively, but not bf16"

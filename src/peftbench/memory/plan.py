@@ -87,6 +87,8 @@ class Strategy(_FrozenModel):
     """Overrides of recipe keys, in command-line form."""
     tradeoffs: tuple[str, ...]
     """Possible change of results."""
+    numerics_changes: tuple[int, ...]
+    """Change of the arithmetic by each technique (``Technique.numerics_change``), largest first."""
     plan: Plan
     step_seconds: float | None
     """Seconds of a step at the device's peak FLOP/s by its data sheet, for ratios only; None if unknown."""
@@ -131,14 +133,18 @@ class Fit(_FrozenModel):
 
 
 def sort_fastest_first(candidates: Iterable[Strategy]) -> list[Strategy]:
-    """Sort by predicted time, then fewer trade-offs, larger micro-batch, fewer techniques; unknown times come last."""
+    """Sort by predicted time; of equally fast strategies, the one that changes the arithmetic least comes first.
+
+    The largest change counts first, then the next. After that come larger micro-batches and fewer techniques. Unknown
+    times come last.
+    """
     strategies = list(candidates)
     costs = get_comparable_costs(strategies)
     order = sorted(
         range(len(strategies)),
         key=lambda i: (
             costs[i] or math.inf,
-            len(strategies[i].tradeoffs),
+            [change for change in strategies[i].numerics_changes if change],
             -strategies[i].plan.micro_batch_size,
             len(strategies[i].techniques),
         ),

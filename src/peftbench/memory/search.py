@@ -66,13 +66,17 @@ class MemoryTarget:
         Raises:
             ModelNotFoundError, HubUnreachableError: attention is auto, and the model's config was not found.
         """
+        notes: list[str] = []
         if recipe.model.attention == "flash_attention_2":
             sdpa = recipe.model.model_copy(update={"attention": "sdpa"})
-            return recipe.model_copy(update={"model": sdpa}), "flash_attention_2 is planned as sdpa"
-        if not recipe.has_auto_settings:
-            return recipe, None
-        with with_bundled_config(recipe.model) as local_model:
-            return resolve_auto_settings(recipe, self.launch_config.engine, self.facts.capability, local_model)
+            recipe = recipe.model_copy(update={"model": sdpa})
+            notes.append("flash_attention_2 is planned as sdpa")
+        if recipe.has_auto_settings:
+            with with_bundled_config(recipe.model) as local_model:
+                capability = self.facts.capability
+                recipe, note = resolve_auto_settings(recipe, self.launch_config.engine, capability, local_model)
+            notes += [note] if note is not None else []
+        return recipe, "; ".join(notes) or None
 
     def has_room(self, recipe: Recipe) -> bool:
         """True unless weights, gradients and optimizer states alone exceed the budget. Simulates no step.
@@ -102,6 +106,8 @@ class Technique:
     """New values by recipe section and key."""
     tradeoff: str | None
     """Possible change of results; None if only the time changes."""
+    numerics_change: int = 0
+    """Change of the arithmetic: 0 none, 1 in the last digits, 2 tensors in fewer bits, 3 weights in fewer bits."""
 
     def is_applicable(self, recipe: Recipe, facts: DeviceFacts) -> bool:
         """True if it changes the recipe, and the method, optimizer and device support it."""
@@ -135,17 +141,19 @@ def _build_optimizer_techniques() -> Iterator[Technique]:
     for kind in dict.fromkeys(kind for optimizer in OPTIMIZERS.values() for kind in optimizer.low_memory_variants):
         variant = OPTIMIZERS[kind]
         name, overrides, tradeoff = kind, {"optimizer": {"kind": kind}}, f"moments in {variant.optim_bits} bits"
+        numerics_change = 2
         if (dtype := variant.weight_dtype) != "fp32":
             name, tradeoff = f"{dtype}_weights", f"weights in {dtype}, rounded stochastically, and {tradeoff}"
             overrides["train"] = {"precision": dtype}
-        yield Technique(name, overrides, tradeoff)
+            numerics_change = 3
+        yield Technique(name, overrides, tradeoff, numerics_change)
 
 
 TECHNIQUES = (
     Technique("labels_only", {"train": {"logits": "labels_only"}}, None),
     Technique("checkpointing", {"train": {"gradient_checkpointing": True}}, None),
-    Technique("fused_gelu", {"model": {"fused_gelu": True}}, "the last digit of GELU (2.4e-7)"),
-    Technique("bf16", {"train": {"precision": "bf16"}}, "arithmetic in bf16"),
+    Technique("fused_gelu", {"model": {"fused_gelu": True}}, "the last digit of GELU (2.4e-7)", 1),
+    Technique("bf16", {"train": {"precision": "bf16"}}, "arithmetic in bf16", 2),
     *_build_optimizer_techniques(),
 )
 """Ordered by how early one would try them. Names are unique."""
@@ -398,6 +406,7 @@ def build_strategy(recipe: Recipe, techniques: tuple[Technique, ...], plan: Plan
         techniques=tuple(technique.name for technique in techniques),
         overrides=tuple(f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in keys),
         tradeoffs=tuple(technique.tradeoff for technique in techniques if technique.tradeoff),
+        numerics_changes=tuple(sorted((technique.numerics_change for technique in techniques), reverse=True)),
         plan=plan,
         step_seconds=plan.step_flops / peak if plan.step_flops and peak else None,
     )

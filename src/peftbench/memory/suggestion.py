@@ -61,7 +61,7 @@ def find_cheapest_change(recipe: Recipe, target: MemoryTarget) -> Strategy | Non
     """Return the first change that fits, cheapest first; None if none fits.
 
     The order is: a smaller micro-batch; techniques that change no result; other techniques; LoRA; LoRA over 4-bit
-    weights. Within each, fewer trade-offs come first, then fewer techniques.
+    weights. Within each, smaller changes of the arithmetic come first, then fewer techniques.
     """
     free = [technique.name for technique in TECHNIQUES if technique.tradeoff is None]
     every = [technique.name for technique in TECHNIQUES]
@@ -114,7 +114,10 @@ def _find_first(
             for techniques in list_technique_sets(recipe, allowed, target.facts)
             if tried is None or not {technique.name for technique in techniques} <= set(tried)
         ),
-        key=lambda techniques: (sum(technique.tradeoff is not None for technique in techniques), len(techniques)),
+        key=lambda techniques: (
+            sorted((technique.numerics_change for technique in techniques if technique.numerics_change), reverse=True),
+            len(techniques),
+        ),
     )
     if len(sets) > _FEW_SETS and not any(_may_fit(recipe, techniques, target) for techniques in _list_maximal(sets)):
         return None

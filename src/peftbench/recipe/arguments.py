@@ -85,11 +85,9 @@ def check_is_recipe(path: Path, command: str) -> None:
         "estimate": f"use peftbench estimate --suite {path}",
     }
     recipes = to_plain_dict(next(part for part in read_yaml(path) if SUITE_KEY in part))[SUITE_KEY]
-    names = ", ".join(str(path.parent / name) for name in recipes) if isinstance(recipes, list) else ""
-    raise RecipeError(
-        f"{path} is a suite, and peftbench {command} takes a recipe",
-        hints.get(command, f"give one of its recipes: {names}"),
-    )
+    names = [str(path.parent / name) for name in recipes if isinstance(name, str)] if isinstance(recipes, list) else []
+    hint = f"give one of its recipes: {', '.join(names)}" if names else f"{SUITE_KEY} must be a list of recipe files"
+    raise RecipeError(f"{path} is a suite, and peftbench {command} takes a recipe", hints.get(command, hint))
 
 
 def check_is_suite(path: Path, command: str) -> None:

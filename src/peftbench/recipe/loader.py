@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from peftbench.common.renamed_keys import RENAMED_KEYS, RENAMED_VALUES
 from peftbench.common.schema import ConfigSection
 from peftbench.common.text import escape_interpolation, expand_home
-from peftbench.common.validation_errors import describe_requirement
+from peftbench.common.validation_errors import OUT_OF_RANGE_ERRORS, describe_requirement
 from peftbench.data.sources import SOURCES
 from peftbench.errors import (
     MissingFileError,
@@ -43,15 +43,6 @@ _KIND_REGISTRIES: dict[str, Mapping[str, type[ConfigSection]]] = {
 }
 _YAML_ERRORS = (yaml.YAMLError, OmegaConfBaseException, ValueError, LookupError, RecursionError)
 """Everything that reading YAML raises; ValueError and LookupError are those of malformed numbers and keys."""
-_OUT_OF_RANGE_ERRORS = (
-    "greater_than",
-    "less_than",
-    "too_short",
-    "too_long",
-    "finite_number",
-    "value_error",
-    "literal_error",
-)
 
 
 def load_recipe(files: Sequence[Path], overrides: Sequence[str] = ()) -> Recipe:
@@ -247,7 +238,7 @@ def _raise_recipe_error(error: dict[str, Any], root: type[ConfigSection]) -> NoR
         hint = f"it was renamed to {renamed!r}" if renamed else did_you_mean(value, names)
         raise OutOfRangeError(f"Invalid recipe: {path}={_quote(given)} is not an allowed value", hint)
     shown = path if isinstance(given, dict) else f"{path}={_quote(given)}"
-    if kind.startswith(_OUT_OF_RANGE_ERRORS):
+    if kind.startswith(OUT_OF_RANGE_ERRORS):
         separator = ": " if kind == "value_error" else " must be "
         subject = f"{shown}{separator}" if error["loc"] else ""  # a message about several groups names its keys
         raise OutOfRangeError(f"Invalid recipe: {subject}{describe_requirement(error)}")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from peftbench.common.nested_keys import flatten_keys
+from peftbench.common.units import format_bytes
 from peftbench.record import RunRecord
 
 MAX_SHOWN_VALUES = 12
@@ -58,7 +59,7 @@ def environment_settings(records: Sequence[RunRecord]) -> list[Setting]:
 
 def _environment_facts(record: RunRecord) -> dict[str, str | None]:
     device, engine = record.device, record.engine
-    memory = None if device.memory_bytes is None else f"{device.memory_bytes:,} bytes"
+    memory = None if device.memory_bytes is None else format_bytes(device.memory_bytes)
     return {
         "device": f"{device.name} ({device.type})",
         "processes": str(device.num_processes),

@@ -163,7 +163,7 @@ class Run:
             training = build_training_components(state, adapted_model, examples, pad_token_id)
         if note := explain_untimed_run(recipe.profile.untimed_steps, training.total_steps):
             state.notes.append(note)
-            if self.accelerator.is_main_process:
+            if self.accelerator.is_main_process and recipe.train.steps is None:  # else printed before the run
                 sys.stderr.write(f"note: {note}\n")
         delete_saved_model(state)
         recipe.method.set_training(adapted_model.model)

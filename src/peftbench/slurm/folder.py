@@ -9,13 +9,14 @@ from typing import Annotated, Optional
 import typer
 
 from peftbench.common.console import cli_errors, expand_home_in_args
+from peftbench.common.usage_errors import PlainCommand
 from peftbench.recipe.loader import load_recipe
 from peftbench.run_dir.layout import RunDir
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def print_run_dir(
     overrides: Annotated[Optional[list[str]], typer.Argument(metavar="[KEY.SUB=VALUE]...")] = None,
     config: Annotated[Optional[list[Path]], typer.Option("--config", help="Recipe file.")] = None,

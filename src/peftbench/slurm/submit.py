@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from peftbench.common.filesystem import write_atomically, write_error
-from peftbench.distributed.accelerate_config import find_accelerate_config
+from peftbench.distributed.accelerate_config import find_accelerate_config, read_accelerate_config
 from peftbench.errors import MissingFileError, OutputError, SlurmError
 from peftbench.recipe.loader import to_commented_yaml
 from peftbench.recipe.schema import Recipe
@@ -81,16 +81,10 @@ def find_launch_file(name: str) -> LaunchFile:
 
     Raises:
         MissingFileError: the file does not exist.
-        SlurmError: the file is not valid.
+        EngineError: the file is not valid.
     """
     path = find_accelerate_config(name)
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SlurmError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(config, dict):
-        raise SlurmError(f"{path} must be a mapping, as written by accelerate config")
-    return LaunchFile(path, config)
+    return LaunchFile(path, read_accelerate_config(path))
 
 
 def prepare_submission(

@@ -16,6 +16,7 @@ from peftbench.errors import RecordError
 from peftbench.recipe.differences import format_value
 from peftbench.record import FINAL_OUTCOMES, RunRecord, read_record
 from peftbench.run_dir.layout import RunDir
+from peftbench.run_dir.lock import is_locked
 from peftbench.suite.results import ResultFinder
 
 if TYPE_CHECKING:
@@ -73,6 +74,8 @@ def _plan_run(recipe: Recipe, finder: ResultFinder) -> PlannedRun:
     record = _read_record_or_none(run_dir.record_file)
     if finder.find_existing_result(recipe) is not None:
         return PlannedRun(recipe.name, "skip", "finished", 0, 0.0)
+    if is_locked(run_dir.path):
+        return PlannedRun(recipe.name, "skip", "another process has locked its folder", 0, None)
     disk = _estimate_disk_bytes(recipe)
     step = run_dir.find_latest_checkpoint_step()
     if step is not None:

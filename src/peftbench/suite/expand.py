@@ -12,8 +12,15 @@ from pydantic import Field, PrivateAttr, ValidationError
 
 from peftbench.common.schema import ConfigSection
 from peftbench.common.text import expand_home
-from peftbench.common.validation_errors import describe_requirement
-from peftbench.errors import MissingFileError, OutOfRangeError, RecipeError, UnknownKeyError, did_you_mean
+from peftbench.common.validation_errors import OUT_OF_RANGE_ERRORS, describe_requirement
+from peftbench.errors import (
+    MissingFileError,
+    OutOfRangeError,
+    RecipeError,
+    UnknownKeyError,
+    WrongTypeError,
+    did_you_mean,
+)
 from peftbench.recipe.loader import merge_configs, parse_recipe, read_layers, to_inline_yaml, to_plain_dict
 from peftbench.recipe.scalars import restore_text
 from peftbench.recipe.schema import Recipe
@@ -79,7 +86,10 @@ def read_suite(path: Path) -> Suite:
         if first["type"] == "extra_forbidden":
             hint = did_you_mean(key, Suite.model_fields)
             raise UnknownKeyError(f"{path} is not a valid suite: unknown key {key!r}", hint) from error
-        raise RecipeError(f"{path} is not a valid suite: {key} must be {describe_requirement(first)}") from error
+        if first["type"] == "missing":
+            raise RecipeError(f"{path} is not a valid suite: {key} is missing", "set it") from error
+        kind = OutOfRangeError if first["type"].startswith(OUT_OF_RANGE_ERRORS) else WrongTypeError
+        raise kind(f"{path} is not a valid suite: {key} must be {describe_requirement(first)}") from error
 
 
 def expand(

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 from typer.testing import CliRunner, Result
 
 from peftbench.cli.app import app
+from peftbench.recipe.schema import Recipe
 from tests.helpers.project import RECIPE, write_project
 
 Invoke = Callable[..., Result]
@@ -126,6 +128,70 @@ def test_usage_error_is_one_sentence(arguments: str, sentence: str, invoke: Invo
     assert result.exit_code == 2
     assert result.stderr.startswith(f"error: {sentence}")
     assert result.stderr.count("\n") == 1
+
+
+LONG = "n" * 300
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        f"train {LONG}.yaml --print-config",
+        f"train recipe.yaml --config {LONG}.yaml --print-config",
+        f"estimate recipe.yaml --accelerate {LONG}",
+        f"estimate recipe.yaml model.path=./{LONG}",
+        f"fit recipe.yaml --budget 1GiB --accelerate {LONG}",
+        f"run {LONG}.yaml",
+        f"run suite.yaml --accelerate {LONG}",
+        f"submit suite.yaml --accelerate {LONG} --dry-run",
+        f"show --diff recipe.yaml {LONG}",
+        f"status {LONG}",
+        f"report {LONG}",
+        f"compare {LONG} {LONG}",
+    ],
+)
+def test_path_longer_than_the_file_system_allows_is_one_sentence(arguments: str, invoke: Invoke) -> None:
+    """No command prints a traceback."""
+    result = invoke(*arguments.split())
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code not in {0, 1}
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", ["[zero2]", "compute_environment: [", "text"])
+@pytest.mark.parametrize("command", ["run suite.yaml --dry-run", "submit suite.yaml --dry-run"])
+def test_invalid_accelerate_config_is_refused(command: str, content: str, invoke: Invoke) -> None:
+    """It is refused before any run, with its path."""
+    Path("bad.yaml").write_text(content, encoding="utf-8")
+    result = invoke(*command.split(), "--accelerate", "bad.yaml")
+    assert (result.exit_code, result.stdout) == (40, "")
+    assert result.stderr.startswith("error: bad.yaml ")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("recipes", ["[1]", "recipe.yaml", "{a: b}"])
+def test_suite_with_invalid_recipes_is_refused(recipes: str, invoke: Invoke) -> None:
+    """In place of a recipe the sentence states what a suite needs; as a suite its type is refused."""
+    Path("broken.yaml").write_text(f"name: broken\nrecipes: {recipes}\n", encoding="utf-8")
+    shown, run = invoke("show", "broken.yaml"), invoke("run", "broken.yaml", "--dry-run")
+    assert shown.exit_code == 10
+    assert shown.stderr == (
+        "error: broken.yaml is a suite, and peftbench show takes a recipe; recipes must be a list of recipe files\n"
+    )
+    assert run.exit_code == (14 if recipes == "[1]" else 12), run.stderr
+
+
+def test_untimed_run_is_noted_before_it_starts(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If train.steps is set, the note comes before anything is loaded."""
+
+    def stop(recipe: Recipe) -> None:
+        raise typer.Exit(3)
+
+    monkeypatch.setattr("peftbench.train.run_recipe", stop)
+    result = invoke("train", "recipe.yaml", "train.steps=2", "profile.untimed_steps=2")
+    assert result.exit_code == 3
+    assert result.stderr.startswith("note: profile.untimed_steps=2 leaves none of the 2 steps timed")
 
 
 def test_version(invoke: Invoke) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from peftbench.errors import BudgetError
 from peftbench.memory.devices import UNKNOWN_DEVICE, get_device_facts
 from peftbench.memory.estimate import estimate
+from peftbench.memory.plan import Plan, Strategy, sort_fastest_first
 from peftbench.memory.search import (
     TECHNIQUES,
     MemoryTarget,
@@ -146,3 +149,36 @@ def test_evaluation_batch_is_halved(workshop: Workshop) -> None:
     assert fitting is not None
     assert fitting.overrides == ("train.micro_batch_size=2", "evaluate.batch_size=32")
     assert apply_strategy(recipe, fitting).evaluate.batch_size == 32
+
+
+def test_of_equally_fast_strategies_the_smallest_change_of_arithmetic_comes_first() -> None:
+    """The largest change counts before the number of changes, and both before the micro-batch size."""
+    ranks = {technique.name: technique.numerics_change for technique in TECHNIQUES}
+    assert [ranks[name] for name in ("checkpointing", "fused_gelu", "bf16", "adamw8bit", "bf16_weights")] == [
+        *(0, 1, 2, 2, 3)
+    ]
+    order = [
+        ("checkpointing",),
+        ("fused_gelu",),
+        ("adamw8bit",),
+        ("checkpointing", "bf16"),
+        ("fused_gelu", "bf16"),
+        ("bf16", "adamw8bit"),
+        ("bf16_weights",),
+    ]
+    strategies = []
+    for place, names in enumerate(order):
+        plan: dict[str, Any] = {"micro_batch_size": place, "step_flops": 1}
+        changes = tuple(sorted((ranks[name] for name in names), reverse=True))
+        fields: dict[str, Any] = {"techniques": names, "numerics_changes": changes, "step_seconds": 1.0}
+        strategies.append(Strategy.model_construct(**fields, plan=Plan.model_construct(**plan)))
+    assert (
+        [strategy.techniques for strategy in sort_fastest_first(reversed(strategies))]
+        == [
+            *order[:2],
+            *(order[3], order[2]),  # equal changes: the larger micro-batch
+            *order[4:],
+        ]
+    )
+    slow = strategies[0].model_copy(update={"step_seconds": 2.0})
+    assert sort_fastest_first([slow, strategies[-1]])[0] is strategies[-1]

@@ -9,6 +9,7 @@ from peftbench.methods.lora import Lora
 from peftbench.recipe.schema import Checkpoint, Recipe
 from peftbench.record import Outcome
 from peftbench.run_dir.layout import RunDir
+from peftbench.run_dir.lock import Lock
 from peftbench.suite.dry_run import format_planned_runs, plan_runs
 from peftbench.training.auto_settings import resolve_for_launch
 from tests.helpers.records import minimal_record
@@ -83,3 +84,16 @@ def test_disk_space_of_models_and_checkpoints(workshop: Workshop) -> None:
     for run, count, number in zip(runs, trained, tensors, strict=True):
         states = 8 * count + 4 * number  # two moments of each number, and a step counter of each tensor
         assert run.disk_bytes == 4 * count + 3 * (4 * count + states)
+
+
+def test_locked_run_is_skipped(recipe: Recipe) -> None:
+    """``run`` would refuse it while the other process lives."""
+    run_dir = RunDir.from_recipe(recipe)
+    run_dir.create()
+    lock = Lock(run_dir.path)
+    lock.acquire()
+    try:
+        (run,) = plan_runs([recipe], None)
+    finally:
+        lock.release()
+    assert (run.action, run.reason) == ("skip", "another process has locked its folder")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from peftbench.errors import MissingFileError, OutOfRangeError, RecipeError, UnknownKeyError
+from peftbench.errors import MissingFileError, OutOfRangeError, RecipeError, UnknownKeyError, WrongTypeError
 from peftbench.suite.expand import expand, resolve_accelerate_config
 from tests.helpers.paths import REPOSITORY
 
@@ -121,10 +121,10 @@ def test_duplicate_names_are_refused(folder: Path) -> None:
     ("text", "error", "message"),
     [
         ("name: s\nrecipe: [full.yaml]\n", UnknownKeyError, "did you mean 'recipes'"),
-        ("name: s\nrecipes: []\n", RecipeError, "recipes"),
+        ("name: s\nrecipes: []\n", OutOfRangeError, "recipes"),
         ("name: s\nrecipes: [ful.yaml]\n", MissingFileError, "did you mean 'full.yaml'"),
         ("name: s\nrecipes: [full.yaml]\naxes: {train.sed: [1]}\n", UnknownKeyError, "did you mean 'train.seed'"),
-        ("name: s\nrecipes: full.yaml\n", RecipeError, "recipes"),
+        ("name: s\nrecipes: full.yaml\n", WrongTypeError, "recipes"),
     ],
 )
 def test_invalid_suites_are_refused(folder: Path, text: str, error: type[RecipeError], message: str) -> None:

@@ -34,6 +34,8 @@ class DeviceFacts(BaseModel):
     """CUDA compute capability, e.g. (8, 6); None on CPU."""
     compute_capability_source: str
     device_type: Literal["cuda", "cpu"] = "cuda"
+    is_assumed: bool = False
+    """True if no device was named and these facts are an assumption."""
 
     @field_validator("memory", mode="before")
     @classmethod
@@ -50,7 +52,9 @@ class DeviceFacts(BaseModel):
         """The device's native arithmetic. A CPU is planned in float32, since only that is modeled."""
         if self.compute_capability is None:
             return DeviceCapability("cpu", is_planned=True)
-        return DeviceCapability.from_compute_capability(self.compute_capability)
+        return DeviceCapability.from_compute_capability(
+            self.compute_capability, is_planned=True, is_assumed=self.is_assumed
+        )
 
 
 UNKNOWN_DEVICE = DeviceFacts(
@@ -63,6 +67,7 @@ UNKNOWN_DEVICE = DeviceFacts(
     calibrated=False,
     compute_capability=(8, 0),
     compute_capability_source="an assumption: bf16 and flash attention need it",
+    is_assumed=True,
 )
 """A device without a profile; it is assumed to support bf16."""
 

@@ -109,6 +109,8 @@ def format_plans(plans: Sequence[Plan | UnplannedRun]) -> str:
         for plan in planned
     ]
     notes = dict.fromkeys(note for plan in planned for note in plan.notes)
+    if any(plan.verdict == "does not fit" for plan in planned):
+        notes["peftbench estimate RECIPE.yaml suggests the cheapest change with which a recipe fits"] = None
     unplanned = [f"{plan.name}: {plan.reason}" for plan in plans if isinstance(plan, UnplannedRun)]
     table = tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
     return "\n".join((table, "", *(f"note: {note}" for note in (*unplanned, *notes))))
