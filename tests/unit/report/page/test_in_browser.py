@@ -285,7 +285,7 @@ def test_run_out_of_memory_is_shown(open_page: OpenPage, tmp_path: Path) -> None
         "[...document.querySelectorAll('#chart-memory [aria-label]')].map(e => e.getAttribute('aria-label'))"
     )
     assert any("requested allocation" in str(bar) for bar in bars)
-    assert sum("limited by: budget" in str(bar) and "112" in str(bar) for bar in bars) == 1
+    assert sum("limited by: budget" in str(bar) and "110" in str(bar) for bar in bars) == 1
     assert "full (oom at step 2)" in page.tab.locator("#trade-offs").inner_text()
 
 
