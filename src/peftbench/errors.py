@@ -153,7 +153,7 @@ class UnsupportedModelError(ModelError):
 
 
 class EngineError(PeftbenchError):
-    """The launched engine is not the one the recipe requests."""
+    """The launched engine is not the one the recipe requests, or its accelerate config is not valid."""
 
     exit_code = 40
 
