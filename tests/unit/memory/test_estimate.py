@@ -300,13 +300,17 @@ PUBLISHED = {
     ("prompt_tuning", "bf16"): 8539,
     ("last_layer", "bf16"): 4459,
 }
-"""Peak MiB of tensors in a step of GPT-2 small with 6 x 1,024 tokens, AdamW and unfused GELU, from another trace."""
+"""Peak MiB of tensors in a step of GPT-2 small with 6 x 1,024 tokens, AdamW and unfused GELU, from another trace.
+
+That trace decomposes dropout as torch does on CPU: a mask has the type of the activation. CUDA's kernel saves one byte
+per value.
+"""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "precision"), PUBLISHED)
 def test_gpt2_small_matches_independent_trace(method: str, precision: str, workshop: Workshop) -> None:
-    """The simulated peak is within 1 % of the traced one."""
+    """The simulated peak, with dropout masks as the trace has them, is within 0.5 % of the traced one."""
     by_name: Method = {
         "full": Full(),
         "lora": Lora(r=8, target_modules=None),
@@ -321,7 +325,10 @@ def test_gpt2_small_matches_independent_trace(method: str, precision: str, works
     )
     with MemorySimulation(recipe, "cuda", 1) as simulation:
         simulation.simulate_training(6, 1024, 1023)
-    assert simulation.memory_tracker.find_peak().nbytes / MIB == pytest.approx(PUBLISHED[method, precision], rel=0.01)
+    masks = 0 if method == "last_layer" else 2 * 12  # two per layer; a frozen backbone has none
+    extra_mask_bytes = masks * 6 * 1024 * 768 * ({"fp32": 4, "bf16": 2}[precision] - 1)
+    peak = simulation.memory_tracker.find_peak().nbytes + extra_mask_bytes
+    assert peak / MIB == pytest.approx(PUBLISHED[method, precision], rel=0.005)
 
 
 def test_remote_code_is_not_run(tmp_path: Path, workshop: Workshop) -> None:
