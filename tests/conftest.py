@@ -40,6 +40,13 @@ if TYPE_CHECKING:
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give slow tests 20 minutes; the limit in pyproject.toml is for fast ones."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(1200))
+
+
 def pytest_unconfigure() -> None:
     """Delete the private cache."""
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)

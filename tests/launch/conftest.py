@@ -27,7 +27,7 @@ def launch(project: Path, caches: dict[str, str]) -> Callable[..., subprocess.Co
     def run_train_script(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(LAUNCH), *arguments]
         return subprocess.run(
-            command, cwd=project, env=caches | (env or {}), capture_output=True, text=True, timeout=280, check=False
+            command, cwd=project, env=caches | (env or {}), capture_output=True, text=True, check=False
         )
 
     return run_train_script

@@ -73,7 +73,6 @@ def test_check_exits_with_its_code_unless_the_run_fits(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_weights_above_the_budget_have_a_plan_and_a_suggestion(invoke: Callable[..., Result]) -> None:
     """Full fine-tuning of Qwen2.5-7B does not fit 16 GiB; --check exits with 83 and one sentence."""
     recipe = str(REPOSITORY / "recipes" / "gpt2_cnn_dm" / "full.yaml")

@@ -70,7 +70,7 @@ def test_progress_line_on_a_terminal(project: Path, caches: dict[str, str]) -> N
 def test_no_progress_line_without_a_terminal(project: Path, caches: dict[str, str]) -> None:
     """Stderr has only the run's table, and the status file has the values."""
     command = [sys.executable, str(LAUNCH), "--config", "recipe.yaml", "train.steps=2"]
-    done = subprocess.run(command, cwd=project, env=caches, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, cwd=project, env=caches, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "run |" not in done.stderr
     assert "held-out" in done.stderr

@@ -30,7 +30,7 @@ def peftbench(*arguments: str) -> list[str]:
 
 def run(command: list[str], folder: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
     """Run a command in ``folder`` and return the completed process."""
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=280, check=False)
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
 
 
 def record_of(folder: Path, name: str) -> dict[str, Any]:

@@ -190,7 +190,7 @@ def launch(accelerate: Path, recipes: list[Recipe]) -> None:
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
     }
     with (Path(files[0]).parent / "log.txt").open("w", encoding="utf-8") as log:
-        subprocess.run(command, cwd=REPOSITORY, env=environment, check=False, stdout=log, stderr=log, timeout=240)
+        subprocess.run(command, cwd=REPOSITORY, env=environment, check=False, stdout=log, stderr=log)
 
 
 def simulate(recipe: Recipe, accelerate: Path, labels: int) -> MemoryPeak:
