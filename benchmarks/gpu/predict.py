@@ -21,10 +21,9 @@ from transformers import GPT2Config
 from peftbench.common.units import parse_size
 from peftbench.data.batches import Batches
 from peftbench.data.collate import Collator
-from peftbench.memory.devices import get_facts_by_torch_name
+from peftbench.memory.devices import get_device_facts, get_facts_by_torch_name
 from peftbench.memory.estimate import estimate
 from peftbench.memory.replay import AllocatorReplay, replay_allocator
-from peftbench.memory.simulation.device import DeviceType
 from peftbench.memory.simulation.step import MemorySimulation
 from peftbench.recipe.schema import Recipe
 from peftbench.record import RunRecord, read_records
@@ -53,10 +52,10 @@ def labels_by_step(recipe: Recipe, size: Size) -> list[list[int]]:
 
 def simulate(recipe: Recipe, record: RunRecord, labels: list[int]) -> tuple[MemorySimulation, AllocatorReplay]:
     """Simulate the training of a case, whose rows all have one width."""
-    kind: DeviceType = "cuda" if record.device.type == "cuda" else "cpu"
-    with MemorySimulation(recipe, kind, 1) as simulation:
+    facts = get_facts_by_torch_name(record.device.name) if record.device.type == "cuda" else get_device_facts("cpu")
+    with MemorySimulation(recipe, facts.capability, 1) as simulation:
         simulation.simulate_training(recipe.train.global_batch_size, recipe.data.max_length or 0, labels)
-    return simulation, replay_allocator(list(simulation.memory_tracker.iter_events()), kind)
+    return simulation, replay_allocator(list(simulation.memory_tracker.iter_events()), facts.device_type)
 
 
 def compare(recipe: Recipe, size: Size, record: RunRecord) -> Iterator[tuple[str, int, int]]:

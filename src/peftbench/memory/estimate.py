@@ -53,7 +53,7 @@ def estimate(
     )
     unpaged = _replace_paged_optimizer(recipe)
     simulation = MemorySimulation(
-        unpaged, facts.device_type, accumulation, has_padding=rows > 1, launch_config=launch_config
+        unpaged, facts.capability, accumulation, has_padding=rows > 1, launch_config=launch_config
     )
     width = _max_sequence_length(recipe, simulation.max_positions)
     labels = min(max(recipe.evaluate.max_new_tokens, MIN_LABELED_TOKENS), width - 1)

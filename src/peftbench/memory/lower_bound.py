@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from peftbench.memory.devices import UNKNOWN_DEVICE
 from peftbench.memory.simulation.step import MemorySimulation
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def measure_tensors(recipe: Recipe) -> TensorSizes:
 
 def _measure(recipe: Recipe) -> TensorSizes:
     unpaged = recipe.model_copy(update={"optimizer": recipe.optimizer.without_paging()})
-    model = MemorySimulation(unpaged, "cuda", num_micro_batches=1).model
+    model = MemorySimulation(unpaged, UNKNOWN_DEVICE.capability, num_micro_batches=1).model
     storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # States of projected matrices are smaller, and depend on the groups of a built optimizer.

@@ -5,6 +5,10 @@ lengths. No mask is built, and no kernel computes pairs only to discard them. On
 variable-length kernel (FlashAttention-2, Dao 2023, arXiv:2307.08691). On other devices, with dropout or in float32,
 which that kernel does not support, each sequence is a separate call of torch's scaled dot product attention.
 
+Some kernels need as many key heads as query heads (:mod:`peftbench.modeling.sdpa_kernels`): in float32 on every GPU,
+and in fp16 before Ampere, torch would store the score matrix of a model with grouped queries. There, keys and values
+are repeated first, so that a kernel runs that stores no scores.
+
 On CPU, attention is always computed in float32: in 16 bits, torch compiles machine code for each new length and keeps
 it all, which adds up to hundreds of megabytes (benchmarks/cpu_sizes). Attention that transformers computes (generation,
 models that need their own masks) is unchanged.
@@ -14,12 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from peftbench.common.attention import ATTENTION_NAME
 from peftbench.data.collate import PackedSequences
+from peftbench.modeling.sdpa_kernels import SdpaCall, SdpaDevice, Shape, select_kernel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,7 +50,6 @@ def causal_attention(
 
     Takes (rows, heads, positions, width) each, returns (rows, positions, heads, width).
     """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.utils import generic
 
     if _is_upcast_to_float32(query):
@@ -61,13 +66,73 @@ def causal_attention(
             )
         return output.to(value.dtype), None
     if packed_sequences is None:
-        return sdpa_attention_forward(module, query, key, value, None, dropout, scaling, True)
+        return sdpa_attention(module, query, key, value, None, dropout=dropout, scaling=scaling, is_causal=True)
     if not dropout and _has_varlen_kernel(query):
         return _varlen_attention(query, key, value, packed_sequences, scaling)
     lengths = packed_sequences.lengths
     parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    outputs = [sdpa_attention_forward(module, q, k, v, None, dropout, scaling, True)[0] for q, k, v in parts]
+    outputs = [
+        sdpa_attention(module, q, k, v, None, dropout=dropout, scaling=scaling, is_causal=True)[0] for q, k, v in parts
+    ]
     return torch.cat(outputs, dim=1), None
+
+
+def register_sdpa_attention() -> None:
+    """Make transformers use :func:`sdpa_attention` for ``sdpa``: in generation, and in models that need own masks."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register("sdpa", sdpa_attention)
+
+
+def sdpa_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Call transformers' ``sdpa`` attention, with keys and values repeated where that avoids the score matrix.
+
+    The arguments and the result are those of :func:`causal_attention`.
+    """
+    from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+
+    if mask is None and _needs_repeated_keys(query, key, value, kwargs):
+        dtype = _get_attention_dtype(query)  # as autocast would, but before the copies are made
+        groups = query.shape[1] // key.shape[1]
+        key, value = (repeat_kv(tensor.to(dtype), groups) for tensor in (key, value))
+    return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+
+def _needs_repeated_keys(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+    """True if torch stores the score matrix for grouped queries, and does not for repeated keys and values."""
+    device = _get_sdpa_device(query)
+    if device is None or query.shape[1] == key.shape[1]:
+        return False
+    call = SdpaCall.from_tensors(
+        query, key, value, dropout=kwargs.get("dropout") or 0.0, is_causal=query.shape[2] > 1, enable_gqa=True
+    )
+    call = replace(call, dtypes=(_get_attention_dtype(query),) * 3)
+    repeated = replace(call, key=_repeat_heads(call.key, call.query), value=_repeat_heads(call.value, call.query))
+    return select_kernel(call, device).kernel == "math" and select_kernel(repeated, device).kernel != "math"
+
+
+def _repeat_heads(shape: Shape, query: Shape) -> Shape:
+    return shape[0], query[1], shape[2], shape[3]
+
+
+def _get_sdpa_device(tensor: torch.Tensor) -> SdpaDevice | None:
+    """Return the facts of the tensor's device that select a kernel; None on CPU."""
+    if not tensor.is_cuda:
+        return None
+    return SdpaDevice(torch.cuda.get_device_capability(tensor.device), torch.backends.cudnn.version() or 0)
+
+
+def _get_attention_dtype(query: torch.Tensor) -> torch.dtype:
+    """Return the type in which torch computes attention: autocast's, if it is enabled."""
+    device_type = query.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else query.dtype
 
 
 def _is_upcast_to_float32(query: torch.Tensor) -> bool:
@@ -77,10 +142,11 @@ def _is_upcast_to_float32(query: torch.Tensor) -> bool:
 
 def _has_varlen_kernel(query: torch.Tensor) -> bool:
     """True if torch's variable-length kernel supports the input: 16 bits, Ampere or newer, head width up to 256."""
-    if not query.is_cuda or query.dtype not in _HALF_PRECISION_DTYPES:
+    device = _get_sdpa_device(query)
+    if device is None or _get_attention_dtype(query) not in _HALF_PRECISION_DTYPES:
         return False
     width = query.shape[-1]
-    return width % 8 == 0 and width <= 256 and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return width % 8 == 0 and width <= 256 and device.compute_capability >= (8, 0)
 
 
 def _varlen_attention(
@@ -88,12 +154,21 @@ def _varlen_attention(
 ) -> tuple[torch.Tensor, None]:
     from torch.nn.attention.varlen import varlen_attn
 
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
-    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    bounds, longest, causal = packed.cu_seqlens, packed.max_seqlen, (-1, 0)
-    output = varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scaling, window_size=causal)
+    dtype = _get_attention_dtype(query)  # rotated queries and keys are float32, and autocast does not know the kernel
+    query, key, value = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))
+    bounds, longest = packed.cu_seqlens, packed.max_seqlen
+    output = varlen_attn(
+        query,
+        key,
+        value,
+        bounds,
+        bounds,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(-1, 0),  # causal
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
     return output[None], None  # type: ignore[call-overload]
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from peftbench import shipped
 from peftbench.common.text import first_line
 from peftbench.errors import HubUnreachableError, ModelNotFoundError, OutOfRangeError, UnsupportedModelError
+from peftbench.modeling.attention import register_sdpa_attention
 from peftbench.modeling.attention_implementation import check_attention
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ def load_model(model_config: Model, compute_dtype: torch.dtype | None = None) ->
     check_attention(model_config, config, resolve_model_path(model_config))
     tokenizer = load_tokenizer(model_config)
     model = _load_weights(model_config, config, compute_dtype)
+    register_sdpa_attention()
     if model_config.fused_gelu:
         fuse_gelu(model)
     if model.generation_config.pad_token_id is None:

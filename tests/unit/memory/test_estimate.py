@@ -95,7 +95,7 @@ def test_optimizer_state_bytes_match_closed_form(name: str, workshop: Workshop) 
         optimizer=optimizer,
         train={"precision": "bf16" if optimizer.weight_dtype == "bf16" else "fp32", "global_batch_size": 2},
     )
-    with MemorySimulation(recipe, "cuda", 1) as simulation:
+    with MemorySimulation(recipe, UNKNOWN_DEVICE.capability, 1) as simulation:
         simulation.simulate_training(2, 16, 4)
         groups = simulation.training.optimizer.param_groups
     state_bytes = (
@@ -323,7 +323,7 @@ def test_gpt2_small_matches_independent_trace(method: str, precision: str, works
         train={"precision": precision, "global_batch_size": 6, "logits": "all"},
         data={"padding": "longest"},
     )
-    with MemorySimulation(recipe, "cuda", 1) as simulation:
+    with MemorySimulation(recipe, UNKNOWN_DEVICE.capability, 1) as simulation:
         simulation.simulate_training(6, 1024, 1023)
     masks = 0 if method == "last_layer" else 2 * 12  # two per layer; a frozen backbone has none
     extra_mask_bytes = masks * 6 * 1024 * 768 * ({"fp32": 4, "bf16": 2}[precision] - 1)

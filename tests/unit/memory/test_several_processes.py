@@ -14,6 +14,7 @@ import pytest
 
 from peftbench.data.batches import compute_micro_batching
 from peftbench.data.sources import Files
+from peftbench.memory.devices import get_device_facts
 from peftbench.memory.launch_config import load_launch_config
 from peftbench.memory.simulation.step import MemorySimulation
 from peftbench.methods.base import Method
@@ -200,7 +201,11 @@ def simulate(recipe: Recipe, accelerate: Path, labels: int) -> MemoryPeak:
         recipe.train.global_batch_size, recipe.train.resolved_micro_batch_size, PROCESSES
     )
     with MemorySimulation(
-        recipe, "cpu", accumulation, has_padding=recipe.data.max_length == WIDTH, launch_config=launch_config
+        recipe,
+        get_device_facts("cpu").capability,
+        accumulation,
+        has_padding=recipe.data.max_length == WIDTH,
+        launch_config=launch_config,
     ) as simulation:
         simulation.simulate_training(rows, recipe.data.max_length or 0, labels)
     return simulation.memory_tracker.find_peak()

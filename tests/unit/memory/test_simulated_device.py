@@ -10,9 +10,12 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from peftbench.distributed.device_capability import DeviceCapability
 from peftbench.memory.simulation.device import DeviceEmulation
+from tests.helpers.live_bytes import LiveBytes
 
 
 class Casts(TorchDispatchMode):
@@ -40,7 +43,7 @@ def count_casts(device: str, block: AbstractContextManager[Any], *, trained: boo
 def test_weight_casts_are_cached_like_in_torch(trained: bool) -> None:
     """One cast of a trained weight for all its uses, one per use of a frozen weight."""
     real = count_casts("cpu", torch.autocast("cpu", dtype=torch.bfloat16), trained=trained)
-    emulation = DeviceEmulation("cpu", torch.bfloat16, has_padding=True)
+    emulation = DeviceEmulation(DeviceCapability("cpu"), torch.bfloat16, has_padding=True)
     with emulation:
         assert count_casts("meta", emulation.autocast(), trained=trained) == real
         assert count_casts("meta", emulation.autocast(), trained=trained) == real  # the cache ends with its block
@@ -73,7 +76,36 @@ def count_live_casts(device: str, block: AbstractContextManager[Any]) -> list[in
 
 def test_casts_of_freed_weights_live_as_long_as_in_torch() -> None:
     """ZeRO-3 frees gathered weights in autocast; their casts stay until it ends, also when Python reuses an id."""
-    emulation = DeviceEmulation("cpu", torch.bfloat16, has_padding=False)
+    emulation = DeviceEmulation(DeviceCapability("cpu"), torch.bfloat16, has_padding=False)
     with emulation:
         emulated = count_live_casts("meta", emulation.autocast())
     assert emulated == count_live_casts("cpu", torch.autocast("cpu", torch.bfloat16)) == [50, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("key_heads", [4, 2])
+@pytest.mark.parametrize("mask", [None, "bool", "float"])
+def test_math_path_holds_what_it_holds_on_cpu(dtype: torch.dtype, key_heads: int, mask: str | None) -> None:
+    """Peak and saved bytes of the emulated math path equal those of torch's on CPU, in both passes."""
+
+    def run(device: str) -> tuple[int, int]:
+        live = LiveBytes(device)
+        query, key, value = (
+            torch.zeros(2, heads, 20, 5, device=device, dtype=dtype, requires_grad=True)
+            for heads in (4, key_heads, key_heads)
+        )
+        given = None if mask is None else torch.ones(2, 1, 20, 20, device=device, dtype=getattr(torch, mask))
+        if given is not None and given.dtype != torch.bool:
+            given = given.to(dtype)
+        arguments: dict[str, Any] = {"attn_mask": given, "is_causal": mask is None, "enable_gqa": key_heads != 4}
+        with live:
+            output = functional.scaled_dot_product_attention(query, key, value, **arguments)
+            saved = live.live
+            output.sum().backward()
+        return saved, live.peak
+
+    with sdpa_kernel(SDPBackend.MATH):
+        real = run("cpu")
+    capability = (8, 0) if dtype == torch.float32 else (7, 5)  # no other kernel takes heads of 5 there
+    with DeviceEmulation(DeviceCapability("cuda", capability), None, has_padding=False):
+        assert run("meta") == real

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from peftbench.data.sources import Files
+from peftbench.memory.devices import get_device_facts
 from peftbench.memory.simulation.step import MemorySimulation
 from peftbench.methods.base import Method
 from peftbench.methods.full import Full
@@ -53,7 +54,7 @@ def measure_and_simulate(recipe: Recipe, workshop: Workshop) -> tuple[MemoryBrea
     assert record.tokens is not None
     assert record.tokens.padded == 6 * WIDTH * record.steps
     assert (record.tokens.real == record.tokens.padded) == (recipe.data.padding == "free")
-    with MemorySimulation(recipe, "cpu", 1) as simulation:
+    with MemorySimulation(recipe, get_device_facts("cpu").capability, 1) as simulation:
         simulation.simulate_training(6, WIDTH, count_labels_per_row(record, 6))
     return measured, simulation.memory_tracker.find_peak()
 
@@ -136,7 +137,7 @@ def test_simulated_peak_of_an_optimizer_step(name: str, workshop: Workshop, sour
     assert measured is not None
     assert record.tokens is not None
     assert record.tokens.real == record.tokens.padded
-    with MemorySimulation(recipe, "cpu", 3, has_padding=False) as simulation:
+    with MemorySimulation(recipe, get_device_facts("cpu").capability, 3, has_padding=False) as simulation:
         simulation.simulate_training(2, SHORT, count_labels_per_row(record, 6))
     simulated = simulation.memory_tracker.find_peak()
     # torchao's CPU scalars live slightly longer than in the simulation: 16 bytes.

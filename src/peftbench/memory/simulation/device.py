@@ -11,6 +11,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal
 from unittest.mock import patch
 
@@ -20,22 +21,28 @@ from torch.optim import adam
 from torch.overrides import TorchFunctionMode
 from torch.utils import _foreach_utils
 
+from peftbench.distributed.device_capability import DeviceCapability
+from peftbench.memory.simulation.attention import attend_on_cpu, attend_on_cuda, run_cuda_dropout
 from peftbench.memory.simulation.autocast_ops import FP32, FP32_SET_OPT_DTYPE, LOWER_PRECISION_FP, PROMOTE
 from peftbench.modeling import attention, cross_entropy
+from peftbench.modeling.sdpa_kernels import SdpaDevice
 
 DeviceType = Literal["cuda", "cpu"]
 _FAKE_SCALARS = {"item": 1.0, "__float__": 1.0, "__int__": 1, "__bool__": True}
 """Values returned for reads of meta tensors where the value does not matter."""
-_MAX_FLASH_HEAD_DIM = 256
-"""Largest head dimension of torch's flash attention on CUDA."""
+_CUDNN_VERSION = 91501
+"""cuDNN of a planned GPU: the oldest that torch prefers. Its kernel saves as many bytes as torch's flash attention."""
 
 
 class DeviceEmulation(TorchFunctionMode):
-    """Runs calls on meta tensors as ``device_type`` would; ``autocast_dtype`` None means no autocast."""
+    """Runs calls on meta tensors as ``device`` would; ``autocast_dtype`` None means no autocast."""
 
-    def __init__(self, device_type: DeviceType, autocast_dtype: torch.dtype | None, *, has_padding: bool) -> None:
+    def __init__(self, device: DeviceCapability, autocast_dtype: torch.dtype | None, *, has_padding: bool) -> None:
         super().__init__()
-        self.device_type, self.autocast_dtype, self.has_padding = device_type, autocast_dtype, has_padding
+        self.device_type, self.autocast_dtype, self.has_padding = device.device_type, autocast_dtype, has_padding
+        capability = device.compute_capability
+        self.sdpa_device = None if capability is None else SdpaDevice(capability, _CUDNN_VERSION)
+        """The facts that select an attention kernel; None on CPU."""
         self.allow_fake_scalars = False
         """True while reads of meta tensors return fake values: in the optimizer, where no size depends on them."""
         self._autocast_enabled = False
@@ -99,6 +106,12 @@ class DeviceEmulation(TorchFunctionMode):
                 "_is_upcast_to_float32",
                 lambda query: self.device_type == "cpu" and (self._autocast_enabled or _is_low_precision(query)),
             )
+            put(attention, "_get_sdpa_device", lambda _: self.sdpa_device)
+            put(
+                attention,
+                "_get_attention_dtype",
+                lambda query: self.autocast_dtype if self._autocast_enabled else query.dtype,
+            )
             if self.device_type == "cuda":
                 foreach_devices = _foreach_utils._get_foreach_kernels_supported_devices()
                 put(_foreach_utils, "_get_foreach_kernels_supported_devices", lambda: [*foreach_devices, "meta"])
@@ -115,9 +128,10 @@ class DeviceEmulation(TorchFunctionMode):
         if self.allow_fake_scalars and name in _FAKE_SCALARS and args[0].is_meta:
             return _FAKE_SCALARS[name]
         if func is functional.scaled_dot_product_attention:
-            return self._dispatch_attention(*args, **kwargs)
+            attend = attend_on_cpu if self.sdpa_device is None else partial(attend_on_cuda, self.sdpa_device)
+            return attend(*args, **kwargs)
         if func is functional.dropout and self.device_type == "cuda":
-            return _cuda_dropout(*args, **kwargs)
+            return run_cuda_dropout(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _cast_arguments(
@@ -153,77 +167,6 @@ class DeviceEmulation(TorchFunctionMode):
         if cached is None:
             cached = self._cached_casts[id(tensor)] = weakref.ref(tensor), tensor.to(self.autocast_dtype)
         return cached[1]
-
-    def _dispatch_attention(  # noqa: PLR0917 — torch's signature
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> torch.Tensor:
-        kernels = torch.ops.aten
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(
-                attn_mask.logical_not(), float("-inf")
-            )
-        if self.device_type == "cpu":
-            if not _uses_flash_on_cpu((query, key, value, attn_mask), dropout_p, is_causal, enable_gqa=enable_gqa):
-                return functional.scaled_dot_product_attention(
-                    query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-                )
-            output: torch.Tensor = kernels._scaled_dot_product_flash_attention_for_cpu(
-                query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
-            )[0]
-            return output
-        low = query.dtype in (torch.float16, torch.bfloat16)
-        if low and attn_mask is None and query.shape[-1] <= _MAX_FLASH_HEAD_DIM:
-            width = query.shape[-1]
-            pad = -width % 8
-            if pad:
-                query, key, value = (functional.pad(t, (0, pad)) for t in (query, key, value))
-            output = kernels._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[
-                0
-            ]
-            return output[..., :width] if pad else output
-        if enable_gqa:  # only flash attention supports grouped heads natively
-            group_size = query.shape[1] // key.shape[1]
-            key, value = key.repeat_interleave(group_size, 1), value.repeat_interleave(group_size, 1)
-        if attn_mask is not None:
-            attn_mask = _pad_mask(attn_mask, query)
-        training = any(t.requires_grad for t in (query, key, value))
-        output = kernels._scaled_dot_product_efficient_attention(
-            query, key, value, attn_mask, training, dropout_p, is_causal, scale=scale
-        )[0]
-        return output
-
-
-def _uses_flash_on_cpu(
-    tensors: tuple[torch.Tensor | None, ...], dropout_p: float, is_causal: bool, *, enable_gqa: bool
-) -> bool:
-    """Query torch's backend choice with CPU tensors of the same shapes; they are never written and take no memory."""
-    real = [None if t is None else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype) for t in tensors]
-    choice = torch._fused_sdp_choice(*real, dropout_p, is_causal, enable_gqa=enable_gqa)  # type: ignore[arg-type, call-arg, misc]
-    return bool(choice == torch.nn.attention.SDPBackend.FLASH_ATTENTION.value)
-
-
-def _pad_mask(mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """Pad a mask's rows to a multiple of 16 values, as torch does for the memory-efficient kernel."""
-    width = mask.shape[-1]
-    if width % 16:
-        mask = functional.pad(mask, (0, -width % 16))[..., :width]
-    return mask.expand(*query.shape[:2], *mask.shape[2:])
-
-
-def _cuda_dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
-    """Call CUDA's dropout kernel, which saves a mask of one byte per value."""
-    if not training or p == 0.0:
-        return input
-    output: torch.Tensor = torch.native_dropout(input, p, training)[0]
-    return output
 
 
 def _is_low_precision(value: object) -> bool:

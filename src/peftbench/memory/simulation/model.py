@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from peftbench.memory.families import with_bundled_config
+from peftbench.modeling.attention import register_sdpa_attention
 from peftbench.modeling.loading import LoadedModel, build_from_config, fuse_gelu, load_config
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def build_meta_model(model_config: Model, compute_dtype: torch.dtype) -> LoadedM
     """
     with with_bundled_config(model_config) as local_config, torch.device("meta"):
         model = build_from_config(local_config, load_config(local_config))
+    register_sdpa_attention()
     if model_config.fused_gelu:
         fuse_gelu(model)
     if model_config.quantization is not None:

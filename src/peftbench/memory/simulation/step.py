@@ -21,12 +21,13 @@ from peftbench.data.batches import Batches, GlobalBatch, compute_micro_batching
 from peftbench.data.collate import Collator, MicroBatch, TokenCounts
 from peftbench.distributed.accelerator import AcceleratorContext
 from peftbench.distributed.deepspeed import unwrap_optimizer
+from peftbench.distributed.device_capability import DeviceCapability
 from peftbench.distributed.engines import DDP
 from peftbench.distributed.memory_owners import collect_engine_buffers
 from peftbench.distributed.sharding import unshard_root
 from peftbench.errors import EstimateUnavailableError
 from peftbench.memory.launch_config import SINGLE_PROCESS, LaunchConfig
-from peftbench.memory.simulation.device import DeviceEmulation, DeviceType
+from peftbench.memory.simulation.device import DeviceEmulation
 from peftbench.memory.simulation.model import build_meta_model
 from peftbench.memory.simulation.values import FakeScalars
 from peftbench.modeling.activation_offload import ActivationOffload
@@ -100,7 +101,7 @@ class MemorySimulation:
     def __init__(
         self,
         recipe: Recipe,
-        device_type: DeviceType,
+        device: DeviceCapability,
         num_micro_batches: int,
         *,
         has_padding: bool = True,
@@ -111,14 +112,15 @@ class MemorySimulation:
         Raises:
             ModelError: the architecture is unknown.
         """
-        self.recipe, self.device_type, self.launch_config = recipe, device_type, launch_config
+        self.recipe, self.launch_config = recipe, launch_config
+        self.device_type = device_type = device.device_type
         self._module_stack: list[str] = []
         # Later micro-batches repeat the second one, except on CPU, where the tokens of all exist from the start.
         self.num_micro_batches = min(num_micro_batches, 2) if device_type == "cuda" else num_micro_batches
         self.accelerator: Any = _FakeAccelerator(self.num_micro_batches)
         context = AcceleratorContext(self.accelerator, launch_config.engine, recipe.train.resolved_precision)
         self.emulation = DeviceEmulation(
-            device_type, get_autocast_dtype(recipe.train.resolved_precision), has_padding=has_padding
+            device, get_autocast_dtype(recipe.train.resolved_precision), has_padding=has_padding
         )
         with imports_without_gc():  # imports the architecture's code and the method's library
             self.loaded_model = build_meta_model(recipe.model, TORCH_DTYPES[recipe.train.resolved_precision])

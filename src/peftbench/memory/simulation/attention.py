@@ -1,0 +1,160 @@
+"""Run scaled dot product attention on the meta device with the kernel that the emulated device would select.
+
+Each kernel is called by its name, so that it saves for the backward pass what it saves on the real device. The math
+path is repeated here operation by operation, because torch runs it differently on the meta device: there it adds the
+mask in a new tensor, and dropout's mask has the type of the scores.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.nn import functional
+
+from peftbench.modeling.sdpa_kernels import SdpaCall, SdpaDevice, select_kernel
+
+_HALF_PRECISION_DTYPES = frozenset({torch.float16, torch.bfloat16})
+_FLASH_WIDTH_MULTIPLE = 8
+_EFFICIENT_MASK_MULTIPLE = 16
+
+
+def attend_on_cuda(  # noqa: PLR0917 — torch's signature
+    device: SdpaDevice,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """Return the output of the kernel that ``device`` selects, (batch, heads, queries, value width)."""
+    call = SdpaCall.from_tensors(
+        query, key, value, attn_mask, dropout=dropout_p, is_causal=is_causal, enable_gqa=enable_gqa
+    )
+    kernel = select_kernel(call, device).kernel
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(attn_mask.logical_not(), float("-inf"))
+    saves_logsumexp = any(tensor.requires_grad for tensor in (query, key, value))
+    kernels = torch.ops.aten
+    if kernel == "cudnn":
+        output: torch.Tensor = kernels._scaled_dot_product_cudnn_attention(
+            query, key, value, attn_mask, saves_logsumexp, dropout_p, is_causal, scale=scale
+        )[0]
+        return output
+    if kernel == "flash":
+        return _attend_with_flash(query, key, value, dropout_p, is_causal=is_causal, scale=scale)
+    if kernel == "efficient":
+        mask = None if attn_mask is None else _pad_mask(attn_mask, query)
+        output = kernels._scaled_dot_product_efficient_attention(
+            query, key, value, mask, saves_logsumexp, dropout_p, is_causal, scale=scale
+        )[0]
+        return output
+    groups = query.shape[1] // key.shape[1] if enable_gqa else None
+    return _attend_with_math(query, key, value, attn_mask, dropout_p, is_causal=is_causal, scale=scale, groups=groups)
+
+
+def _attend_with_flash(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    dropout_p: float,
+    *,
+    is_causal: bool,
+    scale: float | None,
+) -> torch.Tensor:
+    """Call flash attention with heads padded to a multiple of 8, as torch does."""
+    width = query.shape[-1]
+    pad = -width % _FLASH_WIDTH_MULTIPLE
+    if pad:
+        scale = width**-0.5 if scale is None else scale
+        query, key, value = (functional.pad(tensor, (0, pad)) for tensor in (query, key, value))
+    output: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention(
+        query, key, value, dropout_p, is_causal, scale=scale
+    )[0]
+    return output[..., :width] if pad else output
+
+
+def _attend_with_math(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout_p: float,
+    *,
+    is_causal: bool,
+    scale: float | None,
+    groups: int | None,
+) -> torch.Tensor:
+    """Repeat ``_scaled_dot_product_attention_math`` (aten/src/ATen/native/transformers/attention.cpp) on CUDA.
+
+    The scores are stored in float32 (batch, heads, queries, keys), also for inputs in 16 bits. ``groups`` is the number
+    of query heads per key head with ``enable_gqa``, else None.
+    """
+    dtype = query.dtype
+    if dtype in _HALF_PRECISION_DTYPES:
+        query, key, value = query.float(), key.float(), value.float()
+    root = math.sqrt(query.shape[-1] ** -0.5 if scale is None else scale)
+    scaled_query = query * root
+    if is_causal:
+        allowed = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+        mask = torch.zeros_like(allowed, dtype=query.dtype).masked_fill_(allowed.logical_not(), float("-inf"))
+    if groups is not None:
+        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+    scores = torch.matmul(scaled_query, key.transpose(-2, -1) * root)
+    if mask is not None:
+        scores.add_(mask)
+    weights = torch._safe_softmax(scores, -1)
+    if dropout_p > 0.0:
+        weights = run_cuda_dropout(weights, dropout_p)
+    return torch.matmul(weights, value).to(dtype)
+
+
+def attend_on_cpu(  # noqa: PLR0917 — torch's signature
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """Return the output of the kernel that a CPU selects, (batch, heads, queries, value width)."""
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(attn_mask.logical_not(), float("-inf"))
+    if not _uses_flash_on_cpu((query, key, value, attn_mask), dropout_p, is_causal, enable_gqa=enable_gqa):
+        return functional.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    output: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+    )[0]
+    return output
+
+
+def _uses_flash_on_cpu(
+    tensors: tuple[torch.Tensor | None, ...], dropout_p: float, is_causal: bool, *, enable_gqa: bool
+) -> bool:
+    """Query torch's backend choice with CPU tensors of the same shapes; they are never written and take no memory."""
+    real = [None if t is None else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype) for t in tensors]
+    choice = torch._fused_sdp_choice(*real, dropout_p, is_causal, enable_gqa=enable_gqa)  # type: ignore[arg-type, call-arg, misc]
+    return bool(choice == torch.nn.attention.SDPBackend.FLASH_ATTENTION.value)
+
+
+def _pad_mask(mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """Pad a mask's rows to a multiple of 16 values, as torch does for the memory-efficient kernel."""
+    width = mask.shape[-1]
+    if width % _EFFICIENT_MASK_MULTIPLE:
+        mask = functional.pad(mask, (0, -width % _EFFICIENT_MASK_MULTIPLE))[..., :width]
+    return mask.expand(*query.shape[:2], *mask.shape[2:])
+
+
+def run_cuda_dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+    """Call CUDA's dropout kernel, which saves a mask of one byte per value."""
+    if not training or p == 0.0:
+        return input
+    output: torch.Tensor = torch.native_dropout(input, p, training)[0]
+    return output
