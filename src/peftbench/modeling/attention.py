@@ -89,7 +89,7 @@ def sdpa_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Call transformers' ``sdpa`` attention, with keys and values repeated where that avoids the score matrix.
@@ -98,24 +98,28 @@ def sdpa_attention(
     """
     from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
-    if mask is None and _needs_repeated_keys(query, key, value, kwargs):
+    if attention_mask is None and _find_repetition_reason(query, key, value, kwargs) is not None:
         dtype = _get_attention_dtype(query)  # as autocast would, but before the copies are made
         groups = query.shape[1] // key.shape[1]
         key, value = (repeat_kv(tensor.to(dtype), groups) for tensor in (key, value))
-    return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
-def _needs_repeated_keys(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]) -> bool:
-    """True if torch stores the score matrix for grouped queries, and does not for repeated keys and values."""
+def _find_repetition_reason(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]
+) -> str | None:
+    """Return why torch stores the score matrix for grouped queries but not for repeated keys; None if it does not."""
     device = _get_sdpa_device(query)
     if device is None or query.shape[1] == key.shape[1]:
-        return False
+        return None
     call = SdpaCall.from_tensors(
         query, key, value, dropout=kwargs.get("dropout") or 0.0, is_causal=query.shape[2] > 1, enable_gqa=True
     )
     call = replace(call, dtypes=(_get_attention_dtype(query),) * 3)
     repeated = replace(call, key=_repeat_heads(call.key, call.query), value=_repeat_heads(call.value, call.query))
-    return select_kernel(call, device).kernel == "math" and select_kernel(repeated, device).kernel != "math"
+    choice = select_kernel(call, device)
+    is_avoidable = choice.kernel == "math" and select_kernel(repeated, device).kernel != "math"
+    return choice.describe_obstacles() if is_avoidable else None
 
 
 def _repeat_heads(shape: Shape, query: Shape) -> Shape:

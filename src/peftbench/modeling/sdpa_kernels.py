@@ -23,6 +23,11 @@ import torch
 SdpaKernel = Literal["cudnn", "flash", "efficient", "math"]
 Shape = tuple[int, int, int, int]
 """(batch, heads, length, width)."""
+_NAMES: dict[SdpaKernel, str] = {
+    "cudnn": "cuDNN's attention",
+    "flash": "flash attention",
+    "efficient": "memory-efficient attention",
+}
 _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 _MAX_FLASH_WIDTH = 256
 _OLDEST = (5, 0)
@@ -39,7 +44,7 @@ class SdpaDevice:
 
     compute_capability: tuple[int, int]
     cudnn_version: int
-    """As ``torch.backends.cudnn.version()`` returns it, e.g. 91900; 0 without cuDNN."""
+    """The result of ``torch.backends.cudnn.version()``, e.g. 91900; 0 without cuDNN."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class SdpaCall:
     """The arguments of one call on which the choice depends."""
 
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
-    """Of query, key and value."""
+    """The types of query, key and value."""
     query: Shape
     key: Shape
     value: Shape
@@ -99,6 +104,10 @@ class KernelChoice:
 
     kernel: SdpaKernel
     obstacles: dict[SdpaKernel, str]
+
+    def describe_obstacles(self) -> str:
+        """Return the obstacles as clauses, e.g. "flash attention: it takes no mask"."""
+        return "; ".join(f"{_NAMES[kernel]}: {reason}" for kernel, reason in self.obstacles.items())
 
 
 def select_kernel(call: SdpaCall, device: SdpaDevice) -> KernelChoice:

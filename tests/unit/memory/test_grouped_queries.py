@@ -62,6 +62,7 @@ SETTINGS = [
 LOOP_SCALARS = 8
 """Bytes of the loss's share and its sum, which the loop keeps and the trace does not have."""
 INPUTS = {"input_ids", "position_ids"}
+OPTIMIZER_CLASSES: dict[str, Any] = dict(OPTIMIZERS)
 METHODS: dict[str, Method] = {"full": Full(), "lora": Lora(r=4, target_modules=["q_proj", "v_proj"])}
 
 
@@ -184,7 +185,7 @@ def test_grouped_queries_are_planned_with_the_kernel_that_runs(
     recipe = workshop.recipe(
         METHODS[method],
         model={"path": str(tmp_path)},
-        optimizer=OPTIMIZERS["sgd"](kind="sgd", momentum=0.9),
+        optimizer=OPTIMIZER_CLASSES["sgd"](momentum=0.9),
         train={"precision": setting.precision, "global_batch_size": ROWS, "max_grad_norm": None},
         data={"max_length": WIDTH, "padding": setting.padding},
     )

@@ -12,7 +12,7 @@ import math
 import torch
 from torch.nn import functional
 
-from peftbench.modeling.sdpa_kernels import SdpaCall, SdpaDevice, select_kernel
+from peftbench.modeling.sdpa_kernels import KernelChoice, SdpaCall, SdpaDevice, select_kernel
 
 _HALF_PRECISION_DTYPES = frozenset({torch.float16, torch.bfloat16})
 _FLASH_WIDTH_MULTIPLE = 8
@@ -29,31 +29,33 @@ def attend_on_cuda(  # noqa: PLR0917 — torch's signature
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> torch.Tensor:
-    """Return the output of the kernel that ``device`` selects, (batch, heads, queries, value width)."""
+) -> tuple[torch.Tensor, KernelChoice]:
+    """Return the output of the kernel that ``device`` selects, (batch, heads, queries, value width), and the choice."""
     call = SdpaCall.from_tensors(
         query, key, value, attn_mask, dropout=dropout_p, is_causal=is_causal, enable_gqa=enable_gqa
     )
-    kernel = select_kernel(call, device).kernel
+    choice = select_kernel(call, device)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(attn_mask.logical_not(), float("-inf"))
     saves_logsumexp = any(tensor.requires_grad for tensor in (query, key, value))
     kernels = torch.ops.aten
-    if kernel == "cudnn":
+    if choice.kernel == "cudnn":
         output: torch.Tensor = kernels._scaled_dot_product_cudnn_attention(
             query, key, value, attn_mask, saves_logsumexp, dropout_p, is_causal, scale=scale
         )[0]
-        return output
-    if kernel == "flash":
-        return _attend_with_flash(query, key, value, dropout_p, is_causal=is_causal, scale=scale)
-    if kernel == "efficient":
+    elif choice.kernel == "flash":
+        output = _attend_with_flash(query, key, value, dropout_p, is_causal=is_causal, scale=scale)
+    elif choice.kernel == "efficient":
         mask = None if attn_mask is None else _pad_mask(attn_mask, query)
         output = kernels._scaled_dot_product_efficient_attention(
             query, key, value, mask, saves_logsumexp, dropout_p, is_causal, scale=scale
         )[0]
-        return output
-    groups = query.shape[1] // key.shape[1] if enable_gqa else None
-    return _attend_with_math(query, key, value, attn_mask, dropout_p, is_causal=is_causal, scale=scale, groups=groups)
+    else:
+        groups = query.shape[1] // key.shape[1] if enable_gqa else None
+        output = _attend_with_math(
+            query, key, value, attn_mask, dropout_p, is_causal=is_causal, scale=scale, groups=groups
+        )
+    return output, choice
 
 
 def _attend_with_flash(

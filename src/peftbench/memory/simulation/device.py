@@ -11,7 +11,6 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial
 from typing import Any, Literal
 from unittest.mock import patch
 
@@ -45,6 +44,8 @@ class DeviceEmulation(TorchFunctionMode):
         """The facts that select an attention kernel; None on CPU."""
         self.allow_fake_scalars = False
         """True while reads of meta tensors return fake values: in the optimizer, where no size depends on them."""
+        self.notes: dict[str, None] = {}
+        """Facts about the kernels of a training step, in the order of the calls."""
         self._autocast_enabled = False
         self._autocast_depth = 0
         self._cached_casts: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor]] = {}
@@ -107,6 +108,7 @@ class DeviceEmulation(TorchFunctionMode):
                 lambda query: self.device_type == "cpu" and (self._autocast_enabled or _is_low_precision(query)),
             )
             put(attention, "_get_sdpa_device", lambda _: self.sdpa_device)
+            put(attention, "_find_repetition_reason", self._note_repetition(attention._find_repetition_reason))
             put(
                 attention,
                 "_get_attention_dtype",
@@ -128,11 +130,28 @@ class DeviceEmulation(TorchFunctionMode):
         if self.allow_fake_scalars and name in _FAKE_SCALARS and args[0].is_meta:
             return _FAKE_SCALARS[name]
         if func is functional.scaled_dot_product_attention:
-            attend = attend_on_cpu if self.sdpa_device is None else partial(attend_on_cuda, self.sdpa_device)
-            return attend(*args, **kwargs)
+            return self._attend(*args, **kwargs)
         if func is functional.dropout and self.device_type == "cuda":
             return run_cuda_dropout(*args, **kwargs)
         return func(*args, **kwargs)
+
+    def _attend(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.sdpa_device is None:
+            return attend_on_cpu(*args, **kwargs)
+        output, choice = attend_on_cuda(self.sdpa_device, *args, **kwargs)
+        if choice.kernel == "math" and output.requires_grad:
+            self.notes[f"attention stores the scores of every head ({choice.describe_obstacles()})"] = None
+        return output
+
+    def _note_repetition(self, find_reason: Callable[..., str | None]) -> Callable[..., str | None]:
+        def find_and_note(query: torch.Tensor, *args: Any) -> str | None:
+            reason = find_reason(query, *args)
+            if reason is not None and query.requires_grad:
+                note = f"keys and values are repeated for every query head, so that no scores are stored ({reason})"
+                self.notes[note] = None
+            return reason
+
+        return find_and_note
 
     def _cast_arguments(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
