@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from peftbench.data.sources import Files
-
-if TYPE_CHECKING:
-    pass
 
 _TEXT = """harbour council vote bridge river storm school engine market doctor garden winter signal budget minister
 train village forest museum player record season island camera student teacher morning evening letter answer"""
@@ -38,3 +34,13 @@ def write_corpus(folder: Path, splits: dict[str, list[dict[str, str]]]) -> Files
         (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
     paths = {split: str(folder / f"{split}.jsonl") for split in splits}
     return Files(id="id", **paths)  # type: ignore[arg-type]
+
+
+def write_equal_labels(folder: Path, times: int = 1) -> Files:
+    """Write examples whose summaries are equal and whose articles are repeated ``times`` times; return the source."""
+    folder.mkdir(exist_ok=True)
+    train = [
+        example | {"article": " ".join([example["article"]] * times), "summary": "harbour council vote"}
+        for example in examples(24, seed=1)
+    ]
+    return write_corpus(folder, {"train": train, "validation": train[:4], "test": train[:4]})

@@ -50,7 +50,7 @@ class PromptTuning(Method):
 
     def trainable_parameters(self, base: PreTrainedModel) -> int:
         """Count soft tokens times the width of the embedding."""
-        return self.num_virtual_tokens * int(base.get_input_embeddings().weight.shape[1])  # type: ignore[index,union-attr]
+        return self.num_virtual_tokens * _get_embedding_width(base)
 
     def apply(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
         from peft import PromptTuningConfig, get_peft_model
@@ -65,9 +65,14 @@ class PromptTuning(Method):
             task_type="CAUSAL_LM",
             num_virtual_tokens=self.num_virtual_tokens,
             prompt_tuning_init=self.prompt_tuning_init,  # type: ignore[arg-type]
+            token_dim=_get_embedding_width(base),  # peft takes the layers' width, which can differ (OPT-350M)
+            # Prefix methods use the numbers of layers and heads; peft demands them from every config (MPT, Mamba).
+            num_layers=base.config.num_hidden_layers,
+            num_attention_heads=getattr(base.config, "num_attention_heads", None) or 1,
             **text,
         )
         model = get_peft_model(base, config)
+        model.word_embeddings = base.get_input_embeddings()  # type: ignore[assignment] # peft guesses it by its rows
         model.forward = partial(_forward_packed, model, model.forward)  # type: ignore[method-assign]
         return model
 
@@ -87,6 +92,10 @@ class PromptTuning(Method):
         # Without input_ids, transformers returns only the new tokens.
         new: torch.Tensor = base.generate(inputs_embeds=embeddings, attention_mask=mask, **generate_kwargs)  # type: ignore[operator]
         return new
+
+
+def _get_embedding_width(base: PreTrainedModel) -> int:
+    return int(base.get_input_embeddings().weight.shape[1])  # type: ignore[index,union-attr]
 
 
 def _forward_packed(

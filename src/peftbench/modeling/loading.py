@@ -12,6 +12,7 @@ from peftbench.common.text import first_line
 from peftbench.errors import HubUnreachableError, ModelNotFoundError, OutOfRangeError, UnsupportedModelError
 from peftbench.modeling.attention import register_sdpa_attention
 from peftbench.modeling.attention_implementation import check_attention
+from peftbench.modeling.causal_config import select_causal_config
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +52,12 @@ def get_max_positions(config: PreTrainedConfig) -> int | None:
 
 
 def load_config(model_config: Model) -> PreTrainedConfig:
-    """Load the base model's config and set the recipe's dropout in it."""
+    """Load the base model's config and set the recipe's dropout in it.
+
+    Raises:
+        ModelNotFoundError, HubUnreachableError: as :func:`load_model`.
+        UnsupportedModelError: the model is not a causal language model, or is only a part of one.
+    """
     from transformers import AutoConfig
 
     try:
@@ -62,6 +68,7 @@ def load_config(model_config: Model) -> PreTrainedConfig:
         )
     except (OSError, ValueError) as error:
         raise _translate_error(model_config, "config", error) from error
+    config = select_causal_config(config)
     if model_config.dropout is not None:
         keys = [key for key in _DROPOUT_KEYS if hasattr(config, key)]
         if not keys and model_config.dropout > 0:

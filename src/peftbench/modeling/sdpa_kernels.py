@@ -62,6 +62,8 @@ class SdpaCall:
     is_causal: bool = False
     enable_gqa: bool = False
     requires_grad: bool = False
+    mask_requires_grad: bool = False
+    """True if the mask is computed from trained weights."""
     has_unit_stride: bool = True
     """True if neighboring values of a head are neighbors in memory, for query, key, value and mask."""
 
@@ -89,6 +91,7 @@ class SdpaCall:
             is_causal=is_causal,
             enable_gqa=enable_gqa,
             requires_grad=torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs),
+            mask_requires_grad=mask is not None and mask.requires_grad,
             has_unit_stride=all(tensor.stride(-1) == 1 for tensor in (*inputs, *([] if mask is None else [mask]))),
         )
 
@@ -254,6 +257,8 @@ def _check_mask_shape(call: SdpaCall, _device: SdpaDevice) -> str | None:
     """Repeat ``check_attn_mask_shape`` (line 270)."""
     if call.mask is None:
         return None
+    if call.mask_requires_grad:
+        return "it has no gradient of the mask"
     full = (call.query[0], call.query[1], call.query[2], call.key[2])
     fits = all(given in {1, needed} for given, needed in zip(call.mask, full[4 - len(call.mask) :], strict=True))
     return None if len(call.mask) in {2, 4} and fits else f"it does not take a mask of shape {call.mask}"

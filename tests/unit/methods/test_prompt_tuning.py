@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from pydantic import ValidationError
+from transformers import AutoModelForCausalLM, MptConfig, OPTConfig
 
 from peftbench.methods.prompt_tuning import PromptTuning
 from tests.helpers.methods import every_architecture
@@ -15,7 +16,7 @@ from tests.helpers.models import embeddings_of
 from tests.helpers.training import trainable_parameters
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def _build_soft_prompt(
@@ -84,3 +85,35 @@ def test_contradictory_keys_are_refused(keys: dict[str, Any]) -> None:
     """A text without TEXT initialization, TEXT initialization without a text, and zero virtual tokens."""
     with pytest.raises(ValidationError):
         PromptTuning(**keys)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        OPTConfig(
+            vocab_size=64,
+            word_embed_proj_dim=16,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            ffn_dim=32,
+            max_position_embeddings=64,
+        ),
+        MptConfig(vocab_size=64, d_model=16, n_heads=4, n_layers=1),
+    ],
+    ids=["embedding narrower than the layers", "heads under another name"],
+)
+def test_soft_tokens_have_the_width_of_the_embedding(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """OPT-350M's embedding is narrower than its layers: 4 tokens train 4 x 16 numbers, and a step moves them."""
+    base = AutoModelForCausalLM.from_config(config)
+    method = PromptTuning(num_virtual_tokens=4)
+    assert method.trainable_parameters(base) == 4 * 16
+    model = method.apply(base, tokenizer)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert [parameter.shape for parameter in trained] == [(4, 16)]
+    tokens = torch.arange(12)[None]
+    model(input_ids=tokens, attention_mask=torch.ones_like(tokens), labels=tokens).loss.backward()
+    assert trained[0].grad is not None
+    assert trained[0].grad.norm() > 0

@@ -76,6 +76,7 @@ EXPECTED: list[tuple[str, SdpaCall, SdpaKernel]] = [
     ("h100", build_call(BF16, width=192, value_width=128), "cudnn"),
     ("h100", build_call(BF16, is_causal=False, mask=(2, 1, 100, 100)), "cudnn"),
     ("h100", build_call(FP32, is_causal=False, mask=(2, 1, 100, 100)), "efficient"),
+    ("h100", build_call(BF16, is_causal=False, mask=(2, 1, 100, 100), mask_requires_grad=True), "efficient"),
     ("b200", build_call(BF16, width=192, value_width=128), "cudnn"),
     ("b200", build_call(BF16, width=256), "flash"),
     ("a100", build_call(BF16, has_unit_stride=False), "math"),
@@ -155,7 +156,7 @@ def test_facts_come_from_tensors() -> None:
     query, key = torch.zeros(2, 4, 10, 8, requires_grad=True), torch.zeros(2, 2, 10, 8)
     call = SdpaCall.from_tensors(query, key, key, torch.zeros(1, 1, 10, 10), dropout=0.5, enable_gqa=True)
     assert call == SdpaCall(
-        (FP32,) * 3, (2, 4, 10, 8), (2, 2, 10, 8), (2, 2, 10, 8), (1, 1, 10, 10), 0.5, False, True, True, True
+        (FP32,) * 3, (2, 4, 10, 8), (2, 2, 10, 8), (2, 2, 10, 8), (1, 1, 10, 10), 0.5, False, True, True, False, True
     )
     assert not SdpaCall.from_tensors(query.mT.contiguous().mT, key, key).has_unit_stride
     with torch.no_grad():

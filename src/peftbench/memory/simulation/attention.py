@@ -8,6 +8,7 @@ mask in a new tensor, and dropout's mask has the type of the scores.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch.nn import functional
@@ -53,7 +54,15 @@ def attend_on_cuda(  # noqa: PLR0917 — torch's signature
     else:
         groups = query.shape[1] // key.shape[1] if enable_gqa else None
         output = _attend_with_math(
-            query, key, value, attn_mask, dropout_p, is_causal=is_causal, scale=scale, groups=groups
+            query,
+            key,
+            value,
+            attn_mask,
+            dropout_p,
+            is_causal=is_causal,
+            scale=scale,
+            groups=groups,
+            dropout=run_cuda_dropout,
         )
     return output, choice
 
@@ -89,8 +98,9 @@ def _attend_with_math(
     is_causal: bool,
     scale: float | None,
     groups: int | None,
+    dropout: Callable[[torch.Tensor, float], torch.Tensor],
 ) -> torch.Tensor:
-    """Repeat ``_scaled_dot_product_attention_math`` (aten/src/ATen/native/transformers/attention.cpp) on CUDA.
+    """Repeat ``_scaled_dot_product_attention_math`` (aten/src/ATen/native/transformers/attention.cpp).
 
     The scores are stored in float32 (batch, heads, queries, keys), also for inputs in 16 bits. ``groups`` is the number
     of query heads per key head with ``enable_gqa``, else None.
@@ -110,7 +120,7 @@ def _attend_with_math(
         scores.add_(mask)
     weights = torch._safe_softmax(scores, -1)
     if dropout_p > 0.0:
-        weights = run_cuda_dropout(weights, dropout_p)
+        weights = dropout(weights, dropout_p)
     return torch.matmul(weights, value).to(dtype)
 
 
@@ -128,8 +138,17 @@ def attend_on_cpu(  # noqa: PLR0917 — torch's signature
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(attn_mask.logical_not(), float("-inf"))
     if not _uses_flash_on_cpu((query, key, value, attn_mask), dropout_p, is_causal, enable_gqa=enable_gqa):
-        return functional.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        groups = query.shape[1] // key.shape[1] if enable_gqa else None
+        return _attend_with_math(
+            query,
+            key,
+            value,
+            attn_mask,
+            dropout_p,
+            is_causal=is_causal,
+            scale=scale,
+            groups=groups,
+            dropout=functional.dropout,
         )
     output: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
@@ -141,7 +160,12 @@ def _uses_flash_on_cpu(
     tensors: tuple[torch.Tensor | None, ...], dropout_p: float, is_causal: bool, *, enable_gqa: bool
 ) -> bool:
     """Query torch's backend choice with CPU tensors of the same shapes; they are never written and take no memory."""
-    real = [None if t is None else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype) for t in tensors]
+    real = [
+        None
+        if tensor is None
+        else torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, requires_grad=tensor.requires_grad)
+        for tensor in tensors
+    ]
     choice = torch._fused_sdp_choice(*real, dropout_p, is_causal, enable_gqa=enable_gqa)  # type: ignore[arg-type, call-arg, misc]
     return bool(choice == torch.nn.attention.SDPBackend.FLASH_ATTENTION.value)
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
+from torch import _meta_registrations
 from torch.nn import functional
 from torch.optim import adam
 from torch.overrides import TorchFunctionMode
@@ -29,6 +30,7 @@ from peftbench.modeling.sdpa_kernels import SdpaDevice
 DeviceType = Literal["cuda", "cpu"]
 _FAKE_SCALARS = {"item": 1.0, "__float__": 1.0, "__int__": 1, "__bool__": True}
 """Values returned for reads of meta tensors where the value does not matter."""
+_AUTOCAST = torch.autocast
 _CUDNN_VERSION = 91501
 """cuDNN of a planned GPU: the oldest that torch prefers. Its kernel saves as many bytes as torch's flash attention."""
 
@@ -81,6 +83,7 @@ class DeviceEmulation(TorchFunctionMode):
     def patch_libraries(self) -> Iterator[None]:
         """Patch helpers of transformers that read tensor values, and of torch that check a tensor's device."""
         from transformers import masking_utils
+        from transformers.integrations import moe
         from transformers.utils import generic
 
         def emulated_maybe_autocast(device_type: str, enabled: bool = True, **_: Any) -> Any:
@@ -114,6 +117,10 @@ class DeviceEmulation(TorchFunctionMode):
                 "_get_attention_dtype",
                 lambda query: self.autocast_dtype if self._autocast_enabled else query.dtype,
             )
+            put(_meta_registrations, "_meta_grouped_mm_common", self._multiply_grouped)
+            put(moe, "_can_use_grouped_mm", lambda *_: self._has_grouped_mm)
+            if torch.autocast is _AUTOCAST:  # DeepSpeed's emulation replaces it, too
+                put(torch, "autocast", self._replace_autocast)
             if self.device_type == "cuda":
                 foreach_devices = _foreach_utils._get_foreach_kernels_supported_devices()
                 put(_foreach_utils, "_get_foreach_kernels_supported_devices", lambda: [*foreach_devices, "meta"])
@@ -134,6 +141,37 @@ class DeviceEmulation(TorchFunctionMode):
         if func is functional.dropout and self.device_type == "cuda":
             return run_cuda_dropout(*args, **kwargs)
         return func(*args, **kwargs)
+
+    def _replace_autocast(self, device_type: str, *args: Any, enabled: bool = True, **kwargs: Any) -> Any:
+        if device_type != "meta":
+            return _AUTOCAST(device_type, *args, **kwargs | {"enabled": enabled})
+        return self.autocast(enabled=enabled)
+
+    @property
+    def _has_grouped_mm(self) -> bool:
+        """True if transformers multiplies experts with torch's grouped product: on CPU, and on Ampere or newer."""
+        return self.sdpa_device is None or self.sdpa_device.compute_capability >= (8, 0)
+
+    def _multiply_grouped(
+        self,
+        inputs: torch.Tensor,
+        weights: torch.Tensor,
+        *_: object,
+        offs: torch.Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+        **__: object,
+    ) -> torch.Tensor:
+        """Return the output of a grouped product in any type; torch's own function takes bf16 alone.
+
+        On CUDA, rows are padded to 16 bytes (``create_grouped_gemm_output_tensor`` in ATen/native/GroupedMMUtils.h).
+        """
+        groups = inputs.shape[:1] if offs is None else offs.shape
+        is_stacked = (inputs.dim() == 2) == (weights.dim() == 2)
+        shape = (*(groups if is_stacked else ()), inputs.shape[-2], weights.shape[-1])
+        dtype = out_dtype or inputs.dtype
+        alignment = 16 // dtype.itemsize if self.device_type == "cuda" else 1
+        padded = (*shape[:-1], -(-shape[-1] // alignment) * alignment)
+        return torch.empty(padded, dtype=dtype, device="meta")[..., : shape[-1]]
 
     def _attend(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.sdpa_device is None:

@@ -1,0 +1,43 @@
+"""The config of the causal language model in a folder: configs of other models are refused."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from peftbench.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+def select_causal_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return ``config``, or the config of its text model if transformers loads that alone (e.g. Qwen3.5, Llama 4).
+
+    A config without a causal language model is returned unchanged; loading its weights raises the error.
+
+    Raises:
+        UnsupportedModelError: the model has an encoder, is an encoder, or reads more than text.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{kind} has an encoder and a decoder, so it is not a causal language model; set model.path to one that is"
+        )
+    # An encoder is trained to fill masks. With is_decoder it attends to earlier tokens only.
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        raise UnsupportedModelError(
+            f"{kind} attends to later tokens, so it is not a causal language model; set model.path to one that is"
+        )
+    text_config: PreTrainedConfig = config.get_text_config()
+    if text_config is config:
+        return config
+    model_class: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if model_class is None or model_class.config_class is type(config):
+        raise UnsupportedModelError(
+            f"{kind} reads more than text, and transformers loads its text model (text_config in config.json) only "
+            "together with the rest; save the text model by itself and set model.path to its folder"
+        )
+    return text_config

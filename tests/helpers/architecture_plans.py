@@ -1,0 +1,91 @@
+"""Run and plan one training step of a tiny model of each architecture, and compare their live bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftbench.data.sources import Files
+from peftbench.errors import EstimateUnavailableError, UnsupportedModelError
+from peftbench.memory.devices import get_device_facts
+from peftbench.memory.simulation.step import MemorySimulation
+from peftbench.methods.base import Method
+from peftbench.methods.full import Full
+from peftbench.methods.last_layer import LastLayer
+from peftbench.methods.lora import Lora
+from peftbench.methods.prompt_tuning import PromptTuning
+from peftbench.recipe.schema import Profile, Recipe
+from tests.helpers.architectures import TINY_CONFIGS
+from tests.helpers.records import count_labels_per_row
+from tests.helpers.workshop import Workshop
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+METHODS: dict[str, Method] = {
+    "full": Full(),
+    "lora": Lora(r=2),
+    "lora, peft's targets": Lora(r=2, target_modules=None),
+    "prompt tuning": PromptTuning(num_virtual_tokens=4),
+    "last layer": LastLayer(),
+}
+CASES = [case for case in TINY_CONFIGS if case != "llama, dynamic RoPE"]  # its context is shorter than the rows
+ROWS, WIDTH = 2, 48
+INDEX_BYTES = 64
+"""Bytes of small index tensors that differ on the meta device (falcon, Phi-3 with LongRoPE)."""
+EXACT, UNPLANNED, REFUSED = "exact", "not planned", "refused"
+
+
+def write_tiny_config(case: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """Write the config of a tiny model with the tokenizer's vocabulary, and the tokenizer, to ``folder``."""
+    from transformers import AutoConfig
+
+    values: dict[str, Any] = TINY_CONFIGS[case] | {"vocab_size": len(tokenizer)}
+    AutoConfig.for_model(case.split(",", maxsplit=1)[0], **values).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def build_recipe(workshop: Workshop, source: Files, folder: Path, method: str) -> Recipe:
+    """Return a recipe of three steps with random weights and the memory breakdown in the third.
+
+    All examples of ``source`` have the same number of labels.
+    """
+    return workshop.recipe(
+        METHODS[method],
+        model={"path": str(folder), "init": "random", "attention": "auto"},
+        data={"source": source, "padding": "max_length", "max_length": WIDTH},
+        train={"steps": 3, "global_batch_size": ROWS},
+        evaluate={"batch_size": ROWS},
+        profile=Profile(untimed_steps=2, memory_breakdown=True),
+    )
+
+
+def compare_run_and_plan(workshop: Workshop, source: Files, folder: Path, method: str) -> tuple[str, str]:
+    """Return the outcome and a reason: EXACT, UNPLANNED (it runs) or REFUSED (both refuse, in the same sentence).
+
+    Raises:
+        AssertionError: the plan differs from the run, or only one of them refuses.
+    """
+    recipe = build_recipe(workshop, source, folder, method)
+    run_refusal = plan_refusal = ""
+    record, plan = None, None
+    try:
+        record = workshop.run(recipe)
+    except UnsupportedModelError as error:
+        run_refusal = str(error)
+    try:
+        with MemorySimulation(recipe, get_device_facts("cpu").capability, 1) as plan:
+            plan.simulate_training(ROWS, WIDTH, 8 if record is None else count_labels_per_row(record, ROWS))
+    except UnsupportedModelError as error:
+        plan_refusal = str(error)
+    except EstimateUnavailableError as error:
+        assert record is not None
+        return UNPLANNED, str(error)
+    assert plan_refusal == run_refusal
+    if record is None or plan is None:
+        return REFUSED, plan_refusal
+    assert record.memory_breakdown is not None
+    difference = record.memory_breakdown.peak_bytes - plan.memory_tracker.find_peak().nbytes
+    assert abs(difference) <= INDEX_BYTES
+    return EXACT, ""

@@ -1,0 +1,53 @@
+"""Each architecture has an exact plan with each method, or a sentence: docs/reference/architectures.md is the table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from peftbench.data.sources import Files
+from tests.helpers.architecture_plans import CASES, EXACT, METHODS, UNPLANNED, compare_run_and_plan, write_tiny_config
+from tests.helpers.paths import REPOSITORY
+from tests.helpers.sweeps import mark_slow
+from tests.helpers.workshop import Workshop
+
+TABLE = REPOSITORY / "docs" / "reference" / "architectures.md"
+
+
+def read_table() -> dict[tuple[str, str], str]:
+    """Return the documented outcome by architecture and method."""
+    rows = [line.strip("| ").split(" | ") for line in TABLE.read_text(encoding="utf-8").splitlines() if line[:1] == "|"]
+    header, _, *body = rows
+    return {(case, method): cell for case, *cells in body for method, cell in zip(header[1:], cells, strict=True)}
+
+
+EXPECTED = read_table()
+POINTS = mark_slow(list(EXPECTED), keep=lambda _: False, seed=210)
+
+
+def test_table_covers_every_architecture_and_method() -> None:
+    """At least 55 model types, and most plans are exact."""
+    assert set(EXPECTED) == {(case, method) for case in CASES for method in METHODS}
+    assert len({case.split(",")[0] for case in CASES}) >= 55
+    assert list(EXPECTED.values()).count(EXACT) > 350
+
+
+@pytest.mark.parametrize(("case", "method"), POINTS)
+def test_plan_equals_the_run_or_is_refused(  # noqa: PLR0917 — fixtures
+    case: str,
+    method: str,
+    workshop: Workshop,
+    sources: dict[str, Files],
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+) -> None:
+    """Live bytes are equal, or the message names the module or the architecture."""
+    folder = write_tiny_config(case, tmp_path / "base", tokenizer)
+    outcome, reason = compare_run_and_plan(workshop, sources["max_length"], folder, method)
+    assert outcome == EXPECTED[case, method]
+    if outcome == UNPLANNED:
+        assert "cannot be simulated without tensor values" in reason
+    elif outcome != EXACT:
+        assert case.split(",", maxsplit=1)[0] in reason
