@@ -4,7 +4,7 @@ BIN := .venv/bin
 # The demo and the tests run offline.
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-all test-engines test-slow test-slurm lint prose readme picture clean
+.PHONY: demo test test-all test-engines test-slow test-slurm lint prose readme architectures picture clean
 
 demo: .venv/installed
 	@echo "Two suites of 6 and 3 runs. On two slow CPU cores they take about 8 minutes (docs/results/README.md)."
@@ -57,6 +57,11 @@ readme: .venv/installed
 	$(BIN)/python benchmarks/vs_trainer --report benchmarks/vs_trainer/records/cuda_bf16 --update-file benchmarks/vs_trainer/README.md --marker vs_trainer_gpu
 	$(BIN)/python -m peftbench.distributed.compatibility_docs > .compatibility.md
 	mv .compatibility.md docs/reference/compatibility.md
+
+# Runs and plans a tiny model of every architecture with every method (about 15 minutes).
+architectures: .venv/installed
+	$(BIN)/python -m tests.unit.memory.architecture_table > .architectures.md
+	mv .architectures.md docs/reference/architectures.md
 
 # Renders the report page's picture in README.md from committed records; needs Chromium.
 picture: .venv/installed

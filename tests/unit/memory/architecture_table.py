@@ -1,11 +1,12 @@
 """Print docs/reference/architectures.md: run and plan every tiny architecture with every method (about 15 minutes).
 
-Usage: ``python -m tests.unit.memory.architecture_table > docs/reference/architectures.md``
+Usage: ``make architectures``
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -29,14 +30,14 @@ three steps on CPU, and `estimate`'s simulation plans the same step:
   values.
 - **refused**: the run and the plan are refused in the same sentence.
 
-The table is made by `python -m tests.unit.memory.architecture_table`, and `make test-slow` checks every cell.
+The table is made by `make architectures`, and `make test-slow` checks every cell.
 
 """
 
 
 def print_table(folder: Path, tokenizer: PreTrainedTokenizerBase, source: Files) -> None:
     """Print the page; reasons follow the table, each once."""
-    reasons: dict[str, str] = {}
+    cases_by_reason: dict[str, list[str]] = {}
     lines = [f"| architecture | {' | '.join(METHODS)} |", "| --- |" + " --- |" * len(METHODS)]
     for number, case in enumerate(tqdm(CASES, unit="architecture")):
         base = write_tiny_config(case, folder / str(number), tokenizer)
@@ -46,14 +47,20 @@ def print_table(folder: Path, tokenizer: PreTrainedTokenizerBase, source: Files)
             outcome, reason = compare_run_and_plan(workshop, source, base, method)
             cells.append(outcome)
             if outcome != EXACT:
-                reasons[f"{case} ({method})"] = reason
+                _add_case(cases_by_reason, case, reason)
         lines.append(f"| {case} | {' | '.join(cells)} |")
-    by_reason: dict[str, list[str]] = {}
-    for name, reason in reasons.items():
-        by_reason.setdefault(reason, []).append(name)
     sys.stdout.write(INTRODUCTION + "\n".join(lines) + "\n\n## Reasons\n\n")
-    for reason, names in by_reason.items():
-        sys.stdout.write(f"- {', '.join(names)}: {reason}\n")
+    for reason, cases in cases_by_reason.items():
+        sys.stdout.write(f"- {reason}\n  {'; '.join(cases)}\n")
+
+
+def _add_case(cases_by_reason: dict[str, list[str]], case: str, reason: str) -> None:
+    """Add a case to those with the same reason, in which ARCHITECTURE replaces the model's type."""
+    model_type = re.escape(case.split(",", maxsplit=1)[0])
+    reason = re.sub(rf"(?<![\w-])'?{model_type}'?(?![\w-])", "ARCHITECTURE", reason)
+    cases = cases_by_reason.setdefault(f"`{reason}`", [])
+    if case not in cases:
+        cases.append(case)
 
 
 def main() -> None:

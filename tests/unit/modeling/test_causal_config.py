@@ -1,4 +1,4 @@
-"""Which config in a folder is a causal language model's: encoders are refused, a text model is taken out."""
+"""Selection of the causal language model in a config: encoders are refused, a text model is taken out."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_causal_config_is_unchanged(model_type: str) -> None:
 
 
 def test_causal_configs_of_the_sweep_are_accepted() -> None:
-    """Of the tiny configs, only encoder-decoders are refused."""
+    """Only encoder-decoders are refused."""
     refused = set()
     for case, values in TINY_CONFIGS.items():
         try:

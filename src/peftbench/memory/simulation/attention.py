@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 from torch.nn import functional
+from torch.utils._python_dispatch import _disable_current_modes
 
 from peftbench.modeling.sdpa_kernels import KernelChoice, SdpaCall, SdpaDevice, select_kernel
 
@@ -110,18 +111,18 @@ def _attend_with_math(
         query, key, value = query.float(), key.float(), value.float()
     root = math.sqrt(query.shape[-1] ** -0.5 if scale is None else scale)
     scaled_query = query * root
-    if is_causal:
-        allowed = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
-        mask = torch.zeros_like(allowed, dtype=query.dtype).masked_fill_(allowed.logical_not(), float("-inf"))
+    if is_causal:  # each name below is bound again where torch's code does it, so that a tensor is freed there, too
+        mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), float("-inf"))
     if groups is not None:
         key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
-    scores = torch.matmul(scaled_query, key.transpose(-2, -1) * root)
+    attention = torch.matmul(scaled_query, key.transpose(-2, -1) * root)
     if mask is not None:
-        scores.add_(mask)
-    weights = torch._safe_softmax(scores, -1)
+        attention.add_(mask)
+    attention = torch._safe_softmax(attention, -1)
     if dropout_p > 0.0:
-        weights = dropout(weights, dropout_p)
-    return torch.matmul(weights, value).to(dtype)
+        attention = dropout(attention, dropout_p)
+    return torch.matmul(attention, value).to(dtype)
 
 
 def attend_on_cpu(  # noqa: PLR0917 — torch's signature
@@ -160,13 +161,16 @@ def _uses_flash_on_cpu(
     tensors: tuple[torch.Tensor | None, ...], dropout_p: float, is_causal: bool, *, enable_gqa: bool
 ) -> bool:
     """Query torch's backend choice with CPU tensors of the same shapes; they are never written and take no memory."""
-    real = [
-        None
-        if tensor is None
-        else torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, requires_grad=tensor.requires_grad)
-        for tensor in tensors
-    ]
-    choice = torch._fused_sdp_choice(*real, dropout_p, is_causal, enable_gqa=enable_gqa)  # type: ignore[arg-type, call-arg, misc]
+    with _disable_current_modes():  # a simulation would count them
+        real = [
+            None
+            if tensor is None
+            else torch.empty_strided(
+                tensor.shape, tensor.stride(), dtype=tensor.dtype, requires_grad=tensor.requires_grad
+            )
+            for tensor in tensors
+        ]
+        choice = torch._fused_sdp_choice(*real, dropout_p, is_causal, enable_gqa=enable_gqa)  # type: ignore[arg-type, call-arg, misc]
     return bool(choice == torch.nn.attention.SDPBackend.FLASH_ATTENTION.value)
 
 
