@@ -55,7 +55,7 @@ def to_call(arguments: Arguments) -> SdpaCall:
 
 @pytest.mark.parametrize("kernel", QUERIES)
 def test_conditions_equal_torch(kernel: SdpaKernel) -> None:
-    """Each call that torch supports has no obstacle, and the reverse."""
+    """find_obstacle returns None exactly for the calls that torch supports."""
     differences = []
     for arguments in iter_calls():
         device = _get_sdpa_device(arguments[0])

@@ -31,8 +31,8 @@ METHODS: dict[str, Method] = {
 }
 CASES = [case for case in TINY_CONFIGS if case != "llama, dynamic RoPE"]  # its context is shorter than the rows
 ROWS, WIDTH = 2, 48
-INDEX_BYTES = 64
-"""Bytes of small index tensors that differ on the meta device (falcon, Phi-3 with LongRoPE)."""
+TOLERANCE_BYTES = 64
+"""Allowed difference: small index tensors differ on the meta device (Falcon, Phi-3 with LongRoPE)."""
 EXACT, UNPLANNED, REFUSED = "exact", "not planned", "refused"
 
 
@@ -62,7 +62,7 @@ def build_recipe(workshop: Workshop, source: Files, folder: Path, method: str) -
 
 
 def compare_run_and_plan(workshop: Workshop, source: Files, folder: Path, method: str) -> tuple[str, str]:
-    """Return the outcome and a reason: EXACT, UNPLANNED (it runs) or REFUSED (both refuse, in the same sentence).
+    """Return the outcome and a reason: EXACT, UNPLANNED (it runs) or REFUSED (both, with the same error message).
 
     Raises:
         AssertionError: the plan differs from the run, or only one of them refuses.
@@ -87,5 +87,5 @@ def compare_run_and_plan(workshop: Workshop, source: Files, folder: Path, method
         return REFUSED, plan_refusal
     assert record.memory_breakdown is not None
     difference = record.memory_breakdown.peak_bytes - plan.memory_tracker.find_peak().nbytes
-    assert abs(difference) <= INDEX_BYTES
+    assert abs(difference) <= TOLERANCE_BYTES
     return EXACT, ""

@@ -36,7 +36,7 @@ def write_corpus(folder: Path, splits: dict[str, list[dict[str, str]]]) -> Files
     return Files(id="id", **paths)  # type: ignore[arg-type]
 
 
-def write_equal_labels(folder: Path, times: int = 1) -> Files:
+def write_corpus_with_equal_summaries(folder: Path, times: int = 1) -> Files:
     """Write examples whose summaries are equal and whose articles are repeated ``times`` times; return the source."""
     folder.mkdir(exist_ok=True)
     train = [

@@ -65,14 +65,14 @@ class PromptTuning(Method):
             task_type="CAUSAL_LM",
             num_virtual_tokens=self.num_virtual_tokens,
             prompt_tuning_init=self.prompt_tuning_init,  # type: ignore[arg-type]
-            token_dim=_get_embedding_width(base),  # peft takes the layers' width, which can differ (OPT-350M)
-            # Prefix methods use the numbers of layers and heads; peft demands them from every config (MPT, Mamba).
+            token_dim=_get_embedding_width(base),  # peft defaults to hidden_size; OPT-350M's embedding is narrower
+            # peft requires both numbers, which only prefix tuning uses; it does not find them in MPT's config.
             num_layers=base.config.num_hidden_layers,
             num_attention_heads=getattr(base.config, "num_attention_heads", None) or 1,
             **text,
         )
         model = get_peft_model(base, config)
-        model.word_embeddings = base.get_input_embeddings()  # type: ignore[assignment] # peft guesses it by its rows
+        model.word_embeddings = base.get_input_embeddings()  # type: ignore[assignment] # peft picks a parameter with vocab_size rows
         model.forward = partial(_forward_packed, model, model.forward)  # type: ignore[method-assign]
         return model
 

@@ -5,9 +5,9 @@ lengths. No mask is built, and no kernel computes pairs only to discard them. On
 variable-length kernel (FlashAttention-2, Dao 2023, arXiv:2307.08691). On other devices, with dropout or in float32,
 which that kernel does not support, each sequence is a separate call of torch's scaled dot product attention.
 
-Some kernels need as many key heads as query heads (:mod:`peftbench.modeling.sdpa_kernels`): in float32 on every GPU,
-and in fp16 before Ampere, torch would store the score matrix of a model with grouped queries. There, keys and values
-are repeated first, so that a kernel runs that stores no scores.
+torch's memory-efficient attention does not support grouped queries (:mod:`peftbench.modeling.sdpa_kernels`). In float32
+on every GPU, and in fp16 on GPUs older than Ampere, torch falls back to its math kernel, which stores the score matrix.
+In these cases keys and values are repeated first, so that torch selects a fused kernel.
 
 On CPU, attention is always computed in float32: in 16 bits, torch compiles machine code for each new length and keeps
 it all, which adds up to hundreds of megabytes (benchmarks/cpu_sizes). Attention that transformers computes (generation,
@@ -78,7 +78,7 @@ def causal_attention(
 
 
 def register_sdpa_attention() -> None:
-    """Make transformers use :func:`sdpa_attention` for ``sdpa``: in generation, and in models that need own masks."""
+    """Register :func:`sdpa_attention` as transformers' ``sdpa``; generation and models with their own masks use it."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register("sdpa", sdpa_attention)
@@ -98,17 +98,17 @@ def sdpa_attention(
     """
     from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
-    if attention_mask is None and _find_repetition_reason(query, key, value, kwargs) is not None:
+    if attention_mask is None and _explain_kv_repetition(query, key, value, kwargs) is not None:
         dtype = _get_attention_dtype(query)  # as autocast would, but before the copies are made
         groups = query.shape[1] // key.shape[1]
         key, value = (repeat_kv(tensor.to(dtype), groups) for tensor in (key, value))
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
-def _find_repetition_reason(
+def _explain_kv_repetition(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]
 ) -> str | None:
-    """Return why torch stores the score matrix for grouped queries but not for repeated keys; None if it does not."""
+    """Return why keys and values must be repeated to avoid the score matrix; None if that is not needed or no use."""
     device = _get_sdpa_device(query)
     if device is None or query.shape[1] == key.shape[1]:
         return None

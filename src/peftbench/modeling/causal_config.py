@@ -16,7 +16,8 @@ def select_causal_config(config: PreTrainedConfig) -> PreTrainedConfig:
     A config without a causal language model is returned unchanged; loading its weights raises the error.
 
     Raises:
-        UnsupportedModelError: the model has an encoder, is an encoder, or reads more than text.
+        UnsupportedModelError: the model is an encoder, an encoder-decoder, or multimodal with a text model that
+            transformers cannot load on its own.
     """
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
@@ -37,7 +38,7 @@ def select_causal_config(config: PreTrainedConfig) -> PreTrainedConfig:
     model_class: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
     if model_class is None or model_class.config_class is type(config):
         raise UnsupportedModelError(
-            f"{kind} reads more than text, and transformers loads its text model (text_config in config.json) only "
-            "together with the rest; save the text model by itself and set model.path to its folder"
+            f"{kind} is multimodal, and transformers cannot load its text model (text_config in config.json) on its "
+            "own; save the text model separately and set model.path to that folder"
         )
     return text_config

@@ -56,7 +56,8 @@ def load_config(model_config: Model) -> PreTrainedConfig:
 
     Raises:
         ModelNotFoundError, HubUnreachableError: as :func:`load_model`.
-        UnsupportedModelError: the model is not a causal language model, or is only a part of one.
+        UnsupportedModelError: the model is not a causal language model, or contains one that transformers cannot load
+            on its own.
     """
     from transformers import AutoConfig
 

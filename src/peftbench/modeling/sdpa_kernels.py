@@ -1,13 +1,13 @@
 """The kernel that torch's ``scaled_dot_product_attention`` (SDPA) selects on a CUDA device, and why.
 
-The conditions are those of torch 2.13. They are in C++, so they cannot be asked without a GPU:
+The conditions are those of torch 2.13, which evaluates them in C++ and only on a GPU:
 
 - ``aten/src/ATen/native/transformers/cuda/sdp_utils.cpp``: ``can_use_cudnn_attention``, ``can_use_flash_attention``,
   ``can_use_mem_efficient_attention``, ``select_sdp_backend``;
-- ``aten/src/ATen/native/transformers/sdp_utils_cpp.h``: conditions that several kernels share. The wheel has this
-  header, and the line numbers below are its own.
+- ``aten/src/ATen/native/transformers/sdp_utils_cpp.h``: conditions that several kernels share. torch's wheel contains
+  this header; line numbers below refer to it.
 
-Each condition here names the function that it repeats. ``tests/gpu/test_sdpa_kernels.py`` compares them with torch's
+Each condition here names the function that it mirrors. ``tests/gpu/test_sdpa_kernels.py`` compares them with torch's
 ``torch.backends.cuda.can_use_*_attention`` on a GPU.
 """
 
@@ -24,16 +24,15 @@ SdpaKernel = Literal["cudnn", "flash", "efficient", "math"]
 Shape = tuple[int, int, int, int]
 """(batch, heads, length, width)."""
 _NAMES: dict[SdpaKernel, str] = {
-    "cudnn": "cuDNN's attention",
+    "cudnn": "cuDNN attention",
     "flash": "flash attention",
     "efficient": "memory-efficient attention",
 }
 _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 _MAX_FLASH_WIDTH = 256
-_OLDEST = (5, 0)
 _AMPERE = (8, 0)
-_NEWEST = (12, 1)
-"""The newest compute capability that torch 2.13 compiles fused kernels for."""
+_MIN_CAPABILITY, _MAX_CAPABILITY = (5, 0), (12, 1)
+"""The range of compute capabilities that torch 2.13 compiles fused kernels for."""
 _MIN_PREFERRED_CUDNN = 91501
 """cuDNN 9.15.1, the first version that torch prefers to its own kernels (``check_prefer_cudnn_attention``)."""
 
@@ -65,7 +64,7 @@ class SdpaCall:
     mask_requires_grad: bool = False
     """True if the mask is computed from trained weights."""
     has_unit_stride: bool = True
-    """True if neighboring values of a head are neighbors in memory, for query, key, value and mask."""
+    """True if the last dimension of query, key, value and mask has stride 1."""
 
     @classmethod
     def from_tensors(
@@ -109,8 +108,8 @@ class KernelChoice:
     obstacles: dict[SdpaKernel, str]
 
     def describe_obstacles(self) -> str:
-        """Return the obstacles as clauses, e.g. "flash attention: it takes no mask"."""
-        return "; ".join(f"{_NAMES[kernel]}: {reason}" for kernel, reason in self.obstacles.items())
+        """Return the obstacles as clauses, e.g. "flash attention does not support a mask"."""
+        return "; ".join(f"{_NAMES[kernel]} {reason}" for kernel, reason in self.obstacles.items())
 
 
 def select_kernel(call: SdpaCall, device: SdpaDevice) -> KernelChoice:
@@ -128,12 +127,12 @@ def select_kernel(call: SdpaCall, device: SdpaDevice) -> KernelChoice:
 
 
 def find_obstacle(kernel: SdpaKernel, call: SdpaCall, device: SdpaDevice) -> str | None:
-    """Return why ``kernel`` does not support the call on the device, as a clause; None if it does."""
+    """Return why ``kernel`` does not support the call on the device, as a predicate; None if it does."""
     return next((reason for condition in _CONDITIONS[kernel] if (reason := condition(call, device))), None)
 
 
 def _prefers_cudnn(device: SdpaDevice) -> bool:
-    """Repeat ``check_prefer_cudnn_attention``: Hopper and the data center cards of Blackwell."""
+    """Mirror ``check_prefer_cudnn_attention``: Hopper and the data center cards of Blackwell."""
     major, minor = device.compute_capability
     return device.cudnn_version >= _MIN_PREFERRED_CUDNN and major in {9, 10} and minor in {0, 3}
 
@@ -142,82 +141,88 @@ Condition = Callable[[SdpaCall, SdpaDevice], str | None]
 
 
 def _check_width_flash(call: SdpaCall, _device: SdpaDevice) -> str | None:
-    """Repeat ``check_head_dim_size_flash``."""
+    """Mirror ``check_head_dim_size_flash``."""
     widths = (call.query[3], call.key[3], call.value[3])
     if len(set(widths)) > 1:
-        return f"its heads have one width, not {widths[0]} for keys and {widths[2]} for values"
-    return f"its heads are at most {_MAX_FLASH_WIDTH} wide, not {widths[0]}" if widths[0] > _MAX_FLASH_WIDTH else None
+        return f"needs equal head dimensions for keys and values, not {widths[1]} and {widths[2]}"
+    return (
+        f"supports head dimensions up to {_MAX_FLASH_WIDTH}, not {widths[0]}" if widths[0] > _MAX_FLASH_WIDTH else None
+    )
 
 
 def _check_mask_absent(call: SdpaCall, _device: SdpaDevice) -> str | None:
-    """Repeat ``check_for_attn_mask`` (line 260)."""
-    return "it takes no mask" if call.mask is not None else None
+    """Mirror ``check_for_attn_mask`` (line 260)."""
+    return "does not support a mask" if call.mask is not None else None
 
 
 def _check_ampere(_call: SdpaCall, device: SdpaDevice) -> str | None:
-    """Repeat ``check_flash_attention_hardware_support`` and ``check_cudnn_hardware_support``."""
-    return None if _AMPERE <= device.compute_capability <= _NEWEST else _describe_range(device, _AMPERE)
+    """Mirror ``check_flash_attention_hardware_support`` and ``check_cudnn_hardware_support``."""
+    return None if _AMPERE <= device.compute_capability <= _MAX_CAPABILITY else _describe_range(device, _AMPERE)
 
 
 def _check_hardware_efficient(_call: SdpaCall, device: SdpaDevice) -> str | None:
-    """Repeat ``check_mem_efficient_hardware_support``."""
-    return None if _OLDEST <= device.compute_capability <= _NEWEST else _describe_range(device, _OLDEST)
+    """Mirror ``check_mem_efficient_hardware_support``."""
+    return (
+        None
+        if _MIN_CAPABILITY <= device.compute_capability <= _MAX_CAPABILITY
+        else _describe_range(device, _MIN_CAPABILITY)
+    )
 
 
 def _describe_range(device: SdpaDevice, oldest: tuple[int, int]) -> str:
-    texts = [f"{major}.{minor}" for major, minor in (oldest, _NEWEST, device.compute_capability)]
-    return f"it needs compute capability {texts[0]} to {texts[1]}, not {texts[2]}"
+    texts = [f"{major}.{minor}" for major, minor in (oldest, _MAX_CAPABILITY, device.compute_capability)]
+    return f"needs compute capability {texts[0]} to {texts[1]}, not {texts[2]}"
 
 
 def _check_wide_backward(call: SdpaCall, device: SdpaDevice) -> str | None:
-    """Repeat ``check_requires_grad_and_head_dim_gt192_constraints_on_sm86_89_or_120``."""
+    """Mirror ``check_requires_grad_and_head_dim_gt192_constraints_on_sm86_89_or_120``."""
     capability, width = device.compute_capability, call.query[3]
-    has_less_shared_memory = (8, 6) <= capability <= (8, 9) or (12, 0) <= capability <= _NEWEST
+    has_less_shared_memory = (8, 6) <= capability <= (8, 9) or (12, 0) <= capability <= _MAX_CAPABILITY
     is_unsupported = 192 < width <= 224 or (width > 224 and call.dropout > 0)
     if call.requires_grad and has_less_shared_memory and is_unsupported:
-        return f"its backward pass does not support heads of {width} on this GPU"
+        return f"has no backward pass for a head dimension of {width} on this GPU"
     return None
 
 
 def _check_square(call: SdpaCall, _device: SdpaDevice) -> str | None:
-    """Repeat ``check_flash_causal_non_square_seqlens``."""
+    """Mirror ``check_flash_causal_non_square_seqlens``."""
     if call.is_causal and call.query[2] != call.key[2]:
-        return f"with is_causal it needs as many queries as keys, not {call.query[2]} and {call.key[2]}"
+        return f"needs as many queries as keys for is_causal, not {call.query[2]} and {call.key[2]}"
     return None
 
 
 def _check_dtype_16_bits(call: SdpaCall, device: SdpaDevice) -> str | None:
-    """Repeat ``check_dtypes_low_precision``."""
+    """Mirror ``check_dtypes_low_precision``."""
     return _check_dtypes(call, _SIXTEEN_BITS if device.compute_capability >= _AMPERE else (torch.float16,))
 
 
 def _check_dtype_efficient(call: SdpaCall, device: SdpaDevice) -> str | None:
-    """Repeat the last lines of ``can_use_mem_efficient_attention``."""
+    """Mirror the last lines of ``can_use_mem_efficient_attention``."""
     has_bf16 = device.compute_capability >= _AMPERE
     return _check_dtypes(call, (torch.float16, torch.float32, *((torch.bfloat16,) if has_bf16 else ())))
 
 
 def _check_dtypes(call: SdpaCall, allowed: tuple[torch.dtype, ...]) -> str | None:
-    """Repeat ``check_tensor_dtype`` (line 82)."""
+    """Mirror ``check_tensor_dtype`` (line 82)."""
     if len(set(call.dtypes)) == 1 and call.dtypes[0] in allowed:
         return None
     names = [str(dtype).removeprefix("torch.") for dtype in allowed]
     given = sorted({str(dtype).removeprefix("torch.") for dtype in call.dtypes})
-    return f"it needs {' or '.join(names)}, not {' and '.join(given)}"
+    return f"needs {' or '.join(names)}, not {' and '.join(given)}"
 
 
 def _check_nonempty(call: SdpaCall, _device: SdpaDevice) -> str | None:
-    """Repeat ``check_nonzero_sequence_lengths_dense`` (line 496)."""
-    return None if call.query[2] and call.key[2] else "it needs at least one query and one key"
+    """Mirror ``check_nonzero_sequence_lengths_dense`` (line 496)."""
+    return None if call.query[2] and call.key[2] else "needs at least one query and one key"
 
 
 def _check_stride(call: SdpaCall, _device: SdpaDevice) -> str | None:
-    """Repeat ``check_last_dim_stride_equals_1_dense`` (line 512)."""
-    return None if call.has_unit_stride else "it needs heads that are contiguous in memory"
+    """Mirror ``check_last_dim_stride_equals_1_dense`` (line 512)."""
+    return None if call.has_unit_stride else "needs stride 1 in the last dimension"
 
 
 def _check_heads_grouped(call: SdpaCall, _device: SdpaDevice) -> str | None:
-    """Repeat ``check_batch_size_and_num_heads_dense`` for kernels that take grouped queries (line 398)."""
+    """Mirror ``check_batch_size_and_num_heads_dense`` for kernels that take grouped queries (line 398)."""
     if not call.enable_gqa:
         return _check_heads_equal(call, _device)
     same_batch = call.query[0] == call.key[0] == call.value[0]
@@ -226,22 +231,22 @@ def _check_heads_grouped(call: SdpaCall, _device: SdpaDevice) -> str | None:
 
 
 def _check_heads_grouped_flash(call: SdpaCall, device: SdpaDevice) -> str | None:
-    """Repeat ``check_grouped_query_attention``, which for flash also needs as many keys as values (line 358)."""
+    """Mirror ``check_grouped_query_attention``, which for flash also needs as many keys as values (line 358)."""
     obstacle = _check_heads_grouped(call, device)
     return obstacle or (_describe_heads(call) if call.key[1] != call.value[1] else None)
 
 
 def _check_heads_equal(call: SdpaCall, _device: SdpaDevice) -> str | None:
-    """Repeat ``check_batch_size_and_num_heads_dense`` for a kernel that does not take grouped queries (line 398)."""
+    """Mirror ``check_batch_size_and_num_heads_dense`` for a kernel that does not take grouped queries (line 398)."""
     return None if call.query[:2] == call.key[:2] == call.value[:2] else _describe_heads(call)
 
 
 def _describe_heads(call: SdpaCall) -> str:
-    return f"it does not take {call.query[1]} query heads with {call.key[1]} key and {call.value[1]} value heads"
+    return f"does not support {call.query[1]} query heads with {call.key[1]} key and {call.value[1]} value heads"
 
 
 def _check_width_efficient(call: SdpaCall, device: SdpaDevice) -> str | None:
-    """Repeat ``check_head_dim_size_mem_efficient`` and ``minimum_gemm_alignment``."""
+    """Mirror ``check_head_dim_size_mem_efficient`` and ``minimum_gemm_alignment``."""
     is_16_bits = call.dtypes[0] in _SIXTEEN_BITS
     major = device.compute_capability[0]
     alignment = 4 if major >= _AMPERE[0] else 1
@@ -250,34 +255,39 @@ def _check_width_efficient(call: SdpaCall, device: SdpaDevice) -> str | None:
     query, key, value = call.query[3], call.key[3], call.value[3]
     if query == key and query and value and query % alignment == value % alignment == 0:
         return None
-    return f"the width of its heads must be a multiple of {alignment}, not {query} and {value}"
+    return f"needs head dimensions that are multiples of {alignment}, not {query} for keys and {value} for values"
 
 
 def _check_mask_shape(call: SdpaCall, _device: SdpaDevice) -> str | None:
-    """Repeat ``check_attn_mask_shape`` (line 270)."""
+    """Mirror ``check_attn_mask_shape`` (line 270)."""
     if call.mask is None:
         return None
     if call.mask_requires_grad:
-        return "it has no gradient of the mask"
+        return "cannot compute a gradient for the mask"
     full = (call.query[0], call.query[1], call.query[2], call.key[2])
     fits = all(given in {1, needed} for given, needed in zip(call.mask, full[4 - len(call.mask) :], strict=True))
-    return None if len(call.mask) in {2, 4} and fits else f"it does not take a mask of shape {call.mask}"
+    return None if len(call.mask) in {2, 4} and fits else f"does not support a mask of shape {call.mask}"
 
 
 def _check_dropout_cudnn(call: SdpaCall, _device: SdpaDevice) -> str | None:
-    """Repeat ``check_cudnn_dropout``."""
-    return None if math.floor(call.dropout * 16) == call.dropout * 16 else "its dropout is a multiple of 1/16"
+    """Mirror ``check_cudnn_dropout``."""
+    return (
+        None
+        if math.floor(call.dropout * 16) == call.dropout * 16
+        else f"needs a dropout that is a multiple of 1/16, not {call.dropout:g}"
+    )
 
 
 def _check_shapes_cudnn(call: SdpaCall, device: SdpaDevice) -> str | None:
-    """Repeat ``check_cudnn_tensor_shapes`` for cuDNN 9.15.1 and newer; older versions are not preferred."""
+    """Mirror ``check_cudnn_tensor_shapes`` for cuDNN 9.15.1 and newer; older versions are not preferred."""
     width, value_width = call.query[3], call.value[3]
     major, minor = device.compute_capability
     limit = 256 if (major, minor) == (9, 0) else 192 if major == 10 and (width, value_width) == (192, 128) else 128
     if max(width, value_width) > limit or width % 8 or value_width % 8:
-        return f"the width of its heads must be a multiple of 8 up to {limit}, not {width} and {value_width}"
+        given = f"{width} for keys and {value_width} for values"
+        return f"needs head dimensions that are multiples of 8 up to {limit}, not {given}"
     if call.key[2] == 1 or (call.query[2] == 1 and call.dropout):
-        return f"it does not take {call.query[2]} queries with {call.key[2]} keys"
+        return f"does not support {call.query[2]} queries with {call.key[2]} keys"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Each architecture has an exact plan with each method, or a sentence: docs/reference/architectures.md is the table."""
+"""Each architecture and method has an exact plan or the error message that docs/reference/architectures.md states."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Plans of models with grouped queries: live bytes equal to an independent trace with the kernel that runs.
 
 The trace runs a plain transformers model on the meta device. It forces the expected kernel, casts by hand what autocast
-casts, and counts the storages of two steps; it uses nothing of peftbench but the batch's tensors.
+casts, and counts the storages of two steps; of peftbench it uses only the batch's tensors.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ SETTINGS = [
     Setting("h100", "bf16", "free", "varlen", repeats_keys=False),
 ]
 LOOP_SCALARS = 8
-"""Bytes of the loss's share and its sum, which the loop keeps and the trace does not have."""
+"""Bytes of two scalars that the training loop keeps, the scaled loss and the sum of losses; the trace has neither."""
 INPUTS = {"input_ids", "position_ids"}
 OPTIMIZER_CLASSES: dict[str, Any] = dict(OPTIMIZERS)
 METHODS: dict[str, Method] = {"full": Full(), "lora": Lora(r=4, target_modules=["q_proj", "v_proj"])}
@@ -180,7 +180,7 @@ POINTS = mark_slow(
 def test_grouped_queries_are_planned_with_the_kernel_that_runs(
     setting: Setting, method: str, workshop: Workshop, tmp_path: Path
 ) -> None:
-    """Live bytes equal those of the plain model with that kernel, but for the loop's scalars."""
+    """Live bytes equal those of the plain model with that kernel plus LOOP_SCALARS."""
     (tmp_path / "config.json").write_text(json.dumps(grouped_config().to_dict()), encoding="utf-8")
     recipe = workshop.recipe(
         METHODS[method],

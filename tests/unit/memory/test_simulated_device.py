@@ -85,7 +85,7 @@ def test_casts_of_freed_weights_live_as_long_as_in_torch() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("key_heads", [4, 2])
 @pytest.mark.parametrize("mask", [None, "bool", "float"])
-def test_math_path_holds_what_it_holds_on_cpu(dtype: torch.dtype, key_heads: int, mask: str | None) -> None:
+def test_math_kernel_memory_matches_cpu(dtype: torch.dtype, key_heads: int, mask: str | None) -> None:
     """Peak and saved bytes of the emulated math path equal those of torch's on CPU, in both passes."""
 
     def run(device: str) -> tuple[int, int]:
@@ -106,6 +106,6 @@ def test_math_path_holds_what_it_holds_on_cpu(dtype: torch.dtype, key_heads: int
 
     with sdpa_kernel(SDPBackend.MATH):
         real = run("cpu")
-    capability = (8, 0) if dtype == torch.float32 else (7, 5)  # no other kernel takes heads of 5 there
+    capability = (8, 0) if dtype == torch.float32 else (7, 5)  # no fused kernel supports a head dimension of 5 there
     with DeviceEmulation(DeviceCapability("cuda", capability), None, has_padding=False):
         assert run("meta") == real

@@ -1,4 +1,4 @@
-"""Selection of the causal language model in a config: encoders are refused, a text model is taken out."""
+"""Selection of the causal language model in a config: encoders are refused, a text model is selected."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_encoder_decoder_is_refused(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "electra", "xlm", "modernbert"])
 def test_encoder_is_refused(model_type: str) -> None:
-    """It attends to later tokens, although transformers has a causal head for most."""
+    """Encoders are refused even if transformers has a causal head for them."""
     with pytest.raises(UnsupportedModelError, match=f"^{model_type} attends to later tokens"):
         select_causal_config(build_config(model_type))
 
@@ -70,7 +70,7 @@ def test_text_model_is_selected(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("model_type", ["gemma3", "fuyu", "gemma3n"])
-def test_text_model_that_is_loaded_with_the_rest_is_refused(model_type: str) -> None:
+def test_multimodal_model_without_a_separate_text_model_is_refused(model_type: str) -> None:
     """The reason names text_config."""
-    with pytest.raises(UnsupportedModelError, match=rf"^{model_type} reads more than text, .*\(text_config in "):
+    with pytest.raises(UnsupportedModelError, match=rf"^{model_type} is multimodal, .*\(text_config in "):
         select_causal_config(build_config(model_type))

@@ -93,8 +93,8 @@ def test_first_supported_kernel_is_selected(gpu: str, call: SdpaCall, kernel: Sd
     assert all(choice.obstacles.values())
 
 
-def test_every_kernel_is_selected_somewhere() -> None:
-    """The table of expected kernels has each of them."""
+def test_expected_kernels_include_every_kernel() -> None:
+    """EXPECTED contains every kernel."""
     assert {kernel for _, _, kernel in EXPECTED} == set(get_args(SdpaKernel))
 
 
@@ -105,29 +105,29 @@ def test_every_kernel_is_selected_somewhere() -> None:
             "efficient",
             "t4",
             build_call(FP16, key_heads=2),
-            "it does not take 8 query heads with 2 key and 2 value heads",
+            "does not support 8 query heads with 2 key and 2 value heads",
         ),
-        ("efficient", "t4", build_call(BF16), "it needs float16 or float32, not bfloat16"),
-        ("flash", "t4", build_call(FP16), "it needs compute capability 8.0 to 12.1, not 7.5"),
-        ("flash", "a100", build_call(FP32), "it needs float16 or bfloat16, not float32"),
-        ("flash", "a100", build_call(BF16, width=288), "its heads are at most 256 wide, not 288"),
-        ("flash", "a100", build_call(BF16, mask=(100, 100)), "it takes no mask"),
+        ("efficient", "t4", build_call(BF16), "needs float16 or float32, not bfloat16"),
+        ("flash", "t4", build_call(FP16), "needs compute capability 8.0 to 12.1, not 7.5"),
+        ("flash", "a100", build_call(FP32), "needs float16 or bfloat16, not float32"),
+        ("flash", "a100", build_call(BF16, width=288), "supports head dimensions up to 256, not 288"),
+        ("flash", "a100", build_call(BF16, mask=(100, 100)), "does not support a mask"),
         (
             "efficient",
             "a100",
             build_call(BF16, width=12),
-            "the width of its heads must be a multiple of 8, not 12 and 12",
+            "needs head dimensions that are multiples of 8, not 12 for keys and 12 for values",
         ),
-        ("cudnn", "h100", build_call(BF16, dropout=0.1), "its dropout is a multiple of 1/16"),
+        ("cudnn", "h100", build_call(BF16, dropout=0.1), "needs a dropout that is a multiple of 1/16, not 0.1"),
         (
             "cudnn",
             "h100",
             build_call(BF16, mask=(3, 1, 100, 100)),
-            "it does not take a mask of shape (3, 1, 100, 100)",
+            "does not support a mask of shape (3, 1, 100, 100)",
         ),
     ],
 )
-def test_obstacle_is_a_clause(kernel: SdpaKernel, gpu: str, call: SdpaCall, obstacle: str) -> None:
+def test_obstacle_is_a_predicate(kernel: SdpaKernel, gpu: str, call: SdpaCall, obstacle: str) -> None:
     """It names what the kernel needs and what the call has."""
     assert find_obstacle(kernel, call, SdpaDevice(CAPABILITIES[gpu], CUDNN)) == obstacle
 
@@ -139,8 +139,8 @@ def test_older_cudnn_is_not_preferred() -> None:
     assert select_kernel(call, SdpaDevice((12, 0), CUDNN)).kernel == "flash"
 
 
-def test_every_shipped_gpu_has_a_kernel_without_scores() -> None:
-    """Ungrouped attention with heads of 64 stores no score matrix in the precision that auto resolves to."""
+def test_every_known_gpu_has_a_fused_kernel() -> None:
+    """Attention without grouped queries stores no score matrix in float32 and in the precision of auto."""
     gpus = [facts for facts in load_devices().values() if facts.compute_capability is not None]
     assert len(gpus) > 15
     for facts in gpus:

@@ -1,8 +1,8 @@
 """Run scaled dot product attention on the meta device with the kernel that the emulated device would select.
 
-Each kernel is called by its name, so that it saves for the backward pass what it saves on the real device. The math
-path is repeated here operation by operation, because torch runs it differently on the meta device: there it adds the
-mask in a new tensor, and dropout's mask has the type of the scores.
+Each kernel is called directly, so that it saves the same tensors for the backward pass as on the real device. The math
+kernel is reimplemented operation by operation, because torch runs it differently on the meta device: there it adds the
+mask out of place, and the dropout mask has the dtype of the scores.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _attend_with_math(
     groups: int | None,
     dropout: Callable[[torch.Tensor, float], torch.Tensor],
 ) -> torch.Tensor:
-    """Repeat ``_scaled_dot_product_attention_math`` (aten/src/ATen/native/transformers/attention.cpp).
+    """Mirror ``_scaled_dot_product_attention_math`` (aten/src/ATen/native/transformers/attention.cpp).
 
     The scores are stored in float32 (batch, heads, queries, keys), also for inputs in 16 bits. ``groups`` is the number
     of query heads per key head with ``enable_gqa``, else None.
@@ -111,7 +111,7 @@ def _attend_with_math(
         query, key, value = query.float(), key.float(), value.float()
     root = math.sqrt(query.shape[-1] ** -0.5 if scale is None else scale)
     scaled_query = query * root
-    if is_causal:  # each name below is bound again where torch's code does it, so that a tensor is freed there, too
+    if is_causal:  # variables are rebound where torch's code does it, so that tensors are freed at the same point
         mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), float("-inf"))
     if groups is not None:

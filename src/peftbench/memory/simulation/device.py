@@ -32,7 +32,7 @@ _FAKE_SCALARS = {"item": 1.0, "__float__": 1.0, "__int__": 1, "__bool__": True}
 """Values returned for reads of meta tensors where the value does not matter."""
 _AUTOCAST = torch.autocast
 _CUDNN_VERSION = 91501
-"""cuDNN of a planned GPU: the oldest that torch prefers. Its kernel saves as many bytes as torch's flash attention."""
+"""cuDNN version assumed in plans: the first that torch prefers to flash attention. Both save equally many bytes."""
 
 
 class DeviceEmulation(TorchFunctionMode):
@@ -47,7 +47,7 @@ class DeviceEmulation(TorchFunctionMode):
         self.allow_fake_scalars = False
         """True while reads of meta tensors return fake values: in the optimizer, where no size depends on them."""
         self.notes: dict[str, None] = {}
-        """Facts about the kernels of a training step, in the order of the calls."""
+        """Notes for the plan, in call order; a dict, to remove duplicates."""
         self._autocast_enabled = False
         self._autocast_depth = 0
         self._cached_casts: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor]] = {}
@@ -111,13 +111,13 @@ class DeviceEmulation(TorchFunctionMode):
                 lambda query: self.device_type == "cpu" and (self._autocast_enabled or _is_low_precision(query)),
             )
             put(attention, "_get_sdpa_device", lambda _: self.sdpa_device)
-            put(attention, "_find_repetition_reason", self._note_repetition(attention._find_repetition_reason))
+            put(attention, "_explain_kv_repetition", self._note_repetition(attention._explain_kv_repetition))
             put(
                 attention,
                 "_get_attention_dtype",
                 lambda query: self.autocast_dtype if self._autocast_enabled else query.dtype,
             )
-            put(_meta_registrations, "_meta_grouped_mm_common", self._multiply_grouped)
+            put(_meta_registrations, "_meta_grouped_mm_common", self._allocate_grouped_mm_output)
             put(moe, "_can_use_grouped_mm", lambda *_: self._has_grouped_mm)
             if torch.autocast is _AUTOCAST:  # DeepSpeed's emulation replaces it, too
                 put(torch, "autocast", self._replace_autocast)
@@ -149,10 +149,10 @@ class DeviceEmulation(TorchFunctionMode):
 
     @property
     def _has_grouped_mm(self) -> bool:
-        """True if transformers multiplies experts with torch's grouped product: on CPU, and on Ampere or newer."""
+        """True if transformers runs experts with ``torch.grouped_mm``: on CPU, and on Ampere or newer."""
         return self.sdpa_device is None or self.sdpa_device.compute_capability >= (8, 0)
 
-    def _multiply_grouped(
+    def _allocate_grouped_mm_output(
         self,
         inputs: torch.Tensor,
         weights: torch.Tensor,
@@ -161,13 +161,13 @@ class DeviceEmulation(TorchFunctionMode):
         out_dtype: torch.dtype | None = None,
         **__: object,
     ) -> torch.Tensor:
-        """Return the output of a grouped product in any type; torch's own function takes bf16 alone.
+        """Return an empty output of ``grouped_mm`` in any dtype; torch's meta function supports only bf16.
 
         On CUDA, rows are padded to 16 bytes (``create_grouped_gemm_output_tensor`` in ATen/native/GroupedMMUtils.h).
         """
         groups = inputs.shape[:1] if offs is None else offs.shape
-        is_stacked = (inputs.dim() == 2) == (weights.dim() == 2)
-        shape = (*(groups if is_stacked else ()), inputs.shape[-2], weights.shape[-1])
+        is_batched = (inputs.dim() == 2) == (weights.dim() == 2)
+        shape = (*(groups if is_batched else ()), inputs.shape[-2], weights.shape[-1])
         dtype = out_dtype or inputs.dtype
         alignment = 16 // dtype.itemsize if self.device_type == "cuda" else 1
         padded = (*shape[:-1], -(-shape[-1] // alignment) * alignment)
@@ -178,15 +178,16 @@ class DeviceEmulation(TorchFunctionMode):
             return attend_on_cpu(*args, **kwargs)
         output, choice = attend_on_cuda(self.sdpa_device, *args, **kwargs)
         if choice.kernel == "math" and output.requires_grad:
-            self.notes[f"attention stores the scores of every head ({choice.describe_obstacles()})"] = None
+            note = "attention uses torch's math kernel, which stores the score matrix of every head"
+            self.notes[f"{note}: {choice.describe_obstacles()}"] = None
         return output
 
     def _note_repetition(self, find_reason: Callable[..., str | None]) -> Callable[..., str | None]:
         def find_and_note(query: torch.Tensor, *args: Any) -> str | None:
             reason = find_reason(query, *args)
             if reason is not None and query.requires_grad:
-                note = f"keys and values are repeated for every query head, so that no scores are stored ({reason})"
-                self.notes[note] = None
+                note = "keys and values are repeated for each query head, so that a fused kernel runs"
+                self.notes[f"{note}: {reason}"] = None
             return reason
 
         return find_and_note
