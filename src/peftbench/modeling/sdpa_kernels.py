@@ -145,9 +145,9 @@ def _check_width_flash(call: SdpaCall, _device: SdpaDevice) -> str | None:
     widths = (call.query[3], call.key[3], call.value[3])
     if len(set(widths)) > 1:
         return f"needs equal head dimensions for keys and values, not {widths[1]} and {widths[2]}"
-    return (
-        f"supports head dimensions up to {_MAX_FLASH_WIDTH}, not {widths[0]}" if widths[0] > _MAX_FLASH_WIDTH else None
-    )
+    if widths[0] > _MAX_FLASH_WIDTH:
+        return f"supports head dimensions up to {_MAX_FLASH_WIDTH}, not {widths[0]}"
+    return None
 
 
 def _check_mask_absent(call: SdpaCall, _device: SdpaDevice) -> str | None:
@@ -157,19 +157,17 @@ def _check_mask_absent(call: SdpaCall, _device: SdpaDevice) -> str | None:
 
 def _check_ampere(_call: SdpaCall, device: SdpaDevice) -> str | None:
     """Mirror ``check_flash_attention_hardware_support`` and ``check_cudnn_hardware_support``."""
-    return None if _AMPERE <= device.compute_capability <= _MAX_CAPABILITY else _describe_range(device, _AMPERE)
+    return _check_range(device, _AMPERE)
 
 
 def _check_hardware_efficient(_call: SdpaCall, device: SdpaDevice) -> str | None:
     """Mirror ``check_mem_efficient_hardware_support``."""
-    return (
-        None
-        if _MIN_CAPABILITY <= device.compute_capability <= _MAX_CAPABILITY
-        else _describe_range(device, _MIN_CAPABILITY)
-    )
+    return _check_range(device, _MIN_CAPABILITY)
 
 
-def _describe_range(device: SdpaDevice, oldest: tuple[int, int]) -> str:
+def _check_range(device: SdpaDevice, oldest: tuple[int, int]) -> str | None:
+    if oldest <= device.compute_capability <= _MAX_CAPABILITY:
+        return None
     texts = [f"{major}.{minor}" for major, minor in (oldest, _MAX_CAPABILITY, device.compute_capability)]
     return f"needs compute capability {texts[0]} to {texts[1]}, not {texts[2]}"
 
@@ -271,11 +269,9 @@ def _check_mask_shape(call: SdpaCall, _device: SdpaDevice) -> str | None:
 
 def _check_dropout_cudnn(call: SdpaCall, _device: SdpaDevice) -> str | None:
     """Mirror ``check_cudnn_dropout``."""
-    return (
-        None
-        if math.floor(call.dropout * 16) == call.dropout * 16
-        else f"needs a dropout that is a multiple of 1/16, not {call.dropout:g}"
-    )
+    if math.floor(call.dropout * 16) == call.dropout * 16:
+        return None
+    return f"needs a dropout that is a multiple of 1/16, not {call.dropout:g}"
 
 
 def _check_shapes_cudnn(call: SdpaCall, device: SdpaDevice) -> str | None:
