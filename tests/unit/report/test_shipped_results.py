@@ -56,7 +56,7 @@ def test_estimate_block_is_current(arguments: str, file: str, block: str, tmp_pa
         "--update-file",
         str(page),
     ]
-    subprocess.run([sys.executable, *command, "--marker", block], check=True, cwd=REPOSITORY, timeout=280)
+    subprocess.run([sys.executable, *command, "--marker", block], check=True, cwd=REPOSITORY)
     assert page.read_text(encoding="utf-8") == (REPOSITORY / file).read_text(encoding="utf-8")
 
 

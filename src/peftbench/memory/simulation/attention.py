@@ -48,9 +48,9 @@ def attend_on_cuda(  # noqa: PLR0917 — torch's signature
     elif choice.kernel == "flash":
         output = _attend_with_flash(query, key, value, dropout_p, is_causal=is_causal, scale=scale)
     elif choice.kernel == "efficient":
-        mask = None if attn_mask is None else _pad_mask(attn_mask, query)
+        attn_mask = None if attn_mask is None else _pad_mask(attn_mask, query)
         output = kernels._scaled_dot_product_efficient_attention(
-            query, key, value, mask, saves_logsumexp, dropout_p, is_causal, scale=scale
+            query, key, value, attn_mask, saves_logsumexp, dropout_p, is_causal, scale=scale
         )[0]
     else:
         groups = query.shape[1] // key.shape[1] if enable_gqa else None
