@@ -61,6 +61,21 @@ def build_recipe(workshop: Workshop, source: Files, folder: Path, method: str) -
     )
 
 
+def plan_on_gpu(workshop: Workshop, source: Files, folder: Path, *, device: str, precision: str, padding: str) -> None:
+    """Simulate a LoRA step on a GPU.
+
+    Raises:
+        PeftbenchError: the architecture cannot be planned.
+    """
+    recipe = build_recipe(workshop, source, folder, "lora")
+    updates = {
+        "train": recipe.train.model_copy(update={"precision": precision}),
+        "data": recipe.data.model_copy(update={"padding": padding}),
+    }
+    with MemorySimulation(recipe.model_copy(update=updates), get_device_facts(device).capability, 1) as plan:
+        plan.simulate_training(ROWS, WIDTH, 8)
+
+
 def compare_run_and_plan(workshop: Workshop, source: Files, folder: Path, method: str) -> tuple[str, str]:
     """Return the outcome and a reason: EXACT, UNPLANNED (it runs) or REFUSED (both, with the same error message).
 

@@ -10,8 +10,8 @@ on every GPU, and in fp16 on GPUs older than Ampere, torch falls back to its mat
 In these cases keys and values are repeated first, so that torch selects a fused kernel.
 
 On CPU, attention is always computed in float32: in 16 bits, torch compiles machine code for each new length and keeps
-it all, which adds up to hundreds of megabytes (benchmarks/cpu_sizes). Attention that transformers computes (generation,
-models that need their own masks) is unchanged.
+it all, which adds up to hundreds of megabytes (benchmarks/cpu_sizes). In generation and in models that need their own
+masks, transformers computes attention, with repeated keys and values as above.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 
 from peftbench.common.attention import ATTENTION_NAME
 from peftbench.data.collate import PackedSequences
-from peftbench.modeling.sdpa_kernels import SdpaCall, SdpaDevice, Shape, select_kernel
+from peftbench.modeling.sdpa_kernels import SdpaCall, SdpaDevice, Shape, find_obstacle, select_kernel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,7 +67,7 @@ def causal_attention(
         return output.to(value.dtype), None
     if packed_sequences is None:
         return sdpa_attention(module, query, key, value, None, dropout=dropout, scaling=scaling, is_causal=True)
-    if not dropout and _has_varlen_kernel(query):
+    if not dropout and _has_varlen_kernel(query, key, value):
         return _varlen_attention(query, key, value, packed_sequences, scaling)
     lengths = packed_sequences.lengths
     parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
@@ -94,11 +94,11 @@ def sdpa_attention(
 ) -> tuple[torch.Tensor, None]:
     """Call transformers' ``sdpa`` attention, with keys and values repeated where that avoids the score matrix.
 
-    The arguments and the result are those of :func:`causal_attention`.
+    Arguments and result are those of transformers' function.
     """
     from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
-    if attention_mask is None and _explain_kv_repetition(query, key, value, kwargs) is not None:
+    if attention_mask is None and _explain_kv_repetition(module, query, key, value, kwargs) is not None:
         dtype = _get_attention_dtype(query)  # as autocast would, but before the copies are made
         groups = query.shape[1] // key.shape[1]
         key, value = (repeat_kv(tensor.to(dtype), groups) for tensor in (key, value))
@@ -106,20 +106,31 @@ def sdpa_attention(
 
 
 def _explain_kv_repetition(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]
 ) -> str | None:
-    """Return why keys and values must be repeated to avoid the score matrix; None if that is not needed or no use."""
+    """Return why keys and values must be repeated to avoid the score matrix; None if that is not needed or no use.
+
+    It is not needed where transformers repeats them itself: for a mask, and for heads that no fused kernel supports.
+    """
+    from transformers.integrations.sdpa_attention import use_gqa_in_sdpa
+
     device = _get_sdpa_device(query)
-    if device is None or query.shape[1] == key.shape[1]:
+    has_groups = getattr(module, "num_key_value_groups", 1) > 1
+    if device is None or not has_groups or not use_gqa_in_sdpa(kwargs.get("position_bias"), key, value):
         return None
-    call = SdpaCall.from_tensors(
-        query, key, value, dropout=kwargs.get("dropout") or 0.0, is_causal=query.shape[2] > 1, enable_gqa=True
-    )
-    call = replace(call, dtypes=(_get_attention_dtype(query),) * 3)
+    call = _build_call(query, key, value, dropout=kwargs.get("dropout") or 0.0, is_causal=query.shape[2] > 1)
     repeated = replace(call, key=_repeat_heads(call.key, call.query), value=_repeat_heads(call.value, call.query))
     choice = select_kernel(call, device)
     is_avoidable = choice.kernel == "math" and select_kernel(repeated, device).kernel != "math"
     return choice.describe_obstacles() if is_avoidable else None
+
+
+def _build_call(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, dropout: float, is_causal: bool
+) -> SdpaCall:
+    """Return the facts of a call without a mask, in the dtype that autocast gives it."""
+    call = SdpaCall.from_tensors(query, key, value, dropout=dropout, is_causal=is_causal, enable_gqa=True)
+    return replace(call, dtypes=(_get_attention_dtype(query),) * 3)
 
 
 def _repeat_heads(shape: Shape, query: Shape) -> Shape:
@@ -144,13 +155,12 @@ def _is_upcast_to_float32(query: torch.Tensor) -> bool:
     return query.device.type == "cpu" and (query.dtype in _HALF_PRECISION_DTYPES or torch.is_autocast_enabled("cpu"))
 
 
-def _has_varlen_kernel(query: torch.Tensor) -> bool:
-    """True if torch's variable-length kernel supports the input: 16 bits, Ampere or newer, head width up to 256."""
+def _has_varlen_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """True if torch's variable-length kernel supports the input: that of flash attention, without padding of heads."""
     device = _get_sdpa_device(query)
-    if device is None or _get_attention_dtype(query) not in _HALF_PRECISION_DTYPES:
+    if device is None or query.shape[-1] % 8:
         return False
-    width = query.shape[-1]
-    return width % 8 == 0 and width <= 256 and device.compute_capability >= (8, 0)
+    return find_obstacle("flash", _build_call(query, key, value, dropout=0.0, is_causal=True), device) is None
 
 
 def _varlen_attention(

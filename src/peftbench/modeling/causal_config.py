@@ -19,7 +19,7 @@ def select_causal_config(config: PreTrainedConfig) -> PreTrainedConfig:
         UnsupportedModelError: the model is an encoder, an encoder-decoder, or multimodal with a text model that
             transformers cannot load on its own.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, PreTrainedConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
     kind = config.model_type
@@ -27,13 +27,15 @@ def select_causal_config(config: PreTrainedConfig) -> PreTrainedConfig:
         raise UnsupportedModelError(
             f"{kind} has an encoder and a decoder, so it is not a causal language model; set model.path to one that is"
         )
-    # An encoder is trained to fill masks. With is_decoder it attends to earlier tokens only.
-    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+    # An encoder is trained to fill masks. With is_decoder (XLM: causal) it attends to earlier tokens only.
+    is_causal = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not is_causal:
         raise UnsupportedModelError(
             f"{kind} attends to later tokens, so it is not a causal language model; set model.path to one that is"
         )
-    text_config: PreTrainedConfig = config.get_text_config()
-    if text_config is config:
+    text_config = getattr(config, "text_config", None)
+    has_own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if not isinstance(text_config, PreTrainedConfig) or has_own_code:
         return config
     model_class: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
     if model_class is None or model_class.config_class is type(config):
@@ -41,4 +43,6 @@ def select_causal_config(config: PreTrainedConfig) -> PreTrainedConfig:
             f"{kind} is multimodal, and transformers cannot load its text model (text_config in config.json) on its "
             "own; save the text model separately and set model.path to that folder"
         )
+    if hasattr(config, "quantization_config"):
+        text_config.quantization_config = config.quantization_config
     return text_config

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from transformers import PreTrainedTokenizerBase
 
 from peftbench.data.sources import Files
-from tests.helpers.architecture_plans import CASES, EXACT, METHODS, UNPLANNED, compare_run_and_plan, write_tiny_config
+from peftbench.errors import PeftbenchError
+from tests.helpers.architecture_plans import (
+    CASES,
+    EXACT,
+    METHODS,
+    UNPLANNED,
+    compare_run_and_plan,
+    plan_on_gpu,
+    write_tiny_config,
+)
 from tests.helpers.paths import REPOSITORY
 from tests.helpers.sweeps import mark_slow
 from tests.helpers.workshop import Workshop
@@ -31,7 +41,13 @@ def test_table_covers_every_architecture_and_method() -> None:
     """At least 55 model types, and most plans are exact."""
     assert set(EXPECTED) == {(case, method) for case in CASES for method in METHODS}
     assert len({case.split(",")[0] for case in CASES}) >= 55
-    assert list(EXPECTED.values()).count(EXACT) > 350
+    assert list(EXPECTED.values()).count(EXACT) == 446
+    assert {case for (case, _), outcome in EXPECTED.items() if outcome == UNPLANNED} == {
+        "jetmoe",
+        "megatron-bert",
+        "rembert",
+        "roformer",
+    }
 
 
 @pytest.mark.parametrize(("case", "method"), POINTS)
@@ -51,3 +67,32 @@ def test_plan_equals_the_run_or_is_refused(  # noqa: PLR0917 — fixtures
         assert "cannot be simulated without tensor values" in reason
     elif outcome != EXACT:
         assert case.split(",", maxsplit=1)[0] in reason
+
+
+GPU_POINTS = mark_slow(
+    [
+        (case, *setting)
+        for case in CASES
+        for setting in (("a10g", "bf16", "free"), ("t4", "fp16", "max_length"), ("h100", "bf16", "max_length"))
+    ],
+    keep=lambda point: point[0] in {"deepseek_v3", "mixtral"} and point[1] == "a10g",
+    seed=1,
+)
+
+
+@pytest.mark.parametrize(("case", "device", "precision", "padding"), GPU_POINTS)
+def test_plan_for_a_gpu_is_made_or_refused(  # noqa: PLR0917 — fixtures
+    case: str,
+    device: str,
+    precision: str,
+    padding: str,
+    workshop: Workshop,
+    sources: dict[str, Files],
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+) -> None:
+    """The kernels of three generations of GPUs, with packed and padded rows."""
+    folder = write_tiny_config(case, tmp_path / "base", tokenizer)
+    outcome = EXPECTED[case, "lora"]
+    with nullcontext() if outcome == EXACT else pytest.raises(PeftbenchError):
+        plan_on_gpu(workshop, sources["max_length"], folder, device=device, precision=precision, padding=padding)

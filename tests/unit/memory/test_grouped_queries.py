@@ -193,5 +193,10 @@ def test_grouped_queries_are_planned_with_the_kernel_that_runs(
         simulation.simulate_training(ROWS, WIDTH, LABELS)
         with _disable_current_modes():
             batch = simulation._build_micro_batch(ROWS, WIDTH, LABELS)
+    notes = " ".join(simulation.emulation.notes)
+    assert notes.startswith("keys and values are repeated for each query head") == setting.repeats_keys
+    assert ("memory-efficient attention does not support 8 query heads" in notes) == setting.repeats_keys
+    if setting.kernel != "varlen":
+        assert {choice.kernel for choice in simulation.emulation.kernel_choices} == {setting.kernel}
     peak = simulation.memory_tracker.find_peak()
     assert peak.nbytes == trace_plain_model(setting, method, batch) + LOOP_SCALARS

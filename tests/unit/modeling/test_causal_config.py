@@ -74,3 +74,18 @@ def test_multimodal_model_without_a_separate_text_model_is_refused(model_type: s
     """The reason names text_config."""
     with pytest.raises(UnsupportedModelError, match=rf"^{model_type} is multimodal, .*\(text_config in "):
         select_causal_config(build_config(model_type))
+
+
+def test_custom_code_and_other_parts_are_accepted() -> None:
+    """Custom code may load its text model; a part that is not called text_config means nothing."""
+    custom = build_config("gemma3", auto_map={"AutoModelForCausalLM": "own.Own"})
+    other = build_config("llama", decoder={"hidden_size": 8})
+    causal = build_config("xlm", causal=True)
+    assert [select_causal_config(config) for config in (custom, other, causal)] == [custom, other, causal]
+
+
+def test_text_model_of_a_quantized_folder_is_quantized() -> None:
+    """Transformers reads quantization_config from the config of the model that it loads."""
+    quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    config = build_config("llama4", text_config=PLAIN | {"head_dim": 8}, quantization_config=quantization)
+    assert select_causal_config(config).quantization_config == quantization

@@ -33,10 +33,13 @@ def attend_on_cuda(  # noqa: PLR0917 — torch's signature
     enable_gqa: bool = False,
 ) -> tuple[torch.Tensor, KernelChoice]:
     """Return the output of the kernel that ``device`` selects, (batch, heads, queries, value width), and the choice."""
-    call = SdpaCall.from_tensors(
-        query, key, value, attn_mask, dropout=dropout_p, is_causal=is_causal, enable_gqa=enable_gqa
-    )
-    choice = select_kernel(call, device)
+    if query.dim() == 4:
+        call = SdpaCall.from_tensors(
+            query, key, value, attn_mask, dropout=dropout_p, is_causal=is_causal, enable_gqa=enable_gqa
+        )
+        choice = select_kernel(call, device)
+    else:  # check_tensor_shapes
+        choice = KernelChoice("math", dict.fromkeys(("flash", "efficient"), "needs inputs of four dimensions"))
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(attn_mask.logical_not(), float("-inf"))
     saves_logsumexp = any(tensor.requires_grad for tensor in (query, key, value))
@@ -48,7 +51,7 @@ def attend_on_cuda(  # noqa: PLR0917 — torch's signature
     elif choice.kernel == "flash":
         output = _attend_with_flash(query, key, value, dropout_p, is_causal=is_causal, scale=scale)
     elif choice.kernel == "efficient":
-        attn_mask = None if attn_mask is None else _pad_mask(attn_mask, query)
+        attn_mask = None if attn_mask is None else _pad_mask(attn_mask, query, key)
         output = kernels._scaled_dot_product_efficient_attention(
             query, key, value, attn_mask, saves_logsumexp, dropout_p, is_causal, scale=scale
         )[0]
@@ -174,12 +177,12 @@ def _uses_flash_on_cpu(
     return bool(choice == torch.nn.attention.SDPBackend.FLASH_ATTENTION.value)
 
 
-def _pad_mask(mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+def _pad_mask(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """Pad a mask's rows to a multiple of 16 values, as torch does for the memory-efficient kernel."""
     width = mask.shape[-1]
     if width % _EFFICIENT_MASK_MULTIPLE:
         mask = functional.pad(mask, (0, -width % _EFFICIENT_MASK_MULTIPLE))[..., :width]
-    return mask.expand(*query.shape[:2], *mask.shape[2:])
+    return mask.expand(*query.shape[:3], key.shape[2])
 
 
 def run_cuda_dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:

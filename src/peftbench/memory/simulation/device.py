@@ -25,7 +25,7 @@ from peftbench.distributed.device_capability import DeviceCapability
 from peftbench.memory.simulation.attention import attend_on_cpu, attend_on_cuda, run_cuda_dropout
 from peftbench.memory.simulation.autocast_ops import FP32, FP32_SET_OPT_DTYPE, LOWER_PRECISION_FP, PROMOTE
 from peftbench.modeling import attention, cross_entropy
-from peftbench.modeling.sdpa_kernels import SdpaDevice
+from peftbench.modeling.sdpa_kernels import KernelChoice, SdpaDevice
 
 DeviceType = Literal["cuda", "cpu"]
 _FAKE_SCALARS = {"item": 1.0, "__float__": 1.0, "__int__": 1, "__bool__": True}
@@ -48,6 +48,8 @@ class DeviceEmulation(TorchFunctionMode):
         """True while reads of meta tensors return fake values: in the optimizer, where no size depends on them."""
         self.notes: dict[str, None] = {}
         """Notes for the plan, in call order; a dict, to remove duplicates."""
+        self.kernel_choices: list[KernelChoice] = []
+        """The attention kernel of each call on CUDA, in call order."""
         self._autocast_enabled = False
         self._autocast_depth = 0
         self._cached_casts: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor]] = {}
@@ -163,28 +165,31 @@ class DeviceEmulation(TorchFunctionMode):
     ) -> torch.Tensor:
         """Return an empty output of ``grouped_mm`` in any dtype; torch's meta function supports only bf16.
 
-        On CUDA, rows are padded to 16 bytes (``create_grouped_gemm_output_tensor`` in ATen/native/GroupedMMUtils.h).
+        Rows are padded to 16 bytes (``create_grouped_gemm_output_tensor`` in ATen/native/GroupedMMUtils.h).
         """
         groups = inputs.shape[:1] if offs is None else offs.shape
         is_batched = (inputs.dim() == 2) == (weights.dim() == 2)
-        shape = (*(groups if is_batched else ()), inputs.shape[-2], weights.shape[-1])
+        rows, columns = inputs.shape[-2], weights.shape[-1]
         dtype = out_dtype or inputs.dtype
-        alignment = 16 // dtype.itemsize if self.device_type == "cuda" else 1
-        padded = (*shape[:-1], -(-shape[-1] // alignment) * alignment)
-        return torch.empty(padded, dtype=dtype, device="meta")[..., : shape[-1]]
+        alignment = 16 // dtype.itemsize
+        padded = -(-columns // alignment) * alignment
+        if is_batched:
+            return torch.empty_strided((*groups, rows, columns), (rows * padded, padded, 1), dtype=dtype, device="meta")
+        return torch.empty_strided((rows, columns), (padded, 1), dtype=dtype, device="meta")
 
     def _attend(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.sdpa_device is None:
             return attend_on_cpu(*args, **kwargs)
         output, choice = attend_on_cuda(self.sdpa_device, *args, **kwargs)
+        self.kernel_choices.append(choice)
         if choice.kernel == "math" and output.requires_grad:
             note = "attention uses torch's math kernel, which stores the score matrix of every head"
             self.notes[f"{note}: {choice.describe_obstacles()}"] = None
         return output
 
     def _note_repetition(self, find_reason: Callable[..., str | None]) -> Callable[..., str | None]:
-        def find_and_note(query: torch.Tensor, *args: Any) -> str | None:
-            reason = find_reason(query, *args)
+        def find_and_note(module: torch.nn.Module, query: torch.Tensor, *args: Any) -> str | None:
+            reason = find_reason(module, query, *args)
             if reason is not None and query.requires_grad:
                 note = "keys and values are repeated for each query head, so that a fused kernel runs"
                 self.notes[f"{note}: {reason}"] = None
