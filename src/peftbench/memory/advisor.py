@@ -32,24 +32,31 @@ class AdviceRequest(BaseModel):
     budget_bytes: int
     device_name: str
     """torch's name of the device, or cpu."""
+    compute_capability: tuple[int, int] | None = None
+    """CUDA compute capability, which selects attention kernels; None on CPU."""
     num_processes: int = 1
     launcher_env: dict[str, str] = {}
     """Environment variables that the launcher set in each process."""
 
     @classmethod
     def from_environment(cls, recipe: Recipe, budget_bytes: int, device_name: str) -> AdviceRequest:
-        """Build a request with the launcher of this process."""
+        """Build a request with the launcher and the device of this process."""
+        import torch
+
         return cls(
             recipe=recipe,
             budget_bytes=budget_bytes,
             device_name=device_name,
+            compute_capability=None if device_name == "cpu" else torch.cuda.get_device_capability(),
             launcher_env=select_launcher_env(os.environ),
             num_processes=get_world_size(),
         )
 
     def build_target(self) -> MemoryTarget:
         """Return the device and budget to fit."""
-        facts = get_device_facts("cpu") if self.device_name == "cpu" else get_facts_by_torch_name(self.device_name)
+        facts = get_device_facts("cpu")
+        if self.device_name != "cpu":
+            facts = get_facts_by_torch_name(self.device_name, self.compute_capability)
         launch_config = build_launch_config(self.num_processes, self.launcher_env, with_micro_batch(self.recipe, 1))
         return MemoryTarget(facts, self.device_name, self.budget_bytes, launch_config)
 

@@ -7,6 +7,9 @@ The conditions are those of torch 2.13, which evaluates them in C++ and only on 
 - ``aten/src/ATen/native/transformers/sdp_utils_cpp.h``: conditions that several kernels share. torch's wheel contains
   this header; line numbers below refer to it.
 
+Left out are nested tensors, settings that peftbench does not change (deterministic algorithms, disabled kernels,
+``TORCH_CUDNN_SDPA_DEPRIORITIZED``) and cuDNN's limit of 65,535 rows or heads.
+
 Each condition here names the function that it mirrors. ``tests/gpu/test_sdpa_kernels.py`` compares them with torch's
 ``torch.backends.cuda.can_use_*_attention`` on a GPU.
 """

@@ -10,7 +10,7 @@ import pytest
 
 from peftbench.common.units import format_bytes, parse_size
 from peftbench.errors import BudgetError, DeviceError, EstimateUnavailableError, ModelError, PrecisionError
-from peftbench.memory.devices import UNKNOWN_DEVICE, get_device_facts, load_devices
+from peftbench.memory.devices import UNKNOWN_DEVICE, get_device_facts, get_facts_by_torch_name, load_devices
 from peftbench.memory.estimate import estimate
 from peftbench.memory.plan import Plan
 from peftbench.memory.replay import replay_allocator
@@ -248,6 +248,16 @@ def test_device_profiles() -> None:
         assert all((facts.memory_source, facts.overhead_source, facts.compute_capability_source))
     with pytest.raises(DeviceError, match=r"did you mean 'a100-40gb'.*--budget 16GiB"):
         get_device_facts("a100-40")
+
+
+def test_unknown_device_keeps_its_compute_capability() -> None:
+    """A GPU without a profile selects the kernels of its own generation."""
+    facts = get_facts_by_torch_name("NVIDIA GeForce RTX 2080 Ti", (7, 5))
+    assert facts.compute_capability == (7, 5)
+    assert not facts.capability.has_bf16
+    assert not facts.is_assumed
+    assert get_facts_by_torch_name("Tesla T4", (7, 5)) == get_device_facts("t4")
+    assert get_facts_by_torch_name("a GPU without capability") == UNKNOWN_DEVICE
 
 
 def test_json_round_trip(make_plan: Any) -> None:

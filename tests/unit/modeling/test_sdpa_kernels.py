@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -80,6 +81,10 @@ EXPECTED: list[tuple[str, SdpaCall, SdpaKernel]] = [
     ("b200", build_call(BF16, width=192, value_width=128), "cudnn"),
     ("b200", build_call(BF16, width=256), "flash"),
     ("a100", build_call(BF16, has_unit_stride=False), "math"),
+    ("a100", replace(build_call(BF16), query=(2, 8, 1, 64)), "efficient"),
+    ("a100", replace(build_call(BF16), query=(2, 8, 0, 64)), "math"),
+    ("h100", replace(build_call(BF16, is_causal=False), key=(2, 8, 1, 64), value=(2, 8, 1, 64)), "flash"),
+    ("a100", replace(build_call(BF16), key=(1, 8, 100, 64), value=(1, 8, 100, 64)), "math"),
 ]
 
 

@@ -93,6 +93,17 @@ def get_device_facts(name: str) -> DeviceFacts:
     return load_devices()[name]
 
 
-def get_facts_by_torch_name(torch_name: str) -> DeviceFacts:
-    """Return the profile with this torch name, or UNKNOWN_DEVICE."""
-    return next((facts for facts in load_devices().values() if facts.torch_name == torch_name), UNKNOWN_DEVICE)
+def get_facts_by_torch_name(torch_name: str, compute_capability: tuple[int, int] | None = None) -> DeviceFacts:
+    """Return the profile with this torch name, or UNKNOWN_DEVICE with the compute capability, if that is known."""
+    for facts in load_devices().values():
+        if facts.torch_name == torch_name:
+            return facts
+    if compute_capability is None:
+        return UNKNOWN_DEVICE
+    return UNKNOWN_DEVICE.model_copy(
+        update={
+            "compute_capability": compute_capability,
+            "compute_capability_source": "torch.cuda.get_device_capability",
+            "is_assumed": False,
+        }
+    )
