@@ -68,15 +68,11 @@ def test_plan_equals_the_run_or_is_refused(  # noqa: PLR0917 — fixtures
         assert case.split(",", maxsplit=1)[0] in reason
 
 
-GPU_POINTS = mark_slow(
-    [
-        (case, *setting)
-        for case in CASES
-        for setting in (("a10g", "bf16", "free"), ("t4", "fp16", "max_length"), ("h100", "bf16", "max_length"))
-    ],
-    keep=lambda point: point[0] in {"deepseek_v3", "mixtral"} and point[1] == "a10g",
-    seed=1,
-)
+GPUS = (("a10g", "bf16", "free"), ("t4", "fp16", "max_length"), ("h100", "bf16", "max_length"))
+FAST_ON_GPUS = ("deepseek_v3", "mixtral", "qwen3", "falcon")
+GPU_POINTS = [
+    pytest.param(case, *gpu, marks=() if case in FAST_ON_GPUS else pytest.mark.slow) for case in CASES for gpu in GPUS
+]
 
 
 @pytest.mark.parametrize(("case", "device", "precision", "padding"), GPU_POINTS)
