@@ -15,7 +15,7 @@ from peftbench.methods.last_layer import LastLayer
 from peftbench.methods.lora import Lora
 from peftbench.methods.prompt_tuning import PromptTuning
 from peftbench.recipe.schema import Profile, Recipe
-from tests.helpers.architectures import TINY_CONFIGS
+from tests.helpers.architectures import EXPERTS, HEADS, HIDDEN, LAYERS, PLAIN, TINY_CONFIGS, WINDOW
 from tests.helpers.records import count_labels_per_row
 from tests.helpers.workshop import Workshop
 
@@ -29,7 +29,43 @@ METHODS: dict[str, Method] = {
     "prompt tuning": PromptTuning(num_virtual_tokens=4),
     "last layer": LastLayer(),
 }
-CASES = [case for case in TINY_CONFIGS if case != "llama, dynamic RoPE"]  # its context is shorter than the rows
+_RECURRENT: dict[str, Any] = {
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+CONFIGS: dict[str, dict[str, Any]] = TINY_CONFIGS | {
+    "gpt_neo": {
+        "hidden_size": HIDDEN,
+        "num_layers": LAYERS,
+        "num_heads": HEADS,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 8,
+        "max_position_embeddings": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "gpt_oss": EXPERTS | {"head_dim": 8},
+    "jamba": EXPERTS | {"mamba_d_state": 8, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
+    "mamba": _RECURRENT | {"state_size": 8},
+    "mamba2": _RECURRENT | {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1, "expand": 2},
+    "mixtral, window": EXPERTS | WINDOW,
+    "opt, narrow embedding": PLAIN | {"ffn_dim": HIDDEN, "word_embed_proj_dim": 16},
+    "qwen3_next": EXPERTS
+    | {
+        "head_dim": 8,
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "rwkv": _RECURRENT | {"attention_hidden_size": HIDDEN, "context_length": 64},
+}
+"""The shared configs and some that only this sweep uses, by model type and variant."""
+CASES = [case for case in CONFIGS if case != "llama, dynamic RoPE"]  # its context is shorter than the rows
 ROWS, WIDTH = 2, 48
 TOLERANCE_BYTES = 64
 """Allowed difference: small index tensors differ on the meta device (Falcon, Phi-3 with LongRoPE)."""
@@ -40,7 +76,7 @@ def write_tiny_config(case: str, folder: Path, tokenizer: PreTrainedTokenizerBas
     """Write the config of a tiny model with the tokenizer's vocabulary, and the tokenizer, to ``folder``."""
     from transformers import AutoConfig
 
-    values: dict[str, Any] = TINY_CONFIGS[case] | {"vocab_size": len(tokenizer)}
+    values: dict[str, Any] = CONFIGS[case] | {"vocab_size": len(tokenizer)}
     AutoConfig.for_model(case.split(",", maxsplit=1)[0], **values).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
