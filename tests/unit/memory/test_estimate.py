@@ -10,6 +10,7 @@ import pytest
 
 from peftbench.common.units import format_bytes, parse_size
 from peftbench.errors import BudgetError, DeviceError, EstimateUnavailableError, ModelError, PrecisionError
+from peftbench.memory.advisor import AdviceRequest
 from peftbench.memory.devices import UNKNOWN_DEVICE, get_device_facts, get_facts_by_torch_name, load_devices
 from peftbench.memory.estimate import estimate
 from peftbench.memory.plan import Plan
@@ -258,6 +259,14 @@ def test_unknown_device_keeps_its_compute_capability() -> None:
     assert not facts.is_assumed
     assert get_facts_by_torch_name("Tesla T4", (7, 5)) == get_device_facts("t4")
     assert get_facts_by_torch_name("a GPU without capability") == UNKNOWN_DEVICE
+
+
+def test_advice_is_for_the_compute_capability_of_the_run(workshop: Workshop) -> None:
+    """The process that plans has no GPU to ask."""
+    request = AdviceRequest(
+        recipe=workshop.recipe(Lora(r=2)), budget_bytes=2**30, device_name="a GPU", compute_capability=(7, 5)
+    )
+    assert request.build_target().facts.compute_capability == (7, 5)
 
 
 def test_json_round_trip(make_plan: Any) -> None:

@@ -109,3 +109,29 @@ def test_math_kernel_memory_matches_cpu(dtype: torch.dtype, key_heads: int, mask
     capability = (8, 0) if dtype == torch.float32 else (7, 5)  # no fused kernel supports a head dimension of 5 there
     with DeviceEmulation(DeviceCapability("cuda", capability), None, has_padding=False):
         assert run("meta") == real
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_product_has_the_layout_of_the_real_one(dtype: torch.dtype) -> None:
+    """Rows are padded to a multiple of 16 bytes."""
+
+    def multiply(device: str) -> torch.Tensor:
+        inputs, weights = (torch.zeros(shape, dtype=dtype, device=device) for shape in ((12, 16), (3, 16, 8)))
+        offsets = torch.tensor([4, 8, 12], dtype=torch.int32, device=device)
+        return functional.grouped_mm(inputs, weights[..., :5], offs=offsets)
+
+    real = multiply("cpu")
+    emulation = DeviceEmulation(DeviceCapability("cpu"), None, has_padding=False)
+    with emulation.patch_libraries(), emulation:
+        emulated = multiply("meta")
+    assert emulated.stride() == real.stride()
+    assert emulated.untyped_storage().nbytes() == real.untyped_storage().nbytes()
+
+
+def test_choice_of_a_cpu_kernel_counts_no_tensors() -> None:
+    """The tensors that ask torch for its kernel are not those of the model."""
+    query = torch.zeros(2, 4, 32, 16, device="meta")
+    live = LiveBytes("cpu")
+    with live, DeviceEmulation(DeviceCapability("cpu"), None, has_padding=False):
+        functional.scaled_dot_product_attention(query, query, query, is_causal=True)
+    assert live.peak == 0

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from peftbench import shipped
@@ -23,6 +24,7 @@ from peftbench.errors import (
     UnsupportedModelError,
 )
 from peftbench.modeling import loading
+from peftbench.modeling.attention import sdpa_attention
 from peftbench.recipe.schema import Model
 from tests.helpers.methods import every_architecture
 from tests.helpers.models import ARCHITECTURES, POSITIONS, gpt2_config, llama_config
@@ -49,6 +51,12 @@ def test_folder_is_loaded_in_float32(architecture: str, base_folder: Folder) -> 
     assert base.max_positions == POSITIONS
     assert base.tokenizer("a bridge")["input_ids"]
     assert base.model.generation_config.pad_token_id is not None
+
+
+def test_loaded_model_uses_the_attention_that_repeats_keys(base_folder: Folder) -> None:
+    """Generation and models with their own masks reach it by the name sdpa."""
+    loading.load_model(Model(path=str(base_folder("llama_tied"))))
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention
 
 
 def test_bundled_model_is_loaded_by_its_name() -> None:

@@ -41,7 +41,7 @@ def attend_on_cuda(  # noqa: PLR0917 — torch's signature
     else:  # check_tensor_shapes
         choice = KernelChoice("math", dict.fromkeys(("flash", "efficient"), "needs inputs of four dimensions"))
     if attn_mask is not None and attn_mask.dtype == torch.bool:
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(attn_mask.logical_not(), float("-inf"))
+        attn_mask = _convert_boolean_mask(attn_mask, query.dtype)
     saves_logsumexp = any(tensor.requires_grad for tensor in (query, key, value))
     kernels = torch.ops.aten
     if choice.kernel == "cudnn":
@@ -116,7 +116,7 @@ def _attend_with_math(
     scaled_query = query * root
     if is_causal:  # variables are rebound where torch's code does it, so that tensors are freed at the same point
         mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), float("-inf"))
+        mask = _convert_boolean_mask(mask, query.dtype)
     if groups is not None:
         key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
     attention = torch.matmul(scaled_query, key.transpose(-2, -1) * root)
@@ -140,7 +140,7 @@ def attend_on_cpu(  # noqa: PLR0917 — torch's signature
 ) -> torch.Tensor:
     """Return the output of the kernel that a CPU selects, (batch, heads, queries, value width)."""
     if attn_mask is not None and attn_mask.dtype == torch.bool:
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(attn_mask.logical_not(), float("-inf"))
+        attn_mask = _convert_boolean_mask(attn_mask, query.dtype)
     if not _uses_flash_on_cpu((query, key, value, attn_mask), dropout_p, is_causal, enable_gqa=enable_gqa):
         groups = query.shape[1] // key.shape[1] if enable_gqa else None
         return _attend_with_math(
@@ -175,6 +175,11 @@ def _uses_flash_on_cpu(
         ]
         choice = torch._fused_sdp_choice(*real, dropout_p, is_causal, enable_gqa=enable_gqa)  # type: ignore[arg-type, call-arg, misc]
     return bool(choice == torch.nn.attention.SDPBackend.FLASH_ATTENTION.value)
+
+
+def _convert_boolean_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return 0 where ``mask`` is True and minus infinity elsewhere."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask.logical_not(), float("-inf"))
 
 
 def _pad_mask(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
