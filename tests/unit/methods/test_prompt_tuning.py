@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, MptConfig, OPTConfig
 
 from peftbench.methods.prompt_tuning import PromptTuning
+from tests.helpers.architectures import build_tiny_model
 from tests.helpers.methods import every_architecture
 from tests.helpers.models import embeddings_of
 from tests.helpers.training import trainable_parameters
@@ -117,3 +118,12 @@ def test_soft_tokens_have_the_width_of_the_embedding(
     model(input_ids=tokens, attention_mask=torch.ones_like(tokens), labels=tokens).loss.backward()
     assert trained[0].grad is not None
     assert trained[0].grad.norm() > 0
+
+
+def test_embedding_is_found_whatever_its_number_of_rows(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Moshi's embedding has one row more than its vocabulary."""
+    base = build_tiny_model("moshi")
+    assert base.get_input_embeddings().weight.shape[0] != base.config.vocab_size  # type: ignore[union-attr,index]
+    model = PromptTuning(num_virtual_tokens=4).apply(base, tokenizer)
+    tokens = torch.arange(12)[None]
+    assert model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits.shape[1] == 4 + 12
