@@ -117,15 +117,16 @@ def _attend_with_math(
     if is_causal:  # variables are rebound where torch's code does it, so that tensors are freed at the same point
         mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
         mask = _convert_boolean_mask(mask, query.dtype)
+    all_keys, all_values = key, value
     if groups is not None:
-        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
-    attention = torch.matmul(scaled_query, key.transpose(-2, -1) * root)
+        all_keys, all_values = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+    attention = torch.matmul(scaled_query, all_keys.transpose(-2, -1) * root)
     if mask is not None:
         attention.add_(mask)
     attention = torch._safe_softmax(attention, -1)
     if dropout_p > 0.0:
         attention = dropout(attention, dropout_p)
-    return torch.matmul(attention, value).to(dtype)
+    return torch.matmul(attention, all_values).to(dtype)
 
 
 def attend_on_cpu(  # noqa: PLR0917 — torch's signature
