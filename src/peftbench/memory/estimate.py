@@ -88,7 +88,7 @@ def estimate(
         budget_bytes=budget_bytes,
         verdict=verdict,
         margin_bytes=margin,
-        notes=(*_build_notes(recipe, facts, width, labels, paged_bytes), *simulation.emulation.notes),
+        notes=(*_build_notes(recipe, facts, width, labels, paged_bytes), *simulation.notes),
     )
 
 

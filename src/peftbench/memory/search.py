@@ -26,7 +26,7 @@ from peftbench.memory.lower_bound import compute_lower_bound
 from peftbench.memory.plan import ModelFit, Strategy, UnplannedRun, sort_fastest_first
 from peftbench.optim import OPTIMIZERS
 from peftbench.profiler.peak_flops import get_peak_flops
-from peftbench.training.auto_settings import resolve_auto_settings
+from peftbench.training.auto_settings import resolve_auto_settings, with_model_keys
 
 if TYPE_CHECKING:
     from peftbench.memory.devices import DeviceFacts
@@ -58,25 +58,24 @@ class MemoryTarget:
             raise BudgetError("No memory budget: pass --budget (e.g. 16GiB) or --device")
         return self.budget_bytes
 
-    def resolve(self, recipe: Recipe) -> tuple[Recipe, str | None]:
-        """Resolve the recipe's ``auto`` settings for this device and engine; return the recipe and a note.
+    def resolve(self, recipe: Recipe) -> tuple[Recipe, list[str]]:
+        """Resolve what depends on this device, the engine or the model's folder; return the recipe and notes.
 
         flash_attention_2 is planned as sdpa, which keeps the same tensors.
 
         Raises:
-            ModelNotFoundError, HubUnreachableError: attention is auto, and the model's config was not found.
+            PeftbenchError: as in :func:`peftbench.training.auto_settings.resolve_auto_settings`.
         """
         notes: list[str] = []
         if recipe.model.attention == "flash_attention_2":
-            sdpa = recipe.model.model_copy(update={"attention": "sdpa"})
-            recipe = recipe.model_copy(update={"model": sdpa})
+            recipe = with_model_keys(recipe, attention="sdpa")
             notes.append("flash_attention_2 is planned as sdpa")
-        if recipe.has_auto_settings:
+        if recipe.needs_resolution:
             with with_bundled_config(recipe.model) as local_model:
                 capability = self.facts.capability
-                recipe, note = resolve_auto_settings(recipe, self.launch_config.engine, capability, local_model)
-            notes += [note] if note is not None else []
-        return recipe, "; ".join(notes) or None
+                recipe, resolved = resolve_auto_settings(recipe, self.launch_config.engine, capability, local_model)
+            notes += resolved
+        return recipe, notes
 
     def has_room(self, recipe: Recipe) -> bool:
         """True unless weights, gradients and optimizer states alone exceed the budget. Simulates no step.
@@ -90,11 +89,11 @@ class MemoryTarget:
 
     def plan(self, recipe: Recipe) -> Plan:
         """Return the plan of ``recipe`` on this target; raises like :func:`peftbench.memory.estimate.estimate`."""
-        recipe, auto_note = self.resolve(recipe)
+        recipe, notes = self.resolve(recipe)
         if recipe.train.micro_batch_size == "auto":
             recipe, _ = choose_micro_batch(recipe, self)
         plan = estimate(recipe, self.facts, self.device_name, self.budget_bytes, self.launch_config)
-        return plan if auto_note is None else plan.model_copy(update={"notes": (auto_note, *plan.notes)})
+        return plan.model_copy(update={"notes": (*notes, *plan.notes)})
 
 
 @dataclass(frozen=True)
@@ -339,13 +338,13 @@ def strategies(recipe: Recipe, allowed_techniques: str, target: MemoryTarget) ->
         if allowed_techniques == "all"
         else [n for n in allowed_techniques.split(",") if n]
     )
-    recipe, auto_note = target.resolve(recipe)
+    recipe, notes = target.resolve(recipe)
     sets = list_technique_sets(recipe, names, target.facts)
     bar = tqdm(sets, desc="simulating", unit="set", disable=None, leave=False)
     fitting = []
     for techniques in bar:
         try:
-            fitting.append(find_strategy(recipe, techniques, target, auto_note))
+            fitting.append(find_strategy(recipe, techniques, target, notes))
         except (CombinationError, OptimizerError):  # the engine lacks a technique, or its library is not installed
             if not techniques:  # the recipe itself fails
                 raise
@@ -373,17 +372,16 @@ def find_largest_model(
 
 
 def find_strategy(
-    recipe: Recipe, techniques: tuple[Technique, ...], target: MemoryTarget, auto_note: str | None = None
+    recipe: Recipe, techniques: tuple[Technique, ...], target: MemoryTarget, notes: Sequence[str] = ()
 ) -> Strategy | None:
     """Return the largest micro-batch that fits ``target`` with these techniques, or None.
 
-    ``recipe`` has no ``auto`` settings left; ``auto_note`` gives the values that they resolved to.
+    ``recipe`` is resolved; ``notes`` are those of the resolution.
     """
     plan = best_plan(with_techniques(recipe, techniques), target)
     if plan is None:
         return None
-    if auto_note is not None:
-        plan = plan.model_copy(update={"notes": (auto_note, *plan.notes)})
+    plan = plan.model_copy(update={"notes": (*notes, *plan.notes)})
     return build_strategy(recipe, techniques, plan, target)
 
 

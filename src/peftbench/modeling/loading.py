@@ -13,6 +13,7 @@ from peftbench.errors import HubUnreachableError, ModelNotFoundError, OutOfRange
 from peftbench.modeling.attention import register_sdpa_attention
 from peftbench.modeling.attention_implementation import check_attention
 from peftbench.modeling.causal_config import select_causal_config
+from peftbench.modeling.quantization import build_quantization_config, convert_unquantized_to_float32
 
 if TYPE_CHECKING:
     import torch
@@ -133,26 +134,6 @@ def fuse_gelu(model: PreTrainedModel) -> None:
                 setattr(module, name, ACT2FN["gelu_pytorch_tanh"])
 
 
-def _build_quantization_kwargs(model_config: Model, compute_dtype: torch.dtype | None) -> dict[str, Any]:
-    """Return the arguments that make from_pretrained quantize."""
-    if model_config.quantization is None:
-        return {}
-    if model_config.init == "random":
-        raise OutOfRangeError("model.quantization needs pretrained weights; set model.init=pretrained")
-    import torch
-    from transformers import BitsAndBytesConfig
-
-    if model_config.quantization == "int8":
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=compute_dtype or torch.float32,
-        bnb_4bit_use_double_quant=model_config.quantization == "nf4_double",
-    )
-    return {"quantization_config": config}
-
-
 def _build_common_kwargs(model_config: Model) -> dict[str, Any]:
     import torch
 
@@ -172,24 +153,29 @@ def build_from_config(model_config: Model, config: PreTrainedConfig) -> PreTrain
 
 
 def _load_weights(model_config: Model, config: PreTrainedConfig, compute_dtype: torch.dtype | None) -> PreTrainedModel:
+    import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     common = _build_common_kwargs(model_config)
-    quantization = _build_quantization_kwargs(model_config, compute_dtype)
+    quantization = build_quantization_config(model_config, config, compute_dtype or torch.float32)
     try:
         if model_config.init == "random":
             return build_from_config(model_config, config)
+        if quantization is not None and hasattr(config, "quantization_config"):  # transformers prefers it
+            config.quantization_config, quantization = quantization.to_dict(), None
         loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
             resolve_model_path(model_config),
             config=config,
             revision=model_config.revision,
             use_safetensors=True,
             output_loading_info=True,
-            **quantization,
+            quantization_config=quantization,
             **common,
         )
         model, report = loaded
+        if hasattr(config, "quantization_config"):
+            convert_unquantized_to_float32(model)
         if missing := sorted(report["missing_keys"]):  # transformers only warns and initializes them randomly
             raise ValueError(f"{len(missing)} tensors are missing ({', '.join(missing[:3])})")
     except ImportError as error:

@@ -53,7 +53,7 @@ class Model(ConfigSection):
     fused_gelu: bool = True
     """Compute GPT-2's tanh GELU in one kernel: fewer activations, 2.4e-7 off; false: bit-equal to transformers."""
     quantization: Literal["nf4", "nf4_double", "int8"] | None = None
-    """Load the base model in 4 or 8 bits (bitsandbytes); only for methods that keep its matrices frozen."""
+    """4 or 8 bits (bitsandbytes), for methods that keep matrices frozen; weights stored quantized set it themselves."""
     trust_remote_code: bool = False
     """Run Python code from the model's repository. Use it only for a source you trust."""
 
@@ -324,10 +324,10 @@ class Recipe(ConfigSection):
         return self
 
     @property
-    def has_auto_settings(self) -> bool:
-        """True if a key is ``auto`` whose meaning depends on the device and changes numbers."""
-        return self.train.precision == "auto" or (self.model.attention == "auto" and self.method.needs_model)
+    def needs_resolution(self) -> bool:
+        """True if a key that changes numbers may depend on the device (``auto``) or on the model's folder."""
+        return self.train.precision == "auto" or self.method.needs_model
 
     def fingerprint(self) -> str:
-        """Return the hash of every key that can change a number. Settings that are ``auto`` must be resolved before."""
+        """Return the hash of every key that can change a number. Resolve ``auto`` and a stored quantization before."""
         return fingerprint_recipe(self.model_dump(mode="json"))

@@ -71,7 +71,7 @@ class Run:
         """
         self.shutdown_signal = shutdown_signal or ShutdownSignal()
         self.step_callbacks = step_callbacks
-        recipe, auto_note = resolve_for_launch(recipe)
+        recipe, resolution_notes = resolve_for_launch(recipe)
         resolved_recipe, micro_batch_note = resolve_auto_micro_batch(recipe)
         self.run_dir = RunDir.from_recipe(recipe)
         self._created_dirs = _create_run_dir(self.run_dir.path)
@@ -91,7 +91,8 @@ class Run:
         self.failure_channel = FailureChannel(accelerator, self.run_dir.path)
         probe = Probe(device, build_energy_meter(device, reads_cpu_counters=accelerator.is_local_main_process))
         probe.on_phase = self.status_writer.set_phase
-        notes = [*collect_environment_warnings(accelerator), *filter(None, (auto_note, micro_batch_note))]
+        resolution_notes += [micro_batch_note] if micro_batch_note is not None else []
+        notes = [*collect_environment_warnings(accelerator), *resolution_notes]
         self.state = RunState(recipe, resolved_recipe, self.run_dir, context, probe, notes)
         self.outcome_handler = OutcomeHandler(self.state, self.oom_handler, self.failure_channel, self.shutdown_signal)
 

@@ -48,12 +48,12 @@ class ResultFinder:
 
 
 def resolve_for_accelerate_config(recipe: Recipe, accelerate: Path | None) -> Recipe:
-    """Return ``recipe`` with ``auto`` settings resolved for this machine's device and the config's engine.
+    """Return ``recipe`` resolved for this machine's device, the config's engine and the model's folder.
 
     Raises:
-        PeftbenchError: the engine is unknown, or the model's config was not found.
+        PeftbenchError: the engine is unknown, the model's config was not found, or its quantization is unsupported.
     """
-    if not recipe.has_auto_settings:
+    if not recipe.needs_resolution:
         return recipe
     from peftbench.common.libraries import quiet_libraries
     from peftbench.distributed.device_capability import detect_device_capability

@@ -97,14 +97,14 @@ def plan_submission(
         max_requeues=max_requeues,
     )
     num_finished = len(recipes) - len(unfinished)
-    undecided = [recipe for recipe in to_submit if recipe.has_auto_settings and _has_result(recipe)]
+    undecided = [recipe for recipe in to_submit if recipe.needs_resolution and _has_result(recipe)]
     return SubmissionPlan(
         to_submit, job, launch_file, script_dir, num_finished, len(undecided), tuple(active_owners.values())
     )
 
 
 def _has_result(recipe: Recipe) -> bool:
-    """True if there is a finished record of the recipe with some values in place of ``auto``."""
+    """True if there is a finished record of the recipe with some values of the keys that the job resolves."""
     try:
         record = read_record(RunDir.from_recipe(recipe).record_file)
     except RecordError:
@@ -113,6 +113,8 @@ def _has_result(recipe: Recipe) -> bool:
     for section, key in (("train", "precision"), ("model", "attention")):
         if values[section][key] == "auto":
             values[section][key] = record.recipe.get(section, {}).get(key)
+    if recipe.model.quantization is None:  # weights that are stored quantized set it
+        values["model"]["quantization"] = record.recipe.get("model", {}).get("quantization")
     return record.outcome.kind in FINAL_OUTCOMES and fingerprint_recipe(values) == record.recipe_fingerprint
 
 

@@ -1,6 +1,8 @@
-"""Resolve the recipe keys whose value ``auto`` depends on the device: ``train.precision`` and ``model.attention``.
+"""Resolve the recipe keys that depend on the device or the model's folder before a run or plan starts.
 
-``train.micro_batch_size=auto`` depends on the memory estimate too and is resolved in ``run/oom.py``.
+``train.precision=auto`` and ``model.attention=auto`` depend on the device. ``model.quantization`` becomes the kind of
+weights that were saved quantized. ``train.micro_batch_size=auto`` depends on the memory estimate too and is resolved in
+``run/oom.py``.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from peftbench.distributed.device_capability import detect_device_capability
 from peftbench.distributed.precision import resolve_precision, with_precision
 from peftbench.modeling.attention_implementation import select_attention
 from peftbench.modeling.loading import load_config, resolve_model_path
+from peftbench.modeling.quantization import resolve_quantization
 
 if TYPE_CHECKING:
     from peftbench.distributed.device_capability import DeviceCapability
@@ -21,15 +24,15 @@ if TYPE_CHECKING:
     from peftbench.recipe.schema import Model, Recipe
 
 
-def resolve_for_launch(recipe: Recipe) -> tuple[Recipe, str | None]:
+def resolve_for_launch(recipe: Recipe) -> tuple[Recipe, list[str]]:
     """Resolve the recipe for this process's device and the launcher's engine; see :func:`resolve_auto_settings`.
 
     Raises:
         EngineError, MissingFileError: the engine is not supported.
-        ModelNotFoundError, HubUnreachableError: as in :func:`resolve_auto_settings`.
+        PeftbenchError: as in :func:`resolve_auto_settings`.
     """
-    if not recipe.has_auto_settings:
-        return recipe, None
+    if not recipe.needs_resolution:
+        return recipe, []
     # The engine does not depend on the micro-batch size, which may be auto too.
     any_size = recipe.model_copy(update={"train": recipe.train.model_copy(update={"micro_batch_size": None})})
     engine, _ = resolve_engine(any_size, Path(), launcher_env.get_world_size())
@@ -38,28 +41,40 @@ def resolve_for_launch(recipe: Recipe) -> tuple[Recipe, str | None]:
 
 def resolve_auto_settings(
     recipe: Recipe, engine: EngineKind, device: DeviceCapability, local_model: Model | None = None
-) -> tuple[Recipe, str | None]:
-    """Return the recipe with both keys resolved, and a note that gives the values and the reasons; None without auto.
+) -> tuple[Recipe, list[str]]:
+    """Return the recipe with these keys resolved, and notes that give the changed values and the reasons.
 
     ``local_model`` replaces the recipe's model where its config is read.
 
     Raises:
-        ModelNotFoundError, HubUnreachableError: attention is auto, and the model's config was not found.
+        ModelNotFoundError, HubUnreachableError: the model's config was not found.
+        OutOfRangeError, UnsupportedModelError: as in :func:`peftbench.modeling.quantization.resolve_quantization`.
     """
-    choices = []
+    choices, notes = [], []
     if recipe.train.precision == "auto":
         precision, reason = resolve_precision(recipe, engine, device)
         recipe = with_precision(recipe, precision)
         choices.append(f"train.precision is {precision} ({reason})")
-    if recipe.model.attention == "auto" and recipe.method.needs_model:
-        model_config = local_model or recipe.model
-        config, path = load_config(model_config), resolve_model_path(model_config)
+    if not recipe.method.needs_model:
+        return recipe, [f"auto: {choices[0]}"] if choices else []
+    model_config = local_model or recipe.model
+    config, path = load_config(model_config), resolve_model_path(model_config)
+    quantization = resolve_quantization(model_config, config, path)
+    if quantization != recipe.model.quantization:
+        recipe = with_model_keys(recipe, quantization=quantization)
+        notes.append(f"model.quantization is {quantization}: the weights are stored in it (quantization_config)")
+    if recipe.model.attention == "auto":
         attention, reason = select_attention(
             model_config, config, path, flash_obstacle=_find_flash_obstacle(recipe, device)
         )
-        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"attention": attention})})
+        recipe = with_model_keys(recipe, attention=attention)
         choices.append(f"model.attention is {attention} ({reason})")
-    return recipe, f"auto: {', '.join(choices)}" if choices else None
+    return recipe, [*([f"auto: {', '.join(choices)}"] if choices else []), *notes]
+
+
+def with_model_keys(recipe: Recipe, **keys: object) -> Recipe:
+    """Return the recipe with some keys of its section ``model`` replaced."""
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update=keys)})
 
 
 def _find_flash_obstacle(recipe: Recipe, device: DeviceCapability) -> str | None:

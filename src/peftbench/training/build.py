@@ -21,6 +21,7 @@ from peftbench.feature_cache.cached_training import open_feature_cache
 from peftbench.modeling.activation_offload import ActivationOffload
 from peftbench.modeling.loading import LoadedModel, load_model
 from peftbench.modeling.loss import CausalLMLoss, build_loss
+from peftbench.modeling.quantization import describe_unquantized_modules
 from peftbench.profiler.flops import FlopCost, NonLinearFlopsError, count_flops
 from peftbench.recipe.schema import why_warmup_is_too_long
 from peftbench.record import ParameterCounts
@@ -96,6 +97,8 @@ def apply_method(recipe: Recipe, base: LoadedModel, context: AcceleratorContext)
     set_seed(recipe.train.seed)  # a method's new weights depend on the seed alone, not on how the base was loaded
     total = base.model.num_parameters()  # counts the scalars of quantized tensors, not their packed storage
     notes = recipe.method.list_notes(base.model)
+    if recipe.model.quantization is not None and (unquantized := describe_unquantized_modules(base.model)):
+        notes.append(f"model.quantization={recipe.model.quantization} does not quantize {unquantized}")
     model = recipe.method.apply(base.model, base.tokenizer)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     requested = recipe.train.gradient_checkpointing and recipe.method.is_trainable

@@ -11,7 +11,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, Self
 from unittest.mock import patch
 
 import torch
@@ -47,7 +47,9 @@ class DeviceEmulation(TorchFunctionMode):
         self.allow_fake_scalars = False
         """True while reads of meta tensors return fake values: in the optimizer, where no size depends on them."""
         self.notes: dict[str, None] = {}
-        """Notes for the plan, in call order; a dict, to remove duplicates."""
+        """Notes for the plan on calls in simulated steps, in call order; a dict, to remove duplicates."""
+        self._is_entered = False
+        """True in simulated steps; False while the model is probed or its FLOPs are counted, without autocast."""
         self.kernel_choices: list[KernelChoice] = []
         """The attention kernel of each call on CUDA, in call order."""
         self._autocast_enabled = False
@@ -55,6 +57,14 @@ class DeviceEmulation(TorchFunctionMode):
         self._cached_casts: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor]] = {}
         self._casts_of_freed_tensors: list[torch.Tensor] = []
         """torch also keeps the cast of a freed tensor until autocast ends."""
+
+    def __enter__(self) -> Self:
+        self._is_entered = True
+        return super().__enter__()  # type: ignore[no-any-return,no-untyped-call]
+
+    def __exit__(self, *error: object) -> None:
+        self._is_entered = False
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     @property
     def is_autocast_enabled(self) -> bool:
@@ -182,7 +192,7 @@ class DeviceEmulation(TorchFunctionMode):
             return attend_on_cpu(*args, **kwargs)
         output, choice = attend_on_cuda(self.sdpa_device, *args, **kwargs)
         self.kernel_choices.append(choice)
-        if choice.kernel == "math" and output.requires_grad:
+        if self._is_entered and choice.kernel == "math" and output.requires_grad:
             note = "attention uses torch's math kernel, which stores the score matrix of every head"
             self.notes[f"{note}: {choice.describe_obstacles()}"] = None
         return output
@@ -190,7 +200,7 @@ class DeviceEmulation(TorchFunctionMode):
     def _note_repetition(self, find_reason: Callable[..., str | None]) -> Callable[..., str | None]:
         def find_and_note(module: torch.nn.Module, query: torch.Tensor, *args: Any) -> str | None:
             reason = find_reason(module, query, *args)
-            if reason is not None and query.requires_grad:
+            if self._is_entered and reason is not None and query.requires_grad:
                 note = "keys and values are repeated for each query head, so that a fused kernel runs"
                 self.notes[f"{note}: {reason}"] = None
             return reason

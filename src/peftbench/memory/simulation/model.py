@@ -10,9 +10,10 @@ import torch
 from peftbench.memory.families import with_bundled_config
 from peftbench.modeling.attention import register_sdpa_attention
 from peftbench.modeling.loading import LoadedModel, build_from_config, fuse_gelu, load_config
+from peftbench.modeling.quantization import build_quantization_config, get_stored_dtype
 
 if TYPE_CHECKING:
-    from torch import nn
+    from transformers import BitsAndBytesConfig, PreTrainedModel
 
     from peftbench.recipe.schema import Model
 
@@ -29,31 +30,33 @@ def build_meta_model(model_config: Model, compute_dtype: torch.dtype) -> LoadedM
         ModelNotFoundError, HubUnreachableError, UnsupportedModelError: as ``load_model``.
     """
     with with_bundled_config(model_config) as local_config, torch.device("meta"):
-        model = build_from_config(local_config, load_config(local_config))
+        config = load_config(local_config)
+        quantization = build_quantization_config(local_config, config, compute_dtype)
+        dtype = get_stored_dtype(config)  # building the model sets the config's dtype
+        model = build_from_config(local_config, config)
     register_sdpa_attention()
     if model_config.fused_gelu:
         fuse_gelu(model)
-    if model_config.quantization is not None:
-        _quantize_to_4bit(model, compute_dtype, double_quant=model_config.quantization == "nf4_double")
+    if quantization is not None:
+        _quantize_to_4bit(model, quantization, dtype)
     return LoadedModel(model, None, "an architecture without weights")  # type: ignore[arg-type]
 
 
-def _quantize_to_4bit(model: nn.Module, compute_dtype: torch.dtype, *, double_quant: bool) -> None:
-    """Replace the layers that transformers would quantize with bitsandbytes' 4-bit layers."""
+def _quantize_to_4bit(model: PreTrainedModel, config: BitsAndBytesConfig, dtype: torch.dtype) -> None:
+    """Replace the layers that transformers would quantize with bitsandbytes' 4-bit layers.
+
+    ``dtype`` is that of the weights before they were quantized, to which they are dequantized.
+    """
     from bitsandbytes.functional import QuantState
     from bitsandbytes.nn.modules import Linear4bit, Params4bit
-    from transformers import BitsAndBytesConfig
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-    from transformers.quantizers.base import get_keys_to_not_convert
+    from transformers.quantizers.base import HfQuantizer
 
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=compute_dtype,
-        bnb_4bit_use_double_quant=double_quant,
-    )
     model.requires_grad_(False)
-    replace_with_bnb_linear(model, get_keys_to_not_convert(model), config)
+    kept = list(model._keep_in_fp32_modules or ())
+    skipped = HfQuantizer.get_modules_to_not_convert(model, config.llm_int8_skip_modules, kept)
+    replace_with_bnb_linear(model, skipped, config)
+    double_quant = config.bnb_4bit_use_double_quant
 
     def empty(size: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device="meta")
@@ -74,14 +77,16 @@ def _quantize_to_4bit(model: nn.Module, compute_dtype: torch.dtype, *, double_qu
                 code=empty(16, torch.float32),
                 blocksize=_BLOCK_SIZE,
                 quant_type="nf4",
-                dtype=torch.float32,
+                dtype=dtype,
                 **nested,
             )
-            packed = torch.empty(((shape.numel() + 1) // 2, 1), dtype=torch.uint8, device="meta")
+            storage = config.bnb_4bit_quant_storage
+            packed = torch.empty(((shape.numel() + 1) // 2 // storage.itemsize, 1), dtype=storage, device="meta")
             module.weight = Params4bit(
                 packed,
                 quant_state=state,
                 quant_type="nf4",
+                quant_storage=storage,
                 compress_statistics=double_quant,
                 module=module,
                 bnb_quantized=True,

@@ -126,7 +126,7 @@ class MemorySimulation:
             self.loaded_model = build_meta_model(recipe.model, TORCH_DTYPES[recipe.train.resolved_precision])
             with self._track_method_modules(), self.emulation.patch_libraries():
                 adapted = apply_method(recipe, self.loaded_model, context)
-        self.model, self.loss = adapted.model, adapted.loss
+        self.model, self.loss, self._method_notes = adapted.model, adapted.loss, adapted.notes
         self.collator = build_collator(recipe, adapted.loss, pad_token_id=0)
         self.gradient_checkpointing = adapted.gradient_checkpointing
         if adapted.gradient_checkpointing:
@@ -143,6 +143,11 @@ class MemorySimulation:
     def max_positions(self) -> int | None:
         """The model's maximum number of positions, None if its config has none."""
         return self.loaded_model.max_positions
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Notes for the plan: of the method, and of the simulated steps."""
+        return (*self._method_notes, *self.emulation.notes)
 
     @contextmanager
     def _track_method_modules(self) -> Iterator[None]:

@@ -1,0 +1,148 @@
+"""Quantized base models: those that are quantized when they are loaded, and those that were saved quantized.
+
+The config.json of a folder with quantized weights has a ``quantization_config``. Its kind replaces
+``model.quantization`` before a run or plan starts, so that the same rules apply to both.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, Literal
+
+from peftbench.errors import OutOfRangeError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+
+    from peftbench.recipe.schema import Model
+
+Quantization = Literal["nf4", "nf4_double", "int8"]
+_MIN_NOTED_SHARE = 0.01
+"""Smaller parts of a model that stay unquantized are not noted: routers, short convolutions."""
+
+
+def read_stored_quantization(config: PreTrainedConfig, model_path: str) -> Quantization | None:
+    """Return the kind in which the weights of a folder or Hub repository are stored; None if they are not quantized.
+
+    Raises:
+        UnsupportedModelError: they are quantized in a way that peftbench cannot train on.
+    """
+    stored = _get_stored_config(config)
+    if stored is None:
+        return None
+    if stored.get("load_in_8bit"):
+        return "int8"
+    is_4bit = bool(stored.get("load_in_4bit"))
+    if is_4bit and stored.get("bnb_4bit_quant_type") == "nf4":
+        return "nf4_double" if stored.get("bnb_4bit_use_double_quant") else "nf4"
+    kind = stored.get("bnb_4bit_quant_type", "fp4") if is_4bit else stored.get("quant_method", "an unknown method")
+    raise UnsupportedModelError(
+        f"the weights of {model_path} are quantized with {kind} (quantization_config in its config.json), and "
+        "peftbench supports nf4 and int8 of bitsandbytes; set model.path to a copy that is not quantized, and "
+        "model.quantization to nf4 to quantize it when it is loaded"
+    )
+
+
+def resolve_quantization(model_config: Model, config: PreTrainedConfig, model_path: str) -> Quantization | None:
+    """Return the kind in which the base model is held: as it is stored, else as the recipe asks.
+
+    Random weights are never stored, so a config's ``quantization_config`` does not apply to them.
+
+    Raises:
+        OutOfRangeError: the recipe asks for another kind than the stored one.
+        UnsupportedModelError: as :func:`read_stored_quantization`.
+    """
+    stored = None if model_config.init == "random" else read_stored_quantization(config, model_path)
+    requested = model_config.quantization
+    if stored is None or requested in {stored, None}:
+        return stored or requested
+    raise OutOfRangeError(
+        f"model.quantization={requested}, but the weights of {model_path} are stored in {stored}; set "
+        f"model.quantization to {stored} or null"
+    )
+
+
+def build_quantization_config(
+    model_config: Model, config: PreTrainedConfig, compute_dtype: torch.dtype
+) -> BitsAndBytesConfig | None:
+    """Return the arguments of bitsandbytes for the base model, None if it is not quantized.
+
+    ``compute_dtype`` is the dtype of matmuls with 4-bit weights. It replaces the one in a folder's config, where it is
+    a default of whoever saved the weights. The modules that the folder skips are kept.
+
+    Raises:
+        OutOfRangeError: random weights are to be quantized.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if model_config.quantization is not None and model_config.init == "random":
+        raise OutOfRangeError("model.quantization needs pretrained weights; set model.init=pretrained")
+    stored = None if model_config.init == "random" else _get_stored_config(config)
+    if stored is not None:
+        return BitsAndBytesConfig.from_dict(stored | {"bnb_4bit_compute_dtype": compute_dtype})  # type: ignore[no-any-return]
+    if model_config.quantization is None:
+        return None
+    if model_config.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_use_double_quant=model_config.quantization == "nf4_double",
+    )
+
+
+def convert_unquantized_to_float32(model: PreTrainedModel) -> None:
+    """Convert what is not quantized to float32: transformers leaves some of it in the dtype of the folder."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and not _is_packed(parameter):
+            parameter.data = parameter.data.float()
+
+
+def describe_unquantized_modules(model: PreTrainedModel) -> str | None:
+    """Return which matrices of a quantized model stay in float32 next to its embeddings and head; None for none.
+
+    transformers quantizes linear layers. Stacked experts are a parameter of another module, and a folder's config may
+    skip modules. Layers are joined: ``model.layers.*.mlp.experts (73 % of the parameters)``.
+    """
+    from torch import nn
+
+    exempt = {id(module) for module in model.modules() if isinstance(module, nn.Embedding)}
+    exempt.add(id(model.get_output_embeddings()))
+    total = model.num_parameters()
+    sizes: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if id(module) in exempt:
+            continue
+        matrices = [p for p in module.parameters(recurse=False) if p.ndim > 1 and not _is_packed(p)]
+        pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+        sizes[pattern] = sizes.get(pattern, 0) + sum(parameter.numel() for parameter in matrices)
+    shares = [(pattern, size / total) for pattern, size in sizes.items() if size / total >= _MIN_NOTED_SHARE]
+    return ", ".join(f"{pattern} ({share:.0%} of the parameters)" for pattern, share in shares) or None
+
+
+def _is_packed(parameter: torch.Tensor) -> bool:
+    """True for a quantized matrix, whose elements are packed bytes or integers."""
+    from bitsandbytes.nn.modules import Int8Params, Params4bit
+
+    return isinstance(parameter, Int8Params | Params4bit)
+
+
+def get_stored_dtype(config: PreTrainedConfig) -> torch.dtype:
+    """Return the dtype of the weights before they were quantized, to which each use dequantizes them.
+
+    Weights that are stored quantized keep that of the saved model; others are loaded in float32.
+    """
+    import torch
+
+    dtype = config.dtype if _get_stored_config(config) is not None else None
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
+
+
+def _get_stored_config(config: PreTrainedConfig) -> dict[str, Any] | None:
+    """Return the ``quantization_config`` of a model's config.json, None if it has none."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return None
+    return dict(stored) if isinstance(stored, dict) else dict(stored.to_dict())
