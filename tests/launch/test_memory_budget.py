@@ -102,6 +102,20 @@ def test_sufficient_budget(full: Path, launch: Callable[..., subprocess.Complete
 
 
 @pytest.mark.slow
+def test_resident_memory_is_in_the_planned_range(
+    full: Path, launch: Callable[..., subprocess.CompletedProcess[str]], project: Path, caches: dict[str, str]
+) -> None:
+    """Without a budget, the peak RSS of the whole process is between the plan's minimum and maximum."""
+    planned = run(peftbench("estimate", str(full), "--device", "cpu", "--json"), project, caches)
+    assert planned.returncode == 0, planned.stderr
+    least, most = json.loads(planned.stdout)["resident_bytes"]
+    done = launch("--config", str(full))
+    assert done.returncode == 0, done.stderr
+    peaks = [memory.rss_bytes for memory in read_record(project / "out" / "run" / "record.json").memory.values()]
+    assert least < max(peak for peak in peaks if peak is not None) < most
+
+
+@pytest.mark.slow
 def test_suite_continues_after_oom(full: Path, project: Path, caches: dict[str, str]) -> None:
     """The report has a row with the estimated bytes of the run that ran out of memory, and the next run starts."""
     (project / "suite.yaml").write_text(

@@ -57,7 +57,9 @@ class Plan(_FrozenModel):
     workspace_bytes: tuple[int, int]
     """Bytes of workspaces of cuBLAS and similar libraries: minimum and maximum."""
     process_bytes: tuple[int, int]
-    """Bytes of the whole process, the sum of these three: minimum and maximum."""
+    """Bytes of the process, the sum of these three: minimum and maximum. On CPU without Python and its libraries."""
+    resident_bytes: tuple[int, int] | None
+    """On CPU: resident memory of the process with Python, libraries and freed blocks that the C library keeps."""
     budget_bytes: int | None
     verdict: Verdict | None
     margin_bytes: tuple[int, int] | None

@@ -24,6 +24,7 @@ from peftbench.methods.lora import Lora
 from peftbench.methods.prompt_tuning import PromptTuning
 from peftbench.optim import OPTIMIZERS
 from peftbench.recipe.schema import Recipe
+from peftbench.report.tables.memory_plan import format_plan
 from tests.helpers.methods import one_method_fast
 from tests.helpers.models import ARCHITECTURES
 from tests.helpers.sweeps import mark_others_slow
@@ -147,6 +148,16 @@ def test_pad_to_multiple_of_widens_rows(make_plan: Any) -> None:
     )
     assert make_plan(PromptTuning(num_virtual_tokens=5), data={"pad_to_multiple_of": 32}).sequence_length == 59
     assert make_plan(Full(), data={"pad_to_multiple_of": 32}, train={"micro_batch_tokens": 128}).micro_batch_size == 2
+
+
+def test_resident_memory_adds_libraries_on_cpu_only(workshop: Workshop) -> None:
+    """The minimum adds the smallest libraries; the maximum the largest ones and as much again for freed blocks."""
+    recipe = workshop.recipe(Full())
+    assert estimate(recipe, UNKNOWN_DEVICE, "a GPU").resident_bytes is None
+    plan = estimate(recipe, get_device_facts("cpu"), "cpu")
+    low, high = plan.process_bytes
+    assert plan.resident_bytes == (low + 500 * MIB, 2 * high + 1024 * MIB)
+    assert f"set a container's limit to {plan.resident_bytes[1] / MIB:,.0f} MiB" in format_plan(plan)
 
 
 def test_verdict_by_budget(make_plan: Any) -> None:

@@ -26,8 +26,10 @@ class DeviceFacts(BaseModel):
     """Workspaces of cuBLAS and similar libraries: minimum and maximum."""
     context: tuple[ByteSize, ByteSize]
     """The driver's context and lazily loaded kernels: minimum and maximum."""
+    libraries: tuple[ByteSize, ByteSize] = (ByteSize(0), ByteSize(0))
+    """Resident host memory of Python and the libraries of a run on CPU: minimum and maximum; 0 for a GPU."""
     overhead_source: str
-    """Source of workspaces and context."""
+    """Source of workspaces, context and libraries."""
     calibrated: bool
     """True if workspaces and context were measured on such a device."""
     compute_capability: tuple[int, int] | None

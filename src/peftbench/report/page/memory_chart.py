@@ -119,8 +119,9 @@ def memory_caption(records: Sequence[RunRecord], limit_rows: Sequence[ChartRow],
         sentences.append(f"{subject}, gradients and optimizer states are from tensor sizes; the rest is unattributed.")
     if any(record.device.type == "cpu" for record in records):
         sentences.append(
-            "On CPU a bar is RSS above its value before anything was loaded. A budget does not count file-backed "
-            "pages, so its limit is drawn only for runs out of memory."
+            "On CPU a bar is RSS above its value before anything was loaded, and includes libraries imported later and "
+            "freed blocks that the C library keeps. A budget does not count file-backed pages, so its limit is drawn "
+            "only for runs out of memory."
         )
     if limit_rows:
         kinds = " or the ".join(dict.fromkeys(str(row["limit_kind"]) for row in limit_rows))

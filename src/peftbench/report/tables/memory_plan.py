@@ -60,7 +60,6 @@ def format_plan(plan: Plan) -> str:
         }
         for name, peak in plan.phase_peaks.items()
     ]
-    low, high = plan.process_bytes
     lines = [
         tabulate(
             rows,
@@ -74,9 +73,7 @@ def format_plan(plan: Plan) -> str:
         f"{plan.sequence_length} tokens on {plan.device_name}{_engine_clause(plan)}",
         f"peak: {unit.with_name(plan.peak.allocated_bytes)} allocated in {plan.peak_phase}, at {plan.peak.operation}; "
         f"{unit.with_name(plan.reserved_bytes)} reserved",
-        f"process: {unit.format(low)} to {unit.with_name(high)}, including the context "
-        f"({unit.format_range(plan.cuda_context_bytes)}) and library workspaces "
-        f"({unit.format_range(plan.workspace_bytes)})",
+        *_format_process_lines(plan, unit),
     ]
     if plan.verdict is not None and plan.budget_bytes is not None and plan.margin_bytes is not None:
         margin = _format_margin(*plan.margin_bytes, _Unit.for_sizes([max(map(abs, plan.margin_bytes))]))
@@ -84,6 +81,25 @@ def format_plan(plan: Plan) -> str:
     if plan.suggestion is not None:
         lines.append(f"suggestion: {plan.suggestion}")
     return "\n".join((*lines, *(f"note: {note}" for note in plan.notes)))
+
+
+def _format_process_lines(plan: Plan, unit: _Unit) -> list[str]:
+    """Return what the process needs: on a GPU its device memory; on CPU without and with Python and its libraries."""
+    low, high = plan.process_bytes
+    total, workspaces = (
+        f"process: {unit.format(low)} to {unit.with_name(high)}",
+        unit.format_range(plan.workspace_bytes),
+    )
+    if plan.resident_bytes is None:
+        context = unit.format_range(plan.cuda_context_bytes)
+        return [f"{total}, including the context ({context}) and library workspaces ({workspaces})"]
+    least, most = plan.resident_bytes
+    resident_unit = _Unit.for_sizes([most])
+    return [
+        f"{total}, including library workspaces ({workspaces}); budget.memory counts the same, without Python and libraries",
+        f"resident: {resident_unit.format(least)} to {resident_unit.with_name(most)}, with Python, libraries and freed "
+        f"blocks that the C library keeps; set a container's limit to {resident_unit.with_name(most)}",
+    ]
 
 
 def format_plans(plans: Sequence[Plan | UnplannedRun]) -> str:
