@@ -29,7 +29,7 @@ class FakeMeter:
     supports_step_parts = True
     cuda_context_bytes: int | None = None
 
-    def lap(self) -> Memory:
+    def lap(self, *, within_steps: bool = False) -> Memory:
         """Return what CudaMeter builds from the allocator's counters."""
         return Memory(allocated_bytes=1, reserved_bytes=2, inactive_split_bytes=3, num_alloc_retries=0)
 

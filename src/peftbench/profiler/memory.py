@@ -29,8 +29,11 @@ class MemoryMeter(Protocol):
     cuda_context_bytes: int | None
     """Device memory of the process before its first tensor, None if unknown."""
 
-    def lap(self) -> Memory:
-        """Return the peaks since the previous lap, in bytes."""
+    def lap(self, *, within_steps: bool = False) -> Memory:
+        """Return the peaks since the previous lap, in bytes.
+
+        ``within_steps``: a step precedes and follows, so freed memory is kept for the next one.
+        """
 
     def read_process_bytes(self) -> int | None:
         """Return the device memory of the process now."""
@@ -57,7 +60,7 @@ class CudaMemoryMeter:
         self._last_num_alloc_retries: int | None = None
         self.lap()
 
-    def lap(self) -> Memory:
+    def lap(self, *, within_steps: bool = False) -> Memory:
         # The flat form (memory_stats) takes ten times as long.
         stats = torch.cuda.memory_stats_as_nested_dict(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -120,11 +123,12 @@ class RssMeter:
         self._baseline_bytes = read_proc_status_bytes("VmRSS")
         self.lap()
 
-    def lap(self) -> Memory:
+    def lap(self, *, within_steps: bool = False) -> Memory:
         peak = Memory()
         if self._can_reset_peak:
             peak = Memory(rss_bytes=read_proc_status_bytes("VmHWM"), baseline_rss_bytes=self._baseline_bytes)
-        _release_freed_pages()
+        if not within_steps:
+            _release_freed_pages()
         try:
             _PROC_CLEAR_REFS.write_text(_RESET_PEAK_RSS, encoding="ascii")
             self._can_reset_peak = True

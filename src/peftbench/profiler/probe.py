@@ -233,18 +233,16 @@ class Probe:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Exclude a section from the time of the phase and the step around it.
+        """Exclude a section between two steps from the time and the memory peak of the phase around it.
 
-        Its peak is excluded too if laps are cheap; on CPU it counts in the phase.
+        Memory that the section keeps counts from then on.
         """
         start = self._read_clock()
-        if self.memory_meter.supports_step_parts:
-            self._lap()
+        self._lap(within_steps=True)
         try:
             yield
         finally:
-            if self.memory_meter.supports_step_parts:
-                self.memory_meter.lap()
+            self.memory_meter.lap(within_steps=True)
             self._paused_seconds += self._read_clock() - start
 
     @contextmanager
@@ -261,8 +259,8 @@ class Probe:
             if scope.peak is not None:
                 peaks[name] = max_memory(peaks.get(name), scope.peak)
 
-    def _lap(self) -> Memory:
-        lap = self.memory_meter.lap()
+    def _lap(self, *, within_steps: bool = False) -> Memory:
+        lap = self.memory_meter.lap(within_steps=within_steps)
         for scope in self._open_scopes:
             scope.peak = max_memory(scope.peak, lap)
         return lap

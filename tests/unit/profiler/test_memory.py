@@ -42,6 +42,17 @@ def above_baseline(memory: Memory) -> int:
     return memory.rss_bytes - memory.baseline_rss_bytes
 
 
+def test_peak_excludes_a_pause() -> None:
+    """Memory that a tracker uses between steps is in no peak of the phase; that of steps before and after is."""
+    probe = Probe(torch.device("cpu"))
+    with probe.phase("train"):
+        touch(64 * MIB)
+        with probe.paused():
+            touch(512 * MIB)
+        touch(32 * MIB)
+    assert above_baseline(probe.memory["train"]) == pytest.approx(64 * MIB, abs=SLACK)
+
+
 @pytest.mark.parametrize("size", [64 * MIB, 256 * MIB])
 def test_released_pages_count_in_the_peak(size: int) -> None:
     """The peak of a lap includes pages that were released in it."""

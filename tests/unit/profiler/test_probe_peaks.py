@@ -21,7 +21,7 @@ class Counters:
     process_bytes: int | None = 70
     reserved: int = 0
 
-    def lap(self) -> Memory:
+    def lap(self, *, within_steps: bool = False) -> Memory:
         """Return and reset the peak."""
         peak, self.peak = self.peak, 0
         return Memory(allocated_bytes=peak)

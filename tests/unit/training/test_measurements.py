@@ -150,7 +150,7 @@ class FakeGpuMeter:
     cuda_context_bytes: int | None = 11
     laps: int = 0
 
-    def lap(self) -> Memory:
+    def lap(self, *, within_steps: bool = False) -> Memory:
         """Return a reading with one retry."""
         self.laps += 1
         return Memory(allocated_bytes=10**9, reserved_bytes=2 * 10**9, inactive_split_bytes=5, num_alloc_retries=1)

@@ -96,7 +96,8 @@ def _format_process_lines(plan: Plan, unit: _Unit) -> list[str]:
     least, most = plan.resident_bytes
     resident_unit = _Unit.for_sizes([most])
     return [
-        f"{total}, including library workspaces ({workspaces}), without Python and libraries; budget.memory counts this",
+        f"{total}, including library workspaces ({workspaces}) but not Python and its libraries; "
+        "budget.memory counts the same",
         f"resident: {resident_unit.format(least)} to {resident_unit.with_name(most)}, with Python, libraries and freed "
         f"blocks that the C library keeps; set a container's limit to {resident_unit.with_name(most)}",
     ]
