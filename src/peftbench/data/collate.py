@@ -50,6 +50,10 @@ class FlopUnits(_FieldwiseSum):
     """Positions that contribute to the loss."""
     columns: int = 0
     """Width of each micro-batch, counted once: the positions of its rotary embeddings."""
+    rows: int = 0
+    """Rows, counted for hardware FLOPs only: a convolution also computes its own padding in each row."""
+    passes: int = 0
+    """Forward passes, counted for hardware FLOPs only: a product of two weights runs once in each pass."""
 
 
 @dataclass(frozen=True)
@@ -226,7 +230,7 @@ class Collator:
         padded = batch.attention_mask is not None and len({*batch.lengths, batch.input_ids.shape[1]}) > 1
         pairs = rows * width**2  # with a mask, a kernel cannot skip any pair
         causal = pairs if padded else rows * _count_causal_pairs(width)
-        return FlopUnits(rows * width, pairs, causal, len(batch.targets), width)
+        return FlopUnits(rows * width, pairs, causal, len(batch.targets), width, rows, 1)
 
     def _flop_units_of_lengths(self, batch: MicroBatch, lengths: Sequence[int]) -> FlopUnits:
         total, causal = sum(lengths), sum(map(_count_causal_pairs, lengths))
@@ -271,7 +275,8 @@ class PaddingFreeCollator(Collator):
     def hardware_flop_units(self, batch: MicroBatch) -> FlopUnits:
         """Return the work for every position of the row, padding at its end included."""
         assert batch.packed_sequences is not None
-        return self._flop_units_of_lengths(batch, batch.packed_sequences.lengths)
+        units = self._flop_units_of_lengths(batch, batch.packed_sequences.lengths)
+        return replace(units, rows=batch.input_ids.shape[0], passes=1)
 
 
 def _count_causal_pairs(length: int) -> int:

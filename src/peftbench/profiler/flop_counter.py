@@ -69,6 +69,8 @@ def _list_extra_formulas() -> list[tuple[Any, Any]]:
         (aten._scaled_dot_product_flash_attention_for_cpu_backward, _cpu_sdpa_backward_flop),
         (aten.addmm_, _addmm_flop),
         (aten.addmm, _addmm_flop),  # torch's formula rejects out_dtype
+        (aten._grouped_mm, _grouped_mm_flop),
+        (aten.convolution_backward, _convolution_backward_flop),  # torch's formula ignores groups
     ]
     if sys.modules.get("bitsandbytes") is not None:  # importing it registers its kernels
         formulas = {
@@ -87,6 +89,30 @@ def _list_extra_formulas() -> list[tuple[Any, Any]]:
 
 def _addmm_flop(_into: Any, left: Any, right: Any, *_: Any, **__: Any) -> int:
     return int(2 * left[0] * left[1] * right[1])
+
+
+def _grouped_mm_flop(left: Any, right: Any, *_: Any, **__: Any) -> int:
+    """Return the FLOPs of a product in groups: of rows, or of the inner dimension if both sides have two."""
+    return int(2 * math.prod(left) * right[-1])
+
+
+def _convolution_backward_flop(
+    grad_output: Any,
+    _inputs: Any,
+    weight: Any,
+    _bias_sizes: Any,
+    _stride: Any,
+    _padding: Any,
+    _dilation: Any,
+    _transposed: Any,
+    _output_padding: Any,
+    _groups: Any,
+    output_mask: Any,
+    **_: Any,
+) -> int:
+    """Return the FLOPs of the gradients of inputs and weight (out, in / groups, kernel) of a convolution."""
+    rows, _channels, *positions = grad_output
+    return int(2 * rows * math.prod(positions) * math.prod(weight) * sum(output_mask[:2]))
 
 
 def _int8_mm_flop(inputs: Any, weight: Any, *_: Any, **__: Any) -> int:

@@ -20,23 +20,25 @@ recomputation: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, appendix B.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from peftbench.common.attention import ATTENTION_NAME
+from peftbench.common.attention import ATTENTION_NAME, is_fused_attention
 from peftbench.data.collate import FlopUnits
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-FlopUnit = Literal["position", "pair", "causal_pair", "label", "column"]
+FlopUnit = Literal["position", "pair", "causal_pair", "label", "column", "row", "pass"]
+_HARDWARE_ONLY = frozenset({"column", "row", "pass"})
+"""Units of products that depend on the implementation, so that model FLOPs exclude them."""
 _NUM_TRACE_TOKENS = 3  # tokens of the forward pass that lists the products
 
 
@@ -62,6 +64,8 @@ def _get_unit_count(unit: FlopUnit, flop_units: FlopUnits) -> int:
         "causal_pair": flop_units.causal_pairs,
         "label": flop_units.labeled,
         "column": flop_units.columns,
+        "row": flop_units.rows,
+        "pass": flop_units.passes,
     }[unit]
 
 
@@ -78,7 +82,7 @@ class FlopCost:
         return sum(
             (p.forward_flops + p.backward_flops) * _get_unit_count(p.model_unit or p.unit, flop_units)
             for p in self.matmuls
-            if p.unit != "column"
+            if p.unit not in _HARDWARE_ONLY
         )
 
     def compute_hardware_flops(self, flop_units: FlopUnits) -> int:
@@ -198,9 +202,7 @@ _OPS_WITHOUT_SAVED_TENSORS = {
     "requires_grad_",
 }
 _UNSUPPORTED_MATMULS = {
-    "einsum",
     "bilinear",
-    "tensordot",
     "mv",
     "addmv",
     "dot",
@@ -240,6 +242,8 @@ class _MatmulTracer(TorchFunctionMode):
         self.block_index: int | None = None
         self.is_muted = False
         """True inside a layer whose product is already recorded."""
+        self._multiplied_weights: set[tuple[int, int]] = set()
+        """Identities of the weights whose product is recorded."""
         self._recorded_calls: list[tuple[int | None, list[MatmulCost]]] = []
         """(block, its products) of every function that saves tensors for the backward pass or is a product."""
 
@@ -273,25 +277,25 @@ class _MatmulTracer(TorchFunctionMode):
         if inputs.numel() // in_features != self.num_positions:
             raise NonLinearFlopsError
         forward = 2 * in_features * out_features
-        backward = forward * inputs.requires_grad
+        backward = forward * _needs_gradient(inputs)
         self._recorded_calls.append(
             (self.block_index, [MatmulCost(forward, backward, backward, "position", self.block_index)])
         )
 
     def _find_matmuls(self, func: Any, name: str, args: Any, kwargs: Any) -> list[MatmulCost]:
-        if func is functional.linear:
-            return [self._build_linear_cost(args[0], args[1], args[1].shape[1])]
-        if name == "addmm":
-            return [self._build_linear_cost(args[1], args[2], args[2].shape[0])]
-        if func is functional.scaled_dot_product_attention:
-            query, key, value = args[:3]
-            return [
-                self._build_attention_cost(
-                    query, key, value, kwargs.get("dropout_p", 0.0), kwargs.get("is_causal", False)
-                )
-            ]
-        if name in {"matmul", "__matmul__", "mm", "bmm"}:
-            return [self._build_matmul_cost(args[0], args[1])]
+        builders: dict[str, Callable[..., MatmulCost]] = {
+            "linear": lambda inputs, weight, *_, **__: self._build_linear_cost(inputs, weight, weight.shape[1]),
+            "addmm": lambda _, inputs, weight, **__: self._build_linear_cost(inputs, weight, weight.shape[0]),
+            "scaled_dot_product_attention": self._build_attention_cost,
+            **dict.fromkeys(("matmul", "__matmul__", "mm", "bmm"), self._build_matmul_cost),
+            "baddbmm": lambda _, batch1, batch2, **__: self._build_matmul_cost(batch1, batch2),
+            "_grouped_mm": self._build_expert_cost,
+            "einsum": self._build_einsum_cost,
+        }
+        if name in builders:
+            return [builders[name](*args, **kwargs)]
+        if name == "conv1d":
+            return self._build_convolution_costs(*args, **kwargs)
         if _is_unsupported_matmul(func, name):
             raise UnsupportedFlopsError(f"unknown matrix product {name}")
         return []
@@ -300,34 +304,113 @@ class _MatmulTracer(TorchFunctionMode):
         if inputs.numel() // in_features != self.num_positions:
             raise NonLinearFlopsError
         is_head = weight is self.head_weight
-        backward = 2 * weight.numel() * (inputs.requires_grad + weight.requires_grad)
+        backward = 2 * weight.numel() * (_needs_gradient(inputs) + _needs_gradient(weight))
         per = self.head_unit if is_head else "position"
         return MatmulCost(2 * weight.numel(), backward, backward, per, self.block_index, "label" if is_head else None)
 
-    def _build_attention_cost(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout_p: float, is_causal: bool
+    def _build_attention_cost(  # noqa: PLR0917 — torch's signature
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
     ) -> MatmulCost:
         scores, mix = 2 * query.shape[1] * query.shape[-1], 2 * query.shape[1] * value.shape[-1]
-        probabilities = query.requires_grad or key.requires_grad
-        backward = scores * (query.requires_grad + key.requires_grad) + mix * (probabilities + value.requires_grad)
+        probabilities = _needs_gradient(query) or _needs_gradient(key)
+        backward = scores * (_needs_gradient(query) + _needs_gradient(key)) + mix * (
+            probabilities + _needs_gradient(value)
+        )
         fused = 2 * (scores + mix) + scores if backward else 0  # recomputed scores, then four products
-        # On CPU, attention with dropout is not fused (torch's sdp_utils_cpp.cpp).
-        plain = query.device.type == "cpu" and dropout_p > 0
+        plain = not is_fused_attention(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa=enable_gqa)
         per: FlopUnit = "causal_pair" if is_causal and not plain else "pair"
         return MatmulCost(scores + mix, backward, backward if plain else fused, per, self.block_index, "causal_pair")
 
-    def _build_matmul_cost(self, left: torch.Tensor, right: torch.Tensor) -> MatmulCost:
-        gradients = left.requires_grad + right.requires_grad
+    def _build_matmul_cost(self, left: torch.Tensor, right: torch.Tensor, **_options: Any) -> MatmulCost:
+        gradients = _needs_gradient(left) + _needs_gradient(right)
+        if _is_weight(left) and _is_weight(right):
+            return self._build_weight_product_cost(2 * left.numel() * right.shape[-1], left, right)
         if right.dim() == 2:
             return self._build_linear_cost(left, right, right.shape[0])
         *_, rows, inner = left.shape
         total = 2 * left.numel() * right.shape[-1]
         if inner == 1 and not gradients:  # angles of rotary embeddings: positions times frequencies
             return MatmulCost(total // self.num_positions, 0, 0, "column", self.block_index)
+        if rows == self.num_positions and _is_weight(right):  # each expert computes all positions
+            flops = total // self.num_positions
+            return MatmulCost(flops, flops * gradients, flops * gradients, "position", self.block_index)
         if rows != self.num_positions or self.num_positions not in (inner, right.shape[-1]):
             raise NonLinearFlopsError
-        flops = total // (left.shape[0] * self.num_positions**2)
+        flops = total // self.num_positions**2
         return MatmulCost(flops, flops * gradients, flops * gradients, "pair", self.block_index, "causal_pair")
+
+    def _build_expert_cost(self, inputs: torch.Tensor, weights: torch.Tensor, **_: Any) -> MatmulCost:
+        """Return the cost of rows (selected experts x positions, in) times stacked weights (experts, in, out)."""
+        if inputs.dim() != 2 or weights.dim() != 3 or inputs.shape[0] % self.num_positions:
+            raise NonLinearFlopsError
+        forward = 2 * inputs.numel() * weights.shape[-1] // self.num_positions
+        backward = forward * (_needs_gradient(inputs) + _needs_gradient(weights))
+        return MatmulCost(forward, backward, backward, "position", self.block_index)
+
+    def _build_convolution_costs(  # noqa: PLR0917 — torch's signature
+        self,
+        inputs: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        stride: int | tuple[int] = 1,
+        padding: int | tuple[int] = 0,
+        dilation: int | tuple[int] = 1,
+        groups: int = 1,
+    ) -> list[MatmulCost]:
+        """Return the cost of a causal convolution: for each position, and for the padding of each row."""
+        (step,), (pad,), (gap,) = (
+            value if isinstance(value, tuple) else (value,) for value in (stride, padding, dilation)
+        )
+        if step != 1 or inputs.shape[-1] != self.num_positions:
+            raise NonLinearFlopsError
+        forward = 2 * weight.numel()
+        backward = forward * (_needs_gradient(inputs) + _needs_gradient(weight))
+        extra = 2 * pad - gap * (weight.shape[-1] - 1)
+        return [
+            MatmulCost(forward, backward, backward, "position", self.block_index),
+            MatmulCost(forward * extra, backward * extra, backward * extra, "row", self.block_index),
+        ]
+
+    def _build_einsum_cost(self, equation: str, *operands: torch.Tensor) -> MatmulCost:
+        if len(operands) != 2 or not all(map(_is_weight, operands)):
+            raise NonLinearFlopsError
+        names = equation.replace(" ", "").partition("->")[0].split(",")
+        sizes = dict(zip("".join(names), (size for weight in operands for size in weight.shape), strict=True))
+        return self._build_weight_product_cost(2 * math.prod(sizes.values()), *operands)
+
+    def _build_weight_product_cost(self, forward: int, left: torch.Tensor, right: torch.Tensor) -> MatmulCost:
+        """Return the cost of a product of two weights, e.g. of LoRA's factors over stacked experts.
+
+        peft multiplies these factors twice, first to check shapes; one of the two results has no backward pass.
+        """
+        factors = (id(_get_base(left)), id(_get_base(right)))
+        is_repeated = factors in self._multiplied_weights
+        self._multiplied_weights.add(factors)
+        backward = 0 if is_repeated else forward * (_needs_gradient(left) + _needs_gradient(right))
+        return MatmulCost(forward, backward, backward, "pass", self.block_index)
+
+
+def _needs_gradient(tensor: torch.Tensor) -> bool:
+    """True if autograd will compute a gradient for ``tensor``; a model may disable it for part of its forward pass."""
+    return tensor.requires_grad and torch.is_grad_enabled()
+
+
+def _get_base(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor that ``tensor`` is a view of, or itself."""
+    return tensor if tensor._base is None else tensor._base
+
+
+def _is_weight(tensor: torch.Tensor) -> bool:
+    """True for a parameter or a view of one, whose shape does not depend on the positions."""
+    return isinstance(_get_base(tensor), torch.nn.Parameter)
 
 
 def _saves_no_tensors(name: str, args: Any, kwargs: Any) -> bool:

@@ -335,7 +335,9 @@ def test_padding_to_a_multiple_matches_hand_computed_values() -> None:
     assert three.input_ids.shape[1] == packer.count_positions([7, 9, 1]) == 32
     assert packer.count_tokens(three) == TokenCounts(17, 20, 9, 12)
     assert packer.model_flop_units(three) == FlopUnits(29, 11**2 + 13**2 + 5**2, 66 + 91 + 15, 9, 29)
-    assert packer.hardware_flop_units(three) == FlopUnits(32, 11**2 + 13**2 + 5**2 + 3**2, 66 + 91 + 15 + 6, 9, 32)
+    assert packer.hardware_flop_units(three) == FlopUnits(
+        32, 11**2 + 13**2 + 5**2 + 3**2, 66 + 91 + 15 + 6, 9, 32, 1, 1
+    )
     short = Collator(PAD, 4, pad_to_multiple_of=8, max_positions=14)
     assert short.collate(rows, prompts).input_ids.shape == (2, 10)
     assert short.count_positions([7, 9]) == 2 * 14

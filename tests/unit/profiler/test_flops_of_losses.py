@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -160,7 +161,7 @@ def test_hardware_flops_are_within_3_percent_of_model_flops(method: Method, toke
         hardware_units = hardware_units + packer.hardware_flop_units(batch)
     assert 800 < model_units.positions / 48 - method.virtual_tokens < 880
     assert 50 < model_units.labeled / 48 < 70
-    assert model_units == hardware_units
+    assert model_units == replace(hardware_units, rows=0, passes=0)
     recomputed = 12 * 2 * 768 * model_units.causal_pairs * (not method.has_frozen_backbone)
     assert flop_cost.compute_hardware_flops(hardware_units) - flop_cost.compute_model_flops(model_units) == recomputed
     assert flop_cost.compute_hardware_flops(hardware_units) / flop_cost.compute_model_flops(model_units) < 1.03

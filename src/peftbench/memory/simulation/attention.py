@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import torch
 from torch.nn import functional
-from torch.utils._python_dispatch import _disable_current_modes
 
+from peftbench.common.attention import uses_flash_on_cpu
 from peftbench.modeling.sdpa_kernels import KernelChoice, SdpaCall, SdpaDevice, select_kernel
 
 _HALF_PRECISION_DTYPES = frozenset({torch.float16, torch.bfloat16})
@@ -142,7 +142,7 @@ def attend_on_cpu(  # noqa: PLR0917 — torch's signature
     """Return the output of the kernel that a CPU selects, (batch, heads, queries, value width)."""
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = _convert_boolean_mask(attn_mask, query.dtype)
-    if not _uses_flash_on_cpu((query, key, value, attn_mask), dropout_p, is_causal, enable_gqa=enable_gqa):
+    if not uses_flash_on_cpu((query, key, value, attn_mask), dropout_p, is_causal, enable_gqa=enable_gqa):
         groups = query.shape[1] // key.shape[1] if enable_gqa else None
         return _attend_with_math(
             query,
@@ -159,23 +159,6 @@ def attend_on_cpu(  # noqa: PLR0917 — torch's signature
         query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
     )[0]
     return output
-
-
-def _uses_flash_on_cpu(
-    tensors: tuple[torch.Tensor | None, ...], dropout_p: float, is_causal: bool, *, enable_gqa: bool
-) -> bool:
-    """Query torch's backend choice with CPU tensors of the same shapes; they are never written and take no memory."""
-    with _disable_current_modes():  # a simulation would count them
-        real = [
-            None
-            if tensor is None
-            else torch.empty_strided(
-                tensor.shape, tensor.stride(), dtype=tensor.dtype, requires_grad=tensor.requires_grad
-            )
-            for tensor in tensors
-        ]
-        choice = torch._fused_sdp_choice(*real, dropout_p, is_causal, enable_gqa=enable_gqa)  # type: ignore[arg-type, call-arg, misc]
-    return bool(choice == torch.nn.attention.SDPBackend.FLASH_ATTENTION.value)
 
 
 def _convert_boolean_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

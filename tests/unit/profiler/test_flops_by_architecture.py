@@ -1,0 +1,82 @@
+"""FLOPs of each architecture: the closed form equals the count of dispatched FLOPs, or the exception is listed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from peftbench.methods.base import Method
+from peftbench.methods.full import Full
+from peftbench.methods.lora import Lora
+from peftbench.profiler.flop_counter import FlopCounter
+from peftbench.profiler.flops import NonLinearFlopsError, count_flops
+from tests.helpers.architecture_plans import CONFIGS
+from tests.helpers.sweeps import mark_slow
+from tests.unit.profiler.test_flops import ROWS, WIDTH, full_rectangle, with_dropout
+
+METHODS: dict[str, Method] = {"full": Full(), "lora": Lora(r=2)}
+NON_LINEAR = {"falcon_h1", "jamba", "jetmoe", "mamba", "mamba2", "minimax", "qwen3_next"}
+"""Scans over chunks, and jetmoe's experts: runs count their FLOPs."""
+LONGER_THAN_WINDOW = {
+    "cohere2",
+    "exaone4",
+    "llama4_text, chunks",
+    "minimax_m3_vl_text, sparse",
+    "ministral",
+    "mistral, window",
+    "mixtral, window",
+    "olmo3",
+    "phi3, window",
+    "qwen2, window",
+    "starcoder2, window",
+}
+"""The closed form assumes rows within the window; for longer rows torch's kernels compute masked pairs too."""
+FAST = {"mixtral", "lfm2, convolutions", "bloom", "falcon", "deepseek_v3", "hrm_text", "mamba", "llama4_text"}
+POINTS = mark_slow([(case, name) for case in CONFIGS for name in METHODS], lambda point: point[0] in FAST, seed=7)
+
+
+def build_base(case: str) -> Any:
+    """Return a tiny model without dropout, with sdpa attention if the architecture has it."""
+    config = AutoConfig.for_model(case.split(",", maxsplit=1)[0], **CONFIGS[case] | {"vocab_size": 320})
+    try:
+        base = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    except ValueError:
+        base = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    return with_dropout(base, 0.0)
+
+
+def count_dispatched_flops(model: torch.nn.Module) -> int | None:
+    """Return the FLOPs dispatched in a forward and a backward pass over different tokens."""
+    ids = torch.arange(ROWS * WIDTH).reshape(ROWS, WIDTH) % 200 + 3
+    with FlopCounter() as counter:
+        model(input_ids=ids, use_cache=False).logits.float().sum().backward()
+    total: int | None = counter.total_flops
+    return total
+
+
+def test_exceptions_are_architectures_of_the_sweep() -> None:
+    """No name of an exception is misspelled."""
+    assert len(CONFIGS) > 100
+    assert set(CONFIGS) >= NON_LINEAR | LONGER_THAN_WINDOW | FAST
+
+
+@pytest.mark.parametrize(("case", "name"), POINTS)
+def test_closed_form_equals_dispatched_flops(case: str, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Experts, convolutions, baddbmm, and attention that torch does not fuse are included."""
+    torch.manual_seed(0)
+    base = build_base(case)
+    model = METHODS[name].apply(base, tokenizer).train()
+    dispatched = count_dispatched_flops(model)
+    try:
+        cost = count_flops(
+            model, base, virtual_tokens=0, gradient_checkpointing=False, computes_all_logits=True
+        ).compute_hardware_flops(full_rectangle(METHODS[name]))
+    except NonLinearFlopsError:
+        assert case in NON_LINEAR
+        assert dispatched
+        return
+    assert case not in NON_LINEAR
+    assert (cost == dispatched) == (case not in LONGER_THAN_WINDOW)
