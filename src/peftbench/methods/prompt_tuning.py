@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from peftbench.errors import UnsupportedModelError
 from peftbench.methods.base import Method
 
 if TYPE_CHECKING:
@@ -55,6 +56,11 @@ class PromptTuning(Method):
     def apply(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
         from peft import PromptTuningConfig, get_peft_model
 
+        if getattr(base.config, "hidden_size_per_layer_input", None):
+            raise UnsupportedModelError(
+                f"{base.config.model_type} looks up embeddings for each layer by token, and soft tokens have none; use "
+                "another method, e.g. method.kind=lora"
+            )
         text: dict[str, Any] = {}
         if self.prompt_tuning_init == "TEXT":
             text = {

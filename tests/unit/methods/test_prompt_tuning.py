@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from pydantic import ValidationError
-from transformers import AutoModelForCausalLM, MptConfig, OPTConfig
+from transformers import AutoModelForCausalLM, Gemma4TextConfig, MptConfig, OPTConfig
 
+from peftbench.errors import UnsupportedModelError
 from peftbench.methods.prompt_tuning import PromptTuning
 from tests.helpers.architectures import build_tiny_model
 from tests.helpers.methods import every_architecture
@@ -127,3 +128,28 @@ def test_embedding_is_found_whatever_its_number_of_rows(tokenizer: PreTrainedTok
     model = PromptTuning(num_virtual_tokens=4).apply(base, tokenizer)
     tokens = torch.arange(12)[None]
     assert model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits.shape[1] == 4 + 12
+
+
+@pytest.mark.parametrize("per_layer_width", [0, 8])
+def test_embeddings_for_each_layer_are_refused(per_layer_width: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Gemma 4 with such embeddings needs token ids, which soft tokens lack; without them it is supported."""
+    values: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "vocab_size_per_layer_input": len(tokenizer),
+        "hidden_size_per_layer_input": per_layer_width,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "global_head_dim": 8,
+        "num_kv_shared_layers": 0,
+    }
+    base = AutoModelForCausalLM.from_config(Gemma4TextConfig(**values))
+    method = PromptTuning(num_virtual_tokens=3)
+    if per_layer_width:
+        with pytest.raises(UnsupportedModelError, match="gemma4_text looks up embeddings for each layer by token"):
+            method.apply(base, tokenizer)
+        return
+    assert method.apply(base, tokenizer)(input_ids=torch.ones((1, 4), dtype=torch.long)).logits.shape[1] == 7
