@@ -24,6 +24,7 @@ from peftbench.common.options import (
 )
 from peftbench.common.usage_errors import PlainCommand
 from peftbench.distributed import launcher_env
+from peftbench.errors import HubUnreachableError, ModelError
 from peftbench.recipe.arguments import load_recipe_from_arguments
 from peftbench.recipe.loader import to_commented_yaml
 from peftbench.record import EXIT_CODES, Outcome, RunRecord
@@ -111,7 +112,13 @@ def _load_existing_result(recipe: Recipe) -> RunRecord | None:
         quiet_libraries()
         from peftbench.training.auto_settings import resolve_for_launch
 
-        return load_existing_result(resolve_for_launch(recipe)[0])
+        try:
+            resolved = resolve_for_launch(recipe)[0]
+        except (ModelError, HubUnreachableError):  # the model is not needed for a result that exists
+            if recipe.has_auto_settings:
+                raise
+            resolved = recipe
+        return load_existing_result(resolved)
 
 
 def _print_existing_result(recipe: Recipe, record: RunRecord) -> None:

@@ -20,7 +20,7 @@ def is_fused_attention(  # noqa: PLR0917 — torch's signature
     *,
     enable_gqa: bool,
 ) -> bool:
-    """True if torch selects a fused kernel of ``scaled_dot_product_attention``; assumed on the meta device."""
+    """True if torch selects a fused kernel of ``scaled_dot_product_attention``. Always True on the meta device."""
     if query.device.type == "meta":
         return True
     with torch._C.DisableTorchFunction():

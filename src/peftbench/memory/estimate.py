@@ -94,9 +94,10 @@ def estimate(
 
 
 def _compute_resident_bytes(process: tuple[int, int], facts: DeviceFacts) -> tuple[int, int]:
-    """Return the resident memory of a process on CPU: with libraries, without and with twice its own memory.
+    """Return the minimum and maximum resident memory of a process on CPU.
 
-    glibc keeps freed blocks of up to 32 MiB, which fragment: measured runs used up to 1.6 times their live bytes.
+    The minimum is the process with the smallest libraries. The maximum is twice the process with the largest ones,
+    since glibc keeps freed blocks of up to 32 MiB: measured runs used up to 1.6 times their live bytes.
     """
     libraries = _to_int_range(facts.libraries)
     return process[0] + libraries[0], 2 * process[1] + libraries[1]

@@ -43,6 +43,7 @@ def select_causal_config(config: PreTrainedConfig) -> PreTrainedConfig:
             f"{kind} is multimodal, and transformers cannot load its text model (text_config in config.json) on its "
             "own; save the text model separately and set model.path to that folder"
         )
-    if hasattr(config, "quantization_config"):
+    if getattr(config, "quantization_config", None) is not None:
         text_config.quantization_config = config.quantization_config
+        text_config.dtype = text_config.dtype or config.dtype
     return text_config

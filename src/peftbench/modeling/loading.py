@@ -71,6 +71,8 @@ def load_config(model_config: Model) -> PreTrainedConfig:
     except (OSError, ValueError) as error:
         raise _translate_error(model_config, "config", error) from error
     config = select_causal_config(config)
+    if model_config.init == "random" or getattr(config, "quantization_config", None) is None:
+        vars(config).pop("quantization_config", None)  # of weights that are not loaded, or null
     if model_config.dropout is not None:
         keys = [key for key in _DROPOUT_KEYS if hasattr(config, key)]
         if not keys and model_config.dropout > 0:
@@ -158,27 +160,32 @@ def _load_weights(model_config: Model, config: PreTrainedConfig, compute_dtype: 
     from transformers import AutoModelForCausalLM
 
     common = _build_common_kwargs(model_config)
+    is_stored_quantized = hasattr(config, "quantization_config")
     quantization = build_quantization_config(model_config, config, compute_dtype or torch.float32)
     try:
         if model_config.init == "random":
             return build_from_config(model_config, config)
-        if quantization is not None and hasattr(config, "quantization_config"):  # transformers prefers it
-            config.quantization_config, quantization = quantization.to_dict(), None
+        if quantization is not None and is_stored_quantized:  # transformers prefers the config's to the argument
+            config.quantization_config = quantization.to_dict()
         loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
             resolve_model_path(model_config),
             config=config,
             revision=model_config.revision,
             use_safetensors=True,
             output_loading_info=True,
-            quantization_config=quantization,
+            quantization_config=None if is_stored_quantized else quantization,
             **common,
         )
         model, report = loaded
-        if hasattr(config, "quantization_config"):
+        if is_stored_quantized:
             convert_unquantized_to_float32(model)
         if missing := sorted(report["missing_keys"]):  # transformers only warns and initializes them randomly
             raise ValueError(f"{len(missing)} tensors are missing ({', '.join(missing[:3])})")
     except ImportError as error:
+        if quantization is not None:
+            raise UnsupportedModelError(
+                f"weights in {model_config.quantization} need bitsandbytes, which cannot be used: {_shorten(error)}"
+            ) from error
         raise UnsupportedModelError(
             f"model.attention={model_config.attention} is not installed: {_shorten(error)}"
         ) from error

@@ -23,7 +23,7 @@ _MIN_NOTED_SHARE = 0.01
 
 
 def read_stored_quantization(config: PreTrainedConfig, model_path: str) -> Quantization | None:
-    """Return the kind in which the weights of a folder or Hub repository are stored; None if they are not quantized.
+    """Return the quantization of the stored weights of a folder or Hub repository; None if they are not quantized.
 
     Raises:
         UnsupportedModelError: they are quantized in a way that peftbench cannot train on.
@@ -39,21 +39,19 @@ def read_stored_quantization(config: PreTrainedConfig, model_path: str) -> Quant
     kind = stored.get("bnb_4bit_quant_type", "fp4") if is_4bit else stored.get("quant_method", "an unknown method")
     raise UnsupportedModelError(
         f"the weights of {model_path} are quantized with {kind} (quantization_config in its config.json), and "
-        "peftbench supports nf4 and int8 of bitsandbytes; set model.path to a copy that is not quantized, and "
-        "model.quantization to nf4 to quantize it when it is loaded"
+        "peftbench supports nf4 and int8 of bitsandbytes; set model.path to an unquantized copy, which "
+        "model.quantization=nf4 quantizes at load"
     )
 
 
 def resolve_quantization(model_config: Model, config: PreTrainedConfig, model_path: str) -> Quantization | None:
-    """Return the kind in which the base model is held: as it is stored, else as the recipe asks.
-
-    Random weights are never stored, so a config's ``quantization_config`` does not apply to them.
+    """Return the quantization of the base model: the stored one, else the recipe's.
 
     Raises:
         OutOfRangeError: the recipe asks for another kind than the stored one.
         UnsupportedModelError: as :func:`read_stored_quantization`.
     """
-    stored = None if model_config.init == "random" else read_stored_quantization(config, model_path)
+    stored = read_stored_quantization(config, model_path)
     requested = model_config.quantization
     if stored is None or requested in {stored, None}:
         return stored or requested
@@ -68,8 +66,8 @@ def build_quantization_config(
 ) -> BitsAndBytesConfig | None:
     """Return the arguments of bitsandbytes for the base model, None if it is not quantized.
 
-    ``compute_dtype`` is the dtype of matmuls with 4-bit weights. It replaces the one in a folder's config, where it is
-    a default of whoever saved the weights. The modules that the folder skips are kept.
+    ``compute_dtype`` is the dtype of matmuls with 4-bit weights. It replaces the dtype in a folder's config, which
+    whoever saved the weights chose. The modules that the folder skips are kept.
 
     Raises:
         OutOfRangeError: random weights are to be quantized.
@@ -78,7 +76,7 @@ def build_quantization_config(
 
     if model_config.quantization is not None and model_config.init == "random":
         raise OutOfRangeError("model.quantization needs pretrained weights; set model.init=pretrained")
-    stored = None if model_config.init == "random" else _get_stored_config(config)
+    stored = _get_stored_config(config)
     if stored is not None:
         return BitsAndBytesConfig.from_dict(stored | {"bnb_4bit_compute_dtype": compute_dtype})  # type: ignore[no-any-return]
     if model_config.quantization is None:
@@ -94,14 +92,14 @@ def build_quantization_config(
 
 
 def convert_unquantized_to_float32(model: PreTrainedModel) -> None:
-    """Convert what is not quantized to float32: transformers leaves some of it in the dtype of the folder."""
+    """Convert unquantized parameters to float32. transformers leaves some in the dtype of the folder."""
     for parameter in model.parameters():
         if parameter.is_floating_point() and not _is_packed(parameter):
             parameter.data = parameter.data.float()
 
 
 def describe_unquantized_modules(model: PreTrainedModel) -> str | None:
-    """Return which matrices of a quantized model stay in float32 next to its embeddings and head; None for none.
+    """Return which matrices of a quantized model stay in float32, apart from embeddings and head; None for none.
 
     transformers quantizes linear layers. Stacked experts are a parameter of another module, and a folder's config may
     skip modules. Layers are joined: ``model.layers.*.mlp.experts (73 % of the parameters)``.
@@ -130,9 +128,10 @@ def _is_packed(parameter: torch.Tensor) -> bool:
 
 
 def get_stored_dtype(config: PreTrainedConfig) -> torch.dtype:
-    """Return the dtype of the weights before they were quantized, to which each use dequantizes them.
+    """Return the dtype to which quantized weights are dequantized: float32 if they are quantized at load.
 
-    Weights that are stored quantized keep that of the saved model; others are loaded in float32.
+    For stored weights it is the config's dtype, which is that of the model when it was saved. The exact dtype of each
+    weight is stored with it, and the config is all that an estimate has.
     """
     import torch
 

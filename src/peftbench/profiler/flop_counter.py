@@ -70,6 +70,7 @@ def _list_extra_formulas() -> list[tuple[Any, Any]]:
         (aten.addmm_, _addmm_flop),
         (aten.addmm, _addmm_flop),  # torch's formula rejects out_dtype
         (aten._grouped_mm, _grouped_mm_flop),
+        *_list_fallback_formulas(),
         (aten.convolution_backward, _convolution_backward_flop),  # torch's formula ignores groups
     ]
     if sys.modules.get("bitsandbytes") is not None:  # importing it registers its kernels
@@ -91,27 +92,45 @@ def _addmm_flop(_into: Any, left: Any, right: Any, *_: Any, **__: Any) -> int:
     return int(2 * left[0] * left[1] * right[1])
 
 
+def _list_fallback_formulas() -> list[tuple[Any, Any]]:
+    """Return formulas of the loops over experts that transformers runs where torch has no grouped product."""
+    if sys.modules.get("transformers.integrations.moe") is None:
+        return []
+    kernels = torch.ops.transformers
+    return [
+        (kernels.grouped_mm_fallback, _grouped_mm_flop),
+        (kernels.grouped_mm_fallback_backward, _grouped_mm_backward_flop),
+    ]
+
+
+def _grouped_mm_backward_flop(inputs: Any, weight: Any, *_: Any, **__: Any) -> int:
+    """Return the FLOPs of both gradients: of inputs (rows, in) and of stacked weights (experts, in, out)."""
+    return int(2 * 2 * math.prod(inputs) * weight[-1])
+
+
 def _grouped_mm_flop(left: Any, right: Any, *_: Any, **__: Any) -> int:
-    """Return the FLOPs of a product in groups: of rows, or of the inner dimension if both sides have two."""
+    """Return the FLOPs of a product in groups of the rows of ``left``, or of the inner dimension of two matrices."""
+    if len(left) != 2:
+        raise ValueError("groups of the columns of the right side, or a batch")
     return int(2 * math.prod(left) * right[-1])
 
 
 def _convolution_backward_flop(
     grad_output: Any,
-    _inputs: Any,
+    inputs: Any,
     weight: Any,
     _bias_sizes: Any,
     _stride: Any,
     _padding: Any,
     _dilation: Any,
-    _transposed: Any,
+    transposed: Any,
     _output_padding: Any,
     _groups: Any,
     output_mask: Any,
     **_: Any,
 ) -> int:
     """Return the FLOPs of the gradients of inputs and weight (out, in / groups, kernel) of a convolution."""
-    rows, _channels, *positions = grad_output
+    rows, _channels, *positions = inputs if transposed else grad_output
     return int(2 * rows * math.prod(positions) * math.prod(weight) * sum(output_mask[:2]))
 
 

@@ -24,6 +24,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -242,8 +243,8 @@ class _MatmulTracer(TorchFunctionMode):
         self.block_index: int | None = None
         self.is_muted = False
         """True inside a layer whose product is already recorded."""
-        self._multiplied_weights: set[tuple[int, int]] = set()
-        """Identities of the weights whose product is recorded."""
+        self._multiplied_weights: set[tuple[int | None, int, int]] = set()
+        """Block and identities of two weights whose product is recorded."""
         self._recorded_calls: list[tuple[int | None, list[MatmulCost]]] = []
         """(block, its products) of every function that saves tensors for the backward pass or is a product."""
 
@@ -290,12 +291,18 @@ class _MatmulTracer(TorchFunctionMode):
             **dict.fromkeys(("matmul", "__matmul__", "mm", "bmm"), self._build_matmul_cost),
             "baddbmm": lambda _, batch1, batch2, **__: self._build_matmul_cost(batch1, batch2),
             "_grouped_mm": self._build_expert_cost,
+            "grouped_mm_fallback": partial(self._build_expert_cost, computes_all_gradients=True),
             "einsum": self._build_einsum_cost,
         }
-        if name in builders:
-            return [builders[name](*args, **kwargs)]
-        if name == "conv1d":
-            return self._build_convolution_costs(*args, **kwargs)
+        try:
+            if name in builders:
+                return [builders[name](*args, **kwargs)]
+            if name == "conv1d":
+                return self._build_convolution_costs(*args, **kwargs)
+        except (TypeError, ValueError) as error:
+            raise UnsupportedFlopsError(f"unknown arguments of {name}: {error}") from error
+        if name == "tensordot":  # the counter sees its products
+            raise NonLinearFlopsError
         if _is_unsupported_matmul(func, name):
             raise UnsupportedFlopsError(f"unknown matrix product {name}")
         return []
@@ -336,7 +343,8 @@ class _MatmulTracer(TorchFunctionMode):
         if right.dim() == 2:
             return self._build_linear_cost(left, right, right.shape[0])
         *_, rows, inner = left.shape
-        total = 2 * left.numel() * right.shape[-1]
+        batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+        total = 2 * math.prod(batch) * rows * inner * right.shape[-1]
         if inner == 1 and not gradients:  # angles of rotary embeddings: positions times frequencies
             return MatmulCost(total // self.num_positions, 0, 0, "column", self.block_index)
         if rows == self.num_positions and _is_weight(right):  # each expert computes all positions
@@ -347,13 +355,25 @@ class _MatmulTracer(TorchFunctionMode):
         flops = total // self.num_positions**2
         return MatmulCost(flops, flops * gradients, flops * gradients, "pair", self.block_index, "causal_pair")
 
-    def _build_expert_cost(self, inputs: torch.Tensor, weights: torch.Tensor, **_: Any) -> MatmulCost:
-        """Return the cost of rows (selected experts x positions, in) times stacked weights (experts, in, out)."""
+    def _build_expert_cost(
+        self,
+        inputs: torch.Tensor,
+        weights: torch.Tensor,
+        _offsets: torch.Tensor | None = None,
+        *,
+        computes_all_gradients: bool = False,
+        **_: Any,
+    ) -> MatmulCost:
+        """Return the cost of rows (selected experts x positions, in) times stacked weights (experts, in, out).
+
+        ``computes_all_gradients`` is True for a kernel that also computes gradients that are not needed.
+        """
         if inputs.dim() != 2 or weights.dim() != 3 or inputs.shape[0] % self.num_positions:
             raise NonLinearFlopsError
         forward = 2 * inputs.numel() * weights.shape[-1] // self.num_positions
         backward = forward * (_needs_gradient(inputs) + _needs_gradient(weights))
-        return MatmulCost(forward, backward, backward, "position", self.block_index)
+        executed = 2 * forward if backward and computes_all_gradients else backward
+        return MatmulCost(forward, backward, executed, "position", self.block_index)
 
     def _build_convolution_costs(  # noqa: PLR0917 — torch's signature
         self,
@@ -369,7 +389,7 @@ class _MatmulTracer(TorchFunctionMode):
         (step,), (pad,), (gap,) = (
             value if isinstance(value, tuple) else (value,) for value in (stride, padding, dilation)
         )
-        if step != 1 or inputs.shape[-1] != self.num_positions:
+        if step != 1 or inputs.shape[0] != 1 or inputs.shape[-1] != self.num_positions:
             raise NonLinearFlopsError
         forward = 2 * weight.numel()
         backward = forward * (_needs_gradient(inputs) + _needs_gradient(weight))
@@ -391,7 +411,7 @@ class _MatmulTracer(TorchFunctionMode):
 
         peft multiplies these factors twice, first to check shapes; one of the two results has no backward pass.
         """
-        factors = (id(_get_base(left)), id(_get_base(right)))
+        factors = (self.block_index, id(_get_base(left)), id(_get_base(right)))
         is_repeated = factors in self._multiplied_weights
         self._multiplied_weights.add(factors)
         backward = 0 if is_repeated else forward * (_needs_gradient(left) + _needs_gradient(right))

@@ -32,7 +32,8 @@ class MemoryMeter(Protocol):
     def lap(self, *, within_steps: bool = False) -> Memory:
         """Return the peaks since the previous lap, in bytes.
 
-        ``within_steps``: a step precedes and follows, so freed memory is kept for the next one.
+        ``within_steps`` is True between two steps: freed pages are not returned to the system, since the next step
+        reuses them.
         """
 
     def read_process_bytes(self) -> int | None:

@@ -55,6 +55,7 @@ class Probe:
     current_phase: str | None = None
     current_step_part: str | None = None
     _paused_seconds: float = 0.0
+    _is_paused: bool = False
     _phase_start: float = 0.0
     _paused_seconds_at_phase_start: float = 0.0
     _phase_joules_start: float | None = None
@@ -235,13 +236,15 @@ class Probe:
     def paused(self) -> Iterator[None]:
         """Exclude a section between two steps from the time and the memory peak of the phase around it.
 
-        Memory that the section keeps counts from then on.
+        Memory that the section keeps counts from then on, and so does freed memory that glibc keeps.
         """
         start = self._read_clock()
         self._lap(within_steps=True)
+        self._is_paused = True
         try:
             yield
         finally:
+            self._is_paused = False
             self.memory_meter.lap(within_steps=True)
             self._paused_seconds += self._read_clock() - start
 
@@ -261,7 +264,7 @@ class Probe:
 
     def _lap(self, *, within_steps: bool = False) -> Memory:
         lap = self.memory_meter.lap(within_steps=within_steps)
-        for scope in self._open_scopes:
+        for scope in () if self._is_paused else self._open_scopes:
             scope.peak = max_memory(scope.peak, lap)
         return lap
 

@@ -53,7 +53,7 @@ class Model(ConfigSection):
     fused_gelu: bool = True
     """Compute GPT-2's tanh GELU in one kernel: fewer activations, 2.4e-7 off; false: bit-equal to transformers."""
     quantization: Literal["nf4", "nf4_double", "int8"] | None = None
-    """4 or 8 bits (bitsandbytes), for methods that keep matrices frozen; weights stored quantized set it themselves."""
+    """4 or 8 bits (bitsandbytes), for methods that keep matrices frozen; set by weights that are stored quantized."""
     trust_remote_code: bool = False
     """Run Python code from the model's repository. Use it only for a source you trust."""
 
@@ -322,6 +322,11 @@ class Recipe(ConfigSection):
                 "length; use train.micro_batch_size instead"
             )
         return self
+
+    @property
+    def has_auto_settings(self) -> bool:
+        """True if a key is ``auto`` whose meaning depends on the device and changes numbers."""
+        return self.train.precision == "auto" or (self.model.attention == "auto" and self.method.needs_model)
 
     @property
     def needs_resolution(self) -> bool:

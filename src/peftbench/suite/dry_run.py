@@ -100,7 +100,7 @@ def _explain_rerun(recipe: Recipe, record: RunRecord, finder: ResultFinder) -> s
         return f"its last attempt ended as {record.outcome.kind}"
     resolved = finder.resolve(recipe)
     if resolved is None:
-        return "auto cannot be resolved"
+        return "its recipe cannot be resolved"
     old, new = drop_neutral_keys(record.recipe), drop_neutral_keys(resolved.model_dump(mode="json"))
     differences = list_differences(old, new)
     if not differences:

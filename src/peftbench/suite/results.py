@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class ResultFinder:
-    """Finds records of recipes, with ``auto`` settings resolved for this machine and an accelerate config.
+    """Finds records of recipes, which are resolved for this machine, an accelerate config and the model's folder.
 
     A recipe is resolved only if its run folder has a record: resolving needs torch and the model's config.
     """
@@ -44,7 +44,7 @@ class ResultFinder:
         if recipe.name not in self._resolved:
             with suppress(Exception):  # whatever is wrong with the model, the run itself reports it
                 self._resolved[recipe.name] = resolve_for_accelerate_config(recipe, self.accelerate)
-        return self._resolved.get(recipe.name)
+        return self._resolved.get(recipe.name, None if recipe.has_auto_settings else recipe)
 
 
 def resolve_for_accelerate_config(recipe: Recipe, accelerate: Path | None) -> Recipe:

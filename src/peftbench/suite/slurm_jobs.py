@@ -37,7 +37,7 @@ class SubmissionPlan:
     num_finished: int
     """Number of runs that have a result."""
     num_undecided: int
-    """Number of runs to submit that have a result, which counts only if the job's device resolves ``auto`` equally."""
+    """Number of runs to submit that have a result, which counts only if the job resolves the recipe equally."""
     active_owners: tuple[str, ...]
     """The jobs and processes that already run, or wait to run, some of the runs."""
 
@@ -115,6 +115,8 @@ def _has_result(recipe: Recipe) -> bool:
             values[section][key] = record.recipe.get(section, {}).get(key)
     if recipe.model.quantization is None:  # weights that are stored quantized set it
         values["model"]["quantization"] = record.recipe.get("model", {}).get("quantization")
+    if values == recipe.model_dump(mode="json"):  # nothing is resolved: its data has changed
+        return False
     return record.outcome.kind in FINAL_OUTCOMES and fingerprint_recipe(values) == record.recipe_fingerprint
 
 
@@ -162,8 +164,8 @@ def describe_skipped_runs(plan: SubmissionPlan) -> list[str]:
         runs = _format_num_runs(plan.num_undecided)
         verb = "is" if plan.num_undecided == 1 else "are"
         lines.append(
-            f"{runs} with a result {verb} submitted again, since only the job's device resolves auto; the job skips a "
-            "run whose record has the same values"
+            f"{runs} with a result {verb} submitted again, since auto and a stored quantization are resolved by the "
+            "job, which skips a run whose record has the same values"
         )
     if plan.active_owners:
         num_active = _format_num_runs(len(plan.active_owners))

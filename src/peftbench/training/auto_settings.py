@@ -62,7 +62,10 @@ def resolve_auto_settings(
     quantization = resolve_quantization(model_config, config, path)
     if quantization != recipe.model.quantization:
         recipe = with_model_keys(recipe, quantization=quantization)
-        notes.append(f"model.quantization is {quantization}: the weights are stored in it (quantization_config)")
+        notes.append(
+            f"model.quantization is {quantization}, because the weights are stored in that format (quantization_config "
+            "in config.json)"
+        )
     if recipe.model.attention == "auto":
         attention, reason = select_attention(
             model_config, config, path, flash_obstacle=_find_flash_obstacle(recipe, device)

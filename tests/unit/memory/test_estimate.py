@@ -156,7 +156,7 @@ def test_resident_memory_adds_libraries_on_cpu_only(workshop: Workshop) -> None:
     assert estimate(recipe, UNKNOWN_DEVICE, "a GPU").resident_bytes is None
     plan = estimate(recipe, get_device_facts("cpu"), "cpu")
     low, high = plan.process_bytes
-    assert plan.resident_bytes == (low + 500 * MIB, 2 * high + 1024 * MIB)
+    assert plan.resident_bytes == (low + 450 * MIB, 2 * high + 1024 * MIB)
     assert f"set a container's limit to {plan.resident_bytes[1] / MIB:,.0f} MiB" in format_plan(plan)
 
 

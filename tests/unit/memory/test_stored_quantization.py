@@ -86,12 +86,13 @@ def test_stored_weights_are_recorded_and_planned_as_quantized(
     record = workshop.run(recipe)
     assert record.outcome.kind == "ok"
     assert record.recipe["model"]["quantization"] == kind
-    assert f"model.quantization is {kind}: the weights are stored in it (quantization_config)" in record.notes
+    assert any(note.startswith(f"model.quantization is {kind}, because the weights") for note in record.notes)
     skipped = [note for note in record.notes if "does not quantize" in note]
     assert bool(skipped) == ("skipped" in stored)
     resolved, _ = resolve_for_launch(recipe)
     with MemorySimulation(resolved, get_device_facts("cpu").capability, 1) as plan:
         plan.simulate_training(6, 48, count_labels_per_row(record, 6))
+    assert [note for note in plan.notes if "does not quantize" in note] == skipped
     assert record.memory_breakdown is not None
     peak = plan.memory_tracker.find_peak()
     assert (peak.nbytes, peak.bytes_by_category) == (
@@ -136,12 +137,26 @@ def test_unsupported_quantization_is_refused_by_name(kind: str, workshop: Worksh
     shutil.copytree(workshop.base_folder("llama_untied"), folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": UNSUPPORTED[kind]}))
-    message = rf"{kind} are quantized with {kind} .* set model\.path to a copy that is not quantized"
+    message = rf"{kind} are quantized with {kind} .* set model\.path to an unquantized copy"
     recipe = workshop.recipe(Lora(r=4), model={"path": str(folder)})
     with pytest.raises(UnsupportedModelError, match=message):
         resolve_for_launch(recipe)
     random = workshop.recipe(Lora(r=4), model={"path": str(folder), "init": "random"})
     assert resolve_for_launch(random)[0].model.quantization is None
+
+
+@pytest.mark.parametrize("init", ["pretrained", "random"])
+def test_null_is_the_same_as_no_config(init: str, workshop: Workshop, tmp_path: Path) -> None:
+    """``"quantization_config": null`` changes nothing, and random weights have no config of stored ones."""
+    folder = tmp_path / "null"
+    shutil.copytree(workshop.base_folder("llama_untied"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    stored = UNSUPPORTED["gptq"] if init == "random" else None
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": stored}))
+    model = Model(path=str(folder), init=init)  # type: ignore[arg-type]
+    assert not hasattr(load_config(model), "quantization_config")
+    recipe = workshop.recipe(Lora(r=4), model={"path": str(folder), "init": init})
+    assert workshop.run(recipe).outcome.kind == "ok"
 
 
 def test_another_kind_than_the_stored_one_is_refused(workshop: Workshop, save_quantized: SaveQuantized) -> None:

@@ -236,15 +236,31 @@ def test_dora_is_refused(fresh_base: Callable[[str], PreTrainedModel], tokenizer
         count_flops(model, base, virtual_tokens=0, gradient_checkpointing=False, computes_all_logits=False)
 
 
+@pytest.mark.parametrize(
+    ("product", "message"),
+    [
+        (lambda hidden: torch.cdist(hidden, hidden), "unknown matrix product cdist"),
+        (lambda hidden: torch.tensordot(hidden, hidden, 3), "does not scale with the positions"),
+        (lambda hidden: torch.einsum("...i,...i->...", hidden, hidden), "does not scale with the positions"),
+        (
+            lambda hidden: torch.nn.functional.conv1d(hidden.mT, torch.ones(3, 64, 3), padding="same"),
+            "unknown arguments of conv1d",
+        ),
+    ],
+    ids=["cdist", "tensordot", "einsum", "conv1d"],
+)
 def test_unknown_products_are_refused(
-    fresh_base: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerBase
+    product: Callable[[torch.Tensor], torch.Tensor],
+    message: str,
+    fresh_base: Callable[[str], PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """A product without a formula raises an error with its name and does not count as zero."""
+    """A product without a formula raises an error and does not count as zero."""
     base = fresh_base("gpt2_tied")
     model = Full().apply(base, tokenizer)
     block = base.get_submodule("transformer.h.0")
-    block.register_forward_hook(lambda _module, _inputs, hidden: hidden + torch.cdist(hidden, hidden).mean())
-    with pytest.raises(UnsupportedFlopsError, match="unknown matrix product cdist"):
+    block.register_forward_hook(lambda _module, _inputs, hidden: hidden + product(hidden).mean())
+    with pytest.raises(UnsupportedFlopsError, match=message):
         count_flops(model, base, virtual_tokens=0, gradient_checkpointing=False, computes_all_logits=False)
 
 

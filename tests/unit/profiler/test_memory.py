@@ -49,6 +49,8 @@ def test_peak_excludes_a_pause() -> None:
         touch(64 * MIB)
         with probe.paused():
             touch(512 * MIB)
+            with probe.exclude_memory():  # a checkpoint
+                touch(256 * MIB)
         touch(32 * MIB)
     assert above_baseline(probe.memory["train"]) == pytest.approx(64 * MIB, abs=SLACK)
 

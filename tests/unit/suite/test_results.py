@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from peftbench.distributed.device_capability import DeviceCapability
 from peftbench.methods.full import Full
+from peftbench.methods.lora import Lora
 from peftbench.recipe.schema import Recipe
 from peftbench.run_dir.layout import RunDir
 from peftbench.suite import results
 from peftbench.suite.results import ResultFinder, resolve_for_accelerate_config
+from peftbench.suite.slurm_jobs import _has_result
 from peftbench.training.auto_settings import resolve_for_launch
 from tests.helpers.paths import REPOSITORY
 from tests.helpers.records import minimal_record
@@ -53,6 +57,32 @@ def test_resolved_record_equals_that_of_the_explicit_precision(recipe: Recipe) -
     explicit = recipe.model_copy(update={"train": train, "model": model})
     assert explicit.fingerprint() == resolve_for_launch(recipe)[0].fingerprint()
     assert ResultFinder().find_existing_result(explicit) is not None
+
+
+def test_explicit_recipe_keeps_its_result_without_its_model(workshop: Workshop, tmp_path: Path) -> None:
+    """The folder of the model was moved; only ``auto`` settings would need it."""
+    recipe = workshop.recipe(Full(), model={"path": str(tmp_path / "moved")})
+    values = {"recipe_fingerprint": recipe.fingerprint(), "data_fingerprint": recipe.data.source.fingerprint()}
+    minimal_record(name=recipe.name, **values).write(RunDir.from_recipe(recipe).path)
+    assert ResultFinder().find_existing_result(recipe) is not None
+
+
+def test_result_of_a_stored_quantization_is_found(workshop: Workshop, tmp_path: Path) -> None:
+    """The recipe has null, and the record has the quantization of the folder."""
+    folder = tmp_path / "stored"
+    shutil.copytree(workshop.base_folder("llama_untied"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    stored = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": stored}))
+    recipe = workshop.recipe(Lora(r=2), model={"path": str(folder)})
+    resolved, _ = resolve_for_launch(recipe)
+    assert resolved.model.quantization == "nf4"
+    values = {"recipe_fingerprint": resolved.fingerprint(), "data_fingerprint": recipe.data.source.fingerprint()}
+    path = RunDir.from_recipe(recipe).path
+    minimal_record(name=recipe.name, recipe=resolved.model_dump(mode="json"), **values).write(path)
+    assert ResultFinder().find_existing_result(recipe) is not None
+    assert _has_result(recipe)
+    assert not _has_result(resolved)
 
 
 def test_recipe_without_a_record_is_not_resolved(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,6 +61,7 @@ def _quantize_to_4bit(model: PreTrainedModel, config: BitsAndBytesConfig, dtype:
     def empty(size: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device="meta")
 
+    model.is_loaded_in_4bit = True  # type: ignore[assignment] # num_parameters then counts unpacked elements
     for module in model.modules():
         if isinstance(module, Linear4bit):
             shape = module.weight.shape

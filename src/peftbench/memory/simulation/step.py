@@ -115,6 +115,7 @@ class MemorySimulation:
         self.recipe, self.launch_config = recipe, launch_config
         self.device_type = device_type = device.device_type
         self._module_stack: list[str] = []
+        self.accumulation = num_micro_batches
         # Later micro-batches repeat the second one, except on CPU, where the tokens of all exist from the start.
         self.num_micro_batches = min(num_micro_batches, 2) if device_type == "cuda" else num_micro_batches
         self.accelerator: Any = _FakeAccelerator(self.num_micro_batches)
@@ -311,7 +312,7 @@ class MemorySimulation:
         except RuntimeError as error:
             self._raise_if_value_dependent(error)
             raise
-        return flop_cost.compute_hardware_flops(flop_units)
+        return flop_cost.compute_hardware_flops(replace(flop_units, passes=self.accumulation))
 
     @torch.no_grad()
     def simulate_evaluation(self, batch_size: int, sequence_length: int, labeled_tokens: int) -> None:

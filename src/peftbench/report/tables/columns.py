@@ -161,7 +161,7 @@ COLUMNS: tuple[Column, ...] = (
         "peak mem (MiB)",
         "Peak memory of the training phase: on a GPU, memory allocated to tensors (max_memory_allocated); on CPU, RSS "
         "above its value before anything was loaded. That includes libraries imported later and freed blocks that the "
-        "C library keeps, which an estimate counts as resident, not as process.",
+        "C library keeps; peftbench estimate includes both in resident, not in process.",
         lambda r: {"train_peak_bytes": train_peak_bytes(r)} | _allocator_values(r),
         lambda r: "–" if (peak := train_peak_bytes(r)) is None else f"{peak / 2**20:,.0f}",
         optional=True,

@@ -94,12 +94,13 @@ def _format_process_lines(plan: Plan, unit: _Unit) -> list[str]:
         context = unit.format_range(plan.cuda_context_bytes)
         return [f"{total}, including the context ({context}) and library workspaces ({workspaces})"]
     least, most = plan.resident_bytes
-    resident_unit = _Unit.for_sizes([most])
+    resident_unit, container = _Unit.for_sizes([most]), most * plan.num_processes
+    limit = _Unit.for_sizes([container]).with_name(container)
     return [
         f"{total}, including library workspaces ({workspaces}) but not Python and its libraries; "
-        "budget.memory counts the same",
+        "this is what budget.memory limits",
         f"resident: {resident_unit.format(least)} to {resident_unit.with_name(most)}, with Python, libraries and freed "
-        f"blocks that the C library keeps; set a container's limit to {resident_unit.with_name(most)}",
+        f"blocks that the C library keeps; set a container's limit to {limit}",
     ]
 
 
