@@ -24,6 +24,9 @@ def is_fused_attention(  # noqa: PLR0917 — torch's signature
     if query.device.type == "meta":
         return True
     with torch._C.DisableTorchFunction():
+        if torch.is_autocast_enabled(query.device.type):  # it casts the arguments before torch selects a kernel
+            dtype = torch.get_autocast_dtype(query.device.type)
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         choice = torch._fused_sdp_choice(query, key, value, mask, dropout_p, is_causal, enable_gqa=enable_gqa)  # type: ignore[call-arg]
     return choice != SDPBackend.MATH.value
 

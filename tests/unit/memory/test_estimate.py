@@ -158,6 +158,8 @@ def test_resident_memory_adds_libraries_on_cpu_only(workshop: Workshop) -> None:
     low, high = plan.process_bytes
     assert plan.resident_bytes == (low + 450 * MIB, 2 * high + 1024 * MIB)
     assert f"set a container's limit to {plan.resident_bytes[1] / MIB:,.0f} MiB" in format_plan(plan)
+    two = format_plan(plan.model_copy(update={"num_processes": 2}))
+    assert f"set a container's limit to {2 * plan.resident_bytes[1] / MIB:,.0f} MiB" in two
 
 
 def test_verdict_by_budget(make_plan: Any) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from peftbench.common.attention import is_fused_attention
 from peftbench.methods.base import Method
 from peftbench.methods.full import Full
 from peftbench.methods.lora import Lora
@@ -63,9 +64,8 @@ def test_exceptions_are_architectures_of_the_sweep() -> None:
     assert set(CONFIGS) >= NON_LINEAR | LONGER_THAN_WINDOW | FAST
 
 
-@pytest.mark.parametrize(("case", "name"), POINTS)
-def test_closed_form_equals_dispatched_flops(case: str, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Experts, convolutions, baddbmm, and attention that torch does not fuse are included."""
+def count_both(case: str, name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, int]:
+    """Return the closed form, None if there is none, and the dispatched FLOPs."""
     torch.manual_seed(0)
     base = build_base(case)
     model = METHODS[name].apply(base, tokenizer).train()
@@ -75,11 +75,19 @@ def test_closed_form_equals_dispatched_flops(case: str, name: str, tokenizer: Pr
             model, base, virtual_tokens=0, gradient_checkpointing=False, computes_all_logits=True
         ).compute_hardware_flops(full_rectangle(METHODS[name]))
     except NonLinearFlopsError:
+        cost = None
+    assert dispatched
+    return cost, dispatched
+
+
+@pytest.mark.parametrize(("case", "name"), POINTS)
+def test_closed_form_equals_dispatched_flops(case: str, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Experts, convolutions, baddbmm, and attention that torch does not fuse are included."""
+    cost, dispatched = count_both(case, name, tokenizer)
+    if cost is None:
         assert case in NON_LINEAR
-        assert dispatched
         return
     assert case not in NON_LINEAR
-    assert dispatched is not None
     if case == "minimax_m3_vl_text, sparse":  # its blocks of keys depend on the length
         assert cost > dispatched
     elif case in LONGER_THAN_WINDOW:
@@ -94,7 +102,16 @@ def test_loop_over_experts_is_counted(
 ) -> None:
     """GPUs older than Ampere run transformers' loop, whose backward pass computes every gradient."""
     monkeypatch.setattr("transformers.integrations.moe._can_use_grouped_mm", lambda *_: False)
-    test_closed_form_equals_dispatched_flops("mixtral", name, tokenizer)
+    cost, dispatched = count_both("mixtral", name, tokenizer)
+    assert cost == dispatched
+
+
+def test_autocast_decides_whether_attention_is_fused() -> None:
+    """Rotated queries are float32 next to values in bf16; only autocast, which casts both, lets torch fuse them."""
+    query, value = torch.ones(1, 2, 4, 8), torch.ones(1, 2, 4, 8, dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert is_fused_attention(query, query, value, None, 0.0, True, enable_gqa=False)
+    assert not is_fused_attention(query, query, value[..., :4].float(), None, 0.0, True, enable_gqa=False)
 
 
 @pytest.mark.parametrize(("groups", "transposed"), [(1, False), (4, False), (1, True), (4, True)])
