@@ -64,16 +64,16 @@ def test_exceptions_are_architectures_of_the_sweep() -> None:
     assert set(CONFIGS) >= NON_LINEAR | LONGER_THAN_WINDOW | FAST
 
 
-def count_both(case: str, name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, int]:
+def count_both(case: str, method: Method, tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, int]:
     """Return the closed form, None if there is none, and the dispatched FLOPs."""
     torch.manual_seed(0)
     base = build_base(case)
-    model = METHODS[name].apply(base, tokenizer).train()
+    model = method.apply(base, tokenizer).train()
     dispatched = count_dispatched_flops(model)
     try:
         cost = count_flops(
             model, base, virtual_tokens=0, gradient_checkpointing=False, computes_all_logits=True
-        ).compute_hardware_flops(full_rectangle(METHODS[name]))
+        ).compute_hardware_flops(full_rectangle(method))
     except NonLinearFlopsError:
         cost = None
     assert dispatched
@@ -83,7 +83,7 @@ def count_both(case: str, name: str, tokenizer: PreTrainedTokenizerBase) -> tupl
 @pytest.mark.parametrize(("case", "name"), POINTS)
 def test_closed_form_equals_dispatched_flops(case: str, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Experts, convolutions, baddbmm, and attention that torch does not fuse are included."""
-    cost, dispatched = count_both(case, name, tokenizer)
+    cost, dispatched = count_both(case, METHODS[name], tokenizer)
     if cost is None:
         assert case in NON_LINEAR
         return
@@ -96,13 +96,15 @@ def test_closed_form_equals_dispatched_flops(case: str, name: str, tokenizer: Pr
         assert cost == dispatched
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "method", [*METHODS.values(), Lora(r=2, target_modules=["q_proj"])], ids=[*METHODS, "frozen experts"]
+)
 def test_loop_over_experts_is_counted(
-    name: str, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+    method: Method, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """GPUs older than Ampere run transformers' loop, whose backward pass computes every gradient."""
     monkeypatch.setattr("transformers.integrations.moe._can_use_grouped_mm", lambda *_: False)
-    cost, dispatched = count_both("mixtral", name, tokenizer)
+    cost, dispatched = count_both("mixtral", method, tokenizer)
     assert cost == dispatched
 
 
