@@ -23,7 +23,7 @@ from peftbench.modeling.loading import LoadedModel, fuse_gelu, load_tokenizer
 from peftbench.recipe.schema import Model, Recipe
 from peftbench.record import FINAL_OUTCOMES, RECORD_FILE, RunRecord, read_record, train_peak_bytes
 from peftbench.run.runner import Run
-from peftbench.run.stages import adapt_model, gather_measurements
+from peftbench.run.stages import adapt_model, measure_training
 
 NO_DEVICE = 2
 
@@ -47,7 +47,7 @@ class ArchitectureRun(Run):
         examples = RandomTokens(self.size, base_model.model.config.vocab_size)
         state.set_example_counts("train", len(examples), 0)
         self.train(adapted_model, examples, pad_token_id=0)
-        gather_measurements(state)
+        measure_training(state)
 
     def _build_base_model(self) -> LoadedModel:
         torch.manual_seed(self.state.recipe.train.seed)

@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
@@ -24,10 +24,10 @@ from peftbench.common.options import (
 )
 from peftbench.common.usage_errors import PlainCommand
 from peftbench.distributed import launcher_env
-from peftbench.errors import HubUnreachableError, ModelError
+from peftbench.errors import HubUnreachableError, ModelError, RecordError
 from peftbench.recipe.arguments import load_recipe_from_arguments
-from peftbench.recipe.loader import to_commented_yaml
-from peftbench.record import EXIT_CODES, Outcome, RunRecord
+from peftbench.recipe.loader import load_recipe, to_commented_yaml
+from peftbench.record import EXIT_CODES, RECORD_FILE, Outcome, RunRecord, read_record
 from peftbench.run.result_line import build_result_line, exit_immediately, is_main_process, print_result_line
 from peftbench.run.shutdown import ShutdownSignal, ignore_signals
 from peftbench.run_dir.layout import RunDir
@@ -73,12 +73,52 @@ def train_from_arguments(
         if existing is not None:
             _print_existing_result(recipe, existing)
             raise typer.Exit(EXIT_CODES[existing.outcome.kind])
-        outcome, record_path, exit_code = run_recipe(recipe)
-        _print_table(record_path)
-        print_result_line(build_result_line(recipe.name, outcome, record_path))
-        if outcome.kind != "ok" and launcher_env.get_world_size() > 1:
-            exit_immediately(exit_code)
-        raise typer.Exit(exit_code)
+        _end_run(recipe, *run_recipe(recipe))
+
+
+def evaluate_from_arguments(run: Path, overrides: list[str], *, from_outputs: bool) -> None:
+    """Evaluate the saved model in the folder ``run``; print its outcome and exit with its exit code.
+
+    With ``from_outputs`` only compute the metrics of its saved outputs.
+    """
+    with cli_errors(on_error=print_result_line, rank=launcher_env.get_rank()):
+        recipe = _load_recipe_of_run(run, overrides)
+        if from_outputs:
+            with contextlib.redirect_stdout(sys.stderr):
+                quiet_libraries()
+                from peftbench.run.rescoring import rescore_outputs
+
+                outcome, path = rescore_outputs(recipe)
+            _end_run(recipe, outcome, path, EXIT_CODES[outcome.kind])
+        _end_run(recipe, *run_recipe(recipe, evaluate_only=True))
+
+
+def _end_run(recipe: Recipe, outcome: Outcome, record_path: Path | None, exit_code: int) -> NoReturn:
+    """Print the table and the result line of a run, and exit with its exit code."""
+    _print_table(record_path)
+    print_result_line(build_result_line(recipe.name, outcome, record_path))
+    if outcome.kind != "ok" and launcher_env.get_world_size() > 1:
+        exit_immediately(exit_code)
+    raise typer.Exit(exit_code)
+
+
+def _load_recipe_of_run(run: Path, overrides: list[str]) -> Recipe:
+    """Return the recipe in a run's record with overrides; its folder is ``run``, wherever that was moved.
+
+    Raises:
+        RecordError: the folder has no record, or one without a model.
+        RecipeError: an override is invalid.
+    """
+    folder = run.parent if run.name == RECORD_FILE else run
+    record_file = RunDir(folder).record_file
+    if not path_exists(record_file):
+        raise RecordError(f"{folder} has no {RECORD_FILE}", "give the folder of a run that was trained")
+    read_record(record_file)
+    recipe = load_recipe([record_file], overrides)
+    if not recipe.method.is_trainable:
+        raise RecordError(f"{folder} is a run of {recipe.method.kind}, which saves no model", "run it again")
+    folder = folder.absolute()
+    return recipe.model_copy(update={"name": folder.name, "output_dir": str(folder.parent)})
 
 
 def _print_untimed_note(recipe: Recipe) -> None:
@@ -97,7 +137,6 @@ def _print_table(record_path: Path | None) -> None:
         return
     from rich.console import Console
 
-    from peftbench.record import read_record
     from peftbench.report.tables.table import print_table
 
     record = read_record(record_path)
@@ -127,8 +166,10 @@ def _print_existing_result(recipe: Recipe, record: RunRecord) -> None:
     print_result_line(build_result_line(recipe.name, record.outcome, RunDir.from_recipe(recipe).record_file))
 
 
-def run_recipe(recipe: Recipe) -> tuple[Outcome, Path | None, int]:
+def run_recipe(recipe: Recipe, *, evaluate_only: bool = False) -> tuple[Outcome, Path | None, int]:
     """Run ``recipe``; return the outcome, the path of the record if one was written, and the exit code.
+
+    With ``evaluate_only`` evaluate the saved model of its training.
 
     Output that libraries print to standard output is redirected to standard error.
 
@@ -144,7 +185,7 @@ def run_recipe(recipe: Recipe) -> tuple[Outcome, Path | None, int]:
 
         run: Run | None = None
         try:
-            run = Run(recipe, shutdown_signal)
+            run = Run(recipe, shutdown_signal, evaluate_only=evaluate_only)
             run.abort_on_rank_failure()
             record, path = run.execute()
         except Exception as error:

@@ -7,6 +7,7 @@ Each writes FOLDER/ENGINE/NAME/record.json and its trained weights, or the trace
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import sys
@@ -17,11 +18,11 @@ from typing import Any
 import torch
 from accelerate.state import PartialState
 
-import peftbench.run.stages
+import peftbench.run.trained_model
 from peftbench.data.sources import Files
 from peftbench.distributed.compatibility import Combination
 from peftbench.distributed.engines import ENGINES, EngineKind
-from peftbench.distributed.sharding import gather_full_model
+from peftbench.distributed.sharding import full_weights
 from peftbench.methods import METHODS
 from peftbench.optim import OPTIMIZERS
 from peftbench.recipe.schema import Checkpoint, Data, Evaluate, Model, Profile, Recipe, Schedule, Train
@@ -81,7 +82,9 @@ def build_recipe(point: Combination, base: str, data: str, folder: Path) -> Reci
 def record_weight_digests(folder: Path, engine: str) -> None:
     """Make every process append the hash of its weights to a file after each training, if it holds full weights."""
 
-    def hash_and_gather(kind: EngineKind, prepared_model: Any, model: torch.nn.Module, *, on_this_rank: bool) -> None:
+    def hash_and_gather(
+        kind: EngineKind, model: torch.nn.Module, *, on_this_rank: bool
+    ) -> contextlib.AbstractContextManager[None]:
         if not kind.shards_weights:
             digest = hashlib.blake2b(digest_size=16)
             for parameter in model.parameters():
@@ -89,9 +92,9 @@ def record_weight_digests(folder: Path, engine: str) -> None:
             digest_file = folder / engine / f"weights-{os.environ.get('RANK', '0')}"
             with digest_file.open("a", encoding="utf-8") as file:
                 file.write(f"{digest.hexdigest()}\n")
-        gather_full_model(kind, prepared_model, model, on_this_rank=on_this_rank)
+        return full_weights(kind, model, on_this_rank=on_this_rank)
 
-    setattr(peftbench.run.stages, "gather_full_model", hash_and_gather)  # noqa: B010 — stages imports this name
+    setattr(peftbench.run.trained_model, "full_weights", hash_and_gather)  # noqa: B010 — it imports this name
 
 
 def run_stopped_and_resumed(recipe: Recipe) -> None:

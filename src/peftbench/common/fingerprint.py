@@ -22,6 +22,17 @@ NEUTRAL_VALUES: dict[str, Any] = {
 }
 """Dotted key: the value at which a run reproduces one made before the key existed, so that it stays out."""
 
+EVALUATION_KEYS = ("evaluate", "data.test", "data.validation", "data.source.test", "data.source.validation")
+"""Keys that change the evaluation and neither the training nor its measurements."""
+
+MEASUREMENT_KEYS = ("profile", "budget", "train.micro_batch_size", "train.micro_batch_tokens")
+"""Keys that change the measurements of a training, and not its steps: how a batch is cut and what is measured."""
+
+
+def exclude_keys(*keys: str) -> dict[str, Any]:
+    """Return ``NEUTRAL_VALUES`` without the values of ``keys``, for the fingerprint of a part of a run."""
+    return NEUTRAL_VALUES | dict.fromkeys(keys, ANY_VALUE)
+
 
 def drop_neutral_keys(recipe: Mapping[str, Any], neutral: Mapping[str, Any] = NEUTRAL_VALUES) -> dict[str, Any]:
     """Return a copy of ``recipe`` without the keys of ``neutral`` that have their neutral value.

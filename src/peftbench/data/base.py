@@ -33,5 +33,8 @@ class Source(ConfigSection):
         """
 
     @abstractmethod
-    def fingerprint(self) -> str:
-        """Return the identity of the loaded data for the record: a revision or a hash of the content."""
+    def fingerprint(self, split: str | None = None) -> str:
+        """Return the identity of the loaded data for the record: a revision or a hash of the content.
+
+        With ``split``, of that split alone if its files are known.
+        """

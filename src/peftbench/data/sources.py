@@ -47,7 +47,7 @@ class Docstrings(Source):
             dataset, {"id": "location", "article": "article", "summary": "summary"}, split, str(paths[split])
         )
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, split: str | None = None) -> str:
         from peftbench.data.docstring_corpus import cache_pair_files
 
         return cache_pair_files()[1]
@@ -87,9 +87,9 @@ class Files(Source):
             dataset, {"id": self.id, "article": self.article, "summary": self.summary}, split, str(path)
         )
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, split: str | None = None) -> str:
         digest = hashlib.blake2b(digest_size=16)
-        for name in (self.train, self.validation, self.test):
+        for name in (self.train, self.validation, self.test) if split is None else (getattr(self, split),):
             if name is not None and Path(name).is_file():
                 _hash_file(digest, Path(name))
         return digest.hexdigest()
@@ -142,7 +142,7 @@ class Hub(Source):
             dataset, {"id": self.id, "article": self.article, "summary": self.summary}, split, self.path
         )
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, split: str | None = None) -> str:
         """Return the commit on the Hub, or the hash of a local copy's files."""
         folder = Path(self.path)
         if folder.exists():

@@ -75,7 +75,7 @@ class Synthetic(Source):
             ]
         )
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, split: str | None = None) -> str:
         return hashlib.blake2b((self.model_dump_json() + _WORDS).encode(), digest_size=16).hexdigest()
 
     def _make_generator(self, split: str) -> numpy.random.Generator:

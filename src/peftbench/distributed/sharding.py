@@ -37,27 +37,50 @@ def unshard_root(model: nn.Module) -> Iterator[None]:
         model.reshard()
 
 
-def gather_full_model(engine: EngineKind, prepared_model: nn.Module, model: nn.Module, *, on_this_rank: bool) -> None:
-    """Gather every weight of ``model`` to the CPU of each process with ``on_this_rank``, for saving. A collective.
+@contextmanager
+def full_weights(engine: EngineKind, model: nn.Module, *, on_this_rank: bool) -> Iterator[None]:
+    """Within the context, give ``model`` all its weights in CPU memory on each process with ``on_this_rank``.
 
-    Trained weights are float32, as the optimizer holds them. Neither ``model`` nor the engine's ``prepared_model`` can
-    be trained afterwards.
+    Use it to save the model. Trained weights are float32, as the optimizer holds them. Forward passes within the
+    context have no hooks of the engine, which would look for shards. Afterwards the model has its shards and hooks
+    again. Entering is collective.
     """
     if not (engine.is_deepspeed or engine.is_fsdp):
+        yield
         return
     _reshard(model)
     owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             owners.setdefault(parameter, []).append((module, name))  # a tied parameter has several
-    for parameter, names in owners.items():
+    gathered: dict[nn.Parameter, nn.Parameter] = {}
+    for parameter in owners:
         weight = _gather_full_tensor(engine, parameter)
         if on_this_rank:
-            full = nn.Parameter(weight, requires_grad=parameter.requires_grad)
-            for module, name in names:
+            gathered[parameter] = nn.Parameter(weight, requires_grad=parameter.requires_grad)
+    hooks = _remove_forward_hooks(model)
+    try:
+        for parameter, full in gathered.items():
+            for module, name in owners[parameter]:
                 module._parameters[name] = full
-    if engine.is_deepspeed:
-        prepared_model.destroy()  # type: ignore[operator]  # otherwise its hooks look for shards
+        yield
+    finally:
+        for parameter in gathered:
+            for module, name in owners[parameter]:
+                module._parameters[name] = parameter
+        for hook_dict, removed in hooks:
+            hook_dict.update(removed)
+
+
+def _remove_forward_hooks(model: nn.Module) -> list[tuple[dict[int, object], dict[int, object]]]:
+    """Remove the forward hooks of all modules; return each module's dicts of hooks, with what they had."""
+    removed = []
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            if hooks:
+                removed.append((hooks, dict(hooks)))
+                hooks.clear()
+    return removed  # type: ignore[return-value]
 
 
 def _reshard(model: nn.Module) -> None:

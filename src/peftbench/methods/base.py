@@ -97,6 +97,28 @@ class Method(ConfigSection):
         """Save the trained parameters as safetensors in ``save_directory``, in the format of peft or transformers."""
         model.save_pretrained(save_directory, safe_serialization=True)  # type: ignore[operator]
 
+    def load(self, model: nn.Module, save_directory: Path) -> None:
+        """Load into the applied model what :meth:`save` wrote, if the method keeps the base model frozen.
+
+        Otherwise the saved model is a whole one, to which the method was applied.
+
+        Raises:
+            ModelError: the saved weights are not those of this method.
+        """
+        if not self.keeps_base_frozen:
+            return
+        from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+
+        from peftbench.errors import ModelError
+
+        weights = load_peft_weights(str(save_directory), device="cpu")
+        set_peft_model_state_dict(model, weights)
+        if difference := sorted(weights.keys() ^ get_peft_model_state_dict(model).keys()):
+            raise ModelError(
+                f"{save_directory} does not have the weights of this {self.kind}: {difference[0]} is in one of the two",
+                "train again",
+            )
+
     def extract_summary(self, article: str) -> str | None:
         """Return the summary if the method copies it from the article without a model, else None."""
         return None

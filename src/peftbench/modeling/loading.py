@@ -123,7 +123,7 @@ def load_model(model_config: Model, compute_dtype: torch.dtype | None = None) ->
         fuse_gelu(model)
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.eos_token_id
-    return LoadedModel(model, tokenizer, compute_model_fingerprint(model, model_config))
+    return LoadedModel(model, tokenizer, compute_model_fingerprint(model.config, model_config))
 
 
 def fuse_gelu(model: PreTrainedModel) -> None:
@@ -202,11 +202,20 @@ def _load_weights(model_config: Model, config: PreTrainedConfig, compute_dtype: 
     return model
 
 
-def compute_model_fingerprint(model: PreTrainedModel, model_config: Model) -> str:
-    """Return what was loaded: the Hub commit, the hash of a folder's weights, or "random weights"."""
+def read_base_fingerprint(model_config: Model) -> str:
+    """Return the fingerprint that the loaded base model would have, without loading its weights.
+
+    Raises:
+        PeftbenchError: as in :func:`load_config`.
+    """
+    return compute_model_fingerprint(load_config(model_config), model_config)
+
+
+def compute_model_fingerprint(config: PreTrainedConfig, model_config: Model) -> str:
+    """Return what is loaded: the Hub commit, the hash of a folder's weights, or "random weights"."""
     if model_config.init == "random":
         return "random weights"
-    commit = getattr(model.config, "_commit_hash", None)
+    commit = getattr(config, "_commit_hash", None)
     if commit:
         return f"commit {commit}"
     digest = hashlib.blake2b(digest_size=16)

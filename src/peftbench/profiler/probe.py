@@ -209,12 +209,12 @@ class Probe:
         finally:
             self.memory_meter.lap()
 
-    def load_state_dict(self, state_dict: dict[str, Any], *, same_world_size: bool = True) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], *, with_measurements: bool = True) -> None:
         """Add the measurements of the run that this process resumes: seconds and joules add up, peaks take the maximum.
 
-        If that run had another number of processes, only its steps are loaded, as untimed ones.
+        Without ``with_measurements`` (that run had other processes or settings), its steps are loaded as untimed ones.
         """
-        if not same_world_size:
+        if not with_measurements:
             self.step_seconds[:], self.timed_mask[:] = state_dict["step_seconds"], [False] * len(state_dict["timed"])
             return
         for own, key in ((self.phase_seconds, "phase_seconds"), (self.phase_joules, "phase_joules")):

@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from peftbench.common.fingerprint import fingerprint_recipe
+from peftbench.common.fingerprint import EVALUATION_KEYS, MEASUREMENT_KEYS, exclude_keys, fingerprint_recipe
 from peftbench.common.schema import ConfigSection, PathText
 from peftbench.common.units import parse_size
 from peftbench.data.sources import AnySource
@@ -336,3 +336,12 @@ class Recipe(ConfigSection):
     def fingerprint(self) -> str:
         """Return the hash of every key that can change a number. Resolve ``auto`` and a stored quantization before."""
         return fingerprint_recipe(self.model_dump(mode="json"))
+
+    def fingerprint_training(self) -> str:
+        """Return the hash of every key that can change a trained weight. A checkpoint belongs to it."""
+        neutral = exclude_keys(*EVALUATION_KEYS, *MEASUREMENT_KEYS)
+        return fingerprint_recipe(self.model_dump(mode="json"), neutral)
+
+    def fingerprint_measured_training(self) -> str:
+        """Return the hash of every key that can change a trained weight or a measurement of the training."""
+        return fingerprint_recipe(self.model_dump(mode="json"), exclude_keys(*EVALUATION_KEYS))

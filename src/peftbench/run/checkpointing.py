@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -61,8 +62,13 @@ class TrainingCheckpointer:
         checkpoint = self.checkpoint_manager.latest()
         state.notes += self.checkpoint_manager.notes
         if checkpoint is None:
+            if self.checkpoint_manager.notes and state.accelerator.is_main_process:
+                sys.stderr.write(f"note: training starts at step 0: {'; '.join(self.checkpoint_manager.notes)}\n")
             return
         saved, is_own = self.checkpoint_manager.load(checkpoint)
+        metadata, own_metadata = checkpoint.metadata, self.checkpoint_manager.metadata
+        has_same_settings = metadata.measurement_fingerprint == own_metadata.measurement_fingerprint
+        is_measured = is_own and has_same_settings
         problem = None
         try:
             load_state(
@@ -72,14 +78,18 @@ class TrainingCheckpointer:
             problem = f"Cannot resume from {checkpoint.path}: {error}"
         if problems := [text for text in all_gather_objects(state.accelerator, problem) if text is not None]:
             raise CheckpointError(problems[0], f"delete {checkpoint.path.parent} to start over")
-        state.probe.load_state_dict(saved["probe"], same_world_size=is_own)
-        state.resumed_measurements = saved["measurements"] if is_own else {}
+        state.probe.load_state_dict(saved["probe"], with_measurements=is_measured)
+        state.resumed_measurements = saved["measurements"] if is_measured else {}
         self.resume_step = self.last_saved_step = progress.completed_steps
         state.resumed_after = [*saved["resumed_after"], self.resume_step]
-        if not is_own:
+        if not is_measured:
+            difference = (
+                f"on {metadata.world_size} processes"
+                if metadata.world_size != own_metadata.world_size
+                else "with other settings (profile, budget or micro-batch size)"
+            )
             state.notes.append(
-                f"The first {self.resume_step} steps ran on {checkpoint.metadata.world_size} processes and are "
-                "excluded from speed, memory and energy."
+                f"The first {self.resume_step} steps ran {difference} and are excluded from speed, memory and energy."
             )
         state.notes.append(f"Resumed from step {self.resume_step}.")
 
@@ -176,9 +186,10 @@ def _build_metadata(state: RunState, adapted_model: AdaptedModel) -> CheckpointM
         if name not in data_libraries
     }
     return CheckpointMetadata(
-        state.requested_recipe.fingerprint(),
+        state.requested_recipe.fingerprint_training(),
+        state.requested_recipe.fingerprint_measured_training(),
         str(adapted_model.base.fingerprint),
-        str(state.data_fingerprint),
+        str(state.training_data_fingerprint),
         state.engine.name,
         state.accelerator.num_processes,
         state.accelerator.device.type,

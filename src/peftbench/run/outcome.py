@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from peftbench.run.oom import OomHandler
     from peftbench.run.shutdown import ShutdownSignal
     from peftbench.run.state import RunState
+
+
+UNEVALUATED = "the training is finished and its evaluation is not"
+"""Error of a record that is written before the evaluation: it stays if the process is killed."""
 
 
 class OutcomeHandler:
@@ -49,12 +54,15 @@ class OutcomeHandler:
         try:
             outcome = self._run_to_outcome(run_stages)
         except PeftbenchError as raised:
-            if not self.state.progress.completed_steps:
+            if not self.state.progress.completed_steps and self.state.trained_record is None:
                 raise
             # E.g. a disk that is full when the model is saved must not discard hours of measurements.
             outcome, error = self._build_failed_outcome(str(raised)), raised
         except Exception as raised:
             outcome, error = self._build_failed_outcome(f"{type(raised).__name__}: {raised}"), raised
+        if error is not None:
+            with suppress(PeftbenchError):  # the first error matters more
+                self._save_trained_state()
         self.shutdown_signal.defer()
         self.failure_channel.acquire_exit()
         if error is not None:
@@ -119,17 +127,16 @@ class OutcomeHandler:
         rank = self.state.accelerator.process_index if self.failure_channel.is_distributed else None
         outcome = self.oom_handler.build_outcome(error, self.state.get_current_position(), rank)
         self._report_to_other_ranks(outcome)
+        with suppress(PeftbenchError):  # the outcome matters more
+            self._save_trained_state()
         return outcome
 
     def _handle_interrupt(self, interrupt: KeyboardInterrupt) -> Outcome:
-        """Save a finished training that is not saved yet, and return the outcome ``preempted``."""
+        """Save a finished training that is not saved yet; return the outcome ``preempted``."""
         self.shutdown_signal.defer()  # a second signal is usual: one from SLURM, one that a launcher forwards
         reason = interrupt.reason if isinstance(interrupt, StopRequested) else "an interrupt"
-        training, completed_steps = self.state.training, self.state.progress.completed_steps
-        is_trained = training is not None and completed_steps == training.total_steps
-        # A distributed run has saved it before the evaluation: saving is collective.
-        if is_trained and self.checkpointer is not None and not self.failure_channel.is_distributed:
-            self.checkpointer.save()
+        completed_steps = self.state.progress.completed_steps
+        self._save_trained_state()
         position = self.state.get_current_position()
         saved_step = self.checkpointer.last_saved_step if self.checkpointer else None
         outcome = Outcome(kind="preempted", **position, error=f"stopped by {reason}")
@@ -139,6 +146,15 @@ class OutcomeHandler:
         if not (isinstance(interrupt, StopRequested) and interrupt.on_all_ranks):
             self._report_to_other_ranks(outcome)
         return outcome
+
+    def _save_trained_state(self) -> None:
+        """Save a checkpoint after the last step if neither the model nor a checkpoint is saved.
+
+        A distributed run has saved it before the evaluation, since saving is collective.
+        """
+        if self.state.is_trained and not self.state.has_saved_model and not self.failure_channel.is_distributed:
+            assert self.checkpointer is not None
+            self.checkpointer.save()
 
     def _build_failed_outcome(self, error: str) -> Outcome:
         return Outcome(kind="failed", **self.state.get_current_position(), error=error)
@@ -174,6 +190,8 @@ class OutcomeHandler:
             )
             path = state.run_dir.record_file
             if is_main:
+                if not state.has_outputs:
+                    state.run_dir.outputs_file.unlink(missing_ok=True)  # the record does not describe it
                 path = self.record_path = record.write(state.run_dir.path)
                 if outcome.kind == "ok" and self.checkpointer is not None:
                     self.checkpointer.delete_all()  # only now: a kill before the record must not cost the training
@@ -182,12 +200,24 @@ class OutcomeHandler:
                 self.failure_channel.mark_record_written()
         return record, path
 
+    def write_training_record(self) -> None:
+        """Write the record of a finished training before its evaluation, which may be killed.
+
+        It describes the saved model, so that the evaluation can be made later. All ranks' measurements are gathered.
+        """
+        if not self.state.accelerator.is_main_process:
+            return
+        self.state.run_dir.outputs_file.unlink(missing_ok=True)  # of an earlier model
+        outcome = Outcome(kind="failed", phase="evaluate", error=UNEVALUATED)
+        build_record(self.state, outcome, self._get_rank_measurements(), self.state.notes).write(
+            self.state.run_dir.path
+        )
+
     def _get_rank_measurements(self) -> RankMeasurements:
         """Return the gathered measurements. If a rank did not reach the end, none may wait for it in a collective."""
-        if self.state.rank_measurements is not None:
-            return self.state.rank_measurements
-        is_alone = self.state.accelerator.num_processes == 1
-        return self.state.gather_rank_measurements() if is_alone else RankMeasurements()
+        if self.state.accelerator.num_processes == 1:
+            self.state.gather_rank_measurements()
+        return self.state.rank_measurements or RankMeasurements()
 
     def _end_trackers(self, outcome: Outcome) -> None:
         if outcome.kind == "ok" or not self.failure_channel.is_distributed:

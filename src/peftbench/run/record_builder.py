@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -32,7 +32,6 @@ def build_record(state: RunState, outcome: Outcome, ranks: RankMeasurements, not
     followed by one for each number that fails a sanity check.
     """
     progress, probe = state.progress, state.probe
-    succeeded = outcome.kind == "ok"
     record = RunRecord(
         name=state.recipe.name,
         started_at=state.started_at,
@@ -57,7 +56,7 @@ def build_record(state: RunState, outcome: Outcome, ranks: RankMeasurements, not
         untimed_steps=min(state.recipe.profile.untimed_steps, progress.completed_steps),
         resumed_after=tuple(state.resumed_after),
         phase_seconds=dict(probe.phase_seconds),
-        throughput=_build_throughput(state) if succeeded else None,
+        throughput=_build_throughput(state) if state.is_trained else None,
         memory=dict(probe.memory) | max_over_ranks(ranks.memory_by_rank),
         memory_by_rank=ranks.memory_by_rank,
         step_memory=dict(probe.step_memory) | max_over_ranks(ranks.step_memory_by_rank),
@@ -69,11 +68,39 @@ def build_record(state: RunState, outcome: Outcome, ranks: RankMeasurements, not
         state_bytes_by_rank=ranks.state_bytes_by_rank,
         memory_breakdown=state.build_memory_breakdown(),
         flops=_build_flops(state, ranks.counted_flops),
-        compute=_build_compute(state, ranks.matmul_flops) if succeeded else Compute(),
-        energy_joules=ranks.energy_joules if succeeded else None,
+        compute=_build_compute(state, ranks.matmul_flops) if state.is_trained else Compute(),
+        energy_joules=ranks.energy_joules if state.is_trained else None,
         quality=state.quality,
     )
-    return record.model_copy(update={"notes": (*notes, *check_record(record))})
+    if state.trained_record is not None:
+        record = add_evaluation(state.trained_record, record)
+    return record.model_copy(update={"notes": (*record.notes, *notes, *check_record(record))})
+
+
+def add_evaluation(trained: RunRecord, evaluated: RunRecord) -> RunRecord:
+    """Return the record of a training with the evaluation of its saved model, which another process made."""
+    phases = {"evaluate", "generate"}
+    old_checks = set(check_record(trained))
+    return trained.model_copy(
+        update={
+            "recipe": evaluated.recipe,
+            "recipe_fingerprint": evaluated.recipe_fingerprint,
+            "outcome": evaluated.outcome,
+            "data_fingerprint": evaluated.data_fingerprint,
+            "num_examples": trained.num_examples | evaluated.num_examples,
+            "num_dropped_examples": trained.num_dropped_examples | evaluated.num_dropped_examples,
+            "phase_seconds": _replace_phases(trained.phase_seconds, evaluated.phase_seconds, phases),
+            "memory": _replace_phases(trained.memory, evaluated.memory, phases),
+            "quality": evaluated.quality,
+            "notes": tuple(note for note in trained.notes if note not in old_checks),
+        }
+    )
+
+
+def _replace_phases(old: Mapping[str, _T], new: Mapping[str, _T], phases: Collection[str]) -> dict[str, _T]:
+    """Return ``old`` with the values that ``new`` has for ``phases``, and no others for them."""
+    kept = {name: value for name, value in old.items() if name not in phases}
+    return kept | {name: value for name, value in new.items() if name in phases}
 
 
 def _select_timed_steps(state: RunState, step_values: Sequence[_T]) -> list[_T]:

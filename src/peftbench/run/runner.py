@@ -30,15 +30,20 @@ from peftbench.run.shutdown import ShutdownSignal
 from peftbench.run.stages import (
     adapt_model,
     build_training_components,
-    delete_saved_model,
     evaluate_extractive_baseline,
     evaluate_model,
-    gather_measurements,
     load_examples,
-    save_model,
+    measure_training,
 )
 from peftbench.run.state import RunState
 from peftbench.run.step_callbacks import StatusCallback, TrackerCallback
+from peftbench.run.trained_model import (
+    delete_saved_model,
+    find_model_to_evaluate,
+    find_unevaluated_model,
+    load_trained_base,
+    save_model,
+)
 from peftbench.run_dir.layout import RunDir
 from peftbench.run_dir.lock import Lock
 from peftbench.run_dir.status import StatusWriter
@@ -63,14 +68,18 @@ class Run:
         recipe: Recipe,
         shutdown_signal: ShutdownSignal | None = None,
         step_callbacks: Sequence[StepCallback] = (),
+        *,
+        evaluate_only: bool = False,
     ) -> None:
         """Acquire the folder and start the engine. ``step_callbacks`` are called after all others.
+
+        With ``evaluate_only`` the run trains nothing and evaluates the saved model of the recipe's training.
 
         Raises:
             PeftbenchError: the recipe, the launch or the folder does not allow this run; nothing was written.
         """
         self.shutdown_signal = shutdown_signal or ShutdownSignal()
-        self.step_callbacks = step_callbacks
+        self.step_callbacks, self.evaluate_only = step_callbacks, evaluate_only
         recipe, resolution_notes = resolve_for_launch(recipe)
         resolved_recipe, micro_batch_note = resolve_auto_micro_batch(recipe)
         self.run_dir = RunDir.from_recipe(recipe)
@@ -135,27 +144,53 @@ class Run:
         state.data_fingerprint = main_process_first(self.accelerator, recipe.data.source.fingerprint)
         self.oom_handler.enforce_budget(probe.memory_meter)
         if not recipe.method.needs_model:
-            delete_saved_model(state)
             with probe.phase("generate"):
                 evaluate_extractive_baseline(state)
+            delete_saved_model(state)
             return
+        trained_dir = self._find_trained_model()
         with probe.phase("load"):
-            base_model = load_base_model(recipe)
+            base_model = load_base_model(recipe) if trained_dir is None else load_trained_base(state, trained_dir)
         with probe.phase("build"):
             encoder = build_encoder(recipe, base_model)
             held_out = load_examples(state, encoder, recipe.evaluate.split)
             adapted_model = adapt_model(state, base_model)
-        if recipe.method.is_trainable:
+            if trained_dir is not None:
+                recipe.method.load(adapted_model.model, trained_dir)
+        if recipe.method.is_trainable and trained_dir is None:
             with probe.phase("build"):
                 examples = load_examples(state, encoder, "train")
             self.train(adapted_model, examples, encoder.eos_token_id)
-        else:
+            if recipe.save_model:
+                with probe.phase("save"):
+                    save_model(state, adapted_model)
+            measure_training(state)
+            if recipe.save_model:
+                self.outcome_handler.write_training_record()
+        evaluate_model(state, adapted_model, encoder, held_out, self.oom_handler.is_oom)
+        state.gather_rank_measurements()
+        if not state.has_saved_model:
             delete_saved_model(state)
-        evaluate_model(state, adapted_model, encoder, held_out)
-        gather_measurements(state)
-        if recipe.method.is_trainable and recipe.save_model:
-            with probe.phase("save"):
-                save_model(state, adapted_model)
+
+    def _find_trained_model(self) -> Path | None:
+        """Return the folder of the saved model if this recipe's training is finished and only its evaluation is not.
+
+        Raises:
+            RecordError: the run is to evaluate a saved model, and there is none of this recipe.
+        """
+        state = self.state
+        if not state.recipe.method.is_trainable:
+            return None
+        source = state.recipe.data.source
+        state.training_data_fingerprint = main_process_first(self.accelerator, lambda: source.fingerprint("train"))
+        find = find_model_to_evaluate if self.evaluate_only else find_unevaluated_model
+        state.trained_record = broadcast_from_main(self.accelerator, lambda: find(state))
+        if state.trained_record is None:
+            return None
+        state.has_saved_model = True
+        if self.accelerator.is_main_process and not self.evaluate_only:
+            sys.stderr.write("note: the training is finished; its saved model is evaluated, and nothing is trained\n")
+        return self.run_dir.model_dir
 
     def train(self, adapted_model: AdaptedModel, examples: EncodedExamples, pad_token_id: int) -> None:
         """Train, from the newest checkpoint if there is one."""
@@ -166,7 +201,6 @@ class Run:
             state.notes.append(note)
             if self.accelerator.is_main_process and recipe.train.steps is None:  # else printed before the run
                 sys.stderr.write(f"note: {note}\n")
-        delete_saved_model(state)
         recipe.method.set_training(adapted_model.model)
         checkpointer = TrainingCheckpointer(state, adapted_model, training, self.shutdown_signal)
         self.outcome_handler.checkpointer = checkpointer

@@ -1,17 +1,14 @@
-"""The stages of a run other than training: load, build, evaluate, gather, save. Each fills the run's state."""
+"""The stages of a run other than training and saving: build, evaluate, gather. Each fills the run's state."""
 
 from __future__ import annotations
 
 import math
-import shutil
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError
-
-from peftbench.common.filesystem import as_os_error, write_error
 from peftbench.distributed.collectives import main_process_first
-from peftbench.distributed.sharding import gather_full_model
-from peftbench.evaluation.evaluator import Evaluator, build_quality
+from peftbench.evaluation.evaluator import Evaluator, add_scores, build_quality
+from peftbench.evaluation.outputs import Output, build_outputs, write_outputs
 from peftbench.profiler.peak_flops import measure_matmul_flops
 from peftbench.training.build import AdaptedModel, apply_method, build_training
 from peftbench.training.data import load_encoded_split, load_split
@@ -52,18 +49,40 @@ def build_training_components(
     return training
 
 
-def evaluate_model(state: RunState, adapted_model: AdaptedModel, encoder: Encoder, examples: Dataset) -> None:
-    """Evaluate the model on held-out examples.
+def evaluate_model(
+    state: RunState,
+    adapted_model: AdaptedModel,
+    encoder: Encoder,
+    examples: Dataset,
+    is_oom: Callable[[BaseException], bool],
+) -> None:
+    """Evaluate the model on held-out examples. Each result is kept as soon as it is known, whatever happens later.
 
     Raises:
         DivergedError: the held-out loss is not finite.
     """
+    config, probe = state.recipe.evaluate, state.probe
     is_sharded = state.engine.shards_weights and state.recipe.method.is_trainable
-    evaluator = Evaluator(state.context, adapted_model, encoder, examples, state.recipe, synced=is_sharded)
-    state.quality = evaluator.evaluate(state.probe)
-    if not math.isfinite(state.quality.loss or 0.0):
-        step = state.progress.completed_steps
-        raise DivergedError(step, f"the held-out loss after step {step} is {state.quality.loss}")
+    evaluator = Evaluator(
+        state.context, adapted_model, encoder, examples, state.recipe, synced=is_sharded, is_oom=is_oom
+    )
+    generated = forced = None
+    try:
+        with probe.phase("evaluate"):
+            held_out = evaluator.compute_held_out_loss()
+            state.quality = build_quality(config, examples, None, held_out=held_out)
+            if not math.isfinite(held_out.loss):
+                step = state.get_trained_steps()
+                raise DivergedError(step, f"the held-out loss after step {step} is {held_out.loss}")
+            forced = evaluator.decode_teacher_forced() if config.teacher_forced else None
+        if config.generate:
+            with probe.phase("generate"):
+                generated = evaluator.generate_summaries()
+    finally:
+        state.notes += evaluator.notes
+    state.quality = build_quality(config, examples, generated, held_out=held_out)
+    if generated is not None or forced is not None:
+        score_outputs(state, build_outputs(examples, generated, forced))
 
 
 def evaluate_extractive_baseline(state: RunState) -> None:
@@ -73,41 +92,23 @@ def evaluate_extractive_baseline(state: RunState) -> None:
     state.set_example_counts(split, len(dataset), 0)
     summaries = [state.recipe.method.extract_summary(article) or "" for article in dataset["article"]]
     state.quality = build_quality(state.recipe.evaluate, dataset, summaries)
+    score_outputs(state, build_outputs(dataset, summaries, None))
 
 
-def gather_measurements(state: RunState) -> None:
-    """Measure the device's matmul speed if the run trained, and gather all ranks' measurements. Collective."""
-    matmul_flops = None
-    if state.recipe.method.is_trainable:
-        matmul_flops = measure_matmul_flops(state.accelerator.device, state.recipe.train.resolved_precision)
-    state.rank_measurements = state.gather_rank_measurements(matmul_flops)
-
-
-def save_model(state: RunState, adapted_model: AdaptedModel) -> None:
-    """Save the trained model and its tokenizer: complete or, after an error, not at all. Collective.
+def score_outputs(state: RunState, outputs: Sequence[Output]) -> None:
+    """Save the generated texts of all examples in the run's folder, then compute their metrics.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: they cannot be written.
     """
-    assert state.training is not None
-    is_main = state.accelerator.is_main_process
-    gather_full_model(state.engine, state.training.model, adapted_model.model, on_this_rank=is_main)
-    if not is_main:
-        return
-    model_dir, partial_dir = state.run_dir.model_dir, state.run_dir.partial_model_dir
-    try:
-        shutil.rmtree(partial_dir, ignore_errors=True)  # of a run that was killed
-        state.recipe.method.save(adapted_model.model, partial_dir)
-        adapted_model.base.tokenizer.save_pretrained(partial_dir)
-        partial_dir.rename(model_dir)
-    except BaseException as error:  # after an interrupt too, no partial model is left
-        shutil.rmtree(partial_dir, ignore_errors=True)
-        if isinstance(error, (OSError, SafetensorError)):
-            raise write_error(model_dir, as_os_error(error)) from error
-        raise
-
-
-def delete_saved_model(state: RunState) -> None:
-    """Delete the model of an earlier run in this folder, which the new record would not describe."""
+    assert state.quality is not None
     if state.accelerator.is_main_process:
-        shutil.rmtree(state.run_dir.model_dir, ignore_errors=True)
+        write_outputs(state.run_dir.path, outputs)
+    state.has_outputs = True
+    state.quality = add_scores(state.recipe.evaluate, state.quality, outputs)
+
+
+def measure_training(state: RunState) -> None:
+    """Measure the device's matmul speed, and gather all ranks' measurements of the training. Collective."""
+    state.matmul_flops = measure_matmul_flops(state.accelerator.device, state.recipe.train.resolved_precision)
+    state.gather_rank_measurements()

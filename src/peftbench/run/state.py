@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from peftbench.distributed.sharding import state_bytes
-from peftbench.record import MemoryBreakdown, Quality, StateBytes
+from peftbench.record import MemoryBreakdown, Quality, RunRecord, StateBytes
 from peftbench.run.rank_measurements import RankMeasurements
 from peftbench.training.loop import TrainProgress
 
@@ -52,17 +52,32 @@ class RunState:
     num_dropped: dict[str, int] = field(default_factory=dict)
     """Examples dropped, by split."""
     data_fingerprint: str | None = None
+    training_data_fingerprint: str | None = None
+    """Of the training split alone."""
+    trained_record: RunRecord | None = None
+    """Record of the earlier process that trained the model, if this one only evaluates it."""
+    has_saved_model: bool = False
+    """True once the folder has this training's model."""
+    has_outputs: bool = False
+    """True once the folder has this run's generated texts."""
     resumed_after: list[int] = field(default_factory=list)
     """Steps after which a process resumed this training."""
     resumed_measurements: dict[str, Any] = field(default_factory=dict)
     """Measurements that an earlier process made in steps that are not repeated."""
     rank_measurements: RankMeasurements | None = None
-    """Set once all ranks have reached the end of the run."""
+    """Gathered after the training, and again at the end of the run; None before."""
+    matmul_flops: float | None = None
+    """FLOP/s of a large matrix product on this rank's device, measured after the training."""
 
     @property
     def accelerator(self) -> Accelerator:
         """The accelerator."""
         return self.context.accelerator
+
+    @property
+    def is_trained(self) -> bool:
+        """True once all steps are completed."""
+        return self.training is not None and self.progress.completed_steps == self.training.total_steps
 
     @property
     def engine(self) -> EngineKind:
@@ -80,6 +95,10 @@ class RunState:
         if self.probe.current_phase in {"warmup", "train"}:
             position |= {"step": self.progress.completed_steps + 1, "step_part": self.probe.current_step_part}
         return position
+
+    def get_trained_steps(self) -> int:
+        """Return the number of steps that the evaluated model was trained."""
+        return self.trained_record.steps if self.trained_record is not None else self.progress.completed_steps
 
     def get_counted_flops(self) -> int | None:
         """Return the FLOPs counted in a step on this rank, by this process or by the one before it."""
@@ -117,12 +136,12 @@ class RunState:
             self.engine, self.adapted_model.model, self.training.optimizer, self.recipe.optimizer, device
         )
 
-    def gather_rank_measurements(self, matmul_flops: float | None = None) -> RankMeasurements:
+    def gather_rank_measurements(self) -> None:
         """Gather the measurements of all ranks. Collective: every rank must call it."""
-        return RankMeasurements.gather(
+        self.rank_measurements = RankMeasurements.gather(
             self.accelerator,
             self.probe,
             counted_flops=self.get_counted_flops(),
             state_bytes=self.measure_state_bytes(),
-            matmul_flops=matmul_flops,
+            matmul_flops=self.matmul_flops,
         )

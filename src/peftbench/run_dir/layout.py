@@ -22,6 +22,9 @@ CHECKPOINT_METADATA_FILE = "checkpoint.json"
 OFFLOAD_DIR = "offload"
 SNAPSHOT_FILE = "oom_snapshot.pickle"
 LOG_FILE = "log.txt"
+TRAINING_FILE = "training.json"
+"""In a saved model's folder: the training that the model comes from."""
+OUTPUTS_FILE = "outputs.jsonl"
 PARTIAL_SUFFIX = ".unfinished"
 """Suffix of a folder that is still being written."""
 _CHECKPOINT_PREFIX = "step-"
@@ -84,6 +87,11 @@ class RunDir:
     def partial_model_dir(self) -> Path:
         """The model while it is being saved; renamed to ``model_dir`` once complete."""
         return self.path / f".{MODEL_DIR}{PARTIAL_SUFFIX}"
+
+    @property
+    def outputs_file(self) -> Path:
+        """The generated text of every evaluated example, with its reference."""
+        return self.path / OUTPUTS_FILE
 
     @property
     def checkpoints_dir(self) -> Path:

@@ -6,6 +6,7 @@ from peftbench.errors import PeftbenchError, RecordError
 from peftbench.recipe.schema import Recipe
 from peftbench.record import FINAL_OUTCOMES, RunRecord, read_record
 from peftbench.run_dir.layout import RunDir
+from peftbench.run_dir.saved_model import has_model_of
 
 
 def load_matching_record(recipe: Recipe) -> RunRecord | None:
@@ -21,9 +22,12 @@ def load_matching_record(recipe: Recipe) -> RunRecord | None:
 
 
 def load_existing_result(recipe: Recipe) -> RunRecord | None:
-    """Return the record of ``recipe`` if its outcome is final and its data has not changed, else None."""
+    """Return the record of ``recipe`` if its outcome is final, its data is unchanged and its model exists."""
     record = load_matching_record(recipe)
     if record is None or record.outcome.kind not in FINAL_OUTCOMES:
+        return None
+    is_saved = record.outcome.kind == "ok" and recipe.save_model and recipe.method.is_trainable
+    if is_saved and not has_model_of(RunDir.from_recipe(recipe).path, record):
         return None
     source = recipe.data.source
     try:

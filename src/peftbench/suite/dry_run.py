@@ -17,6 +17,7 @@ from peftbench.recipe.differences import format_value
 from peftbench.record import FINAL_OUTCOMES, RunRecord, read_record
 from peftbench.run_dir.layout import RunDir
 from peftbench.run_dir.lock import is_locked
+from peftbench.run_dir.saved_model import has_model_of
 from peftbench.suite.results import ResultFinder
 
 if TYPE_CHECKING:
@@ -104,7 +105,9 @@ def _explain_rerun(recipe: Recipe, record: RunRecord, finder: ResultFinder) -> s
     old, new = drop_neutral_keys(record.recipe), drop_neutral_keys(resolved.model_dump(mode="json"))
     differences = list_differences(old, new)
     if not differences:
-        return "its data has changed"
+        is_saved = record.outcome.kind == "ok" and recipe.save_model and recipe.method.is_trainable
+        has_model = has_model_of(RunDir.from_recipe(recipe).path, record)
+        return "its saved model is missing" if is_saved and not has_model else "its data has changed"
     shown = [
         f"{key} was {format_value(before)}, now {format_value(after)}"
         for key, before, after in differences[:_MAX_LISTED_KEYS]

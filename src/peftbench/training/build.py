@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +17,7 @@ from peftbench.common.dtypes import get_autocast_dtype
 from peftbench.data.batches import Batches, EncodedExamples
 from peftbench.distributed import deepspeed
 from peftbench.distributed.accelerator import AcceleratorContext, verify_engine_config
-from peftbench.errors import OutOfRangeError
+from peftbench.errors import ModelError, OutOfRangeError
 from peftbench.feature_cache.cached_training import open_feature_cache
 from peftbench.modeling.activation_offload import ActivationOffload
 from peftbench.modeling.loading import LoadedModel, load_model
@@ -86,6 +87,28 @@ def load_base_model(recipe: Recipe) -> LoadedModel:
     """
     set_seed(recipe.train.seed)
     return load_model(recipe.model, get_autocast_dtype(recipe.train.resolved_precision))
+
+
+def load_trained_base_model(recipe: Recipe, model_dir: Path, base_fingerprint: str) -> LoadedModel:
+    """Load the base model of a training that is saved in ``model_dir``, with the trained weights that are part of it.
+
+    A method that keeps the base frozen adds its weights with :meth:`peftbench.methods.base.Method.load`.
+
+    Raises:
+        ModelError, HubUnreachableError: as in :func:`load_base_model`.
+        ModelError: the base model has changed since the training.
+    """
+    if recipe.method.keeps_base_frozen:
+        base = load_base_model(recipe)
+        if base.fingerprint != base_fingerprint:
+            raise ModelError(
+                f"the base model {recipe.model.path} has changed since {model_dir} was trained on it",
+                "train again, or restore the base model",
+            )
+        return base
+    saved = {"path": str(model_dir), "tokenizer": None, "revision": None, "init": "pretrained"}
+    loaded = load_model(recipe.model.model_copy(update=saved), get_autocast_dtype(recipe.train.resolved_precision))
+    return replace(loaded, fingerprint=base_fingerprint)
 
 
 def apply_method(recipe: Recipe, base: LoadedModel, context: AcceleratorContext) -> AdaptedModel:

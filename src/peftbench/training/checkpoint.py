@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 PER_RANK_KEYS = ("rng_state", "probe", "measurements")
 """Parts of a state that differ between processes even if the model is replicated."""
-_FORMAT_VERSION = 2  # raise it when the files or keys of a checkpoint change
+_FORMAT_VERSION = 3  # raise it when the files or keys of a checkpoint change
 _READ_ERRORS = (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError)
 _WRITE_ERRORS = (OSError, SafetensorError, TypeError, RuntimeError, MemoryError)
 
@@ -46,9 +46,13 @@ _WRITE_ERRORS = (OSError, SafetensorError, TypeError, RuntimeError, MemoryError)
 class CheckpointMetadata:
     """Identifies the training that wrote a checkpoint, and the environment it ran in."""
 
-    recipe_fingerprint: str
+    training_fingerprint: str
+    """Of the recipe keys that change a trained weight."""
+    measurement_fingerprint: str
+    """Of those, and the keys that change a measurement of the training."""
     model_fingerprint: str
     data_fingerprint: str
+    """Of the training split."""
     engine: str
     world_size: int
     device: str
@@ -57,7 +61,7 @@ class CheckpointMetadata:
     @property
     def training_id(self) -> str:
         """Hash of recipe, base model and data; names the folder of this training's checkpoints."""
-        identity = json.dumps([self.recipe_fingerprint, self.model_fingerprint, self.data_fingerprint])
+        identity = json.dumps([self.training_fingerprint, self.model_fingerprint, self.data_fingerprint])
         return hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
 
     @property
@@ -185,10 +189,10 @@ class CheckpointManager:
         return checkpoint
 
     def _select_latest(self) -> tuple[CheckpointRef | None, list[str], str | None]:
-        others = [path for path in self.directory.parent.glob("*") if path.is_dir() and path != self.directory]
+        others = sorted(path for path in self.directory.parent.glob("*") if path.is_dir() and path != self.directory)
         if error_message := self._find_old_format():
             return None, [], error_message
-        notes = [f"{path} has checkpoints of another recipe, base model or data; kept" for path in sorted(others)]
+        notes = [f"{path} has checkpoints of another training (recipe, base model or data); kept" for path in others]
         for path in self.directory.glob(f"*{PARTIAL_SUFFIX}"):
             shutil.rmtree(path, ignore_errors=True)
         for path in self.list_checkpoints():
@@ -234,7 +238,8 @@ class CheckpointManager:
         Raises:
             CheckpointError: a process cannot read its files; all processes raise.
         """
-        rank, own = self.accelerator.process_index, checkpoint.metadata == self.metadata
+        own_metadata = replace(self.metadata, measurement_fingerprint=checkpoint.metadata.measurement_fingerprint)
+        rank, own = self.accelerator.process_index, checkpoint.metadata == own_metadata
         state: dict[str, Any] = {}
         problem = None
         try:

@@ -15,11 +15,10 @@ from peftbench.evaluation.evaluator import Evaluator, build_quality
 from peftbench.methods.base import Method
 from peftbench.methods.baselines import ZeroShot
 from peftbench.methods.full import Full
-from peftbench.profiler.probe import Probe
 from peftbench.recipe.schema import Evaluate
 from peftbench.training.loop import train_step
 from tests.helpers.batches import one_batch
-from tests.helpers.evaluators import ApplyMethod, BuildEvaluator
+from tests.helpers.evaluators import ApplyMethod, BuildEvaluator, evaluate_all
 from tests.helpers.methods import every_architecture, every_method
 from tests.helpers.training import (
     assemble_training,
@@ -130,7 +129,7 @@ def test_quality_has_all_metrics_and_samples(
     """It has the number of examples, the metrics, and the requested number of samples with their references."""
     model = apply_method(ZeroShot(), "gpt2_tied")
     evaluator = build_evaluator(ZeroShot(), model, saved_samples=3, teacher_forced=True)
-    quality = evaluator.evaluate(Probe(torch.device("cpu")))
+    quality = evaluate_all(evaluator)
     assert (quality.split, quality.num_examples) == ("test", 7)
     assert quality.loss == evaluator.compute_held_out_loss().loss
     assert quality.loss is not None
@@ -172,7 +171,7 @@ def test_examples_fingerprint_depends_on_examples_and_order(
 def test_rouge_is_none_without_generation(apply_method: ApplyMethod, build_evaluator: BuildEvaluator) -> None:
     """The loss is computed; ROUGE, teacher-forced ROUGE and samples are absent."""
     model = apply_method(ZeroShot(), "gpt2_tied")
-    quality = build_evaluator(ZeroShot(), model, generate=False).evaluate(Probe(torch.device("cpu")))
+    quality = evaluate_all(build_evaluator(ZeroShot(), model, generate=False))
     assert quality.loss is not None
     assert quality.rouge is None
     assert quality.teacher_forced_argmax_rouge is None

@@ -102,7 +102,7 @@ def test_fingerprint_of_a_hub_model_is_its_commit(base_folder: Folder) -> None:
     """Transformers stores the commit in the config of a model from the hub."""
     base = loading.load_model(Model(path=str(base_folder("gpt2_tied"))))
     base.model.config._commit_hash = "0123abc"
-    assert loading.compute_model_fingerprint(base.model, Model(path="some/model")) == "commit 0123abc"
+    assert loading.compute_model_fingerprint(base.model.config, Model(path="some/model")) == "commit 0123abc"
 
 
 def test_recipe_dropout_sets_every_dropout_rate(base_folder: Folder) -> None:

@@ -22,6 +22,7 @@ from peftbench.modeling.loss import LabeledLogitsLoss
 from peftbench.optim import SGD
 from peftbench.record import RunRecord, read_record
 from peftbench.run.runner import Run
+from peftbench.run_dir.saved_model import has_model_of
 from tests.helpers.methods import every_method
 from tests.helpers.workshop import Workshop
 
@@ -121,16 +122,16 @@ def test_held_out_loss_that_is_not_finite_is_a_divergence(workshop: Workshop) ->
     record = workshop.run(recipe)
     assert (record.outcome.kind, record.outcome.phase, record.outcome.step) == ("diverged", "evaluate", 1)
     assert record.steps == 1
-    assert not (workshop.output / "run" / "model").exists()
+    assert (workshop.output / "run" / "model").exists()
     assert read_record(workshop.output / "run" / "record.json").outcome == record.outcome
 
 
 def test_new_run_replaces_the_saved_model(workshop: Workshop) -> None:
-    """The model folder has only files of the last run: none of another method, and no model after a divergence."""
+    """The model folder has only files of the last run that finished its training: a divergence keeps the old model."""
     folder = workshop.output / "run" / "model"
     workshop.run(workshop.recipe(Full(), save_model=True))
     assert (folder / "model.safetensors").exists()
-    workshop.run(workshop.recipe(Lora(r=2), save_model=True))
+    kept = workshop.run(workshop.recipe(Lora(r=2), save_model=True))
     assert (folder / "adapter_model.safetensors").exists()
     assert not (folder / "model.safetensors").exists()
     diverging = workshop.recipe(
@@ -142,7 +143,15 @@ def test_new_run_replaces_the_saved_model(workshop: Workshop) -> None:
     assert 2 <= record.outcome.step <= 8
     assert record.steps == record.outcome.step - 1
     assert read_record(workshop.output / "run" / "record.json") == record
-    assert not folder.exists()
+    assert has_model_of(workshop.output / "run", kept)
+    assert not has_model_of(workshop.output / "run", record)
+
+
+def test_run_that_saves_no_model_deletes_the_old_one(workshop: Workshop) -> None:
+    """Its record replaces the one that described the model."""
+    workshop.run(workshop.recipe(Lora(r=2), save_model=True))
+    workshop.run(workshop.recipe(Lora(r=2)))
+    assert not (workshop.output / "run" / "model").exists()
 
 
 def test_interrupt_while_saving_leaves_no_partial_model(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +174,7 @@ def test_data_fingerprint_is_computed_before_training(workshop: Workshop, monkey
     fingerprint = workshop.source.fingerprint()
 
     def remove_source(_: torch.Tensor) -> torch.Tensor:
-        monkeypatch.setattr(Files, "fingerprint", lambda _: pytest.fail("computed again"))
+        monkeypatch.setattr(Files, "fingerprint", lambda *_: pytest.fail("computed again"))
         return torch.ones((), requires_grad=True)
 
     monkeypatch.setattr(LabeledLogitsLoss, "__call__", fail_from_call(1, remove_source))

@@ -13,6 +13,7 @@ from peftbench.recipe.schema import Recipe
 from peftbench.record import Outcome, OutcomeKind
 from peftbench.run_dir.layout import RunDir
 from peftbench.run_dir.results import load_existing_result
+from peftbench.run_dir.saved_model import TrainingIdentity
 from tests.unit.report.records import build_record
 
 
@@ -34,10 +35,13 @@ def recipe(tmp_path: Path) -> Recipe:
 def write_record(recipe: Recipe, **changes: Any) -> None:
     """Write a record of ``recipe`` with ``changes``."""
     values = {
+        "recipe": recipe.model_dump(mode="json"),
         "recipe_fingerprint": recipe.fingerprint(),
         "data_fingerprint": recipe.data.source.fingerprint(),
     } | changes
-    build_record("run", "lora", 10, **values).write(RunDir.from_recipe(recipe).path)
+    run_dir = RunDir.from_recipe(recipe)
+    build_record("run", "lora", 10, **values).write(run_dir.path)
+    run_dir.model_dir.mkdir(exist_ok=True)
 
 
 def test_result_exists_once_the_record_is_written(recipe: Recipe) -> None:
@@ -76,4 +80,32 @@ def test_unreadable_record_is_no_result(recipe: Recipe) -> None:
     """A damaged record counts as missing."""
     write_record(recipe)
     RunDir.from_recipe(recipe).record_file.write_text("{", encoding="utf-8")
+    assert load_existing_result(recipe) is None
+
+
+@pytest.mark.parametrize(("kind", "needs_model"), [("ok", True), ("oom", False)])
+@pytest.mark.parametrize("save_model", [True, False])
+def test_result_needs_the_saved_model(kind: OutcomeKind, needs_model: bool, save_model: bool, recipe: Recipe) -> None:
+    """A finished run whose model was deleted is repeated, if its recipe saves one."""
+    recipe = recipe.model_copy(update={"save_model": save_model})
+    write_record(recipe, outcome=Outcome(kind=kind))
+    RunDir.from_recipe(recipe).model_dir.rmdir()
+    assert (load_existing_result(recipe) is None) == (needs_model and save_model)
+
+
+def test_model_of_another_training_is_no_result(recipe: Recipe) -> None:
+    """A run that was killed between its model and its record leaves the older record, which is not a result."""
+    write_record(recipe, started_at="2026-01-02T00:00:00+00:00")
+    identity = TrainingIdentity(
+        run="run",
+        started_at="2026-01-02T00:00:00+00:00",
+        training_fingerprint=recipe.fingerprint_training(),
+        measurement_fingerprint="b",
+        model_fingerprint="c",
+        data_fingerprint="d",
+    )
+    model_dir = RunDir.from_recipe(recipe).model_dir
+    identity.write(model_dir)
+    assert load_existing_result(recipe) is not None
+    identity.model_copy(update={"started_at": "2026-01-03T00:00:00+00:00"}).write(model_dir)
     assert load_existing_result(recipe) is None

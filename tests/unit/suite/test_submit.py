@@ -130,6 +130,7 @@ def test_active_and_finished_runs_are_skipped(submit: Submit, slurm: Callable[..
     recipe = load_recipe([Path("out/two/recipe.yaml")], [])
     values = {"recipe_fingerprint": recipe.fingerprint(), "data_fingerprint": recipe.data.source.fingerprint()}
     minimal_record(name="two", **values).write(Path("out/two"))
+    Path("out/two/model").mkdir()
     result = submit("suite.yaml")
     assert result.stdout == "nothing left to submit\n"
     assert "skipped 1 run with a result" in result.stderr
@@ -149,6 +150,7 @@ def test_finished_run_with_auto_settings_is_submitted(key: str, submit: Submit, 
         "data_fingerprint": recipe.data.source.fingerprint(),
     }
     minimal_record(name="two", **values).write(Path("out/two"))
+    Path("out/two/model").mkdir()
     assert submit("two.yaml").stdout == "nothing left to submit\n"
     result = submit("two.yaml", key)
     assert "submitted job" in result.stdout

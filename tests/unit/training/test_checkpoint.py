@@ -27,7 +27,7 @@ from tests.helpers.methods import one_method_fast
 from tests.helpers.paths import RECORD_V1
 from tests.helpers.workshop import Workshop
 
-METADATA = CheckpointMetadata("recipe", "model", "data", "single", 1, "cpu", {"torch": "1"})
+METADATA = CheckpointMetadata("training", "settings", "model", "data", "single", 1, "cpu", {"torch": "1"})
 
 MakeManager = Callable[..., CheckpointManager]
 
@@ -116,7 +116,7 @@ def test_checkpoint_of_the_old_format_is_refused(has_record: bool, make_manager:
         make_manager().latest()
     replaced = f"; the run then replaces {tmp_path / 'record.json'}, a record of schema 1" if has_record else ""
     assert str(refusal.value) == (
-        f"Cannot resume from {old}: it has checkpoint format 1, and this version reads format 2; "
+        f"Cannot resume from {old}: it has checkpoint format 1, and this version reads format 3; "
         f"delete {old.parent} to start over{replaced}"
     )
     assert (old / "checkpoint.json").exists()
@@ -178,14 +178,14 @@ def test_unfinished_checkpoint_is_ignored_and_replaced(make_manager: MakeManager
     assert len(list(manager.directory.iterdir())) == 1
 
 
-@pytest.mark.parametrize("field", ["recipe_fingerprint", "model_fingerprint", "data_fingerprint"])
+@pytest.mark.parametrize("field", ["training_fingerprint", "model_fingerprint", "data_fingerprint"])
 def test_checkpoints_of_another_training_are_ignored_and_kept(field: str, make_manager: MakeManager) -> None:
     """Another recipe, base model or data: its checkpoints are not loaded, not deleted, and noted."""
     make_manager().save(1, state(1))
     make_manager().save(9, state(9))
     other = make_manager(keep=1, **{field: "another"})
     assert other.latest() is None
-    assert "another recipe, base model or data" in other.notes[0]
+    assert "another training (recipe, base model or data)" in other.notes[0]
     other.save(5, state(5))  # an earlier step than the other training's
     assert load_latest_step(other) == 5
     other.delete_all()

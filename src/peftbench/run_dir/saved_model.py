@@ -1,0 +1,61 @@
+"""training.json in a saved model's folder: the training that the model comes from.
+
+It connects the model with the run's record, so that a record is never taken to describe the model of another training.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from peftbench.common.filesystem import write_atomically
+from peftbench.common.fingerprint import EVALUATION_KEYS, MEASUREMENT_KEYS, exclude_keys, fingerprint_recipe
+from peftbench.common.schema import RecordModel
+from peftbench.record import RunRecord
+from peftbench.run_dir.layout import TRAINING_FILE, RunDir
+
+
+class TrainingIdentity(RecordModel):
+    """The training that a saved model comes from."""
+
+    run: str
+    """Name of the run."""
+    started_at: str
+    """``started_at`` of the run's record."""
+    training_fingerprint: str
+    """Hash of the recipe keys that change a trained weight."""
+    measurement_fingerprint: str
+    """Hash of those and of the keys that change a measurement of the training."""
+    model_fingerprint: str
+    """Fingerprint of the base model."""
+    data_fingerprint: str
+    """Fingerprint of the training split."""
+
+    def write(self, model_dir: Path) -> None:
+        """Write the file into a folder with a saved model.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        write_atomically(model_dir / TRAINING_FILE, self.model_dump_json(indent=1) + "\n")
+
+
+def read_training_identity(run_dir: Path) -> TrainingIdentity | None:
+    """Return the training that the saved model in ``run_dir`` comes from, None if it has no such model."""
+    try:
+        return TrainingIdentity.model_validate_json((RunDir(run_dir).model_dir / TRAINING_FILE).read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def has_model_of(run_dir: Path, record: RunRecord) -> bool:
+    """True if ``run_dir`` has the saved model that ``record`` describes. One without training.json is accepted."""
+    identity = read_training_identity(run_dir)
+    return RunDir(run_dir).model_dir.is_dir() and (identity is None or describes_model(record, identity))
+
+
+def describes_model(record: RunRecord, identity: TrainingIdentity) -> bool:
+    """True if ``record`` is that of the training with this identity."""
+    fingerprint = fingerprint_recipe(record.recipe, exclude_keys(*EVALUATION_KEYS, *MEASUREMENT_KEYS))
+    return (identity.started_at, identity.training_fingerprint) == (record.started_at, fingerprint)

@@ -1,0 +1,285 @@
+"""A finished training is kept when its evaluation fails, and its saved model is evaluated without training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peftbench.data.sources import Files
+from peftbench.errors import ModelError, RecordError
+from peftbench.evaluation.evaluator import Evaluator
+from peftbench.evaluation.metrics.registry import TEXT_METRICS
+from peftbench.methods.base import Method
+from peftbench.methods.full import Full
+from peftbench.methods.last_layer import LastLayer
+from peftbench.methods.lora import Lora
+from peftbench.recipe.schema import Evaluate, Profile, Recipe
+from peftbench.record import RunRecord, read_record
+from peftbench.run.outcome import UNEVALUATED
+from peftbench.run.rescoring import rescore_outputs
+from peftbench.run.runner import Run
+from peftbench.training import loop
+from tests.helpers.corpus import examples, write_corpus
+from tests.helpers.methods import every_method
+from tests.helpers.short_runs import use_small_matmul
+from tests.helpers.training import reset_accelerators
+from tests.helpers.workshop import Workshop
+
+OOM = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has")
+
+
+def fail_generation(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """Make every batch of generation raise ``error``."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Evaluator, "_generate", fail)
+
+
+def forbid_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a test fail if a step is trained."""
+    monkeypatch.setattr(loop, "train_step", lambda *_, **__: pytest.fail("a step was trained"))
+
+
+def evaluate(recipe: Recipe) -> RunRecord:
+    """Evaluate the saved model of ``recipe`` and return the record."""
+    reset_accelerators()
+    with use_small_matmul():
+        return Run(recipe, evaluate_only=True).execute()[0]
+
+
+def with_evaluation(recipe: Recipe, **keys: Any) -> Recipe:
+    """Return ``recipe`` with keys of ``evaluate`` replaced."""
+    return recipe.model_copy(update={"evaluate": Evaluate(**{**recipe.evaluate.model_dump(), **keys})})
+
+
+@every_method
+def test_saved_model_is_evaluated_to_the_same_quality(
+    method: Method, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss and texts equal those of the process that trained, and the training's measurements are kept."""
+    recipe = workshop.recipe(method, save_model=True, evaluate={"generate": True, "teacher_forced": True})
+    trained = workshop.run(recipe)
+    outputs = (workshop.output / "run" / "outputs.jsonl").read_text(encoding="utf-8")
+    forbid_training(monkeypatch)
+    record = evaluate(recipe)
+    assert record.outcome.kind == "ok"
+    assert trained.quality is not None
+    assert record.quality is not None
+    assert record.quality.loss == pytest.approx(trained.quality.loss, rel=1e-6)
+    assert record.quality.rouge == trained.quality.rouge
+    assert (workshop.output / "run" / "outputs.jsonl").read_text(encoding="utf-8") == outputs
+    changed = {"quality", "phase_seconds", "memory"}
+    assert record.model_dump(exclude=changed) == trained.model_dump(exclude=changed)
+    kept = {"load", "build", "train", "save"}
+    assert {name: record.phase_seconds[name] for name in kept} == {name: trained.phase_seconds[name] for name in kept}
+
+
+def test_generation_out_of_memory_keeps_model_and_loss(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record has the held-out loss, the throughput and the phase; the model is saved and can be evaluated."""
+    recipe = workshop.recipe(Lora(r=2), save_model=True, evaluate={"generate": True}, profile=Profile(untimed_steps=1))
+    with monkeypatch.context() as patch:
+        fail_generation(patch, OOM)
+        record = workshop.run(recipe)
+    assert (record.outcome.kind, record.outcome.phase) == ("oom", "generate")
+    assert record.quality is not None
+    assert record.quality.loss is not None
+    assert record.throughput is not None
+    assert record.notes[-1] == "evaluate.batch_size=16 ran out of memory; it was halved to 1"
+    forbid_training(monkeypatch)
+    evaluated = evaluate(with_evaluation(recipe, batch_size=1))
+    assert evaluated.outcome.kind == "ok"
+    assert evaluated.quality is not None
+    assert evaluated.quality.rouge is not None
+    assert evaluated.quality.loss == pytest.approx(record.quality.loss)
+    assert evaluated.recipe["evaluate"]["batch_size"] == 1
+    assert evaluated.throughput == record.throughput
+
+
+@pytest.mark.parametrize("error", [OOM, RuntimeError("a bug"), KeyboardInterrupt()], ids=["oom", "failed", "stopped"])
+@pytest.mark.parametrize("save_model", [True, False])
+def test_rerun_after_a_failed_evaluation_trains_nothing(
+    save_model: bool, error: BaseException, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mended recipe, started again, evaluates the saved model or, without one, resumes from the last step."""
+    recipe = workshop.recipe(Lora(r=2), save_model=save_model, evaluate={"generate": True})
+    with monkeypatch.context() as patch:
+        fail_generation(patch, error)
+        try:
+            workshop.run(recipe)
+        except RuntimeError:
+            assert str(error) == "a bug"
+    forbid_training(monkeypatch)
+    record = workshop.run(with_evaluation(recipe, batch_size=2))
+    assert record.outcome.kind == "ok"
+    assert len(record.step_losses) == 3
+    assert record.quality is not None
+    assert record.quality.rouge is not None
+
+
+def test_killed_evaluation_leaves_a_record_of_the_training(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record that a kill would leave is written before the evaluation, and has the training's measurements."""
+    record_file, seen = workshop.output / "run" / "record.json", []
+
+    def read_and_fail(*_: object) -> None:
+        seen.append(read_record(record_file))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Evaluator, "_compute_losses", read_and_fail)
+    workshop.run(workshop.recipe(Full(), save_model=True, profile=Profile(untimed_steps=1)))
+    (record,) = seen
+    assert (record.outcome.kind, record.outcome.phase, record.outcome.error) == ("failed", "evaluate", UNEVALUATED)
+    assert len(record.step_losses) == 3
+    assert record.throughput is not None
+    assert record.compute.matmul_flops_per_second is not None
+
+
+def test_batch_is_halved_until_it_fits(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of more than 3 examples run out of memory: 5 becomes 2, every example counts once, and it is noted."""
+    compute, sizes = Evaluator._compute_losses, []
+
+    def fail_if_large(self: Evaluator, rows: list[dict[str, Any]]) -> list[tuple[float, int]]:
+        sizes.append(len(rows))
+        if len(rows) > 3:
+            raise OOM
+        return compute(self, rows)
+
+    recipe = workshop.recipe(Full(), evaluate={"batch_size": 5})
+    expected = workshop.run(recipe).quality
+    monkeypatch.setattr(Evaluator, "_compute_losses", fail_if_large)
+    record = workshop.run(recipe)
+    assert sizes == [5, 2, 2, 2, 2]
+    assert record.outcome.kind == "ok"
+    assert record.notes == ("evaluate.batch_size=5 ran out of memory; it was halved to 2",)
+    assert expected is not None
+    assert record.quality is not None
+    assert record.quality.loss == pytest.approx(expected.loss)
+    assert record.quality.per_example is not None
+    assert len(record.quality.per_example.loss) == 8
+
+
+def test_metrics_are_computed_again_from_the_outputs(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure of a metric loses no text, and neither model nor data is needed for another attempt."""
+    recipe = workshop.recipe(Lora(r=2), save_model=True, evaluate={"generate": True, "saved_samples": 2})
+    complete = workshop.run(recipe)
+
+    def fail(*_: object) -> dict[str, tuple[float, ...]]:
+        raise ZeroDivisionError("a bug of a metric")
+
+    with monkeypatch.context() as patch:
+        patch.setitem(TEXT_METRICS, "rouge", fail)
+        with pytest.raises(ZeroDivisionError):
+            workshop.run(recipe)
+    failed = read_record(workshop.output / "run" / "record.json")
+    assert failed.outcome.kind == "failed"
+    assert failed.quality is not None
+    assert failed.quality.rouge is None
+    assert len(failed.quality.samples) == 2
+    monkeypatch.setattr(Files, "load", lambda *_: pytest.fail("the data was loaded"))
+    outcome, path = rescore_outputs(recipe)
+    record = read_record(path)
+    assert outcome == record.outcome
+    assert record.outcome.kind == "ok"
+    assert record.quality == complete.quality
+
+
+def test_outputs_have_every_example(workshop: Workshop) -> None:
+    """One line per example of the split, in its order, also the teacher-forced text."""
+    workshop.run(workshop.recipe(Full(), evaluate={"generate": True, "teacher_forced": True, "saved_samples": 1}))
+    lines = (workshop.output / "run" / "outputs.jsonl").read_text(encoding="utf-8").splitlines()
+    outputs = [json.loads(line) for line in lines]
+    assert [output["reference"] for output in outputs] == list(workshop.source.load("test")["summary"])
+    assert all(set(output) == {"id", "reference", "generated", "teacher_forced"} for output in outputs)
+
+
+def test_outputs_of_an_earlier_run_are_deleted(workshop: Workshop) -> None:
+    """A record without generated texts does not keep those of the run that it replaces."""
+    workshop.run(workshop.recipe(Full(), evaluate={"generate": True}))
+    workshop.run(workshop.recipe(Full()))
+    assert not (workshop.output / "run" / "outputs.jsonl").exists()
+    with pytest.raises(RecordError, match=r"outputs\.jsonl cannot be read"):
+        rescore_outputs(workshop.recipe(Full()))
+
+
+@pytest.mark.parametrize("damage", ["{", '{"id": "0"}', ""])
+def test_damaged_outputs_are_refused(damage: str, workshop: Workshop) -> None:
+    """The sentence names the line or the difference, and the record is unchanged."""
+    recipe = workshop.recipe(Full(), evaluate={"generate": True})
+    record = workshop.run(recipe)
+    path = workshop.output / "run" / "outputs.jsonl"
+    path.write_text(path.read_text(encoding="utf-8").replace("\n", f"\n{damage}\n", 1), encoding="utf-8")
+    with pytest.raises(RecordError, match=r"line 2 of .* is not an output"):
+        rescore_outputs(recipe)
+    path.write_text(path.read_text(encoding="utf-8").partition("\n")[0] + "\n", encoding="utf-8")
+    with pytest.raises(RecordError, match="not those of the evaluated examples"):
+        rescore_outputs(recipe)
+    assert read_record(workshop.output / "run" / "record.json") == record
+
+
+@pytest.mark.parametrize(
+    ("changes", "trains"),
+    [
+        ({"evaluate": Evaluate(generate=False, max_new_tokens=4, bootstrap_resamples=100)}, False),
+        ({"profile": Profile(untimed_steps=1)}, True),
+        ({"method": Lora(r=4)}, True),
+        ({}, True),
+    ],
+    ids=["evaluation", "profile", "method", "unchanged"],
+)
+def test_only_a_changed_evaluation_reuses_the_model(changes: dict[str, Any], trains: bool, workshop: Workshop) -> None:
+    """What changes a measurement is measured again, and a complete run that is requested again is repeated."""
+    recipe = workshop.recipe(Lora(r=2), save_model=True)
+    first = workshop.run(recipe)
+    second = workshop.run(recipe.model_copy(update=changes))
+    assert (second.step_seconds != first.step_seconds) == trains
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_changed_training_data_is_trained_on(split: str, workshop: Workshop, tmp_path: Path) -> None:
+    """A change of the evaluated split keeps the training; a change of the training split does not."""
+    splits = {name: examples(8, seed=seed) for seed, name in enumerate(("train", "validation", "test"))}
+    (tmp_path / "data").mkdir()
+    source = write_corpus(tmp_path / "data", splits)
+    recipe = workshop.recipe(Lora(r=2), save_model=True, data={"source": source}, train={"steps": 2})
+    first = workshop.run(recipe)
+    write_corpus(tmp_path / "data", splits | {split: examples(9, seed=9)})
+    second = workshop.run(recipe)
+    assert second.num_examples == {"train": 9 if split == "train" else 8, "test": 9 if split == "test" else 8}
+    assert (second.step_seconds == first.step_seconds) == (split == "test")
+
+
+@pytest.mark.parametrize("method", [Lora(r=2), LastLayer()], ids=["lora", "last_layer"])
+def test_changed_base_model_is_noticed(method: Method, workshop: Workshop, tmp_path: Path) -> None:
+    """An adapter is not evaluated on another base model; a whole model does not need its base."""
+    from safetensors.torch import load_file, save_file
+
+    base = tmp_path / "base"
+    base.mkdir()
+    for file in workshop.base_folder("gpt2_tied").iterdir():
+        (base / file.name).write_bytes(file.read_bytes())
+    recipe = workshop.recipe(method, save_model=True, model={"path": str(base)})
+    first = workshop.run(recipe)
+    weights = load_file(base / "model.safetensors")
+    save_file({name: tensor + 0.01 for name, tensor in weights.items()}, base / "model.safetensors", {"format": "pt"})
+    if method.keeps_base_frozen:
+        with pytest.raises(ModelError, match="has changed since"):
+            evaluate(recipe)
+    else:
+        assert evaluate(recipe).quality == first.quality
+    assert workshop.run(with_evaluation(recipe, batch_size=2)).step_seconds != first.step_seconds
+
+
+def test_evaluation_refuses_another_training(workshop: Workshop) -> None:
+    """Without a saved model, or with that of another recipe, there is nothing to evaluate."""
+    recipe = workshop.recipe(Lora(r=2), save_model=True)
+    with pytest.raises(RecordError, match="has no saved model of a finished training"):
+        evaluate(recipe)
+    assert not (workshop.output / "run").exists()
+    workshop.run(recipe)
+    with pytest.raises(RecordError, match="was trained with another recipe"):
+        evaluate(recipe.model_copy(update={"method": Lora(r=4)}))
