@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -93,9 +96,8 @@ def create_stop_file(project: Path, _process: subprocess.Popen[str]) -> None:
     (project / "out" / "run" / ".stop").touch()
 
 
-STOP_REQUESTS = {name: signal_sender(signal.Signals[name]) for name in ("SIGINT", "SIGTERM", "SIGUSR1")} | {
-    "file": create_stop_file
-}
+SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
+STOP_REQUESTS = {name: signal_sender(signal.Signals[name]) for name in SIGNALS} | {"file": create_stop_file}
 
 
 @pytest.mark.parametrize("way", [pytest.param(way, marks=pytest.mark.slow) for way in STOP_REQUESTS])
@@ -148,7 +150,7 @@ def wait_for_generation(project: Path, process: subprocess.Popen[str]) -> None:
 
 @pytest.mark.slow
 def test_stop_during_evaluation(project: Path, caches: dict[str, str]) -> None:
-    """The trained weights are saved, only the evaluation is repeated, and repeated signals have no further effect."""
+    """The trained model is saved, only the evaluation is repeated, and repeated signals have no further effect."""
     overrides = LONG_EVALUATION
     process = start_run(ONE_PROCESS, project, caches, *overrides)
     wait_for_generation(project, process)
@@ -162,7 +164,7 @@ def test_stop_during_evaluation(project: Path, caches: dict[str, str]) -> None:
     resumed = run([*ONE_PROCESS, *ARGUMENTS, *overrides], project, caches)
     assert resumed.returncode == 0, resumed.stderr
     record = record_of(project, "run")
-    assert record["resumed_after"] == [STEPS]
+    assert record["step_seconds"] == stopped["step_seconds"]
     assert record["step_losses"] == stopped["step_losses"]
     assert record["quality"]["rouge"] is not None
 
@@ -305,7 +307,7 @@ def test_two_processes_stop_at_the_same_step(
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("way", ["file", "one rank"])
 def test_two_processes_stop_during_evaluation(way: str, project: Path, caches: dict[str, str]) -> None:
-    """One record exists, and the trained weights are saved."""
+    """One record exists, the trained model is saved, and only the evaluation is repeated."""
     overrides = [*LONG_EVALUATION, f"checkpoint.interval={STEPS}"]
     process = start_run(TWO_PROCESSES, project, caches, *overrides)
     wait_for_generation(project, process)
@@ -322,8 +324,89 @@ def test_two_processes_stop_during_evaluation(way: str, project: Path, caches: d
     resumed = run([*TWO_PROCESSES, *ARGUMENTS, *overrides], project, caches)
     assert resumed.returncode == 0, resumed.stderr
     record = record_of(project, "run")
-    assert record["resumed_after"] == [STEPS]
+    assert record["step_seconds"] == stopped["step_seconds"]
     assert record["step_losses"] == stopped["step_losses"]
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("phase", ["train", "generate"])
+def test_killed_rank_is_named(phase: str, project: Path, caches: dict[str, str]) -> None:
+    """A rank that the kernel kills ends the run as failed, and the record keeps the trained steps."""
+    overrides = ["train.steps=100000"] if phase == "train" else LONG_EVALUATION
+    process = start_run(TWO_PROCESSES, project, caches, *overrides)
+    if phase == "train":
+        wait_for_training(project, process)
+        time.sleep(1.5)
+    else:
+        wait_for_generation(project, process)
+    pid = json.loads((project / "out" / "run" / "status.json").read_text(encoding="utf-8"))["pid"]
+    (other,) = (c for c in psutil.Process(process.pid).children(recursive=True) if c.pid != pid)
+    other.kill()
+    output, errors = process.communicate(timeout=90)
+    record = record_of(project, "run")
+    assert record["outcome"]["kind"] == json.loads(output.strip().splitlines()[-1])["outcome"] == "failed", errors
+    assert record["outcome"]["error"].startswith("process 1 is gone: it was killed")
+    assert len(record["step_losses"]) == record["steps"] > 0
+    if phase == "generate":
+        assert record["quality"]["loss"] is not None
+        resumed = run([*TWO_PROCESSES, *ARGUMENTS, *overrides], project, caches)
+        assert resumed.returncode == 0, resumed.stderr
+        assert record_of(project, "run")["step_seconds"] == record["step_seconds"]
+
+
+@pytest.mark.slow
+def test_closed_terminal_saves_a_step(project: Path, caches: dict[str, str]) -> None:
+    """A run on a terminal that is closed, like a lost ssh session, saves a checkpoint and writes its record."""
+    controller, terminal = pty.openpty()
+    process = subprocess.Popen(
+        ["setsid", "--ctty", *ONE_PROCESS, *ARGUMENTS, "train.steps=100000"],
+        cwd=project,
+        env=caches,
+        text=True,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+    )
+    os.close(terminal)
+    reader = threading.Thread(target=drain, args=(controller,), daemon=True)
+    reader.start()
+    wait_for_training(project, process)
+    time.sleep(0.5)
+    os.close(controller)
+    assert process.wait(timeout=60) == 72
+    outcome = record_of(project, "run")["outcome"]
+    assert outcome["error"] == f"stopped by SIGHUP; checkpoint of step {outcome['step']}"
+
+
+def drain(controller: int) -> None:
+    """Read what is written to a terminal until it is closed."""
+    with suppress(OSError):
+        while select.select([controller], [], [], 0.1)[0] == [] or os.read(controller, 65536):
+            pass
+
+
+@pytest.mark.slow
+def test_second_stop_while_loading_keeps_the_record(project: Path, caches: dict[str, str]) -> None:
+    """The record of the stopped training stays; a record of 0 steps does not replace it."""
+    process = start_run(ONE_PROCESS, project, caches)
+    wait_for_training(project, process)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    stopped = record_of(project, "run")
+    assert stopped["steps"] > 0
+    status = project / "out" / "run" / "status.json"
+    pid = json.loads(status.read_text(encoding="utf-8"))["pid"]
+    second = start_run(ONE_PROCESS, project, caches)
+    deadline = time.monotonic() + 100
+    while json.loads(status.read_text(encoding="utf-8"))["pid"] == pid and time.monotonic() < deadline:
+        time.sleep(0.01)
+    second.send_signal(signal.SIGTERM)
+    output, errors = second.communicate(timeout=60)
+    assert second.returncode == 72, errors
+    assert json.loads(output.strip().splitlines()[-1])["outcome"] == "preempted"
+    assert record_of(project, "run") == stopped
 
 
 @pytest.mark.slow

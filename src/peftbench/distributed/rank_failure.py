@@ -6,6 +6,7 @@ The failing rank writes a file to the run's folder; a watcher thread on every ra
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 import uuid
@@ -14,8 +15,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 from accelerate.utils import broadcast_object_list
 
+from peftbench.distributed import launcher_env
+from peftbench.distributed.collectives import all_gather_objects
 from peftbench.distributed.heartbeat import Heartbeat
 from peftbench.record import Outcome
 
@@ -43,6 +47,7 @@ class FailureChannel:
                 (run_dir / f".ended-{name[0]}" / _RECORD_PENDING_FILE).touch()
         if self.is_distributed:
             name = broadcast_object_list(name)
+        self._local_processes = _find_local_processes(accelerator) if self.is_distributed else {}
         self._directory = run_dir / f".ended-{name[0]}"
         self._heartbeat = Heartbeat(accelerator, run_dir / f".ended-{name[0]}-heartbeat")
         self._closed = threading.Event()
@@ -75,6 +80,22 @@ class FailureChannel:
         failures = [_read_json(path) for path in paths if path.name != f"rank{self.rank}.json"]
         return next((failure for failure in failures if failure is not None), None)
 
+    def find_gone_process(self, patience_seconds: float = 0.0) -> dict[str, Any] | None:
+        """Return the failure of a process of this host that ended without a report, e.g. was killed; None if none did.
+
+        A rank whose connection broke sees it before the process is gone: wait ``patience_seconds`` for it.
+        """
+        deadline = time.monotonic() + patience_seconds
+        while not self._closed.is_set():
+            for rank, process in self._local_processes.items():
+                if not _is_alive(process) and not (self._directory / f"rank{rank}.json").exists():
+                    message = f"process {rank} is gone: it was killed, e.g. because the machine had no memory left"
+                    return {"outcome": Outcome(kind="failed", rank=rank, error=message).model_dump(), "memory": {}}
+            if time.monotonic() >= deadline:
+                break
+            time.sleep(_POLL_SECONDS)
+        return None
+
     def mark_record_written(self) -> None:
         """Release the ranks that wait for the record, and delete the channel's files."""
         self._closed.set()
@@ -103,7 +124,7 @@ class FailureChannel:
             self._heartbeat.beat()
             if notified:
                 continue
-            failure, lost = self.read_failure(), self._heartbeat.find_lost_host()
+            failure, lost = self.read_failure() or self.find_gone_process(), self._heartbeat.find_lost_host()
             if failure is None and lost is not None:
                 failure = {"outcome": Outcome(kind="failed", error=lost).model_dump(), "memory": {}}
             if failure is None or self._exit_lock.locked() or self._closed.wait(_GRACE_SECONDS):
@@ -112,6 +133,24 @@ class FailureChannel:
                 notified = True
                 # In another thread, since this one continues to send heartbeats.
                 threading.Thread(target=on_failure, args=(failure,), daemon=True).start()
+
+
+def _find_local_processes(accelerator: Accelerator) -> dict[int, psutil.Process]:
+    """Return the processes of the other ranks on this host, by rank. A collective."""
+    own = accelerator.process_index, launcher_env.get_node_rank(), os.getpid()
+    processes = {}
+    for rank, node, pid in all_gather_objects(accelerator, own):
+        if node == own[1] and rank != own[0]:
+            with suppress(psutil.Error):  # e.g. another namespace of processes
+                processes[rank] = psutil.Process(pid)
+    return processes
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

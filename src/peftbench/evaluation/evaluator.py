@@ -19,6 +19,7 @@ from peftbench.distributed.sharding import unshard_root
 from peftbench.errors import RecordError
 from peftbench.evaluation.intervals import bootstrap_interval
 from peftbench.evaluation.metrics.registry import compute_scores
+from peftbench.modeling.generation import default_generation_config
 from peftbench.record import Interval, PerExample, Quality, Sample
 from peftbench.training.data import build_collator
 
@@ -167,7 +168,7 @@ class Evaluator:
         padding = [[self.encoder.eos_token_id] * (width - len(prompt)) for prompt in prompts]
         ids = torch.tensor([pad + prompt for pad, prompt in zip(padding, prompts, strict=True)])
         mask = torch.tensor([[0] * len(pad) + [1] * (width - len(pad)) for pad in padding])
-        with self.context.autocast(), unshard_root(self.model):
+        with self.context.autocast(), unshard_root(self.model), default_generation_config(self.loss_fn.base):
             new = self.method.generate(
                 self.model,
                 ids.to(self.accelerator.device),

@@ -93,6 +93,13 @@ class Method(ConfigSection):
         )
         return output[:, input_ids.shape[1] :]
 
+    def check_generation(self, base: PreTrainedModel) -> None:
+        """Check that :meth:`generate` works with ``base``; called before training.
+
+        Raises:
+            UnsupportedModelError: it does not.
+        """
+
     def save(self, model: nn.Module, save_directory: Path) -> None:
         """Save the trained parameters as safetensors in ``save_directory``, in the format of peft or transformers."""
         model.save_pretrained(save_directory, safe_serialization=True)  # type: ignore[operator]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -81,6 +82,13 @@ class PromptTuning(Method):
         model.word_embeddings = base.get_input_embeddings()  # type: ignore[assignment] # peft picks a parameter with vocab_size rows
         model.forward = partial(_forward_packed, model, model.forward)  # type: ignore[method-assign]
         return model
+
+    def check_generation(self, base: PreTrainedModel) -> None:
+        if "inputs_embeds" not in inspect.signature(base.prepare_inputs_for_generation).parameters:  # type: ignore[arg-type]
+            raise UnsupportedModelError(
+                f"{base.config.model_type} generates from token ids alone, and soft tokens are embeddings; set "
+                "evaluate.generate=false, or use another method, e.g. method.kind=lora"
+            )
 
     def generate(
         self, model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, **generate_kwargs: Any

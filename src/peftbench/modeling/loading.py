@@ -13,6 +13,9 @@ from peftbench.errors import HubUnreachableError, ModelNotFoundError, OutOfRange
 from peftbench.modeling.attention import register_sdpa_attention
 from peftbench.modeling.attention_implementation import check_attention
 from peftbench.modeling.causal_config import select_causal_config
+from peftbench.modeling.dropout import find_remaining_dropout, set_dropout
+from peftbench.modeling.generation import repair_generation_config
+from peftbench.modeling.load_checks import check_all_used, check_finite, check_tokenizer, check_vocabulary, count_tokens
 from peftbench.modeling.quantization import build_quantization_config, convert_unquantized_to_float32
 
 if TYPE_CHECKING:
@@ -22,15 +25,6 @@ if TYPE_CHECKING:
     from peftbench.recipe.schema import Model
 
 _POSITION_KEYS = ("max_position_embeddings", "n_positions")
-_DROPOUT_KEYS = (
-    "resid_pdrop",
-    "embd_pdrop",
-    "attn_pdrop",
-    "attention_dropout",
-    "hidden_dropout",
-    "dropout",
-    "activation_dropout",
-)
 
 
 @dataclass(frozen=True)
@@ -40,6 +34,8 @@ class LoadedModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     fingerprint: str
+    notes: tuple[str, ...] = ()
+    """Notes for the record."""
 
     @property
     def max_positions(self) -> int | None:
@@ -74,13 +70,7 @@ def load_config(model_config: Model) -> PreTrainedConfig:
     if model_config.init == "random" or getattr(config, "quantization_config", None) is None:
         vars(config).pop("quantization_config", None)  # of weights that are not loaded, or null
     if model_config.dropout is not None:
-        keys = [key for key in _DROPOUT_KEYS if hasattr(config, key)]
-        if not keys and model_config.dropout > 0:
-            raise OutOfRangeError(
-                f"{config.model_type} has no dropout, but model.dropout={model_config.dropout}; set model.dropout=null"
-            )
-        for key in keys:
-            setattr(config, key, model_config.dropout)
+        set_dropout(config, model_config.dropout)
     return config  # type: ignore[no-any-return]
 
 
@@ -117,13 +107,18 @@ def load_model(model_config: Model, compute_dtype: torch.dtype | None = None) ->
     config = load_config(model_config)
     check_attention(model_config, config, resolve_model_path(model_config))
     tokenizer = load_tokenizer(model_config)
+    check_tokenizer(tokenizer, model_config.tokenizer or resolve_model_path(model_config))
     model = _load_weights(model_config, config, compute_dtype)
+    check_vocabulary(count_tokens(tokenizer), model, resolve_model_path(model_config))
+    check_finite(model, resolve_model_path(model_config))
     register_sdpa_attention()
     if model_config.fused_gelu:
         fuse_gelu(model)
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.eos_token_id
-    return LoadedModel(model, tokenizer, compute_model_fingerprint(model.config, model_config))
+    notes = [find_remaining_dropout(model, model_config.dropout), repair_generation_config(model)]
+    fingerprint = compute_model_fingerprint(model.config, model_config)
+    return LoadedModel(model, tokenizer, fingerprint, tuple(note for note in notes if note is not None))
 
 
 def fuse_gelu(model: PreTrainedModel) -> None:
@@ -181,6 +176,7 @@ def _load_weights(model_config: Model, config: PreTrainedConfig, compute_dtype: 
             convert_unquantized_to_float32(model)
         if missing := sorted(report["missing_keys"]):  # transformers only warns and initializes them randomly
             raise ValueError(f"{len(missing)} tensors are missing ({', '.join(missing[:3])})")
+        check_all_used(report["unexpected_keys"], resolve_model_path(model_config))
     except ImportError as error:
         if quantization is not None:
             raise UnsupportedModelError(

@@ -9,9 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftbench.errors import PeftbenchError
+from peftbench.errors import PeftbenchError, RecordError
 from peftbench.profiler.memory import max_over_ranks
-from peftbench.record import EXIT_CODES, Memory, Outcome, RunRecord
+from peftbench.record import EXIT_CODES, Memory, Outcome, RunRecord, read_record
 from peftbench.run.rank_measurements import RankMeasurements
 from peftbench.run.record_builder import build_record
 from peftbench.run.result_line import build_result_line, exit_immediately, is_main_process, print_result_line
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from peftbench.run.state import RunState
 
 
+_GONE_SECONDS = 2.0
+"""Time after an error of communication in which a process that caused it is found to be gone."""
 UNEVALUATED = "the training is finished and its evaluation is not"
 """Error of a record that is written before the evaluation: it stays if the process is killed."""
 
@@ -66,7 +68,8 @@ class OutcomeHandler:
         self.shutdown_signal.defer()
         self.failure_channel.acquire_exit()
         if error is not None:
-            if (failure := self.failure_channel.read_failure()) is not None:  # the failed rank caused this error
+            failure = self.failure_channel.read_failure() or self.failure_channel.find_gone_process(_GONE_SECONDS)
+            if failure is not None:  # the failed rank caused this error
                 outcome, error = self._load_outcome_of_rank(failure), None
             else:
                 self._report_to_other_ranks(outcome)
@@ -134,13 +137,18 @@ class OutcomeHandler:
     def _handle_interrupt(self, interrupt: KeyboardInterrupt) -> Outcome:
         """Save a finished training that is not saved yet; return the outcome ``preempted``."""
         self.shutdown_signal.defer()  # a second signal is usual: one from SLURM, one that a launcher forwards
+        if (failure := self.failure_channel.find_gone_process()) is not None:  # its launcher stops the other ranks
+            return self._load_outcome_of_rank(failure)
         reason = interrupt.reason if isinstance(interrupt, StopRequested) else "an interrupt"
         completed_steps = self.state.progress.completed_steps
         self._save_trained_state()
         position = self.state.get_current_position()
         saved_step = self.checkpointer.last_saved_step if self.checkpointer else None
         outcome = Outcome(kind="preempted", **position, error=f"stopped by {reason}")
-        if saved_step is not None and saved_step == completed_steps:
+        if self.state.has_saved_model:
+            error = f"{outcome.error}; the trained model is saved"
+            outcome = Outcome(kind="preempted", **position | {"step": self.state.get_trained_steps()}, error=error)
+        elif saved_step is not None and saved_step == completed_steps:
             error = f"{outcome.error}; checkpoint of step {saved_step}"
             outcome = Outcome(kind="preempted", **position | {"step": saved_step}, error=error)
         if not (isinstance(interrupt, StopRequested) and interrupt.on_all_ranks):
@@ -189,7 +197,7 @@ class OutcomeHandler:
                 state, outcome, self._get_rank_measurements(), [*state.notes, *self.oom_handler.notes]
             )
             path = state.run_dir.record_file
-            if is_main:
+            if is_main and not self._keeps_existing_record(outcome):
                 if not state.has_outputs:
                     state.run_dir.outputs_file.unlink(missing_ok=True)  # the record does not describe it
                 path = self.record_path = record.write(state.run_dir.path)
@@ -199,6 +207,14 @@ class OutcomeHandler:
             if is_main:
                 self.failure_channel.mark_record_written()
         return record, path
+
+    def _keeps_existing_record(self, outcome: Outcome) -> bool:
+        """True if this process was stopped before its first step, and the record of an earlier one has steps."""
+        if outcome.kind != "preempted" or self.state.progress.completed_steps or self.state.trained_record is not None:
+            return False
+        with suppress(RecordError):
+            return read_record(self.state.run_dir.record_file).steps > 0
+        return False
 
     def write_training_record(self) -> None:
         """Write the record of a finished training before its evaluation, which may be killed.

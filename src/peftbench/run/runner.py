@@ -38,6 +38,7 @@ from peftbench.run.stages import (
 from peftbench.run.state import RunState
 from peftbench.run.step_callbacks import StatusCallback, TrackerCallback
 from peftbench.run.trained_model import (
+    check_disk_space,
     delete_saved_model,
     find_model_to_evaluate,
     find_unevaluated_model,
@@ -157,7 +158,10 @@ class Run:
             adapted_model = adapt_model(state, base_model)
             if trained_dir is not None:
                 recipe.method.load(adapted_model.model, trained_dir)
+        self.shutdown_signal.raise_if_requested()
         if recipe.method.is_trainable and trained_dir is None:
+            if recipe.save_model:
+                broadcast_from_main(self.accelerator, lambda: check_disk_space(state, adapted_model))
             with probe.phase("build"):
                 examples = load_examples(state, encoder, "train")
             self.train(adapted_model, examples, encoder.eos_token_id)
@@ -204,6 +208,7 @@ class Run:
         recipe.method.set_training(adapted_model.model)
         checkpointer = TrainingCheckpointer(state, adapted_model, training, self.shutdown_signal)
         self.outcome_handler.checkpointer = checkpointer
+        self.shutdown_signal.raise_if_requested()
         checkpointer.maybe_resume()
         self._set_start_status(training)
         if recipe.trackers:

@@ -1,20 +1,22 @@
 """ShutdownSignal: receive a stop request by signal or by stop file.
 
 During training the run finishes its step first; in any other stage it stops at once. Signals are SIGINT (Ctrl-C),
-SIGTERM and SIGUSR1; for stop files see ``peftbench.run_dir.stop_request``.
+SIGTERM, SIGUSR1 and, unless it is ignored as under nohup, SIGHUP (a closed terminal). For stop files see
+``peftbench.run_dir.stop_request``.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-SHUTDOWN_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SHUTDOWN_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _POLL_SECONDS = 0.5
 
 
@@ -46,7 +48,8 @@ class ShutdownSignal:
         """Handle signals from now on, and stop files once they are watched. Call it in the main thread."""
         self._has_handlers = True
         for number in SHUTDOWN_SIGNALS:
-            signal.signal(number, self._handle_signal)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._handle_signal)
 
     def watch_files(self, *files: Path) -> None:
         """Watch for the first of ``files`` to exist, in a thread."""
@@ -65,6 +68,14 @@ class ShutdownSignal:
             yield
         finally:
             self._is_deferred = False
+        self.raise_if_requested()
+
+    def raise_if_requested(self) -> None:
+        """Raise if a stop was requested: a library may have caught the exception that the handler raised.
+
+        Raises:
+            StopRequested: a stop was requested.
+        """
         if self.reason is not None:
             raise StopRequested(self.reason)
 
@@ -73,6 +84,7 @@ class ShutdownSignal:
         self._is_deferred = True
 
     def _handle_signal(self, signal_number: int, _frame: FrameType | None) -> None:
+        _discard_output_to_lost_terminal(is_hangup=signal_number == signal.SIGHUP)
         is_repeated = self.reason is not None
         self.reason = self._file_reason or signal.Signals(signal_number).name
         if not self._is_deferred or (is_repeated and signal_number == signal.SIGINT):
@@ -86,6 +98,25 @@ class ShutdownSignal:
             self._file_reason = file.read_text(encoding="utf-8").strip()
         self._file_reason = self._file_reason or file.name
         os.kill(os.getpid(), signal.SIGUSR1)  # interrupts the main thread, wherever it is
+
+
+def _discard_output_to_lost_terminal(*, is_hangup: bool) -> None:
+    """Discard further output to a terminal that is gone: writing to it would raise an error."""
+    for descriptor in (1, 2):
+        with suppress(OSError):
+            is_terminal = stat.S_ISCHR(os.fstat(descriptor).st_mode)
+            if is_terminal and (is_hangup or _is_hung_up(descriptor)):
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, descriptor)
+                os.close(null)
+
+
+def _is_hung_up(terminal: int) -> bool:
+    try:
+        os.write(terminal, b"")
+    except OSError:
+        return True
+    return False
 
 
 def _file_exists(file: Path) -> bool:

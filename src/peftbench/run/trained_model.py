@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 
 from peftbench.common.filesystem import as_os_error, write_error
+from peftbench.common.units import format_bytes
+from peftbench.distributed.deepspeed import get_full_shape
 from peftbench.distributed.sharding import full_weights
-from peftbench.errors import RecordError
+from peftbench.errors import DiskFullError, RecordError
 from peftbench.modeling.loading import read_base_fingerprint
 from peftbench.record import RunRecord, read_record
 from peftbench.run_dir.saved_model import TrainingIdentity, describes_model, read_training_identity
@@ -21,6 +23,24 @@ if TYPE_CHECKING:
     from peftbench.modeling.loading import LoadedModel
     from peftbench.run.state import RunState
     from peftbench.training.build import AdaptedModel
+
+
+def check_disk_space(state: RunState, adapted_model: AdaptedModel) -> None:
+    """Check before the training that the disk has room for the trained model; the main process saves it.
+
+    Raises:
+        DiskFullError: it has not.
+    """
+    model, method = adapted_model.model, state.recipe.method
+    saved = [p for p in model.parameters() if p.requires_grad or not method.keeps_base_frozen]
+    needed = sum(get_full_shape(parameter).numel() * parameter.element_size() for parameter in saved)
+    free = shutil.disk_usage(state.run_dir.path).free
+    if needed > free:
+        raise DiskFullError(
+            f"the trained model needs {format_bytes(needed)}, and the disk of {state.run_dir.path} has "
+            f"{format_bytes(free)} left",
+            "free space, set output_dir to another disk, or set save_model=false",
+        )
 
 
 def save_model(state: RunState, adapted_model: AdaptedModel) -> None:

@@ -20,6 +20,7 @@ from peftbench.distributed.accelerator import AcceleratorContext, verify_engine_
 from peftbench.errors import ModelError, OutOfRangeError
 from peftbench.feature_cache.cached_training import open_feature_cache
 from peftbench.modeling.activation_offload import ActivationOffload
+from peftbench.modeling.generation import list_settings
 from peftbench.modeling.loading import LoadedModel, load_model
 from peftbench.modeling.loss import CausalLMLoss, build_loss
 from peftbench.modeling.quantization import describe_unquantized_modules
@@ -119,7 +120,11 @@ def apply_method(recipe: Recipe, base: LoadedModel, context: AcceleratorContext)
     """
     set_seed(recipe.train.seed)  # a method's new weights depend on the seed alone, not on how the base was loaded
     total = base.model.num_parameters()  # counts the scalars of quantized tensors, not their packed storage
-    notes = recipe.method.list_notes(base.model)
+    notes = [*base.notes, *recipe.method.list_notes(base.model)]
+    if recipe.evaluate.generate:
+        recipe.method.check_generation(base.model)
+        if settings := list_settings(base.model.generation_config):
+            notes.append(f"generation does not use these settings of the base model: {', '.join(settings)}")
     if recipe.model.quantization is not None and (unquantized := describe_unquantized_modules(base.model)):
         notes.append(f"model.quantization={recipe.model.quantization} does not quantize {unquantized}")
     model = recipe.method.apply(base.model, base.tokenizer)

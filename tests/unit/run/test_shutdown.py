@@ -101,3 +101,15 @@ def test_clear_stop_files_ignores_missing_files(tmp_path: Path) -> None:
 def test_stop_request_is_a_keyboard_interrupt() -> None:
     """Code that does not catch Ctrl-C does not catch a stop request either."""
     assert issubclass(StopRequested, KeyboardInterrupt)
+
+
+def test_ignored_hangup_stays_ignored() -> None:
+    """Under nohup a closed terminal does not stop the run."""
+    previous_handlers = {number: signal.getsignal(number) for number in SHUTDOWN_SIGNALS}
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    shutdown_signal = ShutdownSignal()
+    shutdown_signal.install_handlers()
+    signal.raise_signal(signal.SIGHUP)
+    assert shutdown_signal.reason is None
+    for number, handler in previous_handlers.items():
+        signal.signal(number, handler)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from peftbench.memory.families import with_bundled_config
 from peftbench.modeling.attention import register_sdpa_attention
-from peftbench.modeling.loading import LoadedModel, build_from_config, fuse_gelu, load_config
+from peftbench.modeling.load_checks import check_vocabulary, count_tokens_in_folder
+from peftbench.modeling.loading import LoadedModel, build_from_config, fuse_gelu, load_config, resolve_model_path
 from peftbench.modeling.quantization import build_quantization_config, get_stored_dtype
 
 if TYPE_CHECKING:
@@ -34,6 +36,9 @@ def build_meta_model(model_config: Model, compute_dtype: torch.dtype) -> LoadedM
         quantization = build_quantization_config(local_config, config, compute_dtype)
         dtype = get_stored_dtype(config)  # building the model sets the config's dtype
         model = build_from_config(local_config, config)
+    path = model_config.tokenizer or resolve_model_path(model_config)
+    if Path(path).is_dir() and (num_tokens := count_tokens_in_folder(path)) is not None:
+        check_vocabulary(num_tokens, model, path)
     register_sdpa_attention()
     if model_config.fused_gelu:
         fuse_gelu(model)
