@@ -19,6 +19,7 @@ NEUTRAL_VALUES: dict[str, Any] = {
     "profile.price_per_hour": ANY_VALUE,
     "budget": {"memory": None},
     "train.feature_cache": None,
+    "train.repeat_examples": False,
 }
 """Dotted key: the value at which a run reproduces one made before the key existed, so that it stays out."""
 

@@ -122,6 +122,8 @@ class Train(ConfigSection):
     """Passes over the training examples; steps = epochs x examples / global_batch_size, rounded up."""
     global_batch_size: int = Field(default=16, gt=0)
     """Examples per optimizer step, over all processes and micro-batches."""
+    repeat_examples: bool = False
+    """Allow a global batch with more examples than the training split, which then repeat within a step."""
     micro_batch_size: PositiveInt | Literal["auto"] | None = None
     """Micro-batch size per process. null: the process's whole share; auto: the largest size predicted to fit."""
     micro_batch_tokens: int | None = Field(default=None, gt=0)

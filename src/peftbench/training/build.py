@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -193,12 +194,19 @@ def build_training(
     )
     set_seed(settings.seed, device_specific=True)  # dropout differs between ranks
     training = TrainingComponents(
-        model, adapted_model.loss, optimizer, lr_scheduler, batches, steps, cost, unknown_reason, counter_complete
+        model,
+        adapted_model.loss,
+        optimizer,
+        lr_scheduler,
+        batches,
+        steps,
+        cost,
+        unknown_reason,
+        counter_complete,
+        notes=(*_describe_repeats(settings.global_batch_size, len(examples)), *(cached.notes if cached else ())),
     )
     if cached is not None:
-        training = replace(
-            training, loss=cached.loss, batches=cached.batches, feature_store=cached.loss.store, notes=cached.notes
-        )
+        training = replace(training, loss=cached.loss, batches=cached.batches, feature_store=cached.loss.store)
     if not context.engine_autocasts:
         training = replace(training, autocast=context.autocast)
     if settings.activation_offloading and accelerator.device.type != "cpu":
@@ -208,11 +216,24 @@ def build_training(
     return replace(training, backward_part="backward_and_optimizer") if context.engine.is_deepspeed else training
 
 
+def _describe_repeats(global_batch_size: int, num_examples: int) -> list[str]:
+    """Return a note if examples repeat within a step."""
+    if global_batch_size <= num_examples:
+        return []
+    repeats = math.ceil(global_batch_size / num_examples)
+    return [f"each step uses each of the {num_examples} training examples up to {repeats} times"]
+
+
 def _build_batches(
     recipe: Recipe, loss: CausalLMLoss, examples: EncodedExamples, pad_token_id: int, context: AcceleratorContext
 ) -> tuple[Batches, int]:
     """Return this rank's batches and the number of optimizer steps."""
     settings = recipe.train
+    if settings.global_batch_size > len(examples) and not settings.repeat_examples:
+        raise OutOfRangeError(
+            f"train.global_batch_size={settings.global_batch_size} is more than the {len(examples)} training examples",
+            f"set it to {len(examples)} or less, or set train.repeat_examples=true to repeat examples within a step",
+        )
     batches = Batches(
         as_numpy(examples),
         build_collator(recipe, loss, pad_token_id),

@@ -13,6 +13,7 @@ from peftbench.distributed.accelerator import build_accelerator
 from peftbench.errors import EmptySplitError, OutOfRangeError, SequenceTooShortError
 from peftbench.methods.base import Method
 from peftbench.methods.full import Full
+from peftbench.methods.lora import Lora
 from peftbench.methods.prompt_tuning import PromptTuning
 from peftbench.training.build import load_base_model
 from peftbench.training.data import build_encoder, load_encoded_split, load_split
@@ -118,3 +119,21 @@ def test_six_n_matches_hf_trainer(method: Method, workshop: Workshop) -> None:
     inputs = {"input_ids": torch.zeros(3, 7, dtype=torch.long)}
     trainer_flops = Trainer.floating_point_ops(SimpleNamespace(model=built.model), inputs)  # type: ignore[arg-type]
     assert 6 * built.six_n_parameters * 3 * 7 == trainer_flops > 0
+
+
+@pytest.mark.parametrize("size", [25, 500, 10**9])
+def test_batch_larger_than_the_data_is_refused(size: int, workshop: Workshop) -> None:
+    """24 examples do not make a batch of 25, and a batch of 10**9 would grow without end."""
+    with pytest.raises(
+        OutOfRangeError, match=f"global_batch_size={size} is more than the 24 training examples; set it"
+    ):
+        workshop.run(workshop.recipe(Lora(r=2), train={"global_batch_size": size}))
+
+
+@pytest.mark.parametrize(("size", "repeats"), [(24, None), (25, 2), (72, 3)])
+def test_repeats_within_a_step_are_allowed_and_noted(size: int, repeats: int | None, workshop: Workshop) -> None:
+    """The recipe must allow them; the record tells how often an example repeats."""
+    train = {"global_batch_size": size, "micro_batch_size": 12, "steps": 1, "repeat_examples": True}
+    record = workshop.run(workshop.recipe(Lora(r=2), train=train))
+    expected = [] if repeats is None else [f"each step uses each of the 24 training examples up to {repeats} times"]
+    assert list(record.notes) == expected
