@@ -143,7 +143,6 @@ def create_accelerator(
         ),
         deepspeed_plugins=plugin,
         fsdp_plugin=_build_fsdp_plugin() if engine.is_fsdp else None,
-        log_with=list(recipe.trackers) or None,
         project_dir=str(run_dir),
         # Without a backend, processes on CPU train independently of each other, with no error.
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if cpu and (world_size > 1 or plugin) else None,

@@ -236,11 +236,10 @@ class OutcomeHandler:
         return self.state.rank_measurements or RankMeasurements()
 
     def _end_trackers(self, outcome: Outcome) -> None:
-        if outcome.kind == "ok" or not self.failure_channel.is_distributed:
+        if self.state.trackers is not None:
+            self.state.trackers.finish()
+        if outcome.kind == "ok" or not self.failure_channel.is_distributed:  # else it waits for a rank that has ended
             self.state.accelerator.end_training()
-        else:  # end_training would wait for a rank that has ended
-            for tracker in self.state.accelerator.trackers:
-                tracker.finish()
 
 
 def resolve_error(error: Exception, record_path: Path | None) -> tuple[Outcome, int]:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peftbench.common.filesystem import write_error
-from peftbench.data.docstring_corpus import DISTRIBUTION
 from peftbench.distributed.accelerator import build_accelerator, collect_environment_warnings, verify_equal_recipes
 from peftbench.distributed.collectives import broadcast_from_main, main_process_first
 from peftbench.distributed.memory_owners import collect_engine_buffers
@@ -36,7 +35,8 @@ from peftbench.run.stages import (
     measure_training,
 )
 from peftbench.run.state import RunState
-from peftbench.run.step_callbacks import StatusCallback, TrackerCallback
+from peftbench.run.step_callbacks import StatusCallback
+from peftbench.run.trackers import Trackers
 from peftbench.run.trained_model import (
     check_disk_space,
     delete_saved_model,
@@ -211,8 +211,7 @@ class Run:
         self.shutdown_signal.raise_if_requested()
         checkpointer.maybe_resume()
         self._set_start_status(training)
-        if recipe.trackers:
-            self.accelerator.init_trackers(DISTRIBUTION, config={"recipe": recipe.model_dump_json()})
+        trackers = state.trackers = Trackers(state)
         instruments = state.instruments = self._build_instruments(adapted_model, training)
         with (
             self.shutdown_signal.defer_to_step_end(),
@@ -227,7 +226,7 @@ class Run:
                 state.progress,
                 max_grad_norm=recipe.train.max_grad_norm,
                 callbacks=[
-                    TrackerCallback(self.accelerator),
+                    trackers,
                     progress_bar,
                     StatusCallback(self.status_writer),
                     checkpointer,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from peftbench.profiler.instruments import StepInstruments
     from peftbench.profiler.probe import Probe
     from peftbench.recipe.schema import Recipe
+    from peftbench.run.trackers import Trackers
     from peftbench.run_dir.layout import RunDir
     from peftbench.training.build import AdaptedModel, TrainingComponents
 
@@ -46,6 +47,7 @@ class RunState:
     adapted_model: AdaptedModel | None = None
     training: TrainingComponents | None = None
     instruments: StepInstruments | None = None
+    trackers: Trackers | None = None
     quality: Quality | None = None
     num_examples: dict[str, int] = field(default_factory=dict)
     """Examples used, by split."""

@@ -1,25 +1,12 @@
-"""Step callbacks that report the progress of a training."""
+"""The step callback that reports the progress of a training."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
     from peftbench.run_dir.status import StatusWriter
     from peftbench.training.callbacks import StepInfo
-
-
-class TrackerCallback:
-    """Logs loss and learning rate to the recipe's experiment trackers."""
-
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
-
-    def after_step(self, info: StepInfo) -> None:
-        """Log one step."""
-        self.accelerator.log({"loss": info.loss, "learning_rate": info.learning_rate}, step=info.step)
 
 
 class StatusCallback:

@@ -1,0 +1,71 @@
+"""Experiment trackers: each is switched off at its first error, so that none can end a training."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from peftbench.common.text import first_line
+
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
+
+    from peftbench.run.state import RunState
+    from peftbench.training.callbacks import StepInfo
+
+_PROJECT = "peftbench"
+_RUN_NAME_KEYS = {"wandb": "name", "mlflow": "run_name", "clearml": "task_name", "swanlab": "experiment_name"}
+"""The argument of a tracker with the name of a run. TensorBoard writes to the run's folder."""
+_NAME_SETTERS: dict[str, Callable[[Any, str], object]] = {
+    "comet_ml": lambda experiment, name: experiment.set_name(name),
+    "aim": lambda run, name: setattr(run, "name", name),
+}
+"""Where the run's name is set after the start."""
+
+
+class Trackers:
+    """The trackers of one run, through accelerate. A step callback that logs loss and learning rate."""
+
+    def __init__(self, state: RunState) -> None:
+        """Start the recipe's trackers; log the recipe."""
+        self.state = state
+        self._trackers: dict[str, GeneralTracker] = {}
+        for name in state.recipe.trackers:
+            self._call(name, self._start)
+
+    def after_step(self, info: StepInfo) -> None:
+        """Log one step."""
+        values = {"loss": info.loss, "learning_rate": info.learning_rate}
+        for name in list(self._trackers):
+            self._call(name, lambda name: self._trackers[name].log(values, step=info.step))
+
+    def finish(self) -> None:
+        """End the trackers."""
+        for name in list(self._trackers):
+            self._call(name, lambda name: self._trackers[name].finish())
+        self._trackers.clear()
+
+    def _start(self, name: str) -> None:
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        run = self.state.recipe.name
+        arguments = {_RUN_NAME_KEYS[name]: run} if name in _RUN_NAME_KEYS else {}
+        kind: Any = LOGGER_TYPE_TO_CLASS[name]
+        folder = (str(self.state.run_dir.path),) if kind.requires_logging_directory else ()
+        tracker: GeneralTracker = kind(_PROJECT, *folder, **arguments)
+        tracker.start()
+        if name in _NAME_SETTERS and self.state.accelerator.is_main_process:
+            _NAME_SETTERS[name](tracker.tracker, run)
+        self._trackers[name] = tracker
+        tracker.store_init_configuration({"recipe": self.state.recipe.model_dump_json()})
+
+    def _call(self, name: str, action: Callable[[str], None]) -> None:
+        try:
+            action(name)
+        except Exception as error:  # of any library: a full disk, a lost connection
+            self._trackers.pop(name, None)
+            step = self.state.progress.completed_steps
+            note = f"the tracker {name} was switched off after step {step}: {first_line(error) or type(error).__name__}"
+            self.state.notes.append(note)
+            sys.stderr.write(f"warning: {note}\n")
