@@ -83,9 +83,11 @@ def test_oom_suggestion_fits(
     suggestion = record.outcome.suggestion
     assert suggestion is not None
     assert json.loads(done.stdout.splitlines()[-1])["suggestion"] == suggestion
-    changes = [part for part in suggestion.split(" is predicted")[0].split() if "=" in part]
-    assert changes
-    repeated = launch("--config", str(full), f"budget.memory={TOO_LITTLE}MiB", *changes)
+    *_, command = done.stderr.split("peftbench train ")
+    arguments = command.split("\n\n")[0].split()  # the table wraps it
+    assert arguments[0] == "out/run/record.json"
+    assert arguments[1:] == list(record.outcome.suggested_overrides)
+    repeated = launch(*arguments)
     assert repeated.returncode == 0, repeated.stderr
     assert read_record(project / "out" / "run" / "record.json").recipe["train"]["global_batch_size"] == 8
 

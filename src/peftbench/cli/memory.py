@@ -160,7 +160,7 @@ def _plan_with_suggestion(recipe: Recipe, target: MemoryTarget) -> Plan:
         return plan
     print_progress("searching for a change that fits")
     try:
-        suggestion = suggest_change(recipe, target)
+        suggestion = suggest_change(recipe, target).sentence
     except PeftbenchError as error:  # the plan is valid without it
         suggestion = f"no suggestion: {error}"
     return plan.model_copy(update={"suggestion": suggestion})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -17,7 +18,7 @@ from peftbench.errors import PeftbenchError
 from peftbench.memory.devices import get_device_facts, get_facts_by_torch_name
 from peftbench.memory.launch_config import build_launch_config
 from peftbench.memory.search import MemoryTarget, choose_micro_batch, with_micro_batch
-from peftbench.memory.suggestion import suggest_change
+from peftbench.memory.suggestion import EVALUATION_PHASES, suggest_change, suggest_evaluation
 from peftbench.recipe.schema import Recipe
 
 _TIMEOUT_SECONDS = 300
@@ -35,11 +36,15 @@ class AdviceRequest(BaseModel):
     compute_capability: tuple[int, int] | None = None
     """CUDA compute capability, which selects attention kernels; None on CPU."""
     num_processes: int = 1
+    phase: str | None = None
+    """Phase that ran out of memory, None if none did."""
     launcher_env: dict[str, str] = {}
     """Environment variables that the launcher set in each process."""
 
     @classmethod
-    def from_environment(cls, recipe: Recipe, budget_bytes: int, device_name: str) -> AdviceRequest:
+    def from_environment(
+        cls, recipe: Recipe, budget_bytes: int, device_name: str, phase: str | None = None
+    ) -> AdviceRequest:
         """Build a request with the launcher and the device of this process."""
         import torch
 
@@ -47,6 +52,7 @@ class AdviceRequest(BaseModel):
             recipe=recipe,
             budget_bytes=budget_bytes,
             device_name=device_name,
+            phase=phase,
             compute_capability=None if device_name == "cpu" else torch.cuda.get_device_capability(),
             launcher_env=select_launcher_env(os.environ),
             num_processes=get_world_size(),
@@ -69,6 +75,8 @@ class Advice(BaseModel):
     estimated_peak_bytes: int | None = None
     """Predicted minimum of a process's memory."""
     suggestion: str | None = None
+    overrides: tuple[str, ...] = ()
+    """Overrides of recipe keys that are predicted to fit."""
     error: str | None = None
     """Reason for which the estimate or the search failed."""
 
@@ -143,7 +151,13 @@ def advise(request: AdviceRequest) -> Advice:
     needed = plan.process_bytes[0]
     print(Advice(estimated_peak_bytes=needed).model_dump_json(), flush=True)  # in case the search times out
     try:
-        return Advice(estimated_peak_bytes=needed, suggestion=suggest_change(recipe, target))
+        if request.phase in EVALUATION_PHASES:
+            suggestion = suggest_evaluation(recipe, target)
+        else:
+            if plan.process_bytes[1] <= target.required_budget:  # the estimate was too low: less is needed than that
+                target = replace(target, budget_bytes=plan.process_bytes[1] - 1)
+            suggestion = suggest_change(recipe, target)
+        return Advice(estimated_peak_bytes=needed, suggestion=suggestion.sentence, overrides=suggestion.overrides)
     except PeftbenchError as error:
         return Advice(estimated_peak_bytes=needed, error=str(error))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from peftbench.common.units import format_bytes
@@ -25,14 +26,26 @@ if TYPE_CHECKING:
     from peftbench.memory.plan import Plan, Strategy
     from peftbench.recipe.schema import Recipe
 
+EVALUATION_PHASES = frozenset({"evaluate", "generate"})
+_LEAST_NEW_TOKENS = 8
+"""Least tokens of a generated text that are suggested."""
 _FEW_SETS = 4
 """Up to this number, sets are tried one by one, without a check that any of them can fit."""
 _LORA_TRADEOFF = "another method, whose learning rate must be chosen"
 _NF4_TRADEOFF = "base weights in 4 bits"
 
 
-def suggest_change(recipe: Recipe, target: MemoryTarget) -> str:
-    """Return a sentence with the cheapest change that is predicted to fit, or what was tried if nothing fits.
+@dataclass(frozen=True)
+class Suggestion:
+    """A change of a recipe that is predicted to fit, or what was tried."""
+
+    sentence: str
+    overrides: tuple[str, ...] = ()
+    """Overrides of recipe keys, in command-line form; empty if nothing fits."""
+
+
+def suggest_change(recipe: Recipe, target: MemoryTarget) -> Suggestion:
+    """Return the cheapest change that is predicted to fit, or what was tried if nothing fits.
 
     Raises:
         BudgetError: the target has no budget.
@@ -43,7 +56,10 @@ def suggest_change(recipe: Recipe, target: MemoryTarget) -> str:
     if strategy is not None:
         tradeoffs = f" (trade-off: {'; '.join(strategy.tradeoffs)})" if strategy.tradeoffs else ""
         upper = format_bytes(strategy.plan.process_bytes[1])
-        return f"with {' '.join(strategy.overrides)} the run is predicted to fit and to need at most {upper}{tradeoffs}"
+        overrides = _drop_unchanged(strategy.overrides, recipe, target)
+        return Suggestion(
+            f"with {' '.join(overrides)} the run is predicted to fit and to need at most {upper}{tradeoffs}", overrides
+        )
     least = compute_lower_bound(recipe, target.launch_config)
     exceeds = least > target.required_budget
     needs = (
@@ -54,7 +70,54 @@ def suggest_change(recipe: Recipe, target: MemoryTarget) -> str:
     names = ("method.kind=lora", "model.quantization=nf4")
     others = [name for name in names if any(name in overrides for overrides, _, _ in _iter_variants(recipe))]
     tried = " and ".join([", ".join(["smaller micro-batches, memory techniques", *others[:-1]]), *others[-1:]])
-    return f"{tried} were tried, and none is predicted to fit{needs}"
+    return Suggestion(f"{tried} were tried, and none is predicted to fit{needs}")
+
+
+def _drop_unchanged(overrides: tuple[str, ...], recipe: Recipe, target: MemoryTarget) -> tuple[str, ...]:
+    """Return the overrides without a micro-batch size that the recipe has already."""
+    if recipe.train.micro_batch_size == "auto" or recipe.train.micro_batch_tokens is not None:
+        return overrides
+    unchanged = f"train.micro_batch_size={_get_micro_batch_size(recipe, target)}"
+    return tuple(override for override in overrides if override != unchanged)
+
+
+def suggest_evaluation(recipe: Recipe, target: MemoryTarget) -> Suggestion:
+    """Return the cheapest change of ``evaluate`` with which a trained model is predicted to be evaluated.
+
+    Raises:
+        PeftbenchError: the recipe itself cannot run.
+    """
+    recipe, _ = target.resolve(recipe)
+    config = recipe.evaluate
+    variants: list[dict[str, int]] = [{"batch_size": 1}]
+    if config.num_beams > 1:
+        variants.append({"batch_size": 1, "num_beams": 1})
+    tokens = config.max_new_tokens // 2
+    while config.generate and tokens >= _LEAST_NEW_TOKENS:
+        variants.append({"batch_size": 1, "num_beams": 1, "max_new_tokens": tokens})
+        tokens //= 2
+    variants.append({"generate": False})
+    for keys in variants:
+        changed = {key: value for key, value in keys.items() if getattr(config, key) != value}
+        if not changed:
+            continue
+        variant = recipe.model_copy(update={"evaluate": config.model_copy(update=changed)})
+        needed = _compute_evaluation_bytes(target.plan(with_micro_batch(variant, 1)))
+        if "generate" not in changed and needed > target.required_budget:
+            continue
+        overrides = tuple(f"evaluate.{key}={str(value).lower()}" for key, value in changed.items())
+        return Suggestion(f"with {' '.join(overrides)} the evaluation is predicted to fit", overrides)
+    return Suggestion("the model does not fit the budget in evaluation")
+
+
+def _compute_evaluation_bytes(plan: Plan) -> int:
+    """Return the most bytes that an evaluation without training needs: without optimizer states."""
+    overhead = plan.cuda_context_bytes[1] + plan.workspace_bytes[1]
+    return overhead + max(
+        peak.allocated_bytes - peak.live_bytes_by_category.get("optimizer_state", 0)
+        for phase, peak in plan.phase_peaks.items()
+        if phase in EVALUATION_PHASES
+    )
 
 
 def find_cheapest_change(recipe: Recipe, target: MemoryTarget) -> Strategy | None:
@@ -147,7 +210,7 @@ def _find_plan(recipe: Recipe, target: MemoryTarget) -> Plan | None:
         plan = target.plan(with_evaluation_batch(with_micro_batch(recipe, micro_batch), evaluation_batch))
         if plan.verdict == "fits":
             return plan
-        if (plan.peak_phase in {"evaluate", "generate"} and evaluation_batch > 1) or micro_batch == 1:
+        if (plan.peak_phase in EVALUATION_PHASES and evaluation_batch > 1) or micro_batch == 1:
             evaluation_batch = max(1, evaluation_batch // 2)
         else:
             micro_batch = max(1, micro_batch // 2)

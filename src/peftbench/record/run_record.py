@@ -70,6 +70,8 @@ class Outcome(RecordModel):
     """Predicted peak of the process, a lower bound."""
     suggestion: str | None = None
     """Settings predicted to fit."""
+    suggested_overrides: tuple[str, ...] = ()
+    """Those settings as overrides of recipe keys."""
     memory_snapshot: str | None = None
     """File next to the record with the state of the CUDA allocator at the failure, for pytorch.org/memory_viz."""
     error: str | None = None

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from peftbench.common.text import INTERPOLATION_PREFIX, escape_interpolation
-from peftbench.record import RunRecord
+from peftbench.record import RECORD_FILE, RunRecord
 
 _MAX_FILE_NAME_CHARS = 100
 """Maximum length of the recipe's file name."""
@@ -47,6 +47,20 @@ def reproduce_commands(record: RunRecord, record_path: Path) -> list[str]:
     config_file = "cpu2" if record.device.type == "cpu" and engine == "ddp" else engine
     launcher = ["accelerate", "launch", "--config_file", f"accel_configs/{config_file}.yaml"]
     return [*lines, shlex.join([*launcher, "--num_processes", str(processes), "launch/train.py", *config])]
+
+
+def build_fitting_command(record: RunRecord) -> str | None:
+    """Return the command that repeats a run with the settings that are predicted to fit; None if there are none.
+
+    A trained model whose evaluation ran out of memory is evaluated again, not trained.
+    """
+    outcome = record.outcome
+    if not outcome.suggested_overrides:
+        return None
+    folder = _relative_to_cwd(Path(str(record.recipe.get("output_dir", "runs")))) / record.name
+    is_evaluation = all(override.startswith("evaluate.") for override in outcome.suggested_overrides)
+    target = ["evaluate", str(folder)] if is_evaluation else ["train", str(folder / RECORD_FILE)]
+    return shlex.join(["peftbench", *target, *outcome.suggested_overrides])
 
 
 def _checkout_command(git_commit: str) -> str:

@@ -153,20 +153,26 @@ class OomHandler:
 
     def with_advice(self, outcome: Outcome) -> Outcome:
         """Return ``outcome`` with the estimated memory need and a suggestion that is predicted to fit."""
-        advice = self._request_advice()
+        advice = self._request_advice(outcome.phase)
         if advice is None:
             return outcome
         if advice.error:
             self.notes.append(f"No suggestion: {advice.error}")
         return outcome.model_copy(
-            update={"estimated_peak_bytes": advice.estimated_peak_bytes, "suggestion": advice.suggestion}
+            update={
+                "estimated_peak_bytes": advice.estimated_peak_bytes,
+                "suggestion": advice.suggestion,
+                "suggested_overrides": advice.overrides,
+            }
         )
 
-    def _request_advice(self) -> Advice | None:
+    def _request_advice(self, phase: str | None) -> Advice | None:
         cuda, budget = self.device.type == "cuda", self.budget_bytes
         device = torch.cuda.get_device_properties(self.device).name if cuda else "cpu"
         # On CPU without a budget the machine itself ran out of memory, and nothing is known about its limit.
-        return None if budget is None else request_advice(AdviceRequest.from_environment(self.recipe, budget, device))
+        if budget is None:
+            return None
+        return request_advice(AdviceRequest.from_environment(self.recipe, budget, device, phase))
 
     def _record_held_bytes(self) -> None:
         self._held_bytes_at_oom = int(torch.cuda.memory_allocated(self.device))

@@ -211,7 +211,9 @@ class Run:
         self.shutdown_signal.raise_if_requested()
         checkpointer.maybe_resume()
         self._set_start_status(training)
-        trackers = state.trackers = Trackers(state)
+        trackers = state.trackers = Trackers(
+            recipe, state.run_dir.path, state.notes, is_main=self.accelerator.is_main_process
+        )
         instruments = state.instruments = self._build_instruments(adapted_model, training)
         with (
             self.shutdown_signal.defer_to_step_end(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftbench.common.text import first_line
@@ -11,7 +12,7 @@ from peftbench.common.text import first_line
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
 
-    from peftbench.run.state import RunState
+    from peftbench.recipe.schema import Recipe
     from peftbench.training.callbacks import StepInfo
 
 _PROJECT = "peftbench"
@@ -27,15 +28,17 @@ _NAME_SETTERS: dict[str, Callable[[Any, str], object]] = {
 class Trackers:
     """The trackers of one run, through accelerate. A step callback that logs loss and learning rate."""
 
-    def __init__(self, state: RunState) -> None:
-        """Start the recipe's trackers; log the recipe."""
-        self.state = state
+    def __init__(self, recipe: Recipe, run_dir: Path, notes: list[str], *, is_main: bool) -> None:
+        """Start the recipe's trackers and log the recipe. What is switched off is added to ``notes``."""
+        self.recipe, self.run_dir, self.notes, self.is_main = recipe, run_dir, notes, is_main
+        self._step = 0
         self._trackers: dict[str, GeneralTracker] = {}
-        for name in state.recipe.trackers:
+        for name in recipe.trackers:
             self._call(name, self._start)
 
     def after_step(self, info: StepInfo) -> None:
         """Log one step."""
+        self._step = info.step
         values = {"loss": info.loss, "learning_rate": info.learning_rate}
         for name in list(self._trackers):
             self._call(name, lambda name: self._trackers[name].log(values, step=info.step))
@@ -49,23 +52,23 @@ class Trackers:
     def _start(self, name: str) -> None:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-        run = self.state.recipe.name
+        run = self.recipe.name
         arguments = {_RUN_NAME_KEYS[name]: run} if name in _RUN_NAME_KEYS else {}
         kind: Any = LOGGER_TYPE_TO_CLASS[name]
-        folder = (str(self.state.run_dir.path),) if kind.requires_logging_directory else ()
+        folder = (str(self.run_dir),) if kind.requires_logging_directory else ()
         tracker: GeneralTracker = kind(_PROJECT, *folder, **arguments)
         tracker.start()
-        if name in _NAME_SETTERS and self.state.accelerator.is_main_process:
+        if name in _NAME_SETTERS and self.is_main:
             _NAME_SETTERS[name](tracker.tracker, run)
         self._trackers[name] = tracker
-        tracker.store_init_configuration({"recipe": self.state.recipe.model_dump_json()})
+        tracker.store_init_configuration({"recipe": self.recipe.model_dump_json()})
 
     def _call(self, name: str, action: Callable[[str], None]) -> None:
         try:
             action(name)
         except Exception as error:  # of any library: a full disk, a lost connection
             self._trackers.pop(name, None)
-            step = self.state.progress.completed_steps
-            note = f"the tracker {name} was switched off after step {step}: {first_line(error) or type(error).__name__}"
-            self.state.notes.append(note)
+            reason = first_line(error) or type(error).__name__
+            note = f"the tracker {name} was switched off after step {self._step}: {reason}"
+            self.notes.append(note)
             sys.stderr.write(f"warning: {note}\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,12 @@ from peftbench.memory.launch_config import SINGLE_PROCESS
 from peftbench.memory.lower_bound import compute_lower_bound, measure_tensors
 from peftbench.memory.plan import UnplannedRun
 from peftbench.memory.search import MemoryTarget, check_verdicts
-from peftbench.memory.suggestion import find_cheapest_change, suggest_change
+from peftbench.memory.suggestion import (
+    _compute_evaluation_bytes,
+    find_cheapest_change,
+    suggest_change,
+    suggest_evaluation,
+)
 from peftbench.methods.base import Method
 from peftbench.methods.full import Full
 from peftbench.methods.lora import Lora
@@ -67,7 +73,7 @@ def test_lora_is_suggested_if_no_technique_of_full_fine_tuning_fits(workshop: Wo
     recipe = workshop.recipe(Full(), train=TRAIN, evaluate={"batch_size": 1})
     lora = recipe.model_copy(update={"method": Lora()})
     target = fit_exactly(lora.model_copy(update={"train": lora.train.model_copy(update={"micro_batch_size": 1})}))
-    sentence = suggest_change(recipe, target)
+    sentence = suggest_change(recipe, target).sentence
     assert sentence.startswith("with method.kind=lora ")
     assert "the run is predicted to fit and to need at most" in sentence
     assert "another method, whose learning rate must be chosen" in sentence
@@ -85,10 +91,43 @@ def test_suggested_overrides_fit(workshop: Workshop, tmp_path: Path) -> None:
     assert target.plan(changed).verdict == "fits"
 
 
+def test_unchanged_micro_batch_is_not_suggested(workshop: Workshop) -> None:
+    """A budget that only gradient checkpointing meets names that key alone, not a micro-batch that is the same."""
+    recipe = workshop.recipe(Full(), train={"global_batch_size": 8, "micro_batch_size": 1}, evaluate={"batch_size": 1})
+    plan = MemoryTarget(get_device_facts("cpu"), "cpu", None).plan(recipe)
+    target = MemoryTarget(get_device_facts("cpu"), "cpu", plan.process_bytes[1] - 1)
+    suggestion = suggest_change(recipe, target)
+    assert suggestion.overrides
+    assert not any(override.startswith("train.micro_batch_size") for override in suggestion.overrides)
+    assert suggestion.sentence.startswith(f"with {' '.join(suggestion.overrides)} the run is predicted to fit")
+
+
+@pytest.mark.parametrize(
+    ("smaller", "overrides"),
+    [
+        ({"batch_size": 1}, ("evaluate.batch_size=1",)),
+        ({"batch_size": 1, "num_beams": 1}, ("evaluate.batch_size=1", "evaluate.num_beams=1")),
+        (None, ("evaluate.generate=false",)),
+    ],
+)
+def test_suggestion_for_an_evaluation_changes_only_the_evaluation(
+    smaller: dict[str, Any] | None, overrides: tuple[str, ...], workshop: Workshop
+) -> None:
+    """A trained model is evaluated with a smaller batch, fewer beams or no generation, without another training."""
+    evaluate = {"generate": True, "batch_size": 8, "num_beams": 64}
+    recipe = workshop.recipe(Lora(r=2), train=TRAIN, evaluate=evaluate)
+    budget = 2**20
+    if smaller is not None:
+        fitting = workshop.recipe(Lora(r=2), train={"micro_batch_size": 1}, evaluate={**evaluate, **smaller})
+        budget = _compute_evaluation_bytes(MemoryTarget(get_device_facts("cpu"), "cpu", None).plan(fitting))
+    suggestion = suggest_evaluation(recipe, MemoryTarget(get_device_facts("cpu"), "cpu", budget))
+    assert suggestion.overrides == overrides
+
+
 def test_hopeless_budget_names_the_bytes_of_the_states(workshop: Workshop) -> None:
     """Nothing fits 1 MiB; the sentence has the recipe's own lower bound."""
     recipe = workshop.recipe(Full(), train=TRAIN)
-    sentence = suggest_change(recipe, MemoryTarget(get_device_facts("cpu"), "cpu", 2**20))
+    sentence = suggest_change(recipe, MemoryTarget(get_device_facts("cpu"), "cpu", 2**20)).sentence
     assert sentence.startswith(
         "smaller micro-batches, memory techniques, method.kind=lora and model.quantization=nf4 were tried, and none is "
         "predicted to fit; weights, "

@@ -18,7 +18,7 @@ TRACKED: dict[str, Any] = {"trackers": ("tensorboard",)}
 
 def read_losses(workshop: Workshop) -> list[float]:
     """Return the losses that TensorBoard shows."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
     events = EventAccumulator(str(workshop.output / "run" / "peftbench"))
     events.Reload()
@@ -58,6 +58,7 @@ def test_error_of_a_tracker_does_not_end_the_training(
     assert f"warning: {note}" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of its writer
 def test_full_disk_of_a_tracker_does_not_end_the_training(workshop: Workshop) -> None:
     """The tracker's folder is on a disk that is full."""
     folder = workshop.output / "run" / "peftbench"
@@ -87,7 +88,7 @@ def test_each_tracker_gets_the_name_of_the_run(workshop: Workshop, monkeypatch: 
     given: dict[str, str] = {}
 
     def build_tracker(name: str) -> type[GeneralTracker]:
-        class Recorder(GeneralTracker):
+        class Recorder(GeneralTracker):  # type: ignore[misc]
             requires_logging_directory = name == "aim"
             main_process_only = True
             tracker: Any

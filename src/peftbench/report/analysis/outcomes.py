@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from peftbench.record import Outcome, RunRecord
+from peftbench.record import RunRecord
 from peftbench.report.analysis.run_groups import RunGroup
+from peftbench.report.reproduce import build_fitting_command
 from peftbench.report.text.escape import printable_line
 
 _MIB = 2**20
@@ -22,14 +23,15 @@ def outcome_sentences(group: RunGroup) -> Iterator[str]:
     for kind, runs in by_kind.items():
         if kind != "ok":
             which = f" ({len(runs)} of {len(group.runs)} runs)" if len(group.runs) > 1 else ""
-            yield f"{group.label}{which}: {_outcome_clause(runs[0].outcome)}"
+            yield f"{group.label}{which}: {_outcome_clause(runs[0])}"
 
 
-def _outcome_clause(outcome: Outcome) -> str:
+def _outcome_clause(record: RunRecord) -> str:
+    outcome = record.outcome
     at = f" at step {outcome.step}" if outcome.step is not None else ""
     match outcome.kind:
         case "oom":
-            return oom_sentence(outcome)
+            return oom_sentence(record)
         case "diverged":
             return f"diverged{at}, so its quality is not compared"
         case "preempted":
@@ -41,8 +43,9 @@ def _outcome_clause(outcome: Outcome) -> str:
             return f"failed{where}{at}" + (f": {short}" if short else "")
 
 
-def oom_sentence(outcome: Outcome) -> str:
-    """Return where a run ran out of memory, the sizes, the predicted need and the suggested settings."""
+def oom_sentence(record: RunRecord) -> str:
+    """Return where a run ran out of memory, the sizes, the predicted need, and the command that is predicted to fit."""
+    outcome = record.outcome
     place = _STEP_PART_NAMES.get(outcome.step_part or "", outcome.step_part or outcome.phase)
     where = (f" in {place}" if place else "") + (f" of step {outcome.step}" if outcome.step is not None else "")
     sizes = [
@@ -53,4 +56,5 @@ def oom_sentence(outcome: Outcome) -> str:
     sentence = f"out of memory{where}" + (f" ({', '.join(sizes)})" if sizes else "")
     if outcome.estimated_peak_bytes is not None:
         sentence += f"; estimated need: at least {outcome.estimated_peak_bytes / _MIB:,.0f} MiB"
-    return sentence + (f"; {printable_line(outcome.suggestion)}" if outcome.suggestion else "")
+    sentence += f"; {printable_line(outcome.suggestion)}" if outcome.suggestion else ""
+    return sentence + (f": {command}" if (command := build_fitting_command(record)) else "")

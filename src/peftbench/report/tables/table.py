@@ -119,7 +119,7 @@ def terminal_table(rows: Sequence[dict[str, str]]) -> str:
 
 def collect_notes(records: Sequence[RunRecord]) -> list[str]:
     """Return notes that a reader needs: unequal protocols, substitutions, failures, suspicious step times."""
-    notes = [f"{record.name}: {oom_sentence(record.outcome)}" for record in records if record.outcome.kind == "oom"]
+    notes = [f"{record.name}: {oom_sentence(record)}" for record in records if record.outcome.kind == "oom"]
     notes += _group_notes(records)
     trained = [record for record in records if record.tokens is not None and record.outcome.kind == "ok"]
     if differences := list_protocol_differences(trained):
