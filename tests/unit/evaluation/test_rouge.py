@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import socket
 import statistics
+import tempfile
+from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
@@ -65,3 +67,95 @@ def test_rouge_works_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket, "create_connection", refuse)
     assert _means(TEXTS, TEXTS) == dict.fromkeys(KINDS, 100.0)
+
+
+IN_OTHER_SCRIPTS = {
+    "Russian": "Совет города решил закрыть мост.",
+    "Greek": "Η γέφυρα έκλεισε για επισκευή.",
+    "Arabic": "أغلق المجلس الجسر للإصلاح.",
+    "Hindi": "परिषद ने पुल बंद किया।",
+    "Chinese": "市议会决定关闭这座桥。",
+    "Japanese": "市議会は橋を閉鎖した。",
+    "Thai": "สภาเมืองปิดสะพาน",
+    "Korean": "시의회가 다리를 폐쇄했다.",
+    "Hebrew": "המועצה סגרה את הגשר.",
+    "emoji": "🌉 🚧 ✅",
+    "German": "Größere Brücken müssen schließen.",
+}
+
+
+@pytest.mark.parametrize("script", IN_OTHER_SCRIPTS)
+def test_identical_texts_of_any_script_score_100(script: str) -> None:
+    """rouge_score drops all letters but a-z."""
+    text = IN_OTHER_SCRIPTS[script]
+    assert _means([text], [text]) == dict.fromkeys(KINDS, 100.0)
+
+
+@pytest.mark.parametrize("script", IN_OTHER_SCRIPTS)
+def test_texts_that_share_a_digit_do_not_score_100(script: str) -> None:
+    """The words count, not only the digit between them."""
+    assert 0 < _means([f"{IN_OTHER_SCRIPTS[script]} 7"], ["Nothing else is equal 7"])["rouge1"] < 40
+
+
+@pytest.mark.parametrize(
+    ("generated", "reference", "expected"),
+    [
+        ("Мост закрыт", "Мост открыт", 50),
+        ("关闭桥", "关闭门", 100 * 2 / 3),
+        ("МОСТ", "мост", 100),
+        ("cafe\u0301 noir", "caf\u00e9 noir", 100),
+        ("réunions votes", "réunions voting", 100),
+        ("été", "ete", 0),
+    ],
+    ids=["word", "character", "case", "composition", "stem", "accent"],
+)
+def test_scores_of_other_scripts_match_hand_computed_values(generated: str, reference: str, expected: float) -> None:
+    """Words of scripts with spaces, characters of scripts without; ASCII words are stemmed in any text."""
+    assert _means([generated], [reference])["rouge1"] == pytest.approx(expected)
+
+
+def test_ascii_texts_score_as_rouge_score() -> None:
+    """To the last digit, on random texts with every ASCII character."""
+    import random
+
+    from rouge_score.rouge_scorer import RougeScorer
+
+    generator = random.Random(4)  # noqa: S311
+    words = [
+        "votes",
+        "voting",
+        "bridge's",
+        "re-opened",
+        "a_b",
+        "C3PO",
+        "42",
+        "!",
+        "\t",
+        "(x)",
+        "running",
+        "runs.",
+        "The",
+    ]
+    texts = [" ".join(generator.choices(words, k=12)) for _ in range(40)]
+    texts += ["".join(chr(generator.randrange(128)) for _ in range(60)) for _ in range(40)]
+    others = generator.sample(texts, len(texts))
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    scores = compute_rouge(texts, others)
+    for kind in ("rouge1", "rouge2"):
+        expected = [
+            100 * scorer.score(other.replace("\n", " "), text.replace("\n", " "))[kind].fmeasure
+            for text, other in zip(texts, others, strict=True)
+        ]
+        assert list(scores[kind]) == expected
+    assert len(set(scores["rouge1"])) > 10
+
+
+def test_metric_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs cannot meet in a shared cache, whose locks some network disks do not hold."""
+    import evaluate.config
+
+    for name in ("HF_METRICS_CACHE", "HF_EVALUATE_CACHE", "HF_MODULES_CACHE"):
+        monkeypatch.setattr(evaluate.config, name, str(tmp_path / name), raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert _means(TEXTS, TEXTS)["rouge1"] == 100
+    assert list(tmp_path.iterdir()) == []
