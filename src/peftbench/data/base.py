@@ -24,6 +24,15 @@ class Source(ConfigSection):
         """True if content can change under an unchanged recipe; ``fingerprint`` detects that without a network."""
         return True
 
+    @property
+    def has_ids(self) -> bool:
+        """True if ids identify an example among all splits; False if they are row numbers."""
+        return True
+
+    def is_same_file(self, first: str, second: str) -> bool:
+        """True if both splits are read from one file, or from files of equal content."""
+        return False
+
     @abstractmethod
     def load(self, split: str) -> Dataset:
         """Return all examples of ``split`` (train, validation or test), as strings in the columns ``EXAMPLE_COLUMNS``.

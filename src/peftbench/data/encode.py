@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-_CACHE_VERSION = 2  # part of the cache's key: increase it when encoding changes
+_CACHE_VERSION = 3  # part of the cache's key: increase it when encoding changes
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,8 @@ class Encoder:
         self.tokenizer = tokenizer
         self.layout = layout
         self.eos_token_id = _require_eos_token_id(tokenizer)
+        unknown = {tokenizer.unk_token_id} - {self.eos_token_id}  # of text that the vocabulary lacks
+        self._control_ids = frozenset(tokenizer.all_special_ids) - unknown
         self.prefix_ids = self._find_prefix_ids()
         self.separator_ids = self._tokenize(layout.separator)
         # In byte-level BPE a leading space is part of the token; SentencePiece adds the space itself.
@@ -102,10 +104,19 @@ class Encoder:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
+    def _tokenize_text(self, text: str) -> list[int]:
+        """Encode text of an example, in which the name of a control token, e.g. ``</s>``, is text too."""
+        tokenize = self.tokenizer
+        ids: list[int] = tokenize(text, add_special_tokens=False, verbose=False, split_special_tokens=True)["input_ids"]
+        return ids
+
+    def _count_control_tokens(self, ids: list[int]) -> int:
+        return sum(id in self._control_ids for id in ids)
+
     def encode_prompt(self, article: str, reserved_tokens: int | None = None) -> list[int]:
         """Encode start, article and separator; reserve tokens for a summary (default: ``layout.max_new_tokens``)."""
         reserved_tokens = self.layout.max_new_tokens if reserved_tokens is None else reserved_tokens
-        return self._build_prompt(self._tokenize(article), reserved_tokens)
+        return self._build_prompt(self._tokenize_text(article), reserved_tokens)
 
     def _build_prompt(self, article_ids: list[int], reserved_tokens: int) -> list[int]:
         space = max(0, self.layout.max_length - reserved_tokens - len(self.prefix_ids) - len(self.separator_ids))
@@ -114,12 +125,22 @@ class Encoder:
     def encode_example(self, article: str, summary: str) -> dict[str, Any]:
         """Return ``input_ids`` of the full sequence and ``prompt_tokens``, the number of tokens before the first label.
 
-        Only the article is truncated. ``needed`` is the length of the sequence with one token of article.
+        Only the article is truncated. ``needed`` is the length of the sequence with one token of article,
+        ``cut_tokens`` is the number of tokens cut from the article, and ``control_tokens`` the number of control tokens
+        that the tokenizer made of text.
         """
-        target = [*self._tokenize(self._summary_prefix + summary.strip()), self.eos_token_id]
-        prompt = self._build_prompt(self._tokenize(article), len(target))
-        needed = len(self.prefix_ids) + 1 + len(self.separator_ids) + len(target)
-        return {"input_ids": [*prompt, *target], "prompt_tokens": len(prompt), "needed": needed}
+        summary_ids = self._tokenize_text(self._summary_prefix + summary.strip())
+        article_ids = self._tokenize_text(article)
+        target = [*summary_ids, self.eos_token_id]
+        prompt = self._build_prompt(article_ids, len(target))
+        other_tokens = len(self.prefix_ids) + len(self.separator_ids)
+        return {
+            "input_ids": [*prompt, *target],
+            "prompt_tokens": len(prompt),
+            "needed": other_tokens + 1 + len(target),
+            "cut_tokens": len(article_ids) - (len(prompt) - other_tokens),
+            "control_tokens": self._count_control_tokens(article_ids) + self._count_control_tokens(summary_ids),
+        }
 
     def decode(self, ids: list[int]) -> str:
         """Decode ``ids`` up to the first end token."""
@@ -162,6 +183,11 @@ class Encoder:
                 "raise data.max_length" + (", or set data.overlong=drop" if overlong != "drop" else "")
             )
         return (encoded if len(fits) == len(encoded) else encoded.select(fits)), len(encoded) - len(fits)
+
+
+def count_marked(dataset: Dataset, column: str) -> int:
+    """Return the number of examples with a value above 0 in a column of :meth:`Encoder.encode_example`."""
+    return sum(value > 0 for value in dataset[column])
 
 
 def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -94,6 +94,13 @@ class Files(Source):
                 _hash_file(digest, Path(name))
         return digest.hexdigest()
 
+    @property
+    def has_ids(self) -> bool:
+        return self.id is not None
+
+    def is_same_file(self, first: str, second: str) -> bool:
+        return self.fingerprint(first) == self.fingerprint(second)
+
     def _split_path(self, split: str) -> Path:
         name = getattr(self, split)
         if name is None:
@@ -130,6 +137,10 @@ class Hub(Source):
     @property
     def is_mutable(self) -> bool:
         return Path(self.path).exists()
+
+    @property
+    def has_ids(self) -> bool:
+        return self.id is not None
 
     def load(self, split: str) -> Dataset:
         from datasets import load_dataset

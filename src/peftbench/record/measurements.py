@@ -188,3 +188,16 @@ class Compute(RecordModel):
 
 def _ratio(numerator: float | None, denominator: float | None) -> float | None:
     return None if numerator is None or denominator is None else numerator / denominator
+
+
+class SplitOverlap(RecordModel):
+    """Evaluated examples that are also training examples."""
+
+    texts: int
+    """Examples whose text is in the training split."""
+    texts_with_summary: int
+    """Those of them with the same summary."""
+    ids: int = 0
+    """Examples whose id is in the training split; 0 if ids are row numbers."""
+    same_file: bool = False
+    """True if both splits were read from one file."""

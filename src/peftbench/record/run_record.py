@@ -21,6 +21,7 @@ from peftbench.record.measurements import (
     Memory,
     MemoryBreakdown,
     ParameterCounts,
+    SplitOverlap,
     StateBytes,
     Throughput,
     Tokens,
@@ -99,6 +100,12 @@ class RunRecord(RecordModel):
     """Examples used, by split."""
     num_dropped_examples: dict[str, int] = Field(default={})
     """Examples dropped because the summary leaves no room for the article, by split."""
+    num_cut_examples: dict[str, int] = Field(default={})
+    """Examples whose article is cut to the length of a sequence, by split."""
+    num_control_token_examples: dict[str, int] = Field(default={})
+    """Examples with text that the tokenizer can only encode as a control token, by split."""
+    split_overlap: SplitOverlap | None = None
+    """Evaluated examples that are also training examples; None if nothing was trained."""
     tokens: Tokens | None = None
     steps: int = 0
     skipped_steps: int = 0

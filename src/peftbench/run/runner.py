@@ -29,6 +29,7 @@ from peftbench.run.shutdown import ShutdownSignal
 from peftbench.run.stages import (
     adapt_model,
     build_training_components,
+    compare_splits,
     evaluate_extractive_baseline,
     evaluate_model,
     load_examples,
@@ -158,12 +159,14 @@ class Run:
             adapted_model = adapt_model(state, base_model)
             if trained_dir is not None:
                 recipe.method.load(adapted_model.model, trained_dir)
+                compare_splits(state, load_examples(state, encoder, "train"), held_out)
         self.shutdown_signal.raise_if_requested()
         if recipe.method.is_trainable and trained_dir is None:
             if recipe.save_model:
                 broadcast_from_main(self.accelerator, lambda: check_disk_space(state, adapted_model))
             with probe.phase("build"):
                 examples = load_examples(state, encoder, "train")
+                compare_splits(state, examples, held_out)
             self.train(adapted_model, examples, encoder.eos_token_id)
             if recipe.save_model:
                 with probe.phase("save"):

@@ -6,13 +6,15 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from peftbench.distributed.collectives import main_process_first
+from peftbench.data.encode import count_marked
+from peftbench.distributed.collectives import broadcast_from_main, main_process_first
 from peftbench.evaluation.evaluator import Evaluator, add_scores, build_quality
 from peftbench.evaluation.outputs import Output, build_outputs, write_outputs
 from peftbench.profiler.peak_flops import measure_matmul_flops
 from peftbench.training.build import AdaptedModel, apply_method, build_training
 from peftbench.training.data import load_encoded_split, load_split
 from peftbench.training.loop import DivergedError
+from peftbench.training.overlap import find_overlap
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,7 +30,20 @@ def load_examples(state: RunState, encoder: Encoder, split: str) -> Dataset:
     """Return the encoded examples of a split."""
     encoded = load_encoded_split(state.recipe, encoder, split, state.accelerator)
     state.set_example_counts(split, len(encoded.dataset), encoded.num_dropped)
+    state.num_cut[split] = count_marked(encoded.dataset, "cut_tokens")
+    state.num_with_control_tokens[split] = count_marked(encoded.dataset, "control_tokens")
     return encoded.dataset
+
+
+def compare_splits(state: RunState, train: Dataset, evaluated: Dataset) -> None:
+    """Count the evaluated examples that are also training examples. Collective."""
+    source, split = state.recipe.data.source, state.recipe.evaluate.split
+    state.split_overlap = broadcast_from_main(
+        state.accelerator,
+        lambda: find_overlap(
+            train, evaluated, has_ids=source.has_ids, is_same_file=source.is_same_file("train", split)
+        ),
+    )
 
 
 def adapt_model(state: RunState, base_model: LoadedModel) -> AdaptedModel:

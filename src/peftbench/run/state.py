@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from peftbench.distributed.sharding import state_bytes
-from peftbench.record import MemoryBreakdown, Quality, RunRecord, StateBytes
+from peftbench.record import MemoryBreakdown, Quality, RunRecord, SplitOverlap, StateBytes
 from peftbench.run.rank_measurements import RankMeasurements
 from peftbench.training.loop import TrainProgress
 
@@ -53,6 +53,11 @@ class RunState:
     """Examples used, by split."""
     num_dropped: dict[str, int] = field(default_factory=dict)
     """Examples dropped, by split."""
+    num_cut: dict[str, int] = field(default_factory=dict)
+    """Examples whose article is cut, by split."""
+    num_with_control_tokens: dict[str, int] = field(default_factory=dict)
+    """Examples with control tokens in their text, by split."""
+    split_overlap: SplitOverlap | None = None
     data_fingerprint: str | None = None
     training_data_fingerprint: str | None = None
     """Of the training split alone."""

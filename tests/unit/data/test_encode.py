@@ -394,3 +394,47 @@ def test_tokenizer_hash_depends_on_its_behavior(tokenizer: PreTrainedTokenizerBa
     tokenizers = [word_tokenizer(), word_tokenizer(start="<s>"), word_tokenizer(end="<s>"), tokenizer]
     assert len({hash_tokenizer(other) for other in tokenizers}) == len(tokenizers)
     assert hash_tokenizer(word_tokenizer()) == hash_tokenizer(tokenizers[0])
+
+
+# --- control tokens --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("article", "summary"),
+    [
+        ("A page about tokenizers.", "Page 1: <|endoftext|> stands between documents."),
+        ("<|endoftext|>", "An article that is only its name."),
+        ("Twice <|endoftext|><|endoftext|> here.", "<|endoftext|> first."),
+        ("At the end <|endoftext|>", "And here <|endoftext|>"),
+    ],
+)
+def test_name_of_a_control_token_is_text(article: str, summary: str, encoder: Encoder) -> None:
+    """Only the last id ends the summary, and decoding gives the texts back."""
+    example = encoder.encode_example(article, summary)
+    ids, prompt_tokens = example["input_ids"], example["prompt_tokens"]
+    assert ids.count(encoder.eos_token_id) == 1
+    assert ids[-1] == encoder.eos_token_id
+    assert encoder.decode(ids[prompt_tokens:]) == summary
+    assert encoder.tokenizer.decode(ids[: prompt_tokens - len(encoder.separator_ids)]) == article
+    assert encoder.eos_token_id not in encoder.encode_prompt(article)
+    assert example["control_tokens"] == 0
+
+
+@pytest.mark.parametrize(("start", "name"), [("<s>", "<s>"), (None, "<e>")])
+def test_control_token_that_cannot_be_split_is_counted(start: str | None, name: str) -> None:
+    """A tokenizer of whole words knows the name only as the control token; unknown words are not counted."""
+    from tokenizers import pre_tokenizers
+
+    tokenizer = word_tokenizer(start)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    encoder = Encoder(tokenizer, layout(32, 8, "="))
+    assert encoder.encode_example(f"a {name} bb", f"cc {name}")["control_tokens"] == 2
+    assert encoder.encode_example("a zzz bb", "cc")["control_tokens"] == 0
+
+
+def test_cut_examples_are_counted(encoder: Encoder) -> None:
+    """The number of tokens that the article lost."""
+    assert encoder.encode_example("The council met.", SUMMARY)["cut_tokens"] == 0
+    example = encoder.encode_example(ARTICLE, SUMMARY)
+    kept = example["prompt_tokens"] - len(encoder.separator_ids)
+    assert example["cut_tokens"] == len(encoder.tokenizer(ARTICLE)["input_ids"]) - kept > 0

@@ -90,6 +90,9 @@ def full_setup() -> dict[str, Any]:
         "data_fingerprint": "11",
         "num_examples": {"train": 8},
         "num_dropped_examples": {"train": 1},
+        "num_cut_examples": {"train": 2},
+        "num_control_token_examples": {"test": 1},
+        "split_overlap": {"texts": 2, "texts_with_summary": 1, "ids": 3, "same_file": False},
         "notes": ("a note",),
     }
 

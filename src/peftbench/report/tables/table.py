@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -19,6 +19,7 @@ from peftbench.errors import RecordError
 from peftbench.record import RunRecord
 from peftbench.record.sanity_checks import check_step_times
 from peftbench.report.analysis.comparability import list_protocol_differences
+from peftbench.report.analysis.examples import describe_changed_examples, describe_overlap
 from peftbench.report.analysis.outcomes import oom_sentence
 from peftbench.report.runs import run_label, sample_key, sort_records
 from peftbench.report.tables.columns import COLUMNS, DROP_ORDER, Column
@@ -119,8 +120,10 @@ def terminal_table(rows: Sequence[dict[str, str]]) -> str:
 
 def collect_notes(records: Sequence[RunRecord]) -> list[str]:
     """Return notes that a reader needs: unequal protocols, substitutions, failures, suspicious step times."""
-    notes = [f"{record.name}: {oom_sentence(record)}" for record in records if record.outcome.kind == "oom"]
-    notes += _group_notes(records)
+    notes = _group_notes(records, describe_overlap)
+    notes += [f"{record.name}: {oom_sentence(record)}" for record in records if record.outcome.kind == "oom"]
+    notes += _group_notes(records, describe_changed_examples)
+    notes += _group_notes(records, lambda record: record.notes)
     trained = [record for record in records if record.tokens is not None and record.outcome.kind == "ok"]
     if differences := list_protocol_differences(trained):
         notes.append(f"these runs differ in more than their method: in {join_with_and(differences)}")
@@ -132,11 +135,11 @@ def collect_notes(records: Sequence[RunRecord]) -> list[str]:
     return [*notes, *check_step_times(records), *_unknown_metric_notes(trained)]
 
 
-def _group_notes(records: Sequence[RunRecord]) -> list[str]:
-    """Return the notes of the records, each once, with the names of its runs."""
+def _group_notes(records: Sequence[RunRecord], get_notes: Callable[[RunRecord], Iterable[str]]) -> list[str]:
+    """Return the notes that ``get_notes`` has for the records, each once, with the names of its runs."""
     names_by_note: dict[str, list[str]] = {}
     for record in records:
-        for note in record.notes:
+        for note in get_notes(record):
             names_by_note.setdefault(note, []).append(record.name)
     return [
         f"{'all runs' if len(names) == len(records) > 1 else join_with_and(truncate_list(names))}: {note}"

@@ -1,0 +1,38 @@
+"""Sentences on the examples of a run: shared by splits, cut, dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from peftbench.record import RunRecord
+
+
+def describe_overlap(record: RunRecord) -> Iterator[str]:
+    """Yield a sentence for evaluated examples that the model was trained on."""
+    overlap, quality = record.split_overlap, record.quality
+    if overlap is None:
+        return
+    split = record.recipe.get("evaluate", {}).get("split", "test")
+    total = quality.num_examples if quality is not None else record.num_examples.get(split, 0)
+    if overlap.same_file:
+        yield f"{split} and train are the same file, so the model is evaluated on its training examples"
+    elif overlap.texts:
+        yield (
+            f"{overlap.texts:,} of the {total:,} {split} texts are training texts too "
+            f"({overlap.texts_with_summary:,} with the same summary), so the quality is partly that of known examples"
+        )
+    elif overlap.ids:
+        yield f"{overlap.ids:,} of the {total:,} {split} ids are ids of training examples with other texts"
+
+
+def describe_changed_examples(record: RunRecord) -> Iterator[str]:
+    """Yield a sentence for each split with examples that are not used as given."""
+    length = record.recipe.get("data", {}).get("max_length")
+    limit = f"data.max_length={length}" if length is not None else "the model's positions"
+    for split, used in record.num_examples.items():
+        if dropped := record.num_dropped_examples.get(split):
+            yield f"{dropped:,} of {used + dropped:,} {split} examples are dropped: they do not fit {limit}"
+        if cut := record.num_cut_examples.get(split):
+            yield f"{cut:,} of {used:,} {split} texts are cut to fit {limit}"
+        if control := record.num_control_token_examples.get(split):
+            yield f"{control:,} of {used:,} {split} texts contain the name of a control token and are encoded with it"
