@@ -84,7 +84,7 @@ def test_oom_suggestion_fits(
     assert suggestion is not None
     assert json.loads(done.stdout.splitlines()[-1])["suggestion"] == suggestion
     *_, command = done.stderr.split("peftbench train ")
-    arguments = command.split("\n\n")[0].split()  # the table wraps it
+    arguments = command.splitlines()[0].split()
     assert arguments[0] == "out/run/record.json"
     assert arguments[1:] == list(record.outcome.suggested_overrides)
     repeated = launch(*arguments)
