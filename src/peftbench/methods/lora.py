@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, field_validator
@@ -163,6 +164,7 @@ class Lora(Method):
                     f"method.target_modules {target!r} matches {unsupported[0]}, which has no matrix to adapt; "
                     f"modules with a matrix: {', '.join(_list_linear_names(base))}"
                 )
+            _check_not_tied(target, matched, base)
             if not matched and self.target_modules is not None:
                 is_suffix = isinstance(targets, str) and any(_matches_suffix(target, name) for name, _ in modules)
                 hint = (
@@ -253,6 +255,26 @@ def _returns_tuple(module: nn.Module) -> bool:
     weight: torch.Tensor = module.weight  # type: ignore[assignment]
     with torch.no_grad():
         return not isinstance(module(weight.new_zeros(1, weight.shape[-1])), torch.Tensor)
+
+
+def _check_not_tied(target: str, matched: Mapping[str, nn.Module], base: PreTrainedModel) -> None:
+    """Check that no module to adapt shares its matrix with another, which a merged adapter would change too.
+
+    Raises:
+        TargetModulesError: one does, e.g. a head that is tied to the embedding.
+    """
+    owners: dict[int, list[str]] = {}
+    for name, module in base.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners.setdefault(id(weight), []).append(name)
+    for name, module in matched.items():
+        others = [owner for owner in owners.get(id(module._parameters.get("weight")), []) if owner != name]
+        if others:
+            raise TargetModulesError(
+                f"method.target_modules {target!r} matches {name}, which shares its matrix with {others[0]}, so that "
+                "merging the adapter would change both; leave it out, or use a model that does not tie them"
+            )
 
 
 def _matches_pattern(pattern: str, name: str) -> bool:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from peftbench.errors import UnsupportedModelError
+from peftbench.errors import TargetModulesError, UnsupportedModelError
 from peftbench.methods.lora import Lora
 from peftbench.training.loop import train_step
 from tests.helpers.batches import logits, micro_batch, one_batch
@@ -132,3 +132,36 @@ def test_architecture_without_peft_default_is_refused(tokenizer: PreTrainedToken
     with pytest.raises(UnsupportedModelError, match=r"set method\.target_modules=all-linear, or name modules"):
         Lora(target_modules=None).apply(base, tokenizer)
     assert trainable_parameters(Lora().apply(base, tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "target"),
+    [
+        ("gpt2_tied", ("wte",)),
+        ("gpt2_tied", ("lm_head",)),
+        ("gpt2_tied", "lm_head|transformer.wte"),
+        ("llama_tied", ("q_proj", "embed_tokens")),
+        ("llama_tied", ("model.embed_tokens",)),
+    ],
+)
+def test_tied_matrix_is_refused(
+    architecture: str, target: str | tuple[str, ...], fresh_base: Callable[[str], PreTrainedModel], tokenizer: Any
+) -> None:
+    """Merging an adapter of a matrix with two uses changes the model; the sentence names both."""
+    base = fresh_base(architecture)
+    with pytest.raises(TargetModulesError, match=r"(lm_head|wte|embed_tokens), which shares its matrix with "):
+        Lora(target_modules=target).apply(base, tokenizer)
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_merged_adapter_of_an_untied_matrix_equals_the_adapted_model(
+    target: str, fresh_base: Callable[[str], PreTrainedModel], tokenizer: Any
+) -> None:
+    """Head and embedding of their own can be adapted and merged."""
+    model: Any = Lora(r=2, target_modules=(target,)).apply(fresh_base("llama_untied"), tokenizer)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    ids = torch.arange(3, 12)[None]
+    expected = model.eval()(input_ids=ids).logits
+    assert torch.allclose(model.merge_and_unload()(input_ids=ids).logits, expected, atol=1e-4)
