@@ -1,4 +1,4 @@
-"""Checks of a loaded base model: what would fail or mislead hours later is refused at once."""
+"""Checks of a loaded base model, so that a run does not fail or mislead hours later."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class RunState:
     split_overlap: SplitOverlap | None = None
     data_fingerprint: str | None = None
     training_data_fingerprint: str | None = None
-    """Of the training split alone."""
+    """Fingerprint of the training split alone."""
     trained_record: RunRecord | None = None
     """Record of the earlier process that trained the model, if this one only evaluates it."""
     has_saved_model: bool = False

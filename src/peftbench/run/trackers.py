@@ -22,7 +22,7 @@ _NAME_SETTERS: dict[str, Callable[[Any, str], object]] = {
     "comet_ml": lambda experiment, name: experiment.set_name(name),
     "aim": lambda run, name: setattr(run, "name", name),
 }
-"""Where the run's name is set after the start."""
+"""Sets the run's name after the start."""
 
 
 class Trackers:

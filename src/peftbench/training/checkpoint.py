@@ -47,12 +47,12 @@ class CheckpointMetadata:
     """Identifies the training that wrote a checkpoint, and the environment it ran in."""
 
     training_fingerprint: str
-    """Of the recipe keys that change a trained weight."""
+    """Hash of the recipe keys that change a trained weight."""
     measurement_fingerprint: str
-    """Of those, and the keys that change a measurement of the training."""
+    """Hash of those and of the keys that change a measurement of the training."""
     model_fingerprint: str
     data_fingerprint: str
-    """Of the training split."""
+    """Fingerprint of the training split."""
     engine: str
     world_size: int
     device: str

@@ -402,7 +402,7 @@ def test_tokenizer_hash_depends_on_its_behavior(tokenizer: PreTrainedTokenizerBa
 @pytest.mark.parametrize(
     ("article", "summary"),
     [
-        ("A page about tokenizers.", "Page 1: <|endoftext|> stands between documents."),
+        ("A page about tokenizers.", "Page 1: <|endoftext|> is between documents."),
         ("<|endoftext|>", "An article that is only its name."),
         ("Twice <|endoftext|><|endoftext|> here.", "<|endoftext|> first."),
         ("At the end <|endoftext|>", "And here <|endoftext|>"),
@@ -421,7 +421,7 @@ def test_name_of_a_control_token_is_text(article: str, summary: str, encoder: En
 
 
 def test_control_token_that_cannot_be_split_is_counted() -> None:
-    """A tokenizer of whole words knows the name only as the control token; unknown words are not counted."""
+    """This tokenizer knows the name only as the control token; unknown text is not counted."""
     from tokenizers import pre_tokenizers
 
     tokenizer = word_tokenizer()

@@ -93,7 +93,7 @@ def test_identical_texts_of_any_script_score_100(script: str) -> None:
 
 @pytest.mark.parametrize("script", IN_OTHER_SCRIPTS)
 def test_texts_that_share_a_digit_do_not_score_100(script: str) -> None:
-    """The words count, not only the digit between them."""
+    """The letters count, not only the digit."""
     assert 0 < _means([f"{IN_OTHER_SCRIPTS[script]} 7"], ["Nothing else is equal 7"])["rouge1"] < 40
 
 
@@ -107,10 +107,10 @@ def test_texts_that_share_a_digit_do_not_score_100(script: str) -> None:
         ("réunions votes", "réunions voting", 100),
         ("été", "ete", 0),
     ],
-    ids=["word", "character", "case", "composition", "stem", "accent"],
+    ids=["spaces", "no spaces", "case", "composition", "stem", "accent"],
 )
 def test_scores_of_other_scripts_match_hand_computed_values(generated: str, reference: str, expected: float) -> None:
-    """Words of scripts with spaces, characters of scripts without; ASCII words are stemmed in any text."""
+    """Tokens are characters in scripts without spaces; ASCII tokens are stemmed in any text."""
     assert _means([generated], [reference])["rouge1"] == pytest.approx(expected)
 
 
@@ -121,7 +121,7 @@ def test_ascii_texts_score_as_rouge_score() -> None:
     from rouge_score.rouge_scorer import RougeScorer
 
     generator = random.Random(4)  # noqa: S311
-    words = [
+    parts = [
         "votes",
         "voting",
         "bridge's",
@@ -136,7 +136,7 @@ def test_ascii_texts_score_as_rouge_score() -> None:
         "runs.",
         "The",
     ]
-    texts = [" ".join(generator.choices(words, k=12)) for _ in range(40)]
+    texts = [" ".join(generator.choices(parts, k=12)) for _ in range(40)]
     texts += ["".join(chr(generator.randrange(128)) for _ in range(60)) for _ in range(40)]
     others = generator.sample(texts, len(texts))
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)

@@ -1,4 +1,4 @@
-"""What would fail or mislead hours later is refused or repaired when the base model is loaded."""
+"""Checks and repairs of a base model when it is loaded."""
 
 from __future__ import annotations
 

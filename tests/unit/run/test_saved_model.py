@@ -232,7 +232,7 @@ def test_damaged_outputs_are_refused(damage: str, workshop: Workshop) -> None:
     ids=["evaluation", "profile", "method", "unchanged"],
 )
 def test_only_a_changed_evaluation_reuses_the_model(changes: dict[str, Any], trains: bool, workshop: Workshop) -> None:
-    """What changes a measurement is measured again, and a complete run that is requested again is repeated."""
+    """A changed measurement is made again, and a complete run that is requested again is repeated."""
     recipe = workshop.recipe(Lora(r=2), save_model=True)
     first = workshop.run(recipe)
     second = workshop.run(recipe.model_copy(update=changes))

@@ -79,7 +79,7 @@ def test_tracker_that_cannot_start_is_switched_off(workshop: Workshop) -> None:
 
 
 def test_each_tracker_gets_the_name_of_the_run(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs of one suite are told apart in every tracker that a recipe can name."""
+    """Runs of one suite have different names in every tracker that a recipe can use."""
     from peftbench.recipe.schema import Recipe
 
     names = {"tensorboard", *_RUN_NAME_KEYS, *_NAME_SETTERS}

@@ -123,7 +123,7 @@ def test_six_n_matches_hf_trainer(method: Method, workshop: Workshop) -> None:
 
 @pytest.mark.parametrize("size", [25, 500, 10**9])
 def test_batch_larger_than_the_data_is_refused(size: int, workshop: Workshop) -> None:
-    """24 examples do not make a batch of 25, and a batch of 10**9 would grow without end."""
+    """24 examples do not make a batch of 25, and a batch of 10**9 would grow without limit."""
     with pytest.raises(
         OutOfRangeError, match=f"global_batch_size={size} is more than the 24 training examples; set it"
     ):
@@ -132,7 +132,7 @@ def test_batch_larger_than_the_data_is_refused(size: int, workshop: Workshop) ->
 
 @pytest.mark.parametrize(("size", "repeats"), [(24, None), (25, 2), (72, 3)])
 def test_repeats_within_a_step_are_allowed_and_noted(size: int, repeats: int | None, workshop: Workshop) -> None:
-    """The recipe must allow them; the record tells how often an example repeats."""
+    """The recipe must allow them; the record has a note with the number of repeats."""
     train = {"global_batch_size": size, "micro_batch_size": 12, "steps": 1, "repeat_examples": True}
     record = workshop.run(workshop.recipe(Lora(r=2), train=train))
     expected = [] if repeats is None else [f"each step uses each of the 24 training examples up to {repeats} times"]

@@ -34,7 +34,7 @@ def _build_metric_class() -> Any:  # noqa: ANN401 — evaluate has no types
     import evaluate
     from rouge_score import rouge_scorer
 
-    from peftbench.evaluation.metrics.words import UnicodeTokenizer
+    from peftbench.evaluation.metrics.unicode_tokenizer import UnicodeTokenizer
 
     class RougeMetric(evaluate.Metric):  # type: ignore[misc]
         """Computes, for each type of ROUGE, one F-measure (0 to 1) per example."""
