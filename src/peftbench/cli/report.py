@@ -14,6 +14,7 @@ from peftbench.common.console import cli_errors
 def report(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Output folder of a run or a suite.")],
     html: Annotated[Optional[Path], typer.Option(help="Path of the page. Default: report.html in FOLDER.")] = None,
+    open_page: Annotated[bool, typer.Option("--open", metavar="", help="Open the page in a browser.")] = False,
     update_file: UpdateFileOption = None,
     marker: Annotated[
         Optional[str],
@@ -30,10 +31,16 @@ def report(
     ] = None,
 ) -> None:
     """Build the HTML page and the tables from the records in a folder."""
-    from peftbench.cli.report_actions import load_records, print_report, print_section, reject_unused_options
+    from peftbench.cli.report_actions import (
+        load_records,
+        open_in_browser,
+        print_report,
+        print_section,
+        reject_unused_options,
+    )
 
     with cli_errors():
-        reject_unused_options(html, update_file, marker, group_by)
+        reject_unused_options(html, update_file, marker, group_by, open_page=open_page)
         if update_file is not None or group_by is not None:
             records = load_records(folder, price_per_hour, allow_empty=False)
             print_section(list(records.values()), update_file, marker, group_by)
@@ -45,7 +52,10 @@ def report(
 
         unfinished = [UnfinishedRun(row.name, row.state, row.detail) for row in find_unfinished_runs(folder)]
         records, title = load_records(folder, price_per_hour, allow_empty=bool(unfinished)), folder.resolve().name
-        print_report(write_report(records, folder, title, page_path=html, unfinished_runs=unfinished), title)
+        written = write_report(records, folder, title, page_path=html, unfinished_runs=unfinished)
+        print_report(written, title)
+        if open_page:
+            open_in_browser(written.page_path)
 
 
 def compare(

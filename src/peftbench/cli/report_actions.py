@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +11,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from peftbench.common.filesystem import write_atomically
-from peftbench.errors import OutOfRangeError
+from peftbench.errors import OutOfRangeError, OutputError
 from peftbench.record import RunRecord, find_records, read_records_by_path
 from peftbench.report.diff.compute import diff_suites
 from peftbench.report.diff.metrics import parse_thresholds
@@ -63,7 +65,12 @@ def load_records(folder: Path, price_per_hour: float | None, *, allow_empty: boo
 
 
 def reject_unused_options(
-    page_path: Path | None, update_file: Path | None, marker: str | None, group_by: str | None
+    page_path: Path | None,
+    update_file: Path | None,
+    marker: str | None,
+    group_by: str | None,
+    *,
+    open_page: bool = False,
 ) -> None:
     """Refuse options that would have no effect.
 
@@ -73,9 +80,11 @@ def reject_unused_options(
     no_page_options = [
         name for name, value in {"--update-file": update_file, "--group-by": group_by}.items() if value is not None
     ]
-    if page_path is not None and no_page_options:
+    page_options = [name for name, used in {"--html": page_path is not None, "--open": open_page}.items() if used]
+    if page_options and no_page_options:
         raise OutOfRangeError(
-            f"--html has no effect with {join_with_and(no_page_options)}, which writes no page; omit one of them"
+            f"{page_options[0]} has no effect with {join_with_and(no_page_options)}, which writes no page; omit one of "
+            "them"
         )
     if marker is not None and update_file is None:
         raise OutOfRangeError("--marker names a section of a file; give the file with --update-file")
@@ -97,9 +106,26 @@ def print_section(
 
 
 def print_report(report: WrittenReport, title: str) -> None:
-    """Print the table, the summary and, as last line, ``report:`` with the path of the page."""
+    """Print the table, the summary and, as last line, ``report:`` with the path of the page, a link on a terminal."""
     if report.records:
         print_table(report.records, title, note_lines=report.notes)
     for sentence in report.summary:
         typer.echo(f"- {terminal_safe(sentence)}")
-    typer.echo(f"report: {report.page_path}")
+    typer.echo(f"report: {format_link(report.page_path, is_terminal=sys.stdout.isatty())}")
+
+
+def format_link(path: Path, *, is_terminal: bool) -> str:
+    """Return a path; on a terminal as a link (escape sequence OSC 8), which terminals without links show as text."""
+    if not is_terminal:
+        return str(path)
+    return f"\x1b]8;;{path.resolve().as_uri()}\x1b\\{terminal_safe(str(path))}\x1b]8;;\x1b\\"
+
+
+def open_in_browser(path: Path) -> None:
+    """Open a page in the default browser.
+
+    Raises:
+        OutputError: no browser was found, e.g. on a server.
+    """
+    if not webbrowser.open(path.resolve().as_uri()):
+        raise OutputError(f"no browser was found to open {path}", "copy the file to a machine with a browser")

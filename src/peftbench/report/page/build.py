@@ -66,7 +66,14 @@ def render_diff_page(diff: SuiteDiff) -> str:
 
 def _load_template(name: str) -> Template:
     loader = PackageLoader("peftbench.report.page", ".")
-    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template(name)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    environment.filters["breakable"] = make_breakable
+    return environment.get_template(name)
+
+
+def make_breakable(name: str) -> Markup:
+    """Return a run's name as HTML that a line may break after punctuation, and nowhere else."""
+    return Markup("<wbr>").join(re.findall(r"[^-_=.,/+]*[-_=.,/+]?", name)[:-1])
 
 
 def _visible_sections(page_data: PageData) -> set[str]:

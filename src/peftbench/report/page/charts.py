@@ -4,24 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import altair as alt
 
+from peftbench.report.page.label_placement import FONT_SIZE, LABEL_POSITIONS, LabeledPoint, place_labels
 from peftbench.report.page.series import NUM_COLORS, X_AXES, ChartRow, ColorGroups, pareto_front
 from peftbench.report.text.formatting import finite_or_none
 from peftbench.report.text.memory_categories import MEMORY_CATEGORY_LABELS
 
-NUM_CATEGORY_COLORS = 14
-"""CSS variables --m0 to --m13 for memory categories; those of groups are --k0 to --k7."""
+NUM_CATEGORY_COLORS = 15
+"""CSS variables --m0 to --m14 for memory categories; those of groups are --k0 to --k7."""
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right", "triangle-left")
-LABEL_POSITIONS: dict[str, tuple[Literal["left", "right"], int, int]] = {
-    "right above": ("left", 9, -7),
-    "right below": ("left", 9, 13),
-    "left above": ("right", -9, -7),
-    "left below": ("right", -9, 13),
-}
-"""Positions of a point's label: text alignment and offset in pixels."""
 MAX_TABLE_ROWS = 200
 """Maximum number of rows of a chart's table."""
 SMOOTHING_RADIUS = 6
@@ -169,7 +163,7 @@ def trade_off(
         "runs": known,
         "intervals": [point for point in known if point.get("low") is not None],
         "baselines": baselines if len(baselines) <= MAX_LABELED_POINTS else [],
-        **_rows_by_label_position(known, cost),
+        **_rows_by_label_position(known, baselines, cost, higher_is_better=higher_is_better),
     }
     layers = _trade_off_layers(cost, title, groups, evaluated, higher_is_better=higher_is_better)
     chart = alt.layer(*(layer for name, named in layers.items() if data[name] for layer in named)).properties(
@@ -188,16 +182,33 @@ def trade_off(
     return _build_chart(f"quality-{cost.field.lower()}", heading, caption, chart, data=data, fields=fields)
 
 
-def _rows_by_label_position(points: Sequence[ChartRow], cost: CostAxis) -> dict[str, list[ChartRow]]:
-    """Return points by label position, so that labels stay inside the chart and do not overlap their neighbors."""
+def _rows_by_label_position(
+    points: Sequence[ChartRow], baselines: Sequence[ChartRow], cost: CostAxis, *, higher_is_better: bool
+) -> dict[str, list[ChartRow]]:
+    """Return points by label position. The legend alone names points whose labels would overlap."""
     by_position: dict[str, list[ChartRow]] = {side: [] for side in LABEL_POSITIONS}
     if len(points) > MAX_LABELED_POINTS:
         return by_position
-    order = sorted(points, key=lambda point: float(point[cost.field] or 0))
-    for index, point in enumerate(order):
-        side = "left" if index and index == len(order) - 1 else "right"
-        by_position[f"{side} {'below' if index % 2 else 'above'}"].append(point)
+    labeled = [
+        LabeledPoint(
+            str(point["run"]),
+            _to_float(point[cost.field]),
+            _to_float(point["quality"]),
+            None if point.get("low") is None else _to_float(point["low"]),
+            None if point.get("high") is None else _to_float(point["high"]),
+        )
+        for point in points
+    ]
+    lines = [(str(point["run"]), _to_float(point["quality"])) for point in baselines]
+    positions = place_labels(labeled, lines, is_y_reversed=not higher_is_better)
+    for point, position in zip(points, positions, strict=True):
+        if position is not None:
+            by_position[position].append(point)
     return by_position
+
+
+def _to_float(value: object) -> float:
+    return float(str(value))
 
 
 def _trade_off_layers(
@@ -228,7 +239,7 @@ def _trade_off_layers(
             .encode(x=alt.value(0), y=y, text="run:N"),
         ],
         **{
-            side: [_layer(side).mark_text(align=align, dx=dx, dy=dy, fontSize=11).encode(x=x, y=y, text="run:N")]
+            side: [_layer(side).mark_text(align=align, dx=dx, dy=dy, fontSize=FONT_SIZE).encode(x=x, y=y, text="run:N")]
             for side, (align, dx, dy) in LABEL_POSITIONS.items()
         },
     }

@@ -33,8 +33,9 @@ def memory_bar_rows(records: Sequence[RunRecord]) -> list[ChartRow]:
 def peak_by_category(record: RunRecord) -> Iterator[tuple[str, int]]:
     """Yield category and bytes of the peak of training; "unattributed" is what no instrument could attribute.
 
-    On a GPU: tensors, the allocator cache and the CUDA context. On CPU: RSS above its value before anything was loaded.
-    For a run out of memory: bytes in use and the requested allocation, as the budget counts them.
+    On a GPU: tensors, the allocator cache and the CUDA context. On CPU: the tensors of a breakdown, else the RSS above
+    its value before anything was loaded. For a run out of memory: bytes in use and the requested allocation, as the
+    budget counts them.
     """
     outcome, peak = record.outcome, train_peak_bytes(record)
     if outcome.kind == "oom":
@@ -44,6 +45,9 @@ def peak_by_category(record: RunRecord) -> Iterator[tuple[str, int]]:
             "cuda_context": record.cuda_context_bytes,
         }
         yield from ((category, size) for category, size in failure.items() if size)
+        return
+    if record.device.type == "cpu":
+        yield from _cpu_peak_by_category(record, peak)
         return
     if peak is None:
         return
@@ -57,6 +61,15 @@ def peak_by_category(record: RunRecord) -> Iterator[tuple[str, int]]:
             yield "allocator_cache", cache
         if record.cuda_context_bytes:
             yield "cuda_context", record.cuda_context_bytes
+
+
+def _cpu_peak_by_category(record: RunRecord, peak: int | None) -> Iterator[tuple[str, int]]:
+    """Yield what was measured: most of a process's memory is libraries and freed blocks, which no category has."""
+    breakdown = record.memory_breakdown.bytes_by_category if record.memory_breakdown is not None else {}
+    if breakdown:
+        yield from ((category, breakdown[category]) for category in MEMORY_CATEGORY_LABELS if breakdown.get(category))
+    elif peak is not None:
+        yield "resident", peak
 
 
 def _attributed_bytes(record: RunRecord, peak: int) -> dict[str, int]:
@@ -109,19 +122,29 @@ def memory_limit_rows(records: Sequence[RunRecord]) -> tuple[list[ChartRow], str
 def memory_caption(records: Sequence[RunRecord], limit_rows: Sequence[ChartRow], far_limits_note: str) -> str:
     """Return the caption of the chart for these records."""
     sentences = ["Peak memory of the training phase."]
-    if any(record.memory_breakdown for record in records):
+    on_cpu = [record for record in records if record.device.type == "cpu"]
+    on_gpu = [record for record in records if record.device.type != "cpu"]
+    if any(record.memory_breakdown for record in on_gpu):
         sentences.append(
             "With profile.memory_breakdown, categories are of one untimed step of the first process; what training "
             "used in addition is unattributed."
         )
-    if any(record.state_bytes and not record.memory_breakdown for record in records):
-        subject = "Without it, weights" if any(record.memory_breakdown for record in records) else "Weights"
+    if any(record.state_bytes and not record.memory_breakdown for record in on_gpu):
+        subject = "Without it, weights" if any(record.memory_breakdown for record in on_gpu) else "Weights"
         sentences.append(f"{subject}, gradients and optimizer states are from tensor sizes; the rest is unattributed.")
-    if any(record.device.type == "cpu" for record in records):
+    if any(record.memory_breakdown for record in on_cpu):
         sentences.append(
-            "On CPU a bar is RSS above its value before anything was loaded, and includes libraries imported later and "
-            "freed blocks that the C library keeps. A budget does not count file-backed pages, so its limit is drawn "
-            "only for runs out of memory."
+            "On CPU with profile.memory_breakdown, a bar is the tensors of one untimed step of the first process; the "
+            "table has the resident memory, with libraries and freed blocks."
+        )
+    if any(not record.memory_breakdown for record in on_cpu):
+        sentences.append(
+            "On CPU without profile.memory_breakdown, a bar is the resident memory above its value before anything was "
+            "loaded: tensors, libraries imported later and freed blocks that the C library keeps."
+        )
+    if on_cpu:
+        sentences.append(
+            "A budget does not count file-backed pages, so its limit is drawn only for runs out of memory."
         )
     if limit_rows:
         kinds = " or the ".join(dict.fromkeys(str(row["limit_kind"]) for row in limit_rows))

@@ -58,6 +58,17 @@ filter.addEventListener("input", () => {
   count.textContent = terms.length ? `${shown} of ${body.rows.length}` : "";
 });
 
+// A shadow and a hint where a table continues to the right.
+function markCut(box) {
+  box.toggleAttribute("data-scrollable", box.scrollWidth > box.clientWidth + 1);
+  box.toggleAttribute("data-cut", box.scrollLeft + box.clientWidth < box.scrollWidth - 1);
+}
+for (const box of document.querySelectorAll(".scroll")) {
+  new ResizeObserver(() => markCut(box)).observe(box);
+  box.addEventListener("scroll", () => markCut(box), { passive: true });
+  markCut(box);
+}
+
 const downloads = JSON.parse(document.getElementById("downloads").textContent);
 for (const button of document.querySelectorAll("[data-download]")) {
   button.addEventListener("click", () => {

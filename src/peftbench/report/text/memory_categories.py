@@ -15,5 +15,6 @@ MEMORY_CATEGORY_LABELS = {
     "cuda_context": "CUDA context",
     "in_use": "in use at the failure",
     "requested": "requested allocation",
+    "resident": "resident memory",
 }
 """Label of each category, in stacking order."""

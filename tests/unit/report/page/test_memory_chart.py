@@ -27,7 +27,7 @@ def test_bar_categories_sum_to_the_peak() -> None:
         operation="x",
         step_part="backward",
     )
-    without_breakdown = build_record("a", "full", 1, memory=peak, state_bytes=states)
+    without_breakdown = build_record("a", "full", 1, memory=peak, state_bytes=states, device=GPU)
     rows = memory_chart.memory_bar_rows(
         [without_breakdown, without_breakdown.model_copy(update={"name": "b", "memory_breakdown": breakdown})]
     )
@@ -65,10 +65,32 @@ def test_categories_that_exceed_the_training_peak_are_not_used() -> None:
         memory={"train": Memory(allocated_bytes=5 * MIB)},
         memory_breakdown=breakdown,
         state_bytes=states,
+        device=GPU,
     )
     assert dict(memory_chart.peak_by_category(run)) == {"weights": 4 * MIB, "unattributed": MIB}
     small_run = run.model_copy(update={"memory": {"train": Memory(allocated_bytes=3 * MIB)}})
     assert dict(memory_chart.peak_by_category(small_run)) == {"unattributed": 3 * MIB}
+
+
+def test_cpu_bar_has_only_what_was_measured() -> None:
+    """Check that it has the tensors of a breakdown, else the resident memory, and nothing unattributed."""
+    cpu = Device(type="cpu", name="a CPU", num_processes=1)
+    memory = {"train": Memory(rss_bytes=400 * MIB, baseline_rss_bytes=100 * MIB)}
+    states = StateBytes(weights=4 * MIB, gradients=4 * MIB, optimizer=8 * MIB)
+    run = build_record("a", "full", 1, memory=memory, state_bytes=states, device=cpu)
+    assert dict(memory_chart.peak_by_category(run)) == {"resident": 300 * MIB}
+    categories = {"activations": 55 * MIB, "weights": 10 * MIB, "logits": 0}
+    breakdown = MemoryBreakdown(
+        step=5,
+        micro_batch_size=1,
+        sequence_length=8,
+        peak_bytes=65 * MIB,
+        bytes_by_category=categories,
+        operation="x",
+        step_part="backward",
+    )
+    measured = run.model_copy(update={"memory_breakdown": breakdown})
+    assert list(memory_chart.peak_by_category(measured)) == [("weights", 10 * MIB), ("activations", 55 * MIB)]
 
 
 def test_gpu_bar_includes_allocator_cache_and_context() -> None:
@@ -154,8 +176,7 @@ def test_caption_describes_the_bars_of_committed_records() -> None:
     rows, far_limits_note = memory_chart.memory_limit_rows(COMMITTED)
     caption = memory_chart.memory_caption(COMMITTED, rows, far_limits_note)
     assert "On CPU" in caption
-    assert "Without it, weights" in caption
-    states_caption = memory_chart.memory_caption(
-        [build_record("a", "full", 1, state_bytes=StateBytes(weights=1, gradients=1, optimizer=1))], [], ""
-    )
+    assert "With profile.memory_breakdown, categories are of one untimed step" in caption
+    states = StateBytes(weights=1, gradients=1, optimizer=1)
+    states_caption = memory_chart.memory_caption([build_record("a", "full", 1, state_bytes=states, device=GPU)], [], "")
     assert states_caption.startswith("Peak memory of the training phase. Weights, gradients")
