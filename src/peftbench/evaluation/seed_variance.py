@@ -49,9 +49,9 @@ def seed_error(variances: Sequence[float], pooled: PooledVariance, num_seeds: in
 def widen_by_seeds(over_examples: Interval, error: float, pooled: PooledVariance, confidence: float) -> Interval:
     """Return an interval over examples and seeds from one over examples and the standard error over seeds.
 
-    The squares of the two half-widths add (Banerjee 1961, On confidence interval for two-means problem based on
-    separate estimates of variances and tabulated values of t): the coverage is at least ``confidence`` for any ratio of
-    the two variances. Each end has its own half-width, because bootstrap intervals are asymmetric (Zou and Donner 2008,
+    The squares of the two half-widths add (Banerjee 1960, Approximate confidence interval for linear functions of means
+    of k populations when the population variances are not equal), so the interval covers for any ratio of the two
+    variances. Each end has its own half-width, because bootstrap intervals are asymmetric (Zou and Donner 2008,
     Construction of confidence limits about effect measures).
     """
     from scipy.stats import t

@@ -82,10 +82,9 @@ class PairComparison:
         """Verdict for a table."""
         if self.num_examples < MIN_EXAMPLES:
             return "too few examples"
-        if self.better_group is None:
-            return "not significant" + (f", use {self.sufficient_seeds} seeds" if self.sufficient_seeds else "")
-        only = "" if self.single_seed is None else f" with seed {self.single_seed}"
-        return f"{self.better_group.label} is better{only}"
+        seed = "" if self.single_seed is None else f" with seed {self.single_seed}"
+        advice = f"; use {self.sufficient_seeds} seeds" if self.sufficient_seeds else ""
+        return f"{self.better_group.label} is better{seed}" if self.better_group else f"not significant{seed}{advice}"
 
 
 @dataclass(frozen=True, eq=False)
