@@ -127,7 +127,7 @@ def _seed_clause(pair_comparisons: Sequence[PairComparison]) -> str:
     seeds = {comparison.single_seed for comparison in pair_comparisons}
     if None in seeds or not seeds:
         return ""
-    return f" with seed {seeds.pop()}" if len(seeds) == 1 else " with one seed each"
+    return f" on seed {seeds.pop()}" if len(seeds) == 1 else " on one seed each"
 
 
 def _with_sign(text: str) -> str:

@@ -217,11 +217,11 @@ def test_significance_needs_min_examples() -> None:
         (pair,) = compare_groups(rows).pair_comparisons
         assert pair.interval.low > 0
         assert pair.is_significant is significant
-        assert pair.verdict == ("a (lora) is better with seed 0" if significant else "too few examples")
+        assert pair.verdict == ("a (lora) is better on seed 0" if significant else "too few examples")
     (pair,) = compare_groups(
         [build_judged_record("a", "lora", scores(0, 1)), build_judged_record("b", "full", scores(0, 2))]
     ).pair_comparisons
-    assert pair.verdict == "not significant with seed 0"
+    assert pair.verdict == "not significant on seed 0"
 
 
 @pytest.mark.parametrize("count", [1, 2])

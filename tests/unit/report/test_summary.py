@@ -16,7 +16,7 @@ COUNT = 100
 BASE = draw_scores(COUNT, 0, spread=10)
 VERDICT = re.compile(r"\b(?:better|worse|higher|lower|wins?|beats?)\b")
 OPENING = "Compared by ROUGE-L of generated summaries (higher is better) with full."
-ONE_SEED = "with seed 0; another seed may change the order: use 3 seeds."
+ONE_SEED = "on seed 0; another seed may change the order: use 3 seeds."
 
 
 def scores(shift: float, seed: int = 1, spread: float = 3.0) -> list[float]:
@@ -56,11 +56,11 @@ def find_verdicts(sentences: list[str]) -> list[str]:
 @pytest.mark.parametrize(
     ("shift", "pattern"),
     [
-        (4.0, r"lora is better than full by 4\.0 ROUGE-L with seed 0 \(interval 3\.\d to 4\.\d\), at"),
-        (-4.0, r"lora is worse than full by 4\.0 ROUGE-L with seed 0 \(interval 3\.\d to 4\.\d\), at"),
+        (4.0, r"lora is better than full by 4\.0 ROUGE-L on seed 0 \(interval 3\.\d to 4\.\d\), at"),
+        (-4.0, r"lora is worse than full by 4\.0 ROUGE-L on seed 0 \(interval 3\.\d to 4\.\d\), at"),
         (
             0.1,
-            r"lora is within 0\.\d ROUGE-L of full with seed 0 "
+            r"lora is within 0\.\d ROUGE-L of full on seed 0 "
             r"\(difference \+0\.1, interval -0\.\d to \+0\.\d; not significant\),",
         ),
     ],
@@ -266,11 +266,11 @@ def test_baselines_are_compared_with_trained_configurations() -> None:
         build_judged_record("lead_1", "lead", scores(2, 4)),
     ]
     none_better = (
-        r"No trained configuration is significantly better than lead_1 with seed 0; "
-        r"full is worse than lead_1 with seed 0, by 1\.\d ROUGE-L at"
+        r"No trained configuration is significantly better than lead_1 on seed 0; "
+        r"full is worse than lead_1 on seed 0, by 1\.\d ROUGE-L at"
     )
     assert re.match(none_better, find_sentence(rows, "No"))
-    sentence = find_sentence(rows, "lora and full are better than zero_shot with seed 0, by ")
+    sentence = find_sentence(rows, "lora and full are better than zero_shot on seed 0, by ")
     stated_bound = float(re.search(r"by (\S+) ROUGE-L at least", sentence).group(1))  # type: ignore[union-attr]
     comparisons = compare_groups(rows)
     base = comparisons.groups[2]
@@ -396,7 +396,7 @@ def test_lower_loss_is_better() -> None:
     sentences = summarize(rows)
     assert sentences[0] == "Compared by held-out loss (lower is better) with full."
     assert re.fullmatch(
-        r"lora is better than full by 0\.205 nats with seed 0 \(interval 0\.20\d to 0\.20\d\)\.", sentences[1]
+        r"lora is better than full by 0\.205 nats on seed 0 \(interval 0\.20\d to 0\.20\d\)\.", sentences[1]
     )
 
 
@@ -404,7 +404,7 @@ def test_equal_scores_are_reported_as_equal() -> None:
     """Report equal scores on all examples instead of an interval without width."""
     assert (
         find_sentence([build_judged_record("full", "full", BASE), build_judged_record("lora", "lora", BASE)], "lora")
-        == "lora has the same score as full on every example with seed 0."
+        == "lora has the same score as full on every example on seed 0."
     )
 
 

@@ -42,10 +42,10 @@ def test_pairs_with_one_seed_keep_the_seed_warning() -> None:
     sentences = summarize(rows)
     assert sentences[-1].endswith(
         f"over {COUNT} held-out examples and 3 seeds together, with a variance over seeds pooled over methods; "
-        "comparisons with seed 0 are over examples only; another seed may change the order: use 3 seeds."
+        "comparisons on seed 0 are over examples only; another seed may change the order: use 3 seeds."
     )
     better = [sentence for sentence in sentences if " is better than full by 6.0 ROUGE-L" in sentence]
-    assert [" with seed 0 (" in sentence for sentence in better] == ["head" in sentence for sentence in better]
+    assert [" on seed 0 (" in sentence for sentence in better] == ["head" in sentence for sentence in better]
     assert len(better) == 2
 
 
@@ -67,9 +67,9 @@ def test_pairs_of_different_single_seeds_are_not_given_one() -> None:
         *build_seeds("head", "last_layer", [6, 6])[1:],
     ]
     sentences = summarize(rows)
-    assert any("better than full by 6.0 ROUGE-L with seed 0 (" in sentence for sentence in sentences)
-    assert any("better than full by 6.0 ROUGE-L with seed 1 (" in sentence for sentence in sentences)
-    assert any("held-out examples with one seed each; another seed may" in sentence for sentence in sentences)
+    assert any("better than full by 6.0 ROUGE-L on seed 0 (" in sentence for sentence in sentences)
+    assert any("better than full by 6.0 ROUGE-L on seed 1 (" in sentence for sentence in sentences)
+    assert any("held-out examples on one seed each; another seed may" in sentence for sentence in sentences)
 
 
 def test_interval_wider_than_scale_gives_no_bound() -> None:

@@ -82,7 +82,7 @@ class PairComparison:
         """Verdict for a table."""
         if self.num_examples < MIN_EXAMPLES:
             return "too few examples"
-        seed = "" if self.single_seed is None else f" with seed {self.single_seed}"
+        seed = "" if self.single_seed is None else f" on seed {self.single_seed}"
         advice = f"; use {self.sufficient_seeds} seeds" if self.sufficient_seeds else ""
         return f"{self.better_group.label} is better{seed}" if self.better_group else f"not significant{seed}{advice}"
 
