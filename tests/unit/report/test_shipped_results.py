@@ -66,6 +66,7 @@ def test_estimate_block_is_current(arguments: str, file: str, block: str, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("script", "records", "file", "block"), SIMULATION_COMMANDS)
 def test_simulation_block_is_current(script: str, records: str, file: str, block: str, tmp_path: Path) -> None:
     """Run the simulation again, and compare the file with the committed one."""
