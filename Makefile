@@ -4,7 +4,7 @@ BIN := .venv/bin
 # The demo and the tests run offline.
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-all test-engines test-slow test-slurm lint prose readme architectures picture clean
+.PHONY: demo test test-all test-engines test-slow test-slurm lint prose readme architectures coverage picture clean
 
 demo: .venv/installed
 	@echo "Two suites of 6 and 3 runs. On two slow CPU cores they take about 8 minutes (docs/results/README.md)."
@@ -62,6 +62,10 @@ readme: .venv/installed
 architectures: .venv/installed
 	$(BIN)/python -m tests.unit.memory.architecture_table > .architectures.md
 	mv .architectures.md docs/reference/architectures.md
+
+# Simulates the coverage of the report's intervals (about four minutes).
+coverage: .venv/installed
+	$(BIN)/python benchmarks/seed_coverage/simulation.py docs/results/demo_seeds --update-file docs/concepts/statistics.md --marker coverage
 
 # Renders the report page's picture in README.md from committed records; needs Chromium.
 picture: .venv/installed

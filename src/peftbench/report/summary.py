@@ -13,6 +13,9 @@ from peftbench.report.analysis.run_groups import RunGroup
 from peftbench.report.analysis.significance import ALPHA, MIN_EXAMPLES, ComparisonSet, PairComparison, compare_groups
 from peftbench.report.text.formatting import decimal_places, format_decimal, join_with_and, round_outward, truncate_list
 
+RECOMMENDED_SEEDS = 3
+"""Number of seeds advised for runs with one; with two, an interval over seeds is several times as wide."""
+
 MAX_SENTENCES = 12
 """Maximum number of sentences on configurations, and on outcomes; the table has the others."""
 
@@ -95,31 +98,36 @@ def _select_reference(groups: Sequence[RunGroup]) -> tuple[RunGroup, str]:
 def _quality_sentence(comparison: PairComparison) -> str:
     """Return which of the two is better, or the largest difference that the interval allows."""
     first, second, unit = comparison.first.label, comparison.second.label, comparison.metric.unit
-    interval, digits = comparison.interval, comparison.metric.decimals
+    interval, digits, seed = comparison.interval, comparison.metric.decimals, _seed_clause([comparison])
     if interval.low == interval.high == 0:
-        return f"{first} has the same score as {second} on every example"
+        return f"{first} has the same score as {second} on every example{seed}"
     if comparison.better_group is not None:
         away = interval if interval.mean > 0 else -interval
         low, high = round_outward(away, digits)
         which = "better" if comparison.better_group is comparison.first else "worse"
         by = format_decimal(away.mean, max(digits, decimal_places(low)))
-        return f"{first} is {which} than {second} by {by} {unit} (interval {low} to {high})"
+        return f"{first} is {which} than {second} by {by} {unit}{seed} (interval {low} to {high})"
     low, high = round_outward(interval, digits)
     within = max((low.removeprefix("-"), high.removeprefix("-")), key=float)
-    by_seeds_alone = (
-        comparison.interval_over_seeds
-        and comparison.interval_over_examples.excludes_zero
-        and not comparison.interval_over_seeds.excludes_zero
-    )
-    why = "not significant" + (f" over {comparison.num_seeds} seeds" if by_seeds_alone else "")
+    advice = f"; use {comparison.sufficient_seeds} seeds" if comparison.sufficient_seeds else ""
     mean, low, high = _with_sign(format_decimal(interval.mean, digits)), _with_sign(low), _with_sign(high)
     if float(within) >= comparison.metric.max_difference:
-        count = (
-            f"{comparison.num_seeds} seeds" if comparison.interval_over_seeds else f"{comparison.num_examples} examples"
-        )
-        reason = f"with {count} the interval exceeds the scale"
-        return f"{first} and {second} are indistinguishable (difference {mean}; {reason})"
-    return f"{first} is within {within} {unit} of {second} (difference {mean}, interval {low} to {high}; {why})"
+        seeds = f" and {len(comparison.seeds)} seeds" if len(comparison.seeds) > 1 else ""
+        reason = f"with {comparison.num_examples} examples{seeds} the interval exceeds the scale{advice}"
+        return f"{first} and {second} are indistinguishable{seed} (difference {mean}; {reason})"
+    seeds = f" with {len(comparison.seeds)} seeds" if advice else ""
+    verdict = f"not significant{seeds}{advice}"
+    return (
+        f"{first} is within {within} {unit} of {second}{seed} (difference {mean}, interval {low} to {high}; {verdict})"
+    )
+
+
+def _seed_clause(pair_comparisons: Sequence[PairComparison]) -> str:
+    """Return the seed that all of the comparisons are about; empty if one has several seeds or needs none."""
+    seeds = {comparison.single_seed for comparison in pair_comparisons}
+    if None in seeds or not seeds:
+        return ""
+    return f" on seed {seeds.pop()}" if len(seeds) == 1 else " on one seed each"
 
 
 def _with_sign(text: str) -> str:
@@ -145,16 +153,17 @@ def _baseline_sentence(baseline: RunGroup, comparison_set: ComparisonSet) -> str
 
 def _none_better_sentence(pair_comparisons: Sequence[PairComparison], comparison_set: ComparisonSet) -> str:
     """Return that none of the trained configurations compared with a baseline is better."""
-    baseline = pair_comparisons[0].second.label
+    baseline, seed = pair_comparisons[0].second.label, _seed_clause(pair_comparisons)
     if len(pair_comparisons) == sum(one.is_trained for one in comparison_set.groups):
-        return f"No trained configuration is significantly better than {baseline}"
+        return f"No trained configuration is significantly better than {baseline}{seed}"
     if len(pair_comparisons) == 1:
         return (
             f"{pair_comparisons[0].first.label}, the only configuration compared with {baseline}, is not significantly "
-            "better"
+            f"better{seed}"
         )
     return (
-        f"None of the {len(pair_comparisons)} trained configurations compared with {baseline} is significantly better"
+        f"None of the {len(pair_comparisons)} trained configurations compared with {baseline} is significantly "
+        f"better{seed}"
     )
 
 
@@ -168,9 +177,8 @@ def _better_or_worse_clause(pair_comparisons: Sequence[PairComparison], directio
     which = (
         f"{join_with_and([one.first.label for one in pair_comparisons])} {'are' if len(pair_comparisons) > 1 else 'is'}"
     )
-    return (
-        f"{which} {direction} than {baseline}, by {format_decimal(least, digits, ROUND_FLOOR)} {metric.unit} at least"
-    )
+    by = format_decimal(least, digits, ROUND_FLOOR)
+    return f"{which} {direction} than {baseline}{_seed_clause(pair_comparisons)}, by {by} {metric.unit} at least"
 
 
 def _interval_sentence(comparison_set: ComparisonSet) -> str:
@@ -185,19 +193,17 @@ def _interval_sentence(comparison_set: ComparisonSet) -> str:
         f"Intervals have {100 * (1 - ALPHA):.3g} % confidence {count}: {how} over {comparison_set.num_examples:,} "
         "held-out examples"
     )
-    trained = [one for one in comparison_set.pair_comparisons if one.first.is_trained or one.second.is_trained]
-    seeds = sorted({one.num_seeds for one in trained})
-    if not seeds:
-        return sentence
-    if seeds == [1]:
-        return f"{sentence}, one seed each; another seed may change the order"
-    if seeds[0] == 1:
-        return (
-            f"{sentence}, and Student's t over up to {seeds[-1]} seeds for pairs with several (the wider of both); "
-            "another seed may change the order of pairs with one"
-        )
-    over = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    return f"{sentence}, and Student's t over {over} seeds (the wider of both)"
+    single = [one for one in comparison_set.pair_comparisons if len(one.seeds) == 1]
+    several = sorted({len(one.seeds) for one in comparison_set.pair_comparisons if len(one.seeds) > 1})
+    if several:
+        over = " to ".join(map(str, dict.fromkeys((several[0], several[-1]))))
+        sentence += f" and {over} seeds together, with a variance over seeds pooled over methods"
+    if single and several:
+        sentence += f"; comparisons{_seed_clause(single)} are over examples only"
+    elif single:
+        sentence += _seed_clause(single)
+    advice = f"; another seed may change the order: use {RECOMMENDED_SEEDS} seeds"
+    return f"{sentence}{advice}" if single else sentence
 
 
 def _cost_sentences(comparison_set: ComparisonSet) -> list[str]:

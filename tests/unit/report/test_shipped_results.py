@@ -23,6 +23,10 @@ REPORT_COMMANDS = re.findall(
 ESTIMATE_COMMANDS = re.findall(
     r"peftbench estimate (.+) --update-file (\S+) --marker (\S+)", (REPOSITORY / "Makefile").read_text(encoding="utf-8")
 )
+SIMULATION_COMMANDS = re.findall(
+    r"python (benchmarks/\S+) (\S+) --update-file (docs/\S+) --marker (\S+)",
+    (REPOSITORY / "Makefile").read_text(encoding="utf-8"),
+)
 SUITES = {"demo": "suite.yaml", "demo_budget": "budget.yaml", "demo_seeds": "seeds.yaml", "demo_rates": "rates.yaml"}
 
 
@@ -38,6 +42,7 @@ def test_make_readme_fills_every_block() -> None:
     filled = {(file, block) for _, file, block, _ in REPORT_COMMANDS} | {
         (file, block) for _, file, block in ESTIMATE_COMMANDS
     }
+    filled |= {(file, block) for _, _, file, block in SIMULATION_COMMANDS}
     assert blocks == filled | {("README.md", "picture")}
 
 
@@ -57,6 +62,17 @@ def test_estimate_block_is_current(arguments: str, file: str, block: str, tmp_pa
         str(page),
     ]
     subprocess.run([sys.executable, *command, "--marker", block], check=True, cwd=REPOSITORY)
+    assert page.read_text(encoding="utf-8") == (REPOSITORY / file).read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(("script", "records", "file", "block"), SIMULATION_COMMANDS)
+def test_simulation_block_is_current(script: str, records: str, file: str, block: str, tmp_path: Path) -> None:
+    """Run the simulation again, and compare the file with the committed one."""
+    page = Path(shutil.copy(REPOSITORY / file, tmp_path))
+    command = [sys.executable, script, records, "--update-file", str(page), "--marker", block]
+    subprocess.run(command, check=True, cwd=REPOSITORY)
     assert page.read_text(encoding="utf-8") == (REPOSITORY / file).read_text(encoding="utf-8")
 
 

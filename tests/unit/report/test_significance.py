@@ -10,7 +10,7 @@ from scipy.stats import t
 
 from peftbench.evaluation.intervals import paired_interval
 from peftbench.record import Outcome, RunRecord
-from peftbench.report.analysis.significance import MIN_EXAMPLES, compare_groups
+from peftbench.report.analysis.significance import MIN_EXAMPLES, PairComparison, compare_groups
 from tests.unit.report.records import build_judged_record, build_record, draw_scores
 
 COUNT = 60
@@ -38,49 +38,102 @@ def test_pair_matches_paired_interval() -> None:
     ).pair_comparisons
     expected = paired_interval([a - b for a, b in zip(first, second, strict=True)])
     assert (pair.first.label, pair.second.label) == ("a (lora)", "b (full)")
-    assert pair.interval_over_examples.mean == pytest.approx(numpy.mean(first) - numpy.mean(second))
+    assert pair.mean_difference == pytest.approx(numpy.mean(first) - numpy.mean(second))
     assert (pair.interval.low, pair.interval.high) == pytest.approx((expected.low, expected.high))
-    assert (pair.interval_over_seeds, pair.num_seeds, pair.num_examples, pair.num_comparisons) == (
-        None,
-        1,
-        COUNT,
-        1,
-    )
+    assert (pair.seeds, pair.single_seed, pair.num_examples, pair.num_comparisons) == (((0, 0),), 0, COUNT, 1)
     assert pair.is_significant
     assert pair.better_group is pair.first
 
 
-def test_seed_interval_matches_students_t() -> None:
-    """Average differences over seeds per example; the seed interval is Student's t with 2 degrees of freedom."""
+def test_interval_joins_examples_and_seeds() -> None:
+    """Compute the interval by hand: half-widths over examples and over seeds, as the root of their squares' sum."""
     lora, full = build_seeds("lora", "lora", [4, 5, 6], 10), build_seeds("full", "full", [0, 0, 0], 20)
     (pair,) = compare_groups([*lora, *full[::-1]]).pair_comparisons
-    differences = numpy.array([scores(shift, 10 + s) for s, shift in enumerate((4, 5, 6))]) - [
-        scores(0, 20 + s) for s in range(3)
-    ]
-    means = differences.mean(axis=1)
-    margin = t.isf(0.025, 2) * means.std(ddof=1) / math.sqrt(3)
-    assert pair.num_seeds == 3
-    assert pair.interval_over_seeds is not None
-    assert (pair.interval_over_seeds.low, pair.interval_over_seeds.high) == pytest.approx(
-        (means.mean() - margin, means.mean() + margin)
+    first = numpy.array([scores(shift, 10 + s) for s, shift in enumerate((4, 5, 6))])
+    second = numpy.array([scores(0, 20 + s) for s in range(3)])
+    variances = numpy.array([one.mean(axis=1).var(ddof=1) for one in (first, second)])
+    degrees_of_freedom = variances.sum() ** 2 / (variances**2 / 2).sum()
+    over_seeds = t.isf(0.025, degrees_of_freedom) * math.sqrt(variances.sum() / 3)
+    over_examples = paired_interval(list((first - second).mean(axis=0)))
+    assert [seed for seed, _ in pair.seeds] == [0, 1, 2]
+    assert pair.single_seed is None
+    assert (pair.interval.low, pair.interval.high) == pytest.approx(
+        (
+            over_examples.mean - math.hypot(over_examples.mean - over_examples.low, over_seeds),
+            over_examples.mean + math.hypot(over_examples.high - over_examples.mean, over_seeds),
+        )
     )
-    over_examples = paired_interval(list(differences.mean(axis=0)))
-    assert (pair.interval_over_examples.low, pair.interval_over_examples.high) == pytest.approx(
-        (over_examples.low, over_examples.high)
-    )
-    assert pair.interval.low == min(pair.interval_over_examples.low, pair.interval_over_seeds.low)
-    assert pair.interval.high == max(pair.interval_over_examples.high, pair.interval_over_seeds.high)
+
+
+def test_variance_over_seeds_is_pooled_over_methods() -> None:
+    """Two methods with equal means in each seed get the average variance of all methods, and a wider interval."""
+    steady = [*build_seeds("a", "lora", [4, 4, 4], 10), *build_seeds("b", "full", [0, 0, 0], 10)]
+    volatile = build_seeds("c", "last_layer", [-9, 0, 9], 10)
+    comparisons = compare_groups([*steady, *volatile])
+    first, second, third = comparisons.groups
+    pair, wider = comparisons.between(first, second), comparisons.between(first, third)
+    assert pair is not None
+    assert wider is not None
+    variances = [numpy.mean(rows, axis=1).var(ddof=1) for rows in _scores_of([4, 4, 4], [0, 0, 0], [-9, 0, 9])]
+    degrees_of_freedom = sum(variances) ** 2 / sum(one**2 / 2 for one in variances)
+    far = t.isf(0.05 / 6, degrees_of_freedom)
+    assert (pair.interval.high - pair.interval.low) / 2 == pytest.approx(far * math.sqrt(2 * numpy.mean(variances) / 3))
+    assert (wider.interval.high - wider.interval.low) / 2 > far * math.sqrt(variances[2] / 3)
+
+
+def _scores_of(*shifts: list[int]) -> list[list[list[float]]]:
+    return [[scores(shift, 10 + seed) for seed, shift in enumerate(one)] for one in shifts]
 
 
 def test_difference_caused_by_one_seed_is_not_significant() -> None:
-    """Check that the interval over examples excludes zero, but the interval over seeds contains it."""
+    """The differences of the examples' means over seeds are significant, but those of the seeds vary too much."""
     lora, full = build_seeds("lora", "lora", [12, 0, 0], 10), build_seeds("full", "full", [0, 0, 0], 20)
     (pair,) = compare_groups([*lora, *full]).pair_comparisons
-    assert pair.interval_over_examples.low > 0
-    assert pair.interval_over_seeds is not None
-    assert pair.interval_over_seeds.low < 0 < pair.interval_over_seeds.high
+    differences = numpy.mean(_scores_of([12, 0, 0]), axis=1)[0] - numpy.mean(
+        [scores(0, 20 + s) for s in range(3)], axis=0
+    )
+    assert paired_interval(list(differences)).low > 0
+    assert pair.interval.low < 0 < pair.interval.high
     assert not pair.is_significant
     assert pair.better_group is None
+
+
+def test_number_of_sufficient_seeds_is_the_smallest() -> None:
+    """Run the advised number of seeds with the same means and variances: it is significant, one fewer is not."""
+    comparisons = {count: _compare_alternating(count) for count in range(2, 11)}
+    advised = comparisons[2].sufficient_seeds
+    assert advised is not None
+    assert 2 < advised <= 10
+    assert [comparisons[count].is_significant for count in (advised - 1, advised)] == [False, True]
+    assert comparisons[advised].sufficient_seeds is None
+    assert comparisons[2].verdict == f"not significant; use {advised} seeds"
+
+
+def _compare_alternating(count: int) -> PairComparison:
+    """Compare two methods over ``count`` seeds whose means have the same average and variance for any ``count``."""
+    offsets = numpy.resize([-1.0, 1.0], count)
+    offsets = 4 * (offsets - offsets.mean()) / offsets.std(ddof=1)
+    rows = [
+        build_judged_record(f"{kind}-seed={s}", kind, scores(shift + offset, 10), seed=s)
+        for kind, shift in (("lora", 6), ("full", 0))
+        for s, offset in enumerate(offsets)
+    ]
+    (pair,) = compare_groups(rows).pair_comparisons
+    return pair
+
+
+def test_no_seeds_are_advised_if_examples_are_missing() -> None:
+    """More seeds do not help if the examples' differences contain zero, or if there are fewer than 20 examples."""
+    small = [*build_seeds("lora", "lora", [-0.2, 0.2], 10), *build_seeds("full", "full", [0, 0], 20)]
+    few = [
+        build_judged_record(f"{kind}-seed={s}", kind, scores(shift, 3, count=10), seed=s)
+        for kind, shifts in (("lora", (9, 3)), ("full", (0, 0)))
+        for s, shift in enumerate(shifts)
+    ]
+    for rows, verdict in ((small, "not significant"), (few, "too few examples")):
+        (pair,) = compare_groups(rows).pair_comparisons
+        assert not pair.is_significant
+        assert (pair.sufficient_seeds, pair.verdict) == (None, verdict)
 
 
 def test_intervals_are_corrected_for_all_pairs() -> None:
@@ -122,7 +175,7 @@ def test_baseline_is_paired_with_every_seed() -> None:
             build_judged_record("lead", "lead", scores(1, 6)),
         ]
     )
-    assert sorted(pair.num_seeds for pair in comparisons.pair_comparisons) == [1, 3, 3]
+    assert sorted(len(pair.seeds) for pair in comparisons.pair_comparisons) == [0, 3, 3]
     assert comparisons.exclusion_notes == ()
 
 
@@ -130,7 +183,7 @@ def test_only_common_seeds_are_paired() -> None:
     """Pair two seeds of 0, 1, 2 and 1, 2; report configurations without a common seed."""
     lora, full = build_seeds("lora", "lora", [4, 5, 6], 10), build_seeds("full", "full", [0, 0, 0], 20)
     (pair,) = compare_groups([*lora, *full[1:]]).pair_comparisons
-    assert pair.num_seeds == 2
+    assert [seed for seed, _ in pair.seeds] == [1, 2]
     comparisons = compare_groups([lora[0], *full[1:]])
     assert comparisons.pair_comparisons == ()
     assert comparisons.exclusion_notes == ("lora-seed=0 and full have no common seed and are not compared",)
@@ -164,11 +217,11 @@ def test_significance_needs_min_examples() -> None:
         (pair,) = compare_groups(rows).pair_comparisons
         assert pair.interval.low > 0
         assert pair.is_significant is significant
-        assert pair.verdict == ("a (lora) is better" if significant else "too few examples")
+        assert pair.verdict == ("a (lora) is better on seed 0" if significant else "too few examples")
     (pair,) = compare_groups(
         [build_judged_record("a", "lora", scores(0, 1)), build_judged_record("b", "full", scores(0, 2))]
     ).pair_comparisons
-    assert pair.verdict == "not significant"
+    assert pair.verdict == "not significant on seed 0"
 
 
 @pytest.mark.parametrize("count", [1, 2])

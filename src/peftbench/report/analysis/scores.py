@@ -58,11 +58,19 @@ class Scores:
         """Number of examples."""
         return len(self.weights)
 
+    def means_by_seed(self, group: RunGroup) -> list[float]:
+        """Return the mean over examples of each of a group's seeds, in the metric's unit."""
+        return [float(score.sum() / self.weights.sum()) for score in self.by_group_and_seed[group].values()]
+
     def mean(self, group: RunGroup) -> float:
         """Return the mean over a group's seeds, in the metric's unit."""
-        return statistics.fmean(
-            float(score.sum() / self.weights.sum()) for score in self.by_group_and_seed[group].values()
-        )
+        return statistics.fmean(self.means_by_seed(group))
+
+    def mean_over_seeds(self, group: RunGroup, seeds: Iterable[Seed]) -> _Array:
+        """Return the mean score of each example over ``seeds``; a group with a single run has it for any seed."""
+        by_seed = self.by_group_and_seed[group]
+        selected = list(by_seed.values()) if len(by_seed) == 1 else [by_seed[seed] for seed in seeds]
+        return numpy.mean(selected, axis=0, dtype=float)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)

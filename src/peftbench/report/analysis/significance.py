@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy
-from numpy.typing import NDArray
 
-from peftbench.evaluation.intervals import can_bootstrap, paired_intervals, t_interval
+from peftbench.evaluation.intervals import can_bootstrap, paired_intervals
+from peftbench.evaluation.seed_variance import (
+    PooledVariance,
+    find_sufficient_seeds,
+    pool_seed_variances,
+    seed_error,
+    widen_by_seeds,
+)
 from peftbench.record import Interval, RunRecord
-from peftbench.report.analysis.run_groups import RunGroup, group_runs
+from peftbench.report.analysis.run_groups import RunGroup, Seed, group_runs
 from peftbench.report.analysis.scores import HELD_OUT_LOSS, ROUGE_L, QualityMetric, Scores, collect_scores
 
 MIN_EXAMPLES = 20
@@ -19,6 +25,9 @@ MIN_EXAMPLES = 20
 
 MAX_GROUPS_FOR_ALL_PAIRS = 10
 """Maximum number of groups for which every pair is compared."""
+
+MAX_ADVISED_SEEDS = 10
+"""Maximum number of seeds that is advised; a difference that needs more is small."""
 
 _MIN_INTERVAL_EXAMPLES = 2
 """Minimum number of examples for an interval."""
@@ -34,30 +43,31 @@ class PairComparison:
     first: RunGroup
     second: RunGroup
     metric: QualityMetric
-    interval_over_examples: Interval
-    """Mean over examples of first minus second, in the metric's unit, averaged over the paired seeds."""
-    interval_over_seeds: Interval | None
-    """The same difference over paired seeds; None with fewer than two."""
-    num_seeds: int
-    """Number of paired seeds; 1 if neither group trains."""
+    interval: Interval
+    """Mean of first minus mean of second, in the metric's unit: over examples and seeds, or over examples alone if
+    there is one seed or neither group is trained.
+    """
+    seeds: tuple[Seed, ...]
+    """Paired seeds; empty if neither group is trained."""
     num_examples: int
     num_comparisons: int
     """Number of comparisons corrected for, those not shown included."""
+    sufficient_seeds: int | None = None
+    """Number of seeds with which the interval would exclude zero; None if it does, or if more seeds do not suffice."""
 
     @property
     def mean_difference(self) -> float:
         """Mean of the first minus mean of the second, in the metric's unit."""
-        return self.interval_over_examples.mean
+        return self.interval.mean
 
     @property
-    def interval(self) -> Interval:
-        """Smallest interval that contains both; it excludes zero if both do on the same side."""
-        both = [self.interval_over_examples, *([self.interval_over_seeds] if self.interval_over_seeds else [])]
-        return Interval(mean=self.mean_difference, low=min(one.low for one in both), high=max(one.high for one in both))
+    def single_seed(self) -> int | None:
+        """The train.seed that the comparison is about; None with several seeds or none."""
+        return self.seeds[0][0] if len(self.seeds) == 1 else None
 
     @property
     def is_significant(self) -> bool:
-        """True if the difference is significant over examples, and over seeds if there are several."""
+        """True if the interval excludes zero and there are enough examples."""
         return self.num_examples >= MIN_EXAMPLES and self.interval.excludes_zero
 
     @property
@@ -72,7 +82,9 @@ class PairComparison:
         """Verdict for a table."""
         if self.num_examples < MIN_EXAMPLES:
             return "too few examples"
-        return f"{self.better_group.label} is better" if self.better_group else "not significant"
+        seed = "" if self.single_seed is None else f" on seed {self.single_seed}"
+        advice = f"; use {self.sufficient_seeds} seeds" if self.sufficient_seeds else ""
+        return f"{self.better_group.label} is better{seed}" if self.better_group else f"not significant{seed}{advice}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +124,8 @@ class ComparisonSet:
 def compare_groups(records: Sequence[RunRecord]) -> ComparisonSet:
     """Compare every pair of comparable groups; with more than ten groups, only the best of each method.
 
-    Runs are paired by seed and by example. The confidence of each interval is 1 - 0.05 / (number of pairs). Pairs that
+    Runs are paired by seed and by example. With several seeds the interval is of other examples and other seeds, with
+    one it is of that seed. The confidence of each interval is 1 - 0.05 / (number of pairs). Pairs that
     are not shown count too, because the selection uses the same metric.
     """
     groups = tuple(group_runs(records))
@@ -152,50 +165,70 @@ def _compare_pairs(
 ) -> tuple[list[PairComparison], list[str]]:
     """Return the comparison of every pair, and a note for each pair without a common seed."""
     assert scores_by_group.metric is not None
-    paired, unpaired_notes = [], []
+    paired, differences, unpaired_notes = [], [], []
     for first, second in itertools.combinations(groups, 2):
-        by_seed = _differences_by_seed(first, second, scores_by_group)
-        if by_seed is None:
+        seeds = _paired_seeds(first, second, scores_by_group)
+        if not seeds:
             unpaired_notes.append(f"{first.label} and {second.label} have no common seed and are not compared")
-        else:
-            paired.append((first, second, by_seed))
+            continue
+        paired.append((first, second, seeds))
+        differences.append(
+            scores_by_group.mean_over_seeds(first, seeds) - scores_by_group.mean_over_seeds(second, seeds)
+        )
     if not paired:
         return [], unpaired_notes
     confidence, weights = bonferroni_confidence(num_comparisons), scores_by_group.weights
-    differences = numpy.stack([by_seed.mean(axis=0) for _, _, by_seed in paired])
-    intervals = paired_intervals(differences, weights, confidence=confidence)
-    comparisons = []
-    for (first, second, by_seed), interval in zip(paired, intervals, strict=True):
-        means = by_seed.sum(axis=1) / weights.sum()
-        over_seeds = t_interval(list(means), confidence=confidence) if len(means) > 1 else None
-        comparisons.append(
-            PairComparison(
-                first,
-                second,
-                scores_by_group.metric,
-                interval,
-                over_seeds,
-                len(means),
-                scores_by_group.num_examples,
-                num_comparisons,
-            )
+    variances = {
+        group: float(numpy.var(means, ddof=1))
+        for group in scores_by_group.by_group_and_seed
+        if group.is_trained and len(means := scores_by_group.means_by_seed(group)) > 1
+    }
+    intervals = paired_intervals(numpy.stack(differences), weights, confidence=confidence)
+    comparisons = [
+        PairComparison(
+            first,
+            second,
+            scores_by_group.metric,
+            interval,
+            seeds if first.is_trained or second.is_trained else (),
+            scores_by_group.num_examples,
+            num_comparisons,
         )
-    return comparisons, unpaired_notes
+        for (first, second, seeds), interval in zip(paired, intervals, strict=True)
+    ]
+    if not variances:
+        return comparisons, unpaired_notes
+    pooled = pool_seed_variances(
+        list(variances.values()), [len(scores_by_group.by_group_and_seed[group]) for group in variances]
+    )
+    return [_add_seeds(one, variances, pooled, confidence) for one in comparisons], unpaired_notes
 
 
-def _differences_by_seed(first: RunGroup, second: RunGroup, scores_by_group: Scores) -> NDArray[numpy.float64] | None:
-    """Return differences of shape (seeds, examples); None if the groups have no common seed."""
+def _add_seeds(
+    comparison: PairComparison, variances: Mapping[RunGroup, float], pooled: PooledVariance, confidence: float
+) -> PairComparison:
+    """Widen the interval over examples by the variance over seeds if there are several."""
+    num_seeds, over_examples = len(comparison.seeds), comparison.interval
+    if num_seeds < 2:
+        return comparison
+    both = (comparison.first, comparison.second)
+    error = seed_error([variances[group] for group in both if group in variances], pooled, num_seeds)
+    interval = widen_by_seeds(over_examples, error, pooled, confidence)
+    sufficient_seeds = None
+    if comparison.num_examples >= MIN_EXAMPLES and not interval.excludes_zero:
+        sufficient_seeds = find_sufficient_seeds(
+            over_examples, error, pooled, confidence, num_seeds=num_seeds, max_seeds=MAX_ADVISED_SEEDS
+        )
+    return replace(comparison, interval=interval, sufficient_seeds=sufficient_seeds)
+
+
+def _paired_seeds(first: RunGroup, second: RunGroup, scores_by_group: Scores) -> tuple[Seed, ...]:
+    """Return the common seeds of two groups; those of the other group if one is a baseline with a single run."""
     by_group = scores_by_group.by_group_and_seed
-    first_scores, second_scores = by_group[first], by_group[second]
-    # A baseline does not depend on the seed: its single run is paired with every seed.
-    if not first.is_trained and len(first_scores) == 1:
-        (baseline,) = first_scores.values()
-        return numpy.stack([baseline - score for score in second_scores.values()])
-    if not second.is_trained and len(second_scores) == 1:
-        (baseline,) = second_scores.values()
-        return numpy.stack([score - baseline for score in first_scores.values()])
-    shared = [seed for seed in first_scores if seed in second_scores]
-    return numpy.stack([first_scores[seed] - second_scores[seed] for seed in shared]) if shared else None
+    for baseline, other in ((first, second), (second, first)):
+        if not baseline.is_trained and len(by_group[baseline]) == 1:
+            return tuple(by_group[other])
+    return tuple(seed for seed in by_group[first] if seed in by_group[second])
 
 
 def bonferroni_confidence(num_comparisons: int) -> float:
@@ -205,13 +238,4 @@ def bonferroni_confidence(num_comparisons: int) -> float:
 
 def _swap(comparison: PairComparison) -> PairComparison:
     """Return the comparison as second minus first."""
-    return PairComparison(
-        comparison.second,
-        comparison.first,
-        comparison.metric,
-        -comparison.interval_over_examples,
-        -comparison.interval_over_seeds if comparison.interval_over_seeds else None,
-        comparison.num_seeds,
-        comparison.num_examples,
-        comparison.num_comparisons,
-    )
+    return replace(comparison, first=comparison.second, second=comparison.first, interval=-comparison.interval)
