@@ -43,7 +43,7 @@ def summarize(records: Sequence[RunRecord], comparison_set: ComparisonSet | None
 def _quality_sentences(comparison_set: ComparisonSet) -> list[str]:
     """Return a sentence for each configuration compared with the reference, the baselines, and the intervals."""
     metric, groups = comparison_set.pair_comparisons[0].metric, comparison_set.comparable_groups
-    reference, selection = _select_reference(groups)
+    reference, selection = select_reference(groups)
     others = [
         comparison
         for group in groups
@@ -86,7 +86,7 @@ def _is_full_fine_tuning(group: RunGroup) -> bool:
     return any(count.trainable == count.total for count in counts)
 
 
-def _select_reference(groups: Sequence[RunGroup]) -> tuple[RunGroup, str]:
+def select_reference(groups: Sequence[RunGroup]) -> tuple[RunGroup, str]:
     """Return the reference among ``groups`` (best mean first), and a clause if its mean selected it."""
     full = [one for one in groups if _is_full_fine_tuning(one)]
     if full:
@@ -98,7 +98,7 @@ def _select_reference(groups: Sequence[RunGroup]) -> tuple[RunGroup, str]:
 def _quality_sentence(comparison: PairComparison) -> str:
     """Return which of the two is better, or the largest difference that the interval allows."""
     first, second, unit = comparison.first.label, comparison.second.label, comparison.metric.unit
-    interval, digits, seed = comparison.interval, comparison.metric.decimals, _seed_clause([comparison])
+    interval, digits, seed = comparison.interval, comparison.metric.decimals, seed_clause([comparison])
     if interval.low == interval.high == 0:
         return f"{first} has the same score as {second} on every example{seed}"
     if comparison.better_group is not None:
@@ -122,7 +122,7 @@ def _quality_sentence(comparison: PairComparison) -> str:
     )
 
 
-def _seed_clause(pair_comparisons: Sequence[PairComparison]) -> str:
+def seed_clause(pair_comparisons: Sequence[PairComparison]) -> str:
     """Return the seed that all of the comparisons are about; empty if one has several seeds or needs none."""
     seeds = {comparison.single_seed for comparison in pair_comparisons}
     if None in seeds or not seeds:
@@ -153,7 +153,7 @@ def _baseline_sentence(baseline: RunGroup, comparison_set: ComparisonSet) -> str
 
 def _none_better_sentence(pair_comparisons: Sequence[PairComparison], comparison_set: ComparisonSet) -> str:
     """Return that none of the trained configurations compared with a baseline is better."""
-    baseline, seed = pair_comparisons[0].second.label, _seed_clause(pair_comparisons)
+    baseline, seed = pair_comparisons[0].second.label, seed_clause(pair_comparisons)
     if len(pair_comparisons) == sum(one.is_trained for one in comparison_set.groups):
         return f"No trained configuration is significantly better than {baseline}{seed}"
     if len(pair_comparisons) == 1:
@@ -178,7 +178,7 @@ def _better_or_worse_clause(pair_comparisons: Sequence[PairComparison], directio
         f"{join_with_and([one.first.label for one in pair_comparisons])} {'are' if len(pair_comparisons) > 1 else 'is'}"
     )
     by = format_decimal(least, digits, ROUND_FLOOR)
-    return f"{which} {direction} than {baseline}{_seed_clause(pair_comparisons)}, by {by} {metric.unit} at least"
+    return f"{which} {direction} than {baseline}{seed_clause(pair_comparisons)}, by {by} {metric.unit} at least"
 
 
 def _interval_sentence(comparison_set: ComparisonSet) -> str:
@@ -199,9 +199,9 @@ def _interval_sentence(comparison_set: ComparisonSet) -> str:
         over = " to ".join(map(str, dict.fromkeys((several[0], several[-1]))))
         sentence += f" and {over} seeds together, with a variance over seeds pooled over methods"
     if single and several:
-        sentence += f"; comparisons{_seed_clause(single)} are over examples only"
+        sentence += f"; comparisons{seed_clause(single)} are over examples only"
     elif single:
-        sentence += _seed_clause(single)
+        sentence += seed_clause(single)
     advice = f"; another seed may change the order: use {RECOMMENDED_SEEDS} seeds"
     return f"{sentence}{advice}" if single else sentence
 

@@ -11,6 +11,7 @@ from peftbench.record import RunRecord
 from peftbench.report.analysis.significance import compare_groups
 from peftbench.report.page.build import render_page
 from peftbench.report.page.content import UnfinishedRun, build_page_data
+from peftbench.report.recommendation import describe_context, recommend
 from peftbench.report.runs import sort_records, with_unique_names
 from peftbench.report.summary import summarize
 from peftbench.report.tables.export import json_table, latex_table
@@ -26,7 +27,7 @@ class WrittenReport:
 
     page_path: Path
     summary: list[str]
-    """Sentences of the summary."""
+    """Sentences of the summary, the recommendation first."""
     records: list[RunRecord]
     """The reported runs, with unique names."""
     notes: list[str]
@@ -52,12 +53,21 @@ def write_report(
     records = with_unique_names(records)
     rows = list(records.values())
     comparison_set = compare_groups(rows)
+    recommendation = recommend(comparison_set)
     summary, notes = summarize(rows, comparison_set), collect_notes(sort_records(rows))
+    head = [*([recommendation] if recommendation else []), f"The runs: {describe_context(rows)}."] if rows else []
+    page_summary, summary = summary, [*head, *summary]
     downloads = build_downloads(rows, summary, notes)
     markdown = markdown_report(rows, title, summary, notes)
     page = render_page(
         build_page_data(
-            records, title, summary, comparison_set=comparison_set, note_lines=notes, unfinished_runs=unfinished_runs
+            records,
+            title,
+            page_summary,
+            recommendation=recommendation,
+            comparison_set=comparison_set,
+            note_lines=notes,
+            unfinished_runs=unfinished_runs,
         ),
         downloads,
     )

@@ -14,6 +14,7 @@ from peftbench.report.analysis.significance import ComparisonSet, PairComparison
 from peftbench.report.page import charts, memory_chart, series
 from peftbench.report.page.charts import Chart
 from peftbench.report.page.series import ChartRow, ColorGroups
+from peftbench.report.recommendation import describe_context
 from peftbench.report.reproduce import reproduce_commands
 from peftbench.report.runs import method_kind, run_label, sample_key, sort_records
 from peftbench.report.settings import Setting, environment_settings, recipe_settings
@@ -79,6 +80,10 @@ class PageData:
     """All data of the page."""
 
     title: str
+    context: str
+    """Model, data, device, budget and dates of the runs; empty without runs."""
+    recommendation: str | None
+    """Which configuration to use; None if no two configurations are compared."""
     summary: list[str]
     columns: list[Column]
     rows: list[TableRow]
@@ -125,6 +130,7 @@ def build_page_data(
     title: str,
     summary: Sequence[str],
     *,
+    recommendation: str | None = None,
     comparison_set: ComparisonSet | None = None,
     note_lines: Sequence[str] | None = None,
     unfinished_runs: Sequence[UnfinishedRun] = (),
@@ -144,6 +150,8 @@ def build_page_data(
     paths = {id(record): path for path, record in records.items()}
     return PageData(
         title=title,
+        context=describe_context(rows) if rows else "",
+        recommendation=recommendation,
         summary=list(summary),
         columns=columns,
         rows=[_build_table_row(record, columns) for record in rows],
