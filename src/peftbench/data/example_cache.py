@@ -1,11 +1,12 @@
 """Cache of examples on disk. Its key is the content that was read, so a replaced file never gives old rows.
 
 The examples are in an Arrow file that is memory-mapped, in the cache folder of the library ``datasets``. What that
-library derives from them (an encoding, a permutation) is beside it.
+library derives from them (an encoding, a permutation) is in the same folder.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import tempfile
@@ -34,7 +35,7 @@ def load_cached_examples(
 ) -> Dataset:
     """Return the examples stored under ``key``; read and store them first if there are none.
 
-    Several processes may do this at once: each writes a file of its own, and the last rename wins.
+    Several processes may do this at once: each writes a file of its own, and the first one stays.
 
     Raises:
         DataError: an example cannot be read.
@@ -93,6 +94,10 @@ def _open_examples(path: Path, fingerprint: str) -> Dataset | None:
         return None
 
 
+class _StoredByAnotherError(Exception):
+    """Another process stored the same examples first."""
+
+
 def _write_examples(path: Path, examples: Iterable[Mapping[str, str]], description: str) -> None:
     import pyarrow
 
@@ -100,9 +105,13 @@ def _write_examples(path: Path, examples: Iterable[Mapping[str, str]], descripti
     # Shown on a terminal only. The number of rows is not known before they are read.
     progress = tqdm(examples, desc=description, unit=" rows", disable=None)
     try:
-        with open_atomically(path) as file, pyarrow.ipc.new_stream(file, schema) as writer:
-            for batch in _iter_batches(progress, schema):
-                writer.write_batch(batch)
+        with contextlib.suppress(_StoredByAnotherError), open_atomically(path) as file:
+            with pyarrow.ipc.new_stream(file, schema) as writer:
+                for batch in _iter_batches(progress, schema):
+                    writer.write_batch(batch)
+            # Others may have mapped its file, and on a network file system a replaced file disappears under them.
+            if _open_examples(path, "") is not None:
+                raise _StoredByAnotherError
     except OutputError as error:
         error.hint = CACHE_HINT
         raise

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import errno
 import hashlib
+import operator
 import os
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -116,7 +118,7 @@ class Hub(Source):
         from datasets.packaged_modules.csv.csv import Csv
 
         if isinstance(self._create_builder(split), Csv):
-            options["converters"] = dict.fromkeys(self._columns.names.values(), str)
+            options |= _keep_text(tuple(self._columns.names.values()))
         try:
             return load_dataset(self.path, self.config, split=split, revision=self.revision, **options)  # type: ignore[no-any-return]
         except Exception as error:
@@ -158,24 +160,38 @@ class Hub(Source):
 
     def _translate_error(self, error: Exception, split: str) -> PeftbenchError:
         """Map the many errors of ``datasets`` to the few that a user can act on."""
-        from datasets import config
         from datasets.exceptions import DatasetGenerationError
 
         wanted, chain = self._describe(split), _exception_chain(error)
         for link in chain:
             if isinstance(link, OSError) and _is_file_error(link):
-                if link.filename is not None and Path(str(link.filename)).is_relative_to(Path(self.path)):
-                    return SplitLocation(split, str(link.filename)).read_error(link)
-                return cache_error(Path(str(link.filename or config.HF_DATASETS_CACHE)), link)
+                return self._translate_file_error(link, split)
         if any(isinstance(link, (ConnectionError, TimeoutError)) or _is_network_error(link) for link in chain):
             return HubUnreachableError(f"the Hub did not answer for {wanted}, and the cache has no copy", _LOCAL_COPY)
-        if isinstance(error, ValueError) and "split" in str(error).lower():
-            return EmptySplitError(f"{wanted} does not exist: {error}")
+        has_no_rows = "corresponds to no data" in str(error)
+        if has_no_rows or (isinstance(error, ValueError) and "split" in str(error).lower()):
+            reason = "has no rows, or none of the used columns" if has_no_rows else f"does not exist: {error}"
+            return EmptySplitError(f"{wanted} {reason}", "use a split that has examples")
         if isinstance(error, DatasetGenerationError):
             return DataError(f"{wanted} cannot be read: {first_line(chain[-1], 200)}", "correct its files")
         return DataNotFoundError(
             f"could not load {wanted} from a folder, the Hub or the cache: {first_line(error)}", _LOCAL_COPY
         )
+
+    def _translate_file_error(self, error: OSError, split: str) -> PeftbenchError:
+        """Return the error of a file of the local copy or of the cache."""
+        from datasets import config
+
+        if error.filename is not None and Path(str(error.filename)).is_relative_to(Path(self.path)):
+            return SplitLocation(split, str(error.filename)).read_error(error)
+        return cache_error(Path(str(error.filename or config.HF_DATASETS_CACHE)), error)
+
+
+def _keep_text(names: tuple[str, ...]) -> dict[str, object]:
+    """Return the options with which pandas, the CSV reader of ``datasets``, leaves cells as they are written."""
+    # Without a filter, an empty cell of a column of numbers is text, and its type would differ between parts of a file.
+    used = partial(operator.contains, names)
+    return {"converters": dict.fromkeys(names, str), "usecols": used, "na_filter": False}
 
 
 def _has_options(config: BuilderConfig) -> bool:

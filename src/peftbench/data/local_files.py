@@ -40,7 +40,7 @@ def load_files(files: Mapping[Path, str], columns: Columns, split: str) -> Datas
 
     def read() -> Iterator[Mapping[str, str]]:
         yield from _iter_files(files, columns, split)
-        # The key is the hash of what was there before.
+        # The key is the hash of the earlier content.
         for path, before in zip(files, states, strict=True):
             after = path.stat()
             if (before.st_ino, before.st_size, before.st_mtime_ns, before.st_ctime_ns) != (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+JSON_SPACES = " \t\r\n"
 _SHOWN_CHARACTERS = 20
 _CORRECT = "correct that line"
 _ONE_PER_LINE = "write each object on one line"
@@ -12,7 +13,7 @@ _ONE_PER_LINE = "write each object on one line"
 def describe_json_fault(text: str, error: json.JSONDecodeError) -> tuple[str, str]:
     """Return what is wrong with JSON text, as a clause that follows "line N", and what to do."""
     message, where = error.msg, f"(character {error.colno})"
-    rest, before = text[error.pos :].rstrip(), text[: error.pos].rstrip()
+    rest, before = text[error.pos :].rstrip(JSON_SPACES), text[: error.pos].rstrip(JSON_SPACES)
     first = rest[:1]
     is_second_value, is_in_string = message == "Extra data", message.startswith("Invalid control character")
     is_cut = not text.endswith(("\n", "\r"))

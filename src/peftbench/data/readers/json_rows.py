@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn, TextIO
 
-from peftbench.data.readers.json_faults import describe_json_fault
-from peftbench.data.readers.rows import Cell, CellFault, Columns, Row, SplitLocation
+from peftbench.data.readers.json_faults import JSON_SPACES, describe_json_fault
+from peftbench.data.readers.rows import Cell, CellFault, Columns, Row, SplitLocation, show
 from peftbench.data.readers.text_file import open_text
 from peftbench.errors import DataError
 
-_SPACES = " \t\r\n"
 _HEAD_ROWS = 1000
 """Rows that are searched for the names of columns."""
 _TEXT_ADVICE = "write text in double quotes"
@@ -70,9 +69,9 @@ def _iter_objects(file: TextIO, location: SplitLocation) -> Iterator[tuple[int, 
     """Yield the line and the content of each object."""
     is_first = True
     for number, line in enumerate(file, 1):
-        if not line.strip(_SPACES):
+        if not line.strip(JSON_SPACES):
             continue
-        if is_first and line.lstrip(_SPACES).startswith("["):
+        if is_first and line.lstrip(JSON_SPACES).startswith("["):
             if Path(location.path).suffix != ".json":
                 raise location.unreadable(
                     "json",
@@ -102,19 +101,24 @@ def _iter_array(text: str, first_line: int, location: SplitLocation) -> Iterator
             continue
         fault = json.JSONDecodeError("Expecting ',' delimiter", text, position)
         raise _array_fault(text, fault, first_line, location)
-    if rest := text[position + 1 :].strip(_SPACES):
+    if rest := text[position + 1 :].strip(JSON_SPACES):
         raise _array_fault(text, json.JSONDecodeError("Extra data", text, text.rindex(rest)), first_line, location)
 
 
 def _array_fault(text: str, fault: json.JSONDecodeError, first_line: int, location: SplitLocation) -> DataError:
     clause, advice = describe_json_fault(text, fault)
-    return location.unreadable("json", f"line {first_line + fault.lineno - 1} {clause}", advice)
+    return location.unreadable("json", f"line {_find_line(text, 0, fault, first_line)} {clause}", advice)
+
+
+def _find_line(text: str, start: int, fault: json.JSONDecodeError, line: int) -> int:
+    """Return the line of a fault in a text in which ``start`` is in ``line``; the end of a text is in its last line."""
+    return line + text.count("\n", start, min(fault.pos, len(text.rstrip(JSON_SPACES))))
 
 
 def _parse_line(text: str, line: int, location: SplitLocation) -> _Object:
     """Parse a line that has one object."""
-    value, end = _parse(text, len(text) - len(text.lstrip(_SPACES)), line, location)
-    if text[end:].strip(_SPACES):
+    value, end = _parse(text, len(text) - len(text.lstrip(JSON_SPACES)), line, location)
+    if text[end:].strip(JSON_SPACES):
         clause, advice = describe_json_fault(text, json.JSONDecodeError("Extra data", text, _skip_spaces(text, end)))
         raise location.unreadable("json", f"line {line} {clause}", advice)
     return value
@@ -126,8 +130,7 @@ def _parse(text: str, start: int, line: int, location: SplitLocation) -> tuple[_
         value, end = _DECODER.raw_decode(text, start)
     except json.JSONDecodeError as error:
         clause, advice = describe_json_fault(text, error)
-        number = line + text.count("\n", start, min(error.pos, len(text.rstrip(_SPACES))))
-        raise location.unreadable("json", f"line {number} {clause}", advice) from error
+        raise location.unreadable("json", f"line {_find_line(text, start, error, line)} {clause}", advice) from error
     except _InvalidConstantError as error:
         fault = f"line {line} has {error}, which JSON does not allow"
         raise location.unreadable("json", fault, "write null or text") from error
@@ -139,7 +142,7 @@ def _parse(text: str, start: int, line: int, location: SplitLocation) -> tuple[_
 
 
 def _skip_spaces(text: str, position: int) -> int:
-    while position < len(text) and text[position] in _SPACES:
+    while position < len(text) and text[position] in JSON_SPACES:
         position += 1
     return position
 
@@ -175,7 +178,7 @@ def _find_surrogate(text: str) -> str | None:
 def _name_value(value: object) -> str:
     """Return what a value is, as written in the file: ``the number 1.10``, ``a list``."""
     if isinstance(value, (_Integer, _Decimal)):
-        return f"the number {value}"
+        return f"the number {show(value)}"
     if value is None or isinstance(value, bool):
         return f"the value {json.dumps(value)}"
     kinds = ((_Object, "an object"), (list, "a list"), (str, "a string"))

@@ -7,15 +7,24 @@ from dataclasses import dataclass
 
 from peftbench.errors import DataError, EmptySplitError, MissingColumnError, did_you_mean
 
+_SHOWN_CHARACTERS = 60
+_SHOWN_NAMES = 20
+
 
 @dataclass(frozen=True)
 class CellFault:
     """A cell whose content is not text."""
 
     content: str
-    """What the cell has, e.g. ``the number 1.10``."""
+    """Description for the error, e.g. ``the number 1.10``."""
     advice: str
-    """What to do."""
+    """Correction for the error."""
+
+
+def show(text: str) -> str:
+    """Return text of a file for a message: on one line, and not too long."""
+    escaped = repr(text)[1:-1]
+    return escaped if len(escaped) <= _SHOWN_CHARACTERS else escaped[:_SHOWN_CHARACTERS] + "..."
 
 
 Cell = str | CellFault | None
@@ -41,7 +50,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class SplitLocation:
-    """Where the rows of a split are: a file, or a data set of the Hub. Builds the errors of that place."""
+    """File of a split, or its data set on the Hub. Builds the errors that name it."""
 
     split: str
     path: str
@@ -60,7 +69,9 @@ class SplitLocation:
         fault = f"the {self.split} split of {self.path} has no column {name!r}"
         if separator is not None:
             return MissingColumnError(f"{fault}: its values are separated by {separator}", "separate them by commas")
-        return MissingColumnError(f"{fault}; {did_you_mean(name, names)}")
+        shown = [show(known) for known in names[:_SHOWN_NAMES]]
+        more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
+        return MissingColumnError(f"{fault}; {did_you_mean(name, shown)}{more}")
 
     def repeated_column(self, name: str) -> DataError:
         """Return the error of a used column whose name occurs more than once."""
@@ -71,7 +82,7 @@ class SplitLocation:
     def column_type(self, name: str, kind: str) -> DataError:
         """Return the error of a column whose type is not text."""
         return DataError(
-            f"column {name!r} of the {self.split} split of {self.path} has type {kind}, which is not text",
+            f"column {name!r} of the {self.split} split of {self.path} has type {show(kind)}, which is not text",
             "convert it to text, or name another column",
         )
 
