@@ -13,7 +13,7 @@ FORMATS = (".jsonl", ".json", ".csv", ".parquet")
 COLUMNS = ("id", "article", "summary")
 CELLS = [
     *("00500", "1.10", "1e5", "NA", "N/A", "None", "null", "nan", "NaN", "#N/A", "true", "2020-01-01", "-", "0", "\\N"),
-    *("b'x'", " padded ", 'a "quoted" word', 'ends in a quote"', "a, b", "a;b", "'single'", '="1"', '{"a": 1}', "[1]"),
+    *("b'x'", " padded ", 'a "quoted" term', 'ends in a quote"', "a, b", "a;b", "'single'", '="1"', '{"a": 1}', "[1]"),
     *("two\nlines", "carriage\r\nreturn", "tab\there", "x\x0by", "line\u2028separator", "\\", "C:\\dir", "<br>"),
     *("Café", "Река", "日本語", "😀", "🇩🇪 flag"),
 ]
@@ -74,7 +74,7 @@ def read_written_text(suffix: str, content: bytes) -> list[tuple[str, ...]]:
 
 
 def parse_csv(text: str) -> list[list[str]]:
-    """Parse CSV by the grammar of RFC 4180, character by character; blank lines are no records."""
+    """Parse CSV by the grammar of RFC 4180, character by character; blank lines are skipped."""
     records, record, cell, position = [], [], "", 0
     while position < len(text):
         if text[position] == '"' and not cell:

@@ -20,11 +20,37 @@ def load(path: Path, content: str) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize(
     "text",
-    ["00500", "1.10", "1e5", "NA", "N/A", "None", "null", "NULL", "nan", "NaN", "-nan", "#N/A", "<NA>", "true", "1,5",
-     "2020-01-01", "+1", "0x10", "1_000", "inf", " padded ", 'a "word"', "two\nlines", "two\r\nlines", "é", "a\u2028b"],
-)  # fmt: skip
+    [
+        "00500",
+        "1.10",
+        "1e5",
+        "NA",
+        "N/A",
+        "None",
+        "null",
+        "NULL",
+        "nan",
+        "NaN",
+        "-nan",
+        "#N/A",
+        "<NA>",
+        "true",
+        "1,5",
+        "2020-01-01",
+        "+1",
+        "0x10",
+        "1_000",
+        "inf",
+        " padded ",
+        'a "term"',
+        "two\nlines",
+        "two\r\nlines",
+        "é",
+        "a\u2028b",
+    ],
+)
 def test_text_is_not_interpreted(text: str, tmp_path: Path) -> None:
-    """Whole columns of numbers or of words for missing values are text as it is written."""
+    """Whole columns of numbers, and of terms for missing values, are text as it is written."""
     quoted = '"' + text.replace('"', '""') + '"'
     rows = load(tmp_path / "rows.csv", HEADER + f"{quoted},{quoted},{quoted}\n" * 3)
     assert rows == [{"id": text, "article": text, "summary": text}] * 3
@@ -61,7 +87,7 @@ def test_long_cell_is_read(tmp_path: Path) -> None:
         ('1,"a\nb",c\n2,d\n', "line 4 has 2 values, and the header has 3 columns"),
         ("1,a,b\0\n", "line 2 has a NUL byte"),
     ],
-)  # fmt: skip
+)
 def test_broken_record_is_named_with_its_line(records: str, fault: str, tmp_path: Path) -> None:
     """A quote is named by the line where it opens, a record by its first line."""
     with pytest.raises(DataError) as error:
@@ -86,7 +112,7 @@ def test_broken_record_is_named_with_its_line(records: str, fault: str, tmp_path
         (HEADER + "1,a, \n", DataError, "has no summary"),
         (HEADER + ",a,b\n", DataError, "has no id"),
     ],
-)  # fmt: skip
+)
 def test_unusable_header_or_cell_is_refused(content: str, kind: type[DataError], fault: str, tmp_path: Path) -> None:
     """The message has the fault and what to do."""
     with pytest.raises(kind) as error:

@@ -24,9 +24,9 @@ from tests.helpers.disks import mount_tmpfs
 SAME_TIME = (10**9, 10**9)
 
 
-def write(path: Path, word: str) -> None:
-    """Write eight examples about a word, in the format of the suffix; every file has the same size and time."""
-    rows = [{"article": f"The {word} ship number {i} came in.", "highlights": f"{word} ship {i}"} for i in range(8)]
+def write(path: Path, color: str) -> None:
+    """Write eight examples about ships of a color, in the format of the suffix; all have one size and time."""
+    rows = [{"article": f"The {color} ship number {i} came in.", "highlights": f"{color} ship {i}"} for i in range(8)]
     path.parent.mkdir(exist_ok=True, parents=True)
     name = path.name.removesuffix(".gz")
     if name.endswith(".parquet"):
@@ -67,14 +67,14 @@ def test_replaced_file_of_the_same_time_gives_the_new_rows(
     """This holds for the rows and for their encoding."""
     encoder = Encoder(tokenizer, SequenceLayout(96, "\nTL;DR:", 16))  # type: ignore[arg-type]
     path, fingerprints = tmp_path / "data" / name, set()
-    for word in ("red", "tan", "red"):
-        write(path, word)
+    for color in ("red", "tan", "red"):
+        write(path, color)
         dataset = source_of(path).load(split)
-        assert list(dataset["summary"]) == [f"{word} ship {i}" for i in range(8)]
+        assert list(dataset["summary"]) == [f"{color} ship {i}" for i in range(8)]
         encoded, _ = encoder.encode_split(dataset.shuffle(seed=0).select(range(4)), split, "drop")
         for row in encoded:
             assert encoder.decode(row["input_ids"][row["prompt_tokens"] :]) == row["summary"]
-            assert row["summary"].startswith(word)
+            assert row["summary"].startswith(color)
         fingerprints.add(dataset._fingerprint)
     assert len(fingerprints) == 2
 

@@ -30,34 +30,34 @@ def folder(tmp_path: Path) -> Path:
 
 
 HEADER = "id,article,highlights\n"
-WORDS = "000,00500,NA\n001,1.10,null\n002,None,nan\n"
+CELLS = "000,00500,NA\n001,1.10,null\n002,None,nan\n"
 
 
 def write_csv(folder: Path) -> None:
     """Write a plain CSV file, which peftbench reads itself."""
-    (folder / "train.csv").write_text(HEADER + WORDS, encoding="utf-8")
+    (folder / "train.csv").write_text(HEADER + CELLS, encoding="utf-8")
 
 
 def write_compressed_csv(folder: Path) -> None:
     """Write a compressed CSV file, which ``datasets`` reads."""
-    (folder / "train.csv.gz").write_bytes(gzip.compress((HEADER + WORDS).encode()))
+    (folder / "train.csv.gz").write_bytes(gzip.compress((HEADER + CELLS).encode()))
 
 
 def write_tab_separated(folder: Path) -> None:
     """Write a file separated by tabs, which ``datasets`` reads."""
-    (folder / "train.tsv").write_text((HEADER + WORDS).replace(",", "\t"), encoding="utf-8")
+    (folder / "train.tsv").write_text((HEADER + CELLS).replace(",", "\t"), encoding="utf-8")
 
 
 def write_csv_with_options(folder: Path) -> None:
     """Write a file whose separator is in the header of the card."""
-    (folder / "rows.csv").write_text((HEADER + WORDS).replace(",", ";"), encoding="utf-8")
+    (folder / "rows.csv").write_text((HEADER + CELLS).replace(",", ";"), encoding="utf-8")
     card = "---\nconfigs:\n- config_name: default\n  data_files: rows.csv\n  sep: ';'\n---\n"
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def write_parquet(folder: Path) -> None:
     """Write bytes in two shards."""
-    rows = [line.split(",") for line in WORDS.split()]
+    rows = [line.split(",") for line in CELLS.split()]
     for index, part in enumerate((rows[:1], rows[1:])):
         columns = {
             name: pyarrow.array([row[place] for row in part]).cast(pyarrow.binary())
@@ -70,11 +70,11 @@ def write_parquet(folder: Path) -> None:
     "write", [write_csv, write_compressed_csv, write_tab_separated, write_csv_with_options, write_parquet]
 )
 def test_cells_are_text_as_written(write: Callable[[Path], None], folder: Path) -> None:
-    """No number is read from text and no word is taken for a missing value, whichever library reads the file."""
+    """No number is read from text and no text is taken for a missing value, whichever library reads the file."""
     write(folder)
     rows = Hub(path=str(folder), config=None).load("train")
     assert [(row["id"], row["article"], row["summary"]) for row in rows] == [
-        tuple(line.split(",")) for line in WORDS.split()
+        tuple(line.split(",")) for line in CELLS.split()
     ]
 
 

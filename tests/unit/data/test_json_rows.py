@@ -143,6 +143,14 @@ def test_cell_that_is_not_text_is_refused(value: str, content: str, tmp_path: Pa
     assert f"has {content} in column 'summary'; write" in str(error.value)
 
 
+def test_empty_text_is_an_id(tmp_path: Path) -> None:
+    """It is text as written; null and a missing name are not."""
+    content = '{"id": "", "article": "a", "summary": "s"}\n'
+    assert load(tmp_path / "rows.jsonl", content, id="id")[0]["id"] == ""
+    with pytest.raises(DataError, match=r"example 1 \(line 2\) of .* has no id"):
+        load(tmp_path / "rows.jsonl", content + '{"id": null, "article": "a", "summary": "s"}\n', id="id")
+
+
 @pytest.mark.parametrize("value", ["1.0", "1e3", "false"])
 def test_id_that_is_not_an_integer_or_text_is_refused(value: str, tmp_path: Path) -> None:
     """The advice names both."""

@@ -1,4 +1,4 @@
-"""Paths that are no readable file: each has its own cause, and it is found before anything else."""
+"""Paths of something other than a readable file: each has its own cause, and it is found before anything else."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peftbench.common.text import first_line
-from peftbench.data.readers.rows import Cell, CellFault, Columns, Row, SplitLocation, show
+from peftbench.data.readers.rows import Cell, CellFault, Columns, Row, SplitLocation, to_printable
 from peftbench.data.readers.text_file import refuse_other_formats
 
 if TYPE_CHECKING:
@@ -130,4 +130,4 @@ def _decode(value: bytes) -> Cell:
 
 
 def _shorten(error: Exception) -> str:
-    return f"it is not a valid Parquet file ({show(first_line(error).rstrip('.'))})"
+    return f"it is not a valid Parquet file ({to_printable(first_line(error).rstrip('.'))})"

@@ -40,7 +40,7 @@ class _Lines:
 
 
 def iter_csv_rows(location: SplitLocation, columns: Columns) -> Iterator[Row]:
-    """Yield the rows of a CSV file with a header, commas and double quotes (RFC 4180).
+    """Yield the rows of a CSV file with a header, commas and double quotes (RFC 4180); an empty cell is missing.
 
     Raises:
         DataError: the file cannot be read; the message has the line and the fault.
@@ -57,7 +57,7 @@ def iter_csv_rows(location: SplitLocation, columns: Columns) -> Iterator[Row]:
         for line, cells in records:
             if len(cells) != len(header):
                 raise _count_fault(line, len(cells), len(header), location)
-            yield line, [cells[place] for place in places]
+            yield line, [cells[place] or None for place in places]
 
 
 @contextmanager

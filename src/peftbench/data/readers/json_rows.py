@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn, TextIO
 
 from peftbench.data.readers.json_faults import JSON_SPACES, describe_json_fault
-from peftbench.data.readers.rows import Cell, CellFault, Columns, Row, SplitLocation, show
+from peftbench.data.readers.rows import Cell, CellFault, Columns, Row, SplitLocation, to_printable
 from peftbench.data.readers.text_file import open_text
 from peftbench.errors import DataError
 
@@ -178,7 +178,7 @@ def _find_surrogate(text: str) -> str | None:
 def _name_value(value: object) -> str:
     """Return what a value is, as written in the file: ``the number 1.10``, ``a list``."""
     if isinstance(value, (_Integer, _Decimal)):
-        return f"the number {show(value)}"
+        return f"the number {to_printable(value)}"
     if value is None or isinstance(value, bool):
         return f"the value {json.dumps(value)}"
     kinds = ((_Object, "an object"), (list, "a list"), (str, "a string"))

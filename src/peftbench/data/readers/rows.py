@@ -21,7 +21,7 @@ class CellFault:
     """Correction for the error."""
 
 
-def show(text: str) -> str:
+def to_printable(text: str) -> str:
     """Return text of a file for a message: on one line, and not too long."""
     escaped = repr(text)[1:-1]
     return escaped if len(escaped) <= _SHOWN_CHARACTERS else escaped[:_SHOWN_CHARACTERS] + "..."
@@ -69,7 +69,7 @@ class SplitLocation:
         fault = f"the {self.split} split of {self.path} has no column {name!r}"
         if separator is not None:
             return MissingColumnError(f"{fault}: its values are separated by {separator}", "separate them by commas")
-        shown = [show(known) for known in names[:_SHOWN_NAMES]]
+        shown = [to_printable(known) for known in names[:_SHOWN_NAMES]]
         more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
         return MissingColumnError(f"{fault}; {did_you_mean(name, shown)}{more}")
 
@@ -81,10 +81,9 @@ class SplitLocation:
 
     def column_type(self, name: str, kind: str) -> DataError:
         """Return the error of a column whose type is not text."""
-        return DataError(
-            f"column {name!r} of the {self.split} split of {self.path} has type {show(kind)}, which is not text",
-            "convert it to text, or name another column",
-        )
+        place = f"column {name!r} of the {self.split} split of {self.path}"
+        fault = f"{place} has type {to_printable(kind)}, which is not text"
+        return DataError(fault, "convert it to text, or name another column")
 
     def no_examples(self) -> EmptySplitError:
         """Return the error of a file without rows."""
@@ -115,7 +114,7 @@ def iter_examples(
     for index, (line, cells) in enumerate(rows, first_index):
         example = {"id": str(index)}
         for (column, name), cell in zip(names.items(), cells, strict=True):
-            if isinstance(cell, str) and cell and (column == "id" or not cell.isspace()):
+            if isinstance(cell, str) and (column == "id" or (cell and not cell.isspace())):
                 example[column] = cell
                 continue
             place = f"example {index}" + (f" (line {line})" if line is not None else "")
