@@ -19,7 +19,7 @@ from peftbench.data.base import Source
 from peftbench.data.example_cache import cache_error, hash_file, load_cached_examples
 from peftbench.data.local_files import check_first_example, load_files
 from peftbench.data.readers.arrow_rows import iter_dataset_rows
-from peftbench.data.readers.rows import Columns, SplitLocation, iter_examples
+from peftbench.data.readers.rows import Columns, SplitLocation, iter_examples, to_printable
 from peftbench.errors import DataError, DataNotFoundError, EmptySplitError, HubUnreachableError, PeftbenchError
 
 if TYPE_CHECKING:
@@ -89,7 +89,8 @@ class Hub(Source):
         return Columns(self.article, self.summary, self.id)
 
     def _describe(self, split: str) -> str:
-        return f"{self.path} (config {self.config}, split {split}, revision {self.revision or 'main'})"
+        path = to_printable(self.path, 200)
+        return f"{path} (config {self.config}, split {split}, revision {self.revision or 'main'})"
 
     def _check_path(self, split: str) -> None:
         """Refuse a path that is neither a folder nor a name on the Hub, without asking the Hub.
@@ -97,12 +98,27 @@ class Hub(Source):
         Raises:
             DataNotFoundError: it is not.
         """
-        if not self.is_mutable and (self.path.startswith(("/", "~", ".")) or self.path.count("/") > 1):
-            raise DataNotFoundError(
-                f"could not load {self._describe(split)} from a folder, the Hub or the cache: the folder does not "
-                "exist, and this is not the name of a data set on the Hub",
-                _LOCAL_COPY,
-            )
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils._validators import validate_repo_id
+
+        if self.is_mutable:
+            return
+        try:
+            validate_repo_id(self.path)
+        except HFValidationError as error:
+            fault = "the folder does not exist, and this is not the name of a data set on the Hub"
+            raise self._not_found(split, fault) from error
+
+    def _not_found(self, split: str, fault: str) -> DataNotFoundError:
+        return DataNotFoundError(
+            f"could not load {self._describe(split)} from a folder, the Hub or the cache: {fault}", _LOCAL_COPY
+        )
+
+    def _find_broken_link(self) -> str | None:
+        """Return a clause about a link in the local copy whose target does not exist."""
+        links = (path for path in Path(self.path).rglob("*") if path.is_symlink() and not path.exists())
+        link = next(links, None) if self.is_mutable else None
+        return None if link is None else f"{link} is a link to {link.readlink()}, which does not exist"
 
     def _create_builder(self, split: str, **options: object) -> DatasetBuilder:
         from datasets import load_dataset_builder
@@ -174,9 +190,7 @@ class Hub(Source):
             return EmptySplitError(f"{wanted} {reason}", "use a split that has examples")
         if isinstance(error, DatasetGenerationError):
             return DataError(f"{wanted} cannot be read: {first_line(chain[-1], 200)}", "correct its files")
-        return DataNotFoundError(
-            f"could not load {wanted} from a folder, the Hub or the cache: {first_line(error)}", _LOCAL_COPY
-        )
+        return self._not_found(split, self._find_broken_link() or first_line(error))
 
     def _translate_file_error(self, error: OSError, split: str) -> PeftbenchError:
         """Return the error of a file of the local copy or of the cache."""

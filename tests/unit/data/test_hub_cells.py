@@ -186,7 +186,7 @@ def test_each_failure_of_the_hub_has_its_own_cause(
         assert type(raised.value) is kind
 
 
-@pytest.mark.parametrize("path", ["./none", "/no/such/folder", "a/b/c"])
+@pytest.mark.parametrize("path", ["./none", "/no/such/folder", "a/b/c", "a b", "", "x" * 300, "a\0b"])
 @pytest.mark.parametrize("method", ["check", "load", "fingerprint"])
 def test_path_that_is_no_name_on_the_hub_is_refused_at_once(
     path: str, method: str, monkeypatch: pytest.MonkeyPatch
@@ -202,6 +202,13 @@ def test_path_that_is_no_name_on_the_hub_is_refused_at_once(
     arguments = () if method == "fingerprint" else ("train",)
     with pytest.raises(DataNotFoundError, match="the folder does not exist, and this is not the name of a data set"):
         getattr(Hub(path=path), method)(*arguments)
+
+
+def test_broken_link_in_a_folder_is_the_named_cause(folder: Path) -> None:
+    """Such a link is left when a snapshot of the Hub's cache is copied without its files."""
+    (folder / "train.jsonl").symlink_to("../../blobs/0")
+    with pytest.raises(DataNotFoundError, match=r"train\.jsonl is a link to \.\./\.\./blobs/0, which does not exist"):
+        Hub(path=str(folder), config=None).check("train")
 
 
 def test_missing_split_of_a_folder_is_found_by_the_check(folder: Path) -> None:

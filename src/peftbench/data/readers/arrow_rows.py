@@ -130,4 +130,4 @@ def _decode(value: bytes) -> Cell:
 
 
 def _shorten(error: Exception) -> str:
-    return f"it is not a valid Parquet file ({to_printable(first_line(error).rstrip('.'))})"
+    return f"it is not a valid Parquet file ({to_printable(first_line(error).rstrip('.'), 200)})"

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from peftbench.errors import DataError, EmptySplitError, MissingColumnError, did_you_mean
 
-_SHOWN_CHARACTERS = 60
 _SHOWN_NAMES = 20
 
 
@@ -21,10 +20,10 @@ class CellFault:
     """Correction for the error."""
 
 
-def to_printable(text: str) -> str:
-    """Return text of a file for a message: on one line, and not too long."""
+def to_printable(text: str, max_length: int = 60) -> str:
+    """Return text for a message: on one line, and not too long."""
     escaped = repr(text)[1:-1]
-    return escaped if len(escaped) <= _SHOWN_CHARACTERS else escaped[:_SHOWN_CHARACTERS] + "..."
+    return escaped if len(escaped) <= max_length else escaped[:max_length] + "..."
 
 
 Cell = str | CellFault | None
