@@ -6,9 +6,11 @@ import errno
 import os
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 import platformdirs
 from pydantic import BaseModel
@@ -40,14 +42,24 @@ def write_atomically(path: Path, text: str) -> None:
         DiskFullError: no space left, or quota exceeded; no partial file remains.
         OutputError: the folder cannot be created or written.
     """
+    with open_atomically(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+@contextmanager
+def open_atomically(path: Path) -> Iterator[IO[bytes]]:
+    """Open a temporary file that takes the place of ``path`` when the block ends without an error.
+
+    Raises:
+        DiskFullError: no space left, or quota exceeded; no partial file remains.
+        OutputError: the folder cannot be created or written.
+    """
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8"
-        ) as file:
+        with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             temporary = Path(file.name)
-            file.write(text)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_get_umask())

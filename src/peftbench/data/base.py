@@ -33,12 +33,21 @@ class Source(ConfigSection):
         """True if both splits are read from one file, or from files of equal content."""
         return False
 
+    def check(self, split: str) -> None:
+        """Check what can be checked of a split at once, without the network and without reading all of it.
+
+        Raises:
+            DataError: a path, a column or the first example is not usable.
+        """
+
     @abstractmethod
     def load(self, split: str) -> Dataset:
         """Return all examples of ``split`` (train, validation or test), as strings in the columns ``EXAMPLE_COLUMNS``.
 
         Raises:
-            DataNotFoundError, HubUnreachableError, MissingColumnError, EmptySplitError: the split cannot be loaded.
+            DataError: the split cannot be loaded; DataNotFoundError, HubUnreachableError, MissingColumnError or
+                EmptySplitError if that is the reason.
+            OutputError: the cache cannot be written.
         """
 
     @abstractmethod

@@ -12,8 +12,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from peftbench.common.filesystem import write_error
-from peftbench.data.sources import dataset_cache_dir
+from peftbench.data.example_cache import cache_error, dataset_cache_dir
 from peftbench.errors import OutOfRangeError, SequenceTooShortError
 
 if TYPE_CHECKING:
@@ -171,7 +170,7 @@ class Encoder:
                 new_fingerprint=hashlib.blake2b(key.encode(), digest_size=16).hexdigest(),
             )
         except OSError as error:
-            raise write_error(dataset_cache_dir(dataset), error) from error
+            raise cache_error(dataset_cache_dir(dataset), error) from error
         longest = self.layout.max_length
         fits = [index for index, needed in enumerate(encoded["needed"]) if needed <= longest]
         if len(fits) < len(encoded) and (overlong != "drop" or not fits):

@@ -52,7 +52,7 @@ from peftbench.run_dir.status import StatusWriter
 from peftbench.run_dir.stop_request import clear_stop_files, get_stop_file
 from peftbench.training.auto_settings import resolve_for_launch
 from peftbench.training.build import load_base_model
-from peftbench.training.data import build_encoder
+from peftbench.training.data import build_encoder, check_splits
 from peftbench.training.loop import train
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ class Run:
         """
         self.shutdown_signal = shutdown_signal or ShutdownSignal()
         self.step_callbacks, self.evaluate_only = step_callbacks, evaluate_only
+        check_splits(recipe, evaluate_only=evaluate_only)
         recipe, resolution_notes = resolve_for_launch(recipe)
         resolved_recipe, micro_batch_note = resolve_auto_micro_batch(recipe)
         self.run_dir = RunDir.from_recipe(recipe)

@@ -29,6 +29,17 @@ class EncodedSplit:
     num_dropped: int
 
 
+def check_splits(recipe: Recipe, *, evaluate_only: bool = False) -> None:
+    """Check the files and columns that the run will read, before anything waits for the network.
+
+    Raises:
+        DataError: a file, a column or a first example is not usable.
+    """
+    needs_training = recipe.method.is_trainable and not evaluate_only
+    for split in dict.fromkeys([recipe.evaluate.split, *(["train"] if needs_training else [])]):
+        recipe.data.source.check(split)
+
+
 def load_split(recipe: Recipe, split: str) -> Dataset:
     """Return the recipe's seeded subsample of a split, not yet encoded.
 

@@ -1,0 +1,123 @@
+"""Rows of a file, the checks of their cells, and the errors that name the file, the line and the column."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from peftbench.errors import DataError, EmptySplitError, MissingColumnError, did_you_mean
+
+_SHOWN_NAMES = 20
+
+
+@dataclass(frozen=True)
+class CellFault:
+    """A cell whose content is not text."""
+
+    content: str
+    """Description for the error, e.g. ``the number 1.10``."""
+    advice: str
+    """Correction for the error."""
+
+
+def to_printable(text: str, max_length: int = 60) -> str:
+    """Return text for a message: on one line, and not too long."""
+    escaped = repr(text)[1:-1]
+    return escaped if len(escaped) <= max_length else escaped[:max_length] + "..."
+
+
+Cell = str | CellFault | None
+"""Text as it is written; None: missing."""
+Row = tuple[int | None, Sequence[Cell]]
+"""Line of the file (None where a file has no lines), and the cells of the used columns in their order."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns that the recipe uses."""
+
+    article: str
+    summary: str
+    id: str | None = None
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Name of the file's column by standard column, without an id that is the row's number."""
+        names = {"id": self.id, "article": self.article, "summary": self.summary}
+        return {column: name for column, name in names.items() if name is not None}
+
+
+@dataclass(frozen=True)
+class SplitLocation:
+    """File of a split, or its data set on the Hub. Builds the errors that name it."""
+
+    split: str
+    path: str
+    """Path of the file or name of the data set."""
+
+    def unreadable(self, kind: str, fault: str, advice: str = "correct the file") -> DataError:
+        """Return the error of a file that is not valid ``kind``."""
+        return DataError(f"{self.path} cannot be read as {kind}: {fault}", advice)
+
+    def read_error(self, error: OSError) -> DataError:
+        """Return the error of a file that the system cannot read."""
+        return DataError(f"{self.path} cannot be read: {error.strerror or error}", "make it a file that can be read")
+
+    def missing_column(self, name: str, names: Sequence[str], separator: str | None = None) -> MissingColumnError:
+        """Return the error of a column that does not exist; ``separator`` is what the file has in place of commas."""
+        fault = f"the {self.split} split of {self.path} has no column {name!r}"
+        if separator is not None:
+            return MissingColumnError(f"{fault}: its values are separated by {separator}", "separate them by commas")
+        shown = [to_printable(known) for known in names[:_SHOWN_NAMES]]
+        more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
+        return MissingColumnError(f"{fault}; {did_you_mean(name, shown)}{more}")
+
+    def repeated_column(self, name: str) -> DataError:
+        """Return the error of a used column whose name occurs more than once."""
+        return DataError(
+            f"the {self.split} split of {self.path} has several columns {name!r}", "give each of them its own name"
+        )
+
+    def column_type(self, name: str, kind: str) -> DataError:
+        """Return the error of a column whose type is not text."""
+        place = f"column {name!r} of the {self.split} split of {self.path}"
+        fault = f"{place} has type {to_printable(kind)}, which is not text"
+        return DataError(fault, "convert it to text, or name another column")
+
+    def no_examples(self) -> EmptySplitError:
+        """Return the error of a file without rows."""
+        return EmptySplitError(
+            f"the {self.split} split of {self.path} has no examples; give a file that has at least one"
+        )
+
+    def cell_fault(self, place: str, name: str, fault: CellFault) -> DataError:
+        """Return the error of a cell that is not text."""
+        return DataError(
+            f"{place} of the {self.split} split of {self.path} has {fault.content} in column {name!r}", fault.advice
+        )
+
+    def empty_cell(self, place: str, name: str) -> DataError:
+        """Return the error of a cell without text."""
+        return DataError(f"{place} of the {self.split} split of {self.path} has no {name}; fill it in or leave it out")
+
+
+def iter_examples(
+    rows: Iterable[Row], columns: Columns, location: SplitLocation, first_index: int = 0
+) -> Iterator[Mapping[str, str]]:
+    """Yield the rows as examples; a row without an id gets its number, counted from ``first_index``.
+
+    Raises:
+        DataError: a cell is empty or not text.
+    """
+    names = columns.names
+    for index, (line, cells) in enumerate(rows, first_index):
+        example = {"id": str(index)}
+        for (column, name), cell in zip(names.items(), cells, strict=True):
+            if isinstance(cell, str) and (column == "id" or (cell and not cell.isspace())):
+                example[column] = cell
+                continue
+            place = f"example {index}" + (f" (line {line})" if line is not None else "")
+            if isinstance(cell, CellFault):
+                raise location.cell_fault(place, name, cell)
+            raise location.empty_cell(place, name)
+        yield example

@@ -1,0 +1,37 @@
+"""Mistakes in local files are reported before anything waits for the network or is written."""
+
+from __future__ import annotations
+
+import pytest
+
+from peftbench.errors import EmptySplitError, MissingColumnError, PeftbenchError
+from peftbench.methods.full import Full
+from peftbench.run import runner
+from peftbench.run.runner import Run
+from tests.helpers.workshop import Workshop
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ({"summary": "sumary"}, MissingColumnError),
+        ({"article": "text"}, MissingColumnError),
+        ({"validation": None}, EmptySplitError),
+        ({"train": "none.jsonl"}, PeftbenchError),
+    ],
+    ids=str,
+)
+def test_wrong_column_or_split_is_found_before_the_model_is_asked_for(
+    changes: dict[str, str | None], kind: type[PeftbenchError], workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model is not looked up, and no run folder is created."""
+
+    def resolve(_: object) -> None:
+        raise AssertionError("the model was asked for")
+
+    monkeypatch.setattr(runner, "resolve_for_launch", resolve)
+    source = workshop.source.model_copy(update=changes)
+    recipe = workshop.recipe(Full(), data={"source": source}, evaluate={"split": "validation"})
+    with pytest.raises(kind):
+        Run(recipe)
+    assert not workshop.output.joinpath("run").exists()
