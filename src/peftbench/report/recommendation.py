@@ -45,7 +45,8 @@ def recommend(comparison_set: ComparisonSet) -> str | None:
     if unbeaten:
         verb = "trains" if len(unbeaten) == 1 else "train"
         labels = join_with_and([group.label for group in unbeaten])
-        sentences.append(f"No trained configuration is significantly better than {labels}, which {verb} nothing.")
+        seed = seed_clause(comparison_set.pair_comparisons)
+        sentences.append(f"No trained configuration is significantly better{seed} than {labels}, which {verb} nothing.")
     subject = f"Of the trained configurations, use {choice.label}" if unbeaten else f"Use {choice.label}"
     sentences.append(f"{subject}: {_explain_choice(choice, candidates, trained, comparison_set)}.")
     return " ".join(sentences)
@@ -109,13 +110,13 @@ def describe_context(records: Sequence[RunRecord]) -> str:
     budgets = _list_values(records, lambda record: (record.recipe.get("budget") or {}).get("memory"))
     dates = sorted({record.started_at[:10] for record in records})
     parts = [
-        f"model {_join_values(_list_values(records, _name_model))}",
-        f"data {_join_values(_list_values(records, _name_data))}{_count_examples(records)}",
-        f"on {_join_values(_list_values(records, lambda record: record.device.name or record.device.type))}",
+        f"Base model {_join_values(_list_values(records, _name_model))}",
+        f"{_join_values(_list_values(records, _name_data))}{_count_examples(records)}",
+        _join_values(_list_values(records, lambda record: record.device.name or record.device.type)),
         f"memory budget {_join_values(budgets)}" if budgets else "no memory budget",
         dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}",
     ]
-    return ", ".join(printable_line(part) for part in parts)
+    return "; ".join(printable_line(part) for part in parts)
 
 
 def _name_model(record: RunRecord) -> str | None:
@@ -136,7 +137,7 @@ def _count_examples(records: Sequence[RunRecord]) -> str:
     if len(counts) != 1:
         return ""
     ordered = sorted(trained[0].num_examples.items(), key=lambda item: item[0] != "train")
-    return f" ({', '.join(f'{count:,} {split}' for split, count in ordered)} examples)" if ordered else ""
+    return f", {join_with_and([f'{count:,} {split}' for split, count in ordered])} examples" if ordered else ""
 
 
 def _shorten_path(path: str) -> str:

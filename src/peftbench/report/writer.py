@@ -55,7 +55,7 @@ def write_report(
     comparison_set = compare_groups(rows)
     recommendation = recommend(comparison_set)
     summary, notes = summarize(rows, comparison_set), collect_notes(sort_records(rows))
-    head = [*([recommendation] if recommendation else []), f"The runs: {describe_context(rows)}."] if rows else []
+    head = [*([recommendation] if recommendation else []), f"{describe_context(rows)}."] if rows else []
     page_summary, summary = summary, [*head, *summary]
     downloads = build_downloads(rows, summary, notes)
     markdown = markdown_report(rows, title, summary, notes)

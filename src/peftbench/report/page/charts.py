@@ -115,7 +115,13 @@ def _theme() -> dict[str, Any]:
         "background": "transparent",
         "font": "system-ui, sans-serif",
         "view": {"stroke": "transparent"},
-        "axis": {**labels, "gridColor": faint, "domainColor": ink, "tickColor": ink},
+        "axis": {
+            **labels,
+            "gridColor": faint,
+            "domainColor": ink,
+            "tickColor": ink,
+            "labelFlush": False,  # it moves the last label onto its neighbor
+        },
         "legend": {**labels, "orient": "bottom", "columns": 3, "labelLimit": 260, "symbolSize": 90},
         "text": {"color": ink},
         "rule": {"color": ink},

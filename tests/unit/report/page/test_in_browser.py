@@ -350,3 +350,51 @@ def test_every_shipped_suite_opens_without_console_messages(name: str, open_page
     page = open_page(write_page(load_shipped_records(name), tmp_path))
     assert page.console == []
     assert page.tab.locator("#runs tbody tr").count() == len(read_records(SHIPPED[name]))
+
+
+@pytest.mark.parametrize(("width", "height"), [(1280, 900), (820, 1180), (375, 700)])
+def test_labels_in_charts_do_not_overlap(width: int, height: int, open_page: OpenPage, tmp_path: Path) -> None:
+    """Check the texts in the trade-off charts of the demo, as drawn."""
+    page = open_page(write_page(load_shipped_records("demo"), tmp_path), width=width, height=height)
+    boxes: list[list[dict[str, float]]] = page.evaluate(
+        "[...document.querySelectorAll('[data-chart^=quality]')].map(c => "
+        "[...c.querySelectorAll('.mark-text text')].filter(t => t.textContent).map(t => {"
+        "const b = t.getBoundingClientRect(); return {l: b.left, r: b.right, t: b.top, b: b.bottom}; }))"
+    )
+    assert [len(labels) >= 4 for labels in boxes] == [True] * 3
+    for labels in boxes:
+        for index, one in enumerate(labels):
+            for other in labels[index + 1 :]:
+                apart = (
+                    one["r"] <= other["l"] or other["r"] <= one["l"] or one["b"] <= other["t"] or other["b"] <= one["t"]
+                )
+                assert apart, (one, other)
+
+
+def test_cut_table_has_a_sign_until_its_end_is_visible(open_page: OpenPage, tmp_path: Path) -> None:
+    """Check the shadow and the hint at 1,280 pixels, and that both are absent where all columns fit."""
+    path = write_page(load_shipped_records("demo"), tmp_path)
+    page = open_page(path, width=1280)
+    box = "document.querySelector('#table .scroll')"
+    hint = "getComputedStyle(document.querySelector('.cut-hint')).display"
+    assert page.evaluate(f"{box}.scrollWidth > {box}.clientWidth")
+    assert page.evaluate(f"{box}.hasAttribute('data-cut')")
+    assert page.evaluate(hint) == "block"
+    page.evaluate(f"{box}.scrollLeft = {box}.scrollWidth")
+    page.tab.wait_for_selector("#table .scroll:not([data-cut])")
+    wide = open_page(path, width=2400)
+    assert not wide.evaluate(f"{box}.hasAttribute('data-cut')")
+    assert wide.evaluate(hint) == "none"
+
+
+def test_run_names_break_only_after_punctuation(open_page: OpenPage, tmp_path: Path) -> None:
+    """Check that each part of a long name is on one line."""
+    name = "full-checkpointing-path=openai-community_gpt2-medium.learning_rate"
+    page = open_page(write_page({tmp_path / "record.json": build_record(name, "full", 1)}, tmp_path), width=375)
+    parts: list[int] = page.evaluate(
+        "(() => { const cell = document.querySelector('#runs tbody th'); return [...cell.childNodes]"
+        ".filter(n => n.nodeType === 3 && n.textContent.trim()).map(n => { const r = document.createRange();"
+        " r.selectNodeContents(n); return r.getClientRects().length; }); })()"
+    )
+    assert len(parts) >= 6
+    assert set(parts) == {1}, parts
