@@ -102,4 +102,6 @@ def print_report(report: WrittenReport, title: str) -> None:
         print_table(report.records, title, note_lines=report.notes)
     for sentence in report.summary:
         typer.echo(f"- {terminal_safe(sentence)}")
+    for run in report.unfinished_runs:
+        typer.echo(f"- unfinished: {terminal_safe(run.sentence)}")
     typer.echo(f"report: {report.page_path}")

@@ -31,6 +31,8 @@ class WrittenReport:
     """The reported runs, with unique names."""
     notes: list[str]
     """Notes that a reader of the tables needs."""
+    unfinished_runs: Sequence[UnfinishedRun] = ()
+    """Runs without a result."""
 
 
 def write_report(
@@ -54,7 +56,8 @@ def write_report(
     comparison_set = compare_groups(rows)
     summary, notes = summarize(rows, comparison_set), collect_notes(sort_records(rows))
     downloads = build_downloads(rows, summary, notes)
-    markdown = markdown_report(rows, title, summary, notes)
+    unfinished = [run.sentence for run in unfinished_runs]
+    markdown = markdown_report(rows, title, summary, notes, unfinished)
     page = render_page(
         build_page_data(
             records, title, summary, comparison_set=comparison_set, note_lines=notes, unfinished_runs=unfinished_runs
@@ -67,7 +70,7 @@ def write_report(
     write_atomically(output_dir / RESULTS_FILE, markdown)
     path = page_path or output_dir / PAGE_FILE
     write_atomically(path, page)
-    return WrittenReport(path, summary, rows, notes)
+    return WrittenReport(path, summary, rows, notes, unfinished_runs)
 
 
 def build_downloads(

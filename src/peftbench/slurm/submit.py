@@ -19,6 +19,7 @@ from peftbench.recipe.loader import to_commented_yaml
 from peftbench.recipe.schema import Recipe
 from peftbench.run_dir.layout import RunDir
 from peftbench.run_dir.lock import raise_if_locked
+from peftbench.run_dir.refusal import delete_refusal
 from peftbench.slurm.batch_script import (
     ACCELERATE_CONFIG_FILE,
     DEEPSPEED_CONFIG_FILE,
@@ -101,6 +102,7 @@ def prepare_submission(
     for recipe, folder in zip(recipes, job.run_dirs, strict=True):
         absolute = recipe.model_copy(update={"output_dir": str(folder.parent)})
         write_atomically(RunDir(folder).recipe_file, to_commented_yaml(absolute))
+        delete_refusal(folder)
         if launch_file is not None:
             _write_launch_files(launch_file, folder, job)
     text = render_script(job)

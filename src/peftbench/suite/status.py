@@ -15,6 +15,7 @@ from peftbench.errors import MissingFileError, RecordError
 from peftbench.record import FINAL_OUTCOMES, RECORD_FILE, RunRecord, read_record
 from peftbench.run_dir.layout import CHECKPOINTS_DIR, RECIPE_FILE, STATUS_FILE, RunDir
 from peftbench.run_dir.lock import is_locked
+from peftbench.run_dir.refusal import Refusal, read_refusal
 from peftbench.run_dir.status import Status, read_status
 from peftbench.slurm.job_file import JobFile, read_job_file
 from peftbench.slurm.queue import QueuedJob
@@ -26,7 +27,7 @@ class RunStatus:
 
     name: str
     state: str
-    """waiting, running, finished, preempted, failed or gone."""
+    """waiting, running, finished, preempted, failed, refused or gone."""
     step: int | None = None
     total_steps: int | None = None
     tokens_per_second: float | None = None
@@ -64,7 +65,7 @@ def collect_run_statuses(
 
 
 def find_unfinished_runs(folder: Path) -> list[RunStatus]:
-    """Return the runs in ``folder`` that are waiting, running or gone, or that failed without a record.
+    """Return the runs in ``folder`` that are waiting, running, refused or gone, or that failed without a record.
 
     The states come from files alone. Details have no host names, since a page with them may be shared.
     """
@@ -72,7 +73,7 @@ def find_unfinished_runs(folder: Path) -> list[RunStatus]:
         rows = collect_run_statuses(folder, {}, include_hosts=False)
     except MissingFileError:
         return []
-    unfinished_states = {"waiting", "running", "gone"}
+    unfinished_states = {"waiting", "running", "refused", "gone"}
     return [
         row
         for row in rows
@@ -99,8 +100,8 @@ def _build_run_status(run_dir: Path, name: str, queue: Mapping[str, QueuedJob], 
         position = f"after step {record.outcome.step}, " if record is not None and record.outcome.step else ""
         reason = "starting" if queued.state == "RUNNING" else queued.state if queued.reason == "None" else queued.reason
         return RunStatus(name, "waiting", job_id=job_id, detail=f"{position}{reason.lower()}")
-    if job_file is not None and (error_message := _read_refusal(job_file, run_dir)):
-        return RunStatus(name, "failed", job_id=job_id, detail=error_message)
+    if (refusal := read_refusal(run_dir) or _read_refusal_in_log(job_file, run_dir)) is not None:
+        return RunStatus(name, refusal.state, job_id=job_id, detail=refusal.error)
     if record is not None and _is_record_current(status, record):
         return _build_ended_status(run_dir, name, record, status, job_id)
     if status is not None:
@@ -122,14 +123,14 @@ def _build_run_status(run_dir: Path, name: str, queue: Mapping[str, QueuedJob], 
     return RunStatus(name, "waiting", job_id=job_id, detail=detail)
 
 
-def _read_refusal(job_file: JobFile, run_dir: Path) -> str | None:
-    """Return the error of a refused run, which only the job's log has; None if the run started."""
-    result = job_file.read_final_result()
-    if result is None or result["outcome"] != "refused" or job_file.log_path is None:
+def _read_refusal_in_log(job_file: JobFile | None, run_dir: Path) -> Refusal | None:
+    """Return the refusal in a job's log, for a folder that the job could not write; None if the run started."""
+    result = None if job_file is None else job_file.read_final_result()
+    if job_file is None or result is None or result["outcome"] != "refused" or job_file.log_path is None:
         return None
     log_time, files = Path(job_file.log_path).stat().st_mtime, [run_dir / RECORD_FILE, run_dir / STATUS_FILE]
     is_latest = all(log_time > path.stat().st_mtime for path in files if path.exists())
-    return str(result.get("error")) if is_latest else None
+    return Refusal(error=str(result.get("error"))) if is_latest else None
 
 
 def _build_running_status(name: str, status: Status | None, job_id: str | None, *, include_hosts: bool) -> RunStatus:

@@ -13,6 +13,7 @@ from peftbench.record import find_records
 from peftbench.report import writer
 from peftbench.report.page.content import UnfinishedRun
 from peftbench.report.writer import PAGE_FILE, RESULTS_FILE, write_report
+from peftbench.run_dir.refusal import Refusal, write_refusal
 from tests.unit.report.page.pages import SHIPPED, load_shipped_records
 from tests.unit.report.records import build_record
 
@@ -80,6 +81,22 @@ def test_unfinished_runs_are_escaped(tmp_path: Path) -> None:
     text = write_report({}, tmp_path, "t", unfinished_runs=rows).page_path.read_text(encoding="utf-8")
     assert "<b>x</b>" not in text
     assert "<script>1</script>" not in text
+
+
+def test_refused_run_is_in_every_report(tmp_path: Path) -> None:
+    """The terminal, RESULTS.md and the page have the state and the reason of a run that was refused."""
+    build_record("first", "lora", 10).write(tmp_path / "out" / "first")
+    folder = tmp_path / "out" / "second"
+    folder.mkdir()
+    (folder / "recipe.yaml").touch()
+    write_refusal(folder, Refusal(error="folder 'no/such/base' does not exist"))
+    result = run_peftbench("report", "out", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "- unfinished: second (refused): folder 'no/such/base' does not exist\n" in result.stdout
+    markdown = (tmp_path / "out" / RESULTS_FILE).read_text(encoding="utf-8")
+    assert "## Unfinished runs\n\n- second (refused): folder " in markdown
+    page = (tmp_path / "out" / PAGE_FILE).read_text(encoding="utf-8")
+    assert ">second</th><td>refused</td><td>folder &#39;no/such/base&#39; does not exist</td>" in page
 
 
 @pytest.mark.parametrize("name", SHIPPED)
