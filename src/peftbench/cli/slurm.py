@@ -99,8 +99,8 @@ def status(
     """Show the state of each run in a folder; while it trains, also its step, loss, speed, memory use and time left.
 
     States: waiting, running, finished (including runs that ran out of memory or diverged), preempted (stopped
-    early with a checkpoint: time limit, SLURM preemption or Ctrl-C), failed, refused (its input has an error), or gone
-    (the process died without recording an outcome).
+    early with a checkpoint: time limit, SLURM preemption or Ctrl-C), failed, refused (its input has an error),
+    unreadable (its record is damaged), or gone (the process died without recording an outcome).
     """
     from peftbench.errors import SlurmError
     from peftbench.slurm.queue import QueuedJob, list_queued_jobs

@@ -25,12 +25,13 @@ from peftbench.record.run_record import (
     SCHEMA_VERSION,
     Outcome,
     OutcomeKind,
+    RecordScan,
     RunRecord,
     find_records,
     read_record,
     read_records,
-    read_records_by_path,
     read_schema_version,
+    scan_records,
     train_peak_bytes,
 )
 
@@ -52,6 +53,7 @@ __all__ = [
     "ParameterCounts",
     "PerExample",
     "Quality",
+    "RecordScan",
     "RunRecord",
     "Sample",
     "StateBytes",
@@ -61,7 +63,7 @@ __all__ = [
     "find_records",
     "read_record",
     "read_records",
-    "read_records_by_path",
     "read_schema_version",
+    "scan_records",
     "train_peak_bytes",
 ]

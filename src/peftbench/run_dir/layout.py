@@ -66,7 +66,7 @@ class RunDir:
 
     @property
     def refusal_file(self) -> Path:
-        """Why the last attempt of a suite or a job did not start."""
+        """The reason why the last attempt of a suite or a job did not start."""
         return self.path / REFUSAL_FILE
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,9 @@ from peftbench.run_dir.status import Status, read_status
 from peftbench.slurm.job_file import JobFile, read_job_file
 from peftbench.slurm.queue import QueuedJob
 
+UNREADABLE_STATE = "unreadable"
+"""State of a run whose record cannot be read."""
+
 
 @dataclass(frozen=True)
 class RunStatus:
@@ -27,7 +29,7 @@ class RunStatus:
 
     name: str
     state: str
-    """waiting, running, finished, preempted, failed, refused or gone."""
+    """waiting, running, finished, preempted, failed, refused, unreadable or gone."""
     step: int | None = None
     total_steps: int | None = None
     tokens_per_second: float | None = None
@@ -65,7 +67,7 @@ def collect_run_statuses(
 
 
 def find_unfinished_runs(folder: Path) -> list[RunStatus]:
-    """Return the runs in ``folder`` that are waiting, running, refused or gone, or that failed without a record.
+    """Return the runs in ``folder`` without a readable record of their last attempt, with their states.
 
     The states come from files alone. Details have no host names, since a page with them may be shared.
     """
@@ -73,7 +75,7 @@ def find_unfinished_runs(folder: Path) -> list[RunStatus]:
         rows = collect_run_statuses(folder, {}, include_hosts=False)
     except MissingFileError:
         return []
-    unfinished_states = {"waiting", "running", "refused", "gone"}
+    unfinished_states = {"waiting", "running", "refused", "gone", UNREADABLE_STATE}
     return [
         row
         for row in rows
@@ -84,9 +86,7 @@ def find_unfinished_runs(folder: Path) -> list[RunStatus]:
 def _build_run_status(run_dir: Path, name: str, queue: Mapping[str, QueuedJob], *, include_hosts: bool) -> RunStatus:
     status, job_file = read_status(run_dir), read_job_file(run_dir)
     job_id = job_file.job_id if job_file else None
-    record = None
-    with suppress(RecordError):
-        record = read_record(run_dir / RECORD_FILE)
+    record, record_error = _load_record(run_dir)
     # The process may belong to an earlier job than the job file, or to none if it was started by hand.
     job_ids = (job_id, status.job_id if status else None)
     queued = next((job for key in job_ids if key and (job := queue.get(key))), None)
@@ -102,25 +102,42 @@ def _build_run_status(run_dir: Path, name: str, queue: Mapping[str, QueuedJob], 
         return RunStatus(name, "waiting", job_id=job_id, detail=f"{position}{reason.lower()}")
     if (refusal := read_refusal(run_dir) or _read_refusal_in_log(job_file, run_dir)) is not None:
         return RunStatus(name, refusal.state, job_id=job_id, detail=refusal.error)
+    if record_error is not None:
+        return RunStatus(name, UNREADABLE_STATE, job_id=job_id, detail=f"{record_error}; run it again")
     if record is not None and _is_record_current(status, record):
         return _build_ended_status(run_dir, name, record, status, job_id)
-    if status is not None:
-        latest = RunDir(run_dir).find_latest_checkpoint_step()
-        checkpoint = f"; checkpoint of step {latest}" if latest else ""
-        host = f" on {status.host}" if include_hosts else ""
-        return RunStatus(
-            name,
-            "gone",
-            status.step,
-            status.total_steps,
-            job_id=job_id,
-            detail=f"last update at {status.updated_at}{host}{checkpoint}; run it again to resume",
-            loss=status.loss,
-            memory_bytes=status.memory_bytes,
-            budget_bytes=status.budget_bytes,
-        )
-    detail = "" if job_id is None else f"job {job_id} is not in the queue"
-    return RunStatus(name, "waiting", job_id=job_id, detail=detail)
+    return _build_status_without_record(run_dir, name, status, job_id, include_hosts=include_hosts)
+
+
+def _build_status_without_record(
+    run_dir: Path, name: str, status: Status | None, job_id: str | None, *, include_hosts: bool
+) -> RunStatus:
+    if status is None:
+        detail = "" if job_id is None else f"job {job_id} is not in the queue"
+        return RunStatus(name, "waiting", job_id=job_id, detail=detail)
+    latest = RunDir(run_dir).find_latest_checkpoint_step()
+    checkpoint = f"; checkpoint of step {latest}" if latest else ""
+    host = f" on {status.host}" if include_hosts else ""
+    return RunStatus(
+        name,
+        "gone",
+        status.step,
+        status.total_steps,
+        job_id=job_id,
+        detail=f"last update at {status.updated_at}{host}{checkpoint}; run it again to resume",
+        loss=status.loss,
+        memory_bytes=status.memory_bytes,
+        budget_bytes=status.budget_bytes,
+    )
+
+
+def _load_record(run_dir: Path) -> tuple[RunRecord | None, str | None]:
+    """Return the record of a run, or why it cannot be read; both are None if there is none."""
+    path = run_dir / RECORD_FILE
+    try:
+        return read_record(path), None
+    except RecordError as error:
+        return None, str(error) if path.exists() else None
 
 
 def _read_refusal_in_log(job_file: JobFile | None, run_dir: Path) -> Refusal | None:

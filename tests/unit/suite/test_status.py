@@ -16,7 +16,7 @@ from peftbench.run_dir.status import Status, StatusWriter, read_status
 from peftbench.slurm.job_file import JobFile
 from peftbench.slurm.queue import QueuedJob
 from peftbench.suite.status import RunStatus, collect_run_statuses, find_unfinished_runs, render_status_table
-from tests.helpers.records import minimal_record
+from tests.helpers.records import damage_records, minimal_record
 
 EARLY, LATE = "2026-01-01T10:00:00+00:00", "2026-01-01T11:00:00+00:00"
 
@@ -188,6 +188,24 @@ def test_refusal_is_a_state(outcome: str, state: str, tmp_path: Path) -> None:
     lock.release()
     (tmp_path / "x0" / "job.json").write_text(json.dumps({"job_id": "7"}), encoding="utf-8")
     assert collect_run_statuses(tmp_path, {"7": QueuedJob("PENDING", "Priority")})[0].state == "waiting"
+
+
+def test_damaged_record_is_unreadable(tmp_path: Path) -> None:
+    """Its row has the path and the reason; a run that works on it, or one that was refused, has its own state."""
+    reasons = damage_records(tmp_path)
+    rows = {row.name: row for row in collect_run_statuses(tmp_path, {})}
+    assert {row.state for row in rows.values()} == {"unreadable"}
+    for name, reason in reasons.items():
+        assert reason in rows[name].detail
+        assert str(tmp_path / name / "record.json") in rows[name].detail
+    assert [row.state for row in find_unfinished_runs(tmp_path)] == ["unreadable"] * len(reasons)
+    lock = Lock(tmp_path / "truncated")
+    lock.acquire()
+    (tmp_path / "text" / "recipe.yaml").touch()
+    write_refusal(tmp_path / "text", Refusal(error="no"))
+    states = {row.name: row.state for row in collect_run_statuses(tmp_path, {})}
+    lock.release()
+    assert (states["truncated"], states["text"], states["empty"]) == ("running", "refused", "unreadable")
 
 
 def test_unreadable_refusal_is_ignored(tmp_path: Path) -> None:
