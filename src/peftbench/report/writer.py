@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peftbench.common.filesystem import write_atomically
+from peftbench.common.text import make_encodable
 from peftbench.record import RunRecord
 from peftbench.report.analysis.significance import compare_groups
 from peftbench.report.page.build import render_page
@@ -57,7 +58,7 @@ def write_report(
     summary, notes = summarize(rows, comparison_set), collect_notes(sort_records(rows))
     downloads = build_downloads(rows, summary, notes)
     unfinished = [run.sentence for run in unfinished_runs]
-    markdown = markdown_report(rows, title, summary, notes, unfinished)
+    markdown = make_encodable(markdown_report(rows, title, summary, notes, unfinished))
     page = render_page(
         build_page_data(
             records, title, summary, comparison_set=comparison_set, note_lines=notes, unfinished_runs=unfinished_runs
@@ -69,7 +70,7 @@ def write_report(
         write_atomically(output_dir / download["name"], download["text"])
     write_atomically(output_dir / RESULTS_FILE, markdown)
     path = page_path or output_dir / PAGE_FILE
-    write_atomically(path, page)
+    write_atomically(path, make_encodable(page))
     return WrittenReport(path, summary, rows, notes, unfinished_runs)
 
 
@@ -82,4 +83,7 @@ def build_downloads(
         "json": ("application/json", json_table(records, summary, note_lines)),
         "tex": ("text/x-tex", latex_table(records)),
     }
-    return {kind: {"name": f"results.{kind}", "type": type_, "text": text} for kind, (type_, text) in contents.items()}
+    return {
+        kind: {"name": f"results.{kind}", "type": type_, "text": make_encodable(text)}
+        for kind, (type_, text) in contents.items()
+    }

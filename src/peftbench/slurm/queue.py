@@ -37,7 +37,12 @@ def list_queued_jobs() -> dict[str, QueuedJob]:
         return {}
     try:
         done = subprocess.run(
-            _SQUEUE_COMMAND, capture_output=True, text=True, timeout=_SQUEUE_TIMEOUT_SECONDS, check=True
+            _SQUEUE_COMMAND,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_SQUEUE_TIMEOUT_SECONDS,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or str(error)

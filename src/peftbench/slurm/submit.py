@@ -155,6 +155,7 @@ def submit_job(submission: Submission) -> Submission:
         env=environment,
         capture_output=True,
         text=True,
+        errors="replace",
         check=False,
     )
     if done.returncode:

@@ -126,7 +126,8 @@ def run_one(
             env=environment,
             stdout=subprocess.PIPE,
             stderr=errors,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             start_new_session=True,
             preexec_fn=_terminate_with_parent,  # noqa: PLW1509 — no thread of this process holds a lock
         )
