@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -324,6 +326,23 @@ def test_scan_keeps_the_readable_records(tmp_path: Path) -> None:
     assert scan_records(tmp_path / "x", allow_empty=True).records == {}
     with pytest.raises(RecordError, match=r"No record\.json below"):
         scan_records(tmp_path / "a" / "nothing")
+
+
+def test_record_without_permission_is_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system's reason is given; the other record is read."""
+    record(name="a").write(tmp_path / "a")
+    secret = record(name="b").write(tmp_path / "b")
+    read_bytes = Path.read_bytes
+
+    def refuse(path: Path) -> bytes:
+        if path == secret:  # root can read every file
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    scan = scan_records(tmp_path)
+    assert [entry.name for entry in scan.records.values()] == ["a"]
+    assert scan.unreadable == {secret: f"{secret} cannot be read: Permission denied"}
 
 
 def test_folder_without_records_is_refused(tmp_path: Path) -> None:
