@@ -15,7 +15,7 @@
     │   ├── SequenceTooShortError     24   no room for prompt plus summary
     │   └── HubUnreachableError       25   the Hub did not answer (for models too)
     ├── ModelError                    30   a base model that cannot be used
-    │   ├── ModelNotFoundError        31   a base model that was not found; lists the places searched
+    │   ├── ModelNotFoundError        31   a base model that was not found, or a file of it that cannot be used
     │   ├── TargetModulesError        32   target modules that match no module
     │   └── UnsupportedModelError     33   an architecture that a method or recipe key does not support
     ├── EngineError                   40   the launched engine is not the one the recipe requests
@@ -135,7 +135,7 @@ class ModelError(PeftbenchError):
 
 
 class ModelNotFoundError(ModelError):
-    """A base model that was not found."""
+    """A base model that was not found, or whose config, weights or tokenizer cannot be used."""
 
     exit_code = 31
 

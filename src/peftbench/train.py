@@ -24,13 +24,14 @@ from peftbench.common.options import (
 )
 from peftbench.common.usage_errors import PlainCommand
 from peftbench.distributed import launcher_env
-from peftbench.errors import HubUnreachableError, ModelError, RecordError
+from peftbench.errors import HubUnreachableError, ModelError, RecordError, RunLockedError
 from peftbench.recipe.arguments import load_recipe_from_arguments
 from peftbench.recipe.loader import load_recipe, to_commented_yaml
 from peftbench.record import EXIT_CODES, RECORD_FILE, Outcome, RunRecord, read_record
 from peftbench.run.result_line import build_result_line, exit_immediately, is_main_process, print_result_line
 from peftbench.run.shutdown import ShutdownSignal, ignore_signals
 from peftbench.run_dir.layout import RunDir
+from peftbench.run_dir.refusal import Refusal, delete_refusal, write_refusal
 from peftbench.run_dir.results import load_existing_result
 from peftbench.run_dir.stop_request import ATTEMPT_ENV
 
@@ -62,7 +63,14 @@ def train_from_arguments(
 
     With ``print_config`` only print the recipe.
     """
-    with cli_errors(on_error=print_result_line, rank=launcher_env.get_rank()):
+    recipe: Recipe | None = None
+
+    def report_refusal(result: dict[str, object]) -> None:
+        print_result_line(result)
+        if recipe is not None:
+            _keep_refusal(recipe, result)
+
+    with cli_errors(on_error=report_refusal, rank=launcher_env.get_rank()):
         recipe = load_recipe_from_arguments("train", arguments, config)
         if print_config:
             if is_main_process():
@@ -71,9 +79,19 @@ def train_from_arguments(
         _print_untimed_note(recipe)
         existing = _load_existing_result(recipe) if skip_finished else None
         if existing is not None:
+            delete_refusal(RunDir.from_recipe(recipe).path)
             _print_existing_result(recipe, existing)
             raise typer.Exit(EXIT_CODES[existing.outcome.kind])
         _end_run(recipe, *run_recipe(recipe))
+
+
+def _keep_refusal(recipe: Recipe, result: dict[str, object]) -> None:
+    """Write the error of a refused run to its folder, if a suite or a job started it.
+
+    If the folder is in use, the process that uses it is not refused.
+    """
+    if ATTEMPT_ENV in os.environ and is_main_process() and result["exit_code"] != RunLockedError.exit_code:
+        write_refusal(RunDir.from_recipe(recipe).path, Refusal(error=str(result["error"])))
 
 
 def evaluate_from_arguments(run: Path, overrides: list[str], *, from_outputs: bool) -> None:

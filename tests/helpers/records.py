@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
-from peftbench.record import Device, Outcome, RunRecord
+from peftbench.record import RECORD_FILE, Device, Outcome, RunRecord
 
 
 def minimal_record(**values: Any) -> RunRecord:
@@ -32,3 +34,26 @@ def count_labels_per_row(record: RunRecord, global_batch: int) -> int:
     labels, remainder = divmod(record.tokens.labeled, global_batch * record.steps)
     assert remainder == 0 < labels
     return labels
+
+
+def damage_records(folder: Path) -> dict[str, str]:
+    """Create a run's folder for each kind of unreadable record; return a part of each reason, by the folder's name."""
+    valid = minimal_record().model_dump_json()
+    contents: dict[str, tuple[bytes, str]] = {
+        "truncated": (valid[: len(valid) // 2].encode(), "not valid JSON"),
+        "empty": (b"", "not valid JSON"),
+        "text": (b"out of disk space", "not valid JSON"),
+        "binary": (b"\xff\xfe\x00", "not valid JSON"),
+        "nested": (b"[" * 100_000, "not valid JSON"),
+        "list": (b"[]", "the file must be"),
+        "null": (b"null", "the file must be"),
+        "foreign": (json.dumps(json.loads(valid) | {"schema_version": 99}).encode(), "schema_version must be"),
+        "other_program": (b'{"schema_version": 1, "outcome": "ok"}', "must be"),
+        "unknown_field": (json.dumps(json.loads(valid) | {"flavor": "sweet"}).encode(), "flavor is not a field"),
+    }
+    for name, (content, _) in contents.items():
+        (folder / name).mkdir(parents=True)
+        (folder / name / RECORD_FILE).write_bytes(content)
+    (folder / "folder" / RECORD_FILE).mkdir(parents=True)
+    reasons = {name: reason for name, (_, reason) in contents.items()}
+    return reasons | {"folder": "cannot be read: Is a directory"}

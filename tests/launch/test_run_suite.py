@@ -150,6 +150,26 @@ def test_suite_ignores_record_of_another_recipe(project: Path, caches: dict[str,
 
 
 @pytest.mark.slow
+def test_refused_run_keeps_its_reason(project: Path, caches: dict[str, str]) -> None:
+    """After the suite has ended, status, report and page have the state and the sentence; a later start replaces it."""
+    (project / "suite.yaml").write_text("name: mine\nrecipes: [recipe.yaml]\n")
+    first = run(peftbench("run", "suite.yaml", "model.path=./no/such/base"), project, caches)
+    assert first.returncode == 1
+    sentence = "folder './no/such/base' does not exist"
+    assert f"run: refused: {sentence}" in first.stderr
+    assert (project / "out" / "report.html").exists()
+    (row,) = json.loads(run(peftbench("status", "out", "--json"), project, caches).stdout)
+    assert (row["state"], row["detail"].partition(";")[0]) == ("refused", sentence)
+    report = run(peftbench("report", "out"), project, caches)
+    assert f"unfinished: run (refused): {sentence}" in report.stdout
+    assert sentence in html.unescape((project / "out" / "report.html").read_text(encoding="utf-8"))
+    second = run(peftbench("run", "suite.yaml"), project, caches)
+    assert second.returncode == 0, second.stderr
+    assert "finished" in run(peftbench("status", "out"), project, caches).stdout
+    assert not (project / "out" / "run" / "refusal.json").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_bad_data_ends_all_processes_with_one_error(project: Path, caches: dict[str, str]) -> None:
     """The error of the main process ends all ranks; no rank blocks or prints a traceback."""

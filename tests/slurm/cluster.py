@@ -16,8 +16,8 @@ from pathlib import Path
 
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue")
 PACKAGES = "apt-get install --no-install-recommends -y slurm-wlm munge"
-GPUS = 4
-"""GPUs that each node declares. They are empty files, not devices."""
+GPUS, GPU_TYPE = 4, "a100"
+"""GPUs that each node declares, and their type. They are empty files, not devices."""
 _SECONDS = 60
 _SEARCH_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
@@ -101,7 +101,9 @@ def cluster() -> Iterator[Cluster]:
         # The GPUs are empty files. Jobs can request them, and CUDA finds none, as on a machine without a driver.
         for number in range(GPUS):
             (folder / f"gpu{number}").touch()
-        (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-{GPUS - 1}]\n", encoding="utf-8")
+        (folder / "gres.conf").write_text(
+            f"Name=gpu Type={GPU_TYPE} File={folder}/gpu[0-{GPUS - 1}]\n", encoding="utf-8"
+        )
         environment = os.environ | {"SLURM_CONF": str(configuration), "PATH": _SEARCH_PATH}
         for name in list(environment):
             if name.startswith("SLURM_") and name != "SLURM_CONF":
@@ -220,7 +222,7 @@ def _configuration(folder: Path, sock: Path) -> str:
             f"SlurmdLogFile={folder}/slurmd-%n.log",
             *(
                 f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={_free_port()} CPUs=2 "
-                f"RealMemory={memory // 3} Gres=gpu:{GPUS} State=UNKNOWN"
+                f"RealMemory={memory // 3} Gres=gpu:{GPU_TYPE}:{GPUS} State=UNKNOWN"
                 for name in nodes()
             ),
             "PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP",

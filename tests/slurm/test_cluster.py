@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from tests.helpers.project import RECIPE, ROWS
-from tests.slurm.cluster import Cluster, wait_until
+from tests.slurm.cluster import GPU_TYPE, Cluster, wait_until
 from tests.slurm.suites import assert_equal_results, peftbench, read_statuses, record
 
 pytestmark = [pytest.mark.xdist_group("slurm"), pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(2400)]
@@ -116,3 +116,23 @@ def test_time_limit_without_progress_is_an_error(project: Path, slurm: Cluster, 
     log = "".join(path.read_text(encoding="utf-8") for path in (project / "short").rglob("*.log"))
     assert "the job's time limit is too short" in log, log
     assert log.count("the job's time limit is too short") == 1
+
+
+def test_typed_gpu_prologue_and_refusal(project: Path, slurm: Cluster, caches: dict[str, str]) -> None:
+    """A job with a GPU of a type runs its prologue first; a run that is refused on the node keeps its reason."""
+    environment = caches | slurm.environment | {"OMP_NUM_THREADS": "1"}
+    arguments = ["submit", "short.yaml", "--out", "typed", f"slurm.gres=gpu:{GPU_TYPE}:1", f"slurm.time={MINUTES}"]
+    prologue = ['slurm.prologue=test -n "$SLURM_JOB_ID"  # in the job', "slurm.prologue=cp rows.jsonl later.jsonl"]
+    data = "data.source.test=later.jsonl"
+    submitted = peftbench(project, environment, *arguments, *prologue, data)
+    assert submitted.returncode == 0, submitted.stderr
+    shown = slurm.run("scontrol", "show", "job", submitted.stdout.split()[2].rstrip(":"))
+    assert f"TresPerNode=gres:gpu:{GPU_TYPE}:1" in shown
+    slurm.await_empty(300)
+    assert record(project / "typed", "short")["outcome"]["kind"] == "ok"
+    refused = peftbench(project, environment, *arguments, "slurm.prologue=rm later.jsonl", data, "train.seed=1")
+    assert refused.returncode == 0, refused.stderr
+    slurm.await_empty(300)
+    (row,) = read_statuses(project, "typed", environment)
+    assert row["state"] == "refused"
+    assert "later.jsonl" in row["detail"]

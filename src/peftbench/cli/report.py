@@ -48,10 +48,11 @@ def report(
         # Imported here because only a page needs them, and the import takes a second.
         from peftbench.report.page.content import UnfinishedRun
         from peftbench.report.writer import write_report
-        from peftbench.suite.status import find_unfinished_runs
+        from peftbench.suite.status import UNREADABLE_STATE, find_unfinished_runs
 
         unfinished = [UnfinishedRun(row.name, row.state, row.detail) for row in find_unfinished_runs(folder)]
-        records, title = load_records(folder, price_per_hour, allow_empty=bool(unfinished)), folder.resolve().name
+        has_other_states = any(run.state != UNREADABLE_STATE for run in unfinished)
+        records, title = load_records(folder, price_per_hour, allow_empty=has_other_states), folder.resolve().name
         written = write_report(records, folder, title, page_path=html, unfinished_runs=unfinished)
         print_report(written, title)
         if open_page:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from peftbench.cli.options import print_to_stderr
 from peftbench.common.filesystem import write_atomically
 from peftbench.errors import OutOfRangeError, OutputError
-from peftbench.record import RunRecord, find_records, read_records_by_path
+from peftbench.record import RunRecord, scan_records
 from peftbench.report.diff.compute import diff_suites
 from peftbench.report.diff.metrics import parse_thresholds
 from peftbench.report.diff.render import print_diff, regression_summary
@@ -55,10 +56,15 @@ def compare_folders(
 def load_records(folder: Path, price_per_hour: float | None, *, allow_empty: bool) -> dict[Path, RunRecord]:
     """Return the records below a folder, keyed by path, with unique names and, if given, another hourly price.
 
+    A note on standard error names each record that cannot be read.
+
     Raises:
-        RecordError: a record cannot be read, or none exists and ``allow_empty`` is False.
+        RecordError: no record can be read and ``allow_empty`` is False.
     """
-    records = with_unique_names(find_records(folder) if allow_empty else read_records_by_path(folder))
+    scan = scan_records(folder, allow_empty=allow_empty)
+    for sentence in scan.unreadable.values():
+        print_to_stderr(f"note: {terminal_safe(sentence)}; the other runs are shown")
+    records = with_unique_names(scan.records)
     if price_per_hour is None:
         return records
     return {path: record.with_price_per_hour(price_per_hour) for path, record in records.items()}
@@ -111,6 +117,8 @@ def print_report(report: WrittenReport, title: str) -> None:
         print_table(report.records, title, note_lines=report.notes)
     for sentence in report.summary:
         typer.echo(f"- {terminal_safe(sentence)}")
+    for run in report.unfinished_runs:
+        typer.echo(f"- unfinished: {terminal_safe(run.sentence)}")
     typer.echo(f"report: {format_link(report.page_path, is_terminal=sys.stdout.isatty())}")
 
 

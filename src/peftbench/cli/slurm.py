@@ -16,7 +16,11 @@ from peftbench.common.options import ConfigOption
 _SBATCH_PREFIX = "slurm."
 _OverridesArgument = Annotated[
     Optional[list[str]],
-    typer.Argument(metavar="KEY.SUB=VALUE", help="Recipe keys to override, and sbatch options as slurm.OPTION=VALUE."),
+    typer.Argument(
+        metavar="KEY.SUB=VALUE",
+        help="Recipe keys to override, sbatch options as slurm.OPTION=VALUE, and commands before the run as "
+        "slurm.prologue=COMMAND.",
+    ),
 ]
 
 _DryRunOption = Annotated[
@@ -36,9 +40,11 @@ def submit(
     accelerate: AccelerateOption = None,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes per run.")] = 1,
     gpus_per_node: Annotated[
-        Optional[int],
+        Optional[str],
         typer.Option(
-            min=0, help="GPUs per node; 0 for CPU. Default: the accelerate config's processes per node, or 1."
+            metavar="[TYPE:]NUMBER",
+            help="GPUs per node, e.g. 4 or a100:4; 0 for CPU. Default: the accelerate config's processes per node, "
+            "or 1.",
         ),
     ] = None,
     max_parallel: Annotated[
@@ -54,7 +60,7 @@ def submit(
 ) -> None:
     """Submit a suite to SLURM as a job array, or a recipe as one job."""
     from peftbench.recipe.arguments import refuse_second_file
-    from peftbench.slurm.submit import prepare_submission, submit_job
+    from peftbench.slurm.submit import prepare_submissions, submit_jobs
     from peftbench.suite.slurm_jobs import describe_next_steps, describe_skipped_runs, plan_submission
 
     with cli_errors():
@@ -78,11 +84,12 @@ def submit(
         if not plan.recipes:
             print("nothing left to submit")
             return
-        submission = prepare_submission(plan.recipes, plan.job, plan.launch_file, plan.script_dir)
+        submissions = prepare_submissions(plan.recipes, plan.jobs, plan.launch_file, plan.script_dir)
         if dry_run:
-            print(submission.script_text)
+            for submission in submissions:
+                print(submission.script_text)
             return
-        print(describe_next_steps(submit_job(submission)))
+        print(describe_next_steps(submit_jobs(submissions)))
 
 
 def _split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -99,8 +106,8 @@ def status(
     """Show the state of each run in a folder; while it trains, also its step, loss, speed, memory use and time left.
 
     States: waiting, running, finished (including runs that ran out of memory or diverged), preempted (stopped
-    early with a checkpoint: time limit, SLURM preemption or Ctrl-C), failed, or gone (the process died without
-    recording an outcome).
+    early with a checkpoint: time limit, SLURM preemption or Ctrl-C), failed, refused (its input has an error),
+    unreadable (its record is damaged), or gone (the process died without recording an outcome).
     """
     from peftbench.errors import SlurmError
     from peftbench.slurm.queue import QueuedJob, list_queued_jobs

@@ -72,7 +72,7 @@ def run(
 
 
 def _report_results(recipes: list[Recipe], failed: list[RunResult], title: str, finder: ResultFinder) -> None:
-    """Write and print the report of the runs that have a record; without any record do nothing."""
+    """Write and print the report of the runs; without a record or a failed run do nothing."""
     from peftbench.cli.report_actions import print_report
     from peftbench.report.page.content import UnfinishedRun
     from peftbench.report.writer import write_report
@@ -80,7 +80,7 @@ def _report_results(recipes: list[Recipe], failed: list[RunResult], title: str, 
 
     record_by_path = {RunDir.from_recipe(recipe).record_file: finder.find_matching_record(recipe) for recipe in recipes}
     records = {path: record for path, record in record_by_path.items() if record is not None}
-    if not records:
+    if not records and not failed:
         return
     names = {record.name for record in records.values()}
     unfinished = [

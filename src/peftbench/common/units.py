@@ -10,8 +10,10 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from peftbench.errors import BudgetError
 
 _BYTE_SIZE_ADAPTER = TypeAdapter(ByteSize)
-_SIZE_PATTERN = re.compile(r"\s*[0-9]+(\.[0-9]+)?\s*([kmgtp]?i?b)?\s*", re.IGNORECASE)
+_SIZE_PATTERN = re.compile(r"\s*[0-9]+(\.[0-9]+)?\s*([kmgtp]?i?b)?\s*", re.IGNORECASE | re.ASCII)
 """The whole text must match: pydantic reads "16,384MiB" as 16 bytes."""
+_EXAMPLE = "write e.g. 16GiB or 15500MiB"
+_MAX_QUOTED = 40
 _MIB, _GIB = 2**20, 2**30
 
 
@@ -21,14 +23,15 @@ def parse_size(text: str) -> int:
     Raises:
         BudgetError: ``text`` is not a size, or it is zero.
     """
+    quoted = repr(text if len(text) <= _MAX_QUOTED else text[:_MAX_QUOTED] + "...")
     if not _SIZE_PATTERN.fullmatch(text):
-        raise BudgetError(f"{text!r} is not a memory size; write e.g. 16GiB or 15500MiB")
+        raise BudgetError(f"{quoted} is not a memory size; {_EXAMPLE}")
     try:
         size = int(_BYTE_SIZE_ADAPTER.validate_python(text))
-    except ValidationError as error:
-        raise BudgetError(f"{text!r} is not a memory size; write e.g. 16GiB or 15500MiB") from error
+    except (ValidationError, ArithmeticError) as error:  # larger than a float can be
+        raise BudgetError(f"{quoted} is not a memory size; {_EXAMPLE}") from error
     if size <= 0:
-        raise BudgetError(f"a memory budget of {text!r} is empty; write e.g. 16GiB or 15500MiB")
+        raise BudgetError(f"a memory budget of {quoted} is empty; {_EXAMPLE}")
     return size
 
 

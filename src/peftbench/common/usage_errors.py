@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from typer._click import exceptions
 from typer.core import TyperCommand
 
+from peftbench.common.output_encoding import replace_unencodable_characters
 from peftbench.common.validation_errors import describe_requirement
 from peftbench.errors import did_you_mean
 
@@ -22,10 +23,11 @@ USAGE_EXIT_CODE = 2
 
 
 class PlainUsageErrors:
-    """Mixin of a typer command or group: a usage error is one sentence, like every other error."""
+    """Mixin of a typer command or group: a usage error is one sentence, and every character can be printed."""
 
     def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:  # noqa: ANN401 — click's signature
         """Parse and run the command line; see click's ``Command.main``."""
+        replace_unencodable_characters()
         run = super().main  # type: ignore[misc]
         if not standalone_mode:
             return run(*args, standalone_mode=False, **extra)

@@ -52,10 +52,16 @@ class SequenceLayout:
             raise OutOfRangeError("the model's config has no number of positions; set data.max_length")
         longest = room if max_length is None else max_length
         assert longest is not None
+        if max_positions is not None and max_positions <= max_new_tokens:
+            raise OutOfRangeError(
+                f"evaluate.max_new_tokens={max_new_tokens} leaves no room for the input in the model's {max_positions} "
+                f"positions; lower evaluate.max_new_tokens"
+            )
         if room is not None and room <= max_new_tokens:
             raise OutOfRangeError(
                 f"{virtual_tokens} virtual tokens leave {max(room, 0)} of the model's {max_positions} positions, and "
-                f"evaluate.max_new_tokens={max_new_tokens} needs more; use fewer virtual tokens"
+                f"evaluate.max_new_tokens={max_new_tokens} needs more; use fewer virtual tokens, or lower "
+                "evaluate.max_new_tokens"
             )
         if room is not None and longest > room:
             raise OutOfRangeError(

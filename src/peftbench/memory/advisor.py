@@ -113,13 +113,14 @@ def request_micro_batch(request: AdviceRequest) -> MicroBatchChoice:
 def _run_advisor(request: AdviceRequest, request_kind: str) -> tuple[str, str]:
     """Run the estimator in a subprocess; return its last line of output, or the error if that is invalid."""
     environment = without_launcher_env(os.environ)
-    environment["CUDA_VISIBLE_DEVICES"] = ""
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONIOENCODING": "utf-8"}
     try:
         process = subprocess.run(
             [sys.executable, "-m", __name__, request_kind],
             input=request.model_dump_json(),
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=_TIMEOUT_SECONDS,
             check=False,
             env=environment,

@@ -9,14 +9,28 @@ from typing import TYPE_CHECKING, Any
 
 from peftbench import shipped
 from peftbench.common.text import first_line
-from peftbench.errors import HubUnreachableError, ModelNotFoundError, OutOfRangeError, UnsupportedModelError
+from peftbench.errors import (
+    HubUnreachableError,
+    ModelNotFoundError,
+    OutOfRangeError,
+    PeftbenchError,
+    UnsupportedModelError,
+)
 from peftbench.modeling.attention import register_sdpa_attention
 from peftbench.modeling.attention_implementation import check_attention
 from peftbench.modeling.causal_config import select_causal_config
+from peftbench.modeling.config_faults import build_config_error, config_faults, describe_fault, find_size_fault
 from peftbench.modeling.dropout import find_remaining_dropout, set_dropout
 from peftbench.modeling.generation import repair_generation_config
 from peftbench.modeling.load_checks import check_all_used, check_finite, check_tokenizer, check_vocabulary, count_tokens
+from peftbench.modeling.model_folder import (
+    check_model_folder,
+    check_tokenizer_folder,
+    find_tokenizer_fault,
+    read_config_file,
+)
 from peftbench.modeling.quantization import build_quantization_config, convert_unquantized_to_float32
+from peftbench.modeling.weight_files import check_weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -56,17 +70,11 @@ def load_config(model_config: Model) -> PreTrainedConfig:
         UnsupportedModelError: the model is not a causal language model, or contains one that transformers cannot load
             on its own.
     """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(
-            resolve_model_path(model_config),
-            revision=model_config.revision,
-            trust_remote_code=model_config.trust_remote_code,
-        )
-    except (OSError, ValueError) as error:
-        raise _translate_error(model_config, "config", error) from error
-    config = select_causal_config(config)
+    path = resolve_model_path(model_config)
+    check_model_folder(path)
+    config = _read_config(model_config, path)
+    if fault := find_size_fault(config):
+        raise build_config_error(path, fault)
     if model_config.init == "random" or getattr(config, "quantization_config", None) is None:
         vars(config).pop("quantization_config", None)  # of weights that are not loaded, or null
     if model_config.dropout is not None:
@@ -74,18 +82,37 @@ def load_config(model_config: Model) -> PreTrainedConfig:
     return config  # type: ignore[no-any-return]
 
 
+def _read_config(model_config: Model, path: str) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(
+            path, revision=model_config.revision, trust_remote_code=model_config.trust_remote_code
+        )
+        return select_causal_config(config)
+    except PeftbenchError:
+        raise
+    except Exception as error:  # any value of the file may be wrong, in any architecture
+        if not Path(path).is_dir() and (isinstance(error, (OSError, ValueError)) or _is_connection_error(error)):
+            raise _translate_error(model_config, "config", error) from error
+        raise build_config_error(path, describe_fault(error, read_config_file(path))) from error
+
+
 def load_tokenizer(model_config: Model) -> PreTrainedTokenizerBase:
     """Load the base model's tokenizer."""
     from transformers import AutoTokenizer
 
     path = model_config.tokenizer or resolve_model_path(model_config)
+    check_tokenizer_folder(path)
     try:
         return AutoTokenizer.from_pretrained(  # type: ignore[no-any-return]
             path,
             revision=None if model_config.tokenizer else model_config.revision,
             trust_remote_code=model_config.trust_remote_code,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # tokenizers raises Exception itself; any part of the files may be wrong
+        if fault := find_tokenizer_fault(path):
+            raise ModelNotFoundError(*fault) from error
         raise _translate_error(model_config, "tokenizer", error) from error
 
 
@@ -145,8 +172,10 @@ def build_from_config(model_config: Model, config: PreTrainedConfig) -> PreTrain
     """Build the architecture with randomly initialized weights."""
     from transformers import AutoModelForCausalLM
 
-    check_attention(model_config, config, resolve_model_path(model_config))
-    return AutoModelForCausalLM.from_config(config, **_build_common_kwargs(model_config))  # type: ignore[no-any-return]
+    path = resolve_model_path(model_config)
+    check_attention(model_config, config, path)
+    with config_faults(path, config, trust_remote_code=model_config.trust_remote_code):
+        return AutoModelForCausalLM.from_config(config, **_build_common_kwargs(model_config))  # type: ignore[no-any-return]
 
 
 def _load_weights(model_config: Model, config: PreTrainedConfig, compute_dtype: torch.dtype | None) -> PreTrainedModel:
@@ -157,20 +186,23 @@ def _load_weights(model_config: Model, config: PreTrainedConfig, compute_dtype: 
     common = _build_common_kwargs(model_config)
     is_stored_quantized = hasattr(config, "quantization_config")
     quantization = build_quantization_config(model_config, config, compute_dtype or torch.float32)
+    path = resolve_model_path(model_config)
     try:
         if model_config.init == "random":
             return build_from_config(model_config, config)
+        check_weight_files(path)
         if quantization is not None and is_stored_quantized:  # transformers prefers the config's to the argument
             config.quantization_config = quantization.to_dict()
-        loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
-            resolve_model_path(model_config),
-            config=config,
-            revision=model_config.revision,
-            use_safetensors=True,
-            output_loading_info=True,
-            quantization_config=None if is_stored_quantized else quantization,
-            **common,
-        )
+        with config_faults(path, config, trust_remote_code=model_config.trust_remote_code):
+            loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
+                path,
+                config=config,
+                revision=model_config.revision,
+                use_safetensors=True,
+                output_loading_info=True,
+                quantization_config=None if is_stored_quantized else quantization,
+                **common,
+            )
         model, report = loaded
         if is_stored_quantized:
             convert_unquantized_to_float32(model)
@@ -186,10 +218,6 @@ def _load_weights(model_config: Model, config: PreTrainedConfig, compute_dtype: 
             f"model.attention={model_config.attention} is not installed: {_shorten(error)}"
         ) from error
     except (OSError, ValueError, SafetensorError) as error:
-        if "Unrecognized configuration class" in str(error):
-            raise UnsupportedModelError(
-                f"{config.model_type} is not a causal language model; set model.path to one that is"
-            ) from error
         raise _translate_error(model_config, "weights", error) from error
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
@@ -242,8 +270,7 @@ def _translate_error(model_config: Model, component: str, error: Exception) -> M
         return ModelNotFoundError(f"the folder {path} has no usable {component}: {_shorten(error)}", local)
     if path.startswith(("/", "~", ".")) or path.count("/") > 1:  # not the name of a model on the Hub
         return ModelNotFoundError(f"folder {path!r} does not exist", local)
-    text = str(error).lower()
-    if "couldn't connect" in text or "offline" in text or "connection" in text:
+    if _is_connection_error(error):
         return HubUnreachableError(
             f"the Hub did not answer for the {component} of {path!r}, and no folder or cached copy of that name exists",
             local,
@@ -251,6 +278,11 @@ def _translate_error(model_config: Model, component: str, error: Exception) -> M
     return ModelNotFoundError(
         f"no {component} for {path!r} (tried a folder, the cache and the Hub): {_shorten(error)}", local
     )
+
+
+def _is_connection_error(error: Exception) -> bool:
+    text = str(error).lower()
+    return "couldn't connect" in text or "offline" in text or "connection" in text
 
 
 def _shorten(error: Exception) -> str:

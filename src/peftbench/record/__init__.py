@@ -26,12 +26,13 @@ from peftbench.record.run_record import (
     SCHEMA_VERSION,
     Outcome,
     OutcomeKind,
+    RecordScan,
     RunRecord,
     find_records,
     read_record,
     read_records,
-    read_records_by_path,
     read_schema_version,
+    scan_records,
     train_peak_bytes,
 )
 
@@ -53,6 +54,7 @@ __all__ = [
     "ParameterCounts",
     "PerExample",
     "Quality",
+    "RecordScan",
     "RunRecord",
     "Sample",
     "SplitOverlap",
@@ -63,7 +65,7 @@ __all__ = [
     "find_records",
     "read_record",
     "read_records",
-    "read_records_by_path",
     "read_schema_version",
+    "scan_records",
     "train_peak_bytes",
 ]

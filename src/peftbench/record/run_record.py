@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -202,7 +204,7 @@ def read_record(path: Path) -> RunRecord:
         first = error.errors()[0]
         raise RecordError(f"{path} is not a record of schema {SCHEMA_VERSION}: {_describe(first)}") from error
     except OSError as error:
-        raise RecordError(f"Cannot read {path}: {error.strerror}") from error
+        raise RecordError(f"{path} cannot be read: {error.strerror}") from error
     for key in REQUIRED_KEYS:
         section, name = key.split(".")
         values = record.recipe.get(section)
@@ -233,11 +235,44 @@ def read_schema_version(path: Path) -> int | None:
 def _upgrade(content: bytes) -> bytes:
     try:
         values = json.loads(content)
-    except ValueError:  # pydantic names the place
+    except (ValueError, RecursionError):  # pydantic names the place
         return content
     if not isinstance(values, dict) or values.get("schema_version") != 1:
         return content
-    return json.dumps(upgrade_record(values)).encode()
+    with suppress(KeyError, TypeError, AttributeError, ValueError):  # pydantic names the first field that differs
+        return json.dumps(upgrade_record(values)).encode()
+    return content
+
+
+@dataclass(frozen=True)
+class RecordScan:
+    """The records below a folder."""
+
+    records: dict[Path, RunRecord]
+    """Records by the path of their file, sorted by path."""
+    unreadable: dict[Path, str]
+    """Sentences with path and reason, by the path of each file that is not a readable record."""
+
+
+def scan_records(root: Path, *, allow_empty: bool = False) -> RecordScan:
+    """Read all records below ``root``; those that cannot be read do not hide the others.
+
+    Raises:
+        RecordError: there is no readable record and ``allow_empty`` is False.
+    """
+    records, unreadable = {}, {}
+    for path in sorted(root.rglob(RECORD_FILE)):
+        try:
+            records[path] = read_record(path)
+        except RecordError as error:
+            unreadable[path] = str(error)
+    if records or allow_empty:
+        return RecordScan(records, unreadable)
+    if not unreadable:
+        raise RecordError(f"No {RECORD_FILE} below {root}; give the output folder of a run or a suite")
+    first, num_others = next(iter(unreadable.values())), len(unreadable) - 1
+    others = f" (and {num_others} more)" if num_others else ""
+    raise RecordError(f"no readable {RECORD_FILE} below {root}: {first}{others}", "run the recipe again")
 
 
 def read_records(root: Path) -> list[RunRecord]:
@@ -246,19 +281,10 @@ def read_records(root: Path) -> list[RunRecord]:
     Raises:
         RecordError: no record exists, or one cannot be read.
     """
-    return list(read_records_by_path(root).values())
-
-
-def read_records_by_path(root: Path) -> dict[Path, RunRecord]:
-    """Read all records below ``root``, keyed and sorted by path.
-
-    Raises:
-        RecordError: no record exists, or one cannot be read.
-    """
     records = find_records(root)
     if not records:
         raise RecordError(f"No {RECORD_FILE} below {root}; give the output folder of a run or a suite")
-    return records
+    return list(records.values())
 
 
 def find_records(root: Path) -> dict[Path, RunRecord]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peftbench.common.filesystem import write_atomically
+from peftbench.common.text import make_encodable
 from peftbench.record import RunRecord
 from peftbench.report.analysis.significance import compare_groups
 from peftbench.report.page.build import render_page
@@ -32,6 +33,8 @@ class WrittenReport:
     """The reported runs, with unique names."""
     notes: list[str]
     """Notes that a reader of the tables needs."""
+    unfinished_runs: Sequence[UnfinishedRun] = ()
+    """Runs without a result."""
 
 
 def write_report(
@@ -58,7 +61,8 @@ def write_report(
     head = [*([recommendation] if recommendation else []), f"{describe_context(rows)}."] if rows else []
     page_summary, summary = summary, [*head, *summary]
     downloads = build_downloads(rows, summary, notes)
-    markdown = markdown_report(rows, title, summary, notes)
+    unfinished = [run.sentence for run in unfinished_runs]
+    markdown = make_encodable(markdown_report(rows, title, summary, notes, unfinished))
     page = render_page(
         build_page_data(
             records,
@@ -76,8 +80,8 @@ def write_report(
         write_atomically(output_dir / download["name"], download["text"])
     write_atomically(output_dir / RESULTS_FILE, markdown)
     path = page_path or output_dir / PAGE_FILE
-    write_atomically(path, page)
-    return WrittenReport(path, summary, rows, notes)
+    write_atomically(path, make_encodable(page))
+    return WrittenReport(path, summary, rows, notes, unfinished_runs)
 
 
 def build_downloads(
@@ -89,4 +93,7 @@ def build_downloads(
         "json": ("application/json", json_table(records, summary, note_lines)),
         "tex": ("text/x-tex", latex_table(records)),
     }
-    return {kind: {"name": f"results.{kind}", "type": type_, "text": text} for kind, (type_, text) in contents.items()}
+    return {
+        kind: {"name": f"results.{kind}", "type": type_, "text": make_encodable(text)}
+        for kind, (type_, text) in contents.items()
+    }

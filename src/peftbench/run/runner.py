@@ -48,6 +48,7 @@ from peftbench.run.trained_model import (
 )
 from peftbench.run_dir.layout import RunDir
 from peftbench.run_dir.lock import Lock
+from peftbench.run_dir.refusal import delete_refusal
 from peftbench.run_dir.status import StatusWriter
 from peftbench.run_dir.stop_request import clear_stop_files, get_stop_file
 from peftbench.training.auto_settings import resolve_for_launch
@@ -285,6 +286,7 @@ class Run:
 
     def _acquire_lock(self) -> None:
         self.lock.acquire()
+        delete_refusal(self.run_dir.path)
         # A stop file without an attempt's name was meant for an earlier run.
         clear_stop_files(get_stop_file(self.run_dir.path, {}))
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 STATUS_FILE = "status.json"
 RECIPE_FILE = "recipe.yaml"
+REFUSAL_FILE = "refusal.json"
 LOCK_FILE = ".lock"
 MODEL_DIR = "model"
 CHECKPOINTS_DIR = "checkpoints"
@@ -62,6 +63,11 @@ class RunDir:
     def status_file(self) -> Path:
         """The progress of the running process."""
         return self.path / STATUS_FILE
+
+    @property
+    def refusal_file(self) -> Path:
+        """The reason why the last attempt of a suite or a job did not start."""
+        return self.path / REFUSAL_FILE
 
     @property
     def recipe_file(self) -> Path:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from peftbench.errors import SlurmError
+from peftbench.slurm.gpus import GPUS_PER_NODE
 from peftbench.slurm.options import STOP_SIGNAL_FORMAT, parse_lead_seconds
 
 ACCELERATE_CONFIG_FILE, DEEPSPEED_CONFIG_FILE = "accelerate.yaml", "deepspeed.json"
@@ -27,7 +28,10 @@ class Job:
     options: dict[str, str | None] = field(default_factory=dict)
     """sbatch options in addition to those that peftbench sets."""
     nodes: int = 1
-    gpus_per_node: int = 0
+    gpus_per_node: str = ""
+    """Value of sbatch's option, e.g. "4" or "a100:4"; empty if the job needs no GPU or another option requests them."""
+    prologue: tuple[str, ...] = ()
+    """Shell commands before the run, e.g. ``module load cuda``; the job ends if one fails."""
     processes_per_node: int = 1
     uses_accelerate: bool = False
     """True if accelerate launches the runs, with the config file in each run's folder."""
@@ -75,7 +79,7 @@ def build_sbatch_directives(job: Job) -> dict[str, str | None]:
         **({"array": f"0-{last}{limit}"} if job.is_array else {}),
         "nodes": str(job.nodes),
         "ntasks-per-node": "1",
-        **({"gpus-per-node": str(job.gpus_per_node)} if job.gpus_per_node else {}),
+        **({GPUS_PER_NODE: job.gpus_per_node} if job.gpus_per_node else {}),
         "output": str(job.log_dir).replace("%", "%%") + ("/%A_%a.log" if job.is_array else "/%j.log"),
         "open-mode": "append",
         "chdir": str(job.working_dir),
@@ -111,6 +115,7 @@ def _render_body(job: Job) -> list[str]:
         "export SLURM_EXPORT_ENV=ALL  # job steps get the whole environment, whatever --export is",
         "stop_requested=",
         """trap 'stop_requested=1; echo SIGUSR1 >"$folder/.stop-$PEFTBENCH_JOB"' USR1""",
+        *_render_prologue(job),
         "",
         *_render_launch(job, python),
         "run=$!",
@@ -129,6 +134,13 @@ def _render_body(job: Job) -> list[str]:
         ),
         'exit "$code"',
     ]
+
+
+def _render_prologue(job: Job) -> list[str]:
+    if not job.prologue:
+        return []
+    checked = [line for command in job.prologue for line in (command, '[ "$?" = 0 ] || exit 1')]
+    return ["", "# slurm.prologue. The job ends if a command fails.", *checked]
 
 
 def _render_launch(job: Job, python: str) -> list[str]:

@@ -64,6 +64,7 @@ _VALUE_OPTIONS = frozenset(
         "gpu-bind",
         "gpu-freq",
         "gpus",
+        "gpus-per-node",
         "gpus-per-socket",
         "gpus-per-task",
         "gres",
@@ -110,7 +111,6 @@ _VALUE_OPTIONS = frozenset(
 _RESERVED_OPTIONS = {
     "array": "the array has one task per run; --max-parallel limits concurrent tasks",
     "nodes": "give --nodes",
-    "gpus-per-node": "give --gpus-per-node",
     "ntasks": "each node has one task",
     "ntasks-per-node": "each node has one task",
     "ntasks-per-gpu": "each node has one task",
@@ -132,6 +132,9 @@ _RESERVED_OPTIONS = {
 """Options that peftbench sets, and how."""
 ALLOWED_OPTIONS = tuple(sorted(_FLAG_OPTIONS | _VALUE_OPTIONS))
 """All options that a user may set."""
+
+PROLOGUE_KEY = "prologue"
+"""Not an option of sbatch: commands of the batch script before the run."""
 
 _TIME_PATTERN = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
 _STOP_SIGNAL_PATTERN = re.compile(r"B:(?:SIG)?USR1@(\d+)")
@@ -157,6 +160,22 @@ def parse_sbatch_options(options: Mapping[str, Any]) -> dict[str, str | None]:
             continue
         parsed[name] = _format_value(name, value)
     return parsed
+
+
+def parse_prologue(value: object) -> tuple[str, ...]:
+    """Return the commands that a job executes before its run; ``value`` is one or several lines, or a list of commands.
+
+    Raises:
+        SlurmError: ``value`` is something else, or a command has a control character.
+    """
+    given = value if isinstance(value, (list, tuple)) else [] if value is None or value is False else [value]
+    commands = [command for command in given if isinstance(command, str)]
+    if len(commands) != len(given):
+        raise SlurmError(f"slurm.{PROLOGUE_KEY} must be a command or a list of commands, not {value!r}")
+    for command in commands:
+        if any(ord(character) < ord(" ") and character not in "\n\t" for character in command):
+            raise SlurmError(f"slurm.{PROLOGUE_KEY}: {command!r} has a control character")
+    return tuple(command.strip("\n") for command in commands if command.strip())
 
 
 def _format_value(name: str, value: object) -> str | None:

@@ -1,7 +1,8 @@
-"""The user's jobs in SLURM's queue."""
+"""The user's jobs in SLURM's queue, and the size limit of job arrays."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from typing import NamedTuple
@@ -10,6 +11,8 @@ from peftbench.errors import SlurmError
 
 _SQUEUE_COMMAND = ["squeue", "--noheader", "--array", "--me", "--format=%i|%T|%r"]
 _SQUEUE_TIMEOUT_SECONDS = 30
+_DEFAULT_MAX_ARRAY_SIZE = 1001
+"""slurm.conf(5); the largest index is one less."""
 _TERMINAL_STATES = frozenset({"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"})
 
 
@@ -27,6 +30,25 @@ class QueuedJob(NamedTuple):
         return self.state not in _TERMINAL_STATES
 
 
+def read_max_array_size() -> int:
+    """Return the largest number of tasks in a job array of this cluster; SLURM's default if it cannot be read."""
+    if shutil.which("scontrol") is None:
+        return _DEFAULT_MAX_ARRAY_SIZE
+    try:
+        done = subprocess.run(
+            ["scontrol", "show", "config"],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_SQUEUE_TIMEOUT_SECONDS,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):  # sbatch refuses a larger array
+        return _DEFAULT_MAX_ARRAY_SIZE
+    match = re.search(r"^MaxArraySize\s*=\s*(\d+)$", done.stdout, re.MULTILINE)
+    return max(1, int(match.group(1))) if match else _DEFAULT_MAX_ARRAY_SIZE
+
+
 def list_queued_jobs() -> dict[str, QueuedJob]:
     """Return the user's jobs by id (12, or 12_3 for an array task); an empty dictionary if SLURM is not installed.
 
@@ -37,7 +59,12 @@ def list_queued_jobs() -> dict[str, QueuedJob]:
         return {}
     try:
         done = subprocess.run(
-            _SQUEUE_COMMAND, capture_output=True, text=True, timeout=_SQUEUE_TIMEOUT_SECONDS, check=True
+            _SQUEUE_COMMAND,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_SQUEUE_TIMEOUT_SECONDS,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or str(error)

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from peftbench.common.console import INTERRUPT_EXIT_CODE
+from peftbench.common.output_encoding import replace_unencodable_characters
 from peftbench.errors import PeftbenchError, SlurmError, TimeLimitError
 from peftbench.record import EXIT_CODES, RECORD_FILE, RunRecord, read_record
 from peftbench.run_dir.layout import CHECKPOINT_METADATA_FILE, RunDir
@@ -61,7 +62,9 @@ def requeue(run_dir: Path, max_requeues: int, exit_code: int = EXIT_CODES["preem
     # Written first, since SLURM ends this process when it requeues the job.
     job_file.model_copy(update={"requeue_count": attempt}).write(run_dir)
     try:
-        done = subprocess.run(["scontrol", "requeue", job_id], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["scontrol", "requeue", job_id], capture_output=True, text=True, errors="replace", check=False
+        )
     except OSError as error:
         raise SlurmError(f"cannot requeue job {job_id}: cannot run scontrol ({error.strerror})") from error
     if done.returncode:
@@ -112,6 +115,7 @@ def main() -> int:
     parser.add_argument("--max-requeues", "--at-most", type=int, default=10)  # queued jobs use the old name
     parser.add_argument("--code", type=int, default=EXIT_CODES["preempted"])
     args = parser.parse_args()
+    replace_unencodable_characters()
     try:
         return requeue(args.folder, args.max_requeues, args.code)
     except PeftbenchError as error:

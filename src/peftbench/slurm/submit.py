@@ -19,6 +19,7 @@ from peftbench.recipe.loader import to_commented_yaml
 from peftbench.recipe.schema import Recipe
 from peftbench.run_dir.layout import RunDir
 from peftbench.run_dir.lock import raise_if_locked
+from peftbench.run_dir.refusal import delete_refusal
 from peftbench.slurm.batch_script import (
     ACCELERATE_CONFIG_FILE,
     DEEPSPEED_CONFIG_FILE,
@@ -28,7 +29,8 @@ from peftbench.slurm.batch_script import (
 )
 from peftbench.slurm.job_file import JobFile
 
-SCRIPT_FILE, LOG_DIR = "job.sbatch", "slurm"
+SCRIPT_FILE, LOG_DIR = "job{}.sbatch", "slurm"
+"""The braces are empty for one job; several are numbered."""
 _INHERITED_VARIABLES = frozenset({"SLURM_CONF", "SLURM_CLUSTERS"})
 
 
@@ -87,24 +89,32 @@ def find_launch_file(name: str) -> LaunchFile:
     return LaunchFile(path, read_accelerate_config(path))
 
 
-def prepare_submission(
-    recipes: Sequence[Recipe], job: Job, launch_file: LaunchFile | None, script_dir: Path
-) -> Submission:
-    """Write the resolved recipes, the engine's config files and the batch script. Submit nothing.
+def prepare_submissions(
+    recipes: Sequence[Recipe], jobs: Sequence[Job], launch_file: LaunchFile | None, script_dir: Path
+) -> list[Submission]:
+    """Write the resolved recipes, the engine's config files and the batch script of each job. Submit nothing.
+
+    ``recipes`` are those of the jobs' run folders, in order.
 
     Raises:
         RunLockedError: another process works in one of the folders.
         OutputError: a folder cannot be written.
     """
-    for folder in job.run_dirs:
+    runs = [(job, folder) for job in jobs for folder in job.run_dirs]
+    for _, folder in runs:
         raise_if_locked(folder)
-    for recipe, folder in zip(recipes, job.run_dirs, strict=True):
+    for recipe, (job, folder) in zip(recipes, runs, strict=True):
         absolute = recipe.model_copy(update={"output_dir": str(folder.parent)})
         write_atomically(RunDir(folder).recipe_file, to_commented_yaml(absolute))
+        delete_refusal(folder)
         if launch_file is not None:
             _write_launch_files(launch_file, folder, job)
+    names = [SCRIPT_FILE.format("")] if len(jobs) == 1 else [SCRIPT_FILE.format(f"-{n + 1}") for n in range(len(jobs))]
+    return [_write_script(job, script_dir / name) for job, name in zip(jobs, names, strict=True)]
+
+
+def _write_script(job: Job, path: Path) -> Submission:
     text = render_script(job)
-    path = script_dir / SCRIPT_FILE
     try:
         job.log_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -131,6 +141,26 @@ def _write_launch_files(launch_file: LaunchFile, run_dir: Path, job: Job) -> Non
     write_atomically(run_dir / ACCELERATE_CONFIG_FILE, yaml.safe_dump(config, sort_keys=False))
 
 
+def submit_jobs(submissions: Sequence[Submission]) -> list[Submission]:
+    """Submit each script with sbatch, in order.
+
+    Raises:
+        SlurmError: sbatch does not exist or refuses a script; the message names the jobs submitted before.
+    """
+    submitted: list[Submission] = []
+    for submission in submissions:
+        try:
+            submitted.append(submit_job(submission))
+        except SlurmError as error:
+            if not submitted:
+                raise
+            jobs = ", ".join(str(one.job_id) for one in submitted)
+            raise SlurmError(
+                f"{error} (submitted before: job {jobs})", "run the same command again to submit the other runs"
+            ) from error
+    return submitted
+
+
 def submit_job(submission: Submission) -> Submission:
     """Submit the script with sbatch.
 
@@ -153,6 +183,7 @@ def submit_job(submission: Submission) -> Submission:
         env=environment,
         capture_output=True,
         text=True,
+        errors="replace",
         check=False,
     )
     if done.returncode:

@@ -40,8 +40,8 @@ class Suite(ConfigSection):
     """Overrides KEY.SUB=VALUE for every recipe."""
     axes: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(default={})
     """Keys to vary, e.g. {train.seed: [0, 1, 2]}; every recipe runs with every combination."""
-    slurm: dict[str, str | int | float | bool | None] = Field(default={})
-    """Options of sbatch for peftbench submit, e.g. {partition: gpu, time: "4:00:00"}."""
+    slurm: dict[str, str | int | float | bool | tuple[str, ...] | None] = Field(default={})
+    """Options of sbatch for peftbench submit, e.g. {partition: gpu, prologue: [module load cuda]}."""
     accelerate: str | None = None
     """Accelerate config file, relative to the suite file; null runs one process without a launcher."""
     _written_axes: dict[str, Any] = PrivateAttr(default_factory=dict)

@@ -25,6 +25,7 @@ from peftbench.recipe.schema import Recipe
 from peftbench.record import FINAL_OUTCOMES, RECORD_FILE
 from peftbench.run_dir.layout import RunDir
 from peftbench.run_dir.lock import is_locked, raise_if_locked
+from peftbench.run_dir.refusal import Refusal, delete_refusal, write_refusal
 from peftbench.run_dir.stop_request import ATTEMPT_ENV, clear_stop_files, get_stop_file
 from peftbench.suite.results import ResultFinder
 
@@ -61,6 +62,8 @@ def run_suite(
     finished = {number for number, recipe in enumerate(recipes, 1) if existing.find_existing_result(recipe) is not None}
     for number, recipe in enumerate(recipes, 1):  # lists the waiting runs in ``peftbench status``
         folder = RunDir.from_recipe(recipe).path
+        if not is_locked(folder):
+            delete_refusal(folder)
         # A record of a changed recipe keeps its own recipe file until the run starts.
         if number not in finished and not is_locked(folder) and not (folder / RECORD_FILE).exists():
             _write_recipe(recipe, folder)
@@ -75,8 +78,17 @@ def run_suite(
         result = run_one(recipe, accelerate, log_message=log_message)
         error = f" ({result.error})" if result.error else ""
         log_message(f"{label}: {result.outcome} after {format_duration(time.monotonic() - start)}{error}")
+        if result.outcome == "crashed":
+            _keep_crash(recipe, result)
         results.append(result)
     return results
+
+
+def _keep_crash(recipe: Recipe, result: RunResult) -> None:
+    """Write the error of a run that crashed before it wrote any file; after that, its own files have its state."""
+    run_dir = RunDir.from_recipe(recipe)
+    if not run_dir.status_file.exists() and not run_dir.record_file.exists():
+        write_refusal(run_dir.path, Refusal(outcome="crashed", error=str(result.error)))
 
 
 def run_one(
@@ -114,7 +126,8 @@ def run_one(
             env=environment,
             stdout=subprocess.PIPE,
             stderr=errors,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             start_new_session=True,
             preexec_fn=_terminate_with_parent,  # noqa: PLW1509 — no thread of this process holds a lock
         )

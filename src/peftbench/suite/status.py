@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +14,13 @@ from peftbench.errors import MissingFileError, RecordError
 from peftbench.record import FINAL_OUTCOMES, RECORD_FILE, RunRecord, read_record
 from peftbench.run_dir.layout import CHECKPOINTS_DIR, RECIPE_FILE, STATUS_FILE, RunDir
 from peftbench.run_dir.lock import is_locked
+from peftbench.run_dir.refusal import Refusal, read_refusal
 from peftbench.run_dir.status import Status, read_status
 from peftbench.slurm.job_file import JobFile, read_job_file
 from peftbench.slurm.queue import QueuedJob
+
+UNREADABLE_STATE = "unreadable"
+"""State of a run whose record cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class RunStatus:
 
     name: str
     state: str
-    """waiting, running, finished, preempted, failed or gone."""
+    """waiting, running, finished, preempted, failed, refused, unreadable or gone."""
     step: int | None = None
     total_steps: int | None = None
     tokens_per_second: float | None = None
@@ -64,7 +67,7 @@ def collect_run_statuses(
 
 
 def find_unfinished_runs(folder: Path) -> list[RunStatus]:
-    """Return the runs in ``folder`` that are waiting, running or gone, or that failed without a record.
+    """Return the runs in ``folder`` without a readable record of their last attempt, with their states.
 
     The states come from files alone. Details have no host names, since a page with them may be shared.
     """
@@ -72,7 +75,7 @@ def find_unfinished_runs(folder: Path) -> list[RunStatus]:
         rows = collect_run_statuses(folder, {}, include_hosts=False)
     except MissingFileError:
         return []
-    unfinished_states = {"waiting", "running", "gone"}
+    unfinished_states = {"waiting", "running", "refused", "gone", UNREADABLE_STATE}
     return [
         row
         for row in rows
@@ -83,9 +86,7 @@ def find_unfinished_runs(folder: Path) -> list[RunStatus]:
 def _build_run_status(run_dir: Path, name: str, queue: Mapping[str, QueuedJob], *, include_hosts: bool) -> RunStatus:
     status, job_file = read_status(run_dir), read_job_file(run_dir)
     job_id = job_file.job_id if job_file else None
-    record = None
-    with suppress(RecordError):
-        record = read_record(run_dir / RECORD_FILE)
+    record, record_error = _load_record(run_dir)
     # The process may belong to an earlier job than the job file, or to none if it was started by hand.
     job_ids = (job_id, status.job_id if status else None)
     queued = next((job for key in job_ids if key and (job := queue.get(key))), None)
@@ -99,37 +100,54 @@ def _build_run_status(run_dir: Path, name: str, queue: Mapping[str, QueuedJob], 
         position = f"after step {record.outcome.step}, " if record is not None and record.outcome.step else ""
         reason = "starting" if queued.state == "RUNNING" else queued.state if queued.reason == "None" else queued.reason
         return RunStatus(name, "waiting", job_id=job_id, detail=f"{position}{reason.lower()}")
-    if job_file is not None and (error_message := _read_refusal(job_file, run_dir)):
-        return RunStatus(name, "failed", job_id=job_id, detail=error_message)
+    if (refusal := read_refusal(run_dir) or _read_refusal_in_log(job_file, run_dir)) is not None:
+        return RunStatus(name, refusal.state, job_id=job_id, detail=refusal.error)
+    if record_error is not None:
+        return RunStatus(name, UNREADABLE_STATE, job_id=job_id, detail=f"{record_error}; run it again")
     if record is not None and _is_record_current(status, record):
         return _build_ended_status(run_dir, name, record, status, job_id)
-    if status is not None:
-        latest = RunDir(run_dir).find_latest_checkpoint_step()
-        checkpoint = f"; checkpoint of step {latest}" if latest else ""
-        host = f" on {status.host}" if include_hosts else ""
-        return RunStatus(
-            name,
-            "gone",
-            status.step,
-            status.total_steps,
-            job_id=job_id,
-            detail=f"last update at {status.updated_at}{host}{checkpoint}; run it again to resume",
-            loss=status.loss,
-            memory_bytes=status.memory_bytes,
-            budget_bytes=status.budget_bytes,
-        )
-    detail = "" if job_id is None else f"job {job_id} is not in the queue"
-    return RunStatus(name, "waiting", job_id=job_id, detail=detail)
+    return _build_status_without_record(run_dir, name, status, job_id, include_hosts=include_hosts)
 
 
-def _read_refusal(job_file: JobFile, run_dir: Path) -> str | None:
-    """Return the error of a refused run, which only the job's log has; None if the run started."""
-    result = job_file.read_final_result()
-    if result is None or result["outcome"] != "refused" or job_file.log_path is None:
+def _build_status_without_record(
+    run_dir: Path, name: str, status: Status | None, job_id: str | None, *, include_hosts: bool
+) -> RunStatus:
+    if status is None:
+        detail = "" if job_id is None else f"job {job_id} is not in the queue"
+        return RunStatus(name, "waiting", job_id=job_id, detail=detail)
+    latest = RunDir(run_dir).find_latest_checkpoint_step()
+    checkpoint = f"; checkpoint of step {latest}" if latest else ""
+    host = f" on {status.host}" if include_hosts else ""
+    return RunStatus(
+        name,
+        "gone",
+        status.step,
+        status.total_steps,
+        job_id=job_id,
+        detail=f"last update at {status.updated_at}{host}{checkpoint}; run it again to resume",
+        loss=status.loss,
+        memory_bytes=status.memory_bytes,
+        budget_bytes=status.budget_bytes,
+    )
+
+
+def _load_record(run_dir: Path) -> tuple[RunRecord | None, str | None]:
+    """Return the record of a run, or why it cannot be read; both are None if there is none."""
+    path = run_dir / RECORD_FILE
+    try:
+        return read_record(path), None
+    except RecordError as error:
+        return None, str(error) if path.exists() else None
+
+
+def _read_refusal_in_log(job_file: JobFile | None, run_dir: Path) -> Refusal | None:
+    """Return the refusal in a job's log, for a folder that the job could not write; None if the run started."""
+    result = None if job_file is None else job_file.read_final_result()
+    if job_file is None or result is None or result["outcome"] != "refused" or job_file.log_path is None:
         return None
     log_time, files = Path(job_file.log_path).stat().st_mtime, [run_dir / RECORD_FILE, run_dir / STATUS_FILE]
     is_latest = all(log_time > path.stat().st_mtime for path in files if path.exists())
-    return str(result.get("error")) if is_latest else None
+    return Refusal(error=str(result.get("error"))) if is_latest else None
 
 
 def _build_running_status(name: str, status: Status | None, job_id: str | None, *, include_hosts: bool) -> RunStatus:

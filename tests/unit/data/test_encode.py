@@ -241,6 +241,26 @@ def test_more_real_and_virtual_tokens_than_positions_are_refused() -> None:
         layout_for_model(45, 64, 20)
 
 
+@pytest.mark.parametrize("new_tokens", [64, 65, 600])
+@pytest.mark.parametrize(("max_tokens", "virtual"), [(None, 0), (48, 0), (None, 20), (600, 0), (64, 70)])
+def test_more_new_tokens_than_positions_are_refused(new_tokens: int, max_tokens: int | None, virtual: int) -> None:
+    """The error names max_new_tokens, also with virtual tokens, since fewer of them would not help."""
+    sentence = (
+        rf"^evaluate\.max_new_tokens={new_tokens} leaves no room for the input in the model's 64 positions; lower"
+    )
+    with pytest.raises(OutOfRangeError, match=sentence):
+        layout_for_model(max_tokens, 64, virtual, new_tokens=new_tokens)
+    assert layout_for_model(None, 64, new_tokens=63).max_new_tokens == 63
+
+
+@pytest.mark.parametrize(("virtual", "left"), [(56, 8), (60, 4), (64, 0), (90, 0)])
+def test_virtual_tokens_must_leave_room_for_new_tokens(virtual: int, left: int) -> None:
+    """The error names both keys, since either can be lowered."""
+    sentence = rf"^{virtual} virtual tokens leave {left} of the .*max_new_tokens=8 needs more; use fewer .* or lower"
+    with pytest.raises(OutOfRangeError, match=sentence):
+        layout_for_model(None, 64, virtual)
+
+
 def test_model_without_max_positions_needs_max_length() -> None:
     """If the model's config has no maximum length, the recipe must set one."""
     with pytest.raises(OutOfRangeError, match=r"no number of positions; set data\.max_length"):

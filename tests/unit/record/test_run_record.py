@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -38,8 +40,10 @@ from peftbench.record import (
     TokensPerSecond,
     read_record,
     read_records,
+    scan_records,
     train_peak_bytes,
 )
+from tests.helpers.records import damage_records
 
 RECIPE = {
     "name": "run",
@@ -295,7 +299,7 @@ def test_recipe_without_a_required_key_is_refused(missing: str, section_is_null:
 def test_missing_record_is_refused(tmp_path: Path) -> None:
     """A missing file and a directory raise RecordError with the path."""
     for path in (tmp_path / "nothing.json", tmp_path):
-        with pytest.raises(RecordError, match="Cannot read"):
+        with pytest.raises(RecordError, match="cannot be read: "):
             read_record(path)
 
 
@@ -305,6 +309,43 @@ def test_read_records_finds_nested_records_in_order(tmp_path: Path) -> None:
         record(name=name.replace("/", "-")).write(tmp_path / name)
     (tmp_path / "a" / "other.json").write_text("{}", encoding="utf-8")
     assert [entry.name for entry in read_records(tmp_path)] == ["a", "b", "c-deep"]
+
+
+def test_scan_keeps_the_readable_records(tmp_path: Path) -> None:
+    """A damaged record is named with its reason; the others are read in path order."""
+    for name in ("b", "a"):
+        record(name=name).write(tmp_path / name)
+    reasons = damage_records(tmp_path / "x")
+    scan = scan_records(tmp_path)
+    assert [entry.name for entry in scan.records.values()] == ["a", "b"]
+    assert len(reasons) >= 8
+    assert {path.parent.name for path in scan.unreadable} == set(reasons)
+    for path, sentence in scan.unreadable.items():
+        assert str(path) in sentence
+        assert reasons[path.parent.name] in sentence
+        assert "\n" not in sentence
+    with pytest.raises(RecordError, match=r"no readable record\.json below .* \(and \d+ more\)"):
+        scan_records(tmp_path / "x")
+    assert scan_records(tmp_path / "x", allow_empty=True).records == {}
+    with pytest.raises(RecordError, match=r"No record\.json below"):
+        scan_records(tmp_path / "a" / "nothing")
+
+
+def test_record_without_permission_is_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system's reason is given; the other record is read."""
+    record(name="a").write(tmp_path / "a")
+    secret = record(name="b").write(tmp_path / "b")
+    read_bytes = Path.read_bytes
+
+    def refuse(path: Path) -> bytes:
+        if path == secret:  # root can read every file
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    scan = scan_records(tmp_path)
+    assert [entry.name for entry in scan.records.values()] == ["a"]
+    assert scan.unreadable == {secret: f"{secret} cannot be read: Permission denied"}
 
 
 def test_folder_without_records_is_refused(tmp_path: Path) -> None:

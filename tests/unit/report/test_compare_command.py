@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -105,6 +106,26 @@ def test_regression_has_its_own_exit_code(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, [*compare, "--json"])
     assert result.exit_code == REGRESSION_EXIT_CODE
     assert SuiteDiff.model_validate_json(result.stdout) == diff_suites(left, right)
+
+
+@pytest.mark.parametrize("side", ["A", "B"])
+def test_unreadable_record_is_named(side: str, tmp_path: Path) -> None:
+    """The other runs are compared; a run whose record is damaged afterwards is missing, which is a regression."""
+    folders = [write_suite(tmp_path / name, build_run(), build_run("b")) for name in ("A", "B")]
+    (tmp_path / side / "b" / RECORD_FILE).write_text("{", encoding="utf-8")
+    page = tmp_path / "page.html"
+    result = CliRunner().invoke(app, ["compare", *map(str, folders), "--html", str(page)])
+    assert result.exit_code == (REGRESSION_EXIT_CODE if side == "B" else 0)
+    sentence = f"not compared, in {side}: {tmp_path / side / 'b' / RECORD_FILE} is not a record of schema 2"
+    assert sentence in result.stdout
+    assert sentence in page.read_text(encoding="utf-8")
+    answer = json.loads(CliRunner().invoke(app, ["compare", *map(str, folders), "--json"]).stdout)
+    assert [len(answer[name]["unreadable"]) for name in ("before", "after")] == [int(side == "A"), int(side == "B")]
+    for run in ("lora", "b"):
+        (tmp_path / side / run / RECORD_FILE).write_text("{", encoding="utf-8")
+    refused = CliRunner().invoke(app, ["compare", *map(str, folders)])
+    assert (refused.exit_code, refused.stderr.count("\n")) == (60, 1)
+    assert "no readable record.json below" in refused.stderr
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from peftbench.cli.app import app
+from peftbench.errors import RecordError
 from peftbench.record import find_records
 from peftbench.report import writer
 from peftbench.report.page.content import UnfinishedRun
 from peftbench.report.writer import PAGE_FILE, RESULTS_FILE, write_report
+from peftbench.run_dir.refusal import Refusal, write_refusal
+from tests.helpers.records import damage_records
 from tests.unit.report.page.pages import SHIPPED, load_shipped_records
 from tests.unit.report.records import build_record
 
@@ -80,6 +85,58 @@ def test_unfinished_runs_are_escaped(tmp_path: Path) -> None:
     text = write_report({}, tmp_path, "t", unfinished_runs=rows).page_path.read_text(encoding="utf-8")
     assert "<b>x</b>" not in text
     assert "<script>1</script>" not in text
+
+
+def test_unreadable_record_does_not_hide_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A note names it, the page lists it, and the other runs are shown; status has its state."""
+    monkeypatch.chdir(tmp_path)
+    build_record("first", "lora", 10).write(tmp_path / "out" / "first")
+    reasons = damage_records(tmp_path / "out")
+    result = CliRunner().invoke(app, ["report", "out"])
+    assert result.exit_code == 0, result.stderr
+    page = (tmp_path / "out" / PAGE_FILE).read_text(encoding="utf-8")
+    assert result.stderr.count("note: ") == len(reasons) == page.count("<td>unreadable</td>")
+    for name in reasons:
+        assert f"note: out/{name}/record.json" in result.stderr
+        assert f"- unfinished: {name} (unreadable): out/{name}/record.json" in result.stdout
+    assert "first" in result.stdout
+    status = CliRunner().invoke(app, ["status", "out"])
+    assert status.exit_code == 0
+    assert f"{len(reasons)} unreadable" in status.stdout
+    table = CliRunner().invoke(app, ["report", "out", "--group-by", "train.seed"])
+    assert (table.exit_code, table.stderr.count("note: ")) == (0, len(reasons))
+
+
+def test_folder_with_unreadable_records_only_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sentence names the first file; with a run that waits there is a page."""
+    monkeypatch.chdir(tmp_path)
+    reasons = damage_records(tmp_path / "out")
+    result = CliRunner().invoke(app, ["report", "out"])
+    assert result.exit_code == RecordError.exit_code
+    assert result.stderr.startswith("error: no readable record.json below out: out/binary/record.json is not a record")
+    assert f"(and {len(reasons) - 1} more)" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "out" / PAGE_FILE).exists()
+    (tmp_path / "out" / "later").mkdir()
+    (tmp_path / "out" / "later" / "recipe.yaml").touch()
+    assert CliRunner().invoke(app, ["report", "out"]).exit_code == 0
+    assert "<td>waiting</td>" in (tmp_path / "out" / PAGE_FILE).read_text(encoding="utf-8")
+
+
+def test_refused_run_is_in_every_report(tmp_path: Path) -> None:
+    """The terminal, RESULTS.md and the page have the state and the reason of a run that was refused."""
+    build_record("first", "lora", 10).write(tmp_path / "out" / "first")
+    folder = tmp_path / "out" / "second"
+    folder.mkdir()
+    (folder / "recipe.yaml").touch()
+    write_refusal(folder, Refusal(error="folder 'no/such/base' does not exist"))
+    result = run_peftbench("report", "out", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "- unfinished: second (refused): folder 'no/such/base' does not exist\n" in result.stdout
+    markdown = (tmp_path / "out" / RESULTS_FILE).read_text(encoding="utf-8")
+    assert "## Unfinished runs\n\n- second (refused): folder " in markdown
+    page = (tmp_path / "out" / PAGE_FILE).read_text(encoding="utf-8")
+    assert ">second</th><td>refused</td><td>folder &#39;no/such/base&#39; does not exist</td>" in page
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -13,7 +13,7 @@ _LOG_DIR, _PYTHON, _WORKING_DIR = Path("/runs/demo/slurm"), "/venv/bin/python", 
 
 SCRIPTS: dict[str, Job] = {
     "one": Job(
-        name="lora", run_dirs=_RUNS[:1], log_dir=_LOG_DIR, gpus_per_node=1, python=_PYTHON, working_dir=_WORKING_DIR
+        name="lora", run_dirs=_RUNS[:1], log_dir=_LOG_DIR, gpus_per_node="1", python=_PYTHON, working_dir=_WORKING_DIR
     ),
     "one_on_cpu": Job(
         name="lora", run_dirs=_RUNS[:1], log_dir=_LOG_DIR, python=_PYTHON, working_dir=_WORKING_DIR, max_requeues=0
@@ -22,11 +22,24 @@ SCRIPTS: dict[str, Job] = {
         name="a demo",
         run_dirs=_RUNS,
         log_dir=_LOG_DIR,
-        gpus_per_node=1,
+        gpus_per_node="1",
         python=_PYTHON,
         working_dir=_WORKING_DIR,
         max_parallel=2,
         options={"partition": "gpu", "time": "4:00:00", "signal": "B:USR1@300", "comment": 'a "b"', "exclusive": None},
+    ),
+    "prologue": Job(
+        name="lora",
+        run_dirs=_RUNS[:1],
+        log_dir=_LOG_DIR,
+        gpus_per_node="a100:1",
+        prologue=(
+            "module load cuda/12  # a comment",
+            'source "$HOME/conda.sh"',
+            "if true; then\n  :\nfi",
+        ),
+        python=_PYTHON,
+        working_dir=_WORKING_DIR,
     ),
     "not_requeued": Job(
         name="x",
@@ -40,7 +53,7 @@ SCRIPTS: dict[str, Job] = {
         name="zero2",
         run_dirs=_RUNS[:1],
         log_dir=_LOG_DIR,
-        gpus_per_node=4,
+        gpus_per_node="4",
         processes_per_node=4,
         uses_accelerate=True,
         uses_deepspeed=True,
@@ -52,7 +65,7 @@ SCRIPTS: dict[str, Job] = {
         run_dirs=_RUNS,
         log_dir=_LOG_DIR,
         nodes=2,
-        gpus_per_node=4,
+        gpus_per_node="4",
         processes_per_node=4,
         uses_accelerate=True,
         uses_deepspeed=True,
@@ -64,7 +77,7 @@ SCRIPTS: dict[str, Job] = {
         run_dirs=_RUNS[:1],
         log_dir=_LOG_DIR,
         nodes=3,
-        gpus_per_node=8,
+        gpus_per_node="8",
         processes_per_node=8,
         uses_accelerate=True,
         python=_PYTHON,

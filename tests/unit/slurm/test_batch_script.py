@@ -55,6 +55,32 @@ def test_folder_name_is_quoted(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("HACKED"))
 
 
+@pytest.mark.parametrize(
+    ("prologue", "is_started"),
+    [
+        (("export GREETING=hello",), True),
+        (("load() { return 3; }", "load cuda  # fails", "export GREETING=hello"), False),
+        (("export GREETING=hello", "false"), False),
+        (("if true; then\n  export GREETING=hello\nfi",), True),
+        (("no_such_command",), False),
+    ],
+)
+def test_prologue_comes_before_the_run(prologue: tuple[str, ...], is_started: bool, tmp_path: Path) -> None:
+    """The run has its exports; a command that fails ends the job before the run starts."""
+    (tmp_path / "bin").mkdir()
+    srun = tmp_path / "bin" / "srun"
+    srun.write_text(f'#!/bin/bash\nprintf "$GREETING" > "{tmp_path}/started"\n', encoding="utf-8")
+    srun.chmod(0o755)
+    text = render_script(Job(name="x", run_dirs=(tmp_path,), log_dir=tmp_path, prologue=prologue))
+    environment = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
+    done = subprocess.run(
+        ["bash", "-s"], input=text, text=True, cwd=tmp_path, env=environment, capture_output=True, check=False
+    )
+    started = tmp_path / "started"
+    assert done.returncode == (0 if is_started else 1)
+    assert (started.read_text(encoding="utf-8") if started.exists() else None) == ("hello" if is_started else None)
+
+
 @pytest.mark.parametrize("field", ["name", "log_dir", "run_dirs"])
 def test_control_characters_are_refused(field: str, tmp_path: Path) -> None:
     """A newline in a name would start a new line of the script; a backslash in a log path disables its patterns."""

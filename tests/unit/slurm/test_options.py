@@ -12,6 +12,7 @@ from peftbench.slurm.options import (
     DEFAULT_LEAD_SECONDS,
     check_time_limit,
     parse_lead_seconds,
+    parse_prologue,
     parse_sbatch_options,
     parse_time_limit,
 )
@@ -34,6 +35,35 @@ def test_options_are_normalized() -> None:
         "time": "1:00:00",
     }
     assert len(ALLOWED_OPTIONS) > 80
+
+
+@pytest.mark.parametrize(
+    ("value", "commands"),
+    [
+        (None, ()),
+        (False, ()),
+        ("module load cuda", ("module load cuda",)),
+        ("module load cuda\nconda activate x\n", ("module load cuda\nconda activate x",)),
+        (["module load cuda", "", "conda activate x"], ("module load cuda", "conda activate x")),
+    ],
+)
+def test_prologue_is_a_command_or_a_list(value: object, commands: tuple[str, ...]) -> None:
+    """Empty commands are left out."""
+    assert parse_prologue(value) == commands
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (3, "must be a command or a list of commands"),
+        ([1], "must be a command"),
+        (["a\x07"], "has a control character"),
+    ],
+)
+def test_invalid_prologue_is_refused(value: object, message: str) -> None:
+    """The error names the key."""
+    with pytest.raises(SlurmError, match=f"slurm.prologue:? .*{message}|slurm.prologue {message}"):
+        parse_prologue(value)
 
 
 @pytest.mark.parametrize(

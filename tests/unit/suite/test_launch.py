@@ -7,6 +7,7 @@ import pytest
 from peftbench.methods.full import Full
 from peftbench.recipe.schema import Recipe
 from peftbench.run_dir.lock import Lock
+from peftbench.run_dir.refusal import Refusal, read_refusal, write_refusal
 from peftbench.suite import launch
 from peftbench.suite.launch import RunResult, run_one, run_suite
 from peftbench.suite.results import ResultFinder
@@ -56,6 +57,40 @@ def test_older_record_keeps_its_recipe_until_the_run_starts(
     monkeypatch.setattr(launch, "run_one", fake_run)
     run_suite(recipes, None, lambda _: None)
     assert recipe_files[0] == "old: true\n"
+
+
+@pytest.mark.parametrize(("outcome", "is_kept"), [("crashed", True), ("refused", False), ("ok", False)])
+def test_crash_without_files_is_kept(
+    outcome: str, is_kept: bool, recipes: list[Recipe], workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that ends before it writes anything leaves its error to the suite; a refusal is its own to write."""
+    results = iter([RunResult("first", outcome, "the process was killed"), RunResult("second", "ok")])
+    monkeypatch.setattr(launch, "run_one", lambda *_, **__: next(results))
+    run_suite(recipes, None, lambda _: None)
+    expected = Refusal(outcome="crashed", error="the process was killed") if is_kept else None
+    assert read_refusal(workshop.output / "first") == expected
+
+
+def test_new_start_deletes_refusals(recipes: list[Recipe], workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All runs of the suite wait again, except one that another process runs."""
+    folders = [workshop.output / recipe.name for recipe in recipes]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "recipe.yaml").touch()
+        write_refusal(folder, Refusal(error="no such model"))
+    states: list[str] = []
+
+    def fake_run(recipe: Recipe, *_: object, **__: object) -> RunResult:
+        states.extend(row.state for row in find_unfinished_runs(workshop.output))
+        return RunResult(recipe.name, "ok")
+
+    monkeypatch.setattr(launch, "run_one", fake_run)
+    lock = Lock(folders[1])
+    lock.acquire()
+    run_suite(recipes, None, lambda _: None)
+    lock.release()
+    assert states[:2] == ["waiting", "running"]
+    assert [read_refusal(folder) is None for folder in folders] == [True, False]
 
 
 def test_run_in_a_locked_folder_is_refused(recipes: list[Recipe], workshop: Workshop) -> None:

@@ -11,11 +11,12 @@ import pytest
 from peftbench.errors import MissingFileError
 from peftbench.record import Outcome, RunRecord
 from peftbench.run_dir.lock import Lock
+from peftbench.run_dir.refusal import Refusal, write_refusal
 from peftbench.run_dir.status import Status, StatusWriter, read_status
 from peftbench.slurm.job_file import JobFile
 from peftbench.slurm.queue import QueuedJob
 from peftbench.suite.status import RunStatus, collect_run_statuses, find_unfinished_runs, render_status_table
-from tests.helpers.records import minimal_record
+from tests.helpers.records import damage_records, minimal_record
 
 EARLY, LATE = "2026-01-01T10:00:00+00:00", "2026-01-01T11:00:00+00:00"
 
@@ -148,14 +149,14 @@ def test_queue_adds_states(queue: dict[str, QueuedJob], state: str, detail: str,
     assert (row.state, row.detail) == (state, detail)
 
 
-def test_refused_run_is_failed(tmp_path: Path) -> None:
-    """Only the job's log has the error of a refused run; a later record replaces it."""
+def test_refusal_in_the_log_of_a_job_is_read(tmp_path: Path) -> None:
+    """A job that cannot write to the run's folder leaves the error in its log; a later record replaces it."""
     log = tmp_path / "12.log"
     folder = make_run(tmp_path / "x")
     JobFile(job_id="12", log_path=str(log)).write(folder)
     assert get_status(tmp_path).state == "waiting"
     log.write_text('error: no\n{"outcome": "refused", "error": "there is no file rows.jsonl"}\nsrun: error\n')
-    assert (get_status(tmp_path).state, get_status(tmp_path).detail) == ("failed", "there is no file rows.jsonl")
+    assert (get_status(tmp_path).state, get_status(tmp_path).detail) == ("refused", "there is no file rows.jsonl")
     os.utime(log, (1, 1))
     record_of("ok").write(folder)
     assert get_status(tmp_path).state == "finished"
@@ -168,6 +169,51 @@ def test_unfinished_runs_include_refused_ones(tmp_path: Path) -> None:
     make_run(tmp_path / "y", record_of("failed", "the disk is full"))
     log.write_text('{"outcome": "refused", "error": "there is no file rows.jsonl"}\n')
     assert [(row.name, row.detail) for row in find_unfinished_runs(tmp_path)] == [("x", "there is no file rows.jsonl")]
+
+
+@pytest.mark.parametrize(("outcome", "state"), [("refused", "refused"), ("crashed", "failed")])
+def test_refusal_is_a_state(outcome: str, state: str, tmp_path: Path) -> None:
+    """It has the reason, whatever an earlier attempt left; a running or queued attempt replaces it."""
+    refusal = Refusal(outcome=outcome, error="no folder nowhere")  # type: ignore[arg-type]
+    for number, (record, status) in enumerate([(None, None), (record_of("ok"), None), (None, status_at())]):
+        write_refusal(make_run(tmp_path / f"x{number}", record, status), refusal)
+    rows = collect_run_statuses(tmp_path, {})
+    assert [(row.state, row.detail) for row in rows] == [(state, "no folder nowhere")] * 3
+    listed = [(row.name, row.state) for row in find_unfinished_runs(tmp_path)]
+    assert listed == [(f"x{number}", state) for number in range(3) if state == "refused" or number != 1]
+    assert state in render_status_table(rows)
+    lock = Lock(tmp_path / "x1")
+    lock.acquire()
+    assert collect_run_statuses(tmp_path, {})[1].state == "running"
+    lock.release()
+    (tmp_path / "x0" / "job.json").write_text(json.dumps({"job_id": "7"}), encoding="utf-8")
+    assert collect_run_statuses(tmp_path, {"7": QueuedJob("PENDING", "Priority")})[0].state == "waiting"
+
+
+def test_damaged_record_is_unreadable(tmp_path: Path) -> None:
+    """Its row has the path and the reason; a run that works on it, or one that was refused, has its own state."""
+    reasons = damage_records(tmp_path)
+    rows = {row.name: row for row in collect_run_statuses(tmp_path, {})}
+    assert {row.state for row in rows.values()} == {"unreadable"}
+    for name, reason in reasons.items():
+        assert reason in rows[name].detail
+        assert str(tmp_path / name / "record.json") in rows[name].detail
+    assert [row.state for row in find_unfinished_runs(tmp_path)] == ["unreadable"] * len(reasons)
+    lock = Lock(tmp_path / "truncated")
+    lock.acquire()
+    (tmp_path / "text" / "recipe.yaml").touch()
+    write_refusal(tmp_path / "text", Refusal(error="no"))
+    states = {row.name: row.state for row in collect_run_statuses(tmp_path, {})}
+    lock.release()
+    assert (states["truncated"], states["text"], states["empty"]) == ("running", "refused", "unreadable")
+
+
+def test_unreadable_refusal_is_ignored(tmp_path: Path) -> None:
+    """A damaged file does not end the command."""
+    folder = make_run(tmp_path / "x")
+    for text in ("", "[]", '{"outcome": "refused"}', "{"):
+        (folder / "refusal.json").write_text(text, encoding="utf-8")
+        assert get_status(tmp_path).state == "waiting"
 
 
 def test_unfinished_runs_include_a_resumed_one(tmp_path: Path) -> None:

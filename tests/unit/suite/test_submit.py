@@ -139,6 +139,123 @@ def test_active_and_finished_runs_are_skipped(submit: Submit, slurm: Callable[..
     assert "--array" not in argument_file.read_text(encoding="utf-8")
 
 
+def _get_gpu_lines(script: str) -> list[str]:
+    return [line for line in script.splitlines() if line.startswith("#SBATCH") and ("gpu" in line or "gres" in line)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ([], "--gpus-per-node=1"),
+        (["slurm.gres=gpu:a100:1"], "--gres=gpu:a100:1"),
+        (["slurm.gpus=a100:1"], "--gpus=a100:1"),
+        (["slurm.gpus_per_node=a100:1"], "--gpus-per-node=a100:1"),
+        (["slurm.gpus_per_task=a100:1"], "--gpus-per-task=a100:1"),
+        (["--gpus-per-node", "a100:2"], "--gpus-per-node=a100:2"),
+        (["--gpus-per-node", "0"], None),
+    ],
+)
+def test_script_has_one_line_with_gpus(arguments: list[str], line: str | None, submit: Submit) -> None:
+    """It is the line that the user asked for."""
+    result = submit("one.yaml", "--dry-run", *arguments)
+    assert result.exit_code == 0, result.output
+    assert _get_gpu_lines(result.stdout) == ([] if line is None else [f"#SBATCH {line}"])
+
+
+@pytest.mark.parametrize("request_", ["slurm.gres=gpu:a100:3", "slurm.gpus=a100:3", "slurm.gpus_per_task=3"])
+def test_number_of_processes_is_that_of_the_gpus(request_: str, submit: Submit) -> None:
+    """Typed GPUs are counted, whichever option requests them."""
+    result = submit("one.yaml", "--dry-run", "--accelerate", "zero2", request_)
+    assert result.exit_code == 0, result.output
+    engine = yaml.safe_load(Path("out/one/accelerate.yaml").read_text(encoding="utf-8"))
+    assert engine["num_processes"] == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ([], "--gres=gpu:a100:2"),
+        (["slurm.gpus=1"], "--gpus=1"),
+        (["--gpus-per-node", "h100:1"], "--gpus-per-node=h100:1"),
+        (["slurm.gres=null"], "--gpus-per-node=1"),
+        (["slurm.gres=gpu:1"], "--gres=gpu:1"),
+        (["--gpus-per-node", "0"], None),
+    ],
+)
+def test_command_line_replaces_the_gpus_of_the_suite(arguments: list[str], line: str | None, submit: Submit) -> None:
+    """A request of another kind replaces it too; other options of the suite are kept."""
+    suite = "name: both\nrecipes: [one.yaml]\nslurm: {gres: gpu:a100:2, cpus_per_task: 4}\n"
+    Path("suite.yaml").write_text(suite, encoding="utf-8")
+    result = submit("suite.yaml", "--dry-run", *arguments)
+    assert result.exit_code == 0, result.output
+    assert _get_gpu_lines(result.stdout) == ([] if line is None else [f"#SBATCH {line}"])
+    assert "#SBATCH --cpus-per-task=4\n" in result.stdout
+
+
+def test_prologue_is_that_of_the_suite_or_the_command_line(submit: Submit) -> None:
+    """The lines come before the launch; those of the command line replace the suite's, and null removes them."""
+    commands = "slurm:\n  prologue:\n  - module load cuda\n  - export A='b c'\n"
+    Path("suite.yaml").write_text(f"name: both\nrecipes: [one.yaml]\n{commands}", encoding="utf-8")
+    text = submit("suite.yaml", "--dry-run").stdout
+    assert text.index("module load cuda\n") < text.index("export A='b c'\n") < text.index("\nsrun ")
+    assert "prologue=" not in text
+    text = submit("suite.yaml", "--dry-run", "slurm.prologue=conda activate x", "slurm.prologue=export B=$HOME").stdout
+    assert "conda activate x\n" in text
+    assert "export B=$HOME\n" in text
+    assert "module load" not in text
+    assert "module load" not in submit("suite.yaml", "--dry-run", "slurm.prologue=null").stdout
+
+
+def test_large_array_is_split(submit: Submit, slurm: Callable[..., Path], tmp_path: Path) -> None:
+    """Each job has at most MaxArraySize tasks; every run's job file names its job, and the limit of tasks is shared."""
+    argument_file = slurm(sbatch="echo 1$(ls out/*/job.json 2>/dev/null | /usr/bin/wc -l)")
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.write_text("#!/bin/sh\necho 'MaxArraySize            = 3'\n", encoding="utf-8")
+    scontrol.chmod(0o755)
+    (tmp_path / "bin" / "ls").symlink_to("/bin/ls")
+    result = submit("suite.yaml", "--seeds", "4", "--max-parallel", "5")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("submitted job ") == 3
+    assert "scancel 10 13 16\n" in result.stdout
+    scripts = [Path(f"out/job-{number}.sbatch").read_text(encoding="utf-8") for number in (1, 2, 3)]
+    assert [script.count("/one-seed=") for script in scripts] == [3, 1, 0]
+    limits = [line for script in scripts for line in script.splitlines() if "--array" in line]
+    assert limits == ["#SBATCH --array=0-2%1", "#SBATCH --array=0-2%2", "#SBATCH --array=0-1%2"]
+    jobs = sorted(str(job.job_id) for path in Path("out").glob("*-seed=*") if (job := read_job_file(path)))
+    assert jobs == [f"1{3 * part}_{task}" for part, tasks in enumerate((3, 3, 2)) for task in range(tasks)]
+    assert "--array=0-1%2" in argument_file.read_text(encoding="utf-8").splitlines()
+
+
+def test_array_of_the_limit_is_one_job(submit: Submit, slurm: Callable[..., Path], tmp_path: Path) -> None:
+    """Without a readable limit, SLURM's default applies; more arrays than --max-parallel tasks are refused."""
+    slurm()
+    assert submit("suite.yaml", "--seeds", "4", "--dry-run").stdout.count("#!/bin/bash") == 1
+    scontrol = tmp_path / "bin" / "scontrol"
+    for text, num_jobs in (("echo MaxArraySize = 8", 1), ("echo MaxArraySize = 7", 2), ("exit 1", 1), ("echo ?", 1)):
+        scontrol.write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
+        scontrol.chmod(0o755)
+        assert submit("suite.yaml", "--seeds", "4", "--dry-run").stdout.count("#!/bin/bash") == num_jobs
+    scontrol.write_text("#!/bin/sh\necho MaxArraySize = 2\n", encoding="utf-8")
+    before = sorted(Path().rglob("*"))
+    result = submit("suite.yaml", "--seeds", "5", "--max-parallel", "4")
+    assert result.exit_code == 90
+    assert "10 runs need 5 job arrays (MaxArraySize is 2)" in result.stderr
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_second_job_that_is_refused_names_the_first(submit: Submit, slurm: Callable[..., Path], tmp_path: Path) -> None:
+    """The first job runs, so its runs are skipped by the next submission."""
+    slurm(sbatch=f'[ -e "{tmp_path}/once" ] && {{ echo limit reached >&2; exit 1; }}; : >"{tmp_path}/once"; echo 12')
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.write_text("#!/bin/sh\necho MaxArraySize = 1\n", encoding="utf-8")
+    scontrol.chmod(0o755)
+    result = submit("suite.yaml")
+    assert result.exit_code == 90
+    message = "limit reached (submitted before: job 12); run the same command again to submit the other runs"
+    assert message in result.stderr
+    assert [read_job_file(Path("out") / name) is None for name in ("one", "two")] == [False, True]
+
+
 @pytest.mark.parametrize("key", ["train.precision=auto", "model.attention=auto"])
 def test_finished_run_with_auto_settings_is_submitted(key: str, submit: Submit, slurm: Callable[..., Path]) -> None:
     """The login node cannot resolve auto; the job skips the run if its device resolves it to the recorded value."""
@@ -165,6 +282,14 @@ def test_finished_run_with_auto_settings_is_submitted(key: str, submit: Submit, 
         (["one.yaml", "--nodes", "2"], 90, "--nodes needs several processes; give --accelerate"),
         (["one.yaml", "slurm.partiton=x"], 90, "did you mean 'partition'? (allowed: account, "),
         (["one.yaml", "slurm.array=1"], 90, "slurm.array is set by peftbench itself: the array has one task per run"),
+        (["one.yaml", "--gpus-per-node", "a100:x"], 90, "slurm.gpus-per-node=a100:x is not a number of GPUs"),
+        (
+            ["one.yaml", "--gpus-per-node", "1", "slurm.gres=gpu:1"],
+            90,
+            "--gpus-per-node and slurm.gres both request",
+        ),
+        (["one.yaml", "slurm.gpus=1", "slurm.gres=gpu:1"], 90, "both request GPUs; give one of them"),
+        (["one.yaml", "slurm.prologue=a\x07"], 90, "has a control character"),
         (["one.yaml", "slurm.time=2"], 91, "the job is stopped 120 s before its time limit"),
         (
             ["one.yaml", "slurm.signal=TERM@9"],

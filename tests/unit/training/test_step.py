@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from peftbench.distributed.accelerator import build_accelerator
+from peftbench.errors import OutOfRangeError
 from peftbench.methods.full import Full
 from peftbench.methods.lora import Lora
 from peftbench.optim import SGD, AdamW
@@ -160,3 +161,24 @@ def test_epochs_are_converted_to_steps(workshop: Workshop) -> None:
     recipe = workshop.recipe(Full(), train={"steps": None, "epochs": 1.5, "global_batch_size": 10})
     accelerator = build_accelerator(recipe, workshop.output).accelerator
     assert build_training_components(recipe, accelerator).total_steps == 4
+
+
+@pytest.mark.parametrize(
+    ("epochs", "warmup", "is_refused"), [(1.5, 4, True), (1.5, 40, True), (1.5, 3, False), (0.1, 1, True)]
+)
+def test_warmup_must_leave_a_step_of_the_epochs(
+    epochs: float, warmup: int, is_refused: bool, workshop: Workshop
+) -> None:
+    """Epochs are compared once they are steps; the error has both numbers, and nothing is written."""
+    train_keys = {"steps": None, "epochs": epochs, "global_batch_size": 10}
+    steps = math.ceil(epochs * 24 / 10)
+    folder = workshop.output / "out"
+    schedule = Schedule(warmup_steps=warmup)
+    recipe = workshop.recipe(Lora(), train=train_keys, schedule=schedule, output_dir=str(folder))
+    if is_refused:
+        sentence = rf"schedule\.warmup_steps={warmup} must be less than the number of training steps \({steps}\)"
+        with pytest.raises(OutOfRangeError, match=sentence):
+            workshop.run(recipe)
+        assert not folder.exists()
+    else:
+        assert workshop.run(recipe).steps == steps

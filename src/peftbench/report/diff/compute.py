@@ -89,6 +89,8 @@ class SuiteSide(RecordModel):
     num_runs: int
     devices: tuple[str, ...]
     """Devices of the runs that are in both folders, e.g. "NVIDIA L4 (cuda)"."""
+    unreadable: tuple[str, ...] = ()
+    """Sentences with path and reason on the records that cannot be read; their runs are not compared."""
 
 
 class SuiteDiff(RecordModel):
@@ -113,7 +115,7 @@ def diff_suites(before: Path, after: Path, thresholds: Thresholds | None = None)
     """Compare the records below two folders, run by run.
 
     Raises:
-        RecordError: a folder has no records, one cannot be read, or two in a folder have the same name.
+        RecordError: a folder has no readable records, or two in a folder have the same name.
     """
     limits = thresholds or Thresholds()
     left, right = Runs.load(before), Runs.load(after)
@@ -139,7 +141,7 @@ def diff_suites(before: Path, after: Path, thresholds: Thresholds | None = None)
 
 def _build_side(runs: Runs, records: Sequence[RunRecord]) -> SuiteSide:
     devices = tuple(dict.fromkeys(_device_label(record) for record in records))
-    return SuiteSide(folder=str(runs.folder), num_runs=len(runs.by_path), devices=devices)
+    return SuiteSide(folder=str(runs.folder), num_runs=len(runs.by_path), devices=devices, unreadable=runs.unreadable)
 
 
 def _device_label(record: RunRecord) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from peftbench.common.nested_keys import flatten_keys
 from peftbench.common.schema import RecordModel
 from peftbench.errors import RecordError
-from peftbench.record import RunRecord, read_records_by_path
+from peftbench.record import RunRecord, scan_records
 from peftbench.report.runs import sort_records
 from peftbench.report.settings import NAMING_KEYS
 
@@ -35,17 +35,18 @@ class Runs:
 
     folder: Path
     by_path: Mapping[str, RunRecord]
+    unreadable: tuple[str, ...] = ()
+    """Sentences on the records that cannot be read."""
 
     @classmethod
     def load(cls, folder: Path) -> Runs:
-        """Read all records.
+        """Read all records that can be read.
 
         Raises:
-            RecordError: there are no records, one cannot be read, or two have the same name.
+            RecordError: there is none, or two have the same name.
         """
-        by_path = {
-            path.parent.relative_to(folder).as_posix(): record for path, record in read_records_by_path(folder).items()
-        }
+        scan = scan_records(folder)
+        by_path = {path.parent.relative_to(folder).as_posix(): record for path, record in scan.records.items()}
         first: dict[str, str] = {}
         for path, record in by_path.items():
             if record.name in first:
@@ -54,7 +55,7 @@ class Runs:
                     "be unique, so give the folder of a single suite"
                 )
             first[record.name] = path
-        return cls(folder, by_path)
+        return cls(folder, by_path, tuple(scan.unreadable.values()))
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,13 @@ def _print_lines(console: Console, lines: Sequence[str]) -> None:
 
 
 def header_lines(diff: SuiteDiff) -> list[str]:
-    """Return both folders, and a warning if their devices differ."""
+    """Return both folders, the records that cannot be read, and a warning if the devices differ."""
     lines = [_side_line("A, before", diff.before), _side_line("B, after", diff.after)]
+    lines += [
+        f"not compared, in {name}: {terminal_safe(sentence)}"
+        for name, side in (("A", diff.before), ("B", diff.after))
+        for sentence in side.unreadable
+    ]
     if diff.different_devices:
         old, new = (terminal_safe(" and ".join(side.devices)) for side in (diff.before, diff.after))
         lines.append(f"times and memory are from different devices: A ran on {old}, B on {new}")

@@ -63,6 +63,11 @@ class UnfinishedRun:
     state: str
     detail: str
 
+    @property
+    def sentence(self) -> str:
+        """Name, state and, if known, the reason."""
+        return f"{self.name} ({self.state})" + (f": {self.detail}" if self.detail else "")
+
 
 @dataclass(frozen=True)
 class ComparisonRow:

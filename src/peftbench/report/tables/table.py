@@ -195,14 +195,20 @@ def csv_table(records: Sequence[RunRecord]) -> str:
 
 
 def markdown_report(
-    records: Sequence[RunRecord], title: str, summary: Sequence[str], note_lines: Sequence[str] | None = None
+    records: Sequence[RunRecord],
+    title: str,
+    summary: Sequence[str],
+    note_lines: Sequence[str] | None = None,
+    unfinished_lines: Sequence[str] = (),
 ) -> str:
     """Return the report: summary, table, notes, column descriptions, environment and sample summaries.
 
-    ``note_lines`` avoids collecting the notes again.
+    ``note_lines`` avoids collecting the notes again. ``unfinished_lines`` name the runs without a result.
     """
     rows = sort_records(records)
     parts = [f"# {escape_markdown(title)}", _bullet_list(summary), markdown_table(records)]
+    if unfinished_lines:
+        parts += ["## Unfinished runs", _bullet_list(unfinished_lines)]
     if seeds := seed_rows(rows):
         parts += ["## Over seeds", _github_table(seeds)]
     if notes := collect_notes(rows) if note_lines is None else note_lines:
