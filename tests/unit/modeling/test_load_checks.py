@@ -68,10 +68,9 @@ def test_large_weights_are_finite(folder: Path) -> None:
     load_model(Model(path=str(folder), attention="sdpa"))
 
 
-@pytest.mark.parametrize("layers", [1, 0])
-def test_weights_without_a_place_are_refused(layers: int, folder: Path) -> None:
+def test_weights_without_a_place_are_refused(folder: Path) -> None:
     """A config with fewer layers than the weights would train another model."""
-    change_json(folder, "config.json", n_layer=layers)
+    change_json(folder, "config.json", n_layer=1)
     with pytest.raises(
         ModelError, match=r"config\.json of .* has no place for \d+ tensors of the weights, e\.g\. trans"
     ):

@@ -47,7 +47,7 @@ def test_cheaper_method_within_the_interval_is_recommended() -> None:
 
 
 def test_better_method_is_recommended_whatever_it_costs() -> None:
-    """A significantly worse method is no alternative."""
+    """A significantly worse method is not a candidate."""
     lora = build_run("lora", "lora", -5.0, (380, 0.82, 69))
     assert recommendation(FULL, lora) == "Use full: it is better than every other trained configuration on seed 0."
     better = build_run("lora", "lora", 5.0, (380, 0.82, 69))

@@ -88,7 +88,7 @@ class PageData:
     context: str
     """Model, data, device, budget and dates of the runs; empty without runs."""
     recommendation: str | None
-    """Which configuration to use; None if no two configurations are compared."""
+    """Recommended configuration and the reasons; None if no two configurations are compared."""
     summary: list[str]
     columns: list[Column]
     rows: list[TableRow]

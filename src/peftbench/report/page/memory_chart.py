@@ -122,7 +122,7 @@ def memory_limit_rows(records: Sequence[RunRecord]) -> tuple[list[ChartRow], str
 def memory_caption(records: Sequence[RunRecord], limit_rows: Sequence[ChartRow], far_limits_note: str) -> str:
     """Return the caption of the chart for these records."""
     sentences = ["Peak memory of the training phase."]
-    records = [record for record in records if any(peak_by_category(record))]
+    records = [record for record in records if record.tokens is not None]  # a baseline has no bar
     on_cpu = [record for record in records if record.device.type == "cpu"]
     on_gpu = [record for record in records if record.device.type != "cpu"]
     if any(record.memory_breakdown for record in on_gpu):

@@ -59,7 +59,7 @@ def test_label_avoids_intervals_and_lines() -> None:
 
 
 def test_crowded_points_have_no_label() -> None:
-    """Where each position overlaps, the legend alone names the point."""
+    """The legend alone names a point if each position overlaps."""
     positions = place_labels([LabeledPoint(f"run_{n}", 1.0, 1.0) for n in range(12)])
     assert None in positions
     named = [name for name in positions if name is not None]
