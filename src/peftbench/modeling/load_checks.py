@@ -58,7 +58,8 @@ def check_finite(model: PreTrainedModel, path: str) -> None:
 
     for name, parameter in model.named_parameters():
         # A sum is finite only if all terms are, and needs no copy; an overflowing sum is checked again.
-        if not parameter.is_floating_point() or bool(torch.isfinite(parameter.sum(dtype=torch.float32))):
+        is_packed = hasattr(parameter, "quant_state")  # 4-bit weights, also where they are stored in a float dtype
+        if is_packed or not parameter.is_floating_point() or torch.isfinite(parameter.sum(dtype=torch.float32)):
             continue
         num_bad = int((~torch.isfinite(parameter)).sum())
         if num_bad:

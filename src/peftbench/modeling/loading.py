@@ -29,7 +29,11 @@ from peftbench.modeling.model_folder import (
     find_tokenizer_fault,
     read_config_file,
 )
-from peftbench.modeling.quantization import build_quantization_config, convert_unquantized_to_float32
+from peftbench.modeling.quantization import (
+    build_quantization_config,
+    convert_unquantized_to_float32,
+    disable_cpu_repacking,
+)
 from peftbench.modeling.weight_files import check_weight_files
 
 if TYPE_CHECKING:
@@ -206,6 +210,8 @@ def _load_weights(model_config: Model, config: PreTrainedConfig, compute_dtype: 
         model, report = loaded
         if is_stored_quantized:
             convert_unquantized_to_float32(model)
+        if is_stored_quantized or quantization is not None:
+            disable_cpu_repacking(model)
         if missing := sorted(report["missing_keys"]):  # transformers only warns and initializes them randomly
             raise ValueError(f"{len(missing)} tensors are missing ({', '.join(missing[:3])})")
         check_all_used(report["unexpected_keys"], resolve_model_path(model_config))

@@ -98,6 +98,19 @@ def convert_unquantized_to_float32(model: PreTrainedModel) -> None:
             parameter.data = parameter.data.float()
 
 
+def disable_cpu_repacking(model: PreTrainedModel) -> None:
+    """Keep 4-bit weights in one layout on CPU, so that evaluation computes what training does.
+
+    On a CPU with AVX512-BF16, bitsandbytes 0.50 repacks them in the first forward pass in evaluation mode: it rounds
+    scales to bf16, multiplies in bf16, and fails for widths that are not multiples of 64.
+    """
+    from bitsandbytes.nn.modules import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
 def describe_unquantized_modules(model: PreTrainedModel) -> str | None:
     """Return which matrices of a quantized model stay in float32, apart from embeddings and head; None for none.
 

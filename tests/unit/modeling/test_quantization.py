@@ -61,3 +61,15 @@ def test_methods_that_train_base_weights_are_refused(name: str, workshop: Worksh
         CombinationError, match=r"trains weights of the base model; use model\.quantization=null, or method\.kind=lora"
     ):
         build_accelerator(recipe, workshop.output)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "nf4_double"])
+def test_evaluation_computes_what_training_does(quantization: str, workshop: Workshop) -> None:
+    """The packed weights and the logits do not depend on the mode, on any CPU."""
+    base = load_base_model(workshop.recipe(ONE_OF_EACH["lora"], model={"quantization": quantization})).model
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        expected = base.train()(input_ids=ids).logits
+        before = [parameter.clone() for parameter in base.parameters()]
+        assert torch.equal(base.eval()(input_ids=ids).logits, expected)
+    assert all(torch.equal(old, new) for old, new in zip(before, base.parameters(), strict=True))
