@@ -7,7 +7,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 .PHONY: demo test test-all test-engines test-slow test-slurm lint prose readme architectures coverage picture clean
 
 demo: .venv/installed
-	@echo "Two suites of 6 and 3 runs. On two slow CPU cores they take about 8 minutes (docs/results/README.md)."
+	@echo "Two suites of 6 and 3 runs. On two CPU cores they take 5 to 8 minutes (docs/results/README.md)."
 	$(BIN)/peftbench run recipes/demo/suite.yaml
 	$(BIN)/peftbench run recipes/demo/budget.yaml
 	@echo "Open in a browser: runs/demo/report.html and runs/demo_budget/report.html"

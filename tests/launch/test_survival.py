@@ -387,6 +387,25 @@ def drain(controller: int) -> None:
 
 
 @pytest.mark.slow
+def test_killed_rerun_keeps_the_old_model(project: Path, caches: dict[str, str]) -> None:
+    """The old record and model stay and still belong together, so that the old recipe counts as finished."""
+    first = run([*ONE_PROCESS, *ARGUMENTS], project, caches)
+    assert first.returncode == 0, first.stderr
+    record = record_of(project, "run")
+    model = {path.name: path.read_bytes() for path in (project / "out" / "run" / "model").iterdir()}
+    second = start_run(ONE_PROCESS, project, caches, "train.steps=100000")
+    wait_for_training(project, second)
+    second.kill()
+    second.communicate()
+    assert {path.name: path.read_bytes() for path in (project / "out" / "run" / "model").iterdir()} == model
+    assert record_of(project, "run") == record
+    skipped = run([*ONE_PROCESS, *ARGUMENTS, "--skip-finished"], project, caches)
+    assert skipped.returncode == 0, skipped.stderr
+    assert "already has a result" in skipped.stderr
+    assert record_of(project, "run") == record
+
+
+@pytest.mark.slow
 def test_second_stop_while_loading_keeps_the_record(project: Path, caches: dict[str, str]) -> None:
     """The record of the stopped training stays; a record of 0 steps does not replace it."""
     process = start_run(ONE_PROCESS, project, caches)
