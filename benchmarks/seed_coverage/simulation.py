@@ -93,7 +93,7 @@ def list_scenarios(population: Population, methods: int) -> list[Scenario]:
         Scenario(methods, "4", 4.0),
         Scenario(methods, "16", 16.0),
         Scenario(methods, f"16, Student's t with {HEAVY_TAILS} degrees of freedom", 16.0, has_heavy_tails=True),
-        Scenario(methods, "1, of one method 25", 1.0, first_factor=25.0),
+        Scenario(methods, "1; 25 for one method", 1.0, first_factor=25.0),
     ]
 
 

@@ -101,6 +101,8 @@ def evaluate_from_arguments(run: Path, overrides: list[str], *, from_outputs: bo
     """
     with cli_errors(on_error=print_result_line, rank=launcher_env.get_rank()):
         recipe = _load_recipe_of_run(run, overrides)
+        if not recipe.method.is_trainable and not from_outputs:
+            raise RecordError(f"{run} is a run of {recipe.method.kind}, which saves no model", "run it again")
         if from_outputs:
             with contextlib.redirect_stdout(sys.stderr):
                 quiet_libraries()
@@ -133,8 +135,6 @@ def _load_recipe_of_run(run: Path, overrides: list[str]) -> Recipe:
         raise RecordError(f"{folder} has no {RECORD_FILE}", "give the folder of a run that was trained")
     read_record(record_file)
     recipe = load_recipe([record_file], overrides)
-    if not recipe.method.is_trainable:
-        raise RecordError(f"{folder} is a run of {recipe.method.kind}, which saves no model", "run it again")
     folder = folder.absolute()
     return recipe.model_copy(update={"name": folder.name, "output_dir": str(folder.parent)})
 

@@ -72,7 +72,7 @@ def run(
 
 
 def _report_results(recipes: list[Recipe], failed: list[RunResult], title: str, finder: ResultFinder) -> None:
-    """Write and print the report of the runs; without a record or a failed run do nothing."""
+    """Write and print the report of the runs; do nothing if there are neither records nor failed runs."""
     from peftbench.cli.report_actions import print_report
     from peftbench.report.page.content import UnfinishedRun
     from peftbench.report.writer import write_report

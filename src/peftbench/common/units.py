@@ -31,7 +31,7 @@ def parse_size(text: str) -> int:
     except (ValidationError, ArithmeticError) as error:  # larger than a float can be
         raise BudgetError(f"{quoted} is not a memory size; {_EXAMPLE}") from error
     if size <= 0:
-        raise BudgetError(f"a memory budget of {quoted} is empty; {_EXAMPLE}")
+        raise BudgetError(f"a memory budget must be more than 0, not {quoted}; {_EXAMPLE}")
     return size
 
 

@@ -66,7 +66,7 @@ def hash_file(digest: hashlib.blake2b, path: Path) -> None:
                 digest.update(block)
     except OSError as error:
         raise DataError(
-            f"{path} cannot be read: {error.strerror or error}", "make it a file that can be read"
+            f"{path} cannot be read: {error.strerror or error}", "check the path and its permissions"
         ) from error
 
 

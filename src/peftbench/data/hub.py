@@ -225,7 +225,7 @@ def _has_options(config: BuilderConfig) -> bool:
 
 
 def _is_file_error(error: OSError) -> bool:
-    """True if a file or folder is the cause: a connection has no file name, and no disk that is full."""
+    """True if a file, a folder or a full disk caused the error; a network error has no file name."""
     if error.filename is None:
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     return error.errno in UNWRITABLE_ERRNOS | {errno.ENOTDIR, errno.EEXIST}

@@ -89,7 +89,7 @@ class FailureChannel:
         while not self._closed.is_set():
             for rank, process in self._local_processes.items():
                 if not _is_alive(process) and not (self._directory / f"rank{rank}.json").exists():
-                    message = f"process {rank} is gone: it was killed, e.g. because the machine had no memory left"
+                    message = f"process {rank} is gone: it was killed, e.g. because the machine ran out of memory"
                     return {"outcome": Outcome(kind="failed", rank=rank, error=message).model_dump(), "memory": {}}
             if time.monotonic() >= deadline:
                 break

@@ -21,6 +21,7 @@ from peftbench.evaluation.intervals import bootstrap_interval
 from peftbench.evaluation.metrics.registry import compute_scores
 from peftbench.modeling.generation import default_generation_config
 from peftbench.record import Interval, PerExample, Quality, Sample
+from peftbench.record.quality import MAX_SAMPLE_CHARS
 from peftbench.training.data import build_collator
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
     from peftbench.training.build import AdaptedModel
 
 _T = TypeVar("_T")
-_MAX_SAMPLE_CHARS = 600  # of an article, in the record
+HALVED_BATCH_NOTE = "evaluate.batch_size="
+"""Start of the note on a batch that ran out of memory."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ class Evaluator:
         # Outside of the handler, so that no traceback references the tensors of the failed batch.
         self.batch_size = max(1, len(rows) // 2)
         self.notes = [
-            f"evaluate.batch_size={self.config.batch_size} ran out of memory; it was halved to {self.batch_size}"
+            f"{HALVED_BATCH_NOTE}{self.config.batch_size} ran out of memory; it was halved to {self.batch_size}"
         ]
         gc.collect()
         if self.accelerator.device.type == "cuda":
@@ -214,7 +216,7 @@ def build_quality(
         loss=loss,
         perplexity=math.exp(loss) if loss is not None and loss < 700 else None,
         samples=tuple(
-            Sample(id=id, article=article[:_MAX_SAMPLE_CHARS], reference=reference, generated=text)
+            Sample(id=id, article=article[:MAX_SAMPLE_CHARS], reference=reference, generated=text)
             for (id, article, reference, text), _ in zip(examples, range(config.saved_samples), strict=False)
         ),
         per_example=PerExample(
@@ -236,7 +238,7 @@ def add_scores(config: Evaluate, quality: Quality, outputs: Sequence[Output]) ->
         quality.per_example, "examples_fingerprint", None
     ):
         raise RecordError(
-            "the saved outputs are not those of the evaluated examples",
+            "the saved outputs do not match the evaluated examples of the record",
             "evaluate the model again, without --from-outputs",
         )
     scores = _score([output.generated for output in outputs], references)

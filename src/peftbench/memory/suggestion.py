@@ -107,7 +107,7 @@ def suggest_evaluation(recipe: Recipe, target: MemoryTarget) -> Suggestion:
             continue
         overrides = tuple(f"evaluate.{key}={str(value).lower()}" for key, value in changed.items())
         return Suggestion(f"with {' '.join(overrides)} the evaluation is predicted to fit", overrides)
-    return Suggestion("the model does not fit the budget in evaluation")
+    return Suggestion("no change to the evaluation is predicted to fit the budget")
 
 
 def _compute_evaluation_bytes(plan: Plan) -> int:

@@ -122,7 +122,7 @@ class Method(ConfigSection):
         set_peft_model_state_dict(model, weights)
         if difference := sorted(weights.keys() ^ get_peft_model_state_dict(model).keys()):
             raise ModelError(
-                f"{save_directory} does not have the weights of this {self.kind}: {difference[0]} is in one of the two",
+                f"{save_directory} and this {self.kind} have different weights: only one of them has {difference[0]}",
                 "train again",
             )
 

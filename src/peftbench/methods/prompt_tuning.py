@@ -86,7 +86,7 @@ class PromptTuning(Method):
     def check_generation(self, base: PreTrainedModel) -> None:
         if "inputs_embeds" not in inspect.signature(base.prepare_inputs_for_generation).parameters:  # type: ignore[arg-type]
             raise UnsupportedModelError(
-                f"{base.config.model_type} generates from token ids alone, and soft tokens are embeddings; set "
+                f"{base.config.model_type} generates only from token ids, but prompt tuning needs embeddings; set "
                 "evaluate.generate=false, or use another method, e.g. method.kind=lora"
             )
 

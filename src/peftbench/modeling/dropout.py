@@ -71,4 +71,4 @@ def find_remaining_dropout(model: PreTrainedModel, probability: float | None) ->
         and ((isinstance(module, nn.Dropout) and name == "p") or _DROPOUT_KEY.search(name))
     }
     names = sorted(active)
-    return f"model.dropout=0 leaves dropout in {', '.join(names[:5])}" if names else None
+    return f"model.dropout=0 does not turn off dropout in {', '.join(names[:5])}" if names else None

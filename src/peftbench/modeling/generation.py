@@ -52,7 +52,7 @@ def repair_generation_config(model: PreTrainedModel) -> str | None:
     if not _is_valid(config):
         removed = [f"{key}={value}" for key, value in sorted(config.to_diff_dict().items()) if key not in _TOKEN_KEYS]
         model.generation_config = type(config)(**{key: getattr(config, key) for key in _TOKEN_KEYS})
-    return f"the saved generation_config.json is without {', '.join(removed)}, with which transformers does not save it"
+    return f"the saved generation_config.json omits {', '.join(removed)}, which transformers refuses to save"
 
 
 def _is_valid(config: GenerationConfig) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from peftbench.errors import ModelError, ModelNotFoundError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _OLD_BUFFERS = re.compile(r"(^|\.)((attn|attention)\.(masked_)?bias|rotary_emb\.inv_freq|position_ids)$")
@@ -25,7 +26,7 @@ def check_vocabulary(num_tokens: int, model: PreTrainedModel, path: str) -> None
     num_rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index,union-attr]
     if num_tokens > num_rows:
         raise ModelError(
-            f"the tokenizer of {path} has {num_tokens:,} tokens, and the model's embedding has {num_rows:,} rows",
+            f"the tokenizer of {path} has {num_tokens:,} tokens, but the model's embedding has {num_rows:,} rows",
             "use the tokenizer that the model was trained with, or a model whose embedding was resized",
         )
 
@@ -44,8 +45,14 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
 
 
 def count_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the number of ids that a tokenizer can produce: its largest id plus one."""
-    return max(tokenizer.get_vocab().values(), default=-1) + 1
+    """Return the number of ids that texts and their end can have: the largest such id plus one.
+
+    Text never becomes a special token. Some tokenizers have special tokens beyond the embedding, e.g. for images.
+    """
+    used = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    unused = set(tokenizer.all_special_ids) - used
+    unused |= {id for id, token in tokenizer.added_tokens_decoder.items() if token.special and id not in used}
+    return max((id for id in tokenizer.get_vocab().values() if id not in unused), default=-1) + 1
 
 
 def check_finite(model: PreTrainedModel, path: str) -> None:
@@ -58,15 +65,25 @@ def check_finite(model: PreTrainedModel, path: str) -> None:
 
     for name, parameter in model.named_parameters():
         # A sum is finite only if all terms are, and needs no copy; an overflowing sum is checked again.
-        is_packed = hasattr(parameter, "quant_state")  # 4-bit weights, also where they are stored in a float dtype
-        if is_packed or not parameter.is_floating_point() or torch.isfinite(parameter.sum(dtype=torch.float32)):
+        values = _get_values(parameter)
+        if values is None or torch.isfinite(values.sum(dtype=torch.float32)):
             continue
-        num_bad = int((~torch.isfinite(parameter)).sum())
+        num_bad = int((~torch.isfinite(values)).sum())
         if num_bad:
             raise ModelError(
                 f"{name} in {path} has {num_bad:,} values that are NaN or infinite",
                 "download or convert the weights again",
             )
+
+
+def _get_values(parameter: torch.Tensor) -> torch.Tensor | None:
+    """Return the values of a weight, or the scales of a quantized one, which are NaN where its values were."""
+    if (state := getattr(parameter, "quant_state", None)) is not None:  # 4 bits, maybe stored in a float dtype
+        absmax: torch.Tensor = state.state2.absmax if state.nested else state.absmax
+        return absmax
+    if (scales := getattr(parameter, "SCB", None)) is not None:  # 8 bits
+        return scales  # type: ignore[no-any-return]
+    return parameter if parameter.is_floating_point() else None
 
 
 def check_all_used(unexpected: Iterable[str], path: str) -> None:
@@ -78,7 +95,7 @@ def check_all_used(unexpected: Iterable[str], path: str) -> None:
     unused = sorted(name for name in unexpected if not _OLD_BUFFERS.search(name))
     if unused:
         raise ModelError(
-            f"config.json of {path} has no place for {len(unused):,} tensors of the weights, e.g. {unused[0]}",
+            f"the weights in {path} have {len(unused):,} tensors that config.json does not describe, e.g. {unused[0]}",
             "restore the config.json that belongs to the weights",
         )
 

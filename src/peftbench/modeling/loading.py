@@ -214,7 +214,8 @@ def _load_weights(model_config: Model, config: PreTrainedConfig, compute_dtype: 
             disable_cpu_repacking(model)
         if missing := sorted(report["missing_keys"]):  # transformers only warns and initializes them randomly
             raise ValueError(f"{len(missing)} tensors are missing ({', '.join(missing[:3])})")
-        check_all_used(report["unexpected_keys"], resolve_model_path(model_config))
+        if getattr(config, "base_config_key", "") != "text_config":  # the rest of a multimodal model is not loaded
+            check_all_used(report["unexpected_keys"], resolve_model_path(model_config))
     except ImportError as error:
         if quantization is not None:
             raise UnsupportedModelError(

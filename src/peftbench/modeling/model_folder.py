@@ -1,4 +1,4 @@
-"""The folder of a base model: what it has instead of a model, and which of its files cannot be read."""
+"""The folder of a base model: finds a missing model and unreadable files."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def _find_json_problem(file: Path) -> str | None:
     except ValueError as error:
         reason = str(error) if isinstance(error, json.JSONDecodeError) else "it is not UTF-8 text"
         return f"is not valid JSON: {reason}" if data else "is an empty file"
-    return None if isinstance(content, dict) else f"has a JSON {_name_json_type(content)}, and an object is needed"
+    return None if isinstance(content, dict) else f"has a JSON {_name_json_type(content)}, but must have an object"
 
 
 def find_pointer_fault(file: Path) -> tuple[str, str] | None:

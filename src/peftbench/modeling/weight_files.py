@@ -125,13 +125,13 @@ def _build_missing_error(folder: Path) -> ModelNotFoundError:
             f"M.from_pretrained('{folder}').save_pretrained('{folder}')\""
         )
         return ModelNotFoundError(
-            f"the folder {folder} has its weights in {pickles[0].name}, and peftbench reads safetensors only",
+            f"the folder {folder} has its weights in {pickles[0].name}, but peftbench reads safetensors only",
             f"convert them: {command}",
         )
     others = [file for pattern in _OTHER_PATTERNS for file in sorted(folder.glob(pattern))]
     if others:
         return ModelNotFoundError(
-            f"the folder {folder} has its weights in {others[0].name}, and peftbench reads safetensors only",
+            f"the folder {folder} has its weights in {others[0].name}, but peftbench reads safetensors only",
             "set model.path to a copy of the model in that format (model.safetensors)",
         )
     return ModelNotFoundError(

@@ -24,6 +24,10 @@ class Interval(RecordModel):
         return self.low > 0 or self.high < 0
 
 
+MAX_SAMPLE_CHARS = 600
+"""Characters of an article that a sample keeps."""
+
+
 class Sample(RecordModel):
     """One generated summary."""
 

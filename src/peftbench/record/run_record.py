@@ -87,6 +87,8 @@ class RunRecord(RecordModel):
     name: str
     started_at: str
     """ISO 8601, UTC."""
+    evaluated_at: str | None = None
+    """ISO 8601, UTC: start of a later process that evaluated the saved model; None if the training process did."""
     recipe: dict[str, Any]
     recipe_fingerprint: str
     outcome: Outcome

@@ -77,12 +77,13 @@ def _compute_time_ratio(slow: _RunTiming, fast: _RunTiming) -> float:
 
 
 def _describe_slow_run(slow: _RunTiming, fast: _RunTiming, num_others: int) -> str:
-    part = "forward and backward" if slow.trainable_parameters > fast.trainable_parameters else "a step"
+    is_partial = slow.trainable_parameters > fast.trainable_parameters
+    part, same = ("forward and backward", "those") if is_partial else ("a step", "one")
     plural = "s" * (num_others > 1)
     others = f" ({num_others:,} other run{plural} show{'s' * (num_others == 1)} the same)" if num_others else ""
     return (
-        f"{part} of {slow.name} took {_compute_time_ratio(slow, fast):.2f} times as long as of {fast.name} with only "
-        f"{slow.flops_per_step / fast.flops_per_step:.2f} times the FLOPs{others}: either the machine had "
+        f"{part} of {slow.name} took {_compute_time_ratio(slow, fast):.2f} times as long as {same} of {fast.name} with "
+        f"only {slow.flops_per_step / fast.flops_per_step:.2f} times the FLOPs{others}: either the machine had "
         "another load, or the time went to work other than matrix products (e.g. dropout on a CPU)"
     )
 

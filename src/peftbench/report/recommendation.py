@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import PurePath
 
 from peftbench.record import RunRecord
-from peftbench.report.analysis.costs import cost_clause, is_cheaper
+from peftbench.report.analysis.costs import cost_clause, find_cheaper_cost
 from peftbench.report.analysis.run_groups import RunGroup
 from peftbench.report.analysis.significance import MIN_EXAMPLES, ComparisonSet, PairComparison
 from peftbench.report.summary import seed_clause, select_reference
@@ -18,62 +18,76 @@ _MAX_VALUES = 3
 """Maximum number of different models, data sets or devices that are listed."""
 
 
-def recommend(comparison_set: ComparisonSet) -> str | None:
-    """Return one or two sentences on which configuration to use; None if no two configurations are compared.
+def recommend(comparison_set: ComparisonSet) -> list[str]:
+    """Return which configuration to use, and sentences with the reasons; empty if no two configurations are compared.
 
     Candidates are the trained configurations that no other one is significantly better than. The cheapest of them is
     recommended: by memory, else time, else model FLOPs, where they differ measurably.
     """
     trained = [group for group in comparison_set.comparable_groups if group.is_trained]
     if not trained or not comparison_set.pair_comparisons:
-        return None
+        return []
     if comparison_set.num_examples < MIN_EXAMPLES:
-        return (
+        return [
             f"No recommendation: {comparison_set.num_examples} held-out examples are too few to compare quality (at "
             f"least {MIN_EXAMPLES} are needed)."
-        )
+        ]
     candidates = [group for group in trained if not _find_better(group, trained, comparison_set)]
     choice = candidates[0]
     for group in candidates[1:]:
-        choice = group if is_cheaper(group, choice) else choice
+        choice = group if find_cheaper_cost(group, choice) else choice
     unbeaten = [
         baseline
         for baseline in comparison_set.comparable_groups
         if not baseline.is_trained and not any(_is_better(group, baseline, comparison_set) for group in trained)
     ]
-    sentences = []
+    sentences = [f"If you train, use {choice.label}" if unbeaten else f"Use {choice.label}"]
+    sentences += _explain_choice(choice, candidates, trained, comparison_set)
     if unbeaten:
         verb = "trains" if len(unbeaten) == 1 else "train"
-        labels = join_with_and([group.label for group in unbeaten])
-        seed = seed_clause(comparison_set.pair_comparisons)
-        sentences.append(f"No trained configuration is significantly better{seed} than {labels}, which {verb} nothing.")
-    subject = f"Of the trained configurations, use {choice.label}" if unbeaten else f"Use {choice.label}"
-    sentences.append(f"{subject}: {_explain_choice(choice, candidates, trained, comparison_set)}.")
-    return " ".join(sentences)
+        labels, seed = _join_labels(unbeaten), seed_clause(comparison_set.pair_comparisons)
+        sentences.append(f"No trained configuration is significantly better{seed} than {labels}, which {verb} nothing")
+    return [f"{sentence}." for sentence in sentences]
 
 
 def _explain_choice(
     choice: RunGroup, candidates: Sequence[RunGroup], trained: Sequence[RunGroup], comparison_set: ComparisonSet
-) -> str:
-    """Return the reasons for the choice as a clause: its difference from the reference, its costs, what is worse."""
+) -> list[str]:
+    """Return the reasons: difference from the reference, costs of the other candidates, and what is worse."""
+    if len(trained) == 1:
+        return ["It is the only trained configuration whose quality can be compared"]
     reference, _ = select_reference(trained)
-    pair = comparison_set.between(choice, reference)
     worse = [group for group in trained if _is_better(choice, group, comparison_set)]
     seed = seed_clause(comparison_set.pair_comparisons)
-    if len(trained) == 1:
-        return f"it is the only trained configuration with a comparable quality{seed}"
-    if pair is None and len(worse) == len(trained) - 1:
-        return f"it is better than every other trained configuration{seed}"
-    if pair is None:
-        clause = f"none is significantly better{seed}"
-        others = len(candidates) - 1
-        clause += f", and none of the {others} others that are not significantly worse costs less" if others else ""
-    else:
-        clause = f"it {_describe_difference(pair)}{cost_clause(choice, reference)}"
-    if worse and reference not in worse:
-        clause += f"; {join_with_and(truncate_list([group.label for group in worse]))} "
-        clause += "is worse" if len(worse) == 1 else "are worse"
-    return clause
+    if len(worse) == len(trained) - 1:
+        return [f"It is significantly better{seed} than every other trained configuration"]
+    sentences = []
+    if choice is not reference and (pair := comparison_set.between(choice, reference)) is not None:
+        sentences.append(f"It {_describe_difference(pair)}{cost_clause(choice, reference)}")
+    others = [group for group in candidates if group not in (choice, reference)] or [
+        group for group in candidates if group is not choice
+    ]
+    sentences += _describe_candidates(choice, [] if sentences and others == [reference] else others, seed)
+    if named := [group for group in worse if group is not reference]:
+        sentences.append(f"{_join_labels(named)} {'is' if len(named) == 1 else 'are'} significantly worse{seed}")
+    return sentences
+
+
+def _describe_candidates(choice: RunGroup, others: Sequence[RunGroup], seed: str) -> list[str]:
+    """Return sentences on configurations that are not significantly worse, by the cost in which they need more."""
+    by_cost: dict[str | None, list[RunGroup]] = {}
+    for group in others:
+        by_cost.setdefault(find_cheaper_cost(choice, group), []).append(group)
+    sentences = []
+    for cost, groups in by_cost.items():
+        verb, need = ("is", "needs") if len(groups) == 1 else ("are", "need")
+        costs = f"{need} more {cost}" if cost else ("costs" if len(groups) == 1 else "cost") + " about the same"
+        sentences.append(f"{_join_labels(groups)} {verb} not significantly worse{seed} and {costs}")
+    return sentences
+
+
+def _join_labels(groups: Sequence[RunGroup]) -> str:
+    return join_with_and(truncate_list([group.label for group in groups]))
 
 
 def _describe_difference(pair: PairComparison) -> str:

@@ -58,7 +58,8 @@ def build_fitting_command(record: RunRecord) -> str | None:
     if not outcome.suggested_overrides:
         return None
     folder = _relative_to_cwd(Path(str(record.recipe.get("output_dir", "runs")))) / record.name
-    is_evaluation = all(override.startswith("evaluate.") for override in outcome.suggested_overrides)
+    is_saved = record.tokens is not None and record.recipe.get("save_model", True)
+    is_evaluation = is_saved and all(override.startswith("evaluate.") for override in outcome.suggested_overrides)
     target = ["evaluate", str(folder)] if is_evaluation else ["train", str(folder / RECORD_FILE)]
     return shlex.join(["peftbench", *target, *outcome.suggested_overrides])
 

@@ -113,7 +113,7 @@ def _quality_sentence(comparison: PairComparison) -> str:
     mean, low, high = _with_sign(format_decimal(interval.mean, digits)), _with_sign(low), _with_sign(high)
     if float(within) >= comparison.metric.max_difference:
         seeds = f" and {len(comparison.seeds)} seeds" if len(comparison.seeds) > 1 else ""
-        reason = f"with {comparison.num_examples} examples{seeds} the interval exceeds the scale{advice}"
+        reason = f"with {comparison.num_examples} examples{seeds} the interval exceeds the metric's range{advice}"
         return f"{first} and {second} are indistinguishable{seed} (difference {mean}; {reason})"
     seeds = f" with {len(comparison.seeds)} seeds" if advice else ""
     verdict = f"not significant{seeds}{advice}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from peftbench.common.filesystem import write_atomically
 from peftbench.common.text import make_encodable
 from peftbench.record import RunRecord
+from peftbench.report.analysis.examples import describe_overlap
 from peftbench.report.analysis.significance import compare_groups
 from peftbench.report.page.build import render_page
 from peftbench.report.page.content import UnfinishedRun, build_page_data
@@ -16,7 +17,7 @@ from peftbench.report.recommendation import describe_context, recommend
 from peftbench.report.runs import sort_records, with_unique_names
 from peftbench.report.summary import summarize
 from peftbench.report.tables.export import json_table, latex_table
-from peftbench.report.tables.table import collect_notes, csv_table, markdown_report
+from peftbench.report.tables.table import collect_notes, csv_table, group_notes, markdown_report
 
 PAGE_FILE = "report.html"
 RESULTS_FILE = "RESULTS.md"
@@ -58,7 +59,9 @@ def write_report(
     comparison_set = compare_groups(rows)
     recommendation = recommend(comparison_set)
     summary, notes = summarize(rows, comparison_set), collect_notes(sort_records(rows))
-    head = [*([recommendation] if recommendation else []), f"{describe_context(rows)}."] if rows else []
+    warnings = [f"{warning}." for warning in group_notes(rows, describe_overlap)]
+    head = [*warnings, " ".join(recommendation), f"{describe_context(rows)}."] if rows else []
+    head = [sentence for sentence in head if sentence]
     page_summary, summary = summary, [*head, *summary]
     downloads = build_downloads(rows, summary, notes)
     unfinished = [run.sentence for run in unfinished_runs]

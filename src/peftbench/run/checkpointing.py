@@ -110,13 +110,10 @@ class TrainingCheckpointer:
     def save_before_evaluation(self) -> None:
         """Save a checkpoint after the last step of a distributed run that may be interrupted.
 
-        Saving is collective, and during evaluation the ranks could not agree on a moment for it. The saved model is
-        enough if a later process can load it on each rank.
+        Saving is collective, and while the model is saved or evaluated the ranks could not agree on a moment for it.
         """
-        recipe, engine = self.state.recipe, self.state.engine
-        may_be_stopped = recipe.checkpoint.interval or "SLURM_JOB_ID" in os.environ
-        is_needed = engine.shards_weights or not recipe.save_model
-        if self.state.accelerator.num_processes > 1 and may_be_stopped and is_needed:
+        may_be_stopped = self.state.recipe.checkpoint.interval or "SLURM_JOB_ID" in os.environ
+        if self.state.accelerator.num_processes > 1 and may_be_stopped:
             self.save()
 
     def save(self) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _GONE_SECONDS = 2.0
 """Time after an error of communication in which a process that caused it is found to be gone."""
-UNEVALUATED = "the training is finished and its evaluation is not"
+UNEVALUATED = "the training is finished, but its evaluation is not"
 """Error of a record that is written before the evaluation: it stays if the process is killed."""
 
 
@@ -56,7 +56,8 @@ class OutcomeHandler:
         try:
             outcome = self._run_to_outcome(run_stages)
         except PeftbenchError as raised:
-            if not self.state.progress.completed_steps and self.state.trained_record is None:
+            if not self.state.progress.completed_steps and self.state.quality is None:
+                self._report_to_other_ranks(self._build_failed_outcome(str(raised)))
                 raise
             # E.g. a disk that is full when the model is saved must not discard hours of measurements.
             outcome, error = self._build_failed_outcome(str(raised)), raised
@@ -209,11 +210,16 @@ class OutcomeHandler:
         return record, path
 
     def _keeps_existing_record(self, outcome: Outcome) -> bool:
-        """True if this process was stopped before its first step, and the record of an earlier one has steps."""
-        if outcome.kind != "preempted" or self.state.progress.completed_steps or self.state.trained_record is not None:
+        """True if an earlier process wrote a record with results that this process does not have."""
+        state = self.state
+        if (trained := state.trained_record) is not None:
+            return outcome.kind != "ok" and (state.quality is None or trained.outcome.kind == "ok")
+        if state.progress.completed_steps or outcome.kind == "ok":
             return False
         with suppress(RecordError):
-            return read_record(self.state.run_dir.record_file).steps > 0
+            existing = read_record(state.run_dir.record_file)
+            is_same = existing.recipe_fingerprint == state.requested_recipe.fingerprint()
+            return existing.steps > 0 and (is_same or outcome.kind in {"preempted", "failed"})
         return False
 
     def write_training_record(self) -> None:

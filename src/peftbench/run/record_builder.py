@@ -9,6 +9,7 @@ import torch
 
 from peftbench.distributed.accelerator import describe_device
 from peftbench.distributed.deepspeed import unwrap_optimizer
+from peftbench.evaluation.evaluator import HALVED_BATCH_NOTE
 from peftbench.optim import OPTIMIZER_LIBRARIES
 from peftbench.profiler.instruments import FLOP_COUNT_STEP
 from peftbench.profiler.memory import max_over_ranks
@@ -75,32 +76,41 @@ def build_record(state: RunState, outcome: Outcome, ranks: RankMeasurements, not
         energy_joules=ranks.energy_joules if state.is_trained else None,
         quality=state.quality,
     )
+    record = record.model_copy(update={"notes": tuple(notes)})
     if state.trained_record is not None:
         record = add_evaluation(state.trained_record, record)
-    return record.model_copy(update={"notes": (*record.notes, *notes, *check_record(record))})
+    return record.model_copy(update={"notes": (*record.notes, *check_record(record))})
 
 
 def add_evaluation(trained: RunRecord, evaluated: RunRecord) -> RunRecord:
-    """Return the record of a training with the evaluation of its saved model, which another process made."""
+    """Return the record of a training with the evaluation of its saved model, which another process made.
+
+    What belongs to the training stays: its examples, its data if they have changed since, and its measurements.
+    """
     phases = {"evaluate", "generate"}
-    old_checks = set(check_record(trained))
+    dropped_notes = set(check_record(trained))
+    notes = [note for note in trained.notes if note not in dropped_notes and not note.startswith(HALVED_BATCH_NOTE)]
+    counts = ("num_examples", "num_dropped_examples", "num_cut_examples", "num_control_token_examples")
     return trained.model_copy(
         update={
+            "evaluated_at": evaluated.started_at,
             "recipe": evaluated.recipe,
             "recipe_fingerprint": evaluated.recipe_fingerprint,
             "outcome": evaluated.outcome,
             "data_fingerprint": evaluated.data_fingerprint,
-            "num_examples": trained.num_examples | evaluated.num_examples,
-            "num_dropped_examples": trained.num_dropped_examples | evaluated.num_dropped_examples,
-            "num_cut_examples": trained.num_cut_examples | evaluated.num_cut_examples,
-            "num_control_token_examples": trained.num_control_token_examples | evaluated.num_control_token_examples,
-            "split_overlap": evaluated.split_overlap,
+            **{name: getattr(evaluated, name) | _keep_train(getattr(trained, name)) for name in counts},
+            "split_overlap": evaluated.split_overlap or trained.split_overlap,
             "phase_seconds": _replace_phases(trained.phase_seconds, evaluated.phase_seconds, phases),
             "memory": _replace_phases(trained.memory, evaluated.memory, phases),
             "quality": evaluated.quality,
-            "notes": tuple(note for note in trained.notes if note not in old_checks),
+            "notes": tuple(dict.fromkeys((*notes, *evaluated.notes))),
         }
     )
+
+
+def _keep_train(counts: Mapping[str, int]) -> dict[str, int]:
+    """Return the count of the training split alone."""
+    return {split: count for split, count in counts.items() if split == "train"}
 
 
 def _replace_phases(old: Mapping[str, _T], new: Mapping[str, _T], phases: Collection[str]) -> dict[str, _T]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from peftbench.errors import RecordError
+from peftbench.common.fingerprint import exclude_keys, fingerprint_recipe
+from peftbench.errors import OutOfRangeError, RecordError
 from peftbench.evaluation.evaluator import add_scores
 from peftbench.evaluation.outputs import read_outputs
 from peftbench.recipe.schema import Recipe
@@ -30,6 +33,11 @@ def rescore_outputs(recipe: Recipe) -> tuple[Outcome, Path]:
         outputs = read_outputs(run_dir.path)
         if record.quality is None:
             raise RecordError(f"{run_dir.record_file} has no evaluation", f"use peftbench evaluate {run_dir.path}")
+        if _fingerprint(recipe.model_dump(mode="json")) != _fingerprint(record.recipe):
+            raise OutOfRangeError(
+                "the saved outputs were generated with another recipe",
+                "with --from-outputs, override only evaluate.bootstrap_resamples",
+            )
         values = {
             "quality": add_scores(recipe.evaluate, record.quality, outputs),
             "recipe": recipe.model_dump(mode="json"),
@@ -40,3 +48,8 @@ def rescore_outputs(recipe: Recipe) -> tuple[Outcome, Path]:
         return record.outcome, record.write(run_dir.path)
     finally:
         lock.release()
+
+
+def _fingerprint(values: Mapping[str, Any]) -> str:
+    """Return the hash of a recipe without what only changes the metrics' intervals."""
+    return fingerprint_recipe(values, exclude_keys("evaluate.bootstrap_resamples"))

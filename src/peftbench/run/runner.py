@@ -15,7 +15,7 @@ from peftbench.distributed.accelerator import build_accelerator, collect_environ
 from peftbench.distributed.collectives import broadcast_from_main, main_process_first
 from peftbench.distributed.memory_owners import collect_engine_buffers
 from peftbench.distributed.rank_failure import FailureChannel
-from peftbench.errors import PeftbenchError
+from peftbench.errors import DataError, PeftbenchError
 from peftbench.profiler.energy import build_energy_meter
 from peftbench.profiler.instruments import StepInstruments, build_instruments
 from peftbench.profiler.probe import Probe
@@ -57,7 +57,10 @@ from peftbench.training.data import build_encoder, check_splits
 from peftbench.training.loop import train
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from peftbench.data.batches import EncodedExamples
+    from peftbench.data.encode import Encoder
     from peftbench.recipe.schema import Recipe
     from peftbench.training.build import AdaptedModel, TrainingComponents
     from peftbench.training.callbacks import StepCallback
@@ -161,7 +164,7 @@ class Run:
             adapted_model = adapt_model(state, base_model)
             if trained_dir is not None:
                 recipe.method.load(adapted_model.model, trained_dir)
-                compare_splits(state, load_examples(state, encoder, "train"), held_out)
+                self._compare_with_training_split(encoder, held_out)
         self.shutdown_signal.raise_if_requested()
         if recipe.method.is_trainable and trained_dir is None:
             if recipe.save_model:
@@ -181,6 +184,16 @@ class Run:
         if not state.has_saved_model:
             delete_saved_model(state)
 
+    def _compare_with_training_split(self, encoder: Encoder, held_out: Dataset) -> None:
+        """Count examples that are also training examples; without the training split, note that it is unknown."""
+        state = self.state
+        try:
+            examples = load_examples(state, encoder, "train")
+        except DataError as error:
+            state.notes.append(f"examples shared with the training split are unknown: {error}")
+            return
+        compare_splits(state, examples, held_out)
+
     def _find_trained_model(self) -> Path | None:
         """Return the folder of the saved model if this recipe's training is finished and only its evaluation is not.
 
@@ -198,7 +211,7 @@ class Run:
             return None
         state.has_saved_model = True
         if self.accelerator.is_main_process and not self.evaluate_only:
-            sys.stderr.write("note: the training is finished; its saved model is evaluated, and nothing is trained\n")
+            sys.stderr.write("note: the training is already finished; only its saved model is evaluated\n")
         return self.run_dir.model_dir
 
     def train(self, adapted_model: AdaptedModel, examples: EncodedExamples, pad_token_id: int) -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import shutil
-from typing import TYPE_CHECKING
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from peftbench.common.filesystem import as_os_error, write_error
+from peftbench.common.fingerprint import MEASUREMENT_KEYS
+from peftbench.common.nested_keys import flatten_keys
 from peftbench.common.units import format_bytes
 from peftbench.distributed.deepspeed import get_full_shape
 from peftbench.distributed.sharding import full_weights
 from peftbench.errors import DiskFullError, RecordError
 from peftbench.modeling.loading import read_base_fingerprint
+from peftbench.recipe.differences import format_value
 from peftbench.record import RunRecord, read_record
 from peftbench.run_dir.saved_model import TrainingIdentity, describes_model, read_training_identity
 from peftbench.training.build import load_trained_base_model
@@ -29,7 +34,7 @@ def check_disk_space(state: RunState, adapted_model: AdaptedModel) -> None:
     """Check before the training that the disk has room for the trained model; the main process saves it.
 
     Raises:
-        DiskFullError: it has not.
+        DiskFullError: the free space is too small.
     """
     model, method = adapted_model.model, state.recipe.method
     saved = [p for p in model.parameters() if p.requires_grad or not method.keeps_base_frozen]
@@ -37,7 +42,7 @@ def check_disk_space(state: RunState, adapted_model: AdaptedModel) -> None:
     free = shutil.disk_usage(state.run_dir.path).free
     if needed > free:
         raise DiskFullError(
-            f"the trained model needs {format_bytes(needed)}, and the disk of {state.run_dir.path} has "
+            f"the trained model needs {format_bytes(needed)}, but the disk of {state.run_dir.path} has "
             f"{format_bytes(free)} left",
             "free space, set output_dir to another disk, or set save_model=false",
         )
@@ -65,13 +70,22 @@ def _write_model(state: RunState, adapted_model: AdaptedModel) -> None:
         state.recipe.method.save(adapted_model.model, partial_dir)
         adapted_model.base.tokenizer.save_pretrained(partial_dir)
         _build_training_identity(state, adapted_model).write(partial_dir)
-        shutil.rmtree(model_dir, ignore_errors=True)
-        partial_dir.rename(model_dir)
+        _replace_folder(model_dir, partial_dir)
     except BaseException as error:  # after an interrupt too, no partial model is left
         shutil.rmtree(partial_dir, ignore_errors=True)
         if isinstance(error, (OSError, SafetensorError)):
             raise write_error(model_dir, as_os_error(error)) from error
         raise
+
+
+def _replace_folder(folder: Path, new: Path) -> None:
+    """Put ``new`` in the place of ``folder``, so that a kill leaves one of the two complete."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _build_training_identity(state: RunState, adapted_model: AdaptedModel) -> TrainingIdentity:
@@ -92,30 +106,47 @@ def delete_saved_model(state: RunState) -> None:
 
 
 def find_unevaluated_model(state: RunState) -> RunRecord | None:
-    """Return the record of the saved model if this run would repeat its training, measured as before; else None.
+    """Return the record of the saved model if this run would repeat its training; else None.
 
-    A run that has a complete result is repeated: it was requested again.
+    A training whose evaluation did not end is never repeated. Other trainings are repeated if the run would measure
+    them differently, or has a complete result, since it was requested again.
     """
     record, identity, recipe = _read_trained_record(state), read_training_identity(state.run_dir.path), state.recipe
     if record is None or identity is None or record.engine is None or not recipe.save_model:
         return None
     requested = state.requested_recipe
-    is_complete = record.outcome.kind == "ok" and record.recipe_fingerprint == requested.fingerprint()
+    has_result = record.outcome.kind in {"ok", "diverged"}
+    is_complete = has_result and record.recipe_fingerprint == requested.fingerprint()
     is_same_launch = (record.engine.name, record.device.num_processes, record.device.type) == (
         state.engine.name,
         state.accelerator.num_processes,
         state.accelerator.device.type,
     )
+    is_same_measurement = identity.measurement_fingerprint == requested.fingerprint_measured_training()
     if (
         (is_complete and record.data_fingerprint == state.data_fingerprint)
         or not is_same_launch
-        or state.engine.shards_weights  # an unsharded copy may not fit
-        or identity.measurement_fingerprint != requested.fingerprint_measured_training()
+        or identity.training_fingerprint != requested.fingerprint_training()
+        or (has_result and not is_same_measurement)
         or identity.data_fingerprint != state.training_data_fingerprint
         or identity.model_fingerprint != read_base_fingerprint(recipe.model)
     ):
         return None
+    if state.engine.shards_weights:  # an unsharded copy on each process may not fit
+        sys.stderr.write(
+            f"note: to evaluate the saved model without training, peftbench evaluate {state.run_dir.path}\n"
+        )
+        return None
+    if not is_same_measurement:
+        state.notes.append(_describe_measured_settings(record.recipe, requested.model_dump(mode="json")))
     return record
+
+
+def _describe_measured_settings(trained: Mapping[str, Any], requested: Mapping[str, Any]) -> str:
+    """Return a note on the settings with which a training was measured, where the recipe has others now."""
+    old, new = dict(flatten_keys(trained)), dict(flatten_keys(requested))
+    keys = [key for key in old if key.startswith(MEASUREMENT_KEYS) and old[key] != new.get(key)]
+    return f"the training was measured with {', '.join(f'{key}={format_value(old[key])}' for key in keys)}"
 
 
 def find_model_to_evaluate(state: RunState) -> RunRecord:
@@ -128,14 +159,17 @@ def find_model_to_evaluate(state: RunState) -> RunRecord:
     record, identity = _read_trained_record(state), read_training_identity(folder)
     if record is None or identity is None:
         raise RecordError(
-            f"{folder} has no saved model of a finished training with its record",
+            f"{folder} has no saved model with the record of its training",
             f"train it with peftbench train {state.run_dir.recipe_file}",
         )
-    if identity.training_fingerprint != state.requested_recipe.fingerprint_training():
+    if identity.measurement_fingerprint != state.requested_recipe.fingerprint_measured_training():
         raise RecordError(
             f"the saved model in {folder} was trained with another recipe",
             "give only keys that change the evaluation, e.g. evaluate.batch_size=1, or train again",
         )
+    if identity.data_fingerprint != state.training_data_fingerprint:
+        state.notes.append("the training data have changed since the training")
+        state.data_fingerprint = record.data_fingerprint  # so that the recipe counts as changed, and is trained again
     return record
 
 

@@ -196,13 +196,18 @@ def _build_ended_status(
     )
 
 
+def _get_written_at(record: RunRecord) -> str:
+    """Return the start of the process that last wrote a record."""
+    return max(record.started_at, record.evaluated_at or "")
+
+
 def _is_newer_than_record(status: Status | None, record: RunRecord | None) -> bool:
     """True if the process started after the one that wrote the record."""
-    return record is None or (status is not None and status.started_at > record.started_at)
+    return record is None or (status is not None and status.started_at > _get_written_at(record))
 
 
 def _is_record_current(status: Status | None, record: RunRecord) -> bool:
-    return status is None or record.started_at >= status.started_at
+    return status is None or _get_written_at(record) >= status.started_at
 
 
 def render_status_table(rows: Sequence[RunStatus]) -> str:

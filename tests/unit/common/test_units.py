@@ -66,7 +66,7 @@ def test_text_that_is_not_a_size_is_refused(text: str) -> None:
 @pytest.mark.parametrize("text", EMPTY_SIZES)
 def test_empty_size_is_refused(text: str) -> None:
     """A size below one byte is refused too; the error quotes the text."""
-    with pytest.raises(BudgetError, match=rf"^a memory budget of {re.escape(repr(text))} is empty; write"):
+    with pytest.raises(BudgetError, match=rf"^a memory budget must be more than 0, not {re.escape(repr(text))}; write"):
         parse_size(text)
 
 

@@ -37,8 +37,8 @@ def test_integer_id_is_taken_as_written(number: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "fault"),
     [
-        ('{"article": "a",, "summary": "s"}', "has a comma too many (character 17)"),
-        ('{"article": "a", "summary": "s",}', "has a comma too many (character 33)"),
+        ('{"article": "a",, "summary": "s"}', "has an extra comma (character 17)"),
+        ('{"article": "a", "summary": "s",}', "has an extra comma (character 33)"),
         ('{"article": "a" "summary": "s"}', "lacks a comma or a closing bracket before"),
         ('{"article" "a", "summary": "s"}', "lacks a colon before"),
         ('{"article": "a", "summary": "s"', "ends before its object is complete"),
@@ -109,7 +109,7 @@ def test_array_is_read_from_a_json_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "fault"),
     [
-        (f"[{GOOD},{GOOD},]", "line 3 has a comma too many"),
+        (f"[{GOOD},{GOOD},]", "line 3 has an extra comma"),
         (f"[{GOOD}{GOOD}]", "line 2 lacks a comma or a closing bracket before"),
         (f"[{GOOD},\n1]", "line 3 is the number 1, not an object"),
         (f"[{GOOD}", "line 1 ends before its object is complete"),

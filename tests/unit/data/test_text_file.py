@@ -49,7 +49,7 @@ def test_other_encoding_is_named_with_its_conversion(encoding: str, fault: str, 
 def test_text_of_another_script_is_not_taken_for_latin(tmp_path: Path) -> None:
     """Most bytes of a Russian text in Windows-1251 are above 127."""
     message = refuse(tmp_path / "rows.csv", "article,summary\nРека поднялась,Город\n".encode("cp1251"))
-    assert "it likely has an older encoding of its language" in message
+    assert "it likely has a legacy encoding" in message
 
 
 @pytest.mark.parametrize("suffix", TEXTS)
@@ -97,4 +97,4 @@ def test_workbook_and_parquet_are_named(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "book", "w") as archive:
         archive.writestr("xl/workbook.xml", "")
     assert "is a ZIP archive or an Excel workbook" in refuse(tmp_path / "rows.csv", (tmp_path / "book").read_bytes())
-    assert "is a Parquet file; let its name end in .parquet" in refuse(tmp_path / "rows.csv", b"PAR1rest")
+    assert "is a Parquet file; rename it to end in .parquet" in refuse(tmp_path / "rows.csv", b"PAR1rest")

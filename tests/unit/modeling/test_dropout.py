@@ -69,7 +69,7 @@ def test_no_dropout_remains(case: str) -> None:
         return
     note = find_remaining_dropout(build_with_dropout(config, 0.5), 0.0)
     assert note is not None
-    assert note.startswith("model.dropout=0 leaves dropout in ")
+    assert note.startswith("model.dropout=0 does not turn off dropout in ")
 
 
 def test_layer_dropout_is_switched_off_and_never_set() -> None:
@@ -89,7 +89,9 @@ def test_note_names_what_is_left() -> None:
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     model.transformer.h[1].mlp.dropout.p = 0.3  # type: ignore[union-attr,index]
-    assert find_remaining_dropout(model, 0.0) == "model.dropout=0 leaves dropout in transformer.h.1.mlp.dropout"
+    assert (
+        find_remaining_dropout(model, 0.0) == "model.dropout=0 does not turn off dropout in transformer.h.1.mlp.dropout"
+    )
     assert find_remaining_dropout(model, 0.1) is None
     assert find_remaining_dropout(model, None) is None
 

@@ -72,7 +72,7 @@ def test_weights_without_a_place_are_refused(folder: Path) -> None:
     """A config with fewer layers than the weights would train another model."""
     change_json(folder, "config.json", n_layer=1)
     with pytest.raises(
-        ModelError, match=r"config\.json of .* has no place for \d+ tensors of the weights, e\.g\. trans"
+        ModelError, match=r"the weights in .* have \d+ tensors that config\.json does not describe, e\.g\. trans"
     ):
         load_model(Model(path=str(folder), attention="sdpa"))
 
@@ -81,7 +81,7 @@ def test_weights_without_a_place_are_refused(folder: Path) -> None:
 def test_additional_weights_are_refused(name: str, folder: Path) -> None:
     """Tensors that no module has are named."""
     change_weights(folder, lambda weights: weights.update({name: torch.zeros(64)}))
-    with pytest.raises(ModelError, match=f"has no place for 1 tensors of the weights, e.g. {name}"):
+    with pytest.raises(ModelError, match=f"have 1 tensors that config.json does not describe, e.g. {name}"):
         load_model(Model(path=str(folder), attention="sdpa"))
 
 
@@ -111,7 +111,7 @@ def test_tokenizer_larger_than_the_embedding_is_refused(
     larger = type(tokenizer).from_pretrained(folder)
     larger.add_tokens([f"<extra-{number}>" for number in range(added)])
     larger.save_pretrained(folder)
-    sentence = rf"the tokenizer of .* has {4096 + added:,} tokens, and the model's embedding has 4,096 rows"
+    sentence = rf"the tokenizer of .* has {4096 + added:,} tokens, but the model's embedding has 4,096 rows"
     with pytest.raises(ModelError, match=sentence):
         load_model(Model(path=str(folder), attention="sdpa"))
     with pytest.raises(ModelError, match=sentence):
@@ -204,7 +204,7 @@ def test_generation_ignores_settings_of_the_base(
 @pytest.mark.parametrize("case", ["ctrl", "openai-gpt", "falcon_h1"])
 def test_prompt_tuning_is_refused_where_generation_takes_no_embeddings(case: str) -> None:
     """It is refused before the training; without generation it is accepted."""
-    with pytest.raises(UnsupportedModelError, match=r"generates from token ids alone.* set evaluate\.generate=false"):
+    with pytest.raises(UnsupportedModelError, match=r"generates only from token ids.* set evaluate\.generate=false"):
         PromptTuning().check_generation(build_tiny_model(case))
 
 
@@ -221,7 +221,7 @@ def test_disk_too_full_for_the_model_is_refused_before_training(
     """Both sizes are in the sentence, and nothing is written; without a saved model the run starts."""
     usage = shutil.disk_usage(workshop.output)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=5000))
-    with pytest.raises(DiskFullError, match=f"the trained model needs {size}, and the disk of .* has 5 KiB left"):
+    with pytest.raises(DiskFullError, match=f"the trained model needs {size}, but the disk of .* has 5 KiB left"):
         workshop.run(workshop.recipe(method, save_model=True))
     assert not (workshop.output / "run").exists()
     assert workshop.run(workshop.recipe(method)).outcome.kind == "ok"

@@ -117,7 +117,7 @@ CONFIG_DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "config is not JSON": (_write("config.json", "{ no"), r"config\.json is not valid JSON: .*line 1.*copy it again"),
     "config is empty": (_write("config.json", ""), r"config\.json is an empty file"),
-    "config is an array": (_write("config.json", "[1]"), r"config\.json has a JSON array, and an object is needed"),
+    "config is an array": (_write("config.json", "[1]"), r"config\.json has a JSON array, but must have an object"),
     "config is null": (_write("config.json", "null"), r"config\.json has a JSON null"),
     "config is missing": (_delete("config.json"), r"no config\.json; it has generation_config\.json, model\.safet"),
     "adapter": (
@@ -149,7 +149,7 @@ DAMAGES = CONFIG_DAMAGES | {
         r"weights in pytorch_model\.bin, .*convert them: python -c .*save_pretrained",
     ),
     "pickled shard": (_pickle("pytorch_model-00001-of-00001.bin"), r"weights in pytorch_model-00001-of-00001\.bin"),
-    "gguf": (_rename("model-q4.gguf"), r"weights in model-q4\.gguf, and peftbench reads safetensors only"),
+    "gguf": (_rename("model-q4.gguf"), r"weights in model-q4\.gguf, but peftbench reads safetensors only"),
     "other name": (_rename("weights.safetensors"), r"has weights\.safetensors, but no model\.safetensors; rename it"),
     "shard without index": (
         _rename("model-00001-of-00002.safetensors"),

@@ -94,6 +94,7 @@ def full_setup() -> dict[str, Any]:
         "data_fingerprint": "11",
         "num_examples": {"train": 8},
         "num_dropped_examples": {"train": 1},
+        "evaluated_at": "2026-01-02T00:00:00+00:00",
         "num_cut_examples": {"train": 2},
         "num_control_token_examples": {"test": 1},
         "split_overlap": {"texts": 2, "texts_with_summary": 1, "ids": 3, "same_file": False},

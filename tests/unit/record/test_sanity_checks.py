@@ -42,7 +42,7 @@ def test_time_ratio_above_flops_ratio_is_reported() -> None:
     """Three times the time for twice the FLOPs is reported, also below the table."""
     records = [timed("full", 3.0, 200), timed("lora", 1.0, 100)]
     (sentence,) = check_step_times(records)
-    assert "a step of full took 3.00 times as long as of lora with only 2.00 times the FLOPs" in sentence
+    assert "a step of full took 3.00 times as long as one of lora with only 2.00 times the FLOPs" in sentence
     assert sentence in collect_notes(records)
 
 
@@ -64,7 +64,7 @@ def test_slow_run_is_reported_once() -> None:
     """Among forty runs, one sentence names the fastest run and the number of others."""
     others = [timed(f"r{i:02}", 1.0 + i / 1000, 100) for i in range(40)]
     (sentence,) = check_step_times([*others, timed("slow", 3.0, 100)])
-    assert "a step of slow took 3.00 times as long as of r00" in sentence
+    assert "a step of slow took 3.00 times as long as one of r00" in sentence
     assert "(39 other runs show the same)" in sentence
     (sentence,) = check_step_times([*others[:2], timed("slow", 3.0, 100)])
     assert "(1 other run shows the same)" in sentence

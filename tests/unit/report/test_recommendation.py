@@ -25,8 +25,8 @@ def build_run(name: str, kind: str, shift: float, costs: tuple[int, float, int],
     return build_judged_record(name, kind, values, **(build_costs(*costs) | changes))
 
 
-def recommendation(*records: RunRecord) -> str | None:
-    """Return the recommendation for some runs."""
+def recommendation(*records: RunRecord) -> list[str]:
+    """Return the sentences of the recommendation for some runs."""
     return recommend(compare_groups(records))
 
 
@@ -37,70 +37,72 @@ def test_cheaper_method_within_the_interval_is_recommended() -> None:
     """Its distance from full fine-tuning and its costs are named, and what is worse."""
     lora = build_run("lora", "lora", 0.1, (380, 0.82, 69))
     prompt = build_run("prompt_tuning", "prompt_tuning", -6.0, (300, 0.8, 60))
-    text = recommendation(FULL, lora, prompt)
-    assert text is not None
-    assert text.startswith("Use lora: it is within ")
-    assert text.endswith(
-        " ROUGE-L of full on seed 0, at 38 % of its memory, 82 % of its time (single runs) and 69 % of its model "
-        "FLOPs; prompt_tuning is worse."
-    )
+    choice, reason, worse = recommendation(FULL, lora, prompt)
+    assert choice == "Use lora."
+    assert reason.startswith("It is within ")
+    costs = "at 38 % of its memory, 82 % of its time (single runs) and 69 % of its model FLOPs."
+    assert reason.endswith(f" ROUGE-L of full on seed 0, {costs}")
+    assert worse == "prompt_tuning is significantly worse on seed 0."
+
+
+def test_other_candidate_is_named_with_its_higher_cost() -> None:
+    """A configuration that is not worse and needs more is an alternative that the reader must know."""
+    lora = build_run("lora", "lora", 0.1, (380, 0.82, 69))
+    prompt = build_run("prompt_tuning", "prompt_tuning", 0.2, (300, 0.8, 60))
+    sentences = recommendation(FULL, lora, prompt)
+    assert sentences[0] == "Use prompt_tuning."
+    assert "lora is not significantly worse on seed 0 and needs more memory." in sentences
 
 
 def test_better_method_is_recommended_whatever_it_costs() -> None:
     """A significantly worse method is not a candidate."""
     lora = build_run("lora", "lora", -5.0, (380, 0.82, 69))
-    assert recommendation(FULL, lora) == "Use full: it is better than every other trained configuration on seed 0."
-    better = build_run("lora", "lora", 5.0, (380, 0.82, 69))
-    assert str(recommendation(FULL, better)).startswith("Use lora: it is better than full by 5.0 ROUGE-L on seed 0, at")
+    expected = ["Use full.", "It is significantly better on seed 0 than every other trained configuration."]
+    assert recommendation(FULL, lora) == expected
+    better = build_run("lora", "lora", 5.0, (2000, 1.5, 150))
+    assert recommendation(FULL, better)[0] == "Use lora."
 
 
 def test_dearer_method_within_the_interval_is_not_recommended() -> None:
     """The reference is the cheapest of those that are not worse."""
     lora = build_run("lora", "lora", 0.1, (2000, 1.5, 150))
-    assert recommendation(FULL, lora) == (
-        "Use full: none is significantly better on seed 0, and none of the 1 others that are not significantly worse "
-        "costs less."
-    )
+    expected = ["Use full.", "lora is not significantly worse on seed 0 and needs more memory."]
+    assert recommendation(FULL, lora) == expected
 
 
 @pytest.mark.parametrize(("shift", "is_beaten"), [(0.1, False), (9.0, False), (-9.0, True)])
-def test_baseline_that_no_training_beats_is_named_first(shift: float, is_beaten: bool) -> None:
+def test_baseline_that_no_training_beats_is_named(shift: float, is_beaten: bool) -> None:
     """Fine-tuning that does not help is not praised."""
     baseline = build_run("lead_1", "lead", shift, (0, 0.0, 0), tokens=None, parameters=None)
-    text = str(recommendation(FULL, baseline))
-    first = "No trained configuration is significantly better on seed 0 than lead_1, which trains nothing. "
-    assert text.startswith(first) != is_beaten
-    assert ("Of the trained configurations, use full" in text) != is_beaten
+    sentences = recommendation(FULL, baseline)
+    last = "No trained configuration is significantly better on seed 0 than lead_1, which trains nothing."
+    assert (last in sentences) != is_beaten
+    assert sentences[0] == ("Use full." if is_beaten else "If you train, use full.")
 
 
 def test_too_few_examples_give_no_recommendation() -> None:
     """The number that is needed is named."""
     runs = [build_judged_record(name, name, BASE[:10], **build_costs(1000, 1.0, 100)) for name in ("full", "lora")]
-    assert recommendation(*runs) == (
+    assert recommendation(*runs) == [
         "No recommendation: 10 held-out examples are too few to compare quality (at least 20 are needed)."
-    )
+    ]
 
 
 def test_single_configuration_gives_no_recommendation() -> None:
     """Nothing is compared."""
-    assert recommendation(FULL) is None
-    assert recommendation(FULL, FULL.model_copy(update={"name": "full again"})) is None
+    assert recommendation(FULL) == []
+    assert recommendation(FULL, FULL.model_copy(update={"name": "full again"})) == []
 
 
 @pytest.mark.parametrize("folder", ["demo", "demo_seeds", "demo_budget", "demo_rates"])
 def test_recommendation_of_committed_records_is_supported(folder: str) -> None:
     """No trained configuration is significantly better than the recommended one."""
     comparison_set = compare_groups(read_records(REPOSITORY / "docs" / "results" / folder))
-    text = recommend(comparison_set)
-    assert text is not None
-    if text.startswith("No recommendation"):
+    first, *_ = recommend(comparison_set)
+    if first.startswith("No recommendation"):
         assert comparison_set.num_examples < 20
         return
-    label = (
-        text.partition("se ")[2].partition(":")[0]
-        if text.startswith("Use")
-        else text.partition(", use ")[2].partition(":")[0]
-    )
+    label = first.rstrip(".").rpartition("se ")[2]
     (choice,) = [group for group in comparison_set.groups if group.label == label]
     for pair in comparison_set.pair_comparisons:
         if choice in (pair.first, pair.second) and pair.better_group not in (None, choice):
@@ -139,10 +141,10 @@ def test_report_starts_with_the_recommendation(tmp_path: Path) -> None:
 
     records = load_shipped_records("demo")
     written = write_report(records, tmp_path, "demo")
-    text = recommend(compare_groups(list(records.values())))
-    assert written.summary[0] == text
+    sentences = recommend(compare_groups(list(records.values())))
+    assert written.summary[0] == " ".join(sentences)
     assert written.summary[1] == f"{describe_context(list(records.values()))}."
     page = written.page_path.read_text(encoding="utf-8")
     assert page.index('class="recommendation"') < page.index('id="summary-title"')
-    assert str(text).replace(" %", "\u00a0%") in page
-    assert str(text)[:60] in (tmp_path / "RESULTS.md").read_text(encoding="utf-8").replace("\\", "")
+    assert f"<strong>{sentences[0]}</strong>" in page
+    assert " ".join(sentences)[:60] in (tmp_path / "RESULTS.md").read_text(encoding="utf-8").replace("\\", "")

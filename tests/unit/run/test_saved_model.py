@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,20 @@ import pytest
 import torch
 
 from peftbench.data.sources import Files
-from peftbench.errors import ModelError, RecordError
+from peftbench.errors import ModelError, OutOfRangeError, RecordError
 from peftbench.evaluation.evaluator import Evaluator
 from peftbench.evaluation.metrics.registry import TEXT_METRICS
 from peftbench.methods.base import Method
 from peftbench.methods.full import Full
 from peftbench.methods.last_layer import LastLayer
 from peftbench.methods.lora import Lora
+from peftbench.optim import SGD
 from peftbench.recipe.schema import Evaluate, Profile, Recipe
 from peftbench.record import RunRecord, read_record
 from peftbench.run.outcome import UNEVALUATED
 from peftbench.run.rescoring import rescore_outputs
 from peftbench.run.runner import Run
+from peftbench.run_dir.results import load_existing_result
 from peftbench.training import loop
 from tests.helpers.corpus import examples, write_corpus
 from tests.helpers.methods import every_method
@@ -74,7 +77,9 @@ def test_saved_model_is_evaluated_to_the_same_quality(
     assert record.quality.loss == pytest.approx(trained.quality.loss, rel=1e-6)
     assert record.quality.rouge == trained.quality.rouge
     assert (workshop.output / "run" / "outputs.jsonl").read_text(encoding="utf-8") == outputs
-    changed = {"quality", "phase_seconds", "memory"}
+    changed = {"quality", "phase_seconds", "memory", "evaluated_at"}
+    assert trained.evaluated_at is None
+    assert record.evaluated_at is not None
     assert record.model_dump(exclude=changed) == trained.model_dump(exclude=changed)
     kept = {"load", "build", "train", "save"}
     assert {name: record.phase_seconds[name] for name in kept} == {name: trained.phase_seconds[name] for name in kept}
@@ -216,7 +221,7 @@ def test_damaged_outputs_are_refused(damage: str, workshop: Workshop) -> None:
     with pytest.raises(RecordError, match=r"line 2 of .* is not an output"):
         rescore_outputs(recipe)
     path.write_text(path.read_text(encoding="utf-8").partition("\n")[0] + "\n", encoding="utf-8")
-    with pytest.raises(RecordError, match="not those of the evaluated examples"):
+    with pytest.raises(RecordError, match="do not match the evaluated examples"):
         rescore_outputs(recipe)
     assert read_record(workshop.output / "run" / "record.json") == record
 
@@ -277,9 +282,159 @@ def test_changed_base_model_is_noticed(method: Method, workshop: Workshop, tmp_p
 def test_evaluation_refuses_another_training(workshop: Workshop) -> None:
     """Without a saved model, or with that of another recipe, there is nothing to evaluate."""
     recipe = workshop.recipe(Lora(r=2), save_model=True)
-    with pytest.raises(RecordError, match="has no saved model of a finished training"):
+    with pytest.raises(RecordError, match="has no saved model with the record of its training"):
         evaluate(recipe)
     assert not (workshop.output / "run").exists()
     workshop.run(recipe)
     with pytest.raises(RecordError, match="was trained with another recipe"):
         evaluate(recipe.model_copy(update={"method": Lora(r=4)}))
+
+
+def read_run(workshop: Workshop) -> tuple[RunRecord, str]:
+    """Return the record and the outputs of the run."""
+    folder = workshop.output / "run"
+    return read_record(folder / "record.json"), (folder / "outputs.jsonl").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OOM, RuntimeError("a bug"), ModelError("changed")])
+@pytest.mark.parametrize("place", ["peftbench.run.runner.build_encoder", "_compute_losses", "_generate"])
+def test_failed_evaluation_keeps_a_complete_result(
+    place: str, error: BaseException, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever ends it and wherever, the record and the outputs of the complete evaluation stay."""
+    recipe = workshop.recipe(Lora(r=2), save_model=True, evaluate={"generate": True})
+    workshop.run(recipe)
+    before = read_run(workshop)
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(place if "." in place else f"peftbench.evaluation.evaluator.Evaluator.{place}", fail)
+    if isinstance(error, (KeyboardInterrupt, torch.OutOfMemoryError)):
+        assert evaluate(recipe).outcome.kind in {"preempted", "oom"}
+    else:
+        with pytest.raises(type(error)):
+            evaluate(recipe)
+    assert read_run(workshop) == before
+
+
+def test_known_loss_survives_a_rerun_that_is_stopped_while_loading(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record of the failed evaluation stays until a later one has a held-out loss."""
+    recipe = workshop.recipe(Lora(r=2), save_model=True, evaluate={"generate": True})
+    with monkeypatch.context() as patch:
+        fail_generation(patch, OOM)
+        record = workshop.run(recipe)
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("peftbench.run.runner.build_encoder", fail)
+    with pytest.raises(ZeroDivisionError):
+        workshop.run(with_evaluation(recipe, batch_size=1))
+    assert read_record(workshop.output / "run" / "record.json") == record
+
+
+@pytest.mark.parametrize("keys", [{"profile": Profile(untimed_steps=1)}, {"train": {"micro_batch_size": 2}}])
+def test_failed_evaluation_is_mended_with_other_measurement_settings(
+    keys: dict[str, Any], workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The training is not repeated, and a note has the settings with which it was measured."""
+    recipe = workshop.recipe(Lora(r=2), save_model=True, evaluate={"generate": True})
+    with monkeypatch.context() as patch:
+        fail_generation(patch, OOM)
+        first = workshop.run(recipe)
+    forbid_training(monkeypatch)
+    mended = workshop.recipe(Lora(r=2), save_model=True, evaluate={"generate": True}, **keys)
+    record = workshop.run(mended)
+    assert record.outcome.kind == "ok"
+    assert record.step_seconds == first.step_seconds
+    (note,) = [note for note in record.notes if "was measured with" in note]
+    assert ("profile.untimed_steps=0" in note) == ("profile" in keys)
+    assert ("train.micro_batch_size=null" in note) == ("train" in keys)
+
+
+def test_status_of_an_evaluated_run_is_finished(workshop: Workshop) -> None:
+    """The status file of the evaluation is newer than the training."""
+    from peftbench.suite.status import collect_run_statuses
+
+    recipe = workshop.recipe(Lora(r=2), save_model=True)
+    workshop.run(recipe)
+    time.sleep(1.1)  # times have seconds
+    evaluate(recipe)
+    (status,) = collect_run_statuses(workshop.output, {})
+    assert status.state == "finished"
+
+
+def test_evaluation_does_not_hide_changed_training_data(workshop: Workshop, tmp_path: Path) -> None:
+    """The recipe counts as changed, so that it is trained again, and a note names the change."""
+    (tmp_path / "data").mkdir()
+    splits = {name: examples(8, seed=seed) for seed, name in enumerate(("train", "validation", "test"))}
+    source = write_corpus(tmp_path / "data", splits)
+    recipe = workshop.recipe(Lora(r=2), save_model=True, data={"source": source}, train={"steps": 1})
+    workshop.run(recipe)
+    write_corpus(tmp_path / "data", splits | {"train": examples(9, seed=9)})
+    record = evaluate(recipe)
+    assert "the training data have changed since the training" in record.notes
+    assert record.num_examples == {"train": 8, "test": 8}
+    assert load_existing_result(recipe) is None
+
+
+def test_evaluation_works_without_the_training_split(workshop: Workshop, tmp_path: Path) -> None:
+    """Only the number of shared examples is unknown."""
+    (tmp_path / "data").mkdir()
+    splits = {name: examples(8, seed=seed) for seed, name in enumerate(("train", "validation", "test"))}
+    source = write_corpus(tmp_path / "data", splits)
+    recipe = workshop.recipe(Lora(r=2), save_model=True, data={"source": source}, train={"steps": 1})
+    trained = workshop.run(recipe)
+    (tmp_path / "data" / "train.jsonl").unlink()
+    record = evaluate(recipe)
+    assert record.outcome.kind == "ok"
+    assert record.split_overlap == trained.split_overlap
+    assert any(note.startswith("examples shared with the training split are unknown: ") for note in record.notes)
+
+
+def test_repeated_evaluation_does_not_repeat_notes(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The note on a halved batch is that of the last evaluation."""
+    recipe = workshop.recipe(LastLayer(), save_model=True, train={"gradient_checkpointing": True})
+    notes = workshop.run(recipe).notes
+    assert len(notes) == 1
+    assert evaluate(recipe).notes == evaluate(recipe).notes == notes
+
+
+def test_outputs_are_not_scored_for_another_recipe(workshop: Workshop) -> None:
+    """Only the settings of the intervals may change."""
+    recipe = workshop.recipe(Lora(r=2), save_model=True, evaluate={"generate": True})
+    workshop.run(recipe)
+    with pytest.raises(OutOfRangeError, match="generated with another recipe"):
+        rescore_outputs(recipe.model_copy(update={"method": Lora(r=64)}))
+    with pytest.raises(OutOfRangeError, match="generated with another recipe"):
+        rescore_outputs(with_evaluation(recipe, max_new_tokens=4))
+    outcome, _ = rescore_outputs(with_evaluation(recipe, bootstrap_resamples=200))
+    assert outcome.kind == "ok"
+
+
+def test_diverged_training_is_repeated_on_request(workshop: Workshop) -> None:
+    """A divergence is a result; requested again, the run trains again."""
+    recipe = workshop.recipe(
+        Full(), optimizer=SGD(learning_rate=1e30), train={"steps": 1, "max_grad_norm": None}, save_model=True
+    )
+    first, second = workshop.run(recipe), workshop.run(recipe)
+    assert first.outcome.kind == second.outcome.kind == "diverged"
+    assert first.step_seconds != second.step_seconds
+
+
+def test_out_of_memory_while_loading_keeps_the_trained_steps(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record of the same recipe with steps is not replaced by one of 0 steps."""
+    recipe = workshop.recipe(Lora(r=2))
+    record = workshop.run(recipe)
+
+    def fail(*_: object) -> None:
+        raise OOM
+
+    monkeypatch.setattr("peftbench.run.runner.load_base_model", fail)
+    assert workshop.run(recipe).outcome.kind == "oom"
+    assert read_record(workshop.output / "run" / "record.json") == record

@@ -88,7 +88,7 @@ def _iter_records(file: TextIO, location: SplitLocation) -> Iterator[tuple[int, 
 
 def _count_fault(line: int, values: int, columns: int, location: SplitLocation) -> DataError:
     fault = f"line {line} has {values} value{'s' * (values != 1)}, and the header has {columns} columns"
-    advice = "write a value that has commas in double quotes" if values > columns else "correct that line"
+    advice = "put double quotes around a value that contains commas" if values > columns else "correct that line"
     return location.unreadable("csv", fault, advice)
 
 
@@ -99,7 +99,7 @@ def _describe_fault(lines: _Lines, message: str) -> tuple[str, str]:
         return f"the quote that opens in line {opening} is never closed", "correct that line"
     if "expected after" not in message:
         return f"line {lines.number} is not valid CSV ({message})", "correct that line"
-    advice = "write a quote inside a quoted value twice"
+    advice = "double each quote inside a quoted value"
     if opening == lines.number:
         return f"line {opening} has text after the quote that closes a value", advice
     return f"the quote that opens in line {opening} is closed in line {lines.number}, before its value ends", advice

@@ -33,7 +33,7 @@ def describe_json_fault(text: str, error: json.JSONDecodeError) -> tuple[str, st
         (not rest, "ends before its object is complete", _ONE_PER_LINE),
         (first < " ", f"has a raw control character {where}", f"write it as {json.dumps(first)[1:-1]}"),
         (first == "'", f"has a single quote where JSON needs a double quote {where}", _CORRECT),
-        (first == "," or _is_trailing_comma(before, first, message), f"has a comma too many {where}", _CORRECT),
+        (first == "," or _is_trailing_comma(before, first, message), f"has an extra comma {where}", _CORRECT),
         (
             message == "Expecting ',' delimiter",
             f"lacks a comma or a closing bracket before {_quote(rest)} {where}",

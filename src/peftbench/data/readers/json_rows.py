@@ -76,7 +76,7 @@ def _iter_objects(file: TextIO, location: SplitLocation) -> Iterator[tuple[int, 
                 raise location.unreadable(
                     "json",
                     f"line {number} starts an array, and a JSON lines file has one object on each line",
-                    "let the file's name end in .json, or convert it, for example with: jq -c '.[]'",
+                    "rename the file to end in .json, or convert it, for example with: jq -c '.[]'",
                 )
             yield from _iter_array(line + file.read(), number, location)
             return

@@ -61,7 +61,7 @@ class SplitLocation:
 
     def read_error(self, error: OSError) -> DataError:
         """Return the error of a file that the system cannot read."""
-        return DataError(f"{self.path} cannot be read: {error.strerror or error}", "make it a file that can be read")
+        return DataError(f"{self.path} cannot be read: {error.strerror or error}", "check the path and its permissions")
 
     def missing_column(self, name: str, names: Sequence[str], separator: str | None = None) -> MissingColumnError:
         """Return the error of a column that does not exist; ``separator`` is what the file has in place of commas."""
@@ -98,7 +98,7 @@ class SplitLocation:
 
     def empty_cell(self, place: str, name: str) -> DataError:
         """Return the error of a cell without text."""
-        return DataError(f"{place} of the {self.split} split of {self.path} has no {name}; fill it in or leave it out")
+        return DataError(f"{place} of the {self.split} split of {self.path} has no {name}; add it or remove the row")
 
 
 def iter_examples(

@@ -17,7 +17,7 @@ _SIGNATURES = {
     b"BZh": ("is compressed with bzip2", "decompress it with bunzip2"),
     b"\x28\xb5\x2f\xfd": ("is compressed with zstd", "decompress it with unzstd"),
     b"\xfd7zXZ\x00": ("is compressed with xz", "decompress it with unxz"),
-    b"PAR1": ("is a Parquet file", "let its name end in .parquet"),
+    b"PAR1": ("is a Parquet file", "rename it to end in .parquet"),
     b"ARROW1": ("is an Arrow file", "convert it to Parquet"),
 }
 _GIT_LFS_START = b"version https://git-lfs.github.com/spec/"
@@ -89,7 +89,7 @@ def _describe_invalid_line(number: int, line: bytes, error: UnicodeDecodeError) 
     letters = high + sum(65 <= byte & ~0x20 <= 90 for byte in line)
     if high > _WESTERN_SHARE * letters:
         return (
-            f"{fault}; it likely has an older encoding of its language (for example Windows-1251 or GB18030)",
+            f"{fault}; it likely has a legacy encoding (for example Windows-1251 or GB18030)",
             "convert it to UTF-8, for example with: iconv -f WINDOWS-1251 -t UTF-8",
         )
     return f"{fault}; it is likely Latin-1 or Windows-1252", _advise_conversion("WINDOWS-1252")

@@ -46,18 +46,19 @@ def cost_clause(group: RunGroup, reference: RunGroup) -> str:
     return clause + (f"; {join_with_and(similar)} {verb} not differ measurably" if similar else "")
 
 
-def is_cheaper(group: RunGroup, other: RunGroup) -> bool:
-    """True if ``group`` costs less in the first of memory, time and model FLOPs in which they differ measurably."""
+def find_cheaper_cost(group: RunGroup, other: RunGroup) -> str | None:
+    """Return the first of memory, time and model FLOPs that differs measurably, if ``group`` needs less; else None."""
     if why_not_comparable(group, other) is not None:
-        return False
-    pairs = (
-        _distinct_peaks(group, other),
-        _distinct_train_times(group, other),
-        (group.mean_model_flops, other.mean_model_flops),
-    )
-    return next(
-        (own < others for own, others in pairs if own is not None and others is not None and own != others), False
-    )
+        return None
+    pairs = {
+        "memory": _distinct_peaks(group, other),
+        "time": _distinct_train_times(group, other),
+        "model FLOPs": (group.mean_model_flops, other.mean_model_flops),
+    }
+    for name, (own, others) in pairs.items():
+        if own is not None and others is not None and own != others:
+            return name if own < others else None
+    return None
 
 
 def _has_similar_speed(group: RunGroup, reference: RunGroup) -> bool:

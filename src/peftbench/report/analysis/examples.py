@@ -19,10 +19,10 @@ def describe_overlap(record: RunRecord) -> Iterator[str]:
     elif overlap.texts:
         yield (
             f"{overlap.texts:,} of the {total:,} {split} texts are training texts too "
-            f"({overlap.texts_with_summary:,} with the same summary), so the quality is partly that of known examples"
+            f"({overlap.texts_with_summary:,} with the same summary), so quality is partly measured on training data"
         )
     elif overlap.ids:
-        yield f"{overlap.ids:,} of the {total:,} {split} ids are ids of training examples with other texts"
+        yield f"{overlap.ids:,} of the {total:,} {split} ids are also training ids, but their texts differ"
 
 
 def describe_changed_examples(record: RunRecord) -> Iterator[str]:
@@ -35,4 +35,4 @@ def describe_changed_examples(record: RunRecord) -> Iterator[str]:
         if cut := record.num_cut_examples.get(split):
             yield f"{cut:,} of {used:,} {split} texts are cut to fit {limit}"
         if control := record.num_control_token_examples.get(split):
-            yield f"{control:,} of {used:,} {split} texts contain the name of a control token and are encoded with it"
+            yield f"{control:,} of {used:,} {split} texts contain a control token's name, encoded as that token"

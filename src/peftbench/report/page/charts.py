@@ -122,7 +122,7 @@ def _theme() -> dict[str, Any]:
             "tickColor": ink,
             "labelFlush": False,  # it moves the last label onto its neighbor
         },
-        "legend": {**labels, "orient": "bottom", "columns": 3, "labelLimit": 260, "symbolSize": 90},
+        "legend": {**labels, "orient": "bottom", "columns": 2, "labelLimit": 260, "symbolSize": 90},
         "text": {"color": ink},
         "rule": {"color": ink},
     }
@@ -241,7 +241,7 @@ def _trade_off_layers(
             .mark_rule(strokeDash=[2, 3], strokeWidth=1.3)
             .encode(y=y, color=color, tooltip=[tips[0], tips[2]]),
             _layer("baselines")
-            .mark_text(align="left", dx=3, dy=-7, fontSize=11)
+            .mark_text(align="left", dx=3, dy=-9, fontSize=11)
             .encode(x=alt.value(0), y=y, text="run:N"),
         ],
         **{
@@ -251,7 +251,9 @@ def _trade_off_layers(
     }
 
 
-def memory_bars(rows: Sequence[ChartRow], limit_rows: Sequence[ChartRow], caption: str) -> Chart | None:
+def memory_bars(
+    rows: Sequence[ChartRow], limit_rows: Sequence[ChartRow], caption: str, title: str = "Peak memory by category"
+) -> Chart | None:
     """Return stacked bars of each run's peak memory by category, with its limit; None without data."""
     if not rows:
         return None
@@ -284,7 +286,7 @@ def memory_bars(rows: Sequence[ChartRow], limit_rows: Sequence[ChartRow], captio
         layers.append(mark.encode(x="limit:Q", y=y, tooltip=tips))
     return _build_chart(
         "memory",
-        "Peak memory by category",
+        title,
         caption,
         alt.layer(*layers).properties(height=34 * len(runs)),
         data={"runs": rows, "budgets": limit_rows},

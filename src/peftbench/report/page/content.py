@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import ClassVar
 
 from peftbench.record import RunRecord
+from peftbench.record.quality import MAX_SAMPLE_CHARS
+from peftbench.record.sanity_checks import RSS_SLACK_BYTES
 from peftbench.report.analysis.comparability import why_not_comparable
+from peftbench.report.analysis.examples import describe_overlap
 from peftbench.report.analysis.run_groups import RunGroup
 from peftbench.report.analysis.significance import ComparisonSet, PairComparison, compare_groups
 from peftbench.report.page import charts, memory_chart, series
@@ -19,7 +22,7 @@ from peftbench.report.reproduce import reproduce_commands
 from peftbench.report.runs import method_kind, run_label, sample_key, sort_records
 from peftbench.report.settings import Setting, environment_settings, recipe_settings
 from peftbench.report.tables.columns import Column, format_outcome
-from peftbench.report.tables.table import collect_notes, visible_columns
+from peftbench.report.tables.table import collect_notes, group_notes, visible_columns
 from peftbench.report.text.formatting import CellValue, decimal_places, finite_or_none, format_decimal, round_outward
 
 MAX_DRAWN_RUNS = 24
@@ -54,6 +57,11 @@ class ExampleSummaries:
     reference: str
     generated: dict[str, str]
 
+    @property
+    def is_cut(self) -> bool:
+        """True if the record may have only the beginning of the article."""
+        return len(self.article) >= MAX_SAMPLE_CHARS
+
 
 @dataclass(frozen=True)
 class UnfinishedRun:
@@ -87,8 +95,10 @@ class PageData:
     title: str
     context: str
     """Model, data, device, budget and dates of the runs; empty without runs."""
-    recommendation: str | None
-    """Recommended configuration and the reasons; None if no two configurations are compared."""
+    warnings: list[str]
+    """Sentences on evaluated examples that are training examples."""
+    recommendation: list[str]
+    """Recommended configuration and the reasons, as sentences; empty if no two configurations are compared."""
     summary: list[str]
     columns: list[Column]
     rows: list[TableRow]
@@ -115,6 +125,7 @@ class PageData:
     metric_name: str
     """Metric of the comparisons."""
 
+    memory_tolerance_mib: ClassVar[int] = RSS_SLACK_BYTES // 2**20
     max_curve_points: ClassVar[int] = series.MAX_CURVE_POINTS
     smoothing_window: ClassVar[int] = 2 * charts.SMOOTHING_RADIUS + 1
 
@@ -135,7 +146,7 @@ def build_page_data(
     title: str,
     summary: Sequence[str],
     *,
-    recommendation: str | None = None,
+    recommendation: Sequence[str] = (),
     comparison_set: ComparisonSet | None = None,
     note_lines: Sequence[str] | None = None,
     unfinished_runs: Sequence[UnfinishedRun] = (),
@@ -156,7 +167,8 @@ def build_page_data(
     return PageData(
         title=title,
         context=describe_context(rows) if rows else "",
-        recommendation=recommendation,
+        warnings=group_notes(rows, describe_overlap),
+        recommendation=list(recommendation),
         summary=list(summary),
         columns=columns,
         rows=[_build_table_row(record, columns) for record in rows],
@@ -268,7 +280,8 @@ def _has_comparable_costs(groups: Sequence[RunGroup]) -> bool:
 def _memory_chart(records: Sequence[RunRecord]) -> Chart | None:
     limits, far_limits_note = memory_chart.memory_limit_rows(records)
     caption = memory_chart.memory_caption(records, limits, far_limits_note)
-    return charts.memory_bars(memory_chart.memory_bar_rows(records), limits, caption)
+    rows = memory_chart.memory_bar_rows(records)
+    return charts.memory_bars(rows, limits, caption, memory_chart.memory_title(records))
 
 
 def _collect_examples(records: Sequence[RunRecord]) -> list[ExampleSummaries]:

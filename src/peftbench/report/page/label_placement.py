@@ -26,6 +26,7 @@ FONT_SIZE = 11
 _CHAR_WIDTH = 0.58 * FONT_SIZE
 _POINT_RADIUS = 7
 _X_PADDING = 24
+_RIGHT_MARGIN = 8
 _LINE_WIDTH = 3
 
 
@@ -75,7 +76,7 @@ def place_labels(
         return up(value) if is_y_reversed else PLOT_HEIGHT - up(value)
 
     taken = [_build_point_box(to_x(point.x), to_y(point.y)) for point in points]
-    taken += [
+    intervals = [
         _build_line_box(to_x(point.x), to_y(point.low), to_y(point.high))
         for point in points
         if point.low is not None and point.high is not None
@@ -89,7 +90,10 @@ def place_labels(
             name: _build_label_box(point.label, to_x(point.x), to_y(point.y), position)
             for name, position in LABEL_POSITIONS.items()
         }
-        name = next((name for name, box in boxes.items() if _is_free(box, taken)), None)
+        # A label across a thin interval is still readable, and better than none.
+        obstacles = ([*taken, *intervals], taken)
+        free = [name for avoided in obstacles for name, box in boxes.items() if _is_free(box, avoided)]
+        name = next(iter(free), None)
         positions.append(name)
         if name is not None:
             taken.append(boxes[name])
@@ -97,7 +101,7 @@ def place_labels(
 
 
 def _is_free(box: Box, taken: Sequence[Box]) -> bool:
-    is_inside = box.left >= 0 and box.right <= PLOT_WIDTH + _X_PADDING and box.top >= -FONT_SIZE
+    is_inside = box.left >= 0 and box.right <= PLOT_WIDTH + _RIGHT_MARGIN and box.top >= -FONT_SIZE
     return is_inside and not any(box.overlaps(other) for other in taken)
 
 

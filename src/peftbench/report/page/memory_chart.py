@@ -119,6 +119,14 @@ def memory_limit_rows(records: Sequence[RunRecord]) -> tuple[list[ChartRow], str
     return rows, f"Not drawn, far beyond the bars: {limits}." if limits else ""
 
 
+def memory_title(records: Sequence[RunRecord]) -> str:
+    """Return the title of the chart: on CPU with breakdowns it shows tensors, and the table shows the process."""
+    measured = [record for record in records if any(peak_by_category(record))]
+    if measured and all(record.device.type == "cpu" and record.memory_breakdown for record in measured):
+        return "Tensor memory of one training step"
+    return "Peak memory by category"
+
+
 def memory_caption(records: Sequence[RunRecord], limit_rows: Sequence[ChartRow], far_limits_note: str) -> str:
     """Return the caption of the chart for these records."""
     sentences = ["Peak memory of the training phase."]
@@ -135,12 +143,12 @@ def memory_caption(records: Sequence[RunRecord], limit_rows: Sequence[ChartRow],
         sentences.append(f"{subject}, gradients and optimizer states are from tensor sizes; the rest is unattributed.")
     if any(record.memory_breakdown for record in on_cpu):
         sentences.append(
-            "On CPU with profile.memory_breakdown, a bar is the tensors of one untimed step of the first process; the "
+            "On CPU with profile.memory_breakdown, bars show tensors of one untimed step of the first process; the "
             "table has the resident memory, with libraries and freed blocks."
         )
     if any(not record.memory_breakdown for record in on_cpu):
         sentences.append(
-            "On CPU without profile.memory_breakdown, a bar is the resident memory above its value before anything was "
+            "On CPU without profile.memory_breakdown, bars show resident memory above its value before anything was "
             "loaded: tensors, libraries imported later and freed blocks that the C library keeps."
         )
     if on_cpu:

@@ -62,6 +62,7 @@ filter.addEventListener("input", () => {
 function markCut(box) {
   box.toggleAttribute("data-scrollable", box.scrollWidth > box.clientWidth + 1);
   box.toggleAttribute("data-cut", box.scrollLeft + box.clientWidth < box.scrollWidth - 1);
+  box.toggleAttribute("data-cut-below", box.scrollTop + box.clientHeight < box.scrollHeight - 1);
 }
 for (const box of document.querySelectorAll(".scroll")) {
   new ResizeObserver(() => markCut(box)).observe(box);

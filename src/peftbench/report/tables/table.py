@@ -120,10 +120,10 @@ def terminal_table(rows: Sequence[dict[str, str]]) -> str:
 
 def collect_notes(records: Sequence[RunRecord]) -> list[str]:
     """Return notes that a reader needs: unequal protocols, substitutions, failures, suspicious step times."""
-    notes = _group_notes(records, describe_overlap)
+    notes = group_notes(records, describe_overlap)
     notes += [f"{record.name}: {oom_sentence(record)}" for record in records if record.outcome.kind == "oom"]
-    notes += _group_notes(records, describe_changed_examples)
-    notes += _group_notes(records, lambda record: record.notes)
+    notes += group_notes(records, describe_changed_examples)
+    notes += group_notes(records, lambda record: record.notes)
     trained = [record for record in records if record.tokens is not None and record.outcome.kind == "ok"]
     if differences := list_protocol_differences(trained):
         notes.append(f"these runs differ in more than their method: in {join_with_and(differences)}")
@@ -135,7 +135,7 @@ def collect_notes(records: Sequence[RunRecord]) -> list[str]:
     return [*notes, *check_step_times(records), *_unknown_metric_notes(trained)]
 
 
-def _group_notes(records: Sequence[RunRecord], get_notes: Callable[[RunRecord], Iterable[str]]) -> list[str]:
+def group_notes(records: Sequence[RunRecord], get_notes: Callable[[RunRecord], Iterable[str]]) -> list[str]:
     """Return the notes that ``get_notes`` has for the records, each once, with the names of its runs."""
     names_by_note: dict[str, list[str]] = {}
     for record in records:
