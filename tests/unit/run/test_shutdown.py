@@ -19,6 +19,7 @@ from peftbench.run_dir.stop_request import ATTEMPT_ENV, clear_stop_files, get_st
 def shutdown_signal() -> Iterator[ShutdownSignal]:
     """Install the signal handlers and return their object; restore the previous handlers afterwards."""
     previous_handlers = {number: signal.getsignal(number) for number in SHUTDOWN_SIGNALS}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests may run under nohup
     shutdown_signal = ShutdownSignal()
     shutdown_signal.install_handlers()
     yield shutdown_signal
