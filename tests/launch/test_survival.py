@@ -49,7 +49,13 @@ def start_run(command: list[str], project: Path, caches: dict[str, str], *overri
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        preexec_fn=restore_hangup,  # noqa: PLW1509 — no thread of this process holds a lock
     )
+
+
+def restore_hangup() -> None:
+    """Undo an ignored SIGHUP, which a new process inherits: tests may run under nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def wait_for_training(project: Path, process: subprocess.Popen[str], previous_pid: int | None = None) -> dict[str, Any]:
@@ -367,6 +373,7 @@ def test_closed_terminal_saves_a_step(project: Path, caches: dict[str, str]) -> 
         stdin=terminal,
         stdout=terminal,
         stderr=terminal,
+        preexec_fn=restore_hangup,  # noqa: PLW1509
     )
     os.close(terminal)
     reader = threading.Thread(target=drain, args=(controller,), daemon=True)
