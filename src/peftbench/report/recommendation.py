@@ -124,7 +124,7 @@ def describe_context(records: Sequence[RunRecord]) -> str:
     budgets = _list_values(records, lambda record: (record.recipe.get("budget") or {}).get("memory"))
     dates = sorted({record.started_at[:10] for record in records})
     parts = [
-        f"Base model {_join_values(_list_values(records, _name_model))}",
+        f"Base model: {_join_values(_list_values(records, _name_model))}",
         f"{_join_values(_list_values(records, _name_data))}{_count_examples(records)}",
         _join_values(_list_values(records, lambda record: record.device.name or record.device.type)),
         f"memory budget {_join_values(budgets)}" if budgets else "no memory budget",

@@ -124,13 +124,13 @@ def test_context_names_model_data_device_budget_and_dates() -> None:
     run = FULL.model_copy(update=changes)
     other = run.model_copy(update={"started_at": "2026-01-05T00:00:00+00:00"})
     assert describe_context([run, other]) == (
-        "Base model gpt2; rows.jsonl, 4,000 train and 100 test examples; a GPU; memory budget 16GiB; "
+        "Base model: gpt2; rows.jsonl, 4,000 train and 100 test examples; a GPU; memory budget 16GiB; "
         "2026-01-03 to 2026-01-05"
     )
     hub = run.model_copy(
         update={"recipe": recipe | {"model": {"path": "openai-community/gpt2"}, "budget": {"memory": None}}}
     )
-    assert describe_context([hub]).startswith("Base model openai-community/gpt2; ")
+    assert describe_context([hub]).startswith("Base model: openai-community/gpt2; ")
     assert "no memory budget" in describe_context([hub])
 
 

@@ -121,6 +121,8 @@ def _theme() -> dict[str, Any]:
             "domainColor": ink,
             "tickColor": ink,
             "labelFlush": False,  # it moves the last label onto its neighbor
+            "labelOverlap": "greedy",
+            "labelSeparation": 8,
         },
         "legend": {**labels, "orient": "bottom", "columns": 2, "labelLimit": 260, "symbolSize": 90},
         "text": {"color": ink},
