@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Mapping
@@ -17,7 +18,6 @@ from peftbench.distributed.deepspeed import get_full_shape
 from peftbench.distributed.sharding import full_weights
 from peftbench.errors import DiskFullError, RecordError
 from peftbench.modeling.loading import read_base_fingerprint
-from peftbench.recipe.differences import format_value
 from peftbench.record import RunRecord, read_record
 from peftbench.run_dir.saved_model import TrainingIdentity, describes_model, read_training_identity
 from peftbench.training.build import load_trained_base_model
@@ -146,7 +146,7 @@ def _describe_measured_settings(trained: Mapping[str, Any], requested: Mapping[s
     """Return a note on the settings with which a training was measured, where the recipe has others now."""
     old, new = dict(flatten_keys(trained)), dict(flatten_keys(requested))
     keys = [key for key in old if key.startswith(MEASUREMENT_KEYS) and old[key] != new.get(key)]
-    return f"the training was measured with {', '.join(f'{key}={format_value(old[key])}' for key in keys)}"
+    return f"the training was measured with {', '.join(f'{key}={json.dumps(old[key])}' for key in keys)}"
 
 
 def find_model_to_evaluate(state: RunState) -> RunRecord:

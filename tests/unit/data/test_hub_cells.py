@@ -109,7 +109,7 @@ def test_shard_is_named_with_its_line(folder: Path) -> None:
     with (folder / "train-00001-of-00002.jsonl").open("a", encoding="utf-8") as file:
         file.write(",\n")
     with pytest.raises(
-        DataError, match=r"train-00001-of-00002\.jsonl cannot be read as json: line 2 has a comma too man"
+        DataError, match=r"train-00001-of-00002\.jsonl cannot be read as json: line 2 has an extra comma"
     ):
         source.load("train")
 

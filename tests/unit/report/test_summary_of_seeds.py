@@ -77,5 +77,5 @@ def test_interval_wider_than_scale_gives_no_bound() -> None:
     sentences = summarize([*build_seeds("full", "full", [0, 0]), *build_seeds("lora", "lora", [24, -16])])
     assert sentences[1] == (
         f"lora and full are indistinguishable (difference +4.0; with {COUNT} examples and 2 seeds the interval exceeds "
-        "the scale)."
+        "the metric's range)."
     )
