@@ -79,7 +79,8 @@ def check_finite(model: PreTrainedModel, path: str) -> None:
 def _get_values(parameter: torch.Tensor) -> torch.Tensor | None:
     """Return the values of a weight, or the scales of a quantized one, which are NaN where its values were."""
     if (state := getattr(parameter, "quant_state", None)) is not None:  # 4 bits, maybe stored in a float dtype
-        absmax: torch.Tensor = state.state2.absmax if state.nested else state.absmax
+        # Quantized scales hide a NaN, and their mean does not.
+        absmax: torch.Tensor = state.offset.reshape(1) if state.nested else state.absmax
         return absmax
     if (scales := getattr(parameter, "SCB", None)) is not None:  # 8 bits
         return scales  # type: ignore[no-any-return]

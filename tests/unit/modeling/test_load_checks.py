@@ -65,7 +65,8 @@ def test_large_weights_are_finite(folder: Path) -> None:
         weights["transformer.h.1.mlp.c_fc.weight"][:] = 3e38
 
     change_weights(folder, enlarge)
-    load_model(Model(path=str(folder), attention="sdpa"))
+    loaded = load_model(Model(path=str(folder), attention="sdpa")).model
+    assert bool(loaded.get_parameter("transformer.h.1.mlp.c_fc.weight").eq(3e38).all())
 
 
 def test_weights_without_a_place_are_refused(folder: Path) -> None:
@@ -97,8 +98,11 @@ def test_additional_weights_are_refused(name: str, folder: Path) -> None:
 )
 def test_buffers_of_old_versions_are_ignored(name: str, folder: Path) -> None:
     """Checkpoints on the Hub, GPT-2's among them, have buffers that a model computes itself."""
+    expected = load_model(Model(path=str(folder), attention="sdpa")).model.state_dict()
     change_weights(folder, lambda weights: weights.update({name: torch.zeros(1, 1, 4, 4)}))
-    load_model(Model(path=str(folder), attention="sdpa"))
+    loaded = load_model(Model(path=str(folder), attention="sdpa")).model.state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[key], expected[key]) for key in expected)
 
 
 @pytest.mark.parametrize("added", [1, 2, 100])
@@ -126,7 +130,32 @@ def test_embedding_larger_than_the_tokenizer_is_accepted(folder: Path) -> None:
 
     change_weights(folder, pad)
     change_json(folder, "config.json", vocab_size=4160)
-    load_model(Model(path=str(folder), attention="sdpa"))
+    loaded = load_model(Model(path=str(folder), attention="sdpa"))
+    assert (loaded.model.config.vocab_size, len(loaded.tokenizer)) == (4160, 4096)
+
+
+def test_special_tokens_beyond_the_embedding_are_accepted(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Text never becomes one, e.g. the tokens of images; an end token beyond the embedding is refused."""
+    larger = type(tokenizer).from_pretrained(folder)
+    larger.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    larger.save_pretrained(folder)
+    assert len(load_model(Model(path=str(folder), attention="sdpa")).tokenizer) == 4097
+    larger.add_special_tokens({"eos_token": "<end>"})
+    larger.save_pretrained(folder)
+    with pytest.raises(ModelError, match="the model's embedding has 4,096 rows"):
+        load_model(Model(path=str(folder), attention="sdpa"))
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "nf4_double", "int8"])
+def test_nan_is_found_in_quantized_weights(quantization: str, folder: Path) -> None:
+    """The scales of a matrix are NaN where its weights were."""
+
+    def damage(weights: dict[str, torch.Tensor]) -> None:
+        weights["transformer.h.1.mlp.c_fc.weight"][0, 0] = float("nan")
+
+    change_weights(folder, damage)
+    with pytest.raises(ModelError, match="NaN or infinite"):
+        load_model(Model(path=str(folder), attention="sdpa", quantization=quantization))
 
 
 @pytest.mark.parametrize("removed", ["tokenizer.json", "tokenizer*"])
