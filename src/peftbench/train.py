@@ -167,8 +167,9 @@ def _load_existing_result(recipe: Recipe) -> RunRecord | None:
         return None
     with contextlib.redirect_stdout(sys.stderr):
         quiet_libraries()
-        from peftbench.training.auto_settings import resolve_for_launch
+        from peftbench.training.auto_settings import resolve_for_launch, resolve_task
 
+        recipe, _ = resolve_task(recipe)
         try:
             resolved = resolve_for_launch(recipe)[0]
         except (ModelError, HubUnreachableError):  # the model is not needed for a result that exists

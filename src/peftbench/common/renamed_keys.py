@@ -1,4 +1,4 @@
-"""Recipe keys and values that had other names before schema 2."""
+"""Recipe keys and values that had other names before schema 2, and those that moved in schema 3."""
 
 from __future__ import annotations
 
@@ -26,6 +26,15 @@ RENAMED_KEYS: dict[str, str] = {
     "method.init_text": "method.prompt_tuning_init_text",
 }
 """Old dotted key: new dotted key."""
+
+MOVED_KEYS: dict[str, str] = {
+    "data.separator": "task.separator",
+    "data.source.article": "task.article",
+    "data.source.summary": "task.summary",
+    "data.source.article_tokens": "data.source.prompt_tokens",
+    "data.source.summary_tokens": "data.source.completion_tokens",
+}
+"""Dotted key of schema 2: its place in schema 3."""
 
 RENAMED_VALUES: dict[str, dict[str, str]] = {
     "data.padding": {"none": "free", "max_tokens": "max_length"},

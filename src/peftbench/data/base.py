@@ -10,7 +10,7 @@ from peftbench.common.schema import ConfigSection
 if TYPE_CHECKING:
     from datasets import Dataset
 
-EXAMPLE_COLUMNS = ("id", "article", "summary")
+    from peftbench.data.readers.rows import Columns
 
 
 class Source(ConfigSection):
@@ -18,6 +18,16 @@ class Source(ConfigSection):
 
     kind: str
     """Kind of source."""
+
+    @property
+    def id_column(self) -> str | None:
+        """Column with the example's id; None: the row number is the id."""
+        return getattr(self, "id", None)
+
+    @property
+    def implied_task(self) -> str | None:
+        """Kind of the task for ``task.kind=auto`` if it does not depend on the names of the columns."""
+        return None
 
     @property
     def is_mutable(self) -> bool:
@@ -33,7 +43,7 @@ class Source(ConfigSection):
         """True if both splits are read from one file, or from files of equal content."""
         return False
 
-    def check(self, split: str) -> None:
+    def check(self, split: str, columns: Columns) -> None:
         """Check what can be checked of a split at once, without the network and without reading all of it.
 
         Raises:
@@ -41,8 +51,16 @@ class Source(ConfigSection):
         """
 
     @abstractmethod
-    def load(self, split: str) -> Dataset:
-        """Return all examples of ``split`` (train, validation or test), as strings in the columns ``EXAMPLE_COLUMNS``.
+    def read_column_names(self, split: str) -> list[str]:
+        """Return the names of the columns of a split.
+
+        Raises:
+            PeftbenchError: as in :meth:`load`.
+        """
+
+    @abstractmethod
+    def load(self, split: str, columns: Columns) -> Dataset:
+        """Return all examples of ``split`` (train, validation or test), as strings: ``id`` and the columns' names.
 
         Raises:
             DataError: the split cannot be loaded; DataNotFoundError, HubUnreachableError, MissingColumnError or

@@ -50,7 +50,7 @@ class EncodedExamples(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, indices: list[int], /) -> Mapping[str, Sequence[Any]]:
-        """Return ``input_ids`` (lists of token ids) and ``prompt_tokens`` (number of unlabeled tokens of each)."""
+        """Return ``input_ids`` (lists of token ids) and ``label_spans`` (start, end, start, end, ... of each)."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class Batches:
     def build_batch(self, indices: Sequence[int]) -> GlobalBatch:
         """Build the global batch of these examples."""
         rows = self.dataset[list(indices)]
-        examples = list(zip(rows["input_ids"], rows["prompt_tokens"], indices, strict=True))
+        examples = list(zip(rows["input_ids"], rows["label_spans"], indices, strict=True))
         if not self.collator.label_padding:
             examples.sort(key=lambda example: len(example[0]))
         local_batches: list[MicroBatch] = []
@@ -152,8 +152,8 @@ class Batches:
                 local_batches.append(micro_batch)
         return GlobalBatch(tuple(local_batches), counts, required, executed)
 
-    def collate(self, examples: Sequence[tuple[Sequence[int], int, int]]) -> MicroBatch:
-        """Collate examples, each given as token ids, prompt tokens and index."""
+    def collate(self, examples: Sequence[tuple[Sequence[int], Sequence[int], int]]) -> MicroBatch:
+        """Collate examples, each given as token ids, label spans and index."""
         return self.collator.collate(*zip(*examples, strict=True))
 
     def hardware_flop_units(self, micro_batch: MicroBatch) -> FlopUnits:

@@ -13,6 +13,8 @@ from typing import Any, Literal, Self
 
 import torch
 
+from peftbench.data.encode import iter_spans
+
 
 @dataclass(frozen=True)
 class _FieldwiseSum:
@@ -27,7 +29,7 @@ class TokenCounts(_FieldwiseSum):
     """Token counts of a batch, by kind."""
 
     real: int = 0
-    """Tokens of articles, separators, summaries and end tokens."""
+    """Tokens of the examples, start and end tokens included."""
     padded: int = 0
     """Computed positions: real tokens and padding, without virtual tokens."""
     labeled: int = 0
@@ -189,18 +191,15 @@ class Collator:
         return -positions % self.pad_to_multiple_of
 
     def collate(
-        self, rows: Sequence[Sequence[int]], prompt_lengths: Sequence[int], example_indices: Sequence[int] = ()
+        self, rows: Sequence[Sequence[int]], label_spans: Sequence[Sequence[int]], example_indices: Sequence[int] = ()
     ) -> MicroBatch:
-        """Collate ``rows`` of token ids, with the number of unlabeled tokens at the start of each."""
+        """Collate ``rows`` of token ids, with the spans of labels of each: start, end, start, end, ..."""
         width = self.padded_width(max(map(len, rows)))
         input_ids = torch.full((len(rows), width), self.pad_token_id)
         for index, row in enumerate(rows):
             input_ids[index, : len(row)] = torch.as_tensor(row)
-        # By position, not by id: the pad token can be the end token, which must be learned. A row's first token is
-        # never predicted.
-        ends = [width if self.label_padding else len(row) for row in rows]
-        first = [1 if self.label_padding else max(1, prompt) for prompt in prompt_lengths]
-        places = [torch.arange(start, end) for start, end in zip(first, ends, strict=True)]
+        # By position, not by id: the pad token can be the end token, which must be learned.
+        places = [_list_labels((0, width) if self.label_padding else spans) for spans in label_spans]
         stride = width + self.virtual_tokens
         predictors = [index * stride + self.virtual_tokens + place - 1 for index, place in enumerate(places)]
         targets = [input_ids[index, place] for index, place in enumerate(places)]
@@ -246,7 +245,7 @@ class PaddingFreeCollator(Collator):
         return taken + self._padding_to_multiple(taken)
 
     def collate(
-        self, rows: Sequence[Sequence[int]], prompt_lengths: Sequence[int], example_indices: Sequence[int] = ()
+        self, rows: Sequence[Sequence[int]], label_spans: Sequence[Sequence[int]], example_indices: Sequence[int] = ()
     ) -> MicroBatch:
         virtual = [torch.full((self.virtual_tokens,), self.pad_token_id)] if self.virtual_tokens else []
         lengths = [len(row) + self.virtual_tokens for row in rows]
@@ -255,8 +254,8 @@ class PaddingFreeCollator(Collator):
         parts = [part for row in rows for part in (*virtual, torch.as_tensor(row, dtype=torch.long))]
         input_ids = torch.cat([*parts, torch.full((padding,), self.pad_token_id)])
         places = [
-            int(start) + self.virtual_tokens + torch.arange(max(1, prompt), len(row))
-            for start, row, prompt in zip(documents.cu_seqlens, rows, prompt_lengths, strict=False)
+            int(start) + self.virtual_tokens + _list_labels(spans)
+            for start, spans in zip(documents.cu_seqlens, label_spans, strict=False)
         ]
         labeled = torch.cat(places)
         return MicroBatch(
@@ -277,6 +276,11 @@ class PaddingFreeCollator(Collator):
         assert batch.packed_sequences is not None
         units = self._flop_units_of_lengths(batch, batch.packed_sequences.lengths)
         return replace(units, rows=batch.input_ids.shape[0], passes=1)
+
+
+def _list_labels(spans: Sequence[int]) -> torch.Tensor:
+    """Return the labeled positions of a row. Its first token is never predicted."""
+    return torch.cat([torch.arange(max(1, int(start)), int(end)) for start, end in iter_spans(spans)])
 
 
 def _count_causal_pairs(length: int) -> int:

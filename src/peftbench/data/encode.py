@@ -1,46 +1,46 @@
-"""Encode an article and its summary as token ids.
+"""Encode examples as token ids and spans of labels.
 
-A sequence is ``[start] article separator summary end``. The separator and ``" " + summary`` are encoded separately, so
-that the prompt of a generation is tokenized exactly as in training: byte-level BPE puts the space into the next word's
-token. (A SentencePiece tokenizer adds that space itself.)
+A task gives an example's segments; each is tokenized on its own, so that the prompt of a generation has the tokens that
+it has in training. Only a prompt is ever cut to the length, unless the task allows more.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftbench.data.example_cache import cache_error, dataset_cache_dir
-from peftbench.errors import OutOfRangeError, SequenceTooShortError
+from peftbench.data.segments import RenderError, Segment
+from peftbench.errors import DataError, OutOfRangeError, SequenceTooShortError
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-_CACHE_VERSION = 3  # part of the cache's key: increase it when encoding changes
+    from peftbench.data.readers.rows import Example
+    from peftbench.data.segments import RenderingTask
+
+_CACHE_VERSION = 4  # part of the cache's key: increase it when encoding changes
+_BATCH_ROWS = 1000
+ENCODED_COLUMNS = ("input_ids", "label_spans", "needed", "prompt_needed", "cut_tokens", "cut_labels", "control_tokens")
 
 
 @dataclass(frozen=True)
 class SequenceLayout:
-    """Length limit of a sequence, and the separator between its parts."""
+    """Length limit of a sequence."""
 
     max_length: int
     """Longest sequence in real tokens."""
-    separator: str
     max_new_tokens: int
-    """Tokens reserved for the summary in a generation prompt."""
+    """Tokens reserved for generated text after a prompt; 0 if nothing is generated."""
 
     @classmethod
     def for_model(
-        cls,
-        *,
-        separator: str,
-        max_length: int | None,
-        max_new_tokens: int,
-        max_positions: int | None,
-        virtual_tokens: int,
+        cls, *, max_length: int | None, max_new_tokens: int, max_positions: int | None, virtual_tokens: int
     ) -> SequenceLayout:
         """Return the layout for a model with ``max_positions`` positions and a method with ``virtual_tokens``.
 
@@ -73,90 +73,195 @@ class SequenceLayout:
                 f"data.max_length={longest} is too short: evaluate.max_new_tokens={max_new_tokens} leaves no room for "
                 "the input; raise data.max_length or lower evaluate.max_new_tokens"
             )
-        return cls(longest, separator, max_new_tokens)
+        return cls(longest, max_new_tokens)
+
+
+class TokenizedSegment(NamedTuple):
+    """A segment and its token ids."""
+
+    segment: Segment
+    ids: list[int]
+
+
+class Tokenizer:
+    """Tokenizes segments."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Find out whether the tokenizer adds spaces (SentencePiece) and which ids are control tokens."""
+        self.tokenizer = tokenizer
+        self.eos_token_id = _require_eos_token_id(tokenizer)
+        unknown = {tokenizer.unk_token_id} - {self.eos_token_id}  # of text that the vocabulary lacks
+        self.control_ids = frozenset(tokenizer.all_special_ids) - unknown
+        # In byte-level BPE a leading space is part of the token; SentencePiece adds the space itself.
+        self._adds_space = str(tokenizer.convert_ids_to_tokens(self._call(["a"])[0])[0]).startswith("\u2581")
+        self._line_break = self._call(["\n"])[0] if self._adds_space else []
+
+    def tokenize(self, segments: Iterable[Segment]) -> list[TokenizedSegment]:
+        """Tokenize segments, those of one kind together."""
+        ordered = list(segments)
+        ids: dict[tuple[bool, str], list[int]] = {}
+        for is_template in (False, True):
+            texts = {self._prepare(one) for one in ordered if one.text and one.is_template == is_template}
+            if texts:
+                listed = sorted(texts)
+                ids |= zip(((is_template, text) for text in listed), self._call(listed, is_template), strict=True)
+        return [TokenizedSegment(one, self._find(one, ids)) for one in ordered]
+
+    def _prepare(self, segment: Segment) -> str:
+        """Return the text to tokenize: a continuation gets the space that SentencePiece would add, or a line break."""
+        if not (self._adds_space and segment.is_continuation):
+            return segment.text
+        return segment.text[1:] if segment.text.startswith(" ") else "\n" + segment.text
+
+    def _find(self, segment: Segment, ids: Mapping[tuple[bool, str], list[int]]) -> list[int]:
+        if not segment.text:
+            return list(segment.ids)
+        found = ids[segment.is_template, self._prepare(segment)]
+        if self._adds_space and segment.is_continuation and not segment.text.startswith(" "):
+            return found[len(self._line_break) :]
+        return found
+
+    def _call(self, texts: Sequence[str], is_template: bool = False) -> list[list[int]]:
+        """Tokenize texts; unless ``is_template``, the name of a control token, e.g. ``</s>``, is text too."""
+        options = {} if is_template else {"split_special_tokens": True}
+        encoded = self.tokenizer(list(texts), add_special_tokens=False, verbose=False, **options)
+        return list(encoded["input_ids"])
 
 
 class Encoder:
     """Encodes examples with one tokenizer under one layout."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, layout: SequenceLayout) -> None:
-        self.tokenizer = tokenizer
-        self.layout = layout
-        self.eos_token_id = _require_eos_token_id(tokenizer)
-        unknown = {tokenizer.unk_token_id} - {self.eos_token_id}  # of text that the vocabulary lacks
-        self._control_ids = frozenset(tokenizer.all_special_ids) - unknown
-        self.prefix_ids = self._find_prefix_ids()
-        self.separator_ids = self._tokenize(layout.separator)
-        # In byte-level BPE a leading space is part of the token; SentencePiece adds the space itself.
-        self._summary_prefix = (
-            "" if str(tokenizer.convert_ids_to_tokens(self._tokenize("a"))[0]).startswith("\u2581") else " "
-        )
-        taken = len(self.prefix_ids) + len(self.separator_ids)
-        if layout.max_new_tokens + taken >= layout.max_length:
-            raise SequenceTooShortError(
-                f"evaluate.max_new_tokens={layout.max_new_tokens} and {taken} tokens of separator leave no room "
-                f"for an article in {layout.max_length} tokens; lower it, or raise data.max_length"
-            )
-
-    def _find_prefix_ids(self) -> list[int]:
-        """Return the ids that the tokenizer adds before every text: a start token for Llama, none for GPT-2."""
-        # Found by position, not by id: in some models (OPT) the start token is also the end token.
-        with_special, text = self.tokenizer("a", verbose=False)["input_ids"], self._tokenize("a")
-        starts = (start for start in range(len(with_special)) if with_special[start : start + len(text)] == text)
-        return list(with_special[: next(starts, 0)])
-
-    def _tokenize(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
-
-    def _tokenize_text(self, text: str) -> list[int]:
-        """Encode text of an example, in which the name of a control token, e.g. ``</s>``, is text too."""
-        tokenize = self.tokenizer
-        ids: list[int] = tokenize(text, add_special_tokens=False, verbose=False, split_special_tokens=True)["input_ids"]
-        return ids
-
-    def _count_control_tokens(self, ids: list[int]) -> int:
-        return sum(id in self._control_ids for id in ids)
-
-    def encode_prompt(self, article: str, reserved_tokens: int | None = None) -> list[int]:
-        """Encode start, article and separator; reserve tokens for a summary (default: ``layout.max_new_tokens``)."""
-        reserved_tokens = self.layout.max_new_tokens if reserved_tokens is None else reserved_tokens
-        return self._build_prompt(self._tokenize_text(article), reserved_tokens)
-
-    def _build_prompt(self, article_ids: list[int], reserved_tokens: int) -> list[int]:
-        space = max(0, self.layout.max_length - reserved_tokens - len(self.prefix_ids) - len(self.separator_ids))
-        return [*self.prefix_ids, *article_ids[:space], *self.separator_ids]
-
-    def encode_example(self, article: str, summary: str) -> dict[str, Any]:
-        """Return ``input_ids`` of the full sequence and ``prompt_tokens``, the number of tokens before the first label.
-
-        Only the article is truncated. ``needed`` is the length of the sequence with one token of article,
-        ``cut_tokens`` is the number of tokens cut from the article, and ``control_tokens`` the number of control tokens
-        that the tokenizer made of text.
-        """
-        summary_ids = self._tokenize_text(self._summary_prefix + summary.strip())
-        article_ids = self._tokenize_text(article)
-        target = [*summary_ids, self.eos_token_id]
-        prompt = self._build_prompt(article_ids, len(target))
-        other_tokens = len(self.prefix_ids) + len(self.separator_ids)
-        return {
-            "input_ids": [*prompt, *target],
-            "prompt_tokens": len(prompt),
-            "needed": other_tokens + 1 + len(target),
-            "cut_tokens": len(article_ids) - (len(prompt) - other_tokens),
-            "control_tokens": self._count_control_tokens(article_ids) + self._count_control_tokens(summary_ids),
-        }
-
-    def decode(self, ids: list[int]) -> str:
-        """Decode ``ids`` up to the first end token."""
-        ids = ids[: ids.index(self.eos_token_id)] if self.eos_token_id in ids else ids
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
-
-    def encode_split(self, dataset: Dataset, split: str, overlong: str) -> tuple[Dataset, int]:
-        """Encode a split, cached and with a progress bar; return it and the number of dropped examples.
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, layout: SequenceLayout, task: RenderingTask) -> None:
+        """Prepare the encoder.
 
         Raises:
-            SequenceTooShortError: an example leaves no room for its article and ``overlong`` is not "drop".
+            PeftbenchError: the tokenizer lacks what the task needs.
+        """
+        self.tokenizer, self.layout, self.task = tokenizer, layout, task
+        self.renderer = task.build_renderer(tokenizer)
+        self._segments = Tokenizer(tokenizer)
+        self.eos_token_id = self._segments.eos_token_id
+
+    def encode_prompt(self, example: Example) -> list[int]:
+        """Return the tokens before the last labels; ``layout.max_new_tokens`` more fit the sequence.
+
+        Raises:
+            DataError: the example cannot be rendered.
+            SequenceTooShortError: what must not be cut from the prompt is too long.
+        """
+        limit = self.layout.max_length - self.layout.max_new_tokens
+        prompt: list[TokenizedSegment] = []
+        for segments in self.renderer.iter_variants(example):
+            tokenized = self._segments.tokenize(segments)
+            prompt = tokenized[: _find_last_labels(segments)]
+            if sum(len(part.ids) for part in prompt) <= limit:
+                break
+        cut = _cut(prompt, limit)
+        if cut is None:
+            raise SequenceTooShortError(
+                f"the prompt of example {example['id']} leaves no room for evaluate.max_new_tokens="
+                f"{self.layout.max_new_tokens} in {self.layout.max_length} tokens",
+                "lower it, or raise data.max_length",
+            )
+        return [id for part in cut for id in part.ids]
+
+    def encode_choices(self, example: Example) -> list[dict[str, Any]]:
+        """Return ``input_ids`` and ``label_spans`` of the prompt with each of its choices, without an end token.
+
+        Raises:
+            SequenceTooShortError: one is too long, even if its prompt is cut.
+        """
+        rows = []
+        for segments in self.task.render_choices(example, self.tokenizer):
+            tokenized = self._segments.tokenize(segments)
+            cut = _cut(tokenized, self.layout.max_length)
+            if cut is None:
+                raise SequenceTooShortError(
+                    f"example {example['id']} with one of its choices does not fit {self.layout.max_length} tokens",
+                    "raise data.max_length",
+                )
+            rows.append(_assemble(cut, tokenized, self._segments.control_ids))
+        return rows
+
+    def find_stop_ids(self, example: Example) -> list[int]:
+        """Return the ids that end a generated text: the end token, and the special token that ends a labeled turn."""
+        row = self.encode_example(example)
+        last = row["input_ids"][row["label_spans"][-1] - 1]
+        return sorted({self.eos_token_id, *([last] if last in self._segments.control_ids else [])})
+
+    def encode_example(self, example: Example) -> dict[str, Any]:
+        """Return the columns ``ENCODED_COLUMNS`` of one example; see :meth:`encode_batch`."""
+        return self.encode_batch([example])[0]
+
+    def encode_batch(self, examples: Sequence[Example]) -> list[dict[str, Any]]:
+        """Return ``input_ids`` and ``label_spans`` (start, end, start, end, ...) of each example, and counts.
+
+        ``needed`` and ``prompt_needed`` are the lengths of the shortest sequence and prompt to which the example may be
+        cut; ``cut_tokens`` and ``cut_labels`` are the numbers of tokens and of labels that are cut, and
+        ``control_tokens`` the number of control tokens that the tokenizer made of text. An example that does not fit is
+        not cut.
+
+        Raises:
+            DataError: an example cannot be rendered.
+        """
+        variants = [self.renderer.iter_variants(example) for example in examples]
+        first = [self._render(example, iter(variant)) for example, variant in zip(examples, variants, strict=True)]
+        tokenized = iter(self._segments.tokenize(segment for segments in first for segment in segments))
+        encoded = []
+        for example, segments, rest in zip(examples, first, variants, strict=True):
+            whole = shortest = [next(tokenized) for _ in segments]
+            while sum(len(part.ids) for part in shortest) > self.layout.max_length:
+                following = self._render(example, rest)
+                if not following:
+                    break
+                shortest = self._segments.tokenize(following)
+            encoded.append(self._cut_example(example, whole, shortest))
+        return encoded
+
+    def _render(self, example: Example, variants: Any) -> Sequence[Segment]:  # noqa: ANN401 — an iterator
+        try:
+            return next(variants, ())  # type: ignore[no-any-return]
+        except RenderError as error:
+            raise DataError(f"example {example['id']} {error.content}", error.advice) from error
+
+    def _cut_example(
+        self, example: Example, whole: list[TokenizedSegment], shortest: list[TokenizedSegment]
+    ) -> dict[str, Any]:
+        cut = _cut(shortest, self.layout.max_length)
+        row = _assemble(shortest if cut is None else cut, whole, self._segments.control_ids)
+        prompt = shortest[: _find_last_labels([part.segment for part in shortest])]
+        choices = self.task.render_choices(example, self.tokenizer)
+        shortest_choices = (_count_needed(self._segments.tokenize(segments)) for segments in choices)
+        row |= {
+            "needed": _count_needed(shortest),
+            "prompt_needed": max(shortest_choices, default=_count_needed(prompt)),
+        }
+        ids, bos = row["input_ids"], self.tokenizer.bos_token_id
+        if bos is not None and bos != self.eos_token_id and list(ids[:2]) == [bos, bos]:
+            raise DataError(
+                f"example {example['id']} starts with two {self.tokenizer.bos_token!r} tokens",
+                "remove one of them from the chat template",
+            )
+        if not any(end > max(start, 1) for start, end in iter_spans(row["label_spans"])):
+            raise DataError(f"example {example['id']} has no labeled token", "remove it, or change task.labels")
+        return row
+
+    def decode(self, ids: list[int], stop_ids: Sequence[int] = ()) -> str:
+        """Decode ``ids`` up to the first end token or one of ``stop_ids``."""
+        ends = {self.eos_token_id, *stop_ids}
+        ids = list(itertools.takewhile(lambda id: id not in ends, ids))
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+    def encode_split(
+        self, dataset: Dataset, split: str, overlong: str, *, is_evaluated: bool = False
+    ) -> tuple[Dataset, int]:
+        """Encode a split, cached and with a progress bar; return it and the number of dropped examples.
+
+        ``is_evaluated``: generated text must fit after each prompt too.
+
+        Raises:
+            DataError: an example cannot be rendered, or has no labels.
+            SequenceTooShortError: an example does not fit and ``overlong`` is not "drop".
         """
         # A tokenizer's own hash differs between processes, so the cache key is built from its behavior.
         key = json.dumps(
@@ -164,30 +269,111 @@ class Encoder:
                 _CACHE_VERSION,
                 dataset._fingerprint,
                 asdict(self.layout),
+                self.task.model_dump_json(),
                 self.eos_token_id,
-                self.prefix_ids,
                 hash_tokenizer(self.tokenizer),
             ]
         )
+        names = dataset.column_names
+
+        def encode(columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+            rows = [
+                dict(zip(names, cells, strict=True)) for cells in zip(*(columns[name] for name in names), strict=True)
+            ]
+            encoded = self.encode_batch(rows)
+            return {name: [row[name] for row in encoded] for name in ENCODED_COLUMNS}
+
         try:
             encoded = dataset.map(
-                lambda row: self.encode_example(row["article"], row["summary"]),
+                encode,
+                batched=True,
+                batch_size=_BATCH_ROWS,
                 desc=f"encoding {split}",
                 new_fingerprint=hashlib.blake2b(key.encode(), digest_size=16).hexdigest(),
             )
         except OSError as error:
             raise cache_error(dataset_cache_dir(dataset), error) from error
-        longest = self.layout.max_length
-        fits = [index for index, needed in enumerate(encoded["needed"]) if needed <= longest]
+        return self._drop_overlong(encoded, split, overlong, is_evaluated=is_evaluated)
+
+    def _drop_overlong(self, encoded: Dataset, split: str, overlong: str, *, is_evaluated: bool) -> tuple[Dataset, int]:
+        longest, max_new_tokens = self.layout.max_length, self.layout.max_new_tokens
+        needed_tokens = list(encoded["needed"])
+        if is_evaluated:
+            prompts = (prompt + max_new_tokens for prompt in encoded["prompt_needed"])
+            needed_tokens = list(map(max, needed_tokens, prompts))
+        fits = [index for index, needed in enumerate(needed_tokens) if needed <= longest]
         if len(fits) < len(encoded) and (overlong != "drop" or not fits):
-            worst = max(range(len(encoded)), key=lambda index: encoded[index]["needed"])
-            row = encoded[worst]
+            worst = max(range(len(encoded)), key=lambda index: needed_tokens[index])
+            generated = f" with {max_new_tokens} generated ones" if is_evaluated and max_new_tokens else ""
             raise SequenceTooShortError(
                 f"{len(encoded) - len(fits)} of {len(encoded)} examples of the {split} split do not fit {longest} "
-                f"tokens with separator, summary and end token ({row['id']} needs {row['needed']}); "
-                "raise data.max_length" + (", or set data.overlong=drop" if overlong != "drop" else "")
+                f"tokens{generated}, even after what may be cut is cut (example {encoded[worst]['id']} needs "
+                f"{needed_tokens[worst]})",
+                "raise data.max_length" + (", or set data.overlong=drop" if overlong != "drop" else ""),
             )
         return (encoded if len(fits) == len(encoded) else encoded.select(fits)), len(encoded) - len(fits)
+
+
+def iter_spans(flat: Sequence[int]) -> Iterable[tuple[int, int]]:
+    """Return the spans of a flat list start, end, start, end, ..."""
+    return zip(flat[::2], flat[1::2], strict=True)
+
+
+def count_labels(flat: Sequence[int]) -> int:
+    """Return the number of labeled positions; a row's first token is never predicted."""
+    return sum(max(0, end - max(start, 1)) for start, end in iter_spans(flat))
+
+
+def _find_last_labels(segments: Sequence[Segment]) -> int:
+    """Return the index at which the last group of labeled segments starts."""
+    index = max((index for index, segment in enumerate(segments) if segment.is_label), default=len(segments) - 1)
+    while index > 0 and segments[index - 1].is_label:
+        index -= 1
+    return index
+
+
+def _cut(parts: Sequence[TokenizedSegment], max_length: int) -> list[TokenizedSegment] | None:
+    """Return the segments within ``max_length`` tokens; None if those that must not be cut are too long.
+
+    Each segment that may be cut keeps at least one token.
+    """
+    excess = sum(len(part.ids) for part in parts) - max_length
+    cut = []
+    for segment, ids in parts:
+        num = 0 if segment.cut == "never" else max(0, min(excess, len(ids) - 1))
+        excess -= num
+        cut.append(TokenizedSegment(segment, ids[num:] if segment.cut == "start" else ids[: len(ids) - num]))
+    return None if excess > 0 else cut
+
+
+def _count_needed(parts: Sequence[TokenizedSegment]) -> int:
+    """Return the tokens of the shortest sequence to which the segments can be cut."""
+    return sum(len(ids) if segment.cut == "never" else min(1, len(ids)) for segment, ids in parts)
+
+
+def _assemble(
+    parts: Sequence[TokenizedSegment], whole: Sequence[TokenizedSegment], control_ids: frozenset[int]
+) -> dict[str, Any]:
+    """Return the columns of a sequence that was cut from ``whole``."""
+    ids: list[int] = []
+    spans: list[int] = []
+    for segment, tokens in parts:
+        if segment.is_label and tokens:
+            if spans and spans[-1] == len(ids):
+                spans[-1] += len(tokens)
+            else:
+                spans += [len(ids), len(ids) + len(tokens)]
+        ids += tokens
+    labels = sum(len(tokens) for segment, tokens in whole if segment.is_label)
+    return {
+        "input_ids": ids,
+        "label_spans": spans,
+        "cut_tokens": sum(len(tokens) for _, tokens in whole) - len(ids),
+        "cut_labels": labels - sum(end - start for start, end in iter_spans(spans)),
+        "control_tokens": sum(
+            id in control_ids for segment, tokens in whole if segment.text and not segment.is_template for id in tokens
+        ),
+    }
 
 
 def count_marked(dataset: Dataset, column: str) -> int:
@@ -196,10 +382,11 @@ def count_marked(dataset: Dataset, column: str) -> int:
 
 
 def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a hash of a tokenizer's vocabulary, merges, normalization and special tokens."""
+    """Return a hash of a tokenizer's vocabulary, merges, normalization, special tokens and chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return hashlib.blake2b((state + str(tokenizer.special_tokens_map)).encode(), digest_size=16).hexdigest()
+    content = state + str(tokenizer.special_tokens_map) + str(tokenizer.chat_template)
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
 def _require_eos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

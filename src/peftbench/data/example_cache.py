@@ -17,21 +17,25 @@ from typing import TYPE_CHECKING
 from tqdm.auto import tqdm
 
 from peftbench.common.filesystem import open_atomically, write_error
-from peftbench.data.base import EXAMPLE_COLUMNS
 from peftbench.errors import DataError, OutputError
 
 if TYPE_CHECKING:
     import pyarrow
     from datasets import Dataset
 
-_CACHE_VERSION = 1  # part of the cache's key: increase it when the reading of files changes
+    from peftbench.data.readers.rows import Columns
+
+_CACHE_VERSION = 2  # part of the cache's key: increase it when the reading of files changes
 _BATCH_ROWS = 1000
 _BATCH_CHARACTERS = 1 << 24
 CACHE_HINT = "set HF_HOME or HF_DATASETS_CACHE to a folder that can be written"
 
 
 def load_cached_examples(
-    key: Sequence[object], read_examples: Callable[[], Iterable[Mapping[str, str]]], description: str
+    key: Sequence[object],
+    columns: Columns,
+    read_examples: Callable[[], Iterable[Mapping[str, str]]],
+    description: str,
 ) -> Dataset:
     """Return the examples stored under ``key``; read and store them first if there are none.
 
@@ -48,7 +52,7 @@ def load_cached_examples(
     path = Path(config.HF_DATASETS_CACHE) / "peftbench" / fingerprint / "examples.arrow"
     dataset = _open_examples(path, fingerprint)
     if dataset is None:
-        _write_examples(path, read_examples(), description)
+        _write_examples(path, ["id", *columns.named], read_examples(), description)
         dataset = _open_examples(path, fingerprint)
         assert dataset is not None
     return dataset
@@ -98,10 +102,10 @@ class _StoredByAnotherError(Exception):
     """Another process stored the same examples first."""
 
 
-def _write_examples(path: Path, examples: Iterable[Mapping[str, str]], description: str) -> None:
+def _write_examples(path: Path, names: Sequence[str], examples: Iterable[Mapping[str, str]], description: str) -> None:
     import pyarrow
 
-    schema = pyarrow.schema([(column, pyarrow.string()) for column in EXAMPLE_COLUMNS])
+    schema = pyarrow.schema([(column, pyarrow.string()) for column in names])
     # Shown on a terminal only. The number of rows is not known before they are read.
     progress = tqdm(examples, desc=description, unit=" rows", disable=None)
     try:

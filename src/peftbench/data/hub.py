@@ -17,7 +17,7 @@ from peftbench.common.schema import PathText
 from peftbench.common.text import first_line
 from peftbench.data.base import Source
 from peftbench.data.example_cache import cache_error, hash_file, load_cached_examples
-from peftbench.data.local_files import check_first_example, load_files
+from peftbench.data.local_files import check_first_example, load_files, read_column_names
 from peftbench.data.readers.arrow_rows import iter_dataset_rows
 from peftbench.data.readers.rows import Columns, SplitLocation, iter_examples, to_printable
 from peftbench.errors import DataError, DataNotFoundError, EmptySplitError, HubUnreachableError, PeftbenchError
@@ -41,10 +41,6 @@ class Hub(Source):
     """Configuration of the dataset; null: its default."""
     revision: str | None = None
     """Branch, tag or commit on the Hub. The record has the commit that was loaded."""
-    article: str = "article"
-    """Column with the text to summarize."""
-    summary: str = "highlights"
-    """Column with the summary."""
     id: str | None = "id"
     """Column with the example's id; null: use the row number."""
 
@@ -56,25 +52,35 @@ class Hub(Source):
     def has_ids(self) -> bool:
         return self.id is not None
 
-    def check(self, split: str) -> None:
+    def check(self, split: str, columns: Columns) -> None:
         self._check_path(split)
         if self.is_mutable and (files := self._find_local_files(self._create_builder(split), split)) is not None:
-            check_first_example(files, self._columns, split)
+            check_first_example(files, columns, split)
 
-    def load(self, split: str) -> Dataset:
+    def read_column_names(self, split: str) -> list[str]:
         self._check_path(split)
+        builder = self._create_builder(split)
+        if self.is_mutable and (files := self._find_local_files(builder, split)) is not None:
+            return read_column_names(files, split)
+        features = builder.info.features
+        return list(features if features is not None else self._load_with_library(split, ()).features)
+
+    def load(self, split: str, columns: Columns) -> Dataset:
+        self._check_path(split)
+        names = tuple(columns.names.values())
         if not self.is_mutable:
-            dataset = self._load_with_library(split)
-            return self._convert(dataset, split, [dataset._fingerprint])
+            dataset = self._load_with_library(split, names)
+            return self._convert(dataset, split, columns, [dataset._fingerprint])
         files = self._find_local_files(self._create_builder(split), split)
         if files is not None:
-            return load_files(files, self._columns, split)
+            return load_files(files, columns, split)
         # The library recognizes a local file by its path and time of change, so each content gets a cache of its own.
         from datasets import config
 
         content = self.fingerprint()
-        dataset = self._load_with_library(split, cache_dir=str(Path(config.HF_DATASETS_CACHE) / f"peftbench-{content}"))
-        return self._convert(dataset, split, [content, self.config, split])
+        cache_dir = str(Path(config.HF_DATASETS_CACHE) / f"peftbench-{content}")
+        dataset = self._load_with_library(split, names, cache_dir=cache_dir)
+        return self._convert(dataset, split, columns, [content, self.config, split])
 
     def fingerprint(self, split: str | None = None) -> str:
         """Return the commit on the Hub, or the hash of a local copy's files."""
@@ -87,10 +93,6 @@ class Hub(Source):
             if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
                 hash_file(digest, path)
         return digest.hexdigest()
-
-    @property
-    def _columns(self) -> Columns:
-        return Columns(self.article, self.summary, self.id)
 
     def _describe(self, split: str) -> str:
         path = to_printable(self.path, 200)
@@ -132,13 +134,13 @@ class Hub(Source):
         except Exception as error:
             raise self._translate_error(error, split) from error
 
-    def _load_with_library(self, split: str, **options: object) -> Dataset:
-        """Load a split with ``datasets``; the cells of CSV files stay text as written."""
+    def _load_with_library(self, split: str, names: tuple[str, ...], **options: object) -> Dataset:
+        """Load a split with ``datasets``; the cells of these columns of CSV files stay text as written."""
         from datasets import load_dataset
         from datasets.packaged_modules.csv.csv import Csv
 
         if isinstance(self._create_builder(split), Csv):
-            options |= _keep_text(tuple(self._columns.names.values()))
+            options |= _keep_text(names)
         try:
             return load_dataset(self.path, self.config, split=split, revision=self.revision, **options)  # type: ignore[no-any-return]
         except Exception as error:
@@ -167,16 +169,16 @@ class Hub(Source):
             return None
         return dict.fromkeys(paths, kind)
 
-    def _convert(self, dataset: Dataset, split: str, key: list[object]) -> Dataset:
+    def _convert(self, dataset: Dataset, split: str, columns: Columns, key: list[object]) -> Dataset:
         """Return the used columns as examples."""
-        columns, location = self._columns, SplitLocation(split, self.path)
+        location = SplitLocation(split, self.path)
 
         def read() -> Iterator[Mapping[str, str]]:
             if len(dataset) == 0:
                 raise location.no_examples()
             yield from iter_examples(iter_dataset_rows(dataset, location, columns), columns, location)
 
-        return load_cached_examples([*key, columns.names], read, f"reading {split}")
+        return load_cached_examples([*key, columns.cache_key], columns, read, f"reading {split}")
 
     def _translate_error(self, error: Exception, split: str) -> PeftbenchError:
         """Map the many errors of ``datasets`` to the few that a user can act on."""

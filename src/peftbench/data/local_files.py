@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peftbench.data.example_cache import hash_file, load_cached_examples
-from peftbench.data.readers.arrow_rows import iter_parquet_rows
-from peftbench.data.readers.csv_rows import iter_csv_rows
-from peftbench.data.readers.json_rows import iter_json_rows
+from peftbench.data.readers.arrow_rows import iter_parquet_rows, read_parquet_names
+from peftbench.data.readers.csv_rows import iter_csv_rows, read_csv_names
+from peftbench.data.readers.json_rows import iter_json_rows, read_json_names
 from peftbench.data.readers.rows import Columns, Row, SplitLocation, iter_examples
 from peftbench.errors import DataError, DataNotFoundError, EmptySplitError
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 Reader = Callable[[SplitLocation, Columns], Iterator[Row]]
 
 READERS: dict[str, Reader] = {"json": iter_json_rows, "csv": iter_csv_rows, "parquet": iter_parquet_rows}
+_NAME_READERS = {"json": read_json_names, "csv": read_csv_names, "parquet": read_parquet_names}
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 """Format by suffix of a file's name."""
 
@@ -51,7 +52,7 @@ def load_files(files: Mapping[Path, str], columns: Columns, split: str) -> Datas
             ):
                 raise DataError(f"{path} changed while it was read", "run again")
 
-    return load_cached_examples([content, columns.names], read, f"reading {split}")
+    return load_cached_examples([content, columns.cache_key], columns, read, f"reading {split}")
 
 
 def check_first_example(files: Mapping[Path, str], columns: Columns, split: str) -> None:
@@ -61,6 +62,20 @@ def check_first_example(files: Mapping[Path, str], columns: Columns, split: str)
         PeftbenchError: as in :func:`load_files`, if the first example shows it.
     """
     next(_iter_files(files, columns, split))
+
+
+def read_column_names(files: Mapping[Path, str], split: str) -> list[str]:
+    """Return the names of the columns of the first file; those of a JSON file are names in its first objects.
+
+    Raises:
+        DataError: the file cannot be read.
+        EmptySplitError: it has no columns.
+    """
+    path, kind = next(iter(files.items()))
+    location = SplitLocation(split, str(path))
+    if names := _NAME_READERS[kind](location):
+        return names
+    raise location.no_examples()
 
 
 def hash_content(path: Path) -> str:

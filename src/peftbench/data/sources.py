@@ -1,4 +1,4 @@
-"""Sources of examples. Every source returns the columns ``id``, ``article`` and ``summary``."""
+"""Sources of examples: where they are. What an example is, the task defines."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from peftbench.common.schema import PathText
 from peftbench.data.base import Source
 from peftbench.data.example_cache import hash_file
 from peftbench.data.hub import Hub
-from peftbench.data.local_files import FORMATS, check_first_example, check_is_file, load_files
-from peftbench.data.readers.rows import Columns
+from peftbench.data.local_files import FORMATS, check_first_example, check_is_file, load_files, read_column_names
 from peftbench.data.synthetic import Synthetic
 from peftbench.errors import EmptySplitError
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from peftbench.data.readers.rows import Columns
 
 
 class Docstrings(Source):
@@ -28,16 +29,29 @@ class Docstrings(Source):
     kind: Literal["docstrings"] = "docstrings"
     """Kind of source."""
 
-    def load(self, split: str) -> Dataset:
-        from peftbench.data.docstring_corpus import cache_pair_files
+    @property
+    def implied_task(self) -> str:
+        return "summarization"
 
-        paths, _ = cache_pair_files()
-        return load_files({paths[split]: "json"}, Columns("article", "summary", "location"), split)
+    @property
+    def id_column(self) -> str:
+        return "location"
+
+    def read_column_names(self, split: str) -> list[str]:
+        return read_column_names(self._find_file(split), split)
+
+    def load(self, split: str, columns: Columns) -> Dataset:
+        return load_files(self._find_file(split), columns, split)
 
     def fingerprint(self, split: str | None = None) -> str:
         from peftbench.data.docstring_corpus import cache_pair_files
 
         return cache_pair_files()[1]
+
+    def _find_file(self, split: str) -> dict[Path, str]:
+        from peftbench.data.docstring_corpus import cache_pair_files
+
+        return {cache_pair_files()[0][split]: "json"}
 
 
 class Files(Source):
@@ -51,10 +65,6 @@ class Files(Source):
     """File of the validation split."""
     test: PathText | None = None
     """File of the test split."""
-    article: str = "article"
-    """Column with the text to summarize."""
-    summary: str = "summary"
-    """Column with the summary."""
     id: str | None = None
     """Column with the example's id; null: use the row number."""
 
@@ -65,11 +75,14 @@ class Files(Source):
             raise ValueError(f"must be a file that ends in {', '.join(FORMATS)}, not {value!r}")
         return value
 
-    def check(self, split: str) -> None:
-        check_first_example(self._find_file(split), self._columns, split)
+    def check(self, split: str, columns: Columns) -> None:
+        check_first_example(self._find_file(split), columns, split)
 
-    def load(self, split: str) -> Dataset:
-        return load_files(self._find_file(split), self._columns, split)
+    def read_column_names(self, split: str) -> list[str]:
+        return read_column_names(self._find_file(split), split)
+
+    def load(self, split: str, columns: Columns) -> Dataset:
+        return load_files(self._find_file(split), columns, split)
 
     def fingerprint(self, split: str | None = None) -> str:
         digest = hashlib.blake2b(digest_size=16)
@@ -84,10 +97,6 @@ class Files(Source):
 
     def is_same_file(self, first: str, second: str) -> bool:
         return self.fingerprint(first) == self.fingerprint(second)
-
-    @property
-    def _columns(self) -> Columns:
-        return Columns(self.article, self.summary, self.id)
 
     def _find_file(self, split: str) -> dict[Path, str]:
         """Return the file of a split and its format."""

@@ -1,4 +1,4 @@
-"""Held-out loss and generated summaries. Each example counts once on any number of processes."""
+"""Held-out loss, generated texts and choices. Each example counts once on any number of processes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ import torch
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
+from peftbench.data.encode import count_labels
 from peftbench.distributed.sharding import unshard_root
 from peftbench.errors import RecordError
 from peftbench.evaluation.intervals import bootstrap_interval
 from peftbench.evaluation.metrics.registry import compute_scores
+from peftbench.evaluation.outputs import list_references
 from peftbench.modeling.generation import default_generation_config
 from peftbench.record import Interval, PerExample, Quality, Sample
 from peftbench.record.quality import MAX_SAMPLE_CHARS
@@ -82,9 +84,10 @@ class Evaluator:
         self.synced, self.is_oom = synced, is_oom
         self.batch_size = recipe.evaluate.batch_size
         """Examples per batch; halved when a batch runs out of memory."""
+        self._stop_ids = encoder.find_stop_ids(dataset[0]) if recipe.task.evaluation == "generate" else []
         self.notes: list[str] = []
         """Notes for the record."""
-        # Evaluation always labels the summaries only, whatever the settings for training.
+        # Evaluation never labels padding, whatever the settings for training.
         self.collator = replace(
             build_collator(recipe, adapted_model.loss, encoder.eos_token_id), label_padding=False, pad_to_length=None
         )
@@ -133,16 +136,16 @@ class Evaluator:
         return None
 
     def compute_held_out_loss(self) -> HeldOutLoss:
-        """Compute the cross-entropy over summary and end tokens of each example, in the split's order."""
+        """Compute the cross-entropy over the labeled tokens of each example, in the split's order."""
         losses = self._map_batches("held-out loss", self._compute_losses)
         return HeldOutLoss(*zip(*losses, strict=True))
 
     def decode_teacher_forced(self) -> list[str]:
-        """Decode the most likely token at each summary position, given the reference prefix, in the split's order."""
+        """Decode the most likely token at each labeled position, given the reference prefix, in the split's order."""
         return self._map_batches("teacher-forced argmax", self._decode_argmax)
 
-    def generate_summaries(self) -> list[str]:
-        """Generate summaries in the split's order: greedy or beam search, with a key-value cache."""
+    def generate(self) -> list[str]:
+        """Generate texts in the split's order: greedy or beam search, with a key-value cache."""
         return self._map_batches("generating", self._generate)
 
     @torch.no_grad()  # not inference_mode, in which sharded weights cannot be gathered
@@ -160,12 +163,12 @@ class Evaluator:
         batch = self._collate(rows)
         with self.context.autocast(), self.loss_fn.attention_context():
             best = self.loss_fn.logits(self.model, batch.to(self.accelerator.device)).argmax(-1).cpu()
-        return [self.encoder.decode(one.tolist()) for one in _split_by_row(rows, best)]
+        return [self.encoder.decode(one.tolist(), self._stop_ids) for one in _split_by_row(rows, best)]
 
     @torch.no_grad()
     def _generate(self, rows: list[dict[str, Any]]) -> list[str]:
         self.model.eval()
-        prompts = [self.encoder.encode_prompt(row["article"]) for row in rows]
+        prompts = [self.encoder.encode_prompt(row) for row in rows]
         width = max(map(len, prompts))
         padding = [[self.encoder.eos_token_id] * (width - len(prompt)) for prompt in prompts]
         ids = torch.tensor([pad + prompt for pad, prompt in zip(padding, prompts, strict=True)])
@@ -179,14 +182,14 @@ class Evaluator:
                 do_sample=False,
                 num_beams=self.config.num_beams,
                 use_cache=True,
-                eos_token_id=self.encoder.eos_token_id,
+                eos_token_id=self._stop_ids,
                 pad_token_id=self.encoder.eos_token_id,
                 synced_gpus=self.synced,
             ).tolist()
-        return [self.encoder.decode(tokens) for tokens in new]
+        return [self.encoder.decode(tokens, self._stop_ids) for tokens in new]
 
     def _collate(self, rows: list[dict[str, Any]]) -> MicroBatch:
-        return self.collator.collate([row["input_ids"] for row in rows], [row["prompt_tokens"] for row in rows])
+        return self.collator.collate([row["input_ids"] for row in rows], [row["label_spans"] for row in rows])
 
     def _gather_in_order(self, local_results: list[tuple[int, _T]]) -> list[_T]:
         gathered = gather_object(local_results) if self.accelerator.num_processes > 1 else local_results
@@ -195,20 +198,22 @@ class Evaluator:
 
 def _split_by_row(rows: Sequence[dict[str, Any]], token_values: torch.Tensor) -> Sequence[torch.Tensor]:
     """Return each row's slice of ``token_values``, which has the labeled tokens of all rows in order."""
-    # The first token of a row is never predicted, so it has no label even without a prompt.
-    lengths = [len(row["input_ids"]) - max(1, row["prompt_tokens"]) for row in rows]
-    return token_values.split(lengths)  # type: ignore[no-any-return]
+    return token_values.split([count_labels(row["label_spans"]) for row in rows])  # type: ignore[no-any-return]
 
 
 def build_quality(
-    config: Evaluate,
+    recipe: Recipe,
     dataset: Dataset,
     generated: Sequence[str] | None,
     *,
     held_out: HeldOutLoss | None = None,
 ) -> Quality:
     """Return the held-out loss and the samples to save. ``generated`` are texts in the order of ``dataset``."""
-    examples = zip(dataset["id"], dataset["article"], dataset["summary"], generated or (), strict=False)
+    config, task = recipe.evaluate, recipe.task
+    references = list_references(dataset, task)
+    saved = zip(
+        dataset.select(range(min(config.saved_samples, len(dataset)))), references, generated or (), strict=False
+    )
     loss = None if held_out is None else held_out.loss
     return Quality(
         split=config.split,
@@ -216,11 +221,11 @@ def build_quality(
         loss=loss,
         perplexity=math.exp(loss) if loss is not None and loss < 700 else None,
         samples=tuple(
-            Sample(id=id, article=article[:MAX_SAMPLE_CHARS], reference=reference, generated=text)
-            for (id, article, reference, text), _ in zip(examples, range(config.saved_samples), strict=False)
+            Sample(id=row["id"], article=task.get_prompt(row)[:MAX_SAMPLE_CHARS], reference=reference, generated=text)
+            for row, reference, text in saved
         ),
         per_example=PerExample(
-            examples_fingerprint=_hash_examples(dataset["id"], dataset["summary"]),
+            examples_fingerprint=_hash_examples(dataset["id"], references),
             loss=held_out.nll_sums if held_out else (),
             labeled_tokens=held_out.label_counts if held_out else (),
         ),

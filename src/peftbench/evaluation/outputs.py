@@ -17,6 +17,8 @@ from peftbench.run_dir.layout import RunDir
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from peftbench.tasks.base import Task
+
 
 class Output(RecordModel):
     """The texts of one evaluated example."""
@@ -29,12 +31,18 @@ class Output(RecordModel):
     """Most likely token at each position of the reference, None unless the recipe requests it."""
 
 
+def list_references(dataset: Dataset, task: Task) -> list[str]:
+    """Return the reference of each example of a split, in its order."""
+    rows = dataset.select_columns(["id", *task.columns])
+    return [task.get_reference(row) for row in rows]
+
+
 def build_outputs(
-    dataset: Dataset, generated: Sequence[str] | None, teacher_forced: Sequence[str] | None
+    dataset: Dataset, task: Task, generated: Sequence[str] | None, teacher_forced: Sequence[str] | None
 ) -> list[Output]:
     """Return the output of each example of a split, in its order."""
     missing = [None] * len(dataset)
-    columns = (dataset["id"], dataset["summary"], generated or missing, teacher_forced or missing)
+    columns = (dataset["id"], list_references(dataset, task), generated or missing, teacher_forced or missing)
     return [
         Output(id=id, reference=reference, generated=text, teacher_forced=forced)
         for id, reference, text, forced in zip(*columns, strict=True)

@@ -114,7 +114,7 @@ class CachedFeatureBatches(Batches):
         self.cached_mask[list(indices)] = True  # they are written before the next batch is computed
         return batch
 
-    def collate(self, examples: Sequence[tuple[Sequence[int], int, int]]) -> MicroBatch:
+    def collate(self, examples: Sequence[tuple[Sequence[int], Sequence[int], int]]) -> MicroBatch:
         micro_batch = super().collate(examples)
         is_cached = bool(self.cached_mask[list(micro_batch.example_indices)].all())
         return replace(micro_batch, feature_mode="load" if is_cached else "save")

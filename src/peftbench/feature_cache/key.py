@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy
 import torch
 
+from peftbench.data.encode import count_labels
+
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
@@ -65,17 +67,16 @@ def hash_backbone(base: PreTrainedModel) -> str:
 
 
 def hash_examples(examples: EncodedExamples) -> tuple[str, torch.Tensor]:
-    """Return a hash of all token ids and prompt lengths, and the number of labeled positions per example (int64)."""
+    """Return a hash of all token ids and label spans, and the number of labeled positions per example (int64)."""
     digest = hashlib.blake2b(digest_size=16)
     counts: list[int] = []
     for start in range(0, len(examples), _EXAMPLES_PER_BLOCK):
         block = examples[list(range(start, min(start + _EXAMPLES_PER_BLOCK, len(examples))))]
-        ids, prompts = block["input_ids"], [int(prompt) for prompt in block["prompt_tokens"]]
-        lengths = [len(row) for row in ids]
-        for numbers in (lengths, prompts, itertools.chain.from_iterable(ids)):
-            digest.update(_as_bytes(numbers))
-        # A row's first position is never predicted, so it never counts as labeled.
-        counts += [length - max(prompt, 1) for length, prompt in zip(lengths, prompts, strict=True)]
+        ids, spans = block["input_ids"], [[int(end) for end in row] for row in block["label_spans"]]
+        for rows in (ids, spans):
+            for numbers in ((len(row) for row in rows), itertools.chain.from_iterable(rows)):
+                digest.update(_as_bytes(numbers))
+        counts += map(count_labels, spans)
     return digest.hexdigest(), torch.tensor(counts, dtype=torch.int64)
 
 

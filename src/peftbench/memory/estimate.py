@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from peftbench.common.units import format_bytes
 from peftbench.data.batches import compute_micro_batching
 from peftbench.data.collate import Collator
-from peftbench.data.encode import SequenceLayout
 from peftbench.distributed.accelerator import build_combination
 from peftbench.distributed.compatibility import check
 from peftbench.errors import EstimateUnavailableError, PrecisionError
@@ -19,6 +18,7 @@ from peftbench.memory.plan import Plan, Verdict
 from peftbench.memory.replay import AllocatorReplay, replay_allocator
 from peftbench.memory.simulation.step import MemorySimulation
 from peftbench.modeling.loading import get_max_positions, load_config
+from peftbench.training.data import build_layout
 
 if TYPE_CHECKING:
     from peftbench.distributed.engines import EngineKind
@@ -56,7 +56,8 @@ def estimate(
         unpaged, facts.capability, accumulation, has_padding=rows > 1, launch_config=launch_config
     )
     width = _max_sequence_length(recipe, simulation.max_positions)
-    labels = min(max(recipe.evaluate.max_new_tokens, MIN_LABELED_TOKENS), width - 1)
+    labels = width - 1 if recipe.task.labels_whole_row else max(recipe.evaluate.max_new_tokens, MIN_LABELED_TOKENS)
+    labels = min(labels, width - 1)
     flops = simulation.step_flops(max(1, recipe.train.global_batch_size // launch_config.dp_world_size), width, labels)
     _simulate_phases(simulation, recipe, rows, width, labels)
     events = list(simulation.memory_tracker.iter_events())
@@ -124,7 +125,7 @@ def _simulate_phases(simulation: MemorySimulation, recipe: Recipe, rows: int, wi
     with simulation:
         simulation.simulate_training(rows, width, labels)
         simulation.simulate_evaluation(evaluate.batch_size, width, labels)
-        if evaluate.generate:
+        if evaluate.generate and recipe.task.evaluation == "generate":
             num_sequences = evaluate.batch_size * evaluate.num_beams
             simulation.simulate_generation(num_sequences, width - evaluate.max_new_tokens, evaluate.max_new_tokens)
 
@@ -188,13 +189,7 @@ def _max_micro_batch_size(recipe: Recipe) -> int | None:
 def _max_sequence_length(recipe: Recipe, max_positions: int | None) -> int:
     """Return the number of tokens in the longest row, padded to data.pad_to_multiple_of."""
     virtual = recipe.method.virtual_tokens
-    longest = SequenceLayout.for_model(
-        separator=recipe.data.separator,
-        max_length=recipe.data.max_length,
-        max_new_tokens=recipe.evaluate.max_new_tokens,
-        max_positions=max_positions,
-        virtual_tokens=virtual,
-    ).max_length
+    longest = build_layout(recipe, max_positions).max_length
     return Collator(
         0, virtual, pad_to_multiple_of=recipe.data.pad_to_multiple_of, max_positions=max_positions
     ).padded_width(longest)

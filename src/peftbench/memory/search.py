@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from peftbench.memory.lower_bound import compute_lower_bound
 from peftbench.memory.plan import ModelFit, Strategy, UnplannedRun, sort_fastest_first
 from peftbench.optim import OPTIMIZERS
 from peftbench.profiler.peak_flops import get_peak_flops
-from peftbench.training.auto_settings import resolve_auto_settings, with_model_keys
+from peftbench.training.auto_settings import resolve_auto_settings, resolve_task, with_model_keys
 
 if TYPE_CHECKING:
     from peftbench.memory.devices import DeviceFacts
@@ -70,6 +71,9 @@ class MemoryTarget:
         if recipe.model.attention == "flash_attention_2":
             recipe = with_model_keys(recipe, attention="sdpa")
             notes.append("flash_attention_2 is planned as sdpa")
+        with contextlib.suppress(PeftbenchError):  # a plan needs no data
+            recipe, resolved = resolve_task(recipe)
+            notes += resolved
         if recipe.needs_resolution:
             with with_bundled_config(recipe.model) as local_model:
                 capability = self.facts.capability

@@ -126,8 +126,8 @@ class Method(ConfigSection):
                 "train again",
             )
 
-    def extract_summary(self, article: str) -> str | None:
-        """Return the summary if the method copies it from the article without a model, else None."""
+    def extract_output(self, prompt: str) -> str | None:
+        """Return the output if the method copies it from the prompt without a model, else None."""
         return None
 
 

@@ -31,7 +31,7 @@ class ZeroShot(Method):
 
 
 class Lead(Method):
-    """The first sentences of the article, the strongest simple baseline on news (See et al. 2017 copy three)."""
+    """The first sentences of the prompt, the strongest simple baseline on news (See et al. 2017 copy three)."""
 
     is_trainable: ClassVar[bool] = False
     needs_model: ClassVar[bool] = False
@@ -41,7 +41,7 @@ class Lead(Method):
     sentences: int = Field(default=3, gt=0)
     """Number of sentences to copy."""
 
-    def extract_summary(self, article: str) -> str:
+    def extract_output(self, prompt: str) -> str:
         from peftbench.data.sentences import split_prose_sentences
 
-        return " ".join(split_prose_sentences(article)[: self.sentences])
+        return " ".join(split_prose_sentences(prompt)[: self.sentences])

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from peftbench.common.renamed_keys import RENAMED_KEYS, RENAMED_VALUES
+from peftbench.common.renamed_keys import MOVED_KEYS, RENAMED_KEYS, RENAMED_VALUES
 from peftbench.common.schema import ConfigSection
 from peftbench.common.text import escape_interpolation, expand_home
 from peftbench.common.validation_errors import OUT_OF_RANGE_ERRORS, describe_requirement
@@ -34,12 +34,14 @@ from peftbench.optim import OPTIMIZERS
 from peftbench.recipe.scalars import load_as_text, restore_text
 from peftbench.recipe.schema import Recipe
 from peftbench.record.schema_v1 import upgrade_recipe
+from peftbench.tasks import TASK_KINDS
 
 EXTENDS_KEY = "extends"
 _KIND_REGISTRIES: dict[str, Mapping[str, type[ConfigSection]]] = {
     "method": METHOD_KINDS,
     "source": SOURCES,
     "optimizer": OPTIMIZERS,
+    "task": TASK_KINDS,
 }
 _YAML_ERRORS = (yaml.YAMLError, OmegaConfBaseException, ValueError, LookupError, RecursionError)
 """Everything that reading YAML raises; ValueError and LookupError are those of malformed numbers and keys."""
@@ -88,7 +90,12 @@ def _merge(configs: Iterable[DictConfig]) -> dict[str, Any]:
 
 def _drop_fields_of_other_kinds(base: DictConfig, override: DictConfig) -> None:
     """If ``override`` changes a group's kind, delete the keys from ``base`` that the new kind does not have."""
-    for group_path, kinds in (("method", METHOD_KINDS), ("data.source", SOURCES), ("optimizer", OPTIMIZERS)):
+    for group_path, kinds in (
+        ("method", METHOD_KINDS),
+        ("data.source", SOURCES),
+        ("optimizer", OPTIMIZERS),
+        ("task", TASK_KINDS),
+    ):
         group, new_group = _select_group(base, group_path), _select_group(override, group_path)
         kind = None if new_group is None else new_group.get("kind")
         if not isinstance(kind, str) or kind not in kinds or group is None:
@@ -265,11 +272,12 @@ def _raise_unknown_key(path: str, fields: Sequence[str]) -> NoReturn:
     renamed = RENAMED_KEYS.get(path, "")
     key = path.rpartition(".")[2]
     section = path.removesuffix(key)
-    hint = (
-        f"it was renamed to {renamed!r}"
-        if renamed.rpartition(".")[2] in fields
-        else did_you_mean(key, fields, prefix=section)
-    )
+    hint = did_you_mean(key, fields, prefix=section)
+    if renamed.rpartition(".")[2] in fields:
+        hint = f"it was renamed to {renamed!r}"
+    elif moved := MOVED_KEYS.get(path):
+        kind = "summarization" if moved.startswith("task.") else None
+        hint = f"it was renamed to {moved!r}" + (f", a key of task.kind={kind}" if kind else "")
     raise UnknownKeyError(f"Invalid recipe: there is no key {path!r}", hint)
 
 

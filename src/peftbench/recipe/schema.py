@@ -19,6 +19,8 @@ from peftbench.data.sources import AnySource
 from peftbench.errors import BudgetError
 from peftbench.methods import AnyMethod
 from peftbench.optim import AdamW, AnyOptimizer
+from peftbench.tasks import AnyTask
+from peftbench.tasks.auto import Auto
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Split = Literal["validation", "test"]
@@ -62,7 +64,7 @@ class Data(ConfigSection):
     """Examples, and how they are tokenized and padded."""
 
     source: AnySource
-    """Source of the examples: docstrings, files, hub or synthetic."""
+    """Where the examples are: docstrings, files, hub or synthetic."""
     train: int | None = Field(default=None, gt=0)
     """Number of examples sampled from the training split, with data.seed; null: all."""
     validation: int | None = Field(default=None, gt=0)
@@ -73,23 +75,14 @@ class Data(ConfigSection):
     """Seed for sampling the examples."""
     max_length: int | None = Field(default=None, gt=0)
     """Longest sequence in tokens, without virtual tokens; null: the model's positions minus the virtual tokens."""
-    separator: str = "\nTL;DR:"
-    """Text between article and summary. Must not end in a space: byte-level BPE puts it into the next word's token."""
     overlong: Literal["refuse", "drop"] = "refuse"
-    """refuse: an error if a summary leaves no room for its article; drop: skip the example, count it in the record."""
+    """An example that is too long, even when its context is cut: refuse it, or drop it and count it in the record."""
     padding: Literal["auto", "free", "longest", "max_length"] = "auto"
     """free: no padding, sequences share a row but not attention; longest, max_length: pad; auto: free if supported."""
     pad_to_multiple_of: int = Field(default=1, gt=0)
     """Pad rows to a multiple of this. On CPU in 16 bits, each new shape costs memory and time: use 64."""
     label_padding: bool = False
     """Label every token, padding included, and do not group batches by length, as in the published study."""
-
-    @field_validator("separator")
-    @classmethod
-    def _check_separator(cls, value: str) -> str:
-        if not value or value != value.rstrip(" "):
-            raise ValueError("must be non-empty text that does not end in a space")
-        return value
 
     @model_validator(mode="after")
     def _check_padding(self) -> Data:
@@ -261,6 +254,8 @@ class Recipe(ConfigSection):
     """Fine-tuning method."""
     data: Data
     """Examples, and how they are tokenized and padded."""
+    task: AnyTask = Auto()
+    """What an example is, which of its tokens are labeled, and what is generated."""
     optimizer: AnyOptimizer = AdamW()
     """Optimizer of the trained parameters."""
     schedule: Schedule = Schedule()
@@ -333,7 +328,7 @@ class Recipe(ConfigSection):
     @property
     def needs_resolution(self) -> bool:
         """True if a key that changes numbers may depend on the device (``auto``) or on the model's folder."""
-        return self.train.precision == "auto" or self.method.needs_model
+        return self.train.precision == "auto" or self.task.kind == "auto" or self.method.needs_model
 
     def fingerprint(self) -> str:
         """Return the hash of every key that can change a number. Resolve ``auto`` and a stored quantization before."""

@@ -51,7 +51,7 @@ from peftbench.run_dir.lock import Lock
 from peftbench.run_dir.refusal import delete_refusal
 from peftbench.run_dir.status import StatusWriter
 from peftbench.run_dir.stop_request import clear_stop_files, get_stop_file
-from peftbench.training.auto_settings import resolve_for_launch
+from peftbench.training.auto_settings import resolve_for_launch, resolve_task
 from peftbench.training.build import load_base_model
 from peftbench.training.data import build_encoder, check_splits
 from peftbench.training.loop import train
@@ -86,8 +86,10 @@ class Run:
         """
         self.shutdown_signal = shutdown_signal or ShutdownSignal()
         self.step_callbacks, self.evaluate_only = step_callbacks, evaluate_only
+        recipe, task_notes = resolve_task(recipe)
         check_splits(recipe, evaluate_only=evaluate_only)
         recipe, resolution_notes = resolve_for_launch(recipe)
+        resolution_notes = [*task_notes, *resolution_notes]
         resolved_recipe, micro_batch_note = resolve_auto_micro_batch(recipe)
         self.run_dir = RunDir.from_recipe(recipe)
         self._created_dirs = _create_run_dir(self.run_dir.path)

@@ -37,11 +37,15 @@ def load_examples(state: RunState, encoder: Encoder, split: str) -> Dataset:
 
 def compare_splits(state: RunState, train: Dataset, evaluated: Dataset) -> None:
     """Count the evaluated examples that are also training examples. Collective."""
-    source, split = state.recipe.data.source, state.recipe.evaluate.split
+    source, split, task = state.recipe.data.source, state.recipe.evaluate.split, state.recipe.task
     state.split_overlap = broadcast_from_main(
         state.accelerator,
         lambda: find_overlap(
-            train, evaluated, has_ids=source.has_ids, is_same_file=source.is_same_file("train", split)
+            train,
+            evaluated,
+            task,
+            has_ids=source.has_ids,
+            is_same_file=source.is_same_file("train", split),
         ),
     )
 
@@ -85,29 +89,30 @@ def evaluate_model(
     try:
         with probe.phase("evaluate"):
             held_out = evaluator.compute_held_out_loss()
-            state.quality = build_quality(config, examples, None, held_out=held_out)
+            state.quality = build_quality(state.recipe, examples, None, held_out=held_out)
             if not math.isfinite(held_out.loss):
                 step = state.get_trained_steps()
                 raise DivergedError(step, f"the held-out loss after step {step} is {held_out.loss}")
             forced = evaluator.decode_teacher_forced() if config.teacher_forced else None
-        if config.generate:
+        if config.generate and state.recipe.task.evaluation == "generate":
             with probe.phase("generate"):
-                generated = evaluator.generate_summaries()
+                generated = evaluator.generate()
     finally:
         state.notes += evaluator.notes
-    state.quality = build_quality(config, examples, generated, held_out=held_out)
+    state.quality = build_quality(state.recipe, examples, generated, held_out=held_out)
     if generated is not None or forced is not None:
-        score_outputs(state, build_outputs(examples, generated, forced))
+        score_outputs(state, build_outputs(examples, state.recipe.task, generated, forced))
 
 
 def evaluate_extractive_baseline(state: RunState) -> None:
-    """Evaluate a baseline that copies its summary from the article and needs no model."""
+    """Evaluate a baseline that copies its output from the prompt and needs no model."""
     split = state.recipe.evaluate.split
     dataset = main_process_first(state.accelerator, lambda: load_split(state.recipe, split))
     state.set_example_counts(split, len(dataset), 0)
-    summaries = [state.recipe.method.extract_summary(article) or "" for article in dataset["article"]]
-    state.quality = build_quality(state.recipe.evaluate, dataset, summaries)
-    score_outputs(state, build_outputs(dataset, summaries, None))
+    prompts = (state.recipe.task.get_prompt(example) for example in dataset)
+    outputs = [state.recipe.method.extract_output(prompt) or "" for prompt in prompts]
+    state.quality = build_quality(state.recipe, dataset, outputs)
+    score_outputs(state, build_outputs(dataset, state.recipe.task, outputs, None))
 
 
 def score_outputs(state: RunState, outputs: Sequence[Output]) -> None:

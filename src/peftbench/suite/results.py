@@ -59,9 +59,10 @@ def resolve_for_accelerate_config(recipe: Recipe, accelerate: Path | None) -> Re
     from peftbench.distributed.device_capability import detect_device_capability
     from peftbench.memory.launch_config import SINGLE_PROCESS, load_launch_config
     from peftbench.memory.search import with_micro_batch
-    from peftbench.training.auto_settings import resolve_auto_settings
+    from peftbench.training.auto_settings import resolve_auto_settings, resolve_task
 
     quiet_libraries()
+    recipe, _ = resolve_task(recipe)
     launch_config = SINGLE_PROCESS
     if accelerate is not None:
         launch_config = load_launch_config(accelerate, None, with_micro_batch(recipe, 1))

@@ -1,5 +1,6 @@
-"""Resolve the recipe keys that depend on the device or the model's folder before a run or plan starts.
+"""Resolve the recipe keys that depend on the device, the data or the model's folder before a run or plan starts.
 
+``task.kind=auto`` depends on the columns of the data.
 ``train.precision=auto`` and ``model.attention=auto`` depend on the device. ``model.quantization`` becomes the kind of
 weights that were saved quantized. ``train.micro_batch_size=auto`` depends on the memory estimate too and is resolved in
 ``run/oom.py``.
@@ -17,6 +18,8 @@ from peftbench.distributed.precision import resolve_precision, with_precision
 from peftbench.modeling.attention_implementation import select_attention
 from peftbench.modeling.loading import load_config, resolve_model_path
 from peftbench.modeling.quantization import resolve_quantization
+from peftbench.tasks import TASKS
+from peftbench.tasks.auto import select_task
 
 if TYPE_CHECKING:
     from peftbench.distributed.device_capability import DeviceCapability
@@ -33,10 +36,30 @@ def resolve_for_launch(recipe: Recipe) -> tuple[Recipe, list[str]]:
     """
     if not recipe.needs_resolution:
         return recipe, []
+    recipe, task_notes = resolve_task(recipe)
     # The engine does not depend on the micro-batch size, which may be auto too.
     any_size = recipe.model_copy(update={"train": recipe.train.model_copy(update={"micro_batch_size": None})})
     engine, _ = resolve_engine(any_size, Path(), launcher_env.get_world_size())
-    return resolve_auto_settings(recipe, engine, detect_device_capability())
+    recipe, notes = resolve_auto_settings(recipe, engine, detect_device_capability())
+    return recipe, [*task_notes, *notes]
+
+
+def resolve_task(recipe: Recipe) -> tuple[Recipe, list[str]]:
+    """Return the recipe with ``task.kind=auto`` resolved, and a note that gives the task and its columns.
+
+    Raises:
+        OutOfRangeError: the columns are those of no task.
+        DataError: the names of the columns cannot be read.
+    """
+    if recipe.task.kind != "auto":
+        return recipe, []
+    source, split = recipe.data.source, "train" if recipe.method.is_trainable else recipe.evaluate.split
+    if source.implied_task is not None:
+        task = TASKS[source.implied_task].with_defaults()
+    else:
+        task = select_task(source.read_column_names(split), TASKS, f"the {split} split")
+    columns = ", ".join(dict.fromkeys(task.columns.values()))
+    return recipe.model_copy(update={"task": task}), [f"auto: task.kind is {task.kind} (columns {columns})"]
 
 
 def resolve_auto_settings(

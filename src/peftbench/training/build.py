@@ -122,7 +122,7 @@ def apply_method(recipe: Recipe, base: LoadedModel, context: AcceleratorContext)
     set_seed(recipe.train.seed)  # a method's new weights depend on the seed alone, not on how the base was loaded
     total = base.model.num_parameters()  # counts the scalars of quantized tensors, not their packed storage
     notes = [*base.notes, *recipe.method.list_notes(base.model)]
-    if recipe.evaluate.generate:
+    if recipe.evaluate.generate and recipe.task.evaluation == "generate":
         recipe.method.check_generation(base.model)
         if settings := list_settings(base.model.generation_config):
             notes.append(f"generation does not use these settings of the base model: {', '.join(settings)}")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from peftbench.data.batches import EncodedExamples
+    from peftbench.data.readers.rows import Columns
     from peftbench.modeling.loading import LoadedModel
     from peftbench.modeling.loss import CausalLMLoss
     from peftbench.recipe.schema import Recipe
@@ -37,7 +38,12 @@ def check_splits(recipe: Recipe, *, evaluate_only: bool = False) -> None:
     """
     needs_training = recipe.method.is_trainable and not evaluate_only
     for split in dict.fromkeys([recipe.evaluate.split, *(["train"] if needs_training else [])]):
-        recipe.data.source.check(split)
+        recipe.data.source.check(split, select_columns(recipe))
+
+
+def select_columns(recipe: Recipe) -> Columns:
+    """Return the columns that the recipe's task reads from its source."""
+    return recipe.task.select_columns(recipe.data.source.id_column)
 
 
 def load_split(recipe: Recipe, split: str) -> Dataset:
@@ -46,7 +52,7 @@ def load_split(recipe: Recipe, split: str) -> Dataset:
     Raises:
         EmptySplitError: the split has fewer examples than the recipe requests.
     """
-    dataset = recipe.data.source.load(split)
+    dataset = recipe.data.source.load(split, select_columns(recipe))
     size: int | None = getattr(recipe.data, split)
     if size is None:
         return dataset
@@ -62,21 +68,31 @@ def load_encoded_split(recipe: Recipe, encoder: Encoder, split: str, accelerator
     """Return the encoded subsample of a split; the main process encodes it, the others read its cache."""
 
     def encode() -> EncodedSplit:
-        return EncodedSplit(*encoder.encode_split(load_split(recipe, split), split, recipe.data.overlong))
+        is_evaluated = split == recipe.evaluate.split
+        dataset = load_split(recipe, split)
+        return EncodedSplit(*encoder.encode_split(dataset, split, recipe.data.overlong, is_evaluated=is_evaluated))
 
     return main_process_first(accelerator, encode)
 
 
 def build_encoder(recipe: Recipe, base: LoadedModel) -> Encoder:
     """Return the encoder for this base model and this method's virtual tokens."""
-    layout = SequenceLayout.for_model(
-        separator=recipe.data.separator,
+    layout = build_layout(recipe, base.max_positions)
+    return Encoder(base.tokenizer, layout, recipe.task)
+
+
+def build_layout(recipe: Recipe, max_positions: int | None) -> SequenceLayout:
+    """Return the length limit of sequences for a model with ``max_positions``.
+
+    Raises:
+        OutOfRangeError, SequenceTooShortError: as in :meth:`SequenceLayout.for_model`.
+    """
+    return SequenceLayout.for_model(
         max_length=recipe.data.max_length,
-        max_new_tokens=recipe.evaluate.max_new_tokens,
-        max_positions=base.max_positions,
+        max_new_tokens=recipe.evaluate.max_new_tokens if recipe.task.evaluation == "generate" else 0,
+        max_positions=max_positions,
         virtual_tokens=recipe.method.virtual_tokens,
     )
-    return Encoder(base.tokenizer, layout)
 
 
 def build_collator(recipe: Recipe, loss: CausalLMLoss, pad_token_id: int) -> Collator:

@@ -11,23 +11,25 @@ from peftbench.record import SplitOverlap
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from peftbench.tasks.base import Task
+
 _READ_CHUNK_SIZE = 1000
 
 
-def find_overlap(train: Dataset, evaluated: Dataset, *, has_ids: bool, is_same_file: bool) -> SplitOverlap:
-    """Count the evaluated examples whose text, text and summary, or id is also in the training split.
+def find_overlap(train: Dataset, evaluated: Dataset, task: Task, *, has_ids: bool, is_same_file: bool) -> SplitOverlap:
+    """Count the evaluated examples whose prompt, prompt and reference, or id is also in the training split.
 
     ``has_ids`` is False if ids are row numbers, which any two splits share.
     """
     texts, pairs, ids = set(), set(), set()
-    for id, article, summary in _iter_rows(train):
-        texts.add(_hash(article))
-        pairs.add(_hash(article, summary))
+    for id, prompt, reference in _iter_rows(train, task):
+        texts.add(_hash(prompt))
+        pairs.add(_hash(prompt, reference))
         ids.add(id)
     shared_texts = shared_pairs = shared_ids = 0
-    for id, article, summary in _iter_rows(evaluated):
-        shared_texts += _hash(article) in texts
-        shared_pairs += _hash(article, summary) in pairs
+    for id, prompt, reference in _iter_rows(evaluated, task):
+        shared_texts += bool(prompt) and _hash(prompt) in texts
+        shared_pairs += _hash(prompt, reference) in pairs
         shared_ids += id in ids
     return SplitOverlap(
         texts=shared_texts,
@@ -37,10 +39,13 @@ def find_overlap(train: Dataset, evaluated: Dataset, *, has_ids: bool, is_same_f
     )
 
 
-def _iter_rows(dataset: Dataset) -> Iterator[tuple[str, str, str]]:
-    for start in range(0, len(dataset), _READ_CHUNK_SIZE):
-        rows = dataset[start : start + _READ_CHUNK_SIZE]
-        yield from zip(rows["id"], rows["article"], rows["summary"], strict=True)
+def _iter_rows(dataset: Dataset, task: Task) -> Iterator[tuple[str, str, str]]:
+    text = dataset.select_columns(["id", *task.columns])
+    for start in range(0, len(text), _READ_CHUNK_SIZE):
+        rows = text[start : start + _READ_CHUNK_SIZE]
+        for cells in zip(*rows.values(), strict=True):
+            example = dict(zip(rows, cells, strict=True))
+            yield example["id"], task.get_prompt(example), task.get_reference(example)
 
 
 def _hash(*texts: str) -> bytes:

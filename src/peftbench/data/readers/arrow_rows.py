@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peftbench.common.text import first_line
-from peftbench.data.readers.rows import Cell, CellFault, Columns, Row, SplitLocation, to_printable
+from peftbench.data.readers.rows import Cell, CellFault, Columns, Row, SplitLocation, to_json, to_printable
 from peftbench.data.readers.text_file import refuse_other_formats
 
 if TYPE_CHECKING:
@@ -73,6 +73,8 @@ def check_schema(schema: pyarrow.Schema, columns: Columns, location: SplitLocati
             raise location.missing_column(name, schema.names)
         if count > 1:
             raise location.repeated_column(name)
+        if column in columns.structured:
+            continue
         kind = schema.field(name).type
         is_integer_id = column == "id" and types.is_integer(kind)
         if not (is_integer_id or types.is_null(kind) or _is_text(kind)):
@@ -82,9 +84,40 @@ def check_schema(schema: pyarrow.Schema, columns: Columns, location: SplitLocati
 def iter_batch_rows(batches: Iterable[pyarrow.RecordBatch], columns: Columns) -> Iterator[Row]:
     """Yield the rows of batches whose schema was checked."""
     for batch in batches:
-        cells = [_read_cells(batch.column(name)) for name in columns.names.values()]
+        cells = [
+            _read_structures(batch.column(name)) if column in columns.structured else _read_cells(batch.column(name))
+            for column, name in columns.names.items()
+        ]
         for row in zip(*cells, strict=True):
             yield None, row
+
+
+def read_parquet_names(location: SplitLocation) -> list[str]:
+    """Return the names of the columns of a Parquet file.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        return list(parquet.read_schema(location.path).names)
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise location.unreadable("parquet", _shorten(error), "write the file again") from error
+    except OSError as error:
+        raise location.read_error(error) from error
+
+
+def _read_structures(array: pyarrow.Array) -> Sequence[Cell]:
+    """Return the cells of a column of any type as JSON."""
+    cells: list[Cell] = []
+    for value in array.to_pylist():
+        try:
+            cells.append(to_json(value))
+        except (TypeError, ValueError):
+            cells.append(CellFault(f"a value of type {array.type}, which JSON does not have", "convert it to text"))
+    return cells
 
 
 def _is_text(kind: pyarrow.DataType) -> bool:

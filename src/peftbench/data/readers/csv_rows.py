@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TextIO
 
-from peftbench.data.readers.rows import Columns, Row, SplitLocation
+from peftbench.data.readers.rows import Cell, Columns, Row, SplitLocation, to_json
 from peftbench.data.readers.text_file import open_text
 from peftbench.errors import DataError
 
@@ -42,22 +43,54 @@ class _Lines:
 def iter_csv_rows(location: SplitLocation, columns: Columns) -> Iterator[Row]:
     """Yield the rows of a CSV file with a header, commas and double quotes (RFC 4180); an empty cell is missing.
 
+    The cell of a structured column is a JSON list or object, or text.
+
     Raises:
         DataError: the file cannot be read; the message has the line and the fault.
         MissingColumnError: the header lacks a used column.
     """
     with open_text(location, "csv", newline="") as file, _allow_long_cells():
         records = _iter_records(file, location)
-        header_line, header = next(records, (1, []))
+        header = _read_header(records, location)
         if not header:
             return
-        if not any(name.strip() for name in header):
-            raise location.unreadable("csv", f"line {header_line} has no column names", "write them in the first line")
-        places = [_find_column(name, header, location) for name in columns.names.values()]
+        places = [
+            (_find_column(name, header, location), column in columns.structured)
+            for column, name in columns.names.items()
+        ]
         for line, cells in records:
             if len(cells) != len(header):
                 raise _count_fault(line, len(cells), len(header), location)
-            yield line, [cells[place] or None for place in places]
+            yield (
+                line,
+                [_read_structure(cells[place]) if is_json else cells[place] or None for place, is_json in places],
+            )
+
+
+def read_csv_names(location: SplitLocation) -> list[str]:
+    """Return the names in the header of a CSV file, none if the file is empty.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    with open_text(location, "csv", newline="") as file, _allow_long_cells():
+        return _read_header(_iter_records(file, location), location)
+
+
+def _read_header(records: Iterator[tuple[int, list[str]]], location: SplitLocation) -> list[str]:
+    line, header = next(records, (1, []))
+    if header and not any(name.strip() for name in header):
+        raise location.unreadable("csv", f"line {line} has no column names", "write them in the first line")
+    return header
+
+
+def _read_structure(cell: str) -> Cell:
+    if cell.lstrip().startswith(("[", "{")):
+        try:
+            return to_json(json.loads(cell))
+        except (ValueError, RecursionError):
+            pass
+    return to_json(cell or None)
 
 
 @contextmanager

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn, TextIO
 
 from peftbench.data.readers.json_faults import JSON_SPACES, describe_json_fault
-from peftbench.data.readers.rows import Cell, CellFault, Columns, Row, SplitLocation, to_printable
+from peftbench.data.readers.rows import (
+    Cell,
+    CellFault,
+    Columns,
+    Row,
+    SplitLocation,
+    find_surrogate,
+    to_json,
+    to_printable,
+)
 from peftbench.data.readers.text_file import open_text
 from peftbench.errors import DataError
 
 _HEAD_ROWS = 1000
 """Rows that are searched for the names of columns."""
 _TEXT_ADVICE = "write text in double quotes"
+_LONGEST_INTEGER = 4000
+"""Digits of an integer; Python converts no more than 4,300."""
 
 
 class _Integer(str):
@@ -57,12 +68,26 @@ def iter_json_rows(location: SplitLocation, columns: Columns) -> Iterator[Row]:
     with open_text(location, "json", newline="\n") as file:
         objects = _iter_objects(file, location)
         head = list(itertools.islice(objects, _HEAD_ROWS))
-        names = list(dict.fromkeys(name for _, pairs in head for name, _ in pairs))
+        names = _list_names(head)
         for name in columns.names.values():
             if head and name not in names:
                 raise location.missing_column(name, names)
         for line, pairs in itertools.chain(head, objects):
             yield line, _read_cells(pairs, columns, line, location)
+
+
+def read_json_names(location: SplitLocation) -> list[str]:
+    """Return the names in the first objects of a file.
+
+    Raises:
+        DataError: the file cannot be read; the message has the line and the fault.
+    """
+    with open_text(location, "json", newline="\n") as file:
+        return _list_names(itertools.islice(_iter_objects(file, location), _HEAD_ROWS))
+
+
+def _list_names(objects: Iterable[tuple[int, _Object]]) -> list[str]:
+    return list(dict.fromkeys(name for _, pairs in objects for name, _ in pairs))
 
 
 def _iter_objects(file: TextIO, location: SplitLocation) -> Iterator[tuple[int, _Object]]:
@@ -154,25 +179,45 @@ def _read_cells(pairs: _Object, columns: Columns, line: int, location: SplitLoca
         for name in columns.names.values():
             if written.count(name) > 1:
                 raise location.unreadable("json", f"line {line} has the name {name!r} twice", "correct that line")
-    return [_read_cell(values.get(name), is_id=column == "id") for column, name in columns.names.items()]
+    return [
+        _read_structure(values.get(name)) if column in columns.structured else _read_cell(values.get(name), column)
+        for column, name in columns.names.items()
+    ]
 
 
-def _read_cell(value: object, *, is_id: bool) -> Cell:
+def _read_cell(value: object, column: str) -> Cell:
+    is_id = column == "id"
     if value is None or (is_id and isinstance(value, _Integer)):
         return value
     if type(value) is not str:
         return CellFault(_name_value(value), _TEXT_ADVICE + (", or an integer" if is_id else ""))
-    if not value.isascii() and (surrogate := _find_surrogate(value)) is not None:
-        return CellFault(f"{surrogate}, which is half of a character,", "write both halves, or the character itself")
-    return value
+    return find_surrogate(value) or value
 
 
-def _find_surrogate(text: str) -> str | None:
+def _read_structure(value: object) -> Cell:
     try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        return f"\\u{ord(text[error.start]):04x}"
-    return None
+        return to_json(_to_plain(value))
+    except _RepeatedNameError as error:
+        return CellFault(f"the name {error.args[0]!r} twice in one object", "correct that line")
+
+
+class _RepeatedNameError(ValueError):
+    """An object with two values of one name."""
+
+
+def _to_plain(value: object) -> object:
+    """Return a parsed value in Python's own types."""
+    if isinstance(value, _Object):
+        plain = {name: _to_plain(content) for name, content in value}
+        if len(plain) < len(value):
+            names = [name for name, _ in value]
+            raise _RepeatedNameError(next(name for name in names if names.count(name) > 1))
+        return plain
+    if isinstance(value, list):
+        return [_to_plain(content) for content in value]
+    if isinstance(value, _Integer):
+        return int(value) if len(value) < _LONGEST_INTEGER else str(value)
+    return float(value) if isinstance(value, _Decimal) else value
 
 
 def _name_value(value: object) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from peftbench.errors import DataError, EmptySplitError, MissingColumnError, did_you_mean
@@ -33,18 +34,69 @@ Row = tuple[int | None, Sequence[Cell]]
 
 
 @dataclass(frozen=True)
-class Columns:
-    """Names of the columns that the recipe uses."""
+class RowFault:
+    """A row that the task cannot use, though its cells have the right type."""
 
-    article: str
-    summary: str
+    content: str
+    """Clause for the error, e.g. ``has two assistant messages in a row``."""
+    advice: str
+    """Correction for the error."""
+
+
+Example = Mapping[str, str]
+"""A row under the task's names of columns; the cells of structured columns are JSON."""
+
+
+def _accept(example: Example) -> None:
+    """Accept every example."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns that a task reads, and what their cells hold."""
+
+    named: Mapping[str, str]
+    """Name of the file's column by the task's name for it."""
     id: str | None = None
+    """Column with the example's id; None: the row number is the id."""
+    structured: frozenset[str] = frozenset()
+    """Columns (the task's names) with any JSON value; an example holds it as JSON. The others have text."""
+    optional: frozenset[str] = frozenset()
+    """Columns (the task's names) whose cells may be empty."""
+    check: Callable[[Example], RowFault | None] = _accept
+    """Returns what is wrong with an example, None if nothing is."""
+    version: int = 1
+    """Version of ``check``: part of the cache's key."""
 
     @property
     def names(self) -> dict[str, str]:
-        """Name of the file's column by standard column, without an id that is the row's number."""
-        names = {"id": self.id, "article": self.article, "summary": self.summary}
-        return {column: name for column, name in names.items() if name is not None}
+        """Name of the file's column by the example's column, without an id that is the row's number."""
+        return ({} if self.id is None else {"id": self.id}) | dict(self.named)
+
+    @property
+    def cache_key(self) -> list[object]:
+        """Everything that examples depend on in addition to the content of the files."""
+        return [self.names, sorted(self.structured), sorted(self.optional), self.version]
+
+
+def to_json(value: object) -> Cell:
+    """Return the cell of a structured column with this value (of JSON's types)."""
+    if value is None:
+        return None
+    text = json.dumps(value, ensure_ascii=False)
+    return text if (fault := find_surrogate(text)) is None else fault
+
+
+def find_surrogate(text: str) -> CellFault | None:
+    """Return the fault of a text with half of a character, None if it has none."""
+    if text.isascii():
+        return None
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        return CellFault(f"{half}, which is half of a character,", "write both halves, or the character itself")
+    return None
 
 
 @dataclass(frozen=True)
@@ -100,24 +152,36 @@ class SplitLocation:
         """Return the error of a cell without text."""
         return DataError(f"{place} of the {self.split} split of {self.path} has no {name}; add it or remove the row")
 
+    def row_fault(self, place: str, fault: RowFault) -> DataError:
+        """Return the error of a row that the task cannot use."""
+        return DataError(f"{place} of the {self.split} split of {self.path} {fault.content}", fault.advice)
+
 
 def iter_examples(
     rows: Iterable[Row], columns: Columns, location: SplitLocation, first_index: int = 0
-) -> Iterator[Mapping[str, str]]:
+) -> Iterator[Example]:
     """Yield the rows as examples; a row without an id gets its number, counted from ``first_index``.
 
     Raises:
-        DataError: a cell is empty or not text.
+        DataError: a cell is empty or has the wrong type, or the task cannot use the row.
     """
-    names = columns.names
     for index, (line, cells) in enumerate(rows, first_index):
-        example = {"id": str(index)}
-        for (column, name), cell in zip(names.items(), cells, strict=True):
-            if isinstance(cell, str) and (column == "id" or (cell and not cell.isspace())):
-                example[column] = cell
-                continue
-            place = f"example {index}" + (f" (line {line})" if line is not None else "")
-            if isinstance(cell, CellFault):
-                raise location.cell_fault(place, name, cell)
-            raise location.empty_cell(place, name)
+        place = f"example {index}" + (f" (line {line})" if line is not None else "")
+        example = {"id": str(index)} | _read_cells(cells, columns, location, place)
+        if (fault := columns.check(example)) is not None:
+            raise location.row_fault(place, fault)
         yield example
+
+
+def _read_cells(cells: Sequence[Cell], columns: Columns, location: SplitLocation, place: str) -> dict[str, str]:
+    example: dict[str, str] = {}
+    for (column, name), cell in zip(columns.names.items(), cells, strict=True):
+        if isinstance(cell, CellFault):
+            raise location.cell_fault(place, name, cell)
+        if column in columns.optional or column == "id":
+            example[column] = cell or ""
+        elif cell and not cell.isspace():
+            example[column] = cell
+        if column not in example or (column == "id" and cell is None):
+            raise location.empty_cell(place, name)
+    return example

@@ -373,7 +373,8 @@ class MemorySimulation:
         )
         with _disable_current_modes():  # created outside the device; recorded when used
             batch = self.collator.collate(
-                [[0] * sequence_length] * batch_size, [sequence_length - count for count in label_counts]
+                [[0] * sequence_length] * batch_size,
+                [(sequence_length - count, sequence_length) for count in label_counts],
             )
             return batch.map(lambda tensor: tensor.to("meta")) if is_on_device else batch
 
