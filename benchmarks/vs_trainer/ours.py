@@ -78,7 +78,7 @@ def recipe_of(job: Job, folder: str, positions: int) -> Recipe:
             seed=spec.seed,
             **own_settings(job.case, spec),
         ),
-        evaluate=Evaluate(generate=False),
+        evaluate=Evaluate(metrics=()),
         profile=Profile(untimed_steps=spec.untimed_steps(job.case)),
         save_model=False,
     )

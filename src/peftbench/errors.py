@@ -27,6 +27,7 @@
     │   ├── DiskFullError             51   no space left, or the quota is exceeded
     │   └── RunLockedError            52   a run folder in which another process works
     ├── RecordError                   60   a record that cannot be read
+    ├── MetricError                   65   a metric that cannot be computed: its library is missing, or its code fails
     ├── BudgetError                   80   an invalid budget
     │   ├── DeviceError               81   an unknown device
     │   ├── EstimateUnavailableError  82   memory that cannot be estimated
@@ -204,6 +205,12 @@ class RecordError(PeftbenchError):
     """A record that cannot be read."""
 
     exit_code = 60
+
+
+class MetricError(PeftbenchError):
+    """A metric that cannot be computed: its library is missing, or its code fails."""
+
+    exit_code = 65
 
 
 class BudgetError(PeftbenchError):

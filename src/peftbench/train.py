@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -24,7 +25,8 @@ from peftbench.common.options import (
 )
 from peftbench.common.usage_errors import PlainCommand
 from peftbench.distributed import launcher_env
-from peftbench.errors import HubUnreachableError, ModelError, RecordError, RunLockedError
+from peftbench.errors import HubUnreachableError, ModelError, OutOfRangeError, RecordError, RunLockedError
+from peftbench.evaluation.metrics.selection import check_metrics
 from peftbench.recipe.arguments import load_recipe_from_arguments
 from peftbench.recipe.loader import load_recipe, to_commented_yaml
 from peftbench.record import EXIT_CODES, RECORD_FILE, Outcome, RunRecord, read_record
@@ -94,12 +96,20 @@ def _keep_refusal(recipe: Recipe, result: dict[str, object]) -> None:
         write_refusal(RunDir.from_recipe(recipe).path, Refusal(error=str(result["error"])))
 
 
-def evaluate_from_arguments(run: Path, overrides: list[str], *, from_outputs: bool) -> None:
+def evaluate_from_arguments(
+    run: Path, overrides: list[str], *, from_outputs: bool, metrics: Sequence[str] = ()
+) -> None:
     """Evaluate the saved model in the folder ``run``; print its outcome and exit with its exit code.
 
-    With ``from_outputs`` only compute the metrics of its saved outputs.
+    With ``from_outputs`` only compute the metrics of its saved outputs: those of the recipe or, if there are any,
+    ``metrics``, which are added to the record.
     """
     with cli_errors(on_error=print_result_line, rank=launcher_env.get_rank()):
+        if metrics and not from_outputs:
+            raise OutOfRangeError(
+                "--metric computes metrics from saved outputs and needs --from-outputs",
+                "to evaluate the model, give evaluate.metrics instead, e.g. evaluate.metrics=[exact_match]",
+            )
         recipe = _load_recipe_of_run(run, overrides)
         if not recipe.method.is_trainable and not from_outputs:
             raise RecordError(f"{run} is a run of {recipe.method.kind}, which saves no model", "run it again")
@@ -108,7 +118,8 @@ def evaluate_from_arguments(run: Path, overrides: list[str], *, from_outputs: bo
                 quiet_libraries()
                 from peftbench.run.rescoring import rescore_outputs
 
-                outcome, path = rescore_outputs(recipe)
+                check_metrics(recipe)
+                outcome, path = rescore_outputs(recipe, metrics)
             _end_run(recipe, outcome, path, EXIT_CODES[outcome.kind])
         _end_run(recipe, *run_recipe(recipe, evaluate_only=True))
 

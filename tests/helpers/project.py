@@ -24,7 +24,7 @@ RECIPE = {
     "method": {"kind": "lora"},
     "data": {"source": {"kind": "files", "train": "rows.jsonl", "test": "rows.jsonl"}, "max_length": 128},
     "train": {"steps": 1, "global_batch_size": 4, "precision": "fp32"},
-    "evaluate": {"generate": False, "max_new_tokens": 8, "bootstrap_resamples": 100},
+    "evaluate": {"metrics": (), "max_new_tokens": 8, "bootstrap_resamples": 100},
     "profile": {"untimed_steps": 0},
 }
 

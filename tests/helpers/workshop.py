@@ -40,7 +40,7 @@ class Workshop:
         model_keys = {"path": str(self.base_folder(architecture)), "attention": "sdpa"} | (model or {})
         data_keys = {"source": self.source, "max_length": 48, "separator": " TL;DR:"} | (data or {})
         train_keys = {"steps": 3, "global_batch_size": 6, "precision": "fp32"} | (train or {})
-        evaluate_keys = {"generate": False, "max_new_tokens": 8, "bootstrap_resamples": 100} | (evaluate or {})
+        evaluate_keys = {"metrics": (), "max_new_tokens": 8, "bootstrap_resamples": 100} | (evaluate or {})
         values: dict[str, Any] = {
             "name": "run",
             "output_dir": str(self.output),

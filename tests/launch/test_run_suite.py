@@ -47,9 +47,7 @@ def test_suite_skips_finished_runs_and_repeats_changed_ones(project: Path, cache
     assert "run-r=1" in first.stdout
     assert first.stdout.splitlines()[-1] == "report: out/report.html"
     started = {name: record_of(project, name)["started_at"] for name in ("run-r=1", "run-r=2")}
-    recipe = yaml.safe_load((project / "recipe.yaml").read_text()) | {
-        "evaluate": {"max_new_tokens": 9, "generate": False}
-    }
+    recipe = yaml.safe_load((project / "recipe.yaml").read_text()) | {"evaluate": {"max_new_tokens": 9, "metrics": ()}}
     again = run(peftbench("run", "suite.yaml"), project, caches)
     assert again.stderr.count("skipped") == 2
     assert {name: record_of(project, name)["started_at"] for name in started} == started
@@ -190,7 +188,7 @@ def test_bad_data_ends_all_processes_with_one_error(project: Path, caches: dict[
 @pytest.mark.multiprocess
 def test_two_processes_match_one(project: Path, caches: dict[str, str]) -> None:
     """Losses agree to 1e-4, the evaluation is the same, and each example counts once."""
-    changes = ["train.steps=4", "train.micro_batch_size=1", "evaluate.generate=true", "evaluate.batch_size=3"]
+    changes = ["train.steps=4", "train.micro_batch_size=1", "evaluate.metrics=null", "evaluate.batch_size=3"]
     one = run(
         [sys.executable, str(REPOSITORY / "launch" / "train.py"), "--config", "recipe.yaml", *changes, "name=one"],
         project,

@@ -138,7 +138,7 @@ def test_stop_saves_a_step_and_resumes(
 
 
 LONG_EVALUATION = [
-    "evaluate.generate=true",
+    "evaluate.metrics=null",
     "evaluate.max_new_tokens=100",
     "evaluate.batch_size=1",
     "model.dropout=0.0",

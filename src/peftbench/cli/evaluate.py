@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 
@@ -18,9 +18,17 @@ def evaluate(
         typer.Option(
             "--from-outputs",
             metavar="",
-            help="Compute the metrics again from the run's generated texts (outputs.jsonl), without the model.",
+            help="Compute the metrics again from the run's outputs (outputs.jsonl), without the model.",
         ),
     ] = False,
+    metric: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            metavar="NAME",
+            help="With --from-outputs: compute this metric and add it to the record, or replace it there. Repeatable. "
+            "Default: the recipe's metrics.",
+        ),
+    ] = None,
 ) -> None:
     """Evaluate the saved model of a run, without training, and update its record.
 
@@ -30,6 +38,6 @@ def evaluate(
     from peftbench.train import evaluate_from_arguments
 
     try:
-        evaluate_from_arguments(run, overrides or [], from_outputs=from_outputs)
+        evaluate_from_arguments(run, overrides or [], from_outputs=from_outputs, metrics=metric or [])
     finally:
         ignore_signals()

@@ -20,6 +20,8 @@ NEUTRAL_VALUES: dict[str, Any] = {
     "budget": {"memory": None},
     "train.feature_cache": None,
     "train.repeat_examples": False,
+    "evaluate.metrics": None,
+    "evaluate.headline_metric": None,
 }
 """Dotted key: the value at which a run reproduces one made before the key existed, so that it stays out."""
 

@@ -1,6 +1,8 @@
-"""Recipe keys and values that had other names before schema 2, and those that moved in schema 3."""
+"""Recipe keys and values of earlier schemas that have other names now, were moved, or were replaced."""
 
 from __future__ import annotations
+
+from typing import Any
 
 RENAMED_KEYS: dict[str, str] = {
     "train.micro_batch": "train.micro_batch_size",
@@ -25,7 +27,7 @@ RENAMED_KEYS: dict[str, str] = {
     "method.init": "method.prompt_tuning_init",
     "method.init_text": "method.prompt_tuning_init_text",
 }
-"""Old dotted key: new dotted key."""
+"""Dotted key of schema 1: dotted key of schema 2."""
 
 MOVED_KEYS: dict[str, str] = {
     "data.separator": "task.separator",
@@ -36,6 +38,9 @@ MOVED_KEYS: dict[str, str] = {
 }
 """Dotted key of schema 2: its place in schema 3."""
 
+TASK_OF_SCHEMA_2 = {"kind": "summarization", "article": "article", "summary": "summary", "separator": "\nTL;DR:"}
+"""The task that every recipe of schema 2 had, with its defaults."""
+
 RENAMED_VALUES: dict[str, dict[str, str]] = {
     "data.padding": {"none": "free", "max_tokens": "max_length"},
     "train.logits": {"labelled": "labels_only"},
@@ -43,3 +48,8 @@ RENAMED_VALUES: dict[str, dict[str, str]] = {
     "method.prompt_tuning_init": {"random": "RANDOM", "text": "TEXT", "vocabulary": "SAMPLE_VOCAB"},
 }
 """Dotted key (new name): old value: new value."""
+
+REPLACED_SWITCHES: dict[str, tuple[str, dict[bool, Any]]] = {
+    "evaluate.generate": ("evaluate.metrics", {True: None, False: []}),
+}
+"""Dotted key of schema 2, a boolean: the key that replaced it, and its value for each value of the old key."""

@@ -1,4 +1,4 @@
-"""Sentence splitting for ROUGE-Lsum and the lead baseline."""
+"""Sentence splitting, for metrics and the lead baseline."""
 
 from __future__ import annotations
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,13 +15,7 @@ from tqdm.auto import tqdm
 
 from peftbench.data.encode import count_labels
 from peftbench.distributed.sharding import unshard_root
-from peftbench.errors import RecordError
-from peftbench.evaluation.intervals import bootstrap_interval
-from peftbench.evaluation.metrics.registry import compute_scores
-from peftbench.evaluation.outputs import list_references
 from peftbench.modeling.generation import default_generation_config
-from peftbench.record import Interval, PerExample, Quality, Sample
-from peftbench.record.quality import MAX_SAMPLE_CHARS
 from peftbench.training.data import build_collator
 
 if TYPE_CHECKING:
@@ -32,7 +24,6 @@ if TYPE_CHECKING:
     from peftbench.data.collate import MicroBatch
     from peftbench.data.encode import Encoder
     from peftbench.distributed.accelerator import AcceleratorContext
-    from peftbench.evaluation.outputs import Output
     from peftbench.recipe.schema import Evaluate, Recipe
     from peftbench.training.build import AdaptedModel
 
@@ -199,75 +190,3 @@ class Evaluator:
 def _split_by_row(rows: Sequence[dict[str, Any]], token_values: torch.Tensor) -> Sequence[torch.Tensor]:
     """Return each row's slice of ``token_values``, which has the labeled tokens of all rows in order."""
     return token_values.split([count_labels(row["label_spans"]) for row in rows])  # type: ignore[no-any-return]
-
-
-def build_quality(
-    recipe: Recipe,
-    dataset: Dataset,
-    generated: Sequence[str] | None,
-    *,
-    held_out: HeldOutLoss | None = None,
-) -> Quality:
-    """Return the held-out loss and the samples to save. ``generated`` are texts in the order of ``dataset``."""
-    config, task = recipe.evaluate, recipe.task
-    references = list_references(dataset, task)
-    saved = zip(
-        dataset.select(range(min(config.saved_samples, len(dataset)))), references, generated or (), strict=False
-    )
-    loss = None if held_out is None else held_out.loss
-    return Quality(
-        split=config.split,
-        num_examples=len(dataset),
-        loss=loss,
-        perplexity=math.exp(loss) if loss is not None and loss < 700 else None,
-        samples=tuple(
-            Sample(id=row["id"], article=task.get_prompt(row)[:MAX_SAMPLE_CHARS], reference=reference, generated=text)
-            for row, reference, text in saved
-        ),
-        per_example=PerExample(
-            examples_fingerprint=_hash_examples(dataset["id"], references),
-            loss=held_out.nll_sums if held_out else (),
-            labeled_tokens=held_out.label_counts if held_out else (),
-        ),
-    )
-
-
-def add_scores(config: Evaluate, quality: Quality, outputs: Sequence[Output]) -> Quality:
-    """Return ``quality`` with the metrics of the generated texts in ``outputs``.
-
-    Raises:
-        RecordError: the outputs are not those of the evaluated examples.
-    """
-    references = [output.reference for output in outputs]
-    if _hash_examples([output.id for output in outputs], references) != getattr(
-        quality.per_example, "examples_fingerprint", None
-    ):
-        raise RecordError(
-            "the saved outputs do not match the evaluated examples of the record",
-            "evaluate the model again, without --from-outputs",
-        )
-    scores = _score([output.generated for output in outputs], references)
-    shown = _score([output.teacher_forced for output in outputs], references)
-    per_example = quality.per_example.model_copy(update={"rouge": scores}) if quality.per_example else None
-    return quality.model_copy(
-        update={
-            "rouge": _compute_intervals(scores, config.bootstrap_resamples) or None,
-            "teacher_forced_argmax_rouge": _compute_intervals(shown, config.bootstrap_resamples) or None,
-            "per_example": per_example,
-        }
-    )
-
-
-def _score(texts: Sequence[str | None], references: Sequence[str]) -> dict[str, tuple[float, ...]]:
-    """Return the scores of each text; empty if there are no texts."""
-    known = [text for text in texts if text is not None]
-    return compute_scores(known, references) if len(known) == len(references) else {}
-
-
-def _compute_intervals(scores: dict[str, tuple[float, ...]], resamples: int) -> dict[str, Interval]:
-    return {kind: bootstrap_interval(values, resamples) for kind, values in scores.items()}
-
-
-def _hash_examples(ids: Sequence[str], references: Sequence[str]) -> str:
-    """Return a hash of these examples in this order."""
-    return hashlib.blake2b(json.dumps([list(ids), list(references)]).encode(), digest_size=8).hexdigest()

@@ -1,4 +1,4 @@
-"""outputs.jsonl: the generated text of every evaluated example. Metrics can be computed from it without the model."""
+"""outputs.jsonl: the model's output for every evaluated example. Metrics can be computed from it without the model."""
 
 from __future__ import annotations
 
@@ -20,15 +20,31 @@ if TYPE_CHECKING:
     from peftbench.tasks.base import Task
 
 
+class ChoiceScore(RecordModel):
+    """Log-likelihood of one choice, given the prompt."""
+
+    text: str
+    log_likelihood: float
+    """Sum over the tokens of the choice, in nats."""
+    num_tokens: int
+    num_bytes: int
+    """Bytes of ``text`` in UTF-8, without what separates it from the prompt."""
+
+
 class Output(RecordModel):
-    """The texts of one evaluated example."""
+    """What the model gave for one evaluated example."""
 
     id: str
     reference: str
+    """Expected text; of a task with choices, the text of the right choice."""
     generated: str | None = None
     """Generated text, None if the recipe does not generate."""
     teacher_forced: str | None = None
     """Most likely token at each position of the reference, None unless the recipe requests it."""
+    choices: tuple[ChoiceScore, ...] | None = None
+    """Log-likelihood of each choice; None if the task has no choices."""
+    answer: int | None = None
+    """Index of the right choice, from 0."""
 
 
 def list_references(dataset: Dataset, task: Task) -> list[str]:
@@ -79,7 +95,7 @@ def read_outputs(run_dir: Path) -> list[Output]:
             outputs.append(Output.model_validate_json(line))
         except ValidationError as error:
             raise RecordError(
-                f"line {number} of {path} is not an output with id, reference and generated",
+                f"line {number} of {path} is not an output with id and reference",
                 "evaluate the model again, without --from-outputs",
             ) from error
     return outputs

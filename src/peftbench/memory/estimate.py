@@ -11,6 +11,7 @@ from peftbench.data.collate import Collator
 from peftbench.distributed.accelerator import build_combination
 from peftbench.distributed.compatibility import check
 from peftbench.errors import EstimateUnavailableError, PrecisionError
+from peftbench.evaluation.metrics.selection import generates_text
 from peftbench.memory.allocator import OutOfMemoryError
 from peftbench.memory.families import with_bundled_config
 from peftbench.memory.launch_config import SINGLE_PROCESS, LaunchConfig
@@ -125,7 +126,7 @@ def _simulate_phases(simulation: MemorySimulation, recipe: Recipe, rows: int, wi
     with simulation:
         simulation.simulate_training(rows, width, labels)
         simulation.simulate_evaluation(evaluate.batch_size, width, labels)
-        if evaluate.generate and recipe.task.evaluation == "generate":
+        if generates_text(recipe):
             num_sequences = evaluate.batch_size * evaluate.num_beams
             simulation.simulate_generation(num_sequences, width - evaluate.max_new_tokens, evaluate.max_new_tokens)
 

@@ -135,7 +135,6 @@ def _import_libraries() -> None:
     import peft  # noqa: F401
     import scipy.stats  # noqa: F401
     import transformers
-    from rouge_score import rouge_scorer  # noqa: F401
     from torch import _dynamo  # noqa: F401  # imported by the first step of an optimizer
     from tqdm.auto import tqdm
 

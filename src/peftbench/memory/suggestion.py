@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from peftbench.common.units import format_bytes
 from peftbench.data.batches import compute_micro_batching
 from peftbench.errors import CombinationError, EstimateUnavailableError, ModelError, OptimizerError
+from peftbench.evaluation.metrics.selection import generates_text
 from peftbench.memory.lower_bound import compute_lower_bound
 from peftbench.memory.search import (
     TECHNIQUES,
@@ -89,23 +90,23 @@ def suggest_evaluation(recipe: Recipe, target: MemoryTarget) -> Suggestion:
     """
     recipe, _ = target.resolve(recipe)
     config = recipe.evaluate
-    variants: list[dict[str, int]] = [{"batch_size": 1}]
+    variants: list[dict[str, int | tuple[str, ...]]] = [{"batch_size": 1}]
     if config.num_beams > 1:
         variants.append({"batch_size": 1, "num_beams": 1})
     tokens = config.max_new_tokens // 2
-    while config.generate and tokens >= _LEAST_NEW_TOKENS:
+    while generates_text(recipe) and tokens >= _LEAST_NEW_TOKENS:
         variants.append({"batch_size": 1, "num_beams": 1, "max_new_tokens": tokens})
         tokens //= 2
-    variants.append({"generate": False})
+    variants.append({"metrics": ()})
     for keys in variants:
         changed = {key: value for key, value in keys.items() if getattr(config, key) != value}
         if not changed:
             continue
         variant = recipe.model_copy(update={"evaluate": config.model_copy(update=changed)})
         needed = _compute_evaluation_bytes(target.plan(with_micro_batch(variant, 1)))
-        if "generate" not in changed and needed > target.required_budget:
+        if "metrics" not in changed and needed > target.required_budget:
             continue
-        overrides = tuple(f"evaluate.{key}={str(value).lower()}" for key, value in changed.items())
+        overrides = tuple(f"evaluate.{key}={'[]' if value == () else value}" for key, value in changed.items())
         return Suggestion(f"with {' '.join(overrides)} the evaluation is predicted to fit", overrides)
     return Suggestion("no change to the evaluation is predicted to fit the budget")
 

@@ -87,7 +87,7 @@ class PromptTuning(Method):
         if "inputs_embeds" not in inspect.signature(base.prepare_inputs_for_generation).parameters:  # type: ignore[arg-type]
             raise UnsupportedModelError(
                 f"{base.config.model_type} generates only from token ids, but prompt tuning needs embeddings; set "
-                "evaluate.generate=false, or use another method, e.g. method.kind=lora"
+                "evaluate.metrics=[], or use another method, e.g. method.kind=lora"
             )
 
     def generate(

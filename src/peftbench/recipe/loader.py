@@ -16,7 +16,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from peftbench.common.renamed_keys import MOVED_KEYS, RENAMED_KEYS, RENAMED_VALUES
+from peftbench.common.renamed_keys import MOVED_KEYS, RENAMED_KEYS, RENAMED_VALUES, REPLACED_SWITCHES
 from peftbench.common.schema import ConfigSection
 from peftbench.common.text import escape_interpolation, expand_home
 from peftbench.common.validation_errors import OUT_OF_RANGE_ERRORS, describe_requirement
@@ -33,7 +33,7 @@ from peftbench.methods import METHOD_KINDS
 from peftbench.optim import OPTIMIZERS
 from peftbench.recipe.scalars import load_as_text, restore_text
 from peftbench.recipe.schema import Recipe
-from peftbench.record.schema_v1 import upgrade_recipe
+from peftbench.record.upgrade import upgrade_recipe
 from peftbench.tasks import TASK_KINDS
 
 EXTENDS_KEY = "extends"
@@ -175,7 +175,7 @@ def _read_recipe_from_record(path: Path) -> DictConfig | None:
     is_record = isinstance(values, dict) and "recipe_fingerprint" in values and isinstance(values.get("recipe"), dict)
     if not is_record:
         return None
-    recipe = upgrade_recipe(values["recipe"]) if values.get("schema_version") == 1 else values["recipe"]
+    recipe = upgrade_recipe(values["recipe"], values.get("schema_version"))
     return OmegaConf.create({key: _escape_interpolations(value) for key, value in recipe.items()})
 
 
@@ -269,6 +269,10 @@ def _accepts_null(path: str, root: type[ConfigSection]) -> bool:
 
 
 def _raise_unknown_key(path: str, fields: Sequence[str]) -> NoReturn:
+    if path in REPLACED_SWITCHES:
+        new, replacements = REPLACED_SWITCHES[path]
+        uses = [f"{new}={_quote(value)} for {_quote(old)}" for old, value in replacements.items()]
+        raise UnknownKeyError(f"Invalid recipe: there is no key {path!r}", f"use {' and '.join(uses)}")
     renamed = RENAMED_KEYS.get(path, "")
     key = path.rpartition(".")[2]
     section = path.removesuffix(key)

@@ -175,18 +175,20 @@ class Evaluate(ConfigSection):
     """Held-out split to evaluate on."""
     batch_size: int = Field(default=16, gt=0)
     """Batch size of evaluation and generation, per process."""
-    generate: bool = True
-    """Generate summaries (greedy or beam search) and score them with ROUGE."""
+    metrics: tuple[str, ...] | None = None
+    """Metrics by name, or module:function of your own (docs/guides/metrics.md); null: the task's; []: no generation."""
+    headline_metric: str | None = None
+    """Score by which runs are compared, e.g. exact_match; null: the task's own, or the first score of the metrics."""
     max_new_tokens: int = Field(default=64, gt=0)
-    """Most tokens of a generated summary."""
+    """Most tokens of a generated text."""
     num_beams: int = Field(default=1, gt=0)
     """Number of beams; 1 is greedy decoding."""
     teacher_forced: bool = False
-    """Also compute ROUGE of the teacher-forced argmax, as the published study did, as a separate metric."""
+    """Also score the teacher-forced argmax with the metrics, as the published study did, separately."""
     bootstrap_resamples: int = Field(default=1000, ge=100)
     """Number of bootstrap resamples for each 95 % interval."""
     saved_samples: int = Field(default=5, ge=0)
-    """Number of generated summaries saved in the record, with article and reference."""
+    """Number of generated texts saved in the record, with prompt and reference."""
 
 
 class Profile(ConfigSection):

@@ -18,7 +18,7 @@ from peftbench.record.measurements import (
     Tokens,
     TokensPerSecond,
 )
-from peftbench.record.quality import Interval, PerExample, Quality, Sample
+from peftbench.record.quality import Interval, PerExample, Quality, Sample, Score, ScoreDefinition
 from peftbench.record.run_record import (
     EXIT_CODES,
     FINAL_OUTCOMES,
@@ -57,6 +57,8 @@ __all__ = [
     "RecordScan",
     "RunRecord",
     "Sample",
+    "Score",
+    "ScoreDefinition",
     "SplitOverlap",
     "StateBytes",
     "Throughput",

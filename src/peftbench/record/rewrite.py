@@ -1,4 +1,4 @@
-"""Rewrite records of schema 1 in place: ``python -m peftbench.record.rewrite FOLDER...``."""
+"""Rewrite records of earlier schemas in place: ``python -m peftbench.record.rewrite FOLDER...``."""
 
 from __future__ import annotations
 

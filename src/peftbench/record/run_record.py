@@ -29,9 +29,9 @@ from peftbench.record.measurements import (
     Tokens,
 )
 from peftbench.record.quality import Quality
-from peftbench.record.schema_v1 import upgrade_record
+from peftbench.record.upgrade import upgrade_record
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 RECORD_FILE = "record.json"
 
 REQUIRED_KEYS = (
@@ -83,7 +83,7 @@ class Outcome(RecordModel):
 class RunRecord(RecordModel):
     """Everything written about one run."""
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     name: str
     started_at: str
     """ISO 8601, UTC."""
@@ -195,7 +195,7 @@ def train_peak_bytes(record: RunRecord) -> int | None:
 
 
 def read_record(path: Path) -> RunRecord:
-    """Read one record; one of schema 1 is upgraded.
+    """Read one record; one of an earlier schema is upgraded.
 
     Raises:
         RecordError: the file is not a record, or its recipe lacks a key that every comparison needs.
@@ -239,7 +239,7 @@ def _upgrade(content: bytes) -> bytes:
         values = json.loads(content)
     except (ValueError, RecursionError):  # pydantic names the place
         return content
-    if not isinstance(values, dict) or values.get("schema_version") != 1:
+    if not isinstance(values, dict) or values.get("schema_version") == SCHEMA_VERSION:
         return content
     with suppress(KeyError, TypeError, AttributeError, ValueError):  # pydantic names the first field that differs
         return json.dumps(upgrade_record(values)).encode()

@@ -13,6 +13,7 @@ import torch
 from peftbench.common.text import first_line
 from peftbench.distributed.launcher_env import runs_on_cpu
 from peftbench.errors import BudgetError
+from peftbench.evaluation.metrics.selection import select_metrics
 from peftbench.memory.advisor import Advice, AdviceRequest, request_advice, request_micro_batch
 from peftbench.memory.limit import MemoryLimit, limit_memory
 from peftbench.memory.search import with_evaluation_batch, with_micro_batch
@@ -85,6 +86,8 @@ class OomHandler:
         """
         self.delete_snapshot()
         if (budget := self.recipe.budget.memory_bytes) is not None:
+            for metric in select_metrics(self.recipe):
+                metric.import_libraries()
             self.memory_limit = limit_memory(budget, self.device, meter.cuda_context_bytes)
             meter.set_baseline()
         if self.device.type == "cuda":

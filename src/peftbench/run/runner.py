@@ -16,6 +16,7 @@ from peftbench.distributed.collectives import broadcast_from_main, main_process_
 from peftbench.distributed.memory_owners import collect_engine_buffers
 from peftbench.distributed.rank_failure import FailureChannel
 from peftbench.errors import DataError, PeftbenchError
+from peftbench.evaluation.metrics.selection import check_metrics
 from peftbench.profiler.energy import build_energy_meter
 from peftbench.profiler.instruments import StepInstruments, build_instruments
 from peftbench.profiler.probe import Probe
@@ -87,6 +88,7 @@ class Run:
         self.shutdown_signal = shutdown_signal or ShutdownSignal()
         self.step_callbacks, self.evaluate_only = step_callbacks, evaluate_only
         recipe, task_notes = resolve_task(recipe)
+        check_metrics(recipe)
         check_splits(recipe, evaluate_only=evaluate_only)
         recipe, resolution_notes = resolve_for_launch(recipe)
         resolution_notes = [*task_notes, *resolution_notes]

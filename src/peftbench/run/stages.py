@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 from peftbench.data.encode import count_marked
 from peftbench.distributed.collectives import broadcast_from_main, main_process_first
-from peftbench.evaluation.evaluator import Evaluator, add_scores, build_quality
+from peftbench.evaluation.evaluator import Evaluator
+from peftbench.evaluation.metrics.selection import generates_text, select_metrics
 from peftbench.evaluation.outputs import Output, build_outputs, write_outputs
+from peftbench.evaluation.scoring import add_scores, build_quality
 from peftbench.profiler.peak_flops import measure_matmul_flops
-from peftbench.training.build import AdaptedModel, apply_method, build_training
+from peftbench.training.build import AdaptedModel, apply_method, build_training, check_generation
 from peftbench.training.data import load_encoded_split, load_split
 from peftbench.training.loop import DivergedError
 from peftbench.training.overlap import find_overlap
@@ -52,8 +54,9 @@ def compare_splits(state: RunState, train: Dataset, evaluated: Dataset) -> None:
 
 def adapt_model(state: RunState, base_model: LoadedModel) -> AdaptedModel:
     """Apply the recipe's method to the base model."""
+    generation_notes = check_generation(state.recipe, base_model) if generates_text(state.recipe) else []
     adapted_model = state.adapted_model = apply_method(state.recipe, base_model, state.context)
-    state.notes += adapted_model.notes
+    state.notes += [*generation_notes, *adapted_model.notes]
     return adapted_model
 
 
@@ -94,13 +97,13 @@ def evaluate_model(
                 step = state.get_trained_steps()
                 raise DivergedError(step, f"the held-out loss after step {step} is {held_out.loss}")
             forced = evaluator.decode_teacher_forced() if config.teacher_forced else None
-        if config.generate and state.recipe.task.evaluation == "generate":
+        if generates_text(state.recipe):
             with probe.phase("generate"):
                 generated = evaluator.generate()
     finally:
         state.notes += evaluator.notes
     state.quality = build_quality(state.recipe, examples, generated, held_out=held_out)
-    if generated is not None or forced is not None:
+    if select_metrics(state.recipe):
         score_outputs(state, build_outputs(examples, state.recipe.task, generated, forced))
 
 
@@ -125,7 +128,7 @@ def score_outputs(state: RunState, outputs: Sequence[Output]) -> None:
     if state.accelerator.is_main_process:
         write_outputs(state.run_dir.path, outputs)
     state.has_outputs = True
-    state.quality = add_scores(state.recipe.evaluate, state.quality, outputs)
+    state.quality = add_scores(state.recipe, state.quality, outputs)
 
 
 def measure_training(state: RunState) -> None:

@@ -21,6 +21,7 @@ from peftbench.errors import (
     WrongTypeError,
     did_you_mean,
 )
+from peftbench.evaluation.metrics.selection import check_metrics
 from peftbench.recipe.loader import merge_configs, parse_recipe, read_layers, to_inline_yaml, to_plain_dict
 from peftbench.recipe.scalars import restore_text
 from peftbench.recipe.schema import Recipe
@@ -121,7 +122,9 @@ def expand(
             values["name"] = "-".join(
                 [str(values.get("name", file.stem)), *(_format_axis_label(key, value) for key, value, _ in point)]
             )
-            recipes += with_seeds(parse_recipe(values), seeds)
+            recipe = parse_recipe(values)
+            check_metrics(recipe)
+            recipes += with_seeds(recipe, seeds)
     names = [recipe.name for recipe in recipes]
     if duplicates := sorted({name for name in names if names.count(name) > 1}):
         raise RecipeError(f"several runs of {path} are named {', '.join(duplicates)}; give each recipe a unique name")

@@ -9,6 +9,7 @@ from typing import Any
 
 from peftbench.common.fingerprint import fingerprint_recipe
 from peftbench.errors import RecordError, SlurmError
+from peftbench.evaluation.metrics.selection import check_metrics
 from peftbench.recipe.arguments import check_is_recipe, is_suite
 from peftbench.recipe.loader import load_recipe, to_inline_yaml
 from peftbench.recipe.schema import Recipe
@@ -192,6 +193,7 @@ def _load_target(
         return recipes, suite.name, dict(suite.slurm), resolve_accelerate_config(target)
     output = [f"output_dir={to_inline_yaml(str(out))}"] if out is not None else []
     recipe = load_recipe([target, *config], [*overrides, *output])
+    check_metrics(recipe)
     return with_seeds(recipe, seeds), recipe.name, {}, None
 
 

@@ -113,6 +113,17 @@ def load_trained_base_model(recipe: Recipe, model_dir: Path, base_fingerprint: s
     return replace(loaded, fingerprint=base_fingerprint)
 
 
+def check_generation(recipe: Recipe, base: LoadedModel) -> list[str]:
+    """Check, before the method is applied, that it can generate text with this base model; return notes.
+
+    Raises:
+        UnsupportedModelError: it cannot.
+    """
+    recipe.method.check_generation(base.model)
+    settings = list_settings(base.model.generation_config)
+    return [f"generation does not use these settings of the base model: {', '.join(settings)}"] if settings else []
+
+
 def apply_method(recipe: Recipe, base: LoadedModel, context: AcceleratorContext) -> AdaptedModel:
     """Apply the recipe's method to ``base``.
 
@@ -122,10 +133,6 @@ def apply_method(recipe: Recipe, base: LoadedModel, context: AcceleratorContext)
     set_seed(recipe.train.seed)  # a method's new weights depend on the seed alone, not on how the base was loaded
     total = base.model.num_parameters()  # counts the scalars of quantized tensors, not their packed storage
     notes = [*base.notes, *recipe.method.list_notes(base.model)]
-    if recipe.evaluate.generate and recipe.task.evaluation == "generate":
-        recipe.method.check_generation(base.model)
-        if settings := list_settings(base.model.generation_config):
-            notes.append(f"generation does not use these settings of the base model: {', '.join(settings)}")
     if recipe.model.quantization is not None and (unquantized := describe_unquantized_modules(base.model)):
         notes.append(f"model.quantization={recipe.model.quantization} does not quantize {unquantized}")
     model = recipe.method.apply(base.model, base.tokenizer)

@@ -59,7 +59,7 @@ def build_evaluator(accelerator: Accelerator, encoder: Encoder, encoded: Dataset
     """Return a function that builds an evaluator of a method's model; keyword arguments set keys of ``evaluate``."""
 
     def build(method: Method, model: nn.Module, dataset: Dataset = encoded, **keys: Any) -> Evaluator:
-        recipe = workshop.recipe(method, evaluate={"generate": True, "max_new_tokens": NEW_TOKENS, **keys})
+        recipe = workshop.recipe(method, evaluate={"metrics": None, "max_new_tokens": NEW_TOKENS, **keys})
         return Evaluator(single_process_context(accelerator), wrap_model(model), encoder, dataset, recipe)
 
     return build

@@ -171,7 +171,7 @@ def test_examples_fingerprint_depends_on_examples_and_order(
 def test_rouge_is_none_without_generation(apply_method: ApplyMethod, build_evaluator: BuildEvaluator) -> None:
     """The loss is computed; ROUGE, teacher-forced ROUGE and samples are absent."""
     model = apply_method(ZeroShot(), "gpt2_tied")
-    quality = evaluate_all(build_evaluator(ZeroShot(), model, generate=False))
+    quality = evaluate_all(build_evaluator(ZeroShot(), model, metrics=()))
     assert quality.loss is not None
     assert quality.rouge is None
     assert quality.teacher_forced_argmax_rouge is None

@@ -74,7 +74,7 @@ def test_feature_cache_is_planned_as_empty(make_plan: Any) -> None:
 def test_plan_has_every_phase(method: Method, architecture: str, precision: str, make_plan: Any) -> None:
     """Training, evaluation and generation are planned; live <= allocated <= reserved bytes."""
     plan = make_plan(
-        method, architecture=architecture, train={"precision": precision}, evaluate={"generate": True, "batch_size": 3}
+        method, architecture=architecture, train={"precision": precision}, evaluate={"metrics": None, "batch_size": 3}
     )
     assert set(plan.phase_peaks) == {"forward", "backward", "optimizer", "evaluate", "generate"}
     for part in plan.phase_peaks.values():

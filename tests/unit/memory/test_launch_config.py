@@ -59,7 +59,7 @@ def make_plan(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_plan_of_every_engine_has_every_phase(engine: str, method: str, make_plan: Any) -> None:
     """Training, evaluation and generation are planned; DeepSpeed steps within its backward call."""
     plan = make_plan(
-        engine, ONE_OF_EACH[method], 3, train={"precision": "bf16"}, evaluate={"generate": True, "batch_size": 2}
+        engine, ONE_OF_EACH[method], 3, train={"precision": "bf16"}, evaluate={"metrics": None, "batch_size": 2}
     )
     steps = {"backward_and_optimizer"} if ENGINES[engine].is_deepspeed else {"backward", "optimizer"}
     assert {"forward", "evaluate", "generate", *steps} <= set(plan.phase_peaks)

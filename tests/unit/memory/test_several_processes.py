@@ -68,7 +68,7 @@ class Case(NamedTuple):
                 precision=self.precision,  # type: ignore[arg-type]
                 gradient_checkpointing=self.checkpointing,
             ),
-            evaluate=Evaluate(generate=False, max_new_tokens=8, bootstrap_resamples=100),
+            evaluate=Evaluate(metrics=(), max_new_tokens=8, bootstrap_resamples=100),
             profile=Profile(untimed_steps=2, memory_breakdown=True),
         )
 

@@ -107,14 +107,14 @@ def test_unchanged_micro_batch_is_not_suggested(workshop: Workshop) -> None:
     [
         ({"batch_size": 1}, ("evaluate.batch_size=1",)),
         ({"batch_size": 1, "num_beams": 1}, ("evaluate.batch_size=1", "evaluate.num_beams=1")),
-        (None, ("evaluate.generate=false",)),
+        (None, ("evaluate.metrics=[]",)),
     ],
 )
 def test_suggestion_for_an_evaluation_changes_only_the_evaluation(
     smaller: dict[str, Any] | None, overrides: tuple[str, ...], workshop: Workshop
 ) -> None:
     """A trained model is evaluated with a smaller batch, fewer beams or no generation, without another training."""
-    evaluate = {"generate": True, "batch_size": 8, "num_beams": 64}
+    evaluate = {"metrics": None, "batch_size": 8, "num_beams": 64}
     recipe = workshop.recipe(Lora(r=2), train=TRAIN, evaluate=evaluate)
     budget = 2**20
     if smaller is not None:

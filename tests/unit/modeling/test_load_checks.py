@@ -218,7 +218,7 @@ def test_generation_ignores_settings_of_the_base(
     method: Full | Lora | PromptTuning, settings: dict[str, Any], folder: Path, workshop: Workshop
 ) -> None:
     """Greedy decoding is greedy whatever the base's generation_config, and a note names what is not used."""
-    keys: dict[str, Any] = {"evaluate": {"generate": True, "saved_samples": 8}, "train": {"steps": 1}}
+    keys: dict[str, Any] = {"evaluate": {"metrics": None, "saved_samples": 8}, "train": {"steps": 1}}
     plain = workshop.run(workshop.recipe(method, model={"path": str(folder)}, **keys))
     change_json(folder, "generation_config.json", **settings)
     record = workshop.run(workshop.recipe(method, model={"path": str(folder)}, **keys))

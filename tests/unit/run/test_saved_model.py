@@ -66,7 +66,7 @@ def test_saved_model_is_evaluated_to_the_same_quality(
     method: Method, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Loss and texts equal those of the process that trained, and the training's measurements are kept."""
-    recipe = workshop.recipe(method, save_model=True, evaluate={"generate": True, "teacher_forced": True})
+    recipe = workshop.recipe(method, save_model=True, evaluate={"metrics": None, "teacher_forced": True})
     trained = workshop.run(recipe)
     outputs = (workshop.output / "run" / "outputs.jsonl").read_text(encoding="utf-8")
     forbid_training(monkeypatch)
@@ -87,7 +87,7 @@ def test_saved_model_is_evaluated_to_the_same_quality(
 
 def test_generation_out_of_memory_keeps_model_and_loss(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """The record has the held-out loss, the throughput and the phase; the model is saved and can be evaluated."""
-    recipe = workshop.recipe(Lora(r=2), save_model=True, evaluate={"generate": True}, profile=Profile(untimed_steps=1))
+    recipe = workshop.recipe(Lora(r=2), save_model=True, evaluate={"metrics": None}, profile=Profile(untimed_steps=1))
     with monkeypatch.context() as patch:
         fail_generation(patch, OOM)
         record = workshop.run(recipe)
@@ -112,7 +112,7 @@ def test_rerun_after_a_failed_evaluation_trains_nothing(
     save_model: bool, error: BaseException, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The mended recipe, started again, evaluates the saved model or, without one, resumes from the last step."""
-    recipe = workshop.recipe(Lora(r=2), save_model=save_model, evaluate={"generate": True})
+    recipe = workshop.recipe(Lora(r=2), save_model=save_model, evaluate={"metrics": None})
     with monkeypatch.context() as patch:
         fail_generation(patch, error)
         try:
@@ -170,7 +170,7 @@ def test_batch_is_halved_until_it_fits(workshop: Workshop, monkeypatch: pytest.M
 
 def test_metrics_are_computed_again_from_the_outputs(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """A failure of a metric loses no text, and neither model nor data is needed for another attempt."""
-    recipe = workshop.recipe(Lora(r=2), save_model=True, evaluate={"generate": True, "saved_samples": 2})
+    recipe = workshop.recipe(Lora(r=2), save_model=True, evaluate={"metrics": None, "saved_samples": 2})
     complete = workshop.run(recipe)
 
     def fail(*_: object) -> dict[str, tuple[float, ...]]:
@@ -195,7 +195,7 @@ def test_metrics_are_computed_again_from_the_outputs(workshop: Workshop, monkeyp
 
 def test_outputs_have_every_example(workshop: Workshop) -> None:
     """One line per example of the split, in its order, also the teacher-forced text."""
-    workshop.run(workshop.recipe(Full(), evaluate={"generate": True, "teacher_forced": True, "saved_samples": 1}))
+    workshop.run(workshop.recipe(Full(), evaluate={"metrics": None, "teacher_forced": True, "saved_samples": 1}))
     lines = (workshop.output / "run" / "outputs.jsonl").read_text(encoding="utf-8").splitlines()
     outputs = [json.loads(line) for line in lines]
     assert [output["reference"] for output in outputs] == list(workshop.source.load("test")["summary"])
@@ -204,7 +204,7 @@ def test_outputs_have_every_example(workshop: Workshop) -> None:
 
 def test_outputs_of_an_earlier_run_are_deleted(workshop: Workshop) -> None:
     """A record without generated texts does not keep those of the run that it replaces."""
-    workshop.run(workshop.recipe(Full(), evaluate={"generate": True}))
+    workshop.run(workshop.recipe(Full(), evaluate={"metrics": None}))
     workshop.run(workshop.recipe(Full()))
     assert not (workshop.output / "run" / "outputs.jsonl").exists()
     with pytest.raises(RecordError, match=r"outputs\.jsonl cannot be read"):
@@ -214,7 +214,7 @@ def test_outputs_of_an_earlier_run_are_deleted(workshop: Workshop) -> None:
 @pytest.mark.parametrize("damage", ["{", '{"id": "0"}', ""])
 def test_damaged_outputs_are_refused(damage: str, workshop: Workshop) -> None:
     """The sentence names the line or the difference, and the record is unchanged."""
-    recipe = workshop.recipe(Full(), evaluate={"generate": True})
+    recipe = workshop.recipe(Full(), evaluate={"metrics": None})
     record = workshop.run(recipe)
     path = workshop.output / "run" / "outputs.jsonl"
     path.write_text(path.read_text(encoding="utf-8").replace("\n", f"\n{damage}\n", 1), encoding="utf-8")
@@ -229,7 +229,7 @@ def test_damaged_outputs_are_refused(damage: str, workshop: Workshop) -> None:
 @pytest.mark.parametrize(
     ("changes", "trains"),
     [
-        ({"evaluate": Evaluate(generate=False, max_new_tokens=4, bootstrap_resamples=100)}, False),
+        ({"evaluate": Evaluate(metrics=(), max_new_tokens=4, bootstrap_resamples=100)}, False),
         ({"profile": Profile(untimed_steps=1)}, True),
         ({"method": Lora(r=4)}, True),
         ({}, True),
@@ -302,7 +302,7 @@ def test_failed_evaluation_keeps_a_complete_result(
     place: str, error: BaseException, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever ends it and wherever, the record and the outputs of the complete evaluation stay."""
-    recipe = workshop.recipe(Lora(r=2), save_model=True, evaluate={"generate": True})
+    recipe = workshop.recipe(Lora(r=2), save_model=True, evaluate={"metrics": None})
     workshop.run(recipe)
     before = read_run(workshop)
 
@@ -322,7 +322,7 @@ def test_known_loss_survives_a_rerun_that_is_stopped_while_loading(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The record of the failed evaluation stays until a later one has a held-out loss."""
-    recipe = workshop.recipe(Lora(r=2), save_model=True, evaluate={"generate": True})
+    recipe = workshop.recipe(Lora(r=2), save_model=True, evaluate={"metrics": None})
     with monkeypatch.context() as patch:
         fail_generation(patch, OOM)
         record = workshop.run(recipe)
@@ -341,12 +341,12 @@ def test_failed_evaluation_is_mended_with_other_measurement_settings(
     keys: dict[str, Any], workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The training is not repeated, and a note has the settings with which it was measured."""
-    recipe = workshop.recipe(Lora(r=2), save_model=True, evaluate={"generate": True})
+    recipe = workshop.recipe(Lora(r=2), save_model=True, evaluate={"metrics": None})
     with monkeypatch.context() as patch:
         fail_generation(patch, OOM)
         first = workshop.run(recipe)
     forbid_training(monkeypatch)
-    mended = workshop.recipe(Lora(r=2), save_model=True, evaluate={"generate": True}, **keys)
+    mended = workshop.recipe(Lora(r=2), save_model=True, evaluate={"metrics": None}, **keys)
     record = workshop.run(mended)
     assert record.outcome.kind == "ok"
     assert record.step_seconds == first.step_seconds
@@ -405,7 +405,7 @@ def test_repeated_evaluation_does_not_repeat_notes(workshop: Workshop, monkeypat
 
 def test_outputs_are_not_scored_for_another_recipe(workshop: Workshop) -> None:
     """Only the settings of the intervals may change."""
-    recipe = workshop.recipe(Lora(r=2), save_model=True, evaluate={"generate": True})
+    recipe = workshop.recipe(Lora(r=2), save_model=True, evaluate={"metrics": None})
     workshop.run(recipe)
     with pytest.raises(OutOfRangeError, match="generated with another recipe"):
         rescore_outputs(recipe.model_copy(update={"method": Lora(r=64)}))

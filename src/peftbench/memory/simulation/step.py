@@ -26,6 +26,7 @@ from peftbench.distributed.engines import DDP
 from peftbench.distributed.memory_owners import collect_engine_buffers
 from peftbench.distributed.sharding import unshard_root
 from peftbench.errors import EstimateUnavailableError
+from peftbench.evaluation.metrics.selection import generates_text
 from peftbench.memory.launch_config import SINGLE_PROCESS, LaunchConfig
 from peftbench.memory.simulation.device import DeviceEmulation
 from peftbench.memory.simulation.model import build_meta_model
@@ -33,7 +34,7 @@ from peftbench.memory.simulation.values import FakeScalars
 from peftbench.modeling.activation_offload import ActivationOffload
 from peftbench.profiler.flops import UnsupportedFlopsError, count_flops
 from peftbench.profiler.memory_breakdown import EngineBuffers, MemoryTracker
-from peftbench.training.build import TrainingComponents, apply_method, prepare_with_engine
+from peftbench.training.build import TrainingComponents, apply_method, check_generation, prepare_with_engine
 from peftbench.training.data import build_collator
 from peftbench.training.loop import train_step
 
@@ -126,6 +127,8 @@ class MemorySimulation:
         with imports_without_gc():  # imports the architecture's code and the method's library
             self.loaded_model = build_meta_model(recipe.model, TORCH_DTYPES[recipe.train.resolved_precision])
             with self._track_method_modules(), self.emulation.patch_libraries():
+                if generates_text(recipe):
+                    check_generation(recipe, self.loaded_model)
                 adapted = apply_method(recipe, self.loaded_model, context)
         self.model, self.loss, self._method_notes = adapted.model, adapted.loss, adapted.notes
         self.collator = build_collator(recipe, adapted.loss, pad_token_id=0)

@@ -1,0 +1,77 @@
+"""The metrics and the headline metric of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from peftbench.errors import OutOfRangeError, UnknownKeyError, did_you_mean
+from peftbench.evaluation.metrics.base import Metric
+from peftbench.evaluation.metrics.registry import METRICS
+
+if TYPE_CHECKING:
+    from peftbench.recipe.schema import Recipe
+
+
+def select_metrics(recipe: Recipe) -> list[Metric]:
+    """Return the metrics of a recipe: those of ``evaluate.metrics``, or the task's own.
+
+    Raises:
+        UnknownKeyError: there is no such metric; the message names the nearest.
+    """
+    names = recipe.task.metrics if recipe.evaluate.metrics is None else recipe.evaluate.metrics
+    return build_metrics(names, "evaluate.metrics")
+
+
+def build_metrics(names: Sequence[str], source: str) -> list[Metric]:
+    """Return the metrics of these names, each once. ``source`` is where the names are from, for errors.
+
+    Raises:
+        UnknownKeyError: there is no such metric; the message names the nearest.
+    """
+    metrics = []
+    for name in dict.fromkeys(names):
+        if name not in METRICS:
+            raise UnknownKeyError(f"{source}: there is no metric {name!r}", did_you_mean(name, METRICS))
+        metrics.append(METRICS[name]())
+    return metrics
+
+
+def generates_text(recipe: Recipe) -> bool:
+    """True if a metric of the recipe needs generated text."""
+    return any(metric.needs == "generated" for metric in select_metrics(recipe))
+
+
+def select_headline_metric(recipe: Recipe, scores: Sequence[str]) -> str | None:
+    """Return the name of the headline metric among ``scores``; None if none was computed.
+
+    Without ``evaluate.headline_metric`` it is the task's own, or the first score if the task's own is not computed.
+    """
+    requested = recipe.evaluate.headline_metric
+    if requested is not None:
+        return requested if requested in scores else None
+    own = recipe.task.headline_metric
+    return own if own in scores else next(iter(scores), None)
+
+
+def check_metrics(recipe: Recipe) -> None:
+    """Check metrics and headline metric of a recipe; called before anything is loaded.
+
+    Raises:
+        UnknownKeyError: there is no such metric.
+        OutOfRangeError: the headline metric is no score of these metrics, or nothing scores teacher-forced text.
+        MetricError: a metric's library is missing, or its code cannot be imported.
+    """
+    metrics = select_metrics(recipe)
+    for metric in metrics:
+        metric.check()
+    headline = recipe.evaluate.headline_metric
+    names = [name for metric in metrics for name in metric.scores]
+    if headline is not None and headline not in names:
+        hint = did_you_mean(headline, names) if names else "set evaluate.metrics, or evaluate.headline_metric=null"
+        raise OutOfRangeError(f"evaluate.headline_metric={headline} is not a score of the recipe's metrics", hint)
+    if recipe.evaluate.teacher_forced and not any(metric.needs == "generated" for metric in metrics):
+        raise OutOfRangeError(
+            "evaluate.teacher_forced=true needs a metric that scores text",
+            "add one to evaluate.metrics, or set evaluate.teacher_forced=false",
+        )
