@@ -58,5 +58,8 @@ class RenderingTask(Protocol):
     def render_choices(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> Sequence[Sequence[Segment]]:
         """Return the sequence of the prompt with each of its choices; none if the task has no choices."""
 
+    def get_choices(self, example: Example) -> tuple[tuple[str, ...], int]:
+        """Return the choices and the index of the right one."""
+
     def model_dump_json(self) -> str:
         """Return the task's options, which are part of the cache's key."""

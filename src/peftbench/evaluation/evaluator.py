@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from peftbench.data.encode import count_labels
 from peftbench.distributed.sharding import unshard_root
+from peftbench.evaluation.outputs import ChoiceScore
 from peftbench.modeling.generation import default_generation_config
 from peftbench.training.data import build_collator
 
@@ -139,6 +140,10 @@ class Evaluator:
         """Generate texts in the split's order: greedy or beam search, with a key-value cache."""
         return self._map_batches("generating", self._generate)
 
+    def score_choices(self) -> list[tuple[ChoiceScore, ...]]:
+        """Compute the log-likelihood of each choice of each example after its prompt, in the split's order."""
+        return self._map_batches("scoring choices", self._score_choices)
+
     @torch.no_grad()  # not inference_mode, in which sharded weights cannot be gathered
     def _compute_losses(self, rows: list[dict[str, Any]]) -> list[tuple[float, int]]:
         self.model.eval()
@@ -147,6 +152,26 @@ class Evaluator:
         with self.context.autocast(), self.loss_fn.attention_context():
             losses = self.loss_fn.per_token(self.model, batch.to(self.accelerator.device)).cpu().double()
         return [(float(one.sum()), len(one)) for one in _split_by_row(rows, losses)]
+
+    def _score_choices(self, rows: list[dict[str, Any]]) -> list[tuple[ChoiceScore, ...]]:
+        encoded = [self.encoder.encode_choices(row) for row in rows]
+        flat = [choice for choices in encoded for choice in choices]
+        # The ranks of sharded weights run the model equally often, whatever their examples' numbers of choices.
+        size = len(flat) if self.synced else self.batch_size
+        chunks = (flat[start : start + size] for start in range(0, len(flat), size))
+        losses = iter([loss for chunk in chunks for loss in self._compute_losses(chunk)])
+        return [
+            tuple(
+                ChoiceScore(
+                    text=text,
+                    log_likelihood=-nll,
+                    num_tokens=num_tokens,
+                    num_bytes=len(text.strip().encode()),
+                )
+                for text, (nll, num_tokens) in zip(self.encoder.task.get_choices(row)[0], losses, strict=False)
+            )
+            for row in rows
+        ]
 
     @torch.no_grad()
     def _decode_argmax(self, rows: list[dict[str, Any]]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,22 +47,38 @@ class Output(RecordModel):
     answer: int | None = None
     """Index of the right choice, from 0."""
 
+    @property
+    def prediction(self) -> str | None:
+        """The generated text, or the most likely choice; None if there is neither."""
+        if self.choices:
+            return max(self.choices, key=lambda choice: choice.log_likelihood).text
+        return self.generated
 
-def list_references(dataset: Dataset, task: Task) -> list[str]:
-    """Return the reference of each example of a split, in its order."""
-    rows = dataset.select_columns(["id", *task.columns])
-    return [task.get_reference(row) for row in rows]
+
+@dataclass(frozen=True)
+class Predictions:
+    """What the model gave for the examples of a split, in its order; None for what was not requested."""
+
+    generated: Sequence[str] | None = None
+    teacher_forced: Sequence[str] | None = None
+    choices: Sequence[tuple[ChoiceScore, ...]] | None = None
 
 
-def build_outputs(
-    dataset: Dataset, task: Task, generated: Sequence[str] | None, teacher_forced: Sequence[str] | None
-) -> list[Output]:
+def build_outputs(dataset: Dataset, task: Task, predictions: Predictions) -> list[Output]:
     """Return the output of each example of a split, in its order."""
     missing = [None] * len(dataset)
-    columns = (dataset["id"], list_references(dataset, task), generated or missing, teacher_forced or missing)
+    rows = dataset.select_columns(["id", *task.columns])
+    columns = (predictions.generated, predictions.teacher_forced, predictions.choices)
     return [
-        Output(id=id, reference=reference, generated=text, teacher_forced=forced)
-        for id, reference, text, forced in zip(*columns, strict=True)
+        Output(
+            id=row["id"],
+            reference=task.get_reference(row),
+            generated=generated,
+            teacher_forced=teacher_forced,
+            choices=choices,
+            answer=None if choices is None else task.get_choices(row)[1],
+        )
+        for row, generated, teacher_forced, choices in zip(rows, *(one or missing for one in columns), strict=True)
     ]
 
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from peftbench.errors import MetricError, RecordError
 from peftbench.evaluation.intervals import bootstrap_interval
 from peftbench.evaluation.metrics.selection import select_headline_metric, select_metrics
-from peftbench.evaluation.outputs import list_references
 from peftbench.record import Interval, PerExample, Quality, Sample, Score, ScoreDefinition
 from peftbench.record.quality import MAX_SAMPLE_CHARS
 
@@ -28,17 +27,13 @@ Values = dict[str, tuple[float, ...]]
 
 
 def build_quality(
-    recipe: Recipe,
-    dataset: Dataset,
-    generated: Sequence[str] | None,
-    *,
-    held_out: HeldOutLoss | None = None,
+    recipe: Recipe, dataset: Dataset, outputs: Sequence[Output], *, held_out: HeldOutLoss | None = None
 ) -> Quality:
-    """Return the held-out loss and the samples to save. ``generated`` are texts in the order of ``dataset``."""
+    """Return the held-out loss, and the samples to save of the outputs (in the order of ``dataset``, or none)."""
     config, task = recipe.evaluate, recipe.task
-    references = list_references(dataset, task)
-    first_rows = dataset.select(range(min(config.saved_samples, len(dataset))))
-    saved = zip(first_rows, references, generated or (), strict=False)
+    rows = dataset.select_columns(["id", *task.columns])
+    references = [task.get_reference(row) for row in rows]
+    saved = zip(rows.select(range(min(config.saved_samples, len(rows)))), outputs, strict=False)
     loss = None if held_out is None else held_out.loss
     return Quality(
         split=config.split,
@@ -46,8 +41,14 @@ def build_quality(
         loss=loss,
         perplexity=math.exp(loss) if loss is not None and loss < 700 else None,
         samples=tuple(
-            Sample(id=row["id"], prompt=task.get_prompt(row)[:MAX_SAMPLE_CHARS], reference=reference, generated=text)
-            for row, reference, text in saved
+            Sample(
+                id=output.id,
+                prompt=task.get_prompt(row)[:MAX_SAMPLE_CHARS],
+                reference=output.reference,
+                generated=output.prediction,
+            )
+            for row, output in saved
+            if output.prediction is not None
         ),
         per_example=PerExample(
             examples_fingerprint=_hash_examples(dataset["id"], references),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from peftbench.data.encode import count_marked
 from peftbench.distributed.collectives import broadcast_from_main, main_process_first
 from peftbench.evaluation.evaluator import Evaluator
 from peftbench.evaluation.metrics.selection import generates_text, select_metrics
-from peftbench.evaluation.outputs import Output, build_outputs, write_outputs
+from peftbench.evaluation.outputs import Output, Predictions, build_outputs, write_outputs
 from peftbench.evaluation.scoring import add_scores, build_quality
 from peftbench.profiler.peak_flops import measure_matmul_flops
 from peftbench.training.build import AdaptedModel, apply_method, build_training, check_generation
@@ -88,23 +89,28 @@ def evaluate_model(
     evaluator = Evaluator(
         state.context, adapted_model, encoder, examples, state.recipe, synced=is_sharded, is_oom=is_oom
     )
-    generated = forced = None
+    needs = {metric.needs for metric in select_metrics(state.recipe)}
+    predictions = Predictions()
     try:
         with probe.phase("evaluate"):
             held_out = evaluator.compute_held_out_loss()
-            state.quality = build_quality(state.recipe, examples, None, held_out=held_out)
+            state.quality = build_quality(state.recipe, examples, (), held_out=held_out)
             if not math.isfinite(held_out.loss):
                 step = state.get_trained_steps()
                 raise DivergedError(step, f"the held-out loss after step {step} is {held_out.loss}")
-            forced = evaluator.decode_teacher_forced() if config.teacher_forced else None
-        if generates_text(state.recipe):
+            if config.teacher_forced:
+                predictions = replace(predictions, teacher_forced=evaluator.decode_teacher_forced())
+            if "choices" in needs:
+                predictions = replace(predictions, choices=evaluator.score_choices())
+        if "generated" in needs:
             with probe.phase("generate"):
-                generated = evaluator.generate()
+                predictions = replace(predictions, generated=evaluator.generate())
     finally:
         state.notes += evaluator.notes
-    state.quality = build_quality(state.recipe, examples, generated, held_out=held_out)
-    if select_metrics(state.recipe):
-        score_outputs(state, build_outputs(examples, state.recipe.task, generated, forced))
+    outputs = build_outputs(examples, state.recipe.task, predictions)
+    state.quality = build_quality(state.recipe, examples, outputs, held_out=held_out)
+    if needs:
+        score_outputs(state, outputs)
 
 
 def evaluate_extractive_baseline(state: RunState) -> None:
@@ -113,9 +119,10 @@ def evaluate_extractive_baseline(state: RunState) -> None:
     dataset = main_process_first(state.accelerator, lambda: load_split(state.recipe, split))
     state.set_example_counts(split, len(dataset), 0)
     prompts = (state.recipe.task.get_prompt(example) for example in dataset)
-    outputs = [state.recipe.method.extract_output(prompt) or "" for prompt in prompts]
+    extracted = [state.recipe.method.extract_output(prompt) or "" for prompt in prompts]
+    outputs = build_outputs(dataset, state.recipe.task, Predictions(generated=extracted))
     state.quality = build_quality(state.recipe, dataset, outputs)
-    score_outputs(state, build_outputs(dataset, state.recipe.task, outputs, None))
+    score_outputs(state, outputs)
 
 
 def score_outputs(state: RunState, outputs: Sequence[Output]) -> None:
