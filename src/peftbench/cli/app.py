@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from peftbench.cli.data import data
 from peftbench.cli.evaluate import evaluate
 from peftbench.cli.memory import estimate, fit
 from peftbench.cli.renamed import CommandGroup
@@ -42,7 +43,7 @@ def _read_global_options(
     """Accept options without a command."""
 
 
-for _command in (run, train, evaluate, submit, status, estimate, fit, report, compare, show):
+for _command in (run, train, evaluate, submit, status, estimate, fit, report, compare, show, data):
     app.command(help=TRAIN_HELP if _command is train else None)(_command)
 
 

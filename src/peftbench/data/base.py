@@ -6,6 +6,7 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING
 
 from peftbench.common.schema import ConfigSection
+from peftbench.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -57,6 +58,18 @@ class Source(ConfigSection):
         Raises:
             PeftbenchError: as in :meth:`load`.
         """
+
+    def list_faults(self, split: str, columns: Columns) -> list[DataError]:
+        """Return what is wrong with the rows of a split, one error per faulty row as far as they can be read on.
+
+        Raises:
+            PeftbenchError: as in :meth:`load`, if the error is not that of a row.
+        """
+        try:
+            self.load(split, columns)
+        except DataError as error:
+            return [error]
+        return []
 
     @abstractmethod
     def load(self, split: str, columns: Columns) -> Dataset:

@@ -263,6 +263,14 @@ class Encoder:
             DataError: an example cannot be rendered, or has no labels.
             SequenceTooShortError: an example does not fit and ``overlong`` is not "drop".
         """
+        return self._drop_overlong(self.encode_all(dataset, split), split, overlong, is_evaluated=is_evaluated)
+
+    def encode_all(self, dataset: Dataset, split: str) -> Dataset:
+        """Add the columns ``ENCODED_COLUMNS`` to a split, cached and with a progress bar; drop nothing.
+
+        Raises:
+            DataError: an example cannot be rendered, or has no labels.
+        """
         # A tokenizer's own hash differs between processes, so the cache key is built from its behavior.
         key = json.dumps(
             [
@@ -284,7 +292,7 @@ class Encoder:
             return {name: [row[name] for row in encoded] for name in ENCODED_COLUMNS}
 
         try:
-            encoded = dataset.map(
+            return dataset.map(
                 encode,
                 batched=True,
                 batch_size=_BATCH_ROWS,
@@ -293,7 +301,6 @@ class Encoder:
             )
         except OSError as error:
             raise cache_error(dataset_cache_dir(dataset), error) from error
-        return self._drop_overlong(encoded, split, overlong, is_evaluated=is_evaluated)
 
     def _drop_overlong(self, encoded: Dataset, split: str, overlong: str, *, is_evaluated: bool) -> tuple[Dataset, int]:
         longest, max_new_tokens = self.layout.max_length, self.layout.max_new_tokens

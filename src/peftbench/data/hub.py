@@ -17,7 +17,7 @@ from peftbench.common.schema import PathText
 from peftbench.common.text import first_line
 from peftbench.data.base import Source
 from peftbench.data.example_cache import cache_error, hash_file, load_cached_examples
-from peftbench.data.local_files import check_first_example, load_files, read_column_names
+from peftbench.data.local_files import check_first_example, list_faults, load_files, read_column_names
 from peftbench.data.readers.arrow_rows import iter_dataset_rows
 from peftbench.data.readers.rows import Columns, SplitLocation, iter_examples, to_printable
 from peftbench.errors import DataError, DataNotFoundError, EmptySplitError, HubUnreachableError, PeftbenchError
@@ -56,6 +56,12 @@ class Hub(Source):
         self._check_path(split)
         if self.is_mutable and (files := self._find_local_files(self._create_builder(split), split)) is not None:
             check_first_example(files, columns, split)
+
+    def list_faults(self, split: str, columns: Columns) -> list[DataError]:
+        self._check_path(split)
+        if self.is_mutable and (files := self._find_local_files(self._create_builder(split), split)) is not None:
+            return list_faults(files, columns, split)
+        return super().list_faults(split, columns)
 
     def read_column_names(self, split: str) -> list[str]:
         self._check_path(split)

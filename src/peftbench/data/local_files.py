@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import stat
@@ -14,6 +15,7 @@ from peftbench.data.readers.arrow_rows import iter_parquet_rows, read_parquet_na
 from peftbench.data.readers.csv_rows import iter_csv_rows, read_csv_names
 from peftbench.data.readers.json_rows import iter_json_rows, read_json_names
 from peftbench.data.readers.rows import Columns, Row, SplitLocation, iter_examples
+from peftbench.data.readers.text_file import COMPRESSIONS
 from peftbench.errors import DataError, DataNotFoundError, EmptySplitError
 
 if TYPE_CHECKING:
@@ -23,8 +25,67 @@ Reader = Callable[[SplitLocation, Columns], Iterator[Row]]
 
 READERS: dict[str, Reader] = {"json": iter_json_rows, "csv": iter_csv_rows, "parquet": iter_parquet_rows}
 _NAME_READERS = {"json": read_json_names, "csv": read_csv_names, "parquet": read_parquet_names}
-FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-"""Format by suffix of a file's name."""
+FORMATS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".csv": "csv", ".parquet": "parquet"}
+"""Format by suffix of a file's name, without the suffix of a compression."""
+
+
+def find_format(path: Path) -> str | None:
+    """Return the format of a file by its name, e.g. ``x.jsonl.gz``; None if it has none."""
+    suffixes = path.suffixes[-2:]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        kind = FORMATS.get(suffixes[-2]) if len(suffixes) > 1 else None
+        return None if kind == "parquet" else kind
+    return FORMATS.get(path.suffix)
+
+
+def list_formats() -> str:
+    """Return the suffixes that a file may have, for messages."""
+    return f"{', '.join(FORMATS)} (all but .parquet also with {' or '.join(COMPRESSIONS)})"
+
+
+def find_files(names: Sequence[str], described: str) -> dict[Path, str]:
+    """Return the files that paths, patterns and folders name, in order, each with its format.
+
+    The files of a pattern and of a folder (without its subfolders) are sorted by name. ``described`` is the key, for
+    errors.
+
+    Raises:
+        DataNotFoundError: a path does not exist, or a pattern or folder has no such file.
+        DataError: a file cannot be read or has another format.
+    """
+    found: dict[Path, str] = {}
+    for name in names:
+        path = Path(name)
+        if os.path.isdir(name):  # noqa: PTH112 — Path.is_dir raises where it may not look
+            members = [one for one in sorted(path.iterdir()) if find_format(one) and one.is_file()]
+            if not members:
+                raise DataNotFoundError(
+                    f"{described}={name!r} is a folder without a file that ends in {list_formats()}",
+                    "name its files, or for a copy of a data set's repository set data.source.kind=hub",
+                )
+        elif _is_pattern(name) and not os.path.lexists(name):
+            members = [Path(one) for one in sorted(glob.glob(name, recursive=True)) if Path(one).is_file()]  # noqa: PTH207
+            if not members:
+                raise DataNotFoundError(f"{described}={name!r} matches no file", "correct the pattern")
+        else:
+            members = [path]
+        for member in members:
+            found[member] = _check_format(member, described)
+    return found
+
+
+def _is_pattern(name: str) -> bool:
+    return any(character in name for character in "*?[")
+
+
+def _check_format(path: Path, described: str) -> str:
+    kind = find_format(path)
+    if kind is None:
+        raise DataError(
+            f"{described} names {str(path)!r}, which does not end in {list_formats()}", "rename or convert it"
+        )
+    check_is_file(path, f"{described}={str(path)!r}")
+    return kind
 
 
 def load_files(files: Mapping[Path, str], columns: Columns, split: str) -> Dataset:
@@ -62,6 +123,18 @@ def check_first_example(files: Mapping[Path, str], columns: Columns, split: str)
         PeftbenchError: as in :func:`load_files`, if the first example shows it.
     """
     next(_iter_files(files, columns, split))
+
+
+def list_faults(files: Mapping[Path, str], columns: Columns, split: str) -> list[DataError]:
+    """Return what is wrong with the rows of the files, one error per faulty row, in order.
+
+    Raises:
+        DataError: a file cannot be read beyond some place; the errors of its rows before that are lost.
+    """
+    faults: list[DataError] = []
+    for _ in _iter_files(files, columns, split, faults):
+        pass
+    return faults
 
 
 def read_column_names(files: Mapping[Path, str], split: str) -> list[str]:
@@ -115,14 +188,16 @@ def check_is_file(path: Path, described: str) -> None:
         raise DataError(f"{described} cannot be read: Permission denied", "change its permissions")
 
 
-def _iter_files(files: Mapping[Path, str], columns: Columns, split: str) -> Iterator[Mapping[str, str]]:
+def _iter_files(
+    files: Mapping[Path, str], columns: Columns, split: str, faults: list[DataError] | None = None
+) -> Iterator[Mapping[str, str]]:
     index = 0
     for path, kind in files.items():
-        location = SplitLocation(split, str(path))
+        location = SplitLocation(split, str(path), faults)
         for example in iter_examples(READERS[kind](location, columns), columns, location, index):
             index += 1
             yield example
-    if not index:
+    if not index and not faults:
         raise _no_examples(list(files), split)
 
 

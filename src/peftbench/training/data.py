@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from peftbench.data.collate import Collator, PaddingFreeCollator
 from peftbench.data.encode import Encoder, SequenceLayout
@@ -14,10 +14,10 @@ from peftbench.modeling.loading import get_max_positions
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
     from peftbench.data.batches import EncodedExamples
     from peftbench.data.readers.rows import Columns
-    from peftbench.modeling.loading import LoadedModel
     from peftbench.modeling.loss import CausalLMLoss
     from peftbench.recipe.schema import Recipe
 
@@ -75,7 +75,19 @@ def load_encoded_split(recipe: Recipe, encoder: Encoder, split: str, accelerator
     return main_process_first(accelerator, encode)
 
 
-def build_encoder(recipe: Recipe, base: LoadedModel) -> Encoder:
+class Tokenized(Protocol):
+    """What the encoder needs of a base model."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer."""
+
+    @property
+    def max_positions(self) -> int | None:
+        """Number of positions of the model, None if its config has no limit."""
+
+
+def build_encoder(recipe: Recipe, base: Tokenized) -> Encoder:
     """Return the encoder for this base model and this method's virtual tokens."""
     layout = build_layout(recipe, base.max_positions)
     return Encoder(base.tokenizer, layout, recipe.task)

@@ -60,7 +60,8 @@ def iter_csv_rows(location: SplitLocation, columns: Columns) -> Iterator[Row]:
         ]
         for line, cells in records:
             if len(cells) != len(header):
-                raise _count_fault(line, len(cells), len(header), location)
+                location.report(_count_fault(line, len(cells), len(header), location))
+                continue
             yield (
                 line,
                 [_read_structure(cells[place]) if is_json else cells[place] or None for place, is_json in places],

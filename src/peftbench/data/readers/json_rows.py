@@ -73,7 +73,12 @@ def iter_json_rows(location: SplitLocation, columns: Columns) -> Iterator[Row]:
             if head and name not in names:
                 raise location.missing_column(name, names)
         for line, pairs in itertools.chain(head, objects):
-            yield line, _read_cells(pairs, columns, line, location)
+            try:
+                cells = _read_cells(pairs, columns, line, location)
+            except DataError as error:
+                location.report(error)
+                continue
+            yield line, cells
 
 
 def read_json_names(location: SplitLocation) -> list[str]:
@@ -106,7 +111,12 @@ def _iter_objects(file: TextIO, location: SplitLocation) -> Iterator[tuple[int, 
             yield from _iter_array(line + file.read(), number, location)
             return
         is_first = False
-        yield number, _parse_line(line, number, location)
+        try:
+            content = _parse_line(line, number, location)
+        except DataError as error:
+            location.report(error)
+            continue
+        yield number, content
 
 
 def _iter_array(text: str, first_line: int, location: SplitLocation) -> Iterator[tuple[int, _Object]]:

@@ -106,6 +106,18 @@ class SplitLocation:
     split: str
     path: str
     """Path of the file or name of the data set."""
+    faults: list[DataError] | None = None
+    """Collects the faults of rows, which are then skipped; None: the first fault ends the reading."""
+
+    def report(self, fault: DataError) -> None:
+        """Keep the fault of a row.
+
+        Raises:
+            DataError: the fault, if faults are not collected.
+        """
+        if self.faults is None:
+            raise fault
+        self.faults.append(fault)
 
     def unreadable(self, kind: str, fault: str, advice: str = "correct the file") -> DataError:
         """Return the error of a file that is not valid ``kind``."""
@@ -167,9 +179,13 @@ def iter_examples(
     """
     for index, (line, cells) in enumerate(rows, first_index):
         place = f"example {index}" + (f" (line {line})" if line is not None else "")
-        example = {"id": str(index)} | _read_cells(cells, columns, location, place)
-        if (fault := columns.check(example)) is not None:
-            raise location.row_fault(place, fault)
+        try:
+            example = {"id": str(index)} | _read_cells(cells, columns, location, place)
+            if (fault := columns.check(example)) is not None:
+                raise location.row_fault(place, fault)
+        except DataError as error:
+            location.report(error)
+            continue
         yield example
 
 

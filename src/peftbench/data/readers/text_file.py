@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
+from peftbench.common.text import first_line
 from peftbench.data.readers.rows import SplitLocation
 from peftbench.errors import DataError
 
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+"""Compression by the last suffix of a file's name."""
 _SAMPLE_BYTES = 1 << 16
 _SIGNATURES = {
-    b"\x1f\x8b": ("is compressed with gzip", "decompress it with gunzip"),
+    b"\x1f\x8b": ("is compressed with gzip", "rename it to end in .gz"),
     b"PK\x03\x04": ("is a ZIP archive or an Excel workbook", "extract it, or export its sheet as CSV"),
     b"BZh": ("is compressed with bzip2", "decompress it with bunzip2"),
-    b"\x28\xb5\x2f\xfd": ("is compressed with zstd", "decompress it with unzstd"),
+    b"\x28\xb5\x2f\xfd": ("is compressed with zstd", "rename it to end in .zst"),
     b"\xfd7zXZ\x00": ("is compressed with xz", "decompress it with unxz"),
     b"PAR1": ("is a Parquet file", "rename it to end in .parquet"),
     b"ARROW1": ("is an Arrow file", "convert it to Parquet"),
@@ -42,15 +46,35 @@ def open_text(location: SplitLocation, kind: str, newline: str) -> Iterator[Text
     """
     path = Path(location.path)
     try:
-        with path.open("rb") as file:
+        with open_bytes(path) as file:
             start = file.read(_SAMPLE_BYTES)
         refuse_other_formats(start, location, kind)
-        with path.open(encoding="utf-8-sig", newline=newline) as text:
+        with open_bytes(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline) as text:
             yield text
     except OSError as error:
+        if error.errno is None:  # of the decompressor
+            fault = f"it is not a complete {path.suffix} file ({first_line(error).rstrip('.')})"
+            raise location.unreadable(kind, fault, "compress it again") from error
         raise location.read_error(error) from error
     except UnicodeDecodeError as error:
         raise location.unreadable(kind, *describe_encoding(path)) from error
+
+
+@contextmanager
+def open_bytes(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for reading; a file that ends in .gz or .zst is decompressed.
+
+    Raises:
+        OSError: it cannot be read; without an errno if it is not compressed as its name states.
+    """
+    with path.open("rb") as file:
+        if path.suffix not in COMPRESSIONS:
+            yield file
+            return
+        import pyarrow
+
+        with pyarrow.CompressedInputStream(file, COMPRESSIONS[path.suffix]) as stream:
+            yield io.BufferedReader(stream)  # type: ignore[arg-type]
 
 
 def refuse_other_formats(start: bytes, location: SplitLocation, kind: str) -> None:
@@ -70,7 +94,7 @@ def refuse_other_formats(start: bytes, location: SplitLocation, kind: str) -> No
 
 def describe_encoding(path: Path) -> tuple[str, str]:
     """Return which byte of a file is not UTF-8 and the likely encoding, and what to do."""
-    with path.open("rb") as file:
+    with open_bytes(path) as file:
         for number, line in enumerate(file, 1):
             try:
                 line.decode("utf-8")
