@@ -18,6 +18,7 @@ from peftbench.data.local_files import (
     check_first_example,
     find_files,
     find_format,
+    list_faults,
     list_formats,
     load_files,
     read_column_names,

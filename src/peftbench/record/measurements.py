@@ -195,8 +195,8 @@ class SplitOverlap(RecordModel):
 
     texts: int
     """Examples whose text is in the training split."""
-    texts_with_summary: int
-    """Those of them with the same summary."""
+    texts_with_reference: int
+    """Those of them with the same reference."""
     ids: int = 0
     """Examples whose id is in the training split; 0 if ids are row numbers."""
     same_file: bool = False

@@ -11,6 +11,7 @@ Values = dict[str, Any]
 
 _QUALITY = {"rouge": "metrics", "teacher_forced_argmax_rouge": "teacher_forced_metrics"}
 _PER_EXAMPLE = {"rouge": "metrics"}
+_SPLIT_OVERLAP = {"texts_with_summary": "texts_with_reference"}
 _SAMPLE = {"article": "prompt"}
 _TITLES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rougeLsum": "ROUGE-Lsum"}
 _HEADLINE_METRIC = "rougeL"
@@ -24,6 +25,8 @@ def upgrade_record(values: Values) -> Values:
     record = values | {"schema_version": 3}
     if isinstance(record.get("quality"), dict):
         record["quality"] = _upgrade_quality(record["quality"])
+    if isinstance(record.get("split_overlap"), dict):
+        record["split_overlap"] = _rename(record["split_overlap"], _SPLIT_OVERLAP)
     old_recipe = record.get("recipe") or {}
     record["recipe"] = upgrade_recipe(old_recipe)
     if record.get("recipe_fingerprint") == fingerprint_recipe(old_recipe, NEUTRAL_VALUES):

@@ -49,6 +49,7 @@ def build_record(state: RunState, outcome: Outcome, ranks: RankMeasurements, not
         num_examples=state.num_examples,
         num_dropped_examples=state.num_dropped,
         num_cut_examples=state.num_cut,
+        num_cut_labels=state.num_cut_labels,
         num_control_token_examples=state.num_with_control_tokens,
         split_overlap=state.split_overlap,
         tokens=Tokens(**vars(progress.token_counts)) if state.training else None,
@@ -90,7 +91,13 @@ def add_evaluation(trained: RunRecord, evaluated: RunRecord) -> RunRecord:
     phases = {"evaluate", "generate"}
     dropped_notes = set(check_record(trained))
     notes = [note for note in trained.notes if note not in dropped_notes and not note.startswith(HALVED_BATCH_NOTE)]
-    counts = ("num_examples", "num_dropped_examples", "num_cut_examples", "num_control_token_examples")
+    counts = (
+        "num_examples",
+        "num_dropped_examples",
+        "num_cut_examples",
+        "num_cut_labels",
+        "num_control_token_examples",
+    )
     return trained.model_copy(
         update={
             "evaluated_at": evaluated.started_at,

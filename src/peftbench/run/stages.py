@@ -34,6 +34,7 @@ def load_examples(state: RunState, encoder: Encoder, split: str) -> Dataset:
     encoded = load_encoded_split(state.recipe, encoder, split, state.accelerator)
     state.set_example_counts(split, len(encoded.dataset), encoded.num_dropped)
     state.num_cut[split] = count_marked(encoded.dataset, "cut_tokens")
+    state.num_cut_labels[split] = sum(encoded.dataset["cut_labels"])
     state.num_with_control_tokens[split] = count_marked(encoded.dataset, "control_tokens")
     return encoded.dataset
 

@@ -54,7 +54,9 @@ class RunState:
     num_dropped: dict[str, int] = field(default_factory=dict)
     """Examples dropped, by split."""
     num_cut: dict[str, int] = field(default_factory=dict)
-    """Examples whose article is cut, by split."""
+    """Examples that are cut, by split."""
+    num_cut_labels: dict[str, int] = field(default_factory=dict)
+    """Labeled tokens that are cut, by split."""
     num_with_control_tokens: dict[str, int] = field(default_factory=dict)
     """Examples with control tokens in their text, by split."""
     split_overlap: SplitOverlap | None = None

@@ -33,7 +33,7 @@ def find_overlap(train: Dataset, evaluated: Dataset, task: Task, *, has_ids: boo
         shared_ids += id in ids
     return SplitOverlap(
         texts=shared_texts,
-        texts_with_summary=shared_pairs,
+        texts_with_reference=shared_pairs,
         ids=shared_ids if has_ids else 0,
         same_file=is_same_file,
     )

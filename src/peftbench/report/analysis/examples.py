@@ -19,7 +19,7 @@ def describe_overlap(record: RunRecord) -> Iterator[str]:
     elif overlap.texts:
         yield (
             f"{overlap.texts:,} of the {total:,} {split} texts are training texts too "
-            f"({overlap.texts_with_summary:,} with the same summary), so quality is partly measured on training data"
+            f"({overlap.texts_with_reference:,} with the same reference), so quality is partly measured on training data"
         )
     elif overlap.ids:
         yield f"{overlap.ids:,} of the {total:,} {split} ids are also training ids, but their texts differ"
@@ -33,6 +33,8 @@ def describe_changed_examples(record: RunRecord) -> Iterator[str]:
         if dropped := record.num_dropped_examples.get(split):
             yield f"{dropped:,} of {used + dropped:,} {split} examples are dropped: they do not fit {limit}"
         if cut := record.num_cut_examples.get(split):
-            yield f"{cut:,} of {used:,} {split} texts are cut to fit {limit}"
+            labels = record.num_cut_labels.get(split)
+            lost = f" ({labels:,} labeled tokens are lost)" if labels else ""
+            yield f"{cut:,} of {used:,} {split} texts are cut to fit {limit}{lost}"
         if control := record.num_control_token_examples.get(split):
             yield f"{control:,} of {used:,} {split} texts contain a control token's name, encoded as that token"
